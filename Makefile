@@ -1,0 +1,72 @@
+# Two commands from nothing: `make demo` and `make test`. They need Python 3.11 with venv and pip, and make.
+PY         ?= $(shell command -v python3.11 || command -v python3)
+VENV       ?= .venv
+BIN        := $(VENV)/bin
+UV_VERSION := 0.13.9
+EXTRAS     := train,live,serve
+
+# What the tests need from the system: real VMs, the guest image's compiler, a real browser.
+SYSTEM := qemu-system-x86 qemu-system-arm qemu-utils busybox-static cpio e2fsprogs gcc libc6-dev \
+          gcc-aarch64-linux-gnu libc6-dev-arm64-cross chromium
+
+# uv reads neither pip.conf nor PIP_FIND_LINKS: a wheel folder that pip knows is passed on. Where it holds torch, that
+# CPU wheel is taken; elsewhere PyTorch's own CPU index, because the default build drags in gigabytes of CUDA.
+LINKS      := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS),$(shell $(PY) -m pip config get global.find-links 2>/dev/null))
+HAVE_TORCH := $(firstword $(foreach d,$(LINKS),$(wildcard $(d)/torch-2.13.0*)))
+TORCH_FROM := $(if $(HAVE_TORCH),$(addprefix --find-links ,$(LINKS)),--torch-backend cpu)
+UV         := $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt $(TORCH_FROM)
+
+# Measured: without it idle OpenMP threads spin and a busy machine trains three times slower.
+export OMP_WAIT_POLICY = PASSIVE
+
+.DELETE_ON_ERROR:
+.PHONY: demo test soak lint setup system lock clean
+
+demo: $(VENV)/.run
+	@$(BIN)/phasewatch demo
+
+test: lint
+	$(BIN)/python -m pytest -n 2 -m "not vm and not soak"
+	$(BIN)/python -m pytest -m "vm and not soak"
+
+# The large counts, run by hand.
+soak: setup
+	$(BIN)/python -m pytest -m soak
+
+lint: setup
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/mypy
+
+setup: $(VENV)/.dev system
+
+$(BIN)/uv:
+	$(PY) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check uv==$(UV_VERSION)
+
+$(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/uv
+	$(UV) -e '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(UV) -e '.[$(EXTRAS)]' --group dev
+	@touch $@
+
+# Installed only where that is possible (root, apt); otherwise the tests that need them are skipped and say so.
+system:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  if ! dpkg -s $(SYSTEM) >/dev/null 2>&1 || ! apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SYSTEM) >/dev/null; \
+	  fi; \
+	else \
+	  dpkg -s $(SYSTEM) >/dev/null 2>&1 || echo "some tests will be skipped; as root: apt-get install $(SYSTEM)" >&2; \
+	fi
+
+lock: | $(BIN)/uv
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate $(addprefix --find-links ,$(LINKS)) \
+	  --extra train --extra live --extra serve --extra ray --group dev pyproject.toml \
+	  | sed -E '/^torch==/d;/^(nvidia-|cuda-|triton)/d' > constraints.tmp
+	echo 'torch==2.13.0' >> constraints.tmp && LC_ALL=C sort constraints.tmp > constraints.txt && rm constraints.tmp
+
+clean:
+	rm -rf $(VENV) runs

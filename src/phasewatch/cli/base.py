@@ -1,0 +1,104 @@
+"""What every command shares: the JSON document, plain text for the terminal, progress on stderr, the bundled corpus."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+import phasewatch
+from phasewatch.errors import RunError, StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+CODES = "Exit codes: 0 done, 1 findings, 2 usage, 3 bad or absent data, 4 does not fit, 5 the machine."
+CORPUS_VARIABLE = "PHASEWATCH_CORPUS"
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and leave."""
+    if wanted:
+        typer.echo(f"phasewatch {phasewatch.__version__}")
+        raise typer.Exit
+
+
+def plain(text: str) -> str:
+    """Make text from data harmless to a terminal: what does not print is spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def answer(result: dict[str, Any], *, as_json: bool, lines: Sequence[str] = ()) -> None:
+    """Print a command's result: one JSON document, or lines for people."""
+    if as_json:
+        typer.echo(json.dumps({"result": result}, indent=1, sort_keys=True, default=str))
+        return
+    for line in lines:
+        typer.echo(plain(line))
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Set rows in columns, two spaces apart, the last column free."""
+    if not rows:
+        return []
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def bundled_corpus() -> Path:
+    """Find the recordings that come with phasewatch.
+
+    Raises:
+        StoreError: If they are not there; names both ways to give them.
+    """
+    told = os.environ.get(CORPUS_VARIABLE)
+    beside = Path(phasewatch.__file__).resolve().parents[2] / "corpus" / "lab-v1"
+    corpus = Path(told) if told else beside
+    if not corpus.is_dir():
+        raise StoreError(
+            f"{corpus}: the bundled corpus is not here; name a store, or set {CORPUS_VARIABLE} to a checkout's corpus/lab-v1"
+        )
+    return corpus
+
+
+def need_run(run: Path) -> Path:
+    """Give the run's folder back if it is there.
+
+    Raises:
+        RunError: If it is not.
+    """
+    if not run.is_dir():
+        raise RunError(f"{run}: there is no such run; make one with `phasewatch run STORE --out {run}`")
+    return run
+
+
+@contextmanager
+def progress(*, quiet: bool = False) -> Iterator[Callable[[str, int, int, str], None]]:
+    """Show stages on stderr: a bar where that is a terminal, else a line as each stage ends."""
+    if quiet:
+        yield lambda stage, done, total, words: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, markup=False, highlight=False)
+    columns = (
+        TextColumn("{task.fields[stage]:<9}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(),
+        TimeRemainingColumn(), TextColumn("{task.description}", markup=False),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tell(stage: str, done: int, total: int, words: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task("", total=total, stage=stage)
+            bar.update(tasks[stage], completed=done, total=total, description=plain(words)[:60])
+            if done >= total and total == 1 and words:
+                bar.console.print(f"{stage:<9} {plain(words)}", soft_wrap=True)
+
+        yield tell

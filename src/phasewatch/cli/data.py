@@ -1,0 +1,190 @@
+"""Commands on bundles and stores: inspect, validate, features, split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from phasewatch.cli import base
+
+if TYPE_CHECKING:
+    from phasewatch.validate.verdict import Examined
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    for command in (inspect, validate, features, split):
+        app.command(epilog=base.CODES)(command)
+
+
+def inspect(
+    bundle: Path = typer.Argument(..., help="An episode's .tar.zst."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
+) -> None:
+    """Show one bundle: who it is, its labels, its rows, what the gates find, and a picture of its channels.
+
+    Example: phasewatch inspect corpus/lab-v1/pc/….tar.zst
+    """
+    from phasewatch.errors import DataError
+    from phasewatch.store.disk import DiskStore
+    from phasewatch.validate.verdict import Place, examine
+
+    path = bundle.resolve()
+    store = DiskStore(path.parent.parent)
+    item = next((i for i in store.walk() if store.path / i.path == path), None) if path.is_file() else None
+    if item is None:
+        raise DataError(f"{bundle}: there is no such bundle; name a file <host_id>/<episode_id>.tar.zst of a store")
+    place = Place(path=item.path, host_id=item.host_id, episode_id=item.episode_id, receipt=item.receipt)
+    found = examine(store.read(item), place)
+    base.answer(_described(found), as_json=as_json, lines=_pictured(found))
+    if found.grid is None:
+        raise typer.Exit(1)
+
+
+def _described(found: Examined) -> dict[str, Any]:
+    import msgspec
+
+    v = found.verdict
+    result: dict[str, Any] = {
+        "path": v.path, "status": str(v.status), "reasons": list(v.reasons), "detail": v.detail, "rows": list(v.rows),
+    }  # fmt: skip
+    if found.episode is not None:
+        marks = found.episode.marks
+        result["labels"] = [
+            {"phase": str(m.phase) if m.phase else "end", "at_s": (m.t_wall_ns - marks[0].t_wall_ns) / 1e9}
+            for m in marks
+        ]
+        result["manifest"] = msgspec.to_builtins(found.episode.manifest)
+    return result
+
+
+def _pictured(found: Examined) -> list[str]:
+    from phasewatch.cli.picture import draw
+
+    v = found.verdict
+    rows = [
+        ("episode", v.episode_id), ("host", v.host_id), ("what", f"{v.profile}/{v.sample_name}, {v.role}, {v.origin}"),
+        ("status", f"{v.status} {' '.join(v.reasons)}".strip()), ("detail", v.detail or "nothing to say"),
+        ("rows", " ".join(f"{name}={n}" for name, n in zip(("proc", "qmp", "netflow", "guest"), v.rows, strict=True))),
+    ]  # fmt: skip
+    lines = base.table(rows)
+    if found.episode is None or found.grid is None:
+        return lines
+    marks = found.episode.marks
+    lines += [f"{(m.t_wall_ns - marks[0].t_wall_ns) / 1e9:8.2f} s  {m.phase or 'end'}" for m in marks]
+    return [*lines, "", *draw(found.episode, found.grid)]
+
+
+def validate(
+    store: Path = typer.Argument(None, help="The store."),
+    out: Path = typer.Option(None, help="The run's folder."),
+    workers: int = typer.Option(2, min=1, help="Processes."),
+    limit: int = typer.Option(0, min=0, help="A stratified, seeded subset of so many bundles; 0 for all."),
+    full: bool = typer.Option(False, help="Read unchanged bundles again, too."),
+    fail_on: str = typer.Option("", help="Exit 1 if a bundle has this status or a worse one."),
+    budget_errored: int = typer.Option(-1, help="Exit 1 if more than so many bundles are errored; -1 for any number."),
+    explain: str = typer.Option("", metavar="CODE", help="Say what a code means, and leave."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
+) -> None:
+    """Judge every bundle of a store: accepted, degraded, rejected or errored, each with its reasons.
+
+    Example: phasewatch validate my-store --out runs/mine
+    """
+    from phasewatch import atomic, stages
+    from phasewatch.errors import UsageError
+    from phasewatch.validate.gates import explain as look_up
+    from phasewatch.validate.gates import known_codes
+    from phasewatch.vocab import Status
+
+    if explain:
+        spec = look_up(explain)
+        if spec is None:
+            raise UsageError(f"no code {explain!r}; known: {', '.join(known_codes())}")
+        result = {"code": spec.code, "severity": str(spec.severity), "about": spec.about}
+        base.answer(result, as_json=as_json, lines=[f"{spec.code} ({spec.severity}): {spec.about}"])
+        return
+    if store is None or out is None:
+        raise UsageError("validate needs a store and a run: phasewatch validate STORE --out RUN")
+    if fail_on and fail_on not in list(Status):
+        raise UsageError(f"--fail-on {fail_on}: one of {', '.join(Status)}")
+    settings = stages.Settings(store=store, run=out, workers=workers, limit=limit)
+    atomic.make_folder(out)
+    with atomic.lock(out), base.progress(quiet=as_json) as tell:
+        summary = stages.validate(settings, full=full, tell=lambda n, total, v: tell("validate", n, total, v.path))
+    stage: dict[str, Any] = dict(summary.stage)
+    counts = [(str(status), str(stage[str(status)])) for status in Status]
+    reasons = sorted(stage["reasons"].items(), key=lambda pair: -pair[1])[:12]
+    lines = [
+        *base.table([("bundles", str(stage["in"])), *counts]),
+        *base.table([(f"  {code}", str(n)) for code, n in reasons]),
+        *base.table([(f"rows of {s}", f"in {e['in']:,}", f"used {e['used']:,}", f"lost {e['lost']:,}") for s, e in stage["rows_by_source"].items()]),
+        *(f"{v.status}: {v.detail} [{v.reasons[0]}]" for v in summary.verdicts if v.status in (Status.REJECTED, Status.ERRORED)),
+        *(["what a code means: phasewatch validate --explain CODE"] if reasons else []),
+        f"{summary.kept} unchanged bundles were not read again",
+        str(out / "validation_v1.parquet"),
+    ]  # fmt: skip
+    base.answer(
+        stage | {"kept": summary.kept, "index": str(out / "validation_v1.parquet")}, as_json=as_json, lines=lines
+    )
+    order = list(Status)
+    worst = max((order.index(v.status) for v in summary.verdicts), default=0)
+    over_budget = 0 <= budget_errored < stage["errored"]
+    if over_budget or (fail_on and worst >= order.index(Status(fail_on))):
+        raise typer.Exit(1)
+
+
+def features(
+    run: Path = typer.Argument(None, help="A validated run."),
+    validation: Path = typer.Option(None, help="Spelled out: the index that says which bundles are usable."),
+    store: Path = typer.Option(None, help="Spelled out: the store."),
+    out_dir: Path = typer.Option(None, help="Spelled out: where the tables go."),
+    workers: int = typer.Option(2, min=1, help="Processes."),
+    limit: int = typer.Option(0, min=0, help="A stratified, seeded subset of so many bundles; 0 for all."),
+    include_degraded: bool = typer.Option(True, help="Use episodes with something missing or repaired, too."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
+) -> None:
+    """Make the window and episode tables of a run, and the schema that names their columns.
+
+    Example: phasewatch features runs/mine
+    """
+    from dataclasses import asdict
+
+    from phasewatch import atomic, stages
+    from phasewatch.errors import UsageError
+
+    if run is None and (validation is None or store is None or out_dir is None):
+        raise UsageError("features needs a run, or all of --validation, --store and --out-dir")
+    folder: Path = out_dir if run is None else run
+    settings = stages.Settings(
+        store=store or folder, run=folder, workers=workers, limit=limit, include_degraded=include_degraded
+    )
+    atomic.make_folder(folder)
+    with atomic.lock(folder):
+        if run is None and not (folder / "grids" / "index.parquet").is_file():
+            with base.progress(quiet=as_json) as tell:
+                stages.sweep_listed(settings, validation, tell=lambda n, total, v: tell("grid", n, total, v.path))
+        count = stages.features(settings)
+    words = f"{count.windows:,} windows of {count.episodes:,} episodes"
+    path = folder / "features_window_v1.parquet"
+    base.answer(asdict(count) | {"features": str(path)}, as_json=as_json, lines=[words, str(path)])
+
+
+def split(
+    run: Path = typer.Argument(..., help="A run with features."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
+) -> None:
+    """Cut the run's episodes into train, validation and test, host by host, and prove that nothing overlaps.
+
+    Example: phasewatch split runs/mine
+    """
+    from phasewatch import atomic, stages
+    from phasewatch.dataset import read_folds
+
+    with atomic.lock(base.need_run(run)):
+        stages.split(stages.Settings(store=run, run=run))
+    folds = [fold for recipe in stages.RECIPES for fold in read_folds(run, recipe)]
+    rows = [(f.recipe, f.fold, f.sha256[:12], f"untested: {', '.join(f.untested_profiles) or 'none'}") for f in folds]
+    result = {"folds": [{"recipe": f.recipe, "fold": f.fold, "sha256": f.sha256} for f in folds]}
+    base.answer(result, as_json=as_json, lines=[*base.table(rows), str(run / "splits")])

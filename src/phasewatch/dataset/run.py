@@ -1,0 +1,150 @@
+"""What stands in a run: the feature schema, who its episodes are, the digests of its files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from phasewatch.errors import RunError
+from phasewatch.vocab import PHASES, Origin, Role, SampleKind, Status
+
+FEATURES = "features_window_v1.parquet"
+SCHEMA = "feature_schema_v1.json"
+VALIDATION = "validation_v1.parquet"
+SPLITS = "splits"
+_VERDICT = (
+    "episode_id", "host_id", "profile", "sample_name", "sample_kind", "origin", "role", "status", "session", "plan_seed",
+    "agent", "proc_sketch", "started_wall_ns",
+)  # fmt: skip
+
+
+class FeatureSchema(msgspec.Struct, frozen=True, kw_only=True):
+    """What is read of `feature_schema_v1.json`."""
+
+    phases: tuple[str, ...]
+    feature_names: tuple[str, ...]
+    schema_hash: str
+    behaviour_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEpisode:
+    """Who an episode of the feature table is. `session` is its own id where it ran alone."""
+
+    episode_id: str
+    host_id: str
+    profile: str
+    sample_name: str
+    sample_kind: SampleKind
+    origin: Origin
+    role: Role
+    session: str
+    agent: bool
+    plan_seed: int
+    proc_sketch: tuple[int, ...]
+    started_wall_ns: int
+
+
+def read_verdicts(run: Path, *, only: Iterable[str]) -> tuple[RunEpisode, ...]:
+    """Give the named episodes as the validator saw them, in the order (host, episode).
+
+    Raises:
+        RunError: If one has no usable row, or two.
+    """
+    wanted = set(only)
+    path = run / VALIDATION
+    found: dict[str, RunEpisode] = {}
+    for row in read_table(path, _VERDICT, "validate").to_pylist():
+        if row["episode_id"] not in wanted or row["status"] not in (Status.ACCEPTED, Status.DEGRADED):
+            continue
+        if row["episode_id"] in found:
+            raise RunError(f"{path}: episode {row['episode_id']} is usable twice; ids must be unique in a store")
+        found[row["episode_id"]] = _parse_verdict(row, path)
+    if missing := wanted - set(found):
+        raise RunError(
+            f"{path}: episode {min(missing)} has windows in {FEATURES} but is not accepted or degraded here; "
+            "the two are of different sweeps, run `phasewatch features` again"
+        )
+    return tuple(sorted(found.values(), key=lambda e: (e.host_id, e.episode_id)))
+
+
+def read_schema(run: Path) -> FeatureSchema:
+    """Read what the columns of the feature table are."""
+    path = run / SCHEMA
+    try:
+        schema = msgspec.json.decode(path.read_bytes(), type=FeatureSchema)
+    except FileNotFoundError as exc:
+        raise RunError(f"{path}: absent; make it with `phasewatch features {run}`") from exc
+    except msgspec.DecodeError as exc:
+        raise RunError(f"{path}: not a feature schema: {exc}; make it again with `phasewatch features {run}`") from exc
+    if schema.phases[: len(PHASES)] != tuple(map(str, PHASES)):
+        raise RunError(f"{path}: found phases {', '.join(schema.phases)}, expected {', '.join(PHASES)}")
+    return schema
+
+
+def file_sha256(path: Path) -> str:
+    """Digest of a file's bytes.
+
+    Raises:
+        RunError: If it is absent.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as exc:
+        raise RunError(f"{path}: absent; the stage that makes it has not run") from exc
+
+
+def open_parquet(path: Path, command: str) -> Any:
+    """Open a parquet file of the run; `command` is what makes it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path)
+    except FileNotFoundError as exc:
+        raise RunError(f"{path}: absent; make it with `phasewatch {command}`") from exc
+    except pa.ArrowInvalid as exc:
+        raise RunError(f"{path}: not a parquet file: {exc}; make it again with `phasewatch {command}`") from exc
+
+
+def read_table(path: Path, columns: Sequence[str], command: str) -> Any:
+    """Read some columns of a parquet file of the run."""
+    with open_parquet(path, command) as file:
+        need_columns(path, file.schema_arrow.names, columns, command)
+        return file.read(columns=list(columns))
+
+
+def need_columns(path: Path, there: Sequence[str], wanted: Sequence[str], command: str) -> None:
+    """Refuse a table that lacks a column."""
+    if lacking := sorted(set(wanted) - set(there)):
+        raise RunError(
+            f"{path}: lacks column {lacking[0]} (of {len(lacking)}); make it again with `phasewatch {command}`"
+        )
+
+
+def _parse_verdict(row: Mapping[str, Any], path: Path) -> RunEpisode:
+    with suppress(ValueError, TypeError):
+        return RunEpisode(
+            episode_id=row["episode_id"],
+            host_id=row["host_id"],
+            profile=row["profile"],
+            sample_name=row["sample_name"],
+            sample_kind=SampleKind(row["sample_kind"]),
+            origin=Origin(row["origin"]),
+            role=Role(row["role"]),
+            session=row["session"] or row["episode_id"],
+            agent=row["agent"] in (True, "on"),
+            plan_seed=int(row["plan_seed"]),
+            proc_sketch=tuple(row["proc_sketch"] or ()),
+            started_wall_ns=int(row["started_wall_ns"]),
+        )
+    raise RunError(
+        f"{path}: the row of episode {row['episode_id']} has a value that cannot be; run `phasewatch validate` again"
+    )

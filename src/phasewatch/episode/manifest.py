@@ -1,0 +1,154 @@
+"""The manifest of an episode: strict JSON to a typed value, and the rules that types alone cannot say."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Container, Iterator
+from typing import Any
+
+import msgspec
+
+from phasewatch.channels import raw_fields
+from phasewatch.episode import limits
+from phasewatch.episode.container import LABELS, MANIFEST, MEMBERS, source_of
+from phasewatch.episode.faults import strict_json
+from phasewatch.episode.model import FORMAT, Manifest
+from phasewatch.errors import BundleError
+from phasewatch.vocab import EPISODE_ID, HOST_ID, Source
+
+_DECODER = msgspec.json.Decoder(Manifest)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAY_BE_EMPTY = frozenset({"background", "disk", "nic", "cpu", "guest_kernel", "recorder", "hypervisor"})
+
+
+def decode_manifest(data: bytes, *, file: str) -> Manifest:
+    """Parse `manifest.json`: no key twice, none unknown, none missing, each of its type.
+
+    Raises:
+        BundleError: If it departs from the format.
+    """
+
+    def refuse(code: str, words: str) -> BundleError:
+        return BundleError(code=code, words=words, file=file, member=MANIFEST)
+
+    if len(data) > limits.MANIFEST_BYTES:
+        raise refuse("tar-size", f"{len(data):,} bytes; at most {limits.MANIFEST_BYTES:,} are allowed")
+    if b"\0" in data or not data.isascii():
+        raise refuse("text-encoding", "a byte-order mark, a NUL or a byte that is not ASCII")
+    try:
+        plain = strict_json(data)
+    except BundleError as exc:
+        code = "manifest-key-twice" if exc.code == "key-twice" else "manifest-json"
+        raise refuse(code, exc.words) from None
+    found = plain.get("format") if isinstance(plain, dict) else None
+    if isinstance(found, str) and found != FORMAT:
+        raise refuse("manifest-format", f"the format is {found[:60]!r}; this reader knows {FORMAT!r}")
+    try:
+        return _DECODER.decode(data)
+    except (msgspec.DecodeError, RecursionError, OverflowError) as exc:
+        raise refuse("manifest-schema", str(exc)[:200]) from None
+
+
+def check_manifest(manifest: Manifest, *, file: str) -> None:
+    """Hold a manifest against the rules of section 2.
+
+    Raises:
+        BundleError: At the first rule that it breaks.
+    """
+    for code, words in _violations(manifest):
+        raise BundleError(code=code, words=words, file=file, member=MANIFEST)
+
+
+def _violations(m: Manifest) -> Iterator[tuple[str, str]]:
+    if m.format != FORMAT:
+        yield "manifest-format", f"the format is {m.format[:60]!r}; this reader knows {FORMAT!r}"
+    yield from _value_violations(msgspec.to_builtins(m), "")
+    if not EPISODE_ID.fullmatch(m.episode_id):
+        yield "manifest-id", f"episode_id {m.episode_id!r} is no UUIDv7"
+    if not HOST_ID.fullmatch(m.host.host_id):
+        yield "manifest-id", f"host_id {m.host.host_id!r} does not match {HOST_ID.pattern}"
+    for neighbour in m.neighbours:
+        if not EPISODE_ID.fullmatch(neighbour) or neighbour == m.episode_id:
+            yield "manifest-id", f"the neighbour {neighbour!r} is not another episode's id"
+    yield from _range_violations(m)
+    yield from _source_violations(m)
+    yield from _clock_violations(m)
+
+
+def _value_violations(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Walk every string, number and list, however deep."""
+    if isinstance(value, str):
+        if not value and key not in _MAY_BE_EMPTY:
+            yield "manifest-string", f"{key} is empty"
+        if len(value) > limits.STRING_CHARS or not (value.isascii() and value.isprintable()):
+            yield "manifest-string", f"{key} is not at most {limits.STRING_CHARS} printable ASCII characters"
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            yield "manifest-range", f"{key} is not a finite number"
+    elif isinstance(value, int):
+        if not limits.INT64_MIN <= value <= limits.INT64_MAX:
+            yield "manifest-range", f"{key} does not fit into 64 bits"
+    elif isinstance(value, list | tuple):
+        if len(value) > limits.LIST_ITEMS:
+            yield "manifest-range", f"{key} has {len(value):,} items; at most {limits.LIST_ITEMS:,} are allowed"
+        for item in value:
+            yield from _value_violations(item, key)
+    elif isinstance(value, dict):
+        if len(value) > limits.LIST_ITEMS:
+            yield "manifest-range", f"{key} has {len(value):,} keys; at most {limits.LIST_ITEMS:,} are allowed"
+        for name, item in value.items():
+            yield from _value_violations(str(name), f"a key of {key or 'the manifest'}")
+            yield from _value_violations(item, str(name))
+
+
+def _range_violations(m: Manifest) -> Iterator[tuple[str, str]]:
+    if not limits.MIN_STAMP_NS <= m.started_wall_ns <= limits.MAX_STAMP_NS:
+        yield "manifest-range", "started_wall_ns is not Unix nanoseconds of 2006 to 2116"
+    longest = limits.MAX_LABELLED_NS / 1e9 + limits.DURATION_SLACK_S
+    if not limits.MIN_LABELLED_NS / 1e9 - limits.DURATION_SLACK_S <= m.duration_s <= longest:
+        yield "manifest-range", f"duration_s is {m.duration_s:g}; 1 to 3,600 is allowed"
+    if m.host.vcpus < 1 or m.host.mem_mib < 1:
+        yield "manifest-range", "the host has no CPU or no memory"
+    if any(seconds < 0 for _, seconds in m.plan):
+        yield "manifest-range", "a planned phase has a negative length"
+    if len(set(m.channels_available)) != len(m.channels_available):
+        yield "manifest-range", "channels_available names a channel twice"
+    if m.recording is not None and (m.recording.boot_s < 0 or m.recording.settle_s < 0):
+        yield "manifest-range", "boot_s or settle_s is negative"
+
+
+def _source_violations(m: Manifest) -> Iterator[tuple[str, str]]:
+    for source, hz in m.nominal_hz.items():
+        if not 0 < hz <= limits.MAX_NOMINAL_HZ:
+            yield "manifest-range", f"nominal_hz of {source} is {hz:g}"
+    for source, rows in m.rows_emitted.items():
+        if rows < 0:
+            yield "manifest-range", f"rows_emitted of {source} is negative"
+    for source, fields in m.fields.items():
+        known = [spec.field for spec in raw_fields(source)]
+        if list(fields) != [field for field in known if field in set(fields)] or not fields:
+            yield "manifest-fields", f"the fields of {source} are not raw fields in the order of the table, each once"
+    if LABELS not in m.members:
+        yield "manifest-schema", f"members does not list {LABELS}"
+    for name, member in m.members.items():
+        if name not in MEMBERS or name == MANIFEST:
+            yield "manifest-schema", f"members lists {name[:60]!r}, which no bundle holds"
+        elif member.bytes < 0 or member.rows < 0 or not _SHA256.fullmatch(member.sha256):
+            yield "manifest-schema", f"members says no size, count and digest of {name}"
+        elif (owner := source_of(name)) is not None:
+            tables: tuple[tuple[str, Container[Source]], ...] = (
+                ("fields", m.fields), ("nominal_hz", m.nominal_hz), ("rows_emitted", m.rows_emitted),
+                ("clocks.base", m.clocks.base),
+            )  # fmt: skip
+            for key, table in tables:
+                if owner not in table:
+                    yield "manifest-source", f"{key} says nothing of {owner}, which has rows"
+
+
+def _clock_violations(m: Manifest) -> Iterator[tuple[str, str]]:
+    for clock, ((c0, u0), (c1, u1)) in m.clocks.pairs.items():
+        if c1 <= c0 or u1 <= u0:
+            yield "clock-pair", f"the pair of {clock} does not move forward"
+        elif abs((u1 - u0) - (c1 - c0)) > limits.MAX_CLOCK_DRIFT * (c1 - c0):
+            yield "clock-pair", f"{clock} drifts by more than {limits.MAX_CLOCK_DRIFT:.0%} against Unix time"

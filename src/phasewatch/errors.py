@@ -1,0 +1,98 @@
+"""Every error a user can meet, with its exit code.
+
+PhasewatchError
+├── UsageError            2  the command line asks for something that cannot be
+├── DataError             3  bad or absent data
+│   ├── BundleError          one episode bundle cannot be read, or breaks a rule of its format
+│   ├── StoreError           a store is absent, empty or not a store
+│   ├── RunError             a file of a run is absent, half made or not what its reader expects
+│   └── PlanError            a recording plan is not valid, or leaks the phase through elapsed time
+├── MismatchError         4  two things were made for different schemas, versions or masks
+│   └── SplitError           a recipe cannot be built from these episodes
+└── MachineError          5  the machine lacks something, or something on it failed
+    ├── MissingTool          a program, package or permission is not there
+    ├── BusyError            another process holds the run or the store
+    └── VmError              a virtual machine did not start, hung, died or never answered
+"""
+
+from __future__ import annotations
+
+
+class PhasewatchError(Exception):
+    """Something a user can understand and mend went wrong."""
+
+    exit_code = 1
+
+
+class UsageError(PhasewatchError):
+    """The command line asks for something that cannot be."""
+
+    exit_code = 2
+
+
+class DataError(PhasewatchError):
+    """Data is absent or bad."""
+
+    exit_code = 3
+
+
+class BundleError(DataError):
+    """One episode bundle cannot be read, or breaks a rule of its format.
+
+    Attributes:
+        code: The finding's code, such as ``member-sha256``; `phasewatch.validate.gates` lists them.
+        place: File, member and line, as far as they are known.
+        words: What was found, and what was expected.
+    """
+
+    def __init__(self, *, code: str, words: str, file: str = "", member: str = "", line: int = 0) -> None:
+        self.code, self.words, self.file, self.member, self.line = code, words, file, member, line
+        self.place = ":".join(part for part in (file, member, str(line) if line else "") if part)
+        super().__init__(f"{self.place}: {code}: {words}" if self.place else f"{code}: {words}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild_bundle_error, (self.code, self.words, self.file, self.member, self.line)
+
+
+def _rebuild_bundle_error(code: str, words: str, file: str, member: str, line: int) -> BundleError:
+    return BundleError(code=code, words=words, file=file, member=member, line=line)
+
+
+class StoreError(DataError):
+    """A store is absent, empty or not a store."""
+
+
+class RunError(DataError):
+    """A file of a run is absent, half made or not what its reader expects."""
+
+
+class PlanError(DataError):
+    """A recording plan is not valid, or leaks the phase through elapsed time."""
+
+
+class MismatchError(PhasewatchError):
+    """Two things were made for different schemas, versions or masks."""
+
+    exit_code = 4
+
+
+class SplitError(MismatchError):
+    """A recipe cannot be built from these episodes; the message says what is missing."""
+
+
+class MachineError(PhasewatchError):
+    """The machine lacks something, or something on it failed."""
+
+    exit_code = 5
+
+
+class MissingTool(MachineError):
+    """A program, package or permission is not there; the message says how to get it."""
+
+
+class BusyError(MachineError):
+    """Another process holds the run or the store."""
+
+
+class VmError(MachineError):
+    """A virtual machine did not start, hung, died or never answered."""

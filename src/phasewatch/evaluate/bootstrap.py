@@ -1,0 +1,166 @@
+"""Intervals over sessions: one integer weight matrix, resampled within hosts, shared by all models, classes and pairs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch.measures import N_CLASSES
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+FEW_CLUSTERS = 40  # below this an interval is shown with a warning
+MIN_CLUSTERS = 5  # below this there is none
+_BLOCK = 500  # resamples drawn and multiplied at once: bounds memory, and fixes the order of draws
+_MAX_ROUNDS = 100
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Clusters:
+    """The units that are resampled: sessions, each of one host.
+
+    Attributes:
+        of: ``(n,)`` cluster of each window.
+        host: ``(C,)`` number of each cluster's host.
+    """
+
+    of: NDArray[np.int64]
+    host: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Weights:
+    """How often each resample took each cluster, ``(B, C)``; `redrawn` resamples had lost a class and were drawn anew."""
+
+    counts: NDArray[np.uint16]
+    redrawn: int
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+
+def number_clusters(hosts: Sequence[str], sessions: Sequence[str]) -> Clusters:
+    """Number the sessions of each host, in sorted order, so that the order of windows changes nothing."""
+    pairs = sorted(set(zip(hosts, sessions, strict=True)))
+    at = {pair: i for i, pair in enumerate(pairs)}
+    host_at = {h: i for i, h in enumerate(sorted({h for h, _ in pairs}))}
+    return Clusters(
+        of=np.fromiter((at[pair] for pair in zip(hosts, sessions, strict=True)), np.int64, len(hosts)),
+        host=np.fromiter((host_at[h] for h, _ in pairs), np.int64, len(pairs)),
+    )
+
+
+def confusions(clusters: Clusters, y_true: NDArray[np.integer], y_pred: NDArray[np.integer]) -> Floats:
+    """Count each cluster's confusion, ``(C, 25)``, truth-major."""
+    cells = N_CLASSES * N_CLASSES
+    flat = clusters.of * cells + np.asarray(y_true, np.int64) * N_CLASSES + np.asarray(y_pred, np.int64)
+    return np.bincount(flat, minlength=len(clusters) * cells).reshape(len(clusters), cells).astype(np.float64)
+
+
+def sums(clusters: Clusters, columns: Floats) -> Floats:
+    """Sum the windows' numbers by cluster, ``(n, m)`` → ``(C, m)``."""
+    size = len(clusters)
+    return np.column_stack([np.bincount(clusters.of, weights=column, minlength=size) for column in columns.T])
+
+
+def draw_weights(
+    clusters: Clusters, y_true: NDArray[np.integer], *, classes: Sequence[int], resamples: int, seed: int
+) -> Weights | None:
+    """Draw the weight matrix that everything over these windows shares.
+
+    Args:
+        clusters: What is resampled, with replacement, within each host.
+        y_true: ``(n,)`` truth; a resample without a window of each class of K is drawn again and counted.
+        classes: K, fixed before.
+        resamples: B.
+        seed: Of the draws.
+
+    Returns:
+        None when there are fewer than `MIN_CLUSTERS` clusters, or hardly a resample keeps all of K.
+    """
+    if len(clusters) < MIN_CLUSTERS:
+        return None
+    has = np.zeros((len(clusters), len(classes)), np.float32)
+    for i, c in enumerate(classes):
+        has[np.unique(clusters.of[np.asarray(y_true) == c]), i] = 1.0
+    purpose = int.from_bytes(hashlib.sha256(b"bootstrap").digest()[:8], "big")
+    rng = np.random.default_rng([seed, purpose])
+    counts = np.empty((resamples, len(clusters)), np.uint16)
+    redrawn = 0
+    for start in range(0, resamples, _BLOCK):
+        block = counts[start : start + _BLOCK]
+        open_rows = np.arange(len(block))
+        for _ in range(_MAX_ROUNDS):
+            block[open_rows] = _draw(rng, clusters.host, len(open_rows))
+            lost = (block[open_rows].astype(np.float32) @ has == 0).any(axis=1)
+            open_rows = open_rows[lost]
+            redrawn += len(open_rows)
+            if not len(open_rows):
+                break
+        else:
+            return None
+    return Weights(counts=counts, redrawn=redrawn)
+
+
+def resample(weights: Weights, counts: Floats) -> Floats:
+    """Give the summed counts of every resample, ``(C, m)`` → ``(B, m)``; one call with many columns is the cheap way.
+
+    Whole numbers whose sums stay below 2^24 are multiplied in float32, which is then exact and twice as fast.
+    """
+    used = np.flatnonzero(counts.any(axis=1))  # a profile or sample has few of the clusters
+    kept = counts[used]
+    out = np.empty((len(weights), counts.shape[1]))
+    most = int(weights.counts.max(initial=0)) * kept.sum(axis=0).max(initial=0.0)
+    exact = most < 2**24 and bool((kept >= 0).all() and (kept == np.floor(kept)).all())
+    number: type[np.floating[Any]] = np.float32 if exact else np.float64
+    kept = kept.astype(number)
+    for start in range(0, len(weights), _BLOCK):
+        block = weights.counts[start : start + _BLOCK]
+        taken = block if len(used) == block.shape[1] else block[:, used]
+        out[start : start + _BLOCK] = np.matmul(taken.astype(number), kept)
+    return out
+
+
+def interval(values: Floats) -> tuple[float, float]:
+    """Give the percentile interval of the resampled values."""
+    tail = (1 - LEVEL) / 2 * 100
+    low, high = np.percentile(values, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def paired_p(differences: Floats) -> float:
+    """Give the two-sided p of "no difference" (DESIGN section 9); never 0, at best 2/(B + 1)."""
+    below, above = int((differences <= 0).sum()), int((differences >= 0).sum())
+    return min(1.0, 2.0 * min(1 + below, 1 + above) / (len(differences) + 1))
+
+
+def holm(p_values: Sequence[float]) -> tuple[float, ...]:
+    """Correct the p-values of one family. Source: Holm 1979, step-down."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = highest
+    return tuple(corrected)
+
+
+def _draw(rng: np.random.Generator, host: NDArray[np.int64], rows: int) -> NDArray[np.uint16]:
+    """Draw as many clusters of each host as it has, ``(rows, C)`` counts."""
+    counts = np.zeros((rows, len(host)), np.uint16)
+    for h in np.unique(host):
+        own = np.flatnonzero(host == h)
+        picks = rng.integers(0, len(own), size=(rows, len(own)))
+        flat = np.arange(rows)[:, None] * len(own) + picks
+        counts[:, own] = np.bincount(flat.ravel(), minlength=rows * len(own)).reshape(rows, len(own))
+    return counts

@@ -1,0 +1,122 @@
+"""What stands beside the scores of a board: support, confusion, calibration, and in words what a reader must know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from phasewatch import measures
+from phasewatch.evaluate import bootstrap
+from phasewatch.evaluate.bootstrap import Floats
+from phasewatch.evaluate.rows import MetricRow
+from phasewatch.evaluate.scope import (
+    Answer,
+    Place,
+    Rules,
+    Scope,
+    draw,
+    keep_resamples,
+    mean_over_seeds,
+    models_of,
+    span,
+)
+from phasewatch.models.registry import MODELS
+from phasewatch.vocab import PHASES
+
+TIME = "elapsed_time"
+
+
+def detail_rows(place: Place, scope: Scope) -> Iterator[MetricRow]:
+    """Give support, confusion and calibration over all windows of the board."""
+    counts, kept = scope.counts(), keep_resamples(scope)
+    support = np.bincount(scope.shown.y_true, minlength=len(PHASES))
+    for code, phase in enumerate(PHASES):
+        yield place.row(
+            metric="support",
+            model=None,
+            phase=str(phase),
+            value=float(support[code]),
+            unit="windows",
+            why="a count",
+            **counts,
+        )
+    for model, answers in models_of(scope).items():
+        mean = np.mean([measures.confusion_counts(scope.shown.y_true, a.y_pred) for a in answers], axis=0)
+        for truth, decided in np.ndindex(mean.shape):
+            yield place.row(
+                metric="confusion", model=model, seed="mean", phase=str(PHASES[truth]), x=float(decided),
+                value=float(mean[truth, decided]), unit="windows", why="a count", **counts,
+            )  # fmt: skip
+        by_cluster = [bootstrap.sums(scope.clusters, _terms(scope, a)) for a in answers]
+        drawn = draw(scope, kept, by_cluster)
+        for metric, measure in (("ece", _ece), ("brier", _brier)):
+            value = float(np.mean([measure(s.sum(axis=0, keepdims=True)) for s in by_cluster]))
+            draws = None if drawn is None else mean_over_seeds([measure(d) for d in drawn])
+            yield place.row(metric=metric, model=model, seed="mean", value=value, **span(draws, kept), **counts)
+
+
+def _terms(scope: Scope, answer: Answer) -> Floats:
+    """Give the columns that calibration error and Brier score are sums of: 15 bins, squared distance, one."""
+    y = scope.shown.y_true
+    bins, squared = measures.ece_terms(answer.probabilities, y), measures.brier_terms(answer.probabilities, y)
+    return np.column_stack([bins, squared, np.ones(len(y))])
+
+
+def _ece(columns: Floats) -> Floats:
+    error: Floats = np.abs(columns[:, : measures.ECE_BINS]).sum(axis=1) / columns[:, -1]
+    return error
+
+
+def _brier(columns: Floats) -> Floats:
+    score: Floats = columns[:, measures.ECE_BINS] / columns[:, -1]
+    return score
+
+
+def note_rows(place: Place, scope: Scope, rules: Rules, rows: Sequence[MetricRow]) -> list[MetricRow]:
+    """Say in words what a reader of the numbers must know: too few sessions, nothing above the clock, what is untested."""
+    counts = scope.counts()
+
+    def note(words: str, **more: object) -> MetricRow:
+        return place.row(metric="note", why=words, **{"model": None, **counts, **more})
+
+    notes = [
+        place.row(
+            metric="untested_profile", model=None, profile=p, value=0.0, unit="windows", why="no test window", **counts
+        )
+        for p in rules.profiles
+        if p not in set(scope.shown.profile)
+    ]
+    notes += [
+        place.row(
+            metric="untested_phase", model=None, phase=str(p), value=0.0, unit="windows", why="no test window", **counts
+        )
+        for p in PHASES
+        if p.code not in scope.classes
+    ]
+    for origin in sorted(set(scope.shown.origin)):
+        episodes = len(set(scope.shown.episode_id[scope.shown.origin == origin]))
+        notes.append(
+            place.row(metric="origin", model=None, value=float(episodes), unit="episodes", why=str(origin), **counts)
+        )
+    sessions = counts["n_sessions"]
+    if sessions < bootstrap.FEW_CLUSTERS:
+        notes.append(
+            note(f"only {sessions} sessions: intervals over fewer than {bootstrap.FEW_CLUSTERS} are too narrow")
+        )
+    if scope.weights is not None and scope.weights.redrawn:
+        notes.append(
+            note(f"{scope.weights.redrawn} of {len(scope.weights)} resamples lost a class and were drawn again")
+        )
+    baselines = {row.key for row in MODELS if row.is_baseline}
+    for row in rows:
+        if (
+            row.model not in baselines
+            and row.metric.startswith("macro_f1_gap@")
+            and row.vs == TIME
+            and (row.low is None or row.low <= 0)
+        ):
+            span = f"[{row.low:+.2f}, {row.high:+.2f}]" if row.low is not None else f"no interval, {row.why}"
+            words = f"{row.model} is not above elapsed time alone: gap {row.value:+.2f} ({span})"
+            notes.append(note(words, model=row.model, vs=TIME))
+    return notes

@@ -1,0 +1,142 @@
+"""What `metrics_v1.json` is made of: one flat row a number; and the one line that is drawn from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from phasewatch.errors import RunError
+
+METRICS = "metrics_v1.json"
+
+
+class MetricRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One number; each field that is null is "over all".
+
+    Attributes:
+        fold: A fold's name, or ``pooled``.
+        seed: A model's seed, or ``mean`` over them.
+        agent: Whether the guest's agent ran in the episodes, ``on`` or ``off``.
+        vs: The other model of a paired gap; the row's value is this model's less the other's.
+        x: Abscissa of a curve; for `confusion` the code of the decided phase.
+        why: Why there is no interval, or in rows named `note` what is to be said.
+    """
+
+    metric: str
+    recipe: str
+    fold: str
+    threat: str
+    model: str | None
+    table: str
+    filter: str
+    seed: int | str | None = None
+    agent: str | None = None
+    phase: str | None = msgspec.field(default=None, name="class")
+    profile: str | None = None
+    host_id: str | None = None
+    sample_name: str | None = None
+    vs: str | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    x: float | None = None
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    why: str | None = None
+    unit: str = "1"
+    n_windows: int = 0
+    n_episodes: int = 0
+    n_sessions: int = 0
+    n_hosts: int = 0
+
+
+class Metrics(msgspec.Struct, frozen=True, kw_only=True):
+    """`metrics_v1.json`: the digests of what it was made from, and the rows."""
+
+    inputs: dict[str, str]
+    metrics: tuple[MetricRow, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Headline:
+    """Where the headline stands (DESIGN section 9)."""
+
+    recipe: str = "held_out_host"
+    threat: str = "realistic"
+    model: str = "gbt"
+    table: str = "raw"
+    agent: str = "off"
+
+
+def render_metrics(metrics: Metrics) -> bytes:
+    """Give the bytes of the file, one row a line."""
+    inputs = msgspec.json.encode(metrics.inputs, order="sorted")
+    rows = b",\n".join(msgspec.json.encode(row) for row in metrics.metrics)
+    return b'{"inputs":' + inputs + b',\n"metrics":[\n' + rows + b"\n]}\n"
+
+
+def parse_metrics(data: bytes, *, file: str) -> Metrics:
+    """Read the file.
+
+    Raises:
+        RunError: If it is not one.
+    """
+    try:
+        return msgspec.json.decode(data, type=Metrics)
+    except msgspec.DecodeError as exc:
+        raise RunError(f"{file}: not a metrics file: {exc}; make it again with `phasewatch evaluate`") from exc
+
+
+def headline(metrics: Metrics, place: Headline = Headline()) -> str:
+    """Give the one line that a run is quoted by (DESIGN section 16), or the words why there is none."""
+    five = _find(metrics, place, "macro_f1@", place.model)
+    three = _find(metrics, place, "macro_f1_3@", place.model)
+    time = _find(metrics, place, "macro_f1@", "elapsed_time")
+    opening = f"macro-F1 of phase, unseen host, {place.threat}, {place.model}: "
+    if five is None or three is None:
+        return opening + f"untested, no test episode with the agent {place.agent}"
+    tested, of = five.metric.removeprefix("macro_f1@").split("of")
+    seeds = sum(_is_at(r, place, "macro_f1@", place.model) and isinstance(r.seed, int) for r in metrics.metrics)
+    alone = "untested" if time is None or time.value is None else f"{time.value:.2f}"
+    counts = ", ".join(
+        (
+            _number(five.n_episodes, "episode"),
+            _number(five.n_hosts, "host"),
+            f"{tested} of {of} profiles tested",
+            _number(seeds, "seed"),
+        )
+    )
+    simulated = any(
+        r.metric == "origin" and r.profile is None and r.why == "simulated" and r.recipe == place.recipe
+        for r in metrics.metrics
+    )
+    line = f"{opening}{_scored(five)}; 3 states {_scored(three)}; elapsed time alone {alone} ({counts})"
+    return line + " [simulated]" if simulated else line
+
+
+def _find(metrics: Metrics, place: Headline, prefix: str, model: str) -> MetricRow | None:
+    return next((r for r in metrics.metrics if _is_at(r, place, prefix, model) and r.seed == "mean"), None)
+
+
+def _is_at(row: MetricRow, place: Headline, prefix: str, model: str) -> bool:
+    over_all: Sequence[object] = (row.phase, row.profile, row.host_id, row.sample_name, row.vs)
+    return (
+        row.metric.startswith(prefix)
+        and row.fold == "pooled"
+        and (row.recipe, row.threat, row.table, row.filter) == (place.recipe, place.threat, place.table, "none")
+        and row.agent == place.agent
+        and row.model == model
+        and all(part is None for part in over_all)
+    )
+
+
+def _scored(row: MetricRow) -> str:
+    if row.low is None or row.high is None:
+        return f"{row.value:.2f} [no interval: {row.why}]"
+    return f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]"
+
+
+def _number(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"

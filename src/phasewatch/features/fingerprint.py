@@ -1,0 +1,167 @@
+"""A digest of what this build's arithmetic does to built-in golden episodes: equal digests mean equal bits, live and offline."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+
+from phasewatch.channels import raw_fields
+from phasewatch.episode.model import FORMAT, Clocks, Episode, Host, LabelMark, Manifest, SourceRows
+from phasewatch.features.stats import episode_stats, window_stats
+from phasewatch.grid.align import align
+from phasewatch.vocab import ClockBase, Origin, Phase, Role, SampleKind, Source
+
+_S = 1_000_000_000
+_T0 = 1_700_000_000 * _S + 123_456_789
+_MONO = 1_000 * _S + 987_654_321
+_BOOT = 70_000 * _S
+_SECONDS = 31  # an odd number of half windows, so that the last bins are in no window
+
+
+@cache
+def behaviour_fingerprint() -> str:
+    """Give the sha256 over bins, window stats and episode stats of the golden episodes, as little-endian float32.
+
+    Source: DESIGN.md, section 4, "Behaviour fingerprint".
+    """
+    digest = hashlib.sha256()
+    for _, episode in golden_episodes():
+        bins = align(episode).bins
+        for values in (bins, window_stats(bins), episode_stats(bins)):
+            digest.update(np.ascontiguousarray(values, "<f4").tobytes())
+    return digest.hexdigest()
+
+
+def golden_episodes() -> Iterator[tuple[str, Episode]]:
+    """Give the golden episodes by name, each made for one rule of the arithmetic; made of whole numbers alone."""
+    base = 2**53 + 1
+    yield "jitter", _build(1)
+    yield "no ticks from the guest, none from the card", _build(2, sources=(Source.PROC, Source.QMP))
+    yield "counters beyond 53 bits", _build(3, start=base)
+    yield "gaps just over and just under 2.5 s", _change(_build(4), _drop(lambda i: 20 <= i < 24 or 40 <= i < 45))
+    yield "resets", _build(5, wrap=2_000)
+    yield "counters that wrap at 32 bits", _build(6, start=2**32 - 5_000, wrap=2**32)
+    yield "nulls", _change(_build(7), _null(lambda i, f: (i * 7 + f * 3) % 4 == 0))
+    yield "balloon fields every third tick", _change(_build(8), _null(lambda i, f: f > 10 and i % 3 > 0))
+    yield "ten ticks a second", _build(9, period_ns=_S // 10, jitter_ns=_S // 25)
+    yield "stamps out of order, and twice", _build(10, jitter_ns=3 * _S // 2)
+    yield "sources that begin late and end early", _change(_build(11), _drop(lambda i: i < 17 or i > 43))
+    yield "a clock that claims to be Unix time", _clock(_build(12), ClockBase.UNIX, -_T0 + _MONO)
+    yield "a clock with another name", _clock(_build(13), ClockBase.BOOTTIME, -_T0 + _BOOT)
+    yield "a step of the wall clock", _change(_build(14), _step)
+
+
+def _build(
+    seed: int,
+    *,
+    sources: tuple[Source, ...] = tuple(Source),
+    period_ns: int = _S // 2,
+    jitter_ns: int = _S // 20,
+    start: int = 0,
+    wrap: int = 2**62,
+) -> Episode:
+    """Make an episode whose ticks and increments come from a small integer generator."""
+    draw = _Draw(seed)
+    rows = {}
+    for source in sources:
+        step_ns = 2 * period_ns if source is Source.GUEST else period_ns
+        n = (_SECONDS + 3) * _S // step_ns
+        at = [-2 * _S + i * step_ns + draw.below(2 * jitter_ns + 1) - jitter_ns for i in range(n)]
+        columns = []
+        for spec in raw_fields(source):
+            if spec.type == "float":
+                columns.append(np.array([draw.below(1025) / 1024 for _ in at]))
+            elif spec.nature == "counter":
+                value, counts = start, []
+                for _ in at:
+                    value = (value + draw.below(400)) % wrap
+                    counts.append(value)
+                columns.append(np.array(counts, np.int64))
+            else:
+                columns.append(np.array([start + draw.below(100_000) for _ in at], np.int64))
+        rows[source] = SourceRows(
+            source=source, fields=tuple(spec.field for spec in raw_fields(source)),
+            t_wall_ns=np.array([_T0 + t for t in at], np.int64), t_mono_ns=np.array([_MONO + t for t in at], np.int64),
+            seq=np.arange(n, dtype=np.int64), columns=tuple(columns), present=np.ones((n, len(columns)), np.bool_),
+        )  # fmt: skip
+    marks = tuple(
+        LabelMark(t_wall_ns=_T0 + s * _S, t_mono_ns=_MONO + s * _S, phase=phase)
+        for s, phase in ((0, Phase.CLEAN), (12, Phase.INFECTING), (19, Phase.ACTIVE), (_SECONDS, None))
+    )
+    return Episode(manifest=_manifest(sources), marks=marks, rows=rows)
+
+
+@dataclass(slots=True)
+class _Draw:
+    """A linear congruential generator (Knuth's MMIX constants): the same numbers on every machine, for ever."""
+
+    state: int
+
+    def below(self, bound: int) -> int:
+        """Draw a whole number in [0, bound)."""
+        self.state = (self.state * 6364136223846793005 + 1442695040888963407) % 2**64
+        return (self.state >> 33) % bound
+
+
+def _change(episode: Episode, change: Callable[[SourceRows], SourceRows]) -> Episode:
+    return replace(episode, rows={source: change(rows) for source, rows in episode.rows.items()})
+
+
+def _drop(is_lost: Callable[[int], bool]) -> Callable[[SourceRows], SourceRows]:
+    """Lose some rows of each source."""
+
+    def change(rows: SourceRows) -> SourceRows:
+        kept = np.array([i for i in range(len(rows)) if not is_lost(i)], np.intp)
+        return replace(
+            rows, t_wall_ns=rows.t_wall_ns[kept], t_mono_ns=rows.t_mono_ns[kept], seq=rows.seq[kept],
+            columns=tuple(c[kept] for c in rows.columns), present=rows.present[kept],
+        )  # fmt: skip
+
+    return change
+
+
+def _null(is_null: Callable[[int, int], bool]) -> Callable[[SourceRows], SourceRows]:
+    """Make some fields of some rows null."""
+
+    def change(rows: SourceRows) -> SourceRows:
+        shape = rows.present.shape
+        here = [[not is_null(i, f) for f in range(shape[1])] for i in range(shape[0])]
+        return replace(rows, present=np.array(here, np.bool_))
+
+    return change
+
+
+def _step(rows: SourceRows) -> SourceRows:
+    """Put the wall clock 0.75 s forward in the middle."""
+    middle = rows.t_mono_ns > _MONO + 15 * _S
+    return replace(rows, t_wall_ns=rows.t_wall_ns + middle * (3 * _S // 4))
+
+
+def _clock(episode: Episode, declared: ClockBase, by_ns: int) -> Episode:
+    """Stamp every row in another clock, and declare what the recorder would."""
+    moved = _change(episode, lambda rows: replace(rows, t_wall_ns=rows.t_wall_ns + by_ns))
+    manifest = _manifest(tuple(episode.rows), declared)
+    return replace(moved, manifest=manifest)
+
+
+def _manifest(sources: tuple[Source, ...], base: ClockBase = ClockBase.UNIX) -> Manifest:
+    hour, drift = 3600 * _S, 7_001  # ns per hour, so that re-basing has something to round
+    host = Host(
+        host_id="golden", arch="x86_64", accel="tcg", machine="none", cpu="none", vcpus=1, mem_mib=1, disk="none",
+        nic="none", hypervisor="none", guest_kernel="none", recorder="none",
+    )  # fmt: skip
+    pairs = {
+        ClockBase.MONOTONIC: ((_MONO, _T0), (_MONO + hour, _T0 + hour + drift)),
+        ClockBase.BOOTTIME: ((_BOOT, _T0), (_BOOT + hour, _T0 + hour - drift)),
+    }
+    return Manifest(
+        format=FORMAT, episode_id="00000000-0000-7000-8000-000000000000", host=host, profile="benign",
+        sample_name="golden", sample_kind=SampleKind.BENIGN, origin=Origin.SIMULATED, role=Role.LAB,
+        started_wall_ns=_T0, duration_s=float(_SECONDS), session="golden", neighbours=(), plan_seed=0, plan=(),
+        agent=Source.GUEST in sources, nominal_hz={}, rows_emitted={}, channels_available=(), fields={},
+        clocks=Clocks(base=dict.fromkeys(sources, base), pairs=pairs), recording=None, members={},
+    )  # fmt: skip

@@ -1,0 +1,206 @@
+"""Writes the feature tables of a run: one row per window, one per episode, and the schema that names their columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch.atomic import write_whole, writer
+from phasewatch.features.fingerprint import behaviour_fingerprint
+from phasewatch.features.schema import feature_names, render_schema, schema_hash
+from phasewatch.features.stats import STATS, episode_stats, window_stats
+from phasewatch.features.windows import (
+    STRIDE_NS,
+    LabelSpan,
+    centers_s,
+    label_windows,
+    n_windows,
+    window_flags,
+    window_starts,
+)
+from phasewatch.grid.files import GridRow, Grids
+from phasewatch.vocab import Status
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+WINDOW_FILE, EPISODE_FILE = "features_window_v1.parquet", "features_episode_v1.parquet"
+SCHEMA_FILE = "feature_schema_v1.json"
+ROW_GROUP = 100_000
+
+ID_COLUMNS = ("episode_id", "host_id", "profile", "sample_name", "sample_kind", "origin", "role")
+_WINDOW_NUMBERS = {"t_center_s": "<f4", "t_center_ns": "<i8", "phase": "<i1", "purity": "<f4", "flags": "<u1"}
+_EPISODE_NUMBERS = {"n_windows": "<i4"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureCount:
+    """What went into the tables: the lines of the ledger.
+
+    Attributes:
+        episodes: Rows of the episode table.
+        windows: Rows of the window table.
+        without_windows: Episodes too short for one window; each has its row in the episode table all the same.
+        left_out: Episodes with a grid that were not used, by their status.
+        unknown_windows: Windows whose phase nobody labelled; they are in the table, and in no split.
+    """
+
+    episodes: int
+    windows: int
+    without_windows: int
+    left_out: Mapping[str, int]
+    unknown_windows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WindowTable:
+    """One episode's part of the window table.
+
+    Attributes:
+        center_ns, center_s: ``(w,)`` middles of the windows, on the wall clock and from the first label.
+        phase, purity, flags: ``(w,)`` as `features.windows` makes them.
+        stats: ``(w, 230)`` float32.
+    """
+
+    center_ns: NDArray[np.int64]
+    center_s: NDArray[np.float32]
+    phase: NDArray[np.int8]
+    purity: NDArray[np.float32]
+    flags: NDArray[np.uint8]
+    stats: NDArray[np.float32]
+
+
+def windows_of(row: GridRow, bins: NDArray[np.float32]) -> WindowTable:
+    """Make one episode's windows from its bins."""
+    w = n_windows(row.n_bins)
+    starts = window_starts(row.t0_ns, w)
+    spans = [LabelSpan(phase=phase, start_ns=start, end_ns=end) for phase, start, end in row.spans]
+    labels = label_windows(spans, starts)
+    return WindowTable(
+        center_ns=starts + STRIDE_NS,
+        center_s=centers_s(w),
+        phase=labels.phase,
+        purity=labels.purity,
+        flags=window_flags(row.bin_flags, labels.is_mixed),
+        stats=window_stats(bins).reshape(w, bins.shape[1] * len(STATS)),
+    )
+
+
+def write_tables(
+    folder: Path,
+    grids: Grids,
+    statuses: Mapping[tuple[str, str], Status],
+    *,
+    include_degraded: bool = True,
+    inputs: Mapping[str, str] | None = None,
+    row_group: int = ROW_GROUP,
+) -> FeatureCount:
+    """Write the two tables and the schema of a run.
+
+    Args:
+        folder: Of the run.
+        grids: Its grids.
+        statuses: (host_id, episode_id) → what the validator said; an episode that is not there is not used.
+        include_degraded: Use episodes with something missing or repaired, too.
+        inputs: Name → sha256 of what this was made from; kept in both tables.
+        row_group: Rows held in memory at a time.
+    """
+    wanted = {Status.ACCEPTED, Status.DEGRADED} if include_degraded else {Status.ACCEPTED}
+    used: list[GridRow] = []
+    left_out: dict[str, int] = {}
+    for row in sorted(grids.rows, key=lambda r: (r.host_id, r.episode_id)):
+        status = statuses.get((row.host_id, row.episode_id))
+        if status in wanted:
+            used.append(row)
+        else:
+            key = str(status) if status else "not listed"
+            left_out[key] = left_out.get(key, 0) + 1
+    n_all = n_short = n_unknown = 0
+    with (
+        _sink(folder / WINDOW_FILE, _WINDOW_NUMBERS, row_group, inputs) as windows,
+        _sink(folder / EPISODE_FILE, _EPISODE_NUMBERS, row_group, inputs) as episodes,
+    ):
+        for row in used:
+            bins = np.asarray(grids.bins_of(row))
+            table = windows_of(row, bins)
+            w = len(table.phase)
+            numbers: dict[str, NDArray[Any]] = {
+                "t_center_s": table.center_s, "t_center_ns": table.center_ns, "phase": table.phase,
+                "purity": table.purity, "flags": table.flags,
+            }  # fmt: skip
+            windows.add(row, numbers, table.stats)
+            episodes.add(row, {"n_windows": np.array([w], np.int32)}, episode_stats(bins).reshape(1, -1))
+            n_all, n_short = n_all + w, n_short + (w == 0)
+            n_unknown += int(np.count_nonzero(table.phase < 0))
+    write_whole(folder / SCHEMA_FILE, render_schema(behaviour_fingerprint()).encode())
+    return FeatureCount(
+        episodes=len(used), windows=n_all, without_windows=n_short, left_out=left_out, unknown_windows=n_unknown
+    )
+
+
+class _Sink:
+    """Gathers rows column by column until a row group is full, then hands it to the file; memory stays constant."""
+
+    def __init__(self, file: Any, numbers: Mapping[str, str], row_group: int) -> None:
+        self._file, self._size, self._held = file, row_group, 0
+        self._names = feature_names()
+        self._ids: dict[str, list[str]] = {name: [] for name in ID_COLUMNS}
+        self._numbers = {name: np.empty(row_group, kind) for name, kind in numbers.items()}
+        self._features = np.empty((len(self._names), row_group), np.float32)
+
+    def add(self, row: GridRow, numbers: Mapping[str, NDArray[Any]], stats: NDArray[np.float32]) -> None:
+        """Append the rows of one episode."""
+        done = 0
+        while done < len(stats):
+            take = min(len(stats) - done, self._size - self._held)
+            into, of = slice(self._held, self._held + take), slice(done, done + take)
+            for name in ID_COLUMNS:
+                self._ids[name] += [str(getattr(row, name))] * take
+            for name, values in self._numbers.items():
+                values[into] = numbers[name][of]
+            self._features[:, into] = stats[of].T
+            self._held, done = self._held + take, done + take
+            if self._held == self._size:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what is held as one row group."""
+        import pyarrow as pa
+
+        if not self._held:
+            return
+        columns: list[Any] = [pa.array(self._ids[name], pa.string()) for name in ID_COLUMNS]
+        columns += [pa.array(values[: self._held]) for values in self._numbers.values()]
+        columns += [pa.array(column[: self._held]) for column in self._features]
+        names = (*ID_COLUMNS, *self._numbers, *self._names)
+        self._file.write_table(pa.table(columns, names=list(names)), row_group_size=self._size)
+        self._ids, self._held = {name: [] for name in ID_COLUMNS}, 0
+
+
+@contextmanager
+def _sink(path: Path, numbers: Mapping[str, str], row_group: int, inputs: Mapping[str, str] | None) -> Iterator[_Sink]:
+    """Open one table for writing; it appears when the block ends well."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: list[tuple[str, pa.DataType]] = [(name, pa.string()) for name in ID_COLUMNS]
+    columns += [(name, pa.from_numpy_dtype(np.dtype(kind))) for name, kind in numbers.items()]
+    columns += [(name, pa.float32()) for name in feature_names()]
+    with writer(path) as raw:
+        file = pq.ParquetWriter(
+            raw, pa.schema(columns), compression="zstd", compression_level=1, use_dictionary=list(ID_COLUMNS),
+            write_statistics=False,
+        )  # fmt: skip
+        sink = _Sink(file, numbers, row_group)
+        yield sink
+        sink.flush()
+        facts = {"schema_hash": schema_hash(), "inputs": dict(inputs or {})}
+        file.add_key_value_metadata({"phasewatch.features": json.dumps(facts, sort_keys=True)})
+        file.close()

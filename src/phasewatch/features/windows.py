@@ -1,0 +1,106 @@
+"""Ten-second windows, one every five: where they stand, which phase they are of, and what is odd about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch.episode.model import LabelMark
+from phasewatch.grid.align import CLOCK_STEP, LATE, MIXED
+from phasewatch.vocab import BIN_NS, STRIDE_BINS, WINDOW_BINS, Phase
+
+__all__ = ["CLOCK_STEP", "LATE", "MIXED", "LabelSpan", "Labels", "centers_s", "label_windows", "n_windows", "spans_of"]
+
+WINDOW_NS = WINDOW_BINS * BIN_NS
+STRIDE_NS = STRIDE_BINS * BIN_NS
+DECISION_NS = (
+    WINDOW_NS + 1_000_000_000
+)  # after a window's start: its end, and the second that late ticks are waited for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelSpan:
+    """One stay in a phase: [start, end) on the wall clock, ns."""
+
+    phase: Phase
+    start_ns: int
+    end_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Labels:
+    """The truth of each window.
+
+    Attributes:
+        phase: ``(w,)`` int8, the code of the phase that holds most of the window; −1 unknown.
+        purity: ``(w,)`` float32, the share of the window that it holds.
+        is_mixed: ``(w,)`` whether another phase holds some of it.
+    """
+
+    phase: NDArray[np.int8]
+    purity: NDArray[np.float32]
+    is_mixed: NDArray[np.bool_]
+
+
+def n_windows(n_bins: int) -> int:
+    """Count the whole windows of so many bins."""
+    return 0 if n_bins < WINDOW_BINS else (n_bins - WINDOW_BINS) // STRIDE_BINS + 1
+
+
+def window_starts(t0_ns: int, w: int) -> NDArray[np.int64]:
+    """Give the wall stamps at which the first w windows start; their centres are half a window later."""
+    return t0_ns + STRIDE_NS * np.arange(w, dtype=np.int64)
+
+
+def centers_s(w: int) -> NDArray[np.float32]:
+    """Give the windows' centres in seconds from the first label."""
+    return (5.0 * np.arange(w) + 5.0).astype(np.float32)
+
+
+def spans_of(marks: Sequence[LabelMark]) -> tuple[LabelSpan, ...]:
+    """Turn phase marks into spans; each ends where the next begins."""
+    return tuple(
+        LabelSpan(phase=mark.phase, start_ns=mark.t_wall_ns, end_ns=after.t_wall_ns)
+        for mark, after in pairwise(marks)
+        if mark.phase is not None
+    )
+
+
+def label_windows(spans: Sequence[LabelSpan], starts_ns: NDArray[np.int64]) -> Labels:
+    """Label each window with the phase that holds most nanoseconds of it.
+
+    Of two that hold the same, the one whose last span in the window starts later wins: it is where the VM went.
+    """
+    phases = sorted({span.phase for span in spans}, key=lambda phase: phase.code)
+    w = len(starts_ns)
+    held = np.zeros((len(phases), w), np.int64)
+    newest = np.full((len(phases), w), -1, np.int64)
+    for number, span in enumerate(spans):
+        inside = np.minimum(starts_ns + WINDOW_NS, span.end_ns) - np.maximum(starts_ns, span.start_ns)
+        row = phases.index(span.phase)
+        held[row] += np.maximum(inside, 0)
+        newest[row, inside > 0] = number  # spans stand in time order
+    if not phases:
+        return Labels(phase=np.full(w, -1, np.int8), purity=np.zeros(w, np.float32), is_mixed=np.zeros(w, np.bool_))
+    most = held.max(axis=0)
+    winner = np.where(held == most, newest, -2).argmax(axis=0)
+    codes = np.array([phase.code for phase in phases], np.int8)
+    return Labels(
+        phase=codes[winner],
+        purity=(most / WINDOW_NS).astype(np.float32),
+        is_mixed=np.count_nonzero(held, axis=0) > 1,
+    )
+
+
+def window_flags(bin_flags: NDArray[np.uint8], is_mixed: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Gather the flags of each window: those of its bins, and whether it holds more than one phase."""
+    w = len(is_mixed)
+    flags = np.where(is_mixed, np.uint8(MIXED), np.uint8(0))
+    if bin_flags.any():
+        for row in range(WINDOW_BINS):
+            flags |= bin_flags[row : row + STRIDE_BINS * w : STRIDE_BINS][:w]
+    return flags

@@ -1,0 +1,273 @@
+"""The grids of a run on disk: `grids.npy` and `levels.npy`, time-major and mapped, and `index.parquet` that says whose rows are where."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch.atomic import make_folder, writer
+from phasewatch.channels import CHANNELS, LEVELS
+from phasewatch.episode.model import Episode
+from phasewatch.errors import RunError
+from phasewatch.grid.align import Grid
+from phasewatch.vocab import BIN_NS, Origin, Phase, Role, SampleKind
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+GRIDS, LEVELS_FILE, INDEX = "grids.npy", "levels.npy", "index.parquet"
+_HEADER_BYTES = 128
+_GROUP_ROWS = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GridRow:
+    """Where one episode's bins lie, who it is, and its labels.
+
+    Attributes:
+        offset: First row in both maps.
+        n_bins: Number of rows.
+        t0_ns: Wall stamp at which the first bin begins.
+        spans: (phase, start, end) on the wall clock, ns.
+        flagged: Bins whose flags are not zero, and those flags.
+        The rest is the manifest's.
+    """
+
+    episode_id: str
+    host_id: str
+    offset: int
+    n_bins: int
+    t0_ns: int
+    profile: str
+    sample_name: str
+    sample_kind: SampleKind
+    origin: Origin
+    role: Role
+    session: str
+    agent: bool
+    arch: str
+    accel: str
+    spans: tuple[tuple[Phase, int, int], ...]
+    flagged: tuple[tuple[int, int], ...]
+
+    @property
+    def bin_flags(self) -> NDArray[np.uint8]:
+        """``(n_bins,)`` uint8 flags."""
+        flags = np.zeros(self.n_bins, np.uint8)
+        for number, flag in self.flagged:
+            flags[number] = flag
+        return flags
+
+
+def row_of(episode: Episode, grid: Grid) -> GridRow:
+    """Say who an episode is, as the index keeps it; the offset is the writer's to fill in."""
+    m, ends = episode.manifest, [mark.t_wall_ns for mark in episode.marks[1:]]
+    return GridRow(
+        episode_id=m.episode_id, host_id=m.host.host_id, offset=0, n_bins=len(grid.bins), t0_ns=episode.t0_ns,
+        profile=m.profile, sample_name=m.sample_name, sample_kind=m.sample_kind, origin=m.origin, role=m.role,
+        session=m.session, agent=m.agent, arch=m.host.arch, accel=m.host.accel,
+        spans=tuple(
+            (mark.phase, mark.t_wall_ns, end) for mark, end in zip(episode.marks, ends, strict=False) if mark.phase
+        ),
+        flagged=tuple((int(i), int(grid.flags[i])) for i in np.flatnonzero(grid.flags)),
+    )  # fmt: skip
+
+
+class GridWriter:
+    """Takes episodes in the order (host_id, episode_id) and streams their bins; made by `write_grids`."""
+
+    def __init__(self, bins: BinaryIO, levels: BinaryIO, index: Any) -> None:
+        self._bins, self._levels, self._index = bins, levels, index
+        self._rows: list[GridRow] = []
+        self._last = ("", "")
+        self.n_bins = 0
+        self.n_episodes = 0
+
+    def add(self, row: GridRow, bins: NDArray[np.float32], levels: NDArray[np.float32]) -> None:
+        """Append one episode.
+
+        Raises:
+            ValueError: If it does not come after the one before, or the arrays do not fit the row.
+        """
+        key = (row.host_id, row.episode_id)
+        if key <= self._last:
+            raise ValueError(f"episode {'/'.join(key)} must come after {'/'.join(self._last)}")
+        if bins.shape != (row.n_bins, len(CHANNELS)) or levels.shape != (row.n_bins, len(LEVELS)):
+            raise ValueError(f"{row.n_bins} bins, and arrays of {bins.shape} and {levels.shape}")
+        self._bins.write(np.ascontiguousarray(bins, "<f4").tobytes())
+        self._levels.write(np.ascontiguousarray(levels, "<f4").tobytes())
+        fields = {name: getattr(row, name) for name in row.__dataclass_fields__}
+        self._rows.append(GridRow(**{**fields, "offset": self.n_bins}))
+        self._last = key
+        self.n_bins += row.n_bins
+        self.n_episodes += 1
+        if len(self._rows) >= _GROUP_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand the index rows held so far to the file."""
+        if self._rows:
+            self._index.write_table(_to_table(self._rows))
+            self._rows = []
+
+
+@contextmanager
+def write_grids(folder: Path, *, inputs: Mapping[str, str] | None = None) -> Iterator[GridWriter]:
+    """Write the three files of a folder; they appear when the block ends well, the index last.
+
+    Args:
+        folder: Made if it is not there.
+        inputs: Name → sha256 of what the grids were made from; kept in the index.
+    """
+    import pyarrow.parquet as pq
+
+    make_folder(folder)
+    with ExitStack() as stack:
+        # Left in reverse order: the index vouches for the maps, so it is entered first and published last.
+        index_file = stack.enter_context(writer(folder / INDEX))
+        bins = stack.enter_context(writer(folder / GRIDS))
+        levels = stack.enter_context(writer(folder / LEVELS_FILE))
+        for file, width in ((bins, len(CHANNELS)), (levels, len(LEVELS))):
+            file.write(_header(0, width))
+        schema = _schema()
+        index = pq.ParquetWriter(index_file, schema, compression="zstd", compression_level=1, write_statistics=False)
+        made = GridWriter(bins, levels, index)
+        yield made
+        made.flush()
+        totals = {"n_bins": made.n_bins, "n_episodes": made.n_episodes, "inputs": dict(inputs or {})}
+        index.add_key_value_metadata({"phasewatch.grids": json.dumps(totals, sort_keys=True)})
+        index.close()
+        for file, width in ((bins, len(CHANNELS)), (levels, len(LEVELS))):
+            file.seek(0)
+            file.write(_header(made.n_bins, width))
+
+
+def _header(n: int, width: int) -> bytes:
+    """Write the head of a .npy file (version 1.0), always 128 bytes long so that it can be filled in afterwards."""
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({n}, {width}), }}"
+    return (
+        b"\x93NUMPY\x01\x00"
+        + (_HEADER_BYTES - 10).to_bytes(2, "little")
+        + text.ljust(_HEADER_BYTES - 11).encode()
+        + b"\n"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Grids:
+    """The grids of a run, mapped into memory: nothing is read before it is used.
+
+    Attributes:
+        bins: ``(N, 46)`` float32, all episodes end to end.
+        levels: ``(N, 13)`` float32, likewise.
+        rows: One per episode, in order of (host_id, episode_id).
+        inputs: Name → sha256 of what they were made from.
+    """
+
+    bins: NDArray[np.float32]
+    levels: NDArray[np.float32]
+    rows: tuple[GridRow, ...]
+    inputs: Mapping[str, str]
+
+    def bins_of(self, row: GridRow) -> NDArray[np.float32]:
+        """Give one episode's ``(n_bins, 46)`` view."""
+        return self.bins[row.offset : row.offset + row.n_bins]
+
+    def levels_of(self, row: GridRow) -> NDArray[np.float32]:
+        """Give one episode's ``(n_bins, 13)`` view."""
+        return self.levels[row.offset : row.offset + row.n_bins]
+
+
+def open_grids(folder: Path) -> Grids:
+    """Map the grids of a run and read their index.
+
+    Raises:
+        RunError: If a file is missing, or they do not belong together.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        parquet = pq.ParquetFile(folder / INDEX)
+        totals = json.loads((parquet.metadata.metadata or {})[b"phasewatch.grids"])
+        table = parquet.read()
+        rows = tuple(_from_table(table))
+        bins, levels = _map(folder / GRIDS), _map(folder / LEVELS_FILE)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as exc:
+        raise RunError(
+            f"{folder}: no readable grids here ({exc}); make them with `phasewatch validate STORE --out RUN`"
+        ) from exc
+    n = int(totals["n_bins"])
+    if bins.shape != (n, len(CHANNELS)) or levels.shape != (n, len(LEVELS)) or sum(row.n_bins for row in rows) != n:
+        raise RunError(
+            f"{folder}: the index speaks of {n:,} bins of {len(CHANNELS)} channels, the maps hold {bins.shape} and "
+            f"{levels.shape}; make the grids anew with `phasewatch validate STORE --out RUN`"
+        )
+    return Grids(bins=bins, levels=levels, rows=rows, inputs=totals["inputs"])
+
+
+def _map(path: Path) -> NDArray[np.float32]:
+    """Map a .npy file; one without rows cannot be mapped and is read."""
+    with path.open("rb") as file:
+        head = io.BytesIO(file.read(_HEADER_BYTES))
+    np.lib.format.read_magic(head)
+    shape, _, _ = np.lib.format.read_array_header_1_0(head)
+    mapped: NDArray[np.float32] = np.load(path, mmap_mode="r" if shape[0] else None, allow_pickle=False)
+    return mapped
+
+
+_TEXTS = ("profile", "sample_name", "sample_kind", "origin", "role", "session", "arch", "accel")
+
+
+def _schema() -> pa.Schema:
+    """Give the index's columns."""
+    import pyarrow as pa
+
+    columns = [("episode_id", pa.string()), ("host_id", pa.string()), ("offset", pa.int64()), ("n_bins", pa.int32())]
+    columns += [("t0_ns", pa.int64()), ("bin_ns", pa.int64()), *((name, pa.string()) for name in _TEXTS)]
+    columns += [("agent", pa.bool_()), ("span_phase", pa.list_(pa.string()))]
+    columns += [("span_start_ns", pa.list_(pa.int64())), ("span_end_ns", pa.list_(pa.int64()))]
+    return pa.schema([*columns, ("flagged_bin", pa.list_(pa.int32())), ("flagged_flags", pa.list_(pa.uint8()))])
+
+
+def _to_table(rows: Sequence[GridRow]) -> pa.Table:
+    """Turn index rows into columns."""
+    import pyarrow as pa
+
+    columns: dict[str, list[Any]] = {
+        name: [getattr(row, name) for row in rows]
+        for name in ("episode_id", "host_id", "offset", "n_bins", "t0_ns", "agent")
+    }
+    columns |= {name: [str(getattr(row, name)) for row in rows] for name in _TEXTS}
+    columns["bin_ns"] = [BIN_NS] * len(rows)
+    for place, name in enumerate(("span_phase", "span_start_ns", "span_end_ns")):
+        columns[name] = [[span[place] if place else str(span[0]) for span in row.spans] for row in rows]
+    for place, name in enumerate(("flagged_bin", "flagged_flags")):
+        columns[name] = [[flag[place] for flag in row.flagged] for row in rows]
+    return pa.Table.from_pydict(columns, schema=_schema())
+
+
+def _from_table(table: pa.Table) -> Iterator[GridRow]:
+    """Turn columns into index rows."""
+    columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    for i in range(table.num_rows):
+        at = {name: values[i] for name, values in columns.items()}
+        if at["bin_ns"] != BIN_NS:
+            raise ValueError(f"bins of {at['bin_ns']} ns, not {BIN_NS}")
+        spans = zip(at["span_phase"], at["span_start_ns"], at["span_end_ns"], strict=True)
+        yield GridRow(
+            episode_id=at["episode_id"], host_id=at["host_id"], offset=at["offset"], n_bins=at["n_bins"],
+            t0_ns=at["t0_ns"], profile=at["profile"], sample_name=at["sample_name"],
+            sample_kind=SampleKind(at["sample_kind"]), origin=Origin(at["origin"]), role=Role(at["role"]),
+            session=at["session"], agent=at["agent"], arch=at["arch"], accel=at["accel"],
+            spans=tuple((Phase(phase), start, end) for phase, start, end in spans),
+            flagged=tuple(zip(at["flagged_bin"], at["flagged_flags"], strict=True)),
+        )  # fmt: skip

@@ -1,0 +1,302 @@
+"""What every model is: public methods that check shapes, columns, hashes and mask, over hooks that an author writes."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar, Self, final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch.errors import MismatchError, UsageError
+from phasewatch.measures import N_CLASSES, at_temperature, log_loss
+from phasewatch.models import checkpoint
+from phasewatch.models.checkpoint import Header
+from phasewatch.vocab import PHASES
+
+Floats = NDArray[np.float64]
+
+
+class InputKind(StrEnum):
+    """What a model is given: a table of features, or the window's elapsed time alone."""
+
+    TABLE = "table"
+    ELAPSED = "elapsed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputSpec:
+    """What the columns of an input are, and by which code they were made.
+
+    Attributes:
+        mask: Name of the threat model that chose the columns.
+        schema_hash, behaviour_fingerprint: Of the feature table (DESIGN section 4).
+    """
+
+    kind: InputKind
+    names: tuple[str, ...]
+    mask: str
+    schema_hash: str
+    behaviour_fingerprint: str
+
+    def difference(self, found: InputSpec) -> str:
+        """Say in words where `found` is not what this asks for; empty when it fits."""
+        words = [
+            f"{what} {theirs[:16]}, the model needs {ours[:16]}"
+            for what, ours, theirs in (
+                ("input", self.kind, found.kind),
+                ("threat model", self.mask, found.mask),
+                ("feature schema", self.schema_hash, found.schema_hash),
+                ("behaviour fingerprint", self.behaviour_fingerprint, found.behaviour_fingerprint),
+            )
+            if ours != theirs
+        ]
+        if self.names != found.names:
+            lacking = [n for n in self.names if n not in found.names]
+            surplus = [n for n in found.names if n not in self.names]
+            if lacking or surplus:
+                words.append(f"columns: lacks {_some(lacking)}, has {_some(surplus)} too many")
+            else:
+                at = next(i for i, (a, b) in enumerate(zip(self.names, found.names, strict=True)) if a != b)
+                words.append(f"columns: same names in another order, from column {at} on ({found.names[at]})")
+        return "; ".join(words)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Inputs:
+    """Windows as a model sees them: ``(n, f)`` float32 (NaN where nothing was known), and what the columns are."""
+
+    x: NDArray[np.float32]
+    spec: InputSpec
+
+    def __post_init__(self) -> None:
+        if self.x.ndim != 2 or self.x.shape[1] != len(self.spec.names) or self.x.dtype != np.float32:
+            raise MismatchError(
+                f"input: found {self.x.dtype} of shape {self.x.shape}, expected float32 (n, {len(self.spec.names)})"
+            )
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Examples:
+    """Windows with their phase codes, ``(n,)`` in 0..4."""
+
+    inputs: Inputs
+    y: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if self.y.shape != (len(self.inputs),):
+            raise MismatchError(f"examples: {self.y.shape} labels for {len(self.inputs)} windows")
+        if self.y.size and (self.y.min() < 0 or self.y.max() >= N_CLASSES):
+            raise MismatchError(f"examples: labels {self.y.min()}..{self.y.max()}, expected 0..{N_CLASSES - 1}")
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def sha256(self) -> str:
+        """Digest of columns, values and labels: what a model learnt from."""
+        digest = hashlib.sha256(msgspec.json.encode(self.inputs.spec, order="sorted"))
+        digest.update(np.ascontiguousarray(self.inputs.x, "<f4").data)
+        digest.update(np.ascontiguousarray(self.y, "<i8").data)
+        return digest.hexdigest()
+
+
+class PhaseModel(ABC):
+    """A classifier of windows into the five phases.
+
+    An author writes `Config`, `_fit`, `_predict_proba`, `_files`, `_restore`; everything public is final.
+
+    Attributes:
+        key: The registry's name of the class.
+        Config: Frozen dataclass of what can be set, with defaults.
+        temperature: Set by `calibrate`; 1 until then.
+        history: Name → one number per round, of the fit.
+    """
+
+    key: ClassVar[str]
+    kind: ClassVar[InputKind] = InputKind.TABLE
+    Config: ClassVar[type]
+
+    @final
+    def __init__(self, *, seed: int = 0, settings: Mapping[str, Any] | None = None) -> None:
+        try:
+            self.config: Any = msgspec.convert(dict(settings or {}), self.Config)
+        except msgspec.ValidationError as exc:
+            raise UsageError(f"model {self.key}: {exc}") from exc
+        known = [field.name for field in fields(self.Config)]
+        if unknown := set(settings or {}) - set(known):
+            can = ", ".join(known) or "nothing"
+            raise UsageError(f"model {self.key} has no setting {min(unknown)!r}; it can set {can}")
+        self.seed = seed
+        self.temperature = 1.0
+        self.history: dict[str, tuple[float, ...]] = {}
+        self.spec: InputSpec | None = None
+        self.seen: tuple[int, ...] = ()
+        self.trained_on: dict[str, str] = {}
+
+    @final
+    def fit(self, train: Examples, val: Examples) -> Self:
+        """Learn from `train`, stop by `val` (validation A).
+
+        Raises:
+            MismatchError: If the two differ in columns or schema, are of another kind, or one is empty.
+        """
+        if train.inputs.spec.kind is not self.kind:
+            raise MismatchError(f"model {self.key} takes {self.kind} inputs, found {train.inputs.spec.kind}")
+        if words := train.inputs.spec.difference(val.inputs.spec):
+            raise MismatchError(f"model {self.key}: train and validation differ: {words}")
+        if not len(train) or not len(val):
+            raise MismatchError(
+                f"model {self.key}: {len(train)} train and {len(val)} validation windows; both are needed"
+            )
+        self.spec = train.inputs.spec
+        self.seen = tuple(int(c) for c in np.unique(train.y))
+        self.trained_on = {"train": train.sha256(), "val_a": val.sha256()}
+        self.temperature, self.history = 1.0, {}
+        self._fit(train, val)
+        return self
+
+    @final
+    def calibrate(self, val: Examples) -> Self:
+        """Set the temperature that makes `val` (validation B) likeliest."""
+        self.temperature = 1.0
+        raw = self.predict_proba(val.inputs)
+        self.temperature = fit_temperature(raw, val.y)
+        self.trained_on["val_b"] = val.sha256()
+        return self
+
+    @final
+    def predict_proba(self, inputs: Inputs) -> Floats:
+        """Give the probability of each phase, ``(n, 5)`` in the order of PHASES; 0 for one never seen in train.
+
+        Raises:
+            MismatchError: If the model is not fitted, or was made for other columns, schema or mask.
+        """
+        if self.spec is None:
+            raise MismatchError(f"model {self.key} is not fitted yet")
+        if words := self.spec.difference(inputs.spec):
+            raise MismatchError(f"model {self.key}: {words}")
+        if not len(inputs):
+            return np.zeros((0, N_CLASSES))
+        x = inputs.x.view()
+        x.flags.writeable = False  # a hook that writes into its input fails loudly here, not in the next model's score
+        raw = np.asarray(self._predict_proba(x), np.float64)
+        kept = np.zeros_like(raw)
+        kept[:, list(self.seen)] = raw[:, list(self.seen)]
+        return at_temperature(kept / kept.sum(axis=1, keepdims=True), self.temperature)
+
+    @final
+    def predict(self, inputs: Inputs) -> NDArray[np.int64]:
+        """Give the likeliest phase's code of each window; of equals the first."""
+        decided: NDArray[np.int64] = self.predict_proba(inputs).argmax(axis=1)
+        return decided
+
+    @final
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint: the same model is the same bytes."""
+        if self.spec is None:
+            raise MismatchError(f"model {self.key} is not fitted yet")
+        header = Header(
+            format=checkpoint.FORMAT,
+            model=self.key,
+            input_kind=self.spec.kind,
+            mask=self.spec.mask,
+            columns=self.spec.names,
+            schema_hash=self.spec.schema_hash,
+            behaviour_fingerprint=self.spec.behaviour_fingerprint,
+            classes=tuple(str(p) for p in PHASES),
+            seen=self.seen,
+            seed=self.seed,
+            config=msgspec.to_builtins(self.config),
+            temperature=self.temperature,
+            history=self.history,
+            trained_on=self.trained_on,
+            versions=checkpoint.versions(self._libraries()),
+            files={},
+        )
+        checkpoint.write(folder, header, self._files())
+
+    @classmethod
+    @final
+    def restore(cls, header: Header, files: Mapping[str, bytes]) -> Self:
+        """Make a model from a checkpoint whose digests were verified (`registry.load` does both)."""
+        model = cls(seed=header.seed, settings=header.config)
+        model.spec = InputSpec(
+            kind=InputKind(header.input_kind),
+            names=header.columns,
+            mask=header.mask,
+            schema_hash=header.schema_hash,
+            behaviour_fingerprint=header.behaviour_fingerprint,
+        )
+        model.seen, model.temperature = header.seen, header.temperature
+        model.history, model.trained_on = dict(header.history), dict(header.trained_on)
+        model._restore(files)
+        return model
+
+    @abstractmethod
+    def _fit(self, train: Examples, val: Examples) -> None: ...
+
+    @abstractmethod
+    def _predict_proba(self, x: NDArray[np.float32]) -> Floats:
+        """``(n, f)`` → ``(n, 5)``, not negative; columns of classes never seen in train are taken out afterwards."""
+
+    @abstractmethod
+    def _files(self) -> Mapping[str, bytes]:
+        """What `_restore` needs, as file name → bytes."""
+
+    @abstractmethod
+    def _restore(self, files: Mapping[str, bytes]) -> None: ...
+
+    def _libraries(self) -> tuple[str, ...]:
+        """Distributions whose version the checkpoint should name."""
+        return ("numpy",)
+
+
+def fit_temperature(probabilities: Floats, y: NDArray[np.int64]) -> float:
+    """Find the temperature in 1/4..4 of the least log loss, by golden section over its logarithm; 1 without windows.
+
+    The bounds are a choice: a few hundred windows that happen to be all right would ask for certainty.
+    """
+    if not len(y):
+        return 1.0
+    low, high = float(np.log(0.25)), float(np.log(4.0))
+    ratio = (5**0.5 - 1) / 2
+
+    def loss(log_t: float) -> float:
+        return log_loss(at_temperature(probabilities, float(np.exp(log_t))), y)
+
+    a, b = high - ratio * (high - low), low + ratio * (high - low)
+    loss_a, loss_b = loss(a), loss(b)
+    for _ in range(40):  # 0.618^40 of the span: far below what a score can show
+        if loss_a <= loss_b:
+            high, b, loss_b = b, a, loss_a
+            a = high - ratio * (high - low)
+            loss_a = loss(a)
+        else:
+            low, a, loss_a = a, b, loss_b
+            b = low + ratio * (high - low)
+            loss_b = loss(b)
+    best = float(np.exp((low + high) / 2))
+    # A flat or twisted loss (all windows of one class) can end worse than doing nothing.
+    return best if loss(np.log(best)) < loss(0.0) else 1.0
+
+
+def class_weights(y: NDArray[np.int64]) -> Floats:
+    """Weigh each class so that all that occur count alike, ``(5,)``; 0 for a class that does not occur."""
+    counts = np.bincount(y, minlength=N_CLASSES).astype(np.float64)
+    present = counts > 0
+    weights: Floats = np.divide(len(y), counts * present.sum(), out=np.zeros(N_CLASSES), where=present)
+    return weights
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{len(names)} ({shown}{', …' if len(names) > 3 else ''})" if names else "none"

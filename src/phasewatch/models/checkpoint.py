@@ -1,0 +1,153 @@
+"""A checkpoint on disk: `checkpoint.json` and the files whose sha256 it lists, verified before any parser sees them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+
+import phasewatch
+from phasewatch import atomic
+from phasewatch.errors import MismatchError, RunError
+from phasewatch.vocab import PHASES
+
+FORMAT = "phasewatch-checkpoint/1"
+HEADER = "checkpoint.json"
+MAX_HEADER_BYTES = 4 * 2**20
+MAX_FILE_BYTES = 256 * 2**20
+_FILE_NAME = re.compile(r"[a-z][a-z0-9_.-]{0,40}")
+
+Setting = int | float | str | bool | None
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Size and digest of one file beside the header."""
+
+    bytes: int
+    sha256: str
+
+
+class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`checkpoint.json`.
+
+    Attributes:
+        model: A registry key; text of a checkpoint is never imported.
+        columns: What the model takes, in order; `mask` is the threat model that chose them.
+        seen: Codes of the phases that occurred in train; the others have probability 0.
+        temperature: The one parameter fitted on validation B.
+        trained_on: Part → digest of the very windows and labels.
+        files: Name → size and sha256.
+    """
+
+    format: str
+    model: str
+    input_kind: str
+    mask: str
+    columns: tuple[str, ...]
+    schema_hash: str
+    behaviour_fingerprint: str
+    classes: tuple[str, ...]
+    seen: tuple[int, ...]
+    seed: int
+    config: dict[str, Setting]
+    temperature: float
+    history: dict[str, tuple[float, ...]]
+    trained_on: dict[str, str]
+    versions: dict[str, str]
+    files: dict[str, FileEntry]
+
+
+def versions(distributions: tuple[str, ...]) -> dict[str, str]:
+    """Name the versions of phasewatch and of the distributions; one that is not installed is passed over."""
+    found = {"phasewatch": phasewatch.__version__}
+    for name in distributions:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write(folder: Path, header: Header, files: Mapping[str, bytes]) -> None:
+    """Write the files, then the header that makes them a checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in sorted(files.items()):
+        atomic.write_whole(folder / name, data)
+    entries = {
+        name: FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        for name, data in sorted(files.items())
+    }
+    full = msgspec.structs.replace(header, files=entries)
+    atomic.write_whole(
+        folder / HEADER, msgspec.json.format(msgspec.json.encode(full, order="sorted"), indent=1) + b"\n"
+    )
+
+
+def read(folder: Path) -> tuple[Header, dict[str, bytes]]:
+    """Read a checkpoint's header and the verified bytes of its files.
+
+    Raises:
+        RunError: If a file is absent, too large, or not a checkpoint's.
+        MismatchError: If a file's bytes are not those that were written, or the checkpoint is of another format.
+    """
+    header = read_header(folder)
+    files: dict[str, bytes] = {}
+    for name, entry in header.files.items():
+        if not _FILE_NAME.fullmatch(name):
+            raise RunError(
+                f"{folder / HEADER}: file name {name!r} is not a plain name; the checkpoint was not made by phasewatch"
+            )
+        data = _read_bounded(folder / name, MAX_FILE_BYTES)
+        if (found := hashlib.sha256(data).hexdigest()) != entry.sha256 or len(data) != entry.bytes:
+            raise MismatchError(
+                f"{folder / name}: found sha256 {found[:12]} ({len(data)} bytes), expected {entry.sha256[:12]} "
+                f"({entry.bytes} bytes); the file was changed or cut, train the cell again"
+            )
+        files[name] = data
+    return header, files
+
+
+def read_header(folder: Path) -> Header:
+    """Read and check `checkpoint.json` alone."""
+    path = folder / HEADER
+    data = _read_bounded(path, MAX_HEADER_BYTES)
+    try:
+        found = msgspec.json.decode(data, type=_Format).format
+        if found != FORMAT:
+            raise MismatchError(f"{path}: found format {found!r}, this version reads {FORMAT!r}; train the model again")
+        header = msgspec.json.decode(data, type=Header)
+    except msgspec.DecodeError as exc:
+        raise RunError(f"{path}: not a checkpoint: {exc}") from exc
+    expected = tuple(str(p) for p in PHASES)
+    if header.classes != expected:
+        raise MismatchError(f"{path}: found classes {', '.join(header.classes)}, expected {', '.join(expected)}")
+    if (
+        not header.seen
+        or not set(header.seen) <= set(range(len(PHASES)))
+        or not 0.0 < header.temperature < float("inf")
+    ):
+        raise RunError(
+            f"{path}: seen {header.seen} or temperature {header.temperature} cannot be; train the model again"
+        )
+    return header
+
+
+class _Format(msgspec.Struct, frozen=True):
+    format: str
+
+
+def _read_bounded(path: Path, limit: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except FileNotFoundError as exc:
+        raise RunError(f"{path}: absent; is its folder a checkpoint of `phasewatch train`?") from exc
+    except OSError as exc:
+        raise RunError(f"{path}: cannot be read: {exc.strerror}") from exc
+    if len(data) > limit:
+        raise RunError(f"{path}: more than {limit} bytes, not a checkpoint's file")
+    return data

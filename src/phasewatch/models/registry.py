@@ -1,0 +1,99 @@
+"""The models that there are: a lazy table of key, class and what the class is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from phasewatch.errors import MismatchError, UsageError
+from phasewatch.models import checkpoint
+from phasewatch.models.base import InputKind, PhaseModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRow:
+    """One model.
+
+    Attributes:
+        where: ``module:Class``, imported when the model is first asked for.
+        persist: ``exact`` (a checkpoint gives the same bits) or ``none`` (scored in the process that fitted it).
+        is_baseline: It stands beside every score to show what is to be beaten.
+    """
+
+    key: str
+    where: str
+    kind: InputKind
+    about: str
+    persist: Literal["exact", "none"] = "exact"
+    is_baseline: bool = False
+
+
+MODELS: tuple[ModelRow, ...] = (
+    ModelRow(
+        key="gbt",
+        where="phasewatch.models.gbt:GradientBoosting",
+        kind=InputKind.TABLE,
+        about="Gradient-boosted trees over the five stats of each channel.",
+    ),
+    ModelRow(
+        key="majority",
+        where="phasewatch.models.baselines:Majority",
+        kind=InputKind.TABLE,
+        about="Always the phase that is most frequent in train.",
+        is_baseline=True,
+    ),
+    ModelRow(
+        key="elapsed_time",
+        where="phasewatch.models.baselines:ElapsedTime",
+        kind=InputKind.ELAPSED,
+        about="The phase that is likeliest this long after the first label, no telemetry looked at.",
+        is_baseline=True,
+    ),
+)
+
+
+def row_of(key: str) -> ModelRow:
+    """Find a model's row.
+
+    Raises:
+        UsageError: If there is none; the message has the nearest keys.
+    """
+    known = {row.key: row for row in MODELS}
+    if key not in known:
+        near = get_close_matches(key, known, n=2) or sorted(known)
+        raise UsageError(f"no model {key!r}; did you mean {' or '.join(near)}?")
+    return known[key]
+
+
+def class_of(key: str) -> type[PhaseModel]:
+    """Import a model's class."""
+    module, name = row_of(key).where.split(":")
+    found: type[PhaseModel] = getattr(import_module(module), name)
+    return found
+
+
+def create(key: str, *, seed: int = 0, settings: Mapping[str, Any] | None = None) -> PhaseModel:
+    """Make a model that is not fitted yet.
+
+    Raises:
+        UsageError: If the key or a setting is not known.
+    """
+    return class_of(key)(seed=seed, settings=settings)
+
+
+def load(folder: Path) -> PhaseModel:
+    """Load a checkpoint.
+
+    Raises:
+        RunError: If it is absent or not a checkpoint.
+        MismatchError: If its bytes were changed, or its format, classes or model are not known here.
+    """
+    header, files = checkpoint.read(folder)
+    if header.model not in {row.key for row in MODELS}:
+        known = ", ".join(row.key for row in MODELS)
+        raise MismatchError(f"{folder}: found model {header.model!r}, this version knows {known}")
+    return class_of(header.model).restore(header, files)

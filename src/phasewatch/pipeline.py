@@ -1,0 +1,195 @@
+"""The whole way, stage by stage: what is unchanged is kept, a kill costs the stage it hit, one writer at a time."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from phasewatch import __version__, atomic, stages
+from phasewatch.errors import SplitError, StoreError
+from phasewatch.evaluate.rows import headline
+from phasewatch.evaluate.score import read_metrics
+from phasewatch.stages import FEATURE_FILES, GRID_FILES, METRICS, PREDICTIONS, REPORT, Settings, digests
+from phasewatch.validate.index import INDEX
+from phasewatch.validate.sweep import LEDGER
+
+RUN_FILE = "run.json"
+Tell = Callable[[str, int, int, str], None]  # stage, done, in all, words
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One step of the way.
+
+    Attributes:
+        inputs: What it depends on; unchanged inputs and outputs let it be kept.
+        outputs: The files that it makes, known once it has run.
+    """
+
+    name: str
+    inputs: Callable[[], dict[str, str]]
+    outputs: Callable[[], Sequence[str]]
+    work: Callable[[], str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a run came to. `stages` says of each whether it was made now or kept, and what it had to say."""
+
+    run: Path
+    report: Path
+    headline: str
+    stages: tuple[tuple[str, str, str], ...]
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether nothing had to be done."""
+        return all(fate == "kept" for _, fate, _ in self.stages)
+
+
+def run(settings: Settings, *, tell: Tell | None = None) -> Outcome:
+    """Take a store the whole way to a report.
+
+    Raises:
+        StoreError: If there is no store, or it is empty.
+        SplitError: If no recipe can be built; the report is written all the same and says so.
+        BusyError: If another process works on the run.
+    """
+    say = tell or (lambda stage, done, total, words: None)
+    if not settings.store.is_dir():
+        raise StoreError(
+            f"{settings.store}: there is no such store; record one with `phasewatch record --out {settings.store}`"
+        )
+    atomic.make_folder(settings.run)
+    with atomic.lock(settings.run):
+        atomic.sweep_temporaries(settings.run)
+        log = _read_log(settings.run)
+        log["configuration"] = {key: str(value) for key, value in asdict(settings).items()}
+        log["versions"], log["host"] = _versions(), _host()
+        fates: list[tuple[str, str, str]] = []
+        for stage in build_stages(settings, say):
+            try:
+                fates.append(_do(stage, settings.run, log, say))
+            except SplitError:
+                stages.report(settings)
+                _write_log(settings.run, log)
+                raise
+        _write_log(settings.run, log)
+    words = headline(read_metrics(settings.run))
+    return Outcome(run=settings.run, report=settings.run / REPORT, headline=words, stages=tuple(fates))
+
+
+def build_stages(settings: Settings, say: Tell) -> tuple[Stage, ...]:
+    """List the stages in the data's order."""
+    folder, code = settings.run, stages.code_version()
+
+    def files(*names: str) -> Callable[[], Sequence[str]]:
+        return lambda: names
+
+    def validate() -> str:
+        summary = stages.validate(settings, tell=lambda done, total, v: say("validate", done, total, v.path))
+        s = summary.stage
+        return ", ".join(f"{s[name]} {name}" for name in ("accepted", "degraded", "rejected", "errored"))
+
+    def features() -> str:
+        count = stages.features(settings)
+        return f"{count.windows:,} windows of {count.episodes:,} episodes"
+
+    def train() -> str:
+        done = stages.train(settings, tell=lambda cell, n, m: say("train", n, m, f"{cell.model} {cell.fold}"))
+        return f"{len(done.trained)} cells trained, {len(done.kept)} kept"
+
+    return (
+        Stage(
+            name="validate",
+            inputs=lambda: {
+                "store": stages.store_fingerprint(settings.store), "code": code,
+                "limit": f"{settings.limit} {settings.seed}",
+            },
+            outputs=files(INDEX, *GRID_FILES), work=validate,
+        ),
+        Stage(
+            name="features",
+            inputs=lambda: digests(folder, [INDEX, *GRID_FILES]) | {"code": code, "degraded": str(settings.include_degraded)},
+            outputs=files(*FEATURE_FILES, LEDGER), work=features,
+        ),
+        Stage(
+            name="split",
+            inputs=lambda: digests(folder, [INDEX, *FEATURE_FILES]) | {"code": code},
+            outputs=lambda: stages.split_files(folder), work=lambda: f"{stages.split(settings)} folds",
+        ),
+        Stage(
+            name="train",
+            inputs=lambda: digests(folder, [*FEATURE_FILES, INDEX, *stages.split_files(folder)])
+            | {"code": code, "seed": str(settings.seed)},
+            outputs=files(PREDICTIONS), work=train,
+        ),
+        Stage(
+            name="evaluate",
+            inputs=lambda: digests(folder, [PREDICTIONS]) | {"code": code},
+            outputs=files(METRICS), work=lambda: f"{len(stages.evaluate(settings).metrics):,} numbers",
+        ),
+        Stage(
+            name="report",
+            inputs=lambda: digests(folder, [METRICS, PREDICTIONS, LEDGER, INDEX, *stages.split_files(folder)]) | {"code": code},
+            outputs=files(REPORT), work=lambda: stages.report(settings).name,
+        ),
+    )  # fmt: skip
+
+
+def _do(stage: Stage, folder: Path, log: dict[str, Any], say: Tell) -> tuple[str, str, str]:
+    """Do a stage, or keep it where what it read and what it wrote are unchanged."""
+    known: Mapping[str, Any] = log["stages"].get(stage.name, {})
+    inputs = stage.inputs()
+    if known.get("inputs") == inputs and known.get("outputs") == digests(folder, list(known.get("outputs", {}))):
+        say(stage.name, 1, 1, "unchanged")
+        return stage.name, "kept", str(known.get("words", ""))
+    log["stages"].pop(stage.name, None)
+    _write_log(folder, log)
+    began = time.monotonic()
+    say(stage.name, 0, 1, "")
+    words = stage.work()
+    say(stage.name, 1, 1, words)
+    seconds = round(time.monotonic() - began, 3)
+    log["stages"][stage.name] = {
+        "inputs": inputs, "outputs": digests(folder, list(stage.outputs())), "words": words, "seconds": seconds,
+    }  # fmt: skip
+    _write_log(folder, log)
+    return stage.name, "made", words
+
+
+def _read_log(folder: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError, TypeError):
+        found = json.loads((folder / RUN_FILE).read_bytes())
+        if isinstance(found.get("stages"), dict):
+            return dict(found)
+    return {"stages": {}}
+
+
+def _write_log(folder: Path, log: Mapping[str, Any]) -> None:
+    atomic.write_whole(folder / RUN_FILE, (json.dumps(log, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _versions() -> dict[str, str]:
+    found = {"phasewatch": __version__, "python": platform.python_version()}
+    for package in ("numpy", "pyarrow", "xgboost-cpu", "scikit-learn", "plotly"):
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    with suppress(OSError, subprocess.SubprocessError):
+        here = Path(__file__).parent
+        command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        found["git"] = done.stdout.strip()
+    return found
+
+
+def _host() -> dict[str, str]:
+    return {"machine": platform.machine(), "system": platform.platform(), "name": platform.node()}

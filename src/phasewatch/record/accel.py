@@ -1,0 +1,111 @@
+"""Whether KVM really works here: a kernel must boot on it. Everything less was seen to say yes where it does not.
+
+On a host with `kvm_pvm` the device opens, the API version is right, a vCPU is made, even a real-mode guest runs; a
+Linux kernel then writes not one byte in 15 s. The verdict is cached by host kernel and QEMU version.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from phasewatch.record.spawn import die_with_parent
+
+BOOT_DEADLINE_S = 15.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Which accelerator to use (``kvm`` or ``tcg``), and what that rests on."""
+
+    accel: str
+    why: str
+
+
+def quick_no(cpuinfo: str, modules: frozenset[str], *, device: bool, arch: str, host_arch: str) -> str | None:
+    """Say why KVM cannot work, from facts that cost nothing; None if only a boot can tell."""
+    if arch != host_arch:
+        return f"the guest is {arch}, the host {host_arch}"
+    if not device:
+        return "/dev/kvm is not there, or not ours to open"
+    if "kvm_pvm" in modules:
+        return "kvm_pvm: the host is itself a guest without hardware virtualisation"
+    if host_arch == "x86_64" and not re.search(r"^flags\s*:.*\b(vmx|svm)\b", cpuinfo, re.MULTILINE):
+        return "no vmx or svm in /proc/cpuinfo"
+    return None
+
+
+def probe(
+    *,
+    arch: str,
+    kernel: Path,
+    initrd: Path,
+    cache: Path,
+    qemu_version: str,
+    boots: Callable[[Path, Path, str], bool] | None = None,
+) -> Verdict:
+    """Decide between KVM and TCG for guests of `arch`.
+
+    Args:
+        arch: ``x86_64`` or ``aarch64``.
+        kernel, initrd: What is booted for the proof; it must power off when run with busybox as init.
+        cache: Folder that keeps the verdict.
+        qemu_version: Part of the verdict's key.
+        boots: Does the boot; a test hands in its own.
+    """
+    no = quick_no(
+        Path("/proc/cpuinfo").read_text(),
+        frozenset(path.name for path in Path("/sys/module").glob("kvm*")),
+        device=os.access("/dev/kvm", os.R_OK | os.W_OK),
+        arch=arch,
+        host_arch=platform.machine(),
+    )
+    if no is not None:
+        return Verdict(accel="tcg", why=no)
+    kept = cache / f"kvm-{arch}-{platform.release()}-{qemu_version}.json"
+    try:
+        return msgspec.json.decode(kept.read_bytes(), type=Verdict)
+    except (OSError, msgspec.MsgspecError):
+        pass
+    works = (boots or boots_on_kvm)(kernel, initrd, arch)
+    verdict = (
+        Verdict(accel="kvm", why="a kernel booted on it")
+        if works
+        else Verdict(accel="tcg", why=f"no kernel booted on KVM within {BOOT_DEADLINE_S:g} s")
+    )
+    cache.mkdir(parents=True, exist_ok=True)
+    kept.write_bytes(msgspec.json.encode(verdict))
+    return verdict
+
+
+def boots_on_kvm(kernel: Path, initrd: Path, arch: str) -> bool:
+    """Boot a kernel on KVM whose init powers off at once; True if it said something and ended well in time."""
+    machine = ["-machine", "virt,gic-version=host"] if arch == "aarch64" else ["-machine", "pc"]
+    console = "ttyAMA0" if arch == "aarch64" else "ttyS0"
+    with tempfile.TemporaryDirectory(prefix="phasewatch-kvm-") as folder:
+        serial = Path(folder, "console")
+        command = [
+            f"qemu-system-{arch}", *machine, "-accel", "kvm", "-cpu", "host", "-m", "192", "-nodefaults",
+            "-display", "none", "-no-reboot", "-serial", f"file:{serial}", "-kernel", str(kernel), "-initrd", str(initrd),
+            "-append", f"console={console} panic=-1 rdinit=/bin/busybox -- poweroff -f",
+        ]  # fmt: skip
+        try:
+            done = subprocess.run(
+                command,
+                timeout=BOOT_DEADLINE_S,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                check=False,
+                preexec_fn=die_with_parent(),
+            )
+        except (subprocess.TimeoutExpired, OSError):
+            return False
+        return done.returncode == 0 and serial.exists() and serial.stat().st_size > 0

@@ -1,0 +1,153 @@
+"""What every telemetry source is, and the clock and the 2 Hz loop that read them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from phasewatch.channels import raw_fields
+from phasewatch.vocab import BIN_NS, Source
+
+Values = tuple[
+    int | float | None, ...
+]  # one reading: the source's raw fields in the order of RAW, None = no reading of it
+Row = tuple[int | float | None, ...]  # t_wall_ns, t_mono_ns, seq, then the values
+STAMPS = 3  # that many values stand before a row's readings
+
+PERIOD_NS = 500_000_000  # 2 Hz, the bins' own pace
+PHASE_NS = (
+    BIN_NS // 2
+)  # ticks fall in the middle between two whole half seconds of wall time (DESIGN section 4, "Live")
+LATE_NS = 100_000_000  # a tick that starts later than this counts as late: a fifth of its period
+
+
+class Clock(Protocol):
+    """The host's clocks and the art of waiting; a test hands in one that jumps."""
+
+    def wall_ns(self) -> int:
+        """Unix time."""
+
+    def mono_ns(self) -> int:
+        """Time that never steps."""
+
+    def boot_ns(self) -> int:
+        """The same, counting on while the machine is suspended."""
+
+    async def sleep_until(self, mono_ns: int) -> None:
+        """Wait until `mono_ns` has passed."""
+
+
+class HostClock:
+    """The machine's own clocks."""
+
+    def wall_ns(self) -> int:
+        """Unix time."""
+        return time.time_ns()
+
+    def mono_ns(self) -> int:
+        """Time that never steps."""
+        return time.monotonic_ns()
+
+    def boot_ns(self) -> int:
+        """The same, counting on while the machine is suspended."""
+        return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+    async def sleep_until(self, mono_ns: int) -> None:
+        """Wait until `mono_ns` has passed."""
+        await asyncio.sleep(max(0, mono_ns - time.monotonic_ns()) / 1e9)
+
+
+class TelemetrySource(Protocol):
+    """One counter of one VM. It never writes to disk, and a failing read gives None-filled values, not an exception.
+
+    A failure that will not heal (no such process, no such socket) is an `OSError` or `VmError` of `open`.
+    """
+
+    @property
+    def source(self) -> Source:
+        """Which rows it fills."""
+
+    async def open(self) -> None:
+        """Find what is to be read."""
+
+    async def read(self) -> Values:
+        """Take one reading; returns at once when it is complete."""
+
+    async def close(self) -> None:
+        """Let go of files and sockets; may be called twice."""
+
+
+def nothing_of(source: Source) -> Values:
+    """Give the reading of a source that could not be read: every field None."""
+    return (None,) * len(raw_fields(source))
+
+
+@dataclass(slots=True)
+class RowLog:
+    """The rows that one source of one VM gave so far, stamped when read, and how many."""
+
+    source: Source
+    clock: Clock
+    rows: list[Row] = field(default_factory=list)
+    emitted: int = 0
+
+    def add(self, values: Values) -> None:
+        """Stamp and keep one reading."""
+        self.rows.append((self.clock.wall_ns(), self.clock.mono_ns(), self.emitted, *values))
+        self.emitted += 1
+
+
+def first_tick_ns(wall_ns: int, mono_ns: int) -> int:
+    """Give the monotonic time of the next tick: 0.25 s after a whole half second of wall time.
+
+    >>> first_tick_ns(wall_ns=1_100_000_000, mono_ns=5_000_000_000)
+    5150000000
+    """
+    return mono_ns + (PHASE_NS - wall_ns) % PERIOD_NS
+
+
+@dataclass(slots=True)
+class Ticker:
+    """Reads the sources of one VM at 2 Hz into their logs, one after the other, until cancelled.
+
+    A row is stamped when its reading is complete: what it says was true before its stamp, so that a bin knows nothing
+    after its end. A tick that was missed altogether is skipped, never made up for: two readings at once would show a
+    rate that never was.
+
+    Attributes:
+        late: Ticks that began more than `LATE_NS` after their time.
+        skipped: Ticks that never were.
+        failed: Readings that raised; their rows hold None only.
+    """
+
+    sources: Sequence[TelemetrySource]
+    logs: Sequence[RowLog]
+    clock: Clock
+    timeout_s: float = 0.4
+    late: int = 0
+    skipped: int = 0
+    failed: int = 0
+
+    async def run(self) -> None:
+        """Tick for ever."""
+        due_ns = first_tick_ns(self.clock.wall_ns(), self.clock.mono_ns())
+        while True:
+            await self.clock.sleep_until(due_ns)
+            self.late += self.clock.mono_ns() - due_ns > LATE_NS
+            await self.tick()
+            behind = (self.clock.mono_ns() - due_ns) // PERIOD_NS
+            self.skipped += behind
+            due_ns += (behind + 1) * PERIOD_NS
+
+    async def tick(self) -> None:
+        """Read every source once."""
+        for source, log in zip(self.sources, self.logs, strict=True):
+            try:
+                values = await asyncio.wait_for(source.read(), self.timeout_s)
+            except Exception:  # whatever a reader met, the other sources and the next tick go on
+                self.failed += 1
+                values = nothing_of(source.source)
+            log.add(values)

@@ -1,0 +1,174 @@
+"""`record_plan`: everything that a plan needs of this machine, found, locked, and let go of again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from phasewatch import atomic
+from phasewatch.errors import MissingTool, UsageError
+from phasewatch.record import spawn
+from phasewatch.record.accel import Verdict, probe
+from phasewatch.record.base import Clock, HostClock
+from phasewatch.record.hosts import HOSTS, HostShape
+from phasewatch.record.image import Image, build_image
+from phasewatch.record.plan import Session
+from phasewatch.record.progress import Progress, Silence
+from phasewatch.record.recorder import Recorder, Summary
+from phasewatch.record.vm import Machine, Start, Vm, host_tsc_khz
+from phasewatch.store.disk import DiskStore
+
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True, kw_only=True)
+class QemuFactory:
+    """Makes VMs: builds each image and looks for KVM once, when first needed.
+
+    Attributes:
+        cache: Folder of images and KVM verdicts.
+        scratch: Folder for overlays and sockets.
+        accel: ``kvm`` or ``tcg`` to insist on it; empty leaves it to the probe.
+    """
+
+    cache: Path
+    scratch: Path
+    clock: Clock
+    accel: str = ""
+    _made: int = 0
+    _images: dict[tuple[str, int], Image] = field(default_factory=dict)
+    _verdicts: dict[str, Verdict] = field(default_factory=dict)
+    _tsc_khz: int | None = field(default_factory=host_tsc_khz)
+
+    def prepare(self, shape: HostShape) -> tuple[Image, str]:
+        """Give the image and the accelerator for a shape; both are found at the first call."""
+        key = shape.arch, shape.data_mib
+        if key not in self._images:
+            self._images[key] = build_image(self.cache, shape.arch, data_mib=shape.data_mib)
+        accel = self.accel or ("tcg" if shape.accel == "tcg" else self._probed(shape.arch, self._images[key]))
+        return self._images[key], accel
+
+    def _probed(self, arch: str, image: Image) -> str:
+        if arch not in self._verdicts:
+            self._verdicts[arch] = probe(
+                arch=arch,
+                kernel=image.kernel,
+                initrd=image.initrd,
+                cache=self.cache,
+                qemu_version=qemu_version(arch),
+            )
+        return self._verdicts[arch].accel
+
+    def __call__(self, shape: HostShape, place: int, cores: tuple[int, ...]) -> Machine:
+        """Make one VM; nothing is started yet."""
+        image, accel = self.prepare(shape)
+        self._made += 1
+        return Vm(
+            Start(
+                shape=shape,
+                image=image,
+                accel=accel,
+                folder=self.scratch / str(self._made),
+                number=place,
+                cores=cores,
+                tsc_khz=self._tsc_khz,
+                clock=self.clock,
+            )
+        )
+
+
+def default_cache() -> Path:
+    """Give the folder where images and KVM verdicts are kept unless told otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phasewatch"
+
+
+def qemu_version(arch: str) -> str:
+    """Give the version of the installed QEMU.
+
+    Raises:
+        MissingTool: If there is none.
+    """
+    program = f"qemu-system-{arch}"
+    try:
+        text = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as exc:
+        package = "qemu-system-x86" if arch == "x86_64" else "qemu-system-arm"
+        raise MissingTool(f"{program} does not run ({exc}); install it: apt-get install {package}") from exc
+    return text.split()[3]
+
+
+def record_plan(
+    sessions: Sequence[Session],
+    *,
+    store: Path,
+    cache: Path,
+    shapes: Sequence[HostShape] = HOSTS,
+    progress: Progress | None = None,
+    idle_wait_s: float = 600.0,
+    accel: str = "",
+) -> Summary:
+    """Record every slot of a plan that the store does not hold yet.
+
+    Args:
+        sessions: The plan.
+        store: Folder that the bundles go to; made if absent, and locked meanwhile.
+        cache: Folder of images and KVM verdicts.
+        shapes: The hosts that the plan names.
+        progress: Hears what goes on.
+        idle_wait_s: How long at most to wait for an idle machine before each session.
+        accel: ``kvm`` or ``tcg`` to insist on it.
+
+    Raises:
+        BusyError: If another recorder writes into the store.
+        MissingTool: If QEMU or what builds the image is not there.
+        MachineError: If a disk is full.
+        UsageError: If the plan names a host that `shapes` does not.
+    """
+    by_id = {shape.host_id: shape for shape in shapes}
+    for session in sessions:
+        if session.host_id not in by_id:
+            raise UsageError(
+                f"session {session.session}: no host {session.host_id!r}; known: {', '.join(sorted(by_id))}"
+            )
+    clock = HostClock()
+    store.mkdir(parents=True, exist_ok=True)
+    with atomic.lock(store), spawn.scratch(spawn.scratch_parent()) as scratch:
+        atomic.sweep_temporaries(store)
+        factory = QemuFactory(cache=cache, scratch=scratch, clock=clock, accel=accel)
+        for host_id in dict.fromkeys(session.host_id for session in sessions):
+            factory.prepare(by_id[host_id])  # before the first VM: building an image is a load too
+        recorder = Recorder(
+            store=DiskStore(store),
+            shapes=by_id,
+            machines=factory,
+            clock=clock,
+            progress=progress or Silence(),
+            idle_wait_s=idle_wait_s,
+            cores=tuple(sorted(os.sched_getaffinity(0))),
+            room=(store, scratch),
+        )
+        return asyncio.run(_until_told(recorder.record(sessions)))
+
+
+async def _until_told(work: Coroutine[Any, Any, _T]) -> _T:
+    """Do the work; SIGTERM ends it in order, as Ctrl-C does: machines stopped, folders removed."""
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+    with suppress(ValueError, RuntimeError):  # not the main thread: whoever runs us there handles signals
+        loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        current = asyncio.current_task()
+        if current is not None and current.cancelling():
+            raise  # Ctrl-C: asyncio.run turns it into KeyboardInterrupt
+        raise SystemExit(128 + signal.SIGTERM) from None
+    finally:
+        with suppress(ValueError, RuntimeError):
+            loop.remove_signal_handler(signal.SIGTERM)

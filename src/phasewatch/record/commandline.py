@@ -1,0 +1,108 @@
+"""The QEMU command line of one host shape: pure, so that a shape can be read in a test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from phasewatch.errors import UsageError
+from phasewatch.record.hosts import HostShape
+
+# With PIT and PIC off no guest came up under TCG; the rest is the machine's own minimum.
+MICROVM = "microvm,rtc=on,x-option-roms=off,pit=on,pic=on"
+KERNEL_LINE = (
+    "panic=-1 ipv6.disable=1"  # router solicitations of a young guest would tell its age; `quiet` hides a hang
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sockets:
+    """Where one VM's sockets and overlay lie; all in one short private folder."""
+
+    folder: Path
+
+    @property
+    def qmp(self) -> Path:
+        """The monitor."""
+        return self.folder / "qmp.sock"
+
+    @property
+    def ctl(self) -> Path:
+        """The driver's line."""
+        return self.folder / "ctl.sock"
+
+    @property
+    def tel(self) -> Path:
+        """The agent's line."""
+        return self.folder / "tel.sock"
+
+    @property
+    def nic(self) -> Path:
+        """QEMU's end of the network cable."""
+        return self.folder / "q.sock"
+
+    @property
+    def sink(self) -> Path:
+        """The sink's end of it."""
+        return self.folder / "p.sock"
+
+    @property
+    def overlay(self) -> Path:
+        """What this episode writes to its data disk."""
+        return self.folder / "disk.qcow2"
+
+
+def build_command(
+    shape: HostShape,
+    *,
+    accel: str,
+    kernel: Path,
+    initrd: Path,
+    sockets: Sockets,
+    mac: str,
+    tsc_khz: int | None,
+) -> list[str]:
+    """Give the argv that starts one VM.
+
+    Args:
+        shape: The host shape.
+        accel: ``kvm`` or ``tcg``; never both, because QEMU does not fall back when KVM opens but does not run.
+        kernel, initrd: The guest image.
+        sockets: Where its sockets and its overlay lie.
+        mac: The network card's address.
+        tsc_khz: The host's TSC rate, that a microvm's kernel needs or else hangs in half of its boots calibrating.
+
+    Raises:
+        UsageError: If the shape is of a machine that nobody wrote down here.
+    """
+    machine = shape.machine.partition(",")[0]
+    if machine not in ("pc", "q35", "microvm", "virt"):
+        raise UsageError(f"host {shape.host_id}: no machine {machine!r}; known: pc, q35, microvm, virt")
+    bus = "device" if machine == "microvm" else "pci"
+    console = "ttyAMA0" if machine == "virt" else "ttyS0"
+    line = f"console={console} {KERNEL_LINE}"
+    if machine == "microvm" and tsc_khz:
+        line += f" tsc_early_khz={tsc_khz}"
+    if accel == "tcg" and shape.vcpus > 1:
+        accel = "tcg,thread=multi"
+    drive = f"file={sockets.overlay},if=none,id=d0,format=qcow2,cache={shape.cache},discard=unmap"
+    if shape.iops:
+        drive += f",throttling.iops-total={shape.iops}"
+    rom = ",romfile=" if bus == "pci" else ""
+    return [
+        f"qemu-system-{shape.arch}", "-name", f"{shape.host_id},debug-threads=on", "-no-user-config", "-nodefaults",
+        "-machine", MICROVM if shape.machine == "microvm" else shape.machine, "-accel", accel, "-cpu", shape.cpu,
+        "-smp", str(shape.vcpus), "-m", str(shape.mem_mib), "-display", "none", "-no-reboot",
+        # A ring, not a file: a guest that writes to its console for ever fills 64 KiB and no disk.
+        "-chardev", "ringbuf,id=con,size=65536", "-serial", "chardev:con",
+        "-kernel", str(kernel), "-initrd", str(initrd), "-append", line,
+        "-qmp", f"unix:{sockets.qmp},server=on,wait=off",
+        "-drive", drive, "-device", f"virtio-blk-{bus},drive=d0,id=blk0",
+        "-netdev", f"dgram,id=n0,local.type=unix,local.path={sockets.nic},remote.type=unix,remote.path={sockets.sink}",
+        "-device", f"virtio-net-{bus},netdev=n0,id=nic0,mac={mac}{rom}",
+        "-device", f"virtio-serial-{bus}",
+        "-chardev", f"socket,id=ctl,path={sockets.ctl},server=on,wait=off", "-device", "virtserialport,chardev=ctl,name=ctl",
+        "-chardev", f"socket,id=tel,path={sockets.tel},server=on,wait=off", "-device", "virtserialport,chardev=tel,name=tel",
+        "-device", f"virtio-balloon-{bus},id=balloon0",
+        "-object", "rng-random,id=r0,filename=/dev/urandom", "-device", f"virtio-rng-{bus},rng=r0",
+    ]  # fmt: skip

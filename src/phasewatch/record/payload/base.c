@@ -1,0 +1,131 @@
+/* Time, randomness and files for the guest program. */
+#define _GNU_SOURCE
+#include "guest.h"
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+static uint64_t state = 88172645463325252ull;
+
+double knob(const struct job *job, const char *name, double otherwise) {
+    for (int i = 0; i < job->knobs; i++)
+        if (strcmp(job->knob[i].name, name) == 0) return job->knob[i].value;
+    return otherwise;
+}
+
+uint64_t now_ms(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
+void nap_ms(double ms) {
+    if (ms <= 0) return;
+    struct timespec t = {(time_t)(ms / 1000), (long)(fmod(ms, 1000) * 1e6)};
+    while (nanosleep(&t, &t) != 0 && errno == EINTR) {}
+}
+
+void seed_random(uint64_t seed) {
+    state = seed * 0x9e3779b97f4a7c15ull + 0x632be59bd9b4e019ull;
+    if (state == 0) state = 1;
+    for (int i = 0; i < 8; i++) random_u64();
+}
+
+uint64_t random_u64(void) { /* xorshift64* */
+    state ^= state >> 12;
+    state ^= state << 25;
+    state ^= state >> 27;
+    return state * 0x2545f4914f6cdd1dull;
+}
+
+double uniform(void) { return (double)(random_u64() >> 11) / 9007199254740992.0; }
+
+double exponential(double mean) {
+    double draw = -log(1.0 - uniform()) * mean;
+    return draw > 5 * mean ? 5 * mean : draw;
+}
+
+void fill_random(void *at, size_t n) {
+    unsigned char *p = at;
+    for (size_t i = 0; i < n; i += 8) {
+        uint64_t r = random_u64();
+        memcpy(p + i, &r, n - i < 8 ? n - i : 8);
+    }
+}
+
+int run(const char *const argv[]) {
+    pid_t child = fork();
+    if (child == 0) {
+        int null = open("/dev/null", O_RDWR);
+        dup2(null, 0), dup2(null, 1), dup2(null, 2);
+        execv("/bin/busybox", (char *const *)argv);
+        _exit(127);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128;
+}
+
+int write_file(const char *path, long bytes, double bytes_per_s) {
+    static char block[16384];
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0644);
+    if (fd < 0) return -1;
+    for (long left = bytes; left > 0;) {
+        long n = left < (long)sizeof block ? left : (long)sizeof block;
+        fill_random(block, (size_t)n);
+        if (write(fd, block, (size_t)n) != n) break;
+        left -= n;
+        if (bytes_per_s > 0) nap_ms(1000.0 * (double)n / bytes_per_s);
+    }
+    return close(fd);
+}
+
+long read_file(const char *path) {
+    static char block[16384];
+    int fd = open(path, O_RDONLY);
+    if (fd < 0) return -1;
+    long total = 0, n;
+    while ((n = read(fd, block, sizeof block)) > 0) total += n;
+    close(fd);
+    return total;
+}
+
+static int by_name(const void *a, const void *b) { return strcmp(a, b); }
+
+static int gather(const char *folder, char paths[][128], int most, int have) {
+    DIR *dir = opendir(folder);
+    if (dir == NULL) return have;
+    struct dirent *entry;
+    while (have < most && (entry = readdir(dir)) != NULL) {
+        if (entry->d_name[0] == '.') continue;
+        char path[128];
+        if (snprintf(path, sizeof path, "%s/%s", folder, entry->d_name) >= (int)sizeof path) continue;
+        struct stat info;
+        if (lstat(path, &info) != 0) continue;
+        if (S_ISDIR(info.st_mode)) have = gather(path, paths, most, have);
+        else if (S_ISREG(info.st_mode)) strcpy(paths[have++], path);
+    }
+    closedir(dir);
+    return have;
+}
+
+int each_file(const char *folder, char paths[][128], int most) {
+    int n = gather(folder, paths, most, 0);
+    qsort(paths, (size_t)n, 128, by_name);
+    return n;
+}
+
+void make_home(void) { mkdir(DATA "/.cache", 0755), mkdir(HOME, 0755); }
+
+void remove_tree(const char *path) {
+    const char *const argv[] = {"rm", "-rf", path, NULL};
+    run(argv);
+}

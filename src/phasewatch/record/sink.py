@@ -1,0 +1,228 @@
+"""The process behind a VM's network card: a unix datagram socket, the responder, the flow counters.
+
+QEMU's `-netdev dgram` sends one Ethernet frame a datagram. `Sink` lives in the recorder; the process that it starts
+ends when the recorder closes it or dies, because its control pipe then ends.
+"""
+
+from __future__ import annotations
+
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from struct import Struct
+from types import TracebackType
+
+import msgspec
+
+from phasewatch.errors import VmError
+from phasewatch.record.netflow import Counters, FlowCounter, TrafficLog, TrafficRow
+from phasewatch.record.responder import Ignored, Responder
+
+_SIZE = Struct("!I")
+_COUNTERS = Struct(f"!{len(Counters._fields)}q")
+_TAKE, _LOG = b"t", b"l"
+_MAX_FRAME_BYTES = 65536
+_MAX_PATH_BYTES = 107  # sun_path, less its final zero
+_BURST = 256  # frames that are taken before the control pipe is looked at again
+_BACKLOG = 4096  # frames that wait for QEMU to take them
+_RETRY_S = 0.002
+_SOCKET_BYTES = 4 * 2**20  # asked for; the kernel gives up to its limit
+_ANSWER_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinkLog:
+    """What a sink saw in its life.
+
+    Attributes:
+        rows: Totals per far end, for the proof that the guest stayed inside its bounds.
+        frames_beyond: Frames of far ends that no row was left for.
+        lost_frames: Answers that QEMU did not take.
+        forgotten_flows: Flows that fell out of the flow table.
+        open_connections: TCP connections open now.
+        ignored: Frames without an answer, by reason.
+    """
+
+    rows: tuple[TrafficRow, ...]
+    frames_beyond: int
+    lost_frames: int
+    forgotten_flows: int
+    open_connections: int
+    ignored: Ignored
+
+
+class Sink:
+    """The recorder's end of one sink process; one for each start of a VM.
+
+    Args:
+        path: Where the sink listens: QEMU's `remote.path`. Bound before this returns, so that no frame is lost.
+        peer: Where QEMU listens: its `local.path`. Need not exist yet.
+    """
+
+    def __init__(self, path: Path, peer: Path) -> None:
+        for each in (path, peer):
+            if len(bytes(each)) > _MAX_PATH_BYTES:
+                raise VmError(f"{each}: a socket's path has at most {_MAX_PATH_BYTES} bytes; choose a shorter folder")
+        self._path = path
+        path.unlink(missing_ok=True)
+        self._control, theirs = socket.socketpair()
+        with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as wire:
+            wire.bind(str(path))
+            # -P: a file of the working folder must not stand in for a module.
+            command = [sys.executable, "-P", "-c", "from phasewatch.record.sink import main; main()"]
+            self._process = subprocess.Popen(
+                [*command, str(wire.fileno()), str(theirs.fileno()), str(peer)],
+                pass_fds=(wire.fileno(), theirs.fileno()),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+        self._control.settimeout(_ANSWER_S)
+
+    @property
+    def pid(self) -> int:
+        """Process id of the sink."""
+        return self._process.pid
+
+    def take(self) -> Counters:
+        """Read the counters in RAW order and begin a new tick (of `dst_ports` and `dst_ips`)."""
+        return Counters(*_COUNTERS.unpack(self._ask(_TAKE)))
+
+    def log(self) -> SinkLog:
+        """Read what the sink saw so far."""
+        return msgspec.json.decode(self._ask(_LOG), type=SinkLog)
+
+    def close(self) -> None:
+        """End the process and remove its socket. Any number of times."""
+        self._control.close()
+        try:
+            self._process.wait(_ANSWER_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, question: bytes) -> bytes:
+        try:
+            self._control.sendall(question)
+            return self._receive(_SIZE.unpack(self._receive(_SIZE.size))[0])
+        except OSError as exc:
+            rc = self._process.poll()
+            state = "runs, but is silent" if rc is None else f"ended with {rc}"
+            raise VmError(
+                f"the network sink at {self._path} {state} ({exc}); the episode is lost, record it again"
+            ) from exc
+
+    def _receive(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            part = self._control.recv(size - len(data))
+            if not part:
+                raise ConnectionResetError("control pipe closed")
+            data += part
+        return bytes(data)
+
+
+class _Station:
+    """The loop of the sink process."""
+
+    def __init__(self, wire: socket.socket, control: socket.socket, peer: str) -> None:
+        self._wire, self._control, self._peer = wire, control, peer
+        self._responder = Responder()
+        self._flows = FlowCounter()
+        self._log = TrafficLog()
+        self._backlog: deque[bytes] = deque()
+        self._lost = 0
+
+    def run(self) -> None:
+        poll = select.poll()
+        poll.register(self._wire, select.POLLIN)
+        poll.register(self._control, select.POLLIN)
+        while True:
+            ready = dict(poll.poll(self._pause_ms()))
+            self._take_frames()  # before an answer, so that a reading holds every frame sent before it was asked for
+            if self._control.fileno() in ready and not self._serve():
+                return
+            self._send(self._responder.due(time.monotonic_ns()))
+
+    def _pause_ms(self) -> float | None:
+        due_ns = self._responder.next_due_ns
+        pause_s = None if due_ns is None else max(0.0, (due_ns - time.monotonic_ns()) / 1e9)
+        if self._backlog:
+            pause_s = _RETRY_S if pause_s is None else min(pause_s, _RETRY_S)
+        return None if pause_s is None else 1000 * pause_s
+
+    def _take_frames(self) -> None:
+        for _ in range(_BURST):
+            try:
+                frame = self._wire.recv(_MAX_FRAME_BYTES)
+            except BlockingIOError:
+                return
+            self._flows.see(frame, True)
+            self._log.see(frame, True)
+            self._send(self._responder.handle(frame, time.monotonic_ns()))
+
+    def _send(self, frames: list[bytes]) -> None:
+        room = _BACKLOG - len(self._backlog)
+        self._backlog.extend(frames[:room])
+        self._lost += len(frames[room:])
+        while self._backlog:
+            try:
+                self._wire.sendto(self._backlog[0], self._peer)
+            except BlockingIOError:  # QEMU's queue is full: it reads when the guest has room
+                return
+            except OSError:  # the VM is gone, or not there yet
+                self._lost += 1
+                self._backlog.popleft()
+                continue
+            frame = self._backlog.popleft()
+            self._flows.see(frame, False)
+            self._log.see(frame, False)
+
+    def _serve(self) -> bool:
+        try:
+            question = self._control.recv(1)
+            if question == _TAKE:
+                answer = _COUNTERS.pack(*self._flows.take())
+            elif question == _LOG:
+                answer = msgspec.json.encode(self._report())
+            else:
+                return False
+            self._control.sendall(_SIZE.pack(len(answer)) + answer)
+        except OSError:  # the recorder died
+            return False
+        return True
+
+    def _report(self) -> SinkLog:
+        return SinkLog(
+            rows=self._log.rows(),
+            frames_beyond=self._log.frames_beyond,
+            lost_frames=self._lost,
+            forgotten_flows=self._flows.forgotten,
+            open_connections=self._responder.connections,
+            ignored=self._responder.ignored,
+        )
+
+
+def main() -> None:
+    """Run the sink process: argv is the datagram socket, the control socket, QEMU's path."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the recorder, which then closes the pipe
+    wire = socket.socket(fileno=int(sys.argv[1]))
+    control = socket.socket(fileno=int(sys.argv[2]))
+    wire.setblocking(False)
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        wire.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BYTES)
+    _Station(wire, control, sys.argv[3]).run()

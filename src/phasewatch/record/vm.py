@@ -1,0 +1,300 @@
+"""One virtual machine's life: overlay, sink, QEMU, the driver's line, the sources; and nothing of it left afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from phasewatch.errors import VmError
+from phasewatch.record import spawn
+from phasewatch.record.base import Clock, RowLog, TelemetrySource
+from phasewatch.record.commandline import Sockets, build_command
+from phasewatch.record.driver import Ack, Driver, Ready
+from phasewatch.record.flows import NetflowSource
+from phasewatch.record.guest import GuestReader
+from phasewatch.record.hosts import HostShape
+from phasewatch.record.image import Image
+from phasewatch.record.proc import ProcSource
+from phasewatch.record.qmp import Monitor, QmpSource
+from phasewatch.record.sink import Sink
+
+SOCKETS_S = 10.0  # from QEMU's start until it serves its sockets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BootRule:
+    """How long a machine may take to boot, and how often it may try."""
+
+    deadline_s: float
+    tries: int
+
+
+# Measured: 2 to 4 s alone, 7 s with a neighbour. A microvm either comes within 5 s or hangs.
+BOOT = {"microvm": BootRule(deadline_s=15.0, tries=6), "": BootRule(deadline_s=45.0, tries=3)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineFacts:
+    """What is known of a VM once it has booted; it goes into the manifest."""
+
+    boot_s: float
+    booted_mono_ns: int
+    guest_kernel: str
+    guest_image: str
+    hypervisor: str
+    accel: str
+    nic: str
+    pinning: tuple[int, ...]
+    qemu_pid: int
+
+
+class Machine(Protocol):
+    """What the recorder needs of a VM; tests hand in a make-believe one."""
+
+    async def boot(self) -> MachineFacts:
+        """Start it and wait for its first word."""
+
+    async def send(self, verb: str, *arguments: str) -> Ack:
+        """Send the driver one command."""
+
+    async def finished(self, number: int, *, timeout_s: float) -> int:
+        """Wait until the work that command `number` began has ended by itself."""
+
+    def sources(self) -> tuple[TelemetrySource, ...]:
+        """The host's sources, not yet open."""
+
+    def listen(self, log: RowLog) -> GuestReader:
+        """The agent's reader, not yet open."""
+
+    async def died(self) -> None:
+        """Return when it is no longer running."""
+
+    async def stop(self) -> None:
+        """End it and remove all that it left; may be called at any time, twice too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What one VM is started with.
+
+    Attributes:
+        number: 0 or 1, its place in the session.
+        cores: The core of each vCPU; empty leaves them to the kernel.
+        tsc_khz: The host's TSC rate, if known.
+    """
+
+    shape: HostShape
+    image: Image
+    accel: str
+    folder: Path
+    number: int
+    cores: tuple[int, ...]
+    tsc_khz: int | None
+    clock: Clock
+
+
+class Vm:
+    """A QEMU process, its sink and its sockets."""
+
+    def __init__(self, start: Start) -> None:
+        self._start = start
+        self._name = f"{start.shape.host_id}[{start.number}]"
+        self._qemu: asyncio.subprocess.Process | None = None
+        self._sink: Sink | None = None
+        self._monitor: Monitor | None = None
+        self._driver: Driver | None = None
+        self._tids: tuple[int, ...] = ()
+
+    async def boot(self) -> MachineFacts:
+        """Start the VM, again if it hangs, and wait for the guest's first word.
+
+        Raises:
+            VmError: If no try succeeds; it says what each one met.
+        """
+        rule = BOOT.get(self._start.shape.machine.partition(",")[0], BOOT[""])
+        words: list[str] = []
+        for number in range(1, rule.tries + 1):
+            try:
+                return await self._boot_once(rule.deadline_s)
+            except (VmError, OSError) as exc:
+                words.append(f"try {number}: {await self._why(exc)}")
+                await self.stop()
+            except BaseException:
+                await self.stop()
+                raise
+        raise VmError(f"{self._name} did not boot in {rule.tries} tries; " + "; ".join(words))
+
+    async def send(self, verb: str, *arguments: str) -> Ack:
+        """Send the driver one command and wait for its acknowledgement."""
+        return await self._line().send(verb, *arguments)
+
+    async def finished(self, number: int, *, timeout_s: float) -> int:
+        """Wait until the work that command `number` began has ended by itself; gives its exit code."""
+        return await self._line().finished(number, timeout_s=timeout_s)
+
+    def sources(self) -> tuple[TelemetrySource, ...]:
+        """Give the host's three sources; the monitor's connection stays the VM's."""
+        if self._qemu is None or self._monitor is None or self._sink is None:
+            raise VmError(f"{self._name}: not running")
+        return (
+            ProcSource(pid=self._qemu.pid, vcpu_tids=self._tids),
+            NetflowSource(self._sink),
+            # Last, because it is slowest: the others' stamps stay in the middle of the bins.
+            QmpSource(monitor=self._monitor, vcpus=self._start.shape.vcpus, clock=self._start.clock),
+        )
+
+    def listen(self, log: RowLog) -> GuestReader:
+        """Give the reader of the agent's line."""
+        return GuestReader(path=self._sockets().tel, log=log)
+
+    async def died(self) -> None:
+        """Return when QEMU is no longer running."""
+        if self._qemu is not None:
+            await self._qemu.wait()
+
+    async def stop(self) -> None:
+        """End QEMU and the sink, and remove the folder with overlay and sockets."""
+        if self._driver is not None:
+            await self._driver.close()
+        if self._qemu is not None:
+            await spawn.end(self._qemu)
+        if self._monitor is not None:
+            await self._monitor.close()
+        if self._sink is not None:
+            await asyncio.to_thread(self._sink.close)
+        self._driver = self._qemu = self._monitor = self._sink = None
+        shutil.rmtree(self._start.folder, ignore_errors=True)
+
+    async def _boot_once(self, deadline_s: float) -> MachineFacts:
+        start, sockets = self._start, self._sockets()
+        start.folder.mkdir(mode=0o700)
+        await _make_overlay(start.image.base_disk, sockets.overlay)
+        mac = f"52:54:00:77:00:{start.number + 2:02x}"
+        self._sink = Sink(sockets.sink, sockets.nic)
+        command = build_command(
+            start.shape,
+            accel=start.accel,
+            kernel=start.image.kernel,
+            initrd=start.image.initrd,
+            sockets=sockets,
+            mac=mac,
+            tsc_khz=start.tsc_khz,
+        )
+        began_ns = start.clock.mono_ns()
+        with (start.folder / "qemu.log").open("wb") as log:
+            self._qemu = await spawn.start(command, log=log)
+        self._driver = Driver(clock=start.clock, name=self._name)
+        await self._when_served(lambda: self._line().open(sockets.ctl))
+        self._monitor = Monitor(sockets.qmp)
+        await self._monitor.connect()
+        self._tids = await self._monitor.vcpu_tids()
+        for tid, core in zip(self._tids, start.cores, strict=False):
+            os.sched_setaffinity(tid, {core})
+        ready = await self._first_word(deadline_s)
+        now_ns = start.clock.mono_ns()
+        return MachineFacts(
+            boot_s=round((now_ns - began_ns) / 1e9, 3),
+            booted_mono_ns=now_ns,
+            guest_kernel=ready.kernel,
+            guest_image=start.image.digest[:12],
+            hypervisor=f"QEMU {await self._monitor.version()}",
+            accel=start.accel,
+            nic="virtio-net, dgram sink",
+            pinning=start.cores[: len(self._tids)],
+            qemu_pid=self._qemu.pid,
+        )
+
+    async def _when_served(self, connect: Callable[[], Awaitable[None]]) -> None:
+        """Connect as soon as QEMU serves the socket; it may refuse its command line instead."""
+        for _ in range(round(SOCKETS_S / 0.02)):
+            with suppress(FileNotFoundError, ConnectionRefusedError):
+                await connect()
+                return
+            if self._qemu is not None and self._qemu.returncode is not None:
+                raise VmError("QEMU ended")
+            await asyncio.sleep(0.02)
+        raise VmError(f"QEMU served no socket within {SOCKETS_S:g} s: {self._log_tail()}")
+
+    async def _first_word(self, deadline_s: float) -> Ready:
+        ready = asyncio.ensure_future(self._line().ready())
+        died = asyncio.ensure_future(self.died())
+        try:
+            await asyncio.wait((ready, died), timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
+            if ready.done():
+                return ready.result()
+            if died.done():
+                raise VmError("QEMU died during boot")
+            raise VmError(f"no word from the guest within {deadline_s:g} s; its console ends: {await self._console()}")
+        finally:
+            ready.cancel()
+            died.cancel()
+            await asyncio.gather(ready, died, return_exceptions=True)
+
+    async def _why(self, error: Exception) -> str:
+        """Give QEMU's own last words where it ended, whatever its end broke first on our side."""
+        if self._qemu is not None:
+            with suppress(TimeoutError):
+                code = await asyncio.wait_for(self._qemu.wait(), 0.5)
+                return f"QEMU ended with {code}: {self._log_tail()}"
+        return str(error)
+
+    async def _console(self) -> str:
+        """Give the last words of the guest's console."""
+        if self._monitor is None:
+            return "(no monitor)"
+        try:
+            text = str(await self._monitor.ask("ringbuf-read", device="con", size=65536, format="utf8"))
+        except VmError as exc:
+            return f"({exc})"
+        return _one_line(text) or "(empty)"
+
+    def _log_tail(self) -> str:
+        try:
+            return _one_line((self._start.folder / "qemu.log").read_text(errors="replace")) or "(it said nothing)"
+        except OSError:
+            return "(no log)"
+
+    def _line(self) -> Driver:
+        if self._driver is None:
+            raise VmError(f"{self._name}: not running")
+        return self._driver
+
+    def _sockets(self) -> Sockets:
+        return Sockets(folder=self._start.folder)
+
+
+async def _make_overlay(base: Path, overlay: Path) -> None:
+    # Beside the base, so that an episode's writes are its own and cost a few MB.
+    process = await asyncio.create_subprocess_exec(
+        "qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base.resolve()), "-F", "qcow2", str(overlay),
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    _, words = await process.communicate()
+    if process.returncode:
+        raise VmError(f"qemu-img could not make {overlay}: {_one_line(words.decode(errors='replace'))}")
+
+
+def host_tsc_khz() -> int | None:
+    """Give the host's TSC rate: under TCG it is the guest's too. From the kernel's log, else from /proc/cpuinfo."""
+    with suppress(OSError, subprocess.SubprocessError):
+        log = subprocess.run(
+            ["dmesg"], capture_output=True, text=True, timeout=10, check=False, errors="replace"
+        ).stdout
+        found = re.findall(r"tsc: (?:Detected|Refined TSC clocksource calibration:) ([\d.]+) MHz", log)
+        if found:
+            return round(float(found[-1]) * 1000)
+    match = re.search(r"^cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return round(float(match[1]) * 1000) if match else None
+
+
+def _one_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "".join(c if " " <= c <= "~" else "?" for c in " | ".join(lines[-3:]))[-400:]

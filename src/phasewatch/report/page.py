@@ -1,0 +1,192 @@
+"""Reads a run's files and writes `report.html` beside them: one file that opens anywhere and asks no network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from phasewatch.atomic import write_whole
+from phasewatch.errors import MissingTool, RunError
+from phasewatch.evaluate.rows import METRICS, parse_metrics
+from phasewatch.report import evidence as ev
+from phasewatch.report.blocks import Page
+from phasewatch.report.story import tell
+from phasewatch.split import parse_fold
+from phasewatch.train.predictions import NO_FILTER, PREDICTIONS
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+NAME = "report.html"
+MAX_BYTES = 6 * 1024 * 1024  # one mail attachment; Plotly's script alone is 4.8 MB
+_T = TypeVar("_T")
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.html` into a run's folder and give its path; the same files give the same bytes.
+
+    Raises:
+        RunError: If the folder is absent, or not one file of it can be read.
+        MissingTool: If Plotly or Jinja is not installed.
+    """
+    target = run / NAME
+    write_whole(target, render(tell(read_evidence(run))).encode())
+    return target
+
+
+def read_evidence(run: Path) -> ev.Evidence:
+    """Read what a run has; what is absent or broken is noted, and the rest is read all the same.
+
+    Raises:
+        RunError: If the folder is absent, or not one file of it can be read.
+    """
+    if not run.is_dir():
+        raise RunError(f"{run}: no such run; `phasewatch run STORE --out {run}` makes one")
+    notes: list[str] = []
+
+    def attempt(name: str, parse: Callable[[Path], _T]) -> _T | None:
+        path = run / name
+        if not path.is_file():
+            notes.append(f"{name} is absent: `phasewatch {ev.MADE_BY[name]} RUN` makes it.")
+            return None
+        try:
+            return parse(path)
+        except (RunError, OSError) as exc:
+            notes.append(f"{name} could not be read: {exc}")
+            return None
+
+    metrics = attempt(METRICS, lambda p: parse_metrics(p.read_bytes(), file=METRICS))
+    predictions = attempt(PREDICTIONS, lambda p: ev.parse_predictions(_read_predictions(p)))
+    bundles = attempt(ev.VALIDATION, lambda p: ev.parse_validation(_read_table(p, ev.VALIDATION_COLUMNS)))
+    stages = attempt(ev.LEDGER, lambda p: ev.parse_ledger(p.read_bytes()))
+    schema = attempt(ev.SCHEMA, lambda p: ev.parse_schema(p.read_bytes()))
+    folds = []
+    for path in sorted((run / "splits").glob("*.json")):
+        try:
+            folds.append(parse_fold(path.read_bytes(), file=f"splits/{path.name}"))
+        except (RunError, OSError) as exc:
+            notes.append(str(exc))
+    if not (metrics or predictions or bundles or stages or schema or folds):
+        raise RunError(f"{run}: nothing of a run can be read here; `phasewatch run STORE --out {run}` makes one")
+    digests = _digests(run)
+    if metrics is not None:
+        notes += ev.stale(metrics, digests)
+    return ev.Evidence(
+        metrics=metrics,
+        predictions=predictions,
+        bundles=bundles,
+        stages=stages or (),
+        folds=tuple(folds),
+        schema=schema,
+        digests=digests,
+        notes=tuple(notes),
+    )
+
+
+def render(page: Page) -> str:
+    """Give the page as HTML; every string from data is escaped, in text and inside the script's data alike."""
+    try:
+        import jinja2
+        from markupsafe import Markup
+    except ImportError as exc:
+        raise MissingTool("Jinja is not installed: pip install 'phasewatch[train]'") from exc
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("phasewatch.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["code"] = _code
+    plotly, draw = Markup(plotly_script()), Markup(_resource("draw.js"))
+    return environment.get_template("report.html.j2").render(
+        page=page,
+        style=Markup(_resource("style.css")),
+        scripts=(plotly, draw),
+        data=Markup(script_json(page.figures())),
+        hashes=" ".join(f"'sha256-{_digest(text)}'" for text in (plotly, draw)),
+    )
+
+
+def script_json(value: Any) -> str:
+    """Give JSON that no HTML parser can take for markup: no `<`, `>`, `&` and nothing beyond ASCII stays as it is.
+
+    >>> script_json("</script>")
+    '"\\\\u003c/script\\\\u003e"'
+    """
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"), sort_keys=True)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def plotly_script() -> str:
+    """Give Plotly's script as the installed package carries it.
+
+    Raises:
+        MissingTool: If the package is not installed, or has no script.
+    """
+    try:
+        text = (resources.files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+    except (ImportError, OSError) as exc:
+        raise MissingTool("Plotly's script is not installed: pip install 'phasewatch[train]'") from exc
+    if "</script" in text or "\r" in text:
+        raise MissingTool("Plotly's script cannot stand inside a page as it is; pip install 'plotly==7.1.0'")
+    return text
+
+
+def _resource(name: str) -> str:
+    return (resources.files("phasewatch.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _code(text: str) -> Markup:
+    """Set what stands between backticks as code, everything else as text."""
+    from markupsafe import Markup, escape
+
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # an odd backtick is one from data
+        return escape(text)
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if i % 2 else escape(part) for i, part in enumerate(parts)
+    )
+
+
+def _read_table(path: Path, columns: tuple[str, ...], filters: Any = None) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        have = set(pq.read_schema(path).names)
+        return pq.read_table(path, columns=[c for c in columns if c in have], filters=filters)
+    except pa.ArrowException as exc:
+        raise RunError(f"{path.name}: {exc}; make it again with `phasewatch {ev.MADE_BY[path.name]} RUN`") from exc
+
+
+def _read_predictions(path: Path) -> Any:
+    """Read the test windows of the headline's recipe alone; a full grid's file holds millions of others."""
+    wanted = [
+        ("recipe", "==", ev.PLACE.recipe),
+        ("threat", "==", ev.PLACE.threat),
+        ("table", "==", ev.PLACE.table),
+        ("filter", "==", NO_FILTER),
+        ("part", "==", "test"),
+    ]
+    return _read_table(path, ev.PREDICTION_COLUMNS, wanted)
+
+
+def _digests(run: Path) -> dict[str, str]:
+    """Digest what the page quotes; run.json is left out, for it alone holds times."""
+    found = {}
+    for name in (METRICS, PREDICTIONS, ev.LEDGER, ev.VALIDATION, ev.SCHEMA):
+        if (run / name).is_file():
+            with (run / name).open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found

@@ -1,0 +1,124 @@
+"""One cut of a run's episodes: who is in which set, what was checked, and its file."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import msgspec
+
+from phasewatch.errors import RunError
+from phasewatch.vocab import Phase, Role
+
+VERSION = 1
+
+
+class Part(StrEnum):
+    """The set that an episode is in: A stops the training, B sets temperature and thresholds."""
+
+    TRAIN = "train"
+    VAL_A = "val_a"
+    VAL_B = "val_b"
+    TEST = "test"
+    EMBARGOED = "embargoed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitEpisode:
+    """What a split needs to know of an episode.
+
+    Attributes:
+        session: Episodes of one session ran on one machine at the same time.
+        proc_sketch: The smallest digests of its distinct proc rows; two runs that share half of them are one run.
+        phases: The known phases that its windows have; an episode without any is in no set.
+    """
+
+    episode_id: str
+    host_id: str
+    profile: str
+    sample_name: str
+    sample_group: int
+    session: str
+    role: Role
+    agent: bool
+    plan_seed: int
+    proc_sketch: tuple[int, ...]
+    started_wall_ns: int
+    phases: tuple[Phase, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """How many episodes of one profile on one host went where."""
+
+    host_id: str
+    profile: str
+    train: int
+    val_a: int
+    val_b: int
+    test: int
+    embargoed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fold:
+    """One cut of the episodes; what stands in `splits/<recipe>-<fold>.json`.
+
+    Attributes:
+        validation: Whose episodes validate: ``host:<host_id>``, or ``sessions`` where no host could be spared.
+        episodes: Episode → its set. Episodes of other roles or unknown phase are not listed.
+        embargoed: Episode → why it may not be trained on.
+        asserted: What was checked before this was written; a fold that fails is never made.
+        sha256: Digest of the canonical JSON of all other fields.
+    """
+
+    version: int
+    recipe: str
+    fold: str
+    leaky: bool
+    validation: str
+    episodes: dict[str, Part]
+    embargoed: dict[str, str]
+    coverage: tuple[Coverage, ...]
+    untested_profiles: tuple[str, ...]
+    untested_phases: tuple[Phase, ...]
+    asserted: tuple[str, ...]
+    sha256: str
+
+    def ids(self, part: Part) -> tuple[str, ...]:
+        """Give the episodes of one set, sorted."""
+        return tuple(sorted(e for e, p in self.episodes.items() if p is part))
+
+
+def render_fold(fold: Fold) -> bytes:
+    """Give a fold as the bytes of its file: the same fold is the same bytes."""
+    return msgspec.json.format(_canonical(fold), indent=1) + b"\n"
+
+
+def parse_fold(data: bytes, *, file: str) -> Fold:
+    """Read a fold's file.
+
+    Raises:
+        RunError: If it is no such file, or was changed after it was made.
+    """
+    try:
+        fold = msgspec.json.decode(data, type=Fold)
+    except msgspec.DecodeError as exc:
+        raise RunError(
+            f"{file}: not a split of version {VERSION}: {exc}; make it again with `phasewatch split`"
+        ) from exc
+    if fold.sha256 != digest_of(fold):
+        raise RunError(
+            f"{file}: its hash does not fit its content, so it was edited; make it again with `phasewatch split`"
+        )
+    return fold
+
+
+def _canonical(fold: Fold) -> bytes:
+    return msgspec.json.encode(fold, order="sorted")
+
+
+def digest_of(fold: Fold) -> str:
+    """Digest all of a fold but the digest itself."""
+    return hashlib.sha256(_canonical(replace(fold, sha256=""))).hexdigest()

@@ -1,0 +1,104 @@
+"""One cell of the grid: which model, with which seed, learns from which fold under which threat model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import phasewatch
+from phasewatch.errors import RunError
+from phasewatch.split import Fold
+
+MODELS = "models"
+DONE = "cell.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Cell:
+    """A row of the grid; the order of cells is that of their rows in the merged predictions."""
+
+    recipe: str
+    fold: str
+    threat: str
+    model: str
+    table: str = "raw"
+    seed: int = 0
+
+    def keys(self) -> dict[str, str]:
+        """Give the columns that name the cell, but for the seed."""
+        return {
+            "recipe": self.recipe, "fold": self.fold, "threat": self.threat, "model": self.model, "table": self.table,
+        }  # fmt: skip
+
+    def folder(self, run: Path) -> Path:
+        """Where its files stand."""
+        return run / MODELS / self.recipe / self.fold / self.threat / self.model / f"{self.table}-s{self.seed}"
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`cell.json`, written last: what the cell was made from and what it made, each by sha256."""
+
+    cell: Cell
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """Digests of what every cell of a run reads."""
+
+    features: str
+    schema: str
+    validation: str
+
+    def of(self, cell: Cell, fold: Fold) -> dict[str, str]:
+        """Say what a cell's files depend on; when one changes, the cell is trained again."""
+        return {
+            "features": self.features,
+            "schema": self.schema,
+            "validation": self.validation,
+            f"split {cell.recipe}-{cell.fold}": fold.sha256,
+            "phasewatch": phasewatch.__version__,
+        }
+
+
+def plan_cells(
+    folds: Sequence[Fold],
+    *,
+    models: Sequence[str],
+    threats: Sequence[str] = ("realistic",),
+    seeds: Sequence[int] = (0,),
+) -> tuple[Cell, ...]:
+    """Cross folds, threat models, models and seeds, in the order of the merged predictions."""
+    return tuple(
+        sorted(
+            Cell(recipe=fold.recipe, fold=fold.fold, threat=threat, model=model, seed=seed)
+            for fold in folds
+            for threat in threats
+            for model in models
+            for seed in seeds
+        )
+    )
+
+
+def render_done(done: Done) -> bytes:
+    """Give the bytes of `cell.json`."""
+    return msgspec.json.format(msgspec.json.encode(done, order="sorted"), indent=1) + b"\n"
+
+
+def parse_done(data: bytes, *, file: str) -> Done:
+    """Read `cell.json`.
+
+    Raises:
+        RunError: If it is none.
+    """
+    try:
+        found: Any = msgspec.json.decode(data, type=Done)
+    except msgspec.DecodeError as exc:
+        raise RunError(f"{file}: not a finished cell: {exc}; remove its folder and train again") from exc
+    done: Done = found
+    return done

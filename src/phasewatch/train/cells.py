@@ -1,0 +1,150 @@
+"""Train the cells of a grid, two at a time; finished ones stay, a killed one starts anew; then merge what they said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from phasewatch import atomic
+from phasewatch.dataset import file_sha256, load, read_fold
+from phasewatch.dataset.run import FEATURES, SCHEMA, VALIDATION
+from phasewatch.errors import MachineError, RunError
+from phasewatch.models import registry
+from phasewatch.models.checkpoint import HEADER, read_header
+from phasewatch.train.cell import DONE, MODELS, Cell, Done, Sources, parse_done, render_done
+from phasewatch.train.predictions import PREDICTIONS, build_table, read_table, write_table
+from phasewatch.workers import map_ordered
+
+CELL_PREDICTIONS = "predictions.parquet"
+TIMEOUT_S = 3600.0  # a cell takes seconds; one that takes an hour hangs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainReport:
+    """What became of a grid: cells trained now, finished before, and those whose worker was lost (with the words)."""
+
+    trained: tuple[Cell, ...]
+    kept: tuple[Cell, ...]
+    failed: tuple[tuple[Cell, str], ...]
+    merged: int
+    rows: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    run: Path
+    cell: Cell
+    inputs: dict[str, str]
+
+
+def train_cells(
+    run: Path, cells: Sequence[Cell], *, workers: int = 2, tell: Callable[[Cell, int, int], None] | None = None
+) -> TrainReport:
+    """Train what is not finished, then write `predictions_v1.parquet` from every finished cell of the run.
+
+    Args:
+        run: A run with features and splits, held by the caller's lock.
+        cells: The grid.
+        workers: Cells at a time, one thread each (measured: 1.2 to 1.3 times the work of one cell with two threads).
+        tell: Called as (cell, how many are through, of how many).
+
+    Raises:
+        MachineError: If a cell's worker died or hung twice; the others are finished and merged first.
+    """
+    sources = read_sources(run)
+    jobs = [_Job(run=run, cell=cell, inputs=_inputs(run, sources, cell)) for cell in sorted(set(cells))]
+    for job in jobs:
+        registry.row_of(job.cell.model)  # a wrong name is told before anything is trained
+    todo = [job for job in jobs if not _is_finished(job)]
+    kept = tuple(job.cell for job in jobs if job not in todo)
+    trained: list[Cell] = []
+    failed: list[tuple[Cell, str]] = []
+    timeout_s = None if workers == 1 else TIMEOUT_S
+    for result in map_ordered(train_cell, todo, workers=workers, timeout_s=timeout_s):
+        cell = todo[result.index].cell
+        if result.error is None:
+            trained.append(cell)
+        else:
+            failed.append((cell, result.error))
+        if tell is not None:
+            tell(cell, len(kept) + len(trained) + len(failed), len(jobs))
+    merged, rows = merge(run, sources)
+    if failed:
+        words = "; ".join(f"{cell.folder(run)}: {error}" for cell, error in failed)
+        raise MachineError(f"{len(failed)} of {len(jobs)} cells could not be trained: {words}; run the command again")
+    return TrainReport(
+        trained=tuple(trained), kept=kept, failed=tuple(failed), merged=merged, rows=rows, path=run / PREDICTIONS
+    )
+
+
+def train_cell(job: _Job) -> None:
+    """Fit one cell, calibrate it on validation B, and write checkpoint, predictions and, last, `cell.json`."""
+    cell, folder = job.cell, job.cell.folder(job.run)
+    atomic.make_folder(folder)
+    (folder / DONE).unlink(missing_ok=True)
+    atomic.sweep_temporaries(folder)
+    sets = load(job.run, cell.recipe, cell.fold, cell.threat, registry.row_of(cell.model).kind)
+    model = registry.create(cell.model, seed=cell.seed)
+    model.fit(sets.train.examples, sets.val_a.examples).calibrate(sets.val_b.examples)
+    model.save(folder)
+    parts = [("val_b", sets.val_b), ("test", sets.test), ("soak", sets.soak)]
+    table = build_table(cell, [(name, part, model.predict_proba(part.inputs)) for name, part in parts])
+    write_table(folder / CELL_PREDICTIONS, [table])
+    names = [HEADER, *read_header(folder).files, CELL_PREDICTIONS]
+    done = Done(cell=cell, inputs=job.inputs, outputs={name: file_sha256(folder / name) for name in names})
+    atomic.write_whole(folder / DONE, render_done(done))
+
+
+def read_sources(run: Path) -> Sources:
+    """Digest what every cell reads, once."""
+    return Sources(
+        features=file_sha256(run / FEATURES),
+        schema=file_sha256(run / SCHEMA),
+        validation=file_sha256(run / VALIDATION),
+    )
+
+
+def finished_cells(run: Path, sources: Sources) -> Iterator[Cell]:
+    """Give the cells under `models/` that were made from the run's present files, in the order of the merge."""
+    found: list[Cell] = []
+    for path in (run / MODELS).glob(f"*/*/*/*/*/{DONE}"):
+        cell = parse_done(path.read_bytes(), file=str(path)).cell
+        try:
+            job = _Job(run=run, cell=cell, inputs=_inputs(run, sources, cell))
+        except RunError:
+            continue  # its fold is no more: the splits were made anew from other episodes
+        if cell.folder(run) == path.parent and _is_finished(job):
+            found.append(cell)
+    yield from sorted(found)
+
+
+def merge(run: Path, sources: Sources) -> tuple[int, int]:
+    """Write `predictions_v1.parquet`; the same cells give the same bytes. Gives cells and rows."""
+    cells = list(finished_cells(run, sources))
+    rows = 0
+
+    def tables() -> Iterator[object]:
+        nonlocal rows
+        for cell in cells:
+            table = read_table(cell.folder(run) / CELL_PREDICTIONS)
+            rows += table.num_rows
+            yield table
+
+    write_table(run / PREDICTIONS, tables())
+    return len(cells), rows
+
+
+def _inputs(run: Path, sources: Sources, cell: Cell) -> dict[str, str]:
+    return sources.of(cell, read_fold(run, cell.recipe, cell.fold))
+
+
+def _is_finished(job: _Job) -> bool:
+    """Whether the cell was made from these inputs, and its files are still the bytes that were written."""
+    folder = job.cell.folder(job.run)
+    try:
+        done = parse_done((folder / DONE).read_bytes(), file=str(folder / DONE))
+        return done.inputs == job.inputs and all(file_sha256(folder / n) == d for n, d in done.outputs.items())
+    except (FileNotFoundError, RunError):
+        return False

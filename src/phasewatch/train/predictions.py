@@ -1,0 +1,112 @@
+"""`predictions_v1.parquet`: what each cell said of each window that it did not learn from, merged in a fixed order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch import atomic
+from phasewatch.dataset import WindowSet
+from phasewatch.dataset.run import need_columns, open_parquet
+from phasewatch.train.cell import Cell
+from phasewatch.vocab import PHASES
+
+PREDICTIONS = "predictions_v1.parquet"
+NO_FILTER = "none"
+PROBABILITIES = tuple(f"p_{phase}" for phase in PHASES)
+_TEXT = (
+    "recipe", "fold", "threat", "model", "table", "filter", "part", "role", "agent", "episode_id", "session", "host_id",
+    "profile", "sample_name", "sample_kind", "origin",
+)  # fmt: skip
+
+
+def schema() -> Any:
+    """Give the columns and their types, in the file's order."""
+    import pyarrow as pa
+
+    text, keys = pa.string(), dict.fromkeys(_TEXT, pa.string())
+    return pa.schema(
+        [(name, text) for name in ("recipe", "fold", "threat", "model", "table", "filter")]
+        + [("seed", pa.int64())]
+        + [(name, keys[name]) for name in _TEXT[6:]]
+        + [("t_center_ns", pa.int64()), ("purity", pa.float32()), ("flags", pa.uint8())]
+        + [("y_true", pa.int8()), ("y_pred", pa.int8())]
+        + [(name, pa.float32()) for name in PROBABILITIES]
+    )
+
+
+def build_table(cell: Cell, parts: Sequence[tuple[str, WindowSet, NDArray[np.float64]]]) -> Any:
+    """Make a cell's rows: parts in the order given, windows in theirs.
+
+    Args:
+        cell: Whose predictions they are.
+        parts: Name (``val_b``, ``test``, ``soak``), windows, ``(n, 5)`` probabilities.
+    """
+    import pyarrow as pa
+
+    return pa.concat_tables([_build_part(cell, *part) for part in parts])
+
+
+def write_table(path: Path, tables: Iterable[Any]) -> None:
+    """Write tables one after the other, a row group each, so that memory holds one at a time."""
+    import pyarrow.parquet as pq
+
+    with atomic.writer(path) as file:
+        with pq.ParquetWriter(
+            file, schema(), compression="zstd", compression_level=1, use_dictionary=list(_TEXT)
+        ) as out:
+            for table in tables:
+                out.write_table(table, row_group_size=max(1, table.num_rows))
+
+
+def read_table(path: Path) -> Any:
+    """Read predictions.
+
+    Raises:
+        RunError: If the file is absent or lacks a column.
+    """
+    with open_parquet(path, "train") as file:
+        need_columns(path, file.schema_arrow.names, schema().names, "train")
+        return file.read(columns=schema().names)
+
+
+def _build_part(cell: Cell, name: str, data: WindowSet, probabilities: NDArray[np.float64]) -> Any:
+    import pyarrow as pa
+
+    # Rounded first, decided then: who re-derives the decision from the file gets the same one.
+    p = probabilities.astype(np.float32)
+    w = data.windows
+    of = pa.array(w.of, pa.int32())
+
+    def constant(value: str) -> Any:
+        return pa.array([value], pa.string()).take(pa.array(np.zeros(len(w), np.int32)))
+
+    def of_episode(values: list[str]) -> Any:
+        return pa.array(values, pa.string()).take(of)
+
+    columns = {
+        **{n: constant(v) for n, v in cell.keys().items()},
+        "filter": constant(NO_FILTER),
+        "seed": pa.array(np.full(len(w), cell.seed, np.int64)),
+        "part": constant(name),
+        "role": of_episode([str(e.role) for e in w.episodes]),
+        "agent": of_episode(["on" if e.agent else "off" for e in w.episodes]),
+        "episode_id": of_episode([e.episode_id for e in w.episodes]),
+        "session": of_episode([e.session for e in w.episodes]),
+        "host_id": of_episode([e.host_id for e in w.episodes]),
+        "profile": of_episode([e.profile for e in w.episodes]),
+        "sample_name": of_episode([e.sample_name for e in w.episodes]),
+        "sample_kind": of_episode([str(e.sample_kind) for e in w.episodes]),
+        "origin": of_episode([str(e.origin) for e in w.episodes]),
+        "t_center_ns": pa.array(w.t_center_ns),
+        "purity": pa.array(w.purity),
+        "flags": pa.array(w.flags),
+        "y_true": pa.array(w.y.astype(np.int8)),
+        "y_pred": pa.array(p.argmax(axis=1).astype(np.int8)),
+        **{column: pa.array(np.ascontiguousarray(p[:, i])) for i, column in enumerate(PROBABILITIES)},
+    }
+    return pa.table({n: columns[n] for n in schema().names}, schema=schema())

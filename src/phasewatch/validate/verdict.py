@@ -1,0 +1,178 @@
+"""What is said of one thing in the store: a row of the index, made from bytes without touching the world."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+from phasewatch.episode.bundle import peek, unpack
+from phasewatch.episode.findings import Finding, severity_of
+from phasewatch.episode.model import Episode, Manifest
+from phasewatch.errors import BundleError
+from phasewatch.grid.align import Grid, align_rebased
+from phasewatch.grid.clocks import rebase
+from phasewatch.validate import gates
+from phasewatch.validate.sketch import proc_sketch, telemetry_sha256
+from phasewatch.vocab import PHASES, Phase, Source, Status
+
+USABLE = (Status.ACCEPTED, Status.DEGRADED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a bundle lies, and what its receipt vouches for (None without one)."""
+
+    path: str
+    host_id: str | None
+    episode_id: str | None
+    receipt: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """One row of `validation_v1.parquet`. Texts are empty and numbers 0 where the bundle could not be read so far.
+
+    Attributes:
+        reasons: Codes, worst first; `detail` is the worst one's place and words.
+        rows, lost: Per source, in the order of Source: rows in the bundle, and rows that never arrived.
+        seconds: Per phase, in the order of PHASES.
+    """
+
+    path: str
+    episode_id: str
+    host_id: str
+    profile: str
+    sample_name: str
+    sample_kind: str
+    origin: str
+    role: str
+    session: str
+    plan_seed: int
+    agent: bool
+    status: Status
+    reasons: tuple[str, ...]
+    detail: str
+    sha256: str
+    telemetry_sha256: str
+    proc_sketch: tuple[int, ...]
+    bytes: int
+    started_wall_ns: int
+    duration_s: float
+    rows: tuple[int, ...]
+    lost: tuple[int, ...]
+    seconds: tuple[float, ...]
+    vcpu_wait: float
+    duplicate_of: str
+    flags: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Examined:
+    """A verdict, and the episode and its grid where the bundle is usable."""
+
+    verdict: Verdict
+    episode: Episode | None
+    grid: Grid | None
+
+
+def examine(data: bytes, place: Place) -> Examined:
+    """Verify, decode, gate and grid one bundle, reading its bytes once."""
+    digest = sha256(data).hexdigest()
+    findings: list[Finding] = []
+    if place.receipt is None:
+        findings.append(gates.finding("no-receipt", "no receipt stands beside it", place=place.path))
+    elif place.receipt != digest:
+        words = f"sha256 {digest[:12]}…, the receipt says {place.receipt[:12]}"
+        findings.append(gates.finding("receipt", words, place=place.path))
+    try:
+        episode = unpack(data, file=place.path)
+    except BundleError as error:
+        severity = severity_of(error.code)
+        findings.append(Finding(code=error.code, severity=severity, place=error.place, words=error.words))
+        return Examined(verdict=_refused(data, digest, place, findings), episode=None, grid=None)
+    findings += gates.check_place(episode, host_id=place.host_id, episode_id=place.episode_id)
+    rebased, clock_findings = rebase(episode)
+    findings += [*clock_findings, *gates.check(rebased)]
+    status = gates.worst(findings)
+    grid = align_rebased(rebased, clock_findings) if status in USABLE else None
+    verdict = _judged(rebased, digest, len(data), place, findings, flags=_flags(grid))
+    return Examined(verdict=verdict, episode=rebased if grid else None, grid=grid)
+
+
+def unreadable(place: Place, code: str, words: str, size: int) -> Verdict:
+    """Give the verdict on what could not even be read: a lost worker, a missing file."""
+    spec = gates.explain(code)
+    severity = spec.severity if spec else Status.ERRORED
+    return _refused(b"", "", place, [Finding(code=code, severity=severity, place=place.path, words=words)], size=size)
+
+
+def _flags(grid: Grid | None) -> int:
+    return int(grid.flags.max(initial=0)) if grid is not None else 0
+
+
+def _summary(path: str, findings: Sequence[Finding]) -> tuple[Status, tuple[str, ...], str]:
+    """Give status, codes (worst first, each once) and the worst finding's place and words."""
+    order = ["note", *map(str, Status)]
+    ranked = sorted(findings, key=lambda f: -order.index(str(f.severity)))
+    codes = tuple(dict.fromkeys(f.code for f in ranked))
+    place = ranked[0].place if ranked else ""
+    whole = place if place.startswith(path) else f"{path}:{place}".rstrip(":")
+    detail = f"{whole}: {ranked[0].words}" if ranked else ""
+    return gates.worst(findings), codes, detail
+
+
+def _refused(data: bytes, digest: str, place: Place, findings: Sequence[Finding], size: int | None = None) -> Verdict:
+    """Judge a bundle that could not be read whole, with what its manifest says where that is readable."""
+    manifest: Manifest | None = None
+    if data:
+        try:
+            manifest = peek(data, file=place.path)
+        except BundleError:
+            manifest = None
+    status, codes, detail = _summary(place.path, findings)
+    return Verdict(
+        path=place.path,
+        episode_id=place.episode_id or (manifest.episode_id if manifest else ""),
+        host_id=place.host_id or (manifest.host.host_id if manifest else ""),
+        profile=manifest.profile if manifest else "", sample_name=manifest.sample_name if manifest else "",
+        sample_kind=str(manifest.sample_kind) if manifest else "", origin=str(manifest.origin) if manifest else "",
+        role=str(manifest.role) if manifest else "", session=manifest.session if manifest else "",
+        plan_seed=manifest.plan_seed if manifest else 0, agent=manifest.agent if manifest else False,
+        status=status, reasons=codes, detail=detail, sha256=digest, telemetry_sha256="", proc_sketch=(),
+        bytes=len(data) if size is None else size,
+        started_wall_ns=manifest.started_wall_ns if manifest else 0,
+        duration_s=manifest.duration_s if manifest else 0.0,
+        rows=(0,) * len(Source), lost=(0,) * len(Source), seconds=(0.0,) * len(PHASES),
+        vcpu_wait=math.nan, duplicate_of="", flags=0,
+    )  # fmt: skip
+
+
+def _judged(
+    episode: Episode, digest: str, size: int, place: Place, findings: Sequence[Finding], *, flags: int
+) -> Verdict:
+    manifest = episode.manifest
+    status, codes, detail = _summary(place.path, findings)
+    lost = gates.lost_rows(episode)
+    listed = manifest.members
+    return Verdict(
+        path=place.path, episode_id=place.episode_id or manifest.episode_id, host_id=place.host_id or manifest.host.host_id,
+        profile=manifest.profile, sample_name=manifest.sample_name, sample_kind=str(manifest.sample_kind),
+        origin=str(manifest.origin), role=str(manifest.role), session=manifest.session, plan_seed=manifest.plan_seed,
+        agent=manifest.agent, status=status, reasons=codes, detail=detail, sha256=digest,
+        telemetry_sha256=telemetry_sha256(episode), proc_sketch=proc_sketch(episode), bytes=size,
+        started_wall_ns=manifest.started_wall_ns, duration_s=manifest.duration_s,
+        rows=tuple(listed[f"{s}.jsonl"].rows if f"{s}.jsonl" in listed else 0 for s in Source),
+        lost=tuple(lost.get(s, 0) for s in Source), seconds=_seconds(episode),
+        vcpu_wait=gates.vcpu_wait_cores(episode), duplicate_of="", flags=flags,
+    )  # fmt: skip
+
+
+def _seconds(episode: Episode) -> tuple[float, ...]:
+    """Sum the seconds of each phase."""
+    sums: dict[Phase, int] = dict.fromkeys(PHASES, 0)
+    for mark, following in zip(episode.marks, episode.marks[1:], strict=False):
+        if mark.phase in sums:
+            sums[mark.phase] += following.t_wall_ns - mark.t_wall_ns
+    return tuple(round(sums[phase] / 1e9, 3) for phase in PHASES)

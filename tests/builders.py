@@ -1,0 +1,266 @@
+"""Small episodes in memory for tests: a valid manifest, phase marks and rows, with numbers that can be checked by head.
+
+`episode(...)` makes a whole, plausible one at given rates; `rows(...)` makes the few readings that a rule is about, and
+`with_rows`, `with_clocks`, `replace_manifest` change one thing of an episode; `members_of` spells it for `bundle.pack`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from phasewatch.channels import CHANNELS, raw_fields
+from phasewatch.episode.model import FORMAT, Clocks, Episode, Host, LabelMark, Manifest, SourceRows
+from phasewatch.vocab import ClockBase, Origin, Phase, Role, SampleKind, Source, uuid7
+
+S = 1_000_000_000  # nanoseconds of a second
+T0 = 1_790_000_000 * S  # wall clock at the first label, a whole second
+MONO0 = 5_000 * S  # monotonic clock at that moment
+BOOT0 = 9_000 * S  # boot-time clock at that moment
+
+HZ: Mapping[Source, float] = {Source.PROC: 2.0, Source.QMP: 2.0, Source.NETFLOW: 2.0, Source.GUEST: 1.0}
+
+# What one second adds to a counter, or what a gauge reads; anything unnamed counts 100 a second, or reads 10.
+RATES: Mapping[str, float] = {
+    "cpu_user_ns": 3e8, "cpu_sys_ns": 1e8, "vcpu_run_ns": 3.5e8, "vcpu_wait_ns": 1e6, "main_run_ns": 2e7,
+    "aux_run_ns": 1e7, "io_rchar_bytes": 5e4, "io_wchar_net_bytes": 4e4, "io_write_bytes": 8192.0, "blk_wr_ns": 2e6,
+    "blk_wr_bytes": 65536.0, "blk_wr_ops": 4.0, "out_bytes": 2e3, "in_bytes": 4e3, "up_ns": 1e9,
+    "cpu_total_jiffies": 100.0, "cpu_user_jiffies": 30.0, "cpu_sys_jiffies": 10.0, "vcpu_busy": 0.5, "vcpu_user": 0.25,
+}  # fmt: skip
+
+
+def episode_id(number: int = 1) -> str:
+    """Give the id of the numbered test episode; ids sort as their numbers do."""
+    return uuid7(1_790_000_000_000 + number, number.to_bytes(10, "big"))
+
+
+def host(host_id: str = "h1", *, accel: str = "tcg", arch: str = "x86_64", vcpus: int = 1) -> Host:
+    """Give a host with plausible facts."""
+    return Host(
+        host_id=host_id, arch=arch, accel=accel, machine="q35", cpu="max", vcpus=vcpus, mem_mib=256, disk="virtio-blk",
+        nic="virtio-net", hypervisor="QEMU 7.2", guest_kernel="6.1", recorder="phasewatch 0",
+    )  # fmt: skip
+
+
+def manifest(
+    *,
+    number: int = 1,
+    host_id: str = "h1",
+    profile: str = "cryptomine",
+    sample_name: str = "sample",
+    role: Role = Role.LAB,
+    origin: Origin = Origin.SIMULATED,
+    duration_s: float = 20.0,
+    plan: Sequence[tuple[str, float]] = (("clean", 20.0),),
+    session: str = "",
+    plan_seed: int | None = None,
+    agent: bool = True,
+    t0_ns: int = T0,
+    rows_emitted: Mapping[Source, int] | None = None,
+    accel: str = "tcg",
+    **changes: Any,
+) -> Manifest:
+    """Make a manifest that breaks no rule; `changes` replaces any key of it.
+
+    A benign profile gets sample kind `benign`; session and plan seed default to ones of the episode's own.
+    """
+    pairs = {
+        ClockBase.MONOTONIC: ((MONO0, t0_ns), (MONO0 + 3600 * S, t0_ns + 3600 * S)),
+        ClockBase.BOOTTIME: ((BOOT0, t0_ns), (BOOT0 + 3600 * S, t0_ns + 3600 * S)),
+    }
+    sources = tuple(Source) if agent else tuple(s for s in Source if s is not Source.GUEST)
+    made = Manifest(
+        format=FORMAT, episode_id=episode_id(number), host=host(host_id, accel=accel), profile=profile,
+        sample_name=sample_name, sample_kind=SampleKind.BENIGN if profile == "benign" else SampleKind.EMULATED,
+        origin=origin, role=role, started_wall_ns=t0_ns - 60 * S, duration_s=duration_s,
+        session=session or f"session-{number}", neighbours=(),
+        plan_seed=number if plan_seed is None else plan_seed, plan=tuple((Phase(p), s) for p, s in plan), agent=agent,
+        nominal_hz={s: HZ[s] for s in sources},
+        rows_emitted=dict(rows_emitted) if rows_emitted is not None else dict.fromkeys(sources, 0),
+        channels_available=tuple(c.full_name for c in CHANNELS if c.source in sources),
+        fields={s: tuple(spec.field for spec in raw_fields(s)) for s in sources},
+        clocks=Clocks(base=dict.fromkeys(sources, ClockBase.UNIX), pairs=pairs),
+        recording=None, members={},
+    )  # fmt: skip
+    return msgspec.structs.replace(made, **changes)
+
+
+def marks(phases: Sequence[tuple[str, float]], *, t0_ns: int = T0, mono0_ns: int = MONO0) -> tuple[LabelMark, ...]:
+    """Make phase marks from (phase, seconds), and the end mark."""
+    made, at_ns = [], 0
+    for phase, seconds in phases:
+        made.append(LabelMark(t_wall_ns=t0_ns + at_ns, t_mono_ns=mono0_ns + at_ns, phase=Phase(phase)))
+        at_ns += round(seconds * S)
+    made.append(LabelMark(t_wall_ns=t0_ns + at_ns, t_mono_ns=mono0_ns + at_ns, phase=None))
+    return tuple(made)
+
+
+def rows(
+    source: Source,
+    at_s: Sequence[float],
+    *,
+    mono_s: Sequence[float] | None = None,
+    seq: Sequence[int] | None = None,
+    t0_ns: int = T0,
+    **values: Sequence[int | float | None],
+) -> SourceRows:
+    """Make readings of one source at seconds counted from the first label.
+
+    Args:
+        source: Whose readings.
+        at_s: Wall time of each, from the first label on.
+        mono_s: Monotonic time of each, likewise; the same as the wall's if not given.
+        seq: Their numbers; 0, 1, 2 … if not given.
+        t0_ns: Wall stamp of the first label.
+        values: Field → one value a reading, None for null. A field that isn't given is null throughout.
+    """
+    n, specs = len(at_s), raw_fields(source)
+    if unknown := set(values) - {spec.field for spec in specs}:
+        raise ValueError(f"{source} has no field {sorted(unknown)}")
+    columns, present = [], np.zeros((n, len(specs)), np.bool_)
+    for i, spec in enumerate(specs):
+        given = values.get(spec.field, [None] * n)
+        if len(given) != n:
+            raise ValueError(f"{spec.field} has {len(given)} values for {n} readings")
+        present[:, i] = [v is not None for v in given]
+        columns.append(np.array([0 if v is None else v for v in given], np.int64 if spec.type == "int" else np.float64))
+    return SourceRows(
+        source=source, fields=tuple(spec.field for spec in specs),
+        t_wall_ns=np.array([t0_ns + round(s * S) for s in at_s], np.int64),
+        t_mono_ns=np.array([MONO0 + round(s * S) for s in (mono_s if mono_s is not None else at_s)], np.int64),
+        seq=np.array(seq if seq is not None else range(n), np.int64), columns=tuple(columns), present=present,
+    )  # fmt: skip
+
+
+def bare(
+    *sources: SourceRows, seconds: float = 10.0, phases: Sequence[tuple[str, float]] | None = None, **changes: Any
+) -> Episode:
+    """Make an episode that holds exactly these readings, and all of one phase unless `phases` says more."""
+    plan = tuple(phases) if phases is not None else (("clean", seconds),)
+    made = manifest(
+        duration_s=round(sum(s for _, s in plan), 3),
+        plan=plan,
+        rows_emitted={r.source: len(r) for r in sources},
+        **changes,
+    )
+    return Episode(manifest=made, marks=marks(plan), rows={r.source: r for r in sources})
+
+
+def episode(
+    phases: Sequence[tuple[str, float]] = (("clean", 20.0), ("active", 20.0)),
+    *,
+    number: int = 1,
+    host_id: str = "h1",
+    agent: bool = True,
+    rates: Mapping[str, float] | None = None,
+    rates_of: Mapping[str, Mapping[str, float]] | None = None,
+    noise: float = 0.1,
+    jitter_s: float = 0.02,
+    lead_s: float = 2.0,
+    seed: int | None = None,
+    t0_ns: int = T0,
+    **changes: Any,
+) -> Episode:
+    """Make a whole, faultless episode: every source of it ticks from `lead_s` before the first label to past the last.
+
+    Args:
+        phases: (phase, seconds), in order.
+        number: Makes the id, the session and the plan seed, so two numbers give two unrelated episodes.
+        host_id: Where it was recorded.
+        agent: Whether the guest reports.
+        rates: Field → what a second adds to a counter, or what a gauge reads; over `RATES`.
+        rates_of: Phase → the same, while that phase lasts; so that phases can be told apart.
+        noise: Relative spread of each tick's increment.
+        jitter_s: Spread of the ticks around their times.
+        lead_s: How long before the first label the samplers began.
+        seed: Of noise and jitter; the number if not given.
+        t0_ns: Wall stamp of the first label.
+        changes: Keys of the manifest, such as profile, sample_name, role, session, plan_seed.
+    """
+    seconds = sum(s for _, s in phases)
+    made: dict[Source, SourceRows] = {}
+    for source in Source:
+        if source is Source.GUEST and not agent:
+            continue
+        rng = np.random.default_rng([number if seed is None else seed, list(Source).index(source)])
+        n = int((seconds + lead_s + 1.0) * HZ[source])
+        at = -lead_s + (np.arange(n) + 0.25) / HZ[source] + rng.uniform(-jitter_s, jitter_s, n)
+        starts = np.cumsum([0.0] + [s for _, s in phases[:-1]])
+        phase_of = [phases[max(0, int(np.searchsorted(starts, t, "right")) - 1)][0] for t in at]
+        values: dict[str, list[int | float | None]] = {}
+        for spec in raw_fields(source):
+            rate = np.array([_rate(spec.field, phase, rates, rates_of, spec.nature) for phase in phase_of])
+            rate = rate * (1.0 + noise * rng.standard_normal(n)).clip(0.0)
+            if spec.nature == "counter":
+                rate = 1_000_000 + np.cumsum(rate / HZ[source])
+            values[spec.field] = [int(v) for v in rate] if spec.type == "int" else [float(min(v, 1.0)) for v in rate]
+        made[source] = rows(source, [float(t) for t in at], t0_ns=t0_ns, **values)
+    whole = manifest(
+        number=number, host_id=host_id, agent=agent, duration_s=round(seconds, 3), plan=phases, t0_ns=t0_ns,
+        rows_emitted={source: len(r) for source, r in made.items()}, **changes,
+    )  # fmt: skip
+    return Episode(manifest=whole, marks=marks(phases, t0_ns=t0_ns), rows=made)
+
+
+def _rate(
+    field: str,
+    phase: str,
+    rates: Mapping[str, float] | None,
+    rates_of: Mapping[str, Mapping[str, float]] | None,
+    nature: str,
+) -> float:
+    """Find the most specific rate that a test gave for a field."""
+    for table in ((rates_of or {}).get(phase, {}), rates or {}, RATES):
+        if field in table:
+            return table[field]
+    return 100.0 if nature == "counter" else 10.0
+
+
+def with_rows(whole: Episode, *sources: SourceRows, without: Iterable[Source] = ()) -> Episode:
+    """Give the episode with some sources' rows replaced, and some gone."""
+    kept = {s: r for s, r in whole.rows.items() if s not in set(without)}
+    return replace(whole, rows={**kept, **{r.source: r for r in sources}})
+
+
+def replace_manifest(whole: Episode, **changes: Any) -> Episode:
+    """Give the episode with some keys of its manifest changed."""
+    return replace(whole, manifest=msgspec.structs.replace(whole.manifest, **changes))
+
+
+def with_clocks(
+    whole: Episode,
+    *,
+    base: Mapping[Source, ClockBase] | None = None,
+    pairs: Mapping[ClockBase, tuple[tuple[int, int], tuple[int, int]]] | None = None,
+) -> Episode:
+    """Give the episode with other declared clock bases or pairs."""
+    clocks = whole.manifest.clocks
+    return replace_manifest(
+        whole,
+        clocks=Clocks(base={**clocks.base, **(base or {})}, pairs=dict(pairs) if pairs is not None else clocks.pairs),
+    )
+
+
+def shifted(source_rows: SourceRows, by_ns: int) -> SourceRows:
+    """Give the rows with every wall stamp moved, as if taken in another clock."""
+    return replace(source_rows, t_wall_ns=source_rows.t_wall_ns + by_ns)
+
+
+def members_of(whole: Episode) -> dict[str, bytes]:
+    """Spell the episode's labels and rows as the members that `episode.bundle.pack` takes."""
+    from phasewatch.episode.labels import encode_labels
+    from phasewatch.episode.rows import encode_rows
+
+    members = {"labels.jsonl": encode_labels(whole.marks)}
+    for source, r in whole.rows.items():
+        columns = [
+            [v if here else None for v, here in zip(column.tolist(), r.present[:, i].tolist(), strict=True)]
+            for i, column in enumerate(r.columns)
+        ]
+        stamps = (r.t_wall_ns.tolist(), r.t_mono_ns.tolist(), r.seq.tolist())
+        members[f"{source}.jsonl"] = encode_rows(source, zip(*stamps, *columns, strict=True))
+    return members

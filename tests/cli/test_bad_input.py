@@ -1,0 +1,249 @@
+"""Whatever lies where a bundle should be: one clear line, the right exit code, and the good ones are used all the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.builders import episode, members_of, with_rows
+from tests.stores import put, put_bytes, put_members, write_store
+from typer.testing import CliRunner, Result
+
+from phasewatch.cli import app
+from phasewatch.episode.bundle import pack
+from phasewatch.store.disk import RECEIPT
+from phasewatch.vocab import Source
+
+
+def phasewatch(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def validated(store: Path, run: Path) -> dict[str, object]:
+    """Validate, and give the JSON result."""
+    done = phasewatch("validate", store, "--out", run, "--workers", 1, "--json")
+    assert done.exit_code == 0, done.stderr
+    result: dict[str, object] = json.loads(done.stdout)["result"]
+    return result
+
+
+def _relabelled(old: bytes, new: bytes) -> Callable[[dict[str, bytes]], Mapping[str, bytes]]:
+    """Change the labels, and let the manifest's digest of them stand."""
+    return lambda members: {**members, "labels.jsonl": members["labels.jsonl"].replace(old, new)}
+
+
+def _marked(store: Path, mangle: Callable[[bytes], bytes]) -> Path:
+    """Store an episode with other labels, the manifest in agreement with them."""
+    whole = episode()
+    members = members_of(whole)
+    data = pack(whole.manifest, {**members, "labels.jsonl": mangle(members["labels.jsonl"])}, level=3)
+    return put_bytes(put(store, whole), data)
+
+
+def _turned(labels: bytes) -> bytes:
+    first, second, *rest = labels.splitlines(keepends=True)
+    return b"".join([second, first, *rest])
+
+
+SPOILT: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "not a bundle": (lambda s: put_bytes(put(s, episode()), b"hello, I am a text file\n"), "errored", "zstd-magic"),
+    "truncated": (
+        lambda s: put_bytes(p := put(s, episode()), p.read_bytes()[:-500]), "errored", "zstd-truncated",
+    ),
+    "empty": (lambda s: put_bytes(put(s, episode()), b""), "errored", "compressed-size"),
+    "the receipt of another file": (
+        lambda s: (p := put(s, episode())).with_name(p.name + RECEIPT).write_text(f"{'0' * 64}  {p.name}\n"),
+        "rejected", "receipt",
+    ),
+    "an unknown member": (
+        lambda s: put_members(s, episode(), lambda m: {**m, "notes.txt": b"hi\n"}), "rejected", "member-unknown",
+    ),
+    "a member that is not what the manifest says": (
+        lambda s: put_members(s, episode(), _relabelled(b"active", b"clean ")), "rejected", "member-sha256",
+    ),
+    "an unknown phase": (
+        lambda s: _marked(s, lambda labels: labels.replace(b'"active"', b'"zombie"')), "rejected", "label-phase",
+    ),
+    "labels whose time goes backwards": (lambda s: _marked(s, _turned), "rejected", "label-order"),
+    "no proc at all": (
+        lambda s: put(s, with_rows(episode(), without=[Source.PROC])), "rejected", "rows:proc",
+    ),
+    "no netflow": (
+        lambda s: put(s, with_rows(episode(), without=[Source.NETFLOW])), "degraded", "missing:netflow",
+    ),
+    "no receipt": (
+        lambda s: (p := put(s, episode())).with_name(p.name + RECEIPT).unlink(), "degraded", "no-receipt",
+    ),
+    "a receipt whose bundle is gone": (lambda s: put(s, episode()).unlink(), "errored", "bundle-missing"),
+    "another file name": (
+        lambda s: (p := put(s, episode())).rename(p.with_name("first.tar.zst")), "rejected", "identity",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPOILT.values(), ids=SPOILT)
+def test_a_spoilt_bundle_is_judged_and_the_sweep_goes_on(
+    case: tuple[Callable[[Path], object], str, str], tmp_path: Path
+) -> None:
+    spoil, status, reason = case
+    spoil(tmp_path / "store")
+
+    result = validated(tmp_path / "store", tmp_path / "run")
+
+    assert result[status] and reason in result["reasons"]  # type: ignore[operator]
+
+
+def test_one_good_among_nine_broken_is_used(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    put(store, episode(number=1))
+    for number in range(2, 11):
+        put_bytes(put(store, episode(number=number)), bytes([number]) * 40)
+
+    result = validated(store, tmp_path / "run")
+    done = phasewatch("features", tmp_path / "run", "--json")
+
+    assert (result["in"], result["accepted"], result["errored"]) == (10, 1, 9)
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["result"]["episodes"] == 1
+
+
+def test_a_name_that_is_no_text_does_not_stop_the_sweep(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    put(store, episode())
+    import os
+
+    with open(os.fsencode(store) + b"/h1/caf\xe9.tar.zst", "wb") as file:  # noqa: PTH123  a path of bytes
+        file.write(b"x")
+
+    result = validated(store, tmp_path / "run")
+
+    assert (result["in"], result["accepted"]) == (2, 1)
+
+
+def test_a_name_that_would_steer_the_terminal_is_spelled_out(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    put(store, episode())
+    (store / "h1" / "\x1b[2Jgone.tar.zst").write_bytes(b"x")
+
+    done = phasewatch("validate", store, "--out", tmp_path / "run", "--workers", 1)
+
+    assert done.exit_code == 0
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+REFUSED = {
+    "no such store": (("validate", "STORE/none", "--out", "RUN"), 3, "no such folder"),
+    "an empty store": (("validate", "STORE", "--out", "RUN"), 3, "empty"),
+    "an empty store, the whole way": (("run", "STORE", "--out", "RUN"), 3, "empty"),
+    "no store, the whole way": (("run", "STORE/none", "--out", "RUN"), 3, "no such"),
+    "no run": (("train", "RUN/none"), 3, "no such run"),
+    "no bundle": (("inspect", "STORE/h1/none.tar.zst"), 3, "no such bundle"),
+    "neither store nor code": (("validate",), 2, "phasewatch validate STORE --out RUN"),
+    "an unknown code": (("validate", "--explain", "silense"), 2, "silence"),
+    "an unknown plan": (("record", "--plan", "none", "--out", "STORE"), 3, "none"),
+    "a word for a number": (("validate", "STORE", "--out", "RUN", "--workers", "many"), 2, "many"),
+    "an unknown command": (("vaildate", "STORE"), 2, "vaildate"),
+}
+
+
+@pytest.mark.parametrize(("args", "code", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_is_told_in_words_with_its_exit_code(
+    args: tuple[str, ...], code: int, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "run").mkdir()
+    places = {"STORE": str(tmp_path / "store"), "RUN": str(tmp_path / "run")}
+
+    done = phasewatch(*(arg.replace("STORE", places["STORE"]).replace("RUN", places["RUN"]) for arg in args))
+
+    assert done.exit_code == code
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert code == 2 or len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_that_another_process_holds_is_left_alone(tmp_path: Path) -> None:
+    from phasewatch.atomic import lock
+
+    put(tmp_path / "store", episode())
+    with lock(tmp_path / "run"):
+        done = phasewatch("validate", tmp_path / "store", "--out", tmp_path / "run")
+
+    assert done.exit_code == 5
+    assert "another process" in done.stderr
+
+
+def test_one_host_cannot_be_held_out_and_the_line_says_so(tmp_path: Path) -> None:
+    write_store(tmp_path / "store", hosts=1)
+
+    done = phasewatch("run", tmp_path / "store", "--out", tmp_path / "run", "--workers", 1)
+
+    assert done.exit_code == 4
+    assert "at least 2 hosts" in done.stderr
+
+
+def test_findings_fail_a_validation_only_where_that_was_asked_for(tmp_path: Path) -> None:
+    store, run = tmp_path / "store", tmp_path / "run"
+    put_bytes(put(store, episode()), b"x")
+    base = ("validate", store, "--out", run, "--workers", 1)
+
+    assert phasewatch(*base).exit_code == 0
+    assert phasewatch(*base, "--fail-on", "errored").exit_code == 1
+    assert phasewatch(*base, "--budget-errored", 0).exit_code == 1
+    assert phasewatch(*base, "--budget-errored", 1).exit_code == 0
+    assert phasewatch(*base, "--fail-on", "awful").exit_code == 2
+
+
+def test_a_spoilt_bundle_can_be_looked_at(tmp_path: Path) -> None:
+    path = put_bytes(put(tmp_path / "store", episode()), b"hello")
+
+    done = phasewatch("inspect", path)
+
+    assert done.exit_code == 1
+    assert "zstd-magic" in done.stdout
+
+
+def test_what_is_replaced_is_read_again(tmp_path: Path) -> None:
+    store, run = tmp_path / "store", tmp_path / "run"
+    path = put(store, episode())
+    before = validated(store, run)
+    put_bytes(path, path.read_bytes()[:-100])
+
+    after = validated(store, run)
+
+    assert (before["accepted"], after["accepted"], after["errored"]) == (1, 0, 1)
+
+
+def test_rot_that_leaves_size_and_time_is_found_by_a_full_read(tmp_path: Path) -> None:
+    import os
+
+    store, run = tmp_path / "store", tmp_path / "run"
+    path = put(store, episode())
+    stamp = path.stat()
+    validated(store, run)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+
+    kept = validated(store, run)
+    done = phasewatch("validate", store, "--out", run, "--workers", 1, "--full", "--json")
+
+    assert kept["accepted"] == 1
+    assert json.loads(done.stdout)["result"]["accepted"] == 0
+
+
+def test_a_copy_is_rejected_and_names_its_original(tmp_path: Path) -> None:
+    store, run = tmp_path / "store", tmp_path / "run"
+    first = episode(number=1)
+    put(store, first)
+    second = episode(number=2)
+    put(store, replace(first, manifest=second.manifest))
+
+    result = validated(store, run)
+
+    assert (result["accepted"], result["rejected"]) == (1, 1)
+    assert "duplicate" in result["reasons"]  # type: ignore[operator]

@@ -1,0 +1,177 @@
+"""Rows: values to JSON lines in one form, and back to columns."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phasewatch.channels import raw_fields
+from phasewatch.episode.model import SourceRows
+from phasewatch.episode.rows import decode_rows, encode_columns, encode_rows
+from phasewatch.errors import BundleError
+from phasewatch.vocab import Source
+
+INT64 = st.integers(-(2**63), 2**63 - 1)
+STAMP = st.integers(0, 2**63 - 1)
+
+
+def fields_of(source: Source) -> tuple[str, ...]:
+    return tuple(spec.field for spec in raw_fields(source))
+
+
+def row(source: Source, value: int | float | None = 0) -> list[int | float | None]:
+    return [5, 6, 7, *(float(value) if s.type == "float" and value is not None else value for s in raw_fields(source))]
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[Source, list[list[int | float | None]]]:
+    source = draw(st.sampled_from(list(Source)))
+    cells = [
+        st.none() | (st.floats(allow_nan=False, allow_infinity=False) if spec.type == "float" else INT64)
+        for spec in raw_fields(source)
+    ]
+    return source, draw(st.lists(st.tuples(STAMP, STAMP, INT64, *cells).map(list), max_size=4))
+
+
+def test_a_row_is_one_line_with_its_keys_in_order_and_no_spaces() -> None:
+    data = encode_rows(Source.NETFLOW, [[5, 6, 0, *range(10)]])
+
+    assert data == (
+        b'{"t_wall_ns":5,"t_mono_ns":6,"seq":0,"out_pkts":0,"out_bytes":1,"in_pkts":2,"in_bytes":3,"new_flows":4,'
+        b'"syn_out":5,"rst_in":6,"dns_queries":7,"dst_ports":8,"dst_ips":9}\n'
+    )
+
+
+def test_a_null_is_no_reading_of_that_field_alone() -> None:
+    values = row(Source.QMP, 1)
+    values[3] = None
+
+    rows = decode_rows(Source.QMP, fields_of(Source.QMP), encode_rows(Source.QMP, [values]), file="x")
+
+    assert rows.present[0].tolist() == [False] + [True] * 15
+    assert int(rows.columns[0][0]) == 0
+
+
+def test_a_gauge_may_be_spelled_as_a_whole_number_or_with_an_exponent() -> None:
+    data = encode_rows(Source.QMP, [row(Source.QMP, 1)]).replace(b'"vcpu_busy":1.0', b'"vcpu_busy":1')
+    data = data.replace(b'"vcpu_user":1.0', b'"vcpu_user":25e-2')
+
+    rows = decode_rows(Source.QMP, fields_of(Source.QMP), data, file="x")
+
+    assert [float(rows.columns[rows.fields.index(name)][0]) for name in ("vcpu_busy", "vcpu_user")] == [1.0, 0.25]
+
+
+def test_a_member_without_rows_is_a_source_that_said_nothing() -> None:
+    rows = decode_rows(Source.GUEST, fields_of(Source.GUEST), b"", file="x")
+
+    assert len(rows) == 0
+    assert rows.present.shape == (0, 12)
+
+
+def test_counters_beyond_the_53_bits_of_a_float_stay_exact() -> None:
+    big = 2**53 + 1
+    for value in (big, 2**63 - 1, -(2**63)):
+        rows = decode_rows(
+            Source.PROC, fields_of(Source.PROC), encode_rows(Source.PROC, [row(Source.PROC, value)]), file="x"
+        )
+
+        assert int(rows.columns[0][0]) == value
+
+
+def test_a_counter_beside_a_null_stays_exact_too() -> None:
+    values = [row(Source.PROC, 2**53 + 1), row(Source.PROC, None)]
+
+    rows = decode_rows(Source.PROC, fields_of(Source.PROC), encode_rows(Source.PROC, values), file="x")
+
+    assert [int(v) for v in rows.columns[0]] == [2**53 + 1, 0]
+
+
+def test_fields_that_an_older_recorder_did_not_know_are_there_and_absent() -> None:
+    rows = decode_rows(Source.NETFLOW, ("in_pkts",), b'{"t_wall_ns":1,"t_mono_ns":1,"seq":0,"in_pkts":9}\n', file="x")
+
+    assert rows.fields == fields_of(Source.NETFLOW)
+    assert rows.present[0].tolist() == [name == "in_pkts" for name in rows.fields]
+    assert int(rows.columns[rows.fields.index("in_pkts")][0]) == 9
+
+
+@given(tables())
+def test_what_was_written_is_what_is_read(table: tuple[Source, list[list[int | float | None]]]) -> None:
+    source, values = table
+
+    rows = decode_rows(source, fields_of(source), encode_rows(source, values), file="x")
+
+    assert len(rows) == len(values)
+    for i, line in enumerate(values):
+        assert [int(rows.t_wall_ns[i]), int(rows.t_mono_ns[i]), int(rows.seq[i])] == line[:3]
+        for column, known, value in zip(rows.columns, rows.present[i], line[3:], strict=True):
+            assert bool(known) is (value is not None)
+            assert column[i] == (0 if value is None else value)
+
+
+@given(tables())
+def test_columns_are_spelled_as_their_rows_are(table: tuple[Source, list[list[int | float | None]]]) -> None:
+    source, values = table
+    data = encode_rows(source, values)
+
+    assert encode_columns(decode_rows(source, fields_of(source), data, file="x")) == data
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=300) | st.text(max_size=100).map(str.encode))
+def test_noise_is_refused_or_is_rows(noise: bytes) -> None:
+    try:
+        rows = decode_rows(Source.PROC, fields_of(Source.PROC), noise, file="x")
+    except BundleError:
+        return
+    assert len(rows) == noise.count(b"\n")
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_a_spoilt_row_is_refused_or_reads_as_what_it_says(data: st.DataObject) -> None:
+    good = encode_rows(Source.GUEST, [row(Source.GUEST, 12)] * 2)
+    at = data.draw(st.integers(0, len(good) - 1))
+    spoilt = good[:at] + data.draw(st.binary(max_size=3)) + good[at + data.draw(st.integers(0, 3)) :]
+
+    try:
+        rows = decode_rows(Source.GUEST, fields_of(Source.GUEST), spoilt, file="x")
+    except BundleError:
+        return
+    assert encode_columns(rows) == spoilt
+
+
+@pytest.mark.parametrize(
+    "value",
+    [float("nan"), float("inf"), 0.5, True, 2**63, "7"],
+    ids=["NaN", "infinity", "a fraction", "a truth", "beyond int64", "text"],
+)
+def test_the_writer_refuses_what_the_reader_would(value: object) -> None:
+    values = row(Source.PROC)
+    values[4] = value  # type: ignore[call-overload]
+
+    with pytest.raises((ValueError, TypeError, OverflowError)):
+        encode_rows(Source.PROC, [values])
+
+
+def test_the_writer_refuses_a_row_of_another_width() -> None:
+    with pytest.raises(ValueError, match="has 17 values, not 18"):
+        encode_rows(Source.PROC, [row(Source.PROC)[:-1]])
+
+
+def test_the_writer_takes_numpy_numbers() -> None:
+    values = [np.int64(v) for v in row(Source.PROC, 3)]  # type: ignore[arg-type]
+
+    assert encode_rows(Source.PROC, [values]) == encode_rows(Source.PROC, [[*values[:3], *[3] * 15]])
+
+
+def test_columns_of_another_type_are_not_written() -> None:
+    rows = decode_rows(Source.GUEST, fields_of(Source.GUEST), encode_rows(Source.GUEST, [row(Source.GUEST)]), file="x")
+    wrong = SourceRows(
+        source=rows.source, fields=rows.fields, t_wall_ns=rows.t_wall_ns, t_mono_ns=rows.t_mono_ns, seq=rows.seq,
+        columns=(rows.columns[0].astype(np.float64), *rows.columns[1:]), present=rows.present,
+    )  # fmt: skip
+
+    with pytest.raises(ValueError, match=r"guest\.up_ns is not int"):
+        encode_columns(wrong)

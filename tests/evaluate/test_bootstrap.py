@@ -1,0 +1,159 @@
+"""Intervals over sessions: what is drawn, what is drawn again, and that other people's code gives the same numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from phasewatch.evaluate.bootstrap import (
+    Clusters,
+    confusions,
+    draw_weights,
+    holm,
+    interval,
+    number_clusters,
+    paired_p,
+    resample,
+    sums,
+)
+from phasewatch.measures import macro_f1
+
+K = (0, 1, 2)
+
+
+def windows(sessions_per_host: tuple[int, ...] = (6, 4), per_session: int = 12, seed: int = 0):  # type: ignore[no-untyped-def]
+    """Truth and decisions of which whole sessions go right or wrong together."""
+    rng = np.random.default_rng(seed)
+    hosts, sessions, truth, decided = [], [], [], []
+    for h, n in enumerate(sessions_per_host):
+        for s in range(n):
+            skill = rng.uniform(0.3, 1.0)
+            y = rng.integers(0, 3, per_session)
+            hosts += [f"h{h}"] * per_session
+            sessions += [f"s{s}"] * per_session
+            truth.append(y)
+            decided.append(np.where(rng.random(per_session) < skill, y, rng.integers(0, 3, per_session)))
+    return number_clusters(hosts, sessions), np.concatenate(truth), np.concatenate(decided)
+
+
+def test_a_session_is_a_cluster_of_its_host_even_if_another_host_has_one_of_that_name() -> None:
+    clusters = number_clusters(["b", "a", "a"], ["s0", "s0", "s0"])
+
+    assert clusters.of.tolist() == [1, 0, 0]
+    assert clusters.host.tolist() == [0, 1]
+
+
+def test_each_resample_takes_as_many_sessions_of_a_host_as_it_has() -> None:
+    clusters, truth, _ = windows()
+    weights = draw_weights(clusters, truth, classes=K, resamples=50, seed=1)
+
+    assert weights is not None
+    assert set(weights.counts[:, clusters.host == 0].sum(axis=1).tolist()) == {6}
+    assert set(weights.counts[:, clusters.host == 1].sum(axis=1).tolist()) == {4}
+
+
+def test_the_same_seed_draws_the_same_and_another_seed_another() -> None:
+    clusters, truth, _ = windows()
+    drawn = [draw_weights(clusters, truth, classes=K, resamples=20, seed=s) for s in (1, 1, 2)]
+    one, same, other = (w.counts.tobytes() for w in drawn if w is not None)
+
+    assert one == same != other
+
+
+def test_a_resample_that_loses_a_class_is_drawn_again_and_counted() -> None:
+    clusters = Clusters(of=np.arange(6), host=np.zeros(6, np.int64))
+    truth = np.array([0, 0, 0, 0, 0, 1])  # class 1 lives in one session of six: a third of the draws miss it
+    weights = draw_weights(clusters, truth, classes=(0, 1), resamples=300, seed=0)
+
+    assert weights is not None
+    assert (weights.counts[:, 5] > 0).all()
+    assert weights.redrawn > 100
+
+
+def test_below_five_clusters_there_is_no_interval() -> None:
+    clusters, truth, _ = windows((2, 2))
+
+    assert draw_weights(clusters, truth, classes=K, resamples=10, seed=0) is None
+
+
+def test_macro_f1_of_each_resample_equals_scikit_learn_on_the_same_resample() -> None:
+    from sklearn.metrics import f1_score
+
+    clusters, truth, decided = windows()
+    weights = draw_weights(clusters, truth, classes=K, resamples=40, seed=3)
+    assert weights is not None
+
+    ours = macro_f1(resample(weights, confusions(clusters, truth, decided)).reshape(-1, 5, 5), K)
+
+    theirs = []
+    for counts in weights.counts:
+        rows = np.repeat(np.arange(len(truth)), counts[clusters.of])
+        theirs.append(f1_score(truth[rows], decided[rows], labels=K, average="macro", zero_division=0))
+    assert_allclose(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_the_interval_agrees_with_scipy_on_the_clusters_of_one_host() -> None:
+    from scipy.stats import bootstrap as oracle
+
+    clusters, truth, decided = windows((30,))
+    per_cluster = confusions(clusters, truth, decided)
+    weights = draw_weights(clusters, truth, classes=K, resamples=4000, seed=0)
+    assert weights is not None
+
+    def statistic(picked: np.ndarray, axis: int = -1) -> np.ndarray:
+        return macro_f1(per_cluster[picked.astype(int)].sum(axis=-2).reshape(*picked.shape[:-1], 5, 5), K)
+
+    theirs = oracle(
+        (np.arange(30.0),), statistic, n_resamples=4000, method="percentile", vectorized=True, batch=500,
+        rng=np.random.default_rng(9),
+    ).confidence_interval  # fmt: skip
+    ours = interval(macro_f1(resample(weights, per_cluster).reshape(-1, 5, 5), K))
+
+    # Two independent draws of 4000: the ends wobble by a few hundredths of the width.
+    assert_allclose(ours, theirs, atol=0.06 * (theirs[1] - theirs[0]))
+
+
+def test_an_interval_over_sessions_is_wider_than_one_over_windows() -> None:
+    clusters, truth, decided = windows((30,), per_session=30)
+    alone = Clusters(of=np.arange(len(truth)), host=np.zeros(len(truth), np.int64))
+    widths = []
+    for units in (clusters, alone):
+        weights = draw_weights(units, truth, classes=K, resamples=300, seed=0)
+        assert weights is not None
+        low, high = interval(macro_f1(resample(weights, confusions(units, truth, decided)).reshape(-1, 5, 5), K))
+        widths.append(high - low)
+
+    assert widths[0] > 1.5 * widths[1]
+
+
+def test_sums_add_the_windows_of_a_cluster() -> None:
+    clusters = Clusters(of=np.array([1, 0, 1]), host=np.array([0, 0]))
+
+    assert sums(clusters, np.array([[1.0], [2.0], [3.0]])).tolist() == [[2.0], [4.0]]
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [
+        pytest.param([1.0] * 99, 2 / 100, id="all above: the least p that 99 resamples can give"),
+        pytest.param([1.0, -1.0, 1.0], 1.0, id="p is never above 1"),
+        pytest.param([0.0] * 9, 1.0, id="no difference"),
+    ],
+)
+def test_p_counts_the_resamples_on_the_other_side(differences: list[float], p: float) -> None:
+    assert paired_p(np.array(differences)) == pytest.approx(p)
+
+
+def test_holm_steps_down_and_never_falls() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx((0.03, 0.06, 0.06))
+    assert holm([]) == ()
+
+
+def test_numbers_that_are_not_whole_are_resampled_too() -> None:
+    clusters, truth, _ = windows()
+    weights = draw_weights(clusters, truth, classes=K, resamples=30, seed=0)
+    assert weights is not None
+    columns = np.random.default_rng(0).normal(size=(len(clusters), 3))
+
+    assert_allclose(resample(weights, columns), weights.counts.astype(float) @ columns)

@@ -1,0 +1,34 @@
+"""The arithmetic does today what it did when the models were trained."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from phasewatch.features.fingerprint import behaviour_fingerprint, golden_episodes
+from phasewatch.grid.align import align
+
+# Changes only with the contract; then every feature table and model is to be built anew, and the change log says so.
+GOLDEN = "61fbc8d747acefd409e5416753f182def6875965a31d8ba6a9fd53dad344372b"
+
+FINDINGS = {
+    "a clock that claims to be Unix time": {f"clock-base-repaired:{s}" for s in ("proc", "qmp", "netflow", "guest")},
+    "a step of the wall clock": {"clock-step"},
+}
+
+
+def test_the_fingerprint_is_the_golden_one() -> None:
+    assert behaviour_fingerprint() == GOLDEN
+
+
+@pytest.mark.parametrize("name", [name for name, _ in golden_episodes()])
+def test_a_golden_episode_does_what_its_name_says(name: str) -> None:
+    grid = align(dict(golden_episodes())[name])
+    unknown = np.isnan(grid.bins)
+
+    assert {f.code for f in grid.findings} == FINDINGS.get(name, set())
+    assert not unknown.all()
+    assert unknown.any() == (name not in {
+        "jitter", "counters beyond 53 bits", "ten ticks a second", "balloon fields every third tick",
+        "a clock that claims to be Unix time", "a clock with another name", "a step of the wall clock",
+    })  # fmt: skip

@@ -1,0 +1,84 @@
+"""What the feature columns are called, what they are measured in, and what the schema hash covers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from phasewatch.channels import CHANNELS
+from phasewatch.features.schema import deployment_mask, feature_names, feature_units, render_schema, schema_hash
+from phasewatch.vocab import Kind, Source, Trust
+
+GOLDEN_HASH = "0725cf07ab6416794160616b6e897e65cf43259b4d2e34f8f8931d8ee9e9dd12"
+
+
+def test_columns_go_channel_by_channel_five_stats_each() -> None:
+    names = feature_names()
+
+    assert len(names) == len(set(names)) == 230
+    assert names[:6] == (
+        "proc.cpu_user.mean", "proc.cpu_user.std", "proc.cpu_user.p50", "proc.cpu_user.p95", "proc.cpu_user.slope",
+        "proc.cpu_sys.mean",
+    )  # fmt: skip
+    assert names[-1] == "guest.mem_dirty.slope"
+
+
+def test_units_stand_beside_names_and_a_slope_is_per_second() -> None:
+    units = dict(zip(feature_names(), feature_units(), strict=True))
+
+    assert units["proc.cpu_user.p95"] == "cores"
+    assert units["proc.cpu_user.slope"] == "cores/s"
+    assert units["netflow.out_bytes.slope"] == "B/s/s"
+
+
+def test_a_column_is_in_deployment_when_the_host_vouches_for_it() -> None:
+    mask = dict(zip(feature_names(), deployment_mask(), strict=True))
+
+    assert sum(mask.values()) == 35 * 5
+    assert mask["qmp.jit_tb.mean"]
+    assert not mask["qmp.bal_free_delta.mean"]
+    assert not mask["guest.ctxt.mean"]
+
+
+def test_the_schema_hash_is_the_one_that_models_were_made_for() -> None:
+    assert schema_hash() == GOLDEN_HASH
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "other"}, {"source": Source.QMP}, {"kind": Kind.DELTA}, {"fields": ("other",)}, {"unit": "s"},
+        {"scale": 1e-6}, {"trust": Trust.GUEST}, {"semantics": 2},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_whatever_changes_a_columns_meaning_changes_the_hash(change: dict[str, object]) -> None:
+    changed = (replace(CHANNELS[0], **change), *CHANNELS[1:])  # type: ignore[arg-type]
+
+    assert schema_hash(changed) != schema_hash()
+
+
+def test_words_about_a_channel_do_not_change_the_hash() -> None:
+    assert schema_hash((replace(CHANNELS[0], about="other", reads="other"), *CHANNELS[1:])) == schema_hash()
+
+
+def test_the_order_of_channels_is_part_of_the_hash() -> None:
+    assert schema_hash((CHANNELS[1], CHANNELS[0], *CHANNELS[2:])) != schema_hash()
+
+
+def test_the_schema_file_says_what_the_tables_hold() -> None:
+    schema = json.loads(render_schema("f" * 64))
+
+    assert list(schema) == [
+        "version", "phases", "feature_names", "units", "in_deployment_mask", "channels", "stat_suffixes",
+        "window_seconds", "stride_seconds", "bin_seconds", "schema_hash", "behaviour_fingerprint",
+    ]  # fmt: skip
+    assert schema["phases"] == ["clean", "armed", "infecting", "active", "dormant"]
+    assert (schema["window_seconds"], schema["stride_seconds"], schema["bin_seconds"]) == (10.0, 5.0, 0.5)
+    assert len(schema["feature_names"]) == len(schema["units"]) == len(schema["in_deployment_mask"]) == 230
+    assert schema["channels"][0] == {
+        "name": "cpu_user", "source": "proc", "kind": "rate", "unit": "cores", "trust": "host", "in_deployment": True,
+    }  # fmt: skip
+    assert len(schema["channels"]) == 46

@@ -1,0 +1,60 @@
+"""Windows as tensors are views of the grid: the same floats, no second copy on disk or in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.builders import episode, members_of
+
+from phasewatch.episode.bundle import pack
+from phasewatch.features.tensors import bundle_tensor, gather, window_rows, window_view
+from phasewatch.grid.align import align
+
+BINS = np.arange(100 * 3, dtype=np.float32).reshape(100, 3)
+
+
+def test_a_window_is_twenty_rows_of_the_grid_and_shares_its_memory() -> None:
+    view = window_view(BINS)
+
+    assert view.shape == (9, 20, 3)
+    assert np.array_equal(view[4], BINS[40:60])
+    assert np.shares_memory(view, BINS)
+    assert not view.flags.writeable
+
+
+def test_an_episode_too_short_for_a_window_has_none() -> None:
+    assert window_view(BINS[:19]).shape == (0, 20, 3)
+
+
+def test_windows_of_many_episodes_are_gathered_in_any_order() -> None:
+    begins = np.concatenate([window_rows(0, 45), window_rows(45, 55)])
+    assert begins.tolist() == [0, 10, 20, 45, 55, 65, 75]
+
+    batch = gather(BINS, begins[[5, 0, 3]])
+
+    assert batch.flags.c_contiguous
+    assert np.array_equal(batch, np.stack([BINS[65:85], BINS[0:20], BINS[45:65]]))
+
+
+@pytest.mark.parametrize("begin", [-1, 81])
+def test_a_window_outside_the_grid_is_refused(begin: int) -> None:
+    with pytest.raises(IndexError):
+        gather(BINS, np.array([begin]))
+
+
+def test_no_windows_make_an_empty_batch() -> None:
+    assert gather(BINS, np.array([], np.int64)).shape == (0, 20, 3)
+    assert gather(BINS[:5], np.array([], np.int64)).shape == (0, 20, 3)
+
+
+def test_a_bundle_gives_its_windows_straight_from_the_file(tmp_path: Path) -> None:
+    whole = episode([("clean", 12), ("active", 13)])
+    path = tmp_path / "one.tar.zst"
+    path.write_bytes(pack(whole.manifest, members_of(whole), level=3))
+
+    tensor = bundle_tensor(path)
+
+    assert tensor.shape == (4, 20, 46)
+    assert np.array_equal(tensor, window_view(align(whole).bins))

@@ -1,0 +1,264 @@
+"""What every registered model keeps to, and what each of the present ones is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from phasewatch.errors import MismatchError, RunError, UsageError
+from phasewatch.measures import log_loss
+from phasewatch.models import registry
+from phasewatch.models.base import Examples, InputKind, Inputs, InputSpec, class_weights, fit_temperature
+from phasewatch.models.checkpoint import HEADER, read_header
+
+KEYS = [row.key for row in registry.MODELS]
+SETTINGS: dict[str, dict[str, int]] = {"gbt": {"rounds": 15}}
+
+
+def spec(key: str, f: int = 6) -> InputSpec:
+    kind = registry.row_of(key).kind
+    names = ("t_center_s",) if kind is InputKind.ELAPSED else tuple(f"proc.channel_{i}.mean" for i in range(f))
+    return InputSpec(kind=kind, names=names, mask="realistic", schema_hash="5" * 64, behaviour_fingerprint="b" * 64)
+
+
+def examples(key: str, n: int = 200, *, classes: int = 5, seed: int = 0) -> Examples:
+    """Windows whose phase a column (or the time) nearly tells, with a few NaN."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, classes, n)
+    s = spec(key)
+    if s.kind is InputKind.ELAPSED:
+        x = (5.0 * (4 * y + rng.integers(1, 5, n)))[:, None].astype(np.float32)
+    else:
+        x = rng.normal(size=(n, len(s.names))).astype(np.float32)
+        x[:, 0] += 2 * y
+        x[rng.random(x.shape) < 0.05] = np.nan
+    return Examples(inputs=Inputs(x=x, spec=s), y=y)
+
+
+def fitted(key: str, *, classes: int = 5, seed: int = 0):  # type: ignore[no-untyped-def]
+    model = registry.create(key, seed=seed, settings=SETTINGS.get(key))
+    model.fit(examples(key, classes=classes), examples(key, 80, classes=classes, seed=1))
+    return model.calibrate(examples(key, 80, seed=2))
+
+
+each_model = pytest.mark.parametrize("key", KEYS)
+
+
+@each_model
+def test_rows_are_five_probabilities_that_sum_to_one(key: str) -> None:
+    p = fitted(key).predict_proba(examples(key, seed=3).inputs)
+
+    assert p.shape == (200, 5)
+    assert (p >= 0).all()
+    assert_allclose(p.sum(axis=1), 1.0)
+
+
+@each_model
+def test_a_phase_never_seen_in_train_has_probability_zero(key: str) -> None:
+    model = fitted(key, classes=3)
+    p = model.predict_proba(examples(key, seed=3).inputs)
+
+    assert (p[:, 3:] == 0).all()
+    assert np.isfinite(log_loss(p, examples(key, seed=3).y))
+
+
+@each_model
+def test_one_phase_alone_can_be_learnt(key: str) -> None:
+    assert (fitted(key, classes=1).predict(examples(key, seed=3).inputs) == 0).all()
+
+
+@each_model
+def test_the_input_is_left_as_it_was(key: str) -> None:
+    data = examples(key, seed=3)
+    before = data.inputs.x.tobytes()
+
+    fitted(key).predict_proba(data.inputs)
+
+    assert data.inputs.x.tobytes() == before
+
+
+@each_model
+def test_one_window_alone_gets_what_it_gets_in_a_batch(key: str) -> None:
+    model, data = fitted(key), examples(key, seed=3)
+    one = Inputs(x=data.inputs.x[7:8], spec=data.inputs.spec)
+
+    assert model.predict_proba(one).tobytes() == model.predict_proba(data.inputs)[7:8].tobytes()
+    assert model.predict_proba(Inputs(x=data.inputs.x[:0], spec=data.inputs.spec)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("key", [row.key for row in registry.MODELS if row.kind is InputKind.TABLE])
+def test_a_window_of_which_nothing_is_known_is_answered(key: str) -> None:
+    nothing = Inputs(x=np.full((1, 6), np.nan, np.float32), spec=spec(key))
+
+    assert np.isfinite(fitted(key).predict_proba(nothing)).all()
+
+
+@each_model
+def test_the_same_seed_writes_the_same_bytes(key: str, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        fitted(key).save(tmp_path / name)
+    files = sorted(p.name for p in (tmp_path / "one").iterdir())
+
+    assert len(files) == 2
+    assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "two" / n).read_bytes() for n in files)
+
+
+@each_model
+def test_a_checkpoint_gives_the_same_bits(key: str, tmp_path: Path) -> None:
+    model, data = fitted(key), examples(key, seed=3)
+    model.save(tmp_path / "m")
+
+    loaded = registry.load(tmp_path / "m")
+
+    assert loaded.predict_proba(data.inputs).tobytes() == model.predict_proba(data.inputs).tobytes()
+    loaded.save(tmp_path / "again")
+    assert (tmp_path / "again" / HEADER).read_bytes() == (tmp_path / "m" / HEADER).read_bytes()
+
+
+@each_model
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        pytest.param({"schema_hash": "6" * 64}, "feature schema 6666666666666666, the model needs 5555", id="schema"),
+        pytest.param({"behaviour_fingerprint": "c" * 64}, "behaviour fingerprint cccc", id="fingerprint"),
+        pytest.param({"mask": "oracle"}, "threat model oracle, the model needs realistic", id="mask"),
+    ],
+)
+def test_other_columns_are_refused_with_the_difference(key: str, changed: dict[str, str], words: str) -> None:
+    data = examples(key).inputs
+
+    with pytest.raises(MismatchError, match=words):
+        fitted(key).predict_proba(Inputs(x=data.x, spec=replace(data.spec, **changed)))
+
+
+def test_columns_in_another_order_are_refused() -> None:
+    data = examples("gbt").inputs
+    turned = replace(data.spec, names=(data.spec.names[1], data.spec.names[0], *data.spec.names[2:]))
+
+    with pytest.raises(MismatchError, match=r"another order, from column 0 on \(proc\.channel_1\.mean\)"):
+        fitted("gbt").predict_proba(Inputs(x=data.x, spec=turned))
+
+
+def test_a_missing_column_is_named() -> None:
+    data = examples("gbt").inputs
+    fewer = replace(data.spec, names=data.spec.names[:-1])
+
+    with pytest.raises(MismatchError, match=r"lacks 1 \(proc\.channel_5\.mean\)"):
+        fitted("gbt").predict_proba(Inputs(x=data.x[:, :-1], spec=fewer))
+
+
+@each_model
+def test_a_model_that_is_not_fitted_says_so(key: str, tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match="not fitted"):
+        registry.create(key).predict_proba(examples(key).inputs)
+    with pytest.raises(MismatchError, match="not fitted"):
+        registry.create(key).save(tmp_path)
+
+
+@each_model
+def test_changed_bytes_are_refused_before_a_parser_sees_them(key: str, tmp_path: Path) -> None:
+    fitted(key).save(tmp_path)
+    (name,) = read_header(tmp_path).files
+    data = bytearray((tmp_path / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / name).write_bytes(data)
+
+    with pytest.raises(MismatchError, match=f"{name}: found sha256 .* expected"):
+        registry.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error", "words"),
+    [
+        pytest.param(
+            '"phasewatch-checkpoint/1"', '"phasewatch-checkpoint/2"', MismatchError, "found format", id="format"
+        ),
+        pytest.param(
+            '"gbt"', '"os.system"', MismatchError, "found model 'os.system'", id="a model that is not registered"
+        ),
+        pytest.param('"model.ubj"', '"../model.ubj"', RunError, "not a plain name", id="a file elsewhere"),
+        pytest.param('"armed"', '"harmed"', MismatchError, "found classes", id="classes"),
+        pytest.param('"temperature": 1', '"temperature": -1', RunError, "cannot be", id="temperature"),
+        pytest.param('"seen"', '"scene"', RunError, "not a checkpoint", id="field"),
+    ],
+)
+def test_a_header_that_does_not_fit_is_refused(
+    tmp_path: Path, old: str, new: str, error: type[Exception], words: str
+) -> None:
+    model = registry.create("gbt", settings={"rounds": 2})
+    model.fit(examples("gbt"), examples("gbt", seed=1)).save(tmp_path)
+    path = tmp_path / HEADER
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+    with pytest.raises(error, match=words):
+        registry.load(tmp_path)
+
+
+def test_an_absent_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"checkpoint\.json: absent"):
+        registry.load(tmp_path)
+
+
+def test_an_unknown_model_is_answered_with_the_nearest_and_an_unknown_setting_with_the_known() -> None:
+    with pytest.raises(UsageError, match="did you mean gbt"):
+        registry.create("gtb")
+    with pytest.raises(UsageError, match=r"no setting 'trees'; it can set rounds"):
+        registry.create("gbt", settings={"trees": 3})
+    with pytest.raises(UsageError, match="model gbt"):
+        registry.create("gbt", settings={"rounds": "many"})
+
+
+def test_labels_outside_the_five_phases_are_refused() -> None:
+    data = examples("gbt", 3)
+
+    with pytest.raises(MismatchError, match=r"labels -1\.\."):
+        Examples(inputs=data.inputs, y=np.array([-1, 0, 1]))
+
+
+def test_gbt_learns_and_stops_by_validation() -> None:
+    model = registry.create("gbt")
+    train, val, test = (examples("gbt", 400, seed=s) for s in range(3))
+
+    model.fit(train, val)
+
+    history = model.history["val_a_mlogloss"]
+    assert (model.predict(test.inputs) == test.y).mean() > 0.5
+    assert len(history) < 200
+    assert min(history) < history[0]
+
+
+def test_majority_says_the_most_frequent_phase_of_train() -> None:
+    y = np.array([3] * 120 + [0] * 80)
+    data = Examples(inputs=examples("majority").inputs, y=y)
+    model = registry.create("majority").fit(data, data)
+
+    assert (model.predict(data.inputs) == 3).all()
+    assert_allclose(model.predict_proba(data.inputs)[0], [0.4, 0, 0, 0.6, 0])
+
+
+def test_elapsed_time_finds_a_schedule_and_answers_beyond_the_longest_episode() -> None:
+    model, data = fitted("elapsed_time"), examples("elapsed_time", seed=3)
+    late = Inputs(x=np.array([[5000.0]], np.float32), spec=data.inputs.spec)
+
+    assert (model.predict(data.inputs) == data.y).mean() > 0.8
+    assert model.predict(late).tolist() == [4]
+
+
+def test_class_weights_make_all_classes_count_alike() -> None:
+    weights = class_weights(np.array([0, 0, 0, 1]))
+
+    assert weights.tolist() == [4 / 6, 2.0, 0, 0, 0]
+
+
+def test_temperature_softens_overconfidence_and_leaves_empty_validation_alone() -> None:
+    p = np.array([[0.99, 0.01, 0, 0, 0]] * 10)
+    y = np.array([0] * 7 + [1] * 3)
+
+    assert fit_temperature(p, y) > 1.5
+    assert fit_temperature(p[:0], y[:0]) == 1.0

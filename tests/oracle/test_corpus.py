@@ -1,0 +1,28 @@
+"""Real recordings give the same bits in the fast and in the slow reading of the contract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.oracle.test_bins import assert_same
+
+from phasewatch.episode.bundle import unpack
+
+CORPUS = Path(__file__).parents[2] / "corpus" / "lab-v1"
+BUNDLES = sorted(CORPUS.glob("*/*.tar.zst")) if CORPUS.is_dir() else []
+A_FEW = BUNDLES[:: max(1, len(BUNDLES) // 3)][:3]
+SOME_CHANNELS = slice(0, None, 5)  # stats of every fifth channel; bins of all
+
+
+@pytest.mark.skipif(not BUNDLES, reason="no corpus here: record one, or fetch corpus/lab-v1")
+@pytest.mark.parametrize("path", A_FEW, ids=lambda path: path.name[:36])
+def test_a_recorded_episode_has_the_same_bits(path: Path) -> None:
+    assert_same(unpack(path.read_bytes(), file=path.name), channels=SOME_CHANNELS)
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not BUNDLES, reason="no corpus here: record one, or fetch corpus/lab-v1")
+def test_every_recorded_episode_has_the_same_bits() -> None:
+    for path in BUNDLES:
+        assert_same(unpack(path.read_bytes(), file=path.name))

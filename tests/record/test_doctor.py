@@ -1,0 +1,56 @@
+"""What `doctor` says of a machine."""
+
+from __future__ import annotations
+
+import pytest
+
+from phasewatch.record.doctor import PACKAGES, PROGRAMS, Check, Facts, examine
+
+WHOLE = Facts(
+    python=(3, 11), cores=2, memory_gib=8.0, disk_gib=50.0, kvm=None,
+    programs={program: "1" for program, _, _ in PROGRAMS}, packages={package: "1" for package, _, _ in PACKAGES},
+)  # fmt: skip
+
+
+def check_of(name: str, **facts: object) -> Check:
+    fields = {field: getattr(WHOLE, field) for field in Facts.__slots__} | facts
+    return next(check for check in examine(Facts(**fields)) if check.name == name)
+
+
+def test_a_machine_that_has_everything_passes_every_check() -> None:
+    assert all(check.ok and not check.remedy for check in examine(WHOLE))
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "remedy"),
+    [
+        pytest.param("python", {"python": (3, 10)}, "Python 3.11", id="old Python"),
+        pytest.param("cores", {"cores": 1}, "one VM at a time", id="one core"),
+        pytest.param("memory", {"memory_gib": 1.0}, "free 3 GiB", id="little memory"),
+        pytest.param("disk", {"disk_gib": 1.0}, "free 5 GiB", id="a full disk"),
+        pytest.param("cpio", {"programs": {}}, "apt-get install --no-install-recommends cpio", id="no cpio"),
+        pytest.param("busybox", {"programs": {}}, "busybox-static", id="no busybox"),
+        pytest.param("torch", {"packages": {}}, "pip install 'phasewatch[train]'", id="no torch"),
+        pytest.param("qemu.qmp", {"packages": {}}, "pip install 'phasewatch[live]'", id="no qemu.qmp"),
+    ],
+)
+def test_what_is_missing_comes_with_its_remedy(name: str, facts: dict[str, object], remedy: str) -> None:
+    check = check_of(name, **facts)
+
+    assert not check.ok
+    assert remedy in check.remedy
+    assert check.needed_for
+
+
+def test_no_kvm_is_a_fact_not_a_fault() -> None:
+    check = check_of("kvm", kvm="no vmx or svm in /proc/cpuinfo")
+
+    assert check.ok
+    assert "no vmx" in check.found
+
+
+def test_this_machine_can_be_examined() -> None:
+    names = [check.name for check in examine()]
+
+    assert len(names) == len(set(names))
+    assert {"python", "disk", "qemu-img", "kvm", "xgboost"} <= set(names)

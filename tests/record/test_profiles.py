@@ -1,0 +1,87 @@
+"""The table of profiles: what may be drawn, who belongs to which group, within which bounds."""
+
+from __future__ import annotations
+
+from ipaddress import ip_network
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from phasewatch.errors import UsageError
+from phasewatch.profiles import PROFILES, SAMPLE_GROUPS, Profile, draw_knobs, profile, sample, sample_group
+from phasewatch.record.network import HOME_NET, NAMED_NET, SCAN_NET
+from phasewatch.vocab import SampleKind
+
+MALICIOUS = [row for row in PROFILES if row.kind is SampleKind.EMULATED]
+
+
+def test_the_profiles_stand_in_the_design_s_order() -> None:
+    assert [row.name for row in PROFILES] == [
+        "cryptomine", "ransom-walk", "scan-and-dial", "beacon-c2", "exfil-drip", "dropper-persist", "benign",
+    ]  # fmt: skip
+
+
+def test_sample_i_is_in_group_i_mod_4() -> None:
+    names = [row.name for row in profile("benign").samples]
+
+    assert [sample_group("benign", name) for name in names[:6]] == [0, 1, 2, 3, 0, 1]
+
+
+@pytest.mark.parametrize("group", range(SAMPLE_GROUPS))
+def test_every_group_has_two_busy_benign_kinds_and_a_sample_of_every_profile(group: int) -> None:
+    busy = [row.name for row in profile("benign").samples[group::SAMPLE_GROUPS] if row.name != "idle"]
+
+    assert len(busy) >= 2
+    assert all(row.samples[group::SAMPLE_GROUPS] for row in MALICIOUS)
+
+
+def test_intensities_stay_in_their_range_and_the_same_seed_draws_the_same() -> None:
+    for row in PROFILES:
+        for one in row.samples:
+            drawn = [draw_knobs(one, np.random.default_rng(7)) for _ in range(2)]
+
+            assert drawn[0] == drawn[1]
+            assert list(drawn[0]) == [knob.name for knob in one.knobs]
+            assert all(knob.low * 0.999 <= drawn[0][knob.name] <= knob.high * 1.001 for knob in one.knobs)
+
+
+def test_intensities_are_log_uniform() -> None:
+    one = sample("ransom-walk", "throttled")
+    knob = next(knob for knob in one.knobs if knob.name == "rate_kbps")
+    rng = np.random.default_rng(1)
+
+    drawn = [draw_knobs(one, rng)["rate_kbps"] for _ in range(800)]
+
+    assert np.median(drawn) == pytest.approx((knob.low * knob.high) ** 0.5, rel=0.15)
+
+
+@pytest.mark.parametrize("row", MALICIOUS, ids=lambda row: row.name)
+def test_the_first_run_writes_at_most_20_mb(row: Profile) -> None:
+    for one in row.samples:
+        total = next(knob for knob in one.knobs if knob.name == "infect_mb")
+
+        assert (total.low, total.high) == (0.2, 20)
+
+
+def test_a_profile_may_talk_to_the_sink_only() -> None:
+    for row in PROFILES:
+        for network in row.bounds.networks:
+            assert any(ip_network(network).subnet_of(own) for own in (HOME_NET, NAMED_NET, SCAN_NET))  # type: ignore[arg-type]
+
+
+def test_malware_has_attack_ids_and_benign_life_has_none() -> None:
+    assert all(row.attack and all(id_.startswith("T1") for id_ in row.attack) for row in MALICIOUS)
+    assert profile("benign").attack == ()
+
+
+def test_names_of_samples_are_unique_within_a_profile() -> None:
+    for row in PROFILES:
+        assert all(a < b for a, b in pairwise(sorted(one.name for one in row.samples)))
+
+
+def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match="cryptomine"):
+        profile("criptomine")
+    with pytest.raises(UsageError, match="throttled"):
+        sample_group("cryptomine", "throtled")

@@ -1,0 +1,223 @@
+"""Makes small run folders with the exact columns of DESIGN section 5, without recording, training or scoring much."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from phasewatch.evaluate.board import Answer, Place, Rules, Shown, build_rows
+from phasewatch.evaluate.rows import MetricRow, Metrics, render_metrics
+from phasewatch.features.schema import render_schema
+from phasewatch.split import SplitEpisode, build_folds, render_fold
+from phasewatch.train.predictions import PROBABILITIES, schema
+from phasewatch.vocab import PHASES, Role
+
+MALICIOUS = ("cryptomine", "ransom-walk", "scan-and-dial", "beacon-c2", "exfil-drip", "dropper-persist")
+PROFILES = ("benign", *MALICIOUS)
+START_NS = 1_790_000_000 * 10**9
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What a fake run is like.
+
+    Attributes:
+        skill: Chance that the model decides a window rightly.
+        phases: The phases that truth walks through.
+    """
+
+    hosts: Sequence[str] = ("aarch64-virt", "microvm", "pc-cores1", "q35-throttled")
+    profiles: Sequence[str] = PROFILES[:6]
+    per_cell: int = 2
+    n_windows: int = 28
+    skill: float = 0.72
+    phases: Sequence[int] = (0, 1, 2, 3, 4)
+    origin: str = "recorded"
+    agents: Sequence[str] = ("off", "on")
+    sample: str = "throttled-50"
+    seed: int = 7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FakeEpisode:
+    """One episode of the fake run."""
+
+    episode_id: str
+    host_id: str
+    profile: str
+    session: str
+    agent: str
+    number: int
+
+
+def episodes_of(recipe: Recipe) -> list[FakeEpisode]:
+    made = []
+    for host in recipe.hosts:
+        for profile in recipe.profiles:
+            for _ in range(recipe.per_cell):
+                n = len(made)
+                made.append(
+                    FakeEpisode(
+                        episode_id=f"0199a000-0000-7000-8000-{n:012x}",
+                        host_id=host,
+                        profile=profile,
+                        session=f"s{n:04d}",
+                        agent=recipe.agents[n % len(recipe.agents)],
+                        number=n,
+                    )
+                )
+    return made
+
+
+def make_run(folder: Path, recipe: Recipe = Recipe()) -> Path:
+    """Write a whole run and give its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    episodes = episodes_of(recipe)
+    table = predictions(recipe, episodes)
+    pq.write_table(table, folder / "predictions_v1.parquet")
+    write_metrics(folder, table)
+    write_validation(folder, recipe, episodes)
+    write_ledger(folder, len(episodes))
+    write_schema(folder)
+    write_splits(folder, recipe, episodes)
+    (folder / "run.json").write_text(json.dumps({"started": "2026-11-24T08:00:00Z", "host": "elsewhere"}))
+    return folder
+
+
+def predictions(recipe: Recipe, episodes: Sequence[FakeEpisode]) -> Any:
+    rng = np.random.default_rng(recipe.seed)
+    rows: list[dict[str, Any]] = []
+    for e in episodes:
+        walk = rng.choice(recipe.phases, size=1 + recipe.n_windows // 6)
+        truth = np.repeat(walk, 6)[: recipe.n_windows] if e.profile != "benign" else np.zeros(recipe.n_windows, int)
+        right = recipe.skill + 0.25 * (rng.random() - 0.5)
+        for model in ("gbt", "majority", "elapsed_time"):
+            for j, y in enumerate(truth):
+                p = probabilities(rng, model, int(y), j, recipe.n_windows, right)
+                rows.append(row_of(e, recipe, model, int(y), p, j))
+    return pa.Table.from_pylist(rows, schema=schema())
+
+
+def probabilities(rng: np.random.Generator, model: str, y: int, j: int, n: int, right: float) -> np.ndarray:
+    if model == "majority":
+        return np.array([0.4, 0.15, 0.1, 0.2, 0.15])
+    weights = rng.random(5) * 0.4 + 0.05
+    if model == "gbt":
+        near = {1: 0, 4: 0, 0: 4}.get(y, int(rng.integers(5)))  # armed and dormant look clean
+        weights[y if rng.random() < right else near] += 1.2
+    else:
+        weights[min(4, 5 * j // n)] += 0.3
+    return weights / weights.sum()
+
+
+def row_of(e: FakeEpisode, recipe: Recipe, model: str, y: int, p: np.ndarray, j: int) -> dict[str, Any]:
+    p = p.astype(np.float32)
+    return {
+        "recipe": "held_out_host", "fold": e.host_id, "threat": "realistic", "model": model, "table": "raw",
+        "filter": "none", "seed": 0, "part": "test", "role": "lab", "agent": e.agent, "episode_id": e.episode_id,
+        "session": e.session, "host_id": e.host_id, "profile": e.profile, "sample_name": recipe.sample,
+        "sample_kind": "benign" if e.profile == "benign" else "emulated", "origin": recipe.origin,
+        "t_center_ns": START_NS + e.number * 10**12 + (5 + 5 * j) * 10**9, "purity": 1.0, "flags": 0,
+        "y_true": y, "y_pred": int(p.argmax()), **dict(zip(PROBABILITIES, p.tolist(), strict=True)),
+    }  # fmt: skip
+
+
+def write_metrics(folder: Path, table: Any, resamples: int = 200) -> None:
+    rows: list[MetricRow] = []
+    rules = Rules(malicious=MALICIOUS, profiles=PROFILES, resamples=resamples)
+    for agent in ("off", "on", None):
+        mine = [r for r in table.to_pylist() if agent in (None, r["agent"])]
+        if mine:
+            place = Place(
+                recipe="held_out_host", fold="pooled", threat="realistic", table="raw", filter="none", agent=agent
+            )
+            rows += build_rows(place, *board(mine), rules, parts=True)
+    digest = hashlib.sha256((folder / "predictions_v1.parquet").read_bytes()).hexdigest()
+    metrics = Metrics(inputs={"predictions_v1.parquet": digest}, metrics=tuple(rows))
+    (folder / "metrics_v1.json").write_bytes(render_metrics(metrics))
+
+
+def board(rows: Sequence[dict[str, Any]]) -> tuple[Shown, list[Answer]]:
+    by_model: dict[str, list[dict[str, Any]]] = {}
+    for r in rows:
+        by_model.setdefault(r["model"], []).append(r)
+    first = next(iter(by_model.values()))
+    words = ("episode_id", "session", "host_id", "profile", "sample_name", "origin", "agent")
+    shown = Shown(
+        **{name: np.array([r[name] for r in first], dtype=object) for name in words},
+        y_true=np.array([r["y_true"] for r in first], np.int64),
+    )
+    answers = [
+        Answer(
+            model=model,
+            seed=0,
+            probabilities=np.array([[r[name] for name in PROBABILITIES] for r in own]),
+            y_pred=np.array([r["y_pred"] for r in own], np.int64),
+        )
+        for model, own in by_model.items()
+    ]
+    return shown, answers
+
+
+def write_validation(folder: Path, recipe: Recipe, episodes: Sequence[FakeEpisode]) -> None:
+    bad = [("rejected", ["member-sha256"]), ("errored", ["zstd-truncated"])]
+    rows = [
+        validation_row(e, recipe, "degraded" if e.number % 9 == 4 else "accepted", ["rate:qmp"] * (e.number % 9 == 4))
+        for e in episodes
+    ]
+    rows += [validation_row(episodes[0], recipe, status, reasons) for status, reasons in bad]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "validation_v1.parquet")
+
+
+def validation_row(e: FakeEpisode, recipe: Recipe, status: str, reasons: list[str]) -> dict[str, Any]:
+    return {
+        "path": f"{e.host_id}/{e.episode_id}.tar.zst", "episode_id": e.episode_id, "host_id": e.host_id,
+        "profile": e.profile, "sample_name": recipe.sample, "sample_kind": "emulated", "origin": recipe.origin,
+        "role": "lab", "session": e.session, "plan_seed": e.number, "agent": e.agent == "on", "status": status,
+        "reasons": reasons, "detail": "", "sha256": "0" * 64, "bytes": 100_000, "duplicate_of": None,
+        "started_wall_ns": START_NS + e.number * 10**12, "duration_s": 145.0, "vcpu_wait": 0.01, "flags": 0,
+    }  # fmt: skip
+
+
+def write_ledger(folder: Path, n: int) -> None:
+    degraded = sum(1 for i in range(n) if i % 9 == 4)
+    validate = {"in": n + 2, "accepted": n - degraded, "degraded": degraded, "rejected": 1, "errored": 1}
+    rows = {"rows_in": n * 1300, "rows_used": n * 1296, "rows_lost": {"rejected": n * 3, "silence:qmp": n}}
+    features = {
+        "in": n,
+        "used": n,
+        "rows_in": n * 290,
+        "rows_used": n * 280,
+        "rows_lost": {"shorter than a window": n * 10},
+    }
+    (folder / "ledger.json").write_text(json.dumps({"stages": {"validate": validate | rows, "features": features}}))
+
+
+def write_schema(folder: Path) -> None:
+    (folder / "feature_schema_v1.json").write_text(render_schema("cd" * 32))
+
+
+def write_splits(folder: Path, recipe: Recipe, episodes: Sequence[FakeEpisode]) -> None:
+    if len(recipe.hosts) < 3 or recipe.per_cell < 2:
+        return  # the recipe cannot be built; a real run has no splits then
+    (folder / "splits").mkdir(exist_ok=True)
+    known = [
+        SplitEpisode(
+            episode_id=e.episode_id, host_id=e.host_id, profile=e.profile, sample_name=recipe.sample,
+            sample_group=0, session=e.session, role=Role.LAB, agent=e.agent == "on", plan_seed=e.number,
+            proc_sketch=(), started_wall_ns=START_NS, phases=PHASES,
+        )
+        for e in episodes
+    ]  # fmt: skip
+    for fold in build_folds("held_out_host", known, profiles=PROFILES):
+        name = f"{fold.recipe}-{fold.fold}.json".replace("/", "_")
+        (folder / "splits" / name).write_bytes(render_fold(fold))

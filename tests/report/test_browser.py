@@ -1,0 +1,94 @@
+"""The page in a real browser, offline: every picture is drawn, nothing is requested, nothing hostile runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.report.fake_run import HOSTILE, Recipe, make_run
+from tests.requirements import need_chromium
+
+from phasewatch.report.page import write_report
+
+SMALL = Recipe(hosts=("a-host", "b-host", "c-host"), profiles=("benign", "cryptomine"), n_windows=12)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    path = need_chromium()
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        words = "needs playwright: uv pip install --group browser"
+        if os.environ.get("CI") == "true":
+            pytest.fail(words)
+        pytest.skip(words)
+    with sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=path, headless=True, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+class Opened:
+    """A page that was opened, and everything that it said or asked for."""
+
+    def __init__(self, browser: Any, path: Path, width: int) -> None:
+        self.page = browser.new_page(viewport={"width": width, "height": 900})
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("dialog", lambda dialog: (self.said.append("dialog"), dialog.dismiss()))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(path.as_uri())
+        self.page.wait_for_selector("html[data-drawn]", timeout=60_000)
+
+    def count(self, selector: str) -> int:
+        return int(self.page.locator(selector).count())
+
+
+@pytest.mark.parametrize("width", [1200, 768, 380])
+def test_the_page_draws_everything_asks_for_nothing_and_fits(browser: Any, tmp_path: Path, width: int) -> None:
+    path = write_report(make_run(tmp_path / "run", SMALL))
+
+    opened = Opened(browser, path, width)
+
+    assert opened.said == []
+    assert opened.asked == [path.as_uri()]
+    assert opened.count(".figure") == opened.count(".figure .plot-container") >= 8
+    assert opened.count(".figure.failed") == 0
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_hostile_names_are_text_and_run_nothing(browser: Any, tmp_path: Path) -> None:
+    recipe = replace(SMALL, hosts=(HOSTILE, "b", "c"), profiles=("benign", HOSTILE), sample=HOSTILE)
+    path = write_report(make_run(tmp_path / "run", recipe))
+
+    opened = Opened(browser, path, 1200)
+
+    assert opened.said == []
+    assert opened.asked == [path.as_uri()]
+    assert opened.count("img") == 0
+    assert opened.count(".figure.failed") == 0
+    assert HOSTILE in opened.page.inner_text("main")
+    assert "</script><img" in opened.page.text_content("#figure-by-profile svg.main-svg")
+
+
+def test_on_paper_each_picture_fits_the_sheet(browser: Any, tmp_path: Path) -> None:
+    path = write_report(make_run(tmp_path / "run", SMALL))
+    opened = Opened(browser, path, 1200)
+
+    opened.page.emulate_media(media="print")
+    opened.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    widths = opened.page.evaluate(
+        "[...document.querySelectorAll('.figure .main-svg')].map(s => s.getBoundingClientRect().width)"
+    )
+
+    assert max(widths) <= 660
+    assert opened.said == []

@@ -1,0 +1,148 @@
+"""What the page may claim: only what metrics_v1.json holds, and always beside the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from phasewatch.evaluate.rows import MetricRow, Metrics
+from phasewatch.report import scores
+from phasewatch.report.blocks import Page
+from phasewatch.report.evidence import Evidence
+from phasewatch.report.story import tell
+
+
+def row(metric: str, model: str | None, value: float | None, **more: object) -> MetricRow:
+    place = {"recipe": "held_out_host", "fold": "pooled", "threat": "realistic", "table": "raw", "filter": "none"}
+    return MetricRow(
+        **(place | {"agent": "off", "seed": "mean", "n_hosts": 4} | more), metric=metric, model=model, value=value
+    )  # type: ignore[arg-type]
+
+
+def page_of(rows: Sequence[MetricRow]) -> Page:
+    return tell(
+        Evidence(
+            metrics=Metrics(inputs={}, metrics=tuple(rows)), predictions=None, bundles=None, stages=(), folds=(),
+            schema=None, digests={}, notes=(),
+        )
+    )  # fmt: skip
+
+
+GBT = row("macro_f1@5of6", "gbt", 0.69, low=0.64, high=0.73)
+THREE = row("macro_f1_3@5of6", "gbt", 0.87, low=0.83, high=0.9)
+CLOCK = row("macro_f1@5of6", "elapsed_time", 0.22, low=0.18, high=0.27)
+
+
+def test_the_claim_is_the_headline_with_the_clock_beside_it() -> None:
+    claim = page_of([GBT, THREE, CLOCK]).claim
+
+    assert "0.69 [0.64, 0.73]" in claim.words
+    assert "elapsed time alone 0.22" in claim.line
+    assert [(t.name, t.value, t.beside) for t in claim.tiles] == [
+        ("five phases", "0.69", False),
+        ("three states", "0.87", False),
+        ("elapsed time alone", "0.22", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says", "holds"),
+    [
+        pytest.param(0.1, 0.3, "is above", True, id="a gap clear of zero is above"),
+        pytest.param(-0.05, 0.3, "is not above elapsed time", False, id="a gap that may be zero is not above"),
+        pytest.param(-0.3, -0.1, "is not above elapsed time", False, id="a gap below zero is not above"),
+    ],
+)
+def test_the_paired_gap_decides_whether_the_model_beats_the_clock(
+    low: float, high: float, says: str, holds: bool
+) -> None:
+    gap = row("macro_f1_gap@5of6", "gbt", (low + high) / 2, vs="elapsed_time", low=low, high=high)
+
+    claim = page_of([GBT, CLOCK, gap]).claim
+
+    assert says in claim.verdict
+    assert claim.holds is holds
+
+
+def test_a_gap_counted_from_the_clock_is_turned_round() -> None:
+    gap = scores.clock_gap([row("macro_f1_gap@5of6", "elapsed_time", -0.4, vs="gbt", low=-0.5, high=-0.3)], "gbt")
+
+    assert gap == scores.Gap(value=0.4, low=0.3, high=0.5)
+
+
+@pytest.mark.parametrize(
+    ("model", "clock", "above"),
+    [
+        pytest.param((0.2, 0.1, 0.3), (0.22, 0.2, 0.25), False, id="a lower value is not above"),
+        pytest.param((0.4, 0.3, 0.5), (0.22, 0.2, 0.35), False, id="intervals that overlap are not above"),
+        pytest.param((0.4, 0.36, 0.5), (0.22, 0.2, 0.35), True, id="intervals apart are above"),
+        pytest.param((0.4, None, None), (0.22, None, None), None, id="without an interval it cannot be said"),
+    ],
+)
+def test_without_a_paired_gap_the_two_intervals_decide(
+    model: tuple[float, float | None, float | None], clock: tuple[float, float | None, float | None], above: bool | None
+) -> None:
+    one, other = (row("macro_f1@5of6", "m", v, low=low, high=high) for v, low, high in (model, clock))
+
+    assert scores.above_clock(one, other, None) is above
+
+
+def test_a_clock_that_was_not_scored_is_said() -> None:
+    claim = page_of([GBT]).claim
+
+    assert "Elapsed time alone was not scored" in claim.verdict
+    assert not claim.holds
+
+
+def test_without_a_row_there_is_no_claim_and_no_number() -> None:
+    page = page_of([])
+
+    assert page.claim.words.startswith("No claim can be made")
+    assert page.claim.tiles == ()
+    assert page.figures() == {}
+
+
+def test_what_was_scored_on_one_fold_alone_is_no_headline() -> None:
+    page = page_of(
+        [row("macro_f1@5of6", "gbt", 0.99, fold="microvm"), row("macro_f1@5of6", "gbt", 0.98, recipe="random_windows")]
+    )
+
+    assert page.claim.tiles == ()
+
+
+def test_a_row_of_agent_off_episodes_comes_before_one_over_both() -> None:
+    rows = [row("macro_f1@5of6", "gbt", 0.5, agent=None), row("macro_f1@5of6", "gbt", 0.4)]
+
+    found = scores.pick(rows, "macro_f1", model="gbt")
+
+    assert found is not None
+    assert found.value == 0.4
+
+
+def test_the_leaderboard_is_ordered_by_value_and_says_what_is_a_baseline() -> None:
+    board = scores.contenders([CLOCK, GBT, row("macro_f1@5of6", "majority", None)])
+
+    assert [c.label for c in board] == ["gbt", "elapsed time (baseline)", "majority (baseline)"]
+
+
+def test_the_confusion_matrix_spans_the_union_of_truths_and_decisions() -> None:
+    rows = [
+        row("confusion", "gbt", 7.0, phase="clean", x=0.0),
+        row("confusion", "gbt", 2.0, phase="clean", x=3.0),
+        row("confusion", "gbt", 0.0, phase="armed", x=0.0),
+    ]
+
+    matrix = scores.confusion(rows, model="gbt")
+
+    assert matrix is not None
+    assert matrix.labels == ("clean", "active")
+    assert matrix.counts == ((7.0, 2.0), (0.0, 0.0))
+
+
+def test_notes_of_the_evaluation_are_told_once() -> None:
+    note = row("note", None, None, why="only 12 sessions: intervals are too narrow")
+
+    sure = page_of([GBT, note, note]).sections[0]
+
+    assert sure.points == ("Only 12 sessions: intervals are too narrow.",)

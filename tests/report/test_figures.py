@@ -1,0 +1,143 @@
+"""Pictures are plain values: what a reader must see in them, whatever the numbers are."""
+
+from __future__ import annotations
+
+import math
+
+import plotly.graph_objects as go
+import pytest
+
+from phasewatch.report import figures
+from phasewatch.report.drawing import PHASE_COLOURS, Figure, safe
+from phasewatch.report.figures import Cell, Confusion, Score, Series, Tally, Window
+
+SCORES = (
+    Score(label="gbt", value=0.7, low=0.6, high=0.8, words="12 windows"),
+    Score(label="majority", value=0.1),
+    Score(label="never run", value=None),
+)
+WINDOWS = tuple(
+    Window(t_s=5.0 + 5 * i, truth=i // 3, decided=(i + 1) // 3 % 5, p=(0.2, 0.2, 0.2, 0.2, 0.2)) for i in range(9)
+)
+
+
+def board() -> Figure:
+    return figures.whiskers([Series(name="five phases", scores=SCORES)], title="macro-F1", origin="recorded")
+
+
+def heat(value: float | None = 0.5) -> Figure:
+    cells = [Cell(host_id="a", profile="x", n_episodes=3, value=value)]
+    return figures.heat_map(cells, hosts=["a", "b"], profiles=["x"], title="macro-F1", origin="recorded")
+
+
+def matrix() -> Figure:
+    return figures.confusion(Confusion(labels=("clean", "active"), counts=((3, 1), (0, 0))), origin="recorded")
+
+
+def bands() -> Figure:
+    return figures.ribbon(WINDOWS, stride_s=5.0, origin="recorded")
+
+
+def bars() -> Figure:
+    stages = [Tally(stage="validate", counts=(("accepted", 8), ("errored", 2)))]
+    return figures.ledger(stages, origin="recorded")
+
+
+ALL = pytest.mark.parametrize("build", [board, heat, matrix, bands, bars])
+
+
+@ALL
+def test_plotly_knows_every_property_that_a_picture_sets(build: object) -> None:
+    figure = build()  # type: ignore[operator]
+
+    go.Figure(figure)  # raises on a property or value that it does not know
+
+
+@ALL
+def test_a_picture_says_its_origin_wherever_it_is_copied(build: object) -> None:
+    figure = build()  # type: ignore[operator]
+
+    assert "recorded" in figure["layout"]["xaxis"]["title"]["text"]
+
+
+def test_a_score_without_interval_has_no_whisker() -> None:
+    error = board()["data"][0]["error_x"]
+
+    assert error["array"] == pytest.approx([0.1, 0.0])
+    assert error["arrayminus"] == pytest.approx([0.1, 0.0])
+
+
+def test_a_score_that_was_not_measured_is_a_line_that_says_so_not_a_zero() -> None:
+    marks, unknown = board()["data"]
+
+    assert marks["y"] == [0, 1]
+    assert (unknown["y"], unknown["text"]) == ([2], ["no number"])
+
+
+def test_an_untested_cell_is_hatched_and_has_no_shade() -> None:
+    shades, hatch = heat()["data"]
+
+    assert shades["z"] == [[0.5], [None]]
+    assert shades["text"] == [["0.50"], [""]]
+    assert all(0.5 < y < 1.5 for y in hatch["y"] if y is not None)
+    assert hatch["showlegend"]
+
+
+def test_without_scores_the_map_shows_how_many_episodes_were_tested() -> None:
+    shades = heat(value=None)["data"][0]
+
+    assert shades["text"] == [["3"], [""]]
+
+
+def test_a_phase_without_true_windows_has_counts_but_no_share() -> None:
+    squares = matrix()["data"][0]
+
+    assert squares["z"] == [[0.75, 0.25], [None, None]]
+    assert squares["text"] == [["3", "1"], ["0", "0"]]
+
+
+def test_truth_stands_above_the_decision_and_both_above_the_probabilities() -> None:
+    figure = bands()
+    names = dict(zip(figure["layout"]["yaxis"]["tickvals"], figure["layout"]["yaxis"]["ticktext"], strict=True))
+
+    assert [names[y] for y in sorted(names)][:3] == ["truth", "decided", "p(clean)"]
+    assert figure["layout"]["yaxis"]["range"][0] > figure["layout"]["yaxis"]["range"][1]
+
+
+def test_a_ribbon_names_all_five_phases_also_those_that_it_lacks() -> None:
+    shown = [t["name"] for t in bands()["data"] if t.get("showlegend", True) and t["type"] == "scatter"]
+
+    assert shown == ["truth", "clean", "armed", "infecting", "active", "dormant"]
+
+
+def test_the_true_phase_is_one_line_while_it_lasts() -> None:
+    line = next(t for t in bands()["data"] if t.get("name") == "truth")
+
+    assert line["x"] == [2.5, 17.5, None, 17.5, 32.5, None, 32.5, 47.5, None]
+
+
+def test_every_status_has_a_hatching_or_a_place_of_its_own() -> None:
+    patterns = {t["name"]: t["marker"]["pattern"]["shape"] for t in bars()["data"]}
+
+    assert patterns == {"accepted": "", "errored": "."}
+
+
+def test_phases_differ_in_lightness_as_well_as_in_hue() -> None:
+    def lightness(colour: str) -> float:
+        r, g, b = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        return math.sqrt(0.299 * r * r + 0.587 * g * g + 0.114 * b * b)
+
+    assert len({round(lightness(c), 2) for c in PHASE_COLOURS.values()}) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        pytest.param("beacon-c2", "beacon-c2", id="a plain name stays"),
+        pytest.param("<b>&amp;", "&lt;b&gt;&amp;amp;", id="markup that Plotly reads becomes text"),
+        pytest.param("a\u202eb\n", "a\ufffdb\ufffd", id="characters that turn or break the line are replaced"),
+        pytest.param("x" * 50, "x" * 43 + "…", id="a long name is clipped"),
+    ],
+)
+def test_names_from_data_are_harmless_in_a_picture(name: str, shown: str) -> None:
+    assert safe(name) == shown

@@ -1,0 +1,142 @@
+"""Every write: whole or not at all, whatever breaks in between."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from phasewatch import atomic
+from phasewatch.errors import BusyError
+
+
+class Recorder(atomic.Disk):
+    """Writes down what it is asked for, and breaks at the n-th call."""
+
+    def __init__(self, breaks_at: int | None = None) -> None:
+        self.calls: list[str] = []
+        self._breaks_at = breaks_at
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+        if self._breaks_at is not None and len(self.calls) > self._breaks_at:
+            raise OSError(errno.ENOSPC, "no space left")
+
+    def open(self, path: Path) -> int:
+        self._note("open")
+        return super().open(path)
+
+    def write(self, fd: int, data: bytes | memoryview) -> int:
+        self._note("write")
+        return super().write(fd, data)
+
+    def fsync(self, fd: int) -> None:
+        self._note("fsync")
+        super().fsync(fd)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._note("rename")
+        super().rename(source, target)
+
+    def link(self, source: Path, target: Path) -> None:
+        self._note("link")
+        super().link(source, target)
+
+
+def test_a_file_is_written_aside_made_durable_and_only_then_named(tmp_path: Path) -> None:
+    with atomic.on_disk(disk := Recorder()):
+        atomic.write_whole(tmp_path / "a", b"hello")
+
+    assert disk.calls == ["open", "write", "fsync", "rename", "fsync"]
+    assert (tmp_path / "a").read_bytes() == b"hello"
+
+
+@pytest.mark.parametrize("calls", range(4))
+def test_whichever_call_fails_the_old_file_stands_and_nothing_else_lies_there(tmp_path: Path, calls: int) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+
+    with atomic.on_disk(Recorder(breaks_at=calls)), pytest.raises(OSError, match="no space"):
+        atomic.write_whole(tmp_path / "a", b"new")
+
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]  # noqa: PTH208
+
+
+def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+
+    with suppress(RuntimeError), atomic.writer(tmp_path / "a") as file:
+        file.write(b"half")
+        raise RuntimeError
+
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]  # noqa: PTH208
+
+
+def test_a_new_file_never_takes_the_place_of_another(tmp_path: Path) -> None:
+    atomic.write_whole(tmp_path / "a", b"first", new=True)
+
+    with pytest.raises(FileExistsError):
+        atomic.write_whole(tmp_path / "a", b"second", new=True)
+
+    assert (tmp_path / "a").read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["a"]  # noqa: PTH208
+
+
+def test_a_short_write_of_the_system_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    class Miser(atomic.Disk):
+        def write(self, fd: int, data: bytes | memoryview) -> int:
+            return super().write(fd, data[:3])
+
+    with atomic.on_disk(Miser()):
+        atomic.write_whole(tmp_path / "a", b"0123456789")
+
+    assert (tmp_path / "a").read_bytes() == b"0123456789"
+
+
+def test_a_writer_can_go_back_and_mend_what_it_wrote(tmp_path: Path) -> None:
+    with atomic.writer(tmp_path / "a") as file:
+        file.write(b"????")
+        file.write(b"body")
+        assert file.tell() == 8
+        file.seek(0)
+        file.write(b"head")
+
+    assert (tmp_path / "a").read_bytes() == b"headbody"
+
+
+def test_a_library_that_closes_the_file_publishes_nothing_by_that(tmp_path: Path) -> None:
+    with suppress(RuntimeError), atomic.writer(tmp_path / "a") as file:
+        file.write(b"x")
+        file.close()
+        raise RuntimeError
+
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / ".a.0123456789ab.tmp").write_bytes(b"half")
+    (tmp_path / "mine.tmp").write_bytes(b"a user's")
+    (tmp_path / ".hidden").write_bytes(b"a user's")
+
+    assert atomic.sweep_temporaries(tmp_path) == 1
+    assert sorted(os.listdir(tmp_path)) == [".hidden", "mine.tmp"]  # noqa: PTH208
+
+
+def test_a_folder_has_one_writer_at_a_time(tmp_path: Path) -> None:
+    with atomic.lock(tmp_path / "run"):
+        with pytest.raises(BusyError, match="another process is writing here"), atomic.lock(tmp_path / "run"):
+            pass
+
+    with atomic.lock(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_is_made_with_those_above_it(tmp_path: Path) -> None:
+    atomic.make_folder(tmp_path / "a" / "b" / "c")
+    atomic.make_folder(tmp_path / "a" / "b" / "c")
+
+    assert (tmp_path / "a" / "b" / "c").is_dir()

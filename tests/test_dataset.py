@@ -1,0 +1,149 @@
+"""What a run's files become: windows in a fixed order, under a mask, in the sets of a fold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tests.synthetic_run import World, edit_features, write_run
+
+from phasewatch import profiles
+from phasewatch.channels import CHANNELS
+from phasewatch.dataset import load, read_episodes, read_fold, read_folds, read_windows, write_splits
+from phasewatch.dataset.splits import group_of
+from phasewatch.errors import RunError, UsageError
+from phasewatch.models.base import InputKind
+from phasewatch.split import Part
+from phasewatch.vocab import Role
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    made = write_run(tmp_path / "run", World(windows=8))
+    write_splits(made, "held_out_host")
+    return made
+
+
+def test_the_sets_of_a_fold_are_those_of_its_split(run: Path) -> None:
+    sets = load(run, "held_out_host", "host-0")
+
+    for part, data in (
+        (Part.TRAIN, sets.train),
+        (Part.VAL_A, sets.val_a),
+        (Part.VAL_B, sets.val_b),
+        (Part.TEST, sets.test),
+    ):
+        assert {e.episode_id for e in data.windows.episodes} == set(sets.fold.ids(part))
+        assert len(data) == 8 * len(sets.fold.ids(part)) == len(data.x) == len(data.y) == len(data.groups)
+    assert {e.role for e in sets.soak.windows.episodes} == {Role.SOAK}
+
+
+def test_realistic_holds_the_host_side_channels_alone_and_oracle_all(run: Path) -> None:
+    names = load(run, "held_out_host", "host-0", "realistic").train.names
+    trusted = {c.full_name for c in CHANNELS if c.in_deployment}
+
+    assert len(names) == 5 * 35
+    assert {n.rpartition(".")[0] for n in names} == trusted
+    assert load(run, "held_out_host", "host-0", "oracle").train.x.shape[1] == 230
+
+
+def test_values_labels_and_gaps_are_those_of_the_file(run: Path) -> None:
+    data = read_windows(run, "realistic", InputKind.TABLE)
+    table = pq.read_table(run / "features_window_v1.parquet")
+
+    assert data.x.dtype == np.float32
+    assert data.x.tobytes() == np.column_stack([table[n].to_numpy() for n in data.names]).tobytes()
+    assert data.y.tolist() == table["phase"].to_pylist()
+    assert np.isnan(data.x).any()
+
+
+def test_elapsed_time_is_one_column(run: Path) -> None:
+    data = load(run, "held_out_host", "host-0", kind="elapsed").test
+
+    assert data.names == ("t_center_s",)
+    assert data.x[:8, 0].tolist() == [5, 10, 15, 20, 25, 30, 35, 40]
+
+
+def test_groups_name_host_and_session(run: Path) -> None:
+    assert set(load(run, "held_out_host", "host-1").test.groups) == {f"host-1/h1s{s}" for s in range(6)}
+
+
+def test_the_order_of_the_file_changes_nothing(run: Path) -> None:
+    before = load(run, "held_out_host", "host-0").train
+    order = np.random.default_rng(0).permutation(pq.read_metadata(run / "features_window_v1.parquet").num_rows)
+    edit_features(run, lambda t: t.take(pa.array(order)))
+    after = load(run, "held_out_host", "host-0").train
+
+    assert after.x.tobytes() == before.x.tobytes()
+    assert after.windows.t_center_ns.tobytes() == before.windows.t_center_ns.tobytes()
+    assert after.windows.episodes == before.windows.episodes
+
+
+def test_windows_of_unknown_phase_are_in_no_set(run: Path) -> None:
+    def hide(table: pa.Table) -> pa.Table:
+        phase = table["phase"].to_numpy().copy()
+        phase[:3] = -1
+        return table.set_column(table.schema.get_field_index("phase"), "phase", pa.array(phase))
+
+    n = len(read_windows(run, "realistic", InputKind.TABLE))
+    edit_features(run, hide)
+
+    assert len(read_windows(run, "realistic", InputKind.TABLE)) == n - 3
+
+
+def test_splitting_again_removes_the_folds_of_hosts_that_are_gone(run: Path) -> None:
+    edit_features(run, lambda t: t.filter(pa.compute.not_equal(t["host_id"], "host-3")))
+    write_splits(run, "held_out_host")
+
+    assert [f.fold for f in read_folds(run, "held_out_host")] == ["host-0", "host-1", "host-2"]
+
+
+def test_an_episode_without_windows_is_in_no_split(run: Path) -> None:
+    gone = read_episodes(run)[0].episode_id
+    edit_features(run, lambda t: t.filter(pa.compute.not_equal(t["episode_id"], gone)))
+
+    assert gone not in {e.episode_id for e in read_episodes(run)}
+
+
+def test_a_sample_that_is_not_registered_has_a_group_all_the_same() -> None:
+    assert group_of("cryptomine", profiles.profile("cryptomine").samples[1].name) == 1
+    assert group_of("real-malware", "a") == group_of("real-malware", "a")
+    assert {group_of("real-malware", str(i)) for i in range(40)} == {0, 1, 2, 3}
+
+
+def test_an_absent_fold_is_answered_with_those_that_there_are(run: Path) -> None:
+    with pytest.raises(RunError, match="the run has held_out_host-host-0, "):
+        read_fold(run, "held_out_host", "host-9")
+    with pytest.raises(RunError, match="absent"):
+        read_fold(run, "held_out_host", "../../x")
+
+
+def test_absent_files_and_columns_are_named_with_the_remedy(run: Path, tmp_path: Path) -> None:
+    edit_features(run, lambda t: t.drop_columns(["purity"]))
+    with pytest.raises(RunError, match=r"lacks column purity .* `phasewatch features`"):
+        load(run, "held_out_host", "host-0")
+    with pytest.raises(RunError, match=r"features_window_v1\.parquet: absent; make it with `phasewatch features`"):
+        read_episodes(tmp_path)
+
+
+def test_features_of_another_sweep_are_refused(run: Path) -> None:
+    verdicts = pq.read_table(run / "validation_v1.parquet")
+    pq.write_table(verdicts.slice(1), run / "validation_v1.parquet")
+
+    with pytest.raises(RunError, match=r"e0000 has windows in .* different sweeps"):
+        read_windows(run, "realistic", InputKind.TABLE)
+
+
+@pytest.mark.parametrize(
+    ("threat", "kind", "words"),
+    [
+        pytest.param("realistc", "table", "did you mean realistic", id="threat model"),
+        pytest.param("realistic", "tables", "no input kind 'tables'", id="kind"),
+    ],
+)
+def test_an_unknown_name_is_a_usage_error(run: Path, threat: str, kind: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        load(run, "held_out_host", "host-0", threat, kind)

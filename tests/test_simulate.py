@@ -1,0 +1,198 @@
+"""Make-believe stores: seeded, in the formats of recorded ones, with faults whose truth is written down."""
+
+from __future__ import annotations
+
+from collections import Counter
+from hashlib import sha256
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from phasewatch.episode.bundle import unpack
+from phasewatch.episode.findings import CODES, severity_of
+from phasewatch.episode.model import Episode
+from phasewatch.errors import BundleError, StoreError, UsageError
+from phasewatch.profiles import PROFILES
+from phasewatch.simulate import Knobs, simulate
+from phasewatch.simulate.activity import named_rng
+from phasewatch.simulate.campaign import Campaign, sessions_of, slots_of
+from phasewatch.simulate.episode import draw_episode
+from phasewatch.simulate.faults import DUPLICATE, FAULTS, Fault
+from phasewatch.simulate.store import Truth, render_faulty
+from phasewatch.simulate.tables import ACTIVE, BUSY
+from phasewatch.store.disk import DiskStore
+from phasewatch.validate.sweep import sweep
+from phasewatch.vocab import Origin, Phase, Role, SampleKind, Source, Status
+
+SHORT = (100.0, 104.0)
+
+
+def episodes_of(store: Path) -> list[Episode]:
+    disk = DiskStore(store)
+    return [unpack(disk.read(item), file=item.path) for item in disk.walk()]
+
+
+def files_of(store: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(store)): sha256(p.read_bytes()).hexdigest() for p in sorted(store.rglob("*")) if p.is_file()
+    }
+
+
+def truths_of(store: Path) -> list[Truth]:
+    lines = store.with_name(store.name + ".truth.jsonl").read_bytes().splitlines()
+    return [msgspec.json.decode(line, type=Truth) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulate(tmp_path_factory.mktemp("simulated") / "store", hosts=3, episodes=80, seed=1, between_s=SHORT).store
+
+
+def test_every_bundle_reads_back_and_has_its_receipt(store: Path) -> None:
+    disk = DiskStore(store)
+    items = list(disk.walk())
+
+    assert len(items) == 80
+    for item in items:
+        data = disk.read(item)
+        manifest = unpack(data, file=item.path).manifest
+        assert (manifest.host.host_id, manifest.episode_id) == (item.host_id, item.episode_id)
+        assert item.receipt == sha256(data).hexdigest()
+
+
+def test_nothing_simulated_passes_for_recorded(store: Path) -> None:
+    assert {e.manifest.origin for e in episodes_of(store)} == {Origin.SIMULATED}
+
+
+def test_the_same_seed_makes_the_same_bytes_from_any_number_of_workers(tmp_path: Path) -> None:
+    one = simulate(tmp_path / "a", hosts=2, episodes=10, seed=5, faults=0.4, between_s=SHORT)
+    two = simulate(tmp_path / "b", hosts=2, episodes=10, seed=5, faults=0.4, between_s=SHORT, workers=2)
+
+    assert files_of(one.store) == files_of(two.store)
+    assert one.truth.read_bytes() == two.truth.read_bytes()
+
+
+def test_another_seed_makes_other_telemetry(tmp_path: Path) -> None:
+    a = simulate(tmp_path / "a", hosts=1, episodes=2, seed=1, between_s=SHORT).store
+    b = simulate(tmp_path / "b", hosts=1, episodes=2, seed=2, between_s=SHORT).store
+
+    assert not set(files_of(a).values()) & set(files_of(b).values())
+
+
+def test_no_telemetry_repeats_unless_it_is_a_fault(store: Path) -> None:
+    digests = [sha256(e.rows[Source.PROC].columns[0].tobytes()).hexdigest() for e in episodes_of(store)]
+
+    assert len(set(digests)) == len(digests)
+
+
+def test_a_campaign_has_the_roles_sessions_and_shares_of_a_recorded_one(store: Path) -> None:
+    manifests = [e.manifest for e in episodes_of(store)]
+    lab = [m for m in manifests if m.role is Role.LAB]
+    benign = sum(m.sample_kind is SampleKind.BENIGN for m in lab) / len(lab)
+
+    assert {m.role for m in manifests} == set(Role)
+    assert all(m.profile == "benign" and not m.agent for m in manifests if m.role is not Role.LAB)
+    assert 0.15 < benign < 0.5
+    assert 0.3 < sum(m.agent for m in lab) / len(lab) < 0.7
+    assert {Source.GUEST in e.rows for e in episodes_of(store) if not e.manifest.agent} == {False}
+
+
+def test_the_two_episodes_of_a_session_name_each_other_and_share_a_sample_group(store: Path) -> None:
+    by_session: dict[str, list[object]] = {}
+    places = {(p.name, s.name): i % 4 for p in PROFILES for i, s in enumerate(p.samples)}
+    for m in (e.manifest for e in episodes_of(store)):
+        by_session.setdefault(m.session, []).append(m)
+    for pair in by_session.values():
+        a, b = pair if len(pair) == 2 else (pair[0], None)
+        assert a.neighbours == ((b.episode_id,) if b else ())  # type: ignore[attr-defined]
+        if b and a.role is Role.LAB and b.role is Role.LAB:  # type: ignore[attr-defined]
+            assert places[a.profile, a.sample_name] == places[b.profile, b.sample_name]  # type: ignore[attr-defined]
+
+
+def test_every_profile_and_sample_of_the_registry_can_be_simulated() -> None:
+    malicious = {p.name for p in PROFILES if p.kind is SampleKind.EMULATED}
+    kinds = {s.name for p in PROFILES if p.kind is SampleKind.BENIGN for s in p.samples}
+
+    assert set(ACTIVE) == malicious
+    assert {name for name, _ in BUSY} == kinds - {"idle"}
+
+
+def test_an_active_miner_costs_more_than_a_clean_machine(store: Path) -> None:
+    seen: dict[Phase, list[float]] = {phase: [] for phase in Phase}
+    for episode in episodes_of(store):
+        if episode.manifest.profile != "cryptomine":
+            continue
+        rows = episode.rows[Source.PROC]
+        cores = np.diff(rows.columns[rows.fields.index("vcpu_run_ns")]) / np.diff(rows.t_mono_ns)
+        for a, b in zip(episode.marks, episode.marks[1:], strict=False):
+            inside = (rows.t_wall_ns[1:] > a.t_wall_ns) & (rows.t_wall_ns[1:] <= b.t_wall_ns)
+            seen[a.phase or Phase.UNKNOWN].append(float(cores[inside].mean()))
+
+    assert np.median(seen[Phase.ACTIVE]) > 2 * np.median(seen[Phase.CLEAN])
+
+
+def test_hosts_differ_and_drift_as_far_as_the_knobs_say() -> None:
+    campaign = Campaign(hosts=2, episodes=4, seed=0, knobs=Knobs(host_effect=0.0, drift_per_week=0.0))
+    plain = {slot.machine.factors for s in sessions_of(campaign) for slot in slots_of(campaign, s)}
+    varied = Campaign(hosts=2, episodes=4, seed=0)
+
+    assert plain == {(1.0,) * len(next(iter(plain)))}
+    assert len({slot.machine.factors for s in sessions_of(varied) for slot in slots_of(varied, s)}) == 2
+
+
+def spoilt(fault: Fault, seed: int = 3) -> tuple[bytes, str]:
+    campaign = Campaign(hosts=1, episodes=2, seed=seed, between_s=SHORT)
+    slot = slots_of(campaign, next(iter(sessions_of(campaign))))[0]
+    rng = named_rng("fault", fault.name, seed)
+    return render_faulty(rng, draw_episode(named_rng("episode", seed), slot, campaign.knobs), fault)[1], slot.episode_id
+
+
+@pytest.mark.parametrize("fault", [f for f in FAULTS if f is not DUPLICATE], ids=lambda f: f.name)
+def test_a_fault_is_seen_as_the_truth_file_says(fault: Fault) -> None:
+    data, episode_id = spoilt(fault)
+    by_reader = [reason for reason in fault.reasons if reason in CODES]
+
+    if by_reader:
+        with pytest.raises(BundleError) as refused:
+            unpack(data, file="x")
+        assert refused.value.code == by_reader[0]
+        assert severity_of(refused.value.code) is fault.status
+    else:
+        assert (unpack(data, file="x").manifest.episode_id == episode_id) is (fault.name != "foreign-identity")
+
+
+def test_a_share_of_the_episodes_is_faulty_and_the_truth_names_each(tmp_path: Path) -> None:
+    made = simulate(tmp_path / "s", hosts=2, episodes=60, seed=2, faults=0.5, between_s=SHORT)
+    truths = truths_of(made.store)
+    there = {item.path for item in DiskStore(made.store).walk()}
+
+    assert made.episodes == len(truths) == 60
+    assert 15 < made.faulty == sum(bool(t.fault) for t in truths) < 45
+    assert {t.path for t in truths} == there
+    assert all((t.status is Status.ACCEPTED) == (not t.fault) == (not t.reasons) for t in truths)
+    assert len(Counter(t.fault for t in truths)) > 10
+
+
+def test_the_validator_says_of_every_episode_what_the_truth_file_says(tmp_path: Path) -> None:
+    made = simulate(tmp_path / "s", hosts=2, episodes=120, seed=4, faults=0.8, between_s=SHORT)
+
+    swept = sweep(made.store, tmp_path / "run", workers=1)
+
+    said = {v.path: (v.status, set(v.reasons)) for v in swept.verdicts}
+    assert said == {t.path: (t.status, set(t.reasons)) for t in truths_of(made.store)}
+
+
+def test_a_store_is_never_written_over(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "mine").touch()
+
+    with pytest.raises(StoreError, match="something is already there"):
+        simulate(tmp_path / "s", hosts=1, episodes=1, seed=0)
+
+
+@pytest.mark.parametrize("numbers", [{"hosts": 0}, {"hosts": 5}, {"faults": 1.5}, {"between_s": (0.5, 2.0)}])
+def test_numbers_that_make_no_sense_are_refused(tmp_path: Path, numbers: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        simulate(tmp_path / "s", **{"hosts": 1, "episodes": 2, "seed": 0, **numbers})  # type: ignore[arg-type]

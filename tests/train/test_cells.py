@@ -1,0 +1,253 @@
+"""The grid: what a cell leaves, what is trained again and what is not, and that nothing of the test set leaks into it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from tests.synthetic_run import World, edit_features, write_run
+
+from phasewatch.dataset import load, read_fold, write_splits
+from phasewatch.errors import UsageError
+from phasewatch.models import registry
+from phasewatch.models.checkpoint import read_header
+from phasewatch.split import Part
+from phasewatch.train.cell import Cell, plan_cells
+from phasewatch.train.cells import train_cells
+from phasewatch.train.predictions import PREDICTIONS, PROBABILITIES, schema
+
+FOLD = "host-0"
+KEYS = tuple(row.key for row in registry.MODELS)
+COLUMNS = [
+    "recipe",
+    "fold",
+    "threat",
+    "model",
+    "table",
+    "filter",
+    "seed",
+    "part",
+    "role",
+    "agent",
+    "episode_id",
+    "session",
+    "host_id",
+    "profile",
+    "sample_name",
+    "sample_kind",
+    "origin",
+    "t_center_ns",
+    "purity",
+    "flags",
+    "y_true",
+    "y_pred",
+    "p_clean",
+    "p_armed",
+    "p_infecting",
+    "p_active",
+    "p_dormant",
+]
+
+
+def cells(models: tuple[str, ...] = KEYS, fold: str = FOLD) -> tuple[Cell, ...]:
+    return tuple(Cell(recipe="held_out_host", fold=fold, threat="realistic", model=m) for m in models)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = write_run(tmp_path_factory.mktemp("train") / "run", World(windows=8))
+    write_splits(run, "held_out_host")
+    train_cells(run, cells(), workers=1)
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def checkpoint(run: Path, model: str) -> dict[str, bytes]:
+    folder = cells((model,))[0].folder(run)
+    return {n: d for n, d in contents(folder).items() if n not in ("cell.json", "predictions.parquet")}
+
+
+def test_the_grid_crosses_folds_models_and_seeds(trained: Path) -> None:
+    fold = read_fold(trained, "held_out_host", FOLD)
+
+    assert plan_cells([fold], models=("gbt", "majority"), seeds=(1, 0)) == (
+        Cell(recipe="held_out_host", fold=FOLD, threat="realistic", model="gbt", seed=0),
+        Cell(recipe="held_out_host", fold=FOLD, threat="realistic", model="gbt", seed=1),
+        Cell(recipe="held_out_host", fold=FOLD, threat="realistic", model="majority", seed=0),
+        Cell(recipe="held_out_host", fold=FOLD, threat="realistic", model="majority", seed=1),
+    )
+
+
+def test_a_cell_leaves_a_checkpoint_and_its_predictions(trained: Path) -> None:
+    folder = trained / "models/held_out_host/host-0/realistic/gbt/raw-s0"
+
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "cell.json",
+        "checkpoint.json",
+        "model.ubj",
+        "predictions.parquet",
+    ]
+
+
+def test_predictions_have_the_columns_of_the_format_and_each_window_once(trained: Path) -> None:
+    table = pq.read_table(trained / PREDICTIONS)
+    sets = load(trained, "held_out_host", FOLD)
+    per_model = len(sets.val_b) + len(sets.test) + len(sets.soak)
+
+    assert table.column_names == COLUMNS == schema().names
+    assert table.num_rows == 3 * per_model
+    assert (
+        pc.count_distinct(
+            pc.binary_join_element_wise(
+                table["model"], table["part"], table["episode_id"], table["t_center_ns"].cast("string"), "/"
+            )
+        ).as_py()
+        == table.num_rows
+    )
+    assert set(table["part"].to_pylist()) == {"val_b", "test", "soak"}
+    assert set(table["agent"].to_pylist()) == {"on", "off"}
+
+
+def test_the_decision_is_the_likeliest_phase_of_the_same_row(trained: Path) -> None:
+    table = pq.read_table(trained / PREDICTIONS)
+    p = np.column_stack([table[n].to_numpy() for n in PROBABILITIES])
+
+    assert p.argmax(axis=1).tolist() == table["y_pred"].to_pylist()
+
+
+def test_predictions_are_those_of_the_stored_checkpoint(trained: Path) -> None:
+    model = registry.load(cells(("gbt",))[0].folder(trained))
+    test = load(trained, "held_out_host", FOLD).test
+    table = pq.read_table(cells(("gbt",))[0].folder(trained) / "predictions.parquet")
+    stored = table.filter(pc.equal(table["part"], "test"))
+
+    assert model.predict_proba(test.inputs).astype(np.float32)[:, 0].tolist() == stored["p_clean"].to_pylist()
+
+
+def test_the_temperature_is_that_of_validation_b_and_the_header_says_what_was_learnt_from(trained: Path) -> None:
+    header = read_header(cells(("gbt",))[0].folder(trained))
+    sets = load(trained, "held_out_host", FOLD)
+
+    assert header.temperature != 1.0
+    assert header.trained_on == {
+        "train": sets.train.examples.sha256(), "val_a": sets.val_a.examples.sha256(), "val_b": sets.val_b.examples.sha256(),
+    }  # fmt: skip
+
+
+def test_finished_cells_stay_and_a_changed_file_is_trained_again(run: Path) -> None:
+    before = contents(run)
+    assert len(train_cells(run, cells(), workers=1).kept) == 3
+    assert contents(run) == before
+
+    (cells(("majority",))[0].folder(run) / "model.json").write_text("[]")
+    report = train_cells(run, cells(), workers=1)
+
+    assert [c.model for c in report.trained] == ["majority"]
+    assert contents(run) == before
+
+
+def test_a_killed_cell_starts_anew_to_the_same_bytes(run: Path) -> None:
+    before = contents(run)
+    folder = cells(("gbt",))[0].folder(run)
+    (folder / "cell.json").unlink()
+    (folder / "predictions.parquet").unlink()
+    (folder / ".model.ubj.0123456789ab.tmp").write_bytes(b"half")
+
+    train_cells(run, cells(), workers=1)
+
+    assert contents(run) == before
+
+
+def test_two_workers_write_the_same_bytes_as_one(run: Path) -> None:
+    before = contents(run)
+    shutil.rmtree(run / "models")
+    (run / PREDICTIONS).unlink()
+
+    train_cells(run, cells(), workers=2)
+
+    assert contents(run) == before
+
+
+def test_cells_of_an_earlier_call_stay_in_the_merge_and_stale_ones_leave_it(run: Path) -> None:
+    train_cells(run, cells(("majority",), "host-1"), workers=1)
+    assert set(pq.read_table(run / PREDICTIONS)["fold"].to_pylist()) == {"host-0", "host-1"}
+
+    edit_features(run, lambda t: t.slice(1))
+    write_splits(run, "held_out_host")
+    report = train_cells(run, cells(("majority",)), workers=1)
+
+    assert report.merged == 1
+    assert set(pq.read_table(run / PREDICTIONS)["model"].to_pylist()) == {"majority"}
+
+
+def poison_features(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    for i, name in enumerate(table.column_names):
+        if name.endswith(".mean"):
+            values = table[name].to_numpy().copy()
+            values[rows] = 1e9
+            table = table.set_column(i, name, pa.array(values))
+    return table
+
+
+def poison_labels(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    phase = table["phase"].to_numpy().copy()
+    phase[rows] = 4 - phase[rows]
+    return table.set_column(table.schema.get_field_index("phase"), "phase", pa.array(phase))
+
+
+@pytest.mark.parametrize(
+    "poison", [pytest.param(poison_features, id="features"), pytest.param(poison_labels, id="labels")]
+)
+def test_poisoning_the_test_set_changes_no_byte_of_a_checkpoint(
+    run: Path, poison: Callable[[pa.Table, np.ndarray], pa.Table]
+) -> None:
+    before = {m: checkpoint(run, m) for m in KEYS}
+    tested = set(read_fold(run, "held_out_host", FOLD).ids(Part.TEST))
+    edit_features(run, lambda t: poison(t, np.array([e in tested for e in t["episode_id"].to_pylist()])))
+    write_splits(run, "held_out_host")
+
+    report = train_cells(run, cells(), workers=1)
+
+    assert len(report.trained) == 3
+    assert {m: checkpoint(run, m) for m in KEYS} == before
+
+
+def test_what_is_in_train_does_change_the_checkpoint(run: Path) -> None:
+    before = checkpoint(run, "gbt")
+    learnt = set(read_fold(run, "held_out_host", FOLD).ids(Part.TRAIN))
+    edit_features(run, lambda t: poison_labels(t, np.array([e in learnt for e in t["episode_id"].to_pylist()])))
+
+    train_cells(run, cells(("gbt",)), workers=1)
+
+    assert checkpoint(run, "gbt") != before
+
+
+def test_the_order_of_rows_changes_no_byte_of_a_checkpoint_or_prediction(run: Path) -> None:
+    before = {m: checkpoint(run, m) for m in KEYS}
+    predictions = (run / PREDICTIONS).read_bytes()
+    order = np.random.default_rng(0).permutation(pq.read_metadata(run / "features_window_v1.parquet").num_rows)
+    edit_features(run, lambda t: t.take(pa.array(order)))
+
+    assert len(train_cells(run, cells(), workers=1).trained) == 3
+    assert {m: checkpoint(run, m) for m in KEYS} == before
+    assert (run / PREDICTIONS).read_bytes() == predictions
+
+
+def test_a_wrong_model_name_is_told_before_anything_is_trained(run: Path) -> None:
+    with pytest.raises(UsageError, match="did you mean gbt"):
+        train_cells(run, cells(("gtb",)), workers=1)
