@@ -20,7 +20,7 @@ UV         := $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt
 export OMP_WAIT_POLICY = PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: demo test soak lint setup system lock clean
+.PHONY: demo test soak lint setup system picture lock clean
 
 demo: $(VENV)/.run
 	@$(BIN)/phasewatch demo
@@ -70,3 +70,9 @@ lock: | $(BIN)/uv
 
 clean:
 	rm -rf $(VENV) runs
+
+# The pictures that the README shows, from the bundled corpus.
+picture: demo
+	chromium --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking \
+	  --disable-component-update --disable-sync --user-data-dir=$$(mktemp -d) --hide-scrollbars --window-size=1000,900 \
+	  --virtual-time-budget=5000 --screenshot=docs/report.png file://$(CURDIR)/runs/demo/report.html

@@ -70,7 +70,9 @@ def run(settings: Settings, *, tell: Tell | None = None) -> Outcome:
         )
     atomic.make_folder(settings.run)
     with atomic.lock(settings.run):
-        atomic.sweep_temporaries(settings.run)
+        for folder in (settings.run, settings.run / "grids", settings.run / "splits"):
+            if folder.is_dir():
+                atomic.sweep_temporaries(folder)
         log = _read_log(settings.run)
         log["configuration"] = {key: str(value) for key, value in asdict(settings).items()}
         log["versions"], log["host"] = _versions(), _host()
@@ -129,7 +131,7 @@ def build_stages(settings: Settings, say: Tell) -> tuple[Stage, ...]:
         Stage(
             name="train",
             inputs=lambda: digests(folder, [*FEATURE_FILES, INDEX, *stages.split_files(folder)])
-            | {"code": code, "seed": str(settings.seed)},
+            | {"code": code, "seed": str(settings.seed), "grid": settings.grid},
             outputs=files(PREDICTIONS), work=train,
         ),
         Stage(
@@ -183,9 +185,11 @@ def _versions() -> dict[str, str]:
     for package in ("numpy", "pyarrow", "xgboost-cpu", "scikit-learn", "plotly"):
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():
+        return found  # an installed package; a repository further up is the user's own
     with suppress(OSError, subprocess.SubprocessError):
-        here = Path(__file__).parent
-        command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+        command = ["git", "-C", str(checkout), "rev-parse", "--verify", "HEAD"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
         found["git"] = done.stdout.strip()
     return found

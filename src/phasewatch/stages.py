@@ -13,7 +13,7 @@ from phasewatch import __version__, atomic
 from phasewatch.dataset.run import file_sha256
 from phasewatch.dataset.splits import read_folds, write_splits
 from phasewatch.episode.bundle import peek
-from phasewatch.errors import BundleError, RunError
+from phasewatch.errors import BundleError, RunError, UsageError
 from phasewatch.evaluate.rows import Metrics
 from phasewatch.evaluate.score import score
 from phasewatch.features.fingerprint import behaviour_fingerprint
@@ -27,11 +27,14 @@ from phasewatch.train.cells import TrainReport, train_cells
 from phasewatch.validate.index import INDEX, read_index
 from phasewatch.validate.ledger import render_ledger
 from phasewatch.validate.subset import pick
-from phasewatch.validate.sweep import LEDGER, SweepSummary, Tell, sweep
+from phasewatch.validate.sweep import LEDGER, SweepSummary, Tell, path_of, sweep
 from phasewatch.validate.verdict import USABLE
 
 RECIPES = ("held_out_host",)
 MODELS = ("gbt", "majority", "elapsed_time")
+GRIDS = ("short", "full")
+FULL_THREATS = ("realistic", "oracle", "portable")
+FULL_SEEDS = 3
 GRID_FILES = ("grids/grids.npy", "grids/levels.npy", "grids/index.parquet")
 FEATURE_FILES = ("features_window_v1.parquet", "features_episode_v1.parquet", "feature_schema_v1.json")
 PREDICTIONS, METRICS, REPORT = "predictions_v1.parquet", "metrics_v1.json", "report.html"
@@ -39,7 +42,12 @@ PREDICTIONS, METRICS, REPORT = "predictions_v1.parquet", "metrics_v1.json", "rep
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What a run is asked for. `limit` narrows the store to a stratified subset, 0 takes all."""
+    """What a run is asked for.
+
+    Attributes:
+        limit: Narrows the store to a stratified subset; 0 takes all.
+        grid: ``short`` (one seed, realistic) or ``full`` (every threat model, three seeds from `seed` on).
+    """
 
     store: Path
     run: Path
@@ -47,6 +55,7 @@ class Settings:
     limit: int = 0
     include_degraded: bool = True
     seed: int = 0
+    grid: str = "short"
 
 
 def code_version() -> str:
@@ -58,7 +67,7 @@ def store_fingerprint(store: Path) -> str:
     """Digest what lies in a store by name, size, time and receipt, without reading a bundle."""
     digest = sha256()
     for item in DiskStore(store).walk():
-        digest.update(f"{item.path} {item.bytes} {item.mtime_ns} {item.receipt}\n".encode())
+        digest.update(f"{item.path} {item.bytes} {item.mtime_ns} {item.receipt}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -107,7 +116,7 @@ def sweep_listed(settings: Settings, index: Path, *, tell: Tell | None = None) -
     narrow = _chooser(settings) if settings.limit else None
 
     def choose(items: Sequence[StoreItem]) -> Sequence[StoreItem]:
-        listed = [item for item in items if item.path in usable]
+        listed = [item for item in items if path_of(item) in usable]
         return narrow(listed) if narrow else listed
 
     return sweep(settings.store, settings.run, workers=settings.workers, choose=choose, tell=tell)
@@ -150,16 +159,27 @@ def split(settings: Settings) -> int:
     return sum(len(write_splits(settings.run, recipe)) for recipe in RECIPES)
 
 
-def grid_cells(run: Path, *, seed: int = 0) -> tuple[Cell, ...]:
-    """Give the short grid: each model over all folds of each recipe."""
+def grid_cells(run: Path, *, grid: str = "short", seed: int = 0) -> tuple[Cell, ...]:
+    """Give a grid's cells: each model over all folds of each recipe.
+
+    Raises:
+        UsageError: If the grid is not known.
+    """
+    if grid not in GRIDS:
+        raise UsageError(f"no grid {grid!r}; it is one of {', '.join(GRIDS)}")
+    threats = FULL_THREATS if grid == "full" else FULL_THREATS[:1]
+    seeds = range(seed, seed + (FULL_SEEDS if grid == "full" else 1))
     return tuple(
-        cell for recipe in RECIPES for cell in plan_cells(read_folds(run, recipe), models=MODELS, seeds=(seed,))
+        cell
+        for recipe in RECIPES
+        for cell in plan_cells(read_folds(run, recipe), models=MODELS, threats=threats, seeds=seeds)
     )
 
 
 def train(settings: Settings, *, tell: Callable[[Cell, int, int], None] | None = None) -> TrainReport:
     """Train what is not finished of the short grid."""
-    return train_cells(settings.run, grid_cells(settings.run, seed=settings.seed), workers=settings.workers, tell=tell)
+    cells = grid_cells(settings.run, grid=settings.grid, seed=settings.seed)
+    return train_cells(settings.run, cells, workers=settings.workers, tell=tell)
 
 
 def evaluate(settings: Settings) -> Metrics:

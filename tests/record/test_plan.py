@@ -295,10 +295,15 @@ def test_a_plan_of_ones_own_is_read_from_its_path(tmp_path: Path) -> None:
 def test_the_smoke_plan_is_short() -> None:
     smoke = slots(of=build_sessions(read_plan("smoke")))
 
-    assert {slot.host_id for slot in smoke} == {"pc", "q35-none"}
-    assert len(smoke) == 4
-    assert all(slot.duration_s == 45 and slot.settle_s == 15 for slot in smoke)
-    assert len({slot.profile for slot in smoke}) == 3
+    assert {slot.host_id for slot in smoke} == {"pc", "q35-none", "microvm"}
+    assert len(smoke) == 12
+    assert all(slot.duration_s == 45 and slot.settle_s == 12 for slot in smoke)
+
+
+def test_the_smoke_plan_holds_two_episodes_of_each_profile_on_each_host_so_that_one_can_be_held_out() -> None:
+    smoke = slots(of=build_sessions(read_plan("smoke")))
+
+    assert set(Counter((slot.host_id, slot.profile) for slot in smoke).values()) == {2}
 
 
 def test_an_absent_plan_names_those_that_are_there() -> None:

@@ -31,9 +31,9 @@ def inspect(
     from phasewatch.store.disk import DiskStore
     from phasewatch.validate.verdict import Place, examine
 
-    path = bundle.resolve()
+    path = bundle.absolute()
     store = DiskStore(path.parent.parent)
-    item = next((i for i in store.walk() if store.path / i.path == path), None) if path.is_file() else None
+    item = store.item(path) if path.is_file() else None
     if item is None:
         raise DataError(f"{bundle}: there is no such bundle; name a file <host_id>/<episode_id>.tar.zst of a store")
     place = Place(path=item.path, host_id=item.host_id, episode_id=item.episode_id, receipt=item.receipt)
@@ -123,6 +123,7 @@ def validate(
         *(f"{v.status}: {v.detail} [{v.reasons[0]}]" for v in summary.verdicts if v.status in (Status.REJECTED, Status.ERRORED)),
         *(["what a code means: phasewatch validate --explain CODE"] if reasons else []),
         f"{summary.kept} unchanged bundles were not read again",
+        *([f"slowest: {summary.slowest[0]}, {summary.slowest[1]:.2f} s"] if summary.slowest else []),
         str(out / "validation_v1.parquet"),
     ]  # fmt: skip
     base.answer(

@@ -24,12 +24,14 @@ class Grid(StrEnum):
     """Which cells are trained."""
 
     SHORT = "short"
+    FULL = "full"
 
 
 def train(
     run: Path = typer.Argument(..., help="A run with splits."),
     workers: int = typer.Option(2, min=1, help="Cells at a time, one thread each."),
     seed: int = typer.Option(0, help="Of the models."),
+    grid: Grid = typer.Option(Grid.SHORT, help="Which threat models and how many seeds."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Train every model on every fold; what is finished stays.
@@ -38,7 +40,7 @@ def train(
     """
     from phasewatch import atomic, stages
 
-    settings = stages.Settings(store=run, run=run, workers=workers, seed=seed)
+    settings = stages.Settings(store=run, run=run, workers=workers, seed=seed, grid=grid)
     with atomic.lock(base.need_run(run)), base.progress(quiet=as_json) as tell:
         done = stages.train(settings, tell=lambda cell, n, m: tell("train", n, m, f"{cell.model} {cell.fold}"))
     result = {"trained": len(done.trained), "kept": len(done.kept), "rows": done.rows, "predictions": str(done.path)}
@@ -85,7 +87,7 @@ def run(
     workers: int = typer.Option(2, min=1, help="Processes."),
     limit: int = typer.Option(0, min=0, help="A stratified, seeded subset of so many bundles; 0 for all."),
     include_degraded: bool = typer.Option(True, help="Use episodes with something missing or repaired, too."),
-    grid: Grid = typer.Option(Grid.SHORT, help="Which models on which folds."),
+    grid: Grid = typer.Option(Grid.SHORT, help="Which threat models and how many seeds."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Take a store the whole way: validate, features, split, train, evaluate, report. Run again, it resumes.
@@ -96,7 +98,7 @@ def run(
 
     chosen = base.bundled_corpus() if store is None else store
     _go(
-        Settings(store=chosen, run=out, workers=workers, limit=limit, include_degraded=include_degraded),
+        Settings(store=chosen, run=out, workers=workers, limit=limit, include_degraded=include_degraded, grid=grid),
         as_json=as_json,
     )
 

@@ -112,6 +112,11 @@ class DiskStore:
                 path = Path(entry.path) / name
                 yield _item(f"{entry.name}/{name}", path, host=entry.name, has_receipt=name + RECEIPT in names)
 
+    def item(self, path: Path) -> StoreItem:
+        """Give one thing ``<store>/<folder>/<name>`` as `walk` would, without looking at the rest of the store."""
+        has_receipt = path.with_name(path.name + RECEIPT).exists()
+        return _item(f"{path.parent.name}/{path.name}", path, host=path.parent.name, has_receipt=has_receipt)
+
     def temporaries(self) -> tuple[str, ...]:
         """Give the unfinished writes that lie in the store's folders, so that they can be reported.
 

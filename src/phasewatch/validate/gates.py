@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from phasewatch.episode.findings import CODES, CodeSpec, Finding, Severity
-from phasewatch.episode.model import Episode, SourceRows
+from phasewatch.episode.model import Episode, Manifest, SourceRows
 from phasewatch.vocab import STALE_NS, Source, Status
 
 HOST_SOURCES = (Source.PROC, Source.QMP, Source.NETFLOW)
@@ -123,20 +123,20 @@ def check_sources(episode: Episode) -> list[Finding]:
 
 def check_loss(episode: Episode) -> list[Finding]:
     """Compare the rows that arrived with those that the sampler emitted."""
-    found = []
+    found, lost = [], lost_rows(episode.manifest)
     for source, emitted in episode.manifest.rows_emitted.items():
-        rows = lost_rows(episode).get(source, 0)
+        rows = lost.get(source, 0)
         if rows > 0:
             found.append(finding("loss", f"{rows} of {emitted} rows never arrived", source=source))
     return found
 
 
-def lost_rows(episode: Episode) -> Mapping[Source, int]:
+def lost_rows(manifest: Manifest) -> Mapping[Source, int]:
     """Count, per source, the rows that were emitted and are not in the bundle."""
-    listed = episode.manifest.members
+    listed = manifest.members
     return {
         source: max(0, emitted - (listed[f"{source}.jsonl"].rows if f"{source}.jsonl" in listed else 0))
-        for source, emitted in episode.manifest.rows_emitted.items()
+        for source, emitted in manifest.rows_emitted.items()
     }
 
 

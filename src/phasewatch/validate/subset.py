@@ -22,9 +22,14 @@ def pick(strata: Sequence[str], names: Sequence[str], limit: int, *, seed: int =
     for place, stratum in enumerate(strata):
         groups[stratum].append(place)
     for members in groups.values():
-        members.sort(key=lambda place: blake2b(f"{seed}:{names[place]}".encode(), digest_size=8).digest())
-    queues = [groups[stratum] for stratum in sorted(groups)]
+        members.sort(key=lambda place: _draw(seed, names[place]))
+    # In drawn order, or a limit below the number of strata would take the first hosts alone.
+    queues = [groups[stratum] for stratum in sorted(groups, key=lambda stratum: _draw(seed, stratum))]
     chosen: list[int] = []
     for turn in range(max((len(queue) for queue in queues), default=0)):
         chosen += [queue[turn] for queue in queues if turn < len(queue)]
     return sorted(chosen[:limit])
+
+
+def _draw(seed: int, name: str) -> bytes:
+    return blake2b(f"{seed}:{name}".encode("utf-8", "surrogateescape"), digest_size=8).digest()

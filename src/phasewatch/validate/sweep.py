@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +24,7 @@ from phasewatch.vocab import Status
 from phasewatch.workers import map_ordered
 
 VERSION = f"{__version__}/1"  # raised when a gate changes, so that no old verdict is taken over
-STATE = "sweep_state.json"  # what was seen when; not a product: it holds times
+STATE = ".sweep.json"  # what was seen when; not a product: it holds times
 LEDGER = "ledger.json"
 BUNDLE_TIMEOUT_S = 30.0
 
@@ -36,15 +37,24 @@ class Swept:
     row: GridRow | None
     bins: NDArray[np.float32] | None
     levels: NDArray[np.float32] | None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepSummary:
-    """What a sweep did. `kept` bundles were unchanged since the last sweep and not read again."""
+    """What a sweep did.
+
+    Attributes:
+        verdicts: One for everything that was looked at, in order.
+        kept: How many of them were unchanged since the last sweep and not read again.
+        stage: The ledger's entry.
+        slowest: The bundle that took longest to read and judge, with its seconds; None if none was read.
+    """
 
     verdicts: tuple[Verdict, ...]
     kept: int
     stage: dict[str, object]
+    slowest: tuple[str, float] | None
 
 
 Tell = Callable[[int, int, Verdict], None]  # done, in all, latest verdict
@@ -80,13 +90,16 @@ def sweep(
     if choose is not None:
         items = list(choose(items))
     atomic.make_folder(run)
-    state = {item.path: [item.bytes, item.mtime_ns, item.receipt or ""] for item in items}
+    if (run / "grids").is_dir():
+        atomic.sweep_temporaries(run / "grids")
+    state = {path_of(item): [item.bytes, item.mtime_ns, item.receipt or ""] for item in items}
     before = {} if full else _read_state(run)
-    old = _Old(run) if before else None
-    unchanged = {p for p, seen in state.items() if before.get(p) == seen and old is not None and p in old.verdicts}
+    old = _Old(run if before else None)
+    unchanged = {path for path, looks in state.items() if before.get(path) == looks and path in old.verdicts}
     results = _results(store, items, unchanged, old, workers)
     verdicts: list[Verdict] = []
     seen: dict[str, str] = {}
+    slowest: tuple[str, float] | None = None
     with suppress(FileNotFoundError):
         (run / STATE).unlink()  # until the products stand, nothing vouches for the old ones
     with write_grids(run / "grids") as grids:
@@ -95,6 +108,8 @@ def sweep(
             if usable and swept.row is not None and swept.bins is not None and swept.levels is not None:
                 grids.add(swept.row, swept.bins, swept.levels)
             verdicts.append(verdict)
+            if swept.seconds > (slowest[1] if slowest else 0.0):
+                slowest = verdict.path, swept.seconds
             if tell is not None:
                 tell(len(verdicts), len(items), verdict)
     write_index(run / INDEX, verdicts)
@@ -103,16 +118,18 @@ def sweep(
         raise RunError(f"{run}: the ledger does not balance: {stage}; this is a bug in phasewatch, please report it")
     atomic.write_whole(run / LEDGER, render_ledger({"validate": stage}))
     atomic.write_whole(run / STATE, json.dumps({"version": VERSION, "items": state}).encode())
-    return SweepSummary(verdicts=tuple(verdicts), kept=len(unchanged), stage=stage)
+    return SweepSummary(verdicts=tuple(verdicts), kept=len(unchanged), stage=stage, slowest=slowest)
 
 
 class _Old:
-    """The products of the last sweep, from which unchanged bundles are taken over."""
+    """The products of the last sweep, from which unchanged bundles are taken over; without one there are none."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path | None) -> None:
         self.verdicts: dict[str, Verdict] = {}
         self._grids: Grids | None = None
         self._rows: dict[tuple[str, str], GridRow] = {}
+        if run is None:
+            return
         with suppress(RunError):
             self._grids = open_grids(run / "grids")
             self._rows = {(row.host_id, row.episode_id): row for row in self._grids.rows}
@@ -135,18 +152,15 @@ def _read_state(run: Path) -> dict[str, list[object]]:
     return {}
 
 
-def _results(
-    store: Path, items: Sequence[StoreItem], unchanged: set[str], old: _Old | None, workers: int
-) -> Iterator[Swept]:
+def _results(store: Path, items: Sequence[StoreItem], unchanged: Set[str], old: _Old, workers: int) -> Iterator[Swept]:
     """Give each item's result in order: read by a worker, or taken over."""
     # A copy's verdict depends on what stands before it, so copies are always judged anew.
-    fresh = [i for i in items if i.path not in unchanged or (old is not None and old.verdicts[i.path].duplicate_of)]
+    fresh = [i for i in items if path_of(i) not in unchanged or old.verdicts[path_of(i)].duplicate_of]
     reading = map_ordered(partial(read_one, str(store)), fresh, workers=workers, timeout_s=BUNDLE_TIMEOUT_S)
     is_fresh = {item.path for item in fresh}
     for item in items:
         if item.path not in is_fresh:
-            assert old is not None
-            yield old.swept(item.path)
+            yield old.swept(path_of(item))
             continue
         result = next(reading)
         if result.value is not None:
@@ -159,6 +173,12 @@ def _results(
 
 def read_one(store: str, item: StoreItem) -> Swept:
     """Read, judge and grid one bundle; runs in a worker."""
+    began_s = time.perf_counter()
+    swept = _read_one(store, item)
+    return replace(swept, seconds=time.perf_counter() - began_s)
+
+
+def _read_one(store: str, item: StoreItem) -> Swept:
     try:
         data = DiskStore(store).read(item)
     except BundleError as error:
@@ -171,8 +191,13 @@ def read_one(store: str, item: StoreItem) -> Swept:
     return Swept(verdict=examined.verdict, row=row, bins=examined.grid.bins, levels=examined.grid.levels)
 
 
+def path_of(item: StoreItem) -> str:
+    """Give an item's path as text that any file can hold: bytes of a name that are not UTF-8 are spelled out."""
+    return item.path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def _place(item: StoreItem) -> Place:
-    return Place(path=item.path, host_id=item.host_id, episode_id=item.episode_id, receipt=item.receipt)
+    return Place(path=path_of(item), host_id=item.host_id, episode_id=item.episode_id, receipt=item.receipt)
 
 
 def _judge_copy(verdict: Verdict, seen: dict[str, str]) -> tuple[Verdict, bool]:

@@ -144,7 +144,7 @@ def _refused(data: bytes, digest: str, place: Place, findings: Sequence[Finding]
         bytes=len(data) if size is None else size,
         started_wall_ns=manifest.started_wall_ns if manifest else 0,
         duration_s=manifest.duration_s if manifest else 0.0,
-        rows=(0,) * len(Source), lost=(0,) * len(Source), seconds=(0.0,) * len(PHASES),
+        rows=_rows(manifest), lost=_lost(manifest), seconds=(0.0,) * len(PHASES),
         vcpu_wait=math.nan, duplicate_of="", flags=0,
     )  # fmt: skip
 
@@ -154,8 +154,6 @@ def _judged(
 ) -> Verdict:
     manifest = episode.manifest
     status, codes, detail = _summary(place.path, findings)
-    lost = gates.lost_rows(episode)
-    listed = manifest.members
     return Verdict(
         path=place.path, episode_id=place.episode_id or manifest.episode_id, host_id=place.host_id or manifest.host.host_id,
         profile=manifest.profile, sample_name=manifest.sample_name, sample_kind=str(manifest.sample_kind),
@@ -163,10 +161,21 @@ def _judged(
         agent=manifest.agent, status=status, reasons=codes, detail=detail, sha256=digest,
         telemetry_sha256=telemetry_sha256(episode), proc_sketch=proc_sketch(episode), bytes=size,
         started_wall_ns=manifest.started_wall_ns, duration_s=manifest.duration_s,
-        rows=tuple(listed[f"{s}.jsonl"].rows if f"{s}.jsonl" in listed else 0 for s in Source),
-        lost=tuple(lost.get(s, 0) for s in Source), seconds=_seconds(episode),
+        rows=_rows(manifest), lost=_lost(manifest), seconds=_seconds(episode),
         vcpu_wait=gates.vcpu_wait_cores(episode), duplicate_of="", flags=flags,
     )  # fmt: skip
+
+
+def _rows(manifest: Manifest | None) -> tuple[int, ...]:
+    """Give the rows of each source that the manifest lists; 0 where it could not be read."""
+    listed = manifest.members if manifest else {}
+    return tuple(listed[f"{s}.jsonl"].rows if f"{s}.jsonl" in listed else 0 for s in Source)
+
+
+def _lost(manifest: Manifest | None) -> tuple[int, ...]:
+    """Give the rows of each source that its sampler emitted and the manifest does not list."""
+    lost = gates.lost_rows(manifest) if manifest else {}
+    return tuple(lost.get(s, 0) for s in Source)
 
 
 def _seconds(episode: Episode) -> tuple[float, ...]:

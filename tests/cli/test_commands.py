@@ -1,0 +1,167 @@
+"""What a user of the command line sees: help, answers, exit codes, one clear line for each thing that is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.cli.conftest import Said
+
+from phasewatch.cli import app
+
+Call = Callable[..., Said]
+COMMANDS = ("doctor", "channels", "record", "simulate", "inspect", "validate", "features", "split", "train", "evaluate",
+            "report", "run", "demo")  # fmt: skip
+
+
+def bundles(store: Path) -> list[Path]:
+    return sorted(store.glob("*/*.tar.zst"))
+
+
+@pytest.fixture
+def one(store: Path, tmp_path: Path) -> Path:
+    """A store of one good bundle."""
+    first = bundles(store)[0]
+    (tmp_path / "one" / first.parent.name).mkdir(parents=True)
+    copy = tmp_path / "one" / first.parent.name / first.name
+    shutil.copy(first, copy)
+    shutil.copy(first.with_name(first.name + ".sha256"), copy.with_name(copy.name + ".sha256"))
+    return tmp_path / "one"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_helps_with_an_example_and_its_exit_codes(phasewatch: Call, command: str) -> None:
+    said = phasewatch(command, "--help")
+
+    assert said.code == 0
+    assert f"Example: phasewatch {command}" in said.out
+    assert "Exit codes: 0 done" in said.out
+
+
+def test_the_commands_that_exist_are_those_that_are_tested_here() -> None:
+    assert {c.callback.__name__ for c in app.registered_commands if c.callback} == set(COMMANDS)
+
+
+def test_the_version_is_said(phasewatch: Call) -> None:
+    assert phasewatch("--version").out == "phasewatch 0.1.0\n"
+
+
+def test_an_unknown_command_is_a_usage_error(phasewatch: Call) -> None:
+    assert phasewatch("wathc").code == 2
+
+
+def test_channels_are_listed_in_order_with_every_field(phasewatch: Call) -> None:
+    rows = json.loads(phasewatch("channels", "--json").out)["result"]["channels"]
+
+    assert len(rows) == 46
+    assert sum(row["in_deployment"] for row in rows) == 35
+    assert (rows[0]["name"], rows[0]["source"], rows[0]["kind"]) == ("cpu_user", "proc", "rate")
+    assert {"fields", "scale", "unit", "trust", "accel", "arch", "semantics", "about", "reads"} <= set(rows[0])
+
+
+def test_a_dry_run_shows_the_plan_and_what_the_clock_alone_would_score(phasewatch: Call, tmp_path: Path) -> None:
+    said = phasewatch("record", "--plan", "smoke", "--out", tmp_path / "s", "--dry-run")
+
+    assert said.code == 0
+    assert "elapsed time alone scores macro-F1 0." in said.lines[-1]
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_plan_that_nobody_knows_is_named_with_those_that_are_known(phasewatch: Call, tmp_path: Path) -> None:
+    said = phasewatch("record", "--plan", "lab-v9", "--out", tmp_path / "s")
+
+    assert said.code == 3
+    assert "lab-v1, smoke" in said.err
+
+
+def test_simulated_episodes_come_with_the_truth_beside_them(phasewatch: Call, tmp_path: Path) -> None:
+    said = phasewatch("simulate", "--hosts", "2", "--episodes", "4", "--out", tmp_path / "s", "--workers", "1")
+
+    assert said.code == 0
+    assert said.lines[-1] == str(tmp_path / "s")
+    assert len((tmp_path / "s.truth.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_bundle_is_shown_with_labels_rows_and_a_picture(phasewatch: Call, store: Path) -> None:
+    said = phasewatch("inspect", bundles(store)[0])
+
+    assert said.code == 0
+    assert "status   accepted" in said.out
+    assert any(line.startswith("proc.vcpu_run ") for line in said.lines)
+
+
+def test_a_picture_spells_out_what_a_terminal_would_obey() -> None:
+    from phasewatch.cli.base import plain
+
+    assert plain("a\x1b[2Jb") == "a\\x1b[2Jb"
+
+
+def test_validate_tells_statuses_reasons_and_where_the_index_lies(
+    phasewatch: Call, store: Path, tmp_path: Path
+) -> None:
+    said = phasewatch("validate", store, "--out", tmp_path / "r", "--json")
+
+    result = json.loads(said.out)["result"]
+    assert said.code == 0
+    assert (result["in"], result["accepted"]) == (9, 9)
+    assert result["index"] == str(tmp_path / "r" / "validation_v1.parquet")
+
+
+def test_a_code_is_explained(phasewatch: Call) -> None:
+    assert "silent for more than 10 s" in phasewatch("validate", "--explain", "missing:qmp").out
+    assert phasewatch("validate", "--explain", "receipt").out.startswith("receipt (rejected): ")
+
+
+def test_a_run_that_cannot_be_split_says_what_is_missing_and_reports_the_rest(
+    phasewatch: Call, one: Path, tmp_path: Path
+) -> None:
+    said = phasewatch("run", one, "--out", tmp_path / "r")
+
+    assert said.code == 4
+    assert "held_out_host" in said.err.splitlines()[-1]
+    assert (tmp_path / "r" / "report.html").is_file()
+
+
+def test_features_can_be_spelled_out(phasewatch: Call, store: Path, tmp_path: Path) -> None:
+    phasewatch("validate", store, "--out", tmp_path / "v")
+
+    said = phasewatch(
+        "features", "--validation", tmp_path / "v" / "validation_v1.parquet", "--store", store,
+        "--out-dir", tmp_path / "f", "--workers", "1", "--limit", "3", "--no-include-degraded",
+    )  # fmt: skip
+
+    assert said.code == 0
+    assert said.lines[-1] == str(tmp_path / "f" / "features_window_v1.parquet")
+    assert said.lines[-2].endswith("windows of 3 episodes")
+
+
+def test_a_run_that_is_not_there_is_bad_data(phasewatch: Call, tmp_path: Path) -> None:
+    for command in ("split", "train", "evaluate", "report"):
+        said = phasewatch(command, tmp_path / "nowhere")
+
+        assert said.code == 3
+        assert "phasewatch run STORE --out" in said.err
+
+
+def test_a_run_that_another_process_holds_is_refused(phasewatch: Call, store: Path, tmp_path: Path) -> None:
+    from phasewatch import atomic
+
+    with atomic.lock(tmp_path / "r"):
+        said = phasewatch("validate", store, "--out", tmp_path / "r")
+
+    assert said.code == 5
+    assert "another process" in said.err
+
+
+def test_without_the_bundled_corpus_the_demo_says_how_to_give_one(
+    phasewatch: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PHASEWATCH_CORPUS", str(tmp_path / "nowhere"))
+
+    said = phasewatch("demo", "--out", tmp_path / "r")
+
+    assert said.code == 3
+    assert "PHASEWATCH_CORPUS" in said.err

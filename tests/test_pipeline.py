@@ -1,0 +1,95 @@
+"""The whole way: a run resumes stage by stage, does nothing twice, and a kill leaves no trace in its products."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from phasewatch import pipeline
+from phasewatch.errors import StoreError
+from phasewatch.simulate import simulate
+from phasewatch.stages import Settings
+
+NOT_PRODUCTS = {"run.json", ".sweep.json", ".lock"}
+
+
+def products(run: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(run)): sha256(path.read_bytes()).hexdigest()
+        for path in sorted(run.rglob("*"))
+        if path.is_file() and path.name not in NOT_PRODUCTS
+    }
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "store"
+    simulate(path, hosts=3, episodes=150, seed=2, between_s=(60, 70))
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(store: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Outcome:
+    return pipeline.run(Settings(store=store, run=tmp_path_factory.mktemp("runs") / "a"))
+
+
+@pytest.mark.slow
+def test_a_store_becomes_a_headline_and_a_page(done: pipeline.Outcome) -> None:
+    assert done.headline.startswith("macro-F1 of phase, unseen host, realistic, gbt: 0.")
+    assert done.headline.endswith("[simulated]")
+    assert done.report.read_text().startswith("<!DOCTYPE html>")
+    assert [name for name, _, _ in done.stages] == ["validate", "features", "split", "train", "evaluate", "report"]
+
+
+@pytest.mark.slow
+def test_run_again_it_does_nothing(store: Path, done: pipeline.Outcome) -> None:
+    before = products(done.run)
+
+    again = pipeline.run(Settings(store=store, run=done.run))
+
+    assert again.is_unchanged
+    assert again.headline == done.headline
+    assert products(done.run) == before
+
+
+@pytest.mark.slow
+def test_a_lost_product_is_made_again_and_only_it(store: Path, done: pipeline.Outcome) -> None:
+    before = products(done.run)
+    (done.run / "metrics_v1.json").unlink()
+
+    again = pipeline.run(Settings(store=store, run=done.run))
+
+    made = [name for name, fate, _ in again.stages if fate == "made"]
+    assert made == ["evaluate"]
+    assert products(done.run) == before
+
+
+@pytest.mark.slow
+def test_killed_anywhere_and_run_again_the_products_are_the_same_bytes(
+    store: Path, done: pipeline.Outcome, tmp_path: Path
+) -> None:
+    run = tmp_path / "b"
+    command = [sys.executable, "-m", "phasewatch", "run", str(store), "--out", str(run), "--workers", "1"]
+    for patience_s in (0.7, 1.6, 2.6, 3.8):
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(patience_s)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    pipeline.run(Settings(store=store, run=run, workers=1))
+
+    assert products(run) == products(done.run)
+
+
+def test_a_store_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="there is no such store"):
+        pipeline.run(Settings(store=tmp_path / "none", run=tmp_path / "r"))

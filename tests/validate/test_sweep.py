@@ -1,0 +1,232 @@
+"""A sweep: every bundle judged, every row accounted for, the same bytes from any number of workers, nothing read twice."""
+
+from __future__ import annotations
+
+import math
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from tests.builders import episode, replace_manifest
+from tests.stores import put, put_bytes, write_store
+
+from phasewatch.errors import RunError, StoreError
+from phasewatch.grid.files import open_grids
+from phasewatch.simulate import simulate
+from phasewatch.store.disk import RECEIPT
+from phasewatch.validate.index import INDEX, read_index, write_index
+from phasewatch.validate.ledger import balances
+from phasewatch.validate.subset import pick
+from phasewatch.validate.sweep import LEDGER, STATE, sweep
+from phasewatch.vocab import Source, Status
+
+SHORT = (100.0, 104.0)
+
+
+def products(run: Path) -> dict[str, str]:
+    """Digest all that a sweep makes; hidden files are its own notes."""
+    return {
+        str(p.relative_to(run)): sha256(p.read_bytes()).hexdigest()
+        for p in sorted(run.rglob("*"))
+        if p.is_file() and not p.name.startswith(".")
+    }
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faulty")
+    return simulate(folder / "store", hosts=2, episodes=30, seed=9, faults=0.5, between_s=SHORT).store
+
+
+def test_any_number_of_workers_gives_the_same_bytes(faulty: Path, tmp_path: Path) -> None:
+    sweep(faulty, tmp_path / "one", workers=1)
+    sweep(faulty, tmp_path / "two", workers=2)
+
+    assert products(tmp_path / "one") == products(tmp_path / "two")
+    assert set(products(tmp_path / "one")) == {
+        INDEX, LEDGER, "grids/grids.npy", "grids/levels.npy", "grids/index.parquet",
+    }  # fmt: skip
+
+
+def test_an_unchanged_store_is_not_read_again_and_gives_the_same_bytes(faulty: Path, tmp_path: Path) -> None:
+    first = sweep(faulty, tmp_path / "run", workers=1)
+    before = products(tmp_path / "run")
+
+    again = sweep(faulty, tmp_path / "run", workers=1)
+
+    assert (first.kept, again.kept) == (0, 30)
+    assert again.slowest is None or "duplicate" in {code for v in again.verdicts for code in v.reasons}
+    assert products(tmp_path / "run") == before
+
+
+def test_a_new_bundle_is_read_and_the_others_are_not(tmp_path: Path) -> None:
+    store, run = write_store(tmp_path / "store", hosts=1, sessions=2), tmp_path / "run"
+    sweep(store, run, workers=1)
+    put(store, episode(number=99, host_id="h0"))
+
+    again = sweep(store, run, workers=1)
+    afresh = sweep(store, tmp_path / "afresh", workers=1)
+
+    assert (again.kept, len(again.verdicts)) == (4, 5)
+    assert products(run) == products(tmp_path / "afresh")
+    assert afresh.kept == 0
+
+
+def test_what_was_half_swept_when_the_process_died_is_not_trusted(faulty: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    sweep(faulty, tmp_path / "whole", workers=1)
+
+    def die(done: int, total: int, verdict: object) -> None:
+        if done == 12:
+            raise KeyboardInterrupt
+
+    sweep(faulty, run, workers=1)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(faulty, run, workers=1, full=True, tell=die)
+
+    assert not (run / STATE).exists()
+    assert sweep(faulty, run, workers=1).kept == 0
+    assert products(run) == products(tmp_path / "whole")
+
+
+def test_the_ledger_balances_to_the_last_row(faulty: Path, tmp_path: Path) -> None:
+    swept = sweep(faulty, tmp_path / "run", workers=1)
+    stage = swept.stage
+
+    assert stage["in"] == 30 == sum(stage[str(s)] for s in Status)  # type: ignore[misc]
+    assert balances(dict(stage))
+    by_source = stage["rows_by_source"]
+    assert sum(e["in"] for e in by_source.values()) == stage["rows_in"]  # type: ignore[attr-defined]
+    assert all(e["in"] == e["used"] + e["lost"] for e in by_source.values())  # type: ignore[attr-defined]
+
+
+def test_rows_of_a_rejected_bundle_are_lost_by_that_reason_and_named(tmp_path: Path) -> None:
+    path = put(tmp_path / "store", episode(number=1))
+    path.with_name(path.name + RECEIPT).write_text(f"{'0' * 64}  {path.name}\n")
+
+    swept = sweep(tmp_path / "store", tmp_path / "run", workers=1)
+    (verdict,) = swept.verdicts
+
+    assert swept.stage["rows_lost"] == {"rejected": sum(verdict.rows)}
+    assert sum(verdict.rows) > 200
+
+
+def test_rows_that_never_arrived_are_counted_by_source(tmp_path: Path) -> None:
+    whole = episode(number=1)
+    emitted = {**whole.manifest.rows_emitted, Source.QMP: whole.manifest.rows_emitted[Source.QMP] + 7}
+    put(tmp_path / "store", replace_manifest(whole, rows_emitted=emitted))
+
+    swept = sweep(tmp_path / "store", tmp_path / "run", workers=1)
+
+    assert swept.stage["rows_lost"] == {"never arrived:qmp": 7}
+    assert swept.verdicts[0].lost == (0, 7, 0, 0)
+
+
+def test_the_index_reads_back_as_it_was_written(faulty: Path, tmp_path: Path) -> None:
+    swept = sweep(faulty, tmp_path / "run", workers=1)
+    write_index(tmp_path / "again.parquet", read_index(tmp_path / "run" / INDEX))
+
+    found = read_index(tmp_path / "again.parquet")
+
+    assert [v.path for v in found] == [v.path for v in swept.verdicts] == sorted(v.path for v in found)
+    assert (tmp_path / "again.parquet").read_bytes() == (tmp_path / "run" / INDEX).read_bytes()
+    assert all(math.isnan(a.vcpu_wait) == math.isnan(b.vcpu_wait) for a, b in zip(found, swept.verdicts, strict=True))
+
+
+def test_the_index_has_exactly_the_columns_of_the_contract(faulty: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    sweep(faulty, tmp_path / "run", workers=1)
+
+    assert pq.read_schema(tmp_path / "run" / INDEX).names == [
+        "path",
+        "episode_id",
+        "host_id",
+        "profile",
+        "sample_name",
+        "sample_kind",
+        "origin",
+        "role",
+        "session",
+        "plan_seed",
+        "agent",
+        "status",
+        "reasons",
+        "detail",
+        "sha256",
+        "telemetry_sha256",
+        "proc_sketch",
+        "bytes",
+        "started_wall_ns",
+        "duration_s",
+        "rows_proc",
+        "rows_qmp",
+        "rows_netflow",
+        "rows_guest",
+        "lost_proc",
+        "lost_qmp",
+        "lost_netflow",
+        "lost_guest",
+        "s_clean",
+        "s_armed",
+        "s_infecting",
+        "s_active",
+        "s_dormant",
+        "vcpu_wait",
+        "duplicate_of",
+        "flags",
+    ]
+
+
+def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_bytes(b"PAR1")
+
+    with pytest.raises(RunError, match="phasewatch validate"):
+        read_index(tmp_path / INDEX)
+
+
+def test_only_usable_bundles_have_a_grid(faulty: Path, tmp_path: Path) -> None:
+    swept = sweep(faulty, tmp_path / "run", workers=1)
+
+    usable = [(v.host_id, v.episode_id) for v in swept.verdicts if v.status in (Status.ACCEPTED, Status.DEGRADED)]
+    assert [(row.host_id, row.episode_id) for row in open_grids(tmp_path / "run" / "grids").rows] == usable
+
+
+def test_a_copy_whose_original_is_gone_is_used_again(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    store, run = tmp_path / "store", tmp_path / "run"
+    first = episode(number=1)
+    original = put(store, first)
+    put(store, replace(first, manifest=episode(number=2).manifest))
+    before = sweep(store, run, workers=1)
+    original.unlink()
+    original.with_name(original.name + RECEIPT).unlink()
+
+    after = sweep(store, run, workers=1)
+
+    assert [v.status for v in before.verdicts] == [Status.ACCEPTED, Status.REJECTED]
+    assert before.verdicts[1].duplicate_of == f"h1/{before.verdicts[0].episode_id}"
+    assert [v.status for v in after.verdicts] == [Status.ACCEPTED]
+
+
+def test_an_empty_store_is_an_error_and_a_broken_one_is_not(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StoreError, match="empty"):
+        sweep(tmp_path / "empty", tmp_path / "run", workers=1)
+    put_bytes(put(tmp_path / "broken", episode()), b"x")
+
+    assert sweep(tmp_path / "broken", tmp_path / "run", workers=1).verdicts[0].status is Status.ERRORED
+    assert open_grids(tmp_path / "run" / "grids").rows == ()
+
+
+def test_a_subset_is_even_over_the_strata_and_always_the_same() -> None:
+    strata = ["a/x"] * 50 + ["a/y"] * 2 + ["b/x"] * 9
+    names = [f"e{i}" for i in range(len(strata))]
+
+    chosen = pick(strata, names, 6, seed=1)
+
+    assert chosen == sorted(chosen) == pick(strata, names, 6, seed=1)
+    assert sorted(strata[i] for i in chosen) == ["a/x", "a/x", "a/y", "a/y", "b/x", "b/x"]
+    assert pick(strata, names, 6, seed=2) != chosen
+    assert pick(strata, names, 999) == list(range(len(strata)))
