@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from hashlib import sha256
 
-import pytest
 from tests.episode.small import members_of, small_bundle
+from tests.requirements import need_program
 
 from phasewatch.episode.bundle import unpack
 from phasewatch.episode.frame import decompress_frame
@@ -74,8 +73,7 @@ def test_every_level_reads_back_as_the_same_episode() -> None:
 
 
 def test_ordinary_tools_read_a_bundle(tmp_path) -> None:
-    if not (shutil.which("zstdcat") and shutil.which("tar")):
-        pytest.skip("needs zstdcat: apt-get install zstd")
+    need_program("zstdcat", "zstd")
     file = tmp_path / "x.tar.zst"
     file.write_bytes(small_bundle())
 

@@ -30,6 +30,7 @@ def test_the_same_entries_give_the_same_bytes() -> None:
 def test_cpio_itself_reads_the_archive(tmp_path: Path) -> None:
     need_program("cpio", "cpio")
 
+    need_program("cpio", "cpio")
     subprocess.run(["cpio", "-id", "--quiet"], input=build_archive(ENTRIES), cwd=tmp_path, check=True)
 
     assert (tmp_path / "bin/x").read_bytes() == b"hello"

@@ -51,6 +51,7 @@ def build_rows(place: Place, shown: Shown, answers: Sequence[Answer], rules: Rul
     if parts:
         for name in ("profile", "host_id", "sample_name"):
             rows += _by(place, whole, rules, name)
+        rows += _by_cell(place, whole, rules)
     rows += note_rows(place, whole, rules, rows)
     return rows
 
@@ -65,6 +66,14 @@ def _by(place: Place, whole: Scope, rules: Rules, name: str) -> Iterator[MetricR
     for label in sorted(set(labels)):
         part = whole.take(labels == label)
         yield from _scores(place, part, rules, {name: label})
+
+
+def _by_cell(place: Place, whole: Scope, rules: Rules) -> Iterator[MetricRow]:
+    """Give the scores of each host and profile together, where both were tested."""
+    hosts, profiles = whole.shown.host_id, whole.shown.profile
+    for host, profile in sorted(set(zip(hosts, profiles, strict=True))):
+        part = whole.take((hosts == host) & (profiles == profile))
+        yield from _scores(place, part, rules, {"host_id": host, "profile": profile})
 
 
 def _scores(place: Place, scope: Scope, rules: Rules, where: Mapping[str, str]) -> list[MetricRow]:
