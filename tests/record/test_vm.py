@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-from phasewatch.record.hosts import HostShape
-from phasewatch.record.image import Image
 from tests.record.fakes import shape_of
 from tests.requirements import need_program
 
@@ -21,6 +19,8 @@ from phasewatch.record import spawn
 from phasewatch.record.accel import Verdict, probe, quick_no
 from phasewatch.record.base import HostClock
 from phasewatch.record.commandline import Sockets, build_command
+from phasewatch.record.hosts import HostShape
+from phasewatch.record.image import Image
 from phasewatch.record.vm import Start, Vm
 
 FLAGS = "processor: 0\nflags\t\t: fpu vmx sse\n"
