@@ -20,7 +20,7 @@ UV         := $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt
 export OMP_WAIT_POLICY = PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: demo test soak lint setup system picture lock clean
+.PHONY: demo test soak lint setup system picture docs lock clean
 
 demo: $(VENV)/.run
 	@$(BIN)/phasewatch demo
@@ -34,8 +34,8 @@ soak: setup
 	$(BIN)/python -m pytest -m soak
 
 lint: setup
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests docs
+	$(BIN)/ruff format --check src tests docs
 	$(BIN)/mypy
 
 setup: $(VENV)/.dev system
@@ -70,6 +70,10 @@ lock: | $(BIN)/uv
 
 clean:
 	rm -rf $(VENV) runs
+
+# docs/reference, from the tables and the command line.
+docs: setup
+	$(BIN)/python docs/generate.py
 
 # The pictures that the README shows, from the bundled corpus.
 picture: demo
