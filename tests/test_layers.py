@@ -23,7 +23,7 @@ RANKS: dict[str, int] = {
     "dataset": 7, "models": 7,
     "train": 8,
     "evaluate": 9,
-    "report": 10,
+    "report": 10, "audit": 10,
     "stages": 11, "pipeline": 12,
     "cli": 13, "__main__": 14,
 }  # fmt: skip
@@ -41,7 +41,7 @@ WORLDLY = {
     "record.flows", "record.idle", "record.session", "record.spawn",
     "validate.index", "validate.sweep", "features.tables", "features.tensors", "dataset.run",
     "dataset.splits", "dataset.windows", "models.checkpoint", "train.predictions",
-    "train.cells", "evaluate.score", "report.page", "stages", "pipeline",
+    "train.cells", "evaluate.score", "report.page", "audit.run", "stages", "pipeline",
 }  # fmt: skip
 
 WORLD = {"os", "subprocess", "socket", "shutil", "tempfile", "threading", "multiprocessing", "signal", "time", "asyncio",

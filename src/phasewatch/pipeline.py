@@ -89,6 +89,24 @@ def run(settings: Settings, *, tell: Tell | None = None) -> Outcome:
     return Outcome(run=settings.run, report=settings.run / REPORT, headline=words, stages=tuple(fates))
 
 
+def settings_of(run: Path, *, store: Path | None = None) -> Settings:
+    """Give what a run was asked for, as its `run.json` says; a run made stage by stage names no store.
+
+    Args:
+        run: The run's folder.
+        store: Where its bundles are now, if not where they were.
+    """
+    told = _read_log(run).get("configuration", {})
+    return Settings(
+        store=store or Path(told.get("store", run)),
+        run=run,
+        limit=int(told.get("limit", 0)),
+        include_degraded=told.get("include_degraded", "True") == "True",
+        seed=int(told.get("seed", 0)),
+        grid=told.get("grid", "short"),
+    )
+
+
 def build_stages(settings: Settings, say: Tell) -> tuple[Stage, ...]:
     """List the stages in the data's order."""
     folder, code = settings.run, stages.code_version()

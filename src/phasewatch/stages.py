@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
 from phasewatch import __version__, atomic
+from phasewatch.audit.checks import Audit
+from phasewatch.audit.run import audit_run
 from phasewatch.dataset.run import file_sha256
 from phasewatch.dataset.splits import read_folds, write_splits
 from phasewatch.episode.bundle import peek
@@ -21,6 +23,7 @@ from phasewatch.features.schema import schema_hash
 from phasewatch.features.tables import FeatureCount, write_tables
 from phasewatch.grid.files import open_grids
 from phasewatch.report.page import write_report
+from phasewatch.split import Fold, parse_fold
 from phasewatch.store.disk import DiskStore, StoreItem
 from phasewatch.train.cell import Cell, plan_cells
 from phasewatch.train.cells import TrainReport, train_cells
@@ -185,6 +188,31 @@ def train(settings: Settings, *, tell: Callable[[Cell, int, int], None] | None =
 def evaluate(settings: Settings) -> Metrics:
     """Score the predictions."""
     return score(settings.run)
+
+
+def audit(settings: Settings, *, tell: Callable[[str, int, int], None] | None = None) -> Audit:
+    """Check what the run promises; without its store, what needs no bundles."""
+
+    def remake(folder: Path) -> None:
+        listed = {v.path for v in read_index(settings.run / INDEX)}  # what came to the store since is not the run's
+        sweep(
+            settings.store,
+            folder,
+            workers=settings.workers,
+            choose=lambda items: [item for item in items if path_of(item) in listed],
+        )
+        features(replace(settings, run=folder))
+        for recipe in sorted({fold.recipe for fold in _folds(settings.run)}):
+            write_splits(folder, recipe)
+
+    there = settings.store.is_dir() and settings.store != settings.run
+    return audit_run(
+        settings.run, remake=remake if there else None, files=(INDEX, *GRID_FILES, *FEATURE_FILES), tell=tell
+    )
+
+
+def _folds(run: Path) -> list[Fold]:
+    return [parse_fold(path.read_bytes(), file=str(path)) for path in sorted((run / "splits").glob("*.json"))]
 
 
 def report(settings: Settings) -> Path:

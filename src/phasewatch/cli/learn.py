@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    for command in (train, evaluate, report, run, demo):
+    for command in (train, evaluate, audit, report, run, demo):
         app.command(epilog=base.CODES)(command)
 
 
@@ -64,6 +64,33 @@ def evaluate(
     path = run / stages.METRICS
     result = {"headline": headline(metrics), "numbers": len(metrics.metrics), "metrics": str(path)}
     base.answer(result, as_json=as_json, lines=[headline(metrics), str(path)])
+
+
+def audit(
+    run: Path = typer.Argument(..., help="A run with predictions and scores."),
+    store: Path = typer.Option(None, help="Where its bundles are; what the run says itself if left out."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
+) -> None:
+    """Check what a run promises: make it again from the bundles, train again, shuffle labels, score again.
+
+    Example: phasewatch audit runs/mine
+    """
+    from phasewatch import atomic, pipeline, stages
+    from phasewatch.audit.checks import AUDIT
+
+    settings = pipeline.settings_of(base.need_run(run), store=store)
+    with atomic.lock(run), base.progress(quiet=as_json) as tell:
+        done = stages.audit(settings, tell=lambda name, n, m: tell("audit", n, m, name))
+    rows = base.table([[str(check.fate), check.name, check.words] for check in done.checks])
+    words = "the run keeps its promises" if done.passes else f"the run breaks {len(done.broken)} of its promises"
+    result = {
+        "passes": done.passes,
+        "checks": [{f: str(getattr(c, f)) for f in c.__struct_fields__} for c in done.checks],
+        "audit": str(run / AUDIT),
+    }
+    base.answer(result, as_json=as_json, lines=[*rows, words, str(run / AUDIT)])
+    if not done.passes:
+        raise typer.Exit(1)
 
 
 def report(

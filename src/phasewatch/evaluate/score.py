@@ -41,7 +41,14 @@ class _Said:
 
 
 def score(run: Path, *, resamples: int = RESAMPLES, seed: int = 0) -> Metrics:
-    """Score the test predictions of a run and write `metrics_v1.json`.
+    """Score the test predictions of a run and write `metrics_v1.json`; see `rescore`."""
+    metrics = rescore(run, resamples=resamples, seed=seed)
+    atomic.write_whole(run / METRICS, render_metrics(metrics))
+    return metrics
+
+
+def rescore(run: Path, *, resamples: int = RESAMPLES, seed: int = 0) -> Metrics:
+    """Score the test predictions of a run.
 
     A board pools the folds of a recipe, or is one fold. Models stand on a board together only if they answered for
     exactly its windows: who was trained on one fold alone is compared on that fold alone.
@@ -65,9 +72,7 @@ def score(run: Path, *, resamples: int = RESAMPLES, seed: int = 0) -> Metrics:
                 for agent in AGENTS:
                     place = Place(**keys, fold=fold, agent=agent)
                     rows += _score_board(place, said, folds if fold == POOLED else [fold], rules, path)
-    metrics = Metrics(inputs={PREDICTIONS: file_sha256(path)}, metrics=tuple(rows))
-    atomic.write_whole(run / METRICS, render_metrics(metrics))
-    return metrics
+    return Metrics(inputs={PREDICTIONS: file_sha256(path)}, metrics=tuple(rows))
 
 
 def read_metrics(run: Path) -> Metrics:

@@ -1,0 +1,61 @@
+"""Everything before training made again from the bundles, in a folder of its own, and held against the run's files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from phasewatch.audit.checks import Check, collecting, judge, untested
+from phasewatch.audit.disjoint import faults_of
+from phasewatch.dataset import file_sha256
+from phasewatch.dataset.splits import read_episodes, read_folds
+from phasewatch.split import recipes
+
+Remake = Callable[[Path], None]
+
+REMADE = "remade-from-bundles"
+REMADE_PROMISE = "Verdicts, grids, features and splits are what the bundles give, byte for byte."
+DISJOINT = "disjoint"
+DISJOINT_PROMISE = "No host, sample, session, time, plan or near-duplicate that a recipe holds out was learnt from."
+NOTHING_HELD_OUT = ("deploy",)
+
+
+def check_remade(run: Path, copy: Path, files: tuple[str, ...]) -> Check:
+    """Hold the run's files against those that were made again.
+
+    Args:
+        run: The run.
+        copy: The folder where the stages before training were made again from the same store.
+        files: Their names, the splits aside.
+    """
+    faults: list[str] = []
+    with collecting(faults):
+        splits = {f"splits/{p.name}" for folder in (run, copy) for p in (folder / "splits").glob("*.json")}
+        for name in (*files, *sorted(splits)):
+            ours, theirs = ((f / name) for f in (run, copy))
+            if not ours.is_file() or not theirs.is_file() or file_sha256(ours) != file_sha256(theirs):
+                faults.append(f"{name} is not what the bundles give")
+    return judge(REMADE, REMADE_PROMISE, faults, looked_at=f"{len(files) + len(splits)} files made again")
+
+
+def check_disjoint(run: Path, episodes_from: Path) -> Check:
+    """Check each fold's claims on episodes as the bundles tell them.
+
+    Args:
+        run: Whose splits are looked at.
+        episodes_from: A run whose verdicts and features were made from the bundles.
+    """
+    faults: list[str] = []
+    looked: list[str] = []
+    with collecting(faults):
+        episodes = {e.episode_id: e for e in read_episodes(episodes_from)}
+        for recipe in recipes.RECIPES:
+            if recipe.leaky or recipe.name in NOTHING_HELD_OUT or not list(run.glob(f"splits/{recipe.name}-*.json")):
+                continue
+            folds = read_folds(run, recipe.name)
+            looked.append(f"{len(folds)} folds of {recipe.name}")
+            for fold in folds:
+                faults += faults_of(fold, episodes)
+    if not looked and not faults:
+        return untested(DISJOINT, DISJOINT_PROMISE, "the run has no split that holds something out")
+    return judge(DISJOINT, DISJOINT_PROMISE, faults, looked_at=", ".join(looked))

@@ -1,0 +1,142 @@
+"""Checkpoints and predictions: made again from train and validation alone, and held against what the run has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch.audit.checks import Check, collecting, judge, untested
+from phasewatch.dataset import Sets, load, read_fold
+from phasewatch.models import checkpoint, registry
+from phasewatch.split import Part
+from phasewatch.train.cell import Cell
+from phasewatch.train.cells import finished_cells, read_sources
+from phasewatch.train.predictions import NO_FILTER, PREDICTIONS, PROBABILITIES, read_table
+
+REPEATED = "trained-on-train-only"
+REPEATED_PROMISE = (
+    "A model trained again on train and validation alone says the same: nothing else was fitted, scaled, stopped or "
+    "calibrated on."
+)
+SAID = "predictions"
+SAID_PROMISE = "Each prediction is what the checkpoint says of a window of its fold's test set, each window once."
+TOLERANCE = 1e-3  # of a probability; the same bits are expected on the same machine, other CPUs sum in another order
+
+
+def chosen_cells(run: Path) -> tuple[Cell, ...]:
+    """Choose one finished cell of each model and input of the run: the first in order, of a recipe that is not leaky."""
+    first: dict[tuple[str, str], Cell] = {}
+    for cell in finished_cells(run, read_sources(run)):
+        if not read_fold(run, cell.recipe, cell.fold).leaky:
+            first.setdefault((cell.model, cell.table), cell)
+    return tuple(first.values())
+
+
+def check_repeated(run: Path, cells: Sequence[Cell]) -> Check:
+    """Train some cells again and compare what both say of validation A and of the test set."""
+    faults: list[str] = []
+    for cell in cells:
+        with collecting(faults):
+            faults += _repeat(run, cell)
+    if not cells:
+        return untested(REPEATED, REPEATED_PROMISE, "the run has no finished cell")
+    return judge(REPEATED, REPEATED_PROMISE, faults, looked_at=f"{len(cells)} cells trained again")
+
+
+def check_said(run: Path) -> Check:
+    """Ask every checkpoint again, and hold its answers against the merged predictions."""
+    faults: list[str] = []
+    cells: list[Cell] = []
+    with collecting(faults):
+        table = read_table(run / PREDICTIONS)
+        cells = list(finished_cells(run, read_sources(run)))
+        known = {_key(cell) for cell in cells}
+        faults += [f"{'/'.join(map(str, key))} has predictions and no checkpoint" for key in _keys_of(table) - known]
+        for cell in cells:
+            with collecting(faults):
+                faults += _said(run, cell, _rows_of(table, cell))
+    if not cells and not faults:
+        return untested(SAID, SAID_PROMISE, "the run has no finished cell")
+    return judge(SAID, SAID_PROMISE, faults, looked_at=f"{len(cells)} checkpoints asked again")
+
+
+def _sets(run: Path, cell: Cell) -> Sets:
+    return load(run, cell.recipe, cell.fold, cell.threat, registry.row_of(cell.model).kind)
+
+
+def _repeat(run: Path, cell: Cell) -> Iterator[str]:
+    sets, folder = _sets(run, cell), cell.folder(run)
+    header, _ = checkpoint.read(folder)
+    expected = {"train": sets.train, "val_a": sets.val_a, "val_b": sets.val_b}
+    for part, windows in expected.items():
+        if header.trained_on.get(part) != windows.examples.sha256():
+            yield f"{folder}: its {part} windows are not those of its fold"
+            return
+    model = registry.create(cell.model, seed=header.seed, settings=header.config)
+    model.fit(sets.train.examples, sets.val_a.examples).calibrate(sets.val_b.examples)
+    stored = registry.load(folder)
+    if not _alike(model.history, stored.history):
+        yield f"{folder}: trained again its history differs; it was stopped by something else"
+    for part, windows in (("val_a", sets.val_a), ("test", sets.test)):
+        if not len(windows):
+            continue
+        gap = float(np.abs(model.predict_proba(windows.inputs) - stored.predict_proba(windows.inputs)).max())
+        if not gap <= TOLERANCE:
+            yield f"{folder}: trained again it differs by {gap:.3f} on {part}; it was fitted on something else"
+
+
+def _alike(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        len(ours[name]) == len(theirs[name]) and np.allclose(ours[name], theirs[name], rtol=TOLERANCE, atol=TOLERANCE)
+        for name in ours
+    )
+
+
+def _said(run: Path, cell: Cell, rows: Any) -> Iterator[str]:
+    sets, where = _sets(run, cell), "/".join(map(str, _key(cell)))
+    test = sets.test
+    told = [f"{e} {t}" for e, t in zip(rows["episode_id"].to_pylist(), rows["t_center_ns"].to_pylist(), strict=True)]
+    ids = [test.windows.episodes[i].episode_id for i in test.windows.of]
+    asked = [f"{e} {t}" for e, t in zip(ids, test.windows.t_center_ns.tolist(), strict=True)]
+    if sorted(told) != sorted(asked):
+        outside = set(rows["episode_id"].to_pylist()) - set(read_fold(run, cell.recipe, cell.fold).ids(Part.TEST))
+        words = f"episode {min(outside)} is not in its test set" if outside else "not each test window once"
+        yield f"{where}: {words}"
+        return
+    place = {key: i for i, key in enumerate(told)}
+    order = np.array([place[key] for key in asked], np.intp)
+    said = _matrix(rows)[order]
+    if not np.array_equal(rows["y_true"].to_numpy().astype(np.int64)[order], test.y):
+        yield f"{where}: truth in the predictions is not that of the features"
+    elif not np.array_equal(rows["y_pred"].to_numpy().astype(np.int64)[order], said.argmax(axis=1)):
+        yield f"{where}: a decision is not the likeliest phase of its row"
+    elif registry.row_of(cell.model).persist == "exact":
+        gap = float(np.abs(registry.load(cell.folder(run)).predict_proba(test.inputs) - said).max())
+        if not gap <= TOLERANCE:
+            yield f"{where}: its checkpoint says otherwise, by {gap:.3f}; the predictions were edited"
+
+
+def _matrix(rows: Any) -> NDArray[np.float64]:
+    return np.column_stack([rows[name].to_numpy().astype(np.float64) for name in PROBABILITIES])
+
+
+def _key(cell: Cell) -> tuple[object, ...]:
+    return (*cell.keys().values(), cell.seed)
+
+
+def _keys_of(table: Any) -> set[tuple[object, ...]]:
+    names = ["recipe", "fold", "threat", "model", "table", "seed"]
+    return {tuple(row[n] for n in names) for row in table.group_by(names).aggregate([]).to_pylist()}
+
+
+def _rows_of(table: Any, cell: Cell) -> Any:
+    import pyarrow.compute as pc
+
+    wanted = {**cell.keys(), "seed": cell.seed, "part": "test", "filter": NO_FILTER}
+    for name, value in wanted.items():
+        table = table.filter(pc.equal(table[name], value))
+    return table

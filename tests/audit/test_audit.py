@@ -1,0 +1,346 @@
+"""The audit: clean runs are not accused, and each way of cheating that we could think of is caught."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from tests.stores import write_store
+
+from phasewatch import pipeline, stages
+from phasewatch.audit.checks import Audit, Check, Fate
+from phasewatch.audit.disjoint import faults_of
+from phasewatch.audit.remake import check_disjoint
+from phasewatch.audit.run import check_scored, read_audit
+from phasewatch.audit.shuffled import check_shuffled
+from phasewatch.audit.trained import check_repeated, check_said, chosen_cells
+from phasewatch.dataset import file_sha256, load, read_fold
+from phasewatch.dataset.splits import read_episodes
+from phasewatch.models import registry
+from phasewatch.models.base import Examples, Inputs
+from phasewatch.split import Fold, Part, SplitEpisode
+from phasewatch.split.fold import digest_of, parse_fold, render_fold
+from phasewatch.train.cell import DONE, Cell, parse_done, render_done
+from phasewatch.train.cells import merge, read_sources
+from phasewatch.train.predictions import PREDICTIONS
+
+CELL = Cell(recipe="held_out_host", fold="h0", threat="realistic", model="gbt")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_store(tmp_path_factory.mktemp("audited") / "store", hosts=3, sessions=6)
+
+
+@pytest.fixture(scope="module")
+def clean(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pipeline.run(stages.Settings(store=store, run=tmp_path_factory.mktemp("runs") / "clean")).run
+
+
+@pytest.fixture
+def run(clean: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(clean, tmp_path / "run")
+
+
+def fate_of(audit: Audit, name: str) -> Fate:
+    return next(check.fate for check in audit.checks if check.name == name)
+
+
+def seal(run: Path, cell: Cell) -> None:
+    """Make a tampered cell's own digests fit again, as somebody who hides it would."""
+    folder = cell.folder(run)
+    done = parse_done((folder / DONE).read_bytes(), file="")
+    outputs = {name: file_sha256(folder / name) for name in done.outputs}
+    (folder / DONE).write_bytes(render_done(msgspec.structs.replace(done, outputs=outputs)))
+    merge(run, read_sources(run))
+
+
+def refit(run: Path, cell: Cell, cheat: Callable[..., object]) -> None:
+    """Train a cell in a way that sees what it must not, and put it in the honest one's place."""
+    sets = load(run, cell.recipe, cell.fold, cell.threat, registry.row_of(cell.model).kind)
+    model = registry.create(cell.model, seed=cell.seed)
+    cheat(model, sets)
+    honest = {n: getattr(sets, n).examples.sha256() for n in ("train", "val_a", "val_b")}
+    model.trained_on = honest
+    model.save(cell.folder(run))
+    seal(run, cell)
+
+
+def both(one: Examples, other: Examples) -> Examples:
+    x = np.concatenate([one.inputs.x, other.inputs.x])
+    return Examples(inputs=Inputs(x=x, spec=one.inputs.spec), y=np.concatenate([one.y, other.y]))
+
+
+def edit_predictions(run: Path, change: Callable[[pa.Table], pa.Table], *, cell: Cell = CELL) -> None:
+    path = cell.folder(run) / "predictions.parquet"
+    table = change(pq.read_table(path))
+    pq.write_table(table, path)
+    seal(run, cell)
+
+
+def test_a_clean_run_keeps_every_promise_and_the_file_says_so(run: Path, store: Path) -> None:
+    audit = stages.audit(pipeline.settings_of(run))
+
+    assert [check for check in audit.checks if check.fate is not Fate.KEPT] == []
+    assert read_audit(run) == audit
+
+
+def test_bundles_that_came_later_accuse_nobody(run: Path, store: Path, tmp_path: Path) -> None:
+    later = shutil.copytree(store, tmp_path / "later")
+    bundle = next((later / "h0").glob("*.zst"))
+    shutil.copy(bundle, later / "h0" / "00000000-0000-7000-8000-000000000000.tar.zst")
+
+    audit = stages.audit(pipeline.settings_of(run, store=later))
+
+    assert fate_of(audit, "remade-from-bundles") is Fate.KEPT
+
+
+def test_without_its_store_an_audit_says_what_it_could_not_test(run: Path, tmp_path: Path) -> None:
+    audit = stages.audit(pipeline.settings_of(run, store=tmp_path / "gone"))
+
+    assert fate_of(audit, "remade-from-bundles") is Fate.UNTESTED
+    assert audit.passes
+
+
+def test_an_audit_of_other_predictions_no_longer_counts(run: Path) -> None:
+    stages.audit(pipeline.settings_of(run))
+    edit_predictions(run, lambda table: table.slice(0, table.num_rows - 1))
+
+    assert read_audit(run) is None
+
+
+def test_edited_features_are_caught(run: Path) -> None:
+    path = run / "features_window_v1.parquet"
+    table = pq.read_table(path)
+    leaked = pa.array(table["phase"].to_numpy().astype(np.float32))
+    column = table.schema.get_field_index("proc.cpu_user.mean")
+    pq.write_table(table.set_column(column, "proc.cpu_user.mean", leaked), path)
+
+    assert fate_of(stages.audit(pipeline.settings_of(run)), "remade-from-bundles") is Fate.BROKEN
+
+
+def test_labels_made_from_elapsed_time_are_caught(run: Path) -> None:
+    path = run / "features_window_v1.parquet"
+    table = pq.read_table(path)
+    late = pc.cast(pc.greater(table["t_center_s"], 20.0), pa.int8())
+    pq.write_table(table.set_column(table.schema.get_field_index("phase"), "phase", late), path)
+
+    assert fate_of(stages.audit(pipeline.settings_of(run)), "remade-from-bundles") is Fate.BROKEN
+
+
+def test_a_changed_bundle_is_caught(run: Path, store: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(store, tmp_path / "other")
+    bundle = next((other / "h0").glob("*.zst"))
+    bundle.write_bytes(bundle.read_bytes()[:-1])
+
+    audit = stages.audit(pipeline.settings_of(run, store=other))
+
+    assert fate_of(audit, "remade-from-bundles") is Fate.BROKEN
+
+
+def edit_fold(run: Path, change: Callable[[Fold], Fold]) -> None:
+    path = run / "splits" / "held_out_host-h0.json"
+    fold = change(parse_fold(path.read_bytes(), file=""))
+    path.write_bytes(render_fold(replace(fold, sha256=digest_of(fold))))
+
+
+def test_an_episode_of_the_test_host_in_train_is_caught(run: Path) -> None:
+    tested = read_fold(run, "held_out_host", "h0").ids(Part.TEST)[0]
+    edit_fold(run, lambda fold: replace(fold, episodes={**fold.episodes, tested: Part.TRAIN}))
+
+    assert check_disjoint(run, run).fate is Fate.BROKEN
+
+
+def episode(number: int, **more: object) -> SplitEpisode:
+    settings: dict[str, object] = {
+        "episode_id": f"e{number}", "host_id": f"h{number}", "profile": "benign", "sample_name": "idle",
+        "sample_group": number % 4, "session": f"s{number}", "role": "lab", "agent": False, "plan_seed": number,
+        "proc_sketch": (number * 10, number * 10 + 1), "started_wall_ns": number, "phases": (),
+    }  # fmt: skip
+    return SplitEpisode(**{**settings, **more})  # type: ignore[arg-type]
+
+
+CUT = {"e1": Part.TRAIN, "e2": Part.VAL_A, "e3": Part.TEST}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "third", "words"),
+    [
+        ("held_out_host", episode(3, host_id="h1"), "host h1"),
+        ("held_out_sample", episode(3, sample_group=1), "sample group 1"),
+        ("held_out_both", episode(3, sample_group=1), "sample group 1"),
+        ("held_out_time", episode(3, started_wall_ns=1), "began after"),
+        ("held_out_profile", episode(3), "profile benign"),
+        ("held_out_host", episode(3, plan_seed=1), "plan seed 1"),
+        ("held_out_host", episode(3, proc_sketch=(10, 99, 98)), "near-duplicate e1"),
+        ("held_out_sample", episode(3, host_id="h1", session="s1"), "session h1/s1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_recipe_holds_out_and_was_learnt_from_is_named(recipe: str, third: SplitEpisode, words: str) -> None:
+    fold = Fold(
+        version=1, recipe=recipe, fold="x", leaky=False, validation="sessions", episodes=CUT, embargoed={}, coverage=(),
+        untested_profiles=(), untested_phases=(), asserted=(), sha256="",
+    )  # fmt: skip
+    episodes = {e.episode_id: e for e in (episode(1), episode(2), third)}
+
+    assert any(words in fault for fault in faults_of(fold, episodes))
+
+
+def test_a_session_in_train_and_validation_is_caught() -> None:
+    fold = Fold(
+        version=1, recipe="held_out_host", fold="x", leaky=False, validation="sessions", episodes=CUT, embargoed={},
+        coverage=(), untested_profiles=(), untested_phases=(), asserted=(), sha256="",
+    )  # fmt: skip
+    episodes = {e.episode_id: e for e in (episode(1), episode(2, host_id="h1", session="s1"), episode(3))}
+
+    assert faults_of(fold, episodes) == ["held_out_host-x: session h1/s1 is in train and in val_a"]
+
+
+def test_a_duplicate_under_a_new_id_is_caught(run: Path) -> None:
+    fold = read_fold(run, "held_out_host", "h0")
+    episodes = {e.episode_id: e for e in read_episodes(run)}
+    tested, learnt = fold.ids(Part.TEST)[0], fold.ids(Part.TRAIN)[0]
+    episodes[learnt] = replace(episodes[learnt], proc_sketch=episodes[tested].proc_sketch)
+
+    assert any("near-duplicate" in fault for fault in faults_of(fold, episodes))
+
+
+def repeated(run: Path) -> Check:
+    return check_repeated(run, [cell for cell in chosen_cells(run) if cell.model == CELL.model])
+
+
+def test_training_on_the_test_set_is_caught(run: Path) -> None:
+    def cheat(model: object, sets: object) -> None:
+        everything = both(sets.train.examples, sets.test.examples)  # type: ignore[attr-defined]
+        model.fit(everything, sets.val_a.examples).calibrate(sets.val_b.examples)  # type: ignore[attr-defined]
+
+    refit(run, CELL, cheat)
+
+    assert repeated(run).fate is Fate.BROKEN
+
+
+def test_stopping_by_the_test_set_is_caught(run: Path) -> None:
+    def cheat(model: object, sets: object) -> None:
+        model.fit(sets.train.examples, sets.test.examples).calibrate(sets.val_b.examples)  # type: ignore[attr-defined]
+
+    refit(run, CELL, cheat)
+
+    assert repeated(run).fate is Fate.BROKEN
+
+
+def test_calibrating_on_the_test_set_is_caught(run: Path) -> None:
+    def cheat(model: object, sets: object) -> None:
+        model.fit(sets.train.examples, sets.val_a.examples).calibrate(sets.test.examples)  # type: ignore[attr-defined]
+        model.temperature *= 1.5  # type: ignore[attr-defined]
+
+    refit(run, CELL, cheat)
+
+    assert repeated(run).fate is Fate.BROKEN
+
+
+def test_scaling_with_the_test_set_is_caught(run: Path) -> None:
+    def cheat(model: object, sets: object) -> None:
+        seen = np.nanmean(sets.test.x, axis=0)  # type: ignore[attr-defined]
+        shifted = Inputs(x=sets.train.x - seen, spec=sets.train.inputs.spec)  # type: ignore[attr-defined]
+        model.fit(Examples(inputs=shifted, y=sets.train.y), sets.val_a.examples).calibrate(sets.val_b.examples)  # type: ignore[attr-defined]
+
+    refit(run, CELL, cheat)
+
+    assert repeated(run).fate is Fate.BROKEN
+
+
+def test_other_windows_than_the_folds_are_caught(run: Path) -> None:
+    path = CELL.folder(run) / "checkpoint.json"
+    header = json.loads(path.read_bytes())
+    header["trained_on"]["train"] = sha256(b"other").hexdigest()
+    path.write_text(json.dumps(header))
+    seal(run, CELL)
+
+    assert repeated(run).fate is Fate.BROKEN
+
+
+def test_edited_probabilities_are_caught(run: Path) -> None:
+    def truth_told(table: pa.Table) -> pa.Table:
+        sure = np.eye(5, dtype=np.float32)[table["y_true"].to_numpy()]
+        for i, name in enumerate(n for n in table.schema.names if n.startswith("p_")):
+            table = table.set_column(
+                table.schema.get_field_index(name), name, pa.array(np.ascontiguousarray(sure[:, i]))
+            )
+        return table.set_column(table.schema.get_field_index("y_pred"), "y_pred", table["y_true"])
+
+    edit_predictions(run, truth_told)
+
+    assert check_said(run).fate is Fate.BROKEN
+
+
+def test_edited_decisions_are_caught(run: Path) -> None:
+    edit_predictions(run, lambda t: t.set_column(t.schema.get_field_index("y_pred"), "y_pred", t["y_true"]))
+
+    assert check_said(run).fate is Fate.BROKEN
+
+
+def test_left_out_windows_are_caught(run: Path) -> None:
+    edit_predictions(run, lambda table: table.filter(pc.equal(table["y_true"], table["y_pred"])))
+
+    assert check_said(run).fate is Fate.BROKEN
+
+
+def test_windows_of_trained_episodes_among_the_tested_ones_are_caught(run: Path) -> None:
+    """What a split by windows would do."""
+    learnt = read_fold(run, "held_out_host", "h0").ids(Part.TRAIN)[0]
+
+    def mix(table: pa.Table) -> pa.Table:
+        ids = [learnt if i % 2 else e for i, e in enumerate(table["episode_id"].to_pylist())]
+        return table.set_column(table.schema.get_field_index("episode_id"), "episode_id", pa.array(ids))
+
+    edit_predictions(run, mix)
+
+    assert check_said(run).fate is Fate.BROKEN
+
+
+def test_edited_numbers_are_caught(run: Path) -> None:
+    path = run / "metrics_v1.json"
+    metrics = json.loads(path.read_bytes())
+    metrics["metrics"][0]["value"] += 0.1
+    path.write_text(json.dumps(metrics))
+
+    assert check_scored(run).fate is Fate.BROKEN
+
+
+def test_predictions_without_a_checkpoint_are_caught(run: Path) -> None:
+    table = pq.read_table(run / PREDICTIONS)
+    renamed = pa.array(["cnn"] * table.num_rows)
+    other = table.set_column(table.schema.get_field_index("model"), "model", renamed)
+    pq.write_table(pa.concat_tables([table, other]), run / PREDICTIONS)
+
+    assert check_said(run).fate is Fate.BROKEN
+
+
+def test_a_channel_that_gives_the_phase_away_beside_the_labels_shows_when_labels_are_shuffled(run: Path) -> None:
+    """Shuffled labels teach nothing; who scores all the same has the truth from elsewhere."""
+    assert check_shuffled(run).fate is Fate.KEPT
+
+
+@pytest.mark.soak
+def test_fifty_clean_runs_are_not_accused(tmp_path: Path) -> None:
+    from phasewatch.simulate import simulate
+
+    for seed in range(50):
+        store = tmp_path / f"store-{seed}"
+        simulate(store, hosts=3, episodes=180, seed=seed, between_s=(60, 70))
+        done = pipeline.run(stages.Settings(store=store, run=tmp_path / f"run-{seed}"))
+        audit = stages.audit(pipeline.settings_of(done.run))
+        assert audit.passes, f"seed {seed}: {audit.broken}"
+        shutil.rmtree(store)
+        shutil.rmtree(done.run)
