@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from phasewatch import profiles
-from phasewatch.channels import CHANNELS
-from phasewatch.vocab import PHASES
+from phasewatch.channels import CHANNELS, LEVELS
+from phasewatch.grid.files import GridRow, write_grids
+from phasewatch.vocab import PHASES, STRIDE_BINS
 
 STATS = ("mean", "std", "p50", "p95", "slope")
 NAMES = tuple(f"{c.full_name}.{s}" for c in CHANNELS for s in STATS)
@@ -71,6 +72,7 @@ def write_run(run: Path, world: World = World()) -> Path:
                     rows["flags"].append(0)
     run.mkdir(parents=True, exist_ok=True)
     x = np.concatenate(blocks)
+    _write_grids(run, verdicts, rows["episode_id"], x)
     columns = {n: pa.array(rows[n], t) for n, t in _columns().items()}
     features = {n: pa.array(x[:, i]) for i, n in enumerate(NAMES)}
     pq.write_table(pa.table({**columns, **features}), run / "features_window_v1.parquet", row_group_size=500)
@@ -83,6 +85,31 @@ def write_run(run: Path, world: World = World()) -> Path:
     }  # fmt: skip
     (run / "feature_schema_v1.json").write_text(json.dumps(schema))
     return run
+
+
+def _write_grids(run: Path, verdicts: list[dict[str, object]], ids: list[object], x: np.ndarray) -> None:
+    """Write bins of which each channel's level is about the window's mean of the table."""
+    means = x[:, [i for i, name in enumerate(NAMES) if name.endswith(".mean")]]
+    with write_grids(run / "grids") as grids:
+        for verdict in sorted(verdicts, key=lambda v: (v["host_id"], v["episode_id"])):
+            of = means[[i for i, e in enumerate(ids) if e == verdict["episode_id"]]]
+            bins = np.repeat(np.concatenate([of, of[-1:]]), STRIDE_BINS, axis=0).astype(np.float32)
+            keys = (
+                "episode_id",
+                "host_id",
+                "profile",
+                "sample_name",
+                "sample_kind",
+                "origin",
+                "role",
+                "session",
+                "agent",
+            )
+            row = GridRow(
+                **{key: verdict[key] for key in keys}, offset=0, n_bins=len(bins), t0_ns=verdict["started_wall_ns"],
+                arch="x86_64", accel="tcg", spans=(), flagged=(),
+            )  # type: ignore[arg-type]  # fmt: skip
+            grids.add(row, bins, np.zeros((len(bins), len(LEVELS)), np.float32))
 
 
 def edit_features(run: Path, change: object) -> None:

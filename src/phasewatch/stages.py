@@ -34,7 +34,9 @@ from phasewatch.validate.sweep import LEDGER, SweepSummary, Tell, path_of, sweep
 from phasewatch.validate.verdict import USABLE
 
 RECIPES = ("held_out_host",)
-MODELS = ("gbt", "majority", "elapsed_time")
+MODELS = ("gbt", "minirocket", "majority", "elapsed_time")
+SIX = ("gbt", "mlp", "cnn", "gru", "lstm", "transformer")
+SIX_THREATS = ("realistic", "oracle")
 GRIDS = ("short", "full")
 FULL_THREATS = ("realistic", "oracle", "portable")
 FULL_SEEDS = 3
@@ -172,11 +174,20 @@ def grid_cells(run: Path, *, grid: str = "short", seed: int = 0) -> tuple[Cell, 
         raise UsageError(f"no grid {grid!r}; it is one of {', '.join(GRIDS)}")
     threats = FULL_THREATS if grid == "full" else FULL_THREATS[:1]
     seeds = range(seed, seed + (FULL_SEEDS if grid == "full" else 1))
-    return tuple(
+    every = tuple(
         cell
         for recipe in RECIPES
         for cell in plan_cells(read_folds(run, recipe), models=MODELS, threats=threats, seeds=seeds)
     )
+    return (*every, *_six_models(run, seed))
+
+
+def _six_models(run: Path, seed: int) -> tuple[Cell, ...]:
+    """Give the six models under both threat models on one fold: the host with most profiles, then by name."""
+    folds = read_folds(run, "held_out_host")
+    tested = {fold.fold: len({row.profile for row in fold.coverage if row.test}) for fold in folds}
+    widest = min(folds, key=lambda fold: (-tested[fold.fold], fold.fold))
+    return plan_cells([widest], models=SIX, threats=SIX_THREATS, seeds=(seed,))
 
 
 def train(settings: Settings, *, tell: Callable[[Cell, int, int], None] | None = None) -> TrainReport:

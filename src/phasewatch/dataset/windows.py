@@ -21,6 +21,7 @@ from phasewatch.dataset.run import (
     read_verdicts,
 )
 from phasewatch.dataset.splits import read_fold
+from phasewatch.dataset.tensors import cut_tensor
 from phasewatch.errors import RunError, UsageError
 from phasewatch.models.base import Examples, InputKind, Inputs, InputSpec
 from phasewatch.split import Fold, Part
@@ -132,7 +133,8 @@ def load(run: Path, recipe: str, fold: str, threat: str = "realistic", kind: str
         recipe: A name of `split.RECIPES`.
         fold: One of its folds; for `held_out_host` a host.
         threat: A name that `channels.mask_of` knows.
-        kind: ``table`` (the five stats of each channel) or ``elapsed`` (seconds since the first label, alone).
+        kind: ``table`` (the five stats of each channel), ``tensor`` (channels by time, from the grids) or ``elapsed``
+            (seconds since the first label, alone).
 
     Raises:
         RunError: If a file of the run is absent, broken or edited.
@@ -168,9 +170,13 @@ def spec_of(schema: FeatureSchema, threat: str, kind: InputKind) -> InputSpec:
     names = tuple(n for n in schema.feature_names if n.rpartition(".")[0] in chosen)
     if not names:
         raise UsageError(f"threat model {threat!r} has no channel in this feature table")
+    if kind is InputKind.ELAPSED:
+        names = (ELAPSED,)
+    elif kind is InputKind.TENSOR:
+        names = tuple(c.full_name for c in CHANNELS if c.full_name in chosen)
     return InputSpec(
         kind=kind,
-        names=(ELAPSED,) if kind is InputKind.ELAPSED else names,
+        names=names,
         mask=threat,
         schema_hash=schema.schema_hash,
         behaviour_fingerprint=schema.behaviour_fingerprint,
@@ -199,10 +205,11 @@ def read_windows(run: Path, threat: str, kind: InputKind, *, only: Iterable[str]
     if not blocks:
         raise RunError(f"{path}: no window of known phase for these episodes; is it of the same sweep as the splits?")
     windows, x = _assemble(run, blocks)
-    return WindowSet(
-        windows=windows,
-        inputs=Inputs(x=windows.t_center_s[:, None].copy() if kind is InputKind.ELAPSED else x, spec=spec),
-    )
+    if kind is InputKind.ELAPSED:
+        x = windows.t_center_s[:, None].copy()
+    elif kind is InputKind.TENSOR:
+        x = cut_tensor(run, windows, spec.names)
+    return WindowSet(windows=windows, inputs=Inputs(x=x, spec=spec))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -18,15 +18,16 @@ from phasewatch.errors import MismatchError, UsageError
 from phasewatch.measures import N_CLASSES, at_temperature, log_loss
 from phasewatch.models import checkpoint
 from phasewatch.models.checkpoint import Header
-from phasewatch.vocab import PHASES
+from phasewatch.vocab import PHASES, WINDOW_BINS
 
 Floats = NDArray[np.float64]
 
 
 class InputKind(StrEnum):
-    """What a model is given: a table of features, or the window's elapsed time alone."""
+    """What a model is given: a table of features, a tensor of bins, or the window's elapsed time alone."""
 
     TABLE = "table"
+    TENSOR = "tensor"
     ELAPSED = "elapsed"
 
 
@@ -70,16 +71,20 @@ class InputSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Inputs:
-    """Windows as a model sees them: ``(n, f)`` float32 (NaN where nothing was known), and what the columns are."""
+    """Windows as a model sees them, float32 with NaN where nothing was known, and what the columns are.
+
+    Attributes:
+        x: ``(n, f)``; of a tensor ``(n, c, 20)``, channels by time.
+    """
 
     x: NDArray[np.float32]
     spec: InputSpec
 
     def __post_init__(self) -> None:
-        if self.x.ndim != 2 or self.x.shape[1] != len(self.spec.names) or self.x.dtype != np.float32:
-            raise MismatchError(
-                f"input: found {self.x.dtype} of shape {self.x.shape}, expected float32 (n, {len(self.spec.names)})"
-            )
+        rest = (len(self.spec.names), *((WINDOW_BINS,) if self.spec.kind is InputKind.TENSOR else ()))
+        if self.x.shape[1:] != rest or self.x.dtype != np.float32:
+            words = ", ".join(map(str, rest))
+            raise MismatchError(f"input: found {self.x.dtype} of shape {self.x.shape}, expected float32 (n, {words})")
 
     def __len__(self) -> int:
         return len(self.x)

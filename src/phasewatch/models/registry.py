@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from phasewatch.errors import MismatchError, UsageError
 from phasewatch.models import checkpoint
-from phasewatch.models.base import InputKind, PhaseModel
+from phasewatch.models.base import InputKind, InputSpec, PhaseModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +38,43 @@ MODELS: tuple[ModelRow, ...] = (
         where="phasewatch.models.gbt:GradientBoosting",
         kind=InputKind.TABLE,
         about="Gradient-boosted trees over the five stats of each channel.",
+    ),
+    ModelRow(
+        key="mlp",
+        where="phasewatch.models.nets:MlpNet",
+        kind=InputKind.TABLE,
+        about="A net of two hidden layers over the five stats of each channel.",
+    ),
+    ModelRow(
+        key="cnn",
+        where="phasewatch.models.nets:CnnNet",
+        kind=InputKind.TENSOR,
+        about="A 1-D residual convolutional net over the window's bins.",
+    ),
+    ModelRow(
+        key="gru",
+        where="phasewatch.models.nets:GruNet",
+        kind=InputKind.TENSOR,
+        about="A gated recurrent net over the window's bins.",
+    ),
+    ModelRow(
+        key="lstm",
+        where="phasewatch.models.nets:LstmNet",
+        kind=InputKind.TENSOR,
+        about="A long short-term memory over the window's bins.",
+    ),
+    ModelRow(
+        key="transformer",
+        where="phasewatch.models.nets:TransformerNet",
+        kind=InputKind.TENSOR,
+        about="Two layers of attention over the window's bins.",
+    ),
+    ModelRow(
+        key="minirocket",
+        where="phasewatch.models.minirocket:MiniRocket",
+        kind=InputKind.TENSOR,
+        about="Random convolutions and ridge: the cheap baseline that a net has to beat.",
+        is_baseline=True,
     ),
     ModelRow(
         key="majority",
@@ -85,15 +122,23 @@ def create(key: str, *, seed: int = 0, settings: Mapping[str, Any] | None = None
     return class_of(key)(seed=seed, settings=settings)
 
 
-def load(folder: Path) -> PhaseModel:
+def load(folder: Path, *, expected: InputSpec | None = None) -> PhaseModel:
     """Load a checkpoint.
+
+    Args:
+        folder: Where it stands.
+        expected: What it will be given; None leaves that check to the first prediction.
 
     Raises:
         RunError: If it is absent or not a checkpoint.
-        MismatchError: If its bytes were changed, or its format, classes or model are not known here.
+        MismatchError: If its bytes were changed, its format, classes or model are not known here, or it was made for
+            another input, mask, schema or behaviour than expected.
     """
     header, files = checkpoint.read(folder)
     if header.model not in {row.key for row in MODELS}:
         known = ", ".join(row.key for row in MODELS)
         raise MismatchError(f"{folder}: found model {header.model!r}, this version knows {known}")
-    return class_of(header.model).restore(header, files)
+    model = class_of(header.model).restore(header, files)
+    if expected is not None and model.spec is not None and (words := model.spec.difference(expected)):
+        raise MismatchError(f"{folder}: made for something else: {words}; train it again on these features")
+    return model

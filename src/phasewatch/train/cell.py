@@ -11,6 +11,7 @@ import msgspec
 
 import phasewatch
 from phasewatch.errors import RunError
+from phasewatch.models.base import InputKind
 from phasewatch.split import Fold
 
 MODELS = "models"
@@ -49,15 +50,17 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """Digests of what every cell of a run reads."""
+    """Digests of what the cells of a run read."""
 
     features: str
+    grids: str
     schema: str
     validation: str
 
-    def of(self, cell: Cell, fold: Fold) -> dict[str, str]:
+    def of(self, cell: Cell, fold: Fold, kind: InputKind) -> dict[str, str]:
         """Say what a cell's files depend on; when one changes, the cell is trained again."""
         return {
+            **({"grids": self.grids} if kind is InputKind.TENSOR else {}),
             "features": self.features,
             "schema": self.schema,
             "validation": self.validation,

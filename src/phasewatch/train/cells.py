@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phasewatch import atomic
-from phasewatch.dataset import file_sha256, load, read_fold
+from phasewatch.dataset import file_sha256, load, read_fold, tensors
 from phasewatch.dataset.run import FEATURES, SCHEMA, VALIDATION
 from phasewatch.errors import MachineError, RunError
+from phasewatch.grid.files import GRIDS
 from phasewatch.models import registry
 from phasewatch.models.checkpoint import HEADER, read_header
 from phasewatch.train.cell import DONE, MODELS, Cell, Done, Sources, parse_done, render_done
 from phasewatch.train.predictions import PREDICTIONS, build_table, read_table, write_table
 from phasewatch.workers import map_ordered
 
+BINS = f"{tensors.GRIDS}/{GRIDS}"
 CELL_PREDICTIONS = "predictions.parquet"
 TIMEOUT_S = 3600.0  # a cell takes seconds; one that takes an hour hangs
 
@@ -101,6 +103,7 @@ def read_sources(run: Path) -> Sources:
     """Digest what every cell reads, once."""
     return Sources(
         features=file_sha256(run / FEATURES),
+        grids=file_sha256(run / BINS) if (run / BINS).is_file() else "absent",
         schema=file_sha256(run / SCHEMA),
         validation=file_sha256(run / VALIDATION),
     )
@@ -137,7 +140,8 @@ def merge(run: Path, sources: Sources) -> tuple[int, int]:
 
 
 def _inputs(run: Path, sources: Sources, cell: Cell) -> dict[str, str]:
-    return sources.of(cell, read_fold(run, cell.recipe, cell.fold))
+    kind = registry.row_of(cell.model).kind
+    return sources.of(cell, read_fold(run, cell.recipe, cell.fold), kind)
 
 
 def _is_finished(job: _Job) -> bool:

@@ -1,0 +1,62 @@
+"""The windows of a run as ``(n, channels, 20)``, cut from its mapped grids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch.channels import CHANNELS
+from phasewatch.dataset.run import RunEpisode
+from phasewatch.errors import RunError
+from phasewatch.features.tensors import gather
+from phasewatch.grid.files import open_grids
+from phasewatch.vocab import BIN_NS, WINDOW_BINS
+
+GRIDS = "grids"
+_HALF_NS = BIN_NS * WINDOW_BINS // 2
+
+
+class _Windows(Protocol):
+    @property
+    def episodes(self) -> Sequence[RunEpisode]: ...
+    @property
+    def of(self) -> NDArray[np.int32]: ...
+    @property
+    def t_center_ns(self) -> NDArray[np.int64]: ...
+
+
+def cut_tensor(run: Path, windows: _Windows, names: Sequence[str]) -> NDArray[np.float32]:
+    """Cut the windows out of the grids.
+
+    Args:
+        run: The run's folder.
+        windows: Whose windows, and when.
+        names: Full names of channels, in the order wanted.
+
+    Returns:
+        ``(n, len(names), 20)`` float32, contiguous, NaN where nothing was known.
+
+    Raises:
+        RunError: If the grids are absent or of another sweep than the feature table.
+    """
+    grids = open_grids(run / GRIDS)
+    rows = {(row.host_id, row.episode_id): row for row in grids.rows}
+    try:
+        mine = [rows[e.host_id, e.episode_id] for e in windows.episodes]
+    except KeyError as exc:
+        raise RunError(
+            f"{run / GRIDS}: lacks episode {exc.args[0][1]}, which the feature table has; run `phasewatch validate` again"
+        ) from exc
+    t0 = np.array([row.t0_ns for row in mine], np.int64)[windows.of]
+    offset = np.array([row.offset for row in mine], np.int64)[windows.of]
+    length = np.array([row.n_bins for row in mine], np.int64)[windows.of]
+    first, odd = np.divmod(windows.t_center_ns - _HALF_NS - t0, BIN_NS)
+    if odd.any() or (first < 0).any() or (first + WINDOW_BINS > length).any():
+        raise RunError(f"{run / GRIDS}: of another sweep than the feature table; run `phasewatch features` again")
+    columns = [c.full_name for c in CHANNELS]
+    chosen = [columns.index(name) for name in names]
+    return np.ascontiguousarray(gather(grids.bins, offset + first)[:, :, chosen].transpose(0, 2, 1))

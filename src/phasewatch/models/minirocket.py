@@ -1,0 +1,156 @@
+"""MiniRocket with a ridge classifier: the cheap baseline that a net over the bins has to beat.
+
+Source: Dempster, Schmidt, Webb, "MiniRocket: a very fast (almost) deterministic transform", KDD 2021. 84 kernels of
+length 9 with weights −1 and 2, dilations that fit a window of 20 bins, proportion of positive values over biases that
+are quantiles of train. Written in numpy because the window is short and nothing may be compiled at prediction time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch.measures import N_CLASSES, confusion_counts, macro_f1
+from phasewatch.models import weights
+from phasewatch.models.base import Examples, Floats, InputKind, PhaseModel, class_weights
+from phasewatch.models.scaler import Scaler
+
+FILE = "weights.safetensors"
+LENGTH = 9
+DILATIONS = (1, 2)  # (20 − 1) // 8 = 2 is the widest that fits
+KERNELS = tuple(combinations(range(LENGTH), 3))  # where the three 2s stand; everything else is −1
+BIASES = 10
+FEATURES = len(KERNELS) * len(DILATIONS) * BIASES
+PENALTIES = tuple(float(v) for v in np.logspace(0, 5, 6))
+MOST_CHANNELS = 9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RocketConfig:
+    """Windows that biases are drawn from."""
+
+    bias_windows: int = 256
+
+
+class MiniRocket(PhaseModel):
+    """Proportions of positive values under 168 dilated kernels over drawn channels, then ridge, softmax of decisions."""
+
+    key = "minirocket"
+    kind: ClassVar[InputKind] = InputKind.TENSOR
+    Config = RocketConfig
+
+    def _fit(self, train: Examples, val: Examples) -> None:
+        rng = np.random.default_rng(self.seed)
+        self._scaler = Scaler.fit(train.inputs.x)
+        self._chosen = _draw_channels(len(train.inputs.spec.names), rng)
+        x = self._scaled(train.inputs.x)
+        some = x[rng.choice(len(x), min(len(x), self.config.bias_windows), replace=False)]
+        quantiles = (np.arange(1, FEATURES // BIASES * BIASES + 1) * ((5**0.5 + 1) / 2)) % 1.0  # low discrepancy
+        self._biases = np.concatenate(
+            [
+                np.quantile(c, q)
+                for c, q in zip(_convolve(some, self._chosen), quantiles.reshape(-1, BIASES), strict=True)
+            ]
+        )
+        features = self._transform(x)
+        self._mean = features.mean(axis=0)
+        self._spread = features.std(axis=0) + 1e-8
+        scaled, watched = self._standardised(features), self._standardised(self._transform(self._scaled(val.inputs.x)))
+        self._coef, self._intercept = np.zeros((N_CLASSES, FEATURES)), np.zeros(N_CLASSES)
+        best = -1.0
+        scores = []
+        for penalty in PENALTIES:
+            coef, intercept = _ridge(scaled, train.y, penalty)
+            decided = _decide(watched @ coef.T + intercept, self.seen)
+            score = float(macro_f1(confusion_counts(val.y, decided.argmax(axis=1))))
+            scores.append(round(score, 6))
+            if score > best:
+                best, self._coef, self._intercept = score, coef, intercept
+        self.history = {"val_a_macro_f1": tuple(scores)}
+
+    def _predict_proba(self, x: NDArray[np.float32]) -> Floats:
+        features = self._standardised(self._transform(self._scaled(x)))
+        scores = _decide(features @ self._coef.T + self._intercept, self.seen)
+        powers = np.exp(scores - scores.max(axis=1, keepdims=True))
+        shares: Floats = powers / powers.sum(axis=1, keepdims=True)
+        return shares
+
+    def _scaled(self, x: NDArray[np.float32]) -> Floats:
+        return self._scaler.apply(x)[:, : x.shape[1]].astype(np.float64)
+
+    def _transform(self, x: Floats) -> Floats:
+        biases = self._biases.reshape(-1, BIASES)
+        parts = [(c[:, :, None] > b).mean(axis=1) for c, b in zip(_convolve(x, self._chosen), biases, strict=True)]
+        return np.concatenate(parts, axis=1)
+
+    def _standardised(self, features: Floats) -> Floats:
+        scaled: Floats = (features - self._mean) / self._spread
+        return scaled
+
+    def _arrays(self) -> dict[str, NDArray[np.float64]]:
+        return {
+            "scaler.size": self._scaler.size, "biases": self._biases, "mean": self._mean, "spread": self._spread,
+            "coef": self._coef, "intercept": self._intercept, "channels": self._chosen.astype(np.float64),
+        }  # fmt: skip
+
+    def _files(self) -> Mapping[str, bytes]:
+        return {FILE: weights.pack(self._arrays())}
+
+    def _restore(self, files: Mapping[str, bytes]) -> None:
+        n = len(self.spec.names) if self.spec else 0
+        shapes = {
+            "scaler.size": (n,), "biases": (FEATURES,), "mean": (FEATURES,), "spread": (FEATURES,),
+            "coef": (N_CLASSES, FEATURES), "intercept": (N_CLASSES,), "channels": (FEATURES // BIASES, n),
+        }  # fmt: skip
+        found = weights.unpack(files, FILE, shapes, model=self.key)
+        self._scaler = Scaler(found["scaler.size"])
+        self._biases, self._mean, self._spread = found["biases"], found["mean"], found["spread"]
+        self._coef, self._intercept = found["coef"], found["intercept"]
+        self._chosen = found["channels"].astype(np.bool_)
+
+    def _libraries(self) -> tuple[str, ...]:
+        return ("numpy", "scikit-learn", "safetensors")
+
+
+def _draw_channels(channels: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Draw for each kernel and dilation which channels it sums, few more often than many, ``(168, c)``."""
+    chosen = np.zeros((len(KERNELS) * len(DILATIONS), channels), np.bool_)
+    most = min(channels, MOST_CHANNELS)
+    for row in chosen:
+        count = int(2.0 ** rng.uniform(0.0, np.log2(most + 1)))
+        row[rng.choice(channels, min(count, channels), replace=False)] = True
+    return chosen
+
+
+def _convolve(x: Floats, chosen: NDArray[np.bool_]) -> Iterator[Floats]:
+    """Give ``(n, t)`` of each kernel and dilation in turn; ends are padded with zeros."""
+    at = 0
+    for dilation in DILATIONS:
+        reach = dilation * (LENGTH // 2)
+        for kernel in KERNELS:
+            summed = np.pad(x[:, chosen[at]].sum(axis=1), ((0, 0), (reach, reach)))
+            size = x.shape[2]
+            taps = [summed[:, k * dilation : k * dilation + size] for k in range(LENGTH)]
+            # −1 everywhere and 2 at three places is −(sum of all) + 3 (sum of the three).
+            yield 3.0 * (taps[kernel[0]] + taps[kernel[1]] + taps[kernel[2]]) - np.sum(taps, axis=0)
+            at += 1
+
+
+def _ridge(features: Floats, y: NDArray[np.int64], penalty: float) -> tuple[Floats, Floats]:
+    from sklearn.linear_model import Ridge
+
+    targets = np.where(np.eye(N_CLASSES)[y] > 0, 1.0, -1.0)
+    fitted = Ridge(alpha=penalty, solver="cholesky").fit(features, targets, sample_weight=class_weights(y)[y])
+    return np.asarray(fitted.coef_, np.float64), np.asarray(fitted.intercept_, np.float64)
+
+
+def _decide(scores: Floats, seen: tuple[int, ...]) -> Floats:
+    """Rule out the phases that train never showed."""
+    ruled = np.full_like(scores, -np.inf)
+    ruled[:, list(seen)] = scores[:, list(seen)]
+    return ruled

@@ -1,0 +1,142 @@
+"""The one trainer of the nets: weighted loss, warm-up and cosine, clipping, stopped by macro-F1 on validation A."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from phasewatch.measures import confusion_counts, macro_f1
+
+PREDICT_ROWS = 4096
+CLIP = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """How a net is trained; the same for all five.
+
+    Attributes:
+        patience: Epochs without a better macro-F1 on validation A.
+        mixed: Mixed precision; it pays on CUDA only, and the float32 path is the reference.
+    """
+
+    epochs: int = 60
+    patience: int = 12
+    batch: int = 128
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.02
+    warm_up: float = 0.1
+    mixed: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Labelled:
+    """Scaled inputs ``(n, 2f)`` or ``(n, 2c, t)`` float32 with phase codes ``(n,)``."""
+
+    x: NDArray[np.float32]
+    y: NDArray[np.int64]
+
+
+@contextmanager
+def reproducible(seed: int) -> Iterator[None]:
+    """One thread, seeded, deterministic; what was set before comes back."""
+    threads, before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        torch.set_num_threads(1)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+            torch.set_num_threads(threads)
+
+
+def fit_net(
+    net: nn.Module, train: Labelled, val: Labelled, *, weights: NDArray[np.float64], config: TrainConfig, seed: int
+) -> dict[str, tuple[float, ...]]:
+    """Train a net in place and leave in it the weights of its best epoch.
+
+    Args:
+        net: Seeded by the caller.
+        train: What is learnt from.
+        val: Validation A.
+        weights: ``(5,)`` of the classes in the loss; 0 for one that train does not show.
+        config: Sizes and rates.
+        seed: Of the shuffling.
+
+    Returns:
+        History: ``train_loss`` and ``val_a_macro_f1`` per epoch.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net.to(device)
+    x, y = torch.from_numpy(train.x).to(device), torch.from_numpy(train.y).to(device)
+    loss_of = nn.CrossEntropyLoss(weight=torch.from_numpy(weights.astype(np.float32)).to(device))
+    optimiser = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    steps = config.epochs * math.ceil(len(x) / config.batch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps, config.warm_up))
+    half = torch.float16 if device.type == "cuda" else torch.bfloat16
+    guard = torch.amp.GradScaler(device.type, enabled=config.mixed and device.type == "cuda")
+    shuffle = np.random.default_rng(seed)
+    best, best_at, kept = -1.0, 0, copy.deepcopy(net.state_dict())
+    losses: list[float] = []
+    scores: list[float] = []
+    for epoch in range(config.epochs):
+        net.train()
+        total = 0.0
+        order = torch.from_numpy(shuffle.permutation(len(x))).to(device)
+        for rows in torch.split(order, config.batch):
+            optimiser.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, dtype=half, enabled=config.mixed):
+                loss = loss_of(net(x[rows]), y[rows])
+            guard.scale(loss).backward()
+            guard.unscale_(optimiser)
+            nn.utils.clip_grad_norm_(net.parameters(), CLIP)
+            guard.step(optimiser)
+            guard.update()
+            schedule.step()
+            total += float(loss.detach()) * len(rows)
+        score = score_net(net, val)
+        losses.append(round(total / len(x), 6))
+        scores.append(round(score, 6))
+        if score > best:
+            best, best_at, kept = score, epoch, copy.deepcopy(net.state_dict())
+        elif epoch - best_at >= config.patience:
+            break
+    net.load_state_dict(kept)
+    net.to("cpu")
+    return {"train_loss": tuple(losses), "val_a_macro_f1": tuple(scores)}
+
+
+def scores_of(net: nn.Module, x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Give a net's five scores of each window, ``(n, 5)``, in batches that bound the memory."""
+    net.eval()
+    device = next(net.parameters()).device
+    with torch.inference_mode():
+        parts: list[Tensor] = [
+            net(torch.from_numpy(x[start : start + PREDICT_ROWS]).to(device)).float().cpu()
+            for start in range(0, len(x), PREDICT_ROWS)
+        ]
+    joined: NDArray[np.float64] = torch.cat(parts).numpy().astype(np.float64)
+    return joined
+
+
+def score_net(net: nn.Module, val: Labelled) -> float:
+    """Give macro-F1 over the phases that validation has."""
+    return float(macro_f1(confusion_counts(val.y, scores_of(net, val.x).argmax(axis=1))))
+
+
+def _rate(step: int, steps: int, warm_up: float) -> float:
+    """Rise linearly, then fall as a cosine to zero."""
+    rising = max(1, round(warm_up * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1.0 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
