@@ -52,6 +52,7 @@ class Settings:
     Attributes:
         limit: Narrows the store to a stratified subset; 0 takes all.
         grid: ``short`` (one seed, realistic) or ``full`` (every threat model, three seeds from `seed` on).
+        models: Narrows the grid to these; empty takes all of it.
     """
 
     store: Path
@@ -61,6 +62,7 @@ class Settings:
     include_degraded: bool = True
     seed: int = 0
     grid: str = "short"
+    models: tuple[str, ...] = ()
 
 
 def code_version() -> str:
@@ -164,12 +166,14 @@ def split(settings: Settings) -> int:
     return sum(len(write_splits(settings.run, recipe)) for recipe in RECIPES)
 
 
-def grid_cells(run: Path, *, grid: str = "short", seed: int = 0) -> tuple[Cell, ...]:
+def grid_cells(run: Path, *, grid: str = "short", seed: int = 0, models: Sequence[str] = ()) -> tuple[Cell, ...]:
     """Give a grid's cells: each model over all folds of each recipe.
 
     Raises:
-        UsageError: If the grid is not known.
+        UsageError: If the grid is not known, or has none of the models.
     """
+    if unknown := set(models) - {*MODELS, *SIX}:
+        raise UsageError(f"the grid has no model {min(unknown)!r}; it has {', '.join(dict.fromkeys((*SIX, *MODELS)))}")
     if grid not in GRIDS:
         raise UsageError(f"no grid {grid!r}; it is one of {', '.join(GRIDS)}")
     threats = FULL_THREATS if grid == "full" else FULL_THREATS[:1]
@@ -179,7 +183,8 @@ def grid_cells(run: Path, *, grid: str = "short", seed: int = 0) -> tuple[Cell, 
         for recipe in RECIPES
         for cell in plan_cells(read_folds(run, recipe), models=MODELS, threats=threats, seeds=seeds)
     )
-    return (*every, *_six_models(run, seed))
+    cells = (*every, *_six_models(run, seed))
+    return tuple(cell for cell in cells if not models or cell.model in models)
 
 
 def _six_models(run: Path, seed: int) -> tuple[Cell, ...]:
@@ -192,7 +197,7 @@ def _six_models(run: Path, seed: int) -> tuple[Cell, ...]:
 
 def train(settings: Settings, *, tell: Callable[[Cell, int, int], None] | None = None) -> TrainReport:
     """Train what is not finished of the short grid."""
-    cells = grid_cells(settings.run, grid=settings.grid, seed=settings.seed)
+    cells = grid_cells(settings.run, grid=settings.grid, seed=settings.seed, models=settings.models)
     return train_cells(settings.run, cells, workers=settings.workers, tell=tell)
 
 

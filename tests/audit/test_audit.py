@@ -26,7 +26,7 @@ from phasewatch.audit.shuffled import check_shuffled
 from phasewatch.audit.trained import check_repeated, check_said, chosen_cells
 from phasewatch.dataset import file_sha256, load, read_fold
 from phasewatch.dataset.splits import read_episodes
-from phasewatch.models import registry
+from phasewatch.models import checkpoint, registry
 from phasewatch.models.base import Examples, Inputs
 from phasewatch.split import Fold, Part, SplitEpisode
 from phasewatch.split.fold import digest_of, parse_fold, render_fold
@@ -34,6 +34,7 @@ from phasewatch.train.cell import DONE, Cell, parse_done, render_done
 from phasewatch.train.cells import merge, read_sources
 from phasewatch.train.predictions import PREDICTIONS
 
+MODELS = ("gbt", "cnn", "majority", "elapsed_time")
 CELL = Cell(recipe="held_out_host", fold="h0", threat="realistic", model="gbt")
 
 
@@ -44,7 +45,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def clean(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pipeline.run(stages.Settings(store=store, run=tmp_path_factory.mktemp("runs") / "clean")).run
+    return pipeline.run(stages.Settings(store=store, run=tmp_path_factory.mktemp("runs") / "clean", models=MODELS)).run
 
 
 @pytest.fixture
@@ -261,10 +262,10 @@ def test_scaling_with_the_test_set_is_caught(run: Path) -> None:
 
 
 def test_other_windows_than_the_folds_are_caught(run: Path) -> None:
-    path = CELL.folder(run) / "checkpoint.json"
-    header = json.loads(path.read_bytes())
-    header["trained_on"]["train"] = sha256(b"other").hexdigest()
-    path.write_text(json.dumps(header))
+    folder = CELL.folder(run)
+    header, files = checkpoint.read(folder)
+    other = {**header.trained_on, "train": sha256(b"other").hexdigest()}
+    checkpoint.write(folder, msgspec.structs.replace(header, trained_on=other), files)
     seal(run, CELL)
 
     assert repeated(run).fate is Fate.BROKEN
@@ -339,7 +340,7 @@ def test_fifty_clean_runs_are_not_accused(tmp_path: Path) -> None:
     for seed in range(50):
         store = tmp_path / f"store-{seed}"
         simulate(store, hosts=3, episodes=180, seed=seed, between_s=(60, 70))
-        done = pipeline.run(stages.Settings(store=store, run=tmp_path / f"run-{seed}"))
+        done = pipeline.run(stages.Settings(store=store, run=tmp_path / f"run-{seed}", models=MODELS))
         audit = stages.audit(pipeline.settings_of(done.run))
         assert audit.passes, f"seed {seed}: {audit.broken}"
         shutil.rmtree(store)

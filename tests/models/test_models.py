@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 from phasewatch.errors import MismatchError, RunError, UsageError
 from phasewatch.measures import log_loss
@@ -18,7 +20,7 @@ from phasewatch.vocab import WINDOW_BINS
 
 KEYS = [row.key for row in registry.MODELS]
 NETS = ("mlp", "cnn", "gru", "lstm", "transformer")
-SETTINGS: dict[str, dict[str, int]] = {"gbt": {"rounds": 15}, **dict.fromkeys(NETS, {"epochs": 4, "width": 16})}
+SETTINGS: dict[str, dict[str, int]] = {"gbt": {"rounds": 15}, **{key: {"epochs": 4, "width": 16} for key in NETS}}
 
 
 def spec(key: str, f: int = 6) -> InputSpec:
@@ -198,10 +200,85 @@ def test_a_header_that_does_not_fit_is_refused(
     path = tmp_path / HEADER
     text = path.read_text()
     assert old in text
-    path.write_text(text.replace(old, new, 1))
+    path.write_text(resealed(text.replace(old, new, 1)))
 
     with pytest.raises(error, match=words):
         registry.load(tmp_path)
+
+
+def resealed(text: str) -> str:
+    """Make an edited header's own digest fit again, as somebody who hides it would."""
+    fields = json.loads(text)
+    fields["sha256"] = ""
+    fields["sha256"] = sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return json.dumps(fields)
+
+
+def test_an_edited_header_is_refused(tmp_path: Path) -> None:
+    fitted("gbt").save(tmp_path)
+    path = tmp_path / HEADER
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+
+    with pytest.raises(MismatchError, match="its digest does not fit"):
+        registry.load(tmp_path)
+
+
+def test_a_header_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    fitted("majority").save(tmp_path)
+    (tmp_path / HEADER).write_bytes(b'{"format": "\xff"}')
+
+    with pytest.raises(RunError, match="not a checkpoint"):
+        registry.load(tmp_path)
+
+
+def test_what_a_checkpoint_will_be_given_can_be_checked_when_it_is_loaded(tmp_path: Path) -> None:
+    fitted("gbt").save(tmp_path)
+
+    assert registry.load(tmp_path, expected=spec("gbt")).key == "gbt"
+    with pytest.raises(MismatchError, match=r"behaviour fingerprint cccc.*train it again"):
+        registry.load(tmp_path, expected=replace(spec("gbt"), behaviour_fingerprint="c" * 64))
+
+
+def mutants_of_a_checkpoint(folder: Path, count: int) -> None:
+    """Damage a checkpoint in many ways; each is refused in words, or still says exactly what it said."""
+    rng = np.random.default_rng(0)
+    for key in ("gbt", "mlp", "cnn", "elapsed_time", "minirocket"):
+        whole = folder / key
+        model, data = fitted(key), examples(key, 20, seed=3)
+        model.save(whole)
+        said = model.predict_proba(data.inputs)
+        names = sorted(path.name for path in whole.iterdir())
+        for _ in range(count):
+            name = str(rng.choice(names))
+            before = (whole / name).read_bytes()
+            (whole / name).write_bytes(damaged(before, rng))
+            refused = ""
+            try:
+                assert_array_equal(registry.load(whole).predict_proba(data.inputs), said)
+            except (MismatchError, RunError) as error:
+                refused = str(error)
+            assert not refused or name in refused
+            (whole / name).write_bytes(before)
+
+
+def damaged(data: bytes, rng: np.random.Generator) -> bytes:
+    """Flip, cut, double, zero or replace something."""
+    at = int(rng.integers(len(data)))
+    end = min(len(data), at + int(rng.integers(1, 40)))
+    return (
+        data[:at] + bytes([data[at] ^ (1 << int(rng.integers(8)))]) + data[at + 1 :],
+        data[:at], data[:end] + data[at:], data[:at] + bytes(end - at) + data[end:], data[:at] + data[end:],
+        data[:at] + rng.bytes(end - at) + data[end:], b"", data + b" ",
+    )[int(rng.integers(8))]  # fmt: skip
+
+
+def test_no_damaged_checkpoint_says_anything_else(tmp_path: Path) -> None:
+    mutants_of_a_checkpoint(tmp_path, 20)
+
+
+@pytest.mark.soak
+def test_no_damaged_checkpoint_of_thousands_says_anything_else(tmp_path: Path) -> None:
+    mutants_of_a_checkpoint(tmp_path, 1000)
 
 
 def test_an_absent_checkpoint_is_named(tmp_path: Path) -> None:

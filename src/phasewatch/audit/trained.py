@@ -28,9 +28,10 @@ TOLERANCE = 1e-3  # of a probability; the same bits are expected on the same mac
 
 
 def chosen_cells(run: Path) -> tuple[Cell, ...]:
-    """Choose one finished cell of each model and input of the run: the first in order, of a recipe that is not leaky."""
+    """Choose one finished cell of each model and table: of a recipe that is not leaky, realistic where there is one."""
     first: dict[tuple[str, str], Cell] = {}
-    for cell in finished_cells(run, read_sources(run)):
+    cells = finished_cells(run, read_sources(run))
+    for cell in sorted(cells, key=lambda cell: (cell.threat != "realistic", cell)):
         if not read_fold(run, cell.recipe, cell.fold).leaky:
             first.setdefault((cell.model, cell.table), cell)
     return tuple(first.values())

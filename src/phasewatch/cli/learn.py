@@ -27,11 +27,16 @@ class Grid(StrEnum):
     FULL = "full"
 
 
+def _names(words: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in words.split(",") if word.strip())
+
+
 def train(
     run: Path = typer.Argument(..., help="A run with splits."),
     workers: int = typer.Option(2, min=1, help="Cells at a time, one thread each."),
     seed: int = typer.Option(0, help="Of the models."),
     grid: Grid = typer.Option(Grid.SHORT, help="Which threat models and how many seeds."),
+    models: str = typer.Option("", help="Only these models of the grid, separated by commas."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Train every model on every fold; what is finished stays.
@@ -40,7 +45,7 @@ def train(
     """
     from phasewatch import atomic, stages
 
-    settings = stages.Settings(store=run, run=run, workers=workers, seed=seed, grid=grid)
+    settings = stages.Settings(store=run, run=run, workers=workers, seed=seed, grid=grid, models=_names(models))
     with atomic.lock(base.need_run(run)), base.progress(quiet=as_json) as tell:
         done = stages.train(settings, tell=lambda cell, n, m: tell("train", n, m, f"{cell.model} {cell.fold}"))
     result = {"trained": len(done.trained), "kept": len(done.kept), "rows": done.rows, "predictions": str(done.path)}
@@ -115,6 +120,7 @@ def run(
     limit: int = typer.Option(0, min=0, help="A stratified, seeded subset of so many bundles; 0 for all."),
     include_degraded: bool = typer.Option(True, help="Use episodes with something missing or repaired, too."),
     grid: Grid = typer.Option(Grid.SHORT, help="Which threat models and how many seeds."),
+    models: str = typer.Option("", help="Only these models of the grid, separated by commas."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Take a store the whole way: validate, features, split, train, evaluate, report. Run again, it resumes.
@@ -124,10 +130,11 @@ def run(
     from phasewatch.stages import Settings
 
     chosen = base.bundled_corpus() if store is None else store
-    _go(
-        Settings(store=chosen, run=out, workers=workers, limit=limit, include_degraded=include_degraded, grid=grid),
-        as_json=as_json,
-    )
+    settings = Settings(
+        store=chosen, run=out, workers=workers, limit=limit, include_degraded=include_degraded, grid=grid,
+        models=_names(models),
+    )  # fmt: skip
+    _go(settings, as_json=as_json)
 
 
 def demo(

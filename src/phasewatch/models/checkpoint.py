@@ -41,6 +41,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         temperature: The one parameter fitted on validation B.
         trained_on: Part → digest of the very windows and labels.
         files: Name → size and sha256.
+        sha256: Digest of the canonical JSON (sorted keys, no spaces) of all of this with this field empty.
     """
 
     format: str
@@ -59,6 +60,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     trained_on: dict[str, str]
     versions: dict[str, str]
     files: dict[str, FileEntry]
+    sha256: str = ""
 
 
 def versions(distributions: tuple[str, ...]) -> dict[str, str]:
@@ -81,10 +83,17 @@ def write(folder: Path, header: Header, files: Mapping[str, bytes]) -> None:
         name: FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
         for name, data in sorted(files.items())
     }
-    full = msgspec.structs.replace(header, files=entries)
+    full = sealed(msgspec.structs.replace(header, files=entries))
     atomic.write_whole(
         folder / HEADER, msgspec.json.format(msgspec.json.encode(full, order="sorted"), indent=1) + b"\n"
     )
+
+
+def sealed(header: Header) -> Header:
+    """Give the header with the digest that fits it."""
+    open_ = msgspec.structs.replace(header, sha256="")
+    digest = hashlib.sha256(msgspec.json.encode(open_, order="sorted")).hexdigest()
+    return msgspec.structs.replace(header, sha256=digest)
 
 
 def read(folder: Path) -> tuple[Header, dict[str, bytes]]:
@@ -120,8 +129,10 @@ def read_header(folder: Path) -> Header:
         if found != FORMAT:
             raise MismatchError(f"{path}: found format {found!r}, this version reads {FORMAT!r}; train the model again")
         header = msgspec.json.decode(data, type=Header)
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise RunError(f"{path}: not a checkpoint: {exc}") from exc
+    if header.sha256 != sealed(header).sha256:
+        raise MismatchError(f"{path}: its digest does not fit its content, so it was edited; train the model again")
     expected = tuple(str(p) for p in PHASES)
     if header.classes != expected:
         raise MismatchError(f"{path}: found classes {', '.join(header.classes)}, expected {', '.join(expected)}")

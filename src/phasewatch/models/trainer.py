@@ -26,6 +26,7 @@ class TrainConfig:
     Attributes:
         patience: Epochs without a better macro-F1 on validation A.
         mixed: Mixed precision; it pays on CUDA only, and the float32 path is the reference.
+        hide: Share of the channels that each window loses in training: a host may lack what train always had.
     """
 
     epochs: int = 60
@@ -35,6 +36,7 @@ class TrainConfig:
     weight_decay: float = 0.02
     warm_up: float = 0.1
     mixed: bool = False
+    hide: float = 0.15
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,7 +98,7 @@ def fit_net(
         for rows in torch.split(order, config.batch):
             optimiser.zero_grad(set_to_none=True)
             with torch.autocast(device.type, dtype=half, enabled=config.mixed):
-                loss = loss_of(net(x[rows]), y[rows])
+                loss = loss_of(net(_hide(x[rows], config.hide)), y[rows])
             guard.scale(loss).backward()
             guard.unscale_(optimiser)
             nn.utils.clip_grad_norm_(net.parameters(), CLIP)
@@ -132,6 +134,14 @@ def scores_of(net: nn.Module, x: NDArray[np.float32]) -> NDArray[np.float64]:
 def score_net(net: nn.Module, val: Labelled) -> float:
     """Give macro-F1 over the phases that validation has."""
     return float(macro_f1(confusion_counts(val.y, scores_of(net, val.x).argmax(axis=1))))
+
+
+def _hide(x: Tensor, share: float) -> Tensor:
+    """Mark some channels of each window as missing, as `Scaler.apply` would: value 0, mark 1."""
+    half = x.shape[1] // 2
+    gone = torch.rand(len(x), half, device=x.device) < share
+    gone = gone.view(len(x), half, *([1] * (x.ndim - 2)))
+    return torch.cat([x[:, :half].masked_fill(gone, 0.0), x[:, half:].masked_fill(gone, 1.0)], dim=1)
 
 
 def _rate(step: int, steps: int, warm_up: float) -> float:

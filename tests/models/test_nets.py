@@ -1,0 +1,153 @@
+"""The nets: their scaler sees train alone, their trainer keeps the best epoch, and all of them learn."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from phasewatch.errors import RunError
+from phasewatch.models import registry, weights
+from phasewatch.models.base import Examples, InputKind, Inputs, InputSpec
+from phasewatch.models.scaler import LIMIT, Scaler
+from phasewatch.vocab import WINDOW_BINS
+
+NETS = ("cnn", "gru", "lstm", "transformer")
+
+
+def motions(n: int, seed: int, *, shift: float = 0.0) -> Examples:
+    """Five shapes over time that only their course tells apart: level, rise, fall, burst, swing."""
+    rng = np.random.default_rng(seed)
+    t = np.linspace(0, 1, WINDOW_BINS)
+    courses = np.stack([np.full_like(t, 0.5), t, 1 - t, (np.abs(t - 0.5) < 0.1) * 2.0, np.sin(12 * t)])
+    y = rng.integers(0, 5, n)
+    x = courses[y][:, None, :] + shift + 0.25 * rng.normal(size=(n, 3, WINDOW_BINS))
+    x[rng.random(x.shape) < 0.03] = np.nan
+    spec = InputSpec(
+        kind=InputKind.TENSOR,
+        names=("a", "b", "c"),
+        mask="realistic",
+        schema_hash="5" * 64,
+        behaviour_fingerprint="b" * 64,
+    )
+    return Examples(inputs=Inputs(x=x.astype(np.float32), spec=spec), y=y)
+
+
+@pytest.mark.parametrize("key", [*NETS, "minirocket"])
+def test_a_net_learns_what_only_the_course_over_time_tells(key: str) -> None:
+    settings = {"epochs": 25, "width": 24} if key != "minirocket" else {}
+    model = registry.create(key, settings=settings).fit(motions(500, 0), motions(150, 1))
+    test = motions(300, 2)
+
+    assert (model.predict(test.inputs) == test.y).mean() > 0.8
+
+
+def test_the_best_epoch_is_kept_and_the_history_tells_it() -> None:
+    val = motions(150, 1)
+    model = registry.create("cnn", settings={"epochs": 12, "width": 16}).fit(motions(300, 0), val)
+    from sklearn.metrics import f1_score
+
+    kept = f1_score(val.y, model.predict(val.inputs), average="macro")
+
+    assert_allclose(kept, max(model.history["val_a_macro_f1"]), atol=1e-6)
+
+
+def test_a_net_stops_when_validation_no_longer_gets_better() -> None:
+    model = registry.create("gru", settings={"epochs": 60, "patience": 2, "width": 16})
+
+    model.fit(motions(300, 0), motions(100, 1))
+
+    assert len(model.history["train_loss"]) < 60
+
+
+def test_mixed_precision_runs_and_says_nearly_the_same() -> None:
+    train, val, test = motions(300, 0), motions(100, 1), motions(200, 2)
+    full, mixed = (
+        registry.create("cnn", settings={"epochs": 15, "width": 16, "mixed": m}).fit(train, val).predict(test.inputs)
+        for m in (False, True)
+    )
+
+    assert (full == mixed).mean() > 0.8
+
+
+def test_training_leaves_torch_as_it_was() -> None:
+    import torch
+
+    before = (
+        torch.get_num_threads(),
+        torch.random.get_rng_state().clone(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+    registry.create("cnn", settings={"epochs": 1, "width": 16}).fit(motions(60, 0), motions(60, 1))
+
+    assert torch.get_num_threads() == before[0]
+    assert torch.equal(torch.random.get_rng_state(), before[1])
+    assert torch.are_deterministic_algorithms_enabled() == before[2]
+
+
+def test_a_channel_that_train_never_lacked_may_be_absent_later() -> None:
+    model = registry.create("cnn", settings={"epochs": 25, "width": 24}).fit(motions(500, 0), motions(150, 1))
+    test = motions(300, 2)
+    x = test.inputs.x.copy()
+    x[:, 1] = np.nan
+
+    assert (model.predict(Inputs(x=x, spec=test.inputs.spec)) == test.y).mean() > 0.7
+
+
+def test_the_scaler_knows_train_alone_and_marks_what_is_missing() -> None:
+    train = np.array([[100.0, 0.0, np.nan], [300.0, 0.0, np.nan], [200.0, 0.0, np.nan]], np.float32)
+    scaler = Scaler.fit(train)
+    given = np.array([[200.0, -1.0, np.nan]], np.float32)
+
+    out = scaler.apply(given)
+
+    assert_allclose(scaler.size, [200.0, 1.0, 1.0])
+    assert_allclose(out, [[np.arcsinh(1.0), np.arcsinh(-1.0), 0.0, 0.0, 0.0, 1.0]], rtol=1e-6)
+    assert Scaler.fit(train).apply(np.full((1, 3), 1e30, np.float32)).max() == LIMIT
+
+
+def test_the_scaler_takes_channels_over_time_alike() -> None:
+    x = motions(20, 0).inputs.x
+    flat = np.moveaxis(x, 1, 2).reshape(-1, 3)
+
+    assert_allclose(Scaler.fit(x).size, Scaler.fit(flat).size)
+    assert Scaler.fit(x).apply(x).shape == (20, 6, WINDOW_BINS)
+
+
+def test_weights_are_the_same_bytes_in_any_order_and_come_back() -> None:
+    arrays = {"b": np.arange(3.0), "a": np.eye(2, dtype=np.float32)}
+    packed = weights.pack(arrays)
+
+    assert packed == weights.pack(dict(reversed(arrays.items())))
+    found = weights.unpack({"w": packed}, "w", {"a": (2, 2), "b": (3,)}, model="x")
+    assert_array_equal(found["a"], arrays["a"])
+
+
+@pytest.mark.parametrize(
+    ("data", "shapes", "words"),
+    [
+        (b"", {"a": (1,)}, "not a safetensors file"),
+        (b"\xff" * 64, {"a": (1,)}, "not a safetensors file"),
+        (weights.pack({"a": np.zeros(2)}), {"a": (3,)}, r"a of shape \(2,\), expected \(3,\)"),
+        (weights.pack({"a": np.zeros(2)}), {"a": (2,), "b": (1,)}, r"b of shape None, expected \(1,\)"),
+        (weights.pack({"a": np.array([np.nan])}), {"a": (1,)}, "not finite"),
+    ],
+    ids=["empty", "noise", "shape", "absent", "nan"],
+)
+def test_weights_that_do_not_fit_are_refused(data: bytes, shapes: dict[str, tuple[int, ...]], words: str) -> None:
+    with pytest.raises(RunError, match=words):
+        weights.unpack({"w": data}, "w", shapes, model="cnn")
+
+
+def test_a_pickle_in_place_of_weights_is_not_run() -> None:
+    class Boom:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (json.loads, ("never",))
+
+    import pickle
+
+    with pytest.raises(RunError, match="not a safetensors file"):
+        weights.unpack({"w": pickle.dumps(Boom())}, "w", {"a": (1,)}, model="cnn")
