@@ -23,8 +23,8 @@ RANKS: dict[str, int] = {
     "dataset": 7, "models": 7,
     "train": 8,
     "evaluate": 9,
-    "report": 10, "audit": 10,
-    "stages": 11, "pipeline": 12,
+    "report": 10, "audit": 10, "live": 10,
+    "stages": 11, "produce": 11, "dashboard": 11, "pipeline": 12,
     "cli": 13, "__main__": 14,
 }  # fmt: skip
 
