@@ -85,7 +85,7 @@ def simulate(
         raise UsageError("simulate needs at least one host, one episode a host, faults of 0 to 1 and 1 to 3,600 s")
     if store.exists() and (not store.is_dir() or any(store.iterdir())):
         raise StoreError(f"{store}: something is already there; name a new folder, or remove it first")
-    store.mkdir(parents=True, exist_ok=True)
+    make_folder(store)
     campaign = Campaign(
         hosts=hosts, episodes=episodes, seed=seed, days=days, between_s=between_s, knobs=knobs or Knobs()
     )
