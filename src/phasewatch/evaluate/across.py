@@ -55,6 +55,11 @@ def needs_agent(threat: str) -> bool:
     return any(on and c.source is Source.GUEST for c, on in zip(CHANNELS, mask_of(threat), strict=True))
 
 
+def own_agent(threat: str) -> str:
+    """Say on which episodes a threat model is scored first: where the agent ran if it needs it, else where it did not."""
+    return AGENT_ON if needs_agent(threat) else AGENT_OFF
+
+
 def families(boards: Sequence[Board]) -> Iterator[Kind]:
     """List the gaps that a reader asks for, as far as the boards are there."""
     at = {b.key: b for b in boards}
@@ -68,7 +73,7 @@ def families(boards: Sequence[Board]) -> Iterator[Kind]:
         here = board(recipe, threat, table)
         if here is None:
             continue
-        agent = AGENT_ON if needs_agent(threat) else AGENT_OFF
+        agent = own_agent(threat)
         if threat == METERED[0]:
             pairs = []
             for other, on in (("oracle", AGENT_ON), ("portable", AGENT_OFF)):

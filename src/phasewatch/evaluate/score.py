@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from phasewatch import atomic, profiles
+from phasewatch.channels import CHANNELS
 from phasewatch.dataset import file_sha256
+from phasewatch.dataset.splits import group_of
+from phasewatch.dataset.tensors import GRIDS
 from phasewatch.errors import RunError
-from phasewatch.evaluate import across
+from phasewatch.evaluate import across, shift
 from phasewatch.evaluate.board import build_rows
 from phasewatch.evaluate.bootstrap import RESAMPLES
+from phasewatch.evaluate.operator import DAMAGE, operator_rows
 from phasewatch.evaluate.rows import METRICS, MetricRow, Metrics, headline, parse_metrics, render_metrics
 from phasewatch.evaluate.said import Board, join, parse_boards
 from phasewatch.evaluate.scope import Place, Rules
+from phasewatch.evaluate.shift import Recorded
+from phasewatch.grid.files import INDEX as GRID_INDEX
+from phasewatch.grid.files import open_grids
 from phasewatch.split import Fold, parse_fold
 from phasewatch.train.predictions import NO_FILTER, PREDICTIONS, read_table
 from phasewatch.vocab import SampleKind
 
 AGENTS = ("off", "on", None)  # null = both
 POOLED = "pooled"
+SCHEDULE = "schedule"  # a reference row: its filter has no emissions, so no alarm of it means anything
 
 __all__ = ["headline", "read_metrics", "score"]
 
@@ -51,6 +60,9 @@ def rescore(run: Path, *, resamples: int = RESAMPLES, seed: int = 0) -> Metrics:
     path = run / PREDICTIONS
     table = read_table(path)
     folds, digests = _read_folds(run)
+    index = run / GRIDS / GRID_INDEX
+    if index.is_file():
+        digests[f"{GRIDS}/{GRID_INDEX}"] = file_sha256(index)
     rows: list[MetricRow] = []
     with _one_thread():
         boards = list(parse_boards(table, folds))
@@ -59,6 +71,7 @@ def rescore(run: Path, *, resamples: int = RESAMPLES, seed: int = 0) -> Metrics:
         for board in boards:
             rows += _score_board(board, rules)
         rows += across.build_gaps(boards, rules)
+        rows += _operate(boards, table, _recorded(run), rules)
     return Metrics(inputs={PREDICTIONS: file_sha256(path), **digests}, metrics=tuple(rows))
 
 
@@ -99,7 +112,7 @@ def _score_board(board: Board, rules: Rules) -> list[MetricRow]:
     rows: list[MetricRow] = []
     keys = {"recipe": board.recipe, "threat": board.threat, "table": board.table, "filter": board.filter}
     rows += _pooled(board, board.folds, Place(**keys, fold=POOLED, agent=None), AGENTS, rules)
-    own = across.AGENT_ON if across.needs_agent(board.threat) else across.AGENT_OFF
+    own = across.own_agent(board.threat)
     if board.filter == NO_FILTER:
         for fold in board.folds:
             rows += _pooled(board, [fold], Place(**keys, fold=fold, agent=None), (own,), rules)
@@ -119,3 +132,46 @@ def _pooled(
             yield from build_rows(
                 place.at(agent), chosen.shown, chosen.answers, rules, parts=whole and board.filter == NO_FILTER, details=whole,
             )  # fmt: skip
+
+
+def _operate(boards: Sequence[Board], table: Any, recorded: Mapping[str, Recorded], rules: Rules) -> list[MetricRow]:
+    """Take the operator's view on the boards that hold out a host; those that need the agent on its episodes."""
+    rows: list[MetricRow] = []
+    wanted = [b for b in boards if b.recipe in shift.RECIPES and b.filter != SCHEDULE]
+    others = {part: {b.key: b for b in parse_boards(_only(table, wanted), {}, part=part)} for part in ("val_b", "soak")}
+    for board in wanted:
+        place = Place(
+            recipe=board.recipe, fold=POOLED, threat=board.threat, table=board.table, filter=board.filter, agent=None
+        )
+        if not recorded:
+            rows.append(
+                place.row(metric="note", model=None, why="no operator's view: the run has no grids with labels")
+            )
+            continue
+        parts = shift.Parts(test=board, val_b=others["val_b"].get(board.key), soak=others["soak"].get(board.key))
+        rows += operator_rows(parts, recorded, rules, agent=across.own_agent(board.threat))
+    return rows
+
+
+def _only(table: Any, boards: Sequence[Board]) -> Any:
+    """Keep the rows of these boards: soak stands in every cell, and a full grid has thousands."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    return table.filter(pc.is_in(table["recipe"], pa.array(sorted({b.recipe for b in boards}), pa.string())))
+
+
+def _recorded(run: Path) -> dict[str, Recorded]:
+    """Read label spans and the rates of damage from the run's grids; nothing where there are none."""
+    folder = run / GRIDS
+    if not (folder / GRID_INDEX).is_file():
+        return {}
+    grids = open_grids(folder)
+    names = [c.full_name for c in CHANNELS]
+    columns = [names.index(name) for _, name, _ in DAMAGE]
+    return {
+        row.episode_id: Recorded(
+            spans=row.spans, t0_ns=row.t0_ns, rates=grids.bins_of(row)[:, columns], group=group_of(row.profile, row.sample_name),
+        )
+        for row in grids.rows
+    }  # fmt: skip
