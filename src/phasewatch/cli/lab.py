@@ -1,16 +1,13 @@
-"""Commands of the laboratory: doctor, channels, record, simulate."""
+"""Commands of the laboratory: doctor, channels, simulate; `record` has a file of its own."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
 from phasewatch.cli import base
-
-if TYPE_CHECKING:
-    from phasewatch.record.plan import Session
+from phasewatch.cli.record import record
 
 
 def register(app: typer.Typer) -> None:
@@ -61,79 +58,6 @@ def channels(as_json: bool = typer.Option(False, "--json", help="One JSON docume
     ]
     result = {"channels": [asdict(c) | {"in_deployment": c.in_deployment} for c in CHANNELS]}
     base.answer(result, as_json=as_json, lines=base.table(rows))
-
-
-def record(
-    plan: str = typer.Option(..., help="A built-in plan (smoke, lab-v1) or a TOML file."),
-    out: Path = typer.Option(..., help="The store that the bundles go to."),
-    dry_run: bool = typer.Option(False, help="Only show the plan, and what elapsed time alone would score on it."),
-    force: bool = typer.Option(False, help="Record a plan though elapsed time alone tells its phases."),
-    resume: bool = typer.Option(True, help="Continue a plan that the store holds part of."),
-    hosts: str = typer.Option("", help="Only these hosts, separated by commas."),
-    role: str = typer.Option("", help="Only lab, commission or soak episodes."),
-    limit: int = typer.Option(0, min=0, help="At most so many sessions; 0 for all."),
-    idle_wait: float = typer.Option(600.0, min=0, help="Seconds to wait for an idle machine before each session."),
-    accel: str = typer.Option("", help="Insist on kvm or tcg; otherwise KVM where a real kernel boots on it."),
-    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
-) -> None:
-    """Boot real virtual machines, play harmless profiles in them, and write one bundle an episode.
-
-    Example: phasewatch record --plan smoke --out my-store
-    """
-    from dataclasses import asdict
-
-    from phasewatch.errors import UsageError
-    from phasewatch.record.campaign import default_cache, record_plan
-    from phasewatch.record.plan import build_sessions, check_elapsed_time
-    from phasewatch.record.plans import read_plan
-    from phasewatch.record.progress import Bar, Silence
-    from phasewatch.vocab import Role
-
-    if accel not in ("", "kvm", "tcg"):
-        raise UsageError(f"--accel {accel}: kvm or tcg")
-    if role and role not in list(Role):
-        raise UsageError(f"--role {role}: one of {', '.join(Role)}")
-    spec = read_plan(plan)
-    alone = check_elapsed_time(spec, force=force or dry_run)
-    wanted = set(filter(None, hosts.split(",")))
-    sessions = [
-        s for s in build_sessions(spec)
-        if (not wanted or s.host_id in wanted) and (not role or all(slot.role == role for slot in s.slots))
-    ]  # fmt: skip
-    if not sessions:
-        raise UsageError(f"--hosts {hosts} --role {role}: plan {spec.name} has no such session")
-    sessions = sessions[: limit or None]
-    if dry_run:
-        lines = [*base.table(_plan_rows(sessions)), f"elapsed time alone scores macro-F1 {alone:.2f} on this plan"]
-        listed = [asdict(s) for s in sessions]
-        base.answer({"elapsed_time": alone, "sessions": listed}, as_json=as_json, lines=lines)
-        return
-    if not resume and out.is_dir() and any(out.glob("*/*.tar.zst")):
-        raise UsageError(f"{out}: holds bundles already; leave out --no-resume to continue, or name a new folder")
-    if as_json:
-        done = record_plan(
-            sessions, store=out, cache=default_cache(), progress=Silence(), idle_wait_s=idle_wait, accel=accel
-        )
-    else:
-        with Bar() as bar:
-            done = record_plan(
-                sessions, store=out, cache=default_cache(), progress=bar, idle_wait_s=idle_wait, accel=accel
-            )
-    words = f"{done.recorded} episodes recorded ({done.crowded} of them crowded), {done.present} were there, {len(done.failed)} given up"
-    base.answer(asdict(done) | {"store": str(out)}, as_json=as_json, lines=[*done.failed, words, str(out)])
-    if done.failed:
-        raise typer.Exit(1)
-
-
-def _plan_rows(sessions: list[Session]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for number, session in enumerate(sessions):
-        for slot in session.slots:
-            phases = " ".join(f"{phase}:{seconds:.0f}" for phase, seconds in slot.phases)
-            agent = "agent" if slot.agent else ""
-            load = f"+{slot.background}" if slot.background else ""
-            rows.append((str(number), slot.host_id, str(slot.role), f"{slot.profile}/{slot.sample_name}{load}", agent, f"{slot.duration_s:.0f} s", phases))  # fmt: skip
-    return rows
 
 
 def simulate(
