@@ -39,7 +39,7 @@ def test_an_unknown_key_is_bad_data_and_names_the_nearest(phasewatch: Call, tmp_
 
     assert done.code == 3
     assert "unknown field `pases`" in done.err
-    assert "did you mean phases?" in done.err
+    assert "did you mean phases or" in done.err
     assert not (tmp_path / "s").exists()
 
 

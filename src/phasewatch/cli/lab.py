@@ -8,6 +8,7 @@ import typer
 
 from phasewatch.cli import base
 from phasewatch.cli.record import record
+from phasewatch.walk import EPISODE_S
 
 
 def register(app: typer.Typer) -> None:
@@ -66,18 +67,37 @@ def simulate(
     episodes: int = typer.Option(240, min=1, help="How many episodes in all, dealt over the hosts."),
     seed: int = typer.Option(0, help="Same seed, same bytes."),
     faults: float = typer.Option(0.0, min=0, max=1, help="Share of episodes that get a fault."),
+    kinds: str = typer.Option("", help="Only these faults, separated by commas, as the truth file spells them."),
+    seconds: tuple[float, float] = typer.Option(EPISODE_S, help="Shortest and longest lab episode."),
+    days: float = typer.Option(10.0, min=0, help="Over how many days at least the episodes are spread."),
+    host_effect: float = typer.Option(
+        0.20, min=0, help="How far hosts lie apart, in standard deviations of a logarithm."
+    ),
+    episode_effect: float = typer.Option(
+        0.25, min=0, help="How far episodes of one host lie apart: what makes windows of an episode alike."
+    ),
+    drift: float = typer.Option(0.05, min=0, help="How far a host moves in a week."),
+    noise: float = typer.Option(0.50, min=0, help="How far an activity moves from tick to tick."),
+    quiet: float = typer.Option(1.0, min=0, help="Factor on everything that malware does."),
     workers: int = typer.Option(2, min=1, help="Processes."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Make a store of make-believe episodes, marked simulated, and beside it the truth about each.
 
     Example: phasewatch simulate --hosts 4 --episodes 80 --seed 1 --faults 0.1 --out made-up
+
+    Only two kinds of fault: add --kinds gap,missing-netflow
     """
+    from phasewatch.simulate import Knobs
     from phasewatch.simulate import simulate as make
 
+    knobs = Knobs(
+        host_effect=host_effect, episode_effect=episode_effect, tick_noise=noise, drift_per_week=drift, quiet=quiet
+    )
     with base.progress(quiet=as_json) as tell:
         made = make(
             out, hosts=hosts, episodes=episodes, seed=seed, faults=faults, workers=workers,
+            between_s=seconds, days=days, knobs=knobs, kinds=tuple(filter(None, kinds.split(","))),
             on_progress=lambda n: tell("simulate", n, episodes, ""),
         )  # fmt: skip
     result = {"store": str(made.store), "truth": str(made.truth), "episodes": made.episodes, "faulty": made.faulty}
