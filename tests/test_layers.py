@@ -38,7 +38,7 @@ WORLDLY = {
     "__main__", "atomic", "workers", "episode.bundle", "store.disk", "store.objects", "grid.files", "simulate",
     "record.proc", "record.qmp", "record.netflow", "record.guest", "record.sink", "record.vm", "record.image",
     "record.recorder", "record.base", "record.accel", "record.doctor", "record.campaign", "record.driver",
-    "record.flows", "record.idle", "record.session", "record.spawn",
+    "record.flows", "record.idle", "record.installed", "record.own", "record.session", "record.spawn",
     "validate.index", "validate.sweep", "features.tables", "features.tensors", "dataset.run",
     "dataset.splits", "dataset.windows", "models.checkpoint", "train.predictions",
     "train.cells", "evaluate.score", "report.page", "audit.run", "stages", "pipeline",
