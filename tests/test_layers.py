@@ -24,7 +24,7 @@ RANKS: dict[str, int] = {
     "train": 8, "export": 8,
     "evaluate": 9,
     "report": 10, "audit": 10, "live": 10,
-    "predict": 11, "stages": 11, "pipeline": 12,
+    "predict": 11, "stages": 11, "produce": 11, "dashboard": 11, "pipeline": 12,
     "cli": 13, "__main__": 14,
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ PhasewatchError
 │   ├── BundleError          one episode bundle cannot be read, or breaks a rule of its format
 │   ├── StoreError           a store is absent, empty or not a store
 │   ├── RunError             a file of a run is absent, half made or not what its reader expects
+│   ├── EventError           an event for the dashboard is malformed, too large or of an unknown type
 │   └── PlanError            a recording plan is not valid, or leaks the phase through elapsed time
 ├── MismatchError         4  two things were made for different schemas, versions or masks
 │   └── SplitError           a recipe cannot be built from these episodes
@@ -64,6 +65,10 @@ class StoreError(DataError):
 
 class RunError(DataError):
     """A file of a run is absent, half made or not what its reader expects."""
+
+
+class EventError(DataError):
+    """An event for the dashboard is malformed, too large or of an unknown type."""
 
 
 class PlanError(DataError):
