@@ -21,10 +21,10 @@ RANKS: dict[str, int] = {
     "features": 5,
     "split": 6, "measures": 6,
     "dataset": 7, "models": 7,
-    "train": 8,
+    "train": 8, "export": 8,
     "evaluate": 9,
     "report": 10, "audit": 10, "live": 10,
-    "stages": 11, "produce": 11, "dashboard": 11, "pipeline": 12,
+    "predict": 11, "stages": 11, "produce": 11, "dashboard": 11, "pipeline": 12,
     "cli": 13, "__main__": 14,
 }  # fmt: skip
 
