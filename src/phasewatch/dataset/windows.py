@@ -24,7 +24,7 @@ from phasewatch.dataset.splits import read_fold
 from phasewatch.dataset.tensors import cut_tensor
 from phasewatch.errors import RunError, UsageError
 from phasewatch.models.base import Examples, InputKind, Inputs, InputSpec
-from phasewatch.split import Fold, Part
+from phasewatch.split import Fold, Part, deal_windows
 from phasewatch.vocab import Role
 
 ELAPSED = "t_center_s"
@@ -146,9 +146,12 @@ def load(run: Path, recipe: str, fold: str, threat: str = "realistic", kind: str
     everything = read_windows(run, threat, InputKind(kind), only=set(cut.episodes))
     lab = everything.windows.where(lambda e: e.role is Role.LAB)
 
+    dealt = _dealt(cut, everything.windows)
+
     def part(p: Part) -> WindowSet:
         wanted = set(cut.ids(p))
-        return everything.take(lab & everything.windows.where(lambda e: e.episode_id in wanted))
+        mine = everything.windows.where(lambda e: e.episode_id in wanted) if dealt is None else dealt == p
+        return everything.take(lab & mine)
 
     return Sets(
         fold=cut,
@@ -158,6 +161,14 @@ def load(run: Path, recipe: str, fold: str, threat: str = "realistic", kind: str
         test=part(Part.TEST),
         soak=everything.take(everything.windows.where(lambda e: e.role is Role.SOAK)),
     )
+
+
+def _dealt(fold: Fold, windows: Windows) -> NDArray[np.object_] | None:
+    """Give each window's set where windows are dealt, not episodes."""
+    if fold.deal is None:
+        return None
+    ids = (windows.episodes[i].episode_id for i in windows.of)
+    return np.array(deal_windows(fold.deal, zip(ids, windows.t_center_ns.tolist(), strict=True)), dtype=object)
 
 
 def spec_of(schema: FeatureSchema, threat: str, kind: InputKind) -> InputSpec:
