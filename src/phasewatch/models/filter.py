@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,6 +132,19 @@ class Track:
     y: NDArray[np.integer]
     of: NDArray[np.integer]
     t_center_ns: NDArray[np.int64]
+
+    @classmethod
+    def join(cls, parts: Sequence[Track]) -> Track:
+        """Put tracks of different episodes one after the other, their numbers apart."""
+        numbered: list[NDArray[np.integer]] = []
+        for part in parts:
+            above = 1 + max((int(of.max()) for of in numbered if len(of)), default=-1)
+            numbered.append(part.of + above)
+        return cls(
+            y=np.concatenate([part.y for part in parts]),
+            of=np.concatenate(numbered),
+            t_center_ns=np.concatenate([part.t_center_ns for part in parts]),
+        )
 
 
 def fit_filter(train: Track, val_b: Track, p: Floats) -> PhaseFilter:
