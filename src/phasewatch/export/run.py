@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from phasewatch.dataset.splits import read_folds
 from phasewatch.errors import MismatchError, RunError, UsageError
 from phasewatch.export.edge import CARD, FORMAT, SCHEMA, EdgeHeader, EdgeModel, Trained, pack_edge
 from phasewatch.export.graph import check_parity, to_onnx
+from phasewatch.export.rules import render_rules, rules_of
 from phasewatch.grid.files import open_grids
 from phasewatch.models import registry
 from phasewatch.models.base import Inputs, PhaseModel
@@ -166,7 +166,7 @@ def _bundle(
                 seed=cell.seed,
                 input_kind=model.spec.kind,
                 columns=model.spec.names,
-                rules=_rules(header),
+                rules=render_rules(rules_of(header)),
             )
         )
     members[CARD] = _card(models, trained, first, quote).encode()
@@ -177,10 +177,6 @@ def _bundle(
         trained=trained, models=tuple(models), versions=versions, members={},
     )  # fmt: skip
     return pack_edge(header_of, members)
-
-
-def _rules(header: Any) -> dict[str, Any]:
-    return {}
 
 
 def _card(models: Sequence[EdgeModel], trained: Trained, cell: Cell, quote: Callable[[str], str]) -> str:
