@@ -83,14 +83,19 @@ class _Teller:
         )
         if weights is None or sessions < bootstrap.MIN_CLUSTERS:
             return {"why": f"{sessions} sessions, an interval needs {bootstrap.MIN_CLUSTERS}"}
+        hosts = len(np.unique(clusters.host[clusters.of[keep]]))
+        if sessions == hosts:
+            return {"why": f"one session a host ({hosts}), nothing to resample within hosts"}
         draws = np.mean([measure(weights.counts[:, clusters.of]) for measure in measures], axis=0)
         draws = draws[~np.isnan(draws)]  # a resample that drew none of what is measured says nothing
         if 2 * len(draws) < len(weights):
             return {"why": "most resamples draw no such episode"}
-        low, high = np.percentile(draws, [2.5, 97.5], method="inverted_cdf")  # never between a number and infinity
+        # Never between a number and infinity: the ends are draws themselves.
+        tail = 100 * bootstrap.tail_of(sessions, hosts)
+        low, high = (float(end) for end in np.percentile(draws, [tail, 100 - tail], method="inverted_cdf"))
         if not np.isfinite(high):
             return {"why": f"from {low:.0f} up to never: in some resamples more than half are missed"}
-        return {"low": float(low), "high": float(high)}
+        return {"low": low, "high": high}
 
 
 def _rows(tell: _Teller, shifts: Sequence[Shift], recorded: Mapping[str, Recorded]) -> Iterator[MetricRow]:
