@@ -13,7 +13,8 @@ from phasewatch.evaluate.alarms import amount
 from phasewatch.evaluate.bootstrap import Floats
 from phasewatch.evaluate.rows import MetricRow
 from phasewatch.evaluate.scope import Place, Rules
-from phasewatch.evaluate.shift import AT, BUDGET, BUDGETS, Lived, Parts, Recorded, Shift, live_through
+from phasewatch.evaluate.shift import AT, BUDGETS, Lived, Parts, Recorded, Shift, live_through
+from phasewatch.models.alarm import BUDGET, NEVER
 
 DAMAGE = (
     ("damage_bytes_written", "qmp.blk_wr_bytes", "B"),
@@ -103,9 +104,9 @@ def _rows(tell: _Teller, shifts: Sequence[Shift], recorded: Mapping[str, Recorde
     first = tests[0]
     everybody = np.ones(len(first.episodes), np.bool_)
     thresholds = [t for s in shifts for t in s.thresholds]
-    never = sum(not np.isfinite(t) for t in thresholds)
+    never = sum(t >= NEVER for t in thresholds)
     words = f"no threshold meets the budget in {never} of {len(thresholds)} folds" if never else "mean over folds"
-    known = [t for t in thresholds if np.isfinite(t)]
+    known = [t for t in thresholds if t < NEVER]
     yield tell.row("alarm_threshold", first, everybody, float(np.mean(known)) if known else None, x=BUDGET, why=words)
     yield from _false_alarms(tell, "", tests)
     if soaks[0].episodes:
