@@ -21,10 +21,10 @@ RANKS: dict[str, int] = {
     "features": 5,
     "split": 6, "measures": 6,
     "dataset": 7, "models": 7,
-    "train": 8,
+    "train": 8, "export": 8,
     "evaluate": 9,
-    "report": 10, "audit": 10,
-    "stages": 11, "pipeline": 12,
+    "report": 10, "audit": 10, "live": 10,
+    "predict": 11, "stages": 11, "produce": 11, "dashboard": 11, "pipeline": 12,
     "cli": 13, "__main__": 14,
 }  # fmt: skip
 
@@ -35,7 +35,7 @@ NEIGHBOURS = {
 
 # Everything else computes: gets time, randomness and bytes handed in, and opens nothing.
 WORLDLY = {
-    "__main__", "atomic", "workers", "episode.bundle", "store.disk", "grid.files", "simulate",
+    "__main__", "atomic", "workers", "episode.bundle", "store.disk", "store.objects", "grid.files", "simulate",
     "record.proc", "record.qmp", "record.netflow", "record.guest", "record.sink", "record.vm", "record.image",
     "record.recorder", "record.base", "record.accel", "record.doctor", "record.campaign", "record.driver",
     "record.flows", "record.idle", "record.installed", "record.own", "record.session", "record.spawn",

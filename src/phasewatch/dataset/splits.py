@@ -26,7 +26,7 @@ def write_splits(run: Path, recipe: str) -> tuple[Fold, ...]:
     current = {fold_path(run, fold.recipe, fold.fold) for fold in folds}
     for path in sorted(folder.glob(f"{recipe}-*.json")):
         if path not in current:
-            path.unlink()
+            atomic.remove(path)
     return folds
 
 

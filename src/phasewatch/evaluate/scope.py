@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,14 +25,19 @@ class Shown:
     sample_name: NDArray[np.object_]
     origin: NDArray[np.object_]
     agent: NDArray[np.object_]
+    t_center_ns: NDArray[np.int64]
     y_true: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.y_true)
 
-    def take(self, rows: NDArray[np.bool_]) -> Shown:
-        """Give the marked windows."""
+    def take(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> Shown:
+        """Give the marked windows, or those at these places."""
         return Shown(**{name: getattr(self, name)[rows] for name in self.__slots__})
+
+    def keys(self) -> list[tuple[str, int]]:
+        """Name each window by its episode and its time."""
+        return list(zip(self.episode_id.tolist(), self.t_center_ns.tolist(), strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,8 +49,8 @@ class Answer:
     probabilities: Floats
     y_pred: NDArray[np.int64]
 
-    def take(self, rows: NDArray[np.bool_]) -> Answer:
-        """Give the marked windows."""
+    def take(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> Answer:
+        """Give the marked windows, or those at these places."""
         return Answer(
             model=self.model, seed=self.seed, probabilities=self.probabilities[rows], y_pred=self.y_pred[rows]
         )
@@ -61,6 +66,10 @@ class Place:
     table: str
     filter: str
     agent: str | None
+
+    def at(self, agent: str | None) -> Place:
+        """Give this place for the episodes whose agent was `on` or `off`; None for both."""
+        return replace(self, agent=agent)
 
     def row(self, **more: object) -> MetricRow:
         """Make a row of this board.

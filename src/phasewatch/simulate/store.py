@@ -88,7 +88,7 @@ def simulate(
     if store.exists() and (not store.is_dir() or any(store.iterdir())):
         raise StoreError(f"{store}: something is already there; name a new folder, or remove it first")
     chosen = kinds_of(kinds)
-    store.mkdir(parents=True, exist_ok=True)
+    make_folder(store)
     campaign = Campaign(
         hosts=hosts, episodes=episodes, seed=seed, days=days, between_s=between_s, knobs=knobs or Knobs()
     )

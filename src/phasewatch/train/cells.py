@@ -85,7 +85,7 @@ def train_cell(job: _Job) -> None:
     """Fit one cell, calibrate it on validation B, and write checkpoint, predictions and, last, `cell.json`."""
     cell, folder = job.cell, job.cell.folder(job.run)
     atomic.make_folder(folder)
-    (folder / DONE).unlink(missing_ok=True)
+    atomic.remove(folder / DONE)
     atomic.sweep_temporaries(folder)
     sets = load(job.run, cell.recipe, cell.fold, cell.threat, registry.row_of(cell.model).kind)
     model = registry.create(cell.model, seed=cell.seed)
