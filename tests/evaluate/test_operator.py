@@ -119,4 +119,3 @@ def test_without_calm_time_to_learn_from_there_is_no_threshold_and_it_is_said() 
 
 def test_a_poisson_interval_of_none_begins_at_zero_and_ends_at_three_and_two_thirds() -> None:
     assert poisson_interval(0) == pytest.approx((0.0, 3.6889), abs=1e-4)
-
