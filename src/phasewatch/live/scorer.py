@@ -25,7 +25,9 @@ _NAMES = tuple(c.full_name for c in CHANNELS)
 class Predictor(Protocol):
     """What gives probabilities: a checkpoint's model, or a graph of an edge bundle."""
 
-    spec: InputSpec | None
+    @property
+    def spec(self) -> InputSpec | None:
+        """What it takes; None before it is fitted."""
 
     def predict_proba(self, inputs: Inputs) -> NDArray[np.float64]:
         """Give ``(n, 5)`` calibrated probabilities."""
