@@ -89,7 +89,7 @@ def versions(distributions: tuple[str, ...]) -> dict[str, str]:
 
 def write(folder: Path, header: Header, files: Mapping[str, bytes]) -> None:
     """Write the files, then the header that makes them a checkpoint."""
-    folder.mkdir(parents=True, exist_ok=True)
+    atomic.make_folder(folder)
     for name, data in sorted(files.items()):
         atomic.write_whole(folder / name, data)
     entries = {

@@ -35,6 +35,11 @@ class GradientBoosting(PhaseModel):
     key = "gbt"
     Config = GbtConfig
 
+    @property
+    def booster(self) -> Any:
+        """The fitted trees; `phasewatch export` converts them."""
+        return self._booster
+
     def _fit(self, train: Examples, val: Examples) -> None:
         import xgboost as xgb
 

@@ -100,7 +100,7 @@ def train_cell(job: _Job) -> None:
     """Fit one cell, calibrate it on validation B, and write checkpoint, predictions and, last, `cell.json`."""
     cell, folder = job.cell, job.cell.folder(job.run)
     atomic.make_folder(folder)
-    (folder / DONE).unlink(missing_ok=True)
+    atomic.remove(folder / DONE)
     atomic.sweep_temporaries(folder)
     sets = read_sets(job.run, cell)
     settings = {}

@@ -100,8 +100,7 @@ def sweep(
     verdicts: list[Verdict] = []
     seen: dict[str, str] = {}
     slowest: tuple[str, float] | None = None
-    with suppress(FileNotFoundError):
-        (run / STATE).unlink()  # until the products stand, nothing vouches for the old ones
+    atomic.remove(run / STATE)  # until the products stand, nothing vouches for the old ones
     with write_grids(run / "grids") as grids:
         for swept in results:
             verdict, usable = _judge_copy(swept.verdict, seen)
