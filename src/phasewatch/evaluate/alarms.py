@@ -43,8 +43,8 @@ class Watched:
     @property
     def exposure_s(self) -> NDArray[np.float64]:
         """``(E,)`` seconds in which a false alarm could have been raised."""
-        seconds: NDArray[np.float64] = np.bincount(self.of, self.calm.astype(np.float64), len(self)) * EXPOSURE_S
-        return seconds
+        windows = np.bincount(self.of, self.calm, len(self))
+        return np.asarray(windows * EXPOSURE_S, np.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
