@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from phasewatch.atomic import write_whole
+from phasewatch.audit.checks import AUDIT
+from phasewatch.audit.run import read_audit
 from phasewatch.errors import MissingTool, RunError
 from phasewatch.evaluate.rows import METRICS, parse_metrics
 from phasewatch.report import evidence as ev
@@ -62,7 +64,9 @@ def read_evidence(run: Path) -> ev.Evidence:
 
     metrics = attempt(METRICS, lambda p: parse_metrics(p.read_bytes(), file=METRICS))
     predictions = attempt(PREDICTIONS, lambda p: ev.parse_predictions(_read_predictions(p)))
-    bundles = attempt(ev.VALIDATION, lambda p: ev.parse_validation(_read_table(p, ev.VALIDATION_COLUMNS)))
+    bundles = attempt(
+        ev.VALIDATION, lambda p: ev.parse_validation(_read_table(p, (*ev.VALIDATION_COLUMNS, *ev.ROWS_COLUMNS)))
+    )
     stages = attempt(ev.LEDGER, lambda p: ev.parse_ledger(p.read_bytes()))
     schema = attempt(ev.SCHEMA, lambda p: ev.parse_schema(p.read_bytes()))
     folds = []
@@ -76,6 +80,11 @@ def read_evidence(run: Path) -> ev.Evidence:
     digests = _digests(run)
     if metrics is not None:
         notes += ev.stale(metrics, digests)
+    audit = None
+    try:
+        audit = read_audit(run)
+    except (RunError, OSError) as exc:
+        notes.append(f"{AUDIT} could not be read: {exc}")
     return ev.Evidence(
         metrics=metrics,
         predictions=predictions,
@@ -85,6 +94,7 @@ def read_evidence(run: Path) -> ev.Evidence:
         schema=schema,
         digests=digests,
         notes=tuple(notes),
+        audit=audit,
     )
 
 
