@@ -136,6 +136,7 @@ def whiskers(series: Sequence[Series], *, title: str, origin: str, is_gap: bool 
         layout["xaxis"] |= {"range": [-far, far], "zeroline": True, "zerolinecolor": INK, "dtick": None}
     layout["yaxis"] |= ticks(labels) | {"range": [len(labels) - 0.4, -0.6]}
     layout["showlegend"] = len(series) > 1
+    layout["margin"]["t"] = 46 if len(series) > 1 else 22
     return {"data": data, "layout": layout}
 
 

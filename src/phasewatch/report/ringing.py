@@ -157,8 +157,7 @@ def _damage(told: Told) -> Block:
     if not found:
         return base
     body = tuple(
-        (WORDS[name], f"{row.value:,.3g} {unit}" if row.value is not None else "–", _amounts(row), f"{row.n_episodes}")
-        for name, unit, row in found
+        (WORDS[name], _amount(row.value, unit), _amounts(row, unit), f"{row.n_episodes}") for name, unit, row in found
     )
     return Block(
         key=base.key,
@@ -175,5 +174,17 @@ def _damage(told: Told) -> Block:
     )
 
 
-def _amounts(row: MetricRow) -> str:
-    return f"[{row.low:,.3g}, {row.high:,.3g}]" if row.low is not None and row.high is not None else f"none: {row.why}"
+def _amounts(row: MetricRow, unit: str) -> str:
+    if row.low is None or row.high is None:
+        return f"none: {row.why}"
+    return f"[{_amount(row.low, unit)}, {_amount(row.high, unit)}]"
+
+
+def _amount(value: float | None, unit: str) -> str:
+    """Give `1.9 MB`, `4 flows`, `12 s`."""
+    if value is None:
+        return "–"
+    for size, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if unit == "B" and value >= size:
+            return f"{value / size:.3g} {name}"
+    return f"{value:.3g} {unit}"
