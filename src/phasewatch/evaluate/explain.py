@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.channels import CHANNELS
-from phasewatch.dataset import Sets, load, read_folds
+from phasewatch.dataset import Sets, read_folds
 from phasewatch.errors import PhasewatchError, RunError
 from phasewatch.evaluate import bootstrap
 from phasewatch.evaluate.board import scope_of
@@ -31,6 +31,7 @@ from phasewatch.models import registry
 from phasewatch.models.base import InputKind, Inputs, PhaseModel
 from phasewatch.split import Fold
 from phasewatch.train.cell import Cell
+from phasewatch.train.cells import read_sets
 from phasewatch.train.predictions import NO_FILTER
 from phasewatch.vocab import PHASES
 
@@ -137,8 +138,7 @@ def _permuted(run: Path, place: Headline, fold: Fold) -> tuple[Shown, dict[tuple
 
 
 def _load(run: Path, cell: Cell) -> tuple[PhaseModel, Sets]:
-    kind = registry.row_of(cell.model).kind
-    return registry.load(cell.folder(run)), load(run, cell.recipe, cell.fold, cell.threat, kind)
+    return registry.load(cell.folder(run)), read_sets(run, cell)
 
 
 def _rng(channel: str, repeat: int) -> np.random.Generator:

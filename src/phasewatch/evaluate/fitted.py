@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from phasewatch.dataset import load
 from phasewatch.errors import PhasewatchError
 from phasewatch.evaluate.rows import CHOICE, Headline, MetricRow
 from phasewatch.evaluate.said import Board
@@ -15,6 +14,7 @@ from phasewatch.evaluate.scope import Place
 from phasewatch.measures import confusion_counts, macro_f1
 from phasewatch.models import checkpoint, registry
 from phasewatch.train.cell import Cell
+from phasewatch.train.cells import read_sets
 from phasewatch.train.predictions import NO_FILTER
 
 HISTORY = "val_a_macro_f1"
@@ -69,7 +69,7 @@ def _validated(run: Path, cell: Cell) -> float | None:
         return max(header.history[HISTORY])
     try:
         model = registry.load(cell.folder(run))
-        val = load(run, cell.recipe, cell.fold, cell.threat, registry.row_of(cell.model).kind).val_a
+        val = read_sets(run, cell).val_a
     except PhasewatchError:
         return None
     return float(macro_f1(confusion_counts(val.y, model.predict(val.inputs)))) if len(val) else None
