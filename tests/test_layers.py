@@ -31,6 +31,7 @@ RANKS: dict[str, int] = {
 # Rooms of one rank that may know each other all the same, each with its reason.
 NEIGHBOURS = {
     ("channels", "profiles"), ("dataset", "models"), ("models", "dataset"),
+    ("report", "audit"),  # a run that fails its audit has no headline on its page
     ("export", "train"),  # an export finds the cells where train put them
 }  # fmt: skip
 
