@@ -35,7 +35,7 @@ NEIGHBOURS = {
 
 # Everything else computes: gets time, randomness and bytes handed in, and opens nothing.
 WORLDLY = {
-    "__main__", "atomic", "workers", "episode.bundle", "store.disk", "store.objects", "grid.files", "simulate",
+    "__main__", "atomic", "workers", "episode.bundle", "store.disk", "store.objects", "store.receiver", "store.serving", "store.shipper", "store.admission", "store.tokens", "grid.files", "simulate",
     "record.proc", "record.qmp", "record.netflow", "record.guest", "record.sink", "record.vm", "record.image",
     "record.recorder", "record.base", "record.accel", "record.doctor", "record.campaign", "record.driver",
     "record.flows", "record.idle", "record.session", "record.spawn",
