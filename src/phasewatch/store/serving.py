@@ -91,19 +91,8 @@ class PatientProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Take bytes, and see whether they brought what is waited for."""
         super().data_received(data)
-        if self.transport.is_closing():
-            return
-        if self.conn.their_state is h11.IDLE:
-            if self._head_timer is None and self.conn.trailing_data[0]:
-                self._head_timer = self.loop.call_later(self.head_s, self._give_up)
-        else:
-            self._stop_timer("_head_timer")
-        if self._drain_timer is not None:
-            self._drained += len(data)
-            if self.conn.their_state is not h11.SEND_BODY:
-                self._stop_timer("_drain_timer")
-            elif self._drained > 2 * limits.COMPRESSED_BYTES:
-                self._give_up()
+        self._drained += len(data)
+        self._watch()
 
     def on_response_complete(self) -> None:
         """Answered; what is still coming of the request is heard out for a while."""
@@ -111,6 +100,22 @@ class PatientProtocol(H11Protocol):
         if self.conn.their_state is h11.SEND_BODY and not self.transport.is_closing():
             self._drained = 0
             self._drain_timer = self.loop.call_later(self.drain_s, self._give_up)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Start and stop the timers, by what the connection waits for now."""
+        if self.transport.is_closing():
+            return
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_timer("_head_timer")
+        elif self._head_timer is None and self.conn.trailing_data[0]:
+            self._head_timer = self.loop.call_later(self.head_s, self._give_up)
+        if self._drain_timer is None:
+            return
+        if self.conn.their_state is not h11.SEND_BODY:
+            self._stop_timer("_drain_timer")
+        elif self._drained > 2 * limits.COMPRESSED_BYTES:
+            self._give_up()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the timers."""
