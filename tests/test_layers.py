@@ -37,7 +37,8 @@ NEIGHBOURS = {
 
 # Everything else computes: gets time, randomness and bytes handed in, and opens nothing.
 WORLDLY = {
-    "__main__", "atomic", "workers", "installation", "episode.bundle", "store.disk", "store.objects", "grid.files", "simulate",
+    "__main__", "atomic", "workers", "installation", "episode.bundle", "grid.files", "simulate",
+    "store.disk", "store.objects", "store.receiver", "store.serving", "store.shipper", "store.admission", "store.tokens",
     "record.proc", "record.qmp", "record.netflow", "record.guest", "record.sink", "record.vm", "record.image",
     "record.recorder", "record.base", "record.accel", "record.doctor", "record.campaign", "record.driver",
     "record.flows", "record.idle", "record.installed", "record.own", "record.session", "record.spawn",
