@@ -25,8 +25,6 @@ _NAMES = tuple(c.full_name for c in CHANNELS)
 class Predictor(Protocol):
     """What gives probabilities: a checkpoint's model, or a graph of an edge bundle."""
 
-    spec: InputSpec | None
-
     def predict_proba(self, inputs: Inputs) -> NDArray[np.float64]:
         """Give ``(n, 5)`` calibrated probabilities."""
 
