@@ -40,6 +40,14 @@ class Candidate:
     where: str
     load: Callable[[], Predictor]
 
+    def scorer(self) -> Scorer:
+        """Load it."""
+        return Scorer(
+            model=self.model, threat=self.threat, table=self.table, seed=self.seed, spec=self.spec,
+            predictor=self.load(), filter=self.rules.filter, alarm=self.rules.alarm, trained=self.trained,
+            where=self.where,
+        )  # fmt: skip
+
     def lacks(self, available: Collection[str], arch: str) -> tuple[str, ...]:
         """Name the channels that it reads and a VM cannot give.
 
@@ -117,11 +125,7 @@ def choose_model(
                 else "It gives too little for any registered mask"
             )
         )
-    best = kept[0]
-    return Scorer(
-        model=best.model, threat=best.threat, table=best.table, seed=best.seed, spec=best.spec,
-        predictor=best.load(), filter=best.rules.filter, alarm=best.rules.alarm, trained=best.trained, where=best.where,
-    )  # fmt: skip
+    return kept[0].scorer()
 
 
 def suggest_mask(available: Collection[str]) -> str:
