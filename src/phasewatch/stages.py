@@ -25,20 +25,16 @@ from phasewatch.grid.files import open_grids
 from phasewatch.report.page import write_report
 from phasewatch.split import RECIPES, Fold, parse_fold
 from phasewatch.store.disk import DiskStore, StoreItem
-from phasewatch.train.cell import Cell, plan_cells
+from phasewatch.train.cell import Cell
 from phasewatch.train.cells import TrainReport, train_cells
+from phasewatch.train.grid import BASELINES, CHEAP, SIX, full_grid, short_grid
 from phasewatch.validate.index import INDEX, read_index
 from phasewatch.validate.ledger import render_ledger
 from phasewatch.validate.subset import pick
 from phasewatch.validate.sweep import LEDGER, SweepSummary, Tell, path_of, sweep
 from phasewatch.validate.verdict import USABLE
 
-MODELS = ("gbt", "minirocket", "majority", "elapsed_time")
-SIX = ("gbt", "mlp", "cnn", "gru", "lstm", "transformer")
-SIX_THREATS = ("realistic", "oracle")
 GRIDS = ("short", "full")
-FULL_THREATS = ("realistic", "oracle", "portable")
-FULL_SEEDS = 3
 GRID_FILES = ("grids/grids.npy", "grids/levels.npy", "grids/index.parquet")
 FEATURE_FILES = ("features_window_v1.parquet", "features_episode_v1.parquet", "feature_schema_v1.json")
 INDEX_OF_SPLITS = "splits_v1.json"
@@ -174,33 +170,30 @@ def split(settings: Settings, recipes: Sequence[str] = ()) -> tuple[Built, ...]:
     return built
 
 
+def read_all_folds(run: Path) -> dict[str, tuple[Fold, ...]]:
+    """Read the folds of every recipe that the run has.
+
+    Raises:
+        RunError: If it has none.
+    """
+    there = [row.name for row in RECIPES if any((run / "splits").glob(f"{row.name}-*.json"))]
+    if not there:
+        raise RunError(f"{run / 'splits'}: no split; make them with `phasewatch split {run}`")
+    return {recipe: read_folds(run, recipe) for recipe in there}
+
+
 def grid_cells(run: Path, *, grid: str = "short", seed: int = 0, models: Sequence[str] = ()) -> tuple[Cell, ...]:
-    """Give a grid's cells: each model over all folds of each recipe.
+    """Give a grid's cells (of the full one the first pass), or those of some models.
 
     Raises:
         UsageError: If the grid is not known, or has none of the models.
     """
-    if unknown := set(models) - {*MODELS, *SIX}:
-        raise UsageError(f"the grid has no model {min(unknown)!r}; it has {', '.join(dict.fromkeys((*SIX, *MODELS)))}")
+    if unknown := set(models) - {*SIX, CHEAP, *BASELINES}:
+        raise UsageError(f"the grid has no model {min(unknown)!r}; it has {', '.join((*SIX, CHEAP, *BASELINES))}")
     if grid not in GRIDS:
         raise UsageError(f"no grid {grid!r}; it is one of {', '.join(GRIDS)}")
-    threats = FULL_THREATS if grid == "full" else FULL_THREATS[:1]
-    seeds = range(seed, seed + (FULL_SEEDS if grid == "full" else 1))
-    every = tuple(
-        cell
-        for recipe in ("held_out_host",)
-        for cell in plan_cells(read_folds(run, recipe), models=MODELS, threats=threats, seeds=seeds)
-    )
-    cells = (*every, *_six_models(run, seed))
+    cells = (full_grid if grid == "full" else short_grid)(read_all_folds(run), seed=seed)
     return tuple(cell for cell in cells if not models or cell.model in models)
-
-
-def _six_models(run: Path, seed: int) -> tuple[Cell, ...]:
-    """Give the six models under both threat models on one fold: the host with most profiles, then by name."""
-    folds = read_folds(run, "held_out_host")
-    tested = {fold.fold: len({row.profile for row in fold.coverage if row.test}) for fold in folds}
-    widest = min(folds, key=lambda fold: (-tested[fold.fold], fold.fold))
-    return plan_cells([widest], models=SIX, threats=SIX_THREATS, seeds=(seed,))
 
 
 def train(settings: Settings, *, tell: Callable[[Cell, int, int], None] | None = None) -> TrainReport:

@@ -26,11 +26,24 @@ Floats = NDArray[np.float64]
 
 
 class InputKind(StrEnum):
-    """What a model is given: a table of features, a tensor of bins, or the window's elapsed time alone."""
+    """What a model is given: a table of features or a tensor of bins.
+
+    Baselines get the window's elapsed time alone, the cumulative levels alone, or the number of its host.
+    """
 
     TABLE = "table"
     TENSOR = "tensor"
     ELAPSED = "elapsed"
+    LEVELS = "levels"
+    HOST = "host"
+
+
+class Table(StrEnum):
+    """What was made of the values before a model sees them (DESIGN section 8)."""
+
+    RAW = "raw"
+    CONTEXT = "context"
+    COMMISSIONED = "commissioned"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +53,8 @@ class InputSpec:
     Attributes:
         mask: Name of the threat model that chose the columns.
         schema_hash, behaviour_fingerprint: Of the feature table (DESIGN section 4).
+        table: What was made of the values.
+        floors: Channel → its smallest scale, from train; only where they are measured from a clean day.
     """
 
     kind: InputKind
@@ -47,6 +62,8 @@ class InputSpec:
     mask: str
     schema_hash: str
     behaviour_fingerprint: str
+    table: Table = Table.RAW
+    floors: tuple[tuple[str, float], ...] = ()
 
     def difference(self, found: InputSpec) -> str:
         """Say in words where `found` is not what this asks for; empty when it fits."""
@@ -55,11 +72,14 @@ class InputSpec:
             for what, ours, theirs in (
                 ("input", self.kind, found.kind),
                 ("threat model", self.mask, found.mask),
+                ("table", self.table, found.table),
                 ("feature schema", self.schema_hash, found.schema_hash),
                 ("behaviour fingerprint", self.behaviour_fingerprint, found.behaviour_fingerprint),
             )
             if ours != theirs
         ]
+        if self.floors != found.floors and self.table is found.table:
+            words.append("scales of a clean day: from another train set")
         if self.names != found.names:
             lacking = [n for n in self.names if n not in found.names]
             surplus = [n for n in found.names if n not in self.names]
@@ -242,6 +262,8 @@ class PhaseModel(ABC):
             model=self.key,
             input_kind=self.spec.kind,
             mask=self.spec.mask,
+            table=self.spec.table,
+            floors=dict(self.spec.floors),
             columns=self.spec.names,
             schema_hash=self.spec.schema_hash,
             behaviour_fingerprint=self.spec.behaviour_fingerprint,
@@ -271,6 +293,8 @@ class PhaseModel(ABC):
             mask=header.mask,
             schema_hash=header.schema_hash,
             behaviour_fingerprint=header.behaviour_fingerprint,
+            table=Table(header.table),
+            floors=tuple(header.floors.items()),
         )
         model.seen, model.temperature = header.seen, header.temperature
         model.history, model.trained_on = dict(header.history), dict(header.trained_on)

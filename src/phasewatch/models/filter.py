@@ -65,7 +65,8 @@ class PhaseFilter:
         """
         before = _start(1) if belief is None else np.asarray(belief, np.float64).reshape(1, N_CLASSES)
         moved = before if belief is None else self._move(before, np.array([strides]))
-        return self._weigh(moved, np.asarray(p, np.float64).reshape(1, N_CLASSES))[0]
+        now: Floats = self._weigh(moved, np.asarray(p, np.float64).reshape(1, N_CLASSES))[0]
+        return now
 
     def run(self, p: Floats, of: NDArray[np.integer], t_center_ns: NDArray[np.int64]) -> Floats:
         """Filter the windows of many episodes, each from its own start.

@@ -84,10 +84,38 @@ MODELS: tuple[ModelRow, ...] = (
         is_baseline=True,
     ),
     ModelRow(
+        key="stratified",
+        where="phasewatch.models.baselines:Stratified",
+        kind=InputKind.TABLE,
+        about="A guess drawn with the frequencies of train.",
+        is_baseline=True,
+    ),
+    ModelRow(
         key="elapsed_time",
         where="phasewatch.models.baselines:ElapsedTime",
         kind=InputKind.ELAPSED,
         about="The phase that is likeliest this long after the first label, no telemetry looked at.",
+        is_baseline=True,
+    ),
+    ModelRow(
+        key="levels_only",
+        where="phasewatch.models.gbt:LevelsOnly",
+        kind=InputKind.LEVELS,
+        about="Gradient-boosted trees over cumulative totals alone, which tell how late it is.",
+        is_baseline=True,
+    ),
+    ModelRow(
+        key="host_only",
+        where="phasewatch.models.baselines:HostOnly",
+        kind=InputKind.HOST,
+        about="The phase that is most frequent on this host.",
+        is_baseline=True,
+    ),
+    ModelRow(
+        key="best_channel",
+        where="phasewatch.models.channel:BestChannel",
+        kind=InputKind.TABLE,
+        about="Gradient-boosted trees over the one channel that validation A likes best.",
         is_baseline=True,
     ),
 )

@@ -10,7 +10,7 @@ from phasewatch import atomic
 from phasewatch.dataset import Sets, file_sha256, load, read_fold, tensors
 from phasewatch.dataset.run import FEATURES, SCHEMA, VALIDATION
 from phasewatch.errors import MachineError, RunError
-from phasewatch.grid.files import GRIDS
+from phasewatch.grid.files import GRIDS, LEVELS_FILE
 from phasewatch.models import registry
 from phasewatch.models.base import PhaseModel
 from phasewatch.models.checkpoint import HEADER, read_header
@@ -19,7 +19,7 @@ from phasewatch.train.cell import DONE, MODELS, Cell, Done, Sources, parse_done,
 from phasewatch.train.predictions import PREDICTIONS, Said, build_table, read_table, write_table
 from phasewatch.workers import map_ordered
 
-BINS = f"{tensors.GRIDS}/{GRIDS}"
+BINS, LEVELS = (f"{tensors.GRIDS}/{name}" for name in (GRIDS, LEVELS_FILE))
 CELL_PREDICTIONS = "predictions.parquet"
 TIMEOUT_S = 3600.0  # a cell takes seconds; one that takes an hour hangs
 
@@ -89,7 +89,7 @@ def train_cell(job: _Job) -> None:
     atomic.make_folder(folder)
     (folder / DONE).unlink(missing_ok=True)
     atomic.sweep_temporaries(folder)
-    sets = load(job.run, cell.recipe, cell.fold, cell.threat, registry.row_of(cell.model).kind)
+    sets = read_sets(job.run, cell)
     model = registry.create(cell.model, seed=cell.seed)
     learn(model, sets)
     model.save(folder)
@@ -97,6 +97,11 @@ def train_cell(job: _Job) -> None:
     names = [HEADER, *read_header(folder).files, CELL_PREDICTIONS]
     done = Done(cell=cell, inputs=job.inputs, outputs={name: file_sha256(folder / name) for name in names})
     atomic.write_whole(folder / DONE, render_done(done))
+
+
+def read_sets(run: Path, cell: Cell) -> Sets:
+    """Read what a cell learns from and is asked about."""
+    return load(run, cell.recipe, cell.fold, cell.threat, registry.row_of(cell.model).kind, cell.table)
 
 
 def learn(model: PhaseModel, sets: Sets) -> PhaseModel:
@@ -134,6 +139,7 @@ def read_sources(run: Path) -> Sources:
     return Sources(
         features=file_sha256(run / FEATURES),
         grids=file_sha256(run / BINS) if (run / BINS).is_file() else "absent",
+        levels=file_sha256(run / LEVELS) if (run / LEVELS).is_file() else "absent",
         schema=file_sha256(run / SCHEMA),
         validation=file_sha256(run / VALIDATION),
     )
