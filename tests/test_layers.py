@@ -43,7 +43,7 @@ WORLDLY = {
     "validate.index", "validate.sweep", "features.tables", "features.tensors", "dataset.run",
     "dataset.splits", "dataset.windows", "models.checkpoint", "train.predictions",
     "train.cells", "export.run", "live.edge", "live.models",
-    "live.find", "live.dump", "live.guard", "live.attach", "live.watcher", "live.save", "live.webhook", "live.session",
+    "live.find", "live.dump", "live.guard", "live.attach", "live.watcher", "live.save", "live.webhook", "live.session", "live.clean_day",
     "predict", "evaluate.score", "report.page", "audit.run", "stages", "pipeline",
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ from phasewatch.features.windows import label_windows, spans_of, window_flags, w
 from phasewatch.live.models import Candidate
 from phasewatch.live.scorer import Scorer, channels_of
 from phasewatch.live.tracker import Decision, Judge
+from phasewatch.models.base import Table
 from phasewatch.models.filter import NONE, PHASE
 from phasewatch.store.disk import DiskStore, StoreItem
 from phasewatch.train.predictions import PROBABILITIES
@@ -59,14 +60,12 @@ def choose_offline(candidates: Sequence[Candidate], threat: str = "") -> Scorer:
     if not fits:
         there = ", ".join(sorted({c.threat for c in candidates}))
         raise UsageError(f"--threat {threat}: the model is there for {there}")
-    if all(c.table != "raw" for c in fits):
+    plain = [c for c in fits if c.spec.table is not Table.COMMISSIONED]
+    if not plain:
         raise MismatchError(
-            f"{fits[0].where}: learnt from {fits[0].table} numbers; predict takes models of the raw table"
+            f"{fits[0].where}: learnt from numbers of each host's clean day; predict takes models of raw numbers"
         )
-    best = min(
-        (c for c in fits if c.table == "raw"), key=lambda c: (-len(channels_of(c.spec)), c.model != "gbt", c.seed)
-    )
-    return best.scorer()
+    return min(plain, key=lambda c: (-len(channels_of(c.spec)), c.model != "gbt", c.seed)).scorer()
 
 
 def predict(
@@ -172,7 +171,7 @@ def _rows(found: Examined, scorer: Scorer, said: Sequence[Decision], name: str, 
     labels = label_windows(spans_of(found.episode.marks), np.array([d.t_start_ns for d in said], np.int64))
     p = np.array([d.belief if beliefs else d.p for d in said], np.float64).astype(np.float32)
     texts = {
-        "threat": scorer.threat, "model": scorer.model, "table": scorer.table, "filter": name, "part": PART,
+        "threat": scorer.threat, "model": scorer.model, "table": str(scorer.spec.table), "filter": name, "part": PART,
         "role": str(m.role), "agent": "on" if m.agent else "off", "episode_id": m.episode_id, "session": m.session,
         "host_id": m.host.host_id, "profile": m.profile, "sample_name": m.sample_name,
         "sample_kind": str(m.sample_kind), "origin": str(m.origin),

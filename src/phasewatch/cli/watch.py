@@ -21,7 +21,7 @@ EDGE = "lab-v1.edge.zip"
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    for command in (export, predict, watch):
+    for command in (export, predict, commission, watch):
         app.command(epilog=base.CODES)(command)
 
 
@@ -91,12 +91,46 @@ def predict(
         raise typer.Exit(1 if done.episodes else 3)
 
 
+def commission(
+    pid: int = typer.Option(None, help="The QEMU process."),
+    qmp: Path = typer.Option(None, help="Its QMP socket; must answer if named."),
+    name: str = typer.Option(None, help="The VM's name."),
+    minutes: float = typer.Option(10.0, min=0.1, help="How long to measure."),
+    out: Path = typer.Option(..., help="The file, host.json."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
+) -> None:
+    """Measure what is usual on a machine while it is known clean, for `watch --commission`.
+
+    Example: phasewatch commission --name web01 --minutes 10 --out web01.json
+    """
+    from phasewatch import atomic
+    from phasewatch.features.commission import render_reference
+    from phasewatch.live.clean_day import measure_clean_day
+    from phasewatch.live.find import find_one
+
+    machine = find_one(pid=pid, name=name, qmp=qmp)
+    with base.progress(quiet=as_json) as tell:
+        day = measure_clean_day(
+            machine, qmp=qmp, minutes=minutes, say=lambda line: typer.echo(base.plain(line), err=True),
+            tell=lambda done, total: tell("measure", done, total, f"{done} of {total} s"),
+        )  # fmt: skip
+    atomic.make_folder(out.absolute().parent)
+    atomic.write_whole(out.absolute(), render_reference(day))
+    known = sum(m == m for m in day.median.tolist())
+    words = f"{known} of {len(day.names)} channels over {day.bins / 120:.1f} minutes"
+    result = {"host_id": day.host_id, "channels": known, "bins": day.bins, "file": str(out)}
+    base.answer(result, as_json=as_json, lines=[words, str(out)])
+
+
 def watch(
     pid: int = typer.Option(None, help="The QEMU process."),
     qmp: Path = typer.Option(None, help="Its QMP socket; must answer if named."),
     name: str = typer.Option(None, help="The VM's name."),
     list_: bool = typer.Option(False, "--list", help="Only list the machines that run here."),
     model: Path = typer.Option(None, help="A checkpoint, a run (its deploy cell) or an edge bundle; the bundled one."),
+    commission: Path = typer.Option(
+        None, metavar="FILE", help="The machine's clean day, from `phasewatch commission`."
+    ),
     save: Path = typer.Option(None, metavar="DIR", help="Keep the readings as bundles of unknown phase in this store."),
     webhook: str = typer.Option("", metavar="URL", help="Post alarms there, as JSON."),
     seconds: float = typer.Option(0.0, min=0.0, help="Stop after so long; 0 watches until the VM is gone."),
@@ -114,13 +148,15 @@ def watch(
         running = list_running()
         base.answer({"machines": [_machine(m) for m in running]}, as_json=as_json, lines=_listed(running))
         return
+    from phasewatch.live.clean_day import read_clean_day
     from phasewatch.live.models import find_models
     from phasewatch.live.session import Request, run_watch
 
     machine = find_one(pid=pid, name=name, qmp=qmp)
     candidates = find_models(model or _bundled_edge())
     request = Request(
-        machine=machine, qmp=qmp, models=candidates, save=save, webhook=webhook, seconds=seconds
+        machine=machine, qmp=qmp, models=candidates, clean_day=read_clean_day(commission) if commission else None,
+        save=save, webhook=webhook, seconds=seconds,
     )  # fmt: skip
     report = run_watch(request, _printer(as_json), lambda line: typer.echo(base.plain(line), err=True))
     _close(report, as_json=as_json)

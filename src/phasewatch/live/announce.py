@@ -56,7 +56,7 @@ class Announcer:
             vm=self.vm, host=self.host, t_start_ns=decision.t_start_ns, t_end_ns=decision.t_end_ns, p=(a, b, c, d, e),
             decision=str(decision.phase), alarm=decision.alarm, alarm_since_ns=decision.since_ns,
             threshold=scorer.alarm.theta if scorer.alarm else None, model=scorer.model, threat=scorer.threat,
-            table=scorer.table, filter="phase" if scorer.filter else "none",
+            table=str(scorer.spec.table), filter="phase" if scorer.filter else "none",
             latency_ms=max(0.0, (now_ns - decision.t_end_ns) / 1e6), caveat="; ".join(words) or None,
         )  # fmt: skip
         return self._event(data, now_ns)

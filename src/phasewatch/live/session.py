@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from phasewatch.errors import MachineError, PhasewatchError
+from phasewatch.features.commission import Reference
 from phasewatch.live.attach import Survey, attach, detach, explain_masks, survey
 from phasewatch.live.events import Event
 from phasewatch.live.find import Running
@@ -31,6 +32,7 @@ class Request:
         machine: From `find`.
         qmp: A socket that the user named; it must answer.
         models: What `choose_model` chooses from; empty only makes bins.
+        clean_day: What is usual on it while it is known clean, from `phasewatch commission`; None where nobody knows.
         save: Store that gets the readings; None keeps nothing.
         webhook: URL that alarms are posted to; empty for none.
         seconds: How long; 0 until the VM is gone or the watch is interrupted.
@@ -39,6 +41,7 @@ class Request:
     machine: Running
     qmp: Path | None = None
     models: tuple[Candidate, ...] = ()
+    clean_day: Reference | None = None
     save: Path | None = None
     webhook: str = ""
     seconds: float = 0.0
@@ -138,7 +141,7 @@ def _choose(request: Request, found: Survey) -> Scorer | None:
     if not request.models:
         return None
     try:
-        return choose_model(request.models, found.available, arch=found.facts.arch)
+        return choose_model(request.models, found.available, arch=found.facts.arch, clean_day=request.clean_day)
     except PhasewatchError as exc:
         lines = "; ".join(explain_masks({n: w for n, w in found.masked.items() if not n.startswith("guest.")}))
         raise type(exc)(f"{exc}. Missing here: {lines or 'nothing'}") from exc
