@@ -44,7 +44,9 @@ WORLDLY = {
     "record.flows", "record.idle", "record.installed", "record.own", "record.session", "record.spawn",
     "validate.index", "validate.sweep", "features.tables", "features.tensors", "dataset.run",
     "dataset.splits", "dataset.windows", "models.checkpoint", "train.predictions",
-    "train.cells", "export.run", "live.edge", "evaluate.score", "report.page", "audit.run", "stages", "pipeline",
+    "train.cells", "export.run", "live.edge", "live.models",
+    "live.find", "live.dump", "live.guard", "live.attach", "live.watcher", "live.save", "live.webhook", "live.session", "live.clean_day",
+    "predict", "evaluate.score", "report.page", "audit.run", "stages", "pipeline",
 }  # fmt: skip
 
 WORLD = {"os", "subprocess", "socket", "shutil", "tempfile", "threading", "multiprocessing", "signal", "time", "asyncio",
