@@ -22,21 +22,37 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON document.")) -> None:
-    """Say what this machine has of what phasewatch needs, and how to get the rest.
+    """Say what is installed here and what this machine lacks of what phasewatch needs; a bug report wants all of it.
 
     Example: phasewatch doctor
     """
     from dataclasses import asdict
 
+    from phasewatch.errors import StoreError
+    from phasewatch.installation import describe, without_home
     from phasewatch.record.doctor import examine
 
-    checks = examine()
+    here, checks = describe(), examine()
+    try:
+        corpus = without_home(str(base.bundled_corpus()))
+    except StoreError:
+        corpus = "not here"
+    about = [
+        ("phasewatch", f"{here.version}, {here.place}"), ("Python", here.python), ("system", here.system),
+        ("machine", here.machine), ("corpus", corpus),
+        *(("extra " + extra, state) for extra, state in here.extras.items()),
+        ("packages", " ".join(f"{p.name}={p.version}" for p in {p.name: p for p in here.packages if p.version}.values())),
+        *((name, value) for name, value in here.settings.items()),
+    ]  # fmt: skip
     rows = [
         ("ok" if c.ok else "--", c.name, c.found, "" if c.ok else f"for {c.needed_for}: {c.remedy}") for c in checks
     ]
     missing = sum(not c.ok for c in checks)
     words = "everything is here" if not missing else f"{missing} of {len(checks)} are missing"
-    base.answer({"checks": [asdict(c) for c in checks]}, as_json=as_json, lines=[*base.table(rows), words])
+    result = {
+        "checks": [asdict(c) for c in checks], "corpus": corpus, "installation": asdict(here) | {"extras": here.extras},
+    }  # fmt: skip
+    base.answer(result, as_json=as_json, lines=[*base.table(about), "", *base.table(rows), words])
     if missing:
         raise typer.Exit(1)
 
