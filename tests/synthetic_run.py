@@ -54,6 +54,7 @@ def write_run(run: Path, world: World = World()) -> Path:
                     "role": "soak" if is_soak else "lab", "status": "accepted", "session": f"h{h}s{s}",
                     "plan_seed": 1000 + number, "agent": (s + i) % 3 == 0 and not is_soak,
                     "proc_sketch": [10_000 * number + j for j in range(8)], "started_wall_ns": 10**18 + 10**12 * number,
+                    "duration_s": 5.0 * world.windows + 5.0,
                 }  # fmt: skip
                 verdicts.append(verdict)
                 walk = rng.integers(0, len(PHASES), world.windows // 4).repeat(4)

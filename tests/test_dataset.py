@@ -12,11 +12,20 @@ from tests.synthetic_run import World, edit_features, write_run
 
 from phasewatch import profiles
 from phasewatch.channels import CHANNELS
-from phasewatch.dataset import load, read_episodes, read_fold, read_folds, read_windows, write_splits
+from phasewatch.dataset import (
+    load,
+    read_built,
+    read_episodes,
+    read_fold,
+    read_folds,
+    read_windows,
+    write_all_splits,
+    write_splits,
+)
 from phasewatch.dataset.splits import group_of
 from phasewatch.errors import RunError, UsageError
 from phasewatch.models.base import InputKind
-from phasewatch.split import Part
+from phasewatch.split import RECIPES, Part
 from phasewatch.vocab import Role
 
 
@@ -147,3 +156,45 @@ def test_features_of_another_sweep_are_refused(run: Path) -> None:
 def test_an_unknown_name_is_a_usage_error(run: Path, threat: str, kind: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         load(run, "held_out_host", "host-0", threat, kind)
+
+
+def test_every_recipe_is_cut_and_one_that_cannot_be_costs_no_other(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "two", World(hosts=2, windows=8))
+    built = {b.recipe: b for b in write_all_splits(run, [row.name for row in RECIPES])}
+
+    assert built["held_out_host"].folds == ("host-0", "host-1")
+    assert "record on 3 hosts or more" in built["in_distribution"].why
+    assert tuple(built.values()) == read_built(run)
+    assert not list((run / "splits").glob("in_distribution-*"))
+
+
+def test_cutting_one_recipe_cuts_those_that_are_there_anew(run: Path) -> None:
+    edit_features(run, lambda t: t.filter(pa.compute.not_equal(t["host_id"], "host-3")))
+    built = write_all_splits(run, ["deploy"])
+
+    assert [(b.recipe, len(b.folds)) for b in built] == [("held_out_host", 3), ("deploy", 1)]
+
+
+def test_random_windows_share_the_windows_of_one_episode_out_and_each_is_tested_once(run: Path) -> None:
+    folds = write_splits(run, "random_windows")
+    sets = [load(run, "random_windows", fold.fold) for fold in folds]
+    tested = [
+        (w.episodes[i].episode_id, int(t))
+        for w in (s.test.windows for s in sets)
+        for i, t in zip(w.of, w.t_center_ns, strict=True)
+    ]
+
+    assert len(tested) == len(set(tested)) == sum(map(len, (sets[0].train, sets[0].val_a, sets[0].val_b, sets[0].test)))
+    assert {e.episode_id for e in sets[0].train.windows.episodes} & {
+        e.episode_id for e in sets[0].test.windows.episodes
+    }
+    assert {e.role for e in sets[0].train.windows.episodes} == {Role.LAB}
+
+
+def test_deploy_has_no_test_window(run: Path) -> None:
+    write_splits(run, "deploy")
+    sets = load(run, "deploy", "all")
+
+    assert len(sets.test) == 0
+    assert len(sets.train) > 0
+    assert len(sets.soak) > 0

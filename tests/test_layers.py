@@ -31,6 +31,7 @@ RANKS: dict[str, int] = {
 # Rooms of one rank that may know each other all the same, each with its reason.
 NEIGHBOURS = {
     ("channels", "profiles"), ("dataset", "models"), ("models", "dataset"),
+    ("export", "train"),  # an export finds the cells where train put them
 }  # fmt: skip
 
 # Everything else computes: gets time, randomness and bytes handed in, and opens nothing.
@@ -41,7 +42,7 @@ WORLDLY = {
     "record.flows", "record.idle", "record.installed", "record.own", "record.session", "record.spawn",
     "validate.index", "validate.sweep", "features.tables", "features.tensors", "dataset.run",
     "dataset.splits", "dataset.windows", "models.checkpoint", "train.predictions",
-    "train.cells", "evaluate.score", "report.page", "audit.run", "stages", "pipeline",
+    "train.cells", "export.run", "live.edge", "evaluate.score", "report.page", "audit.run", "stages", "pipeline",
 }  # fmt: skip
 
 WORLD = {"os", "subprocess", "socket", "shutil", "tempfile", "threading", "multiprocessing", "signal", "time", "asyncio",

@@ -271,6 +271,10 @@ _MASKS: dict[str, frozenset[str]] = {
     "portable": frozenset(c.full_name for c in CHANNELS if c.in_deployment and c.accel == "any"),
     "balloon": frozenset(c.full_name for c in _BALLOON),
     "guest": frozenset(c.full_name for c in CHANNELS if c.source is Source.GUEST),
+    # What the counters of a host's tap device tell without looking into a frame.
+    "tap": frozenset(
+        f"{Source.NETFLOW}.{n}" for n in ("out_pkts", "out_bytes", "in_pkts", "in_bytes", "mean_out_size")
+    ),
     **{
         str(source): frozenset(c.full_name for c in CHANNELS if c.source is source and c.in_deployment)
         for source in (Source.PROC, Source.QMP, Source.NETFLOW)

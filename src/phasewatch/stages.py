@@ -13,9 +13,9 @@ from phasewatch import __version__, atomic
 from phasewatch.audit.checks import Audit
 from phasewatch.audit.run import audit_run
 from phasewatch.dataset.run import file_sha256
-from phasewatch.dataset.splits import read_folds, write_splits
+from phasewatch.dataset.splits import Built, read_folds, write_all_splits, write_splits
 from phasewatch.episode.bundle import peek
-from phasewatch.errors import BundleError, RunError, UsageError
+from phasewatch.errors import BundleError, RunError, SplitError, UsageError
 from phasewatch.evaluate.rows import Metrics
 from phasewatch.evaluate.score import score
 from phasewatch.features.fingerprint import behaviour_fingerprint
@@ -23,7 +23,7 @@ from phasewatch.features.schema import schema_hash
 from phasewatch.features.tables import FeatureCount, write_tables
 from phasewatch.grid.files import open_grids
 from phasewatch.report.page import write_report
-from phasewatch.split import Fold, parse_fold
+from phasewatch.split import RECIPES, Fold, parse_fold
 from phasewatch.store.disk import DiskStore, StoreItem
 from phasewatch.train.cell import Cell, plan_cells
 from phasewatch.train.cells import TrainReport, train_cells
@@ -33,7 +33,6 @@ from phasewatch.validate.subset import pick
 from phasewatch.validate.sweep import LEDGER, SweepSummary, Tell, path_of, sweep
 from phasewatch.validate.verdict import USABLE
 
-RECIPES = ("held_out_host",)
 MODELS = ("gbt", "minirocket", "majority", "elapsed_time")
 SIX = ("gbt", "mlp", "cnn", "gru", "lstm", "transformer")
 SIX_THREATS = ("realistic", "oracle")
@@ -42,6 +41,7 @@ FULL_THREATS = ("realistic", "oracle", "portable")
 FULL_SEEDS = 3
 GRID_FILES = ("grids/grids.npy", "grids/levels.npy", "grids/index.parquet")
 FEATURE_FILES = ("features_window_v1.parquet", "features_episode_v1.parquet", "feature_schema_v1.json")
+INDEX_OF_SPLITS = "splits_v1.json"
 PREDICTIONS, METRICS, REPORT = "predictions_v1.parquet", "metrics_v1.json", "report.html"
 
 
@@ -88,8 +88,8 @@ def digests(run: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def split_files(run: Path) -> tuple[str, ...]:
-    """Give the names of the run's split files, in order."""
-    return tuple(f"splits/{path.name}" for path in sorted((run / "splits").glob("*.json")))
+    """Give the names of the run's split files and of their index."""
+    return (INDEX_OF_SPLITS, *(f"splits/{path.name}" for path in sorted((run / "splits").glob("*.json"))))
 
 
 def validate(settings: Settings, *, full: bool = False, tell: Tell | None = None) -> SweepSummary:
@@ -161,9 +161,17 @@ def _read_ledger(run: Path) -> dict[str, dict[str, object]]:
     raise RunError(f"{path}: no readable ledger; make it with `phasewatch validate STORE --out {run}`")
 
 
-def split(settings: Settings) -> int:
-    """Cut the run's episodes by every recipe; gives the number of folds."""
-    return sum(len(write_splits(settings.run, recipe)) for recipe in RECIPES)
+def split(settings: Settings, recipes: Sequence[str] = ()) -> tuple[Built, ...]:
+    """Cut the run's episodes by every recipe, or by some; says of each what became of it.
+
+    Raises:
+        SplitError: If no recipe that tests something can be built.
+    """
+    built = write_all_splits(settings.run, recipes or [row.name for row in RECIPES])
+    tests = {row.name for row in RECIPES if row.tests}
+    if (of := [b for b in built if b.recipe in tests]) and not any(b.folds for b in of):
+        raise SplitError("no recipe can be built; " + "; ".join(b.why for b in of))
+    return built
 
 
 def grid_cells(run: Path, *, grid: str = "short", seed: int = 0, models: Sequence[str] = ()) -> tuple[Cell, ...]:
@@ -180,7 +188,7 @@ def grid_cells(run: Path, *, grid: str = "short", seed: int = 0, models: Sequenc
     seeds = range(seed, seed + (FULL_SEEDS if grid == "full" else 1))
     every = tuple(
         cell
-        for recipe in RECIPES
+        for recipe in ("held_out_host",)
         for cell in plan_cells(read_folds(run, recipe), models=MODELS, threats=threats, seeds=seeds)
     )
     cells = (*every, *_six_models(run, seed))

@@ -57,6 +57,16 @@ def test_channels_are_listed_in_order_with_every_field(phasewatch: Call) -> None
     assert {"fields", "scale", "unit", "trust", "accel", "arch", "semantics", "about", "reads"} <= set(rows[0])
 
 
+def test_channels_come_with_what_was_seen_in_a_store(phasewatch: Call, store: Path) -> None:
+    said = phasewatch("channels", "--corpus", "--store", store)
+    told = phasewatch("channels", "--corpus", "--store", store, "--json")
+
+    assert said.lines[0].split()[:3] == ["channel", "unit", "lowest"]
+    assert len(said.lines) == 48
+    assert said.lines[-1] == str(store)
+    assert json.loads(told.out)["result"]["channels"][0]["observed"]["known"] > 0.9
+
+
 def test_a_dry_run_shows_the_plan_and_what_the_clock_alone_would_score(phasewatch: Call, tmp_path: Path) -> None:
     said = phasewatch("record", "--plan", "smoke", "--out", tmp_path / "s", "--dry-run")
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from tests.cli.conftest import Said
+from tests.requirements import need_program
+
+from phasewatch import atomic
 
 Call = Callable[..., Said]
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-profile.md"
@@ -64,3 +67,36 @@ def test_what_cannot_be_recorded_is_one_line_and_makes_no_store(
     assert done.code == code
     assert says in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_qemu_nothing_is_made(phasewatch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    done = phasewatch("record", "--plan", "smoke", "--out", tmp_path / "s")
+
+    assert done.code == 5
+    assert "qemu-system-x86_64 does not run" in done.err
+    assert "apt-get install qemu-system-x86" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_that_another_recorder_holds_is_left_alone(phasewatch: Call, tmp_path: Path) -> None:
+    need_program("qemu-system-x86_64", "qemu-system-x86")
+    store = tmp_path / "s"
+    store.mkdir()
+
+    with atomic.lock(store):
+        done = phasewatch("record", "--plan", "smoke", "--out", store)
+
+    assert done.code == 5
+    assert str(store) in done.err
+    assert not list(store.glob("*/*"))
+
+
+def test_a_misspelt_key_of_a_plan_names_the_nearest(phasewatch: Call, tmp_path: Path) -> None:
+    (tmp_path / "p.toml").write_text('name = "p"\nseed = 1\nlab_per_hots = 3\n[[hosts]]\nhost_id = "pc"\n')
+
+    done = phasewatch("record", "--plan", tmp_path / "p.toml", "--out", tmp_path / "s")
+
+    assert done.code == 3
+    assert "unknown field `lab_per_hots`; did you mean lab_per_host" in done.err

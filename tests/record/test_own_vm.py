@@ -83,7 +83,7 @@ def test_a_disk_of_the_user_s_own_is_recorded_with_the_driver_of_the_docs(tmp_pa
     need_qemu()
     disk = build_own_disk(tmp_path)
     before = disk.read_bytes()
-    (tmp_path / "driver.sh").write_text(block_of("own-vm.md", "sh"))
+    (tmp_path / "driver.sh").write_text(block_of("own-vm.md", "shell"))
     (tmp_path / "mine.toml").write_text(
         'name = "made-up"\nkind = "live"\n[[samples]]\nname = "one"\n'
         + BRIEF.replace("agent_share = 1", "agent_share = 0")

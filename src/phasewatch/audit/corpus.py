@@ -51,7 +51,8 @@ def gather(grids: Grids, rows: list[GridRow]) -> Windows:
         RunError: If there is not one.
     """
     known = np.repeat(mask_of(THREAT), len(STATS))
-    x, levels, y, t_s, t_ns, of, kept = [], [], [], [], [], [], []
+    x, levels, y, t_s, t_ns, of = [], [], [], [], [], []
+    kept: list[GridRow] = []
     for row in rows:
         table = windows_of(row, np.asarray(grids.bins_of(row)))
         is_known = table.phase >= 0

@@ -43,6 +43,11 @@ def answer(result: dict[str, Any], *, as_json: bool, lines: Sequence[str] = ()) 
         typer.echo(plain(line))
 
 
+def names(words: str) -> tuple[str, ...]:
+    """Read names separated by commas."""
+    return tuple(word.strip() for word in words.split(",") if word.strip())
+
+
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Set rows in columns, two spaces apart, the last column free."""
     if not rows:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from phasewatch.cli import base
 from phasewatch.cli.record import record
 from phasewatch.walk import EPISODE_S
+
+if TYPE_CHECKING:
+    from phasewatch.grid.observed import Observed
 
 
 def register(app: typer.Typer) -> None:
@@ -53,28 +57,53 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON document
         raise typer.Exit(1)
 
 
-def channels(as_json: bool = typer.Option(False, "--json", help="One JSON document.")) -> None:
+def channels(
+    corpus: bool = typer.Option(False, "--corpus", help="Also the values that each took in the bundled recordings."),
+    store: Path = typer.Option(None, help="With --corpus: another store than the bundled one."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
+) -> None:
     """List the 46 channels: source, kind, unit, who is trusted, and which counter each reads.
 
     Example: phasewatch channels --json
+
+    The observed range of each: phasewatch channels --corpus
     """
     from dataclasses import asdict
 
     from phasewatch.channels import CHANNELS
 
-    rows = [
-        (
-            c.full_name,
-            c.kind,
-            c.unit,
-            f"trust {c.trust}",
-            c.accel if c.arch == "any" else f"{c.accel}, {c.arch}",
-            c.about,
-        )
-        for c in CHANNELS
-    ]
-    result = {"channels": [asdict(c) | {"in_deployment": c.in_deployment} for c in CHANNELS]}
-    base.answer(result, as_json=as_json, lines=base.table(rows))
+    listed: list[dict[str, object]] = [asdict(c) | {"in_deployment": c.in_deployment} for c in CHANNELS]
+    if not corpus:
+        rows = [
+            (c.full_name, c.kind, c.unit, f"trust {c.trust}", c.accel if c.arch == "any" else f"{c.accel}, {c.arch}", c.about, c.reads)
+            for c in CHANNELS
+        ]  # fmt: skip
+        base.answer({"channels": listed}, as_json=as_json, lines=base.table(rows))
+        return
+    where = store or base.bundled_corpus()
+    seen = _observed(where)
+    for row, found in zip(listed, seen, strict=True):
+        row["observed"] = {n: getattr(found, n) for n in ("known", "moving", "low", "median", "p95", "high")}
+    lines: list[tuple[str, ...]] = [("channel", "unit", "lowest", "median", "95 %", "highest", "known", "moves in")]
+    lines += [
+        (o.channel.full_name, o.channel.unit, *(f"{v:.4g}" for v in (o.low, o.median, o.p95, o.high)), f"{o.known:.0%}", f"{o.moving:.0%}")
+        for o in seen
+    ]  # fmt: skip
+    base.answer({"channels": listed, "store": str(where)}, as_json=as_json, lines=[*base.table(lines), str(where)])
+
+
+def _observed(store: Path) -> tuple[Observed, ...]:
+    """Sweep a store into a folder that goes again, and look at its bins."""
+    import tempfile
+
+    from phasewatch.grid.files import open_grids
+    from phasewatch.grid.observed import observe
+    from phasewatch.validate.sweep import sweep
+
+    with tempfile.TemporaryDirectory(prefix="phasewatch-channels-") as folder:
+        sweep(store, Path(folder), workers=2)
+        grids = open_grids(Path(folder) / "grids")
+        return observe([grids.bins_of(row) for row in grids.rows])
 
 
 def simulate(

@@ -27,10 +27,6 @@ class Grid(StrEnum):
     FULL = "full"
 
 
-def _names(words: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in words.split(",") if word.strip())
-
-
 def train(
     run: Path = typer.Argument(..., help="A run with splits."),
     workers: int = typer.Option(2, min=1, help="Cells at a time, one thread each."),
@@ -45,7 +41,7 @@ def train(
     """
     from phasewatch import atomic, stages
 
-    settings = stages.Settings(store=run, run=run, workers=workers, seed=seed, grid=grid, models=_names(models))
+    settings = stages.Settings(store=run, run=run, workers=workers, seed=seed, grid=grid, models=base.names(models))
     with atomic.lock(base.need_run(run)), base.progress(quiet=as_json) as tell:
         done = stages.train(settings, tell=lambda cell, n, m: tell("train", n, m, f"{cell.model} {cell.fold}"))
     result = {"trained": len(done.trained), "kept": len(done.kept), "rows": done.rows, "predictions": str(done.path)}
@@ -132,7 +128,7 @@ def run(
     chosen = base.bundled_corpus() if store is None else store
     settings = Settings(
         store=chosen, run=out, workers=workers, limit=limit, include_degraded=include_degraded, grid=grid,
-        models=_names(models),
+        models=base.names(models),
     )  # fmt: skip
     _go(settings, as_json=as_json)
 

@@ -20,11 +20,12 @@ from phasewatch.dataset.run import (
     read_schema,
     read_verdicts,
 )
-from phasewatch.dataset.splits import read_fold
+from phasewatch.dataset.splits import group_of, read_fold
 from phasewatch.dataset.tensors import cut_tensor
 from phasewatch.errors import RunError, UsageError
 from phasewatch.models.base import Examples, InputKind, Inputs, InputSpec
-from phasewatch.split import Fold, Part
+from phasewatch.models.filter import Track
+from phasewatch.split import Fold, Part, deal_windows, recipe_of
 from phasewatch.vocab import Role
 
 ELAPSED = "t_center_s"
@@ -104,6 +105,11 @@ class WindowSet:
         return labels[self.windows.of]
 
     @property
+    def track(self) -> Track:
+        """Truth, episode and time of each window, as filter and alarm take them."""
+        return Track(y=self.y, of=self.windows.of, t_center_ns=self.windows.t_center_ns)
+
+    @property
     def examples(self) -> Examples:
         """Inputs with labels, as `PhaseModel.fit` takes them."""
         return Examples(inputs=self.inputs, y=self.y)
@@ -115,7 +121,12 @@ class WindowSet:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sets:
-    """A fold's five sets of windows; `soak` is every soak episode of the run, for false alarms only."""
+    """A fold's five sets of windows; `soak` is every soak episode of the run, for false alarms only.
+
+    Attributes:
+        spared_soak: ``(n,)`` marks the soak windows of no host (or sample group) that the recipe holds out in this
+            fold: thresholds may be set by them.
+    """
 
     fold: Fold
     train: WindowSet
@@ -123,6 +134,7 @@ class Sets:
     val_b: WindowSet
     test: WindowSet
     soak: WindowSet
+    spared_soak: NDArray[np.bool_]
 
 
 def load(run: Path, recipe: str, fold: str, threat: str = "realistic", kind: str = "table") -> Sets:
@@ -146,18 +158,42 @@ def load(run: Path, recipe: str, fold: str, threat: str = "realistic", kind: str
     everything = read_windows(run, threat, InputKind(kind), only=set(cut.episodes))
     lab = everything.windows.where(lambda e: e.role is Role.LAB)
 
+    dealt = _dealt(cut, everything.windows)
+
     def part(p: Part) -> WindowSet:
         wanted = set(cut.ids(p))
-        return everything.take(lab & everything.windows.where(lambda e: e.episode_id in wanted))
+        mine = everything.windows.where(lambda e: e.episode_id in wanted) if dealt is None else dealt == p
+        return everything.take(lab & mine)
 
+    soak = everything.take(everything.windows.where(lambda e: e.role is Role.SOAK))
+    test = part(Part.TEST)
     return Sets(
         fold=cut,
         train=part(Part.TRAIN),
         val_a=part(Part.VAL_A),
         val_b=part(Part.VAL_B),
-        test=part(Part.TEST),
-        soak=everything.take(everything.windows.where(lambda e: e.role is Role.SOAK)),
+        test=test,
+        soak=soak,
+        spared_soak=_spared(recipe, test.windows, soak.windows),
     )
+
+
+def _spared(recipe: str, test: Windows, soak: Windows) -> NDArray[np.bool_]:
+    """Mark the windows of soak episodes that share nothing with the test set of what the recipe holds out."""
+    keys: dict[str, Callable[[RunEpisode], str]] = {
+        "host": lambda e: e.host_id,
+        "sample group": lambda e: str(group_of(e.profile, e.sample_name)),
+    }
+    held = [(key, {key(e) for e in test.episodes}) for what in recipe_of(recipe).apart if (key := keys.get(what))]
+    return soak.where(lambda e: not any(key(e) in of for key, of in held))
+
+
+def _dealt(fold: Fold, windows: Windows) -> NDArray[np.object_] | None:
+    """Give each window's set where windows are dealt, not episodes."""
+    if fold.deal is None:
+        return None
+    ids = (windows.episodes[i].episode_id for i in windows.of)
+    return np.array(deal_windows(fold.deal, zip(ids, windows.t_center_ns.tolist(), strict=True)), dtype=object)
 
 
 def spec_of(schema: FeatureSchema, threat: str, kind: InputKind) -> InputSpec:

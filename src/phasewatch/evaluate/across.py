@@ -151,8 +151,8 @@ def _gaps(
 
 def _align(one: Joined, other: Joined) -> tuple[list[Answer], list[Answer], Shown] | None:
     """Find the windows that both tested, in one order; None without any."""
-    place = {key: i for i, key in enumerate(other.shown.keys())}
-    common = [(i, place[key]) for i, key in enumerate(one.shown.keys()) if key in place]
+    place = {key: i for i, key in enumerate(other.shown.window_ids())}
+    common = [(i, place[key]) for i, key in enumerate(one.shown.window_ids()) if key in place]
     if not common:
         return None
     mine, theirs = (np.array(rows, np.intp) for rows in zip(*common, strict=True))

@@ -13,7 +13,8 @@ from phasewatch.evaluate.alarms import amount
 from phasewatch.evaluate.bootstrap import Floats
 from phasewatch.evaluate.rows import MetricRow
 from phasewatch.evaluate.scope import Place, Rules
-from phasewatch.evaluate.shift import AT, BUDGET, BUDGETS, Lived, Parts, Recorded, Shift, live_through
+from phasewatch.evaluate.shift import AT, BUDGETS, Lived, Parts, Recorded, Shift, live_through
+from phasewatch.models.alarm import BUDGET, NEVER
 
 DAMAGE = (
     ("damage_bytes_written", "qmp.blk_wr_bytes", "B"),
@@ -83,14 +84,19 @@ class _Teller:
         )
         if weights is None or sessions < bootstrap.MIN_CLUSTERS:
             return {"why": f"{sessions} sessions, an interval needs {bootstrap.MIN_CLUSTERS}"}
+        hosts = len(np.unique(clusters.host[clusters.of[keep]]))
+        if sessions == hosts:
+            return {"why": f"one session a host ({hosts}), nothing to resample within hosts"}
         draws = np.mean([measure(weights.counts[:, clusters.of]) for measure in measures], axis=0)
         draws = draws[~np.isnan(draws)]  # a resample that drew none of what is measured says nothing
         if 2 * len(draws) < len(weights):
             return {"why": "most resamples draw no such episode"}
-        low, high = np.percentile(draws, [2.5, 97.5], method="inverted_cdf")  # never between a number and infinity
+        # Never between a number and infinity: the ends are draws themselves.
+        tail = 100 * bootstrap.tail_of(sessions, hosts)
+        low, high = (float(end) for end in np.percentile(draws, [tail, 100 - tail], method="inverted_cdf"))
         if not np.isfinite(high):
             return {"why": f"from {low:.0f} up to never: in some resamples more than half are missed"}
-        return {"low": float(low), "high": float(high)}
+        return {"low": low, "high": high}
 
 
 def _rows(tell: _Teller, shifts: Sequence[Shift], recorded: Mapping[str, Recorded]) -> Iterator[MetricRow]:
@@ -98,9 +104,9 @@ def _rows(tell: _Teller, shifts: Sequence[Shift], recorded: Mapping[str, Recorde
     first = tests[0]
     everybody = np.ones(len(first.episodes), np.bool_)
     thresholds = [t for s in shifts for t in s.thresholds]
-    never = sum(not np.isfinite(t) for t in thresholds)
+    never = sum(t >= NEVER for t in thresholds)
     words = f"no threshold meets the budget in {never} of {len(thresholds)} folds" if never else "mean over folds"
-    known = [t for t in thresholds if np.isfinite(t)]
+    known = [t for t in thresholds if t < NEVER]
     yield tell.row("alarm_threshold", first, everybody, float(np.mean(known)) if known else None, x=BUDGET, why=words)
     yield from _false_alarms(tell, "", tests)
     if soaks[0].episodes:

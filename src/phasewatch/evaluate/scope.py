@@ -35,7 +35,7 @@ class Shown:
         """Give the marked windows, or those at these places."""
         return Shown(**{name: getattr(self, name)[rows] for name in self.__slots__})
 
-    def keys(self) -> list[tuple[str, int]]:
+    def window_ids(self) -> list[tuple[str, int]]:
         """Name each window by its episode and its time."""
         return list(zip(self.episode_id.tolist(), self.t_center_ns.tolist(), strict=True))
 
@@ -148,13 +148,31 @@ class Values:
     @classmethod
     def of(cls, confusion: Floats, classes: tuple[int, ...]) -> Values:
         """Score ``(..., 5, 5)`` counts."""
-        f1 = measures.f1_per_class(confusion)
-        states = measures.f1_per_class(measures.three_states(confusion))
+        return cls.of_terms(terms_of(confusion), classes)
+
+    @classmethod
+    def of_terms(cls, terms: Floats, classes: tuple[int, ...]) -> Values:
+        """Score ``(..., 16)`` sums of `terms_of`."""
+        k = 2 * measures.N_CLASSES
+        f1, states = measures.f1_of_terms(terms[..., :k]), measures.f1_of_terms(terms[..., k:])
         return cls(
-            macro_f1=f1[..., list(classes)].mean(axis=-1),
-            macro_f1_3=states[..., list(measures.state_classes(classes))].mean(axis=-1),
-            f1=f1,
+            macro_f1=_mean_over(f1, classes), macro_f1_3=_mean_over(states, measures.state_classes(classes)), f1=f1
         )
+
+
+def terms_of(confusion: Floats) -> Floats:
+    """Give what all scores are ratios of, ``(..., 5, 5)`` → ``(..., 16)``: F1's terms of the phases, then of the states."""
+    pairs = (measures.f1_terms(confusion), measures.f1_terms(measures.three_states(confusion)))
+    terms: Floats = np.concatenate(pairs, axis=-1)
+    return terms
+
+
+def _mean_over(f1: Floats, classes: tuple[int, ...]) -> Floats:
+    """Average over the classes: a product with 1/k is five times as fast as numpy's mean over a short axis."""
+    share = np.zeros(f1.shape[-1])
+    share[list(classes)] = 1 / len(classes)
+    mean: Floats = f1 @ share
+    return mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -168,10 +186,15 @@ class Scored:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Kept:
-    """The resamples ``(B,)`` that keep all classes of a part; None with the words why there is no interval."""
+    """The resamples ``(B,)`` that keep all classes of a part; None with the words why there is no interval.
+
+    Attributes:
+        tail: Share of the resamples to leave out on either side.
+    """
 
     rows: NDArray[np.bool_] | None
     why: str | None
+    tail: float = 0.0
 
 
 def keep_resamples(scope: Scope) -> Kept:
@@ -183,6 +206,9 @@ def keep_resamples(scope: Scope) -> Kept:
     sessions = len(np.unique(scope.clusters.of))
     if sessions < bootstrap.MIN_CLUSTERS:
         return Kept(rows=None, why=f"{sessions} sessions, an interval needs {bootstrap.MIN_CLUSTERS}")
+    hosts = len(np.unique(scope.clusters.host[np.unique(scope.clusters.of)]))
+    if sessions == hosts:
+        return Kept(rows=None, why=f"one session a host ({hosts}), nothing to resample within hosts")
     if scope.weights is None:
         return Kept(rows=None, why="hardly a resample keeps a window of each class")
     truth = bootstrap.sums(
@@ -191,21 +217,21 @@ def keep_resamples(scope: Scope) -> Kept:
     rows: NDArray[np.bool_] = np.all(bootstrap.resample(scope.weights, truth) > 0, axis=1)
     if 2 * rows.sum() < len(rows):
         return Kept(rows=None, why="most resamples lose one of the classes")
-    return Kept(rows=rows, why=None)
+    return Kept(rows=rows, why=None, tail=bootstrap.tail_of(sessions, hosts))
 
 
 def score_answers(scope: Scope, kept: Kept) -> dict[str, list[Scored]]:
     """Score each model's answers, and their resamples, one for each seed."""
     k = measures.N_CLASSES
     counts = [bootstrap.confusions(scope.clusters, scope.shown.y_true, a.y_pred) for a in scope.answers]
-    drawn = draw(scope, kept, counts)
+    drawn = draw(scope, kept, [terms_of(c.reshape(-1, k, k)) for c in counts])
     found: dict[str, list[Scored]] = {}
     for i, answer in enumerate(scope.answers):
         found.setdefault(answer.model, []).append(
             Scored(
                 seed=answer.seed,
                 point=Values.of(counts[i].sum(axis=0).reshape(k, k), scope.classes),
-                draws=None if drawn is None else Values.of(drawn[i].reshape(-1, k, k), scope.classes),
+                draws=None if drawn is None else Values.of_terms(drawn[i], scope.classes),
             )
         )
     return found
@@ -234,5 +260,5 @@ def span(draws: Floats | None, kept: Kept) -> dict[str, object]:
     """Give a row's interval, or why there is none."""
     if draws is None:
         return {"why": kept.why}
-    low, high = bootstrap.interval(draws)
+    low, high = bootstrap.interval(draws, kept.tail)
     return {"low": low, "high": high}

@@ -14,8 +14,9 @@ from phasewatch.dataset.splits import group_of
 from phasewatch.dataset.tensors import GRIDS
 from phasewatch.errors import RunError
 from phasewatch.evaluate import across, shift
-from phasewatch.evaluate.board import build_rows
+from phasewatch.evaluate.board import build_rows, scope_of
 from phasewatch.evaluate.bootstrap import RESAMPLES
+from phasewatch.evaluate.calibration import abstention_rows, calibration_rows, least_confidence
 from phasewatch.evaluate.operator import DAMAGE, operator_rows
 from phasewatch.evaluate.rows import METRICS, MetricRow, Metrics, headline, parse_metrics, render_metrics
 from phasewatch.evaluate.said import Board, join, parse_boards
@@ -68,10 +69,11 @@ def rescore(run: Path, *, resamples: int = RESAMPLES, seed: int = 0) -> Metrics:
         boards = list(parse_boards(table, folds))
         if not boards:
             raise RunError(f"{path}: no test rows; train a recipe that holds something out")
+        val_b = {b.key: b for b in parse_boards(table, {}, part="val_b")}
         for board in boards:
-            rows += _score_board(board, rules)
+            rows += _score_board(board, val_b.get(board.key), rules)
         rows += across.build_gaps(boards, rules)
-        rows += _operate(boards, table, _recorded(run), rules)
+        rows += _operate(boards, val_b, table, _recorded(run), rules)
     return Metrics(inputs={PREDICTIONS: file_sha256(path), **digests}, metrics=tuple(rows))
 
 
@@ -107,7 +109,7 @@ def _read_folds(run: Path) -> tuple[dict[tuple[str, str], Fold], dict[str, str]]
     return {(fold.recipe, fold.fold): fold for fold in folds}, digests
 
 
-def _score_board(board: Board, rules: Rules) -> list[MetricRow]:
+def _score_board(board: Board, val_b: Board | None, rules: Rules) -> list[MetricRow]:
     """Score the models that answered for all folds together, then those of each fold; then say what could not be."""
     rows: list[MetricRow] = []
     keys = {"recipe": board.recipe, "threat": board.threat, "table": board.table, "filter": board.filter}
@@ -117,6 +119,11 @@ def _score_board(board: Board, rules: Rules) -> list[MetricRow]:
         for fold in board.folds:
             rows += _pooled(board, [fold], Place(**keys, fold=fold, agent=None), (own,), rules)
     place = Place(**keys, fold=POOLED, agent=None)
+    if (joined := join(board, board.folds)) is not None and (chosen := joined.of_agent(own)) is not None:
+        scope = scope_of(chosen.shown, chosen.answers, rules)
+        rows += calibration_rows(place.at(own), scope)
+        if board.filter == NO_FILTER:
+            rows += abstention_rows(place.at(own), scope, least_confidence(chosen, board, val_b))
     rows += [place.row(metric="note", model=None, why=words) for words in board.refused]
     return rows
 
@@ -134,11 +141,17 @@ def _pooled(
             )  # fmt: skip
 
 
-def _operate(boards: Sequence[Board], table: Any, recorded: Mapping[str, Recorded], rules: Rules) -> list[MetricRow]:
+def _operate(
+    boards: Sequence[Board],
+    val_b: Mapping[tuple[str, str, str, str], Board],
+    table: Any,
+    recorded: Mapping[str, Recorded],
+    rules: Rules,
+) -> list[MetricRow]:
     """Take the operator's view on the boards that hold out a host; those that need the agent on its episodes."""
     rows: list[MetricRow] = []
     wanted = [b for b in boards if b.recipe in shift.RECIPES and b.filter != SCHEDULE]
-    others = {part: {b.key: b for b in parse_boards(_only(table, wanted), {}, part=part)} for part in ("val_b", "soak")}
+    soak = {b.key: b for b in parse_boards(_only(table, wanted), {}, part="soak")} if recorded else {}
     for board in wanted:
         place = Place(
             recipe=board.recipe, fold=POOLED, threat=board.threat, table=board.table, filter=board.filter, agent=None
@@ -148,7 +161,7 @@ def _operate(boards: Sequence[Board], table: Any, recorded: Mapping[str, Recorde
                 place.row(metric="note", model=None, why="no operator's view: the run has no grids with labels")
             )
             continue
-        parts = shift.Parts(test=board, val_b=others["val_b"].get(board.key), soak=others["soak"].get(board.key))
+        parts = shift.Parts(test=board, val_b=val_b.get(board.key), soak=soak.get(board.key))
         rows += operator_rows(parts, recorded, rules, agent=across.own_agent(board.threat))
     return rows
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.evaluate.alarms import THRESHOLDS, Spans, meeting, outcome, watch
+from phasewatch.evaluate.alarms import Spans, outcome, watch
 from phasewatch.evaluate.bootstrap import Floats
 from phasewatch.evaluate.said import Board, Said
+from phasewatch.models.alarm import BUDGET, choose_alarm
+from phasewatch.models.filter import Track
 
 BUDGETS = (0.5, 1.0, 2.0, 3.0, 6.0, 12.0, 30.0, 60.0)  # false alarms per VM-hour that an operator might allow
-BUDGET = 1.0
 AT = BUDGETS.index(BUDGET)
 RECIPES = ("held_out_host", "held_out_both")  # in the second the benign kind is new too
 
@@ -46,6 +47,7 @@ class WatchedEpisode:
     session: str
     profile: str
     t_center_ns: NDArray[np.int64]
+    y: NDArray[np.int64]
     probabilities: Floats
     spans: Spans
 
@@ -103,17 +105,28 @@ def live_through(own: Sequence[Said], parts: Parts, recorded: Mapping[str, Recor
             return e.host_id not in hosts and not (both and recorded[e.id].group in groups)
 
         soak = _episodes(_same(parts.soak, said), recorded)
-        calm = watch([e.watched for e in (*_episodes(_same(parts.val_b, said), recorded), *filter(is_far, soak))])
-        if not calm.exposure_s.sum():
-            return f"fold {said.fold} has no calm time in validation B and soak to set a threshold by"
-        at = [meeting(calm, THRESHOLDS, budget) for budget in BUDGETS]
-        thresholds.append(float(THRESHOLDS[at[AT]]))
+        heard = [*_episodes(_same(parts.val_b, said), recorded), *filter(is_far, soak)]
+        if not heard:
+            return f"fold {said.fold} has no validation B and no soak of other hosts to set a threshold by"
+        at = _thresholds(heard)
+        thresholds.append(at[AT])
         tests.append(_lived(_episodes(said, recorded, agent), at))
         soaks.append(_lived(list(filter(is_near, soak)), at))
     test = _joined(tests)
     if not test.episodes:
         return "no test episode has label spans in the grids"
     return Shift(test=test, soak=_joined(soaks), thresholds=tuple(thresholds))
+
+
+def _thresholds(heard: Sequence[WatchedEpisode]) -> tuple[float, ...]:
+    """Choose the threshold of each budget as training does, from what a fold may hear."""
+    track = Track(
+        y=np.concatenate([e.y for e in heard]),
+        of=np.repeat(np.arange(len(heard)), [len(e.y) for e in heard]),
+        t_center_ns=np.concatenate([e.t_center_ns for e in heard]),
+    )
+    p = np.concatenate([e.probabilities for e in heard])
+    return tuple(choose_alarm(p, track, budget=budget).theta for budget in BUDGETS)
 
 
 def _same(board: Board | None, said: Said) -> Said | None:
@@ -135,16 +148,16 @@ def _episodes(said: Said | None, recorded: Mapping[str, Recorded], agent: str | 
         found.append(
             WatchedEpisode(
                 id=s.episode_id[at], host_id=s.host_id[at], session=s.session[at], profile=s.profile[at],
-                t_center_ns=s.t_center_ns[at : at + n], probabilities=said.answer.probabilities[at : at + n],
+                t_center_ns=s.t_center_ns[at : at + n], y=s.y_true[at : at + n], probabilities=said.answer.probabilities[at : at + n],
                 spans=known.spans,
             )
         )  # fmt: skip
     return found
 
 
-def _lived(episodes: Sequence[WatchedEpisode], at: Sequence[int]) -> Lived:
+def _lived(episodes: Sequence[WatchedEpisode], thresholds: Sequence[float]) -> Lived:
     watched = watch([e.watched for e in episodes])
-    found = outcome(watched, THRESHOLDS[list(at)])
+    found = outcome(watched, thresholds)
     return Lived(
         episodes=tuple(episodes), onset_ns=watched.onset_ns, exposure_s=watched.exposure_s,
         false_alarms=found.false_alarms, delay_s=found.delay_s,

@@ -13,10 +13,11 @@ from phasewatch.episode.model import SourceRows
 from phasewatch.grid import arithmetic
 from phasewatch.grid.align import CLOCK_STEP, LATE, in_order, reading_groups, span_values
 from phasewatch.grid.clocks import STEP_NS
-from phasewatch.vocab import BIN_NS, STALE_NS, Source
+from phasewatch.vocab import BIN_NS, STALE_NS, WINDOW_BINS, Source
 
 LATENESS_NS = 1_000_000_000  # a bin is closed that long after its end, whatever is missing
 MOST_MARKED = 7200  # bins that one clock step may flag: an hour
+KEPT_FLAGS = 2 * WINDOW_BINS  # bins back to which flags are kept: a late reading flags windows to come, not those gone
 _INT64 = 2**63
 
 Row = Sequence[int | float | None]  # t_wall_ns, t_mono_ns, seq, then the source's raw fields in the order of RAW
@@ -88,15 +89,14 @@ class StreamGrid:
         closed = []
         while self._end_of(self._next) + LATENESS_NS <= now_ns:
             values = self._close()
+            self._flags.pop(self._next - KEPT_FLAGS, None)
             if self._next >= 0:
                 closed.append(Bin(number=self._next, end_ns=self._end_of(self._next), values=values))
             self._next += 1
         return closed
 
     def flags_of(self, first: int, count: int) -> int:
-        """Give the flags of some bins together, and forget those of earlier ones."""
-        for number in [number for number in self._flags if number < first]:
-            del self._flags[number]
+        """Give the flags of some bins together."""
         together = 0
         for number in range(first, first + count):
             together |= self._flags.get(number, 0)
@@ -144,7 +144,7 @@ class StreamGrid:
             self._mark(min(wall, before[0]), max(wall, before[0]), CLOCK_STEP)
 
     def _mark(self, low_ns: int, high_ns: int, flag: int) -> None:
-        first = max((low_ns - self.t0_ns) // BIN_NS, self._next - 2 * MOST_MARKED, 0)
+        first = max((low_ns - self.t0_ns) // BIN_NS, self._next - KEPT_FLAGS, 0)
         last = min((high_ns - self.t0_ns) // BIN_NS, first + MOST_MARKED)
         for number in range(first, last + 1):
             self._flags[number] = self._flags.get(number, 0) | flag

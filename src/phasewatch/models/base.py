@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from phasewatch.errors import MismatchError, UsageError
 from phasewatch.measures import N_CLASSES, at_temperature, log_loss
 from phasewatch.models import checkpoint
+from phasewatch.models.alarm import AlarmRule, choose_alarm
 from phasewatch.models.checkpoint import Header
+from phasewatch.models.filter import NONE, PHASE, PhaseFilter, Track, fit_filter
 from phasewatch.vocab import PHASES, WINDOW_BINS
 
 Floats = NDArray[np.float64]
@@ -124,6 +126,7 @@ class PhaseModel(ABC):
         Config: Frozen dataclass of what can be set, with defaults.
         temperature: Set by `calibrate`; 1 until then.
         history: Name → one number per round, of the fit.
+        filter, alarm: Set by `decide`; none until then.
     """
 
     key: ClassVar[str]
@@ -146,6 +149,9 @@ class PhaseModel(ABC):
         self.spec: InputSpec | None = None
         self.seen: tuple[int, ...] = ()
         self.trained_on: dict[str, str] = {}
+        self.trained_with: dict[str, int] = {}
+        self.filter: PhaseFilter | None = None
+        self.alarm: dict[str, AlarmRule] = {}
 
     @final
     def fit(self, train: Examples, val: Examples) -> Self:
@@ -165,7 +171,9 @@ class PhaseModel(ABC):
         self.spec = train.inputs.spec
         self.seen = tuple(int(c) for c in np.unique(train.y))
         self.trained_on = {"train": train.sha256(), "val_a": val.sha256()}
+        self.trained_with = {"train": len(train), "val_a": len(val)}
         self.temperature, self.history = 1.0, {}
+        self.filter, self.alarm = None, {}
         self._fit(train, val)
         return self
 
@@ -176,6 +184,26 @@ class PhaseModel(ABC):
         raw = self.predict_proba(val.inputs)
         self.temperature = fit_temperature(raw, val.y)
         self.trained_on["val_b"] = val.sha256()
+        self.trained_with["val_b"] = len(val)
+        return self
+
+    @final
+    def decide(self, train: Track, val: tuple[Inputs, Track], soak: tuple[Inputs, Track]) -> Self:
+        """Fit the phase filter and the alarm's thresholds, after `calibrate`.
+
+        Args:
+            train: Truth of the train windows, in the order of time: where the schedule is learnt from.
+            val: Validation B.
+            soak: Benign hours of hosts and samples that the test set is not of.
+        """
+        said = [(self.predict_proba(inputs), track) for inputs, track in (val, soak)]
+        self.filter = found = fit_filter(train, val[1], said[0][0])
+        whole = Track.join([track for _, track in said])
+        heard = {
+            NONE: np.concatenate([p for p, _ in said]),
+            PHASE: np.concatenate([found.run(p, track.of, track.t_center_ns) for p, track in said]),
+        }
+        self.alarm = {name: choose_alarm(p, whole) for name, p in heard.items()}
         return self
 
     @final
@@ -224,6 +252,9 @@ class PhaseModel(ABC):
             temperature=self.temperature,
             history=self.history,
             trained_on=self.trained_on,
+            trained_with=self.trained_with,
+            filter=self.filter,
+            alarm=self.alarm,
             versions=checkpoint.versions(self._libraries()),
             files={},
         )
@@ -243,6 +274,7 @@ class PhaseModel(ABC):
         )
         model.seen, model.temperature = header.seen, header.temperature
         model.history, model.trained_on = dict(header.history), dict(header.trained_on)
+        model.filter, model.alarm, model.trained_with = header.filter, dict(header.alarm), dict(header.trained_with)
         model._restore(files)
         return model
 

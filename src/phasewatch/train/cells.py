@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phasewatch import atomic
-from phasewatch.dataset import file_sha256, load, read_fold, tensors
+from phasewatch.dataset import Sets, file_sha256, load, read_fold, tensors
 from phasewatch.dataset.run import FEATURES, SCHEMA, VALIDATION
 from phasewatch.errors import MachineError, RunError
 from phasewatch.grid.files import GRIDS
 from phasewatch.models import registry
+from phasewatch.models.base import PhaseModel
 from phasewatch.models.checkpoint import HEADER, read_header
+from phasewatch.models.filter import NONE, PHASE, SCHEDULE
 from phasewatch.train.cell import DONE, MODELS, Cell, Done, Sources, parse_done, render_done
-from phasewatch.train.predictions import PREDICTIONS, build_table, read_table, write_table
+from phasewatch.train.predictions import PREDICTIONS, Said, build_table, read_table, write_table
 from phasewatch.workers import map_ordered
 
 BINS = f"{tensors.GRIDS}/{GRIDS}"
@@ -89,14 +91,42 @@ def train_cell(job: _Job) -> None:
     atomic.sweep_temporaries(folder)
     sets = load(job.run, cell.recipe, cell.fold, cell.threat, registry.row_of(cell.model).kind)
     model = registry.create(cell.model, seed=cell.seed)
-    model.fit(sets.train.examples, sets.val_a.examples).calibrate(sets.val_b.examples)
+    learn(model, sets)
     model.save(folder)
-    parts = [("val_b", sets.val_b), ("test", sets.test), ("soak", sets.soak)]
-    table = build_table(cell, [(name, part, model.predict_proba(part.inputs)) for name, part in parts])
-    write_table(folder / CELL_PREDICTIONS, [table])
+    write_table(folder / CELL_PREDICTIONS, [build_table(cell, said_of(model, sets))])
     names = [HEADER, *read_header(folder).files, CELL_PREDICTIONS]
     done = Done(cell=cell, inputs=job.inputs, outputs={name: file_sha256(folder / name) for name in names})
     atomic.write_whole(folder / DONE, render_done(done))
+
+
+def learn(model: PhaseModel, sets: Sets) -> PhaseModel:
+    """Fit on train and validation A; calibrate, smooth and set the alarm by train, validation B and spared soak.
+
+    Windows that were dealt one by one have no past to smooth over, and no hours to be quiet in.
+    """
+    model.fit(sets.train.examples, sets.val_a.examples).calibrate(sets.val_b.examples)
+    if sets.fold.deal is None and not registry.row_of(model.key).is_baseline:
+        spared = sets.soak.take(sets.spared_soak)
+        model.decide(sets.train.track, (sets.val_b.inputs, sets.val_b.track), (spared.inputs, spared.track))
+    return model
+
+
+def said_of(model: PhaseModel, sets: Sets) -> list[Said]:
+    """Give what a model says of each window that it did not learn from, as it is and filtered."""
+    said: list[Said] = []
+    for name, part in (("val_b", sets.val_b), ("test", sets.test), ("soak", sets.soak)):
+        p = model.predict_proba(part.inputs)
+        said.append(Said(part=name, filter=NONE, data=part, p=p))
+        if model.filter is not None:
+            track = part.track
+            smoothed = {PHASE: model.filter}
+            if name == "test":  # a reference beside the scores, nothing that rings
+                smoothed[SCHEDULE] = model.filter.schedule()
+            said += [
+                Said(part=name, filter=key, data=part, p=f.run(p, track.of, track.t_center_ns))
+                for key, f in smoothed.items()
+            ]
+    return said
 
 
 def read_sources(run: Path) -> Sources:
