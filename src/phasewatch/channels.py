@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import combinations
 from typing import Literal
 
 from phasewatch.errors import UsageError
@@ -270,6 +271,10 @@ _MASKS: dict[str, frozenset[str]] = {
     "portable": frozenset(c.full_name for c in CHANNELS if c.in_deployment and c.accel == "any"),
     "balloon": frozenset(c.full_name for c in _BALLOON),
     "guest": frozenset(c.full_name for c in CHANNELS if c.source is Source.GUEST),
+    # What the counters of a host's tap device tell without looking into a frame.
+    "tap": frozenset(
+        f"{Source.NETFLOW}.{n}" for n in ("out_pkts", "out_bytes", "in_pkts", "in_bytes", "mean_out_size")
+    ),
     **{
         str(source): frozenset(c.full_name for c in CHANNELS if c.source is source and c.in_deployment)
         for source in (Source.PROC, Source.QMP, Source.NETFLOW)
@@ -298,6 +303,16 @@ def mask_of(name: str) -> tuple[bool, ...]:
 def mask_names() -> tuple[str, ...]:
     """Give the names that `mask_of` knows."""
     return tuple(_MASKS)
+
+
+def source_subsets() -> tuple[str, ...]:
+    """Name the 15 threat models that have one, two, three or all of the sources, fewest first.
+
+    >>> source_subsets()[4], source_subsets()[-1]
+    ('proc+qmp', 'proc+qmp+netflow+guest')
+    """
+    sources = tuple(map(str, Source))
+    return tuple("+".join(chosen) for n in range(1, len(sources) + 1) for chosen in combinations(sources, n))
 
 
 def _check_tables() -> None:

@@ -7,6 +7,7 @@ PhasewatchError
 │   ├── StoreError           a store is absent, empty or not a store
 │   │   └── TakenError           other bytes already stand under an id
 │   ├── RunError             a file of a run is absent, half made or not what its reader expects
+│   ├── EventError           an event for the dashboard is malformed, too large or of an unknown type
 │   └── PlanError            a recording plan is not valid, or leaks the phase through elapsed time
 ├── MismatchError         4  two things were made for different schemas, versions or masks
 │   └── SplitError           a recipe cannot be built from these episodes
@@ -69,6 +70,10 @@ class TakenError(StoreError):
 
 class RunError(DataError):
     """A file of a run is absent, half made or not what its reader expects."""
+
+
+class EventError(DataError):
+    """An event for the dashboard is malformed, too large or of an unknown type."""
 
 
 class PlanError(DataError):

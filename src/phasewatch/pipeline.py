@@ -123,6 +123,12 @@ def build_stages(settings: Settings, say: Tell) -> tuple[Stage, ...]:
         count = stages.features(settings)
         return f"{count.windows:,} windows of {count.episodes:,} episodes"
 
+    def split() -> str:
+        built = stages.split(settings)
+        lacking = [b.recipe for b in built if b.why]
+        words = f"; cannot be built: {', '.join(lacking)} (splits_v1.json says why)" if lacking else ""
+        return f"{sum(len(b.folds) for b in built)} folds of {sum(bool(b.folds) for b in built)} recipes{words}"
+
     def train() -> str:
         done = stages.train(settings, tell=lambda cell, n, m: say("train", n, m, f"{cell.model} {cell.fold}"))
         return f"{len(done.trained)} cells trained, {len(done.kept)} kept"
@@ -144,12 +150,12 @@ def build_stages(settings: Settings, say: Tell) -> tuple[Stage, ...]:
         Stage(
             name="split",
             inputs=lambda: digests(folder, [INDEX, *FEATURE_FILES]) | {"code": code},
-            outputs=lambda: stages.split_files(folder), work=lambda: f"{stages.split(settings)} folds",
+            outputs=lambda: stages.split_files(folder), work=split,
         ),
         Stage(
             name="train",
             inputs=lambda: digests(folder, [*FEATURE_FILES, INDEX, *stages.split_files(folder)])
-            | {"code": code, "seed": str(settings.seed), "grid": settings.grid, "models": ",".join(settings.models)},
+            | {"code": code, "seed": str(settings.seed), "grid": settings.grid, "models": ",".join(settings.models), "recipes": ",".join(settings.recipes), "trials": str(settings.trials)},
             outputs=files(PREDICTIONS), work=train,
         ),
         Stage(

@@ -13,6 +13,7 @@ BIN_NS = 500_000_000  # one cell of the grid
 STALE_NS = 2_500_000_000  # a reading older than this says nothing about now
 WINDOW_BINS = 20
 STRIDE_BINS = 10
+BENIGN = "benign"  # the one profile that is not malicious
 MIN_FINITE = 10  # finite bins of a window below which its stats are NaN
 
 HOST_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")

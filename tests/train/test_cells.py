@@ -108,18 +108,23 @@ def test_a_cell_leaves_a_checkpoint_and_its_predictions(trained: Path) -> None:
 def test_predictions_have_the_columns_of_the_format_and_each_window_once(trained: Path) -> None:
     table = pq.read_table(trained / PREDICTIONS)
     sets = load(trained, "held_out_host", FOLD)
-    per_model = len(sets.val_b) + len(sets.test) + len(sets.soak)
+    once = len(sets.val_b) + len(sets.test) + len(sets.soak)
+    filters = table.group_by(["model", "filter"]).aggregate([([], "count_all")]).to_pylist()
 
     assert table.column_names == COLUMNS == schema().names
-    assert table.num_rows == len(KEYS) * per_model
+    assert {(row["model"], row["filter"]): row["count_all"] for row in filters} == {
+        **{(model, "none"): once for model in KEYS},
+        **{(model, "phase"): once for model in ("gbt", "cnn")},
+        **{(model, "schedule"): len(sets.test) for model in ("gbt", "cnn")},
+    }
     assert (
         pc.count_distinct(
             pc.binary_join_element_wise(
-                table["model"], table["part"], table["episode_id"], table["t_center_ns"].cast("string"), "/"
+                table["model"], table["filter"], table["part"], table["episode_id"], table["t_center_ns"].cast("string"), "/",
             )
         ).as_py()
         == table.num_rows
-    )
+    )  # fmt: skip
     assert set(table["part"].to_pylist()) == {"val_b", "test", "soak"}
     assert set(table["agent"].to_pylist()) == {"on", "off"}
 
@@ -135,7 +140,7 @@ def test_predictions_are_those_of_the_stored_checkpoint(trained: Path) -> None:
     model = registry.load(cells(("gbt",))[0].folder(trained))
     test = load(trained, "held_out_host", FOLD).test
     table = pq.read_table(cells(("gbt",))[0].folder(trained) / "predictions.parquet")
-    stored = table.filter(pc.equal(table["part"], "test"))
+    stored = table.filter(pc.and_(pc.equal(table["part"], "test"), pc.equal(table["filter"], "none")))
 
     assert model.predict_proba(test.inputs).astype(np.float32)[:, 0].tolist() == stored["p_clean"].to_pylist()
 
@@ -148,6 +153,30 @@ def test_the_temperature_is_that_of_validation_b_and_the_header_says_what_was_le
     assert header.trained_on == {
         "train": sets.train.examples.sha256(), "val_a": sets.val_a.examples.sha256(), "val_b": sets.val_b.examples.sha256(),
     }  # fmt: skip
+
+
+def test_filtered_rows_and_thresholds_are_those_of_the_checkpoint(trained: Path) -> None:
+    header = read_header(cells(("gbt",))[0].folder(trained))
+    sets = load(trained, "held_out_host", FOLD)
+    table = pq.read_table(cells(("gbt",))[0].folder(trained) / "predictions.parquet")
+    stored = table.filter(pc.and_(pc.equal(table["part"], "test"), pc.equal(table["filter"], "phase")))
+    plain = registry.load(cells(("gbt",))[0].folder(trained)).predict_proba(sets.test.inputs)
+    track = sets.test.track
+
+    assert header.filter is not None
+    assert set(header.alarm) == {"none", "phase"}
+    smoothed = header.filter.run(plain, track.of, track.t_center_ns).astype(np.float32)
+    assert np.array_equal(smoothed[:, 0], stored["p_clean"].to_numpy())
+    exposure = len(sets.val_b) + int(sets.spared_soak.sum())
+    assert header.alarm["none"].vm_hours == pytest.approx(exposure * 5 / 3600, abs=1e-6)
+
+
+def test_the_soak_of_the_test_host_sets_no_threshold(trained: Path) -> None:
+    sets = load(trained, "held_out_host", FOLD)
+    spared = sets.soak.take(sets.spared_soak)
+
+    assert FOLD in {e.host_id for e in sets.soak.windows.episodes}
+    assert {e.host_id for e in spared.windows.episodes} == {"host-1", "host-2", "host-3"}
 
 
 def test_finished_cells_stay_and_a_changed_file_is_trained_again(run: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from phasewatch.split import Fold, Part, SplitEpisode
+from phasewatch.vocab import Role
 
 LEARNT = (Part.TRAIN, Part.VAL_A, Part.VAL_B)
 Episodes = Sequence[SplitEpisode]
@@ -29,6 +31,15 @@ def faults_of(fold: Fold, episodes: Mapping[str, SplitEpisode]) -> list[str]:
     for claim in CLAIMS.get(fold.recipe, ()):
         found += claim(tested, learnt)
     return [f"{where}: {words}" for words in found]
+
+
+def faults_over(folds: Sequence[Fold], episodes: Mapping[str, SplitEpisode]) -> list[str]:
+    """Say where the folds of a recipe do not together test each lab episode of known phase exactly once."""
+    if not folds or folds[0].recipe not in PARTITIONS:
+        return []
+    tested = Counter(i for fold in folds for i in fold.ids(Part.TEST))
+    wanted = sorted(e.episode_id for e in episodes.values() if e.role is Role.LAB and e.phases)
+    return [f"{folds[0].recipe}: {i} is tested {tested[i]} times, expected once" for i in wanted if tested[i] != 1]
 
 
 def _shared(tested: Episodes, learnt: Episodes, what: str, key: Callable[[SplitEpisode], str]) -> Iterator[str]:
@@ -65,14 +76,17 @@ def _groups(tested: Episodes, learnt: Episodes) -> Iterator[str]:
 
 
 def _time(tested: Episodes, learnt: Episodes) -> Iterator[str]:
-    if tested and learnt and max(e.started_wall_ns for e in learnt) >= min(e.started_wall_ns for e in tested):
-        yield "an episode was learnt from that began after the first tested one"
+    first_ns = min((e.started_wall_ns for e in tested), default=0)
+    for e in learnt:
+        if tested and e.started_wall_ns + round(e.duration_s * 1e9) > first_ns:
+            yield f"{e.episode_id} was learnt from and had not ended when the first tested one began"
 
 
 def _profiles(tested: Episodes, learnt: Episodes) -> Iterator[str]:
     return _shared(tested, learnt, "profile", lambda e: e.profile)
 
 
+PARTITIONS = ("held_out_host", "held_out_sample", "held_out_both", "in_distribution")
 CLAIMS: dict[str, tuple[Callable[[Episodes, Episodes], Iterator[str]], ...]] = {
     "held_out_host": (_hosts,),
     "held_out_sample": (_groups,),

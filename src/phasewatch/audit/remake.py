@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from phasewatch.audit.checks import Check, collecting, judge, untested
-from phasewatch.audit.disjoint import faults_of
+from phasewatch.audit.disjoint import faults_of, faults_over
 from phasewatch.dataset import file_sha256
 from phasewatch.dataset.splits import read_episodes, read_folds
 from phasewatch.split import recipes
@@ -54,6 +54,7 @@ def check_disjoint(run: Path, episodes_from: Path) -> Check:
                 continue
             folds = read_folds(run, recipe.name)
             looked.append(f"{len(folds)} folds of {recipe.name}")
+            faults += faults_over(folds, episodes)
             for fold in folds:
                 faults += faults_of(fold, episodes)
     if not looked and not faults:

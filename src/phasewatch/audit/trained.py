@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.audit.checks import Check, collecting, judge, untested
-from phasewatch.dataset import Sets, load, read_fold
+from phasewatch.dataset import read_fold
 from phasewatch.models import checkpoint, registry
+from phasewatch.models.alarm import THETA_STEP
+from phasewatch.models.base import PhaseModel
 from phasewatch.split import Part
 from phasewatch.train.cell import Cell
-from phasewatch.train.cells import finished_cells, read_sources
+from phasewatch.train.cells import finished_cells, learn, read_sets, read_sources
 from phasewatch.train.predictions import NO_FILTER, PREDICTIONS, PROBABILITIES, read_table
 
 REPEATED = "trained-on-train-only"
@@ -65,21 +67,21 @@ def check_said(run: Path) -> Check:
     return judge(SAID, SAID_PROMISE, faults, looked_at=f"{len(cells)} checkpoints asked again")
 
 
-def _sets(run: Path, cell: Cell) -> Sets:
-    return load(run, cell.recipe, cell.fold, cell.threat, registry.row_of(cell.model).kind)
-
-
 def _repeat(run: Path, cell: Cell) -> Iterator[str]:
-    sets, folder = _sets(run, cell), cell.folder(run)
+    sets, folder = read_sets(run, cell), cell.folder(run)
     header, _ = checkpoint.read(folder)
     expected = {"train": sets.train, "val_a": sets.val_a, "val_b": sets.val_b}
     for part, windows in expected.items():
         if header.trained_on.get(part) != windows.examples.sha256():
             yield f"{folder}: its {part} windows are not those of its fold"
             return
+    if registry.row_of(cell.model).persist == "none":
+        return  # scored by the process that fitted it: there is nothing to hold a second fit against
     model = registry.create(cell.model, seed=header.seed, settings=header.config)
-    model.fit(sets.train.examples, sets.val_a.examples).calibrate(sets.val_b.examples)
+    learn(model, sets)
     stored = registry.load(folder)
+    if not _decides_alike(model, stored):
+        yield f"{folder}: trained again its filter or alarm differs; it was set by something else"
     if not _alike(model.history, stored.history):
         yield f"{folder}: trained again its history differs; it was stopped by something else"
     for part, windows in (("val_a", sets.val_a), ("test", sets.test)):
@@ -97,8 +99,24 @@ def _alike(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[fl
     )
 
 
+def _decides_alike(ours: PhaseModel, theirs: PhaseModel) -> bool:
+    """Whether filter and alarm are the same but for what another CPU's sums may change."""
+    if ours.alarm.keys() != theirs.alarm.keys() or (ours.filter is None) is not (theirs.filter is None):
+        return False
+    one, other = ours.filter, theirs.filter
+    return all(abs(ours.alarm[n].theta - theirs.alarm[n].theta) <= 2 * THETA_STEP for n in ours.alarm) and (
+        one is None
+        or other is None
+        or (
+            one.kappa == other.kappa
+            and np.allclose(one.transitions, other.transitions)
+            and np.allclose(one.prior, other.prior, atol=TOLERANCE)
+        )
+    )
+
+
 def _said(run: Path, cell: Cell, rows: Any) -> Iterator[str]:
-    sets, where = _sets(run, cell), "/".join(map(str, _key(cell)))
+    sets, where = read_sets(run, cell), "/".join(map(str, _key(cell)))
     test = sets.test
     told = [f"{e} {t}" for e, t in zip(rows["episode_id"].to_pylist(), rows["t_center_ns"].to_pylist(), strict=True)]
     ids = [test.windows.episodes[i].episode_id for i in test.windows.of]

@@ -174,18 +174,46 @@ def features(
 
 def split(
     run: Path = typer.Argument(..., help="A run with features."),
+    recipes: str = typer.Option("all", help="How to hold out, separated by commas; `all` for every recipe."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
-    """Cut the run's episodes into train, validation and test, host by host, and prove that nothing overlaps.
+    """Cut the run's episodes into train, validation and test, recipe by recipe, and prove that nothing overlaps.
 
-    Example: phasewatch split runs/mine
+    A recipe that cannot be built says what is missing; the others are built all the same, and one asked for by name
+    ends with exit code 4.
+
+    Example: phasewatch split runs/mine --recipes held_out_host,held_out_both
     """
     from phasewatch import atomic, stages
     from phasewatch.dataset import read_folds
+    from phasewatch.split import Part
 
+    asked = () if recipes == "all" else base.names(recipes)
     with atomic.lock(base.need_run(run)):
-        stages.split(stages.Settings(store=run, run=run))
-    folds = [fold for recipe in stages.RECIPES for fold in read_folds(run, recipe)]
-    rows = [(f.recipe, f.fold, f.sha256[:12], f"untested: {', '.join(f.untested_profiles) or 'none'}") for f in folds]
-    result = {"folds": [{"recipe": f.recipe, "fold": f.fold, "sha256": f.sha256} for f in folds]}
-    base.answer(result, as_json=as_json, lines=[*base.table(rows), str(run / "splits")])
+        built = stages.split(stages.Settings(store=run, run=run), asked)
+    folds = [fold for b in built if b.folds for fold in read_folds(run, b.recipe)]
+    lacking = [b for b in built if b.why]
+    rows = [
+        (
+            f.recipe,
+            f.fold,
+            f.sha256[:12],
+            f"test {len(f.ids(Part.TEST))}",
+            f"train {len(f.ids(Part.TRAIN))}",
+            f"embargoed {len(f.embargoed)}",
+            f"untested: {', '.join(f.untested_profiles) or 'none'}",
+        )
+        for f in folds
+    ]
+    result = {
+        "folds": [
+            {"recipe": f.recipe, "fold": f.fold, "sha256": f.sha256, "untested_profiles": f.untested_profiles} for f in folds
+        ],
+        "cannot_be_built": {b.recipe: b.why for b in lacking},
+    }  # fmt: skip
+    base.answer(
+        result, as_json=as_json,
+        lines=[*base.table(rows), *(f"cannot be built: {b.why}" for b in lacking), str(run / "splits")],
+    )  # fmt: skip
+    if any(b.recipe in asked for b in lacking):
+        raise typer.Exit(4)

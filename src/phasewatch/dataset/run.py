@@ -20,7 +20,7 @@ VALIDATION = "validation_v1.parquet"
 SPLITS = "splits"
 _VERDICT = (
     "episode_id", "host_id", "profile", "sample_name", "sample_kind", "origin", "role", "status", "session", "plan_seed",
-    "agent", "proc_sketch", "started_wall_ns",
+    "agent", "proc_sketch", "started_wall_ns", "duration_s",
 )  # fmt: skip
 
 
@@ -49,6 +49,7 @@ class RunEpisode:
     plan_seed: int
     proc_sketch: tuple[int, ...]
     started_wall_ns: int
+    duration_s: float
 
 
 def read_verdicts(run: Path, *, only: Iterable[str]) -> tuple[RunEpisode, ...]:
@@ -144,6 +145,7 @@ def _parse_verdict(row: Mapping[str, Any], path: Path) -> RunEpisode:
             plan_seed=int(row["plan_seed"]),
             proc_sketch=tuple(row["proc_sketch"] or ()),
             started_wall_ns=int(row["started_wall_ns"]),
+            duration_s=float(row["duration_s"]),
         )
     raise RunError(
         f"{path}: the row of episode {row['episode_id']} has a value that cannot be; run `phasewatch validate` again"

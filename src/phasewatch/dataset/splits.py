@@ -3,13 +3,68 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import msgspec
 
 from phasewatch import atomic, profiles
 from phasewatch.dataset.run import FEATURES, SPLITS, read_table, read_verdicts
-from phasewatch.errors import RunError, UsageError
-from phasewatch.split import Fold, SplitEpisode, build_folds, parse_fold, recipe_of, render_fold
+from phasewatch.errors import RunError, SplitError, UsageError
+from phasewatch.split import RECIPES, Fold, SplitEpisode, build_folds, parse_fold, recipe_of, render_fold
 from phasewatch.vocab import PHASES
+
+INDEX = "splits_v1.json"
+
+
+class Built(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What became of one recipe: its folds, or why it cannot be built."""
+
+    recipe: str
+    folds: tuple[str, ...] = ()
+    why: str = ""
+
+
+def write_all_splits(run: Path, recipes: Iterable[str]) -> tuple[Built, ...]:
+    """Cut the run's episodes by each of the recipes; one that cannot be built costs no other.
+
+    Recipes that the run has already are cut again with them, so that all that is there was made from these episodes.
+    What was built, and why something was not, stands in `splits_v1.json`.
+    """
+    asked = {recipe_of(name).name for name in recipes}
+    names = [row.name for row in RECIPES if row.name in asked or any((run / SPLITS).glob(f"{row.name}-*.json"))]
+    episodes = read_episodes(run)
+    built: list[Built] = []
+    for name in names:
+        try:
+            folds = _write(run, name, episodes)
+        except SplitError as error:
+            _remove(run, name, keep=set())
+            built.append(Built(recipe=name, why=str(error)))
+        else:
+            built.append(Built(recipe=name, folds=tuple(fold.fold for fold in folds)))
+    data = msgspec.json.format(msgspec.json.encode({"recipes": built}, order="sorted"), indent=1)
+    atomic.write_whole(run / INDEX, data + b"\n")
+    return tuple(built)
+
+
+def read_built(run: Path) -> tuple[Built, ...]:
+    """Read `splits_v1.json`; nothing where there is none (splits written one recipe at a time).
+
+    Raises:
+        RunError: If it is not one.
+    """
+    path = run / INDEX
+    if not path.is_file():
+        return ()
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Index).recipes
+    except msgspec.DecodeError as exc:
+        raise RunError(f"{path}: not an index of splits: {exc}; make it again with `phasewatch split {run}`") from exc
+
+
+class _Index(msgspec.Struct, frozen=True):
+    recipes: tuple[Built, ...]
 
 
 def write_splits(run: Path, recipe: str) -> tuple[Fold, ...]:
@@ -18,16 +73,22 @@ def write_splits(run: Path, recipe: str) -> tuple[Fold, ...]:
     Raises:
         SplitError: If the recipe cannot be built from these episodes.
     """
-    folds = build_folds(recipe, read_episodes(run), profiles=tuple(p.name for p in profiles.PROFILES))
-    folder = run / SPLITS
-    atomic.make_folder(folder)
+    return _write(run, recipe, read_episodes(run))
+
+
+def _write(run: Path, recipe: str, episodes: Sequence[SplitEpisode]) -> tuple[Fold, ...]:
+    folds = build_folds(recipe, episodes, profiles=tuple(p.name for p in profiles.PROFILES))
+    atomic.make_folder(run / SPLITS)
     for fold in folds:
         atomic.write_whole(fold_path(run, fold.recipe, fold.fold), render_fold(fold))
-    current = {fold_path(run, fold.recipe, fold.fold) for fold in folds}
-    for path in sorted(folder.glob(f"{recipe}-*.json")):
-        if path not in current:
-            atomic.remove(path)
+    _remove(run, recipe, keep={fold_path(run, fold.recipe, fold.fold) for fold in folds})
     return folds
+
+
+def _remove(run: Path, recipe: str, *, keep: set[Path]) -> None:
+    for path in sorted((run / SPLITS).glob(f"{recipe}-*.json")):
+        if path not in keep:
+            atomic.remove(path)
 
 
 def read_fold(run: Path, recipe: str, fold: str) -> Fold:
@@ -73,6 +134,7 @@ def read_episodes(run: Path) -> tuple[SplitEpisode, ...]:
             proc_sketch=e.proc_sketch,
             started_wall_ns=e.started_wall_ns,
             phases=tuple(p for p in PHASES if p.code in phases[e.episode_id]),
+            duration_s=e.duration_s,
         )
         for e in known
     )

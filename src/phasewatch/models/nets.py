@@ -27,11 +27,21 @@ class NetConfig(TrainConfig):
     dropout: float = 0.2
 
 
-class _Net(PhaseModel):
+class Net(PhaseModel):
     """What the five share; a body is made by `_body`."""
 
     Config = NetConfig
     kind: ClassVar[InputKind] = InputKind.TENSOR
+
+    @property
+    def net(self) -> Any:
+        """The fitted torch module, from scaled inputs to five scores; `phasewatch export` traces it."""
+        return self._net
+
+    @property
+    def scaler(self) -> Scaler:
+        """What scales its inputs."""
+        return self._scaler
 
     def _body(self, width_in: int) -> Any:
         raise NotImplementedError
@@ -77,7 +87,7 @@ class _Net(PhaseModel):
         return ("numpy", "torch", "safetensors")
 
 
-class MlpNet(_Net):
+class MlpNet(Net):
     """Two hidden layers over the five stats of each channel."""
 
     key = "mlp"
@@ -89,7 +99,7 @@ class MlpNet(_Net):
         return Mlp(width_in, width=self.config.width, dropout=self.config.dropout)
 
 
-class CnnNet(_Net):
+class CnnNet(Net):
     """A 1-D residual net over the bins."""
 
     key = "cnn"
@@ -100,7 +110,7 @@ class CnnNet(_Net):
         return Cnn(width_in, width=self.config.width, dropout=self.config.dropout)
 
 
-class GruNet(_Net):
+class GruNet(Net):
     """A gated recurrent net over the bins."""
 
     key = "gru"
@@ -113,7 +123,7 @@ class GruNet(_Net):
         return Recurrent(width_in, cell=GRU, width=self.config.width, dropout=self.config.dropout)
 
 
-class LstmNet(_Net):
+class LstmNet(Net):
     """A long short-term memory over the bins."""
 
     key = "lstm"
@@ -126,7 +136,7 @@ class LstmNet(_Net):
         return Recurrent(width_in, cell=LSTM, width=self.config.width, dropout=self.config.dropout)
 
 
-class TransformerNet(_Net):
+class TransformerNet(Net):
     """Two attention layers over the bins."""
 
     key = "transformer"

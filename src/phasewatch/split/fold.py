@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import msgspec
@@ -15,13 +15,19 @@ VERSION = 1
 
 
 class Part(StrEnum):
-    """The set that an episode is in: A stops the training, B sets temperature and thresholds."""
+    """The set that an episode is in: A stops the training, B sets temperature and thresholds.
+
+    An embargoed one stands too near to the test set, an excluded one is of what the recipe holds out beside its test
+    set, and the windows of a dealt one go to all four sets.
+    """
 
     TRAIN = "train"
     VAL_A = "val_a"
     VAL_B = "val_b"
     TEST = "test"
     EMBARGOED = "embargoed"
+    EXCLUDED = "excluded"
+    DEALT = "dealt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +52,7 @@ class SplitEpisode:
     proc_sketch: tuple[int, ...]
     started_wall_ns: int
     phases: tuple[Phase, ...]
+    duration_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +66,16 @@ class Coverage:
     val_b: int
     test: int
     embargoed: int
+    excluded: int = 0
+    dealt: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deal:
+    """How windows are dealt where sets are drawn window by window: fold `number` `of` so many."""
+
+    number: int
+    of: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +83,13 @@ class Fold:
     """One cut of the episodes; what stands in `splits/<recipe>-<fold>.json`.
 
     Attributes:
-        validation: Whose episodes validate: ``host:<host_id>``, or ``sessions`` where no host could be spared.
+        validation: Whose episodes validate: ``host:<host_id>``, ``sessions`` (a share of the others), ``fold`` (the next
+            one), ``last`` (in time), or ``windows``.
         episodes: Episode → its set. Episodes of other roles or unknown phase are not listed.
-        embargoed: Episode → why it may not be trained on.
+        embargoed: Episode → why it may not be trained on, though the recipe alone would let it.
+        excluded: Episode → what of it the recipe holds out.
+        deal: Where windows, not episodes, are dealt to the sets.
+        notes: What a reader of its scores must know.
         asserted: What was checked before this was written; a fold that fails is never made.
         sha256: Digest of the canonical JSON of all other fields.
     """
@@ -85,6 +106,9 @@ class Fold:
     untested_phases: tuple[Phase, ...]
     asserted: tuple[str, ...]
     sha256: str
+    excluded: dict[str, str] = field(default_factory=dict)
+    deal: Deal | None = None
+    notes: tuple[str, ...] = ()
 
     def ids(self, part: Part) -> tuple[str, ...]:
         """Give the episodes of one set, sorted."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,27 @@ from numpy.typing import NDArray
 from phasewatch import atomic
 from phasewatch.dataset import WindowSet
 from phasewatch.dataset.run import need_columns, open_parquet
+from phasewatch.models.filter import NONE
 from phasewatch.train.cell import Cell
 from phasewatch.vocab import PHASES
 
 PREDICTIONS = "predictions_v1.parquet"
-NO_FILTER = "none"
+NO_FILTER = NONE
 PROBABILITIES = tuple(f"p_{phase}" for phase in PHASES)
 _TEXT = (
     "recipe", "fold", "threat", "model", "table", "filter", "part", "role", "agent", "episode_id", "session", "host_id",
     "profile", "sample_name", "sample_kind", "origin",
 )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Said:
+    """What a model, filtered or not, says of a part's windows: ``(n, 5)`` probabilities."""
+
+    part: str
+    filter: str
+    data: WindowSet
+    p: NDArray[np.float64]
 
 
 def schema() -> Any:
@@ -39,16 +51,11 @@ def schema() -> Any:
     )
 
 
-def build_table(cell: Cell, parts: Sequence[tuple[str, WindowSet, NDArray[np.float64]]]) -> Any:
-    """Make a cell's rows: parts in the order given, windows in theirs.
-
-    Args:
-        cell: Whose predictions they are.
-        parts: Name (``val_b``, ``test``, ``soak``), windows, ``(n, 5)`` probabilities.
-    """
+def build_table(cell: Cell, said: Sequence[Said]) -> Any:
+    """Make a cell's rows: parts in the order given, windows in theirs."""
     import pyarrow as pa
 
-    return pa.concat_tables([_build_part(cell, *part) for part in parts])
+    return pa.concat_tables([_build_part(cell, one) for one in said])
 
 
 def write_table(path: Path, tables: Iterable[Any]) -> None:
@@ -74,12 +81,12 @@ def read_table(path: Path) -> Any:
         return file.read(columns=schema().names)
 
 
-def _build_part(cell: Cell, name: str, data: WindowSet, probabilities: NDArray[np.float64]) -> Any:
+def _build_part(cell: Cell, said: Said) -> Any:
     import pyarrow as pa
 
     # Rounded first, decided then: who re-derives the decision from the file gets the same one.
-    p = probabilities.astype(np.float32)
-    w = data.windows
+    p = said.p.astype(np.float32)
+    w = said.data.windows
     of = pa.array(w.of, pa.int32())
 
     def constant(value: str) -> Any:
@@ -90,9 +97,9 @@ def _build_part(cell: Cell, name: str, data: WindowSet, probabilities: NDArray[n
 
     columns = {
         **{n: constant(v) for n, v in cell.keys().items()},
-        "filter": constant(NO_FILTER),
+        "filter": constant(said.filter),
         "seed": pa.array(np.full(len(w), cell.seed, np.int64)),
-        "part": constant(name),
+        "part": constant(said.part),
         "role": of_episode([str(e.role) for e in w.episodes]),
         "agent": of_episode(["on" if e.agent else "off" for e in w.episodes]),
         "episode_id": of_episode([e.episode_id for e in w.episodes]),

@@ -1,0 +1,205 @@
+"""Take a run's trained cells out of it: an edge bundle of all masks of a model, or the ONNX file of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from phasewatch import atomic
+from phasewatch.channels import mask_of
+from phasewatch.dataset import load, read_fold
+from phasewatch.dataset.run import SCHEMA as RUN_SCHEMA
+from phasewatch.dataset.run import read_verdicts
+from phasewatch.dataset.splits import read_folds
+from phasewatch.errors import MismatchError, RunError, UsageError
+from phasewatch.export.edge import CARD, FORMAT, SCHEMA, EdgeHeader, EdgeModel, Trained, pack_edge
+from phasewatch.export.graph import check_parity, to_onnx
+from phasewatch.export.rules import render_rules, rules_of
+from phasewatch.grid.files import open_grids
+from phasewatch.models import registry
+from phasewatch.models.base import Inputs, PhaseModel
+from phasewatch.models.checkpoint import HEADER, read_header
+from phasewatch.split import Part
+from phasewatch.train.cell import MODELS, Cell
+
+PARITY_WINDOWS = 512
+ORACLE = "oracle"
+_NOT_TRAINED = (Part.TEST,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Which cells: one model on one fold; every trained mask of it unless some are named. An edge bundle has no oracle."""
+
+    model: str = "gbt"
+    recipe: str = "deploy"
+    fold: str = ""
+    threats: tuple[str, ...] = ()
+    table: str = "raw"
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """What was written: the masks, and the largest difference from the models on so many real windows."""
+
+    path: Path
+    bytes: int
+    threats: tuple[str, ...]
+    parity: float
+    windows: int
+
+
+def export_run(run: Path, out: Path, wanted: Wanted, *, quote: Callable[[str], str] = lambda threat: "") -> Exported:
+    """Write ``out``, a .zip (edge bundle) or an .onnx (one model alone); nothing in the run is touched.
+
+    Args:
+        run: The run's folder.
+        out: Where; a file of that name is replaced, whole or not at all.
+        wanted: Which cells.
+        quote: Threat → the line that its card shows for how well the model does on hosts that it never saw.
+
+    Raises:
+        UsageError: If the name says neither, lies inside the run, or leaves open which cell is meant.
+        RunError: If there is no such cell.
+        MismatchError: If an export differs from its model by more than 1e-5.
+    """
+    if out.suffix not in (".zip", ".onnx"):
+        raise UsageError(f"{out}: name an edge bundle X.zip, or one model X.onnx")
+    if run.resolve() in out.resolve().parents:
+        raise UsageError(f"{out}: lies inside the run; nothing is ever added to one, name a place outside of {run}")
+    names = [fold.fold for fold in read_folds(run, wanted.recipe)]
+    if not wanted.fold and len(names) > 1:
+        raise UsageError(
+            f"--recipe {wanted.recipe}: has {len(names)} folds; choose one with --fold: {', '.join(names)}"
+        )
+    fold = wanted.fold or names[0]
+    cells = _cells(run, wanted, fold, one=out.suffix == ".onnx")
+    graphs, worst, windows = [], 0.0, 0
+    for cell in cells:
+        model = registry.load(cell.folder(run))
+        data = to_onnx(model)
+        inputs = _windows(run, cell)
+        worst, windows = max(worst, check_parity(model, data, inputs)), windows + len(inputs)
+        graphs.append((cell, model, data))
+    whole = graphs[0][2] if out.suffix == ".onnx" else _bundle(run, graphs, quote)
+    atomic.make_folder(out.parent)
+    atomic.write_whole(out, whole)
+    return Exported(
+        path=out, bytes=len(whole), threats=tuple(cell.threat for cell in cells), parity=worst, windows=windows
+    )
+
+
+def _cells(run: Path, wanted: Wanted, fold: str, *, one: bool) -> list[Cell]:
+    """Find the trained cells, largest mask first."""
+    registry.row_of(wanted.model)
+
+    def cell(threat: str) -> Cell:
+        return Cell(
+            recipe=wanted.recipe, fold=fold, threat=threat, model=wanted.model, table=wanted.table, seed=wanted.seed
+        )
+
+    parent = run / MODELS / wanted.recipe / fold
+    there = [path.name for path in parent.glob("*") if (cell(path.name).folder(run) / HEADER).is_file()]
+    if not one and ORACLE in wanted.threats:
+        raise UsageError("--threat oracle: no watcher has the guest's channels; export it as X.onnx, or another mask")
+    chosen = wanted.threats or tuple(threat for threat in there if one or threat != ORACLE)
+    missing = [threat for threat in chosen if threat not in there]
+    if missing or not chosen:
+        raise RunError(
+            f"{parent}: {wanted.model} was not trained for {missing[0] if missing else 'any mask'} on {wanted.recipe}/{fold}, "
+            f"table {wanted.table}, seed {wanted.seed} (there: {', '.join(sorted(there)) or 'none'}); "
+            f"train it with `phasewatch train {run}`"
+        )
+    if one and len(chosen) > 1:
+        raise UsageError(f"an .onnx holds one model; choose one with --threat: {', '.join(sorted(chosen))}")
+    return [cell(threat) for threat in sorted(chosen, key=lambda threat: (-sum(mask_of(threat)), threat))]
+
+
+def _windows(run: Path, cell: Cell) -> Inputs:
+    """Give some real windows of those that the cell learnt from, evenly spread."""
+    kind = registry.row_of(cell.model).kind
+    inputs = load(run, cell.recipe, cell.fold, cell.threat, kind, cell.table).train.inputs
+    rows = np.unique(np.linspace(0, len(inputs) - 1, min(len(inputs), PARITY_WINDOWS)).astype(np.int64))
+    return Inputs(x=np.ascontiguousarray(inputs.x[rows]), spec=inputs.spec)
+
+
+def trained_on(run: Path, recipe: str, fold: str) -> Trained:
+    """Say who the models of a fold learnt from: train and validation."""
+    cut = read_fold(run, recipe, fold)
+    ids = {episode for episode, part in cut.episodes.items() if part not in _NOT_TRAINED}
+    rows = [row for row in open_grids(run / "grids").rows if row.episode_id in ids]
+    known = read_verdicts(run, only=ids)
+    return Trained(
+        hosts=tuple(sorted({e.host_id for e in known})),
+        accels=tuple(sorted({row.accel for row in rows})),
+        archs=tuple(sorted({row.arch for row in rows})),
+        origins=tuple(sorted({str(e.origin) for e in known})),
+        profiles=tuple(sorted({e.profile for e in known})),
+        episodes=len(known),
+    )
+
+
+def _bundle(
+    run: Path, graphs: Sequence[tuple[Cell, PhaseModel, bytes]], quote: Callable[[str], str]
+) -> bytes:  # the .zip
+    first = graphs[0][0]
+    trained = trained_on(run, first.recipe, first.fold)
+    members = {SCHEMA: (run / RUN_SCHEMA).read_bytes()}
+    models = []
+    versions: dict[str, str] = {}
+    for cell, model, data in graphs:
+        if model.spec is None:
+            raise MismatchError(f"{cell.folder(run)}: the model is not fitted")
+        member = f"{cell.threat}.onnx"
+        members[member] = data
+        header = read_header(cell.folder(run))
+        versions |= header.versions
+        models.append(
+            EdgeModel(
+                member=member,
+                model=cell.model,
+                threat=cell.threat,
+                table=cell.table,
+                seed=cell.seed,
+                input_kind=model.spec.kind,
+                columns=model.spec.names,
+                rules=render_rules(rules_of(header)),
+            )
+        )
+    members[CARD] = _card(models, trained, first, quote).encode()
+    spec = graphs[0][1].spec
+    header_of = EdgeHeader(
+        format=FORMAT, recipe=first.recipe, fold=first.fold, schema_hash=spec.schema_hash if spec else "",
+        behaviour_fingerprint=spec.behaviour_fingerprint if spec else "", classes=read_header(first.folder(run)).classes,
+        trained=trained, models=tuple(models), versions=versions, members={},
+    )  # fmt: skip
+    return pack_edge(header_of, members)
+
+
+def _card(models: Sequence[EdgeModel], trained: Trained, cell: Cell, quote: Callable[[str], str]) -> str:
+    """Say in words what the bundle is, who it learnt from, how well it does, and what it is not."""
+
+    def some(names: Sequence[str]) -> str:
+        return ", ".join(names) or "not known"
+
+    quotes = [(m.threat, quote(m.threat) or "never scored") for m in models]
+    return "\n".join(
+        [
+            f"# {cell.model} for `phasewatch watch`, trained on {cell.recipe}/{cell.fold}, seed {cell.seed}",
+            "",
+            f"Learnt from {trained.episodes} {some(trained.origins)} episodes of the hosts {some(trained.hosts)}",
+            f"under {some(trained.accels)} on {some(trained.archs)}; profiles {some(trained.profiles)}.",
+            "The profiles are emulations. On another accelerator its word is a guess.",
+            "",
+            *(f"- mask `{m.threat}`: {len(m.columns)} columns, {m.table} table, file {m.member}" for m in models),
+            "",
+            "How the same model does on hosts that it never saw (`deploy` itself is never scored):",
+            "",
+            *(f"- `{threat}`: {words}" for threat, words in quotes),
+            "",
+        ]
+    )

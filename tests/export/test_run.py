@@ -1,0 +1,102 @@
+"""What `phasewatch export` takes out of a run, and what it never does to it."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.trained_run import FOLD, RECIPE
+
+from phasewatch.dataset import load
+from phasewatch.errors import RunError, UsageError
+from phasewatch.export.graph import PARITY, run_onnx
+from phasewatch.export.run import Wanted, export_run, trained_on
+from phasewatch.models import registry
+
+CELL = Wanted(recipe=RECIPE, fold=FOLD)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_an_edge_bundle_holds_every_mask_but_the_oracles_largest_first(run: Path, tmp_path: Path) -> None:
+    done = export_run(run, tmp_path / "x.zip", CELL, quote=lambda threat: f"0.99 for {threat}")
+
+    with zipfile.ZipFile(done.path) as archive:
+        header = json.loads(archive.read("edge.json"))
+        card = archive.read("card.md").decode()
+        assert archive.namelist() == [
+            "edge.json", "card.md", "feature_schema_v1.json", "portable.onnx", "realistic.onnx",
+        ]  # fmt: skip
+    assert [m["threat"] for m in header["models"]] == ["realistic", "portable"]
+    assert header["trained"] == json.loads(json.dumps(_fields(trained_on(run, RECIPE, FOLD))))
+    assert header["trained"]["accels"] == ["tcg"]
+    assert "0.99 for portable" in card
+    assert done.parity <= PARITY
+    assert done.windows > 0
+
+
+def _fields(record: object) -> dict[str, object]:
+    return {name: getattr(record, name) for name in record.__struct_fields__}  # type: ignore[attr-defined]
+
+
+def test_the_held_out_host_is_not_among_those_that_it_learnt_from(run: Path) -> None:
+    assert FOLD not in trained_on(run, RECIPE, FOLD).hosts
+
+
+def test_the_same_run_is_the_same_bundle_and_stays_as_it_was(run: Path, tmp_path: Path) -> None:
+    before = contents(run)
+    one, two = (export_run(run, tmp_path / name, CELL).path.read_bytes() for name in ("one.zip", "two.zip"))
+
+    assert one == two
+    assert contents(run) == before
+
+
+def test_an_onnx_file_is_one_model_alone_and_the_oracles_may_leave_so(run: Path, tmp_path: Path) -> None:
+    done = export_run(run, tmp_path / "x.onnx", Wanted(recipe=RECIPE, fold=FOLD, threats=("oracle",)))
+    sets = load(run, RECIPE, FOLD, "oracle")
+    model = registry.load(run / "models" / RECIPE / FOLD / "oracle" / "gbt" / "raw-s0")
+
+    said = run_onnx(done.path.read_bytes(), sets.test.inputs.x)
+
+    assert np.abs(said - model.predict_proba(sets.test.inputs)).max() <= PARITY
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "error", "words"),
+    [
+        pytest.param("x.tar", CELL, UsageError, "an edge bundle X.zip, or one model X.onnx", id="another ending"),
+        pytest.param("x.onnx", CELL, UsageError, "choose one with --threat", id="three masks for one file"),
+        pytest.param("x.zip", Wanted(recipe=RECIPE), UsageError, "choose one with --fold", id="which fold"),
+        pytest.param("x.zip", Wanted(recipe=RECIPE, fold=FOLD, threats=("oracle",)), UsageError, "no watcher has the guest's channels", id="an oracle to watch with"),
+        pytest.param("x.zip", Wanted(recipe=RECIPE, fold=FOLD, threats=("proc",)), RunError, "was not trained for proc", id="a mask never trained"),
+        pytest.param("x.zip", Wanted(recipe=RECIPE, fold=FOLD, model="cnn"), RunError, "cnn was not trained for any mask", id="a model never trained"),
+        pytest.param("x.zip", Wanted(recipe=RECIPE, fold=FOLD, model="cnnn"), UsageError, "did you mean cnn", id="no such model"),
+        pytest.param("x.zip", Wanted(recipe="deploi", fold=FOLD), UsageError, "deploi", id="no such recipe"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_exported_says_why_and_leaves_nothing(
+    run: Path, tmp_path: Path, name: str, wanted: Wanted, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        export_run(run, tmp_path / name, wanted)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_ever_written_into_a_run(run: Path) -> None:
+    with pytest.raises(UsageError, match="lies inside the run"):
+        export_run(run, run / "exports" / "x.zip", CELL)
+
+
+def test_a_bundle_is_read_where_it_stands_in_any_zip_reader(run: Path, tmp_path: Path) -> None:
+    data = export_run(run, tmp_path / "x.zip", CELL).path.read_bytes()
+    infos = zipfile.ZipFile(io.BytesIO(data)).infolist()
+
+    assert {info.compress_type for info in infos} == {zipfile.ZIP_STORED}
+    assert {info.date_time for info in infos} == {(1980, 1, 1, 0, 0, 0)}

@@ -1,0 +1,243 @@
+"""From ticks to decisions: what is judged when, that live says what offline says, and what a clock may do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from tests.builders import MONO0, T0, S, episode
+from tests.grid.test_stream import readings_of
+from tests.stores import ACTIVE
+
+from phasewatch.channels import CHANNELS, mask_of, raw_fields
+from phasewatch.export.edge import Trained
+from phasewatch.features.schema import feature_names
+from phasewatch.grid.align import LATE, align
+from phasewatch.grid.stream import LATENESS_NS
+from phasewatch.live.scorer import Scorer
+from phasewatch.live.tracker import Decision, Step, Tracker
+from phasewatch.models.alarm import AlarmRule
+from phasewatch.models.base import InputKind, Inputs, InputSpec
+from phasewatch.models.filter import PhaseFilter
+from phasewatch.vocab import BIN_NS, Phase, Source
+
+FIVE = tuple(c.full_name for c, on in zip(CHANNELS, mask_of("tap"), strict=True) if on)
+MOVES = tuple(tuple(0.8 if i == k else 0.05 for k in range(5)) for i in range(5))
+
+
+@dataclass
+class Fake:
+    """Says active as loudly as the card sends bytes, and remembers what it was asked."""
+
+    spec: InputSpec
+    asked: list[NDArray[np.float32]] = field(default_factory=list)
+
+    def predict_proba(self, inputs: Inputs) -> NDArray[np.float64]:
+        assert inputs.spec == self.spec
+        self.asked.append(inputs.x)
+        sent = inputs.x[:, 1] if inputs.x.ndim == 2 else inputs.x[:, 1].mean(axis=1)
+        loud = np.nan_to_num(np.clip(sent / 1e5, 0.02, 0.96).astype(np.float64), nan=0.02)
+        quiet = 1.0 - loud
+        return np.stack([0.7 * quiet, 0.1 * quiet, 0.1 * quiet, loud, 0.1 * quiet], axis=1)
+
+
+def scorer(kind: InputKind = InputKind.TENSOR, *, rules: bool = True, **changes: object) -> Scorer:
+    names = (
+        FIVE
+        if kind is InputKind.TENSOR
+        else tuple(n for n in feature_names() if n.rpartition(".")[0] in FIVE and n.endswith(".mean"))
+    )
+    spec = InputSpec(kind=kind, names=names, mask="tap", schema_hash="5", behaviour_fingerprint="b")
+    fields: dict[str, object] = {
+        "model": "fake", "threat": "tap", "seed": 0, "spec": spec, "predictor": Fake(spec),
+        "filter": PhaseFilter(transitions=MOVES, prior=(0.2,) * 5, kappa=0.5) if rules else None,  # type: ignore[arg-type]
+        "alarm": AlarmRule(theta=0.5) if rules else None, "trained": Trained(), "where": "test",
+    }  # fmt: skip
+    return Scorer(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+WHOLE = episode(
+    [("clean", 30), ("active", 30), ("clean", 40)], agent=False, rates_of={**ACTIVE, "active": {"out_bytes": 1.2e5}}
+)
+
+
+def run(tracker: Tracker, *, portions: int = 1, seed: int = 0, worst_ns: int = 0) -> list[Step]:
+    """Play the episode; readings are late by at most so much, the watcher looks up every few of them."""
+    rng = np.random.default_rng(seed)
+    readings = [r for r in readings_of(WHOLE) if r[0] < WHOLE.t_end_ns]
+    due = [r[0] + int(late) for r, late in zip(readings, rng.integers(0, worst_ns + 1, len(readings)), strict=True)]
+    steps: list[Step] = []
+    tracker.begin_at(WHOLE.t0_ns)
+    for turn, i in enumerate(np.argsort(due, kind="stable")):
+        _, source, row = readings[i]
+        tracker.add(source, row)
+        if turn % portions == 0:
+            steps += tracker.advance(due[i], due[i] - WHOLE.t0_ns + MONO0)
+    end_ns = WHOLE.t0_ns + WHOLE.n_bins * BIN_NS + LATENESS_NS
+    return steps + tracker.advance(end_ns, end_ns - WHOLE.t0_ns + MONO0)
+
+
+def decisions(steps: list[Step]) -> list[Decision]:
+    return [step.decision for step in steps if step.decision is not None]
+
+
+def test_a_window_is_ten_seconds_one_every_five_and_is_judged_when_its_last_bin_is_closed() -> None:
+    steps = run(Tracker(scorer()))
+
+    assert [b.bin.number for b in steps] == list(range(200))
+    assert [s.bin.number for s in steps if s.decision] == [19 + 10 * j for j in range(19)]
+    first = decisions(steps)[0]
+    assert (first.t_start_ns, first.t_end_ns) == (WHOLE.t0_ns, WHOLE.t0_ns + 10 * S)
+    assert first.known == pytest.approx(1.0)
+
+
+def test_the_alarm_rings_while_the_card_is_loud_and_says_since_when() -> None:
+    said = decisions(run(Tracker(scorer())))
+    rang = [d.number for d in said if d.alarm]
+    raised = [d for d in said if d.raised]
+
+    assert [d.phase for d in said][:4] == [Phase.CLEAN] * 4
+    assert Phase.ACTIVE in {d.phase for d in said}
+    assert len(raised) == 1
+    assert raised[0].t_end_ns > WHOLE.t0_ns + 30 * S
+    assert {d.since_ns for d in said if d.alarm} == {raised[0].t_end_ns}
+    assert rang == list(range(rang[0], rang[-1] + 1))
+    assert said[-1].alarm is False
+    assert said[-1].since_ns is None
+
+
+def test_without_rules_there_is_no_alarm_and_the_belief_is_the_probability() -> None:
+    said = decisions(run(Tracker(scorer(rules=False))))
+
+    assert {d.alarm for d in said} == {None}
+    assert all(d.belief == d.p for d in said)
+
+
+@pytest.mark.parametrize("kind", [InputKind.TENSOR, InputKind.TABLE])
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.integers(1, 30), st.integers(0, 2**32 - 1), st.sampled_from([0, 300_000_000, LATENESS_NS - 1]))
+def test_live_decides_what_offline_decides(kind: InputKind, portions: int, seed: int, worst_ns: int) -> None:
+    model = scorer(kind)
+    offline = model.probabilities(align(WHOLE).bins)
+
+    tracker = Tracker(scorer(kind))
+    said = decisions(run(tracker, portions=1 if worst_ns else portions, seed=seed, worst_ns=worst_ns))
+
+    assert tracker.late == 0
+    assert np.array_equal(np.array([d.p for d in said]), offline)
+    of, at = np.zeros(len(offline), int), WHOLE.t0_ns + 5 * S * (1 + np.arange(len(offline)))
+    assert model.filter is not None
+    assert np.array_equal(np.array([d.belief for d in said]), model.filter.run(offline, of, at))
+
+
+def tick(tracker: Tracker, at_s: float, wall_s: float | None = None) -> list[Step]:
+    """One reading of proc and card, and a look at the clock right after it."""
+    wall_ns = T0 + round((at_s if wall_s is None else wall_s) * S)
+    mono_ns = MONO0 + round(at_s * S)
+    for source in (Source.PROC, Source.NETFLOW):
+        n = round(at_s * 2)
+        tracker.add(source, (wall_ns, mono_ns, n, *(n for _ in raw_fields(source))))
+    return tracker.advance(wall_ns, mono_ns)
+
+
+def test_the_grid_begins_at_the_first_proc_reading_rounded_up_to_a_half_second() -> None:
+    tracker = Tracker(None)
+    tracker.add(Source.QMP, (T0 + 1, 1, 0, *(None for _ in raw_fields(Source.QMP))))
+    assert tracker.next_close_ns is None
+
+    tick(tracker, 0.25)
+
+    assert tracker.grid is not None
+    assert tracker.grid.t0_ns == T0 + S // 2
+    assert tracker.next_close_ns == T0 + 2 * S
+
+
+@pytest.mark.parametrize("jump_s", [3600.0, -3600.0], ids=["forward", "back"])
+def test_a_clock_that_jumps_an_hour_begins_the_grid_anew_and_floods_nobody(jump_s: float) -> None:
+    tracker = Tracker(scorer())
+    steps: list[Step] = []
+    for i in range(200):
+        at_s = 0.25 + i / 2
+        steps += tick(tracker, at_s, at_s + (jump_s if i >= 100 else 0.0))
+
+    assert tracker.restarts == 1
+    assert len(steps) < 200
+    assert [s.bin.number for s in steps if s.began] == [0, 0]
+    assert len(decisions(steps)) == 2 * 8
+    assert decisions(steps)[-1].known == pytest.approx(1.0)
+
+
+def test_a_slept_machine_is_a_clock_that_jumped() -> None:
+    tracker = Tracker(scorer())
+    for i in range(100):
+        tick(tracker, 0.25 + i / 2, 0.25 + i / 2 + (28_800.0 if i >= 50 else 0.0))
+
+    assert tracker.restarts == 1
+
+
+def test_a_small_step_is_flagged_and_goes_on() -> None:
+    tracker = Tracker(scorer())
+    said: list[Decision] = []
+    for i in range(120):
+        at_s = 0.25 + i / 2
+        said += decisions(tick(tracker, at_s, at_s + (0.3 if i >= 60 else 0.0)))
+
+    assert tracker.restarts == 0
+    assert [d.number for d in said if d.flags & 1] == [4, 5, 6]  # it touches the bins from 29.25 to 30.25 s
+    assert said[-1].flags == 0
+
+
+def test_a_late_reading_is_counted_and_flags_the_windows_to_come_that_hold_its_bin() -> None:
+    tracker = Tracker(scorer())
+    said: list[Decision] = []
+    for i in range(80):
+        said += decisions(tick(tracker, 0.25 + i / 2))
+        if i == 35:
+            row = (T0 + 15 * S, MONO0 + 15 * S, 999, *(0 for _ in raw_fields(Source.QMP)))
+            tracker.add(Source.QMP, row)
+
+    assert tracker.late == 1
+    assert [d.number for d in said if d.flags & LATE] == [2]
+
+
+def test_of_a_window_of_which_nothing_is_known_nothing_is_said() -> None:
+    tracker = Tracker(scorer())
+    said: list[Decision] = []
+    for i in range(200):
+        at_s = 0.25 + i / 2
+        wall_ns, mono_ns = T0 + round(at_s * S), MONO0 + round(at_s * S)
+        values = (i,) * len(raw_fields(Source.PROC))
+        tracker.add(Source.PROC, (wall_ns, mono_ns, i, *values))
+        if not 60 <= i < 140:
+            tracker.add(Source.NETFLOW, (wall_ns, mono_ns, i, *(i for _ in raw_fields(Source.NETFLOW))))
+        said += decisions(tracker.advance(wall_ns, mono_ns))
+
+    # Silent from 30 to 70 s: a reading is good for 2.5 s more, and a rate needs two.
+    assert set(range(18)) - {d.number for d in said} == set(range(7, 13))
+
+
+def test_what_training_never_saw_is_said() -> None:
+    seen = scorer(trained=Trained(accels=("tcg",), archs=("x86_64",)))
+
+    assert seen.caveat("tcg", "x86_64") == ""
+    assert "never saw a VM under kvm (only tcg)" in seen.caveat("kvm", "x86_64")
+    assert "never saw aarch64" in seen.caveat("tcg", "aarch64")
+    assert scorer().caveat("kvm", "riscv64") == ""
+    assert "simulated" in scorer(trained=replace_origin("simulated")).caveat("tcg", "x86_64")
+
+
+def replace_origin(origin: str) -> Trained:
+    return Trained(origins=(origin,))
+
+
+def test_the_window_is_never_changed_by_what_comes_after_it() -> None:
+    model = scorer()
+    run(Tracker(model))
+    asked = model.predictor.asked  # type: ignore[attr-defined]
+    whole = replace(WHOLE)
+
+    assert np.array_equal(asked[0][0], align(whole).bins[:20, [c.full_name in FIVE for c in CHANNELS]].T)

@@ -1,0 +1,145 @@
+"""The alarm: when it rings, when it stops, which alarms are false, and how its threshold is bought."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phasewatch.models.alarm import (
+    NEVER,
+    THETAS,
+    AlarmRule,
+    AlarmState,
+    begins,
+    choose_alarm,
+    heat_of,
+    is_quiet,
+    run_alarm,
+)
+from phasewatch.models.filter import STRIDE_NS, Track
+
+CLEAN, ARMED, INFECTING, ACTIVE, DORMANT = range(5)
+RULE = AlarmRule(theta=0.5)
+
+
+def track(*episodes: list[int]) -> Track:
+    return Track(
+        y=np.concatenate(episodes),
+        of=np.repeat(np.arange(len(episodes)), [len(e) for e in episodes]),
+        t_center_ns=np.concatenate([STRIDE_NS * (1 + np.arange(len(e))) for e in episodes]),
+    )
+
+
+def rings(*heat: float) -> list[int]:
+    return run_alarm(RULE, np.array(heat), np.zeros(len(heat), int)).astype(int).tolist()
+
+
+def hot(values: list[float]) -> np.ndarray:
+    """Probabilities whose heat is this."""
+    p = np.zeros((len(values), 5))
+    p[:, ACTIVE], p[:, CLEAN] = values, 1 - np.array(values)
+    return p
+
+
+@pytest.mark.parametrize(
+    ("heat", "expected"),
+    [
+        pytest.param((0, 1, 0, 0), [0, 0, 0, 0], id="one hot window is not enough"),
+        pytest.param((1, 1, 0), [0, 1, 1], id="two in a row are"),
+        pytest.param((1, 0, 1), [0, 0, 1], id="two of three are"),
+        pytest.param((1, 0, 0, 1), [0, 0, 0, 0], id="two of four are not"),
+        pytest.param((1, 1, 0, 0, 0, 0), [0, 1, 1, 1, 0, 0], id="three cool ones end it"),
+        pytest.param((1, 1, 0, 0, 1, 0, 0, 0), [0, 1, 1, 1, 1, 1, 1, 0], id="a hot one in between goes on"),
+        pytest.param((1, 1, 0, 0, 0, 1), [0, 1, 1, 1, 0, 0], id="then it begins anew"),
+    ],
+)
+def test_it_rings_by_two_of_three_until_three_are_cool(heat: tuple[float, ...], expected: list[int]) -> None:
+    assert rings(*heat) == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=30), min_size=1, max_size=5),
+    st.sampled_from(THETAS.tolist()),
+)
+def test_one_step_at_a_time_is_the_same_as_whole(episodes: list[list[float]], theta: float) -> None:
+    rule = AlarmRule(theta=theta)
+    of = np.repeat(np.arange(len(episodes)), [len(e) for e in episodes])
+    whole = run_alarm(rule, np.concatenate(episodes), of)
+    told, began = [], []
+    for episode in episodes:
+        state = AlarmState()
+        for heat in episode:
+            state = state.step(rule, heat)
+            told.append(state.rings)
+            began.append(state.began)
+
+    assert told == whole.tolist()
+    assert began == begins(whole, of).tolist()
+
+
+def test_heat_is_that_of_the_stored_numbers() -> None:
+    p = np.random.default_rng(0).dirichlet(np.ones(5), 50)
+
+    assert heat_of(p).tolist() == heat_of(p.astype(np.float32)).tolist()
+    assert heat_of(p) == pytest.approx(p[:, INFECTING] + p[:, ACTIVE], abs=1e-6)
+
+
+def test_an_alarm_is_false_when_nothing_was_hot_for_sixty_seconds() -> None:
+    told = is_quiet(track([ACTIVE] + [CLEAN] * 14, [ARMED] * 3, [DORMANT, CLEAN]))
+
+    # Centres are 5 s apart and a decision falls 6 s after its centre: the active window, which ended 5 s after its own
+    # centre, is inside the last 60 s for the eleven windows after it.
+    assert told[:15].astype(int).tolist() == [0] * 12 + [1] * 3
+    assert told[15:18].all()
+    assert not told[18:].any()
+
+
+def test_the_threshold_is_the_smallest_that_keeps_the_budget() -> None:
+    quiet = [CLEAN] * 240  # 20 minutes
+    heat = [0.1] * 240
+    for at, peak in ((20, 0.9), (60, 0.7), (100, 0.6), (140, 0.4)):
+        heat[at] = heat[at + 1] = peak
+    two = track(*[quiet] * 3)  # an hour, in which each peak comes three times
+    rule = choose_alarm(hot(heat * 3), two, budget=6.0)
+
+    assert rule.theta == 0.605  # 0.9 and 0.7 ring, three times each
+    assert (rule.false_alarms, rule.vm_hours) == (6, 1.0)
+
+
+def test_an_alarm_that_always_rings_is_not_taken_for_a_cheap_one() -> None:
+    """Raised once an episode it would keep the budget; a little above, it is raised all the time."""
+    heat = ([0.3, 0.3, 0.1, 0.1, 0.1] * 144)[:720]
+    rule = choose_alarm(hot(heat), track([CLEAN] * 720), budget=2.0)
+
+    assert (
+        begins(run_alarm(AlarmRule(theta=0.05), heat_of(hot(heat)), np.zeros(720, int)), np.zeros(720, int)).sum() == 1
+    )
+    assert rule.theta > 0.3
+
+
+def test_an_alarm_during_an_infection_costs_nothing() -> None:
+    rule = choose_alarm(hot([0.99] * 100), track([ACTIVE] * 100), budget=0.0)
+
+    assert rule.theta == THETAS[0]
+
+
+def test_a_budget_that_no_threshold_keeps_gives_an_alarm_that_never_rings() -> None:
+    rule = choose_alarm(hot([1.0] * 100), track([CLEAN] * 100), budget=1.0)
+
+    assert rule.theta == NEVER
+    assert not run_alarm(rule, heat_of(hot([1.0] * 100)), np.zeros(100, int)).any()
+
+
+def test_without_a_window_it_never_rings() -> None:
+    assert choose_alarm(np.zeros((0, 5)), track([])).theta == NEVER
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"theta": 0.0}, {"theta": float("nan")}, {"theta": 0.5, "k": 4}, {"theta": 0.5, "vm_hours": float("inf")}]
+)
+def test_numbers_that_cannot_be_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="cannot be"):
+        AlarmRule(**wrong)  # type: ignore[arg-type]
