@@ -29,6 +29,7 @@ class World:
     sessions: int = 6
     windows: int = 16
     soaks: int = 1
+    days: int = 0
     signal: float = 2.0
     seed: int = 0
 
@@ -42,8 +43,9 @@ def write_run(run: Path, world: World = World()) -> Path:
     blocks = []
     for h in range(world.hosts):
         host_shift = rng.normal(scale=0.5, size=len(NAMES))
-        for s in range(world.sessions + world.soaks):
+        for s in range(world.sessions + world.soaks + world.days):
             is_soak = s >= world.sessions
+            role = "lab" if not is_soak else "soak" if s < world.sessions + world.soaks else "commission"
             session_shift = rng.normal(scale=0.5, size=len(NAMES))
             pair = (PROFILES[0],) if is_soak else (PROFILES[0], PROFILES[1 + s % 2])
             for i, (profile, sample) in enumerate(pair):
@@ -51,7 +53,7 @@ def write_run(run: Path, world: World = World()) -> Path:
                 verdict = {
                     "episode_id": f"e{number:04}", "host_id": f"host-{h}", "profile": profile, "sample_name": sample,
                     "sample_kind": "benign" if profile == "benign" else "emulated", "origin": "simulated",
-                    "role": "soak" if is_soak else "lab", "status": "accepted", "session": f"h{h}s{s}",
+                    "role": role, "status": "accepted", "session": f"h{h}s{s}",
                     "plan_seed": 1000 + number, "agent": (s + i) % 3 == 0 and not is_soak,
                     "proc_sketch": [10_000 * number + j for j in range(8)], "started_wall_ns": 10**18 + 10**12 * number,
                     "duration_s": 5.0 * world.windows + 5.0,

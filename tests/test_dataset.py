@@ -11,7 +11,7 @@ import pytest
 from tests.synthetic_run import World, edit_features, write_run
 
 from phasewatch import profiles
-from phasewatch.channels import CHANNELS
+from phasewatch.channels import CHANNELS, LEVELS
 from phasewatch.dataset import (
     load,
     read_built,
@@ -24,7 +24,8 @@ from phasewatch.dataset import (
 )
 from phasewatch.dataset.splits import group_of
 from phasewatch.errors import RunError, UsageError
-from phasewatch.models.base import InputKind
+from phasewatch.grid.files import open_grids
+from phasewatch.models.base import InputKind, Table
 from phasewatch.split import RECIPES, Part
 from phasewatch.vocab import Role
 
@@ -54,9 +55,9 @@ def test_realistic_holds_the_host_side_channels_alone_and_oracle_all(run: Path) 
     names = load(run, "held_out_host", "host-0", "realistic").train.names
     trusted = {c.full_name for c in CHANNELS if c.in_deployment}
 
-    assert len(names) == 5 * 35
+    assert len(names) == 5 * len(trusted)
     assert {n.rpartition(".")[0] for n in names} == trusted
-    assert load(run, "held_out_host", "host-0", "oracle").train.x.shape[1] == 230
+    assert load(run, "held_out_host", "host-0", "oracle").train.x.shape[1] == 5 * len(CHANNELS)
 
 
 def test_values_labels_and_gaps_are_those_of_the_file(run: Path) -> None:
@@ -189,6 +190,96 @@ def test_random_windows_share_the_windows_of_one_episode_out_and_each_is_tested_
         e.episode_id for e in sets[0].test.windows.episodes
     }
     assert {e.role for e in sets[0].train.windows.episodes} == {Role.LAB}
+
+
+def test_context_puts_the_two_windows_before_beside_each_and_the_first_stands_in(run: Path) -> None:
+    def hide(table: pa.Table) -> pa.Table:  # a window of unknown phase is in no set, and still is a past
+        phase = table["phase"].to_numpy().copy()
+        phase[5] = -1
+        return table.set_column(table.schema.get_field_index("phase"), "phase", pa.array(phase))
+
+    edit_features(run, hide)
+    raw = read_windows(run, "realistic", InputKind.TABLE, table=Table.RAW)
+    data = read_windows(run, "realistic", InputKind.TABLE, table=Table.CONTEXT)
+    own = pq.read_table(run / "features_window_v1.parquet")["proc.cpu_user.mean"].to_numpy()
+    f = len(raw.names)
+    i = data.names.index("proc.cpu_user.mean")
+
+    assert data.names[f : f + 1] == (f"{raw.names[0]}@-1",)
+    assert np.array_equal(data.x[:, :f], raw.x, equal_nan=True)
+    assert np.array_equal(data.x[:4, f + i], own[[0, 0, 1, 2]], equal_nan=True)
+    assert np.array_equal(data.x[:4, 2 * f + i], own[[0, 0, 0, 1]], equal_nan=True)
+    assert np.array_equal(data.x[5:7, f + i], own[[5, 6]], equal_nan=True)  # row 5 is gone, so row 6 stands there
+    assert np.array_equal(data.x[7:9, f + i], own[[8, 8]], equal_nan=True)  # the next episode begins anew
+
+
+@pytest.mark.parametrize("kind", ["table", "tensor"])
+def test_commissioned_channels_are_measured_from_their_hosts_clean_day(tmp_path: Path, kind: str) -> None:
+    run = write_run(tmp_path / "days", World(windows=8, days=2))
+    write_splits(run, "held_out_host")
+    raw, seen = (load(run, "held_out_host", "host-0", kind=kind, table=table) for table in ("raw", "commissioned"))
+    spec = seen.test.inputs.spec
+    bins = open_grids(run / "grids")
+    at = [c.full_name for c in CHANNELS].index("proc.cpu_user")
+    day = np.concatenate(
+        [bins.bins_of(r)[:, at] for r in bins.rows if (r.host_id, r.role) == ("host-0", Role.COMMISSION)]
+    )
+    low, median, high = np.nanpercentile(day.astype(float), [25, 50, 75])
+    i = raw.test.names.index("proc.cpu_user" if kind == "tensor" else "proc.cpu_user.mean")
+
+    assert spec.table is Table.COMMISSIONED
+    assert dict(spec.floors).keys() >= {"proc.cpu_user"}
+    expected = (raw.test.x[:, i].astype(float) - median) / max(high - low, dict(spec.floors)["proc.cpu_user"])
+    np.testing.assert_allclose(seen.test.x[:, i], expected, rtol=1e-5)
+    assert not (seen.test.windows.flags & 8).any()
+
+
+def test_a_host_without_a_clean_day_is_flagged_and_keeps_its_zero(run: Path) -> None:
+    seen = load(run, "held_out_host", "host-0", table="commissioned")
+    raw = load(run, "held_out_host", "host-0")
+    floors = np.repeat([v for _, v in seen.test.inputs.spec.floors], 5)
+
+    assert (seen.test.windows.flags & 8).all()
+    np.testing.assert_allclose(seen.test.x, raw.test.x / floors, rtol=1e-5)
+
+
+def test_poisoning_the_test_host_changes_no_scale(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "days", World(windows=8, days=1))
+    write_splits(run, "held_out_host")
+    before = load(run, "held_out_host", "host-0", table="commissioned")
+    bins = np.load(run / "grids" / "grids.npy")
+    for row in open_grids(run / "grids").rows:
+        if row.host_id == "host-0":
+            bins[row.offset : row.offset + row.n_bins] = 1e9
+    np.save(run / "grids" / "grids.npy", bins)
+    after = load(run, "held_out_host", "host-0", table="commissioned")
+
+    assert after.train.inputs.spec == before.train.inputs.spec
+    assert after.train.x.tobytes() == before.train.x.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("threat", "kind", "table", "words"),
+    [
+        pytest.param("oracle", "table", "commissioned", "which the guest reports", id="the guest may lie"),
+        pytest.param("realistic", "tensor", "context", "its window's own bins alone", id="no past of bins"),
+        pytest.param("realistic", "elapsed", "context", "has no table context", id="no past of time"),
+        pytest.param("realistic", "table", "contexts", "no table 'contexts'", id="unknown"),
+    ],
+)
+def test_a_table_that_cannot_be_is_a_usage_error(run: Path, threat: str, kind: str, table: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        load(run, "held_out_host", "host-0", threat, kind, table)
+
+
+def test_baselines_see_levels_or_the_host_alone(run: Path) -> None:
+    levels = load(run, "held_out_host", "host-0", kind="levels").test
+    hosts = load(run, "held_out_host", "host-0", kind="host")
+
+    assert levels.names == tuple(c.full_name for c in LEVELS)
+    assert (levels.x == 0).all()  # the made-up run's levels
+    assert len(np.unique(hosts.train.x)) == 2
+    assert not set(np.unique(hosts.train.x)) & set(np.unique(hosts.test.x))
 
 
 def test_deploy_has_no_test_window(run: Path) -> None:

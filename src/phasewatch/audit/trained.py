@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.audit.checks import Check, collecting, judge, untested
-from phasewatch.dataset import Sets, load, read_fold
+from phasewatch.dataset import read_fold
 from phasewatch.models import checkpoint, registry
 from phasewatch.models.alarm import THETA_STEP
 from phasewatch.models.base import PhaseModel
 from phasewatch.split import Part
 from phasewatch.train.cell import Cell
-from phasewatch.train.cells import finished_cells, learn, read_sources
+from phasewatch.train.cells import finished_cells, learn, read_sets, read_sources
 from phasewatch.train.predictions import NO_FILTER, PREDICTIONS, PROBABILITIES, read_table
 
 REPEATED = "trained-on-train-only"
@@ -67,18 +67,16 @@ def check_said(run: Path) -> Check:
     return judge(SAID, SAID_PROMISE, faults, looked_at=f"{len(cells)} checkpoints asked again")
 
 
-def _sets(run: Path, cell: Cell) -> Sets:
-    return load(run, cell.recipe, cell.fold, cell.threat, registry.row_of(cell.model).kind)
-
-
 def _repeat(run: Path, cell: Cell) -> Iterator[str]:
-    sets, folder = _sets(run, cell), cell.folder(run)
+    sets, folder = read_sets(run, cell), cell.folder(run)
     header, _ = checkpoint.read(folder)
     expected = {"train": sets.train, "val_a": sets.val_a, "val_b": sets.val_b}
     for part, windows in expected.items():
         if header.trained_on.get(part) != windows.examples.sha256():
             yield f"{folder}: its {part} windows are not those of its fold"
             return
+    if registry.row_of(cell.model).persist == "none":
+        return  # scored by the process that fitted it: there is nothing to hold a second fit against
     model = registry.create(cell.model, seed=header.seed, settings=header.config)
     learn(model, sets)
     stored = registry.load(folder)
@@ -118,7 +116,7 @@ def _decides_alike(ours: PhaseModel, theirs: PhaseModel) -> bool:
 
 
 def _said(run: Path, cell: Cell, rows: Any) -> Iterator[str]:
-    sets, where = _sets(run, cell), "/".join(map(str, _key(cell)))
+    sets, where = read_sets(run, cell), "/".join(map(str, _key(cell)))
     test = sets.test
     told = [f"{e} {t}" for e, t in zip(rows["episode_id"].to_pylist(), rows["t_center_ns"].to_pylist(), strict=True)]
     ids = [test.windows.episodes[i].episode_id for i in test.windows.of]

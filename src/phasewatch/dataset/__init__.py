@@ -1,8 +1,9 @@
 """A run's feature table, splits and identities come in; sets of windows with X, y, groups and names go out."""
 
 from phasewatch.dataset.run import file_sha256, read_schema
+from phasewatch.dataset.sets import Sets, Windows, WindowSet
 from phasewatch.dataset.splits import read_built, read_episodes, read_fold, read_folds, write_all_splits, write_splits
-from phasewatch.dataset.windows import Sets, Windows, WindowSet, load, read_windows
+from phasewatch.dataset.windows import load, read_windows
 
 __all__ = [
     "Sets",

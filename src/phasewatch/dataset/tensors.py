@@ -13,7 +13,7 @@ from phasewatch.channels import CHANNELS
 from phasewatch.dataset.run import RunEpisode
 from phasewatch.errors import RunError
 from phasewatch.features.tensors import gather
-from phasewatch.grid.files import open_grids
+from phasewatch.grid.files import Grids, open_grids
 from phasewatch.vocab import BIN_NS, WINDOW_BINS
 
 GRIDS = "grids"
@@ -44,6 +44,31 @@ def cut_tensor(run: Path, windows: _Windows, names: Sequence[str]) -> NDArray[np
         RunError: If the grids are absent or of another sweep than the feature table.
     """
     grids = open_grids(run / GRIDS)
+    columns = [c.full_name for c in CHANNELS]
+    chosen = [columns.index(name) for name in names]
+    begins = _begins(run, grids, windows)
+    return np.ascontiguousarray(gather(grids.bins, begins)[:, :, chosen].transpose(0, 2, 1))
+
+
+def cut_levels(run: Path, windows: _Windows) -> NDArray[np.float32]:
+    """Give the mean of each cumulative level over each window, ``(n, len(LEVELS))`` float32; NaN where none is known."""
+    grids = open_grids(run / GRIDS)
+    levels = gather(grids.levels, _begins(run, grids, windows)).astype(np.float64)
+    known = np.isfinite(levels)
+    count = known.sum(axis=1)
+    total = np.where(known, levels, 0.0).sum(axis=1)
+    mean: NDArray[np.float32] = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0).astype(
+        np.float32
+    )
+    return mean
+
+
+def _begins(run: Path, grids: Grids, windows: _Windows) -> NDArray[np.int64]:
+    """Find the row of the grids at which each window begins.
+
+    Raises:
+        RunError: If the grids are of another sweep than the feature table.
+    """
     rows = {(row.host_id, row.episode_id): row for row in grids.rows}
     try:
         mine = [rows[e.host_id, e.episode_id] for e in windows.episodes]
@@ -57,6 +82,5 @@ def cut_tensor(run: Path, windows: _Windows, names: Sequence[str]) -> NDArray[np
     first, odd = np.divmod(windows.t_center_ns - _HALF_NS - t0, BIN_NS)
     if odd.any() or (first < 0).any() or (first + WINDOW_BINS > length).any():
         raise RunError(f"{run / GRIDS}: of another sweep than the feature table; run `phasewatch features` again")
-    columns = [c.full_name for c in CHANNELS]
-    chosen = [columns.index(name) for name in names]
-    return np.ascontiguousarray(gather(grids.bins, offset + first)[:, :, chosen].transpose(0, 2, 1))
+    begins: NDArray[np.int64] = offset + first
+    return begins

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.channels import CHANNELS, mask_of
+from phasewatch.channels import CHANNELS, LEVELS, mask_of
 from phasewatch.dataset.run import (
     FEATURES,
     FeatureSchema,
@@ -20,124 +21,20 @@ from phasewatch.dataset.run import (
     read_schema,
     read_verdicts,
 )
+from phasewatch.dataset.sets import Sets, Windows, WindowSet
 from phasewatch.dataset.splits import group_of, read_fold
-from phasewatch.dataset.tensors import cut_tensor
+from phasewatch.dataset.tensors import cut_levels, cut_tensor
+from phasewatch.dataset.views import commissioned, need_host_channels, past_names, with_past
 from phasewatch.errors import RunError, UsageError
-from phasewatch.models.base import Examples, InputKind, Inputs, InputSpec
-from phasewatch.models.filter import Track
+from phasewatch.models.base import InputKind, Inputs, InputSpec, Table
 from phasewatch.split import Fold, Part, deal_windows, recipe_of
 from phasewatch.vocab import Role
 
-ELAPSED = "t_center_s"
+ELAPSED, HOST = "t_center_s", "host_id"
 _WINDOW = ("t_center_s", "t_center_ns", "phase", "purity", "flags")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Windows:
-    """Windows of known phase in the order (host, episode, time), whatever order the file has.
-
-    Attributes:
-        episodes: Whose windows they are, in that order.
-        of: ``(n,)`` index into `episodes`.
-        y: ``(n,)`` phase codes.
-    """
-
-    episodes: tuple[RunEpisode, ...]
-    of: NDArray[np.int32]
-    t_center_ns: NDArray[np.int64]
-    t_center_s: NDArray[np.float32]
-    purity: NDArray[np.float32]
-    flags: NDArray[np.uint8]
-    y: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def where(self, keep: Callable[[RunEpisode], bool]) -> NDArray[np.bool_]:
-        """Mark the windows of the episodes that a rule keeps, ``(n,)``."""
-        kept = np.fromiter((keep(e) for e in self.episodes), dtype=np.bool_, count=len(self.episodes))
-        marked: NDArray[np.bool_] = kept[self.of]
-        return marked
-
-    def take(self, rows: NDArray[np.bool_]) -> Windows:
-        """Give the marked windows, and of the episodes those that are left."""
-        present, of = np.unique(self.of[rows], return_inverse=True)
-        return Windows(
-            episodes=tuple(self.episodes[i] for i in present),
-            of=of.astype(np.int32),
-            t_center_ns=self.t_center_ns[rows],
-            t_center_s=self.t_center_s[rows],
-            purity=self.purity[rows],
-            flags=self.flags[rows],
-            y=self.y[rows],
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class WindowSet:
-    """Windows, and what a model sees of them."""
-
-    windows: Windows
-    inputs: Inputs
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    @property
-    def x(self) -> NDArray[np.float32]:
-        """``(n, f)``, NaN where nothing was known."""
-        return self.inputs.x
-
-    @property
-    def y(self) -> NDArray[np.int64]:
-        """``(n,)`` phase codes."""
-        return self.windows.y
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What the columns of `x` are."""
-        return self.inputs.spec.names
-
-    @property
-    def groups(self) -> NDArray[np.str_]:
-        """``(n,)`` host and session of each window: what may not be torn apart."""
-        labels = np.array([f"{e.host_id}/{e.session}" for e in self.windows.episodes], dtype=np.str_)
-        return labels[self.windows.of]
-
-    @property
-    def track(self) -> Track:
-        """Truth, episode and time of each window, as filter and alarm take them."""
-        return Track(y=self.y, of=self.windows.of, t_center_ns=self.windows.t_center_ns)
-
-    @property
-    def examples(self) -> Examples:
-        """Inputs with labels, as `PhaseModel.fit` takes them."""
-        return Examples(inputs=self.inputs, y=self.y)
-
-    def take(self, rows: NDArray[np.bool_]) -> WindowSet:
-        """Give the marked windows."""
-        return WindowSet(windows=self.windows.take(rows), inputs=Inputs(x=self.inputs.x[rows], spec=self.inputs.spec))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Sets:
-    """A fold's five sets of windows; `soak` is every soak episode of the run, for false alarms only.
-
-    Attributes:
-        spared_soak: ``(n,)`` marks the soak windows of no host (or sample group) that the recipe holds out in this
-            fold: thresholds may be set by them.
-    """
-
-    fold: Fold
-    train: WindowSet
-    val_a: WindowSet
-    val_b: WindowSet
-    test: WindowSet
-    soak: WindowSet
-    spared_soak: NDArray[np.bool_]
-
-
-def load(run: Path, recipe: str, fold: str, threat: str = "realistic", kind: str = "table") -> Sets:
+def load(run: Path, recipe: str, fold: str, threat: str = "realistic", kind: str = "table", table: str = "raw") -> Sets:
     """Read the sets of one fold under a threat model's mask.
 
     Args:
@@ -145,17 +42,21 @@ def load(run: Path, recipe: str, fold: str, threat: str = "realistic", kind: str
         recipe: A name of `split.RECIPES`.
         fold: One of its folds; for `held_out_host` a host.
         threat: A name that `channels.mask_of` knows.
-        kind: ``table`` (the five stats of each channel), ``tensor`` (channels by time, from the grids) or ``elapsed``
-            (seconds since the first label, alone).
+        kind: ``table`` (the five stats of each channel) or ``tensor`` (channels by time, from the grids); for baselines
+            ``elapsed`` (seconds since the first label, alone), ``levels`` (cumulative totals) or ``host`` (which one).
+        table: ``raw``, ``context`` (the stats of the two windows before beside its own) or ``commissioned`` (channels
+            measured from their host's clean day).
 
     Raises:
         RunError: If a file of the run is absent, broken or edited.
-        UsageError: If the recipe, threat model or kind is not known.
+        UsageError: If the recipe, threat model, kind or table is not known, or the kind has no such table.
     """
     if kind not in {str(k) for k in InputKind}:
         raise UsageError(f"no input kind {kind!r}; it is one of {', '.join(InputKind)}")
+    if table not in {str(t) for t in Table}:
+        raise UsageError(f"no table {table!r}; it is one of {', '.join(Table)}")
     cut = read_fold(run, recipe, fold)
-    everything = read_windows(run, threat, InputKind(kind), only=set(cut.episodes))
+    everything = read_windows(run, threat, InputKind(kind), only=set(cut.episodes), table=Table(table))
     lab = everything.windows.where(lambda e: e.role is Role.LAB)
 
     dealt = _dealt(cut, everything.windows)
@@ -167,7 +68,7 @@ def load(run: Path, recipe: str, fold: str, threat: str = "realistic", kind: str
 
     soak = everything.take(everything.windows.where(lambda e: e.role is Role.SOAK))
     test = part(Part.TEST)
-    return Sets(
+    sets = Sets(
         fold=cut,
         train=part(Part.TRAIN),
         val_a=part(Part.VAL_A),
@@ -176,6 +77,7 @@ def load(run: Path, recipe: str, fold: str, threat: str = "realistic", kind: str
         soak=soak,
         spared_soak=_spared(recipe, test.windows, soak.windows),
     )
+    return commissioned(run, sets) if table == Table.COMMISSIONED else sets
 
 
 def _spared(recipe: str, test: Windows, soak: Windows) -> NDArray[np.bool_]:
@@ -196,8 +98,8 @@ def _dealt(fold: Fold, windows: Windows) -> NDArray[np.object_] | None:
     return np.array(deal_windows(fold.deal, zip(ids, windows.t_center_ns.tolist(), strict=True)), dtype=object)
 
 
-def spec_of(schema: FeatureSchema, threat: str, kind: InputKind) -> InputSpec:
-    """Say which columns a threat model has.
+def spec_of(schema: FeatureSchema, threat: str, kind: InputKind, table: Table = Table.RAW) -> InputSpec:
+    """Say which columns a threat model has, before anything is measured from a clean day.
 
     Raises:
         UsageError: If the threat model is not known, or has no column in this table.
@@ -206,46 +108,79 @@ def spec_of(schema: FeatureSchema, threat: str, kind: InputKind) -> InputSpec:
     names = tuple(n for n in schema.feature_names if n.rpartition(".")[0] in chosen)
     if not names:
         raise UsageError(f"threat model {threat!r} has no channel in this feature table")
+    if table is not Table.RAW and kind not in (InputKind.TABLE, InputKind.TENSOR):
+        raise UsageError(f"input kind {kind} has no table {table}")
     if kind is InputKind.ELAPSED:
         names = (ELAPSED,)
+    elif kind is InputKind.HOST:
+        names = (HOST,)
+    elif kind is InputKind.LEVELS:
+        names = tuple(c.full_name for c in LEVELS)
     elif kind is InputKind.TENSOR:
         names = tuple(c.full_name for c in CHANNELS if c.full_name in chosen)
+    if table is Table.COMMISSIONED:
+        need_host_channels(names, threat)
+    if table is Table.CONTEXT:
+        if kind is InputKind.TENSOR:
+            raise UsageError("table context is of stats; a tensor model sees its window's own bins alone")
+        names = past_names(names)
     return InputSpec(
         kind=kind,
         names=names,
         mask=threat,
         schema_hash=schema.schema_hash,
         behaviour_fingerprint=schema.behaviour_fingerprint,
+        table=Table.RAW if table is Table.COMMISSIONED else table,
     )
 
 
-def read_windows(run: Path, threat: str, kind: InputKind, *, only: Iterable[str] | None = None) -> WindowSet:
+def read_windows(
+    run: Path, threat: str, kind: InputKind, *, only: Iterable[str] | None = None, table: Table = Table.RAW
+) -> WindowSet:
     """Read windows of known phase under a mask.
 
     Args:
         run: The run's folder.
         threat: A name that `channels.mask_of` knows.
-        kind: Features, or elapsed time alone.
+        kind: What is read of each window.
         only: Episodes of role `lab` to read; None reads all. Soak episodes are always read, commissioning never.
+        table: Of `context` each window's past is read too; what is commissioned is read raw.
     """
-    spec = spec_of(read_schema(run), threat, kind)
+    spec = spec_of(read_schema(run), threat, kind, table)
+    has_past = table is Table.CONTEXT
     features = spec.names if kind is InputKind.TABLE else ()
+    if has_past:
+        features = tuple(name for name in features if "@" not in name)
     wanted = None if only is None else set(only)
     path = run / FEATURES
     blocks: list[_Block] = []
     with open_parquet(path, "features") as file:
         need_columns(path, file.schema_arrow.names, ("episode_id", "role", *_WINDOW, *features), "features")
         for group in range(file.num_row_groups):
-            if (block := _read_block(file, group, features, wanted)) is not None:
+            if (block := _read_block(file, group, features, wanted, unknown=has_past)) is not None:
                 blocks.append(block)
     if not blocks:
         raise RunError(f"{path}: no window of known phase for these episodes; is it of the same sweep as the splits?")
     windows, x = _assemble(run, blocks)
-    if kind is InputKind.ELAPSED:
-        x = windows.t_center_s[:, None].copy()
+    if has_past:
+        x = with_past(windows, x)
+        known = windows.y >= 0
+        windows, x = windows.take(known), x[known]
     elif kind is InputKind.TENSOR:
         x = cut_tensor(run, windows, spec.names)
+    elif kind is InputKind.LEVELS:
+        x = cut_levels(run, windows)
+    elif kind is InputKind.ELAPSED:
+        x = windows.t_center_s[:, None].copy()
+    elif kind is InputKind.HOST:
+        numbers = np.array([host_number(e.host_id) for e in windows.episodes], np.float32)
+        x = numbers[windows.of][:, None]
     return WindowSet(windows=windows, inputs=Inputs(x=x, spec=spec))
+
+
+def host_number(host_id: str) -> int:
+    """Give a host's number: 24 bits of its hash, which float32 holds."""
+    return int.from_bytes(hashlib.sha256(host_id.encode()).digest()[:3], "big")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -257,12 +192,14 @@ class _Block:
     x: NDArray[np.float32]
 
 
-def _read_block(file: Any, group: int, features: Sequence[str], wanted: set[str] | None) -> _Block | None:
+def _read_block(
+    file: Any, group: int, features: Sequence[str], wanted: set[str] | None, *, unknown: bool
+) -> _Block | None:
     head = file.read_row_group(group, columns=["episode_id", "role", *_WINDOW])
     episode = np.asarray(head["episode_id"].to_pylist(), dtype=object)
     role = np.asarray(head["role"].to_pylist(), dtype=object)
     phase = head["phase"].to_numpy()
-    keep = (phase >= 0) & (role != Role.COMMISSION)
+    keep = ((phase >= 0) | unknown) & (role != Role.COMMISSION)
     if wanted is not None:
         keep &= np.fromiter(
             (r == Role.SOAK or e in wanted for e, r in zip(episode, role, strict=True)), np.bool_, len(role)

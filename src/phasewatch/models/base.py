@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, Self, final
+from typing import Any, ClassVar, Literal, Self, final
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.errors import MismatchError, UsageError
-from phasewatch.measures import N_CLASSES, at_temperature, log_loss
+from phasewatch.measures import N_CLASSES, at_temperature, confusion_counts, log_loss, macro_f1
 from phasewatch.models import checkpoint
 from phasewatch.models.alarm import AlarmRule, choose_alarm
 from phasewatch.models.checkpoint import Header
@@ -23,14 +23,28 @@ from phasewatch.models.filter import NONE, PHASE, PhaseFilter, Track, fit_filter
 from phasewatch.vocab import PHASES, WINDOW_BINS
 
 Floats = NDArray[np.float64]
+Persist = Literal["exact", "none"]
 
 
 class InputKind(StrEnum):
-    """What a model is given: a table of features, a tensor of bins, or the window's elapsed time alone."""
+    """What a model is given: a table of features or a tensor of bins.
+
+    Baselines get the window's elapsed time alone, the cumulative levels alone, or the number of its host.
+    """
 
     TABLE = "table"
     TENSOR = "tensor"
     ELAPSED = "elapsed"
+    LEVELS = "levels"
+    HOST = "host"
+
+
+class Table(StrEnum):
+    """What was made of the values before a model sees them (DESIGN section 8)."""
+
+    RAW = "raw"
+    CONTEXT = "context"
+    COMMISSIONED = "commissioned"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +54,8 @@ class InputSpec:
     Attributes:
         mask: Name of the threat model that chose the columns.
         schema_hash, behaviour_fingerprint: Of the feature table (DESIGN section 4).
+        table: What was made of the values.
+        floors: Channel → its smallest scale, from train; only where they are measured from a clean day.
     """
 
     kind: InputKind
@@ -47,6 +63,8 @@ class InputSpec:
     mask: str
     schema_hash: str
     behaviour_fingerprint: str
+    table: Table = Table.RAW
+    floors: tuple[tuple[str, float], ...] = ()
 
     def difference(self, found: InputSpec) -> str:
         """Say in words where `found` is not what this asks for; empty when it fits."""
@@ -55,11 +73,14 @@ class InputSpec:
             for what, ours, theirs in (
                 ("input", self.kind, found.kind),
                 ("threat model", self.mask, found.mask),
+                ("table", self.table, found.table),
                 ("feature schema", self.schema_hash, found.schema_hash),
                 ("behaviour fingerprint", self.behaviour_fingerprint, found.behaviour_fingerprint),
             )
             if ours != theirs
         ]
+        if self.floors != found.floors and self.table is found.table:
+            words.append("scales of a clean day: from another train set")
         if self.names != found.names:
             lacking = [n for n in self.names if n not in found.names]
             surplus = [n for n in found.names if n not in self.names]
@@ -123,14 +144,17 @@ class PhaseModel(ABC):
 
     Attributes:
         key: The registry's name of the class.
+        persist: ``exact`` (a checkpoint gives the same bits) or ``none`` (scored in the process that fitted it).
         Config: Frozen dataclass of what can be set, with defaults.
         temperature: Set by `calibrate`; 1 until then.
         history: Name → one number per round, of the fit.
+        val_a_macro_f1: What models are chosen by, before a test prediction is read.
         filter, alarm: Set by `decide`; none until then.
     """
 
     key: ClassVar[str]
     kind: ClassVar[InputKind] = InputKind.TABLE
+    persist: ClassVar[Persist] = "exact"
     Config: ClassVar[type]
 
     @final
@@ -150,6 +174,7 @@ class PhaseModel(ABC):
         self.seen: tuple[int, ...] = ()
         self.trained_on: dict[str, str] = {}
         self.trained_with: dict[str, int] = {}
+        self.val_a_macro_f1 = 0.0
         self.filter: PhaseFilter | None = None
         self.alarm: dict[str, AlarmRule] = {}
 
@@ -175,6 +200,7 @@ class PhaseModel(ABC):
         self.temperature, self.history = 1.0, {}
         self.filter, self.alarm = None, {}
         self._fit(train, val)
+        self.val_a_macro_f1 = round(float(macro_f1(confusion_counts(val.y, self.predict(val.inputs)))), 6)
         return self
 
     @final
@@ -242,6 +268,8 @@ class PhaseModel(ABC):
             model=self.key,
             input_kind=self.spec.kind,
             mask=self.spec.mask,
+            table=self.spec.table,
+            floors=dict(self.spec.floors),
             columns=self.spec.names,
             schema_hash=self.spec.schema_hash,
             behaviour_fingerprint=self.spec.behaviour_fingerprint,
@@ -253,6 +281,7 @@ class PhaseModel(ABC):
             history=self.history,
             trained_on=self.trained_on,
             trained_with=self.trained_with,
+            val_a_macro_f1=self.val_a_macro_f1,
             filter=self.filter,
             alarm=self.alarm,
             versions=checkpoint.versions(self._libraries()),
@@ -271,10 +300,13 @@ class PhaseModel(ABC):
             mask=header.mask,
             schema_hash=header.schema_hash,
             behaviour_fingerprint=header.behaviour_fingerprint,
+            table=Table(header.table),
+            floors=tuple(header.floors.items()),
         )
         model.seen, model.temperature = header.seen, header.temperature
         model.history, model.trained_on = dict(header.history), dict(header.trained_on)
         model.filter, model.alarm, model.trained_with = header.filter, dict(header.alarm), dict(header.trained_with)
+        model.val_a_macro_f1 = header.val_a_macro_f1
         model._restore(files)
         return model
 

@@ -1,7 +1,8 @@
-"""What every score is held against: the most frequent phase, and the phase that elapsed time alone would tell."""
+"""What every score is held against and no telemetry enters: frequency, chance, elapsed time, the host's name."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from phasewatch.vocab import BIN_NS, STRIDE_BINS
 FILE = "model.json"
 STRIDE_S = BIN_NS * STRIDE_BINS / 1e9
 WIDTHS_S = (5.0, 10.0, 20.0, 40.0, 80.0)
+_Row = tuple[float, float, float, float, float]
 BALANCES = (0.0, 0.5, 1.0)  # how far the classes' frequencies are evened out; 1 is what macro-F1 likes
 
 
@@ -42,6 +44,54 @@ class Majority(PhaseModel):
 
     def _restore(self, files: Mapping[str, bytes]) -> None:
         self._shares = _parse_rows(files, self.key)[0]
+
+
+class Stratified(Majority):
+    """A guess drawn with train's frequencies; the draw hangs on seed and window alone, not on its neighbours."""
+
+    key = "stratified"
+
+    def _predict_proba(self, x: NDArray[np.float32]) -> Floats:
+        salt = self.seed.to_bytes(8, "big", signed=True)
+        digests = [hashlib.sha256(salt + row.tobytes()).digest() for row in np.ascontiguousarray(x, "<f4")]
+        draws = np.array([int.from_bytes(d[:6], "big") / 2**48 for d in digests])
+        drawn = (draws[:, None] >= self._shares.cumsum()).sum(axis=1).clip(0, N_CLASSES - 1)
+        # Half of the weight stays with the frequencies, so that a wrong guess does not cost without bound.
+        told: Floats = 0.5 * np.eye(N_CLASSES)[drawn] + 0.5 * self._shares
+        return told
+
+
+class HostOnly(PhaseModel):
+    """Share of each phase on a window's host; a host that train never saw is answered as all of them together."""
+
+    key = "host_only"
+    kind = InputKind.HOST
+    Config = NoConfig
+
+    def _fit(self, train: Examples, val: Examples) -> None:
+        hosts = np.unique(train.inputs.x[:, 0])
+        own = [np.bincount(train.y[train.inputs.x[:, 0] == h], minlength=N_CLASSES) for h in hosts]
+        self._hosts = hosts.astype(np.float64)
+        rows = np.array([np.bincount(train.y, minlength=N_CLASSES), *own], np.float64)
+        self._rows = rows / rows.sum(axis=1, keepdims=True)
+
+    def _predict_proba(self, x: NDArray[np.float32]) -> Floats:
+        at = np.searchsorted(self._hosts, x[:, 0])
+        known = np.append(self._hosts, np.nan)[at] == x[:, 0]
+        rows: Floats = self._rows[np.where(known, at + 1, 0)]
+        return rows
+
+    def _files(self) -> Mapping[str, bytes]:
+        return {FILE: msgspec.json.encode([self._rows.tolist(), self._hosts.tolist()])}
+
+    def _restore(self, files: Mapping[str, bytes]) -> None:
+        try:
+            rows, hosts = msgspec.json.decode(files[FILE], type=tuple[list[_Row], list[float]])
+        except (KeyError, msgspec.DecodeError) as exc:
+            raise RunError(f"checkpoint of {self.key}: {FILE} is absent or not rows and hosts: {exc}") from exc
+        self._rows, self._hosts = _checked(rows, self.key), np.array(hosts)
+        if len(rows) != len(hosts) + 1:
+            raise RunError(f"checkpoint of {self.key}: {FILE} holds {len(rows)} rows for {len(hosts)} hosts")
 
 
 class ElapsedTime(PhaseModel):
@@ -98,9 +148,14 @@ def _smooth(counts: Floats, width_s: float, balance: float) -> Floats:
 
 def _parse_rows(files: Mapping[str, bytes], key: str) -> Floats:
     try:
-        rows = np.asarray(msgspec.json.decode(files[FILE], type=list[tuple[float, float, float, float, float]]))
+        rows = msgspec.json.decode(files[FILE], type=list[_Row])
     except (KeyError, msgspec.DecodeError) as exc:
         raise RunError(f"checkpoint of {key}: {FILE} is absent or not rows of five numbers: {exc}") from exc
+    return _checked(rows, key)
+
+
+def _checked(told: list[_Row], key: str) -> Floats:
+    rows = np.asarray(told, np.float64)
     if not len(rows) or (rows < 0).any() or not (rows.sum(axis=1) > 0).all():
         raise RunError(f"checkpoint of {key}: {FILE} holds no probabilities")
     return rows

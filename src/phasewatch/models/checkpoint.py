@@ -39,12 +39,14 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Attributes:
         model: A registry key; text of a checkpoint is never imported.
         columns: What the model takes, in order; `mask` is the threat model that chose them.
+        table, floors: What was made of the values, and the scales that this took from train.
         seen: Codes of the phases that occurred in train; the others have probability 0.
         temperature: Of the probabilities, fitted on validation B.
         filter: What smooths them over time, fitted on train and validation B; None where windows were dealt.
         alarm: ``none`` or ``phase``, the filter whose probabilities it hears → the rule, fixed when this was trained.
         trained_on: Part → digest of the very windows and labels.
         trained_with: Part → number of windows.
+        val_a_macro_f1: What models are chosen by.
         files: Name → size and sha256.
         sha256: Digest of the canonical JSON (sorted keys, no spaces) of all of this with this field empty.
     """
@@ -65,9 +67,12 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     trained_on: dict[str, str]
     versions: dict[str, str]
     files: dict[str, FileEntry]
+    table: str = "raw"
+    floors: dict[str, float] = {}
     filter: PhaseFilter | None = None
     alarm: dict[str, AlarmRule] = {}
     trained_with: dict[str, int] = {}
+    val_a_macro_f1: float = 0.0
     sha256: str = ""
 
 

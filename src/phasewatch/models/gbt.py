@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from phasewatch.errors import RunError
 from phasewatch.measures import N_CLASSES
-from phasewatch.models.base import Examples, Floats, PhaseModel, class_weights
+from phasewatch.models.base import Examples, Floats, InputKind, PhaseModel, class_weights
 
 FILE = "model.ubj"
 
@@ -98,3 +98,10 @@ class GradientBoosting(PhaseModel):
 
     def _libraries(self) -> tuple[str, ...]:
         return ("numpy", "xgboost", "xgboost-cpu")
+
+
+class LevelsOnly(GradientBoosting):
+    """The same trees over the cumulative levels alone: how much "how late is it" would have told."""
+
+    key = "levels_only"
+    kind = InputKind.LEVELS

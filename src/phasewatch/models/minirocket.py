@@ -146,7 +146,8 @@ def _ridge(features: Floats, y: NDArray[np.int64], penalty: float) -> tuple[Floa
 
     targets = np.where(np.eye(N_CLASSES)[y] > 0, 1.0, -1.0)
     fitted = Ridge(alpha=penalty, solver="cholesky").fit(features, targets, sample_weight=class_weights(y)[y])
-    return np.asarray(fitted.coef_, np.float64), np.asarray(fitted.intercept_, np.float64)
+    # In C order, as a checkpoint gives them back: another order is multiplied in another order of sums.
+    return np.ascontiguousarray(fitted.coef_, np.float64), np.asarray(fitted.intercept_, np.float64)
 
 
 def _decide(scores: Floats, seen: tuple[int, ...]) -> Floats:

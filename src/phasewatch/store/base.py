@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Protocol
 
 from phasewatch.errors import StoreError
 from phasewatch.store.disk import DiskStore, StoreItem
 
-__all__ = ["Incoming", "Place", "Store", "StoreItem", "open_store", "parse_place"]
+__all__ = ["Incoming", "Place", "Store", "StoreItem", "is_loopback", "open_store", "parse_place"]
 
 Place = Path | str  # a folder, or a URI
 
@@ -101,3 +102,11 @@ def open_store(place: Place) -> Store:
     raise StoreError(
         f"{place}: no store can be of kind {scheme}://; name a folder, file:///folder or s3://bucket/prefix"
     )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's own, so that what goes there crosses no network."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False

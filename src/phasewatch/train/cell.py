@@ -11,7 +11,7 @@ import msgspec
 
 import phasewatch
 from phasewatch.errors import RunError
-from phasewatch.models.base import InputKind
+from phasewatch.models.base import InputKind, Table
 from phasewatch.split import Fold
 
 MODELS = "models"
@@ -41,11 +41,12 @@ class Cell:
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`cell.json`, written last: what the cell was made from and what it made, each by sha256."""
+    """`cell.json`, written last: what the cell was made from and what it made, each by sha256; settings tried first."""
 
     cell: Cell
     inputs: dict[str, str]
     outputs: dict[str, str]
+    trials: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +55,15 @@ class Sources:
 
     features: str
     grids: str
+    levels: str
     schema: str
     validation: str
 
     def of(self, cell: Cell, fold: Fold, kind: InputKind) -> dict[str, str]:
         """Say what a cell's files depend on; when one changes, the cell is trained again."""
         return {
-            **({"grids": self.grids} if kind is InputKind.TENSOR else {}),
+            **({"grids": self.grids} if kind is InputKind.TENSOR or cell.table == Table.COMMISSIONED else {}),
+            **({"levels": self.levels} if kind is InputKind.LEVELS else {}),
             "features": self.features,
             "schema": self.schema,
             "validation": self.validation,
@@ -74,12 +77,13 @@ def plan_cells(
     *,
     models: Sequence[str],
     threats: Sequence[str] = ("realistic",),
+    table: str = "raw",
     seeds: Sequence[int] = (0,),
 ) -> tuple[Cell, ...]:
     """Cross folds, threat models, models and seeds, in the order of the merged predictions."""
     return tuple(
         sorted(
-            Cell(recipe=fold.recipe, fold=fold.fold, threat=threat, model=model, seed=seed)
+            Cell(recipe=fold.recipe, fold=fold.fold, threat=threat, model=model, table=table, seed=seed)
             for fold in folds
             for threat in threats
             for model in models
