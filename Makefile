@@ -20,7 +20,7 @@ UV         := $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt
 export OMP_WAIT_POLICY = PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: demo test soak lint setup system picture docs datasheet footprint lock clean
+.PHONY: bench-features demo test soak lint setup system picture docs datasheet footprint lock clean
 
 demo: $(VENV)/.run
 	@$(BIN)/phasewatch demo
@@ -81,6 +81,16 @@ datasheet: setup
 
 footprint: setup
 	$(BIN)/python docs/footprint.py
+
+# Ratios against the floor, the plain way and the peers; BUNDLES=76660 measures the whole corpus instead of a share of it.
+BUNDLES ?= 2000
+bench-features: setup $(VENV)/bench
+	$(BIN)/python bench/features.py --bundles $(BUNDLES) --peers $(VENV)/bench/bin/python
+
+$(VENV)/bench: bench/requirements.txt | $(BIN)/uv
+	$(PY) -m venv $@
+	$(BIN)/uv pip install -q --python $@/bin/python -r bench/requirements.txt
+	@touch $@
 
 # The pictures that the README shows, from the bundled corpus.
 picture: demo

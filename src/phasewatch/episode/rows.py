@@ -116,15 +116,19 @@ def decode_rows(source: Source, fields: Sequence[str], data: bytes, *, file: str
     """
     member = f"{source}.jsonl"
     codec = _codec(source, tuple(fields))
-    n = count_lines(data, file=file, member=member, most=limits.SOURCE_ROWS, too_many="rows-many")
-    rows: list[Any]
-    try:
-        rows, hint = codec.decoder.decode_lines(data), ""
-    except (msgspec.DecodeError, RecursionError) as exc:
-        rows, hint = [], str(exc)
+    n = data.count(b"\n")
+    rows: list[Any] = []
+    hint = ""
+    if n <= limits.SOURCE_ROWS and len(data) <= n * limits.LINE_BYTES:
+        try:
+            rows = codec.decoder.decode_lines(data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            hint = str(exc)
     # msgspec keeps the last of two equal keys, takes keys in any order and skips blanks. Only a file in the one right
-    # form comes back from the encoder as it was, so this one comparison stands for all those checks.
+    # form comes back from the encoder as it was, so this one comparison stands for all those checks, and for those of
+    # the text: lines in that form are short, plain and whole.
     if hint or len(rows) != n or _ENCODER.encode_lines(rows) != data:
+        count_lines(data, file=file, member=member, most=limits.SOURCE_ROWS, too_many="rows-many")
         blame = blame_line(data, codec.decoder, (*STAMPS, *fields), file=file, member=member, hint=hint)
         if blame is not None:
             raise blame
@@ -174,7 +178,9 @@ def _columns(source: Source, fields: tuple[str, ...], codec: _Codec, rows: list[
     """Turn typed rows into arrays; the common case (whole numbers, no null) goes through one `fromiter`."""
     n, k = len(rows), len(STAMPS) + len(fields)
     ints: NDArray[np.int64] | None = None
+    array: NDArray[Any]
     present = np.ones((n, len(fields)), np.bool_)
+    stamps: list[NDArray[np.int64]]
     values: list[NDArray[Any]]
     if not any(codec.is_float):
         try:
@@ -186,17 +192,29 @@ def _columns(source: Source, fields: tuple[str, ...], codec: _Codec, rows: list[
         stamps, values = list(ints[:3]), list(ints[3:])
     else:
         listed = list(zip(*map(astuple, rows), strict=True)) if n else [()] * k
-        stamps = [np.array(column, np.int64) for column in listed[:3]]
-        values = []
-        for i, column in enumerate(listed[3:]):
-            if None in column:
-                present[:, i] = [value is not None for value in column]
-                column = tuple(0 if value is None else value for value in column)
-            array = np.array(column, np.float64 if codec.is_float[i] else np.int64)
-            if codec.is_float[i] and not np.isfinite(array).all():
-                line = int(np.argmin(np.isfinite(array))) + 1
-                raise _Bad("row-non-finite", f"{fields[i]} is not a finite number", line)
-            values.append(array)
+        is_float = (False,) * len(STAMPS) + codec.is_float
+        whole: list[Any] = []  # the columns of whole numbers, made at once: twice as fast as one by one
+        values = [np.empty(0)] * k
+        for i, column in enumerate(listed):
+            if is_float[i]:
+                array = np.array(column, np.float64)  # a null becomes NaN, which JSON cannot spell
+                unknown = np.isnan(array)
+                if unknown.any():
+                    present[:, i - 3] = ~unknown
+                    array[unknown] = 0.0
+                if not np.isfinite(array).all():
+                    line = int(np.argmin(np.isfinite(array))) + 1
+                    raise _Bad("row-non-finite", f"{fields[i - 3]} is not a finite number", line)
+                values[i] = array
+            elif None in column:
+                present[:, i - 3] = [value is not None for value in column]
+                whole.append([0 if value is None else value for value in column])
+            else:
+                whole.append(column)
+        made = np.fromiter(chain.from_iterable(whole), np.int64, n * len(whole)).reshape(len(whole), n)
+        for i, array in zip((i for i in range(k) if not is_float[i]), made, strict=True):
+            values[i] = array
+        stamps, values = values[:3], values[3:]
     for name, stamp in zip(STAMPS, stamps[:2], strict=False):
         if n and int(stamp.min()) < 0:
             raise _Bad("row-stamp", f"{name} is negative", int(np.argmax(stamp < 0)) + 1)

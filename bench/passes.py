@@ -1,0 +1,142 @@
+"""Measure what one bundle costs from file to features: against not parsing it at all, and against two plain passes.
+
+    python bench/passes.py [BUNDLES]
+
+The floor reads, hashes (bundle and members), decompresses and walks the tar, and parses nothing. The baseline is what one
+writes first: tarfile, `json.loads` a line, checks, all of it again for the features, and a loop over windows. Both give
+the same numbers as the fast way, to 1e-6.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+import tempfile
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from backports import zstd
+from figures import Figure, best_of, say
+
+from phasewatch.channels import raw_fields
+from phasewatch.episode.bundle import read_members, unpack
+from phasewatch.episode.model import Episode, SourceRows
+from phasewatch.features.stats import episode_stats
+from phasewatch.features.tables import windows_of
+from phasewatch.grid.align import align
+from phasewatch.simulate import simulate
+from phasewatch.store.disk import DiskStore, StoreItem
+from phasewatch.validate.sweep import read_one
+from phasewatch.vocab import Source
+
+WINDOW, STRIDE = 20, 10
+T = 0.5 * np.arange(WINDOW)
+LEVER = T - T.mean()
+
+
+def floor(store: DiskStore, item: StoreItem) -> None:
+    """Touch every byte, and understand none."""
+    data = store.read(item)
+    sha256(data).hexdigest()
+    for view in read_members(data, file=item.path).values():
+        sha256(view).hexdigest()
+
+
+def ours(store: DiskStore, item: StoreItem) -> tuple[np.ndarray, np.ndarray]:
+    """Take the one pass of a sweep, and make the features of what it gave."""
+    swept = read_one(str(store.path), item)
+    assert swept.row is not None
+    assert swept.bins is not None
+    return windows_of(swept.row, swept.bins).stats, episode_stats(swept.bins)
+
+
+def plain_pass(store: DiskStore, item: StoreItem) -> dict[str, list[dict[str, float]]]:
+    """Read and check a bundle as the standard library offers it."""
+    data = (store.path / item.path).read_bytes()
+    assert sha256(data).hexdigest() == item.receipt
+    found: dict[str, list[dict[str, float]]] = {}
+    with tarfile.open(fileobj=io.BytesIO(zstd.decompress(data))) as tar:
+        for member in tar:
+            file = tar.extractfile(member)
+            assert file is not None
+            content = file.read()
+            if member.name == "manifest.json":
+                manifest = json.loads(content)
+                continue
+            assert sha256(content).hexdigest() == manifest["members"][member.name]["sha256"]
+            rows = [json.loads(line) for line in content.splitlines()]
+            if member.name != "labels.jsonl":
+                keys = ["t_wall_ns", "t_mono_ns", "seq", *manifest["fields"][member.name.removesuffix(".jsonl")]]
+                for row in rows:
+                    assert list(row) == keys
+                    assert all(value is None or type(value) in (int, float) for value in row.values())
+            found[member.name] = rows
+    return found
+
+
+def plain(store: DiskStore, item: StoreItem, whole: Episode) -> tuple[np.ndarray, np.ndarray]:
+    """Validate in one pass, read again for the features in another, and loop over windows; bins are made as ours are."""
+    plain_pass(store, item)
+    members = plain_pass(store, item)
+    rows = {}
+    for source in Source:
+        lines = members.get(f"{source}.jsonl")
+        if lines is None:
+            continue
+        specs = raw_fields(source)
+        rows[source] = SourceRows(
+            source=source, fields=tuple(s.field for s in specs),
+            t_wall_ns=np.array([r["t_wall_ns"] for r in lines], np.int64),
+            t_mono_ns=np.array([r["t_mono_ns"] for r in lines], np.int64),
+            seq=np.array([r["seq"] for r in lines], np.int64),
+            columns=tuple(
+                np.array([r[s.field] or 0 for r in lines], np.float64 if s.type == "float" else np.int64) for s in specs
+            ),
+            present=np.array([[r[s.field] is not None for s in specs] for r in lines], np.bool_),
+        )  # fmt: skip
+    bins = align(Episode(manifest=whole.manifest, marks=whole.marks, rows=rows)).bins.astype(np.float64)
+    windows = [_stats(bins[at : at + WINDOW], LEVER) for at in range(0, len(bins) - WINDOW + 1, STRIDE)]
+    t = 0.5 * np.arange(len(bins))
+    return np.array(windows, np.float32).reshape(len(windows), -1), _stats(bins, t - t.mean()).astype(np.float32)
+
+
+def _stats(x: np.ndarray, lever: np.ndarray) -> np.ndarray:
+    p50, p95 = np.percentile(x, (50, 95), axis=0)
+    mean = x.mean(axis=0)
+    slope = lever @ (x - mean) / (lever @ lever)
+    return np.stack((mean, x.std(axis=0), p50, p95, slope), axis=1)
+
+
+def main(bundles: int) -> None:
+    """Measure and print."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = simulate(Path(folder) / "store", hosts=2, episodes=bundles, seed=1, between_s=(180.0, 180.0))
+        store = DiskStore(made.store)
+        items = list(store.walk())
+        wholes = [unpack(store.read(item), file=item.path) for item in items]
+        for item, whole in zip(items[:5], wholes, strict=False):
+            for a, b in zip(ours(store, item), plain(store, item, whole), strict=True):
+                known = np.isfinite(a) & np.isfinite(b)  # the plain way knows no gaps
+                scale = np.maximum(np.abs(a[known]), 1e-3 * np.abs(a[known]).max())
+                assert (np.abs(a[known] - b[known]) <= 1e-6 * scale + 1e-12).mean() > 0.999
+        least = best_of(
+            {
+                "floor": lambda: [floor(store, item) for item in items],
+                "ours": lambda: [ours(store, item) for item in items],
+                "plain": lambda: [plain(store, item, whole) for item, whole in zip(items[:6], wholes, strict=False)],
+            },
+            rounds=7,
+        )
+    per_ms = {"floor": least["floor"] / len(items), "ours": least["ours"] / len(items), "plain": least["plain"] / 6}
+    note = f"({per_ms['ours'] * 1e3:.2f} ms; floor {per_ms['floor'] * 1e3:.2f} ms)"
+    say(Figure(what="verify + decode + gate + grid + 230 features, against the floor without parsing", must="≤9",
+               aim="≤2.5", measured=per_ms["ours"] / per_ms["floor"], note=note))  # fmt: skip
+    say(Figure(what="two plain passes against it", must="≥6", aim="≥16", measured=per_ms["plain"] / per_ms["ours"],
+               note=f"({per_ms['plain'] * 1e3:.1f} ms)"))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 60)
