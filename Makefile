@@ -87,9 +87,9 @@ BUNDLES ?= 2000
 bench-features: setup $(VENV)/bench
 	$(BIN)/python bench/features.py --bundles $(BUNDLES) --peers $(VENV)/bench/bin/python
 
-$(VENV)/bench: bench/requirements.txt | $(BIN)/uv
+$(VENV)/bench: bench/features-peers.txt | $(BIN)/uv
 	$(PY) -m venv $@
-	$(BIN)/uv pip install -q --python $@/bin/python -r bench/requirements.txt
+	$(BIN)/uv pip install -q --python $@/bin/python -r bench/features-peers.txt
 	@touch $@
 
 # The pictures that the README shows, from the bundled corpus.

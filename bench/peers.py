@@ -1,6 +1,6 @@
 """Measure the window features against tsflex, seglearn and tsfresh, each computing the same five numbers.
 
-    PYTHONPATH=src python bench/peers.py        (in the environment of bench/requirements.txt)
+    PYTHONPATH=src python bench/peers.py        (in the environment of bench/features-peers.txt)
 
 CPU time of one process. tsflex stands here twice: called for each episode with its own vectorised functions, and at its
 best, with one function of five outputs over forty episodes end to end. Values agree to 1e-6 relative.

@@ -7,6 +7,8 @@ import hashlib
 import importlib
 import random
 import re
+import resource
+import signal
 import sys
 import types
 import warnings
@@ -216,14 +218,40 @@ class Behaviour:
     values: tuple[str, ...]
 
 
+class TooLong(Exception):
+    """A mutant computes without end."""
+
+
+@contextmanager
+def bounded(cpu_s: float = 10.0, more_bytes: int = 1 << 30) -> Iterator[None]:
+    """Stop a mutant that would run or swell for ever: that, too, is something it does."""
+
+    def stop(*_: object) -> None:
+        raise TooLong
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, cpu_s)
+    resource.setrlimit(resource.RLIMIT_AS, (now + more_bytes, hard))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 def behaviour(changed: Mapping[str, str], episodes: Sequence[Episode]) -> Behaviour:
     """Run a build; where it breaks, that is what it does."""
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
+    with warnings.catch_warnings(), np.errstate(all="ignore"), bounded():
         warnings.simplefilter("ignore")
         try:
             with loaded(changed) as modules:
                 fingerprint = _said(modules["phasewatch.features.fingerprint"].behaviour_fingerprint)
                 return Behaviour(fingerprint=fingerprint, values=tuple(_said(_digest, modules, e) for e in episodes))
+        except TooLong:
+            return Behaviour(fingerprint="without end", values=("without end",) * len(episodes))
         except Exception as exc:  # a mutant that cannot even be loaded
             return Behaviour(fingerprint=repr(exc), values=(repr(exc),) * len(episodes))
 
@@ -231,6 +259,8 @@ def behaviour(changed: Mapping[str, str], episodes: Sequence[Episode]) -> Behavi
 def _said(function: Callable[..., Any], *arguments: object) -> str:
     try:
         return str(function(*arguments))
+    except TooLong:
+        raise
     except Exception as exc:
         return f"raised {type(exc).__name__}"
 

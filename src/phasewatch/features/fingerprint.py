@@ -53,6 +53,8 @@ def golden_episodes() -> Iterator[tuple[str, Episode]]:
     yield "a clock that claims to be Unix time", _clock(_build(12), ClockBase.UNIX, -_T0 + _MONO)
     yield "a clock with another name", _clock(_build(13), ClockBase.BOOTTIME, -_T0 + _BOOT)
     yield "a step of the wall clock", _change(_build(14), _step)
+    yield "readings on the edges of bins, and gaps of exactly 2.5 s", _change(_build(15, jitter_ns=0), _on_the_edge)
+    yield "monotonic stamps that stand still and step back", _change(_build(16), _stumble)
 
 
 def _build(
@@ -139,6 +141,21 @@ def _step(rows: SourceRows) -> SourceRows:
     """Put the wall clock 0.75 s forward in the middle."""
     middle = rows.t_mono_ns > _MONO + 15 * _S
     return replace(rows, t_wall_ns=rows.t_wall_ns + middle * (3 * _S // 4))
+
+
+def _on_the_edge(rows: SourceRows) -> SourceRows:
+    """Lose what makes one gap of exactly 2.5 s, and stamp one reading a nanosecond later: a gap just over it."""
+    late = (np.arange(len(rows)) == 40).astype(np.int64)
+    moved = replace(rows, t_wall_ns=rows.t_wall_ns + late, t_mono_ns=rows.t_mono_ns + late)
+    return _drop(lambda i: 20 <= i < 24 or 36 <= i < 40)(moved)
+
+
+def _stumble(rows: SourceRows) -> SourceRows:
+    """Let the monotonic clock say the same twice, and once less than before."""
+    mono = rows.t_mono_ns.copy()
+    mono[20::9] = mono[19::9][: len(mono[20::9])]
+    mono[30::11] = mono[29::11][: len(mono[30::11])] - 1
+    return replace(rows, t_mono_ns=mono)
 
 
 def _clock(episode: Episode, declared: ClockBase, by_ns: int) -> Episode:
