@@ -16,15 +16,16 @@ from phasewatch.dataset.run import file_sha256
 from phasewatch.dataset.splits import Built, read_folds, write_all_splits, write_splits
 from phasewatch.episode.bundle import peek
 from phasewatch.errors import BundleError, RunError, SplitError, UsageError
-from phasewatch.evaluate.rows import Metrics
-from phasewatch.evaluate.score import score
+from phasewatch.evaluate.explain import Why, why
+from phasewatch.evaluate.rows import Metrics, chosen
+from phasewatch.evaluate.score import read_metrics, score
 from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import schema_hash
 from phasewatch.features.tables import FeatureCount, write_tables
 from phasewatch.grid.files import open_grids
 from phasewatch.models.registry import row_of
 from phasewatch.report.page import write_report
-from phasewatch.split import RECIPES, Fold, parse_fold, recipe_of
+from phasewatch.split import RECIPES, Fold, Part, parse_fold, recipe_of
 from phasewatch.store.disk import DiskStore, StoreItem
 from phasewatch.train.cell import Cell
 from phasewatch.train.cells import TrainReport, best_net, train_cells
@@ -248,6 +249,20 @@ def evaluate(settings: Settings) -> Metrics:
     return score(settings.run)
 
 
+def explain(run: Path, episode_id: str, at_s: float) -> Why:
+    """Say which channels the headline's model hangs on in one window of a test episode.
+
+    Raises:
+        RunError: If no fold of the headline's recipe tests that episode.
+    """
+    place = chosen(read_metrics(run).metrics)
+    for fold in read_folds(run, place.recipe):
+        if episode_id in fold.ids(Part.TEST):
+            cell = Cell(recipe=place.recipe, fold=fold.fold, threat=place.threat, model=place.model, table=place.table)
+            return why(run, cell, episode_id, at_s)
+    raise RunError(f"{run}: no fold of {place.recipe} tests episode {episode_id!r}; its splits name those that are")
+
+
 def audit(settings: Settings, *, tell: Callable[[str, int, int], None] | None = None) -> Audit:
     """Check what the run promises; without its store, what needs no bundles."""
 
@@ -273,6 +288,6 @@ def _folds(run: Path) -> list[Fold]:
     return [parse_fold(path.read_bytes(), file=str(path)) for path in sorted((run / "splits").glob("*.json"))]
 
 
-def report(settings: Settings) -> Path:
-    """Write the page."""
-    return write_report(settings.run)
+def report(settings: Settings, form: str = "html", out: Path | None = None) -> Path:
+    """Write the page, or its words and numbers without pictures."""
+    return write_report(settings.run, form, out)

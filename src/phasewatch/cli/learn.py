@@ -27,6 +27,14 @@ class Grid(StrEnum):
     FULL = "full"
 
 
+class Form(StrEnum):
+    """As what a report is written."""
+
+    HTML = "html"
+    MD = "md"
+    JSON = "json"
+
+
 def train(
     run: Path = typer.Argument(..., help="A run with splits."),
     workers: int = typer.Option(2, min=1, help="Cells at a time, one thread each."),
@@ -62,6 +70,8 @@ def train(
 
 def evaluate(
     run: Path = typer.Argument(..., help="A run with predictions."),
+    why: str = typer.Option("", metavar="EPISODE", help="Explain one window of this test episode instead of scoring."),
+    at: float = typer.Option(0.0, min=0, metavar="SECONDS", help="Of the window's middle, since the first label."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Score the predictions, with intervals over sessions and the baselines beside them.
@@ -71,11 +81,27 @@ def evaluate(
     from phasewatch import atomic, stages
     from phasewatch.evaluate.rows import headline
 
+    if why:
+        _explain(base.need_run(run), why, at, as_json=as_json)
+        return
     with atomic.lock(base.need_run(run)):
         metrics = stages.evaluate(stages.Settings(store=run, run=run))
     path = run / stages.METRICS
     result = {"headline": headline(metrics), "numbers": len(metrics.metrics), "metrics": str(path)}
     base.answer(result, as_json=as_json, lines=[headline(metrics), str(path)])
+
+
+def _explain(run: Path, episode_id: str, at_s: float, *, as_json: bool) -> None:
+    """Print the channels that the headline's model hangs on in one window."""
+    from dataclasses import asdict
+
+    from phasewatch import stages
+
+    told = stages.explain(run, episode_id, at_s)
+    rows = [["channel", "mean", "unit", "likelier by"]]
+    rows += [[r.channel, "–" if r.value is None else f"{r.value:.4g}", r.unit, f"{r.drop:+.3f}"] for r in told.reasons]
+    words = f"decided {told.decided} (p = {told.probability:.2f}), truth {told.truth}; without a channel's word it is less likely by:"
+    base.answer(asdict(told), as_json=as_json, lines=[words, *base.table(rows)])
 
 
 def audit(
@@ -107,16 +133,18 @@ def audit(
 
 def report(
     run: Path = typer.Argument(..., help="A run with scores."),
+    form: Form = typer.Option(Form.HTML, "--format", help="The page, or its words and numbers without pictures."),
+    out: Path = typer.Option(None, help="The file; RUN/report.FORMAT if left out."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Write the run's page: the claim, how sure, where it fails, what it rests on, how to repeat it.
 
-    Example: phasewatch report runs/mine
+    Example: phasewatch report runs/mine --format md
     """
     from phasewatch import atomic, stages
 
     with atomic.lock(base.need_run(run)):
-        path = stages.report(stages.Settings(store=run, run=run))
+        path = stages.report(stages.Settings(store=run, run=run), form, out)
     base.answer({"report": str(path)}, as_json=as_json, lines=[str(path)])
 
 

@@ -43,8 +43,8 @@ class Watched:
     @property
     def exposure_s(self) -> NDArray[np.float64]:
         """``(E,)`` seconds in which a false alarm could have been raised."""
-        windows: NDArray[np.float64] = np.bincount(self.of, self.calm.astype(np.float64), len(self)).astype(np.float64)
-        return windows * EXPOSURE_S
+        windows = np.bincount(self.of, self.calm, len(self))
+        return np.asarray(windows * EXPOSURE_S, np.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -76,7 +76,7 @@ class Place:
 
         Scores are rounded to ten decimals: below that the order of a sum shows, which differs between machines.
         """
-        rounded = {k: round(v, 10) if isinstance(v, float) else v for k, v in more.items()}
+        rounded = {k: round(v, 10) + 0.0 if isinstance(v, float) else v for k, v in more.items()}
         return MetricRow(
             recipe=self.recipe, fold=self.fold, threat=self.threat, table=self.table, filter=self.filter,
             agent=self.agent, **rounded,  # type: ignore[arg-type]

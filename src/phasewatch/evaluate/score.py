@@ -17,8 +17,19 @@ from phasewatch.evaluate import across, shift
 from phasewatch.evaluate.board import build_rows, scope_of
 from phasewatch.evaluate.bootstrap import RESAMPLES
 from phasewatch.evaluate.calibration import abstention_rows, calibration_rows, least_confidence
+from phasewatch.evaluate.explain import importance_rows
+from phasewatch.evaluate.fitted import fitted_rows
 from phasewatch.evaluate.operator import DAMAGE, operator_rows
-from phasewatch.evaluate.rows import METRICS, MetricRow, Metrics, headline, parse_metrics, render_metrics
+from phasewatch.evaluate.rows import (
+    METRICS,
+    Headline,
+    MetricRow,
+    Metrics,
+    chosen,
+    headline,
+    parse_metrics,
+    render_metrics,
+)
 from phasewatch.evaluate.said import Board, join, parse_boards
 from phasewatch.evaluate.scope import Place, Rules
 from phasewatch.evaluate.shift import Recorded
@@ -74,6 +85,8 @@ def rescore(run: Path, *, resamples: int = RESAMPLES, seed: int = 0) -> Metrics:
             rows += _score_board(board, val_b.get(board.key), rules)
         rows += across.build_gaps(boards, rules)
         rows += _operate(boards, val_b, table, _recorded(run), rules)
+        rows += fitted_rows(run, boards, Headline())
+        rows += importance_rows(run, chosen(rows), rules)
     return Metrics(inputs={PREDICTIONS: file_sha256(path), **digests}, metrics=tuple(rows))
 
 
