@@ -35,7 +35,7 @@ from phasewatch.train.cells import learn, merge, read_sources
 from phasewatch.train.predictions import PREDICTIONS
 
 MODELS = ("gbt", "cnn", "majority", "elapsed_time")
-RECIPES = ("held_out_host",)
+RECIPES = ("held_out_host", "deploy")
 CELL = Cell(recipe="held_out_host", fold="h0", threat="realistic", model="gbt")
 
 
@@ -295,6 +295,19 @@ def test_edited_decisions_are_caught(run: Path) -> None:
     edit_predictions(run, lambda t: t.set_column(t.schema.get_field_index("y_pred"), "y_pred", t["y_true"]))
 
     assert check_said(run).fate is Fate.BROKEN
+
+
+def test_edited_rows_of_the_filter_are_caught(run: Path) -> None:
+    def calm(table: pa.Table) -> pa.Table:
+        edited = pc.and_(pc.equal(table["filter"], "phase"), pc.equal(table["part"], "test"))
+        for name in ("p_active", "p_infecting"):
+            p = pc.if_else(edited, pc.multiply(table[name], pa.scalar(0.5, pa.float32())), table[name])
+            table = table.set_column(table.schema.get_field_index(name), name, p)
+        return table
+
+    edit_predictions(run, calm)
+
+    assert "filter phase" in check_said(run).words
 
 
 def test_left_out_windows_are_caught(run: Path) -> None:
