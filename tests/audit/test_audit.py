@@ -35,6 +35,7 @@ from phasewatch.train.cells import learn, merge, read_sources
 from phasewatch.train.predictions import PREDICTIONS
 
 MODELS = ("gbt", "cnn", "majority", "elapsed_time")
+RECIPES = ("held_out_host",)
 CELL = Cell(recipe="held_out_host", fold="h0", threat="realistic", model="gbt")
 
 
@@ -45,7 +46,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def clean(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pipeline.run(stages.Settings(store=store, run=tmp_path_factory.mktemp("runs") / "clean", models=MODELS)).run
+    return pipeline.run(
+        stages.Settings(store=store, run=tmp_path_factory.mktemp("runs") / "clean", models=MODELS, recipes=RECIPES)
+    ).run
 
 
 @pytest.fixture
@@ -389,7 +392,7 @@ def test_fifty_clean_runs_are_not_accused(tmp_path: Path) -> None:
     for seed in range(50):
         store = tmp_path / f"store-{seed}"
         simulate(store, hosts=3, episodes=180, seed=seed, between_s=(60, 70))
-        done = pipeline.run(stages.Settings(store=store, run=tmp_path / f"run-{seed}", models=MODELS))
+        done = pipeline.run(stages.Settings(store=store, run=tmp_path / f"run-{seed}", models=MODELS, recipes=RECIPES))
         audit = stages.audit(pipeline.settings_of(done.run))
         assert audit.passes, f"seed {seed}: {audit.broken}"
         shutil.rmtree(store)

@@ -39,21 +39,32 @@ def train(
     run: Path = typer.Argument(..., help="A run with splits."),
     workers: int = typer.Option(2, min=1, help="Cells at a time, one thread each."),
     seed: int = typer.Option(0, help="Of the models."),
-    grid: Grid = typer.Option(Grid.SHORT, help="Which threat models and how many seeds."),
+    grid: Grid = typer.Option(Grid.SHORT, help="short: what the demo trains; full: every recipe and model."),
+    recipes: str = typer.Option("", help="`all` is the full grid; or only these recipes, separated by commas."),
     models: str = typer.Option("", help="Only these models of the grid, separated by commas."),
+    model: list[str] = typer.Option([], help="A model of yours, module:Class or a name that its package registers."),
+    tune: int = typer.Option(0, min=0, help="Settings to try for each cell, judged on its validation A; 0 for none."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
-    """Train every model on every fold; what is finished stays.
+    """Train every cell of the grid (recipe, fold, threat model, model); what is finished stays.
 
-    Example: phasewatch train runs/mine
+    Example: phasewatch train runs/mine --recipes all
     """
     from phasewatch import atomic, stages
+    from phasewatch.cli.tally import tallying
 
-    settings = stages.Settings(store=run, run=run, workers=workers, seed=seed, grid=grid, models=base.names(models))
-    with atomic.lock(base.need_run(run)), base.progress(quiet=as_json) as tell:
-        done = stages.train(settings, tell=lambda cell, n, m: tell("train", n, m, f"{cell.model} {cell.fold}"))
-    result = {"trained": len(done.trained), "kept": len(done.kept), "rows": done.rows, "predictions": str(done.path)}
-    words = f"{len(done.trained)} cells trained, {len(done.kept)} kept, {done.rows:,} predictions"
+    everything = recipes == "all"
+    settings = stages.Settings(
+        store=run, run=run, workers=workers, seed=seed, grid=Grid.FULL if everything else grid,
+        models=(*base.names(models), *model), recipes=() if everything else base.names(recipes), trials=tune,
+    )  # fmt: skip
+    with atomic.lock(base.need_run(run)), tallying(quiet=as_json) as tell:
+        done = stages.train(settings, tell=tell)
+    result = {
+        "trained": len(done.trained), "kept": len(done.kept), "rows": done.rows, "predictions": str(done.path), "trials": tune,
+    }  # fmt: skip
+    tried = f", each the best of {tune} trials on its validation A" if tune else ""
+    words = f"{len(done.trained)} cells trained{tried}, {len(done.kept)} kept, {done.rows:,} predictions"
     base.answer(result, as_json=as_json, lines=[words, str(done.path)])
 
 
@@ -143,7 +154,8 @@ def run(
     workers: int = typer.Option(2, min=1, help="Processes."),
     limit: int = typer.Option(0, min=0, help="A stratified, seeded subset of so many bundles; 0 for all."),
     include_degraded: bool = typer.Option(True, help="Use episodes with something missing or repaired, too."),
-    grid: Grid = typer.Option(Grid.SHORT, help="Which threat models and how many seeds."),
+    grid: Grid = typer.Option(Grid.SHORT, help="short: what the demo trains; full: every recipe and model."),
+    recipes: str = typer.Option("", help="Only these recipes of the grid, separated by commas."),
     models: str = typer.Option("", help="Only these models of the grid, separated by commas."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
@@ -156,7 +168,7 @@ def run(
     chosen = base.bundled_corpus() if store is None else store
     settings = Settings(
         store=chosen, run=out, workers=workers, limit=limit, include_degraded=include_degraded, grid=grid,
-        models=base.names(models),
+        models=base.names(models), recipes=base.names(recipes),
     )  # fmt: skip
     _go(settings, as_json=as_json)
 

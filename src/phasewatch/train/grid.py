@@ -72,6 +72,13 @@ def sensor_masks() -> tuple[str, ...]:
     return tuple(name for name in source_subsets() if mask_of(name) != mask_of(THREATS[0]))
 
 
+def brought_grid(
+    folds: Folds, models: Sequence[str], *, recipes: Sequence[str] = (), seed: int = 0
+) -> tuple[Cell, ...]:
+    """Give the cells of models that a user brings: realistic, over the headline's recipe or those asked for."""
+    return _cells(folds, recipes or (HEADLINE,), models=models, seed=seed)
+
+
 def widest(folds: Folds) -> tuple[Fold, ...]:
     """Give the one fold of the headline's recipe that tests most profiles, then by name."""
     of = folds.get(HEADLINE, ())
