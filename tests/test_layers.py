@@ -37,13 +37,16 @@ NEIGHBOURS = {
 
 # Everything else computes: gets time, randomness and bytes handed in, and opens nothing.
 WORLDLY = {
-    "__main__", "atomic", "workers", "installation", "episode.bundle", "store.disk", "store.objects", "grid.files", "simulate",
+    "__main__", "atomic", "workers", "installation", "episode.bundle", "grid.files", "simulate",
+    "store.disk", "store.objects", "store.receiver", "store.serving", "store.shipper", "store.admission", "store.tokens",
     "record.proc", "record.qmp", "record.netflow", "record.guest", "record.sink", "record.vm", "record.image",
     "record.recorder", "record.base", "record.accel", "record.doctor", "record.campaign", "record.driver",
     "record.flows", "record.idle", "record.installed", "record.own", "record.session", "record.spawn",
     "validate.index", "validate.sweep", "features.tables", "features.tensors", "dataset.run",
     "dataset.splits", "dataset.windows", "models.checkpoint", "train.predictions",
-    "train.cells", "export.run", "live.edge", "evaluate.score", "report.page", "audit.run", "stages", "pipeline",
+    "train.cells", "export.run", "live.edge", "live.models",
+    "live.find", "live.dump", "live.guard", "live.attach", "live.watcher", "live.save", "live.webhook", "live.session", "live.clean_day",
+    "predict", "evaluate.score", "report.page", "audit.run", "stages", "pipeline",
 }  # fmt: skip
 
 WORLD = {"os", "subprocess", "socket", "shutil", "tempfile", "threading", "multiprocessing", "signal", "time", "asyncio",

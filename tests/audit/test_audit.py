@@ -97,7 +97,10 @@ def edit_predictions(run: Path, change: Callable[[pa.Table], pa.Table], *, cell:
 def test_a_clean_run_keeps_every_promise_and_the_file_says_so(run: Path, store: Path) -> None:
     audit = stages.audit(pipeline.settings_of(run))
 
-    assert [check for check in audit.checks if check.fate is not Fate.KEPT] == []
+    # Of a store without idle machines and of one length, some questions for leaks cannot be asked.
+    asked = [check for check in audit.checks if not (check.name.startswith("leak-") and check.fate is Fate.UNTESTED)]
+    assert [check for check in asked if check.fate is not Fate.KEPT] == []
+    assert {check.name for check in asked} > {"leak-phase-from-elapsed-time", "leak-host-from-one-feature"}
     assert read_audit(run) == audit
 
 

@@ -10,10 +10,12 @@ import pytest
 
 from phasewatch.audit import datasheet
 from phasewatch.channels import CHANNELS
-from phasewatch.episode.bundle import unpack
+from phasewatch.episode.bundle import peek, unpack
 from phasewatch.episode.model import Episode
 from phasewatch.grid.align import align
 from phasewatch.grid.observed import observe
+from phasewatch.record.plan import build_sessions
+from phasewatch.record.plans import read_plan
 from phasewatch.vocab import Origin, Source
 
 CORPUS = Path(__file__).parents[2] / "corpus" / "lab-v1"
@@ -30,7 +32,7 @@ def test_every_channel_moves_somewhere(episodes: list[Episode]) -> None:
     seen = observe([align(e).bins for e in episodes])
 
     assert [o.channel.full_name for o in seen if o.is_constant] == []
-    assert len(seen) == 46
+    assert [o.channel for o in seen] == list(CHANNELS)
 
 
 def test_a_channel_that_an_episode_lacks_is_absent_with_its_reason(episodes: list[Episode]) -> None:
@@ -54,6 +56,20 @@ def test_a_channel_that_an_episode_says_it_has_is_known_in_it(episodes: list[Epi
 def test_everything_in_it_is_recorded_and_the_agent_is_a_coin_flip(episodes: list[Episode]) -> None:
     assert {e.manifest.origin for e in episodes} == {Origin.RECORDED}
     assert all((Source.GUEST in e.rows) == e.manifest.agent for e in episodes)
+
+
+def test_the_plan_still_deals_what_was_recorded() -> None:
+    dealt = {(slot.host_id, slot.plan_seed): slot for s in build_sessions(read_plan("lab-v1")) for slot in s.slots}
+
+    for path in BUNDLES:
+        manifest = peek(path.read_bytes(), file=path.name)
+        slot = dealt[manifest.host.host_id, manifest.plan_seed]
+        assert manifest.recording is not None
+        said = (manifest.profile, manifest.sample_name, manifest.role, manifest.agent, manifest.plan)
+        assert said == (slot.profile, slot.sample_name, slot.role, slot.agent, slot.phases), path.name
+        assert manifest.recording.background == slot.background
+        own = {name: value for name, value in manifest.recording.knobs.items() if "." not in name}
+        assert own == pytest.approx(dict(slot.knobs))
 
 
 def test_the_datasheet_is_of_these_bundles() -> None:

@@ -53,7 +53,7 @@ def scorer(kind: InputKind = InputKind.TENSOR, *, rules: bool = True, **changes:
     )
     spec = InputSpec(kind=kind, names=names, mask="tap", schema_hash="5", behaviour_fingerprint="b")
     fields: dict[str, object] = {
-        "model": "fake", "threat": "tap", "table": "raw", "seed": 0, "spec": spec, "predictor": Fake(spec),
+        "model": "fake", "threat": "tap", "seed": 0, "spec": spec, "predictor": Fake(spec),
         "filter": PhaseFilter(transitions=MOVES, prior=(0.2,) * 5, kappa=0.5) if rules else None,  # type: ignore[arg-type]
         "alarm": AlarmRule(theta=0.5) if rules else None, "trained": Trained(), "where": "test",
     }  # fmt: skip

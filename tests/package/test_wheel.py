@@ -100,3 +100,15 @@ def test_a_shell_completes_commands_and_options(unpacked: Path) -> None:
     asked = {"COMP_WORDS": "phasewatch val", "COMP_CWORD": "1", "_PHASEWATCH_COMPLETE": "complete_bash"}
 
     assert call(unpacked, **asked).stdout.split() == ["validate"]
+
+
+def test_uv_runs_it_in_the_environment_that_is_there() -> None:
+    uv = Path(sys.executable).with_name("uv")
+    if not uv.is_file():
+        pytest.skip("uv is not in this environment; `make setup` puts it there")
+    done = subprocess.run(
+        [str(uv), "run", "--no-sync", "phasewatch", "--version"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+
+    assert (done.returncode, done.stdout) == (0, f"phasewatch {phasewatch.__version__}\n")
+    assert not (ROOT / "uv.lock").exists()

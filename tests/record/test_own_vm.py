@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,6 +53,26 @@ def left_behind() -> list[str]:
     return found.stdout.split()
 
 
+def children_of(pid: int) -> list[int]:
+    """Give the processes that a process started."""
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_gone(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or " Z " in stat.read_text()
+
+
+def eventually(claim: Callable[[], object], seconds: float = 60.0) -> bool:
+    """Wait for another process's deed: there is no clock to hand it."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if claim():
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def written_while(episode: Episode, phase: Phase) -> int:
     """Give the bytes that the guest wrote to its disk in the spans of a phase."""
     rows = episode.rows[Source.QMP]
@@ -77,6 +100,23 @@ def test_a_fresh_profile_file_is_recorded_end_to_end(tmp_path: Path) -> None:
     assert {source for source, rows in episode.rows.items() if len(rows) >= 20} == set(Source)
     assert len({mark.phase for mark in episode.marks}) >= 3
     assert sum(written_while(episode, phase) for phase in (Phase.ARMED, Phase.INFECTING, Phase.ACTIVE)) > 20_000
+
+
+def test_a_recorder_that_is_killed_leaves_no_process_no_folder_and_no_half_a_bundle(tmp_path: Path) -> None:
+    need_qemu()
+    scratch, store = tmp_path / "scratch", tmp_path / "store"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "phasewatch", "record", "--plan", "smoke", "--hosts", "pc", "--out", str(store), "--idle-wait", "0", "--accel", "tcg"]  # fmt: skip
+    with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(scratch)}, stderr=subprocess.DEVNULL) as recorder:
+        ctl = "pw-*/*/ctl.sock"
+        assert eventually(lambda: list(scratch.glob(ctl)), 120), "no VM was started"
+        started = children_of(recorder.pid)
+        recorder.kill()
+
+    assert len(started) >= 3  # a guard, a sink, a VM
+    assert eventually(lambda: all(is_gone(pid) for pid in started))
+    assert eventually(lambda: not list(scratch.iterdir()))
+    assert not [path for path in store.rglob("*") if path.is_file() and path.stat().st_size]
 
 
 def test_a_disk_of_the_user_s_own_is_recorded_with_the_driver_of_the_docs(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def new_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[]
 
     def make() -> str:
         bucket = f"bucket-{next(NAMES)}"
-        httpx.put(f"{s3_endpoint}/{bucket}", trust_env=False).raise_for_status()
+        httpx.put(f"{s3_endpoint}/{bucket}", trust_env=False, timeout=60).raise_for_status()
         return f"s3://{bucket}/stores/one"
 
     return make

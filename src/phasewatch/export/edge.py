@@ -39,7 +39,7 @@ class EdgeModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     Attributes:
         member: Name of its ONNX file: raw windows in, calibrated probabilities out.
         threat: The mask that chose its columns.
-        columns: What it takes, in order.
+        columns: What it takes, in order; `table` says what was made of the values, `floors` the scales of a clean day.
         rules: Phase filter, alarm and what else a cell fixed when it was trained, as its checkpoint has them.
     """
 
@@ -51,6 +51,7 @@ class EdgeModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     input_kind: str
     columns: tuple[str, ...]
     rules: dict[str, Any]
+    floors: dict[str, float] = {}
 
 
 class EdgeHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

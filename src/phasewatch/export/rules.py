@@ -9,7 +9,7 @@ import msgspec
 from phasewatch.errors import RunError
 from phasewatch.models.alarm import AlarmRule
 from phasewatch.models.checkpoint import Header
-from phasewatch.models.filter import PhaseFilter
+from phasewatch.models.filter import NONE, PHASE, PhaseFilter
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -20,8 +20,8 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def rules_of(header: Header) -> Rules:
-    """Take them out of a checkpoint's header."""
-    return Rules(filter=getattr(header, "filter", None), alarm=getattr(header, "alarm", None))
+    """Take them out of a checkpoint's header: the alarm is the one that hears the filter, where there is one."""
+    return Rules(filter=header.filter, alarm=header.alarm.get(NONE if header.filter is None else PHASE))
 
 
 def render_rules(rules: Rules) -> dict[str, Any]:

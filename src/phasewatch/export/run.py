@@ -121,7 +121,8 @@ def _cells(run: Path, wanted: Wanted, fold: str, *, one: bool) -> list[Cell]:
 
 def _windows(run: Path, cell: Cell) -> Inputs:
     """Give some real windows of those that the cell learnt from, evenly spread."""
-    inputs = load(run, cell.recipe, cell.fold, cell.threat, registry.row_of(cell.model).kind).train.inputs
+    kind = registry.row_of(cell.model).kind
+    inputs = load(run, cell.recipe, cell.fold, cell.threat, kind, cell.table).train.inputs
     rows = np.unique(np.linspace(0, len(inputs) - 1, min(len(inputs), PARITY_WINDOWS)).astype(np.int64))
     return Inputs(x=np.ascontiguousarray(inputs.x[rows]), spec=inputs.spec)
 

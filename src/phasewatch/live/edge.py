@@ -18,13 +18,14 @@ from phasewatch.errors import MismatchError, MissingTool, RunError
 from phasewatch.export.edge import CARD, FORMAT, HEADER, SCHEMA, EdgeHeader, EdgeModel, seal
 from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import schema_hash
-from phasewatch.models.base import InputKind, Inputs, InputSpec
+from phasewatch.models.base import InputKind, Inputs, InputSpec, Table
 from phasewatch.models.onnxfile import INPUT, MAX_BYTES, OUTPUT, check_onnx
 from phasewatch.vocab import PHASES, WINDOW_BINS
 
 MAX_BUNDLE_BYTES = 256 * 2**20
 MAX_TEXT_BYTES = 4 * 2**20
 MAX_MEMBERS = 32
+KINDS = (InputKind.TABLE, InputKind.TENSOR)
 _MEMBER = re.compile(r"[a-z0-9][a-z0-9_.+-]{0,80}")
 _AGAIN = "make it again with `phasewatch export RUN --out X.zip`"
 
@@ -43,6 +44,7 @@ class EdgeBundle:
         return InputSpec(
             kind=InputKind(model.input_kind), names=model.columns, mask=model.threat,
             schema_hash=self.header.schema_hash, behaviour_fingerprint=self.header.behaviour_fingerprint,
+            table=Table(model.table), floors=tuple(model.floors.items()),
         )  # fmt: skip
 
 
@@ -76,12 +78,19 @@ def parse_edge(data: bytes, *, file: str) -> EdgeBundle:
             )
     onnx = {}
     for model in header.models:
-        if model.member not in members or model.input_kind not in (InputKind.TABLE, InputKind.TENSOR):
+        if model.member not in members or model.input_kind not in KINDS or model.table not in list(Table):
             raise RunError(f"{file}: {model.member} is not there, or takes {model.input_kind[:20]!r}; {_AGAIN}")
+        if model.table == Table.COMMISSIONED and not _channels(model) <= model.floors.keys():
+            raise RunError(f"{file}: {model.member} lacks the scales of a clean day; {_AGAIN}")
         check_onnx(members[model.member], file=f"{file}: {model.member}")
         onnx[model.member] = members[model.member]
     card = members.get(CARD, b"").decode("utf-8", "replace")
     return EdgeBundle(file=file, header=header, onnx=onnx, card=card)
+
+
+def _channels(model: EdgeModel) -> set[str]:
+    is_tensor = model.input_kind == InputKind.TENSOR
+    return {name if is_tensor else name.rpartition(".")[0] for name in model.columns}
 
 
 def _members(data: bytes, file: str) -> dict[str, bytes]:

@@ -10,11 +10,12 @@ from phasewatch.channels import CHANNELS, mask_of
 from phasewatch.errors import MismatchError, RunError
 from phasewatch.export.edge import EdgeModel, Trained
 from phasewatch.export.rules import Rules, parse_rules, rules_of
+from phasewatch.features.commission import Reference
 from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import schema_hash
 from phasewatch.live.edge import EdgeBundle, OnnxModel, read_edge
 from phasewatch.live.scorer import Predictor, Scorer, channels_of
-from phasewatch.models.base import InputKind, InputSpec
+from phasewatch.models.base import InputKind, InputSpec, Table
 from phasewatch.models.checkpoint import HEADER, Header, read_header
 from phasewatch.vocab import Source
 
@@ -32,13 +33,20 @@ class Candidate:
 
     model: str
     threat: str
-    table: str
     seed: int
     spec: InputSpec
     rules: Rules
     trained: Trained
     where: str
     load: Callable[[], Predictor]
+
+    def scorer(self, clean_day: Reference | None = None) -> Scorer:
+        """Load it; `clean_day` is for a model of commissioned numbers."""
+        return Scorer(
+            model=self.model, threat=self.threat, seed=self.seed, spec=self.spec,
+            predictor=self.load(), filter=self.rules.filter, alarm=self.rules.alarm, trained=self.trained,
+            where=self.where, clean_day=clean_day,
+        )  # fmt: skip
 
     def lacks(self, available: Collection[str], arch: str) -> tuple[str, ...]:
         """Name the channels that it reads and a VM cannot give.
@@ -82,7 +90,7 @@ def find_models(path: Path) -> tuple[Candidate, ...]:
 
 
 def choose_model(
-    candidates: Sequence[Candidate], available: Collection[str], *, arch: str, commissioned: bool = False
+    candidates: Sequence[Candidate], available: Collection[str], *, arch: str, clean_day: Reference | None = None
 ) -> Scorer:
     """Load the model with the largest mask that a VM can give.
 
@@ -90,7 +98,7 @@ def choose_model(
         candidates: From `find_models`.
         available: Full names of the channels that it can give.
         arch: Of the guest.
-        commissioned: Whether the VM's clean day is known; then a model that learnt from commissioned numbers is taken.
+        clean_day: Of the VM, if it is known; then a model that learnt from commissioned numbers is taken.
 
     Raises:
         MismatchError: If none fits; says what each lacks and what to train. The guest's word is never taken.
@@ -102,8 +110,8 @@ def choose_model(
             lines.append(f"{candidate.threat} needs the guest's own word, which no watcher has")
         elif lacks:
             lines.append(f"{candidate.threat} needs {_some(lacks)}")
-        elif (candidate.table == "commissioned") != commissioned:
-            kind = "numbers of the VM's clean day (--commission)" if not commissioned else "raw numbers"
+        elif (candidate.spec.table is Table.COMMISSIONED) != (clean_day is not None):
+            kind = "numbers of a clean day (give one with --commission)" if clean_day is None else "raw numbers"
             lines.append(f"{candidate.threat} learnt from {kind}")
         else:
             kept.append(candidate)
@@ -117,11 +125,7 @@ def choose_model(
                 else "It gives too little for any registered mask"
             )
         )
-    best = kept[0]
-    return Scorer(
-        model=best.model, threat=best.threat, table=best.table, seed=best.seed, spec=best.spec,
-        predictor=best.load(), filter=best.rules.filter, alarm=best.rules.alarm, trained=best.trained, where=best.where,
-    )  # fmt: skip
+    return kept[0].scorer(clean_day)
 
 
 def suggest_mask(available: Collection[str]) -> str:
@@ -132,9 +136,10 @@ def suggest_mask(available: Collection[str]) -> str:
     return ""
 
 
-def _order(candidate: Candidate) -> tuple[int, int, int]:
+def _order(candidate: Candidate) -> tuple[int, int, int, int]:
     place = PREFERRED.index(candidate.model) if candidate.model in PREFERRED else len(PREFERRED)
-    return -len(channels_of(candidate.spec)), place, candidate.seed
+    tables = (Table.COMMISSIONED, Table.CONTEXT, Table.RAW)
+    return -len(channels_of(candidate.spec)), place, tables.index(candidate.spec.table), candidate.seed
 
 
 def _of_bundle(bundle: EdgeBundle) -> tuple[Candidate, ...]:
@@ -142,7 +147,7 @@ def _of_bundle(bundle: EdgeBundle) -> tuple[Candidate, ...]:
         spec = bundle.spec_of(model)
         where = f"{bundle.file}: {model.member}"
         return Candidate(
-            model=model.model, threat=model.threat, table=model.table, seed=model.seed, spec=spec,
+            model=model.model, threat=model.threat, seed=model.seed, spec=spec,
             rules=parse_rules(model.rules, file=where), trained=bundle.header.trained, where=bundle.file,
             load=lambda: OnnxModel(bundle.onnx[model.member], spec, file=where),
         )  # fmt: skip
@@ -153,7 +158,7 @@ def _of_bundle(bundle: EdgeBundle) -> tuple[Candidate, ...]:
 def _of_checkpoint(folder: Path) -> Candidate:
     header = read_header(folder)
     spec = _spec_of(header, folder)
-    run, recipe, fold, table, seed = _place_of(folder)
+    run, recipe, fold = _place_of(folder)
 
     def load() -> Predictor:
         from phasewatch.models import registry
@@ -161,7 +166,7 @@ def _of_checkpoint(folder: Path) -> Candidate:
         return registry.load(folder)
 
     return Candidate(
-        model=header.model, threat=header.mask, table=table, seed=seed, spec=spec, rules=rules_of(header),
+        model=header.model, threat=header.mask, seed=header.seed, spec=spec, rules=rules_of(header),
         trained=_trained(run, recipe, fold), where=str(folder), load=load,
     )  # fmt: skip
 
@@ -182,17 +187,17 @@ def _spec_of(header: Header, folder: Path) -> InputSpec:
         )
     return InputSpec(
         kind=InputKind(header.input_kind), names=header.columns, mask=header.mask, schema_hash=header.schema_hash,
-        behaviour_fingerprint=header.behaviour_fingerprint,
+        behaviour_fingerprint=header.behaviour_fingerprint, table=Table(header.table),
+        floors=tuple(header.floors.items()),
     )  # fmt: skip
 
 
-def _place_of(folder: Path) -> tuple[Path | None, str, str, str, int]:
-    """Read a cell's keys off its place in a run: models/<recipe>/<fold>/<threat>/<model>/<table>-s<seed>."""
+def _place_of(folder: Path) -> tuple[Path | None, str, str]:
+    """Read run, recipe and fold off a cell's place: models/<recipe>/<fold>/<threat>/<model>/<table>-s<seed>."""
     parts = folder.resolve().parts
-    table, _, seed = folder.name.rpartition("-s")
-    if len(parts) < 7 or parts[-6] != "models" or not seed.isdigit():
-        return None, "", "", "raw", 0
-    return folder.resolve().parents[5], parts[-5], parts[-4], table, int(seed)
+    if len(parts) < 7 or parts[-6] != "models":
+        return None, "", ""
+    return folder.resolve().parents[5], parts[-5], parts[-4]
 
 
 def _trained(run: Path | None, recipe: str, fold: str) -> Trained:

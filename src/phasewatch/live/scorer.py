@@ -10,13 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.channels import CHANNELS
+from phasewatch.dataset.views import BACK
 from phasewatch.export.edge import Trained
+from phasewatch.features.commission import Affine, Reference, affine_of
 from phasewatch.features.schema import feature_names
 from phasewatch.features.stats import window_stats
 from phasewatch.features.tensors import window_view
 from phasewatch.models.alarm import AlarmRule
-from phasewatch.models.base import InputKind, Inputs, InputSpec
+from phasewatch.models.base import InputKind, Inputs, InputSpec, Table
 from phasewatch.models.filter import PhaseFilter
+from phasewatch.vocab import STRIDE_BINS, WINDOW_BINS
 
 Bins = NDArray[np.float32]
 _NAMES = tuple(c.full_name for c in CHANNELS)
@@ -24,10 +27,6 @@ _NAMES = tuple(c.full_name for c in CHANNELS)
 
 class Predictor(Protocol):
     """What gives probabilities: a checkpoint's model, or a graph of an edge bundle."""
-
-    @property
-    def spec(self) -> InputSpec | None:
-        """What it takes; None before it is fitted."""
 
     def predict_proba(self, inputs: Inputs) -> NDArray[np.float64]:
         """Give ``(n, 5)`` calibrated probabilities."""
@@ -38,18 +37,18 @@ class Scorer:
     """A model with all that was fixed when it was trained.
 
     Attributes:
-        model, threat, table, seed: As in a run's predictions.
+        model, threat, seed: As in a run's predictions; what was made of the values stands in `spec`.
         spec: What it takes.
         predictor: The model.
         filter: Phase filter; None where none was trained.
         alarm: Rule of the alarm; None likewise.
         trained: Who it learnt from.
         where: Where it came from, for messages.
+        clean_day: What is usual on the VM while it is known clean; for a model of commissioned numbers.
     """
 
     model: str
     threat: str
-    table: str
     seed: int
     spec: InputSpec
     predictor: Predictor
@@ -57,6 +56,12 @@ class Scorer:
     alarm: AlarmRule | None
     trained: Trained
     where: str
+    clean_day: Reference | None = None
+
+    @property
+    def bins_needed(self) -> int:
+        """How many bins, the newest last, a decision looks at: a window, and its past where the model has one."""
+        return WINDOW_BINS + (BACK * STRIDE_BINS if self.spec.table is Table.CONTEXT else 0)
 
     @cached_property
     def channels(self) -> tuple[str, ...]:
@@ -72,7 +77,17 @@ class Scorer:
     def _columns(self) -> NDArray[np.intp]:
         """Where its table columns stand among all."""
         names = feature_names()
-        return np.array([names.index(name) for name in self.spec.names], np.intp)
+        own = [name for name in self.spec.names if "@" not in name]
+        return np.array([names.index(name) for name in own], np.intp)
+
+    @cached_property
+    def _affine(self) -> Affine | None:
+        """What makes raw numbers those of the clean day; None where the model takes them raw."""
+        if self.spec.table is not Table.COMMISSIONED:
+            return None
+        day = self.clean_day.take(self.channels) if self.clean_day is not None else None
+        floors = dict(self.spec.floors)
+        return affine_of(day, np.array([floors[name] for name in self.channels]))
 
     def known(self, bins: Bins) -> NDArray[np.float64]:
         """Give the share of its channels' bins that are known in each window: ``(n, 46)`` gives ``(w,)``."""
@@ -80,13 +95,23 @@ class Scorer:
         return share
 
     def probabilities(self, bins: Bins) -> NDArray[np.float64]:
-        """Give what the model says of each window of some bins: ``(n, 46)`` gives ``(w, 5)``, calibrated, not filtered."""
+        """Give what the model says of each window of some bins: ``(n, 46)`` gives ``(w, 5)``, calibrated, not filtered.
+
+        Of a model that looks back, the earliest window stands in for those before it.
+        """
         if self.spec.kind is InputKind.TABLE:
             stats = window_stats(bins)
-            x = np.ascontiguousarray(stats.reshape(len(stats), -1)[:, self._columns])
+            x = stats.reshape(len(stats), -1)[:, self._columns]
+            if self._affine is not None:
+                x = self._affine.stats(x)
+            if self.spec.table is Table.CONTEXT:
+                at = np.arange(len(x))
+                x = np.concatenate([x[np.maximum(at - back, 0)] for back in range(BACK + 1)], axis=1)
         else:
-            x = np.ascontiguousarray(window_view(bins)[:, :, self._places].transpose(0, 2, 1))
-        return self.predictor.predict_proba(Inputs(x=x, spec=self.spec))
+            x = window_view(bins)[:, :, self._places].transpose(0, 2, 1)
+            if self._affine is not None:
+                x = self._affine.bins(x)
+        return self.predictor.predict_proba(Inputs(x=np.ascontiguousarray(x), spec=self.spec))
 
     def caveat(self, accel: str, arch: str) -> str:
         """Say what every output must say on such a VM; empty if training saw its like, or nobody knows what it saw."""
@@ -103,5 +128,5 @@ class Scorer:
 def channels_of(spec: InputSpec) -> tuple[str, ...]:
     """Name the channels that a model's columns are made of, in the order of CHANNELS."""
     is_tensor = spec.kind is InputKind.TENSOR
-    wanted = {name if is_tensor else name.rpartition(".")[0] for name in spec.names}
+    wanted = {name if is_tensor else name.partition("@")[0].rpartition(".")[0] for name in spec.names}
     return tuple(name for name in _NAMES if name in wanted)

@@ -104,7 +104,8 @@ class Tracker:
         self._scorer = scorer
         self._judge = Judge(scorer) if scorer is not None else None
         self._early: list[tuple[Source, Row]] = []
-        self._window = np.full((WINDOW_BINS, len(CHANNELS)), np.nan, np.float32)
+        self._bins = np.empty((0, len(CHANNELS)), np.float32)
+        self._kept = scorer.bins_needed if scorer is not None else WINDOW_BINS
         self._offset_ns: int | None = None
         self._late_before = 0
         self._began = False
@@ -145,8 +146,13 @@ class Tracker:
             return []
         return [self._step(bin_) for bin_ in self.grid.close_until(wall_ns)]
 
+    def _whole(self) -> NDArray[np.float32]:
+        """Give the kept bins from the start of a window on, so that the newest window ends with the newest bin."""
+        return self._bins[(len(self._bins) - WINDOW_BINS) % STRIDE_BINS :]
+
     def _begin(self, t0_ns: int) -> None:
         self.grid = StreamGrid(t0_ns)
+        self._bins = self._bins[:0]
         for source, row in self._early:
             self.grid.add(source, row)
         self._early.clear()
@@ -162,16 +168,16 @@ class Tracker:
         grid = self.grid
         if grid is None:
             raise RuntimeError("a bin was closed by no grid")
-        self._window = np.concatenate([self._window[1:], bin_.values[None]])
+        self._bins = np.concatenate([self._bins, bin_.values[None]])[-self._kept :]
         decision = None
         first = bin_.number - (WINDOW_BINS - 1)
         flags = grid.flags_of(first, WINDOW_BINS)
         if self._scorer is not None and self._judge is not None and first >= 0 and first % STRIDE_BINS == 0:
-            known = float(self._scorer.known(self._window)[0])
+            known = float(self._scorer.known(self._bins[-WINDOW_BINS:])[0])
             if known > 0.0:  # of a window of which nothing is known nothing is said
                 decision = self._judge.decide(
                     first // STRIDE_BINS, bin_.end_ns - WINDOW_BINS * BIN_NS,
-                    self._scorer.probabilities(self._window)[0], known=known, flags=flags,
+                    self._scorer.probabilities(self._whole())[-1], known=known, flags=flags,
                 )  # fmt: skip
         began, self._began = self._began, False
         return Step(bin=bin_, bin_flags=grid.flags_of(bin_.number, 1), decision=decision, began=began)

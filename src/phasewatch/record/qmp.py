@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from phasewatch.vocab import Source
 REGISTERS_NS = 100_000_000  # one register read per 0.1 s, whatever the number of vCPUs: else our polling names the host
 MIN_SAMPLES = 3  # below this a share of register samples says nothing
 BALLOON = "/machine/peripheral/balloon0"
+POLLING = "guest-stats-polling-interval"  # seconds; 0, as QEMU starts, means never
 
 _JIT = {
     "tb": re.compile(r"^TB count\s+(\d+)", re.MULTILINE),
@@ -37,6 +39,7 @@ class Monitor:
     def __init__(self, path: Path, *, timeout_s: float = 2.0) -> None:
         self.path, self._timeout_s = path, timeout_s
         self._client: Any = None
+        self.events: Counter[str] = Counter()  # name → how often QEMU sent it, as far as it was noticed
 
     async def connect(self) -> None:
         """Connect and negotiate.
@@ -68,11 +71,19 @@ class Monitor:
 
         if self._client is None:
             raise VmError(f"{self.path}: not connected to the QEMU monitor")
-        self._client.events.clear()  # nobody waits for events; unread they would pile up for ever
+        for event in self._client.events.clear():  # nobody waits for events; unread they would pile up for ever
+            self.events[str(event.get("event"))] += 1
         try:
             return await asyncio.wait_for(self._client.execute(command, arguments or None), self._timeout_s)
         except (TimeoutError, OSError, EOFError, QMPError) as exc:
             raise VmError(f"{self.path}: {command}: {exc or f'no answer within {self._timeout_s:g} s'}") from exc
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the connection stands, as far as is known."""
+        from qemu.qmp import Runstate
+
+        return self._client is not None and self._client.runstate is Runstate.RUNNING
 
     async def close(self) -> None:
         """Disconnect; QEMU may be gone already."""
@@ -123,12 +134,13 @@ class QmpSource:
         monitor: A connected `Monitor`; the source leaves it open.
         vcpus: How many vCPUs take turns in the register samples.
         clock: Paces the register samples.
+        balloon: Its path in QEMU's tree; empty where there is none.
     """
 
     source = Source.QMP
 
-    def __init__(self, *, monitor: Monitor, vcpus: int, clock: Clock) -> None:
-        self._monitor, self._vcpus, self._clock = monitor, vcpus, clock
+    def __init__(self, *, monitor: Monitor, vcpus: int, clock: Clock, balloon: str = BALLOON) -> None:
+        self._monitor, self._vcpus, self._clock, self._balloon_path = monitor, vcpus, clock, balloon
         self._queues: list[tuple[str, int]] = []
         self._used: dict[tuple[str, int], int] = {}
         self._vq_total = 0
@@ -144,9 +156,10 @@ class QmpSource:
             VmError: If the monitor does not answer at all.
         """
         self._queues = await self._find_queues()
-        with suppress(VmError):
-            await self._monitor.ask("qom-set", path=BALLOON, property="guest-stats-polling-interval", value=1)
-            self._has_balloon = True
+        if self._balloon_path:
+            with suppress(VmError):
+                await self._monitor.ask("qom-set", path=self._balloon_path, property=POLLING, value=1)
+                self._has_balloon = True
         self._has_registers = parse_registers(await self._registers(0)) is not None
         if self._has_registers:
             self._sampler = asyncio.create_task(self._sample_registers())
@@ -213,7 +226,7 @@ class QmpSource:
         if not self._has_balloon:
             return None, None, None
         try:
-            report = await self._monitor.ask("qom-get", path=BALLOON, property="guest-stats")
+            report = await self._monitor.ask("qom-get", path=self._balloon_path, property="guest-stats")
             update, stats = report["last-update"], report["stats"]
         except (VmError, KeyError):
             return None, None, None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Protocol
 
 from phasewatch.errors import StoreError
 from phasewatch.store.disk import DiskStore, StoreItem
 
-__all__ = ["Incoming", "Store", "StoreItem", "open_store"]
+__all__ = ["Incoming", "Store", "StoreItem", "is_loopback", "open_store"]
 
 
 class Incoming(Protocol):
@@ -94,3 +95,11 @@ def open_store(place: str | Path) -> Store:
     raise StoreError(
         f"{place}: no store can be of kind {scheme}://; name a folder, file:///folder or s3://bucket/prefix"
     )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's own, so that what goes there crosses no network."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False

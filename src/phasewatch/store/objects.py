@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from hashlib import sha256
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from phasewatch.episode import limits
 from phasewatch.errors import BundleError, StoreError, TakenError
+from phasewatch.store.base import is_loopback
 from phasewatch.store.disk import (
     MALFORMED,
     RECEIPT,
@@ -65,7 +65,7 @@ class ObjectStore:
     def _client(self) -> Any:
         from obstore.store import S3Store
 
-        plain_http = _is_loopback(os.environ.get("AWS_ENDPOINT_URL", ""))
+        plain_http = is_loopback(urlsplit(os.environ.get("AWS_ENDPOINT_URL", "")).hostname or "")
         with self._told():
             return S3Store.from_url(self.uri, client_options={"allow_http": plain_http}, retry_config=_RETRIES)
 
@@ -279,12 +279,3 @@ class _Incoming:
     def drop(self) -> None:
         """Forget it."""
         self._held.clear()
-
-
-def _is_loopback(endpoint: str) -> bool:
-    """Whether an endpoint is on this machine, so that plain HTTP tells nobody anything."""
-    host = urlsplit(endpoint).hostname or ""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False

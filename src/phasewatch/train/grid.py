@@ -67,16 +67,16 @@ def headline_grid(folds: Folds, *, net: str, seed: int = 0) -> tuple[Cell, ...]:
     return tuple(sorted(set(cells)))
 
 
-def sensor_masks() -> tuple[str, ...]:
-    """Name the threat models that tell what a source is worth, but for the one that is trained as `realistic` anyway."""
-    return tuple(name for name in source_subsets() if mask_of(name) != mask_of(THREATS[0]))
-
-
 def brought_grid(
     folds: Folds, models: Sequence[str], *, recipes: Sequence[str] = (), seed: int = 0
 ) -> tuple[Cell, ...]:
     """Give the cells of models that a user brings: realistic, over the headline's recipe or those asked for."""
     return _cells(folds, recipes or (HEADLINE,), models=models, seed=seed)
+
+
+def sensor_masks() -> tuple[str, ...]:
+    """Name the threat models that tell what a source is worth, but for the one that is trained as `realistic` anyway."""
+    return tuple(name for name in source_subsets() if mask_of(name) != mask_of(THREATS[0]))
 
 
 def widest(folds: Folds) -> tuple[Fold, ...]:

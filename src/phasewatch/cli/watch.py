@@ -1,0 +1,224 @@
+"""Commands that use a trained model: export, predict, commission, watch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from phasewatch.cli import base
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from phasewatch.live.events import Event
+    from phasewatch.live.find import Running
+    from phasewatch.live.session import Report
+
+EDGE = "lab-v1.edge.zip"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    for command in (export, predict, commission, watch):
+        app.command(epilog=base.CODES)(command)
+
+
+def export(
+    run: Path = typer.Argument(..., help="A run with trained models."),
+    out: Path = typer.Option(..., help="X.zip: an edge bundle of all masks; X.onnx: one model alone."),
+    model: str = typer.Option("gbt", help="Which model."),
+    recipe: str = typer.Option("deploy", help="Which split it was trained on."),
+    fold: str = typer.Option("", help="Which fold, where the recipe has several."),
+    threat: str = typer.Option("", help="Only these masks, separated by commas."),
+    seed: int = typer.Option(0, help="Of the model."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
+) -> None:
+    """Take a trained model out of a run, for a watcher or any ONNX runtime; nothing in the run is touched.
+
+    Example: phasewatch export runs/mine --model cnn --out edge.zip
+    """
+    from dataclasses import asdict
+
+    from phasewatch.evaluate.rows import METRICS, Headline, headline, parse_metrics
+    from phasewatch.export.run import Wanted, export_run
+
+    base.need_run(run)
+    path = run / METRICS
+    metrics = parse_metrics(path.read_bytes(), file=str(path)) if path.is_file() else None
+
+    def quote(name: str) -> str:
+        return headline(metrics, Headline(threat=name, model=model)) if metrics is not None else ""
+
+    wanted = Wanted(model=model, recipe=recipe, fold=fold, threats=base.names(threat), seed=seed)
+    done = export_run(run, out, wanted, quote=quote)
+    words = (
+        f"{model}, {' and '.join(done.threats)}: {done.bytes:,} bytes, at most {done.parity:.1g} from the model "
+        f"on {done.windows} windows"
+    )
+    base.answer(asdict(done), as_json=as_json, lines=[words, str(out)])
+
+
+def predict(
+    source: Path = typer.Argument(..., help="A store of episodes, or one bundle."),
+    model: Path = typer.Option(None, help="A checkpoint, a run (its deploy cell) or an edge bundle; the bundled one."),
+    out: Path = typer.Option(..., help="The table, X.parquet."),
+    threat: str = typer.Option("", help="The model's mask; the largest if left out."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
+) -> None:
+    """Score recorded episodes, labelled or not: phase, probabilities and alarm of every window.
+
+    Example: phasewatch predict my-store --model runs/mine --out said.parquet
+    """
+    from dataclasses import asdict
+
+    from phasewatch.live.models import find_models
+    from phasewatch.predict import choose_offline
+    from phasewatch.predict import predict as score
+
+    scorer = choose_offline(find_models(model or _bundled_edge()), threat)
+    with base.progress(quiet=as_json) as tell:
+        done = score(source, scorer, out, tell=lambda path, n, total: tell("predict", n, total, path))
+    for path, why in done.failed:
+        typer.echo(base.plain(f"{path}: not scored: {why}"), err=True)
+    words = (
+        f"{done.windows:,} windows of {done.episodes} episodes by {done.model}, {done.threat}: {done.alarms} alarms; "
+        f"{done.silent} windows unknown, {len(done.failed)} bundles not scored"
+    )
+    base.answer(asdict(done), as_json=as_json, lines=[words, str(out)])
+    if done.failed:
+        raise typer.Exit(1 if done.episodes else 3)
+
+
+def commission(
+    pid: int = typer.Option(None, help="The QEMU process."),
+    qmp: Path = typer.Option(None, help="Its QMP socket; must answer if named."),
+    name: str = typer.Option(None, help="The VM's name."),
+    minutes: float = typer.Option(10.0, min=0.1, help="How long to measure."),
+    out: Path = typer.Option(..., help="The file, host.json."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
+) -> None:
+    """Measure what is usual on a machine while it is known clean, for `watch --commission`.
+
+    Example: phasewatch commission --name web01 --minutes 10 --out web01.json
+    """
+    from phasewatch import atomic
+    from phasewatch.features.commission import render_reference
+    from phasewatch.live.clean_day import measure_clean_day
+    from phasewatch.live.find import find_one
+
+    machine = find_one(pid=pid, name=name, qmp=qmp)
+    with base.progress(quiet=as_json) as tell:
+        day = measure_clean_day(
+            machine, qmp=qmp, minutes=minutes, say=lambda line: typer.echo(base.plain(line), err=True),
+            tell=lambda done, total: tell("measure", done, total, f"{done} of {total} s"),
+        )  # fmt: skip
+    atomic.make_folder(out.absolute().parent)
+    atomic.write_whole(out.absolute(), render_reference(day))
+    known = sum(m == m for m in day.median.tolist())
+    words = f"{known} of {len(day.names)} channels over {day.bins / 120:.1f} minutes"
+    result = {"host_id": day.host_id, "channels": known, "bins": day.bins, "file": str(out)}
+    base.answer(result, as_json=as_json, lines=[words, str(out)])
+
+
+def watch(
+    pid: int = typer.Option(None, help="The QEMU process."),
+    qmp: Path = typer.Option(None, help="Its QMP socket; must answer if named."),
+    name: str = typer.Option(None, help="The VM's name."),
+    list_: bool = typer.Option(False, "--list", help="Only list the machines that run here."),
+    model: Path = typer.Option(None, help="A checkpoint, a run (its deploy cell) or an edge bundle; the bundled one."),
+    commission: Path = typer.Option(
+        None, metavar="FILE", help="The machine's clean day, from `phasewatch commission`."
+    ),
+    save: Path = typer.Option(None, metavar="DIR", help="Keep the readings as bundles of unknown phase in this store."),
+    webhook: str = typer.Option("", metavar="URL", help="Post alarms there, as JSON."),
+    seconds: float = typer.Option(0.0, min=0.0, help="Stop after so long; 0 watches until the VM is gone."),
+    as_json: bool = typer.Option(False, "--json", help="Every event as a line of JSON, the result as the last line."),
+) -> None:
+    """Watch a running QEMU or libvirt machine from outside, and tell which phase it is in; alarms are lines of JSON.
+
+    Nothing runs in the guest. Ctrl-C ends it and leaves the machine as it was; so does a kill -9.
+
+    Example: phasewatch watch --name web01
+    """
+    from phasewatch.live.find import find_one, list_running
+
+    if list_:
+        running = list_running()
+        base.answer({"machines": [_machine(m) for m in running]}, as_json=as_json, lines=_listed(running))
+        return
+    from phasewatch.live.clean_day import read_clean_day
+    from phasewatch.live.models import find_models
+    from phasewatch.live.session import Request, run_watch
+
+    machine = find_one(pid=pid, name=name, qmp=qmp)
+    candidates = find_models(model or _bundled_edge())
+    request = Request(
+        machine=machine, qmp=qmp, models=candidates, clean_day=read_clean_day(commission) if commission else None,
+        save=save, webhook=webhook, seconds=seconds,
+    )  # fmt: skip
+    report = run_watch(request, _printer(as_json), lambda line: typer.echo(base.plain(line), err=True))
+    _close(report, as_json=as_json)
+
+
+def _printer(as_json: bool) -> Any:
+    from phasewatch.live.events import PhaseSeen, render_event
+
+    def emit(event: Event, news: bool) -> None:
+        if as_json or news:
+            typer.echo(render_event(event).decode())
+        if not as_json and isinstance(event.data, PhaseSeen):
+            typer.echo(base.plain(_line(event.data)), err=True)
+
+    return emit
+
+
+def _line(seen: Any) -> str:
+    """Give a decision as a line for people."""
+    from datetime import UTC, datetime
+
+    at = datetime.fromtimestamp(seen.t_end_ns / 1e9, UTC).strftime("%H:%M:%S")
+    shares = " ".join(f"{p:4.2f}" for p in seen.p)
+    alarm = "  ALARM" if seen.alarm else ""
+    caveat = f"  ({seen.caveat})" if seen.caveat else ""
+    return f"{at}Z {seen.decision:<9} {shares}{alarm}{caveat}"
+
+
+def _close(report: Report, *, as_json: bool) -> None:
+    import json
+    from dataclasses import asdict
+
+    watched = report.watched
+    if as_json:
+        typer.echo(json.dumps({"result": asdict(report)}, sort_keys=True))
+        return
+    left = "left as it was found" if report.left_as_found else "its monitor did not answer at the end"
+    words = f"{watched.why}: {watched.windows} windows, {watched.alarms} alarms, {watched.late} late readings; {left}"
+    typer.echo(base.plain(words), err=True)
+    for path in watched.saved:
+        typer.echo(path)
+
+
+def _machine(machine: Running) -> dict[str, object]:
+    return {
+        "pid": machine.pid, "name": machine.name, "arch": machine.arch, "accel": machine.accel,
+        "qmp": [str(path) for path in machine.qmp], "taps": list(machine.taps),
+    }  # fmt: skip
+
+
+def _listed(running: Sequence[Running]) -> list[str]:
+    rows = [
+        (
+            str(m.pid), m.name, m.arch, m.accel or "?",
+            " ".join(map(str, m.qmp)) or ("QMP belongs to who started it" if m.foreign_qmp else "no QMP"),
+            " ".join(m.taps),
+        )
+        for m in running
+    ]  # fmt: skip
+    return base.table(rows) or ["no QEMU machine runs here"]
+
+
+def _bundled_edge() -> Path:
+    """Give the edge bundle that stands beside the bundled corpus."""
+    return base.bundled_corpus().parent / EDGE

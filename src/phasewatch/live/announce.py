@@ -1,0 +1,107 @@
+"""Bins and decisions as the events that a dashboard, a pipe or a webhook takes (pure)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from phasewatch.channels import CHANNELS
+from phasewatch.live.events import Event, Perf, PhaseSeen, Telemetry
+from phasewatch.live.scorer import Scorer
+from phasewatch.live.tracker import Decision, Step
+from phasewatch.vocab import BIN_NS
+
+RUN = "live"
+_NAMES = tuple(c.full_name for c in CHANNELS)
+LATENCY_EDGES_MS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
+
+
+@dataclass(slots=True)
+class Announcer:
+    """Numbers the events of one VM.
+
+    Attributes:
+        vm, host: Which machine, on which host.
+        masked: Channels that it cannot give.
+        caveat: What every decision must say.
+    """
+
+    vm: str
+    host: str
+    masked: tuple[str, ...]
+    caveat: str
+    _count: int = 0
+
+    def telemetry(self, steps: Sequence[Step], *, now_ns: int, late: int, lost: int) -> Event:
+        """Tell of some bins, one after the other."""
+        first = steps[0].bin
+        data = Telemetry(
+            vm=self.vm, host=self.host, origin="live", t0_ns=first.end_ns - BIN_NS, bin_s=BIN_NS / 1e9, channels=_NAMES,
+            values=tuple(tuple(_plain(v) for v in step.bin.values.tolist()) for step in steps),
+            flags=tuple(step.bin_flags for step in steps), masked=self.masked, late_rows=late, lost_rows=lost,
+            lateness_s=max(0.0, (now_ns - steps[-1].bin.end_ns) / 1e9),
+        )  # fmt: skip
+        return self._event(data, now_ns)
+
+    def phase(self, decision: Decision, scorer: Scorer, *, now_ns: int) -> Event:
+        """Tell what was decided of a window."""
+        words = [self.caveat] if self.caveat else []
+        if decision.known < 0.9:
+            words.append(f"{decision.known:.0%} of the model's readings were there")
+        if decision.flags:
+            words.append("late readings or a clock step in this window")
+        a, b, c, d, e = (min(1.0, max(0.0, p)) for p in decision.belief)
+        data = PhaseSeen(
+            vm=self.vm, host=self.host, t_start_ns=decision.t_start_ns, t_end_ns=decision.t_end_ns, p=(a, b, c, d, e),
+            decision=str(decision.phase), alarm=decision.alarm, alarm_since_ns=decision.since_ns,
+            threshold=scorer.alarm.theta if scorer.alarm else None, model=scorer.model, threat=scorer.threat,
+            table=str(scorer.spec.table), filter="phase" if scorer.filter else "none",
+            latency_ms=max(0.0, (now_ns - decision.t_end_ns) / 1e6), caveat="; ".join(words) or None,
+        )  # fmt: skip
+        return self._event(data, now_ns)
+
+    def perf(self, cost: Cost, *, now_ns: int) -> Event:
+        """Tell what the watching costs."""
+        latencies = sorted(cost.latencies_ms)
+        counts = [0] * (len(LATENCY_EDGES_MS) + 1)
+        for ms in latencies:
+            counts[sum(ms >= edge for edge in LATENCY_EDGES_MS)] += 1
+        data = Perf(
+            process="watch", vm=self.vm, measured_s=cost.measured_s, windows=len(latencies),
+            windows_per_s=len(latencies) / cost.measured_s if cost.measured_s else 0.0,
+            latency_edges_ms=LATENCY_EDGES_MS, latency_counts=tuple(counts), p50_ms=quantile(latencies, 0.5),
+            p99_ms=quantile(latencies, 0.99), rss_bytes=cost.rss_bytes, cpu_cores=cost.cpu_cores,
+            late_ticks=cost.late, backlog=cost.backlog, about="from a window's close, 1 s after its end, to its event",
+        )  # fmt: skip
+        return self._event(data, now_ns)
+
+    def _event(self, data: Telemetry | PhaseSeen | Perf, now_ns: int) -> Event:
+        self._count += 1
+        return Event(id=f"{self.vm}/{self._count}"[-80:], t_wall_ns=now_ns, run=RUN, data=data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a watcher measured on itself over some seconds; latencies of the newest windows, of a thousand at most."""
+
+    measured_s: float
+    latencies_ms: tuple[float, ...]
+    rss_bytes: int
+    cpu_cores: float
+    late: int
+    backlog: int
+
+
+def quantile(ordered: Sequence[float], q: float) -> float | None:
+    """Give the smallest value that a share q of the ordered values does not exceed; None of nothing."""
+    return ordered[min(len(ordered) - 1, max(0, math.ceil(q * len(ordered)) - 1))] if ordered else None
+
+
+def is_news(before: Decision | None, now: Decision) -> bool:
+    """Say whether an alarm was raised with a decision, or ended with it."""
+    return now.raised or (before is not None and bool(before.alarm) and not now.alarm)
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None

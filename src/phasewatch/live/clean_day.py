@@ -1,0 +1,78 @@
+"""Measure a running VM while it is known clean, and read what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from phasewatch.channels import CHANNELS
+from phasewatch.errors import DataError
+from phasewatch.features.commission import Reference, measure, parse_reference
+from phasewatch.live.find import Running
+from phasewatch.live.save import host_id_of
+from phasewatch.live.session import Request, run_watch
+from phasewatch.live.tracker import Step
+from phasewatch.record.base import Clock
+from phasewatch.vocab import BIN_NS
+
+LEAST_BINS = 10 * 1_000_000_000 // BIN_NS  # ten seconds; `measure` gives no number to a channel with fewer
+MAX_BYTES = 1 << 20
+
+
+def measure_clean_day(
+    machine: Running,
+    *,
+    qmp: Path | None,
+    minutes: float,
+    say: Callable[[str], None],
+    tell: Callable[[int, int], None],
+    clock: Clock | None = None,
+) -> Reference:
+    """Watch a machine without a model, and give the median and spread of its host channels.
+
+    Args:
+        machine: From `find`.
+        qmp: A socket that the user named.
+        minutes: How long.
+        say: Takes lines for people.
+        tell: Takes seconds measured, and of how many.
+        clock: The host's, unless a test hands in another.
+
+    Raises:
+        DataError: If it ended before there was anything to measure.
+    """
+    bins: list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = []
+    total_s = round(minutes * 60)
+
+    def take(step: Step) -> None:
+        bins.append(step.bin.values)
+        tell(min(total_s, len(bins) * BIN_NS // 1_000_000_000), total_s)
+
+    # Two seconds more: the last bins are closed one second after their end.
+    report = run_watch(
+        Request(machine=machine, qmp=qmp, seconds=minutes * 60 + 2), lambda event, news: None, say, clock=clock, on_step=take
+    )  # fmt: skip
+    if len(bins) < LEAST_BINS:
+        raise DataError(
+            f"{machine.name}: {report.watched.why} after {len(bins) / 2:g} s, too short to measure what is usual"
+        )
+    host = [i for i, channel in enumerate(CHANNELS) if channel.in_deployment]
+    return measure(host_id_of(machine.name), [CHANNELS[i].full_name for i in host], np.stack(bins)[:, host])
+
+
+def read_clean_day(path: Path) -> Reference:
+    """Read a file of `phasewatch commission`.
+
+    Raises:
+        DataError: If it is absent, too large, or none.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as exc:
+        raise DataError(f"{path}: cannot be read: {exc.strerror}; make it with `phasewatch commission`") from exc
+    if len(data) > MAX_BYTES:
+        raise DataError(f"{path}: more than {MAX_BYTES:,} bytes, not a commissioning file")
+    return parse_reference(data, file=str(path))

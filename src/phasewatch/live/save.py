@@ -1,0 +1,134 @@
+"""Keep what a watcher reads as bundles of unknown phase, so that people with other machines can contribute recordings."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from phasewatch import __version__
+from phasewatch.channels import CHANNELS, raw_fields
+from phasewatch.episode.bundle import encode_labels, pack
+from phasewatch.episode.model import FORMAT, Clocks, Host, LabelMark, Manifest, Recording
+from phasewatch.episode.rows import encode_rows
+from phasewatch.live.attach import Survey
+from phasewatch.record.base import Clock, Row
+from phasewatch.store.disk import DiskStore
+from phasewatch.vocab import BIN_NS, HOST_ID, ClockBase, Origin, Phase, Role, SampleKind, Source, uuid7
+
+SEGMENT_NS = 30 * 60 * 1_000_000_000  # a bundle holds an hour at most
+SHORTEST_NS = 12_000_000_000  # below it there is no window
+UNKNOWN = "unknown"
+
+
+class Saver:
+    """Collects the readings of one VM and writes a bundle every half hour, and one at the end.
+
+    A step of the wall clock ends a bundle: its bins could not be laid on one grid.
+
+    Args:
+        folder: The store that the bundles go to.
+        found: The attached VM.
+        tell: Called with each bundle's path.
+    """
+
+    def __init__(self, folder: Path, found: Survey, clock: Clock, tell: Callable[[Path], None]) -> None:
+        self._store, self._found, self._clock, self._tell = DiskStore(folder), found, clock, tell
+        self._rows: dict[Source, list[Row]] = {}
+        self._first: tuple[dict[ClockBase, int], int] = ({}, 0)
+
+    def keep(self, source: Source, row: Row) -> None:
+        """Take one reading; writes a bundle when the one before is full."""
+        wall_ns, mono_ns = int(row[0] or 0), int(row[1] or 0)
+        if self._rows:
+            begun_wall, begun = self._first[1], self._first[0][ClockBase.MONOTONIC]
+            stepped = abs((wall_ns - begun_wall) - (mono_ns - begun)) > BIN_NS
+            if stepped or mono_ns - begun >= SEGMENT_NS:
+                self.close()
+        if not self._rows:
+            self._first = ({ClockBase.MONOTONIC: mono_ns, ClockBase.BOOTTIME: self._clock.boot_ns()}, wall_ns)
+        self._rows.setdefault(source, []).append(row)
+
+    def close(self) -> None:
+        """Write what there is, unless it is too short for one window."""
+        rows, self._rows = self._rows, {}
+        proc = rows.get(Source.PROC, [])
+        if len(proc) < 2:
+            return
+        first, last = proc[0], proc[-1]
+        t0_ns = -(-int(first[0] or 0) // BIN_NS) * BIN_NS
+        lead_ns = t0_ns - int(first[0] or 0)
+        end_ns = int(last[0] or 0)
+        if end_ns - t0_ns < SHORTEST_NS:
+            return
+        marks = (
+            LabelMark(t_wall_ns=t0_ns, t_mono_ns=int(first[1] or 0) + lead_ns, phase=Phase.UNKNOWN),
+            LabelMark(t_wall_ns=end_ns, t_mono_ns=int(last[1] or 0), phase=None),
+        )
+        members = {"labels.jsonl": encode_labels(marks)}
+        # A sequence number counts on over bundles; each begins with its own 0.
+        members |= {
+            f"{source}.jsonl": encode_rows(source, [(r[0], r[1], n, *r[3:]) for n, r in enumerate(kept)])
+            for source, kept in rows.items()
+        }
+        manifest = self._manifest(rows, marks, end_ns)
+        path = self._store.put(manifest.host.host_id, manifest.episode_id, pack(manifest, members))
+        self._tell(path)
+
+    def _manifest(self, rows: dict[Source, list[Row]], marks: tuple[LabelMark, ...], end_ns: int) -> Manifest:
+        facts, masked = self._found.facts, self._found.masked
+        mono0, wall0 = self._first[0], self._first[1]
+        passed_ns = end_ns - wall0
+        duration_s = round((marks[1].t_wall_ns - marks[0].t_wall_ns) / 1e9, 3)
+        episode_id = uuid7(end_ns // 1_000_000, os.urandom(10))
+        return Manifest(
+            format=FORMAT,
+            episode_id=episode_id,
+            host=Host(
+                host_id=host_id_of(facts.name), arch=facts.arch or UNKNOWN, accel=facts.accel or UNKNOWN,
+                machine=facts.machine or UNKNOWN, cpu="", vcpus=facts.vcpus, mem_mib=facts.mem_mib, disk="",
+                nic=facts.nic, hypervisor=facts.hypervisor, guest_kernel="", recorder=f"phasewatch {__version__}, watch",
+            ),
+            profile=UNKNOWN,
+            sample_name=UNKNOWN,
+            sample_kind=SampleKind.LIVE,
+            origin=Origin.RECORDED,
+            role=Role.LAB,
+            started_wall_ns=marks[0].t_wall_ns,
+            duration_s=duration_s,
+            session=episode_id,
+            neighbours=(),
+            plan_seed=0,
+            plan=((Phase.UNKNOWN, duration_s),),
+            agent=False,
+            nominal_hz=dict.fromkeys(rows, 2.0),
+            rows_emitted={source: len(kept) for source, kept in rows.items()},
+            channels_available=tuple(c.full_name for c in CHANNELS if c.full_name not in masked),
+            fields={source: tuple(spec.field for spec in raw_fields(source)) for source in rows},
+            clocks=Clocks(
+                base=dict.fromkeys(rows, ClockBase.UNIX),
+                pairs={base: ((c, wall0), (c + passed_ns, end_ns)) for base, c in mono0.items()},
+            ),
+            recording=Recording(
+                boot_s=0.0, settle_s=0.0, pinning=(), knobs={}, background="",
+                absent={name: _ascii(why) for name, why in masked.items()},
+            ),
+            members={},
+        )  # fmt: skip
+
+
+def host_id_of(name: str) -> str:
+    """Make a host id of a VM's name.
+
+    >>> host_id_of("Web 01")
+    'web-01'
+    """
+    plain = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:63]
+    return plain if HOST_ID.fullmatch(plain) else "vm"
+
+
+def _ascii(text: str) -> str:
+    """Give words as a manifest may hold them."""
+    plain = "".join(c if c.isascii() and c.isprintable() else "?" for c in text)[:200]
+    return plain or "not said"

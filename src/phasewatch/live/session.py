@@ -1,0 +1,193 @@
+"""One watch from its door to its end: look, guard, attach, choose the model, watch, and leave the VM as it was."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from phasewatch.errors import MachineError, PhasewatchError
+from phasewatch.features.commission import Reference
+from phasewatch.live.attach import Survey, attach, detach, explain_masks, survey
+from phasewatch.live.events import Event
+from phasewatch.live.find import Running
+from phasewatch.live.guard import Guard
+from phasewatch.live.models import Candidate, choose_model
+from phasewatch.live.save import Saver, host_id_of
+from phasewatch.live.scorer import Scorer
+from phasewatch.live.tracker import Step
+from phasewatch.live.watcher import Outlets, Watched, Watcher
+from phasewatch.live.webhook import Webhook
+from phasewatch.record.base import Clock, HostClock, TelemetrySource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be watched, and how.
+
+    Attributes:
+        machine: From `find`.
+        qmp: A socket that the user named; it must answer.
+        models: What `choose_model` chooses from; empty only makes bins.
+        clean_day: What is usual on it while it is known clean, from `phasewatch commission`; None where nobody knows.
+        save: Store that gets the readings; None keeps nothing.
+        webhook: URL that alarms are posted to; empty for none.
+        seconds: How long; 0 until the VM is gone or the watch is interrupted.
+    """
+
+    machine: Running
+    qmp: Path | None = None
+    models: tuple[Candidate, ...] = ()
+    clean_day: Reference | None = None
+    save: Path | None = None
+    webhook: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a watch came to, and how it was set up; `left_as_found` is False where the monitor could not be asked at the end."""
+
+    watched: Watched
+    model: str
+    threat: str
+    masked: tuple[str, ...]
+    caveat: str
+    left_as_found: bool
+    posted: int
+    not_posted: int
+
+
+def run_watch(
+    request: Request,
+    emit: Callable[[Event, bool], None],
+    say: Callable[[str], None],
+    *,
+    clock: Clock | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> Report:
+    """Watch until the end, an interrupt included: SIGINT and SIGTERM end it in order.
+
+    Args:
+        request: What.
+        emit: Takes every event, and whether an alarm was raised or ended with it.
+        say: Takes lines for people.
+        clock: The host's, unless a test hands in another.
+        on_step: Takes every closed bin.
+
+    Raises:
+        PhasewatchError: If it cannot begin; the VM is then as it was.
+    """
+
+    async def main() -> Report:
+        task = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with suppress(ValueError, RuntimeError, NotImplementedError):  # not the main thread: who runs us cancels
+                loop.add_signal_handler(number, task.cancel if task else lambda: None)
+        return await watch(request, emit, say, clock=clock or HostClock(), on_step=on_step)
+
+    try:
+        return asyncio.run(main())
+    except asyncio.CancelledError:  # interrupted before the first window
+        raise KeyboardInterrupt from None
+
+
+async def watch(
+    request: Request,
+    emit: Callable[[Event, bool], None],
+    say: Callable[[str], None],
+    *,
+    clock: Clock,
+    on_step: Callable[[Step], None] | None = None,
+) -> Report:
+    """Watch until the end; see `run_watch`. Cancelling it ends it in order, with a report."""
+    hook = Webhook(request.webhook, say) if request.webhook else None
+    found = await survey(request.machine, qmp=request.qmp, clock=clock)
+    with ExitStack() as stack:
+        stack.enter_context(Guard(found.task))  # before anything in the VM is touched
+        sources: Sequence[TelemetrySource] = ()
+        watched = Watched()
+        scorer: Scorer | None = None
+        left = True
+        try:
+            sources = await _attach(found)
+            scorer = _choose(request, found)
+            _introduce(found, scorer, say)
+            watched = await _watch(request, found, sources, scorer, hook, emit, say, clock, on_step)
+        finally:
+            left = await detach(found, sources)
+            if hook is not None:
+                await hook.close()
+    facts = found.facts
+    return Report(
+        watched=watched, model=scorer.model if scorer else "", threat=scorer.threat if scorer else "",
+        masked=tuple(found.masked), caveat=scorer.caveat(facts.accel, facts.arch) if scorer else "", left_as_found=left,
+        posted=hook.sent if hook else 0, not_posted=hook.lost if hook else 0,
+    )  # fmt: skip
+
+
+async def _attach(found: Survey) -> tuple[TelemetrySource, ...]:
+    try:
+        return await attach(found)
+    except OSError as exc:
+        raise MachineError(f"process {found.facts.pid}: its /proc cannot be read: {exc.strerror}") from exc
+
+
+def _choose(request: Request, found: Survey) -> Scorer | None:
+    if not request.models:
+        return None
+    try:
+        return choose_model(request.models, found.available, arch=found.facts.arch, clean_day=request.clean_day)
+    except PhasewatchError as exc:
+        lines = "; ".join(explain_masks({n: w for n, w in found.masked.items() if not n.startswith("guest.")}))
+        raise type(exc)(f"{exc}. Missing here: {lines or 'nothing'}") from exc
+
+
+def _introduce(found: Survey, scorer: Scorer | None, say: Callable[[str], None]) -> None:
+    facts = found.facts
+    say(
+        f"watching {facts.name} (process {facts.pid}): {facts.arch} under {facts.accel or 'an unknown accelerator'}, "
+        f"{facts.vcpus} vCPU, {len(found.available)} of 46 channels"
+    )
+    for line in (*explain_masks(found.masked), *found.notes):
+        say(f"  {line}")
+    if scorer is not None:
+        say(f"model {scorer.model}, mask {scorer.threat}, {scorer.where}")
+        if scorer.alarm is None:
+            say("  this model was trained without an alarm: phases only")
+        if caveat := scorer.caveat(facts.accel, facts.arch):
+            say(f"  {caveat}")
+
+
+async def _watch(
+    request: Request,
+    found: Survey,
+    sources: Sequence[TelemetrySource],
+    scorer: Scorer | None,
+    hook: Webhook | None,
+    emit: Callable[[Event, bool], None],
+    say: Callable[[str], None],
+    clock: Clock,
+    on_step: Callable[[Step], None] | None,
+) -> Watched:
+    saved: list[str] = []
+    saver = Saver(request.save, found, clock, lambda path: saved.append(str(path))) if request.save else None
+
+    def tell(event: Event, news: bool) -> None:
+        emit(event, news)
+        if news and hook is not None:
+            hook.post(event)
+
+    outlets = Outlets(
+        emit=tell, say=say, keep=saver.keep if saver else None, on_step=on_step, backlog=hook.backlog if hook else lambda: 0
+    )  # fmt: skip
+    watched = await Watcher(found, sources, scorer, outlets, clock, host=host_id_of(found.facts.name)).run(
+        seconds=request.seconds
+    )
+    if saver is not None:
+        saver.close()
+    return replace(watched, saved=saved)

@@ -1,0 +1,80 @@
+"""Post alarms to a URL, beside the watching: a receiver that is slow, down or wrong delays nothing and is counted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+
+from phasewatch.errors import UsageError
+from phasewatch.live.events import Event, render_event
+
+QUEUE = 64
+TRIES = 4
+TIMEOUT_S = 5.0
+LAST_WORD_S = 3.0  # that the watcher waits at its end for what is still to be posted
+
+
+class Webhook:
+    """Posts events one after the other, each at most four times; when too many wait, the oldest is given up.
+
+    Raises:
+        UsageError: If the URL is not http or https.
+    """
+
+    def __init__(self, url: str, say: Callable[[str], None]) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise UsageError(f"--webhook {url}: an http or https URL is needed")
+        self._url, self._say = url, say
+        self._queue: asyncio.Queue[bytes] = asyncio.Queue(QUEUE)
+        self._task: asyncio.Task[None] | None = None
+        self.sent = self.lost = 0
+
+    def post(self, event: Event) -> None:
+        """Queue an event."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+        if self._queue.full():
+            self._queue.get_nowait()
+            self._queue.task_done()
+            self.lost += 1
+        self._queue.put_nowait(render_event(event))
+
+    def backlog(self) -> int:
+        """Give how many events wait."""
+        return self._queue.qsize()
+
+    async def close(self) -> None:
+        """Wait a little for what is queued, then let go."""
+        if self._task is None:
+            return
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._queue.join(), LAST_WORD_S)
+        self.lost += self._queue.qsize()
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _run(self) -> None:
+        import httpx
+
+        async with httpx.AsyncClient(timeout=TIMEOUT_S, follow_redirects=False, trust_env=False) as client:
+            while True:
+                body = await self._queue.get()
+                why = ""
+                for attempt in range(TRIES):
+                    try:
+                        answer = await client.post(
+                            self._url, content=body, headers={"content-type": "application/json"}
+                        )
+                        why = "" if answer.is_success else f"it answered {answer.status_code}"
+                    except (httpx.HTTPError, httpx.InvalidURL, OSError) as exc:
+                        why = str(exc) or type(exc).__name__
+                    if not why:
+                        break
+                    await asyncio.sleep(0.2 * 4**attempt)
+                self.sent += not why
+                self.lost += bool(why)
+                if why:
+                    self._say(f"webhook: an alarm was not delivered: {why}")
+                self._queue.task_done()

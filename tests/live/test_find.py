@@ -1,0 +1,118 @@
+"""Which machines run here, read off made-up /proc folders: command lines of people, of libvirt, and of no QEMU at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from phasewatch.errors import MachineError, UsageError
+from phasewatch.live.find import find_one, list_running, read_running, vcpu_threads
+
+LIBVIRT = (
+    "/usr/bin/qemu-system-x86_64 -name guest=web01,debug-threads=on -S -machine pc-q35-7.2,usb=off -accel kvm "
+    "-chardev socket,id=charmonitor,fd=33,server=on,wait=off -mon chardev=charmonitor,id=monitor,mode=control "
+    '-netdev {"type":"tap","fd":"35","vhost":true,"id":"hostnet0"}'
+)
+BY_HAND = (
+    "qemu-system-aarch64 -name box,process=x -accel tcg,thread=multi -qmp unix:run/qmp.sock,server=on,wait=off -m 128"
+)
+
+
+def make(proc: Path, pid: int, line: str, *, threads: tuple[str, ...] = (), taps: tuple[str, ...] = ()) -> None:
+    folder = proc / str(pid)
+    (folder / "fdinfo").mkdir(parents=True)
+    (folder / "cmdline").write_bytes(("\0".join(line.split(" ")) + "\0").encode())
+    (folder / "cwd").symlink_to("/srv/vm")
+    for number, tap in enumerate(taps):
+        (folder / "fdinfo" / str(number)).write_text(f"pos:\t0\nflags:\t0104002\niff:\t{tap}\n")
+    for number, comm in enumerate(threads):
+        (folder / "task" / str(pid + number)).mkdir(parents=True)
+        (folder / "task" / str(pid + number) / "comm").write_text(comm + "\n")
+
+
+@pytest.fixture
+def proc(tmp_path: Path) -> Path:
+    make(tmp_path, 100, LIBVIRT, threads=("qemu-system-x86", "CPU 0/KVM", "CPU 1/KVM", "worker"), taps=("vnet3",))
+    make(tmp_path, 90, BY_HAND, threads=("qemu-system-aar", "CPU 0/TCG"))
+    make(tmp_path, 80, "/usr/bin/python3 serve.py qemu-system-x86_64")
+    make(tmp_path, 70, "/usr/libexec/qemu-kvm -enable-kvm", threads=("qemu-kvm",))
+    (tmp_path / "self").mkdir()
+    return tmp_path
+
+
+def test_every_machine_is_listed_in_the_order_of_pids(proc: Path) -> None:
+    assert [(m.pid, m.name, m.arch, m.accel) for m in list_running(proc)] == [
+        (70, "qemu-70", "x86_64", "kvm"), (90, "box", "aarch64", "tcg"), (100, "web01", "x86_64", "kvm"),
+    ]  # fmt: skip
+
+
+def test_a_socket_has_a_path_only_if_it_was_given_one(proc: Path) -> None:
+    by_hand, libvirt = read_running(90, proc), read_running(100, proc)
+
+    assert by_hand is not None
+    assert libvirt is not None
+    assert (by_hand.qmp, by_hand.foreign_qmp) == ((Path("/srv/vm/run/qmp.sock"),), False)
+    assert (libvirt.qmp, libvirt.foreign_qmp) == ((), True)
+
+
+def test_a_tap_is_found_by_the_file_that_the_process_holds(proc: Path) -> None:
+    machine = read_running(100, proc)
+
+    assert machine is not None
+    assert machine.taps == ("vnet3",)
+
+
+def test_threads_tell_the_vcpus_and_the_accelerator_where_they_have_names(proc: Path) -> None:
+    make(proc, 110, "qemu-system-x86_64 -name n", threads=("qemu-system-x86", "ALL CPUs/TCG"))
+    machine = read_running(110, proc)
+
+    assert vcpu_threads(100, proc) == (101, 102)
+    assert vcpu_threads(70, proc) == ()
+    assert machine is not None
+    assert machine.accel == "tcg"
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "accel"),
+    [
+        ("qemu-system-x86_64 -name a,,b -machine pc,accel=kvm:tcg", "a,b", "kvm"),
+        ("qemu-system-x86_64 -M accel=tcg", "qemu-1", "tcg"),
+        ("qemu-system-x86_64 -accel tcg -name {nonsense", "{nonsense", "tcg"),
+        ("qemu-system-x86_64", "qemu-1", ""),
+    ],
+)
+def test_names_and_accelerators_are_spelled_in_many_ways(tmp_path: Path, line: str, name: str, accel: str) -> None:
+    make(tmp_path, 1, line)
+    machine = read_running(1, tmp_path)
+
+    assert machine is not None
+    assert (machine.name, machine.accel) == (name, accel)
+
+
+def test_a_machine_is_meant_by_pid_name_or_socket(proc: Path) -> None:
+    assert find_one(pid=90, name=None, qmp=None, proc=proc).name == "box"
+    assert find_one(pid=None, name="web01", qmp=None, proc=proc).pid == 100
+    assert find_one(pid=None, name=None, qmp=Path("/srv/vm/run/qmp.sock"), proc=proc).pid == 90
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "words"),
+    [
+        pytest.param({"pid": 4711}, MachineError, "--pid 4711: there is no such process", id="a dead pid"),
+        pytest.param({"pid": 80}, MachineError, "the process is not QEMU", id="another program"),
+        pytest.param({"name": "web02"}, MachineError, r"no running machine has it; running: qemu-70 \(70\), box", id="no such name"),
+        pytest.param({"qmp": Path("/x")}, MachineError, "--qmp /x: no running machine has it", id="no such socket"),
+        pytest.param({}, UsageError, "say which machine: --pid N", id="nothing said"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_found_is_one_clear_line(proc: Path, asked: dict[str, object], error, words: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(error, match=words):
+        find_one(**{"pid": None, "name": None, "qmp": None, **asked}, proc=proc)  # type: ignore[arg-type]
+
+
+def test_a_name_that_two_have_is_not_enough(proc: Path) -> None:
+    make(proc, 120, LIBVIRT)
+
+    with pytest.raises(UsageError, match="2 machines have it; choose by --pid: 100, 120"):
+        find_one(pid=None, name="web01", qmp=None, proc=proc)
