@@ -61,7 +61,7 @@ def test_the_page_draws_everything_asks_for_nothing_and_fits(browser: Any, tmp_p
 
     assert opened.said == []
     assert opened.asked == [path.as_uri()]
-    assert opened.count(".figure") == opened.count(".figure .plot-container") >= 8
+    assert opened.count(".figure") == opened.count(".figure .plot-container") >= 18
     assert opened.count(".figure.failed") == 0
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
 
