@@ -31,6 +31,7 @@ class Recipe:
     Attributes:
         skill: Chance that the model decides a window rightly.
         phases: The phases that truth walks through.
+        is_full: As of a full grid: with rows that need grids, checkpoints or more recipes.
     """
 
     hosts: Sequence[str] = ("aarch64-virt", "microvm", "pc-cores1", "q35-throttled")
@@ -43,6 +44,7 @@ class Recipe:
     agents: Sequence[str] = ("off", "on")
     sample: str = "throttled-50"
     seed: int = 7
+    is_full: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +88,7 @@ def make_run(folder: Path, recipe: Recipe = Recipe()) -> Path:
     write_ledger(folder, len(episodes))
     write_schema(folder)
     write_splits(folder, recipe, episodes)
-    write_metrics(folder)
+    write_metrics(folder, is_full=recipe.is_full)
     (folder / "run.json").write_text(json.dumps({"started": "2026-11-24T08:00:00Z", "host": "elsewhere"}))
     return folder
 
@@ -129,12 +131,12 @@ def row_of(e: FakeEpisode, recipe: Recipe, model: str, y: int, p: np.ndarray, j:
     }  # fmt: skip
 
 
-def write_metrics(folder: Path, resamples: int = 200) -> None:
-    """Score the predictions, and set beside them what only a run with grids and more recipes would have."""
+def write_metrics(folder: Path, *, is_full: bool, resamples: int = 200) -> None:
+    """Score the predictions, and for a full run set beside them what only grids and more recipes would give."""
     from phasewatch.evaluate.score import rescore
 
     metrics = rescore(folder, resamples=resamples)
-    rows = (*metrics.metrics, *elsewhere())
+    rows = (*metrics.metrics, *(elsewhere() if is_full else ()))
     (folder / "metrics_v1.json").write_bytes(render_metrics(Metrics(inputs=metrics.inputs, metrics=rows)))
 
 

@@ -55,7 +55,7 @@ class Opened:
 
 @pytest.mark.parametrize("width", [1200, 768, 380])
 def test_the_page_draws_everything_asks_for_nothing_and_fits(browser: Any, tmp_path: Path, width: int) -> None:
-    path = write_report(make_run(tmp_path / "run", SMALL))
+    path = write_report(make_run(tmp_path / "run", replace(SMALL, is_full=True)))
 
     opened = Opened(browser, path, width)
 
