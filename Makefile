@@ -20,7 +20,7 @@ UV         := $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt
 export OMP_WAIT_POLICY = PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: demo test soak lint setup system picture docs datasheet footprint lock clean
+.PHONY: demo test soak lint setup system picture results bench docs datasheet footprint lock clean
 
 demo: $(VENV)/.run
 	@$(BIN)/phasewatch demo
@@ -70,6 +70,18 @@ lock: | $(BIN)/uv
 
 clean:
 	rm -rf $(VENV) runs
+
+# What the bundled corpus says: every recipe and model, audited; its table and its report without pictures.
+results: $(VENV)/.run
+	$(BIN)/phasewatch run corpus/lab-v1 --out runs/lab-v1 --grid full
+	$(BIN)/phasewatch audit runs/lab-v1
+	$(BIN)/phasewatch report runs/lab-v1
+	$(BIN)/phasewatch report runs/lab-v1 --format md --out docs/results/lab-v1-report.md
+	$(BIN)/python docs/results.py runs/lab-v1 --out docs/results/lab-v1.md --command "make results"
+
+# Ratios of the resampling: to one model's cost, and to a loop over scikit-learn.
+bench: setup
+	$(BIN)/python bench/bootstrap.py
 
 # docs/reference, from the tables and the command line.
 docs: setup
