@@ -20,7 +20,7 @@ UV         := $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt
 export OMP_WAIT_POLICY = PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: demo test soak lint setup system picture docs lock clean
+.PHONY: demo test soak lint setup system picture docs datasheet footprint lock clean
 
 demo: $(VENV)/.run
 	@$(BIN)/phasewatch demo
@@ -74,6 +74,13 @@ clean:
 # docs/reference, from the tables and the command line.
 docs: setup
 	$(BIN)/python docs/generate.py
+
+# The generated half of the bundled corpus's datasheet; what its agent costs is measured on real VMs, nine minutes.
+datasheet: setup
+	$(BIN)/python docs/datasheet.py
+
+footprint: setup
+	$(BIN)/python docs/footprint.py
 
 # The pictures that the README shows, from the bundled corpus.
 picture: demo

@@ -40,13 +40,16 @@ def put_members(store: Path, whole: Episode, change: Callable[[dict[str, bytes]]
 
 
 def write_store(store: Path, *, hosts: int = 3, sessions: int = 4, seconds: float = 20.0) -> Path:
-    """Write a store that every recipe can be cut from: each session runs a benign machine beside a malicious one."""
+    """Write a store that every recipe can be cut from: each session runs a benign machine beside a malicious one.
+
+    Every third malicious one begins active, or the clock alone would tell the phase.
+    """
     number = 0
     for h in range(hosts):
         for s in range(sessions):
             for profile, phases in (
                 ("benign", (("clean", 2 * seconds),)),
-                ("cryptomine", (("clean", seconds), ("active", seconds))),
+                ("cryptomine", (("clean", seconds), ("active", seconds))[:: -1 if s % 3 == 1 else 1]),
             ):
                 number += 1
                 put(

@@ -18,6 +18,7 @@ from phasewatch.simulate import simulate
 from phasewatch.stages import Settings
 
 QUICK = ("gbt", "majority", "elapsed_time")
+RECIPES = ("held_out_host",)
 NOT_PRODUCTS = {"run.json", ".sweep.json", ".lock"}
 
 
@@ -38,7 +39,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(store: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Outcome:
-    return pipeline.run(Settings(store=store, run=tmp_path_factory.mktemp("runs") / "a", models=QUICK))
+    return pipeline.run(Settings(store=store, run=tmp_path_factory.mktemp("runs") / "a", models=QUICK, recipes=RECIPES))
 
 
 @pytest.mark.slow
@@ -53,7 +54,7 @@ def test_a_store_becomes_a_headline_and_a_page(done: pipeline.Outcome) -> None:
 def test_run_again_it_does_nothing(store: Path, done: pipeline.Outcome) -> None:
     before = products(done.run)
 
-    again = pipeline.run(Settings(store=store, run=done.run, models=QUICK))
+    again = pipeline.run(Settings(store=store, run=done.run, models=QUICK, recipes=RECIPES))
 
     assert again.is_unchanged
     assert again.headline == done.headline
@@ -65,7 +66,7 @@ def test_a_lost_product_is_made_again_and_only_it(store: Path, done: pipeline.Ou
     before = products(done.run)
     (done.run / "metrics_v1.json").unlink()
 
-    again = pipeline.run(Settings(store=store, run=done.run, models=QUICK))
+    again = pipeline.run(Settings(store=store, run=done.run, models=QUICK, recipes=RECIPES))
 
     made = [name for name, fate, _ in again.stages if fate == "made"]
     assert made == ["evaluate"]
@@ -78,7 +79,7 @@ def test_killed_anywhere_and_run_again_the_products_are_the_same_bytes(
 ) -> None:
     run = tmp_path / "b"
     command = [sys.executable, "-m", "phasewatch", "run", str(store), "--out", str(run), "--workers", "1"]
-    command += ["--models", ",".join(QUICK)]
+    command += ["--models", ",".join(QUICK), "--recipes", ",".join(RECIPES)]
     for patience_s in (0.7, 1.6, 2.6, 3.8):
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -87,7 +88,7 @@ def test_killed_anywhere_and_run_again_the_products_are_the_same_bytes(
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
-    pipeline.run(Settings(store=store, run=run, workers=1, models=QUICK))
+    pipeline.run(Settings(store=store, run=run, workers=1, models=QUICK, recipes=RECIPES))
 
     assert products(run) == products(done.run)
 

@@ -184,6 +184,47 @@ def test_the_validator_says_of_every_episode_what_the_truth_file_says(tmp_path: 
     assert said == {t.path: (t.status, set(t.reasons)) for t in truths_of(made.store)}
 
 
+def test_only_the_chosen_kinds_of_fault_are_made(tmp_path: Path) -> None:
+    made = simulate(
+        tmp_path / "s", hosts=2, episodes=40, seed=4, faults=0.8, between_s=SHORT, kinds=("duplicate", "missing-netflow")
+    )  # fmt: skip
+
+    assert {truth.fault for truth in truths_of(made.store)} == {"", "duplicate", "missing-netflow"}
+
+
+def test_where_nothing_can_be_copied_yet_no_duplicate_is_made(tmp_path: Path) -> None:
+    made = simulate(tmp_path / "s", hosts=1, episodes=4, seed=4, faults=1.0, between_s=SHORT, kinds=("duplicate",))
+
+    assert [truth.fault for truth in truths_of(made.store)] == ["", "duplicate"] * 2
+
+
+def test_an_unknown_kind_of_fault_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no fault 'gaps'; did you mean gap"):
+        simulate(tmp_path / "s", hosts=1, episodes=2, seed=0, kinds=("gaps",))
+
+
+def test_episodes_of_a_host_lie_as_far_apart_as_the_knob_says(tmp_path: Path) -> None:
+    def spread(effect: float) -> float:
+        knobs = Knobs(host_effect=0.0, drift_per_week=0.0, episode_effect=effect)
+        made = simulate(tmp_path / str(effect), hosts=1, episodes=16, seed=1, between_s=SHORT, knobs=knobs)
+        idle = [e for e in episodes_of(made.store) if e.manifest.sample_name == "idle"]
+        busy = [e.rows[Source.PROC] for e in idle]
+        ratio = [np.ptp(rows.columns[8]) / np.ptp(rows.t_mono_ns) for rows in busy]  # aux_run_ns
+        return float(np.std(np.log(ratio)))
+
+    assert spread(1.0) > 3 * spread(0.0)
+
+
+@pytest.mark.soak
+def test_of_five_thousand_bundles_none_repeats_and_each_is_judged_as_the_truth_says(tmp_path: Path) -> None:
+    made = simulate(tmp_path / "s", hosts=10, episodes=5_000, seed=9, faults=0.3, workers=2, between_s=(180.0, 180.0))
+
+    swept = sweep(made.store, tmp_path / "run", workers=2)
+
+    said = {v.path: (v.status, set(v.reasons)) for v in swept.verdicts}
+    assert said == {t.path: (t.status, set(t.reasons)) for t in truths_of(made.store)}
+
+
 def test_a_store_is_never_written_over(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "mine").touch()

@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedIOBase, RawIOBase
@@ -33,6 +34,10 @@ class Disk:
         """Wait until the medium has it."""
         os.fsync(fd)
 
+    def close(self, fd: int) -> None:
+        """End a file; some file systems tell only now that they could not keep it."""
+        os.close(fd)
+
     def rename(self, source: Path, target: Path) -> None:
         """Put a file in place of another, in one step."""
         source.rename(target)
@@ -44,6 +49,10 @@ class Disk:
     def unlink(self, path: Path) -> None:
         """Remove a name."""
         path.unlink()
+
+    def mkdir(self, path: Path) -> None:
+        """Make one folder; one that is there already is as good."""
+        path.mkdir(exist_ok=True)
 
 
 _disk = Disk()
@@ -73,6 +82,7 @@ class _File(RawIOBase):
         return self._fd
 
     def write(self, data: object) -> int:
+        self._check_open()
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
         written = 0
         while written < len(view):
@@ -83,51 +93,93 @@ class _File(RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._check_open()
         return os.lseek(self._fd, offset, whence)
 
     def tell(self) -> int:
+        self._check_open()
         return os.lseek(self._fd, 0, os.SEEK_CUR)
+
+    def _check_open(self) -> None:
+        """Refuse to touch a closed file: its descriptor's number may be another file's by now.
+
+        A library that was interrupted writes its last words when it is collected, long after we gave up the file.
+        """
+        if self.closed:
+            raise ValueError("the file is closed")
 
     def close(self) -> None:
         if not self.closed:
             super().close()
-            os.close(self._fd)
+            _disk.close(self._fd)
+
+
+class Aside:
+    """A file that is written beside its place and takes it when it is whole; `writer` is the same as a block."""
+
+    def __init__(self, path: Path, *, folder: Path | None = None) -> None:
+        """Open the file.
+
+        Args:
+            path: Where it shall stand; that folder must exist.
+            folder: Where it lies until then, on the same disk; beside its place if left out.
+        """
+        self.path = path
+        self._temporary = (folder or path.parent) / f".{path.name}.{secrets.token_hex(6)}.tmp"
+        self._raw = _File(self._temporary)
+        self.file = cast(BinaryIO, _Buffered(self._raw))
+
+    def content(self) -> bytes:
+        """Give all that was written so far."""
+        self.file.flush()
+        return self._temporary.read_bytes()
+
+    def publish(self, *, durable: bool = True, new: bool = False) -> None:
+        """Put the file in its place. If that fails, `drop` it.
+
+        Raises:
+            FileExistsError: With ``new``, if something stands there; it is untouched.
+        """
+        self.file.flush()
+        if durable:
+            _disk.fsync(self._raw.fileno())
+        self._raw.close()
+        if new:
+            _disk.link(self._temporary, self.path)
+            _disk.unlink(self._temporary)
+        else:
+            _disk.rename(self._temporary, self.path)
+        if durable:
+            sync_folder(self.path.parent)
+
+    def drop(self) -> None:
+        """Let it vanish, whatever state it is in; what cannot be removed now is left to `sweep_temporaries`."""
+        with suppress(OSError):
+            self._raw.close()
+        with suppress(OSError):
+            _disk.unlink(self._temporary)
 
 
 @contextmanager
-def writer(path: Path, *, durable: bool = True, new: bool = False) -> Iterator[BinaryIO]:
+def writer(path: Path, *, durable: bool = True, new: bool = False, folder: Path | None = None) -> Iterator[BinaryIO]:
     """Give a binary file that takes ``path``'s place when the block ends well, and vanishes when it does not.
 
     Args:
         path: Where the file shall stand; its folder must exist.
         durable: Wait for the medium; without, a power cut may lose the file (never leave half of one to a reader).
         new: Publish only if nothing stands there yet.
+        folder: Where the file lies until then; beside its place if left out.
 
     Raises:
         FileExistsError: With ``new``, if something does; what stands there is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    file = _File(temporary)
+    aside = Aside(path, folder=folder)
     try:
-        buffered = _Buffered(file)
-        yield cast(BinaryIO, buffered)
-        buffered.flush()
-        if durable:
-            _disk.fsync(file.fileno())
-        file.close()
-        if new:
-            _disk.link(temporary, path)
-            _disk.unlink(temporary)
-        else:
-            _disk.rename(temporary, path)
+        yield aside.file
+        aside.publish(durable=durable, new=new)
     except BaseException:
-        with suppress(OSError):
-            file.close()
-        with suppress(OSError):
-            _disk.unlink(temporary)
+        aside.drop()
         raise
-    if durable:
-        sync_folder(path.parent)
 
 
 class _Buffered(BufferedIOBase):
@@ -181,12 +233,35 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def sync_file(path: Path) -> None:
+    """Wait until the medium has a file that another writer published, and its name."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _disk.fsync(fd)
+    finally:
+        os.close(fd)
+    sync_folder(path.parent)
+
+
+def move(source: Path, target: Path) -> None:
+    """Give a file another place on the same disk, in one step; the target's folder must exist."""
+    _disk.rename(source, target)
+    sync_folder(target.parent)
+    sync_folder(source.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, durably; one that is not there is as good as removed."""
+    with suppress(FileNotFoundError):
+        _disk.unlink(path)
+        sync_folder(path.parent)
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder and those above it, each durable."""
-    missing = [folder, *folder.parents]
-    missing = [each for each in missing if not each.is_dir()]
-    folder.mkdir(parents=True, exist_ok=True)
+    missing = [each for each in (folder, *folder.parents) if not each.is_dir()]
     for each in reversed(missing):
+        _disk.mkdir(each)
         sync_folder(each.parent)
 
 
@@ -195,13 +270,23 @@ def is_temporary(name: str) -> bool:
     return TEMPORARY.fullmatch(name) is not None
 
 
-def sweep_temporaries(folder: Path) -> int:
-    """Remove what killed writers left in one folder, and say how many; call it only while holding the folder's lock."""
+def sweep_temporaries(folder: Path, *, older_than_s: float = 0.0) -> int:
+    """Remove what killed writers left in one folder, and say how many.
+
+    Args:
+        folder: Where to look, not below it.
+        older_than_s: Only what was last written that long ago. With 0 hold the folder's lock, or a living writer loses
+            its file.
+    """
+    latest_s = time.time() - older_than_s
     stray = [entry for entry in sorted(folder.iterdir()) if is_temporary(entry.name)]
+    swept = 0
     for entry in stray:
         with suppress(FileNotFoundError):
-            _disk.unlink(entry)
-    return len(stray)
+            if not older_than_s or entry.lstat().st_mtime < latest_s:
+                _disk.unlink(entry)
+                swept += 1
+    return swept
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import combinations
 from typing import Literal
 
 from phasewatch.errors import UsageError
@@ -302,6 +303,16 @@ def mask_of(name: str) -> tuple[bool, ...]:
 def mask_names() -> tuple[str, ...]:
     """Give the names that `mask_of` knows."""
     return tuple(_MASKS)
+
+
+def source_subsets() -> tuple[str, ...]:
+    """Name the 15 threat models that have one, two, three or all of the sources, fewest first.
+
+    >>> source_subsets()[4], source_subsets()[-1]
+    ('proc+qmp', 'proc+qmp+netflow+guest')
+    """
+    sources = tuple(map(str, Source))
+    return tuple("+".join(chosen) for n in range(1, len(sources) + 1) for chosen in combinations(sources, n))
 
 
 def _check_tables() -> None:

@@ -5,6 +5,7 @@ PhasewatchError
 ├── DataError             3  bad or absent data
 │   ├── BundleError          one episode bundle cannot be read, or breaks a rule of its format
 │   ├── StoreError           a store is absent, empty or not a store
+│   │   └── TakenError           other bytes already stand under an id
 │   ├── RunError             a file of a run is absent, half made or not what its reader expects
 │   ├── EventError           an event for the dashboard is malformed, too large or of an unknown type
 │   └── PlanError            a recording plan is not valid, or leaks the phase through elapsed time
@@ -61,6 +62,10 @@ def _rebuild_bundle_error(code: str, words: str, file: str, member: str, line: i
 
 class StoreError(DataError):
     """A store is absent, empty or not a store."""
+
+
+class TakenError(StoreError):
+    """Other bytes already stand under an id; bundles are written once."""
 
 
 class RunError(DataError):

@@ -35,6 +35,14 @@ def confusion_counts(
 
 def f1_per_class(confusion: ArrayLike) -> NDArray[np.float64]:
     """Give F1 of each class, ``(..., k, k)`` → ``(..., k)``; 0 where a class was neither true nor decided."""
+    return f1_of_terms(f1_terms(confusion))
+
+
+def f1_terms(confusion: ArrayLike) -> NDArray[np.float64]:
+    """Give what F1 is a ratio of, ``(..., k, k)`` → ``(..., 2k)``: twice the hits of each class, then true + decided.
+
+    Both are sums over windows, so resampling them costs less than resampling confusions does.
+    """
     c = np.asarray(confusion, np.float64)
     k = c.shape[-1]
     # Sums over axes of length 5 cost numpy 10 times what one product with a 0/1 matrix does (measured on 10,000 resamples).
@@ -42,9 +50,16 @@ def f1_per_class(confusion: ArrayLike) -> NDArray[np.float64]:
     truth, decided = np.divmod(np.arange(k * k), k)
     classes = np.arange(k)
     is_true, is_decided = truth[:, None] == classes, decided[:, None] == classes
-    hit = flat @ (is_true & is_decided).astype(np.float64)
-    either = flat @ (is_true.astype(np.float64) + is_decided)
-    f1: Floats = np.divide(2.0 * hit, either, out=np.zeros_like(hit), where=either > 0)
+    hit, either = 2.0 * (is_true & is_decided), is_true.astype(np.float64) + is_decided
+    terms: Floats = flat @ np.concatenate([hit, either], axis=1)
+    return terms
+
+
+def f1_of_terms(terms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Give F1 of each class from `f1_terms`, ``(..., 2k)`` → ``(..., k)``."""
+    k = terms.shape[-1] // 2
+    # A class without a window has 0 above and 0 below: a tiny number below gives 0 and changes no other value.
+    f1: Floats = terms[..., :k] / np.maximum(terms[..., k:], np.finfo(np.float64).tiny)
     return f1
 
 

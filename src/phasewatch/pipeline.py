@@ -155,7 +155,7 @@ def build_stages(settings: Settings, say: Tell) -> tuple[Stage, ...]:
         Stage(
             name="train",
             inputs=lambda: digests(folder, [*FEATURE_FILES, INDEX, *stages.split_files(folder)])
-            | {"code": code, "seed": str(settings.seed), "grid": settings.grid, "models": ",".join(settings.models)},
+            | {"code": code, "seed": str(settings.seed), "grid": settings.grid, "models": ",".join(settings.models), "recipes": ",".join(settings.recipes), "trials": str(settings.trials)},
             outputs=files(PREDICTIONS), work=train,
         ),
         Stage(

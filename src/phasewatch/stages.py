@@ -16,18 +16,28 @@ from phasewatch.dataset.run import file_sha256
 from phasewatch.dataset.splits import Built, read_folds, write_all_splits, write_splits
 from phasewatch.episode.bundle import peek
 from phasewatch.errors import BundleError, RunError, SplitError, UsageError
-from phasewatch.evaluate.rows import Metrics
-from phasewatch.evaluate.score import score
+from phasewatch.evaluate.explain import Why, why
+from phasewatch.evaluate.rows import Metrics, chosen
+from phasewatch.evaluate.score import read_metrics, score
 from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import schema_hash
 from phasewatch.features.tables import FeatureCount, write_tables
 from phasewatch.grid.files import open_grids
+from phasewatch.models.registry import row_of
 from phasewatch.report.page import write_report
-from phasewatch.split import RECIPES, Fold, parse_fold
+from phasewatch.split import RECIPES, Fold, Part, parse_fold, recipe_of
 from phasewatch.store.disk import DiskStore, StoreItem
 from phasewatch.train.cell import Cell
-from phasewatch.train.cells import TrainReport, train_cells
-from phasewatch.train.grid import BASELINES, CHEAP, SIX, full_grid, short_grid
+from phasewatch.train.cells import TrainReport, best_net, train_cells
+from phasewatch.train.grid import (
+    BASELINES,
+    CHEAP,
+    SIX,
+    brought_grid,
+    full_grid,
+    headline_grid,
+    short_grid,
+)
 from phasewatch.validate.index import INDEX, read_index
 from phasewatch.validate.ledger import render_ledger
 from phasewatch.validate.subset import pick
@@ -35,6 +45,7 @@ from phasewatch.validate.sweep import LEDGER, SweepSummary, Tell, path_of, sweep
 from phasewatch.validate.verdict import USABLE
 
 GRIDS = ("short", "full")
+Tally = Callable[[Cell, int, int], None]  # a cell is through, how many are, of how many
 GRID_FILES = ("grids/grids.npy", "grids/levels.npy", "grids/index.parquet")
 FEATURE_FILES = ("features_window_v1.parquet", "features_episode_v1.parquet", "feature_schema_v1.json")
 INDEX_OF_SPLITS = "splits_v1.json"
@@ -47,8 +58,10 @@ class Settings:
 
     Attributes:
         limit: Narrows the store to a stratified subset; 0 takes all.
-        grid: ``short`` (one seed, realistic) or ``full`` (every threat model, three seeds from `seed` on).
-        models: Narrows the grid to these; empty takes all of it.
+        grid: ``short`` (DESIGN section 16) or ``full`` (every recipe and model; seeds, tables and masks of the best).
+        models: Narrows the grid to these, or adds models that a user brings; empty takes all of it.
+        recipes: Narrows the grid to these; empty takes all of it.
+        trials: Settings to try for each cell on its own validation A; 0 takes the defaults.
     """
 
     store: Path
@@ -59,6 +72,8 @@ class Settings:
     seed: int = 0
     grid: str = "short"
     models: tuple[str, ...] = ()
+    recipes: tuple[str, ...] = ()
+    trials: int = 0
 
 
 def code_version() -> str:
@@ -128,6 +143,7 @@ def sweep_listed(settings: Settings, index: Path, *, tell: Tell | None = None) -
 def features(settings: Settings) -> FeatureCount:
     """Make the feature tables of a swept run, and enter them into its ledger."""
     run = settings.run
+    atomic.sweep_temporaries(run)
     verdicts = read_index(run / INDEX)
     statuses = {(v.host_id, v.episode_id): v.status for v in verdicts if v.status in USABLE}
     count = write_tables(
@@ -182,29 +198,70 @@ def read_all_folds(run: Path) -> dict[str, tuple[Fold, ...]]:
     return {recipe: read_folds(run, recipe) for recipe in there}
 
 
-def grid_cells(run: Path, *, grid: str = "short", seed: int = 0, models: Sequence[str] = ()) -> tuple[Cell, ...]:
-    """Give a grid's cells (of the full one the first pass), or those of some models.
+def grid_cells(settings: Settings) -> tuple[Cell, ...]:
+    """Give a grid's cells, of the full one the first pass, narrowed to what was asked for.
 
     Raises:
-        UsageError: If the grid is not known, or has none of the models.
+        UsageError: If the grid, a model or a recipe is not known, or no cell is left.
     """
-    if unknown := set(models) - {*SIX, CHEAP, *BASELINES}:
-        raise UsageError(f"the grid has no model {min(unknown)!r}; it has {', '.join((*SIX, CHEAP, *BASELINES))}")
-    if grid not in GRIDS:
-        raise UsageError(f"no grid {grid!r}; it is one of {', '.join(GRIDS)}")
-    cells = (full_grid if grid == "full" else short_grid)(read_all_folds(run), seed=seed)
-    return tuple(cell for cell in cells if not models or cell.model in models)
+    if settings.grid not in GRIDS:
+        raise UsageError(f"no grid {settings.grid!r}; it is one of {', '.join(GRIDS)}")
+    for recipe in settings.recipes:
+        recipe_of(recipe)
+    folds = read_all_folds(settings.run)
+    own = (*SIX, CHEAP, *BASELINES)
+    brought = [model for model in settings.models if row_of(model).key not in own]
+    cells = (full_grid if settings.grid == "full" else short_grid)(folds, seed=settings.seed)
+    chosen = _narrowed(settings, (*cells, *brought_grid(folds, brought, recipes=settings.recipes, seed=settings.seed)))
+    if not chosen:
+        raise UsageError(
+            f"the {settings.grid} grid has no cell of {', '.join((*settings.models, *settings.recipes))}; "
+            "ask for --recipes all, or for other models"
+        )
+    return chosen
 
 
-def train(settings: Settings, *, tell: Callable[[Cell, int, int], None] | None = None) -> TrainReport:
-    """Train what is not finished of the short grid."""
-    cells = grid_cells(settings.run, grid=settings.grid, seed=settings.seed, models=settings.models)
-    return train_cells(settings.run, cells, workers=settings.workers, tell=tell)
+def _narrowed(settings: Settings, cells: Sequence[Cell]) -> tuple[Cell, ...]:
+    return tuple(
+        cell
+        for cell in cells
+        if (not settings.models or cell.model in settings.models)
+        and (not settings.recipes or cell.recipe in settings.recipes)
+    )
+
+
+def train(settings: Settings, *, tell: Tally | None = None) -> TrainReport:
+    """Train what is not finished of the grid; of the full one, first what shows which net is best, then more of that."""
+    cells = grid_cells(settings)
+    report = train_cells(settings.run, cells, workers=settings.workers, trials=settings.trials, tell=tell)
+    net = best_net(settings.run, cells) if settings.grid == "full" else None
+    if net is None:
+        return report
+    more = _narrowed(settings, headline_grid(read_all_folds(settings.run), net=net, seed=settings.seed))
+    if not (todo := set(more) - set(cells)):
+        return report
+    both = (*cells, *sorted(todo))
+    again = train_cells(settings.run, both, workers=settings.workers, trials=settings.trials, tell=tell)
+    return replace(again, trained=(*report.trained, *again.trained), kept=report.kept)
 
 
 def evaluate(settings: Settings) -> Metrics:
     """Score the predictions."""
     return score(settings.run)
+
+
+def explain(run: Path, episode_id: str, at_s: float) -> Why:
+    """Say which channels the headline's model hangs on in one window of a test episode.
+
+    Raises:
+        RunError: If no fold of the headline's recipe tests that episode.
+    """
+    place = chosen(read_metrics(run).metrics)
+    for fold in read_folds(run, place.recipe):
+        if episode_id in fold.ids(Part.TEST):
+            cell = Cell(recipe=place.recipe, fold=fold.fold, threat=place.threat, model=place.model, table=place.table)
+            return why(run, cell, episode_id, at_s)
+    raise RunError(f"{run}: no fold of {place.recipe} tests episode {episode_id!r}; its splits name those that are")
 
 
 def audit(settings: Settings, *, tell: Callable[[str, int, int], None] | None = None) -> Audit:
@@ -232,6 +289,6 @@ def _folds(run: Path) -> list[Fold]:
     return [parse_fold(path.read_bytes(), file=str(path)) for path in sorted((run / "splits").glob("*.json"))]
 
 
-def report(settings: Settings) -> Path:
-    """Write the page."""
-    return write_report(settings.run)
+def report(settings: Settings, form: str = "html", out: Path | None = None) -> Path:
+    """Write the page, or its words and numbers without pictures."""
+    return write_report(settings.run, form, out)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from phasewatch.vocab import Phase
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # DESIGN section 2, "Plan". Elapsed time alone scores 0.22 under this walk (simulated), 0.51 under a one-way order.
 START: tuple[tuple[Phase, float], ...] = (

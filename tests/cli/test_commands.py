@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tests.cli.conftest import Said
 
+from phasewatch.channels import CHANNELS
 from phasewatch.cli import app
 
 Call = Callable[..., Said]
@@ -51,10 +52,20 @@ def test_an_unknown_command_is_a_usage_error(phasewatch: Call) -> None:
 def test_channels_are_listed_in_order_with_every_field(phasewatch: Call) -> None:
     rows = json.loads(phasewatch("channels", "--json").out)["result"]["channels"]
 
-    assert len(rows) == 46
-    assert sum(row["in_deployment"] for row in rows) == 35
+    assert [row["name"] for row in rows] == [c.name for c in CHANNELS]
+    assert [row["in_deployment"] for row in rows] == [c.in_deployment for c in CHANNELS]
     assert (rows[0]["name"], rows[0]["source"], rows[0]["kind"]) == ("cpu_user", "proc", "rate")
     assert {"fields", "scale", "unit", "trust", "accel", "arch", "semantics", "about", "reads"} <= set(rows[0])
+
+
+def test_channels_come_with_what_was_seen_in_a_store(phasewatch: Call, store: Path) -> None:
+    said = phasewatch("channels", "--corpus", "--store", store)
+    told = phasewatch("channels", "--corpus", "--store", store, "--json")
+
+    assert said.lines[0].split()[:3] == ["channel", "unit", "lowest"]
+    assert len(said.lines) == len(CHANNELS) + 2
+    assert said.lines[-1] == str(store)
+    assert json.loads(told.out)["result"]["channels"][0]["observed"]["known"] > 0.9
 
 
 def test_a_dry_run_shows_the_plan_and_what_the_clock_alone_would_score(phasewatch: Call, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
@@ -112,6 +114,33 @@ def test_the_interval_agrees_with_scipy_on_the_clusters_of_one_host() -> None:
 
     # Two independent draws of 4000: the ends wobble by a few hundredths of the width.
     assert_allclose(ours, theirs, atol=0.06 * (theirs[1] - theirs[0]))
+
+
+def test_paired_differences_equal_scipys_on_the_very_same_resamples() -> None:
+    """One host and no class lost: then our draws are scipy's, and interval and p must be equal, not only alike."""
+    from scipy.stats import bootstrap as oracle
+
+    clusters, truth, decided = windows((25,))
+    other = np.where(np.arange(len(truth)) % 3 == 0, truth, 0)
+    mine, theirs = (confusions(clusters, truth, d) for d in (decided, other))
+    weights = draw_weights(clusters, truth, classes=K, resamples=1500, seed=4)
+    assert weights is not None
+    assert weights.redrawn == 0
+    each = [macro_f1(resample(weights, counts).reshape(-1, 5, 5), K) for counts in (mine, theirs)]
+
+    def gap(picked: np.ndarray, axis: int = -1) -> np.ndarray:
+        one, two = (c[picked.astype(int)].sum(axis=-2).reshape(*picked.shape[:-1], 5, 5) for c in (mine, theirs))
+        return macro_f1(one, K) - macro_f1(two, K)
+
+    purpose = int.from_bytes(hashlib.sha256(b"bootstrap").digest()[:8], "big")
+    found = oracle(
+        (np.arange(25.0),), gap, n_resamples=1500, method="percentile", vectorized=True, batch=500,
+        rng=np.random.default_rng([4, purpose]),
+    )  # fmt: skip
+
+    assert_allclose(each[0] - each[1], found.bootstrap_distribution, rtol=0, atol=1e-12)
+    assert_allclose(interval(each[0] - each[1]), tuple(found.confidence_interval), rtol=0, atol=1e-12)
+    assert paired_p(each[0] - each[1]) == paired_p(found.bootstrap_distribution)
 
 
 def test_an_interval_over_sessions_is_wider_than_one_over_windows() -> None:

@@ -78,7 +78,7 @@ def test_rows_are_those_of_the_stats_in_the_order_of_host_episode_and_window(gri
     table = pq.read_table(tmp_path / WINDOW_FILE)
 
     used = [grids.bins_of(row) for row in (grids.rows[0], grids.rows[1], grids.rows[3])]
-    expected = np.concatenate([window_stats(np.asarray(bins)).reshape(-1, 230) for bins in used])
+    expected = np.concatenate([window_stats(np.asarray(bins)).reshape(-1, len(feature_names())) for bins in used])
     found = np.stack([table.column(name).to_numpy() for name in feature_names()], axis=1)
     assert np.array_equal(found.view(np.uint32), expected.view(np.uint32))
     assert table.column("host_id").to_pylist() == ["h1"] * 6 + ["h2"] * 5

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tests.builders import episode, members_of
 
+from phasewatch.channels import CHANNELS
 from phasewatch.episode.bundle import pack
 from phasewatch.features.tensors import bundle_tensor, gather, window_rows, window_view
 from phasewatch.grid.align import align
@@ -56,5 +57,5 @@ def test_a_bundle_gives_its_windows_straight_from_the_file(tmp_path: Path) -> No
 
     tensor = bundle_tensor(path)
 
-    assert tensor.shape == (4, 20, 46)
+    assert tensor.shape == (4, 20, len(CHANNELS))
     assert np.array_equal(tensor, window_view(align(whole).bins))

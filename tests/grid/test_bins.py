@@ -40,7 +40,7 @@ def running(at_s: list[float], values: list[int | None], **more: object) -> Sour
 def test_a_bin_is_half_a_second_and_the_last_incomplete_one_is_dropped() -> None:
     grid = align(bare(seconds=2.9))
 
-    assert grid.bins.shape == (5, 46)
+    assert grid.bins.shape == (5, len(CHANNELS))
     assert grid.levels.shape == (5, 13)
     assert grid.flags.shape == (5,)
 

@@ -9,6 +9,7 @@ import pytest
 from tests.builders import T0, S, episode, episode_id
 from tests.grid.test_clocks import stepped
 
+from phasewatch.channels import CHANNELS
 from phasewatch.errors import RunError
 from phasewatch.grid.align import align
 from phasewatch.grid.files import GridRow, open_grids, row_of, write_grids
@@ -57,7 +58,7 @@ def test_the_index_says_who_an_episode_is_and_what_its_labels_are(tmp_path: Path
 def test_the_arrays_are_plain_npy_files_mapped_and_not_read(tmp_path: Path) -> None:
     write(tmp_path)
 
-    assert np.load(tmp_path / "grids.npy").shape == (72, 46)
+    assert np.load(tmp_path / "grids.npy").shape == (72, len(CHANNELS))
     assert np.load(tmp_path / "levels.npy").dtype == np.dtype("<f4")
     assert isinstance(open_grids(tmp_path).bins, np.memmap)
 
@@ -75,7 +76,7 @@ def test_no_episodes_give_empty_grids(tmp_path: Path) -> None:
         pass
 
     assert open_grids(tmp_path).rows == ()
-    assert open_grids(tmp_path).bins.shape == (0, 46)
+    assert open_grids(tmp_path).bins.shape == (0, len(CHANNELS))
 
 
 def test_a_write_that_fails_leaves_what_stood_there(tmp_path: Path) -> None:

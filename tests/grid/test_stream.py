@@ -215,4 +215,4 @@ def test_a_number_too_large_for_the_grid_is_no_reading() -> None:
 
     assert all(np.isnan(b.values[0]) for b in closed)
     # No agent, and the first field of three sources gone: one channel each, and the card's mean size.
-    assert closed[-1].finite == 46 - 8 - 3 - 1
+    assert closed[-1].finite == len(CHANNELS) - 8 - 3 - 1

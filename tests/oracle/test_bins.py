@@ -9,6 +9,7 @@ from tests.builders import episode
 from tests.oracle import slow
 from tests.oracle.episodes import episodes
 
+from phasewatch.channels import CHANNELS
 from phasewatch.episode.model import Episode
 from phasewatch.features.fingerprint import golden_episodes
 from phasewatch.features.stats import episode_stats, window_stats
@@ -38,7 +39,7 @@ def assert_same(whole: Episode, *, channels: slice = slice(None)) -> None:
     every = range(len(plain.bins[0]))[channels]
     stats = window_stats(fast.bins).view(np.uint32)
 
-    assert stats.shape == (w, 46, 5)
+    assert stats.shape == (w, len(CHANNELS), 5)
     for j in range(w):
         rows = plain.bins[10 * j : 10 * j + 20]
         assert stats[j, channels].tolist() == [slow.stats([row[c] for row in rows]) for c in every]

@@ -8,7 +8,7 @@ from phasewatch.record.doctor import PACKAGES, PROGRAMS, Check, Facts, examine
 
 WHOLE = Facts(
     python=(3, 11), cores=2, memory_gib=8.0, disk_gib=50.0, kvm=None,
-    programs={program: "1" for program, _, _ in PROGRAMS}, packages={package: "1" for package, _, _ in PACKAGES},
+    programs={program: "QEMU version 7.2.22" for program, _, _ in PROGRAMS}, packages={package: "1" for package, _, _ in PACKAGES},
 )  # fmt: skip
 
 

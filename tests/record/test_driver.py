@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from tests.record.fakes import FakeClock
 
 from phasewatch.errors import VmError
+from phasewatch.record import driver
 from phasewatch.record.driver import Driver
 
 Guest = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -122,3 +124,82 @@ def test_work_that_does_not_end_in_time_is_named(tmp_path: Path) -> None:
             await driver.finished(ack.id, timeout_s=0.01)
 
     talk(tmp_path, answering("ack {id} 1\n"), host)
+
+
+def test_a_guest_that_never_acknowledges_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "ACK_TIMEOUT_S", 0.05)
+
+    async def host(line: Driver, clock: FakeClock) -> None:
+        with pytest.raises(VmError, match=r"vm: phase: the guest did not acknowledge within 0\.05 s"):
+            await line.send("phase", "armed")
+
+    talk(tmp_path, answering(""), host)
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [
+        pytest.param(b"ack 1 1\n", id="the same answer for ever"),
+        pytest.param(b"finished 7 0\n", id="answers to what was never asked"),
+        pytest.param(b"ready 1 6.1\n", id="its first word for ever"),
+        pytest.param(b"x", id="no line at all"),
+        pytest.param(b"\x00\xff\n", id="noise"),
+    ],
+)
+def test_a_flood_is_an_error_at_once_and_costs_no_memory(tmp_path: Path, flood: bytes) -> None:
+    sent = 0
+
+    async def guest(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(b"ready 1 6.1\n")
+        await reader.readline()
+        with contextlib.suppress(ConnectionError):
+            for _ in range(1000):
+                writer.write(flood * (65536 // len(flood)))
+                sent += 1
+                await asyncio.wait_for(writer.drain(), 0.5)
+
+    async def warm_up(line: Driver) -> None:
+        ack = await line.send("warmup")
+        await line.finished(ack.id, timeout_s=5)
+
+    async def host(line: Driver, clock: FakeClock) -> None:
+        await line.ready()
+        with pytest.raises(VmError, match=r"does not keep to the protocol|more than 4096 bytes"):
+            await warm_up(line)
+
+    with contextlib.suppress(TimeoutError):
+        talk(tmp_path, guest, host)
+    assert sent < 100
+
+
+def test_a_guest_that_lies_about_its_clock_moves_no_stamp(tmp_path: Path) -> None:
+    async def host(line: Driver, clock: FakeClock) -> None:
+        clock.now_ns = 5
+        first = await line.send("hello")
+        clock.now_ns = 9
+        second = await line.send("hello")
+
+        assert [(ack.t_mono_ns, ack.t_wall_ns - clock.wall_ns()) for ack in (first, second)] == [(5, -4), (9, 0)]
+
+    talk(tmp_path, answering("ack {id} 99999999999999999999\n", "ack {id} -5\n"), host)
+
+
+def test_an_answer_that_comes_after_it_was_given_up_is_no_breach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "ACK_TIMEOUT_S", 0.05)
+
+    async def guest(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        second = (await reader.readline()).split()[0].decode()
+        writer.write(f"ack 1 1\nack {second} 2\n".encode())
+        await reader.read()
+
+    async def host(line: Driver, clock: FakeClock) -> None:
+        with pytest.raises(VmError, match="did not acknowledge"):
+            await line.send("hello")
+
+        assert (await line.send("hello")).uptime_ms == 2
+
+    talk(tmp_path, guest, host)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -258,6 +259,19 @@ def test_a_store_that_cannot_be_written_is_an_error_in_words(tmp_path: Path, mon
 
     with pytest.raises(MachineError, match="No space left on device; make room"):
         World(tmp_path).record(session_of(slot_of(1)))
+
+
+def test_a_disk_that_fills_while_a_bundle_is_written_leaves_none_of_it(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))  # the kernel refuses what goes beyond
+    try:
+        with pytest.raises(MachineError, match="make room or mend it, then record again: what is there is kept"):
+            world.record(session_of(slot_of(1)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    assert [path for path in world.store.path.rglob("*") if path.is_file()] == []
 
 
 def test_progress_names_the_session_and_the_time_left(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_a_guest_of_another_architecture_is_never_tried_on_kvm(tmp_path: Path) -
         raise AssertionError
 
     arch = "x86_64" if os.uname().machine == "aarch64" else "aarch64"
-    found = probe(arch=arch, kernel=tmp_path, initrd=tmp_path, cache=tmp_path, qemu_version="7", boots=never)
+    found = probe(arch=arch, files=never, cache=tmp_path, qemu_version="7", boots=never)
 
     assert found == Verdict(accel="tcg", why=f"the guest is {arch}, the host {os.uname().machine}")
 

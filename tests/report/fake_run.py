@@ -154,6 +154,7 @@ def board(rows: Sequence[dict[str, Any]]) -> tuple[Shown, list[Answer]]:
     words = ("episode_id", "session", "host_id", "profile", "sample_name", "origin", "agent")
     shown = Shown(
         **{name: np.array([r[name] for r in first], dtype=object) for name in words},
+        t_center_ns=np.array([r["t_center_ns"] for r in first], np.int64),
         y_true=np.array([r["y_true"] for r in first], np.int64),
     )
     answers = [

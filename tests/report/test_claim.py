@@ -143,6 +143,6 @@ def test_the_confusion_matrix_spans_the_union_of_truths_and_decisions() -> None:
 def test_notes_of_the_evaluation_are_told_once() -> None:
     note = row("note", None, None, why="only 12 sessions: intervals are too narrow")
 
-    sure = page_of([GBT, note, note]).sections[0]
+    (sure,) = [s for s in page_of([GBT, note, note]).sections if s.key == "sure"]
 
     assert sure.points == ("Only 12 sessions: intervals are too narrow.",)

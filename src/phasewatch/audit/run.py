@@ -8,6 +8,7 @@ from pathlib import Path
 
 from phasewatch import atomic
 from phasewatch.audit.checks import AUDIT, Audit, Check, collecting, judge, parse_audit, render_audit, untested
+from phasewatch.audit.corpus import check_leaks
 from phasewatch.audit.remake import DISJOINT, DISJOINT_PROMISE, REMADE, REMADE_PROMISE, check_disjoint, check_remade
 from phasewatch.audit.shuffled import check_shuffled
 from phasewatch.audit.trained import check_repeated, check_said, chosen_cells
@@ -46,6 +47,7 @@ def audit_run(
             lambda: (check_said(run),),
             lambda: (check_scored(run),),
             lambda: (check_shuffled(run),),
+            lambda: check_leaks(run),
         ]
         checks: list[Check] = []
         for number, step in enumerate(steps, 1):

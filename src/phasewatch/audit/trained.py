@@ -75,6 +75,8 @@ def _repeat(run: Path, cell: Cell) -> Iterator[str]:
         if header.trained_on.get(part) != windows.examples.sha256():
             yield f"{folder}: its {part} windows are not those of its fold"
             return
+    if registry.row_of(cell.model).persist == "none":
+        return  # scored by the process that fitted it: there is nothing to hold a second fit against
     model = registry.create(cell.model, seed=header.seed, settings=header.config)
     learn(model, sets)
     stored = registry.load(folder)

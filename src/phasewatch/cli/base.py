@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CODES = "Exit codes: 0 done, 1 findings, 2 usage, 3 bad or absent data, 4 does not fit, 5 the machine."
 CORPUS_VARIABLE = "PHASEWATCH_CORPUS"
+CORPUS = Path("corpus") / "lab-v1"
 
 
 def show_version(wanted: bool) -> None:
@@ -56,19 +57,24 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def bundled_corpus() -> Path:
-    """Find the recordings that come with phasewatch.
+    """Find the recordings that come with phasewatch: where a variable says, beside the checkout's code, or below here.
+
+    A wheel holds no recordings (they are larger than all of its code); the source distribution and the repository do.
 
     Raises:
         StoreError: If they are not there; names both ways to give them.
     """
     told = os.environ.get(CORPUS_VARIABLE)
-    beside = Path(phasewatch.__file__).resolve().parents[2] / "corpus" / "lab-v1"
-    corpus = Path(told) if told else beside
-    if not corpus.is_dir():
-        raise StoreError(
-            f"{corpus}: the bundled corpus is not here; name a store, or set {CORPUS_VARIABLE} to a checkout's corpus/lab-v1"
-        )
-    return corpus
+    if told and not Path(told).is_dir():
+        raise StoreError(f"{told}: {CORPUS_VARIABLE} names this folder, and it is not there; unset it or mend it")
+    beside = Path(phasewatch.__file__).resolve().parents[2] / CORPUS
+    for corpus in (Path(told),) if told else (beside, CORPUS):
+        if corpus.is_dir():
+            return corpus
+    raise StoreError(
+        f"{CORPUS}: the bundled corpus is not here, because an installed phasewatch has none; name a store, work in a "
+        f"checkout or an unpacked source distribution, or set {CORPUS_VARIABLE} to its {CORPUS}"
+    )
 
 
 def need_run(run: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import NoReturn, ParamSpec, TypeVar
 import typer
 
 from phasewatch.cli import base
-from phasewatch.errors import PhasewatchError
+from phasewatch.errors import MachineError, PhasewatchError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,6 +30,13 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
             return result
         except PhasewatchError as error:
             _fail(str(error), error.exit_code)
+        except ModuleNotFoundError as error:
+            from phasewatch.installation import extra_of
+
+            extra = extra_of(error.name or "")
+            if extra is None:
+                raise  # broken code, not a package that was left out
+            _fail(f"{error.name} is not installed: pip install 'phasewatch[{extra}]'", MachineError.exit_code)
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:  # the reader had enough: `phasewatch channels | head`
@@ -37,7 +44,10 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(0) from None
         except OSError as error:
             place = f"{error.filename}: " if error.filename else ""
-            _fail(f"{place}{error.strerror or error}; check the path, its permissions and the room on its disk", 5)
+            _fail(
+                f"{place}{error.strerror or error}; check the path, its permissions and the room on its disk",
+                MachineError.exit_code,
+            )
 
     return run
 

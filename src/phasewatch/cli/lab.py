@@ -1,4 +1,4 @@
-"""Commands of the laboratory: doctor, channels, record, simulate."""
+"""Commands of the laboratory: doctor, channels, simulate; `record` has a file of its own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import typer
 
 from phasewatch.cli import base
+from phasewatch.cli.record import record
+from phasewatch.walk import EPISODE_S
 
 if TYPE_CHECKING:
-    from phasewatch.record.plan import Session
+    from phasewatch.grid.observed import Observed
 
 
 def register(app: typer.Typer) -> None:
@@ -20,120 +22,88 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON document.")) -> None:
-    """Say what this machine has of what phasewatch needs, and how to get the rest.
+    """Say what is installed here and what this machine lacks of what phasewatch needs; a bug report wants all of it.
 
     Example: phasewatch doctor
     """
     from dataclasses import asdict
 
+    from phasewatch.errors import StoreError
+    from phasewatch.installation import describe, without_home
     from phasewatch.record.doctor import examine
 
-    checks = examine()
+    here, checks = describe(), examine()
+    try:
+        corpus = without_home(str(base.bundled_corpus()))
+    except StoreError:
+        corpus = "not here"
+    about = [
+        ("phasewatch", f"{here.version}, {here.place}"), ("Python", here.python), ("system", here.system),
+        ("machine", here.machine), ("corpus", corpus),
+        *(("extra " + extra, state) for extra, state in here.extras.items()),
+        ("packages", " ".join(f"{p.name}={p.version}" for p in {p.name: p for p in here.packages if p.version}.values())),
+        *((name, value) for name, value in here.settings.items()),
+    ]  # fmt: skip
     rows = [
         ("ok" if c.ok else "--", c.name, c.found, "" if c.ok else f"for {c.needed_for}: {c.remedy}") for c in checks
     ]
     missing = sum(not c.ok for c in checks)
     words = "everything is here" if not missing else f"{missing} of {len(checks)} are missing"
-    base.answer({"checks": [asdict(c) for c in checks]}, as_json=as_json, lines=[*base.table(rows), words])
+    result = {
+        "checks": [asdict(c) for c in checks], "corpus": corpus, "installation": asdict(here) | {"extras": here.extras},
+    }  # fmt: skip
+    base.answer(result, as_json=as_json, lines=[*base.table(about), "", *base.table(rows), words])
     if missing:
         raise typer.Exit(1)
 
 
-def channels(as_json: bool = typer.Option(False, "--json", help="One JSON document.")) -> None:
+def channels(
+    corpus: bool = typer.Option(False, "--corpus", help="Also the values that each took in the bundled recordings."),
+    store: Path = typer.Option(None, help="With --corpus: another store than the bundled one."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
+) -> None:
     """List the 46 channels: source, kind, unit, who is trusted, and which counter each reads.
 
     Example: phasewatch channels --json
+
+    The observed range of each: phasewatch channels --corpus
     """
     from dataclasses import asdict
 
     from phasewatch.channels import CHANNELS
 
-    rows = [
-        (
-            c.full_name,
-            c.kind,
-            c.unit,
-            f"trust {c.trust}",
-            c.accel if c.arch == "any" else f"{c.accel}, {c.arch}",
-            c.about,
-        )
-        for c in CHANNELS
-    ]
-    result = {"channels": [asdict(c) | {"in_deployment": c.in_deployment} for c in CHANNELS]}
-    base.answer(result, as_json=as_json, lines=base.table(rows))
-
-
-def record(
-    plan: str = typer.Option(..., help="A built-in plan (smoke, lab-v1) or a TOML file."),
-    out: Path = typer.Option(..., help="The store that the bundles go to."),
-    dry_run: bool = typer.Option(False, help="Only show the plan, and what elapsed time alone would score on it."),
-    force: bool = typer.Option(False, help="Record a plan though elapsed time alone tells its phases."),
-    resume: bool = typer.Option(True, help="Continue a plan that the store holds part of."),
-    hosts: str = typer.Option("", help="Only these hosts, separated by commas."),
-    role: str = typer.Option("", help="Only lab, commission or soak episodes."),
-    limit: int = typer.Option(0, min=0, help="At most so many sessions; 0 for all."),
-    idle_wait: float = typer.Option(600.0, min=0, help="Seconds to wait for an idle machine before each session."),
-    accel: str = typer.Option("", help="Insist on kvm or tcg; otherwise KVM where a real kernel boots on it."),
-    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
-) -> None:
-    """Boot real virtual machines, play harmless profiles in them, and write one bundle an episode.
-
-    Example: phasewatch record --plan smoke --out my-store
-    """
-    from dataclasses import asdict
-
-    from phasewatch.errors import UsageError
-    from phasewatch.record.campaign import default_cache, record_plan
-    from phasewatch.record.plan import build_sessions, check_elapsed_time
-    from phasewatch.record.plans import read_plan
-    from phasewatch.record.progress import Bar, Silence
-    from phasewatch.vocab import Role
-
-    if accel not in ("", "kvm", "tcg"):
-        raise UsageError(f"--accel {accel}: kvm or tcg")
-    if role and role not in list(Role):
-        raise UsageError(f"--role {role}: one of {', '.join(Role)}")
-    spec = read_plan(plan)
-    alone = check_elapsed_time(spec, force=force or dry_run)
-    wanted = set(filter(None, hosts.split(",")))
-    sessions = [
-        s for s in build_sessions(spec)
-        if (not wanted or s.host_id in wanted) and (not role or all(slot.role == role for slot in s.slots))
-    ]  # fmt: skip
-    if not sessions:
-        raise UsageError(f"--hosts {hosts} --role {role}: plan {spec.name} has no such session")
-    sessions = sessions[: limit or None]
-    if dry_run:
-        lines = [*base.table(_plan_rows(sessions)), f"elapsed time alone scores macro-F1 {alone:.2f} on this plan"]
-        listed = [asdict(s) for s in sessions]
-        base.answer({"elapsed_time": alone, "sessions": listed}, as_json=as_json, lines=lines)
+    listed: list[dict[str, object]] = [asdict(c) | {"in_deployment": c.in_deployment} for c in CHANNELS]
+    if not corpus:
+        rows = [
+            (c.full_name, c.kind, c.unit, f"trust {c.trust}", c.accel if c.arch == "any" else f"{c.accel}, {c.arch}", c.about, c.reads)
+            for c in CHANNELS
+        ]  # fmt: skip
+        base.answer({"channels": listed}, as_json=as_json, lines=base.table(rows))
         return
-    if not resume and out.is_dir() and any(out.glob("*/*.tar.zst")):
-        raise UsageError(f"{out}: holds bundles already; leave out --no-resume to continue, or name a new folder")
-    if as_json:
-        done = record_plan(
-            sessions, store=out, cache=default_cache(), progress=Silence(), idle_wait_s=idle_wait, accel=accel
-        )
-    else:
-        with Bar() as bar:
-            done = record_plan(
-                sessions, store=out, cache=default_cache(), progress=bar, idle_wait_s=idle_wait, accel=accel
-            )
-    words = f"{done.recorded} episodes recorded ({done.crowded} of them crowded), {done.present} were there, {len(done.failed)} given up"
-    base.answer(asdict(done) | {"store": str(out)}, as_json=as_json, lines=[*done.failed, words, str(out)])
-    if done.failed:
-        raise typer.Exit(1)
+    where = store or base.bundled_corpus()
+    seen = _observed(where)
+    for row, found in zip(listed, seen, strict=True):
+        row["observed"] = {n: getattr(found, n) for n in ("known", "moving", "low", "median", "p95", "high")}
+    lines: list[tuple[str, ...]] = [("channel", "unit", "lowest", "median", "95 %", "highest", "known", "moves in")]
+    lines += [
+        (o.channel.full_name, o.channel.unit, *(f"{v:.4g}" for v in (o.low, o.median, o.p95, o.high)), f"{o.known:.0%}", f"{o.moving:.0%}")
+        for o in seen
+    ]  # fmt: skip
+    base.answer({"channels": listed, "store": str(where)}, as_json=as_json, lines=[*base.table(lines), str(where)])
 
 
-def _plan_rows(sessions: list[Session]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for number, session in enumerate(sessions):
-        for slot in session.slots:
-            phases = " ".join(f"{phase}:{seconds:.0f}" for phase, seconds in slot.phases)
-            agent = "agent" if slot.agent else ""
-            load = f"+{slot.background}" if slot.background else ""
-            rows.append((str(number), slot.host_id, str(slot.role), f"{slot.profile}/{slot.sample_name}{load}", agent, f"{slot.duration_s:.0f} s", phases))  # fmt: skip
-    return rows
+def _observed(store: Path) -> tuple[Observed, ...]:
+    """Sweep a store into a folder that goes again, and look at its bins."""
+    import tempfile
+
+    from phasewatch.grid.files import open_grids
+    from phasewatch.grid.observed import observe
+    from phasewatch.validate.sweep import sweep
+
+    with tempfile.TemporaryDirectory(prefix="phasewatch-channels-") as folder:
+        sweep(store, Path(folder), workers=2)
+        grids = open_grids(Path(folder) / "grids")
+        return observe([grids.bins_of(row) for row in grids.rows])
 
 
 def simulate(
@@ -142,18 +112,37 @@ def simulate(
     episodes: int = typer.Option(240, min=1, help="How many episodes in all, dealt over the hosts."),
     seed: int = typer.Option(0, help="Same seed, same bytes."),
     faults: float = typer.Option(0.0, min=0, max=1, help="Share of episodes that get a fault."),
+    kinds: str = typer.Option("", help="Only these faults, separated by commas, as the truth file spells them."),
+    seconds: tuple[float, float] = typer.Option(EPISODE_S, help="Shortest and longest lab episode."),
+    days: float = typer.Option(10.0, min=0, help="Over how many days at least the episodes are spread."),
+    host_effect: float = typer.Option(
+        0.20, min=0, help="How far hosts lie apart, in standard deviations of a logarithm."
+    ),
+    episode_effect: float = typer.Option(
+        0.25, min=0, help="How far episodes of one host lie apart: what makes windows of an episode alike."
+    ),
+    drift: float = typer.Option(0.05, min=0, help="How far a host moves in a week."),
+    noise: float = typer.Option(0.50, min=0, help="How far an activity moves from tick to tick."),
+    quiet: float = typer.Option(1.0, min=0, help="Factor on everything that malware does."),
     workers: int = typer.Option(2, min=1, help="Processes."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Make a store of make-believe episodes, marked simulated, and beside it the truth about each.
 
     Example: phasewatch simulate --hosts 4 --episodes 80 --seed 1 --faults 0.1 --out made-up
+
+    Only two kinds of fault: add --kinds gap,missing-netflow
     """
+    from phasewatch.simulate import Knobs
     from phasewatch.simulate import simulate as make
 
+    knobs = Knobs(
+        host_effect=host_effect, episode_effect=episode_effect, tick_noise=noise, drift_per_week=drift, quiet=quiet
+    )
     with base.progress(quiet=as_json) as tell:
         made = make(
             out, hosts=hosts, episodes=episodes, seed=seed, faults=faults, workers=workers,
+            between_s=seconds, days=days, knobs=knobs, kinds=tuple(filter(None, kinds.split(","))),
             on_progress=lambda n: tell("simulate", n, episodes, ""),
         )  # fmt: skip
     result = {"store": str(made.store), "truth": str(made.truth), "episodes": made.episodes, "faulty": made.faulty}

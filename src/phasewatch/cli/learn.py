@@ -27,30 +27,51 @@ class Grid(StrEnum):
     FULL = "full"
 
 
+class Form(StrEnum):
+    """As what a report is written."""
+
+    HTML = "html"
+    MD = "md"
+    JSON = "json"
+
+
 def train(
     run: Path = typer.Argument(..., help="A run with splits."),
     workers: int = typer.Option(2, min=1, help="Cells at a time, one thread each."),
     seed: int = typer.Option(0, help="Of the models."),
-    grid: Grid = typer.Option(Grid.SHORT, help="Which threat models and how many seeds."),
+    grid: Grid = typer.Option(Grid.SHORT, help="short: what the demo trains; full: every recipe and model."),
+    recipes: str = typer.Option("", help="`all` is the full grid; or only these recipes, separated by commas."),
     models: str = typer.Option("", help="Only these models of the grid, separated by commas."),
+    model: list[str] = typer.Option([], help="A model of yours, module:Class or a name that its package registers."),
+    tune: int = typer.Option(0, min=0, help="Settings to try for each cell, judged on its validation A; 0 for none."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
-    """Train every model on every fold; what is finished stays.
+    """Train every cell of the grid (recipe, fold, threat model, model); what is finished stays.
 
-    Example: phasewatch train runs/mine
+    Example: phasewatch train runs/mine --recipes all
     """
     from phasewatch import atomic, stages
+    from phasewatch.cli.tally import tallying
 
-    settings = stages.Settings(store=run, run=run, workers=workers, seed=seed, grid=grid, models=base.names(models))
-    with atomic.lock(base.need_run(run)), base.progress(quiet=as_json) as tell:
-        done = stages.train(settings, tell=lambda cell, n, m: tell("train", n, m, f"{cell.model} {cell.fold}"))
-    result = {"trained": len(done.trained), "kept": len(done.kept), "rows": done.rows, "predictions": str(done.path)}
-    words = f"{len(done.trained)} cells trained, {len(done.kept)} kept, {done.rows:,} predictions"
+    everything = recipes == "all"
+    settings = stages.Settings(
+        store=run, run=run, workers=workers, seed=seed, grid=Grid.FULL if everything else grid,
+        models=(*base.names(models), *model), recipes=() if everything else base.names(recipes), trials=tune,
+    )  # fmt: skip
+    with atomic.lock(base.need_run(run)), tallying(quiet=as_json) as tell:
+        done = stages.train(settings, tell=tell)
+    result = {
+        "trained": len(done.trained), "kept": len(done.kept), "rows": done.rows, "predictions": str(done.path), "trials": tune,
+    }  # fmt: skip
+    tried = f", each the best of {tune} trials on its validation A" if tune else ""
+    words = f"{len(done.trained)} cells trained{tried}, {len(done.kept)} kept, {done.rows:,} predictions"
     base.answer(result, as_json=as_json, lines=[words, str(done.path)])
 
 
 def evaluate(
     run: Path = typer.Argument(..., help="A run with predictions."),
+    why: str = typer.Option("", metavar="EPISODE", help="Explain one window of this test episode instead of scoring."),
+    at: float = typer.Option(0.0, min=0, metavar="SECONDS", help="Of the window's middle, since the first label."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Score the predictions, with intervals over sessions and the baselines beside them.
@@ -60,11 +81,27 @@ def evaluate(
     from phasewatch import atomic, stages
     from phasewatch.evaluate.rows import headline
 
+    if why:
+        _explain(base.need_run(run), why, at, as_json=as_json)
+        return
     with atomic.lock(base.need_run(run)):
         metrics = stages.evaluate(stages.Settings(store=run, run=run))
     path = run / stages.METRICS
     result = {"headline": headline(metrics), "numbers": len(metrics.metrics), "metrics": str(path)}
     base.answer(result, as_json=as_json, lines=[headline(metrics), str(path)])
+
+
+def _explain(run: Path, episode_id: str, at_s: float, *, as_json: bool) -> None:
+    """Print the channels that the headline's model hangs on in one window."""
+    from dataclasses import asdict
+
+    from phasewatch import stages
+
+    told = stages.explain(run, episode_id, at_s)
+    rows = [["channel", "mean", "unit", "likelier by"]]
+    rows += [[r.channel, "–" if r.value is None else f"{r.value:.4g}", r.unit, f"{r.drop:+.3f}"] for r in told.reasons]
+    words = f"decided {told.decided} (p = {told.probability:.2f}), truth {told.truth}; without a channel's word it is less likely by:"
+    base.answer(asdict(told), as_json=as_json, lines=[words, *base.table(rows)])
 
 
 def audit(
@@ -96,16 +133,18 @@ def audit(
 
 def report(
     run: Path = typer.Argument(..., help="A run with scores."),
+    form: Form = typer.Option(Form.HTML, "--format", help="The page, or its words and numbers without pictures."),
+    out: Path = typer.Option(None, help="The file; RUN/report.FORMAT if left out."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Write the run's page: the claim, how sure, where it fails, what it rests on, how to repeat it.
 
-    Example: phasewatch report runs/mine
+    Example: phasewatch report runs/mine --format md
     """
     from phasewatch import atomic, stages
 
     with atomic.lock(base.need_run(run)):
-        path = stages.report(stages.Settings(store=run, run=run))
+        path = stages.report(stages.Settings(store=run, run=run), form, out)
     base.answer({"report": str(path)}, as_json=as_json, lines=[str(path)])
 
 
@@ -115,7 +154,8 @@ def run(
     workers: int = typer.Option(2, min=1, help="Processes."),
     limit: int = typer.Option(0, min=0, help="A stratified, seeded subset of so many bundles; 0 for all."),
     include_degraded: bool = typer.Option(True, help="Use episodes with something missing or repaired, too."),
-    grid: Grid = typer.Option(Grid.SHORT, help="Which threat models and how many seeds."),
+    grid: Grid = typer.Option(Grid.SHORT, help="short: what the demo trains; full: every recipe and model."),
+    recipes: str = typer.Option("", help="Only these recipes of the grid, separated by commas."),
     models: str = typer.Option("", help="Only these models of the grid, separated by commas."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
@@ -128,7 +168,7 @@ def run(
     chosen = base.bundled_corpus() if store is None else store
     settings = Settings(
         store=chosen, run=out, workers=workers, limit=limit, include_degraded=include_degraded, grid=grid,
-        models=base.names(models),
+        models=base.names(models), recipes=base.names(recipes),
     )  # fmt: skip
     _go(settings, as_json=as_json)
 

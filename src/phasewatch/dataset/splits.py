@@ -88,7 +88,7 @@ def _write(run: Path, recipe: str, episodes: Sequence[SplitEpisode]) -> tuple[Fo
 def _remove(run: Path, recipe: str, *, keep: set[Path]) -> None:
     for path in sorted((run / SPLITS).glob(f"{recipe}-*.json")):
         if path not in keep:
-            path.unlink()
+            atomic.remove(path)
 
 
 def read_fold(run: Path, recipe: str, fold: str) -> Fold:

@@ -22,6 +22,7 @@ from phasewatch.evaluate.scope import (
     Shown,
     keep_resamples,
     mean_over_seeds,
+    models_of,
     score_answers,
     span,
     tested,
@@ -31,7 +32,9 @@ from phasewatch.vocab import PHASES
 MACRO = ("macro_f1", "macro_f1_3")
 
 
-def build_rows(place: Place, shown: Shown, answers: Sequence[Answer], rules: Rules, *, parts: bool) -> list[MetricRow]:
+def build_rows(
+    place: Place, shown: Shown, answers: Sequence[Answer], rules: Rules, *, parts: bool, details: bool = True
+) -> list[MetricRow]:
     """Give all rows of one board.
 
     Args:
@@ -39,21 +42,65 @@ def build_rows(place: Place, shown: Shown, answers: Sequence[Answer], rules: Rul
         shown: The windows, at least one.
         answers: One for each model and seed, over exactly these windows.
         rules: What is registered, and how often to resample.
-        parts: Also by profile, host and sample.
+        parts: Also by profile, host and sample, and how hosts differ.
+        details: Also support, confusion and calibration.
     """
+    whole = scope_of(shown, answers, rules)
+    rows = list(_scores(place, whole, rules, {}))
+    if details:
+        rows += detail_rows(place, whole)
+    if parts:
+        for name in ("profile", "host_id", "sample_name"):
+            rows += _by(place, whole, rules, name)
+        rows += _by_cell(place, whole, rules)
+        rows += _between_hosts(place, whole, rules, rows)
+    rows += note_rows(place, whole, rules, rows)
+    return rows
+
+
+def scope_of(shown: Shown, answers: Sequence[Answer], rules: Rules) -> Scope:
+    """Number the sessions of some windows and draw the weights that everything over them shares."""
     clusters = bootstrap.number_clusters(shown.host_id.tolist(), shown.session.tolist())
     classes = tuple(int(c) for c in np.unique(shown.y_true))
     weights = bootstrap.draw_weights(
         clusters, shown.y_true, classes=classes, resamples=rules.resamples, seed=rules.seed
     )
-    whole = Scope(shown=shown, answers=answers, clusters=clusters, weights=weights, classes=classes)
-    rows = [*_scores(place, whole, rules, {}), *detail_rows(place, whole)]
-    if parts:
-        for name in ("profile", "host_id", "sample_name"):
-            rows += _by(place, whole, rules, name)
-        rows += _by_cell(place, whole, rules)
-    rows += note_rows(place, whole, rules, rows)
-    return rows
+    return Scope(shown=shown, answers=answers, clusters=clusters, weights=weights, classes=classes)
+
+
+def _between_hosts(place: Place, whole: Scope, rules: Rules, rows: Sequence[MetricRow]) -> Iterator[MetricRow]:
+    """Give the mean over hosts, the worst one and how far they are apart; an interval only from `MIN_HOSTS` hosts on."""
+    of = tested(whole, rules)
+    counts = whole.counts()
+    for model in models_of(whole):
+        own = [
+            r for r in rows
+            if r.model == model and r.metric.startswith("macro_f1@") and r.host_id and r.profile is r.phase is None
+        ]  # fmt: skip
+        values = np.array([r.value for r in own])
+        few = f"{len(own)} hosts, an interval between hosts needs {bootstrap.MIN_HOSTS}"
+        ends: dict[str, object] = {"why": few}
+        if len(own) >= bootstrap.MIN_HOSTS:
+            rng = np.random.default_rng([rules.seed, len(own)])
+            low, high = bootstrap.interval(rng.choice(values, (rules.resamples, len(own))).mean(axis=1))
+            ends = {"low": low, "high": high}
+        worst = own[int(values.argmin())]
+        yield place.row(
+            metric=f"macro_f1_mean_of_hosts@{of}",
+            model=model,
+            seed="mean",
+            value=float(values.mean()),
+            **ends,
+            **counts,
+        )
+        yield place.row(
+            metric=f"macro_f1_worst_host@{of}", model=model, seed="mean", value=worst.value, low=worst.low, high=worst.high,
+            why=f"on {worst.host_id}", **counts,
+        )  # fmt: skip
+        yield place.row(
+            metric=f"macro_f1_range_of_hosts@{of}", model=model, seed="mean", value=float(np.ptp(values)),
+            why=f"from {values.min():.2f} to {values.max():.2f}", **counts,
+        )  # fmt: skip
 
 
 def _by(place: Place, whole: Scope, rules: Rules, name: str) -> Iterator[MetricRow]:
@@ -98,6 +145,8 @@ def _scores(place: Place, scope: Scope, rules: Rules, where: Mapping[str, str]) 
                     **span(mean_over_seeds(draws), kept), **where, **counts,
                 )
             )  # fmt: skip
+        if len(where) > 1:
+            continue  # a class of one host's one profile, or of one sample, is a handful of windows
         points, draws = _of(seeds, "f1")
         for c in scope.classes:
             of_class = mean_over_seeds([None if d is None else d[:, c] for d in draws])

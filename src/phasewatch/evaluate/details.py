@@ -102,7 +102,7 @@ def note_rows(place: Place, scope: Scope, rules: Rules, rows: Sequence[MetricRow
     sessions = counts["n_sessions"]
     if sessions < bootstrap.FEW_CLUSTERS:
         notes.append(
-            note(f"only {sessions} sessions: intervals over fewer than {bootstrap.FEW_CLUSTERS} are too narrow")
+            note(f"only {sessions} sessions: an interval over fewer than {bootstrap.FEW_CLUSTERS} is a rough one")
         )
     if scope.weights is not None and scope.weights.redrawn:
         notes.append(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
 from phasewatch.errors import RunError
 
 METRICS = "metrics_v1.json"
+CHOICE = "val_a_macro_f1"  # by which the headline's model is chosen, before a test prediction is read
 
 
 class MetricRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -89,8 +90,20 @@ def parse_metrics(data: bytes, *, file: str) -> Metrics:
         raise RunError(f"{file}: not a metrics file: {exc}; make it again with `phasewatch evaluate`") from exc
 
 
-def headline(metrics: Metrics, place: Headline = Headline()) -> str:
+def chosen(metrics: Sequence[MetricRow]) -> Headline:
+    """Give the headline's place: its model is the one that validation A liked best, `gbt` on a tie or without a choice."""
+    place = Headline()
+    there = (place.recipe, place.threat, place.table)
+    rows = [r for r in metrics if r.metric == CHOICE and (r.recipe, r.threat, r.table) == there and r.model]
+    if not rows:
+        return place
+    best = max(rows, key=lambda r: (r.value or 0.0, r.model == place.model))
+    return replace(place, model=str(best.model))
+
+
+def headline(metrics: Metrics, place: Headline | None = None) -> str:
     """Give the one line that a run is quoted by (DESIGN section 16), or the words why there is none."""
+    place = chosen(metrics.metrics) if place is None else place
     five = _find(metrics, place, "macro_f1@", place.model)
     three = _find(metrics, place, "macro_f1_3@", place.model)
     time = _find(metrics, place, "macro_f1@", "elapsed_time")

@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from phasewatch import atomic, profiles
+from phasewatch.channels import CHANNELS
 from phasewatch.dataset import file_sha256
+from phasewatch.dataset.splits import group_of
+from phasewatch.dataset.tensors import GRIDS
 from phasewatch.errors import RunError
-from phasewatch.evaluate.board import build_rows
+from phasewatch.evaluate import across, shift
+from phasewatch.evaluate.board import build_rows, scope_of
 from phasewatch.evaluate.bootstrap import RESAMPLES
-from phasewatch.evaluate.rows import METRICS, MetricRow, Metrics, headline, parse_metrics, render_metrics
-from phasewatch.evaluate.scope import Answer, Place, Rules, Shown
-from phasewatch.models import registry
-from phasewatch.train.predictions import PREDICTIONS, PROBABILITIES, read_table
+from phasewatch.evaluate.calibration import abstention_rows, calibration_rows, least_confidence
+from phasewatch.evaluate.explain import importance_rows
+from phasewatch.evaluate.fitted import fitted_rows
+from phasewatch.evaluate.operator import DAMAGE, operator_rows
+from phasewatch.evaluate.rows import (
+    METRICS,
+    Headline,
+    MetricRow,
+    Metrics,
+    chosen,
+    headline,
+    parse_metrics,
+    render_metrics,
+)
+from phasewatch.evaluate.said import Board, join, parse_boards
+from phasewatch.evaluate.scope import Place, Rules
+from phasewatch.evaluate.shift import Recorded
+from phasewatch.grid.files import INDEX as GRID_INDEX
+from phasewatch.grid.files import open_grids
+from phasewatch.split import Fold, parse_fold
+from phasewatch.train.predictions import NO_FILTER, PREDICTIONS, read_table
 from phasewatch.vocab import SampleKind
 
 AGENTS = ("off", "on", None)  # null = both
 POOLED = "pooled"
+SCHEDULE = "schedule"  # a reference row: its filter has no emissions, so no alarm of it means anything
 
 __all__ = ["headline", "read_metrics", "score"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Said:
-    """The test rows of one model with one seed on one fold, in the order (host, episode, time)."""
-
-    model: str
-    seed: int
-    fold: str
-    shown: Shown
-    t_center_ns: NDArray[np.int64]
-    answer: Answer
 
 
 def score(run: Path, *, resamples: int = RESAMPLES, seed: int = 0) -> Metrics:
@@ -51,7 +57,8 @@ def rescore(run: Path, *, resamples: int = RESAMPLES, seed: int = 0) -> Metrics:
     """Score the test predictions of a run.
 
     A board pools the folds of a recipe, or is one fold. Models stand on a board together only if they answered for
-    exactly its windows: who was trained on one fold alone is compared on that fold alone.
+    exactly its windows: who was trained on one fold alone is compared on that fold alone. What cannot be scored
+    (predictions of another split, probabilities that are no numbers) is said in a note, and the rest is scored.
 
     Raises:
         RunError: If there are no test predictions, or two models saw other truths for the same window.
@@ -64,15 +71,23 @@ def rescore(run: Path, *, resamples: int = RESAMPLES, seed: int = 0) -> Metrics:
     )
     path = run / PREDICTIONS
     table = read_table(path)
+    folds, digests = _read_folds(run)
+    index = run / GRIDS / GRID_INDEX
+    if index.is_file():
+        digests[f"{GRIDS}/{GRID_INDEX}"] = file_sha256(index)
     rows: list[MetricRow] = []
     with _one_thread():
-        for keys, said in _boards(table, path):
-            folds = sorted({s.fold for s in said})
-            for fold in (POOLED, *folds):
-                for agent in AGENTS:
-                    place = Place(**keys, fold=fold, agent=agent)
-                    rows += _score_board(place, said, folds if fold == POOLED else [fold], rules, path)
-    return Metrics(inputs={PREDICTIONS: file_sha256(path)}, metrics=tuple(rows))
+        boards = list(parse_boards(table, folds))
+        if not boards:
+            raise RunError(f"{path}: no test rows; train a recipe that holds something out")
+        val_b = {b.key: b for b in parse_boards(table, {}, part="val_b")}
+        for board in boards:
+            rows += _score_board(board, val_b.get(board.key), rules)
+        rows += across.build_gaps(boards, rules)
+        rows += _operate(boards, val_b, table, _recorded(run), rules)
+        rows += fitted_rows(run, boards, Headline())
+        rows += importance_rows(run, chosen(rows), rules)
+    return Metrics(inputs={PREDICTIONS: file_sha256(path), **digests}, metrics=tuple(rows))
 
 
 def read_metrics(run: Path) -> Metrics:
@@ -99,103 +114,90 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-def _boards(table: Any, path: Path) -> Iterator[tuple[dict[str, str], list[_Said]]]:
-    """Group the test rows by recipe, threat model, table and filter; in each, by model, seed and fold."""
-    import pyarrow.compute as pc
-
-    test = table.filter(pc.equal(table["part"], "test"))
-    if not test.num_rows:
-        raise RunError(f"{path}: no test rows; train a recipe that holds something out")
-    groups = ["recipe", "threat", "table", "filter"]
-    cells = ["model", "seed", "fold"]
-    order = {row.key: i for i, row in enumerate(registry.MODELS)}
-    for keys in _distinct(test, groups):
-        board = _where(test, keys)
-        each = sorted(_distinct(board, cells), key=lambda c: (order.get(c["model"], len(order)), c["seed"], c["fold"]))
-        yield keys, [_parse_said(_where(board, cell), cell) for cell in each]
+def _read_folds(run: Path) -> tuple[dict[tuple[str, str], Fold], dict[str, str]]:
+    """Read the cuts that the run has, with the digests of their files."""
+    paths = sorted((run / "splits").glob("*.json"))
+    folds = [parse_fold(path.read_bytes(), file=str(path)) for path in paths]
+    digests = {f"splits/{path.name}": file_sha256(path) for path in paths}
+    return {(fold.recipe, fold.fold): fold for fold in folds}, digests
 
 
-def _score_board(
-    place: Place, said: Sequence[_Said], folds: Sequence[str], rules: Rules, path: Path
+def _score_board(board: Board, val_b: Board | None, rules: Rules) -> list[MetricRow]:
+    """Score the models that answered for all folds together, then those of each fold; then say what could not be."""
+    rows: list[MetricRow] = []
+    keys = {"recipe": board.recipe, "threat": board.threat, "table": board.table, "filter": board.filter}
+    rows += _pooled(board, board.folds, Place(**keys, fold=POOLED, agent=None), AGENTS, rules)
+    own = across.own_agent(board.threat)
+    if board.filter == NO_FILTER:
+        for fold in board.folds:
+            rows += _pooled(board, [fold], Place(**keys, fold=fold, agent=None), (own,), rules)
+    place = Place(**keys, fold=POOLED, agent=None)
+    if (joined := join(board, board.folds)) is not None and (chosen := joined.of_agent(own)) is not None:
+        scope = scope_of(chosen.shown, chosen.answers, rules)
+        rows += calibration_rows(place.at(own), scope)
+        if board.filter == NO_FILTER:
+            rows += abstention_rows(place.at(own), scope, least_confidence(chosen, board, val_b))
+    rows += [place.row(metric="note", model=None, why=words) for words in board.refused]
+    return rows
+
+
+def _pooled(
+    board: Board, folds: Sequence[str], place: Place, agents: Sequence[str | None], rules: Rules
+) -> Iterator[MetricRow]:
+    joined = join(board, folds) if folds else None
+    for agent in agents if joined is not None else ():
+        chosen = joined.of_agent(agent) if joined is not None else None
+        if chosen is not None:
+            whole = place.fold == POOLED
+            yield from build_rows(
+                place.at(agent), chosen.shown, chosen.answers, rules, parts=whole and board.filter == NO_FILTER, details=whole,
+            )  # fmt: skip
+
+
+def _operate(
+    boards: Sequence[Board],
+    val_b: Mapping[tuple[str, str, str, str], Board],
+    table: Any,
+    recorded: Mapping[str, Recorded],
+    rules: Rules,
 ) -> list[MetricRow]:
-    """Score the models that answered for all these folds."""
-    by_model: dict[tuple[str, int], list[_Said]] = {}
-    for s in said:
-        if s.fold in folds:
-            by_model.setdefault((s.model, s.seed), []).append(s)
-    whole = [parts for parts in by_model.values() if [p.fold for p in parts] == list(folds)]
-    if not whole:
-        return []
-    shown = _join([s.shown for s in whole[0]])
-    asked = np.ones(len(shown), np.bool_) if place.agent is None else shown.agent == place.agent
-    if not asked.any():
-        return []
-    answers: list[Answer] = []
-    for parts in whole:
-        theirs = _join([s.shown for s in parts])
-        if not (
-            np.array_equal(theirs.episode_id, shown.episode_id)
-            and np.array_equal(theirs.y_true, shown.y_true)
-            and all(np.array_equal(a.t_center_ns, b.t_center_ns) for a, b in zip(parts, whole[0], strict=True))
-        ):
-            raise RunError(
-                f"{path}: {parts[0].model} (seed {parts[0].seed}) and {whole[0][0].model} were scored on different windows "
-                f"of {place.recipe}; train them again on the same features"
-            )
-        answers.append(
-            Answer(
-                model=parts[0].model,
-                seed=parts[0].seed,
-                probabilities=np.concatenate([s.answer.probabilities for s in parts])[asked],
-                y_pred=np.concatenate([s.answer.y_pred for s in parts])[asked],
-            )
+    """Take the operator's view on the boards that hold out a host; those that need the agent on its episodes."""
+    rows: list[MetricRow] = []
+    wanted = [b for b in boards if b.recipe in shift.RECIPES and b.filter != SCHEDULE]
+    soak = {b.key: b for b in parse_boards(_only(table, wanted), {}, part="soak")} if recorded else {}
+    for board in wanted:
+        place = Place(
+            recipe=board.recipe, fold=POOLED, threat=board.threat, table=board.table, filter=board.filter, agent=None
         )
-    return build_rows(place, shown.take(asked), answers, rules, parts=place.fold == POOLED)
+        if not recorded:
+            rows.append(
+                place.row(metric="note", model=None, why="no operator's view: the run has no grids with labels")
+            )
+            continue
+        parts = shift.Parts(test=board, val_b=val_b.get(board.key), soak=soak.get(board.key))
+        rows += operator_rows(parts, recorded, rules, agent=across.own_agent(board.threat))
+    return rows
 
 
-def _distinct(table: Any, names: Sequence[str]) -> list[dict[str, Any]]:
-    found = table.select(names).group_by(list(names)).aggregate([]).to_pylist()
-    return sorted(({n: row[n] for n in names} for row in found), key=lambda row: [row[n] for n in names])
-
-
-def _where(table: Any, keys: dict[str, Any]) -> Any:
+def _only(table: Any, boards: Sequence[Board]) -> Any:
+    """Keep the rows of these boards: soak stands in every cell, and a full grid has thousands."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
-    for name, value in keys.items():
-        table = table.filter(pc.equal(table[name], value))
-    return table
+    return table.filter(pc.is_in(table["recipe"], pa.array(sorted({b.recipe for b in boards}), pa.string())))
 
 
-def _parse_said(table: Any, cell: dict[str, Any]) -> _Said:
-    table = table.sort_by([("host_id", "ascending"), ("episode_id", "ascending"), ("t_center_ns", "ascending")])
-
-    def text(name: str) -> NDArray[np.object_]:
-        return np.array(table[name].to_pylist(), dtype=object)
-
-    y_pred = table["y_pred"].to_numpy().astype(np.int64)
-    return _Said(
-        model=cell["model"],
-        seed=cell["seed"],
-        fold=cell["fold"],
-        t_center_ns=table["t_center_ns"].to_numpy(),
-        shown=Shown(
-            episode_id=text("episode_id"),
-            session=text("session"),
-            host_id=text("host_id"),
-            profile=text("profile"),
-            sample_name=text("sample_name"),
-            origin=text("origin"),
-            agent=text("agent"),
-            y_true=table["y_true"].to_numpy().astype(np.int64),
-        ),
-        answer=Answer(
-            model=cell["model"],
-            seed=cell["seed"],
-            probabilities=np.column_stack([table[name].to_numpy().astype(np.float64) for name in PROBABILITIES]),
-            y_pred=y_pred,
-        ),
-    )
-
-
-def _join(parts: Sequence[Shown]) -> Shown:
-    return Shown(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in Shown.__slots__})
+def _recorded(run: Path) -> dict[str, Recorded]:
+    """Read label spans and the rates of damage from the run's grids; nothing where there are none."""
+    folder = run / GRIDS
+    if not (folder / GRID_INDEX).is_file():
+        return {}
+    grids = open_grids(folder)
+    names = [c.full_name for c in CHANNELS]
+    columns = [names.index(name) for _, name, _ in DAMAGE]
+    return {
+        row.episode_id: Recorded(
+            spans=row.spans, t0_ns=row.t0_ns, rates=grids.bins_of(row)[:, columns], group=group_of(row.profile, row.sample_name),
+        )
+        for row in grids.rows
+    }  # fmt: skip

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, Self, final
+from typing import Any, ClassVar, Literal, Self, final
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.errors import MismatchError, UsageError
-from phasewatch.measures import N_CLASSES, at_temperature, log_loss
+from phasewatch.measures import N_CLASSES, at_temperature, confusion_counts, log_loss, macro_f1
 from phasewatch.models import checkpoint
 from phasewatch.models.alarm import AlarmRule, choose_alarm
 from phasewatch.models.checkpoint import Header
@@ -23,6 +23,7 @@ from phasewatch.models.filter import NONE, PHASE, PhaseFilter, Track, fit_filter
 from phasewatch.vocab import PHASES, WINDOW_BINS
 
 Floats = NDArray[np.float64]
+Persist = Literal["exact", "none"]
 
 
 class InputKind(StrEnum):
@@ -143,14 +144,17 @@ class PhaseModel(ABC):
 
     Attributes:
         key: The registry's name of the class.
+        persist: ``exact`` (a checkpoint gives the same bits) or ``none`` (scored in the process that fitted it).
         Config: Frozen dataclass of what can be set, with defaults.
         temperature: Set by `calibrate`; 1 until then.
         history: Name → one number per round, of the fit.
+        val_a_macro_f1: What models are chosen by, before a test prediction is read.
         filter, alarm: Set by `decide`; none until then.
     """
 
     key: ClassVar[str]
     kind: ClassVar[InputKind] = InputKind.TABLE
+    persist: ClassVar[Persist] = "exact"
     Config: ClassVar[type]
 
     @final
@@ -170,6 +174,7 @@ class PhaseModel(ABC):
         self.seen: tuple[int, ...] = ()
         self.trained_on: dict[str, str] = {}
         self.trained_with: dict[str, int] = {}
+        self.val_a_macro_f1 = 0.0
         self.filter: PhaseFilter | None = None
         self.alarm: dict[str, AlarmRule] = {}
 
@@ -195,6 +200,7 @@ class PhaseModel(ABC):
         self.temperature, self.history = 1.0, {}
         self.filter, self.alarm = None, {}
         self._fit(train, val)
+        self.val_a_macro_f1 = round(float(macro_f1(confusion_counts(val.y, self.predict(val.inputs)))), 6)
         return self
 
     @final
@@ -275,6 +281,7 @@ class PhaseModel(ABC):
             history=self.history,
             trained_on=self.trained_on,
             trained_with=self.trained_with,
+            val_a_macro_f1=self.val_a_macro_f1,
             filter=self.filter,
             alarm=self.alarm,
             versions=checkpoint.versions(self._libraries()),
@@ -299,6 +306,7 @@ class PhaseModel(ABC):
         model.seen, model.temperature = header.seen, header.temperature
         model.history, model.trained_on = dict(header.history), dict(header.trained_on)
         model.filter, model.alarm, model.trained_with = header.filter, dict(header.alarm), dict(header.trained_with)
+        model.val_a_macro_f1 = header.val_a_macro_f1
         model._restore(files)
         return model
 

@@ -46,6 +46,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         alarm: ``none`` or ``phase``, the filter whose probabilities it hears → the rule, fixed when this was trained.
         trained_on: Part → digest of the very windows and labels.
         trained_with: Part → number of windows.
+        val_a_macro_f1: What models are chosen by.
         files: Name → size and sha256.
         sha256: Digest of the canonical JSON (sorted keys, no spaces) of all of this with this field empty.
     """
@@ -71,6 +72,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     filter: PhaseFilter | None = None
     alarm: dict[str, AlarmRule] = {}
     trained_with: dict[str, int] = {}
+    val_a_macro_f1: float = 0.0
     sha256: str = ""
 
 
@@ -87,7 +89,7 @@ def versions(distributions: tuple[str, ...]) -> dict[str, str]:
 
 def write(folder: Path, header: Header, files: Mapping[str, bytes]) -> None:
     """Write the files, then the header that makes them a checkpoint."""
-    folder.mkdir(parents=True, exist_ok=True)
+    atomic.make_folder(folder)
     for name, data in sorted(files.items()):
         atomic.write_whole(folder / name, data)
     entries = {

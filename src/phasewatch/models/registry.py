@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from phasewatch.errors import MismatchError, UsageError
 from phasewatch.models import checkpoint
-from phasewatch.models.base import InputKind, InputSpec, PhaseModel
+from phasewatch.models.base import InputKind, InputSpec, Persist, PhaseModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +28,11 @@ class ModelRow:
     where: str
     kind: InputKind
     about: str
-    persist: Literal["exact", "none"] = "exact"
+    persist: Persist = "exact"
     is_baseline: bool = False
 
 
+ENTRY_POINTS = "phasewatch.models"
 MODELS: tuple[ModelRow, ...] = (
     ModelRow(
         key="gbt",
@@ -121,13 +122,27 @@ MODELS: tuple[ModelRow, ...] = (
 )
 
 
+def brought_rows() -> dict[str, ModelRow]:
+    """Give the models that installed packages bring, by the entry points ``phasewatch.models`` (key = module:Class)."""
+    return {
+        point.name: _row_at(point.name, point.value)
+        for point in metadata.entry_points(group=ENTRY_POINTS)
+        if point.name not in {row.key for row in MODELS}
+    }
+
+
 def row_of(key: str) -> ModelRow:
-    """Find a model's row.
+    """Find a model's row: a registered one, one that a package brings, or the class that ``module:Class`` names.
 
     Raises:
         UsageError: If there is none; the message has the nearest keys.
     """
     known = {row.key: row for row in MODELS}
+    if key in known:
+        return known[key]
+    if ":" in key:
+        return _row_at(key, key)
+    known |= brought_rows()
     if key not in known:
         near = get_close_matches(key, known, n=2) or sorted(known)
         raise UsageError(f"no model {key!r}; did you mean {' or '.join(near)}?")
@@ -136,8 +151,33 @@ def row_of(key: str) -> ModelRow:
 
 def class_of(key: str) -> type[PhaseModel]:
     """Import a model's class."""
-    module, name = row_of(key).where.split(":")
-    found: type[PhaseModel] = getattr(import_module(module), name)
+    return _import(row_of(key).where)
+
+
+def code_of(key: str) -> Path | None:
+    """Give the file of a model that is not phasewatch's own: when it changes, its cells are trained again."""
+    if key in {row.key for row in MODELS}:
+        return None
+    file = getattr(import_module(row_of(key).where.partition(":")[0]), "__file__", None)
+    return Path(file) if file else None
+
+
+def _row_at(key: str, where: str) -> ModelRow:
+    found = _import(where)
+    about = (found.__doc__ or where).strip().splitlines()[0]
+    return ModelRow(key=key, where=where, kind=found.kind, about=about, persist=found.persist)
+
+
+def _import(where: str) -> type[PhaseModel]:
+    module, _, name = where.partition(":")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as exc:
+        raise UsageError(
+            f"model {where!r} cannot be imported: {exc}; install its package, or put its folder on PYTHONPATH"
+        ) from exc
+    if not (isinstance(found, type) and issubclass(found, PhaseModel)):
+        raise UsageError(f"model {where!r} is no PhaseModel; derive it from phasewatch.models.adapters.TableAdapter")
     return found
 
 
@@ -163,9 +203,17 @@ def load(folder: Path, *, expected: InputSpec | None = None) -> PhaseModel:
             another input, mask, schema or behaviour than expected.
     """
     header, files = checkpoint.read(folder)
-    if header.model not in {row.key for row in MODELS}:
-        known = ", ".join(row.key for row in MODELS)
-        raise MismatchError(f"{folder}: found model {header.model!r}, this version knows {known}")
+    # Text of a checkpoint is never imported: what it names must be registered here or brought by an installed package.
+    known = {row.key: row for row in MODELS}
+    if header.model not in known:
+        known |= brought_rows()
+    if header.model not in known:
+        raise MismatchError(
+            f"{folder}: found model {header.model!r}, this version knows {', '.join(known)}; a model that was given as "
+            "module:Class is loaded where its package names it in the entry points phasewatch.models"
+        )
+    if known[header.model].persist == "none":
+        raise MismatchError(f"{folder}: {header.model} keeps no weights; it was scored by the process that fitted it")
     model = class_of(header.model).restore(header, files)
     if expected is not None and model.spec is not None and (words := model.spec.difference(expected)):
         raise MismatchError(f"{folder}: made for something else: {words}; train it again on these features")

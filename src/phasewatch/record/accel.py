@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from phasewatch.record.image import Image
 from phasewatch.record.spawn import die_with_parent
 
 BOOT_DEADLINE_S = 15.0
@@ -46,17 +47,17 @@ def quick_no(cpuinfo: str, modules: frozenset[str], *, device: bool, arch: str, 
 def probe(
     *,
     arch: str,
-    kernel: Path,
-    initrd: Path,
+    files: Callable[[], Image],
     cache: Path,
     qemu_version: str,
-    boots: Callable[[Path, Path, str], bool] | None = None,
+    boots: Callable[[Image, str], bool] | None = None,
 ) -> Verdict:
     """Decide between KVM and TCG for guests of `arch`.
 
     Args:
         arch: ``x86_64`` or ``aarch64``.
-        kernel, initrd: What is booted for the proof; it must power off when run with busybox as init.
+        files: Gives the image that is booted for the proof, where one is needed; it must power off when run with
+            busybox as init.
         cache: Folder that keeps the verdict.
         qemu_version: Part of the verdict's key.
         boots: Does the boot; a test hands in its own.
@@ -75,7 +76,7 @@ def probe(
         return msgspec.json.decode(kept.read_bytes(), type=Verdict)
     except (OSError, msgspec.MsgspecError):
         pass
-    works = (boots or boots_on_kvm)(kernel, initrd, arch)
+    works = (boots or boots_on_kvm)(files(), arch)
     verdict = (
         Verdict(accel="kvm", why="a kernel booted on it")
         if works
@@ -86,7 +87,7 @@ def probe(
     return verdict
 
 
-def boots_on_kvm(kernel: Path, initrd: Path, arch: str) -> bool:
+def boots_on_kvm(image: Image, arch: str) -> bool:
     """Boot a kernel on KVM whose init powers off at once; True if it said something and ended well in time."""
     machine = ["-machine", "virt,gic-version=host"] if arch == "aarch64" else ["-machine", "pc"]
     console = "ttyAMA0" if arch == "aarch64" else "ttyS0"
@@ -94,7 +95,8 @@ def boots_on_kvm(kernel: Path, initrd: Path, arch: str) -> bool:
         serial = Path(folder, "console")
         command = [
             f"qemu-system-{arch}", *machine, "-accel", "kvm", "-cpu", "host", "-m", "192", "-nodefaults",
-            "-display", "none", "-no-reboot", "-serial", f"file:{serial}", "-kernel", str(kernel), "-initrd", str(initrd),
+            "-display", "none", "-no-reboot", "-serial", f"file:{serial}", "-kernel", str(image.kernel),
+            "-initrd", str(image.initrd),
             "-append", f"console={console} panic=-1 rdinit=/bin/busybox -- poweroff -f",
         ]  # fmt: skip
         try:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from phasewatch import atomic
-from phasewatch.errors import MissingTool, UsageError
+from phasewatch.errors import UsageError
 from phasewatch.record import spawn
 from phasewatch.record.accel import Verdict, probe
 from phasewatch.record.base import Clock, HostClock
 from phasewatch.record.hosts import HOSTS, HostShape
 from phasewatch.record.image import Image, build_image
+from phasewatch.record.installed import qemu_version
+from phasewatch.record.own import META_DATA, USER_DATA, OwnMachine
 from phasewatch.record.plan import Session
 from phasewatch.record.progress import Progress, Silence
 from phasewatch.record.recorder import Recorder, Summary
@@ -36,12 +37,16 @@ class QemuFactory:
         cache: Folder of images and KVM verdicts.
         scratch: Folder for overlays and sockets.
         accel: ``kvm`` or ``tcg`` to insist on it; empty leaves it to the probe.
+        scripts: ``profile/sample/phase`` → shell text of a workload of the user's own, for our guest image.
+        own: The user's own machine, instead of our guest image.
     """
 
     cache: Path
     scratch: Path
     clock: Clock
     accel: str = ""
+    scripts: Mapping[str, str] | None = None
+    own: OwnMachine | None = None
     _made: int = 0
     _images: dict[tuple[str, int], Image] = field(default_factory=dict)
     _verdicts: dict[str, Verdict] = field(default_factory=dict)
@@ -49,18 +54,21 @@ class QemuFactory:
 
     def prepare(self, shape: HostShape) -> tuple[Image, str]:
         """Give the image and the accelerator for a shape; both are found at the first call."""
-        key = shape.arch, shape.data_mib
-        if key not in self._images:
-            self._images[key] = build_image(self.cache, shape.arch, data_mib=shape.data_mib)
-        accel = self.accel or ("tcg" if shape.accel == "tcg" else self._probed(shape.arch, self._images[key]))
-        return self._images[key], accel
+        accel = self.accel or ("tcg" if shape.accel == "tcg" else self._probed(shape.arch, shape.data_mib))
+        return self.own.image if self.own else self._image(shape.arch, shape.data_mib), accel
 
-    def _probed(self, arch: str, image: Image) -> str:
+    def _image(self, arch: str, data_mib: int) -> Image:
+        key = arch, data_mib
+        if key not in self._images:
+            self._images[key] = build_image(self.cache, arch, data_mib=data_mib, scripts=self.scripts)
+        return self._images[key]
+
+    def _probed(self, arch: str, data_mib: int) -> str:
         if arch not in self._verdicts:
             self._verdicts[arch] = probe(
                 arch=arch,
-                kernel=image.kernel,
-                initrd=image.initrd,
+                # Our own guest proves KVM for a machine of the user's too, which we could not tell from a hung one.
+                files=lambda: self._image(arch, data_mib),
                 cache=self.cache,
                 qemu_version=qemu_version(arch),
             )
@@ -80,28 +88,21 @@ class QemuFactory:
                 cores=cores,
                 tsc_khz=self._tsc_khz,
                 clock=self.clock,
+                handed=_handed(self.own),
+                boot=self.own.boot if self.own else None,
             )
         )
+
+
+def _handed(own: OwnMachine | None) -> tuple[tuple[str, bytes], ...]:
+    if own is None or not own.driver:
+        return ()
+    return ("meta-data", META_DATA.encode()), ("user-data", USER_DATA.encode()), ("driver", own.driver)
 
 
 def default_cache() -> Path:
     """Give the folder where images and KVM verdicts are kept unless told otherwise."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phasewatch"
-
-
-def qemu_version(arch: str) -> str:
-    """Give the version of the installed QEMU.
-
-    Raises:
-        MissingTool: If there is none.
-    """
-    program = f"qemu-system-{arch}"
-    try:
-        text = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError) as exc:
-        package = "qemu-system-x86" if arch == "x86_64" else "qemu-system-arm"
-        raise MissingTool(f"{program} does not run ({exc}); install it: apt-get install {package}") from exc
-    return text.split()[3]
 
 
 def record_plan(
@@ -113,6 +114,8 @@ def record_plan(
     progress: Progress | None = None,
     idle_wait_s: float = 600.0,
     accel: str = "",
+    scripts: Mapping[str, str] | None = None,
+    own: OwnMachine | None = None,
 ) -> Summary:
     """Record every slot of a plan that the store does not hold yet.
 
@@ -124,10 +127,12 @@ def record_plan(
         progress: Hears what goes on.
         idle_wait_s: How long at most to wait for an idle machine before each session.
         accel: ``kvm`` or ``tcg`` to insist on it.
+        scripts: ``profile/sample/phase`` → shell text, of a workload of the user's own.
+        own: A machine of the user's own, to play on instead of our guest image.
 
     Raises:
         BusyError: If another recorder writes into the store.
-        MissingTool: If QEMU or what builds the image is not there.
+        MissingTool: If QEMU or what builds the image is not there, or QEMU is too old.
         MachineError: If a disk is full.
         UsageError: If the plan names a host that `shapes` does not.
     """
@@ -137,11 +142,13 @@ def record_plan(
             raise UsageError(
                 f"session {session.session}: no host {session.host_id!r}; known: {', '.join(sorted(by_id))}"
             )
+    for arch in sorted({by_id[session.host_id].arch for session in sessions}):
+        qemu_version(arch)
     clock = HostClock()
     store.mkdir(parents=True, exist_ok=True)
     with atomic.lock(store), spawn.scratch(spawn.scratch_parent()) as scratch:
         atomic.sweep_temporaries(store)
-        factory = QemuFactory(cache=cache, scratch=scratch, clock=clock, accel=accel)
+        factory = QemuFactory(cache=cache, scratch=scratch, clock=clock, accel=accel, scripts=scripts, own=own)
         for host_id in dict.fromkeys(session.host_id for session in sessions):
             factory.prepare(by_id[host_id])  # before the first VM: building an image is a load too
         recorder = Recorder(

@@ -51,26 +51,33 @@ class Sockets:
         """What this episode writes to its data disk."""
         return self.folder / "disk.qcow2"
 
+    @property
+    def handed(self) -> Path:
+        """The folder that a guest of the user's own sees as a small disk."""
+        return self.folder / "handed"
+
 
 def build_command(
     shape: HostShape,
     *,
     accel: str,
-    kernel: Path,
-    initrd: Path,
+    kernel: Path | None,
+    initrd: Path | None,
     sockets: Sockets,
     mac: str,
     tsc_khz: int | None,
+    hands_over: bool = False,
 ) -> list[str]:
     """Give the argv that starts one VM.
 
     Args:
         shape: The host shape.
         accel: ``kvm`` or ``tcg``; never both, because QEMU does not fall back when KVM opens but does not run.
-        kernel, initrd: The guest image.
+        kernel, initrd: The guest image; None boots the disk.
         sockets: Where its sockets and its overlay lie.
         mac: The network card's address.
         tsc_khz: The host's TSC rate, that a microvm's kernel needs or else hangs in half of its boots calibrating.
+        hands_over: Whether the guest gets the folder `sockets.handed` as a read-only FAT disk labelled ``cidata``.
 
     Raises:
         UsageError: If the shape is of a machine that nobody wrote down here.
@@ -89,15 +96,23 @@ def build_command(
     if shape.iops:
         drive += f",throttling.iops-total={shape.iops}"
     rom = ",romfile=" if bus == "pci" else ""
+    boot = [] if kernel is None else ["-kernel", str(kernel), "-initrd", str(initrd), "-append", line]
+    if hands_over:
+        boot += [
+            "-blockdev",
+            f"driver=vvfat,node-name=handed0,dir={sockets.handed},label=cidata,read-only=on",
+            "-device",
+            f"virtio-blk-{bus},drive=handed0,id=handed",
+        ]
     return [
         f"qemu-system-{shape.arch}", "-name", f"{shape.host_id},debug-threads=on", "-no-user-config", "-nodefaults",
         "-machine", MICROVM if shape.machine == "microvm" else shape.machine, "-accel", accel, "-cpu", shape.cpu,
         "-smp", str(shape.vcpus), "-m", str(shape.mem_mib), "-display", "none", "-no-reboot",
         # A ring, not a file: a guest that writes to its console for ever fills 64 KiB and no disk.
         "-chardev", "ringbuf,id=con,size=65536", "-serial", "chardev:con",
-        "-kernel", str(kernel), "-initrd", str(initrd), "-append", line,
+        *boot,
         "-qmp", f"unix:{sockets.qmp},server=on,wait=off",
-        "-drive", drive, "-device", f"virtio-blk-{bus},drive=d0,id=blk0",
+        "-drive", drive, "-device", f"virtio-blk-{bus},drive=d0,id=blk0" + (",bootindex=1" if kernel is None else ""),
         "-netdev", f"dgram,id=n0,local.type=unix,local.path={sockets.nic},remote.type=unix,remote.path={sockets.sink}",
         "-device", f"virtio-net-{bus},netdev=n0,id=nic0,mac={mac}{rom}",
         "-device", f"virtio-serial-{bus}",

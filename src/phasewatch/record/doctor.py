@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phasewatch.record.accel import quick_no
+from phasewatch.record.installed import OLDEST_QEMU, parse_qemu_version
 
 FREE_GIB = 5  # images, a corpus of recordings, a full run
 MEMORY_GIB = 3.0  # two VMs and the recorder
@@ -100,6 +101,10 @@ def examine(facts: Facts | None = None) -> tuple[Check, ...]:
     for program, package, purpose in PROGRAMS:
         found = facts.programs.get(program)
         remedy = f"apt-get install --no-install-recommends {package}"
+        if program.startswith("qemu-system") and found and parse_qemu_version(found)[1] < OLDEST_QEMU:
+            least = ".".join(map(str, OLDEST_QEMU))
+            checks.append(Check(name=program, ok=False, found=found, remedy=f"{least} or newer", needed_for=purpose))
+            continue
         checks.append(_present(program, found, remedy, purpose))
     # Without KVM everything works, ten times slower: a fact, not a fault.
     verdict = facts.kvm or "may work; the first recording finds out by booting a kernel on it"

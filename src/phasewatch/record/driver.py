@@ -123,15 +123,24 @@ class Driver:
                 t_wall_ns, t_mono_ns = self._clock.wall_ns(), self._clock.mono_ns()
                 number, up_ms = (int(part) for part in rest.split())
                 answer = Ack(id=number, t_wall_ns=t_wall_ns, t_mono_ns=t_mono_ns, uptime_ms=up_ms)
-                _resolve(self._acks.get(number), answer)
+                self._answer(self._acks, number, answer)
             case "finished":
                 number, code = (int(part) for part in rest.split())
-                _resolve(self._finished.get(number), code)
+                self._answer(self._finished, number, code)
             case "err":
                 number_text, _, words = rest.partition(" ")
                 self._refuse(int(number_text), words)
             case _:
                 raise ValueError(f"unknown word {_printable(word)!r}")
+
+    def _answer(self, waiting: dict[int, asyncio.Future[_T]], number: int, value: _T) -> None:
+        """Hand an answer to whoever waits; each is given once, so that a flood of them ends at its second line."""
+        future = waiting.get(number)
+        if future is not None and future.cancelled():
+            return  # whoever asked has given up
+        if future is None or future.done():
+            raise ValueError(f"an answer to command {number}, which was not sent or was answered before")
+        future.set_result(value)
 
     def _refuse(self, number: int, words: str) -> None:
         error = VmError(f"{self._name}: {self._verbs.get(number, '?')}: the guest says: {_printable(words)}")
@@ -160,11 +169,6 @@ class Driver:
             if not future.done():
                 future.set_exception(VmError(words))
                 future.exception()  # looked at: nobody need wait for it
-
-
-def _resolve(future: asyncio.Future[_T] | None, value: _T) -> None:
-    if future is not None and not future.done():
-        future.set_result(value)
 
 
 def _printable(text: str) -> str:

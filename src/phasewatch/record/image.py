@@ -14,9 +14,10 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from phasewatch import atomic
 from phasewatch.errors import MachineError, MissingTool
@@ -31,27 +32,33 @@ MODULES = (
 META_PACKAGE = {"x86_64": ("linux-image-cloud-amd64", "amd64"), "aarch64": ("linux-image-cloud-arm64", "arm64")}
 COMPILER = {"x86_64": ("gcc", "gcc libc6-dev"), "aarch64": ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross")}  # fmt: skip
 SOURCES = ("guest.h", "base.c", "net.c", "malware.c", "benign.c", "agent.c", "driver.c", "init.sh")
+OWN_SOURCES = tuple("custom.c" if name == "malware.c" else name for name in SOURCES)  # plays scripts instead
+SCRIPTS = "profile/"  # where in the guest they lie: profile/<profile>/<sample>/<phase>
 DISK_SEED = 20261124  # of the documents on the data disk: the same on every host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
-    """Files that QEMU boots. `digest` names the sources, the kernel and the disk."""
+    """Files that QEMU boots. `digest` names the sources, the kernel and the disk.
 
-    kernel: Path
-    initrd: Path
+    Without a kernel the disk boots by itself: a machine of the user's own.
+    """
+
+    kernel: Path | None
+    initrd: Path | None
     base_disk: Path
     kernel_release: str
     digest: str
 
 
-def build_image(cache: Path, arch: str, *, data_mib: int = 64) -> Image:
+def build_image(cache: Path, arch: str, *, data_mib: int = 64, scripts: Mapping[str, str] | None = None) -> Image:
     """Give the guest image of an architecture, built on first use.
 
     Args:
         cache: Folder that keeps packages and images.
         arch: ``x86_64`` or ``aarch64``.
         data_mib: Size of the documents on the data disk; more than a guest's memory makes its reads real.
+        scripts: ``profile/sample/phase`` → shell text, of a workload of the user's own; such an image plays no other.
 
     Raises:
         MissingTool: If a program or a package is not to be had; names the line that installs it.
@@ -60,7 +67,9 @@ def build_image(cache: Path, arch: str, *, data_mib: int = 64) -> Image:
     cache.mkdir(parents=True, exist_ok=True)
     with atomic.lock(cache, wait=True):
         kernel_package = _kernel_package(cache, arch)
-        payload = {name: files("phasewatch.record.payload").joinpath(name).read_bytes() for name in SOURCES}
+        sources = SOURCES if scripts is None else OWN_SOURCES
+        payload = {name: files("phasewatch.record.payload").joinpath(name).read_bytes() for name in sources}
+        payload |= {SCRIPTS + name: text.encode() for name, text in sorted((scripts or {}).items())}
         digest = _digest(arch, kernel_package, data_mib, payload)
         home = cache / f"image-{arch}-{digest[:16]}"
         if not home.exists():
@@ -103,16 +112,32 @@ def _build(work: Path, cache: Path, arch: str, kernel_package: str, data_mib: in
     for name in MODULES:
         if f"{name}.ko" in modules:
             entries.append(Entry(name=f"modules/{name}.ko", mode=0o100644, data=modules[f"{name}.ko"].read_bytes()))
+    scripts = {name: text for name, text in payload.items() if name.startswith(SCRIPTS)}
+    folders = {str(parent) for name in scripts for parent in PurePosixPath(name).parents} - {"."}
+    entries += [Entry(name=folder, mode=0o040755) for folder in sorted(folders)]
+    entries += [Entry(name=name, mode=0o100644, data=text) for name, text in scripts.items()]
     (out / "initrd.gz").write_bytes(gzip.compress(build_archive(entries), compresslevel=6, mtime=0))
     _make_disk(work, out / "data.qcow2", data_mib)
 
 
 def _compile(work: Path, arch: str, payload: dict[str, bytes]) -> bytes:
     compiler, packages = COMPILER[arch]
-    for name, text in payload.items():
+    sources = {name: text for name, text in payload.items() if not name.startswith(SCRIPTS)}
+    for name, text in sources.items():
         (work / name).write_bytes(text)
-    sources = [name for name in payload if name.endswith(".c")]
-    _run([_tool(compiler, packages), "-static", "-O2", "-s", "-o", "guest", *sources, "-lm"], cwd=work)
+    _run(
+        [
+            _tool(compiler, packages),
+            "-static",
+            "-O2",
+            "-s",
+            "-o",
+            "guest",
+            *(n for n in sources if n.endswith(".c")),
+            "-lm",
+        ],
+        cwd=work,
+    )
     return (work / "guest").read_bytes()
 
 

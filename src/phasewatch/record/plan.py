@@ -145,10 +145,11 @@ def check_elapsed_time(spec: PlanSpec, seed: int = 0, *, force: bool = False) ->
 def _draw_any(spec: PlanSpec, rng: np.random.Generator) -> Walk:
     """Draw the phases of an episode of the campaign, benign ones in their share."""
     length_s = draw_length(rng, between_s=spec.episode_s)
-    return ((Phase.CLEAN, length_s),) if rng.random() < spec.benign_share else _draw_phases(spec, rng, length_s)
+    return ((Phase.CLEAN, length_s),) if rng.random() < spec.benign_share else draw_phases(spec, rng, length_s)
 
 
-def _draw_phases(spec: PlanSpec, rng: np.random.Generator, length_s: float) -> Walk:
+def draw_phases(spec: PlanSpec, rng: np.random.Generator, length_s: float) -> Walk:
+    """Draw the phases of an episode that is not benign: the walk, or the plan's fixed order."""
     if not spec.order:
         return draw_walk(rng, length_s=length_s, between_s=spec.phase_s)
     walk: list[tuple[Phase, float]] = []
@@ -161,7 +162,8 @@ def _draw_phases(spec: PlanSpec, rng: np.random.Generator, length_s: float) -> W
     return tuple(walk)
 
 
-def _log_uniform(rng: np.random.Generator, between: tuple[float, float]) -> float:
+def log_uniform(rng: np.random.Generator, between: tuple[float, float]) -> float:
+    """Draw a number whose logarithm is uniform between those of two."""
     return exp(rng.uniform(log(between[0]), log(between[1])))
 
 
@@ -219,7 +221,7 @@ class _Writer:
         else:
             duration_s = spec.soak_s if role is Role.SOAK else spec.commission_s
         is_malicious = profile_name != BENIGN
-        phases = _draw_phases(spec, rng("walk"), duration_s) if is_malicious else ((Phase.CLEAN, duration_s),)
+        phases = draw_phases(spec, rng("walk"), duration_s) if is_malicious else ((Phase.CLEAN, duration_s),)
         background = ""
         if is_malicious and self._is_busy(host_id):
             cell = Cell(BENIGN, sample_group(profile_name, sample_name))
@@ -240,5 +242,5 @@ class _Writer:
             knobs=tuple(draw_knobs(sample(profile_name, sample_name), rng("knobs")).items()),
             background=background,
             background_knobs=tuple(beside.items()),
-            chatter_s=round(_log_uniform(rng("chatter"), spec.chatter_s), 3),
+            chatter_s=round(log_uniform(rng("chatter"), spec.chatter_s), 3),
         )

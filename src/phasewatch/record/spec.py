@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 
 import msgspec
 
@@ -11,6 +10,7 @@ from phasewatch.errors import PlanError, UsageError
 from phasewatch.profiles import PROFILES, profile
 from phasewatch.record.deal import BENIGN
 from phasewatch.record.hosts import host_shape
+from phasewatch.record.spelling import parse_toml
 from phasewatch.vocab import Phase
 from phasewatch.walk import EPISODE_S, PHASE_S
 
@@ -70,15 +70,20 @@ def parse_plan(text: str, *, where: str) -> PlanSpec:
     Raises:
         PlanError: If it is not TOML, has unknown or missing keys, names what does not exist, or asks for the impossible.
     """
+    spec = parse_toml(text, PlanSpec, where=where)
     try:
-        spec = msgspec.convert(tomllib.loads(text), PlanSpec)
-        _check(spec)
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError, UsageError, PlanError) as exc:
+        check_plan(spec)
+    except (UsageError, PlanError) as exc:
         raise PlanError(f"{where}: {exc}") from exc
     return spec
 
 
-def _check(spec: PlanSpec) -> None:
+def check_plan(spec: PlanSpec) -> None:
+    """Refuse a plan that asks for the impossible.
+
+    Raises:
+        PlanError: It says what, and what is possible.
+    """
     if not PLAN_NAME.fullmatch(spec.name):
         raise PlanError(f"name {spec.name!r}: letters a-z, digits, dot, dash and underscore, 1 to 40 of them")
     if not spec.hosts or len({host.host_id for host in spec.hosts}) != len(spec.hosts):

@@ -89,6 +89,8 @@ class Start:
         number: 0 or 1, its place in the session.
         cores: The core of each vCPU; empty leaves them to the kernel.
         tsc_khz: The host's TSC rate, if known.
+        handed: Name → content of files that an image of the user's own gets on a small disk beside its own.
+        boot: How long its boot may take; None for what is usual for its machine.
     """
 
     shape: HostShape
@@ -99,6 +101,8 @@ class Start:
     cores: tuple[int, ...]
     tsc_khz: int | None
     clock: Clock
+    handed: tuple[tuple[str, bytes], ...] = ()
+    boot: BootRule | None = None
 
 
 class Vm:
@@ -119,7 +123,7 @@ class Vm:
         Raises:
             VmError: If no try succeeds; it says what each one met.
         """
-        rule = BOOT.get(self._start.shape.machine.partition(",")[0], BOOT[""])
+        rule = self._start.boot or BOOT.get(self._start.shape.machine.partition(",")[0], BOOT[""])
         words: list[str] = []
         for number in range(1, rule.tries + 1):
             try:
@@ -130,7 +134,9 @@ class Vm:
             except BaseException:
                 await self.stop()
                 raise
-        raise VmError(f"{self._name} did not boot in {rule.tries} tries; " + "; ".join(words))
+        raise VmError(
+            f"{self._name} did not boot in {rule.tries} {'try' if rule.tries == 1 else 'tries'}; " + "; ".join(words)
+        )
 
     async def send(self, verb: str, *arguments: str) -> Ack:
         """Send the driver one command and wait for its acknowledgement."""
@@ -178,6 +184,10 @@ class Vm:
         start.folder.mkdir(mode=0o700)
         await _make_overlay(start.image.base_disk, sockets.overlay)
         mac = f"52:54:00:77:00:{start.number + 2:02x}"
+        if start.handed:
+            sockets.handed.mkdir()
+            for name, content in start.handed:
+                (sockets.handed / name).write_bytes(content)
         self._sink = Sink(sockets.sink, sockets.nic)
         command = build_command(
             start.shape,
@@ -187,6 +197,7 @@ class Vm:
             sockets=sockets,
             mac=mac,
             tsc_khz=start.tsc_khz,
+            hands_over=bool(start.handed),
         )
         began_ns = start.clock.mono_ns()
         with (start.folder / "qemu.log").open("wb") as log:
@@ -232,7 +243,12 @@ class Vm:
                 return ready.result()
             if died.done():
                 raise VmError("QEMU died during boot")
-            raise VmError(f"no word from the guest within {deadline_s:g} s; its console ends: {await self._console()}")
+            silent = f"no word from the guest within {deadline_s:g} s"
+            if self._start.image.kernel is None:
+                silent += (
+                    " (does its image run a driver that writes `ready` to the port `ctl`? See docs/how-to/own-vm.md)"
+                )
+            raise VmError(f"{silent}; its console ends: {await self._console()}")
         finally:
             ready.cancel()
             died.cancel()

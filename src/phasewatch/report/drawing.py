@@ -21,6 +21,15 @@ STATUS_STYLES = {
     "rejected": (VERMILLION, "x"),
     "errored": ("#000000", "."),
 }
+LINES = (
+    (INK, "circle", "solid"),
+    (BLUE, "square", "dash"),
+    (VERMILLION, "diamond", "dot"),
+    (GREEN, "triangle-up", "dashdot"),
+    (PURPLE, "x", "longdash"),
+    (ORANGE, "star", "solid"),
+    (SKY, "cross", "dash"),
+)
 SHADES = [[0.0, "#f7fbff"], [0.5, "#8cb9da"], [1.0, "#08519c"]]  # light to dark: also readable in grey on paper
 _SANS = 'system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif'
 # A cell's outline and five strokes across it, each with the gap (None) that ends it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from phasewatch.audit.checks import Audit
 from phasewatch.errors import RunError
 from phasewatch.evaluate.rows import METRICS, Headline, Metrics
 from phasewatch.split import Coverage, Fold
 from phasewatch.train.predictions import PREDICTIONS, PROBABILITIES
+from phasewatch.vocab import Source
 
 LEDGER = "ledger.json"
 OUTCOMES = ("accepted", "used", "degraded", "rejected", "errored")
@@ -43,6 +45,7 @@ PREDICTION_COLUMNS = (
     *PROBABILITIES,
 )
 VALIDATION_COLUMNS = ("host_id", "origin", "role", "status", "reasons", "started_wall_ns", "duration_s")
+ROWS_COLUMNS = tuple(f"rows_{source}" for source in Source)  # quoted where they are there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -76,6 +79,7 @@ class Bundles:
         by_status, by_reason, by_origin: Bundles of each; a bundle counts under each of its reasons.
         hosts: Those of usable lab episodes.
         span_days: From the first usable episode's start to the last one's end; None when unknown.
+        rows_per_s: Rows of each source a second, over the usable episodes that have it.
     """
 
     total: int
@@ -84,6 +88,7 @@ class Bundles:
     by_origin: tuple[tuple[str, int], ...]
     hosts: tuple[str, ...]
     span_days: float | None
+    rows_per_s: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +125,7 @@ class Evidence:
     schema: Schema | None
     digests: Mapping[str, str]
     notes: tuple[str, ...]
+    audit: Audit | None = None
 
 
 def parse_predictions(table: Any) -> Predictions:
@@ -178,7 +184,15 @@ def parse_validation(table: Any) -> Bundles:
         by_origin=_counted(r["origin"] for r in usable),
         hosts=tuple(sorted({str(r["host_id"]) for r in lab})),
         span_days=None if span is None else span / 86_400e9,
+        rows_per_s=tuple(_rates(usable)),
     )
+
+
+def _rates(usable: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
+    for source in Source:
+        own = [r for r in usable if r.get(f"rows_{source}") and r["duration_s"]]
+        if own:
+            yield str(source), sum(r[f"rows_{source}"] for r in own) / sum(r["duration_s"] for r in own)
 
 
 def parse_schema(data: bytes) -> Schema:

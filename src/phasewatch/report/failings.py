@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from phasewatch.evaluate.rows import METRICS, MetricRow
 from phasewatch.report import figures, scores
 from phasewatch.report.blocks import Block, Section, Table, count, listed, metric_table, number, score_of
+from phasewatch.report.evidence import PLACE
 from phasewatch.report.windows import STRIDE_S, Scored, Shown, chosen_episodes
 from phasewatch.split import Fold
 from phasewatch.train.predictions import PREDICTIONS
@@ -44,7 +45,7 @@ def where_it_fails(told: Told, folds: Sequence[Fold]) -> Section:
     profiles, hosts = _names(told, "profile"), _names(told, "host_id")
     blocks.append(_grouped(told, "profile", "By profile", "profile", profiles))
     blocks.append(_grouped(told, "host", "By host", "host_id", hosts))
-    blocks.append(_heat(told, folds))
+    blocks += [_samples(told), _heat(told, folds)]
     blocks.append(_confusion(told))
     if told.windows is None:
         blocks.append(Block(key="ribbons", title="Three episodes", absent=NO_WINDOWS, command=EVALUATE))
@@ -77,11 +78,39 @@ def _grouped(told: Told, key: str, title: str, field: str, names: list[str]) -> 
     return Block(
         key=f"by-{key}",
         title=title,
-        sentences=(*((_OVER_WHAT,) if metric == "macro_f1" else ()), *_weakest(words, own)),
+        sentences=(
+            *((_OVER_WHAT,) if metric == "macro_f1" else ()),
+            *_weakest(words, own),
+            *(_hosts_apart(told) if field == "host_id" else ()),
+        ),
         figure=figures.whiskers(series, title=words, origin=told.origin),
         table=metric_table(table),
         command=EVALUATE,
     )
+
+
+def _hosts_apart(told: Told) -> tuple[str, ...]:
+    """Say what can be said of the spread between hosts: an interval from twenty on, else points only."""
+    row = scores.one(told.rows, "macro_f1_mean_of_hosts", model=told.model, agent=PLACE.agent)
+    if row is None or row.value is None:
+        return ()
+    if row.low is not None and row.high is not None:
+        return (f"Over hosts the mean is {row.value:.2f} [{row.low:.2f}, {row.high:.2f}].",)
+    return (f"Of the spread between hosts nothing but these points is claimed: {row.why}.",)
+
+
+def _samples(told: Told) -> Block:
+    """List every sample's score: names are unique within a profile only."""
+    found = [
+        r for r in scores.find(told.rows, "macro_f1", model=told.model, threat=PLACE.threat, agent=PLACE.agent)
+        if r.sample_name is not None
+    ]  # fmt: skip
+    if not found:
+        return Block(key="by-sample", title="By sample", absent=NO_METRICS, command=EVALUATE)
+    ranked = sorted(found, key=lambda r: (r.value or 0.0, r.profile or "", r.sample_name or ""))
+    table = metric_table([(f"{r.profile}, {r.sample_name}", "macro-F1", r) for r in ranked])
+    said = ("Weakest first. A sample is a few episodes: a place to look, not a number to quote.",)
+    return Block(key="by-sample", title="By sample", sentences=said, table=table, command=EVALUATE)
 
 
 def _weakest(words: str, found: list[tuple[str, MetricRow | None]]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from phasewatch.report.drawing import (
     GREEN,
     HATCH,
     INK,
+    LINES,
     MUTED,
     PHASE_COLOURS,
     PURPLE,
@@ -48,6 +49,14 @@ class Series:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One line of a curve: abscissa, value (None: there is none) and the words of each point."""
+
+    name: str
+    points: tuple[tuple[float, float | None, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
     """One host × profile: how many episodes were tested there, and the score if one was measured."""
 
@@ -83,8 +92,8 @@ class Tally:
     counts: tuple[tuple[str, int], ...]
 
 
-def whiskers(series: Sequence[Series], *, title: str, origin: str) -> Figure:
-    """Draw scores from 0 to 1 as marks with their intervals, one line a label, first label on top."""
+def whiskers(series: Sequence[Series], *, title: str, origin: str, is_gap: bool = False) -> Figure:
+    """Draw scores from 0 to 1, or gaps around 0, as marks with their intervals, one line a label, first label on top."""
     labels = list(dict.fromkeys(s.label for one in series for s in one.scores))
     place = {label: i for i, label in enumerate(labels)}
     spread = 0.36 if len(series) > 1 else 0.0
@@ -100,7 +109,7 @@ def whiskers(series: Sequence[Series], *, title: str, origin: str) -> Figure:
                 "name": safe(one.name),
                 "x": [short(v) for _, v in known],
                 "y": [place[s.label] + shift for s, _ in known],
-                "text": [f"{v:.2f}" for _, v in known],
+                "text": [f"{v:+.2f}" if is_gap else f"{v:.2f}" for _, v in known],
                 "textposition": "top center",
                 "textfont": {"size": 11, "color": colour},
                 "cliponaxis": False,
@@ -121,9 +130,60 @@ def whiskers(series: Sequence[Series], *, title: str, origin: str) -> Figure:
     data += _nothing_known(series, place)
     layout = layout_of(height=112 + 50 * max(1, len(labels)), title=title, origin=origin)
     layout["xaxis"] |= {"range": [-0.02, 1.05], "showgrid": True, "dtick": 0.2}
+    if is_gap:
+        ends = [v for one in series for s in one.scores for v in (s.value, s.low, s.high) if v is not None]
+        far = short(1.15 * max([abs(v) for v in ends], default=0.1) + 0.01)
+        layout["xaxis"] |= {"range": [-far, far], "zeroline": True, "zerolinecolor": INK, "dtick": None}
     layout["yaxis"] |= ticks(labels) | {"range": [len(labels) - 0.4, -0.6]}
     layout["showlegend"] = len(series) > 1
+    layout["margin"]["t"] = 46 if len(series) > 1 else 22
     return {"data": data, "layout": layout}
+
+
+def curve(lines: Sequence[Line], *, x: str, y: str, origin: str) -> Figure:
+    """Draw lines over a logarithmic abscissa, each with a mark, a dash and a colour of its own."""
+    data = []
+    for k, line in enumerate(lines):
+        colour, symbol, dash = LINES[k % len(LINES)]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": safe(line.name),
+                "x": [short(p) for p, _, _ in line.points],
+                "y": [None if v is None else short(v) for _, v, _ in line.points],
+                "line": {"color": colour, "dash": dash, "width": 2},
+                "marker": {"symbol": symbol, "size": 9, "color": colour},
+                "customdata": [safe(words, 90) for _, _, words in line.points],
+                "hovertemplate": "%{customdata}<extra>" + safe(line.name) + "</extra>",
+            }
+        )
+    layout = layout_of(height=380, title=x, origin=origin)
+    layout["margin"]["t"] = 30 + 20 * -(-len(lines) // 2)  # on a phone the legend takes a line for two names
+    at = sorted({p for line in lines for p, _, _ in line.points})
+    layout["xaxis"] |= {"type": "log", "tickvals": at, "ticktext": [f"{p:g}" for p in at], "showgrid": True}
+    layout["yaxis"] |= {"title": {"text": safe(y)}, "rangemode": "tozero", "showgrid": True}
+    return {"data": data, "layout": layout}
+
+
+def reliability(scores: Sequence[Score], at: Sequence[float], *, origin: str) -> Figure:
+    """Draw how often windows of a confidence were right, beside the diagonal on which they would be as often as they say."""
+    known = [(x, s, s.value) for x, s in zip(at, scores, strict=True) if s.value is not None]
+    line: Figure = {"type": "scatter", "mode": "lines", "name": "as often as said", "x": [0, 1], "y": [0, 1]}
+    line |= {"line": {"color": MUTED, "dash": "dash", "width": 1.5}, "hoverinfo": "skip"}
+    marks: Figure = {"type": "scatter", "mode": "lines+markers", "name": "measured"}
+    marks |= {"x": [short(x) for x, _, _ in known], "y": [short(v) for _, _, v in known]}
+    marks |= {"line": {"color": BLUE, "width": 1.5}, "marker": {"color": BLUE, "size": 9}}
+    marks["error_y"] = {"type": "data", "symmetric": False, "color": BLUE, "thickness": 2, "width": 5}
+    marks["error_y"] |= {
+        "array": [short((s.high if s.high is not None else v) - v) for _, s, v in known],
+        "arrayminus": [short(v - (s.low if s.low is not None else v)) for _, s, v in known],
+    }
+    marks |= {"customdata": [safe(s.words, 90) for _, s, _ in known], "hovertemplate": "%{customdata}<extra></extra>"}
+    layout = layout_of(height=400, title="probability of the decided phase", origin=origin)
+    layout["xaxis"] |= {"range": [0, 1.02], "showgrid": True, "dtick": 0.2}
+    layout["yaxis"] |= {"range": [0, 1.02], "showgrid": True, "dtick": 0.2, "title": {"text": "share right"}}
+    return {"data": [line, marks], "layout": layout}
 
 
 def heat_map(

@@ -16,6 +16,7 @@ from phasewatch.report.evidence import (
     Stage,
     coverage_of,
 )
+from phasewatch.report.proof import audit_block
 from phasewatch.report.windows import Scored
 from phasewatch.split import Fold
 
@@ -28,7 +29,12 @@ def grounds(evidence: Evidence, windows: Scored | None, origin: str) -> Section:
         key="grounds",
         title="What it rests on",
         points=caveats(evidence, windows, origin),
-        blocks=(_coverage(evidence.folds, windows), _ledger(evidence, origin), _reasons(evidence.bundles)),
+        blocks=(
+            _coverage(evidence.folds, windows),
+            _ledger(evidence, origin),
+            _reasons(evidence.bundles),
+            audit_block(evidence.audit),
+        ),
     )
 
 

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from phasewatch.atomic import write_whole
-from phasewatch.errors import MissingTool, RunError
+from phasewatch.audit.checks import AUDIT
+from phasewatch.audit.run import read_audit
+from phasewatch.errors import MissingTool, RunError, UsageError
 from phasewatch.evaluate.rows import METRICS, parse_metrics
 from phasewatch.report import evidence as ev
 from phasewatch.report.blocks import Page
+from phasewatch.report.plain import render_json, render_markdown
 from phasewatch.report.story import tell
 from phasewatch.split import parse_fold
 from phasewatch.train.predictions import NO_FILTER, PREDICTIONS
@@ -27,15 +30,23 @@ MAX_BYTES = 6 * 1024 * 1024  # one mail attachment; Plotly's script alone is 4.8
 _T = TypeVar("_T")
 
 
-def write_report(run: Path) -> Path:
-    """Write `report.html` into a run's folder and give its path; the same files give the same bytes.
+def write_report(run: Path, form: str = "html", out: Path | None = None) -> Path:
+    """Write a run's report and give its path; the same files give the same bytes.
+
+    Args:
+        run: The run's folder.
+        form: ``html`` (the page), ``md`` or ``json`` (the same without pictures).
+        out: Where; beside the run's other files if left out.
 
     Raises:
         RunError: If the folder is absent, or not one file of it can be read.
         MissingTool: If Plotly or Jinja is not installed.
+        UsageError: If the form is not known.
     """
-    target = run / NAME
-    write_whole(target, render(tell(read_evidence(run))).encode())
+    if form not in FORMS:
+        raise UsageError(f"no report as {form!r}; it is one of {', '.join(FORMS)}")
+    target = run / f"report.{form}" if out is None else out
+    write_whole(target, FORMS[form](tell(read_evidence(run))).encode())
     return target
 
 
@@ -62,7 +73,9 @@ def read_evidence(run: Path) -> ev.Evidence:
 
     metrics = attempt(METRICS, lambda p: parse_metrics(p.read_bytes(), file=METRICS))
     predictions = attempt(PREDICTIONS, lambda p: ev.parse_predictions(_read_predictions(p)))
-    bundles = attempt(ev.VALIDATION, lambda p: ev.parse_validation(_read_table(p, ev.VALIDATION_COLUMNS)))
+    bundles = attempt(
+        ev.VALIDATION, lambda p: ev.parse_validation(_read_table(p, (*ev.VALIDATION_COLUMNS, *ev.ROWS_COLUMNS)))
+    )
     stages = attempt(ev.LEDGER, lambda p: ev.parse_ledger(p.read_bytes()))
     schema = attempt(ev.SCHEMA, lambda p: ev.parse_schema(p.read_bytes()))
     folds = []
@@ -76,6 +89,11 @@ def read_evidence(run: Path) -> ev.Evidence:
     digests = _digests(run)
     if metrics is not None:
         notes += ev.stale(metrics, digests)
+    audit = None
+    try:
+        audit = read_audit(run)
+    except (RunError, OSError) as exc:
+        notes.append(f"{AUDIT} could not be read: {exc}")
     return ev.Evidence(
         metrics=metrics,
         predictions=predictions,
@@ -85,6 +103,7 @@ def read_evidence(run: Path) -> ev.Evidence:
         schema=schema,
         digests=digests,
         notes=tuple(notes),
+        audit=audit,
     )
 
 
@@ -112,6 +131,10 @@ def render(page: Page) -> str:
         data=Markup(script_json(page.figures())),
         hashes=" ".join(f"'sha256-{_digest(text)}'" for text in (plotly, draw)),
     )
+
+
+# As what a page can be had: name and file ending → how it is written.
+FORMS: dict[str, Callable[[Page], str]] = {"html": render, "md": render_markdown, "json": render_json}
 
 
 def script_json(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from phasewatch.evaluate.rows import MetricRow
+from phasewatch.evaluate.rows import MetricRow, chosen
 from phasewatch.models.registry import MODELS
 from phasewatch.report.evidence import PLACE
 from phasewatch.report.figures import Confusion
@@ -89,20 +89,44 @@ def pick(
     return found[0] if found else None
 
 
-def headline_model(rows: Sequence[MetricRow]) -> str | None:
-    """Name the model that the page is about: gbt, else the first that is no baseline, else none."""
+def headline_model(rows: Sequence[MetricRow], all_rows: Sequence[MetricRow] = ()) -> str | None:
+    """Name the model that the page is about: the headline's, else the first that is no baseline, else none."""
     models = sorted({r.model for r in rows if r.model and base_of(r) == "macro_f1" and r.model not in BASELINES})
-    return PLACE.model if PLACE.model in models else next(iter(models), None)
+    wanted = chosen(all_rows).model
+    return wanted if wanted in models else next(iter(models), None)
 
 
-def contenders(rows: Sequence[MetricRow]) -> tuple[Contender, ...]:
-    """List all models and threat models with an overall score, best first, those without a number last."""
+def find(rows: Sequence[MetricRow], base: str, **where: object) -> tuple[MetricRow, ...]:
+    """Give the rows of a metric, whatever profiles it tested, that have these values; what is not named may be anything."""
+    return tuple(r for r in rows if base_of(r) == base and all(getattr(r, k) == v for k, v in where.items()))
+
+
+def one(rows: Sequence[MetricRow], base: str, **where: object) -> MetricRow | None:
+    """Give the first such row over all phases, profiles, hosts and samples, its seeds averaged if it has some."""
+    over_all = {"phase": None, "profile": None, "host_id": None, "sample_name": None}
+    found = find(rows, base, **{**over_all, **where})
+    return next((r for r in found if not isinstance(r.seed, int)), next(iter(found), None))
+
+
+def at_headline(rows: Sequence[MetricRow]) -> tuple[MetricRow, ...]:
+    """Keep the rows of the headline's recipe, threat model, table, filter and agent, gaps and curves included."""
+    return tuple(r for r in rows if _at_headline(r))
+
+
+def contenders(rows: Sequence[MetricRow], *, n_hosts: int | None = None) -> tuple[Contender, ...]:
+    """List all models and threat models with an overall score, best first, those without a number last.
+
+    Args:
+        rows: Of one recipe.
+        n_hosts: Leave out who was tested on fewer hosts: the mean of other machines is no rival.
+    """
     pairs = {
         (r.model, r.threat)
         for r in rows
         if r.model
         and base_of(r) in ("macro_f1", "macro_f1_3")
         and r.phase is r.profile is r.host_id is r.sample_name is None
+        and (n_hosts is None or r.n_hosts >= n_hosts)
     }
     found = [
         Contender(
@@ -154,7 +178,11 @@ def confusion(rows: Sequence[MetricRow], *, model: str) -> Confusion | None:
 def notes(rows: Sequence[MetricRow]) -> tuple[str, ...]:
     """Give what the evaluation itself has to say of the headline's numbers."""
     return tuple(
-        dict.fromkeys(r.why for r in rows if r.metric == "note" and r.why and r.vs is None and _at_headline(r))
+        dict.fromkeys(
+            r.why
+            for r in rows
+            if r.metric == "note" and r.why and r.vs is None and (_at_headline(r) or "is not scored" in r.why)
+        )
     )
 
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+from phasewatch.audit.checks import Audit
 from phasewatch.evaluate.rows import METRICS, MetricRow, headline
-from phasewatch.report import figures, scores
-from phasewatch.report.blocks import (
-    Block,
-    Claim,
-    Page,
-    Section,
-    Tile,
-    bracket,
-    count,
-    metric_table,
-    number,
-    score_of,
-)
+from phasewatch.report import scores
+from phasewatch.report.blocks import Claim, Page, Tile, bracket, count, number
 from phasewatch.report.evidence import PLACE, Evidence
-from phasewatch.report.failings import EVALUATE, NO_METRICS, Told, where_it_fails
+from phasewatch.report.failings import Told, where_it_fails
 from phasewatch.report.grounds import grounds, repeat
+from phasewatch.report.inflation import inflation, sentence
+from phasewatch.report.looks import looks
+from phasewatch.report.proof import NOT_AUDITED, refusal
+from phasewatch.report.ringing import ringing
+from phasewatch.report.rivals import how_sure
+from phasewatch.report.trust import trust
 from phasewatch.report.windows import origin_words, scored
 
 
@@ -26,23 +22,36 @@ def tell(evidence: Evidence) -> Page:
     """Build the page from whatever a run has."""
     all_rows = evidence.metrics.metrics if evidence.metrics else ()
     rows = scores.headline_rows(all_rows)
-    model = scores.headline_model(rows)
+    model = scores.headline_model(rows, all_rows)
     windows = None
     if evidence.predictions is not None:
         windows = scored(evidence.predictions, model or PLACE.model)
     origin = origin_words(windows, evidence.bundles)
     told = Told(rows=rows, all_rows=all_rows, model=model, windows=windows, origin=origin)
+    audit = evidence.audit
+    is_broken = audit is not None and not audit.passes
+    line = headline(evidence.metrics) if evidence.metrics else ""
     return Page(
         origin=origin,
-        claim=_claim(told, headline(evidence.metrics) if evidence.metrics else ""),
-        notices=(*_simulated(origin), *evidence.notes),
+        claim=_refused(audit) if audit is not None and is_broken else _claim(told, line),
+        notices=(*_simulated(origin), *evidence.notes, *(() if audit is not None else (NOT_AUDITED,))),
         sections=(
-            _how_sure(told),
+            inflation(told),
+            how_sure(told),
             where_it_fails(told, evidence.folds),
+            ringing(told),
+            trust(told),
+            looks(told, evidence.bundles),
             grounds(evidence, told.windows, origin),
             repeat(evidence),
         ),
     )
+
+
+def _refused(audit: Audit) -> Claim:
+    """Make no claim for a run that breaks its promises; its numbers stand below for whoever looks for the fault."""
+    words = "; ".join(f"{check.name}: {check.words}" for check in audit.broken)
+    return Claim(words=refusal(audit), line="", tiles=(), verdict=words, holds=False)
 
 
 def _simulated(origin: str) -> tuple[str, ...]:
@@ -79,9 +88,10 @@ def _claim(told: Told, line: str) -> Claim:
     )
     gap = scores.clock_gap(told.all_rows, told.model)
     above = scores.above_clock(five, clock, gap)
+    inflated = sentence(told.all_rows)
     return Claim(
-        words=_in_words(told.model, five),
-        line=line,
+        words=inflated or _in_words(told.model, five),
+        line=f"{_in_words(told.model, five)} {line}" if inflated else line,
         tiles=tiles,
         verdict=_verdict(above, clock, gap),
         holds=above is True,
@@ -109,32 +119,3 @@ def _verdict(above: bool | None, clock: MetricRow | None, gap: scores.Gap | None
             "Elapsed time alone was not scored, so it cannot be said whether the telemetry adds anything to the clock."
         )
     return "Without an interval it cannot be said whether the model is above elapsed time."
-
-
-def _how_sure(told: Told) -> Section:
-    board = scores.contenders(told.rows)
-    series = (
-        figures.Series(name="five phases", scores=tuple(score_of(c.label, c.five) for c in board)),
-        figures.Series(name="three states", scores=tuple(score_of(c.label, c.three) for c in board)),
-    )
-    table = [pair for c in board for pair in ((c.label, "five phases", c.five), (c.label, "three states", c.three))]
-    block = Block(
-        key="leaderboard",
-        title="Leaderboard",
-        sentences=(
-            "Each model on hosts that its training never saw, each episode tested once, all folds pooled.",
-            "A baseline looks at no telemetry; a model that does not stand clear of it has learnt nothing. "
-            "Whiskers are 95 % intervals.",
-        ),
-        figure=figures.whiskers(series, title="macro-F1", origin=told.origin) if board else None,
-        absent="" if board else NO_METRICS,
-        table=metric_table(table) if board else None,
-        shown=True,
-        command=EVALUATE,
-    )
-    lead = (
-        "Intervals come from resampling sessions (episodes that ran side by side count as one) within hosts. "
-        "They hold for these hosts, samples and seeds, and say nothing of the spread between hosts."
-    )
-    points = tuple(f"{words[0].upper()}{words[1:]}." for words in scores.notes(told.all_rows))
-    return Section(key="sure", title="How sure", lead=lead, points=points, blocks=(block,))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Literal
 
 import numpy as np
 
+from phasewatch.errors import UsageError
 from phasewatch.simulate import damage
 from phasewatch.simulate.damage import Members
 from phasewatch.simulate.episode import Draft
@@ -103,10 +105,26 @@ FAULTS: tuple[Fault, ...] = (
 )  # fmt: skip
 
 
-def choose(rng: np.random.Generator, *, may_duplicate: bool) -> Fault:
-    """Draw a kind of fault; a duplicate only where there is something to copy."""
-    fault = FAULTS[int(rng.integers(0, len(FAULTS)))]
-    return FAULTS[0] if fault is DUPLICATE and not may_duplicate else fault
+def choose(rng: np.random.Generator, *, may_duplicate: bool, kinds: Sequence[Fault] = FAULTS) -> Fault | None:
+    """Draw a kind of fault; a duplicate only where there is something to copy, else another kind, or none is left."""
+    fault = kinds[int(rng.integers(0, len(kinds)))]
+    if fault is not DUPLICATE or may_duplicate:
+        return fault
+    return next((kind for kind in kinds if kind is not DUPLICATE), None)
+
+
+def kinds_of(names: Sequence[str]) -> tuple[Fault, ...]:
+    """Give the kinds of these names in the table's order; all of them for no name.
+
+    Raises:
+        UsageError: If a name is of none; it names the nearest.
+    """
+    known = {fault.name: fault for fault in FAULTS}
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=3) or sorted(known)
+            raise UsageError(f"no fault {name!r}; did you mean {' or '.join(near)}?")
+    return tuple(fault for fault in FAULTS if not names or fault.name in names)
 
 
 def copy_as(original: Draft, draft: Draft) -> Draft:

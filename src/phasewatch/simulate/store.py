@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -20,7 +20,7 @@ from phasewatch.errors import StoreError, UsageError
 from phasewatch.simulate.activity import Knobs, named_rng
 from phasewatch.simulate.campaign import Campaign, Session, sessions_of, slots_of
 from phasewatch.simulate.episode import Draft, draw_episode
-from phasewatch.simulate.faults import DUPLICATE, Fault, choose, copy_as
+from phasewatch.simulate.faults import DUPLICATE, Fault, choose, copy_as, kinds_of
 from phasewatch.store.disk import RECEIPT, SUFFIX, DiskStore, render_receipt
 from phasewatch.vocab import Status
 from phasewatch.walk import EPISODE_S
@@ -61,6 +61,7 @@ def simulate(
     days: float = 10.0,
     between_s: tuple[float, float] = EPISODE_S,
     knobs: Knobs | None = None,
+    kinds: Sequence[str] = (),
     on_progress: Callable[[int], None] | None = None,
 ) -> Simulated:
     """Make a store of seeded episodes and, beside it, the truth about each.
@@ -75,6 +76,7 @@ def simulate(
         days: Over how many days at least the episodes are spread.
         between_s: Shortest and longest lab episode.
         knobs: How noisy the world is; None for the usual.
+        kinds: Names of the faults to choose from; none for all.
         on_progress: Called with the number of episodes made so far.
 
     Raises:
@@ -85,12 +87,13 @@ def simulate(
         raise UsageError("simulate needs at least one host, one episode a host, faults of 0 to 1 and 1 to 3,600 s")
     if store.exists() and (not store.is_dir() or any(store.iterdir())):
         raise StoreError(f"{store}: something is already there; name a new folder, or remove it first")
-    store.mkdir(parents=True, exist_ok=True)
+    chosen = kinds_of(kinds)
+    make_folder(store)
     campaign = Campaign(
         hosts=hosts, episodes=episodes, seed=seed, days=days, between_s=between_s, knobs=knobs or Knobs()
     )
     truth_path = store.with_name(store.name + ".truth.jsonl")
-    make = partial(_make_session, store, campaign, faults)
+    make = partial(_make_session, store, campaign, faults, tuple(fault.name for fault in chosen))
     made = faulty = 0
     with writer(truth_path) as file:
         for result in map_ordered(
@@ -108,14 +111,17 @@ def simulate(
     return Simulated(store=store, truth=truth_path, episodes=made, faulty=faulty)
 
 
-def _make_session(store: Path, campaign: Campaign, faults: float, session: Session) -> tuple[Truth, ...]:
+def _make_session(
+    store: Path, campaign: Campaign, faults: float, names: Sequence[str], session: Session
+) -> tuple[Truth, ...]:
     """Make and write the episodes of one session."""
+    kinds = kinds_of(names)  # by name: what a fault does cannot travel to another process
     truths: list[Truth] = []
     sound: Draft | None = None  # the session's episode that a duplicate can copy
     for slot in slots_of(campaign, session):
         draft = draw_episode(named_rng(campaign.seed, "episode", slot.episode_id), slot, campaign.knobs)
         rng = named_rng(campaign.seed, "fault", slot.episode_id)
-        fault = choose(rng, may_duplicate=sound is not None) if rng.random() < faults else None
+        fault = choose(rng, may_duplicate=sound is not None, kinds=kinds) if rng.random() < faults else None
         path = f"{slot.machine.host_id}/{slot.episode_id}{SUFFIX}"
         if fault is None:
             sound = draft

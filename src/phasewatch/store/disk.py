@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 
-from phasewatch.atomic import is_temporary, make_folder, write_whole
+from phasewatch import atomic
+from phasewatch.atomic import is_temporary, make_folder
 from phasewatch.episode import limits
-from phasewatch.errors import BundleError, StoreError
+from phasewatch.errors import BundleError, StoreError, TakenError
 from phasewatch.vocab import EPISODE_ID, HOST_ID, EpisodeId, HostId
 
 SUFFIX = ".tar.zst"
 RECEIPT = ".sha256"
+STATUS = ".status.json"
 MALFORMED = "malformed"
+INCOMING = ".incoming"  # where a receiver's unfinished bundles lie, so that a restart knows whose they were
 
 _RECEIPT_LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\n/]+)\n?")
-_RECEIPT_BYTES = 1024
+RECEIPT_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,26 +69,72 @@ class DiskStore:
         Putting the same bytes again completes what a crash left half done.
 
         Raises:
-            StoreError: If the ids are malformed, or other bytes already stand under them.
+            StoreError: If the ids are malformed; a TakenError, if other bytes already stand under them.
         """
-        if not HOST_ID.fullmatch(host_id) or not EPISODE_ID.fullmatch(episode_id):
-            raise StoreError(f"{self.path}: {host_id!r}/{episode_id!r} is no host_id/episode_id of a bundle")
-        folder = self.path / host_id
-        if not folder.is_dir():
-            make_folder(folder)
-        target = folder / f"{episode_id}{SUFFIX}"
+        incoming = _Incoming(self._target(host_id, episode_id), durable=self._durable, folder=None)
         try:
-            write_whole(target, data, durable=self._durable, new=True)
-        except FileExistsError:
-            if target.stat().st_size != len(data) or target.read_bytes() != data:
-                raise StoreError(
-                    f"{target}: other bytes already stand under this id; bundles are written once"
-                ) from None
-        receipt = target.with_name(target.name + RECEIPT)
-        line = render_receipt(sha256(data).hexdigest(), target.name)
-        if not receipt.exists() or receipt.read_bytes() != line:
-            write_whole(receipt, line, durable=self._durable)
-        return target
+            incoming.write(data)
+            incoming.publish(sha256(data).hexdigest())
+        finally:
+            incoming.drop()
+        return incoming.target
+
+    def receive(self, host_id: str, episode_id: str) -> _Incoming:
+        """Begin a bundle in the receiver's own folder; see `Store`.
+
+        Raises:
+            StoreError: If the ids are malformed.
+        """
+        return _Incoming(self._target(host_id, episode_id), durable=self._durable, folder=self.path / INCOMING)
+
+    @contextmanager
+    def receiving(self) -> Iterator[None]:
+        """Hold the store for one receiver, and remove what an earlier one left half done.
+
+        Raises:
+            BusyError: If another receiver holds it.
+        """
+        with atomic.lock(self.path / INCOMING):
+            atomic.sweep_temporaries(self.path / INCOMING)
+            yield
+
+    def tidy(self, *, older_than_s: float) -> int:
+        """Remove unfinished writes of that age, wherever they lie; their writers are dead, or hang for good."""
+        folders = [self.path, self.path / INCOMING, *(Path(e.path) for e in self._entries() if e.is_dir())]
+        return sum(atomic.sweep_temporaries(each, older_than_s=older_than_s) for each in folders if each.is_dir())
+
+    def find(self, host_id: str, episode_id: str) -> StoreItem | None:
+        """Give what stands under an id; None if neither bundle nor receipt does."""
+        target = self.path / host_id / f"{episode_id}{SUFFIX}"
+        item = self.item(target)
+        return item if item.receipt is not None or target.exists() else None
+
+    def write_status(self, host_id: str, episode_id: str, text: bytes) -> None:
+        """Write what admission said of a bundle beside it."""
+        target = self._target(host_id, episode_id).with_name(f"{episode_id}{STATUS}")
+        _write_aside(target, text, durable=self._durable, folder=self.path / INCOMING)
+
+    def has_status(self, host_id: str, episode_id: str) -> bool:
+        """Whether admission's word on a bundle stands beside it."""
+        return (self.path / host_id / f"{episode_id}{STATUS}").is_file()
+
+    def free_bytes(self) -> int:
+        """Give the room on the store's disk that is free to this user, in bytes."""
+        return shutil.disk_usage(self.path).free
+
+    def held(self, host_id: str) -> list[tuple[float, int]]:
+        """Give when (Unix seconds) each bundle of a host came, and its size in bytes."""
+        found = []
+        with suppress(FileNotFoundError), os.scandir(self.path / host_id) as entries:
+            for entry in entries:
+                if entry.name.endswith(SUFFIX):
+                    seen = entry.stat(follow_symlinks=False)
+                    found.append((seen.st_mtime, seen.st_size))
+        return found
+
+    def _target(self, host_id: str, episode_id: str) -> Path:
+        check_ids(host_id, episode_id, store=str(self.path))
+        return self.path / host_id / f"{episode_id}{SUFFIX}"
 
     def walk(self) -> Iterator[StoreItem]:
         """Give everything that lies where a bundle should be, by folder, then by file name.
@@ -102,13 +153,7 @@ class DiskStore:
                     )
                 continue
             names = _names(entry.path)
-            bundles = {name for name in names if not name.startswith(".") and not name.endswith(RECEIPT)}
-            alone = {
-                bundle for name in names
-                if name.endswith(SUFFIX + RECEIPT) and not name.startswith(".")
-                and (bundle := name.removesuffix(RECEIPT)) not in names
-            }  # fmt: skip
-            for name in sorted(bundles | alone):
+            for name in bundle_names(names):
                 path = Path(entry.path) / name
                 yield _item(f"{entry.name}/{name}", path, host=entry.name, has_receipt=name + RECEIPT in names)
 
@@ -124,6 +169,7 @@ class DiskStore:
             StoreError: If there is no such folder.
         """
         folders = [entry.name for entry in self._entries() if entry.is_dir()]
+        folders += [INCOMING] if (self.path / INCOMING).is_dir() else []
         return tuple(
             f"{folder}/{name}"
             for folder in folders
@@ -167,9 +213,85 @@ class DiskStore:
             raise StoreError(f"{self.path}: {exc.strerror}; the store must be readable") from exc
 
 
+class _Incoming:
+    """A bundle on its way into a folder; see `phasewatch.store.base.Incoming`."""
+
+    def __init__(self, target: Path, *, durable: bool, folder: Path | None) -> None:
+        self.target = target
+        self._durable, self._folder = durable, folder
+        if not target.parent.is_dir():
+            make_folder(target.parent)
+        self._aside = atomic.Aside(target, folder=folder)
+
+    def write(self, data: bytes) -> None:
+        """Take the next bytes."""
+        self._aside.file.write(data)
+
+    def content(self) -> bytes:
+        """Give all bytes written so far."""
+        return self._aside.content()
+
+    def publish(self, digest: str) -> bool:
+        """Put the bundle, then its receipt; give whether it is new."""
+        try:
+            self._aside.publish(durable=self._durable, new=True)
+            is_new = True
+        except FileExistsError:
+            if _file_sha256(self.target) != digest:
+                raise TakenError(
+                    f"{self.target}: other bytes already stand under this id; bundles are written once"
+                ) from None
+            is_new = False
+            if self._durable:
+                atomic.sync_file(self.target)  # whoever wrote it may have died before the disk had it
+        receipt = self.target.with_name(self.target.name + RECEIPT)
+        line = render_receipt(digest, self.target.name)
+        if is_new or not receipt.exists() or receipt.read_bytes() != line:
+            _write_aside(receipt, line, durable=self._durable, folder=self._folder)
+        elif self._durable:
+            atomic.sync_file(receipt)
+        return is_new
+
+    def drop(self) -> None:
+        """Forget what was not published."""
+        self._aside.drop()
+
+
+def _write_aside(path: Path, data: bytes, *, durable: bool, folder: Path | None) -> None:
+    with atomic.writer(path, durable=durable, folder=folder) as file:
+        file.write(data)
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
 def _names(folder: Path | str) -> set[str]:
     with os.scandir(folder) as entries:
         return {entry.name for entry in entries}
+
+
+def check_ids(host_id: str, episode_id: str, *, store: str) -> None:
+    """Refuse ids that are not of the format, and so could lead elsewhere.
+
+    Raises:
+        StoreError: If one is not.
+    """
+    if not HOST_ID.fullmatch(host_id) or not EPISODE_ID.fullmatch(episode_id):
+        raise StoreError(f"{store}: {host_id!r}/{episode_id!r} is no host_id/episode_id of a bundle")
+
+
+def bundle_names(names: Set[str]) -> list[str]:
+    """Give, in order, the names in a host's folder that stand for a bundle: not its receipt, status or hidden files."""
+    shown = {name for name in names if not name.startswith(".")}
+    bundles = {name for name in shown if not name.endswith(RECEIPT) and not _is_status(name)}
+    alone = {name.removesuffix(RECEIPT) for name in shown if name.endswith(SUFFIX + RECEIPT)}
+    return sorted(bundles | alone)
+
+
+def _is_status(name: str) -> bool:
+    return name.endswith(STATUS) and EPISODE_ID.fullmatch(name.removesuffix(STATUS)) is not None
 
 
 def render_receipt(digest: str, name: str) -> bytes:
@@ -200,7 +322,12 @@ def _read_receipt(path: Path) -> str:
     """Read the digest that a receipt vouches for."""
     try:
         with path.with_name(path.name + RECEIPT).open("rb") as file:
-            line = _RECEIPT_LINE.fullmatch(file.read(_RECEIPT_BYTES).decode("ascii"))
-    except (OSError, UnicodeDecodeError):
+            return parse_receipt(file.read(RECEIPT_BYTES), path.name)
+    except OSError:
         return MALFORMED
-    return line[1] if line and line[2] == path.name else MALFORMED
+
+
+def parse_receipt(text: bytes, name: str) -> str:
+    """Give the digest that a receipt vouches for; ``malformed`` if it is none, or another file's."""
+    line = _RECEIPT_LINE.fullmatch(text.decode("ascii", "replace"))
+    return line[1] if line and line[2] == name else MALFORMED

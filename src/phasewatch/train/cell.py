@@ -41,11 +41,12 @@ class Cell:
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`cell.json`, written last: what the cell was made from and what it made, each by sha256."""
+    """`cell.json`, written last: what the cell was made from and what it made, each by sha256; settings tried first."""
 
     cell: Cell
     inputs: dict[str, str]
     outputs: dict[str, str]
+    trials: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from phasewatch import atomic
 from phasewatch.dataset import Sets, file_sha256, load, read_fold, tensors
 from phasewatch.dataset.run import FEATURES, SCHEMA, VALIDATION
-from phasewatch.errors import MachineError, RunError
+from phasewatch.errors import MachineError, RunError, UsageError
 from phasewatch.grid.files import GRIDS, LEVELS_FILE
 from phasewatch.models import registry
 from phasewatch.models.base import PhaseModel
 from phasewatch.models.checkpoint import HEADER, read_header
 from phasewatch.models.filter import NONE, PHASE, SCHEDULE
 from phasewatch.train.cell import DONE, MODELS, Cell, Done, Sources, parse_done, render_done
+from phasewatch.train.grid import HEADLINE, SIX
 from phasewatch.train.predictions import PREDICTIONS, Said, build_table, read_table, write_table
+from phasewatch.train.tune import space_of, tune
 from phasewatch.workers import map_ordered
 
 BINS, LEVELS = (f"{tensors.GRIDS}/{name}" for name in (GRIDS, LEVELS_FILE))
 CELL_PREDICTIONS = "predictions.parquet"
+BASELINES = frozenset(row.key for row in registry.MODELS if row.is_baseline)
 TIMEOUT_S = 3600.0  # a cell takes seconds; one that takes an hour hangs
 
 
@@ -41,10 +45,16 @@ class _Job:
     run: Path
     cell: Cell
     inputs: dict[str, str]
+    trials: int = 0
 
 
 def train_cells(
-    run: Path, cells: Sequence[Cell], *, workers: int = 2, tell: Callable[[Cell, int, int], None] | None = None
+    run: Path,
+    cells: Sequence[Cell],
+    *,
+    workers: int = 2,
+    trials: int = 0,
+    tell: Callable[[Cell, int, int], None] | None = None,
 ) -> TrainReport:
     """Train what is not finished, then write `predictions_v1.parquet` from every finished cell of the run.
 
@@ -52,15 +62,18 @@ def train_cells(
         run: A run with features and splits, held by the caller's lock.
         cells: The grid.
         workers: Cells at a time, one thread each (measured: 1.2 to 1.3 times the work of one cell with two threads).
+        trials: Settings to try for each cell on its own validation A; 0 takes the defaults.
         tell: Called as (cell, how many are through, of how many).
 
     Raises:
         MachineError: If a cell's worker died or hung twice; the others are finished and merged first.
     """
     sources = read_sources(run)
-    jobs = [_Job(run=run, cell=cell, inputs=_inputs(run, sources, cell)) for cell in sorted(set(cells))]
-    for job in jobs:
-        registry.row_of(job.cell.model)  # a wrong name is told before anything is trained
+    for cell in cells:
+        registry.row_of(cell.model)  # a wrong name is told before anything is trained
+        if trials:
+            space_of(cell.model)
+    jobs = [_Job(run=run, cell=cell, inputs=_inputs(run, sources, cell), trials=trials) for cell in sorted(set(cells))]
     todo = [job for job in jobs if not _is_finished(job)]
     kept = tuple(job.cell for job in jobs if job not in todo)
     trained: list[Cell] = []
@@ -87,15 +100,20 @@ def train_cell(job: _Job) -> None:
     """Fit one cell, calibrate it on validation B, and write checkpoint, predictions and, last, `cell.json`."""
     cell, folder = job.cell, job.cell.folder(job.run)
     atomic.make_folder(folder)
-    (folder / DONE).unlink(missing_ok=True)
+    atomic.remove(folder / DONE)
     atomic.sweep_temporaries(folder)
     sets = read_sets(job.run, cell)
-    model = registry.create(cell.model, seed=cell.seed)
+    settings = {}
+    if job.trials:
+        purpose = "/".join(cell.keys().values())
+        settings = tune(sets, cell.model, trials=job.trials, seed=cell.seed, purpose=purpose).settings
+    model = registry.create(cell.model, seed=cell.seed, settings=settings)
     learn(model, sets)
     model.save(folder)
     write_table(folder / CELL_PREDICTIONS, [build_table(cell, said_of(model, sets))])
     names = [HEADER, *read_header(folder).files, CELL_PREDICTIONS]
-    done = Done(cell=cell, inputs=job.inputs, outputs={name: file_sha256(folder / name) for name in names})
+    outputs = {name: file_sha256(folder / name) for name in names}
+    done = Done(cell=cell, inputs=job.inputs, outputs=outputs, trials=job.trials)
     atomic.write_whole(folder / DONE, render_done(done))
 
 
@@ -110,7 +128,7 @@ def learn(model: PhaseModel, sets: Sets) -> PhaseModel:
     Windows that were dealt one by one have no past to smooth over, and no hours to be quiet in.
     """
     model.fit(sets.train.examples, sets.val_a.examples).calibrate(sets.val_b.examples)
-    if sets.fold.deal is None and not registry.row_of(model.key).is_baseline:
+    if sets.fold.deal is None and model.key not in BASELINES:
         spared = sets.soak.take(sets.spared_soak)
         model.decide(sets.train.track, (sets.val_b.inputs, sets.val_b.track), (spared.inputs, spared.track))
     return model
@@ -134,6 +152,15 @@ def said_of(model: PhaseModel, sets: Sets) -> list[Said]:
     return said
 
 
+def best_net(run: Path, cells: Iterable[Cell]) -> str | None:
+    """Name the net of the best mean macro-F1 on validation A, over the headline's realistic cells; None without one."""
+    scores: dict[str, list[float]] = {}
+    for cell in cells:
+        if (cell.recipe, cell.threat, cell.table) == (HEADLINE, "realistic", "raw") and cell.model in SIX[1:]:
+            scores.setdefault(cell.model, []).append(read_header(cell.folder(run)).val_a_macro_f1)
+    return max(sorted(scores), key=lambda model: fmean(scores[model]), default=None)
+
+
 def read_sources(run: Path) -> Sources:
     """Digest what every cell reads, once."""
     return Sources(
@@ -152,9 +179,9 @@ def finished_cells(run: Path, sources: Sources) -> Iterator[Cell]:
         cell = parse_done(path.read_bytes(), file=str(path)).cell
         try:
             job = _Job(run=run, cell=cell, inputs=_inputs(run, sources, cell))
-        except RunError:
-            continue  # its fold is no more: the splits were made anew from other episodes
-        if cell.folder(run) == path.parent and _is_finished(job):
+        except (RunError, UsageError):
+            continue  # its fold is no more (the splits were made anew), or its model cannot be imported here
+        if cell.folder(run) == path.parent and _is_finished(job, any_trials=True):
             found.append(cell)
     yield from sorted(found)
 
@@ -176,15 +203,18 @@ def merge(run: Path, sources: Sources) -> tuple[int, int]:
 
 
 def _inputs(run: Path, sources: Sources, cell: Cell) -> dict[str, str]:
-    kind = registry.row_of(cell.model).kind
-    return sources.of(cell, read_fold(run, cell.recipe, cell.fold), kind)
+    kind, code = registry.row_of(cell.model).kind, registry.code_of(cell.model)
+    inputs = sources.of(cell, read_fold(run, cell.recipe, cell.fold), kind)
+    return inputs if code is None else {**inputs, "model code": file_sha256(code)}
 
 
-def _is_finished(job: _Job) -> bool:
-    """Whether the cell was made from these inputs, and its files are still the bytes that were written."""
+def _is_finished(job: _Job, *, any_trials: bool = False) -> bool:
+    """Whether the cell was made from these inputs (after so many trials), and its files are still what was written."""
     folder = job.cell.folder(job.run)
     try:
         done = parse_done((folder / DONE).read_bytes(), file=str(folder / DONE))
+        if done.trials != job.trials and not any_trials:
+            return False
         return done.inputs == job.inputs and all(file_sha256(folder / n) == d for n, d in done.outputs.items())
     except (FileNotFoundError, RunError):
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from phasewatch.channels import mask_of, source_subsets
 from phasewatch.models.base import InputKind, Table
 from phasewatch.models.registry import row_of
 from phasewatch.split import RECIPES, Fold
@@ -42,6 +43,7 @@ def full_grid(folds: Folds, *, seed: int = 0) -> tuple[Cell, ...]:
     cells = [*short_grid(folds, seed=seed)]
     cells += _cells(folds, tested, models=(*SIX, CHEAP), threats=THREATS, seed=seed)
     cells += _cells(folds, honest, models=BASELINES, seed=seed)
+    cells += _cells(folds, (HEADLINE,), models=("gbt",), threats=sensor_masks(), seed=seed)
     return tuple(sorted(set(cells)))
 
 
@@ -63,6 +65,18 @@ def headline_grid(folds: Folds, *, net: str, seed: int = 0) -> tuple[Cell, ...]:
     cells += _cells(folds, MORE, models=tables, table=Table.CONTEXT, seed=seed)
     cells += _cells(folds, (DEPLOY,), models=models, threats=DEPLOYED, seed=seed)
     return tuple(sorted(set(cells)))
+
+
+def brought_grid(
+    folds: Folds, models: Sequence[str], *, recipes: Sequence[str] = (), seed: int = 0
+) -> tuple[Cell, ...]:
+    """Give the cells of models that a user brings: realistic, over the headline's recipe or those asked for."""
+    return _cells(folds, recipes or (HEADLINE,), models=models, seed=seed)
+
+
+def sensor_masks() -> tuple[str, ...]:
+    """Name the threat models that tell what a source is worth, but for the one that is trained as `realistic` anyway."""
+    return tuple(name for name in source_subsets() if mask_of(name) != mask_of(THREATS[0]))
 
 
 def widest(folds: Folds) -> tuple[Fold, ...]:

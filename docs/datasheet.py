@@ -1,0 +1,60 @@
+"""Write the generated half of a corpus's datasheet, from its bundles; `--check` only says whether it is stale.
+
+Run as `python docs/datasheet.py [CORPUS]`. The counts come from the validator, the leak figures from the audit's
+questions, the agent's cost from `docs/footprint.py`. A test compares the bundles' fingerprint with the page's.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from phasewatch.audit import datasheet
+from phasewatch.audit.corpus import read_windows
+from phasewatch.audit.leaks import find_leaks
+from phasewatch.audit.separation import separate
+from phasewatch.record.footprint import Footprint, footprint_file
+from phasewatch.store.disk import DiskStore
+from phasewatch.validate.sweep import sweep
+
+CORPUS = Path(__file__).parents[1] / "corpus" / "lab-v1"
+
+
+def fingerprint_of(corpus: Path) -> str:
+    """Digest which bundles lie in a corpus."""
+    return datasheet.fingerprint((item.path, item.receipt or "") for item in DiskStore(corpus).walk())
+
+
+def read_footprint(corpus: Path) -> Footprint | None:
+    """Read it, if it was measured."""
+    path = footprint_file(corpus)
+    return msgspec.json.decode(path.read_bytes(), type=Footprint) if path.is_file() else None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the page, or with `--check` say whether its bundles are others."""
+    named = [a for a in arguments if not a.startswith("-")]
+    corpus = Path(named[0]) if named else CORPUS
+    page = corpus / "README.md"
+    text, digest = page.read_text(encoding="utf-8"), fingerprint_of(corpus)
+    if "--check" in arguments:
+        if datasheet.stated_fingerprint(text) == digest:
+            return 0
+        print(f"{page} is not of these bundles; run `make datasheet`", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory(prefix="phasewatch-datasheet-") as folder:
+        verdicts = sweep(corpus, Path(folder), workers=2).verdicts
+        windows = read_windows(Path(folder))
+    body = datasheet.render_datasheet(
+        verdicts, find_leaks(windows), separate(windows), read_footprint(corpus), digest=digest
+    )
+    page.write_text(datasheet.render_page(text, body), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

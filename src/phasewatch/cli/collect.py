@@ -1,0 +1,242 @@
+"""Commands that bring bundles from many hosts into one store: receive, ship."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from phasewatch.cli import base
+
+if TYPE_CHECKING:
+    import httpx
+
+    from phasewatch.store.room import Bounds
+    from phasewatch.store.shipper import Shipped, Tell
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    for command in (receive, ship):
+        app.command(epilog=base.CODES)(command)
+
+
+def receive(
+    store: str = typer.Option("", help="A folder, or s3://bucket/prefix."),
+    listen: str = typer.Option("127.0.0.1:8470", help="HOST:PORT; port 0 takes a free one."),
+    tokens: Path = typer.Option(..., help="A file of mode 600 with a line `host_id: token` a host."),
+    hash_tokens: bool = typer.Option(False, help="Only print the file's lines with each token's hash in its place."),
+    cert: Path = typer.Option(None, help="PEM certificate: serve TLS."),
+    key: Path = typer.Option(None, help="PEM key of the certificate."),
+    behind_proxy: bool = typer.Option(False, help="A proxy on this machine ends TLS and names the client."),
+    check: bool = typer.Option(False, help="Run the gates on arrival and write what they say beside each bundle."),
+    refuse: str = typer.Option(
+        "",
+        help="With --check: do not store bundles of this status or worse (rejected, errored); otherwise they are kept as evidence.",
+    ),
+    quota: str = typer.Option("0", help="New bytes of one host in 24 hours, such as 2GiB; 0 sets no bound."),
+    floor: str = typer.Option("512MiB", help="Free space on the store's disk that uploads never use up."),
+    in_flight: int = typer.Option(64, min=1, help="Uploads at a time; an eighth of them of one host."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON document when it ends."),
+) -> None:
+    """Receive bundles from many hosts over HTTP; what is acknowledged is on the disk. Ctrl-C ends it in order.
+
+    Example: phasewatch receive --store my-store --tokens tokens.txt --listen 127.0.0.1:8470
+    """
+    from collections import Counter
+
+    from phasewatch.errors import UsageError
+    from phasewatch.store.base import open_store
+    from phasewatch.store.tokens import WEAK_CHARS, hash_lines, read_tokens
+
+    known = read_tokens(tokens)
+    if hash_tokens:
+        lines = hash_lines(known)
+        base.answer({"lines": lines}, as_json=as_json, lines=lines)
+        return
+    if not store:
+        raise UsageError("receive needs a --store: a folder, or s3://bucket/prefix")
+    from phasewatch.store.receiver import Receiver
+    from phasewatch.store.serving import bind, parse_listen, serve
+    from phasewatch.validate.admission import judge
+
+    where = parse_listen(listen, cert=cert, key=key, behind_proxy=behind_proxy)
+    bounds = _bounds(quota=quota, floor=floor, in_flight=in_flight)
+    refused = _refused_statuses(refuse, check=check)
+    for token in known:
+        if token.plain is not None and len(token.plain) < WEAK_CHARS:
+            _say(
+                {"warning": f"the token of {token.host_id} is shorter than {WEAK_CHARS} characters and can be guessed"}
+            )
+    statuses: Counter[int] = Counter()
+
+    def log(record: dict[str, Any]) -> None:
+        statuses[record["status"]] += record["method"] == "PUT"
+        _say(record)
+
+    place = open_store(store)
+    with place.receiving():
+        receiver = Receiver(
+            place, known, bounds=bounds, log=log, judge=judge if check else None, refuse=refused
+        )  # fmt: skip
+        with bind(where) as bound:
+            address = bound.getsockname()
+            from dataclasses import replace
+
+            where = replace(where, port=address[1])
+            _say({"receiving": where.url, "store": store, "hosts": len({token.host_id for token in known})})
+            serve(receiver, where, bound, bounds)
+    counts = {str(status): n for status, n in sorted(statuses.items()) if n}
+    words = f"{statuses[201]} bundles stored, {statuses[200]} came again, {sum(statuses.values()) - statuses[201] - statuses[200]} refused or cut"
+    base.answer({"store": store, "url": where.url, "answers": counts}, as_json=as_json, lines=[words, store])
+
+
+def ship(
+    outbox: Path = typer.Option(..., help="The folder that a recorder writes to."),
+    to: str = typer.Option(..., help="The receiver's URL."),
+    tokens: Path = typer.Option(
+        ...,
+        envvar="PHASEWATCH_TOKENS",
+        help="A file of mode 600 with a line `host_id: token` for each host in the outbox.",
+    ),
+    watch: bool = typer.Option(False, help="Go on with what a recorder writes, until Ctrl-C."),
+    parallel: int = typer.Option(4, min=1, max=64, help="Uploads at a time."),
+    patience: float = typer.Option(
+        300.0, min=0, help="Without --watch: give up when nothing was taken for so many seconds; 0 never does."
+    ),
+    ca: Path = typer.Option(None, help="PEM certificate of the receiver, where no public authority vouches for it."),
+    plain_http: bool = typer.Option(False, help="Send the token in the clear to another machine."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON document when it ends."),
+) -> None:
+    """Ship an outbox to a receiver; a bundle moves to sent/ when its receipt is there, a poisoned one to refused/.
+
+    Example: phasewatch ship --outbox outbox --to https://store.example:8470 --tokens tokens.txt --watch
+    """
+    import asyncio
+    from dataclasses import asdict
+
+    with base.progress(quiet=as_json) as tell:
+        shipped: Shipped = asyncio.run(
+            _ship(outbox, _client(to, ca=ca, plain_http=plain_http), tokens, watch=watch, parallel=parallel,
+                  patience_s=0.0 if watch else patience, tell=lambda n, total, words: tell("ship", n, total, words))
+        )  # fmt: skip
+    lines = [f"refused: {path}: {why}" for path, why in shipped.refused]
+    lines += [f"blocked: {host_id}: {why}" for host_id, why in shipped.blocked.items()]
+    lines += [f"no bundle: {path}" for path in shipped.strange]
+    lines += [f"left: {len(shipped.left)} bundles; {shipped.last_trouble}".rstrip("; ")] if shipped.left else []
+    lines += [f"{shipped.sent} bundles sent ({shipped.sent_bytes:,} bytes), {len(shipped.refused)} refused"]
+    base.answer(asdict(shipped) | {"outbox": str(outbox)}, as_json=as_json, lines=[*lines, str(outbox)])
+    if shipped.blocked:
+        raise typer.Exit(3)
+    if shipped.left and not watch:
+        raise typer.Exit(5)
+    if shipped.refused:
+        raise typer.Exit(1)
+
+
+async def _ship(
+    outbox: Path, client: httpx.AsyncClient, tokens: Path, *, watch: bool, parallel: int, patience_s: float, tell: Tell
+) -> Shipped:
+    import asyncio
+    import signal
+
+    from phasewatch.store.shipper import Shipper
+    from phasewatch.store.tokens import read_tokens
+
+    known = {token.host_id: token.plain for token in read_tokens(tokens) if token.plain is not None}
+    async with client:
+        shipper = Shipper(outbox, client, known, parallel=parallel, patience_s=patience_s, tell=tell)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, shipper.stop)
+        try:
+            return await shipper.run(watch=watch)
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+
+def _client(to: str, *, ca: Path | None, plain_http: bool) -> httpx.AsyncClient:
+    """Make the client of a receiver.
+
+    Raises:
+        UsageError: If the URL is none, or a token would cross a network in the clear.
+    """
+    import ssl
+
+    import httpx
+
+    from phasewatch.errors import UsageError
+    from phasewatch.store.base import is_loopback
+    from phasewatch.store.shipper import TIMEOUT
+
+    try:
+        url = httpx.URL(to)
+    except httpx.InvalidURL as exc:
+        raise UsageError(f"--to {to}: {exc}; a URL such as https://store.example:8470 is needed") from exc
+    if url.scheme not in ("http", "https") or not url.host:
+        raise UsageError(f"--to {to}: a URL such as https://store.example:8470 is needed")
+    if url.scheme == "http" and not is_loopback(url.host) and not plain_http:
+        raise UsageError(
+            f"--to {to}: the token would cross the network in the clear; use https://, or --plain-http where nobody listens"
+        )
+    try:
+        verify = ssl.create_default_context(cafile=str(ca) if ca else None)
+    except (OSError, ValueError) as exc:
+        raise UsageError(f"--ca {ca}: {exc}; a readable PEM file is needed") from exc
+    return httpx.AsyncClient(base_url=url, verify=verify, timeout=TIMEOUT, follow_redirects=False)
+
+
+def _say(record: dict[str, Any]) -> None:
+    """Write one line of the log: JSON on stderr, stamped, with what does not print spelled out."""
+    import json
+    import sys
+    from datetime import UTC, datetime
+
+    stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
+    sys.stderr.write(json.dumps({"at": stamp, **record}) + "\n")
+    sys.stderr.flush()
+
+
+def _bounds(*, quota: str, floor: str, in_flight: int) -> Bounds:
+    from phasewatch.store.room import Bounds
+
+    return Bounds(
+        quota_bytes=parse_bytes("--quota", quota), floor_bytes=parse_bytes("--floor", floor), in_flight=in_flight,
+        in_flight_per_host=max(1, in_flight // 8),
+    )  # fmt: skip
+
+
+_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
+          "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # fmt: skip
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """Parse a size such as ``500MB`` or ``2GiB``.
+
+    Raises:
+        UsageError: If it is none.
+    """
+    import re
+
+    from phasewatch.errors import UsageError
+
+    found = re.fullmatch(r"(\d{1,15})\s*([A-Za-z]*)", text.strip())
+    if found is None or found[2].upper() not in _UNITS:
+        raise UsageError(f"{option} {text}: a size such as 500MB or 2GiB is needed")
+    return int(found[1]) * _UNITS[found[2].upper()]
+
+
+def _refused_statuses(refuse: str, *, check: bool) -> frozenset[str]:
+    from phasewatch.errors import UsageError
+    from phasewatch.vocab import Status
+
+    if not refuse:
+        return frozenset()
+    if not check:
+        raise UsageError("--refuse needs --check: what is not looked at cannot be refused")
+    if refuse not in (Status.REJECTED, Status.ERRORED):
+        raise UsageError(f"--refuse {refuse}: rejected or errored")
+    order = list(Status)
+    return frozenset(str(status) for status in order[order.index(Status(refuse)) :])

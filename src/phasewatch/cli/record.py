@@ -1,0 +1,154 @@
+"""The command `record`: a plan, or a workload or a machine of the user's own, becomes a store of bundles."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from phasewatch.cli import base
+
+if TYPE_CHECKING:
+    from phasewatch.record.own import OwnMachine
+    from phasewatch.record.plan import Session
+    from phasewatch.record.progress import Progress
+    from phasewatch.record.spec import PlanSpec
+    from phasewatch.record.workload import Workload
+
+
+def record(
+    plan: str = typer.Option("", help="A built-in plan (smoke, lab-v1) or a TOML file."),
+    out: Path = typer.Option(..., help="The store that the bundles go to."),
+    profile_file: Path = typer.Option(None, help="Instead of a plan: a workload of your own, a TOML file."),
+    image: Path = typer.Option(None, help="Instead of our guest: a qcow2 image of your own that boots by itself."),
+    driver: Path = typer.Option(None, help="The script that speaks the driver's protocol in that image."),
+    host_id: str = typer.Option("", help="With --image: the host's name in the store; the image's name if absent."),
+    machine: str = typer.Option("pc", help="With --image: pc or q35."),
+    mem: int = typer.Option(1024, help="With --image: MiB of memory."),
+    vcpus: int = typer.Option(1, help="With --image: how many CPUs."),
+    boot_deadline: float = typer.Option(300.0, help="With --image: seconds until its driver's first word."),
+    dry_run: bool = typer.Option(False, help="Only show the plan, and what elapsed time alone would score on it."),
+    force: bool = typer.Option(False, help="Record a plan though elapsed time alone tells its phases."),
+    resume: bool = typer.Option(True, help="Continue a plan that the store holds part of."),
+    hosts: str = typer.Option("", help="Only these hosts, separated by commas."),
+    role: str = typer.Option("", help="Only lab, commission or soak episodes."),
+    limit: int = typer.Option(0, min=0, help="At most so many sessions; 0 for all."),
+    idle_wait: float = typer.Option(600.0, min=0, help="Seconds to wait for an idle machine before each session."),
+    accel: str = typer.Option("", help="Insist on kvm or tcg; otherwise KVM where a real kernel boots on it."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
+) -> None:
+    """Boot real virtual machines, play harmless profiles in them, and write one bundle an episode.
+
+    Example: phasewatch record --plan smoke --out my-store
+
+    A workload of your own: phasewatch record --profile-file mine.toml --out my-store
+
+    A machine of your own: phasewatch record --image disk.qcow2 --driver driver.sh --out my-store
+    """
+    from dataclasses import asdict
+
+    from phasewatch.errors import UsageError
+    from phasewatch.record.campaign import default_cache, record_plan
+    from phasewatch.record.hosts import HOSTS
+    from phasewatch.record.own import read_own_machine
+    from phasewatch.record.plan import check_elapsed_time
+    from phasewatch.record.progress import Bar, Silence
+    from phasewatch.vocab import Role
+
+    if accel not in ("", "kvm", "tcg"):
+        raise UsageError(f"--accel {accel}: kvm or tcg")
+    if role and role not in list(Role):
+        raise UsageError(f"--role {role}: one of {', '.join(Role)}")
+    if driver is not None and image is None:
+        raise UsageError("--driver goes with --image; our own guest brings its driver")
+    own = None
+    if image is not None:
+        own = read_own_machine(
+            image, driver, host_id=host_id, machine=machine, mem_mib=mem, vcpus=vcpus, boot_s=boot_deadline
+        )
+    task = _task(plan, profile_file, own, named=(driver or image or Path()).stem)
+    alone = check_elapsed_time(task.spec, force=force or dry_run)
+    wanted = set(filter(None, hosts.split(",")))
+    sessions = [
+        s for s in task.sessions
+        if (not wanted or s.host_id in wanted) and (not role or all(slot.role == role for slot in s.slots))
+    ]  # fmt: skip
+    if not sessions:
+        raise UsageError(f"--hosts {hosts} --role {role}: plan {task.spec.name} has no such session")
+    sessions = sessions[: limit or None]
+    if dry_run:
+        lines = [*base.table(_plan_rows(sessions)), f"elapsed time alone scores macro-F1 {alone:.2f} on this plan"]
+        listed = [asdict(s) for s in sessions]
+        base.answer({"elapsed_time": alone, "sessions": listed}, as_json=as_json, lines=lines)
+        return
+    if not resume and out.is_dir() and any(out.glob("*/*.tar.zst")):
+        raise UsageError(f"{out}: holds bundles already; leave out --no-resume to continue, or name a new folder")
+    watched: AbstractContextManager[Progress] = nullcontext(Silence()) if as_json else Bar()
+    with watched as progress:
+        done = record_plan(
+            sessions, store=out, cache=default_cache(), progress=progress, idle_wait_s=idle_wait, accel=accel,
+            shapes=(own.shape,) if own else HOSTS, scripts=task.scripts, own=own,
+        )  # fmt: skip
+    words = f"{done.recorded} episodes recorded ({done.crowded} of them crowded), {done.present} were there, {len(done.failed)} given up"
+    base.answer(asdict(done) | {"store": str(out)}, as_json=as_json, lines=[*done.failed, words, str(out)])
+    if done.failed:
+        raise typer.Exit(1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    """What is to be recorded; `scripts` only where our guest plays a workload that is not ours."""
+
+    spec: PlanSpec
+    sessions: tuple[Session, ...]
+    scripts: dict[str, str] | None = None
+
+
+def _task(plan: str, profile_file: Path | None, own: OwnMachine | None, *, named: str) -> _Task:
+    from phasewatch.errors import UsageError
+    from phasewatch.record.plan import build_sessions
+    from phasewatch.record.plans import read_plan
+    from phasewatch.record.workload import build_own_sessions, own_name, unscripted
+
+    if plan and (profile_file is not None or own is not None):
+        raise UsageError("--plan plays our profiles on our guest; leave it out beside --profile-file or --image")
+    if profile_file is not None:
+        work = _read_workload(profile_file)
+    elif own is not None:
+        work = unscripted(own_name(named))
+    elif plan:
+        spec = read_plan(plan)
+        return _Task(spec=spec, sessions=build_sessions(spec))
+    else:
+        raise UsageError("name what to record: --plan smoke, --profile-file FILE or --image DISK --driver SCRIPT")
+    if own is not None:
+        return _Task(spec=work.spec, sessions=build_own_sessions(work, hosts=(own.shape.host_id,), alone=True))
+    scripts = {f"{work.profile.name}/{sample}/{phase}": text for (sample, phase), text in work.scripts.items()}
+    # A sample of which no phase has a script is still one that the guest must know.
+    scripts |= {f"{work.profile.name}/{sample.name}/about": sample.about for sample in work.profile.samples}
+    return _Task(spec=work.spec, sessions=build_own_sessions(work), scripts=scripts)
+
+
+def _read_workload(path: Path) -> Workload:
+    from phasewatch.errors import PlanError
+    from phasewatch.record.workload import parse_workload
+
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise PlanError(f"{path}: not a readable file: {exc}") from exc
+    return parse_workload(text, where=str(path))
+
+
+def _plan_rows(sessions: list[Session]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for number, session in enumerate(sessions):
+        for slot in session.slots:
+            phases = " ".join(f"{phase}:{seconds:.0f}" for phase, seconds in slot.phases)
+            agent = "agent" if slot.agent else ""
+            load = f"+{slot.background}" if slot.background else ""
+            rows.append((str(number), slot.host_id, str(slot.role), f"{slot.profile}/{slot.sample_name}{load}", agent, f"{slot.duration_s:.0f} s", phases))  # fmt: skip
+    return rows

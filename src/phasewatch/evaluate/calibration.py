@@ -1,0 +1,153 @@
+"""Whether probabilities mean what they say: reliability by bin, how often decisions flip, and what abstaining would leave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch import measures
+from phasewatch.evaluate import bootstrap
+from phasewatch.evaluate.bootstrap import Floats
+from phasewatch.evaluate.rows import MetricRow
+from phasewatch.evaluate.said import Board, Joined, Said
+from phasewatch.evaluate.scope import (
+    Answer,
+    Kept,
+    Place,
+    Scope,
+    draw,
+    keep_resamples,
+    mean_over_seeds,
+    models_of,
+    span,
+)
+from phasewatch.vocab import BIN_NS, STRIDE_BINS
+
+KEEP = 0.9  # of validation B's windows are decided; the threshold that does that is then used on the test
+STRIDE_NS = BIN_NS * STRIDE_BINS
+PER_MINUTE = 60e9 / STRIDE_NS
+
+
+def calibration_rows(place: Place, scope: Scope) -> Iterator[MetricRow]:
+    """Give reliability by bin of confidence, and flips per minute, of each model and of the truth."""
+    counts, kept = scope.counts(), keep_resamples(scope)
+    pairs = _pairs(scope)
+    yield _flips(place, scope, kept, [scope.shown.y_true], pairs, None)
+    for model, answers in models_of(scope).items():
+        yield _flips(place, scope, kept, [a.y_pred for a in answers], pairs, model)
+        by_cluster = [bootstrap.sums(scope.clusters, _bins(scope, a)) for a in answers]
+        drawn = draw(scope, kept, by_cluster)
+        n = measures.ECE_BINS
+        total = np.mean([s.sum(axis=0) for s in by_cluster], axis=0)
+        for b in np.flatnonzero(total[2 * n :] > 0):
+            draws = None if drawn is None else mean_over_seeds([_ratio(d[:, n + b], d[:, 2 * n + b]) for d in drawn])
+            if draws is not None:
+                draws = draws[~np.isnan(draws)]
+            some = draws is not None and 2 * len(draws) >= len(drawn[0] if drawn else ())
+            ends = span(draws if some else None, kept)
+            yield place.row(
+                metric="reliability", model=model, seed="mean", x=round(float(total[b] / total[2 * n + b]), 10),
+                value=float(total[n + b] / total[2 * n + b]), **ends,
+                **{**counts, "n_windows": round(float(total[2 * n + b]))},
+            )  # fmt: skip
+
+
+def _bins(scope: Scope, answer: Answer) -> Floats:
+    """Give each window's confidence, whether it was right, and 1, in its bin's columns, ``(n, 45)``."""
+    p, n = answer.probabilities, measures.ECE_BINS
+    columns = np.zeros((len(p), 3 * n))
+    at, of = np.arange(len(p)), measures.ece_bin(p)
+    columns[at, of] = p.max(axis=1)
+    columns[at, n + of] = answer.y_pred == scope.shown.y_true
+    columns[at, 2 * n + of] = 1.0
+    return columns
+
+
+def _pairs(scope: Scope) -> NDArray[np.bool_]:
+    """Mark the windows that come one stride after the one before, of the same episode."""
+    shown = scope.shown
+    follows = np.zeros(len(shown), np.bool_)
+    same = shown.episode_id[1:] == shown.episode_id[:-1]
+    follows[1:] = same.astype(np.bool_) & (np.diff(shown.t_center_ns) == STRIDE_NS)
+    return follows
+
+
+def _flips(
+    place: Place, scope: Scope, kept: Kept, decisions: Sequence[NDArray[np.int64]],
+    pairs: NDArray[np.bool_], model: str | None,
+) -> MetricRow:  # fmt: skip
+    columns = []
+    for decided in decisions:
+        changed = np.zeros(len(decided))
+        changed[1:] = decided[1:] != decided[:-1]
+        columns.append(bootstrap.sums(scope.clusters, np.column_stack([changed * pairs, pairs.astype(np.float64)])))
+    drawn = draw(scope, kept, columns)
+    draws = None if drawn is None else mean_over_seeds([PER_MINUTE * _ratio(d[:, 0], d[:, 1]) for d in drawn])
+    values = [_ratio(c[:, 0].sum(keepdims=True), c[:, 1].sum(keepdims=True))[0] for c in columns]
+    value = float(PER_MINUTE * np.mean(values))
+    metric = "flips_per_minute" if model else "true_flips_per_minute"
+    if np.isnan(value):
+        return place.row(
+            metric=metric, model=model, value=None, why="no two windows in a row", unit="1/min", **scope.counts()
+        )
+    return place.row(
+        metric=metric, model=model, seed="mean" if model else None, value=value, unit="1/min", **span(draws, kept),
+        **scope.counts(),
+    )  # fmt: skip
+
+
+def abstention_rows(place: Place, scope: Scope, thresholds: Mapping[tuple[str, int], Floats]) -> Iterator[MetricRow]:
+    """Give what share of windows each model would leave undecided, and how often it is right with and without.
+
+    Args:
+        place: Of the rows.
+        scope: The test windows.
+        thresholds: (model, seed) → ``(n,)`` for each window the least confidence that its fold's model decides at.
+    """
+    counts, kept = scope.counts(), keep_resamples(scope)
+    for model, answers in models_of(scope).items():
+        own = [a for a in answers if (a.model, a.seed) in thresholds]
+        if not own:
+            continue
+        columns = []
+        for a in own:
+            right = (a.y_pred == scope.shown.y_true).astype(np.float64)
+            decided = (a.probabilities.max(axis=1) >= thresholds[a.model, a.seed]).astype(np.float64)
+            columns.append(np.column_stack([1 - decided, right * decided, right, decided, np.ones(len(right))]))
+        by_cluster = [bootstrap.sums(scope.clusters, c) for c in columns]
+        drawn = draw(scope, kept, by_cluster)
+        for metric, above, below in (("abstained", 0, 4), ("accuracy_decided", 1, 3), ("accuracy", 2, 4)):
+            values = [_ratio(c[:, above].sum(keepdims=True), c[:, below].sum(keepdims=True))[0] for c in by_cluster]
+            draws = None if drawn is None else mean_over_seeds([_ratio(d[:, above], d[:, below]) for d in drawn])
+            value = float(np.mean(values))
+            if np.isnan(value):
+                yield place.row(
+                    metric=metric, model=model, seed="mean", value=None, why="no window is decided", **counts
+                )
+                continue
+            if draws is not None:
+                draws = draws[~np.isnan(draws)]
+            yield place.row(metric=metric, model=model, seed="mean", value=value, **span(draws, kept), **counts)
+
+
+def least_confidence(joined: Joined, board: Board, val_b: Board | None) -> dict[tuple[str, int], Floats]:
+    """Give each test window the confidence below which its fold's model keeps silent; models without validation B are left out."""
+    firsts = {s.fold: s for s in reversed(board.said)}
+    fold_of = {key: fold for fold, s in firsts.items() for key in s.shown.window_ids()}
+    folds = [fold_of[key] for key in joined.shown.window_ids()]
+    found: dict[tuple[str, int], Floats] = {}
+    for a in joined.answers:
+        own: dict[str, Said] = {
+            s.fold: s for s in (val_b.said if val_b else ()) if (s.model, s.seed) == (a.model, a.seed)
+        }
+        if set(folds) <= set(own):
+            at = {f: float(np.quantile(own[f].answer.probabilities.max(axis=1), 1 - KEEP)) for f in set(folds)}
+            found[a.model, a.seed] = np.array([at[f] for f in folds])
+    return found
+
+
+def _ratio(above: Floats, below: Floats) -> Floats:
+    found: Floats = np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0)
+    return found

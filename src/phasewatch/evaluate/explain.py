@@ -1,0 +1,216 @@
+"""What a model looks at: a channel's worth on the held-out set by permuting it, and the channels behind one decision."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch.channels import CHANNELS
+from phasewatch.dataset import Sets, read_folds
+from phasewatch.errors import PhasewatchError, RunError
+from phasewatch.evaluate import bootstrap
+from phasewatch.evaluate.board import scope_of
+from phasewatch.evaluate.rows import Headline, MetricRow
+from phasewatch.evaluate.scope import (
+    Answer,
+    Place,
+    Rules,
+    Shown,
+    keep_resamples,
+    mean_over_seeds,
+    score_answers,
+    span,
+    tested,
+)
+from phasewatch.models import registry
+from phasewatch.models.base import InputKind, Inputs, PhaseModel
+from phasewatch.split import Fold
+from phasewatch.train.cell import Cell
+from phasewatch.train.cells import read_sets
+from phasewatch.train.predictions import NO_FILTER
+from phasewatch.vocab import PHASES
+
+REPEATS = 3  # permutations of a channel, averaged
+WHOLE = "whole"
+TOP = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reason:
+    """One channel behind a decision.
+
+    Attributes:
+        value: Its mean over the window, in `unit`; None where nothing was known.
+        drop: How much less likely the decided phase is when the channel says nothing.
+    """
+
+    channel: str
+    value: float | None
+    unit: str
+    drop: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Why:
+    """What was decided of one window, and the channels that it hangs on most, first the heaviest."""
+
+    decided: str
+    probability: float
+    truth: str
+    reasons: tuple[Reason, ...]
+
+
+def importance_rows(run: Path, place: Headline, rules: Rules) -> Iterator[MetricRow]:
+    """Give for each channel how much macro-F1 is lost on the held-out windows when it is permuted within its fold.
+
+    Args:
+        run: A run with the checkpoints of the place's model over all folds of its recipe.
+        place: Whose.
+        rules: How intervals are drawn.
+    """
+    where = Place(
+        recipe=place.recipe, fold="pooled", threat=place.threat, table=place.table, filter=NO_FILTER, agent=place.agent
+    )
+    try:
+        said = [_permuted(run, place, fold) for fold in read_folds(run, place.recipe)]
+    except PhasewatchError:  # its words name folders, which are no part of a number
+        words = f"no importance of channels: not each fold's checkpoint of {place.model} can be asked again"
+        yield where.row(metric="note", model=place.model, why=words)
+        return
+    said = [one for one in said if len(one[0])]
+    if not said:
+        return
+    shown = Shown(**{name: np.concatenate([getattr(s, name) for s, _ in said]) for name in Shown.__slots__})
+    channels = [name for name in dict.fromkeys(name for _, answers in said for name, _ in answers) if name != WHOLE]
+    for channel in channels:
+        keys = [(WHOLE, 0), *((channel, r) for r in range(REPEATS))]
+        answers = [
+            Answer(
+                model=name, seed=seed, probabilities=np.zeros((0, len(PHASES))),
+                y_pred=np.concatenate([own[name, seed] for _, own in said]),
+            )
+            for name, seed in keys
+        ]  # fmt: skip
+        scope = scope_of(shown, answers, rules)
+        kept = keep_resamples(scope)
+        scored = score_answers(scope, kept)
+        (whole,), permuted = scored[WHOLE], scored[channel]
+        lost = whole.point.macro_f1 - np.mean([s.point.macro_f1 for s in permuted])
+        after = mean_over_seeds([None if s.draws is None else s.draws.macro_f1 for s in permuted])
+        draws = None if after is None or whole.draws is None else whole.draws.macro_f1 - after
+        p = {} if draws is None else {"p": bootstrap.paired_p(draws)}
+        yield where.row(
+            metric=f"macro_f1_permuted_gap@{tested(scope, rules)}", model=place.model, seed="mean", vs=channel,
+            value=float(lost), **p, **span(draws, kept), **scope.counts(),
+        )  # fmt: skip
+
+
+def _permuted(run: Path, place: Headline, fold: Fold) -> tuple[Shown, dict[tuple[str, int], NDArray[np.int64]]]:
+    """Ask one fold's model of its test windows as they are, and with each channel permuted over them."""
+    cell = Cell(recipe=place.recipe, fold=fold.fold, threat=place.threat, model=place.model, table=place.table)
+    model, sets = _load(run, cell)
+    test = sets.test.take(sets.test.windows.where(lambda e: e.agent is (place.agent == "on")))
+    of = [test.windows.episodes[i] for i in test.windows.of]
+    texts = {
+        "episode_id": [e.episode_id for e in of], "session": [e.session for e in of], "host_id": [e.host_id for e in of],
+        "profile": [e.profile for e in of], "sample_name": [e.sample_name for e in of],
+        "origin": [str(e.origin) for e in of], "agent": [place.agent] * len(of),
+    }  # fmt: skip
+    shown = Shown(
+        **{name: np.array(values, dtype=object) for name, values in texts.items()},
+        t_center_ns=test.windows.t_center_ns, y_true=test.y,
+    )  # fmt: skip
+    if not len(test):
+        return shown, {}
+    answers = {(WHOLE, 0): model.predict(test.inputs)}
+    for channel, columns in columns_of(test.inputs).items():
+        for repeat in range(REPEATS):
+            rng = _rng(channel, repeat)
+            x = test.x.copy()
+            x[:, columns] = x[rng.permutation(len(x))][:, columns]
+            answers[channel, repeat] = model.predict(Inputs(x=x, spec=test.inputs.spec))
+    return shown, answers
+
+
+def _load(run: Path, cell: Cell) -> tuple[PhaseModel, Sets]:
+    return registry.load(cell.folder(run)), read_sets(run, cell)
+
+
+def _rng(channel: str, repeat: int) -> np.random.Generator:
+    return np.random.default_rng([repeat, int.from_bytes(hashlib.sha256(channel.encode()).digest()[:8], "big")])
+
+
+def columns_of(inputs: Inputs) -> dict[str, list[int]]:
+    """Give each channel's columns: the five stats of a table, the one row of a tensor."""
+    found: dict[str, list[int]] = {}
+    for i, name in enumerate(inputs.spec.names):
+        channel = name if inputs.spec.kind is InputKind.TENSOR else name.rpartition(".")[0]
+        found.setdefault(channel, []).append(i)
+    return found
+
+
+def why(run: Path, cell: Cell, episode_id: str, at_s: float) -> Why:
+    """Say which channels a cell's decision on one test window hangs on.
+
+    Args:
+        run: The run.
+        cell: Whose decision.
+        episode_id: A test episode of the cell's fold.
+        at_s: Seconds since the first label; the window whose middle is nearest is taken.
+
+    Raises:
+        RunError: If the fold does not test that episode.
+    """
+    model, sets = _load(run, cell)
+    mine = sets.test.windows.where(lambda e: e.episode_id == episode_id)
+    if not mine.any():
+        raise RunError(
+            f"{cell.recipe}, fold {cell.fold}: does not test episode {episode_id}; name one of its {len(sets.test.windows.episodes)} episodes"
+        )
+    test = sets.test.take(mine)
+    nearest = int(np.abs(test.windows.t_center_s - at_s).argmin())
+    return reasons_of(model, Inputs(x=test.x[nearest : nearest + 1], spec=test.inputs.spec), int(test.y[nearest]))
+
+
+def reasons_of(model: PhaseModel, inputs: Inputs, truth: int, *, top: int = TOP) -> Why:
+    """Take each channel's word away in turn, as if it had not been known, and see what that does to the decision.
+
+    Args:
+        model: Any.
+        inputs: One window.
+        truth: Its phase code.
+        top: So many channels.
+    """
+    columns = columns_of(inputs)
+    x = np.repeat(inputs.x, 1 + len(columns), axis=0)
+    for i, own in enumerate(columns.values(), 1):
+        x[i, own] = np.nan
+    p = model.predict_proba(Inputs(x=x, spec=inputs.spec))
+    decided = int(p[0].argmax())
+    drops = p[0, decided] - p[1:, decided]
+    units = {c.full_name: c.unit for c in CHANNELS}
+    names = list(columns)
+    order = sorted(range(len(names)), key=lambda i: (-drops[i], names[i]))[:top]
+    return Why(
+        decided=str(PHASES[decided]), probability=float(p[0, decided]), truth=str(PHASES[truth]),
+        reasons=tuple(
+            Reason(
+                channel=names[i], value=_value(inputs, columns[names[i]]), unit=units.get(names[i], "1"), drop=float(drops[i])
+            )
+            for i in order
+        ),
+    )  # fmt: skip
+
+
+def _value(inputs: Inputs, columns: Sequence[int]) -> float | None:
+    """Give a channel's mean over the window: of a table the first of its stats, of a tensor the mean of what is known."""
+    own = np.asarray(inputs.x[0, list(columns)], np.float64).ravel()
+    if inputs.spec.kind is InputKind.TABLE:
+        return float(own[0]) if np.isfinite(own[0]) else None
+    known = own[np.isfinite(own)]
+    return float(known.mean()) if len(known) else None

@@ -1,0 +1,93 @@
+"""Bring your own: a scikit-learn classifier of tables, or an aeon-style one of collections ``(n, c, t)``.
+
+An author writes a class with a key and one method::
+
+    class Forest(TableAdapter):
+        key = "forest"
+
+        def make(self, seed):
+            return RandomForestClassifier(500, class_weight="balanced", random_state=seed)
+
+and trains it by ``phasewatch train RUN --model my_module:Forest``, or names it in the entry points
+``phasewatch.models`` of a package.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch.errors import RunError, UsageError
+from phasewatch.measures import N_CLASSES
+from phasewatch.models.base import Examples, Floats, InputKind, Persist, PhaseModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoSettings:
+    """What can be set is up to the author's class."""
+
+
+class _Adapter(PhaseModel):
+    """What both share: train's medians for what is missing, the classifier's classes mapped to phases.
+
+    Attributes:
+        imputes: Fill missing values; False for a classifier that takes NaN as it comes.
+    """
+
+    Config: ClassVar[type] = NoSettings
+    persist: ClassVar[Persist] = "none"
+    imputes: ClassVar[bool] = True
+
+    @abstractmethod
+    def make(self, seed: int) -> Any:
+        """Give a classifier that is not fitted: ``fit(X, y)``, ``predict_proba(X)`` or ``predict(X)``, ``classes_``."""
+
+    def _fit(self, train: Examples, val: Examples) -> None:
+        x = train.inputs.x
+        columns = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1)
+        known = np.isfinite(columns)
+        self._fill = np.array([np.median(c[k]) if k.any() else 0.0 for c, k in zip(columns, known, strict=True)])
+        self._classifier = self.make(self.seed)
+        self._classifier.fit(self._filled(x), train.y)
+
+    def _predict_proba(self, x: NDArray[np.float32]) -> Floats:
+        told = np.zeros((len(x), N_CLASSES))
+        if hasattr(self._classifier, "predict_proba"):
+            told[:, np.asarray(self._classifier.classes_, np.intp)] = self._classifier.predict_proba(self._filled(x))
+        else:
+            told[np.arange(len(x)), np.asarray(self._classifier.predict(self._filled(x)), np.intp)] = 1.0
+        if told.shape[0] and not (np.isfinite(told).all() and (told >= 0).all()):
+            raise UsageError(f"model {self.key}: its classifier gives probabilities below 0 or not finite")
+        # A classifier that is sure of everything would make the log loss of one mistake unbounded.
+        return told + 1e-6 * np.isin(np.arange(N_CLASSES), self.seen)
+
+    def _filled(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
+        values = x.astype(np.float64)
+        if not self.imputes:
+            return values
+        fill = self._fill.reshape(-1, *([1] * (x.ndim - 2)))
+        filled: Floats = np.where(np.isfinite(values), values, fill)
+        return filled
+
+    def _files(self) -> Mapping[str, bytes]:
+        return {}
+
+    def _restore(self, files: Mapping[str, bytes]) -> None:
+        raise RunError(f"model {self.key} keeps no weights: it is scored by the process that fitted it")
+
+
+class TableAdapter(_Adapter):
+    """A scikit-learn classifier over the five stats of each channel, ``(n, f)``."""
+
+    kind = InputKind.TABLE
+
+
+class CollectionAdapter(_Adapter):
+    """A classifier of collections in aeon's form over the window's bins, ``(n, c, t)``."""
+
+    kind = InputKind.TENSOR

@@ -1,0 +1,54 @@
+"""TOML of ours to a typed value; a key that nobody knows is named together with the nearest that somebody does (pure)."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any, TypeVar, get_args
+
+import msgspec
+
+from phasewatch.errors import PlanError
+
+_T = TypeVar("_T", bound=msgspec.Struct)
+_UNKNOWN = re.compile(r"unknown field `([^`]*)`")
+
+
+def parse_toml(text: str, into: type[_T], *, where: str) -> _T:
+    """Read a TOML file into a struct that forbids unknown fields.
+
+    Args:
+        text: The file's content.
+        into: What it shall be.
+        where: Its name, for messages.
+
+    Raises:
+        PlanError: If it is not TOML, or a key is unknown, missing or of another type.
+    """
+    try:
+        return msgspec.convert(tomllib.loads(text), into)
+    except tomllib.TOMLDecodeError as exc:
+        raise PlanError(f"{where}: not TOML: {exc}") from exc
+    except msgspec.ValidationError as exc:
+        raise PlanError(f"{where}: {exc}{_nearest(str(exc), into)}") from exc
+
+
+def _nearest(words: str, into: type[msgspec.Struct]) -> str:
+    match = _UNKNOWN.search(words)
+    if match is None:
+        return ""
+    names = sorted({name for struct in _structs(into) for name in struct.__struct_fields__})
+    near = get_close_matches(match[1], names, n=2)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; known keys: {', '.join(names)}"
+
+
+def _structs(kind: Any) -> Iterator[type[msgspec.Struct]]:
+    """Give a struct and all structs that its fields hold."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        yield kind
+        for field in msgspec.structs.fields(kind):
+            yield from _structs(field.type)
+    for part in get_args(kind):
+        yield from _structs(part)

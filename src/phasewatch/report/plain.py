@@ -1,0 +1,112 @@
+"""The page without pictures: as Markdown for pull requests and results in a repository, as JSON for machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from phasewatch.report.blocks import Block, Page, Table
+
+LONGEST = 60  # rows of a table in Markdown; the rest is counted, and stands in the JSON
+
+
+def render_markdown(page: Page) -> str:
+    """Give the page as Markdown; what comes from data can open no link, tag or table cell."""
+    return "\n".join(_lines(page)).rstrip() + "\n"
+
+
+def render_json(page: Page) -> str:
+    """Give the page as one JSON document, figures left out: their numbers are in the tables."""
+    return json.dumps({"result": _plain(page)}, indent=1, ensure_ascii=True) + "\n"
+
+
+def _lines(page: Page) -> Iterator[str]:
+    claim = page.claim
+    yield from (f"# {_text(claim.words)}", "")
+    if claim.line:
+        yield from (f"> {_text(claim.line)}", "")
+    yield from (f"Origin: {_text(page.origin)}.", "", _text(claim.verdict), "")
+    if claim.tiles:
+        rows = tuple((t.name, t.value, t.interval, t.about) for t in claim.tiles)
+        columns = ("", "value", "95 % interval", "what it is")
+        yield from _table(Table(columns=columns, numeric=(False, True, False, False), rows=rows))
+    yield from (f"- {_text(notice)}" for notice in page.notices)
+    for section in page.sections:
+        yield from ("", f"## {_text(section.title)}", "")
+        if section.lead:
+            yield from (_text(section.lead), "")
+        yield from (f"- {_text(point)}" for point in section.points)
+        for block in section.blocks:
+            yield from _block(block)
+
+
+def _block(block: Block) -> Iterator[str]:
+    if block.key.startswith("ribbon"):
+        return  # a picture of one episode, window by window: nothing for a text
+    yield from ("", f"### {_text(block.title)}", "")
+    yield from (_text(sentence) for sentence in block.sentences)
+    if block.absent:
+        yield f"*{_text(block.absent)}*"
+    if block.table:
+        yield ""
+        yield from _table(block.table)
+    if block.command:
+        yield from ("", f"Again: `{block.command}`")
+
+
+def _table(table: Table) -> Iterator[str]:
+    yield "| " + " | ".join(_cell(c) for c in table.columns) + " |"
+    yield "|" + "|".join("---:" if numeric else "---" for numeric in table.numeric) + "|"
+    for row in table.rows[:LONGEST]:
+        yield "| " + " | ".join(_cell(c) for c in row) + " |"
+    if len(table.rows) > LONGEST:
+        yield from ("", f"… and {len(table.rows) - LONGEST} more rows in the page itself.")
+    yield ""
+
+
+def _text(words: str) -> str:
+    """Make words harmless outside code: `<`, `[`, `*` and their like are written out, `code` stays code."""
+    parts = words.split("`")
+    if len(parts) % 2 == 0:  # an odd backtick is one from data
+        return _escaped(words)
+    return "".join(f"`{_line(part)}`" if i % 2 else _escaped(part) for i, part in enumerate(parts))
+
+
+def _cell(words: str) -> str:
+    return _escaped(words)
+
+
+def _escaped(words: str) -> str:
+    return "".join(f"\\{c}" if c in "\\`*_<>[]|#" else c for c in _line(words))
+
+
+def _line(words: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in words)
+
+
+def _plain(page: Page) -> dict[str, Any]:
+    claim = page.claim
+    return {
+        "origin": page.origin,
+        "claim": {
+            "words": claim.words, "line": claim.line, "verdict": claim.verdict, "holds": claim.holds,
+            "tiles": [{"name": t.name, "value": t.value, "interval": t.interval, "about": t.about} for t in claim.tiles],
+        },
+        "notices": list(page.notices),
+        "sections": [
+            {
+                "key": s.key, "title": s.title, "lead": s.lead, "points": list(s.points),
+                "blocks": [
+                    {
+                        "key": b.key, "title": b.title, "sentences": list(b.sentences), "absent": b.absent, "command": b.command,
+                        "table": None if b.table is None else {
+                            "columns": list(b.table.columns), "rows": [list(row) for row in b.table.rows],
+                        },
+                    }
+                    for b in s.blocks
+                ],
+            }
+            for s in page.sections
+        ],
+    }  # fmt: skip

@@ -1,0 +1,105 @@
+"""What every store can do, whatever it lies on, and the one place that turns a folder or a URI into a store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Protocol
+
+from phasewatch.errors import StoreError
+from phasewatch.store.disk import DiskStore, StoreItem
+
+__all__ = ["Incoming", "Store", "StoreItem", "is_loopback", "open_store"]
+
+
+class Incoming(Protocol):
+    """A bundle on its way in: seen by nobody before `publish`, gone after `drop`."""
+
+    def write(self, data: bytes) -> None:
+        """Take the next bytes."""
+
+    def content(self) -> bytes:
+        """Give all bytes written so far."""
+
+    def publish(self, digest: str) -> bool:
+        """Put the bundle and then its receipt into the store, both durable when this returns.
+
+        Args:
+            digest: The sha256 of what was written, in hex.
+
+        Returns:
+            Whether the bundle is new; False if the same bytes stood there already.
+
+        Raises:
+            TakenError: If other bytes stand under the id.
+        """
+
+    def drop(self) -> None:
+        """Forget it; after `publish` there is nothing left to forget."""
+
+
+class Store(Protocol):
+    """A place of bundles: written once, each with its receipt, walked in one order."""
+
+    def put(self, host_id: str, episode_id: str, data: bytes) -> object:
+        """Store a bundle, then its receipt; the same bytes may come again."""
+
+    def walk(self) -> Iterator[StoreItem]:
+        """Give everything that lies where a bundle should be, by folder, then by file name."""
+
+    def read(self, item: StoreItem) -> bytes:
+        """Read one bundle, never more than a bundle may hold."""
+
+    def find(self, host_id: str, episode_id: str) -> StoreItem | None:
+        """Give what stands under an id; None if neither bundle nor receipt does."""
+
+    def receive(self, host_id: str, episode_id: str) -> Incoming:
+        """Begin a bundle; only inside `receiving`."""
+
+    def receiving(self) -> AbstractContextManager[None]:
+        """Hold the store for a receiver, alone; what an earlier one left half done is removed."""
+
+    def tidy(self, *, older_than_s: float) -> int:
+        """Remove what killed writers left that long ago, and say how much."""
+
+    def write_status(self, host_id: str, episode_id: str, text: bytes) -> None:
+        """Write what admission said of a bundle beside it."""
+
+    def has_status(self, host_id: str, episode_id: str) -> bool:
+        """Whether admission's word on a bundle stands beside it."""
+
+    def free_bytes(self) -> int | None:
+        """Give the room that is left; None where nobody can say."""
+
+    def held(self, host_id: str) -> list[tuple[float, int]]:
+        """Give when (Unix seconds) each bundle of a host came, and its size in bytes."""
+
+
+def open_store(place: str | Path) -> Store:
+    """Open a store by its folder, ``file://`` or ``s3://bucket/prefix``; nothing is touched yet.
+
+    Raises:
+        StoreError: If the URI is of another kind.
+    """
+    scheme, separator, rest = str(place).partition("://")
+    if not separator:
+        return DiskStore(place)
+    if scheme == "file":
+        return DiskStore(Path(rest))
+    if scheme == "s3":
+        from phasewatch.store.objects import ObjectStore
+
+        return ObjectStore(str(place))
+    raise StoreError(
+        f"{place}: no store can be of kind {scheme}://; name a folder, file:///folder or s3://bucket/prefix"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's own, so that what goes there crosses no network."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False

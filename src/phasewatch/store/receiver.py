@@ -1,0 +1,285 @@
+"""The receiver's answers: a bundle is acknowledged when it, its receipt and their folder are on the disk, never before."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from hashlib import sha256
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from phasewatch.errors import PhasewatchError, TakenError
+from phasewatch.store.admission import Arrival, Gate, Judge, Judgement
+from phasewatch.store.base import Incoming, Store
+from phasewatch.store.digests import parse_digest, render_digest
+from phasewatch.store.disk import MALFORMED, SUFFIX, render_receipt
+from phasewatch.store.room import Bounds, Room
+from phasewatch.store.tokens import Token, host_of
+from phasewatch.vocab import EPISODE_ID, HOST_ID
+
+PATH = "/v1/episodes/{host_id}/{episode_id}"
+# The stored bundle's digest, spelled as in Content-Digest: the answer to a HEAD has no body to carry it.
+RECEIPT_HEADER = "Phasewatch-Receipt"
+TIDY_S = 600.0
+OLD_S = 86_400.0  # an unfinished write of that age has no living writer
+CLOSED = 499  # the client went away; only the log sees it
+
+_PIECE_BYTES = 256 << 10
+_THREADS = 16  # fsync waits for the disk, not for a core
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+T = TypeVar("T")
+Log = Callable[[dict[str, Any]], None]
+
+
+class _Refused(Exception):
+    """An answer that is not yes."""
+
+    def __init__(self, status: int, words: str, **headers: str) -> None:
+        self.status, self.words, self.headers = status, words, headers
+        super().__init__(words)
+
+
+class Receiver:
+    """Takes bundles over HTTP into a store; `app` is what a server runs."""
+
+    def __init__(
+        self,
+        store: Store,
+        tokens: Sequence[Token],
+        *,
+        bounds: Bounds,
+        log: Log,
+        judge: Judge | None = None,
+        refuse: frozenset[str] = frozenset(),
+    ) -> None:
+        """Set up; nothing is touched yet.
+
+        Args:
+            store: Where bundles go; the caller holds it by `Store.receiving`.
+            tokens: Who may send.
+            bounds: How much.
+            log: Takes one record a request; it never holds a token or a body.
+            judge: Looks at each bundle before it is stored; None stores unseen.
+            refuse: Statuses that are answered 422 and not stored; others are kept, as evidence.
+        """
+        self._store, self._tokens, self._bounds, self._log = store, tokens, bounds, log
+        self._gate = Gate(judge) if judge else None
+        self._refuse = refuse
+        self._room = Room(bounds)
+        self._threads = ThreadPoolExecutor(_THREADS)
+        routes = [
+            Route(PATH, self._episode, methods=["GET", "PUT"]),
+            Route("/healthz", self._health, methods=["GET", "HEAD"]),
+        ]
+        app = Starlette(routes=routes, lifespan=self._alive, exception_handlers={HTTPException: _not_here})
+        app.router.redirect_slashes = False
+        self.app: ASGIApp = self._logged(app)
+
+    @asynccontextmanager
+    async def _alive(self, app: Starlette) -> AsyncIterator[None]:
+        """Look for old leftovers now and then, as long as the server runs."""
+
+        async def tidy() -> None:
+            while True:
+                with suppress(OSError, PhasewatchError):  # uploads will meet the same fault, and say so
+                    await self._in_thread(partial(self._store.tidy, older_than_s=OLD_S))
+                await asyncio.sleep(TIDY_S)
+
+        task = asyncio.create_task(tidy())
+        yield
+        task.cancel()
+        self._threads.shutdown()
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _logged(self, app: ASGIApp) -> ASGIApp:
+        """Write one record a request: who, what, how it ended; no header, no query, no body."""
+
+        async def logged(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http":
+                await app(scope, receive, send)
+                return
+            began_s, note = time.monotonic(), {"status": CLOSED}
+            scope["phasewatch"] = note
+
+            async def sent(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    note["status"] = message["status"]
+                await send(message)
+
+            try:
+                await app(scope, receive, sent)
+            finally:
+                client = scope.get("client") or ("", 0)
+                head = {"client": client[0], "method": scope["method"], "path": scope["path"][:200]}
+                self._log({**head, **note, "ms": round((time.monotonic() - began_s) * 1e3, 1)})
+
+        return logged
+
+    async def _episode(self, request: Request) -> Response:
+        """Answer for one episode, to its own host alone; whatever goes wrong becomes an answer too."""
+        try:
+            host_id, episode_id = request.path_params["host_id"], request.path_params["episode_id"]
+            if not HOST_ID.fullmatch(host_id) or not EPISODE_ID.fullmatch(episode_id):
+                raise _Refused(404, "no host_id/episode_id of a bundle")
+            sender = host_of(self._tokens, request.headers.get("authorization", ""))
+            if sender is None:
+                raise _Refused(401, "no token, or an unknown one", **{"WWW-Authenticate": "Bearer"})
+            request.scope["phasewatch"]["host"] = sender
+            if sender != host_id:
+                raise _Refused(403, "this token writes another host")
+            answer = self._put if request.method == "PUT" else self._get
+            return await answer(request, host_id, episode_id)
+        except _Refused as refused:
+            return _problem(request, refused)
+        except TakenError:
+            return _problem(request, _Refused(409, "other bytes already stand under this id"))
+        except ClientDisconnect:
+            request.scope["phasewatch"]["why"] = "the client went away"
+            return Response(status_code=CLOSED)  # nobody reads it
+        except OSError as exc:
+            if exc.errno in _FULL:
+                return _problem(request, _Refused(507, "no room on the store's disk", **{"Retry-After": "60"}))
+            return _problem(request, _Refused(500, f"the store failed: {exc.strerror}"))
+        except PhasewatchError as error:
+            request.scope["phasewatch"]["detail"] = str(error)
+            return _problem(request, _Refused(500, "the store failed"))
+
+    async def _health(self, request: Request) -> Response:
+        try:
+            free = await self._in_thread(self._store.free_bytes)
+            is_full = free is not None and free < self._bounds.floor_bytes
+            status = "no room" if is_full else "ok"
+        except OSError:
+            status = "the store is out of reach"
+        said = {"status": status, "in_flight": self._room.in_flight}
+        return JSONResponse(said, status_code=200 if status == "ok" else 503)
+
+    async def _get(self, request: Request, host_id: str, episode_id: str) -> Response:
+        item = await self._in_thread(partial(self._store.find, host_id, episode_id))
+        if item is None or item.is_missing or item.receipt in (None, MALFORMED):
+            raise _Refused(404, "no receipt for this episode")
+        return _receipt(200, str(item.receipt), episode_id)
+
+    async def _put(self, request: Request, host_id: str, episode_id: str) -> Response:
+        size, digest = _read_length(request, self._bounds.bundle_bytes), _read_digest(request)
+        item = await self._in_thread(partial(self._store.find, host_id, episode_id))
+        if item and item.receipt not in (None, MALFORMED, digest):
+            raise _Refused(409, "other bytes already stand under this id")
+        free = await self._in_thread(self._store.free_bytes)
+        if self._room.must_learn(host_id):
+            self._room.learn(host_id, await self._in_thread(partial(self._store.held, host_id)))
+        refusal = self._room.take(host_id, size, now_s=time.time(), free_bytes=free)
+        if refusal:
+            raise _Refused(refusal.status, refusal.words, **{"Retry-After": str(refusal.retry_after_s)})
+        stored_s = None
+        try:
+            is_new = await self._take(request, host_id, episode_id, size, digest)
+            stored_s = time.time() if is_new else None
+        finally:
+            self._room.give_back(host_id, size, stored_s=stored_s)
+        return _receipt(201 if is_new else 200, digest, episode_id)
+
+    async def _take(self, request: Request, host_id: str, episode_id: str, size: int, digest: str) -> bool:
+        """Stream a body aside, verify it, and publish it; give whether the bundle is new."""
+        incoming = await self._in_thread(partial(self._store.receive, host_id, episode_id))
+        try:
+            found = await self._stream(request, incoming, size)
+            if found != digest:
+                raise _Refused(400, "the body's sha256 is not the one that Content-Digest tells")
+            judgement = await self._judge(incoming, host_id, episode_id, digest)
+            if judgement and judgement.status in self._refuse:
+                request.scope["phasewatch"]["judged"] = judgement.status
+                raise _Refused(422, f"{judgement.status}: {', '.join(judgement.reasons)}: {judgement.detail}")
+            is_new = await self._in_thread(partial(incoming.publish, digest))
+            if judgement:
+                request.scope["phasewatch"]["judged"] = judgement.status
+                text = judgement.render(digest=digest)
+                await self._in_thread(partial(self._store.write_status, host_id, episode_id, text))
+            return is_new
+        finally:
+            await self._in_thread(incoming.drop)
+
+    async def _stream(self, request: Request, incoming: Incoming, size: int) -> str:
+        """Write the body as it comes and give its sha256; too much, too little and too slow are refused."""
+        hasher, held, taken = sha256(), bytearray(), 0
+        note = request.scope["phasewatch"]
+        body = request.stream()
+        try:
+            async with asyncio.timeout(self._bounds.deadline_s(size)):
+                while piece := await asyncio.wait_for(anext(body, b""), self._bounds.silence_s):
+                    taken += len(piece)
+                    note["bytes"] = taken
+                    if taken > size:
+                        raise _Refused(413, f"the body is longer than the {size:,} bytes announced")
+                    hasher.update(piece)
+                    held += piece
+                    if len(held) >= _PIECE_BYTES:
+                        await self._in_thread(partial(incoming.write, bytes(held)))
+                        held.clear()
+        except TimeoutError:
+            raise _Refused(408, "the body came too slowly", **{"Connection": "close"}) from None
+        if taken < size:
+            raise _Refused(400, f"the body ended after {taken:,} of {size:,} bytes")
+        await self._in_thread(partial(incoming.write, bytes(held)))
+        return hasher.hexdigest()
+
+    async def _judge(self, incoming: Incoming, host_id: str, episode_id: str, digest: str) -> Judgement | None:
+        """Have a bundle judged that was not yet."""
+        if self._gate is None or await self._in_thread(partial(self._store.has_status, host_id, episode_id)):
+            return None
+        return await self._gate.judge(
+            lambda: Arrival(host_id=host_id, episode_id=episode_id, sha256=digest, data=incoming.content())
+        )
+
+
+def _read_length(request: Request, most: int) -> int:
+    """Read how long the body will be."""
+    text = request.headers.get("content-length", "")
+    if not text.isdecimal() or not text.isascii():
+        raise _Refused(411, "a Content-Length is needed")
+    if len(text) > 18 or int(text) > most:
+        raise _Refused(413, f"a bundle has at most {most:,} bytes")
+    return int(text)
+
+
+def _read_digest(request: Request) -> str:
+    """Read the sha256 that the sender vouches for, in hex."""
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise _Refused(415, "a bundle comes as it is, without Content-Encoding")
+    digest = parse_digest(request.headers.getlist("content-digest"))
+    if digest is None:
+        raise _Refused(400, "a Content-Digest with one sha-256=:BASE64: is needed (RFC 9530)")
+    return digest
+
+
+def _receipt(status: int, digest: str, episode_id: str) -> Response:
+    text = render_receipt(digest, f"{episode_id}{SUFFIX}")
+    return Response(text, status, {RECEIPT_HEADER: render_digest(digest)}, media_type="text/plain")
+
+
+def _problem(request: Request, refused: _Refused) -> Response:
+    """Answer no, in the form of RFC 9457."""
+    request.scope["phasewatch"]["why"] = refused.words
+    text = json.dumps({"status": refused.status, "detail": refused.words}) + "\n"
+    return Response(text, refused.status, refused.headers, media_type="application/problem+json")
+
+
+async def _not_here(request: Request, exc: Exception) -> Response:
+    """Answer what no route takes: an unknown path, or a method that it does not have."""
+    assert isinstance(exc, HTTPException)
+    return _problem(request, _Refused(exc.status_code, exc.detail, **dict(exc.headers or {})))

@@ -1,0 +1,316 @@
+"""The shipper: bundles of an outbox go to a receiver, and leave the outbox only with a receipt for their very bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import Enum
+from hashlib import sha256
+from pathlib import Path
+
+import httpx
+
+from phasewatch import atomic
+from phasewatch.errors import BundleError, StoreError
+from phasewatch.store.digests import render_digest
+from phasewatch.store.disk import RECEIPT, RECEIPT_BYTES, DiskStore, StoreItem, parse_receipt, render_receipt
+
+SENT, REFUSED = "sent", "refused"
+REASON = ".reason.json"
+POLL_S = 2.0
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0
+TIMEOUT = httpx.Timeout(30.0, connect=10.0)
+
+_PIECE_BYTES = 64 << 10
+_ANSWER_BYTES = 64 << 10
+
+
+class Fate(Enum):
+    """What an answer means for a bundle."""
+
+    KEPT = "kept"  # acknowledged, if the receipt names its bytes
+    POISON = "poison"  # no other try can go better: out of the way, with the reason
+    BLOCKED = "blocked"  # nothing is wrong with the bundle, but with the token or the address
+    AGAIN = "again"
+    GONE = "gone"  # somebody took it out of the outbox
+
+
+def fate_of(status: int) -> Fate:
+    """Read an answer's status."""
+    if status in (200, 201):
+        return Fate.KEPT
+    if status in (408, 425, 429) or status >= 500:
+        return Fate.AGAIN
+    if status in (401, 403, 404, 405) or status < 400:
+        return Fate.BLOCKED
+    return Fate.POISON
+
+
+@dataclass(slots=True)
+class Shipped:
+    """What became of an outbox.
+
+    Attributes:
+        sent, sent_bytes: Acknowledged, now in ``sent/``.
+        refused: Path and reason of each that went to ``refused/``.
+        blocked: Host and reason of each whose token or address is wrong; its bundles stay.
+        left: Paths of bundles that stay in the outbox.
+        strange: Paths of what lies there and is no bundle's name.
+        last_trouble: Why the last try that has to be made again failed.
+    """
+
+    sent: int = 0
+    sent_bytes: int = 0
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    blocked: dict[str, str] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+    strange: list[str] = field(default_factory=list)
+    last_trouble: str = ""
+
+
+Tell = Callable[[int, int, str], None]  # done, known so far, words
+
+
+class Shipper:
+    """Ships one outbox; made for one `run`."""
+
+    def __init__(
+        self,
+        outbox: Path,
+        client: httpx.AsyncClient,
+        tokens: Mapping[str, str],
+        *,
+        parallel: int = 4,
+        patience_s: float = 0.0,
+        tell: Tell | None = None,
+        rng: random.Random | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Set up.
+
+        Args:
+            outbox: A store's folder, as a recorder writes it.
+            client: Whose base URL is the receiver's.
+            tokens: host_id → token.
+            parallel: Uploads at a time.
+            patience_s: Give up when nothing was acknowledged for so long; 0 never does.
+            tell: Hears of progress.
+            rng: Spreads the waiting times.
+            sleep, now_s: The clock.
+        """
+        self._outbox, self._client, self._tokens = outbox, client, tokens
+        self._parallel, self._patience_s = parallel, patience_s
+        self._tell = tell or (lambda done, total, words: None)
+        self._rng, self._sleep, self._now_s = rng or random.Random(), sleep, now_s
+        self._stop = asyncio.Event()
+        self._heard_s = now_s()
+        self._known = 0
+        self.shipped = Shipped()
+
+    def stop(self) -> None:
+        """Finish what is being uploaded, then end."""
+        self._stop.set()
+
+    async def run(self, *, watch: bool = False) -> Shipped:
+        """Ship what lies in the outbox; with `watch`, also what comes, until told to stop.
+
+        Raises:
+            StoreError: If there is no outbox.
+            BusyError: If another shipper works on it.
+        """
+        if not self._outbox.is_dir():
+            raise StoreError(f"{self._outbox}: there is no such outbox; record into it with `phasewatch record --out`")
+        with atomic.lock(self._outbox / SENT):
+            self._clean()
+            while True:
+                items = await asyncio.to_thread(self._scan)
+                self._known = self.shipped.sent + len(self.shipped.refused) + len(items)
+                await self._ship_all(items)
+                if not watch or self._stop.is_set():
+                    break
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._stop.wait(), POLL_S)
+            self.shipped.left = [item.path for item in self._scan()]
+        return self.shipped
+
+    def _clean(self) -> None:
+        """Remove what a killed shipper left half written."""
+        for folder in (self._outbox / SENT, self._outbox / REFUSED):
+            if folder.is_dir():
+                for each in (folder, *(e for e in sorted(folder.iterdir()) if e.is_dir())):
+                    atomic.sweep_temporaries(each)
+
+    def _scan(self) -> list[StoreItem]:
+        """List what is to be shipped, and finish what a kill left between two steps."""
+        found: list[StoreItem] = []
+        self.shipped.strange = []
+        for item in DiskStore(self._outbox).walk():
+            top, _, name = item.path.partition("/")
+            if top in (SENT, REFUSED) and item.episode_id is None:
+                continue
+            if item.host_id is None or item.episode_id is None or top in (SENT, REFUSED):
+                self.shipped.strange.append(item.path)
+            elif not item.is_missing:
+                found.append(item)
+            elif any((self._outbox / place / top / name).exists() for place in (SENT, REFUSED)):
+                atomic.remove(self._outbox / (item.path + RECEIPT))
+            else:
+                self.shipped.strange.append(item.path)
+        return found
+
+    async def _ship_all(self, items: Sequence[StoreItem]) -> None:
+        waiting = list(reversed(items))
+        self.shipped.blocked = {}
+        self._heard_s = self._now_s()
+
+        async def work() -> None:
+            while waiting and not self._is_over():
+                await self._ship(waiting.pop())
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(self._parallel, len(waiting))):
+                group.create_task(work())
+
+    def _is_over(self) -> bool:
+        is_late = self._patience_s > 0 and self._now_s() - self._heard_s > self._patience_s
+        return self._stop.is_set() or is_late
+
+    async def _ship(self, item: StoreItem) -> None:
+        """Try one bundle until its fate is known, or there is no more time for it."""
+        host_id = str(item.host_id)
+        tries = 0
+        while host_id not in self.shipped.blocked:
+            try:
+                fate, words, wait_s = await self._try(item, is_first=tries == 0)
+                if fate is Fate.KEPT:
+                    self._heard_s = self._now_s()
+                    self.shipped.sent += 1
+                    self.shipped.sent_bytes += item.bytes
+                if fate is Fate.POISON:
+                    self._heard_s = self._now_s()
+                    self.shipped.refused.append((item.path, words))
+                if fate is Fate.BLOCKED:
+                    self.shipped.blocked[host_id] = words
+            except (httpx.HTTPError, OSError) as exc:
+                fate, words, wait_s = Fate.AGAIN, str(exc) or type(exc).__name__, 0.0
+            self._tell(self.shipped.sent + len(self.shipped.refused), self._known, f"{item.path} {words}")
+            if fate is not Fate.AGAIN:
+                return
+            self.shipped.last_trouble = words
+            # Spread at random: shippers that a dead receiver cut at one moment must not come back at one moment.
+            longest_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**tries)
+            tries = min(tries + 1, 16)
+            await self._pause(max(wait_s, self._rng.uniform(0, longest_s)))
+            if self._is_over():
+                return
+
+    async def _pause(self, seconds: float) -> None:
+        """Sleep, but not through a stop."""
+        sleeping = asyncio.ensure_future(self._sleep(seconds))
+        stopping = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait({sleeping, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (sleeping, stopping):
+            task.cancel()
+
+    async def _try(self, item: StoreItem, *, is_first: bool) -> tuple[Fate, str, float]:
+        """Offer a bundle once; give its fate, the words for it, and how long the receiver asks to wait."""
+        token = self._tokens.get(str(item.host_id))
+        if token is None:
+            return (
+                Fate.BLOCKED,
+                f"no token for {item.host_id}; add a line `{item.host_id}: token` to the tokens file",
+                0,
+            )
+        try:
+            data = await asyncio.to_thread(DiskStore(self._outbox).read, item)
+        except BundleError as error:
+            if error.code == "bundle-missing":
+                return self._finish(item)
+            return self._refuse(item, error.code, error.words)
+        digest = sha256(data).hexdigest()
+        if item.receipt not in (None, digest):
+            return self._refuse(item, "receipt", "its bytes are not those that its receipt in the outbox vouches for")
+        url = f"/v1/episodes/{item.host_id}/{item.episode_id}"
+        headers = {"Authorization": f"Bearer {token}"}
+        if not is_first:  # the last answer may have been lost on the way
+            status, text, _ = await self._ask("GET", url, headers)
+            if status == 200 and self._vouches(text, item, digest):
+                return await asyncio.to_thread(self._keep, item, digest)
+        length = {"Content-Length": str(len(data)), "Content-Digest": render_digest(digest)}
+        status, text, wait_s = await self._ask("PUT", url, headers | length, data)
+        fate = fate_of(status)
+        if fate is Fate.KEPT:
+            if self._vouches(text, item, digest):
+                return await asyncio.to_thread(self._keep, item, digest)
+            return Fate.AGAIN, "the receiver's receipt names other bytes", wait_s
+        words = f"{status} {_detail(text)}".strip()
+        if fate is Fate.POISON:
+            return self._refuse(item, str(status), words)
+        return fate, words, wait_s
+
+    async def _ask(
+        self, method: str, url: str, headers: Mapping[str, str], data: bytes | None = None
+    ) -> tuple[int, bytes, float]:
+        """Ask the receiver; give status, the answer's beginning, and the seconds of its Retry-After."""
+        content = _pieces(data) if data is not None else None
+        async with self._client.stream(method, url, headers=headers, content=content) as response:
+            text = b""
+            async for piece in response.aiter_raw():
+                text += piece
+                if len(text) > _ANSWER_BYTES:
+                    break
+            after = response.headers.get("retry-after", "")
+            return response.status_code, text, min(float(after), 300.0) if after.isdecimal() else 0.0
+
+    def _vouches(self, text: bytes, item: StoreItem, digest: str) -> bool:
+        return parse_receipt(text, item.path.partition("/")[2]) == digest
+
+    def _keep(self, item: StoreItem, digest: str) -> tuple[Fate, str, float]:
+        """Move an acknowledged bundle to ``sent/``; after a kill between any two steps it is shipped again, or done."""
+        source, target = self._outbox / item.path, self._outbox / SENT / item.path
+        atomic.make_folder(target.parent)
+        atomic.write_whole(target.with_name(target.name + RECEIPT), render_receipt(digest, target.name))
+        atomic.move(source, target)
+        atomic.remove(source.with_name(source.name + RECEIPT))
+        return Fate.KEPT, "sent", 0.0
+
+    def _finish(self, item: StoreItem) -> tuple[Fate, str, float]:
+        """Say where a bundle is that is no longer in the outbox: an earlier try failed after it had been moved."""
+        for place, fate in ((SENT, Fate.KEPT), (REFUSED, Fate.POISON)):
+            if (self._outbox / place / item.path).exists():
+                atomic.remove(self._outbox / (item.path + RECEIPT))
+                return fate, place, 0.0
+        return Fate.GONE, "it was taken away", 0.0
+
+    def _refuse(self, item: StoreItem, code: str, words: str) -> tuple[Fate, str, float]:
+        """Move a bundle that nobody will take to ``refused/``, its reason and its receipt first."""
+        source, target = self._outbox / item.path, self._outbox / REFUSED / item.path
+        receipt = source.with_name(source.name + RECEIPT)
+        atomic.make_folder(target.parent)
+        reason = json.dumps({"code": code, "detail": words}, indent=1) + "\n"
+        atomic.write_whole(target.with_name(target.name + REASON), reason.encode())
+        if item.receipt is not None:
+            with receipt.open("rb") as file:  # a copy: without its receipt, a kill here would have rotten bytes sent
+                atomic.write_whole(target.with_name(target.name + RECEIPT), file.read(RECEIPT_BYTES))
+        atomic.move(source, target)
+        atomic.remove(receipt)
+        return Fate.POISON, words, 0.0
+
+
+async def _pieces(data: bytes) -> AsyncIterator[bytes]:
+    """Cut a body up: the client's time-out is for a piece, and a slow line needs longer for all of it."""
+    for at in range(0, len(data), _PIECE_BYTES):
+        yield data[at : at + _PIECE_BYTES]
+
+
+def _detail(text: bytes) -> str:
+    """Give the words of a refusal; whoever answered may be no receiver at all."""
+    with suppress(ValueError, TypeError, KeyError):
+        return str(json.loads(text)["detail"])[:300]
+    return text[:80].decode("ascii", "replace").strip()

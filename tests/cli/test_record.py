@@ -1,0 +1,102 @@
+"""`record` as a user meets it, up to the point where a machine would be started."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.cli.conftest import Said
+from tests.requirements import need_program
+
+from phasewatch import atomic
+
+Call = Callable[..., Said]
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-profile.md"
+
+
+@pytest.fixture
+def profile_file(tmp_path: Path) -> Path:
+    found = re.search(r"^```toml\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert found
+    (tmp_path / "log-wiper.toml").write_text(found[1])
+    return tmp_path / "log-wiper.toml"
+
+
+def test_a_dry_run_of_an_own_profile_shows_its_episodes(phasewatch: Call, tmp_path: Path, profile_file: Path) -> None:
+    done = phasewatch("record", "--profile-file", profile_file, "--out", tmp_path / "s", "--dry-run", "--json")
+    result = json.loads(done.out)["result"]
+
+    assert done.code == 0
+    assert result["elapsed_time"] < 0.25
+    assert {slot["profile"] for s in result["sessions"] for slot in s["slots"]} == {"log-wiper", "benign"}
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_unknown_key_is_bad_data_and_names_the_nearest(phasewatch: Call, tmp_path: Path, profile_file: Path) -> None:
+    profile_file.write_text(profile_file.read_text().replace("[samples.phases]", "[samples.pases]"))
+
+    done = phasewatch("record", "--profile-file", profile_file, "--out", tmp_path / "s")
+
+    assert done.code == 3
+    assert "unknown field `pases`" in done.err
+    assert "did you mean phases or" in done.err
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        pytest.param([], 2, "name what to record", id="nothing named"),
+        pytest.param(["--plan", "smoke", "--profile-file", "x.toml"], 2, "leave it out", id="a plan and a profile"),
+        pytest.param(["--driver", "d.sh", "--plan", "smoke"], 2, "--driver goes with --image", id="a driver alone"),
+        pytest.param(["--profile-file", "absent.toml"], 3, "absent.toml: not a readable file", id="no such profile"),
+        pytest.param(["--image", "absent.qcow2"], 5, "absent.qcow2: No such file", id="no such image"),
+        pytest.param(["--plan", "smoke", "--accel", "hvf"], 2, "kvm or tcg", id="an accelerator of elsewhere"),
+    ],
+)
+def test_what_cannot_be_recorded_is_one_line_and_makes_no_store(
+    phasewatch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    done = phasewatch("record", *arguments, "--out", "s")
+
+    assert done.code == code
+    assert says in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_qemu_nothing_is_made(phasewatch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    done = phasewatch("record", "--plan", "smoke", "--out", tmp_path / "s")
+
+    assert done.code == 5
+    assert "qemu-system-x86_64 does not run" in done.err
+    assert "apt-get install qemu-system-x86" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_that_another_recorder_holds_is_left_alone(phasewatch: Call, tmp_path: Path) -> None:
+    need_program("qemu-system-x86_64", "qemu-system-x86")
+    store = tmp_path / "s"
+    store.mkdir()
+
+    with atomic.lock(store):
+        done = phasewatch("record", "--plan", "smoke", "--out", store)
+
+    assert done.code == 5
+    assert str(store) in done.err
+    assert not list(store.glob("*/*"))
+
+
+def test_a_misspelt_key_of_a_plan_names_the_nearest(phasewatch: Call, tmp_path: Path) -> None:
+    (tmp_path / "p.toml").write_text('name = "p"\nseed = 1\nlab_per_hots = 3\n[[hosts]]\nhost_id = "pc"\n')
+
+    done = phasewatch("record", "--plan", tmp_path / "p.toml", "--out", tmp_path / "s")
+
+    assert done.code == 3
+    assert "unknown field `lab_per_hots`; did you mean lab_per_host" in done.err

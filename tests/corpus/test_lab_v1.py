@@ -1,0 +1,89 @@
+"""The bundled recordings: every channel lives or says why not, and the datasheet is of these bundles."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from phasewatch.audit import datasheet
+from phasewatch.channels import CHANNELS
+from phasewatch.episode.bundle import peek, unpack
+from phasewatch.episode.model import Episode
+from phasewatch.grid.align import align
+from phasewatch.grid.observed import observe
+from phasewatch.record.plan import build_sessions
+from phasewatch.record.plans import read_plan
+from phasewatch.vocab import Origin, Source
+
+CORPUS = Path(__file__).parents[2] / "corpus" / "lab-v1"
+BUNDLES = sorted(CORPUS.glob("*/*.tar.zst"))
+EACH = max(1, len(BUNDLES) // 40)  # forty of them, over all hosts
+
+
+@pytest.fixture(scope="module")
+def episodes() -> list[Episode]:
+    return [unpack(path.read_bytes(), file=path.name) for path in BUNDLES[::EACH]]
+
+
+def test_every_channel_moves_somewhere(episodes: list[Episode]) -> None:
+    seen = observe([align(e).bins for e in episodes])
+
+    assert [o.channel.full_name for o in seen if o.is_constant] == []
+    assert [o.channel for o in seen] == list(CHANNELS)
+
+
+def test_a_channel_that_an_episode_lacks_is_absent_with_its_reason(episodes: list[Episode]) -> None:
+    for episode in episodes:
+        manifest = episode.manifest
+        assert manifest.recording is not None
+        lacks = {c.full_name for c in CHANNELS} - set(manifest.channels_available)
+
+        assert set(manifest.recording.absent) == lacks, manifest.episode_id
+        assert all(manifest.recording.absent.values())
+
+
+def test_a_channel_that_an_episode_says_it_has_is_known_in_it(episodes: list[Episode]) -> None:
+    for episode in episodes:
+        bins = align(episode).bins
+        known = {c.full_name for c, some in zip(CHANNELS, np.isfinite(bins).any(axis=0), strict=True) if some}
+
+        assert set(episode.manifest.channels_available) == known, episode.manifest.episode_id
+
+
+def test_everything_in_it_is_recorded_and_the_agent_is_a_coin_flip(episodes: list[Episode]) -> None:
+    assert {e.manifest.origin for e in episodes} == {Origin.RECORDED}
+    assert all((Source.GUEST in e.rows) == e.manifest.agent for e in episodes)
+
+
+def test_the_plan_still_deals_what_was_recorded() -> None:
+    dealt = {(slot.host_id, slot.plan_seed): slot for s in build_sessions(read_plan("lab-v1")) for slot in s.slots}
+
+    for path in BUNDLES:
+        manifest = peek(path.read_bytes(), file=path.name)
+        slot = dealt[manifest.host.host_id, manifest.plan_seed]
+        assert manifest.recording is not None
+        said = (manifest.profile, manifest.sample_name, manifest.role, manifest.agent, manifest.plan)
+        assert said == (slot.profile, slot.sample_name, slot.role, slot.agent, slot.phases), path.name
+        assert manifest.recording.background == slot.background
+        own = {name: value for name, value in manifest.recording.knobs.items() if "." not in name}
+        assert own == pytest.approx(dict(slot.knobs))
+
+
+def test_the_datasheet_is_of_these_bundles() -> None:
+    sheet = runpy.run_path(str(CORPUS.parents[1] / "docs" / "datasheet.py"))
+
+    stated = datasheet.stated_fingerprint((CORPUS / "README.md").read_text(encoding="utf-8"))
+
+    assert stated == sheet["fingerprint_of"](CORPUS), "stale: run `make datasheet`"
+
+
+def test_one_bundle_more_or_less_makes_the_datasheet_stale() -> None:
+    bundles = [("a/1.tar.zst", "aa"), ("b/2.tar.zst", "bb")]
+    whole = datasheet.fingerprint(bundles)
+
+    assert datasheet.fingerprint(reversed(bundles)) == whole
+    assert datasheet.fingerprint(bundles[:1]) != whole
+    assert datasheet.fingerprint([("a/1.tar.zst", "ab"), bundles[1]]) != whole

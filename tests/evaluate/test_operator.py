@@ -1,0 +1,121 @@
+"""The operator's rows on the twelve episodes that were computed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+from scipy.stats import chi2
+from tests.evaluate.test_alarms import TWELVE, C, episode, spans
+
+from phasewatch.evaluate.operator import operator_rows, poisson_interval
+from phasewatch.evaluate.rows import MetricRow
+from phasewatch.evaluate.said import Board, Said
+from phasewatch.evaluate.scope import Answer, Rules, Shown
+from phasewatch.evaluate.shift import Parts, Recorded
+
+RULES = Rules(malicious=("cryptomine",), profiles=("benign", "cryptomine"), resamples=400)
+QUIET = episode(spans((C, 60)), "...........")
+
+
+def board(episodes: Mapping[str, tuple[object, np.ndarray, np.ndarray]], hosts: Mapping[str, str], fold: str) -> Board:
+    ids = [i for i, (_, t, _) in episodes.items() for _ in t]
+    texts = {
+        "episode_id": ids, "session": ids, "host_id": [hosts.get(i, fold) for i in ids], "sample_name": ["x"] * len(ids),
+        "profile": ["benign" if i in ("e1", "e2", "e3") else "cryptomine" for i in ids], "origin": ["recorded"] * len(ids),
+        "agent": ["off"] * len(ids),
+    }  # fmt: skip
+    p = np.concatenate([p for _, _, p in episodes.values()])
+    said = Said(
+        model="gbt", seed=0, fold=fold,
+        shown=Shown(
+            **{name: np.array(values, dtype=object) for name, values in texts.items()},
+            t_center_ns=np.concatenate([t for _, t, _ in episodes.values()]), y_true=np.zeros(len(p), np.int64),
+        ),
+        answer=Answer(model="gbt", seed=0, probabilities=p, y_pred=p.argmax(axis=1)),
+    )  # fmt: skip
+    return Board(recipe="held_out_host", threat="realistic", table="raw", filter="none", said=(said,), refused=())
+
+
+def rows_of(tests: Sequence[object], soak: Mapping[str, object] | None = None) -> dict[str, MetricRow]:
+    episodes = {f"e{i}": e for i, e in enumerate(tests, 1)}
+    calm = {"quiet": QUIET}
+    everything = {**episodes, **calm, **(soak or {})}
+    recorded = {
+        i: Recorded(spans=e[0], t0_ns=0, rates=np.full((240, 4), 2.0), group=0)  # type: ignore[index]
+        for i, e in everything.items()
+    }
+    parts = Parts(
+        test=board(episodes, {}, "h0"), val_b=board(calm, {"quiet": "h1"}, "h0"),  # type: ignore[arg-type]
+        soak=board(soak, {}, "h0") if soak else None,  # type: ignore[arg-type]
+    )  # fmt: skip
+    found = operator_rows(parts, recorded, RULES, agent="off")
+    return {f"{r.metric}{'' if r.x is None else f' {r.x:g}'}{f' {r.profile}' if r.profile else ''}": r for r in found}
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, MetricRow]:
+    return rows_of(TWELVE)
+
+
+def test_delay_is_the_median_in_which_a_missed_episode_never_ends(rows: dict[str, MetricRow]) -> None:
+    # Seven episodes begin: 6, 1, missed, 16, 36, missed, 76 s.
+    assert rows["delay_s"].value == pytest.approx(36.0)
+    assert rows["delay_s"].n_episodes == 7
+    assert rows["missed_episodes"].value == pytest.approx(2 / 7)
+
+
+def test_false_alarms_are_per_hour_of_calm_with_the_wider_of_two_intervals(rows: dict[str, MetricRow]) -> None:
+    hours = 68 * 5 / 3600
+    poisson, sessions = (rows[f"false_alarms_per_vm_hour_{kind}"] for kind in ("poisson", "sessions"))
+    quoted = rows["false_alarms_per_vm_hour"]
+
+    assert rows["vm_hours"].value == pytest.approx(hours)
+    assert quoted.value == pytest.approx(7 / hours)
+    assert poisson.low == pytest.approx(chi2.ppf(0.025, 14) / 2 / hours)
+    assert poisson.high == pytest.approx(chi2.ppf(0.975, 16) / 2 / hours)
+    assert quoted.high - quoted.low == pytest.approx(max(r.high - r.low for r in (poisson, sessions)))
+    assert quoted.why == "7 in 0.09 VM-hours; nothing below 31.8 an hour is claimed"
+
+
+def test_damage_is_what_was_done_from_onset_to_alarm(rows: dict[str, MetricRow]) -> None:
+    # Two units a second over whole bins: 6, 1, 30 (missed: to the end), 16, 36, 30 (missed), 76 s; the median is 30 s.
+    assert rows["damage_bytes_written"].value == pytest.approx(60.0)
+    assert rows["damage_cpu_seconds"].unit == "s"
+
+
+def test_a_profile_has_its_own_delay_and_curve(rows: dict[str, MetricRow]) -> None:
+    assert rows["delay_s cryptomine"].value == rows["delay_s"].value
+    assert rows["delay_s_at_budget 1 cryptomine"].value == rows["delay_s_at_budget 1"].value == pytest.approx(36.0)
+    assert "delay_s benign" not in rows
+
+
+def test_more_than_half_missed_has_no_median_and_says_so() -> None:
+    found = rows_of([TWELVE[4], TWELVE[6], TWELVE[10]])
+
+    assert found["delay_s"].value is None
+    assert found["delay_s"].why == "more than half are missed, so there is no median"
+
+
+def test_the_soak_of_the_tested_host_is_counted_beside_the_test() -> None:
+    found = rows_of(TWELVE, {"long": episode(spans((C, 600)), "xx" + "." * 100)})
+
+    assert found["soak_vm_hours"].value == pytest.approx(102 * 5 / 3600)
+    assert found["soak_false_alarms_per_vm_hour"].value == pytest.approx(1 / (102 * 5 / 3600))
+    assert found["alarm_threshold 1"].value == pytest.approx(0.105)  # its own soak sets no threshold
+
+
+def test_without_calm_time_to_learn_from_there_is_no_threshold_and_it_is_said() -> None:
+    episodes = {f"e{i}": e for i, e in enumerate(TWELVE, 1)}
+    recorded = {i: Recorded(spans=e[0], t0_ns=0, rates=np.zeros((1, 4)), group=0) for i, e in episodes.items()}
+    parts = Parts(test=board(episodes, {}, "h0"), val_b=None, soak=None)
+
+    (row,) = operator_rows(parts, recorded, RULES, agent="off")
+
+    assert row.metric == "note"
+    assert "no validation B and no soak of other hosts" in (row.why or "")
+
+
+def test_a_poisson_interval_of_none_begins_at_zero_and_ends_at_three_and_two_thirds() -> None:
+    assert poisson_interval(0) == pytest.approx((0.0, 3.6889), abs=1e-4)

@@ -1,0 +1,148 @@
+"""Bring your own: the examples as a user would write them, and what is said when something does not fit."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from tests.models.test_nets import motions
+from tests.synthetic_run import World, write_run
+
+from phasewatch.dataset import write_splits
+from phasewatch.errors import MismatchError, UsageError
+from phasewatch.models import registry
+from phasewatch.models.adapters import CollectionAdapter, TableAdapter
+from phasewatch.models.base import InputKind
+from phasewatch.train.cell import Cell
+from phasewatch.train.cells import train_cells
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def examples_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+class Nearest(CollectionAdapter):
+    """Nearest mean course, in the form of an aeon classifier: fit, predict, classes_."""
+
+    key = "nearest"
+
+    def make(self, seed: int) -> object:
+        class Classifier:
+            def fit(self, x: np.ndarray, y: np.ndarray) -> None:
+                assert x.ndim == 3
+                assert np.isfinite(x).all()
+                self.classes_ = np.unique(y)
+                self.means = np.stack([x[y == c].mean(axis=0) for c in self.classes_])
+
+            def predict(self, x: np.ndarray) -> np.ndarray:
+                gaps = ((x[:, None] - self.means[None]) ** 2).sum(axis=(2, 3))
+                return self.classes_[gaps.argmin(axis=1)]
+
+        return Classifier()
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_fits_on_a_page(example: Path) -> None:
+    assert len(example.read_text().splitlines()) <= 30
+
+
+def test_the_forest_is_trained_as_a_cell_and_scored_by_the_process_that_fitted_it(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", World(windows=8))
+    write_splits(run, "held_out_host")
+    cell = Cell(recipe="held_out_host", fold="host-0", threat="realistic", model="forest:Forest")
+    train_cells(run, [cell], workers=1)
+    table = pq.read_table(run / "predictions_v1.parquet")
+    test = table.filter(pc.and_(pc.equal(table["part"], "test"), pc.equal(table["filter"], "none")))
+
+    assert set(table["model"].to_pylist()) == {"forest:Forest"}
+    assert (test["y_true"].to_numpy() == test["y_pred"].to_numpy()).mean() > 0.6
+    assert train_cells(run, [cell], workers=1).kept == (cell,)
+    with pytest.raises(MismatchError, match="found model 'forest'"):
+        registry.load(cell.folder(run))
+
+
+def test_a_classifier_of_collections_learns_and_misses_no_row_for_a_missing_value() -> None:
+    model = Nearest(seed=0).fit(motions(300, 0), motions(100, 1))
+    test = motions(200, 2)
+    p = model.predict_proba(test.inputs)
+
+    assert model.kind is InputKind.TENSOR
+    assert (model.predict(test.inputs) == test.y).mean() > 0.8
+    assert np.isfinite(p).all()
+    np.testing.assert_allclose(p.sum(axis=1), 1.0)
+
+
+@pytest.mark.skipif(find_spec("aeon") is None, reason="aeon is in the bench environment")
+def test_aeons_minirocket_learns() -> None:
+    model = registry.create("rocket:Rocket").fit(motions(300, 0), motions(100, 1))
+    test = motions(200, 2)
+
+    assert (model.predict(test.inputs) == test.y).mean() > 0.8
+
+
+def test_a_model_that_keeps_no_weights_says_so_when_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "brought_rows", lambda: {"nearest": registry.ModelRow(
+        key="nearest", where="x:Y", kind=InputKind.TENSOR, about="", persist="none")})  # fmt: skip
+    Nearest(seed=0).fit(motions(60, 0), motions(60, 1)).save(tmp_path)
+
+    with pytest.raises(MismatchError, match="nearest keeps no weights"):
+        registry.load(tmp_path)
+
+
+def test_a_model_that_an_installed_package_brings_is_known_by_its_name(tmp_path: Path) -> None:
+    info = tmp_path / "forests-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: forests\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[phasewatch.models]\nwoods = forest:Forest\n")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        row = registry.row_of("woods")
+    finally:
+        sys.path.remove(str(tmp_path))
+
+    assert (row.kind, row.persist) == (InputKind.TABLE, "none")
+    assert row.about.startswith("300 trees")
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("nowhere:Forest", "cannot be imported: No module named 'nowhere'; install its package, or put its folder on"),
+        ("forest:Woods", "cannot be imported"),
+        ("json:JSONDecoder", "is no PhaseModel"),
+    ],
+)
+def test_a_class_that_is_no_model_is_a_usage_error(where: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        registry.row_of(where)
+
+
+def test_a_classifier_whose_probabilities_are_none_is_refused() -> None:
+    class Broken(TableAdapter):
+        key = "broken"
+
+        def make(self, seed: int) -> object:
+            class Classifier:
+                classes_ = np.arange(5)
+
+                def fit(self, x: np.ndarray, y: np.ndarray) -> None: ...
+
+                def predict_proba(self, x: np.ndarray) -> np.ndarray:
+                    return np.full((len(x), 5), np.nan)
+
+            return Classifier()
+
+    from tests.models.test_models import examples
+
+    with pytest.raises(UsageError, match="model broken: its classifier gives probabilities below 0 or not finite"):
+        Broken(seed=0).fit(examples("gbt"), examples("gbt", seed=1))

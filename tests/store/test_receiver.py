@@ -1,0 +1,410 @@
+"""What the receiver answers, to whom, and what then stands in the store."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from tests.store.desks import IDS, ROOMY, TOKENS, Desk, headers_of, path_of, piece, scope_of
+
+from phasewatch import atomic
+from phasewatch.errors import MachineError
+from phasewatch.store.admission import Arrival, Judgement
+from phasewatch.store.base import Store
+from phasewatch.store.digests import render_digest
+from phasewatch.store.disk import DiskStore
+from phasewatch.store.receiver import RECEIPT_HEADER
+
+DATA = b"a bundle's bytes" * 100
+DIGEST = sha256(DATA).hexdigest()
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path / "store")
+
+
+def stored(desk: Desk) -> dict[str, bytes]:
+    return {item.path: desk.store.read(item) for item in desk.store.walk()}
+
+
+def test_a_bundle_is_acknowledged_with_the_receipt_that_stands_beside_it(store: Store) -> None:
+    desk = Desk(store)
+
+    answer = desk.put(DATA)
+
+    assert (answer.status_code, answer.text) == (201, f"{DIGEST}  {IDS[0]}.tar.zst\n")
+    assert answer.headers[RECEIPT_HEADER] == render_digest(DIGEST)
+    assert stored(desk) == {f"pc-a/{IDS[0]}.tar.zst": DATA}
+    assert [item.receipt for item in store.walk()] == [DIGEST]
+
+
+def test_the_same_bytes_again_are_200_and_other_bytes_409(store: Store) -> None:
+    desk = Desk(store)
+    desk.put(DATA)
+
+    assert desk.put(DATA).status_code == 200
+    assert desk.put(b"other").status_code == 409
+    assert stored(desk) == {f"pc-a/{IDS[0]}.tar.zst": DATA}
+
+
+def test_other_bytes_are_409_also_where_no_receipt_tells_it_beforehand(desk: Desk) -> None:
+    desk.put(DATA)
+    (desk.store.path / "pc-a" / f"{IDS[0]}.tar.zst.sha256").unlink()  # type: ignore[attr-defined]
+
+    assert desk.put(b"other").status_code == 409
+    assert desk.put(DATA).status_code == 200
+    assert [item.receipt for item in desk.store.walk()] == [DIGEST]
+
+
+def test_a_large_bundle_goes_to_the_disk_in_pieces(desk: Desk) -> None:
+    data = bytes(range(256)) * 4000
+
+    assert desk.put(data).status_code == 201
+    assert stored(desk) == {f"pc-a/{IDS[0]}.tar.zst": data}
+
+
+def test_get_and_head_give_the_receipt_and_404_without_one(desk: Desk) -> None:
+    mine = headers_of(b"")
+    assert desk.ask("GET", path_of(), headers=mine).status_code == 404
+    desk.put(DATA)
+
+    got, head = (desk.ask(method, path_of(), headers=mine) for method in ("GET", "HEAD"))
+
+    assert (got.status_code, got.text) == (200, f"{DIGEST}  {IDS[0]}.tar.zst\n")
+    assert head.status_code == 200
+    assert head.headers[RECEIPT_HEADER] == got.headers[RECEIPT_HEADER] == render_digest(DIGEST)
+
+
+@pytest.mark.parametrize("spoil", ["receipt", "bundle"])
+def test_what_is_not_whole_has_no_receipt_to_give(desk: Desk, spoil: str) -> None:
+    desk.put(DATA)
+    bundle = desk.store.path / "pc-a" / f"{IDS[0]}.tar.zst"  # type: ignore[attr-defined]
+    if spoil == "bundle":
+        bundle.unlink()
+    else:
+        bundle.with_name(bundle.name + ".sha256").write_text("nonsense")
+
+    assert desk.ask("GET", path_of(), headers=headers_of(b"")).status_code == 404
+    assert desk.put(DATA).status_code in (200, 201)
+    assert desk.ask("GET", path_of(), headers=headers_of(b"")).status_code == 200
+
+
+REFUSED: dict[str, tuple[str, str, dict[str, str | None], int]] = {
+    "no token": ("PUT", path_of(), {"Authorization": None}, 401),
+    "an unknown token": ("PUT", path_of(), {"Authorization": "Bearer token-of-nobody"}, 401),
+    "a token in another scheme": ("PUT", path_of(), {"Authorization": f"Basic {TOKENS['pc-a']}"}, 401),
+    "another host": ("PUT", path_of(0, "pc-b"), {}, 403),
+    "another host's receipt": ("GET", path_of(0, "pc-b"), {}, 403),
+    "a host_id that leads up": ("PUT", f"/v1/episodes/..%2f..%2fetc/{IDS[0]}", {}, 404),
+    "a host_id of two dots": ("PUT", f"/v1/episodes/%2e%2e/{IDS[0]}", {}, 404),
+    "an episode_id that leads up": ("PUT", "/v1/episodes/pc-a/..%2fx", {}, 404),
+    "an episode_id with a newline": ("PUT", f"/v1/episodes/pc-a/{IDS[0]}%0a", {}, 404),
+    "an episode_id that is none": ("PUT", "/v1/episodes/pc-a/7", {}, 404),
+    "an unknown path": ("GET", "/v2/episodes", {}, 404),
+    "a path with a slash too many": ("GET", "/healthz/", {}, 404),
+    "another method": ("DELETE", path_of(), {}, 405),
+    "no digest": ("PUT", path_of(), {"Content-Digest": None}, 400),
+    "a digest of another kind": ("PUT", path_of(), {"Content-Digest": "md5=:xxx:"}, 400),
+    "a digest that is no base64": ("PUT", path_of(), {"Content-Digest": "sha-256=:????:"}, 400),
+    "two digests": ("PUT", path_of(), {"Content-Digest": ", ".join(2 * [render_digest(DIGEST)])}, 400),
+    "a wrong digest": ("PUT", path_of(), {"Content-Digest": render_digest("0" * 64)}, 400),
+    "no length": ("PUT", path_of(), {"Content-Length": None}, 411),
+    "a length that is no number": ("PUT", path_of(), {"Content-Length": "-5"}, 411),
+    "too large, by its header": ("PUT", path_of(), {"Content-Length": str((16 << 20) + 1)}, 413),
+    "far too large": ("PUT", path_of(), {"Content-Length": "9" * 4000}, 413),
+    "compressed on the way": ("PUT", path_of(), {"Content-Encoding": "gzip"}, 415),
+}
+
+
+@pytest.mark.parametrize(("method", "path", "headers", "status"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_taken_is_refused_in_words_and_leaves_nothing(
+    desk: Desk, method: str, path: str, headers: dict[str, str | None], status: int
+) -> None:
+    given = {**headers_of(DATA), "Content-Length": str(len(DATA)), **headers}
+
+    async def body() -> object:
+        yield DATA
+
+    answer = desk.ask(method, path, content=body(), headers={k: v for k, v in given.items() if v is not None})
+
+    assert answer.status_code == status
+    assert answer.json()["status"] == status
+    assert answer.json()["detail"]
+    assert list(desk.store.walk()) == []
+    assert desk.store.temporaries() == ()  # type: ignore[attr-defined]
+    assert [record["status"] for record in desk.log] == [status]
+
+
+def test_other_digests_beside_the_sha256_are_passed_over(desk: Desk) -> None:
+    digest = f"md5=:AAAA:, {render_digest(DIGEST)};x=1"
+
+    assert desk.put(DATA, **{"Content-Digest": digest}).status_code == 201
+
+
+def test_no_token_no_query_and_no_body_is_ever_logged(desk: Desk) -> None:
+    desk.ask("PUT", path_of() + "?token=secret-in-a-query", content=DATA, headers=headers_of(DATA))
+    desk.ask("GET", path_of(), headers={"Authorization": "Bearer secret-guess"})
+    desk.ask("GET", "/nowhere?secret=1", headers=headers_of(b""))
+
+    said = json.dumps(desk.log)
+    assert [record["status"] for record in desk.log] == [201, 401, 404]
+    assert {"host", "bytes", "path", "ms"} <= set(desk.log[0])
+    assert not any(word in said for word in ("secret", *TOKENS.values(), "bundle's bytes"))
+
+
+def test_a_server_that_hands_on_more_than_was_announced_is_cut(desk: Desk) -> None:
+    scope = scope_of(**headers_of(DATA), **{"Content-Length": "10"})
+
+    sent = desk.feed(scope, [piece(b"12345"), piece(b"678901")])
+
+    assert sent[0]["status"] == 413
+    assert desk.store.temporaries() == ()  # type: ignore[attr-defined]
+
+
+def test_a_body_that_ends_early_is_refused(desk: Desk) -> None:
+    sent = desk.feed(scope_of(**headers_of(DATA), **{"Content-Length": "10"}), [piece(b"12345", more=False)])
+
+    assert sent[0]["status"] == 400
+
+
+def test_a_client_that_goes_away_leaves_nothing_but_a_line_in_the_log(desk: Desk) -> None:
+    desk.feed(scope_of(**headers_of(DATA), **{"Content-Length": "10"}), [piece(b"12345")])
+
+    assert list(desk.store.walk()) == []
+    assert desk.store.temporaries() == ()  # type: ignore[attr-defined]
+    assert [(record["status"], record["why"]) for record in desk.log] == [(499, "the client went away")]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "messages"),
+    [
+        (replace(ROOMY, silence_s=0.02), [piece(b"1"), 5.0]),
+        (replace(ROOMY, grace_s=0.02, slowest_bytes_per_s=10**9), [piece(b"1"), 0.02, piece(b"2"), 0.02, piece(b"3")]),
+    ],
+    ids=["silent for too long", "too slow on the whole"],
+)
+def test_a_slow_body_is_timed_out(tmp_path: Path, bounds: object, messages: list[object]) -> None:
+    desk = Desk(tmp_path / "store", bounds=bounds)  # type: ignore[arg-type]
+
+    sent = desk.feed(scope_of(**headers_of(DATA), **{"Content-Length": "10"}), messages)  # type: ignore[arg-type]
+
+    assert sent[0]["status"] == 408
+    assert (b"connection", b"close") in sent[0]["headers"]
+    assert desk.store.temporaries() == ()  # type: ignore[attr-defined]
+
+
+def test_no_room_is_said_before_the_body(tmp_path: Path) -> None:
+    desk = Desk(tmp_path / "store", bounds=replace(ROOMY, floor_bytes=1 << 62))
+
+    sent = desk.feed(scope_of(**headers_of(DATA), **{"Content-Length": str(len(DATA))}), [])
+
+    assert sent[0]["status"] == 507
+    assert (b"retry-after", b"60") in sent[0]["headers"]
+    assert desk.ask("GET", "/healthz").status_code == 503
+
+
+def test_a_quota_outlives_the_process(tmp_path: Path) -> None:
+    bounds = replace(ROOMY, quota_bytes=3 * len(DATA))
+    first = Desk(tmp_path / "store", bounds=bounds)
+    assert [first.put(DATA, n).status_code for n in range(2)] == [201, 201]
+
+    again = Desk(tmp_path / "store", bounds=bounds)
+
+    assert [again.put(DATA, n).status_code for n in (0, 2, 3)] == [200, 201, 429]
+    assert int(again.put(DATA, 4).headers["Retry-After"]) > 80_000
+
+
+def test_uploads_at_a_time_are_bounded_in_all_and_for_each_host(tmp_path: Path) -> None:
+    async def crowd(desk: Desk, senders: Sequence[str]) -> list[int]:
+        gate = asyncio.Event()
+
+        async def slow_body() -> object:
+            yield DATA[:10]
+            await gate.wait()
+            yield DATA[10:]
+
+        async def put(client: object, number: int, host_id: str) -> int:
+            headers = headers_of(DATA, token=TOKENS[host_id], **{"Content-Length": str(len(DATA))})
+            answer = await client.put(path_of(number, host_id), content=slow_body(), headers=headers)  # type: ignore[attr-defined]
+            return int(answer.status_code)
+
+        async with desk.client() as client:
+            tasks = [asyncio.create_task(put(client, n, host_id)) for n, host_id in enumerate(senders)]
+            done, _ = await asyncio.wait(tasks, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+            assert done
+            gate.set()
+            return [await task for task in tasks]
+
+    one_host = Desk(tmp_path / "one", bounds=replace(ROOMY, in_flight_per_host=2))
+    in_all = Desk(tmp_path / "all", bounds=replace(ROOMY, in_flight=2))
+
+    assert sorted(asyncio.run(crowd(one_host, ["pc-a", "pc-a", "pc-a", "pc-b"]))) == [201, 201, 201, 429]
+    assert sorted(asyncio.run(crowd(in_all, ["pc-a", "pc-b", "pc-b"]))) == [201, 201, 503]
+
+
+class Broken(atomic.Disk):
+    """A disk that fails at every fsync."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def fsync(self, fd: int) -> None:
+        raise OSError(self._number, "injected")
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.ENOSPC, 507), (errno.EDQUOT, 507), (errno.EIO, 500)])
+def test_a_disk_that_fails_acknowledges_nothing(desk: Desk, number: int, status: int) -> None:
+    desk.put(DATA, 1)
+    with atomic.on_disk(Broken(number)):
+        answer = desk.put(DATA, 0)
+
+    assert answer.status_code == status
+    assert desk.put(DATA, 0).status_code == 201
+
+
+def test_a_store_that_is_out_of_reach_is_said_and_not_told_in_detail(desk: Desk) -> None:
+    class Away(DiskStore):
+        def find(self, host_id: str, episode_id: str) -> None:
+            raise MachineError("s3://secret-bucket cannot be reached")
+
+        def free_bytes(self) -> int:
+            raise OSError(errno.EIO, "injected")
+
+    away = Desk(Away(desk.store.path))  # type: ignore[attr-defined]
+
+    answer = away.put(DATA)
+
+    assert (answer.status_code, answer.json()["detail"]) == (500, "the store failed")
+    assert "secret-bucket" in away.log[0]["detail"]
+    assert away.ask("GET", "/healthz").json() == {"status": "the store is out of reach", "in_flight": 0}
+
+
+def test_health_needs_no_token(desk: Desk) -> None:
+    assert desk.ask("GET", "/healthz").json() == {"status": "ok", "in_flight": 0}
+
+
+def says(status: str) -> Callable[[Sequence[Arrival]], Iterator[Judgement]]:
+    return lambda arrivals: iter(
+        [Judgement(status=status, reasons=("code",), detail=f"{a.host_id}: {len(a.data)} bytes") for a in arrivals]
+    )
+
+
+def test_with_a_judge_each_bundle_gets_its_word_beside_it_and_a_bad_one_is_kept_as_evidence(store: Store) -> None:
+    desk = Desk(store, judge=says("errored"))
+
+    assert desk.put(DATA).status_code == 201
+    assert store.has_status("pc-a", IDS[0])
+    assert len(stored(desk)) == 1
+    assert desk.log[0]["judged"] == "errored"
+
+
+def test_the_word_is_the_judges_in_json(tmp_path: Path) -> None:
+    Desk(tmp_path / "store", judge=says("degraded")).put(DATA)
+
+    said = json.loads((tmp_path / "store" / "pc-a" / f"{IDS[0]}.status.json").read_text())
+
+    assert said == {
+        "status": "degraded", "reasons": ["code"], "detail": f"pc-a: {len(DATA)} bytes", "sha256": DIGEST,
+    }  # fmt: skip
+
+
+def test_by_policy_a_bad_bundle_is_refused_and_not_stored(tmp_path: Path) -> None:
+    desk = Desk(tmp_path / "store", judge=says("errored"), refuse=["errored"])
+
+    answer = desk.put(DATA)
+
+    assert (answer.status_code, answer.json()["detail"]) == (422, f"errored: code: pc-a: {len(DATA)} bytes")
+    assert list(desk.store.walk()) == []
+
+
+def test_a_bundle_is_judged_once_also_if_it_came_before_there_was_a_judge(tmp_path: Path) -> None:
+    Desk(tmp_path / "store").put(DATA)
+    calls: list[int] = []
+
+    def judge(arrivals: Sequence[Arrival]) -> Iterator[Judgement]:
+        calls.append(len(arrivals))
+        return says("accepted")(arrivals)
+
+    desk = Desk(tmp_path / "store", judge=judge)
+
+    assert [desk.put(DATA).status_code for _ in range(3)] == [200, 200, 200]
+    assert calls == [1]
+
+
+def test_a_judge_that_cannot_work_loses_nothing_and_acknowledges_nothing(tmp_path: Path) -> None:
+    def judge(arrivals: Sequence[Arrival]) -> Iterator[Judgement]:
+        raise MachineError("no process could be started")
+
+    desk = Desk(tmp_path / "store", judge=judge)
+
+    assert desk.put(DATA).status_code == 500
+    assert list(desk.store.walk()) == []
+    assert desk.store.temporaries() == ()  # type: ignore[attr-defined]
+
+
+def test_bundles_that_come_together_are_judged_together(tmp_path: Path) -> None:
+    sizes: list[int] = []
+
+    def judge(arrivals: Sequence[Arrival]) -> Iterator[Judgement]:
+        sizes.append(len(arrivals))
+        return says("accepted")(arrivals)
+
+    desk = Desk(tmp_path / "store", judge=judge)
+
+    async def crowd() -> list[int]:
+        async with desk.client() as client:
+            puts = [client.put(path_of(n), content=DATA, headers=headers_of(DATA)) for n in range(8)]
+            return [answer.status_code for answer in await asyncio.gather(*puts)]
+
+    assert asyncio.run(crowd()) == [201] * 8
+    assert sum(sizes) == 8
+    assert max(sizes) <= 4
+
+
+def test_many_senders_of_one_id_get_one_201_and_one_bundle_stands(tmp_path: Path) -> None:
+    desk = Desk(tmp_path / "store")
+    bodies = [b"%d" % (n % 3) * 5000 for n in range(12)]
+
+    with ThreadPoolExecutor(6) as threads:
+        answers = list(threads.map(lambda data: desk.put(data).status_code, bodies))
+
+    (winner,) = stored(desk).values()
+    assert answers.count(201) == 1
+    assert [status in (200, 201) for status in answers] == [data == winner for data in bodies]
+
+
+def test_old_leftovers_go_while_it_runs_and_a_fault_in_that_stops_nothing(tmp_path: Path) -> None:
+    import os
+    import time
+
+    desk = Desk(tmp_path / "store")
+    (tmp_path / "store" / "pc-a").mkdir()
+    old = tmp_path / "store" / "pc-a" / ".x.0123456789ab.tmp"
+    old.write_bytes(b"half")
+    os.utime(old, (time.time() - 10**6,) * 2)
+
+    async def live() -> None:
+        messages: asyncio.Queue[dict[str, str]] = asyncio.Queue()
+        sent: asyncio.Queue[dict[str, str]] = asyncio.Queue()
+        app = asyncio.create_task(desk.receiver.app({"type": "lifespan"}, messages.get, sent.put))  # type: ignore[arg-type]
+        await messages.put({"type": "lifespan.startup"})
+        assert (await sent.get())["type"] == "lifespan.startup.complete"
+        for _ in range(200):
+            if not old.exists():
+                break
+            await asyncio.sleep(0.01)
+        await messages.put({"type": "lifespan.shutdown"})
+        assert (await sent.get())["type"] == "lifespan.shutdown.complete"
+        await app
+
+    asyncio.run(live())
+
+    assert not old.exists()

@@ -1,0 +1,57 @@
+"""The registry of channels: how many there are, whom they trust, and that no row contradicts another."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from phasewatch.channels import CHANNELS, LEVELS, RAW, mask_names, mask_of
+from phasewatch.errors import UsageError
+from phasewatch.features.schema import schema_hash
+from phasewatch.vocab import Source
+
+GOLDEN_HASH = "0725cf07ab6416794160616b6e897e65cf43259b4d2e34f8f8931d8ee9e9dd12"
+
+
+def test_there_are_46_channels_of_four_sources() -> None:
+    assert Counter(c.source for c in CHANNELS) == {
+        Source.PROC: 13, Source.QMP: 14, Source.NETFLOW: 11, Source.GUEST: 8,
+    }  # fmt: skip
+
+
+def test_a_defender_has_35_of_them_without_the_guests_word() -> None:
+    assert sum(mask_of("realistic")) == sum(c.in_deployment for c in CHANNELS) == 35
+
+
+def test_the_schema_hash_is_the_one_that_models_were_made_for() -> None:
+    assert schema_hash() == GOLDEN_HASH
+
+
+def test_what_exists_under_emulation_only_is_in_no_portable_model() -> None:
+    portable = [c for c, chosen in zip(CHANNELS, mask_of("portable"), strict=True) if chosen]
+
+    assert {c.accel for c in portable} == {"any"}
+    assert {c.full_name for c in CHANNELS if c.accel == "tcg"} == {
+        "qmp.jit_tb", "qmp.jit_tlb_partial", "qmp.vcpu_busy", "qmp.vcpu_user",
+    }  # fmt: skip
+
+
+def test_no_channel_is_a_level() -> None:
+    assert not {c.full_name for c in CHANNELS} & {c.full_name for c in LEVELS}
+
+
+def test_every_raw_field_is_read_by_a_channel_or_a_level() -> None:
+    read = {(c.source, field) for c in (*CHANNELS, *LEVELS) for field in c.fields}
+
+    assert {(r.source, r.field) for r in RAW} == read
+
+
+@pytest.mark.parametrize("name", mask_names())
+def test_a_threat_model_chooses_at_least_one_channel(name: str) -> None:
+    assert any(mask_of(name))
+
+
+def test_an_unknown_threat_model_is_told_the_nearest() -> None:
+    with pytest.raises(UsageError, match="no threat model 'realsitic'; did you mean realistic"):
+        mask_of("realsitic")
