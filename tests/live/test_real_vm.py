@@ -149,7 +149,18 @@ def test_a_workload_that_no_profile_has_is_watched_through_its_phases(tmp_path: 
     assert image.kernel is not None
     assert image.initrd is not None
     sockets = Sockets(folder=tmp_path)
-    overlay = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(image.base_disk), "-F", "qcow2", str(sockets.overlay)]
+    overlay = [
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        str(image.base_disk),
+        "-F",
+        "qcow2",
+        str(sockets.overlay),
+    ]
     subprocess.run(overlay, check=True)
     argv = build_command(
         shape_of(machine="pc"), accel="tcg", kernel=image.kernel, initrd=image.initrd, sockets=sockets,
