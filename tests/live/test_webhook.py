@@ -50,7 +50,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webhook, "PAUSE_S", 0.01)
-    monkeypatch.setattr(webhook, "LAST_WORD_S", 1.0)
+    monkeypatch.setattr(webhook, "LAST_WORD_S", 20.0)
 
 
 def alarm(number: int = 1) -> Event:
