@@ -20,7 +20,7 @@ UV         := $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt
 export OMP_WAIT_POLICY = PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: demo test soak lint setup system picture results bench docs datasheet footprint lock clean
+.PHONY: demo test soak lint setup system picture results bench docs datasheet edge footprint lock clean
 
 demo: $(VENV)/.run
 	@$(BIN)/phasewatch demo
@@ -82,6 +82,14 @@ results: $(VENV)/.run
 # Ratios of the resampling: to one model's cost, and to a loop over scikit-learn.
 bench: setup
 	$(BIN)/python bench/bootstrap.py
+
+# The small edge bundle beside the bundled corpus: one model for every machine that a watcher may meet.
+EDGE_MODEL ?= gbt
+EDGE_MASKS := realistic,portable,proc+netflow,proc+tap,proc
+
+edge: demo
+	$(BIN)/phasewatch train runs/demo --models $(EDGE_MODEL) --threats $(EDGE_MASKS)
+	$(BIN)/phasewatch export runs/demo --model $(EDGE_MODEL) --threat $(EDGE_MASKS) --out corpus/lab-v1.edge.zip
 
 # docs/reference, from the tables and the command line.
 docs: setup
