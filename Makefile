@@ -103,7 +103,8 @@ footprint: setup
 	$(BIN)/python docs/footprint.py
 
 # The pictures that the README shows, from the bundled corpus.
-picture: demo
+picture: setup demo
+	$(BIN)/python docs/picture.py runs/demo docs/dashboard.png
 	chromium --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking \
 	  --disable-component-update --disable-sync --user-data-dir=$$(mktemp -d) --hide-scrollbars --window-size=1000,900 \
 	  --virtual-time-budget=5000 --screenshot=docs/report.png file://$(CURDIR)/runs/demo/report.html

@@ -178,12 +178,19 @@ def run(
 def demo(
     out: Path = typer.Option(Path("runs/demo"), help="The run's folder."),
     workers: int = typer.Option(2, min=1, help="Processes."),
+    live: bool = typer.Option(False, "--live", help="Instead, replay bundled episodes on a dashboard at once."),
+    port: int = typer.Option(8765, min=0, max=65535, help="Of that dashboard; 0 takes a free one."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Take the bundled recordings the whole way, from bundles to the report.
 
     Example: phasewatch demo
     """
+    if live:
+        from phasewatch.cli.page import show_demo
+
+        show_demo(out, port=port, as_json=as_json)
+        return
     from phasewatch.stages import Settings
 
     _go(Settings(store=base.bundled_corpus(), run=out, workers=workers), as_json=as_json)
