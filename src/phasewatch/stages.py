@@ -143,6 +143,7 @@ def sweep_listed(settings: Settings, index: Path, *, tell: Tell | None = None) -
 def features(settings: Settings) -> FeatureCount:
     """Make the feature tables of a swept run, and enter them into its ledger."""
     run = settings.run
+    atomic.sweep_temporaries(run)
     verdicts = read_index(run / INDEX)
     statuses = {(v.host_id, v.episode_id): v.status for v in verdicts if v.status in USABLE}
     count = write_tables(

@@ -90,8 +90,9 @@ def sweep(
     if choose is not None:
         items = list(choose(items))
     atomic.make_folder(run)
-    if (run / "grids").is_dir():
-        atomic.sweep_temporaries(run / "grids")
+    for folder in (run, run / "grids"):
+        if folder.is_dir():
+            atomic.sweep_temporaries(folder)
     state = {path_of(item): [item.bytes, item.mtime_ns, item.receipt or ""] for item in items}
     before = {} if full else _read_state(run)
     old = _Old(run if before else None)
