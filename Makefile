@@ -20,7 +20,7 @@ UV         := $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt
 export OMP_WAIT_POLICY = PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: demo test soak lint setup system picture results bench docs datasheet edge footprint lock clean
+.PHONY: demo test soak lint setup system picture headline results bench docs datasheet edge footprint lock clean
 
 demo: $(VENV)/.run
 	@$(BIN)/phasewatch demo
@@ -101,6 +101,10 @@ datasheet: setup
 
 footprint: setup
 	$(BIN)/python docs/footprint.py
+
+# The README's table, from the demo's run of the whole bundled corpus.
+headline: demo
+	$(BIN)/python docs/headline.py runs/demo
 
 # The pictures that the README shows, from the bundled corpus.
 picture: setup demo
