@@ -20,7 +20,7 @@ UV         := $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt
 export OMP_WAIT_POLICY = PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: demo test soak lint setup system picture results bench docs datasheet footprint lock clean
+.PHONY: demo test soak lint setup system picture headline results bench docs datasheet edge footprint lock clean
 
 demo: $(VENV)/.run
 	@$(BIN)/phasewatch demo
@@ -83,6 +83,14 @@ results: $(VENV)/.run
 bench: setup
 	$(BIN)/python bench/bootstrap.py
 
+# The small edge bundle beside the bundled corpus: one model for every machine that a watcher may meet.
+EDGE_MODEL ?= gbt
+EDGE_MASKS := realistic,portable,proc+netflow,proc+tap,proc
+
+edge: demo
+	$(BIN)/phasewatch train runs/demo --models $(EDGE_MODEL) --threats $(EDGE_MASKS)
+	$(BIN)/phasewatch export runs/demo --model $(EDGE_MODEL) --threat $(EDGE_MASKS) --out corpus/lab-v1.edge.zip
+
 # docs/reference, from the tables and the command line.
 docs: setup
 	$(BIN)/python docs/generate.py
@@ -94,8 +102,13 @@ datasheet: setup
 footprint: setup
 	$(BIN)/python docs/footprint.py
 
+# The README's table, from the demo's run of the whole bundled corpus.
+headline: demo
+	$(BIN)/python docs/headline.py runs/demo
+
 # The pictures that the README shows, from the bundled corpus.
-picture: demo
+picture: setup demo
+	$(BIN)/python docs/picture.py runs/demo docs/dashboard.png
 	chromium --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking \
 	  --disable-component-update --disable-sync --user-data-dir=$$(mktemp -d) --hide-scrollbars --window-size=1000,900 \
 	  --virtual-time-budget=5000 --screenshot=docs/report.png file://$(CURDIR)/runs/demo/report.html
