@@ -110,5 +110,5 @@ headline: demo
 picture: setup demo
 	$(BIN)/python docs/picture.py runs/demo docs/dashboard.png
 	chromium --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking \
-	  --disable-component-update --disable-sync --user-data-dir=$$(mktemp -d) --hide-scrollbars --window-size=1000,900 \
+	  --disable-component-update --disable-sync --user-data-dir=$$(mktemp -d) --hide-scrollbars --window-size=1000,1100 \
 	  --virtual-time-budget=5000 --screenshot=docs/report.png file://$(CURDIR)/runs/demo/report.html
