@@ -1,4 +1,4 @@
-"""Write the generated half of a corpus's datasheet, from its bundles; `--check` only says whether it is stale.
+"""Write the generated half of a corpus's datasheet and its acceptance index; `--check` only says whether they are stale.
 
 Run as `python docs/datasheet.py [CORPUS]`. The counts come from the validator, the leak figures from the audit's
 questions, the agent's cost from `docs/footprint.py`. A test compares the bundles' fingerprint with the page's.
@@ -18,7 +18,9 @@ from phasewatch.audit.corpus import read_windows
 from phasewatch.audit.leaks import find_leaks
 from phasewatch.audit.separation import separate
 from phasewatch.record.footprint import Footprint, footprint_file
+from phasewatch.atomic import write_whole
 from phasewatch.store.disk import DiskStore
+from phasewatch.validate.index import INDEX
 from phasewatch.validate.sweep import sweep
 
 CORPUS = Path(__file__).parents[1] / "corpus" / "lab-v1"
