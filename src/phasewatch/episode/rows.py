@@ -230,10 +230,11 @@ def _widen(rows: SourceRows) -> SourceRows:
 
 
 def _over_int64(rows: list[Any], *, file: str, member: str) -> BundleError:
-    """Find the whole number that no 64-bit integer holds."""
-    for line, row in enumerate(rows, 1):
-        for name, value in zip(row.__struct_fields__, astuple(row), strict=True):
-            if isinstance(value, int) and not limits.INT64_MIN <= value <= limits.INT64_MAX:
-                words = f"{name} does not fit into 64 bits"
-                return BundleError(code="row-int64", words=words, file=file, member=member, line=line)
-    raise AssertionError("numpy saw an overflow, and no value is one")
+    """Find the whole number that no 64-bit integer holds; there is one, or numpy would not have seen an overflow."""
+    line, name = next(
+        (line, name)
+        for line, row in enumerate(rows, 1)
+        for name, value in zip(row.__struct_fields__, astuple(row), strict=True)
+        if isinstance(value, int) and not limits.INT64_MIN <= value <= limits.INT64_MAX
+    )
+    return BundleError(code="row-int64", words=f"{name} does not fit into 64 bits", file=file, member=member, line=line)
