@@ -14,7 +14,9 @@ from pathlib import Path
 import msgspec
 
 from phasewatch.audit import datasheet
-from phasewatch.audit.corpus import read_leaks
+from phasewatch.audit.corpus import read_windows
+from phasewatch.audit.leaks import find_leaks
+from phasewatch.audit.separation import separate
 from phasewatch.record.footprint import Footprint, footprint_file
 from phasewatch.store.disk import DiskStore
 from phasewatch.validate.sweep import sweep
@@ -46,8 +48,10 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     with tempfile.TemporaryDirectory(prefix="phasewatch-datasheet-") as folder:
         verdicts = sweep(corpus, Path(folder), workers=2).verdicts
-        leaks = read_leaks(Path(folder))
-    body = datasheet.render_datasheet(verdicts, leaks, read_footprint(corpus), digest=digest)
+        windows = read_windows(Path(folder))
+    body = datasheet.render_datasheet(
+        verdicts, find_leaks(windows), separate(windows), read_footprint(corpus), digest=digest
+    )
     page.write_text(datasheet.render_page(text, body), encoding="utf-8")
     return 0
 

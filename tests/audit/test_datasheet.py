@@ -8,15 +8,17 @@ import pytest
 
 from phasewatch.audit.datasheet import MARKER, render_datasheet, render_page, stated_fingerprint
 from phasewatch.audit.leaks import Leak
+from phasewatch.audit.separation import Separation
 from phasewatch.record.footprint import ChannelCost, Footprint
 from phasewatch.simulate import simulate
 from phasewatch.validate.sweep import sweep
 from phasewatch.validate.verdict import Verdict
-from phasewatch.vocab import Status
+from phasewatch.vocab import Phase, Status
 
 LEAK = Leak(
     name="x", question="What is it?", value=0.5, unit="macro-F1", chance=0.2, limit=0.3, words="of a | made-up one"
 )  # fmt: skip
+PARTS = Separation(phase=Phase.ACTIVE, windows=1200, best=(("proc.vcpu_run", 0.9), ("netflow.out_pkts", 0.4)))
 COST = ChannelCost(channel="proc.cpu_user", unit="cores", off=0.010, on=0.012, pairs=(0.001, 0.003))
 EITHER = ChannelCost(channel="proc.io_rchar", unit="B/s", off=1.0, on=1.0, pairs=(-0.1, 0.1))
 FOOTPRINT = Footprint(host_id="pc", accel="tcg", guest_image="x", seconds=90, pairs=2, costs=(COST, EITHER))
@@ -39,7 +41,7 @@ def cells(page: str, *head: str) -> list[str]:
 
 
 def test_each_sample_and_host_is_counted_as_the_validator_judged_it(verdicts: tuple[Verdict, ...]) -> None:
-    page = render_datasheet(verdicts, [], None, digest="d")
+    page = render_datasheet(verdicts, [], [], None, digest="d")
     lab = [v for v in verdicts if v.role == "lab"]
     for host, cell in zip(("sim-00", "sim-01"), cells(page, "**all**", "")[2:], strict=False):
         mine = [v.status for v in lab if v.host_id == host]
@@ -54,7 +56,7 @@ def test_each_sample_and_host_is_counted_as_the_validator_judged_it(verdicts: tu
 def test_a_pair_that_was_never_recorded_is_a_dot(verdicts: tuple[Verdict, ...]) -> None:
     without = [v for v in verdicts if not (v.profile == "benign" and v.host_id == "sim-01")]
 
-    assert cells(render_datasheet(without, [], None, digest="d"), "benign", "idle")[3] == "·"
+    assert cells(render_datasheet(without, [], [], None, digest="d"), "benign", "idle")[3] == "·"
 
 
 def test_a_sample_of_the_user_s_own_has_its_row(verdicts: tuple[Verdict, ...]) -> None:
@@ -62,13 +64,14 @@ def test_a_sample_of_the_user_s_own_has_its_row(verdicts: tuple[Verdict, ...]) -
 
     own = dataclasses.replace(next(v for v in verdicts if v.role == "lab"), profile="mine", sample_name="one")
 
-    assert cells(render_datasheet([own], [], None, digest="d"), "mine", "one")
+    assert cells(render_datasheet([own], [], [], None, digest="d"), "mine", "one")
 
 
 def test_leaks_and_footprint_are_told_with_their_figures(verdicts: tuple[Verdict, ...]) -> None:
-    page = render_datasheet(verdicts, [LEAK], FOOTPRINT, digest="abc")
+    page = render_datasheet(verdicts, [LEAK], [PARTS], FOOTPRINT, digest="abc")
 
     assert "| What is it? | 0.50 macro-F1 | limit 0.30, chance 0.20 | of a \\| made-up one |" in page
+    assert cells(page, "active", "1,200")[2] == "`proc.vcpu_run` 0.90, `netflow.out_pkts` 0.40"
     assert "2 pairs of idle machines of the host `pc` (tcg), 90 s each" in page
     assert "1 of 2 channels moved to the same side in every pair" in page
     assert cells(page, "`proc.cpu_user`")[1:] == ["cores", "0.01", "0.012", "+0.001 to +0.003"]
@@ -77,7 +80,7 @@ def test_leaks_and_footprint_are_told_with_their_figures(verdicts: tuple[Verdict
 
 
 def test_what_was_not_measured_is_said(verdicts: tuple[Verdict, ...]) -> None:
-    assert "Not measured yet" in render_datasheet(verdicts, [], None, digest="d")
+    assert "Not measured yet" in render_datasheet(verdicts, [], [], None, digest="d")
 
 
 def test_only_what_stands_below_the_marker_is_replaced() -> None:

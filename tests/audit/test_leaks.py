@@ -11,8 +11,10 @@ import pytest
 from phasewatch.audit.checks import Fate
 from phasewatch.audit.corpus import check_leaks
 from phasewatch.audit.leaks import Leak, Windows, find_leaks, render_leaks
+from phasewatch.audit.separation import separate
 from phasewatch.simulate import simulate
 from phasewatch.validate.sweep import sweep
+from phasewatch.vocab import Phase
 
 EPISODES, LONG, HOSTS = 24, 20, 3
 NAMES = ("proc.vcpu_wait.mean", "proc.vcpu_wait.std", "a", "b", "c")
@@ -138,6 +140,21 @@ def test_a_wait_that_shows_the_neighbour_s_work_is_seen() -> None:
     assert leak.value > 0.9
     assert leak.chance is not None
     assert leak.chance < 0.35
+
+
+def test_the_area_against_clean_is_scikit_learn_s() -> None:
+    from sklearn.metrics import roc_auc_score
+
+    windows = corpus()
+    shifted = with_feature(windows, 0, windows.x[:, 0] + 0.5 * (windows.y == 3))
+    found = {each.phase: each for each in separate(shifted)}
+    rows = np.isin(shifted.y, (0, 3))
+
+    name, area = found[Phase.ACTIVE].best[0]
+
+    assert name == "proc.vcpu_wait"
+    assert area == pytest.approx(roc_auc_score(shifted.y[rows] == 3, shifted.x[rows, 0]))
+    assert found[Phase.ACTIVE].windows == int((shifted.y == 3).sum())
 
 
 def test_too_small_a_corpus_is_said_to_be_too_small() -> None:

@@ -25,15 +25,15 @@ MOST_EPISODES = 600  # of a larger store a sample by session is asked: the quest
 _IDLE = "idle"
 
 
-def read_leaks(run: Path) -> tuple[Leak, ...]:
-    """Ask a swept run every leak question.
+def read_windows(run: Path) -> Windows:
+    """Read the windows of a swept run's usable episodes, of a large store's those of a sample.
 
     Raises:
         RunError: If it has no verdicts or no grids, or not one usable window.
     """
     usable = {(v.host_id, v.episode_id) for v in read_index(run / INDEX) if v.status in USABLE}
     grids = open_grids(run / "grids")
-    return find_leaks(gather(grids, _sampled([row for row in grids.rows if (row.host_id, row.episode_id) in usable])))
+    return gather(grids, _sampled([row for row in grids.rows if (row.host_id, row.episode_id) in usable]))
 
 
 def _sampled(rows: list[GridRow]) -> list[GridRow]:
@@ -94,7 +94,7 @@ def _means(levels: np.ndarray, w: int) -> np.ndarray:
 def check_leaks(run: Path) -> tuple[Check, ...]:
     """Make a check of every question; one without a limit is kept whatever its figure, which stands in its words."""
     try:
-        leaks = read_leaks(run)
+        leaks = find_leaks(read_windows(run))
     except RunError as exc:
         return (untested(f"{PREFIX}checks", "Nothing but the telemetry tells the phase.", str(exc)),)
     return tuple(_check(leak) for leak in leaks)

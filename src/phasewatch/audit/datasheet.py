@@ -10,6 +10,7 @@ from hashlib import sha256
 import numpy as np
 
 from phasewatch.audit.leaks import Leak, render_leaks
+from phasewatch.audit.separation import Separation, render_separations
 from phasewatch.profiles import PROFILES
 from phasewatch.record.footprint import Footprint, render_footprint
 from phasewatch.validate.verdict import USABLE, Verdict
@@ -44,13 +45,19 @@ def render_page(page: str, body: str) -> str:
 
 
 def render_datasheet(
-    verdicts: Sequence[Verdict], leaks: Sequence[Leak], footprint: Footprint | None, *, digest: str
+    verdicts: Sequence[Verdict],
+    leaks: Sequence[Leak],
+    separations: Sequence[Separation],
+    footprint: Footprint | None,
+    *,
+    digest: str,
 ) -> str:
     """Write the generated half in Markdown.
 
     Args:
         verdicts: What the validator says of each bundle.
         leaks: The answers of `leaks.find_leaks`.
+        separations: Those of `separation.separate`.
         footprint: What the guest's agent costs, if it was measured.
         digest: `fingerprint` of the bundles.
     """
@@ -74,6 +81,10 @@ def render_datasheet(
         "### What it gives away beside the phase",
         "Each answered out of fold by session; see `phasewatch audit`.",
         _table(["question", "figure", "against", "looked at"], render_leaks(leaks)),
+        "### Which single channels tell a phase from clean",
+        "Area under the ROC curve of a window's mean against clean windows, pooled over hosts, profiles and busy loads; "
+        "0.50 tells nothing. A description of the recordings, not a result.",
+        _table(["phase", "windows", "channels"], render_separations(separations)),
         "### What the agent in the guest costs",
         _footprint(footprint),
         "The range of each channel: `phasewatch channels --corpus`.",
