@@ -7,7 +7,7 @@ EXTRAS     := train,live,serve
 
 # What the tests need from the system: real VMs, the guest image's compiler, a real browser.
 SYSTEM := qemu-system-x86 qemu-system-arm qemu-utils busybox-static cpio e2fsprogs gcc libc6-dev \
-          gcc-aarch64-linux-gnu libc6-dev-arm64-cross chromium zstd
+          gcc-aarch64-linux-gnu libc6-dev-arm64-cross chromium zstd curl openssl
 
 # uv reads neither pip.conf nor PIP_FIND_LINKS: a wheel folder that pip knows is passed on. Where it holds torch, that
 # CPU wheel is taken; elsewhere PyTorch's own CPU index, because the default build drags in gigabytes of CUDA.
@@ -29,9 +29,11 @@ test: lint
 	$(BIN)/python -m pytest -n 2 -m "not vm and not soak"
 	$(BIN)/python -m pytest -m "vm and not soak"
 
-# The large counts, run by hand.
+# The large counts, run by hand; their rows take the place of the last ones in docs/soak.md.
 soak: setup
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m soak --soak-rows soak-rows.jsonl
+	$(BIN)/python docs/soak.py soak-rows.jsonl
+	@rm soak-rows.jsonl
 
 lint: setup
 	$(BIN)/ruff check src tests docs
