@@ -13,6 +13,7 @@ from phasewatch.evaluate.rows import MetricRow, Metrics, headline
 from phasewatch.evaluate.score import read_metrics
 from phasewatch.models import registry
 from phasewatch.split import RECIPES
+from phasewatch.train.predictions import PREDICTIONS
 
 AGENT = {"realistic": "off", "portable": "off", "oracle": "on"}  # whose episodes a threat model is scored on
 ORDER = [row.key for row in registry.MODELS]
@@ -22,10 +23,10 @@ BASELINES = {row.key for row in registry.MODELS if row.is_baseline}
 def render(metrics: Metrics, *, title: str, command: str) -> str:
     """Give the page."""
     rows = [r for r in metrics.metrics if r.fold == "pooled"]
-    inputs = "; ".join(f"`{name}` sha256 {digest[:16]}…" for name, digest in sorted(metrics.inputs.items()))
+    digest = metrics.inputs.get(PREDICTIONS, "unknown")
     parts = [
         f"# {title}",
-        f"Generated from the numbers of one run, none typed in: {inputs}.",
+        f"Generated from the numbers of one run, none typed in; its `{PREDICTIONS}` has sha256 `{digest}`.",
         f"```\n{command}\n```",
         f"**{headline(metrics)}**",
         "Intervals are 95 %, over sessions resampled within hosts, and hold for these hosts, samples and seeds. "
@@ -45,7 +46,7 @@ def _recipe(name: str, about: str, leaky: bool, metrics: Metrics, rows: Sequence
         of = [r for r in mine if r.threat == threat and r.agent == AGENT[threat]]
         table = _scores(of)
         if table:
-            lines.append(f"`{threat}`, all folds, {_standing(of)}:\n\n{table}")
+            lines.append(f"`{threat}`, all folds that were trained, {_standing(of)}:\n\n{table}")
     for fold in sorted({r.fold for r in metrics.metrics if r.recipe == name} - {"pooled"}):
         lines += _one_fold(name, fold, metrics, rows)
     if not lines:
@@ -151,7 +152,7 @@ def _whole(row: MetricRow, *, vs: bool = False) -> bool:
 
 def _standing(rows: Sequence[MetricRow]) -> str:
     r = next(r for r in rows if _whole(r) and r.n_episodes)
-    return f"{r.n_episodes} episodes in {r.n_sessions} sessions of {r.n_hosts} hosts, {r.n_windows:,} windows"
+    return f"{r.n_episodes} episodes in {r.n_sessions} sessions of {r.n_hosts} {'host' if r.n_hosts == 1 else 'hosts'}, {r.n_windows:,} windows"
 
 
 def _span(row: MetricRow | None, *, sign: bool = False) -> str:
