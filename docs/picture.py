@@ -40,7 +40,8 @@ def photograph(address: str, out: Path, width: int, scheme: str) -> None:
         awaiting = page.locator('.scene:not([data-state="live"])').count()
         if awaiting:
             raise SystemExit(f"{awaiting} scenes are not live")
-        page.screenshot(path=out, full_page=True)
+        bottom = page.evaluate("document.querySelector('.scenes').getBoundingClientRect().bottom + 16")
+        page.screenshot(path=out, full_page=True, clip={"x": 0, "y": 0, "width": width, "height": bottom})
         browser.close()
 
 

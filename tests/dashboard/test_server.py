@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -149,6 +150,38 @@ def test_an_ended_dashboard_ends_its_streams_and_says_nothing(tmp_path: Path) ->
                     pass
         assert running.process.stderr is not None
         assert running.process.stderr.read() == ""
+
+
+SERVE = """
+import asyncio, sys
+from phasewatch.dashboard import server
+from phasewatch.dashboard.gate import Gate
+
+async def producer(hub):
+    print("begun", flush=True)
+    try:
+        await asyncio.sleep(600)
+    finally:
+        await asyncio.sleep(0.01)
+        print("put away", flush=True)
+
+server.serve(server.bind(0), server.make_hub(), Gate(token="t" * 20), title="t", producers=(producer,), tell=print)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["terminated", "Ctrl-C"])
+def test_producers_are_put_away_before_it_ends(number: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+
+    assert out == "put away\n"
+    assert (process.returncode == 0) == (number is signal.SIGTERM)
+    assert "Error" not in err.replace("KeyboardInterrupt", "")
 
 
 class Follower(threading.Thread):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from types import FrameType
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from phasewatch.dashboard.gate import Gate
@@ -70,13 +70,15 @@ def serve(
         title: What the page calls what it shows.
         producers: Run beside the server; one that fails is told of, and leaves the page and the others alone.
         tell: Takes one line for people.
+
+    Raises:
+        KeyboardInterrupt: If Ctrl-C ended it, when all is put away.
     """
     import uvicorn
 
     from phasewatch.dashboard.app import build_app
 
     app = build_app(hub, gate, title=title)
-    loop: asyncio.AbstractEventLoop
     # No access log: the first address carries the token.
     config = uvicorn.Config(
         app, lifespan="off", access_log=False, log_level="warning", timeout_graceful_shutdown=3, server_header=False,
@@ -84,23 +86,33 @@ def serve(
     )  # fmt: skip
 
     class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            loop.call_soon_threadsafe(hub.close)  # streams end by themselves, and nothing is cut
-            super().handle_exit(sig, frame)
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield  # ours: uvicorn's raises the signal again before watchers could be ended
 
-    async def run() -> None:
-        nonlocal loop
-        loop = asyncio.get_running_loop()
+    async def run() -> list[int]:
+        caught: list[int] = []
+        server = Server(config)
+
+        def end(sig: int) -> None:
+            server.force_exit = bool(caught)  # a second one waits for nobody
+            caught.append(sig)
+            hub.close()  # streams end by themselves, and nothing is cut
+            server.should_exit = True
+
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(sig, end, sig)
         tasks = [asyncio.create_task(_produce(producer, hub, tell)) for producer in producers]
         try:
-            await Server(config).serve(sockets=[sock])
+            await server.serve(sockets=[sock])
         finally:
             for task in tasks:
                 task.cancel()
-            with suppress(asyncio.CancelledError):
-                await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return caught
 
-    asyncio.run(run())
+    if signal.SIGINT in asyncio.run(run()):
+        raise KeyboardInterrupt
 
 
 async def _produce(producer: Producer, hub: Hub, tell: Callable[[str], None]) -> None:

@@ -85,7 +85,7 @@ export function phase(machine) {
   const last = machine.phase;
   const alarm = last.threshold === null ? "no alarm threshold was trained"
     : `p(infecting) + p(active) = ${score(last.p[2] + last.p[3])}, alarm from ${score(last.threshold)} on`;
-  const late = last.latency_ms === null ? "" : `; ${number(last.latency_ms)} ms after its window`;
+  const late = last.latency_ms === null ? "" : `; said ${span(last.latency_ms)} after its window`;
   facts("facts-phase", `${last.model}, ${last.threat}, ${last.table} table, filter ${last.filter}; ${alarm}${late}.`, last.caveat);
   const words = `${machine.vm}: ${last.decision}, probability ${score(last.p[PHASES.indexOf(last.decision)])}${last.truth ? `, truth ${last.truth}` : ""}`;
   return say("plot-phase", words);
@@ -148,6 +148,7 @@ function withGaps(machine) {
   }
   return out;
 }
+const span = (ms) => (ms < 1000 ? `${number(ms)} ms` : `${number(ms / 1000)} s`);
 const unit = (name) => { const u = about.channels.get(name)?.unit ?? ""; return u === "1" ? "" : u; };
 
 const DOUBT = "untested";
@@ -222,7 +223,7 @@ export function profiles(data) {
 }
 
 export function perf(data) {
-  const tiles = [["latency p50", `${number(data.p50_ms)} ms`], ["latency p99", `${number(data.p99_ms)} ms`, data.p99_ms > 50], ["windows/s", number(data.windows_per_s)],
+  const tiles = [["latency p50", data.p50_ms === null ? "–" : span(data.p50_ms)], ["latency p99", data.p99_ms === null ? "–" : span(data.p99_ms), data.p99_ms > 50], ["windows/s", number(data.windows_per_s)],
     ["memory", `${number(data.rss_bytes)}B`], ["CPU", `${number(100 * data.cpu_cores)} %`], ["late ticks", data.late_ticks.toLocaleString("en"), data.late_ticks > 0],
     ["backlog", data.backlog.toLocaleString("en"), data.backlog > 100]];
   byId("tiles-perf").replaceChildren(...tiles.map(([name, value, isBad]) => {
