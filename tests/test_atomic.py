@@ -117,6 +117,18 @@ def test_a_library_that_closes_the_file_publishes_nothing_by_that(tmp_path: Path
     assert not (tmp_path / "a").exists()
 
 
+def test_last_words_to_a_file_that_was_given_up_reach_no_other_file(tmp_path: Path) -> None:
+    with suppress(RuntimeError), atomic.writer(tmp_path / "a") as file:
+        raise RuntimeError
+    file.write(b"last words")  # held until it is flushed
+
+    with (tmp_path / "b").open("wb") as other, pytest.raises(ValueError, match="closed"):
+        file.flush()
+
+    assert (tmp_path / "b").read_bytes() == b""
+    assert other.closed
+
+
 def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / ".a.0123456789ab.tmp").write_bytes(b"half")
     (tmp_path / "mine.tmp").write_bytes(b"a user's")

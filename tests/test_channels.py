@@ -8,7 +8,10 @@ import pytest
 
 from phasewatch.channels import CHANNELS, LEVELS, RAW, mask_names, mask_of
 from phasewatch.errors import UsageError
+from phasewatch.features.schema import schema_hash
 from phasewatch.vocab import Source
+
+GOLDEN_HASH = "0725cf07ab6416794160616b6e897e65cf43259b4d2e34f8f8931d8ee9e9dd12"
 
 
 def test_there_are_46_channels_of_four_sources() -> None:
@@ -19,6 +22,10 @@ def test_there_are_46_channels_of_four_sources() -> None:
 
 def test_a_defender_has_35_of_them_without_the_guests_word() -> None:
     assert sum(mask_of("realistic")) == sum(c.in_deployment for c in CHANNELS) == 35
+
+
+def test_the_schema_hash_is_the_one_that_models_were_made_for() -> None:
+    assert schema_hash() == GOLDEN_HASH
 
 
 def test_what_exists_under_emulation_only_is_in_no_portable_model() -> None:

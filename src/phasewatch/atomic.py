@@ -82,6 +82,7 @@ class _File(RawIOBase):
         return self._fd
 
     def write(self, data: object) -> int:
+        self._check_open()
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
         written = 0
         while written < len(view):
@@ -92,10 +93,20 @@ class _File(RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._check_open()
         return os.lseek(self._fd, offset, whence)
 
     def tell(self) -> int:
+        self._check_open()
         return os.lseek(self._fd, 0, os.SEEK_CUR)
+
+    def _check_open(self) -> None:
+        """Refuse to touch a closed file: its descriptor's number may be another file's by now.
+
+        A library that was interrupted writes its last words when it is collected, long after we gave up the file.
+        """
+        if self.closed:
+            raise ValueError("the file is closed")
 
     def close(self) -> None:
         if not self.closed:

@@ -18,7 +18,7 @@ import httpx
 from phasewatch import atomic
 from phasewatch.errors import BundleError, StoreError
 from phasewatch.store.digests import render_digest
-from phasewatch.store.disk import RECEIPT, DiskStore, StoreItem, parse_receipt, render_receipt
+from phasewatch.store.disk import RECEIPT, RECEIPT_BYTES, DiskStore, StoreItem, parse_receipt, render_receipt
 
 SENT, REFUSED = "sent", "refused"
 REASON = ".reason.json"
@@ -37,6 +37,7 @@ class Fate(Enum):
     POISON = "poison"  # no other try can go better: out of the way, with the reason
     BLOCKED = "blocked"  # nothing is wrong with the bundle, but with the token or the address
     AGAIN = "again"
+    GONE = "gone"  # somebody took it out of the outbox
 
 
 def fate_of(status: int) -> Fate:
@@ -229,6 +230,8 @@ class Shipper:
         try:
             data = await asyncio.to_thread(DiskStore(self._outbox).read, item)
         except BundleError as error:
+            if error.code == "bundle-missing":
+                return self._finish(item)
             return self._refuse(item, error.code, error.words)
         digest = sha256(data).hexdigest()
         if item.receipt not in (None, digest):
@@ -277,15 +280,26 @@ class Shipper:
         atomic.remove(source.with_name(source.name + RECEIPT))
         return Fate.KEPT, "sent", 0.0
 
+    def _finish(self, item: StoreItem) -> tuple[Fate, str, float]:
+        """Say where a bundle is that is no longer in the outbox: an earlier try failed after it had been moved."""
+        for place, fate in ((SENT, Fate.KEPT), (REFUSED, Fate.POISON)):
+            if (self._outbox / place / item.path).exists():
+                atomic.remove(self._outbox / (item.path + RECEIPT))
+                return fate, place, 0.0
+        return Fate.GONE, "it was taken away", 0.0
+
     def _refuse(self, item: StoreItem, code: str, words: str) -> tuple[Fate, str, float]:
-        """Move a bundle that nobody will take to ``refused/``, its reason first."""
+        """Move a bundle that nobody will take to ``refused/``, its reason and its receipt first."""
         source, target = self._outbox / item.path, self._outbox / REFUSED / item.path
+        receipt = source.with_name(source.name + RECEIPT)
         atomic.make_folder(target.parent)
         reason = json.dumps({"code": code, "detail": words}, indent=1) + "\n"
         atomic.write_whole(target.with_name(target.name + REASON), reason.encode())
-        atomic.move(source, target)
         if item.receipt is not None:
-            atomic.move(source.with_name(source.name + RECEIPT), target.with_name(target.name + RECEIPT))
+            with receipt.open("rb") as file:  # a copy: without its receipt, a kill here would have rotten bytes sent
+                atomic.write_whole(target.with_name(target.name + RECEIPT), file.read(RECEIPT_BYTES))
+        atomic.move(source, target)
+        atomic.remove(receipt)
         return Fate.POISON, words, 0.0
 
 
