@@ -97,7 +97,7 @@ edge: demo
 docs: setup
 	$(BIN)/python docs/generate.py
 
-# The generated half of the bundled corpus's datasheet; what its agent costs is measured on real VMs, nine minutes.
+# The generated half of the bundled corpus's datasheet; what its agent costs is measured on real VMs, eight minutes.
 datasheet: setup
 	$(BIN)/python docs/datasheet.py
 
