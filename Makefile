@@ -20,7 +20,7 @@ UV         := $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt
 export OMP_WAIT_POLICY = PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: demo test soak lint setup system picture headline docs datasheet footprint lock clean
+.PHONY: demo test soak lint setup system picture headline bench docs datasheet footprint lock clean
 
 demo: $(VENV)/.run
 	@$(BIN)/phasewatch demo
@@ -70,6 +70,15 @@ lock: | $(BIN)/uv
 
 clean:
 	rm -rf $(VENV) runs
+
+# Peers side by side with ours, in an environment of their own; writes docs/performance.md and its pictures.
+bench: demo bench/.venv/.done
+	OMP_NUM_THREADS=1 PYTHONPATH=src bench/.venv/bin/python bench/run.py --run runs/demo
+
+bench/.venv/.done: bench/requirements.txt | $(BIN)/uv
+	$(PY) -m venv bench/.venv
+	$(BIN)/uv pip install -q --python bench/.venv/bin/python $(TORCH_FROM) -r bench/requirements.txt
+	@touch $@
 
 # docs/reference, from the tables and the command line.
 docs: setup
