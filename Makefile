@@ -20,7 +20,7 @@ UV         := $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt
 export OMP_WAIT_POLICY = PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: demo test soak lint setup system picture headline bench docs datasheet footprint lock clean
+.PHONY: demo test soak lint setup system picture headline results bench docs datasheet edge footprint lock clean
 
 demo: $(VENV)/.run
 	@$(BIN)/phasewatch demo
@@ -80,6 +80,22 @@ bench/.venv/.done: bench/requirements.txt | $(BIN)/uv
 	$(BIN)/uv pip install -q --python bench/.venv/bin/python $(TORCH_FROM) -r bench/requirements.txt
 	@touch $@
 
+# What the bundled corpus says: every recipe and model, audited; its table and its report without pictures.
+results: $(VENV)/.run
+	$(BIN)/phasewatch run corpus/lab-v1 --out runs/lab-v1 --grid full
+	$(BIN)/phasewatch audit runs/lab-v1
+	$(BIN)/phasewatch report runs/lab-v1
+	$(BIN)/phasewatch report runs/lab-v1 --format md --out docs/results/lab-v1-report.md
+	$(BIN)/python docs/results.py runs/lab-v1 --out docs/results/lab-v1.md --command "make results"
+
+# The small edge bundle beside the bundled corpus: one model for every machine that a watcher may meet.
+EDGE_MODEL ?= gbt
+EDGE_MASKS := realistic,portable,proc+netflow,proc+tap,proc
+
+edge: demo
+	$(BIN)/phasewatch train runs/demo --models $(EDGE_MODEL) --threats $(EDGE_MASKS)
+	$(BIN)/phasewatch export runs/demo --model $(EDGE_MODEL) --threat $(EDGE_MASKS) --out corpus/lab-v1.edge.zip
+
 # docs/reference, from the tables and the command line.
 docs: setup
 	$(BIN)/python docs/generate.py
@@ -96,7 +112,8 @@ headline: demo
 	$(BIN)/python docs/headline.py runs/demo
 
 # The pictures that the README shows, from the bundled corpus.
-picture: demo
+picture: setup demo
+	$(BIN)/python docs/picture.py runs/demo docs/dashboard.png
 	chromium --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking \
 	  --disable-component-update --disable-sync --user-data-dir=$$(mktemp -d) --hide-scrollbars --window-size=1000,900 \
 	  --virtual-time-budget=5000 --screenshot=docs/report.png file://$(CURDIR)/runs/demo/report.html

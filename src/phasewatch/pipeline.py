@@ -18,6 +18,7 @@ from phasewatch.errors import SplitError, StoreError
 from phasewatch.evaluate.rows import headline
 from phasewatch.evaluate.score import read_metrics
 from phasewatch.stages import FEATURE_FILES, GRID_FILES, METRICS, PREDICTIONS, REPORT, Settings, digests
+from phasewatch.store.base import Place, parse_place
 from phasewatch.validate.index import INDEX
 from phasewatch.validate.sweep import LEDGER
 
@@ -64,7 +65,7 @@ def run(settings: Settings, *, tell: Tell | None = None) -> Outcome:
         BusyError: If another process works on the run.
     """
     say = tell or (lambda stage, done, total, words: None)
-    if not settings.store.is_dir():
+    if isinstance(settings.store, Path) and not settings.store.is_dir():
         raise StoreError(
             f"{settings.store}: there is no such store; record one with `phasewatch record --out {settings.store}`"
         )
@@ -89,7 +90,7 @@ def run(settings: Settings, *, tell: Tell | None = None) -> Outcome:
     return Outcome(run=settings.run, report=settings.run / REPORT, headline=words, stages=tuple(fates))
 
 
-def settings_of(run: Path, *, store: Path | None = None) -> Settings:
+def settings_of(run: Path, *, store: Place | None = None) -> Settings:
     """Give what a run was asked for, as its `run.json` says; a run made stage by stage names no store.
 
     Args:
@@ -98,7 +99,7 @@ def settings_of(run: Path, *, store: Path | None = None) -> Settings:
     """
     told = _read_log(run).get("configuration", {})
     return Settings(
-        store=store or Path(told.get("store", run)),
+        store=store or parse_place(told.get("store", str(run))),
         run=run,
         limit=int(told.get("limit", 0)),
         include_degraded=told.get("include_degraded", "True") == "True",

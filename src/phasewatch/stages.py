@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from phasewatch.grid.files import open_grids
 from phasewatch.models.registry import row_of
 from phasewatch.report.page import write_report
 from phasewatch.split import RECIPES, Fold, Part, parse_fold, recipe_of
-from phasewatch.store.disk import DiskStore, StoreItem
+from phasewatch.store.base import Place, StoreItem, open_store
 from phasewatch.train.cell import Cell
 from phasewatch.train.cells import TrainReport, best_net, train_cells
 from phasewatch.train.grid import (
@@ -36,15 +37,18 @@ from phasewatch.train.grid import (
     brought_grid,
     full_grid,
     headline_grid,
+    masked_grid,
     short_grid,
 )
 from phasewatch.validate.index import INDEX, read_index
 from phasewatch.validate.ledger import render_ledger
 from phasewatch.validate.subset import pick
-from phasewatch.validate.sweep import LEDGER, SweepSummary, Tell, path_of, sweep
+from phasewatch.validate.sweep import LEDGER, Mapper, SweepSummary, Tell, path_of, sweep
 from phasewatch.validate.verdict import USABLE
+from phasewatch.workers import map_ordered
 
 GRIDS = ("short", "full")
+ENGINES = ("local", "ray")
 Tally = Callable[[Cell, int, int], None]  # a cell is through, how many are, of how many
 GRID_FILES = ("grids/grids.npy", "grids/levels.npy", "grids/index.parquet")
 FEATURE_FILES = ("features_window_v1.parquet", "features_episode_v1.parquet", "feature_schema_v1.json")
@@ -61,10 +65,13 @@ class Settings:
         grid: ``short`` (DESIGN section 16) or ``full`` (every recipe and model; seeds, tables and masks of the best).
         models: Narrows the grid to these, or adds models that a user brings; empty takes all of it.
         recipes: Narrows the grid to these; empty takes all of it.
+        threats: Masks to train in place of the grid's, for `gbt` on `deploy` unless models or recipes are named.
         trials: Settings to try for each cell on its own validation A; 0 takes the defaults.
+        engine: What the bundles are swept with, ``local`` or ``ray``; the products are the same bytes.
+        address: Of a running Ray cluster; empty starts one on this machine.
     """
 
-    store: Path
+    store: Place
     run: Path
     workers: int = 2
     limit: int = 0
@@ -73,7 +80,10 @@ class Settings:
     grid: str = "short"
     models: tuple[str, ...] = ()
     recipes: tuple[str, ...] = ()
+    threats: tuple[str, ...] = ()
     trials: int = 0
+    engine: str = "local"
+    address: str = ""
 
 
 def code_version() -> str:
@@ -81,10 +91,10 @@ def code_version() -> str:
     return f"{__version__} {schema_hash()} {behaviour_fingerprint()}"
 
 
-def store_fingerprint(store: Path) -> str:
+def store_fingerprint(store: Place) -> str:
     """Digest what lies in a store by name, size, time and receipt, without reading a bundle."""
     digest = sha256()
-    for item in DiskStore(store).walk():
+    for item in open_store(store).walk():
         digest.update(f"{item.path} {item.bytes} {item.mtime_ns} {item.receipt}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
@@ -108,11 +118,29 @@ def validate(settings: Settings, *, full: bool = False, tell: Tell | None = None
     choose = None
     if settings.limit:
         choose = _chooser(settings)
-    return sweep(settings.store, settings.run, workers=settings.workers, full=full, choose=choose, tell=tell)
+    return sweep(
+        settings.store, settings.run, workers=settings.workers, full=full, choose=choose, tell=tell,
+        mapper=_mapper(settings),
+    )  # fmt: skip
+
+
+def _mapper(settings: Settings) -> Mapper:
+    """Give what the reading is spread with.
+
+    Raises:
+        UsageError: If there is no such engine.
+    """
+    if settings.engine not in ENGINES:
+        raise UsageError(f"no engine {settings.engine!r}; it is one of {', '.join(ENGINES)}")
+    if settings.engine == "local":
+        return map_ordered
+    from phasewatch.cluster import map_on_ray
+
+    return partial(map_on_ray, address=settings.address)
 
 
 def _chooser(settings: Settings) -> Callable[[Sequence[StoreItem]], Sequence[StoreItem]]:
-    store = DiskStore(settings.store)
+    store = open_store(settings.store)
 
     def stratum(item: StoreItem) -> str:
         try:
@@ -137,7 +165,9 @@ def sweep_listed(settings: Settings, index: Path, *, tell: Tell | None = None) -
         listed = [item for item in items if path_of(item) in usable]
         return narrow(listed) if narrow else listed
 
-    return sweep(settings.store, settings.run, workers=settings.workers, choose=choose, tell=tell)
+    return sweep(
+        settings.store, settings.run, workers=settings.workers, choose=choose, tell=tell, mapper=_mapper(settings)
+    )
 
 
 def features(settings: Settings) -> FeatureCount:
@@ -209,6 +239,10 @@ def grid_cells(settings: Settings) -> tuple[Cell, ...]:
     for recipe in settings.recipes:
         recipe_of(recipe)
     folds = read_all_folds(settings.run)
+    if settings.threats:
+        return masked_grid(
+            folds, settings.threats, models=settings.models, recipes=settings.recipes, seed=settings.seed
+        )
     own = (*SIX, CHEAP, *BASELINES)
     brought = [model for model in settings.models if row_of(model).key not in own]
     cells = (full_grid if settings.grid == "full" else short_grid)(folds, seed=settings.seed)
@@ -279,7 +313,7 @@ def audit(settings: Settings, *, tell: Callable[[str, int, int], None] | None = 
         for recipe in sorted({fold.recipe for fold in _folds(settings.run)}):
             write_splits(folder, recipe)
 
-    there = settings.store.is_dir() and settings.store != settings.run
+    there = isinstance(settings.store, str) or (settings.store.is_dir() and settings.store != settings.run)
     return audit_run(
         settings.run, remake=remake if there else None, files=(INDEX, *GRID_FILES, *FEATURE_FILES), tell=tell
     )

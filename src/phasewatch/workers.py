@@ -21,14 +21,14 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 # One thread in each worker: two cells or sweeps at a time are worth more than two threads in one (measured).
-_ONE_THREAD = {
+ONE_THREAD = {
     "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMEXPR_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
 }  # fmt: skip
 _QUEUED = 3  # items handed to a worker at once, so that it never waits for the next
 _SMALL_BYTES = 16 << 10  # a larger item waits until its worker is idle: both ends writing into full pipes would hang
 _LOOK_AHEAD = 16  # results that may wait for an earlier one, per worker
-_START_S = 120.0
+START_S = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +181,7 @@ class _Pool(Generic[T, R]):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self._fn), daemon=True)
-        with _environment(_ONE_THREAD):
+        with _environment(ONE_THREAD):
             process.start()
         theirs.close()
         self._workers.append(_Worker(process=process, pipe=ours, since_s=time.monotonic()))
@@ -199,7 +199,7 @@ class _Pool(Generic[T, R]):
 
     def _limit(self, worker: _Worker) -> float | None:
         if not worker.is_ready:
-            return _START_S
+            return START_S
         return self._timeout_s if worker.queue else None
 
     def _patience(self) -> float | None:

@@ -33,8 +33,10 @@ from phasewatch.split.fold import digest_of, parse_fold, render_fold
 from phasewatch.train.cell import DONE, Cell, parse_done, render_done
 from phasewatch.train.cells import learn, merge, read_sources
 from phasewatch.train.predictions import PREDICTIONS
+from phasewatch.vocab import PHASES
 
 MODELS = ("gbt", "cnn", "majority", "elapsed_time")
+RECIPES = ("held_out_host", "random_windows", "deploy")  # by host, by window, and one that tests nothing
 RECIPES = ("held_out_host",)
 CELL = Cell(recipe="held_out_host", fold="h0", threat="realistic", model="gbt")
 
@@ -295,6 +297,22 @@ def test_edited_decisions_are_caught(run: Path) -> None:
     edit_predictions(run, lambda t: t.set_column(t.schema.get_field_index("y_pred"), "y_pred", t["y_true"]))
 
     assert check_said(run).fate is Fate.BROKEN
+
+
+def test_edited_filtered_decisions_are_caught(run: Path) -> None:
+    def sure(table: pa.Table) -> pa.Table:
+        rows = pc.and_(pc.equal(table["filter"], "phase"), pc.equal(table["part"], "test"))
+        for name in (n for n in table.schema.names if n.startswith("p_")):
+            told = pc.equal(table["y_true"], PHASES.index(name.removeprefix("p_")))
+            edited = pc.if_else(rows, pc.cast(told, pa.float32()), table[name])
+            table = table.set_column(table.schema.get_field_index(name), name, edited)
+        return table
+
+    edit_predictions(run, sure)
+
+    check = check_said(run)
+    assert check.fate is Fate.BROKEN
+    assert "its phase filter says otherwise" in check.words
 
 
 def test_left_out_windows_are_caught(run: Path) -> None:

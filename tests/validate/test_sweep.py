@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.builders import episode, replace_manifest
@@ -16,9 +19,12 @@ from phasewatch.simulate import simulate
 from phasewatch.store.disk import RECEIPT
 from phasewatch.validate.index import INDEX, read_index, write_index
 from phasewatch.validate.ledger import balances
+from phasewatch.validate.parts import PARTS, STATE
 from phasewatch.validate.subset import pick
-from phasewatch.validate.sweep import LEDGER, STATE, sweep
+from phasewatch.validate.sweep import LEDGER, sweep
+from phasewatch.validate.verdict import Verdict
 from phasewatch.vocab import Source, Status
+from phasewatch.workers import Result
 
 SHORT = (100.0, 104.0)
 
@@ -54,8 +60,10 @@ def test_an_unchanged_store_is_not_read_again_and_gives_the_same_bytes(faulty: P
 
     again = sweep(faulty, tmp_path / "run", workers=1)
 
-    assert (first.kept, again.kept) == (0, 30)
-    assert again.slowest is None or "duplicate" in {code for v in again.verdicts for code in v.reasons}
+    copies = sum(bool(v.duplicate_of) for v in again.verdicts)  # judged anew: the original may be gone
+
+    assert (first.kept, again.kept) == (0, 30 - copies)
+    assert (again.slowest is None) == (copies == 0)
     assert products(tmp_path / "run") == before
 
 
@@ -72,21 +80,87 @@ def test_a_new_bundle_is_read_and_the_others_are_not(tmp_path: Path) -> None:
     assert afresh.kept == 0
 
 
-def test_what_was_half_swept_when_the_process_died_is_not_trusted(faulty: Path, tmp_path: Path) -> None:
+class Killed(BaseException):
+    """Ends a sweep as a signal would: nothing catches it."""
+
+
+def killed_at(bundle: int) -> Callable[[int, int, Verdict], None]:
+    def tell(done: int, total: int, verdict: Verdict) -> None:
+        if done == bundle:
+            raise Killed
+
+    return tell
+
+
+def test_a_sweep_that_died_leaves_the_old_products_whole_and_vouched_for(faulty: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
+    sweep(faulty, run, workers=1)
+    before = products(run)
+
+    with pytest.raises(Killed):
+        sweep(faulty, run, workers=1, full=True, tell=killed_at(12))
+
+    assert products(run) == before
+    assert sweep(faulty, run, workers=1).kept > 20
+
+
+def test_a_sweep_that_died_takes_up_where_it_stood(faulty: Path, tmp_path: Path) -> None:
+    sweep(faulty, tmp_path / "whole", workers=1)
+    run = tmp_path / "run"
+    with pytest.raises(Killed):
+        sweep(faulty, run, workers=1, part=5, tell=killed_at(12))
+    with pytest.raises(Killed):
+        sweep(faulty, run, workers=1, part=5, tell=killed_at(23))
+
+    last = sweep(faulty, run, workers=1, part=5)
+
+    assert last.kept == 20
+    assert products(run) == products(tmp_path / "whole")
+    assert not (run / PARTS).exists()
+
+
+def test_a_part_that_is_not_whole_or_of_another_version_is_read_again(faulty: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(Killed):
+        sweep(faulty, run, workers=1, part=5, tell=killed_at(16))
+    first, second, third = sorted((run / PARTS).iterdir())
+    (first / "grids" / "grids.npy").write_bytes(b"")
+    (second / STATE).write_text(json.dumps(json.loads((second / STATE).read_text()) | {"version": "0"}))
+    (third / STATE).unlink()
+
+    last = sweep(faulty, run, workers=1)
     sweep(faulty, tmp_path / "whole", workers=1)
 
-    def die(done: int, total: int, verdict: object) -> None:
-        if done == 12:
-            raise KeyboardInterrupt
-
-    sweep(faulty, run, workers=1)
-    with pytest.raises(KeyboardInterrupt):
-        sweep(faulty, run, workers=1, full=True, tell=die)
-
-    assert not (run / STATE).exists()
-    assert sweep(faulty, run, workers=1).kept == 0
+    assert last.kept == 0
     assert products(run) == products(tmp_path / "whole")
+
+
+def test_a_bundle_that_changed_since_the_kill_is_read_again(tmp_path: Path) -> None:
+    store, run = write_store(tmp_path / "store", hosts=1, sessions=3), tmp_path / "run"
+    with pytest.raises(Killed):
+        sweep(store, run, workers=1, part=2, tell=killed_at(5))
+    put_bytes(min(store.glob("*/*.zst")), b"other bytes")
+
+    last = sweep(store, run, workers=1)
+
+    assert last.kept == 3
+    assert last.verdicts[0].status is Status.ERRORED
+
+
+def test_what_a_lost_worker_cost_is_tried_again(tmp_path: Path) -> None:
+    store, run = write_store(tmp_path / "store", hosts=1, sessions=1), tmp_path / "run"
+
+    def lossy(fn: Any, items: Iterable[Any], *, workers: int, timeout_s: float | None) -> Iterator[Result[Any]]:
+        for i, item in enumerate(items):
+            yield Result(index=i, value=None if i else fn(item), error="took longer than 30 s, 2 times" if i else None)
+
+    first = sweep(store, run, workers=1, mapper=lossy)
+    again = sweep(store, run, workers=1)
+
+    assert [v.reasons for v in first.verdicts] == [(), ("worker-lost",)]
+    assert "took longer than 30 s" in first.verdicts[1].detail
+    assert again.kept == 1
+    assert [v.status for v in again.verdicts] == [Status.ACCEPTED] * 2
 
 
 def test_the_ledger_balances_to_the_last_row(faulty: Path, tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.audit.checks import Check, collecting, judge, untested
-from phasewatch.dataset import read_fold
+from phasewatch.dataset import WindowSet, read_fold
 from phasewatch.models import checkpoint, registry
 from phasewatch.models.alarm import THETA_STEP
 from phasewatch.models.base import PhaseModel
-from phasewatch.split import Part
+from phasewatch.models.filter import PHASE, SCHEDULE
 from phasewatch.train.cell import Cell
 from phasewatch.train.cells import finished_cells, learn, read_sets, read_sources
 from phasewatch.train.predictions import NO_FILTER, PREDICTIONS, PROBABILITIES, read_table
@@ -61,7 +61,7 @@ def check_said(run: Path) -> Check:
         faults += [f"{'/'.join(map(str, key))} has predictions and no checkpoint" for key in _keys_of(table) - known]
         for cell in cells:
             with collecting(faults):
-                faults += _said(run, cell, _rows_of(table, cell))
+                faults += _said(run, cell, table)
     if not cells and not faults:
         return untested(SAID, SAID_PROMISE, "the run has no finished cell")
     return judge(SAID, SAID_PROMISE, faults, looked_at=f"{len(cells)} checkpoints asked again")
@@ -115,28 +115,47 @@ def _decides_alike(ours: PhaseModel, theirs: PhaseModel) -> bool:
     )
 
 
-def _said(run: Path, cell: Cell, rows: Any) -> Iterator[str]:
+def _said(run: Path, cell: Cell, table: Any) -> Iterator[str]:
+    """Hold a cell's test rows, as it said them and filtered, against its checkpoint."""
     sets, where = read_sets(run, cell), "/".join(map(str, _key(cell)))
-    test = sets.test
-    told = [f"{e} {t}" for e, t in zip(rows["episode_id"].to_pylist(), rows["t_center_ns"].to_pylist(), strict=True)]
-    ids = [test.windows.episodes[i].episode_id for i in test.windows.of]
-    asked = [f"{e} {t}" for e, t in zip(ids, test.windows.t_center_ns.tolist(), strict=True)]
-    if sorted(told) != sorted(asked):
-        outside = set(rows["episode_id"].to_pylist()) - set(read_fold(run, cell.recipe, cell.fold).ids(Part.TEST))
+    test, rows = sets.test, _rows_of(table, cell)
+    if not len(test):
+        if rows.num_rows:
+            yield f"{where}: has {rows.num_rows} test rows, and its fold tests nothing"
+        return
+    if (order := _order(rows, test)) is None:
+        outside = set(rows["episode_id"].to_pylist()) - {e.episode_id for e in test.windows.episodes}
         words = f"episode {min(outside)} is not in its test set" if outside else "not each test window once"
         yield f"{where}: {words}"
         return
-    place = {key: i for i, key in enumerate(told)}
-    order = np.array([place[key] for key in asked], np.intp)
     said = _matrix(rows)[order]
     if not np.array_equal(rows["y_true"].to_numpy().astype(np.int64)[order], test.y):
         yield f"{where}: truth in the predictions is not that of the features"
     elif not np.array_equal(rows["y_pred"].to_numpy().astype(np.int64)[order], said.argmax(axis=1)):
         yield f"{where}: a decision is not the likeliest phase of its row"
     elif registry.row_of(cell.model).persist == "exact":
-        gap = float(np.abs(registry.load(cell.folder(run)).predict_proba(test.inputs) - said).max())
+        stored = registry.load(cell.folder(run))
+        gap = float(np.abs(stored.predict_proba(test.inputs) - said).max())
         if not gap <= TOLERANCE:
             yield f"{where}: its checkpoint says otherwise, by {gap:.3f}; the predictions were edited"
+        if stored.filter is not None:
+            for name, smooth in ((PHASE, stored.filter), (SCHEDULE, stored.filter.schedule())):
+                rows = _rows_of(table, cell, name)
+                order = _order(rows, test)
+                expected = smooth.run(stored.predict_proba(test.inputs), test.track.of, test.track.t_center_ns)
+                if order is None or not np.abs(expected - _matrix(rows)[order]).max() <= TOLERANCE:
+                    yield f"{where}: its {name} filter says otherwise; the filtered predictions were edited"
+
+
+def _order(rows: Any, test: WindowSet) -> NDArray[np.intp] | None:
+    """Find where each test window stands among the rows; None unless each stands there once and no other does."""
+    told = list(zip(rows["episode_id"].to_pylist(), rows["t_center_ns"].to_pylist(), strict=True))
+    ids = [test.windows.episodes[i].episode_id for i in test.windows.of]
+    asked = list(zip(ids, test.windows.t_center_ns.tolist(), strict=True))
+    if sorted(told) != sorted(asked):
+        return None
+    place = {key: i for i, key in enumerate(told)}
+    return np.array([place[key] for key in asked], np.intp)
 
 
 def _matrix(rows: Any) -> NDArray[np.float64]:
@@ -152,10 +171,10 @@ def _keys_of(table: Any) -> set[tuple[object, ...]]:
     return {tuple(row[n] for n in names) for row in table.group_by(names).aggregate([]).to_pylist()}
 
 
-def _rows_of(table: Any, cell: Cell) -> Any:
+def _rows_of(table: Any, cell: Cell, filter_: str = NO_FILTER) -> Any:
     import pyarrow.compute as pc
 
-    wanted = {**cell.keys(), "seed": cell.seed, "part": "test", "filter": NO_FILTER}
+    wanted = {**cell.keys(), "seed": cell.seed, "part": "test", "filter": filter_}
     for name, value in wanted.items():
         table = table.filter(pc.equal(table[name], value))
     return table

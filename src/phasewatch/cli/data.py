@@ -78,13 +78,15 @@ def _pictured(found: Examined) -> list[str]:
 
 
 def validate(
-    store: Path = typer.Argument(None, help="The store."),
+    store: str = typer.Argument(None, help="The store: a folder, or s3://bucket/prefix."),
     out: Path = typer.Option(None, help="The run's folder."),
     workers: int = typer.Option(2, min=1, help="Processes."),
     limit: int = typer.Option(0, min=0, help="A stratified, seeded subset of so many bundles; 0 for all."),
     full: bool = typer.Option(False, help="Read unchanged bundles again, too."),
     fail_on: str = typer.Option("", help="Exit 1 if a bundle has this status or a worse one."),
     budget_errored: int = typer.Option(-1, help="Exit 1 if more than so many bundles are errored; -1 for any number."),
+    engine: str = typer.Option("local", help="What reads the bundles: `local` processes, or `ray`."),
+    address: str = typer.Option("", help="With --engine ray: a running cluster; one is started here if left out."),
     explain: str = typer.Option("", metavar="CODE", help="Say what a code means, and leave."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
@@ -94,6 +96,7 @@ def validate(
     """
     from phasewatch import atomic, stages
     from phasewatch.errors import UsageError
+    from phasewatch.store.base import parse_place
     from phasewatch.validate.gates import explain as look_up
     from phasewatch.validate.gates import known_codes
     from phasewatch.vocab import Status
@@ -109,7 +112,9 @@ def validate(
         raise UsageError("validate needs a store and a run: phasewatch validate STORE --out RUN")
     if fail_on and fail_on not in list(Status):
         raise UsageError(f"--fail-on {fail_on}: one of {', '.join(Status)}")
-    settings = stages.Settings(store=store, run=out, workers=workers, limit=limit)
+    settings = stages.Settings(
+        store=parse_place(store), run=out, workers=workers, limit=limit, engine=engine, address=address
+    )
     atomic.make_folder(out)
     with atomic.lock(out), base.progress(quiet=as_json) as tell:
         summary = stages.validate(settings, full=full, tell=lambda n, total, v: tell("validate", n, total, v.path))
@@ -139,7 +144,7 @@ def validate(
 def features(
     run: Path = typer.Argument(None, help="A validated run."),
     validation: Path = typer.Option(None, help="Spelled out: the index that says which bundles are usable."),
-    store: Path = typer.Option(None, help="Spelled out: the store."),
+    store: str = typer.Option(None, help="Spelled out: the store."),
     out_dir: Path = typer.Option(None, help="Spelled out: where the tables go."),
     workers: int = typer.Option(2, min=1, help="Processes."),
     limit: int = typer.Option(0, min=0, help="A stratified, seeded subset of so many bundles; 0 for all."),
@@ -154,12 +159,17 @@ def features(
 
     from phasewatch import atomic, stages
     from phasewatch.errors import UsageError
+    from phasewatch.store.base import parse_place
 
     if run is None and (validation is None or store is None or out_dir is None):
         raise UsageError("features needs a run, or all of --validation, --store and --out-dir")
     folder: Path = out_dir if run is None else run
     settings = stages.Settings(
-        store=store or folder, run=folder, workers=workers, limit=limit, include_degraded=include_degraded
+        store=parse_place(store) if store else folder,
+        run=folder,
+        workers=workers,
+        limit=limit,
+        include_degraded=include_degraded,
     )
     atomic.make_folder(folder)
     with atomic.lock(folder):

@@ -43,6 +43,7 @@ def train(
     recipes: str = typer.Option("", help="`all` is the full grid; or only these recipes, separated by commas."),
     models: str = typer.Option("", help="Only these models of the grid, separated by commas."),
     model: list[str] = typer.Option([], help="A model of yours, module:Class or a name that its package registers."),
+    threats: str = typer.Option("", help="Train these masks instead, gbt on deploy unless told otherwise: proc+tap."),
     tune: int = typer.Option(0, min=0, help="Settings to try for each cell, judged on its validation A; 0 for none."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
@@ -56,7 +57,8 @@ def train(
     everything = recipes == "all"
     settings = stages.Settings(
         store=run, run=run, workers=workers, seed=seed, grid=Grid.FULL if everything else grid,
-        models=(*base.names(models), *model), recipes=() if everything else base.names(recipes), trials=tune,
+        models=(*base.names(models), *model), recipes=() if everything else base.names(recipes),
+        threats=base.names(threats), trials=tune,
     )  # fmt: skip
     with atomic.lock(base.need_run(run)), tallying(quiet=as_json) as tell:
         done = stages.train(settings, tell=tell)
@@ -149,7 +151,9 @@ def report(
 
 
 def run(
-    store: Path = typer.Argument(None, help="A store of episodes; the bundled corpus if left out."),
+    store: str = typer.Argument(
+        None, help="A store of episodes, a folder or s3://bucket/prefix; the bundled corpus if left out."
+    ),
     out: Path = typer.Option(..., help="The run's folder."),
     workers: int = typer.Option(2, min=1, help="Processes."),
     limit: int = typer.Option(0, min=0, help="A stratified, seeded subset of so many bundles; 0 for all."),
@@ -157,6 +161,9 @@ def run(
     grid: Grid = typer.Option(Grid.SHORT, help="short: what the demo trains; full: every recipe and model."),
     recipes: str = typer.Option("", help="Only these recipes of the grid, separated by commas."),
     models: str = typer.Option("", help="Only these models of the grid, separated by commas."),
+    engine: str = typer.Option("local", help="What reads the bundles: `local` processes, or `ray`."),
+    address: str = typer.Option("", help="With --engine ray: a running cluster; one is started here if left out."),
+    publish: str = typer.Option("", metavar="URI", help="Copy the finished run to a folder or to s3://bucket/prefix."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Take a store the whole way: validate, features, split, train, evaluate, report. Run again, it resumes.
@@ -164,34 +171,46 @@ def run(
     Example: phasewatch run my-store --out runs/mine
     """
     from phasewatch.stages import Settings
+    from phasewatch.store.base import parse_place
 
-    chosen = base.bundled_corpus() if store is None else store
     settings = Settings(
-        store=chosen, run=out, workers=workers, limit=limit, include_degraded=include_degraded, grid=grid,
-        models=base.names(models), recipes=base.names(recipes),
+        store=parse_place(store) if store else base.bundled_corpus(), run=out, workers=workers, limit=limit,
+        include_degraded=include_degraded, grid=grid, models=base.names(models), recipes=base.names(recipes),
+        engine=engine, address=address,
     )  # fmt: skip
-    _go(settings, as_json=as_json)
+    _go(settings, as_json=as_json, publish=publish)
 
 
 def demo(
     out: Path = typer.Option(Path("runs/demo"), help="The run's folder."),
     workers: int = typer.Option(2, min=1, help="Processes."),
+    live: bool = typer.Option(False, "--live", help="Instead, replay bundled episodes on a dashboard at once."),
+    port: int = typer.Option(8765, min=0, max=65535, help="Of that dashboard; 0 takes a free one."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Take the bundled recordings the whole way, from bundles to the report.
 
     Example: phasewatch demo
     """
+    if live:
+        from phasewatch.cli.page import show_demo
+
+        show_demo(out, port=port, as_json=as_json)
+        return
     from phasewatch.stages import Settings
 
     _go(Settings(store=base.bundled_corpus(), run=out, workers=workers), as_json=as_json)
 
 
-def _go(settings: Settings, *, as_json: bool) -> None:
+def _go(settings: Settings, *, as_json: bool, publish: str = "") -> None:
     from phasewatch import pipeline
+    from phasewatch.store.published import publish_run
 
     with base.progress(quiet=as_json) as tell:
         done = pipeline.run(settings, tell=tell)
+        if publish:
+            copied = publish_run(settings.run, publish)
+            tell("publish", 1, 1, f"{copied} files to {publish}")
     words = ["nothing to do: the run is up to date"] if done.is_unchanged else []
     result = {
         "headline": done.headline, "report": str(done.report), "unchanged": done.is_unchanged,

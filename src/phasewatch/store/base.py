@@ -11,7 +11,9 @@ from typing import Protocol
 from phasewatch.errors import StoreError
 from phasewatch.store.disk import DiskStore, StoreItem
 
-__all__ = ["Incoming", "Store", "StoreItem", "is_loopback", "open_store"]
+__all__ = ["Incoming", "Place", "Store", "StoreItem", "is_loopback", "open_store", "parse_place"]
+
+Place = Path | str  # a folder, or a URI
 
 
 class Incoming(Protocol):
@@ -77,7 +79,12 @@ class Store(Protocol):
         """Give when (Unix seconds) each bundle of a host came, and its size in bytes."""
 
 
-def open_store(place: str | Path) -> Store:
+def parse_place(text: str) -> Place:
+    """Read where a store is: a URI stays text, for a path would fold its slashes."""
+    return text if "://" in text else Path(text)
+
+
+def open_store(place: Place) -> Store:
     """Open a store by its folder, ``file://`` or ``s3://bucket/prefix``; nothing is touched yet.
 
     Raises:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -173,6 +174,16 @@ class ObjectStore:
             except FileNotFoundError as exc:
                 raise StoreError(f"{self.uri}: there is no such bucket; make it, or check the name") from exc
         return True
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Put a file of any size, in pieces; it appears whole."""
+        import obstore
+
+        with self._told():
+            try:
+                obstore.put(self._client, key, path, mode="overwrite")
+            except FileNotFoundError as exc:
+                raise StoreError(f"{self.uri}: there is no such bucket; make it, or check the name") from exc
 
     def get_receipt(self, key: str) -> str | None:
         """Give the digest that a key's receipt vouches for, None without one, ``malformed`` if it cannot be read."""

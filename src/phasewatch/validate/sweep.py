@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Protocol
 
 from phasewatch import __version__, atomic
 from phasewatch.errors import BundleError, RunError, StoreError
-from phasewatch.grid.files import GridRow, Grids, open_grids, row_of, write_grids
-from phasewatch.store.disk import DiskStore, StoreItem
-from phasewatch.validate.index import INDEX, read_index, write_index
+from phasewatch.grid.files import row_of, write_grids
+from phasewatch.store.base import Place, StoreItem, open_store
+from phasewatch.validate.index import INDEX, write_index
 from phasewatch.validate.ledger import balances, render_ledger, stage_of
-from phasewatch.validate.verdict import USABLE, Place, Verdict, examine, unreadable
+from phasewatch.validate.parts import PART, STATE, Looks, Parts, Taken, write_state
+from phasewatch.validate.verdict import USABLE, Swept, Verdict, examine, unreadable
+from phasewatch.validate.verdict import Place as Where
 from phasewatch.vocab import Status
-from phasewatch.workers import map_ordered
+from phasewatch.workers import Result, map_ordered
+
+__all__ = ["LEDGER", "STATE", "SweepSummary", "Tell", "path_of", "read_one", "sweep"]
 
 VERSION = f"{__version__}/1"  # raised when a gate changes, so that no old verdict is taken over
-STATE = ".sweep.json"  # what was seen when; not a product: it holds times
 LEDGER = "ledger.json"
 BUNDLE_TIMEOUT_S = 30.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Swept:
-    """One bundle's verdict with its grid where it is usable; what crosses from a worker."""
+class Mapper(Protocol):
+    """Applies a function to each item, in whatever processes, and gives the results in order."""
 
-    verdict: Verdict
-    row: GridRow | None
-    bins: NDArray[np.float32] | None
-    levels: NDArray[np.float32] | None
-    seconds: float = 0.0
+    def __call__(
+        self, fn: Callable[[StoreItem], Swept], items: Iterable[StoreItem], *, workers: int, timeout_s: float | None
+    ) -> Iterator[Result[Swept]]:
+        """Give a result for each item."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,30 +58,35 @@ Tell = Callable[[int, int, Verdict], None]  # done, in all, latest verdict
 
 
 def sweep(
-    store: Path,
+    store: Place,
     run: Path,
     *,
     workers: int = 2,
     full: bool = False,
     choose: Callable[[Sequence[StoreItem]], Sequence[StoreItem]] | None = None,
     tell: Tell | None = None,
+    mapper: Mapper = map_ordered,
+    part: int = PART,
 ) -> SweepSummary:
     """Judge everything in a store and grid what is usable.
 
-    Writes ``validation_v1.parquet``, ``grids/`` and ``ledger.json`` into the run; same store, same bytes.
+    Writes ``validation_v1.parquet``, ``grids/`` and ``ledger.json`` into the run; same store, same bytes. A long sweep
+    that is killed takes up where it stood.
 
     Args:
-        store: The store's folder.
+        store: A folder, or a URI that `store.base.open_store` knows.
         run: The run's folder, made if it is not there.
         workers: Processes.
         full: Read everything again, for bit rot; otherwise a bundle of unchanged size, time and receipt is not.
         choose: Narrows the items down (``--limit``).
         tell: Called after each bundle, in order.
+        mapper: What the reading is spread with: this machine's processes, or `cluster.map_on_ray`.
+        part: How many bundles are read before they are put down, so that a kill does not cost them.
 
     Raises:
         StoreError: If there is no store, or nothing in it.
     """
-    items = list(DiskStore(store).walk())
+    items = list(open_store(store).walk())
     if not items:
         raise StoreError(f"{store}: the store is empty; record into it with `phasewatch record --out {store}`")
     if choose is not None:
@@ -93,18 +95,22 @@ def sweep(
     for folder in (run, run / "grids"):
         if folder.is_dir():
             atomic.sweep_temporaries(folder)
-    state = {path_of(item): [item.bytes, item.mtime_ns, item.receipt or ""] for item in items}
-    before = {} if full else _read_state(run)
-    old = _Old(run if before else None)
-    unchanged = {path for path, looks in state.items() if before.get(path) == looks and path in old.verdicts}
-    results = _results(store, items, unchanged, old, workers)
+    looks: dict[str, Looks] = {path_of(item): [item.bytes, item.mtime_ns, item.receipt or ""] for item in items}
+    parts = Parts(run, VERSION, size=part)
+    if full:
+        parts.clear()
+    old = Taken() if full else parts.begin()
+    if not full:
+        old.add(run, VERSION)
+    unchanged = {path for path, seen in looks.items() if old.looks.get(path) == seen and old.is_final(path)}
     verdicts: list[Verdict] = []
-    seen: dict[str, str] = {}
+    copies: dict[str, str] = {}
     slowest: tuple[str, float] | None = None
-    atomic.remove(run / STATE)  # until the products stand, nothing vouches for the old ones
     with write_grids(run / "grids") as grids:
-        for swept in results:
-            verdict, usable = _judge_copy(swept.verdict, seen)
+        for swept, is_fresh in _results(store, items, unchanged, old, workers, mapper):
+            if is_fresh:
+                parts.add(swept, looks[swept.verdict.path])
+            verdict, usable = _judge_copy(swept.verdict, copies)
             if usable and swept.row is not None and swept.bins is not None and swept.levels is not None:
                 grids.add(swept.row, swept.bins, swept.levels)
             verdicts.append(verdict)
@@ -112,63 +118,34 @@ def sweep(
                 slowest = verdict.path, swept.seconds
             if tell is not None:
                 tell(len(verdicts), len(items), verdict)
+        atomic.remove(run / STATE)  # from here until all products stand, nothing vouches for the old ones
     write_index(run / INDEX, verdicts)
     stage = stage_of(verdicts)
     if not balances(stage):
         raise RunError(f"{run}: the ledger does not balance: {stage}; this is a bug in phasewatch, please report it")
     atomic.write_whole(run / LEDGER, render_ledger({"validate": stage}))
-    atomic.write_whole(run / STATE, json.dumps({"version": VERSION, "items": state}).encode())
+    write_state(run, VERSION, looks)
+    parts.clear()
     return SweepSummary(verdicts=tuple(verdicts), kept=len(unchanged), stage=stage, slowest=slowest)
 
 
-class _Old:
-    """The products of the last sweep, from which unchanged bundles are taken over; without one there are none."""
-
-    def __init__(self, run: Path | None) -> None:
-        self.verdicts: dict[str, Verdict] = {}
-        self._grids: Grids | None = None
-        self._rows: dict[tuple[str, str], GridRow] = {}
-        if run is None:
-            return
-        with suppress(RunError):
-            self._grids = open_grids(run / "grids")
-            self._rows = {(row.host_id, row.episode_id): row for row in self._grids.rows}
-            self.verdicts = {v.path: v for v in read_index(run / INDEX)}
-
-    def swept(self, path: str) -> Swept:
-        """Give what the last sweep found."""
-        verdict = self.verdicts[path]
-        row = self._rows.get((verdict.host_id, verdict.episode_id)) if verdict.status in USABLE else None
-        if row is None or self._grids is None:
-            return Swept(verdict=verdict, row=None, bins=None, levels=None)
-        return Swept(verdict=verdict, row=row, bins=self._grids.bins_of(row), levels=self._grids.levels_of(row))
-
-
-def _read_state(run: Path) -> dict[str, list[object]]:
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        state = json.loads((run / STATE).read_bytes())
-        if state["version"] == VERSION:
-            return dict(state["items"])
-    return {}
-
-
-def _results(store: Path, items: Sequence[StoreItem], unchanged: Set[str], old: _Old, workers: int) -> Iterator[Swept]:
-    """Give each item's result in order: read by a worker, or taken over."""
-    # A copy's verdict depends on what stands before it, so copies are always judged anew.
-    fresh = [i for i in items if path_of(i) not in unchanged or old.verdicts[path_of(i)].duplicate_of]
-    reading = map_ordered(partial(read_one, str(store)), fresh, workers=workers, timeout_s=BUNDLE_TIMEOUT_S)
-    is_fresh = {item.path for item in fresh}
+def _results(
+    store: Place, items: Sequence[StoreItem], unchanged: Set[str], old: Taken, workers: int, mapper: Mapper
+) -> Iterator[tuple[Swept, bool]]:
+    """Give each item's result in order, and whether it was read now or taken over."""
+    fresh = [item for item in items if path_of(item) not in unchanged]
+    reading = mapper(partial(read_one, str(store)), fresh, workers=workers, timeout_s=BUNDLE_TIMEOUT_S)
     for item in items:
-        if item.path not in is_fresh:
-            yield old.swept(path_of(item))
+        if path_of(item) in unchanged:
+            yield old.swept(path_of(item)), False
             continue
         result = next(reading)
         if result.value is not None:
-            yield result.value
+            yield result.value, True
         else:
             words = result.error or "the worker was lost"
             verdict = unreadable(_place(item), "worker-lost", words, item.bytes)
-            yield Swept(verdict=verdict, row=None, bins=None, levels=None)
+            yield Swept(verdict=verdict, row=None, bins=None, levels=None), True
 
 
 def read_one(store: str, item: StoreItem) -> Swept:
@@ -178,9 +155,12 @@ def read_one(store: str, item: StoreItem) -> Swept:
     return replace(swept, seconds=time.perf_counter() - began_s)
 
 
+_opened = lru_cache(maxsize=4)(open_store)  # a worker keeps its connection to an object store
+
+
 def _read_one(store: str, item: StoreItem) -> Swept:
     try:
-        data = DiskStore(store).read(item)
+        data = _opened(store).read(item)
     except BundleError as error:
         verdict = unreadable(_place(item), error.code, error.words, item.bytes)
         return Swept(verdict=verdict, row=None, bins=None, levels=None)
@@ -196,8 +176,8 @@ def path_of(item: StoreItem) -> str:
     return item.path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _place(item: StoreItem) -> Place:
-    return Place(path=path_of(item), host_id=item.host_id, episode_id=item.episode_id, receipt=item.receipt)
+def _place(item: StoreItem) -> Where:
+    return Where(path=path_of(item), host_id=item.host_id, episode_id=item.episode_id, receipt=item.receipt)
 
 
 def _judge_copy(verdict: Verdict, seen: dict[str, str]) -> tuple[Verdict, bool]:

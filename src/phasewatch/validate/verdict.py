@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
+import numpy as np
+from numpy.typing import NDArray
+
 from phasewatch.episode.bundle import peek, unpack
 from phasewatch.episode.findings import Finding, severity_of
 from phasewatch.episode.model import Episode, Manifest
 from phasewatch.errors import BundleError
 from phasewatch.grid.align import Grid, align_rebased
 from phasewatch.grid.clocks import rebase
+from phasewatch.grid.files import GridRow
 from phasewatch.validate import gates
 from phasewatch.validate.sketch import proc_sketch, telemetry_sha256
 from phasewatch.vocab import PHASES, Phase, Source, Status
@@ -75,6 +79,17 @@ class Examined:
     verdict: Verdict
     episode: Episode | None
     grid: Grid | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Swept:
+    """One bundle's verdict with its grid where it is usable; what crosses from a worker."""
+
+    verdict: Verdict
+    row: GridRow | None
+    bins: NDArray[np.float32] | None
+    levels: NDArray[np.float32] | None
+    seconds: float = 0.0
 
 
 def examine(data: bytes, place: Place) -> Examined:

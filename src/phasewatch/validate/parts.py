@@ -1,0 +1,105 @@
+"""What a long sweep has read so far, in parts beside the run: a kill costs the last part, not the sweep."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from phasewatch import atomic
+from phasewatch.errors import RunError
+from phasewatch.grid.files import GridRow, Grids, open_grids, write_grids
+from phasewatch.validate.index import INDEX, read_index, write_index
+from phasewatch.validate.verdict import USABLE, Swept, Verdict
+
+STATE = ".sweep.json"  # what was seen when; not a product: it holds times
+PARTS = ".sweep"
+PART = 500  # bundles a part; about 45 MB of grids
+
+PASSING = frozenset({"worker-lost", "bundle-unreadable"})  # what may be gone when it is tried again
+
+Looks = list[object]  # size, time and receipt of a bundle: if none of them changed, it is not read again
+
+
+class Taken:
+    """What earlier sweeps found, as far as the same version made it and its files belong together."""
+
+    def __init__(self) -> None:
+        self.looks: dict[str, Looks] = {}
+        self._verdicts: dict[str, Verdict] = {}
+        self._rows: dict[str, tuple[Grids, GridRow]] = {}
+
+    def add(self, folder: Path, version: str) -> None:
+        """Take over what a folder holds; nothing, if anything is odd about it."""
+        with suppress(OSError, ValueError, KeyError, TypeError, RunError):
+            state = json.loads((folder / STATE).read_bytes())
+            if state["version"] != version:
+                return
+            grids = open_grids(folder / "grids")
+            rows = {(row.host_id, row.episode_id): row for row in grids.rows}
+            verdicts = {v.path: v for v in read_index(folder / INDEX)}
+            for path, verdict in verdicts.items():
+                if (row := rows.get((verdict.host_id, verdict.episode_id))) and verdict.status in USABLE:
+                    self._rows[path] = grids, row
+            self._verdicts |= verdicts
+            self.looks |= {path: looks for path, looks in dict(state["items"]).items() if path in verdicts}
+
+    def is_final(self, path: str) -> bool:
+        """Whether the same bundle would be judged the same: a copy hangs on its original, a lost worker on the day."""
+        verdict = self._verdicts[path]
+        return not verdict.duplicate_of and PASSING.isdisjoint(verdict.reasons)
+
+    def swept(self, path: str) -> Swept:
+        """Give what was found."""
+        verdict = self._verdicts[path]
+        if path not in self._rows:
+            return Swept(verdict=verdict, row=None, bins=None, levels=None)
+        grids, row = self._rows[path]
+        return Swept(verdict=verdict, row=row, bins=grids.bins_of(row), levels=grids.levels_of(row))
+
+
+class Parts:
+    """Takes what a sweep reads, and puts it down every so often."""
+
+    def __init__(self, run: Path, version: str, *, size: int = PART) -> None:
+        self._folder, self._version, self._size = run / PARTS, version, size
+        self._held: list[tuple[Swept, Looks]] = []
+
+    def begin(self) -> Taken:
+        """Give what a killed sweep left."""
+        taken = Taken()
+        for part in self._listed():
+            taken.add(part, self._version)
+        return taken
+
+    def add(self, swept: Swept, looks: Looks) -> None:
+        """Hold one more; what is held is written when it is a part's worth."""
+        self._held.append((swept, looks))
+        if len(self._held) >= self._size:
+            self._write()
+
+    def clear(self) -> None:
+        """Remove them: the run's own files stand, or what they hold is not wanted."""
+        self._held = []
+        if self._folder.is_dir():
+            shutil.rmtree(self._folder)
+
+    def _listed(self) -> list[Path]:
+        return sorted(self._folder.iterdir()) if self._folder.is_dir() else []
+
+    def _write(self) -> None:
+        part = self._folder / f"{len(self._listed()):05d}"
+        atomic.make_folder(part)
+        write_index(part / INDEX, [swept.verdict for swept, _ in self._held])
+        with write_grids(part / "grids") as grids:
+            for swept, _ in self._held:
+                if swept.row is not None and swept.bins is not None and swept.levels is not None:
+                    grids.add(swept.row, swept.bins, swept.levels)
+        write_state(part, self._version, {swept.verdict.path: looks for swept, looks in self._held})
+        self._held = []
+
+
+def write_state(folder: Path, version: str, looks: dict[str, Looks]) -> None:
+    """Say which bundles the files of a folder were made from; written last, it vouches for them."""
+    atomic.write_whole(folder / STATE, json.dumps({"version": version, "items": looks}).encode())

@@ -1,0 +1,65 @@
+"""A store in a bucket is swept to the bytes of the same store in a folder, and a finished run is published whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.stores import put_bytes, write_store
+from tests.validate.test_sweep import products
+
+from phasewatch.errors import RunError
+from phasewatch.stages import Settings, validate
+from phasewatch.store.base import open_store, parse_place
+from phasewatch.store.objects import ObjectStore
+from phasewatch.store.published import publish_run
+
+
+def copy_store(folder: Path, uri: str) -> None:
+    """Lay a folder's bundles and receipts into a bucket, as they are."""
+    store = open_store(uri)
+    assert isinstance(store, ObjectStore)
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        store.put_key(path.relative_to(folder).as_posix(), path.read_bytes())
+
+
+def test_a_bucket_is_swept_to_the_same_bytes_as_a_folder(new_bucket: Callable[[], str], tmp_path: Path) -> None:
+    folder, uri = write_store(tmp_path / "store", hosts=1, sessions=2, seconds=8.0), new_bucket()
+    put_bytes(min(folder.glob("*/*.zst")), b"no bundle")
+    copy_store(folder, uri)
+
+    here = validate(Settings(store=folder, run=tmp_path / "here", workers=1))
+    there = validate(Settings(store=parse_place(uri), run=tmp_path / "there", workers=1, limit=0))
+    again = validate(Settings(store=parse_place(uri), run=tmp_path / "there", workers=1))
+
+    assert [v.status for v in there.verdicts] == [v.status for v in here.verdicts]
+    assert products(tmp_path / "there") == products(tmp_path / "here")
+    assert (there.kept, again.kept) == (0, 4)
+
+
+@pytest.mark.parametrize("kind", ["s3", "a folder"])
+def test_a_finished_run_is_published_with_its_last_word_last(
+    kind: str, new_bucket: Callable[[], str], tmp_path: Path
+) -> None:
+    run, target = tmp_path / "run", new_bucket() if kind == "s3" else f"{tmp_path}/copy"
+    (run / "grids").mkdir(parents=True)
+    contents = {"grids/grids.npy": bytes(range(256)) * 50_000, "report.html": b"<p>", "run.json": b"{}"}
+    for name, content in contents.items():
+        (run / name).write_bytes(content)
+    (run / ".sweep.json").write_bytes(b"notes")
+
+    copied = publish_run(run, target)
+
+    assert copied == 3
+    if kind == "s3":
+        store = open_store(target)
+        assert isinstance(store, ObjectStore)
+        assert {name: store.get(name) for name in contents} == contents
+    else:
+        assert {str(p.relative_to(target)): p.read_bytes() for p in Path(target).rglob("*") if p.is_file()} == contents
+
+
+def test_an_unfinished_run_is_not_published(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="phasewatch run"):
+        publish_run(tmp_path, f"{tmp_path}/copy")
