@@ -73,6 +73,15 @@ lock: | $(BIN)/uv
 clean:
 	rm -rf $(VENV) runs
 
+# Peers side by side with ours, in an environment of their own; writes docs/performance.md and its pictures.
+bench: demo bench/.venv/.done
+	OMP_NUM_THREADS=1 PYTHONPATH=src bench/.venv/bin/python bench/run.py --run runs/demo
+
+bench/.venv/.done: bench/requirements.txt | $(BIN)/uv
+	$(PY) -m venv bench/.venv
+	$(BIN)/uv pip install -q --python bench/.venv/bin/python $(TORCH_FROM) -r bench/requirements.txt
+	@touch $@
+
 # What the bundled corpus says: every recipe and model, audited; its table and its report without pictures.
 results: $(VENV)/.run
 	$(BIN)/phasewatch run corpus/lab-v1 --out runs/lab-v1 --grid full
@@ -80,10 +89,6 @@ results: $(VENV)/.run
 	$(BIN)/phasewatch report runs/lab-v1
 	$(BIN)/phasewatch report runs/lab-v1 --format md --out docs/results/lab-v1-report.md
 	$(BIN)/python docs/results.py runs/lab-v1 --out docs/results/lab-v1.md --command "make results"
-
-# Ratios of the resampling: to one model's cost, and to a loop over scikit-learn.
-bench: setup
-	$(BIN)/python bench/bootstrap.py
 
 # The small edge bundle beside the bundled corpus: one model for every machine that a watcher may meet.
 EDGE_MODEL ?= gbt

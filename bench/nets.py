@@ -1,88 +1,95 @@
-"""Measure what one window costs each net's trainer, against a plain PyTorch loop over the same net and batches.
-
-    python bench/nets.py
-
-Ratios of CPU time in one process on one thread, the two taken in turns. The plain loop has the loss, AdamW and the
-batches, and nothing else: no clipping, no schedule, no hidden channels; neither scores validation.
-"""
+"""A net in training and at work: our trainer against a plain PyTorch loop, torch eager against onnxruntime for one window."""
 
 from __future__ import annotations
 
-import argparse
-import time
-from collections.abc import Callable
+import copy
+from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
+from timing import Part, Row, in_turns
 
-from phasewatch.measures import N_CLASSES
 from phasewatch.models import registry
-from phasewatch.models.base import InputKind, InputSpec
-from phasewatch.models.trainer import Labelled, TrainConfig, fit_net, reproducible
-from phasewatch.vocab import WINDOW_BINS
+from phasewatch.models.base import Examples, InputKind, Inputs, InputSpec, class_weights
 
-NETS = ("mlp", "cnn", "gru", "lstm", "transformer")
-CHANNELS, BATCH, EPOCHS, WINDOWS = 35, 128, 3, 2048
+CHANNELS, WINDOWS = 35, 2000
 
 
-def make(key: str) -> tuple[nn.Module, Labelled]:
-    """Give a net that is not trained, and scaled windows of its kind."""
-    kind = registry.row_of(key).kind
-    width = CHANNELS * (5 if kind is InputKind.TABLE else 1)
-    model = registry.create(key)
-    names = tuple(f"c{i}" for i in range(width))
-    model.spec = InputSpec(kind=kind, names=names, mask="realistic", schema_hash="", behaviour_fingerprint="")
-    rng = np.random.default_rng(0)
-    shape = (WINDOWS, 2 * width, *((WINDOW_BINS,) if kind is InputKind.TENSOR else ()))
-    x = rng.normal(size=shape).astype(np.float32)
-    torch.manual_seed(0)
-    net: nn.Module = model._make()  # type: ignore[attr-defined]
-    return net, Labelled(x, rng.integers(0, N_CLASSES, WINDOWS))
+def _examples(seed: int) -> Examples:
+    rng = np.random.default_rng(seed)
+    names = tuple(f"proc.channel_{i}" for i in range(CHANNELS))
+    spec = InputSpec(
+        kind=InputKind.TENSOR, names=names, mask="realistic", schema_hash="0" * 64, behaviour_fingerprint="0" * 64
+    )
+    y = rng.integers(0, 5, WINDOWS)
+    x = rng.normal(size=(WINDOWS, CHANNELS, 20)).astype(np.float32) + y[:, None, None].astype(np.float32)
+    return Examples(inputs=Inputs(x=x, spec=spec), y=y)
 
 
-def plain(net: nn.Module, train: Labelled) -> None:
-    """Train as a first page of a tutorial does."""
-    x, y = torch.from_numpy(train.x), torch.from_numpy(train.y)
-    optimiser, loss_of = torch.optim.AdamW(net.parameters(), lr=2e-3), nn.CrossEntropyLoss()
-    net.train()
-    for _ in range(EPOCHS):
-        order = torch.randperm(len(x))
-        for start in range(0, len(x), BATCH):
-            rows = order[start : start + BATCH]
-            optimiser.zero_grad()
-            loss_of(net(x[rows]), y[rows]).backward()
-            optimiser.step()
+def training(*, repeats: int = 3, epochs: int = 2) -> Part:
+    """Train cnn and gru for some epochs with our trainer, and the same body in a loop as PyTorch's tutorial writes it."""
+    import torch
+    from torch import nn
+
+    torch.set_num_threads(1)
+    train, val = _examples(0), _examples(1)
+    few = Examples(inputs=Inputs(x=val.inputs.x[:50], spec=val.inputs.spec), y=val.y[:50])
+    works: dict[str, Any] = {}
+    for key in ("cnn", "gru"):
+        model = registry.create(key, settings={"epochs": epochs, "patience": epochs}).fit(train, few)
+        x = torch.from_numpy(model.scaler.apply(train.inputs.x))  # type: ignore[attr-defined]
+        y, body = torch.from_numpy(train.y), model.net  # type: ignore[attr-defined]
+
+        def plain(body: Any = body, x: Any = x, y: Any = y) -> None:
+            net = copy.deepcopy(body)
+            net.train()
+            optimiser = torch.optim.AdamW(net.parameters(), lr=2e-3)
+            loss_of = nn.CrossEntropyLoss(weight=torch.tensor(class_weights(train.y), dtype=torch.float32))
+            for _ in range(epochs):
+                for rows in torch.randperm(len(x)).split(128):
+                    optimiser.zero_grad()
+                    loss_of(net(x[rows]), y[rows]).backward()
+                    optimiser.step()
+
+        def ours(key: str = key) -> None:
+            registry.create(key, settings={"epochs": epochs, "patience": epochs}).fit(train, few)
+
+        works |= {f"phasewatch {key}": ours, f"plain PyTorch loop, {key}": plain}
+    times = in_turns(works, repeats=repeats)
+    rows = tuple(
+        Row(what=name, min_s=low / WINDOWS / epochs, median_s=mid / WINDOWS / epochs, repeats=repeats, per="window and epoch", is_ours=name.startswith("phasewatch"))
+        for name, (low, mid) in times.items()
+    )  # fmt: skip
+    about = f"{WINDOWS:,} windows of {CHANNELS} channels by 20 bins, batches of 128, {epochs} epochs, one thread, the same bodies. Ours also scales, hides channels, clips gradients, schedules the rate and scores validation after each epoch."
+    return Part(title="Training loop", about=about, rows=rows, command="python bench/run.py --only training")
 
 
-def ours(net: nn.Module, train: Labelled) -> None:
-    """Train by phasewatch's trainer; a validation set of one window costs next to nothing."""
-    one = Labelled(train.x[:1], train.y[:1])
-    config = TrainConfig(epochs=EPOCHS, patience=EPOCHS, batch=BATCH)
-    fit_net(net, train, one, weights=np.ones(N_CLASSES), config=config, seed=0)
+def live(*, repeats: int = 200) -> Part:
+    """Judge one window with torch as it was trained, and with the exported graph."""
+    import onnxruntime
 
+    from phasewatch.export.graph import to_onnx
+    from phasewatch.models.onnxfile import INPUT, OUTPUT
 
-def seconds(work: Callable[[nn.Module, Labelled], None], key: str) -> float:
-    """Give the CPU time of one training."""
-    net, train = make(key)
-    with reproducible(0):
-        began = time.process_time()
-        work(net, train)
-        return time.process_time() - began
+    train = _examples(0)
+    rows = []
+    for key in ("cnn", "gru"):
+        model = registry.create(key, settings={"epochs": 1}).fit(train, train)
+        one = Inputs(x=train.inputs.x[:1], spec=train.inputs.spec)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        session = onnxruntime.InferenceSession(to_onnx(model), options, providers=["CPUExecutionProvider"])
 
+        def eager(model: Any = model, one: Any = one) -> np.ndarray:
+            return np.asarray(model.predict_proba(one))
 
-def main() -> None:
-    """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
-    print("| net | µs a window, plain | µs a window, ours | ours/plain |\n| --- | --- | --- | --- |")
-    for key in NETS:
-        seconds(plain, key)  # warm up
-        taken = [(seconds(plain, key), seconds(ours, key)) for _ in range(rounds)]
-        one, other = (float(np.min(column)) * 1e6 / (EPOCHS * WINDOWS) for column in np.array(taken).T)
-        print(f"| {key} | {one:.0f} | {other:.0f} | {other / one:.2f} |")
+        def graph(session: Any = session, one: Any = one) -> np.ndarray:
+            return np.asarray(session.run([OUTPUT], {INPUT: one.x})[0])
 
-
-if __name__ == "__main__":
-    main()
+        if np.abs(eager() - graph()).max() > 1e-5:
+            raise SystemExit(f"{key}: the graph says something else than the model")
+        for name, (low, mid) in in_turns(
+            {f"torch eager, {key}": eager, f"phasewatch, exported {key} on onnxruntime": graph}, repeats=repeats
+        ).items():
+            rows.append(Row(what=name, min_s=low, median_s=mid, repeats=repeats, per="window", is_ours=name.startswith("phasewatch")))  # fmt: skip
+    about = "One window, from raw bins to calibrated probabilities, one thread; both agree within 1e-5."
+    return Part(title="Live", about=about, rows=tuple(rows), command="python bench/run.py --only live")
