@@ -7,7 +7,7 @@ EXTRAS     := train,live,serve
 
 # What the tests need from the system: real VMs, the guest image's compiler, a real browser.
 SYSTEM := qemu-system-x86 qemu-system-arm qemu-utils busybox-static cpio e2fsprogs gcc libc6-dev \
-          gcc-aarch64-linux-gnu libc6-dev-arm64-cross chromium zstd
+          gcc-aarch64-linux-gnu libc6-dev-arm64-cross chromium zstd curl openssl
 
 # uv reads neither pip.conf nor PIP_FIND_LINKS: a wheel folder that pip knows is passed on. Where it holds torch, that
 # CPU wheel is taken; elsewhere PyTorch's own CPU index, because the default build drags in gigabytes of CUDA.
@@ -29,9 +29,11 @@ test: lint
 	$(BIN)/python -m pytest -n 2 -m "not vm and not soak"
 	$(BIN)/python -m pytest -m "vm and not soak"
 
-# The large counts, run by hand.
+# The large counts, run by hand; their rows take the place of the last ones in docs/soak.md.
 soak: setup
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m soak --soak-rows soak-rows.jsonl
+	$(BIN)/python docs/soak.py soak-rows.jsonl
+	@rm soak-rows.jsonl
 
 lint: setup
 	$(BIN)/ruff check src tests docs
@@ -71,6 +73,15 @@ lock: | $(BIN)/uv
 clean:
 	rm -rf $(VENV) runs
 
+# Peers side by side with ours, in an environment of their own; writes docs/performance.md and its pictures.
+bench: demo bench/.venv/.done
+	OMP_NUM_THREADS=1 PYTHONPATH=src bench/.venv/bin/python bench/run.py --run runs/demo
+
+bench/.venv/.done: bench/requirements.txt | $(BIN)/uv
+	$(PY) -m venv bench/.venv
+	$(BIN)/uv pip install -q --python bench/.venv/bin/python $(TORCH_FROM) -r bench/requirements.txt
+	@touch $@
+
 # What the bundled corpus says: every recipe and model, audited; its table and its report without pictures.
 results: $(VENV)/.run
 	$(BIN)/phasewatch run corpus/lab-v1 --out runs/lab-v1 --grid full
@@ -78,10 +89,6 @@ results: $(VENV)/.run
 	$(BIN)/phasewatch report runs/lab-v1
 	$(BIN)/phasewatch report runs/lab-v1 --format md --out docs/results/lab-v1-report.md
 	$(BIN)/python docs/results.py runs/lab-v1 --out docs/results/lab-v1.md --command "make results"
-
-# Ratios of the resampling: to one model's cost, and to a loop over scikit-learn.
-bench: setup
-	$(BIN)/python bench/bootstrap.py
 
 # The small edge bundle beside the bundled corpus: one model for every machine that a watcher may meet.
 EDGE_MODEL ?= gbt
@@ -95,7 +102,7 @@ edge: demo
 docs: setup
 	$(BIN)/python docs/generate.py
 
-# The generated half of the bundled corpus's datasheet; what its agent costs is measured on real VMs, nine minutes.
+# The generated half of the bundled corpus's datasheet; what its agent costs is measured on real VMs, eight minutes.
 datasheet: setup
 	$(BIN)/python docs/datasheet.py
 
@@ -110,5 +117,5 @@ headline: demo
 picture: setup demo
 	$(BIN)/python docs/picture.py runs/demo docs/dashboard.png
 	chromium --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking \
-	  --disable-component-update --disable-sync --user-data-dir=$$(mktemp -d) --hide-scrollbars --window-size=1000,900 \
+	  --disable-component-update --disable-sync --user-data-dir=$$(mktemp -d) --hide-scrollbars --window-size=1000,1100 \
 	  --virtual-time-budget=5000 --screenshot=docs/report.png file://$(CURDIR)/runs/demo/report.html

@@ -1,4 +1,4 @@
-"""Write the generated half of a corpus's datasheet, from its bundles; `--check` only says whether it is stale.
+"""Write the generated half of a corpus's datasheet and its acceptance index; `--check` only says whether they are stale.
 
 Run as `python docs/datasheet.py [CORPUS]`. The counts come from the validator, the leak figures from the audit's
 questions, the agent's cost from `docs/footprint.py`. A test compares the bundles' fingerprint with the page's.

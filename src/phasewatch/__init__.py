@@ -1,3 +1,20 @@
 """phasewatch tells which phase malware in a virtual machine is in, from outside, and how well that can be told."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from phasewatch.dataset import load
+
+__all__ = ["__version__", "load"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import `load` when it is asked for: with it comes all that reads a run, and `--help` wants none of that."""
+    if name == "load":
+        from phasewatch.dataset import load
+
+        return load
+    raise AttributeError(f"phasewatch has no {name!r}")

@@ -12,6 +12,7 @@ from itertools import combinations
 from typing import Literal
 
 from phasewatch.errors import UsageError
+from phasewatch.extras import check_nature, read_extras
 from phasewatch.vocab import Kind, Source, Trust
 
 Nature = Literal["counter", "gauge", "tick"]  # never falls · a level or share · a count of this tick alone
@@ -68,6 +69,8 @@ def _raw(source: Source, rows: str) -> tuple[RawSpec, ...]:
         specs.append(RawSpec(source=source, field=field, type=kind, unit=unit, nature=nature, about=about))  # type: ignore[arg-type]
     return tuple(specs)
 
+
+EXTRAS = read_extras()  # a user's own rows; none unless the environment or `--channels` names a file
 
 RAW: tuple[RawSpec, ...] = (
     *_raw(
@@ -143,6 +146,7 @@ mem_free_bytes     int B     gauge    free memory
 mem_cached_bytes   int B     gauge    page cache
 """,
     ),
+    *(RawSpec(**row) for row in EXTRAS.raw),
 )
 
 
@@ -232,6 +236,7 @@ CHANNELS: tuple[ChannelSpec, ...] = (
     _guest("pgfault", Kind.RATE, ("pgfault",), "1/s", "Page faults.", "/proc/vmstat pgfault"),
     _guest("disk_wr_bytes", Kind.RATE, ("disk_wr_bytes",), "B/s", "Bytes written to all disks.", "/proc/diskstats field 10"),
     _guest("mem_dirty", Kind.GAUGE, ("mem_dirty_bytes",), "B", "Memory waiting to be written back.", "/proc/meminfo Dirty"),
+    *(ChannelSpec(**row) for row in EXTRAS.channels),
 )  # fmt: skip
 
 
@@ -257,6 +262,11 @@ LEVELS: tuple[ChannelSpec, ...] = (
     _level(Source.GUEST, "mem_cached", "mem_cached_bytes", "B", "Page cache, as the agent sees it."),
     _level(Source.GUEST, "uptime", "up_ns", "ns", "The guest's uptime."),
 )
+
+
+def registry_digest() -> str:
+    """Name the user's own rows; empty where there are none."""
+    return EXTRAS.digest
 
 
 def raw_fields(source: Source) -> tuple[RawSpec, ...]:
@@ -319,16 +329,18 @@ def _check_tables() -> None:
     """Refuse a table that contradicts itself, at import: a wrong row here would poison every file after it."""
     raw = {(spec.source, spec.field): spec for spec in RAW}
     if len(raw) != len(RAW):
-        raise ValueError("channels.RAW: a field stands twice")
+        raise UsageError("channels.RAW: a field stands twice")
     for table in (CHANNELS, LEVELS):
         if len({c.full_name for c in table}) != len(table):
-            raise ValueError("channels: a name stands twice")
+            raise UsageError("channels: a name stands twice")
         for channel in table:
             if len(channel.fields) != (2 if channel.kind is Kind.RATIO else 1):
-                raise ValueError(f"channels: {channel.full_name} has {len(channel.fields)} fields")
+                raise UsageError(f"channels: {channel.full_name} has {len(channel.fields)} fields")
             for field in channel.fields:
                 if (channel.source, field) not in raw:
-                    raise ValueError(f"channels: {channel.full_name} reads {field}, which RAW does not name")
+                    raise UsageError(f"channels: {channel.full_name} reads {field}, which RAW does not name")
+                if table is CHANNELS:
+                    check_nature(channel.kind, raw[channel.source, field].nature, channel=channel.full_name)
 
 
 _check_tables()

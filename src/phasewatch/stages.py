@@ -13,6 +13,7 @@ from pathlib import Path
 from phasewatch import __version__, atomic
 from phasewatch.audit.checks import Audit
 from phasewatch.audit.run import audit_run
+from phasewatch.channels import EXTRAS
 from phasewatch.dataset.run import file_sha256
 from phasewatch.dataset.splits import Built, read_folds, write_all_splits, write_splits
 from phasewatch.episode.bundle import peek
@@ -20,6 +21,7 @@ from phasewatch.errors import BundleError, RunError, SplitError, UsageError
 from phasewatch.evaluate.explain import Why, why
 from phasewatch.evaluate.rows import Metrics, chosen
 from phasewatch.evaluate.score import read_metrics, score
+from phasewatch.extras import CHANNELS_FILE
 from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import schema_hash
 from phasewatch.features.tables import FeatureCount, write_tables
@@ -115,6 +117,7 @@ def split_files(run: Path) -> tuple[str, ...]:
 
 def validate(settings: Settings, *, full: bool = False, tell: Tell | None = None) -> SweepSummary:
     """Sweep the store into the run."""
+    _keep_channels(settings.run)
     choose = None
     if settings.limit:
         choose = _chooser(settings)
@@ -122,6 +125,13 @@ def validate(settings: Settings, *, full: bool = False, tell: Tell | None = None
         settings.store, settings.run, workers=settings.workers, full=full, choose=choose, tell=tell,
         mapper=_mapper(settings),
     )  # fmt: skip
+
+
+def _keep_channels(run: Path) -> None:
+    """Put the user's own channels into the run, so that later stages and readers have them."""
+    if EXTRAS.text:
+        atomic.make_folder(run)
+        atomic.write_whole(run / CHANNELS_FILE, EXTRAS.text)
 
 
 def _mapper(settings: Settings) -> Mapper:

@@ -186,7 +186,7 @@ def test_a_second_client_is_told_that_there_is_a_first(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock", greets=False) as qemu:
         make_process(tmp_path / "proc")
 
-        with pytest.raises(VmError, match="one QMP socket serves one client"):
+        with pytest.raises(VmError, match=r"within 2 s \(time-out\); one QMP socket serves one client"):
             run(tmp_path / "proc", nothing, qmp=qemu.path)
 
 

@@ -22,7 +22,7 @@ from phasewatch.live.find import read_running
 from phasewatch.live.save import Saver
 from phasewatch.live.scorer import Scorer
 from phasewatch.live.watcher import Outlets, Watched, Watcher
-from phasewatch.record.base import Values
+from phasewatch.record.base import HostClock, Values
 from phasewatch.record.qmp import Monitor
 from phasewatch.validate.verdict import USABLE, Place, examine
 from phasewatch.vocab import Phase, Source
@@ -248,8 +248,6 @@ def test_half_an_hour_is_a_bundle_and_a_few_seconds_are_none(world: World, tmp_p
 
 
 def test_a_whole_watch_over_a_real_socket_leaves_the_machine_as_it_was(tmp_path: Path) -> None:
-    from phasewatch.record.base import HostClock
-
     with FakeQemu(tmp_path / "q.sock") as qemu:
         proc = make_process(tmp_path / "proc", qmp=qemu.path)
         events: list[Event] = []
@@ -262,7 +260,7 @@ def test_a_whole_watch_over_a_real_socket_leaves_the_machine_as_it_was(tmp_path:
             sources = await attach(found)
             try:
                 outlets = Outlets(emit=lambda event, news: events.append(event), say=lambda line: None)
-                return await Watcher(found, sources, None, outlets, clock).run(seconds=2.6)
+                return await Watcher(found, sources, None, outlets, clock).run(seconds=8)
             finally:
                 assert await detach(found, sources)
 
@@ -270,5 +268,42 @@ def test_a_whole_watch_over_a_real_socket_leaves_the_machine_as_it_was(tmp_path:
         told = [event.data for event in events if isinstance(event.data, Telemetry)]
         assert watched.why == "the time is up"
         assert len(told) >= 1
+        assert qemu.objects == {}
+        assert qemu.interval == 7
+
+
+def test_a_monitor_that_hangs_costs_its_own_channels_and_nothing_else(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        proc = make_process(tmp_path / "proc", qmp=qemu.path)
+        told: list[Telemetry] = []
+
+        def emit(event: Event, news: bool) -> None:
+            if isinstance(event.data, Telemetry):
+                told.append(event.data)
+
+        async def main() -> Watched:
+            machine = read_running(PID, proc.root)
+            assert machine is not None
+            clock = HostClock()
+            found = await survey(machine, qmp=None, clock=clock, proc=proc.root)
+            sources = await attach(found)
+            try:
+                watcher = Watcher(found, sources, None, Outlets(emit=emit, say=lambda line: None), clock)
+                running = asyncio.ensure_future(watcher.run(seconds=16))
+                await asyncio.sleep(1)
+                qemu.mute.set()
+                await asyncio.sleep(7)
+                qemu.mute.clear()
+                return await running
+            finally:
+                assert await detach(found, sources)
+
+        watched = asyncio.run(main())
+        at = {name: told[0].channels.index(name) for name in ("proc.main_run", "qmp.blk_rd_bytes")}
+        seen = {name: [t.values[0][place] is not None for t in told] for name, place in at.items()}
+        assert watched.why == "the time is up"
+        assert "silent" in watched.states
+        # A busy machine may lose ticks of its own; the monitor's are lost for as long as it hangs.
+        assert sum(seen["proc.main_run"]) > sum(seen["qmp.blk_rd_bytes"])
         assert qemu.objects == {}
         assert qemu.interval == 7

@@ -14,10 +14,11 @@ from phasewatch.dataset import WindowSet, read_fold
 from phasewatch.models import checkpoint, registry
 from phasewatch.models.alarm import THETA_STEP
 from phasewatch.models.base import PhaseModel
-from phasewatch.models.filter import PHASE, SCHEDULE
+from phasewatch.models.filter import NONE, PHASE, SCHEDULE
+from phasewatch.split import Part, recipe_of
 from phasewatch.train.cell import Cell
 from phasewatch.train.cells import finished_cells, learn, read_sets, read_sources
-from phasewatch.train.predictions import NO_FILTER, PREDICTIONS, PROBABILITIES, read_table
+from phasewatch.train.predictions import PREDICTIONS, PROBABILITIES, read_table
 
 REPEATED = "trained-on-train-only"
 REPEATED_PROMISE = (
@@ -30,11 +31,12 @@ TOLERANCE = 1e-3  # of a probability; the same bits are expected on the same mac
 
 
 def chosen_cells(run: Path) -> tuple[Cell, ...]:
-    """Choose one finished cell of each model and table: of a recipe that is not leaky, realistic where there is one."""
+    """Choose one finished cell of each model and table: of a recipe that tests and does not leak, realistic if there is one."""
     first: dict[tuple[str, str], Cell] = {}
     cells = finished_cells(run, read_sources(run))
     for cell in sorted(cells, key=lambda cell: (cell.threat != "realistic", cell)):
-        if not read_fold(run, cell.recipe, cell.fold).leaky:
+        row = recipe_of(cell.recipe)
+        if row.tests and not row.leaky:
             first.setdefault((cell.model, cell.table), cell)
     return tuple(first.values())
 
@@ -116,46 +118,48 @@ def _decides_alike(ours: PhaseModel, theirs: PhaseModel) -> bool:
 
 
 def _said(run: Path, cell: Cell, table: Any) -> Iterator[str]:
-    """Hold a cell's test rows, as it said them and filtered, against its checkpoint."""
-    sets, where = read_sets(run, cell), "/".join(map(str, _key(cell)))
-    test, rows = sets.test, _rows_of(table, cell)
-    if not len(test):
-        if rows.num_rows:
-            yield f"{where}: has {rows.num_rows} test rows, and its fold tests nothing"
-        return
-    if (order := _order(rows, test)) is None:
-        outside = set(rows["episode_id"].to_pylist()) - {e.episode_id for e in test.windows.episodes}
-        words = f"episode {min(outside)} is not in its test set" if outside else "not each test window once"
-        yield f"{where}: {words}"
-        return
-    said = _matrix(rows)[order]
-    if not np.array_equal(rows["y_true"].to_numpy().astype(np.int64)[order], test.y):
-        yield f"{where}: truth in the predictions is not that of the features"
-    elif not np.array_equal(rows["y_pred"].to_numpy().astype(np.int64)[order], said.argmax(axis=1)):
-        yield f"{where}: a decision is not the likeliest phase of its row"
-    elif registry.row_of(cell.model).persist == "exact":
-        stored = registry.load(cell.folder(run))
-        gap = float(np.abs(stored.predict_proba(test.inputs) - said).max())
-        if not gap <= TOLERANCE:
-            yield f"{where}: its checkpoint says otherwise, by {gap:.3f}; the predictions were edited"
-        if stored.filter is not None:
-            for name, smooth in ((PHASE, stored.filter), (SCHEDULE, stored.filter.schedule())):
-                rows = _rows_of(table, cell, name)
-                order = _order(rows, test)
-                expected = smooth.run(stored.predict_proba(test.inputs), test.track.of, test.track.t_center_ns)
-                if order is None or not np.abs(expected - _matrix(rows)[order]).max() <= TOLERANCE:
-                    yield f"{where}: its {name} filter says otherwise; the filtered predictions were edited"
+    """Hold the rows of each filter against what the checkpoint says of the same windows."""
+    sets, where, folder = read_sets(run, cell), "/".join(map(str, _key(cell))), cell.folder(run)
+    part = asked_part(cell)
+    asked = sets.test if part == "test" else sets.val_b  # `deploy` tests nothing
+    own = set(read_fold(run, cell.recipe, cell.fold).ids(Part.TEST if part == "test" else Part.VAL_B))
+    answers: dict[str, NDArray[np.float64] | None] = {NONE: None}
+    if registry.row_of(cell.model).persist == "exact":
+        answers[NONE] = registry.load(folder).predict_proba(asked.inputs)
+    smooth, track = checkpoint.read_header(folder).filter, asked.track
+    if smooth is not None:
+        filters = {PHASE: smooth, SCHEDULE: smooth.schedule()} if part == "test" else {PHASE: smooth}
+        for name, one in filters.items():
+            p = answers[NONE]
+            answers[name] = None if p is None else one.run(p, track.of, track.t_center_ns)
+    for name, p in answers.items():
+        words = _fault(_rows_of(table, cell, part, name), asked, p, own)
+        if words:
+            yield f"{where}, filter {name}: {words}"
 
 
-def _order(rows: Any, test: WindowSet) -> NDArray[np.intp] | None:
-    """Find where each test window stands among the rows; None unless each stands there once and no other does."""
-    told = list(zip(rows["episode_id"].to_pylist(), rows["t_center_ns"].to_pylist(), strict=True))
-    ids = [test.windows.episodes[i].episode_id for i in test.windows.of]
-    asked = list(zip(ids, test.windows.t_center_ns.tolist(), strict=True))
-    if sorted(told) != sorted(asked):
-        return None
+def _fault(rows: Any, asked: WindowSet, answer: NDArray[np.float64] | None, own: set[str]) -> str:
+    """Say what is wrong with the rows of some windows; empty where nothing is."""
+    told = [f"{e} {t}" for e, t in zip(rows["episode_id"].to_pylist(), rows["t_center_ns"].to_pylist(), strict=True)]
+    ids = [asked.windows.episodes[i].episode_id for i in asked.windows.of]
+    wanted = [f"{e} {t}" for e, t in zip(ids, asked.windows.t_center_ns.tolist(), strict=True)]
+    if sorted(told) != sorted(wanted):
+        outside = set(rows["episode_id"].to_pylist()) - own
+        return f"episode {min(outside)} is not in its set" if outside else "not each window once"
     place = {key: i for i, key in enumerate(told)}
-    return np.array([place[key] for key in asked], np.intp)
+    order = np.array([place[key] for key in wanted], np.intp)
+    said = _matrix(rows)[order]
+    if not np.array_equal(rows["y_true"].to_numpy().astype(np.int64)[order], asked.y):
+        return "truth in the predictions is not that of the features"
+    if not np.array_equal(rows["y_pred"].to_numpy().astype(np.int64)[order], said.argmax(axis=1)):
+        return "a decision is not the likeliest phase of its row"
+    gap = 0.0 if answer is None or not len(said) else float(np.abs(answer - said).max())
+    return "" if gap <= TOLERANCE else f"its checkpoint says otherwise, by {gap:.3f}; the predictions were edited"
+
+
+def asked_part(cell: Cell) -> str:
+    """Name the part whose predictions are held against the checkpoint."""
+    return "test" if recipe_of(cell.recipe).tests else "val_b"
 
 
 def _matrix(rows: Any) -> NDArray[np.float64]:
@@ -171,10 +175,9 @@ def _keys_of(table: Any) -> set[tuple[object, ...]]:
     return {tuple(row[n] for n in names) for row in table.group_by(names).aggregate([]).to_pylist()}
 
 
-def _rows_of(table: Any, cell: Cell, filter_: str = NO_FILTER) -> Any:
+def _rows_of(table: Any, cell: Cell, part: str, name: str) -> Any:
     import pyarrow.compute as pc
 
-    wanted = {**cell.keys(), "seed": cell.seed, "part": "test", "filter": filter_}
-    for name, value in wanted.items():
-        table = table.filter(pc.equal(table[name], value))
+    for column, value in {**cell.keys(), "seed": cell.seed, "part": part, "filter": name}.items():
+        table = table.filter(pc.equal(table[column], value))
     return table

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 CODES = "Exit codes: 0 done, 1 findings, 2 usage, 3 bad or absent data, 4 does not fit, 5 the machine."
+CHANNELS_HELP = "A TOML file with channels of your own; the run remembers it."
 CORPUS_VARIABLE = "PHASEWATCH_CORPUS"
 CORPUS = Path("corpus") / "lab-v1"
 

@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
 
 def inspect(
     bundle: Path = typer.Argument(..., help="An episode's .tar.zst."),
+    channels: Path = typer.Option(None, metavar="TOML", help=base.CHANNELS_HELP),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Show one bundle: who it is, its labels, its rows, what the gates find, and a picture of its channels.
@@ -88,6 +89,7 @@ def validate(
     engine: str = typer.Option("local", help="What reads the bundles: `local` processes, or `ray`."),
     address: str = typer.Option("", help="With --engine ray: a running cluster; one is started here if left out."),
     explain: str = typer.Option("", metavar="CODE", help="Say what a code means, and leave."),
+    channels: Path = typer.Option(None, metavar="TOML", help=base.CHANNELS_HELP),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Judge every bundle of a store: accepted, degraded, rejected or errored, each with its reasons.
@@ -149,6 +151,7 @@ def features(
     workers: int = typer.Option(2, min=1, help="Processes."),
     limit: int = typer.Option(0, min=0, help="A stratified, seeded subset of so many bundles; 0 for all."),
     include_degraded: bool = typer.Option(True, help="Use episodes with something missing or repaired, too."),
+    channels: Path = typer.Option(None, metavar="TOML", help=base.CHANNELS_HELP),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Make the window and episode tables of a run, and the schema that names their columns.

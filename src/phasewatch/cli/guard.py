@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
+from pathlib import Path
 from typing import NoReturn, ParamSpec, TypeVar
 
 import typer
 
 from phasewatch.cli import base
-from phasewatch.errors import MachineError, PhasewatchError
+from phasewatch.errors import MachineError, PhasewatchError, UsageError
+from phasewatch.extras import CHANNELS_FILE, VARIABLE
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,6 +27,7 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
+            choose_channels(kwargs)
             result = function(*args, **kwargs)
             sys.stdout.flush()
             return result
@@ -50,6 +53,23 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
             )
 
     return run
+
+
+def choose_channels(options: Mapping[str, object]) -> None:
+    """Name the user's own channels before the tables are made: those of `--channels`, else those that the run was made with.
+
+    Raises:
+        UsageError: If both are there and differ.
+    """
+    told, kept = str(options.get("channels") or options.get("extra") or ""), ""
+    for name in ("run", "out"):
+        folder = options.get(name)
+        if isinstance(folder, Path) and (folder / CHANNELS_FILE).is_file():
+            kept = str(folder / CHANNELS_FILE)
+    if told and kept and Path(told).is_file() and Path(told).read_bytes() != Path(kept).read_bytes():
+        raise UsageError(f"{told}: the run was made with other channels, those of {kept}; name another --out")
+    if told or kept:
+        os.environ[VARIABLE] = str(Path(told or kept).resolve())
 
 
 def _fail(words: str, code: int) -> NoReturn:

@@ -60,6 +60,7 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON document
 def channels(
     corpus: bool = typer.Option(False, "--corpus", help="Also the values that each took in the bundled recordings."),
     store: Path = typer.Option(None, help="With --corpus: another store than the bundled one."),
+    extra: Path = typer.Option(None, "--channels", metavar="TOML", help=base.CHANNELS_HELP),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """List the 46 channels: source, kind, unit, who is trusted, and which counter each reads.

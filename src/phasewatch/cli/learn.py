@@ -164,6 +164,7 @@ def run(
     engine: str = typer.Option("local", help="What reads the bundles: `local` processes, or `ray`."),
     address: str = typer.Option("", help="With --engine ray: a running cluster; one is started here if left out."),
     publish: str = typer.Option("", metavar="URI", help="Copy the finished run to a folder or to s3://bucket/prefix."),
+    channels: Path = typer.Option(None, metavar="TOML", help=base.CHANNELS_HELP),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Take a store the whole way: validate, features, split, train, evaluate, report. Run again, it resumes.

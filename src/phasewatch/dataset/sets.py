@@ -71,6 +71,11 @@ class WindowSet:
         return self.inputs.x
 
     @property
+    def X(self) -> NDArray[np.float32]:
+        """The same, spelled as scikit-learn and aeon do: ``(n, f)``, or ``(n, channels, timepoints)`` of a tensor."""
+        return self.x
+
+    @property
     def y(self) -> NDArray[np.int64]:
         """``(n,)`` phase codes."""
         return self.windows.y

@@ -192,11 +192,8 @@ def _columns(source: Source, fields: tuple[str, ...], codec: _Codec, rows: list[
             if None in column:
                 present[:, i] = [value is not None for value in column]
                 column = tuple(0 if value is None else value for value in column)
-            array = np.array(column, np.float64 if codec.is_float[i] else np.int64)
-            if codec.is_float[i] and not np.isfinite(array).all():
-                line = int(np.argmin(np.isfinite(array))) + 1
-                raise _Bad("row-non-finite", f"{fields[i]} is not a finite number", line)
-            values.append(array)
+            # Finite by now: an infinity comes back from the encoder as null, and so was blamed.
+            values.append(np.array(column, np.float64 if codec.is_float[i] else np.int64))
     for name, stamp in zip(STAMPS, stamps[:2], strict=False):
         if n and int(stamp.min()) < 0:
             raise _Bad("row-stamp", f"{name} is negative", int(np.argmax(stamp < 0)) + 1)
@@ -230,10 +227,11 @@ def _widen(rows: SourceRows) -> SourceRows:
 
 
 def _over_int64(rows: list[Any], *, file: str, member: str) -> BundleError:
-    """Find the whole number that no 64-bit integer holds."""
-    for line, row in enumerate(rows, 1):
-        for name, value in zip(row.__struct_fields__, astuple(row), strict=True):
-            if isinstance(value, int) and not limits.INT64_MIN <= value <= limits.INT64_MAX:
-                words = f"{name} does not fit into 64 bits"
-                return BundleError(code="row-int64", words=words, file=file, member=member, line=line)
-    raise AssertionError("numpy saw an overflow, and no value is one")
+    """Find the whole number that no 64-bit integer holds; there is one, or numpy would not have seen an overflow."""
+    line, name = next(
+        (line, name)
+        for line, row in enumerate(rows, 1)
+        for name, value in zip(row.__struct_fields__, astuple(row), strict=True)
+        if isinstance(value, int) and not limits.INT64_MIN <= value <= limits.INT64_MAX
+    )
+    return BundleError(code="row-int64", words=f"{name} does not fit into 64 bits", file=file, member=member, line=line)

@@ -84,7 +84,7 @@ def rescore(run: Path, *, resamples: int = RESAMPLES, seed: int = 0) -> Metrics:
         for board in boards:
             rows += _score_board(board, val_b.get(board.key), rules)
         rows += across.build_gaps(boards, rules)
-        rows += _operate(boards, val_b, table, _recorded(run), rules)
+        rows += _operate(boards, val_b, table, read_recorded(run), rules)
         rows += fitted_rows(run, boards, Headline())
         rows += importance_rows(run, chosen(rows), rules)
     return Metrics(inputs={PREDICTIONS: file_sha256(path), **digests}, metrics=tuple(rows))
@@ -186,7 +186,7 @@ def _only(table: Any, boards: Sequence[Board]) -> Any:
     return table.filter(pc.is_in(table["recipe"], pa.array(sorted({b.recipe for b in boards}), pa.string())))
 
 
-def _recorded(run: Path) -> dict[str, Recorded]:
+def read_recorded(run: Path) -> dict[str, Recorded]:
     """Read label spans and the rates of damage from the run's grids; nothing where there are none."""
     folder = run / GRIDS
     if not (folder / GRID_INDEX).is_file():

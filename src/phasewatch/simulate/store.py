@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from phasewatch.atomic import make_folder, sync_folder, write_whole, writer
+from phasewatch.channels import registry_digest
 from phasewatch.episode.bundle import pack, read_members
 from phasewatch.episode.container import join_members
 from phasewatch.episode.frame import compress_frame
@@ -85,6 +86,8 @@ def simulate(
     """
     if hosts < 1 or episodes < hosts or not 0 <= faults <= 1 or not 1 <= between_s[0] <= between_s[1] <= 3600:
         raise UsageError("simulate needs at least one host, one episode a host, faults of 0 to 1 and 1 to 3,600 s")
+    if registry_digest():
+        raise UsageError("simulate makes no channels of your own; leave out --channels and PHASEWATCH_CHANNELS")
     if store.exists() and (not store.is_dir() or any(store.iterdir())):
         raise StoreError(f"{store}: something is already there; name a new folder, or remove it first")
     chosen = kinds_of(kinds)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from phasewatch import __version__, atomic
+from phasewatch.channels import registry_digest
 from phasewatch.errors import BundleError, RunError, StoreError
 from phasewatch.grid.files import row_of, write_grids
 from phasewatch.store.base import Place, StoreItem, open_store
@@ -23,7 +24,7 @@ from phasewatch.workers import Result, map_ordered
 
 __all__ = ["LEDGER", "STATE", "SweepSummary", "Tell", "path_of", "read_one", "sweep"]
 
-VERSION = f"{__version__}/1"  # raised when a gate changes, so that no old verdict is taken over
+VERSION = f"{__version__}/1{registry_digest()}"  # raised when a gate changes, so that no old verdict is taken over
 LEDGER = "ledger.json"
 BUNDLE_TIMEOUT_S = 30.0
 

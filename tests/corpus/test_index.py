@@ -1,0 +1,34 @@
+"""The bundled corpus is accepted, and the index that says so is the one that a sweep of it makes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from phasewatch.store.disk import DiskStore
+from phasewatch.validate.index import INDEX, read_index
+from phasewatch.validate.sweep import sweep
+from phasewatch.vocab import Origin, Status
+
+CORPUS = Path(__file__).parents[2] / "corpus" / "lab-v1"
+
+
+def test_a_sweep_of_the_corpus_makes_the_committed_index(tmp_path: Path) -> None:
+    sweep(CORPUS, tmp_path / "run", workers=1)
+
+    made, committed = read_index(tmp_path / "run" / INDEX), read_index(CORPUS / INDEX)
+
+    stale = "the bundles changed: `make datasheet` writes the index anew"
+    assert [v.path for v in made] == [v.path for v in committed] == [i.path for i in DiskStore(CORPUS).walk()], stale
+    for new, old in zip(made, committed, strict=True):
+        assert str(new) == str(old), stale
+
+
+def test_every_recording_is_usable_and_is_one() -> None:
+    verdicts = read_index(CORPUS / INDEX)
+    statuses = Counter(v.status for v in verdicts)
+
+    assert set(statuses) <= {Status.ACCEPTED, Status.DEGRADED}
+    assert statuses[Status.ACCEPTED] > 0.8 * len(verdicts)
+    assert {v.origin for v in verdicts} == {Origin.RECORDED}
+    assert all(v.reasons for v in verdicts if v.status is Status.DEGRADED)
