@@ -7,7 +7,7 @@ EXTRAS     := train,live,serve
 
 # What the tests need from the system: real VMs, the guest image's compiler, a real browser.
 SYSTEM := qemu-system-x86 qemu-system-arm qemu-utils busybox-static cpio e2fsprogs gcc libc6-dev \
-          gcc-aarch64-linux-gnu libc6-dev-arm64-cross chromium zstd
+          gcc-aarch64-linux-gnu libc6-dev-arm64-cross chromium zstd curl openssl
 
 # uv reads neither pip.conf nor PIP_FIND_LINKS: a wheel folder that pip knows is passed on. Where it holds torch, that
 # CPU wheel is taken; elsewhere PyTorch's own CPU index, because the default build drags in gigabytes of CUDA.
@@ -20,7 +20,7 @@ UV         := $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt
 export OMP_WAIT_POLICY = PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: bench-features demo test soak lint setup system picture docs datasheet footprint lock clean
+.PHONY: bench-features demo test soak lint setup system picture headline results bench docs datasheet edge footprint lock clean
 
 demo: $(VENV)/.run
 	@$(BIN)/phasewatch demo
@@ -29,9 +29,11 @@ test: lint
 	$(BIN)/python -m pytest -n 2 -m "not vm and not soak"
 	$(BIN)/python -m pytest -m "vm and not soak"
 
-# The large counts, run by hand.
+# The large counts, run by hand; their rows take the place of the last ones in docs/soak.md.
 soak: setup
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m soak --soak-rows soak-rows.jsonl
+	$(BIN)/python docs/soak.py soak-rows.jsonl
+	@rm soak-rows.jsonl
 
 lint: setup
 	$(BIN)/ruff check src tests docs
@@ -71,11 +73,36 @@ lock: | $(BIN)/uv
 clean:
 	rm -rf $(VENV) runs
 
+# Peers side by side with ours, in an environment of their own; writes docs/performance.md and its pictures.
+bench: demo bench/.venv/.done
+	OMP_NUM_THREADS=1 PYTHONPATH=src bench/.venv/bin/python bench/run.py --run runs/demo
+
+bench/.venv/.done: bench/requirements.txt | $(BIN)/uv
+	$(PY) -m venv bench/.venv
+	$(BIN)/uv pip install -q --python bench/.venv/bin/python $(TORCH_FROM) -r bench/requirements.txt
+	@touch $@
+
+# What the bundled corpus says: every recipe and model, audited; its table and its report without pictures.
+results: $(VENV)/.run
+	$(BIN)/phasewatch run corpus/lab-v1 --out runs/lab-v1 --grid full
+	$(BIN)/phasewatch audit runs/lab-v1
+	$(BIN)/phasewatch report runs/lab-v1
+	$(BIN)/phasewatch report runs/lab-v1 --format md --out docs/results/lab-v1-report.md
+	$(BIN)/python docs/results.py runs/lab-v1 --out docs/results/lab-v1.md --command "make results"
+
+# The small edge bundle beside the bundled corpus: one model for every machine that a watcher may meet.
+EDGE_MODEL ?= gbt
+EDGE_MASKS := realistic,portable,proc+netflow,proc+tap,proc
+
+edge: demo
+	$(BIN)/phasewatch train runs/demo --models $(EDGE_MODEL) --threats $(EDGE_MASKS)
+	$(BIN)/phasewatch export runs/demo --model $(EDGE_MODEL) --threat $(EDGE_MASKS) --out corpus/lab-v1.edge.zip
+
 # docs/reference, from the tables and the command line.
 docs: setup
 	$(BIN)/python docs/generate.py
 
-# The generated half of the bundled corpus's datasheet; what its agent costs is measured on real VMs, nine minutes.
+# The generated half of the bundled corpus's datasheet; what its agent costs is measured on real VMs, eight minutes.
 datasheet: setup
 	$(BIN)/python docs/datasheet.py
 
@@ -92,8 +119,13 @@ $(VENV)/bench: bench/features-peers.txt | $(BIN)/uv
 	$(BIN)/uv pip install -q --python $@/bin/python -r bench/features-peers.txt
 	@touch $@
 
+# The README's table, from the demo's run of the whole bundled corpus.
+headline: demo
+	$(BIN)/python docs/headline.py runs/demo
+
 # The pictures that the README shows, from the bundled corpus.
-picture: demo
+picture: setup demo
+	$(BIN)/python docs/picture.py runs/demo docs/dashboard.png
 	chromium --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking \
-	  --disable-component-update --disable-sync --user-data-dir=$$(mktemp -d) --hide-scrollbars --window-size=1000,900 \
+	  --disable-component-update --disable-sync --user-data-dir=$$(mktemp -d) --hide-scrollbars --window-size=1000,1100 \
 	  --virtual-time-budget=5000 --screenshot=docs/report.png file://$(CURDIR)/runs/demo/report.html

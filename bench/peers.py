@@ -67,7 +67,9 @@ def tsflex_at_its_best(episodes: list[np.ndarray]) -> np.ndarray:
     collection = FeatureCollection(
         [FeatureDescriptor(function=function, series_name=name, window=WINDOW, stride=STRIDE) for name in names]
     )
-    frame = pd.DataFrame(np.concatenate((*episodes, episodes[0][:1])), columns=names)  # the last window needs a row after it
+    frame = pd.DataFrame(
+        np.concatenate((*episodes, episodes[0][:1])), columns=names
+    )  # the last window needs a row after it
     out = _ordered(collection.calculate(frame, return_df=True, n_jobs=1, show_progress=False), names)
     per = BINS // STRIDE
     return np.concatenate([out[e * per : e * per + per - 1] for e in range(len(episodes))])  # none across a border

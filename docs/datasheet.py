@@ -18,9 +18,7 @@ from phasewatch.audit.corpus import read_windows
 from phasewatch.audit.leaks import find_leaks
 from phasewatch.audit.separation import separate
 from phasewatch.record.footprint import Footprint, footprint_file
-from phasewatch.atomic import write_whole
 from phasewatch.store.disk import DiskStore
-from phasewatch.validate.index import INDEX
 from phasewatch.validate.sweep import sweep
 
 CORPUS = Path(__file__).parents[1] / "corpus" / "lab-v1"

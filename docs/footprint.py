@@ -1,6 +1,6 @@
 """Measure what the guest's agent costs: record pairs of idle machines, with it and without, and write the differences.
 
-Run as `python docs/footprint.py [CORPUS]`, about nine minutes on two cores with nothing else running. The result lies
+Run as `python docs/footprint.py [CORPUS]`, about eight minutes on two cores with nothing else running. The result lies
 beside the corpus as `<corpus>.footprint.json`; `docs/datasheet.py` puts it into the datasheet.
 """
 
@@ -23,7 +23,7 @@ from phasewatch.store.disk import DiskStore
 from phasewatch.validate.sweep import sweep
 
 CORPUS = Path(__file__).parents[1] / "corpus" / "lab-v1"
-HOST, PAIRS = "pc", 4
+HOST, PAIRS = "pc", 3
 
 
 def main(arguments: Sequence[str]) -> int:

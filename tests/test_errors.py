@@ -22,7 +22,6 @@ KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and is
 # Classes whose words no test asks for by `pytest.raises(Kind, match=...)`, each with where they are met instead.
 ELSEWHERE = {
     "PhasewatchError": "the root; nothing raises it",
-    "DataError": "cli/test_bad_input.py: inspect of a bundle that is not there, REFUSED['no bundle']",
 }
 
 

@@ -47,6 +47,8 @@ WORLDLY = {
     "dataset.splits", "dataset.windows", "models.checkpoint", "train.predictions",
     "train.cells", "export.run", "live.edge", "live.models",
     "live.find", "live.dump", "live.guard", "live.attach", "live.watcher", "live.save", "live.webhook", "live.session", "live.clean_day",
+    "dashboard.hub", "dashboard.token", "dashboard.app", "dashboard.gate", "dashboard.server", "dashboard.watching",
+    "produce.loop", "produce.perf", "produce.send",
     "predict", "evaluate.score", "report.page", "audit.run", "stages", "pipeline",
 }  # fmt: skip
 

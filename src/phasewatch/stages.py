@@ -39,6 +39,7 @@ from phasewatch.train.grid import (
     brought_grid,
     full_grid,
     headline_grid,
+    masked_grid,
     short_grid,
 )
 from phasewatch.validate.index import INDEX, read_index
@@ -66,6 +67,7 @@ class Settings:
         grid: ``short`` (DESIGN section 16) or ``full`` (every recipe and model; seeds, tables and masks of the best).
         models: Narrows the grid to these, or adds models that a user brings; empty takes all of it.
         recipes: Narrows the grid to these; empty takes all of it.
+        threats: Masks to train in place of the grid's, for `gbt` on `deploy` unless models or recipes are named.
         trials: Settings to try for each cell on its own validation A; 0 takes the defaults.
         engine: What the bundles are swept with, ``local`` or ``ray``; the products are the same bytes.
         address: Of a running Ray cluster; empty starts one on this machine.
@@ -80,6 +82,7 @@ class Settings:
     grid: str = "short"
     models: tuple[str, ...] = ()
     recipes: tuple[str, ...] = ()
+    threats: tuple[str, ...] = ()
     trials: int = 0
     engine: str = "local"
     address: str = ""
@@ -246,6 +249,10 @@ def grid_cells(settings: Settings) -> tuple[Cell, ...]:
     for recipe in settings.recipes:
         recipe_of(recipe)
     folds = read_all_folds(settings.run)
+    if settings.threats:
+        return masked_grid(
+            folds, settings.threats, models=settings.models, recipes=settings.recipes, seed=settings.seed
+        )
     own = (*SIX, CHEAP, *BASELINES)
     brought = [model for model in settings.models if row_of(model).key not in own]
     cells = (full_grid if settings.grid == "full" else short_grid)(folds, seed=settings.seed)

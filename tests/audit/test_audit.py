@@ -26,16 +26,19 @@ from phasewatch.audit.shuffled import check_shuffled
 from phasewatch.audit.trained import check_repeated, check_said, chosen_cells
 from phasewatch.dataset import file_sha256, load, read_fold
 from phasewatch.dataset.splits import read_episodes
+from phasewatch.evaluate.said import parse_boards
+from phasewatch.evaluate.score import read_recorded
+from phasewatch.evaluate.shift import Parts, Shift, live_through
 from phasewatch.models import checkpoint, registry
 from phasewatch.models.base import Examples, Inputs
 from phasewatch.split import Fold, Part, SplitEpisode
 from phasewatch.split.fold import digest_of, parse_fold, render_fold
 from phasewatch.train.cell import DONE, Cell, parse_done, render_done
 from phasewatch.train.cells import learn, merge, read_sources
-from phasewatch.train.predictions import PREDICTIONS
+from phasewatch.train.predictions import PREDICTIONS, read_table
 
 MODELS = ("gbt", "cnn", "majority", "elapsed_time")
-RECIPES = ("held_out_host",)
+RECIPES = ("held_out_host", "deploy")
 CELL = Cell(recipe="held_out_host", fold="h0", threat="realistic", model="gbt")
 
 
@@ -297,6 +300,19 @@ def test_edited_decisions_are_caught(run: Path) -> None:
     assert check_said(run).fate is Fate.BROKEN
 
 
+def test_edited_rows_of_the_filter_are_caught(run: Path) -> None:
+    def calm(table: pa.Table) -> pa.Table:
+        edited = pc.and_(pc.equal(table["filter"], "phase"), pc.equal(table["part"], "test"))
+        for name in ("p_active", "p_infecting"):
+            p = pc.if_else(edited, pc.multiply(table[name], pa.scalar(0.5, pa.float32())), table[name])
+            table = table.set_column(table.schema.get_field_index(name), name, p)
+        return table
+
+    edit_predictions(run, calm)
+
+    assert "filter phase" in check_said(run).words
+
+
 def test_left_out_windows_are_caught(run: Path) -> None:
     edit_predictions(run, lambda table: table.filter(pc.equal(table["y_true"], table["y_pred"])))
 
@@ -375,6 +391,23 @@ def test_an_alarm_that_was_set_by_the_test_set_is_caught(run: Path) -> None:
     refit(run, CELL, cheat)
 
     assert repeated(run).fate is Fate.BROKEN
+
+
+def test_the_operators_view_rings_at_the_thresholds_of_the_checkpoints(run: Path) -> None:
+    """Evaluation chooses them again from predictions alone, soak of other hosts included."""
+    table = read_table(run / PREDICTIONS)
+    recorded = read_recorded(run)
+    of_part = {part: {b.key: b for b in parse_boards(table, {}, part=part)} for part in ("test", "val_b", "soak")}
+    key = (CELL.recipe, CELL.threat, CELL.table, "phase")
+    boards = [of_part[part].get(key) for part in ("test", "val_b", "soak")]
+    assert boards[0] is not None
+    own = [s for s in boards[0].said if s.model == CELL.model]
+
+    lived = live_through(own, Parts(test=boards[0], val_b=boards[1], soak=boards[2]), recorded, None)
+
+    assert isinstance(lived, Shift)
+    cells = [replace(CELL, fold=s.fold) for s in own]
+    assert list(lived.thresholds) == [checkpoint.read(c.folder(run))[0].alarm["phase"].theta for c in cells]
 
 
 def test_a_run_that_fails_its_audit_has_no_headline_on_its_page(run: Path) -> None:

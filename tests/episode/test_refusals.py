@@ -135,6 +135,7 @@ MEMBER_CASES = [
     # members
     case("member-sha256", lambda m: {**m, PROC: m[PROC].replace(b'"seq":0', b'"seq":9')}, "a digit altered", "small:proc.jsonl"),
     case("member-bytes", lambda m: {**m, PROC: m[PROC] + b"{}\n"}, "a member grew"),
+    case("member-rows", in_manifest(b'"rows":3', b'"rows":4'), "another number of labels", "small:labels.jsonl"),
     case("member-rows", in_manifest(b'"rows":4', b'"rows":5'), "another number of lines", "small:proc.jsonl"),
     case("member-missing", lambda m: {k: v for k, v in m.items() if k != PROC}, "a listed member is gone"),
     case("member-missing", lambda m: {k: v for k, v in m.items() if k != LABELS}, "no labels at all"),

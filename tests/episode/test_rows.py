@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -175,3 +177,34 @@ def test_columns_of_another_type_are_not_written() -> None:
 
     with pytest.raises(ValueError, match=r"guest\.up_ns is not int"):
         encode_columns(wrong)
+
+
+def test_columns_that_are_not_the_sources_are_not_written() -> None:
+    rows = decode_rows(Source.PROC, fields_of(Source.PROC), encode_rows(Source.PROC, [row(Source.PROC)]), file="x")
+
+    with pytest.raises(ValueError, match="not the raw fields of proc"):
+        encode_columns(replace(rows, fields=rows.fields[1:], columns=rows.columns[1:]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_fraction_that_is_not_finite_is_not_written(value: float) -> None:
+    with pytest.raises(ValueError, match="not a finite number"):
+        encode_rows(Source.QMP, [[5, 6, 7, *(value if s.type == "float" else 0 for s in raw_fields(Source.QMP))]])
+
+
+def test_a_fraction_beyond_all_numbers_is_refused_with_its_line() -> None:
+    good = encode_rows(Source.QMP, [row(Source.QMP, 1)])
+
+    with pytest.raises(BundleError, match=r"x:qmp\.jsonl:2: row-non-finite"):
+        decode_rows(Source.QMP, fields_of(Source.QMP), good + good.replace(b":1.0", b":1e999"), file="x")
+
+
+def test_a_number_beyond_64_bits_is_found_among_fractions_and_nulls() -> None:
+    values = row(Source.QMP, 1)
+    values[3] = None
+    data = encode_rows(Source.QMP, [values, row(Source.QMP, 1)])
+    name = fields_of(Source.QMP)[1].encode()
+    head, tail = data.rsplit(b'"%b":1' % name, 1)
+
+    with pytest.raises(BundleError, match=r"x:qmp\.jsonl:2: row-int64"):
+        decode_rows(Source.QMP, fields_of(Source.QMP), head + b'"%b":1' % name + b"0" * 30 + tail, file="x")

@@ -92,3 +92,35 @@ def test_the_headline_is_of_the_model_that_validation_liked_best() -> None:
     assert chosen([row("gbt", 0.4), row("cnn", 0.5)]).model == "cnn"
     assert chosen([row("cnn", 0.4), row("gbt", 0.4)]).model == "gbt"
     assert chosen([]).model == "gbt"
+
+
+def test_the_command_line_explains_one_window_of_the_headlines_model(run: Path) -> None:
+    from typer.testing import CliRunner
+
+    from phasewatch.cli import app
+
+    score(run, resamples=20)
+    test = load(run, "held_out_host", "host-2", "realistic").test
+    at = int(np.flatnonzero(test.y == 2)[0])
+    asked = [test.windows.episodes[test.windows.of[at]].episode_id, "--at", str(test.windows.t_center_s[at])]
+
+    said = CliRunner().invoke(app, ["evaluate", str(run), "--why", *asked])
+    unknown = CliRunner().invoke(app, ["evaluate", str(run), "--why", "nobody", "--json"])
+
+    assert said.exit_code == 0
+    assert "decided infecting" in said.stdout.splitlines()[0]
+    assert said.stdout.splitlines()[2].split()[:3] == [TELLS, "20", "B/s"]
+    assert unknown.exit_code != 0
+
+
+def test_a_report_without_pictures_goes_where_it_is_asked_to(run: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from phasewatch.cli import app
+
+    out = tmp_path / "results.md"
+
+    said = CliRunner().invoke(app, ["report", str(run), "--format", "md", "--out", str(out)])
+
+    assert said.stdout.splitlines()[-1] == str(out)
+    assert out.read_text().startswith("# gbt tells the five phases on 3 hosts")

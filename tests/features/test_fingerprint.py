@@ -9,11 +9,12 @@ from phasewatch.features.fingerprint import behaviour_fingerprint, golden_episod
 from phasewatch.grid.align import align
 
 # Changes only with the contract; then every feature table and model is to be built anew, and the change log says so.
-GOLDEN = "61fbc8d747acefd409e5416753f182def6875965a31d8ba6a9fd53dad344372b"
+GOLDEN = "b75e8bddf033828ed314d39a32ae0b6fafa2d267a549a1c36bcd58419bff7a4b"
 
 FINDINGS = {
     "a clock that claims to be Unix time": {f"clock-base-repaired:{s}" for s in ("proc", "qmp", "netflow", "guest")},
     "a step of the wall clock": {"clock-step"},
+    "monotonic stamps that stand still and step back": {"clock-step"},
 }
 
 

@@ -44,12 +44,12 @@ GOLDEN: dict[str, tuple[Data, str]] = {
     ),
     "score": (
         Score(
-            metric="macro_f1", tested=5, registered=6, recipe="held_out_host", agent="off", headline="macro-F1 0.50", inflation_of="gbt",
-            rows=(ScoreRow(model="gbt", threat="realistic", table="raw", value=0.5, low=0.4, high=0.6, n_hosts=3),),
+            metric="macro_f1", tested=5, registered=6, recipe="held_out_host", headline="macro-F1 0.50", inflation_of="gbt",
+            rows=(ScoreRow(model="gbt", threat="realistic", table="raw", agent="off", value=0.5, low=0.4, high=0.6, n_hosts=3),),
             inflation=(Inflation(recipe="random_windows", value=0.75),), notes=("one machine",),
         ),
         '{"v":1,"type":"score","id":"e-1","t_wall_ns":1795510800000000000,"run":"demo","data":{"metric":"macro_f1","tested":5,'
-        '"registered":6,"recipe":"held_out_host","agent":"off","rows":[{"model":"gbt","threat":"realistic","table":"raw","value":0.5,'
+        '"registered":6,"recipe":"held_out_host","rows":[{"model":"gbt","threat":"realistic","table":"raw","agent":"off","value":0.5,'
         '"low":0.4,"high":0.6,"why":null,"is_baseline":false,"p_holm":null,"seeds":1,"n_episodes":0,"n_sessions":0,'
         '"n_hosts":3}],"inflation":[{"recipe":"random_windows","value":0.75,"low":null,"high":null}],"inflation_of":"gbt",'
         '"headline":"macro-F1 0.50","notes":["one machine"]}}',

@@ -14,14 +14,16 @@ from tests.grid.test_stream import readings_of
 from tests.stores import ACTIVE
 
 from phasewatch.channels import CHANNELS, mask_of, raw_fields
+from phasewatch.dataset.views import past_names
 from phasewatch.export.edge import Trained
+from phasewatch.features.commission import affine_of, measure
 from phasewatch.features.schema import feature_names
 from phasewatch.grid.align import LATE, align
 from phasewatch.grid.stream import LATENESS_NS
 from phasewatch.live.scorer import Scorer
 from phasewatch.live.tracker import Decision, Step, Tracker
 from phasewatch.models.alarm import AlarmRule
-from phasewatch.models.base import InputKind, Inputs, InputSpec
+from phasewatch.models.base import InputKind, Inputs, InputSpec, Table
 from phasewatch.models.filter import PhaseFilter
 from phasewatch.vocab import BIN_NS, Phase, Source
 
@@ -241,3 +243,43 @@ def test_the_window_is_never_changed_by_what_comes_after_it() -> None:
     whole = replace(WHOLE)
 
     assert np.array_equal(asked[0][0], align(whole).bins[:20, [c.full_name in FIVE for c in CHANNELS]].T)
+
+
+def test_a_model_that_looks_back_sees_the_same_past_live_as_offline() -> None:
+    own = tuple(n for n in feature_names() if n.rpartition(".")[0] in FIVE and n.endswith(".mean"))
+    spec = InputSpec(
+        kind=InputKind.TABLE, names=past_names(own), mask="tap", schema_hash="5", behaviour_fingerprint="b",
+        table=Table.CONTEXT,
+    )  # fmt: skip
+    live, offline = (scorer(spec=spec, predictor=Fake(spec)) for _ in range(2))
+    expected = offline.probabilities(align(WHOLE).bins)
+
+    said = decisions(run(Tracker(live)))
+
+    asked = np.stack([x[-1] for x in live.predictor.asked])  # type: ignore[attr-defined]
+    whole = offline.predictor.asked[0]  # type: ignore[attr-defined]
+    assert np.array_equal(asked, whole, equal_nan=True)
+    assert np.array_equal(np.array([d.p for d in said]), expected)
+    # The window before, and the one before that; the first stands in for those that there are none of.
+    assert np.array_equal(whole[1:, len(own) : 2 * len(own)], whole[:-1, : len(own)])
+    assert np.array_equal(whole[0, : len(own)], whole[0, 2 * len(own) :])
+
+
+@pytest.mark.parametrize("kind", [InputKind.TENSOR, InputKind.TABLE])
+def test_a_model_of_commissioned_numbers_is_given_them_live(kind: InputKind) -> None:
+    bins = align(WHOLE).bins
+    places = [i for i, c in enumerate(CHANNELS) if c.full_name in FIVE]
+    day = measure("h", FIVE, bins[:40, places])
+    every = tuple(n for n in feature_names() if n.rpartition(".")[0] in FIVE)
+    own = replace(scorer(kind).spec, names=FIVE if kind is InputKind.TENSOR else every)
+    plain = scorer(kind, spec=own, predictor=Fake(own))
+    spec = replace(own, table=Table.COMMISSIONED, floors=tuple((name, 0.5) for name in FIVE))
+    model = scorer(kind, spec=spec, predictor=Fake(spec), clean_day=day)
+    to = affine_of(day, np.full(len(FIVE), 0.5))
+
+    run(Tracker(model))
+    plain.probabilities(bins)
+
+    asked = np.concatenate(model.predictor.asked)  # type: ignore[attr-defined]
+    raw = plain.predictor.asked[0]  # type: ignore[attr-defined]
+    assert np.array_equal(asked, to.bins(raw) if kind is InputKind.TENSOR else to.stats(raw), equal_nan=True)

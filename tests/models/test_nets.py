@@ -10,7 +10,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from phasewatch.errors import RunError
 from phasewatch.models import registry, weights
-from phasewatch.models.base import Examples, InputKind, Inputs, InputSpec
+from phasewatch.models.base import Examples, InputKind, Inputs, InputSpec, class_weights
+from phasewatch.models.minirocket import _ridge
 from phasewatch.models.scaler import LIMIT, Scaler
 from phasewatch.vocab import WINDOW_BINS
 
@@ -151,3 +152,24 @@ def test_a_pickle_in_place_of_weights_is_not_run() -> None:
 
     with pytest.raises(RunError, match="not a safetensors file"):
         weights.unpack({"w": pickle.dumps(Boom())}, "w", {"a": (1,)}, model="cnn")
+
+
+def test_a_large_train_set_gets_fewer_epochs_not_more_time() -> None:
+    model = registry.create("cnn", settings={"epochs": 20, "steps": 12, "batch": 50, "width": 8})
+
+    model.fit(motions(200, 0), motions(60, 1))
+
+    assert len(model.history["train_loss"]) == 3  # of four batches each
+
+
+def test_minirockets_ridge_is_that_of_scikit_learn() -> None:
+    from sklearn.linear_model import Ridge
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(120, 30)), rng.integers(0, 4, 120)
+    weight = class_weights(y)[y]
+    for penalty, (coef, intercept) in zip((1.0, 100.0), _ridge(x, y, (1.0, 100.0)), strict=True):
+        theirs = Ridge(alpha=penalty).fit(x, np.where(np.eye(5)[y] > 0, 1.0, -1.0), sample_weight=weight)
+
+        assert_allclose(coef, theirs.coef_, atol=1e-9)
+        assert_allclose(intercept, theirs.intercept_, atol=1e-9)

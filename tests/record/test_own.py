@@ -81,6 +81,7 @@ def test_the_disk_boots_by_itself_and_the_driver_lies_on_a_small_disk_beside_it(
     assert "-append" not in command
     assert "virtio-blk-pci,drive=d0,id=blk0,bootindex=1" in command
     assert "driver=vvfat,node-name=handed0,dir=/d/handed,label=cidata,read-only=on" in command
+    assert command.index("drive=d0,id=blk0") < command.index("drive=handed0"), "the guest's root would be another disk"
     assert command.count("-netdev") == 1
 
 

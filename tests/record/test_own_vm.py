@@ -131,7 +131,7 @@ def test_a_disk_of_the_user_s_own_is_recorded_with_the_driver_of_the_docs(tmp_pa
 
     done = record(
         "--image", disk, "--driver", tmp_path / "driver.sh", "--profile-file", tmp_path / "mine.toml",
-        "--host-id", "own-test", "--mem", "256", "--boot-deadline", "90", "--force", out=tmp_path / "store",
+        "--host-id", "own-test", "--mem", "256", "--boot-deadline", "40", "--force", out=tmp_path / "store",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (episode,) = episodes_of(tmp_path / "store")
@@ -147,11 +147,11 @@ def test_an_image_without_a_driver_is_told_so_and_leaves_nothing(tmp_path: Path)
     need_qemu()
     disk = build_own_disk(tmp_path)
 
-    done = record("--image", disk, "--host-id", "own-test", "--mem", "256", "--boot-deadline", "20", "--limit", "1", out=tmp_path / "store")  # fmt: skip
+    done = record("--image", disk, "--host-id", "own-test", "--mem", "256", "--boot-deadline", "10", "--limit", "1", out=tmp_path / "store")  # fmt: skip
 
     assert done.returncode == 1
     (failed,) = json.loads(done.stdout)["result"]["failed"]
-    assert "no word from the guest within 20 s (does its image run a driver" in failed
+    assert "no word from the guest within 10 s (does its image run a driver" in failed
     assert "no driver here" in failed
     assert episodes_of(tmp_path / "store") == []
     assert left_behind() == []

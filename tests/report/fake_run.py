@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from phasewatch.evaluate.board import Answer, Place, Rules, Shown, build_rows
 from phasewatch.evaluate.rows import MetricRow, Metrics, render_metrics
 from phasewatch.features.schema import render_schema
 from phasewatch.split import SplitEpisode, build_folds, render_fold
@@ -33,6 +31,7 @@ class Recipe:
     Attributes:
         skill: Chance that the model decides a window rightly.
         phases: The phases that truth walks through.
+        is_full: As of a full grid: with rows that need grids, checkpoints or more recipes.
     """
 
     hosts: Sequence[str] = ("aarch64-virt", "microvm", "pc-cores1", "q35-throttled")
@@ -45,6 +44,7 @@ class Recipe:
     agents: Sequence[str] = ("off", "on")
     sample: str = "throttled-50"
     seed: int = 7
+    is_full: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,11 +84,11 @@ def make_run(folder: Path, recipe: Recipe = Recipe()) -> Path:
     episodes = episodes_of(recipe)
     table = predictions(recipe, episodes)
     pq.write_table(table, folder / "predictions_v1.parquet")
-    write_metrics(folder, table)
     write_validation(folder, recipe, episodes)
     write_ledger(folder, len(episodes))
     write_schema(folder)
     write_splits(folder, recipe, episodes)
+    write_metrics(folder, is_full=recipe.is_full)
     (folder / "run.json").write_text(json.dumps({"started": "2026-11-24T08:00:00Z", "host": "elsewhere"}))
     return folder
 
@@ -131,42 +131,41 @@ def row_of(e: FakeEpisode, recipe: Recipe, model: str, y: int, p: np.ndarray, j:
     }  # fmt: skip
 
 
-def write_metrics(folder: Path, table: Any, resamples: int = 200) -> None:
-    rows: list[MetricRow] = []
-    rules = Rules(malicious=MALICIOUS, profiles=PROFILES, resamples=resamples)
-    for agent in ("off", "on", None):
-        mine = [r for r in table.to_pylist() if agent in (None, r["agent"])]
-        if mine:
-            place = Place(
-                recipe="held_out_host", fold="pooled", threat="realistic", table="raw", filter="none", agent=agent
-            )
-            rows += build_rows(place, *board(mine), rules, parts=True)
-    digest = hashlib.sha256((folder / "predictions_v1.parquet").read_bytes()).hexdigest()
-    metrics = Metrics(inputs={"predictions_v1.parquet": digest}, metrics=tuple(rows))
-    (folder / "metrics_v1.json").write_bytes(render_metrics(metrics))
+def write_metrics(folder: Path, *, is_full: bool, resamples: int = 200) -> None:
+    """Score the predictions, and for a full run set beside them what only grids and more recipes would give."""
+    from phasewatch.evaluate.score import rescore
+
+    metrics = rescore(folder, resamples=resamples)
+    rows = (*metrics.metrics, *(elsewhere() if is_full else ()))
+    (folder / "metrics_v1.json").write_bytes(render_metrics(Metrics(inputs=metrics.inputs, metrics=rows)))
 
 
-def board(rows: Sequence[dict[str, Any]]) -> tuple[Shown, list[Answer]]:
-    by_model: dict[str, list[dict[str, Any]]] = {}
-    for r in rows:
-        by_model.setdefault(r["model"], []).append(r)
-    first = next(iter(by_model.values()))
-    words = ("episode_id", "session", "host_id", "profile", "sample_name", "origin", "agent")
-    shown = Shown(
-        **{name: np.array([r[name] for r in first], dtype=object) for name in words},
-        t_center_ns=np.array([r["t_center_ns"] for r in first], np.int64),
-        y_true=np.array([r["y_true"] for r in first], np.int64),
-    )
-    answers = [
-        Answer(
-            model=model,
-            seed=0,
-            probabilities=np.array([[r[name] for name in PROBABILITIES] for r in own]),
-            y_pred=np.array([r["y_pred"] for r in own], np.int64),
-        )
-        for model, own in by_model.items()
-    ]
-    return shown, answers
+def elsewhere() -> Iterator[MetricRow]:
+    """Rows that need grids, checkpoints or more recipes: plausible numbers, so that every picture of the page is drawn."""
+    place = {
+        "recipe": "held_out_host", "fold": "pooled", "threat": "realistic", "model": "gbt", "table": "raw", "filter": "none",
+        "agent": "off", "seed": "mean", "n_windows": 300, "n_episodes": 12, "n_sessions": 12, "n_hosts": 4,
+    }  # fmt: skip
+
+    def row(metric: str, value: float | None, **more: object) -> MetricRow:
+        return MetricRow(**(place | {"metric": metric, "value": value} | more))  # type: ignore[arg-type]
+
+    for recipe, value in (("random_windows", 0.9), ("in_distribution", 0.7), ("held_out_both", 0.4)):
+        for metric in ("macro_f1@5of6", "macro_f1_3@5of6"):
+            yield row(metric, value, recipe=recipe, low=value - 0.05, high=value + 0.05)
+    for budget in (1.0, 6.0, 30.0):
+        for profile in (None, *MALICIOUS[:4]):
+            yield row("delay_s_at_budget", None if budget < 2 else 90 / budget, x=budget, profile=profile, unit="s")
+            yield row("missed_episodes_at_budget", 1 / budget, x=budget, profile=profile)
+    yield row("delay_s", 14.0, low=9.0, high=30.0, unit="s")
+    yield row("missed_episodes", 0.2, low=0.1, high=0.4)
+    yield row("false_alarms_per_vm_hour", 18.3, low=8.0, high=31.0, unit="1/h", why="13 in 0.71 VM-hours")
+    yield row("damage_bytes_written", 1.2e6, low=1e5, high=3e6, unit="B")
+    for i, channel in enumerate(("proc.vcpu_run", "netflow.out_bytes", "qmp.blk_wr_ops")):
+        yield row("macro_f1_permuted_gap@5of6", 0.1 / (i + 1), vs=channel, low=-0.01, high=0.2)
+    for threat, value in (("proc", 0.3), ("proc+qmp", 0.4), ("proc+qmp+netflow+guest", 0.6)):
+        yield row("macro_f1@5of6", value, threat=threat, agent="on", low=value - 0.1, high=value + 0.1)
+    yield row("macro_f1_threat_gap@5of6", 0.05, threat="oracle", vs="realistic", agent="on", low=-0.02, high=0.1, p=0.1)
 
 
 def write_validation(folder: Path, recipe: Recipe, episodes: Sequence[FakeEpisode]) -> None:

@@ -55,13 +55,13 @@ class Opened:
 
 @pytest.mark.parametrize("width", [1200, 768, 380])
 def test_the_page_draws_everything_asks_for_nothing_and_fits(browser: Any, tmp_path: Path, width: int) -> None:
-    path = write_report(make_run(tmp_path / "run", SMALL))
+    path = write_report(make_run(tmp_path / "run", replace(SMALL, is_full=True)))
 
     opened = Opened(browser, path, width)
 
     assert opened.said == []
     assert opened.asked == [path.as_uri()]
-    assert opened.count(".figure") == opened.count(".figure .plot-container") >= 8
+    assert opened.count(".figure") == opened.count(".figure .plot-container") >= 18
     assert opened.count(".figure.failed") == 0
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
 

@@ -63,7 +63,8 @@ def test_the_meter_names_what_was_not_trained_and_pairs_its_gaps() -> None:
 
     assert "Not trained in this grid: random episodes, unseen sample, unseen host and sample." in meter.sentences
     assert meter.table is not None
-    assert meter.table.rows[0][:5] == ("random windows", "0.80", "[0.78, 0.82]", "+0.11 [+0.07, +0.16]", "1,234")
+    assert meter.table.rows[0][0].startswith("random windows: neighbouring windows of one episode")
+    assert meter.table.rows[0][1:5] == ("0.80", "[0.78, 0.82]", "+0.11 [+0.07, +0.16]", "1,234")
     assert meter.table.rows[1][2] == "not trained in this grid"
 
 
@@ -180,7 +181,7 @@ def test_the_page_is_had_as_markdown_and_as_json_too() -> None:
     text, told = render_markdown(page), json.loads(render_json(page))["result"]
 
     assert text.startswith("# You would have claimed 0.80; expect 0.69 \\[0.64, 0.73\\] on a new host.")
-    assert "| random windows | 0.80 |" in text
+    assert "on both sides; leaky, and common | 0.80 |" in text
     assert told["claim"]["words"] == page.claim.words
     assert [s["key"] for s in told["sections"]] == [s.key for s in page.sections]
 

@@ -43,6 +43,7 @@ class Desk:
         judge: Judge | None = None,
         refuse: Iterable[str] = (),
         tokens: Mapping[str, str] = TOKENS,
+        tidy_s: float = 600.0,
     ) -> None:
         self.store: Store = open_store(store) if isinstance(store, Path) else store
         self.log: list[dict[str, Any]] = []
@@ -50,7 +51,7 @@ class Desk:
         with self.store.receiving():
             pass  # makes the folder; a test holds no lock
         self.receiver = Receiver(
-            self.store, known, bounds=bounds, log=self.log.append, judge=judge, refuse=frozenset(refuse)
+            self.store, known, bounds=bounds, log=self.log.append, judge=judge, refuse=frozenset(refuse), tidy_s=tidy_s
         )
 
     @asynccontextmanager

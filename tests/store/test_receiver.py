@@ -385,7 +385,17 @@ def test_old_leftovers_go_while_it_runs_and_a_fault_in_that_stops_nothing(tmp_pa
     import os
     import time
 
-    desk = Desk(tmp_path / "store")
+    looked = 0
+
+    class Shaky(DiskStore):
+        def tidy(self, *, older_than_s: float) -> int:
+            nonlocal looked
+            looked += 1
+            if looked == 1:
+                raise OSError(errno.EIO, "injected")
+            return super().tidy(older_than_s=older_than_s)
+
+    desk = Desk(Shaky(tmp_path / "store"), tidy_s=0.001)
     (tmp_path / "store" / "pc-a").mkdir()
     old = tmp_path / "store" / "pc-a" / ".x.0123456789ab.tmp"
     old.write_bytes(b"half")
@@ -397,14 +407,12 @@ def test_old_leftovers_go_while_it_runs_and_a_fault_in_that_stops_nothing(tmp_pa
         app = asyncio.create_task(desk.receiver.app({"type": "lifespan"}, messages.get, sent.put))  # type: ignore[arg-type]
         await messages.put({"type": "lifespan.startup"})
         assert (await sent.get())["type"] == "lifespan.startup.complete"
-        for _ in range(200):
-            if not old.exists():
-                break
-            await asyncio.sleep(0.01)
+        while looked < 3:
+            await asyncio.sleep(0.001)
         await messages.put({"type": "lifespan.shutdown"})
         assert (await sent.get())["type"] == "lifespan.shutdown.complete"
         await app
 
-    asyncio.run(live())
+    asyncio.run(asyncio.wait_for(live(), 30))
 
     assert not old.exists()

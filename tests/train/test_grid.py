@@ -16,7 +16,7 @@ from phasewatch.models import registry
 from phasewatch.split import RECIPES, build_folds
 from phasewatch.train.cell import Cell
 from phasewatch.train.cells import best_net
-from phasewatch.train.grid import BASELINES, SIX, full_grid, headline_grid, short_grid, widest
+from phasewatch.train.grid import BASELINES, SIX, full_grid, headline_grid, sensor_masks, short_grid, widest
 
 FOLDS = {row.name: build_folds(row.name, corpus(), profiles=PROFILES) for row in RECIPES}
 
@@ -54,9 +54,12 @@ def test_the_full_grid_crosses_every_recipe_with_all_models_and_both_threat_mode
 
     assert set(short_grid(FOLDS)) <= set(cells)
     for model in (*SIX, "minirocket"):
-        mine = [c for c in cells if c.model == model and c.recipe != "deploy"]
+        mine = [c for c in cells if c.model == model and c.recipe != "deploy" and c.threat not in sensor_masks()]
         assert count(tuple(mine), "threat") == {"realistic": scored, "oracle": scored}
     assert not [c for c in cells if c.model in BASELINES and c.recipe == "random_windows"]
+    of_sensors = [c for c in cells if c.threat in sensor_masks()]
+    assert {(c.model, c.recipe) for c in of_sensors} == {("gbt", "held_out_host")}
+    assert count(tuple(of_sensors), "threat") == dict.fromkeys(sensor_masks(), len(FOLDS["held_out_host"]))
 
 
 def test_the_second_pass_gives_the_headline_models_seeds_tables_and_the_portable_mask() -> None:

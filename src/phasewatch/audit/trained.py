@@ -10,14 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.audit.checks import Check, collecting, judge, untested
-from phasewatch.dataset import read_fold
+from phasewatch.dataset import WindowSet, read_fold
 from phasewatch.models import checkpoint, registry
 from phasewatch.models.alarm import THETA_STEP
 from phasewatch.models.base import PhaseModel
-from phasewatch.split import Part
+from phasewatch.models.filter import NONE, PHASE, SCHEDULE
+from phasewatch.split import Part, recipe_of
 from phasewatch.train.cell import Cell
 from phasewatch.train.cells import finished_cells, learn, read_sets, read_sources
-from phasewatch.train.predictions import NO_FILTER, PREDICTIONS, PROBABILITIES, read_table
+from phasewatch.train.predictions import PREDICTIONS, PROBABILITIES, read_table
 
 REPEATED = "trained-on-train-only"
 REPEATED_PROMISE = (
@@ -30,11 +31,12 @@ TOLERANCE = 1e-3  # of a probability; the same bits are expected on the same mac
 
 
 def chosen_cells(run: Path) -> tuple[Cell, ...]:
-    """Choose one finished cell of each model and table: of a recipe that is not leaky, realistic where there is one."""
+    """Choose one finished cell of each model and table: of a recipe that tests and does not leak, realistic if there is one."""
     first: dict[tuple[str, str], Cell] = {}
     cells = finished_cells(run, read_sources(run))
     for cell in sorted(cells, key=lambda cell: (cell.threat != "realistic", cell)):
-        if not read_fold(run, cell.recipe, cell.fold).leaky:
+        row = recipe_of(cell.recipe)
+        if row.tests and not row.leaky:
             first.setdefault((cell.model, cell.table), cell)
     return tuple(first.values())
 
@@ -61,7 +63,7 @@ def check_said(run: Path) -> Check:
         faults += [f"{'/'.join(map(str, key))} has predictions and no checkpoint" for key in _keys_of(table) - known]
         for cell in cells:
             with collecting(faults):
-                faults += _said(run, cell, _rows_of(table, cell))
+                faults += _said(run, cell, table)
     if not cells and not faults:
         return untested(SAID, SAID_PROMISE, "the run has no finished cell")
     return judge(SAID, SAID_PROMISE, faults, looked_at=f"{len(cells)} checkpoints asked again")
@@ -115,28 +117,49 @@ def _decides_alike(ours: PhaseModel, theirs: PhaseModel) -> bool:
     )
 
 
-def _said(run: Path, cell: Cell, rows: Any) -> Iterator[str]:
-    sets, where = read_sets(run, cell), "/".join(map(str, _key(cell)))
-    test = sets.test
+def _said(run: Path, cell: Cell, table: Any) -> Iterator[str]:
+    """Hold the rows of each filter against what the checkpoint says of the same windows."""
+    sets, where, folder = read_sets(run, cell), "/".join(map(str, _key(cell))), cell.folder(run)
+    part = asked_part(cell)
+    asked = sets.test if part == "test" else sets.val_b  # `deploy` tests nothing
+    own = set(read_fold(run, cell.recipe, cell.fold).ids(Part.TEST if part == "test" else Part.VAL_B))
+    answers: dict[str, NDArray[np.float64] | None] = {NONE: None}
+    if registry.row_of(cell.model).persist == "exact":
+        answers[NONE] = registry.load(folder).predict_proba(asked.inputs)
+    smooth, track = checkpoint.read_header(folder).filter, asked.track
+    if smooth is not None:
+        filters = {PHASE: smooth, SCHEDULE: smooth.schedule()} if part == "test" else {PHASE: smooth}
+        for name, one in filters.items():
+            p = answers[NONE]
+            answers[name] = None if p is None else one.run(p, track.of, track.t_center_ns)
+    for name, p in answers.items():
+        words = _fault(_rows_of(table, cell, part, name), asked, p, own)
+        if words:
+            yield f"{where}, filter {name}: {words}"
+
+
+def _fault(rows: Any, asked: WindowSet, answer: NDArray[np.float64] | None, own: set[str]) -> str:
+    """Say what is wrong with the rows of some windows; empty where nothing is."""
     told = [f"{e} {t}" for e, t in zip(rows["episode_id"].to_pylist(), rows["t_center_ns"].to_pylist(), strict=True)]
-    ids = [test.windows.episodes[i].episode_id for i in test.windows.of]
-    asked = [f"{e} {t}" for e, t in zip(ids, test.windows.t_center_ns.tolist(), strict=True)]
-    if sorted(told) != sorted(asked):
-        outside = set(rows["episode_id"].to_pylist()) - set(read_fold(run, cell.recipe, cell.fold).ids(Part.TEST))
-        words = f"episode {min(outside)} is not in its test set" if outside else "not each test window once"
-        yield f"{where}: {words}"
-        return
+    ids = [asked.windows.episodes[i].episode_id for i in asked.windows.of]
+    wanted = [f"{e} {t}" for e, t in zip(ids, asked.windows.t_center_ns.tolist(), strict=True)]
+    if sorted(told) != sorted(wanted):
+        outside = set(rows["episode_id"].to_pylist()) - own
+        return f"episode {min(outside)} is not in its set" if outside else "not each window once"
     place = {key: i for i, key in enumerate(told)}
-    order = np.array([place[key] for key in asked], np.intp)
+    order = np.array([place[key] for key in wanted], np.intp)
     said = _matrix(rows)[order]
-    if not np.array_equal(rows["y_true"].to_numpy().astype(np.int64)[order], test.y):
-        yield f"{where}: truth in the predictions is not that of the features"
-    elif not np.array_equal(rows["y_pred"].to_numpy().astype(np.int64)[order], said.argmax(axis=1)):
-        yield f"{where}: a decision is not the likeliest phase of its row"
-    elif registry.row_of(cell.model).persist == "exact":
-        gap = float(np.abs(registry.load(cell.folder(run)).predict_proba(test.inputs) - said).max())
-        if not gap <= TOLERANCE:
-            yield f"{where}: its checkpoint says otherwise, by {gap:.3f}; the predictions were edited"
+    if not np.array_equal(rows["y_true"].to_numpy().astype(np.int64)[order], asked.y):
+        return "truth in the predictions is not that of the features"
+    if not np.array_equal(rows["y_pred"].to_numpy().astype(np.int64)[order], said.argmax(axis=1)):
+        return "a decision is not the likeliest phase of its row"
+    gap = 0.0 if answer is None or not len(said) else float(np.abs(answer - said).max())
+    return "" if gap <= TOLERANCE else f"its checkpoint says otherwise, by {gap:.3f}; the predictions were edited"
+
+
+def asked_part(cell: Cell) -> str:
+    """Name the part whose predictions are held against the checkpoint."""
+    return "test" if recipe_of(cell.recipe).tests else "val_b"
 
 
 def _matrix(rows: Any) -> NDArray[np.float64]:
@@ -152,10 +175,9 @@ def _keys_of(table: Any) -> set[tuple[object, ...]]:
     return {tuple(row[n] for n in names) for row in table.group_by(names).aggregate([]).to_pylist()}
 
 
-def _rows_of(table: Any, cell: Cell) -> Any:
+def _rows_of(table: Any, cell: Cell, part: str, name: str) -> Any:
     import pyarrow.compute as pc
 
-    wanted = {**cell.keys(), "seed": cell.seed, "part": "test", "filter": NO_FILTER}
-    for name, value in wanted.items():
-        table = table.filter(pc.equal(table[name], value))
+    for column, value in {**cell.keys(), "seed": cell.seed, "part": part, "filter": name}.items():
+        table = table.filter(pc.equal(table[column], value))
     return table

@@ -9,7 +9,7 @@ import os
 
 import typer
 
-from phasewatch.cli import base, collect, data, lab, learn, watch
+from phasewatch.cli import base, collect, data, lab, learn, page, produce, watch
 from phasewatch.cli.guard import guarded
 
 __all__ = ["app", "main"]
@@ -29,7 +29,7 @@ def _phasewatch(
     """Tell which phase malware in a virtual machine is in, from outside, and how well that can be told."""
 
 
-for room in (lab, collect, data, learn, watch):
+for room in (lab, collect, data, learn, watch, produce, page):
     room.register(app)
 for command in app.registered_commands:
     if command.callback is not None:

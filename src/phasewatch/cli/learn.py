@@ -43,6 +43,7 @@ def train(
     recipes: str = typer.Option("", help="`all` is the full grid; or only these recipes, separated by commas."),
     models: str = typer.Option("", help="Only these models of the grid, separated by commas."),
     model: list[str] = typer.Option([], help="A model of yours, module:Class or a name that its package registers."),
+    threats: str = typer.Option("", help="Train these masks instead, gbt on deploy unless told otherwise: proc+tap."),
     tune: int = typer.Option(0, min=0, help="Settings to try for each cell, judged on its validation A; 0 for none."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
@@ -56,7 +57,8 @@ def train(
     everything = recipes == "all"
     settings = stages.Settings(
         store=run, run=run, workers=workers, seed=seed, grid=Grid.FULL if everything else grid,
-        models=(*base.names(models), *model), recipes=() if everything else base.names(recipes), trials=tune,
+        models=(*base.names(models), *model), recipes=() if everything else base.names(recipes),
+        threats=base.names(threats), trials=tune,
     )  # fmt: skip
     with atomic.lock(base.need_run(run)), tallying(quiet=as_json) as tell:
         done = stages.train(settings, tell=tell)
@@ -183,12 +185,19 @@ def run(
 def demo(
     out: Path = typer.Option(Path("runs/demo"), help="The run's folder."),
     workers: int = typer.Option(2, min=1, help="Processes."),
+    live: bool = typer.Option(False, "--live", help="Instead, replay bundled episodes on a dashboard at once."),
+    port: int = typer.Option(8765, min=0, max=65535, help="Of that dashboard; 0 takes a free one."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Take the bundled recordings the whole way, from bundles to the report.
 
     Example: phasewatch demo
     """
+    if live:
+        from phasewatch.cli.page import show_demo
+
+        show_demo(out, port=port, as_json=as_json)
+        return
     from phasewatch.stages import Settings
 
     _go(Settings(store=base.bundled_corpus(), run=out, workers=workers), as_json=as_json)

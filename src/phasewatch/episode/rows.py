@@ -197,14 +197,13 @@ def _columns(source: Source, fields: tuple[str, ...], codec: _Codec, rows: list[
         values = [np.empty(0)] * k
         for i, column in enumerate(listed):
             if is_float[i]:
-                array = np.array(column, np.float64)  # a null becomes NaN, which JSON cannot spell
+                array = np.array(
+                    column, np.float64
+                )  # a null becomes NaN, which JSON cannot spell; an infinity was blamed before
                 unknown = np.isnan(array)
                 if unknown.any():
                     present[:, i - 3] = ~unknown
                     array[unknown] = 0.0
-                if not np.isfinite(array).all():
-                    line = int(np.argmin(np.isfinite(array))) + 1
-                    raise _Bad("row-non-finite", f"{fields[i - 3]} is not a finite number", line)
                 values[i] = array
             elif None in column:
                 present[:, i - 3] = [value is not None for value in column]
@@ -248,10 +247,11 @@ def _widen(rows: SourceRows) -> SourceRows:
 
 
 def _over_int64(rows: list[Any], *, file: str, member: str) -> BundleError:
-    """Find the whole number that no 64-bit integer holds."""
-    for line, row in enumerate(rows, 1):
-        for name, value in zip(row.__struct_fields__, astuple(row), strict=True):
-            if isinstance(value, int) and not limits.INT64_MIN <= value <= limits.INT64_MAX:
-                words = f"{name} does not fit into 64 bits"
-                return BundleError(code="row-int64", words=words, file=file, member=member, line=line)
-    raise AssertionError("numpy saw an overflow, and no value is one")
+    """Find the whole number that no 64-bit integer holds; there is one, or numpy would not have seen an overflow."""
+    line, name = next(
+        (line, name)
+        for line, row in enumerate(rows, 1)
+        for name, value in zip(row.__struct_fields__, astuple(row), strict=True)
+        if isinstance(value, int) and not limits.INT64_MIN <= value <= limits.INT64_MAX
+    )
+    return BundleError(code="row-int64", words=f"{name} does not fit into 64 bits", file=file, member=member, line=line)

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from phasewatch.evaluate import bootstrap
 from phasewatch.evaluate.alarms import amount
 from phasewatch.evaluate.bootstrap import Floats
-from phasewatch.evaluate.rows import MetricRow
+from phasewatch.evaluate.rows import Headline, MetricRow
 from phasewatch.evaluate.scope import Place, Rules
-from phasewatch.evaluate.shift import AT, BUDGETS, Lived, Parts, Recorded, Shift, live_through
+from phasewatch.evaluate.shift import BUDGETS, Lived, Parts, Recorded, Shift, live_through
 from phasewatch.models.alarm import BUDGET, NEVER
+from phasewatch.models.filter import NONE
 
 DAMAGE = (
     ("damage_bytes_written", "qmp.blk_wr_bytes", "B"),
@@ -43,12 +44,15 @@ def operator_rows(
     place = Place(
         recipe=board.recipe, fold="pooled", threat=board.threat, table=board.table, filter=board.filter, agent=agent
     )
+    home = Headline()
+    is_home = (place.recipe, place.threat, place.table, place.filter) == (home.recipe, home.threat, home.table, NONE)
+    budgets = BUDGETS if is_home else (BUDGET,)  # a curve where the headline stands, one point elsewhere
     by_model: dict[str, list[Shift]] = {}
     for model, seed in dict.fromkeys((s.model, s.seed) for s in board.said):
         own = [s for s in board.said if (s.model, s.seed) == (model, seed)]
         if [s.fold for s in own] != board.folds:
             continue
-        shift = live_through(own, parts, recorded, agent)
+        shift = live_through(own, parts, recorded, agent, budgets)
         if isinstance(shift, str):
             yield place.row(metric="note", model=model, why=f"{model} has no operator's view: {shift}")
         else:
@@ -103,26 +107,28 @@ def _rows(tell: _Teller, shifts: Sequence[Shift], recorded: Mapping[str, Recorde
     tests, soaks = [s.test for s in shifts], [s.soak for s in shifts]
     first = tests[0]
     everybody = np.ones(len(first.episodes), np.bool_)
+    at = shifts[0].budgets.index(BUDGET)
     thresholds = [t for s in shifts for t in s.thresholds]
     never = sum(t >= NEVER for t in thresholds)
     words = f"no threshold meets the budget in {never} of {len(thresholds)} folds" if never else "mean over folds"
     known = [t for t in thresholds if t < NEVER]
     yield tell.row("alarm_threshold", first, everybody, float(np.mean(known)) if known else None, x=BUDGET, why=words)
-    yield from _false_alarms(tell, "", tests)
+    yield from _false_alarms(tell, "", tests, at)
     if soaks[0].episodes:
-        yield from _false_alarms(tell, "soak_", soaks)
+        yield from _false_alarms(tell, "soak_", soaks, at)
     profiles = sorted({e.profile for e, begun in zip(first.episodes, first.begun, strict=True) if begun})
     for profile in (None, *profiles):
         keep = first.begun & np.array([profile in (None, e.profile) for e in first.episodes], np.bool_)
-        yield from _detection(tell, tests, keep, profile)
-        yield from _curve(tell, tests, keep, profile)
-    for name, unit, measured in _damage(tests, recorded):
+        yield from _detection(tell, tests, keep, profile, at)
+        if len(shifts[0].budgets) > 1:
+            yield from _curve(tell, tests, keep, profile)
+    for name, unit, measured in _damage(tests, recorded, at):
         value = float(np.mean([_one(_median(m), len(m)) for m in measured]))
         ends = tell.span(first, first.begun, [_median(m) for m in measured])
         yield tell.row(name, first, first.begun, value, unit=unit, **ends)
 
 
-def _false_alarms(tell: _Teller, prefix: str, lived: Sequence[Lived]) -> Iterator[MetricRow]:
+def _false_alarms(tell: _Teller, prefix: str, lived: Sequence[Lived], at: int) -> Iterator[MetricRow]:
     """Give false alarms per VM-hour with the exact Poisson interval and the session bootstrap's, the wider one quoted."""
     first, hours = lived[0], lived[0].hours
     every = np.ones(len(first.episodes), np.bool_)
@@ -133,9 +139,9 @@ def _false_alarms(tell: _Teller, prefix: str, lived: Sequence[Lived]) -> Iterato
     if not hours:
         yield tell.row(name, first, every, None, unit="1/h", why="no calm time was watched")
         return
-    counts = float(np.mean([one.false_alarms[AT].sum() for one in lived]))
+    counts = float(np.mean([one.false_alarms[at].sum() for one in lived]))
     rate = counts / hours
-    sessions = tell.span(first, every, [_ratio(one.false_alarms[AT] * 3600.0, one.exposure_s) for one in lived])
+    sessions = tell.span(first, every, [_ratio(one.false_alarms[at] * 3600.0, one.exposure_s) for one in lived])
     low, high = poisson_interval(counts)
     poisson: dict[str, object] = {"low": low / hours, "high": high / hours}
     yield tell.row(f"{name}_poisson", first, every, rate, unit="1/h", **poisson)
@@ -145,13 +151,13 @@ def _false_alarms(tell: _Teller, prefix: str, lived: Sequence[Lived]) -> Iterato
     yield tell.row(name, first, every, rate, unit="1/h", **{**wider, "why": words})
 
 
-def _detection(tell: _Teller, lived: Sequence[Lived], keep: Bools, profile: str | None) -> Iterator[MetricRow]:
+def _detection(tell: _Teller, lived: Sequence[Lived], keep: Bools, profile: str | None, at: int) -> Iterator[MetricRow]:
     """Give the median delay, a missed episode counting as never, and the share of missed ones."""
     first = lived[0]
     if not keep.any():
         yield tell.row("delay_s", first, keep, None, unit="s", why="nothing ran in any test episode", profile=profile)
         return
-    delays = [np.where(keep, one.delay_s[AT], np.nan) for one in lived]
+    delays = [np.where(keep, one.delay_s[at], np.nan) for one in lived]
     value = float(np.mean([_one(_median(d), len(d)) for d in delays]))
     ends: dict[str, object] = {"why": "more than half are missed, so there is no median"}
     if np.isfinite(value):
@@ -178,12 +184,14 @@ def _curve(tell: _Teller, lived: Sequence[Lived], keep: Bools, profile: str | No
             yield tell.row("false_alarms_per_vm_hour_at_budget", first, every, rate, unit="1/h", x=budget)
 
 
-def _damage(tests: Sequence[Lived], recorded: Mapping[str, Recorded]) -> Iterator[tuple[str, str, list[Floats]]]:
+def _damage(
+    tests: Sequence[Lived], recorded: Mapping[str, Recorded], at: int
+) -> Iterator[tuple[str, str, list[Floats]]]:
     """Sum what was done from onset to alarm, NaN where nothing ran; of a missed episode all that was recorded."""
     sums = []
     for lived in tests:
         done = np.full((len(lived.episodes), len(DAMAGE)), np.nan)
-        for i, (e, onset, delay) in enumerate(zip(lived.episodes, lived.onset_ns, lived.delay_s[AT], strict=True)):
+        for i, (e, onset, delay) in enumerate(zip(lived.episodes, lived.onset_ns, lived.delay_s[at], strict=True)):
             if onset >= 0:
                 of = recorded[e.id]
                 end = of.spans[-1][2] if np.isinf(delay) else int(onset) + round(delay * 1e9)

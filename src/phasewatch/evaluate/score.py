@@ -84,7 +84,7 @@ def rescore(run: Path, *, resamples: int = RESAMPLES, seed: int = 0) -> Metrics:
         for board in boards:
             rows += _score_board(board, val_b.get(board.key), rules)
         rows += across.build_gaps(boards, rules)
-        rows += _operate(boards, val_b, table, _recorded(run), rules)
+        rows += _operate(boards, val_b, table, read_recorded(run), rules)
         rows += fitted_rows(run, boards, Headline())
         rows += importance_rows(run, chosen(rows), rules)
     return Metrics(inputs={PREDICTIONS: file_sha256(path), **digests}, metrics=tuple(rows))
@@ -126,11 +126,13 @@ def _score_board(board: Board, val_b: Board | None, rules: Rules) -> list[Metric
     """Score the models that answered for all folds together, then those of each fold; then say what could not be."""
     rows: list[MetricRow] = []
     keys = {"recipe": board.recipe, "threat": board.threat, "table": board.table, "filter": board.filter}
-    rows += _pooled(board, board.folds, Place(**keys, fold=POOLED, agent=None), AGENTS, rules)
     own = across.own_agent(board.threat)
-    if board.filter == NO_FILTER:
+    for agent in AGENTS:
+        # By profile, host and sample where the threat model is at home, or the numbers of a full grid are too many.
+        rows += _build(board, board.folds, Place(**keys, fold=POOLED, agent=agent), rules, parts=agent == own)
+    if board.filter == NO_FILTER and board.recipe == Headline().recipe:
         for fold in board.folds:
-            rows += _pooled(board, [fold], Place(**keys, fold=fold, agent=None), (own,), rules)
+            rows += _build(board, [fold], Place(**keys, fold=fold, agent=own), rules, parts=False)
     place = Place(**keys, fold=POOLED, agent=None)
     if (joined := join(board, board.folds)) is not None and (chosen := joined.of_agent(own)) is not None:
         scope = scope_of(chosen.shown, chosen.answers, rules)
@@ -141,17 +143,14 @@ def _score_board(board: Board, val_b: Board | None, rules: Rules) -> list[Metric
     return rows
 
 
-def _pooled(
-    board: Board, folds: Sequence[str], place: Place, agents: Sequence[str | None], rules: Rules
-) -> Iterator[MetricRow]:
+def _build(board: Board, folds: Sequence[str], place: Place, rules: Rules, *, parts: bool) -> list[MetricRow]:
     joined = join(board, folds) if folds else None
-    for agent in agents if joined is not None else ():
-        chosen = joined.of_agent(agent) if joined is not None else None
-        if chosen is not None:
-            whole = place.fold == POOLED
-            yield from build_rows(
-                place.at(agent), chosen.shown, chosen.answers, rules, parts=whole and board.filter == NO_FILTER, details=whole,
-            )  # fmt: skip
+    chosen = joined.of_agent(place.agent) if joined is not None else None
+    if chosen is None:
+        return []
+    parts = parts and board.filter == NO_FILTER
+    details = place.fold == POOLED and (parts or place.agent != AGENTS[1])
+    return build_rows(place, chosen.shown, chosen.answers, rules, parts=parts, details=details)
 
 
 def _operate(
@@ -187,7 +186,7 @@ def _only(table: Any, boards: Sequence[Board]) -> Any:
     return table.filter(pc.is_in(table["recipe"], pa.array(sorted({b.recipe for b in boards}), pa.string())))
 
 
-def _recorded(run: Path) -> dict[str, Recorded]:
+def read_recorded(run: Path) -> dict[str, Recorded]:
     """Read label spans and the rates of damage from the run's grids; nothing where there are none."""
     folder = run / GRIDS
     if not (folder / GRID_INDEX).is_file():

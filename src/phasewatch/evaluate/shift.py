@@ -15,7 +15,6 @@ from phasewatch.models.alarm import BUDGET, choose_alarm
 from phasewatch.models.filter import Track
 
 BUDGETS = (0.5, 1.0, 2.0, 3.0, 6.0, 12.0, 30.0, 60.0)  # false alarms per VM-hour that an operator might allow
-AT = BUDGETS.index(BUDGET)
 RECIPES = ("held_out_host", "held_out_both")  # in the second the benign kind is new too
 
 
@@ -81,14 +80,26 @@ class Lived:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Shift:
-    """What one model with one seed would have been for an operator; a threshold for each fold."""
+    """What one model with one seed would have been for an operator.
+
+    Attributes:
+        budgets: Those of the first axis of both; `BUDGET` is one of them.
+        thresholds: Each fold's at `BUDGET`.
+    """
 
     test: Lived
     soak: Lived
+    budgets: tuple[float, ...]
     thresholds: tuple[float, ...]
 
 
-def live_through(own: Sequence[Said], parts: Parts, recorded: Mapping[str, Recorded], agent: str | None) -> Shift | str:
+def live_through(
+    own: Sequence[Said],
+    parts: Parts,
+    recorded: Mapping[str, Recorded],
+    agent: str | None,
+    budgets: tuple[float, ...] = BUDGETS,
+) -> Shift | str:
     """Set each fold's threshold by what it may see, then live through its test and its soak; or say why not."""
     tests, soaks, thresholds = [], [], []
     for said in own:
@@ -108,17 +119,17 @@ def live_through(own: Sequence[Said], parts: Parts, recorded: Mapping[str, Recor
         heard = [*_episodes(_same(parts.val_b, said), recorded), *filter(is_far, soak)]
         if not heard:
             return f"fold {said.fold} has no validation B and no soak of other hosts to set a threshold by"
-        at = _thresholds(heard)
-        thresholds.append(at[AT])
+        at = _thresholds(heard, budgets)
+        thresholds.append(at[budgets.index(BUDGET)])
         tests.append(_lived(_episodes(said, recorded, agent), at))
         soaks.append(_lived(list(filter(is_near, soak)), at))
     test = _joined(tests)
     if not test.episodes:
         return "no test episode has label spans in the grids"
-    return Shift(test=test, soak=_joined(soaks), thresholds=tuple(thresholds))
+    return Shift(test=test, soak=_joined(soaks), budgets=budgets, thresholds=tuple(thresholds))
 
 
-def _thresholds(heard: Sequence[WatchedEpisode]) -> tuple[float, ...]:
+def _thresholds(heard: Sequence[WatchedEpisode], budgets: Sequence[float]) -> tuple[float, ...]:
     """Choose the threshold of each budget as training does, from what a fold may hear."""
     track = Track(
         y=np.concatenate([e.y for e in heard]),
@@ -126,7 +137,7 @@ def _thresholds(heard: Sequence[WatchedEpisode]) -> tuple[float, ...]:
         t_center_ns=np.concatenate([e.t_center_ns for e in heard]),
     )
     p = np.concatenate([e.probabilities for e in heard])
-    return tuple(choose_alarm(p, track, budget=budget).theta for budget in BUDGETS)
+    return tuple(choose_alarm(p, track, budget=budget).theta for budget in budgets)
 
 
 def _same(board: Board | None, said: Said) -> Said | None:

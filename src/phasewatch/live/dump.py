@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from struct import Struct
 
@@ -80,6 +81,7 @@ class DumpSource:
         self._read = 0
         self._reader = PcapReader()
         self._counter = FlowCounter()
+        self._wanted = False
         self.lost_files = 0
 
     async def open(self) -> None:
@@ -89,14 +91,18 @@ class DumpSource:
             VmError: If QEMU refuses it.
         """
         await self._start()
+        self._wanted = True
 
     async def close(self) -> None:
         """Take the filter out, and the file with it."""
+        self._wanted = False
         await self._stop()
 
     async def read(self) -> Values:
-        """Take one reading; None-filled while there is no filter."""
+        """Take one reading; None-filled while there is no filter, which is put in again as soon as QEMU lets us."""
         if self._fd is None:
+            if self._wanted:
+                await self._rotate()
             return nothing_of(self.source)
         try:
             self._drain()
@@ -125,12 +131,11 @@ class DumpSource:
     async def _rotate(self) -> None:
         """Go on in a new file; what passes between the two filters, less than a millisecond, is not counted."""
         await self._stop()
-        try:
+        with suppress(VmError):
             await self._start()
-        except VmError:
-            self._fd = None
 
     async def _start(self) -> None:
+        self._turn += 1  # never a name twice in a row: the filter of a question that timed out may stand after all
         path = self._path
         await self._monitor.ask(
             "object-add", **{"qom-type": "filter-dump", "id": self._id, "netdev": self._netdev, "file": str(path), "maxlen": SNAP_BYTES}
@@ -153,7 +158,6 @@ class DumpSource:
         os.close(self._fd)
         self._fd = None
         self._path.unlink(missing_ok=True)
-        self._turn += 1
 
     @property
     def _id(self) -> str:

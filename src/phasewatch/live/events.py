@@ -146,14 +146,16 @@ class ScoreRow(_Record, frozen=True, kw_only=True):
     """One line of a leaderboard; without an interval `why` says why there is none.
 
     Attributes:
+        agent: Scored on episodes where the guest's agent was ``on`` or ``off``; None = both.
         p_holm: Of the paired gap to the first row, corrected for all pairs.
     """
 
-    _names = ("model", "threat", "table")
+    _names = ("model", "threat", "table", "agent")
 
     model: Name
     threat: Name
     table: Name
+    agent: Name | None = None
     value: float
     low: float | None = None
     high: float | None = None
@@ -182,18 +184,16 @@ class Score(_Record, frozen=True, kw_only=True):
 
     Attributes:
         metric: As in `metrics_v1.json`, without what follows its ``@``: `tested` of `registered` malicious profiles.
-        agent: ``on`` or ``off``; None = both.
         rows: Best first.
         inflation: Most flattering split first; all of one model, `inflation_of`.
     """
 
-    _names = ("metric", "recipe", "agent", "inflation_of")
+    _names = ("metric", "recipe", "inflation_of")
 
     metric: Name
     tested: Count
     registered: Count
     recipe: Name
-    agent: Name | None = None
     rows: Annotated[tuple[ScoreRow, ...], _Meta(max_length=200)]
     inflation: Annotated[tuple[Inflation, ...], _Meta(max_length=32)] = ()
     inflation_of: Name | None = None

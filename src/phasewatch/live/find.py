@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -210,11 +211,10 @@ def _taps(folder: Path) -> tuple[str, ...]:
 
 
 def _threads(folder: Path) -> Iterator[tuple[int, str]]:
-    try:
+    with suppress(OSError):
         for entry in (folder / "task").iterdir():
-            yield int(entry.name), (entry / "comm").read_text("utf-8", "replace").rstrip("\n")
-    except (OSError, ValueError):
-        return
+            with suppress(OSError, ValueError):  # it ended between the listing and the reading
+                yield int(entry.name), (entry / "comm").read_text("utf-8", "replace").rstrip("\n")
 
 
 def _target(link: Path) -> str:

@@ -12,6 +12,7 @@ from phasewatch.live.events import Event, render_event
 QUEUE = 64
 TRIES = 4
 TIMEOUT_S = 5.0
+PAUSE_S = 0.2  # before the second try; four times as long before each next
 LAST_WORD_S = 3.0  # that the watcher waits at its end for what is still to be posted
 
 
@@ -25,10 +26,13 @@ class Webhook:
     def __init__(self, url: str, say: Callable[[str], None]) -> None:
         if not url.startswith(("http://", "https://")):
             raise UsageError(f"--webhook {url}: an http or https URL is needed")
-        self._url, self._say = url, say
+        import httpx  # now, not at the first alarm
+
+        self._url, self._say, self._web = url, say, httpx
         self._queue: asyncio.Queue[bytes] = asyncio.Queue(QUEUE)
         self._task: asyncio.Task[None] | None = None
         self.sent = self.lost = 0
+        self._open = 0  # queued or on its way
 
     def post(self, event: Event) -> None:
         """Queue an event."""
@@ -38,7 +42,9 @@ class Webhook:
             self._queue.get_nowait()
             self._queue.task_done()
             self.lost += 1
+            self._open -= 1
         self._queue.put_nowait(render_event(event))
+        self._open += 1
 
     def backlog(self) -> int:
         """Give how many events wait."""
@@ -50,14 +56,13 @@ class Webhook:
             return
         with suppress(TimeoutError):
             await asyncio.wait_for(self._queue.join(), LAST_WORD_S)
-        self.lost += self._queue.qsize()
+        self.lost, self._open = self.lost + self._open, 0
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
 
     async def _run(self) -> None:
-        import httpx
-
+        httpx = self._web
         async with httpx.AsyncClient(timeout=TIMEOUT_S, follow_redirects=False, trust_env=False) as client:
             while True:
                 body = await self._queue.get()
@@ -72,9 +77,10 @@ class Webhook:
                         why = str(exc) or type(exc).__name__
                     if not why:
                         break
-                    await asyncio.sleep(0.2 * 4**attempt)
+                    await asyncio.sleep(PAUSE_S * 4**attempt)
                 self.sent += not why
                 self.lost += bool(why)
+                self._open -= 1
                 if why:
                     self._say(f"webhook: an alarm was not delivered: {why}")
                 self._queue.task_done()

@@ -97,8 +97,9 @@ def build_command(
         drive += f",throttling.iops-total={shape.iops}"
     rom = ",romfile=" if bus == "pci" else ""
     boot = [] if kernel is None else ["-kernel", str(kernel), "-initrd", str(initrd), "-append", line]
+    handed: list[str] = []
     if hands_over:
-        boot += [
+        handed = [
             "-blockdev",
             f"driver=vvfat,node-name=handed0,dir={sockets.handed},label=cidata,read-only=on",
             "-device",
@@ -113,6 +114,7 @@ def build_command(
         *boot,
         "-qmp", f"unix:{sockets.qmp},server=on,wait=off",
         "-drive", drive, "-device", f"virtio-blk-{bus},drive=d0,id=blk0" + (",bootindex=1" if kernel is None else ""),
+        *handed,  # after the first disk, which the guest must find as its first
         "-netdev", f"dgram,id=n0,local.type=unix,local.path={sockets.nic},remote.type=unix,remote.path={sockets.sink}",
         "-device", f"virtio-net-{bus},netdev=n0,id=nic0,mac={mac}{rom}",
         "-device", f"virtio-serial-{bus}",

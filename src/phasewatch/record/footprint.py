@@ -17,6 +17,8 @@ from phasewatch.record.plan import IDLE, Session, Slot, slot_seed
 from phasewatch.vocab import Phase, Role, SampleKind, Source
 
 NAME = "footprint"
+# The agent sends nothing over the network, and each machine's everyday traffic is drawn anew: that would be compared.
+LEFT_OUT = (Source.GUEST, Source.NETFLOW)
 SETTLE_S, LENGTH_S, CHATTER_S = 50.0, 90.0, 12.0
 
 
@@ -77,7 +79,7 @@ def compare(pairs: Mapping[str, Mapping[bool, NDArray[np.float32]]]) -> tuple[Ch
         raise DataError("no session has one machine with the agent and one without; record the footprint again")
     costs = []
     for i, channel in enumerate(CHANNELS):
-        if channel.source is Source.GUEST:
+        if channel.source in LEFT_OUT:
             continue
         off, on = ([_mean(pair[agent][:, i]) for pair in whole] for agent in (False, True))
         if all(np.isfinite([*off, *on])):

@@ -56,7 +56,7 @@ class Monitor:
             with suppress(Exception):
                 await asyncio.wait_for(client.disconnect(), self._timeout_s)
             raise VmError(
-                f"{self.path}: the QEMU monitor did not answer within {self._timeout_s:g} s ({exc or 'time-out'}); "
+                f"{self.path}: the QEMU monitor did not answer within {self._timeout_s:g} s ({str(exc) or 'time-out'}); "
                 "one QMP socket serves one client: close the other one, or give QEMU a second -qmp"
             ) from exc
         self._client = client
@@ -76,7 +76,7 @@ class Monitor:
         try:
             return await asyncio.wait_for(self._client.execute(command, arguments or None), self._timeout_s)
         except (TimeoutError, OSError, EOFError, QMPError) as exc:
-            raise VmError(f"{self.path}: {command}: {exc or f'no answer within {self._timeout_s:g} s'}") from exc
+            raise VmError(f"{self.path}: {command}: {str(exc) or f'no answer within {self._timeout_s:g} s'}") from exc
 
     @property
     def is_connected(self) -> bool:

@@ -21,7 +21,7 @@ from phasewatch.record.plan import Session, Slot
 from phasewatch.record.progress import Progress
 from phasewatch.record.session import Take, play
 from phasewatch.record.vm import Machine
-from phasewatch.store.disk import DiskStore
+from phasewatch.store.disk import SENT, DiskStore
 from phasewatch.vocab import EpisodeId, uuid7
 
 CROWDED = 0.10  # cores' worth of waiting above which an episode is degraded, and its slot queued once more
@@ -207,10 +207,11 @@ class Recorder:
         if not self.store.path.exists():
             return frozenset()
         held = set()
-        for item in self.store.walk():
-            with suppress(BundleError):  # a broken bundle is the validator's to report; its slot is recorded again
-                manifest = peek(self.store.read(item), file=item.path)
-                held.add((manifest.host.host_id, manifest.plan_seed))
+        for store in (self.store, DiskStore(self.store.path / SENT)):  # what a shipper has taken is recorded, too
+            for item in store.walk() if store.path.is_dir() else ():
+                with suppress(BundleError):  # a broken bundle is the validator's to report; its slot is recorded again
+                    manifest = peek(store.read(item), file=item.path)
+                    held.add((manifest.host.host_id, manifest.plan_seed))
         return frozenset(held)
 
     def _cores(self, shape: HostShape, place: int) -> tuple[int, ...]:

@@ -91,7 +91,7 @@ def _grouped(told: Told, key: str, title: str, field: str, names: list[str]) -> 
 
 def _hosts_apart(told: Told) -> tuple[str, ...]:
     """Say what can be said of the spread between hosts: an interval from twenty on, else points only."""
-    row = scores.one(told.rows, "macro_f1_mean_of_hosts", model=told.model, agent=PLACE.agent)
+    row = scores.one(told.rows, "macro_f1_mean_of_hosts", model=told.model, threat=PLACE.threat, agent=PLACE.agent)
     if row is None or row.value is None:
         return ()
     if row.low is not None and row.high is not None:
@@ -218,7 +218,7 @@ def _ribbon(told: Told, windows: Scored, shown: Shown) -> Block:
         title=f"The {shown.rank} test episode: {shown.profile}, {shown.sample_name}",
         sentences=(
             f"Episode {shown.episode_id} on host {shown.host_id}, {count(len(shown.windows), 'window')}; "
-            "ranked by windows right.",
+            "ranked by windows right, of those whose phase changes where there are three.",
             "Truth above decision (paler: less probable); below, the darker the likelier, and a line where the truth was.",
         ),
         figure=figures.ribbon(shown.windows, stride_s=STRIDE_S, origin=told.origin),

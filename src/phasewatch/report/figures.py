@@ -240,7 +240,7 @@ def confusion(matrix: Confusion, *, origin: str) -> Figure:
 
 def ribbon(windows: Sequence[Window], *, stride_s: float, origin: str) -> Figure:
     """Draw one episode: truth above decision as coloured bands, below them the probability of each phase as shading."""
-    layout = layout_of(height=330, title="seconds since the first window began", origin=origin)
+    layout = layout_of(height=330, title="seconds", origin=origin)
     layout["margin"]["t"] = 62  # on a phone the legend takes three lines
     data: list[Figure] = []
     for row, name in ((0, "truth"), (1, "decided")):

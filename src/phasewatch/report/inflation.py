@@ -65,9 +65,8 @@ def inflation(told: Told) -> Section:
         shown=True,
         command=COMMAND,
     )
-    lead = "A number means what its split means."
-    points = tuple(f"{name[0].upper()}{name[1:]}: {about}." for name, about in RECIPES.values())
-    return Section(key="inflation", title="What would have been claimed", lead=lead, points=points, blocks=(block,))
+    lead = "A number means what its split means; the further down, the less of the test was ever seen."
+    return Section(key="inflation", title="What would have been claimed", lead=lead, blocks=(block,))
 
 
 def _figure(told: Told, found: dict[str, MetricRow | None]) -> Figure:
@@ -84,11 +83,11 @@ def _figure(told: Told, found: dict[str, MetricRow | None]) -> Figure:
 def _table(rows: Sequence[MetricRow], found: dict[str, MetricRow | None]) -> Table:
     body = []
     for recipe, row in found.items():
-        name, _ = RECIPES[recipe]
+        name, about = RECIPES[recipe]
         size = scores.one(rows, "train_windows", recipe=recipe, threat=PLACE.threat, table=PLACE.table, model=MODEL)
         body.append(
             (
-                name,
+                f"{name}: {about}",
                 number(row.value if row else None),
                 bracket(row) if row else "not trained in this grid",
                 _gap(rows, recipe),

@@ -64,11 +64,16 @@ def scored(predictions: Predictions, model: str) -> Scored | None:
 
 
 def chosen_episodes(of: Scored) -> tuple[Shown, ...]:
-    """Choose the best, the median and the worst episode by windows right; of two or one only what there is."""
+    """Choose the best, the median and the worst episode by windows right, of those whose phase changes if there are three.
+
+    An episode that is clean from end to end shows little; of two or one only what there is.
+    """
     p = of.predictions
     by_episode: dict[str, list[int]] = {}
     for i in of.at:
         by_episode.setdefault(p.episode_id[i], []).append(int(i))
+    moving = {e: rows for e, rows in by_episode.items() if len({int(p.y_true[i]) for i in rows}) > 1}
+    by_episode = moving if len(moving) >= 3 else by_episode
     ranked = sorted(by_episode, key=lambda e: (-float(np.mean(p.y_true[by_episode[e]] == p.y_pred[by_episode[e]])), e))
     places = {0: "only"} if len(ranked) == 1 else {0: "best", len(ranked) // 2: "median", len(ranked) - 1: "worst"}
     if len(ranked) == 2:

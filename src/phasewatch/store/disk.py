@@ -22,6 +22,7 @@ SUFFIX = ".tar.zst"
 RECEIPT = ".sha256"
 STATUS = ".status.json"
 MALFORMED = "malformed"
+SENT, REFUSED = "sent", "refused"  # where a shipper moves the bundles of an outbox
 INCOMING = ".incoming"  # where a receiver's unfinished bundles lie, so that a restart knows whose they were
 
 _RECEIPT_LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\n/]+)\n?")

@@ -64,6 +64,7 @@ class Receiver:
         log: Log,
         judge: Judge | None = None,
         refuse: frozenset[str] = frozenset(),
+        tidy_s: float = TIDY_S,
     ) -> None:
         """Set up; nothing is touched yet.
 
@@ -74,10 +75,11 @@ class Receiver:
             log: Takes one record a request; it never holds a token or a body.
             judge: Looks at each bundle before it is stored; None stores unseen.
             refuse: Statuses that are answered 422 and not stored; others are kept, as evidence.
+            tidy_s: How often to look for what killed writers left.
         """
         self._store, self._tokens, self._bounds, self._log = store, tokens, bounds, log
         self._gate = Gate(judge) if judge else None
-        self._refuse = refuse
+        self._refuse, self._tidy_s = refuse, tidy_s
         self._room = Room(bounds)
         self._threads = ThreadPoolExecutor(_THREADS)
         routes = [
@@ -96,7 +98,7 @@ class Receiver:
             while True:
                 with suppress(OSError, PhasewatchError):  # uploads will meet the same fault, and say so
                     await self._in_thread(partial(self._store.tidy, older_than_s=OLD_S))
-                await asyncio.sleep(TIDY_S)
+                await asyncio.sleep(self._tidy_s)
 
         task = asyncio.create_task(tidy())
         yield

@@ -18,9 +18,17 @@ import httpx
 from phasewatch import atomic
 from phasewatch.errors import BundleError, StoreError
 from phasewatch.store.digests import render_digest
-from phasewatch.store.disk import RECEIPT, RECEIPT_BYTES, DiskStore, StoreItem, parse_receipt, render_receipt
+from phasewatch.store.disk import (
+    RECEIPT,
+    RECEIPT_BYTES,
+    REFUSED,
+    SENT,
+    DiskStore,
+    StoreItem,
+    parse_receipt,
+    render_receipt,
+)
 
-SENT, REFUSED = "sent", "refused"
 REASON = ".reason.json"
 POLL_S = 2.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from phasewatch.channels import mask_of, source_subsets
+from phasewatch.errors import UsageError
 from phasewatch.models.base import InputKind, Table
 from phasewatch.models.registry import row_of
 from phasewatch.split import RECIPES, Fold
@@ -72,6 +73,24 @@ def brought_grid(
 ) -> tuple[Cell, ...]:
     """Give the cells of models that a user brings: realistic, over the headline's recipe or those asked for."""
     return _cells(folds, recipes or (HEADLINE,), models=models, seed=seed)
+
+
+def masked_grid(
+    folds: Folds, threats: Sequence[str], *, models: Sequence[str] = (), recipes: Sequence[str] = (), seed: int = 0
+) -> tuple[Cell, ...]:
+    """Give the cells of masks that a user asks for: `gbt` on `deploy`, or the models and recipes named.
+
+    Raises:
+        UsageError: If a mask or a model is not registered, or no recipe of these could be built.
+    """
+    for name in threats:
+        mask_of(name)
+    for name in models:
+        row_of(name)
+    cells = _cells(folds, recipes or (DEPLOY,), models=models or ("gbt",), threats=threats, seed=seed)
+    if not cells:
+        raise UsageError(f"there is no fold of {', '.join(recipes or (DEPLOY,))}; make it with `phasewatch split RUN`")
+    return cells
 
 
 def sensor_masks() -> tuple[str, ...]:

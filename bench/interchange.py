@@ -1,0 +1,42 @@
+"""The feature table of a run in other people's hands: polars, DuckDB and pandas read it, values held equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from timing import Part, Row, in_turns
+
+TABLE = "features_window_v1.parquet"
+COLUMNS = ("proc.vcpu_run.mean", "netflow.out_bytes.p95")
+
+
+def measure(run: Path, *, repeats: int = 5) -> Part:
+    """Read the whole table and take two columns of it, by host."""
+    import duckdb
+    import pandas as pd
+    import polars as pl
+    import pyarrow.parquet as pq
+
+    path = str(run / TABLE)
+    truth = {c: pq.read_table(path, columns=[c]).column(c).to_numpy() for c in COLUMNS}
+    quoted = ", ".join(f'"{c}"' for c in COLUMNS)
+    works = {
+        "pyarrow": lambda: pq.read_table(path).select(COLUMNS),
+        "polars": lambda: pl.read_parquet(path).select(COLUMNS),
+        "pandas": lambda: pd.read_parquet(path)[list(COLUMNS)],
+        "DuckDB": lambda: duckdb.sql(f"SELECT {quoted} FROM (SELECT * FROM '{path}')").fetchnumpy(),
+    }
+    found = {"polars": works["polars"](), "pandas": works["pandas"](), "DuckDB": works["DuckDB"]()}
+    for name, table in found.items():
+        for column in COLUMNS:
+            values = np.asarray(np.ma.filled(table[column], np.nan), np.float32)
+            if not np.array_equal(values, truth[column], equal_nan=True):
+                raise SystemExit(f"{name}: other values of {column}")
+    times = in_turns(works, repeats=repeats)
+    rows = tuple(
+        Row(what=n, min_s=low, median_s=mid, repeats=repeats, per="read of two columns")
+        for n, (low, mid) in times.items()
+    )
+    about = f"`{TABLE}` of the run, {len(truth[COLUMNS[0]]):,} windows; values equal to the bit, NaN included. DuckDB reads only what is asked for."
+    return Part(title="Interchange", about=about, rows=rows, command="python bench/run.py --only interchange")

@@ -1,0 +1,95 @@
+"""A net in training and at work: our trainer against a plain PyTorch loop, torch eager against onnxruntime for one window."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+from timing import Part, Row, in_turns
+
+from phasewatch.models import registry
+from phasewatch.models.base import Examples, InputKind, Inputs, InputSpec, class_weights
+
+CHANNELS, WINDOWS = 35, 2000
+
+
+def _examples(seed: int) -> Examples:
+    rng = np.random.default_rng(seed)
+    names = tuple(f"proc.channel_{i}" for i in range(CHANNELS))
+    spec = InputSpec(
+        kind=InputKind.TENSOR, names=names, mask="realistic", schema_hash="0" * 64, behaviour_fingerprint="0" * 64
+    )
+    y = rng.integers(0, 5, WINDOWS)
+    x = rng.normal(size=(WINDOWS, CHANNELS, 20)).astype(np.float32) + y[:, None, None].astype(np.float32)
+    return Examples(inputs=Inputs(x=x, spec=spec), y=y)
+
+
+def training(*, repeats: int = 3, epochs: int = 2) -> Part:
+    """Train cnn and gru for some epochs with our trainer, and the same body in a loop as PyTorch's tutorial writes it."""
+    import torch
+    from torch import nn
+
+    torch.set_num_threads(1)
+    train, val = _examples(0), _examples(1)
+    few = Examples(inputs=Inputs(x=val.inputs.x[:50], spec=val.inputs.spec), y=val.y[:50])
+    works: dict[str, Any] = {}
+    for key in ("cnn", "gru"):
+        model = registry.create(key, settings={"epochs": epochs, "patience": epochs}).fit(train, few)
+        x = torch.from_numpy(model.scaler.apply(train.inputs.x))  # type: ignore[attr-defined]
+        y, body = torch.from_numpy(train.y), model.net  # type: ignore[attr-defined]
+
+        def plain(body: Any = body, x: Any = x, y: Any = y) -> None:
+            net = copy.deepcopy(body)
+            net.train()
+            optimiser = torch.optim.AdamW(net.parameters(), lr=2e-3)
+            loss_of = nn.CrossEntropyLoss(weight=torch.tensor(class_weights(train.y), dtype=torch.float32))
+            for _ in range(epochs):
+                for rows in torch.randperm(len(x)).split(128):
+                    optimiser.zero_grad()
+                    loss_of(net(x[rows]), y[rows]).backward()
+                    optimiser.step()
+
+        def ours(key: str = key) -> None:
+            registry.create(key, settings={"epochs": epochs, "patience": epochs}).fit(train, few)
+
+        works |= {f"phasewatch {key}": ours, f"plain PyTorch loop, {key}": plain}
+    times = in_turns(works, repeats=repeats)
+    rows = tuple(
+        Row(what=name, min_s=low / WINDOWS / epochs, median_s=mid / WINDOWS / epochs, repeats=repeats, per="window and epoch", is_ours=name.startswith("phasewatch"))
+        for name, (low, mid) in times.items()
+    )  # fmt: skip
+    about = f"{WINDOWS:,} windows of {CHANNELS} channels by 20 bins, batches of 128, {epochs} epochs, one thread, the same bodies. Ours also scales, hides channels, clips gradients, schedules the rate and scores validation after each epoch."
+    return Part(title="Training loop", about=about, rows=rows, command="python bench/run.py --only training")
+
+
+def live(*, repeats: int = 200) -> Part:
+    """Judge one window with torch as it was trained, and with the exported graph."""
+    import onnxruntime
+
+    from phasewatch.export.graph import to_onnx
+    from phasewatch.models.onnxfile import INPUT, OUTPUT
+
+    train = _examples(0)
+    rows = []
+    for key in ("cnn", "gru"):
+        model = registry.create(key, settings={"epochs": 1}).fit(train, train)
+        one = Inputs(x=train.inputs.x[:1], spec=train.inputs.spec)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        session = onnxruntime.InferenceSession(to_onnx(model), options, providers=["CPUExecutionProvider"])
+
+        def eager(model: Any = model, one: Any = one) -> np.ndarray:
+            return np.asarray(model.predict_proba(one))
+
+        def graph(session: Any = session, one: Any = one) -> np.ndarray:
+            return np.asarray(session.run([OUTPUT], {INPUT: one.x})[0])
+
+        if np.abs(eager() - graph()).max() > 1e-5:
+            raise SystemExit(f"{key}: the graph says something else than the model")
+        for name, (low, mid) in in_turns(
+            {f"torch eager, {key}": eager, f"phasewatch, exported {key} on onnxruntime": graph}, repeats=repeats
+        ).items():
+            rows.append(Row(what=name, min_s=low, median_s=mid, repeats=repeats, per="window", is_ours=name.startswith("phasewatch")))  # fmt: skip
+    about = "One window, from raw bins to calibrated probabilities, one thread; both agree within 1e-5."
+    return Part(title="Live", about=about, rows=tuple(rows), command="python bench/run.py --only live")

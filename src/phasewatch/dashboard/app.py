@@ -1,0 +1,198 @@
+"""The web application: the page and its files, the stream of events out, events in from outside producers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+
+from sse_starlette.sse import EventSourceResponse
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
+
+from phasewatch.channels import CHANNELS
+from phasewatch.dashboard.gate import HEADERS, Asked, Gate
+from phasewatch.dashboard.hub import Hub
+from phasewatch.errors import BusyError, EventError, MissingTool
+from phasewatch.live.events import Event, parse_event
+from phasewatch.vocab import PHASES
+
+MAX_POST = 1024 * 1024
+POST_S = 20.0  # a body that takes longer is given up
+STALL_S = 30.0  # a viewer that takes nothing for so long is cut off
+TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+
+
+def build_app(hub: Hub, gate: Gate, *, title: str) -> Guarded:
+    """Build the application.
+
+    Args:
+        hub: Where events go through.
+        gate: Who may come in.
+        title: What the page calls what it shows, such as a run's name.
+
+    Raises:
+        MissingTool: If Plotly's script is not in the installed package.
+    """
+    script = plotly_script()
+    if script is None:
+        raise MissingTool("Plotly's script is not in the installed package: pip install 'phasewatch[serve]'")
+    about = json.dumps(_about(title)).encode()
+
+    async def page(request: Request) -> Response:
+        return _static("page.html")
+
+    async def static(request: Request) -> Response:
+        return _static(request.path_params["name"])
+
+    async def plotly(request: Request) -> Response:
+        return FileResponse(script, media_type="text/javascript", headers={"Cache-Control": "max-age=3600"})
+
+    async def about_json(request: Request) -> Response:
+        return Response(about, media_type="application/json", headers={"Cache-Control": "no-store"})
+
+    async def health(request: Request) -> Response:
+        return JSONResponse({"events": hub.number, "viewers": hub.viewers})
+
+    async def look(request: Request) -> Response:
+        try:
+            viewer = hub.join(request.headers.get("last-event-id") or request.query_params.get("after"))
+        except BusyError as exc:
+            return _said(503, str(exc), {"Retry-After": "5"})
+        return EventSourceResponse(hub.stream(viewer), ping=0, sep="\n", send_timeout=STALL_S, shutdown_grace_period=1)
+
+    async def take(request: Request) -> Response:
+        try:
+            body = await asyncio.wait_for(_body(request), POST_S)
+        except (TimeoutError, ClientDisconnect):
+            return _said(408, f"the body did not come within {POST_S:.0f} s")
+        if body is None:
+            return _said(413, f"more than {MAX_POST:,} bytes; send the events in parts")
+        try:
+            events = parse_lines(body)
+        except EventError as exc:
+            return _said(400, str(exc))
+        if wait_s := hub.admit(len(events)):
+            return _said(429, "too many events", {"Retry-After": str(int(wait_s) + 1)})
+        for event in events:
+            hub.publish(event)
+        return JSONResponse({"accepted": len(events)}, status_code=202)
+
+    routes = [
+        Route("/", page),
+        Route("/events", look, methods=["GET"]),
+        Route("/events", take, methods=["POST"]),
+        Route("/static/{name}", static),
+        Route("/plotly.min.js", plotly),
+        Route("/about.json", about_json),
+        Route("/healthz", health),
+    ]
+    return Guarded(Starlette(routes=routes), gate)
+
+
+def plotly_script() -> Path | None:
+    """Find Plotly's script in the installed package, without importing that."""
+    found = find_spec("plotly")
+    path = Path(found.origin).parent / "package_data" / "plotly.min.js" if found and found.origin else None
+    return path if path is not None and path.is_file() else None
+
+
+class Guarded:
+    """An application behind its gate; adds the headers that every answer carries."""
+
+    def __init__(self, inner: Starlette, gate: Gate) -> None:
+        self._inner, self._gate = inner, gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._inner(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS:
+                    headers[name] = value
+                headers.setdefault("Cache-Control", "no-cache")
+            await send(message)
+
+        await (self._answer(scope) or self._inner)(scope, receive, send_with_headers)
+
+    def _answer(self, scope: Scope) -> Response | None:
+        asked = _asked(scope)
+        refusal = self._gate.refuse(asked)
+        if (refusal is None or refusal.status == 401) and self._gate.lets_in(asked):
+            # The token leaves the address bar, the history and every Referer at once.
+            return RedirectResponse("/", status_code=303, headers={"Set-Cookie": self._gate.cookie()})
+        if refusal is None:
+            return None
+        return _said(refusal.status, refusal.words)
+
+
+def parse_lines(body: bytes) -> tuple[Event, ...]:
+    """Read events, one a line; all of them or none.
+
+    Raises:
+        EventError: If a line is no event (names the line), or there is none.
+    """
+    events = []
+    for number, line in enumerate(body.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            events.append(parse_event(line))
+        except EventError as exc:
+            raise EventError(f"line {number}: {exc}") from exc
+    if not events:
+        raise EventError("event: an empty body; send one event a line")
+    return tuple(events)
+
+
+async def _body(request: Request) -> bytes | None:
+    """Read a body, or give up where it is too large, without holding more than that."""
+    parts: list[bytes] = []
+    size = 0
+    stream: AsyncIterator[bytes] = request.stream()
+    async for part in stream:
+        size += len(part)
+        if size > MAX_POST:
+            return None
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _asked(scope: Scope) -> Asked:
+    headers = Headers(scope=scope)
+    return Asked(
+        method=scope["method"], path=scope["path"], query=scope["query_string"].decode("latin-1"),
+        host=headers.get("host", ""), origin=headers.get("origin", ""), cookie=headers.get("cookie", ""),
+        authorization=headers.get("authorization", ""),
+    )  # fmt: skip
+
+
+def _static(name: str) -> Response:
+    file = resources.files("phasewatch.dashboard") / "static" / name
+    kind = TYPES.get(name.rpartition(".")[2])
+    if "/" in name or "\\" in name or kind is None or not file.is_file():
+        return _said(404, "there is no such page")
+    return Response(file.read_bytes(), media_type=kind)
+
+
+def _said(status: int, words: str, headers: Mapping[str, str] | None = None) -> Response:
+    return JSONResponse({"error": words}, status_code=status, headers=headers)
+
+
+def _about(title: str) -> dict[str, object]:
+    """Give what the page needs to know of phasewatch itself: phases and the registry's channels."""
+    channels = [
+        {"name": c.full_name, "source": c.source, "unit": c.unit, "trust": c.trust, "about": c.about} for c in CHANNELS
+    ]
+    return {"title": title, "phases": PHASES, "channels": channels}

@@ -1,0 +1,56 @@
+// What is known of each watched machine: its last bins and windows, bounded, and when they came.
+const MOST_MACHINES = 24;
+const TELEMETRY_MS = 120_000;
+const PHASE_MS = 300_000;
+
+export class Machines {
+  constructor() { this.all = new Map(); }
+
+  get(vm, now) {
+    let machine = this.all.get(vm);
+    if (!machine) {
+      if (this.all.size >= MOST_MACHINES) {
+        const oldest = [...this.all.values()].reduce((a, b) => (a.at <= b.at ? a : b));
+        this.all.delete(oldest.vm);
+      }
+      machine = { vm, host: null, origin: null, at: now, channels: [], bins: [], windows: [], telemetry: null, phase: null, telemetryAt: 0, phaseAt: 0 };
+      this.all.set(vm, machine);
+    }
+    machine.at = Math.max(machine.at, now);
+    return machine;
+  }
+
+  telemetry(data, at) {
+    const machine = this.get(data.vm, at);
+    machine.host = data.host ?? machine.host;
+    machine.origin = data.origin;
+    machine.telemetry = data;
+    machine.telemetryAt = at;
+    if (data.channels.join() !== machine.channels.join()) { machine.channels = data.channels; machine.bins = []; }
+    data.values.forEach((values, i) => {
+      const isNew = push(machine.bins, { t: data.t0_ns / 1e6 + i * data.bin_s * 1000, values, flags: data.flags[i] }, TELEMETRY_MS);
+      if (isNew) machine.windows = [];
+    });
+    machine.binMs = data.bin_s * 1000;
+    return machine;
+  }
+
+  phase(data, at) {
+    const machine = this.get(data.vm, at);
+    machine.host = data.host ?? machine.host;
+    machine.phase = data;
+    machine.phaseAt = at;
+    push(machine.windows, { t: (data.t_start_ns + data.t_end_ns) / 2e6, seen: data }, PHASE_MS);
+    return machine;
+  }
+}
+
+// Append in time's order; a jump back or far ahead is another recording, and starts a new picture.
+function push(rows, row, spanMs) {
+  const last = rows.at(-1);
+  const isNew = Boolean(last) && (row.t <= last.t || row.t - last.t > spanMs);
+  if (isNew) rows.length = 0;
+  rows.push(row);
+  while (rows[0].t < row.t - spanMs) rows.shift();
+  return isNew;
+}

@@ -1,0 +1,153 @@
+"""Puts data into envelopes and hands them on: to a dashboard by HTTP, or as lines to a file or a pipe; and keeps time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from typing import BinaryIO, Protocol
+
+from phasewatch.errors import EventError, MachineError
+from phasewatch.live.events import Data, Event, render_event
+from phasewatch.produce.perf import Meter
+from phasewatch.produce.replay import Step
+from phasewatch.vocab import BIN_NS
+
+RETRIES = 5
+FIRST_WAIT_S = 0.25
+LATE_S = BIN_NS / 1e9
+POST_BYTES = 900 * 1024  # below what a dashboard takes at once
+
+Sink = Callable[[Event], Awaitable[None]]
+
+
+class Numberer:
+    """Puts data into envelopes, numbered in order."""
+
+    def __init__(self, producer: str, run: str, now_ns: Callable[[], int] = time.time_ns) -> None:
+        self._producer, self._run, self._now_ns = producer, run, now_ns
+        self._number = 0
+
+    def envelop(self, data: Data) -> Event:
+        """Give the next event."""
+        self._number += 1
+        return Event(id=f"{self._producer}-{self._number}", t_wall_ns=self._now_ns(), run=self._run, data=data)
+
+
+class Receiver(Protocol):
+    """Where a producer's events go."""
+
+    async def send(self, events: list[Event]) -> None:
+        """Hand some events on, in order."""
+
+    async def aclose(self) -> None:
+        """Let go of what was opened."""
+
+
+class Lines:
+    """Writes events as lines."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    async def send(self, events: list[Event]) -> None:
+        """Write them, and let whoever reads along see them."""
+        self._file.write(b"".join(render_event(event) + b"\n" for event in events))
+        self._file.flush()
+
+    async def aclose(self) -> None:
+        """Leave the file to whoever opened it."""
+
+
+class Poster:
+    """Posts events to a dashboard; waits and tries again while that is away or says that it is too much.
+
+    Args:
+        url: The dashboard's address, with or without `/events`.
+        token: Its token.
+    """
+
+    def __init__(self, url: str, token: str) -> None:
+        import httpx
+
+        base = url.rstrip("/")
+        self._url = base if base.endswith("/events") else base + "/events"
+        try:
+            self._client = httpx.AsyncClient(
+                headers={"Authorization": f"Bearer {token}"}, timeout=10, trust_env=False, follow_redirects=False
+            )
+        except (UnicodeEncodeError, httpx.InvalidURL) as exc:
+            raise MachineError(f"{url}: {exc}") from exc
+
+    async def aclose(self) -> None:
+        """Let the connection go."""
+        await self._client.aclose()
+
+    async def send(self, events: list[Event]) -> None:
+        """Post them in as few requests as fit.
+
+        Raises:
+            MachineError: If nobody answers, or the dashboard does not let this producer in.
+            EventError: If the dashboard calls them malformed.
+        """
+        body: list[bytes] = []
+        for line in map(render_event, events):
+            if body and sum(map(len, body)) + len(line) > POST_BYTES:
+                await self._post(b"\n".join(body))
+                body = []
+            body.append(line)
+        if body:
+            await self._post(b"\n".join(body))
+
+    async def _post(self, body: bytes) -> None:
+        import httpx
+
+        wait_s = FIRST_WAIT_S
+        words = ""
+        for _ in range(RETRIES):
+            try:
+                answer = await self._client.post(self._url, content=body)
+            except (httpx.InvalidURL, httpx.UnsupportedProtocol) as exc:
+                raise MachineError(f"{self._url}: {exc}; an address looks like http://127.0.0.1:8765") from exc
+            except httpx.HTTPError as exc:
+                words = str(exc) or type(exc).__name__
+            else:
+                if answer.status_code == 202:
+                    return
+                words = f"{answer.status_code} {answer.text[:300].strip()}"
+                if answer.status_code in (400, 413):
+                    raise EventError(f"{self._url}: {words}")
+                if answer.status_code not in (408, 429, 503):
+                    raise MachineError(f"{self._url}: {words}; is it a dashboard, and this its token?")
+                wait_s = max(wait_s, float(answer.headers.get("Retry-After", "0")))
+            await asyncio.sleep(wait_s)
+            wait_s = min(8.0, 2 * wait_s)
+        raise MachineError(f"{self._url}: {words}; start one with `phasewatch dashboard RUN`")
+
+
+async def keep_time(
+    steps: Iterable[Step],
+    hand_on: Callable[[Data], Awaitable[None]],
+    *,
+    speed: float,
+    meter: Meter | None = None,
+    monotonic: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> None:
+    """Hand each step on when it is due; what comes late is counted, never skipped.
+
+    Args:
+        steps: In time's order.
+        hand_on: Takes their data.
+        speed: Seconds of the recording that go by in one of ours; 0 waits for nothing.
+        meter: Counts the steps that were handed on more than a bin late.
+        monotonic, sleep: The clock.
+    """
+    start_s = monotonic()
+    for step in steps:
+        due_s = start_s + (step.at_s / speed if speed else 0.0)
+        if speed and (ahead_s := due_s - monotonic()) > 0:
+            await sleep(ahead_s)
+        await hand_on(step.data)
+        if meter is not None and speed and monotonic() - due_s > LATE_S / speed:
+            meter.late()

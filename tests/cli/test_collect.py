@@ -1,0 +1,95 @@
+"""receive and ship as a user meets them: what is refused before anything starts, hashes, sizes, exit codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from tests.cli.conftest import Said
+
+from phasewatch.cli.collect import parse_bytes
+from phasewatch.errors import UsageError
+
+Call = Callable[..., Said]
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    path = tmp_path / "tokens"
+    path.write_text("pc-a: a-long-enough-token\n")
+    path.chmod(0o600)
+    return path
+
+
+def test_hashes_are_printed_and_the_file_is_left_alone(phasewatch: Call, tokens: Path) -> None:
+    before = tokens.read_bytes()
+
+    done = phasewatch("receive", "--tokens", tokens, "--hash-tokens")
+
+    assert done.out == f"pc-a: sha256:{sha256(b'a-long-enough-token').hexdigest()}\n"
+    assert tokens.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        ((), 2, "needs a --store"),
+        (("--store", "S", "--listen", "0.0.0.0:1"), 2, "in the clear"),
+        (("--store", "S", "--refuse", "errored"), 2, "needs --check"),
+        (("--store", "S", "--check", "--refuse", "degraded"), 2, "rejected or errored"),
+        (("--store", "S", "--quota", "lots"), 2, "500MB or 2GiB"),
+        (("--store", "ftp://x"), 3, "s3://bucket/prefix"),
+    ],
+)
+def test_what_cannot_be_received_is_said_before_a_port_is_taken(
+    phasewatch: Call, tokens: Path, options: tuple[str, ...], code: int, words: str
+) -> None:
+    done = phasewatch("receive", "--tokens", tokens, *options)
+
+    assert (done.code, words in done.err) == (code, True)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://192.0.2.1:8470", "http://store.example", "http://[2001:db8::1]:1"], ids=["address", "name", "IPv6"]
+)
+def test_a_token_is_not_sent_in_the_clear_to_another_machine(
+    phasewatch: Call, tokens: Path, tmp_path: Path, url: str
+) -> None:
+    done = phasewatch("ship", "--outbox", tmp_path, "--to", url, "--tokens", tokens)
+
+    assert (done.code, "in the clear" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize("url", ["store", "ftp://x", "http://", "https://[::"])
+def test_what_is_no_address_is_said(phasewatch: Call, tokens: Path, tmp_path: Path, url: str) -> None:
+    done = phasewatch("ship", "--outbox", tmp_path, "--to", url, "--tokens", tokens)
+
+    assert (done.code, "a URL such as https://store.example:8470 is needed" in done.err) == (2, True)
+
+
+def test_nobody_listening_is_exit_5_and_a_missing_token_exit_3(phasewatch: Call, tokens: Path, tmp_path: Path) -> None:
+    for host_id in ("pc-a", "pc-b"):
+        outbox = tmp_path / host_id / host_id
+        outbox.mkdir(parents=True)
+        (outbox / "0199c82c-c000-7000-8000-000000000001.tar.zst").write_bytes(b"x")
+    to = ("--to", "http://127.0.0.1:1", "--tokens", tokens, "--patience", "0.1")
+
+    away = phasewatch("ship", "--outbox", tmp_path / "pc-a", *to, "--json")
+    unknown = phasewatch("ship", "--outbox", tmp_path / "pc-b", *to)
+
+    assert (away.code, len(json.loads(away.out)["result"]["left"])) == (5, 1)
+    assert (unknown.code, "add a line `pc-b: token`" in unknown.out) == (3, True)
+
+
+@pytest.mark.parametrize(("text", "size"), [("0", 0), ("500MB", 500_000_000), ("2GiB", 2 << 30), ("1 kb", 1000)])
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_bytes("--quota", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.5GB", "GB", "1XB"])
+def test_what_is_no_size_is_said(text: str) -> None:
+    with pytest.raises(UsageError, match="--quota"):
+        parse_bytes("--quota", text)

@@ -1,0 +1,252 @@
+"""export, predict, commission and watch as a user meets them: what they print, what they leave, what they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from tests.cli.conftest import Said
+from tests.live.qemu import FakeQemu
+from tests.trained_run import FOLD, RECIPE, write_trained_run
+
+from phasewatch.vocab import PHASES
+
+Run = Callable[..., Said]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_trained_run(tmp_path_factory.mktemp("cli") / "run", threats=("realistic", "proc", "oracle"))
+
+
+@pytest.fixture(scope="module")
+def edge(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from phasewatch.export.run import Wanted, export_run
+
+    return export_run(run, tmp_path_factory.mktemp("edge") / "x.zip", Wanted(recipe=RECIPE, fold=FOLD)).path
+
+
+def cell(run: Path, threat: str) -> Path:
+    return run / "models" / RECIPE / FOLD / threat / "gbt" / "raw-s0"
+
+
+def test_export_says_how_near_the_export_is_and_where_it_lies(phasewatch: Run, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.zip"
+    said = phasewatch("export", run, "--recipe", RECIPE, "--fold", FOLD, "--out", out)
+
+    assert said.code == 0
+    assert said.lines[-1] == str(out)
+    assert "gbt, realistic and proc" in said.lines[-2]
+
+
+def test_export_answers_in_json(phasewatch: Run, run: Path, tmp_path: Path) -> None:
+    said = phasewatch(
+        "export", run, "--recipe", RECIPE, "--fold", FOLD, "--threat", "oracle", "--out", tmp_path / "x.onnx", "--json"
+    )
+
+    assert json.loads(said.out)["result"]["threats"] == ["oracle"]
+    assert json.loads(said.out)["result"]["parity"] <= 1e-5
+
+
+def test_predict_scores_a_store_and_names_what_it_could_not_read(
+    phasewatch: Run, run: Path, edge: Path, store: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    mine = shutil.copytree(store, tmp_path / "store")
+    spoilt = sorted(mine.glob("*/*.tar.zst"))[0]
+    spoilt.write_bytes(b"no bundle")
+    out = tmp_path / "said.parquet"
+    said = phasewatch("predict", mine, "--model", edge, "--out", out)
+
+    table = pq.read_table(out).to_pylist()
+    assert said.code == 1
+    assert spoilt.name in said.err
+    assert said.lines[-1] == str(out)
+    assert {row["filter"] for row in table} == {"none", "phase"}
+    assert len({row["episode_id"] for row in table}) == len(list(mine.glob("*/*.tar.zst"))) - 1
+    assert all(abs(sum(row[f"p_{p}"] for p in PHASES) - 1) < 1e-5 for row in table)
+    assert {row["threat"] for row in table} == {"realistic"}
+    assert {row["alarm"] for row in table if row["filter"] == "none"} == {None}
+
+
+def test_a_checkpoint_and_its_edge_bundle_say_the_same_of_recorded_bundles(
+    phasewatch: Run, run: Path, edge: Path, tmp_path: Path
+) -> None:
+    corpus = Path(__file__).parents[2] / "corpus" / "lab-v1"
+    bundle = sorted(corpus.glob("pc/*.tar.zst"))[0]
+    tables = []
+    for number, model in enumerate((cell(run, "realistic"), edge)):
+        assert phasewatch("predict", bundle, "--model", model, "--out", tmp_path / f"{number}.parquet").code == 0
+        tables.append(pq.read_table(tmp_path / f"{number}.parquet").to_pylist())
+
+    one, two = tables
+    assert len(one) == len(two) > 20
+    for a, b in zip(one, two, strict=True):
+        assert max(abs(a[f"p_{p}"] - b[f"p_{p}"]) for p in PHASES) < 1e-3 if a["filter"] == "phase" else 1e-5
+        assert (a["t_center_ns"], a["y_true"]) == (b["t_center_ns"], b["y_true"])
+
+
+def test_a_run_without_a_deployed_model_says_what_to_train(
+    phasewatch: Run, run: Path, store: Path, tmp_path: Path
+) -> None:
+    said = phasewatch("predict", store, "--model", run, "--out", tmp_path / "x.parquet")
+
+    assert said.code == 3
+    assert "no deployed model; train one" in said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        pytest.param(("--pid", "4194305"), 5, "there is no such process", id="a dead pid"),
+        pytest.param(("--pid", "1"), 5, "the process is not QEMU", id="another program"),
+        pytest.param(("--name", "nobody"), 5, "no running machine has it", id="no such name"),
+        pytest.param(("--qmp", "/nonexistent"), 5, "no running machine has it", id="no such socket"),
+        pytest.param((), 2, "say which machine: --pid N", id="nothing said"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["watch", "commission"])
+def test_a_machine_that_is_not_there_is_one_line_and_a_code(
+    phasewatch: Run, tmp_path: Path, command: str, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    more = ("--out", tmp_path / "host.json") if command == "commission" else ()
+    said = phasewatch(command, *arguments, *more)
+
+    assert said.code == code
+    assert words in said.err
+    assert len(said.err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_machines_that_run_are_listed(phasewatch: Run) -> None:
+    assert phasewatch("watch", "--list").code == 0
+    assert "machines" in json.loads(phasewatch("watch", "--list", "--json").out)["result"]
+
+
+@pytest.fixture
+def pretender(tmp_path: Path) -> Any:
+    """A process that calls itself QEMU, with a monitor that answers for it."""
+    qemu = tmp_path / "qemu-system-x86_64"
+    qemu.symlink_to(sys.executable)
+    door = tmp_path / "q.sock"
+    child = subprocess.Popen(
+        [str(qemu), "-c", "print(flush=True); input()", "-name", f"pretender-{os.getpid()}", "-qmp", f"unix:{door},server=on"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert child.stdout is not None
+    child.stdout.readline()
+    with FakeQemu(door, tids=(child.pid,)) as fake:
+        yield child, fake
+    child.kill()
+    child.communicate()
+
+
+def watched(pretender: Any, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    child, _ = pretender
+    command = [sys.executable, "-m", "phasewatch", "watch", "--pid", str(child.pid), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_a_watch_tells_events_as_lines_and_its_result_last(pretender: Any, edge: Path) -> None:
+    done = watched(pretender, "--model", edge, "--seconds", "13.5", "--json")
+
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, done.stderr
+    assert {line["type"] for line in lines[:-1]} >= {"telemetry", "phase"}
+    result = lines[-1]["result"]
+    assert (result["threat"], result["left_as_found"]) == ("realistic", True)
+    assert result["watched"]["windows"] >= 1
+    assert pretender[1].objects == {}
+    assert pretender[1].interval == 7
+
+
+def test_watching_with_an_edge_bundle_loads_no_trainer_and_stays_small(pretender: Any, edge: Path) -> None:
+    code = (
+        "import sys\n"
+        "from phasewatch.cli import app\n"
+        "try:\n"
+        "    app(sys.argv[1:], prog_name='phasewatch', standalone_mode=False)\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        "heavy = {'torch','xgboost','sklearn','scipy','pyarrow','plotly','pandas','onnx','onnxmltools','numba','ray'}\n"
+        "peak = int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+        "sys.stderr.write('\\n%s %d\\n' % (sorted(heavy & {m.split('.')[0] for m in sys.modules}), peak))\n"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "watch",
+        "--pid",
+        str(pretender[0].pid),
+        "--model",
+        str(edge),
+        "--seconds",
+        "2",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    loaded, peak_kib = done.stderr.strip().splitlines()[-1].rsplit(" ", 1)
+    assert loaded == "[]", done.stderr
+    assert int(peak_kib) < 150 * 1024
+
+
+def test_an_oracle_is_refused_and_the_vm_left_alone(pretender: Any, run: Path) -> None:
+    done = watched(pretender, "--model", cell(run, "oracle"))
+
+    assert done.returncode == 4
+    assert "needs the guest's own word" in done.stderr
+    assert pretender[1].objects == {}
+    assert pretender[1].interval == 7
+
+
+def test_a_vm_that_gives_too_little_is_told_what_to_train(pretender: Any, run: Path) -> None:
+    pretender[1].accel = "kvm"
+    done = watched(pretender, "--model", cell(run, "realistic"))
+
+    assert done.returncode == 4
+    assert "realistic needs qmp.jit_tb" in done.stderr
+    assert "--threats portable" in done.stderr
+
+
+def test_on_an_accelerator_that_training_never_saw_every_output_says_so(pretender: Any, edge: Path) -> None:
+    pretender[1].accel = "kvm"
+    done = watched(pretender, "--model", edge, "--seconds", "13.5", "--json")
+
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    seen = [line["data"] for line in lines[:-1] if line["type"] == "phase"]
+    assert lines[-1]["result"]["threat"] == "proc"
+    assert seen
+    assert all("never saw a VM under kvm" in data["caveat"] for data in seen)
+    assert "never saw a VM under kvm" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["no socket", "mute"])
+def test_a_named_door_that_does_not_open_is_one_line(pretender: Any, edge: Path, tmp_path: Path, kind: str) -> None:
+    door = tmp_path / "other.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        if kind == "mute":
+            listener.bind(str(door))
+            listener.listen()
+        done = watched(pretender, "--qmp", door, "--model", edge)
+
+    assert done.returncode == 5
+    assert "did not answer within 2 s" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_clean_day_for_a_model_of_raw_numbers_does_not_fit(pretender: Any, edge: Path, tmp_path: Path) -> None:
+    (tmp_path / "host.json").write_text('{"format":"phasewatch-commission/1","host_id":"h","bins":1,"channels":[]}')
+    done = watched(pretender, "--model", edge, "--commission", tmp_path / "host.json")
+
+    assert done.returncode == 4
+    assert "learnt from raw numbers" in done.stderr

@@ -1,0 +1,195 @@
+"""The hub: one bounded log, everybody reads it in order, and whoever misses something is told how much."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import pytest
+from tests.dashboard.running import event
+from tests.formats.test_golden_events import GOLDEN
+
+from phasewatch.dashboard.hub import Hub, Limits, Viewer
+from phasewatch.errors import BusyError
+from phasewatch.live.events import Telemetry
+
+
+class Clock:
+    """A clock that is moved by hand."""
+
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def hub_of(limits: Limits = Limits(), clock: Clock | None = None) -> Hub:
+    return Hub(boot="aa", now_ns=lambda: 7, monotonic=clock or Clock(), limits=limits)
+
+
+def telemetry(vm: str, i: int = 0) -> Telemetry:
+    return Telemetry(
+        vm=vm, origin="live", t0_ns=i, bin_s=0.5, channels=("proc.cpu_user",), values=((float(i),),), flags=(0,)
+    )
+
+
+async def read(stream: AsyncIterator[bytes], until: int) -> list[tuple[str, str, dict[str, object]]]:
+    """Read (kind, id, data) until the event of that number came, or the stream ends."""
+    found = []
+    async for part in stream:
+        for frame in part.decode().split("\n\n"):
+            lines = dict(line.partition(": ")[::2] for line in frame.splitlines())
+            if "event" in lines:
+                found.append((lines["event"], lines.get("id", ""), json.loads(lines["data"])))
+        if found and found[-1][1] == f"aa.{until}":
+            break
+    return found
+
+
+def seen_by(hub: Hub, last_id: str | None, until: int) -> list[tuple[str, str, dict[str, object]]]:
+    return asyncio.run(read(hub.stream(hub.join(last_id)), until))
+
+
+def test_a_viewer_is_greeted_and_gets_every_event_in_order() -> None:
+    async def go() -> list[tuple[str, str, dict[str, object]]]:
+        hub = hub_of()
+        hub.publish(event(telemetry("a", 1)))
+        reading = asyncio.create_task(read(hub.stream(hub.join(None)), 3))
+        await asyncio.sleep(0)
+        hub.publish(event(telemetry("a", 2)))
+        hub.publish(event(GOLDEN["score"][0]))
+        return await reading
+
+    found = asyncio.run(go())
+
+    assert [(kind, number) for kind, number, _ in found] == [
+        ("hello", ""), ("telemetry", "aa.1"), ("telemetry", "aa.2"), ("score", "aa.3"),
+    ]  # fmt: skip
+    assert found[0][2] == {"t_wall_ns": 7, "number": 1}
+    assert found[1][2]["type"] == "telemetry"
+
+
+def test_a_viewer_that_comes_back_goes_on_where_it_was() -> None:
+    hub = hub_of()
+    for i in range(5):
+        hub.publish(event(telemetry("a", i)))
+
+    assert [number for _, number, _ in seen_by(hub, "aa.3", 5)] == ["", "aa.4", "aa.5"]
+
+
+def test_a_viewer_that_missed_events_is_told_how_many() -> None:
+    hub = hub_of(Limits(events=3, kept=0))
+    for i in range(10):
+        hub.publish(event(telemetry("a", i)))
+
+    found = seen_by(hub, "aa.2", 10)
+
+    assert [kind for kind, _, _ in found] == ["hello", "gap", *["telemetry"] * 3]
+    assert found[1][2]["missed"] == 5
+
+
+@pytest.mark.parametrize("last_id", ["bb.3", "aa.99", "aa.-1", "aa.", "nonsense", "aa.1e3", "aa." + "9" * 400])
+def test_a_number_of_another_hub_is_a_gap_of_unknown_width(last_id: str) -> None:
+    hub = hub_of()
+    hub.publish(event(telemetry("a")))
+
+    found = seen_by(hub, last_id, 1)
+
+    assert [kind for kind, _, _ in found] == ["hello", "gap", "telemetry"]
+    assert found[1][2]["missed"] is None
+
+
+def test_who_comes_late_gets_the_newest_of_every_scene_although_the_log_moved_on() -> None:
+    hub = hub_of(Limits(events=2))
+    for kind in ("score", "profile"):
+        hub.publish(event(GOLDEN[kind][0]))
+    hub.publish(event(telemetry("b", 1)))
+    for i in range(5):
+        hub.publish(event(telemetry("a", i)))
+
+    found = seen_by(hub, None, 8)
+
+    assert [(kind, number) for kind, number, _ in found] == [
+        ("hello", ""), ("score", "aa.1"), ("profile", "aa.2"), ("telemetry", "aa.3"), ("telemetry", "aa.7"),
+        ("telemetry", "aa.8"),
+    ]  # fmt: skip
+
+
+def test_a_viewer_that_is_too_slow_is_told_and_let_go() -> None:
+    async def go() -> list[tuple[str, str, dict[str, object]]]:
+        hub = hub_of(Limits(events=4))
+        stream = hub.stream(hub.join(None))
+        await anext(stream)  # greeted, and then it stalls
+        for i in range(10):
+            hub.publish(event(telemetry("a", i)))
+        return await read(stream, 99)
+
+    found = asyncio.run(go())
+
+    assert [(kind, data["missed"]) for kind, _, data in found] == [("dropped", 6)]
+
+
+def test_the_log_is_bounded_in_bytes_and_so_are_the_scenes_that_outlive_it() -> None:
+    hub = hub_of(Limits(log_bytes=2000, kept=3))
+    for i in range(100):
+        hub.publish(event(telemetry(f"vm-{i}")))
+
+    found = seen_by(hub, None, 100)
+
+    assert sum(len(json.dumps(data)) for _, _, data in found) < 4000
+    assert found[-1][1] == "aa.100"
+
+
+def test_a_part_is_bounded_but_holds_at_least_one_event() -> None:
+    async def go() -> list[int]:
+        hub = hub_of(Limits(part_bytes=10))
+        for i in range(3):
+            hub.publish(event(telemetry("a", i)))
+        viewer = Viewer(seen=0)
+        sizes = []
+        async for part in hub.stream(viewer):
+            sizes.append(part.count(b"event: telemetry"))
+            if viewer.seen == 3:
+                break
+        return sizes
+
+    assert asyncio.run(go()) == [0, 1, 1, 1]
+
+
+def test_too_many_viewers_are_refused_and_those_who_leave_make_room() -> None:
+    async def go() -> int:
+        hub = hub_of(Limits(viewers=1))
+        stream = hub.stream(hub.join(None))
+        await anext(stream)
+        with pytest.raises(BusyError, match="1 viewers look on already"):
+            hub.join(None)
+        await stream.aclose()  # type: ignore[attr-defined]
+        hub.join(None)
+        return hub.viewers
+
+    assert asyncio.run(go()) == 0
+
+
+def test_outside_producers_are_held_to_a_rate() -> None:
+    clock = Clock()
+    hub = hub_of(Limits(rate_per_s=10, burst=20), clock)
+
+    assert hub.admit(20) == 0.0
+    assert hub.admit(5) == pytest.approx(0.5)
+    clock.now_s += 0.5
+    assert hub.admit(5) == 0.0
+    clock.now_s += 1000
+    assert hub.admit(21) > 0
+
+
+def test_a_silent_hub_says_that_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phasewatch.dashboard.hub.BEAT_S", 0.01)
+
+    async def go() -> bytes:
+        hub = hub_of()
+        stream = hub.stream(hub.join(None))
+        await anext(stream)
+        return await anext(stream)
+
+    assert asyncio.run(go()) == b'event: beat\ndata: {"t_wall_ns":7,"number":0}\n\n'

@@ -1,0 +1,258 @@
+"""A real dashboard in its own process: the cookie's way, what is refused and how, and many viewers at once."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.dashboard.running import Frame, Running, dashboard, frames
+from tests.formats.test_golden_events import GOLDEN
+
+from phasewatch.dashboard.gate import CSP
+from phasewatch.live.events import MAX_BYTES, Telemetry
+
+LINE = GOLDEN["perf"][1].encode()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with dashboard(tmp_path_factory.mktemp("dashboard")) as found:
+        yield found
+
+
+def look(running: Running, path: str = "", **more: str) -> httpx.Response:
+    headers = {"Cookie": "; ".join(f"{k}={v}" for k, v in running.cookies().items()), **more}
+    return httpx.get(running.address + path, headers=headers, trust_env=False)
+
+
+def test_the_start_address_becomes_a_cookie_and_the_token_leaves_the_address_bar(running: Running) -> None:
+    answer = httpx.get(running.start, trust_env=False)
+
+    assert (answer.status_code, answer.headers["location"]) == (303, "/")
+    cookie = answer.headers["set-cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=Strict" in cookie
+    assert running.token not in cookie
+
+
+@pytest.mark.parametrize("path", ["", "events", "static/page.js", "plotly.min.js", "about.json"])
+def test_without_the_cookie_nothing_is_shown(running: Running, path: str) -> None:
+    assert httpx.get(running.address + path, trust_env=False).status_code == 401
+
+
+def test_every_answer_carries_the_policy_to_the_letter(running: Running) -> None:
+    for answer in (look(running), look(running, "static/page.css"), httpx.get(running.address, trust_env=False)):
+        assert answer.headers["content-security-policy"] == (
+            "default-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
+        )
+        assert answer.headers["content-security-policy"] == CSP
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+
+
+def test_all_that_the_page_needs_comes_from_here(running: Running) -> None:
+    page = look(running).text
+
+    assert "//" not in page.replace("<!doctype", "").replace("http://www.w3.org", "")
+    for path in ("plotly.min.js", "static/page.js", "static/page.css", "static/icon.svg", "about.json"):
+        assert look(running, path).status_code == 200, path
+    for path in ("static/nothing.js", "static/..%2fapp.py", "static/__init__.py", "docs", "openapi.json"):
+        assert look(running, path).status_code == 404, path
+
+
+def test_another_host_or_origin_is_turned_away(running: Running) -> None:
+    assert look(running, Host="evil.example").status_code == 421
+    assert look(running, "events", Origin="http://evil.example").status_code == 403
+
+
+def test_events_are_taken_line_by_line_all_or_none(running: Running) -> None:
+    before = httpx.get(running.address + "healthz", trust_env=False).json()["events"]
+
+    good = running.post(LINE, b"", LINE)
+    bad = running.post(LINE, b'{"v":1}', LINE)
+
+    assert (good.status_code, good.json()) == (202, {"accepted": 2})
+    assert bad.status_code == 400
+    assert bad.json()["error"].startswith("line 2: event: Object missing required field")
+    assert httpx.get(running.address + "healthz", trust_env=False).json()["events"] == before + 2
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        pytest.param(b"", 400, "one event a line", id="empty"),
+        pytest.param(b"\x00\xff", 400, "line 1: event: JSON is malformed", id="no JSON"),
+        pytest.param(b"[" * 200_000, 400, "line 1: event:", id="a deep nest"),
+        pytest.param(b" " + b"x" * (MAX_BYTES + 1), 400, "at most 262,144", id="one huge event"),
+        pytest.param(b"x" * (1024 * 1024 + 1), 413, "more than 1,048,576 bytes", id="a huge body"),
+    ],
+)
+def test_malformed_and_huge_bodies_are_refused_in_words(running: Running, body: bytes, status: int, words: str) -> None:
+    answer = running.post(body)
+
+    assert answer.status_code == status
+    assert words in answer.json()["error"]
+
+
+def test_a_wrong_token_sends_nothing(running: Running) -> None:
+    assert running.post(LINE, token="wrong").status_code == 401
+    assert running.post(LINE, token="").status_code == 401
+
+
+def test_too_many_events_are_put_off(tmp_path: Path) -> None:
+    with dashboard(tmp_path) as running:
+        answers = [running.post(*[LINE] * 900) for _ in range(6)]
+
+    late = [a for a in answers if a.status_code == 429]
+    assert [a.status_code for a in answers[:2]] == [202, 202]
+    assert late
+    assert int(late[0].headers["retry-after"]) >= 1
+
+
+def test_a_port_in_use_is_one_clear_line(running: Running, tmp_path: Path) -> None:
+    command = ["dashboard", "--no-produce", "--port", str(running.port), "--token-file", str(tmp_path / "t")]
+    done = subprocess.run([sys.executable, "-m", "phasewatch", *command], capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 5
+    assert (
+        done.stderr
+        == f"error: 127.0.0.1:{running.port}: Address already in use; choose another port with --port, 0 takes a free one\n"
+    )
+    assert done.stdout == ""
+
+
+def test_no_auth_opens_looking_and_leaves_sending_shut(tmp_path: Path) -> None:
+    with dashboard(tmp_path, "--no-produce", "--no-auth") as running:
+        assert running.start == running.address
+        assert httpx.get(running.address, trust_env=False).status_code == 200
+        with httpx.stream("GET", running.address + "events", trust_env=False) as stream:
+            assert next(frames(stream.iter_lines())).kind == "hello"
+        assert running.post(LINE, token="").status_code == 401
+        assert running.post(LINE).status_code == 202
+
+
+def test_an_ended_dashboard_ends_its_streams_and_says_nothing(tmp_path: Path) -> None:
+    with dashboard(tmp_path, "--no-produce", "--no-auth") as running:
+        with httpx.stream("GET", running.address + "events", trust_env=False, timeout=30) as stream:
+            lines = stream.iter_lines()
+            next(frames(lines))
+            running.process.terminate()
+            with suppress(httpx.RemoteProtocolError):
+                for _ in lines:
+                    pass
+        assert running.process.stderr is not None
+        assert running.process.stderr.read() == ""
+
+
+SERVE = """
+import asyncio, sys
+from phasewatch.dashboard import server
+from phasewatch.dashboard.gate import Gate
+
+async def producer(hub):
+    print("begun", flush=True)
+    try:
+        await asyncio.sleep(600)
+    finally:
+        await asyncio.sleep(0.01)
+        print("put away", flush=True)
+
+server.serve(server.bind(0), server.make_hub(), Gate(token="t" * 20), title="t", producers=(producer,), tell=print)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["terminated", "Ctrl-C"])
+def test_producers_are_put_away_before_it_ends(number: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+
+    assert out == "put away\n"
+    assert (process.returncode == 0) == (number is signal.SIGTERM)
+    assert "Error" not in err.replace("KeyboardInterrupt", "")
+
+
+class Follower(threading.Thread):
+    """A viewer that reads everything until the last event."""
+
+    def __init__(self, running: Running, last: int) -> None:
+        super().__init__(daemon=True)
+        self.numbers: list[int] = []
+        self.said: list[Frame] = []
+        self.joined = threading.Event()
+        self._running, self._last = running, last
+
+    def run(self) -> None:
+        with httpx.stream("GET", self._running.address + "events", trust_env=False, timeout=60) as stream:
+            for frame in frames(stream.iter_lines()):
+                self.joined.set()
+                if frame.id:
+                    self.numbers.append(int(frame.id.partition(".")[2]))
+                elif frame.kind != "beat":
+                    self.said.append(frame)
+                if self.numbers and self.numbers[-1] >= self._last:
+                    return
+
+
+def stalled(running: Running) -> socket.socket:
+    """Open a stream and never read from it."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(("127.0.0.1", running.port))
+    sock.sendall(f"GET /events HTTP/1.1\r\nHost: 127.0.0.1:{running.port}\r\n\r\n".encode())
+    return sock
+
+
+def load(folder: Path, *, viewers: int, stalls: int, events: int, burst: int, pause_s: float) -> None:
+    """Let some viewers follow and some stall: the followers lose nothing, and memory stays where it was."""
+    names = tuple(f"proc.channel_{i}" for i in range(46))
+    row = tuple(1 / (i + 3) for i in range(46))
+    data = Telemetry(vm="a", origin="live", t0_ns=0, bin_s=0.5, channels=names, values=(row,) * 4, flags=(0,) * 4)
+    with dashboard(folder, "--no-produce", "--no-auth") as running:
+        running.send(data)
+        before = running.rss_bytes()
+        socks = [stalled(running) for _ in range(stalls)]
+        followers = [Follower(running, events + 1) for _ in range(viewers - stalls)]
+        for follower in followers:
+            follower.start()
+        for follower in followers:
+            assert follower.joined.wait(60)
+        waiting = threading.Event()
+        most = 0
+        for _ in range(0, events, burst):
+            running.send(*[data] * burst)
+            waiting.wait(pause_s)
+            most = max(most, running.rss_bytes() - before)
+        for follower in followers:
+            follower.join(120)
+        most = max(most, running.rss_bytes() - before)
+        for sock in socks:
+            sock.close()
+
+        for follower in followers:
+            assert follower.numbers == list(range(1, events + 2))
+            assert [frame.kind for frame in follower.said] == ["hello"]
+        assert running.process.poll() is None
+        assert most <= 20 * 1024 * 1024, f"grew by {most / 2**20:.1f} MiB"
+        print(f"{viewers} viewers, {stalls} stalled, {events} events: grew by {most / 2**20:.1f} MiB")
+
+
+def test_twenty_viewers_of_whom_five_stall_cost_no_memory_and_the_others_lose_nothing(tmp_path: Path) -> None:
+    load(tmp_path, viewers=20, stalls=5, events=400, burst=20, pause_s=0.05)
+
+
+@pytest.mark.soak
+def test_two_hundred_viewers_of_whom_fifty_stall_for_a_minute(tmp_path: Path) -> None:
+    load(tmp_path, viewers=200, stalls=50, events=1500, burst=5, pause_s=0.2)

@@ -1,0 +1,230 @@
+"""What a foreign VM gives, what it cannot and why, and that it is as it was when we have gone: over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.live.qemu import MAC, PID, FakeQemu, make_process
+
+from phasewatch.channels import CHANNELS, mask_of, raw_fields
+from phasewatch.errors import MachineError, VmError
+from phasewatch.live.attach import Survey, attach, detach, parse_network, survey
+from phasewatch.live.find import read_running
+from phasewatch.record.base import HostClock, TelemetrySource
+from phasewatch.vocab import Source
+
+REALISTIC = {c.full_name for c, on in zip(CHANNELS, mask_of("realistic"), strict=True) if on}
+TAP = {c.full_name for c, on in zip(CHANNELS, mask_of("tap"), strict=True) if on}
+
+
+def run(
+    proc: Path,
+    then: Callable[[Survey, tuple[TelemetrySource, ...]], Coroutine[Any, Any, Any]],
+    *,
+    qmp: Path | None = None,
+) -> Survey:
+    """Survey, attach, do something, detach."""
+
+    async def main() -> Survey:
+        machine = read_running(PID, proc)
+        assert machine is not None
+        found = await survey(machine, qmp=qmp, clock=HostClock(), proc=proc)
+        sources = await attach(found)
+        try:
+            await then(found, sources)
+        finally:
+            await detach(found, sources)
+        return found
+
+    return asyncio.run(main())
+
+
+async def nothing(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+    """Look at what was attached."""
+
+
+def test_a_machine_with_a_monitor_gives_every_host_channel_and_is_left_as_it_was(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        make_process(tmp_path / "proc", qmp=qemu.path)
+
+        async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+            assert [s.source for s in sources] == [Source.PROC, Source.NETFLOW, Source.QMP]
+            assert len(qemu.objects) == 1
+            assert qemu.interval == 1
+            assert next(iter(qemu.objects.values())).parent == Path(found.task.folder)
+            assert Path(found.task.folder).stat().st_mode & 0o777 == 0o700
+
+        found = run(tmp_path / "proc", look)
+
+        assert found.available >= REALISTIC
+        assert set(found.masked) == {c.full_name for c in CHANNELS if c.source is Source.GUEST}
+        assert (found.facts.accel, found.facts.arch, found.facts.mem_mib) == ("tcg", "x86_64", 256)
+        assert qemu.objects == {}
+        assert qemu.interval == 7
+
+
+def test_looking_changes_nothing(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        make_process(tmp_path / "proc", qmp=qemu.path)
+
+        async def main() -> None:
+            machine = read_running(PID, tmp_path / "proc")
+            assert machine is not None
+            found = await survey(machine, qmp=None, clock=HostClock(), proc=tmp_path / "proc")
+            await detach(found, ())
+
+        asyncio.run(main())
+
+        assert not {"object-add", "object-del"} & set(qemu.asked)
+        assert qemu.interval == 7
+
+
+def test_frames_are_told_apart_by_the_guests_address(tmp_path: Path) -> None:
+    out = b"\xff" * 6 + MAC + b"\x08\x06" + b"\0" * 200
+    back = MAC + b"\xff" * 6 + b"\x08\x06" + b"\0" * 40
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        make_process(tmp_path / "proc", qmp=qemu.path)
+
+        async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+            qemu.write_frames([out, out, back])
+            read = dict(zip((s.field for s in raw_fields(Source.NETFLOW)), await sources[1].read(), strict=True))
+            assert (read["out_pkts"], read["out_bytes"], read["in_pkts"], read["in_bytes"]) == (2, 428, 1, 54)
+
+        run(tmp_path / "proc", look)
+
+
+@pytest.mark.parametrize(
+    ("refused", "masked"),
+    [
+        pytest.param("x-query-jit", {"qmp.jit_tb", "qmp.jit_tlb_partial"}, id="no translation counters"),
+        pytest.param("x-query-virtio", {"qmp.vq_blk"}, id="no virtio disk"),
+        pytest.param("object-add", {c.full_name for c in CHANNELS if c.source is Source.NETFLOW}, id="no filter and no tap"),
+        pytest.param("qom-list", {"qmp.bal_minor_faults", "qmp.bal_free_delta", "qmp.bal_cache_delta"}, id="no balloon"),
+        pytest.param("query-blockstats", {c.full_name for c in CHANNELS if c.source is Source.QMP}, id="no disk counters"),
+    ],
+)  # fmt: skip
+def test_what_the_monitor_refuses_is_masked_with_the_reason(tmp_path: Path, refused: str, masked: set[str]) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        make_process(tmp_path / "proc", qmp=qemu.path)
+        qemu.refused.add(refused)
+
+        found = run(tmp_path / "proc", nothing)
+
+        assert {name for name in found.masked if not name.startswith("guest.")} == masked
+        assert all(found.masked.values())
+        assert qemu.objects == {}
+
+
+def test_under_kvm_only_what_exists_there_is_promised(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        make_process(tmp_path / "proc", qmp=qemu.path)
+        qemu.accel = "kvm"
+
+        found = run(tmp_path / "proc", nothing)
+
+        portable = {c.full_name for c, on in zip(CHANNELS, mask_of("portable"), strict=True) if on}
+        assert found.available & REALISTIC == portable
+        assert "runs on kvm" in found.masked["qmp.jit_tb"]
+
+
+def test_without_a_monitor_proc_and_a_taps_counters_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proc = make_process(tmp_path / "proc", taps=("vnet0",), names=True)
+    proc.write("cmdline", "qemu-system-x86_64\0-chardev\0socket,id=m,fd=3\0-mon\0chardev=m,mode=control\0")
+    statistics = tmp_path / "net" / "vnet0" / "statistics"
+    statistics.mkdir(parents=True)
+    for name, count in (("rx_packets", 5), ("rx_bytes", 500), ("tx_packets", 7), ("tx_bytes", 900)):
+        (statistics / name).write_text(f"{count}\n")
+    from phasewatch.live import attach as room
+
+    monkeypatch.setattr(room, "TapSource", lambda name: room_tap(name=name, net=tmp_path / "net"))
+    from phasewatch.live.dump import TapSource as room_tap
+
+    async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+        assert (await sources[1].read())[:4] == (5, 500, 7, 900)  # what the tap receives the guest sent
+
+    found = run(tmp_path / "proc", look)
+
+    assert found.available == {c.full_name for c in CHANNELS if c.source is Source.PROC} | TAP
+    assert "belongs to who started it (libvirt)" in found.masked["qmp.blk_rd_bytes"]
+
+
+def test_without_names_of_threads_the_vcpus_are_masked_and_nothing_is_made_up(tmp_path: Path) -> None:
+    make_process(tmp_path / "proc")
+
+    async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+        fields = [s.field for s in raw_fields(Source.PROC)]
+        read = dict(zip(fields, await sources[0].read(), strict=True))
+        assert read["vcpu_run_ns"] is None
+        assert read["main_run_ns"] == 5
+
+    found = run(tmp_path / "proc", look)
+
+    blind = {"vcpu_run", "vcpu_wait", "vcpu_vcs", "vcpu_ics", "aux_run"}
+    assert {n for n in found.masked if n.startswith("proc.")} == {f"proc.{n}" for n in blind}
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        pytest.param(lambda path: path.write_text("no socket"), "did not answer", id="a file"),
+        pytest.param(lambda path: None, "did not answer", id="nothing"),
+    ],
+)
+def test_a_named_socket_that_is_none_is_one_clear_line(tmp_path: Path, make: Callable[[Path], Any], words: str) -> None:
+    make_process(tmp_path / "proc")
+    make(tmp_path / "x.sock")
+
+    with pytest.raises(VmError, match=words):
+        run(tmp_path / "proc", nothing, qmp=tmp_path / "x.sock")
+
+
+def test_a_second_client_is_told_that_there_is_a_first(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock", greets=False) as qemu:
+        make_process(tmp_path / "proc")
+
+        with pytest.raises(VmError, match=r"within 2 s \(time-out\); one QMP socket serves one client"):
+            run(tmp_path / "proc", nothing, qmp=qemu.path)
+
+
+def test_the_socket_of_another_machine_is_refused(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock", tids=(4711,)) as qemu:
+        make_process(tmp_path / "proc")
+
+        with pytest.raises(VmError, match=f"answers for another machine than process {PID}"):
+            run(tmp_path / "proc", nothing, qmp=qemu.path)
+        assert not {"object-add", "qom-set"} & set(qemu.asked)
+
+
+def test_a_socket_that_serves_something_else_is_no_monitor(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        make_process(tmp_path / "proc")
+        qemu.refused.add("query-cpus-fast")
+
+        with pytest.raises(VmError, match="query-cpus-fast"):
+            run(tmp_path / "proc", nothing, qmp=qemu.path)
+
+
+def test_a_machine_that_may_not_be_read_says_who_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proc = make_process(tmp_path / "proc")
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(MachineError, match="run phasewatch as root, or as the user whose machine it is"):
+        run(proc.root, nothing)
+
+
+def test_cards_are_read_with_their_backends() -> None:
+    text = (
+        "e1: index=0,type=nic,model=e1000,macaddr=52:54:00:12:34:56\n \\ t0: index=0,type=tap,ifname=tap3,script=no\n"
+        "nic1: index=1,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:57\n"
+    )
+
+    (card,) = parse_network(text)
+    assert (card.netdev, card.kind, card.ifname, card.mac.hex()) == ("t0", "tap", "tap3", "525400123456")
+    assert parse_network("hub 0\n") == ()

@@ -1,0 +1,95 @@
+"""The guard: a watcher that is killed leaves nothing in the VM and nothing in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from tests.live.qemu import FakeQemu
+
+from phasewatch.live import guard
+from phasewatch.live.guard import Guard, Task, bound, undo
+
+HOLDER = """
+import sys, time
+from phasewatch.live.guard import Guard, Task
+import msgspec
+with Guard(msgspec.json.decode(sys.argv[1], type=Task)) as held:
+    print(held.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def wait_for(condition: Callable[[], bool]) -> bool:
+    for _ in range(400):
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def task_of(qemu: FakeQemu, folder: Path) -> Task:
+    return Task(
+        qmp=str(qemu.path), objects=("pw-a", "pw-b"), balloon="/machine/peripheral/balloon0", interval_s=5, folder=str(folder)
+    )  # fmt: skip
+
+
+def test_a_watcher_killed_by_9_leaves_the_vm_as_it_was(tmp_path: Path) -> None:
+    folder = tmp_path / "private"
+    folder.mkdir()
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        qemu.objects["pw-b"], qemu.interval = folder / "dump", 1
+        (folder / "dump").write_bytes(b"frames")
+        task = msgspec.json.encode(task_of(qemu, folder)).decode()
+        holder = subprocess.Popen([sys.executable, "-c", HOLDER, task], stdout=subprocess.PIPE)
+        assert holder.stdout is not None
+        child = int(holder.stdout.readline())
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+
+        assert wait_for(lambda: not qemu.objects and qemu.interval == 5 and not folder.exists())
+        assert wait_for(lambda: not Path(f"/proc/{child}").exists() or b"Z" in Path(f"/proc/{child}/stat").read_bytes())
+
+
+def test_a_watcher_that_ends_in_order_sends_its_guard_away_without_a_word_to_the_vm(tmp_path: Path) -> None:
+    folder = tmp_path / "private"
+    folder.mkdir()
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        with Guard(task_of(qemu, folder)) as held:
+            assert Path(f"/proc/{held.pid}").exists()
+
+        assert qemu.asked == []
+        assert not folder.exists()
+        assert held.pid == 0
+
+
+def test_a_vm_that_is_gone_needs_nothing(tmp_path: Path) -> None:
+    asyncio.run(undo(Task(qmp=str(tmp_path / "gone.sock"), objects=("a",))))
+
+
+def test_a_dump_that_nobody_reads_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "MOST_BYTES", 1 << 16)
+    (tmp_path / "small").write_bytes(b"x" * 1000)
+    (tmp_path / "large").write_bytes(b"x" * (1 << 17))
+
+    bound(tmp_path)
+
+    assert (tmp_path / "small").stat().st_size == 1000
+    assert (tmp_path / "large").stat().st_size == 0
+
+
+def test_the_guard_imports_next_to_nothing_while_it_waits() -> None:
+    code = "import sys, phasewatch.live.guard; print(sorted({m.split('.')[0] for m in sys.modules} & {'numpy', 'qemu', 'onnxruntime', 'typer', 'pyarrow'}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+
+    assert done.stdout.strip() == "[]"

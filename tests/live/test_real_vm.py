@@ -1,0 +1,208 @@
+"""A real QEMU is watched that nobody prepared for it: one that stands still, and one under a workload that no profile has."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.record.fakes import shape_of
+from tests.requirements import need_program, need_qemu
+
+from phasewatch.errors import VmError
+from phasewatch.record.base import HostClock
+from phasewatch.record.campaign import default_cache
+from phasewatch.record.commandline import Sockets, build_command
+from phasewatch.record.driver import Driver
+from phasewatch.record.image import build_image
+from phasewatch.record.qmp import POLLING, Monitor
+
+pytestmark = pytest.mark.vm
+
+EDGE = Path(__file__).parents[2] / "corpus" / "lab-v1.edge.zip"
+BALLOON = "/machine/peripheral/balloon0"
+# Neither a miner nor a walk nor a scan: bursts of sorting, a file that is rewritten in place, datagrams of odd sizes.
+ODD = """
+n=0
+while [ $n -lt 40 ]; do
+  n=$((n+1))
+  dd if=/dev/urandom bs=1k count=200 2>/dev/null | od -x | sort > /tmp/odd
+  dd if=/tmp/odd of=/tmp/odd2 bs=4k conv=notrunc 2>/dev/null
+  i=0; while [ $i -lt 20 ]; do i=$((i+1)); echo "$n $i" | nc -u -w 1 10.0.2.2 4000$((i%7)) & done
+  sleep 1; kill $(jobs -p) 2>/dev/null
+done
+"""
+
+
+def ask(door: Path, command: str, **arguments: object) -> Any:
+    async def main() -> Any:
+        monitor = Monitor(door)
+        await monitor.connect()
+        try:
+            return await monitor.ask(command, **arguments)
+        finally:
+            await monitor.close()
+
+    return asyncio.run(main())
+
+
+def filters(door: Path) -> list[str]:
+    return [o["name"] for o in ask(door, "qom-list", path="/objects") if o["type"] == "child<filter-dump>"]
+
+
+def interval(door: Path) -> int:
+    return int(ask(door, "qom-get", path=BALLOON, property=POLLING))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            if condition():
+                return True
+        except VmError:
+            pass
+        time.sleep(0.2)
+    return False
+
+
+def command(pid: int, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "phasewatch", "watch", "--pid", str(pid), "--model", str(EDGE), *arguments]
+
+
+@pytest.fixture
+def still(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A real QEMU whose guest never runs; its balloon was being polled every 3 s by somebody else."""
+    qemu = need_program("qemu-system-x86_64", "qemu-system-x86")
+    door = tmp_path / "q.sock"
+    argv = [
+        qemu, "-S", "-name", "still", "-nodefaults", "-display", "none", "-machine", "pc", "-accel", "tcg", "-m", "32",
+        "-qmp", f"unix:{door},server=on,wait=off", "-netdev", "user,id=n0,restrict=on",
+        "-device", "virtio-net-pci,netdev=n0,romfile=", "-device", "virtio-balloon-pci,id=balloon0",
+        "-blockdev", "driver=null-co,node-name=z0,size=1048576,read-zeroes=on", "-device", "virtio-blk-pci,drive=z0",
+    ]  # fmt: skip
+    child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert wait_for(door.exists)
+    ask(door, "qom-set", path=BALLOON, property=POLLING, value=3)
+    yield child, door
+    child.kill()
+    child.wait()
+
+
+def test_a_machine_that_stands_still_is_watched_and_left_as_it_was(still: tuple[subprocess.Popen[bytes], Path]) -> None:
+    child, door = still
+    done = subprocess.run(
+        command(child.pid, "--seconds", "13.5", "--json"), capture_output=True, text=True, timeout=300
+    )
+
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, done.stderr
+    result = lines[-1]["result"]
+    assert (result["threat"], result["left_as_found"]) == ("realistic", True)
+    assert result["watched"]["states"] == ["prelaunch"]
+    assert {line["type"] for line in lines[:-1]} >= {"telemetry", "phase"}
+    assert filters(door) == []
+    assert interval(door) == 3
+    assert child.poll() is None
+
+
+def test_a_watcher_killed_by_9_leaves_the_machine_as_it_was(still: tuple[subprocess.Popen[bytes], Path]) -> None:
+    child, door = still
+    watcher = subprocess.Popen(command(child.pid, "--json"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert watcher.stdout is not None
+    first = json.loads(watcher.stdout.readline())
+    folders = {path for path in Path("/dev/shm").glob("phasewatch-*") if any(path.glob(f"phasewatch-{watcher.pid}-*"))}
+    watcher.send_signal(signal.SIGKILL)
+    watcher.communicate()
+
+    assert first["type"] == "telemetry"
+    assert len(folders) == 1
+    assert wait_for(lambda: filters(door) == [] and interval(door) == 3)
+    assert wait_for(lambda: not any(folder.exists() for folder in folders))
+    assert child.poll() is None
+
+
+def test_a_machine_that_ends_ends_the_watch(still: tuple[subprocess.Popen[bytes], Path]) -> None:
+    child, _ = still
+    watcher = subprocess.Popen(command(child.pid, "--json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert watcher.stdout is not None
+    watcher.stdout.readline()
+    child.kill()
+    child.wait()
+    out, err = watcher.communicate(timeout=120)
+
+    assert watcher.returncode == 0, err
+    assert json.loads(out.splitlines()[-1])["result"]["watched"]["why"] == "the VM is gone"
+
+
+def test_a_workload_that_no_profile_has_is_watched_through_its_phases(tmp_path: Path) -> None:
+    need_qemu()
+    image = build_image(default_cache(), "x86_64", scripts={"odd/mix/active": ODD})
+    assert image.kernel is not None
+    assert image.initrd is not None
+    sockets = Sockets(folder=tmp_path)
+    overlay = [
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        str(image.base_disk),
+        "-F",
+        "qcow2",
+        str(sockets.overlay),
+    ]
+    subprocess.run(overlay, check=True)
+    argv = build_command(
+        shape_of(machine="pc"), accel="tcg", kernel=image.kernel, initrd=image.initrd, sockets=sockets,
+        mac="52:54:00:77:00:09", tsc_khz=None,
+    )  # fmt: skip
+    argv[argv.index("-netdev") + 1] = "user,id=n0,restrict=on"  # no packet leaves the machine
+    child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        lines, sent = asyncio.run(_play(child.pid, sockets.ctl))
+    finally:
+        child.kill()
+        child.wait()
+
+    result = lines[-1]["result"]
+    telemetry = [line["data"] for line in lines[:-1] if line["type"] == "telemetry"]
+    phases = [line["data"] for line in lines[:-1] if line["type"] == "phase"]
+    at = telemetry[0]["channels"].index("proc.vcpu_run")
+    before = [v[at] for t in telemetry for v in t["values"] if v[at] is not None and t["t0_ns"] < sent]
+    after = [v[at] for t in telemetry for v in t["values"] if v[at] is not None and t["t0_ns"] > sent + 2e9]
+    assert result["threat"] == "realistic"
+    assert result["left_as_found"] is True
+    assert len(phases) >= 8
+    assert all(abs(sum(data["p"]) - 1) < 1e-3 for data in phases)
+    assert sum(after) / len(after) > 3 * (sum(before) / len(before)), "the workload is seen from outside"
+
+
+async def _play(pid: int, ctl: Path) -> tuple[list[Any], int]:
+    """Wait for the guest, watch it, and let the workload begin after 20 s."""
+    driver = Driver(clock=HostClock(), name="odd")
+    for _ in range(300):
+        try:
+            await driver.open(ctl)
+            break
+        except OSError:
+            await asyncio.sleep(0.1)
+    await asyncio.wait_for(driver.ready(), 120)
+    await driver.send("hello")
+    watcher = await asyncio.create_subprocess_exec(
+        *command(pid, "--seconds", "60", "--json"), stdout=asyncio.subprocess.PIPE, env={**os.environ}, limit=1 << 20
+    )
+    await asyncio.sleep(20)
+    ack = await driver.send("phase", "active", "odd", "mix", "1")
+    out, _ = await asyncio.wait_for(watcher.communicate(), 200)
+    await driver.close()
+    return [json.loads(line) for line in out.splitlines()], ack.t_wall_ns

@@ -1,0 +1,309 @@
+"""One watch over a make-believe QEMU and a clock that a test turns: events, states of the VM, alarms, what is kept."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.live.qemu import PID, FakeQemu, MadeUpProc, make_process
+from tests.live.test_tracker import scorer
+from tests.record.fakes import FakeClock, FakeSource
+
+from phasewatch.channels import raw_fields
+from phasewatch.episode.bundle import unpack
+from phasewatch.errors import VmError
+from phasewatch.live.attach import Survey, attach, detach, survey
+from phasewatch.live.events import Event, Perf, PhaseSeen, Telemetry, parse_event, render_event
+from phasewatch.live.find import read_running
+from phasewatch.live.save import Saver
+from phasewatch.live.scorer import Scorer
+from phasewatch.live.watcher import Outlets, Watched, Watcher
+from phasewatch.record.base import HostClock, Values
+from phasewatch.record.qmp import Monitor
+from phasewatch.validate.verdict import USABLE, Place, examine
+from phasewatch.vocab import Phase, Source
+
+
+class Loud(FakeSource):
+    """A card that sends a lot from the 30th to the 60th second."""
+
+    async def read(self) -> Values:
+        self.reads += 1
+        at_s = self.clock.now_ns / 1e9
+        sent = int(1e3 * at_s + 1.2e5 * min(max(at_s - 30, 0), 30))
+        named = {"out_bytes": sent, "out_pkts": sent // 100}
+        return tuple(named.get(spec.field, 0) for spec in raw_fields(self.source))
+
+
+@dataclass
+class World:
+    """A VM, a clock and what came out."""
+
+    found: Survey
+    clock: FakeClock
+    proc: MadeUpProc
+    events: list[Event] = field(default_factory=list)
+    news: list[Event] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+
+    def emit(self, event: Event, news: bool) -> None:
+        assert parse_event(render_event(event)) == event
+        self.events.append(event)
+        if news:
+            self.news.append(event)
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [event.data for event in self.events if isinstance(event.data, kind)]
+
+    def watcher(self, model: Scorer | None, **outlets: Any) -> Watcher:
+        sources = [FakeSource(Source.PROC, self.clock), Loud(Source.NETFLOW, self.clock)]
+        return Watcher(
+            self.found, sources, model, Outlets(emit=self.emit, say=self.said.append, **outlets), self.clock, host="h"
+        )  # fmt: skip
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    proc = make_process(tmp_path / "proc")
+    clock = FakeClock()
+    machine = read_running(PID, proc.root)
+    assert machine is not None
+    found = asyncio.run(survey(machine, qmp=None, clock=clock, proc=proc.root))
+    return World(found=found, clock=clock, proc=proc)
+
+
+def test_windows_are_told_as_they_close_and_an_alarm_is_news_twice(world: World) -> None:
+    watched = world.clock.run(world.watcher(scorer()).run(seconds=120))
+
+    seen = world.of(PhaseSeen)
+    assert watched.why == "the time is up"
+    assert watched.windows == len(seen) == 22
+    assert watched.alarms == 1
+    assert (watched.late, watched.skipped, watched.failed, watched.restarts) == (0, 0, 0, 0)
+    assert [event.data.alarm for event in world.news] == [True, False]  # type: ignore[union-attr]
+    assert {s.model for s in seen} == {"fake"}
+    assert {s.latency_ms for s in seen} == {1000.0}  # closed a second after the window's end, told at once
+    raised = world.news[0].data
+    assert isinstance(raised, PhaseSeen)
+    assert raised.alarm_since_ns == raised.t_end_ns
+    assert raised.decision == "active"
+
+
+def test_bins_are_told_one_after_the_other_with_what_is_missing(world: World) -> None:
+    world.clock.run(world.watcher(None).run(seconds=30))
+
+    told = world.of(Telemetry)
+    assert all(len(t.values) == 1 for t in told)
+    assert [t.t0_ns for t in told] == [told[0].t0_ns + i * 500_000_000 for i in range(len(told))]
+    assert "qmp.jit_tb" in told[0].masked
+    assert {t.lateness_s for t in told} == {1.0}
+    assert world.of(PhaseSeen) == []
+
+
+def test_what_watching_costs_is_measured_on_the_process_itself(world: World) -> None:
+    world.clock.run(world.watcher(scorer()).run(seconds=60))
+
+    perf = world.of(Perf)
+    assert 5 <= len(perf) <= 12
+    assert perf[-1].process == "watch"
+    assert perf[-1].windows == sum(perf[-1].latency_counts) > 5
+    assert perf[-1].p99_ms == 0.0
+    assert 10 << 20 < perf[-1].rss_bytes < 2 << 30
+    assert perf[-1].late_ticks == 0
+
+
+def test_a_vm_that_is_gone_ends_the_watch(world: World) -> None:
+    watcher = world.watcher(scorer())
+
+    async def main() -> Watched:
+        running = asyncio.ensure_future(watcher.run())
+        await world.clock.sleep_until(20_000_000_000)
+        world.proc.dir.rename(world.proc.root / "buried")
+        return await running
+
+    watched = world.clock.run(main())
+    assert watched.why == "the VM is gone"
+    assert watched.states == ["gone"]
+    assert watched.windows == 2
+
+
+def test_a_process_that_waits_to_be_buried_is_gone(world: World) -> None:
+    world.proc.write("stat", f"{PID} (qemu) Z " + "0 " * 40)
+
+    assert world.clock.run(world.watcher(None).run()).why == "the VM is gone"
+
+
+def test_an_interrupted_watch_ends_in_order(world: World) -> None:
+    watcher = world.watcher(scorer())
+
+    async def main() -> Watched:
+        running = asyncio.ensure_future(watcher.run())
+        await world.clock.sleep_until(15_000_000_000)
+        running.cancel()
+        return await running
+
+    watched = world.clock.run(main())
+    assert watched.why == "interrupted"
+    assert watched.windows == 1
+
+
+def test_a_clock_that_jumps_is_said_and_windows_begin_anew(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    jump = {"ns": 0}
+    before = type(world.clock).wall_ns
+    monkeypatch.setattr(type(world.clock), "wall_ns", lambda self: before(self) + jump["ns"])
+    watcher = world.watcher(scorer())
+
+    async def main() -> Watched:
+        running = asyncio.ensure_future(watcher.run(seconds=60))
+        await world.clock.sleep_until(30_100_000_000)
+        jump["ns"] = -3_600_000_000_000
+        return await running
+
+    watched = world.clock.run(main())
+    assert watched.restarts == 1
+    assert world.said == ["the clock jumped, or the machine slept: windows begin anew"]
+    assert watched.windows == 4 + 4
+    assert watched.late <= 4  # stamped after the jump, before it was noticed
+
+
+class ScriptedMonitor(Monitor):
+    """Says what a test wants said."""
+
+    def __init__(self, answers: Callable[[], str]) -> None:
+        super().__init__(Path("scripted"))
+        self._answers = answers
+        self.reconnects = 0
+
+    async def ask(self, command: str, **arguments: object) -> Any:
+        said = self._answers()
+        if said == "silent":
+            raise VmError("no answer")
+        return {"status": said}
+
+    async def connect(self) -> None:
+        self.reconnects += 1
+
+    @property
+    def is_connected(self) -> bool:
+        return False
+
+
+def test_a_vm_that_pauses_reboots_or_whose_monitor_hangs_is_watched_on(world: World) -> None:
+    def say() -> str:
+        at_s = world.clock.now_ns / 1e9
+        return "paused" if 10 < at_s < 20 else "silent" if 30 < at_s < 40 else "running"
+
+    monitor = world.found.monitor = ScriptedMonitor(say)
+    watcher = world.watcher(scorer())
+
+    async def main() -> Watched:
+        running = asyncio.ensure_future(watcher.run(seconds=60))
+        await world.clock.sleep_until(50_000_000_000)
+        monitor.events["RESET"] += 1
+        return await running
+
+    watched = world.clock.run(main())
+    assert watched.states == ["paused", "running", "silent", "running", "rebooted"]
+    assert monitor.reconnects >= 4
+    assert watched.windows == 10
+
+
+def test_what_is_kept_is_a_bundle_of_unknown_phase_that_the_validator_accepts(world: World, tmp_path: Path) -> None:
+    paths: list[Path] = []
+    saver = Saver(tmp_path / "store", world.found, world.clock, paths.append)
+
+    world.clock.run(world.watcher(None, keep=saver.keep).run(seconds=60))
+    saver.close()
+
+    (path,) = paths
+    episode_id = path.name.removesuffix(".tar.zst")
+    place = Place(path=str(path), host_id=path.parent.name, episode_id=episode_id, receipt=None)
+    found = examine(path.read_bytes(), place)
+    assert path.parent.name == "made-up"
+    assert found.verdict.status in USABLE, found.verdict.detail
+    assert found.episode is not None
+    assert [mark.phase for mark in found.episode.marks] == [Phase.UNKNOWN, None]
+    assert found.episode.manifest.profile == "unknown"
+    assert "qmp.jit_tb" in (found.episode.manifest.recording.absent if found.episode.manifest.recording else {})
+
+
+def test_half_an_hour_is_a_bundle_and_a_few_seconds_are_none(world: World, tmp_path: Path) -> None:
+    paths: list[Path] = []
+    saver = Saver(tmp_path / "store", world.found, world.clock, paths.append)
+    for i in range(2 * 31 * 60):
+        world.clock.now_ns = i * 500_000_000
+        for source in (Source.PROC, Source.NETFLOW):
+            saver.keep(source, (world.clock.wall_ns(), world.clock.mono_ns(), i, *(i for _ in raw_fields(source))))
+    saver.close()
+    assert len(paths) == 2
+    assert unpack(paths[0].read_bytes(), file="x").manifest.duration_s == pytest.approx(1799.5)
+
+    saver.keep(Source.PROC, (world.clock.wall_ns(), world.clock.mono_ns(), 0, *(0 for _ in raw_fields(Source.PROC))))
+    saver.close()
+    assert len(paths) == 2
+
+
+def test_a_whole_watch_over_a_real_socket_leaves_the_machine_as_it_was(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        proc = make_process(tmp_path / "proc", qmp=qemu.path)
+        events: list[Event] = []
+
+        async def main() -> Watched:
+            machine = read_running(PID, proc.root)
+            assert machine is not None
+            clock = HostClock()
+            found = await survey(machine, qmp=None, clock=clock, proc=proc.root)
+            sources = await attach(found)
+            try:
+                outlets = Outlets(emit=lambda event, news: events.append(event), say=lambda line: None)
+                return await Watcher(found, sources, None, outlets, clock).run(seconds=8)
+            finally:
+                assert await detach(found, sources)
+
+        watched = asyncio.run(main())
+        told = [event.data for event in events if isinstance(event.data, Telemetry)]
+        assert watched.why == "the time is up"
+        assert len(told) >= 1
+        assert qemu.objects == {}
+        assert qemu.interval == 7
+
+
+def test_a_monitor_that_hangs_costs_its_own_channels_and_nothing_else(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        proc = make_process(tmp_path / "proc", qmp=qemu.path)
+        told: list[Telemetry] = []
+
+        def emit(event: Event, news: bool) -> None:
+            if isinstance(event.data, Telemetry):
+                told.append(event.data)
+
+        async def main() -> Watched:
+            machine = read_running(PID, proc.root)
+            assert machine is not None
+            clock = HostClock()
+            found = await survey(machine, qmp=None, clock=clock, proc=proc.root)
+            sources = await attach(found)
+            try:
+                watcher = Watcher(found, sources, None, Outlets(emit=emit, say=lambda line: None), clock)
+                running = asyncio.ensure_future(watcher.run(seconds=16))
+                await asyncio.sleep(1)
+                qemu.mute.set()
+                await asyncio.sleep(7)
+                qemu.mute.clear()
+                return await running
+            finally:
+                assert await detach(found, sources)
+
+        watched = asyncio.run(main())
+        at = {name: told[0].channels.index(name) for name in ("proc.main_run", "qmp.blk_rd_bytes")}
+        seen = {name: [t.values[0][place] is not None for t in told] for name, place in at.items()}
+        assert watched.why == "the time is up"
+        assert "silent" in watched.states
+        # A busy machine may lose ticks of its own; the monitor's are lost for as long as it hangs.
+        assert sum(seen["proc.main_run"]) > sum(seen["qmp.blk_rd_bytes"])
+        assert qemu.objects == {}
+        assert qemu.interval == 7

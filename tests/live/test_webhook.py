@@ -1,0 +1,124 @@
+"""Alarms go to a real server; one that is slow, down or wrong delays nothing, and what it missed is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from phasewatch.errors import UsageError
+from phasewatch.live import webhook
+from phasewatch.live.events import Event, PhaseSeen, parse_event
+from phasewatch.live.webhook import QUEUE, Webhook
+
+
+class Server(HTTPServer):
+    """Keeps what it was sent; answers with a code from a list, the last one for ever."""
+
+    codes: list[int]
+    bodies: list[bytes]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        self.server.bodies.append(self.rfile.read(int(self.headers["content-length"])))
+        codes = self.server.codes
+        self.send_response(codes.pop(0) if len(codes) > 1 else codes[0])
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Be quiet."""
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    made = Server(("127.0.0.1", 0), Handler)
+    made.codes, made.bodies = [200], []
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread.start()
+    yield made
+    made.shutdown()
+    thread.join()
+    made.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhook, "PAUSE_S", 0.01)
+    monkeypatch.setattr(webhook, "LAST_WORD_S", 20.0)
+
+
+def alarm(number: int = 1) -> Event:
+    data = PhaseSeen(
+        vm="web01", t_start_ns=1, t_end_ns=2, p=(0.0, 0.0, 0.0, 1.0, 0.0), decision="active", alarm=True, model="gbt",
+        threat="realistic",
+    )  # fmt: skip
+    return Event(id=f"web01/{number}", t_wall_ns=3, run="live", data=data)
+
+
+def post(url: str, count: int = 1) -> tuple[Webhook, list[str]]:
+    said: list[str] = []
+
+    async def main() -> Webhook:
+        hook = Webhook(url, said.append)
+        for number in range(count):
+            hook.post(alarm(number))
+        await hook.close()
+        return hook
+
+    return asyncio.run(main()), said
+
+
+def url_of(server: Server) -> str:
+    return f"http://127.0.0.1:{server.server_port}/alarm"
+
+
+def test_an_alarm_arrives_as_the_event_that_it_is(server: Server) -> None:
+    hook, said = post(url_of(server), 3)
+
+    assert (hook.sent, hook.lost, said) == (3, 0, [])
+    assert [parse_event(body) for body in server.bodies] == [alarm(0), alarm(1), alarm(2)]
+
+
+def test_a_server_that_stumbles_is_asked_again(server: Server) -> None:
+    server.codes = [500, 503, 204]
+
+    hook, said = post(url_of(server))
+
+    assert (hook.sent, hook.lost, said) == (1, 0, [])
+    assert len(server.bodies) == 3
+
+
+def test_a_server_that_refuses_is_given_up_counted_and_said(server: Server) -> None:
+    server.codes = [404]
+
+    hook, said = post(url_of(server))
+
+    assert (hook.sent, hook.lost) == (0, 1)
+    assert said == ["webhook: an alarm was not delivered: it answered 404"]
+
+
+def test_a_server_that_is_down_costs_nobody_anything_but_the_alarm() -> None:
+    hook, said = post("http://127.0.0.1:9/")
+
+    assert (hook.sent, hook.lost) == (0, 1)
+    assert len(said) == 1
+
+
+def test_the_queue_is_bounded_and_the_oldest_is_given_up(server: Server) -> None:
+    hook, _ = post(url_of(server), QUEUE + 10)
+
+    assert hook.sent + hook.lost == QUEUE + 10
+    assert hook.lost == 10
+    assert parse_event(server.bodies[-1]) == alarm(QUEUE + 9)
+
+
+@pytest.mark.parametrize("url", ["ftp://x/", "x", "file:///etc/passwd"])
+def test_only_the_web_is_posted_to(url: str) -> None:
+    with pytest.raises(UsageError, match="an http or https URL is needed"):
+        Webhook(url, print)

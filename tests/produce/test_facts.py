@@ -1,0 +1,106 @@
+"""What the run's scores say as events: every number is a row of the metrics file, and what is untested is named."""
+
+from __future__ import annotations
+
+import pytest
+from tests.report.fake_run import MALICIOUS, Recipe, make_run
+
+from phasewatch.evaluate.rows import MetricRow, Metrics, headline
+from phasewatch.evaluate.score import read_metrics
+from phasewatch.live.events import Confusion, Event, Score, parse_event, render_event
+from phasewatch.produce.metrics import build_metrics
+from phasewatch.produce.profiles import build_profiles
+
+FEW = Recipe(hosts=("a", "b", "c"), profiles=("benign", *MALICIOUS[:4]), n_windows=12)
+
+
+@pytest.fixture(scope="module")
+def metrics(tmp_path_factory: pytest.TempPathFactory) -> Metrics:
+    return read_metrics(make_run(tmp_path_factory.mktemp("facts") / "run", FEW))
+
+
+def score_of(metrics: Metrics) -> Score:
+    found = build_metrics(metrics)[0]
+    assert isinstance(found, Score)
+    return found
+
+
+def test_the_leaderboard_is_best_first_and_marks_its_baselines(metrics: Metrics) -> None:
+    score = score_of(metrics)
+
+    assert [r.value for r in score.rows] == sorted((r.value for r in score.rows), reverse=True)
+    assert {r.model: r.is_baseline for r in score.rows} == {"gbt": False, "majority": True, "elapsed_time": True}
+    assert (score.metric, score.tested, score.registered) == ("macro_f1", 4, 6)
+    assert score.headline == headline(metrics)
+
+
+def test_every_number_of_the_leaderboard_is_a_row_of_the_file(metrics: Metrics) -> None:
+    known = {(r.model, r.value, r.low, r.high, r.agent) for r in metrics.metrics if r.metric == "macro_f1@4of6"}
+
+    for row in score_of(metrics).rows:
+        assert (row.model, row.value, row.low, row.high, row.agent) in known
+
+
+def test_the_paired_p_is_that_against_the_first(metrics: Metrics) -> None:
+    gaps = {
+        frozenset((r.model, r.vs)): r.p_holm
+        for r in metrics.metrics
+        if r.metric == "macro_f1_gap@4of6" and r.agent == "off" and r.profile is r.host_id is r.phase is None
+    }
+    rows = score_of(metrics).rows
+
+    assert rows[0].p_holm is None
+    for row in rows[1:]:
+        assert row.p_holm is not None
+        assert row.p_holm == gaps[frozenset((row.model, rows[0].model))]
+
+
+def test_the_confusion_counts_the_headline_s_windows(metrics: Metrics) -> None:
+    matrix = build_metrics(metrics)[1]
+
+    assert isinstance(matrix, Confusion)
+    off_windows = next(r.n_windows for r in metrics.metrics if r.metric == "macro_f1@4of6" and r.agent == "off")
+    assert sum(map(sum, matrix.counts)) == off_windows
+    assert (matrix.model, matrix.agent) == ("gbt", "off")
+
+
+def test_easier_splits_stand_beside_the_headline(metrics: Metrics) -> None:
+    own = next(
+        r
+        for r in metrics.metrics
+        if r.metric == "macro_f1@4of6" and r.model == "gbt" and r.agent == "off" and r.seed == "mean"
+    )
+    easy = MetricRow(
+        **{f: getattr(own, f) for f in own.__struct_fields__} | {"recipe": "random_windows", "value": 0.99}
+    )
+
+    score = score_of(Metrics(inputs={}, metrics=(*metrics.metrics, easy)))
+
+    assert [(i.recipe, i.value) for i in score.inflation] == [("random_windows", 0.99), ("held_out_host", own.value)]
+    assert score.inflation_of == "gbt"
+    assert score_of(metrics).inflation == ()  # one way of splitting alone inflates nothing
+
+
+def test_every_registered_profile_has_a_row_tested_or_not(metrics: Metrics) -> None:
+    table = build_profiles(metrics)
+
+    assert table is not None
+    assert set(table.profiles) == {"benign", *MALICIOUS}
+    assert set(table.untested_profiles) == set(MALICIOUS[4:])
+    for profile, cells in zip(table.profiles, table.cells, strict=True):
+        assert all((c is None) == (profile in MALICIOUS[4:]) for c in cells)
+
+
+def test_a_run_without_a_score_says_so_and_shows_no_table() -> None:
+    empty = Metrics(inputs={}, metrics=())
+
+    assert build_profiles(empty) is None
+    assert score_of(empty).rows == ()
+    assert "untested" in str(score_of(empty).headline)
+
+
+def test_what_is_built_fits_its_bounds(metrics: Metrics) -> None:
+    for data in (*build_metrics(metrics), build_profiles(metrics)):
+        assert data is not None
+        made = Event(id="1", t_wall_ns=1, run="demo", data=data)
+        assert parse_event(render_event(made)) == made
