@@ -152,3 +152,16 @@ def test_a_folder_is_made_with_those_above_it(tmp_path: Path) -> None:
     atomic.make_folder(tmp_path / "a" / "b" / "c")
 
     assert (tmp_path / "a" / "b" / "c").is_dir()
+
+
+def test_a_folder_goes_with_all_below_it_and_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").touch()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").touch()
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "kept")
+
+    atomic.remove_folder(tmp_path / "a")
+
+    assert os.listdir(tmp_path) == ["kept"]  # noqa: PTH208
+    assert (tmp_path / "kept" / "file").exists()

@@ -50,6 +50,10 @@ class Disk:
         """Remove a name."""
         path.unlink()
 
+    def rmdir(self, path: Path) -> None:
+        """Remove an empty folder."""
+        path.rmdir()
+
     def mkdir(self, path: Path) -> None:
         """Make one folder; one that is there already is as good."""
         path.mkdir(exist_ok=True)
@@ -255,6 +259,17 @@ def remove(path: Path) -> None:
     with suppress(FileNotFoundError):
         _disk.unlink(path)
         sync_folder(path.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder and all below it, its files first; a kill leaves some of them. A link is removed, not followed."""
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            remove_folder(entry)
+        else:
+            _disk.unlink(entry)
+    _disk.rmdir(folder)
+    sync_folder(folder.parent)
 
 
 def make_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A disk that fails at the n-th call: every open, write, fsync, close, rename, link, unlink and mkdir of `atomic` is one."""
+"""A disk that fails at the n-th call: every open, write, fsync, close, rename, link, unlink, mkdir and rmdir of `atomic` is one."""
 
 from __future__ import annotations
 
@@ -156,6 +156,12 @@ class FaultyDisk(atomic.Disk):
             super().unlink(path)
             if kept is not None:
                 self._pending.append(_Pending(path.parent, lambda: path.hardlink_to(kept)))
+
+    def rmdir(self, path: Path) -> None:
+        with self._lock:
+            self._enter("rmdir")
+            super().rmdir(path)
+            self._pending.append(_Pending(path.parent, lambda: path.mkdir()))
 
     def mkdir(self, path: Path) -> None:
         with self._lock:

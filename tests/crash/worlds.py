@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import httpx
 from tests.builders import episode
@@ -24,6 +25,8 @@ from phasewatch.store.disk import DiskStore, render_receipt
 from phasewatch.store.shipper import Shipper
 from phasewatch.train.cell import Cell
 from phasewatch.train.cells import train_cells
+from phasewatch.validate import sweep as validate
+from phasewatch.workers import Result
 
 BUNDLES = {IDS[n]: bytes([n]) * size for n, size in enumerate((1000, 300_000, 5))}
 
@@ -140,8 +143,12 @@ def sweep(folder: Path) -> Work:
     put(store, episode(number=1))
     settings = stages.Settings(store=store, run=run, workers=1)
 
+    def in_turn(fn: Callable[[Any], Any], items: Iterable[Any], **_: object) -> Iterator[Result[Any]]:
+        """Read here: a worker process only reads, and the writer is this one."""
+        return (Result(index=i, value=fn(item), error=None) for i, item in enumerate(items))
+
     def do() -> None:
-        stages.validate(settings)
+        validate.sweep(store, run, workers=1, mapper=in_turn, part=1)
         stages.features(settings)
 
     do()

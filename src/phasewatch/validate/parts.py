@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -83,7 +82,7 @@ class Parts:
         """Remove them: the run's own files stand, or what they hold is not wanted."""
         self._held = []
         if self._folder.is_dir():
-            shutil.rmtree(self._folder)
+            atomic.remove_folder(self._folder)
 
     def _listed(self) -> list[Path]:
         return sorted(self._folder.iterdir()) if self._folder.is_dir() else []
