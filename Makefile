@@ -94,9 +94,10 @@ results: $(VENV)/.run
 EDGE_MODEL ?= gbt
 EDGE_MASKS := realistic,portable,proc+netflow,proc+tap,proc
 
-edge: demo
-	$(BIN)/phasewatch train runs/demo --models $(EDGE_MODEL) --threats $(EDGE_MASKS)
-	$(BIN)/phasewatch export runs/demo --model $(EDGE_MODEL) --threat $(EDGE_MASKS) --out corpus/lab-v1.edge.zip
+edge: $(VENV)/.run
+	$(BIN)/phasewatch run corpus/lab-v1 --out runs/edge --models $(EDGE_MODEL)
+	$(BIN)/phasewatch train runs/edge --models $(EDGE_MODEL) --threats $(EDGE_MASKS)
+	$(BIN)/phasewatch export runs/edge --model $(EDGE_MODEL) --threat $(EDGE_MASKS) --out corpus/lab-v1.edge.zip
 
 # docs/reference, from the tables and the command line.
 docs: setup

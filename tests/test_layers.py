@@ -33,6 +33,7 @@ NEIGHBOURS = {
     ("channels", "profiles"), ("channels", "extras"), ("cluster", "workers"), ("dataset", "models"), ("models", "dataset"),
     ("report", "audit"),  # a run that fails its audit has no headline on its page
     ("export", "train"),  # an export finds the cells where train put them
+    ("__init__", "dataset"),  # `phasewatch.load`, imported when it is asked for
 }  # fmt: skip
 
 # Everything else computes: gets time, randomness and bytes handed in, and opens nothing.
