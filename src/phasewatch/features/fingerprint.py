@@ -55,6 +55,13 @@ def golden_episodes() -> Iterator[tuple[str, Episode]]:
     yield "a step of the wall clock", _change(_build(14), _step)
     yield "readings on the edges of bins, and gaps of exactly 2.5 s", _change(_build(15, jitter_ns=0), _on_the_edge)
     yield "monotonic stamps that stand still and step back", _change(_build(16), _stumble)
+    yield "exactly one window", _build(17, bins=20)
+    yield "one bin short of a window", _build(18, bins=19)
+    yield "just enough bins for stats", _build(19, bins=10)
+    yield "one bin too few for stats", _build(20, bins=9)
+    yield "ten bins, and one of them unknown", _change(_build(21, bins=10), _drop(lambda i: i < 5))
+    yield "sources that end after ten bins", _change(_build(22), _drop(lambda i: i > 9))
+    yield "a step of the wall clock at the last reading", _change(_build(23), _step_last)
 
 
 def _build(
@@ -65,13 +72,14 @@ def _build(
     jitter_ns: int = _S // 20,
     start: int = 0,
     wrap: int = 2**62,
+    bins: int = 2 * _SECONDS,
 ) -> Episode:
     """Make an episode whose ticks and increments come from a small integer generator."""
     draw = _Draw(seed)
     rows = {}
     for source in sources:
         step_ns = 2 * period_ns if source is Source.GUEST else period_ns
-        n = (_SECONDS + 3) * _S // step_ns
+        n = (bins * _S // 2 + 3 * _S) // step_ns
         at = [-2 * _S + i * step_ns + draw.below(2 * jitter_ns + 1) - jitter_ns for i in range(n)]
         columns = []
         for spec in raw_fields(source):
@@ -91,8 +99,8 @@ def _build(
             seq=np.arange(n, dtype=np.int64), columns=tuple(columns), present=np.ones((n, len(columns)), np.bool_),
         )  # fmt: skip
     marks = tuple(
-        LabelMark(t_wall_ns=_T0 + s * _S, t_mono_ns=_MONO + s * _S, phase=phase)
-        for s, phase in ((0, Phase.CLEAN), (12, Phase.INFECTING), (19, Phase.ACTIVE), (_SECONDS, None))
+        LabelMark(t_wall_ns=_T0 + int(s * _S), t_mono_ns=_MONO + int(s * _S), phase=phase)
+        for s, phase in ((0, Phase.CLEAN), (2, Phase.INFECTING), (4, Phase.ACTIVE), (bins / 2, None))
     )
     return Episode(manifest=_manifest(sources), marks=marks, rows=rows)
 
@@ -141,6 +149,12 @@ def _step(rows: SourceRows) -> SourceRows:
     """Put the wall clock 0.75 s forward in the middle."""
     middle = rows.t_mono_ns > _MONO + 15 * _S
     return replace(rows, t_wall_ns=rows.t_wall_ns + middle * (3 * _S // 4))
+
+
+def _step_last(rows: SourceRows) -> SourceRows:
+    """Put the wall clock 0.75 s forward before the last reading of a source."""
+    last = np.arange(len(rows)) == len(rows) - 1
+    return replace(rows, t_wall_ns=rows.t_wall_ns + last * (3 * _S // 4))
 
 
 def _on_the_edge(rows: SourceRows) -> SourceRows:
