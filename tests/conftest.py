@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 
 # How long an example takes says how busy the machine is, not whether it is right.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("few", settings.get_profile("patient"), max_examples=10)
 settings.load_profile("patient")
 
 

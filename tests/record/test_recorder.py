@@ -206,6 +206,19 @@ def test_what_the_store_holds_is_not_recorded_again(tmp_path: Path) -> None:
     assert sorted(episode.manifest.plan_seed for episode in world.episodes()) == [1, 2]
 
 
+def test_what_a_shipper_has_taken_out_of_the_outbox_is_not_recorded_again(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.record(session_of(slot_of(1)))
+    (bundle,) = world.store.path.glob("*/*.tar.zst")
+    (world.store.path / "sent" / bundle.parent.name).mkdir(parents=True)
+    for name in (bundle.name, bundle.name + ".sha256"):
+        (bundle.parent / name).rename(world.store.path / "sent" / bundle.parent.name / name)
+
+    summary = world.record(session_of(slot_of(1)))
+
+    assert (summary.recorded, summary.present) == (0, 1)
+
+
 def test_a_slot_whose_vm_fails_is_tried_again_alone_and_its_neighbour_is_kept(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.make = lambda number, place: FakeMachine(world.clock, dies_at_s=50.0 if number == 2 else None)

@@ -31,7 +31,7 @@ def test_every_branch_of_what_reads_a_strangers_bytes_is_taken(tests: tuple[str,
     coverage = [sys.executable, "-m", "coverage"]
 
     run = subprocess.run(
-        [*coverage, "run", "--branch", f"--include={','.join(files)}", "-m", "pytest", "-q", "-p", "no:cacheprovider",
+        [*coverage, "run", "--branch", f"--include={','.join(files)}", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=few",
          "-m", "not soak and not slow", *tests],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip

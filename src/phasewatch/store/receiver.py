@@ -284,4 +284,7 @@ def _problem(request: Request, refused: _Refused) -> Response:
 async def _not_here(request: Request, exc: Exception) -> Response:
     """Answer what no route takes: an unknown path, or a method that it does not have."""
     assert isinstance(exc, HTTPException)
-    return _problem(request, _Refused(exc.status_code, exc.detail, **dict(exc.headers or {})))
+    headers = dict(exc.headers or {})
+    if "Allow" in headers:
+        headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))  # from a set
+    return _problem(request, _Refused(exc.status_code, exc.detail, **headers))
