@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,9 @@ def test_broken_code_is_raised_and_not_counted_as_broken_data() -> None:
         list(map_on_ray(refuse, range(5), workers=2))
 
 
-def test_a_sweep_on_ray_gives_the_bytes_of_one_on_this_machines_processes(tmp_path: Path) -> None:
+def test_a_sweep_on_ray_gives_the_bytes_of_one_on_this_machines_processes(
+    tmp_path: Path, soak_row: Callable[..., None]
+) -> None:
     store = simulate(tmp_path / "store", hosts=2, episodes=60, seed=4, faults=0.3, between_s=SHORT).store
     sweep(store, tmp_path / "one", workers=1)
     sweep(store, tmp_path / "two", workers=2)
@@ -59,3 +62,4 @@ def test_a_sweep_on_ray_gives_the_bytes_of_one_on_this_machines_processes(tmp_pa
     sweep(store, tmp_path / "ray", workers=2, mapper=map_on_ray)
 
     assert products(tmp_path / "ray") == products(tmp_path / "one") == products(tmp_path / "two")
+    soak_row("Engines", engine="Ray on a local cluster", bundles=60, other_bytes=0)

@@ -32,6 +32,7 @@ RANKS: dict[str, int] = {
 NEIGHBOURS = {
     ("channels", "profiles"), ("channels", "extras"), ("cluster", "workers"), ("dataset", "models"), ("models", "dataset"),
     ("report", "audit"),  # a run that fails its audit has no headline on its page
+    ("__init__", "dataset"),  # the package's door: `phasewatch.load`, imported when it is asked for
     ("export", "train"),  # an export finds the cells where train put them
     ("__init__", "dataset"),  # `phasewatch.load`, imported when it is asked for
 }  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from phasewatch.errors import MachineError
-from phasewatch.workers import ONE_THREAD, START_S, Result
+from phasewatch.workers import ONE_THREAD, START_S, Result, environment
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -110,15 +110,16 @@ def _cluster(workers: int, address: str) -> Iterator[Any]:
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
-    environment = {"env_vars": dict(ONE_THREAD)}
     try:
         if address:
-            ray.init(address=address, runtime_env=environment, **quiet)
+            ray.init(address=address, runtime_env={"env_vars": dict(ONE_THREAD)}, **quiet)
         else:
-            ray.init(address="local", num_cpus=workers, include_dashboard=False, runtime_env=environment, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as exc:
+            with environment(ONE_THREAD):  # its processes inherit it
+                ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
+    except Exception as exc:  # Ray raises bare ones when a node does not come up
         where = address or "this machine"
-        raise MachineError(f"no Ray cluster on {where}: {exc}; check --address, or leave out --engine ray") from exc
+        words = str(exc).partition("\n")[0]
+        raise MachineError(f"no Ray cluster on {where}: {words}; check --address, or leave out --engine ray") from exc
     try:
         yield ray
     finally:

@@ -21,6 +21,8 @@ from phasewatch.stages import FEATURE_FILES, GRID_FILES, METRICS, PREDICTIONS, R
 from phasewatch.store.base import Place, parse_place
 from phasewatch.validate.index import INDEX
 from phasewatch.validate.sweep import LEDGER
+from phasewatch.validate.tally import Tally
+from phasewatch.validate.verdict import Verdict
 
 RUN_FILE = "run.json"
 Tell = Callable[[str, int, int, str], None]  # stage, done, in all, words
@@ -116,7 +118,13 @@ def build_stages(settings: Settings, say: Tell) -> tuple[Stage, ...]:
         return lambda: names
 
     def validate() -> str:
-        summary = stages.validate(settings, tell=lambda done, total, v: say("validate", done, total, v.path))
+        tally = Tally(time.monotonic())
+
+        def heard(done: int, total: int, verdict: Verdict) -> None:
+            tally.add(verdict)
+            say("validate", done, total, tally.words(total, time.monotonic()))
+
+        summary = stages.validate(settings, tell=heard)
         s = summary.stage
         return ", ".join(f"{s[name]} {name}" for name in ("accepted", "degraded", "rejected", "errored"))
 

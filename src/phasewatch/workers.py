@@ -181,7 +181,7 @@ class _Pool(Generic[T, R]):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, self._fn), daemon=True)
-        with _environment(ONE_THREAD):
+        with environment(ONE_THREAD):
             process.start()
         theirs.close()
         self._workers.append(_Worker(process=process, pipe=ours, since_s=time.monotonic()))
@@ -298,7 +298,7 @@ def _end(worker: _Worker, *, kill: bool) -> None:
 
 
 @contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def environment(values: dict[str, str]) -> Iterator[None]:
     """Set variables while a process is started; it must see them before it imports numpy."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,14 @@ def test_of_two_thousand_mutants_none_crashes_hangs_swells_or_lies() -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(2, 7))
-def test_of_fifty_thousand_mutants_none_crashes_hangs_swells_or_lies(seed: int) -> None:
-    hold(mutate(seed=seed, count=10_000))
+def test_of_fifty_thousand_mutants_none_crashes_hangs_swells_or_lies(seed: int, soak_row: Callable[..., None]) -> None:
+    said = mutate(seed=seed, count=10_000)
+    soak_row(
+        "Mutants of bundles", seed=seed, mutants=said["count"], kinds_of_fate=len(said["fates"]), wrong=len(said["wrong"]),
+        slowest_cpu_s=round(said["slowest_cpu_s"], 3), peak_MiB=round(said["peak_mib"]),
+    )  # fmt: skip
+
+    hold(said)
 
 
 def flips(data: bytes) -> Iterator[bytes]:

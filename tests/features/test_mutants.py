@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -68,10 +69,13 @@ def test_twenty_mutants_that_change_a_value_change_the_fingerprint(real: Behavio
 
 
 @pytest.mark.soak
-def test_every_mutant_that_changes_a_value_changes_the_fingerprint(real: Behaviour, drawn: list[Episode]) -> None:
+def test_every_mutant_that_changes_a_value_changes_the_fingerprint(
+    real: Behaviour, drawn: list[Episode], soak_row: Callable[..., None]
+) -> None:
     mutants = [*named_mutants(), *every_mutant()]
 
     effective, missed = missed_of(mutants, real, drawn, enough=len(mutants) + 1)
+    soak_row("Mutants of the arithmetic", mutants=len(mutants), change_a_value=effective, missed=len(missed))
 
     assert effective >= 60
     assert missed == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ def test_a_recorded_episode_has_the_same_bits(path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_every_recorded_episode_has_the_same_bits() -> None:
+def test_every_recorded_episode_has_the_same_bits(soak_row: Callable[..., None]) -> None:
     for path in BUNDLES:
         assert_same(unpack(path.read_bytes(), file=path.name))
+    soak_row("Slow oracle over the recordings", episodes=len(BUNDLES), other_bits=0)

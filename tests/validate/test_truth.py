@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,12 @@ def test_the_ledger_of_a_store_with_a_tenth_of_faults_is_the_truths(tmp_path: Pa
 
 
 @pytest.mark.soak
-def test_the_ledger_of_ten_thousand_bundles_with_a_tenth_of_faults_is_the_truths(tmp_path: Path) -> None:
+def test_the_ledger_of_ten_thousand_bundles_with_a_tenth_of_faults_is_the_truths(
+    tmp_path: Path, soak_row: Callable[..., None]
+) -> None:
     made = simulate(tmp_path / "store", hosts=6, episodes=10_000, seed=12, faults=0.1, workers=2)
 
     hold_ledger_to_truth(made, tmp_path / "run", workers=2)
+    soak_row("Ledger against truth", bundles=made.episodes, faulty=made.faulty, judged_otherwise=0)
 
     assert 900 <= made.faulty <= 1_100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,10 @@ from phasewatch.errors import RunError, StoreError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from phasewatch.validate.verdict import Verdict
+
 CODES = "Exit codes: 0 done, 1 findings, 2 usage, 3 bad or absent data, 4 does not fit, 5 the machine."
+QUIET_S = 20.0  # without a terminal, a long stage says where it stands so often
 CHANNELS_HELP = "A TOML file with channels of your own; the run remembers it."
 CORPUS_VARIABLE = "PHASEWATCH_CORPUS"
 CORPUS = Path("corpus") / "lab-v1"
@@ -91,7 +95,7 @@ def need_run(run: Path) -> Path:
 
 @contextmanager
 def progress(*, quiet: bool = False) -> Iterator[Callable[[str, int, int, str], None]]:
-    """Show stages on stderr: a bar where that is a terminal, else a line as each stage ends."""
+    """Show stages on stderr: a bar where that is a terminal, else a line now and then and as each stage ends."""
     if quiet:
         yield lambda stage, done, total, words: None
         return
@@ -105,12 +109,30 @@ def progress(*, quiet: bool = False) -> Iterator[Callable[[str, int, int, str], 
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
+        said_s: dict[str, float] = {}
 
         def tell(stage: str, done: int, total: int, words: str) -> None:
             if stage not in tasks:
                 tasks[stage] = bar.add_task("", total=total, stage=stage)
-            bar.update(tasks[stage], completed=done, total=total, description=plain(words)[:60])
+                said_s[stage] = time.monotonic()
+            bar.update(tasks[stage], completed=done, total=total, description=plain(words)[:100])
+            if not console.is_terminal and total > 1 and time.monotonic() - said_s[stage] > QUIET_S:
+                said_s[stage] = time.monotonic()
+                console.print(f"{stage:<9} {done:,}/{total:,}  {plain(words)}", soft_wrap=True)
             if done >= total and total == 1 and words:
                 bar.console.print(f"{stage:<9} {plain(words)}", soft_wrap=True)
 
         yield tell
+
+
+def tallied(stage: str, tell: Callable[[str, int, int, str], None]) -> Callable[[int, int, Verdict], None]:
+    """Tell of a sweep: rate, time left, errors by reason, and the bundle."""
+    from phasewatch.validate.tally import Tally
+
+    tally = Tally(time.monotonic())
+
+    def heard(done: int, total: int, verdict: Verdict) -> None:
+        tally.add(verdict)
+        tell(stage, done, total, tally.words(total, time.monotonic()))
+
+    return heard

@@ -12,6 +12,8 @@ from phasewatch.cli import base
 if TYPE_CHECKING:
     from phasewatch.validate.verdict import Examined
 
+SHOWN = 20  # refused bundles that are listed one by one
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
@@ -119,15 +121,18 @@ def validate(
     )
     atomic.make_folder(out)
     with atomic.lock(out), base.progress(quiet=as_json) as tell:
-        summary = stages.validate(settings, full=full, tell=lambda n, total, v: tell("validate", n, total, v.path))
+        summary = stages.validate(settings, full=full, tell=base.tallied("validate", tell))
     stage: dict[str, Any] = dict(summary.stage)
     counts = [(str(status), str(stage[str(status)])) for status in Status]
     reasons = sorted(stage["reasons"].items(), key=lambda pair: -pair[1])[:12]
+    refused = [v for v in summary.verdicts if v.status in (Status.REJECTED, Status.ERRORED)]
+    more = len(refused) - SHOWN
     lines = [
         *base.table([("bundles", str(stage["in"])), *counts]),
         *base.table([(f"  {code}", str(n)) for code, n in reasons]),
         *base.table([(f"rows of {s}", f"in {e['in']:,}", f"used {e['used']:,}", f"lost {e['lost']:,}") for s, e in stage["rows_by_source"].items()]),
-        *(f"{v.status}: {v.detail} [{v.reasons[0]}]" for v in summary.verdicts if v.status in (Status.REJECTED, Status.ERRORED)),
+        *(f"{v.status}: {v.detail} [{v.reasons[0]}]" for v in refused[:SHOWN]),
+        *([f"… and {more:,} more; the index has a row for each"] if more > 0 else []),
         *(["what a code means: phasewatch validate --explain CODE"] if reasons else []),
         f"{summary.kept} unchanged bundles were not read again",
         *([f"slowest: {summary.slowest[0]}, {summary.slowest[1]:.2f} s"] if summary.slowest else []),
@@ -178,7 +183,7 @@ def features(
     with atomic.lock(folder):
         if run is None and not (folder / "grids" / "index.parquet").is_file():
             with base.progress(quiet=as_json) as tell:
-                stages.sweep_listed(settings, validation, tell=lambda n, total, v: tell("grid", n, total, v.path))
+                stages.sweep_listed(settings, validation, tell=base.tallied("grid", tell))
         count = stages.features(settings)
     words = f"{count.windows:,} windows of {count.episodes:,} episodes"
     path = folder / "features_window_v1.parquet"
