@@ -227,7 +227,7 @@ byId("pause").onclick = pause;
 byId("keys").onclick = () => byId("help").showModal();
 byId("channel").onchange = (e) => { channel = e.target.value; dirty.add("telemetry"); };
 document.addEventListener("keydown", (e) => {
-  if (e.ctrlKey || e.metaKey || e.altKey || e.target.closest("select, dialog")) return;
+  if (e.ctrlKey || e.metaKey || e.altKey || e.target.closest("select, dialog[open]")) return;
   const ringing = [...machines.all.values()].filter((m) => m.phase?.alarm).sort((a, b) => a.phase.alarm_since_ns - b.phase.alarm_since_ns)[0];
   const act = { j: () => step(1), k: () => step(-1), "[": () => turn(-1), "]": () => turn(1), p: pause, t: flip, "?": () => byId("help").showModal(), a: () => ringing && choose(ringing.vm) }[e.key];
   if (act) { act(); e.preventDefault(); return; }
