@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
@@ -29,6 +29,7 @@ TOKENS_TEXT = "".join(f"{host_id}: {token}\n" for host_id, token in TOKENS.items
 class Hasty(PatientProtocol):
     head_s = 0.3
     drain_s = 0.3
+    most = 8
 
 
 @pytest.fixture
@@ -75,6 +76,19 @@ def test_a_head_that_never_ends_is_cut(port: int) -> None:
 
         assert silent.recv(1) == b""
         assert slow.recv(1) == b""
+
+
+def test_more_connections_than_there_are_places_for_are_cut_at_once(port: int) -> None:
+    with ExitStack() as stack:
+        crowd = [stack.enter_context(connect(port)) for _ in range(12)]
+        answered = 0
+        for connection in crowd:
+            with suppress(OSError):
+                connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                answered += hear_out(connection).startswith(b"HTTP/1.1 200")
+
+    assert 0 < answered <= 8
+    assert httpx.get(f"http://127.0.0.1:{port}/healthz", trust_env=False).status_code == 200
 
 
 def test_the_head_of_a_later_request_has_no_more_time_than_the_first(port: int) -> None:

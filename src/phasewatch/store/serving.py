@@ -76,6 +76,7 @@ class PatientProtocol(H11Protocol):
 
     head_s = HEAD_S
     drain_s = DRAIN_S
+    most = CONNECTIONS
     _head_timer: asyncio.TimerHandle | None = None
     _drain_timer: asyncio.TimerHandle | None = None
     _drained = 0
@@ -83,7 +84,7 @@ class PatientProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a head."""
         super().connection_made(transport)
-        if len(self.connections) > CONNECTIONS:
+        if len(self.connections) > self.most:
             transport.abort()
             return
         self._head_timer = self.loop.call_later(self.head_s, self._give_up)
