@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,21 @@ pytestmark = [
     pytest.mark.soak,
     pytest.mark.filterwarnings("ignore"),  # Ray's own
 ]
-pytest.importorskip("ray", reason="needs the extra: pip install 'phasewatch[ray]'")
+ray = pytest.importorskip("ray", reason="needs the extra: pip install 'phasewatch[ray]'")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """Start one for all tests: it takes seconds, and on a busy machine more than one attempt."""
+    for attempt in range(5):
+        try:
+            ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+            break
+        except Exception:
+            if attempt == 4:
+                raise
+    yield
+    ray.shutdown()
 
 
 def die_or_hang(x: int) -> int:
@@ -39,7 +53,7 @@ def test_results_come_in_the_items_order() -> None:
 
 
 def test_a_death_and_a_hang_cost_their_one_item_after_one_retry() -> None:
-    results = list(map_on_ray(die_or_hang, range(10), workers=2, timeout_s=3, start_s=40))
+    results = list(map_on_ray(die_or_hang, range(10), workers=2, timeout_s=3))
 
     assert [r.index for r in results if r.error] == [3, 6]
     assert [r.value for r in results if not r.error] == [0, 1, 2, 4, 5, 7, 8, 9]

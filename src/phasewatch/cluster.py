@@ -42,16 +42,16 @@ def map_on_ray(
         fn: As `workers.map_ordered` wants it; every node needs the same phasewatch, and sees the same store.
         items: Read only as far ahead as the look-ahead needs.
         workers: CPUs that are used at a time; a local cluster is started with so many.
-        timeout_s: How long an item may hold up all others before its worker is killed; None waits for ever.
+        timeout_s: How long an item that all others wait for may take before its worker is killed; None waits for ever.
         retries: How often an item is tried again, in a fresh process, after its worker died or hung.
         address: Of a running cluster (``auto``, ``ray://head:10001``); empty starts one here and ends it.
-        start_s: How much longer it may take where a process has to be started first.
+        start_s: How long a worker may take to begin with it.
 
     Raises:
         MachineError: If Ray is not there, or no cluster answers.
     """
     with _cluster(workers, address) as ray:
-        remote = ray.remote(num_cpus=1, max_retries=0)(_apply)
+        remote = ray.remote(num_cpus=1, max_retries=0, num_returns="streaming")(_apply)
         shared = ray.put(fn)
 
         def start(task: _Task) -> None:
@@ -60,7 +60,6 @@ def map_on_ray(
 
         source = enumerate(items)
         waiting: deque[_Task] = deque()
-        patience_s = start_s  # until the first result the cluster may still be starting its processes
         while True:
             while len(waiting) < workers * _LOOK_AHEAD and (pair := next(source, None)) is not None:
                 waiting.append(_Task(index=pair[0], item=pair[1], ref=None))
@@ -68,46 +67,55 @@ def map_on_ray(
             if not waiting:
                 return
             head = waiting[0]
-            words = _wait(ray, head, None if timeout_s is None else timeout_s + patience_s)
+            value, words = _outcome(ray, head, timeout_s, start_s)
             if words:
                 head.failures += 1
                 if head.failures <= retries:
                     start(head)
-                    patience_s = start_s
                     continue
             waiting.popleft()
-            patience_s = 0.0
-            value = None if words else ray.get(head.ref)
             yield Result(index=head.index, value=value, error=f"{words}, {head.failures} times" if words else None)
 
 
-def _apply(fn: Callable[[T], R], item: T) -> R:
-    return fn(item)
+def _apply(fn: Callable[[T], R], item: T) -> Iterator[R | None]:
+    """Say that the work begins, then give its value: only then does its time run."""
+    yield None
+    yield fn(item)
 
 
 def _fresh(task: _Task) -> dict[str, str]:
     return {**ONE_THREAD, _FRESH: f"{task.index}.{task.failures}"}
 
 
-def _wait(ray: Any, task: _Task, limit_s: float | None) -> str:
-    """Wait for the oldest task; give the words for it if its worker hung or died."""
-    done, _ = ray.wait([task.ref], timeout=limit_s)
-    if not done:
-        ray.cancel(task.ref, force=True)
-        return f"held up the others for {limit_s:g} s"
-    try:
-        ray.get(task.ref)
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError) as exc:
-        return f"the worker died ({type(exc).__name__})"
-    except ray.exceptions.RayTaskError as exc:
-        raise exc.cause from exc  # broken code is not data
-    return ""
+def _outcome(ray: Any, task: _Task, timeout_s: float | None, start_s: float) -> tuple[Any, str]:
+    """Wait for the oldest task; give its value, or the words for it if its worker hung or died."""
+    value = None
+    for limit_s, what in ((start_s if timeout_s else None, "did not start in"), (timeout_s, "took longer than")):
+        done, _ = ray.wait([task.ref], timeout=limit_s)
+        if not done:
+            ray.cancel(task.ref, force=True)
+            return None, f"{what} {limit_s:g} s"
+        try:
+            value = ray.get(next(task.ref))
+        except (
+            ray.exceptions.WorkerCrashedError,
+            ray.exceptions.NodeDiedError,
+            ray.exceptions.OutOfMemoryError,
+        ) as exc:
+            return None, f"the worker died ({type(exc).__name__})"
+        except ray.exceptions.RayTaskError as exc:
+            raise exc.cause from exc  # broken code is not data
+    return value, ""
 
 
 @contextmanager
 def _cluster(workers: int, address: str) -> Iterator[Any]:
-    """Join a cluster, or start one on this machine for as long as the block lasts."""
+    """Join a cluster, or start one on this machine for as long as the block lasts; the process's own, if it has one."""
     import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
     try:

@@ -86,12 +86,23 @@ def test_a_wrong_base_that_no_clock_explains_loses_the_source() -> None:
 
 
 def test_a_wrong_base_that_two_clocks_explain_loses_the_source() -> None:
-    whole = with_clocks(in_monotonic(episode()), pairs={ClockBase.MONOTONIC: MONOTONIC, ClockBase.BOOTTIME: MONOTONIC})
+    (c0, u0), (c1, u1) = MONOTONIC
+    other = ((c0, u0 + 5 * S), (c1, u1 + 5 * S))
+    whole = with_clocks(in_monotonic(episode()), pairs={ClockBase.MONOTONIC: MONOTONIC, ClockBase.BOOTTIME: other})
 
     rebased, findings = rebase(whole)
 
     assert Source.QMP not in rebased.rows
     assert "boottime and monotonic would both fit" in findings[0].words
+
+
+def test_on_a_machine_that_never_slept_two_clocks_are_one() -> None:
+    (c0, u0), (c1, u1) = MONOTONIC
+    as_good = ((c0, u0 + 900_000), (c1, u1 + 900_000))  # pairs are read one after the other
+    whole = with_clocks(in_monotonic(episode()), pairs={ClockBase.MONOTONIC: MONOTONIC, ClockBase.BOOTTIME: as_good})
+
+    assert codes(whole) == ["clock-base-repaired:qmp"]
+    assert np.array_equal(align(whole).bins, align(episode()).bins)
 
 
 @pytest.mark.parametrize(

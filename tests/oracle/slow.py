@@ -84,9 +84,15 @@ def readings_of(episode: Episode) -> tuple[dict[Source, list[Reading]], list[str
                 found.append(f"clock-base:{source}")
         elif sum(near(r, episode) for r in plain) < len(plain) / 2:
             fitting = []
-            for pair in clocks.pairs.values():
-                moved = [in_unix(r, pair) for r in plain]
-                if sum(near(r, episode) for r in moved) * 20 >= 19 * len(moved):
+            for clock in ("monotonic", "boottime", "guest", "unix"):
+                if clock not in clocks.pairs:
+                    continue
+                moved = [in_unix(r, clocks.pairs[ClockBase(clock)]) for r in plain]
+                if sum(near(r, episode) for r in moved) * 20 < 19 * len(moved):
+                    continue
+                if not any(
+                    all(abs(a.t_wall - b.t_wall) <= 10**6 for a, b in zip(moved, f, strict=True)) for f in fitting
+                ):
                     fitting.append(moved)
             if len(fitting) == 1:
                 result[source] = fitting[0]

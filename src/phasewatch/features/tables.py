@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 WINDOW_FILE, EPISODE_FILE = "features_window_v1.parquet", "features_episode_v1.parquet"
 SCHEMA_FILE = "feature_schema_v1.json"
 ROW_GROUP = 100_000
+RELEASED = 500  # episodes after which their pages of the grids are given back
 
 ID_COLUMNS = ("episode_id", "host_id", "profile", "sample_name", "sample_kind", "origin", "role")
 _WINDOW_NUMBERS = {"t_center_s": "<f4", "t_center_ns": "<i8", "phase": "<i1", "purity": "<f4", "flags": "<u1"}
@@ -127,7 +128,9 @@ def write_tables(
         _sink(folder / WINDOW_FILE, _WINDOW_NUMBERS, row_group, inputs) as windows,
         _sink(folder / EPISODE_FILE, _EPISODE_NUMBERS, row_group, inputs) as episodes,
     ):
-        for row in used:
+        for number, row in enumerate(used):
+            if number % RELEASED == 0:
+                grids.release()
             bins = np.asarray(grids.bins_of(row))
             table = windows_of(row, bins)
             w = len(table.phase)

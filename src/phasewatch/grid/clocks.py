@@ -15,6 +15,7 @@ from phasewatch.vocab import ClockBase, Source, Status
 
 SLACK_NS = 60_000_000_000  # a stamp this far outside the labels is taken in another clock
 STEP_NS = 250_000_000  # wall against monotonic clock between two readings: more is a step
+SAME_CLOCK_NS = 1_000_000  # two clocks that agree this well are one; pairs are read microseconds apart
 _INT64_MAX = 2**63 - 1
 
 Pair = tuple[tuple[int, int], tuple[int, int]]
@@ -25,7 +26,7 @@ def rebase(episode: Episode) -> tuple[Episode, tuple[Finding, ...]]:
 
     A source whose declared base is another clock is re-based by that clock's pair, without a word. One that says
     ``unix`` and is not (fewer than half of its rows within a minute of the labels) is re-based by the only clock that
-    puts 95 % of them there. A source for which neither can be done is missing from the result. In the result every
+    puts 95 % of them there (clocks that agree to a millisecond are one). A source for which neither can be done is missing from the result. In the result every
     base is ``unix``.
 
     Returns:
@@ -124,9 +125,19 @@ def _inside(t_wall_ns: NDArray[np.int64], episode: Episode) -> int:
 
 
 def _repairs(readings: SourceRows, clocks: Clocks, episode: Episode) -> Sequence[tuple[ClockBase, SourceRows]]:
-    """Give each clock that puts at least 95 % of the rows where the labels are, with the rows so stamped."""
-    tried = [(clock, restamp(readings, clocks.pairs[clock])) for clock in sorted(clocks.pairs)]
-    return [(clock, r) for clock, r in tried if 100 * _inside(r.t_wall_ns, episode) >= 95 * len(readings)]
+    """Give each clock that puts at least 95 % of the rows where the labels are, with the rows so stamped.
+
+    Clocks that put every row within a millisecond of each other are one: on a machine that never slept, boot time and
+    monotonic time are. The monotonic one then stands for both.
+    """
+    fitting: list[tuple[ClockBase, SourceRows]] = []
+    for clock in sorted(clocks.pairs, reverse=True):
+        tried = restamp(readings, clocks.pairs[clock])
+        if 100 * _inside(tried.t_wall_ns, episode) < 95 * len(readings):
+            continue
+        if not any(int(np.abs(tried.t_wall_ns - r.t_wall_ns).max()) <= SAME_CLOCK_NS for _, r in fitting):
+            fitting.append((clock, tried))
+    return fitting[::-1]
 
 
 def _missing(source: Source, words: str) -> Finding:

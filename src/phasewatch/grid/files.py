@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -180,6 +181,13 @@ class Grids:
     def bins_of(self, row: GridRow) -> NDArray[np.float32]:
         """Give one episode's ``(n_bins, 46)`` view."""
         return self.bins[row.offset : row.offset + row.n_bins]
+
+    def release(self) -> None:
+        """Give back the pages of the maps that were read so far: who streams a large run calls it now and then."""
+        for mapped in (self.bins, self.levels):
+            pages = getattr(mapped, "_mmap", None)  # None where a file without rows was read instead
+            if pages is not None:
+                pages.madvise(mmap.MADV_DONTNEED)
 
     def levels_of(self, row: GridRow) -> NDArray[np.float32]:
         """Give one episode's ``(n_bins, 13)`` view."""

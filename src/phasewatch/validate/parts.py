@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +29,7 @@ class Taken:
         self.looks: dict[str, Looks] = {}
         self._verdicts: dict[str, Verdict] = {}
         self._rows: dict[str, tuple[Grids, GridRow]] = {}
+        self._read = 0
 
     def add(self, folder: Path, version: str) -> None:
         """Take over what a folder holds; nothing, if anything is odd about it."""
@@ -44,6 +46,13 @@ class Taken:
             self._verdicts |= verdicts
             self.looks |= {path: looks for path, looks in dict(state["items"]).items() if path in verdicts}
 
+    def verdicts_of(self, paths: Sequence[str]) -> tuple[Verdict, ...] | None:
+        """Give the verdicts on exactly these, in this order; None if others were found, or one that may pass."""
+        if list(self._verdicts) != list(paths):
+            return None
+        found = tuple(self._verdicts.values())
+        return None if any(PASSING & set(v.reasons) for v in found if v.reasons) else found
+
     def is_final(self, path: str) -> bool:
         """Whether the same bundle would be judged the same: a copy hangs on its original, a lost worker on the day."""
         verdict = self._verdicts[path]
@@ -55,6 +64,9 @@ class Taken:
         if path not in self._rows:
             return Swept(verdict=verdict, row=None, bins=None, levels=None)
         grids, row = self._rows[path]
+        self._read += 1
+        if self._read % PART == 0:
+            grids.release()
         return Swept(verdict=verdict, row=row, bins=grids.bins_of(row), levels=grids.levels_of(row))
 
 
