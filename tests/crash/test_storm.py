@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import socket
+import statistics
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -22,7 +23,7 @@ import pytest
 from phasewatch.atomic import is_temporary, write_whole
 from phasewatch.simulate import simulate
 from phasewatch.store.digests import render_digest
-from phasewatch.store.disk import DiskStore
+from phasewatch.store.disk import RECEIPT, DiskStore
 from phasewatch.store.shipper import Shipped, Shipper
 from phasewatch.validate.index import INDEX
 from phasewatch.validate.sweep import sweep
@@ -240,11 +241,13 @@ def test_a_store_filled_through_kills_validates_to_the_same_bytes_as_what_was_re
             sent = 0
             outbox = outboxes[host_id] / host_id
             outbox.mkdir(parents=True)
-            for path in sorted((made / host_id).iterdir(), key=lambda p: p.name):
-                os.link(path, outbox / path.name)
-                if rng.random() < 0.2:
+            for path in sorted((made / host_id).glob("*.tar.zst"), key=lambda p: p.name):
+                for name in (path.name + RECEIPT, path.name):  # with its receipt first, so that none is shipped without
+                    if (path.parent / name).exists():
+                        os.link(path.parent / name, outbox / name)
+                if rng.random() < 0.4:
                     sent += (await ship(outboxes[host_id], host_id, life.port)).sent
-                    await asyncio.sleep(0.3)
+                    await asyncio.sleep(0.6)
             return sent + (await ship(outboxes[host_id], host_id, life.port)).sent
 
         async def killer() -> None:
@@ -258,12 +261,11 @@ def test_a_store_filled_through_kills_validates_to_the_same_bytes_as_what_was_re
         await asyncio.wait(feeding)
         killing.cancel()
         await asyncio.gather(killing, return_exceptions=True)
-        sent = sum(task.result() for task in feeding)
-        soak_row("Killed every two seconds", shippers=3, recorded=len(recorded.verdicts), sent=sent, kills=life.kills)
+        assert sum(task.result() for task in feeding) > 100
         return life
 
     life = asyncio.run(asyncio.wait_for(run(), 600))
-    # What the outbox itself refuses (a receipt that disowns its bundle) is not sent; the rest is the same to the byte.
+    # repr, because a NaN is not equal to itself. What the outbox itself refuses (a receipt that disowns its bundle) is not sent; the rest is the same to the byte.
     refused = {p.relative_to(tmp_path / "outboxes").parts[0] + "/" + p.name for p in (tmp_path / "outboxes").rglob("refused/*/*.tar.zst")}  # fmt: skip
     for path in refused:
         write_whole(life.store / path, (made / path).read_bytes())
@@ -271,65 +273,72 @@ def test_a_store_filled_through_kills_validates_to_the_same_bytes_as_what_was_re
     received = sweep(life.store, tmp_path / "after", workers=2)
     unlike = [
         (a, b) for a, b in zip(recorded.verdicts, received.verdicts, strict=True)
-        if a != b and set(a.reasons) - set(b.reasons) != {"no-receipt"}
+        if repr(a) != repr(b) and set(a.reasons) - set(b.reasons) != {"no-receipt"}
     ]  # fmt: skip
     assert life.kills >= 5
     assert unlike == []
     assert (tmp_path / "before" / "grids" / "grids.npy").read_bytes() == (tmp_path / "after" / "grids" / "grids.npy").read_bytes()  # fmt: skip
     assert (tmp_path / "after" / INDEX).is_file()
+    soak_row(
+        "Killed every two seconds, then validated", shippers=3, recorded=len(recorded.verdicts),
+        **{"refused by the outbox": len(refused), "received": len(received.verdicts) - len(refused), "kills": life.kills,
+           "verdicts unlike the recorded store's": len(unlike)},
+    )  # fmt: skip
 
 
 @pytest.mark.soak
 def test_durable_bundles_per_second_against_a_bare_loop_and_memory_that_stays_flat(
     tmp_path: Path, soak_row: Callable[..., None]
 ) -> None:
-    data, count = os.urandom(40_000), 2000
+    """Turn by turn, since a disk's fsync costs now this, now that: the bare loop writes what the receiver writes."""
+    data, rounds, each = os.urandom(40_000), 5, 400
     line = ("x" * 64 + "  name\n").encode()
+    hosts = [f"host-{n:02d}" for n in range(16)]
 
-    def bare(folder: Path, n: int) -> float:
+    def bare(folder: Path) -> float:
         folder.mkdir()
         began_s = time.perf_counter()
-        for number in range(n):
+        for number in range(each):
             write_whole(folder / f"{number}", data)
             write_whole(folder / f"{number}.sha256", line)
-        return n / (time.perf_counter() - began_s)
+        return each / (time.perf_counter() - began_s)
 
-    async def received() -> tuple[float, int, int]:
-        hosts = [f"host-{n:02d}" for n in range(16)]
+    async def send(port: int, host_id: str, numbers: range) -> None:
+        digest = render_digest(sha256(data).hexdigest())
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for number in numbers:
+            episode_id = uuid7(number, host_id.encode().ljust(10))
+            head = (
+                f"PUT /v1/episodes/{host_id}/{episode_id} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
+                f"Authorization: Bearer token-of-{host_id}-0123456789\r\nContent-Digest: {digest}\r\n\r\n"
+            )
+            writer.write(head.encode() + data)
+            answer = await reader.readuntil(b"\r\n\r\n")
+            assert answer.startswith(b"HTTP/1.1 201"), answer
+            await reader.readexactly(int(re.search(rb"content-length: (\d+)", answer)[1]))  # type: ignore[index]
+        writer.close()
+
+    async def measure() -> tuple[list[float], list[float], list[int]]:
         life = Life(tmp_path, hosts)
         await life.begin()
-        digest = render_digest(sha256(data).hexdigest())
-
-        async def send(host_id: str, n: int) -> None:
-            reader, writer = await asyncio.open_connection("127.0.0.1", life.port)
-            for number in range(n):
-                episode_id = uuid7(number, host_id.encode().ljust(10))
-                head = (
-                    f"PUT /v1/episodes/{host_id}/{episode_id} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
-                    f"Authorization: Bearer token-of-{host_id}-0123456789\r\nContent-Digest: {digest}\r\n\r\n"
-                )
-                writer.write(head.encode() + data)
-                answer = await reader.readuntil(b"\r\n\r\n")
-                assert answer.startswith(b"HTTP/1.1 201"), answer
-                await reader.readexactly(int(re.search(rb"content-length: (\d+)", answer)[1]))  # type: ignore[index]
-            writer.close()
-
-        await asyncio.gather(*(send(host_id, 10) for host_id in hosts))
-        before, began_s = life.rss_bytes(), time.perf_counter()
-        for host_id in hosts:
-            for path in (life.store / host_id).iterdir():
-                path.unlink()
-        await asyncio.gather(*(send(host_id, count // 16) for host_id in hosts))
-        rate, after = count / (time.perf_counter() - began_s), life.rss_bytes()
+        received, loops, sizes = [], [], []
+        for turn in range(rounds):
+            loops.append(bare(tmp_path / f"bare-{turn}"))
+            began_s = time.perf_counter()
+            numbers = range(turn * 1000, turn * 1000 + each // len(hosts))
+            await asyncio.gather(*(send(life.port, host_id, numbers) for host_id in hosts))
+            received.append(each / (time.perf_counter() - began_s))
+            sizes.append(life.rss_bytes())
         await life.end()
-        return rate, before, after
+        return received, loops, sizes
 
-    first = bare(tmp_path / "bare-1", 500)
-    rate, before, after = asyncio.run(received())
-    second = bare(tmp_path / "bare-2", 500)
-    loop = (first + second) / 2
+    received, loops, sizes = asyncio.run(measure())
+    ratio = statistics.median(r / b for r, b in zip(received, loops, strict=True))
     soak_row(
-        "Durable bundles", bundles=count, **{"received, 1/s": round(rate), "bare loop, 1/s": round(loop),
-        "ratio": round(rate / loop, 2), "RSS at 160, MiB": before >> 20, "RSS at the end, MiB": after >> 20},
+        "Durable bundles", bundles=rounds * each,
+        **{"received, 1/s": round(statistics.median(received)), "bare loop, 1/s": round(statistics.median(loops)),
+           "ratio, median of 5 turns": round(ratio, 2), "RSS after 400, MiB": sizes[0] >> 20,
+           "RSS at the end, MiB": sizes[-1] >> 20},
     )  # fmt: skip
-    assert after <= before * 1.1 + (4 << 20)
+    assert ratio >= 0.5
+    assert sizes[-1] <= sizes[0] * 1.1 + (4 << 20)

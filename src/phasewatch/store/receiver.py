@@ -22,11 +22,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from phasewatch.errors import PhasewatchError, TakenError
 from phasewatch.store.admission import Arrival, Gate, Judge, Judgement
-from phasewatch.store.base import Incoming, Store
+from phasewatch.store.base import Store, StoreItem
 from phasewatch.store.digests import parse_digest, render_digest
 from phasewatch.store.disk import MALFORMED, SUFFIX, render_receipt
 from phasewatch.store.room import Bounds, Room
 from phasewatch.store.tokens import Token, host_of
+from phasewatch.store.upload import Upload
 from phasewatch.vocab import EPISODE_ID, HOST_ID
 
 PATH = "/v1/episodes/{host_id}/{episode_id}"
@@ -179,12 +180,17 @@ class Receiver:
 
     async def _put(self, request: Request, host_id: str, episode_id: str) -> Response:
         size, digest = _read_length(request, self._bounds.bundle_bytes), _read_digest(request)
-        item = await self._in_thread(partial(self._store.find, host_id, episode_id))
+        must_learn = self._room.must_learn(host_id)
+
+        def look() -> tuple[StoreItem | None, int | None, list[tuple[float, int]]]:
+            held = self._store.held(host_id) if must_learn else []
+            return self._store.find(host_id, episode_id), self._store.free_bytes(), held
+
+        item, free, held = await self._in_thread(look)
         if item and item.receipt not in (None, MALFORMED, digest):
             raise _Refused(409, "other bytes already stand under this id")
-        free = await self._in_thread(self._store.free_bytes)
-        if self._room.must_learn(host_id):
-            self._room.learn(host_id, await self._in_thread(partial(self._store.held, host_id)))
+        if must_learn:
+            self._room.learn(host_id, held)
         refusal = self._room.take(host_id, size, now_s=time.time(), free_bytes=free)
         if refusal:
             raise _Refused(refusal.status, refusal.words, **{"Retry-After": str(refusal.retry_after_s)})
@@ -198,27 +204,27 @@ class Receiver:
 
     async def _take(self, request: Request, host_id: str, episode_id: str, size: int, digest: str) -> bool:
         """Stream a body aside, verify it, and publish it; give whether the bundle is new."""
-        incoming = await self._in_thread(partial(self._store.receive, host_id, episode_id))
+        upload = Upload(partial(self._store.receive, host_id, episode_id))
         try:
-            found = await self._stream(request, incoming, size)
-            if found != digest:
+            if await self._stream(request, upload, size) != digest:
                 raise _Refused(400, "the body's sha256 is not the one that Content-Digest tells")
-            judgement = await self._judge(incoming, host_id, episode_id, digest)
+            judgement = await self._judge(upload, host_id, episode_id, digest)
             if judgement and judgement.status in self._refuse:
                 request.scope["phasewatch"]["judged"] = judgement.status
                 raise _Refused(422, f"{judgement.status}: {', '.join(judgement.reasons)}: {judgement.detail}")
-            is_new = await self._in_thread(partial(incoming.publish, digest))
+            is_new = await self._in_thread(partial(upload.publish, digest))
             if judgement:
                 request.scope["phasewatch"]["judged"] = judgement.status
                 text = judgement.render(digest=digest)
                 await self._in_thread(partial(self._store.write_status, host_id, episode_id, text))
             return is_new
         finally:
-            await self._in_thread(incoming.drop)
+            if upload.is_begun:
+                await self._in_thread(upload.drop)
 
-    async def _stream(self, request: Request, incoming: Incoming, size: int) -> str:
-        """Write the body as it comes and give its sha256; too much, too little and too slow are refused."""
-        hasher, held, taken = sha256(), bytearray(), 0
+    async def _stream(self, request: Request, upload: Upload, size: int) -> str:
+        """Take the body as it comes and give its sha256; too much, too little and too slow are refused."""
+        hasher, taken = sha256(), 0
         note = request.scope["phasewatch"]
         body = request.stream()
         try:
@@ -229,23 +235,21 @@ class Receiver:
                     if taken > size:
                         raise _Refused(413, f"the body is longer than the {size:,} bytes announced")
                     hasher.update(piece)
-                    held += piece
-                    if len(held) >= _PIECE_BYTES:
-                        await self._in_thread(partial(incoming.write, bytes(held)))
-                        held.clear()
+                    upload.held += piece
+                    if len(upload.held) >= _PIECE_BYTES:
+                        await self._in_thread(upload.flush)
         except TimeoutError:
             raise _Refused(408, "the body came too slowly", **{"Connection": "close"}) from None
         if taken < size:
             raise _Refused(400, f"the body ended after {taken:,} of {size:,} bytes")
-        await self._in_thread(partial(incoming.write, bytes(held)))
         return hasher.hexdigest()
 
-    async def _judge(self, incoming: Incoming, host_id: str, episode_id: str, digest: str) -> Judgement | None:
+    async def _judge(self, upload: Upload, host_id: str, episode_id: str, digest: str) -> Judgement | None:
         """Have a bundle judged that was not yet."""
         if self._gate is None or await self._in_thread(partial(self._store.has_status, host_id, episode_id)):
             return None
         return await self._gate.judge(
-            lambda: Arrival(host_id=host_id, episode_id=episode_id, sha256=digest, data=incoming.content())
+            lambda: Arrival(host_id=host_id, episode_id=episode_id, sha256=digest, data=upload.content())
         )
 
 
