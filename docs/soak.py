@@ -62,7 +62,7 @@ def main() -> None:
     rows = read(KEPT)
     if len(sys.argv) > 1:
         rows = merge(rows, stamped(read(Path(sys.argv[1]))))
-        KEPT.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows), encoding="utf-8")
+        KEPT.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     PAGE.write_text(place(PAGE.read_text(encoding="utf-8"), render(rows)), encoding="utf-8")
 
 
