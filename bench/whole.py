@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,21 +50,23 @@ def main() -> None:
             step(
                 "simulate", "--hosts", "10", "--episodes", str(asked.bundles), "--seconds", "180", "180", "--out", store
             )
+        shutil.rmtree(run, ignore_errors=True)  # a kept one would be taken over
         asked.bundles = sum(1 for _ in store.glob("*/*.tar.zst"))
         swept, swept_cpu, swept_mib = step("validate", store, "--out", run)
         featured, featured_cpu, featured_mib = step("features", run)
         again, again_cpu, again_mib = step("validate", store, "--out", run)
     times = WHOLE / asked.bundles
+    cores = len(os.sched_getaffinity(0))
     note = "" if asked.bundles == WHOLE else f"(from {asked.bundles:,} bundles)"
     both, cpu = (swept + featured) * times, (swept_cpu + featured_cpu) * times
-    say(Figure(what=f"{WHOLE:,} bundles swept, gridded and featured on 2 cores", must="≤360", aim="≤90", measured=both,
-               unit="s", note=f"wall, {cpu:.0f} s CPU {note}"))  # fmt: skip
-    say(Figure(what="CPU of that, over two cores", must="≤360", aim="≤90", measured=cpu / 2, unit="s", note=note))
+    say(Figure(what=f"{WHOLE:,} bundles swept, gridded and featured by two workers", must="≤360", aim="≤90", measured=both,
+               unit="s", note=f"wall on {cores} core{'s' * (cores > 1)}, {cpu:.0f} s CPU {note}"))  # fmt: skip
+    say(Figure(what="CPU of that over two cores", must="≤360", aim="≤90", measured=cpu / 2, unit="s", note=note))
     say(Figure(what="peak memory of a process in it", must="≤1024", aim="", unit="MiB",
                measured=max(swept_mib, featured_mib, again_mib),
                note=f"sweep {swept_mib:.0f}, features {featured_mib:.0f}, again {again_mib:.0f} {note}"))  # fmt: skip
     say(Figure(what="unchanged re-sweep of them", must="≤20", aim="≤5", measured=again * times, unit="s",
-               note=f"wall, {again_cpu * times:.0f} s CPU {note}"))  # fmt: skip
+               note=f"wall on {cores} core{'s' * (cores > 1)}, {again_cpu * times:.0f} s CPU {note}"))  # fmt: skip
 
 
 if __name__ == "__main__":
