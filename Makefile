@@ -113,7 +113,7 @@ footprint: setup
 # Ratios against the floor, the plain way and the peers; BUNDLES=76660 measures the whole corpus instead of a share of it.
 BUNDLES ?= 2000
 bench-features: setup $(VENV)/bench
-	$(BIN)/python bench/features.py --bundles $(BUNDLES) --peers $(VENV)/bench/bin/python
+	$(BIN)/python bench/features.py --bundles $(BUNDLES) --peers $(VENV)/bench/bin/python --write
 
 $(VENV)/bench: bench/features-peers.txt | $(BIN)/uv
 	$(PY) -m venv $@

@@ -157,6 +157,7 @@ def render(kept: Mapping[str, Any]) -> str:
         "| what | must | aim | measured |\n|---|---|---|---|",
         *(f"| {what} | {must} | {aim} | {measured(command, kept)} |" for what, must, aim, command in FIGURES),
         "",
+        "`make bench-features` writes [performance-features.md](performance-features.md).\n",
     ]
     for name, part in kept["parts"].items():
         facts = part["measured_on"]

@@ -49,6 +49,7 @@ def main() -> None:
             step(
                 "simulate", "--hosts", "10", "--episodes", str(asked.bundles), "--seconds", "180", "180", "--out", store
             )
+        asked.bundles = sum(1 for _ in store.glob("*/*.tar.zst"))
         swept, swept_cpu, swept_mib = step("validate", store, "--out", run)
         featured, featured_cpu, featured_mib = step("features", run)
         again, again_cpu, again_mib = step("validate", store, "--out", run)
