@@ -110,10 +110,12 @@ datasheet: setup
 footprint: setup
 	$(BIN)/python docs/footprint.py
 
-# Ratios against the floor, the plain way and the peers; BUNDLES=76660 measures the whole corpus instead of a share of it.
+# Ratios against the floor, the plain way and the peers; BUNDLES=76660 measures the whole corpus instead of a share of it
+# (14 GB; KEEP=folder keeps its store, and takes it up again).
 BUNDLES ?= 2000
+KEEP    ?=
 bench-features: setup $(VENV)/bench
-	$(BIN)/python bench/features.py --bundles $(BUNDLES) --peers $(VENV)/bench/bin/python --write
+	$(BIN)/python bench/features.py --bundles $(BUNDLES) --peers $(VENV)/bench/bin/python $(if $(KEEP),--keep $(KEEP)) --write
 
 $(VENV)/bench: bench/features-peers.txt | $(BIN)/uv
 	$(PY) -m venv $@
