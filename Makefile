@@ -90,14 +90,16 @@ results: $(VENV)/.run
 	$(BIN)/phasewatch report runs/lab-v1 --format md --out docs/results/lab-v1-report.md
 	$(BIN)/python docs/results.py runs/lab-v1 --out docs/results/lab-v1.md --command "make results"
 
-# The small edge bundle beside the bundled corpus: one model for every machine that a watcher may meet.
+# The small edge bundle beside the bundled corpus: one model for every machine that a watcher may meet; and its card.
 EDGE_MODEL ?= gbt
 EDGE_MASKS := realistic,portable,proc+netflow,proc+tap,proc
 
 edge: $(VENV)/.run
-	$(BIN)/phasewatch run corpus/lab-v1 --out runs/edge --models $(EDGE_MODEL)
-	$(BIN)/phasewatch train runs/edge --models $(EDGE_MODEL) --threats $(EDGE_MASKS)
+	$(BIN)/phasewatch run corpus/lab-v1 --out runs/edge --models $(EDGE_MODEL),elapsed_time,majority
+	$(BIN)/phasewatch train runs/edge --models $(EDGE_MODEL) --recipes deploy,held_out_host --threats $(EDGE_MASKS)
+	$(BIN)/phasewatch evaluate runs/edge
 	$(BIN)/phasewatch export runs/edge --model $(EDGE_MODEL) --threat $(EDGE_MASKS) --out corpus/lab-v1.edge.zip
+	$(BIN)/python docs/model_card.py runs/edge
 
 # docs/reference, from the tables and the command line.
 docs: setup
