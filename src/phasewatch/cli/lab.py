@@ -51,7 +51,11 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON document
     ]
     missing = sum(not c.ok for c in checks)
     broken = is_broken(checks)
-    words = "everything is here" if not missing else f"{missing} of {len(checks)} are missing, each only for what its line says"
+    words = (
+        "everything is here"
+        if not missing
+        else f"{missing} of {len(checks)} are missing, each only for what its line says"
+    )
     if broken:
         words = "phasewatch cannot work here, see the lines for all"
     result = {
@@ -115,7 +119,9 @@ def _observed(store: Path) -> tuple[Observed, ...]:
 def simulate(
     out: Path = typer.Option(..., help="A folder that does not exist yet."),
     hosts: int = typer.Option(6, min=1, help="How many hosts."),
-    episodes: int = typer.Option(240, min=1, help="How many in all, dealt over the hosts; far fewer leave some splits unbuilt."),
+    episodes: int = typer.Option(
+        240, min=1, help="How many in all, dealt over the hosts; far fewer leave some splits unbuilt."
+    ),
     seed: int = typer.Option(0, help="Same seed, same bytes."),
     faults: float = typer.Option(0.0, min=0, max=1, help="Share of episodes that get a fault."),
     kinds: str = typer.Option("", help="Only these faults, separated by commas, as the truth file spells them."),
