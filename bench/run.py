@@ -131,7 +131,6 @@ def render(kept: Mapping[str, Any], soak: list[dict[str, Any]]) -> str:
         "A figure without `must` and `aim` is there to compare. What is missed is said so.\n",
         figures(kept, soak),
         "",
-        "`make bench-features` writes [performance-features.md](performance-features.md).\n",
     ]
     for name, part in kept["parts"].items():
         facts = part["measured_on"]
