@@ -14,7 +14,7 @@ SYSTEM := qemu-system-x86 qemu-system-arm qemu-utils busybox-static cpio e2fspro
 LINKS      := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS),$(shell $(PY) -m pip config get global.find-links 2>/dev/null))
 HAVE_TORCH := $(firstword $(foreach d,$(LINKS),$(wildcard $(d)/torch-2.13.0*)))
 TORCH_FROM := $(if $(HAVE_TORCH),$(addprefix --find-links ,$(LINKS)),--torch-backend cpu)
-UV         := $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt $(TORCH_FROM)
+UV         := $(BIN)/uv pip install --python $(BIN)/python -c constraints.txt $(TORCH_FROM)
 
 # Measured: without it idle OpenMP threads spin and a busy machine trains three times slower.
 export OMP_WAIT_POLICY = PASSIVE
@@ -43,11 +43,13 @@ lint: setup
 setup: $(VENV)/.dev system
 
 $(BIN)/uv:
-	$(PY) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check uv==$(UV_VERSION)
+	@echo "setting up $(VENV): about 400 MB of packages the first time, two to five minutes; then nothing of it again" >&2
+	@$(PY) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check uv==$(UV_VERSION)
 
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/uv
-	$(UV) -e '.[$(EXTRAS)]'
+	@echo "installing phasewatch and what it needs to train, watch and serve" >&2
+	@$(UV) -e '.[$(EXTRAS)]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
@@ -73,13 +75,25 @@ lock: | $(BIN)/uv
 clean:
 	rm -rf $(VENV) runs
 
-# Peers side by side with ours, in an environment of their own; writes docs/performance.md and its pictures.
-bench: demo bench/.venv/.done
-	OMP_NUM_THREADS=1 PYTHONPATH=src bench/.venv/bin/python bench/run.py --run runs/demo
+# Peers side by side with ours, in an environment of their own; writes docs/performance.md and its pictures, in a quarter
+# of an hour on a quiet machine. `make bench BUNDLES=1000,10000,76660` measures the whole corpus too, `PARTS=whole` only that;
+# STORES=folder keeps what is simulated for it (14 GB), and takes it up again.
+BUNDLES ?= 1000,10000
+PARTS   ?=
+STORES  ?=
 
+bench: demo bench/.venv/.done
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONPATH=src bench/.venv/bin/python bench/run.py --run runs/demo --bundles $(BUNDLES) --only "$(PARTS)" $(if $(STORES),--stores $(STORES))
+
+# Validation, features and tensors alone, the whole corpus of 76,660 bundles too if asked for by BUNDLES.
+bench-features:
+	$(MAKE) bench PARTS=passes,features,tensors,whole
+
+# confidenceinterval asks for a setuptools that torch refuses, and needs neither.
 bench/.venv/.done: bench/requirements.txt | $(BIN)/uv
 	$(PY) -m venv bench/.venv
 	$(BIN)/uv pip install -q --python bench/.venv/bin/python $(TORCH_FROM) -r bench/requirements.txt
+	$(BIN)/uv pip install -q --python bench/.venv/bin/python --no-deps confidenceinterval==1.0.5
 	@touch $@
 
 # What the bundled corpus says: every recipe and model, audited; its table and its report without pictures.
@@ -90,14 +104,16 @@ results: $(VENV)/.run
 	$(BIN)/phasewatch report runs/lab-v1 --format md --out docs/results/lab-v1-report.md
 	$(BIN)/python docs/results.py runs/lab-v1 --out docs/results/lab-v1.md --command "make results"
 
-# The small edge bundle beside the bundled corpus: one model for every machine that a watcher may meet.
+# The small edge bundle beside the bundled corpus: one model for every machine that a watcher may meet; and its card.
 EDGE_MODEL ?= gbt
 EDGE_MASKS := realistic,portable,proc+netflow,proc+tap,proc
 
 edge: $(VENV)/.run
-	$(BIN)/phasewatch run corpus/lab-v1 --out runs/edge --models $(EDGE_MODEL)
-	$(BIN)/phasewatch train runs/edge --models $(EDGE_MODEL) --threats $(EDGE_MASKS)
+	$(BIN)/phasewatch run corpus/lab-v1 --out runs/edge --models $(EDGE_MODEL),elapsed_time,majority
+	$(BIN)/phasewatch train runs/edge --models $(EDGE_MODEL) --recipes deploy,held_out_host --threats $(EDGE_MASKS)
+	$(BIN)/phasewatch evaluate runs/edge
 	$(BIN)/phasewatch export runs/edge --model $(EDGE_MODEL) --threat $(EDGE_MASKS) --out corpus/lab-v1.edge.zip
+	$(BIN)/python docs/model_card.py runs/edge
 
 # docs/reference, from the tables and the command line.
 docs: setup
@@ -109,18 +125,6 @@ datasheet: setup
 
 footprint: setup
 	$(BIN)/python docs/footprint.py
-
-# Ratios against the floor, the plain way and the peers; BUNDLES=76660 measures the whole corpus instead of a share of it
-# (14 GB; KEEP=folder keeps its store, and takes it up again).
-BUNDLES ?= 2000
-KEEP    ?=
-bench-features: setup $(VENV)/bench
-	$(BIN)/python bench/features.py --bundles $(BUNDLES) --peers $(VENV)/bench/bin/python $(if $(KEEP),--keep $(KEEP)) --write
-
-$(VENV)/bench: bench/features-peers.txt | $(BIN)/uv
-	$(PY) -m venv $@
-	$(BIN)/uv pip install -q --python $@/bin/python -r bench/features-peers.txt
-	@touch $@
 
 # The README's table, from the demo's run of the whole bundled corpus.
 headline: demo

@@ -1,20 +1,16 @@
-"""Measure what 10,000 paired resamples of 12 models cost: against one model's, and against a loop over scikit-learn.
+"""What 10,000 paired resamples of 12 models cost: against one model's, a loop over scikit-learn, scipy and confidenceinterval.
 
-    python bench/bootstrap.py
-
-Ratios of CPU time in one process on one thread; the loop is timed on few resamples and multiplied up, and its values
-must equal ours on those very resamples.
+The loops are timed on few resamples and multiplied up; scikit-learn's values must equal ours on those very resamples.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
-from collections.abc import Callable
+import warnings
 from itertools import combinations
 
 import numpy as np
 from threadpoolctl import threadpool_limits
+from timing import Figure, Part, Row, in_turns
 
 from phasewatch.evaluate import bootstrap
 from phasewatch.evaluate.scope import Values, terms_of
@@ -22,6 +18,8 @@ from phasewatch.measures import N_CLASSES
 
 HOSTS, SESSIONS, WINDOWS = 6, 180, 28
 K = tuple(range(N_CLASSES))
+ALL, ONE = "phasewatch, 12 models, all pairs and classes", "phasewatch, one model"
+LOOP, SCIPY, ROWS = "loop over scikit-learn's f1_score, 12 models", "scipy.stats.bootstrap, one model", "confidenceinterval, one model"  # fmt: skip
 
 
 def corpus(models: int) -> tuple[bootstrap.Clusters, np.ndarray, list[np.ndarray]]:
@@ -54,15 +52,15 @@ def ours(
     return values, len(bootstrap.holm([bootstrap.paired_p(gap) for gap in gaps]))
 
 
-def cpu_s(work: Callable[[], object]) -> float:
-    """Give the CPU seconds that some work takes."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
+def measure(*, resamples: int = 10_000, models: int = 12, looped: int = 20, repeats: int = 3) -> Part:
+    """Time one model, all models and the peers, and compare the values."""
+    with threadpool_limits(1):
+        return _measure(resamples, models, looped, repeats)
 
 
-def measure(resamples: int, models: int, looped: int) -> dict[str, float]:
-    """Time one model, all models and the loop, and compare their values."""
+def _measure(resamples: int, models: int, looped: int, repeats: int) -> Part:
+    from confidenceinterval.bootstrap import bootstrap_ci
+    from scipy import stats
     from sklearn.metrics import f1_score
 
     clusters, truth, said = corpus(models)
@@ -73,43 +71,62 @@ def measure(resamples: int, models: int, looped: int) -> dict[str, float]:
         assert found is not None
         return found
 
-    draw()
-    drawing = min(cpu_s(draw) for _ in range(3))
     weights = draw()
-    all_s = drawing + min(cpu_s(lambda: ours(clusters, truth, said, weights)) for _ in range(3))
-    one_s = drawing + min(cpu_s(lambda: ours(clusters, truth, said[:1], weights)) for _ in range(3))
     values, pairs = ours(clusters, truth, said, weights)
 
     def loop() -> list[list[np.ndarray]]:
         return [
-            [np.append(f1_score(truth[rows], y[rows], labels=K, average=None, zero_division=0), 0.0) for y in said]
+            [f1_score(truth[rows], y[rows], labels=K, average=None, zero_division=0) for y in said]
             for counts in weights.counts[:looped]
             for rows in [np.repeat(np.arange(len(truth)), counts[clusters.of])]
         ]
 
-    start = time.process_time()
+    matrices = bootstrap.confusions(clusters, truth, said[0]).reshape(-1, N_CLASSES, N_CLASSES).astype(np.float64)
+
+    def of_matrices(drawn: np.ndarray, axis: int = -1) -> np.ndarray:
+        """Give macro-F1 of ``(…, sessions)`` indices into the sessions' confusion matrices."""
+        total = matrices[drawn.astype(np.int64)].sum(axis=-3)
+        return (2 * np.diagonal(total, axis1=-2, axis2=-1) / (total.sum(-1) + total.sum(-2))).mean(axis=-1)
+
+    def by_scipy() -> object:
+        return stats.bootstrap(
+            (np.arange(SESSIONS),), of_matrices, n_resamples=resamples, batch=1000, method="percentile", vectorized=True, rng=0
+        )  # fmt: skip
+
+    def by_rows() -> object:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return bootstrap_ci(truth, said[0], lambda t, y: f1_score(t, y, average="macro"), n_resamples=looped, method="bootstrap_percentile")  # fmt: skip
+
     theirs = loop()
-    loop_s = (time.process_time() - start) / looped * resamples
-    worst = max(float(np.abs(values[m].f1[i] - theirs[i][m][:-1]).max()) for i in range(looped) for m in range(models))
-    return {
-        "models": models, "pairs": pairs, "resamples": resamples, "one model, CPU s": one_s, "all models, CPU s": all_s,
-        "ratio to one model": all_s / one_s, "scikit-learn loop, CPU s": loop_s, "faster than the loop": loop_s / all_s,
-        "largest difference": worst,
+    worst = max(float(np.abs(values[m].f1[i] - theirs[i][m]).max()) for i in range(looped) for m in range(models))
+    if worst > 0:
+        raise SystemExit(f"scikit-learn gives other values on the same resamples, by up to {worst:.2g}")
+    times = in_turns(
+        {
+            ALL: lambda: ours(clusters, truth, said, draw()), ONE: lambda: ours(clusters, truth, said[:1], draw()),
+            LOOP: loop, SCIPY: by_scipy, ROWS: by_rows,
+        },
+        repeats=repeats,
+    )  # fmt: skip
+    up = {LOOP: resamples / looped, ROWS: resamples / looped}
+    notes = {
+        LOOP: f"timed on {looped} resamples, multiplied up", SCIPY: "over sessions, without strata of hosts",
+        ROWS: f"over windows, so its interval is too narrow; timed on {looped} resamples, multiplied up",
     }  # fmt: skip
-
-
-def main() -> None:
-    """Print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--resamples", type=int, default=10_000)
-    parser.add_argument("--models", type=int, default=12)
-    parser.add_argument("--looped", type=int, default=20, help="resamples that scikit-learn is timed on")
-    told = parser.parse_args()
-    with threadpool_limits(1):
-        found = measure(told.resamples, told.models, told.looped)
-    for name, value in found.items():
-        print(f"{name:<26} {value:,.3g}" if value < 1 else f"{name:<26} {value:,.4g}")
-
-
-if __name__ == "__main__":
-    main()
+    rows = tuple(
+        Row(what=name, min_s=low * up.get(name, 1), median_s=mid * up.get(name, 1), repeats=repeats, per=f"{resamples:,} resamples", is_ours=name.startswith("phasewatch"), note=notes.get(name, ""))
+        for name, (low, mid) in times.items()
+    )  # fmt: skip
+    least = {row.what: row.min_s for row in rows}
+    return Part(
+        title="Bootstrap",
+        about=f"{SESSIONS} sessions of {WINDOWS} windows on {HOSTS} hosts, {models} models, {pairs} pairs; on shared resamples the scores of each class equal scikit-learn's to the bit.",
+        rows=rows,
+        figures=(
+            Figure(what=f"{resamples:,} paired resamples of {models} models, all pairs and classes, against one model", must="≤3", aim="", measured=least[ALL] / least[ONE]),
+            Figure(what="the same, CPU", must="", aim="≤0.3", measured=least[ALL], unit="s"),
+            Figure(what="the same, against a loop over scikit-learn", must="≥100", aim="", measured=least[LOOP] / least[ALL]),
+            Figure(what="one model, against scipy.stats.bootstrap, vectorised over sessions", must="", aim="", measured=least[SCIPY] / least[ONE]),
+        ),
+    )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from timing import Part, Row, in_turns
+from timing import Part, in_turns, rows_of
 
 TABLE = "features_window_v1.parquet"
 COLUMNS = ("proc.vcpu_run.mean", "netflow.out_bytes.p95")
@@ -34,9 +34,6 @@ def measure(run: Path, *, repeats: int = 5) -> Part:
             if not np.array_equal(values, truth[column], equal_nan=True):
                 raise SystemExit(f"{name}: other values of {column}")
     times = in_turns(works, repeats=repeats)
-    rows = tuple(
-        Row(what=n, min_s=low, median_s=mid, repeats=repeats, per="read of two columns")
-        for n, (low, mid) in times.items()
-    )
+    rows = rows_of(times, repeats=repeats, per="read of two columns")
     about = f"`{TABLE}` of the run, {len(truth[COLUMNS[0]]):,} windows; values equal to the bit, NaN included. DuckDB reads only what is asked for."
-    return Part(title="Interchange", about=about, rows=rows, command="python bench/run.py --only interchange")
+    return Part(title="Interchange", about=about, rows=rows)

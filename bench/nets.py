@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import numpy as np
-from timing import Part, Row, in_turns
+from timing import Part, Row, in_turns, rows_of
 
 from phasewatch.models import registry
 from phasewatch.models.base import Examples, InputKind, Inputs, InputSpec, class_weights
@@ -55,12 +55,9 @@ def training(*, repeats: int = 3, epochs: int = 2) -> Part:
 
         works |= {f"phasewatch {key}": ours, f"plain PyTorch loop, {key}": plain}
     times = in_turns(works, repeats=repeats)
-    rows = tuple(
-        Row(what=name, min_s=low / WINDOWS / epochs, median_s=mid / WINDOWS / epochs, repeats=repeats, per="window and epoch", is_ours=name.startswith("phasewatch"))
-        for name, (low, mid) in times.items()
-    )  # fmt: skip
+    rows = rows_of(times, repeats=repeats, per="window and epoch", over=WINDOWS * epochs)
     about = f"{WINDOWS:,} windows of {CHANNELS} channels by 20 bins, batches of 128, {epochs} epochs, one thread, the same bodies. Ours also scales, hides channels, clips gradients, schedules the rate and scores validation after each epoch."
-    return Part(title="Training loop", about=about, rows=rows, command="python bench/run.py --only training")
+    return Part(title="Training loop", about=about, rows=rows)
 
 
 def live(*, repeats: int = 200) -> Part:
@@ -71,7 +68,7 @@ def live(*, repeats: int = 200) -> Part:
     from phasewatch.models.onnxfile import INPUT, OUTPUT
 
     train = _examples(0)
-    rows = []
+    rows: list[Row] = []
     for key in ("cnn", "gru"):
         model = registry.create(key, settings={"epochs": 1}).fit(train, train)
         one = Inputs(x=train.inputs.x[:1], spec=train.inputs.spec)
@@ -87,9 +84,7 @@ def live(*, repeats: int = 200) -> Part:
 
         if np.abs(eager() - graph()).max() > 1e-5:
             raise SystemExit(f"{key}: the graph says something else than the model")
-        for name, (low, mid) in in_turns(
-            {f"torch eager, {key}": eager, f"phasewatch, exported {key} on onnxruntime": graph}, repeats=repeats
-        ).items():
-            rows.append(Row(what=name, min_s=low, median_s=mid, repeats=repeats, per="window", is_ours=name.startswith("phasewatch")))  # fmt: skip
+        times = in_turns({f"torch eager, {key}": eager, f"phasewatch, exported {key} on onnxruntime": graph}, repeats=repeats)  # fmt: skip
+        rows += rows_of(times, repeats=repeats, per="window")
     about = "One window, from raw bins to calibrated probabilities, one thread; both agree within 1e-5."
-    return Part(title="Live", about=about, rows=tuple(rows), command="python bench/run.py --only live")
+    return Part(title="Live", about=about, rows=tuple(rows))

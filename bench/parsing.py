@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from timing import Part, Row, in_turns
+from timing import Part, in_turns, rows_of
 
 from phasewatch.channels import raw_fields
 from phasewatch.episode.bundle import read_members, unpack
@@ -55,13 +55,7 @@ def measure(corpus: Path, *, episodes: int = 20, repeats: int = 7) -> Part:
             if not np.array_equal(a, np.asarray(b, np.float64), equal_nan=True):
                 raise SystemExit(f"{name}: other values than ours")
     times = in_turns(works, repeats=repeats)
-    rows = tuple(
-        Row(
-            what=name, min_s=low / len(texts), median_s=mid / len(texts), repeats=repeats, per="episode's proc rows",
-            is_ours=name.startswith("phasewatch"),
-        )
-        for name, (low, mid) in times.items()
-    )  # fmt: skip
+    rows = rows_of(times, repeats=repeats, per="episode's proc rows", over=len(texts))
     unpacked = [unpack(b, file="").manifest.duration_s for b in bundles]
     about = f"{len(texts)} recorded episodes, {np.mean(unpacked):.0f} s long on average, {len(fields)} fields, values equal to the bit as float64. Only phasewatch refuses doubled keys, other types and what is out of bounds."
-    return Part(title="Parsing", about=about, rows=rows, command="python bench/run.py --only parsing")
+    return Part(title="Parsing", about=about, rows=rows)

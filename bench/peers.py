@@ -1,6 +1,4 @@
-"""Measure the window features against tsflex, seglearn and tsfresh, each computing the same five numbers.
-
-    PYTHONPATH=src python bench/peers.py        (in the environment of bench/features-peers.txt)
+"""Measure the window features against tsflex, seglearn, tsfresh and pandas, each computing the same five numbers.
 
 CPU time of one process. tsflex stands here twice: called for each episode with its own vectorised functions, and at its
 best, with one function of five outputs over forty episodes end to end. Values agree to 1e-6 relative.
@@ -9,13 +7,14 @@ best, with one function of five outputs over forty episodes end to end. Values a
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-from figures import Figure, best_of, say
 from numpy.lib.stride_tricks import sliding_window_view
 from seglearn.pipe import Pype
 from seglearn.transform import FeatureRep, Segment
+from timing import Figure, Part, in_turns, rows_of
 from tsflex.features import FeatureCollection, FeatureDescriptor, FuncWrapper, MultipleFeatureDescriptors
 from tsfresh import extract_features
 
@@ -117,40 +116,48 @@ def agree(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert np.allclose(ours, theirs, rtol=1e-6, atol=1e-6), np.abs(ours - theirs).max()
 
 
-def main() -> None:
-    """Measure and print."""
+def pandas_rolling(bins: np.ndarray) -> np.ndarray:
+    """Let pandas roll over one episode: its own mean, std, median and quantile, a function for the slope."""
+    rolled = pd.DataFrame(bins).rolling(WINDOW)
+    slopes = rolled.apply(lambda x: x @ LEVER / (LEVER @ LEVER), raw=True)
+    made = (rolled.mean(), rolled.std(ddof=0), rolled.median(), rolled.quantile(0.95), slopes)
+    return np.stack([m.to_numpy()[WINDOW - 1 :: STRIDE] for m in made], axis=2)
+
+
+def measure(*, repeats: int = 3) -> Part:
+    """Give the same five numbers of each channel and window by each."""
     warnings.simplefilter("ignore")
     rng = np.random.default_rng(0)
     exact = [rng.normal(10, 3, (BINS, CHANNELS)).astype(np.float32) for _ in range(EPISODES)]
     wide = [e.astype(np.float64) for e in exact]
     ours = np.concatenate([window_stats(e) for e in exact])
-    agree(ours, tsflex_at_its_best(wide))
-    agree(ours, seglearn(wide))
-    agree(ours[:70], tsflex_per_episode(wide[:2]))
-    agree(ours[:35], tsfresh(wide[0]))
-    least = best_of(
-        {
-            "ours": lambda: [window_stats(e) for e in exact],
-            "best": lambda: tsflex_at_its_best(wide),
-            "seglearn": lambda: seglearn(wide),
-            "episode": lambda: tsflex_per_episode(wide[:2]),
-            "tsfresh": lambda: tsfresh(wide[0]),
-        },
-        rounds=5,
+    per_call: dict[str, tuple[int, Callable[[], np.ndarray]]] = {
+        "phasewatch": (EPISODES, lambda: np.concatenate([window_stats(e) for e in exact])),
+        "tsflex, a call per episode": (2, lambda: tsflex_per_episode(wide[:2])),
+        "tsflex at its best, 40 episodes a call": (EPISODES, lambda: tsflex_at_its_best(wide)),
+        "seglearn, 40 episodes a call": (EPISODES, lambda: seglearn(wide)),
+        "tsfresh": (1, lambda: tsfresh(wide[0])),
+        "pandas rolling": (1, lambda: pandas_rolling(wide[0])),
+    }
+    for _, work in per_call.values():
+        theirs = work()
+        agree(ours[: len(theirs)], theirs)
+    times = in_turns({name: work for name, (_, work) in per_call.items()}, repeats=repeats)
+    rows = rows_of(times, repeats=repeats, per="episode", over={name: n for name, (n, _) in per_call.items()})
+    least = {row.what.partition(",")[0]: row.min_s for row in rows}
+    bounds = (
+        ("tsflex", "tsflex called per episode", "≥100", "≥400"),
+        ("tsflex at its best", "tsflex at its best", "≥2.5", "≥10"),
+        ("seglearn", "seglearn", "≥7", "≥30"),
+        ("tsfresh", "tsfresh", "≥1000", "≥2000"),
+        ("pandas rolling", "pandas rolling", "", ""),
     )
-    per = {
-        "ours": least["ours"] / EPISODES, "best": least["best"] / EPISODES, "seglearn": least["seglearn"] / EPISODES,
-        "episode": least["episode"] / 2, "tsfresh": least["tsfresh"],
-    }  # fmt: skip
-    for name, what, must, aim in (
-        ("episode", "tsflex called per episode, against the window features", "≥100", "≥400"),
-        ("best", "tsflex at its best (one function, 40 episodes a call)", "≥2.5", "≥10"),
-        ("seglearn", "seglearn (40 episodes a call)", "≥7", "≥30"),
-        ("tsfresh", "tsfresh (the same five numbers)", "≥1000", "≥2000"),
-    ):
-        note = f"({per[name] * 1e3:.2f} ms an episode; ours {per['ours'] * 1e3:.3f} ms)"
-        say(Figure(what=what, must=must, aim=aim, measured=per[name] / per["ours"], note=note))
-
-
-if __name__ == "__main__":
-    main()
+    return Part(
+        title="Windows and features",
+        about=f"Mean, deviation, two quantiles and slope of {CHANNELS} channels in windows of {WINDOW} bins, one every {STRIDE}, of episodes of {BINS} bins without a gap; values equal to 1e-6. Only phasewatch also takes gaps.",
+        rows=rows,
+        figures=tuple(
+            Figure(what=f"window features, against {words}", must=must, aim=aim, measured=least[name] / least["phasewatch"])
+            for name, words, must, aim in bounds
+        ),
+    )  # fmt: skip

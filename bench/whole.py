@@ -1,73 +1,61 @@
-"""Measure a whole simulated corpus: swept and gridded, featured, swept again unchanged; wall time, CPU and peak memory.
+"""Whole simulated corpora: swept and gridded, featured, swept again unchanged; wall time, CPU and peak memory, by size and workers.
 
-    python bench/whole.py [BUNDLES] [--keep FOLDER]
-
-Each step is a `phasewatch` of its own, as a user would start it. With fewer bundles than 76,660 the times are multiplied
-up, and the row says so.
+Each step is a `phasewatch` of its own, as a user would start it.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import resource
-import shutil
-import subprocess
-import sys
 import tempfile
-import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from figures import Figure, say
+from spent import spend
+from timing import Figure, Part, Point
 
 WHOLE = 76_660
+WORKERS = (1, 2)
+SWEEP, FEATURES, AGAIN = "validate", "features", "validate again, nothing changed"
 
 
-def step(*arguments: str | Path) -> tuple[float, float, float]:
-    """Run a command; give wall seconds, CPU seconds, and the peak memory (MiB) of its largest process."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    start = time.monotonic()
-    pid = subprocess.Popen(
-        [sys.executable, "-m", "phasewatch", *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ).pid
-    _, status, used = os.wait4(pid, 0)
-    assert status == 0, arguments
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return time.monotonic() - start, cpu, used.ru_maxrss / 1024
+def measure(*, sizes: Sequence[int], stores: Path | None = None, workers: Sequence[int] = WORKERS) -> Part:
+    """Make a store of each size once, or take one up that was kept, and take it the way once for each number of workers."""
+    points = []
+    for bundles in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            store = (stores or Path(folder)) / str(bundles)
+            if not store.exists():
+                spend(
+                    "simulate", "--hosts", "10", "--episodes", str(bundles), "--seconds", "180", "180", "--out", store
+                )
+            for n in workers:
+                run = Path(folder) / f"run-{n}"
+                for name, arguments in (
+                    (SWEEP, ("validate", store, "--out", run, "--workers", str(n))),
+                    (FEATURES, ("features", run, "--workers", str(n))),
+                    (AGAIN, ("validate", store, "--out", run, "--workers", str(n))),
+                ):
+                    points.append(Point(step=name, bundles=bundles, workers=n, **asdict(spend(*arguments))))
+    return Part(
+        title="Whole corpora",
+        about="Simulated stores of 180 s episodes on ten hosts, page cache warm, each step a process of its own; memory is of the largest process in it.",
+        points=tuple(points),
+        figures=figures(points),
+    )
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("bundles", type=int, nargs="?", default=2_000)
-    parser.add_argument("--keep", type=Path)
-    asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        root = asked.keep or Path(folder)
-        store, run = root / "store", root / "run"
-        if not store.exists():
-            step(
-                "simulate", "--hosts", "10", "--episodes", str(asked.bundles), "--seconds", "180", "180", "--out", store
-            )
-        shutil.rmtree(run, ignore_errors=True)  # a kept one would be taken over
-        asked.bundles = sum(1 for _ in store.glob("*/*.tar.zst"))
-        swept, swept_cpu, swept_mib = step("validate", store, "--out", run)
-        featured, featured_cpu, featured_mib = step("features", run)
-        again, again_cpu, again_mib = step("validate", store, "--out", run)
-    times = WHOLE / asked.bundles
-    cores = len(os.sched_getaffinity(0))
-    note = "" if asked.bundles == WHOLE else f"(from {asked.bundles:,} bundles)"
-    both, cpu = (swept + featured) * times, (swept_cpu + featured_cpu) * times
-    say(Figure(what=f"{WHOLE:,} bundles swept, gridded and featured by two workers", must="≤360", aim="≤90", measured=both,
-               unit="s", note=f"wall on {cores} core{'s' * (cores > 1)}, {cpu:.0f} s CPU {note}"))  # fmt: skip
-    say(Figure(what="CPU of that over two cores", must="≤360", aim="≤90", measured=cpu / 2, unit="s", note=note))
-    say(Figure(what="peak memory of a process in it", must="≤1024", aim="", unit="MiB",
-               measured=max(swept_mib, featured_mib, again_mib),
-               note=f"sweep {swept_mib:.0f}, features {featured_mib:.0f}, again {again_mib:.0f} {note}"))  # fmt: skip
-    say(Figure(what="unchanged re-sweep of them", must="≤20", aim="≤5", measured=again * times, unit="s",
-               note=f"wall on {cores} core{'s' * (cores > 1)}, {again_cpu * times:.0f} s CPU {note}"))  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()
+def figures(points: Sequence[Point]) -> tuple[Figure, ...]:
+    """Give the figures from the largest size; from fewer bundles than the whole corpus times are multiplied up, and say so."""
+    most = max(p.bundles for p in points)
+    at = {p.step: p for p in points if p.bundles == most and p.workers == max(WORKERS)}
+    note = "" if most == WHOLE else f"from {most:,} bundles"
+    up = WHOLE / most
+    return (
+        Figure(what=f"{WHOLE:,} bundles swept, gridded and featured on 2 cores, wall", must="≤360", aim="≤90", unit="s", note=note,
+               measured=(at[SWEEP].wall_s + at[FEATURES].wall_s) * up),
+        Figure(what="CPU of that, over two cores", must="≤360", aim="≤90", unit="s", note=note,
+               measured=(at[SWEEP].cpu_s + at[FEATURES].cpu_s) * up / 2),
+        Figure(what="unchanged re-sweep of them, wall", must="≤20", aim="≤5", unit="s", note=note, measured=at[AGAIN].wall_s * up),
+        Figure(what="peak memory of a process in all sizes", must="≤1024", aim="", unit="MiB",
+               measured=max(p.peak_mib for p in points)),
+    )  # fmt: skip

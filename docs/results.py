@@ -12,6 +12,7 @@ from pathlib import Path
 from phasewatch.evaluate.rows import MetricRow, Metrics, headline
 from phasewatch.evaluate.score import read_metrics
 from phasewatch.models import registry
+from phasewatch.report.inflation import CLAIMED, upside_down
 from phasewatch.split import RECIPES
 from phasewatch.train.predictions import PREDICTIONS
 
@@ -44,13 +45,14 @@ def _recipe(name: str, about: str, leaky: bool, metrics: Metrics, rows: Sequence
     lines = []
     for threat in threats:
         of = [r for r in mine if r.threat == threat and r.agent == AGENT[threat]]
-        table = _scores(of)
-        if table:
-            lines.append(f"`{threat}`, all folds that were trained, {_standing(of)}:\n\n{table}")
+        if body := _scores(of):
+            lines.append(f"`{threat}`, all folds that were trained, {standing(of)}:\n\n{body}")
     for fold in sorted({r.fold for r in metrics.metrics if r.recipe == name} - {"pooled"}):
         lines += _one_fold(name, fold, metrics, rows)
     if not lines:
         return ""
+    if name == CLAIMED and (words := upside_down(metrics.metrics)):
+        lines.append(words)
     warning = " **It leaks; never a headline.**" if leaky else ""
     return f"## {name}\n\n{about}{warning}\n\n" + "\n\n".join(lines)
 
@@ -67,14 +69,14 @@ def _one_fold(name: str, fold: str, metrics: Metrics, pooled: Sequence[MetricRow
         overall = {
             r.model for r in pooled if (r.recipe, r.threat, r.table, r.filter) == (name, threat, "raw", "none") and r.agent == agent
         }  # fmt: skip
-        if {r.model for r in here} - overall and (table := _scores(here)):
-            found.append(f"`{threat}`, fold {fold} alone, {_standing(here)}:\n\n{table}")
+        if {r.model for r in here} - overall and (body := _scores(here)):
+            found.append(f"`{threat}`, fold {fold} alone, {standing(here)}:\n\n{body}")
     return found
 
 
 def _scores(rows: Sequence[MetricRow]) -> str:
-    five = {r.model: r for r in rows if _whole(r) and r.metric.startswith("macro_f1@") and r.seed == "mean"}
-    three = {r.model: r for r in rows if _whole(r) and r.metric.startswith("macro_f1_3@") and r.seed == "mean"}
+    five = {r.model: r for r in rows if is_whole(r) and r.metric.startswith("macro_f1@") and r.seed == "mean"}
+    three = {r.model: r for r in rows if is_whole(r) and r.metric.startswith("macro_f1_3@") and r.seed == "mean"}
     if not five:
         return ""
     ranked = sorted((m for m in five if m), key=lambda m: -(five[m].value or 0.0))
@@ -86,9 +88,9 @@ def _scores(rows: Sequence[MetricRow]) -> str:
         )  # fmt: skip
         low = "" if worst is None else f"{worst.value:.2f} ({worst.host_id})"
         named = f"*{model}*" if model in BASELINES else model
-        body.append([named, _span(five[model]), _span(three.get(model)), low])
+        body.append([named, span(five[model]), span(three.get(model)), low])
     name = five[ranked[0]].metric
-    return _table([["model", name, "3 states", "worst host"], *body])
+    return table([["model", name, "3 states", "worst host"], *body])
 
 
 def _significance(rows: Sequence[MetricRow]) -> str:
@@ -97,31 +99,31 @@ def _significance(rows: Sequence[MetricRow]) -> str:
         r
         for r in rows
         if (r.recipe, r.threat, r.table, r.filter, r.agent) == ("held_out_host", "realistic", "raw", "none", "off")
-        and r.metric.startswith("macro_f1_gap@") and r.vs and _whole(r, vs=True)
+        and r.metric.startswith("macro_f1_gap@") and r.vs and is_whole(r, vs=True)
     ]  # fmt: skip
     if not mine:
         return ""
     body = [
-        [f"{r.model} − {r.vs}", _span(r, sign=True), _p(r.p), _p(r.p_holm)] for r in mine if "gbt" in (r.model, r.vs)
+        [f"{r.model} − {r.vs}", span(r, sign=True), _p(r.p), _p(r.p_holm)] for r in mine if "gbt" in (r.model, r.vs)
     ]
     return (
         "## Is the difference significant?\n\nPaired over the same sessions, `held_out_host`, `realistic`; Holm over all pairs.\n\n"
-        + _table([["pair", "gap of macro-F1", "p", "p (Holm)"], *body])
+        + table([["pair", "gap of macro-F1", "p", "p (Holm)"], *body])
     )
 
 
 def _variants(rows: Sequence[MetricRow]) -> str:
     """Show filters and tables beside the plain ones."""
     body = [
-        [str(r.recipe), str(r.threat), str(r.model), r.table, r.filter, _span(r)]
+        [str(r.recipe), str(r.threat), str(r.model), r.table, r.filter, span(r)]
         for r in sorted(rows, key=lambda r: (r.recipe, r.threat, _place(r.model), r.table, r.filter))
-        if _whole(r) and r.metric.startswith("macro_f1@") and r.seed == "mean" and r.agent == AGENT.get(r.threat)
+        if is_whole(r) and r.metric.startswith("macro_f1@") and r.seed == "mean" and r.agent == AGENT.get(r.threat)
         and ((r.table, r.filter) != ("raw", "none") or r.threat == "portable")
     ]  # fmt: skip
     if not body:
         return ""
     words = "`schedule` hears no telemetry at all: what the order and length of phases alone would tell."
-    return f"## Filters, tables, masks\n\n{words}\n\n" + _table(
+    return f"## Filters, tables, masks\n\n{words}\n\n" + table(
         [["recipe", "threat", "model", "table", "filter", "macro-F1"], *body]
     )
 
@@ -129,15 +131,15 @@ def _variants(rows: Sequence[MetricRow]) -> str:
 def _seeds(rows: Sequence[MetricRow]) -> str:
     found: dict[tuple[str, str], dict[int, MetricRow]] = {}
     for r in rows:
-        if _whole(r) and r.metric.startswith("macro_f1@") and isinstance(r.seed, int) and (
+        if is_whole(r) and r.metric.startswith("macro_f1@") and isinstance(r.seed, int) and (
             r.threat, r.table, r.filter, r.agent) == ("realistic", "raw", "none", "off"):  # fmt: skip
             found.setdefault((r.recipe, r.model or ""), {})[r.seed] = r
     body = [
-        [recipe, model, *(_span(seeds.get(s)) for s in range(3))]
+        [recipe, model, *(span(seeds.get(s)) for s in range(3))]
         for (recipe, model), seeds in sorted(found.items(), key=lambda item: (item[0][0], _place(item[0][1])))
         if len(seeds) > 1
     ]
-    return "## Seeds\n\n" + _table([["recipe", "model", "seed 0", "seed 1", "seed 2"], *body]) if body else ""
+    return "## Seeds\n\n" + table([["recipe", "model", "seed 0", "seed 1", "seed 2"], *body]) if body else ""
 
 
 def _notes(rows: Sequence[MetricRow]) -> str:
@@ -145,17 +147,20 @@ def _notes(rows: Sequence[MetricRow]) -> str:
     return "## To be said\n\n" + "\n".join(f"- {words}" for words in told) if told else ""
 
 
-def _whole(row: MetricRow, *, vs: bool = False) -> bool:
+def is_whole(row: MetricRow, *, vs: bool = False) -> bool:
+    """Whether a row is over all phases, profiles, hosts and samples."""
     parts: Iterable[object] = (row.phase, row.profile, row.host_id, row.sample_name, *(() if vs else (row.vs,)))
     return all(part is None for part in parts)
 
 
-def _standing(rows: Sequence[MetricRow]) -> str:
-    r = next(r for r in rows if _whole(r) and r.n_episodes)
+def standing(rows: Sequence[MetricRow]) -> str:
+    """Say over how much the numbers stand."""
+    r = next(r for r in rows if is_whole(r) and r.n_episodes)
     return f"{r.n_episodes} episodes in {r.n_sessions} sessions of {r.n_hosts} {'host' if r.n_hosts == 1 else 'hosts'}, {r.n_windows:,} windows"
 
 
-def _span(row: MetricRow | None, *, sign: bool = False) -> str:
+def span(row: MetricRow | None, *, sign: bool = False) -> str:
+    """Set a value with its interval, or the words why it has none."""
     if row is None or row.value is None:
         return ""
     value = f"{row.value:+.2f}" if sign else f"{row.value:.2f}"
@@ -174,7 +179,8 @@ def _place(model: str | None) -> int:
     return ORDER.index(model) if model in ORDER else len(ORDER)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Set a Markdown table; the first row is its head."""
     head, *body = rows
     return "\n".join(
         ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head), *("| " + " | ".join(row) + " |" for row in body)]

@@ -29,6 +29,18 @@ def test_every_part_says_on_what_it_was_measured() -> None:
         assert all(row["min_s"] > 0 for row in part["rows"])
 
 
+def test_a_figure_says_whether_it_reaches_what_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from timing import Figure  # type: ignore[import-not-found]
+
+    def fate(measured: float, must: str, aim: str) -> str:
+        return str(Figure(what="", must=must, aim=aim, measured=measured).fate())
+
+    assert fate(9.0, "≤9", "≤2.5") == "must"
+    assert fate(9.1, "≤9", "≤2.5") == "**missed**"
+    assert fate(2000, "≥1,000", "≥2000") == "aim"
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("tool", ["polars", "duckdb", "pandas"])
 def test_the_feature_table_is_plain_parquet(tool: str, tmp_path: Path) -> None:
@@ -48,7 +60,8 @@ def test_the_feature_table_is_plain_parquet(tool: str, tmp_path: Path) -> None:
 
 def test_what_load_gives_is_what_torch_and_aeon_take(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    from phasewatch.dataset import load, write_splits
+    from phasewatch import load
+    from phasewatch.dataset import write_splits
 
     run = write_run(tmp_path / "run")
     write_splits(run, "held_out_host")

@@ -44,8 +44,7 @@ def test_every_command_of_the_page_is_run_somewhere() -> None:
 def test_a_cheap_command_does_what_the_page_says(line: str) -> None:
     done = CliRunner().invoke(app, shlex.split(line)[1:])
 
-    assert done.exit_code in (0, 1), done.stderr
-    assert done.exception is None or isinstance(done.exception, SystemExit)
+    assert done.exit_code == 0, done.stderr
     assert done.stdout.strip()
 
 

@@ -134,8 +134,8 @@ def build_stages(settings: Settings, say: Tell) -> tuple[Stage, ...]:
 
     def split() -> str:
         built = stages.split(settings)
-        lacking = [b.recipe for b in built if b.why]
-        words = f"; cannot be built: {', '.join(lacking)} (splits_v1.json says why)" if lacking else ""
+        lacking = [b for b in built if b.why]
+        words = f"; cannot be built: {', '.join(b.recipe for b in lacking)}. {lacking[0].why}" if lacking else ""
         return f"{sum(len(b.folds) for b in built)} folds of {sum(bool(b.folds) for b in built)} recipes{words}"
 
     def train() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from phasewatch.record.doctor import PACKAGES, PROGRAMS, Check, Facts, examine
+from phasewatch.record.doctor import PACKAGES, PROGRAMS, Check, Facts, examine, is_broken
 
 WHOLE = Facts(
     python=(3, 11), cores=2, memory_gib=8.0, disk_gib=50.0, kvm=None,
@@ -40,6 +40,14 @@ def test_what_is_missing_comes_with_its_remedy(name: str, facts: dict[str, objec
     assert not check.ok
     assert remedy in check.remedy
     assert check.needed_for
+
+
+def test_a_bare_core_works_and_only_what_everything_needs_is_a_fault() -> None:
+    facts = {field: getattr(WHOLE, field) for field in Facts.__slots__}
+
+    assert not is_broken(examine(Facts(**facts | {"programs": {}, "packages": {}, "cores": 1, "memory_gib": 1.0})))
+    assert is_broken(examine(Facts(**facts | {"disk_gib": 0.1})))
+    assert is_broken(examine(Facts(**facts | {"python": (3, 10)})))
 
 
 def test_no_kvm_is_a_fact_not_a_fault() -> None:

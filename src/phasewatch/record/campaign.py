@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from phasewatch import atomic
 from phasewatch.errors import UsageError
@@ -146,7 +147,7 @@ def record_plan(
         qemu_version(arch)
     clock = HostClock()
     store.mkdir(parents=True, exist_ok=True)
-    with atomic.lock(store), spawn.scratch(spawn.scratch_parent()) as scratch:
+    with ended_in_order(), atomic.lock(store), spawn.scratch(spawn.scratch_parent()) as scratch:
         atomic.sweep_temporaries(store)
         factory = QemuFactory(cache=cache, scratch=scratch, clock=clock, accel=accel, scripts=scripts, own=own)
         for host_id in dict.fromkeys(session.host_id for session in sessions):
@@ -161,10 +162,35 @@ def record_plan(
             cores=tuple(sorted(os.sched_getaffinity(0))),
             room=(store, scratch),
         )
-        return asyncio.run(_until_told(recorder.record(sessions)))
+        return asyncio.run(until_told(recorder.record(sessions)))
 
 
-async def _until_told(work: Coroutine[Any, Any, _T]) -> _T:
+@contextmanager
+def ended_in_order() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end what is inside by an exception, so that machines are stopped and folders removed.
+
+    A shell without job control starts `record … &` with SIGINT ignored, and Python leaves that so: a recorder that
+    cannot be told to stop. A handler that somebody else has set is left alone, and outside the main thread all are.
+    """
+    told = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate}
+    before = {number: signal.getsignal(number) for number in told}
+    plain = {number for number, handler in before.items() if handler in (signal.SIG_IGN, signal.SIG_DFL)}
+    if threading.current_thread() is not threading.main_thread():
+        plain = set()
+    for number in plain:
+        signal.signal(number, told[number])
+    try:
+        yield
+    finally:
+        for number in plain:
+            signal.signal(number, before[number])
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+async def until_told(work: Coroutine[Any, Any, _T]) -> _T:
     """Do the work; SIGTERM ends it in order, as Ctrl-C does: machines stopped, folders removed."""
     loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
     with suppress(ValueError, RuntimeError):  # not the main thread: whoever runs us there handles signals

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from phasewatch.record.installed import OLDEST_QEMU, parse_qemu_version
 FREE_GIB = 5  # images, a corpus of recordings, a full run
 MEMORY_GIB = 3.0  # two VMs and the recorder
 CORES = 2
+EVERYTHING = "all"  # needed for: without it nothing works
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +86,7 @@ def examine(facts: Facts | None = None) -> tuple[Check, ...]:
     """
     facts = facts or read_facts()
     checks = [
-        _at_least("python", facts.python, (3, 11), ".".join(map(str, facts.python)), "install Python 3.11", "all"),
+        _at_least("python", facts.python, (3, 11), ".".join(map(str, facts.python)), "install Python 3.11", EVERYTHING),
         _at_least(
             "cores", facts.cores, CORES, str(facts.cores),
             f"with fewer than {CORES} cores record one VM at a time", "record pairs",
@@ -95,7 +96,7 @@ def examine(facts: Facts | None = None) -> tuple[Check, ...]:
             f"free {MEMORY_GIB:g} GiB", "record, train",
         ),
         _at_least(
-            "disk", facts.disk_gib, FREE_GIB, f"{facts.disk_gib:.0f} GiB free here", f"free {FREE_GIB} GiB", "all",
+            "disk", facts.disk_gib, FREE_GIB, f"{facts.disk_gib:.0f} GiB free here", f"free {FREE_GIB} GiB", EVERYTHING,
         ),
     ]  # fmt: skip
     for program, package, purpose in PROGRAMS:
@@ -113,6 +114,11 @@ def examine(facts: Facts | None = None) -> tuple[Check, ...]:
         remedy = f"pip install 'phasewatch[{extra}]'"
         checks.append(_present(package, facts.packages.get(package), remedy, purpose))
     return tuple(checks)
+
+
+def is_broken(checks: Iterable[Check]) -> bool:
+    """Whether something is missing without which nothing works; an extra or a program is needed for its own task alone."""
+    return any(not check.ok and check.needed_for == EVERYTHING for check in checks)
 
 
 def read_facts() -> Facts:
