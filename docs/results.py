@@ -12,6 +12,7 @@ from pathlib import Path
 from phasewatch.evaluate.rows import MetricRow, Metrics, headline
 from phasewatch.evaluate.score import read_metrics
 from phasewatch.models import registry
+from phasewatch.report.inflation import CLAIMED, upside_down
 from phasewatch.split import RECIPES
 from phasewatch.train.predictions import PREDICTIONS
 
@@ -50,6 +51,8 @@ def _recipe(name: str, about: str, leaky: bool, metrics: Metrics, rows: Sequence
         lines += _one_fold(name, fold, metrics, rows)
     if not lines:
         return ""
+    if name == CLAIMED and (words := upside_down(metrics.metrics)):
+        lines.append(words)
     warning = " **It leaks; never a headline.**" if leaky else ""
     return f"## {name}\n\n{about}{warning}\n\n" + "\n\n".join(lines)
 

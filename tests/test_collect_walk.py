@@ -8,8 +8,11 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from tests.requirements import need_program, need_qemu
 
@@ -56,17 +59,30 @@ def assert_arrived(folder: Path, done: subprocess.CompletedProcess[str]) -> int:
     return bundles
 
 
+def recorded(hosts: Sequence[str], profiles: Sequence[str], many: int) -> list[Path]:
+    """Give so many lab bundles of each kind from each host, as the corpus' index knows them."""
+    rows = pq.read_table(CORPUS / "validation_v1.parquet", columns=["path", "host_id", "profile", "role"]).to_pylist()
+    kinds = product(hosts, profiles)
+    return [
+        CORPUS / path
+        for kind in kinds
+        for path in [r["path"] for r in rows if (r["host_id"], r["profile"]) == kind and r["role"] == "lab"][:many]
+    ]
+
+
 def test_the_walk_through_goes_through_with_what_was_recorded_before(tmp_path: Path) -> None:
-    for host_id in ("pc", "q35-none", "microvm"):
-        (tmp_path / "outbox" / host_id).mkdir(parents=True)
-        for bundle in sorted((CORPUS / host_id).glob("*.tar.zst"))[:2]:
-            shutil.copy(bundle, tmp_path / "outbox" / host_id)
-            shutil.copy(bundle.with_name(bundle.name + ".sha256"), tmp_path / "outbox" / host_id)
+    for bundle in recorded(("pc", "q35-none", "microvm"), ("benign", "cryptomine"), 2):
+        folder = tmp_path / "outbox" / bundle.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(bundle, folder)
+        shutil.copy(bundle.with_name(bundle.name + ".sha256"), folder)
 
-    done = walk(tmp_path, record="", run="phasewatch features runs/mine\n", timeout_s=300)
+    one_model = RUN.replace("\n", " --models gbt --recipes held_out_host\n")
+    done = walk(tmp_path, record="", run=one_model, timeout_s=300)
 
-    assert assert_arrived(tmp_path, done) == 6
-    assert "windows of 6 episodes" in done.stdout
+    assert assert_arrived(tmp_path, done) == 12
+    assert "macro-F1 of phase, unseen host, realistic, gbt" in done.stdout
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
 
 
 @pytest.mark.vm
@@ -74,6 +90,6 @@ def test_the_walk_through_goes_through_from_a_real_recording(tmp_path: Path) -> 
     need_qemu()
     record = "phasewatch record --plan smoke --out outbox --hosts pc --limit 1 --idle-wait 0\n"
 
-    done = walk(tmp_path, record=record, run="phasewatch features runs/mine\n", timeout_s=900)
+    done = walk(tmp_path, record=record, run="phasewatch features runs/mine\n", timeout_s=900)  # one host: no split
 
     assert assert_arrived(tmp_path, done) >= 2, "a session has two; a crowded machine records a slot again"

@@ -34,7 +34,6 @@ NEIGHBOURS = {
     ("report", "audit"),  # a run that fails its audit has no headline on its page
     ("__init__", "dataset"),  # the package's door: `phasewatch.load`, imported when it is asked for
     ("export", "train"),  # an export finds the cells where train put them
-    ("__init__", "dataset"),  # `phasewatch.load`, imported when it is asked for
 }  # fmt: skip
 
 # Everything else computes: gets time, randomness and bytes handed in, and opens nothing.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -216,14 +218,24 @@ def test_episodes_of_a_host_lie_as_far_apart_as_the_knob_says(tmp_path: Path) ->
 
 
 @pytest.mark.soak
-def test_of_five_thousand_bundles_none_repeats_and_each_is_judged_as_the_truth_says(tmp_path: Path) -> None:
+def test_of_five_thousand_bundles_none_repeats_and_each_is_judged_as_the_truth_says(
+    tmp_path: Path, soak_row: Callable[..., None]
+) -> None:
+    began_s = time.perf_counter()
     made = simulate(tmp_path / "s", hosts=10, episodes=5_000, seed=9, faults=0.3, workers=2, between_s=(180.0, 180.0))
+    took_s = time.perf_counter() - began_s
 
     swept = sweep(made.store, tmp_path / "run", workers=2)
 
     # What is said of an accepted bundle is a note: an idle machine's card may stay silent for two minutes.
     said = {v.path: (v.status, set(v.reasons) if v.status is not Status.ACCEPTED else set()) for v in swept.verdicts}
-    assert said == {t.path: (t.status, set(t.reasons)) for t in truths_of(made.store)}
+    truths = truths_of(made.store)
+    assert said == {t.path: (t.status, set(t.reasons)) for t in truths}
+    soak_row(
+        "Simulated bundles of 180 s, judged as the truth file says", bundles=len(said),
+        **{"made, 1/s": round(len(said) / took_s), "with a fault": sum(bool(t.reasons) for t in truths),
+           "judged otherwise": 0},
+    )  # fmt: skip
 
 
 def test_a_store_is_never_written_over(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ PROFILES: tuple[Profile, ...] = (
         ("bursty", "works and rests in turns", "duty 0.2 0.8 1, period_s 2 20 s"),
         ("memory-hard", "hashes over a large table", "duty 0.15 0.9 1, mem_mib 4 32 MiB"),
     )),
-    _malicious("ransom-walk", "Walks the documents and scrambles them.", "T1486 T1083", 2e9, 2e6, (
+    _malicious("ransom-walk", "Walks the documents and scrambles them.", "T1486 T1083", 4e9, 2e6, (
         ("overwrite", "scrambles each file in place", "rate_kbps 200 4000 kB/s"),
         ("write-new-delete-old", "writes a copy beside it, deletes the original", "rate_kbps 200 3000 kB/s"),
         ("intermittent", "scrambles the head of each file and rests", "rate_kbps 100 1500 kB/s, pause_s 1 8 s"),

@@ -24,7 +24,7 @@ from phasewatch.evaluate.score import read_metrics, score
 from phasewatch.extras import CHANNELS_FILE
 from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import schema_hash
-from phasewatch.features.tables import FeatureCount, write_tables
+from phasewatch.features.tables import FeatureCount, Spread, write_tables
 from phasewatch.grid.files import open_grids
 from phasewatch.models.registry import row_of
 from phasewatch.report.page import write_report
@@ -42,7 +42,7 @@ from phasewatch.train.grid import (
     masked_grid,
     short_grid,
 )
-from phasewatch.validate.index import INDEX, read_index
+from phasewatch.validate.index import INDEX, read_index, read_statuses
 from phasewatch.validate.ledger import render_ledger
 from phasewatch.validate.subset import pick
 from phasewatch.validate.sweep import LEDGER, Mapper, SweepSummary, Tell, path_of, sweep
@@ -184,14 +184,14 @@ def features(settings: Settings) -> FeatureCount:
     """Make the feature tables of a swept run, and enter them into its ledger."""
     run = settings.run
     atomic.sweep_temporaries(run)
-    verdicts = read_index(run / INDEX)
-    statuses = {(v.host_id, v.episode_id): v.status for v in verdicts if v.status in USABLE}
+    statuses = read_statuses(run / INDEX)
     count = write_tables(
         run,
         open_grids(run / "grids"),
         statuses,
         include_degraded=settings.include_degraded,
         inputs=digests(run, [INDEX]),
+        spread=Spread(workers=settings.workers),
     )
     stages = _read_ledger(run)
     stages["features"] = {

@@ -143,6 +143,16 @@ def test_paired_differences_equal_scipys_on_the_very_same_resamples() -> None:
     assert paired_p(each[0] - each[1]) == paired_p(found.bootstrap_distribution)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 17, 100, 999, 10_000])
+@pytest.mark.parametrize("tail", [0.0, 0.0001, 0.025, 0.2, 0.5])
+def test_an_interval_is_numpys_percentiles_whatever_the_values_are(count: int, tail: float) -> None:
+    rng = np.random.default_rng(count)
+    drawn = rng.normal(size=count)
+    misleading = np.where(np.arange(count) % 16 == 0, 5.0, drawn)  # each sixteenth tells nothing of the others
+    for values in (drawn, np.round(drawn, 1), np.zeros(count), np.sort(drawn), misleading, -misleading):
+        assert_allclose(interval(values, tail), np.percentile(values, [100 * tail, 100 * (1 - tail)]), rtol=1e-12)
+
+
 def test_an_interval_over_sessions_is_wider_than_one_over_windows() -> None:
     clusters, truth, decided = windows((30,), per_session=30)
     alone = Clusters(of=np.arange(len(truth)), host=np.zeros(len(truth), np.int64))

@@ -13,7 +13,7 @@ from tests.builders import T0, S, episode, episode_id
 from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import feature_names, schema_hash
 from phasewatch.features.stats import episode_stats, window_stats
-from phasewatch.features.tables import EPISODE_FILE, SCHEMA_FILE, WINDOW_FILE, write_tables
+from phasewatch.features.tables import EPISODE_FILE, SCHEMA_FILE, WINDOW_FILE, Spread, write_tables
 from phasewatch.grid.align import align
 from phasewatch.grid.files import Grids, open_grids, row_of, write_grids
 from phasewatch.vocab import Origin, Role, Status
@@ -112,6 +112,15 @@ def test_an_episode_that_no_verdict_names_is_not_used(grids: Grids, tmp_path: Pa
 
     assert count.episodes == 1
     assert count.left_out == {"not listed": 4}
+
+
+def test_any_number_of_workers_gives_the_same_tables(grids: Grids, tmp_path: Path) -> None:
+    for name, workers in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        write_tables(tmp_path / name, grids, STATUSES, spread=Spread(workers=workers, chunk=1, few=0))
+
+    for file in (WINDOW_FILE, EPISODE_FILE, SCHEMA_FILE):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
 def test_the_tables_are_the_same_bytes_each_time_and_name_their_inputs(grids: Grids, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -108,10 +109,21 @@ def test_live_equals_offline(which: int, seed: int, worst_ns: int) -> None:
 
 
 @pytest.mark.soak
-@settings(max_examples=1000, deadline=None)
-@given(*SCHEDULES)
-def test_live_equals_offline_on_a_thousand_schedules(which: int, seed: int, worst_ns: int) -> None:
-    check(which, seed, worst_ns)
+def test_live_equals_offline_on_a_thousand_schedules(soak_row: Callable[..., None]) -> None:
+    taken: list[int] = []
+
+    @settings(max_examples=1000, deadline=None)
+    @given(*SCHEDULES)
+    def run(which: int, seed: int, worst_ns: int) -> None:
+        check(which, seed, worst_ns)
+        taken.append(worst_ns)
+
+    run()
+
+    soak_row(
+        "Live equals offline, bit for bit", schedules=len(taken), **{"latest reading, ms": round(max(taken) / 1e6)},
+        different=0,
+    )  # fmt: skip
 
 
 def test_a_grid_put_aside_and_taken_up_again_goes_on_with_the_same_bits() -> None:

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from tests.record.test_safety import EPISODE_S
 
 from phasewatch.errors import UsageError
 from phasewatch.profiles import PROFILES, SAMPLE_GROUPS, Profile, draw_knobs, profile, sample, sample_group
@@ -62,6 +63,13 @@ def test_the_first_run_writes_at_most_20_mb(row: Profile) -> None:
         total = next(knob for knob in one.knobs if knob.name == "infect_mb")
 
         assert (total.low, total.high) == (0.2, 20)
+
+
+@pytest.mark.parametrize("row", PROFILES, ids=lambda row: row.name)
+def test_the_bounds_hold_what_a_sample_may_write_or_send_at_its_highest_rate(row: Profile) -> None:
+    rates = [knob.high * 1e3 for one in row.samples for knob in one.knobs if knob.name == "rate_kbps"]
+
+    assert max(rates, default=0.0) * EPISODE_S <= max(row.bounds.written_bytes, row.bounds.sent_bytes)
 
 
 def test_a_profile_may_talk_to_the_sink_only() -> None:

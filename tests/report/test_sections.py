@@ -68,6 +68,20 @@ def test_the_meter_names_what_was_not_trained_and_pairs_its_gaps() -> None:
     assert meter.table.rows[1][2] == "not trained in this grid"
 
 
+def test_random_episodes_below_an_unseen_host_are_called_luck_and_not_an_easier_test() -> None:
+    below, above = (row("macro_f1@5of6", "gbt", v, recipe="in_distribution", low=0.5, high=0.9) for v in (0.6, 0.8))
+    sizes = [
+        row("train_windows", "gbt", n, recipe=r, agent=None)
+        for r, n in (("in_distribution", 1610.0), ("held_out_host", 1600.0))
+    ]
+
+    (said,) = (s for s in block(page_of([GBT, below, *sizes]), "inflation").sentences if "take the two for equal" in s)
+
+    assert said.startswith("Random episodes score below an unseen host after training on as much, ")
+    sentences = block(page_of([GBT, above, *sizes]), "inflation").sentences
+    assert not any("take the two for equal" in s for s in sentences)
+
+
 def test_baselines_that_were_not_trained_are_named() -> None:
     board = block(page_of([GBT, CLOCK]), "leaderboard")
 

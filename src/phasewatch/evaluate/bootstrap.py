@@ -20,6 +20,7 @@ MIN_CLUSTERS = 5  # below this there is none
 MIN_HOSTS = 20  # below this nothing is said of the spread between hosts but points, worst and range
 _BLOCK = 500  # resamples drawn and multiplied at once: bounds memory, and fixes the order of draws
 _MAX_ROUNDS = 100
+_THIN = 16  # of the values that are ranked, every such one bounds where a tail begins
 
 Floats = NDArray[np.float64]
 
@@ -147,15 +148,33 @@ def interval(values: Floats, tail: float = (1 - LEVEL) / 2) -> tuple[float, floa
 
     It is numpy's `percentile`, which for two ends takes eight times as long.
     """
+    last, sample = len(values) - 1, np.sort(values[::_THIN])
+    ends = []
+    for h in (last * tail, last * (1 - tail)):
+        floor = min(int(h), max(last - 1, 0))
+        below, above = _neighbours(values, sample, floor)
+        ends.append(below + (above - below) * (h - floor))
+    return ends[0], ends[1]
+
+
+def _neighbours(values: Floats, sample: Floats, rank: int) -> tuple[float, float]:
+    """Give the values at a rank and at the next one, both of the sorted values.
+
+    A thin sorted sample bounds the tail that holds them, so that only the tail is ranked: a quarter of the time.
+    """
     last = len(values) - 1
-    places = [last * tail, last * (1 - tail)]
-    floors = [min(int(h), max(last - 1, 0)) for h in places]
-    ranked = np.partition(values, sorted({k for f in floors for k in (f, min(f + 1, last))}))
-    low, high = (
-        float(ranked[f]) + (float(ranked[min(f + 1, last)]) - float(ranked[f])) * (h - f)
-        for f, h in zip(floors, places, strict=True)
-    )
-    return low, high
+    is_low = 2 * rank < last
+    share = ((rank + 2) if is_low else (last - rank + 1)) / len(values)
+    spare = round(share * len(sample) + 4 * np.sqrt(share * len(sample))) + 1  # too few only once in a million times
+    tail = values
+    if spare < len(sample):
+        tail = values[values <= sample[spare]] if is_low else values[values >= sample[-1 - spare]]
+    place = rank if is_low else rank - (len(values) - len(tail))
+    if place < 0 or place + 1 >= len(tail):
+        tail, place = values, rank
+    following = min(place + 1, len(tail) - 1)
+    ranked = np.partition(tail, sorted({place, following}))
+    return float(ranked[place]), float(ranked[following])
 
 
 @lru_cache(maxsize=1024)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.atomic import write_whole, writer
+from phasewatch.errors import MachineError
 from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import feature_names, render_schema, schema_hash
 from phasewatch.features.stats import STATS, episode_stats, window_stats
@@ -25,8 +27,9 @@ from phasewatch.features.windows import (
     window_flags,
     window_starts,
 )
-from phasewatch.grid.files import GridRow, Grids
+from phasewatch.grid.files import GridRow, Grids, map_bins, release
 from phasewatch.vocab import Status
+from phasewatch.workers import Result, map_ordered
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,11 +37,25 @@ if TYPE_CHECKING:
 WINDOW_FILE, EPISODE_FILE = "features_window_v1.parquet", "features_episode_v1.parquet"
 SCHEMA_FILE = "feature_schema_v1.json"
 ROW_GROUP = 100_000
-RELEASED = 500  # episodes after which their pages of the grids are given back
 
 ID_COLUMNS = ("episode_id", "host_id", "profile", "sample_name", "sample_kind", "origin", "role")
 _WINDOW_NUMBERS = {"t_center_s": "<f4", "t_center_ns": "<i8", "phase": "<i1", "purity": "<f4", "flags": "<u1"}
 _EPISODE_NUMBERS = {"n_windows": "<i4"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """How the computing is spread; the bytes are the same with any.
+
+    Attributes:
+        workers: Processes that compute.
+        chunk: Episodes that are computed at once, after which their pages of the grids are given back.
+        few: Below so many episodes all is computed here: starting processes would cost more than it saves.
+    """
+
+    workers: int = 1
+    chunk: int = 100
+    few: int = 2_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +119,7 @@ def write_tables(
     include_degraded: bool = True,
     inputs: Mapping[str, str] | None = None,
     row_group: int = ROW_GROUP,
+    spread: Spread = Spread(),
 ) -> FeatureCount:
     """Write the two tables and the schema of a run.
 
@@ -112,6 +130,7 @@ def write_tables(
         include_degraded: Use episodes with something missing or repaired, too.
         inputs: Name → sha256 of what this was made from; kept in both tables.
         row_group: Rows held in memory at a time.
+        spread: In how many processes it is computed.
     """
     wanted = {Status.ACCEPTED, Status.DEGRADED} if include_degraded else {Status.ACCEPTED}
     used: list[GridRow] = []
@@ -128,24 +147,63 @@ def write_tables(
         _sink(folder / WINDOW_FILE, _WINDOW_NUMBERS, row_group, inputs) as windows,
         _sink(folder / EPISODE_FILE, _EPISODE_NUMBERS, row_group, inputs) as episodes,
     ):
-        for number, row in enumerate(used):
-            if number % RELEASED == 0:
-                grids.release()
-            bins = np.asarray(grids.bins_of(row))
-            table = windows_of(row, bins)
+        for row, table, whole in _made(used, grids, spread):
             w = len(table.phase)
             numbers: dict[str, NDArray[Any]] = {
                 "t_center_s": table.center_s, "t_center_ns": table.center_ns, "phase": table.phase,
                 "purity": table.purity, "flags": table.flags,
             }  # fmt: skip
             windows.add(row, numbers, table.stats)
-            episodes.add(row, {"n_windows": np.array([w], np.int32)}, episode_stats(bins).reshape(1, -1))
+            episodes.add(row, {"n_windows": np.array([w], np.int32)}, whole)
             n_all, n_short = n_all + w, n_short + (w == 0)
             n_unknown += int(np.count_nonzero(table.phase < 0))
     write_whole(folder / SCHEMA_FILE, render_schema(behaviour_fingerprint()).encode())
     return FeatureCount(
         episodes=len(used), windows=n_all, without_windows=n_short, left_out=left_out, unknown_windows=n_unknown
     )
+
+
+Made = tuple[WindowTable, NDArray[np.float32]]  # one episode's windows, and its own stats as a row
+
+
+def _made(
+    rows: Sequence[GridRow], grids: Grids, spread: Spread
+) -> Iterator[tuple[GridRow, WindowTable, NDArray[np.float32]]]:
+    """Compute the tables of episodes, in order."""
+    chunks = [tuple(rows[at : at + spread.chunk]) for at in range(0, len(rows), spread.chunk)]
+    if spread.workers == 1 or len(rows) < spread.few:
+        results: Iterator[list[Made]] = (_compute(grids.bins, chunk) for chunk in chunks)
+    else:
+        computing = map_ordered(partial(_compute_in, str(grids.folder)), chunks, workers=spread.workers)
+        results = (_value(result) for result in computing)
+    for chunk, made in zip(chunks, results, strict=True):
+        for row, (table, whole) in zip(chunk, made, strict=True):
+            yield row, table, whole
+
+
+def _value(result: Result[list[Made]]) -> list[Made]:
+    if result.value is None:
+        raise MachineError(f"features could not be computed: {result.error}; run `phasewatch features` again")
+    return result.value
+
+
+def _compute_in(folder: str, rows: Sequence[GridRow]) -> list[Made]:
+    """Compute a chunk in a worker, from a map of its own."""
+    return _compute(_mapped(folder), rows)
+
+
+@lru_cache(maxsize=1)
+def _mapped(folder: str) -> NDArray[np.float32]:
+    return map_bins(Path(folder))
+
+
+def _compute(mapped: NDArray[np.float32], rows: Sequence[GridRow]) -> list[Made]:
+    made = []
+    for row in rows:
+        bins = np.asarray(mapped[row.offset : row.offset + row.n_bins])
+        made.append((windows_of(row, bins), episode_stats(bins).reshape(1, -1)))
+    release(mapped)
+    return made
 
 
 class _Sink:

@@ -171,8 +171,10 @@ class Grids:
         levels: ``(N, 13)`` float32, likewise.
         rows: One per episode, in order of (host_id, episode_id).
         inputs: Name → sha256 of what they were made from.
+        folder: Where they lie.
     """
 
+    folder: Path
     bins: NDArray[np.float32]
     levels: NDArray[np.float32]
     rows: tuple[GridRow, ...]
@@ -183,11 +185,9 @@ class Grids:
         return self.bins[row.offset : row.offset + row.n_bins]
 
     def release(self) -> None:
-        """Give back the pages of the maps that were read so far: who streams a large run calls it now and then."""
-        for mapped in (self.bins, self.levels):
-            pages = getattr(mapped, "_mmap", None)  # None where a file without rows was read instead
-            if pages is not None:
-                pages.madvise(mmap.MADV_DONTNEED)
+        """Give back the pages of both maps; see `release`."""
+        release(self.bins)
+        release(self.levels)
 
     def levels_of(self, row: GridRow) -> NDArray[np.float32]:
         """Give one episode's ``(n_bins, 13)`` view."""
@@ -219,7 +219,19 @@ def open_grids(folder: Path) -> Grids:
             f"{folder}: the index speaks of {n:,} bins of {len(CHANNELS)} channels, the maps hold {bins.shape} and "
             f"{levels.shape}; make the grids anew with `phasewatch validate STORE --out RUN`"
         )
-    return Grids(bins=bins, levels=levels, rows=rows, inputs=totals["inputs"])
+    return Grids(folder=folder, bins=bins, levels=levels, rows=rows, inputs=totals["inputs"])
+
+
+def map_bins(folder: Path) -> NDArray[np.float32]:
+    """Map the bins of a run alone, ``(N, 46)``: what a worker needs of them beside its rows."""
+    return _map(folder / GRIDS)
+
+
+def release(mapped: NDArray[np.float32]) -> None:
+    """Give back the pages of a map that were read so far: who streams a large run calls it now and then."""
+    pages = getattr(mapped, "_mmap", None)  # None where a file without rows was read instead
+    if pages is not None:
+        pages.madvise(mmap.MADV_DONTNEED)
 
 
 def _map(path: Path) -> NDArray[np.float32]:

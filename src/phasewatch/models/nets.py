@@ -27,6 +27,14 @@ class NetConfig(TrainConfig):
     dropout: float = 0.2
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FewerEpochs(NetConfig):
+    """Of the two nets whose steps cost most, and which gain nothing from more (ADR 45)."""
+
+    epochs: int = 24
+    patience: int = 6
+
+
 class Net(PhaseModel):
     """What the five share; a body is made by `_body`."""
 
@@ -103,6 +111,7 @@ class CnnNet(Net):
     """A 1-D residual net over the bins."""
 
     key = "cnn"
+    Config = FewerEpochs
 
     def _body(self, width_in: int) -> Any:
         from phasewatch.models.bodies import Cnn
@@ -140,6 +149,7 @@ class TransformerNet(Net):
     """Two attention layers over the bins."""
 
     key = "transformer"
+    Config = FewerEpochs
 
     def _body(self, width_in: int) -> Any:
         from phasewatch.models.bodies import Transformer

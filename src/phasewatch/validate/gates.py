@@ -28,7 +28,7 @@ _ABOUT: tuple[tuple[str, Severity, str], ...] = (
     ("rate", Status.DEGRADED, "Fewer than 90 % of the rows that the nominal rate promises."),
     ("missing", Status.DEGRADED, "The source has no rows, is silent for more than 10 s, or gives fewer than half of its rows."),
     ("clock-base-repaired", Status.DEGRADED, "The stamps were in another clock than the manifest says, and were re-based."),
-    ("clock-base", Status.DEGRADED, "The stamps are in an unknown clock; the source counts as missing."),
+    ("clock-base", Status.DEGRADED, "The stamps are in an unknown clock; the source counts as missing, and without proc the bundle is rejected."),
     ("clock-step", Status.DEGRADED, "Wall and monotonic clock parted by more than 250 ms; the windows across it are flagged."),
     ("contention", Status.DEGRADED, "The vCPUs waited for a core for more than a tenth of the time."),
     ("constant", "note", "No field of the source changes; an idle network card is zero and innocent."),

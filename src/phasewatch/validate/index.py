@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from phasewatch.atomic import write_whole
 from phasewatch.errors import RunError
-from phasewatch.validate.verdict import Verdict
+from phasewatch.validate.verdict import USABLE, Verdict
 from phasewatch.vocab import PHASES, Source, Status
 
 if TYPE_CHECKING:
@@ -47,9 +47,29 @@ def read_index(path: Path) -> tuple[Verdict, ...]:
             raise ValueError("its columns are not an index's")
         return tuple(_verdict(row) for row in table.to_pylist())
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as exc:
-        raise RunError(
-            f"{path}: no readable index ({exc}); make it with `phasewatch validate STORE --out RUN`"
-        ) from exc
+        raise _unreadable(path, exc) from exc
+
+
+def read_statuses(path: Path) -> dict[tuple[str, str], Status]:
+    """Read (host_id, episode_id) → status of the usable bundles, and nothing else: a large index holds much.
+
+    Raises:
+        RunError: If the file is absent or not an index.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, columns=["host_id", "episode_id", "status"])
+        columns = [table.column(name).to_pylist() for name in ("host_id", "episode_id", "status")]
+        rows = [(host, episode, Status(status)) for host, episode, status in zip(*columns, strict=True)]
+    except (OSError, ValueError, KeyError, pa.ArrowException) as exc:
+        raise _unreadable(path, exc) from exc
+    return {(host, episode): status for host, episode, status in rows if status in USABLE}
+
+
+def _unreadable(path: Path, exc: Exception) -> RunError:
+    return RunError(f"{path}: no readable index ({exc}); make it with `phasewatch validate STORE --out RUN`")
 
 
 def _schema() -> pa.Schema:
