@@ -33,6 +33,7 @@ test: lint
 soak: setup
 	$(BIN)/python -m pytest -m soak --soak-rows soak-rows.jsonl
 	$(BIN)/python docs/soak.py soak-rows.jsonl
+	$(BIN)/python bench/run.py --render
 	@rm soak-rows.jsonl
 
 lint: setup

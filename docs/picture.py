@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
             photograph(address, Path(out), int(more[0]) if more else 1280, more[1] if len(more) > 1 else "light")
         finally:
             process.terminate()
-            process.wait(timeout=10)
+            process.wait(timeout=60)
     return 0
 
 

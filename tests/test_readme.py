@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -63,33 +64,67 @@ def test_the_page_is_short_and_says_the_limits_before_what_is_next() -> None:
     assert len(README.splitlines()) <= 90
 
 
-@pytest.mark.soak
-def test_the_page_word_by_word_in_a_clean_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A copy of what git holds, an empty home, no cache; prints what each command took."""
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A copy of what git holds, an empty home, no cache."""
+
+    clone: Path
+    env: dict[str, str]
+    soak_row: Callable[..., None]
+
+    def type(self, line: str) -> str:
+        """Type a line of the page as it stands; give what it printed, and hand over what it took."""
+        began = time.monotonic()
+        done = subprocess.run(
+            ["sh", "-c", line], cwd=self.clone, env=self.env, capture_output=True, text=True, timeout=3000
+        )
+        self.soak_row("A newcomer's walk", command=line, seconds=round(time.monotonic() - began))
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """The clone and its environment."""
+    folder = tmp_path_factory.mktemp("newcomer")
     archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
-    clone = tmp_path / "phasewatch"
+    clone = folder / "phasewatch"
     clone.mkdir()
     subprocess.run(["tar", "-x", "-C", str(clone)], input=archive, check=True)
-    (tmp_path / "home").mkdir()
+    (folder / "home").mkdir()
     keep = {k: v for k, v in os.environ.items() if k.startswith(("PIP_", "UV_", "SSL_")) or k.endswith("_proxy")}
     env = {
-        **keep, "HOME": str(tmp_path / "home"), "UV_CACHE_DIR": str(tmp_path / "cache"), "TERM": "dumb",
+        **keep, "HOME": str(folder / "home"), "UV_CACHE_DIR": str(folder / "cache"), "TERM": "dumb",
         "PATH": f"{clone / '.venv' / 'bin'}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
     }  # fmt: skip
-    took = {}
-    if shutil.which("qemu-system-x86_64") or os.environ.get("CI") == "true":
-        need_qemu()
-        lines = WALKED
-    else:
-        lines = tuple(line for line in WALKED if "my-store" not in line)
-    for line in lines:
-        began = time.monotonic()
-        done = subprocess.run(line, shell=True, cwd=clone, env=env, capture_output=True, text=True, timeout=3000)  # noqa: S602  the page's own words
-        took[line] = time.monotonic() - began
-        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-        if line == "make demo":
-            headline, report = done.stdout.strip().splitlines()[-2:]
-            assert headline.startswith("macro-F1 of phase, unseen host, realistic, gbt: 0.")
-            assert (clone / report).is_file()
-    with capsys.disabled():
-        print("\n" + "\n".join(f"{seconds:7.1f} s  {line}" for line, seconds in took.items()))
+    return clone, env
+
+
+@pytest.fixture
+def place(clean: tuple[Path, dict[str, str]], soak_row: Callable[..., None]) -> Place:
+    return Place(clone=clean[0], env=clean[1], soak_row=soak_row)
+
+
+@pytest.mark.soak
+def test_the_page_word_by_word_in_a_clean_place(place: Place) -> None:
+    headline, report = place.type(WALKED[0]).strip().splitlines()[-2:]
+    listed = place.type("phasewatch watch --list")
+    place.type("phasewatch doctor")
+    place.type(WALKED[3])
+
+    assert headline.startswith("macro-F1 of phase, unseen host, realistic, gbt: 0.")
+    assert (place.clone / report).is_file()
+    assert listed.strip()
+
+
+@pytest.mark.soak
+@pytest.mark.vm
+def test_the_pages_own_recording_in_a_clean_place(place: Place) -> None:
+    need_qemu()
+    if not (place.clone / ".venv").exists():
+        place.type(WALKED[0])
+    place.type(WALKED[1])
+    headline, report = place.type(WALKED[2]).strip().splitlines()[-2:]
+
+    assert headline.startswith("macro-F1 of phase, unseen host, realistic, gbt: ")
+    assert (place.clone / report).is_file()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.dashboard.running import Running, dashboard
 from tests.formats.test_golden_events import GOLDEN
@@ -126,6 +127,26 @@ def test_the_page_fits_any_width(browser: Any, running: Running, width: int) -> 
 
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
     assert opened.said == []
+
+
+@pytest.mark.parametrize("width", [1280, 768, 380])
+def test_no_word_of_a_machine_or_under_the_leaderboard_is_cut(browser: Any, running: Running, width: int) -> None:
+    headline = (
+        "macro-F1 of phase, unseen host, realistic, transformer: 0.47 [0.41, 0.53]; 3 states 0.65 [0.59, 0.72]; "
+        "elapsed time alone 0.20 (47 episodes, 6 hosts, 6 of 6 profiles tested, 1 seed)"
+    )
+    split = "; ".join(f"held out {way}: 0.47 [0.41, 0.53]" for way in ("windows", "episodes", "host", "sample", "both"))
+    score = msgspec.structs.replace(GOLDEN["score"][0], headline=headline, notes=(split,))
+    alarmed = {"decision": "dormant", "truth": "infecting", "alarm": True, "alarm_since_ns": NOW_NS}
+    running.send(*(telemetry(vm=f"vm-{i}", origin="recorded") for i in range(4)))
+    running.send(*(phase(vm=f"vm-{i}", **alarmed) for i in range(4)), score)
+    opened = Opened(browser, running.start, width)
+    opened.wait("document.querySelectorAll('#notes-score li').length >= 2")
+    opened.wait("document.querySelectorAll('.machine .pill').length === 4")
+
+    cut = "e => e.some(x => x.scrollWidth > x.clientWidth + 1 || x.scrollHeight > x.clientHeight + 1)"
+    assert not opened.page.locator(".machine .sub").evaluate_all(cut)
+    assert not opened.page.locator("#notes-score").evaluate_all(cut)
 
 
 def test_hostile_strings_are_text_and_run_nothing(browser: Any, running: Running) -> None:
