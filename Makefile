@@ -20,7 +20,7 @@ UV         := $(BIN)/uv pip install --python $(BIN)/python -c constraints.txt $(
 export OMP_WAIT_POLICY = PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: demo test soak lint setup system picture headline results bench docs datasheet edge footprint lock clean
+.PHONY: bench-features demo test soak lint setup system picture headline results bench docs datasheet edge footprint lock clean
 
 demo: $(VENV)/.run
 	@$(BIN)/phasewatch demo
@@ -77,12 +77,18 @@ clean:
 	rm -rf $(VENV) runs
 
 # Peers side by side with ours, in an environment of their own; writes docs/performance.md and its pictures, in a quarter
-# of an hour on a quiet machine. `make bench BUNDLES=1000,10000,76660` measures the whole corpus too, `PARTS=whole` only that.
+# of an hour on a quiet machine. `make bench BUNDLES=1000,10000,76660` measures the whole corpus too, `PARTS=whole` only that;
+# STORES=folder keeps what is simulated for it (14 GB), and takes it up again.
 BUNDLES ?= 1000,10000
 PARTS   ?=
+STORES  ?=
 
 bench: demo bench/.venv/.done
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONPATH=src bench/.venv/bin/python bench/run.py --run runs/demo --bundles $(BUNDLES) --only "$(PARTS)"
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONPATH=src bench/.venv/bin/python bench/run.py --run runs/demo --bundles $(BUNDLES) --only "$(PARTS)" $(if $(STORES),--stores $(STORES))
+
+# Validation, features and tensors alone, the whole corpus of 76,660 bundles too if asked for by BUNDLES.
+bench-features:
+	$(MAKE) bench PARTS=passes,features,tensors,whole
 
 # confidenceinterval asks for a setuptools that torch refuses, and needs neither.
 bench/.venv/.done: bench/requirements.txt | $(BIN)/uv

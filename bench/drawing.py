@@ -63,7 +63,10 @@ def curves(part: Mapping[str, Any]) -> str:
 
 def _panel(points: list[Mapping[str, Any]], steps: list[str], key: str, title: str, said: Any, left: int) -> str:
     sizes = sorted({p["bundles"] for p in points})
-    low, high = (math.floor(math.log10(min(p[key] for p in points))), math.ceil(math.log10(max(p[key] for p in points))))
+    low, high = (
+        math.floor(math.log10(min(p[key] for p in points))),
+        math.ceil(math.log10(max(p[key] for p in points))),
+    )
 
     def x(n: int) -> float:
         return left + 20 + 240 * math.log(n / sizes[0]) / (math.log(sizes[-1] / sizes[0]) or 1)

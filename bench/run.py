@@ -48,10 +48,10 @@ OF_SOAK: tuple[tuple[str, str, str, str, Callable[[list[dict[str, Any]]], float]
 )  # fmt: skip
 
 
-def measure(name: str, run: Path, sizes: tuple[int, ...]) -> Part:
+def measure(name: str, run: Path, sizes: tuple[int, ...], stores: Path | None) -> Part:
     """Measure one part; what it needs is imported here alone."""
     module, _, work = WORKS[name].partition(".")
-    settings: dict[str, Any] = {"models": {"run": run}, "interchange": {"run": run}, "whole": {"sizes": sizes}, "parsing": {"corpus": CORPUS / "lab-v1"}, "watching": {"corpus": CORPUS}}.get(name, {})  # fmt: skip
+    settings: dict[str, Any] = {"models": {"run": run}, "interchange": {"run": run}, "whole": {"sizes": sizes, "stores": stores}, "parsing": {"corpus": CORPUS / "lab-v1"}, "watching": {"corpus": CORPUS}}.get(name, {})  # fmt: skip
     part: Part = getattr(importlib.import_module(module), work)(**settings)
     return part
 
@@ -148,14 +148,21 @@ def main() -> int:
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "demo", help="a run of the bundled corpus")
     parser.add_argument("--only", default="", help="parts, separated by commas")
     parser.add_argument("--bundles", default="1000,10000", help="sizes of simulated corpora; 76660 is the whole one")
+    parser.add_argument("--stores", type=Path, help="keep the simulated corpora in this folder, and take them up again")
     parser.add_argument("--check", action="store_true", help="only say whether the page shows what is kept")
-    parser.add_argument("--render", action="store_true", help="measure nothing; take in what the soak found, and set the page")
+    parser.add_argument(
+        "--render", action="store_true", help="measure nothing; take in what the soak found, and set the page"
+    )
     told = parser.parse_args()
     kept: dict[str, Any] = json.loads(KEPT.read_bytes()) if KEPT.is_file() else {"parts": {}}
     if told.check:
         fresh = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == render(kept)
         return 0 if fresh else 1
-    kept["soak"] = [row for row in map(json.loads, SOAK.read_text(encoding="utf-8").splitlines()) if row["table"] in {of[3] for of in OF_SOAK}]
+    kept["soak"] = [
+        row
+        for row in map(json.loads, SOAK.read_text(encoding="utf-8").splitlines())
+        if row["table"] in {of[3] for of in OF_SOAK}
+    ]
     if told.render:
         write(kept)
         return 0
@@ -163,14 +170,18 @@ def main() -> int:
     if unknown := set(wanted) - set(WORKS):
         raise SystemExit(f"no part {min(unknown)!r}; there are {', '.join(WORKS)}")
     if len(wanted) > 1:
-        # Each in a process of its own: a child's peak memory counts what its parent held when it was started.
-        for name in wanted:
-            subprocess.run([sys.executable, __file__, "--run", told.run, "--bundles", told.bundles, "--only", name], check=True)
+        for name in wanted:  # each in a process of its own, with a memory that nothing else has touched
+            same = ["--run", told.run, "--bundles", told.bundles, *(["--stores", told.stores] if told.stores else [])]
+            subprocess.run([sys.executable, __file__, *same, "--only", name], check=True)
         return 0
     name, facts = wanted[0], here()
     print(f"{name} …", file=sys.stderr, flush=True)
-    part = json.loads(json.dumps(asdict(measure(name, told.run, tuple(map(int, told.bundles.split(","))))))) | {"measured_on": facts}
-    kept["parts"] = {key: part if key == name else kept["parts"][key] for key in WORKS if key == name or key in kept["parts"]}
+    part = json.loads(
+        json.dumps(asdict(measure(name, told.run, tuple(map(int, told.bundles.split(","))), told.stores)))
+    ) | {"measured_on": facts}
+    kept["parts"] = {
+        key: part if key == name else kept["parts"][key] for key in WORKS if key == name or key in kept["parts"]
+    }
     if part["rows"] or part["points"]:
         PICTURES.mkdir(parents=True, exist_ok=True)
         (PICTURES / f"performance-{name}.svg").write_text(drawing.picture(part), encoding="utf-8")

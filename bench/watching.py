@@ -6,36 +6,26 @@ The guest's rest changes nothing of the watcher's work: twice a second it reads 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from spent import Spent, spend
 from timing import Figure, Part
 
 QEMU = "qemu-system-x86_64"
 LATENESS_MS = 1000.0  # a bin is closed a second after its end, whatever came
 
 
-def watch(pid: int, edge: Path, seconds: float) -> tuple[float, float, float, list[dict[str, object]]]:
-    """Watch for so long; give wall and CPU seconds, MiB at most, and the events."""
+def watch(pid: int, edge: Path, seconds: float) -> tuple[Spent, list[dict[str, object]]]:
+    """Watch for so long; give what it took, and the events."""
     with tempfile.TemporaryFile() as said:
-        start = time.monotonic()
-        child = subprocess.Popen(
-            [sys.executable, "-m", "phasewatch", "watch", "--pid", str(pid), "--model", str(edge), "--seconds", str(seconds), "--json"],
-            stdout=said, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        _, status, used = os.wait4(child.pid, 0)
-        wall = time.monotonic() - start
-        if status != 0:
-            raise SystemExit(f"watch ended with {os.waitstatus_to_exitcode(status)}")
+        took = spend("watch", "--pid", str(pid), "--model", edge, "--seconds", str(seconds), "--json", said=said)
         said.seek(0)
-        events = [json.loads(line) for line in said]
-    return wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, events
+        return took, [json.loads(line) for line in said]
 
 
 def measure(corpus: Path, *, seconds: float = 120.0) -> Part:
@@ -58,8 +48,8 @@ def measure(corpus: Path, *, seconds: float = 120.0) -> Part:
                 if machine.poll() is not None:
                     raise SystemExit(f"{QEMU} ended with {machine.returncode}")
                 time.sleep(0.1)
-            started = min((watch(machine.pid, edge, 0.1)[:2] for _ in range(3)), key=lambda of: of[0])
-            wall, cpu, peak, events = watch(machine.pid, edge, seconds)
+            started = min((watch(machine.pid, edge, 0.1)[0] for _ in range(3)), key=lambda took: took.wall_s)
+            took, events = watch(machine.pid, edge, seconds)
         finally:
             machine.kill()
             machine.wait()
@@ -67,11 +57,11 @@ def measure(corpus: Path, *, seconds: float = 120.0) -> Part:
     of = f"{len(late)} windows"
     return Part(
         title=title,
-        about=f"`phasewatch watch` with the bundled model on a QEMU whose guest stands still, {wall:.0f} s; start is the whole process less its 0.1 s of watching, CPU without the start.",
+        about=f"`phasewatch watch` with the bundled model on a QEMU whose guest stands still, {took.wall_s:.0f} s; start is the whole process less its 0.1 s of watching, CPU without the start.",
         figures=(
             Figure(what="window closed to event, 99th of 100", must="≤50", aim="≤10", unit="ms", measured=float(np.percentile(late, 99)), note=f"of {of}, median {np.median(late):.2g} ms"),
-            Figure(what="start, attach and let go again", must="≤1", aim="≤0.3", unit="s", measured=started[0] - 0.1),
-            Figure(what="memory of the watcher", must="≤150", aim="≤80", unit="MiB", measured=peak),
-            Figure(what="CPU of watching one machine", must="≤3", aim="≤1", unit="% of a core", measured=100 * (cpu - started[1]) / seconds),
+            Figure(what="start, attach and let go again", must="≤1", aim="≤0.3", unit="s", measured=started.wall_s - 0.1),
+            Figure(what="memory of the watcher", must="≤150", aim="≤80", unit="MiB", measured=took.peak_mib),
+            Figure(what="CPU of watching one machine", must="≤3", aim="≤1", unit="% of a core", measured=100 * (took.cpu_s - started.cpu_s) / seconds),
         ),
     )  # fmt: skip

@@ -5,15 +5,12 @@ Each step is a `phasewatch` of its own, as a user would start it.
 
 from __future__ import annotations
 
-import os
-import resource
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+from spent import spend
 from timing import Figure, Part, Point
 
 WHOLE = 76_660
@@ -21,29 +18,16 @@ WORKERS = (1, 2)
 SWEEP, FEATURES, AGAIN = "validate", "features", "validate again, nothing changed"
 
 
-def step(*arguments: str | Path) -> tuple[float, float, float]:
-    """Run a command; give wall seconds, CPU seconds, and the peak memory (MiB) of its largest process."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    start = time.monotonic()
-    pid = subprocess.Popen(
-        [sys.executable, "-m", "phasewatch", *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ).pid
-    _, status, used = os.wait4(pid, 0)
-    wall = time.monotonic() - start
-    if status != 0:
-        raise SystemExit(f"{' '.join(map(str, arguments))}: ended with {os.waitstatus_to_exitcode(status)}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return wall, cpu, used.ru_maxrss / 1024
-
-
-def measure(*, sizes: Sequence[int], workers: Sequence[int] = WORKERS) -> Part:
-    """Make a store of each size once, and take it the way once for each number of workers."""
+def measure(*, sizes: Sequence[int], stores: Path | None = None, workers: Sequence[int] = WORKERS) -> Part:
+    """Make a store of each size once, or take one up that was kept, and take it the way once for each number of workers."""
     points = []
     for bundles in sizes:
         with tempfile.TemporaryDirectory() as folder:
-            store = Path(folder) / "store"
-            step("simulate", "--hosts", "10", "--episodes", str(bundles), "--seconds", "180", "180", "--out", store)
+            store = (stores or Path(folder)) / str(bundles)
+            if not store.exists():
+                spend(
+                    "simulate", "--hosts", "10", "--episodes", str(bundles), "--seconds", "180", "180", "--out", store
+                )
             for n in workers:
                 run = Path(folder) / f"run-{n}"
                 for name, arguments in (
@@ -51,10 +35,7 @@ def measure(*, sizes: Sequence[int], workers: Sequence[int] = WORKERS) -> Part:
                     (FEATURES, ("features", run, "--workers", str(n))),
                     (AGAIN, ("validate", store, "--out", run, "--workers", str(n))),
                 ):
-                    wall, cpu, peak = step(*arguments)
-                    points.append(
-                        Point(step=name, bundles=bundles, workers=n, wall_s=wall, cpu_s=cpu, peak_mib=peak)
-                    )
+                    points.append(Point(step=name, bundles=bundles, workers=n, **asdict(spend(*arguments))))
     return Part(
         title="Whole corpora",
         about="Simulated stores of 180 s episodes on ten hosts, page cache warm, each step a process of its own; memory is of the largest process in it.",

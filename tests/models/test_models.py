@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -247,9 +249,13 @@ def test_what_a_checkpoint_will_be_given_can_be_checked_when_it_is_loaded(tmp_pa
         registry.load(tmp_path, expected=replace(spec("gbt"), behaviour_fingerprint="c" * 64))
 
 
-def mutants_of_a_checkpoint(folder: Path, count: int) -> None:
-    """Damage a checkpoint in many ways; each is refused in words, or still says exactly what it said."""
+def mutants_of_a_checkpoint(folder: Path, count: int) -> dict[str, int]:
+    """Damage a checkpoint in many ways; each is refused in words, or still says exactly what it said.
+
+    Gives how many of each model were refused.
+    """
     rng = np.random.default_rng(0)
+    many: Counter[str] = Counter()
     for key in ("gbt", "mlp", "cnn", "elapsed_time", "minirocket"):
         whole = folder / key
         model, data = fitted(key), examples(key, 20, seed=3)
@@ -266,7 +272,9 @@ def mutants_of_a_checkpoint(folder: Path, count: int) -> None:
             except (MismatchError, RunError) as error:
                 refused = str(error)
             assert not refused or name in refused
+            many[key] += bool(refused)
             (whole / name).write_bytes(before)
+    return dict(many)
 
 
 def damaged(data: bytes, rng: np.random.Generator) -> bytes:
@@ -285,8 +293,10 @@ def test_no_damaged_checkpoint_says_anything_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_no_damaged_checkpoint_of_thousands_says_anything_else(tmp_path: Path) -> None:
-    mutants_of_a_checkpoint(tmp_path, 1000)
+def test_no_damaged_checkpoint_of_thousands_says_anything_else(tmp_path: Path, soak_row: Callable[..., None]) -> None:
+    for key, refused in mutants_of_a_checkpoint(tmp_path, 1000).items():
+        same = {"loaded and said the same": 1000 - refused, "loaded and said something else": 0}
+        soak_row("Damaged checkpoints", model=key, mutants=1000, refused=refused, **same)
 
 
 def test_an_absent_checkpoint_is_named(tmp_path: Path) -> None:

@@ -45,6 +45,31 @@ def test_a_net_learns_what_only_the_course_over_time_tells(key: str) -> None:
     assert (model.predict(test.inputs) == test.y).mean() > 0.8
 
 
+def digits() -> tuple[Examples, Examples, Examples]:
+    """Written digits 0 to 4 (scikit-learn's bundled set, UCI): 8 channels, 8 steps stretched over a window's bins."""
+    from sklearn.datasets import load_digits
+
+    images, of = load_digits(n_class=5, return_X_y=True)
+    steps = np.arange(WINDOW_BINS) * 8 // WINDOW_BINS
+    x = images.reshape(-1, 8, 8)[:, :, steps].astype(np.float32)
+    spec = InputSpec(
+        kind=InputKind.TENSOR, names=tuple(f"row{i}" for i in range(8)), mask="realistic", schema_hash="5" * 64,
+        behaviour_fingerprint="b" * 64,
+    )  # fmt: skip
+    parts = (slice(0, 300), slice(300, 450), slice(450, 700))
+    train, val, test = (Examples(inputs=Inputs(x=x[p], spec=spec), y=of[p].astype(np.int64)) for p in parts)
+    return train, val, test
+
+
+@pytest.mark.parametrize("key", NETS)
+def test_a_net_learns_a_public_set_as_it_does_our_windows(key: str) -> None:
+    train, val, test = digits()
+
+    model = registry.create(key, settings={"epochs": 15, "width": 32, "batch": 32}).fit(train, val)
+
+    assert (model.predict(test.inputs) == test.y).mean() > 0.6  # chance is 0.2
+
+
 def test_the_best_epoch_is_kept_and_the_history_tells_it() -> None:
     val = motions(150, 1)
     model = registry.create("cnn", settings={"epochs": 12, "width": 16}).fit(motions(300, 0), val)

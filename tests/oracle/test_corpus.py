@@ -27,6 +27,8 @@ def test_a_recorded_episode_has_the_same_bits(path: Path) -> None:
 
 @pytest.mark.soak
 def test_every_recorded_episode_has_the_same_bits(soak_row: Callable[..., None]) -> None:
+    same = 0
     for path in BUNDLES:
         assert_same(unpack(path.read_bytes(), file=path.name))
-    soak_row("Slow oracle over the recordings", episodes=len(BUNDLES), other_bits=0)
+        same += 1
+    soak_row("Slow oracle over the recordings", episodes=len(BUNDLES), other_bits=len(BUNDLES) - same)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,58 +20,84 @@ from phasewatch.simulate import simulate
 from phasewatch.validate.parts import PARTS
 from phasewatch.validate.sweep import sweep
 
+BUNDLES = 60
 SWEEP = (
     "import sys\n"
     "from pathlib import Path\n"
     "from phasewatch.validate.sweep import sweep\n"
+    "def tell(done, of, verdict):\n"
+    "    print(done, flush=True)\n"
     "if __name__ == '__main__':\n"
-    "    print('begun', flush=True)\n"
-    "    sweep(Path(sys.argv[1]), Path(sys.argv[2]), workers=int(sys.argv[3]), part=8)\n"
+    "    sweep(Path(sys.argv[1]), Path(sys.argv[2]), workers=int(sys.argv[3]), part=8, tell=tell)\n"
 )
 
 
-def start(script: Path, store: Path, run: Path, workers: int) -> subprocess.Popen[str]:
-    started = subprocess.Popen(
+@dataclass(slots=True)
+class Deaths:
+    """What became of the sweeps.
+
+    Attributes:
+        hit: How many were killed before they had ended.
+        late: How many of those had told of every bundle, and were writing their products.
+        whole: How many times a run was brought to its end by a sweep that nobody killed.
+        unlike: How many of those gave other bytes than a sweep that never was killed.
+    """
+
+    hit: int = 0
+    late: int = 0
+    whole: int = 0
+    unlike: int = 0
+
+
+def sweep_until(told: int, script: Path, store: Path, run: Path, *, workers: int) -> subprocess.Popen[str]:
+    """Start a sweep, and come back when it has told of so many bundles, or ended."""
+    sweeping = subprocess.Popen(
         [sys.executable, str(script), str(store), str(run), str(workers)],
         stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    assert started.stdout is not None
-    assert started.stdout.readline() == "begun\n"
-    return started
+    assert sweeping.stdout is not None
+    for _ in range(told):
+        if not sweeping.stdout.readline():
+            break
+    return sweeping
 
 
-def kill_again_and_again(folder: Path, *, kills: int, seed: int, whole_group: bool) -> int:
-    """Kill sweeps of one store; give how many were hit before they had finished."""
+def kill_again_and_again(folder: Path, *, kills: int, seed: int, whole_group: bool) -> Deaths:
+    """Kill sweeps of one store after a drawn number of bundles and a drawn moment; let one in ten come to its end."""
     rng = random.Random(seed)
-    store = simulate(folder / "store", hosts=2, episodes=60, seed=4, faults=0.3, between_s=SHORT).store
+    store = simulate(folder / "store", hosts=2, episodes=BUNDLES, seed=4, faults=0.3, between_s=SHORT).store
     sweep(store, folder / "whole", workers=1)
-    script, run, hits = folder / "sweep.py", folder / "run", 0
+    script, run, deaths = folder / "sweep.py", folder / "run", Deaths()
     script.write_text(SWEEP)
     for number in range(kills):
-        workers = 1 + number % 2
-        began = time.monotonic()
-        sweeping = start(script, store, run, workers)
-        # As long as the first, unhurried sweep would take, give or take: moments are drawn, not the machine's speed.
-        wait_s = rng.uniform(0, 1.5)
-        while sweeping.poll() is None and time.monotonic() - began < wait_s:
-            time.sleep(0.01)
+        told = rng.choice((BUNDLES, rng.randrange(BUNDLES)))
+        sweeping = sweep_until(told, script, store, run, workers=1 + number % 2)
+        time.sleep(rng.uniform(0, 0.03))
         if sweeping.poll() is None:
-            hits += 1
+            deaths.hit += 1
+            deaths.late += told == BUNDLES
             if whole_group:
                 os.killpg(sweeping.pid, signal.SIGKILL)
             else:
                 sweeping.kill()  # its workers see the end of their pipes
         sweeping.communicate()
-    sweep(store, run, workers=2)
+        if number == kills - 1 or rng.random() < 0.1:
+            sweep(store, run, workers=2)
+            deaths.whole += 1
+            deaths.unlike += products(run) != products(folder / "whole")
 
-    assert products(run) == products(folder / "whole")
-    assert not (run / PARTS).exists()
-    assert not [p for p in run.rglob("*") if p.name.endswith(".tmp")]
-    return hits
+            assert not (run / PARTS).exists()
+            assert not [p for p in run.rglob("*") if p.name.endswith(".tmp")]
+
+            shutil.rmtree(run)
+    return deaths
 
 
 def test_a_sweep_killed_a_few_times_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    assert kill_again_and_again(tmp_path, kills=3, seed=1, whole_group=False) > 0
+    deaths = kill_again_and_again(tmp_path, kills=3, seed=1, whole_group=False)
+
+    assert deaths.hit > 0
+    assert deaths.unlike == 0
 
 
 @pytest.mark.soak
@@ -77,8 +105,12 @@ def test_a_sweep_killed_a_few_times_ends_with_the_same_bytes(tmp_path: Path) -> 
 def test_a_sweep_killed_two_hundred_times_ends_with_the_same_bytes(
     tmp_path: Path, whole_group: bool, soak_row: Callable[..., None]
 ) -> None:
-    hits = kill_again_and_again(tmp_path, kills=200, seed=7, whole_group=whole_group)
-    soak_row("Sweeps killed with -9", killed="workers and all" if whole_group else "the parent alone", kills=200,
-             hit_before_the_end=hits, other_bytes_at_the_end=0)  # fmt: skip
+    deaths = kill_again_and_again(tmp_path, kills=200, seed=7, whole_group=whole_group)
+    soak_row(
+        "Sweeps killed with -9", killed="workers and all" if whole_group else "the parent alone", kills=deaths.hit,
+        while_the_products_were_written=deaths.late, runs_brought_to_their_end=deaths.whole, of_other_bytes=deaths.unlike,
+    )  # fmt: skip
 
-    assert hits > 100
+    assert deaths.unlike == 0
+    assert deaths.hit > 100
+    assert deaths.late > 10

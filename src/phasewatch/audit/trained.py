@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ REPEATED_PROMISE = (
 )
 SAID = "predictions"
 SAID_PROMISE = "Each prediction is what the checkpoint says of a window of its fold's test set, each window once."
+_CELL = ("recipe", "fold", "threat", "model", "table", "seed")
+_PLACE = (*_CELL, "part", "filter")
+_SAID = ("episode_id", "t_center_ns", "y_true", "y_pred", *PROBABILITIES)
 TOLERANCE = 1e-3  # of a probability; the same bits are expected on the same machine, other CPUs sum in another order
 
 
@@ -52,18 +56,46 @@ def check_repeated(run: Path, cells: Sequence[Cell]) -> Check:
     return judge(REPEATED, REPEATED_PROMISE, faults, looked_at=f"{len(cells)} cells trained again")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Told:
+    """The merged predictions, and which rows are whose: looked up once, for the grid has thousands of cells and filters."""
+
+    table: Any
+    places: Mapping[tuple[object, ...], Any]
+
+    @classmethod
+    def of(cls, table: Any) -> Told:
+        """Find the rows of each cell, part and filter."""
+        import pyarrow as pa
+
+        numbered = table.select(list(_PLACE)).append_column("row", pa.array(np.arange(table.num_rows)))
+        groups = numbered.group_by(list(_PLACE)).aggregate([("row", "list")])
+        keys = zip(*(groups[name].to_pylist() for name in _PLACE), strict=True)
+        lists = groups["row_list"].combine_chunks()
+        return cls(table=table.select(list(_SAID)).combine_chunks(), places=dict(zip(keys, lists, strict=True)))
+
+    def cells(self) -> set[tuple[object, ...]]:
+        """Name the cells that have rows."""
+        return {key[: len(_CELL)] for key in self.places}
+
+    def rows(self, cell: Cell, part: str, name: str) -> Any:
+        """Give the rows of a cell's part and filter."""
+        found = self.places.get((*_key(cell), part, name))
+        return self.table.slice(0, 0) if found is None else self.table.take(found.values)
+
+
 def check_said(run: Path) -> Check:
     """Ask every checkpoint again, and hold its answers against the merged predictions."""
     faults: list[str] = []
     cells: list[Cell] = []
     with collecting(faults):
-        table = read_table(run / PREDICTIONS)
+        told = Told.of(read_table(run / PREDICTIONS))
         cells = list(finished_cells(run, read_sources(run)))
         known = {_key(cell) for cell in cells}
-        faults += [f"{'/'.join(map(str, key))} has predictions and no checkpoint" for key in _keys_of(table) - known]
+        faults += [f"{'/'.join(map(str, key))} has predictions and no checkpoint" for key in told.cells() - known]
         for cell in cells:
             with collecting(faults):
-                faults += _said(run, cell, table)
+                faults += _said(run, cell, told)
     if not cells and not faults:
         return untested(SAID, SAID_PROMISE, "the run has no finished cell")
     return judge(SAID, SAID_PROMISE, faults, looked_at=f"{len(cells)} checkpoints asked again")
@@ -117,7 +149,7 @@ def _decides_alike(ours: PhaseModel, theirs: PhaseModel) -> bool:
     )
 
 
-def _said(run: Path, cell: Cell, table: Any) -> Iterator[str]:
+def _said(run: Path, cell: Cell, told: Told) -> Iterator[str]:
     """Hold the rows of each filter against what the checkpoint says of the same windows."""
     sets, where, folder = read_sets(run, cell), "/".join(map(str, _key(cell))), cell.folder(run)
     part = asked_part(cell)
@@ -133,7 +165,7 @@ def _said(run: Path, cell: Cell, table: Any) -> Iterator[str]:
             p = answers[NONE]
             answers[name] = None if p is None else one.run(p, track.of, track.t_center_ns)
     for name, p in answers.items():
-        words = _fault(_rows_of(table, cell, part, name), asked, p, own)
+        words = _fault(told.rows(cell, part, name), asked, p, own)
         if words:
             yield f"{where}, filter {name}: {words}"
 
@@ -168,16 +200,3 @@ def _matrix(rows: Any) -> NDArray[np.float64]:
 
 def _key(cell: Cell) -> tuple[object, ...]:
     return (*cell.keys().values(), cell.seed)
-
-
-def _keys_of(table: Any) -> set[tuple[object, ...]]:
-    names = ["recipe", "fold", "threat", "model", "table", "seed"]
-    return {tuple(row[n] for n in names) for row in table.group_by(names).aggregate([]).to_pylist()}
-
-
-def _rows_of(table: Any, cell: Cell, part: str, name: str) -> Any:
-    import pyarrow.compute as pc
-
-    for column, value in {**cell.keys(), "seed": cell.seed, "part": part, "filter": name}.items():
-        table = table.filter(pc.equal(table[column], value))
-    return table

@@ -191,6 +191,20 @@ def tail_of(sessions: int, hosts: int) -> float:
     return float(ndtr(-np.sqrt(sessions / freedom) * stdtrit(freedom, (1 + LEVEL) / 2)))
 
 
+def no_interval(sessions: int, hosts: int) -> str:
+    """Say why so few sessions of so many hosts have no interval (ADR 46); empty where they have one.
+
+    A host's only session is in every resample, so what counts is how many there are beyond one a host.
+    """
+    if sessions < MIN_CLUSTERS:
+        return f"{sessions} sessions, an interval needs {MIN_CLUSTERS}"
+    if sessions == hosts:
+        return f"one session a host ({hosts}), nothing to resample within hosts"
+    if sessions - hosts < MIN_CLUSTERS - 1:
+        return f"{sessions} sessions of {hosts} hosts, an interval needs {MIN_CLUSTERS - 1} more sessions than hosts"
+    return ""
+
+
 def paired_p(differences: Floats) -> float:
     """Give the two-sided p of "no difference" (DESIGN section 9); never 0, at best 2/(B + 1)."""
     below, above = int((differences <= 0).sum()), int((differences >= 0).sum())

@@ -86,11 +86,11 @@ class _Teller:
         weights = bootstrap.draw_weights(
             clusters, every, classes=(0,), resamples=self.rules.resamples, seed=self.rules.seed
         )
-        if weights is None or sessions < bootstrap.MIN_CLUSTERS:
-            return {"why": f"{sessions} sessions, an interval needs {bootstrap.MIN_CLUSTERS}"}
         hosts = len(np.unique(clusters.host[clusters.of[keep]]))
-        if sessions == hosts:
-            return {"why": f"one session a host ({hosts}), nothing to resample within hosts"}
+        if why := bootstrap.no_interval(sessions, hosts):
+            return {"why": why}
+        if weights is None:
+            return {"why": "hardly a resample can be drawn"}
         draws = np.mean([measure(weights.counts[:, clusters.of]) for measure in measures], axis=0)
         draws = draws[~np.isnan(draws)]  # a resample that drew none of what is measured says nothing
         if 2 * len(draws) < len(weights):

@@ -204,11 +204,9 @@ def keep_resamples(scope: Scope) -> Kept:
     lose one of its classes are left out, for all models alike, which is the same as drawing them again.
     """
     sessions = len(np.unique(scope.clusters.of))
-    if sessions < bootstrap.MIN_CLUSTERS:
-        return Kept(rows=None, why=f"{sessions} sessions, an interval needs {bootstrap.MIN_CLUSTERS}")
     hosts = len(np.unique(scope.clusters.host[np.unique(scope.clusters.of)]))
-    if sessions == hosts:
-        return Kept(rows=None, why=f"one session a host ({hosts}), nothing to resample within hosts")
+    if why := bootstrap.no_interval(sessions, hosts):
+        return Kept(rows=None, why=why)
     if scope.weights is None:
         return Kept(rows=None, why="hardly a resample keeps a window of each class")
     truth = bootstrap.sums(
