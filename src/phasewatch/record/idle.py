@@ -43,13 +43,26 @@ def read_effort() -> Effort:
     )
 
 
-async def wait_until_idle(clock: Clock, *, at_most_s: float, read: Callable[[], Effort] = read_effort) -> float:
+async def wait_until_idle(
+    clock: Clock,
+    *,
+    at_most_s: float,
+    read: Callable[[], Effort] = read_effort,
+    on_busy: Callable[[float], None] = lambda load: None,
+) -> float:
     """Wait until the others keep fewer than `IDLE_CORES` cores busy for `LOOK_S`, or `at_most_s` has passed.
+
+    Args:
+        clock: The host's.
+        at_most_s: How long.
+        read: Gives what the machine and we have spent.
+        on_busy: Hears the load once, when there is something to wait for.
 
     Returns:
         The last load that was seen, in cores; `IDLE_CORES` or more if patience ran out.
     """
     give_up_ns = clock.mono_ns() + round(at_most_s * 1e9)
+    told = False
     while True:
         before, began_ns = read(), clock.mono_ns()
         await clock.sleep_until(began_ns + round(LOOK_S * 1e9))
@@ -58,3 +71,6 @@ async def wait_until_idle(clock: Clock, *, at_most_s: float, read: Callable[[], 
         load = max(0.0, spent_s / ((ended_ns - began_ns) / 1e9))
         if load < IDLE_CORES or clock.mono_ns() >= give_up_ns:
             return load
+        if not told:
+            told = True
+            on_busy(load)

@@ -126,7 +126,13 @@ class Recorder:
     async def _record_session(self, session: Session, slots: tuple[Slot, ...]) -> list[Slot]:
         """Play the slots at the same time and store what came of it; gives the slots to be queued again."""
         self._check_room()
-        load = await wait_until_idle(self.clock, at_most_s=self.idle_wait_s)
+        load = await wait_until_idle(
+            self.clock,
+            at_most_s=self.idle_wait_s,
+            on_busy=lambda load: self.progress.line(
+                f"{session.session}: other work keeps {load:.1f} cores busy; waiting up to {self.idle_wait_s:.0f} s for it"
+            ),
+        )
         if load >= IDLE_CORES:
             self.progress.line(f"{session.session}: other work keeps {load:.1f} cores busy; recording beside it")
         shape = self.shapes[session.host_id]
