@@ -48,12 +48,18 @@ OF_SOAK: tuple[tuple[str, str, str, str, Callable[[list[dict[str, Any]]], float]
 )  # fmt: skip
 
 
-def measure(name: str, run: Path, sizes: tuple[int, ...], stores: Path | None) -> Part:
+def measure(name: str, told: argparse.Namespace) -> Part:
     """Measure one part; what it needs is imported here alone."""
     module, _, work = WORKS[name].partition(".")
-    settings: dict[str, Any] = {"models": {"run": run}, "interchange": {"run": run}, "whole": {"sizes": sizes, "stores": stores}, "parsing": {"corpus": CORPUS / "lab-v1"}, "watching": {"corpus": CORPUS}}.get(name, {})  # fmt: skip
+    whole = {"sizes": numbers(told.bundles), "workers": numbers(told.workers), "stores": told.stores}
+    settings: dict[str, Any] = {"models": {"run": told.run}, "interchange": {"run": told.run}, "whole": whole, "parsing": {"corpus": CORPUS / "lab-v1"}, "watching": {"corpus": CORPUS}}.get(name, {})  # fmt: skip
     part: Part = getattr(importlib.import_module(module), work)(**settings)
     return part
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Read numbers that commas part."""
+    return tuple(map(int, text.split(",")))
 
 
 def here() -> dict[str, str]:
@@ -148,6 +154,7 @@ def main() -> int:
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "demo", help="a run of the bundled corpus")
     parser.add_argument("--only", default="", help="parts, separated by commas")
     parser.add_argument("--bundles", default="1000,10000", help="sizes of simulated corpora; 76660 is the whole one")
+    parser.add_argument("--workers", default="1,2", help="in how many processes each is taken through")
     parser.add_argument("--stores", type=Path, help="keep the simulated corpora in this folder, and take them up again")
     parser.add_argument("--check", action="store_true", help="only say whether the page shows what is kept")
     parser.add_argument(
@@ -171,14 +178,13 @@ def main() -> int:
         raise SystemExit(f"no part {min(unknown)!r}; there are {', '.join(WORKS)}")
     if len(wanted) > 1:
         for name in wanted:  # each in a process of its own, with a memory that nothing else has touched
-            same = ["--run", told.run, "--bundles", told.bundles, *(["--stores", told.stores] if told.stores else [])]
+            same = ["--run", told.run, "--bundles", told.bundles, "--workers", told.workers]
+            same += ["--stores", told.stores] if told.stores else []
             subprocess.run([sys.executable, __file__, *same, "--only", name], check=True)
         return 0
     name, facts = wanted[0], here()
     print(f"{name} …", file=sys.stderr, flush=True)
-    part = json.loads(
-        json.dumps(asdict(measure(name, told.run, tuple(map(int, told.bundles.split(","))), told.stores)))
-    ) | {"measured_on": facts}
+    part = json.loads(json.dumps(asdict(measure(name, told)))) | {"measured_on": facts}
     kept["parts"] = {
         key: part if key == name else kept["parts"][key] for key in WORKS if key == name or key in kept["parts"]
     }

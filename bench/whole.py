@@ -14,11 +14,10 @@ from spent import spend
 from timing import Figure, Part, Point
 
 WHOLE = 76_660
-WORKERS = (1, 2)
 SWEEP, FEATURES, AGAIN = "validate", "features", "validate again, nothing changed"
 
 
-def measure(*, sizes: Sequence[int], stores: Path | None = None, workers: Sequence[int] = WORKERS) -> Part:
+def measure(*, sizes: Sequence[int], stores: Path | None = None, workers: Sequence[int] = (1, 2)) -> Part:
     """Make a store of each size once, or take one up that was kept, and take it the way once for each number of workers."""
     points = []
     for bundles in sizes:
@@ -47,7 +46,7 @@ def measure(*, sizes: Sequence[int], stores: Path | None = None, workers: Sequen
 def figures(points: Sequence[Point]) -> tuple[Figure, ...]:
     """Give the figures from the largest size; from fewer bundles than the whole corpus times are multiplied up, and say so."""
     most = max(p.bundles for p in points)
-    at = {p.step: p for p in points if p.bundles == most and p.workers == max(WORKERS)}
+    at = {p.step: p for p in points if p.bundles == most and p.workers == max(q.workers for q in points)}
     note = "" if most == WHOLE else f"from {most:,} bundles"
     up = WHOLE / most
     return (

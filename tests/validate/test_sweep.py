@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,14 @@ def test_the_index_reads_back_as_it_was_written(faulty: Path, tmp_path: Path) ->
     assert [v.path for v in found] == [v.path for v in swept.verdicts] == sorted(v.path for v in found)
     assert (tmp_path / "again.parquet").read_bytes() == (tmp_path / "run" / INDEX).read_bytes()
     assert all(math.isnan(a.vcpu_wait) == math.isnan(b.vcpu_wait) for a, b in zip(found, swept.verdicts, strict=True))
+
+
+def test_an_index_that_is_read_in_many_pieces_keeps_its_order(faulty: Path, tmp_path: Path) -> None:
+    some = sweep(faulty, tmp_path / "run", workers=1).verdicts
+    many = [replace(v, path=f"{i:05d}-{v.path}", vcpu_wait=0.0) for i in range(90) for v in some]
+    write_index(tmp_path / "many.parquet", many)
+
+    assert list(read_index(tmp_path / "many.parquet")) == many
 
 
 def test_the_index_has_exactly_the_columns_of_the_contract(faulty: Path, tmp_path: Path) -> None:

@@ -42,10 +42,12 @@ def read_index(path: Path) -> tuple[Verdict, ...]:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
-        if table.schema.names != _schema().names:
-            raise ValueError("its columns are not an index's")
-        return tuple(_verdict(row) for row in table.to_pylist())
+        with pq.ParquetFile(path) as file:
+            if file.schema_arrow.names != _schema().names:
+                raise ValueError("its columns are not an index's")
+            # A little at a time: as a dict of its own each, the rows of a large index would take more than the verdicts.
+            batches = file.iter_batches(batch_size=1_000, use_threads=False)
+            return tuple(_verdict(row) for batch in batches for row in batch.to_pylist())
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as exc:
         raise _unreadable(path, exc) from exc
 
