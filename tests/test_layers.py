@@ -44,7 +44,7 @@ WORLDLY = {
     "record.proc", "record.qmp", "record.netflow", "record.guest", "record.sink", "record.vm", "record.image",
     "record.recorder", "record.base", "record.accel", "record.doctor", "record.campaign", "record.driver",
     "record.flows", "record.idle", "record.installed", "record.own", "record.session", "record.spawn",
-    "validate.index", "validate.sweep", "features.tables", "features.tensors", "dataset.run",
+    "validate.index", "validate.sweep", "features.tables", "dataset.run",
     "dataset.splits", "dataset.windows", "models.checkpoint", "train.predictions",
     "train.cells", "export.run", "live.edge", "live.models",
     "live.find", "live.dump", "live.guard", "live.attach", "live.watcher", "live.save", "live.webhook", "live.session", "live.clean_day",

@@ -21,7 +21,6 @@ from phasewatch.record.plan import (
     build_sessions,
     check_elapsed_time,
     elapsed_time_baseline,
-    pending,
     slot_seed,
 )
 from phasewatch.record.plans import plan_names, read_plan
@@ -217,24 +216,6 @@ def test_the_agent_is_independent_of_profile_and_first_phase() -> None:
 
 
 # ── Resuming ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_what_is_recorded_is_not_asked_for_again() -> None:
-    done = {slot.plan_seed for slot in slots()[:100]}
-
-    left = pending(campaign(), done)
-
-    assert slots(of=left) == slots()[100:]
-    assert pending(campaign(), {slot.plan_seed for slot in slots()}) == ()
-
-
-def test_pairs_stay_together_where_both_are_left() -> None:
-    pair = next(session for session in campaign() if len(session.slots) == 2)
-
-    (half,) = [s for s in pending(campaign(), {pair.slots[0].plan_seed}) if s.session == pair.session]
-
-    assert half.slots == pair.slots[1:]
-    assert len(pending(campaign(), {pair.slots[0].plan_seed})) == len(campaign())
 
 
 # ── The gate ──────────────────────────────────────────────────────────────────────────────────────────────────────

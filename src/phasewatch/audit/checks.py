@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
@@ -92,8 +92,3 @@ def parse_audit(data: bytes, *, file: str) -> Audit:
         return msgspec.json.decode(data, type=Audit)
     except msgspec.DecodeError as exc:
         raise RunError(f"{file}: not an audit: {exc}; make it again with `phasewatch audit RUN`") from exc
-
-
-def differing(ours: dict[str, str], theirs: dict[str, str]) -> Sequence[str]:
-    """Name the keys whose values differ, or that one side lacks."""
-    return sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from phasewatch.audit.checks import Check, collecting, judge, untested
@@ -10,8 +9,6 @@ from phasewatch.audit.disjoint import faults_of, faults_over
 from phasewatch.dataset import file_sha256
 from phasewatch.dataset.splits import read_episodes, read_folds
 from phasewatch.split import recipes
-
-Remake = Callable[[Path], None]
 
 REMADE = "remade-from-bundles"
 REMADE_PROMISE = "Verdicts, grids, features and splits are what the bundles give, byte for byte."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -151,3 +152,15 @@ class Ticker:
                 self.failed += 1
                 values = nothing_of(source.source)
             log.add(values)
+
+
+async def hang_up(task: asyncio.Task[None] | None, writer: asyncio.StreamWriter | None) -> None:
+    """End who listens to a guest's line and close it; a guest that does not let go is waited for a second."""
+    if task is not None:
+        task.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await task
+    if writer is not None:
+        writer.close()
+        with suppress(Exception):
+            await asyncio.wait_for(writer.wait_closed(), 1.0)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from phasewatch.errors import VmError
-from phasewatch.record.base import Clock
+from phasewatch.record.base import Clock, hang_up
 
 _T = TypeVar("_T")
 
@@ -61,14 +60,7 @@ class Driver:
     async def close(self) -> None:
         """Hang up; whoever still waits gets a VmError."""
         task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
-        if self._writer is not None:
-            self._writer.close()
-            with suppress(Exception):
-                await asyncio.wait_for(self._writer.wait_closed(), 1.0)
+        await hang_up(task, self._writer)
         self._fail(f"{self._name}: the driver's line was closed")
 
     async def ready(self) -> Ready:

@@ -7,13 +7,12 @@ decoded strictly, and a flood costs it its rows, not the host its memory.
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from phasewatch.channels import raw_fields
-from phasewatch.record.base import RowLog, Values
+from phasewatch.record.base import RowLog, Values, hang_up
 from phasewatch.vocab import Source
 
 LINE_BYTES = 1024  # a row of ours has 300
@@ -70,14 +69,7 @@ class GuestReader:
     async def close(self) -> None:
         """Hang up; may be called twice."""
         task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
-        if self._writer is not None:
-            self._writer.close()
-            with suppress(Exception):
-                await asyncio.wait_for(self._writer.wait_closed(), 1.0)
+        await hang_up(task, self._writer)
 
     def take_line(self, line: bytes) -> None:
         """Keep one line's row, or count why not."""

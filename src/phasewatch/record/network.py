@@ -7,7 +7,6 @@ from hashlib import blake2b
 from ipaddress import IPv4Address, IPv4Network
 
 GUEST_IP = IPv4Address("10.0.2.15")
-GATEWAY_IP = IPv4Address("10.0.2.2")
 DNS_IP = IPv4Address("10.0.2.3")
 TIME_IP = IPv4Address("10.0.2.4")
 WEB_IP = IPv4Address("10.0.2.80")

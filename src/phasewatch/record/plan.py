@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from math import exp, log
@@ -110,16 +110,6 @@ def build_sessions(spec: PlanSpec) -> tuple[Session, ...]:
     for rest in soak[placed:]:
         writer.add_soak(*rest)
     return tuple(writer.sessions)
-
-
-def pending(sessions: Sequence[Session], done: Set[int]) -> tuple[Session, ...]:
-    """Give what is left when the slots with these plan seeds are recorded; order and pairs stay."""
-    left = []
-    for session in sessions:
-        slots = tuple(slot for slot in session.slots if slot.plan_seed not in done)
-        if slots:
-            left.append(replace(session, slots=slots))
-    return tuple(left)
 
 
 def elapsed_time_baseline(spec: PlanSpec, seed: int = 0) -> float:

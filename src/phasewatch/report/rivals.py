@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from phasewatch.evaluate.rows import MetricRow
 from phasewatch.report import figures, scores
-from phasewatch.report.blocks import Block, Section, Table, bracket, listed, metric_table, number, score_of
+from phasewatch.report.blocks import Block, Section, Table, bracket, listed, metric_table, score_of
 from phasewatch.report.evidence import PLACE
 from phasewatch.report.failings import EVALUATE, NO_METRICS, Told
 from phasewatch.train.predictions import NO_FILTER
@@ -186,8 +186,3 @@ def _span(row: MetricRow) -> str:
 
 def _p(p: float | None) -> str:
     return "–" if p is None else f"{p:.4f}"
-
-
-def score_words(row: MetricRow | None) -> str:
-    """Give `0.64 [0.60, 0.68]`, or that it was not trained."""
-    return NOT_TRAINED if row is None else f"{number(row.value)} {bracket(row)}"
