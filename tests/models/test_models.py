@@ -16,7 +16,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from phasewatch.errors import MismatchError, RunError, UsageError
 from phasewatch.measures import log_loss
 from phasewatch.models import registry
-from phasewatch.models.base import Examples, InputKind, Inputs, InputSpec, class_weights, fit_temperature
+from phasewatch.models.base import Examples, InputKind, Inputs, InputSpec, Table, class_weights, fit_temperature
 from phasewatch.models.checkpoint import HEADER, read_header
 from phasewatch.vocab import WINDOW_BINS
 
@@ -247,6 +247,22 @@ def test_what_a_checkpoint_will_be_given_can_be_checked_when_it_is_loaded(tmp_pa
     assert registry.load(tmp_path, expected=spec("gbt")).key == "gbt"
     with pytest.raises(MismatchError, match=r"behaviour fingerprint cccc.*train it again"):
         registry.load(tmp_path, expected=replace(spec("gbt"), behaviour_fingerprint="c" * 64))
+
+
+def test_a_model_measured_from_clean_days_takes_its_own_windows_when_it_is_loaded(tmp_path: Path) -> None:
+    data = examples("gbt")
+    floors = tuple((name, 0.5) for name in ("proc.cpu_user", "netflow.dns_queries"))  # the file sorts them
+    own = replace(data.inputs, spec=replace(data.inputs.spec, table=Table.COMMISSIONED, floors=floors))
+    model = registry.create("gbt", seed=0, settings=SETTINGS["gbt"])
+    model.fit(replace(data, inputs=own), replace(data, inputs=own))
+    model.save(tmp_path / "m")
+
+    loaded = registry.load(tmp_path / "m", expected=own.spec)
+
+    assert_array_equal(loaded.predict_proba(own), model.predict_proba(own))
+    other = replace(own.spec, floors=(("proc.cpu_user", 0.25), floors[1]))
+    with pytest.raises(MismatchError, match="scales of a clean day"):
+        registry.load(tmp_path / "m", expected=other)
 
 
 def mutants_of_a_checkpoint(folder: Path, count: int) -> dict[str, int]:

@@ -79,7 +79,7 @@ class InputSpec:
             )
             if ours != theirs
         ]
-        if self.floors != found.floors and self.table is found.table:
+        if dict(self.floors) != dict(found.floors) and self.table is found.table:  # a file keeps them sorted
             words.append("scales of a clean day: from another train set")
         if self.names != found.names:
             lacking = [n for n in self.names if n not in found.names]
