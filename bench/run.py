@@ -192,6 +192,8 @@ def main() -> int:
         PICTURES.mkdir(parents=True, exist_ok=True)
         (PICTURES / f"performance-{name}.svg").write_text(drawing.picture(part), encoding="utf-8")
     write(kept)
+    for f in (Figure(**f) for f in part["figures"]):
+        print(f"{f.what}: {f.measured:,.3g} {f.unit} {f.note}".rstrip(), f"(must {f.must or '–'}, aim {f.aim or '–'})")
     return 0
 
 
@@ -199,7 +201,7 @@ def write(kept: Mapping[str, Any]) -> None:
     """Keep the numbers, set the page."""
     KEPT.write_text(json.dumps(kept, indent=1, sort_keys=False) + "\n", encoding="utf-8")
     PAGE.write_text(render(kept), encoding="utf-8")
-    print(PAGE)
+    print(PAGE.relative_to(ROOT), file=sys.stderr)
 
 
 if __name__ == "__main__":
