@@ -68,6 +68,7 @@ def test_an_interrupt_ends_quietly_with_130(store: Path, tmp_path: Path) -> None
     process = subprocess.Popen(
         [*COMMAND, "simulate", "--hosts", "2", "--episodes", "4000", "--workers", "1", "--out", str(tmp_path / "s")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background is born deaf to it
     )  # fmt: skip
     while not list((tmp_path / "s").glob("*/*.zst")) and process.poll() is None:
         time.sleep(0.05)

@@ -82,12 +82,12 @@ def test_more_connections_than_there_are_places_for_are_cut_at_once(port: int) -
     with ExitStack() as stack:
         crowd = [stack.enter_context(connect(port)) for _ in range(12)]
         answered = 0
-        for connection in crowd:
+        for connection in crowd[8:]:  # the eight before them say nothing, and keep their places for a while
             with suppress(OSError):
                 connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
                 answered += hear_out(connection).startswith(b"HTTP/1.1 200")
 
-    assert 0 < answered <= 8
+    assert answered < 4
     assert httpx.get(f"http://127.0.0.1:{port}/healthz", trust_env=False).status_code == 200
 
 
