@@ -120,6 +120,16 @@ def test_a_row_of_agent_off_episodes_comes_before_one_over_both() -> None:
     assert found.value == 0.4
 
 
+@pytest.mark.parametrize(("threat", "value"), [("portable", 0.4), ("oracle", 0.5)])
+def test_a_mask_is_shown_on_the_episodes_that_it_is_scored_on(threat: str, value: float) -> None:
+    rows = [row("macro_f1@5of6", "gbt", v, threat=threat, agent=agent) for agent, v in (("off", 0.4), ("on", 0.5))]
+
+    found = scores.pick(rows, "macro_f1", model="gbt", threat=threat)
+
+    assert found is not None
+    assert found.value == value
+
+
 def test_the_leaderboard_is_ordered_by_value_and_says_what_is_a_baseline() -> None:
     board = scores.contenders([CLOCK, GBT, row("macro_f1@5of6", "majority", None)])
 

@@ -10,7 +10,7 @@ import pytest
 from tests.report.test_claim import CLOCK, GBT, THREE, row
 
 from phasewatch.audit.checks import Audit, Check, Fate
-from phasewatch.evaluate.rows import MetricRow, Metrics
+from phasewatch.evaluate.rows import CHOICE, MetricRow, Metrics
 from phasewatch.report.blocks import Block, Page
 from phasewatch.report.evidence import Bundles, Evidence
 from phasewatch.report.plain import render_json, render_markdown
@@ -41,6 +41,15 @@ def test_the_page_opens_with_what_would_have_been_claimed() -> None:
         "0.60 [0.56, 0.65] on a new host with a new sample."
     )
     assert page.sections[0].key == "inflation"
+
+
+def test_where_the_page_is_about_another_model_the_meter_names_its_own() -> None:
+    cnn = row("macro_f1@5of6", "cnn", 0.71, low=0.6, high=0.8)
+    liked = [row(CHOICE, model, value, agent=None) for model, value in (("cnn", 0.9), ("gbt", 0.8))]
+
+    page = page_of([GBT, cnn, THREE, CLOCK, LEAKY, *liked])
+
+    assert page.claim.words.endswith("on a new host (gbt).")
 
 
 @pytest.mark.parametrize(

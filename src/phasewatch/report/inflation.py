@@ -30,8 +30,10 @@ def score_under(rows: Sequence[MetricRow], recipe: str, base: str = "macro_f1") 
     return scores.one(rows, base, model=MODEL, agent=PLACE.agent, vs=None, **where)
 
 
-def sentence(rows: Sequence[MetricRow]) -> str:
+def sentence(rows: Sequence[MetricRow], model: str = MODEL) -> str:
     """Say what would have been claimed and what to expect; nothing where the run has no two such numbers.
+
+    The meter has a model of its own, named where the page is about another.
 
     Source: DESIGN.md, section 9, "Inflation meter".
     """
@@ -42,7 +44,7 @@ def sentence(rows: Sequence[MetricRow]) -> str:
     if claimed is None or claimed.value is None or not expected:
         return ""
     parts = ", ".join(f"{number(row.value)} {bracket(row)} {where}" for row, where in expected)
-    return f"You would have claimed {number(claimed.value)}; expect {parts}."
+    return f"You would have claimed {number(claimed.value)}; expect {parts}{'' if model == MODEL else f' ({MODEL})'}."
 
 
 def upside_down(rows: Sequence[MetricRow]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from phasewatch.evaluate.across import own_agent
 from phasewatch.evaluate.rows import MetricRow, chosen
 from phasewatch.models.registry import MODELS
 from phasewatch.report.evidence import PLACE
@@ -75,7 +76,7 @@ def pick(
     profile: str | None = None,
     host_id: str | None = None,
 ) -> MetricRow | None:
-    """Find the one row of a number; agent-off before both, the mean over seeds before one seed."""
+    """Find the one row of a number: of the episodes that its mask is scored on, the mean over seeds before one seed."""
     found = [
         r
         for r in rows
@@ -84,7 +85,7 @@ def pick(
         and r.threat == threat
         and (r.phase, r.profile, r.host_id, r.sample_name) == (phase, profile, host_id, None)
     ]
-    preferred = ("off", None, "on") if threat == PLACE.threat else ("on", None, "off")
+    preferred = ("on", None, "off") if own_agent(threat) == "on" else ("off", None, "on")
     found.sort(key=lambda r: (preferred.index(r.agent) if r.agent in preferred else 3, r.seed != "mean", str(r.seed)))
     return found[0] if found else None
 

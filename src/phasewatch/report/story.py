@@ -88,7 +88,7 @@ def _claim(told: Told, line: str) -> Claim:
     )
     gap = scores.clock_gap(told.all_rows, told.model)
     above = scores.above_clock(five, clock, gap)
-    inflated = sentence(told.all_rows)
+    inflated = sentence(told.all_rows, told.model)
     return Claim(
         words=inflated or _in_words(told.model, five),
         line=f"{_in_words(told.model, five)} {line}" if inflated else line,
