@@ -5,15 +5,20 @@ Run as `python docs/generate.py`. The pages stand in git, so that they can be re
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import msgspec
+import msgspec.inspect as kinds
 import typer.main
 from typer.testing import CliRunner
 
 from phasewatch import channels, errors, profiles
 from phasewatch.cli import app
+from phasewatch.live import events
 from phasewatch.validate import gates
 
 FOLDER = Path(__file__).parent / "reference"
@@ -99,6 +104,83 @@ def errors_page() -> str:
     )
 
 
+def said_of(record: type) -> dict[str, str]:
+    """Give what the `Attributes` of a docstring say of each field."""
+    _, _, attributes = inspect.cleandoc(record.__doc__ or "").partition("Attributes:\n")
+    said = {}
+    for names, text in re.findall(r"^    (\w[\w, ]*): (.+(?:\n {8}.+)*)", attributes, re.MULTILINE):
+        said |= dict.fromkeys(names.split(", "), re.sub(r"\s+", " ", text.replace("``", "`")))
+    return said
+
+
+def about_of(record: type) -> str:
+    """Give what a docstring says before its `Attributes`."""
+    return inspect.cleandoc(record.__doc__ or "").partition("\n\nAttributes:")[0].replace("``", "`")
+
+
+def kind_of(kind: kinds.Type) -> str:
+    """Say what a field may hold, with its bounds."""
+    match kind:
+        case kinds.UnionType(types):
+            return " or ".join(kind_of(t) for t in sorted(types, key=lambda t: isinstance(t, kinds.NoneType)))
+        case kinds.VarTupleType(item_type=item, min_length=least, max_length=most):
+            size = f"{least} to {most}" if least else f"≤ {most}" if most else "any number"
+            return f"list ({size}) of {kind_of(item)}"
+        case kinds.TupleType(item_types):
+            return f"list ({len(item_types)}) of {kind_of(item_types[0])}"
+        case kinds.StructType(cls):
+            return f"[{cls.__name__}](#{cls.__name__.lower()})"
+        case kinds.IntType(ge=low):
+            return "integer" if low is None else f"integer ≥ {low}"
+        case kinds.FloatType(gt=above, ge=low, le=high):
+            least = f" > {above:g}" if above is not None else f" ≥ {low:g}" if low is not None else ""
+            return f"number{least}{'' if high is None else f', ≤ {high:g}'}"
+        case kinds.StrType(max_length=most):
+            return "name" if most == events.NAME_READ else f"text ≤ {most}"
+        case kinds.BoolType():
+            return "true or false"
+        case kinds.NoneType():
+            return "null"
+    raise TypeError(f"no words for {kind}")
+
+
+def events_page() -> str:
+    """Every event with the fields, bounds and defaults that the reader holds it to."""
+    parts = [
+        "# Events\n\nThe fields that the reader of `phasewatch.live.events` holds an event to; [the format](../formats/events.md) has the envelope and what is refused.\n"
+        f"A *name* that does not fully match `{events.NAME.pattern}` is replaced, not refused. A field without a default must be there.\n"
+    ]
+    waiting: list[tuple[str, type]] = [(f"`{name}`", kind) for name, kind in events.TYPES.items()]
+    for title, record in waiting:  # records inside records are set after all that are sent
+        about, said, shape = about_of(record), said_of(record), kinds.type_info(record)
+        assert isinstance(shape, kinds.StructType)
+        rows = []
+        for field in shape.fields:
+            default = "" if field.required else code(as_json(field.default))
+            rows.append([code(field.name), kind_of(field.type), default, said.get(field.name, "")])
+            inner = [(cls.__name__, cls) for cls in structs_in(field.type)]
+            waiting += [found for found in inner if found not in waiting]
+        parts.append(f"\n## {title}\n\n{about}\n\n" + table(["field", "holds", "default", "what it is"], rows))
+    return "".join(parts)
+
+
+def structs_in(kind: kinds.Type) -> Iterator[type]:
+    """Give the records that a field's value is made of."""
+    match kind:
+        case kinds.StructType(cls):
+            yield cls
+        case kinds.VarTupleType(item_type=item):
+            yield from structs_in(item)
+        case kinds.UnionType(types):
+            for one in types:
+                yield from structs_in(one)
+
+
+def as_json(value: object) -> str:
+    """Give a default as it stands in an event."""
+    return msgspec.json.encode(value).decode()
+
+
 def commands_page() -> str:
     """The help of every command, as it is printed."""
     run = CliRunner().invoke
@@ -112,6 +194,7 @@ def commands_page() -> str:
 
 PAGES = {
     "channels.md": channels_page, "profiles.md": profiles_page, "errors.md": errors_page, "commands.md": commands_page,
+    "events.md": events_page,
 }  # fmt: skip
 
 

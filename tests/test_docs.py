@@ -54,3 +54,14 @@ def test_every_command_that_is_shown_exists_with_its_options(page: Path) -> None
         for word in words[1:]:
             if word.startswith("--") and command is not None:
                 assert word.partition("=")[0] in known | {"--help"}, f"{name_of(page)} shows {line!r}"
+
+
+def test_every_field_of_an_event_says_what_it_is() -> None:
+    rows = [
+        line
+        for line in (ROOT / "docs/reference/events.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| `")
+    ]
+
+    assert len(rows) > 70
+    assert [row for row in rows if row.endswith("|  |")] == []

@@ -10,7 +10,7 @@ import pytest
 from tests.cli.conftest import Said
 from tests.produce.small_run import playable
 
-from phasewatch.live.events import parse_event
+from phasewatch.live.envelope import parse_event
 
 Call = Callable[..., Said]
 

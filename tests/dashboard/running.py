@@ -14,7 +14,8 @@ from pathlib import Path
 
 import httpx
 
-from phasewatch.live.events import Data, Event, render_event
+from phasewatch.live.envelope import Event, render_event
+from phasewatch.live.events import Data
 
 STAMP = 1_795_510_800_000_000_000
 

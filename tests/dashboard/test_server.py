@@ -17,7 +17,8 @@ from tests.dashboard.running import Frame, Running, dashboard, frames
 from tests.formats.test_golden_events import GOLDEN
 
 from phasewatch.dashboard.gate import CSP
-from phasewatch.live.events import MAX_BYTES, Telemetry
+from phasewatch.live.envelope import MAX_BYTES
+from phasewatch.live.events import Telemetry
 
 LINE = GOLDEN["perf"][1].encode()
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from phasewatch.live.envelope import Event, parse_event, render_event
 from phasewatch.live.events import (
     Confusion,
     Data,
-    Event,
     Inflation,
     Perf,
     PhaseSeen,
@@ -16,8 +16,6 @@ from phasewatch.live.events import (
     Score,
     ScoreRow,
     Telemetry,
-    parse_event,
-    render_event,
 )
 
 STAMP = 1_795_510_800_000_000_000

@@ -12,7 +12,8 @@ from tests.formats.test_golden_events import GOLDEN, STAMP
 
 from phasewatch.errors import EventError
 from phasewatch.live import events
-from phasewatch.live.events import MAX_BYTES, Event, Telemetry, parse_event, render_event, safe_name
+from phasewatch.live.envelope import MAX_BYTES, Event, parse_event, render_event
+from phasewatch.live.events import Telemetry, safe_name
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 

@@ -17,7 +17,8 @@ from phasewatch.channels import raw_fields
 from phasewatch.episode.bundle import unpack
 from phasewatch.errors import VmError
 from phasewatch.live.attach import Survey, attach, detach, survey
-from phasewatch.live.events import Event, Perf, PhaseSeen, Telemetry, parse_event, render_event
+from phasewatch.live.envelope import Event, parse_event, render_event
+from phasewatch.live.events import Perf, PhaseSeen, Telemetry
 from phasewatch.live.find import read_running
 from phasewatch.live.save import Saver
 from phasewatch.live.scorer import Scorer

@@ -11,7 +11,8 @@ import pytest
 
 from phasewatch.errors import UsageError
 from phasewatch.live import webhook
-from phasewatch.live.events import Event, PhaseSeen, parse_event
+from phasewatch.live.envelope import Event, parse_event
+from phasewatch.live.events import PhaseSeen
 from phasewatch.live.webhook import QUEUE, Webhook
 
 

@@ -7,7 +7,8 @@ from tests.report.fake_run import MALICIOUS, Recipe, make_run
 
 from phasewatch.evaluate.rows import MetricRow, Metrics, headline
 from phasewatch.evaluate.score import read_metrics
-from phasewatch.live.events import Confusion, Event, Score, parse_event, render_event
+from phasewatch.live.envelope import Event, parse_event, render_event
+from phasewatch.live.events import Confusion, Score
 from phasewatch.produce.metrics import build_metrics
 from phasewatch.produce.profiles import build_profiles
 

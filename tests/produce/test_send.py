@@ -16,7 +16,8 @@ from tests.formats.test_golden_events import GOLDEN
 from tests.produce.small_run import playable
 
 from phasewatch.errors import EventError, MachineError
-from phasewatch.live.events import Data, Event, parse_event
+from phasewatch.live.envelope import Event, parse_event
+from phasewatch.live.events import Data
 from phasewatch.produce.perf import EDGES_MS, Meter, own_rss
 from phasewatch.produce.replay import Step
 from phasewatch.produce.send import Lines, Numberer, Poster, keep_time

@@ -12,7 +12,7 @@ from phasewatch.cli import base
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from phasewatch.live.events import Event
+    from phasewatch.live.envelope import Event
     from phasewatch.live.find import Running
     from phasewatch.live.session import Report
 
@@ -163,7 +163,8 @@ def watch(
 
 
 def _printer(as_json: bool) -> Any:
-    from phasewatch.live.events import PhaseSeen, render_event
+    from phasewatch.live.envelope import render_event
+    from phasewatch.live.events import PhaseSeen
 
     def emit(event: Event, news: bool) -> None:
         if as_json or news:

@@ -21,7 +21,7 @@ from phasewatch.channels import CHANNELS
 from phasewatch.dashboard.gate import HEADERS, Asked, Gate
 from phasewatch.dashboard.hub import Hub
 from phasewatch.errors import BusyError, EventError, MissingTool
-from phasewatch.live.events import Event, parse_event
+from phasewatch.live.envelope import Event, parse_event
 from phasewatch.vocab import PHASES
 
 MAX_POST = 1024 * 1024

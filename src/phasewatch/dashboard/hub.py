@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import msgspec
 
 from phasewatch.errors import BusyError
-from phasewatch.live.events import Event, Perf, PhaseSeen, Telemetry, render_event
+from phasewatch.live.envelope import Event, render_event
+from phasewatch.live.events import Perf, PhaseSeen, Telemetry
 
 BEAT_S = 2.0  # silence after which a viewer is told that the hub lives
 PAUSE_S = 0.05  # between two parts sent to one viewer: what comes meanwhile goes along

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from phasewatch.dashboard.hub import Hub
 from phasewatch.errors import EventError, MachineError
-from phasewatch.live.events import MAX_BYTES, parse_event
+from phasewatch.live.envelope import MAX_BYTES, parse_event
 
 END_S = 5.0  # a watcher has so long to leave its machine as it was
 

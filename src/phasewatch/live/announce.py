@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from phasewatch.channels import CHANNELS
-from phasewatch.live.events import Event, Perf, PhaseSeen, Telemetry
+from phasewatch.live.envelope import Event
+from phasewatch.live.events import Perf, PhaseSeen, Telemetry
 from phasewatch.live.scorer import Scorer
 from phasewatch.live.tracker import Decision, Step
 from phasewatch.vocab import BIN_NS

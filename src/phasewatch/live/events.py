@@ -1,4 +1,4 @@
-"""The six events that producers send and the dashboard shows: what they are, how they are written, what is refused.
+"""The six events that producers send and the dashboard shows: what each holds, and within which bounds.
 
 Names are safe to hand to any page: one that is not of `NAME` is replaced when the event is made, wherever it came from.
 """
@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import msgspec
 from msgspec.structs import force_setattr
 
-from phasewatch.errors import EventError
 from phasewatch.vocab import PHASES
 
-VERSION = 1
-MAX_BYTES = 256 * 1024  # of one event
 MAX_NAME = 80
+NAME_READ = 4096  # characters of a name that is read, to be replaced by a safe one
 NAME = re.compile(r"[A-Za-z0-9._/-]{1,80}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._/-]+")
 
 _Meta = msgspec.Meta
-Name = Annotated[str, _Meta(max_length=4096)]  # replaced if it is not of NAME
+Name = Annotated[str, _Meta(max_length=NAME_READ)]  # replaced if it is not of NAME
 Words = Annotated[str, _Meta(max_length=600)]  # free text; a page sets it as text, never as markup
 Count = Annotated[int, _Meta(ge=0, le=2**63 - 1)]
 Stamp = Annotated[int, _Meta(ge=0, le=2**63 - 1)]  # ns since 1970, the host's wall clock
@@ -45,7 +43,7 @@ def safe_name(text: str) -> str:
     return f"{_UNSAFE.sub('_', text)[: MAX_NAME - 7] or 'unnamed'}-{mark}"
 
 
-class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A frozen record whose names are replaced where they are not safe."""
 
     _names: ClassVar[tuple[str, ...]] = ()
@@ -58,8 +56,10 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 force_setattr(self, field, safe)
 
 
-class Telemetry(_Record, frozen=True, kw_only=True):
+class Telemetry(Record, frozen=True, kw_only=True):
     """Some bins of one VM, one after the other.
+
+    Sent by ``watch`` and ``produce replay``.
 
     Attributes:
         vm: Which machine; the key of its scene.
@@ -92,17 +92,21 @@ class Telemetry(_Record, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Refuse rows of another width."""
-        _Record.__post_init__(self)
+        Record.__post_init__(self)
         _need(len(set(self.channels)) == len(self.channels), "a channel stands twice")
         _need(len(self.flags) == len(self.values), f"{len(self.flags)} flags of {len(self.values)} bins")
         for row in self.values:
             _need(len(row) == len(self.channels), f"a bin of {len(row)} values for {len(self.channels)} channels")
 
 
-class PhaseSeen(_Record, frozen=True, kw_only=True):
+class PhaseSeen(Record, frozen=True, kw_only=True):
     """What a model says of one window of one VM.
 
+    Sent by ``watch`` and ``produce replay``.
+
     Attributes:
+        vm: Which machine; the key of its scene.
+        host: Its host or shape; None where that is not known.
         t_start_ns, t_end_ns: The window.
         p: Probabilities of clean, armed, infecting, active, dormant, after calibration and filter.
         decision: The phase decided for.
@@ -136,18 +140,25 @@ class PhaseSeen(_Record, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Refuse phases that there are not, and a window that ends before it starts."""
-        _Record.__post_init__(self)
+        Record.__post_init__(self)
         for phase in (self.decision, self.truth):
             _need(phase is None or phase in PHASES, f"no phase {phase!r}")
         _need(self.t_start_ns < self.t_end_ns, "the window ends before it starts")
 
 
-class ScoreRow(_Record, frozen=True, kw_only=True):
+class ScoreRow(Record, frozen=True, kw_only=True):
     """One line of a leaderboard; without an interval `why` says why there is none.
 
     Attributes:
+        model, threat, table: As in a run's predictions.
         agent: Scored on episodes where the guest's agent was ``on`` or ``off``; None = both.
+        value: The score itself, of the metric that the leaderboard names.
+        low, high: Its 95 % interval; None where there is none.
+        why: Why there is no interval.
+        is_baseline: Whether it is there to be beaten.
         p_holm: Of the paired gap to the first row, corrected for all pairs.
+        seeds: Trainings that are averaged.
+        n_episodes, n_sessions, n_hosts: What it was tested on.
     """
 
     _names = ("model", "threat", "table", "agent")
@@ -168,8 +179,14 @@ class ScoreRow(_Record, frozen=True, kw_only=True):
     n_hosts: Count = 0
 
 
-class Inflation(_Record, frozen=True, kw_only=True):
-    """What the same model would have scored under another way of splitting."""
+class Inflation(Record, frozen=True, kw_only=True):
+    """What the same model would have scored under another way of splitting.
+
+    Attributes:
+        recipe: How that holds out.
+        value: The score.
+        low, high: Its 95 % interval; None where there is none.
+    """
 
     _names = ("recipe",)
 
@@ -179,13 +196,20 @@ class Inflation(_Record, frozen=True, kw_only=True):
     high: float | None = None
 
 
-class Score(_Record, frozen=True, kw_only=True):
+class Score(Record, frozen=True, kw_only=True):
     """A leaderboard: who scored how well, how sure that is, and what an easier split would have claimed.
+
+    Sent by ``produce metrics``.
 
     Attributes:
         metric: As in `metrics_v1.json`, without what follows its ``@``: `tested` of `registered` malicious profiles.
+        tested, registered: Malicious profiles with test windows, and those that there are.
+        recipe: How it was held out.
         rows: Best first.
         inflation: Most flattering split first; all of one model, `inflation_of`.
+        inflation_of: That model; None without one.
+        headline: The run's first sentence.
+        notes: What a reader must know beside it.
     """
 
     _names = ("metric", "recipe", "inflation_of")
@@ -201,8 +225,19 @@ class Score(_Record, frozen=True, kw_only=True):
     notes: Annotated[tuple[Words, ...], _Meta(max_length=32)] = ()
 
 
-class Confusion(_Record, frozen=True, kw_only=True):
-    """Truth (rows) against decision (columns) over the union of their labels, in windows, seeds averaged."""
+class Confusion(Record, frozen=True, kw_only=True):
+    """Truth (rows) against decision (columns) over the union of their labels, in windows, seeds averaged.
+
+    Sent by ``produce metrics``.
+
+    Attributes:
+        model, threat, table: As in a run's predictions.
+        recipe: How it was held out.
+        agent: Of episodes where the guest's agent was ``on`` or ``off``; None = both.
+        labels: Of rows and columns alike.
+        counts: One row a label, one count a label.
+        n_episodes, n_hosts: What it was tested on.
+    """
 
     _names = ("model", "recipe", "threat", "table", "agent", "labels")
 
@@ -218,24 +253,29 @@ class Confusion(_Record, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Refuse what is not a square."""
-        _Record.__post_init__(self)
+        Record.__post_init__(self)
         k = len(self.labels)
         _need(len(self.counts) == k and all(len(row) == k for row in self.counts), f"counts are not {k} by {k}")
 
 
-class Perf(_Record, frozen=True, kw_only=True):
+class Perf(Record, frozen=True, kw_only=True):
     """What a running process costs and how fast it is, measured on itself.
+
+    Sent by ``watch`` and ``produce perf``.
 
     Attributes:
         process: What it does: ``watch``, ``replay``.
+        vm: The machine that it watches; None where that is not one.
         measured_s: Over how long.
-        windows: That it judged in that time.
+        windows, windows_per_s: That it judged in that time.
         latency_edges_ms: ``m`` rising edges of the histogram.
         latency_counts: ``m + 1`` counts: below the first edge, between, from the last on.
         p50_ms, p99_ms: Of the latencies themselves; None before the first window.
+        rss_bytes: Its resident memory.
         cpu_cores: CPU seconds a second.
         late_ticks: Readings that came after their bin was closed.
         backlog: Events that wait to be sent.
+        about: What was measured, where that needs a word.
     """
 
     _names = ("process", "vm")
@@ -257,14 +297,21 @@ class Perf(_Record, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Refuse a histogram whose counts do not fit its edges."""
-        _Record.__post_init__(self)
+        Record.__post_init__(self)
         edges = self.latency_edges_ms
         _need(list(edges) == sorted(set(edges)), "edges of latency do not rise")
         _need(len(self.latency_counts) == len(edges) + 1, f"{len(self.latency_counts)} counts for {len(edges)} edges")
 
 
-class ProfileCell(_Record, frozen=True, kw_only=True):
-    """One number of a profile on a host."""
+class ProfileCell(Record, frozen=True, kw_only=True):
+    """One number of a profile on a host.
+
+    Attributes:
+        value: The score; None where it cannot be said.
+        low, high: Its 95 % interval; None where there is none.
+        why: Why there is no number or no interval.
+        n_windows, n_episodes: What it was tested on.
+    """
 
     value: float | None = None
     low: float | None = None
@@ -274,10 +321,16 @@ class ProfileCell(_Record, frozen=True, kw_only=True):
     n_episodes: Count = 0
 
 
-class ProfileTable(_Record, frozen=True, kw_only=True):
+class ProfileTable(Record, frozen=True, kw_only=True):
     """How well each profile is told on each host.
 
+    Sent by ``produce profiles``.
+
     Attributes:
+        metric, recipe: What is scored, and how it was held out.
+        model, threat: As in a run's predictions.
+        agent: Of episodes where the guest's agent was ``on`` or ``off``; None = both.
+        profiles, hosts: The table's margins.
         cells: One row a profile, one cell a host; None = untested.
         untested_profiles: Registered profiles without a single test window.
     """
@@ -298,7 +351,7 @@ class ProfileTable(_Record, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Refuse a table whose cells do not fit its margins."""
-        _Record.__post_init__(self)
+        Record.__post_init__(self)
         _need(len(self.cells) == len(self.profiles), f"{len(self.cells)} rows for {len(self.profiles)} profiles")
         for row in self.cells:
             _need(len(row) == len(self.hosts), f"a row of {len(row)} cells for {len(self.hosts)} hosts")
@@ -309,78 +362,6 @@ TYPES: dict[str, type[Data]] = {
     "telemetry": Telemetry, "phase": PhaseSeen, "score": Score, "confusion": Confusion, "perf": Perf,
     "profile": ProfileTable,
 }  # fmt: skip
-_TYPE_OF = {kind: name for name, kind in TYPES.items()}
-
-
-class Event(_Record, frozen=True, kw_only=True):
-    """An event in its envelope.
-
-    Attributes:
-        id: The producer's number of it; a hub numbers events anew for its viewers.
-        t_wall_ns: When it was made.
-        run: What it belongs to: a run's name, or ``live``.
-    """
-
-    _names = ("id", "run")
-
-    id: Name
-    t_wall_ns: Stamp
-    run: Name
-    data: Data
-
-    @property
-    def type(self) -> str:
-        """One of TYPES."""
-        return _TYPE_OF[type(self.data)]
-
-
-class _Envelope(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    v: int
-    type: str
-    id: Name
-    t_wall_ns: Stamp
-    run: Name
-    data: msgspec.Raw
-
-
-def render_event(event: Event) -> bytes:
-    """Give an event as one line of JSON, without its end.
-
-    Raises:
-        EventError: If it is larger than MAX_BYTES.
-    """
-    envelope = {
-        "v": VERSION, "type": event.type, "id": event.id, "t_wall_ns": event.t_wall_ns, "run": event.run,
-        "data": event.data,
-    }  # fmt: skip
-    line = msgspec.json.encode(envelope)
-    _bound(line)
-    return line
-
-
-def parse_event(line: bytes) -> Event:
-    """Read an event.
-
-    Raises:
-        EventError: If it is larger than MAX_BYTES, malformed, of another version or of an unknown type.
-    """
-    _bound(line)
-    try:
-        envelope = msgspec.json.decode(line, type=_Envelope)
-        if envelope.v != VERSION:
-            raise EventError(f"event: version {envelope.v}, this reader knows {VERSION}")
-        kind = TYPES.get(envelope.type)
-        if kind is None:
-            raise EventError(f"event: no type {envelope.type[:40]!r}; there are {', '.join(TYPES)}")
-        data: Any = msgspec.json.decode(envelope.data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise EventError(f"event: {exc}; docs/formats/events.md says what one is") from exc
-    return Event(id=envelope.id, t_wall_ns=envelope.t_wall_ns, run=envelope.run, data=data)
-
-
-def _bound(line: bytes) -> None:
-    if len(line) > MAX_BYTES:
-        raise EventError(f"event: {len(line):,} bytes, at most {MAX_BYTES:,}; send fewer bins or rows in each")
 
 
 def _need(holds: bool, words: str) -> None:

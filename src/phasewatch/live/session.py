@@ -12,7 +12,7 @@ from pathlib import Path
 from phasewatch.errors import MachineError, PhasewatchError
 from phasewatch.features.commission import Reference
 from phasewatch.live.attach import Survey, attach, detach, explain_masks, survey
-from phasewatch.live.events import Event
+from phasewatch.live.envelope import Event
 from phasewatch.live.find import Running
 from phasewatch.live.guard import Guard
 from phasewatch.live.models import Candidate, choose_model

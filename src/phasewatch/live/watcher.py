@@ -15,7 +15,7 @@ from phasewatch.errors import VmError
 from phasewatch.grid.stream import LATENESS_NS
 from phasewatch.live.announce import Announcer, Cost, is_news
 from phasewatch.live.attach import Survey
-from phasewatch.live.events import Event
+from phasewatch.live.envelope import Event
 from phasewatch.live.scorer import Scorer
 from phasewatch.live.tracker import Decision, Step, Tracker
 from phasewatch.record.base import Clock, Row, RowLog, TelemetrySource, Ticker

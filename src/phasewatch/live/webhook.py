@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from phasewatch.errors import UsageError
-from phasewatch.live.events import Event, render_event
+from phasewatch.live.envelope import Event, render_event
 
 QUEUE = 64
 TRIES = 4

@@ -13,7 +13,8 @@ from phasewatch.dataset.run import file_sha256
 from phasewatch.dataset.views import BACK
 from phasewatch.evaluate.rows import METRICS
 from phasewatch.evaluate.score import read_metrics
-from phasewatch.live.events import Data, Event
+from phasewatch.live.envelope import Event
+from phasewatch.live.events import Data
 from phasewatch.live.models import find_models
 from phasewatch.live.scorer import Scorer
 from phasewatch.live.tracker import Judge as LiveJudge

@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import BinaryIO, Protocol
 
 from phasewatch.errors import EventError, MachineError
-from phasewatch.live.events import Data, Event, render_event
+from phasewatch.live.envelope import Event, render_event
+from phasewatch.live.events import Data
 from phasewatch.produce.perf import Meter
 from phasewatch.produce.replay import Step
 from phasewatch.vocab import BIN_NS
