@@ -21,7 +21,7 @@ from phasewatch.record.base import HostClock
 from phasewatch.record.commandline import Sockets, build_command
 from phasewatch.record.hosts import HostShape
 from phasewatch.record.image import Image
-from phasewatch.record.vm import Start, Vm
+from phasewatch.record.vm import BOOT, BootRule, Start, Vm
 
 FLAGS = "processor: 0\nflags\t\t: fpu vmx sse\n"
 
@@ -131,6 +131,11 @@ def image_fields(tmp_path: Path) -> dict[str, object]:
         "kernel": tmp_path / "absent", "initrd": tmp_path / "absent", "base_disk": disk, "kernel_release": "6",
         "digest": "0",
     }  # fmt: skip
+
+
+def test_a_busy_machine_gets_more_time_with_every_second_try_and_an_own_one_what_it_asked_for() -> None:
+    assert list(BOOT["microvm"].deadlines_s()) == [15.0, 15.0, 30.0, 30.0, 60.0, 60.0]
+    assert list(BootRule(deadline_s=300.0, tries=1).deadlines_s()) == [300.0]
 
 
 @pytest.mark.vm

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +31,18 @@ SOCKETS_S = 10.0  # from QEMU's start until it serves its sockets
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BootRule:
-    """How long a machine may take to boot, and how often it may try."""
+    """How long a machine may take to boot at first, and how often it may try."""
 
     deadline_s: float
     tries: int
+
+    def deadlines_s(self) -> Iterator[float]:
+        """Give the deadline of each try: twice as long after every second one, because a busy machine boots slowly too.
+
+        >>> list(BootRule(deadline_s=15.0, tries=6).deadlines_s())
+        [15.0, 15.0, 30.0, 30.0, 60.0, 60.0]
+        """
+        return (self.deadline_s * 2 ** (number // 2) for number in range(self.tries))
 
 
 # Measured: 2 to 4 s alone, 7 s with a neighbour. A microvm either comes within 5 s or hangs.
@@ -125,9 +133,9 @@ class Vm:
         """
         rule = self._start.boot or BOOT.get(self._start.shape.machine.partition(",")[0], BOOT[""])
         words: list[str] = []
-        for number in range(1, rule.tries + 1):
+        for number, deadline_s in enumerate(rule.deadlines_s(), start=1):
             try:
-                return await self._boot_once(rule.deadline_s)
+                return await self._boot_once(deadline_s)
             except (VmError, OSError) as exc:
                 words.append(f"try {number}: {await self._why(exc)}")
                 await self.stop()
