@@ -1,6 +1,6 @@
 """Measure phasewatch beside its peers and write docs/performance.md: `python bench/run.py --run runs/demo`.
 
-`--only PART,PART` measures those and keeps the others as they were. Losses are shown as wins are.
+`--only PART,PART` measures those and keeps the others as they were, and so do sizes of whole corpora. Losses are shown as wins are.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 import drawing
 from drawing import seconds
-from timing import Figure, Part
+from timing import Figure, Part, Point
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
@@ -48,10 +48,10 @@ OF_SOAK: tuple[tuple[str, str, str, str, Callable[[list[dict[str, Any]]], float]
 )  # fmt: skip
 
 
-def measure(name: str, told: argparse.Namespace) -> Part:
-    """Measure one part; what it needs is imported here alone."""
+def measure(name: str, told: argparse.Namespace, before: Sequence[Point]) -> Part:
+    """Measure one part, beside points of it that were measured before; what it needs is imported here alone."""
     module, _, work = WORKS[name].partition(".")
-    whole = {"sizes": numbers(told.bundles), "workers": numbers(told.workers), "stores": told.stores}
+    whole = {"sizes": numbers(told.bundles), "workers": numbers(told.workers), "stores": told.stores, "before": before}
     settings: dict[str, Any] = {"models": {"run": told.run}, "interchange": {"run": told.run}, "whole": whole, "parsing": {"corpus": CORPUS / "lab-v1"}, "watching": {"corpus": CORPUS}}.get(name, {})  # fmt: skip
     part: Part = getattr(importlib.import_module(module), work)(**settings)
     return part
@@ -80,9 +80,9 @@ def here() -> dict[str, str]:
 def table(part: Mapping[str, Any]) -> str:
     """Set a part's rows; the factor is to the best of ours, above 1 where ours is faster."""
     if part["points"]:
-        head = ["step", "bundles", "workers", "wall", "CPU", "CPU a bundle", "memory"]
+        head = ["step", "bundles", "workers", "wall", "CPU", "CPU a bundle", "memory", "load before"]
         body = [
-            [p["step"], f"{p['bundles']:,}", str(p["workers"]), f"{p['wall_s']:.1f} s", f"{p['cpu_s']:.1f} s", seconds(p["cpu_s"] / p["bundles"]), f"{p['peak_mib']:.0f} MiB"]
+            [p["step"], f"{p['bundles']:,}", str(p["workers"]), f"{p['wall_s']:.1f} s", f"{p['cpu_s']:.1f} s", seconds(p["cpu_s"] / p["bundles"]), f"{p['peak_mib']:.0f} MiB", "" if p.get("load") is None else f"{p['load']:.1f}"]
             for p in sorted(part["points"], key=lambda p: (p["bundles"], p["workers"]))
         ]  # fmt: skip
         return _markdown([head, *body])
@@ -141,7 +141,7 @@ def render(kept: Mapping[str, Any]) -> str:
     for name, part in kept["parts"].items():
         facts = part["measured_on"]
         out += [
-            f"## {part['title']}\n", f"{part['about']} `python bench/run.py --only {name}`\n", table(part) if part["rows"] or part["points"] else "",
+            f"## {part['title']}\n", f"{part['about']} `python bench/run.py --only {name}`\n", table(part) if part["rows"] or part["points"] else "Its figures stand in the first table.",
             f"\n![{part['title']}](results/performance-{name}.svg)\n" if part["rows"] or part["points"] else "",
             f"Measured on {facts['machine']}, Python {facts['python']}, load {facts['load']} when it began; {facts['versions']}.\n",
         ]  # fmt: skip
@@ -184,7 +184,8 @@ def main() -> int:
         return 0
     name, facts = wanted[0], here()
     print(f"{name} …", file=sys.stderr, flush=True)
-    part = json.loads(json.dumps(asdict(measure(name, told)))) | {"measured_on": facts}
+    before = [Point(**p) for p in kept["parts"].get(name, {"points": ()})["points"]]
+    part = json.loads(json.dumps(asdict(measure(name, told, before)))) | {"measured_on": facts}
     kept["parts"] = {
         key: part if key == name else kept["parts"][key] for key in WORKS if key == name or key in kept["parts"]
     }

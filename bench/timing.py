@@ -31,7 +31,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One step over so many bundles with so many workers: wall and CPU seconds, and memory of its largest process."""
+    """One step over so many bundles with so many workers: wall and CPU seconds, and memory of its largest process.
+
+    Attributes:
+        load: Of the machine when the step began; None where that was not kept.
+    """
 
     step: str
     bundles: int
@@ -39,6 +43,7 @@ class Point:
     wall_s: float
     cpu_s: float
     peak_mib: float
+    load: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

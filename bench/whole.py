@@ -5,6 +5,7 @@ Each step is a `phasewatch` of its own, as a user would start it.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,9 +18,15 @@ WHOLE = 76_660
 SWEEP, FEATURES, AGAIN = "validate", "features", "validate again, nothing changed"
 
 
-def measure(*, sizes: Sequence[int], stores: Path | None = None, workers: Sequence[int] = (1, 2)) -> Part:
-    """Make a store of each size once, or take one up that was kept, and take it the way once for each number of workers."""
-    points = []
+def measure(
+    *, sizes: Sequence[int], stores: Path | None = None, workers: Sequence[int] = (1, 2), before: Sequence[Point] = ()
+) -> Part:
+    """Make a store of each size once, or take one up that was kept, and take it the way once for each number of workers.
+
+    Args:
+        before: What was measured earlier; its points of other sizes or workers stay.
+    """
+    points = [p for p in before if p.bundles not in sizes or p.workers not in workers]
     for bundles in sizes:
         with tempfile.TemporaryDirectory() as folder:
             store = (stores or Path(folder)) / str(bundles)
@@ -34,7 +41,8 @@ def measure(*, sizes: Sequence[int], stores: Path | None = None, workers: Sequen
                     (FEATURES, ("features", run, "--workers", str(n))),
                     (AGAIN, ("validate", store, "--out", run, "--workers", str(n))),
                 ):
-                    points.append(Point(step=name, bundles=bundles, workers=n, **asdict(spend(*arguments))))
+                    load = round(os.getloadavg()[0], 1)
+                    points.append(Point(step=name, bundles=bundles, workers=n, load=load, **asdict(spend(*arguments))))
     return Part(
         title="Whole corpora",
         about="Simulated stores of 180 s episodes on ten hosts, page cache warm, each step a process of its own; memory is of the largest process in it.",
