@@ -156,7 +156,7 @@ class FakeMachine:
             raise VmError(self.boot_error)
         return MachineFacts(
             boot_s=3.0, booted_mono_ns=self.clock.now_ns, guest_kernel="6.1.0", guest_image="0123456789ab", hypervisor="QEMU 7.2.22", accel="tcg",
-            nic="virtio-net", pinning=(0,), qemu_pid=1,
+            processor="a make-believe one", nic="virtio-net", pinning=(0,), qemu_pid=1,
         )  # fmt: skip
 
     async def send(self, verb: str, *arguments: str) -> Ack:

@@ -195,6 +195,7 @@ def test_a_manifest_says_what_happened(tmp_path: Path) -> None:
     assert set(manifest.recording.absent) == {c.full_name for c in CHANNELS if c.source is Source.GUEST}
     assert len(manifest.channels_available) == 38
     assert set(manifest.clocks.pairs) == {"monotonic", "boottime"}
+    assert manifest.host.recorder.endswith(", guest image 0123456789ab, on a make-believe one")
 
 
 def test_what_the_store_holds_is_not_recorded_again(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
-"""Which QEMU is installed, and whether it is new enough."""
+"""What this machine is: which QEMU is installed and whether it is new enough, and which processor runs it."""
 
 from __future__ import annotations
 
+import platform
 import re
 import subprocess
+from pathlib import Path
 
 from phasewatch.errors import MissingTool
 
@@ -40,3 +42,28 @@ def qemu_version(arch: str) -> str:
             f"install a newer {package}, for instance from your distribution's backports"
         )
     return text
+
+
+def parse_processor(cpuinfo: str, tsc_khz: int | None) -> str:
+    """Name a processor from the text of ``/proc/cpuinfo``, family and model in numbers, since clouds hide the rest.
+
+    Args:
+        tsc_khz: Rate of its time stamp counter; None where it has none.
+
+    Returns:
+        At most 80 printable ASCII characters; empty if the text names no processor.
+
+    >>> parse_processor("cpu family\\t: 23\\nmodel\\t\\t: 1\\nmodel name\\t: AMD EPYC\\n", 1_996_250)
+    'AMD EPYC (family 23, model 1) at 1996 MHz'
+    """
+    said = dict(re.findall(r"^(cpu family|model|model name)\s*: (.+)$", cpuinfo, re.MULTILINE))
+    if "model name" not in said:
+        return ""
+    which = f" (family {said['cpu family']}, model {said['model']})" if {"cpu family", "model"} <= said.keys() else ""
+    rate = f" at {tsc_khz // 1000} MHz" if tsc_khz else ""
+    return re.sub(r"[^ -~]", "?", f"{said['model name'][:40]}{which}{rate}")[:80]
+
+
+def processor(tsc_khz: int | None) -> str:
+    """Name this machine's processor, or at least its architecture."""
+    return parse_processor(Path("/proc/cpuinfo").read_text(errors="replace"), tsc_khz) or platform.machine()

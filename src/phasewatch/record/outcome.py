@@ -73,7 +73,7 @@ def _manifest(
         nic=facts.nic,
         hypervisor=facts.hypervisor,
         guest_kernel=facts.guest_kernel,
-        recorder=f"phasewatch {__version__}, guest image {facts.guest_image}",
+        recorder=f"phasewatch {__version__}, guest image {facts.guest_image}, on {facts.processor}",
     )
     return Manifest(
         format=FORMAT,

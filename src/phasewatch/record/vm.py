@@ -22,6 +22,7 @@ from phasewatch.record.flows import NetflowSource
 from phasewatch.record.guest import GuestReader
 from phasewatch.record.hosts import HostShape
 from phasewatch.record.image import Image
+from phasewatch.record.installed import processor
 from phasewatch.record.proc import ProcSource
 from phasewatch.record.qmp import Monitor, QmpSource
 from phasewatch.record.sink import Sink
@@ -51,7 +52,11 @@ BOOT = {"microvm": BootRule(deadline_s=15.0, tries=6), "": BootRule(deadline_s=4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineFacts:
-    """What is known of a VM once it has booted; it goes into the manifest."""
+    """What is known of a VM once it has booted; it goes into the manifest.
+
+    Attributes:
+        processor: The host's own; what a VM costs depends on it.
+    """
 
     boot_s: float
     booted_mono_ns: int
@@ -59,6 +64,7 @@ class MachineFacts:
     guest_image: str
     hypervisor: str
     accel: str
+    processor: str
     nic: str
     pinning: tuple[int, ...]
     qemu_pid: int
@@ -226,6 +232,7 @@ class Vm:
             guest_image=start.image.digest[:12],
             hypervisor=f"QEMU {await self._monitor.version()}",
             accel=start.accel,
+            processor=processor(start.tsc_khz),
             nic="virtio-net, dgram sink",
             pinning=start.cores[: len(self._tids)],
             qemu_pid=self._qemu.pid,
