@@ -17,10 +17,13 @@ from phasewatch.audit import datasheet
 from phasewatch.audit.corpus import read_windows
 from phasewatch.audit.leaks import find_leaks
 from phasewatch.audit.separation import separate
+from phasewatch.audit.sittings import Start
+from phasewatch.episode.bundle import peek
 from phasewatch.record.footprint import Footprint, footprint_file
 from phasewatch.store.disk import DiskStore
 from phasewatch.validate.index import INDEX, write_index
 from phasewatch.validate.sweep import sweep
+from phasewatch.validate.verdict import USABLE, Verdict
 
 CORPUS = Path(__file__).parents[1] / "corpus" / "lab-v1"
 
@@ -34,6 +37,24 @@ def read_footprint(corpus: Path) -> Footprint | None:
     """Read it, if it was measured."""
     path = footprint_file(corpus)
     return msgspec.json.decode(path.read_bytes(), type=Footprint) if path.is_file() else None
+
+
+def starts_of(corpus: Path, verdicts: Sequence[Verdict]) -> list[Start]:
+    """Read from the manifests how each usable episode began."""
+    found = []
+    for verdict in verdicts:
+        if verdict.status in USABLE:
+            manifest = peek((corpus / verdict.path).read_bytes(), file=verdict.path)
+            boot_s = manifest.recording.boot_s if manifest.recording else None
+            found.append(
+                Start(
+                    host_id=verdict.host_id,
+                    started_s=verdict.started_wall_ns / 1e9,
+                    recorder=manifest.host.recorder,
+                    boot_s=boot_s,
+                )
+            )
+    return found
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -51,7 +72,12 @@ def main(arguments: Sequence[str]) -> int:
         verdicts = sweep(corpus, Path(folder), workers=2).verdicts
         windows = read_windows(Path(folder))
     body = datasheet.render_datasheet(
-        verdicts, find_leaks(windows), separate(windows), read_footprint(corpus), digest=digest
+        verdicts,
+        find_leaks(windows),
+        separate(windows),
+        read_footprint(corpus),
+        digest=digest,
+        starts=starts_of(corpus, verdicts),
     )
     write_index(corpus / INDEX, verdicts)
     page.write_text(datasheet.render_page(text, body), encoding="utf-8")

@@ -67,7 +67,7 @@ def render(kept: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"Macro-F1 with its 95 % interval over sessions, `{MODEL}`, host-side channels only, test episodes without an agent inside "
-        f"({head['n_episodes']} episodes in {head['n_sessions']} sessions on {head['n_hosts']} shapes of one machine, {tested} profiles tested), "
+        f"({head['n_episodes']} episodes in {head['n_sessions']} sessions on {head['n_hosts']} shapes of VM, {tested} profiles tested), "
         f"of {kept['episodes']} recorded episodes. Made by `make demo` and `python docs/headline.py runs/demo`.",
         "",
         END,

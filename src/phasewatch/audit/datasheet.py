@@ -11,6 +11,7 @@ import numpy as np
 
 from phasewatch.audit.leaks import Leak, render_leaks
 from phasewatch.audit.separation import Separation, render_separations
+from phasewatch.audit.sittings import Start, render_sittings
 from phasewatch.profiles import PROFILES
 from phasewatch.record.footprint import Footprint, render_footprint
 from phasewatch.validate.verdict import USABLE, Verdict
@@ -51,6 +52,7 @@ def render_datasheet(
     footprint: Footprint | None,
     *,
     digest: str,
+    starts: Sequence[Start] = (),
 ) -> str:
     """Write the generated half in Markdown.
 
@@ -60,6 +62,7 @@ def render_datasheet(
         separations: Those of `separation.separate`.
         footprint: What the guest's agent costs, if it was measured.
         digest: `fingerprint` of the bundles.
+        starts: How each usable episode began.
     """
     hosts = sorted({v.host_id for v in verdicts})
     parts = [
@@ -76,6 +79,10 @@ def render_datasheet(
         "### Waiting for a core",
         "`vcpu_wait` of each usable episode, in cores; above 0.10 an episode is degraded (`contention`).",
         _table(["host", "episodes", "median", "95 %", "highest", "above 0.10"], _wait_rows(verdicts, hosts)),
+        "### How fast the machine was",
+        "Seconds from QEMU's start to the guest's first word, median. A column that differs between rows is the physical "
+        "machine's doing: a host is a shape, and the speed of what it ran on is no feature and in no split.",
+        _table(*render_sittings(starts, hosts)),
         "### What the validator found",
         _table(["finding", "episodes"], _finding_rows(verdicts)),
         "### What it gives away beside the phase",
