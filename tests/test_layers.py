@@ -116,6 +116,12 @@ def test_a_file_is_one_sitting_and_says_its_reason_first(path: Path) -> None:
     assert ast.get_docstring(ast.parse(text))
 
 
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_deadline_never_swallows_a_cancellation(path: Path) -> None:
+    """`asyncio.wait_for` of Python 3.11 does, where both come at once: a watch that was told to end went on for ever."""
+    assert "wait_for(" not in path.read_text(), "asyncio.timeout does the same and passes a cancellation on"
+
+
 def test_help_loads_nothing_heavy() -> None:
     heavy = {
         "numpy",
@@ -129,6 +135,7 @@ def test_help_loads_nothing_heavy() -> None:
         "qemu",
         "onnxruntime",
         "httpx",
+        "pydantic",
     }
     probe = (
         "import sys, contextlib, io\n"

@@ -169,3 +169,32 @@ def test_endless_lines_are_bounded_and_the_next_report_is_read(tmp_path: Path) -
 
     assert asyncio.run(work()) > 0
     assert [row[3:] for row in log.rows] == [tuple(range(len(REPORT)))]
+
+
+def test_a_ticker_that_is_told_to_end_just_as_a_reading_arrives_ends() -> None:
+    # asyncio.wait_for of Python 3.11 keeps such a cancellation to itself, and the watch went on for ever.
+    async def work() -> bool:
+        reading: asyncio.Future[Values] = asyncio.get_running_loop().create_future()
+
+        class Prompt(FakeSource):
+            async def read(self) -> Values:
+                return await reading
+
+        clock = FakeClock()
+        ticker = Ticker([Prompt(Source.PROC, clock)], [RowLog(Source.PROC, clock)], clock)
+
+        async def tick_on() -> None:
+            while True:
+                await ticker.tick()
+                await asyncio.sleep(0)
+
+        ticking = asyncio.create_task(tick_on())
+        await asyncio.sleep(0.01)
+        reading.set_result(nothing_of(Source.PROC))
+        await asyncio.sleep(0)
+        ticking.cancel()
+        done, _ = await asyncio.wait([ticking], timeout=1.0)
+        ticking.cancel()
+        return ticking in done
+
+    assert asyncio.run(work())

@@ -70,7 +70,8 @@ def build_app(hub: Hub, gate: Gate, *, title: str) -> Guarded:
 
     async def take(request: Request) -> Response:
         try:
-            body = await asyncio.wait_for(_body(request), POST_S)
+            async with asyncio.timeout(POST_S):
+                body = await _body(request)
         except (TimeoutError, ClientDisconnect):
             return _said(408, f"the body did not come within {POST_S:.0f} s")
         if body is None:

@@ -40,7 +40,8 @@ async def relay(command: Sequence[str], hub: Hub, name: str) -> None:
         if process.returncode is None:
             process.terminate()
             with suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), END_S)
+                async with asyncio.timeout(END_S):
+                    await process.wait()
     if code:
         raise MachineError(f"{name}: its watcher ended ({code}): {said.removeprefix('error: ')}")
 

@@ -55,7 +55,8 @@ class Webhook:
         if self._task is None:
             return
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._queue.join(), LAST_WORD_S)
+            async with asyncio.timeout(LAST_WORD_S):
+                await self._queue.join()
         self.lost, self._open = self.lost + self._open, 0
         self._task.cancel()
         with suppress(asyncio.CancelledError):

@@ -147,7 +147,8 @@ class Ticker:
         """Read every source once."""
         for source, log in zip(self.sources, self.logs, strict=True):
             try:
-                values = await asyncio.wait_for(source.read(), self.timeout_s)
+                async with asyncio.timeout(self.timeout_s):
+                    values = await source.read()
             except Exception:  # whatever a reader met, the other sources and the next tick go on
                 self.failed += 1
                 values = nothing_of(source.source)
@@ -163,4 +164,5 @@ async def hang_up(task: asyncio.Task[None] | None, writer: asyncio.StreamWriter 
     if writer is not None:
         writer.close()
         with suppress(Exception):
-            await asyncio.wait_for(writer.wait_closed(), 1.0)
+            async with asyncio.timeout(1.0):
+                await writer.wait_closed()

@@ -77,12 +77,14 @@ class Driver:
             raise VmError(f"{self._name}: {verb}: the guest's driver hung up")
         number, self._next_id = self._next_id, self._next_id + 1
         loop = asyncio.get_running_loop()
-        ack = self._acks[number] = loop.create_future()
+        ack: asyncio.Future[Ack] = loop.create_future()
+        self._acks[number] = ack
         self._finished[number] = loop.create_future()
         self._verbs[number] = verb
         self._writer.write(" ".join((str(number), verb, *arguments)).encode("ascii") + b"\n")
         try:
-            return await asyncio.wait_for(ack, ACK_TIMEOUT_S)
+            async with asyncio.timeout(ACK_TIMEOUT_S):
+                return await ack
         except TimeoutError as exc:
             raise VmError(f"{self._name}: {verb}: the guest did not acknowledge within {ACK_TIMEOUT_S:g} s") from exc
 
@@ -93,7 +95,8 @@ class Driver:
             VmError: If the line is cut, or the work does not end within `timeout_s`.
         """
         try:
-            return await asyncio.wait_for(asyncio.shield(self._finished[number]), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(self._finished[number])
         except TimeoutError as exc:
             verb = self._verbs[number]
             raise VmError(f"{self._name}: {verb}: the guest did not finish within {timeout_s:g} s") from exc

@@ -51,10 +51,12 @@ class Monitor:
 
         client = QMPClient("phasewatch")
         try:
-            await asyncio.wait_for(client.connect(str(self.path)), self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                await client.connect(str(self.path))
         except (TimeoutError, OSError, QMPError) as exc:
             with suppress(Exception):
-                await asyncio.wait_for(client.disconnect(), self._timeout_s)
+                async with asyncio.timeout(self._timeout_s):
+                    await client.disconnect()
             raise VmError(
                 f"{self.path}: the QEMU monitor did not answer within {self._timeout_s:g} s ({str(exc) or 'time-out'}); "
                 "one QMP socket serves one client: close the other one, or give QEMU a second -qmp"
@@ -74,7 +76,8 @@ class Monitor:
         for event in self._client.events.clear():  # nobody waits for events; unread they would pile up for ever
             self.events[str(event.get("event"))] += 1
         try:
-            return await asyncio.wait_for(self._client.execute(command, arguments or None), self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                return await self._client.execute(command, arguments or None)
         except (TimeoutError, OSError, EOFError, QMPError) as exc:
             raise VmError(f"{self.path}: {command}: {str(exc) or f'no answer within {self._timeout_s:g} s'}") from exc
 
@@ -90,7 +93,8 @@ class Monitor:
         client, self._client = self._client, None
         if client is not None:
             with suppress(Exception):
-                await asyncio.wait_for(client.disconnect(), self._timeout_s)
+                async with asyncio.timeout(self._timeout_s):
+                    await client.disconnect()
 
     async def vcpu_tids(self) -> tuple[int, ...]:
         """Give the thread of each vCPU, in their order."""

@@ -273,7 +273,8 @@ class Vm:
         """Give QEMU's own last words where it ended, whatever its end broke first on our side."""
         if self._qemu is not None:
             with suppress(TimeoutError):
-                code = await asyncio.wait_for(self._qemu.wait(), 0.5)
+                async with asyncio.timeout(0.5):
+                    code = await self._qemu.wait()
                 return f"QEMU ended with {code}: {self._log_tail()}"
         return str(error)
 

@@ -222,6 +222,10 @@ class Receiver:
             if upload.is_begun:
                 await self._in_thread(upload.drop)
 
+    async def _piece(self, body: AsyncIterator[bytes]) -> bytes:
+        async with asyncio.timeout(self._bounds.silence_s):
+            return await anext(body, b"")
+
     async def _stream(self, request: Request, upload: Upload, size: int) -> str:
         """Take the body as it comes and give its sha256; too much, too little and too slow are refused."""
         hasher, taken = sha256(), 0
@@ -229,7 +233,7 @@ class Receiver:
         body = request.stream()
         try:
             async with asyncio.timeout(self._bounds.deadline_s(size)):
-                while piece := await asyncio.wait_for(anext(body, b""), self._bounds.silence_s):
+                while piece := await self._piece(body):
                     taken += len(piece)
                     note["bytes"] = taken
                     if taken > size:

@@ -143,7 +143,8 @@ class Shipper:
                 if not watch or self._stop.is_set():
                     break
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._stop.wait(), POLL_S)
+                    async with asyncio.timeout(POLL_S):
+                        await self._stop.wait()
             self.shipped.left = [item.path for item in self._scan()]
         return self.shipped
 
