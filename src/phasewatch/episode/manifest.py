@@ -63,7 +63,8 @@ def check_manifest(manifest: Manifest, *, file: str) -> None:
 def _violations(m: Manifest) -> Iterator[tuple[str, str]]:
     if m.format != FORMAT:
         yield "manifest-format", f"the format is {m.format[:60]!r}; this reader knows {FORMAT!r}"
-    yield from _value_violations(msgspec.to_builtins(m), "")
+    if bad := _bad_value(msgspec.to_builtins(m), ""):
+        yield bad
     if not EPISODE_ID.fullmatch(m.episode_id):
         yield "manifest-id", f"episode_id {m.episode_id!r} is no UUIDv7"
     if not HOST_ID.fullmatch(m.host.host_id):
@@ -76,30 +77,33 @@ def _violations(m: Manifest) -> Iterator[tuple[str, str]]:
     yield from _clock_violations(m)
 
 
-def _value_violations(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Walk every string, number and list, however deep."""
+def _bad_value(value: Any, key: str) -> tuple[str, str] | None:
+    """Walk every string, number and list, however deep, to the first that breaks a rule."""
     if isinstance(value, str):
         if not value and key not in _MAY_BE_EMPTY:
-            yield "manifest-string", f"{key} is empty"
+            return "manifest-string", f"{key} is empty"
         if len(value) > limits.STRING_CHARS or not (value.isascii() and value.isprintable()):
-            yield "manifest-string", f"{key} is not at most {limits.STRING_CHARS} printable ASCII characters"
+            return "manifest-string", f"{key} is not at most {limits.STRING_CHARS} printable ASCII characters"
     elif isinstance(value, float):
         if not math.isfinite(value):
-            yield "manifest-range", f"{key} is not a finite number"
+            return "manifest-range", f"{key} is not a finite number"
     elif isinstance(value, int):
         if not limits.INT64_MIN <= value <= limits.INT64_MAX:
-            yield "manifest-range", f"{key} does not fit into 64 bits"
+            return "manifest-range", f"{key} does not fit into 64 bits"
     elif isinstance(value, list | tuple):
         if len(value) > limits.LIST_ITEMS:
-            yield "manifest-range", f"{key} has {len(value):,} items; at most {limits.LIST_ITEMS:,} are allowed"
+            return "manifest-range", f"{key} has {len(value):,} items; at most {limits.LIST_ITEMS:,} are allowed"
         for item in value:
-            yield from _value_violations(item, key)
+            if bad := _bad_value(item, key):
+                return bad
     elif isinstance(value, dict):
         if len(value) > limits.LIST_ITEMS:
-            yield "manifest-range", f"{key} has {len(value):,} keys; at most {limits.LIST_ITEMS:,} are allowed"
+            return "manifest-range", f"{key} has {len(value):,} keys; at most {limits.LIST_ITEMS:,} are allowed"
+        whose = f"a key of {key or 'the manifest'}"
         for name, item in value.items():
-            yield from _value_violations(str(name), f"a key of {key or 'the manifest'}")
-            yield from _value_violations(item, str(name))
+            if bad := _bad_value(str(name), whose) or _bad_value(item, str(name)):
+                return bad
+    return None
 
 
 def _range_violations(m: Manifest) -> Iterator[tuple[str, str]]:
