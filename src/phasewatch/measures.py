@@ -35,7 +35,9 @@ def confusion_counts(
 
 def f1_per_class(confusion: ArrayLike) -> NDArray[np.float64]:
     """Give F1 of each class, ``(..., k, k)`` → ``(..., k)``; 0 where a class was neither true nor decided."""
-    return f1_of_terms(f1_terms(confusion))
+    terms = f1_terms(confusion)
+    k = terms.shape[-1] // 2
+    return f1_of(terms[..., :k], terms[..., k:])
 
 
 def f1_terms(confusion: ArrayLike) -> NDArray[np.float64]:
@@ -55,11 +57,10 @@ def f1_terms(confusion: ArrayLike) -> NDArray[np.float64]:
     return terms
 
 
-def f1_of_terms(terms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Give F1 of each class from `f1_terms`, ``(..., 2k)`` → ``(..., k)``."""
-    k = terms.shape[-1] // 2
+def f1_of(hits: NDArray[np.float64], either: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Give F1 of each class from the halves of `f1_terms`, ``(..., k)`` each."""
     # A class without a window has 0 above and 0 below: a tiny number below gives 0 and changes no other value.
-    f1: Floats = terms[..., :k] / np.maximum(terms[..., k:], np.finfo(np.float64).tiny)
+    f1: Floats = hits / np.maximum(either, np.finfo(np.float64).tiny)
     return f1
 
 

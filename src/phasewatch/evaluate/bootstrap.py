@@ -131,7 +131,7 @@ def resample(weights: Weights, counts: Floats) -> Floats:
     """
     used = np.flatnonzero(counts.any(axis=1))  # a profile or sample has few of the clusters
     kept = counts[used]
-    out = np.empty((len(weights), counts.shape[1]))
+    out = np.empty((counts.shape[1], len(weights)))  # a column's resamples side by side: what follows works on columns
     most = int(weights.counts.max(initial=0)) * kept.sum(axis=0).max(initial=0.0)
     exact = most < 2**24 and bool((kept >= 0).all() and (kept == np.floor(kept)).all())
     number: type[np.floating[Any]] = np.float32 if exact else np.float64
@@ -139,8 +139,8 @@ def resample(weights: Weights, counts: Floats) -> Floats:
     for start in range(0, len(weights), _BLOCK):
         block = weights.counts[start : start + _BLOCK]
         taken = block if len(used) == block.shape[1] else block[:, used]
-        out[start : start + _BLOCK] = np.matmul(taken.astype(number), kept)
-    return out
+        out[:, start : start + _BLOCK] = np.matmul(taken.astype(number), kept).T
+    return out.T
 
 
 def interval(values: Floats, tail: float = (1 - LEVEL) / 2) -> tuple[float, float]:

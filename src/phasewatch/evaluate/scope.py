@@ -137,6 +137,9 @@ def tested(scope: Scope, rules: Rules) -> str:
     return f"{len(set(rules.malicious) & set(scope.shown.profile))}of{len(rules.malicious)}"
 
 
+_FOLD = np.equal.outer(measures.STATE_OF, range(len(measures.STATES))).astype(np.float64)  # phase → its state, 0/1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Values:
     """Scores of one confusion, or of each resample's: the two macro-F1 over the scope's classes, and F1 of each phase."""
@@ -152,18 +155,23 @@ class Values:
 
     @classmethod
     def of_terms(cls, terms: Floats, classes: tuple[int, ...]) -> Values:
-        """Score ``(..., 16)`` sums of `terms_of`."""
-        k = 2 * measures.N_CLASSES
-        f1, states = measures.f1_of_terms(terms[..., :k]), measures.f1_of_terms(terms[..., k:])
+        """Score ``(..., 13)`` sums of `terms_of`."""
+        k = measures.N_CLASSES
+        hits, either, state_hits = np.split(terms, (k, 2 * k), axis=-1)
+        f1 = measures.f1_of(hits, either)
+        states = measures.f1_of(state_hits, either @ _FOLD)  # a state's windows are those of its phases
         return cls(
             macro_f1=_mean_over(f1, classes), macro_f1_3=_mean_over(states, measures.state_classes(classes)), f1=f1
         )
 
 
 def terms_of(confusion: Floats) -> Floats:
-    """Give what all scores are ratios of, ``(..., 5, 5)`` → ``(..., 16)``: F1's terms of the phases, then of the states."""
-    pairs = (measures.f1_terms(confusion), measures.f1_terms(measures.three_states(confusion)))
-    terms: Floats = np.concatenate(pairs, axis=-1)
+    """Give what all scores are ratios of, ``(..., 5, 5)`` → ``(..., 13)``: F1's terms of the phases, the states' hits.
+
+    What else the states need is a sum of the phases' terms: a column that is not resampled costs nothing.
+    """
+    states = measures.f1_terms(measures.three_states(confusion))[..., : len(measures.STATES)]
+    terms: Floats = np.concatenate((measures.f1_terms(confusion), states), axis=-1)
     return terms
 
 
