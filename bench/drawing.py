@@ -57,7 +57,7 @@ def curves(part: Mapping[str, Any]) -> str:
     drawn += _panel(points, steps, "peak_mib", "memory of the largest process", lambda v: f"{v:g} MiB", 420)
     for i, step in enumerate(steps):
         drawn += f'<rect x="{50 + 240 * i}" y="292" width="14" height="4" fill="{LINES[i]}"/><text x="{70 + 240 * i}" y="299">{escape(step)}</text>'
-    drawn += '<text x="50" y="319">solid: 2 workers, dashed: 1</text>'
+    drawn += '<text x="50" y="319">solid: 2 workers, dashed: 1; a line a machine</text>'
     return _svg(760, 330, f"{part['title']}: by number of bundles, logarithmic", drawn)
 
 
@@ -81,8 +81,9 @@ def _panel(points: list[Mapping[str, Any]], steps: list[str], key: str, title: s
     for n in sizes:
         out += f'<text x="{x(n):.1f}" y="274" text-anchor="middle">{n:,}</text>'
     for i, step in enumerate(steps):
-        for workers in sorted({p["workers"] for p in points}):
-            own = sorted((p["bundles"], p[key]) for p in points if (p["step"], p["workers"]) == (step, workers))
+        for machine, workers in sorted({(p.get("machine", ""), p["workers"]) for p in points if p["step"] == step}):
+            of = (step, workers, machine)
+            own = sorted((p["bundles"], p[key]) for p in points if (p["step"], p["workers"], p.get("machine", "")) == of)
             path = "L".join(f"{x(n):.1f} {y(v):.1f}" for n, v in own)
             dash = ' stroke-dasharray="4 3"' if workers == 1 else ""
             out += f'<path d="M{path}" fill="none" stroke="{LINES[i]}" stroke-width="2"{dash}/>'

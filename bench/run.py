@@ -22,6 +22,9 @@ import drawing
 from drawing import seconds
 from timing import Figure, Part, Point
 
+from phasewatch.record.installed import processor
+from phasewatch.record.vm import host_tsc_khz
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 KEPT = ROOT / "docs" / "results" / "performance.json"
@@ -51,7 +54,7 @@ OF_SOAK: tuple[tuple[str, str, str, str, Callable[[list[dict[str, Any]]], float]
 def measure(name: str, told: argparse.Namespace, before: Sequence[Point]) -> Part:
     """Measure one part, beside points of it that were measured before; what it needs is imported here alone."""
     module, _, work = WORKS[name].partition(".")
-    whole = {"sizes": numbers(told.bundles), "workers": numbers(told.workers), "stores": told.stores, "before": before}
+    whole = {"sizes": numbers(told.bundles), "workers": numbers(told.workers), "stores": told.stores, "before": before, "machine": machine()}
     settings: dict[str, Any] = {"models": {"run": told.run}, "interchange": {"run": told.run}, "whole": whole, "parsing": {"corpus": CORPUS / "lab-v1"}, "watching": {"corpus": CORPUS}}.get(name, {})  # fmt: skip
     part: Part = getattr(importlib.import_module(module), work)(**settings)
     return part
@@ -62,9 +65,13 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
+def machine() -> str:
+    """Name this one."""
+    return f"{platform.machine()}, {processor(host_tsc_khz())}, {os.cpu_count()} cores"
+
+
 def here() -> dict[str, str]:
     """Say on what it was measured."""
-    cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")  # fmt: skip
     versions = {}
     for name in PACKAGES:
         try:
@@ -72,7 +79,7 @@ def here() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return {
-        "machine": f"{platform.machine()}, {cpu}, {os.cpu_count()} cores", "python": platform.python_version(),
+        "machine": machine(), "python": platform.python_version(),
         "versions": ", ".join(f"{k} {v}" for k, v in versions.items()), "load": f"{os.getloadavg()[0]:.1f}",
     }  # fmt: skip
 
@@ -80,10 +87,11 @@ def here() -> dict[str, str]:
 def table(part: Mapping[str, Any]) -> str:
     """Set a part's rows; the factor is to the best of ours, above 1 where ours is faster."""
     if part["points"]:
-        head = ["step", "bundles", "workers", "wall", "CPU", "CPU a bundle", "memory", "load before"]
+        several = len({p.get("machine") for p in part["points"]}) > 1
+        head = ["step", "bundles", "workers", "wall", "CPU", "CPU a bundle", "memory", "load before", *(["machine"] if several else [])]
         body = [
-            [p["step"], f"{p['bundles']:,}", str(p["workers"]), f"{p['wall_s']:.1f} s", f"{p['cpu_s']:.1f} s", seconds(p["cpu_s"] / p["bundles"]), f"{p['peak_mib']:.0f} MiB", "" if p.get("load") is None else f"{p['load']:.1f}"]
-            for p in sorted(part["points"], key=lambda p: (p["bundles"], p["workers"]))
+            [p["step"], f"{p['bundles']:,}", str(p["workers"]), f"{p['wall_s']:.1f} s", f"{p['cpu_s']:.1f} s", seconds(p["cpu_s"] / p["bundles"]), f"{p['peak_mib']:.0f} MiB", "" if p.get("load") is None else f"{p['load']:.1f}", *([p["machine"]] if several else [])]
+            for p in sorted(part["points"], key=lambda p: (p.get("machine", ""), p["bundles"], p["workers"]))
         ]  # fmt: skip
         return _markdown([head, *body])
     ours = min((r["min_s"] for r in part["rows"] if r["is_ours"]), default=None)
@@ -184,7 +192,8 @@ def main() -> int:
         return 0
     name, facts = wanted[0], here()
     print(f"{name} …", file=sys.stderr, flush=True)
-    before = [Point(**p) for p in kept["parts"].get(name, {"points": ()})["points"]]
+    known = kept["parts"].get(name, {"points": ()})
+    before = [Point(**{"machine": known["measured_on"]["machine"], **p}) for p in known["points"]]
     part = json.loads(json.dumps(asdict(measure(name, told, before)))) | {"measured_on": facts}
     kept["parts"] = {
         key: part if key == name else kept["parts"][key] for key in WORKS if key == name or key in kept["parts"]

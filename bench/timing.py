@@ -35,6 +35,7 @@ class Point:
 
     Attributes:
         load: Of the machine when the step began; None where that was not kept.
+        machine: What it was measured on: whole corpora take long, and are not measured again on every machine.
     """
 
     step: str
@@ -44,6 +45,7 @@ class Point:
     cpu_s: float
     peak_mib: float
     load: float | None = None
+    machine: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,14 +19,16 @@ SWEEP, FEATURES, AGAIN = "validate", "features", "validate again, nothing change
 
 
 def measure(
-    *, sizes: Sequence[int], stores: Path | None = None, workers: Sequence[int] = (1, 2), before: Sequence[Point] = ()
-) -> Part:
+    *, sizes: Sequence[int], machine: str, stores: Path | None = None, workers: Sequence[int] = (1, 2),
+    before: Sequence[Point] = (),
+) -> Part:  # fmt: skip
     """Make a store of each size once, or take one up that was kept, and take it the way once for each number of workers.
 
     Args:
-        before: What was measured earlier; its points of other sizes or workers stay.
+        machine: This one.
+        before: What was measured earlier; its points of other sizes, workers or machines stay.
     """
-    points = [p for p in before if p.bundles not in sizes or p.workers not in workers]
+    points = [p for p in before if p.machine != machine or p.bundles not in sizes or p.workers not in workers]
     for bundles in sizes:
         with tempfile.TemporaryDirectory() as folder:
             store = (stores or Path(folder)) / str(bundles)
@@ -42,7 +44,7 @@ def measure(
                     (AGAIN, ("validate", store, "--out", run, "--workers", str(n))),
                 ):
                     load = round(os.getloadavg()[0], 1)
-                    points.append(Point(step=name, bundles=bundles, workers=n, load=load, **asdict(spend(*arguments))))
+                    points.append(Point(step=name, bundles=bundles, workers=n, load=load, machine=machine, **asdict(spend(*arguments))))
     return Part(
         title="Whole corpora",
         about="Simulated stores of 180 s episodes on ten hosts, page cache warm, each step a process of its own; memory is of the largest process in it.",
@@ -52,17 +54,22 @@ def measure(
 
 
 def figures(points: Sequence[Point]) -> tuple[Figure, ...]:
-    """Give the figures from the largest size; from fewer bundles than the whole corpus times are multiplied up, and say so."""
+    """Give each machine's figures from its largest size; from fewer bundles than the whole corpus times are multiplied up, and say so."""
+    machines = sorted({p.machine for p in points})
+    found = [f for machine in machines for f in _of_one([p for p in points if p.machine == machine], len(machines) > 1)]
+    most = max(p.peak_mib for p in points)
+    return (*found, Figure(what="peak memory of a process in all sizes", must="≤1024", aim="", unit="MiB", measured=most))
+
+
+def _of_one(points: Sequence[Point], is_named: bool) -> tuple[Figure, ...]:
     most = max(p.bundles for p in points)
     at = {p.step: p for p in points if p.bundles == most and p.workers == max(q.workers for q in points)}
-    note = "" if most == WHOLE else f"from {most:,} bundles"
-    up = WHOLE / most
+    notes = [*([] if most == WHOLE else [f"from {most:,} bundles"]), *([f"on {points[0].machine}"] if is_named else [])]
+    up, note = WHOLE / most, ", ".join(notes)
     return (
         Figure(what=f"{WHOLE:,} bundles swept, gridded and featured on 2 cores, wall", must="≤360", aim="≤90", unit="s", note=note,
                measured=(at[SWEEP].wall_s + at[FEATURES].wall_s) * up),
         Figure(what="CPU of that, over two cores", must="≤360", aim="≤90", unit="s", note=note,
                measured=(at[SWEEP].cpu_s + at[FEATURES].cpu_s) * up / 2),
         Figure(what="unchanged re-sweep of them, wall", must="≤20", aim="≤5", unit="s", note=note, measured=at[AGAIN].wall_s * up),
-        Figure(what="peak memory of a process in all sizes", must="≤1024", aim="", unit="MiB",
-               measured=max(p.peak_mib for p in points)),
     )  # fmt: skip
