@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,12 @@ class Place:
         assert done.returncode == code, done.stderr
         return done.stdout + done.stderr
 
+    def weight(self) -> dict[str, int]:
+        """Count the packages that were installed, and what they take on the disk."""
+        site = next((self.python.parents[1] / "lib").glob("python*")) / "site-packages"
+        size = sum(f.stat().st_size for f in site.rglob("*") if f.is_file() and f.suffix != ".pyc")
+        return {"packages": len(list(site.glob("*.dist-info"))), "MiB": round(size / 2**20)}
+
     def has(self, module: str) -> bool:
         """Say whether a module can be found there."""
         probe = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
@@ -62,7 +69,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(out.glob("*.whl"))
 
 
-def test_the_core_simulates_validates_and_makes_features(wheel: Path, tmp_path: Path) -> None:
+def test_the_core_simulates_validates_and_makes_features(
+    wheel: Path, tmp_path: Path, soak_row: Callable[..., None]
+) -> None:
     place = install(tmp_path, str(wheel))
 
     place.call("simulate", "--hosts", "2", "--episodes", "6", "--out", "made")
@@ -74,6 +83,7 @@ def test_the_core_simulates_validates_and_makes_features(wheel: Path, tmp_path: 
     assert "pip install 'phasewatch[train]'" in place.call("report", "run", code=5)
     assert "extra train" in place.call("doctor")
     assert "PHASEWATCH_CORPUS" in place.call("demo", code=3)
+    soak_row("Clean environments", installed="the core", **place.weight())
 
 
 def test_plain_pip_installs_the_folder_itself(tmp_path: Path) -> None:
@@ -86,27 +96,34 @@ def test_plain_pip_installs_the_folder_itself(tmp_path: Path) -> None:
     assert place.call("--version").startswith("phasewatch ")
 
 
-def test_train_takes_recordings_the_whole_way(wheel: Path, tmp_path: Path) -> None:
+def test_train_takes_recordings_the_whole_way(wheel: Path, tmp_path: Path, soak_row: Callable[..., None]) -> None:
     place = install(tmp_path, f"{wheel}[train]")
 
     said = place.call("run", str(CORPUS), "--out", "run", "--models", "gbt,majority,elapsed_time")
 
     assert "macro-F1 of phase, unseen host, realistic, gbt: 0." in said
     assert (place.home / "run" / "report.html").is_file()
+    soak_row("Clean environments", installed="[train]", **place.weight())
 
 
-def test_live_brings_a_runtime_and_none_of_the_training(wheel: Path, tmp_path: Path) -> None:
+def test_live_brings_a_runtime_and_none_of_the_training(
+    wheel: Path, tmp_path: Path, soak_row: Callable[..., None]
+) -> None:
     place = install(tmp_path, f"{wheel}[live]")
 
     assert place.has("onnxruntime")
     assert place.has("qemu.qmp")
     assert not [module for module in ("torch", "xgboost", "sklearn", "scipy", "plotly") if place.has(module)]
     place.call("inspect", str(next(CORPUS.glob("*/*.tar.zst"))))
+    soak_row("Clean environments", installed="[live]", **place.weight())
 
 
-def test_serve_brings_a_server_and_none_of_the_training(wheel: Path, tmp_path: Path) -> None:
+def test_serve_brings_a_server_and_none_of_the_training(
+    wheel: Path, tmp_path: Path, soak_row: Callable[..., None]
+) -> None:
     place = install(tmp_path, f"{wheel}[serve]")
 
     assert place.has("starlette")
     assert not [module for module in ("torch", "xgboost", "sklearn", "scipy", "onnxruntime") if place.has(module)]
     place.call("validate", str(CORPUS), "--out", "run")
+    soak_row("Clean environments", installed="[serve]", **place.weight())
