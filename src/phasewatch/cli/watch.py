@@ -37,7 +37,7 @@ def export(
 ) -> None:
     """Take a trained model out of a run, for a watcher or any ONNX runtime; nothing in the run is touched.
 
-    Example: phasewatch export runs/mine --model cnn --out edge.zip
+    Example: phasewatch export runs/mine --out edge.zip
     """
     from dataclasses import asdict
 
