@@ -128,3 +128,21 @@ def test_a_module_that_nobody_offers_is_broken_code_and_shows_itself() -> None:
         raise ModuleNotFoundError("No module named 'phasewatch.oops'", name="phasewatch.oops")
 
     assert isinstance(CliRunner().invoke(app, []).exception, ModuleNotFoundError)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        pytest.param("gtb", "did you mean gbt?", id="one that resembles some is answered with those"),
+        pytest.param("forest", "it is one of cnn, gbt, gru", id="one that resembles none with all that there are"),
+    ],
+)
+def test_a_name_that_nobody_knows_is_answered_with_names_that_somebody_does(name: str, said: str) -> None:
+    assert errors.name_the_nearest(name, ["gru", "gbt", "cnn"]) == said
+
+
+def test_no_error_asks_whether_a_name_was_meant_that_the_given_one_does_not_resemble() -> None:
+    from phasewatch.simulate.faults import kinds_of
+
+    with pytest.raises(errors.UsageError, match="no fault 'zzz'; it is one of bit-flip, bomb, "):
+        kinds_of(["zzz"])

@@ -44,6 +44,24 @@ def test_the_files_of_a_run_are_those_that_the_format_page_lists() -> None:
         assert f"`{name}`" in page
 
 
+def test_the_columns_of_predictions_are_those_that_the_format_page_explains() -> None:
+    from phasewatch import predict
+    from phasewatch.train import predictions
+
+    page = (ROOT / "docs" / "formats" / "run.md").read_text()
+
+    assert not {name for name in (*predictions.schema().names, *predict.schema().names) if f"`{name}`" not in page}
+
+
+def test_the_fields_of_a_manifest_are_those_that_the_format_page_lists() -> None:
+    from phasewatch.episode.model import Host, Manifest
+
+    page = (ROOT / "docs" / "formats" / "bundle.md").read_text()
+    listed = next(line for line in page.splitlines() if line.startswith("Fields of the manifest"))
+
+    assert not {field for field in (*Manifest.__struct_fields__, *Host.__struct_fields__) if f"`{field}`" not in listed}
+
+
 def test_the_fields_of_a_checkpoint_are_those_that_the_format_page_explains() -> None:
     from phasewatch.models.checkpoint import FORMAT, HEADER, Header
 

@@ -7,11 +7,10 @@ that it must not see (they tell how late it is), kept for the levels-only baseli
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import combinations
 from typing import Literal
 
-from phasewatch.errors import UsageError
+from phasewatch.errors import UsageError, name_the_nearest
 from phasewatch.extras import check_nature, read_extras
 from phasewatch.vocab import Kind, Source, Trust
 
@@ -304,8 +303,7 @@ def mask_of(name: str) -> tuple[bool, ...]:
     chosen: frozenset[str] = frozenset()
     for part in name.split("+"):
         if part not in _MASKS:
-            near = get_close_matches(part, _MASKS, n=2) or sorted(_MASKS)
-            raise UsageError(f"no threat model {part!r}; did you mean {' or '.join(near)}?")
+            raise UsageError(f"no threat model {part!r}; {name_the_nearest(part, _MASKS)}")
         chosen |= _MASKS[part]
     return tuple(c.full_name in chosen for c in CHANNELS)
 

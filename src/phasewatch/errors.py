@@ -19,6 +19,22 @@ PhasewatchError
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def name_the_nearest(name: str, known: Iterable[str]) -> str:
+    """End a message about a name that nobody knows: with the names that it resembles, else with all that there are.
+
+    >>> name_the_nearest("gtb", ["gbt", "cnn"])
+    'did you mean gbt?'
+    >>> name_the_nearest("forest", ["gbt", "cnn"])
+    'it is one of cnn, gbt'
+    """
+    names = sorted(known)
+    near = get_close_matches(name, names, n=2)
+    return f"did you mean {' or '.join(near)}?" if near else f"it is one of {', '.join(names)}"
+
 
 class PhasewatchError(Exception):
     """Something a user can understand and mend went wrong."""

@@ -63,14 +63,16 @@ def run(settings: Settings, *, tell: Tell | None = None) -> Outcome:
 
     Raises:
         StoreError: If there is no store, or it is empty.
+        UsageError: If a grid, recipe, model or mask is asked for that nobody knows.
         SplitError: If no recipe can be built; the report is written all the same and says so.
         BusyError: If another process works on the run.
     """
     say = tell or (lambda stage, done, total, words: None)
     if isinstance(settings.store, Path) and not settings.store.is_dir():
         raise StoreError(
-            f"{settings.store}: there is no such store; record one with `phasewatch record --out {settings.store}`"
+            f"{settings.store}: there is no such store; record one with `phasewatch record --plan smoke --out {settings.store}`"
         )
+    stages.check_names(settings)  # before the sweep, which may take hours
     atomic.make_folder(settings.run)
     with atomic.lock(settings.run):
         for folder in (settings.run, settings.run / "grids", settings.run / "splits"):

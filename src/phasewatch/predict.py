@@ -18,7 +18,7 @@ from phasewatch.live.scorer import Scorer, channels_of
 from phasewatch.live.tracker import Decision, Judge
 from phasewatch.models.base import Table
 from phasewatch.models.filter import NONE, PHASE
-from phasewatch.store.disk import DiskStore, StoreItem
+from phasewatch.store.disk import SUFFIX, DiskStore, StoreItem
 from phasewatch.train.predictions import PROBABILITIES
 from phasewatch.validate.verdict import Examined, Place, examine
 from phasewatch.vocab import BIN_NS, WINDOW_BINS
@@ -83,10 +83,13 @@ def predict(
         Counts. A bundle that cannot be used is named in `failed` and loses nothing else.
 
     Raises:
+        UsageError: If `out` is called anything but ``.parquet``.
         StoreError: If there is nothing at all to score.
     """
     import pyarrow.parquet as pq
 
+    if out.suffix != ".parquet":
+        raise UsageError(f"--out {out}: the table is a parquet file; name it X.parquet")
     store, items = _items(source)
     failed: list[tuple[str, str]] = []
     episodes = windows = silent = alarms = 0
@@ -150,6 +153,10 @@ def _items(source: Path) -> tuple[DiskStore, tuple[StoreItem, ...]]:
     if source.is_file():
         store = DiskStore(source.absolute().parent.parent)
         return store, (store.item(source.absolute()),)
+    if source.name.endswith(SUFFIX) and not source.is_dir():
+        raise StoreError(
+            f"{source}: there is no such bundle; name a store, or one <host_id>/<episode_id>{SUFFIX} of it"
+        )
     store = DiskStore(source)
     items = tuple(store.walk())
     if not items:

@@ -7,11 +7,10 @@ technique ids say what a profile resembles; no exploit and no payload exists.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from math import exp, log
 from typing import TYPE_CHECKING
 
-from phasewatch.errors import UsageError
+from phasewatch.errors import UsageError, name_the_nearest
 from phasewatch.vocab import SampleKind
 
 if TYPE_CHECKING:
@@ -153,8 +152,7 @@ def profile(name: str) -> Profile:
     for row in PROFILES:
         if row.name == name:
             return row
-    near = get_close_matches(name, [row.name for row in PROFILES], n=2) or [row.name for row in PROFILES]
-    raise UsageError(f"no profile {name!r}; did you mean {' or '.join(near)}?")
+    raise UsageError(f"no profile {name!r}; {name_the_nearest(name, [row.name for row in PROFILES])}")
 
 
 def sample(profile_name: str, name: str) -> Sample:
@@ -167,8 +165,7 @@ def sample(profile_name: str, name: str) -> Sample:
     for row in rows:
         if row.name == name:
             return row
-    near = get_close_matches(name, [row.name for row in rows], n=2) or [row.name for row in rows]
-    raise UsageError(f"{profile_name} has no sample {name!r}; did you mean {' or '.join(near)}?")
+    raise UsageError(f"{profile_name} has no sample {name!r}; {name_the_nearest(name, [row.name for row in rows])}")
 
 
 def sample_group(profile_name: str, name: str) -> int:

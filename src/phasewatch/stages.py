@@ -13,7 +13,7 @@ from pathlib import Path
 from phasewatch import __version__, atomic
 from phasewatch.audit.checks import Audit
 from phasewatch.audit.run import audit_run
-from phasewatch.channels import EXTRAS
+from phasewatch.channels import EXTRAS, mask_of
 from phasewatch.dataset.run import file_sha256
 from phasewatch.dataset.splits import Built, read_folds, write_all_splits, write_splits
 from phasewatch.episode.bundle import peek
@@ -222,7 +222,9 @@ def split(settings: Settings, recipes: Sequence[str] = ()) -> tuple[Built, ...]:
     built = write_all_splits(settings.run, recipes or [row.name for row in RECIPES])
     tests = {row.name for row in RECIPES if row.tests}
     if (of := [b for b in built if b.recipe in tests]) and not any(b.folds for b in of):
-        raise SplitError("no recipe can be built; " + "; ".join(b.why for b in of))
+        raise SplitError(
+            f"no recipe can be built; {of[0].why}; {settings.run / INDEX_OF_SPLITS} has the reason of each"
+        )
     return built
 
 
@@ -238,16 +240,29 @@ def read_all_folds(run: Path) -> dict[str, tuple[Fold, ...]]:
     return {recipe: read_folds(run, recipe) for recipe in there}
 
 
+def check_names(settings: Settings) -> None:
+    """Look at every name that the training is narrowed by; needs nothing of the run.
+
+    Raises:
+        UsageError: If the grid, a recipe, a model or a mask is not known.
+    """
+    if settings.grid not in GRIDS:
+        raise UsageError(f"no grid {settings.grid!r}; it is one of {', '.join(GRIDS)}")
+    for recipe in settings.recipes:
+        recipe_of(recipe)
+    for model in settings.models:
+        row_of(model)
+    for threat in settings.threats:
+        mask_of(threat)
+
+
 def grid_cells(settings: Settings) -> tuple[Cell, ...]:
     """Give a grid's cells, of the full one the first pass, narrowed to what was asked for.
 
     Raises:
         UsageError: If the grid, a model or a recipe is not known, or no cell is left.
     """
-    if settings.grid not in GRIDS:
-        raise UsageError(f"no grid {settings.grid!r}; it is one of {', '.join(GRIDS)}")
-    for recipe in settings.recipes:
-        recipe_of(recipe)
+    check_names(settings)
     folds = read_all_folds(settings.run)
     if settings.threats:
         return masked_grid(
@@ -305,7 +320,9 @@ def explain(run: Path, episode_id: str, at_s: float) -> Why:
         if episode_id in fold.ids(Part.TEST):
             cell = Cell(recipe=place.recipe, fold=fold.fold, threat=place.threat, model=place.model, table=place.table)
             return why(run, cell, episode_id, at_s)
-    raise RunError(f"{run}: no fold of {place.recipe} tests episode {episode_id!r}; its splits name those that are")
+    raise RunError(
+        f"{run}: no fold of {place.recipe} tests episode {episode_id!r}; {run / 'splits'} names those that are tested"
+    )
 
 
 def audit(settings: Settings, *, tell: Callable[[str, int, int], None] | None = None) -> Audit:

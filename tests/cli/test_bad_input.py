@@ -140,11 +140,50 @@ REFUSED = {
     "an empty store": (("validate", "STORE", "--out", "RUN"), 3, "empty"),
     "an empty store, the whole way": (("run", "STORE", "--out", "RUN"), 3, "empty"),
     "no store, the whole way": (("run", "STORE/none", "--out", "RUN"), 3, "no such"),
+    "a store to record": (("run", "STORE/none", "--out", "RUN"), 3, "`phasewatch record --plan smoke --out"),
+    "an unknown model, before a long sweep": (
+        ("run", "STORE", "--out", "RUN", "--models", "gtb"),
+        2,
+        "did you mean gbt?",
+    ),
+    "an unknown recipe, before a long sweep": (
+        ("run", "STORE", "--out", "RUN", "--recipes", "held_out"),
+        2,
+        "held_out_",
+    ),
     "no run": (("train", "RUN/none"), 3, "no such run"),
+    "a run that was not validated": (("features", "RUN"), 3, "validation_v1.parquet: absent; make it with"),
+    "a bundle to score": (("predict", "STORE/h1/none.tar.zst", "--out", "RUN/x.parquet"), 3, "no such bundle"),
+    "a table that would be no parquet": (("predict", "STORE", "--out", "RUN/x.csv"), 2, "X.parquet"),
     "no bundle": (("inspect", "STORE/h1/none.tar.zst"), 3, "no such bundle"),
     "neither store nor code": (("validate",), 2, "phasewatch validate STORE --out RUN"),
     "an unknown code": (("validate", "--explain", "silense"), 2, "silence"),
     "an unknown plan": (("record", "--plan", "none", "--out", "STORE"), 3, "none"),
+    "a host that a plan lacks": (
+        ("record", "--plan", "smoke", "--out", "STORE", "--dry-run", "--hosts", "pc,mircovm"),
+        2,
+        "did you mean microvm?",
+    ),
+    "a role that a plan lacks": (
+        ("record", "--plan", "smoke", "--out", "STORE", "--dry-run", "--role", "soak"),
+        2,
+        "no session of it",
+    ),
+    "an image that is not there": (
+        ("record", "--image", "STORE/none.qcow2", "--out", "STORE"),
+        3,
+        "--image names a qcow2",
+    ),
+    "the longest before the shortest": (
+        ("simulate", "--out", "STORE/x", "--seconds", "200", "100"),
+        2,
+        "--seconds 200 100: the shortest, then the longest",
+    ),
+    "more hosts than episodes": (
+        ("simulate", "--out", "STORE/x", "--hosts", "4", "--episodes", "2"),
+        2,
+        "--hosts 4 --episodes 2: ",
+    ),
     "a word for a number": (("validate", "STORE", "--out", "RUN", "--workers", "many"), 2, "--workers"),
     "an unknown command": (("vaildate", "STORE"), 2, "vaildate"),
 }
@@ -184,6 +223,9 @@ def test_one_host_cannot_be_held_out_and_the_line_says_so(tmp_path: Path) -> Non
 
     assert done.exit_code == 4
     assert "at least 2 hosts" in done.stderr
+    assert "splits_v1.json has the reason of each" in done.stderr
+    assert "held_out_sample" not in done.stderr
+    assert "held_out_sample" in (tmp_path / "run" / "splits_v1.json").read_text()
 
 
 def test_findings_fail_a_validation_only_where_that_was_asked_for(tmp_path: Path) -> None:
@@ -205,6 +247,7 @@ def test_a_spoilt_bundle_can_be_looked_at(tmp_path: Path) -> None:
 
     assert done.exit_code == 1
     assert "zstd-magic" in done.stdout
+    assert "what     unknown: no manifest was read" in done.stdout
 
 
 def test_what_is_replaced_is_read_again(tmp_path: Path) -> None:

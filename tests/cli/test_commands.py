@@ -162,6 +162,18 @@ def test_a_run_that_another_process_holds_is_refused(phasewatch: Call, store: Pa
     assert "another process" in said.err
 
 
+def test_without_the_bundled_model_the_line_names_the_option_that_gives_another(
+    phasewatch: Call, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PHASEWATCH_CORPUS", raising=False)
+    monkeypatch.setattr("phasewatch.cli.base.CORPUS", Path("nowhere") / "lab-v1")
+
+    said = phasewatch("predict", store, "--out", tmp_path / "said.parquet")
+
+    assert said.code == 3
+    assert "name one with --model" in said.err
+
+
 def test_without_the_bundled_corpus_the_demo_says_how_to_give_one(
     phasewatch: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -108,7 +108,8 @@ def test_the_command_line_explains_one_window_of_the_headlines_model(run: Path) 
     unknown = CliRunner().invoke(app, ["evaluate", str(run), "--why", "nobody", "--json"])
 
     assert said.exit_code == 0
-    assert "decided infecting" in said.stdout.splitlines()[0]
+    assert said.stdout.startswith(f"window around {test.windows.t_center_s[at]:g} s: decided infecting")
+    assert said.stdout.splitlines()[1].endswith("less likely by")
     assert said.stdout.splitlines()[2].split()[:3] == [TELLS, "20", "B/s"]
     assert unknown.exit_code != 0
 

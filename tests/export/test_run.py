@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import zipfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from phasewatch.errors import RunError, UsageError
 from phasewatch.export.graph import PARITY, run_onnx
 from phasewatch.export.run import Wanted, export_run, trained_on
 from phasewatch.models import registry
+from phasewatch.stages import Settings, grid_cells
 
 CELL = Wanted(recipe=RECIPE, fold=FOLD)
 
@@ -87,6 +89,24 @@ def test_what_cannot_be_exported_says_why_and_leaves_nothing(
         export_run(run, tmp_path / name, wanted)
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_line_that_an_export_asks_for_trains_what_is_missing(run: Path, tmp_path: Path) -> None:
+    wanted = Wanted(recipe=RECIPE, fold=FOLD, model="cnn", threats=("proc+tap",))
+    with pytest.raises(RunError, match="train it with") as told:
+        export_run(run, tmp_path / "x.zip", wanted)
+    words = shlex.split(str(told.value).split("`")[1])
+    asked = {option: value.split(",") for option, value in zip(words[3::2], words[4::2], strict=True)}
+
+    cells = grid_cells(
+        Settings(
+            store=run, run=Path(words[2]), models=tuple(asked["--models"]), recipes=tuple(asked["--recipes"]),
+            threats=tuple(asked["--threats"]),
+        )
+    )  # fmt: skip
+
+    assert {(cell.model, cell.recipe, cell.threat) for cell in cells} == {("cnn", RECIPE, "proc+tap")}
+    assert FOLD in {cell.fold for cell in cells}
 
 
 def test_nothing_is_ever_written_into_a_run(run: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests.record.fakes import shape_of
 from tests.requirements import need_program
 
-from phasewatch.errors import MachineError, MissingTool, UsageError
+from phasewatch.errors import DataError, MissingTool, UsageError
 from phasewatch.record import installed
 from phasewatch.record.commandline import Sockets, build_command
 from phasewatch.record.installed import parse_qemu_version, qemu_version
@@ -53,19 +53,19 @@ def test_numbers_and_names_that_cannot_be_are_refused(
 def test_a_disk_that_is_no_qcow2_is_refused_with_the_line_that_makes_one(tmp_path: Path, driver: Path) -> None:
     (tmp_path / "disk.img").write_bytes(b"\xeb\x63" + bytes(510))
 
-    with pytest.raises(MachineError, match="not a qcow2 image; make one with `qemu-img convert -O qcow2"):
+    with pytest.raises(DataError, match="not a qcow2 image; make one with `qemu-img convert -O qcow2"):
         read_own_machine(tmp_path / "disk.img", driver)
 
 
 def test_a_driver_that_is_no_script_is_refused(disk: Path, tmp_path: Path) -> None:
     (tmp_path / "driver.exe").write_bytes(b"MZ\x90")
 
-    with pytest.raises(MachineError, match="begins with `#!`"):
+    with pytest.raises(DataError, match="begins with `#!`"):
         read_own_machine(disk, tmp_path / "driver.exe")
 
 
 def test_a_file_that_is_not_there_is_named(disk: Path, tmp_path: Path) -> None:
-    with pytest.raises(MachineError, match=r"absent\.sh: No such file"):
+    with pytest.raises(DataError, match=r"absent\.sh: No such file"):
         read_own_machine(disk, tmp_path / "absent.sh")
 
 

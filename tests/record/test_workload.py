@@ -65,7 +65,7 @@ def test_the_example_of_the_docs_is_valid_and_does_not_tell_the_phase_by_the_clo
         pytest.param("active =", "sleeping =", "Invalid enum value 'sleeping'", id="an unknown phase"),
         pytest.param("active =", "unknown =", "phases: unknown: only clean, armed", id="a phase that none can play"),
         pytest.param('name = "mine"', 'name = "mine"\nkind = "benign"', "only clean", id="benign that is active"),
-        pytest.param("episodes = 12", 'hosts = ["qp"]', "did you mean .*pc", id="an unknown host"),
+        pytest.param("episodes = 12", 'hosts = ["qp"]', "it is one of .*pc", id="an unknown host"),
         pytest.param("benign_share = 0.25", "benign_share = 2", "recording: benign_share", id="more than all"),
         pytest.param("[recording]", "[recording", "not TOML", id="not TOML"),
     ],

@@ -25,6 +25,7 @@ QUIET_S = 20.0  # without a terminal, a long stage says where it stands so often
 CHANNELS_HELP = "A TOML file with channels of your own; the run remembers it."
 CORPUS_VARIABLE = "PHASEWATCH_CORPUS"
 CORPUS = Path("corpus") / "lab-v1"
+EDGE = "lab-v1.edge.zip"  # beside the corpus: the bundled model
 
 
 def show_version(wanted: bool) -> None:
@@ -80,6 +81,27 @@ def bundled_corpus() -> Path:
         f"{CORPUS}: the bundled corpus is not here, because an installed phasewatch has none; name a store, work in a "
         f"checkout or an unpacked source distribution, or set {CORPUS_VARIABLE} to its {CORPUS}"
     )
+
+
+def bundled_model() -> Path:
+    """Find the edge bundle that stands beside the bundled recordings.
+
+    Raises:
+        StoreError: If the variable for the recordings names a folder that is not there.
+        RunError: If there is none; names the option that gives another.
+    """
+    try:
+        edge = bundled_corpus().parent / EDGE
+    except StoreError:
+        if os.environ.get(CORPUS_VARIABLE):
+            raise
+        edge = CORPUS.parent / EDGE
+    if not edge.is_file():
+        raise RunError(
+            f"{edge}: the bundled model is not here, an installed phasewatch has none; name one with --model, "
+            "`phasewatch export RUN --out X.zip` makes it"
+        )
+    return edge
 
 
 def need_run(run: Path) -> Path:

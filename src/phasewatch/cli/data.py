@@ -68,7 +68,8 @@ def _pictured(found: Examined) -> list[str]:
 
     v = found.verdict
     rows = [
-        ("episode", v.episode_id), ("host", v.host_id), ("what", f"{v.profile}/{v.sample_name}, {v.role}, {v.origin}"),
+        ("episode", v.episode_id or "unknown"), ("host", v.host_id or "unknown"),
+        ("what", f"{v.profile}/{v.sample_name}, {v.role}, {v.origin}" if v.profile else "unknown: no manifest was read"),
         ("status", f"{v.status} {' '.join(v.reasons)}".strip()), ("detail", v.detail or "nothing to say"),
         ("rows", " ".join(f"{name}={n}" for name, n in zip(("proc", "qmp", "netflow", "guest"), v.rows, strict=True))),
     ]  # fmt: skip

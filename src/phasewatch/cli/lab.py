@@ -125,7 +125,9 @@ def simulate(
     seed: int = typer.Option(0, help="Same seed, same bytes."),
     faults: float = typer.Option(0.0, min=0, max=1, help="Share of episodes that get a fault."),
     kinds: str = typer.Option("", help="Only these faults, separated by commas, as the truth file spells them."),
-    seconds: tuple[float, float] = typer.Option(EPISODE_S, help="Shortest and longest lab episode."),
+    seconds: tuple[float, float] = typer.Option(
+        EPISODE_S, metavar="SHORTEST LONGEST", help="Shortest and longest lab episode: --seconds 100 180."
+    ),
     days: float = typer.Option(10.0, min=0, help="Over how many days at least the episodes are spread."),
     host_effect: float = typer.Option(
         0.20, min=0, help="How far hosts lie apart, in standard deviations of a logarithm."

@@ -100,9 +100,9 @@ def _explain(run: Path, episode_id: str, at_s: float, *, as_json: bool) -> None:
     from phasewatch import stages
 
     told = stages.explain(run, episode_id, at_s)
-    rows = [["channel", "mean", "unit", "likelier by"]]
+    rows = [["channel", "mean", "unit", "less likely by"]]
     rows += [[r.channel, "–" if r.value is None else f"{r.value:.4g}", r.unit, f"{r.drop:+.3f}"] for r in told.reasons]
-    words = f"decided {told.decided} (p = {told.probability:.2f}), truth {told.truth}; without a channel's word it is less likely by:"
+    words = f"window around {told.at_s:g} s: decided {told.decided} (p = {told.probability:.2f}), truth {told.truth}; without a channel's word it is less likely by so much:"
     base.answer(asdict(told), as_json=as_json, lines=[words, *base.table(rows)])
 
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from phasewatch.validate.verdict import Examined
 
 DEFAULT_PORT = 8765
-EDGE = "lab-v1.edge.zip"
 MOST_DEMO = 3  # hosts of which an episode is replayed
 
 
@@ -92,7 +91,7 @@ def show_demo(run: Path, *, port: int, as_json: bool) -> None:
         )
         return
     corpus = base.bundled_corpus()
-    edge = corpus.parent / EDGE
+    edge = corpus.parent / base.EDGE
     if not edge.is_file():
         raise RunError(
             f"{run}: no run is here, and {edge}, the bundled model, is absent; `phasewatch demo --out {run}` makes the run in a few minutes"

@@ -50,7 +50,7 @@ def record(
     """
     from dataclasses import asdict
 
-    from phasewatch.errors import UsageError
+    from phasewatch.errors import UsageError, name_the_nearest
     from phasewatch.record.campaign import default_cache, record_plan
     from phasewatch.record.hosts import HOSTS
     from phasewatch.record.own import read_own_machine
@@ -71,13 +71,16 @@ def record(
         )
     task = _task(plan, profile_file, own, named=(driver or image or Path()).stem)
     alone = check_elapsed_time(task.spec, force=force or dry_run)
-    wanted = set(filter(None, hosts.split(",")))
+    wanted, there = base.names(hosts), {s.host_id for s in task.sessions}
+    for host in wanted:
+        if host not in there:
+            raise UsageError(f"--hosts: plan {task.spec.name} has no host {host!r}; {name_the_nearest(host, there)}")
     sessions = [
         s for s in task.sessions
         if (not wanted or s.host_id in wanted) and (not role or all(slot.role == role for slot in s.slots))
     ]  # fmt: skip
     if not sessions:
-        raise UsageError(f"--hosts {hosts} --role {role}: plan {task.spec.name} has no such session")
+        raise UsageError(f"--role {role}: plan {task.spec.name} has no session of it")
     sessions = sessions[: limit or None]
     if dry_run:
         lines = [*base.table(_plan_rows(sessions)), f"elapsed time alone scores macro-F1 {alone:.2f} on this plan"]

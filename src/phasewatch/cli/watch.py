@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from phasewatch.live.find import Running
     from phasewatch.live.session import Report
 
-EDGE = "lab-v1.edge.zip"
-
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
@@ -37,7 +35,7 @@ def export(
 ) -> None:
     """Take a trained model out of a run, for a watcher or any ONNX runtime; nothing in the run is touched.
 
-    Example: phasewatch export runs/mine --model cnn --out edge.zip
+    Example: phasewatch export runs/mine --out edge.zip
     """
     from dataclasses import asdict
 
@@ -77,7 +75,7 @@ def predict(
     from phasewatch.predict import choose_offline
     from phasewatch.predict import predict as score
 
-    scorer = choose_offline(find_models(model or _bundled_edge()), threat)
+    scorer = choose_offline(find_models(model or base.bundled_model()), threat)
     with base.progress(quiet=as_json) as tell:
         done = score(source, scorer, out, tell=lambda path, n, total: tell("predict", n, total, path))
     for path, why in done.failed:
@@ -153,7 +151,7 @@ def watch(
     from phasewatch.live.session import Request, run_watch
 
     machine = find_one(pid=pid, name=name, qmp=qmp)
-    candidates = find_models(model or _bundled_edge())
+    candidates = find_models(model or base.bundled_model())
     request = Request(
         machine=machine, qmp=qmp, models=candidates, clean_day=read_clean_day(commission) if commission else None,
         save=save, webhook=webhook, seconds=seconds,
@@ -218,8 +216,3 @@ def _listed(running: Sequence[Running]) -> list[str]:
         for m in running
     ]  # fmt: skip
     return base.table(rows) or ["no QEMU machine runs here"]
-
-
-def _bundled_edge() -> Path:
-    """Give the edge bundle that stands beside the bundled corpus."""
-    return base.bundled_corpus().parent / EDGE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,12 +57,17 @@ class Reason:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Why:
-    """What was decided of one window, and the channels that it hangs on most, first the heaviest."""
+    """What was decided of one window, and the channels that it hangs on most, first the heaviest.
+
+    Attributes:
+        at_s: The window's middle, seconds since the first label; None where nobody said.
+    """
 
     decided: str
     probability: float
     truth: str
     reasons: tuple[Reason, ...]
+    at_s: float | None = None
 
 
 def importance_rows(run: Path, place: Headline, rules: Rules) -> Iterator[MetricRow]:
@@ -174,7 +179,8 @@ def why(run: Path, cell: Cell, episode_id: str, at_s: float) -> Why:
         )
     test = sets.test.take(mine)
     nearest = int(np.abs(test.windows.t_center_s - at_s).argmin())
-    return reasons_of(model, Inputs(x=test.x[nearest : nearest + 1], spec=test.inputs.spec), int(test.y[nearest]))
+    one = Inputs(x=test.x[nearest : nearest + 1], spec=test.inputs.spec)
+    return replace(reasons_of(model, one, int(test.y[nearest])), at_s=float(test.windows.t_center_s[nearest]))
 
 
 def reasons_of(model: PhaseModel, inputs: Inputs, truth: int, *, top: int = TOP) -> Why:

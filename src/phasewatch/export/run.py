@@ -24,6 +24,7 @@ from phasewatch.models.base import Inputs, PhaseModel
 from phasewatch.models.checkpoint import HEADER, read_header
 from phasewatch.split import Part
 from phasewatch.train.cell import MODELS, Cell
+from phasewatch.train.grid import DEPLOYED
 
 PARITY_WINDOWS = 512
 ORACLE = "oracle"
@@ -112,7 +113,8 @@ def _cells(run: Path, wanted: Wanted, fold: str, *, one: bool) -> list[Cell]:
         raise RunError(
             f"{parent}: {wanted.model} was not trained for {missing[0] if missing else 'any mask'} on {wanted.recipe}/{fold}, "
             f"table {wanted.table}, seed {wanted.seed} (there: {', '.join(sorted(there)) or 'none'}); "
-            f"train it with `phasewatch train {run}`"
+            f"train it with `phasewatch train {run} --models {wanted.model} --recipes {wanted.recipe} "
+            f"--threats {','.join(missing or DEPLOYED)}{f' --seed {wanted.seed}' if wanted.seed else ''}`"
         )
     if one and len(chosen) > 1:
         raise UsageError(f"an .onnx holds one model; choose one with --threat: {', '.join(sorted(chosen))}")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from phasewatch.errors import MismatchError, UsageError
+from phasewatch.errors import MismatchError, UsageError, name_the_nearest
 from phasewatch.models import checkpoint
 from phasewatch.models.base import InputKind, InputSpec, Persist, PhaseModel
 
@@ -144,8 +143,7 @@ def row_of(key: str) -> ModelRow:
         return _row_at(key, key)
     known |= brought_rows()
     if key not in known:
-        near = get_close_matches(key, known, n=2) or sorted(known)
-        raise UsageError(f"no model {key!r}; did you mean {' or '.join(near)}?")
+        raise UsageError(f"no model {key!r}; {name_the_nearest(key, known)}")
     return known[key]
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Literal
 
-from phasewatch.errors import PlanError
+from phasewatch.errors import PlanError, name_the_nearest
 from phasewatch.vocab import HOST_ID
 
 
@@ -73,6 +72,4 @@ def host_shape(host_id: str) -> HostShape:
     for shape in HOSTS:
         if shape.host_id == host_id:
             return shape
-    names = [shape.host_id for shape in HOSTS]
-    near = get_close_matches(host_id, names, n=2) or names
-    raise PlanError(f"no host {host_id!r}; did you mean {' or '.join(near)}?")
+    raise PlanError(f"no host {host_id!r}; {name_the_nearest(host_id, [shape.host_id for shape in HOSTS])}")

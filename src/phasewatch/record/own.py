@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from phasewatch.errors import MachineError, UsageError
+from phasewatch.errors import DataError, UsageError
 from phasewatch.record.hosts import HostShape
 from phasewatch.record.image import Image
 from phasewatch.record.vm import BootRule
@@ -62,7 +62,7 @@ def read_own_machine(
 
     Raises:
         UsageError: If a number or a name cannot be.
-        MachineError: If a file cannot be read, or is not what it should be.
+        DataError: If a file cannot be read, or is not what it should be.
     """
     host_id = host_id or re.sub(r"[^a-z0-9._-]+", "-", disk.stem.lower()).strip("-._")[:63]
     if not HOST_ID.fullmatch(host_id):
@@ -82,11 +82,11 @@ def read_own_machine(
                 digest.update(block)
         script = driver.read_bytes() if driver is not None else b""
     except OSError as exc:
-        raise MachineError(f"{exc.filename}: {exc.strerror}") from exc
+        raise DataError(f"{exc.filename}: {exc.strerror}; --image names a qcow2 disk, --driver a script") from exc
     if magic != QCOW2_MAGIC:
-        raise MachineError(f"{disk}: not a qcow2 image; make one with `qemu-img convert -O qcow2 {disk} disk.qcow2`")
+        raise DataError(f"{disk}: not a qcow2 image; make one with `qemu-img convert -O qcow2 {disk} disk.qcow2`")
     if driver is not None and (not script.startswith(b"#!") or len(script) > DRIVER_BYTES):
-        raise MachineError(f"{driver}: not a script of at most {DRIVER_BYTES >> 20} MiB that begins with `#!`")
+        raise DataError(f"{driver}: not a script of at most {DRIVER_BYTES >> 20} MiB that begins with `#!`")
     return OwnMachine(
         shape=HostShape(
             host_id=host_id, about="a machine of the user's own", machine=machine, mem_mib=mem_mib, vcpus=vcpus, data_mib=0

@@ -5,12 +5,11 @@ from __future__ import annotations
 import gzip
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Literal
 
 import numpy as np
 
-from phasewatch.errors import UsageError
+from phasewatch.errors import UsageError, name_the_nearest
 from phasewatch.simulate import damage
 from phasewatch.simulate.damage import Members
 from phasewatch.simulate.episode import Draft
@@ -122,8 +121,7 @@ def kinds_of(names: Sequence[str]) -> tuple[Fault, ...]:
     known = {fault.name: fault for fault in FAULTS}
     for name in names:
         if name not in known:
-            near = get_close_matches(name, known, n=3) or sorted(known)
-            raise UsageError(f"no fault {name!r}; did you mean {' or '.join(near)}?")
+            raise UsageError(f"no fault {name!r}; {name_the_nearest(name, known)}")
     return tuple(fault for fault in FAULTS if not names or fault.name in names)
 
 

@@ -84,8 +84,12 @@ def simulate(
         UsageError: If a number makes no sense.
         StoreError: If something is already there.
     """
-    if hosts < 1 or episodes < hosts or not 0 <= faults <= 1 or not 1 <= between_s[0] <= between_s[1] <= 3600:
-        raise UsageError("simulate needs at least one host, one episode a host, faults of 0 to 1 and 1 to 3,600 s")
+    if hosts < 1 or episodes < hosts:
+        raise UsageError(f"--hosts {hosts} --episodes {episodes}: at least one host, and one episode for each")
+    if not 0 <= faults <= 1:
+        raise UsageError(f"--faults {faults:g}: a share, 0 to 1")
+    if not 1 <= between_s[0] <= between_s[1] <= 3600:
+        raise UsageError(f"--seconds {between_s[0]:g} {between_s[1]:g}: the shortest, then the longest, 1 to 3600")
     if registry_digest():
         raise UsageError("simulate makes no channels of your own; leave out --channels and PHASEWATCH_CHANNELS")
     if store.exists() and (not store.is_dir() or any(store.iterdir())):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from enum import StrEnum
 
-from phasewatch.errors import SplitError, UsageError
+from phasewatch.errors import SplitError, UsageError, name_the_nearest
 from phasewatch.split.fold import SplitEpisode
 from phasewatch.vocab import BENIGN
 
@@ -247,6 +246,5 @@ def recipe_of(name: str) -> Recipe:
     """
     known = {r.name: r for r in RECIPES}
     if name not in known:
-        near = get_close_matches(name, known, n=2) or sorted(known)
-        raise UsageError(f"no split recipe {name!r}; did you mean {' or '.join(near)}?")
+        raise UsageError(f"no split recipe {name!r}; {name_the_nearest(name, known)}")
     return known[name]

@@ -71,7 +71,8 @@ def read_statuses(path: Path) -> dict[tuple[str, str], Status]:
 
 
 def _unreadable(path: Path, exc: Exception) -> RunError:
-    return RunError(f"{path}: no readable index ({exc}); make it with `phasewatch validate STORE --out RUN`")
+    found = f"no readable index ({exc})" if path.exists() else "absent"
+    return RunError(f"{path}: {found}; make it with `phasewatch validate STORE --out RUN`")
 
 
 def _schema() -> pa.Schema:
