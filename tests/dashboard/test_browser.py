@@ -118,14 +118,23 @@ def test_six_scenes_await_then_all_are_live_and_nothing_is_said_or_fetched_from_
     assert opened.page.locator("#banner").is_hidden()
 
 
-@pytest.mark.parametrize("width", [1280, 768, 380])
-def test_the_page_fits_any_width(browser: Any, running: Running, width: int) -> None:
+@pytest.mark.parametrize(
+    ("width", "finger"),
+    [
+        pytest.param(1280, 24, id="a screen"),
+        pytest.param(768, 24, id="half a screen"),
+        pytest.param(380, 44, id="a phone, where a thumb must hit each button"),
+    ],
+)
+def test_the_page_fits_any_width(browser: Any, running: Running, width: int, finger: int) -> None:
     running.send(*everything())
     opened = Opened(browser, running.start, width)
     opened.wait_states("stale")  # what happened before one looked is as old as its stamp says
     opened.wait("document.querySelectorAll('.plot .main-svg').length >= 14")
 
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+    sides = "e => e.map(x => x.getBoundingClientRect()).map(r => Math.min(r.width, r.height))"
+    assert min(opened.page.locator(".tools button, .machine, select").evaluate_all(sides)) >= finger
     assert opened.said == []
 
 
@@ -147,6 +156,23 @@ def test_no_word_of_a_machine_or_under_the_leaderboard_is_cut(browser: Any, runn
     cut = "e => e.some(x => x.scrollWidth > x.clientWidth + 1 || x.scrollHeight > x.clientHeight + 1)"
     assert not opened.page.locator(".machine .sub").evaluate_all(cut)
     assert not opened.page.locator("#notes-score").evaluate_all(cut)
+
+
+def test_a_gap_stays_one_phases_have_names_and_a_reason_is_said_once(browser: Any, running: Running) -> None:
+    rows = tuple(ScoreRow(model=m, threat="oracle", table="raw", value=0.5, n_episodes=5, why="too few") for m in "ab")
+    opened = Opened(browser, running.start)
+    opened.wait("document.querySelector('#link').dataset.state === 'live'")
+    running.send(
+        telemetry(), telemetry(start=40), *(phase(at=i, decision="active") for i in range(6)),
+        msgspec.structs.replace(GOLDEN["score"][0], rows=rows),
+    )  # fmt: skip
+    opened.wait("document.querySelectorAll('#plot-line path.js-line').length === 2")
+    opened.wait("document.querySelectorAll('#plot-phase .annotation-text').length === 2")
+
+    assert opened.page.locator("#plot-line .js-fill").count() == 0
+    assert opened.page.locator("#plot-phase .annotation-text").all_text_contents() == ["● active", "○ clean"]
+    assert opened.text("#notes-score").endswith("a · oracle, b · oracle: 5 episodes, too few")
+    assert opened.said == []
 
 
 def test_hostile_strings_are_text_and_run_nothing(browser: Any, running: Running) -> None:
@@ -208,6 +234,10 @@ def test_a_dead_dashboard_is_a_banner_and_its_successor_a_gap(browser: Any, tmp_
     opened.wait("document.querySelector('#banner').dataset.kind === 'lost'")
 
     assert "What you see is old." in opened.text("#banner")
+    opened.page.set_viewport_size({"width": 380, "height": 700})
+    opened.page.evaluate("scrollTo(0, 600)")
+    opened.wait("document.elementFromPoint(40, 12)?.id === 'banner'")  # on a phone too nothing lies over it
+    opened.page.set_viewport_size({"width": 1280, "height": 900})
     assert opened.page.locator('.scene[data-state="live"]').count() == 0
     with dashboard(tmp_path, port=first.port) as second:
         opened.wait("document.querySelector('#banner').dataset.kind === 'gap'")

@@ -53,8 +53,17 @@ class Opened:
         return int(self.page.locator(selector).count())
 
 
-@pytest.mark.parametrize("width", [1200, 768, 380])
-def test_the_page_draws_everything_asks_for_nothing_and_fits(browser: Any, tmp_path: Path, width: int) -> None:
+@pytest.mark.parametrize(
+    ("width", "finger"),
+    [
+        pytest.param(1200, 24, id="a screen"),
+        pytest.param(768, 24, id="half a screen"),
+        pytest.param(380, 44, id="a phone, where a thumb must hit each link and fold"),
+    ],
+)
+def test_the_page_draws_everything_asks_for_nothing_and_fits(
+    browser: Any, tmp_path: Path, width: int, finger: int
+) -> None:
     path = write_report(make_run(tmp_path / "run", replace(SMALL, is_full=True)))
 
     opened = Opened(browser, path, width)
@@ -64,6 +73,8 @@ def test_the_page_draws_everything_asks_for_nothing_and_fits(browser: Any, tmp_p
     assert opened.count(".figure") == opened.count(".figure .plot-container") >= 18
     assert opened.count(".figure.failed") == 0
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+    tall = opened.page.locator("nav a, summary").evaluate_all("e => e.map(x => x.getBoundingClientRect().height)")
+    assert min(tall) >= finger
 
 
 def test_hostile_names_are_text_and_run_nothing(browser: Any, tmp_path: Path) -> None:
@@ -86,9 +97,13 @@ def test_on_paper_each_picture_fits_the_sheet(browser: Any, tmp_path: Path) -> N
 
     opened.page.emulate_media(media="print")
     opened.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-    widths = opened.page.evaluate(
-        "[...document.querySelectorAll('.figure .main-svg')].map(s => s.getBoundingClientRect().width)"
+    sizes = opened.page.evaluate(
+        "[...document.querySelectorAll('.main-svg')].map(s => [s.clientWidth, s.clientHeight])"
     )
 
-    assert max(widths) <= 660
+    assert max(width for width, _ in sizes) <= 660
+    assert max(height for _, height in sizes) <= 790
+    assert opened.count("article:not(:has(.figure)) > details:not([open])") == 0
+    opened.page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    assert opened.count("article:not(:has(.figure)) > details:not([open])") > 0
     assert opened.said == []

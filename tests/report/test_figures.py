@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 import plotly.graph_objects as go
 import pytest
 
 from phasewatch.report import figures
-from phasewatch.report.drawing import PHASE_COLOURS, Figure, safe
+from phasewatch.report.drawing import PHASE_COLOURS, SHADES, Figure, numbers, safe
 from phasewatch.report.figures import Cell, Confusion, Score, Series, Tally, Window
 
 SCORES = (
@@ -43,6 +45,28 @@ def bars() -> Figure:
     return figures.ledger(stages, origin="recorded")
 
 
+def light(colour: Sequence[float]) -> float:
+    """Relative luminance of red, green and blue, 0 to 255: WCAG 2.2."""
+    r, g, b = (c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+
+def rgb(colour: str) -> list[float]:
+    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+
+
+def contrast(ink: str, ground: Sequence[float]) -> float:
+    a, b = sorted((light(rgb(ink)), light(ground)))
+    return (b + 0.05) / (a + 0.05)
+
+
+def shade(share: float) -> list[float]:
+    """The colour of a share between the two stops beside it."""
+    (x0, low), (x1, high) = next((a, b) for a, b in pairwise(SHADES) if share <= float(b[0]))
+    k = (share - float(x0)) / (float(x1) - float(x0))
+    return [a + (b - a) * k for a, b in zip(rgb(str(low)), rgb(str(high)), strict=True)]
+
+
 ALL = pytest.mark.parametrize("build", [board, heat, matrix, bands, bars])
 
 
@@ -63,8 +87,31 @@ def test_a_picture_says_its_origin_wherever_it_is_copied(build: object) -> None:
 def test_a_score_without_interval_has_no_whisker() -> None:
     error = board()["data"][0]["error_x"]
 
-    assert error["array"] == pytest.approx([0.1, 0.0])
-    assert error["arrayminus"] == pytest.approx([0.1, 0.0])
+    for ends in (error["array"], error["arrayminus"]):
+        assert ends[0] == pytest.approx(0.1)
+        with pytest.raises(ValueError):
+            float(ends[1])  # Plotly draws every number, and a zero as two caps
+
+
+def test_of_two_rows_the_lower_has_its_numbers_below_where_no_whisker_runs() -> None:
+    two = [Series(name="five phases", scores=SCORES), Series(name="three states", scores=SCORES)]
+
+    upper, lower, *_ = figures.whiskers(two, title="macro-F1", origin="recorded")["data"]
+
+    assert (upper["textposition"], lower["textposition"]) == ("top center", "bottom center")
+    assert upper["y"][0] < lower["y"][0]
+
+
+@pytest.mark.parametrize("ends", [(0.01, 0.1), (-0.3, -0.1), (-0.2, 0.4)])
+def test_a_picture_of_gaps_shows_zero_and_every_end_and_little_else(ends: tuple[float, float]) -> None:
+    gap = Score(label="a", value=sum(ends) / 2, low=ends[0], high=ends[1])
+
+    figure = figures.whiskers([Series(name="gap", scores=(gap,))], title="", origin="", is_gap=True)
+    left, right = figure["layout"]["xaxis"]["range"]
+
+    assert left < min(0, *ends)
+    assert right > max(0, *ends)
+    assert right - left < 1.5 * (max(0, *ends) - min(0, *ends))
 
 
 def test_a_score_that_was_not_measured_is_a_line_that_says_so_not_a_zero() -> None:
@@ -75,25 +122,32 @@ def test_a_score_that_was_not_measured_is_a_line_that_says_so_not_a_zero() -> No
 
 
 def test_an_untested_cell_is_hatched_and_has_no_shade() -> None:
-    shades, hatch = heat()["data"]
+    shades, hatch, words = heat()["data"]
 
     assert shades["z"] == [[0.5], [None]]
-    assert shades["text"] == [["0.50"], [""]]
+    assert (words["x"], words["y"], words["text"]) == ([0], [0], ["0.50"])
     assert all(0.5 < y < 1.5 for y in hatch["y"] if y is not None)
     assert hatch["showlegend"]
 
 
 def test_without_scores_the_map_shows_how_many_episodes_were_tested() -> None:
-    shades = heat(value=None)["data"][0]
+    words = heat(value=None)["data"][-1]
 
-    assert shades["text"] == [["3"], [""]]
+    assert words["text"] == ["3"]
 
 
 def test_a_phase_without_true_windows_has_counts_but_no_share() -> None:
-    squares = matrix()["data"][0]
+    squares, words = matrix()["data"]
 
     assert squares["z"] == [[0.75, 0.25], [None, None]]
-    assert squares["text"] == [["3", "1"], ["0", "0"]]
+    assert words["text"] == ["3", "1", "0", "0"]
+
+
+@pytest.mark.parametrize("share", [i / 20 for i in range(21)])
+def test_a_number_can_be_read_on_every_shade(share: float) -> None:
+    ink = numbers([[share]], [["1"]])["textfont"]["color"][0]
+
+    assert contrast(ink, shade(share)) > 4
 
 
 def test_truth_stands_above_the_decision_and_both_above_the_probabilities() -> None:

@@ -57,6 +57,15 @@ def test_the_same_run_gives_the_same_bytes_wherever_it_lies(tmp_path: Path) -> N
     assert b"2026-11-24" not in first
 
 
+def test_no_line_ends_inside_an_interval(page: str) -> None:
+    cells = re.findall(
+        r"\[-?\d[^\[\]<]*\]", re.sub(r"<script.*?</script>|<p class=\"quote\">.*?</p>", "", page, flags=re.DOTALL)
+    )
+
+    assert len(cells) > 10
+    assert not [cell for cell in cells if " " in cell]
+
+
 def test_nothing_is_asked_of_any_network(page: str) -> None:
     assert not re.findall(r"""(?:src|href|url|@import)\s*[=(]?\s*["']?(?:https?:)?//""", page)
     assert "default-src 'none'" in page
@@ -191,9 +200,9 @@ def test_a_score_of_host_and_profile_goes_into_its_cell(tmp_path: Path) -> None:
     row["value"] = 0.42
     (run / "metrics_v1.json").write_text(json.dumps(document))
 
-    cells = figures_of(text_of(run))["host-profile"]["data"][0]  # type: ignore[index]
+    cells = figures_of(text_of(run))["host-profile"]["data"][-1]  # type: ignore[index]
 
-    assert "0.42" in cells["text"][0]
+    assert "0.42" in cells["text"]
 
 
 def test_metrics_of_other_predictions_are_called_stale(tmp_path: Path) -> None:

@@ -30,7 +30,9 @@ LINES = (
     (ORANGE, "star", "solid"),
     (SKY, "cross", "dash"),
 )
+NO_WHISKER = "none"  # no number to Plotly; a zero would be drawn, as the two caps of a whisker without length
 SHADES = [[0.0, "#f7fbff"], [0.5, "#8cb9da"], [1.0, "#08519c"]]  # light to dark: also readable in grey on paper
+_DARK = 0.78  # of the scale: from here on white has more contrast than ink
 _SANS = 'system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif'
 # A cell's outline and five strokes across it, each with the gap (None) that ends it.
 HATCH: tuple[tuple[float | None, float | None], ...] = (
@@ -72,18 +74,14 @@ def _two_lines(label: str) -> str:
     return f"{safe(label[:at].rstrip(), 22)}<br>{safe(label[at:], 22)}"
 
 
-def squares(
-    z: list[list[float | None]], text: list[list[str]], hover: list[list[str]], *, bar: str, most: int = 1
-) -> Figure:
-    """Give a heat map with its numbers in the cells and its scale, 0 to `most`, above them."""
+def squares(z: list[list[float | None]], hover: list[list[str]], *, bar: str, most: int = 1) -> Figure:
+    """Give a heat map with its scale, 0 to `most`, above the cells."""
     return {
         "type": "heatmap",
         "z": z,
         "zmin": 0,
         "zmax": 1,
         "colorscale": SHADES,
-        "text": text,
-        "texttemplate": "%{text}",
         "customdata": hover,
         "hovertemplate": "%{customdata}<extra></extra>",
         "xgap": 2,
@@ -91,6 +89,15 @@ def squares(
         "colorbar": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "thickness": 8, "len": 0.6, "x": 0, "xanchor": "left"}
         | {"title": {"text": safe(bar), "side": "top", "font": {"size": 11}}, "tickvals": [0, 1], "ticktext": ["0", str(most)], "tickfont": {"size": 10}},
     }  # fmt: skip
+
+
+def numbers(z: list[list[float | None]], text: list[list[str]]) -> Figure:
+    """Write into the cells of `squares`, light on dark and dark on all else: Plotly's own grey is lost on a middle blue."""
+    at = [(i, j) for i, row in enumerate(text) for j, words in enumerate(row) if words]
+    inks = ["#ffffff" if (z[i][j] or 0) > _DARK else INK for i, j in at]
+    words: Figure = {"type": "scatter", "mode": "text", "x": [j for _, j in at], "y": [i for i, _ in at]}
+    words |= {"text": [text[i][j] for i, j in at], "textfont": {"size": 12, "color": inks}}
+    return words | {"hoverinfo": "skip", "showlegend": False}
 
 
 def layout_of(*, height: int, title: str, origin: str) -> Figure:

@@ -12,6 +12,7 @@ from phasewatch.report.drawing import (
     INK,
     LINES,
     MUTED,
+    NO_WHISKER,
     PHASE_COLOURS,
     PURPLE,
     SHADES,
@@ -19,6 +20,7 @@ from phasewatch.report.drawing import (
     VERMILLION,
     Figure,
     layout_of,
+    numbers,
     safe,
     short,
     squares,
@@ -96,12 +98,13 @@ def whiskers(series: Sequence[Series], *, title: str, origin: str, is_gap: bool 
     """Draw scores from 0 to 1, or gaps around 0, as marks with their intervals, one line a label, first label on top."""
     labels = list(dict.fromkeys(s.label for one in series for s in one.scores))
     place = {label: i for i, label in enumerate(labels)}
-    spread = 0.36 if len(series) > 1 else 0.0
+    spread = 0.24 if len(series) > 1 else 0.0
     data: list[Figure] = []
     for k, one in enumerate(series):
         shift = spread * (k / (len(series) - 1) - 0.5) if len(series) > 1 else 0.0
         symbol, colour = _MARKS[k % len(_MARKS)]
         known = [(s, s.value) for s in one.scores if s.value is not None]
+        is_lowest = 0 < k == len(series) - 1  # above its mark a number would stand on the upper mark's whisker
         data.append(
             {
                 "type": "scatter",
@@ -110,15 +113,15 @@ def whiskers(series: Sequence[Series], *, title: str, origin: str, is_gap: bool 
                 "x": [short(v) for _, v in known],
                 "y": [place[s.label] + shift for s, _ in known],
                 "text": [f"{v:+.2f}" if is_gap else f"{v:.2f}" for _, v in known],
-                "textposition": "top center",
+                "textposition": "bottom center" if is_lowest else "top center",
                 "textfont": {"size": 11, "color": colour},
                 "cliponaxis": False,
                 "marker": {"symbol": symbol, "size": 10, "color": colour, "line": {"width": 2, "color": colour}},
                 "error_x": {
                     "type": "data",
                     "symmetric": False,
-                    "array": [short((s.high if s.high is not None else v) - v) for s, v in known],
-                    "arrayminus": [short(v - (s.low if s.low is not None else v)) for s, v in known],
+                    "array": [NO_WHISKER if s.high is None else short(s.high - v) for s, v in known],
+                    "arrayminus": [NO_WHISKER if s.low is None else short(v - s.low) for s, v in known],
                     "color": colour,
                     "thickness": 2,
                     "width": 5,
@@ -132,8 +135,14 @@ def whiskers(series: Sequence[Series], *, title: str, origin: str, is_gap: bool 
     layout["xaxis"] |= {"range": [-0.02, 1.05], "showgrid": True, "dtick": 0.2}
     if is_gap:
         ends = [v for one in series for s in one.scores for v in (s.value, s.low, s.high) if v is not None]
-        far = short(1.15 * max([abs(v) for v in ends], default=0.1) + 0.01)
-        layout["xaxis"] |= {"range": [-far, far], "zeroline": True, "zerolinecolor": INK, "dtick": None}
+        low, high = min(ends, default=-0.1), max(ends, default=0.1)
+        edge = 0.1 * (max(high, 0) - min(low, 0)) + 0.01
+        layout["xaxis"] |= {
+            "range": [short(min(low, 0) - edge), short(max(high, 0) + edge)],
+            "zeroline": True,
+            "zerolinecolor": INK,
+            "dtick": None,
+        }
     layout["yaxis"] |= ticks(labels) | {"range": [len(labels) - 0.4, -0.6]}
     layout["showlegend"] = len(series) > 1
     layout["margin"]["t"] = 46 if len(series) > 1 else 22
@@ -176,8 +185,8 @@ def reliability(scores: Sequence[Score], at: Sequence[float], *, origin: str) ->
     marks |= {"line": {"color": BLUE, "width": 1.5}, "marker": {"color": BLUE, "size": 9}}
     marks["error_y"] = {"type": "data", "symmetric": False, "color": BLUE, "thickness": 2, "width": 5}
     marks["error_y"] |= {
-        "array": [short((s.high if s.high is not None else v) - v) for _, s, v in known],
-        "arrayminus": [short(v - (s.low if s.low is not None else v)) for _, s, v in known],
+        "array": [NO_WHISKER if s.high is None else short(s.high - v) for _, s, v in known],
+        "arrayminus": [NO_WHISKER if s.low is None else short(v - s.low) for _, s, v in known],
     }
     marks |= {"customdata": [safe(s.words, 90) for _, s, _ in known], "hovertemplate": "%{customdata}<extra></extra>"}
     layout = layout_of(height=400, title="probability of the decided phase", origin=origin)
@@ -215,7 +224,8 @@ def heat_map(
     layout["xaxis"] |= ticks(profiles, slanted=True) | {"range": [-0.5, len(profiles) - 0.5]}
     layout["yaxis"] |= ticks(hosts) | {"range": [len(hosts) - 0.5, -0.5]}
     layout["plot_bgcolor"] = "#ffffff"
-    return {"data": [squares(z, text, hover, bar=title, most=1 if is_scored else most), hatch], "layout": layout}
+    shades = squares(z, hover, bar=title, most=1 if is_scored else most)
+    return {"data": [shades, hatch, numbers(z, text)], "layout": layout}
 
 
 def confusion(matrix: Confusion, *, origin: str) -> Figure:
@@ -235,7 +245,7 @@ def confusion(matrix: Confusion, *, origin: str) -> Figure:
     layout = layout_of(height=180 + 46 * len(matrix.labels), title="decided", origin=origin)
     layout["xaxis"] |= ticks(matrix.labels, slanted=True)
     layout["yaxis"] |= ticks(matrix.labels) | {"title": {"text": "truth"}, "range": [len(matrix.labels) - 0.5, -0.5]}
-    return {"data": [squares(z, text, hover, bar="share of the true phase")], "layout": layout}
+    return {"data": [squares(z, hover, bar="share of the true phase"), numbers(z, text)], "layout": layout}
 
 
 def ribbon(windows: Sequence[Window], *, stride_s: float, origin: str) -> Figure:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 NAME = "report.html"
 MAX_BYTES = 6 * 1024 * 1024  # one mail attachment; Plotly's script alone is 4.8 MB
+_SPAN = re.compile(r"\[[+-]?\d[^\[\]]{0,28}\]")  # an interval
 _T = TypeVar("_T")
 
 
@@ -123,6 +125,7 @@ def render(page: Page) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["code"] = _code
+    environment.filters["whole"] = _whole
     plotly, draw = Markup(plotly_script()), Markup(_resource("draw.js"))
     return environment.get_template("report.html.j2").render(
         page=page,
@@ -174,12 +177,17 @@ def _code(text: str) -> Markup:
     """Set what stands between backticks as code, everything else as text."""
     from markupsafe import Markup, escape
 
-    parts = text.split("`")
+    parts = _whole(text).split("`")
     if len(parts) % 2 == 0:  # an odd backtick is one from data
         return escape(text)
     return Markup("").join(
         Markup("<code>{}</code>").format(part) if i % 2 else escape(part) for i, part in enumerate(parts)
     )
+
+
+def _whole(text: str) -> str:
+    """Keep an interval on one line: `[0.41,` at a line's end reads as if something were missing."""
+    return _SPAN.sub(lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
 
 
 def _read_table(path: Path, columns: tuple[str, ...], filters: Any = None) -> Any:

@@ -130,7 +130,9 @@ def _significance(told: Told) -> Block:
             "Gaps are paired: the same resampled sessions for both models, seeds averaged inside each resample.",
             f"{clear} of {len(own)} gaps have p < 0.05 after Holm's correction over all of them.",
         ),
-        figure=figures.whiskers(series, title="gap of macro-F1", origin=told.origin, is_gap=True) if mine else None,
+        figure=figures.whiskers(series, title=f"macro-F1 of {told.model} less the other's", origin=told.origin, is_gap=True)
+        if mine
+        else None,
         table=Table(
             columns=("gap", "macro-F1", "95 % interval", "p", "p (Holm)"), numeric=(False, True, False, True, True),
             rows=body,

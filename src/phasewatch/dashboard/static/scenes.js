@@ -64,13 +64,18 @@ export function phase(machine) {
   const lane0 = rows.length + 0.25;
   for (const w of windows) {
     const at = PHASES.indexOf(w.seen.decision);
-    bar(w, 0, hues[w.seen.decision] ?? colour("muted"), 0.35 + 0.65 * w.seen.p[Math.max(0, at)], `decided ${w.seen.decision}, p = ${score(w.seen.p[at])}`);
+    bar(w, 0, hues[w.seen.decision] ?? colour("muted"), sureness(w), `decided ${w.seen.decision}, p = ${score(w.seen.p[at])}`);
     if (w.seen.truth) bar(w, rows.indexOf("truth"), hues[w.seen.truth] ?? colour("missing"), 1, `truth ${w.seen.truth}`);
     if (w.seen.alarm) bar(w, rows.indexOf("alarm"), colour("alarm"), 1, "alarm stands");
     PHASES.forEach((p, i) => bar(w, lane0 + i * 0.8, hues[p], w.seen.p[i], `p(${p}) = ${score(w.seen.p[i])}`));
   }
   const end = windows.at(-1).t + strideMs / 2;
   const start = Math.min(windows[0].t - strideMs / 2, end - 60_000);
+  const pxPerMs = Math.max(0, byId("plot-phase").clientWidth - 80) / (end - start);
+  const named = (row, of, opacity) => runs(windows, of, strideMs).filter((r) => hues[r.name] && r.ms * pxPerMs >= 18).map((r) => ({
+    x: local(r.first.t - strideMs / 2), y: row, xanchor: "left", xshift: 3, showarrow: false,
+    text: r.ms * pxPerMs < 90 ? GLYPHS[r.name] : `${GLYPHS[r.name]} ${r.name}`, font: { size: 12, color: onto(mixed(hues[r.name], opacity(r.first))) },
+  }));
   draw("plot-phase", [{
     type: "bar", orientation: "h", base: bars.base, x: bars.x, y: bars.y,
     width: bars.y.map((y) => (y < lane0 ? 0.86 : 0.74)),
@@ -78,6 +83,7 @@ export function phase(machine) {
     customdata: bars.hover, hovertemplate: "%{base|%H:%M:%S}  %{customdata}<extra></extra>",
   }], frame({
     barmode: "overlay", bargap: 0,
+    annotations: [...named(0, (w) => w.seen.decision, sureness), ...named(rows.indexOf("truth"), (w) => w.seen.truth, () => 1)],
     xaxis: { type: "date", range: [local(start), local(end)], tickformat: "%H:%M:%S", nticks: narrow() ? 4 : 9 },
     yaxis: { tickvals: [...rows.keys(), ...PHASES.map((_, i) => lane0 + i * 0.8)], ticktext: [...rows, ...PHASES.map((p) => `p ${p}`)],
       range: [lane0 + 4 * 0.8 + 0.5, -0.55] },
@@ -89,6 +95,18 @@ export function phase(machine) {
   facts("facts-phase", `${last.model}, ${last.threat}, ${last.table} table, filter ${last.filter}; ${alarm}${late}.`, last.caveat);
   const words = `${machine.vm}: ${last.decision}, probability ${score(last.p[PHASES.indexOf(last.decision)])}${last.truth ? `, truth ${last.truth}` : ""}`;
   return say("plot-phase", words);
+}
+
+const sureness = (w) => 0.35 + 0.65 * w.seen.p[Math.max(0, PHASES.indexOf(w.seen.decision))];
+// Give each stretch of one name: written in its colour, for hues alone, pale ones above all, not every eye tells apart.
+function runs(windows, of, strideMs) {
+  const out = [];
+  for (const w of windows) {
+    const last = out.at(-1), name = of(w);
+    if (last && last.name === name && w.t - last.first.t < last.ms + strideMs / 2) last.ms = w.t - last.first.t + strideMs;
+    else out.push({ name, first: w, ms: strideMs });
+  }
+  return out;
 }
 
 // Give the channels that have anything to show, in the order of the event.
@@ -108,7 +126,7 @@ export function telemetry(machine, chosen) {
   const end = machine.bins.at(-1).t + machine.binMs;
   const range = [local(Math.min(machine.bins[0].t, end - 60_000)), local(end)];
   const time = { type: "date", range, tickformat: "%H:%M:%S", nticks: narrow() ? 3 : 6 };
-  const size = narrow() ? 11 : 14.5;
+  const size = narrow() ? 12.5 : 14.5;
   draw("plot-heat", [{
     type: "heatmap", x: bins.map((b) => local(b.t + machine.binMs / 2)), y: [...rows.keys()], z: dark, zmin: 0, zmax: 1,
     colorscale: shades(), showscale: false, xgap: 0, ygap: 1, zsmooth: false, hoverongaps: false,
@@ -117,14 +135,14 @@ export function telemetry(machine, chosen) {
   }], frame({
     height: 40 + Math.max(8, rows.length) * size, plot_bgcolor: colour("missing"), xaxis: time,
     yaxis: { tickvals: [...rows.keys()], ticktext: rows.map(({ name }) => (name === chosen ? "▸ " : "") + clip(safe(name), narrow() ? 19 : 26)),
-      range: [rows.length - 0.5, -0.5], tickfont: { size: narrow() ? 8 : 10, color: colour("muted") } },
+      range: [rows.length - 0.5, -0.5], tickfont: { size: narrow() ? 9 : 10, color: colour("muted") } },
   }));
   const at = machine.channels.indexOf(chosen);
   draw("plot-line", [{
     type: "scatter", mode: "lines", x: bins.map((b) => local(b.t + machine.binMs / 2)), y: bins.map((b) => (b.values ? b.values[at] ?? null : null)),
-    line: { color: colour("blue"), width: 1.8, shape: "hvh" }, connectgaps: false, fill: "tozeroy", fillcolor: colour("blue").replace("rgb(", "rgba(").replace(")", ", .12)"),
+    line: { color: colour("blue"), width: 1.8, shape: "hvh" }, connectgaps: false, // and no fill: Plotly fills across a gap
     hovertemplate: "%{x|%H:%M:%S}  %{y:.4~s}<extra></extra>",
-  }], frame({ xaxis: time, yaxis: { showgrid: true, rangemode: "tozero", tickformat: "~s", nticks: 4, title: { text: unit(chosen), font: { size: 11, color: colour("muted") } } } }));
+  }], frame({ xaxis: time, yaxis: { showgrid: true, rangemode: "tozero", exponentformat: "SI", nticks: 4, title: { text: unit(chosen), font: { size: 11, color: colour("muted") } } } }));
   const known = about.channels.get(chosen);
   text(byId("channel-about"), known ? `${known.about}${known.trust === "guest" ? " The guest says so itself." : ""}` : "");
   const last = machine.telemetry;
@@ -160,7 +178,7 @@ export function leaderboard(data) {
     type: "scatter", mode: "markers+text", x: rows.map((r) => r.value), y: [...rows.keys()], text: rows.map((r) => score(r.value)),
     textposition: "top center", textfont: { size: 10.5, color: hues }, cliponaxis: false,
     marker: { size: 9, color: hues, symbol: rows.map((r) => (r.is_baseline ? "diamond-open" : "circle")), line: { width: 2, color: hues } },
-    error_x: { type: "data", symmetric: false, array: rows.map((r) => (r.high ?? r.value) - r.value), arrayminus: rows.map((r) => r.value - (r.low ?? r.value)),
+    error_x: { type: "data", symmetric: false, array: rows.map((r) => (r.high === null ? NaN : r.high - r.value)), arrayminus: rows.map((r) => (r.low === null ? NaN : r.value - r.low)),
       color: colour("muted"), thickness: 1.6, width: 4 },
     customdata: rows.map((r) => `${label(r)}: ${r.value.toFixed(3)}${interval(r)}, ${plural(r.n_episodes, "episode")}${r.agent ? `, agent ${r.agent}` : ""}${r.p_holm === null ? "" : `, p = ${number(r.p_holm, 2)} against the first`}`),
     hovertemplate: "%{customdata}<extra></extra>",
@@ -169,14 +187,21 @@ export function leaderboard(data) {
     yaxis: { tickvals: [...rows.keys()], ticktext: rows.map((r) => clip(label(r), 24)), range: [rows.length - 0.5, -0.75], tickfont: { size: 11, color: colour("ink") } },
   }));
   const first = data.rows[0];
-  const words = [`${data.metric.replaceAll("_", " ")} on ${data.recipe.replaceAll("_", " ")}`, `${data.tested} of ${data.registered} profiles tested`,
-    ];
+  const words = [`${measure(data.metric)} on ${data.recipe.replaceAll("_", " ")}`, `${data.tested} of ${data.registered} profiles tested`];
   if (first) words.push(plural(first.n_episodes, "episode"), plural(first.n_hosts, "host"));
   facts("facts-score", `${words.join(" · ")}. Open marks are baselines.`, null);
   const claims = data.inflation.map((i) => `${i.recipe.replaceAll("_", " ")}: ${score(i.value)}${interval(i)}`);
   list("notes-score", [...(data.headline ? [data.headline] : []), ...(claims.length ? [`The same ${data.inflation_of ?? "model"} by how it is split: ${claims.join("; ")}`] : []),
-    ...data.notes, ...rows.filter((r) => r.why).map((r) => `${label(r)}: ${r.why}`)]);
+    ...data.notes, ...reasons(rows, label)]);
   return say("plot-score", rows.map((r) => `${label(r)} ${score(r.value)}${interval(r)}`).join("; "));
+}
+
+const measure = (name) => name.replaceAll("_", " ").replace(/\bmacro f1\b/, "macro-F1");
+
+// Say each reason once, with everybody whom it befell.
+function reasons(rows, label) {
+  const by = Map.groupBy(rows.filter((r) => r.why), (r) => `${plural(r.n_episodes, "episode")}, ${r.why}`);
+  return [...by].map(([why, those]) => `${those.map(label).join(", ")}: ${why}`);
 }
 
 export function confusion(data) {
@@ -218,7 +243,7 @@ export function profiles(data) {
     yaxis: { ...places(data.profiles), range: [data.profiles.length - 0.5, -0.5] },
   }));
   const none = data.untested_profiles.length ? `Untested: ${data.untested_profiles.join(", ")}.` : null;
-  facts("facts-profile", `${data.metric.replaceAll("_", " ")} of ${data.model}, ${data.threat}, ${data.recipe.replaceAll("_", " ")}. Hatched is untested, – has no number.`, none);
+  facts("facts-profile", `${measure(data.metric)} of ${data.model}, ${data.threat}, ${data.recipe.replaceAll("_", " ")}. Hatched is untested, – has no number.`, none);
   return say("plot-profile", data.profiles.map((p, i) => `${p}: ${data.hosts.map((h, j) => `${h} ${words[i][j] || DOUBT}`).join(", ")}`).join("; "));
 }
 
@@ -252,8 +277,13 @@ function ink(v) {
   if (v === null) return colour("muted");
   const stops = shades().map(([, c]) => c.match(/\d+/g).map(Number));
   const [a, b, k] = v < 0.5 ? [stops[0], stops[1], v * 2] : [stops[1], stops[2], v * 2 - 1];
-  const [r, g, bl] = a.map((x, i) => x + (b[i] - x) * k);
-  return 0.299 * r + 0.587 * g + 0.114 * bl > 140 ? "#0c1116" : "#ffffff";
+  return onto(a.map((x, i) => x + (b[i] - x) * k));
+}
+const onto = ([r, g, b]) => (0.299 * r + 0.587 * g + 0.114 * b > 140 ? "#0c1116" : "#ffffff");
+// What a colour of some opacity looks like on a card.
+function mixed(hue, opacity) {
+  const [a, b] = [hue, colour("card")].map((c) => c.match(/\d+/g).map(Number));
+  return a.map((x, i) => x * opacity + b[i] * (1 - opacity));
 }
 
 function facts(id, words, warning) {
