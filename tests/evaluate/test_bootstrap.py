@@ -100,6 +100,7 @@ def test_macro_f1_of_each_resample_equals_scikit_learn_on_the_same_resample() ->
     ("sessions", "hosts", "says"),
     [
         pytest.param(4, 1, "4 sessions, an interval needs 5", id="few"),
+        pytest.param(1, 1, "1 session, an interval needs 5", id="one"),
         pytest.param(6, 6, "one session a host (6), nothing to resample within hosts", id="one each"),
         pytest.param(
             6, 5, "6 sessions of 5 hosts, an interval needs 4 more sessions than hosts", id="one host has two"

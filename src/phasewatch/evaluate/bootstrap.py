@@ -197,7 +197,7 @@ def no_interval(sessions: int, hosts: int) -> str:
     A host's only session is in every resample, so what counts is how many there are beyond one a host.
     """
     if sessions < MIN_CLUSTERS:
-        return f"{sessions} sessions, an interval needs {MIN_CLUSTERS}"
+        return f"{sessions} session{'s' * (sessions != 1)}, an interval needs {MIN_CLUSTERS}"
     if sessions == hosts:
         return f"one session a host ({hosts}), nothing to resample within hosts"
     if sessions - hosts < MIN_CLUSTERS - 1:
