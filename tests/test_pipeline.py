@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from phasewatch import pipeline
-from phasewatch.errors import StoreError
+from phasewatch.errors import StoreError, UsageError
 from phasewatch.simulate import simulate
 from phasewatch.stages import Settings
 
@@ -96,3 +98,19 @@ def test_killed_anywhere_and_run_again_the_products_are_the_same_bytes(
 def test_a_store_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="there is no such store"):
         pipeline.run(Settings(store=tmp_path / "none", run=tmp_path / "r"))
+
+
+def test_another_stores_run_is_not_overwritten_but_a_store_may_move(
+    store: Path, done: pipeline.Outcome, tmp_path: Path
+) -> None:
+    run, here, there = tmp_path / "run", tmp_path / "here", tmp_path / "there"
+    shutil.copytree(done.run, run)
+    shutil.copytree(store, here)
+    settings = Settings(store=here, run=run, models=QUICK, recipes=RECIPES)
+
+    with pytest.raises(UsageError, match=r"holds a run of .*; give this one a folder of its own"):
+        pipeline.run(settings)
+    kept = json.loads((run / "run.json").read_text())["configuration"]["store"]
+    (run / "run.json").write_text((run / "run.json").read_text().replace(kept, str(there)))  # which is not there
+
+    assert pipeline.run(settings).is_unchanged

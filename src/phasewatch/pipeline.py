@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from phasewatch import __version__, atomic, stages
-from phasewatch.errors import SplitError, StoreError
+from phasewatch.errors import SplitError, StoreError, UsageError
 from phasewatch.evaluate.rows import headline
 from phasewatch.evaluate.score import read_metrics
 from phasewatch.stages import FEATURE_FILES, GRID_FILES, METRICS, PREDICTIONS, REPORT, Settings, digests
@@ -63,7 +63,7 @@ def run(settings: Settings, *, tell: Tell | None = None) -> Outcome:
 
     Raises:
         StoreError: If there is no store, or it is empty.
-        UsageError: If a grid, recipe, model or mask is asked for that nobody knows.
+        UsageError: If a grid, recipe, model or mask is asked for that nobody knows, or the folder holds another store's run.
         SplitError: If no recipe can be built; the report is written all the same and says so.
         BusyError: If another process works on the run.
     """
@@ -79,6 +79,7 @@ def run(settings: Settings, *, tell: Tell | None = None) -> Outcome:
             if folder.is_dir():
                 atomic.sweep_temporaries(folder)
         log = _read_log(settings.run)
+        _refuse_another_store(settings, log)
         log["configuration"] = {key: str(value) for key, value in asdict(settings).items()}
         log["versions"], log["host"] = _versions(), _host()
         fates: list[tuple[str, str, str]] = []
@@ -92,6 +93,19 @@ def run(settings: Settings, *, tell: Tell | None = None) -> Outcome:
         _write_log(settings.run, log)
     words = headline(read_metrics(settings.run))
     return Outcome(run=settings.run, report=settings.run / REPORT, headline=words, stages=tuple(fates))
+
+
+def _refuse_another_store(settings: Settings, log: dict[str, Any]) -> None:
+    """Keep a run from being overwritten by another store's; one whose store has moved may go on with it."""
+    told = log.get("configuration", {}).get("store", "")
+    before = parse_place(told) if told else settings.store
+    if not isinstance(before, Path) or not isinstance(settings.store, Path):
+        return
+    if before.is_dir() and before.resolve() != settings.store.resolve():
+        raise UsageError(
+            f"{settings.run}: holds a run of {told}, not of {settings.store}; give this one a folder of its own with "
+            "--out, or remove that one"
+        )
 
 
 def settings_of(run: Path, *, store: Place | None = None) -> Settings:
