@@ -147,11 +147,11 @@ def test_an_image_without_a_driver_is_told_so_and_leaves_nothing(tmp_path: Path)
     need_qemu()
     disk = build_own_disk(tmp_path)
 
-    done = record("--image", disk, "--host-id", "own-test", "--mem", "256", "--boot-deadline", "10", "--limit", "1", out=tmp_path / "store")  # fmt: skip
+    done = record("--image", disk, "--host-id", "own-test", "--mem", "256", "--boot-deadline", "25", "--limit", "1", out=tmp_path / "store")  # fmt: skip
 
     assert done.returncode == 1
     (failed,) = json.loads(done.stdout)["result"]["failed"]
-    assert "no word from the guest within 10 s (does its image run a driver" in failed
+    assert "no word from the guest within 25 s (does its image run a driver" in failed
     assert "no driver here" in failed
     assert episodes_of(tmp_path / "store") == []
     assert left_behind() == []
