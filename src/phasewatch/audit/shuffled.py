@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,27 +21,43 @@ MODEL, RECIPE, THREAT = "gbt", "held_out_host", "realistic"
 MARGIN = 0.05  # above stratified random, for the upper end of the interval (DESIGN section 9)
 GUESSES = 200  # stratified random answers, averaged
 RESAMPLES = 2_000
+TURNS = 2  # one permutation is lucky in one clean run of fifty (measured); a leak is there in every one
+
+Answers = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], list[str], list[str]]
 
 
-def check_shuffled(run: Path, *, seed: int = 0) -> Check:
-    """Train on permuted labels over all folds of the headline's recipe, and score what they say of the test sets."""
+def check_shuffled(
+    run: Path, *, seed: int = 0, answers: Callable[[Path, np.random.Generator], Answers] | None = None
+) -> Check:
+    """Train on permuted labels over all folds of the headline's recipe, and score what they say of the test sets.
+
+    A run is accused only where every one of TURNS permutations scores above chance; the second is made if need be.
+
+    Args:
+        run: The run.
+        seed: Of the permutations.
+        answers: Gives truth, decision and train's class shares of every test window, its host and session; trains, if
+            left out.
+    """
+    ask = answers or _answers
     faults: list[str] = []
     if not list((run / "splits").glob(f"{RECIPE}-*.json")):
         return untested(SHUFFLED, PROMISE, f"the run has no fold of {RECIPE}")
     looked = ""
     with collecting(faults):
         rng = np.random.default_rng([seed, int.from_bytes(b"shuffled", "big")])
-        truth, said, chance, hosts, sessions = _answers(run, rng)
-        high, guess = _upper(truth, said, hosts, sessions), _guess(truth, chance, rng)
-        looked = f"macro-F1 up to {high:.2f}, stratified random {guess:.2f}"
-        if high > guess + MARGIN:
+        for _ in range(TURNS):
+            truth, said, chance, hosts, sessions = ask(run, rng)
+            high, guess = _upper(truth, said, hosts, sessions), _guess(truth, chance, rng)
+            looked += f"{', then ' if looked else ''}macro-F1 up to {high:.2f}, stratified random {guess:.2f}"
+            if high <= guess + MARGIN:
+                break
+        else:
             faults.append(f"{looked}: something other than the labels tells the phase")
     return judge(SHUFFLED, PROMISE, faults, looked_at=looked)
 
 
-def _answers(
-    run: Path, rng: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], list[str], list[str]]:
+def _answers(run: Path, rng: np.random.Generator) -> Answers:
     """Give truth, decision and train's class shares of every test window, with its host and session."""
     truths, decisions, shares = [], [], []
     hosts: list[str] = []
