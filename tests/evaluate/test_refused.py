@@ -75,7 +75,7 @@ def test_predictions_of_another_split_are_not_scored(tmp_path: Path, tested: ran
 @pytest.mark.parametrize(
     ("shape", "says"),
     [
-        pytest.param(Shape(hosts=1, sessions=1, agents=("off",)), "[no interval: 1 sessions", id="one episode"),
+        pytest.param(Shape(hosts=1, sessions=1, agents=("off",)), "[no interval: 1 session,", id="one episode"),
         pytest.param(Shape(hosts=1, sessions=8, agents=("off",)), "8 episodes, 1 host", id="one host"),
         pytest.param(Shape(phases=2), "3 states", id="classes never seen"),
     ],
