@@ -20,7 +20,6 @@ PhasewatchError
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 
 
 def name_the_nearest(name: str, known: Iterable[str]) -> str:
@@ -31,6 +30,8 @@ def name_the_nearest(name: str, known: Iterable[str]) -> str:
     >>> name_the_nearest("forest", ["gbt", "cnn"])
     'it is one of cnn, gbt'
     """
+    from difflib import get_close_matches
+
     names = sorted(known)
     near = get_close_matches(name, names, n=2)
     return f"did you mean {' or '.join(near)}?" if near else f"it is one of {', '.join(names)}"

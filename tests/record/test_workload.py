@@ -55,7 +55,7 @@ def test_the_example_of_the_docs_is_valid_and_does_not_tell_the_phase_by_the_clo
     [
         pytest.param("episodes", "epsiodes", r"unknown field `epsiodes`.*did you mean episodes", id="an unknown key"),
         pytest.param("phases = {", "fases = {", r"`fases`.*did you mean phases", id="an unknown key of a sample"),
-        pytest.param("episodes = 12", "xyzzy = 12", r"`xyzzy`.*known keys: .*agent_share", id="nothing near"),
+        pytest.param("episodes = 12", "xyzzy = 12", r"`xyzzy`.*it is one of .*agent_share", id="nothing near"),
         pytest.param('name = "mine"', "", "missing required field `name`", id="no name"),
         pytest.param('"mine"', '"Mine!"', "letters a-z, digits and dash", id="a name that cannot be"),
         pytest.param('"mine"', '"benign"', "a profile of phasewatch", id="a name that is taken"),

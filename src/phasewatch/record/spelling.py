@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator
-from difflib import get_close_matches
 from typing import Any, TypeVar, get_args
 
 import msgspec
 
-from phasewatch.errors import PlanError
+from phasewatch.errors import PlanError, name_the_nearest
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 _UNKNOWN = re.compile(r"unknown field `([^`]*)`")
@@ -39,9 +38,8 @@ def _nearest(words: str, into: type[msgspec.Struct]) -> str:
     match = _UNKNOWN.search(words)
     if match is None:
         return ""
-    names = sorted({name for struct in _structs(into) for name in struct.__struct_fields__})
-    near = get_close_matches(match[1], names, n=2)
-    return f"; did you mean {' or '.join(near)}?" if near else f"; known keys: {', '.join(names)}"
+    names = {name for struct in _structs(into) for name in struct.__struct_fields__}
+    return f"; {name_the_nearest(match[1], names)}"
 
 
 def _structs(kind: Any) -> Iterator[type[msgspec.Struct]]:
