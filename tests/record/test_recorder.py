@@ -22,7 +22,7 @@ from phasewatch.record.plan import Session
 from phasewatch.record.recorder import Recorder, Summary
 from phasewatch.record.session import LEAD_S, Take, play
 from phasewatch.store.disk import DiskStore
-from phasewatch.vocab import Phase, Source
+from phasewatch.vocab import Phase, Role, Source
 
 
 class Lines:
@@ -162,7 +162,7 @@ class World:
 
     def record(self, *sessions: Session, vcpus: int = 1, room: tuple[Path, ...] = ()) -> Summary:
         work = Recorder(
-            store=self.store, shapes={"pc": shape_of(vcpus=vcpus)}, machines=self.machine, clock=self.clock,
+            store=self.store, shapes={host: shape_of(host_id=host, vcpus=vcpus) for host in ("pc", "q35")}, machines=self.machine, clock=self.clock,
             progress=self.lines, idle_wait_s=0.0, cores=(0, 1), room=room,
         )  # fmt: skip
         return self.clock.run(work.record(sessions))
@@ -180,6 +180,32 @@ def test_a_pair_becomes_two_bundles_that_know_each_other(tmp_path: Path) -> None
     assert (one.neighbours, two.neighbours) == ((two.episode_id,), (one.episode_id,))
     assert (one.session, one.agent, two.agent) == ("s1", False, True)
     assert world.cores == [(0,), (1,)]
+
+
+def test_soak_episodes_of_two_hosts_play_at_once_and_stay_two_sessions(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    pc, q35 = (slot_of(seed, host_id=host, role=Role.SOAK) for seed, host in ((1, "pc"), (2, "q35")))
+    summary = world.record(session_of(pc, name="s1"), session_of(q35, name="s2"))
+
+    one, two = sorted((episode.manifest for episode in world.episodes()), key=lambda m: m.plan_seed)
+    assert summary.recorded == 2
+    assert world.cores == [(0,), (1,)]
+    assert (one.session, one.host.host_id, one.neighbours) == ("s1", "pc", (two.episode_id,))
+    assert (two.session, two.host.host_id, two.neighbours) == ("s2", "q35", (one.episode_id,))
+    assert "[0/2 115 s] pc: cryptomine/throttled; q35: cryptomine/throttled" in world.lines.text
+
+
+def test_a_soak_episode_that_fails_beside_another_is_tried_again_under_its_own_session(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.make = lambda number, place: FakeMachine(world.clock, dies_at_s=50.0 if number == 2 else None)
+    pc, q35 = (slot_of(seed, host_id=host, role=Role.SOAK) for seed, host in ((1, "pc"), (2, "q35")))
+    summary = world.record(session_of(pc, name="s1"), session_of(q35, name="s2"))
+
+    assert (summary.recorded, summary.failed) == (2, ())
+    assert {(episode.manifest.host.host_id, episode.manifest.session) for episode in world.episodes()} == {
+        ("pc", "s1"),
+        ("q35", "s2"),
+    }
 
 
 def test_a_manifest_says_what_happened(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from phasewatch.record.idle import IDLE_CORES, wait_until_idle
 from phasewatch.record.outcome import build_bundle
 from phasewatch.record.plan import Session, Slot
 from phasewatch.record.progress import Progress
+from phasewatch.record.rounds import Round, Waiting, round_s, rounds, take_round
 from phasewatch.record.session import Take, play
 from phasewatch.record.vm import Machine
 from phasewatch.store.disk import SENT, DiskStore
@@ -27,9 +28,8 @@ from phasewatch.vocab import EpisodeId, uuid7
 CROWDED = 0.10  # cores' worth of waiting above which an episode is degraded, and its slot queued once more
 RETRIES = 2  # further attempts at a slot whose VM failed
 FREE_BYTES = 256 << 20
-OVERHEAD_S = 15.0  # boot, idle check and packing of one session, for the time left
 
-MachineFactory = Callable[[HostShape, int, tuple[int, ...]], Machine]  # shape, place in the session, cores to pin to
+MachineFactory = Callable[[HostShape, int, tuple[int, ...]], Machine]  # shape, place in the round, cores to pin to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ class _Tally:
 
 @dataclass(slots=True, kw_only=True)
 class Recorder:
-    """Records the sessions of a plan, one after the other.
+    """Records the sessions of a plan, round by round.
 
     Attributes:
         store: Where bundles go.
@@ -96,7 +96,7 @@ class Recorder:
         """
         began_ns, cpu_s = self.clock.mono_ns(), sum(os.times()[:2])
         held = self._held()
-        queue: deque[tuple[Session, tuple[Slot, ...]]] = deque()
+        queue: deque[Waiting] = deque()
         total = present = 0
         for session in sessions:
             slots = tuple(slot for slot in session.slots if (slot.host_id, slot.plan_seed) not in held)
@@ -104,13 +104,15 @@ class Recorder:
             if slots:
                 queue.append((session, slots))
         while queue:
-            session, slots = queue.popleft()
-            left_s = sum(_length_s(waiting) for _, waiting in queue) + _length_s(slots)
-            what = ", ".join(f"{slot.profile}/{slot.sample_name}" for slot in slots)
+            left_s = sum(round_s(one) for one in rounds(queue.copy(), self.shapes, len(self.cores)))
+            this = take_round(queue, self.shapes, len(self.cores))
+            what = "; ".join(
+                f"{session.host_id}: {', '.join(f'{slot.profile}/{slot.sample_name}' for slot in slots)}"
+                for session, slots in this
+            )
             done = present + self._tally.recorded - len(self._tally.requeued) + len(self._tally.failed)
-            self.progress.now(f"{session.host_id}: {what}", done=done, total=total, left_s=left_s)
-            again = await self._record_session(session, slots)
-            queue.extend((session, (slot,)) for slot in again)
+            self.progress.now(what, done=done, total=total, left_s=left_s)
+            queue.extend(await self._record_round(this))
         tally = self._tally
         return Summary(
             recorded=tally.recorded,
@@ -123,41 +125,46 @@ class Recorder:
             wall_s=(self.clock.mono_ns() - began_ns) / 1e9,
         )
 
-    async def _record_session(self, session: Session, slots: tuple[Slot, ...]) -> list[Slot]:
+    async def _record_round(self, this: Round) -> list[Waiting]:
         """Play the slots at the same time and store what came of it; gives the slots to be queued again."""
         self._check_room()
+        names = ", ".join(session.session for session, _ in this)
         load = await wait_until_idle(
             self.clock,
             at_most_s=self.idle_wait_s,
             on_busy=lambda load: self.progress.line(
-                f"{session.session}: other work keeps {load:.1f} cores busy; waiting up to {self.idle_wait_s:.0f} s for it"
+                f"{names}: other work keeps {load:.1f} cores busy; waiting up to {self.idle_wait_s:.0f} s for it"
             ),
         )
         if load >= IDLE_CORES:
-            self.progress.line(f"{session.session}: other work keeps {load:.1f} cores busy; recording beside it")
-        shape = self.shapes[session.host_id]
-        machines = [self.machines(shape, place, self._cores(shape, place)) for place in range(len(slots))]
+            self.progress.line(f"{names}: other work keeps {load:.1f} cores busy; recording beside it")
+        played = [(session, slot, self.shapes[session.host_id]) for session, slots in this for slot in slots]
+        pins = self._pins([shape.vcpus for _, _, shape in played])
+        machines = [self.machines(shape, place, pins[place]) for place, (_, _, shape) in enumerate(played)]
         takes = await asyncio.gather(
-            *(play(machine, slot, self.clock) for machine, slot in zip(machines, slots, strict=True)),
+            *(play(machine, slot, self.clock) for machine, (_, slot, _) in zip(machines, played, strict=True)),
             return_exceptions=True,
         )
-        again = []
+        again: list[Waiting] = []
         ids = {
-            slot.plan_seed: self._new_id() for slot, take in zip(slots, takes, strict=True) if isinstance(take, Take)
+            slot.plan_seed: self._new_id()
+            for (_, slot, _), take in zip(played, takes, strict=True)
+            if isinstance(take, Take)
         }
-        for slot, take in zip(slots, takes, strict=True):
+        for (session, slot, shape), take in zip(played, takes, strict=True):
+            once_more = (session, (slot,))
             if isinstance(take, Take):
                 neighbours = tuple(other for seed, other in ids.items() if seed != slot.plan_seed)
                 try:
                     self._store(take, slot, shape, session.session, ids[slot.plan_seed], neighbours)
                 except BundleError as exc:
-                    again += [slot] if self._may_retry(slot, exc) else []
+                    again += [once_more] if self._may_retry(slot, exc) else []
                     continue
                 if self._is_crowded(take, slot):
-                    again.append(slot)
+                    again.append(once_more)
             elif isinstance(take, VmError):
                 if self._may_retry(slot, take):
-                    again.append(slot)
+                    again.append(once_more)
             else:
                 raise take  # broken code, a full disk or Ctrl-C: not a matter of this one slot
         return again
@@ -220,11 +227,14 @@ class Recorder:
                     held.add((manifest.host.host_id, manifest.plan_seed))
         return frozenset(held)
 
-    def _cores(self, shape: HostShape, place: int) -> tuple[int, ...]:
-        """Give the cores of one VM's vCPUs; none if there are not enough for all of the session."""
-        first = place * shape.vcpus
-        cores = self.cores[first : first + shape.vcpus]
-        return cores if len(cores) == shape.vcpus else ()
+    def _pins(self, vcpus: Sequence[int]) -> list[tuple[int, ...]]:
+        """Give each VM of a round the cores of its vCPUs; none where there are not enough for all of them."""
+        pins = []
+        for place, many in enumerate(vcpus):
+            first = sum(vcpus[:place])
+            cores = self.cores[first : first + many]
+            pins.append(cores if len(cores) == many else ())
+        return pins
 
     def _check_room(self) -> None:
         for folder in self.room:
@@ -237,7 +247,3 @@ class Recorder:
 
     def _new_id(self) -> EpisodeId:
         return uuid7(self.clock.wall_ns() // 1_000_000, os.urandom(10))
-
-
-def _length_s(slots: Sequence[Slot]) -> float:
-    return max(slot.settle_s + slot.duration_s for slot in slots) + OVERHEAD_S

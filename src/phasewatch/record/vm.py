@@ -100,7 +100,7 @@ class Start:
     """What one VM is started with.
 
     Attributes:
-        number: 0 or 1, its place in the session.
+        number: 0 or 1, its place in the round.
         cores: The core of each vCPU; empty leaves them to the kernel.
         tsc_khz: The host's TSC rate, if known.
         handed: Name → content of files that an image of the user's own gets on a small disk beside its own.
