@@ -49,6 +49,28 @@ def test_an_unknown_command_is_a_usage_error(phasewatch: Call) -> None:
     assert phasewatch("wathc").code == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "option", "partner"),
+    [
+        (("channels", "--store", "a"), "--store", "--corpus"),
+        (("simulate", "--out", "new", "--kinds", "gap"), "--kinds", "--faults"),
+        (("validate", "a", "--out", "new", "--address", "b"), "--address", "--engine ray"),
+        (("run", "a", "--out", "new", "--address", "b"), "--address", "--engine ray"),
+        (("record", "--plan", "smoke", "--out", "new", "--host-id", "a"), "--host-id", "--image"),
+    ],
+    ids=["channels", "simulate", "validate", "run", "record"],
+)
+def test_an_option_without_its_partner_is_refused_not_ignored(
+    phasewatch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], option: str, partner: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = phasewatch(*words)
+
+    assert (said.code, said.out) == (2, "")
+    assert f"error: {option} goes with {partner}; add it, or leave out {option}" in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_channels_are_listed_in_order_with_every_field(phasewatch: Call) -> None:
     rows = json.loads(phasewatch("channels", "--json").out)["result"]["channels"]
 

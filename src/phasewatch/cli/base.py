@@ -54,6 +54,18 @@ def names(words: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in words.split(",") if word.strip())
 
 
+def goes_with(option: str, partner: str, *, alone: bool) -> None:
+    """Refuse an option that would be ignored in silence.
+
+    Raises:
+        UsageError: If it stands alone.
+    """
+    from phasewatch.errors import UsageError
+
+    if alone:
+        raise UsageError(f"{option} goes with {partner}; add it, or leave out {option}")
+
+
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Set rows in columns, two spaces apart, the last column free."""
     if not rows:

@@ -117,6 +117,7 @@ def validate(
         raise UsageError("validate needs a store and a run: phasewatch validate STORE --out RUN")
     if fail_on and fail_on not in list(Status):
         raise UsageError(f"--fail-on {fail_on}: one of {', '.join(Status)}")
+    base.goes_with("--address", "--engine ray", alone=bool(address) and engine == "local")
     settings = stages.Settings(
         store=parse_place(store), run=out, workers=workers, limit=limit, engine=engine, address=address
     )

@@ -51,8 +51,10 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON document
     ]
     missing = sum(not c.ok for c in checks)
     broken = is_broken(checks)
+    without = [extra for extra, state in here.extras.items() if state != "installed"]
     words = (
         "everything is here"
+        + (f" but {', '.join(without)}: pip install 'phasewatch[{','.join(without)}]'" if without else "")
         if not missing
         else f"{missing} of {len(checks)} are missing, each only for what its line says"
     )
@@ -82,6 +84,7 @@ def channels(
 
     from phasewatch.channels import CHANNELS
 
+    base.goes_with("--store", "--corpus", alone=store is not None and not corpus)
     listed: list[dict[str, object]] = [asdict(c) | {"in_deployment": c.in_deployment} for c in CHANNELS]
     if not corpus:
         rows = [
@@ -150,6 +153,7 @@ def simulate(
     from phasewatch.simulate import Knobs
     from phasewatch.simulate import simulate as make
 
+    base.goes_with("--kinds", "--faults", alone=bool(kinds) and faults == 0)
     knobs = Knobs(
         host_effect=host_effect, episode_effect=episode_effect, tick_noise=noise, drift_per_week=drift, quiet=quiet
     )

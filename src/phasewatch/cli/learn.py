@@ -174,6 +174,7 @@ def run(
     from phasewatch.stages import Settings
     from phasewatch.store.base import parse_place
 
+    base.goes_with("--address", "--engine ray", alone=bool(address) and engine == "local")
     settings = Settings(
         store=parse_place(store) if store else base.bundled_corpus(), run=out, workers=workers, limit=limit,
         include_degraded=include_degraded, grid=grid, models=base.names(models), recipes=base.names(recipes),

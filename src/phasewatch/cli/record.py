@@ -64,6 +64,7 @@ def record(
         raise UsageError(f"--role {role}: one of {', '.join(Role)}")
     if driver is not None and image is None:
         raise UsageError("--driver goes with --image; our own guest brings its driver")
+    base.goes_with("--host-id", "--image", alone=bool(host_id) and image is None)
     own = None
     if image is not None:
         own = read_own_machine(
