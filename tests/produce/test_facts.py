@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 from tests.report.fake_run import MALICIOUS, Recipe, make_run
 
 from phasewatch.evaluate.rows import MetricRow, Metrics, headline
@@ -33,6 +34,18 @@ def test_the_leaderboard_is_best_first_and_marks_its_baselines(metrics: Metrics)
     assert {r.model: r.is_baseline for r in score.rows} == {"gbt": False, "majority": True, "elapsed_time": True}
     assert (score.metric, score.tested, score.registered) == ("macro_f1", 4, 6)
     assert score.headline == headline(metrics)
+
+
+def test_a_score_on_fewer_hosts_comes_after_all_that_were_tested_on_more(metrics: Metrics) -> None:
+    one_host = tuple(
+        replace(r, threat="oracle", value=0.99, n_hosts=1)
+        for r in metrics.metrics
+        if (r.model, r.metric) == ("gbt", "macro_f1@4of6")
+    )
+    rows = score_of(replace(metrics, metrics=(*metrics.metrics, *one_host))).rows
+
+    assert [(r.model, r.threat) for r in rows][::3] == [("gbt", "realistic"), ("gbt", "oracle")]
+    assert [r.n_hosts for r in rows] == [3, 3, 3, 1]
 
 
 def test_every_number_of_the_leaderboard_is_a_row_of_the_file(metrics: Metrics) -> None:

@@ -40,6 +40,7 @@ def test_the_page_opens_with_what_would_have_been_claimed() -> None:
         "You would have claimed 0.80; expect 0.69 [0.64, 0.73] on a new host, "
         "0.60 [0.56, 0.65] on a new host with a new sample."
     )
+    assert "tells the five phases" not in page.claim.line  # the line to quote says it, with its number
     assert page.sections[0].key == "inflation"
 
 

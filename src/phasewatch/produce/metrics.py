@@ -36,6 +36,8 @@ def build_metrics(metrics: Metrics) -> tuple[Data, ...]:
 def build_score(metrics: Metrics, rows: Sequence[MetricRow]) -> Score:
     """Give the leaderboard of the headline's recipe, with what easier splits would have claimed."""
     ranked = [c.five for c in scores.contenders(rows) if c.five is not None and c.five.value is not None]
+    most = max((r.n_hosts for r in ranked), default=0)
+    ranked.sort(key=lambda r: r.n_hosts < most)  # the mean of fewer machines is no rival: it comes after
     lead = next((r for r in ranked if r.threat == PLACE.threat), ranked[0] if ranked else None)
     tested, _, registered = lead.metric.partition("@")[2].partition("of") if lead else ("0", "", "0")
     model = scores.headline_model(rows)

@@ -91,7 +91,7 @@ def _claim(told: Told, line: str) -> Claim:
     inflated = sentence(told.all_rows, told.model)
     return Claim(
         words=inflated or _in_words(told.model, five),
-        line=f"{_in_words(told.model, five)} {line}" if inflated else line,
+        line=line,
         tiles=tiles,
         verdict=_verdict(above, clock, gap),
         holds=above is True,

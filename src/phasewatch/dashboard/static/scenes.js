@@ -173,7 +173,9 @@ const DOUBT = "untested";
 export function leaderboard(data) {
   const rows = data.rows.slice(0, 24);
   const hues = rows.map((r) => colour(r.is_baseline ? "muted" : "blue"));
-  const label = (r) => [safe(r.model), ...(r.threat === "realistic" ? [] : [safe(r.threat)]), ...(r.table === "raw" ? [] : [safe(r.table)])].join(" · ");
+  const most = Math.max(...rows.map((r) => r.n_hosts));
+  const label = (r) => [safe(r.model), ...(r.threat === "realistic" ? [] : [safe(r.threat)]), ...(r.table === "raw" ? [] : [safe(r.table)]),
+    ...(r.n_hosts === most ? [] : [plural(r.n_hosts, "host")])].join(" · ");
   draw("plot-score", [{
     type: "scatter", mode: "markers+text", x: rows.map((r) => r.value), y: [...rows.keys()], text: rows.map((r) => score(r.value)),
     textposition: "top center", textfont: { size: 10.5, color: hues }, cliponaxis: false,
