@@ -186,7 +186,7 @@ export function leaderboard(data) {
     hovertemplate: "%{customdata}<extra></extra>",
   }], frame({
     height: 52 + 27 * Math.max(2, rows.length), xaxis: { range: [-0.01, 1.02], showgrid: true, dtick: 0.2, tickformat: ".1f" },
-    yaxis: { tickvals: [...rows.keys()], ticktext: rows.map((r) => clip(label(r), 24)), range: [rows.length - 0.5, -0.75], tickfont: { size: 11, color: colour("ink") } },
+    yaxis: { tickvals: [...rows.keys()], ticktext: rows.map((r) => clip(label(r), 30)), range: [rows.length - 0.5, -0.75], tickfont: { size: 11, color: colour("ink") } },
   }));
   const first = data.rows[0];
   const words = [`${measure(data.metric)} on ${data.recipe.replaceAll("_", " ")}`, `${data.tested} of ${data.registered} profiles tested`];
