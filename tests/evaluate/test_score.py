@@ -151,6 +151,18 @@ def test_a_model_that_is_not_above_elapsed_time_is_said_so_in_words(tmp_path: Pa
     assert any(re.match(r"gbt is not above elapsed time alone: gap [+-]0\.\d\d", w) for w in notes)
 
 
+def test_a_model_of_the_users_own_is_held_against_elapsed_time_too(tmp_path: Path) -> None:
+    own = "forest:Forest"  # no row of the registry: it stands behind the baselines, and its gap counts from the clock
+    write_predictions(tmp_path, Shape(skill=(("gbt", 0.9), ("elapsed_time", 0.3), (own, 0.0)), agents=("off",)))
+    metrics = score(tmp_path, resamples=200)
+    told = [r for r in metrics.metrics if r.metric == "note" and r.vs == "elapsed_time" and r.fold == "pooled"]
+    gap = one(metrics, "macro_f1_gap@2of6", model="elapsed_time", vs=own)
+
+    assert {r.model for r in told} == {own}
+    assert gap.value > 0
+    assert f"gap -{gap.value:.2f} ([-{gap.high:.2f}, " in str(told[0].why)
+
+
 def test_the_headline_has_its_form(scored: tuple[Metrics, pa.Table, Path]) -> None:
     number = r"0\.\d\d \[0\.\d\d, 0\.\d\d\]"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import msgspec
 import numpy as np
 
 from phasewatch import measures
@@ -110,13 +111,21 @@ def note_rows(place: Place, scope: Scope, rules: Rules, rows: Sequence[MetricRow
         )
     baselines = {row.key for row in MODELS if row.is_baseline}
     for row in rows:
-        if (
-            row.model not in baselines
-            and row.metric.startswith("macro_f1_gap@")
-            and row.vs == TIME
-            and (row.low is None or row.low <= 0)
-        ):
-            span = f"[{row.low:+.2f}, {row.high:+.2f}]" if row.low is not None else f"no interval, {row.why}"
-            words = f"{row.model} is not above elapsed time alone: gap {row.value:+.2f} ({span})"
-            notes.append(note(words, model=row.model, vs=TIME))
+        if row.metric.startswith("macro_f1_gap@") and TIME in (row.model, row.vs):
+            gap = _from_the_model(row)
+            if gap.model not in baselines and (gap.low is None or gap.low <= 0):
+                notes.append(note(_below_the_clock(gap), model=gap.model, vs=TIME))
     return notes
+
+
+def _from_the_model(row: MetricRow) -> MetricRow:
+    """Count a gap from the model's side: one of the user's own stands behind the baselines, so its row counts from the clock."""
+    if row.vs == TIME or row.value is None:
+        return row
+    low, high = (None, None) if row.low is None or row.high is None else (-row.high, -row.low)
+    return msgspec.structs.replace(row, model=row.vs, vs=row.model, value=-row.value, low=low, high=high)
+
+
+def _below_the_clock(gap: MetricRow) -> str:
+    span = f"[{gap.low:+.2f}, {gap.high:+.2f}]" if gap.low is not None else f"no interval, {gap.why}"
+    return f"{gap.model} is not above elapsed time alone: gap {gap.value:+.2f} ({span})"
