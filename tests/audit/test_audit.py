@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
@@ -28,14 +30,14 @@ from phasewatch.audit.trained import check_repeated, check_said, chosen_cells
 from phasewatch.dataset import file_sha256, load, read_fold
 from phasewatch.dataset.splits import read_episodes
 from phasewatch.evaluate.said import parse_boards
-from phasewatch.evaluate.score import read_recorded
+from phasewatch.evaluate.score import read_recorded, rescore
 from phasewatch.evaluate.shift import Parts, Shift, live_through
 from phasewatch.models import checkpoint, registry
 from phasewatch.models.base import Examples, Inputs
 from phasewatch.split import Fold, Part, SplitEpisode
 from phasewatch.split.fold import digest_of, parse_fold, render_fold
 from phasewatch.train.cell import DONE, Cell, parse_done, render_done
-from phasewatch.train.cells import learn, merge, read_sources
+from phasewatch.train.cells import learn, merge, read_sources, train_cells
 from phasewatch.train.predictions import PREDICTIONS, read_table
 
 MODELS = ("gbt", "cnn", "majority", "elapsed_time")
@@ -349,6 +351,63 @@ def test_predictions_without_a_checkpoint_are_caught(run: Path) -> None:
     pq.write_table(pa.concat_tables([table, other]), run / PREDICTIONS)
 
     assert check_said(run).fate is Fate.BROKEN
+
+
+OWN = """
+from sklearn.tree import DecisionTreeClassifier
+from phasewatch.models.adapters import TableAdapter
+from phasewatch.models.registry import class_of
+
+class Tree(TableAdapter):
+    '''Keeps no weights.'''
+    key = "tree"
+    def make(self, seed):
+        return DecisionTreeClassifier(max_depth=2, random_state=seed)
+
+class Prior(class_of("majority")):
+    '''Keeps its weights, which no checkpoint's text may bring back.'''
+    key = "prior"
+"""
+
+
+def train_own(run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train models that are given as module:Class, as `train --model` does."""
+    folder.mkdir()
+    (folder / "brought_own.py").write_text(OWN)
+    monkeypatch.syspath_prepend(folder)
+    train_cells(run, [replace(CELL, model=f"brought_own:{name}") for name in ("Tree", "Prior")], workers=1)
+
+
+def test_a_model_that_is_given_as_module_and_class_is_not_accused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_own(run, tmp_path / "own", monkeypatch)
+    own = [cell for cell in chosen_cells(run) if ":" in cell.model]
+
+    repeated, said = check_repeated(run, own), check_said(run)
+
+    assert (repeated.fate, repeated.words) == (
+        Fate.KEPT,
+        "0 cells trained again, of 2 without weights the windows compared",
+    )
+    assert said.fate is Fate.KEPT
+    assert said.words.endswith(", of 2 without weights the windows compared")
+
+
+def test_a_model_whose_code_is_not_here_is_scored_and_its_predictions_are_untested(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_own(run, tmp_path / "own", monkeypatch)
+    shutil.rmtree(tmp_path / "own")
+    monkeypatch.delitem(sys.modules, "brought_own")
+    importlib.invalidate_caches()
+
+    said, scored = check_said(run), rescore(run, resamples=20)
+
+    assert said.fate is Fate.UNTESTED
+    assert "model 'brought_own:Tree' cannot be imported" in said.words
+    assert "put its folder on PYTHONPATH" in said.words
+    assert {r.model for r in scored.metrics} >= {"brought_own:Tree", "gbt"}
 
 
 def test_labels_that_were_shuffled_teach_nothing(run: Path) -> None:

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.audit.checks import Check, collecting, judge, untested
 from phasewatch.dataset import WindowSet, read_fold
+from phasewatch.errors import UsageError
 from phasewatch.models import checkpoint, registry
 from phasewatch.models.alarm import THETA_STEP
 from phasewatch.models.base import PhaseModel
 from phasewatch.models.filter import NONE, PHASE, SCHEDULE
 from phasewatch.split import Part, recipe_of
-from phasewatch.train.cell import Cell
+from phasewatch.train.cell import DONE, Cell
 from phasewatch.train.cells import finished_cells, learn, read_sets, read_sources
 from phasewatch.train.predictions import PREDICTIONS, PROBABILITIES, read_table
 
@@ -53,7 +55,7 @@ def check_repeated(run: Path, cells: Sequence[Cell]) -> Check:
             faults += _repeat(run, cell)
     if not cells:
         return untested(REPEATED, REPEATED_PROMISE, "the run has no finished cell")
-    return judge(REPEATED, REPEATED_PROMISE, faults, looked_at=f"{len(cells)} cells trained again")
+    return judge(REPEATED, REPEATED_PROMISE, faults, looked_at=_counted(cells, "cells trained again"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -85,20 +87,56 @@ class Told:
 
 
 def check_said(run: Path) -> Check:
-    """Ask every checkpoint again, and hold its answers against the merged predictions."""
+    """Ask every checkpoint again, and hold its answers against the merged predictions.
+
+    A cell of a model whose code is not here can be neither asked nor accused: then the promise is untested.
+    """
     faults: list[str] = []
     cells: list[Cell] = []
+    absent: set[str] = set()
     with collecting(faults):
         told = Told.of(read_table(run / PREDICTIONS))
         cells = list(finished_cells(run, read_sources(run)))
         known = {_key(cell) for cell in cells}
-        faults += [f"{'/'.join(map(str, key))} has predictions and no checkpoint" for key in told.cells() - known]
+        for key in sorted(told.cells() - known, key=str):
+            if words := _not_importable(run, key):
+                absent.add(words)
+            else:
+                faults.append(f"{'/'.join(map(str, key))} has predictions and no checkpoint")
         for cell in cells:
             with collecting(faults):
                 faults += _said(run, cell, told)
     if not cells and not faults:
         return untested(SAID, SAID_PROMISE, "the run has no finished cell")
-    return judge(SAID, SAID_PROMISE, faults, looked_at=f"{len(cells)} checkpoints asked again")
+    looked_at = _counted(cells, "checkpoints asked again")
+    if absent and not faults:
+        return untested(SAID, SAID_PROMISE, f"{looked_at}, but {'; '.join(sorted(absent))}")
+    return judge(SAID, SAID_PROMISE, faults, looked_at=looked_at)
+
+
+def _not_importable(run: Path, key: tuple[object, ...]) -> str:
+    """Say why a trained cell's model cannot be had here; empty if it can, or if nothing was trained."""
+    named = dict(zip(_CELL, key, strict=True))
+    cell = msgspec.convert(named, Cell)
+    if not (cell.folder(run) / DONE).is_file():
+        return ""
+    try:
+        registry.class_of(cell.model)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def _counted(cells: Sequence[Cell], done: str) -> str:
+    """Say how many cells were looked at, and of how many only the windows: those whose weights nobody can load."""
+    asked = sum(map(_can_be_asked, cells))
+    kept_none = len(cells) - asked
+    return f"{asked} {done}" + (f", of {kept_none} without weights the windows compared" if kept_none else "")
+
+
+def _can_be_asked(cell: Cell) -> bool:
+    """Whether its checkpoint can be loaded: one of a model that was given as module:Class never is."""
+    return ":" not in cell.model and registry.row_of(cell.model).persist == "exact"
 
 
 def _repeat(run: Path, cell: Cell) -> Iterator[str]:
@@ -109,7 +147,7 @@ def _repeat(run: Path, cell: Cell) -> Iterator[str]:
         if header.trained_on.get(part) != windows.examples.sha256():
             yield f"{folder}: its {part} windows are not those of its fold"
             return
-    if registry.row_of(cell.model).persist == "none":
+    if not _can_be_asked(cell):
         return  # scored by the process that fitted it: there is nothing to hold a second fit against
     model = registry.create(cell.model, seed=header.seed, settings=header.config)
     learn(model, sets)
@@ -156,7 +194,7 @@ def _said(run: Path, cell: Cell, told: Told) -> Iterator[str]:
     asked = sets.test if part == "test" else sets.val_b  # `deploy` tests nothing
     own = set(read_fold(run, cell.recipe, cell.fold).ids(Part.TEST if part == "test" else Part.VAL_B))
     answers: dict[str, NDArray[np.float64] | None] = {NONE: None}
-    if registry.row_of(cell.model).persist == "exact":
+    if _can_be_asked(cell):
         answers[NONE] = registry.load(folder).predict_proba(asked.inputs)
     smooth, track = checkpoint.read_header(folder).filter, asked.track
     if smooth is not None:
