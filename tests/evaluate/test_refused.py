@@ -44,6 +44,42 @@ def test_a_model_whose_probabilities_are_no_numbers_is_not_scored_and_the_others
     assert "untested" in headline(metrics)
 
 
+@pytest.mark.parametrize(
+    ("column", "code"),
+    [
+        pytest.param("y_pred", -1, id="a decision for nothing"),
+        pytest.param("y_pred", 7, id="a decision for a sixth phase"),
+        pytest.param("y_true", -1, id="a truth that nobody knows"),
+    ],
+)
+def test_a_model_with_labels_that_are_no_phases_is_not_scored_and_the_others_are(
+    tmp_path: Path, column: str, code: int
+) -> None:
+    table = write_predictions(tmp_path)
+    change(
+        tmp_path, table, column, pc.and_(pc.equal(table["model"], "gbt"), pc.equal(table["episode_id"], "e10")), code
+    )
+
+    metrics = score(tmp_path, resamples=50)
+
+    words = "is not scored: 15 of 90 windows have a truth or a decision that is no phase; train it again"
+    assert any(words in note for note in notes(metrics))
+    assert not scores(metrics, "gbt")
+    assert scores(metrics, "elapsed_time")
+
+
+def test_a_window_counts_once_or_its_model_is_not_scored(tmp_path: Path) -> None:
+    table = write_predictions(tmp_path)
+    again = table.filter(pc.and_(pc.equal(table["model"], "gbt"), pc.equal(table["episode_id"], "e10")))
+    write_table(tmp_path / PREDICTIONS, [table, again])
+
+    metrics = score(tmp_path, resamples=50)
+
+    assert any("15 of 105 windows stand there more than once" in note for note in notes(metrics))
+    assert not scores(metrics, "gbt")
+    assert scores(metrics, "elapsed_time")
+
+
 def write_fold(run: Path, episodes: dict[str, Part]) -> None:
     fold = Fold(
         version=1, recipe="held_out_host", fold="host-0", leaky=False, validation="sessions", episodes=episodes,

@@ -14,6 +14,7 @@ from phasewatch.evaluate.scope import Answer, Shown
 from phasewatch.models import registry
 from phasewatch.split import Fold, Part
 from phasewatch.train.predictions import PREDICTIONS, PROBABILITIES
+from phasewatch.vocab import PHASES
 
 GROUP = ("recipe", "threat", "table", "filter")
 CELL = ("model", "seed", "fold")
@@ -144,6 +145,11 @@ def why_not(said: Said, fold: Fold | None) -> str:
     p = said.answer.probabilities
     if broken := int((~np.isfinite(p).all(axis=1)).sum()):
         return f"{broken} of {len(p)} windows have probabilities that are no numbers; train it again"
+    labels = np.column_stack([said.shown.y_true, said.answer.y_pred])
+    if strange := int(((labels < 0) | (labels >= len(PHASES))).any(axis=1).sum()):
+        return f"{strange} of {len(p)} windows have a truth or a decision that is no phase; train it again"
+    if twice := int(_repeated(said.shown).sum()):
+        return f"{twice} of {len(p)} windows stand there more than once; train it again"
     if fold is None or fold.leaky:
         return ""
     tested, asked = set(fold.ids(Part.TEST)), set(said.shown.episode_id)
@@ -154,6 +160,14 @@ def why_not(said: Said, fold: Fold | None) -> str:
     if lacking := tested - asked:
         return f"{len(lacking)} of {len(tested)} test episodes have no prediction; train again"
     return ""
+
+
+def _repeated(shown: Shown) -> NDArray[np.bool_]:
+    """Mark the windows that are the one before them, in the order (host, episode, time)."""
+    same: NDArray[np.bool_] = np.diff(shown.t_center_ns) == 0
+    for ids in (shown.episode_id, shown.host_id):
+        same = same & (ids[1:] == ids[:-1]).astype(np.bool_)
+    return same
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
