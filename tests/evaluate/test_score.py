@@ -151,6 +151,17 @@ def test_a_model_that_is_not_above_elapsed_time_is_said_so_in_words(tmp_path: Pa
     assert any(re.match(r"gbt is not above elapsed time alone: gap [+-]0\.\d\d", w) for w in notes)
 
 
+def test_without_an_interval_a_model_is_not_called_below_the_clock(tmp_path: Path) -> None:
+    write_predictions(tmp_path, Shape(hosts=2, sessions=2, agents=("off",)))
+    notes = [str(r.why) for r in rows_of(score(tmp_path, resamples=100), "note", model="gbt")]
+
+    assert any(
+        re.match(r"gbt cannot be said to be above elapsed time alone: gap \+0\.\d\d \(no interval, 4 sessions", w)
+        for w in notes
+    )
+    assert not any("is not above" in w for w in notes)
+
+
 def test_a_model_of_the_users_own_is_held_against_elapsed_time_too(tmp_path: Path) -> None:
     own = "forest:Forest"  # no row of the registry: it stands behind the baselines, and its gap counts from the clock
     write_predictions(tmp_path, Shape(skill=(("gbt", 0.9), ("elapsed_time", 0.3), (own, 0.0)), agents=("off",)))

@@ -107,6 +107,16 @@ def test_who_is_not_above_the_clock_by_its_interval_is_named() -> None:
     )
 
 
+def test_without_an_interval_nobody_is_called_below_the_clock() -> None:
+    gap = row("macro_f1_gap@5of6", "gbt", 0.3, vs="elapsed_time", low=None, high=None, why="4 sessions")
+    note = row("note", "gbt", None, vs="elapsed_time", why="gbt cannot be said to be above elapsed time alone")
+
+    said = block(page_of([GBT, CLOCK, gap, note]), "leaderboard").sentences
+
+    assert "Without an interval it cannot be said whether they are above elapsed time: gbt." in said
+    assert not any("by their intervals" in s for s in said)
+
+
 def test_gaps_are_told_with_p_and_after_holm() -> None:
     gap = row("macro_f1_gap@5of6", "gbt", 0.47, vs="elapsed_time", low=0.4, high=0.5, p=0.0002, p_holm=0.0006)
     even = row("macro_f1_gap@5of6", "gbt", 0.01, vs="minirocket", low=-0.1, high=0.1, p=0.8, p_holm=0.8)

@@ -127,5 +127,7 @@ def _from_the_model(row: MetricRow) -> MetricRow:
 
 
 def _below_the_clock(gap: MetricRow) -> str:
-    span = f"[{gap.low:+.2f}, {gap.high:+.2f}]" if gap.low is not None else f"no interval, {gap.why}"
-    return f"{gap.model} is not above elapsed time alone: gap {gap.value:+.2f} ({span})"
+    if gap.low is None or gap.high is None:
+        words = f"gap {gap.value:+.2f} (no interval, {gap.why})"
+        return f"{gap.model} cannot be said to be above elapsed time alone: {words}"
+    return f"{gap.model} is not above elapsed time alone: gap {gap.value:+.2f} ([{gap.low:+.2f}, {gap.high:+.2f}])"

@@ -64,13 +64,18 @@ def _both(board: Sequence[scores.Contender]) -> tuple[figures.Series, ...]:
 
 
 def _below_clock(told: Told) -> tuple[str, ...]:
-    """Say in words which models are not above elapsed time by the interval of the paired gap."""
+    """Say in words which models are not above elapsed time by the interval of the paired gap, and which have none."""
     own = scores.at_headline(told.all_rows)
-    below = [r.model for r in own if r.metric == "note" and r.vs == scores.CLOCK and r.model]
-    if not below:
-        return ()
-    names = list(dict.fromkeys(below))
-    return (f"Not above elapsed time by their intervals: {listed(names)}.",)
+    names = list(dict.fromkeys(r.model for r in own if r.metric == "note" and r.vs == scores.CLOCK and r.model))
+    gaps = {name: scores.clock_gap(told.all_rows, name) for name in names}
+    unsure = [name for name, gap in gaps.items() if gap is not None and gap.low is None]
+    below = [name for name in names if name not in unsure]
+    said = []
+    if below:
+        said.append(f"Not above elapsed time by their intervals: {listed(below)}.")
+    if unsure:
+        said.append(f"Without an interval it cannot be said whether they are above elapsed time: {listed(unsure)}.")
+    return tuple(said)
 
 
 def _one_host(told: Told) -> Block:
