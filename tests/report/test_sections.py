@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from tests.report.test_claim import CLOCK, GBT, THREE, row
 
-from phasewatch.audit.checks import Audit, Check, Fate
+from phasewatch.audit.checks import REPORTED, Audit, Check, Fate
 from phasewatch.evaluate.rows import CHOICE, MetricRow, Metrics
 from phasewatch.report.blocks import Block, Page
 from phasewatch.report.evidence import Bundles, Evidence
@@ -203,6 +203,16 @@ def test_a_run_that_keeps_its_promises_claims_and_shows_them() -> None:
     assert "0.69" in page.claim.words
     assert page.notices == ()
     assert block(page, "audit").sentences[0] == "1 kept, 0 broken and 0 untested."
+
+
+def test_a_figure_without_a_limit_is_reported_and_no_promise_that_was_kept() -> None:
+    leak = Check(name="leak-x", promise=f"How late it is. {REPORTED}", fate=Fate.KEPT, words="0.29 rank correlation")
+    found = block(page_of([GBT], audit=Audit(inputs={}, checks=(leak, *audit(Fate.KEPT).checks))), "audit")
+
+    assert found.sentences[0] == "1 kept, 0 broken and 0 untested."
+    assert "1 figure without a limit: what the recordings give away." in found.sentences
+    assert found.table is not None
+    assert [r[0] for r in found.table.rows] == ["kept", "reported"]
 
 
 def test_without_an_audit_the_page_says_so_at_its_top() -> None:

@@ -11,6 +11,7 @@ import msgspec
 from phasewatch.errors import PhasewatchError, RunError
 
 AUDIT = "audit_v1.json"
+REPORTED = "Reported, without a limit."  # how the promise of a figure ends that nothing can break
 SHOWN = 3  # places that a check names; the rest is counted
 
 
@@ -35,6 +36,11 @@ class Check(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     promise: str
     fate: Fate
     words: str
+
+    @property
+    def is_reported(self) -> bool:
+        """Whether it is a figure without a limit: it was found, and promises nothing."""
+        return self.fate is Fate.KEPT and self.promise.endswith(REPORTED)
 
 
 class Audit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from phasewatch.audit.checks import Check, Fate, judge, untested
+from phasewatch.audit.checks import REPORTED, Check, Fate, judge, untested
 from phasewatch.audit.leaks import Leak, Windows, find_leaks
 from phasewatch.channels import LEVELS, mask_of
 from phasewatch.errors import RunError
@@ -107,6 +107,6 @@ def _check(leak: Leak) -> Check:
     chance = f", chance {leak.chance:.2f}" if leak.chance is not None else ""
     found = f"{leak.value:.2f} {leak.unit}{chance}; {leak.words}"
     if leak.limit is None:
-        return Check(name=name, promise=f"{asked} Reported, without a limit.", fate=Fate.KEPT, words=found)
+        return Check(name=name, promise=f"{asked} {REPORTED}", fate=Fate.KEPT, words=found)
     promise = f"{asked} At most {leak.limit:.2f}."
     return judge(name, promise, [found] if leak.is_over else [], looked_at=found)
