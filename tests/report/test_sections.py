@@ -170,6 +170,23 @@ def test_a_budget_at_which_most_are_missed_breaks_the_line_off() -> None:
     assert curve.table.rows[0][2] == "more than half missed"
 
 
+def test_a_subset_of_sources_stands_beside_its_own_gap_to_all_four_whatever_else_was_trained() -> None:
+    four = "proc+qmp+netflow+guest"
+    found = [
+        row("macro_f1@5of6", "gbt", v, threat=t, agent="on", low=0.1, high=0.9) for t, v in (("proc", 0.3), (four, 0.6))
+    ]
+    gaps = [
+        row("macro_f1_sensor_gap@5of6", "gbt", value, threat="proc", vs=four, agent="on", low=-0.4, high=-0.2, **where)
+        for value, where in ((-0.3, {}), (-0.1, {"recipe": "held_out_both"}), (0.2, {"table": "context"}))
+    ]
+
+    table = block(page_of([*found, *gaps]), "sensors").table
+
+    assert table is not None
+    assert table.columns[3] == "against all four"  # a value below 0 is a loss
+    assert [r[3] for r in table.rows] == ["-0.30 [-0.40, -0.20]", "–"]
+
+
 def test_what_a_source_costs_is_measured_in_the_bundles() -> None:
     bundles = Bundles(
         total=1, by_status=(), by_reason=(), by_origin=(), hosts=("h",), span_days=1.0, rows_per_s=(("proc", 2.0),)

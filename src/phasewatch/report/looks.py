@@ -32,13 +32,13 @@ def _sensors(told: Told) -> Block:
     base = Block(key="sensors", title="Value of a sensor", command=TRAIN_ALL)
     found: list[tuple[str, MetricRow]] = []
     absent = []
+    own = [
+        r
+        for r in told.all_rows
+        if (r.recipe, r.fold, r.table, r.filter) == (PLACE.recipe, "pooled", PLACE.table, NO_FILTER)
+    ]
     for name in source_subsets():
         same = PLACE.threat if mask_of(name) == mask_of(PLACE.threat) else name
-        own = [
-            r
-            for r in told.all_rows
-            if (r.recipe, r.fold, r.table, r.filter) == (PLACE.recipe, "pooled", PLACE.table, NO_FILTER)
-        ]
         row = next(
             (
                 x
@@ -54,10 +54,8 @@ def _sensors(told: Told) -> Block:
     if len(found) < 2:
         words = f"The 15 subsets of the four sources were {NOT_TRAINED}."
         return Block(key=base.key, title=base.title, absent=words, command=TRAIN_ALL)
-    gaps = {r.threat: r for r in scores.find(told.all_rows, "macro_f1_sensor_gap", agent="on", model=MODEL)}
-    prior = scores.one(
-        told.all_rows, "macro_f1", recipe=PLACE.recipe, fold="pooled", threat=PLACE.threat, model="majority", agent="on"
-    )
+    gaps = {r.threat: r for r in scores.find(own, "macro_f1_sensor_gap", agent="on", model=MODEL)}
+    prior = scores.one(own, "macro_f1", threat=PLACE.threat, model="majority", agent="on")
     series = figures.Series(name=MODEL, scores=tuple(score_of(name, row) for name, row in found))
     body = [
         (name, number(row.value), bracket(row), _gap(gaps.get(row.threat)), "yes" if needs_agent(name) else "no")
@@ -72,7 +70,7 @@ def _sensors(told: Told) -> Block:
         key=base.key, title=base.title, sentences=tuple(said), command=TRAIN_ALL,
         figure=figures.whiskers((series,), title="macro-F1", origin=told.origin),
         table=Table(
-            columns=("sources", "macro-F1", "95 % interval", "less than all four by", "needs an agent"),
+            columns=("sources", "macro-F1", "95 % interval", "against all four", "needs an agent"),
             numeric=(False, True, False, False, False), rows=tuple(body),
         ),
     )  # fmt: skip
