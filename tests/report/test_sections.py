@@ -187,6 +187,18 @@ def test_a_subset_of_sources_stands_beside_its_own_gap_to_all_four_whatever_else
     assert [r[3] for r in table.rows] == ["-0.30 [-0.40, -0.20]", "–"]
 
 
+def test_channels_above_zero_one_by_one_are_told_with_how_many_chance_would_give() -> None:
+    worth = [
+        row("macro_f1_permuted_gap@5of6", "gbt", 0.1, vs=f"proc.c{i}", low=low, high=0.2)
+        for i, low in enumerate((0.05, -0.1, -0.1, -0.1))
+    ]
+
+    (said,) = (s for s in block(page_of([GBT, *worth]), "channels").sentences if "above 0" in s)
+
+    assert said.startswith("1 of 4 are above 0 by their intervals, each taken alone")
+    assert said.endswith("about 0.1 would be by chance.")
+
+
 def test_what_a_source_costs_is_measured_in_the_bundles() -> None:
     bundles = Bundles(
         total=1, by_status=(), by_reason=(), by_origin=(), hosts=("h",), span_days=1.0, rows_per_s=(("proc", 2.0),)

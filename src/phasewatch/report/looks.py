@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from phasewatch.channels import CHANNELS, mask_of, raw_fields, source_subsets
 from phasewatch.evaluate.across import needs_agent
+from phasewatch.evaluate.bootstrap import LEVEL
 from phasewatch.evaluate.rows import MetricRow
 from phasewatch.report import figures, scores
 from phasewatch.report.blocks import Block, Section, Table, bracket, number, score_of
@@ -128,7 +129,8 @@ def _channels(told: Told) -> Block:
         sentences=(
             f"Macro-F1 that {rows[0].model} loses on the test windows when one channel is shuffled among them, the twelve "
             "dearest. Channels that say the same stand in for one another, so a small loss is no proof of no use.",
-            f"{len(clear)} of {len(rows)} are above 0 by their intervals.",
+            f"{len(clear)} of {len(rows)} are above 0 by their intervals, each taken alone: of so many without any worth "
+            f"about {len(rows) * (1 - LEVEL) / 2:.1f} would be by chance.",
             "For one window: `phasewatch evaluate RUN --why EPISODE --at SECONDS`.",
         ),
         figure=figures.whiskers((series,), title="macro-F1 lost", origin=told.origin, is_gap=True),
