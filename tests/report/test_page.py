@@ -91,6 +91,18 @@ def test_every_picture_has_its_numbers_and_its_command(page: str) -> None:
         assert "phasewatch " in body, key
 
 
+def test_every_table_can_be_read_without_seeing_it(page: str) -> None:
+    tables = re.findall(r'<div class="wide"([^>]*)>\s*<table>(.*?)</table>', page, re.DOTALL)
+
+    assert len(tables) == page.count("<table>") > 10
+    for place, body in tables:
+        assert re.search(
+            r'role="region" aria-label="[^"]+" tabindex="0"', place
+        )  # it scrolls, so it is a stop with a name
+        rows = re.findall(r"<tr>(.*?)</tr>", body.partition("<tbody>")[2], re.DOTALL)
+        assert all(re.match(r'<th[^>]* scope="row">', row) and row.count("<th") == 1 for row in rows)
+
+
 def test_the_origin_is_said_in_every_picture_and_table(tmp_path: Path) -> None:
     text = text_of(make_run(tmp_path / "run", replace(SMALL, origin="simulated")))
 
