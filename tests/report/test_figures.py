@@ -150,6 +150,16 @@ def test_a_number_can_be_read_on_every_shade(share: float) -> None:
     assert contrast(ink, shade(share)) > 4
 
 
+def test_the_small_numbers_of_every_series_can_be_read_on_white() -> None:
+    one = Score(label="gbt", value=0.5, low=0.4, high=0.6)
+    three = [Series(name=name, scores=(one,)) for name in ("a", "b", "c")]
+
+    inks = [t["textfont"]["color"] for t in figures.whiskers(three, title="macro-F1", origin="recorded")["data"]]
+
+    assert len(inks) == 3
+    assert all(contrast(ink, rgb("#ffffff")) >= 4.5 for ink in inks)  # WCAG 2.2, 1.4.3
+
+
 def test_truth_stands_above_the_decision_and_both_above_the_probabilities() -> None:
     figure = bands()
     names = dict(zip(figure["layout"]["yaxis"]["tickvals"], figure["layout"]["yaxis"]["ticktext"], strict=True))

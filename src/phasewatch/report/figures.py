@@ -28,7 +28,12 @@ from phasewatch.report.drawing import (
 )
 from phasewatch.vocab import PHASES
 
-_MARKS = (("circle", BLUE), ("diamond-open", VERMILLION), ("square-open", GREEN))
+# Symbol and colour of a series, and the colour of its small numbers: a darker one, where the mark's own is too light to read.
+_MARKS = (
+    ("circle", BLUE, BLUE),
+    ("diamond-open", VERMILLION, "#b34700"),
+    ("square-open", GREEN, "#00724f"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +107,7 @@ def whiskers(series: Sequence[Series], *, title: str, origin: str, is_gap: bool 
     data: list[Figure] = []
     for k, one in enumerate(series):
         shift = spread * (k / (len(series) - 1) - 0.5) if len(series) > 1 else 0.0
-        symbol, colour = _MARKS[k % len(_MARKS)]
+        symbol, colour, ink = _MARKS[k % len(_MARKS)]
         known = [(s, s.value) for s in one.scores if s.value is not None]
         is_lowest = 0 < k == len(series) - 1  # above its mark a number would stand on the upper mark's whisker
         data.append(
@@ -114,7 +119,7 @@ def whiskers(series: Sequence[Series], *, title: str, origin: str, is_gap: bool 
                 "y": [place[s.label] + shift for s, _ in known],
                 "text": [f"{v:+.2f}" if is_gap else f"{v:.2f}" for _, v in known],
                 "textposition": "bottom center" if is_lowest else "top center",
-                "textfont": {"size": 11, "color": colour},
+                "textfont": {"size": 11, "color": ink},
                 "cliponaxis": False,
                 "marker": {"symbol": symbol, "size": 10, "color": colour, "line": {"width": 2, "color": colour}},
                 "error_x": {
