@@ -225,6 +225,15 @@ def test_metrics_of_other_predictions_are_called_stale(tmp_path: Path) -> None:
     assert "metrics_v1.json was computed from another predictions_v1.parquet" in text_of(run)
 
 
+def test_metrics_of_other_splits_are_called_stale(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", SMALL)
+    assert "was computed from" not in text_of(run)
+    first, second, *_ = sorted((run / "splits").iterdir())
+    first.write_bytes(second.read_bytes())
+
+    assert f"metrics_v1.json was computed from other splits (1, splits/{first.name} is the first)" in text_of(run)
+
+
 def test_a_ledger_that_does_not_balance_is_called_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", SMALL)
     (run / "ledger.json").write_text(json.dumps({"stages": {"validate": {"in": 9, "accepted": 5, "errored": 1}}}))

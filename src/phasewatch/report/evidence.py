@@ -241,11 +241,14 @@ def _stage(name: str, entry: dict[str, Any]) -> Stage:
 
 
 def stale(metrics: Metrics, digests: Mapping[str, str]) -> tuple[str, ...]:
-    """Name the inputs that have changed since the metrics were computed from them."""
+    """Name the inputs that have changed since the metrics were computed from them; of splits, which are many, how many."""
+    changed = [n for n, digest in sorted(metrics.inputs.items()) if n in digests and digests[n] != digest]
+    cuts = [name for name in changed if name.startswith("splits/")]
+    others = [f"another {name} than the one" for name in changed if name not in cuts]
+    if cuts:
+        others.append(f"other splits ({len(cuts)}, {cuts[0]} is the first) than those")
     return tuple(
-        f"{METRICS} was computed from another {name} than the one in this folder: run `phasewatch evaluate RUN` again."
-        for name, digest in sorted(metrics.inputs.items())
-        if name in digests and digests[name] != digest
+        f"{METRICS} was computed from {what} in this folder: run `phasewatch evaluate RUN` again." for what in others
     )
 
 

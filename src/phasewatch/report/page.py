@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -90,7 +90,9 @@ def read_evidence(run: Path) -> ev.Evidence:
         raise RunError(f"{run}: nothing of a run can be read here; `phasewatch run STORE --out {run}` makes one")
     digests = _digests(run)
     if metrics is not None:
-        notes += ev.stale(metrics, digests)
+        notes += ev.stale(
+            metrics, digests | _digests_of(run, [f"splits/{p.name}" for p in (run / "splits").glob("*.json")])
+        )
     audit = None
     try:
         audit = read_audit(run)
@@ -215,8 +217,12 @@ def _read_predictions(path: Path) -> Any:
 
 def _digests(run: Path) -> dict[str, str]:
     """Digest what the page quotes; run.json is left out, for it alone holds times."""
+    return _digests_of(run, (METRICS, PREDICTIONS, ev.LEDGER, ev.VALIDATION, ev.SCHEMA))
+
+
+def _digests_of(run: Path, names: Iterable[str]) -> dict[str, str]:
     found = {}
-    for name in (METRICS, PREDICTIONS, ev.LEDGER, ev.VALIDATION, ev.SCHEMA):
+    for name in names:
         if (run / name).is_file():
             with (run / name).open("rb") as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()
