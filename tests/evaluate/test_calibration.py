@@ -48,6 +48,16 @@ def test_reliability_is_scikit_learns_curve_over_fifteen_bins(scored: tuple[Metr
     assert all(r.low <= r.value <= r.high for r in found if r.low is not None)
 
 
+def test_a_bin_that_most_resamples_miss_has_no_interval_and_says_why(tmp_path: Path) -> None:
+    write_predictions(tmp_path, Shape(agents=("off",), skill=(("gbt", 0.0),), seeds=(0, 1, 2)))
+    found = rows(score(tmp_path, resamples=200), "reliability")
+
+    without = [r for r in found if r.low is None]
+
+    assert without
+    assert {r.why for r in without} == {"in most resamples a seed has no window of this confidence"}
+
+
 def test_flips_are_counted_between_neighbours_of_one_episode(scored: tuple[Metrics, pa.Table]) -> None:
     metrics, table = scored
     flips, pairs = 0, 0

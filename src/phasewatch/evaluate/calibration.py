@@ -43,10 +43,7 @@ def calibration_rows(place: Place, scope: Scope) -> Iterator[MetricRow]:
         total = np.mean([s.sum(axis=0) for s in by_cluster], axis=0)
         for b in np.flatnonzero(total[2 * n :] > 0):
             draws = None if drawn is None else mean_over_seeds([_ratio(d[:, n + b], d[:, 2 * n + b]) for d in drawn])
-            if draws is not None:
-                draws = draws[~np.isnan(draws)]
-            some = draws is not None and 2 * len(draws) >= len(drawn[0] if drawn else ())
-            ends = span(draws if some else None, kept)
+            ends = _known(draws, kept, "in most resamples a seed has no window of this confidence")
             yield place.row(
                 metric="reliability", model=model, seed="mean", x=round(float(total[b] / total[2 * n + b]), 10),
                 value=float(total[n + b] / total[2 * n + b]), **ends,
@@ -93,8 +90,8 @@ def _flips(
             metric=metric, model=model, value=None, why="no two windows in a row", unit="1/min", **scope.counts()
         )
     return place.row(
-        metric=metric, model=model, seed="mean" if model else None, value=value, unit="1/min", **span(draws, kept),
-        **scope.counts(),
+        metric=metric, model=model, seed="mean" if model else None, value=value, unit="1/min",
+        **_known(draws, kept, "in most resamples no two windows stand in a row"), **scope.counts(),
     )  # fmt: skip
 
 
@@ -127,9 +124,8 @@ def abstention_rows(place: Place, scope: Scope, thresholds: Mapping[tuple[str, i
                     metric=metric, model=model, seed="mean", value=None, why="no window is decided", **counts
                 )
                 continue
-            if draws is not None:
-                draws = draws[~np.isnan(draws)]
-            yield place.row(metric=metric, model=model, seed="mean", value=value, **span(draws, kept), **counts)
+            ends = _known(draws, kept, "in most resamples a seed decides no window")
+            yield place.row(metric=metric, model=model, seed="mean", value=value, **ends, **counts)
 
 
 def least_confidence(joined: Joined, board: Board, val_b: Board | None) -> dict[tuple[str, int], Floats]:
@@ -146,6 +142,14 @@ def least_confidence(joined: Joined, board: Board, val_b: Board | None) -> dict[
             at = {f: float(np.quantile(own[f].answer.probabilities.max(axis=1), 1 - KEEP)) for f in set(folds)}
             found[a.model, a.seed] = np.array([at[f] for f in folds])
     return found
+
+
+def _known(draws: Floats | None, kept: Kept, why: str) -> dict[str, object]:
+    """Give the interval of the resamples that say something, or `why` there is none where most do not."""
+    known = None if draws is None else draws[~np.isnan(draws)]
+    if draws is not None and known is not None and 2 * len(known) < len(draws):
+        return {"why": why}
+    return span(known, kept)
 
 
 def _ratio(above: Floats, below: Floats) -> Floats:
