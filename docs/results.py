@@ -6,14 +6,14 @@ Every number is a row of the run's `metrics_v1.json`; what has no row is not sho
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from phasewatch.evaluate.rows import MetricRow, Metrics, headline
 from phasewatch.evaluate.score import read_metrics
 from phasewatch.models import registry
 from phasewatch.report.inflation import CLAIMED, upside_down
-from phasewatch.split import RECIPES
+from phasewatch.split import RECIPES, Recipe, parse_fold
 from phasewatch.train.predictions import PREDICTIONS
 
 AGENT = {"realistic": "off", "portable": "off", "oracle": "on"}  # whose episodes a threat model is scored on
@@ -21,7 +21,17 @@ ORDER = [row.key for row in registry.MODELS]
 BASELINES = {row.key for row in registry.MODELS if row.is_baseline}
 
 
-def render(metrics: Metrics, *, title: str, command: str) -> str:
+def notes_of(run: Path) -> dict[str, tuple[str, ...]]:
+    """Read what the splits of each recipe say that a reader of their scores must know."""
+    found: dict[str, dict[str, None]] = {}
+    for path in sorted((run / "splits").glob("*.json")):
+        fold = parse_fold(path.read_bytes(), file=str(path))
+        if not fold.leaky:  # the page says that of the recipe
+            found.setdefault(fold.recipe, {}).update(dict.fromkeys(fold.notes))
+    return {recipe: tuple(words) for recipe, words in found.items()}
+
+
+def render(metrics: Metrics, notes: Mapping[str, Sequence[str]], *, title: str, command: str) -> str:
     """Give the page."""
     rows = [r for r in metrics.metrics if r.fold == "pooled"]
     digest = metrics.inputs.get(PREDICTIONS, "unknown")
@@ -34,12 +44,13 @@ def render(metrics: Metrics, *, title: str, command: str) -> str:
         "`realistic` and `portable` are scored on test episodes without the guest's agent, `oracle` on those with it. "
         "A baseline is set in italics. A name such as `@5of6` says how many of the malicious profiles were tested.",
     ]
-    parts += [of for row in RECIPES if (of := _recipe(row.name, row.about, row.leaky, metrics, rows))]
+    parts += [of for row in RECIPES if (of := _recipe(row, notes.get(row.name, ()), metrics, rows))]
     parts += [_significance(rows), _variants(rows), _seeds(rows), _notes(rows)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _recipe(name: str, about: str, leaky: bool, metrics: Metrics, rows: Sequence[MetricRow]) -> str:
+def _recipe(recipe: Recipe, notes: Sequence[str], metrics: Metrics, rows: Sequence[MetricRow]) -> str:
+    name = recipe.name
     mine = [r for r in rows if r.recipe == name and (r.table, r.filter) == ("raw", "none")]
     threats = [t for t in AGENT if any(r.threat == t for r in mine)]
     lines = []
@@ -53,8 +64,8 @@ def _recipe(name: str, about: str, leaky: bool, metrics: Metrics, rows: Sequence
         return ""
     if name == CLAIMED and (words := upside_down(metrics.metrics)):
         lines.append(words)
-    warning = " **It leaks; never a headline.**" if leaky else ""
-    return f"## {name}\n\n{about}{warning}\n\n" + "\n\n".join(lines)
+    said = ["**It leaks; never a headline.**"] if recipe.leaky else [f"**{w[0].upper()}{w[1:]}.**" for w in notes]
+    return f"## {name}\n\n{' '.join((recipe.about, *said))}\n\n" + "\n\n".join(lines)
 
 
 def _one_fold(name: str, fold: str, metrics: Metrics, pooled: Sequence[MetricRow]) -> list[str]:
@@ -195,4 +206,4 @@ if __name__ == "__main__":
     parser.add_argument("--title", default="lab-v1: what the models scored")
     asked = parser.parse_args()
     asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(render(read_metrics(asked.run), title=asked.title, command=asked.command))
+    asked.out.write_text(render(read_metrics(asked.run), notes_of(asked.run), title=asked.title, command=asked.command))

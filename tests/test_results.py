@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tests.report.fake_run import Recipe, make_run
 
 from phasewatch.evaluate.score import read_metrics
+from phasewatch.split import parse_fold, render_fold
+from phasewatch.split.fold import digest_of
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "results.py"
 
@@ -43,6 +47,21 @@ def test_it_names_the_command_the_baselines_and_what_was_tested(run: Path, tmp_p
     assert "| *elapsed_time* |" in page
     assert "macro_f1@5of6" in page
     assert "## held_out_sample" not in page
+
+
+def test_what_the_splits_say_of_their_scores_stands_beside_them(run: Path, tmp_path: Path) -> None:
+    last = shutil.copytree(run, tmp_path / "last")
+    path = next((last / "splits").iterdir())
+    fold = parse_fold(path.read_bytes(), file="")
+    told = replace(fold, notes=("the store spans 1.4 days: no drift can be seen",))
+    path.write_bytes(render_fold(replace(told, sha256=digest_of(told))))
+
+    page = page_of(last, tmp_path / "lab.md")
+
+    assert (
+        "## held_out_host\n\nTested on a host that training never saw. **The store spans 1.4 days: no drift can be seen.**"
+        in page
+    )
 
 
 def test_the_same_run_gives_the_same_page(run: Path, tmp_path: Path) -> None:
