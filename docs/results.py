@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from phasewatch.evaluate.rows import MetricRow, Metrics, headline
+from phasewatch.evaluate.rows import MetricRow, Metrics, chosen, headline
 from phasewatch.evaluate.score import read_metrics
 from phasewatch.models import registry
 from phasewatch.report.inflation import CLAIMED, upside_down
@@ -45,7 +45,7 @@ def render(metrics: Metrics, notes: Mapping[str, Sequence[str]], *, title: str, 
         "A baseline is set in italics. A name such as `@5of6` says how many of the malicious profiles were tested.",
     ]
     parts += [of for row in RECIPES if (of := _recipe(row, notes.get(row.name, ()), metrics, rows))]
-    parts += [_significance(rows), _variants(rows), _seeds(rows), _notes(rows)]
+    parts += [_significance(rows, chosen(metrics.metrics).model), _variants(rows), _seeds(rows), _notes(rows)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -104,8 +104,8 @@ def _scores(rows: Sequence[MetricRow]) -> str:
     return table([["model", name, "3 states", "worst host"], *body])
 
 
-def _significance(rows: Sequence[MetricRow]) -> str:
-    """Hold every model of the headline's recipe against the best, paired."""
+def _significance(rows: Sequence[MetricRow], model: str) -> str:
+    """Hold every model of the headline's recipe against the headline's, paired."""
     mine = [
         r
         for r in rows
@@ -115,7 +115,7 @@ def _significance(rows: Sequence[MetricRow]) -> str:
     if not mine:
         return ""
     body = [
-        [f"{r.model} − {r.vs}", span(r, sign=True), _p(r.p), _p(r.p_holm)] for r in mine if "gbt" in (r.model, r.vs)
+        [f"{r.model} − {r.vs}", span(r, sign=True), _p(r.p), _p(r.p_holm)] for r in mine if model in (r.model, r.vs)
     ]
     return (
         "## Is the difference significant?\n\nPaired over the same sessions, `held_out_host`, `realistic`; Holm over all pairs.\n\n"

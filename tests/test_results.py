@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -62,6 +63,19 @@ def test_what_the_splits_say_of_their_scores_stands_beside_them(run: Path, tmp_p
         "## held_out_host\n\nTested on a host that training never saw. **The store spans 1.4 days: no drift can be seen.**"
         in page
     )
+
+
+def test_the_others_are_held_against_the_model_of_the_headline(run: Path, tmp_path: Path) -> None:
+    document = json.loads((run / "metrics_v1.json").read_text().replace('"gbt"', '"cnn"'))
+    (other := tmp_path / "other").mkdir()
+    (other / "metrics_v1.json").write_text(json.dumps(document))
+    liked = {**document["metrics"][0], "metric": "val_a_macro_f1", "model": "cnn", "value": 0.9, "agent": None}
+    (other / "metrics_v1.json").write_text(json.dumps({**document, "metrics": [*document["metrics"], liked]}))
+
+    page = page_of(other, tmp_path / "lab.md")
+
+    assert "realistic, cnn: " in page
+    assert "| cnn − elapsed_time |" in page
 
 
 def test_the_same_run_gives_the_same_page(run: Path, tmp_path: Path) -> None:
