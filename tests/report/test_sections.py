@@ -267,3 +267,18 @@ def test_names_from_data_open_nothing_in_markdown() -> None:
 
     assert "<img" not in text.replace("\\<img", "")
     assert "p\\|q, \\<img src=x\\>\\[a\\](b)\\|c \\# d" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        pytest.param("https://evil.example/x", r"https\://evil.example/x", id="an address"),
+        pytest.param("see www.evil.example", r"see www\.evil.example", id="a place without a scheme"),
+        pytest.param("not ~~here~~", r"not \~\~here\~\~", id="words crossed out"),
+        pytest.param("at 10:15 / 5 s", "at 10:15 / 5 s", id="no address: left alone"),
+    ],
+)
+def test_a_name_from_data_becomes_no_link_in_markdown(name: str, shown: str) -> None:
+    page = page_of([GBT, row("macro_f1@5of6", "gbt", 0.1, sample_name=name, profile="p")])
+
+    assert f"| p, {shown} |" in render_markdown(page)

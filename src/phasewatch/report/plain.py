@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from phasewatch.report.blocks import Block, Page, Table
 
+_ADDRESS = re.compile(r"\b[a-z]+:(?=//)|\bwww\.", re.IGNORECASE)  # what becomes a link without any brackets
 LONGEST = 60  # rows of a table in Markdown; the rest is counted, and stands in the JSON
 
 
@@ -78,7 +80,8 @@ def _cell(words: str) -> str:
 
 
 def _escaped(words: str) -> str:
-    return "".join(f"\\{c}" if c in "\\`*_<>[]|#" else c for c in _line(words))
+    marked = "".join(f"\\{c}" if c in "\\`*_<>[]|#~" else c for c in _line(words))
+    return _ADDRESS.sub(lambda found: found[0][:-1] + "\\" + found[0][-1], marked)
 
 
 def _line(words: str) -> str:
