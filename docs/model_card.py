@@ -70,8 +70,9 @@ def render(rows: Sequence[MetricRow], bundle: EdgeBundle, sha256: str) -> str:
     profiles = _by(home, lambda r: r.profile if not (r.host_id or r.sample_name) else None)
     whole = {r.metric: r for r in home if is_whole(r)}
     operator = [[words, _measured(whole[key])] for key, words in OPERATOR if key in whole]
-    untested = sorted({r.profile or r.phase or "" for r in rows if r.metric.startswith("untested") and r.recipe == HOME.recipe and r.threat == HOME.threat and r.fold == "pooled"})  # fmt: skip
-    notes = sorted({r.why for r in rows if r.metric == "note" and r.why and (r.recipe, r.fold, r.threat, r.table, r.filter, r.agent) == (HOME.recipe, "pooled", HOME.threat, HOME.table, "none", HOME.agent)})  # fmt: skip
+    there = [r for r in rows if (r.recipe, r.fold, r.threat, r.table, r.filter, r.agent) == (HOME.recipe, "pooled", HOME.threat, HOME.table, "none", HOME.agent)]  # fmt: skip
+    untested = sorted({r.profile or r.phase or "" for r in there if r.metric.startswith("untested")})
+    notes = sorted({r.why for r in there if r.metric == "note" and r.why})
     return "\n\n".join(
         [
             OF.format(sha256),

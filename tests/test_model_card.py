@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from phasewatch.evaluate.rows import MetricRow
+from phasewatch.live.edge import read_edge
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "model-card.md").read_text(encoding="utf-8")
@@ -36,3 +42,18 @@ def test_every_mask_that_is_shipped_was_scored_on_machines_that_it_never_saw() -
 def test_the_front_page_and_the_datasheet_lead_to_it() -> None:
     for page in ("README.md", "docs/honesty.md", "docs/how-to/watch-a-vm.md", "corpus/lab-v1/README.md"):
         assert "model-card.md" in (ROOT / page).read_text(encoding="utf-8"), page
+
+
+def test_untested_is_what_the_episodes_behind_its_scores_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    card = importlib.import_module("model_card")
+    place = {"recipe": "held_out_host", "fold": "pooled", "threat": "realistic", "table": "raw", "filter": "none"}
+    scored = MetricRow(metric="macro_f1@5of6", model="gbt", seed="mean", agent="off", value=0.5, n_episodes=9, **place)
+    lacks = [
+        MetricRow(metric="untested_profile", model=None, agent=agent, profile=profile, **place)
+        for agent, profile in (("off", "beacon-c2"), ("on", "cryptomine"))
+    ]
+
+    page = card.render([scored, *lacks], read_edge(card.EDGE), "0" * 64)
+
+    assert "- untested: beacon-c2\n" in f"{page}\n"
