@@ -79,6 +79,13 @@ def test_the_headline_and_all_parts_of_the_argument_are_there(page: str) -> None
         assert part in words
 
 
+def test_coverage_says_why_it_counts_other_profiles_than_the_headline(page: str) -> None:
+    words = words_of(page)
+
+    assert "2 of 6 profiles tested, 1 seed)" in words
+    assert "3 of 7 profiles tested, benign ones counted too, where the headline counts the malicious ones" in words
+
+
 def test_every_picture_has_its_numbers_and_its_command(page: str) -> None:
     articles = re.findall(r'<article id="block-([^"]+)">(.*?)</article>', page, re.DOTALL)
 

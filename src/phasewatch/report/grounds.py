@@ -119,7 +119,8 @@ def _coverage(folds: Sequence[Fold], windows: Scored | None) -> Block:
     embargoed = sum(len(f.embargoed) for f in of_recipe)
     said = [
         f"{count(sum(c.test for c in cells), 'test episode')} over {count(len(of_recipe), 'fold')}; "
-        f"{len(profiles)} of {count(len(profiles | set(never)), 'profile')} tested.",
+        f"{len(profiles)} of {count(len(profiles | set(never)), 'profile')} tested, benign ones counted too, where the "
+        "headline counts the malicious ones of its own episodes.",
         f"Untested profiles: {listed(never) or 'none'}. Untested phases: {listed(phases) or 'none'}.",
     ]
     if embargoed:
