@@ -97,6 +97,8 @@ def main(arguments: Sequence[str]) -> int:
     if ledger["validate"]["in"] != bundles:
         raise SystemExit(f"{run}: made from {ledger['validate']['in']} bundles, the bundled corpus has {bundles}")
     metrics = json.loads((run / "metrics_v1.json").read_bytes())
+    if any(m["metric"] == "origin" and m["why"] != "recorded" for m in metrics["metrics"]):
+        raise SystemExit(f"{run}: holds simulated episodes, and the README speaks of recorded ones; name another run")
     kept = {"inputs": metrics["inputs"], "episodes": ledger["features"]["used"], "rows": pick(metrics["metrics"])}
     KEPT.parent.mkdir(exist_ok=True)
     KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")

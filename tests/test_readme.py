@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -35,6 +36,7 @@ WALKED = (
     "PYTHONPATH=examples phasewatch train runs/demo --model forest:Forest",
 )
 ITSELF = ("make test",)  # what is running
+KEYS = ("recipe", "model", "threat", "table", "filter", "agent", "fold", "seed", "class", "profile", "host_id")
 
 
 def test_every_command_of_the_page_is_run_somewhere() -> None:
@@ -55,6 +57,29 @@ def test_the_table_is_the_one_of_the_numbers_that_are_kept() -> None:
     )
 
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fewer", "origin", "says"),
+    [
+        pytest.param(1, "recorded", "the bundled corpus has", id="fewer bundles than there are"),
+        pytest.param(0, "simulated", "holds simulated episodes", id="as many, of a generator"),
+    ],
+)
+def test_a_run_of_other_episodes_gives_no_table(fewer: int, origin: str, says: str, tmp_path: Path) -> None:
+    bundles = len(list((ROOT / "corpus" / "lab-v1").glob("*/*.tar.zst"))) - fewer
+    stages = {"validate": {"in": bundles}, "features": {"used": bundles}}
+    (tmp_path / "ledger.json").write_text(json.dumps({"stages": stages}))
+    (tmp_path / "metrics_v1.json").write_text(
+        json.dumps({"inputs": {}, "metrics": [dict.fromkeys(KEYS) | {"metric": "origin", "why": origin}]})
+    )
+
+    done = subprocess.run(
+        [sys.executable, "docs/headline.py", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+
+    assert done.returncode == 1
+    assert says in done.stderr
 
 
 def test_the_page_is_short_and_says_the_limits_before_what_is_next() -> None:
