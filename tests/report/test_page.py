@@ -8,11 +8,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from tests.report.fake_run import HOSTILE, Recipe, make_run
 
 from phasewatch.errors import RunError
+from phasewatch.evaluate.score import score
 from phasewatch.report.page import MAX_BYTES, plotly_script, read_evidence, script_json, write_report
 
 SMALL = Recipe(hosts=("a-host", "b-host", "c-host"), profiles=("benign", "cryptomine", "beacon-c2"), n_windows=12)
@@ -195,6 +198,32 @@ def test_a_half_done_run_says_what_is_missing_and_shows_the_rest(
     words = words_of(text_of(run))
 
     assert says in words
+    assert "What it rests on" in words
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        pytest.param("p_clean", float("nan"), id="a probability that is no number"),
+        pytest.param("y_pred", 7, id="a decision for a sixth phase"),
+        pytest.param("y_true", -1, id="a truth that nobody knows"),
+    ],
+)
+def test_a_model_that_cannot_be_scored_is_said_and_the_page_is_written(
+    tmp_path: Path, column: str, value: float
+) -> None:
+    run = make_run(tmp_path / "run", SMALL)
+    table = pq.read_table(run / "predictions_v1.parquet")
+    values = pc.if_else(
+        pc.equal(table["model"], "gbt"), pa.scalar(value, table.schema.field(column).type), table[column]
+    )
+    at = table.schema.get_field_index(column)
+    pq.write_table(table.set_column(at, column, values), run / "predictions_v1.parquet")
+    score(run, resamples=50)
+
+    words = words_of(text_of(run))
+
+    assert "Gbt (seed 0, fold a-host) is not scored" in words
     assert "What it rests on" in words
 
 

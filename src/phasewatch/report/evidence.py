@@ -129,15 +129,20 @@ class Evidence:
 
 
 def parse_predictions(table: Any) -> Predictions:
-    """Read the columns of an arrow table of predictions; rows of unknown phase are passed over.
+    """Read the columns of an arrow table of predictions.
+
+    Rows that no picture can show are passed over: a phase that nobody knows or that there is none of, a probability
+    that is no number. The evaluation names the models that have some.
 
     Raises:
         RunError: If a column is absent or of another type.
     """
     _need(table, PREDICTION_COLUMNS, PREDICTIONS)
     try:
-        known = np.flatnonzero(np.asarray(table.column("y_true").to_numpy(), np.int64) >= 0)
-        table = table.take(known)
+        labels = np.stack([np.asarray(table.column(name).to_numpy(), np.int64) for name in ("y_true", "y_pred")])
+        heard = np.stack([np.asarray(table.column(name).to_numpy(), np.float64) for name in PROBABILITIES])
+        is_phase = ((labels >= 0) & (labels < len(PROBABILITIES))).all(axis=0)
+        table = table.take(np.flatnonzero(is_phase & np.isfinite(heard).all(axis=0)))
 
         def numbers(name: str) -> NDArray[np.int64]:
             return np.asarray(table.column(name).to_numpy(), np.int64)
