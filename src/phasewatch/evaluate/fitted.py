@@ -18,9 +18,8 @@ from phasewatch.train.cells import read_sets
 from phasewatch.train.predictions import NO_FILTER
 
 HISTORY = "val_a_macro_f1"
-_BASELINES = {
-    row.key for row in registry.MODELS if row.is_baseline
-}  # asked of names in a file: none of them is imported
+# Asked of names in a file: none of them is imported.
+_BASELINES = {row.key for row in registry.MODELS if row.is_baseline}
 
 
 def fitted_rows(run: Path, boards: Sequence[Board], place: Headline) -> Iterator[MetricRow]:
