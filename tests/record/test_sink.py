@@ -423,6 +423,20 @@ def test_a_closed_window_is_knocked_at_until_it_opens() -> None:
     assert len(body_of(bytes(client.data))) == 5000
 
 
+def test_data_of_a_guest_that_did_not_see_our_greeting_is_not_taken_and_time_goes_on() -> None:
+    sink = Responder()
+    client = Client(sink, WEB_IP, 80)
+    (greeting,) = sink.handle(client.frame(SYN), 0)
+    client.expected = opened(greeting).data.seq  # one less than the greeting asks for
+
+    assert sink.handle(client.frame(ACK, b"GET", seq=1001), 0) == []
+    again = sink.due(400 * MS)
+
+    assert [opened(frame).data.flags for frame in again] == [SYN | ACK]
+    assert sink.next_due_ns is not None
+    assert sink.next_due_ns > 400 * MS
+
+
 def test_who_never_answers_is_given_up() -> None:
     sink = Responder()
     client = Client(sink, WEB_IP, 80)
