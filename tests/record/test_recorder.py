@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.record.fakes import FakeClock, FakeMachine, session_of, shape_of, slot_of
+from tests.record.fakes import FakeClock, FakeMachine, FakeReader, session_of, shape_of, slot_of
 
 from phasewatch import atomic
 from phasewatch.channels import CHANNELS
@@ -16,6 +16,7 @@ from phasewatch.episode.bundle import unpack
 from phasewatch.episode.model import Episode
 from phasewatch.errors import BusyError, MachineError, UsageError, VmError
 from phasewatch.record import campaign, recorder
+from phasewatch.record.base import RowLog
 from phasewatch.record.campaign import record_plan
 from phasewatch.record.idle import Effort, parse_stat, wait_until_idle
 from phasewatch.record.plan import Session
@@ -312,6 +313,18 @@ def test_a_disk_that_fills_while_a_bundle_is_written_leaves_none_of_it(tmp_path:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     assert [path for path in world.store.path.rglob("*") if path.is_file()] == []
+
+
+def test_progress_tells_of_an_agent_that_was_not_believed(tmp_path: Path) -> None:
+    class Babbling(FakeMachine):
+        def listen(self, log: RowLog) -> FakeReader:
+            return FakeReader(log, bad=3, dropped=4)
+
+    world = World(tmp_path)
+    world.make = lambda number, place: Babbling(world.clock)
+    world.record(session_of(slot_of(1, agent=True)), session_of(slot_of(2)))
+
+    assert world.lines.text.count("agent's lines") == world.lines.text.count("(7 of the agent's lines refused)") == 1
 
 
 def test_progress_names_the_session_and_the_time_left(tmp_path: Path) -> None:
