@@ -576,6 +576,22 @@ def test_a_dead_sink_is_an_error_with_a_remedy(tmp_path: Path) -> None:
             sink.take()
 
 
+def test_an_answer_that_came_too_late_is_not_taken_for_the_next(tmp_path: Path) -> None:
+    with a_card(tmp_path) as (sink, card):
+        sink.take()
+        os.kill(sink.pid, signal.SIGSTOP)
+        sink.patience_s = 0.05
+        for _ in range(2):
+            with pytest.raises(VmError, match="runs, but is silent"):
+                sink.take()
+        sink.patience_s = 20
+        os.kill(sink.pid, signal.SIGCONT)
+        sink.log()
+        card.send(udp("10.0.2.9", 9, b"x"))
+
+        assert sink.take().out_pkts == 1
+
+
 def test_a_path_too_long_for_a_socket_is_named(tmp_path: Path) -> None:
     with pytest.raises(VmError, match="shorter folder"):
         Sink(tmp_path / ("p" * 100), tmp_path / "q")
