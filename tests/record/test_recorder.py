@@ -340,6 +340,17 @@ def test_two_recorders_on_one_store_do_not_mix(tmp_path: Path) -> None:
         record_plan([], store=tmp_path, cache=tmp_path, shapes=())
 
 
+def test_what_a_killed_recorder_left_half_written_is_removed_and_a_receiver_s_is_not(tmp_path: Path) -> None:
+    half, coming = (tmp_path / folder / ".x.tar.zst.0123456789ab.tmp" for folder in ("pc", ".incoming"))
+    for each in (half, coming):
+        each.parent.mkdir()
+        each.write_bytes(b"half")
+
+    record_plan([], store=tmp_path, cache=tmp_path, shapes=(shape_of(), shape_of(host_id="never-recorded")))
+
+    assert (half.exists(), coming.exists()) == (False, True)
+
+
 def test_a_plan_for_an_unknown_host_is_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no host 'pc'; known: q35"):
         record_plan([session_of(slot_of(1))], store=tmp_path, cache=tmp_path, shapes=(shape_of(host_id="q35"),))

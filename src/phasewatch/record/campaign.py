@@ -148,7 +148,9 @@ def record_plan(
     clock = HostClock()
     store.mkdir(parents=True, exist_ok=True)
     with ended_in_order(), atomic.lock(store), spawn.scratch(spawn.scratch_parent()) as scratch:
-        atomic.sweep_temporaries(store)
+        for folder in (store, *(store / host_id for host_id in sorted(by_id))):
+            if folder.is_dir():  # where bundles are written; a receiver's folder is its own to sweep
+                atomic.sweep_temporaries(folder)
         factory = QemuFactory(cache=cache, scratch=scratch, clock=clock, accel=accel, scripts=scripts, own=own)
         for host_id in dict.fromkeys(session.host_id for session in sessions):
             factory.prepare(by_id[host_id])  # before the first VM: building an image is a load too
