@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -186,6 +187,15 @@ def test_the_validator_says_of_every_episode_what_the_truth_file_says(tmp_path: 
     assert said == {t.path: (t.status, set(t.reasons)) for t in truths_of(made.store)}
 
 
+def test_hosts_that_lie_far_apart_are_sound_all_the_same(tmp_path: Path) -> None:
+    far = Knobs(host_effect=3.0, episode_effect=3.0)
+    made = simulate(tmp_path / "s", hosts=4, episodes=16, seed=0, between_s=SHORT, knobs=far)
+
+    swept = sweep(made.store, tmp_path / "run", workers=1)
+
+    assert {v.status for v in swept.verdicts} == {t.status for t in truths_of(made.store)} == {Status.ACCEPTED}
+
+
 def test_only_the_chosen_kinds_of_fault_are_made(tmp_path: Path) -> None:
     made = simulate(
         tmp_path / "s", hosts=2, episodes=40, seed=4, faults=0.8, between_s=SHORT, kinds=("duplicate", "missing-netflow")
@@ -246,7 +256,31 @@ def test_a_store_is_never_written_over(tmp_path: Path) -> None:
         simulate(tmp_path / "s", hosts=1, episodes=1, seed=0)
 
 
-@pytest.mark.parametrize("numbers", [{"hosts": 0}, {"hosts": 5}, {"faults": 1.5}, {"between_s": (0.5, 2.0)}])
-def test_numbers_that_make_no_sense_are_refused(tmp_path: Path, numbers: dict[str, object]) -> None:
-    with pytest.raises(UsageError):
+def test_a_store_may_be_made_in_the_folder_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "s").mkdir()
+    monkeypatch.chdir(tmp_path / "s")
+
+    made = simulate(Path(), hosts=1, episodes=1, seed=0, between_s=(10.0, 10.0))
+
+    assert made.truth == tmp_path / "s.truth.jsonl"
+    assert made.truth.read_bytes().count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ({"hosts": 0}, "--hosts 0"),
+        ({"hosts": 5}, "--hosts 5 --episodes 2: at least one host"),
+        ({"faults": 1.5}, "--faults 1.5: a share"),
+        ({"between_s": (0.5, 2.0)}, "--seconds 0.5 2: the shortest"),
+        ({"between_s": (59.0, 80.0), "faults": 0.5}, "--faults 0.5 --seconds 59 80: .* 60 s and more"),
+        ({"days": math.nan}, "--days nan"),
+        ({"days": 1e9}, r"--days 1e\+09: 0 to 36500"),
+        ({"days": 3650.0}, "--drift 0.05 --days 3650: a host would drift by 26.1, at most 3"),
+        ({"knobs": Knobs(tick_noise=math.inf)}, "--noise inf: 0 to 3"),
+        ({"knobs": Knobs(quiet=math.nan)}, "--quiet nan: 0 to 100"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(tmp_path: Path, numbers: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
         simulate(tmp_path / "s", **{"hosts": 1, "episodes": 2, "seed": 0, **numbers})  # type: ignore[arg-type]
