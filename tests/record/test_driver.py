@@ -189,7 +189,9 @@ def test_a_guest_that_lies_about_its_clock_moves_no_stamp(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        pytest.param("err 1 the payload is gone\n", "dormant: the guest says: the payload is gone", id="a late refusal"),
+        pytest.param(
+            "err 1 the payload is gone\n", "dormant: the guest says: the payload is gone", id="a late refusal"
+        ),
         pytest.param("ready 1 6.1\n", "must have restarted", id="a restart"),
     ],
 )
