@@ -136,6 +136,26 @@ def test_a_vm_that_fails_is_stopped_and_named(machine: FakeMachine, says: str) -
     assert not any(source.is_open for source in machine.opened)
 
 
+def test_a_vm_that_is_being_stopped_is_stopped_to_the_end_though_the_recording_is_interrupted() -> None:
+    class Slow(FakeMachine):
+        async def stop(self) -> None:
+            await self.clock.sleep_until(self.clock.now_ns + 1_000_000_000)
+            self.stops += 1
+
+    machine = Slow(FakeClock(), boot_error="no word from the guest")
+
+    async def interrupted() -> None:
+        task = asyncio.ensure_future(play(machine, slot_of(), machine.clock))
+        await machine.clock.sleep_until(3_500_000_000)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    machine.clock.run(interrupted())
+
+    assert machine.stops == 1
+
+
 def test_waiting_for_a_core_is_measured_between_first_label_and_end() -> None:
     take = play_on(FakeMachine(FakeClock(), wait_cores=0.25))
 
