@@ -15,12 +15,14 @@ import pytest
 
 from phasewatch.episode.bundle import unpack
 from phasewatch.episode.findings import CODES, severity_of
+from phasewatch.episode.frame import decompress_frame
 from phasewatch.episode.model import Episode
 from phasewatch.errors import BundleError, StoreError, UsageError
 from phasewatch.profiles import PROFILES
 from phasewatch.simulate import Knobs, simulate
 from phasewatch.simulate.activity import named_rng
 from phasewatch.simulate.campaign import Campaign, sessions_of, slots_of
+from phasewatch.simulate.damage import flip_bit
 from phasewatch.simulate.episode import draw_episode
 from phasewatch.simulate.faults import DUPLICATE, FAULTS, Fault
 from phasewatch.simulate.store import Truth, render_faulty
@@ -164,6 +166,36 @@ def test_a_fault_is_seen_as_the_truth_file_says(fault: Fault) -> None:
         assert severity_of(refused.value.code) is fault.status
     else:
         assert (unpack(data, file="x").manifest.episode_id == episode_id) is (fault.name != "foreign-identity")
+
+
+def reads(data: bytes) -> bool:
+    try:
+        decompress_frame(data, file="x")
+    except BundleError:
+        return False
+    return True
+
+
+# A frame in which the decoder never looks at bit 5 of byte 74 (padding of its entropy coding).
+PADDED = bytes.fromhex(
+    "28b52ffd247835020002c70e0bb0b50d26dd420de78c59046c297b34696c3a4d45985b02e96e0eaa7c46"
+    "53666129997149c739b3b7c41b883aa6099d0c9e15a0b8d7ad6acd450c020059034a210866ea6525a0"
+)
+
+
+def test_a_flipped_bit_is_one_that_can_be_seen() -> None:
+    assert reads(PADDED)
+    assert reads(PADDED[:74] + bytes([PADDED[74] ^ 1 << 5]) + PADDED[75:])
+    draws = [74, 5, 75, 0]
+
+    class Scripted(np.random.Generator):
+        def integers(self, *_: object, **__: object) -> int:  # type: ignore[override]
+            return draws.pop(0)
+
+    spoilt = flip_bit(Scripted(np.random.PCG64(0)), PADDED)
+
+    assert not reads(spoilt)
+    assert draws == []
 
 
 def test_a_share_of_the_episodes_is_faulty_and_the_truth_names_each(tmp_path: Path) -> None:
