@@ -162,6 +162,7 @@ def test_a_file_becomes_rows_with_what_it_leaves_out_filled_in() -> None:
         pytest.param("[[raw]]", "[[raws]]", "no table is called", id="an unknown table"),
         pytest.param("[[channel]]", "[channel]", "no list", id="a table for a list"),
         pytest.param("[[raw]]", "[[raw", "not TOML", id="no TOML"),
+        pytest.param("[[raw]]", "x = " + "9" * 5000 + "\n[[raw]]", "not TOML", id="a number too long to be one"),
     ],
 )
 def test_a_wrong_file_is_refused_by_row_and_key(old: str, new: str, words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,12 +15,14 @@ import pytest
 
 from phasewatch.episode.bundle import unpack
 from phasewatch.episode.findings import CODES, severity_of
+from phasewatch.episode.frame import decompress_frame
 from phasewatch.episode.model import Episode
 from phasewatch.errors import BundleError, StoreError, UsageError
 from phasewatch.profiles import PROFILES
 from phasewatch.simulate import Knobs, simulate
 from phasewatch.simulate.activity import named_rng
 from phasewatch.simulate.campaign import Campaign, sessions_of, slots_of
+from phasewatch.simulate.damage import flip_bit
 from phasewatch.simulate.episode import draw_episode
 from phasewatch.simulate.faults import DUPLICATE, FAULTS, Fault
 from phasewatch.simulate.store import Truth, render_faulty
@@ -165,6 +168,36 @@ def test_a_fault_is_seen_as_the_truth_file_says(fault: Fault) -> None:
         assert (unpack(data, file="x").manifest.episode_id == episode_id) is (fault.name != "foreign-identity")
 
 
+def reads(data: bytes) -> bool:
+    try:
+        decompress_frame(data, file="x")
+    except BundleError:
+        return False
+    return True
+
+
+# A frame in which the decoder never looks at bit 5 of byte 74 (padding of its entropy coding).
+PADDED = bytes.fromhex(
+    "28b52ffd247835020002c70e0bb0b50d26dd420de78c59046c297b34696c3a4d45985b02e96e0eaa7c46"
+    "53666129997149c739b3b7c41b883aa6099d0c9e15a0b8d7ad6acd450c020059034a210866ea6525a0"
+)
+
+
+def test_a_flipped_bit_is_one_that_can_be_seen() -> None:
+    assert reads(PADDED)
+    assert reads(PADDED[:74] + bytes([PADDED[74] ^ 1 << 5]) + PADDED[75:])
+    draws = [74, 5, 75, 0]
+
+    class Scripted(np.random.Generator):
+        def integers(self, *_: object, **__: object) -> int:  # type: ignore[override]
+            return draws.pop(0)
+
+    spoilt = flip_bit(Scripted(np.random.PCG64(0)), PADDED)
+
+    assert not reads(spoilt)
+    assert draws == []
+
+
 def test_a_share_of_the_episodes_is_faulty_and_the_truth_names_each(tmp_path: Path) -> None:
     made = simulate(tmp_path / "s", hosts=2, episodes=60, seed=2, faults=0.5, between_s=SHORT)
     truths = truths_of(made.store)
@@ -184,6 +217,15 @@ def test_the_validator_says_of_every_episode_what_the_truth_file_says(tmp_path: 
 
     said = {v.path: (v.status, set(v.reasons)) for v in swept.verdicts}
     assert said == {t.path: (t.status, set(t.reasons)) for t in truths_of(made.store)}
+
+
+def test_hosts_that_lie_far_apart_are_sound_all_the_same(tmp_path: Path) -> None:
+    far = Knobs(host_effect=3.0, episode_effect=3.0)
+    made = simulate(tmp_path / "s", hosts=4, episodes=16, seed=0, between_s=SHORT, knobs=far)
+
+    swept = sweep(made.store, tmp_path / "run", workers=1)
+
+    assert {v.status for v in swept.verdicts} == {t.status for t in truths_of(made.store)} == {Status.ACCEPTED}
 
 
 def test_only_the_chosen_kinds_of_fault_are_made(tmp_path: Path) -> None:
@@ -246,7 +288,31 @@ def test_a_store_is_never_written_over(tmp_path: Path) -> None:
         simulate(tmp_path / "s", hosts=1, episodes=1, seed=0)
 
 
-@pytest.mark.parametrize("numbers", [{"hosts": 0}, {"hosts": 5}, {"faults": 1.5}, {"between_s": (0.5, 2.0)}])
-def test_numbers_that_make_no_sense_are_refused(tmp_path: Path, numbers: dict[str, object]) -> None:
-    with pytest.raises(UsageError):
+def test_a_store_may_be_made_in_the_folder_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "s").mkdir()
+    monkeypatch.chdir(tmp_path / "s")
+
+    made = simulate(Path(), hosts=1, episodes=1, seed=0, between_s=(10.0, 10.0))
+
+    assert made.truth == tmp_path / "s.truth.jsonl"
+    assert made.truth.read_bytes().count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ({"hosts": 0}, "--hosts 0"),
+        ({"hosts": 5}, "--hosts 5 --episodes 2: at least one host"),
+        ({"faults": 1.5}, "--faults 1.5: a share"),
+        ({"between_s": (0.5, 2.0)}, "--seconds 0.5 2: the shortest"),
+        ({"between_s": (59.0, 80.0), "faults": 0.5}, "--faults 0.5 --seconds 59 80: .* 60 s and more"),
+        ({"days": math.nan}, "--days nan"),
+        ({"days": 1e9}, r"--days 1e\+09: 0 to 36500"),
+        ({"days": 3650.0}, "--drift 0.05 --days 3650: a host would drift by 26.1, at most 3"),
+        ({"knobs": Knobs(tick_noise=math.inf)}, "--noise inf: 0 to 3"),
+        ({"knobs": Knobs(quiet=math.nan)}, "--quiet nan: 0 to 100"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(tmp_path: Path, numbers: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
         simulate(tmp_path / "s", **{"hosts": 1, "episodes": 2, "seed": 0, **numbers})  # type: ignore[arg-type]

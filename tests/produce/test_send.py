@@ -113,6 +113,29 @@ def test_a_busy_page_is_asked_again_and_nothing_is_sent_twice(monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
+    ("after", "waited_s"),
+    [
+        pytest.param("2", 2.0, id="seconds"),
+        pytest.param("86400", 60.0, id="a day is too long"),
+        pytest.param("Wed, 21 Oct 2026 07:28:00 GMT", 0.001, id="a date"),
+        pytest.param("inf", 0.001, id="for ever"),
+    ],
+)
+def test_a_page_that_names_a_time_is_waited_for_that_long_within_reason(
+    after: str, waited_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, waits = [httpx.Response(503, headers={"Retry-After": after}), httpx.Response(202)], []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr("phasewatch.produce.send.asyncio.sleep", sleep)
+    post(lambda request: answers.pop(0), [event(PERF)], monkeypatch)
+
+    assert waits == [waited_s]
+
+
+@pytest.mark.parametrize(
     ("status", "error", "words"),
     [
         pytest.param(400, EventError, "400 what is wrong", id="malformed"),

@@ -142,6 +142,7 @@ def test_a_guest_that_never_acknowledges_is_given_up(tmp_path: Path, monkeypatch
         pytest.param(b"ack 1 1\n", id="the same answer for ever"),
         pytest.param(b"finished 7 0\n", id="answers to what was never asked"),
         pytest.param(b"ready 1 6.1\n", id="its first word for ever"),
+        pytest.param(b"err 7 no\n", id="errors of what was never asked"),
         pytest.param(b"x", id="no line at all"),
         pytest.param(b"\x00\xff\n", id="noise"),
     ],
@@ -183,6 +184,33 @@ def test_a_guest_that_lies_about_its_clock_moves_no_stamp(tmp_path: Path) -> Non
         assert [(ack.t_mono_ns, ack.t_wall_ns - clock.wall_ns()) for ack in (first, second)] == [(5, -4), (9, 0)]
 
     talk(tmp_path, answering("ack {id} 99999999999999999999\n", "ack {id} -5\n"), host)
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        pytest.param(
+            "err 1 the payload is gone\n", "dormant: the guest says: the payload is gone", id="a late refusal"
+        ),
+        pytest.param("ready 1 6.1\n", "must have restarted", id="a restart"),
+    ],
+)
+def test_what_broke_between_two_commands_is_told_at_the_next(tmp_path: Path, word: str, says: str) -> None:
+    async def guest(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"ready 1 6.1\n")
+        await reader.readline()
+        writer.write(b"ack 1 1\n" + word.encode())
+        with contextlib.suppress(ConnectionError):
+            await reader.readline()
+            writer.write(b"ack 2 1\n")
+            await reader.read()
+
+    async def host(line: Driver, clock: FakeClock) -> None:
+        await line.send("dormant")
+        with pytest.raises(VmError, match=says):
+            await line.send("hello")
+
+    talk(tmp_path, guest, host)
 
 
 def test_an_answer_that_comes_after_it_was_given_up_is_no_breach(

@@ -10,8 +10,10 @@ from tests.record.fakes import shape_of
 from tests.requirements import need_program
 
 from phasewatch.errors import DataError, MissingTool, UsageError
-from phasewatch.record import installed
+from phasewatch.record import accel, campaign, installed
+from phasewatch.record.base import HostClock
 from phasewatch.record.commandline import Sockets, build_command
+from phasewatch.record.image import DATA_MIB, Image
 from phasewatch.record.installed import parse_qemu_version, qemu_version
 from phasewatch.record.own import USER_DATA, read_own_machine
 
@@ -83,6 +85,26 @@ def test_the_disk_boots_by_itself_and_the_driver_lies_on_a_small_disk_beside_it(
     assert "driver=vvfat,node-name=handed0,dir=/d/handed,label=cidata,read-only=on" in command
     assert command.index("drive=d0,id=blk0") < command.index("drive=handed0"), "the guest's root would be another disk"
     assert command.count("-netdev") == 1
+
+
+def test_kvm_for_an_own_machine_is_proven_by_a_guest_of_ours_that_can_be_built(
+    tmp_path: Path, disk: Path, driver: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[int] = []
+
+    def build(cache: Path, arch: str, *, data_mib: int, scripts: object) -> Image:
+        built.append(data_mib)
+        return Image(kernel=disk, initrd=disk, base_disk=disk, kernel_release="6", digest="0")
+
+    monkeypatch.setattr(accel, "quick_no", lambda *_, **__: None)
+    monkeypatch.setattr(accel, "boots_on_kvm", lambda image, arch: True)
+    monkeypatch.setattr(campaign, "build_image", build)
+    monkeypatch.setattr(campaign, "qemu_version", lambda arch: "7.2")
+    own = read_own_machine(disk, driver)
+    factory = campaign.QemuFactory(cache=tmp_path, scratch=tmp_path, clock=HostClock(), own=own)
+
+    assert factory.prepare(own.shape) == (own.image, "kvm")
+    assert built == [DATA_MIB], "mke2fs fills no disk from a folder that is not there"
 
 
 def test_cloud_init_is_told_to_start_the_driver() -> None:

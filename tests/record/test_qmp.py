@@ -71,11 +71,13 @@ class FakeMonitor(Monitor):
         raise VmError(f"{command}: unknown")
 
 
-def read_twice(monitor: FakeMonitor, *, change: Any = None, vcpus: int = 1, gap_s: float = 0.5) -> list[dict[str, Any]]:
+def read_twice(
+    monitor: FakeMonitor, *, change: Any = None, vcpus: int = 1, gap_s: float = 0.5, registers: bool = True
+) -> list[dict[str, Any]]:
     clock = FakeClock()
 
     async def work() -> list[dict[str, Any]]:
-        source = QmpSource(monitor=monitor, vcpus=vcpus, clock=clock)
+        source = QmpSource(monitor=monitor, vcpus=vcpus, clock=clock, registers=registers)
         await source.open()
         rows = []
         for _ in range(2):
@@ -147,6 +149,15 @@ def test_aarch64_is_not_sampled_at_all() -> None:
 
     assert [row["vcpu_busy"] for row in rows] == [None, None]
     assert len(monitor.asked) == 1
+
+
+def test_where_registers_tell_nothing_they_are_not_read_at_all() -> None:
+    monitor = FakeMonitor()
+
+    rows = read_twice(monitor, registers=False)
+
+    assert [(row["vcpu_busy"], row["vcpu_user"]) for row in rows] == [(None, None), (None, None)]
+    assert monitor.asked == []
 
 
 def test_a_balloon_report_counts_once() -> None:

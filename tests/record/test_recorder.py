@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.record.fakes import FakeClock, FakeMachine, session_of, shape_of, slot_of
+from tests.record.fakes import FakeClock, FakeMachine, FakeReader, session_of, shape_of, slot_of
 
 from phasewatch import atomic
 from phasewatch.channels import CHANNELS
@@ -16,6 +16,7 @@ from phasewatch.episode.bundle import unpack
 from phasewatch.episode.model import Episode
 from phasewatch.errors import BusyError, MachineError, UsageError, VmError
 from phasewatch.record import campaign, recorder
+from phasewatch.record.base import RowLog
 from phasewatch.record.campaign import record_plan
 from phasewatch.record.idle import Effort, parse_stat, wait_until_idle
 from phasewatch.record.plan import Session
@@ -133,6 +134,26 @@ def test_a_vm_that_fails_is_stopped_and_named(machine: FakeMachine, says: str) -
 
     assert machine.stops == 1
     assert not any(source.is_open for source in machine.opened)
+
+
+def test_a_vm_that_is_being_stopped_is_stopped_to_the_end_though_the_recording_is_interrupted() -> None:
+    class Slow(FakeMachine):
+        async def stop(self) -> None:
+            await self.clock.sleep_until(self.clock.now_ns + 1_000_000_000)
+            self.stops += 1
+
+    machine = Slow(FakeClock(), boot_error="no word from the guest")
+
+    async def interrupted() -> None:
+        task = asyncio.ensure_future(play(machine, slot_of(), machine.clock))
+        await machine.clock.sleep_until(3_500_000_000)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    machine.clock.run(interrupted())
+
+    assert machine.stops == 1
 
 
 def test_waiting_for_a_core_is_measured_between_first_label_and_end() -> None:
@@ -314,6 +335,18 @@ def test_a_disk_that_fills_while_a_bundle_is_written_leaves_none_of_it(tmp_path:
     assert [path for path in world.store.path.rglob("*") if path.is_file()] == []
 
 
+def test_progress_tells_of_an_agent_that_was_not_believed(tmp_path: Path) -> None:
+    class Babbling(FakeMachine):
+        def listen(self, log: RowLog) -> FakeReader:
+            return FakeReader(log, bad=3, dropped=4)
+
+    world = World(tmp_path)
+    world.make = lambda number, place: Babbling(world.clock)
+    world.record(session_of(slot_of(1, agent=True)), session_of(slot_of(2)))
+
+    assert world.lines.text.count("agent's lines") == world.lines.text.count("(7 of the agent's lines refused)") == 1
+
+
 def test_progress_names_the_session_and_the_time_left(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.record(session_of(slot_of(1)), session_of(slot_of(2), name="s2"))
@@ -325,6 +358,17 @@ def test_progress_names_the_session_and_the_time_left(tmp_path: Path) -> None:
 def test_two_recorders_on_one_store_do_not_mix(tmp_path: Path) -> None:
     with atomic.lock(tmp_path), pytest.raises(BusyError):
         record_plan([], store=tmp_path, cache=tmp_path, shapes=())
+
+
+def test_what_a_killed_recorder_left_half_written_is_removed_and_a_receiver_s_is_not(tmp_path: Path) -> None:
+    half, coming = (tmp_path / folder / ".x.tar.zst.0123456789ab.tmp" for folder in ("pc", ".incoming"))
+    for each in (half, coming):
+        each.parent.mkdir()
+        each.write_bytes(b"half")
+
+    record_plan([], store=tmp_path, cache=tmp_path, shapes=(shape_of(), shape_of(host_id="never-recorded")))
+
+    assert (half.exists(), coming.exists()) == (False, True)
 
 
 def test_a_plan_for_an_unknown_host_is_refused_before_anything_starts(tmp_path: Path) -> None:

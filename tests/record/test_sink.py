@@ -423,6 +423,20 @@ def test_a_closed_window_is_knocked_at_until_it_opens() -> None:
     assert len(body_of(bytes(client.data))) == 5000
 
 
+def test_data_of_a_guest_that_did_not_see_our_greeting_is_not_taken_and_time_goes_on() -> None:
+    sink = Responder()
+    client = Client(sink, WEB_IP, 80)
+    (greeting,) = sink.handle(client.frame(SYN), 0)
+    client.expected = opened(greeting).data.seq  # one less than the greeting asks for
+
+    assert sink.handle(client.frame(ACK, b"GET", seq=1001), 0) == []
+    again = sink.due(400 * MS)
+
+    assert [opened(frame).data.flags for frame in again] == [SYN | ACK]
+    assert sink.next_due_ns is not None
+    assert sink.next_due_ns > 400 * MS
+
+
 def test_who_never_answers_is_given_up() -> None:
     sink = Responder()
     client = Client(sink, WEB_IP, 80)
@@ -560,6 +574,22 @@ def test_a_dead_sink_is_an_error_with_a_remedy(tmp_path: Path) -> None:
 
         with pytest.raises(VmError, match="record it again"):
             sink.take()
+
+
+def test_an_answer_that_came_too_late_is_not_taken_for_the_next(tmp_path: Path) -> None:
+    with a_card(tmp_path) as (sink, card):
+        sink.take()
+        os.kill(sink.pid, signal.SIGSTOP)
+        sink.patience_s = 0.05
+        for _ in range(2):
+            with pytest.raises(VmError, match="runs, but is silent"):
+                sink.take()
+        sink.patience_s = 20
+        os.kill(sink.pid, signal.SIGCONT)
+        sink.log()
+        card.send(udp("10.0.2.9", 9, b"x"))
+
+        assert sink.take().out_pkts == 1
 
 
 def test_a_path_too_long_for_a_socket_is_named(tmp_path: Path) -> None:

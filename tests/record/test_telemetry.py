@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 import msgspec
@@ -13,7 +14,7 @@ from tests.record.fakes import FakeClock, FakeSource
 
 from phasewatch.channels import raw_fields
 from phasewatch.record.base import RowLog, Ticker, Values, nothing_of
-from phasewatch.record.guest import BURST, GuestReader, parse_line
+from phasewatch.record.guest import BURST, MOST_LINES, GuestReader, parse_line
 from phasewatch.vocab import Source
 
 REPORT = {spec.field: number for number, spec in enumerate(raw_fields(Source.GUEST))}
@@ -169,6 +170,33 @@ def test_endless_lines_are_bounded_and_the_next_report_is_read(tmp_path: Path) -
 
     assert asyncio.run(work()) > 0
     assert [row[3:] for row in log.rows] == [tuple(range(len(REPORT)))]
+
+
+def test_a_flood_of_lines_is_hung_up_on_before_it_holds_up_the_other_readings(tmp_path: Path) -> None:
+    reader = GuestReader(path=tmp_path / "tel", log=RowLog(Source.GUEST, FakeClock()))
+
+    async def work() -> None:
+        is_over = asyncio.Event()
+
+        async def guest(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError, TimeoutError):
+                for _ in range(50):
+                    writer.write(b"\n" * MOST_LINES)
+                    await asyncio.wait_for(writer.drain(), 0.5)
+            writer.close()
+            is_over.set()
+
+        server = await asyncio.start_unix_server(guest, str(tmp_path / "tel"))
+        reader.start()
+        await reader.open()
+        await is_over.wait()
+        await reader.close()
+        server.close()
+        await server.wait_closed()
+
+    asyncio.run(work())
+
+    assert reader.bad == MOST_LINES
 
 
 def test_a_ticker_that_is_told_to_end_just_as_a_reading_arrives_ends() -> None:

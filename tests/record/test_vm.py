@@ -8,10 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from tests.record.fakes import shape_of
+from tests.record.test_qmp import FakeMonitor
 from tests.requirements import need_program
 
 from phasewatch.errors import UsageError, VmError
@@ -22,6 +26,7 @@ from phasewatch.record.commandline import Sockets, build_command
 from phasewatch.record.hosts import HostShape
 from phasewatch.record.image import Image
 from phasewatch.record.vm import BOOT, BootRule, Start, Vm
+from phasewatch.vocab import Source
 
 FLAGS = "processor: 0\nflags\t\t: fpu vmx sse\n"
 
@@ -136,6 +141,23 @@ def image_fields(tmp_path: Path) -> dict[str, object]:
 def test_a_busy_machine_gets_more_time_with_every_second_try_and_an_own_one_what_it_asked_for() -> None:
     assert list(BOOT["microvm"].deadlines_s()) == [15.0, 15.0, 30.0, 30.0, 60.0, 60.0]
     assert list(BootRule(deadline_s=300.0, tries=1).deadlines_s()) == [300.0]
+
+
+@pytest.mark.parametrize(("accelerator", "sampled"), [("tcg", True), ("kvm", False)])
+def test_registers_are_sampled_where_they_tell_something(tmp_path: Path, accelerator: str, sampled: bool) -> None:
+    need_program("qemu-img", "qemu-utils")
+    monitor = FakeMonitor()
+    vm = Vm(replace(start_of(tmp_path), accel=accelerator))
+    vm._qemu, vm._monitor, vm._sink = cast(Any, SimpleNamespace(pid=1)), monitor, cast(Any, SimpleNamespace())
+
+    async def open_and_close() -> None:
+        (qmp,) = (source for source in vm.sources() if source.source is Source.QMP)
+        await qmp.open()
+        await qmp.close()
+
+    asyncio.run(open_and_close())
+
+    assert bool(monitor.asked) is sampled
 
 
 @pytest.mark.vm

@@ -16,6 +16,7 @@ from phasewatch.vocab import BIN_NS
 
 RETRIES = 5
 FIRST_WAIT_S = 0.25
+LONGEST_WAIT_S = 60.0  # whatever a page asks for
 LATE_S = BIN_NS / 1e9
 POST_BYTES = 900 * 1024  # below what a dashboard takes at once
 
@@ -120,7 +121,8 @@ class Poster:
                     raise EventError(f"{self._url}: {words}")
                 if answer.status_code not in (408, 429, 503):
                     raise MachineError(f"{self._url}: {words}; is it a dashboard, and this its token?")
-                wait_s = max(wait_s, float(answer.headers.get("Retry-After", "0")))
+                after = answer.headers.get("Retry-After", "")  # it may be a date, too
+                wait_s = max(wait_s, min(LONGEST_WAIT_S, float(after)) if after.isdecimal() else 0.0)
             await asyncio.sleep(wait_s)
             wait_s = min(8.0, 2 * wait_s)
         raise MachineError(f"{self._url}: {words}; start one with `phasewatch dashboard RUN`")

@@ -18,7 +18,7 @@ from phasewatch.record import spawn
 from phasewatch.record.accel import Verdict, probe
 from phasewatch.record.base import Clock, HostClock
 from phasewatch.record.hosts import HOSTS, HostShape
-from phasewatch.record.image import Image, build_image
+from phasewatch.record.image import DATA_MIB, Image, build_image
 from phasewatch.record.installed import qemu_version
 from phasewatch.record.own import META_DATA, USER_DATA, OwnMachine
 from phasewatch.record.plan import Session
@@ -68,8 +68,9 @@ class QemuFactory:
         if arch not in self._verdicts:
             self._verdicts[arch] = probe(
                 arch=arch,
-                # Our own guest proves KVM for a machine of the user's too, which we could not tell from a hung one.
-                files=lambda: self._image(arch, data_mib),
+                # Our own guest proves KVM for a machine of the user's too, which we could not tell from a hung one;
+                # that has no documents, and so no size of them.
+                files=lambda: self._image(arch, data_mib or DATA_MIB),
                 cache=self.cache,
                 qemu_version=qemu_version(arch),
             )
@@ -148,7 +149,9 @@ def record_plan(
     clock = HostClock()
     store.mkdir(parents=True, exist_ok=True)
     with ended_in_order(), atomic.lock(store), spawn.scratch(spawn.scratch_parent()) as scratch:
-        atomic.sweep_temporaries(store)
+        for folder in (store, *(store / host_id for host_id in sorted(by_id))):
+            if folder.is_dir():  # where bundles are written; a receiver's folder is its own to sweep
+                atomic.sweep_temporaries(folder)
         factory = QemuFactory(cache=cache, scratch=scratch, clock=clock, accel=accel, scripts=scripts, own=own)
         for host_id in dict.fromkeys(session.host_id for session in sessions):
             factory.prepare(by_id[host_id])  # before the first VM: building an image is a load too

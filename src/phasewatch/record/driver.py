@@ -35,7 +35,7 @@ class Ack:
 
 
 class Driver:
-    """Sends commands and matches answers; `lost` is done as soon as the line is cut.
+    """Sends commands and matches answers. What broke the line, or was refused, is told to whoever waits or asks next.
 
     Args:
         clock: Stamps each answer as it arrives.
@@ -51,6 +51,7 @@ class Driver:
         self._acks: dict[int, asyncio.Future[Ack]] = {}
         self._finished: dict[int, asyncio.Future[int]] = {}
         self._verbs: dict[int, str] = {}
+        self._lost = ""  # why nothing can be asked any more
 
     async def open(self, path: Path) -> None:
         """Connect to QEMU's end of the port `ctl`; raises OSError if it is not served."""
@@ -71,10 +72,11 @@ class Driver:
         """Send one command and wait for its acknowledgement.
 
         Raises:
-            VmError: If the guest refuses it, the line is cut, or no answer comes within `ACK_TIMEOUT_S`.
+            VmError: If the guest refuses it or refused one before, the line is cut, or no answer comes within
+                `ACK_TIMEOUT_S`.
         """
-        if self._writer is None or self._task is None or self._task.done():
-            raise VmError(f"{self._name}: {verb}: the guest's driver hung up")
+        if self._lost or self._writer is None:
+            raise VmError(self._lost or f"{self._name}: {verb}: the driver's line is not open")
         number, self._next_id = self._next_id, self._next_id + 1
         loop = asyncio.get_running_loop()
         ack: asyncio.Future[Ack] = loop.create_future()
@@ -138,11 +140,15 @@ class Driver:
         future.set_result(value)
 
     def _refuse(self, number: int, words: str) -> None:
-        error = VmError(f"{self._name}: {self._verbs.get(number, '?')}: the guest says: {_printable(words)}")
-        for future in (self._acks.get(number), self._finished.get(number)):
-            if future is not None and not future.done():
-                future.set_exception(error)
-                future.exception()  # looked at: nobody need wait for it
+        asked = (self._acks.get(number), self._finished.get(number))
+        waiting = [future for future in asked if future is not None and not future.done()]
+        if not waiting:
+            raise ValueError(f"an error to command {number}, which was not sent or was answered before")
+        # Nobody waits for the end of most phases: a refusal after the acknowledgement must not get lost.
+        self._lost = f"{self._name}: {self._verbs[number]}: the guest says: {_printable(words)}"
+        for future in waiting:
+            future.set_exception(VmError(self._lost))
+            future.exception()  # looked at: nobody need wait for it
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         words = "the guest's driver hung up"
@@ -158,6 +164,7 @@ class Driver:
         self._fail(f"{self._name}: {words}")
 
     def _fail(self, words: str) -> None:
+        self._lost = self._lost or words
         waiting: list[asyncio.Future[Ready] | asyncio.Future[Ack] | asyncio.Future[int]] = [self._ready]
         waiting += [*self._acks.values(), *self._finished.values()]
         for future in waiting:

@@ -1,7 +1,7 @@
 """What the agent inside the guest reports on the port `tel`: the `guest` source, and the one that is not believed.
 
 Rows are stamped at receipt; the guest's own clock travels in the row. The guest may send anything: lines are bounded,
-decoded strictly, and a flood costs it its rows, not the host its memory.
+decoded strictly, and a flood costs it its rows, not the host its memory, nor the readings of the machine beside it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from phasewatch.vocab import Source
 LINE_BYTES = 1024  # a row of ours has 300
 NOMINAL_HZ = 1.0
 BURST = 5  # rows above the nominal pace that are still taken, after a stall of the port
+MOST_LINES = 10_000  # more than twice as many as the longest episode has: what is beyond is a flood
 _FIELDS = tuple(spec.field for spec in raw_fields(Source.GUEST))
 _INT64 = 2**63
 
@@ -87,7 +88,8 @@ class GuestReader:
         self._log.add(values)
 
     async def _take(self, reader: asyncio.StreamReader) -> None:
-        while True:
+        # The loop reads the other sources, too: a guest that sends empty lines for ever held it up for seconds.
+        for _ in range(MOST_LINES):
             try:
                 line = await reader.readuntil(b"\n")
             except asyncio.LimitOverrunError as exc:

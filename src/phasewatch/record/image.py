@@ -34,6 +34,7 @@ COMPILER = {"x86_64": ("gcc", "gcc libc6-dev"), "aarch64": ("aarch64-linux-gnu-g
 SOURCES = ("guest.h", "base.c", "net.c", "malware.c", "benign.c", "agent.c", "driver.c", "init.sh")
 OWN_SOURCES = tuple("custom.c" if name == "malware.c" else name for name in SOURCES)  # plays scripts instead
 SCRIPTS = "profile/"  # where in the guest they lie: profile/<profile>/<sample>/<phase>
+DATA_MIB = 64
 DISK_SEED = 20261124  # of the documents on the data disk: the same on every host
 
 
@@ -51,7 +52,7 @@ class Image:
     digest: str
 
 
-def build_image(cache: Path, arch: str, *, data_mib: int = 64, scripts: Mapping[str, str] | None = None) -> Image:
+def build_image(cache: Path, arch: str, *, data_mib: int = DATA_MIB, scripts: Mapping[str, str] | None = None) -> Image:
     """Give the guest image of an architecture, built on first use.
 
     Args:

@@ -139,11 +139,14 @@ class QmpSource:
         vcpus: How many vCPUs take turns in the register samples.
         clock: Paces the register samples.
         balloon: Its path in QEMU's tree; empty where there is none.
+        registers: Whether they tell anything; under KVM the kernel halts a vCPU, and QEMU does not hear of it.
     """
 
     source = Source.QMP
 
-    def __init__(self, *, monitor: Monitor, vcpus: int, clock: Clock, balloon: str = BALLOON) -> None:
+    def __init__(
+        self, *, monitor: Monitor, vcpus: int, clock: Clock, balloon: str = BALLOON, registers: bool = True
+    ) -> None:
         self._monitor, self._vcpus, self._clock, self._balloon_path = monitor, vcpus, clock, balloon
         self._queues: list[tuple[str, int]] = []
         self._used: dict[tuple[str, int], int] = {}
@@ -151,7 +154,7 @@ class QmpSource:
         self._samples: list[tuple[bool, bool]] = []
         self._sampler: asyncio.Task[None] | None = None
         self._balloon_update: int | None = None
-        self._has_balloon = self._has_registers = False
+        self._has_balloon, self._may_sample = False, registers
 
     async def open(self) -> None:
         """Find the disk's queues and the balloon, and begin to sample registers.
@@ -164,8 +167,7 @@ class QmpSource:
             with suppress(VmError):
                 await self._monitor.ask("qom-set", path=self._balloon_path, property=POLLING, value=1)
                 self._has_balloon = True
-        self._has_registers = parse_registers(await self._registers(0)) is not None
-        if self._has_registers:
+        if self._may_sample and parse_registers(await self._registers(0)) is not None:
             self._sampler = asyncio.create_task(self._sample_registers())
 
     async def close(self) -> None:

@@ -187,6 +187,7 @@ class Recorder:
         )
         wait = take.vcpu_wait
         rows = " ".join(f"{source}={log.emitted}" for source, log in take.logs.items())
+        rows += f" ({take.guest_bad} of the agent's lines refused)" if take.guest_bad else ""
         self.progress.line(
             f"{slot.host_id}/{episode_id} {slot.profile}/{slot.sample_name} {slot.role} {slot.duration_s:.0f} s, "
             f"boot {take.facts.boot_s:.1f} s, settle {take.settle_s:.0f} s, {rows}, late {take.late}, "

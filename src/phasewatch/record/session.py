@@ -83,7 +83,12 @@ async def play(machine: Machine, slot: Slot, clock: Clock) -> Take:
                 task.cancel()
             await asyncio.gather(died, played, return_exceptions=True)
     finally:
-        await machine.stop()
+        stopping = asyncio.ensure_future(machine.stop())
+        try:
+            await asyncio.shield(stopping)
+        except asyncio.CancelledError:
+            await stopping  # a machine half stopped would run on for as long as we do
+            raise
 
 
 class _Performance:

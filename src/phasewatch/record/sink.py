@@ -33,7 +33,7 @@ _BURST = 256  # frames that are taken before the control pipe is looked at again
 _BACKLOG = 4096  # frames that wait for QEMU to take them
 _RETRY_S = 0.002
 _SOCKET_BYTES = 4 * 2**20  # asked for; the kernel gives up to its limit
-_ANSWER_S = 5.0
+_END_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,12 @@ class Sink:
     Args:
         path: Where the sink listens: QEMU's `remote.path`. Bound before this returns, so that no frame is lost.
         peer: Where QEMU listens: its `local.path`. Need not exist yet.
+
+    Attributes:
+        patience_s: How long an answer may take.
     """
+
+    patience_s = 5.0
 
     def __init__(self, path: Path, peer: Path) -> None:
         for each in (path, peer):
@@ -82,7 +87,8 @@ class Sink:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )
-        self._control.settimeout(_ANSWER_S)
+        self._came = bytearray()  # of answers, not yet read
+        self._owed = 0  # answers that are still to come
 
     @property
     def pid(self) -> int:
@@ -101,7 +107,7 @@ class Sink:
         """End the process and remove its socket. Any number of times."""
         self._control.close()
         try:
-            self._process.wait(_ANSWER_S)
+            self._process.wait(_END_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -117,8 +123,14 @@ class Sink:
 
     def _ask(self, question: bytes) -> bytes:
         try:
+            self._control.settimeout(self.patience_s)
             self._control.sendall(question)
-            return self._receive(_SIZE.unpack(self._receive(_SIZE.size))[0])
+            self._owed += 1
+            while True:
+                answer = self._receive()
+                self._owed -= 1
+                if not self._owed:  # those before it were waited for in vain; they tell of an earlier time
+                    return answer
         except OSError as exc:
             rc = self._process.poll()
             state = "runs, but is silent" if rc is None else f"ended with {rc}"
@@ -126,14 +138,21 @@ class Sink:
                 f"the network sink at {self._path} {state} ({exc}); the episode is lost, record it again"
             ) from exc
 
-    def _receive(self, size: int) -> bytes:
-        data = bytearray()
-        while len(data) < size:
-            part = self._control.recv(size - len(data))
+    def _receive(self) -> bytes:
+        """Read one answer; what came of it before patience ran out is kept for the next try."""
+        self._fill(_SIZE.size)
+        end = _SIZE.size + _SIZE.unpack_from(self._came)[0]
+        self._fill(end)
+        answer = bytes(self._came[_SIZE.size : end])
+        del self._came[:end]
+        return answer
+
+    def _fill(self, size: int) -> None:
+        while len(self._came) < size:
+            part = self._control.recv(65536)
             if not part:
                 raise ConnectionResetError("control pipe closed")
-            data += part
-        return bytes(data)
+            self._came += part
 
 
 class _Station:

@@ -97,6 +97,8 @@ def check_plan(spec: PlanSpec) -> None:
     for key in ("lab_per_host", "commission_per_host", "soak_per_host"):
         if not 0 <= getattr(spec, key) <= 10_000:
             raise PlanError(f"{key}: {getattr(spec, key)}, expected 0 to 10000")
+    if not spec.lab_per_host + spec.commission_per_host + spec.soak_per_host:
+        raise PlanError("lab_per_host, commission_per_host and soak_per_host are all 0: there is nothing to record")
     for key in ("benign_share", "busy_share", "agent_share"):
         if not 0 <= getattr(spec, key) <= 1:
             raise PlanError(f"{key}: {getattr(spec, key)}, expected 0 to 1")

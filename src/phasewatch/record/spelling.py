@@ -27,9 +27,11 @@ def parse_toml(text: str, into: type[_T], *, where: str) -> _T:
         PlanError: If it is not TOML, or a key is unknown, missing or of another type.
     """
     try:
-        return msgspec.convert(tomllib.loads(text), into)
-    except tomllib.TOMLDecodeError as exc:
-        raise PlanError(f"{where}: not TOML: {exc}") from exc
+        content = tomllib.loads(text)
+    except (ValueError, RecursionError) as exc:  # a number of 5,000 digits is a plain ValueError
+        raise PlanError(f"{where}: not TOML: {str(exc)[:120]}") from exc
+    try:
+        return msgspec.convert(content, into)
     except msgspec.ValidationError as exc:
         raise PlanError(f"{where}: {exc}{_nearest(str(exc), into)}") from exc
 

@@ -78,6 +78,8 @@ class Connection:
         if not segment.flags & ACK:
             return []
         has_hole = self._take_ack(segment, now_ns)
+        if not self._is_open:  # it has not seen our SYN: what it says belongs to some other connection
+            return []
         is_urgent = self._take_data(segment, now_ns)
         out = [self._slice(self._una, self._mss)] if has_hole else []
         out += self._send(now_ns)

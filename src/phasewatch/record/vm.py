@@ -168,7 +168,12 @@ class Vm:
             ProcSource(pid=self._qemu.pid, vcpu_tids=self._tids),
             NetflowSource(self._sink),
             # Last, because it is slowest: the others' stamps stay in the middle of the bins.
-            QmpSource(monitor=self._monitor, vcpus=self._start.shape.vcpus, clock=self._start.clock),
+            QmpSource(
+                monitor=self._monitor,
+                vcpus=self._start.shape.vcpus,
+                clock=self._start.clock,
+                registers=self._start.accel == "tcg",
+            ),
         )
 
     def listen(self, log: RowLog) -> GuestReader:

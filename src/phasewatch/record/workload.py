@@ -22,6 +22,8 @@ NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")  # the guest's driver keeps 31 cha
 KNOB_NAME = re.compile(r"[a-z][a-z0-9_]{0,22}")  # becomes a variable of the shell
 MOST_KNOBS = 16  # the guest's driver keeps 24, and its line has 1 KiB
 MOST_SAMPLES = 64
+MOST_EPISODES = 10_000
+TAKEN = ("seed", "phase", "sample")  # variables that every script has
 SCRIPT_BYTES = 64 << 10
 
 
@@ -147,6 +149,8 @@ def _faults(own: OwnProfile) -> Iterator[str]:
         yield f"name {own.name!r}: a profile of phasewatch; choose another name"
     if not 1 <= len(own.samples) <= MOST_SAMPLES or len({s.name for s in own.samples}) != len(own.samples):
         yield f"samples: 1 to {MOST_SAMPLES}, and none twice"
+    if not 1 <= own.recording.episodes <= MOST_EPISODES:
+        yield f"recording: episodes: {own.recording.episodes}, expected 1 to {MOST_EPISODES}"
     if not own.recording.hosts:
         yield "recording: hosts: at least one"
     for s in own.samples:
@@ -157,6 +161,8 @@ def _faults(own: OwnProfile) -> Iterator[str]:
         for knob, (low, high) in s.knobs.items():
             if not KNOB_NAME.fullmatch(knob):
                 yield f"sample {s.name}: knob {knob!r}: a-z, digits and underscore, 1 to 23 of them, a letter first"
+            if knob in TAKEN:
+                yield f"sample {s.name}: knob {knob!r}: a variable of that name is set already; choose another"
             if not 0 < low <= high < 1e12:
                 yield f"sample {s.name}: knob {knob}: {low:g} to {high:g}; expected 0 < lowest <= highest"
         for phase, script in s.phases.items():

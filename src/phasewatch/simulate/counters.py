@@ -14,6 +14,7 @@ from phasewatch.vocab import Source
 
 Columns = dict[str, NDArray[np.int64] | NDArray[np.float64]]
 
+_MOST_WAIT_FACTOR = 2.5  # a vCPU that waits more than a tenth of the time is a fault, and no host's own way
 _COUNTED = tuple(spec.field for source in Source for spec in raw_fields(source))
 
 
@@ -62,6 +63,7 @@ def count(
     effect = np.array(machine.factors) * np.exp(np.array(machine.drift) * weeks)
     effect *= np.exp(knobs.episode_effect * 0.4 * rng.standard_normal(len(_COUNTED)))
     factor = dict(zip(_COUNTED, effect.tolist(), strict=True))
+    factor["vcpu_wait_ns"] = min(_MOST_WAIT_FACTOR, factor["vcpu_wait_ns"])
     a = {name: activity[:, i] for name, i in AT.items()}
     packets = rng.poisson(
         np.stack(

@@ -12,7 +12,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from phasewatch.episode.frame import decompress_frame
 from phasewatch.episode.model import LabelMark, Manifest, Member, SourceRows
+from phasewatch.errors import BundleError
 from phasewatch.simulate.episode import Draft
 from phasewatch.vocab import Source
 
@@ -32,9 +34,17 @@ def without_checksum(data: bytes) -> bytes:
 
 
 def flip_bit(rng: np.random.Generator, data: bytes) -> bytes:
-    """Flip one bit of the compressed content's last tenth, as a bad medium would."""
-    at = int(rng.integers(len(data) * 9 // 10, len(data) - 4))
-    return data[:at] + bytes([data[at] ^ 1 << int(rng.integers(0, 8))]) + data[at + 1 :]
+    """Flip one bit of the compressed content's last tenth, as a bad medium would.
+
+    One in some two thousand is padding that no decoder looks at: nothing would be wrong but the receipt.
+    """
+    while True:
+        at = int(rng.integers(len(data) * 9 // 10, len(data) - 4))
+        spoilt = data[:at] + bytes([data[at] ^ 1 << int(rng.integers(0, 8))]) + data[at + 1 :]
+        try:
+            decompress_frame(spoilt, file="")
+        except BundleError:
+            return spoilt
 
 
 @cache

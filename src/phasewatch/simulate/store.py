@@ -28,6 +28,9 @@ from phasewatch.walk import EPISODE_S
 from phasewatch.workers import map_ordered
 
 _LEVEL = 3
+_FAULTY_S = 60.0  # in a shorter episode a fault is more than it says: a pause of five seconds makes a source slow, too
+_MOST_DAYS = 36_500.0
+_MOST_EFFECT, _MOST_QUIET = 3.0, 100.0  # beyond them counters outgrow 64 bits
 
 
 class Truth(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,16 +93,32 @@ def simulate(
         raise UsageError(f"--faults {faults:g}: a share, 0 to 1")
     if not 1 <= between_s[0] <= between_s[1] <= 3600:
         raise UsageError(f"--seconds {between_s[0]:g} {between_s[1]:g}: the shortest, then the longest, 1 to 3600")
+    if faults and between_s[0] < _FAULTY_S:
+        raise UsageError(
+            f"--faults {faults:g} --seconds {between_s[0]:g} {between_s[1]:g}: what a fault is called holds for "
+            f"episodes of {_FAULTY_S:g} s and more; lengthen them, or leave the faults out"
+        )
+    knobs = knobs or Knobs()
+    for option, value, most in (
+        ("--days", days, _MOST_DAYS), ("--host-effect", knobs.host_effect, _MOST_EFFECT),
+        ("--episode-effect", knobs.episode_effect, _MOST_EFFECT), ("--drift", knobs.drift_per_week, _MOST_EFFECT),
+        ("--noise", knobs.tick_noise, _MOST_EFFECT), ("--quiet", knobs.quiet, _MOST_QUIET),
+    ):  # fmt: skip
+        if not 0 <= value <= most:
+            raise UsageError(f"{option} {value:g}: 0 to {most:g}")
+    if (drifted := knobs.drift_per_week * days / 7) > _MOST_EFFECT:
+        raise UsageError(
+            f"--drift {knobs.drift_per_week:g} --days {days:g}: a host would drift by {drifted:.3g}, at most {_MOST_EFFECT:g}"
+        )
     if registry_digest():
         raise UsageError("simulate makes no channels of your own; leave out --channels and PHASEWATCH_CHANNELS")
     if store.exists() and (not store.is_dir() or any(store.iterdir())):
         raise StoreError(f"{store}: something is already there; name a new folder, or remove it first")
     chosen = kinds_of(kinds)
     make_folder(store)
-    campaign = Campaign(
-        hosts=hosts, episodes=episodes, seed=seed, days=days, between_s=between_s, knobs=knobs or Knobs()
-    )
-    truth_path = store.with_name(store.name + ".truth.jsonl")
+    campaign = Campaign(hosts=hosts, episodes=episodes, seed=seed, days=days, between_s=between_s, knobs=knobs)
+    named = store.resolve() if store.name in ("", "..") else store
+    truth_path = named.with_name(named.name + ".truth.jsonl")
     make = partial(_make_session, store, campaign, faults, tuple(fault.name for fault in chosen))
     made = faulty = 0
     with writer(truth_path) as file:
