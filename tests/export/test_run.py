@@ -21,8 +21,12 @@ from phasewatch.dataset.run import VALIDATION
 from phasewatch.errors import RunError, UsageError
 from phasewatch.export.graph import PARITY, run_onnx
 from phasewatch.export.run import Wanted, export_run, trained_on
+from phasewatch.live.edge import read_edge
 from phasewatch.models import registry
+from phasewatch.models.checkpoint import read_header
 from phasewatch.stages import Settings, grid_cells
+from phasewatch.train.cell import Cell
+from phasewatch.train.cells import train_cells
 
 CELL = Wanted(recipe=RECIPE, fold=FOLD)
 
@@ -83,6 +87,18 @@ def test_a_model_that_learnt_from_other_windows_than_its_card_would_name_is_not_
 
     with pytest.raises(RunError, match=r"raw-s0: learnt from other windows than the run has now; train it again"):
         export_run(tmp_path / "run", tmp_path / "x.zip", CELL)
+
+
+def test_a_model_of_commissioned_numbers_takes_its_scales_along(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    cell = Cell(recipe=RECIPE, fold=FOLD, threat="portable", model="gbt", table="commissioned")
+    train_cells(tmp_path / "run", [cell], workers=1)
+
+    export_run(tmp_path / "run", tmp_path / "x.zip", Wanted(recipe=RECIPE, fold=FOLD, table="commissioned"))
+
+    (model,) = read_edge(tmp_path / "x.zip").header.models
+    assert model.floors == dict(read_header(cell.folder(tmp_path / "run")).floors)
+    assert len(model.floors) == len(model.columns) / 5
 
 
 def test_the_same_run_is_the_same_bundle_and_stays_as_it_was(run: Path, tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def _bundle(
                 input_kind=model.spec.kind,
                 columns=model.spec.names,
                 rules=render_rules(rules_of(header)),
+                floors=dict(model.spec.floors),
             )
         )
     members[CARD] = _card(models, trained, first, quote).encode()
