@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from tests.synthetic_run import World, edit_features, write_run
@@ -23,6 +24,7 @@ from phasewatch.dataset import (
     write_splits,
 )
 from phasewatch.dataset.splits import group_of
+from phasewatch.dataset.views import read_days
 from phasewatch.errors import RunError, UsageError
 from phasewatch.grid.files import open_grids
 from phasewatch.models.base import InputKind, Table
@@ -241,6 +243,21 @@ def test_a_host_without_a_clean_day_is_flagged_and_keeps_its_zero(run: Path) -> 
 
     assert (seen.test.windows.flags & 8).all()
     np.testing.assert_allclose(seen.test.x, raw.test.x / floors, rtol=1e-5)
+
+
+def test_a_clean_day_that_is_not_used_measures_nothing(tmp_path: Path) -> None:
+    """As `features --no-include-degraded` leaves it: the grids have a degraded day, the feature table has not."""
+    run = write_run(tmp_path / "days", World(windows=8, days=2))
+    days = sorted(
+        r.episode_id for r in open_grids(run / "grids").rows if (r.host_id, r.role) == ("host-0", "commission")
+    )
+    both = read_days(run, ("proc.cpu_user",))["host-0"]
+    edit_features(run, lambda t: t.filter(pc.not_equal(t["episode_id"], days[1])))
+
+    one = read_days(run, ("proc.cpu_user",))["host-0"]
+
+    assert len(days) == 2
+    assert one.bins == both.bins / 2
 
 
 def test_poisoning_the_test_host_changes_no_scale(tmp_path: Path) -> None:
