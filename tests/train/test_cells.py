@@ -191,6 +191,17 @@ def test_finished_cells_stay_and_a_changed_file_is_trained_again(run: Path) -> N
     assert contents(run) == before
 
 
+def test_a_cell_whose_last_file_was_damaged_is_trained_again(run: Path) -> None:
+    before = contents(run)
+    done = cells(("majority",))[0].folder(run) / "cell.json"
+    done.write_bytes(done.read_bytes().replace(b"majority", b"maj\xffrity"))
+
+    report = train_cells(run, cells(), workers=1)
+
+    assert [c.model for c in report.trained] == ["majority"]
+    assert contents(run) == before
+
+
 def test_a_killed_cell_starts_anew_to_the_same_bytes(run: Path) -> None:
     before = contents(run)
     folder = cells(("gbt",))[0].folder(run)
