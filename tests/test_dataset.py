@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from tests.synthetic_run import World, edit_features, write_run
@@ -22,12 +23,16 @@ from phasewatch.dataset import (
     write_all_splits,
     write_splits,
 )
+from phasewatch.dataset.run import RunEpisode
+from phasewatch.dataset.sets import Windows
 from phasewatch.dataset.splits import group_of
+from phasewatch.dataset.views import read_days
+from phasewatch.dataset.windows import spared_soak
 from phasewatch.errors import RunError, UsageError
 from phasewatch.grid.files import open_grids
 from phasewatch.models.base import InputKind, Table
 from phasewatch.split import RECIPES, Part
-from phasewatch.vocab import Role
+from phasewatch.vocab import Origin, Role, SampleKind
 
 
 @pytest.fixture
@@ -243,6 +248,21 @@ def test_a_host_without_a_clean_day_is_flagged_and_keeps_its_zero(run: Path) -> 
     np.testing.assert_allclose(seen.test.x, raw.test.x / floors, rtol=1e-5)
 
 
+def test_a_clean_day_that_is_not_used_measures_nothing(tmp_path: Path) -> None:
+    """As `features --no-include-degraded` leaves it: the grids have a degraded day, the feature table has not."""
+    run = write_run(tmp_path / "days", World(windows=8, days=2))
+    days = sorted(
+        r.episode_id for r in open_grids(run / "grids").rows if (r.host_id, r.role) == ("host-0", "commission")
+    )
+    both = read_days(run, ("proc.cpu_user",))["host-0"]
+    edit_features(run, lambda t: t.filter(pc.not_equal(t["episode_id"], days[1])))
+
+    one = read_days(run, ("proc.cpu_user",))["host-0"]
+
+    assert len(days) == 2
+    assert one.bins == both.bins / 2
+
+
 def test_poisoning_the_test_host_changes_no_scale(tmp_path: Path) -> None:
     run = write_run(tmp_path / "days", World(windows=8, days=1))
     write_splits(run, "held_out_host")
@@ -289,3 +309,38 @@ def test_deploy_has_no_test_window(run: Path) -> None:
     assert len(sets.test) == 0
     assert len(sets.train) > 0
     assert len(sets.soak) > 0
+
+
+def one_window_each(*who: tuple[str, int]) -> Windows:
+    """Windows of benign episodes, each of a host and of a sample group."""
+    samples = profiles.profile("benign").samples
+    n = len(who)
+    return Windows(
+        episodes=tuple(
+            RunEpisode(
+                episode_id=f"e{i}", host_id=host, profile="benign", sample_name=samples[group].name,
+                sample_kind=SampleKind.BENIGN, origin=Origin.SIMULATED, role=Role.SOAK, session=f"s{i}", agent=False,
+                plan_seed=i, proc_sketch=(), started_wall_ns=i, duration_s=10.0,
+            )
+            for i, (host, group) in enumerate(who)
+        ),
+        of=np.arange(n, dtype=np.int32), t_center_ns=np.zeros(n, np.int64), t_center_s=np.zeros(n, np.float32),
+        purity=np.ones(n, np.float32), flags=np.zeros(n, np.uint8), y=np.zeros(n, np.int64),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("held_out_host", [False, False, True, True]),
+        ("held_out_sample", [False, True, False, True]),
+        ("held_out_both", [False, False, False, True]),
+        ("in_distribution", [True, True, True, True]),
+    ],
+)
+def test_the_soak_that_sets_a_threshold_is_of_nothing_that_the_recipe_holds_out(
+    recipe: str, expected: list[bool]
+) -> None:
+    soak = one_window_each(("pc", 0), ("pc", 1), ("q35", 0), ("q35", 1))
+
+    assert spared_soak(recipe, one_window_each(("pc", 0)), soak).tolist() == expected

@@ -13,9 +13,12 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from tests.trained_run import write_trained_run
 
 from phasewatch import pipeline
+from phasewatch.audit.checks import AUDIT
 from phasewatch.errors import StoreError, UsageError
+from phasewatch.evaluate.score import score
 from phasewatch.simulate import simulate
 from phasewatch.stages import Settings
 
@@ -114,3 +117,39 @@ def test_another_stores_run_is_not_overwritten_but_a_store_may_move(
     (run / "run.json").write_text((run / "run.json").read_text().replace(kept, str(there)))  # which is not there
 
     assert pipeline.run(settings).is_unchanged
+
+
+def inputs(run: Path, stage: str, **asked: tuple[str, ...]) -> dict[str, str]:
+    """What a stage says that it depends on."""
+    settings = Settings(store=run, run=run, **asked)  # type: ignore[arg-type]
+    return {s.name: s for s in pipeline.build_stages(settings, lambda *_: None)}[stage].inputs()
+
+
+def test_scores_depend_on_every_file_that_they_were_computed_from(tmp_path: Path) -> None:
+    run = write_trained_run(tmp_path / "run", threats=("realistic",))
+
+    read = score(run, resamples=50).inputs
+
+    assert {"predictions_v1.parquet", "splits/held_out_host-host-0.json", "grids/index.parquet"} <= read.keys()
+    assert read.items() <= inputs(run, "evaluate").items()
+
+
+def test_training_depends_on_the_masks_and_on_the_code_of_a_model_that_is_brought(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = tmp_path / "my_guess.py"
+    code.write_text("from phasewatch.models.baselines import Majority as Guess")
+    monkeypatch.syspath_prepend(tmp_path)
+    models = ("my_guess:Guess",)
+    before = inputs(tmp_path, "train", models=models)
+
+    assert inputs(tmp_path, "train", models=models, threats=("proc+tap",)) != before
+    code.write_text("from phasewatch.models.baselines import Stratified as Guess")
+    assert inputs(tmp_path, "train", models=models) != before
+
+
+def test_a_page_is_written_anew_after_an_audit(tmp_path: Path) -> None:
+    before = inputs(tmp_path, "report")
+    (tmp_path / AUDIT).write_bytes(b"{}")
+
+    assert inputs(tmp_path, "report") != before

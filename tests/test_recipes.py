@@ -178,6 +178,7 @@ def test_deploy_learns_from_all_and_tests_nothing() -> None:
         pytest.param("held_out_sample", [replace(e, sample_group=1) for e in corpus()], "at least 2 sample groups, found 1", id="one sample group"),
         pytest.param("held_out_time", corpus(hosts=1, sessions=1), "at least 3 lab episodes, found 2", id="two episodes"),
         pytest.param("held_out_profile", [e for e in corpus() if e.profile != "exfil-drip"], "2 malicious profiles, found 1", id="one malicious profile"),
+        pytest.param("held_out_profile", [replace(e, profile=e.profile.replace("-", "/")) for e in corpus()], "profile 'exfil/drip' cannot name", id="a profile that is a path"),
         pytest.param("deploy", [], "no lab episode of known phase", id="nothing at all"),
         pytest.param("deploy", corpus(hosts=1, sessions=2), "each profile needs 2 episodes in train", id="two sessions"),
     ],

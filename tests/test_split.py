@@ -173,6 +173,8 @@ def test_a_fold_survives_its_file_and_an_edited_one_is_refused() -> None:
         parse_fold(data.replace(b'"e000": "test"', b'"e000": "train"'), file="f.json")
     with pytest.raises(RunError, match=r"f\.json: not a split"):
         parse_fold(b"{}", file="f.json")
+    with pytest.raises(RunError, match=r"f\.json: not a split"):
+        parse_fold(data.replace(b"held_out_host", b"held_\xff_host"), file="f.json")
 
 
 def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from phasewatch import __version__, atomic, stages
+from phasewatch.audit.checks import AUDIT
 from phasewatch.errors import SplitError, StoreError, UsageError
 from phasewatch.evaluate.rows import headline
 from phasewatch.evaluate.score import read_metrics
-from phasewatch.stages import FEATURE_FILES, GRID_FILES, METRICS, PREDICTIONS, REPORT, Settings, digests
+from phasewatch.stages import FEATURE_FILES, GRID_FILES, GRID_INDEX, METRICS, PREDICTIONS, REPORT, Settings, digests
 from phasewatch.store.base import Place, parse_place
 from phasewatch.validate.index import INDEX
 from phasewatch.validate.sweep import LEDGER
@@ -180,17 +181,21 @@ def build_stages(settings: Settings, say: Tell) -> tuple[Stage, ...]:
         Stage(
             name="train",
             inputs=lambda: digests(folder, [*FEATURE_FILES, INDEX, *stages.split_files(folder)])
-            | {"code": code, "seed": str(settings.seed), "grid": settings.grid, "models": ",".join(settings.models), "recipes": ",".join(settings.recipes), "trials": str(settings.trials)},
+            | stages.brought_code(settings.models)
+            | {
+                "code": code, "seed": str(settings.seed), "grid": settings.grid, "models": ",".join(settings.models),
+                "recipes": ",".join(settings.recipes), "threats": ",".join(settings.threats), "trials": str(settings.trials),
+            },
             outputs=files(PREDICTIONS), work=train,
         ),
         Stage(
             name="evaluate",
-            inputs=lambda: digests(folder, [PREDICTIONS]) | {"code": code},
+            inputs=lambda: digests(folder, [PREDICTIONS, GRID_INDEX, *stages.split_files(folder)]) | {"code": code},
             outputs=files(METRICS), work=lambda: f"{len(stages.evaluate(settings).metrics):,} numbers",
         ),
         Stage(
             name="report",
-            inputs=lambda: digests(folder, [METRICS, PREDICTIONS, LEDGER, INDEX, *stages.split_files(folder)]) | {"code": code},
+            inputs=lambda: digests(folder, [METRICS, PREDICTIONS, AUDIT, LEDGER, INDEX, *stages.split_files(folder)]) | {"code": code},
             outputs=files(REPORT), work=lambda: stages.report(settings).name,
         ),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from phasewatch import atomic
 from phasewatch.errors import BundleError, MismatchError, StoreError, UsageError
-from phasewatch.features.windows import label_windows, spans_of, window_flags, window_starts
+from phasewatch.features.windows import MIXED, label_windows, spans_of, window_flags, window_starts
 from phasewatch.live.models import Candidate
 from phasewatch.live.scorer import Scorer, channels_of
 from phasewatch.live.tracker import Decision, Judge
@@ -188,7 +188,10 @@ def _rows(found: Examined, scorer: Scorer, said: Sequence[Decision], name: str, 
         "seed": pa.array([scorer.seed] * len(said), pa.int64()),
         "t_center_ns": pa.array([d.t_start_ns + WINDOW_BINS * BIN_NS // 2 for d in said], pa.int64()),
         "purity": pa.array(labels.purity),
-        "flags": pa.array([d.flags for d in said], pa.uint8()),
+        # A watcher knows no labels; here they are, and the rows are read beside those of a run.
+        "flags": pa.array(
+            np.array([d.flags for d in said], np.uint8) | np.where(labels.is_mixed, MIXED, 0).astype(np.uint8)
+        ),
         "y_true": pa.array(labels.phase),
         "y_pred": pa.array(p.argmax(axis=1).astype(np.int8)),
         "known": pa.array([d.known for d in said], pa.float32()),

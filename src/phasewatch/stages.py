@@ -26,7 +26,7 @@ from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import schema_hash
 from phasewatch.features.tables import FeatureCount, Spread, write_tables
 from phasewatch.grid.files import open_grids
-from phasewatch.models.registry import row_of
+from phasewatch.models.registry import code_of, row_of
 from phasewatch.report.page import write_report
 from phasewatch.split import RECIPES, Fold, Part, parse_fold, recipe_of
 from phasewatch.store.base import Place, StoreItem, open_store
@@ -52,7 +52,8 @@ from phasewatch.workers import map_ordered
 GRIDS = ("short", "full")
 ENGINES = ("local", "ray")
 Tally = Callable[[Cell, int, int], None]  # a cell is through, how many are, of how many
-GRID_FILES = ("grids/grids.npy", "grids/levels.npy", "grids/index.parquet")
+GRID_INDEX = "grids/index.parquet"
+GRID_FILES = ("grids/grids.npy", "grids/levels.npy", GRID_INDEX)
 FEATURE_FILES = ("features_window_v1.parquet", "features_episode_v1.parquet", "feature_schema_v1.json")
 INDEX_OF_SPLITS = "splits_v1.json"
 PREDICTIONS, METRICS, REPORT = "predictions_v1.parquet", "metrics_v1.json", "report.html"
@@ -113,6 +114,12 @@ def digests(run: Path, names: Sequence[str]) -> dict[str, str]:
 def split_files(run: Path) -> tuple[str, ...]:
     """Give the names of the run's split files and of their index."""
     return (INDEX_OF_SPLITS, *(f"splits/{path.name}" for path in sorted((run / "splits").glob("*.json"))))
+
+
+def brought_code(models: Sequence[str]) -> dict[str, str]:
+    """Give the sha256 of the file of each model that is not phasewatch's own: when it changes, it is trained again."""
+    files = {model: code_of(model) for model in models}
+    return {f"code of {model}": file_sha256(path) for model, path in files.items() if path is not None}
 
 
 def validate(settings: Settings, *, full: bool = False, tell: Tell | None = None) -> SweepSummary:

@@ -17,6 +17,7 @@ from tests.cli.conftest import Said
 from tests.live.qemu import FakeQemu
 from tests.trained_run import FOLD, RECIPE, write_trained_run
 
+from phasewatch.features.windows import MIXED
 from phasewatch.vocab import PHASES
 
 Run = Callable[..., Said]
@@ -91,8 +92,18 @@ def test_a_checkpoint_and_its_edge_bundle_say_the_same_of_recorded_bundles(
     one, two = tables
     assert len(one) == len(two) > 20
     for a, b in zip(one, two, strict=True):
-        assert max(abs(a[f"p_{p}"] - b[f"p_{p}"]) for p in PHASES) < 1e-3 if a["filter"] == "phase" else 1e-5
+        assert max(abs(a[f"p_{p}"] - b[f"p_{p}"]) for p in PHASES) < (1e-3 if a["filter"] == "phase" else 1e-5)
         assert (a["t_center_ns"], a["y_true"]) == (b["t_center_ns"], b["y_true"])
+
+
+def test_a_window_of_two_phases_is_flagged_in_what_is_predicted_as_in_a_run(
+    phasewatch: Run, edge: Path, store: Path, tmp_path: Path
+) -> None:
+    phasewatch("predict", store, "--model", edge, "--out", tmp_path / "said.parquet")
+
+    table = pq.read_table(tmp_path / "said.parquet").to_pylist()
+    assert {row["purity"] < 1 for row in table} == {True, False}
+    assert all(bool(row["flags"] & MIXED) is (row["purity"] < 1) for row in table)
 
 
 def test_a_run_without_a_deployed_model_says_what_to_train(

@@ -76,9 +76,10 @@ def test_the_gate_needs_a_window() -> None:
         check_parity(model, data, Inputs(x=none.x[:0], spec=none.spec))
 
 
-def test_a_baseline_is_not_exported() -> None:
-    with pytest.raises(UsageError, match="minirocket is not exported: gbt"):
-        to_onnx(fitted("minirocket"))
+@pytest.mark.parametrize("key", ["minirocket", "levels_only"])
+def test_a_baseline_is_not_exported(key: str) -> None:
+    with pytest.raises(UsageError, match=f"{key} is not exported: gbt"):
+        to_onnx(fitted(key))
 
 
 def hostile(**changes: object) -> bytes:

@@ -5,19 +5,28 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import shutil
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from tests.synthetic_run import World, edit_features, write_run
 from tests.trained_run import FOLD, RECIPE
 
-from phasewatch.dataset import load
+from phasewatch.dataset import load, write_splits
+from phasewatch.dataset.run import VALIDATION
 from phasewatch.errors import RunError, UsageError
 from phasewatch.export.graph import PARITY, run_onnx
 from phasewatch.export.run import Wanted, export_run, trained_on
+from phasewatch.live.edge import read_edge
 from phasewatch.models import registry
+from phasewatch.models.checkpoint import read_header
 from phasewatch.stages import Settings, grid_cells
+from phasewatch.train.cell import Cell
+from phasewatch.train.cells import train_cells
 
 CELL = Wanted(recipe=RECIPE, fold=FOLD)
 
@@ -49,6 +58,47 @@ def _fields(record: object) -> dict[str, object]:
 
 def test_the_held_out_host_is_not_among_those_that_it_learnt_from(run: Path) -> None:
     assert FOLD not in trained_on(run, RECIPE, FOLD).hosts
+
+
+def test_an_embargoed_episode_is_not_among_those_that_it_learnt_from(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", World(windows=8, hosts=3, sessions=6, soaks=0))
+    table = pq.read_table(run / VALIDATION)
+    hosts, seeds = table["host_id"].to_pylist(), table["plan_seed"].to_pylist()
+    twins = [i for i, host in enumerate(hosts) if host == "host-2"]
+    for i in twins:
+        seeds[i] = seeds[hosts.index(FOLD)]
+    at = table.schema.get_field_index("plan_seed")
+    pq.write_table(table.set_column(at, "plan_seed", pa.array(seeds)), run / VALIDATION)
+    fold = next(fold for fold in write_splits(run, RECIPE) if fold.fold == FOLD)
+
+    learnt = trained_on(run, RECIPE, FOLD)
+
+    assert len(fold.embargoed) == len(twins)
+    assert learnt.hosts == ("host-1",)
+    assert learnt.episodes == sum(host == "host-1" for host in hosts)
+
+
+def test_a_model_that_learnt_from_other_windows_than_its_card_would_name_is_not_exported(
+    run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    edit_features(tmp_path / "run", lambda table: table.slice(0, len(table) - 1))
+    write_splits(tmp_path / "run", RECIPE)
+
+    with pytest.raises(RunError, match=r"raw-s0: learnt from other windows than the run has now; train it again"):
+        export_run(tmp_path / "run", tmp_path / "x.zip", CELL)
+
+
+def test_a_model_of_commissioned_numbers_takes_its_scales_along(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    cell = Cell(recipe=RECIPE, fold=FOLD, threat="portable", model="gbt", table="commissioned")
+    train_cells(tmp_path / "run", [cell], workers=1)
+
+    export_run(tmp_path / "run", tmp_path / "x.zip", Wanted(recipe=RECIPE, fold=FOLD, table="commissioned"))
+
+    (model,) = read_edge(tmp_path / "x.zip").header.models
+    assert model.floors == dict(read_header(cell.folder(tmp_path / "run")).floors)
+    assert len(model.floors) == len(model.columns) / 5
 
 
 def test_the_same_run_is_the_same_bundle_and_stays_as_it_was(run: Path, tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from phasewatch.dataset import load, read_fold, write_splits
 from phasewatch.errors import UsageError
 from phasewatch.grid.files import open_grids
 from phasewatch.models import registry
+from phasewatch.models.alarm import choose_alarm
 from phasewatch.models.checkpoint import read_header
+from phasewatch.models.filter import Track, fit_filter
 from phasewatch.split import Part
 from phasewatch.train.cell import Cell, plan_cells
 from phasewatch.train.cells import train_cells
@@ -171,6 +173,18 @@ def test_filtered_rows_and_thresholds_are_those_of_the_checkpoint(trained: Path)
     assert header.alarm["none"].vm_hours == pytest.approx(exposure * 5 / 3600, abs=1e-6)
 
 
+def test_filter_and_alarm_are_fitted_on_validation_b_and_never_on_what_stopped_the_training(trained: Path) -> None:
+    header = read_header(cells(("gbt",))[0].folder(trained))
+    model, sets = registry.load(cells(("gbt",))[0].folder(trained)), load(trained, "held_out_host", FOLD)
+    spared = sets.soak.take(sets.spared_soak)
+    said = [model.predict_proba(part.inputs) for part in (sets.val_b, spared)]
+
+    assert header.filter == fit_filter(sets.train.track, sets.val_b.track, said[0])
+    assert header.filter != fit_filter(sets.train.track, sets.val_a.track, model.predict_proba(sets.val_a.inputs))
+    heard = Track.join([sets.val_b.track, spared.track])
+    assert header.alarm["none"] == choose_alarm(np.concatenate(said), heard)
+
+
 def test_the_soak_of_the_test_host_sets_no_threshold(trained: Path) -> None:
     sets = load(trained, "held_out_host", FOLD)
     spared = sets.soak.take(sets.spared_soak)
@@ -185,6 +199,17 @@ def test_finished_cells_stay_and_a_changed_file_is_trained_again(run: Path) -> N
     assert contents(run) == before
 
     (cells(("majority",))[0].folder(run) / "model.json").write_text("[]")
+    report = train_cells(run, cells(), workers=1)
+
+    assert [c.model for c in report.trained] == ["majority"]
+    assert contents(run) == before
+
+
+def test_a_cell_whose_last_file_was_damaged_is_trained_again(run: Path) -> None:
+    before = contents(run)
+    done = cells(("majority",))[0].folder(run) / "cell.json"
+    done.write_bytes(done.read_bytes().replace(b"majority", b"maj\xffrity"))
+
     report = train_cells(run, cells(), workers=1)
 
     assert [c.model for c in report.trained] == ["majority"]

@@ -82,7 +82,7 @@ def read_schema(run: Path) -> FeatureSchema:
         schema = msgspec.json.decode(path.read_bytes(), type=FeatureSchema)
     except FileNotFoundError as exc:
         raise RunError(f"{path}: absent; make it with `phasewatch features {run}`") from exc
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise RunError(f"{path}: not a feature schema: {exc}; make it again with `phasewatch features {run}`") from exc
     if schema.phases[: len(PHASES)] != tuple(map(str, PHASES)):
         raise RunError(f"{path}: found phases {', '.join(schema.phases)}, expected {', '.join(PHASES)}")

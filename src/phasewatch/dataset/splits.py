@@ -59,7 +59,7 @@ def read_built(run: Path) -> tuple[Built, ...]:
         return ()
     try:
         return msgspec.json.decode(path.read_bytes(), type=_Index).recipes
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise RunError(f"{path}: not an index of splits: {exc}; make it again with `phasewatch split {run}`") from exc
 
 

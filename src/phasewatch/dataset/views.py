@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.channels import CHANNELS
+from phasewatch.dataset.run import FEATURES, read_table
 from phasewatch.dataset.sets import Sets, Windows, WindowSet
 from phasewatch.dataset.tensors import GRIDS, cut_tensor
 from phasewatch.errors import UsageError
@@ -92,12 +93,13 @@ def channels_of(names: Sequence[str], kind: InputKind) -> tuple[str, ...]:
 
 
 def read_days(run: Path, channels: Sequence[str]) -> dict[str, Reference]:
-    """Measure each host's clean day from the bins of its commissioning episodes."""
+    """Measure each host's clean day from the bins of its commissioning episodes, of those that the feature table has."""
+    used = set(read_table(run / FEATURES, ("episode_id",), "features")["episode_id"].unique().to_pylist())
     grids = open_grids(run / GRIDS)
     chosen = [[c.full_name for c in CHANNELS].index(name) for name in channels]
     bins: dict[str, list[NDArray[np.float32]]] = {}
     for row in grids.rows:
-        if row.role is Role.COMMISSION:
+        if row.role is Role.COMMISSION and row.episode_id in used:
             bins.setdefault(row.host_id, []).append(
                 np.asarray(grids.bins[row.offset : row.offset + row.n_bins])[:, chosen]
             )

@@ -75,12 +75,12 @@ def load(run: Path, recipe: str, fold: str, threat: str = "realistic", kind: str
         val_b=part(Part.VAL_B),
         test=test,
         soak=soak,
-        spared_soak=_spared(recipe, test.windows, soak.windows),
+        spared_soak=spared_soak(recipe, test.windows, soak.windows),
     )
     return commissioned(run, sets) if table == Table.COMMISSIONED else sets
 
 
-def _spared(recipe: str, test: Windows, soak: Windows) -> NDArray[np.bool_]:
+def spared_soak(recipe: str, test: Windows, soak: Windows) -> NDArray[np.bool_]:
     """Mark the windows of soak episodes that share nothing with the test set of what the recipe holds out."""
     keys: dict[str, Callable[[RunEpisode], str]] = {
         "host": lambda e: e.host_id,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from phasewatch.errors import MismatchError, UsageError
 from phasewatch.measures import N_CLASSES
-from phasewatch.models.base import Inputs, PhaseModel
+from phasewatch.models.base import InputKind, Inputs, PhaseModel
 from phasewatch.models.gbt import GradientBoosting
 from phasewatch.models.nets import Net
 from phasewatch.models.onnxfile import INPUT, OUTPUT, check_onnx
@@ -36,7 +36,7 @@ def to_onnx(model: PhaseModel) -> bytes:
     """
     if isinstance(model, Net):
         proto = _net_graph(model)
-    elif isinstance(model, GradientBoosting):
+    elif isinstance(model, GradientBoosting) and model.kind is InputKind.TABLE:  # of levels it is a baseline
         proto = _tree_graph(model)
     else:
         raise UsageError(f"model {model.key} is not exported: gbt, mlp, cnn, gru, lstm and transformer are")

@@ -28,7 +28,7 @@ from phasewatch.train.grid import DEPLOYED
 
 PARITY_WINDOWS = 512
 ORACLE = "oracle"
-_NOT_TRAINED = (Part.TEST,)
+_LEARNT = (Part.TRAIN, Part.VAL_A, Part.VAL_B, Part.DEALT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ def export_run(run: Path, out: Path, wanted: Wanted, *, quote: Callable[[str], s
     for cell in cells:
         model = registry.load(cell.folder(run))
         data = to_onnx(model)
-        inputs = _windows(run, cell)
+        inputs = _windows(run, cell, model)
         worst, windows = max(worst, check_parity(model, data, inputs)), windows + len(inputs)
         graphs.append((cell, model, data))
     whole = graphs[0][2] if out.suffix == ".onnx" else _bundle(run, graphs, quote)
@@ -113,18 +113,33 @@ def _cells(run: Path, wanted: Wanted, fold: str, *, one: bool) -> list[Cell]:
         raise RunError(
             f"{parent}: {wanted.model} was not trained for {missing[0] if missing else 'any mask'} on {wanted.recipe}/{fold}, "
             f"table {wanted.table}, seed {wanted.seed} (there: {', '.join(sorted(there)) or 'none'}); "
-            f"train it with `phasewatch train {run} --models {wanted.model} --recipes {wanted.recipe} "
-            f"--threats {','.join(missing or DEPLOYED)}{f' --seed {wanted.seed}' if wanted.seed else ''}`"
+            f"train it with `{_command(run, wanted.model, wanted.recipe, missing or DEPLOYED, wanted.seed)}`"
         )
     if one and len(chosen) > 1:
         raise UsageError(f"an .onnx holds one model; choose one with --threat: {', '.join(sorted(chosen))}")
     return [cell(threat) for threat in sorted(chosen, key=lambda threat: (-sum(mask_of(threat)), threat))]
 
 
-def _windows(run: Path, cell: Cell) -> Inputs:
-    """Give some real windows of those that the cell learnt from, evenly spread."""
+def _command(run: Path, model: str, recipe: str, threats: Sequence[str], seed: int) -> str:
+    """Give the line that trains what is missing."""
+    line = f"phasewatch train {run} --models {model} --recipes {recipe} --threats {','.join(threats)}"
+    return f"{line} --seed {seed}" if seed else line
+
+
+def _windows(run: Path, cell: Cell, model: PhaseModel) -> Inputs:
+    """Give some real windows of those that the cell learnt from, evenly spread.
+
+    Raises:
+        RunError: If they are not those that it learnt from: the card would name others.
+    """
     kind = registry.row_of(cell.model).kind
-    inputs = load(run, cell.recipe, cell.fold, cell.threat, kind, cell.table).train.inputs
+    train = load(run, cell.recipe, cell.fold, cell.threat, kind, cell.table).train
+    if model.trained_on.get("train") != train.examples.sha256():
+        raise RunError(
+            f"{cell.folder(run)}: learnt from other windows than the run has now; train it again with "
+            f"`{_command(run, cell.model, cell.recipe, [cell.threat], cell.seed)}`"
+        )
+    inputs = train.inputs
     rows = np.unique(np.linspace(0, len(inputs) - 1, min(len(inputs), PARITY_WINDOWS)).astype(np.int64))
     return Inputs(x=np.ascontiguousarray(inputs.x[rows]), spec=inputs.spec)
 
@@ -132,7 +147,7 @@ def _windows(run: Path, cell: Cell) -> Inputs:
 def trained_on(run: Path, recipe: str, fold: str) -> Trained:
     """Say who the models of a fold learnt from: train and validation."""
     cut = read_fold(run, recipe, fold)
-    ids = {episode for episode, part in cut.episodes.items() if part not in _NOT_TRAINED}
+    ids = {episode for episode, part in cut.episodes.items() if part in _LEARNT}
     rows = [row for row in open_grids(run / "grids").rows if row.episode_id in ids]
     known = read_verdicts(run, only=ids)
     return Trained(
@@ -170,6 +185,7 @@ def _bundle(
                 input_kind=model.spec.kind,
                 columns=model.spec.names,
                 rules=render_rules(rules_of(header)),
+                floors=dict(model.spec.floors),
             )
         )
     members[CARD] = _card(models, trained, first, quote).encode()

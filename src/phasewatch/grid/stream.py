@@ -46,7 +46,7 @@ class Bin:
 class StreamGrid:
     """Closes bin after bin by the clock; readings may come in any order and any portions until their bin is closed.
 
-    A reading that comes later is counted, flags the bin that it belonged to, and is left out. Memory is bounded: of
+    A reading that comes later is counted, left out, and flags the bins that it may have changed. Memory is bounded: of
     what is behind the last closed bin only the newest reading of each channel is kept.
 
     Args:
@@ -78,18 +78,23 @@ class StreamGrid:
         self._watch_clock(source, wall, mono)
         if wall <= self._end_of(self._next - 1) and self._next >= 0:
             self.late += 1
-            self._mark(wall, wall, LATE)
+            # Its increment goes to the next reading, whose value a bin may repeat: 2.5 s each, at most.
+            self._mark(wall - 1, wall + 2 * STALE_NS, LATE)
             return False
         kept = tuple(None if value is None or not -_INT64 <= value < _INT64 else value for value in row)
         self._rows.setdefault(source, []).append(kept)
         return True
 
     def close_until(self, now_ns: int) -> list[Bin]:
-        """Close every bin that ended at least a second before `now_ns`, oldest first."""
+        """Close every bin that ended at least a second before `now_ns`, oldest first.
+
+        Their flags, and those of the two windows before them, are there until the next call.
+        """
         closed = []
+        for gone in [number for number in self._flags if number < self._next - KEPT_FLAGS]:
+            del self._flags[gone]
         while self._end_of(self._next) + LATENESS_NS <= now_ns:
             values = self._close()
-            self._flags.pop(self._next - KEPT_FLAGS, None)
             if self._next >= 0:
                 closed.append(Bin(number=self._next, end_ns=self._end_of(self._next), values=values))
             self._next += 1

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -53,7 +54,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     format: str
     model: str
-    input_kind: str
+    input_kind: Annotated[str, msgspec.Meta(pattern="^(table|tensor|elapsed|levels|host)$")]
     mask: str
     columns: tuple[str, ...]
     schema_hash: str
@@ -67,7 +68,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     trained_on: dict[str, str]
     versions: dict[str, str]
     files: dict[str, FileEntry]
-    table: str = "raw"
+    table: Annotated[str, msgspec.Meta(pattern="^(raw|context|commissioned)$")] = "raw"
     floors: dict[str, float] = {}
     filter: PhaseFilter | None = None
     alarm: dict[str, AlarmRule] = {}
@@ -157,6 +158,8 @@ def read_header(folder: Path) -> Header:
         raise RunError(
             f"{path}: seen {header.seen} or temperature {header.temperature} cannot be; train the model again"
         )
+    if any(scale <= 0.0 for scale in header.floors.values()):
+        raise RunError(f"{path}: floors hold a scale that is not above 0; train the model again")
     return header
 
 

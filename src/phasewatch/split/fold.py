@@ -128,7 +128,7 @@ def parse_fold(data: bytes, *, file: str) -> Fold:
     """
     try:
         fold = msgspec.json.decode(data, type=Fold)
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise RunError(
             f"{file}: not a split of version {VERSION}: {exc}; make it again with `phasewatch split`"
         ) from exc

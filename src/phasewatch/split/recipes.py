@@ -150,6 +150,11 @@ def _one_profile_each(episodes: Episodes) -> tuple[Cut, ...]:
         raise SplitError(
             f"held_out_profile: needs lab episodes of at least 2 malicious profiles, found {len(malicious)}; record others"
         )
+    # Profiles come from manifests, in which any text may stand; a fold is a file, and a folder of models.
+    if odd := [p for p in malicious if "/" in p or p in (".", "..")]:
+        raise SplitError(
+            f"held_out_profile: profile {odd[0]!r} cannot name a fold's file; record it under a name without a slash"
+        )
     return tuple(Cut(fold=p, test=test, untaught=frozenset({p})) for p, test in malicious.items())
 
 

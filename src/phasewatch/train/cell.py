@@ -105,7 +105,7 @@ def parse_done(data: bytes, *, file: str) -> Done:
     """
     try:
         found: Any = msgspec.json.decode(data, type=Done)
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise RunError(f"{file}: not a finished cell: {exc}; remove its folder and train again") from exc
     done: Done = found
     return done
