@@ -1,0 +1,31 @@
+"""Bundles of a few KiB that were made to cost: each is refused with its code before it costs a second or a large memory."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from tests.episode.small import members_of, seal, small_bundle
+
+from phasewatch.episode import limits
+from phasewatch.episode.bundle import unpack
+from phasewatch.errors import BundleError
+
+
+def refuse(data: bytes) -> BundleError:
+    with pytest.raises(BundleError) as refused:
+        unpack(data, file="small")
+    return refused.value
+
+
+def test_a_key_that_stands_twice_is_found_at_once_among_as_many_as_a_manifest_can_hold() -> None:
+    keys = [b'"%x":1' % i for i in range(limits.MANIFEST_BYTES // 10)]
+    text = b"{" + b",".join((*keys, keys[-1])) + b"}"
+    data = seal({**members_of(small_bundle()), "manifest.json": text})
+
+    began_s = time.process_time()
+    refused = refuse(data)
+
+    assert refused.code == "manifest-key-twice"
+    assert f"'{len(keys) - 1:x}'" in refused.words
+    assert time.process_time() - began_s < 1.0
