@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 
 import pytest
-from tests.episode.small import members_of, seal, small_bundle
+from tests.episode.small import listed, members_of, seal, small_bundle
 
 from phasewatch.episode import limits
 from phasewatch.episode.bundle import unpack
@@ -29,3 +30,19 @@ def test_a_key_that_stands_twice_is_found_at_once_among_as_many_as_a_manifest_ca
     assert refused.code == "manifest-key-twice"
     assert f"'{len(keys) - 1:x}'" in refused.words
     assert time.process_time() - began_s < 1.0
+
+
+@pytest.mark.parametrize(("name", "code"), [("labels.jsonl", "labels-many"), ("proc.jsonl", "rows-many")])
+def test_lines_are_counted_before_memory_is_spent_on_them(name: str, code: str) -> None:
+    size = limits.DECOMPRESSED_BYTES - (1 << 20)
+    data = seal(listed({**members_of(small_bundle()), name: b"\n" * size}))
+
+    tracemalloc.start()
+    try:
+        refused = refuse(data)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert refused.code == code
+    assert peak_bytes < 4 * limits.DECOMPRESSED_BYTES
