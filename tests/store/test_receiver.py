@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -201,6 +202,46 @@ def test_a_slow_body_is_timed_out(tmp_path: Path, bounds: object, messages: list
     assert desk.store.temporaries() == ()  # type: ignore[attr-defined]
 
 
+class Slow(atomic.Disk):
+    """A disk that takes longer over one of its calls than a body has."""
+
+    def __init__(self, call: str) -> None:
+        self._call = call
+        self.done: list[str] = []
+
+    def _dawdle(self, call: str) -> None:
+        if call == self._call:
+            time.sleep(0.5)
+        self.done.append(call)
+
+    def open(self, path: Path) -> int:
+        fd = super().open(path)
+        self._dawdle("open")
+        return fd
+
+    def write(self, fd: int, data: bytes | memoryview) -> int:
+        self._dawdle("write")
+        return super().write(fd, data)
+
+    def close(self, fd: int) -> None:
+        self.done.append("close")
+        super().close(fd)
+
+
+@pytest.mark.parametrize("call", ["open", "write"])
+def test_a_body_whose_time_is_up_while_the_disk_writes_it_is_dropped_only_then(tmp_path: Path, call: str) -> None:
+    desk = Desk(tmp_path / "store", bounds=replace(ROOMY, grace_s=0.2, slowest_bytes_per_s=10**9))
+    half = bytes(3 << 19)  # more than is held back before it is written
+    scope = scope_of(**headers_of(half), **{"Content-Length": str(2 * len(half))})
+
+    with atomic.on_disk(disk := Slow(call)):
+        sent = desk.feed(scope, [piece(half), piece(half)])
+
+    assert sent[0]["status"] == 408
+    assert disk.done == ["open", "write", "close"]
+    assert desk.store.temporaries() == ()  # type: ignore[attr-defined]
+
+
 def test_no_room_is_said_before_the_body(tmp_path: Path) -> None:
     desk = Desk(tmp_path / "store", bounds=replace(ROOMY, floor_bytes=1 << 62))
 
@@ -383,7 +424,6 @@ def test_many_senders_of_one_id_get_one_201_and_one_bundle_stands(tmp_path: Path
 
 def test_old_leftovers_go_while_it_runs_and_a_fault_in_that_stops_nothing(tmp_path: Path) -> None:
     import os
-    import time
 
     looked = 0
 

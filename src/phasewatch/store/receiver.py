@@ -107,7 +107,13 @@ class Receiver:
         self._threads.shutdown()
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        """Do something that waits for the disk. Cancelled, wait until it is done: its file must not be dropped under it."""
+        job = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        try:
+            return await asyncio.shield(job)
+        except asyncio.CancelledError:
+            await asyncio.wait([job])
+            raise
 
     def _logged(self, app: ASGIApp) -> ASGIApp:
         """Write one record a request: who, what, how it ended; no header, no query, no body."""
