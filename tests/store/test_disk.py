@@ -12,7 +12,7 @@ import pytest
 from phasewatch import atomic
 from phasewatch.episode import limits
 from phasewatch.errors import BundleError, StoreError
-from phasewatch.store.disk import MALFORMED, DiskStore, StoreItem
+from phasewatch.store.disk import MALFORMED, UNREADABLE, DiskStore, StoreItem
 
 IDS = [f"0199c82c-c000-7000-8000-00000000000{i}" for i in range(5)]
 
@@ -119,11 +119,19 @@ def test_receipts_hidden_files_and_unfinished_writes_are_no_items_but_the_last_a
     [b"", b"no digest", b"0" * 64 + b"  other.tar.zst\n", b"\xff" * 80, b"0" * 63 + b"  x\n"],
     ids=["empty", "words", "another file's", "no text", "too short"],
 )
-def test_a_receipt_that_cannot_be_read_is_malformed(tmp_path: Path, line: bytes) -> None:
+def test_a_receipt_that_is_none_is_malformed(tmp_path: Path, line: bytes) -> None:
     path = DiskStore(tmp_path).put("pc-a", IDS[0], b"data")
     path.with_name(path.name + ".sha256").write_bytes(line)
 
     assert [item.receipt for item in walk(tmp_path)] == [MALFORMED]
+
+
+def test_a_receipt_that_cannot_be_read_is_unreadable(tmp_path: Path) -> None:
+    path = DiskStore(tmp_path).put("pc-a", IDS[0], b"data")
+    path.with_name(path.name + ".sha256").unlink()
+    path.with_name(path.name + ".sha256").mkdir()
+
+    assert [item.receipt for item in walk(tmp_path)] == [UNREADABLE]
 
 
 def test_a_receipt_whose_bundle_is_gone_is_given_so_that_the_loss_is_counted(tmp_path: Path) -> None:

@@ -175,6 +175,23 @@ def test_what_a_lost_worker_cost_is_tried_again(tmp_path: Path) -> None:
     assert [v.status for v in again.verdicts] == [Status.ACCEPTED] * 2
 
 
+def test_a_bundle_whose_receipt_cannot_be_read_is_not_condemned_and_tried_again(tmp_path: Path) -> None:
+    path, run = put(tmp_path / "store", episode(number=1)), tmp_path / "run"
+    receipt = path.with_name(path.name + RECEIPT)
+    line = receipt.read_bytes()
+    receipt.unlink()
+    receipt.mkdir()
+
+    first = sweep(tmp_path / "store", run, workers=1)
+    receipt.rmdir()
+    receipt.write_bytes(line)
+    again = sweep(tmp_path / "store", run, workers=1)
+
+    assert [(v.status, v.reasons) for v in first.verdicts] == [(Status.ERRORED, ("bundle-unreadable",))]
+    assert "its receipt could not be read" in first.verdicts[0].detail
+    assert [v.status for v in again.verdicts] == [Status.ACCEPTED]
+
+
 def test_the_ledger_balances_to_the_last_row(faulty: Path, tmp_path: Path) -> None:
     swept = sweep(faulty, tmp_path / "run", workers=1)
     stage = swept.stage

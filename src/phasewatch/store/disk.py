@@ -22,6 +22,8 @@ SUFFIX = ".tar.zst"
 RECEIPT = ".sha256"
 STATUS = ".status.json"
 MALFORMED = "malformed"
+UNREADABLE = "unreadable"
+NO_DIGEST = frozenset({None, MALFORMED, UNREADABLE})  # receipts that vouch for nothing
 SENT, REFUSED = "sent", "refused"  # where a shipper moves the bundles of an outbox
 INCOMING = ".incoming"  # where a receiver's unfinished bundles lie, so that a restart knows whose they were
 
@@ -38,7 +40,8 @@ class StoreItem:
         host_id, episode_id: What the place says; None where folder or file name is not of the format.
         bytes: Its size; 0 if a receipt stands alone.
         mtime_ns: When it was last written, Unix ns.
-        receipt: The digest that its receipt vouches for, None without one, ``malformed`` if it cannot be read.
+        receipt: The digest that its receipt vouches for, None without one, ``malformed`` if it is none, ``unreadable`` if
+            it could not be got at: that says nothing of the bundle.
         is_missing: A receipt stands here, and its bundle is gone.
     """
 
@@ -325,7 +328,7 @@ def _read_receipt(path: Path) -> str:
         with path.with_name(path.name + RECEIPT).open("rb") as file:
             return parse_receipt(file.read(RECEIPT_BYTES), path.name)
     except OSError:
-        return MALFORMED
+        return UNREADABLE
 
 
 def parse_receipt(text: bytes, name: str) -> str:
