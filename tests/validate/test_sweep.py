@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from hashlib import sha256
@@ -157,6 +158,23 @@ def test_a_bundle_that_changed_since_the_kill_is_read_again(tmp_path: Path) -> N
 
     assert last.kept == 3
     assert last.verdicts[0].status is Status.ERRORED
+
+
+def test_rot_that_a_full_sweep_found_is_not_forgotten_when_it_is_killed(tmp_path: Path) -> None:
+    store, run = write_store(tmp_path / "store", hosts=1, sessions=2), tmp_path / "run"
+    sweep(store, run, workers=1)
+    rotten = min(store.glob("*/*.zst"))
+    before = rotten.stat()
+    rotten.write_bytes(bytes(before.st_size))
+    os.utime(rotten, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(Killed):
+        sweep(store, run, workers=1, full=True, part=1, tell=killed_at(3))
+
+    last = sweep(store, run, workers=1)
+
+    assert [v.status for v in last.verdicts] == [Status.ERRORED, *[Status.ACCEPTED] * 3]
+    assert last.kept == 4
+    assert len(open_grids(run / "grids").rows) == 3
 
 
 def test_what_a_lost_worker_cost_is_tried_again(tmp_path: Path) -> None:
