@@ -8,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from tests.crash.faults import FaultyDisk, Killed
 
 from phasewatch import atomic
 from phasewatch.episode import limits
@@ -67,6 +68,23 @@ def test_the_bundle_is_durable_before_its_receipt_exists(tmp_path: Path) -> None
         DiskStore(tmp_path).put("pc-a", IDS[0], b"data")
 
     assert [(item.bytes, item.receipt) for item in walk(tmp_path)] == [(4, None)]
+
+
+def test_a_bundle_is_in_the_store_only_when_its_folders_name_is_on_the_disk(tmp_path: Path) -> None:
+    (tmp_path / "spare").mkdir()
+    (tmp_path / "store").mkdir()
+    store = DiskStore(tmp_path / "store")
+    with atomic.on_disk(disk := FaultyDisk(tmp_path / "spare", at=1, fault="EIO")):
+        with pytest.raises(OSError, match="injected"):
+            store.put("pc-a", IDS[0], b"data")
+        assert disk.calls[:2] == ["mkdir", "fsync"]  # the folder is there, and the disk did not take its name
+
+        store.put("pc-a", IDS[0], b"data")
+        disk.at, disk.fault = len(disk.calls), "power cut"
+        with pytest.raises(Killed):
+            store.put("pc-b", IDS[1], b"data")
+
+    assert [(item.path, item.bytes) for item in walk(tmp_path / "store")] == [(f"pc-a/{IDS[0]}.tar.zst", 4)]
 
 
 def test_items_come_by_host_and_then_by_name(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ class DiskStore:
         """
         self.path = Path(path)
         self._durable = durable
+        self._vouched: set[Path] = set()  # folders of hosts whose names the disk has
 
     def put(self, host_id: str, episode_id: str, data: bytes) -> Path:
         """Store a bundle, then its receipt.
@@ -75,7 +76,7 @@ class DiskStore:
         Raises:
             StoreError: If the ids are malformed; a TakenError, if other bytes already stand under them.
         """
-        incoming = _Incoming(self._target(host_id, episode_id), durable=self._durable, folder=None)
+        incoming = self._begin(host_id, episode_id, folder=None)
         try:
             incoming.write(data)
             incoming.publish(sha256(data).hexdigest())
@@ -89,7 +90,16 @@ class DiskStore:
         Raises:
             StoreError: If the ids are malformed.
         """
-        return _Incoming(self._target(host_id, episode_id), durable=self._durable, folder=self.path / INCOMING)
+        return self._begin(host_id, episode_id, folder=self.path / INCOMING)
+
+    def _begin(self, host_id: str, episode_id: str, *, folder: Path | None) -> _Incoming:
+        target = self._target(host_id, episode_id)
+        if not target.parent.is_dir():
+            make_folder(target.parent)
+        elif self._durable and target.parent not in self._vouched:
+            atomic.sync_folder(self.path)  # whoever made it may have died, or failed, before the disk had its name
+        self._vouched.add(target.parent)
+        return _Incoming(target, durable=self._durable, folder=folder)
 
     @contextmanager
     def receiving(self) -> Iterator[None]:
@@ -223,8 +233,6 @@ class _Incoming:
     def __init__(self, target: Path, *, durable: bool, folder: Path | None) -> None:
         self.target = target
         self._durable, self._folder = durable, folder
-        if not target.parent.is_dir():
-            make_folder(target.parent)
         self._aside = atomic.Aside(target, folder=folder)
 
     def write(self, data: bytes) -> None:
