@@ -9,7 +9,7 @@ import pytest
 from tests.stores import put_bytes, write_store
 from tests.validate.test_sweep import products
 
-from phasewatch.errors import RunError
+from phasewatch.errors import RunError, StoreError
 from phasewatch.stages import Settings, validate
 from phasewatch.store.base import open_store, parse_place
 from phasewatch.store.objects import ObjectStore
@@ -58,6 +58,31 @@ def test_a_finished_run_is_published_with_its_last_word_last(
         assert {name: store.get(name) for name in contents} == contents
     else:
         assert {str(p.relative_to(target)): p.read_bytes() for p in Path(target).rglob("*") if p.is_file()} == contents
+
+
+@pytest.mark.parametrize("kind", ["s3", "a folder"])
+def test_publishing_over_an_older_run_that_is_cut_leaves_no_last_word_to_vouch_for_a_mixture(
+    kind: str, new_bucket: Callable[[], str], tmp_path: Path
+) -> None:
+    run, target = tmp_path / "run", new_bucket() if kind == "s3" else f"{tmp_path}/copy"
+    run.mkdir()
+    for name in ("a.html", "b.html", "run.json"):
+        (run / name).write_bytes(b"old")
+    publish_run(run, target)
+    (run / "a.html").write_bytes(b"new")
+    (run / "b.html").unlink()
+    (run / "b.html").symlink_to("/proc/self/mem")  # a file that cannot be read
+
+    with pytest.raises((OSError, StoreError)):
+        publish_run(run, target)
+
+    store = open_store(target)
+    if isinstance(store, ObjectStore):
+        assert store.get("a.html") == b"new"
+        with pytest.raises(FileNotFoundError):
+            store.get("run.json")
+    else:
+        assert sorted(p.name for p in Path(target).iterdir()) == ["a.html", "b.html"]
 
 
 def test_an_unfinished_run_is_not_published(tmp_path: Path) -> None:
