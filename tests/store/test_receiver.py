@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -261,6 +262,31 @@ def test_a_quota_outlives_the_process(tmp_path: Path) -> None:
 
     assert [again.put(DATA, n).status_code for n in (0, 2, 3)] == [200, 201, 429]
     assert int(again.put(DATA, 4).headers["Retry-After"]) > 80_000
+
+
+def test_an_upload_that_ends_while_another_looks_at_what_the_host_sent_counts_against_the_quota(tmp_path: Path) -> None:
+    looks, stored_one = iter(range(9)), threading.Event()
+
+    class Lagging(DiskStore):
+        def held(self, host_id: str) -> list[tuple[float, int]]:
+            found = super().held(host_id)
+            if next(looks) == 1:
+                stored_one.wait(20)
+            return found
+
+    desk = Desk(Lagging(tmp_path / "store"), bounds=replace(ROOMY, quota_bytes=2 * len(DATA)))
+
+    async def crowd() -> list[int]:
+        async with desk.client() as client:
+
+            async def put(number: int) -> int:
+                answer = await client.put(path_of(number), content=DATA, headers=headers_of(DATA))
+                stored_one.set()
+                return answer.status_code
+
+            return [*await asyncio.gather(put(0), put(1)), await put(2)]
+
+    assert asyncio.run(crowd()) == [201, 201, 429]
 
 
 def test_uploads_at_a_time_are_bounded_in_all_and_for_each_host(tmp_path: Path) -> None:
