@@ -13,7 +13,7 @@ import pytest
 
 from phasewatch.episode import limits
 from phasewatch.errors import BundleError, StoreError, TakenError
-from phasewatch.store.base import Store, StoreItem, open_store
+from phasewatch.store.base import Store, StoreItem, find_bundle, open_store, parse_place
 from phasewatch.store.disk import MALFORMED, UNREADABLE, DiskStore
 from phasewatch.store.objects import ObjectStore
 
@@ -45,6 +45,19 @@ def test_a_bundle_is_found_walked_and_read_with_its_receipt(store: Store) -> Non
     assert (item.bytes, item.receipt, item.is_missing) == (4, digest(b"data"), False)
     assert abs(item.mtime_ns / 1e9 - time.time()) < 3600
     assert store.read(item) == b"data"
+
+
+def test_a_bundle_is_found_by_its_own_name_with_the_store_that_it_lies_in(place: str) -> None:
+    open_store(place).put("pc-a", IDS[0], b"data")
+
+    found = find_bundle(parse_place(f"{place}/pc-a/{IDS[0]}.tar.zst"))
+
+    assert found is not None
+    store, item = found
+    assert [item] == list(open_store(place).walk())
+    assert store.read(item) == b"data"
+    for name in (f"pc-a/{IDS[1]}.tar.zst", f"{IDS[0]}.tar.zst", "pc-a", ""):
+        assert find_bundle(parse_place(f"{place}/{name}")) is None
 
 
 def test_what_is_not_there_is_not_found(store: Store) -> None:

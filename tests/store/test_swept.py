@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from tests.stores import put_bytes, write_store
 from tests.validate.test_sweep import products
+from typer.testing import CliRunner
 
+from phasewatch.cli import app
 from phasewatch.errors import RunError, StoreError
 from phasewatch.stages import Settings, validate
 from phasewatch.store.base import open_store, parse_place
@@ -36,6 +38,36 @@ def test_a_bucket_is_swept_to_the_same_bytes_as_a_folder(new_bucket: Callable[[]
     assert [v.status for v in there.verdicts] == [v.status for v in here.verdicts]
     assert products(tmp_path / "there") == products(tmp_path / "here")
     assert (there.kept, again.kept) == (0, 4)
+
+
+def test_a_bucket_is_scored_and_a_bundle_of_it_shown_as_from_a_folder(
+    new_bucket: Callable[[], str], tmp_path: Path
+) -> None:
+    folder, uri = write_store(tmp_path / "store", hosts=1, sessions=1), new_bucket()
+    copy_store(folder, uri)
+    bundle = min(folder.glob("*/*.zst")).relative_to(folder).as_posix()
+
+    def call(*arguments: object) -> str:
+        done = CliRunner().invoke(app, [str(a) for a in arguments])
+        assert done.exit_code == 0, done.stderr
+        return done.stdout
+
+    for name, here, there in (("all", folder, uri), ("one", folder / bundle, f"{uri}/{bundle}")):
+        call("predict", here, "--out", tmp_path / f"{name}-here.parquet")
+        call("predict", there, "--out", tmp_path / f"{name}-there.parquet")
+
+        assert (tmp_path / f"{name}-there.parquet").read_bytes() == (tmp_path / f"{name}-here.parquet").read_bytes()
+
+    assert call("inspect", f"{uri}/{bundle}") == call("inspect", folder / bundle)
+
+
+def test_a_bundle_that_is_not_in_the_bucket_is_one_clear_line(new_bucket: Callable[[], str], tmp_path: Path) -> None:
+    name = f"{new_bucket()}/h0/01a0c450-6c01-7000-8000-000000000001.tar.zst"
+    for command in (("inspect", name), ("predict", name, "--out", str(tmp_path / "x.parquet"))):
+        done = CliRunner().invoke(app, command)
+
+        assert done.exit_code == 3
+        assert f"{name}: there is no such bundle" in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["s3", "a folder"])
