@@ -152,7 +152,8 @@ def vcpu_wait_cores(episode: Episode) -> float:
     waited, mono = readings.columns[place][inside], readings.t_mono_ns[inside]
     if len(mono) < 2 or mono[-1] <= mono[0]:
         return float("nan")
-    return float(waited[-1] - waited[0]) / float(mono[-1] - mono[0])
+    # Python's integers: from one end of 64 bits to the other, numpy's would wrap and warn.
+    return float(int(waited[-1]) - int(waited[0])) / float(mono[-1] - mono[0])
 
 
 def check_contention(episode: Episode) -> list[Finding]:
