@@ -83,9 +83,7 @@ def _longest_silence_ns(episode: Episode, readings: SourceRows) -> int:
     """Measure the longest stretch between label start and end without a row."""
     wall = np.sort(readings.t_wall_ns)
     inside = wall[(wall > episode.t0_ns) & (wall < episode.t_end_ns)]
-    before = wall[wall <= episode.t0_ns]
-    start = max(int(before[-1]) if len(before) else 0, episode.t0_ns)
-    edges = np.concatenate(([start], inside, [episode.t_end_ns]))
+    edges = np.concatenate(([episode.t0_ns], inside, [episode.t_end_ns]))
     return int(np.diff(edges).max())
 
 
