@@ -422,9 +422,14 @@ def test_bundles_that_come_together_are_judged_together(tmp_path: Path) -> None:
 
     def judge(arrivals: Sequence[Arrival]) -> Iterator[Judgement]:
         sizes.append(len(arrivals))
+        until = time.monotonic() + 20
+        while len(sizes) == 1 and len(arrivals) + len(gate._waiting) < 4 and time.monotonic() < until:
+            time.sleep(0.001)  # the first takes its time, until as many wait as have a place
         return says("accepted")(arrivals)
 
     desk = Desk(tmp_path / "store", judge=judge)
+    gate = desk.receiver._gate
+    assert gate is not None
 
     async def crowd() -> list[int]:
         async with desk.client() as client:
@@ -433,7 +438,7 @@ def test_bundles_that_come_together_are_judged_together(tmp_path: Path) -> None:
 
     assert asyncio.run(crowd()) == [201] * 8
     assert sum(sizes) == 8
-    assert max(sizes) <= 4
+    assert 1 < max(sizes) <= 4
 
 
 def test_many_senders_of_one_id_get_one_201_and_one_bundle_stands(tmp_path: Path) -> None:
