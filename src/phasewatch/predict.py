@@ -18,9 +18,11 @@ from phasewatch.live.scorer import Scorer, channels_of
 from phasewatch.live.tracker import Decision, Judge
 from phasewatch.models.base import Table
 from phasewatch.models.filter import NONE, PHASE
-from phasewatch.store.disk import SUFFIX, DiskStore, StoreItem
+from phasewatch.store.base import Place, Store, StoreItem, find_bundle, open_store
+from phasewatch.store.disk import SUFFIX
 from phasewatch.train.predictions import PROBABILITIES
-from phasewatch.validate.verdict import Examined, Place, examine
+from phasewatch.validate.verdict import Examined, examine
+from phasewatch.validate.verdict import Place as Where
 from phasewatch.vocab import BIN_NS, WINDOW_BINS
 
 PART = "predict"
@@ -69,12 +71,12 @@ def choose_offline(candidates: Sequence[Candidate], threat: str = "") -> Scorer:
 
 
 def predict(
-    source: Path, scorer: Scorer, out: Path, *, tell: Callable[[str, int, int], None] | None = None
+    source: Place, scorer: Scorer, out: Path, *, tell: Callable[[str, int, int], None] | None = None
 ) -> Predicted:
     """Score every usable bundle of a store, or one bundle, and write the table whole.
 
     Args:
-        source: A store, or one ``.tar.zst``.
+        source: A store, or one ``.tar.zst``, as a path or a URI.
         scorer: From `choose_offline`.
         out: Where the parquet goes.
         tell: Called as (path, how many, of how many).
@@ -149,23 +151,22 @@ def schema() -> Any:
     )
 
 
-def _items(source: Path) -> tuple[DiskStore, tuple[StoreItem, ...]]:
-    if source.is_file():
-        store = DiskStore(source.absolute().parent.parent)
-        return store, (store.item(source.absolute()),)
-    if source.name.endswith(SUFFIX) and not source.is_dir():
+def _items(source: Place) -> tuple[Store, tuple[StoreItem, ...]]:
+    if found := find_bundle(source):
+        return found[0], (found[1],)
+    if str(source).endswith(SUFFIX) and not (isinstance(source, Path) and source.is_dir()):
         raise StoreError(
             f"{source}: there is no such bundle; name a store, or one <host_id>/<episode_id>{SUFFIX} of it"
         )
-    store = DiskStore(source)
+    store = open_store(source)
     items = tuple(store.walk())
     if not items:
         raise StoreError(f"{source}: holds no bundle; name a store of episodes, or one <host_id>/<episode_id>.tar.zst")
     return store, items
 
 
-def _examine(store: DiskStore, item: StoreItem) -> Examined:
-    place = Place(path=item.path, host_id=item.host_id, episode_id=item.episode_id, receipt=item.receipt)
+def _examine(store: Store, item: StoreItem) -> Examined:
+    place = Where(path=item.path, host_id=item.host_id, episode_id=item.episode_id, receipt=item.receipt)
     return examine(store.read(item), place)
 
 

@@ -56,6 +56,18 @@ def test_a_null_is_no_reading_of_that_field_alone() -> None:
     assert int(rows.columns[0][0]) == 0
 
 
+def test_a_gauge_without_a_reading_is_null_and_is_spelled_as_null_again() -> None:
+    known, unknown = row(Source.QMP, 1), row(Source.QMP, 1)
+    place = fields_of(Source.QMP).index("vcpu_busy")
+    unknown[3 + place] = None
+    data = encode_rows(Source.QMP, [known, unknown])
+
+    rows = decode_rows(Source.QMP, fields_of(Source.QMP), data, file="x")
+
+    assert [rows.columns[place].tolist(), rows.present[:, place].tolist()] == [[1.0, 0.0], [True, False]]
+    assert encode_columns(rows) == data
+
+
 def test_a_gauge_may_be_spelled_as_a_whole_number_or_with_an_exponent() -> None:
     data = encode_rows(Source.QMP, [row(Source.QMP, 1)]).replace(b'"vcpu_busy":1.0', b'"vcpu_busy":1')
     data = data.replace(b'"vcpu_user":1.0', b'"vcpu_user":25e-2')

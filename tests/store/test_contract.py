@@ -13,8 +13,8 @@ import pytest
 
 from phasewatch.episode import limits
 from phasewatch.errors import BundleError, StoreError, TakenError
-from phasewatch.store.base import Store, StoreItem, open_store
-from phasewatch.store.disk import MALFORMED, DiskStore
+from phasewatch.store.base import Store, StoreItem, find_bundle, open_store, parse_place
+from phasewatch.store.disk import MALFORMED, UNREADABLE, DiskStore
 from phasewatch.store.objects import ObjectStore
 
 IDS = [f"0199c82c-c000-7000-8000-00000000000{i}" for i in range(5)]
@@ -45,6 +45,19 @@ def test_a_bundle_is_found_walked_and_read_with_its_receipt(store: Store) -> Non
     assert (item.bytes, item.receipt, item.is_missing) == (4, digest(b"data"), False)
     assert abs(item.mtime_ns / 1e9 - time.time()) < 3600
     assert store.read(item) == b"data"
+
+
+def test_a_bundle_is_found_by_its_own_name_with_the_store_that_it_lies_in(place: str) -> None:
+    open_store(place).put("pc-a", IDS[0], b"data")
+
+    found = find_bundle(parse_place(f"{place}/pc-a/{IDS[0]}.tar.zst"))
+
+    assert found is not None
+    store, item = found
+    assert [item] == list(open_store(place).walk())
+    assert store.read(item) == b"data"
+    for name in (f"pc-a/{IDS[1]}.tar.zst", f"{IDS[0]}.tar.zst", "pc-a", ""):
+        assert find_bundle(parse_place(f"{place}/{name}")) is None
 
 
 def test_what_is_not_there_is_not_found(store: Store) -> None:
@@ -130,7 +143,7 @@ def test_putting_again_finishes_what_a_crash_left_without_a_receipt(store: Store
     assert [item.receipt for item in store.walk()] == [digest(b"data")]
 
 
-def test_a_receipt_that_cannot_be_read_is_malformed_and_putting_again_mends_it(store: Store) -> None:
+def test_a_receipt_that_is_none_is_malformed_and_putting_again_mends_it(store: Store) -> None:
     store.put("pc-a", IDS[0], b"data")
     lay(store, f"pc-a/{IDS[0]}.tar.zst.sha256", b"no digest" * 1000)
     assert [item.receipt for item in store.walk()] == [MALFORMED]
@@ -138,6 +151,17 @@ def test_a_receipt_that_cannot_be_read_is_malformed_and_putting_again_mends_it(s
     store.put("pc-a", IDS[0], b"data")
 
     assert [item.receipt for item in store.walk()] == [digest(b"data")]
+
+
+def test_a_receipt_that_could_not_be_fetched_is_unreadable_and_not_malformed(new_bucket: Callable[[], str]) -> None:
+    class Busy(ObjectStore):
+        def _get(self, key: str, limit: int) -> bytes:
+            raise StoreError("503 Slow Down")
+
+    uri = new_bucket()
+    ObjectStore(uri).put("pc-a", IDS[0], b"data")
+
+    assert [item.receipt for item in Busy(uri).walk()] == [UNREADABLE]
 
 
 def test_a_receipt_whose_bundle_is_gone_is_given_so_that_the_loss_is_counted(store: Store) -> None:

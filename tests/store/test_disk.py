@@ -8,11 +8,12 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from tests.crash.faults import FaultyDisk, Killed
 
 from phasewatch import atomic
 from phasewatch.episode import limits
 from phasewatch.errors import BundleError, StoreError
-from phasewatch.store.disk import MALFORMED, DiskStore, StoreItem
+from phasewatch.store.disk import MALFORMED, UNREADABLE, DiskStore, StoreItem
 
 IDS = [f"0199c82c-c000-7000-8000-00000000000{i}" for i in range(5)]
 
@@ -69,6 +70,23 @@ def test_the_bundle_is_durable_before_its_receipt_exists(tmp_path: Path) -> None
     assert [(item.bytes, item.receipt) for item in walk(tmp_path)] == [(4, None)]
 
 
+def test_a_bundle_is_in_the_store_only_when_its_folders_name_is_on_the_disk(tmp_path: Path) -> None:
+    (tmp_path / "spare").mkdir()
+    (tmp_path / "store").mkdir()
+    store = DiskStore(tmp_path / "store")
+    with atomic.on_disk(disk := FaultyDisk(tmp_path / "spare", at=1, fault="EIO")):
+        with pytest.raises(OSError, match="injected"):
+            store.put("pc-a", IDS[0], b"data")
+        assert disk.calls[:2] == ["mkdir", "fsync"]  # the folder is there, and the disk did not take its name
+
+        store.put("pc-a", IDS[0], b"data")
+        disk.at, disk.fault = len(disk.calls), "power cut"
+        with pytest.raises(Killed):
+            store.put("pc-b", IDS[1], b"data")
+
+    assert [(item.path, item.bytes) for item in walk(tmp_path / "store")] == [(f"pc-a/{IDS[0]}.tar.zst", 4)]
+
+
 def test_items_come_by_host_and_then_by_name(tmp_path: Path) -> None:
     store = DiskStore(tmp_path)
     for host_id, number in (("b", 1), ("a", 2), ("b", 0), ("a", 1)):
@@ -119,11 +137,19 @@ def test_receipts_hidden_files_and_unfinished_writes_are_no_items_but_the_last_a
     [b"", b"no digest", b"0" * 64 + b"  other.tar.zst\n", b"\xff" * 80, b"0" * 63 + b"  x\n"],
     ids=["empty", "words", "another file's", "no text", "too short"],
 )
-def test_a_receipt_that_cannot_be_read_is_malformed(tmp_path: Path, line: bytes) -> None:
+def test_a_receipt_that_is_none_is_malformed(tmp_path: Path, line: bytes) -> None:
     path = DiskStore(tmp_path).put("pc-a", IDS[0], b"data")
     path.with_name(path.name + ".sha256").write_bytes(line)
 
     assert [item.receipt for item in walk(tmp_path)] == [MALFORMED]
+
+
+def test_a_receipt_that_cannot_be_read_is_unreadable(tmp_path: Path) -> None:
+    path = DiskStore(tmp_path).put("pc-a", IDS[0], b"data")
+    path.with_name(path.name + ".sha256").unlink()
+    path.with_name(path.name + ".sha256").mkdir()
+
+    assert [item.receipt for item in walk(tmp_path)] == [UNREADABLE]
 
 
 def test_a_receipt_whose_bundle_is_gone_is_given_so_that_the_loss_is_counted(tmp_path: Path) -> None:

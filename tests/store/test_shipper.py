@@ -143,6 +143,19 @@ def test_what_is_no_receipt_is_no_acknowledgement(outbox: Path, text: bytes) -> 
     assert ship(outbox, lambda request: reply(200, text)).sent == 0
 
 
+@pytest.mark.parametrize(
+    "text",
+    [b"[" * 60_000, b"[]", b'"text"', b'{"detail": [', b"\xff\xfe", b'{"detail": "' + b"x" * 60_000 + b'"}'],
+    ids=["brackets without end", "a list", "text", "half an object", "no text", "a novel"],
+)
+def test_a_refusal_in_any_words_stops_no_shipper_and_its_words_are_short(outbox: Path, text: bytes) -> None:
+    done = ship(outbox, lambda request: reply(503, text), patience_s=10.0)
+
+    assert (done.sent, len(done.left)) == (0, 5)
+    assert done.last_trouble.startswith("503 ")
+    assert len(done.last_trouble) <= 310
+
+
 def test_a_wrong_token_or_address_moves_nothing_and_is_told_for_its_host(outbox: Path, tmp_path: Path) -> None:
     before = names(outbox)
     desk = Desk(tmp_path / "store", tokens={"pc-b": TOKENS["pc-b"], "pc-a": "another-token-than-ours"})

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from tests.stores import put_bytes, write_store
 from tests.validate.test_sweep import products
+from typer.testing import CliRunner
 
-from phasewatch.errors import RunError
+from phasewatch.cli import app
+from phasewatch.errors import RunError, StoreError
 from phasewatch.stages import Settings, validate
 from phasewatch.store.base import open_store, parse_place
 from phasewatch.store.objects import ObjectStore
@@ -38,6 +40,36 @@ def test_a_bucket_is_swept_to_the_same_bytes_as_a_folder(new_bucket: Callable[[]
     assert (there.kept, again.kept) == (0, 4)
 
 
+def test_a_bucket_is_scored_and_a_bundle_of_it_shown_as_from_a_folder(
+    new_bucket: Callable[[], str], tmp_path: Path
+) -> None:
+    folder, uri = write_store(tmp_path / "store", hosts=1, sessions=1), new_bucket()
+    copy_store(folder, uri)
+    bundle = min(folder.glob("*/*.zst")).relative_to(folder).as_posix()
+
+    def call(*arguments: object) -> str:
+        done = CliRunner().invoke(app, [str(a) for a in arguments])
+        assert done.exit_code == 0, done.stderr
+        return done.stdout
+
+    for name, here, there in (("all", folder, uri), ("one", folder / bundle, f"{uri}/{bundle}")):
+        call("predict", here, "--out", tmp_path / f"{name}-here.parquet")
+        call("predict", there, "--out", tmp_path / f"{name}-there.parquet")
+
+        assert (tmp_path / f"{name}-there.parquet").read_bytes() == (tmp_path / f"{name}-here.parquet").read_bytes()
+
+    assert call("inspect", f"{uri}/{bundle}") == call("inspect", folder / bundle)
+
+
+def test_a_bundle_that_is_not_in_the_bucket_is_one_clear_line(new_bucket: Callable[[], str], tmp_path: Path) -> None:
+    name = f"{new_bucket()}/h0/01a0c450-6c01-7000-8000-000000000001.tar.zst"
+    for command in (("inspect", name), ("predict", name, "--out", str(tmp_path / "x.parquet"))):
+        done = CliRunner().invoke(app, command)
+
+        assert done.exit_code == 3
+        assert f"{name}: there is no such bundle" in done.stderr
+
+
 @pytest.mark.parametrize("kind", ["s3", "a folder"])
 def test_a_finished_run_is_published_with_its_last_word_last(
     kind: str, new_bucket: Callable[[], str], tmp_path: Path
@@ -58,6 +90,31 @@ def test_a_finished_run_is_published_with_its_last_word_last(
         assert {name: store.get(name) for name in contents} == contents
     else:
         assert {str(p.relative_to(target)): p.read_bytes() for p in Path(target).rglob("*") if p.is_file()} == contents
+
+
+@pytest.mark.parametrize("kind", ["s3", "a folder"])
+def test_publishing_over_an_older_run_that_is_cut_leaves_no_last_word_to_vouch_for_a_mixture(
+    kind: str, new_bucket: Callable[[], str], tmp_path: Path
+) -> None:
+    run, target = tmp_path / "run", new_bucket() if kind == "s3" else f"{tmp_path}/copy"
+    run.mkdir()
+    for name in ("a.html", "b.html", "run.json"):
+        (run / name).write_bytes(b"old")
+    publish_run(run, target)
+    (run / "a.html").write_bytes(b"new")
+    (run / "b.html").unlink()
+    (run / "b.html").symlink_to("/proc/self/mem")  # a file that cannot be read
+
+    with pytest.raises((OSError, StoreError)):
+        publish_run(run, target)
+
+    store = open_store(target)
+    if isinstance(store, ObjectStore):
+        assert store.get("a.html") == b"new"
+        with pytest.raises(FileNotFoundError):
+            store.get("run.json")
+    else:
+        assert sorted(p.name for p in Path(target).iterdir()) == ["a.html", "b.html"]
 
 
 def test_an_unfinished_run_is_not_published(tmp_path: Path) -> None:

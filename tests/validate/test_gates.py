@@ -110,6 +110,16 @@ def test_vcpus_that_wait_for_more_than_a_tenth_of_a_core_degrade(cores: float, e
     assert codes(whole) == expected
 
 
+def test_a_wait_that_no_64_bits_hold_is_contention_and_not_a_number_that_wrapped() -> None:
+    whole = episode((("clean", SECONDS),), rates={"vcpu_wait_ns": 0.0}, noise=0.0)
+    proc = whole.rows[Source.PROC]
+    place = proc.fields.index("vcpu_wait_ns")
+    waited = np.where(proc.t_wall_ns < T0 + 20 * S, -(2**63), 2**63 - 1)
+    columns = (*proc.columns[:place], waited, *proc.columns[place + 1 :])
+
+    assert gates.vcpu_wait_cores(with_rows(whole, replace(proc, columns=columns))) > 1e8
+
+
 def test_an_idle_card_is_a_note_and_a_frozen_proc_a_fault() -> None:
     whole = episode((("clean", SECONDS),))
     frozen = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from hashlib import sha256
@@ -159,6 +160,23 @@ def test_a_bundle_that_changed_since_the_kill_is_read_again(tmp_path: Path) -> N
     assert last.verdicts[0].status is Status.ERRORED
 
 
+def test_rot_that_a_full_sweep_found_is_not_forgotten_when_it_is_killed(tmp_path: Path) -> None:
+    store, run = write_store(tmp_path / "store", hosts=1, sessions=2), tmp_path / "run"
+    sweep(store, run, workers=1)
+    rotten = min(store.glob("*/*.zst"))
+    before = rotten.stat()
+    rotten.write_bytes(bytes(before.st_size))
+    os.utime(rotten, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(Killed):
+        sweep(store, run, workers=1, full=True, part=1, tell=killed_at(3))
+
+    last = sweep(store, run, workers=1)
+
+    assert [v.status for v in last.verdicts] == [Status.ERRORED, *[Status.ACCEPTED] * 3]
+    assert last.kept == 4
+    assert len(open_grids(run / "grids").rows) == 3
+
+
 def test_what_a_lost_worker_cost_is_tried_again(tmp_path: Path) -> None:
     store, run = write_store(tmp_path / "store", hosts=1, sessions=1), tmp_path / "run"
 
@@ -173,6 +191,23 @@ def test_what_a_lost_worker_cost_is_tried_again(tmp_path: Path) -> None:
     assert "took longer than 30 s" in first.verdicts[1].detail
     assert again.kept == 1
     assert [v.status for v in again.verdicts] == [Status.ACCEPTED] * 2
+
+
+def test_a_bundle_whose_receipt_cannot_be_read_is_not_condemned_and_tried_again(tmp_path: Path) -> None:
+    path, run = put(tmp_path / "store", episode(number=1)), tmp_path / "run"
+    receipt = path.with_name(path.name + RECEIPT)
+    line = receipt.read_bytes()
+    receipt.unlink()
+    receipt.mkdir()
+
+    first = sweep(tmp_path / "store", run, workers=1)
+    receipt.rmdir()
+    receipt.write_bytes(line)
+    again = sweep(tmp_path / "store", run, workers=1)
+
+    assert [(v.status, v.reasons) for v in first.verdicts] == [(Status.ERRORED, ("bundle-unreadable",))]
+    assert "its receipt could not be read" in first.verdicts[0].detail
+    assert [v.status for v in again.verdicts] == [Status.ACCEPTED]
 
 
 def test_the_ledger_balances_to_the_last_row(faulty: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    bundle: Path = typer.Argument(..., help="An episode's .tar.zst."),
+    bundle: str = typer.Argument(..., help="An episode's .tar.zst, also in a store at s3://."),
     channels: Path = typer.Option(None, metavar="TOML", help=base.CHANNELS_HELP),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
@@ -31,14 +31,13 @@ def inspect(
     Example: phasewatch inspect corpus/lab-v1/pc/….tar.zst
     """
     from phasewatch.errors import DataError
-    from phasewatch.store.disk import DiskStore
+    from phasewatch.store.base import find_bundle, parse_place
     from phasewatch.validate.verdict import Place, examine
 
-    path = bundle.absolute()
-    store = DiskStore(path.parent.parent)
-    item = store.item(path) if path.is_file() else None
-    if item is None:
+    there = find_bundle(parse_place(bundle))
+    if there is None:
         raise DataError(f"{bundle}: there is no such bundle; name a file <host_id>/<episode_id>.tar.zst of a store")
+    store, item = there
     place = Place(path=item.path, host_id=item.host_id, episode_id=item.episode_id, receipt=item.receipt)
     found = examine(store.read(item), place)
     base.answer(_described(found), as_json=as_json, lines=_pictured(found))

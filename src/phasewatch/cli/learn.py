@@ -108,7 +108,9 @@ def _explain(run: Path, episode_id: str, at_s: float, *, as_json: bool) -> None:
 
 def audit(
     run: Path = typer.Argument(..., help="A run with predictions and scores."),
-    store: Path = typer.Option(None, help="Where its bundles are; what the run says itself if left out."),
+    store: str = typer.Option(
+        None, help="Where its bundles are, a folder or s3://bucket/prefix; what the run says itself if left out."
+    ),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Check what a run promises: make it again from the bundles, train again, shuffle labels, score again.
@@ -117,8 +119,9 @@ def audit(
     """
     from phasewatch import atomic, pipeline, stages
     from phasewatch.audit.checks import AUDIT
+    from phasewatch.store.base import parse_place
 
-    settings = pipeline.settings_of(base.need_run(run), store=store)
+    settings = pipeline.settings_of(base.need_run(run), store=parse_place(store) if store else None)
     with atomic.lock(run), base.progress(quiet=as_json) as tell:
         done = stages.audit(settings, tell=lambda name, n, m: tell("audit", n, m, name))
     rows = base.table([[str(check.fate), check.name, check.words] for check in done.checks])

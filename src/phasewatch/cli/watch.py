@@ -59,7 +59,7 @@ def export(
 
 
 def predict(
-    source: Path = typer.Argument(..., help="A store of episodes, or one bundle."),
+    source: str = typer.Argument(..., help="A store of episodes, a folder or s3://bucket/prefix, or one bundle of it."),
     model: Path = typer.Option(None, help="A checkpoint, a run (its deploy cell) or an edge bundle; the bundled one."),
     out: Path = typer.Option(..., help="The table, X.parquet."),
     threat: str = typer.Option("", help="The model's mask; the largest if left out."),
@@ -74,10 +74,11 @@ def predict(
     from phasewatch.live.models import find_models
     from phasewatch.predict import choose_offline
     from phasewatch.predict import predict as score
+    from phasewatch.store.base import parse_place
 
     scorer = choose_offline(find_models(model or base.bundled_model()), threat)
     with base.progress(quiet=as_json) as tell:
-        done = score(source, scorer, out, tell=lambda path, n, total: tell("predict", n, total, path))
+        done = score(parse_place(source), scorer, out, tell=lambda path, n, total: tell("predict", n, total, path))
     for path, why in done.failed:
         typer.echo(base.plain(f"{path}: not scored: {why}"), err=True)
     words = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,8 +27,8 @@ class _NotFinite(Exception):
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _KeyTwice(next(name for name in names if names.count(name) > 1))
+        counts = Counter(name for name, _ in pairs)  # one pass: a manifest has room for 26,000 keys
+        raise _KeyTwice(next(name for name, n in counts.items() if n > 1))
     return made
 
 

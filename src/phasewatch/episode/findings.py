@@ -48,7 +48,7 @@ _ROWS = (
     *_table(
         Status.ERRORED,
         """
-bundle-unreadable      The file could not be opened or read.
+bundle-unreadable      The file or its receipt could not be opened or read; the next sweep tries again.
 bundle-missing         A receipt stands in the store, and the bundle that it vouches for is gone.
 compressed-size        The file is empty or larger than 16 MiB.
 zstd-magic             The file does not begin as a zstd frame.

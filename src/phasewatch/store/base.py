@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Protocol
 
 from phasewatch.errors import StoreError
-from phasewatch.store.disk import DiskStore, StoreItem
+from phasewatch.store.disk import SUFFIX, DiskStore, StoreItem
 
-__all__ = ["Incoming", "Place", "Store", "StoreItem", "is_loopback", "open_store", "parse_place"]
+__all__ = ["Incoming", "Place", "Store", "StoreItem", "find_bundle", "is_loopback", "open_store", "parse_place"]
 
 Place = Path | str  # a folder, or a URI
 
@@ -102,6 +102,28 @@ def open_store(place: Place) -> Store:
     raise StoreError(
         f"{place}: no store can be of kind {scheme}://; name a folder, file:///folder or s3://bucket/prefix"
     )
+
+
+def find_bundle(place: Place) -> tuple[Store, StoreItem] | None:
+    """Find one bundle by its file or URI, ``<store>/<host_id>/<episode_id>.tar.zst``, and the store that it lies in.
+
+    Returns:
+        None if no such file or object is there; a store is none.
+
+    Raises:
+        StoreError: If the URI is of another kind, or the bucket cannot be asked.
+    """
+    scheme, separator, rest = str(place).partition("://")
+    if not separator or scheme == "file":
+        path = Path(rest if separator else place).absolute()
+        folder = DiskStore(path.parent.parent)
+        return (folder, folder.item(path)) if path.is_file() else None
+    where, *names = str(place).rsplit("/", 2)
+    if len(names) != 2 or not names[1].endswith(SUFFIX) or "://" not in where:
+        return None
+    store = open_store(where)
+    item = store.find(names[0], names[1].removesuffix(SUFFIX))
+    return None if item is None or item.is_missing else (store, item)
 
 
 def is_loopback(host: str) -> bool:

@@ -22,6 +22,8 @@ SUFFIX = ".tar.zst"
 RECEIPT = ".sha256"
 STATUS = ".status.json"
 MALFORMED = "malformed"
+UNREADABLE = "unreadable"
+NO_DIGEST = frozenset({None, MALFORMED, UNREADABLE})  # receipts that vouch for nothing
 SENT, REFUSED = "sent", "refused"  # where a shipper moves the bundles of an outbox
 INCOMING = ".incoming"  # where a receiver's unfinished bundles lie, so that a restart knows whose they were
 
@@ -38,7 +40,8 @@ class StoreItem:
         host_id, episode_id: What the place says; None where folder or file name is not of the format.
         bytes: Its size; 0 if a receipt stands alone.
         mtime_ns: When it was last written, Unix ns.
-        receipt: The digest that its receipt vouches for, None without one, ``malformed`` if it cannot be read.
+        receipt: The digest that its receipt vouches for, None without one, ``malformed`` if it is none, ``unreadable`` if
+            it could not be got at: that says nothing of the bundle.
         is_missing: A receipt stands here, and its bundle is gone.
     """
 
@@ -63,6 +66,7 @@ class DiskStore:
         """
         self.path = Path(path)
         self._durable = durable
+        self._vouched: set[Path] = set()  # folders of hosts whose names the disk has
 
     def put(self, host_id: str, episode_id: str, data: bytes) -> Path:
         """Store a bundle, then its receipt.
@@ -72,7 +76,7 @@ class DiskStore:
         Raises:
             StoreError: If the ids are malformed; a TakenError, if other bytes already stand under them.
         """
-        incoming = _Incoming(self._target(host_id, episode_id), durable=self._durable, folder=None)
+        incoming = self._begin(host_id, episode_id, folder=None)
         try:
             incoming.write(data)
             incoming.publish(sha256(data).hexdigest())
@@ -86,7 +90,16 @@ class DiskStore:
         Raises:
             StoreError: If the ids are malformed.
         """
-        return _Incoming(self._target(host_id, episode_id), durable=self._durable, folder=self.path / INCOMING)
+        return self._begin(host_id, episode_id, folder=self.path / INCOMING)
+
+    def _begin(self, host_id: str, episode_id: str, *, folder: Path | None) -> _Incoming:
+        target = self._target(host_id, episode_id)
+        if not target.parent.is_dir():
+            make_folder(target.parent)
+        elif self._durable and target.parent not in self._vouched:
+            atomic.sync_folder(self.path)  # whoever made it may have died, or failed, before the disk had its name
+        self._vouched.add(target.parent)
+        return _Incoming(target, durable=self._durable, folder=folder)
 
     @contextmanager
     def receiving(self) -> Iterator[None]:
@@ -220,8 +233,6 @@ class _Incoming:
     def __init__(self, target: Path, *, durable: bool, folder: Path | None) -> None:
         self.target = target
         self._durable, self._folder = durable, folder
-        if not target.parent.is_dir():
-            make_folder(target.parent)
         self._aside = atomic.Aside(target, folder=folder)
 
     def write(self, data: bytes) -> None:
@@ -325,7 +336,7 @@ def _read_receipt(path: Path) -> str:
         with path.with_name(path.name + RECEIPT).open("rb") as file:
             return parse_receipt(file.read(RECEIPT_BYTES), path.name)
     except OSError:
-        return MALFORMED
+        return UNREADABLE
 
 
 def parse_receipt(text: bytes, name: str) -> str:

@@ -22,6 +22,7 @@ from phasewatch.store.disk import (
     RECEIPT_BYTES,
     STATUS,
     SUFFIX,
+    UNREADABLE,
     StoreItem,
     bundle_names,
     check_ids,
@@ -185,14 +186,24 @@ class ObjectStore:
             except FileNotFoundError as exc:
                 raise StoreError(f"{self.uri}: there is no such bucket; make it, or check the name") from exc
 
+    def remove_key(self, key: str) -> None:
+        """Remove an object; one that is not there is as good as removed."""
+        import obstore
+
+        if self._head(key) is not None:  # who may not delete can still put where nothing stands
+            with self._told():
+                obstore.delete(self._client, key)
+
     def get_receipt(self, key: str) -> str | None:
-        """Give the digest that a key's receipt vouches for, None without one, ``malformed`` if it cannot be read."""
+        """Give the digest that a key's receipt vouches for, None without one; see `StoreItem` for what is no digest."""
         try:
             return parse_receipt(self._get(key + RECEIPT, RECEIPT_BYTES), key.rpartition("/")[2])
         except FileNotFoundError:
             return None
-        except (_TooLarge, StoreError):
+        except _TooLarge:
             return MALFORMED
+        except StoreError:
+            return UNREADABLE
 
     def get(self, key: str) -> bytes:
         """Read one object of a bundle's size."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from phasewatch.atomic import make_folder, writer
+from phasewatch.atomic import make_folder, remove, writer
 from phasewatch.errors import RunError
 from phasewatch.store.base import open_store
 from phasewatch.store.objects import ObjectStore
@@ -27,13 +27,17 @@ def publish_run(run: Path, uri: str) -> int:
         raise RunError(f"{run}: it is not finished; take it the whole way with `phasewatch run STORE --out {run}`")
     files = [path for path in sorted(run.rglob("*")) if path.is_file() and not _is_note(path.relative_to(run))]
     ordered = [*(path for path in files if path != run / LAST), run / LAST]
-    store = open_store(uri)
+    store, folder = open_store(uri), Path(uri.removeprefix("file://"))
+    if isinstance(store, ObjectStore):  # first the last word of an older run: it must not vouch for a mixture
+        store.remove_key(LAST)
+    else:
+        remove(folder / LAST)
     for path in ordered:
         name = path.relative_to(run).as_posix()
         if isinstance(store, ObjectStore):
             store.put_file(name, path)
         else:
-            _copy(path, Path(uri.removeprefix("file://")) / name)
+            _copy(path, folder / name)
     return len(ordered)
 
 

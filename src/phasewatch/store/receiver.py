@@ -24,7 +24,7 @@ from phasewatch.errors import PhasewatchError, TakenError
 from phasewatch.store.admission import Arrival, Gate, Judge, Judgement
 from phasewatch.store.base import Store, StoreItem
 from phasewatch.store.digests import parse_digest, render_digest
-from phasewatch.store.disk import MALFORMED, SUFFIX, render_receipt
+from phasewatch.store.disk import NO_DIGEST, SUFFIX, render_receipt
 from phasewatch.store.room import Bounds, Room
 from phasewatch.store.tokens import Token, host_of
 from phasewatch.store.upload import Upload
@@ -107,7 +107,13 @@ class Receiver:
         self._threads.shutdown()
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        """Do something that waits for the disk. Cancelled, wait until it is done: its file must not be dropped under it."""
+        job = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        try:
+            return await asyncio.shield(job)
+        except asyncio.CancelledError:
+            await asyncio.wait([job])
+            raise
 
     def _logged(self, app: ASGIApp) -> ASGIApp:
         """Write one record a request: who, what, how it ended; no header, no query, no body."""
@@ -174,7 +180,7 @@ class Receiver:
 
     async def _get(self, request: Request, host_id: str, episode_id: str) -> Response:
         item = await self._in_thread(partial(self._store.find, host_id, episode_id))
-        if item is None or item.is_missing or item.receipt in (None, MALFORMED):
+        if item is None or item.is_missing or item.receipt in NO_DIGEST:
             raise _Refused(404, "no receipt for this episode")
         return _receipt(200, str(item.receipt), episode_id)
 
@@ -187,7 +193,7 @@ class Receiver:
             return self._store.find(host_id, episode_id), self._store.free_bytes(), held
 
         item, free, held = await self._in_thread(look)
-        if item and item.receipt not in (None, MALFORMED, digest):
+        if item and item.receipt not in NO_DIGEST | {digest}:
             raise _Refused(409, "other bytes already stand under this id")
         if must_learn:
             self._room.learn(host_id, held)

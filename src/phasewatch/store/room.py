@@ -69,8 +69,11 @@ class Room:
         return bool(self._bounds.quota_bytes) and host_id not in self._recent
 
     def learn(self, host_id: str, held: Iterable[tuple[float, int]]) -> None:
-        """Take in when (Unix seconds) each bundle of a host came, and its size: so a quota outlives the process."""
-        self._recent[host_id] = deque(sorted(held))
+        """Take in when (Unix seconds) each bundle of a host came, and its size: so a quota outlives the process.
+
+        Once: of two uploads that looked at the same time, the later one may not know what the other stored since.
+        """
+        self._recent.setdefault(host_id, deque(sorted(held)))
 
     def take(self, host_id: str, size: int, *, now_s: float, free_bytes: int | None) -> NoRoom | None:
         """Reserve room for an upload, before its body; say why not where there is none."""

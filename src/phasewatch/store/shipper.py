@@ -320,6 +320,6 @@ async def _pieces(data: bytes) -> AsyncIterator[bytes]:
 
 def _detail(text: bytes) -> str:
     """Give the words of a refusal; whoever answered may be no receiver at all."""
-    with suppress(ValueError, TypeError, KeyError):
+    with suppress(ValueError, TypeError, KeyError, RecursionError):
         return str(json.loads(text)["detail"])[:300]
     return text[:80].decode("ascii", "replace").strip()

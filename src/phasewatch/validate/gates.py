@@ -83,9 +83,7 @@ def _longest_silence_ns(episode: Episode, readings: SourceRows) -> int:
     """Measure the longest stretch between label start and end without a row."""
     wall = np.sort(readings.t_wall_ns)
     inside = wall[(wall > episode.t0_ns) & (wall < episode.t_end_ns)]
-    before = wall[wall <= episode.t0_ns]
-    start = max(int(before[-1]) if len(before) else 0, episode.t0_ns)
-    edges = np.concatenate(([start], inside, [episode.t_end_ns]))
+    edges = np.concatenate(([episode.t0_ns], inside, [episode.t_end_ns]))
     return int(np.diff(edges).max())
 
 
@@ -152,7 +150,8 @@ def vcpu_wait_cores(episode: Episode) -> float:
     waited, mono = readings.columns[place][inside], readings.t_mono_ns[inside]
     if len(mono) < 2 or mono[-1] <= mono[0]:
         return float("nan")
-    return float(waited[-1] - waited[0]) / float(mono[-1] - mono[0])
+    # Python's integers: from one end of 64 bits to the other, numpy's would wrap and warn.
+    return float(int(waited[-1]) - int(waited[0])) / float(mono[-1] - mono[0])
 
 
 def check_contention(episode: Episode) -> list[Finding]:

@@ -77,12 +77,10 @@ class Parts:
         self._folder, self._version, self._size = run / PARTS, version, size
         self._held: list[tuple[Swept, Looks]] = []
 
-    def begin(self) -> Taken:
-        """Give what a killed sweep left."""
-        taken = Taken()
+    def take(self, taken: Taken) -> None:
+        """Add what a killed sweep left, the newest last."""
         for part in self._listed():
             taken.add(part, self._version)
-        return taken
 
     def add(self, swept: Swept, looks: Looks) -> None:
         """Hold one more; what is held is written when it is a part's worth."""

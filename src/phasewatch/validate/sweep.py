@@ -102,9 +102,10 @@ def sweep(
     parts = Parts(run, VERSION, size=part)
     if full:
         parts.clear()
-    old = Taken() if full else parts.begin()
+    old = Taken()
     if not full:
         old.add(run, VERSION)
+        parts.take(old)  # after the run's own: they are newer, and a killed --full may have found rot
     unchanged = {path for path, seen in looks.items() if old.looks.get(path) == seen and old.is_final(path)}
     verdicts: list[Verdict] = []
     copies: dict[str, str] = {}

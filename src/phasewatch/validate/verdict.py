@@ -17,6 +17,7 @@ from phasewatch.errors import BundleError
 from phasewatch.grid.align import Grid, align_rebased
 from phasewatch.grid.clocks import rebase
 from phasewatch.grid.files import GridRow
+from phasewatch.store.disk import UNREADABLE
 from phasewatch.validate import gates
 from phasewatch.validate.sketch import proc_sketch, telemetry_sha256
 from phasewatch.vocab import PHASES, Phase, Source, Status
@@ -98,6 +99,9 @@ def examine(data: bytes, place: Place) -> Examined:
     findings: list[Finding] = []
     if place.receipt is None:
         findings.append(gates.finding("no-receipt", "no receipt stands beside it", place=place.path))
+    elif place.receipt == UNREADABLE:
+        words = "its receipt could not be read; mend the store's disk, permissions or network, and sweep again"
+        findings.append(Finding(code="bundle-unreadable", severity=Status.ERRORED, place=place.path, words=words))
     elif place.receipt != digest:
         words = f"sha256 {digest[:12]}…, the receipt says {place.receipt[:12]}"
         findings.append(gates.finding("receipt", words, place=place.path))
