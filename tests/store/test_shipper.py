@@ -124,6 +124,21 @@ def test_what_is_larger_than_a_bundle_is_refused_unread(outbox: Path, tmp_path: 
     assert [path for path, _ in ship(outbox, Desk(tmp_path / "store")).refused] == [f"pc-a/{IDS[0]}.tar.zst"]
 
 
+@pytest.mark.parametrize("odd", ["bundle", "receipt"])
+def test_what_cannot_be_read_now_stays_in_the_outbox_and_holds_up_nobody(
+    outbox: Path, tmp_path: Path, odd: str
+) -> None:
+    path = outbox / "pc-a" / f"{IDS[0]}.tar.zst"
+    path = path if odd == "bundle" else path.with_name(path.name + ".sha256")
+    path.unlink()
+    path.mkdir()
+
+    done = ship(outbox, Desk(tmp_path / "store"))
+
+    assert (done.sent, done.refused, done.left) == (4, [], [f"pc-a/{IDS[0]}.tar.zst"])
+    assert done.last_trouble
+
+
 def test_a_receipt_for_other_bytes_is_no_acknowledgement(outbox: Path) -> None:
     before = names(outbox)
 

@@ -23,6 +23,7 @@ from phasewatch.store.disk import (
     RECEIPT_BYTES,
     REFUSED,
     SENT,
+    UNREADABLE,
     DiskStore,
     StoreItem,
     parse_receipt,
@@ -241,7 +242,11 @@ class Shipper:
         except BundleError as error:
             if error.code == "bundle-missing":
                 return self._finish(item)
+            if error.code == "bundle-unreadable":  # a disk or a permission: nothing is known against the bundle
+                return Fate.AGAIN, error.words, 0.0
             return self._refuse(item, error.code, error.words)
+        if item.receipt == UNREADABLE:
+            return Fate.AGAIN, "its receipt in the outbox could not be read", 0.0
         digest = sha256(data).hexdigest()
         if item.receipt not in (None, digest):
             return self._refuse(item, "receipt", "its bytes are not those that its receipt in the outbox vouches for")
