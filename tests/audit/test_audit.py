@@ -123,6 +123,8 @@ def test_without_its_store_an_audit_says_what_it_could_not_test(run: Path, tmp_p
 
     assert fate_of(audit, "remade-from-bundles") is Fate.UNTESTED
     assert audit.passes
+    untested = [check for check in audit.checks if check.fate is Fate.UNTESTED]
+    assert audit.words == f"the run keeps its promises, but for {len(untested)} that could not be tested"
 
 
 def test_an_audit_of_other_predictions_no_longer_counts(run: Path) -> None:

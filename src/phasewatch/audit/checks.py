@@ -42,6 +42,11 @@ class Check(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         """Whether it is a figure without a limit: it was found, and promises nothing."""
         return self.fate is Fate.KEPT and self.promise.endswith(REPORTED)
 
+    @property
+    def shown(self) -> str:
+        """Its fate in a word, for people."""
+        return "reported" if self.is_reported else str(self.fate)
+
 
 class Audit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All checks of one run, over the files named with their digests."""
@@ -58,6 +63,14 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def passes(self) -> bool:
         """Whether no promise was broken; untested ones are named beside it."""
         return not self.broken
+
+    @property
+    def words(self) -> str:
+        """What became of the promises, in a line."""
+        if not self.passes:
+            return f"the run breaks {len(self.broken)} of its promises"
+        untested = sum(check.fate is Fate.UNTESTED for check in self.checks)
+        return "the run keeps its promises" + (f", but for {untested} that could not be tested" if untested else "")
 
 
 def judge(name: str, promise: str, faults: Iterable[str], *, looked_at: str) -> Check:

@@ -124,14 +124,13 @@ def audit(
     settings = pipeline.settings_of(base.need_run(run), store=parse_place(store) if store else None)
     with atomic.lock(run), base.progress(quiet=as_json) as tell:
         done = stages.audit(settings, tell=lambda name, n, m: tell("audit", n, m, name))
-    rows = base.table([[str(check.fate), check.name, check.words] for check in done.checks])
-    words = "the run keeps its promises" if done.passes else f"the run breaks {len(done.broken)} of its promises"
+    rows = base.table([[c.shown, c.name, c.words] for c in done.checks])
     result = {
         "passes": done.passes,
         "checks": [{f: str(getattr(c, f)) for f in c.__struct_fields__} for c in done.checks],
         "audit": str(run / AUDIT),
     }
-    base.answer(result, as_json=as_json, lines=[*rows, words, str(run / AUDIT)])
+    base.answer(result, as_json=as_json, lines=[*rows, done.words, str(run / AUDIT)])
     if not done.passes:
         raise typer.Exit(1)
 

@@ -30,7 +30,7 @@ def audit_block(audit: Audit | None) -> Block:
         table=Table(
             columns=("fate", "check", "what a reader may rely on", "what was found"),
             numeric=(False, False, False, False),
-            rows=tuple(("reported" if c.is_reported else str(c.fate), c.name, c.promise, c.words) for c in checks),
+            rows=tuple((c.shown, c.name, c.promise, c.words) for c in checks),
         ),
         shown=True,
         command=COMMAND,
