@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from tests.builders import episode, members_of
 
-from phasewatch.channels import CHANNELS
-from phasewatch.episode.bundle import pack
-from phasewatch.features.tensors import bundle_tensor, gather, window_rows, window_view
-from phasewatch.grid.align import align
+from phasewatch.features.tensors import gather, window_rows, window_view
 
 BINS = np.arange(100 * 3, dtype=np.float32).reshape(100, 3)
 
@@ -48,14 +42,3 @@ def test_a_window_outside_the_grid_is_refused(begin: int) -> None:
 def test_no_windows_make_an_empty_batch() -> None:
     assert gather(BINS, np.array([], np.int64)).shape == (0, 20, 3)
     assert gather(BINS[:5], np.array([], np.int64)).shape == (0, 20, 3)
-
-
-def test_a_bundle_gives_its_windows_straight_from_the_file(tmp_path: Path) -> None:
-    whole = episode([("clean", 12), ("active", 13)])
-    path = tmp_path / "one.tar.zst"
-    path.write_bytes(pack(whole.manifest, members_of(whole), level=3))
-
-    tensor = bundle_tensor(path)
-
-    assert tensor.shape == (4, 20, len(CHANNELS))
-    assert np.array_equal(tensor, window_view(align(whole).bins))

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from numpy.lib.stride_tricks import as_strided, sliding_window_view
 from numpy.typing import NDArray
 
-from phasewatch.episode.bundle import unpack
 from phasewatch.features.windows import n_windows
-from phasewatch.grid.align import align
 from phasewatch.vocab import STRIDE_BINS, WINDOW_BINS
 
 Bins = NDArray[np.float32]
@@ -53,12 +49,3 @@ def gather(bins: Bins, begins: NDArray[np.int64]) -> Bins:
     every = as_strided(bins, (n - WINDOW_BINS + 1, WINDOW_BINS, c), (by_time, by_time, by_channel), writeable=False)
     batch: Bins = every[begins]
     return batch
-
-
-def bundle_tensor(path: Path) -> Bins:
-    """Make the windows of one recorded bundle, ``(w, 20, 46)`` float32, straight from its file.
-
-    Raises:
-        BundleError: If it cannot be read.
-    """
-    return np.ascontiguousarray(window_view(align(unpack(path.read_bytes(), file=path.name)).bins))
