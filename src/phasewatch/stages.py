@@ -308,7 +308,9 @@ def train(settings: Settings, *, tell: Tally | None = None) -> TrainReport:
         return report
     both = (*cells, *sorted(todo))
     again = train_cells(settings.run, both, workers=settings.workers, trials=settings.trials, tell=tell)
-    return replace(again, trained=(*report.trained, *again.trained), kept=report.kept)
+    first = set(report.trained)
+    kept = tuple(cell for cell in again.kept if cell not in first)
+    return replace(again, trained=(*report.trained, *again.trained), kept=kept)
 
 
 def evaluate(settings: Settings) -> Metrics:

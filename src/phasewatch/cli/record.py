@@ -81,7 +81,8 @@ def record(
         if (not wanted or s.host_id in wanted) and (not role or all(slot.role == role for slot in s.slots))
     ]  # fmt: skip
     if not sessions:
-        raise UsageError(f"--role {role}: plan {task.spec.name} has no session of it")
+        asked = " ".join([f"--role {role}"] * bool(role) + [f"--hosts {hosts}"] * bool(wanted))
+        raise UsageError(f"{asked or task.spec.name}: plan {task.spec.name} has no such session")
     sessions = sessions[: limit or None]
     if dry_run:
         lines = [*base.table(_plan_rows(sessions)), f"elapsed time alone scores macro-F1 {alone:.2f} on this plan"]

@@ -9,7 +9,7 @@ from phasewatch.report import figures, scores
 from phasewatch.report.blocks import Block, Section, Table, bracket, number, score_of
 from phasewatch.report.drawing import Figure
 from phasewatch.report.evidence import PLACE
-from phasewatch.report.failings import Told
+from phasewatch.report.failings import EVALUATE, Told
 from phasewatch.train.predictions import NO_FILTER
 
 MODEL = PLACE.model  # the same under every recipe, whatever the headline's is
@@ -81,7 +81,7 @@ def inflation(told: Told) -> Section:
         absent="" if any(found.values()) else "No recipe of the meter was trained in this grid.",
         table=_table(rows, found),
         shown=True,
-        command=COMMAND,
+        command=COMMAND if absent else EVALUATE,
     )
     lead = "A number means what its split means; the further down, the less of the test was ever seen."
     return Section(key="inflation", title="What would have been claimed", lead=lead, blocks=(block,))

@@ -105,7 +105,7 @@ def _one_host(told: Told) -> Block:
         ),
         figure=figures.whiskers(_both(board), title="macro-F1", origin=told.origin),
         table=metric_table(table),
-        command=TRAIN_ALL,
+        command=EVALUATE,
     )
 
 
@@ -183,7 +183,7 @@ def _across(told: Told, kind: str, title: str) -> Block:
             columns=("gap", "macro-F1", "95 % interval", "p", "p (Holm)", "episodes with", "episodes", "hosts"),
             numeric=(False, True, False, True, True, False, True, True), rows=body,
         ),
-        command=TRAIN_ALL,
+        command=EVALUATE,
     )  # fmt: skip
 
 
