@@ -25,8 +25,9 @@ export OMP_WAIT_POLICY = PASSIVE
 demo: $(VENV)/.run
 	@$(BIN)/phasewatch demo
 
+# Stolen, not dealt: a file's tests stay on one worker, and what they share is made once.
 test: lint
-	$(BIN)/python -m pytest -n 2 -m "not vm and not soak"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not vm and not soak"
 	$(BIN)/python -m pytest -m "vm and not soak"
 
 # The large counts, run by hand; their rows take the place of the last ones in docs/soak.md.
