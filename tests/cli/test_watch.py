@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,27 @@ def test_a_watch_tells_events_as_lines_and_its_result_last(pretender: Any, edge:
     assert result["watched"]["windows"] >= 1
     assert pretender[1].objects == {}
     assert pretender[1].interval == 7
+
+
+def test_two_interrupts_while_the_monitor_hangs_still_leave_the_machine_as_it_was(pretender: Any, edge: Path) -> None:
+    child, qemu = pretender
+    command = [sys.executable, "-m", "phasewatch", "watch", "--pid", str(child.pid), "--model", str(edge), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watcher:
+        assert watcher.stdout is not None
+        assert "telemetry" in watcher.stdout.readline()
+        qemu.mute.set()
+        watcher.send_signal(signal.SIGTERM)
+        time.sleep(1.0)  # it asks the monitor to take the filter out, and waits for the answer
+        watcher.send_signal(signal.SIGTERM)
+        watcher.communicate(timeout=30)
+    assert len(qemu.objects) == 1
+    qemu.mute.clear()
+
+    until = time.monotonic() + 30
+    while (qemu.objects or qemu.interval != 7) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert qemu.objects == {}
+    assert qemu.interval == 7
 
 
 def test_watching_with_an_edge_bundle_loads_no_trainer_and_stays_small(pretender: Any, edge: Path) -> None:

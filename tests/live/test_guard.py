@@ -65,10 +65,22 @@ def test_a_watcher_that_ends_in_order_sends_its_guard_away_without_a_word_to_the
     with FakeQemu(tmp_path / "q.sock") as qemu:
         with Guard(task_of(qemu, folder)) as held:
             assert Path(f"/proc/{held.pid}").exists()
+            held.dismiss()
 
         assert qemu.asked == []
         assert not folder.exists()
         assert held.pid == 0
+
+
+def test_a_guard_that_nobody_dismissed_does_what_the_watcher_could_not(tmp_path: Path) -> None:
+    folder = tmp_path / "private"
+    folder.mkdir()
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        qemu.objects["pw-a"], qemu.interval = folder / "dump", 1
+        task = msgspec.json.encode(task_of(qemu, folder)).decode()
+        subprocess.run([sys.executable, "-c", HOLDER.replace("600", "0"), task], stdout=subprocess.PIPE, check=True)
+
+        assert wait_for(lambda: not qemu.objects and qemu.interval == 5 and not folder.exists())
 
 
 def test_a_vm_that_is_gone_needs_nothing(tmp_path: Path) -> None:

@@ -192,7 +192,11 @@ def _close(report: Report, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"result": asdict(report)}, sort_keys=True))
         return
-    left = "left as it was found" if report.left_as_found else "its monitor did not answer at the end"
+    left = (
+        "left as it was found"
+        if report.left_as_found
+        else "its monitor did not answer at the end, the guard goes on trying"
+    )
     words = f"{watched.why}: {watched.windows} windows, {watched.alarms} alarms, {watched.late} late readings; {left}"
     typer.echo(base.plain(words), err=True)
     for path in watched.saved:

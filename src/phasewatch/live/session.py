@@ -19,7 +19,7 @@ from phasewatch.live.models import Candidate, choose_model
 from phasewatch.live.save import Saver, host_id_of
 from phasewatch.live.scorer import Scorer
 from phasewatch.live.tracker import Step
-from phasewatch.live.watcher import Outlets, Watched, Watcher
+from phasewatch.live.watcher import Outlets, Watched, Watcher, is_alive
 from phasewatch.live.webhook import Webhook
 from phasewatch.record.base import Clock, HostClock, TelemetrySource
 
@@ -49,7 +49,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a watch came to, and how it was set up; `left_as_found` is False where the monitor could not be asked at the end."""
+    """What a watch came to, and how it was set up; `left_as_found` is False where something of ours may still stand in the VM."""
 
     watched: Watched
     model: str
@@ -108,7 +108,7 @@ async def watch(
     hook = Webhook(request.webhook, say) if request.webhook else None
     found = await survey(request.machine, qmp=request.qmp, clock=clock)
     with ExitStack() as stack:
-        stack.enter_context(Guard(found.task))  # before anything in the VM is touched
+        guard = stack.enter_context(Guard(found.task))  # before anything in the VM is touched
         sources: Sequence[TelemetrySource] = ()
         watched = Watched()
         scorer: Scorer | None = None
@@ -119,7 +119,9 @@ async def watch(
             _introduce(found, scorer, say)
             watched = await _watch(request, found, sources, scorer, hook, emit, say, clock, on_step)
         finally:
-            left = await detach(found, sources)
+            left = await detach(found, sources) or not is_alive(found)
+            if left:
+                guard.dismiss()
             if hook is not None:
                 await hook.close()
     facts = found.facts

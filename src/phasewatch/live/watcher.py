@@ -204,14 +204,14 @@ class Watcher:
 
     async def _state(self) -> str:
         """Say how the VM is: ``gone``, ``silent`` (its monitor does not answer), ``paused`` or ``running``."""
-        if not _is_alive(self._found):
+        if not is_alive(self._found):
             return "gone"
         if self._found.monitor is None:
             return "running"
         try:
             status = str((await self._found.monitor.ask("query-status"))["status"])
         except (VmError, KeyError, TypeError):
-            return "silent" if _is_alive(self._found) else "gone"
+            return "silent" if is_alive(self._found) else "gone"
         return status
 
     async def _reconnect(self) -> None:
@@ -233,7 +233,7 @@ class Watcher:
         )  # fmt: skip
 
 
-def _is_alive(found: Survey) -> bool:
+def is_alive(found: Survey) -> bool:
     """Say whether the process still runs; one that waits to be buried does not."""
     try:
         stat = (found.proc / str(found.facts.pid) / "stat").read_bytes()
