@@ -11,6 +11,7 @@ import asyncio
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -138,7 +139,13 @@ async def undo(task: Task) -> None:
 
 
 def main() -> None:
-    """Guard what the only argument says."""
+    """Guard what the only argument says.
+
+    A service manager sends its signal to every process of a service, and so to the guard of a watcher that was killed:
+    it ends by its pipe alone.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     watch_over(msgspec.json.decode(sys.argv[1], type=Task), sys.stdin.fileno())
 
 
