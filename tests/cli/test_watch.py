@@ -171,6 +171,25 @@ def test_a_watch_tells_events_as_lines_and_its_result_last(pretender: Any, edge:
     assert pretender[1].interval == 7
 
 
+def test_a_reader_that_had_enough_ends_the_watch_and_what_was_read_is_saved(
+    pretender: Any, edge: Path, tmp_path: Path
+) -> None:
+    child, qemu = pretender
+    command = [sys.executable, "-m", "phasewatch", "watch", "--pid", str(child.pid), "--model", str(edge), "--json"]
+    with subprocess.Popen(
+        [*command, "--save", str(tmp_path / "kept")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as watcher:
+        assert watcher.stdout is not None
+        while "phase" not in json.loads(watcher.stdout.readline())["type"]:
+            pass
+        time.sleep(4)
+        watcher.stdout.close()
+        assert watcher.wait(timeout=30) == 0
+
+    assert len(list((tmp_path / "kept").glob("*/*.tar.zst"))) == 1
+    assert qemu.objects == {}
+
+
 def test_two_interrupts_while_the_monitor_hangs_still_leave_the_machine_as_it_was(pretender: Any, edge: Path) -> None:
     child, qemu = pretender
     command = [sys.executable, "-m", "phasewatch", "watch", "--pid", str(child.pid), "--model", str(edge), "--json"]

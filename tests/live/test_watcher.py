@@ -138,6 +138,18 @@ def test_a_process_that_waits_to_be_buried_is_gone(world: World) -> None:
     assert world.clock.run(world.watcher(None).run()).why == "the VM is gone"
 
 
+def test_an_outlet_that_breaks_is_not_called_the_end_of_the_vm(world: World) -> None:
+    def emit(event: Event, news: bool) -> None:
+        if isinstance(event.data, Perf):
+            raise BrokenPipeError
+
+    outlets = Outlets(emit=emit, say=world.said.append)
+    watcher = Watcher(world.found, [FakeSource(Source.PROC, world.clock)], None, outlets, world.clock)
+
+    with pytest.raises(BrokenPipeError):
+        world.clock.run(watcher.run(seconds=20))
+
+
 def test_an_interrupted_watch_ends_in_order(world: World) -> None:
     watcher = world.watcher(scorer())
 
@@ -145,7 +157,10 @@ def test_an_interrupted_watch_ends_in_order(world: World) -> None:
         running = asyncio.ensure_future(watcher.run())
         await world.clock.sleep_until(15_000_000_000)
         running.cancel()
-        return await running
+        watched = await running
+        # A cancellation that was taken is taken off, or the time-outs of what follows would count it as theirs.
+        assert running.cancelling() == 0
+        return watched
 
     watched = world.clock.run(main())
     assert watched.why == "interrupted"

@@ -187,9 +187,10 @@ async def _watch(
     outlets = Outlets(
         emit=tell, say=say, keep=saver.keep if saver else None, on_step=on_step, backlog=hook.backlog if hook else lambda: 0
     )  # fmt: skip
-    watched = await Watcher(found, sources, scorer, outlets, clock, host=host_id_of(found.facts.name)).run(
-        seconds=request.seconds
-    )
-    if saver is not None:
-        saver.close()
+    watcher = Watcher(found, sources, scorer, outlets, clock, host=host_id_of(found.facts.name))
+    try:
+        watched = await watcher.run(seconds=request.seconds)
+    finally:
+        if saver is not None:
+            saver.close()
     return replace(watched, saved=saved)

@@ -120,9 +120,13 @@ class Watcher:
                 if ticking.done():
                     ticking.result()  # a reader broke in a way that no reading may
                 self.close_due()
+            if health.done():
+                health.result()  # an outlet that broke there is not the end of the VM
             self.result.why = "the VM is gone" if health.done() else "the time is up"
         except asyncio.CancelledError:
             self.result.why = "interrupted"
+            if task := asyncio.current_task():
+                task.uncancel()  # else Python before 3.11.3 (Debian 12) takes time-outs of the farewell for it
         finally:
             for task in (ticking, health):
                 task.cancel()
