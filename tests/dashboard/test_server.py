@@ -94,6 +94,7 @@ def test_events_are_taken_line_by_line_all_or_none(running: Running) -> None:
         pytest.param(b"[" * 200_000, 400, "line 1: event:", id="a deep nest"),
         pytest.param(b" " + b"x" * (MAX_BYTES + 1), 400, "at most 262,144", id="one huge event"),
         pytest.param(b"x" * (1024 * 1024 + 1), 413, "more than 1,048,576 bytes", id="a huge body"),
+        pytest.param(b"\n".join([LINE] * 2001), 413, "2,001 events, at most 2,000 at once", id="more than ever pass"),
     ],
 )
 def test_malformed_and_huge_bodies_are_refused_in_words(running: Running, body: bytes, status: int, words: str) -> None:
