@@ -186,6 +186,22 @@ def test_producers_are_put_away_before_it_ends(number: signal.Signals) -> None:
     assert "Error" not in err.replace("KeyboardInterrupt", "")
 
 
+def test_a_producer_that_breaks_is_told_of_and_leaves_the_page(tmp_path: Path) -> None:
+    broken = SERVE.replace("await asyncio.sleep(600)", "raise ValueError('no such thing')")
+    with subprocess.Popen(
+        [sys.executable, "-c", broken], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        said = [process.stdout.readline() for _ in range(3)]
+        assert process.poll() is None
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+
+    assert said[2] == "a part of the page broke and sends no more: ValueError: no such thing\n"
+    assert "Traceback" in err
+    assert process.returncode == 0
+
+
 class Follower(threading.Thread):
     """A viewer that reads everything until the last event."""
 
