@@ -132,7 +132,9 @@ def test_a_full_file_is_given_up_for_a_new_one_and_no_frame_of_it_is_lost(
     [
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(HEAD + b"\xff" * 400),
-        lambda path: path.write_bytes(b"\0" * 4000 + record(OUT)),  # the guard cut it, and QEMU wrote on behind the hole
+        lambda path: path.write_bytes(
+            b"\0" * 4000 + record(OUT)
+        ),  # the guard cut it, and QEMU wrote on behind the hole
     ],
     ids=["cut", "overwritten", "cut, and written on"],
 )
