@@ -93,7 +93,7 @@ def commission(
     pid: int = typer.Option(None, help="The QEMU process."),
     qmp: Path = typer.Option(None, help="Its QMP socket; must answer if named."),
     name: str = typer.Option(None, help="The VM's name."),
-    minutes: float = typer.Option(10.0, min=0.1, help="How long to measure."),
+    minutes: float = typer.Option(10.0, min=0.2, help="How long to measure."),
     out: Path = typer.Option(..., help="The file, host.json."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:

@@ -80,9 +80,11 @@ def find_one(*, pid: int | None, name: str | None, qmp: Path | None, proc: Path 
     """Find the machine that is meant.
 
     Raises:
-        UsageError: If nothing says which, or more than one has the name.
+        UsageError: If nothing says which, two things do, or more than one has the name.
         MachineError: If there is no such machine.
     """
+    if pid is not None and name is not None:
+        raise UsageError("--name goes with no --pid: each names the machine; leave one of them out")
     if pid is not None:
         machine = read_running(pid, proc)
         if machine is None:
