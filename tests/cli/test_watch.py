@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from tests.cli.conftest import Said
 from tests.live.qemu import FakeQemu
 from tests.trained_run import FOLD, RECIPE, write_trained_run
 
+from phasewatch.episode.bundle import unpack
 from phasewatch.vocab import PHASES
 
 Run = Callable[..., Said]
@@ -187,6 +189,28 @@ def test_a_reader_that_had_enough_ends_the_watch_and_what_was_read_is_saved(
         assert watcher.wait(timeout=30) == 0
 
     assert len(list((tmp_path / "kept").glob("*/*.tar.zst"))) == 1
+    assert qemu.objects == {}
+
+
+def test_a_reader_that_stands_still_stops_neither_the_watch_nor_its_end(
+    pretender: Any, edge: Path, tmp_path: Path
+) -> None:
+    child, qemu = pretender
+    command = [sys.executable, "-m", "phasewatch", "watch", "--pid", str(child.pid), "--model", str(edge), "--json"]
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)  # two or three events fill it
+    with subprocess.Popen([*command, "--save", str(tmp_path / "kept")], stdout=writer, stderr=subprocess.DEVNULL) as p:
+        os.close(writer)
+        until = time.monotonic() + 30
+        while not qemu.objects and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(16)
+        p.send_signal(signal.SIGTERM)
+        assert p.wait(timeout=20) == 0
+    os.close(reader)
+
+    (bundle,) = (tmp_path / "kept").glob("*/*.tar.zst")
+    assert unpack(bundle.read_bytes(), file="x").manifest.duration_s >= 12
     assert qemu.objects == {}
 
 
