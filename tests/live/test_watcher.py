@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,9 @@ from tests.live.test_tracker import scorer
 from tests.record.fakes import FakeClock, FakeSource
 
 from phasewatch.channels import raw_fields
-from phasewatch.episode.bundle import unpack
+from phasewatch.episode.bundle import pack, unpack
 from phasewatch.errors import VmError
+from phasewatch.live import save
 from phasewatch.live.attach import Survey, attach, detach, survey
 from phasewatch.live.envelope import Event, parse_event, render_event
 from phasewatch.live.events import Perf, PhaseSeen, Telemetry
@@ -247,13 +249,44 @@ def test_what_is_kept_is_a_bundle_of_unknown_phase_that_the_validator_accepts(wo
     assert "qmp.jit_tb" in (found.episode.manifest.recording.absent if found.episode.manifest.recording else {})
 
 
+def keep_for(minutes: int, saver: Saver, clock: FakeClock) -> None:
+    for i in range(2 * minutes * 60):
+        clock.now_ns = i * 500_000_000
+        for source in (Source.PROC, Source.NETFLOW):
+            saver.keep(source, (clock.wall_ns(), clock.mono_ns(), i, *(i for _ in raw_fields(source))))
+
+
+def test_a_disk_that_is_slow_holds_up_no_reading_and_one_that_is_full_is_told(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths: list[Path] = []
+    is_free = threading.Event()
+
+    def pack_slowly(*arguments: Any) -> bytes:
+        is_free.wait(5)
+        return pack(*arguments)
+
+    monkeypatch.setattr(save, "pack", pack_slowly)
+    saver = Saver(tmp_path / "store", world.found, world.clock, paths.append)
+    keep_for(31, saver, world.clock)
+    assert paths == []  # the first half hour is still being written
+    is_free.set()
+    saver.close()
+    assert len(paths) == 2
+
+    def pack_never(*arguments: Any) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(save, "pack", pack_never)
+    keep_for(1, saver, world.clock)
+    with pytest.raises(OSError, match="No space left"):
+        saver.close()
+
+
 def test_half_an_hour_is_a_bundle_and_a_few_seconds_are_none(world: World, tmp_path: Path) -> None:
     paths: list[Path] = []
     saver = Saver(tmp_path / "store", world.found, world.clock, paths.append)
-    for i in range(2 * 31 * 60):
-        world.clock.now_ns = i * 500_000_000
-        for source in (Source.PROC, Source.NETFLOW):
-            saver.keep(source, (world.clock.wall_ns(), world.clock.mono_ns(), i, *(i for _ in raw_fields(source))))
+    keep_for(31, saver, world.clock)
     saver.close()
     assert len(paths) == 2
     assert unpack(paths[0].read_bytes(), file="x").manifest.duration_s == pytest.approx(1799.5)
