@@ -21,6 +21,7 @@ from tests.live.qemu import FakeQemu
 from tests.trained_run import FOLD, RECIPE, write_trained_run
 
 from phasewatch.episode.bundle import unpack
+from phasewatch.live.clean_day import read_clean_day
 from phasewatch.vocab import PHASES
 
 Run = Callable[..., Said]
@@ -190,6 +191,39 @@ def test_a_reader_that_had_enough_ends_the_watch_and_what_was_read_is_saved(
 
     assert len(list((tmp_path / "kept").glob("*/*.tar.zst"))) == 1
     assert qemu.objects == {}
+
+
+def test_a_clean_day_is_measured_to_its_end(pretender: Any, phasewatch: Run, tmp_path: Path) -> None:
+    child, qemu = pretender
+    out = tmp_path / "host.json"
+    said = phasewatch("commission", "--pid", child.pid, "--minutes", "0.2", "--out", out, "--json")
+
+    result = json.loads(said.out)["result"]
+    assert (said.code, result["file"]) == (0, str(out)), said.err
+    assert 20 <= result["bins"] <= 28
+    assert result["channels"] > 20
+    assert read_clean_day(out).bins == result["bins"]
+    assert (qemu.objects, qemu.interval) == ({}, 7)
+
+
+@pytest.mark.parametrize(("ended", "after_s"), [("Ctrl-C", 5), ("the VM is gone", 16)])
+def test_a_clean_day_that_was_cut_short_is_none_and_leaves_the_one_before(
+    pretender: Any, tmp_path: Path, ended: str, after_s: float
+) -> None:
+    child, _ = pretender
+    out = tmp_path / "host.json"
+    out.write_text("of last week")
+    command = [sys.executable, "-m", "phasewatch", "commission", "--pid", str(child.pid), "--minutes", "1"]
+    with subprocess.Popen(
+        [*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as p:
+        time.sleep(after_s)
+        (p if ended == "Ctrl-C" else child).send_signal(signal.SIGINT if ended == "Ctrl-C" else signal.SIGKILL)
+        _, err = p.communicate(timeout=30)
+
+    assert p.returncode == (130 if ended == "Ctrl-C" else 3)
+    assert ended == "Ctrl-C" or "the VM is gone after 1" in err
+    assert out.read_text() == "of last week"
 
 
 def test_a_reader_that_stands_still_stops_neither_the_watch_nor_its_end(

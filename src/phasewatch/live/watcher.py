@@ -25,6 +25,7 @@ LOOK_NS = 250_000_000  # the longest sleep: a clock that steps is noticed within
 HEALTH_NS = 2_000_000_000
 PERF_NS = 5_000_000_000
 WORLD = Path("/proc")
+TIME_UP, INTERRUPTED = "the time is up", "interrupted"  # why a watch ended
 
 
 @dataclass(slots=True, kw_only=True)
@@ -122,9 +123,9 @@ class Watcher:
                 self.close_due()
             if health.done():
                 health.result()  # an outlet that broke there is not the end of the VM
-            self.result.why = "the VM is gone" if health.done() else "the time is up"
+            self.result.why = "the VM is gone" if health.done() else TIME_UP
         except asyncio.CancelledError:
-            self.result.why = "interrupted"
+            self.result.why = INTERRUPTED
             if task := asyncio.current_task():
                 task.uncancel()  # else Python before 3.11.3 (Debian 12) takes time-outs of the farewell for it
         finally:
