@@ -193,6 +193,22 @@ def test_a_reader_that_had_enough_ends_the_watch_and_what_was_read_is_saved(
     assert qemu.objects == {}
 
 
+def test_a_terminal_that_goes_away_ends_the_watch_in_order(pretender: Any, edge: Path, tmp_path: Path) -> None:
+    child, qemu = pretender
+    command = [sys.executable, "-m", "phasewatch", "watch", "--pid", str(child.pid), "--model", str(edge), "--json"]
+    with subprocess.Popen([*command, "--save", str(tmp_path / "kept")], stdout=subprocess.PIPE, text=True) as watcher:
+        assert watcher.stdout is not None
+        while json.loads(watcher.stdout.readline())["type"] != "phase":
+            pass
+        time.sleep(4)
+        watcher.send_signal(signal.SIGHUP)
+        *_, last = watcher.stdout
+
+    assert json.loads(last)["result"]["watched"]["why"] == "interrupted"
+    assert len(list((tmp_path / "kept").glob("*/*.tar.zst"))) == 1
+    assert qemu.objects == {}
+
+
 def test_a_clean_day_is_measured_to_its_end(pretender: Any, phasewatch: Run, tmp_path: Path) -> None:
     child, qemu = pretender
     out = tmp_path / "host.json"

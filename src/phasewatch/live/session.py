@@ -69,7 +69,7 @@ def run_watch(
     clock: Clock | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Report:
-    """Watch until the end, an interrupt included: SIGINT and SIGTERM end it in order.
+    """Watch until the end, an interrupt included: SIGINT, SIGTERM and the terminal's end (SIGHUP) end it in order.
 
     Args:
         request: What.
@@ -85,7 +85,10 @@ def run_watch(
     async def main() -> Report:
         task = asyncio.current_task()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else it was told to outlive its terminal: nohup
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             with suppress(ValueError, RuntimeError, NotImplementedError):  # not the main thread: who runs us cancels
                 loop.add_signal_handler(number, task.cancel if task else lambda: None)
         return await watch(request, emit, say, clock=clock or HostClock(), on_step=on_step)
