@@ -12,11 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.builders import episode, with_rows
 from tests.cli.conftest import Said
+from tests.stores import put
 
 from phasewatch import pipeline
 from phasewatch.errors import MachineError
 from phasewatch.stages import Settings
+from phasewatch.vocab import Source
 
 Call = Callable[..., Said]
 COMMAND = (sys.executable, "-m", "phasewatch")
@@ -32,6 +35,27 @@ def test_json_is_one_document_and_nothing_else(phasewatch: Call, store: Path, tm
         said = phasewatch(*arguments, "--json")
 
         assert list(json.loads(said.out)) == ["result"]
+
+
+def test_what_is_not_known_is_null_in_json(phasewatch: Call, tmp_path: Path) -> None:
+    put(tmp_path / "store", with_rows(episode(), without=[Source.NETFLOW]))
+
+    said = phasewatch("channels", "--corpus", "--store", tmp_path / "store", "--json")
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    channels = json.loads(said.out, parse_constant=refuse)["result"]["channels"]
+    seen = {c["source"] + "." + c["name"]: c["observed"] for c in channels}
+    assert seen["netflow.out_pkts"] == {
+        "known": 0.0,
+        "moving": 0.0,
+        "low": None,
+        "median": None,
+        "p95": None,
+        "high": None,
+    }
+    assert seen["proc.cpu_user"]["median"] is not None
 
 
 def test_the_last_line_says_where_the_result_lies(phasewatch: Call, store: Path, tmp_path: Path) -> None:

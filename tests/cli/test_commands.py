@@ -167,11 +167,12 @@ def test_features_can_be_spelled_out(phasewatch: Call, store: Path, tmp_path: Pa
 
 
 def test_a_run_that_is_not_there_is_bad_data(phasewatch: Call, tmp_path: Path) -> None:
-    for command in ("split", "train", "evaluate", "audit", "report"):
+    for command in ("features", "split", "train", "evaluate", "audit", "report"):
         said = phasewatch(command, tmp_path / "nowhere")
 
         assert said.code == 3
         assert "phasewatch run STORE --out" in said.err
+        assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_run_that_another_process_holds_is_refused(phasewatch: Call, store: Path, tmp_path: Path) -> None:

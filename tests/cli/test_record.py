@@ -12,6 +12,9 @@ from tests.cli.conftest import Said
 from tests.requirements import need_program
 
 from phasewatch import atomic
+from phasewatch.errors import DataError
+from phasewatch.record import campaign
+from phasewatch.record.own import OwnMachine
 
 Call = Callable[..., Said]
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-profile.md"
@@ -73,6 +76,38 @@ def test_what_cannot_be_recorded_is_one_line_and_makes_no_store(
     assert done.code == code
     assert says in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--host-id", "mine"), ("--machine", "q35"), ("--machine", "pc"), ("--mem", "2048"), ("--mem", "1024"),
+     ("--vcpus", "1"), ("--boot-deadline", "300")],
+)  # fmt: skip
+def test_what_shapes_an_image_is_refused_without_one(phasewatch: Call, tmp_path: Path, option: str, value: str) -> None:
+    done = phasewatch("record", "--plan", "smoke", "--dry-run", "--out", tmp_path / "s", option, value)
+
+    assert done.code == 2
+    assert f"{option} goes with --image; add it, or leave out {option}" in done.err
+
+
+def test_an_image_is_booted_as_the_options_say_or_as_their_help_does(
+    phasewatch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk.qcow2"
+    disk.write_bytes(b"QFI\xfb" + b"\0" * 100)
+    shapes = []
+
+    def keep(*arguments: object, own: OwnMachine, **more: object) -> None:
+        shapes.append(own)
+        raise DataError("that was all")
+
+    monkeypatch.setattr(campaign, "record_plan", keep)
+    phasewatch("record", "--image", disk, "--out", tmp_path / "s")
+    phasewatch("record", "--image", disk, "--out", tmp_path / "s", "--machine", "q35", "--mem", "2048", "--vcpus", "2", "--boot-deadline", "60")  # fmt: skip
+
+    assert [(o.shape.host_id, o.shape.machine, o.shape.mem_mib, o.shape.vcpus, o.boot.deadline_s) for o in shapes] == [
+        ("disk", "pc", 1024, 1, 300.0), ("disk", "q35", 2048, 2, 60.0),
+    ]  # fmt: skip
 
 
 def test_without_qemu_nothing_is_made(phasewatch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

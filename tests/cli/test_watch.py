@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,9 @@ from tests.cli.conftest import Said
 from tests.live.qemu import FakeQemu
 from tests.trained_run import FOLD, RECIPE, write_trained_run
 
+from phasewatch.episode.bundle import unpack
 from phasewatch.features.windows import MIXED
+from phasewatch.live.clean_day import read_clean_day
 from phasewatch.vocab import PHASES
 
 Run = Callable[..., Said]
@@ -178,6 +183,117 @@ def test_a_watch_tells_events_as_lines_and_its_result_last(pretender: Any, edge:
     assert result["watched"]["windows"] >= 1
     assert pretender[1].objects == {}
     assert pretender[1].interval == 7
+
+
+def test_a_reader_that_had_enough_ends_the_watch_and_what_was_read_is_saved(
+    pretender: Any, edge: Path, tmp_path: Path
+) -> None:
+    child, qemu = pretender
+    command = [sys.executable, "-m", "phasewatch", "watch", "--pid", str(child.pid), "--model", str(edge), "--json"]
+    with subprocess.Popen(
+        [*command, "--save", str(tmp_path / "kept")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as watcher:
+        assert watcher.stdout is not None
+        while "phase" not in json.loads(watcher.stdout.readline())["type"]:
+            pass
+        time.sleep(4)
+        watcher.stdout.close()
+        assert watcher.wait(timeout=30) == 0
+
+    assert len(list((tmp_path / "kept").glob("*/*.tar.zst"))) == 1
+    assert qemu.objects == {}
+
+
+def test_a_terminal_that_goes_away_ends_the_watch_in_order(pretender: Any, edge: Path, tmp_path: Path) -> None:
+    child, qemu = pretender
+    command = [sys.executable, "-m", "phasewatch", "watch", "--pid", str(child.pid), "--model", str(edge), "--json"]
+    with subprocess.Popen([*command, "--save", str(tmp_path / "kept")], stdout=subprocess.PIPE, text=True) as watcher:
+        assert watcher.stdout is not None
+        while json.loads(watcher.stdout.readline())["type"] != "phase":
+            pass
+        time.sleep(4)
+        watcher.send_signal(signal.SIGHUP)
+        *_, last = watcher.stdout
+
+    assert json.loads(last)["result"]["watched"]["why"] == "interrupted"
+    assert len(list((tmp_path / "kept").glob("*/*.tar.zst"))) == 1
+    assert qemu.objects == {}
+
+
+def test_a_clean_day_is_measured_to_its_end(pretender: Any, phasewatch: Run, tmp_path: Path) -> None:
+    child, qemu = pretender
+    out = tmp_path / "host.json"
+    said = phasewatch("commission", "--pid", child.pid, "--minutes", "0.2", "--out", out, "--json")
+
+    result = json.loads(said.out)["result"]
+    assert (said.code, result["file"]) == (0, str(out)), said.err
+    assert 20 <= result["bins"] <= 28
+    assert result["channels"] > 20
+    assert read_clean_day(out).bins == result["bins"]
+    assert (qemu.objects, qemu.interval) == ({}, 7)
+
+
+@pytest.mark.parametrize(("ended", "after_s"), [("Ctrl-C", 5), ("the VM is gone", 16)])
+def test_a_clean_day_that_was_cut_short_is_none_and_leaves_the_one_before(
+    pretender: Any, tmp_path: Path, ended: str, after_s: float
+) -> None:
+    child, _ = pretender
+    out = tmp_path / "host.json"
+    out.write_text("of last week")
+    command = [sys.executable, "-m", "phasewatch", "commission", "--pid", str(child.pid), "--minutes", "1"]
+    with subprocess.Popen(
+        [*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as p:
+        time.sleep(after_s)
+        (p if ended == "Ctrl-C" else child).send_signal(signal.SIGINT if ended == "Ctrl-C" else signal.SIGKILL)
+        _, err = p.communicate(timeout=30)
+
+    assert p.returncode == (130 if ended == "Ctrl-C" else 3)
+    assert ended == "Ctrl-C" or "the VM is gone after 1" in err
+    assert out.read_text() == "of last week"
+
+
+def test_a_reader_that_stands_still_stops_neither_the_watch_nor_its_end(
+    pretender: Any, edge: Path, tmp_path: Path
+) -> None:
+    child, qemu = pretender
+    command = [sys.executable, "-m", "phasewatch", "watch", "--pid", str(child.pid), "--model", str(edge), "--json"]
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)  # two or three events fill it
+    with subprocess.Popen([*command, "--save", str(tmp_path / "kept")], stdout=writer, stderr=subprocess.DEVNULL) as p:
+        os.close(writer)
+        until = time.monotonic() + 30
+        while not qemu.objects and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(16)
+        p.send_signal(signal.SIGTERM)
+        assert p.wait(timeout=20) == 0
+    os.close(reader)
+
+    (bundle,) = (tmp_path / "kept").glob("*/*.tar.zst")
+    assert unpack(bundle.read_bytes(), file="x").manifest.duration_s >= 12
+    assert qemu.objects == {}
+
+
+def test_two_interrupts_while_the_monitor_hangs_still_leave_the_machine_as_it_was(pretender: Any, edge: Path) -> None:
+    child, qemu = pretender
+    command = [sys.executable, "-m", "phasewatch", "watch", "--pid", str(child.pid), "--model", str(edge), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watcher:
+        assert watcher.stdout is not None
+        assert "telemetry" in watcher.stdout.readline()
+        qemu.mute.set()
+        watcher.send_signal(signal.SIGTERM)
+        time.sleep(1.0)  # it asks the monitor to take the filter out, and waits for the answer
+        watcher.send_signal(signal.SIGTERM)
+        watcher.communicate(timeout=30)
+    assert len(qemu.objects) == 1
+    qemu.mute.clear()
+
+    until = time.monotonic() + 30
+    while (qemu.objects or qemu.interval != 7) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert qemu.objects == {}
+    assert qemu.interval == 7
 
 
 def test_watching_with_an_edge_bundle_loads_no_trainer_and_stays_small(pretender: Any, edge: Path) -> None:

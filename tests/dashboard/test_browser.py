@@ -226,6 +226,21 @@ def test_a_scene_grows_old_and_says_since_when(browser: Any, running: Running) -
     opened.wait("document.querySelector('[data-type=telemetry]').dataset.state === 'live'")
 
 
+def test_a_decision_that_grew_old_is_no_all_clear_though_telemetry_goes_on(browser: Any, running: Running) -> None:
+    opened = Opened(browser, running.start)
+    running.send(telemetry(), phase(alarm=False, threshold=0.5))
+    opened.wait("document.querySelector('#alarm-words').textContent === 'No alarm on 1 of 1 machine.'")
+
+    for second in range(16):  # a watch of which nothing that the model reads is known, or whose windows begin anew
+        running.send(telemetry(start=20 + 2 * second, bins=2))
+        opened.page.wait_for_timeout(1000)
+
+    assert opened.text("#alarm-words") == "Nothing is known of any machine now. 1 not judged."
+    assert "not judged since" in opened.text(".machine")
+    running.send(phase(at=3, alarm=True, alarm_since_ns=NOW_NS, threshold=0.5))
+    opened.wait("document.querySelector('#alarms').dataset.state === 'alarm'")
+
+
 def test_a_dead_dashboard_is_a_banner_and_its_successor_a_gap(browser: Any, tmp_path: Path) -> None:
     with dashboard(tmp_path) as first:
         opened = Opened(browser, first.start)

@@ -33,6 +33,18 @@ def test_a_viewer_needs_the_cookie() -> None:
     assert status_of(replace(LOOK, cookie="phasewatch=" + "0" * 64)) == 401
 
 
+@pytest.mark.parametrize("other", ['prefs={"a":1}', "a b=c", 'x="unterminated', "n=é", "=", "phasewatch", "a=1;;"])
+def test_what_another_program_of_this_machine_set_does_not_hide_the_cookie(other: str) -> None:
+    # Browsers keep cookies by name and address, not by port: whatever runs on 127.0.0.1 shares them.
+    assert status_of(replace(LOOK, cookie=f"{other}; {COOKIE}")) is None
+    assert status_of(replace(LOOK, cookie=f"{COOKIE}; {other}")) is None
+    assert status_of(replace(LOOK, cookie=other)) == 401
+
+
+def test_a_query_of_many_fields_holds_no_token_and_breaks_nothing() -> None:
+    assert not GATE.lets_in(replace(LOOK, query="&".join("abcdefghijk")))
+
+
 def test_the_token_itself_is_no_cookie_and_the_cookie_no_token() -> None:
     assert status_of(replace(LOOK, cookie=f"phasewatch={TOKEN}")) == 401
     assert status_of(replace(SEND, authorization=f"Bearer {cookie_of(TOKEN)}")) == 401

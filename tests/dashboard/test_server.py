@@ -94,6 +94,7 @@ def test_events_are_taken_line_by_line_all_or_none(running: Running) -> None:
         pytest.param(b"[" * 200_000, 400, "line 1: event:", id="a deep nest"),
         pytest.param(b" " + b"x" * (MAX_BYTES + 1), 400, "at most 262,144", id="one huge event"),
         pytest.param(b"x" * (1024 * 1024 + 1), 413, "more than 1,048,576 bytes", id="a huge body"),
+        pytest.param(b"\n".join([LINE] * 2001), 413, "2,001 events, at most 2,000 at once", id="more than ever pass"),
     ],
 )
 def test_malformed_and_huge_bodies_are_refused_in_words(running: Running, body: bytes, status: int, words: str) -> None:
@@ -183,6 +184,22 @@ def test_producers_are_put_away_before_it_ends(number: signal.Signals) -> None:
     assert out == "put away\n"
     assert (process.returncode == 0) == (number is signal.SIGTERM)
     assert "Error" not in err.replace("KeyboardInterrupt", "")
+
+
+def test_a_producer_that_breaks_is_told_of_and_leaves_the_page(tmp_path: Path) -> None:
+    broken = SERVE.replace("await asyncio.sleep(600)", "raise ValueError('no such thing')")
+    with subprocess.Popen(
+        [sys.executable, "-c", broken], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        said = [process.stdout.readline() for _ in range(3)]
+        assert process.poll() is None
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+
+    assert said[2] == "a part of the page broke and sends no more: ValueError: no such thing\n"
+    assert "Traceback" in err
+    assert process.returncode == 0
 
 
 class Follower(threading.Thread):

@@ -1,4 +1,4 @@
-"""One trained run for the tests of this room."""
+"""One trained run for the tests of this room, and no private folder of theirs left in memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 from tests.trained_run import write_trained_run
 
+from phasewatch.live import attach
+
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_trained_run(tmp_path_factory.mktemp("export") / "run")
+
+
+@pytest.fixture(autouse=True)
+def _no_folder_is_left_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Who surveys without a guard has nobody to remove the folder that a filter's dump would lie in.
+    monkeypatch.setattr(attach, "MEMORY", (tmp_path,))

@@ -142,6 +142,8 @@ class FakeQemu:
                 return {"human-readable-text": {"tcg": JIT}[self.accel]}
             case "human-monitor-command":
                 return self.network if arguments["command-line"] == "info network" else REGISTERS
+            case "qom-list" if arguments["path"] == "/objects":
+                return [{"name": name, "type": "child<filter-dump>"} for name in self.objects]
             case "qom-list":
                 is_here = arguments["path"] == "/machine/peripheral"
                 return [{"name": "balloon0", "type": "child<virtio-balloon-pci>"}] if is_here else []

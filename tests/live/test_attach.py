@@ -43,6 +43,18 @@ def run(
     return asyncio.run(main())
 
 
+def run_to_the_end(proc: Path, end: Callable[[Survey, tuple[TelemetrySource, ...]], Coroutine[Any, Any, bool]]) -> bool:
+    """Survey, attach, and let a test detach; give what that said."""
+
+    async def main() -> bool:
+        machine = read_running(PID, proc)
+        assert machine is not None
+        found = await survey(machine, qmp=None, clock=HostClock(), proc=proc)
+        return await end(found, await attach(found))
+
+    return asyncio.run(main())
+
+
 async def nothing(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
     """Look at what was attached."""
 
@@ -65,6 +77,35 @@ def test_a_machine_with_a_monitor_gives_every_host_channel_and_is_left_as_it_was
         assert (found.facts.accel, found.facts.arch, found.facts.mem_mib) == ("tcg", "x86_64", 256)
         assert qemu.objects == {}
         assert qemu.interval == 7
+
+
+def test_a_filter_that_no_source_takes_out_is_taken_out_at_the_end(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        make_process(tmp_path / "proc", qmp=qemu.path)
+
+        async def lose(found: Survey, sources: tuple[TelemetrySource, ...]) -> bool:
+            for source in sources:
+                if source.source is not Source.NETFLOW:  # as if an interrupt came before it was handed over
+                    await source.close()
+            return await detach(found, ())
+
+        assert run_to_the_end(tmp_path / "proc", lose) is True
+        assert qemu.objects == {}
+        assert qemu.interval == 7
+
+
+@pytest.mark.parametrize("refused", ["object-del", "qom-set"])
+def test_a_machine_that_still_carries_something_of_ours_is_not_as_it_was(tmp_path: Path, refused: str) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        make_process(tmp_path / "proc", qmp=qemu.path)
+
+        async def end(found: Survey, sources: tuple[TelemetrySource, ...]) -> bool:
+            qemu.refused.add(refused)
+            return await detach(found, sources)
+
+        assert run_to_the_end(tmp_path / "proc", end) is False
+        assert (qemu.objects == {}) == (refused != "object-del")
+        assert (qemu.interval == 7) == (refused != "qom-set")
 
 
 def test_looking_changes_nothing(tmp_path: Path) -> None:

@@ -79,8 +79,11 @@ def test_the_reader_agrees_with_dpkt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "lie", [b"GIF89a" + b"\0" * 40, HEAD + pack("<IIII", 0, 0, 1 << 20, 1 << 20)], ids=["no pcap", "a huge frame"]
-)
+    "lie",
+    [b"GIF89a" + b"\0" * 40, HEAD + pack("<IIII", 0, 0, 1 << 20, 1 << 20), HEAD + b"\0" * 400,
+     HEAD + pack("<IIII", 0, 0, 60, 20) + b"\0" * 60],
+    ids=["no pcap", "a huge frame", "a hole", "more kept than there was"],
+)  # fmt: skip
 def test_what_is_no_dump_is_refused(lie: bytes) -> None:
     with pytest.raises(ValueError, match="dump"):
         list(PcapReader().feed(lie))
@@ -126,8 +129,14 @@ def test_a_full_file_is_given_up_for_a_new_one_and_no_frame_of_it_is_lost(
 
 @pytest.mark.parametrize(
     "spoil",
-    [lambda path: path.write_bytes(b""), lambda path: path.write_bytes(HEAD + b"\xff" * 400)],
-    ids=["cut", "overwritten"],
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(HEAD + b"\xff" * 400),
+        lambda path: path.write_bytes(
+            b"\0" * 4000 + record(OUT)
+        ),  # the guard cut it, and QEMU wrote on behind the hole
+    ],
+    ids=["cut", "overwritten", "cut, and written on"],
 )
 def test_a_file_that_was_spoilt_costs_one_reading(tmp_path: Path, spoil: Any) -> None:
     monitor = Filters()
@@ -140,7 +149,7 @@ def test_a_file_that_was_spoilt_costs_one_reading(tmp_path: Path, spoil: Any) ->
         spoil(next(iter(monitor.files.values())))
         assert await source.read() == nothing_of(Source.NETFLOW)
         monitor.write(record(OUT))
-        assert (await source.read())[0] == 2
+        assert (await source.read())[:4] == (2, 2 * len(OUT), 0, 0)
         assert source.lost_files >= 1
         await source.close()
 
@@ -167,6 +176,19 @@ def test_a_monitor_that_fails_in_the_middle_leaves_nothing_readings_not_an_error
 
     asyncio.run(main())
     assert monitor.files == {}
+
+
+def test_the_file_of_a_filter_that_may_still_write_is_left_to_the_guard_that_bounds_it(tmp_path: Path) -> None:
+    monitor = Filters()
+
+    async def main() -> None:
+        source = source_of(monitor, tmp_path)
+        await source.open()
+        monitor.refused = "object-del"
+        await source.close()
+
+    asyncio.run(main())
+    assert list(tmp_path.iterdir()) == list(monitor.files.values())
 
 
 def test_a_tap_that_is_gone_gives_nothing(tmp_path: Path) -> None:

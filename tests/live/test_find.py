@@ -63,6 +63,16 @@ def test_a_tap_is_found_by_the_file_that_the_process_holds(proc: Path) -> None:
     assert machine.taps == ("vnet3",)
 
 
+def test_a_file_that_the_process_closes_meanwhile_does_not_hide_its_taps(proc: Path) -> None:
+    (proc / "100" / "fdinfo" / "00").symlink_to(proc / "closed")  # listed, and gone when it is read
+    (proc / "100" / "fdinfo" / "99").symlink_to(proc / "closed")
+
+    machine = read_running(100, proc)
+
+    assert machine is not None
+    assert machine.taps == ("vnet3",)
+
+
 def test_threads_tell_the_vcpus_and_the_accelerator_where_they_have_names(proc: Path) -> None:
     make(proc, 110, "qemu-system-x86_64 -name n", threads=("qemu-system-x86", "ALL CPUs/TCG"))
     machine = read_running(110, proc)

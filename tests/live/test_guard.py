@@ -36,6 +36,11 @@ def wait_for(condition: Callable[[], bool]) -> bool:
     return False
 
 
+def is_deaf_to(pid: int, number: signal.Signals) -> bool:
+    ignored = int(Path(f"/proc/{pid}/status").read_text().split("SigIgn:")[1].split()[0], 16)
+    return bool(ignored >> (number - 1) & 1)
+
+
 def task_of(qemu: FakeQemu, folder: Path) -> Task:
     return Task(
         qmp=str(qemu.path), objects=("pw-a", "pw-b"), balloon="/machine/peripheral/balloon0", interval_s=5, folder=str(folder)
@@ -59,16 +64,46 @@ def test_a_watcher_killed_by_9_leaves_the_vm_as_it_was(tmp_path: Path) -> None:
         assert wait_for(lambda: not Path(f"/proc/{child}").exists() or b"Z" in Path(f"/proc/{child}/stat").read_bytes())
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
+def test_a_signal_to_the_whole_service_does_not_end_the_guard_before_its_work(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        qemu.objects["pw-b"], qemu.interval = tmp_path / "dump", 1
+        task = msgspec.json.encode(task_of(qemu, tmp_path / "private")).decode()
+        holder = subprocess.Popen([sys.executable, "-c", HOLDER, task], stdout=subprocess.PIPE)
+        assert holder.stdout is not None
+        child = int(holder.stdout.readline())
+        assert wait_for(lambda: is_deaf_to(child, number))
+        os.kill(child, number)  # systemd does so to the rest of a service whose main process was killed
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+
+        assert wait_for(lambda: not qemu.objects and qemu.interval == 5)
+
+
 def test_a_watcher_that_ends_in_order_sends_its_guard_away_without_a_word_to_the_vm(tmp_path: Path) -> None:
     folder = tmp_path / "private"
     folder.mkdir()
     with FakeQemu(tmp_path / "q.sock") as qemu:
         with Guard(task_of(qemu, folder)) as held:
             assert Path(f"/proc/{held.pid}").exists()
+            held.dismiss()
 
         assert qemu.asked == []
         assert not folder.exists()
         assert held.pid == 0
+
+
+def test_a_guard_that_nobody_dismissed_does_what_the_watcher_could_not(tmp_path: Path) -> None:
+    folder = tmp_path / "private"
+    folder.mkdir()
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        qemu.objects["pw-a"], qemu.interval = folder / "dump", 1
+        task = msgspec.json.encode(task_of(qemu, folder)).decode()
+        subprocess.run([sys.executable, "-c", HOLDER.replace("600", "0"), task], stdout=subprocess.PIPE, check=True)
+
+        assert wait_for(lambda: not qemu.objects and qemu.interval == 5 and not folder.exists())
 
 
 def test_a_vm_that_is_gone_needs_nothing(tmp_path: Path) -> None:

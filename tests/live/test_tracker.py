@@ -227,6 +227,7 @@ def test_what_training_never_saw_is_said() -> None:
 
     assert seen.caveat("tcg", "x86_64") == ""
     assert "never saw a VM under kvm (only tcg)" in seen.caveat("kvm", "x86_64")
+    assert "never saw a VM under an unknown accelerator (only tcg)" in seen.caveat("", "x86_64")
     assert "never saw aarch64" in seen.caveat("tcg", "aarch64")
     assert scorer().caveat("kvm", "riscv64") == ""
     assert "simulated" in scorer(trained=replace_origin("simulated")).caveat("tcg", "x86_64")

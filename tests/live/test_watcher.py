@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,9 @@ from tests.live.test_tracker import scorer
 from tests.record.fakes import FakeClock, FakeSource
 
 from phasewatch.channels import raw_fields
-from phasewatch.episode.bundle import unpack
+from phasewatch.episode.bundle import pack, unpack
 from phasewatch.errors import VmError
+from phasewatch.live import save
 from phasewatch.live.attach import Survey, attach, detach, survey
 from phasewatch.live.envelope import Event, parse_event, render_event
 from phasewatch.live.events import Perf, PhaseSeen, Telemetry
@@ -138,6 +140,18 @@ def test_a_process_that_waits_to_be_buried_is_gone(world: World) -> None:
     assert world.clock.run(world.watcher(None).run()).why == "the VM is gone"
 
 
+def test_an_outlet_that_breaks_is_not_called_the_end_of_the_vm(world: World) -> None:
+    def emit(event: Event, news: bool) -> None:
+        if isinstance(event.data, Perf):
+            raise BrokenPipeError
+
+    outlets = Outlets(emit=emit, say=world.said.append)
+    watcher = Watcher(world.found, [FakeSource(Source.PROC, world.clock)], None, outlets, world.clock)
+
+    with pytest.raises(BrokenPipeError):
+        world.clock.run(watcher.run(seconds=20))
+
+
 def test_an_interrupted_watch_ends_in_order(world: World) -> None:
     watcher = world.watcher(scorer())
 
@@ -145,7 +159,10 @@ def test_an_interrupted_watch_ends_in_order(world: World) -> None:
         running = asyncio.ensure_future(watcher.run())
         await world.clock.sleep_until(15_000_000_000)
         running.cancel()
-        return await running
+        watched = await running
+        # A cancellation that was taken is taken off, or the time-outs of what follows would count it as theirs.
+        assert running.cancelling() == 0
+        return watched
 
     watched = world.clock.run(main())
     assert watched.why == "interrupted"
@@ -232,13 +249,44 @@ def test_what_is_kept_is_a_bundle_of_unknown_phase_that_the_validator_accepts(wo
     assert "qmp.jit_tb" in (found.episode.manifest.recording.absent if found.episode.manifest.recording else {})
 
 
+def keep_for(minutes: int, saver: Saver, clock: FakeClock) -> None:
+    for i in range(2 * minutes * 60):
+        clock.now_ns = i * 500_000_000
+        for source in (Source.PROC, Source.NETFLOW):
+            saver.keep(source, (clock.wall_ns(), clock.mono_ns(), i, *(i for _ in raw_fields(source))))
+
+
+def test_a_disk_that_is_slow_holds_up_no_reading_and_one_that_is_full_is_told(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths: list[Path] = []
+    is_free = threading.Event()
+
+    def pack_slowly(*arguments: Any) -> bytes:
+        is_free.wait(5)
+        return pack(*arguments)
+
+    monkeypatch.setattr(save, "pack", pack_slowly)
+    saver = Saver(tmp_path / "store", world.found, world.clock, paths.append)
+    keep_for(31, saver, world.clock)
+    assert paths == []  # the first half hour is still being written
+    is_free.set()
+    saver.close()
+    assert len(paths) == 2
+
+    def pack_never(*arguments: Any) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(save, "pack", pack_never)
+    keep_for(1, saver, world.clock)
+    with pytest.raises(OSError, match="No space left"):
+        saver.close()
+
+
 def test_half_an_hour_is_a_bundle_and_a_few_seconds_are_none(world: World, tmp_path: Path) -> None:
     paths: list[Path] = []
     saver = Saver(tmp_path / "store", world.found, world.clock, paths.append)
-    for i in range(2 * 31 * 60):
-        world.clock.now_ns = i * 500_000_000
-        for source in (Source.PROC, Source.NETFLOW):
-            saver.keep(source, (world.clock.wall_ns(), world.clock.mono_ns(), i, *(i for _ in raw_fields(source))))
+    keep_for(31, saver, world.clock)
     saver.close()
     assert len(paths) == 2
     assert unpack(paths[0].read_bytes(), file="x").manifest.duration_s == pytest.approx(1799.5)

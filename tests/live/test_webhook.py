@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -119,7 +120,23 @@ def test_the_queue_is_bounded_and_the_oldest_is_given_up(server: Server) -> None
     assert parse_event(server.bodies[-1]) == alarm(QUEUE + 9)
 
 
-@pytest.mark.parametrize("url", ["ftp://x/", "x", "file:///etc/passwd"])
+def test_an_alarm_is_given_up_with_its_last_try_and_keeps_the_next_waiting_no_longer(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhook, "PAUSE_S", 0.05)
+    server.codes = [404]
+    began_s = time.monotonic()
+
+    hook, _ = post(url_of(server))
+
+    assert (hook.lost, len(server.bodies)) == (1, 4)
+    assert time.monotonic() - began_s < 0.05 + 0.2 + 0.8 + 2.0  # and not 3.2 s more
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["ftp://x/", "x", "file:///etc/passwd", "http://", "https:///alarm", "http://[::1", "http://xn--a/", "http://h:x/"],
+)
 def test_only_the_web_is_posted_to(url: str) -> None:
     with pytest.raises(UsageError, match="an http or https URL is needed"):
         Webhook(url, print)

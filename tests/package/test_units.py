@@ -41,6 +41,14 @@ def test_a_unit_starts_a_command_with_options_that_it_has(unit: Path) -> None:
         assert {word for word in words if word.startswith("--")} <= known
 
 
+def test_a_machine_that_went_away_is_watched_again_when_it_comes_back_however_late() -> None:
+    text = (FOLDER / "phasewatch-watch@.service").read_text()
+    settings = dict(re.findall(r"^(\w+)=(.*)$", text, re.MULTILINE))
+
+    assert settings["Restart"] == "always"  # a watch whose machine is gone ends with code 0
+    assert settings["StartLimitIntervalSec"] == "0"  # no number of tries is too many while it is down
+
+
 @pytest.mark.parametrize("unit", UNITS, ids=name_of)
 def test_systemd_understands_a_unit(unit: Path, tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -41,12 +42,20 @@ def plain(text: str) -> str:
 
 
 def answer(result: dict[str, Any], *, as_json: bool, lines: Sequence[str] = ()) -> None:
-    """Print a command's result: one JSON document, or lines for people."""
+    """Print a command's result: one JSON document, in which what is no number is null, or lines for people."""
     if as_json:
-        typer.echo(json.dumps({"result": result}, indent=1, sort_keys=True, default=str))
+        typer.echo(json.dumps({"result": _without_nan(result)}, indent=1, sort_keys=True, default=str))
         return
     for line in lines:
         typer.echo(plain(line))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def names(words: str) -> tuple[str, ...]:

@@ -172,6 +172,12 @@ def features(
 
     if run is None and (validation is None or store is None or out_dir is None):
         raise UsageError("features needs a run, or all of --validation, --store and --out-dir")
+    if run is not None:
+        told = {"--validation": validation, "--store": store, "--out-dir": out_dir, "--limit": limit}
+        for option, value in told.items():
+            if value:
+                raise UsageError(f"{option}: a run was made of its own; leave out {option}, or the run")
+        base.need_run(run)
     folder: Path = out_dir if run is None else run
     settings = stages.Settings(
         store=parse_place(store) if store else folder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
+            check_numbers(kwargs)
             choose_channels(kwargs)
             result = function(*args, **kwargs)
             sys.stdout.flush()
@@ -53,6 +55,18 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
             )
 
     return run
+
+
+def check_numbers(options: Mapping[str, object]) -> None:
+    """Refuse what reads as a number and is none that anything can wait for, compare with or count to.
+
+    Raises:
+        UsageError: If an option is ``nan`` or ``inf``.
+    """
+    for name, value in options.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UsageError(f"--{name.replace('_', '-')} {number}: a finite number is needed")
 
 
 def choose_channels(options: Mapping[str, object]) -> None:

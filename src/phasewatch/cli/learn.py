@@ -83,6 +83,7 @@ def evaluate(
     from phasewatch import atomic, stages
     from phasewatch.evaluate.rows import headline
 
+    base.goes_with("--at", "--why", alone=at > 0 and not why)
     if why:
         _explain(base.need_run(run), why, at, as_json=as_json)
         return
@@ -189,17 +190,20 @@ def demo(
     out: Path = typer.Option(Path("runs/demo"), help="The run's folder."),
     workers: int = typer.Option(2, min=1, help="Processes."),
     live: bool = typer.Option(False, "--live", help="Instead, replay bundled episodes on a dashboard at once."),
-    port: int = typer.Option(8765, min=0, max=65535, help="Of that dashboard; 0 takes a free one."),
+    port: int = typer.Option(
+        None, min=0, max=65535, help="With --live: of that dashboard; 8765 if absent, 0 takes a free one."
+    ),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Take the bundled recordings the whole way, from bundles to the report.
 
     Example: phasewatch demo
     """
+    base.goes_with("--port", "--live", alone=port is not None and not live)
     if live:
-        from phasewatch.cli.page import show_demo
+        from phasewatch.cli.page import DEFAULT_PORT, show_demo
 
-        show_demo(out, port=port, as_json=as_json)
+        show_demo(out, port=DEFAULT_PORT if port is None else port, as_json=as_json)
         return
     from phasewatch.stages import Settings
 

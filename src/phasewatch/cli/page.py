@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from phasewatch.validate.verdict import Examined
 
 DEFAULT_PORT = 8765
+SPEED = 8.0
 MOST_DEMO = 3  # hosts of which an episode is replayed
 
 
@@ -40,7 +41,7 @@ def dashboard(
         help="Watch this running machine too, with the run's model or the bundled one; may be given again.",
     ),
     episode: list[str] = typer.Option([], help="Replay only this one; may be given again."),
-    speed: float = typer.Option(8.0, min=0.1, max=1000, help="Seconds of a recording in one of ours."),
+    speed: float = typer.Option(SPEED, min=0.1, max=1000, help="Seconds of a recording in one of ours."),
     no_produce: bool = typer.Option(False, "--no-produce", help="Send nothing; wait for outside producers."),
     no_auth: bool = typer.Option(
         False, "--no-auth", help="Let every program of this machine look; sending still needs the token."
@@ -56,6 +57,9 @@ def dashboard(
 
     if run is None and not no_produce and not watch:
         raise UsageError("a run to play, --watch NAME, or --no-produce to wait for outside producers")
+    plays = run is not None and not no_produce
+    base.goes_with("--episode", "a run that is played", alone=bool(episode) and not plays)
+    base.goes_with("--speed", "a run that is played", alone=speed != SPEED and not plays)
     if run is not None:
         base.need_run(run)
     players = () if no_produce or run is None else _players(run, tuple(episode), speed)
@@ -87,7 +91,7 @@ def show_demo(run: Path, *, port: int, as_json: bool) -> None:
 
     if (run / PREDICTIONS).is_file():
         serve_page(
-            run.name, port=port, no_auth=False, token_file=None, as_json=as_json, producers=_players(run, (), 8.0)
+            run.name, port=port, no_auth=False, token_file=None, as_json=as_json, producers=_players(run, (), SPEED)
         )
         return
     corpus = base.bundled_corpus()

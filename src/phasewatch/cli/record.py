@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -26,10 +26,12 @@ def record(
     image: Path = typer.Option(None, help="Instead of our guest: a qcow2 image of your own that boots by itself."),
     driver: Path = typer.Option(None, help="The script that speaks the driver's protocol in that image."),
     host_id: str = typer.Option("", help="With --image: the host's name in the store; the image's name if absent."),
-    machine: str = typer.Option("pc", help="With --image: pc or q35."),
-    mem: int = typer.Option(1024, help="With --image: MiB of memory."),
-    vcpus: int = typer.Option(1, help="With --image: how many CPUs."),
-    boot_deadline: float = typer.Option(300.0, help="With --image: seconds until its driver's first word."),
+    machine: str = typer.Option(None, help="With --image: pc or q35; pc if absent."),
+    mem: int = typer.Option(None, help="With --image: MiB of memory; 1024 if absent."),
+    vcpus: int = typer.Option(None, help="With --image: how many CPUs; 1 if absent."),
+    boot_deadline: float = typer.Option(
+        None, help="With --image: seconds until its driver's first word; 300 if absent."
+    ),
     dry_run: bool = typer.Option(False, help="Only show the plan, and what elapsed time alone would score on it."),
     force: bool = typer.Option(False, help="Record a plan though elapsed time alone tells its phases."),
     resume: bool = typer.Option(True, help="Continue a plan that the store holds part of."),
@@ -64,12 +66,13 @@ def record(
         raise UsageError(f"--role {role}: one of {', '.join(Role)}")
     if driver is not None and image is None:
         raise UsageError("--driver goes with --image; our own guest brings its driver")
-    base.goes_with("--host-id", "--image", alone=bool(host_id) and image is None)
-    own = None
-    if image is not None:
-        own = read_own_machine(
-            image, driver, host_id=host_id, machine=machine, mem_mib=mem, vcpus=vcpus, boot_s=boot_deadline
-        )
+    shape: dict[str, Any] = {
+        "host_id": host_id or None, "machine": machine, "mem_mib": mem, "vcpus": vcpus, "boot_s": boot_deadline,
+    }  # fmt: skip
+    shape = {name: value for name, value in shape.items() if value is not None}
+    for option, name in _SHAPING.items():
+        base.goes_with(option, "--image", alone=name in shape and image is None)
+    own = read_own_machine(image, driver, **shape) if image is not None else None
     task = _task(plan, profile_file, own, named=(driver or image or Path()).stem)
     alone = check_elapsed_time(task.spec, force=force or dry_run)
     wanted, there = base.names(hosts), {s.host_id for s in task.sessions}
@@ -101,6 +104,10 @@ def record(
     base.answer(asdict(done) | {"store": str(out)}, as_json=as_json, lines=[*done.failed, words, str(out)])
     if done.failed:
         raise typer.Exit(1)
+
+
+# Option → what `read_own_machine` calls it.
+_SHAPING = {"--host-id": "host_id", "--machine": "machine", "--mem": "mem_mib", "--vcpus": "vcpus", "--boot-deadline": "boot_s"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

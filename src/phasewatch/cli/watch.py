@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from phasewatch.live.envelope import Event
     from phasewatch.live.find import Running
     from phasewatch.live.session import Report
+
+Say = Callable[[str], None]
 
 
 def register(app: typer.Typer) -> None:
@@ -94,7 +98,7 @@ def commission(
     pid: int = typer.Option(None, help="The QEMU process."),
     qmp: Path = typer.Option(None, help="Its QMP socket; must answer if named."),
     name: str = typer.Option(None, help="The VM's name."),
-    minutes: float = typer.Option(10.0, min=0.1, help="How long to measure."),
+    minutes: float = typer.Option(10.0, min=0.2, help="How long to measure."),
     out: Path = typer.Option(..., help="The file, host.json."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
@@ -157,19 +161,42 @@ def watch(
         machine=machine, qmp=qmp, models=candidates, clean_day=read_clean_day(commission) if commission else None,
         save=save, webhook=webhook, seconds=seconds,
     )  # fmt: skip
-    report = run_watch(request, _printer(as_json), lambda line: typer.echo(base.plain(line), err=True))
-    _close(report, as_json=as_json)
+    with _two_outputs() as (out, say):
+        report = run_watch(request, _printer(out, say, as_json=as_json), say)
+        _close(report, out, say, as_json=as_json)
 
 
-def _printer(as_json: bool) -> Any:
+@contextmanager
+def _two_outputs() -> Iterator[tuple[Say, Say]]:
+    """Give what prints to stdout and what to stderr; neither waits for who reads it."""
+    import sys
+
+    from phasewatch.live.lines import Lines
+
+    err = Lines(sys.stderr)
+    out = Lines(sys.stdout)
+
+    def say(line: str) -> None:
+        err.put(base.plain(line))
+
+    try:
+        yield out.put, say
+        if unread := out.close():
+            say(f"{unread} lines of events were not written: their reader stood still")
+    finally:
+        with suppress(OSError):
+            err.close()
+
+
+def _printer(out: Say, say: Say, *, as_json: bool) -> Callable[[Event, bool], None]:
     from phasewatch.live.envelope import render_event
     from phasewatch.live.events import PhaseSeen
 
     def emit(event: Event, news: bool) -> None:
         if as_json or news:
-            typer.echo(render_event(event).decode())
+            out(render_event(event).decode())
         if not as_json and isinstance(event.data, PhaseSeen):
-            typer.echo(base.plain(_line(event.data)), err=True)
+            say(_line(event.data))
 
     return emit
 
@@ -185,19 +212,23 @@ def _line(seen: Any) -> str:
     return f"{at}Z {seen.decision:<9} {shares}{alarm}{caveat}"
 
 
-def _close(report: Report, *, as_json: bool) -> None:
+def _close(report: Report, out: Say, say: Say, *, as_json: bool) -> None:
     import json
     from dataclasses import asdict
 
     watched = report.watched
     if as_json:
-        typer.echo(json.dumps({"result": asdict(report)}, sort_keys=True))
+        out(json.dumps({"result": asdict(report)}, sort_keys=True))
         return
-    left = "left as it was found" if report.left_as_found else "its monitor did not answer at the end"
+    left = (
+        "left as it was found"
+        if report.left_as_found
+        else "its monitor did not answer at the end, the guard goes on trying"
+    )
     words = f"{watched.why}: {watched.windows} windows, {watched.alarms} alarms, {watched.late} late readings; {left}"
-    typer.echo(base.plain(words), err=True)
+    say(words)
     for path in watched.saved:
-        typer.echo(path)
+        out(path)
 
 
 def _machine(machine: Running) -> dict[str, object]:

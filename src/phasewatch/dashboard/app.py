@@ -80,6 +80,8 @@ def build_app(hub: Hub, gate: Gate, *, title: str) -> Guarded:
             events = parse_lines(body)
         except EventError as exc:
             return _said(400, str(exc))
+        if len(events) > hub.limits.burst:  # they would be put off for ever
+            return _said(413, f"{len(events):,} events, at most {hub.limits.burst:,.0f} at once; send them in parts")
         if wait_s := hub.admit(len(events)):
             return _said(429, "too many events", {"Retry-After": str(int(wait_s) + 1)})
         for event in events:

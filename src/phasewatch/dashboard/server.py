@@ -7,6 +7,7 @@ import secrets
 import signal
 import socket
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -120,3 +121,6 @@ async def _produce(producer: Producer, hub: Hub, tell: Callable[[str], None]) ->
         await producer(hub)
     except PhasewatchError as exc:
         tell(str(exc))
+    except Exception as exc:  # broken code: said at once, for the page goes on and would only stay empty
+        traceback.print_exc()
+        tell(f"a part of the page broke and sends no more: {type(exc).__name__}: {exc}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,13 +164,13 @@ async def attach(found: Survey) -> tuple[TelemetrySource, ...]:
 
 
 async def detach(found: Survey, sources: Sequence[TelemetrySource]) -> bool:
-    """Close the sources and give the VM back as it was; False if its monitor could not be asked any more."""
+    """Close the sources and give the VM back as it was; False if something of ours may still stand in it."""
     for source in sources:
         with suppress(Exception):  # whatever one met, the others are closed
             await source.close()
     if found.monitor is None:
         return True
-    left = True
+    left = await _take_out(found.monitor, found.task.objects)
     if found.task.balloon:
         try:
             await found.monitor.ask("qom-set", path=found.task.balloon, property=POLLING, value=found.task.interval_s)
@@ -178,6 +178,19 @@ async def detach(found: Survey, sources: Sequence[TelemetrySource]) -> bool:
             left = False
     await found.monitor.close()
     return left
+
+
+async def _take_out(monitor: Monitor, objects: Collection[str]) -> bool:
+    """Take out of the VM what its source did not: one that was never handed over, or whose question timed out."""
+    if not objects:
+        return True
+    try:
+        for child in await monitor.ask("qom-list", path="/objects"):
+            if child["name"] in objects:
+                await monitor.ask("object-del", id=child["name"])
+    except (VmError, KeyError, TypeError):
+        return False
+    return True
 
 
 class Blind:

@@ -14,6 +14,7 @@ from phasewatch.live.find import Running
 from phasewatch.live.save import host_id_of
 from phasewatch.live.session import Request, run_watch
 from phasewatch.live.tracker import Step
+from phasewatch.live.watcher import INTERRUPTED, TIME_UP
 from phasewatch.record.base import Clock
 from phasewatch.vocab import BIN_NS
 
@@ -41,7 +42,8 @@ def measure_clean_day(
         clock: The host's, unless a test hands in another.
 
     Raises:
-        DataError: If it ended before there was anything to measure.
+        DataError: If the machine ended first, or there was too little to measure.
+        KeyboardInterrupt: If it was interrupted: half a measure would pass for a whole one.
     """
     bins: list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = []
     total_s = round(minutes * 60)
@@ -54,9 +56,12 @@ def measure_clean_day(
     report = run_watch(
         Request(machine=machine, qmp=qmp, seconds=minutes * 60 + 2), lambda event, news: None, say, clock=clock, on_step=take
     )  # fmt: skip
-    if len(bins) < LEAST_BINS:
+    if report.watched.why == INTERRUPTED:
+        raise KeyboardInterrupt
+    if report.watched.why != TIME_UP or len(bins) < LEAST_BINS:
         raise DataError(
-            f"{machine.name}: {report.watched.why} after {len(bins) / 2:g} s, too short to measure what is usual"
+            f"{machine.name}: {report.watched.why} after {len(bins) / 2:g} s of {total_s} s, too short to measure what is "
+            "usual; measure again, nothing was written"
         )
     host = [i for i, channel in enumerate(CHANNELS) if channel.in_deployment]
     return measure(host_id_of(machine.name), [CHANNELS[i].full_name for i in host], np.stack(bins)[:, host])

@@ -52,7 +52,7 @@ class PcapReader:
             self._is_open, at = True, _FILE.size
         while len(self._held) - at >= _RECORD.size:
             _, _, kept, size = _RECORD.unpack_from(self._held, at)
-            if kept > SNAP_BYTES or size > _MAX_FRAME:
+            if not 0 < kept <= min(SNAP_BYTES, size) or size > _MAX_FRAME:  # a hole reads as frames of nothing
                 raise ValueError("the dump holds no frame where one must stand")
             if len(self._held) - at - _RECORD.size < kept:
                 break
@@ -119,7 +119,8 @@ class DumpSource:
         while self._fd is not None and taken < READ_BYTES:
             data = os.pread(self._fd, 1 << 16, self._read)
             if not data:
-                # The guard cuts a file that nobody seems to read: what was in it is gone.
+                # The guard cuts a file that nobody seems to read: what was in it is gone. Where QEMU wrote on meanwhile
+                # the file is long enough, and its hole is what the reader refuses.
                 if os.fstat(self._fd).st_size < self._read:
                     raise ValueError("the dump was cut")
                 return
@@ -150,14 +151,17 @@ class DumpSource:
     async def _stop(self) -> None:
         if self._fd is None:
             return
+        is_out = False
         try:
             await self._monitor.ask("object-del", id=self._id)
+            is_out = True
             self._drain()
         except (VmError, OSError, ValueError):
             self.lost_files += 1
         os.close(self._fd)
         self._fd = None
-        self._path.unlink(missing_ok=True)
+        if is_out:  # else QEMU may write on, and only a file that has a name is kept small by the guard
+            self._path.unlink(missing_ok=True)
 
     @property
     def _id(self) -> str:

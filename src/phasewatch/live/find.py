@@ -80,9 +80,11 @@ def find_one(*, pid: int | None, name: str | None, qmp: Path | None, proc: Path 
     """Find the machine that is meant.
 
     Raises:
-        UsageError: If nothing says which, or more than one has the name.
+        UsageError: If nothing says which, two things do, or more than one has the name.
         MachineError: If there is no such machine.
     """
+    if pid is not None and name is not None:
+        raise UsageError("--name goes with no --pid: each names the machine; leave one of them out")
     if pid is not None:
         machine = read_running(pid, proc)
         if machine is None:
@@ -201,12 +203,11 @@ def _qmp_doors(arguments: Sequence[tuple[str, Mapping[str, str]]], cwd: str) -> 
 def _taps(folder: Path) -> tuple[str, ...]:
     """Name the tap devices whose file the process holds, whoever opened it."""
     names = set()
-    try:
+    with suppress(OSError):
         for entry in (folder / "fdinfo").iterdir():
-            text = entry.read_text("utf-8", "replace")
-            names |= set(re.findall(r"^iff:\s*(\S{1,15})\s*$", text, re.MULTILINE))
-    except OSError:
-        return ()
+            with suppress(OSError):  # closed between the listing and the reading, as a busy machine does all the time
+                text = entry.read_text("utf-8", "replace")
+                names |= set(re.findall(r"^iff:\s*(\S{1,15})\s*$", text, re.MULTILINE))
     return tuple(sorted(names))
 
 

@@ -1,7 +1,8 @@
 """The guard child: when the watcher dies, even by kill -9, it takes out of the VM what the watcher had put in.
 
 It holds the read end of a pipe whose write end only the watcher has. While the watcher lives it also sees to it that
-the dump in memory stays small, should nobody read it. Told ``done`` it leaves the VM alone.
+the dump in memory stays small, should nobody read it. Told ``done`` it leaves the VM alone; a watcher that could not
+give the VM back itself says nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -43,11 +45,16 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Guard:
-    """Starts a guard for a task, before the VM is touched; leaving the block in order sends it away."""
+    """Starts a guard for a task, before the VM is touched; leaving the block sends it away, or to work if it was not dismissed."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
         self._child: subprocess.Popen[bytes] | None = None
+        self._is_needed = True
+
+    def dismiss(self) -> None:
+        """Say that the VM is as it was: nothing is left to be undone."""
+        self._is_needed = False
 
     def __enter__(self) -> Self:
         self._child = subprocess.Popen(
@@ -63,11 +70,14 @@ class Guard:
         child, self._child = self._child, None
         if child is None or child.stdin is None:
             return
-        with suppress(OSError):
-            child.stdin.write(DONE)
-            child.stdin.flush()
+        if not self._is_needed:
+            with suppress(OSError):
+                child.stdin.write(DONE)
+                child.stdin.flush()
         with suppress(OSError):
             child.stdin.close()
+        if self._is_needed:
+            return  # it may take its time; the monitor's only line may be this process's until that ends
         with suppress(subprocess.TimeoutExpired):
             child.wait(timeout=5)
 
@@ -129,7 +139,13 @@ async def undo(task: Task) -> None:
 
 
 def main() -> None:
-    """Guard what the only argument says."""
+    """Guard what the only argument says.
+
+    A service manager sends its signal to every process of a service, and so to the guard of a watcher that was killed:
+    it ends by its pipe alone.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     watch_over(msgspec.json.decode(sys.argv[1], type=Task), sys.stdin.fileno())
 
 

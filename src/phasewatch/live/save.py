@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from phasewatch import __version__
@@ -21,11 +23,14 @@ SEGMENT_NS = 30 * 60 * 1_000_000_000  # a bundle holds an hour at most
 SHORTEST_NS = 12_000_000_000  # below it there is no window
 UNKNOWN = "unknown"
 
+_First = tuple[dict[ClockBase, int], int]  # the other clocks and the wall at a bundle's first reading
+
 
 class Saver:
     """Collects the readings of one VM and writes a bundle every half hour, and one at the end.
 
-    A step of the wall clock ends a bundle: its bins could not be laid on one grid.
+    A step of the wall clock ends a bundle: its bins could not be laid on one grid. Bundles are written in a thread beside
+    the watch: packing half an hour takes two seconds of CPU, and a slow disk as long as it likes.
 
     Args:
         folder: The store that the bundles go to.
@@ -36,32 +41,54 @@ class Saver:
     def __init__(self, folder: Path, found: Survey, clock: Clock, tell: Callable[[Path], None]) -> None:
         self._store, self._found, self._clock, self._tell = DiskStore(folder), found, clock, tell
         self._rows: dict[Source, list[Row]] = {}
-        self._first: tuple[dict[ClockBase, int], int] = ({}, 0)
+        self._first: _First = ({}, 0)
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: deque[Future[Path | None]] = deque()
 
     def keep(self, source: Source, row: Row) -> None:
-        """Take one reading; writes a bundle when the one before is full."""
+        """Take one reading; hands a bundle to the writer when it is full.
+
+        Raises:
+            OSError, StoreError: What the writing of an earlier one met.
+        """
+        while self._writing and self._writing[0].done():
+            self._end_one()
         wall_ns, mono_ns = int(row[0] or 0), int(row[1] or 0)
         if self._rows:
             begun_wall, begun = self._first[1], self._first[0][ClockBase.MONOTONIC]
             stepped = abs((wall_ns - begun_wall) - (mono_ns - begun)) > BIN_NS
             if stepped or mono_ns - begun >= SEGMENT_NS:
-                self.close()
+                self._hand_over()
         if not self._rows:
             self._first = ({ClockBase.MONOTONIC: mono_ns, ClockBase.BOOTTIME: self._clock.boot_ns()}, wall_ns)
         self._rows.setdefault(source, []).append(row)
 
     def close(self) -> None:
-        """Write what there is, unless it is too short for one window."""
+        """Write what there is, unless it is too short for one window, and wait until all is written; raises as `keep`."""
+        self._hand_over()
+        while self._writing:
+            self._end_one()
+
+    def _hand_over(self) -> None:
         rows, self._rows = self._rows, {}
+        self._writing.append(self._writer.submit(self._write, rows, self._first))
+
+    def _end_one(self) -> None:
+        path = self._writing.popleft().result()
+        if path is not None:
+            self._tell(path)
+
+    def _write(self, rows: dict[Source, list[Row]], begun: _First) -> Path | None:
+        """Write one bundle; None if it is too short."""
         proc = rows.get(Source.PROC, [])
         if len(proc) < 2:
-            return
+            return None
         first, last = proc[0], proc[-1]
         t0_ns = -(-int(first[0] or 0) // BIN_NS) * BIN_NS
         lead_ns = t0_ns - int(first[0] or 0)
         end_ns = int(last[0] or 0)
         if end_ns - t0_ns < SHORTEST_NS:
-            return
+            return None
         marks = (
             LabelMark(t_wall_ns=t0_ns, t_mono_ns=int(first[1] or 0) + lead_ns, phase=Phase.UNKNOWN),
             LabelMark(t_wall_ns=end_ns, t_mono_ns=int(last[1] or 0), phase=None),
@@ -72,13 +99,14 @@ class Saver:
             f"{source}.jsonl": encode_rows(source, [(r[0], r[1], n, *r[3:]) for n, r in enumerate(kept)])
             for source, kept in rows.items()
         }
-        manifest = self._manifest(rows, marks, end_ns)
-        path = self._store.put(manifest.host.host_id, manifest.episode_id, pack(manifest, members))
-        self._tell(path)
+        manifest = self._manifest(rows, begun, marks, end_ns)
+        return self._store.put(manifest.host.host_id, manifest.episode_id, pack(manifest, members))
 
-    def _manifest(self, rows: dict[Source, list[Row]], marks: tuple[LabelMark, ...], end_ns: int) -> Manifest:
+    def _manifest(
+        self, rows: dict[Source, list[Row]], begun: _First, marks: tuple[LabelMark, ...], end_ns: int
+    ) -> Manifest:
         facts, masked = self._found.facts, self._found.masked
-        mono0, wall0 = self._first[0], self._first[1]
+        mono0, wall0 = begun
         passed_ns = end_ns - wall0
         duration_s = round((marks[1].t_wall_ns - marks[0].t_wall_ns) / 1e9, 3)
         episode_id = uuid7(end_ns // 1_000_000, os.urandom(10))

@@ -117,7 +117,9 @@ class Scorer:
         """Say what every output must say on such a VM; empty if training saw its like, or nobody knows what it saw."""
         words = []
         if self.trained.accels and accel not in self.trained.accels:
-            words.append(f"training never saw a VM under {accel} (only {', '.join(self.trained.accels)})")
+            words.append(
+                f"training never saw a VM under {accel or 'an unknown accelerator'} (only {', '.join(self.trained.accels)})"
+            )
         if self.trained.archs and arch not in self.trained.archs:
             words.append(f"training never saw {arch} (only {', '.join(self.trained.archs)})")
         if "simulated" in self.trained.origins:

@@ -19,7 +19,7 @@ from phasewatch.live.models import Candidate, choose_model
 from phasewatch.live.save import Saver, host_id_of
 from phasewatch.live.scorer import Scorer
 from phasewatch.live.tracker import Step
-from phasewatch.live.watcher import Outlets, Watched, Watcher
+from phasewatch.live.watcher import Outlets, Watched, Watcher, is_alive
 from phasewatch.live.webhook import Webhook
 from phasewatch.record.base import Clock, HostClock, TelemetrySource
 
@@ -49,7 +49,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a watch came to, and how it was set up; `left_as_found` is False where the monitor could not be asked at the end."""
+    """What a watch came to, and how it was set up; `left_as_found` is False where something of ours may still stand in the VM."""
 
     watched: Watched
     model: str
@@ -69,7 +69,7 @@ def run_watch(
     clock: Clock | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Report:
-    """Watch until the end, an interrupt included: SIGINT and SIGTERM end it in order.
+    """Watch until the end, an interrupt included: SIGINT, SIGTERM and the terminal's end (SIGHUP) end it in order.
 
     Args:
         request: What.
@@ -85,7 +85,10 @@ def run_watch(
     async def main() -> Report:
         task = asyncio.current_task()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else it was told to outlive its terminal: nohup
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             with suppress(ValueError, RuntimeError, NotImplementedError):  # not the main thread: who runs us cancels
                 loop.add_signal_handler(number, task.cancel if task else lambda: None)
         return await watch(request, emit, say, clock=clock or HostClock(), on_step=on_step)
@@ -108,7 +111,7 @@ async def watch(
     hook = Webhook(request.webhook, say) if request.webhook else None
     found = await survey(request.machine, qmp=request.qmp, clock=clock)
     with ExitStack() as stack:
-        stack.enter_context(Guard(found.task))  # before anything in the VM is touched
+        guard = stack.enter_context(Guard(found.task))  # before anything in the VM is touched
         sources: Sequence[TelemetrySource] = ()
         watched = Watched()
         scorer: Scorer | None = None
@@ -119,7 +122,9 @@ async def watch(
             _introduce(found, scorer, say)
             watched = await _watch(request, found, sources, scorer, hook, emit, say, clock, on_step)
         finally:
-            left = await detach(found, sources)
+            left = await detach(found, sources) or not is_alive(found)
+            if left:
+                guard.dismiss()
             if hook is not None:
                 await hook.close()
     facts = found.facts
@@ -185,9 +190,10 @@ async def _watch(
     outlets = Outlets(
         emit=tell, say=say, keep=saver.keep if saver else None, on_step=on_step, backlog=hook.backlog if hook else lambda: 0
     )  # fmt: skip
-    watched = await Watcher(found, sources, scorer, outlets, clock, host=host_id_of(found.facts.name)).run(
-        seconds=request.seconds
-    )
-    if saver is not None:
-        saver.close()
+    watcher = Watcher(found, sources, scorer, outlets, clock, host=host_id_of(found.facts.name))
+    try:
+        watched = await watcher.run(seconds=request.seconds)
+    finally:
+        if saver is not None:
+            saver.close()
     return replace(watched, saved=saved)

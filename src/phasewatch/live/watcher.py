@@ -25,6 +25,7 @@ LOOK_NS = 250_000_000  # the longest sleep: a clock that steps is noticed within
 HEALTH_NS = 2_000_000_000
 PERF_NS = 5_000_000_000
 WORLD = Path("/proc")
+TIME_UP, INTERRUPTED = "the time is up", "interrupted"  # why a watch ended
 
 
 @dataclass(slots=True, kw_only=True)
@@ -120,9 +121,13 @@ class Watcher:
                 if ticking.done():
                     ticking.result()  # a reader broke in a way that no reading may
                 self.close_due()
-            self.result.why = "the VM is gone" if health.done() else "the time is up"
+            if health.done():
+                health.result()  # an outlet that broke there is not the end of the VM
+            self.result.why = "the VM is gone" if health.done() else TIME_UP
         except asyncio.CancelledError:
-            self.result.why = "interrupted"
+            self.result.why = INTERRUPTED
+            if task := asyncio.current_task():
+                task.uncancel()  # else Python before 3.11.3 (Debian 12) takes time-outs of the farewell for it
         finally:
             for task in (ticking, health):
                 task.cancel()
@@ -204,14 +209,14 @@ class Watcher:
 
     async def _state(self) -> str:
         """Say how the VM is: ``gone``, ``silent`` (its monitor does not answer), ``paused`` or ``running``."""
-        if not _is_alive(self._found):
+        if not is_alive(self._found):
             return "gone"
         if self._found.monitor is None:
             return "running"
         try:
             status = str((await self._found.monitor.ask("query-status"))["status"])
         except (VmError, KeyError, TypeError):
-            return "silent" if _is_alive(self._found) else "gone"
+            return "silent" if is_alive(self._found) else "gone"
         return status
 
     async def _reconnect(self) -> None:
@@ -233,7 +238,7 @@ class Watcher:
         )  # fmt: skip
 
 
-def _is_alive(found: Survey) -> bool:
+def is_alive(found: Survey) -> bool:
     """Say whether the process still runs; one that waits to be buried does not."""
     try:
         stat = (found.proc / str(found.facts.pid) / "stat").read_bytes()

@@ -20,14 +20,18 @@ class Webhook:
     """Posts events one after the other, each at most four times; when too many wait, the oldest is given up.
 
     Raises:
-        UsageError: If the URL is not http or https.
+        UsageError: If the URL is not http or https, or names no host.
     """
 
     def __init__(self, url: str, say: Callable[[str], None]) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise UsageError(f"--webhook {url}: an http or https URL is needed")
         import httpx  # now, not at the first alarm
 
+        try:
+            is_url = url.startswith(("http://", "https://")) and bool(httpx.URL(url).host)
+        except (httpx.InvalidURL, UnicodeError):
+            is_url = False
+        if not is_url:
+            raise UsageError(f"--webhook {url}: an http or https URL is needed")
         self._url, self._say, self._web = url, say, httpx
         self._queue: asyncio.Queue[bytes] = asyncio.Queue(QUEUE)
         self._task: asyncio.Task[None] | None = None
@@ -69,6 +73,8 @@ class Webhook:
                 body = await self._queue.get()
                 why = ""
                 for attempt in range(TRIES):
+                    if attempt:
+                        await asyncio.sleep(PAUSE_S * 4 ** (attempt - 1))
                     try:
                         answer = await client.post(
                             self._url, content=body, headers={"content-type": "application/json"}
@@ -78,7 +84,6 @@ class Webhook:
                         why = str(exc) or type(exc).__name__
                     if not why:
                         break
-                    await asyncio.sleep(PAUSE_S * 4**attempt)
                 self.sent += not why
                 self.lost += bool(why)
                 self._open -= 1

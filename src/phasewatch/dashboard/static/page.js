@@ -81,6 +81,8 @@ function madeAt(kind) {
   return machine?.[kind] ? machine[`${kind}At`] : null;
 }
 const isStale = (machine, now) => now - Math.max(machine.telemetryAt, machine.phaseAt) > STALE_MS.phase;
+// Telemetry may go on where no window can be judged: the last decision is then as old as it is.
+const isJudged = (machine, now) => machine.phase !== null && now - machine.phaseAt <= STALE_MS.phase;
 
 function states(now) {
   for (const [kind, scene] of Object.entries(places)) {
@@ -100,21 +102,23 @@ function states(now) {
 
 function alarms(now) {
   const all = [...machines.all.values()];
-  const judged = all.filter((m) => m.phase && !isStale(m, now) && !lost);
-  const ringing = judged.filter((m) => m.phase.alarm).sort((a, b) => a.phase.alarm_since_ns - b.phase.alarm_since_ns);
+  const heard = all.filter((m) => !isStale(m, now) && !lost);
+  const judged = heard.filter((m) => isJudged(m, now));
+  const ringing = heard.filter((m) => m.phase?.alarm).sort((a, b) => a.phase.alarm_since_ns - b.phase.alarm_since_ns);
   const place = byId("alarms");
-  const silent = all.length - judged.length;
+  const silent = all.length - heard.length, unjudged = heard.length - judged.length;
   let state = "none", words = "No machine is watched yet.";
   if (ringing.length) {
     state = "alarm";
     words = "Alarm: " + ringing.slice(0, 4).map((m) => `${m.vm} ${m.phase.decision}${m.phase.alarm_since_ns ? ` since ${clock(m.phase.alarm_since_ns / 1e6)}${isReplay(m) ? " (recorded)" : ""}` : ""}`).join("; ") + (ringing.length > 4 ? ` and ${ringing.length - 4} more` : "");
   } else if (all.length) {
     const trained = judged.filter((m) => m.phase.alarm !== null).length;
-    state = silent || trained < judged.length || !judged.length ? "doubt" : "calm";
+    state = silent || unjudged || trained < judged.length || !judged.length ? "doubt" : "calm";
     words = !judged.length ? "Nothing is known of any machine now." : trained ? `No alarm on ${trained} of ${all.length} machine${all.length === 1 ? "" : "s"}.`
       : "No alarm threshold was trained: read the phases, no alarm will ring.";
   }
   if (silent && state !== "none") words += ` ${silent} silent.`;
+  if (unjudged && state !== "none") words += ` ${unjudged} not judged.`;
   if (place.dataset.state !== state) place.dataset.state = state;
   text(byId("alarm-words"), words);
   const title = `${ringing.length ? "▲ " : ""}${lost ? "(cut off) " : ""}phasewatch${titleWords ? " · " + titleWords : ""}`;
@@ -151,8 +155,9 @@ function strip() {
     const at = Math.max(machine.telemetryAt, machine.phaseAt);
     card.age.classList.toggle("old", stale);
     text(card.age, stale ? `stale since ${clock(at)}` : ago(now - at));
-    text(card.phase, seen ? `${GLYPHS[seen.decision] ?? ""} ${seen.decision}` : "not judged yet");
-    text(card.p, seen ? `p ${score(seen.p[PHASES.indexOf(seen.decision)])}` : "");
+    const isOld = seen !== null && !stale && !isJudged(machine, now);
+    text(card.phase, !seen ? "not judged yet" : isOld ? `not judged since ${clock(machine.phaseAt)}` : `${GLYPHS[seen.decision] ?? ""} ${seen.decision}`);
+    text(card.p, seen && !isOld ? `p ${score(seen.p[PHASES.indexOf(seen.decision)])}` : "");
     card.pill.hidden = !seen?.alarm;
     card.swatch.style.setProperty("--phase", seen ? `var(--${seen.decision})` : "");
     const origin = isReplay(machine) ? `replay, ${machine.origin}` : "";

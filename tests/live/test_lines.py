@@ -1,0 +1,81 @@
+"""Lines that wait for nobody: in order where they are read, given up and counted where they are not."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from typing import TextIO
+
+import pytest
+
+from phasewatch.live import lines
+from phasewatch.live.lines import Lines
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "LAST_WORD_S", 0.2)
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, TextIO]]:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream:
+        yield reader, stream
+    os.close(reader)
+
+
+def read_all(reader: int) -> list[str]:
+    found = b""
+    os.set_blocking(reader, False)
+    try:
+        while data := os.read(reader, 1 << 16):
+            found += data
+            time.sleep(0.02)  # a blocked writer fills what was just emptied
+    except BlockingIOError:
+        pass
+    return found.decode().splitlines()
+
+
+def test_what_is_read_comes_whole_and_in_order(pipe: tuple[int, TextIO]) -> None:
+    reader, stream = pipe
+    out = Lines(stream)
+    for number in range(100):
+        out.put(f"line {number}")
+
+    assert out.close() == 0
+    assert read_all(reader) == [f"line {number}" for number in range(100)]
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_a_reader_that_stands_still_holds_nobody_and_the_oldest_lines_are_given_up(
+    pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch, blocks: bool
+) -> None:
+    monkeypatch.setattr(lines, "WAITING", 10)
+    reader, stream = pipe
+    os.set_blocking(stream.fileno(), blocks)
+    out = Lines(stream)
+    for number in range(1000):
+        out.put(f"{number:03} " + "x" * 1000)
+        time.sleep(0)
+    not_written = out.close()
+
+    said = [int(line[:3]) for line in read_all(reader)]
+    assert not_written > 800
+    assert said[:10] == list(range(10))
+    assert said[-10:] == list(range(990, 1000))
+
+
+def test_a_reader_that_went_away_is_told_with_the_next_line() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        out = Lines(stream)
+        out.put("into nothing")
+        out._thread.join(5)
+
+        with pytest.raises(BrokenPipeError):
+            out.put("the next")
+        with pytest.raises(BrokenPipeError):
+            out.close()
