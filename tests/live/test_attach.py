@@ -164,9 +164,16 @@ def test_under_kvm_only_what_exists_there_is_promised(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
         qemu.accel = "kvm"
+        asked: list[int] = []
 
-        found = run(tmp_path / "proc", nothing)
+        async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+            asked.append(qemu.asked.count("human-monitor-command"))
+            await asyncio.sleep(0.5)
+            asked.append(qemu.asked.count("human-monitor-command"))
 
+        found = run(tmp_path / "proc", look)
+
+        assert asked[0] == asked[1]  # registers would stop a vCPU ten times a second, and tell nothing
         portable = {c.full_name for c, on in zip(CHANNELS, mask_of("portable"), strict=True) if on}
         assert found.available & REALISTIC == portable
         assert "runs on kvm" in found.masked["qmp.jit_tb"]

@@ -153,7 +153,10 @@ async def attach(found: Survey) -> tuple[TelemetrySource, ...]:
     if card is not None:
         sources.append(card)
     if found.monitor is not None:
-        asked = QmpSource(monitor=found.monitor, vcpus=found.facts.vcpus, clock=found.clock, balloon=found.task.balloon)
+        asked = QmpSource(
+            monitor=found.monitor, vcpus=found.facts.vcpus, clock=found.clock, balloon=found.task.balloon,
+            registers=found.facts.accel != "kvm",
+        )  # fmt: skip
         try:
             await asked.open()
             await _mask_silent(found, asked)
