@@ -172,6 +172,12 @@ def watched(pretender: Any, *arguments: str | Path) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+def wait_for_attachment(qemu: FakeQemu) -> None:
+    until = time.monotonic() + 60
+    while not qemu.objects and time.monotonic() < until:
+        time.sleep(0.05)
+
+
 def test_a_watch_tells_events_as_lines_and_its_result_last(pretender: Any, edge: Path) -> None:
     done = watched(pretender, "--model", edge, "--seconds", "13.5", "--json")
 
@@ -233,17 +239,18 @@ def test_a_clean_day_is_measured_to_its_end(pretender: Any, phasewatch: Run, tmp
     assert (qemu.objects, qemu.interval) == ({}, 7)
 
 
-@pytest.mark.parametrize(("ended", "after_s"), [("Ctrl-C", 5), ("the VM is gone", 16)])
+@pytest.mark.parametrize(("ended", "after_s"), [("Ctrl-C", 3), ("the VM is gone", 14)])
 def test_a_clean_day_that_was_cut_short_is_none_and_leaves_the_one_before(
     pretender: Any, tmp_path: Path, ended: str, after_s: float
 ) -> None:
-    child, _ = pretender
+    child, qemu = pretender
     out = tmp_path / "host.json"
     out.write_text("of last week")
     command = [sys.executable, "-m", "phasewatch", "commission", "--pid", str(child.pid), "--minutes", "1"]
     with subprocess.Popen(
         [*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as p:
+        wait_for_attachment(qemu)
         time.sleep(after_s)
         (p if ended == "Ctrl-C" else child).send_signal(signal.SIGINT if ended == "Ctrl-C" else signal.SIGKILL)
         _, err = p.communicate(timeout=30)
@@ -262,9 +269,7 @@ def test_a_reader_that_stands_still_stops_neither_the_watch_nor_its_end(
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)  # two or three events fill it
     with subprocess.Popen([*command, "--save", str(tmp_path / "kept")], stdout=writer, stderr=subprocess.DEVNULL) as p:
         os.close(writer)
-        until = time.monotonic() + 30
-        while not qemu.objects and time.monotonic() < until:
-            time.sleep(0.05)
+        wait_for_attachment(qemu)
         time.sleep(16)
         p.send_signal(signal.SIGTERM)
         assert p.wait(timeout=20) == 0
