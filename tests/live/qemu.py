@@ -80,12 +80,15 @@ class FakeQemu:
         for task in tasks:
             task.cancel()
         self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._loop.run_until_complete(asyncio.sleep(0.01))  # a socket is closed a turn after its transport
         self._loop.close()
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._clients or not self.greets:
-            await reader.read()  # a second client gets no greeting
-            writer.close()
+            try:
+                await reader.read()  # a second client gets no greeting
+            finally:
+                writer.close()
             return
         self._clients.append(writer)
         try:
