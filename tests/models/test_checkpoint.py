@@ -60,6 +60,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "other classes": (lambda f: lay(f, header(classes=("clean",))), MismatchError, "found classes"),
     "no class seen": (lambda f: lay(f, header(seen=())), RunError, "cannot be"),
     "a class that there is not": (lambda f: lay(f, header(seen=(5,))), RunError, "cannot be"),
+    "a scale of nothing": (lambda f: lay(f, header(floors={"proc.cpu_user": 0.0})), RunError, "floors"),
     "no temperature": (lambda f: lay(f, header(temperature=0.0)), RunError, "cannot be"),
     "a name that leads elsewhere": (
         lambda f: lay(f, header(files={"../weights": FileEntry(bytes=1, sha256="0")})), RunError, "not a plain name",

@@ -204,7 +204,6 @@ def test_changed_bytes_are_refused_before_a_parser_sees_them(key: str, tmp_path:
             '"input_kind": "table"', '"input_kind": "chair"', RunError, r"input_kind", id="an input that is none"
         ),
         pytest.param('"table": "raw"', '"table": "cooked"', RunError, r"\.table", id="a table that is none"),
-        pytest.param('"floors": {}', '"floors": {"proc.cpu_user": 0.0}', RunError, "floors", id="a scale of nothing"),
     ],
 )
 def test_a_header_that_does_not_fit_is_refused(
