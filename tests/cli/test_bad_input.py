@@ -165,9 +165,9 @@ REFUSED = {
         "did you mean microvm?",
     ),
     "a role that a plan lacks": (
-        ("record", "--plan", "smoke", "--out", "STORE", "--dry-run", "--role", "soak"),
+        ("record", "--plan", "smoke", "--out", "STORE", "--dry-run", "--role", "soak", "--hosts", "pc"),
         2,
-        "no session of it",
+        "--role soak --hosts pc: plan smoke has no such session",
     ),
     "an image that is not there": (
         ("record", "--image", "STORE/none.qcow2", "--out", "STORE"),

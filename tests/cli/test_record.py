@@ -57,12 +57,6 @@ def test_an_unknown_key_is_bad_data_and_names_the_nearest(phasewatch: Call, tmp_
         pytest.param(["--driver", "d.sh", "--plan", "smoke"], 2, "--driver goes with --image", id="a driver alone"),
         pytest.param(["--profile-file", "absent.toml"], 3, "absent.toml: not a readable file", id="no such profile"),
         pytest.param(["--image", "absent.qcow2"], 3, "absent.qcow2: No such file", id="no such image"),
-        pytest.param(
-            ["--plan", "smoke", "--role", "soak", "--hosts", "pc"],
-            2,
-            "--role soak --hosts pc: plan smoke has no such session",
-            id="sessions that are not of the plan",
-        ),
         pytest.param(["--plan", "smoke", "--accel", "hvf"], 2, "kvm or tcg", id="an accelerator of elsewhere"),
     ],
 )
