@@ -67,6 +67,43 @@ def test_a_corpus_that_gives_nothing_away_is_not_accused() -> None:
     assert "suspects" not in leaks["elapsed-time-from-idle"].words
 
 
+def test_how_late_it_is_does_not_hang_on_the_order_of_the_episodes() -> None:
+    windows = corpus(1)
+    aging = with_feature(windows, 2, windows.t_s + 40 * windows.x[:, 3])
+    values = []
+    for seed in range(4):
+        renamed = np.random.default_rng(seed).permutation(EPISODES)
+        back = np.argsort(renamed)
+        order = np.argsort(renamed[aging.of], kind="stable")
+        rows = {name: getattr(aging, name)[order] for name in ("x", "levels", "y", "t_s", "t_ns")}
+        episodes = {
+            name: getattr(aging, name)[back] for name in ("host", "session", "profile", "role", "is_idle", "length_s")
+        }
+        values.append(
+            leak_of(replace(aging, **rows, **episodes, of=renamed[aging.of][order]), "elapsed-time-from-idle").value
+        )
+
+    assert values[0] > 0.3
+    assert max(values) - min(values) < 0.005
+
+
+def test_what_is_later_than_any_lab_episode_hides_no_leak() -> None:
+    windows = corpus()
+    aging = with_feature(windows, 2, windows.t_s)
+    is_soak = aging.of == 0
+    soak = replace(
+        aging,
+        t_s=np.where(is_soak, 30 * aging.t_s, aging.t_s),
+        role=np.where(np.arange(EPISODES) == 0, "soak", aging.role),
+        length_s=np.where(np.arange(EPISODES) == 0, 3000.0, aging.length_s),
+    )
+
+    leak = leak_of(soak, "elapsed-time-from-idle")
+
+    assert leak.words.startswith("101 windows of 6 idle episodes")
+    assert leak.value > 0.85
+
+
 def test_a_fixed_order_of_phases_is_told_by_the_clock() -> None:
     windows = corpus()
     scripted = replace(windows, y=np.minimum(windows.t_s // 25, 4).astype(np.int64))

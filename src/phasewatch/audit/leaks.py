@@ -6,24 +6,21 @@ malware. Every classifier here is answered out of fold, folds by session, so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.measures import confusion_counts, macro_f1
+from phasewatch.audit.outoffold import FOLDS, Floats, classify, deal, regress, scores, spearman
 from phasewatch.models import registry
 from phasewatch.models.base import Examples, InputKind, Inputs, InputSpec
-from phasewatch.vocab import BIN_NS, STRIDE_BINS, WINDOW_BINS
-
-Floats = NDArray[np.float32]
+from phasewatch.vocab import BIN_NS, STRIDE_BINS
 
 ABOVE_CHANCE = 0.10  # of macro-F1, for the clock: 0.30 where all five phases occur (a plan's own gate is at 0.25)
 MAX_IDLE_CORRELATION = 0.20  # above it a suspect is named
 FIRST_STEP_S = 12.5  # two windows: what the guest did at the first label has ended
 MAX_SINGLE = 0.95  # what one feature alone may tell of host or hour (DESIGN section 9, "Audit")
-FOLDS = 5
 CELLS = 32  # of one feature, when it is asked alone
 SHUFFLES = 999
 CHANCE_P = 0.01
@@ -106,7 +103,7 @@ def _phase_from_time(w: Windows, lab: NDArray[np.bool_]) -> Leak:
     def part(rows: NDArray[np.bool_]) -> Examples:
         return Examples(inputs=Inputs(x=w.t_s[rows, None].astype(np.float32), spec=spec), y=w.y[rows])
 
-    fold = _folds(w.session[w.of], FOLDS)
+    fold = deal(w.session[w.of], FOLDS)
     said = np.full(len(w.y), -1)
     for number in range(FOLDS):
         test, val = lab & (fold == number), lab & (fold == (number + 1) % FOLDS)
@@ -120,7 +117,7 @@ def _phase_from_time(w: Windows, lab: NDArray[np.bool_]) -> Leak:
 
 def _phase_from_levels(w: Windows, lab: NDArray[np.bool_]) -> Leak:
     name, question = "phase-from-levels", "The phase, from the cumulative totals that are no channels."
-    said = _classified(w.levels, w.y, w.session[w.of], lab)
+    said = classify(w.levels, w.y, w.session[w.of], lab)
     if said is None:
         return _unanswered(name, question, "macro-F1", "fewer than five sessions")
     return _phase_leak(name, question, w, lab, said, None)
@@ -129,7 +126,7 @@ def _phase_from_levels(w: Windows, lab: NDArray[np.bool_]) -> Leak:
 def _phase_leak(
     name: str, question: str, w: Windows, rows: NDArray[np.bool_], said: NDArray[np.int64], limit: float | None
 ) -> Leak:
-    score, chance = _scores(w.y[rows], said[rows])
+    score, chance = scores(w.y[rows], said[rows])
     words = f"{int(rows.sum()):,} windows of {len(np.unique(w.of[rows]))} lab episodes"
     return Leak(
         name=name, question=question, value=score, unit="macro-F1", chance=chance, limit=limit, words=words
@@ -137,15 +134,26 @@ def _phase_leak(
 
 
 def _time_from_features(w: Windows, lab: NDArray[np.bool_]) -> Leak:
-    return _time_from(
-        w, w.is_idle[w.of], "elapsed-time-from-idle", "How late it is in a benign idle episode, from the features."
-    )
+    question = "How late it is in a benign idle episode, from the features."
+    return _time_from(w, _idle_rows(w), "elapsed-time-from-idle", question)
+
+
+def _idle_rows(w: Windows) -> NDArray[np.bool_]:
+    """Mark the windows of idle episodes that are no later than a lab episode lasts.
+
+    No phase is learnt later; and of one soak episode of ten minutes nothing that learnt from shorter ones tells the hour,
+    which hides how well it is told of all others.
+    """
+    lab = w.length_s[w.role == "lab"]
+    longest = float(lab.max()) if len(lab) else np.inf
+    rows: NDArray[np.bool_] = w.is_idle[w.of] & (w.t_s <= longest)
+    return rows
 
 
 def _time_from_later_features(w: Windows, lab: NDArray[np.bool_]) -> Leak:
     """Ask again without the step that begins every episode: the guest clears its scratch folder and syncs."""
     return _time_from(
-        w, w.is_idle[w.of] & (w.t_s > FIRST_STEP_S), "elapsed-time-from-idle-later",
+        w, _idle_rows(w) & (w.t_s > FIRST_STEP_S), "elapsed-time-from-idle-later",
         f"The same, of windows whose middle is later than {FIRST_STEP_S:g} s.",
     )  # fmt: skip
 
@@ -154,8 +162,8 @@ def _time_from(w: Windows, idle: NDArray[np.bool_], name: str, question: str) ->
     episodes = np.unique(w.of[idle])
     if len(episodes) < FEWEST:
         return _unanswered(name, question, "rank correlation", f"{len(episodes)} idle episodes")
-    said = _regressed(w.x[idle], w.t_s[idle], w.of[idle])
-    value = float(_spearman(said[:, None], w.t_s[idle])[0])
+    said = regress(w.x[idle], w.t_s[idle], w.of[idle])
+    value = float(spearman(said[:, None], w.t_s[idle])[0])
     words = f"{int(idle.sum()):,} windows of {len(episodes)} idle episodes"
     if value >= MAX_IDLE_CORRELATION:
         drift = _within(w, idle)
@@ -167,16 +175,16 @@ def _time_from(w: Windows, idle: NDArray[np.bool_], name: str, question: str) ->
 
 def _within(w: Windows, idle: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Give each feature's mean rank correlation with the time inside idle episodes."""
-    found = [_spearman(w.x[rows], w.t_s[rows]) for rows in (idle & (w.of == e) for e in np.unique(w.of[idle]))]
+    found = [spearman(w.x[rows], w.t_s[rows]) for rows in (idle & (w.of == e) for e in np.unique(w.of[idle]))]
     return np.asarray(np.mean(found, axis=0), np.float64)
 
 
 def _time_from_one_feature(w: Windows, lab: NDArray[np.bool_]) -> Leak:
     name, question = "elapsed-time-from-one-feature", "How late it is in a benign idle episode, from any one feature."
-    idle = w.is_idle[w.of]
+    idle = _idle_rows(w)
     if len(np.unique(w.of[idle])) < FEWEST:
         return _unanswered(name, question, "rank correlation", "too few idle episodes", MAX_SINGLE)
-    found = np.abs(_spearman(w.x[idle], w.t_s[idle]))
+    found = np.abs(spearman(w.x[idle], w.t_s[idle]))
     best = int(np.argmax(found))
     return Leak(
         name=name, question=question, value=float(found[best]), unit="rank correlation", chance=0.0, limit=MAX_SINGLE,
@@ -187,7 +195,7 @@ def _time_from_one_feature(w: Windows, lab: NDArray[np.bool_]) -> Leak:
 def _host_from_features(w: Windows, lab: NDArray[np.bool_]) -> Leak:
     name, question = "host-from-features", "On which host a window was recorded, from all features."
     hosts, codes = np.unique(w.host, return_inverse=True)
-    said = _classified(w.x, codes[w.of], w.session[w.of], lab) if len(hosts) > 1 else None
+    said = classify(w.x, codes[w.of], w.session[w.of], lab) if len(hosts) > 1 else None
     if said is None:
         return _unanswered(name, question, "accuracy", "one host, or fewer than five sessions")
     truth = codes[w.of][lab]
@@ -201,14 +209,14 @@ def _host_from_features(w: Windows, lab: NDArray[np.bool_]) -> Leak:
 def _host_from_one_feature(w: Windows, lab: NDArray[np.bool_]) -> Leak:
     name, question = "host-from-one-feature", "On which host a window was recorded, from any one feature."
     hosts, codes = np.unique(w.host, return_inverse=True)
-    fold = _folds(w.session[w.of], FOLDS)
+    fold = deal(w.session[w.of], FOLDS)
     if len(hosts) < 2 or not all((lab & (fold == number)).any() for number in range(FOLDS)):
         return _unanswered(name, question, "balanced accuracy", "one host, or fewer than five sessions", MAX_SINGLE)
     truth = codes[w.of]
-    scores = [_alone(w.x[lab, i], truth[lab], fold[lab], len(hosts)) for i in range(w.x.shape[1])]
-    best = int(np.argmax(scores))
+    each = [_alone(w.x[lab, i], truth[lab], fold[lab], len(hosts)) for i in range(w.x.shape[1])]
+    best = int(np.argmax(each))
     return Leak(
-        name=name, question=question, value=scores[best], unit="balanced accuracy", chance=1 / len(hosts),
+        name=name, question=question, value=each[best], unit="balanced accuracy", chance=1 / len(hosts),
         limit=MAX_SINGLE, words=f"the strongest of {len(w.names)} is {w.names[best]}",
     )  # fmt: skip
 
@@ -260,10 +268,10 @@ def _neighbour_from_wait(w: Windows, lab: NDArray[np.bool_]) -> Leak:
     other = _beside(w)
     rows = lab & (other >= 0)
     beside = np.where(other >= 0, w.y[np.maximum(other, 0)], 0)
-    said = _classified(w.x[:, columns], beside, w.session[w.of], rows) if columns and rows.any() else None
+    said = classify(w.x[:, columns], beside, w.session[w.of], rows) if columns and rows.any() else None
     if said is None:
         return _unanswered(name, question, "macro-F1", "too few sessions of two")
-    score, chance = _scores(beside[rows], said[rows])
+    score, chance = scores(beside[rows], said[rows])
     return Leak(
         name=name, question=question, value=score, unit="macro-F1", chance=chance, limit=None,
         words=f"{int(rows.sum()):,} windows of {len(np.unique(w.of[rows]))} episodes that had a neighbour",
@@ -287,86 +295,6 @@ def _beside(w: Windows) -> NDArray[np.int64]:
             gap = np.abs(np.stack([w.t_ns[theirs[left]], w.t_ns[theirs[right]]]) - w.t_ns[mine])
             nearest = np.where(gap[0] <= gap[1], theirs[left], theirs[right])
             found[mine] = np.where(gap.min(axis=0) <= reach_ns, nearest, -1)
-    return found
-
-
-# --- out of fold ----------------------------------------------------------------------------------------------------
-
-
-def _folds(groups: NDArray[np.str_], k: int) -> NDArray[np.int64]:
-    """Deal groups over k folds by size: each goes, in order of falling size and name, where least is."""
-    names, codes, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    held, place = np.zeros(k, np.int64), np.zeros(len(names), np.int64)
-    for group in np.lexsort((names, -sizes)):
-        place[group] = int(np.argmin(held))
-        held[place[group]] += sizes[group]
-    return place[codes]
-
-
-def _splits(groups: NDArray[np.str_], rows: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
-    fold = np.full(len(groups), -1)
-    fold[rows] = _folds(groups[rows], FOLDS)
-    for number in range(FOLDS):
-        yield rows & (fold != number), fold == number
-
-
-def _classified(
-    x: Floats, y: NDArray[np.int64], groups: NDArray[np.str_], rows: NDArray[np.bool_]
-) -> NDArray[np.int64] | None:
-    """Answer every row by trees that saw none of its session; None where there are too few sessions."""
-    import xgboost as xgb
-
-    if len(np.unique(groups[rows])) < FOLDS or len(np.unique(y[rows])) < 2:
-        return None
-    k = int(y[rows].max()) + 1
-    said = np.full(len(y), -1)
-    for train, test in _splits(groups, rows):
-        count = np.bincount(y[train], minlength=k)
-        weight = np.divide(1.0, count, out=np.zeros(k), where=count > 0) * len(y[train]) / max(1, (count > 0).sum())
-        data = xgb.QuantileDMatrix(x[train], label=y[train], weight=weight[y[train]], max_bin=32, nthread=1)
-        booster = xgb.train(
-            {**_TREES, "objective": "multi:softprob", "num_class": k}, data, num_boost_round=_ROUNDS, verbose_eval=False
-        )
-        said[test] = np.asarray(booster.inplace_predict(x[test], missing=np.nan)).reshape(-1, k).argmax(axis=1)
-    return said
-
-
-def _regressed(x: Floats, t: NDArray[np.float64], episode: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Predict a number for every row by trees that saw none of its episode."""
-    import xgboost as xgb
-
-    said = np.zeros(len(t))
-    for train, test in _splits(episode.astype(str), np.ones(len(t), np.bool_)):
-        if train.any() and test.any():
-            data = xgb.QuantileDMatrix(x[train], label=t[train], max_bin=32, nthread=1)
-            booster = xgb.train({**_TREES, "objective": "reg:squarederror"}, data, num_boost_round=_ROUNDS)
-            said[test] = booster.inplace_predict(x[test], missing=np.nan)
-    return said
-
-
-_ROUNDS = 40
-_TREES = {"tree_method": "hist", "max_depth": 3, "max_bin": 32, "eta": 0.2, "seed": 0, "nthread": 1, "verbosity": 0}
-
-
-def _scores(truth: NDArray[np.int64], said: NDArray[np.int64]) -> tuple[float, float]:
-    """Give macro-F1, and what guesses drawn with the classes' shares would have."""
-    confusion = confusion_counts(truth, said)
-    share = confusion.sum(axis=1) / max(1, len(truth))
-    classes = tuple(int(i) for i in np.flatnonzero(share))
-    # A guess drawn by share has precision and recall equal to the share.
-    return float(macro_f1(confusion, classes)), float(np.mean(share[list(classes)]))
-
-
-def _spearman(x: NDArray[np.floating], t: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Correlate ranks column by column, over the finite rows; 0 where a column does not move (Spearman 1904)."""
-    from scipy.stats import rankdata
-
-    found = np.zeros(x.shape[1])
-    for i in range(x.shape[1]):
-        known = np.isfinite(x[:, i])
-        if known.sum() >= WINDOW_BINS // 2 and np.ptp(x[known, i]) > 0:
-            a, b = rankdata(x[known, i]), rankdata(t[known])
-            found[i] = np.corrcoef(a, b)[0, 1] if np.ptp(b) > 0 else 0.0
     return found
 
 
