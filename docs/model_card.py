@@ -34,7 +34,7 @@ OPERATOR = (
     ("delay_s", "median delay from the first malicious act to the alarm, s"),
     ("missed_episodes", "share of malicious episodes without an alarm"),
     ("false_alarms_per_vm_hour", "false alarms an hour of a machine"),
-    ("vm_hours", "calm hours that were watched for them"),
+    ("soak_false_alarms_per_vm_hour", "the same on the ten-minute soak episodes, busy and idle"),
     ("flips_per_minute", "changes of the decided phase a minute"),
     ("ece", "expected calibration error"),
     ("brier", "Brier score"),
@@ -90,7 +90,7 @@ def render(rows: Sequence[MetricRow], bundle: EdgeBundle, sha256: str) -> str:
             "## By profile\n\nOver the phases that a profile's episodes have; `benign` has only clean.\n\n"
             + table([["profile", "five phases", "three states", "episodes"], *profiles]),
             "## As an alarm, at one false alarm an hour asked for\n\n"
-            "The threshold is fixed on validation and soak hours of other machines. A false alarm is counted on calm time of the test episodes.\n\n"
+            "The threshold is fixed on validation and soak hours of other machines. A false alarm is counted on calm time of the test episodes, and apart from that on the soak of the held-out machine.\n\n"
             + table([["", "measured"], *operator]),
             "## To be said\n\n"
             + "\n".join(f"- {words}" for words in [f"untested: {', '.join(untested) or 'no profile and no phase'}", *notes]),
