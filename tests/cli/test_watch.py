@@ -212,8 +212,9 @@ def test_a_reader_that_had_enough_ends_the_watch_and_what_was_read_is_saved(
 
 def test_a_terminal_that_goes_away_ends_the_watch_in_order(pretender: Any, edge: Path, tmp_path: Path) -> None:
     child, qemu = pretender
-    command = [sys.executable, "-m", "phasewatch", "watch", "--pid", str(child.pid), "--model", str(edge), "--json"]
-    with subprocess.Popen([*command, "--save", str(tmp_path / "kept")], stdout=subprocess.PIPE, text=True) as watcher:
+    command = ["env", "--default-signal=HUP", sys.executable, "-m", "phasewatch", "watch"]  # under nohup it is ignored
+    command += ["--pid", str(child.pid), "--model", str(edge), "--json", "--save", str(tmp_path / "kept")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watcher:
         assert watcher.stdout is not None
         while json.loads(watcher.stdout.readline())["type"] != "phase":
             pass
