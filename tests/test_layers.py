@@ -112,7 +112,7 @@ def test_only_the_listed_files_touch_the_world(path: Path) -> None:
 def test_a_file_is_one_sitting_and_says_its_reason_first(path: Path) -> None:
     text = path.read_text()
 
-    assert len(text.splitlines()) <= 400 or name_of(path) in TABLES
+    assert len(text.splitlines()) <= 600 or name_of(path) in TABLES
     assert ast.get_docstring(ast.parse(text))
 
 
