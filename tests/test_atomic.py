@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from phasewatch import atomic
-from phasewatch.errors import BusyError
+from phasewatch.errors import BusyError, MachineError
 
 
 class Recorder(atomic.Disk):
@@ -165,3 +167,76 @@ def test_a_folder_goes_with_all_below_it_and_a_link_is_not_followed(tmp_path: Pa
 
     assert os.listdir(tmp_path) == ["kept"]  # noqa: PTH208
     assert (tmp_path / "kept" / "file").exists()
+
+
+class OneNameEach(atomic.Disk):
+    """A disk like exFAT or SMB: a file has one name, and a folder cannot be waited for."""
+
+    def link(self, source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(source))
+
+    def fsync(self, fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        super().fsync(fd)
+
+
+def test_without_hard_links_a_new_file_is_published_and_never_replaces_another(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with atomic.on_disk(OneNameEach()):
+        atomic.write_whole(path, b"first", new=True)
+        with pytest.raises(FileExistsError):
+            atomic.write_whole(path, b"second", new=True)
+
+    assert path.read_bytes() == b"first"
+    assert [each.name for each in tmp_path.iterdir() if atomic.is_temporary(each.name)] == []
+
+
+def test_without_hard_links_one_of_many_writers_wins(tmp_path: Path) -> None:
+    path, lost = tmp_path / "file", []
+
+    def write(number: int) -> None:
+        try:
+            atomic.write_whole(path, f"{number}".encode(), new=True)
+        except FileExistsError:
+            lost.append(number)
+
+    with atomic.on_disk(OneNameEach()), ThreadPoolExecutor(8) as threads:
+        list(threads.map(write, range(8)))
+
+    assert sorted([*lost, int(path.read_bytes())]) == list(range(8))
+
+
+def test_a_link_that_fails_for_another_reason_is_an_error(tmp_path: Path) -> None:
+    class Full(atomic.Disk):
+        def link(self, source: Path, target: Path) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+
+    with atomic.on_disk(Full()), pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        atomic.write_whole(tmp_path / "file", b"data", new=True)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "close"])
+def test_an_error_of_the_disk_names_the_file_that_was_being_written(tmp_path: Path, call: str) -> None:
+    def fail(self: atomic.Disk, fd: int, *data: bytes) -> int:
+        if call == "close":
+            os.close(fd)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    disk = type("FullDisk", (atomic.Disk,), {call: fail})()
+    with atomic.on_disk(disk), pytest.raises(OSError) as caught:
+        atomic.write_whole(tmp_path / "report.html", b"data")
+
+    assert caught.value.filename == str(tmp_path / "report.html")
+
+
+def test_a_file_system_without_locks_is_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+
+    with pytest.raises(MachineError), atomic.lock(tmp_path):
+        pass

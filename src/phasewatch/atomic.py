@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -13,10 +14,16 @@ from io import BufferedIOBase, RawIOBase
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from phasewatch.errors import BusyError
+from phasewatch.errors import BusyError, MachineError
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 _LOCK_NAME = ".lock"
+_PUBLISH_LOCK = ".publish.lock"
+# What exFAT, SMB, FUSE and others answer where a file can have one name alone.
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL})
+# What SMB and FUSE answer where folders are written at once, or never, and nobody can wait for it.
+_NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS})
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
 
 
 class Disk:
@@ -73,10 +80,22 @@ def on_disk(disk: Disk) -> Iterator[None]:
         _disk = before
 
 
-class _File(RawIOBase):
-    """A new file whose writes go through the disk in use."""
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in an error that does not: the kernel's answer to a write or an fsync has no file name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
-    def __init__(self, path: Path) -> None:
+
+class _File(RawIOBase):
+    """A new file whose writes go through the disk in use; its errors name the place that it is meant for."""
+
+    def __init__(self, path: Path, target: Path) -> None:
+        self._target = target
         self._fd = _disk.open(path)
 
     def writable(self) -> bool:
@@ -89,9 +108,14 @@ class _File(RawIOBase):
         self._check_open()
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
         written = 0
-        while written < len(view):
-            written += _disk.write(self._fd, view[written:])
+        with _naming(self._target):
+            while written < len(view):
+                written += _disk.write(self._fd, view[written:])
         return written
+
+    def sync(self) -> None:
+        with _naming(self._target):
+            _disk.fsync(self._fd)
 
     def seekable(self) -> bool:
         return True
@@ -115,7 +139,8 @@ class _File(RawIOBase):
     def close(self) -> None:
         if not self.closed:
             super().close()
-            _disk.close(self._fd)
+            with _naming(self._target):
+                _disk.close(self._fd)
 
 
 class Aside:
@@ -130,7 +155,7 @@ class Aside:
         """
         self.path = path
         self._temporary = (folder or path.parent) / f".{path.name}.{secrets.token_hex(6)}.tmp"
-        self._raw = _File(self._temporary)
+        self._raw = _File(self._temporary, path)
         self.file = cast(BinaryIO, _Buffered(self._raw))
 
     def content(self) -> bytes:
@@ -146,11 +171,10 @@ class Aside:
         """
         self.file.flush()
         if durable:
-            _disk.fsync(self._raw.fileno())
+            self._raw.sync()
         self._raw.close()
         if new:
-            _disk.link(self._temporary, self.path)
-            _disk.unlink(self._temporary)
+            _publish_new(self._temporary, self.path)
         else:
             _disk.rename(self._temporary, self.path)
         if durable:
@@ -162,6 +186,28 @@ class Aside:
             self._raw.close()
         with suppress(OSError):
             _disk.unlink(self._temporary)
+
+
+def _publish_new(source: Path, target: Path) -> None:
+    """Give a whole file its place if nothing stands there.
+
+    A link refuses a name that is taken, in one step. Where the file system has no hard links, writers take turns under
+    a lock in the target's folder and look first.
+
+    Raises:
+        FileExistsError: If something stands there; it is untouched.
+    """
+    try:
+        _disk.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        with _locked(target.parent / _PUBLISH_LOCK, wait=True):
+            if target.exists() or target.is_symlink():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+            _disk.rename(source, target)
+        return
+    _disk.unlink(source)
 
 
 @contextmanager
@@ -232,7 +278,11 @@ def sync_folder(folder: Path) -> None:
     """Wait until the medium has the folder's names."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        _disk.fsync(fd)
+        with _naming(folder):
+            _disk.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(fd)
 
@@ -241,7 +291,8 @@ def sync_file(path: Path) -> None:
     """Wait until the medium has a file that another writer published, and its name."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _disk.fsync(fd)
+        with _naming(path):
+            _disk.fsync(fd)
     finally:
         os.close(fd)
     sync_folder(path.parent)
@@ -312,12 +363,23 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
         BusyError: If another process (or another block of this one) holds it, unless told to wait.
     """
     make_folder(folder)
-    fd = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    with _locked(folder / _LOCK_NAME, wait=wait):
+        yield
+
+
+@contextmanager
+def _locked(path: Path, *, wait: bool) -> Iterator[None]:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise BusyError(f"{folder}: another process is writing here; wait for it, or end it") from None
+            raise BusyError(f"{path.parent}: another process is writing here; wait for it, or end it") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            words = "this file system keeps no locks, so two writers could not be told apart"
+            raise MachineError(f"{path.parent}: {words}; use a folder on a local disk") from None
         yield
     finally:
         os.close(fd)

@@ -19,7 +19,24 @@ PhasewatchError
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
+
+_REMEDIES = {
+    errno.ENOSPC: "make room on its disk and run the command again",
+    errno.EDQUOT: "make room within the disk quota and run the command again",
+    errno.EROFS: "name a place that can be written, for example with --out",
+    errno.EACCES: "check who owns it and who may read or write it",
+    errno.EPERM: "check who owns it and who may read or write it",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "name a file, not a folder",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EIO: "check the disk; the kernel's log (dmesg) may say more",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close programs: the whole machine has too many files open",
+    errno.ENOMEM: "free some memory and run the command again",
+}
 
 
 def name_the_nearest(name: str, known: Iterable[str]) -> str:
@@ -35,6 +52,18 @@ def name_the_nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = get_close_matches(name, names, n=2)
     return f"did you mean {' or '.join(near)}?" if near else f"it is one of {', '.join(names)}"
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return one line for what the operating system refused: the place, its reason, the remedy.
+
+    >>> describe_os_error(OSError(errno.ENOSPC, "No space left on device", "runs/a/report.html"))
+    'runs/a/report.html: No space left on device; make room on its disk and run the command again'
+    """
+    places = [str(name) for name in (error.filename, error.filename2) if name]
+    place = f"{' -> '.join(places)}: " if places else ""
+    remedy = _REMEDIES.get(error.errno or 0, "check the path, its permissions and the room on its disk")
+    return f"{place}{error.strerror or error}; {remedy}"
 
 
 class PhasewatchError(Exception):

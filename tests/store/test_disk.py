@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -194,3 +195,85 @@ def test_reading_refuses_what_is_too_large_no_file_or_out_of_reach(tmp_path: Pat
         "pc-a/broken": "bundle-missing", "pc-a/folder": "bundle-unreadable", "pc-a/large": "compressed-size",
         "pc-a/pipe": "bundle-unreadable",
     }  # fmt: skip
+
+
+def as_nobody(ask: Callable[[], list[str]]) -> list[str]:
+    """Ask as a user who owns nothing here: root may read every folder, whatever its mode says."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            if os.getuid() == 0:
+                os.setgroups([])
+                os.setgid(54321)
+                os.setuid(54321)
+            os.write(write_end, "\n".join(ask()).encode())
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end) as answer:
+        told = answer.read()
+    os.waitpid(child, 0)
+    return told.splitlines()
+
+
+def test_a_folder_that_cannot_be_read_is_one_item_and_the_others_are_walked(tmp_path: Path) -> None:
+    os.chmod(tmp_path, 0o755)  # noqa: PTH101
+    for parent in tmp_path.parents:
+        if parent.stat().st_uid == os.getuid() and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o055)
+    store = tmp_path / "store"
+    for host in ("pc-a", "pc-b", "pc-c"):
+        DiskStore(store).put(host, IDS[0], b"data")
+    (store / "pc-b").chmod(0o000)
+
+    def ask() -> list[str]:
+        told = []
+        for item in DiskStore(store).walk():
+            try:
+                DiskStore(store).read(item)
+                told.append(f"{item.host_id} read")
+            except BundleError as error:
+                told.append(f"{item.host_id} {error.code}")
+        return [*told, f"{len(DiskStore(store).temporaries())} temporaries", f"{DiskStore(store).tidy(older_than_s=1)}"]
+
+    try:
+        assert as_nobody(ask) == ["pc-a read", "pc-b bundle-unreadable", "pc-c read", "0 temporaries", "0"]
+    finally:
+        (store / "pc-b").chmod(0o755)
+
+
+def test_a_link_that_leads_to_itself_ends_no_walk(tmp_path: Path) -> None:
+    DiskStore(tmp_path).put("pc-a", IDS[0], b"data")
+    (tmp_path / "pc-b").symlink_to("pc-b")
+
+    stray, sound = sorted(walk(tmp_path), key=lambda item: item.path, reverse=True)
+
+    assert (sound.host_id, stray.path, stray.episode_id) == ("pc-a", "pc-b", None)
+    with pytest.raises(BundleError) as caught:
+        DiskStore(tmp_path).read(stray)
+    assert caught.value.code == "bundle-unreadable"
+    assert DiskStore(tmp_path).temporaries() == ()
+    assert DiskStore(tmp_path).tidy(older_than_s=0) == 0
+
+
+@pytest.mark.parametrize("name", ["lost+found", "System Volume Information", "$RECYCLE.BIN"])
+def test_what_belongs_to_the_file_system_is_no_folder_of_a_host(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+
+    assert walk(tmp_path) == []
+
+
+def test_a_pipe_in_a_bundles_or_a_receipts_place_holds_nobody_up(tmp_path: Path) -> None:
+    path = DiskStore(tmp_path).put("pc-a", IDS[0], b"data")
+    receipt = path.with_name(path.name + ".sha256")
+    receipt.unlink()
+    os.mkfifo(receipt)
+    os.mkfifo(path.with_name(f"{IDS[1]}.tar.zst"))
+
+    sound, pipe = walk(tmp_path)
+
+    assert (sound.receipt, DiskStore(tmp_path).read(sound)) == (UNREADABLE, b"data")
+    with pytest.raises(BundleError) as caught:
+        DiskStore(tmp_path).read(pipe)
+    assert caught.value.code == "bundle-unreadable"

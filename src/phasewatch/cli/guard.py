@@ -13,7 +13,7 @@ from typing import NoReturn, ParamSpec, TypeVar
 import typer
 
 from phasewatch.cli import base
-from phasewatch.errors import MachineError, PhasewatchError, UsageError
+from phasewatch.errors import MachineError, PhasewatchError, UsageError, describe_os_error
 from phasewatch.extras import CHANNELS_FILE, VARIABLE
 
 P = ParamSpec("P")
@@ -48,11 +48,7 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except OSError as error:
-            place = f"{error.filename}: " if error.filename else ""
-            _fail(
-                f"{place}{error.strerror or error}; check the path, its permissions and the room on its disk",
-                MachineError.exit_code,
-            )
+            _fail(describe_os_error(error), MachineError.exit_code)
 
     return run
 

@@ -22,7 +22,7 @@ from phasewatch.simulate.activity import Knobs, named_rng
 from phasewatch.simulate.campaign import Campaign, Session, sessions_of, slots_of
 from phasewatch.simulate.episode import Draft, draw_episode
 from phasewatch.simulate.faults import DUPLICATE, Fault, choose, copy_as, kinds_of
-from phasewatch.store.disk import RECEIPT, SUFFIX, DiskStore, render_receipt
+from phasewatch.store.disk import FILE_SYSTEMS_OWN, RECEIPT, SUFFIX, DiskStore, render_receipt
 from phasewatch.vocab import Status
 from phasewatch.walk import EPISODE_S
 from phasewatch.workers import map_ordered
@@ -112,7 +112,7 @@ def simulate(
         )
     if registry_digest():
         raise UsageError("simulate makes no channels of your own; leave out --channels and PHASEWATCH_CHANNELS")
-    if store.exists() and (not store.is_dir() or any(store.iterdir())):
+    if store.exists() and (not store.is_dir() or any(e.name not in FILE_SYSTEMS_OWN for e in store.iterdir())):
         raise StoreError(f"{store}: something is already there; name a new folder, or remove it first")
     chosen = kinds_of(kinds)
     make_folder(store)

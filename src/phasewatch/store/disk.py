@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
+from io import BufferedReader
 from pathlib import Path
 
 from phasewatch import atomic
@@ -25,6 +27,7 @@ MALFORMED = "malformed"
 UNREADABLE = "unreadable"
 NO_DIGEST = frozenset({None, MALFORMED, UNREADABLE})  # receipts that vouch for nothing
 SENT, REFUSED = "sent", "refused"  # where a shipper moves the bundles of an outbox
+FILE_SYSTEMS_OWN = frozenset({"lost+found", "System Volume Information", "$RECYCLE.BIN"})  # no folder of any host
 INCOMING = ".incoming"  # where a receiver's unfinished bundles lie, so that a restart knows whose they were
 
 _RECEIPT_LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\n/]+)\n?")
@@ -114,8 +117,11 @@ class DiskStore:
 
     def tidy(self, *, older_than_s: float) -> int:
         """Remove unfinished writes of that age, wherever they lie; their writers are dead, or hang for good."""
-        folders = [self.path, self.path / INCOMING, *(Path(e.path) for e in self._entries() if e.is_dir())]
-        return sum(atomic.sweep_temporaries(each, older_than_s=older_than_s) for each in folders if each.is_dir())
+        swept = 0
+        for folder in (self.path, self.path / INCOMING, *self._host_folders()):
+            with suppress(OSError):  # one folder that cannot be read or written leaves the others to be tidied
+                swept += atomic.sweep_temporaries(folder, older_than_s=older_than_s)
+        return swept
 
     def find(self, host_id: str, episode_id: str) -> StoreItem | None:
         """Give what stands under an id; None if neither bundle nor receipt does."""
@@ -153,20 +159,25 @@ class DiskStore:
     def walk(self) -> Iterator[StoreItem]:
         """Give everything that lies where a bundle should be, by folder, then by file name.
 
-        Files of a wrong name are given too, so that the caller can count them; so are receipts whose bundle is gone.
-        Receipts themselves, hidden files and unfinished writes (see `temporaries`) are not.
+        Files of a wrong name are given too, so that the caller can count them; so are receipts whose bundle is gone,
+        and a folder that cannot be read: it is one item, which fails when it is read. Receipts themselves, hidden files,
+        unfinished writes (see `temporaries`) and what belongs to the file system are not.
 
         Raises:
             StoreError: If there is no such folder.
         """
         for entry in self._entries():
-            if not entry.is_dir():
+            try:
+                names = _names(entry.path) if entry.is_dir() else None
+            except OSError:  # another user's folder, a link to itself: counted, and the walk goes on
+                yield _item(entry.name, Path(entry.path), host=entry.name, has_receipt=False)
+                continue
+            if names is None:
                 if entry.name.endswith(SUFFIX):  # a bundle outside any host's folder
                     yield _item(
                         entry.name, Path(entry.path), host=None, has_receipt=Path(entry.path + RECEIPT).exists()
                     )
                 continue
-            names = _names(entry.path)
             for name in bundle_names(names):
                 path = Path(entry.path) / name
                 yield _item(f"{entry.name}/{name}", path, host=entry.name, has_receipt=name + RECEIPT in names)
@@ -182,14 +193,20 @@ class DiskStore:
         Raises:
             StoreError: If there is no such folder.
         """
-        folders = [entry.name for entry in self._entries() if entry.is_dir()]
-        folders += [INCOMING] if (self.path / INCOMING).is_dir() else []
-        return tuple(
-            f"{folder}/{name}"
-            for folder in folders
-            for name in sorted(_names(self.path / folder))
-            if is_temporary(name)
-        )
+        found: list[str] = []
+        for folder in (*self._host_folders(), self.path / INCOMING):
+            with suppress(OSError):  # what cannot be read is an item of `walk`
+                found += [f"{folder.name}/{name}" for name in sorted(_names(folder)) if is_temporary(name)]
+        return tuple(found)
+
+    def _host_folders(self) -> list[Path]:
+        """Return the folders that hosts may have, readable or not."""
+        found = []
+        for entry in self._entries():
+            with suppress(OSError):
+                if entry.is_dir():
+                    found.append(Path(entry.path))
+        return found
 
     def read(self, item: StoreItem) -> bytes:
         """Read one bundle, never more than a bundle may hold.
@@ -203,13 +220,13 @@ class DiskStore:
 
         path = self.path / item.path
         try:
-            found = path.stat()
-            if not stat.S_ISREG(found.st_mode):
-                raise refuse("bundle-unreadable", "it is not a plain file")
-            if found.st_size > limits.COMPRESSED_BYTES:
-                words = f"{found.st_size:,} bytes; at most {limits.COMPRESSED_BYTES:,} are allowed"
-                raise refuse("compressed-size", words)
-            with path.open("rb") as file:
+            if path.is_dir():
+                os.scandir(path).close()
+            with _open_plain(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > limits.COMPRESSED_BYTES:
+                    words = f"{size:,} bytes; at most {limits.COMPRESSED_BYTES:,} are allowed"
+                    raise refuse("compressed-size", words)
                 return file.read(limits.COMPRESSED_BYTES + 1)
         except FileNotFoundError:
             raise refuse("bundle-missing", "the bundle is gone" if item.is_missing else "it is not there") from None
@@ -219,7 +236,8 @@ class DiskStore:
     def _entries(self) -> list[os.DirEntry[str]]:
         try:
             with os.scandir(self.path) as entries:
-                return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+                shown = (e for e in entries if not e.name.startswith(".") and e.name not in FILE_SYSTEMS_OWN)
+                return sorted(shown, key=lambda e: e.name)
         except (FileNotFoundError, NotADirectoryError):
             words = "there is no such folder; make one with `phasewatch simulate --out` or `phasewatch record`"
             raise StoreError(f"{self.path}: {words}, or check the path") from None
@@ -258,7 +276,7 @@ class _Incoming:
                 atomic.sync_file(self.target)  # whoever wrote it may have died before the disk had it
         receipt = self.target.with_name(self.target.name + RECEIPT)
         line = render_receipt(digest, self.target.name)
-        if is_new or not receipt.exists() or receipt.read_bytes() != line:
+        if is_new or _read_receipt(self.target) != digest:
             _write_aside(receipt, line, durable=self._durable, folder=self._folder)
         elif self._durable:
             atomic.sync_file(receipt)
@@ -274,8 +292,21 @@ def _write_aside(path: Path, data: bytes, *, durable: bool, folder: Path | None)
         file.write(data)
 
 
+def _open_plain(path: Path) -> BufferedReader:
+    """Open a plain file to read; never wait for a pipe's other end, nor read a device.
+
+    Raises:
+        OSError: If it cannot be opened, or is no plain file.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+    return file
+
+
 def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with _open_plain(path) as file:
         return file_digest(file, "sha256").hexdigest()
 
 
@@ -333,7 +364,7 @@ def _item(relative: str, path: Path, *, host: str | None, has_receipt: bool) -> 
 def _read_receipt(path: Path) -> str:
     """Read the digest that a receipt vouches for."""
     try:
-        with path.with_name(path.name + RECEIPT).open("rb") as file:
+        with _open_plain(path.with_name(path.name + RECEIPT)) as file:
             return parse_receipt(file.read(RECEIPT_BYTES), path.name)
     except OSError:
         return UNREADABLE

@@ -231,8 +231,38 @@ class ObjectStore:
         import obstore
 
         with self._told():
-            for page in obstore.list(self._client, prefix or None):
-                yield from page
+            try:
+                listed = [meta for page in obstore.list(self._client, prefix or None) for meta in page]
+            except obstore.exceptions.InvalidPathError:
+                # One key such as `a//b` or `./c`, which consoles and sync tools leave, ends the whole listing.
+                listed = self._list_any(prefix)
+        yield from listed
+
+    def _list_any(self, prefix: str) -> list[ObjectMeta]:
+        """List all keys, also those that are no path, by pyarrow's client."""
+        from pyarrow.fs import FileSelector, FileType, S3FileSystem
+
+        endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL", ""))
+        files = S3FileSystem(
+            access_key=os.environ.get("AWS_ACCESS_KEY_ID"),
+            secret_key=os.environ.get("AWS_SECRET_ACCESS_KEY"),
+            session_token=os.environ.get("AWS_SESSION_TOKEN"),
+            region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),
+            endpoint_override=endpoint.netloc or None,
+            scheme=endpoint.scheme or "https",
+        )
+        parts = urlsplit(self.uri)
+        base = parts.netloc + parts.path
+        below = "/".join(part for part in (base, prefix) if part)
+        found = files.get_file_info(FileSelector(below, recursive=True, allow_not_found=True))
+        return [
+            {
+                "path": info.path.removeprefix(base).removeprefix("/"), "size": info.size, "last_modified": info.mtime,
+                "e_tag": None, "version": None,
+            }
+            for info in sorted(found, key=lambda each: each.path)
+            if info.type == FileType.File
+        ]  # fmt: skip
 
     def _item(self, key: str, meta: ObjectMeta | None, has_receipt: bool) -> StoreItem:
         host, _, name = key.rpartition("/")

@@ -153,8 +153,7 @@ class Shipper:
         """Remove what a killed shipper left half written."""
         for folder in (self._outbox / SENT, self._outbox / REFUSED):
             if folder.is_dir():
-                for each in (folder, *(e for e in sorted(folder.iterdir()) if e.is_dir())):
-                    atomic.sweep_temporaries(each)
+                DiskStore(folder).tidy(older_than_s=0)
 
     def _scan(self) -> list[StoreItem]:
         """List what is to be shipped, and finish what a kill left between two steps."""
