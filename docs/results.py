@@ -18,7 +18,6 @@ from phasewatch.train.predictions import PREDICTIONS
 
 AGENT = {"realistic": "off", "portable": "off", "oracle": "on"}  # whose episodes a threat model is scored on
 ORDER = [row.key for row in registry.MODELS]
-BASELINES = {row.key for row in registry.MODELS if row.is_baseline}
 
 
 def notes_of(run: Path) -> dict[str, tuple[str, ...]]:
@@ -98,7 +97,7 @@ def _scores(rows: Sequence[MetricRow]) -> str:
             key=lambda r: r.value or 0.0, default=None,
         )  # fmt: skip
         low = "" if worst is None else f"{worst.value:.2f} ({worst.host_id})"
-        named = f"*{model}*" if model in BASELINES else model
+        named = f"*{model}*" if model in registry.BASELINES else model
         body.append([named, span(five[model]), span(three.get(model)), low])
     name = five[ranked[0]].metric
     return table([["model", name, "3 states", "worst host"], *body])

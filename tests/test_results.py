@@ -69,7 +69,7 @@ def test_the_others_are_held_against_the_model_of_the_headline(run: Path, tmp_pa
     document = json.loads((run / "metrics_v1.json").read_text().replace('"gbt"', '"cnn"'))
     (other := tmp_path / "other").mkdir()
     (other / "metrics_v1.json").write_text(json.dumps(document))
-    liked = {**document["metrics"][0], "metric": "val_a_macro_f1", "model": "cnn", "value": 0.9, "agent": None}
+    liked = {**document["metrics"][0], "metric": "val_b_macro_f1", "model": "cnn", "value": 0.9, "agent": None}
     (other / "metrics_v1.json").write_text(json.dumps({**document, "metrics": [*document["metrics"], liked]}))
 
     page = page_of(other, tmp_path / "lab.md")

@@ -13,6 +13,7 @@ Floats = NDArray[np.float64]
 
 N_CLASSES = len(PHASES)
 ECE_BINS = 15
+MASS_BINS = 10  # of equal numbers of windows, for the debiased calibration error
 STATES = ("quiet", "infecting", "active")
 STATE_OF = tuple({Phase.INFECTING: 1, Phase.ACTIVE: 2}.get(p, 0) for p in PHASES)
 LOG_FLOOR = 1e-15  # below this a probability counts as this in a log loss: a class never trained on costs, not breaks
@@ -119,16 +120,49 @@ def ece_terms(probabilities: NDArray[np.floating], y_true: NDArray[np.integer]) 
     The error of any set of windows is the absolute column sums, summed, over the number of windows; so it can be
     resampled by weights.
     """
-    p = np.asarray(probabilities, np.float64)
-    gap = p.max(axis=1) - (p.argmax(axis=1) == np.asarray(y_true))
-    terms = np.zeros((len(p), ECE_BINS))
-    terms[np.arange(len(p)), ece_bin(p)] = gap
-    return terms
+    return gap_terms(probabilities, y_true, ece_bin(probabilities), ECE_BINS)
 
 
 def ece(probabilities: NDArray[np.floating], y_true: NDArray[np.integer]) -> float:
     """Give the expected calibration error of the decided class. Source: Guo et al. 2017, equation 3."""
     return float(np.abs(ece_terms(probabilities, y_true).sum(axis=0)).sum() / len(y_true))
+
+
+def mass_bin(probabilities: NDArray[np.floating]) -> NDArray[np.int64]:
+    """Return each window's bin of confidence, ``(n,)`` in 0..9: bins that hold about as many windows each.
+
+    Args:
+        probabilities: ``(n, k)``; windows of equal confidence share a bin, so bins differ where many are equal.
+    """
+    top = np.asarray(probabilities, np.float64).max(axis=1)
+    edges = np.quantile(top, np.arange(1, MASS_BINS) / MASS_BINS, method="inverted_cdf") if len(top) else np.zeros(0)
+    bins: NDArray[np.int64] = np.searchsorted(edges, top, side="left")
+    return bins
+
+
+def gap_terms(
+    probabilities: NDArray[np.floating], y_true: NDArray[np.integer], bins: NDArray[np.integer], n_bins: int
+) -> NDArray[np.float64]:
+    """Return each window's confidence − correct, ``(n, n_bins)``, in its bin's column and 0 elsewhere."""
+    p = np.asarray(probabilities, np.float64)
+    terms = np.zeros((len(p), n_bins))
+    terms[np.arange(len(p)), bins] = p.max(axis=1) - (p.argmax(axis=1) == np.asarray(y_true))
+    return terms
+
+
+def debiased_rms(squared: float, resampled: NDArray[np.floating]) -> float:
+    """Return the root of a squared calibration error less its own bias, at least 0.
+
+    A squared gap of a few windows is above 0 by chance alone, by the variance of the gap. Resampling adds that variance
+    once more, so the mean over resamples says how large it is.
+
+    Args:
+        squared: The squared error of the windows as they are.
+        resampled: ``(B,)`` the squared error of each resample.
+
+    Source: Kumar, Liang and Ma 2019, section 5, and Bröcker 2012; the variance comes from whole sessions, not windows.
+    """
+    return float(np.sqrt(max(0.0, 2.0 * squared - float(np.mean(resampled)))))
 
 
 def brier_terms(probabilities: NDArray[np.floating], y_true: NDArray[np.integer]) -> NDArray[np.float64]:

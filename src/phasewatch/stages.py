@@ -26,15 +26,13 @@ from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import schema_hash
 from phasewatch.features.tables import FeatureCount, Spread, write_tables
 from phasewatch.grid.files import open_grids
-from phasewatch.models.registry import code_of, row_of
+from phasewatch.models.registry import BASELINES, code_of, row_of
 from phasewatch.report.page import write_report
 from phasewatch.split import RECIPES, Fold, Part, parse_fold, recipe_of
 from phasewatch.store.base import Place, StoreItem, open_store
 from phasewatch.train.cell import Cell
 from phasewatch.train.cells import TrainReport, best_net, train_cells
 from phasewatch.train.grid import (
-    BASELINES,
-    CHEAP,
     SIX,
     brought_grid,
     full_grid,
@@ -275,7 +273,7 @@ def grid_cells(settings: Settings) -> tuple[Cell, ...]:
         return masked_grid(
             folds, settings.threats, models=settings.models, recipes=settings.recipes, seed=settings.seed
         )
-    own = (*SIX, CHEAP, *BASELINES)
+    own = (*SIX, *BASELINES)
     brought = [model for model in settings.models if row_of(model).key not in own]
     cells = (full_grid if settings.grid == "full" else short_grid)(folds, seed=settings.seed)
     chosen = _narrowed(settings, (*cells, *brought_grid(folds, brought, recipes=settings.recipes, seed=settings.seed)))

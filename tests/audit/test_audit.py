@@ -81,6 +81,8 @@ def refit(run: Path, cell: Cell, cheat: Callable[..., object]) -> None:
     model = registry.create(cell.model, seed=cell.seed)
     cheat(model, sets)
     honest = {n: getattr(sets, n).examples.sha256() for n in ("train", "val_a", "val_b")}
+    spared = sets.soak.take(sets.spared_soak)
+    honest |= {"decide_val": honest["val_b"], "decide_soak": spared.examples.sha256()}
     model.trained_on = honest
     model.save(cell.folder(run))
     seal(run, cell)
@@ -279,6 +281,17 @@ def test_other_windows_than_the_folds_are_caught(run: Path) -> None:
     folder = CELL.folder(run)
     header, files = checkpoint.read(folder)
     other = {**header.trained_on, "train": sha256(b"other").hexdigest()}
+    checkpoint.write(folder, msgspec.structs.replace(header, trained_on=other), files)
+    seal(run, CELL)
+
+    assert repeated(run).fate is Fate.BROKEN
+
+
+@pytest.mark.parametrize("part", ["decide_val", "decide_soak"])
+def test_thresholds_set_on_other_windows_are_caught(run: Path, part: str) -> None:
+    folder = CELL.folder(run)
+    header, files = checkpoint.read(folder)
+    other = {**header.trained_on, part: sha256(b"other").hexdigest()}
     checkpoint.write(folder, msgspec.structs.replace(header, trained_on=other), files)
     seal(run, CELL)
 

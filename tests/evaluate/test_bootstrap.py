@@ -7,6 +7,8 @@ import hashlib
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
+from scipy.stats import norm as normal
+from scipy.stats import t as student
 
 from phasewatch.evaluate.bootstrap import (
     Clusters,
@@ -19,6 +21,7 @@ from phasewatch.evaluate.bootstrap import (
     paired_p,
     resample,
     sums,
+    tail_of,
 )
 from phasewatch.measures import macro_f1
 
@@ -158,7 +161,7 @@ def test_paired_differences_equal_scipys_on_the_very_same_resamples() -> None:
 
     assert_allclose(each[0] - each[1], found.bootstrap_distribution, rtol=0, atol=1e-12)
     assert_allclose(interval(each[0] - each[1]), tuple(found.confidence_interval), rtol=0, atol=1e-12)
-    assert paired_p(each[0] - each[1]) == paired_p(found.bootstrap_distribution)
+    assert paired_p(each[0] - each[1], 25, 1) == paired_p(found.bootstrap_distribution, 25, 1)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 17, 100, 999, 10_000])
@@ -191,20 +194,52 @@ def test_sums_add_the_windows_of_a_cluster() -> None:
 
 
 @pytest.mark.parametrize(
-    ("differences", "p"),
+    ("differences", "share"),
     [
-        pytest.param([1.0] * 99, 2 / 100, id="all above: the least p that 99 resamples can give"),
-        pytest.param([1.0, -1.0, 1.0], 1.0, id="p is never above 1"),
-        pytest.param([0.0] * 9, 1.0, id="no difference"),
+        pytest.param([1.0] * 99, 1 / 100, id="all above: the smallest share that 99 resamples can give"),
+        pytest.param([-1.0] * 95 + [1.0] * 4, 5 / 100, id="few above"),
+        pytest.param([1.0, -1.0, 1.0], 0.5, id="p is at most 1"),
+        pytest.param([0.0] * 9, 0.5, id="no difference"),
     ],
 )
-def test_p_counts_the_resamples_on_the_other_side(differences: list[float], p: float) -> None:
-    assert paired_p(np.array(differences)) == pytest.approx(p)
+@pytest.mark.parametrize(("sessions", "hosts"), [(12, 1), (40, 6), (7, 6)])
+def test_p_judges_the_share_on_the_other_side_by_students_t(
+    differences: list[float], share: float, sessions: int, hosts: int
+) -> None:
+    freedom = sessions - hosts
+    expected = 2 * student.sf(-normal.ppf(share) * np.sqrt(freedom / sessions), freedom)
+
+    assert paired_p(np.array(differences), sessions, hosts) == pytest.approx(expected)
+
+
+def test_with_many_sessions_p_is_twice_the_share_on_the_other_side() -> None:
+    differences = np.r_[np.ones(970), -np.ones(29)]
+
+    assert paired_p(differences, 10**6, 1) == pytest.approx(2 * 30 / 1000, rel=1e-3)
+
+
+@pytest.mark.parametrize(("sessions", "hosts"), [(9, 1), (12, 6), (16, 1), (40, 6), (164, 6)])
+def test_p_below_five_percent_never_stands_beside_an_interval_that_holds_zero(sessions: int, hosts: int) -> None:
+    drawn = np.random.default_rng(sessions).normal(size=10_000)
+    tail = tail_of(sessions, hosts)
+    excluded = 0
+    for shift in np.linspace(1.0, 5.0, 161):
+        low, _ = interval(drawn + shift, tail)
+        p = paired_p(drawn + shift, sessions, hosts)
+        excluded += low > 0
+
+        assert p >= 0.05 or low > 0
+        assert low <= 0 or p < 0.06  # one resample of 10,000 may lie between the two
+    assert 0 < excluded < 161
 
 
 def test_holm_steps_down_and_never_falls() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx((0.03, 0.06, 0.06))
     assert holm([]) == ()
+
+
+def test_a_gap_that_is_not_tested_corrects_no_other() -> None:
+    assert holm([0.01, None, 0.03]) == (pytest.approx(0.02), None, pytest.approx(0.03))
 
 
 def test_numbers_that_are_not_whole_are_resampled_too() -> None:

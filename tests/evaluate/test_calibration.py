@@ -48,14 +48,60 @@ def test_reliability_is_scikit_learns_curve_over_fifteen_bins(scored: tuple[Metr
     assert all(r.low <= r.value <= r.high for r in found if r.low is not None)
 
 
-def test_a_bin_that_most_resamples_miss_has_no_interval_and_says_why(tmp_path: Path) -> None:
-    write_predictions(tmp_path, Shape(agents=("off",), skill=(("gbt", 0.0),), seeds=(0, 1, 2)))
+def test_a_bin_that_one_seed_never_uses_has_the_interval_of_the_others(tmp_path: Path) -> None:
+    # Seed 0 is never surer than the others' least sure window: alone it would have no number in their bins.
+    table = write_predictions(tmp_path, Shape(agents=("off",), skill=(("gbt", 0.9),), seeds=(0, 1)))
+    p = np.column_stack([table[n].to_numpy() for n in PROBABILITIES])
+    shy = (0.2 + 0.1 * (p - p.mean(axis=1, keepdims=True))).astype(np.float32)
+    p = np.where((table["seed"].to_numpy() == 0)[:, None], shy, p)
+    for i, name in enumerate(PROBABILITIES):
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(np.ascontiguousarray(p[:, i])))
+    write_table(tmp_path / PREDICTIONS, [table])
+
     found = rows(score(tmp_path, resamples=200), "reliability")
 
-    without = [r for r in found if r.low is None]
+    sure = [r for r in found if r.x > 0.8]
+    assert sum(r.n_windows for r in sure) > 100
+    assert any(r.low is not None and r.low <= r.value <= r.high for r in sure)
 
-    assert without
-    assert {r.why for r in without} == {"in most resamples a seed has no window of this confidence"}
+
+def test_the_calibration_error_of_a_calibrated_model_is_near_zero_once_its_bias_is_subtracted(tmp_path: Path) -> None:
+    """The plain error of a calibrated model is above 0 by chance alone: here the truth is drawn from its own words."""
+    plain, less = [], []
+    for seed in range(8):
+        metrics = score(calibrated(tmp_path / f"{seed}", seed=seed, surer=1.0), resamples=200)
+        plain += [r.value for r in rows(metrics, "ece")]
+        less += [r.value for r in rows(metrics, "ece_debiased")]
+
+    assert min(plain) > 0.03
+    assert np.mean(np.square(less)) < 0.5 * np.mean(np.square(plain))
+    assert 0.0 in less  # the estimate of the square is unbiased, so it is cut at 0 about half of the time
+
+
+def test_a_model_that_is_too_sure_keeps_its_calibration_error_and_the_sign_says_so(tmp_path: Path) -> None:
+    metrics = score(calibrated(tmp_path / "run", seed=0, surer=3.0), resamples=200)
+    (plain,), (less,), (signed,) = (rows(metrics, name) for name in ("ece", "ece_debiased", "confidence_less_accuracy"))
+
+    assert plain.value > 0.1
+    assert less.value == pytest.approx(plain.value, rel=0.25)
+    assert less.low is plain.low is None
+    assert 0 < signed.low < signed.value < signed.high
+
+
+def calibrated(run: Path, *, seed: int, surer: float) -> Path:
+    """Write predictions whose truth was drawn from them, then sharpened to the power of `surer`."""
+    rng = np.random.default_rng(seed)
+    table = write_predictions(run, Shape(agents=("off",), skill=(("gbt", 0.0),)))
+    p = rng.dirichlet(np.ones(5), table.num_rows)
+    truth = (p.cumsum(axis=1) > rng.random(table.num_rows)[:, None]).argmax(axis=1)
+    said = p**surer / (p**surer).sum(axis=1, keepdims=True)
+    columns = {"y_true": truth.astype(np.int8), "y_pred": said.argmax(axis=1).astype(np.int8)}
+    columns |= {name: np.ascontiguousarray(said[:, i], np.float32) for i, name in enumerate(PROBABILITIES)}
+    for name, values in columns.items():
+        i = table.schema.get_field_index(name)
+        table = table.set_column(i, name, pa.array(values).cast(table.schema.field(i).type))
+    write_table(run / PREDICTIONS, [table])
+    return run
 
 
 def test_flips_are_counted_between_neighbours_of_one_episode(scored: tuple[Metrics, pa.Table]) -> None:

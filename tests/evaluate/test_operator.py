@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import chi2
 from tests.evaluate.test_alarms import TWELVE, C, episode, spans
 
-from phasewatch.evaluate.operator import operator_rows, poisson_interval
+from phasewatch.evaluate.operator import AlarmRate, operator_rows, poisson_interval
 from phasewatch.evaluate.rows import MetricRow
 from phasewatch.evaluate.said import Board, Said
 from phasewatch.evaluate.scope import Answer, Rules, Shown
@@ -66,7 +66,7 @@ def test_delay_is_the_median_in_which_a_missed_episode_never_ends(rows: dict[str
     assert rows["missed_episodes"].value == pytest.approx(2 / 7)
 
 
-def test_false_alarms_are_per_hour_of_calm_with_the_wider_of_two_intervals(rows: dict[str, MetricRow]) -> None:
+def test_false_alarms_are_per_hour_of_calm_with_the_union_of_two_intervals(rows: dict[str, MetricRow]) -> None:
     hours = 68 * 5 / 3600
     poisson, sessions = (rows[f"false_alarms_per_vm_hour_{kind}"] for kind in ("poisson", "sessions"))
     quoted = rows["false_alarms_per_vm_hour"]
@@ -75,7 +75,7 @@ def test_false_alarms_are_per_hour_of_calm_with_the_wider_of_two_intervals(rows:
     assert quoted.value == pytest.approx(7 / hours)
     assert poisson.low == pytest.approx(chi2.ppf(0.025, 14) / 2 / hours)
     assert poisson.high == pytest.approx(chi2.ppf(0.975, 16) / 2 / hours)
-    assert quoted.high - quoted.low == pytest.approx(max(r.high - r.low for r in (poisson, sessions)))
+    assert (quoted.low, quoted.high) == (min(poisson.low, sessions.low), max(poisson.high, sessions.high))
     assert quoted.why == "7 in 0.09 VM-hours; nothing below 31.8 an hour is claimed"
 
 
@@ -89,6 +89,30 @@ def test_a_profile_has_its_own_delay_and_curve(rows: dict[str, MetricRow]) -> No
     assert rows["delay_s cryptomine"].value == rows["delay_s"].value
     assert rows["delay_s_at_budget 1 cryptomine"].value == rows["delay_s_at_budget 1"].value == pytest.approx(36.0)
     assert "delay_s benign" not in rows
+
+
+def test_each_budget_has_intervals_or_says_why_not(rows: dict[str, MetricRow]) -> None:
+    own = [r for r in rows.values() if r.metric.endswith("_at_budget")]
+
+    assert {r.metric for r in own} == {
+        f"{m}_at_budget" for m in ("delay_s", "missed_episodes", "false_alarms_per_vm_hour")
+    }
+    assert all(r.why or (r.low is not None and r.high is not None) for r in own)
+
+
+def test_at_the_budget_of_the_alarm_the_curve_says_what_the_alarm_says(rows: dict[str, MetricRow]) -> None:
+    for name in ("delay_s", "missed_episodes", "false_alarms_per_vm_hour"):
+        point, curve = rows[name], rows[f"{name}_at_budget 1"]
+
+        assert (point.value, point.low, point.high) == (curve.value, curve.low, curve.high)
+
+
+def test_the_union_holds_both_intervals_also_where_the_sessions_end_below_poissons(rows: dict[str, MetricRow]) -> None:
+    poisson, sessions = {"low": 1.0, "high": 6.9}, {"low": 0.5, "high": 6.8}
+    quoted = AlarmRate(count=6.0, per_hour=3.2, poisson=poisson, sessions=sessions).union
+
+    assert quoted == {"low": 0.5, "high": 6.9}
+    assert AlarmRate(count=6.0, per_hour=3.2, poisson=poisson, sessions={"why": "few"}).union == poisson
 
 
 def test_more_than_half_missed_has_no_median_and_says_so() -> None:

@@ -12,6 +12,7 @@ import pytest
 from tests.evaluate.made import MALICIOUS, SKILL, Shape, write_predictions
 
 from phasewatch.errors import RunError
+from phasewatch.evaluate.bootstrap import paired_p
 from phasewatch.evaluate.rows import MetricRow, Metrics, headline, parse_metrics, render_metrics
 from phasewatch.evaluate.score import read_metrics, score
 from phasewatch.train.predictions import PREDICTIONS, PROBABILITIES, write_table
@@ -111,8 +112,33 @@ def test_a_gap_is_paired_and_signed(scored: tuple[Metrics, pa.Table, Path]) -> N
 
     assert gap.value == pytest.approx(of["gbt"] - of["elapsed_time"])
     assert gap.low > 0
-    assert gap.p == pytest.approx(2 / 501)
-    assert gap.p_holm == pytest.approx(3 * 2 / 501)
+    assert gap.p == pytest.approx(paired_p(np.ones(500), sessions=9, hosts=3))  # all 500 resamples are above 0
+    assert gap.p_holm == pytest.approx(2 * gap.p)  # gbt against two baselines, which are not tested against each other
+
+
+def test_two_baselines_have_a_p_of_their_own_and_are_in_no_family(scored: tuple[Metrics, pa.Table, Path]) -> None:
+    metrics = scored[0]
+    gaps = [
+        r
+        for r in metrics.metrics
+        if r.metric == "macro_f1_gap@2of6" and {r.model, r.vs} == {"majority", "elapsed_time"}
+    ]
+
+    assert gaps
+    assert all(r.p is not None and r.p_holm is None for r in gaps if r.low is not None)
+
+
+def test_a_p_below_five_percent_stands_beside_no_interval_that_holds_zero(
+    scored: tuple[Metrics, pa.Table, Path],
+) -> None:
+    tested = [r for r in scored[0].metrics if r.p is not None and r.low is not None and r.high is not None]
+
+    assert tested
+    assert all(r.low > 0 or r.high < 0 for r in tested if r.p < 0.05)
+
+
+def test_every_number_has_an_interval_or_a_reason(scored: tuple[Metrics, pa.Table, Path]) -> None:
+    assert not [r for r in scored[0].metrics if r.value is not None and r.low is None and not r.why]
 
 
 def test_calibration_rows_are_those_of_the_measures(scored: tuple[Metrics, pa.Table, Path]) -> None:

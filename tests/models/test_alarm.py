@@ -121,9 +121,25 @@ def test_an_alarm_that_always_rings_is_not_taken_for_a_cheap_one() -> None:
 
 
 def test_an_alarm_during_an_infection_costs_nothing() -> None:
-    rule = choose_alarm(hot([0.99] * 100), track([ACTIVE] * 100), budget=0.0)
+    rule = choose_alarm(hot([0.0] * 20 + [0.99] * 100), track([CLEAN] * 20 + [ACTIVE] * 100), budget=0.0)
 
     assert rule.theta == THETAS[0]
+
+
+def test_infected_time_buys_no_false_alarms() -> None:
+    """The budget is spent and measured over the same hours: those in which an alarm would be false."""
+    heat = [0.1] * 720
+    heat[20] = heat[21] = 0.9
+    calm, infected = track([CLEAN] * 720), track([CLEAN] * 720 + [ACTIVE] * 7200)
+
+    alone = choose_alarm(hot(heat), calm, budget=0.5)
+    beside = choose_alarm(hot(heat + [0.99] * 7200), infected, budget=0.5)
+
+    assert (beside.theta, beside.vm_hours) == (alone.theta, alone.vm_hours) == (0.9, 1.0)
+
+
+def test_without_a_quiet_window_it_never_rings() -> None:
+    assert choose_alarm(hot([0.99] * 100), track([ACTIVE] * 100), budget=6.0).theta == NEVER
 
 
 def test_a_budget_that_no_threshold_keeps_gives_an_alarm_that_never_rings() -> None:

@@ -143,6 +143,8 @@ def _repeat(run: Path, cell: Cell) -> Iterator[str]:
     sets, folder = read_sets(run, cell), cell.folder(run)
     header, _ = checkpoint.read(folder)
     expected = {"train": sets.train, "val_a": sets.val_a, "val_b": sets.val_b}
+    if header.filter is not None:
+        expected |= {"decide_val": sets.val_b, "decide_soak": sets.soak.take(sets.spared_soak)}
     for part, windows in expected.items():
         if header.trained_on.get(part) != windows.examples.sha256():
             yield f"{folder}: its {part} windows are not those of its fold"

@@ -24,6 +24,7 @@ from phasewatch.evaluate.scope import (
     Shown,
     keep_resamples,
     mean_over_seeds,
+    p_of_gap,
     score_answers,
     span,
     tested,
@@ -101,22 +102,18 @@ def _sensors(recipe: str, table: str, board: Callable[..., Board | None]) -> Ite
 
 
 def build_gaps(boards: Sequence[Board], rules: Rules) -> list[MetricRow]:
-    """Give the paired gaps of all families, seeds averaged inside each resample, p by Holm over the family."""
+    """Compute the paired gaps of all families, seeds averaged inside each resample, p by Holm over the family."""
     rows: list[MetricRow] = []
     for kind in families(boards):
         found = [gap for pair in kind.pairs for gap in _gaps(kind.name, *pair, rules)]
         for metric in ("macro_f1", "macro_f1_3"):
-            own = [(row, draws) for row, draws in found if row.metric.startswith(f"{metric}_{kind.name}_gap@")]
-            p_values = [1.0 if d is None else bootstrap.paired_p(d) for _, d in own]
-            for (row, draws), p, p_holm in zip(own, p_values, bootstrap.holm(p_values), strict=True):
-                tests = {} if draws is None else {"p": round(p, 10), "p_holm": round(p_holm, 10)}
-                rows.append(_with(row, tests))
+            own = [row for row in found if row.metric.startswith(f"{metric}_{kind.name}_gap@")]
+            for row, p_holm in zip(own, bootstrap.holm([row.p for row in own]), strict=True):
+                rows.append(msgspec.structs.replace(row, p_holm=None if p_holm is None else round(p_holm, 10)))
     return rows
 
 
-def _gaps(
-    kind: str, one: Board, other: Board, agent: str | None, rules: Rules
-) -> Iterator[tuple[MetricRow, Floats | None]]:
+def _gaps(kind: str, one: Board, other: Board, agent: str | None, rules: Rules) -> Iterator[MetricRow]:
     pooled = [join(b, b.folds) for b in (one, other)]
     if pooled[0] is None or pooled[1] is None:
         return
@@ -145,8 +142,8 @@ def _gaps(
             draws = None if my_draws is None or their_draws is None else my_draws - their_draws
             yield place.row(
                 metric=f"{metric}_{kind}_gap@{of}", model=model, vs=vs, seed="mean", value=mine - theirs,
-                **span(draws, kept), **counts,
-            ), draws  # fmt: skip
+                p=p_of_gap(draws, kept), **span(draws, kept), **counts,
+            )  # fmt: skip
 
 
 def _align(one: Joined, other: Joined) -> tuple[list[Answer], list[Answer], Shown] | None:
@@ -164,7 +161,3 @@ def _mean(seeds: Sequence[Scored], metric: str) -> tuple[float, Floats | None]:
     points: list[NDArray[np.float64]] = [getattr(s.point, metric) for s in seeds]
     draws = [None if s.draws is None else getattr(s.draws, metric) for s in seeds]
     return float(np.mean(points)), mean_over_seeds(draws)
-
-
-def _with(row: MetricRow, more: dict[str, float]) -> MetricRow:
-    return msgspec.structs.replace(row, **more)

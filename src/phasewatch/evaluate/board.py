@@ -23,10 +23,12 @@ from phasewatch.evaluate.scope import (
     keep_resamples,
     mean_over_seeds,
     models_of,
+    p_of_gap,
     score_answers,
     span,
     tested,
 )
+from phasewatch.models.registry import BASELINES
 from phasewatch.vocab import PHASES
 
 MACRO = ("macro_f1", "macro_f1_3")
@@ -162,19 +164,22 @@ def _scores(place: Place, scope: Scope, rules: Rules, where: Mapping[str, str]) 
 def _gaps(
     place: Place, scored: Mapping[str, Sequence[Scored]], kept: Kept, of: str, counts: Mapping[str, int]
 ) -> list[MetricRow]:
-    """Give the paired gap of each two models, seeds averaged inside each resample; p by Holm over the family."""
+    """Compute the paired gap of each two models, seeds averaged inside each resample.
+
+    Holm's family holds the gaps of a model: two baselines have a p-value of their own, and correct nobody else's.
+    """
     rows: list[MetricRow] = []
     for metric in MACRO:
         means = {model: _mean_of(seeds, metric) for model, seeds in scored.items()}
         pairs = list(combinations(means, 2))
         gaps = [_difference(means[one][1], means[other][1]) for one, other in pairs]
-        p_values = [1.0 if d is None else bootstrap.paired_p(d) for d in gaps]
-        for (one, other), d, p, p_holm in zip(pairs, gaps, p_values, bootstrap.holm(p_values), strict=True):
-            tests = {} if d is None else {"p": p, "p_holm": p_holm}
+        p_values = [p_of_gap(d, kept) for d in gaps]
+        family = [None if set(pair) <= set(BASELINES) else p for pair, p in zip(pairs, p_values, strict=True)]
+        for (one, other), d, p, p_holm in zip(pairs, gaps, p_values, bootstrap.holm(family), strict=True):
             rows.append(
                 place.row(
                     metric=f"{metric}_gap@{of}", model=one, vs=other, seed="mean",
-                    value=means[one][0] - means[other][0], **tests, **span(d, kept), **counts,
+                    value=means[one][0] - means[other][0], p=p, p_holm=p_holm, **span(d, kept), **counts,
                 )
             )  # fmt: skip
     return rows

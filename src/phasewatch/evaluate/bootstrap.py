@@ -205,19 +205,41 @@ def no_interval(sessions: int, hosts: int) -> str:
     return ""
 
 
-def paired_p(differences: Floats) -> float:
-    """Give the two-sided p of "no difference" (DESIGN section 9); never 0, at best 2/(B + 1)."""
-    below, above = int((differences <= 0).sum()), int((differences >= 0).sum())
-    return min(1.0, 2.0 * min(1 + below, 1 + above) / (len(differences) + 1))
+def paired_p(differences: Floats, sessions: int, hosts: int) -> float:
+    """Compute the two-sided p-value of "no difference" from the resampled differences, by the interval's own Student's t.
+
+    The share of resamples on the far side of 0 is turned into a normal quantile, which is then judged by Student's t
+    with sessions − hosts degrees of freedom. It is the inverse of `tail_of`: a p below 0.05 never stands beside an
+    interval that holds 0.
+
+    Args:
+        differences: ``(B,)`` differences of one measure, a resample each.
+        sessions: Number of sessions that were resampled.
+        hosts: Number of hosts that they belong to.
+
+    Returns:
+        A number in (0, 1]; the fewer sessions beyond one a host, the further from 0.
+
+    Source: Hesterberg 2015, "What teachers should know about the bootstrap", expanded percentile interval.
+    """
+    from scipy.special import ndtri, stdtr
+
+    fewer = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
+    share = min(0.5, (1 + fewer) / (len(differences) + 1))
+    freedom = max(sessions - hosts, 1)
+    return min(1.0, 2.0 * float(stdtr(freedom, ndtri(share) * np.sqrt(freedom / sessions))))
 
 
-def holm(p_values: Sequence[float]) -> tuple[float, ...]:
-    """Correct the p-values of one family. Source: Holm 1979, step-down."""
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    corrected = [0.0] * len(p_values)
+def holm(p_values: Sequence[float | None]) -> tuple[float | None, ...]:
+    """Correct the p-values of one family; None is a comparison that was not tested, and belongs to no family.
+
+    Source: Holm 1979, step-down.
+    """
+    tested = [(p, i) for i, p in enumerate(p_values) if p is not None]
+    corrected: list[float | None] = [None] * len(p_values)
     highest = 0.0
-    for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+    for rank, (p, i) in enumerate(sorted(tested)):
+        highest = max(highest, min(1.0, (len(tested) - rank) * p))
         corrected[i] = highest
     return tuple(corrected)
 

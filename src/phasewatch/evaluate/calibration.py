@@ -42,8 +42,10 @@ def calibration_rows(place: Place, scope: Scope) -> Iterator[MetricRow]:
         n = measures.ECE_BINS
         total = np.mean([s.sum(axis=0) for s in by_cluster], axis=0)
         for b in np.flatnonzero(total[2 * n :] > 0):
-            draws = None if drawn is None else mean_over_seeds([_ratio(d[:, n + b], d[:, 2 * n + b]) for d in drawn])
-            ends = _known(draws, kept, "in most resamples a seed has no window of this confidence")
+            # Pooled over seeds, as the value is: a resample in which one seed has no such window still tells something.
+            pooled = None if drawn is None else np.sum(drawn, axis=0)
+            draws = None if pooled is None else _ratio(pooled[:, n + b], pooled[:, 2 * n + b])
+            ends = _known(draws, kept, "most resamples have no window of this confidence")
             yield place.row(
                 metric="reliability", model=model, seed="mean", x=round(float(total[b] / total[2 * n + b]), 10),
                 value=float(total[n + b] / total[2 * n + b]), **ends,

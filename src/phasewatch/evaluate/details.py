@@ -22,10 +22,15 @@ from phasewatch.evaluate.scope import (
     models_of,
     span,
 )
-from phasewatch.models.registry import MODELS
+from phasewatch.models.registry import BASELINES
 from phasewatch.vocab import PHASES
 
 TIME = "elapsed_time"
+_ECE = slice(0, measures.ECE_BINS)
+_MASS = slice(measures.ECE_BINS, measures.ECE_BINS + measures.MASS_BINS)
+_MASS_WINDOWS = slice(_MASS.stop, _MASS.stop + measures.MASS_BINS)
+_BIASED = "biased upwards by the number of windows, so it has no interval; see ece_debiased"
+_AT_LEAST_0 = "sampling bias is subtracted and the result cut at 0, so it has no interval; see confidence_less_accuracy"
 
 
 def detail_rows(place: Place, scope: Scope) -> Iterator[MetricRow]:
@@ -51,26 +56,53 @@ def detail_rows(place: Place, scope: Scope) -> Iterator[MetricRow]:
             )  # fmt: skip
         by_cluster = [bootstrap.sums(scope.clusters, _terms(scope, a)) for a in answers]
         drawn = draw(scope, kept, by_cluster)
-        for metric, measure in (("ece", _ece), ("brier", _brier)):
-            value = float(np.mean([measure(s.sum(axis=0, keepdims=True)) for s in by_cluster]))
+        points = [s.sum(axis=0, keepdims=True) for s in by_cluster]
+        plain = float(np.mean([_ece(p) for p in points]))
+        yield place.row(metric="ece", model=model, seed="mean", value=plain, why=_BIASED, **counts)
+        less: dict[str, object] = {"value": None, "why": kept.why}
+        if drawn is not None:
+            own = [
+                measures.debiased_rms(float(_squared(p)[0]), _squared(d)) for p, d in zip(points, drawn, strict=True)
+            ]
+            less = {"value": float(np.mean(own)), "why": _AT_LEAST_0}
+        yield place.row(metric="ece_debiased", model=model, seed="mean", **less, **counts)
+        for metric, measure in (("confidence_less_accuracy", _confidence_less_accuracy), ("brier", _brier)):
+            value = float(np.mean([measure(p) for p in points]))
             draws = None if drawn is None else mean_over_seeds([measure(d) for d in drawn])
             yield place.row(metric=metric, model=model, seed="mean", value=value, **span(draws, kept), **counts)
 
 
 def _terms(scope: Scope, answer: Answer) -> Floats:
-    """Give the columns that calibration error and Brier score are sums of: 15 bins, squared distance, one."""
-    y = scope.shown.y_true
-    bins, squared = measures.ece_terms(answer.probabilities, y), measures.brier_terms(answer.probabilities, y)
-    return np.column_stack([bins, squared, np.ones(len(y))])
+    """Return the columns that calibration errors and Brier score are sums of, ``(n, 37)``.
+
+    Gaps in 15 bins of equal width, gaps and windows in 10 bins of equal mass, squared distance, one.
+    """
+    y, p = scope.shown.y_true, answer.probabilities
+    bins = measures.mass_bin(p)
+    gaps = measures.gap_terms(p, y, bins, measures.MASS_BINS)
+    windows = np.eye(measures.MASS_BINS)[bins]
+    return np.column_stack([measures.ece_terms(p, y), gaps, windows, measures.brier_terms(p, y), np.ones(len(y))])
 
 
 def _ece(columns: Floats) -> Floats:
-    error: Floats = np.abs(columns[:, : measures.ECE_BINS]).sum(axis=1) / columns[:, -1]
+    error: Floats = np.abs(columns[:, _ECE]).sum(axis=1) / columns[:, -1]
     return error
 
 
+def _squared(columns: Floats) -> Floats:
+    """Compute the squared calibration error over bins of equal mass, ``(B, 37)`` → ``(B,)``."""
+    gaps, windows = columns[:, _MASS], columns[:, _MASS_WINDOWS]
+    squared: Floats = (gaps**2 / np.maximum(windows, 1.0)).sum(axis=1) / columns[:, -1]
+    return squared
+
+
+def _confidence_less_accuracy(columns: Floats) -> Floats:
+    gap: Floats = columns[:, _ECE].sum(axis=1) / columns[:, -1]
+    return gap
+
+
 def _brier(columns: Floats) -> Floats:
-    score: Floats = columns[:, measures.ECE_BINS] / columns[:, -1]
+    score: Floats = columns[:, -2] / columns[:, -1]
     return score
 
 
@@ -109,11 +141,10 @@ def note_rows(place: Place, scope: Scope, rules: Rules, rows: Sequence[MetricRow
         notes.append(
             note(f"{scope.weights.redrawn} of {len(scope.weights)} resamples lost a class and were drawn again")
         )
-    baselines = {row.key for row in MODELS if row.is_baseline}
     for row in rows:
         if row.metric.startswith("macro_f1_gap@") and TIME in (row.model, row.vs):
             gap = _from_the_model(row)
-            if gap.model not in baselines and (gap.low is None or gap.low <= 0):
+            if gap.model not in BASELINES and (gap.low is None or gap.low <= 0):
                 notes.append(note(_below_the_clock(gap), model=gap.model, vs=TIME))
     return notes
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,6 +24,7 @@ from phasewatch.evaluate.scope import (
     Shown,
     keep_resamples,
     mean_over_seeds,
+    p_of_gap,
     score_answers,
     span,
     tested,
@@ -92,27 +94,39 @@ def importance_rows(run: Path, place: Headline, rules: Rules) -> Iterator[Metric
         return
     shown = Shown(**{name: np.concatenate([getattr(s, name) for s, _ in said]) for name in Shown.__slots__})
     channels = [name for name in dict.fromkeys(name for _, answers in said for name, _ in answers) if name != WHOLE]
-    for channel in channels:
-        keys = [(WHOLE, 0), *((channel, r) for r in range(REPEATS))]
-        answers = [
-            Answer(
-                model=name, seed=seed, probabilities=np.zeros((0, len(PHASES))),
-                y_pred=np.concatenate([own[name, seed] for _, own in said]),
-            )
-            for name, seed in keys
-        ]  # fmt: skip
-        scope = scope_of(shown, answers, rules)
-        kept = keep_resamples(scope)
-        scored = score_answers(scope, kept)
-        (whole,), permuted = scored[WHOLE], scored[channel]
-        lost = whole.point.macro_f1 - np.mean([s.point.macro_f1 for s in permuted])
-        after = mean_over_seeds([None if s.draws is None else s.draws.macro_f1 for s in permuted])
-        draws = None if after is None or whole.draws is None else whole.draws.macro_f1 - after
-        p = {} if draws is None else {"p": bootstrap.paired_p(draws)}
-        yield where.row(
-            metric=f"macro_f1_permuted_gap@{tested(scope, rules)}", model=place.model, seed="mean", vs=channel,
-            value=float(lost), **p, **span(draws, kept), **scope.counts(),
-        )  # fmt: skip
+    rows = [_importance(where, channel, shown, [answers for _, answers in said], place, rules) for channel in channels]
+    for row, p_holm in zip(rows, bootstrap.holm([row.p for row in rows]), strict=True):
+        yield msgspec.structs.replace(row, p_holm=None if p_holm is None else round(p_holm, 10))
+
+
+def _importance(
+    where: Place,
+    channel: str,
+    shown: Shown,
+    said: Sequence[Mapping[tuple[str, int], NDArray[np.int64]]],
+    place: Headline,
+    rules: Rules,
+) -> MetricRow:
+    """Compute what permuting one channel costs, over all folds' test windows."""
+    keys = [(WHOLE, 0), *((channel, r) for r in range(REPEATS))]
+    answers = [
+        Answer(
+            model=name, seed=seed, probabilities=np.zeros((0, len(PHASES))),
+            y_pred=np.concatenate([own[name, seed] for own in said]),
+        )
+        for name, seed in keys
+    ]  # fmt: skip
+    scope = scope_of(shown, answers, rules)
+    kept = keep_resamples(scope)
+    scored = score_answers(scope, kept)
+    (whole,), permuted = scored[WHOLE], scored[channel]
+    lost = whole.point.macro_f1 - np.mean([s.point.macro_f1 for s in permuted])
+    after = mean_over_seeds([None if s.draws is None else s.draws.macro_f1 for s in permuted])
+    draws = None if after is None or whole.draws is None else whole.draws.macro_f1 - after
+    return where.row(
+        metric=f"macro_f1_permuted_gap@{tested(scope, rules)}", model=place.model, seed="mean", vs=channel,
+        value=float(lost), p=p_of_gap(draws, kept), **span(draws, kept), **scope.counts(),
+    )  # fmt: skip
 
 
 def _permuted(run: Path, place: Headline, fold: Fold) -> tuple[Shown, dict[tuple[str, int], NDArray[np.int64]]]:

@@ -1,4 +1,4 @@
-"""What checkpoints say of their own training: how much they learnt from, and what validation A made of them."""
+"""What is known of models before the test: how much they learnt from, and their score on validation B."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ import numpy as np
 
 from phasewatch.errors import PhasewatchError
 from phasewatch.evaluate.rows import CHOICE, Headline, MetricRow
-from phasewatch.evaluate.said import Board
+from phasewatch.evaluate.said import Board, Said
 from phasewatch.evaluate.scope import Place
 from phasewatch.measures import confusion_counts, macro_f1
 from phasewatch.models import checkpoint, registry
 from phasewatch.train.cell import Cell
-from phasewatch.train.cells import read_sets
 from phasewatch.train.predictions import NO_FILTER
 
-HISTORY = "val_a_macro_f1"
-# Asked of names in a file: none of them is imported.
-_BASELINES = {row.key for row in registry.MODELS if row.is_baseline}
 
-
-def fitted_rows(run: Path, boards: Sequence[Board], place: Headline) -> Iterator[MetricRow]:
-    """Give the windows that each model learnt from, the mean over its folds; and where the headline stands, what
-    validation A made of each model that could be the headline's.
+def fitted_rows(run: Path, boards: Sequence[Board], val_b: Board | None, place: Headline) -> Iterator[MetricRow]:
+    """Return the windows that each model learnt from, and the validation score by which the headline's model is chosen.
 
     A run without checkpoints (predictions that came from elsewhere) has no such row.
+
+    Args:
+        run: The run.
+        boards: Test predictions.
+        val_b: The predictions of validation B where the headline stands. Validation A stopped the training of some
+            models, which therefore look better on it than they are.
+        place: Where the headline stands.
     """
     for board in boards:
         if board.filter != NO_FILTER:
@@ -50,10 +51,10 @@ def fitted_rows(run: Path, boards: Sequence[Board], place: Headline) -> Iterator
             )
             first = min(s.seed for s in own)
             whole = sorted(s.fold for s in own if s.seed == first) == board.folds
-            if is_headline and whole and model not in _BASELINES:
-                scores = [_validated(run, cell) for cell in cells if cell.seed == first]
-                if None not in scores:
-                    value = float(np.mean([s for s in scores if s is not None]))
+            if is_headline and whole and model not in registry.BASELINES and val_b is not None:
+                scores = {s.fold: _macro_f1(s) for s in val_b.said if (s.model, s.seed) == (model, first)}
+                if sorted(scores) == board.folds:
+                    value = float(np.mean([scores[fold] for fold in board.folds]))
                     yield where.row(metric=CHOICE, model=model, seed=first, value=value, why="mean over folds")
 
 
@@ -64,14 +65,5 @@ def _header(run: Path, cell: Cell) -> checkpoint.Header | None:
         return None
 
 
-def _validated(run: Path, cell: Cell) -> float | None:
-    """Give macro-F1 on validation A: the nets keep the round that was best on it, others are asked."""
-    header = _header(run, cell)
-    if header is not None and header.history.get(HISTORY):
-        return max(header.history[HISTORY])
-    try:
-        model = registry.load(cell.folder(run))
-        val = read_sets(run, cell).val_a
-    except PhasewatchError:
-        return None
-    return float(macro_f1(confusion_counts(val.y, model.predict(val.inputs)))) if len(val) else None
+def _macro_f1(said: Said) -> float:
+    return float(macro_f1(confusion_counts(said.shown.y_true, said.answer.y_pred)))

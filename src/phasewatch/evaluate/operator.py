@@ -129,7 +129,7 @@ def _rows(tell: _Teller, shifts: Sequence[Shift], recorded: Mapping[str, Recorde
 
 
 def _false_alarms(tell: _Teller, prefix: str, lived: Sequence[Lived], at: int) -> Iterator[MetricRow]:
-    """Give false alarms per VM-hour with the exact Poisson interval and the session bootstrap's, the wider one quoted."""
+    """Compute false alarms per VM-hour with the exact Poisson interval and the session bootstrap's, and quote their union."""
     first, hours = lived[0], lived[0].hours
     every = np.ones(len(first.episodes), np.bool_)
     name = f"{prefix}false_alarms_per_vm_hour"
@@ -139,49 +139,84 @@ def _false_alarms(tell: _Teller, prefix: str, lived: Sequence[Lived], at: int) -
     if not hours:
         yield tell.row(name, first, every, None, unit="1/h", why="no calm time was watched")
         return
-    counts = float(np.mean([one.false_alarms[at].sum() for one in lived]))
-    rate = counts / hours
-    sessions = tell.span(first, every, [_ratio(one.false_alarms[at] * 3600.0, one.exposure_s) for one in lived])
-    low, high = poisson_interval(counts)
-    poisson: dict[str, object] = {"low": low / hours, "high": high / hours}
-    yield tell.row(f"{name}_poisson", first, every, rate, unit="1/h", **poisson)
-    yield tell.row(f"{name}_sessions", first, every, rate, unit="1/h", **sessions)
-    wider = max((poisson, sessions), key=_width)
-    words = f"{counts:g} in {hours:.2f} VM-hours; nothing below {LEAST / hours:.1f} an hour is claimed"
-    yield tell.row(name, first, every, rate, unit="1/h", **{**wider, "why": words})
+    found = _rate(tell, lived, at)
+    yield tell.row(f"{name}_poisson", first, every, found.per_hour, unit="1/h", **found.poisson)
+    yield tell.row(f"{name}_sessions", first, every, found.per_hour, unit="1/h", **found.sessions)
+    words = f"{found.count:g} in {hours:.2f} VM-hours; nothing below {LEAST / hours:.1f} an hour is claimed"
+    yield tell.row(name, first, every, found.per_hour, unit="1/h", **{**found.union, "why": words})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlarmRate:
+    """False alarms per VM-hour, a mean over seeds, and what is known of their spread."""
+
+    count: float
+    per_hour: float
+    poisson: Mapping[str, float]
+    sessions: Mapping[str, object]
+
+    @property
+    def union(self) -> dict[str, float]:
+        """The interval from the lower of the two low ends to the higher of the two high ends.
+
+        Neither alone is enough: Poisson's knows no sessions, and the sessions' bootstrap cannot see past what it drew.
+        """
+        low, high = self.sessions.get("low"), self.sessions.get("high")
+        if not isinstance(low, float) or not isinstance(high, float):
+            return dict(self.poisson)
+        return {"low": min(self.poisson["low"], low), "high": max(self.poisson["high"], high)}
+
+
+def _rate(tell: _Teller, lived: Sequence[Lived], at: int) -> AlarmRate:
+    """Compute the rate of false alarms at one budget, over the calm hours of all episodes."""
+    first, hours = lived[0], lived[0].hours
+    every = np.ones(len(first.episodes), np.bool_)
+    count = float(np.mean([one.false_alarms[at].sum() for one in lived]))
+    low, high = poisson_interval(count)
+    return AlarmRate(
+        count=count, per_hour=count / hours, poisson={"low": low / hours, "high": high / hours},
+        sessions=tell.span(first, every, [_ratio(one.false_alarms[at] * 3600.0, one.exposure_s) for one in lived]),
+    )  # fmt: skip
 
 
 def _detection(tell: _Teller, lived: Sequence[Lived], keep: Bools, profile: str | None, at: int) -> Iterator[MetricRow]:
-    """Give the median delay, a missed episode counting as never, and the share of missed ones."""
-    first = lived[0]
+    """Compute the median delay, a missed episode counting as never, and the share of missed ones."""
     if not keep.any():
-        yield tell.row("delay_s", first, keep, None, unit="s", why="nothing ran in any test episode", profile=profile)
+        yield tell.row(
+            "delay_s", lived[0], keep, None, unit="s", why="nothing ran in any test episode", profile=profile
+        )
         return
+    yield from _delay(tell, lived, keep, at, "", {"profile": profile})
+
+
+def _delay(
+    tell: _Teller, lived: Sequence[Lived], keep: Bools, at: int, suffix: str, where: Mapping[str, object]
+) -> Iterator[MetricRow]:
+    """Compute delay and misses of the kept episodes at one budget; `suffix` ends the metrics' names."""
+    first = lived[0]
     delays = [np.where(keep, one.delay_s[at], np.nan) for one in lived]
     value = float(np.mean([_one(_median(d), len(d)) for d in delays]))
     ends: dict[str, object] = {"why": "more than half are missed, so there is no median"}
     if np.isfinite(value):
         ends = tell.span(first, keep, [_median(d) for d in delays])
-    yield tell.row("delay_s", first, keep, value, unit="s", profile=profile, **ends)
+    yield tell.row(f"delay_s{suffix}", first, keep, value, unit="s", **where, **ends)
     missed = [_ratio(np.isinf(d).astype(np.float64), keep.astype(np.float64)) for d in delays]
     share = float(np.mean([_one(m, len(keep)) for m in missed]))
-    yield tell.row("missed_episodes", first, keep, share, profile=profile, **tell.span(first, keep, missed))
+    yield tell.row(f"missed_episodes{suffix}", first, keep, share, **where, **tell.span(first, keep, missed))
 
 
 def _curve(tell: _Teller, lived: Sequence[Lived], keep: Bools, profile: str | None) -> Iterator[MetricRow]:
-    """Give delay, misses and the false alarms that came of each budget."""
+    """Compute delay, misses and the false alarms that came of each budget, each with its interval."""
     first = lived[0]
     for i, budget in enumerate(BUDGETS):
         if keep.any():
-            delay = float(np.mean([_one(_median(np.where(keep, one.delay_s[i], np.nan)), len(keep)) for one in lived]))
-            why = None if np.isfinite(delay) else "more than half are missed"
-            yield tell.row("delay_s_at_budget", first, keep, delay, unit="s", x=budget, profile=profile, why=why)
-            share = float(np.mean([np.isinf(one.delay_s[i][keep]).mean() for one in lived]))
-            yield tell.row("missed_episodes_at_budget", first, keep, share, x=budget, profile=profile)
+            yield from _delay(tell, lived, keep, i, "_at_budget", {"x": budget, "profile": profile})
         if profile is None and first.hours:
-            rate = float(np.mean([one.false_alarms[i].sum() for one in lived])) / first.hours
+            found = _rate(tell, lived, i)
             every = np.ones(len(first.episodes), np.bool_)
-            yield tell.row("false_alarms_per_vm_hour_at_budget", first, every, rate, unit="1/h", x=budget)
+            yield tell.row(
+                "false_alarms_per_vm_hour_at_budget", first, every, found.per_hour, unit="1/h", x=budget, **found.union
+            )
 
 
 def _damage(
@@ -240,8 +275,3 @@ def poisson_interval(count: float) -> tuple[float, float]:
 
     tail = (1 - bootstrap.LEVEL) / 2
     return (float(gammaincinv(count, tail)) if count else 0.0), float(gammaincinv(count + 1, 1 - tail))
-
-
-def _width(ends: Mapping[str, object]) -> float:
-    low, high = ends.get("low"), ends.get("high")
-    return high - low if isinstance(low, float) and isinstance(high, float) else -1.0

@@ -10,7 +10,7 @@ import msgspec
 from phasewatch.errors import RunError
 
 METRICS = "metrics_v1.json"
-CHOICE = "val_a_macro_f1"  # by which the headline's model is chosen, before a test prediction is read
+CHOICE = "val_b_macro_f1"  # by which the headline's model is chosen, before a test prediction is read
 
 
 class MetricRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -91,7 +91,7 @@ def parse_metrics(data: bytes, *, file: str) -> Metrics:
 
 
 def chosen(metrics: Sequence[MetricRow]) -> Headline:
-    """Give the headline's place: its model is the one that validation A liked best, `gbt` on a tie or without a choice."""
+    """Give the headline's place: its model is the best one on validation B, `gbt` on a tie or without a choice."""
     place = Headline()
     there = (place.recipe, place.threat, place.table)
     rows = [r for r in metrics if r.metric == CHOICE and (r.recipe, r.threat, r.table) == there and r.model]

@@ -197,11 +197,15 @@ class Kept:
     """The resamples ``(B,)`` that keep all classes of a part; None with the words why there is no interval.
 
     Attributes:
+        sessions: Number of sessions of the part.
+        hosts: Number of hosts that they belong to.
         tail: Share of the resamples to leave out on either side.
     """
 
     rows: NDArray[np.bool_] | None
     why: str | None
+    sessions: int
+    hosts: int
     tail: float = 0.0
 
 
@@ -214,16 +218,17 @@ def keep_resamples(scope: Scope) -> Kept:
     sessions = len(np.unique(scope.clusters.of))
     hosts = len(np.unique(scope.clusters.host[np.unique(scope.clusters.of)]))
     if why := bootstrap.no_interval(sessions, hosts):
-        return Kept(rows=None, why=why)
+        return Kept(rows=None, why=why, sessions=sessions, hosts=hosts)
     if scope.weights is None:
-        return Kept(rows=None, why="hardly a resample keeps a window of each class")
+        words = "hardly a resample keeps a window of each class"
+        return Kept(rows=None, why=words, sessions=sessions, hosts=hosts)
     truth = bootstrap.sums(
         scope.clusters, (scope.shown.y_true[:, None] == np.asarray(scope.classes)).astype(np.float64)
     )
     rows: NDArray[np.bool_] = np.all(bootstrap.resample(scope.weights, truth) > 0, axis=1)
     if 2 * rows.sum() < len(rows):
-        return Kept(rows=None, why="most resamples lose one of the classes")
-    return Kept(rows=rows, why=None, tail=bootstrap.tail_of(sessions, hosts))
+        return Kept(rows=None, why="most resamples lose one of the classes", sessions=sessions, hosts=hosts)
+    return Kept(rows=rows, why=None, sessions=sessions, hosts=hosts, tail=bootstrap.tail_of(sessions, hosts))
 
 
 def score_answers(scope: Scope, kept: Kept) -> dict[str, list[Scored]]:
@@ -260,6 +265,11 @@ def mean_over_seeds(draws: Sequence[Floats | None]) -> Floats | None:
         return None
     mean: Floats = np.mean(np.stack(found), axis=0)
     return mean
+
+
+def p_of_gap(draws: Floats | None, kept: Kept) -> float | None:
+    """Return the p-value of "no difference" that goes with `span` of the same resamples; None without resamples."""
+    return None if draws is None else bootstrap.paired_p(draws, kept.sessions, kept.hosts)
 
 
 def span(draws: Floats | None, kept: Kept) -> dict[str, object]:

@@ -85,7 +85,8 @@ def rescore(run: Path, *, resamples: int = RESAMPLES, seed: int = 0) -> Metrics:
             rows += _score_board(board, val_b.get(board.key), rules)
         rows += across.build_gaps(boards, rules)
         rows += _operate(boards, val_b, table, read_recorded(run), rules)
-        rows += fitted_rows(run, boards, Headline())
+        home = Headline()
+        rows += fitted_rows(run, boards, val_b.get((home.recipe, home.threat, home.table, NO_FILTER)), home)
         rows += importance_rows(run, chosen(rows), rules)
     return Metrics(inputs={PREDICTIONS: file_sha256(path), **digests}, metrics=tuple(rows))
 

@@ -29,8 +29,8 @@ class AlarmRule:
 
     Attributes:
         theta: A window is hot from this heat on; `NEVER` if no threshold met the budget.
-        budget: False alarms per VM-hour that it was chosen for.
-        false_alarms: Those it would have raised in the VM-hours that it was chosen on.
+        budget: False alarms per quiet VM-hour that it was chosen for.
+        false_alarms: Those it would have raised in the quiet VM-hours that it was chosen on.
 
     Raises:
         ValueError: If a number cannot be.
@@ -113,12 +113,13 @@ def choose_alarm(p: NDArray[np.floating], track: Track, *, budget: float = BUDGE
     Args:
         p: ``(n, 5)`` probabilities of windows that the model did not learn from, in the order (episode, time).
         track: Their truth, episodes and times.
-        budget: False alarms per VM-hour; each window is 5 s of exposure.
+        budget: False alarms per quiet VM-hour; each quiet window is 5 s of it. Only then can an alarm be false, and
+            the rate that an evaluation measures counts the same hours (ADR 0067).
     """
-    hours = len(track.y) * STRIDE_NS / 3.6e12
-    if not len(track.y):
-        return AlarmRule(theta=NEVER, budget=budget)
     quiet = is_quiet(track)
+    hours = int(quiet.sum()) * STRIDE_NS / 3.6e12
+    if not quiet.any():
+        return AlarmRule(theta=NEVER, budget=budget)
     heat = heat_of(p)
     false = np.zeros(len(THETAS), np.int64)
     numbers = np.cumsum(np.r_[0, track.of[1:] != track.of[:-1]])

@@ -222,6 +222,9 @@ class PhaseModel(ABC):
             val: Validation B.
             soak: Benign hours of hosts and samples that the test set is not of.
         """
+        for name, (inputs, track) in (("decide_val", val), ("decide_soak", soak)):
+            self.trained_on[name] = Examples(inputs=inputs, y=np.asarray(track.y, np.int64)).sha256()
+            self.trained_with[name] = len(inputs)
         said = [(self.predict_proba(inputs), track) for inputs, track in (val, soak)]
         self.filter = found = fit_filter(train, val[1], said[0][0])
         whole = Track.join([track for _, track in said])

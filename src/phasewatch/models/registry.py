@@ -119,6 +119,7 @@ MODELS: tuple[ModelRow, ...] = (
         is_baseline=True,
     ),
 )
+BASELINES = tuple(row.key for row in MODELS if row.is_baseline)
 
 
 def brought_rows() -> dict[str, ModelRow]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from phasewatch.evaluate.rows import MetricRow, Metrics, headline
 from phasewatch.live.events import Confusion, Data, Inflation, Score, ScoreRow
 from phasewatch.models.filter import NONE
+from phasewatch.models.registry import BASELINES
 from phasewatch.report import scores
 from phasewatch.report.evidence import PLACE
 
@@ -54,7 +55,7 @@ def _row(row: MetricRow, lead: MetricRow | None, rows: Sequence[MetricRow]) -> S
     return ScoreRow(
         model=str(row.model), threat=row.threat, table=row.table, agent=row.agent, value=float(row.value or 0.0),
         low=row.low, high=row.high, why=row.why if row.low is None else None,
-        is_baseline=row.model in scores.BASELINES, p_holm=_p_of(row, lead, rows), n_episodes=row.n_episodes,
+        is_baseline=row.model in BASELINES, p_holm=_p_of(row, lead, rows), n_episodes=row.n_episodes,
         n_sessions=row.n_sessions, n_hosts=row.n_hosts,
         seeds=max(1, sum(_same_board(r, row) and isinstance(r.seed, int) for r in rows)),
     )  # fmt: skip

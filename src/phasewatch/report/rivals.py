@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from phasewatch.evaluate.rows import MetricRow
+from phasewatch.models.registry import BASELINES
 from phasewatch.report import figures, scores
 from phasewatch.report.blocks import Block, Section, Table, bracket, listed, metric_table, score_of
 from phasewatch.report.evidence import PLACE
@@ -35,7 +36,7 @@ def how_sure(told: Told) -> Section:
 def _leaderboard(told: Told) -> Block:
     n_hosts = max((r.n_hosts for r in told.rows if scores.base_of(r) == "macro_f1"), default=0)
     board = scores.contenders(told.rows, n_hosts=n_hosts)
-    absent = [key for key in scores.BASELINES if not any(c.model == key for c in board)]
+    absent = [key for key in BASELINES if not any(c.model == key for c in board)]
     said = [
         "Each model on hosts that its training never saw, each episode tested once, all folds pooled.",
         "A baseline shows what is to be beaten; one that looks at no telemetry must be cleared by far. Whiskers are "
@@ -127,13 +128,14 @@ def _significance(told: Told) -> Block:
     body = tuple(
         (f"{r.model} − {r.vs}", f"{r.value:+.3f}", _span(r), _p(r.p), _p(r.p_holm)) for r in own if r.value is not None
     )
-    clear = sum(r.p_holm is not None and r.p_holm < 0.05 for r in own)
+    corrected = [r.p_holm for r in own if r.p_holm is not None]
     return Block(
         key=base.key,
         title=base.title,
         sentences=(
             "Gaps are paired: the same resampled sessions for both models, seeds averaged inside each resample.",
-            f"{clear} of {len(own)} gaps have p < 0.05 after Holm's correction over all of them.",
+            f"{sum(p < 0.05 for p in corrected)} of {len(corrected)} gaps of a model have p < 0.05 after Holm's correction "
+            "over all of them; two baselines are not tested against each other.",
         ),
         figure=figures.whiskers(series, title=f"macro-F1 of {told.model} less the other's", origin=told.origin, is_gap=True)
         if mine

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 from phasewatch.evaluate.across import own_agent
 from phasewatch.evaluate.rows import MetricRow, chosen
-from phasewatch.models.registry import MODELS
+from phasewatch.models.registry import BASELINES
 from phasewatch.report.evidence import PLACE
 from phasewatch.report.figures import Confusion
 from phasewatch.train.predictions import NO_FILTER
 from phasewatch.vocab import PHASES
 
 CLOCK = "elapsed_time"
-BASELINES = tuple(row.key for row in MODELS if row.is_baseline)
 # What stands for a group (a host, a profile), best first: the first one that has rows is shown.
 GROUP_METRICS = ("macro_f1", "f1", "accuracy", "balanced_accuracy", "recall")
 METRIC_WORDS = {

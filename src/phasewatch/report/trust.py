@@ -42,7 +42,11 @@ def _reliability(told: Told) -> Block:
         )
         for r in found
     ]  # fmt: skip
-    pairs = (("ece", "calibration error"), ("brier", "Brier score"))
+    pairs = (
+        ("ece_debiased", "calibration error, sampling bias subtracted"),
+        ("confidence_less_accuracy", "mean confidence less accuracy"),
+        ("brier", "Brier score"),
+    )
     overall = [(words, metric, scores.one(rows, metric, model=told.model)) for metric, words in pairs]
     said = [
         f"{words[0].upper()}{words[1:]} {row.value:.3f} {_three(row)}."

@@ -24,7 +24,6 @@ from phasewatch.workers import map_ordered
 
 BINS, LEVELS = (f"{tensors.GRIDS}/{name}" for name in (GRIDS, LEVELS_FILE))
 CELL_PREDICTIONS = "predictions.parquet"
-BASELINES = frozenset(row.key for row in registry.MODELS if row.is_baseline)
 TIMEOUT_S = 3600.0  # a cell takes seconds; one that takes an hour hangs
 
 
@@ -128,7 +127,7 @@ def learn(model: PhaseModel, sets: Sets) -> PhaseModel:
     Windows that were dealt one by one have no past to smooth over, and no hours to be quiet in.
     """
     model.fit(sets.train.examples, sets.val_a.examples).calibrate(sets.val_b.examples)
-    if sets.fold.deal is None and model.key not in BASELINES:
+    if sets.fold.deal is None and model.key not in registry.BASELINES:
         spared = sets.soak.take(sets.spared_soak)
         model.decide(sets.train.track, (sets.val_b.inputs, sets.val_b.track), (spared.inputs, spared.track))
     return model
