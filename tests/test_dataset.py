@@ -166,7 +166,7 @@ def test_an_unknown_name_is_a_usage_error(run: Path, threat: str, kind: str, wor
 
 def test_every_recipe_is_cut_and_one_that_cannot_be_costs_no_other(tmp_path: Path) -> None:
     run = write_run(tmp_path / "two", World(hosts=2, windows=8))
-    built = {b.recipe: b for b in write_all_splits(run, [row.name for row in RECIPES])}
+    built = {b.recipe: b for b in write_all_splits(run, [row.name for row in RECIPES]).recipes}
 
     assert built["held_out_host"].folds == ("host-0", "host-1")
     assert "record on 3 hosts or more" in built["in_distribution"].why
@@ -176,7 +176,7 @@ def test_every_recipe_is_cut_and_one_that_cannot_be_costs_no_other(tmp_path: Pat
 
 def test_cutting_one_recipe_cuts_those_that_are_there_anew(run: Path) -> None:
     edit_features(run, lambda t: t.filter(pa.compute.not_equal(t["host_id"], "host-3")))
-    built = write_all_splits(run, ["deploy"])
+    built = write_all_splits(run, ["deploy"]).recipes
 
     assert [(b.recipe, len(b.folds)) for b in built] == [("held_out_host", 3), ("deploy", 1)]
 

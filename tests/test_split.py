@@ -7,7 +7,18 @@ from dataclasses import replace
 import pytest
 
 from phasewatch.errors import RunError, SplitError, UsageError
-from phasewatch.split import Fold, Part, SplitEpisode, build_folds, near_duplicates, parse_fold, render_fold
+from phasewatch.split import (
+    AsideCode,
+    Fold,
+    Part,
+    SplitEpisode,
+    build_folds,
+    build_split,
+    near_duplicates,
+    parse_fold,
+    prepare,
+    render_fold,
+)
 from phasewatch.vocab import PHASES, Phase, Role
 
 PROFILES = ("benign", "cryptomine", "exfil-drip")
@@ -96,17 +107,25 @@ def test_commissioning_soak_and_unknown_phase_are_in_no_set() -> None:
     assert not {e.episode_id for e in others} & set(fold.episodes)
 
 
-def test_what_shares_a_session_with_the_test_set_is_embargoed() -> None:
-    fold = folds([*corpus(), episode(900, "host-2", session="h0s0")])["host-0"]
+def test_what_ran_beside_the_test_set_on_another_host_is_embargoed_if_both_say_so() -> None:
+    lab = [replace(e, neighbours=("e900",)) if e.episode_id == "e000" else e for e in corpus()]
+    fold = folds([*lab, replace(episode(900, "host-2", session="h0s0"), neighbours=("e000",))])["host-0"]
 
     assert fold.embargoed == {"e900": "shares session h0s0 with the test set"}
     assert fold.episodes["e900"] is Part.EMBARGOED
 
 
+@pytest.mark.parametrize("neighbours", [(), ("e000",)], ids=["a name alone", "one side alone"])
+def test_a_session_name_of_another_host_takes_nothing_from_that_host(neighbours: tuple[str, ...]) -> None:
+    fold = folds([*corpus(), replace(episode(900, "host-2", session="h0s0"), neighbours=neighbours)])["host-0"]
+
+    assert fold.embargoed == {}
+
+
 @pytest.mark.parametrize(
     ("twin", "is_embargoed"),
     [
-        pytest.param({"plan_seed": 1000}, True, id="equal plan seed"),
+        pytest.param({"plan_seed": 1000}, False, id="equal plan seed of another host"),
         pytest.param({"sketch": (0, 1, 2, 3, 9, 9001, 9002, 9003)}, True, id="half of the sketch in common"),
         pytest.param({"sketch": (0, 1, 2, 9000, 9001, 9002, 9003, 9004)}, False, id="less than half"),
         pytest.param({"sketch": (0, 1)}, True, id="the smaller sketch counts"),
@@ -120,16 +139,34 @@ def test_a_near_duplicate_of_the_test_set_is_embargoed(twin: dict[str, object], 
 
 
 def test_near_duplicates_are_mutual() -> None:
-    assert near_duplicates([episode(1, "a"), episode(2, "b", plan_seed=1001), episode(3, "c")]) == {
-        "e001": {"e002"}, "e002": {"e001"},
-    }  # fmt: skip
+    near = near_duplicates([episode(1, "a"), episode(2, "a", plan_seed=1001), episode(3, "a")])
+
+    assert near.find_twins(["e001"], frozenset({"e002", "e003"})) == {"e001": "e002"}
+    assert near.find_twins(["e002"], frozenset({"e001", "e003"})) == {"e002": "e001"}
+    assert near.find_twins(["e003"], frozenset({"e001", "e002"})) == {}
 
 
-def test_a_profile_with_one_training_episode_is_refused_by_name() -> None:
+def test_episodes_without_a_plan_are_no_near_duplicates() -> None:
+    near = near_duplicates([episode(1, "a", plan_seed=0), episode(2, "a", plan_seed=0)])
+
+    assert near.find_twins(["e001"], frozenset({"e002"})) == {}
+
+
+def test_a_profile_that_a_fold_could_not_learn_is_set_aside_and_the_folds_are_those_without_it() -> None:
     rare = [episode(900, "host-0", "dropper"), episode(901, "host-2", "dropper")]
+    made = build_split("held_out_host", prepare([*corpus(), *rare]), profiles=PROFILES)
 
-    with pytest.raises(SplitError, match=r"fold host-\d: each profile needs 2 episodes in train, but dropper has [01]"):
-        folds([*corpus(), *rare])
+    assert [(a.episode_id, a.code, a.recipes) for a in made.set_aside] == [
+        ("e900", AsideCode.NOT_IN_TRAIN, ("held_out_host",)), ("e901", AsideCode.NOT_IN_TRAIN, ("held_out_host",)),
+    ]  # fmt: skip
+    assert made.folds == build_folds("held_out_host", corpus(), profiles=PROFILES)
+
+
+def test_a_store_of_which_most_hosts_could_not_be_tested_is_refused_by_name() -> None:
+    own = [replace(e, profile=e.host_id) if e.profile != "benign" else e for e in corpus()]  # each host its own malware
+
+    with pytest.raises(SplitError, match=r"fold host-\d: each profile needs 2 episodes in train, but host-\d has 0"):
+        folds(own)
 
 
 def test_an_episode_that_stands_twice_is_refused() -> None:

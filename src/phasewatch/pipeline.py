@@ -15,11 +15,14 @@ from typing import Any
 
 from phasewatch import __version__, atomic, stages
 from phasewatch.audit.checks import AUDIT
+from phasewatch.dataset.splits import Built, read_split_index
 from phasewatch.errors import SplitError, StoreError, UsageError
 from phasewatch.evaluate.rows import headline
 from phasewatch.evaluate.score import read_metrics
+from phasewatch.split import SetAside
 from phasewatch.stages import FEATURE_FILES, GRID_FILES, GRID_INDEX, METRICS, PREDICTIONS, REPORT, Settings, digests
 from phasewatch.store.base import Place, parse_place
+from phasewatch.train.grid import HEADLINE
 from phasewatch.validate.index import INDEX
 from phasewatch.validate.sweep import LEDGER
 from phasewatch.validate.tally import Tally
@@ -46,12 +49,20 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a run came to. `stages` says of each whether it was made now or kept, and what it had to say."""
+    """What a run came to.
+
+    Attributes:
+        stages: Name of each, whether it was made now or kept, and its result in words.
+        lacking: Recipes that were asked for, or that carry the headline, and that could not be built.
+        set_aside: Episodes that some or all recipes do without.
+    """
 
     run: Path
     report: Path
     headline: str
     stages: tuple[tuple[str, str, str], ...]
+    lacking: tuple[Built, ...] = ()
+    set_aside: tuple[SetAside, ...] = ()
 
     @property
     def is_unchanged(self) -> bool:
@@ -93,7 +104,12 @@ def run(settings: Settings, *, tell: Tell | None = None) -> Outcome:
                 raise
         _write_log(settings.run, log)
     words = headline(read_metrics(settings.run))
-    return Outcome(run=settings.run, report=settings.run / REPORT, headline=words, stages=tuple(fates))
+    index = read_split_index(settings.run)
+    wanted = settings.recipes or (HEADLINE,)
+    return Outcome(
+        run=settings.run, report=settings.run / REPORT, headline=words, stages=tuple(fates),
+        lacking=tuple(b for b in index.recipes if b.why and b.recipe in wanted), set_aside=index.set_aside,
+    )  # fmt: skip
 
 
 def _refuse_another_store(settings: Settings, log: dict[str, Any]) -> None:
@@ -150,10 +166,12 @@ def build_stages(settings: Settings, say: Tell) -> tuple[Stage, ...]:
         return f"{count.windows:,} windows of {count.episodes:,} episodes"
 
     def split() -> str:
-        built = stages.split(settings)
-        lacking = [b for b in built if b.why]
-        words = f"; cannot be built: {', '.join(b.recipe for b in lacking)}. {lacking[0].why}" if lacking else ""
-        return f"{sum(len(b.folds) for b in built)} folds of {sum(bool(b.folds) for b in built)} recipes{words}"
+        index = stages.split(settings)
+        lacking = [b for b in index.recipes if b.why]
+        words = f"; {len({a.episode_id for a in index.set_aside})} episodes set aside" if index.set_aside else ""
+        words += f"; cannot be built: {', '.join(b.recipe for b in lacking)}. {lacking[0].why}" if lacking else ""
+        folds, recipes = sum(len(b.folds) for b in index.recipes), sum(bool(b.folds) for b in index.recipes)
+        return f"{folds} folds of {recipes} recipes{words}"
 
     def train() -> str:
         done = stages.train(settings, tell=lambda cell, n, m: say("train", n, m, f"{cell.model} {cell.fold}"))

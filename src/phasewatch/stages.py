@@ -15,7 +15,7 @@ from phasewatch.audit.checks import Audit
 from phasewatch.audit.run import audit_run
 from phasewatch.channels import EXTRAS, mask_of
 from phasewatch.dataset.run import file_sha256
-from phasewatch.dataset.splits import Built, read_folds, write_all_splits, write_splits
+from phasewatch.dataset.splits import SplitIndex, read_built, read_folds, write_all_splits
 from phasewatch.episode.bundle import peek
 from phasewatch.errors import BundleError, RunError, SplitError, UsageError
 from phasewatch.evaluate.explain import Why, why
@@ -33,6 +33,7 @@ from phasewatch.store.base import Place, StoreItem, open_store
 from phasewatch.train.cell import Cell
 from phasewatch.train.cells import TrainReport, best_net, train_cells
 from phasewatch.train.grid import (
+    HEADLINE,
     SIX,
     brought_grid,
     full_grid,
@@ -218,19 +219,19 @@ def _read_ledger(run: Path) -> dict[str, dict[str, object]]:
     raise RunError(f"{path}: no readable ledger; make it with `phasewatch validate STORE --out {run}`")
 
 
-def split(settings: Settings, recipes: Sequence[str] = ()) -> tuple[Built, ...]:
-    """Cut the run's episodes by every recipe, or by some; says of each what became of it.
+def split(settings: Settings, recipes: Sequence[str] = ()) -> SplitIndex:
+    """Cut the run's episodes by every recipe, or by some; return what became of each and what was set aside.
 
     Raises:
         SplitError: If no recipe that tests something can be built.
     """
-    built = write_all_splits(settings.run, recipes or [row.name for row in RECIPES])
+    index = write_all_splits(settings.run, recipes or [row.name for row in RECIPES])
     tests = {row.name for row in RECIPES if row.tests}
-    if (of := [b for b in built if b.recipe in tests]) and not any(b.folds for b in of):
+    if (of := [b for b in index.recipes if b.recipe in tests]) and not any(b.folds for b in of):
         raise SplitError(
             f"no recipe can be built; {of[0].why}; {settings.run / INDEX_OF_SPLITS} has the reason of each"
         )
-    return built
+    return index
 
 
 def read_all_folds(run: Path) -> dict[str, tuple[Fold, ...]]:
@@ -266,6 +267,7 @@ def grid_cells(settings: Settings) -> tuple[Cell, ...]:
 
     Raises:
         UsageError: If the grid, a model or a recipe is not known, or no cell is left.
+        SplitError: If no cell is left because the recipes that were asked for, or the headline's, could not be built.
     """
     check_names(settings)
     folds = read_all_folds(settings.run)
@@ -278,6 +280,9 @@ def grid_cells(settings: Settings) -> tuple[Cell, ...]:
     cells = (full_grid if settings.grid == "full" else short_grid)(folds, seed=settings.seed)
     chosen = _narrowed(settings, (*cells, *brought_grid(folds, brought, recipes=settings.recipes, seed=settings.seed)))
     if not chosen:
+        wanted = settings.recipes or (HEADLINE,)
+        if lacking := [b for b in read_built(settings.run) if b.why and b.recipe in wanted]:
+            raise SplitError(f"nothing can be trained: {lacking[0].why}")
         raise UsageError(
             f"the {settings.grid} grid has no cell of {', '.join((*settings.models, *settings.recipes))}; "
             "ask for --recipes all, or for other models"
@@ -344,8 +349,8 @@ def audit(settings: Settings, *, tell: Callable[[str, int, int], None] | None = 
             choose=lambda items: [item for item in items if path_of(item) in listed],
         )
         features(replace(settings, run=folder))
-        for recipe in sorted({fold.recipe for fold in _folds(settings.run)}):
-            write_splits(folder, recipe)
+        built = {b.recipe for b in read_built(settings.run)} | {fold.recipe for fold in _folds(settings.run)}
+        write_all_splits(folder, built)
 
     there = isinstance(settings.store, str) or (settings.store.is_dir() and settings.store != settings.run)
     return audit_run(

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 from phasewatch.split import Fold, Part, SplitEpisode
 from phasewatch.vocab import Role
 
+MAX_HOLDERS = 16
 LEARNT = (Part.TRAIN, Part.VAL_A, Part.VAL_B)
 Episodes = Sequence[SplitEpisode]
 
 
-def faults_of(fold: Fold, episodes: Mapping[str, SplitEpisode]) -> list[str]:
-    """Say where a fold breaks what its recipe claims.
+def faults_of(fold: Fold, episodes: Mapping[str, SplitEpisode], crowded: Set[int] = frozenset()) -> list[str]:
+    """Return where a fold breaks what its recipe claims.
 
     Args:
         fold: One cut, of a recipe that is not leaky and holds something out.
         episodes: Every episode of the run by id, derived from its bundle.
+        crowded: Digests of proc rows that tell nothing (see `crowded_digests`).
     """
     where = f"{fold.recipe}-{fold.fold}"
     if strangers := sorted(set(fold.episodes) - set(episodes)):
@@ -25,21 +27,34 @@ def faults_of(fold: Fold, episodes: Mapping[str, SplitEpisode]) -> list[str]:
     tested = [episodes[i] for i in fold.ids(Part.TEST)]
     learnt = [episodes[i] for part in LEARNT for i in fold.ids(part)]
     found = [*_shared(tested, learnt, "session", lambda e: f"{e.host_id}/{e.session}")]
-    found += _shared(tested, learnt, "plan seed", lambda e: str(e.plan_seed))
-    found += _twins(tested, learnt)
+    found += _shared([e for e in tested if e.plan_seed], [e for e in learnt if e.plan_seed], "plan seed",
+                     lambda e: f"{e.host_id}/{e.plan_seed}")  # fmt: skip
+    found += _twins(tested, learnt, crowded)
     found += _halves(fold, episodes)
     for claim in CLAIMS.get(fold.recipe, ()):
         found += claim(tested, learnt)
     return [f"{where}: {words}" for words in found]
 
 
-def faults_over(folds: Sequence[Fold], episodes: Mapping[str, SplitEpisode]) -> list[str]:
-    """Say where the folds of a recipe do not together test each lab episode of known phase exactly once."""
+def faults_over(
+    folds: Sequence[Fold], episodes: Mapping[str, SplitEpisode], set_aside: Set[str] = frozenset()
+) -> list[str]:
+    """Return where the folds of a recipe do not together test each lab episode of known phase exactly once.
+
+    Args:
+        folds: Of one recipe.
+        episodes: Every episode of the run by id.
+        set_aside: Those that the recipe does without, by name.
+    """
     if not folds or folds[0].recipe not in PARTITIONS:
         return []
     tested = Counter(i for fold in folds for i in fold.ids(Part.TEST))
     wanted = sorted(e.episode_id for e in episodes.values() if e.role is Role.LAB and e.phases)
-    return [f"{folds[0].recipe}: {i} is tested {tested[i]} times, expected once" for i in wanted if tested[i] != 1]
+    return [
+        f"{folds[0].recipe}: {i} is tested {tested[i]} times, expected {expected}"
+        for i in wanted
+        if tested[i] != (expected := 0 if i in set_aside else 1)
+    ]
 
 
 def _shared(tested: Episodes, learnt: Episodes, what: str, key: Callable[[SplitEpisode], str]) -> Iterator[str]:
@@ -47,14 +62,29 @@ def _shared(tested: Episodes, learnt: Episodes, what: str, key: Callable[[SplitE
         yield f"{what} {value} is tested and was learnt from"
 
 
-def _twins(tested: Episodes, learnt: Episodes) -> Iterator[str]:
-    """Find runs that are one run under two names: half of the smaller sketch in common."""
-    sketches = [(e.episode_id, frozenset(e.proc_sketch)) for e in learnt]
-    for e in tested:
-        mine = frozenset(e.proc_sketch)
-        for other, theirs in sketches:
-            if mine and theirs and 2 * len(mine & theirs) >= min(len(mine), len(theirs)):
-                yield f"{e.episode_id} is tested and its near-duplicate {other} was learnt from"
+def _twins(tested: Episodes, learnt: Episodes, crowded: Set[int]) -> Iterator[str]:
+    """Find runs that are one run under two names: an equal sketch, or half of the smaller one in common."""
+    whole = {frozenset(e.proc_sketch): e.episode_id for e in tested if e.proc_sketch}
+    holders: dict[int, list[str]] = defaultdict(list)
+    size: dict[str, int] = {}
+    for sketch, i in whole.items():
+        size[i] = len(sketch - crowded)
+        for digest in sketch - crowded:
+            holders[digest].append(i)
+    for e in learnt:
+        if (same := whole.get(frozenset(e.proc_sketch))) is not None:
+            yield f"{same} is tested and its near-duplicate {e.episode_id} was learnt from"
+            continue
+        mine = set(e.proc_sketch) - crowded
+        for i, n in sorted(Counter(i for digest in mine for i in holders.get(digest, ())).items()):
+            if 2 * n >= min(len(mine), size[i]):
+                yield f"{i} is tested and its near-duplicate {e.episode_id} was learnt from"
+
+
+def crowded_digests(episodes: Iterable[SplitEpisode]) -> frozenset[int]:
+    """Return the digests that more than MAX_HOLDERS different sketches hold; they tell nothing about two of them."""
+    count = Counter(digest for sketch in {frozenset(e.proc_sketch) for e in episodes} for digest in sketch)
+    return frozenset(digest for digest, n in count.items() if n > MAX_HOLDERS)
 
 
 def _halves(fold: Fold, episodes: Mapping[str, SplitEpisode]) -> Iterator[str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from phasewatch.audit.checks import Check, collecting, judge, untested
-from phasewatch.audit.disjoint import faults_of, faults_over
+from phasewatch.audit.disjoint import crowded_digests, faults_of, faults_over
 from phasewatch.dataset import file_sha256
-from phasewatch.dataset.splits import read_episodes, read_folds
-from phasewatch.split import recipes
+from phasewatch.dataset.splits import read_episodes, read_folds, read_split_index
+from phasewatch.split import SetAside, SplitEpisode, recipes
+from phasewatch.vocab import Role
 
 REMADE = "remade-from-bundles"
 REMADE_PROMISE = "Verdicts, grids, features and splits are what the bundles give, byte for byte."
@@ -45,15 +47,27 @@ def check_disjoint(run: Path, episodes_from: Path) -> Check:
     faults: list[str] = []
     looked: list[str] = []
     with collecting(faults):
-        episodes = {e.episode_id: e for e in read_episodes(episodes_from)}
+        found = read_episodes(episodes_from)
+        episodes = {e.episode_id: e for e in found}
+        index = read_split_index(run)
+        if index.recipes and (there := read_split_index(episodes_from)).recipes and there != index:
+            faults.append("splits_v1.json sets other episodes aside than the bundles give")
+        crowded = _crowded(found, index.set_aside)
         for recipe in recipes.RECIPES:
             if recipe.leaky or recipe.name in NOTHING_HELD_OUT or not list(run.glob(f"splits/{recipe.name}-*.json")):
                 continue
             folds = read_folds(run, recipe.name)
             looked.append(f"{len(folds)} folds of {recipe.name}")
-            faults += faults_over(folds, episodes)
+            aside = {a.episode_id for a in index.set_aside if not a.recipes or recipe.name in a.recipes}
+            faults += faults_over(folds, episodes, aside)
             for fold in folds:
-                faults += faults_of(fold, episodes)
+                faults += faults_of(fold, episodes, crowded)
     if not looked and not faults:
         return untested(DISJOINT, DISJOINT_PROMISE, "the run has no split that holds something out")
     return judge(DISJOINT, DISJOINT_PROMISE, faults, looked_at=", ".join(looked))
+
+
+def _crowded(episodes: Sequence[SplitEpisode], aside: Sequence[SetAside]) -> frozenset[int]:
+    """Return the digests that tell nothing among the episodes that a split uses."""
+    odd = {a.episode_id for a in aside if not a.recipes}
+    return crowded_digests(e for e in episodes if e.role is Role.LAB and e.phases and e.episode_id not in odd)

@@ -19,9 +19,11 @@ from phasewatch.errors import RunError, StoreError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from phasewatch.split import SetAside
     from phasewatch.validate.verdict import Verdict
 
 CODES = "Exit codes: 0 done, 1 findings, 2 usage, 3 bad or absent data, 4 does not fit, 5 the machine."
+SHOWN = 20  # of a list that goes on in a file
 QUIET_S = 20.0  # without a terminal, a long stage says where it stands so often
 CHANNELS_HELP = "A TOML file with channels of your own; the run remembers it."
 CORPUS_VARIABLE = "PHASEWATCH_CORPUS"
@@ -73,6 +75,28 @@ def goes_with(option: str, partner: str, *, alone: bool) -> None:
 
     if alone:
         raise UsageError(f"{option} goes with {partner}; add it, or leave out {option}")
+
+
+def described_aside(aside: Sequence[SetAside]) -> list[dict[str, Any]]:
+    """Return the episodes that splits do without, as JSON."""
+    return [
+        {
+            "host_id": a.host_id, "episode_id": a.episode_id, "profile": a.profile, "code": str(a.code),
+            "recipes": list(a.recipes),
+        }
+        for a in aside
+    ]  # fmt: skip
+
+
+def aside_lines(aside: Sequence[SetAside]) -> list[str]:
+    """Return the first of them, a line each, and what their codes mean."""
+    lines = [
+        f"set aside: {a.host_id}/{a.episode_id} ({a.profile}) [{a.code}]{' for ' + ', '.join(a.recipes) if a.recipes else ''}"
+        for a in aside[:SHOWN]
+    ]
+    if len(aside) > SHOWN:
+        lines.append(f"… and {len(aside) - SHOWN:,} more; splits_v1.json has each")
+    return [*lines, *(f"  {code}: {code.about}" for code in dict.fromkeys(a.code for a in aside))]
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

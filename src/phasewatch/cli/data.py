@@ -12,7 +12,7 @@ from phasewatch.cli import base
 if TYPE_CHECKING:
     from phasewatch.validate.verdict import Examined
 
-SHOWN = 20  # refused bundles that are listed one by one
+SHOWN = base.SHOWN
 
 
 def register(app: typer.Typer) -> None:
@@ -204,6 +204,9 @@ def split(
 ) -> None:
     """Cut the run's episodes into train, validation and test, recipe by recipe, and prove that nothing overlaps.
 
+    An episode that would cost others a fold (a profile of a single episode, a name that cannot be a file, a copy of
+    another host's) is set aside and named.
+
     A recipe that cannot be built says what is missing; the others are built all the same, and one asked for by name
     ends with exit code 4.
 
@@ -215,9 +218,9 @@ def split(
 
     asked = () if recipes == "all" else base.names(recipes)
     with atomic.lock(base.need_run(run)):
-        built = stages.split(stages.Settings(store=run, run=run), asked)
-    folds = [fold for b in built if b.folds for fold in read_folds(run, b.recipe)]
-    lacking = [b for b in built if b.why]
+        index = stages.split(stages.Settings(store=run, run=run), asked)
+    folds = [fold for b in index.recipes if b.folds for fold in read_folds(run, b.recipe)]
+    lacking = [b for b in index.recipes if b.why]
     rows = [
         (
             f.recipe,
@@ -235,10 +238,14 @@ def split(
             {"recipe": f.recipe, "fold": f.fold, "sha256": f.sha256, "untested_profiles": f.untested_profiles} for f in folds
         ],
         "cannot_be_built": {b.recipe: b.why for b in lacking},
+        "set_aside": base.described_aside(index.set_aside),
     }  # fmt: skip
     base.answer(
         result, as_json=as_json,
-        lines=[*base.table(rows), *(f"cannot be built: {b.why}" for b in lacking), str(run / "splits")],
+        lines=[
+            *base.table(rows), *base.aside_lines(index.set_aside), *(f"cannot be built: {b.why}" for b in lacking),
+            str(run / "splits"),
+        ],
     )  # fmt: skip
     if any(b.recipe in asked for b in lacking):
         raise typer.Exit(4)

@@ -175,6 +175,9 @@ def run(
 ) -> None:
     """Take a store the whole way: validate, features, split, train, evaluate, report. Run again, it resumes.
 
+    Exit code 4 if a recipe that was asked for, or else the headline's (held_out_host), cannot be built from the store;
+    everything else is done all the same. Odd episodes are set aside by name.
+
     Example: phasewatch run my-store --out runs/mine
     """
     from phasewatch.stages import Settings
@@ -215,6 +218,7 @@ def demo(
 
 def _go(settings: Settings, *, as_json: bool, publish: str = "") -> None:
     from phasewatch import pipeline
+    from phasewatch.errors import SplitError
     from phasewatch.store.published import publish_run
 
     with base.progress(quiet=as_json) as tell:
@@ -226,5 +230,9 @@ def _go(settings: Settings, *, as_json: bool, publish: str = "") -> None:
     result = {
         "headline": done.headline, "report": str(done.report), "unchanged": done.is_unchanged,
         "stages": [{"stage": name, "fate": fate, "words": said} for name, fate, said in done.stages],
+        "set_aside": base.described_aside(done.set_aside), "cannot_be_built": {b.recipe: b.why for b in done.lacking},
     }  # fmt: skip
-    base.answer(result, as_json=as_json, lines=[*words, done.headline, str(done.report)])
+    lines = [*words, *base.aside_lines(done.set_aside), *(f"cannot be built: {b.why}" for b in done.lacking)]
+    base.answer(result, as_json=as_json, lines=[*lines, done.headline, str(done.report)])
+    if done.lacking:
+        raise typer.Exit(SplitError.exit_code)

@@ -2,11 +2,21 @@
 
 from phasewatch.dataset.run import file_sha256, read_schema
 from phasewatch.dataset.sets import Sets, Windows, WindowSet
-from phasewatch.dataset.splits import read_built, read_episodes, read_fold, read_folds, write_all_splits, write_splits
+from phasewatch.dataset.splits import (
+    SplitIndex,
+    read_built,
+    read_episodes,
+    read_fold,
+    read_folds,
+    read_split_index,
+    write_all_splits,
+    write_splits,
+)
 from phasewatch.dataset.windows import load, read_windows
 
 __all__ = [
     "Sets",
+    "SplitIndex",
     "WindowSet",
     "Windows",
     "file_sha256",
@@ -16,6 +26,7 @@ __all__ = [
     "read_fold",
     "read_folds",
     "read_schema",
+    "read_split_index",
     "read_windows",
     "write_all_splits",
     "write_splits",

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from phasewatch.errors import RunError
+from phasewatch.identity import find_taken_ids
 from phasewatch.vocab import PHASES, Origin, Role, SampleKind, Status
 
 FEATURES = "features_window_v1.parquet"
@@ -22,6 +23,7 @@ _VERDICT = (
     "episode_id", "host_id", "profile", "sample_name", "sample_kind", "origin", "role", "status", "session", "plan_seed",
     "agent", "proc_sketch", "started_wall_ns", "duration_s",
 )  # fmt: skip
+_NEIGHBOURS = "neighbours"  # an index of 0.2 and before has none
 
 
 class FeatureSchema(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,10 +52,13 @@ class RunEpisode:
     proc_sketch: tuple[int, ...]
     started_wall_ns: int
     duration_s: float
+    neighbours: tuple[str, ...] = ()
 
 
 def read_verdicts(run: Path, *, only: Iterable[str]) -> tuple[RunEpisode, ...]:
-    """Give the named episodes as the validator saw them, in the order (host, episode).
+    """Return the named episodes as the validator saw them, in the order (host, episode).
+
+    Of an id that several hosts hold, the row of the host that keeps it (`identity.find_taken_ids`).
 
     Raises:
         RunError: If one has no usable row, or two.
@@ -61,8 +66,10 @@ def read_verdicts(run: Path, *, only: Iterable[str]) -> tuple[RunEpisode, ...]:
     wanted = set(only)
     path = run / VALIDATION
     found: dict[str, RunEpisode] = {}
-    for row in read_table(path, _VERDICT, "validate").to_pylist():
-        if row["episode_id"] not in wanted or row["status"] not in (Status.ACCEPTED, Status.DEGRADED):
+    rows = _usable_rows(path)
+    taken = find_taken_ids((row["host_id"], row["episode_id"]) for row in rows)
+    for row in rows:
+        if row["episode_id"] not in wanted or (row["host_id"], row["episode_id"]) in taken:
             continue
         if row["episode_id"] in found:
             raise RunError(f"{path}: episode {row['episode_id']} is usable twice; ids must be unique in a store")
@@ -73,6 +80,23 @@ def read_verdicts(run: Path, *, only: Iterable[str]) -> tuple[RunEpisode, ...]:
             "the two are of different sweeps, run `phasewatch features` again"
         )
     return tuple(sorted(found.values(), key=lambda e: (e.host_id, e.episode_id)))
+
+
+def read_taken(run: Path) -> tuple[RunEpisode, ...]:
+    """Return the usable episodes that no file of the run may name, because another host holds an episode of their id."""
+    path = run / VALIDATION
+    rows = _usable_rows(path)
+    taken = find_taken_ids((row["host_id"], row["episode_id"]) for row in rows)
+    found = [_parse_verdict(row, path) for row in rows if (row["host_id"], row["episode_id"]) in taken]
+    return tuple(sorted(found, key=lambda e: (e.host_id, e.episode_id)))
+
+
+def _usable_rows(path: Path) -> list[dict[str, Any]]:
+    with open_parquet(path, "validate") as file:
+        there = file.schema_arrow.names
+        need_columns(path, there, _VERDICT, "validate")
+        rows = file.read(columns=[*_VERDICT, *([_NEIGHBOURS] if _NEIGHBOURS in there else [])]).to_pylist()
+    return [row for row in rows if row["status"] in (Status.ACCEPTED, Status.DEGRADED)]
 
 
 def read_schema(run: Path) -> FeatureSchema:
@@ -146,6 +170,7 @@ def _parse_verdict(row: Mapping[str, Any], path: Path) -> RunEpisode:
             proc_sketch=tuple(row["proc_sketch"] or ()),
             started_wall_ns=int(row["started_wall_ns"]),
             duration_s=float(row["duration_s"]),
+            neighbours=tuple(row.get(_NEIGHBOURS) or ()),
         )
     raise RunError(
         f"{path}: the row of episode {row['episode_id']} has a value that cannot be; run `phasewatch validate` again"

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
 from phasewatch import atomic, profiles
-from phasewatch.dataset.run import FEATURES, SPLITS, read_table, read_verdicts
+from phasewatch.dataset.run import FEATURES, SPLITS, read_table, read_taken, read_verdicts
 from phasewatch.errors import RunError, SplitError, UsageError
-from phasewatch.split import RECIPES, Fold, SplitEpisode, build_folds, parse_fold, recipe_of, render_fold
+from phasewatch.split import (
+    RECIPES,
+    AsideCode,
+    Fold,
+    RecipeSplit,
+    SetAside,
+    SplitEpisode,
+    SplitInput,
+    build_split,
+    parse_fold,
+    prepare,
+    recipe_of,
+    render_fold,
+)
 from phasewatch.vocab import PHASES
 
 INDEX = "splits_v1.json"
@@ -25,46 +38,83 @@ class Built(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     why: str = ""
 
 
-def write_all_splits(run: Path, recipes: Iterable[str]) -> tuple[Built, ...]:
+class SplitIndex(msgspec.Struct, frozen=True, kw_only=True):
+    """`splits_v1.json`: what became of each recipe, and the episodes that some or all of them do without.
+
+    Attributes:
+        set_aside: In the order of host and episode; absent from the file where there are none.
+    """
+
+    recipes: tuple[Built, ...] = ()
+    set_aside: tuple[SetAside, ...] = ()
+
+
+def write_all_splits(run: Path, recipes: Iterable[str]) -> SplitIndex:
     """Cut the run's episodes by each of the recipes; one that cannot be built costs no other.
 
     Recipes that the run has already are cut again with them, so that all that is there was made from these episodes.
-    What was built, and why something was not, stands in `splits_v1.json`.
+    What was built, why something was not, and which episodes were set aside stands in `splits_v1.json`.
     """
     asked = {recipe_of(name).name for name in recipes}
     names = [row.name for row in RECIPES if row.name in asked or any((run / SPLITS).glob(f"{row.name}-*.json"))]
-    episodes = read_episodes(run)
+    given = prepare(read_episodes(run))
     built: list[Built] = []
+    aside: list[SetAside] = [*given.odd, *_taken(run)]
     for name in names:
         try:
-            folds = _write(run, name, episodes)
+            made = _write(run, name, given)
         except SplitError as error:
             _remove(run, name, keep=set())
             built.append(Built(recipe=name, why=str(error)))
         else:
-            built.append(Built(recipe=name, folds=tuple(fold.fold for fold in folds)))
-    data = msgspec.json.format(msgspec.json.encode({"recipes": built}, order="sorted"), indent=1)
-    atomic.write_whole(run / INDEX, data + b"\n")
-    return tuple(built)
+            built.append(Built(recipe=name, folds=tuple(fold.fold for fold in made.folds)))
+            aside += made.set_aside
+    index = SplitIndex(recipes=tuple(built), set_aside=_merged(aside))
+    parts = {"recipes": index.recipes} | ({"set_aside": index.set_aside} if index.set_aside else {})
+    atomic.write_whole(run / INDEX, msgspec.json.format(msgspec.json.encode(parts, order="sorted"), indent=1) + b"\n")
+    return index
+
+
+def _taken(run: Path) -> list[SetAside]:
+    return [
+        SetAside(host_id=e.host_id, episode_id=e.episode_id, profile=e.profile, code=AsideCode.ID_TAKEN)
+        for e in read_taken(run)
+    ]
+
+
+def _merged(aside: Iterable[SetAside]) -> tuple[SetAside, ...]:
+    """Return each episode and code once, with all of its recipes."""
+    recipes: dict[tuple[str, str, str, AsideCode], list[str]] = {}
+    for a in aside:
+        recipes.setdefault((a.host_id, a.episode_id, a.profile, a.code), []).extend(a.recipes)
+    return tuple(
+        SetAside(host_id=host, episode_id=episode, profile=profile, code=code, recipes=tuple(of))
+        for (host, episode, profile, code), of in sorted(recipes.items())
+    )
 
 
 def read_built(run: Path) -> tuple[Built, ...]:
-    """Read `splits_v1.json`; nothing where there is none (splits written one recipe at a time).
+    """Read what became of each recipe; nothing where there is no index (splits written one recipe at a time).
+
+    Raises:
+        RunError: If `splits_v1.json` is not an index.
+    """
+    return read_split_index(run).recipes
+
+
+def read_split_index(run: Path) -> SplitIndex:
+    """Read `splits_v1.json`; empty where there is none.
 
     Raises:
         RunError: If it is not one.
     """
     path = run / INDEX
     if not path.is_file():
-        return ()
+        return SplitIndex()
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_Index).recipes
+        return msgspec.json.decode(path.read_bytes(), type=SplitIndex)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise RunError(f"{path}: not an index of splits: {exc}; make it again with `phasewatch split {run}`") from exc
-
-
-class _Index(msgspec.Struct, frozen=True):
-    recipes: tuple[Built, ...]
 
 
 def write_splits(run: Path, recipe: str) -> tuple[Fold, ...]:
@@ -73,16 +123,16 @@ def write_splits(run: Path, recipe: str) -> tuple[Fold, ...]:
     Raises:
         SplitError: If the recipe cannot be built from these episodes.
     """
-    return _write(run, recipe, read_episodes(run))
+    return _write(run, recipe, prepare(read_episodes(run))).folds
 
 
-def _write(run: Path, recipe: str, episodes: Sequence[SplitEpisode]) -> tuple[Fold, ...]:
-    folds = build_folds(recipe, episodes, profiles=tuple(p.name for p in profiles.PROFILES))
+def _write(run: Path, recipe: str, given: SplitInput) -> RecipeSplit:
+    made = build_split(recipe, given, profiles=tuple(p.name for p in profiles.PROFILES))
     atomic.make_folder(run / SPLITS)
-    for fold in folds:
+    for fold in made.folds:
         atomic.write_whole(fold_path(run, fold.recipe, fold.fold), render_fold(fold))
-    _remove(run, recipe, keep={fold_path(run, fold.recipe, fold.fold) for fold in folds})
-    return folds
+    _remove(run, recipe, keep={fold_path(run, fold.recipe, fold.fold) for fold in made.folds})
+    return made
 
 
 def _remove(run: Path, recipe: str, *, keep: set[Path]) -> None:
@@ -135,6 +185,7 @@ def read_episodes(run: Path) -> tuple[SplitEpisode, ...]:
             started_wall_ns=e.started_wall_ns,
             phases=tuple(p for p in PHASES if p.code in phases[e.episode_id]),
             duration_s=e.duration_s,
+            neighbours=e.neighbours,
         )
         for e in known
     )

@@ -34,7 +34,7 @@ from phasewatch.evaluate.said import Board, join, parse_boards
 from phasewatch.evaluate.scope import Place, Rules
 from phasewatch.evaluate.shift import Recorded
 from phasewatch.grid.files import INDEX as GRID_INDEX
-from phasewatch.grid.files import open_grids
+from phasewatch.grid.files import open_grids, rows_by_id
 from phasewatch.split import Fold, parse_fold
 from phasewatch.train.predictions import NO_FILTER, PREDICTIONS, read_table
 from phasewatch.vocab import SampleKind
@@ -199,5 +199,5 @@ def read_recorded(run: Path) -> dict[str, Recorded]:
         row.episode_id: Recorded(
             spans=row.spans, t0_ns=row.t0_ns, rates=grids.bins_of(row)[:, columns], group=group_of(row.profile, row.sample_name),
         )
-        for row in grids.rows
+        for row in rows_by_id(grids).values()
     }  # fmt: skip

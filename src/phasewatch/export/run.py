@@ -18,7 +18,7 @@ from phasewatch.errors import MismatchError, RunError, UsageError
 from phasewatch.export.edge import CARD, FORMAT, SCHEMA, EdgeHeader, EdgeModel, Trained, pack_edge
 from phasewatch.export.graph import check_parity, to_onnx
 from phasewatch.export.rules import render_rules, rules_of
-from phasewatch.grid.files import open_grids
+from phasewatch.grid.files import open_grids, rows_by_id
 from phasewatch.models import registry
 from phasewatch.models.base import Inputs, PhaseModel
 from phasewatch.models.checkpoint import HEADER, read_header
@@ -148,7 +148,7 @@ def trained_on(run: Path, recipe: str, fold: str) -> Trained:
     """Say who the models of a fold learnt from: train and validation."""
     cut = read_fold(run, recipe, fold)
     ids = {episode for episode, part in cut.episodes.items() if part in _LEARNT}
-    rows = [row for row in open_grids(run / "grids").rows if row.episode_id in ids]
+    rows = [row for episode, row in rows_by_id(open_grids(run / "grids")).items() if episode in ids]
     known = read_verdicts(run, only=ids)
     return Trained(
         hosts=tuple(sorted({e.host_id for e in known})),

@@ -28,6 +28,7 @@ from phasewatch.features.windows import (
     window_starts,
 )
 from phasewatch.grid.files import GridRow, Grids, map_bins, release
+from phasewatch.identity import find_taken_ids
 from phasewatch.vocab import Status
 from phasewatch.workers import Result, map_ordered
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 WINDOW_FILE, EPISODE_FILE = "features_window_v1.parquet", "features_episode_v1.parquet"
 SCHEMA_FILE = "feature_schema_v1.json"
 ROW_GROUP = 100_000
+ID_TAKEN = "episode-id-taken"
 
 ID_COLUMNS = ("episode_id", "host_id", "profile", "sample_name", "sample_kind", "origin", "role")
 _WINDOW_NUMBERS = {"t_center_s": "<f4", "t_center_ns": "<i8", "phase": "<i1", "purity": "<f4", "flags": "<u1"}
@@ -66,7 +68,8 @@ class FeatureCount:
         episodes: Rows of the episode table.
         windows: Rows of the window table.
         without_windows: Episodes too short for one window; each has its row in the episode table all the same.
-        left_out: Episodes with a grid that were not used, by their status.
+        left_out: Episodes with a grid that were not used, by their status; ``episode-id-taken`` where another host holds
+            an episode of the same id.
         unknown_windows: Windows whose phase nobody labelled; they are in the table, and in no split.
     """
 
@@ -133,11 +136,14 @@ def write_tables(
         spread: In how many processes it is computed.
     """
     wanted = {Status.ACCEPTED, Status.DEGRADED} if include_degraded else {Status.ACCEPTED}
+    taken = find_taken_ids(statuses)
     used: list[GridRow] = []
     left_out: dict[str, int] = {}
     for row in sorted(grids.rows, key=lambda r: (r.host_id, r.episode_id)):
         status = statuses.get((row.host_id, row.episode_id))
-        if status in wanted:
+        if (row.host_id, row.episode_id) in taken:
+            left_out[ID_TAKEN] = left_out.get(ID_TAKEN, 0) + 1
+        elif status in wanted:
             used.append(row)
         else:
             key = str(status) if status else "not listed"

@@ -19,6 +19,7 @@ from phasewatch.channels import CHANNELS, LEVELS
 from phasewatch.episode.model import Episode
 from phasewatch.errors import RunError
 from phasewatch.grid.align import Grid
+from phasewatch.identity import find_taken_ids
 from phasewatch.vocab import BIN_NS, Origin, Phase, Role, SampleKind
 
 if TYPE_CHECKING:
@@ -192,6 +193,12 @@ class Grids:
     def levels_of(self, row: GridRow) -> NDArray[np.float32]:
         """Give one episode's ``(n_bins, 13)`` view."""
         return self.levels[row.offset : row.offset + row.n_bins]
+
+
+def rows_by_id(grids: Grids) -> dict[str, GridRow]:
+    """Return each episode's row; of an id that several hosts hold, the row of the host that keeps it, if one does."""
+    taken = find_taken_ids((row.host_id, row.episode_id) for row in grids.rows)
+    return {row.episode_id: row for row in grids.rows if (row.host_id, row.episode_id) not in taken}
 
 
 def open_grids(folder: Path) -> Grids:

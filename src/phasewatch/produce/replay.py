@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from phasewatch.channels import CHANNELS
 from phasewatch.dataset.run import need_columns, open_parquet
 from phasewatch.errors import RunError
-from phasewatch.grid.files import GridRow, open_grids
+from phasewatch.grid.files import GridRow, open_grids, rows_by_id
 from phasewatch.live.events import Data, PhaseSeen, Telemetry
 from phasewatch.models.alarm import DECISION_NS, NEVER, AlarmRule, heat_of, run_alarm
 from phasewatch.models.checkpoint import HEADER, read_header
@@ -108,7 +108,7 @@ def read_recordings(run: Path, episodes: Sequence[str], choice: Choice = Choice(
     """
     table = _read(run, choice)
     grids = open_grids(run / "grids")
-    rows = {row.episode_id: row for row in grids.rows}
+    rows = rows_by_id(grids)
     ids = np.asarray(table.column("episode_id").to_pylist())
     found = []
     for episode in episodes:

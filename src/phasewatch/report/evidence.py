@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.audit.checks import Audit
+from phasewatch.dataset import SplitIndex
 from phasewatch.errors import RunError
 from phasewatch.evaluate.rows import METRICS, Headline, Metrics
 from phasewatch.split import Coverage, Fold
@@ -126,6 +127,7 @@ class Evidence:
     digests: Mapping[str, str]
     notes: tuple[str, ...]
     audit: Audit | None = None
+    splits: SplitIndex = field(default_factory=SplitIndex)
 
 
 def parse_predictions(table: Any) -> Predictions:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from phasewatch.dataset import SplitIndex
 from phasewatch.report import figures
 from phasewatch.report.blocks import Block, Section, Table, count, listed
 from phasewatch.report.evidence import (
@@ -31,6 +32,7 @@ def grounds(evidence: Evidence, windows: Scored | None, origin: str) -> Section:
         points=caveats(evidence, windows, origin),
         blocks=(
             _coverage(evidence.folds, windows),
+            *_set_aside(evidence.splits),
             _ledger(evidence, origin),
             _reasons(evidence.bundles),
             audit_block(evidence.audit),
@@ -139,6 +141,37 @@ def _coverage(folds: Sequence[Fold], windows: Scored | None) -> Block:
         sentences=tuple(said),
         table=Table(columns=columns, numeric=(False, False, True, True), rows=tuple(body)),
         command=command,
+    )
+
+
+def _set_aside(splits: SplitIndex) -> tuple[Block, ...]:
+    """Build the list of episodes that splits do without; nothing where there are none."""
+    if not splits.set_aside:
+        return ()
+    groups: dict[tuple[str, str, str, str], list[str]] = {}
+    for a in splits.set_aside:
+        groups.setdefault((a.host_id, a.profile, a.code, listed(a.recipes) or "all"), []).append(a.episode_id)
+    codes = list(dict.fromkeys(a.code for a in splits.set_aside))
+    body = tuple(
+        (host, profile, code, recipes, str(len(ids)), f"{ids[0]}{' …' if len(ids) > 1 else ''}")
+        for (host, profile, code, recipes), ids in sorted(groups.items())
+    )
+    return (
+        Block(
+            key="set-aside",
+            title="Episodes set aside",
+            sentences=(
+                f"{count(len({a.episode_id for a in splits.set_aside}), 'episode')} in no fold of some or all recipes; "
+                "`splits_v1.json` names each.",
+                *(f"{code}: {code.about}." for code in codes),
+            ),
+            table=Table(
+                columns=("host", "profile", "reason", "recipes", "episodes", "first of them"),
+                numeric=(False, False, False, False, True, False),
+                rows=body,
+            ),
+            command="phasewatch split RUN",
+        ),
     )
 
 

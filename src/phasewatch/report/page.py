@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from phasewatch.atomic import write_whole
 from phasewatch.audit.checks import AUDIT
 from phasewatch.audit.run import read_audit
+from phasewatch.dataset import SplitIndex, read_split_index
 from phasewatch.errors import MissingTool, RunError, UsageError
 from phasewatch.evaluate.rows import METRICS, parse_metrics
 from phasewatch.report import evidence as ev
@@ -88,6 +89,11 @@ def read_evidence(run: Path) -> ev.Evidence:
             notes.append(str(exc))
     if not (metrics or predictions or bundles or stages or schema or folds):
         raise RunError(f"{run}: nothing of a run can be read here; `phasewatch run STORE --out {run}` makes one")
+    splits = SplitIndex()
+    try:
+        splits = read_split_index(run)
+    except (RunError, OSError) as exc:
+        notes.append(str(exc))
     digests = _digests(run)
     if metrics is not None:
         notes += ev.stale(
@@ -108,6 +114,7 @@ def read_evidence(run: Path) -> ev.Evidence:
         digests=digests,
         notes=tuple(notes),
         audit=audit,
+        splits=splits,
     )
 
 

@@ -7,63 +7,148 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from phasewatch.errors import SplitError
-from phasewatch.split.claims import MIN_EPISODES, assert_fold, assert_partition
+from phasewatch.split.aside import MIN_EPISODES, AsideCode, SetAside, find_odd, is_enough, set_aside
+from phasewatch.split.claims import assert_fold, assert_partition
 from phasewatch.split.fold import VERSION, Coverage, Deal, Fold, Part, SplitEpisode, digest_of
-from phasewatch.split.recipes import Cut, Recipe, Validation, order_of, recipe_of
+from phasewatch.split.near import NearDuplicates, near_duplicates
+from phasewatch.split.recipes import Cut, Recipe, Validation, order_of_sitting, recipe_of
 from phasewatch.vocab import PHASES, Phase, Role
 
 VALIDATION_SHARE = 0.15  # of the other sessions, where no host can be spared (DESIGN section 7)
 DRIFT_DAYS = 7  # a store that spans less shows no drift
 _DAY_NS = 86_400 * 10**9
 
+Sitting = tuple[str, str]  # session and host
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitInput:
+    """The episodes that a split can use, compared with each other once for all recipes.
+
+    Attributes:
+        lab: Of role `lab` and of a known phase, in the order (host, episode).
+        odd: Those that no recipe uses, by name.
+    """
+
+    lab: tuple[SplitEpisode, ...]
+    odd: tuple[SetAside, ...]
+    near: NearDuplicates
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeSplit:
+    """The folds of a recipe, and the episodes that this recipe alone sets aside."""
+
+    folds: tuple[Fold, ...]
+    set_aside: tuple[SetAside, ...]
+
+
+class _Untaught(Exception):
+    """Some profiles are too rare in the train set of a fold; `these` are the episodes to blame, `words` the first fold's."""
+
+    def __init__(self, these: Mapping[str, AsideCode], words: str) -> None:
+        super().__init__(words)
+        self.these, self.words = these, words
+
 
 def build_folds(recipe: str, episodes: Iterable[SplitEpisode], *, profiles: Sequence[str]) -> tuple[Fold, ...]:
+    """Cut episodes into the folds of a recipe; see `build_split`, which also names what was set aside."""
+    return build_split(recipe, prepare(episodes), profiles=profiles).folds
+
+
+def prepare(episodes: Iterable[SplitEpisode]) -> SplitInput:
+    """Choose what can be split and find near-duplicates in it.
+
+    Args:
+        episodes: All episodes of the run in any order; those that are not `lab` or of no known phase are passed over.
+
+    Raises:
+        SplitError: If an episode stands twice.
+    """
+    lab = sorted((e for e in episodes if e.role is Role.LAB and e.phases), key=lambda e: (e.host_id, e.episode_id))
+    if repeated := [i for i, n in Counter(e.episode_id for e in lab).items() if n > 1]:
+        raise SplitError(f"episode {repeated[0]} stands twice; an episode is in exactly one set")
+    odd = find_odd(lab)
+    ids = {o.episode_id for o in odd}
+    usable = join_neighbours([e for e in lab if e.episode_id not in ids])
+    return SplitInput(lab=usable, odd=odd, near=near_duplicates(usable))
+
+
+def join_neighbours(lab: Sequence[SplitEpisode]) -> tuple[SplitEpisode, ...]:
+    """Let sessions of two hosts be one where their episodes name each other as neighbours.
+
+    One side alone can claim to have run beside anything, so both must say it, and give the session the same name.
+    """
+    known = {e.episode_id: e for e in lab}
+    leader: dict[Sitting, Sitting] = {e.sitting: e.sitting for e in lab}
+
+    def find(sitting: Sitting) -> Sitting:
+        while leader[sitting] != sitting:
+            leader[sitting] = sitting = leader[leader[sitting]]
+        return sitting
+
+    for e in lab:
+        for other in (known[i] for i in e.neighbours if i in known):
+            if other.session == e.session and e.episode_id in other.neighbours:
+                first, second = sorted((find(e.sitting), find(other.sitting)))
+                leader[second] = first
+    return tuple(replace(e, side_by_side=find(e.sitting)[1]) for e in lab)
+
+
+def build_split(recipe: str, given: SplitInput, *, profiles: Sequence[str]) -> RecipeSplit:
     """Cut episodes into the folds of a recipe.
+
+    An episode that would keep a fold from being built is set aside for this recipe, and the recipe is built without it,
+    as long as that leaves benign episodes and half of the hosts on which anything malicious ran.
 
     Args:
         recipe: A name of RECIPES.
-        episodes: All episodes of the run in any order; those that are not `lab` or of no known phase are passed over.
+        given: What `prepare` chose.
         profiles: All profiles that are registered; those without a test episode are named in each fold.
 
     Raises:
         SplitError: If the recipe cannot be built; it says which profile, host or session is missing.
     """
-    row = recipe_of(recipe)
-    lab = sorted((e for e in episodes if e.role is Role.LAB and e.phases), key=lambda e: (e.host_id, e.episode_id))
-    if not lab:
-        raise SplitError(f"{recipe}: there is no lab episode of known phase; record some with `phasewatch record`")
-    if repeated := [i for i, n in Counter(e.episode_id for e in lab).items() if n > 1]:
-        raise SplitError(f"{recipe}: episode {repeated[0]} stands twice; an episode is in exactly one set")
+    row, lab = recipe_of(recipe), given.lab
+    aside: dict[str, AsideCode] = {}
+    while True:
+        kept = [e for e in lab if e.episode_id not in aside]
+        if not kept:
+            words = f" besides {len(given.odd)} that are set aside" if given.odd else ""
+            raise SplitError(
+                f"{recipe}: there is no lab episode of known phase{words}; record some with `phasewatch record`"
+            )
+        try:
+            folds = _build(row, kept, given.near, profiles)
+        except _Untaught as untaught:
+            aside |= untaught.these
+            if not untaught.these or not is_enough(lab, aside):
+                raise SplitError(untaught.words) from None
+        else:
+            named = [
+                replace(set_aside(e, aside[e.episode_id]), recipes=(recipe,)) for e in lab if e.episode_id in aside
+            ]
+            return RecipeSplit(folds=folds, set_aside=tuple(sorted(named)))
+
+
+def _build(row: Recipe, lab: Sequence[SplitEpisode], near: NearDuplicates, profiles: Sequence[str]) -> tuple[Fold, ...]:
     cuts = row.cut(lab)
     if row.by_window:
         return tuple(_deal_fold(row, cut, Deal(number=i, of=len(cuts)), lab, profiles) for i, cut in enumerate(cuts))
     whole = assert_partition(row, cuts, lab)
-    maker = _Maker(row=row, lab=lab, near=near_duplicates(lab), profiles=profiles, whole=whole)
-    return tuple(maker.make(cut) for cut in cuts)
-
-
-def near_duplicates(episodes: Sequence[SplitEpisode]) -> Mapping[str, frozenset[str]]:
-    """Name each episode's near-duplicates: equal `plan_seed`, or half of the smaller `proc_sketch` in common."""
-    sketches = {e.episode_id: frozenset(e.proc_sketch) for e in episodes}
-    holders: dict[int, list[str]] = defaultdict(list)
-    for e in episodes:
-        for digest in sketches[e.episode_id]:
-            holders[digest].append(e.episode_id)
-    shared: Counter[tuple[str, str]] = Counter()
-    for ids in holders.values():
-        shared.update((a, b) for i, a in enumerate(ids) for b in ids[i + 1 :])
-    found: dict[str, set[str]] = defaultdict(set)
-    for (a, b), n in shared.items():
-        if 2 * n >= min(len(sketches[a]), len(sketches[b])):
-            found[a].add(b)
-            found[b].add(a)
-    by_seed: dict[int, list[str]] = defaultdict(list)
-    for e in episodes:
-        by_seed[e.plan_seed].append(e.episode_id)
-    for ids in by_seed.values():
-        for i in ids:
-            found[i].update(j for j in ids if j != i)
-    return {i: frozenset(others) for i, others in found.items() if others}
+    maker = _Maker(row=row, lab=lab, near=near, profiles=profiles, whole=whole)
+    folds: list[Fold] = []
+    blamed: dict[str, AsideCode] = {}
+    words = ""
+    for cut in cuts:
+        try:
+            folds.append(maker.make(cut))
+        except _Untaught as untaught:
+            blamed |= untaught.these
+            words = words or untaught.words
+    if words:
+        raise _Untaught(blamed, words)
+    return tuple(folds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,13 +157,13 @@ class _Maker:
 
     row: Recipe
     lab: Sequence[SplitEpisode]
-    near: Mapping[str, frozenset[str]]
+    near: NearDuplicates
     profiles: Sequence[str]
     whole: tuple[str, ...]
 
     def make(self, cut: Cut) -> Fold:
         row, lab = self.row, self.lab
-        embargoed = _embargo(cut, lab, self.near)
+        embargoed, twins = _embargo(cut, lab, self.near)
         out = {*cut.test, *embargoed, *cut.excluded}
         rest = [e for e in lab if e.episode_id not in out]
         wanted = {e.profile for e in lab} - cut.untaught
@@ -88,7 +173,7 @@ class _Maker:
                 f"{row.name}, fold {cut.fold}: validation needs 2 sessions outside the test set and found {len(chosen)}; "
                 "record more sessions"
             )
-        half_a = set(sorted(chosen, key=lambda s: order_of("half", s))[::2])
+        half_a = set(sorted(chosen, key=lambda s: order_of_sitting("half", s))[::2])
         parts = (
             dict.fromkeys(cut.excluded, Part.EXCLUDED)
             | dict.fromkeys(embargoed, Part.EMBARGOED)
@@ -96,13 +181,14 @@ class _Maker:
         )
         for e in rest:
             parts[e.episode_id] = (
-                Part.TRAIN if e.session not in chosen else Part.VAL_A if e.session in half_a else Part.VAL_B
+                Part.TRAIN if e.sitting not in chosen else Part.VAL_A if e.sitting in half_a else Part.VAL_B
             )
         if lacking := _lacking(wanted, [e for e in rest if parts[e.episode_id] is Part.TRAIN]):
             words = ", ".join(f"{p} has {n}" for p, n in lacking.items())
-            raise SplitError(
+            raise _Untaught(
+                _to_blame(lab, lacking, twins),
                 f"{row.name}, fold {cut.fold}: each profile needs {MIN_EPISODES} episodes in train, but {words}; "
-                f"record more episodes of them{_elsewhere(row)}"
+                f"record more episodes of them{_elsewhere(row)}",
             )
         return _seal(
             Fold(
@@ -123,15 +209,15 @@ class _Maker:
             )
         )
 
-    def _choose(self, cut: Cut, rest: Sequence[SplitEpisode], wanted: set[str]) -> tuple[str, set[str]]:
-        """Say who validates, and give their sessions."""
+    def _choose(self, cut: Cut, rest: Sequence[SplitEpisode], wanted: set[str]) -> tuple[str, set[Sitting]]:
+        """Return who validates, and their sessions."""
         if self.row.validation is Validation.FOLD:
-            return "fold", {e.session for e in rest if e.episode_id in cut.next}
+            return "fold", {e.sitting for e in rest if e.episode_id in cut.next}
         if self.row.validation is Validation.LAST:
             return "last", _last_sessions(rest)
         if self.row.validation is Validation.HOST:
             spared = _next_host({e.host_id for e in self.lab if e.episode_id in cut.test}, rest)
-            its_sessions = {e.session for e in rest if e.host_id == spared}
+            its_sessions = {e.sitting for e in rest if e.host_id == spared}
             # With few hosts or runs it may be all that could teach a profile; then sessions validate.
             if len(its_sessions) >= 2 and not _lacking(wanted, [e for e in rest if e.host_id != spared]):
                 return f"host:{spared}", its_sessions
@@ -164,39 +250,64 @@ def _seal(fold: Fold) -> Fold:
     return replace(fold, sha256=digest_of(fold))
 
 
-def _embargo(cut: Cut, lab: Sequence[SplitEpisode], near: Mapping[str, frozenset[str]]) -> dict[str, str]:
-    """Say of each episode that the recipe would let be learnt from and that stands too near to the test set, why."""
-    tested_sessions = {e.session for e in lab if e.episode_id in cut.test}
+def _embargo(cut: Cut, lab: Sequence[SplitEpisode], near: NearDuplicates) -> tuple[dict[str, str], Mapping[str, str]]:
+    """Return why each episode that the recipe would let be learnt from stands too near to the test set.
+
+    Also returns the near-duplicate in the test set of those that have one.
+    """
+    tested = {e.sitting for e in lab if e.episode_id in cut.test}
+    others = [e for e in lab if e.episode_id not in cut.test and e.episode_id not in cut.excluded]
+    twins = near.find_twins([e.episode_id for e in others if e.sitting not in tested], cut.test)
     why: dict[str, str] = {}
-    for e in lab:
-        if e.episode_id in cut.test or e.episode_id in cut.excluded:
-            continue
-        if e.session in tested_sessions:
+    for e in others:
+        if e.sitting in tested:
             why[e.episode_id] = f"shares session {e.session} with the test set"
-        elif twins := near.get(e.episode_id, frozenset()) & cut.test:
-            why[e.episode_id] = f"near-duplicate of {min(twins)} in the test set"
-    return why
+        elif e.episode_id in twins:
+            why[e.episode_id] = f"near-duplicate of {twins[e.episode_id]} in the test set"
+    return why, twins
+
+
+def _to_blame(
+    lab: Sequence[SplitEpisode], lacking: Mapping[str, int], twins: Mapping[str, str]
+) -> dict[str, AsideCode]:
+    """Return the episodes without which no profile is lacking: copies on another host in the test set, else the profile's.
+
+    A profile that only lacks because another host's test set holds copies of it is not to blame.
+    """
+    of = {e.episode_id: e for e in lab}
+    blamed: dict[str, AsideCode] = {}
+    for profile in lacking:
+        copied = {twin for i, twin in twins.items() if of[i].profile == profile and of[twin].host_id != of[i].host_id}
+        if copied:
+            blamed |= dict.fromkeys(copied, AsideCode.COPY)
+        else:
+            blamed |= {e.episode_id: AsideCode.NOT_IN_TRAIN for e in lab if e.profile == profile}
+    return blamed
 
 
 def _next_host(tested: set[str], rest: Sequence[SplitEpisode]) -> str | None:
-    """Give the host after the tested one in sorted order, round the end; None when there is no other."""
-    others = sorted({e.host_id for e in rest} - tested)
+    """Return the host after the tested one in sorted order, round the end; None when there is no other.
+
+    A host of a single session cannot validate: it is passed over, unless all are.
+    """
+    sessions = {h: len({e.sitting for e in rest if e.host_id == h}) for h in {e.host_id for e in rest} - tested}
+    others = sorted(h for h, n in sessions.items() if n >= 2) or sorted(sessions)
     if not others:
         return None
     return next((h for h in others if h > max(tested)), others[0])
 
 
-def _share_of_sessions(rest: Sequence[SplitEpisode]) -> set[str]:
+def _share_of_sessions(rest: Sequence[SplitEpisode]) -> set[Sitting]:
     """Choose 15 % of the sessions by hash, at least one for each half."""
-    sessions = sorted({e.session for e in rest}, key=lambda s: order_of("validation", s))
+    sessions = sorted({e.sitting for e in rest}, key=lambda s: order_of_sitting("validation", s))
     return set(sessions[: max(2, round(VALIDATION_SHARE * len(sessions)))])
 
 
-def _last_sessions(rest: Sequence[SplitEpisode]) -> set[str]:
+def _last_sessions(rest: Sequence[SplitEpisode]) -> set[Sitting]:
     """Choose the 15 % of the sessions that began last, at least one for each half."""
-    began: dict[str, int] = {}
+    began: dict[Sitting, int] = {}
     for e in rest:
-        began[e.session] = min(e.started_wall_ns, began.get(e.session, e.started_wall_ns))
+        began[e.sitting] = min(e.started_wall_ns, began.get(e.sitting, e.started_wall_ns))
     sessions = sorted(began, key=lambda s: (-began[s], s))
     return set(sessions[: max(2, round(VALIDATION_SHARE * len(sessions)))])
 

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from phasewatch.errors import SplitError
+from phasewatch.split.aside import MIN_EPISODES
 from phasewatch.split.fold import Part, SplitEpisode
+from phasewatch.split.near import NO_SEED
 from phasewatch.split.recipes import APART, Cut, Recipe, Validation
 
-MIN_EPISODES = 2  # of each profile in train; with fewer a model has seen one run, not a profile
 LEARNT = (Part.TRAIN, Part.VAL_A, Part.VAL_B)
 
 
@@ -37,15 +38,14 @@ def assert_fold(
     """
     of_part = {part: [e for e in lab if parts[e.episode_id] is part] for part in Part}
     learnt, tested = [e for part in LEARNT for e in of_part[part]], of_part[Part.TEST]
-    sessions = [{e.session for e in of_part[part]} for part in (*LEARNT, Part.TEST)]
+    sessions = [{e.sitting for e in of_part[part]} for part in (*LEARNT, Part.TEST)]
     claims = {
         "every episode is in exactly one set": len(parts) == len(lab),
         "the test set is not empty" if row.tests else "nothing is tested": bool(tested) is row.tests,
         "train, validation A and validation B are not empty": all(of_part[part] for part in LEARNT),
         "train, validation A, validation B and test share no session": sum(map(len, sessions))
         == len(set().union(*sessions)),
-        "no plan seed of the test set was learnt from": not {e.plan_seed for e in learnt}
-        & {e.plan_seed for e in tested},
+        "no plan seed of the test set was learnt from": not _seeds(learnt) & _seeds(tested),
         f"each profile that is not held out has at least {MIN_EPISODES} episodes in train": True,  # refused before, by name
     }
     for what in row.apart:
@@ -61,3 +61,8 @@ def assert_fold(
     if broken := [words for words, holds in claims.items() if not holds]:
         raise SplitError(f"{row.name}: not so: {'; '.join(broken)}")
     return tuple(claims)
+
+
+def _seeds(episodes: Sequence[SplitEpisode]) -> set[tuple[str, int]]:
+    """Return the plan seeds, each with its host: two hosts that name one number have planned nothing together."""
+    return {(e.host_id, e.plan_seed) for e in episodes if e.plan_seed != NO_SEED}

@@ -35,7 +35,10 @@ class SplitEpisode:
     """What a split needs to know of an episode.
 
     Attributes:
-        session: Episodes of one session ran on one machine at the same time.
+        session: Episodes of one session of one host ran at the same time; another host's session of that name is another.
+        neighbours: Ids of the episodes that ran beside it, as its manifest says.
+        side_by_side: The host by which its session goes, if its host recorded it together with others (see
+            `join_neighbours`); its own host otherwise.
         proc_sketch: The smallest digests of its distinct proc rows; two runs that share half of them are one run.
         phases: The known phases that its windows have; an episode without any is in no set.
     """
@@ -53,6 +56,13 @@ class SplitEpisode:
     started_wall_ns: int
     phases: tuple[Phase, ...]
     duration_s: float = 0.0
+    neighbours: tuple[str, ...] = ()
+    side_by_side: str = ""
+
+    @property
+    def sitting(self) -> tuple[str, str]:
+        """Session and host: what may not be torn apart."""
+        return self.session, self.side_by_side or self.host_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

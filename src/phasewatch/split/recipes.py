@@ -79,6 +79,12 @@ def order_of(purpose: str, name: str) -> str:
     return hashlib.sha256(f"{purpose}|{name}".encode()).hexdigest()
 
 
+def order_of_sitting(purpose: str, sitting: tuple[str, str]) -> tuple[str, str]:
+    """Return a place in that order for a session of a host; another host's session of the same name stands beside it."""
+    session, host = sitting
+    return order_of(purpose, session), host
+
+
 def hosts_of(episodes: Episodes) -> list[str]:
     """Name the hosts, sorted."""
     return sorted({e.host_id for e in episodes})
@@ -134,12 +140,15 @@ def _one_cut_in_time(episodes: Episodes) -> tuple[Cut, ...]:
     if not last:
         raise SplitError(f"held_out_time: needs at least 3 lab episodes, found {len(by_time)}; record more")
     cut_ns = by_time[-last].started_wall_ns
-    longest_ns = round(max(e.duration_s for e in episodes) * 1e9)
+    # Of each host its own: one very long episode must not empty the others' training set.
+    longest_ns = {
+        host: round(max(e.duration_s for e in episodes if e.host_id == host) * 1e9) for host in hosts_of(episodes)
+    }
     test = frozenset(e.episode_id for e in episodes if e.started_wall_ns >= cut_ns)
     near = {
         e.episode_id: "began less than the longest episode before the cut"
         for e in episodes
-        if cut_ns - longest_ns < e.started_wall_ns < cut_ns
+        if cut_ns - longest_ns[e.host_id] < e.started_wall_ns < cut_ns
     }
     return (Cut(fold="last", test=test, excluded=near),)
 
@@ -149,11 +158,6 @@ def _one_profile_each(episodes: Episodes) -> tuple[Cut, ...]:
     if len(malicious) < 2:
         raise SplitError(
             f"held_out_profile: needs lab episodes of at least 2 malicious profiles, found {len(malicious)}; record others"
-        )
-    # Profiles come from manifests, in which any text may stand; a fold is a file, and a folder of models.
-    if odd := [p for p in malicious if "/" in p or p in (".", "..")]:
-        raise SplitError(
-            f"held_out_profile: profile {odd[0]!r} cannot name a fold's file; record it under a name without a slash"
         )
     return tuple(Cut(fold=p, test=test, untaught=frozenset({p})) for p, test in malicious.items())
 
@@ -170,9 +174,9 @@ def _count_hosts(episodes: Episodes, recipe: str) -> int:
 
 def _as_many_as_hosts(episodes: Episodes) -> tuple[Cut, ...]:
     count = _count_hosts(episodes, "in_distribution")
-    sessions = sorted({e.session for e in episodes}, key=lambda s: order_of("in_distribution", s))
-    of = {session: i % count for i, session in enumerate(sessions)}
-    tests = [frozenset(e.episode_id for e in episodes if of[e.session] == k) for k in range(count)]
+    sittings = sorted({e.sitting for e in episodes}, key=lambda s: order_of_sitting("in_distribution", s))
+    of = {sitting: i % count for i, sitting in enumerate(sittings)}
+    tests = [frozenset(e.episode_id for e in episodes if of[e.sitting] == k) for k in range(count)]
     return tuple(Cut(fold=f"fold-{k}", test=test, next=tests[(k + 1) % count]) for k, test in enumerate(tests))
 
 

@@ -43,7 +43,7 @@ def read_index(path: Path) -> tuple[Verdict, ...]:
 
     try:
         with pq.ParquetFile(path) as file:
-            if file.schema_arrow.names != _schema().names:
+            if file.schema_arrow.names not in (_schema().names, _schema().names[:-1]):  # an older one has no neighbours
                 raise ValueError("its columns are not an index's")
             # A little at a time: as a dict of its own each, the rows of a large index would take more than the verdicts.
             batches = file.iter_batches(batch_size=1_000, use_threads=False)
@@ -89,6 +89,7 @@ def _schema() -> pa.Schema:
             *((f"rows_{source}", pa.int64()) for source in Source), *((f"lost_{source}", pa.int64()) for source in Source),
             *((f"s_{phase}", pa.float64()) for phase in PHASES),
             ("vcpu_wait", pa.float64()), ("duplicate_of", pa.string()), ("flags", pa.uint8()),
+            ("neighbours", pa.list_(pa.string())),
         ]
     )  # fmt: skip
 
@@ -100,6 +101,7 @@ def _columns(verdicts: Sequence[Verdict]) -> dict[str, list[Any]]:
     columns["status"] = [str(v.status) for v in verdicts]
     columns["reasons"] = [list(v.reasons) for v in verdicts]
     columns["proc_sketch"] = [list(v.proc_sketch) for v in verdicts]
+    columns["neighbours"] = [list(v.neighbours) for v in verdicts]
     columns["vcpu_wait"] = [None if math.isnan(v.vcpu_wait) else v.vcpu_wait for v in verdicts]
     for i, source in enumerate(Source):
         columns[f"rows_{source}"] = [v.rows[i] for v in verdicts]
@@ -114,6 +116,7 @@ def _verdict(row: dict[str, Any]) -> Verdict:
         **{name: row[name] for name in ("path", "episode_id", "host_id", *_TEXT, "plan_seed", "agent", "detail", "sha256",
                                         "telemetry_sha256", "bytes", "started_wall_ns", "duration_s", "duplicate_of", "flags")},
         status=Status(row["status"]), reasons=tuple(row["reasons"]), proc_sketch=tuple(row["proc_sketch"]),
+        neighbours=tuple(row.get("neighbours") or ()),
         vcpu_wait=math.nan if row["vcpu_wait"] is None else row["vcpu_wait"],
         rows=tuple(row[f"rows_{source}"] for source in Source), lost=tuple(row[f"lost_{source}"] for source in Source),
         seconds=tuple(row[f"s_{phase}"] for phase in PHASES),

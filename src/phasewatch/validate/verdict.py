@@ -71,6 +71,7 @@ class Verdict:
     vcpu_wait: float
     duplicate_of: str
     flags: int
+    neighbours: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -181,7 +182,7 @@ def _judged(
         telemetry_sha256=telemetry_sha256(episode), proc_sketch=proc_sketch(episode), bytes=size,
         started_wall_ns=manifest.started_wall_ns, duration_s=manifest.duration_s,
         rows=_rows(manifest), lost=_lost(manifest), seconds=_seconds(episode),
-        vcpu_wait=gates.vcpu_wait_cores(episode), duplicate_of="", flags=flags,
+        vcpu_wait=gates.vcpu_wait_cores(episode), duplicate_of="", flags=flags, neighbours=manifest.neighbours,
     )  # fmt: skip
 
 

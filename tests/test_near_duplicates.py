@@ -1,0 +1,75 @@
+"""The search for near-duplicates: what it finds, and that no host can make it long."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+from dataclasses import replace
+
+import pytest
+from tests.split_episodes import episode
+
+from phasewatch.split import SplitEpisode, near_duplicates
+from phasewatch.split.near import MAX_HOLDERS, find_copies
+
+SKETCH = tuple(range(64))
+
+
+def alike(count: int, sketch: object = None) -> list[SplitEpisode]:
+    """Many episodes of one host, each with the sketch that a function gives its number, or all with the same."""
+    made = [replace(episode(n, "evil"), episode_id=f"e{n:06}", plan_seed=n + 1) for n in range(count)]
+    return [replace(e, proc_sketch=sketch(n) if callable(sketch) else SKETCH) for n, e in enumerate(made)]
+
+
+def half_alike(number: int) -> tuple[int, ...]:
+    """Half of the digests are everybody's."""
+    return (*SKETCH[:32], *range(1000 + 32 * number, 1032 + 32 * number))
+
+
+def chained(number: int) -> tuple[int, ...]:
+    """Each shares its digests with as many neighbours as may hold one."""
+    return tuple(range(8 * number, 8 * number + 64))
+
+
+def test_episodes_of_an_equal_sketch_are_one_however_many_they_are() -> None:
+    near = near_duplicates(alike(MAX_HOLDERS + 5))
+
+    assert near.find_twins(["e000020"], frozenset({"e000003", "e000007"})) == {"e000020": "e000003"}
+
+
+@pytest.mark.parametrize(("holders", "is_found"), [(MAX_HOLDERS, True), (MAX_HOLDERS + 1, False)])
+def test_a_digest_that_many_sketches_hold_says_nothing(holders: int, is_found: bool) -> None:
+    near = near_duplicates(alike(holders, half_alike))
+
+    assert bool(near.find_twins(["e000001"], frozenset({"e000002"}))) is is_found
+
+
+def test_two_runs_that_are_one_are_found_also_among_digests_that_everybody_holds() -> None:
+    crowd = alike(MAX_HOLDERS + 1, half_alike)
+    twin = replace(crowd[3], episode_id="twin", proc_sketch=(*crowd[3].proc_sketch[:-1], 7))
+
+    near = near_duplicates([*crowd, twin])
+
+    assert near.find_twins(["twin"], frozenset(e.episode_id for e in crowd)) == {"twin": "e000003"}
+
+
+@pytest.mark.parametrize("sketch", [None, half_alike, chained], ids=["equal", "half", "chained"])
+def test_time_and_memory_grow_with_the_number_of_bundles_alone(sketch: object) -> None:
+    """As 4 × 500: quadratic would be 16 times the time and the memory of 500; a machine with others on it may double it."""
+
+    def measured(count: int) -> tuple[float, int]:
+        episodes = alike(count, sketch)
+        tracemalloc.start()
+        began = time.process_time()
+        near_duplicates(episodes)
+        find_copies(episodes)
+        spent = time.process_time() - began
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return spent, peak
+
+    few = min(measured(500) for _ in range(2))
+    many = measured(2_000)
+
+    assert many[0] < 9 * few[0]
+    assert many[1] < 8 * few[1]
