@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from tests.stores import write_store
 from tests.trained_run import write_trained_run
 
 from phasewatch import pipeline
@@ -153,3 +154,60 @@ def test_a_page_is_written_anew_after_an_audit(tmp_path: Path) -> None:
     (tmp_path / AUDIT).write_bytes(b"{}")
 
     assert inputs(tmp_path, "report") != before
+
+
+def test_what_a_run_was_asked_for_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    asked = Settings(
+        store=tmp_path, run=tmp_path, limit=7, include_degraded=False, seed=3, grid="full", models=("gbt",), trials=2
+    )
+    told = pipeline.configuration_of(asked)
+    (tmp_path / "run.json").write_text(json.dumps({"stages": {}, "configuration": told}))
+
+    found = pipeline.settings_of(tmp_path)
+
+    assert {key: type(value) for key, value in told.items() if key in ("limit", "include_degraded", "models")} == {
+        "limit": int, "include_degraded": bool, "models": tuple,
+    }  # fmt: skip
+    assert "run" not in told
+    names = ("store", "limit", "include_degraded", "seed", "grid")
+    assert [getattr(found, name) for name in names] == [getattr(asked, name) for name in names]
+
+
+def test_settings_that_an_older_version_wrote_as_text_are_read(tmp_path: Path) -> None:
+    told = {"store": str(tmp_path), "limit": "7", "include_degraded": "False", "seed": "3"}
+    (tmp_path / "run.json").write_text(json.dumps({"stages": {}, "configuration": told}))
+
+    found = pipeline.settings_of(tmp_path)
+
+    assert (found.limit, found.include_degraded, found.seed) == (7, False, 3)
+
+
+def test_a_model_that_fails_costs_a_run_no_other_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run_own.py").write_text(
+        "from pathlib import Path\n"
+        "from phasewatch.models.baselines import Majority\n"
+        "class Later(Majority):\n"
+        "    key = 'later'\n"
+        "    def _fit(self, train, val):\n"
+        "        if not Path(__file__).with_name('ready').exists():\n"
+        "            raise RuntimeError('not yet')\n"
+        "        super()._fit(train, val)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = Settings(
+        store=write_store(tmp_path / "store"), run=tmp_path / "run", workers=1, models=("majority", "run_own:Later"),
+        recipes=RECIPES,
+    )  # fmt: skip
+
+    first = pipeline.run(settings)
+    log = json.loads((tmp_path / "run" / "run.json").read_bytes())
+    (tmp_path / "ready").touch()
+    again = pipeline.run(settings)
+
+    assert {failed.cell.model for failed in first.failed} == {"run_own:Later"}
+    assert first.report.is_file()
+    assert "name" not in log["host"]
+    assert again.failed == ()
+    assert [name for name, fate, _ in again.stages if fate == "made"] == ["train", "evaluate", "report"]

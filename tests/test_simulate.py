@@ -310,7 +310,7 @@ def test_a_store_may_be_made_in_the_folder_where_one_stands(tmp_path: Path, monk
         ({"days": 1e9}, r"--days 1e\+09: 0 to 36500"),
         ({"days": 3650.0}, "--drift 0.05 --days 3650: a host would drift by 26.1, at most 3"),
         ({"knobs": Knobs(tick_noise=math.inf)}, "--noise inf: 0 to 3"),
-        ({"knobs": Knobs(quiet=math.nan)}, "--quiet nan: 0 to 100"),
+        ({"knobs": Knobs(malware_intensity=math.nan)}, "--malware-intensity nan: 0 to 100"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(tmp_path: Path, numbers: dict[str, object], words: str) -> None:

@@ -7,6 +7,7 @@ PhasewatchError
 │   ├── StoreError           a store is absent, empty or not a store
 │   │   └── TakenError           other bytes already stand under an id
 │   ├── RunError             a file of a run is absent, half made or not what its reader expects
+│   ├── ModelError           a model that a user brings failed in its own code
 │   ├── EventError           an event for the dashboard is malformed, too large or of an unknown type
 │   └── PlanError            a recording plan is not valid, or leaks the phase through elapsed time
 ├── MismatchError         4  two things were made for different schemas, versions or masks
@@ -116,6 +117,10 @@ class TakenError(StoreError):
 
 class RunError(DataError):
     """A file of a run is absent, half made or not what its reader expects."""
+
+
+class ModelError(DataError):
+    """A model that a user brings failed in its own code, or gave an answer that is none."""
 
 
 class EventError(DataError):

@@ -22,13 +22,14 @@ from phasewatch.evaluate.score import read_metrics
 from phasewatch.split import SetAside
 from phasewatch.stages import FEATURE_FILES, GRID_FILES, GRID_INDEX, METRICS, PREDICTIONS, REPORT, Settings, digests
 from phasewatch.store.base import Place, parse_place
+from phasewatch.train.cells import FailedCell, TrainingError
 from phasewatch.train.grid import HEADLINE
 from phasewatch.validate.index import INDEX
 from phasewatch.validate.sweep import LEDGER
 from phasewatch.validate.tally import Tally
 from phasewatch.validate.verdict import Verdict
 
-RUN_FILE = "run.json"
+RUN_FILE, TRAIN = "run.json", "train"
 Tell = Callable[[str, int, int, str], None]  # stage, done, in all, words
 
 
@@ -53,6 +54,7 @@ class Outcome:
 
     Attributes:
         stages: Name of each, whether it was made now or kept, and its result in words.
+        failed: Cells that could not be trained; the same command tries them again.
         lacking: Recipes that were asked for, or that carry the headline, and that could not be built.
         set_aside: Episodes that some or all recipes do without.
     """
@@ -61,6 +63,7 @@ class Outcome:
     report: Path
     headline: str
     stages: tuple[tuple[str, str, str], ...]
+    failed: tuple[FailedCell, ...] = ()
     lacking: tuple[Built, ...] = ()
     set_aside: tuple[SetAside, ...] = ()
 
@@ -92,16 +95,19 @@ def run(settings: Settings, *, tell: Tell | None = None) -> Outcome:
                 atomic.sweep_temporaries(folder)
         log = _read_log(settings.run)
         _refuse_another_store(settings, log)
-        log["configuration"] = {key: str(value) for key, value in asdict(settings).items()}
+        log["configuration"] = configuration_of(settings)
         log["versions"], log["host"] = _versions(), _host()
         fates: list[tuple[str, str, str]] = []
-        for stage in build_stages(settings, say):
+        failed: list[FailedCell] = []
+        for stage in build_stages(settings, say, failed.extend):
             try:
                 fates.append(_do(stage, settings.run, log, say))
             except SplitError:
                 stages.report(settings)
                 _write_log(settings.run, log)
                 raise
+        if failed:
+            log["stages"].pop(TRAIN, None)  # so that the next run tries them again
         _write_log(settings.run, log)
     words = headline(read_metrics(settings.run))
     index = read_split_index(settings.run)
@@ -109,6 +115,7 @@ def run(settings: Settings, *, tell: Tell | None = None) -> Outcome:
     return Outcome(
         run=settings.run, report=settings.run / REPORT, headline=words, stages=tuple(fates),
         lacking=tuple(b for b in index.recipes if b.why and b.recipe in wanted), set_aside=index.set_aside,
+        failed=tuple(failed),
     )  # fmt: skip
 
 
@@ -137,14 +144,22 @@ def settings_of(run: Path, *, store: Place | None = None) -> Settings:
         store=store or parse_place(told.get("store", str(run))),
         run=run,
         limit=int(told.get("limit", 0)),
-        include_degraded=told.get("include_degraded", "True") == "True",
+        include_degraded=told.get("include_degraded", True) in (True, "True"),  # 0.2 and before wrote text
         seed=int(told.get("seed", 0)),
         grid=told.get("grid", "short"),
     )
 
 
-def build_stages(settings: Settings, say: Tell) -> tuple[Stage, ...]:
-    """List the stages in the data's order."""
+def configuration_of(settings: Settings) -> dict[str, Any]:
+    """Return what a run was asked for as JSON; its folder is where `run.json` lies."""
+    told = {key: value for key, value in asdict(settings).items() if key != "run"}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in told.items()}
+
+
+def build_stages(
+    settings: Settings, say: Tell, on_failed: Callable[[Sequence[FailedCell]], None] | None = None
+) -> tuple[Stage, ...]:
+    """List the stages in the data's order; `on_failed` is called with the cells that could not be trained."""
     folder, code = settings.run, stages.code_version()
 
     def files(*names: str) -> Callable[[], Sequence[str]]:
@@ -175,7 +190,12 @@ def build_stages(settings: Settings, say: Tell) -> tuple[Stage, ...]:
 
     def train() -> str:
         done = stages.train(settings, tell=lambda cell, n, m: say("train", n, m, f"{cell.model} {cell.fold}"))
-        return f"{len(done.trained)} cells trained, {len(done.kept)} kept"
+        if done.failed and not done.merged:
+            raise TrainingError(done.failed)
+        if on_failed is not None:
+            on_failed(done.failed)
+        words = f", {len(done.failed)} failed" if done.failed else ""
+        return f"{len(done.trained)} cells trained, {len(done.kept)} kept{words}"
 
     return (
         Stage(
@@ -197,7 +217,7 @@ def build_stages(settings: Settings, say: Tell) -> tuple[Stage, ...]:
             outputs=lambda: stages.split_files(folder), work=split,
         ),
         Stage(
-            name="train",
+            name=TRAIN,
             inputs=lambda: digests(folder, [*FEATURE_FILES, INDEX, *stages.split_files(folder)])
             | stages.brought_code(settings.models)
             | {
@@ -268,4 +288,5 @@ def _versions() -> dict[str, str]:
 
 
 def _host() -> dict[str, str]:
-    return {"machine": platform.machine(), "system": platform.platform(), "name": platform.node()}
+    """Return what the numbers were computed on; no host name, because `--publish` carries it to others."""
+    return {"machine": platform.machine(), "system": platform.platform()}

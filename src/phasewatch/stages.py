@@ -303,17 +303,18 @@ def train(settings: Settings, *, tell: Tally | None = None) -> TrainReport:
     """Train what is not finished of the grid; of the full one, first what shows which net is best, then more of that."""
     cells = grid_cells(settings)
     report = train_cells(settings.run, cells, workers=settings.workers, trials=settings.trials, tell=tell)
-    net = best_net(settings.run, cells) if settings.grid == "full" else None
+    lost = {failed.cell for failed in report.failed}
+    net = best_net(settings.run, [cell for cell in cells if cell not in lost]) if settings.grid == "full" else None
     if net is None:
         return report
     more = _narrowed(settings, headline_grid(read_all_folds(settings.run), net=net, seed=settings.seed))
     if not (todo := set(more) - set(cells)):
         return report
-    both = (*cells, *sorted(todo))
+    both = (*(cell for cell in cells if cell not in lost), *sorted(todo))
     again = train_cells(settings.run, both, workers=settings.workers, trials=settings.trials, tell=tell)
     first = set(report.trained)
     kept = tuple(cell for cell in again.kept if cell not in first)
-    return replace(again, trained=(*report.trained, *again.trained), kept=kept)
+    return replace(again, trained=(*report.trained, *again.trained), kept=kept, failed=(*report.failed, *again.failed))
 
 
 def evaluate(settings: Settings) -> Metrics:

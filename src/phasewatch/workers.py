@@ -265,6 +265,9 @@ class _RemoteTraceback(Exception):
 
 def _serve(pipe: Connection, fn: Callable[[Any], Any]) -> None:
     """Be a worker: answer each item with its value until the parent hangs up."""
+    # A model of a user's may start processes (a DataLoader, a grid search), which `multiprocessing` refuses to a daemon.
+    # In its parent's eyes this process stays one, so that it is ended with it.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     with suppress(EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
         pipe.send((None, None))
         while True:

@@ -10,16 +10,18 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from tests.models.test_models import examples
 from tests.models.test_nets import motions
 from tests.synthetic_run import World, write_run
 
 from phasewatch.dataset import write_splits
-from phasewatch.errors import MismatchError, UsageError
+from phasewatch.errors import MismatchError, ModelError, UsageError
 from phasewatch.models import registry
 from phasewatch.models.adapters import CollectionAdapter, TableAdapter
-from phasewatch.models.base import InputKind
+from phasewatch.models.base import Examples, InputKind, Inputs
 from phasewatch.train.cell import Cell
 from phasewatch.train.cells import train_cells
+from phasewatch.vocab import Phase
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -142,7 +144,77 @@ def test_a_classifier_whose_probabilities_are_none_is_refused() -> None:
 
             return Classifier()
 
-    from tests.models.test_models import examples
-
-    with pytest.raises(UsageError, match="model broken: its classifier gives probabilities below 0 or not finite"):
+    with pytest.raises(ModelError, match="model broken: its classifier gives probabilities below 0 or not finite"):
         Broken(seed=0).fit(examples("gbt"), examples("gbt", seed=1))
+
+
+@pytest.mark.parametrize("names", [False, True], ids=["labels", "names of phases"])
+@pytest.mark.parametrize("has_probabilities", [False, True])
+def test_a_classifier_that_refuses_a_gap_in_its_labels_learns_where_train_lacks_a_phase(
+    names: bool, has_probabilities: bool
+) -> None:
+    class Strict(TableAdapter):
+        key = "strict"
+
+        def make(self, seed: int) -> object:
+            return _Strict(names=names, has_probabilities=has_probabilities)
+
+    train = without_armed(200, 0)
+    model = Strict(seed=0).fit(train, without_armed(100, 1))
+    p = model.predict_proba(train.inputs)
+
+    assert model.seen == (0, 2, 3, 4)
+    assert (p.argmax(axis=1) == train.y).all()
+    assert (p[:, 1] == 0).all()
+
+
+def without_armed(n: int, seed: int) -> Examples:
+    whole = examples("gbt", n, seed=seed)
+    keep = whole.y != Phase.ARMED.code
+    return Examples(inputs=Inputs(x=whole.inputs.x[keep], spec=whole.inputs.spec), y=whole.y[keep])
+
+
+class _Strict:
+    """As XGBClassifier: labels are 0 to k - 1 or it raises. Remembers its answers by row."""
+
+    def __init__(self, *, names: bool, has_probabilities: bool) -> None:
+        self.names, self.has_probabilities = names, has_probabilities
+
+    def __getattribute__(self, name: str) -> object:
+        if name == "predict_proba" and not object.__getattribute__(self, "has_probabilities"):
+            raise AttributeError(name)
+        return object.__getattribute__(self, name)
+
+    def fit(self, x: np.ndarray, y: np.ndarray) -> None:
+        found = np.unique(y)
+        if found.tolist() != list(range(len(found))):
+            raise ValueError(f"Expected: {list(range(len(found)))}, got {found.tolist()}")
+        told = ("clean", "infecting", "active", "dormant")
+        self.classes_ = np.array(told if self.names else found)
+        self.known = {row.tobytes(): int(label) for row, label in zip(x, y, strict=True)}
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        return self.classes_[[self.known.get(row.tobytes(), 0) for row in x]]
+
+    def predict_proba(self, x: np.ndarray) -> np.ndarray:
+        return np.eye(len(self.classes_))[[self.known.get(row.tobytes(), 0) for row in x]]
+
+
+@pytest.mark.parametrize("classes", [["good", "bad"], [0.5, 1.5], [7, 8], [None, 1]], ids=str)
+def test_classes_that_are_neither_labels_nor_phases_are_refused_in_words(classes: list[object]) -> None:
+    class Odd(TableAdapter):
+        key = "odd"
+
+        def make(self, seed: int) -> object:
+            class Classifier:
+                classes_ = np.array(classes)
+
+                def fit(self, x: np.ndarray, y: np.ndarray) -> None: ...
+
+                def predict_proba(self, x: np.ndarray) -> np.ndarray:
+                    return np.full((len(x), 2), 0.5)
+
+            return Classifier()
+
+    with pytest.raises(ModelError, match="model odd: its classes are"):
+        Odd(seed=0).fit(without_armed(60, 0), without_armed(60, 1))

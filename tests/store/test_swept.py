@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def test_a_finished_run_is_published_with_its_last_word_last(
 ) -> None:
     run, target = tmp_path / "run", new_bucket() if kind == "s3" else f"{tmp_path}/copy"
     (run / "grids").mkdir(parents=True)
-    contents = {"grids/grids.npy": bytes(range(256)) * 50_000, "report.html": b"<p>", "run.json": b"{}"}
+    contents = {"grids/grids.npy": bytes(range(256)) * 50_000, "report.html": b"<p>", "run.json": b"{}\n"}
     for name, content in contents.items():
         (run / name).write_bytes(content)
     (run / ".sweep.json").write_bytes(b"notes")
@@ -115,6 +116,21 @@ def test_publishing_over_an_older_run_that_is_cut_leaves_no_last_word_to_vouch_f
             store.get("run.json")
     else:
         assert sorted(p.name for p in Path(target).iterdir()) == ["a.html", "b.html"]
+
+
+@pytest.mark.parametrize("store", ["/home/alice/store", "s3://corpus/lab"])
+def test_a_published_run_names_no_folder_and_no_machine_of_its_maker(store: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    told = {"store": store, "run": "/home/alice/runs/a", "address": "ray://head.example:10001", "limit": 3}
+    notes = {"configuration": told, "host": {"machine": "x86_64", "name": "alices-laptop"}, "stages": {}}
+    (run / "run.json").write_text(json.dumps(notes))
+
+    publish_run(run, f"{tmp_path}/copy")
+
+    public = json.loads((tmp_path / "copy" / "run.json").read_bytes())
+    assert public["host"] == {"machine": "x86_64"}
+    assert public["configuration"] == {"limit": 3} | ({"store": store} if store.startswith("s3:") else {})
 
 
 def test_an_unfinished_run_is_not_published(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from phasewatch.split import SetAside
+    from phasewatch.train.cells import FailedCell
     from phasewatch.validate.verdict import Verdict
 
 CODES = "Exit codes: 0 done, 1 findings, 2 usage, 3 bad or absent data, 4 does not fit, 5 the machine."
@@ -97,6 +98,19 @@ def aside_lines(aside: Sequence[SetAside]) -> list[str]:
     if len(aside) > SHOWN:
         lines.append(f"… and {len(aside) - SHOWN:,} more; splits_v1.json has each")
     return [*lines, *(f"  {code}: {code.about}" for code in dict.fromkeys(a.code for a in aside))]
+
+
+def described_failures(failed: Sequence[FailedCell]) -> list[dict[str, Any]]:
+    """Return the cells that could not be trained, as JSON."""
+    return [
+        f.cell.keys() | {"seed": f.cell.seed, "why": f.failure.words, "exit_code": f.failure.exit_code} for f in failed
+    ]
+
+
+def failure_lines(failed: Sequence[FailedCell]) -> list[str]:
+    """Return a line for each cell that could not be trained."""
+    more = [f"… and {len(failed) - SHOWN:,} more; --json lists each"] if len(failed) > SHOWN else []
+    return [*(f"failed: {f}" for f in failed[:SHOWN]), *more]
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -140,8 +140,11 @@ def simulate(
     ),
     drift: float = typer.Option(0.05, min=0, help="How far a host moves in a week."),
     noise: float = typer.Option(0.50, min=0, help="How far an activity moves from tick to tick."),
-    quiet: float = typer.Option(1.0, min=0, help="Factor on everything that malware does."),
+    malware_intensity: float = typer.Option(
+        1.0, min=0, help="Factor on everything that malware does; above 1 it is easier to tell."
+    ),
     workers: int = typer.Option(2, min=1, help="Processes."),
+    quiet: bool = typer.Option(False, "--quiet", help="Show no progress."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Make a store of make-believe episodes, marked simulated, and beside it the truth about each.
@@ -155,9 +158,10 @@ def simulate(
 
     base.goes_with("--kinds", "--faults", alone=bool(kinds) and faults == 0)
     knobs = Knobs(
-        host_effect=host_effect, episode_effect=episode_effect, tick_noise=noise, drift_per_week=drift, quiet=quiet
-    )
-    with base.progress(quiet=as_json) as tell:
+        host_effect=host_effect, episode_effect=episode_effect, tick_noise=noise, drift_per_week=drift,
+        malware_intensity=malware_intensity,
+    )  # fmt: skip
+    with base.progress(quiet=as_json or quiet) as tell:
         made = make(
             out, hosts=hosts, episodes=episodes, seed=seed, faults=faults, workers=workers,
             between_s=seconds, days=days, knobs=knobs, kinds=tuple(filter(None, kinds.split(","))),

@@ -50,6 +50,9 @@ def train(
 ) -> None:
     """Train every cell of the grid (recipe, fold, threat model, model); what is finished stays.
 
+    A cell that fails costs no other: all are tried, the failed ones are listed, and the exit code is that of the first.
+    The same command tries them again.
+
     Example: phasewatch train runs/mine --recipes all
     """
     from phasewatch import atomic, stages
@@ -65,10 +68,13 @@ def train(
         done = stages.train(settings, tell=tell)
     result = {
         "trained": len(done.trained), "kept": len(done.kept), "rows": done.rows, "predictions": str(done.path), "trials": tune,
+        "failed": base.described_failures(done.failed),
     }  # fmt: skip
     tried = f", each the best of {tune} trials on its validation A" if tune else ""
     words = f"{len(done.trained)} cells trained{tried}, {len(done.kept)} kept, {done.rows:,} predictions"
-    base.answer(result, as_json=as_json, lines=[words, str(done.path)])
+    base.answer(result, as_json=as_json, lines=[*base.failure_lines(done.failed), words, str(done.path)])
+    if done.failed:
+        raise typer.Exit(done.failed[0].failure.exit_code)
 
 
 def evaluate(
@@ -232,7 +238,15 @@ def _go(settings: Settings, *, as_json: bool, publish: str = "") -> None:
         "stages": [{"stage": name, "fate": fate, "words": said} for name, fate, said in done.stages],
         "set_aside": base.described_aside(done.set_aside), "cannot_be_built": {b.recipe: b.why for b in done.lacking},
     }  # fmt: skip
-    lines = [*words, *base.aside_lines(done.set_aside), *(f"cannot be built: {b.why}" for b in done.lacking)]
+    result["failed"] = base.described_failures(done.failed)
+    lines = [
+        *words,
+        *base.failure_lines(done.failed),
+        *base.aside_lines(done.set_aside),
+        *(f"cannot be built: {b.why}" for b in done.lacking),
+    ]
     base.answer(result, as_json=as_json, lines=[*lines, done.headline, str(done.report)])
+    if done.failed:
+        raise typer.Exit(done.failed[0].failure.exit_code)
     if done.lacking:
         raise typer.Exit(SplitError.exit_code)

@@ -31,6 +31,7 @@ class ModelRow:
     is_baseline: bool = False
 
 
+OWN = "phasewatch."
 ENTRY_POINTS = "phasewatch.models"
 MODELS: tuple[ModelRow, ...] = (
     ModelRow(
@@ -175,6 +176,10 @@ def _import(where: str) -> type[PhaseModel]:
         raise UsageError(
             f"model {where!r} cannot be imported: {exc}; install its package, or put its folder on PYTHONPATH"
         ) from exc
+    except Exception as exc:  # its module is the user's, and may do anything when it is imported
+        if module.startswith(OWN):
+            raise
+        raise UsageError(f"model {where!r} cannot be imported: {type(exc).__name__}: {exc}; mend its module") from exc
     if not (isinstance(found, type) and issubclass(found, PhaseModel)):
         raise UsageError(f"model {where!r} is no PhaseModel; derive it from phasewatch.models.adapters.TableAdapter")
     return found

@@ -24,14 +24,14 @@ class Knobs:
         episode_effect: Of a counter between episodes of one host: what makes windows of an episode alike.
         tick_noise: Of an activity from tick to tick.
         drift_per_week: How far a host's effect moves in seven days.
-        quiet: Factor on everything that malware does; below 1 it is harder to tell.
+        malware_intensity: Factor on everything that malware does; below 1 it is harder to tell.
     """
 
     host_effect: float = 0.20
     episode_effect: float = 0.25
     tick_noise: float = 0.50
     drift_per_week: float = 0.05
-    quiet: float = 1.0
+    malware_intensity: float = 1.0
 
 
 def named_rng(*names: object) -> np.random.Generator:
@@ -70,7 +70,7 @@ def draw_activity(
     if busy:
         load = dict(BUSY)[busy]
         total += _run(rng, load, at_s, 0.0, float(at_s[-1]) + 1.0, 10 ** rng.uniform(-0.5, 0.2), knobs)
-    variant = 10 ** named_rng("sample", sample_name).uniform(-0.25, 0.25) * knobs.quiet
+    variant = 10 ** named_rng("sample", sample_name).uniform(-0.25, 0.25) * knobs.malware_intensity
     start_s = 0.0
     for place, (phase, length_s) in enumerate(phases):
         # The state before the first label is installed unseen, so its phase began earlier than the telemetry.

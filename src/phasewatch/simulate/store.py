@@ -30,7 +30,7 @@ from phasewatch.workers import map_ordered
 _LEVEL = 3
 _FAULTY_S = 60.0  # in a shorter episode a fault is more than it says: a pause of five seconds makes a source slow, too
 _MOST_DAYS = 36_500.0
-_MOST_EFFECT, _MOST_QUIET = 3.0, 100.0  # beyond them counters outgrow 64 bits
+_MOST_EFFECT, _MOST_INTENSITY = 3.0, 100.0  # beyond them counters outgrow 64 bits
 
 
 class Truth(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,7 +102,8 @@ def simulate(
     for option, value, most in (
         ("--days", days, _MOST_DAYS), ("--host-effect", knobs.host_effect, _MOST_EFFECT),
         ("--episode-effect", knobs.episode_effect, _MOST_EFFECT), ("--drift", knobs.drift_per_week, _MOST_EFFECT),
-        ("--noise", knobs.tick_noise, _MOST_EFFECT), ("--quiet", knobs.quiet, _MOST_QUIET),
+        ("--noise", knobs.tick_noise, _MOST_EFFECT),
+        ("--malware-intensity", knobs.malware_intensity, _MOST_INTENSITY),
     ):  # fmt: skip
         if not 0 <= value <= most:
             raise UsageError(f"{option} {value:g}: 0 to {most:g}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from phasewatch.atomic import make_folder, remove, writer
 from phasewatch.errors import RunError
@@ -10,10 +12,13 @@ from phasewatch.store.base import open_store
 from phasewatch.store.objects import ObjectStore
 
 LAST = "run.json"
+_PRIVATE = frozenset({"run", "address"})
 
 
 def publish_run(run: Path, uri: str) -> int:
-    """Copy all files of a run but its own notes (names that begin with a dot); give how many.
+    """Copy all files of a run but its own notes (names that begin with a dot); return how many.
+
+    The copy of `run.json` names no folder, cluster or host of this machine (see `describe_publicly`).
 
     Args:
         run: The run's folder.
@@ -32,13 +37,41 @@ def publish_run(run: Path, uri: str) -> int:
         store.remove_key(LAST)
     else:
         remove(folder / LAST)
-    for path in ordered:
-        name = path.relative_to(run).as_posix()
-        if isinstance(store, ObjectStore):
-            store.put_file(name, path)
-        else:
-            _copy(path, folder / name)
+    with TemporaryDirectory(prefix="phasewatch-publish-") as private:
+        last = Path(private) / LAST
+        last.write_bytes(describe_publicly((run / LAST).read_bytes()))
+        for path in ordered:
+            name = path.relative_to(run).as_posix()
+            source = last if path == run / LAST else path
+            if isinstance(store, ObjectStore):
+                store.put_file(name, source)
+            else:
+                _copy(source, folder / name)
     return len(ordered)
+
+
+def describe_publicly(data: bytes) -> bytes:
+    """Return `run.json` without what is this machine's business: its name, paths of folders, the address of a cluster.
+
+    A store at ``s3://`` stays named: it is where the bundles of the published run are. A file that is no JSON object
+    holds nothing that others can read, and becomes an empty one.
+    """
+    try:
+        log = json.loads(data)
+    except ValueError:
+        log = {}
+    if not isinstance(log, dict):
+        log = {}
+    if isinstance(host := log.get("host"), dict):
+        log["host"] = {key: value for key, value in host.items() if key != "name"}
+    if isinstance(asked := log.get("configuration"), dict):
+        private = {key for key, value in asked.items() if key in _PRIVATE or _is_local(key, value)}
+        log["configuration"] = {key: value for key, value in asked.items() if key not in private}
+    return (json.dumps(log, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _is_local(key: str, value: object) -> bool:
+    return key == "store" and not str(value).startswith("s3://")
 
 
 def _is_note(relative: Path) -> bool:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
+from traceback import extract_tb
 
 from phasewatch import atomic
 from phasewatch.dataset import Sets, file_sha256, load, read_fold, tensors
 from phasewatch.dataset.run import FEATURES, SCHEMA, VALIDATION
-from phasewatch.errors import MachineError, RunError, UsageError
+from phasewatch.errors import MachineError, ModelError, PhasewatchError, RunError, UsageError
 from phasewatch.grid.files import GRIDS, LEVELS_FILE
 from phasewatch.models import registry
-from phasewatch.models.base import PhaseModel
+from phasewatch.models.base import InputKind, PhaseModel
 from phasewatch.models.checkpoint import HEADER, read_header
 from phasewatch.models.filter import NONE, PHASE, SCHEDULE
+from phasewatch.split import Fold
 from phasewatch.train.cell import DONE, MODELS, Cell, Done, Sources, parse_done, render_done
 from phasewatch.train.grid import HEADLINE, SIX
 from phasewatch.train.predictions import PREDICTIONS, Said, build_table, read_table, write_table
@@ -24,16 +27,45 @@ from phasewatch.workers import map_ordered
 
 BINS, LEVELS = (f"{tensors.GRIDS}/{name}" for name in (GRIDS, LEVELS_FILE))
 CELL_PREDICTIONS = "predictions.parquet"
+MAX_WORDS = 300  # of an error in a user's model; some quote a whole array
 TIMEOUT_S = 3600.0  # a cell takes seconds; one that takes an hour hangs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a cell could not be trained, and the exit code for it."""
+
+    words: str
+    exit_code: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailedCell:
+    """A cell that could not be trained."""
+
+    cell: Cell
+    failure: Failure
+
+    def __str__(self) -> str:
+        c = self.cell
+        return f"{c.model} on {c.recipe}-{c.fold} ({c.threat}, {c.table}, seed {c.seed}): {self.failure.words}"
+
+
+class TrainingError(PhasewatchError):
+    """Not one cell of a grid could be trained; its exit code is that of the first."""
+
+    def __init__(self, failed: Sequence[FailedCell]) -> None:
+        super().__init__("; ".join(map(str, failed[:3])) + (f" and {len(failed) - 3} more" if len(failed) > 3 else ""))
+        self.exit_code = failed[0].failure.exit_code
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainReport:
-    """What became of a grid: cells trained now, finished before, and those whose worker was lost (with the words)."""
+    """What became of a grid: cells trained now, finished before, and failed; a failed one is tried again next time."""
 
     trained: tuple[Cell, ...]
     kept: tuple[Cell, ...]
-    failed: tuple[tuple[Cell, str], ...]
+    failed: tuple[FailedCell, ...]
     merged: int
     rows: int
     path: Path
@@ -64,35 +96,64 @@ def train_cells(
         trials: Settings to try for each cell on its own validation A; 0 takes the defaults.
         tell: Called as (cell, how many are through, of how many).
 
-    Raises:
-        MachineError: If a cell's worker died or hung twice; the others are finished and merged first.
+    A cell that fails costs no other: a model that a user brings may raise anything, a worker may die or hang.
     """
     sources = read_sources(run)
-    for cell in cells:
-        registry.row_of(cell.model)  # a wrong name is told before anything is trained
+    for model in {cell.model for cell in cells}:
+        registry.row_of(model)  # a wrong name is told before anything is trained
         if trials:
-            space_of(cell.model)
-    jobs = [_Job(run=run, cell=cell, inputs=_inputs(run, sources, cell), trials=trials) for cell in sorted(set(cells))]
-    todo = [job for job in jobs if not _is_finished(job)]
-    kept = tuple(job.cell for job in jobs if job not in todo)
+            space_of(model)
+    reads = InputDigests(sources, partial(read_fold, run))
+    jobs = [_Job(run=run, cell=cell, inputs=reads.of(cell), trials=trials) for cell in sorted(set(cells))]
+    todo: list[_Job] = []
+    kept: list[Cell] = []
+    for job in jobs:
+        if _is_finished(job):
+            kept.append(job.cell)
+        else:
+            todo.append(job)
     trained: list[Cell] = []
-    failed: list[tuple[Cell, str]] = []
+    failed: list[FailedCell] = []
     timeout_s = None if workers == 1 else TIMEOUT_S
-    for result in map_ordered(train_cell, todo, workers=workers, timeout_s=timeout_s):
+    for result in map_ordered(try_cell, todo, workers=workers, timeout_s=timeout_s):
         cell = todo[result.index].cell
-        if result.error is None:
+        failure = result.value
+        if result.error is not None:
+            failure = Failure(words=result.error, exit_code=MachineError.exit_code)
+        if failure is None:
             trained.append(cell)
         else:
-            failed.append((cell, result.error))
+            failed.append(FailedCell(cell=cell, failure=failure))
         if tell is not None:
             tell(cell, len(kept) + len(trained) + len(failed), len(jobs))
     merged, rows = merge(run, sources)
-    if failed:
-        words = "; ".join(f"{cell.folder(run)}: {error}" for cell, error in failed)
-        raise MachineError(f"{len(failed)} of {len(jobs)} cells could not be trained: {words}; run the command again")
     return TrainReport(
-        trained=tuple(trained), kept=kept, failed=tuple(failed), merged=merged, rows=rows, path=run / PREDICTIONS
+        trained=tuple(trained), kept=tuple(kept), failed=tuple(failed), merged=merged, rows=rows, path=run / PREDICTIONS
     )
+
+
+def try_cell(job: _Job) -> Failure | None:
+    """Train one cell; return why it could not be, None if it was.
+
+    Code of phasewatch that is broken is not caught: it shows its traceback. Code that a user brings is input.
+    """
+    try:
+        train_cell(job)
+    except PhasewatchError as error:
+        return Failure(words=str(error), exit_code=error.exit_code)
+    except (Exception, SystemExit) as error:
+        own = registry.code_of(job.cell.model)
+        lines = [frame.lineno for frame in extract_tb(error.__traceback__) if own and frame.filename == str(own)]
+        if own is None or (isinstance(error, OSError) and not lines):  # ours, or a disk that the next cell meets, too
+            raise
+        return _authors_error(error, f"{own}:{lines[-1]}: " if lines else "")
+    return None
+
+
+def _authors_error(error: BaseException, place: str) -> Failure:
+    """Return what a user's model raised in one line."""
+    words = " ".join(str(error).split())[:MAX_WORDS] or "no message"
+    return Failure(words=f"{place}{type(error).__name__}: {words}", exit_code=ModelError.exit_code)
 
 
 def train_cell(job: _Job) -> None:
@@ -174,10 +235,11 @@ def read_sources(run: Path) -> Sources:
 def finished_cells(run: Path, sources: Sources) -> Iterator[Cell]:
     """Give the cells under `models/` that were made from the run's present files, in the order of the merge."""
     found: list[Cell] = []
+    reads = InputDigests(sources, partial(read_fold, run))
     for path in (run / MODELS).glob(f"*/*/*/*/*/{DONE}"):
         cell = parse_done(path.read_bytes(), file=str(path)).cell
         try:
-            job = _Job(run=run, cell=cell, inputs=_inputs(run, sources, cell))
+            job = _Job(run=run, cell=cell, inputs=reads.of(cell))
         except (RunError, UsageError):
             continue  # its fold is no more (the splits were made anew), or its model cannot be imported here
         if cell.folder(run) == path.parent and _is_finished(job, any_trials=True):
@@ -201,10 +263,30 @@ def merge(run: Path, sources: Sources) -> tuple[int, int]:
     return len(cells), rows
 
 
-def _inputs(run: Path, sources: Sources, cell: Cell) -> dict[str, str]:
-    kind, code = registry.row_of(cell.model).kind, registry.code_of(cell.model)
-    inputs = sources.of(cell, read_fold(run, cell.recipe, cell.fold), kind)
-    return inputs if code is None else {**inputs, "model code": file_sha256(code)}
+class InputDigests:
+    """What cells depend on: each fold file and each model's code is read once, however many cells there are."""
+
+    def __init__(self, sources: Sources, read: Callable[[str, str], Fold]) -> None:
+        """Take digests of the run's files, and what reads a fold by recipe and name."""
+        self._sources, self._read = sources, read
+        self._folds: dict[tuple[str, str], Fold] = {}
+        self._models: dict[str, tuple[InputKind, str | None]] = {}
+
+    def of(self, cell: Cell) -> dict[str, str]:
+        """Return the digests of one cell's inputs.
+
+        Raises:
+            RunError: If its fold is not there.
+            UsageError: If its model is not known here.
+        """
+        if (at := (cell.recipe, cell.fold)) not in self._folds:
+            self._folds[at] = self._read(*at)
+        if cell.model not in self._models:
+            code = registry.code_of(cell.model)
+            self._models[cell.model] = registry.row_of(cell.model).kind, None if code is None else file_sha256(code)
+        kind, digest = self._models[cell.model]
+        inputs = self._sources.of(cell, self._folds[at], kind)
+        return inputs if digest is None else {**inputs, "model code": digest}
 
 
 def _is_finished(job: _Job, *, any_trials: bool = False) -> bool:
