@@ -88,6 +88,7 @@ def run(settings: Settings, *, tell: Tell | None = None) -> Outcome:
             f"{settings.store}: there is no such store; record one with `phasewatch record --plan smoke --out {settings.store}`"
         )
     stages.check_names(settings)  # before the sweep, which may take hours
+    stages.check_places(settings)
     atomic.make_folder(settings.run)
     with atomic.lock(settings.run):
         for folder in (settings.run, settings.run / "grids", settings.run / "splits"):

@@ -18,7 +18,7 @@ from phasewatch.live.scorer import Scorer, channels_of
 from phasewatch.live.tracker import Decision, Judge
 from phasewatch.models.base import Table
 from phasewatch.models.filter import NONE, PHASE
-from phasewatch.store.base import Place, Store, StoreItem, find_bundle, open_store
+from phasewatch.store.base import Place, Store, StoreItem, check_store, find_bundle, open_store
 from phasewatch.store.disk import SUFFIX
 from phasewatch.train.predictions import PROBABILITIES
 from phasewatch.validate.verdict import Examined, examine
@@ -159,10 +159,8 @@ def _items(source: Place) -> tuple[Store, tuple[StoreItem, ...]]:
             f"{source}: there is no such bundle; name a store, or one <host_id>/<episode_id>{SUFFIX} of it"
         )
     store = open_store(source)
-    items = tuple(store.walk())
-    if not items:
-        raise StoreError(f"{source}: holds no bundle; name a store of episodes, or one <host_id>/<episode_id>.tar.zst")
-    return store, items
+    check_store(source)
+    return store, tuple(store.walk())
 
 
 def _examine(store: Store, item: StoreItem) -> Examined:

@@ -29,7 +29,7 @@ from phasewatch.grid.files import open_grids
 from phasewatch.models.registry import BASELINES, code_of, row_of
 from phasewatch.report.page import write_report
 from phasewatch.split import RECIPES, Fold, Part, parse_fold, recipe_of
-from phasewatch.store.base import Place, StoreItem, open_store
+from phasewatch.store.base import Place, StoreItem, check_store, has_bundle, open_store
 from phasewatch.train.cell import Cell
 from phasewatch.train.cells import TrainReport, best_net, train_cells
 from phasewatch.train.grid import (
@@ -119,6 +119,25 @@ def brought_code(models: Sequence[str]) -> dict[str, str]:
     """Give the sha256 of the file of each model that is not phasewatch's own: when it changes, it is trained again."""
     files = {model: code_of(model) for model in models}
     return {f"code of {model}": file_sha256(path) for model, path in files.items() if path is not None}
+
+
+def check_places(settings: Settings) -> None:
+    """Raise before anything is written if the store is none, or the run's folder is a store or lies inside one.
+
+    Raises:
+        StoreError: If the store is absent or holds no bundle.
+        UsageError: If the run would be written into a store.
+    """
+    check_store(settings.store)
+    run, store = settings.run.resolve(), settings.store
+    if isinstance(store, str) and store.startswith("file://"):
+        store = Path(store.removeprefix("file://"))
+    if isinstance(store, Path) and (run == store.resolve() or store.resolve() in run.parents):
+        raise UsageError(
+            f"--out {settings.run}: lies in the store {store}; a run has a folder of its own, name another"
+        )
+    if run.is_dir() and has_bundle(run):
+        raise UsageError(f"--out {settings.run}: holds bundles, so it is a store; a run has a folder of its own")
 
 
 def validate(settings: Settings, *, full: bool = False, tell: Tell | None = None) -> SweepSummary:

@@ -29,6 +29,10 @@ QUIET_S = 20.0  # without a terminal, a long stage says where it stands so often
 CHANNELS_HELP = "A TOML file with channels of your own; the run remembers it."
 CORPUS_VARIABLE = "PHASEWATCH_CORPUS"
 CORPUS = Path("corpus") / "lab-v1"
+RUN_FILES = (
+    "run.json", "validation_v1.parquet", "ledger.json", "features_window_v1.parquet", "feature_schema_v1.json",
+    "splits_v1.json", "predictions_v1.parquet", "metrics_v1.json", "audit_v1.json",
+)  # fmt: skip
 EDGE = "lab-v1.edge.zip"  # beside the corpus: the bundled model
 
 
@@ -164,13 +168,18 @@ def bundled_model() -> Path:
 
 
 def need_run(run: Path) -> Path:
-    """Give the run's folder back if it is there.
+    """Return the run's folder if it is there and holds anything of a run; nothing is written to any other folder.
 
     Raises:
-        RunError: If it is not.
+        RunError: If it is absent or no run.
     """
     if not run.is_dir():
         raise RunError(f"{run}: there is no such run; make one with `phasewatch run STORE --out {run}`")
+    if not any((run / name).is_file() for name in RUN_FILES):
+        from phasewatch.store.base import has_bundle
+
+        what = "it holds bundles, so it is a store" if has_bundle(run) else "it holds no file of one"
+        raise RunError(f"{run}: no run: {what}; make a run with `phasewatch run STORE --out RUN`")
     return run
 
 

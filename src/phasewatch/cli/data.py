@@ -120,6 +120,7 @@ def validate(
     settings = stages.Settings(
         store=parse_place(store), run=out, workers=workers, limit=limit, engine=engine, address=address
     )
+    stages.check_places(settings)
     atomic.make_folder(out)
     with atomic.lock(out), base.progress(quiet=as_json) as tell:
         summary = stages.validate(settings, full=full, tell=base.tallied("validate", tell))
@@ -169,6 +170,7 @@ def features(
     from phasewatch import atomic, stages
     from phasewatch.errors import UsageError
     from phasewatch.store.base import parse_place
+    from phasewatch.validate.index import read_statuses
 
     if run is None and (validation is None or store is None or out_dir is None):
         raise UsageError("features needs a run, or all of --validation, --store and --out-dir")
@@ -186,6 +188,9 @@ def features(
         limit=limit,
         include_degraded=include_degraded,
     )
+    if run is None:
+        stages.check_places(settings)
+        read_statuses(validation)  # an index that cannot be read is told before a folder is made
     atomic.make_folder(folder)
     with atomic.lock(folder):
         if run is None and not (folder / "grids" / "index.parquet").is_file():

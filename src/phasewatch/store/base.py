@@ -11,7 +11,18 @@ from typing import Protocol
 from phasewatch.errors import StoreError
 from phasewatch.store.disk import SUFFIX, DiskStore, StoreItem
 
-__all__ = ["Incoming", "Place", "Store", "StoreItem", "find_bundle", "is_loopback", "open_store", "parse_place"]
+__all__ = [
+    "Incoming",
+    "Place",
+    "Store",
+    "StoreItem",
+    "check_store",
+    "find_bundle",
+    "has_bundle",
+    "is_loopback",
+    "open_store",
+    "parse_place",
+]
 
 Place = Path | str  # a folder, or a URI
 
@@ -101,6 +112,32 @@ def open_store(place: Place) -> Store:
         return ObjectStore(str(place))
     raise StoreError(
         f"{place}: no store can be of kind {scheme}://; name a folder, file:///folder or s3://bucket/prefix"
+    )
+
+
+def has_bundle(place: Place) -> bool:
+    """Whether anything in a place is named as a bundle is; stops at the first.
+
+    Raises:
+        StoreError: If there is no such folder, or the bucket cannot be asked.
+    """
+    return any(item.path.endswith(SUFFIX) for item in open_store(place).walk())
+
+
+def check_store(place: Place) -> None:
+    """Raise if a place is no store; a folder of other files is none, and nothing may be written for it.
+
+    Raises:
+        StoreError: If it is absent or holds not one bundle.
+    """
+    if has_bundle(place):
+        return
+    other = next((item.path for item in open_store(place).walk()), None)
+    if other is None:
+        raise StoreError(f"{place}: the store is empty; record into it with `phasewatch record --out {place}`")
+    raise StoreError(
+        f"{place}: no store: it holds files such as {other}, and not one <host_id>/<episode_id>{SUFFIX}; name the folder "
+        "of the hosts' folders"
     )
 
 

@@ -11,9 +11,10 @@ from typing import Protocol
 
 from phasewatch import __version__, atomic
 from phasewatch.channels import registry_digest
-from phasewatch.errors import BundleError, RunError, StoreError
+from phasewatch.errors import BundleError, RunError
 from phasewatch.grid.files import row_of, write_grids
-from phasewatch.store.base import Place, StoreItem, open_store
+from phasewatch.store.base import Place, StoreItem, check_store, open_store
+from phasewatch.store.disk import SUFFIX
 from phasewatch.validate.index import INDEX, write_index
 from phasewatch.validate.ledger import balances, render_ledger, stage_of
 from phasewatch.validate.parts import PART, PARTS, STATE, Looks, Parts, Taken, write_state
@@ -85,11 +86,11 @@ def sweep(
         part: How many bundles are read before they are put down, so that a kill does not cost them.
 
     Raises:
-        StoreError: If there is no store, or nothing in it.
+        StoreError: If there is no store, or not one bundle in it.
     """
     items = list(open_store(store).walk())
-    if not items:
-        raise StoreError(f"{store}: the store is empty; record into it with `phasewatch record --out {store}`")
+    if not any(item.path.endswith(SUFFIX) for item in items):
+        check_store(store)
     if choose is not None:
         items = list(choose(items))
     atomic.make_folder(run)
