@@ -152,7 +152,7 @@ REFUSED = {
         "held_out_",
     ),
     "no run": (("train", "RUN/none"), 3, "no such run"),
-    "a run that was not validated": (("features", "RUN"), 3, "validation_v1.parquet: absent; make it with"),
+    "a run that was not validated": (("features", "RUN"), 3, "no run: it holds no file of one"),
     "a bundle to score": (("predict", "STORE/h1/none.tar.zst", "--out", "RUN/x.parquet"), 3, "no such bundle"),
     "a table that would be no parquet": (("predict", "STORE", "--out", "RUN/x.csv"), 2, "X.parquet"),
     "no bundle": (("inspect", "STORE/h1/none.tar.zst"), 3, "no such bundle"),
