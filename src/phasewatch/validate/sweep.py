@@ -25,7 +25,7 @@ from phasewatch.workers import Result, map_ordered
 
 __all__ = ["LEDGER", "STATE", "SweepSummary", "Tell", "path_of", "read_one", "sweep"]
 
-VERSION = f"{__version__}/1{registry_digest()}"  # raised when a gate changes, so that no old verdict is taken over
+VERSION = f"{__version__}/2{registry_digest()}"  # raised when a gate changes, so that no old verdict is taken over
 LEDGER = "ledger.json"
 BUNDLE_TIMEOUT_S = 30.0
 
