@@ -55,6 +55,9 @@ class BestChannel(PhaseModel):
             raise RunError(f"checkpoint of {self.key}: {CHOICE} names {channel!r}, which is none of its columns")
         self._channel = channel
         self._model = GradientBoosting(seed=self.seed, settings=msgspec.to_builtins(self.config))
+        self._model.spec = (
+            replace(self.spec, names=tuple(names[i] for i in _columns(names, channel))) if self.spec else None
+        )
         self._model._restore(files)
 
     def _libraries(self) -> tuple[str, ...]:
