@@ -49,7 +49,7 @@ class BestChannel(PhaseModel):
         names = self.spec.names if self.spec else ()
         try:
             channel = msgspec.json.decode(files.get(CHOICE, b""), type=str)
-        except msgspec.DecodeError as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise RunError(f"checkpoint of {self.key}: {CHOICE} is absent or no name: {exc}") from exc
         if not _columns(names, channel):
             raise RunError(f"checkpoint of {self.key}: {CHOICE} names {channel!r}, which is none of its columns")
