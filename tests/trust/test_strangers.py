@@ -12,17 +12,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
-from tests.models.test_models import examples, fitted, resealed
+from tests.models.test_models import examples, fitted
 from tests.trust import fuzz_models as fuzz
 
 from phasewatch.errors import RunError, UsageError
 from phasewatch.models import registry
+from phasewatch.models.adapters import NoSettings
 from phasewatch.models.base import Examples, Floats, PhaseModel
 from phasewatch.models.checkpoint import HEADER
 from phasewatch.models.gbt import FILE, GradientBoosting
@@ -170,7 +170,7 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_made_of_them(
     checkpoint_of("majority").copy_to(tmp_path)
     header = json.loads((tmp_path / HEADER).read_text())
     header.update(model=key, config=settings, input_kind=str(registry.row_of(key).kind))
-    (tmp_path / HEADER).write_text(resealed(json.dumps(header)))
+    (tmp_path / HEADER).write_bytes(fuzz.sealed(header))
     with pytest.raises(RunError):
         registry.load(tmp_path)
 
@@ -179,7 +179,7 @@ def test_weights_of_another_width_than_the_settings_are_refused_before_memory_is
     checkpoint_of("mlp").copy_to(tmp_path)
     header = json.loads((tmp_path / HEADER).read_text())
     header["config"]["width"] = 1024
-    (tmp_path / HEADER).write_text(resealed(json.dumps(header)))
+    (tmp_path / HEADER).write_bytes(fuzz.sealed(header))
 
     with pytest.raises(RunError, match=r"net\.layers.* expected F32 of shape"):
         registry.load(tmp_path)
@@ -201,7 +201,7 @@ def test_a_header_whose_values_cannot_be_is_refused(changes: dict[str, Any], tmp
     checkpoint_of("majority").copy_to(tmp_path)
     header = json.loads((tmp_path / HEADER).read_text())
     header.update(changes)
-    (tmp_path / HEADER).write_text(resealed(json.dumps(header)))
+    (tmp_path / HEADER).write_bytes(fuzz.sealed(header))
 
     with pytest.raises(RunError):
         registry.load(tmp_path)
@@ -248,7 +248,7 @@ class Fixed(PhaseModel):
     """Answers what it was told to."""
 
     key = "fixed"
-    Config = msgspec.defstruct("Nothing", [])
+    Config = NoSettings
     answer: Any = None
 
     def _fit(self, train: Examples, val: Examples) -> None:
