@@ -93,7 +93,7 @@ def test_a_graph_of_another_shape_than_its_header_says_is_refused(bundle: bytes)
     edge = parse_edge(bundle, file="x.zip")
     realistic, portable = edge.header.models
 
-    with pytest.raises(RunError, match=r"the runtime refuses it|gives"):
+    with pytest.raises(RunError, match=r"the runtime cannot run it"):
         OnnxModel(edge.onnx[portable.member], edge.spec_of(realistic), file="x")
 
 
@@ -102,9 +102,9 @@ def test_a_graph_that_reaches_for_another_file_is_refused_before_a_runtime_sees_
 
     members = members_of(bundle)
     header = msgspec.json.decode(members.pop("edge.json"), type=EdgeHeader)
-    members["realistic.onnx"] = hostile(external=True)
+    members["realistic.onnx"] = hostile(members["realistic.onnx"], "weights in another file")
 
-    with pytest.raises(RunError, match=r"x.zip: realistic.onnx: its weights lie in another file"):
+    with pytest.raises(RunError, match=r"x.zip: realistic.onnx: .*its weights lie in another file"):
         parse_edge(pack_edge(header, members), file="x.zip")
 
 

@@ -148,22 +148,23 @@ def test_weights_are_the_same_bytes_in_any_order_and_come_back() -> None:
     packed = weights.pack(arrays)
 
     assert packed == weights.pack(dict(reversed(arrays.items())))
-    found = weights.unpack({"w": packed}, "w", {"a": (2, 2), "b": (3,)}, model="x")
+    found = weights.unpack({"w": packed}, "w", {"a": ("F32", (2, 2)), "b": ("F64", (3,))}, model="x")
     assert_array_equal(found["a"], arrays["a"])
 
 
 @pytest.mark.parametrize(
     ("data", "shapes", "words"),
     [
-        (b"", {"a": (1,)}, "not a safetensors file"),
-        (b"\xff" * 64, {"a": (1,)}, "not a safetensors file"),
-        (weights.pack({"a": np.zeros(2)}), {"a": (3,)}, r"a of shape \(2,\), expected \(3,\)"),
-        (weights.pack({"a": np.zeros(2)}), {"a": (2,), "b": (1,)}, r"b of shape None, expected \(1,\)"),
-        (weights.pack({"a": np.array([np.nan])}), {"a": (1,)}, "not finite"),
+        (b"", {"a": ("F64", (1,))}, "not a safetensors file"),
+        (b"\xff" * 64, {"a": ("F64", (1,))}, "not a safetensors file"),
+        (weights.pack({"a": np.zeros(2)}), {"a": ("F64", (3,))}, r"shape \(2,\), expected .*\(3,\)"),
+        (weights.pack({"a": np.zeros(2)}), {"a": ("F32", (2,))}, "F64 .* expected F32"),
+        (weights.pack({"a": np.zeros(2)}), {"a": ("F64", (2,)), "b": ("F64", (1,))}, r"b as nothing"),
+        (weights.pack({"a": np.array([np.nan])}), {"a": ("F64", (1,))}, "not finite"),
     ],
-    ids=["empty", "noise", "shape", "absent", "nan"],
+    ids=["empty", "noise", "shape", "type", "absent", "nan"],
 )
-def test_weights_that_do_not_fit_are_refused(data: bytes, shapes: dict[str, tuple[int, ...]], words: str) -> None:
+def test_weights_that_do_not_fit_are_refused(data: bytes, shapes: weights.Expected, words: str) -> None:
     with pytest.raises(RunError, match=words):
         weights.unpack({"w": data}, "w", shapes, model="cnn")
 
@@ -176,7 +177,7 @@ def test_a_pickle_in_place_of_weights_is_not_run() -> None:
     import pickle
 
     with pytest.raises(RunError, match="not a safetensors file"):
-        weights.unpack({"w": pickle.dumps(Boom())}, "w", {"a": (1,)}, model="cnn")
+        weights.unpack({"w": pickle.dumps(Boom())}, "w", {"a": ("F64", (1,))}, model="cnn")
 
 
 def test_a_large_train_set_gets_fewer_epochs_not_more_time() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from phasewatch import parquet
 from phasewatch.errors import RunError
 from phasewatch.identity import find_taken_ids
 from phasewatch.vocab import PHASES, Origin, Role, SampleKind, Status
@@ -128,22 +129,15 @@ def file_sha256(path: Path) -> str:
 
 def open_parquet(path: Path, command: str) -> Any:
     """Open a parquet file of the run; `command` is what makes it."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.ParquetFile(path)
-    except FileNotFoundError as exc:
-        raise RunError(f"{path}: absent; make it with `phasewatch {command}`") from exc
-    except pa.ArrowInvalid as exc:
-        raise RunError(f"{path}: not a parquet file: {exc}; make it again with `phasewatch {command}`") from exc
+    return parquet.open_parquet(path, hint=f"phasewatch {command}")
 
 
 def read_table(path: Path, columns: Sequence[str], command: str) -> Any:
     """Read some columns of a parquet file of the run."""
     with open_parquet(path, command) as file:
         need_columns(path, file.schema_arrow.names, columns, command)
-        return file.read(columns=list(columns))
+        with parquet.parquet_errors(path, hint=f"phasewatch {command}"):
+            return file.read(columns=list(columns))
 
 
 def need_columns(path: Path, there: Sequence[str], wanted: Sequence[str], command: str) -> None:

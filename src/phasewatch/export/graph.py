@@ -42,7 +42,9 @@ def to_onnx(model: PhaseModel) -> bytes:
         raise UsageError(f"model {model.key} is not exported: gbt, mlp, cnn, gru, lstm and transformer are")
     _strip(proto, model.key)
     data = bytes(proto.SerializeToString(deterministic=True))
-    check_onnx(data, file=model.key)
+    names = model.spec.names if model.spec else ()
+    time = (WINDOW_BINS,) if model.kind is InputKind.TENSOR else ()
+    check_onnx(data, file=model.key, model=model.key, shape=(len(names), *time))
     return data
 
 

@@ -38,7 +38,7 @@ def parse_rules(plain: dict[str, Any], *, file: str) -> Rules:
     """
     try:
         return msgspec.convert(plain, Rules)
-    except msgspec.ValidationError as exc:
+    except (msgspec.ValidationError, OverflowError, RecursionError) as exc:
         raise RunError(
             f"{file}: its filter or alarm: {exc}; make it again with `phasewatch export RUN --out X.zip`"
         ) from exc

@@ -20,6 +20,7 @@ from phasewatch.episode.model import Episode
 from phasewatch.errors import RunError
 from phasewatch.grid.align import Grid
 from phasewatch.identity import find_taken_ids
+from phasewatch.parquet import footer_offence
 from phasewatch.vocab import BIN_NS, Origin, Phase, Role, SampleKind
 
 if TYPE_CHECKING:
@@ -212,21 +213,23 @@ def open_grids(folder: Path) -> Grids:
 
     try:
         parquet = pq.ParquetFile(folder / INDEX)
+        if words := footer_offence(parquet.metadata, (folder / INDEX).stat().st_size):
+            raise ValueError(words)
         totals = json.loads((parquet.metadata.metadata or {})[b"phasewatch.grids"])
         table = parquet.read()
         rows = tuple(_from_table(table))
         bins, levels = _map(folder / GRIDS), _map(folder / LEVELS_FILE)
-    except (OSError, ValueError, KeyError, pa.ArrowException) as exc:
+        n, inputs = int(totals["n_bins"]), totals["inputs"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError, pa.ArrowException) as exc:
         raise RunError(
             f"{folder}: no readable grids here ({exc}); make them with `phasewatch validate STORE --out RUN`"
         ) from exc
-    n = int(totals["n_bins"])
     if bins.shape != (n, len(CHANNELS)) or levels.shape != (n, len(LEVELS)) or sum(row.n_bins for row in rows) != n:
         raise RunError(
             f"{folder}: the index speaks of {n:,} bins of {len(CHANNELS)} channels, the maps hold {bins.shape} and "
             f"{levels.shape}; make the grids anew with `phasewatch validate STORE --out RUN`"
         )
-    return Grids(folder=folder, bins=bins, levels=levels, rows=rows, inputs=totals["inputs"])
+    return Grids(folder=folder, bins=bins, levels=levels, rows=rows, inputs=inputs)
 
 
 def map_bins(folder: Path) -> NDArray[np.float32]:

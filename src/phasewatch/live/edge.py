@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,15 +19,22 @@ from phasewatch.errors import MismatchError, MissingTool, RunError
 from phasewatch.export.edge import CARD, FORMAT, HEADER, SCHEMA, EdgeHeader, EdgeModel, seal
 from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import schema_hash
-from phasewatch.models.base import InputKind, Inputs, InputSpec, Table
-from phasewatch.models.onnxfile import INPUT, MAX_BYTES, OUTPUT, check_onnx
+from phasewatch.models.base import InputKind, Inputs, InputSpec, Table, check_shares
+from phasewatch.models.checkpoint import read_regular
+from phasewatch.models.foreign import foreign_errors
+from phasewatch.models.onnxfile import INPUT, OUTPUT, check_onnx
+from phasewatch.models.onnxfile import MAX_BYTES as MAX_ONNX_BYTES
+from phasewatch.models.onnxgraph import BATCH
 from phasewatch.vocab import PHASES, WINDOW_BINS
 
 MAX_BUNDLE_BYTES = 256 * 2**20
 MAX_TEXT_BYTES = 4 * 2**20
 MAX_MEMBERS = 32
 KINDS = (InputKind.TABLE, InputKind.TENSOR)
+_END = struct.Struct("<4s4H2LH")  # what a .zip without a comment ends with
+_PLAIN_FLAGS = 0x0806  # how well it was packed, and that names are UTF-8
 _MEMBER = re.compile(r"[a-z0-9][a-z0-9_.+-]{0,80}")
+SUM_TOLERANCE = 1e-3  # of five float32
 _AGAIN = "make it again with `phasewatch export RUN --out X.zip`"
 
 
@@ -56,8 +64,7 @@ def read_edge(path: Path) -> EdgeBundle:
         MismatchError: If its bytes were changed, or it was made for other channels, stats or phases.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BUNDLE_BYTES + 1)
+        data = read_regular(path, MAX_BUNDLE_BYTES)
     except OSError as exc:
         raise RunError(f"{path}: cannot be read: {exc.strerror}") from exc
     return parse_edge(data, file=str(path))
@@ -82,7 +89,10 @@ def parse_edge(data: bytes, *, file: str) -> EdgeBundle:
             raise RunError(f"{file}: {model.member} is not there, or takes {model.input_kind[:20]!r}; {_AGAIN}")
         if model.table == Table.COMMISSIONED and not _channels(model) <= model.floors.keys():
             raise RunError(f"{file}: {model.member} lacks the scales of a clean day; {_AGAIN}")
-        check_onnx(members[model.member], file=f"{file}: {model.member}")
+        time = (WINDOW_BINS,) if model.input_kind == InputKind.TENSOR else ()
+        check_onnx(
+            members[model.member], file=f"{file}: {model.member}", model=model.model, shape=(len(model.columns), *time)
+        )
         onnx[model.member] = members[model.member]
     card = members.get(CARD, b"").decode("utf-8", "replace")
     return EdgeBundle(file=file, header=header, onnx=onnx, card=card)
@@ -97,17 +107,26 @@ def _members(data: bytes, file: str) -> dict[str, bytes]:
     """Give the members by name; sizes are believed only after they were read."""
     if len(data) > MAX_BUNDLE_BYTES:
         raise RunError(f"{file}: more than {MAX_BUNDLE_BYTES:,} bytes, not an edge bundle")
+    end = data[-_END.size :]
+    if len(end) == _END.size and end[:4] == b"PK\5\6":  # else it is not a .zip, which is said below
+        _, _, _, _, count, directory, _, comment = _END.unpack(end)
+        if count > MAX_MEMBERS or directory > MAX_MEMBERS * 256 or comment or data[-42:-38] == b"PK\6\7":
+            raise RunError(f"{file}: not an edge bundle: it holds {count} files, or a directory of another kind")
+    elif data[:2] == b"PK":
+        raise RunError(f"{file}: not a readable .zip: something follows its directory; {_AGAIN}")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             infos = archive.infolist()
             names = [info.filename for info in infos]
+            if words := _container_offence(archive, infos, len(data)):
+                raise RunError(f"{file}: not an edge bundle: {words}; {_AGAIN}")
             if HEADER not in names or len(names) > MAX_MEMBERS or len(set(names)) != len(names):
                 raise RunError(f"{file}: not an edge bundle: it holds {len(names)} files, {HEADER} once is needed")
             found: dict[str, bytes] = {}
             for info in infos:
                 if not _MEMBER.fullmatch(info.filename) or info.flag_bits & 1:
                     raise RunError(f"{file}: a member has the name {info.filename[:40]!r}, or is encrypted; {_AGAIN}")
-                limit = MAX_BYTES if info.filename.endswith(".onnx") else MAX_TEXT_BYTES
+                limit = MAX_ONNX_BYTES if info.filename.endswith(".onnx") else MAX_TEXT_BYTES
                 with archive.open(info) as member:
                     found[info.filename] = member.read(limit + 1)
                 if len(found[info.filename]) > limit:
@@ -119,6 +138,19 @@ def _members(data: bytes, file: str) -> dict[str, bytes]:
         if isinstance(exc, RunError):
             raise
         raise RunError(f"{file}: not a readable .zip: {exc}; {_AGAIN}") from exc
+
+
+def _container_offence(archive: zipfile.ZipFile, infos: Sequence[zipfile.ZipInfo], size: int) -> str:
+    """Say what a .zip holds beside its members; empty where that is nothing, and nothing lies twice or is hidden."""
+    if archive.comment or any(info.extra or info.comment or info.flag_bits & ~_PLAIN_FLAGS for info in infos):
+        return "it is encrypted, was written as a stream, or holds comments or extra fields"
+    if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in infos):
+        return "it is packed in a way that no export is"
+    if sum(info.file_size for info in infos) > MAX_BUNDLE_BYTES:
+        return f"its members have more than {MAX_BUNDLE_BYTES:,} bytes"
+    # Every byte belongs to one member: its local header, its data and its entry in the directory, whose end follows.
+    taken = sum(76 + 2 * len(info.orig_filename.encode("utf-8", "replace")) + info.compress_size for info in infos) + 22
+    return "" if taken == size else f"{size:,} bytes, of which its members account for {taken:,}"
 
 
 def _header(data: bytes, file: str) -> EdgeHeader:
@@ -167,28 +199,35 @@ class OnnxModel:
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 4
+        # The runtime guesses the format from the bytes; only the one that was checked may be read.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
         self.spec, self._file = spec, file
-        try:
+        with foreign_errors(file, "the runtime refuses it"):
             self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-            nothing = np.full((1, *self._shape()), np.nan, np.float32)
-            found = self._session.run([OUTPUT], {INPUT: nothing})[0]
-        except Exception as exc:  # the runtime's errors share no base class
-            raise RunError(f"{file}: the runtime refuses it: {str(exc)[:200]}; {_AGAIN}") from exc
-        if found.shape != (1, len(PHASES)) or not np.isfinite(found).all():
-            raise RunError(f"{file}: gives {found.shape} for one window, not (1, {len(PHASES)}); {_AGAIN}")
+        self._answers(np.full((1, *self._shape()), np.nan, np.float32))
 
     def predict_proba(self, inputs: Inputs) -> NDArray[np.float64]:
         """Give the probability of each phase, ``(n, 5)``.
 
         Raises:
             MismatchError: If the columns, the schema or the mask are not those that it was made for.
+            RunError: If its answers are no probabilities.
         """
         if words := self.spec.difference(inputs.spec):
             raise MismatchError(f"{self._file}: {words}")
         if not len(inputs):
             return np.zeros((0, len(PHASES)))
-        found: NDArray[np.float64] = self._session.run([OUTPUT], {INPUT: inputs.x})[0].astype(np.float64)
-        return found
+        # No more windows at a time than its memory was bounded for.
+        parts = [self._answers(inputs.x[at : at + BATCH]) for at in range(0, len(inputs), BATCH)]
+        return np.concatenate(parts)
+
+    def _answers(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
+        with foreign_errors(self._file, "the runtime cannot run it"):
+            found = self._session.run([OUTPUT], {INPUT: x})[0]
+        shares = check_shares(found, len(x), where=self._file)
+        if not (np.abs(shares.sum(axis=1) - 1.0) <= SUM_TOLERANCE).all():
+            raise RunError(f"{self._file}: probabilities that do not sum to 1; {_AGAIN}")
+        return shares
 
     def _shape(self) -> tuple[int, ...]:
         width = len(self.spec.names)

@@ -14,7 +14,7 @@ from phasewatch.features.commission import Reference
 from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import schema_hash
 from phasewatch.live.edge import EdgeBundle, OnnxModel, read_edge
-from phasewatch.live.scorer import Predictor, Scorer, channels_of
+from phasewatch.live.scorer import Predictor, Scorer, channels_of, check_columns
 from phasewatch.models.base import InputKind, InputSpec, Table
 from phasewatch.models.checkpoint import HEADER, Header, read_header
 from phasewatch.vocab import Source
@@ -146,6 +146,7 @@ def _of_bundle(bundle: EdgeBundle) -> tuple[Candidate, ...]:
     def made(model: EdgeModel) -> Candidate:
         spec = bundle.spec_of(model)
         where = f"{bundle.file}: {model.member}"
+        check_columns(spec, where=where)
         return Candidate(
             model=model.model, threat=model.threat, seed=model.seed, spec=spec,
             rules=parse_rules(model.rules, file=where), trained=bundle.header.trained, where=bundle.file,
@@ -158,6 +159,7 @@ def _of_bundle(bundle: EdgeBundle) -> tuple[Candidate, ...]:
 def _of_checkpoint(folder: Path) -> Candidate:
     header = read_header(folder)
     spec = _spec_of(header, folder)
+    check_columns(spec, where=str(folder))
     run, recipe, fold = _place_of(folder)
 
     def load() -> Predictor:

@@ -9,8 +9,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.channels import CHANNELS
-from phasewatch.dataset.views import BACK
+from phasewatch.channels import CHANNELS, mask_of
+from phasewatch.dataset.views import BACK, past_names
+from phasewatch.errors import RunError, UsageError
 from phasewatch.export.edge import Trained
 from phasewatch.features.commission import Affine, Reference, affine_of
 from phasewatch.features.schema import feature_names
@@ -125,6 +126,32 @@ class Scorer:
         if "simulated" in self.trained.origins:
             words.append("it learnt from simulated episodes")
         return "; ".join(words) + ": a guess" if words else ""
+
+
+def check_columns(spec: InputSpec, *, where: str) -> None:
+    """Raise RunError unless a model from outside takes what a watcher can make, in the order in which it makes it.
+
+    Args:
+        spec: What the model says that it takes.
+        where: Names the model.
+    """
+    try:
+        allowed = {name for name, on in zip(_NAMES, mask_of(spec.mask), strict=True) if on}
+    except UsageError as exc:
+        raise RunError(f"{where}: {exc}; train it again") from exc
+    channels = channels_of(spec)
+    wanted = channels
+    if spec.kind is InputKind.TABLE:
+        wanted = tuple(name for name in feature_names() if name.rpartition(".")[0] in channels)
+        if spec.table is Table.CONTEXT:
+            wanted = past_names(wanted)
+    if not channels or spec.names != wanted or not set(channels) <= allowed:
+        raise RunError(
+            f"{where}: its {len(spec.names)} columns are not those of channels of {spec.mask}, in their order; train it again"
+        )
+    floors = dict(spec.floors)
+    if spec.table is Table.COMMISSIONED and not all(0.0 < floors.get(name, 0.0) <= 1e30 for name in channels):
+        raise RunError(f"{where}: lacks the scales of a clean day, or one is not above 0; train it again")
 
 
 def channels_of(spec: InputSpec) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.errors import MismatchError, UsageError
+from phasewatch.errors import MismatchError, RunError, UsageError
 from phasewatch.measures import N_CLASSES, at_temperature, confusion_counts, log_loss, macro_f1
 from phasewatch.models import checkpoint
 from phasewatch.models.alarm import AlarmRule, choose_alarm
@@ -150,6 +150,7 @@ class PhaseModel(ABC):
         history: Name → one number per round, of the fit.
         val_a_macro_f1: What models are chosen by, before a test prediction is read.
         filter, alarm: Set by `decide`; none until then.
+        where: Names the model in messages; the folder of its checkpoint where it came from one.
     """
 
     key: ClassVar[str]
@@ -177,6 +178,7 @@ class PhaseModel(ABC):
         self.val_a_macro_f1 = 0.0
         self.filter: PhaseFilter | None = None
         self.alarm: dict[str, AlarmRule] = {}
+        self.where = f"model {self.key}"
 
     @final
     def fit(self, train: Examples, val: Examples) -> Self:
@@ -241,6 +243,8 @@ class PhaseModel(ABC):
 
         Raises:
             MismatchError: If the model is not fitted, or was made for other columns, schema or mask.
+            RunError: If its answers are no probabilities: another shape, negative, not finite, or nothing left for the
+                phases that train showed.
         """
         if self.spec is None:
             raise MismatchError(f"model {self.key} is not fitted yet")
@@ -250,10 +254,17 @@ class PhaseModel(ABC):
             return np.zeros((0, N_CLASSES))
         x = inputs.x.view()
         x.flags.writeable = False  # a hook that writes into its input fails loudly here, not in the next model's score
-        raw = np.asarray(self._predict_proba(x), np.float64)
+        raw = check_shares(self._predict_proba(x), len(inputs), where=self.where)
         kept = np.zeros_like(raw)
         kept[:, list(self.seen)] = raw[:, list(self.seen)]
-        return at_temperature(kept / kept.sum(axis=1, keepdims=True), self.temperature)
+        total = kept.sum(axis=1, keepdims=True)
+        if not (total > 0.0).all():
+            at = int(np.argmin(total[:, 0]))
+            raise RunError(
+                f"{self.where}: window {at} of {len(inputs)}: no probability is left for the "
+                f"phases that train showed ({', '.join(str(PHASES[code]) for code in self.seen)})"
+            )
+        return at_temperature(kept / total, self.temperature)
 
     @final
     def predict(self, inputs: Inputs) -> NDArray[np.int64]:
@@ -294,9 +305,17 @@ class PhaseModel(ABC):
 
     @classmethod
     @final
-    def restore(cls, header: Header, files: Mapping[str, bytes]) -> Self:
-        """Make a model from a checkpoint whose digests were verified (`registry.load` does both)."""
-        model = cls(seed=header.seed, settings=header.config)
+    def restore(cls, header: Header, files: Mapping[str, bytes], *, where: str = "") -> Self:
+        """Make a model from a checkpoint whose digests were verified (`registry.load` does both).
+
+        Raises:
+            RunError: If its settings cannot be, or its files do not hold what they imply.
+        """
+        try:
+            model = cls(seed=header.seed, settings=header.config)
+        except UsageError as exc:
+            raise RunError(f"{where or 'checkpoint'}: {exc}; the checkpoint was not made by phasewatch") from exc
+        model.where = where or model.where
         model.spec = InputSpec(
             kind=InputKind(header.input_kind),
             names=header.columns,
@@ -330,6 +349,28 @@ class PhaseModel(ABC):
     def _libraries(self) -> tuple[str, ...]:
         """Distributions whose version the checkpoint should name."""
         return ("numpy",)
+
+
+def check_shares(answers: Any, n: int, *, where: str) -> Floats:
+    """Return a model's answers as ``(n, 5)`` float64, not negative and finite; rows need not sum to 1.
+
+    Raises:
+        RunError: If they are anything else; `where` names the model.
+    """
+    try:
+        shares: Floats = np.asarray(answers, np.float64)
+    except (TypeError, ValueError) as exc:
+        raise RunError(f"{where}: its answers are no numbers: {exc}") from exc
+    if shares.shape != (n, N_CLASSES):
+        raise RunError(f"{where}: answers of shape {shares.shape} for {n} windows, expected ({n}, {N_CLASSES})")
+    bad = ~((shares >= 0.0) & (shares <= 1e30)).all(axis=1)  # NaN is neither
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise RunError(
+            f"{where}: window {at} of {n}: answers {', '.join(f'{v:g}' for v in shares[at])}, expected probabilities: "
+            "finite and not below 0"
+        )
+    return shares
 
 
 def fit_temperature(probabilities: Floats, y: NDArray[np.int64]) -> float:

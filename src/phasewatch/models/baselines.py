@@ -16,6 +16,7 @@ from phasewatch.models.base import Examples, Floats, InputKind, PhaseModel
 from phasewatch.vocab import BIN_NS, STRIDE_BINS
 
 FILE = "model.json"
+MAX_ROWS = 100_000  # strides of an episode, or hosts
 STRIDE_S = BIN_NS * STRIDE_BINS / 1e9
 WIDTHS_S = (5.0, 10.0, 20.0, 40.0, 80.0)
 _Row = tuple[float, float, float, float, float]
@@ -87,11 +88,13 @@ class HostOnly(PhaseModel):
     def _restore(self, files: Mapping[str, bytes]) -> None:
         try:
             rows, hosts = msgspec.json.decode(files[FILE], type=tuple[list[_Row], list[float]])
-        except (KeyError, msgspec.DecodeError) as exc:
+        except (KeyError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise RunError(f"checkpoint of {self.key}: {FILE} is absent or not rows and hosts: {exc}") from exc
         self._rows, self._hosts = _checked(rows, self.key), np.array(hosts)
-        if len(rows) != len(hosts) + 1:
-            raise RunError(f"checkpoint of {self.key}: {FILE} holds {len(rows)} rows for {len(hosts)} hosts")
+        if len(rows) != len(hosts) + 1 or not (np.diff(self._hosts) > 0).all():
+            raise RunError(
+                f"checkpoint of {self.key}: {FILE} holds {len(rows)} rows for {len(hosts)} hosts, or hosts out of order"
+            )
 
 
 class ElapsedTime(PhaseModel):
@@ -149,13 +152,15 @@ def _smooth(counts: Floats, width_s: float, balance: float) -> Floats:
 def _parse_rows(files: Mapping[str, bytes], key: str) -> Floats:
     try:
         rows = msgspec.json.decode(files[FILE], type=list[_Row])
-    except (KeyError, msgspec.DecodeError) as exc:
+    except (KeyError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise RunError(f"checkpoint of {key}: {FILE} is absent or not rows of five numbers: {exc}") from exc
     return _checked(rows, key)
 
 
 def _checked(told: list[_Row], key: str) -> Floats:
+    if not 1 <= len(told) <= MAX_ROWS:
+        raise RunError(f"checkpoint of {key}: {FILE} holds {len(told):,} rows, expected 1 to {MAX_ROWS:,}")
     rows = np.asarray(told, np.float64)
-    if not len(rows) or (rows < 0).any() or not (rows.sum(axis=1) > 0).all():
+    if (rows < 0).any() or (rows > 1.000001).any() or not (rows.sum(axis=1) > 0).all():
         raise RunError(f"checkpoint of {key}: {FILE} holds no probabilities")
     return rows

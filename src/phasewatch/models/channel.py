@@ -49,12 +49,15 @@ class BestChannel(PhaseModel):
         names = self.spec.names if self.spec else ()
         try:
             channel = msgspec.json.decode(files.get(CHOICE, b""), type=str)
-        except msgspec.DecodeError as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise RunError(f"checkpoint of {self.key}: {CHOICE} is absent or no name: {exc}") from exc
         if not _columns(names, channel):
             raise RunError(f"checkpoint of {self.key}: {CHOICE} names {channel!r}, which is none of its columns")
         self._channel = channel
         self._model = GradientBoosting(seed=self.seed, settings=msgspec.to_builtins(self.config))
+        self._model.spec = (
+            replace(self.spec, names=tuple(names[i] for i in _columns(names, channel))) if self.spec else None
+        )
         self._model._restore(files)
 
     def _libraries(self) -> tuple[str, ...]:

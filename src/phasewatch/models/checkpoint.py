@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import re
+import stat
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +24,10 @@ from phasewatch.vocab import PHASES
 FORMAT = "phasewatch-checkpoint/1"
 HEADER = "checkpoint.json"
 MAX_HEADER_BYTES = 4 * 2**20
-MAX_FILE_BYTES = 256 * 2**20
+MAX_FILE_BYTES = 128 * 2**20
+MAX_FILES = 8
+MAX_COLUMNS = 4096
+_TEMPERATURES = (0.1, 10.0)  # calibration stays in 0.25..4
 _FILE_NAME = re.compile(r"[a-z][a-z0-9_.-]{0,40}")
 
 Setting = int | float | str | bool | None
@@ -119,6 +125,11 @@ def read(folder: Path) -> tuple[Header, dict[str, bytes]]:
     """
     header = read_header(folder)
     files: dict[str, bytes] = {}
+    if len(header.files) > MAX_FILES or sum(max(e.bytes, 0) for e in header.files.values()) > MAX_FILE_BYTES:
+        raise RunError(
+            f"{folder / HEADER}: lists {len(header.files)} files, or more than {MAX_FILE_BYTES:,} bytes; "
+            "the checkpoint was not made by phasewatch"
+        )
     for name, entry in header.files.items():
         if not _FILE_NAME.fullmatch(name):
             raise RunError(
@@ -143,34 +154,53 @@ def read_header(folder: Path) -> Header:
         if found != FORMAT:
             raise MismatchError(f"{path}: found format {found!r}, this version reads {FORMAT!r}; train the model again")
         header = msgspec.json.decode(data, type=Header)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise RunError(f"{path}: not a checkpoint: {exc}") from exc
     if header.sha256 != sealed(header).sha256:
         raise MismatchError(f"{path}: its digest does not fit its content, so it was edited; train the model again")
     expected = tuple(str(p) for p in PHASES)
     if header.classes != expected:
         raise MismatchError(f"{path}: found classes {', '.join(header.classes)}, expected {', '.join(expected)}")
-    if (
-        not header.seen
-        or not set(header.seen) <= set(range(len(PHASES)))
-        or not 0.0 < header.temperature < float("inf")
-    ):
-        raise RunError(
-            f"{path}: seen {header.seen} or temperature {header.temperature} cannot be; train the model again"
-        )
-    if any(scale <= 0.0 for scale in header.floors.values()):
-        raise RunError(f"{path}: floors hold a scale that is not above 0; train the model again")
+    if words := _offence(header):
+        raise RunError(f"{path}: {words} cannot be; train the model again")
     return header
+
+
+def _offence(header: Header) -> str:
+    """Name a value that no training gives; empty if there is none."""
+    low, high = _TEMPERATURES
+    if not header.seen or not set(header.seen) <= set(range(len(PHASES))):
+        return f"seen {str(header.seen)[:40]}"
+    if not low <= header.temperature <= high:
+        return f"temperature {header.temperature:g}"
+    if not 0 <= header.seed < 2**63:
+        return f"seed {str(header.seed)[:40]}"
+    if not 1 <= len(header.columns) <= MAX_COLUMNS or len(set(header.columns)) != len(header.columns):
+        return f"a list of {len(header.columns)} columns, none at all, more than {MAX_COLUMNS} or one twice,"
+    if not all(0.0 < scale <= 1e30 for scale in header.floors.values()):
+        return "floors with a scale that is not finite or not above 0"
+    return ""
 
 
 class _Format(msgspec.Struct, frozen=True):
     format: str
 
 
+def read_regular(path: Path, limit: int) -> bytes:
+    """Read a file, one byte more than `limit` at most, without waiting for a pipe that stands in a file's place.
+
+    Raises:
+        OSError: If it cannot be opened, or is no regular file.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        return file.read(limit + 1)
+
+
 def _read_bounded(path: Path, limit: int) -> bytes:
     try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
+        data = read_regular(path, limit)
     except FileNotFoundError as exc:
         raise RunError(f"{path}: absent; is its folder a checkpoint of `phasewatch train`?") from exc
     except OSError as exc:

@@ -14,6 +14,7 @@ from phasewatch.vocab import BIN_NS, STRIDE_BINS
 KAPPAS = (0.3, 0.5, 1.0)  # posteriors are no likelihoods, and half-overlapping windows see everything twice
 STRIDE_NS = BIN_NS * STRIDE_BINS
 MOST_STRIDES = 60  # after five minutes unseen the schedule has forgotten where it was
+LEAST = 1e-15  # of a chance that one phase follows another: a billion windows give more, and no belief is lost
 P_FLOOR = 1e-6  # a model that is sure may still be wrong: no window alone rules a phase out
 NONE, PHASE, SCHEDULE = "none", "phase", "schedule"  # what stands in `filter` of the predictions
 
@@ -43,9 +44,10 @@ class PhaseFilter:
 
     def __post_init__(self) -> None:
         moves, prior = np.array(self.transitions), np.array(self.prior)
-        if not (np.isfinite(moves).all() and (moves > 0).all() and np.allclose(moves.sum(axis=1), 1.0)):
+        if not (np.isfinite(moves).all() and (moves >= LEAST).all() and np.allclose(moves.sum(axis=1), 1.0)):
             raise ValueError("transitions are no chances: positive rows that sum to 1")
-        if not (np.isfinite(prior).all() and (prior >= 0).all() and prior.any()) or not 0.0 <= self.kappa <= 1.0:
+        known = prior[prior != 0]
+        if not (len(known) and ((known >= 1e-300) & (known <= 1.000001)).all()) or not 0.0 <= self.kappa <= 1.0:
             raise ValueError(f"prior {self.prior} or kappa {self.kappa} cannot be")
 
     def schedule(self) -> PhaseFilter:

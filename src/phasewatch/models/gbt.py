@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from phasewatch.errors import RunError
 from phasewatch.measures import N_CLASSES
 from phasewatch.models.base import Examples, Floats, InputKind, PhaseModel, class_weights
+from phasewatch.models.foreign import foreign_errors
+from phasewatch.models.treefile import MAX_TREES, check_trees
 
 FILE = "model.ubj"
 
@@ -20,13 +23,13 @@ FILE = "model.ubj"
 class GbtConfig:
     """Depth and bins are those that DESIGN section 16 measured; rate, rounds and patience those of ADR 12."""
 
-    rounds: int = 150
-    patience: int = 15
-    depth: int = 4
-    bins: int = 64
-    learning_rate: float = 0.15
-    min_child_weight: float = 2.0
-    l2: float = 1.0
+    rounds: Annotated[int, Meta(ge=1, le=MAX_TREES // N_CLASSES)] = 150
+    patience: Annotated[int, Meta(ge=1, le=10_000)] = 15
+    depth: Annotated[int, Meta(ge=1, le=16)] = 4
+    bins: Annotated[int, Meta(ge=2, le=4096)] = 64
+    learning_rate: Annotated[float, Meta(gt=0.0, le=10.0)] = 0.15
+    min_child_weight: Annotated[float, Meta(ge=0.0, le=1e9)] = 2.0
+    l2: Annotated[float, Meta(ge=0.0, le=1e9)] = 1.0
 
 
 class GradientBoosting(PhaseModel):
@@ -90,11 +93,19 @@ class GradientBoosting(PhaseModel):
         return {FILE: bytes(self._booster.save_raw("ubj"))}
 
     def _restore(self, files: Mapping[str, bytes]) -> None:
-        import xgboost as xgb
-
         if FILE not in files:
             raise RunError(f"checkpoint of gbt: {FILE} is not among its files ({', '.join(files) or 'none'})")
-        self._booster = xgb.Booster({"nthread": 1}, model_file=bytearray(files[FILE]))
+        features = len(self.spec.names) if self.spec else 0
+        self._booster = self._load(files[FILE], features)
+
+    def _load(self, data: bytes, features: int) -> Any:
+        """Return the trees of a file; XGBoost's reader sees what `check_trees` wrote, never the file's own bytes."""
+        import xgboost as xgb
+
+        place = f"checkpoint of {self.key}: {FILE}"
+        checked = check_trees(data, place=place, features=features)
+        with foreign_errors(place, "XGBoost refuses it"):
+            return xgb.Booster({"nthread": 1}, model_file=bytearray(checked))
 
     def _libraries(self) -> tuple[str, ...]:
         return ("numpy", "xgboost", "xgboost-cpu")

@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from phasewatch.errors import RunError
 from phasewatch.measures import N_CLASSES, confusion_counts, macro_f1
 from phasewatch.models import weights
 from phasewatch.models.base import Examples, Floats, InputKind, PhaseModel, class_weights
@@ -106,8 +107,11 @@ class MiniRocket(PhaseModel):
             "scaler.size": (n,), "biases": (FEATURES,), "mean": (FEATURES,), "spread": (FEATURES,),
             "coef": (N_CLASSES, FEATURES), "intercept": (N_CLASSES,), "channels": (FEATURES // BIASES, n),
         }  # fmt: skip
-        found = weights.unpack(files, FILE, shapes, model=self.key)
-        self._scaler = Scaler(found["scaler.size"])
+        place = f"checkpoint of {self.key}: {FILE}"
+        found = weights.unpack(files, FILE, {name: ("F64", shape) for name, shape in shapes.items()}, model=self.key)
+        self._scaler = Scaler.of(found["scaler.size"], place=place)
+        if not (found["spread"] > 0.0).all() or not np.isin(found["channels"], (0.0, 1.0)).all():
+            raise RunError(f"{place}: a spread is not above 0, or a channel is neither chosen nor not; train it again")
         self._biases, self._mean, self._spread = found["biases"], found["mean"], found["spread"]
         self._coef, self._intercept = found["coef"], found["intercept"]
         self._chosen = found["channels"].astype(np.bool_)

@@ -4,35 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from phasewatch.models import weights
 from phasewatch.models.base import Examples, Floats, InputKind, PhaseModel, class_weights
+from phasewatch.models.foreign import foreign_errors
 from phasewatch.models.scaler import Scaler
 from phasewatch.models.trainer import Labelled, TrainConfig, fit_net, reproducible, scores_of
 
 FILE = "weights.safetensors"
 SIZE = "scaler.size"
 NET = "net."
+MAX_WIDTH = 1024  # the largest net of it has 67 MB of weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetConfig(TrainConfig):
     """Size of a net beside how it is trained."""
 
-    width: int = 64
-    dropout: float = 0.2
+    width: Annotated[int, Meta(ge=1, le=MAX_WIDTH)] = 64
+    dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FewerEpochs(NetConfig):
-    """Of the two nets whose steps cost most, and which gain nothing from more (ADR 45)."""
+    """Of the two nets whose steps cost most, and which gain nothing from more (ADR 45).
 
-    epochs: int = 24
-    patience: int = 6
+    Both part their width among four groups or heads.
+    """
+
+    epochs: Annotated[int, Meta(ge=1, le=100_000)] = 24
+    patience: Annotated[int, Meta(ge=1, le=100_000)] = 6
+    width: Annotated[int, Meta(ge=4, le=MAX_WIDTH, multiple_of=4)] = 64
 
 
 class Net(PhaseModel):
@@ -82,13 +89,15 @@ class Net(PhaseModel):
     def _restore(self, files: Mapping[str, bytes]) -> None:
         import torch
 
+        n = len(self.spec.names) if self.spec else 0
+        with torch.device("meta"), reproducible(self.seed):  # shapes alone: nothing is taken before they fit the file
+            expected = {NET + name: ("F32", tuple(v.shape)) for name, v in self._make().state_dict().items()}
+        arrays = weights.unpack(files, FILE, {**expected, SIZE: ("F64", (n,))}, model=self.key)
+        self._scaler = Scaler.of(arrays[SIZE], place=f"checkpoint of {self.key}: {FILE}")
         with reproducible(self.seed):
             self._net = self._make()
-        shapes = {NET + name: tuple(value.shape) for name, value in self._net.state_dict().items()}
-        n = len(self.spec.names) if self.spec else 0
-        arrays = weights.unpack(files, FILE, {**shapes, SIZE: (n,)}, model=self.key)
-        self._scaler = Scaler(arrays[SIZE].astype(np.float64))
-        self._net.load_state_dict({name: torch.from_numpy(arrays[NET + name]) for name in self._net.state_dict()})
+        with foreign_errors(f"checkpoint of {self.key}: {FILE}", "torch refuses it"):
+            self._net.load_state_dict({name: torch.from_numpy(arrays[NET + name]) for name in self._net.state_dict()})
         self._net.eval()
 
     def _libraries(self) -> tuple[str, ...]:

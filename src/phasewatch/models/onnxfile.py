@@ -1,143 +1,279 @@
-"""What an exported model may hold: looked at byte by byte before a runtime's parser sees it.
+"""What an exported model may hold: read and checked here, whole, before a runtime's parser sees it.
 
-An ONNX file is a protocol-buffers message. It may name files beside it as the home of its weights, and operators of
-foreign libraries; a model that came from elsewhere gets neither. Source: onnx.proto of ONNX 1.18 (field numbers).
+An ONNX file is a protocol-buffers message. It may hold loops without end, name files beside it as the home of its
+weights, and use operators of foreign libraries. A model that came from elsewhere may hold only what the exporter
+writes: fields, operators, attributes, and tensors whose sizes are known. Source: onnx.proto of ONNX 1.18.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from phasewatch.errors import RunError
+from phasewatch.models.onnxgraph import FLOAT, Node, Tensor, check_graph
+from phasewatch.models.onnxtrees import check_trees
+from phasewatch.models.protobuf import MessageShape, Wire, parse_message, read_varint, varints
 
 INPUT, OUTPUT = "x", "probabilities"
-DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})
 MAX_BYTES = 64 * 2**20
-_MAX_DEPTH = 12
+MAX_NODES, MAX_INITIALIZERS, MAX_ATTRIBUTES, MAX_DIMENSIONS = 512, 512, 20, 6
+MAX_ELEMENTS = 16 * 2**20  # of one tensor
+_ORT_MARK = b"ORTM"  # a runtime takes a file with it at byte 4 for its own format
+_OPSETS = {"": range(13, 27), "ai.onnx.ml": range(1, 4)}
+_DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype("<f4"), 7: np.dtype("<i8"), 11: np.dtype("<f8")}
 
-# Fields of the messages that are walked; what they hold otherwise is of no interest here.
-_MODEL_GRAPH, _MODEL_OPSET, _MODEL_TRAINING, _MODEL_FUNCTIONS = 7, 8, 20, 25
-_OPSET_DOMAIN = 1
-_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_SPARSE = 1, 5, 15
-_NODE_ATTRIBUTE, _NODE_DOMAIN = 5, 7
-_ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
-_ATTRIBUTE_SPARSE, _ATTRIBUTE_SPARSES = 22, 23
-_TENSOR_EXTERNAL, _TENSOR_LOCATION = 13, 14
+_V, _B, _F = Wire.VARINT, Wire.BYTES, Wire.FIXED32
+_MODEL = MessageShape(
+    "model", {1: _V, 2: _B, 3: _B, 4: _B, 5: _V, 6: _B, 7: _B}, {8: _B},
+    {20: "it brings training steps of its own", 25: "it brings functions of its own"},
+)  # fmt: skip
+_OPSET = MessageShape("operator set", {1: _B, 2: _V})
+_GRAPH = MessageShape("graph", {2: _B, 10: _B}, {1: _B, 5: _B, 11: _B, 12: _B})
+_NODE = MessageShape("operator", {3: _B, 4: _B, 6: _B, 7: _B}, {1: _B, 2: _B, 5: _B})
+_TENSOR = MessageShape(
+    "tensor", {2: _V, 8: _B, 9: _B, 12: _B}, {1: _V},
+    dict.fromkeys((13, 14), "its weights lie in another file"),
+)  # fmt: skip
+_VALUE = MessageShape("value", {1: _B, 2: _B, 3: _B})
+_TYPE = MessageShape("type", {1: _B})
+_TENSOR_TYPE = MessageShape("tensor type", {1: _V, 2: _B})
+_SHAPE = MessageShape("shape", {}, {1: _B})
+_DIMENSION = MessageShape("dimension", {1: _V, 2: _B})
+_ATTRIBUTE = MessageShape(
+    "attribute", {1: _B, 2: _F, 3: _V, 4: _B, 13: _B, 20: _V}, {},
+    dict.fromkeys((6, 11), "an operator holds a graph of its own"),
+)  # fmt: skip
+_KIND_FLOAT, _KIND_INT, _KIND_TEXT, _KIND_FLOATS, _KIND_INTS, _KIND_TEXTS = 1, 2, 3, 6, 7, 8
+_LISTS = {7: _KIND_FLOATS, 8: _KIND_INTS, 9: _KIND_TEXTS}
 
 
-def check_onnx(data: bytes, *, file: str) -> None:
-    """Refuse what is no ONNX model, or one that reaches for other files, foreign operators or functions of its own.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxGraph:
+    """A graph as it was read: operators in order, constants by name."""
+
+    nodes: tuple[Node, ...]
+    constants: dict[str, Tensor]
+    opsets: dict[str, int]
+
+
+def check_onnx(data: bytes, *, file: str, model: str, shape: tuple[int, ...]) -> None:
+    """Refuse what is no ONNX model of phasewatch's exporter.
+
+    Args:
+        data: The file.
+        file: Its name, for messages.
+        model: Key of the model; it says which operators may be there.
+        shape: Of one window: ``(f,)`` or ``(c, 20)``.
 
     Raises:
         RunError: Naming the file and what it holds.
     """
-
-    def refuse(words: str) -> RunError:
-        return RunError(f"{file}: {words}; export it again with `phasewatch export RUN --out X.zip`")
-
-    if len(data) > MAX_BYTES:
-        raise refuse(f"{len(data):,} bytes, at most {MAX_BYTES:,} are read")
     try:
-        words = _offence(memoryview(data))
-    except (ValueError, IndexError, RecursionError) as exc:
-        raise refuse(f"not an ONNX model ({exc or 'cut short'})") from None
-    if words:
-        raise refuse(words)
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"{len(data):,} bytes, at most {MAX_BYTES:,} are read")
+        graph = parse_onnx(data, shape)
+        if model == "gbt":
+            check_trees(graph.nodes, shape[0])
+        check_graph(graph.nodes, graph.constants, model=model, shape=shape)
+    except ValueError as exc:  # UnicodeDecodeError is one
+        raise RunError(
+            f"{file}: not a model that phasewatch exports: {exc}; export it again with `phasewatch export RUN --out X.zip`"
+        ) from None
 
 
-def _offence(model: memoryview) -> str:
-    """Say what a model holds that it may not; empty if nothing."""
-    has_graph = False
-    for field, value in _fields(model):
-        if field == _MODEL_OPSET:
-            domain = _text(value, _OPSET_DOMAIN)
-            if domain not in DOMAINS:
-                return f"its operators come from the foreign domain {domain[:60]!r}"
-        elif field in (_MODEL_FUNCTIONS, _MODEL_TRAINING):
-            return "it brings functions or training steps of its own"
-        elif field == _MODEL_GRAPH:
-            has_graph = True
-            if words := _graph_offence(value, 0):
-                return words
-    return "" if has_graph else "not an ONNX model (it has no graph)"
+def parse_onnx(data: bytes, shape: tuple[int, ...]) -> OnnxGraph:
+    """Parse a model whose graph has the one input `x` and the one output `probabilities`.
+
+    Raises:
+        ValueError: In words, at the first departure.
+    """
+    if data[4:8] == _ORT_MARK:
+        raise ValueError("it looks like another format of the runtime")
+    model = parse_message(memoryview(data), _MODEL, limit=64)
+    opsets: dict[str, int] = {}
+    for part in model.each(8):
+        opset = parse_message(part, _OPSET)
+        domain, version = opset.text(1), opset.number(2)
+        if domain not in _OPSETS or domain in opsets or version not in _OPSETS[domain]:
+            raise ValueError(f"it needs version {version} of the operators of {domain[:60]!r}, or names them twice")
+        opsets[domain] = version
+    if "" not in opsets or not model.has(7) or not 7 <= model.number(1) <= 13:
+        raise ValueError("it has no graph, no operators or another version")
+    for field in (2, 3, 4):
+        model.text(field)
+    if model.data(6):
+        raise ValueError("it holds a text that no export has")
+    graph = parse_message(model.data(7), _GRAPH, limit=MAX_NODES + MAX_INITIALIZERS + 16)
+    graph.text(2)
+    if graph.data(10) or len(graph.each(1)) > MAX_NODES or len(graph.each(5)) > MAX_INITIALIZERS:
+        raise ValueError(f"it holds a text, more than {MAX_NODES} operators or {MAX_INITIALIZERS} tensors")
+    _check_end(graph.each(11), INPUT, shape)
+    _check_end(graph.each(12), OUTPUT, (5,))
+    constants: dict[str, Tensor] = {}
+    for part in graph.each(5):
+        name, tensor = _tensor(part)
+        if not name or name in constants or name in (INPUT, OUTPUT):
+            raise ValueError(f"tensor {name[:40]!r} is there twice, or has no name of its own")
+        constants[name] = tensor
+    return OnnxGraph(nodes=tuple(map(_node, graph.each(1))), constants=constants, opsets=opsets)
 
 
-def _graph_offence(graph: memoryview, depth: int) -> str:
-    if depth > _MAX_DEPTH:
-        return f"its graphs stand in each other more than {_MAX_DEPTH} deep"
-    for field, value in _fields(graph):
-        words = ""
-        if field == _GRAPH_INITIALIZER:
-            words = _tensor_offence(value)
-        elif field == _GRAPH_SPARSE:
-            words = "it holds sparse tensors"
-        elif field == _GRAPH_NODE:
-            words = _node_offence(value, depth)
-        if words:
-            return words
-    return ""
+def _check_end(values: list[memoryview], name: str, shape: tuple[int, ...]) -> None:
+    """Hold the graph's input or output against the name, type and shape that it must have; its first size is free."""
+    if len(values) != 1:
+        raise ValueError(f"it has {len(values)} inputs or outputs, expected one")
+    value = parse_message(values[0], _VALUE)
+    kind = parse_message(parse_message(value.data(2), _TYPE).data(1), _TENSOR_TYPE)
+    sizes = [parse_message(part, _DIMENSION) for part in parse_message(kind.data(2), _SHAPE, limit=8).each(1)]
+    if (
+        value.text(1) != name
+        or value.data(3)
+        or kind.number(1) != FLOAT
+        or len(sizes) != len(shape) + 1
+        or sizes[0].has(1)
+        or [size.number(1, -1) for size in sizes[1:]] != list(shape)
+        or any(size.has(2) for size in sizes[1:])
+    ):
+        raise ValueError(f"its {name} is not float32 of shape (n, {', '.join(map(str, shape))})")
+    sizes[0].text(2)
 
 
-def _node_offence(node: memoryview, depth: int) -> str:
-    for field, value in _fields(node):
-        if field == _NODE_DOMAIN and (domain := bytes(value).decode("utf-8", "replace")) not in DOMAINS:
-            return f"an operator comes from the foreign domain {domain[:60]!r}"
-        if field != _NODE_ATTRIBUTE:
-            continue
-        for inner, part in _fields(value):
-            words = ""
-            if inner in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
-                words = _tensor_offence(part)
-            elif inner in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
-                words = _graph_offence(part, depth + 1)
-            elif inner in (_ATTRIBUTE_SPARSE, _ATTRIBUTE_SPARSES):
-                words = "it holds sparse tensors"
-            if words:
-                return words
-    return ""
+def _tensor(data: memoryview) -> tuple[str, Tensor]:
+    tensor = parse_message(data, _TENSOR, limit=32)
+    sizes, dtype = tensor.numbers(1), _DTYPES.get(tensor.number(2))
+    if dtype is None or len(sizes) > MAX_DIMENSIONS or any(not 1 <= size <= MAX_ELEMENTS for size in sizes):
+        raise ValueError(f"a tensor of type {tensor.number(2)} and shape {str(sizes)[:60]}")
+    if (count := prod(sizes)) > MAX_ELEMENTS or len(tensor.data(9)) != count * dtype.itemsize or tensor.data(12):
+        raise ValueError(f"a tensor of shape {str(sizes)[:60]} has {len(tensor.data(9)):,} bytes")
+    values: NDArray[Any] = np.frombuffer(tensor.data(9), dtype).reshape(sizes)
+    # A phase that train never showed is ruled out by an infinite score; nothing else may be infinite.
+    name = tensor.text(8)
+    if dtype.kind == "f" and not (np.isfinite(values) | ((values == -np.inf) & (values.size == 5))).all():
+        raise ValueError(f"tensor {name[:40]!r} holds a number that is not finite")
+    return name, Tensor(type=tensor.number(2), shape=tuple(sizes), values=values)
 
 
-def _tensor_offence(tensor: memoryview) -> str:
-    if any(field in (_TENSOR_EXTERNAL, _TENSOR_LOCATION) for field, _ in _fields(tensor)):
-        return "its weights lie in another file"
-    return ""
+def _node(data: memoryview) -> Node:
+    node = parse_message(data, _NODE, limit=64)
+    if node.data(6):
+        raise ValueError("an operator holds a text that no export has")
+    node.text(3)
+    attributes: dict[str, Any] = {}
+    for part in node.each(5):
+        name, value = _attribute(part)
+        if name in attributes or len(attributes) >= MAX_ATTRIBUTES:
+            raise ValueError(f"attribute {name[:40]!r} is there twice, or one of too many")
+        attributes[name] = value
+    return Node(
+        type=(node.text(7), node.text(4)),
+        inputs=tuple(_name(part) for part in node.each(1)),
+        outputs=tuple(_name(part) for part in node.each(2)),
+        attributes=attributes,
+    )
 
 
-def _text(message: memoryview, wanted: int) -> str:
-    return next((bytes(value).decode("utf-8", "replace") for field, value in _fields(message) if field == wanted), "")
+def _name(data: memoryview) -> str:
+    if len(data) > 200:
+        raise ValueError("a name of more than 200 bytes")
+    return bytes(data).decode("utf-8")
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Give the fields of a message in turn; a number's value is empty, for none that is a number is of interest."""
+def _attribute(data: memoryview) -> tuple[str, Any]:
+    """Return an attribute's name and its value: int, float, bytes, or an array of one of them.
+
+    A list may hold a hundred thousand numbers, each behind its own tag. It is read in one go: name first or last,
+    then the list's items one behind the other, as protobuf's writers put them.
+    """
+    head, items, tail = _parts(data)
+    attribute = parse_message(memoryview(bytes(head) + bytes(tail)), _ATTRIBUTE)
+    name, kind = attribute.text(1), attribute.number(20)
+    if attribute.data(13) or not name:
+        raise ValueError("an attribute holds a text that no export has, or no name")
+    single = {_KIND_FLOAT: 2, _KIND_INT: 3, _KIND_TEXT: 4}
+    # proto2 writers may leave the other values out or write them as their default; ours leaves them out.
+    if any(attribute.has(field) for field in single.values() if field != single.get(kind)):
+        raise ValueError(f"attribute {name[:40]!r} has two values")
+    if len(items):
+        field = items[0] >> 3
+        if _LISTS[field] != kind:
+            raise ValueError(f"attribute {name[:40]!r} says that it is of type {kind}")
+        return name, _list(items, field)
+    if kind == _KIND_FLOAT and attribute.has(2):
+        return name, float(np.frombuffer(attribute.data(2), "<f4")[0])
+    if kind == _KIND_INT and attribute.has(3):
+        return name, attribute.number(3)
+    if kind == _KIND_TEXT and attribute.has(4):
+        return name, attribute.text(4).encode()
+    raise ValueError(f"attribute {name[:40]!r} has no value of its type")
+
+
+def _parts(data: memoryview) -> tuple[memoryview, memoryview, memoryview]:
+    """Part an attribute into what stands before its list, the list, and what stands behind it."""
     at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
-        field, kind = key >> 3, key & 7
-        if kind == 2:
-            size, at = _varint(message, at)
-            if size > len(message) - at:
-                raise ValueError("cut short")
-            yield field, message[at : at + size]
-            at += size
-            continue
-        if kind == 0:
-            _, at = _varint(message, at)
-        elif kind in (1, 5):
-            at += 8 if kind == 1 else 4
-        else:
-            raise ValueError("no protocol buffers")
-        if at > len(message):
-            raise ValueError("cut short")
-        yield field, message[:0]
+    while at < len(data) and data[at] >> 3 not in _LISTS:
+        at = _after(data, at)
+    if at == len(data):
+        return data, data[:0], data[:0]
+    # Behind the list may stand a text (13) and the type (20), at most a few bytes; they start with other tags.
+    tag, start = data[at], at
+    if tag == 0x3D:
+        raw = np.frombuffer(data[at:], np.uint8)
+        at += 5 * _leading(raw[::5] == tag)
+    elif tag == 0x40:
+        while at < len(data) and data[at] == tag:
+            at = _run_of_varints(data, at)
+    else:
+        while at < len(data) and data[at] == tag:
+            at = _after(data, at)
+    if tag not in (0x3D, 0x40, 0x4A) or at > len(data):
+        raise ValueError("a list is not written as it must be, or cut short")
+    return data[:start], data[start:at], data[at:]
 
 
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
-        if shift > 63:
-            raise ValueError("a number of more than 64 bits")
+def _leading(mask: NDArray[np.bool_]) -> int:
+    return len(mask) if mask.all() else int(np.argmin(mask))
+
+
+def _run_of_varints(data: memoryview, at: int) -> int:
+    """Return where a run of (tag, number) pairs ends; pairs are looked at in bulk."""
+    raw = np.frombuffer(data[at:], np.uint8)
+    ends = np.flatnonzero(raw < 128)  # every tag of the run is a byte below 128, so every second end is a number's
+    starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else np.zeros(0, np.intp)
+    tags = starts[::2]
+    good = _leading(raw[tags] == 0x40) if len(tags) else 0
+    last = 2 * good - 1
+    if good == 0 or last >= len(ends):
+        raise ValueError("cut short")
+    return at + int(ends[last]) + 1
+
+
+def _after(data: memoryview, at: int) -> int:
+    """Return where the field that starts at a place ends."""
+    tag, at = read_varint(data, at)
+    wire = tag & 7
+    if wire == 0:
+        return read_varint(data, at)[1]
+    size, at = read_varint(data, at) if wire == 2 else ({5: 4, 1: 8}.get(wire, len(data) + 1), at)
+    if size > len(data) - at:
+        raise ValueError("cut short, or a group")
+    return at + size
+
+
+def _list(items: memoryview, field: int) -> NDArray[Any]:
+    if field == 7:
+        return np.ascontiguousarray(np.frombuffer(items, np.uint8).reshape(-1, 5)[:, 1:]).view("<f4")[:, 0]
+    if field == 8:
+        return varints(items)[1::2].astype(np.int64)
+    found, at = [], 0
+    while at < len(items):
+        size = items[at + 1]
+        if size > 100:
+            raise ValueError("a text of a list is too long")
+        found.append(bytes(items[at + 2 : at + 2 + size]))
+        at += 2 + size
+    return np.array(found, object)

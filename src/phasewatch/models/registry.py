@@ -218,7 +218,7 @@ def load(folder: Path, *, expected: InputSpec | None = None) -> PhaseModel:
         )
     if known[header.model].persist == "none":
         raise MismatchError(f"{folder}: {header.model} keeps no weights; it was scored by the process that fitted it")
-    model = class_of(header.model).restore(header, files)
+    model = class_of(header.model).restore(header, files, where=str(folder))
     if expected is not None and model.spec is not None and (words := model.spec.difference(expected)):
         raise MismatchError(f"{folder}: made for something else: {words}; train it again on these features")
     return model

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from phasewatch.errors import RunError
+
 LIMIT = 10.0  # of a scaled value: a rate a thousand times its usual size still has a place
 
 Floats = NDArray[np.float32]
@@ -35,6 +37,17 @@ class Scaler:
             told = column[np.isfinite(column) & (column > 0)]
             if len(told):
                 size[i] = np.median(told)
+        return cls(size)
+
+    @classmethod
+    def of(cls, size: NDArray[np.float64], *, place: str) -> Scaler:
+        """Return the scaler of a checkpoint.
+
+        Raises:
+            RunError: If a size is not above 0 or not finite.
+        """
+        if not (np.isfinite(size) & (size > 0.0)).all():
+            raise RunError(f"{place}: a scale is not a finite number above 0; train the model again")
         return cls(size)
 
     def apply(self, x: Floats) -> Floats:

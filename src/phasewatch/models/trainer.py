@@ -7,10 +7,11 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from msgspec import Meta
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -31,15 +32,15 @@ class TrainConfig:
         hide: Share of the channels that each window loses in training: a host may lack what train always had.
     """
 
-    epochs: int = 60
-    steps: int = 1500
-    patience: int = 10
-    batch: int = 128
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.02
-    warm_up: float = 0.1
+    epochs: Annotated[int, Meta(ge=1, le=100_000)] = 60
+    steps: Annotated[int, Meta(ge=1, le=10_000_000)] = 1500
+    patience: Annotated[int, Meta(ge=1, le=100_000)] = 10
+    batch: Annotated[int, Meta(ge=1, le=1_000_000)] = 128
+    learning_rate: Annotated[float, Meta(gt=0.0, le=10.0)] = 2e-3
+    weight_decay: Annotated[float, Meta(ge=0.0, le=10.0)] = 0.02
+    warm_up: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.1
     mixed: bool = False
-    hide: float = 0.15
+    hide: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.15
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -22,6 +22,7 @@ from phasewatch.live.events import Data, PhaseSeen, Telemetry
 from phasewatch.models.alarm import DECISION_NS, NEVER, AlarmRule, heat_of, run_alarm
 from phasewatch.models.checkpoint import HEADER, read_header
 from phasewatch.models.filter import NONE, PHASE
+from phasewatch.parquet import parquet_errors
 from phasewatch.report.evidence import PLACE
 from phasewatch.train.cell import Cell
 from phasewatch.train.predictions import PREDICTIONS, PROBABILITIES
@@ -243,7 +244,8 @@ def _read(run: Path, choice: Choice) -> Any:
     with open_parquet(path, "train") as file:
         need_columns(path, file.schema_arrow.names, _COLUMNS, "train")
     wanted = [(key, "==", getattr(choice, key)) for key in _KEYS[:4]]
-    table = pq.read_table(path, columns=list(_COLUMNS), filters=[*wanted, ("part", "==", "test")])
+    with parquet_errors(path, hint="phasewatch train"):
+        table = pq.read_table(path, columns=list(_COLUMNS), filters=[*wanted, ("part", "==", "test")])
     filters, seeds = np.asarray(table.column("filter").to_pylist()), table.column("seed").to_numpy()
     if not len(seeds):
         raise RunError(f"{path}: no test predictions by {_words(choice)}; choose another --model, --threat or --recipe")

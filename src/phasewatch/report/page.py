@@ -17,6 +17,7 @@ from phasewatch.audit.run import read_audit
 from phasewatch.dataset import SplitIndex, read_split_index
 from phasewatch.errors import MissingTool, RunError, UsageError
 from phasewatch.evaluate.rows import METRICS, parse_metrics
+from phasewatch.parquet import open_parquet, parquet_errors
 from phasewatch.report import evidence as ev
 from phasewatch.report.blocks import Page
 from phasewatch.report.plain import render_json, render_markdown
@@ -200,14 +201,13 @@ def _whole(text: str) -> str:
 
 
 def _read_table(path: Path, columns: tuple[str, ...], filters: Any = None) -> Any:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        have = set(pq.read_schema(path).names)
+    hint = f"phasewatch {ev.MADE_BY[path.name]} RUN"
+    with open_parquet(path, hint=hint) as file:
+        have = set(file.schema_arrow.names)
+    with parquet_errors(path, hint=hint):
         return pq.read_table(path, columns=[c for c in columns if c in have], filters=filters)
-    except pa.ArrowException as exc:
-        raise RunError(f"{path.name}: {exc}; make it again with `phasewatch {ev.MADE_BY[path.name]} RUN`") from exc
 
 
 def _read_predictions(path: Path) -> Any:

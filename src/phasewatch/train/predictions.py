@@ -14,6 +14,7 @@ from phasewatch import atomic
 from phasewatch.dataset import WindowSet
 from phasewatch.dataset.run import need_columns, open_parquet
 from phasewatch.models.filter import NONE
+from phasewatch.parquet import parquet_errors
 from phasewatch.train.cell import Cell
 from phasewatch.vocab import PHASES
 
@@ -78,7 +79,8 @@ def read_table(path: Path) -> Any:
     """
     with open_parquet(path, "train") as file:
         need_columns(path, file.schema_arrow.names, schema().names, "train")
-        return file.read(columns=schema().names)
+        with parquet_errors(path, hint="phasewatch train"):
+            return file.read(columns=schema().names)
 
 
 def _build_part(cell: Cell, said: Said) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from phasewatch.atomic import write_whole
 from phasewatch.errors import RunError
+from phasewatch.parquet import footer_offence
 from phasewatch.validate.verdict import USABLE, Verdict
 from phasewatch.vocab import PHASES, Source, Status
 
@@ -43,12 +44,14 @@ def read_index(path: Path) -> tuple[Verdict, ...]:
 
     try:
         with pq.ParquetFile(path) as file:
+            if words := footer_offence(file.metadata, path.stat().st_size):
+                raise ValueError(words)
             if file.schema_arrow.names not in (_schema().names, _schema().names[:-1]):  # an older one has no neighbours
                 raise ValueError("its columns are not an index's")
             # A little at a time: as a dict of its own each, the rows of a large index would take more than the verdicts.
             batches = file.iter_batches(batch_size=1_000, use_threads=False)
             return tuple(_verdict(row) for batch in batches for row in batch.to_pylist())
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as exc:
+    except (OSError, ValueError, KeyError, TypeError, MemoryError, pa.ArrowException) as exc:
         raise _unreadable(path, exc) from exc
 
 
@@ -62,7 +65,10 @@ def read_statuses(path: Path) -> dict[tuple[str, str], Status]:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path, columns=["host_id", "episode_id", "status"])
+        with pq.ParquetFile(path) as file:
+            if words := footer_offence(file.metadata, path.stat().st_size):
+                raise ValueError(words)
+            table = file.read(columns=["host_id", "episode_id", "status"])
         columns = [table.column(name).to_pylist() for name in ("host_id", "episode_id", "status")]
         rows = [(host, episode, Status(status)) for host, episode, status in zip(*columns, strict=True)]
     except (OSError, ValueError, KeyError, pa.ArrowException) as exc:

@@ -1,0 +1,209 @@
+"""The trees of a checkpoint, looked at before XGBoost's native reader sees them: that reader trusts every index in them.
+
+The file is parsed here, held against what `GradientBoosting` writes, and written anew from the checked values. XGBoost
+reads only bytes that this module wrote. Source: XGBoost's model schema (doc/model.schema), versions 3.0 to 3.4.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch.errors import RunError
+from phasewatch.measures import N_CLASSES
+from phasewatch.models.ubjson import parse_ubjson, render, render_array
+
+MAX_BYTES = 64 * 2**20
+MAX_TREES = 5_000  # 1,000 rounds
+MAX_NODES = 2**20
+_NO_PARENT = 2**31 - 1
+_LARGEST = 1e30  # of a weight or threshold: sums over all trees stay finite in float32
+_FLOATS = ("base_weights", "loss_changes", "split_conditions", "sum_hessian")
+_NODE_FIELDS: Mapping[str, bytes] = {
+    "base_weights": b"d", "default_left": b"U", "left_children": b"l", "loss_changes": b"d", "parents": b"l",
+    "right_children": b"l", "split_conditions": b"d", "split_indices": b"l", "split_type": b"U", "sum_hessian": b"d",
+}  # fmt: skip
+_EMPTY_FIELDS: Mapping[str, bytes] = {
+    "categories": b"l", "categories_nodes": b"l", "categories_segments": b"L", "categories_sizes": b"L",
+}  # fmt: skip
+_DTYPES = {b"d": ">f4", b"U": "|u1", b"l": ">i4", b"L": ">i8"}
+_NUMBER = r"-?[0-9]{1,20}(\.[0-9]{1,20})?([eE][+-]?[0-9]{1,3})?"
+_BASE_SCORE = re.compile(rf"{_NUMBER}|\[{_NUMBER}(,{_NUMBER}){{{N_CLASSES - 1}}}\]")
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def check_trees(data: bytes, *, place: str, features: int) -> bytes:
+    """Check a file of trees and return what XGBoost may read: the same trees, written anew.
+
+    Args:
+        data: ``model.ubj``.
+        place: For messages.
+        features: Number of columns that the model takes.
+
+    Raises:
+        RunError: If it is no file of trees as phasewatch writes them: five classes, one tree a class and round, indices
+            within their arrays, every node reached once from its root, numbers finite, no categories, sizes bounded.
+    """
+
+    def refusal(words: str) -> RunError:
+        return RunError(f"{place}: {words}; the file was not written by phasewatch, train the model again")
+
+    if len(data) > MAX_BYTES:
+        raise refusal(f"{len(data):,} bytes, at most {MAX_BYTES:,} are read")
+    try:
+        return _checked(parse_ubjson(data), features)
+    except ValueError as exc:  # UnicodeDecodeError is one
+        raise refusal(f"not a model of gradient-boosted trees: {exc}") from exc
+
+
+def _checked(model: Any, features: int) -> bytes:
+    learner = _object(_object(model, "the file", ("learner", "version"))["learner"], "learner", (
+        "attributes", "feature_names", "feature_types", "gradient_booster", "learner_model_param", "objective",
+    ))  # fmt: skip
+    _object(learner["attributes"], "attributes", ())
+    _expect_list(learner, ("feature_names", "feature_types"))
+    booster = _object(learner["gradient_booster"], "gradient_booster", ("model", "name"))
+    forest = _object(
+        booster["model"], "model", ("gbtree_model_param", "iteration_indptr", "tree_info", "trees"), ("cats",)
+    )
+    if "cats" in forest:
+        cats = _object(forest["cats"], "cats", ("enc", "feature_segments", "sorted_idx"))
+        _expect_list(cats, tuple(cats))
+    trees = forest["trees"]
+    if not isinstance(trees, list) or not N_CLASSES <= len(trees) <= MAX_TREES or len(trees) % N_CLASSES:
+        raise ValueError(f"expected {N_CLASSES} trees a round, {MAX_TREES:,} at most")
+    _expect(booster["name"], "gbtree", "name")
+    _expect(forest["gbtree_model_param"], {"num_parallel_tree": "1", "num_trees": str(len(trees))}, "number of trees")
+    _expect(forest["tree_info"], [i % N_CLASSES for i in range(len(trees))], "tree_info")
+    _expect(forest["iteration_indptr"], list(range(0, len(trees) + 1, N_CLASSES)), "iteration_indptr")
+    _expect(learner["objective"], {
+        "name": "multi:softprob", "softmax_multiclass_param": {"num_class": str(N_CLASSES)},
+    }, "objective")  # fmt: skip
+    _check_params(learner["learner_model_param"], features)
+    _check_version(model["version"])
+    nodes = [_node_arrays(tree, number, features) for number, tree in enumerate(trees)]
+    _check_structure(nodes, features)
+    forest["trees"] = [
+        b"{" + b"".join(map(render_pair, _rendered(tree, arrays))) + b"}"
+        for tree, arrays in zip(trees, nodes, strict=True)
+    ]
+    if "cats" in forest:
+        forest["cats"] = {"enc": [], "feature_segments": _empty(b"l"), "sorted_idx": _empty(b"l")}
+    return render({"learner": {**learner, "feature_names": [], "feature_types": []}, "version": model["version"]})
+
+
+def render_pair(pair: tuple[bytes, bytes]) -> bytes:
+    """Return a key, rendered already, with its value."""
+    return pair[0] + pair[1]
+
+
+def _empty(kind: bytes) -> bytes:
+    return render_array(np.zeros(0), kind)
+
+
+def _object(value: Any, name: str, keys: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    if not isinstance(value, dict) or not set(keys) <= value.keys() <= {*keys, *optional}:
+        found = ", ".join(value)[:80] if isinstance(value, dict) else type(value).__name__
+        raise ValueError(f"{name} holds {found or 'nothing'}, expected {', '.join(keys) or 'nothing'}")
+    return value
+
+
+def _expect(found: Any, expected: Any, name: str) -> None:
+    if type(found) is not type(expected) or found != expected:
+        raise ValueError(f"{name} is {str(found)[:40]}, expected {str(expected)[:40]}")
+
+
+def _expect_list(parent: dict[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        if not isinstance(parent[name], list | np.ndarray) or len(parent[name]):
+            raise ValueError(f"{name} is not empty")
+
+
+def _check_params(value: Any, features: int) -> None:
+    params = _object(
+        value, "learner_model_param", ("base_score", "boost_from_average", "num_class", "num_feature", "num_target")
+    )
+    for name, expected in (("num_class", N_CLASSES), ("num_feature", features), ("num_target", 1)):
+        _expect(params[name], str(expected), name)
+    score = params["base_score"]
+    if not isinstance(score, str) or not _BASE_SCORE.fullmatch(score):
+        raise ValueError("base_score is no finite number")
+    if not all(isfinite(number := float(text)) and abs(number) <= _LARGEST for text in score.strip("[]").split(",")):
+        raise ValueError("base_score is no finite number")
+    if params["boost_from_average"] not in ("0", "1"):
+        raise ValueError("boost_from_average is neither 0 nor 1")
+
+
+def _check_version(value: Any) -> None:
+    is_version = isinstance(value, list) and len(value) == 3 and all(type(v) is int and 0 <= v < 1000 for v in value)
+    if not is_version or value[0] < 3:
+        raise ValueError("version is none of XGBoost 3")
+
+
+def _node_arrays(value: Any, number: int, features: int) -> Arrays:
+    """Return the arrays of a tree; each has one entry a node."""
+    tree = _object(value, "a tree", (*_NODE_FIELDS, *_EMPTY_FIELDS, "id", "tree_param"))
+    _expect(tree["id"], number, "id of a tree")
+    _expect_list(tree, tuple(_EMPTY_FIELDS))
+    size = len(tree["parents"]) if isinstance(tree["parents"], np.ndarray) else 0
+    for name, kind in _NODE_FIELDS.items():
+        array = tree[name]
+        if not isinstance(array, np.ndarray) or array.dtype != _DTYPES[kind] or len(array) != size or not size:
+            raise ValueError(f"tree {number}: {name} is not one number of its type for each node")
+    _expect(tree["tree_param"], {
+        "num_deleted": "0", "num_feature": str(features), "num_nodes": str(size), "size_leaf_vector": "1",
+    }, f"tree_param of tree {number}")  # fmt: skip
+    return {name: tree[name] for name in _NODE_FIELDS}
+
+
+def _check_structure(trees: list[Arrays], features: int) -> None:
+    """Check all trees at once: numbers finite, columns there, children after their parent and reached exactly once."""
+    sizes = np.array([len(tree["parents"]) for tree in trees], np.int64)
+    total = int(sizes.sum())
+    if total > MAX_NODES:
+        raise ValueError(f"{total:,} nodes, at most {MAX_NODES:,} are read")
+    start = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    own, size = np.arange(total) - start, np.repeat(sizes, sizes)
+
+    def joined(name: str) -> NDArray[np.int64]:
+        return np.concatenate([tree[name] for tree in trees]).astype(np.int64)
+
+    for name in _FLOATS:
+        values = np.concatenate([tree[name] for tree in trees])
+        if not (np.abs(values) <= _LARGEST).all():
+            raise ValueError(f"{name} holds a number that is not finite or above {_LARGEST:g}")
+    left, right, parents = joined("left_children"), joined("right_children"), joined("parents")
+    split, columns = left != -1, joined("split_indices")
+    if not (columns >= 0).all() or not (columns < features).all():
+        raise ValueError(f"split_indices names a column that is none of {features}")
+    if joined("split_type").any() or (joined("default_left") > 1).any():
+        raise ValueError("split_type or default_left is not what it can be")
+    if (split != (right != -1)).any():
+        raise ValueError("a node has one child")
+    for child in (left, right):
+        if not ((child > own) & (child < size))[split].all():
+            raise ValueError("a child does not stand behind its parent in its tree")
+        if (parents[(start + child)[split]] != own[split]).any():
+            raise ValueError("parents and children differ")
+    reached = np.bincount(np.concatenate([(start + left)[split], (start + right)[split]]), minlength=total)
+    is_root = own == 0
+    if (reached != ~is_root).any() or (parents[is_root] != _NO_PARENT).any():
+        raise ValueError("a node is reached not at all, or twice")
+
+
+def _rendered(tree: dict[str, Any], arrays: Arrays) -> list[tuple[bytes, bytes]]:
+    """Return the keys and values of a tree in the order of their names, as XGBoost writes them."""
+    values: dict[str, bytes] = {name: render_array(arrays[name], kind) for name, kind in _NODE_FIELDS.items()}
+    values |= {name: _EMPTY_BYTES[name] for name in _EMPTY_FIELDS}
+    values |= {"id": render(tree["id"]), "tree_param": render(tree["tree_param"])}
+    return [(_KEYS[name], values[name]) for name in _KEYS]
+
+
+_EMPTY_BYTES = {name: _empty(kind) for name, kind in _EMPTY_FIELDS.items()}
+_KEYS = {name: render(name)[1:] for name in sorted((*_NODE_FIELDS, *_EMPTY_FIELDS, "id", "tree_param"))}

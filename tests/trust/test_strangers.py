@@ -1,0 +1,378 @@
+"""A model or a run of a stranger: digests are right, for whoever makes a file makes them; nothing else need be."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import NDArray
+from tests.models.test_models import examples, fitted
+from tests.trust import fuzz_models as fuzz
+
+from phasewatch.errors import RunError, UsageError
+from phasewatch.models import registry
+from phasewatch.models.adapters import NoSettings
+from phasewatch.models.base import Examples, Floats, PhaseModel
+from phasewatch.models.checkpoint import HEADER
+from phasewatch.models.gbt import FILE, GradientBoosting
+from phasewatch.models.treefile import check_trees
+from phasewatch.models.ubjson import parse_ubjson
+from phasewatch.parquet import open_parquet
+
+FEATURES = 6
+
+
+@cache
+def trees() -> bytes:
+    """A file of trees as training writes it."""
+    model = registry.create("gbt", settings={"rounds": 3, "depth": 3})
+    return model.fit(examples("gbt"), examples("gbt", 80, seed=1))._files()[FILE]
+
+
+def test_trees_of_our_own_are_handed_on_byte_for_byte() -> None:
+    assert check_trees(trees(), place="x", features=FEATURES) == trees()
+
+
+def first_tree(model: Any) -> dict[str, Any]:
+    return model["learner"]["gradient_booster"]["model"]["trees"][0]  # type: ignore[no-any-return]
+
+
+def set_item(name: str, at: int, value: float) -> Callable[[Any], object]:
+    def change(model: Any) -> None:
+        tree = first_tree(model)
+        tree[name] = tree[name].copy()
+        tree[name][at] = value
+
+    return change
+
+
+def put(value: object, *path: str) -> Callable[[Any], object]:
+    def change(model: Any) -> None:
+        for name in path[:-1]:
+            model = model[name]
+        model[path[-1]] = value
+
+    return change
+
+
+def put_in_tree(name: str, value: object) -> Callable[[Any], object]:
+    return lambda model: first_tree(model).__setitem__(name, value)
+
+
+BOOSTER = ("learner", "gradient_booster")
+PARAMS = ("learner", "learner_model_param")
+EVIL_TREES: dict[str, Callable[[Any], object]] = {
+    "a child beyond its tree": set_item("left_children", 0, 10**6),
+    "a child before its parent": set_item("right_children", 1, 0),
+    "a child that is its parent": set_item("left_children", 0, 0),
+    "a negative child": set_item("left_children", 0, -7),
+    "one child alone": set_item("left_children", 0, -1),
+    "a node that two reach": set_item("right_children", 0, 1),
+    "a parent that is another": set_item("parents", 1, 2),
+    "a root with a parent": set_item("parents", 0, 0),
+    "a column that is not there": set_item("split_indices", 0, FEATURES),
+    "a negative column": set_item("split_indices", 0, -1),
+    "a split by categories": set_item("split_type", 0, 1),
+    "a threshold that is no number": set_item("split_conditions", 0, float("nan")),
+    "a weight without end": set_item("base_weights", 0, float("inf")),
+    "categories": put_in_tree("categories", np.zeros(3, ">i4")),
+    "an array that is cut": lambda model: first_tree(model).update(parents=first_tree(model)["parents"][:-1]),
+    "an array of another type": lambda m: first_tree(m).update(parents=first_tree(m)["parents"].astype(">i8")),
+    "an array of texts": put_in_tree("left_children", ["a"]),
+    "another number of nodes": put_in_tree("tree_param", {"num_nodes": "1000000"}),
+    "an empty tree": lambda m: first_tree(m).update(
+        {k: v[:0] for k, v in first_tree(m).items() if hasattr(v, "dtype")}
+    ),
+    "no trees": put([], *BOOSTER, "model", "trees"),
+    "trees of no class": put([9] * 15, *BOOSTER, "model", "tree_info"),
+    "rounds that are not there": put([0, 5, 10, 10**9], *BOOSTER, "model", "iteration_indptr"),
+    "another booster": put("dart", *BOOSTER, "name"),
+    "another number of classes": put("1000000", *PARAMS, "num_class"),
+    "another number of columns": put("7", *PARAMS, "num_feature"),
+    "a start that is no number": put("nan", *PARAMS, "base_score"),
+    "another objective": put({"name": "rank:ndcg"}, "learner", "objective"),
+    "names of columns": put(["a"], "learner", "feature_names"),
+    "a version of long ago": put([0, 9, 0], "version"),
+    "a key that no model has": put("x", "learner", "surprise"),
+    "categories of the whole": put({"enc": [1], "feature_segments": [], "sorted_idx": []}, *BOOSTER, "model", "cats"),
+}
+
+
+@pytest.mark.parametrize("change", EVIL_TREES.values(), ids=EVIL_TREES)
+def test_trees_that_would_lead_native_code_astray_are_refused(change: Callable[[Any], object]) -> None:
+    model = parse_ubjson(trees())
+    change(model)
+
+    with pytest.raises(RunError, match=r"^x: "):
+        check_trees(fuzz.ubj(model), place="x", features=FEATURES)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"[#L\x7f" + b"\xff" * 7, id="more values than there are bytes"),
+        pytest.param(b"[$d#L" + (2**40).to_bytes(8, "big"), id="a long array"),
+        pytest.param(b"[$d#L" + b"\xff" * 8, id="a negative count"),
+        pytest.param(b"[#U\x01" * 5000, id="deeply nested"),
+        pytest.param(b"[" * 5000, id="arrays without a count"),
+        pytest.param(b"{U\x01ai\x00U\x01ai\x00}", id="a key twice"),
+        pytest.param(b"{U\x01ai\x00", id="an object that never ends"),
+        pytest.param(b"SU\x02\xff\xff", id="a text that is none"),
+        pytest.param(b"[$Z#U\x01", id="an array of nothings"),
+        pytest.param(b"Hi\x03123", id="a number of any length"),
+        pytest.param(b"i\x00i", id="something behind the end"),
+    ],
+)
+def test_bytes_that_are_no_trees_are_refused_within_bounds(data: bytes) -> None:
+    with pytest.raises(RunError):
+        check_trees(data, place="x", features=FEATURES)
+
+
+def test_damaged_trees_are_refused_or_answer_with_probabilities() -> None:
+    rng = random.Random(0)
+    x = examples("gbt", 5).inputs.x
+    for _ in range(150):
+        data, _how = fuzz.damaged(FILE, trees(), rng)
+        try:
+            p = GradientBoosting()._load(data, FEATURES).inplace_predict(x, missing=np.nan)
+        except RunError:
+            continue
+        assert p.shape == (5, 5)
+        assert np.isfinite(p).all()
+
+
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [
+        *(("mlp", {"width": value}) for value in (30_000, -1, 0, True, 1.5, "64", None, 2**70)),
+        ("cnn", {"width": 18}), ("transformer", {"width": 2}), ("mlp", {"dropout": 1.5}), ("mlp", {"depth": 3}),
+        ("gbt", {"rounds": 10**9}), ("gbt", {"depth": -1}), ("gbt", {"learning_rate": -1.0}),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_refused_before_anything_is_made_of_them(
+    key: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError):
+        registry.create(key, settings=settings)
+
+    checkpoint_of("majority").copy_to(tmp_path)
+    header = json.loads((tmp_path / HEADER).read_text())
+    header.update(model=key, config=settings, input_kind=str(registry.row_of(key).kind))
+    (tmp_path / HEADER).write_bytes(fuzz.sealed(header))
+    with pytest.raises(RunError):
+        registry.load(tmp_path)
+
+
+def test_weights_of_another_width_than_the_settings_are_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    checkpoint_of("mlp").copy_to(tmp_path)
+    header = json.loads((tmp_path / HEADER).read_text())
+    header["config"]["width"] = 1024
+    (tmp_path / HEADER).write_bytes(fuzz.sealed(header))
+
+    with pytest.raises(RunError, match=r"net\.layers.* expected F32 of shape"):
+        registry.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 1e-300}, {"temperature": 1e300}, {"seed": -1}, {"seed": 2**64}, {"columns": []}, {"columns": ["a", "a"]},
+        {"columns": [str(i) for i in range(5000)]}, {"floors": {"a": 1e308}}, {"seen": []}, {"history": {"a": "b"}},
+        {"files": {}}, {"files": {f"f{i}": {"bytes": 0, "sha256": ""} for i in range(20)}},
+        {"files": {"model.json": {"bytes": 2**40, "sha256": ""}}},
+        {"filter": {"transitions": [[0.2] * 5] * 5, "prior": [1e-320] * 5, "kappa": 1.0}},
+        {"filter": {"transitions": [[1.0, 0, 0, 0, 0]] * 5, "prior": [0.2] * 5, "kappa": 1.0}},
+        {"alarm": {"none": {"theta": -1.0}}}, {"alarm": {"none": {"theta": 0.5, "k": 10**9, "n": 10**9}}},
+    ],
+)  # fmt: skip
+def test_a_header_whose_values_cannot_be_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint_of("majority").copy_to(tmp_path)
+    header = json.loads((tmp_path / HEADER).read_text())
+    header.update(changes)
+    (tmp_path / HEADER).write_bytes(fuzz.sealed(header))
+
+    with pytest.raises(RunError):
+        registry.load(tmp_path)
+
+
+def test_a_header_that_is_nested_deeply_is_refused(tmp_path: Path) -> None:
+    (tmp_path / HEADER).write_text('{"x": ' + "[" * 100_000 + "]" * 100_000 + "}")
+
+    with pytest.raises(RunError):
+        registry.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", [HEADER, "model.json"])
+def test_a_pipe_in_a_files_place_is_refused_and_not_waited_for(name: str, tmp_path: Path) -> None:
+    checkpoint_of("majority").copy_to(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+
+    with pytest.raises(RunError, match="not a regular file"):
+        registry.load(tmp_path)
+
+
+class Kept:
+    """The files of a checkpoint, in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def copy_to(self, folder: Path) -> None:
+        for name, data in self.files.items():
+            (folder / name).write_bytes(data)
+
+
+@cache
+def checkpoint_of(key: str) -> Kept:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as room:
+        fitted(key).save(Path(room) / key)
+        return Kept(Path(room) / key)
+
+
+class Fixed(PhaseModel):
+    """Answers what it was told to."""
+
+    key = "fixed"
+    Config = NoSettings
+    answer: Any = None
+
+    def _fit(self, train: Examples, val: Examples) -> None:
+        self.answer = np.full((len(val), 5), 0.2)
+
+    def _predict_proba(self, x: NDArray[np.float32]) -> Floats:
+        return self.answer  # type: ignore[no-any-return]
+
+    def _files(self) -> Mapping[str, bytes]:
+        return {}
+
+    def _restore(self, files: Mapping[str, bytes]) -> None: ...
+
+
+ROW = [0.2, 0.2, 0.2, 0.2, 0.2]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param([[0.2] * 4] * 3, id="four phases"), pytest.param([ROW] * 2, id="a window too few"),
+        pytest.param(ROW, id="one row for all"), pytest.param([ROW, [float("nan")] * 5, ROW], id="not a number"),
+        pytest.param([ROW, ROW, [float("inf"), 0, 0, 0, 0]], id="without end"),
+        pytest.param([ROW, ROW, [-0.1, 1.1, 0, 0, 0]], id="negative"), pytest.param([["a"] * 5] * 3, id="texts"),
+        pytest.param(None, id="nothing"), pytest.param([ROW, [0, 0, 0, 0, 1.0], ROW], id="all on a phase never seen"),
+        pytest.param([ROW, [0.0] * 5, ROW], id="zeros"), pytest.param([ROW, [1e308] * 5, ROW], id="sums without end"),
+    ],
+)  # fmt: skip
+def test_answers_that_are_no_probabilities_are_refused_with_the_models_name(answer: object) -> None:
+    train, val = examples("gbt", 60, classes=3), examples("gbt", 3, classes=3)
+    model = Fixed().fit(train, val)
+    assert model.predict_proba(val.inputs).shape == (3, 5)
+    model.answer = answer
+
+    with pytest.raises(RunError, match="model fixed"):
+        model.predict_proba(val.inputs)
+
+
+def test_a_table_that_says_it_holds_more_rows_than_it_can_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.parquet"
+    rows = 30_000_000
+    with pq.ParquetWriter(path, pa.schema([("a", pa.bool_())]), compression="zstd") as writer:
+        batch = pa.table({"a": pa.array(np.zeros(3_000_000, np.bool_))})
+        for _ in range(rows // 3_000_000):
+            writer.write_table(batch, row_group_size=3_000_000)
+
+    with pytest.raises(RunError, match="says that it holds"):
+        open_parquet(path, hint="phasewatch features")
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1" + b"\xff" * 40 + b"PAR1", b"x" * 100])
+def test_a_table_that_is_none_is_refused_in_words(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(data)
+
+    with pytest.raises(RunError, match="parquet"):
+        open_parquet(tmp_path / "x.parquet", hint="phasewatch features")
+
+
+def make_models(folder: Path) -> None:
+    """Write checkpoints of every model and edge bundles of the six that are exported, over real columns."""
+    from unittest.mock import patch
+
+    from tests.models import test_models
+
+    from phasewatch.channels import CHANNELS, mask_of
+    from phasewatch.export.edge import CARD, FORMAT, SCHEMA, EdgeHeader, EdgeModel, Trained, pack_edge
+    from phasewatch.export.graph import to_onnx
+    from phasewatch.features.fingerprint import behaviour_fingerprint
+    from phasewatch.features.schema import feature_names, schema_hash
+    from phasewatch.models.base import InputKind, InputSpec
+    from phasewatch.vocab import PHASES
+
+    names = [c.full_name for c, on in zip(CHANNELS, mask_of("proc"), strict=True) if on]
+    plain = test_models.spec
+
+    def spec(key: str) -> InputSpec:
+        kind = registry.row_of(key).kind
+        columns: tuple[str, ...] = tuple(names)
+        if kind is InputKind.TABLE:
+            columns = tuple(name for name in feature_names() if name.rpartition(".")[0] in names)
+        elif kind in (InputKind.ELAPSED, InputKind.HOST):
+            columns = plain(key).names
+        return InputSpec(
+            kind=kind,
+            names=columns,
+            mask="proc",
+            schema_hash=schema_hash(),
+            behaviour_fingerprint=behaviour_fingerprint(),
+        )
+
+    with patch.object(test_models, "spec", spec):
+        for row in registry.MODELS:
+            model = fitted(row.key)
+            model.save(folder / row.key)
+            if row.key not in ("gbt", "mlp", "cnn", "gru", "lstm", "transformer"):
+                continue
+            header = EdgeHeader(
+                format=FORMAT, recipe="deploy", fold="all", schema_hash=schema_hash(),
+                behaviour_fingerprint=behaviour_fingerprint(), classes=tuple(map(str, PHASES)), trained=Trained(),
+                models=(
+                    EdgeModel(
+                        member="proc.onnx", model=row.key, threat="proc", table="raw", seed=0,
+                        input_kind=str(row.kind), columns=spec(row.key).names, rules={},
+                    ),
+                ),
+                versions={}, members={},
+            )  # fmt: skip
+            members = {"proc.onnx": to_onnx(model), SCHEMA: b"{}", CARD: b""}
+            (folder / f"{row.key}.zip").write_bytes(pack_edge(header, members))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(4))
+def test_no_damaged_model_kills_hangs_or_fills_the_process(
+    seed: int, tmp_path: Path, soak_row: Callable[..., None]
+) -> None:
+    make_models(tmp_path)
+    script = Path(fuzz.__file__)
+    count = 1_000
+
+    done = subprocess.run(
+        [sys.executable, str(script), str(seed), str(count), str(tmp_path)], capture_output=True, text=True, check=True
+    )
+
+    ends = json.loads(done.stdout)
+    soak_row("Models of strangers", seed=seed, models=count, **{"other ends": 0, **ends})
+    assert set(ends) <= {"refused", "answered"}, done.stderr
