@@ -181,8 +181,9 @@ def sweep_listed(settings: Settings, index: Path, *, tell: Tell | None = None) -
         return narrow(listed) if narrow else listed
 
     return sweep(
-        settings.store, settings.run, workers=settings.workers, choose=choose, tell=tell, mapper=_mapper(settings)
-    )
+        settings.store, settings.run, workers=settings.workers, choose=choose, tell=tell, mapper=_mapper(settings),
+        prior=index,
+    )  # fmt: skip
 
 
 def features(settings: Settings) -> FeatureCount:
@@ -342,6 +343,7 @@ def audit(settings: Settings, *, tell: Callable[[str, int, int], None] | None = 
             folder,
             workers=settings.workers,
             choose=lambda items: [item for item in items if path_of(item) in listed],
+            prior=settings.run / INDEX,
         )
         features(replace(settings, run=folder))
         for recipe in sorted({fold.recipe for fold in _folds(settings.run)}):
