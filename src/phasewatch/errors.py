@@ -67,6 +67,17 @@ def describe_os_error(error: OSError) -> str:
     return f"{place}{error.strerror or error}; {remedy}"
 
 
+def spell_controls(text: str) -> str:
+    r"""Return the text with every character that is not printable spelled out, so that no terminal or file obeys it.
+
+    >>> spell_controls("a\x1b[31mb")
+    'a\\x1b[31mb'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class PhasewatchError(Exception):
     """Something a user can understand and mend went wrong."""
 
@@ -95,9 +106,10 @@ class BundleError(DataError):
     """
 
     def __init__(self, *, code: str, words: str, file: str = "", member: str = "", line: int = 0) -> None:
-        self.code, self.words, self.file, self.member, self.line = code, words, file, member, line
-        self.place = ":".join(part for part in (file, member, str(line) if line else "") if part)
-        super().__init__(f"{self.place}: {code}: {words}" if self.place else f"{code}: {words}")
+        # A stranger's file may hold anything in its keys: what they are quoted in goes to logs, indexes and answers.
+        self.code, self.words, self.file, self.member, self.line = code, spell_controls(words), file, member, line
+        self.place = spell_controls(":".join(part for part in (file, member, str(line) if line else "") if part))
+        super().__init__(f"{self.place}: {code}: {self.words}" if self.place else f"{code}: {self.words}")
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild_bundle_error, (self.code, self.words, self.file, self.member, self.line)

@@ -201,8 +201,9 @@ def sweep_listed(settings: Settings, index: Path, *, tell: Tell | None = None) -
         return narrow(listed) if narrow else listed
 
     return sweep(
-        settings.store, settings.run, workers=settings.workers, choose=choose, tell=tell, mapper=_mapper(settings)
-    )
+        settings.store, settings.run, workers=settings.workers, choose=choose, tell=tell, mapper=_mapper(settings),
+        prior=index,
+    )  # fmt: skip
 
 
 def features(settings: Settings) -> FeatureCount:
@@ -367,6 +368,7 @@ def audit(settings: Settings, *, tell: Callable[[str, int, int], None] | None = 
             folder,
             workers=settings.workers,
             choose=lambda items: [item for item in items if path_of(item) in listed],
+            prior=settings.run / INDEX,
         )
         features(replace(settings, run=folder))
         built = {b.recipe for b in read_built(settings.run)} | {fold.recipe for fold in _folds(settings.run)}

@@ -6,14 +6,20 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 from tests.builders import episode, episode_id, members_of
 from tests.store.desks import Desk, headers_of
 
-from phasewatch.episode.bundle import pack
+from phasewatch.episode.bundle import pack, read_members
+from phasewatch.episode.container import join_members
+from phasewatch.episode.frame import compress_frame
 from phasewatch.store.admission import Arrival, Judgement
-from phasewatch.validate.admission import judge
+from phasewatch.store.disk import DiskStore
+from phasewatch.validate.admission import ArrivalJudge, judge
+from phasewatch.validate.sweep import sweep
+from phasewatch.vocab import Status
 from phasewatch.workers import map_ordered
 
 
@@ -59,3 +65,72 @@ def test_a_bundle_that_kills_its_judge_costs_itself_alone(tmp_path: Path) -> Non
 
     assert [put(desk, b"hostile", 1), put(desk, b"sound", 2)] == [422, 201]
     assert [item.episode_id for item in desk.store.walk()] == [episode_id(2)]
+
+
+def stolen(number: int, host_id: str) -> bytes:
+    """The telemetry of bundle 1 under another id and host."""
+    original, claimed = episode(number=1, host_id="pc-a"), episode(number=number, host_id=host_id).manifest
+    return pack(claimed, members_of(original), level=3)
+
+
+def arrival(data: bytes, number: int, host_id: str = "pc-a") -> Arrival:
+    return Arrival(host_id=host_id, episode_id=episode_id(number), sha256=sha256(data).hexdigest(), data=data)
+
+
+def keep(store: DiskStore, came: Arrival, judgement: Judgement) -> None:
+    store.put(came.host_id, came.episode_id, came.data)
+    with store.receiving():
+        store.write_status(came.host_id, came.episode_id, judgement.render(digest=came.sha256))
+
+
+def test_telemetry_that_came_before_is_refused_under_another_host(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "store")
+    store.path.mkdir()
+    honest, thief = arrival(bundle(1), 1), arrival(stolen(2, "a-evil"), 2, "a-evil")
+    judging = ArrivalJudge(store)
+
+    first, copy = judging([honest, thief])
+    (again,) = judging([honest])
+
+    assert (first.status, again.status) == ("accepted", "accepted")
+    assert (copy.status, copy.reasons[0]) == ("rejected", "contested")
+    keep(store, honest, first)
+    (after_a_restart,) = ArrivalJudge(store)([thief])
+    assert (after_a_restart.status, after_a_restart.reasons) == (copy.status, copy.reasons)
+
+
+def test_a_copy_of_the_same_host_is_a_duplicate(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "store")
+    store.path.mkdir()
+
+    _, copy = ArrivalJudge(store)([arrival(bundle(1), 1), arrival(stolen(2, "pc-a"), 2)])
+
+    assert (copy.status, copy.reasons) == ("rejected", ("duplicate",))
+
+
+def test_what_the_receiver_accepted_first_is_what_a_sweep_keeps(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "store")
+    store.path.mkdir()
+    came = [arrival(bundle(1), 1), arrival(stolen(2, "a-evil"), 2, "a-evil")]
+    for each, judgement in zip(came, ArrivalJudge(store)(came), strict=True):
+        keep(store, each, judgement)
+
+    verdicts = {v.host_id: v.status for v in sweep(store.path, tmp_path / "run", workers=1).verdicts}
+
+    assert verdicts == {"pc-a": Status.ACCEPTED, "a-evil": Status.REJECTED}
+
+
+def test_no_control_character_of_a_bundle_reaches_an_answer_or_a_status(tmp_path: Path) -> None:
+    desk = Desk(tmp_path / "store", judge=judge, refuse=["rejected"])
+    members = {name: bytes(view) for name, view in read_members(bundle(1), file="").items()}
+    evil = members["manifest.json"].replace(b'"profile"', b'"\\u001b]0;owned\\u0007\\n\\u0000":1,"profile"', 1)
+    data = compress_frame(join_members({**members, "manifest.json": evil}), level=3)
+
+    refused = desk.ask("PUT", f"/v1/episodes/pc-a/{episode_id(1)}", content=data, headers=headers_of(data))
+    judgement = next(judge([arrival(data, 1)]))
+
+    assert refused.status_code == 422
+    assert refused.json()["detail"].isprintable()
+    assert judgement.reasons[0] == "manifest-schema"
+    assert judgement.detail.isprintable()
+    assert "owned" in judgement.detail

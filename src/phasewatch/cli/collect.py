@@ -59,7 +59,7 @@ def receive(
         raise UsageError("receive needs a --store: a folder, or s3://bucket/prefix")
     from phasewatch.store.receiver import Receiver
     from phasewatch.store.serving import bind, parse_listen, serve
-    from phasewatch.validate.admission import judge
+    from phasewatch.validate.admission import ArrivalJudge
 
     where = parse_listen(listen, cert=cert, key=key, behind_proxy=behind_proxy)
     bounds = _bounds(quota=quota, floor=floor, in_flight=in_flight)
@@ -78,7 +78,7 @@ def receive(
     place = open_store(store)
     with place.receiving():
         receiver = Receiver(
-            place, known, bounds=bounds, log=log, judge=judge if check else None, refuse=refused
+            place, known, bounds=bounds, log=log, judge=ArrivalJudge(place) if check else None, refuse=refused
         )  # fmt: skip
         with bind(where) as bound:
             address = bound.getsockname()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ def inspect(
         raise DataError(f"{bundle}: there is no such bundle; name a file <host_id>/<episode_id>.tar.zst of a store")
     store, item = there
     place = Place(path=item.path, host_id=item.host_id, episode_id=item.episode_id, receipt=item.receipt)
-    found = examine(store.read(item), place)
+    found = examine(store.read(item), place, counts_nulls=True)
     base.answer(_described(found), as_json=as_json, lines=_pictured(found))
     if found.grid is None:
         raise typer.Exit(1)
@@ -51,6 +52,17 @@ def _described(found: Examined) -> dict[str, Any]:
     v = found.verdict
     result: dict[str, Any] = {
         "path": v.path, "status": str(v.status), "reasons": list(v.reasons), "detail": v.detail, "rows": list(v.rows),
+        "findings": [
+            {"code": f.code, "severity": str(f.severity), "place": f.place, "words": f.words} for f in found.findings
+        ],
+        "nulls": [
+            {
+                "source": str(n.source), "field": n.field, "rows": n.rows, "nulls": n.nulls, "share": round(n.share, 4),
+                "longest_s": n.longest_ns / 1e9,
+            }
+            for fields in found.nulls.values() for n in fields if n.nulls
+        ],
+        "vcpu_wait_cores": v.vcpu_wait,
     }  # fmt: skip
     if found.episode is not None:
         marks = found.episode.marks
@@ -71,8 +83,17 @@ def _pictured(found: Examined) -> list[str]:
         ("what", f"{v.profile}/{v.sample_name}, {v.role}, {v.origin}" if v.profile else "unknown: no manifest was read"),
         ("status", f"{v.status} {' '.join(v.reasons)}".strip()), ("detail", v.detail or "nothing to say"),
         ("rows", " ".join(f"{name}={n}" for name, n in zip(("proc", "qmp", "netflow", "guest"), v.rows, strict=True))),
+        ("contention", "unknown" if isnan(v.vcpu_wait) else f"vCPUs waited for {v.vcpu_wait:.3f} cores"),
     ]  # fmt: skip
     lines = base.table(rows)
+    lines += [f"{f.severity}: {f.code}: {f.words}" for f in found.findings]
+    nulls = [n for fields in found.nulls.values() for n in fields if n.nulls]
+    lines += base.table(
+        [
+            (f"null: {n.source}.{n.field}", f"{n.nulls} of {n.rows} rows ({n.share:.0%})", f"longest {n.longest_ns / 1e9:.1f} s")
+            for n in nulls
+        ]
+    )  # fmt: skip
     if found.episode is None or found.grid is None:
         return lines
     marks = found.episode.marks
@@ -101,6 +122,7 @@ def validate(
     from phasewatch import atomic, stages
     from phasewatch.errors import UsageError
     from phasewatch.store.base import parse_place
+    from phasewatch.validate.copies import CONTESTED
     from phasewatch.validate.gates import explain as look_up
     from phasewatch.validate.gates import known_codes
     from phasewatch.vocab import Status
@@ -128,13 +150,19 @@ def validate(
     counts = [(str(status), str(stage[str(status)])) for status in Status]
     reasons = sorted(stage["reasons"].items(), key=lambda pair: -pair[1])[:12]
     refused = [v for v in summary.verdicts if v.status in (Status.REJECTED, Status.ERRORED)]
-    more = len(refused) - SHOWN
+    degraded = [v for v in summary.verdicts if v.status is Status.DEGRADED]
+    contested = [v for v in refused if CONTESTED in v.reasons]
+    refused.sort(key=lambda v: CONTESTED not in v.reasons)  # who claims another's recording is named first
     lines = [
         *base.table([("bundles", str(stage["in"])), *counts]),
         *base.table([(f"  {code}", str(n)) for code, n in reasons]),
         *base.table([(f"rows of {s}", f"in {e['in']:,}", f"used {e['used']:,}", f"lost {e['lost']:,}") for s, e in stage["rows_by_source"].items()]),
-        *(f"{v.status}: {v.detail} [{v.reasons[0]}]" for v in refused[:SHOWN]),
-        *([f"… and {more:,} more; the index has a row for each"] if more > 0 else []),
+        *([f"WARNING: {len(contested):,} bundles hold telemetry that stands under another host or other labels, too"] if contested else []),
+        *(f"{v.status}: {v.detail} [{v.reasons[0]}]" for some in (refused, degraded) for v in some[:SHOWN]),
+        *(
+            f"… and {len(some) - SHOWN:,} more {name}; the index has a row for each"
+            for name, some in (("refused", refused), ("degraded", degraded)) if len(some) > SHOWN
+        ),
         *(["what a code means: phasewatch validate --explain CODE"] if reasons else []),
         f"{summary.kept} unchanged bundles were not read again",
         *([f"slowest: {summary.slowest[0]}, {summary.slowest[1]:.2f} s"] if summary.slowest else []),

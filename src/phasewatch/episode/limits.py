@@ -19,6 +19,7 @@ MAX_STAMP_NS = 2**62  # 2116
 DURATION_SLACK_S = 0.001
 MAX_CLOCK_DRIFT = 0.01
 MAX_NOMINAL_HZ = 1_000.0
+ROWS_EMITTED = 4_000_000  # of one source: a sampler of that rate through the longest episode, and some minutes more
 
 INT64_MIN = -(2**63)
 INT64_MAX = 2**63 - 1

@@ -127,8 +127,8 @@ def _source_violations(m: Manifest) -> Iterator[tuple[str, str]]:
         if not 0 < hz <= limits.MAX_NOMINAL_HZ:
             yield "manifest-range", f"nominal_hz of {source} is {hz:g}"
     for source, rows in m.rows_emitted.items():
-        if rows < 0:
-            yield "manifest-range", f"rows_emitted of {source} is negative"
+        if not 0 <= rows <= limits.ROWS_EMITTED:
+            yield "manifest-range", f"rows_emitted of {source} is {rows:,}; 0 to {limits.ROWS_EMITTED:,} is allowed"
     for source, fields in m.fields.items():
         known = [spec.field for spec in raw_fields(source)]
         if list(fields) != [field for field in known if field in set(fields)] or not fields:

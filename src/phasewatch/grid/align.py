@@ -29,7 +29,8 @@ class Grid:
     """The bins of one episode.
 
     Attributes:
-        bins: ``(n, 46)`` float32 in the order of CHANNELS, each column in its unit; NaN where nothing can be said.
+        bins: ``(n, 46)`` float32 in the order of CHANNELS, each column in its unit; NaN where nothing can be said. Never
+            infinite: a value outside its channel's range is NaN.
         levels: ``(n, 13)`` float32 in the order of LEVELS; for the levels-only baseline and the leak checks alone.
         flags: ``(n,)`` uint8; 1 where a clock step touches the bin.
         findings: What had to be said about the clocks.
@@ -204,6 +205,9 @@ def span_values(group: Group, readings: Readings, first: Ints, last: Ints) -> Fl
                     out[arithmetic.crossed(falls, start, last)] = np.nan
     if lost.any():
         result[: group.n_spanning, lost] = np.nan
+    absurd = (result < group.least) | (result > group.most)
+    if absurd.any():  # infinite, or more than any machine can do: a broken or forged reading, not a measurement
+        result[absurd] = np.nan
     return result
 
 

@@ -111,7 +111,7 @@ def maxima(values: Values, scales: Floats, first: Ints, last: Ints) -> Floats:
 
 def to_float32(values: Floats) -> NDArray[np.float32]:
     """Store as float32 in one spelling: no negative zero, and one NaN (0x7fc00000)."""
-    with np.errstate(over="ignore"):  # a gauge beyond float32 becomes infinite, and the stats skip it
+    with np.errstate(over="ignore"):  # what is out of range was blanked before; a warning would help nobody
         stored = values.astype(np.float32, order="C")
     stored += np.float32(0.0)
     unknown = np.isnan(stored)

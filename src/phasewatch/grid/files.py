@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 GRIDS, LEVELS_FILE, INDEX = "grids.npy", "levels.npy", "index.parquet"
 _HEADER_BYTES = 128
 _GROUP_ROWS = 10_000
+_RELEASE_ROWS = 500  # episodes copied before their pages are given back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +231,17 @@ def open_grids(folder: Path) -> Grids:
             f"{levels.shape}; make the grids anew with `phasewatch validate STORE --out RUN`"
         )
     return Grids(folder=folder, bins=bins, levels=levels, rows=rows, inputs=inputs)
+
+
+def drop_grids(folder: Path, gone: Set[tuple[str, str]]) -> None:
+    """Write the grids of a folder anew without some episodes, (host_id, episode_id) each, as if they had never been added."""
+    old = open_grids(folder)
+    with write_grids(folder, inputs=old.inputs) as grids:
+        for number, row in enumerate(old.rows, 1):
+            if (row.host_id, row.episode_id) not in gone:
+                grids.add(row, old.bins_of(row), old.levels_of(row))
+            if number % _RELEASE_ROWS == 0:
+                old.release()
 
 
 def map_bins(folder: Path) -> NDArray[np.float32]:

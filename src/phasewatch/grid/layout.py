@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.channels import CHANNELS, LEVELS, ChannelSpec, raw_fields
+from phasewatch.grid.ranges import Range, channel_range
 from phasewatch.vocab import Kind, Source
 
 _ORDER = (Kind.RATE, Kind.DELTA, Kind.RATIO, Kind.GAUGE, Kind.COUNT)
@@ -17,7 +18,7 @@ _ORDER = (Kind.RATE, Kind.DELTA, Kind.RATIO, Kind.GAUGE, Kind.COUNT)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Unit:
-    """One column to be made: its place among all columns (levels after channels), its kind, raw columns and scale.
+    """One column to be made: its place among all columns (levels after channels), kind, raw columns, scale and range.
 
     Compared by identity: the standard ones are made once, and hashing a few hundred per episode would cost.
     """
@@ -27,6 +28,7 @@ class Unit:
     columns: tuple[int, ...]
     scale: float
     is_float: bool
+    range: Range
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,11 +57,14 @@ class Group:
         blocks: The work, kind by kind.
         rows: ``(k,)`` place of each result row among all columns.
         n_spanning: How many of the rows span from reading to reading (rates, changes, ratios); these come first.
+        least, most: ``(k, 1)`` float64: a value outside of them is no measurement.
     """
 
     blocks: tuple[Block, ...]
     rows: NDArray[np.intp]
     n_spanning: int
+    least: NDArray[np.float64]
+    most: NDArray[np.float64]
 
 
 def units_of(source: Source, tables: Sequence[Sequence[ChannelSpec]]) -> tuple[Unit, ...]:
@@ -72,6 +77,7 @@ def units_of(source: Source, tables: Sequence[Sequence[ChannelSpec]]) -> tuple[U
             columns=tuple(raw[field][0] for field in channel.fields),
             scale=channel.scale,
             is_float=any(raw[field][1] for field in channel.fields),
+            range=channel_range(channel),
         )
         for row, channel in enumerate(channel for table in tables for channel in table)
         if channel.source is source
@@ -113,4 +119,6 @@ def group_of(units: tuple[Unit, ...]) -> Group:
         blocks=tuple(blocks),
         rows=np.array([u.row for u in ordered], np.intp),
         n_spanning=sum(u.kind in _ORDER[:3] for u in ordered),
+        least=np.array([[u.range[0]] for u in ordered]),
+        most=np.array([[u.range[1]] for u in ordered]),
     )

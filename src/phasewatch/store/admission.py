@@ -28,15 +28,19 @@ class Judgement:
         status: ``accepted``, ``degraded``, ``rejected`` or ``errored``.
         reasons: Codes, worst first.
         detail: The worst one's place and words.
+        telemetry_sha256: Of all its rows without their stamps, so that a copy is known; empty if it could not be read.
     """
 
     status: str
     reasons: tuple[str, ...]
     detail: str
+    telemetry_sha256: str = ""
 
     def render(self, *, digest: str) -> bytes:
         """Spell it as the file that stands beside the bundle."""
         said = {"status": self.status, "reasons": list(self.reasons), "detail": self.detail, "sha256": digest}
+        if self.telemetry_sha256:
+            said["telemetry_sha256"] = self.telemetry_sha256
         return (json.dumps(said, indent=1, sort_keys=True) + "\n").encode()
 
 

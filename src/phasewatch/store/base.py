@@ -83,6 +83,9 @@ class Store(Protocol):
     def has_status(self, host_id: str, episode_id: str) -> bool:
         """Whether admission's word on a bundle stands beside it."""
 
+    def read_status(self, host_id: str, episode_id: str) -> bytes | None:
+        """Read admission's word on a bundle; None if there is none, or it cannot be read."""
+
     def free_bytes(self) -> int | None:
         """Give the room that is left; None where nobody can say."""
 

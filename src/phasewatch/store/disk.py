@@ -32,6 +32,7 @@ INCOMING = ".incoming"  # where a receiver's unfinished bundles lie, so that a r
 
 _RECEIPT_LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\n/]+)\n?")
 RECEIPT_BYTES = 1024
+STATUS_BYTES = 64 << 10  # of admission's word on a bundle, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +138,14 @@ class DiskStore:
     def has_status(self, host_id: str, episode_id: str) -> bool:
         """Whether admission's word on a bundle stands beside it."""
         return (self.path / host_id / f"{episode_id}{STATUS}").is_file()
+
+    def read_status(self, host_id: str, episode_id: str) -> bytes | None:
+        """Read admission's word on a bundle; None if there is none, or it cannot be read."""
+        try:
+            with (self.path / host_id / f"{episode_id}{STATUS}").open("rb") as file:
+                return file.read(STATUS_BYTES)
+        except OSError:
+            return None
 
     def free_bytes(self) -> int:
         """Give the room on the store's disk that is free to this user, in bytes."""

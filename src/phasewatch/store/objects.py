@@ -21,6 +21,7 @@ from phasewatch.store.disk import (
     RECEIPT,
     RECEIPT_BYTES,
     STATUS,
+    STATUS_BYTES,
     SUFFIX,
     UNREADABLE,
     StoreItem,
@@ -150,6 +151,13 @@ class ObjectStore:
     def has_status(self, host_id: str, episode_id: str) -> bool:
         """Whether admission's word on a bundle stands beside it."""
         return self._head(f"{host_id}/{episode_id}{STATUS}") is not None
+
+    def read_status(self, host_id: str, episode_id: str) -> bytes | None:
+        """Read admission's word on a bundle; None if there is none, or it cannot be read."""
+        try:
+            return self._get(f"{host_id}/{episode_id}{STATUS}", STATUS_BYTES)
+        except (FileNotFoundError, StoreError, _TooLarge):
+            return None
 
     def free_bytes(self) -> None:
         """Say that nobody can say: a bucket has no size."""

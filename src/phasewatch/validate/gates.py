@@ -5,32 +5,61 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from phasewatch.episode.findings import CODES, CodeSpec, Finding, Severity
-from phasewatch.episode.model import Episode, Manifest, SourceRows
+from phasewatch.episode.model import Episode, Manifest
+from phasewatch.validate import contradictions, readings
+from phasewatch.validate.contradictions import mean_cores
+from phasewatch.validate.rates import due_hz, emitted_limit
+from phasewatch.validate.remarks import Remark
 from phasewatch.vocab import STALE_NS, Source, Status
 
 HOST_SOURCES = (Source.PROC, Source.QMP, Source.NETFLOW)
+Ints = NDArray[np.int64]
+
 MIN_RATE = 0.9  # of the nominal rows; below it the episode is degraded
 MISSING_RATE = 0.5  # below it the source counts as missing
 MISSING_SILENCE_NS = 10_000_000_000
+STILL_RUN_S = 1.0  # of vCPU time without a nanosecond of waiting: nobody counts it
 MAX_WAIT_CORES = 0.10  # of vCPU threads waiting for a core; measured: above it every rate is held down
 
 _ABOUT: tuple[tuple[str, Severity, str], ...] = (
     ("worker-lost", Status.ERRORED, "The process that read the bundle died or hung, twice."),
     ("receipt", Status.REJECTED, "The bundle's bytes are not those that its receipt vouches for, or the receipt is malformed."),
     ("identity", Status.REJECTED, "The manifest names another host or episode than the bundle's place in the store."),
-    ("rows", Status.REJECTED, "The source without which nothing can be said has no rows, or fewer than half of its nominal rate."),
-    ("duplicate", Status.REJECTED, "An earlier bundle holds the same telemetry, row for row."),
+    ("rows", Status.REJECTED, "The source without which nothing can be said has no readings, or fewer than half of its rows."),
+    ("duplicate", Status.REJECTED, "Another bundle, kept or accepted before, holds the same telemetry, row for row."),
+    ("contested", Status.REJECTED, "The same telemetry stands under another host or other labels; unless one was accepted before, nobody can tell which is true."),
+    ("nulls-proc", Status.REJECTED, "More than half of the readings of proc are null: there are rows, and hardly a measurement."),
+    ("kind-phases", Status.REJECTED, "The profile or sample kind is benign, and the labels name a malicious phase."),
+    ("role-phases", Status.REJECTED, "The role is commission or soak, which are benign, and the labels name a malicious phase."),
+    ("origin", Status.REJECTED, "The origin and the recording contradict each other: a recording is null if and only if the episode is simulated."),
+    ("started", Status.REJECTED, "The episode's start, its id and its labels are of different times."),
+    ("label-clock", Status.REJECTED, "The labels' two clocks do not fit each other, or not those of the rows of proc."),
+    ("row-clock", Status.REJECTED, "A source's two clocks do not fit those of proc, or run at another rate; its rows may lie beside the wrong labels."),
+    ("emitted", Status.REJECTED, "The manifest says that the sampler emitted more rows than its rate could give in the time."),
     ("no-receipt", Status.DEGRADED, "Nothing vouches for the bundle's bytes."),
     ("loss", Status.DEGRADED, "Fewer rows arrived than the sampler emitted."),
     ("silence", Status.DEGRADED, "The source says nothing for more than 2.5 s."),
     ("rate", Status.DEGRADED, "Fewer than 90 % of the rows that the nominal rate promises."),
-    ("missing", Status.DEGRADED, "The source has no rows, is silent for more than 10 s, or gives fewer than half of its rows."),
+    ("missing", Status.DEGRADED, "The source has no readings (no rows, or only nulls), is silent for more than 10 s, or gives fewer than half of its rows."),
+    ("nulls", Status.DEGRADED, "A field of the source is null for more than 2.5 s, or in more than a tenth of its readings."),
+    ("channels", Status.DEGRADED, "What the source says that it gives and what it gives are different: a channel that was never read, is unknown, or is listed as absent."),
+    ("nominal-hz", Status.DEGRADED, "The source promises a rate far below the one at which its rows come, which would hide losses."),
+    ("sequence", Status.DEGRADED, "The rows' numbers or monotonic stamps are negative, repeat or run against each other."),
+    ("stray", Status.DEGRADED, "Rows are stamped more than a minute outside the labels."),
+    ("reset", Status.DEGRADED, "A counter fell; the bins across the fall are unknown."),
+    ("range", Status.DEGRADED, "A reading or an increment is outside what can be; it is left out."),
+    ("kind", Status.DEGRADED, "Profile and sample kind contradict each other: exactly the profile `benign` is of kind benign."),
+    ("plan", Status.DEGRADED, "The labels name other phases than the plan, or in another order."),
+    ("host-facts", Status.DEGRADED, "The rows contradict what the manifest says of the machine."),
     ("clock-base-repaired", Status.DEGRADED, "The stamps were in another clock than the manifest says, and were re-based."),
     ("clock-base", Status.DEGRADED, "The stamps are in an unknown clock; the source counts as missing, and without proc the bundle is rejected."),
     ("clock-step", Status.DEGRADED, "Wall and monotonic clock parted by more than 250 ms; the windows across it are flagged."),
     ("contention", Status.DEGRADED, "The vCPUs waited for a core for more than a tenth of the time."),
+    ("contention-unknown", "note", "Whether the vCPUs waited for a core is unknown: their waiting time was not read, or never moves."),
+    ("channels-unlisted", "note", "A channel was read that the manifest lists as absent."),
     ("constant", "note", "No field of the source changes; an idle network card is zero and innocent."),
     ("constant-proc", Status.DEGRADED, "No field of proc changes, which a running machine cannot do."),
 )  # fmt: skip
@@ -62,8 +91,15 @@ def finding(code: str, words: str, *, source: Source | None = None, place: str =
 
 
 def check(episode: Episode) -> tuple[Finding, ...]:
-    """Run all gates on an episode whose clocks are put right."""
-    return tuple(found for gate in EPISODE_GATES for found in gate(episode))
+    """Run all gates on an episode whose clocks are put right; readings that cannot be count as null."""
+    possible = readings.drop_impossible(episode)
+    remarks = [] if possible is episode else contradictions.check_range(episode)
+    remarks += [each for look in REMARKING for each in look(possible)]
+    return (*(each for gate in EPISODE_GATES for each in gate(possible)), *map(_graded, remarks))
+
+
+def _graded(remark: Remark) -> Finding:
+    return finding(remark.code, remark.words, source=remark.source, place=remark.place)
 
 
 def check_place(episode: Episode, *, host_id: str | None, episode_id: str | None) -> tuple[Finding, ...]:
@@ -73,22 +109,12 @@ def check_place(episode: Episode, *, host_id: str | None, episode_id: str | None
     return () if told == stood else (finding("identity", f"the manifest says {told}, the place {stood}"),)
 
 
-def _labelled_rows(episode: Episode, readings: SourceRows) -> int:
-    """Count the rows between the first label and the end."""
-    wall = readings.t_wall_ns
-    return int(((wall >= episode.t0_ns) & (wall <= episode.t_end_ns)).sum())
-
-
-def _longest_silence_ns(episode: Episode, readings: SourceRows) -> int:
-    """Measure the longest stretch between label start and end without a row."""
-    wall = np.sort(readings.t_wall_ns)
+def _longest_silence_ns(episode: Episode, wall: Ints) -> int:
+    """Measure the longest stretch between label start and end without a reading."""
+    wall = np.sort(wall)
     inside = wall[(wall > episode.t0_ns) & (wall < episode.t_end_ns)]
     edges = np.concatenate(([episode.t0_ns], inside, [episode.t_end_ns]))
     return int(np.diff(edges).max())
-
-
-def _nominal_rows(episode: Episode, source: Source) -> float:
-    return episode.manifest.nominal_hz.get(source, 0.0) * (episode.t_end_ns - episode.t0_ns) / 1e9
 
 
 def _sources(episode: Episode) -> tuple[Source, ...]:
@@ -97,25 +123,36 @@ def _sources(episode: Episode) -> tuple[Source, ...]:
 
 
 def check_sources(episode: Episode) -> list[Finding]:
-    """Hold each source's rate and longest silence against its promise; without proc nothing can be said."""
+    """Hold each source's rate and longest silence against its promise; without proc nothing can be said.
+
+    A row whose every field is null is no reading: a source of such rows is missing, however many there are.
+    """
     found = []
     for source in _sources(episode):
         code = "rows" if source is Source.PROC else "missing"
-        readings = episode.rows.get(source)
-        if readings is None or len(readings) == 0:
+        given = episode.rows.get(source)
+        if given is None or len(given) == 0:
             found.append(finding(code, "there are no rows", source=source))
             continue
-        rows, nominal = _labelled_rows(episode, readings), _nominal_rows(episode, source)
-        silence_ns = _longest_silence_ns(episode, readings)
-        if nominal and rows < MISSING_RATE * nominal:
-            found.append(finding(code, f"{rows} rows, {nominal:.0f} were due", source=source))
+        read = readings.read_rows(given)
+        wall = given.t_wall_ns if read.all() else given.t_wall_ns[read]
+        if not len(wall):
+            found.append(finding(code, f"{len(given)} rows, and every field of each is null", source=source))
+            continue
+        rows = int(((wall >= episode.t0_ns) & (wall <= episode.t_end_ns)).sum())
+        due = due_hz(episode.manifest, source) * (episode.t_end_ns - episode.t0_ns) / 1e9
+        empty = len(given) - len(wall)
+        words = f"{rows} rows, {due:.0f} were due" + (f"; {empty} rows are null throughout" if empty else "")
+        silence_ns = _longest_silence_ns(episode, wall)
+        if rows + 1 < MISSING_RATE * due:
+            found.append(finding(code, words, source=source))
         elif silence_ns > MISSING_SILENCE_NS and source is not Source.PROC:
             found.append(finding(code, f"silent for {silence_ns / 1e9:.1f} s", source=source))
         else:
             if silence_ns > STALE_NS:
                 found.append(finding("silence", f"silent for {silence_ns / 1e9:.1f} s", source=source))
-            if nominal and rows < MIN_RATE * nominal:
-                found.append(finding("rate", f"{rows} rows, {nominal:.0f} were due", source=source))
+            if rows < MIN_RATE * due:
+                found.append(finding("rate", words, source=source))
     return found
 
 
@@ -130,43 +167,46 @@ def check_loss(episode: Episode) -> list[Finding]:
 
 
 def lost_rows(manifest: Manifest) -> Mapping[Source, int]:
-    """Count, per source, the rows that were emitted and are not in the bundle."""
+    """Count, per source, the rows that were emitted and are not in the bundle; what cannot have been emitted is none."""
     listed = manifest.members
     return {
-        source: max(0, emitted - (listed[f"{source}.jsonl"].rows if f"{source}.jsonl" in listed else 0))
+        source: max(
+            0,
+            min(emitted, emitted_limit(manifest, source))
+            - (listed[f"{source}.jsonl"].rows if f"{source}.jsonl" in listed else 0),
+        )
         for source, emitted in manifest.rows_emitted.items()
     }
 
 
 def vcpu_wait_cores(episode: Episode) -> float:
-    """Give the mean share of a core for which vCPU threads waited during the labels; NaN without two readings."""
-    readings = episode.rows.get(Source.PROC)
-    if readings is None or "vcpu_wait_ns" not in readings.fields:
-        return float("nan")
-    place = readings.fields.index("vcpu_wait_ns")
-    inside = (
-        (readings.t_wall_ns >= episode.t0_ns) & (readings.t_wall_ns <= episode.t_end_ns) & readings.present[:, place]
-    )
-    waited, mono = readings.columns[place][inside], readings.t_mono_ns[inside]
-    if len(mono) < 2 or mono[-1] <= mono[0]:
-        return float("nan")
-    # Python's integers: from one end of 64 bits to the other, numpy's would wrap and warn.
-    return float(int(waited[-1]) - int(waited[0])) / float(mono[-1] - mono[0])
+    """Return the mean share of a core for which vCPU threads waited during the labels; NaN without two readings."""
+    return mean_cores(episode, "vcpu_wait_ns")
 
 
 def check_contention(episode: Episode) -> list[Finding]:
     """See whether the vCPUs had to wait for a core, which holds every rate down."""
     wait = vcpu_wait_cores(episode)
-    return [finding("contention", f"vCPUs waited for {wait:.2f} cores")] if wait > MAX_WAIT_CORES else []
+    if wait > MAX_WAIT_CORES:
+        return [finding("contention", f"vCPUs waited for {wait:.2f} cores")]
+    if np.isnan(wait):
+        return [finding("contention-unknown", "vcpu_wait_ns was not read twice", place="proc.jsonl")]
+    ran = mean_cores(episode, "vcpu_run_ns") * (episode.t_end_ns - episode.t0_ns) / 1e9
+    if wait == 0 and ran > STILL_RUN_S:  # a kernel that does not account for waiting says 0 for ever
+        words = f"vcpu_wait_ns stands still while the vCPUs ran for {ran:.1f} s"
+        return [finding("contention-unknown", words, place="proc.jsonl")]
+    return []
 
 
 def check_constant(episode: Episode) -> list[Finding]:
-    """Find sources of which no field ever changes."""
+    """Find sources of which no field that was read ever changes."""
     found = []
-    for source, readings in episode.rows.items():
-        if len(readings) > 1 and all(bool((column == column[0]).all()) for column in readings.columns):
+    for source, given in episode.rows.items():
+        if len(given) < 2 or not given.present.any():
+            continue
+        if all(bool((column == column[0]).all()) for column in given.columns):
             code = "constant-proc" if source is Source.PROC else "constant"
-            found.append(finding(code, f"{len(readings)} rows, all alike", source=source))
+            found.append(finding(code, f"{len(given)} rows, all alike", source=source))
     return found
 
 
@@ -175,4 +215,10 @@ EPISODE_GATES: tuple[Callable[[Episode], list[Finding]], ...] = (
     check_loss,
     check_contention,
     check_constant,
+)
+
+# Checks in modules of their own: they remark, and the table above says how severe that is.
+REMARKING: tuple[Callable[[Episode], list[Remark]], ...] = (
+    readings.check_nulls,
+    *contradictions.CHECKS,
 )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from phasewatch.atomic import write_whole
 from phasewatch.errors import RunError
 from phasewatch.parquet import footer_offence
+from phasewatch.validate.copies import Key, PriorVerdict
 from phasewatch.validate.verdict import USABLE, Verdict
 from phasewatch.vocab import PHASES, Source, Status
 
@@ -74,6 +75,26 @@ def read_statuses(path: Path) -> dict[tuple[str, str], Status]:
     except (OSError, ValueError, KeyError, pa.ArrowException) as exc:
         raise _unreadable(path, exc) from exc
     return {(host, episode): status for host, episode, status in rows if status in USABLE}
+
+
+def read_prior(path: Path) -> dict[Key, PriorVerdict]:
+    """Read what an earlier sweep said of each bundle; nothing if there was none, or its index cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = ["host_id", "episode_id", "status", "sha256", "reasons"]
+    try:
+        with pq.ParquetFile(path) as file:
+            if footer_offence(file.metadata, path.stat().st_size):
+                return {}
+            table = file.read(columns=names)
+        columns = [table.column(name).to_pylist() for name in names]
+        return {
+            (host, episode): PriorVerdict(status=Status(status), sha256=digest, reasons=frozenset(reasons))
+            for host, episode, status, digest, reasons in zip(*columns, strict=True)
+        }
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        return {}
 
 
 def _unreadable(path: Path, exc: Exception) -> RunError:

@@ -11,16 +11,16 @@ from typing import Protocol
 
 from phasewatch import __version__, atomic
 from phasewatch.channels import registry_digest
-from phasewatch.errors import BundleError, RunError
-from phasewatch.grid.files import row_of, write_grids
-from phasewatch.store.base import Place, StoreItem, check_store, open_store
+from phasewatch.errors import BundleError, RunError, spell_controls
+from phasewatch.grid.files import drop_grids, row_of, write_grids
+from phasewatch.store.base import Place, Store, StoreItem, check_store, open_store
 from phasewatch.store.disk import SUFFIX
-from phasewatch.validate.index import INDEX, write_index
+from phasewatch.validate.copies import Copies, Evidence, PriorVerdict, parse_admitted
+from phasewatch.validate.index import INDEX, read_prior, write_index
 from phasewatch.validate.ledger import balances, render_ledger, stage_of
 from phasewatch.validate.parts import PART, PARTS, STATE, Looks, Parts, Taken, write_state
-from phasewatch.validate.verdict import USABLE, Swept, Verdict, examine, unreadable
 from phasewatch.validate.verdict import Place as Where
-from phasewatch.vocab import Status
+from phasewatch.validate.verdict import Swept, Verdict, examine, unreadable
 from phasewatch.workers import Result, map_ordered
 
 __all__ = ["LEDGER", "STATE", "SweepSummary", "Tell", "path_of", "read_one", "sweep"]
@@ -69,6 +69,7 @@ def sweep(
     tell: Tell | None = None,
     mapper: Mapper = map_ordered,
     part: int = PART,
+    prior: Path | None = None,
 ) -> SweepSummary:
     """Judge everything in a store and grid what is usable.
 
@@ -84,11 +85,14 @@ def sweep(
         tell: Called after each bundle, in order.
         mapper: What the reading is spread with: this machine's processes, or `cluster.map_on_ray`.
         part: How many bundles are read before they are put down, so that a kill does not cost them.
+        prior: The index that says which of several bundles with the same telemetry was accepted before; by default the
+            one that the run holds from its last sweep.
 
     Raises:
         StoreError: If there is no store, or not one bundle in it.
     """
-    items = list(open_store(store).walk())
+    there = open_store(store)
+    items = list(there.walk())
     if not any(item.path.endswith(SUFFIX) for item in items):
         check_store(store)
     if choose is not None:
@@ -109,21 +113,35 @@ def sweep(
         parts.take(old)  # after the run's own: they are newer, and a killed --full may have found rot
     unchanged = {path for path, seen in looks.items() if old.looks.get(path) == seen and old.is_final(path)}
     verdicts: list[Verdict] = []
-    copies: dict[str, str] = {}
+    copies = Copies(
+        Evidence(swept=lambda: read_prior(prior or run / INDEX), admitted=lambda key: _admitted(there, key))
+    )
+    gridded: dict[int, tuple[str, str]] = {}
     slowest: tuple[str, float] | None = None
     with write_grids(run / "grids") as grids:
         for swept, is_fresh in _results(store, items, unchanged, old, workers, mapper):
             if is_fresh:
                 parts.add(swept, looks[swept.verdict.path])
-            verdict, usable = _judge_copy(swept.verdict, copies)
-            if usable and swept.row is not None and swept.bins is not None and swept.levels is not None:
-                grids.add(swept.row, swept.bins, swept.levels)
+            verdict, row, bins, levels = swept.verdict, swept.row, swept.bins, swept.levels
+            if (
+                row is not None
+                and bins is not None
+                and levels is not None
+                and copies.add(len(verdicts), verdict, row, bins)
+            ):
+                grids.add(row, bins, levels)
+                gridded[len(verdicts)] = row.host_id, row.episode_id
             verdicts.append(verdict)
             if swept.seconds > (slowest[1] if slowest else 0.0):
                 slowest = verdict.path, swept.seconds
             if tell is not None:
                 tell(len(verdicts), len(items), verdict)
+        ruled = copies.rule()
         atomic.remove(run / STATE)  # from here until all products stand, nothing vouches for the old ones
+    for place, verdict in ruled.items():
+        verdicts[place] = verdict
+    if gone := {gridded[place] for place in ruled if place in gridded}:
+        drop_grids(run / "grids", gone)
     write_index(run / INDEX, verdicts)
     stage = stage_of(verdicts)
     if not balances(stage):
@@ -187,21 +205,15 @@ def _read_one(store: str, item: StoreItem) -> Swept:
 
 
 def path_of(item: StoreItem) -> str:
-    """Give an item's path as text that any file can hold: bytes of a name that are not UTF-8 are spelled out."""
-    return item.path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """Return an item's path as text that any file can hold: bytes that are not UTF-8 and controls are spelled out."""
+    return spell_controls(item.path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
 
 
 def _place(item: StoreItem) -> Where:
     return Where(path=path_of(item), host_id=item.host_id, episode_id=item.episode_id, receipt=item.receipt)
 
 
-def _judge_copy(verdict: Verdict, seen: dict[str, str]) -> tuple[Verdict, bool]:
-    """Reject telemetry that an earlier usable bundle holds too; say whether the bundle stays usable."""
-    if verdict.status not in USABLE:
-        return verdict, False
-    first = seen.setdefault(verdict.telemetry_sha256, f"{verdict.host_id}/{verdict.episode_id}")
-    if first == f"{verdict.host_id}/{verdict.episode_id}":
-        return verdict, True
-    reasons = ("duplicate", *(code for code in verdict.reasons if code != "duplicate"))
-    words = f"{verdict.path}: the same telemetry as {first}"
-    return replace(verdict, status=Status.REJECTED, reasons=reasons, detail=words, duplicate_of=first), False
+def _admitted(store: Store, key: tuple[str, str]) -> PriorVerdict | None:
+    """Load what the receiver said of a bundle on its arrival; None if nothing that can be read."""
+    text = store.read_status(*key)
+    return parse_admitted(text) if text is not None else None

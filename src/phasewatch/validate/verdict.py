@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 
 import numpy as np
@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from phasewatch.episode.bundle import peek, unpack
 from phasewatch.episode.findings import Finding, severity_of
 from phasewatch.episode.model import Episode, Manifest
-from phasewatch.errors import BundleError
+from phasewatch.errors import BundleError, spell_controls
 from phasewatch.grid.align import Grid, align_rebased
 from phasewatch.grid.clocks import rebase
 from phasewatch.grid.files import GridRow
 from phasewatch.store.disk import UNREADABLE
 from phasewatch.validate import gates
+from phasewatch.validate.readings import FieldNulls, drop_impossible, null_counts
 from phasewatch.validate.sketch import proc_sketch, telemetry_sha256
 from phasewatch.vocab import PHASES, Phase, Source, Status
 
@@ -76,11 +77,18 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Examined:
-    """A verdict, and the episode and its grid where the bundle is usable."""
+    """A verdict, and the episode and its grid where the bundle is usable.
+
+    Attributes:
+        findings: All that was found, worst first.
+        nulls: How often each field of each source was null; empty where the bundle could not be read whole.
+    """
 
     verdict: Verdict
     episode: Episode | None
     grid: Grid | None
+    findings: tuple[Finding, ...] = ()
+    nulls: Mapping[Source, tuple[FieldNulls, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,8 +102,8 @@ class Swept:
     seconds: float = 0.0
 
 
-def examine(data: bytes, place: Place) -> Examined:
-    """Verify, decode, gate and grid one bundle, reading its bytes once."""
+def examine(data: bytes, place: Place, *, counts_nulls: bool = False) -> Examined:
+    """Verify, decode, gate and grid one bundle, reading its bytes once; count the nulls of each field if asked to."""
     digest = sha256(data).hexdigest()
     findings: list[Finding] = []
     if place.receipt is None:
@@ -111,14 +119,19 @@ def examine(data: bytes, place: Place) -> Examined:
     except BundleError as error:
         severity = severity_of(error.code)
         findings.append(Finding(code=error.code, severity=severity, place=error.place, words=error.words))
-        return Examined(verdict=_refused(data, digest, place, findings), episode=None, grid=None)
+        return Examined(
+            verdict=_refused(data, digest, place, findings), episode=None, grid=None, findings=_ranked(findings)
+        )
     findings += gates.check_place(episode, host_id=place.host_id, episode_id=place.episode_id)
     rebased, clock_findings = rebase(episode)
     findings += [*clock_findings, *gates.check(rebased)]
     status = gates.worst(findings)
-    grid = align_rebased(rebased, clock_findings) if status in USABLE else None
+    grid = align_rebased(drop_impossible(rebased), clock_findings) if status in USABLE else None
     verdict = _judged(rebased, digest, len(data), place, findings, flags=_flags(grid))
-    return Examined(verdict=verdict, episode=rebased if grid else None, grid=grid)
+    nulls = null_counts(rebased) if counts_nulls else {}
+    return Examined(
+        verdict=verdict, episode=rebased if grid else None, grid=grid, findings=_ranked(findings), nulls=nulls
+    )
 
 
 def unreadable(place: Place, code: str, words: str, size: int) -> Verdict:
@@ -132,14 +145,19 @@ def _flags(grid: Grid | None) -> int:
     return int(grid.flags.max(initial=0)) if grid is not None else 0
 
 
+def _ranked(findings: Sequence[Finding]) -> tuple[Finding, ...]:
+    """Sort findings, the worst first; of equal ones the first found."""
+    order = ["note", *map(str, Status)]
+    return tuple(sorted(findings, key=lambda f: -order.index(str(f.severity))))
+
+
 def _summary(path: str, findings: Sequence[Finding]) -> tuple[Status, tuple[str, ...], str]:
     """Give status, codes (worst first, each once) and the worst finding's place and words."""
-    order = ["note", *map(str, Status)]
-    ranked = sorted(findings, key=lambda f: -order.index(str(f.severity)))
+    ranked = _ranked(findings)
     codes = tuple(dict.fromkeys(f.code for f in ranked))
     place = ranked[0].place if ranked else ""
     whole = place if place.startswith(path) else f"{path}:{place}".rstrip(":")
-    detail = f"{whole}: {ranked[0].words}" if ranked else ""
+    detail = spell_controls(f"{whole}: {ranked[0].words}") if ranked else ""
     return gates.worst(findings), codes, detail
 
 

@@ -1,0 +1,215 @@
+"""How much of a source was really read: null shares and longest null runs by field. A row of nulls is no reading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch.channels import CHANNELS, EXTRAS, raw_fields
+from phasewatch.episode.model import Episode, SourceRows
+from phasewatch.grid.ranges import raw_ranges
+from phasewatch.validate.remarks import Remark
+from phasewatch.vocab import STALE_NS, Source, Trust
+
+MIN_READ = 0.9  # of the readings of a field that are due; below it the episode is degraded
+MAX_PROC_NULLS = 0.5  # of all readings of proc; above it nothing can be said of the VM
+SHOWN_FIELDS = 4  # fields that a finding names one by one
+
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+Column = NDArray[np.int64] | NDArray[np.float64]
+
+# The guest's balloon driver answers once a second, so that every second row of the monitor reads null there.
+_EVERY_SECOND_ROW = frozenset(
+    field for c in CHANNELS if c.source is Source.QMP and c.trust is Trust.GUEST for field in c.fields
+)
+_OWN = frozenset((row["source"], row["field"]) for row in EXTRAS.raw)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FieldNulls:
+    """How often one raw field was null between the first label and the end.
+
+    Attributes:
+        rows: Rows of the source there.
+        nulls: Of them, rows in which the field is null.
+        longest_ns: From the last reading before the longest run of nulls to the first one after it; 0 without nulls.
+        at_ns: Wall stamp at which that run begins; 0 without nulls.
+    """
+
+    source: Source
+    field: str
+    rows: int
+    nulls: int
+    longest_ns: int
+    at_ns: int
+
+    @property
+    def share(self) -> float:
+        """Nulls among the rows, 0 to 1; 0 without rows."""
+        return self.nulls / self.rows if self.rows else 0.0
+
+
+def read_rows(readings: SourceRows) -> Bools:
+    """Return ``(n,)`` bool: whether a row read any field at all."""
+    return _some(readings.present, 1)
+
+
+def fields_read(readings: SourceRows) -> frozenset[str]:
+    """Return the raw fields that at least one row read."""
+    return frozenset(
+        field for field, ever in zip(readings.fields, _some(readings.present, 0).tolist(), strict=True) if ever
+    )
+
+
+def _some(present: Bools, axis: int) -> Bools:
+    found: Bools = np.asarray(present.any(axis=axis))
+    return found
+
+
+def labelled(episode: Episode, readings: SourceRows) -> Bools:
+    """Return ``(n,)`` bool: whether a row lies between the first label and the end."""
+    wall = readings.t_wall_ns
+    inside: Bools = np.asarray((wall >= episode.t0_ns) & (wall <= episode.t_end_ns))
+    return inside
+
+
+def field_nulls(episode: Episode, source: Source) -> tuple[FieldNulls, ...]:
+    """Count the nulls of each raw field of a source, in the order of RAW; nothing for a source without rows."""
+    readings = episode.rows.get(source)
+    if readings is None:
+        return ()
+    inside = labelled(episode, readings)
+    present, wall = readings.present[inside], readings.t_wall_ns[inside]
+    rows, nulls = len(present), (len(present) - np.count_nonzero(present, axis=0)).tolist()
+    if any(nulls) and (wall[1:] < wall[:-1]).any():
+        order = np.argsort(wall, kind="stable")
+        wall, present = wall[order], present[order]
+    runs: dict[bytes, tuple[int, int]] = {}  # the fields of one answer are mostly null together
+    found = []
+    for i, spec in enumerate(raw_fields(source)):
+        longest_ns, at_ns = 0, 0
+        if nulls[i]:
+            null = ~present[:, i]
+            key = null.tobytes()
+            if key not in runs:
+                runs[key] = _longest_run(episode, wall, null)
+            longest_ns, at_ns = runs[key]
+        found.append(
+            FieldNulls(
+                source=source, field=spec.field, rows=rows, nulls=nulls[i], longest_ns=longest_ns, at_ns=at_ns
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def null_counts(episode: Episode) -> Mapping[Source, tuple[FieldNulls, ...]]:
+    """Count the nulls of every source that has rows; see `field_nulls`."""
+    return {source: field_nulls(episode, source) for source in Source if source in episode.rows}
+
+
+def _longest_run(episode: Episode, wall_ns: NDArray[np.int64], null: Bools) -> tuple[int, int]:
+    """Measure the longest run of nulls from reading to reading; the labels' ends stand in where there is none."""
+    edges = np.diff(np.concatenate(([False], null, [False])).astype(np.int8))
+    begins, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+    padded = np.concatenate(([episode.t0_ns], wall_ns, [episode.t_end_ns]))
+    lengths = padded[ends + 1] - padded[begins]
+    worst = int(np.argmax(lengths))
+    return int(lengths[worst]), int(padded[begins[worst] + 1])
+
+
+def check_nulls(episode: Episode) -> list[Remark]:
+    """Find fields that a source claims to give and mostly or long did not; without proc nothing can be said."""
+    found, claimed = [], set(episode.manifest.channels_available)
+    for source, readings in episode.rows.items():
+        if readings.present.all():
+            continue
+        counted = field_nulls(episode, source)
+        if source is Source.PROC and (lack := _mostly_null(counted)):
+            found.append(lack)
+            continue
+        owed = {field for c in CHANNELS if c.source is source and c.full_name in claimed for field in c.fields}
+        owed &= fields_read(readings)  # a field that was never read is `check_channels`' to name
+        gaps = [n for n in counted if n.field in owed and _is_lacking(n)]
+        if gaps:
+            found.append(Remark("nulls", _words(episode, gaps), source=source))
+    return found
+
+
+def _is_lacking(nulls: FieldNulls) -> bool:
+    every = 2 if nulls.source is Source.QMP and nulls.field in _EVERY_SECOND_ROW else 1
+    read, due = nulls.rows - nulls.nulls, nulls.rows / every
+    return nulls.nulls > 0 and (read < MIN_READ * due - 1 or nulls.longest_ns > every * STALE_NS)
+
+
+def _mostly_null(counted: Iterable[FieldNulls]) -> Remark | None:
+    cells = [(n.rows, n.nulls) for n in counted if (n.source, n.field) not in _OWN]
+    rows, nulls = sum(r for r, _ in cells), sum(n for _, n in cells)
+    if not rows or nulls <= MAX_PROC_NULLS * rows:
+        return None
+    return Remark("nulls-proc", f"{nulls:,} of {rows:,} readings are null", source=Source.PROC)
+
+
+def _words(episode: Episode, gaps: list[FieldNulls]) -> str:
+    worst = sorted(gaps, key=lambda n: (-n.nulls, n.field))
+    told = [
+        f"{n.field}: {n.nulls} of {n.rows} rows null ({n.share:.0%}), longest {n.longest_ns / 1e9:.1f} s "
+        f"from {(n.at_ns - episode.t0_ns) / 1e9:.1f} s"
+        for n in worst[:SHOWN_FIELDS]
+    ]
+    more = len(worst) - SHOWN_FIELDS
+    return "; ".join(told) + (f"; and {more} more fields" if more > 0 else "")
+
+
+def drop_impossible(episode: Episode) -> Episode:
+    """Return the episode with every reading outside its field's range turned into null; the same one if there is none."""
+    changed = {}
+    for source, readings in episode.rows.items():
+        wild = impossible(readings)
+        if wild is not None:
+            columns = tuple(_blanked(column, wild[:, i]) for i, column in enumerate(readings.columns))
+            changed[source] = replace(readings, columns=columns, present=readings.present & ~wild)
+    return replace(episode, rows={**episode.rows, **changed}) if changed else episode
+
+
+def _blanked(column: Column, wild: Bools) -> Column:
+    """Put 0, which stands for null, where a reading cannot be."""
+    blank = column.copy()
+    blank[wild] = 0
+    return blank
+
+
+def impossible(readings: SourceRows) -> Bools | None:
+    """Return ``(n, fields)`` bool: which readings are outside their field's range; None if none is."""
+    if not len(readings):
+        return None
+    wild: dict[int, Bools] = {}
+    for number_type, places, least, most in _ranges_by_type(readings.source):
+        values: NDArray[Any] = np.array([readings.columns[i] for i in places], number_type)
+        outside = (values.min(axis=1) < least) | (values.max(axis=1) > most)  # a null reads 0, which every range holds
+        for k in np.flatnonzero(outside).tolist():
+            wild[places[k]] = (values[k] < least[k]) | (values[k] > most[k])
+    if not wild:
+        return None
+    found = np.zeros(readings.present.shape, np.bool_)
+    for i, flags in wild.items():
+        found[:, i] = flags
+    return found & readings.present
+
+
+@cache
+def _ranges_by_type(source: Source) -> tuple[tuple[type, tuple[int, ...], Floats, Floats], ...]:
+    """Sort a source's raw fields by number type: their places, and least and greatest value of each."""
+    specs, ranges = raw_fields(source), raw_ranges(source)
+    made = []
+    for name, number_type in (("int", np.int64), ("float", np.float64)):
+        places = tuple(i for i, spec in enumerate(specs) if spec.type == name)
+        if places:
+            least, most = (np.array([ranges[i][end] for i in places]) for end in (0, 1))
+            made.append((number_type, places, least, most))
+    return tuple(made)
