@@ -15,6 +15,7 @@ SRC = Path(__file__).parents[1] / "src" / "phasewatch"
 RANKS: dict[str, int] = {
     "__init__": 0, "errors": 0, "vocab": 0,
     "extras": 1, "channels": 1, "parquet": 1, "profiles": 1, "walk": 1, "identity": 1, "atomic": 1, "workers": 1, "cluster": 1, "installation": 1,
+    "http_server": 1,
     "episode": 2,
     "store": 3, "grid": 3,
     "record": 4, "simulate": 4, "validate": 4,
@@ -40,7 +41,7 @@ NEIGHBOURS = {
 WORLDLY = {
     "__main__", "atomic", "parquet", "workers", "cluster", "extras", "installation", "episode.bundle", "grid.files", "simulate",
     "store.disk", "store.objects", "store.receiver", "store.serving", "store.shipper", "store.admission", "store.tokens",
-    "store.published", "validate.parts",
+    "store.published", "store.place_lock", "validate.parts", "http_server.protocol",
     "record.proc", "record.qmp", "record.netflow", "record.guest", "record.sink", "record.vm", "record.image",
     "record.recorder", "record.base", "record.accel", "record.doctor", "record.campaign", "record.driver",
     "record.flows", "record.idle", "record.installed", "record.own", "record.session", "record.spawn",

@@ -355,6 +355,11 @@ def sweep_temporaries(folder: Path, *, older_than_s: float = 0.0) -> int:
     return swept
 
 
+def lock_path(folder: Path) -> Path:
+    """Return the file that `lock` locks."""
+    return folder / _LOCK_NAME
+
+
 @contextmanager
 def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a folder alone; the lock dies with the process, however it dies.
@@ -363,7 +368,7 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
         BusyError: If another process (or another block of this one) holds it, unless told to wait.
     """
     make_folder(folder)
-    with _locked(folder / _LOCK_NAME, wait=wait):
+    with _locked(lock_path(folder), wait=wait):
         yield
 
 

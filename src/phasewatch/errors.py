@@ -5,7 +5,8 @@ PhasewatchError
 ├── DataError             3  bad or absent data
 │   ├── BundleError          one episode bundle cannot be read, or breaks a rule of its format
 │   ├── StoreError           a store is absent, empty or not a store
-│   │   └── TakenError           other bytes already stand under an id
+│   │   ├── TakenError           other bytes already stand under an id
+│   │   └── LostStoreError       the store's folder is gone, or is another one than was opened
 │   ├── RunError             a file of a run is absent, half made or not what its reader expects
 │   ├── ModelError           a model that a user brings failed in its own code
 │   ├── EventError           an event for the dashboard is malformed, too large or of an unknown type
@@ -125,6 +126,10 @@ class StoreError(DataError):
 
 class TakenError(StoreError):
     """Other bytes already stand under an id; bundles are written once."""
+
+
+class LostStoreError(StoreError):
+    """The store's folder is gone, or is another one than was opened: its disk may be unmounted."""
 
 
 class RunError(DataError):

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import fcntl
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
+import httpx
 import pytest
 from tests.cli.conftest import Said
 
@@ -93,3 +103,41 @@ def test_sizes_are_read(text: str, size: int) -> None:
 def test_what_is_no_size_is_said(text: str) -> None:
     with pytest.raises(UsageError, match="--quota"):
         parse_bytes("--quota", text)
+
+
+@pytest.mark.parametrize("how", ["closed", "a pipe that nobody reads", "a pipe whose reader is gone"])
+def test_a_receiver_goes_on_where_nobody_can_read_its_log(tokens: Path, tmp_path: Path, how: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "phasewatch", "receive", "--store", tmp_path / "store", "--tokens", tokens,
+               "--listen", f"127.0.0.1:{port}", "--floor", "0"]  # fmt: skip
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    if how == "a pipe whose reader is gone":
+        os.close(reading)
+    shell = 'exec "$@" 2>&-' if how == "closed" else 'exec "$@"'
+    process = subprocess.Popen(["sh", "-c", shell, "sh", *map(str, command)], stdout=subprocess.DEVNULL, stderr=writing)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60) as client:
+            for _ in range(600):
+                with suppress(httpx.ConnectError):
+                    client.get("/healthz")
+                    break
+                time.sleep(0.1)
+            path, data = "/v1/episodes/pc-a/0199c82c-c000-7000-8000-000000000000", b"a bundle's bytes" * 100
+            digest = base64.b64encode(sha256(data).digest()).decode()
+            headers = {"Authorization": "Bearer a-long-enough-token", "Content-Digest": f"sha-256=:{digest}:"}
+            for _ in range(100):  # more lines than the pipe holds
+                assert client.get(path, headers=headers).status_code == 404
+            stored = client.put(path, content=data, headers=headers).status_code
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(60)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(writing)
+        if how != "a pipe whose reader is gone":
+            os.close(reading)
+
+    assert (stored, code) == (201, 0)

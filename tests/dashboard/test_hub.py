@@ -193,3 +193,17 @@ def test_a_silent_hub_says_that_it_lives(monkeypatch: pytest.MonkeyPatch) -> Non
         return await anext(stream)
 
     assert asyncio.run(go()) == b'event: beat\ndata: {"t_wall_ns":7,"number":0}\n\n'
+
+
+def test_a_place_is_taken_when_a_viewer_joins_and_not_when_it_first_reads() -> None:
+    hub = hub_of(Limits(viewers=2))
+    first, _ = hub.join(None), hub.join(None)
+    with pytest.raises(BusyError, match="2 viewers look on already"):
+        hub.join(None)
+
+    hub.leave(first)
+    hub.leave(first)
+
+    hub.join(None)
+    with pytest.raises(BusyError):
+        hub.join(None)

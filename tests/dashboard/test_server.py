@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
@@ -139,6 +139,63 @@ def test_no_auth_opens_looking_and_leaves_sending_shut(tmp_path: Path) -> None:
             assert next(frames(stream.iter_lines())).kind == "hello"
         assert running.post(LINE, token="").status_code == 401
         assert running.post(LINE).status_code == 202
+
+
+def hear_out(connection: socket.socket) -> bytes:
+    heard = b""
+    with suppress(ConnectionResetError):
+        while more := connection.recv(4096):
+            heard += more
+    return heard
+
+
+@pytest.mark.parametrize("options", [(), ("--no-auth",)], ids=["cookie", "no cookie"])
+def test_silent_connections_shut_out_no_viewer_and_cut_none(tmp_path: Path, options: tuple[str, ...]) -> None:
+    with dashboard(tmp_path, "--no-produce", *options) as running, ExitStack() as stack:
+        cookies = running.cookies()
+        client = stack.enter_context(httpx.Client(trust_env=False, cookies=cookies, timeout=30))
+        seen = stack.enter_context(client.stream("GET", running.address + "events"))
+        reading = frames(seen.iter_lines())
+        assert next(reading).kind == "hello"
+
+        crowd = [stack.enter_context(socket.create_connection(("127.0.0.1", running.port), 20)) for _ in range(330)]
+        page = httpx.get(running.address + "about.json", cookies=cookies, trust_env=False)
+        running.post(LINE)
+
+        assert page.status_code == 200
+        assert next(frame for frame in reading if frame.kind != "beat").kind == "perf"
+        assert hear_out(crowd[0]) == b""
+
+
+@pytest.mark.parametrize(
+    "framing",
+    [
+        b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n",
+        b"Content-Length: 4\r\nContent-Length: 4\r\n",
+        b"Content-Length: 4\r\nX: y\r\n Transfer-Encoding: chunked\r\n",
+        b"Content-Length: 4\n",
+    ],
+    ids=["and chunks", "twice", "folded", "bare LF"],
+)
+def test_a_body_of_two_lengths_is_refused_and_nothing_after_it_is_read(running: Running, framing: bytes) -> None:
+    head = f"POST /events HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {running.token}\r\n".encode()
+    with socket.create_connection(("127.0.0.1", running.port), 20) as connection:
+        connection.sendall(head + framing + b"\r\n0\r\n\r\nGET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        heard = hear_out(connection)
+
+    assert heard.startswith(b"HTTP/1.1 400")
+    assert heard.count(b"HTTP/1.1") == 1
+
+
+def test_an_upgrade_to_a_websocket_is_not_granted(running: Running) -> None:
+    upgrade = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "x" * 22,
+    }
+
+    assert look(running, "about.json", **upgrade).status_code == 200
 
 
 def test_an_ended_dashboard_ends_its_streams_and_says_nothing(tmp_path: Path) -> None:

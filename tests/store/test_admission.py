@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,7 +18,8 @@ from tests.store.desks import Desk, headers_of
 from phasewatch.episode.bundle import pack, read_members
 from phasewatch.episode.container import join_members
 from phasewatch.episode.frame import compress_frame
-from phasewatch.store.admission import Arrival, Judgement
+from phasewatch.errors import MachineError
+from phasewatch.store.admission import Arrival, Gate, Judgement
 from phasewatch.store.disk import DiskStore
 from phasewatch.validate.admission import ArrivalJudge, judge
 from phasewatch.validate.sweep import sweep
@@ -50,7 +54,7 @@ def test_a_sound_a_foreign_and_a_hostile_bundle_get_the_words_that_a_sweep_would
 
 def kill_judge(arrival: Arrival) -> Judgement:
     """Stand for a bundle that breaks its reader; runs in a worker."""
-    if arrival.data == b"hostile":
+    if arrival.data == b"hostile bundle":
         os.kill(os.getpid(), signal.SIGKILL)
     return Judgement(status="accepted", reasons=(), detail="")
 
@@ -63,7 +67,7 @@ def judge_with_casualties(arrivals: Sequence[Arrival]) -> Iterator[Judgement]:
 def test_a_bundle_that_kills_its_judge_costs_itself_alone(tmp_path: Path) -> None:
     desk = Desk(tmp_path / "store", judge=judge_with_casualties, refuse=["errored"])
 
-    assert [put(desk, b"hostile", 1), put(desk, b"sound", 2)] == [422, 201]
+    assert [put(desk, b"hostile bundle", 1), put(desk, b"sound bundle", 2)] == [422, 201]
     assert [item.episode_id for item in desk.store.walk()] == [episode_id(2)]
 
 
@@ -134,3 +138,75 @@ def test_no_control_character_of_a_bundle_reaches_an_answer_or_a_status(tmp_path
     assert judgement.reasons[0] == "manifest-schema"
     assert judgement.detail.isprintable()
     assert "owned" in judgement.detail
+
+
+def offer(host_id: str, number: int = 1) -> Callable[[], Arrival]:
+    return lambda: Arrival(host_id=host_id, episode_id=episode_id(number), sha256="", data=b"a bundle")
+
+
+class Blocked:
+    """A judge that is held up by the bundles of one host until it is let go."""
+
+    def __init__(self, host_id: str) -> None:
+        self.host_id, self.go, self.judged = host_id, threading.Event(), 0
+
+    def __call__(self, arrivals: Sequence[Arrival]) -> Iterator[Judgement]:
+        for each in arrivals:
+            if each.host_id == self.host_id:
+                self.go.wait(20)
+            self.judged += 1
+            yield Judgement(status="accepted", reasons=(), detail=each.host_id)
+
+
+def test_bundles_of_one_host_that_are_slow_to_judge_hold_up_no_other(tmp_path: Path) -> None:
+    judge = Blocked("pc-bad")
+
+    async def crowd() -> list[str]:
+        gate = Gate(judge)
+        slow = [asyncio.create_task(gate.judge("pc-bad", offer("pc-bad", n))) for n in range(1, 9)]
+        await asyncio.sleep(0)
+        honest = [await asyncio.wait_for(gate.judge("pc-good", offer("pc-good", n)), 20) for n in range(1, 4)]
+        assert not any(task.done() for task in slow)
+        judge.go.set()
+        await asyncio.gather(*slow)
+        return [judgement.detail for judgement in honest]
+
+    assert asyncio.run(crowd()) == ["pc-good"] * 3
+    assert judge.judged == 11
+
+
+def test_an_upload_that_is_cancelled_while_it_is_judged_leaves_the_others_their_answers() -> None:
+    judge = Blocked("pc-a")
+
+    async def crowd() -> list[str]:
+        gate = Gate(judge)
+        tasks = [asyncio.create_task(gate.judge("pc-a", offer("pc-a", n))) for n in range(1, 7)]
+        while not gate.waiting:
+            await asyncio.sleep(0.001)
+        tasks[0].cancel()
+        tasks[1].cancel()
+        await asyncio.sleep(0)
+        judge.go.set()
+        rest = await asyncio.wait_for(asyncio.gather(*tasks[2:]), 20)
+        return [judgement.status for judgement in rest]
+
+    assert asyncio.run(crowd()) == ["accepted"] * 4
+
+
+def test_a_judge_that_fails_in_the_middle_fails_those_whom_it_did_not_answer() -> None:
+    def judge(arrivals: Sequence[Arrival]) -> Iterator[Judgement]:
+        if len(arrivals) == 1:
+            time.sleep(0.2)  # until the others wait together
+            yield Judgement(status="accepted", reasons=(), detail="")
+            return
+        yield Judgement(status="degraded", reasons=(), detail="")
+        raise MachineError("no process could be started")
+
+    async def crowd() -> list[object]:
+        gate = Gate(judge)
+        tasks = [gate.judge("pc-a", offer("pc-a", n)) for n in range(1, 4)]
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
+
+    answers = asyncio.run(crowd())
+
+    assert all(isinstance(each, Judgement | MachineError) for each in answers)

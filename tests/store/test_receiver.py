@@ -17,12 +17,13 @@ import pytest
 from tests.store.desks import IDS, ROOMY, TOKENS, Desk, headers_of, path_of, piece, scope_of
 
 from phasewatch import atomic
-from phasewatch.errors import MachineError
+from phasewatch.errors import BusyError, LostStoreError, MachineError
 from phasewatch.store.admission import Arrival, Judgement
 from phasewatch.store.base import Store
 from phasewatch.store.digests import render_digest
 from phasewatch.store.disk import DiskStore
 from phasewatch.store.receiver import RECEIPT_HEADER
+from phasewatch.store.room import CHARGE_BYTES, FreeFiles
 
 DATA = b"a bundle's bytes" * 100
 DIGEST = sha256(DATA).hexdigest()
@@ -53,7 +54,7 @@ def test_the_same_bytes_again_are_200_and_other_bytes_409(store: Store) -> None:
     desk.put(DATA)
 
     assert desk.put(DATA).status_code == 200
-    assert desk.put(b"other").status_code == 409
+    assert desk.put(b"other bytes").status_code == 409
     assert stored(desk) == {f"pc-a/{IDS[0]}.tar.zst": DATA}
 
 
@@ -61,7 +62,7 @@ def test_other_bytes_are_409_also_where_no_receipt_tells_it_beforehand(desk: Des
     desk.put(DATA)
     (desk.store.path / "pc-a" / f"{IDS[0]}.tar.zst.sha256").unlink()  # type: ignore[attr-defined]
 
-    assert desk.put(b"other").status_code == 409
+    assert desk.put(b"other bytes").status_code == 409
     assert desk.put(DATA).status_code == 200
     assert [item.receipt for item in desk.store.walk()] == [DIGEST]
 
@@ -254,7 +255,7 @@ def test_no_room_is_said_before_the_body(tmp_path: Path) -> None:
 
 
 def test_a_quota_outlives_the_process(tmp_path: Path) -> None:
-    bounds = replace(ROOMY, quota_bytes=3 * len(DATA))
+    bounds = replace(ROOMY, quota_bytes=3 * CHARGE_BYTES)
     first = Desk(tmp_path / "store", bounds=bounds)
     assert [first.put(DATA, n).status_code for n in range(2)] == [201, 201]
 
@@ -274,7 +275,7 @@ def test_an_upload_that_ends_while_another_looks_at_what_the_host_sent_counts_ag
                 stored_one.wait(20)
             return found
 
-    desk = Desk(Lagging(tmp_path / "store"), bounds=replace(ROOMY, quota_bytes=2 * len(DATA)))
+    desk = Desk(Lagging(tmp_path / "store"), bounds=replace(ROOMY, quota_bytes=2 * CHARGE_BYTES))
 
     async def crowd() -> list[int]:
         async with desk.client() as client:
@@ -423,7 +424,7 @@ def test_bundles_that_come_together_are_judged_together(tmp_path: Path) -> None:
     def judge(arrivals: Sequence[Arrival]) -> Iterator[Judgement]:
         sizes.append(len(arrivals))
         until = time.monotonic() + 20
-        while len(sizes) == 1 and len(arrivals) + len(gate._waiting) < 4 and time.monotonic() < until:
+        while len(sizes) == 1 and len(arrivals) + gate.waiting < 4 and time.monotonic() < until:
             time.sleep(0.001)  # the first takes its time, until as many wait as have a place
         return says("accepted")(arrivals)
 
@@ -487,3 +488,170 @@ def test_old_leftovers_go_while_it_runs_and_a_fault_in_that_stops_nothing(tmp_pa
     asyncio.run(asyncio.wait_for(live(), 30))
 
     assert not old.exists()
+
+
+@pytest.mark.parametrize("size", [0, 1, 8])
+def test_a_body_that_is_too_short_for_a_bundle_is_refused_and_nothing_is_kept(desk: Desk, size: int) -> None:
+    answer = desk.put(b"x" * size)
+
+    assert answer.status_code == 400
+    assert not (desk.store.path / "pc-a").exists()  # type: ignore[attr-defined]
+
+
+def test_a_small_bundle_costs_its_host_what_it_takes_of_the_disk(tmp_path: Path) -> None:
+    desk = Desk(tmp_path / "store", bounds=replace(ROOMY, quota_bytes=2 * CHARGE_BYTES))
+
+    assert [desk.put(b"%09d" % n, n).status_code for n in range(3)] == [201, 201, 429]
+    assert desk.put(b"%09d" % 0, 0).status_code == 200  # what stands there already costs nothing
+
+
+def test_the_bundles_of_one_host_a_day_are_bounded_and_others_go_on(tmp_path: Path) -> None:
+    desk = Desk(tmp_path / "store", bounds=replace(ROOMY, quota_bundles=3))
+    again = Desk(tmp_path / "store", bounds=replace(ROOMY, quota_bundles=3))
+
+    assert [desk.put(DATA, n).status_code for n in range(4)] == [201, 201, 201, 429]
+    assert again.put(DATA, 5).status_code == 429
+    other = headers_of(DATA, token=TOKENS["pc-b"])
+    assert again.ask("PUT", path_of(6, "pc-b"), content=DATA, headers=other).status_code == 201
+
+
+class Crowded(DiskStore):
+    """A store on a disk with few free inodes."""
+
+    files: FreeFiles | None = FreeFiles(free=100, total=1_000_000)
+
+    def free_files(self) -> FreeFiles | None:
+        return self.files
+
+
+def test_a_disk_with_few_free_inodes_takes_nothing_and_says_so(tmp_path: Path) -> None:
+    desk = Desk(Crowded(tmp_path / "store"))
+
+    answer, health = desk.put(DATA), desk.ask("GET", "/healthz")
+
+    assert (answer.status_code, answer.headers["Retry-After"]) == (507, "60")
+    assert (health.status_code, health.json()["status"]) == (503, "no room")
+
+
+@pytest.mark.parametrize("files", [None, FreeFiles(free=100, total=1000)], ids=["unknown", "of a small disk"])
+def test_free_inodes_that_nobody_knows_or_a_small_disk_still_has_are_room(
+    tmp_path: Path, files: FreeFiles | None
+) -> None:
+    store = Crowded(tmp_path / "store")
+    store.files = files
+
+    assert Desk(store).put(DATA).status_code == 201
+
+
+def put_elsewhere(store: Path, how: str) -> None:
+    """Do to a store's folder what an unmounted disk does."""
+    store.rename(store.with_name("away"))
+    if how == "an empty folder":
+        store.mkdir()
+    if how == "another store":
+        (store / ".incoming").mkdir(parents=True)
+        (store / ".incoming" / ".lock").touch()
+
+
+@pytest.mark.parametrize("how", ["an empty folder", "no folder", "another store"])
+@pytest.mark.parametrize("size", [1600, 3 << 19], ids=["small", "large"])
+def test_a_store_that_is_not_in_its_place_takes_nothing_and_says_so(tmp_path: Path, how: str, size: int) -> None:
+    path, data = tmp_path / "store", bytes(size)
+    desk = Desk(path)
+    with desk.store.receiving():
+        assert desk.put(data, 0).status_code == 201
+        put_elsewhere(path, how)
+
+        answers = [desk.put(data, 1), desk.ask("GET", path_of(0), headers=headers_of(b""))]
+        health = desk.ask("GET", "/healthz")
+
+        assert [answer.status_code for answer in answers] == [503, 503]
+        assert health.status_code == 503
+        assert health.json()["status"] != "ok"
+        assert [each.name for each in path.glob("*") if each.name != ".incoming"] == []
+        with pytest.raises(LostStoreError, match="mount its disk again"):
+            desk.store.check_place()
+
+
+def test_a_store_that_leaves_its_place_during_an_upload_acknowledges_nothing(tmp_path: Path) -> None:
+    desk, half = Desk(tmp_path / "store"), bytes(3 << 19)
+
+    class Leaving(list[object]):
+        """Messages of a body, between which the store's disk is unmounted."""
+
+        def __iter__(self) -> Iterator[object]:
+            return iter([piece(half), 0.2, piece(half, more=False)])
+
+    with desk.store.receiving():
+        timer = threading.Timer(0.1, put_elsewhere, (tmp_path / "store", "an empty folder"))
+        timer.start()
+        sent = desk.feed(
+            scope_of(**headers_of(2 * half), **{"Content-Length": str(2 * len(half))}),
+            Leaving(),  # type: ignore[arg-type]
+        )
+        timer.join()
+
+    assert sent[0]["status"] == 503
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_a_second_receiver_into_the_place_of_an_unmounted_store_is_refused(tmp_path: Path) -> None:
+    path, link = tmp_path / "store", tmp_path / "link"
+    path.mkdir()
+    link.symlink_to(path)
+    with DiskStore(link).receiving():
+        put_elsewhere(path, "an empty folder")
+        for place in (path, link):
+            with pytest.raises(BusyError, match="another process is receiving here"), DiskStore(place).receiving():
+                pass
+    with DiskStore(path).receiving():
+        pass
+
+
+def test_refused_bundles_cost_their_host_quota_and_in_the_end_its_turn(tmp_path: Path) -> None:
+    bounds = replace(ROOMY, quota_bytes=2 * CHARGE_BYTES)
+    by_quota = Desk(tmp_path / "one", bounds=bounds, judge=says("errored"), refuse=["errored"])
+    by_number = Desk(tmp_path / "two", judge=says("errored"), refuse=["errored"])
+
+    assert [by_quota.put(DATA, n).status_code for n in range(3)] == [422, 422, 429]
+    answers = [by_number.put(DATA, n % 60) for n in range(70)]
+    assert [answer.status_code for answer in answers[:60]] == [422] * 60
+    assert answers[-1].status_code == 429
+    assert 1 <= int(answers[-1].headers["Retry-After"]) <= 60
+    other = headers_of(DATA, token=TOKENS["pc-b"])
+    assert by_number.ask("PUT", path_of(6, "pc-b"), content=DATA, headers=other).status_code == 422
+
+
+def test_bodies_that_are_not_what_their_digest_says_count_as_refused(desk: Desk) -> None:
+    wrong = {"Content-Digest": render_digest("0" * 64)}
+
+    assert [desk.put(DATA, 0, **wrong).status_code for _ in range(70)][-1] == 429
+
+
+def test_many_who_ask_for_health_ask_the_disk_once(tmp_path: Path) -> None:
+    asked = 0
+
+    class Counting(DiskStore):
+        def free_bytes(self) -> int:
+            nonlocal asked
+            asked += 1
+            time.sleep(0.05)
+            return super().free_bytes()
+
+    desk = Desk(Counting(tmp_path / "store"))
+
+    async def crowd() -> list[int]:
+        async with desk.client() as client:
+            return [a.status_code for a in await asyncio.gather(*(client.get("/healthz") for _ in range(50)))]
+
+    assert asyncio.run(crowd()) == [200] * 50
+    assert asked < 5
+
+
+def test_a_log_that_cannot_be_written_stops_no_upload(desk: Desk) -> None:
+    def broken(record: dict[str, object]) -> None:
+        raise OSError(errno.EPIPE, "injected")
+
+    desk.receiver._log = broken
+
+    assert desk.put(DATA).status_code == 201

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.store.desks import IDS, TOKENS, Desk, headers_of, path_of
 from phasewatch import atomic
 from phasewatch.errors import BusyError, StoreError
 from phasewatch.store.disk import DiskStore, render_receipt
-from phasewatch.store.shipper import FIRST_WAIT_S, LONGEST_WAIT_S, Fate, Shipped, Shipper, fate_of
+from phasewatch.store.shipper import FIRST_WAIT_S, LONGEST_WAIT_S, Fate, Shipped, Shipper, fate_of, parse_retry_after
 
 DATA = b"a bundle's bytes" * 100
 
@@ -313,3 +314,130 @@ async def until(claim: Callable[[], bool]) -> None:
             return
         await asyncio.sleep(0.01)
     raise AssertionError("it never came true")
+
+
+def watch_for(outbox: Path, answer: Answer, seconds: float) -> tuple[Shipper, list[str], list[str]]:
+    """Follow an outbox for so long by its own clock; give the shipper, the requests, and what was told."""
+    asked: list[str] = []
+    told: list[str] = []
+
+    def note(request: httpx.Request) -> httpx.Response:
+        asked.append(f"{request.method} {request.url}")
+        return answer(request)
+
+    async def run() -> Shipper:
+        now_s = 0.0
+        async with httpx.AsyncClient(transport=httpx.MockTransport(note), base_url="http://store") as client:
+
+            async def poll(seconds: float) -> None:
+                nonlocal now_s
+                now_s += max(seconds, 20.0)  # few rounds, so that an hour is soon over
+                if now_s > until_s:
+                    shipper.stop()
+                await asyncio.sleep(0)
+
+            shipper = Shipper(
+                outbox, client, TOKENS, tell=lambda n, total, words: told.append(words), rng=random.Random(0),
+                sleep=poll, now_s=lambda: now_s,
+            )  # fmt: skip
+            await shipper.run(watch=True)
+            return shipper
+
+    until_s = seconds
+    return asyncio.run(run()), asked, told
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 405, 302, 307])
+def test_a_wrong_token_or_address_is_tried_less_and_less_often_and_told_once(outbox: Path, status: int) -> None:
+    before = names(outbox)
+    location = {"Location": "http://elsewhere.example/"}
+
+    shipper, asked, told = watch_for(outbox, lambda request: reply(status, **location), 3600.0)
+
+    assert 2 < len(asked) < 100
+    assert len(told) == 2
+    assert [name for name in names(outbox) if name != "sent/.lock"] == before
+    assert not any("elsewhere" in each for each in asked)
+    assert len(shipper.shipped.left) == 5
+
+
+def test_a_token_that_becomes_good_again_ships_everything(outbox: Path) -> None:
+    refusals = iter([401] * 4)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if status := next(refusals, None):
+            return reply(status)
+        name = request.url.path.rpartition("/")[2] + ".tar.zst"
+        if request.method == "GET":
+            return reply(404)
+        return reply(201, render_receipt(sha256(request.read()).hexdigest(), name))
+
+    shipper, _, _ = watch_for(outbox, answer, 600.0)
+
+    assert (shipper.shipped.sent, shipper.shipped.blocked) == (5, {})
+
+
+def test_a_receiver_that_asks_for_an_hour_is_not_asked_within_it(outbox: Path) -> None:
+    _, asked, _ = watch_for(outbox, lambda request: reply(429, **{"Retry-After": "3600"}), 3000.0)
+
+    assert len(asked) <= 2 * 4
+
+
+def test_a_host_that_has_to_wait_holds_up_no_other(outbox: Path, tmp_path: Path) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if "pc-a" in request.url.path:
+            return reply(429, **{"Retry-After": "3600"})
+        name = request.url.path.rpartition("/")[2] + ".tar.zst"
+        return reply(201, render_receipt(sha256(request.read()).hexdigest(), name))
+
+    done = ship(outbox, answer, parallel=1)
+
+    assert (done.sent, len(done.left)) == (2, 3)
+    assert done.last_trouble.startswith("429")
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "7"}, 7.0), ({"retry-after": "9" * 400}, 86_400.0), ({"retry-after": "-7"}, 0.0),
+        ({"retry-after": "soon"}, 0.0), ({}, 0.0), ({"retry-after": "٣"}, 0.0),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT", "date": "Wed, 21 Oct 2015 07:27:00 GMT"}, 60.0),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT", "date": "Wed, 21 Oct 2015 07:29:00 GMT"}, 0.0),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00", "date": "Wed, 21 Oct 2015 07:27:00 GMT"}, 0.0),
+    ],
+)  # fmt: skip
+def test_retry_after_is_seconds_or_a_date(headers: dict[str, str], seconds: float) -> None:
+    assert parse_retry_after(headers) == seconds
+
+
+def test_a_token_that_is_refused_on_asking_costs_no_upload(outbox: Path) -> None:
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.method)
+        if len(asked) == 1:
+            raise httpx.ReadError("cut", request=request)
+        return reply(401)
+
+    done = ship(outbox, answer, parallel=1)
+
+    assert done.blocked.keys() == {"pc-a", "pc-b"}
+    assert asked == ["PUT", "GET", "PUT"]
+
+
+def test_what_is_moved_away_is_written_in_a_thread(outbox: Path) -> None:
+    loop_thread = threading.get_ident()
+
+    class Here(atomic.Disk):
+        def rename(self, source: Path, target: Path) -> None:
+            threads.add(threading.get_ident())
+            super().rename(source, target)
+
+    threads: set[int] = set()
+    with atomic.on_disk(Here()):
+        done = ship(outbox, lambda request: reply(422))
+
+    assert len(done.refused) == 5
+    assert threads
+    assert loop_thread not in threads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ import typer
 from phasewatch.cli import base
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     import httpx
 
     from phasewatch.store.room import Bounds
@@ -35,7 +38,10 @@ def receive(
         "",
         help="With --check: do not store bundles of this status or worse (rejected, errored); otherwise they are kept as evidence.",
     ),
-    quota: str = typer.Option("0", help="New bytes of one host in 24 hours, such as 2GiB; 0 sets no bound."),
+    quota: str = typer.Option(
+        "0", help="New bytes of one host in 24 hours, such as 2GiB; a bundle counts as 8 KiB at least. 0 sets no bound."
+    ),
+    quota_bundles: int = typer.Option(100_000, min=0, help="New bundles of one host in 24 hours; 0 sets no bound."),
     floor: str = typer.Option("512MiB", help="Free space on the store's disk that uploads never use up."),
     in_flight: int = typer.Option(64, min=1, help="Uploads at a time; an eighth of them of one host."),
     as_json: bool = typer.Option(False, "--json", help="One JSON document when it ends."),
@@ -62,21 +68,20 @@ def receive(
     from phasewatch.validate.admission import ArrivalJudge
 
     where = parse_listen(listen, cert=cert, key=key, behind_proxy=behind_proxy)
-    bounds = _bounds(quota=quota, floor=floor, in_flight=in_flight)
+    bounds = _bounds(quota=quota, quota_bundles=quota_bundles, floor=floor, in_flight=in_flight)
     refused = _refused_statuses(refuse, check=check)
-    for token in known:
-        if token.plain is not None and len(token.plain) < WEAK_CHARS:
-            _say(
-                {"warning": f"the token of {token.host_id} is shorter than {WEAK_CHARS} characters and can be guessed"}
-            )
     statuses: Counter[int] = Counter()
 
     def log(record: dict[str, Any]) -> None:
         statuses[record["status"]] += record["method"] == "PUT"
-        _say(record)
+        say(record)
 
     place = open_store(store)
-    with place.receiving():
+    with _open_log() as say, place.receiving():
+        for token in known:
+            if token.plain is not None and len(token.plain) < WEAK_CHARS:
+                weak = f"the token of {token.host_id} is shorter than {WEAK_CHARS} characters and can be guessed"
+                say({"warning": weak})
         receiver = Receiver(
             place, known, bounds=bounds, log=log, judge=ArrivalJudge(place) if check else None, refuse=refused
         )  # fmt: skip
@@ -85,7 +90,7 @@ def receive(
             from dataclasses import replace
 
             where = replace(where, port=address[1])
-            _say({"receiving": where.url, "store": store, "hosts": len({token.host_id for token in known})})
+            say({"receiving": where.url, "store": store, "hosts": len({token.host_id for token in known})})
             serve(receiver, where, bound, bounds)
     counts = {str(status): n for status, n in sorted(statuses.items()) if n}
     words = f"{statuses[201]} bundles stored, {statuses[200]} came again, {sum(statuses.values()) - statuses[201] - statuses[200]} refused or cut"
@@ -188,22 +193,46 @@ def _client(to: str, *, ca: Path | None, plain_http: bool) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=url, verify=verify, timeout=TIMEOUT, follow_redirects=False)
 
 
-def _say(record: dict[str, Any]) -> None:
-    """Write one line of the log: JSON on stderr, stamped, with what does not print spelled out."""
+@contextmanager
+def _open_log() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Open the log on stderr: one JSON object a line, stamped, with what does not print spelled out.
+
+    Nobody has to read it: where stderr is closed, full or stands still, the log ends or loses lines, and nothing else.
+    """
     import json
     import sys
     from datetime import UTC, datetime
 
-    stamp = datetime.now(UTC).isoformat(timespec="milliseconds")
-    sys.stderr.write(json.dumps({"at": stamp, **record}) + "\n")
-    sys.stderr.flush()
+    from phasewatch.live.lines import Lines
+
+    def render(record: dict[str, Any]) -> str:
+        return json.dumps({"at": datetime.now(UTC).isoformat(timespec="milliseconds"), **record})
+
+    lines = None
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):  # closed, or without a descriptor
+            lines = Lines(sys.stderr)
+
+    def say(record: dict[str, Any]) -> None:
+        with suppress(OSError, ValueError):
+            if lines is not None:
+                lines.put(render(record))
+            elif sys.stderr is not None:
+                sys.stderr.write(render(record) + "\n")
+
+    try:
+        yield say
+    finally:
+        if lines is not None:
+            with suppress(OSError):
+                lines.close()
 
 
-def _bounds(*, quota: str, floor: str, in_flight: int) -> Bounds:
+def _bounds(*, quota: str, quota_bundles: int, floor: str, in_flight: int) -> Bounds:
     from phasewatch.store.room import Bounds
 
     return Bounds(
-        quota_bytes=parse_bytes("--quota", quota), floor_bytes=parse_bytes("--floor", floor), in_flight=in_flight,
+        quota_bytes=parse_bytes("--quota", quota), quota_bundles=quota_bundles, floor_bytes=parse_bytes("--floor", floor), in_flight=in_flight,
         in_flight_per_host=max(1, in_flight // 8),
     )  # fmt: skip
 

@@ -19,13 +19,15 @@ from starlette.types import Message, Receive, Scope, Send
 
 from phasewatch.channels import CHANNELS
 from phasewatch.dashboard.gate import HEADERS, Asked, Gate
-from phasewatch.dashboard.hub import Hub
+from phasewatch.dashboard.hub import Hub, Viewer
 from phasewatch.errors import BusyError, EventError, MissingTool
+from phasewatch.http_server.connections import prove_owner
 from phasewatch.live.envelope import Event, parse_event
 from phasewatch.vocab import PHASES
 
 MAX_POST = 1024 * 1024
 POST_S = 20.0  # a body that takes longer is given up
+VIEWER = "viewer"  # as whom a connection counts that showed the cookie or the token
 STALL_S = 30.0  # a viewer that takes nothing for so long is cut off
 TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 
@@ -66,7 +68,8 @@ def build_app(hub: Hub, gate: Gate, *, title: str) -> Guarded:
             viewer = hub.join(request.headers.get("last-event-id") or request.query_params.get("after"))
         except BusyError as exc:
             return _said(503, str(exc), {"Retry-After": "5"})
-        return EventSourceResponse(hub.stream(viewer), ping=0, sep="\n", send_timeout=STALL_S, shutdown_grace_period=1)
+        prove_owner(request.scope, VIEWER)  # with --no-auth too: how many look on is bounded by the hub
+        return _ViewerStream(hub, viewer)
 
     async def take(request: Request) -> Response:
         try:
@@ -107,6 +110,20 @@ def plotly_script() -> Path | None:
     return path if path is not None and path.is_file() else None
 
 
+class _ViewerStream(EventSourceResponse):
+    """A viewer's stream, which gives its place back also if it never begins, or is cut before its first byte."""
+
+    def __init__(self, hub: Hub, viewer: Viewer) -> None:
+        super().__init__(hub.stream(viewer), ping=0, sep="\n", send_timeout=STALL_S, shutdown_grace_period=1)
+        self._hub, self._viewer = hub, viewer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._hub.leave(self._viewer)
+
+
 class Guarded:
     """An application behind its gate; adds the headers that every answer carries."""
 
@@ -136,6 +153,8 @@ class Guarded:
             # The token leaves the address bar, the history and every Referer at once.
             return RedirectResponse("/", status_code=303, headers={"Set-Cookie": self._gate.cookie()})
         if refusal is None:
+            if self._gate.is_known(asked):
+                prove_owner(scope, VIEWER)
             return None
         return _said(refusal.status, refusal.words)
 

@@ -76,6 +76,12 @@ class Gate:
         given = parse_qs(asked.query).get("token", [""])[0] if len(asked.query) < 4096 else ""
         return asked.method == "GET" and asked.path == "/" and bool(given) and is_same(given, self.token)
 
+    def is_known(self, asked: Asked) -> bool:
+        """Whether a request carries a secret of this dashboard, not only a path that is open to all."""
+        kind, _, given = asked.authorization.partition(" ")
+        has_token = kind.lower() == "bearer" and is_same(given.strip(), self.token)
+        return has_token or self.has_cookie(asked.cookie)
+
     def has_cookie(self, header: str) -> bool:
         """Say whether a Cookie header holds the viewer's cookie.
 

@@ -81,6 +81,7 @@ class Hub:
         self._number = 0
         self._news = asyncio.Event()
         self._looking: list[Viewer] = []
+        self._joined: set[Viewer] = set()  # who has a place, streaming already or not yet
         self._is_closed = False
         self._budget, self._budget_at = limits.burst, monotonic()
 
@@ -136,14 +137,25 @@ class Hub:
     def join(self, last_id: str | None) -> Viewer:
         """Give a viewer its place: after the last event that it saw, or at what the hub remembers.
 
+        The place is taken from now on; `leave` gives it back.
+
         Args:
             last_id: The browser's `Last-Event-ID`, None on a first visit.
 
         Raises:
             BusyError: If there are too many.
         """
-        if len(self._looking) >= self.limits.viewers:
-            raise BusyError(f"{len(self._looking)} viewers look on already; close one")
+        if len(self._joined) >= self.limits.viewers:
+            raise BusyError(f"{len(self._joined)} viewers look on already; close one")
+        viewer = self._place(last_id)
+        self._joined.add(viewer)
+        return viewer
+
+    def leave(self, viewer: Viewer) -> None:
+        """Give a viewer's place back; a second time does nothing."""
+        self._joined.discard(viewer)
+
+    def _place(self, last_id: str | None) -> Viewer:
         first = self._log[0].number if self._log else self._number + 1
         boot, _, digits = (last_id or "").partition(".")
         seen = int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= 19 else -1
@@ -184,6 +196,7 @@ class Hub:
                     yield self._tell("beat", {"number": self._number})
         finally:
             self._looking.remove(viewer)
+            self.leave(viewer)
 
     def _part(self, viewer: Viewer) -> tuple[bytes, int]:
         """Give what comes next, at least one event, and how many are lost before it."""

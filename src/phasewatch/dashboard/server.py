@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import signal
 import socket
@@ -10,17 +11,23 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from phasewatch.dashboard.gate import Gate
 from phasewatch.dashboard.hub import Hub
 from phasewatch.errors import MachineError, PhasewatchError
+from phasewatch.http_server.connections import ConnectionLimits
+from phasewatch.http_server.heads import HEAD_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 ADDRESS = "127.0.0.1"
 STALL_MS = 20_000  # a peer that acknowledges nothing for so long is gone
+
+STRANGERS = 64  # connections that may be open without cookie or token; all come from this machine
+LIMITS = ConnectionLimits(owner_idle_s=20.0, stall_s=30.0, drain_bytes=2 << 20)
 
 Producer = Callable[[Hub], Awaitable[None]]
 
@@ -46,6 +53,12 @@ def bind(port: int) -> socket.socket:
             f"{ADDRESS}:{port}: {exc.strerror}; choose another port with --port, 0 takes a free one"
         ) from exc
     return sock
+
+
+def limits_for(viewers: int) -> ConnectionLimits:
+    """Return what a dashboard grants its connections: each viewer its stream, and room for what pages load beside it."""
+    most = viewers + 2 * STRANGERS
+    return replace(LIMITS, connections=most, reserved=most - STRANGERS, per_address=STRANGERS, per_owner=most)
 
 
 def make_hub() -> Hub:
@@ -78,13 +91,17 @@ def serve(
     import uvicorn
 
     from phasewatch.dashboard.app import build_app
+    from phasewatch.http_server.protocol import ConnectionKeeper, fit_to_process, install
 
     app = build_app(hub, gate, title=title)
     # No access log: the first address carries the token.
     config = uvicorn.Config(
-        app, lifespan="off", access_log=False, log_level="warning", timeout_graceful_shutdown=3, server_header=False,
-        timeout_keep_alive=20, limit_concurrency=hub.limits.viewers + 64,
+        app, http="h11", ws="none", lifespan="off", access_log=False, log_level="error",
+        timeout_graceful_shutdown=3, server_header=False, h11_max_incomplete_event_size=HEAD_BYTES,
+        timeout_keep_alive=math.ceil(LIMITS.owner_idle_s),
     )  # fmt: skip
+    config.load()
+    install(config, ConnectionKeeper(fit_to_process(limits_for(hub.limits.viewers))))
 
     class Server(uvicorn.Server):
         @contextmanager

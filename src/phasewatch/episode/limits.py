@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 COMPRESSED_BYTES = 16 << 20
+LEAST_FRAME_BYTES = 9  # zstd: magic number, the least frame header, the header of one empty block
 DECOMPRESSED_BYTES = 32 << 20
 ZSTD_WINDOW_BYTES = 8 << 20
 MANIFEST_BYTES = 256 << 10

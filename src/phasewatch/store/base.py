@@ -10,6 +10,7 @@ from typing import Protocol
 
 from phasewatch.errors import StoreError
 from phasewatch.store.disk import SUFFIX, DiskStore, StoreItem
+from phasewatch.store.room import FreeFiles
 
 __all__ = [
     "Incoming",
@@ -88,6 +89,16 @@ class Store(Protocol):
 
     def free_bytes(self) -> int | None:
         """Give the room that is left; None where nobody can say."""
+
+    def free_files(self) -> FreeFiles | None:
+        """Return how many more files fit; None where nobody can tell."""
+
+    def check_place(self) -> None:
+        """Check that the store is still the one that `receiving` holds.
+
+        Raises:
+            LostStoreError: If it is gone, or another one stands in its place.
+        """
 
     def held(self, host_id: str) -> list[tuple[float, int]]:
         """Give when (Unix seconds) each bundle of a host came, and its size in bytes."""

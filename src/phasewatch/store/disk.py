@@ -17,7 +17,9 @@ from pathlib import Path
 from phasewatch import atomic
 from phasewatch.atomic import is_temporary, make_folder
 from phasewatch.episode import limits
-from phasewatch.errors import BundleError, StoreError, TakenError
+from phasewatch.errors import BundleError, LostStoreError, StoreError, TakenError
+from phasewatch.store.place_lock import hold_path
+from phasewatch.store.room import FreeFiles
 from phasewatch.vocab import EPISODE_ID, HOST_ID, EpisodeId, HostId
 
 SUFFIX = ".tar.zst"
@@ -71,6 +73,7 @@ class DiskStore:
         self.path = Path(path)
         self._durable = durable
         self._vouched: set[Path] = set()  # folders of hosts whose names the disk has
+        self._lock_seen: tuple[int, int] | None = None  # device and inode of the lock that a receiver holds
 
     def put(self, host_id: str, episode_id: str, data: bytes) -> Path:
         """Store a bundle, then its receipt.
@@ -92,8 +95,9 @@ class DiskStore:
         """Begin a bundle in the receiver's own folder; see `Store`.
 
         Raises:
-            StoreError: If the ids are malformed.
+            StoreError: If the ids are malformed; a LostStoreError, if the store is not in its place.
         """
+        self.check_place()
         return self._begin(host_id, episode_id, folder=self.path / INCOMING)
 
     def _begin(self, host_id: str, episode_id: str, *, folder: Path | None) -> _Incoming:
@@ -112,9 +116,33 @@ class DiskStore:
         Raises:
             BusyError: If another receiver holds it.
         """
-        with atomic.lock(self.path / INCOMING):
+        with hold_path(self.path), atomic.lock(self.path / INCOMING):
             atomic.sweep_temporaries(self.path / INCOMING)
-            yield
+            self._lock_seen = self._find_lock()
+            try:
+                yield
+            finally:
+                self._lock_seen = None
+
+    def check_place(self) -> None:
+        """Check that the store is still the one that `receiving` holds; see `Store`.
+
+        The lock is open as long as it is held, so no other file has its inode meanwhile.
+
+        Raises:
+            LostStoreError: If it is gone, or another folder stands in its place.
+        """
+        if self._lock_seen is not None and self._find_lock() != self._lock_seen:
+            raise LostStoreError(
+                f"{self.path}: not the folder that this receiver opened; mount its disk again, or start the receiver anew"
+            )
+
+    def _find_lock(self) -> tuple[int, int] | None:
+        try:
+            found = atomic.lock_path(self.path / INCOMING).stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
 
     def tidy(self, *, older_than_s: float) -> int:
         """Remove unfinished writes of that age, wherever they lie; their writers are dead, or hang for good."""
@@ -132,6 +160,7 @@ class DiskStore:
 
     def write_status(self, host_id: str, episode_id: str, text: bytes) -> None:
         """Write what admission said of a bundle beside it."""
+        self.check_place()
         target = self._target(host_id, episode_id).with_name(f"{episode_id}{STATUS}")
         _write_aside(target, text, durable=self._durable, folder=self.path / INCOMING)
 
@@ -150,6 +179,11 @@ class DiskStore:
     def free_bytes(self) -> int:
         """Give the room on the store's disk that is free to this user, in bytes."""
         return shutil.disk_usage(self.path).free
+
+    def free_files(self) -> FreeFiles | None:
+        """Return how many more files the store's disk can hold; None where its file system sets no bound."""
+        found = os.statvfs(self.path)
+        return FreeFiles(free=found.f_favail, total=found.f_files) if found.f_files else None
 
     def held(self, host_id: str) -> list[tuple[float, int]]:
         """Give when (Unix seconds) each bundle of a host came, and its size in bytes."""

@@ -163,6 +163,13 @@ class ObjectStore:
         """Say that nobody can say: a bucket has no size."""
         return
 
+    def free_files(self) -> None:
+        """Return None: a bucket holds any number of objects."""
+        return
+
+    def check_place(self) -> None:
+        """Do nothing: a bucket's name always leads to the same bucket."""
+
     def held(self, host_id: str) -> list[tuple[float, int]]:
         """Give when (Unix seconds) each bundle of a host came, and its size in bytes."""
         return [

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from typing import Any, TypeVar
@@ -20,12 +21,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from phasewatch.errors import PhasewatchError, TakenError
+from phasewatch.errors import LostStoreError, PhasewatchError, TakenError
+from phasewatch.http_server.connections import prove_owner
 from phasewatch.store.admission import Arrival, Gate, Judge, Judgement
 from phasewatch.store.base import Store, StoreItem
 from phasewatch.store.digests import parse_digest, render_digest
 from phasewatch.store.disk import NO_DIGEST, SUFFIX, render_receipt
-from phasewatch.store.room import Bounds, Room
+from phasewatch.store.room import Bounds, FreeFiles, Room
 from phasewatch.store.tokens import Token, host_of
 from phasewatch.store.upload import Upload
 from phasewatch.vocab import EPISODE_ID, HOST_ID
@@ -51,6 +53,20 @@ class _Refused(Exception):
     def __init__(self, status: int, words: str, **headers: str) -> None:
         self.status, self.words, self.headers = status, words, headers
         super().__init__(words)
+
+
+class _Worthless(_Refused):
+    """A bundle that was read whole and is refused for what it is; its host pays for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """What the store holds as an upload begins."""
+
+    item: StoreItem | None
+    free: int | None
+    files: FreeFiles | None
+    held: list[tuple[float, int]]
 
 
 class Receiver:
@@ -82,6 +98,7 @@ class Receiver:
         self._gate = Gate(judge) if judge else None
         self._refuse, self._tidy_s = refuse, tidy_s
         self._room = Room(bounds)
+        self._looking: asyncio.Future[str] | None = None
         self._threads = ThreadPoolExecutor(_THREADS)
         routes = [
             Route(PATH, self._episode, methods=["GET", "PUT"]),
@@ -135,7 +152,8 @@ class Receiver:
             finally:
                 client = scope.get("client") or ("", 0)
                 head = {"client": client[0], "method": scope["method"], "path": scope["path"][:200]}
-                self._log({**head, **note, "ms": round((time.monotonic() - began_s) * 1e3, 1)})
+                with suppress(OSError):  # a log that cannot be written stops no upload
+                    self._log({**head, **note, "ms": round((time.monotonic() - began_s) * 1e3, 1)})
 
         return logged
 
@@ -149,6 +167,7 @@ class Receiver:
             if sender is None:
                 raise _Refused(401, "no token, or an unknown one", **{"WWW-Authenticate": "Bearer"})
             request.scope["phasewatch"]["host"] = sender
+            prove_owner(request.scope, sender)
             if sender != host_id:
                 raise _Refused(403, "this token writes another host")
             answer = self._put if request.method == "PUT" else self._get
@@ -157,6 +176,9 @@ class Receiver:
             return _problem(request, refused)
         except TakenError:
             return _problem(request, _Refused(409, "other bytes already stand under this id"))
+        except LostStoreError as error:
+            request.scope["phasewatch"]["detail"] = str(error)
+            return _problem(request, _Refused(503, "the store's disk is not in its place", **{"Retry-After": "60"}))
         except ClientDisconnect:
             request.scope["phasewatch"]["why"] = "the client went away"
             return Response(status_code=CLOSED)  # nobody reads it
@@ -169,17 +191,29 @@ class Receiver:
             return _problem(request, _Refused(500, "the store failed"))
 
     async def _health(self, request: Request) -> Response:
-        try:
-            free = await self._in_thread(self._store.free_bytes)
-            is_full = free is not None and free < self._bounds.floor_bytes
-            status = "no room" if is_full else "ok"
-        except OSError:
-            status = "the store is out of reach"
+        if self._looking is None:  # whoever asks meanwhile shares the answer: the disk is asked once
+            self._looking = asyncio.ensure_future(self._in_thread(self._look_at_store))
+            self._looking.add_done_callback(lambda looked: setattr(self, "_looking", None))
+        status = await asyncio.shield(self._looking)
         said = {"status": status, "in_flight": self._room.in_flight}
         return JSONResponse(said, status_code=200 if status == "ok" else 503)
 
+    def _look_at_store(self) -> str:
+        try:
+            self._store.check_place()
+            has_room = self._bounds.has_room(self._store.free_bytes(), self._store.free_files())
+        except LostStoreError:
+            return "the store is not in its place"
+        except OSError:
+            return "the store is out of reach"
+        return "ok" if has_room else "no room"
+
     async def _get(self, request: Request, host_id: str, episode_id: str) -> Response:
-        item = await self._in_thread(partial(self._store.find, host_id, episode_id))
+        def look() -> StoreItem | None:
+            self._store.check_place()
+            return self._store.find(host_id, episode_id)
+
+        item = await self._in_thread(look)
         if item is None or item.is_missing or item.receipt in NO_DIGEST:
             raise _Refused(404, "no receipt for this episode")
         return _receipt(200, str(item.receipt), episode_id)
@@ -188,24 +222,35 @@ class Receiver:
         size, digest = _read_length(request, self._bounds.bundle_bytes), _read_digest(request)
         must_learn = self._room.must_learn(host_id)
 
-        def look() -> tuple[StoreItem | None, int | None, list[tuple[float, int]]]:
+        def look() -> _Seen:
+            self._store.check_place()
             held = self._store.held(host_id) if must_learn else []
-            return self._store.find(host_id, episode_id), self._store.free_bytes(), held
+            item = self._store.find(host_id, episode_id)
+            return _Seen(item=item, free=self._store.free_bytes(), files=self._store.free_files(), held=held)
 
-        item, free, held = await self._in_thread(look)
+        seen = await self._in_thread(look)
+        item = seen.item
         if item and item.receipt not in NO_DIGEST | {digest}:
             raise _Refused(409, "other bytes already stand under this id")
+        if size < self._bounds.least_bytes:
+            raise _Refused(400, f"no bundle has {size:,} bytes; the least has {self._bounds.least_bytes:,}")
         if must_learn:
-            self._room.learn(host_id, held)
-        refusal = self._room.take(host_id, size, now_s=time.time(), free_bytes=free)
+            self._room.learn(host_id, seen.held)
+        refusal = self._room.take(
+            host_id, size, now_s=time.time(), free_bytes=seen.free, files=seen.files,
+            is_known=item is not None and not item.is_missing and item.receipt == digest,
+        )  # fmt: skip
         if refusal:
             raise _Refused(refusal.status, refusal.words, **{"Retry-After": str(refusal.retry_after_s)})
-        stored_s = None
+        stored_s = refused_s = None
         try:
             is_new = await self._take(request, host_id, episode_id, size, digest)
             stored_s = time.time() if is_new else None
+        except _Worthless:
+            refused_s = time.time()
+            raise
         finally:
-            self._room.give_back(host_id, size, stored_s=stored_s)
+            self._room.give_back(host_id, size, stored_s=stored_s, refused_s=refused_s)
         return _receipt(201 if is_new else 200, digest, episode_id)
 
     async def _take(self, request: Request, host_id: str, episode_id: str, size: int, digest: str) -> bool:
@@ -213,12 +258,17 @@ class Receiver:
         upload = Upload(partial(self._store.receive, host_id, episode_id))
         try:
             if await self._stream(request, upload, size) != digest:
-                raise _Refused(400, "the body's sha256 is not the one that Content-Digest tells")
+                raise _Worthless(400, "the body's sha256 is not the one that Content-Digest tells")
             judgement = await self._judge(upload, host_id, episode_id, digest)
             if judgement and judgement.status in self._refuse:
                 request.scope["phasewatch"]["judged"] = judgement.status
-                raise _Refused(422, f"{judgement.status}: {', '.join(judgement.reasons)}: {judgement.detail}")
-            is_new = await self._in_thread(partial(upload.publish, digest))
+                raise _Worthless(422, f"{judgement.status}: {', '.join(judgement.reasons)}: {judgement.detail}")
+
+            def publish() -> bool:
+                self._store.check_place()
+                return upload.publish(digest)
+
+            is_new = await self._in_thread(publish)
             if judgement:
                 request.scope["phasewatch"]["judged"] = judgement.status
                 text = judgement.render(digest=digest)
@@ -259,7 +309,7 @@ class Receiver:
         if self._gate is None or await self._in_thread(partial(self._store.has_status, host_id, episode_id)):
             return None
         return await self._gate.judge(
-            lambda: Arrival(host_id=host_id, episode_id=episode_id, sha256=digest, data=upload.content())
+            host_id, lambda: Arrival(host_id=host_id, episode_id=episode_id, sha256=digest, data=upload.content())
         )
 
 
@@ -297,7 +347,8 @@ def _problem(request: Request, refused: _Refused) -> Response:
 
 async def _not_here(request: Request, exc: Exception) -> Response:
     """Answer what no route takes: an unknown path, or a method that it does not have."""
-    assert isinstance(exc, HTTPException)
+    if not isinstance(exc, HTTPException):
+        raise exc
     headers = dict(exc.headers or {})
     if "Allow" in headers:
         headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))  # from a set

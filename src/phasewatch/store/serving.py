@@ -1,32 +1,28 @@
-"""The receiver on a socket: uvicorn, with an end to connections that send a head or a refused body too slowly."""
+"""The receiver on a socket: uvicorn, by connections whose number and patience have an end."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import math
 import signal
 import socket
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from phasewatch.episode import limits
 from phasewatch.errors import MachineError, UsageError
+from phasewatch.http_server.connections import ConnectionLimits
+from phasewatch.http_server.heads import HEAD_BYTES
+from phasewatch.http_server.protocol import ConnectionKeeper, fit_to_process, install
 from phasewatch.store.base import is_loopback
 from phasewatch.store.receiver import Receiver
 from phasewatch.store.room import Bounds
 
-HEAD_BYTES = 16 << 10
-HEAD_S = 10.0  # from a connection's, or a later request's, first byte to the end of its head
-DRAIN_S = (
-    5.0  # for the rest of a body that was refused: a client that hears nothing before its end still gets the answer
-)
-IDLE_S = 60
-CONNECTIONS = 512
+LIMITS = ConnectionLimits(drain_bytes=2 * limits.COMPRESSED_BYTES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,69 +67,6 @@ def parse_listen(text: str, *, cert: Path | None, key: Path | None, behind_proxy
     return Listen(host=host, port=int(digits), cert=cert, key=key, behind_proxy=behind_proxy)
 
 
-class PatientProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, whose patience has an end; uvicorn itself bounds only the pause between two requests."""
-
-    head_s = HEAD_S
-    drain_s = DRAIN_S
-    most = CONNECTIONS
-    _head_timer: asyncio.TimerHandle | None = None
-    _drain_timer: asyncio.TimerHandle | None = None
-    _drained = 0
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for a head."""
-        super().connection_made(transport)
-        if len(self.connections) > self.most:
-            transport.abort()
-            return
-        self._head_timer = self.loop.call_later(self.head_s, self._give_up)
-
-    def data_received(self, data: bytes) -> None:
-        """Take bytes, and see whether they brought what is waited for."""
-        super().data_received(data)
-        self._drained += len(data)
-        self._watch()
-
-    def on_response_complete(self) -> None:
-        """Answered; what is still coming of the request is heard out for a while."""
-        super().on_response_complete()
-        if self.conn.their_state is h11.SEND_BODY and not self.transport.is_closing():
-            self._drained = 0
-            self._drain_timer = self.loop.call_later(self.drain_s, self._give_up)
-        self._watch()
-
-    def _watch(self) -> None:
-        """Start and stop the timers, by what the connection waits for now."""
-        if self.transport.is_closing():
-            return
-        if self.conn.their_state is not h11.IDLE:
-            self._stop_timer("_head_timer")
-        elif self._head_timer is None and self.conn.trailing_data[0]:
-            self._head_timer = self.loop.call_later(self.head_s, self._give_up)
-        if self._drain_timer is None:
-            return
-        if self.conn.their_state is not h11.SEND_BODY:
-            self._stop_timer("_drain_timer")
-        elif self._drained > 2 * limits.COMPRESSED_BYTES:
-            self._give_up()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the timers."""
-        self._stop_timer("_head_timer")
-        self._stop_timer("_drain_timer")
-        super().connection_lost(exc)
-
-    def _give_up(self) -> None:
-        self.transport.abort()
-
-    def _stop_timer(self, name: str) -> None:
-        timer = getattr(self, name)
-        if timer is not None:
-            timer.cancel()
-            setattr(self, name, None)
-
-
 def bind(listen: Listen) -> socket.socket:
     """Take the port, before anything is promised.
 
@@ -150,26 +83,37 @@ def bind(listen: Listen) -> socket.socket:
 
 
 def configure(
-    receiver: Receiver, listen: Listen, bounds: Bounds, *, protocol: type[H11Protocol] = PatientProtocol
+    receiver: Receiver, listen: Listen, bounds: Bounds, *, connections: ConnectionLimits = LIMITS
 ) -> uvicorn.Config:
     """Say how uvicorn shall serve.
+
+    Behind a proxy all connections are the proxy's: it has no token of its own, and no address to be bounded by.
 
     Raises:
         UsageError: If certificate or key cannot be used.
     """
+    connections = fit_to_process(connections)
+    if listen.behind_proxy:
+        connections = replace(
+            connections, reserved=0, per_address=connections.connections, idle_s=connections.owner_idle_s,
+            stranger_s=float("inf"), stranger_requests=sys.maxsize,
+        )  # fmt: skip
+    # uvloop reads from a connection before a handshake of our own can begin, and the client's first bytes are lost.
+    loop: Literal["asyncio", "auto"] = "asyncio" if listen.cert else "auto"
     options: dict[str, Any] = {}
     if listen.cert and listen.key:
         options = {"ssl_certfile": str(listen.cert), "ssl_keyfile": str(listen.key)}
     config = uvicorn.Config(
-        receiver.app, http=protocol, ws="none", lifespan="on", log_config=None, access_log=False,
+        receiver.app, http="h11", loop=loop, ws="none", lifespan="on", log_config=None, access_log=False,
         server_header=False, proxy_headers=listen.behind_proxy, h11_max_incomplete_event_size=HEAD_BYTES,
-        timeout_keep_alive=IDLE_S, timeout_graceful_shutdown=int(bounds.grace_s), **options,
+        timeout_keep_alive=math.ceil(connections.owner_idle_s), timeout_graceful_shutdown=int(bounds.grace_s), **options,
     )  # fmt: skip
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # a stranger's broken request is no news
     try:
         config.load()
     except (OSError, ValueError) as exc:  # ssl.SSLError is an OSError
         raise UsageError(f"--cert {listen.cert} --key {listen.key}: {exc}; both must be readable PEM files") from exc
+    install(config, ConnectionKeeper(connections))
     return config
 
 

@@ -6,9 +6,11 @@ import asyncio
 import json
 import random
 import time
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from enum import Enum
 from hashlib import sha256
 from pathlib import Path
@@ -33,6 +35,8 @@ from phasewatch.store.disk import (
 REASON = ".reason.json"
 POLL_S = 2.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0
+FIRST_BLOCKED_S, LONGEST_BLOCKED_S = 2.0, 300.0  # between two tries of a host whose token or address is wrong
+LONGEST_ASKED_S = 86_400.0  # that a receiver's Retry-After is heeded
 TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 
 _PIECE_BYTES = 64 << 10
@@ -85,6 +89,15 @@ class Shipped:
 Tell = Callable[[int, int, str], None]  # done, known so far, words
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostBlock:
+    """A host whose token or address is wrong: what was said, how often, and until when it is not tried again."""
+
+    words: str
+    tries: int
+    until_s: float
+
+
 class Shipper:
     """Ships one outbox; made for one `run`."""
 
@@ -120,6 +133,12 @@ class Shipper:
         self._stop = asyncio.Event()
         self._heard_s = now_s()
         self._known = 0
+        self._is_watching = False
+        self._tries: Counter[str] = Counter()  # by path, of what is still to be shipped
+        self._blocks: dict[str, HostBlock] = {}
+        self._resume_s: dict[str, float] = {}  # by host: when its receiver wants to be asked again
+        self._first: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._proven: set[str] = set()  # hosts whose token was good
         self.shipped = Shipped()
 
     def stop(self) -> None:
@@ -135,6 +154,7 @@ class Shipper:
         """
         if not self._outbox.is_dir():
             raise StoreError(f"{self._outbox}: there is no such outbox; record into it with `phasewatch record --out`")
+        self._is_watching = watch
         with atomic.lock(self._outbox / SENT):
             self._clean()
             while True:
@@ -143,9 +163,7 @@ class Shipper:
                 await self._ship_all(items)
                 if not watch or self._stop.is_set():
                     break
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(POLL_S):
-                        await self._stop.wait()
+                await self._pause(POLL_S)
             self.shipped.left = [item.path for item in self._scan()]
         return self.shipped
 
@@ -175,49 +193,104 @@ class Shipper:
 
     async def _ship_all(self, items: Sequence[StoreItem]) -> None:
         waiting = list(reversed(items))
-        self.shipped.blocked = {}
         self._heard_s = self._now_s()
+        self.shipped.blocked = {h: block.words for h, block in self._blocks.items() if block.until_s > self._heard_s}
 
         async def work() -> None:
             while waiting and not self._is_over():
-                await self._ship(waiting.pop())
+                item = self._pick(waiting)
+                if item is not None:
+                    await self._ship(item, waiting)
+                    continue
+                wait_s = self._shortest_wait_s(waiting)
+                if self._is_watching or 0 < self._patience_s < self._now_s() + wait_s - self._heard_s:
+                    return  # others may have come meanwhile; or the wait is longer than the patience that is left
+                await self._pause(wait_s)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(self._parallel, len(waiting))):
                 group.create_task(work())
 
+    def _pick(self, waiting: list[StoreItem]) -> StoreItem | None:
+        """Take the next bundle of a host that may be asked now: one that has to wait holds up no other."""
+        now_s = self._now_s()
+        for at in range(len(waiting) - 1, -1, -1):
+            if self._resume_s.get(str(waiting[at].host_id), 0.0) <= now_s:
+                return waiting.pop(at)
+        return None
+
+    def _shortest_wait_s(self, waiting: Sequence[StoreItem]) -> float:
+        now_s = self._now_s()
+        return max(0.0, min(self._resume_s[host_id] for host_id in {str(item.host_id) for item in waiting}) - now_s)
+
     def _is_over(self) -> bool:
         is_late = self._patience_s > 0 and self._now_s() - self._heard_s > self._patience_s
         return self._stop.is_set() or is_late
 
-    async def _ship(self, item: StoreItem) -> None:
-        """Try one bundle until its fate is known, or there is no more time for it."""
+    async def _ship(self, item: StoreItem, waiting: list[StoreItem]) -> None:
+        """Try one bundle until its fate is known, it has to wait for its host's turn, or there is no more time for it."""
         host_id = str(item.host_id)
-        tries = 0
         while host_id not in self.shipped.blocked:
+            is_first, tries = item.path not in self._tries, min(self._tries[item.path], 16)
+            self._tries[item.path] += 1
             try:
-                fate, words, wait_s = await self._try(item, is_first=tries == 0)
-                if fate is Fate.KEPT:
-                    self._heard_s = self._now_s()
-                    self.shipped.sent += 1
-                    self.shipped.sent_bytes += item.bytes
-                if fate is Fate.POISON:
-                    self._heard_s = self._now_s()
-                    self.shipped.refused.append((item.path, words))
-                if fate is Fate.BLOCKED:
-                    self.shipped.blocked[host_id] = words
+                fate, words, wait_s = await self._try_in_turn(item, is_first=is_first)
             except (httpx.HTTPError, OSError) as exc:
                 fate, words, wait_s = Fate.AGAIN, str(exc) or type(exc).__name__, 0.0
+            if fate is Fate.BLOCKED:
+                self._block(item, words, wait_s)
+                return
+            self._count(item, fate, words)
             self._tell(self.shipped.sent + len(self.shipped.refused), self._known, f"{item.path} {words}")
             if fate is not Fate.AGAIN:
+                del self._tries[item.path]
                 return
             self.shipped.last_trouble = words
             # Spread at random: shippers that a dead receiver cut at one moment must not come back at one moment.
             longest_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**tries)
-            tries = min(tries + 1, 16)
-            await self._pause(max(wait_s, self._rng.uniform(0, longest_s)))
+            pause_s = max(wait_s, self._rng.uniform(0, longest_s))
+            if wait_s > 0:  # what is asked of one bundle goes for its host
+                self._resume_s[host_id] = self._now_s() + pause_s
+                waiting.insert(0, item)
+                return
+            await self._pause(pause_s)
             if self._is_over():
                 return
+
+    def _count(self, item: StoreItem, fate: Fate, words: str) -> None:
+        if fate is Fate.KEPT:
+            self.shipped.sent += 1
+            self.shipped.sent_bytes += item.bytes
+        if fate is Fate.POISON:
+            self.shipped.refused.append((item.path, words))
+        if fate in (Fate.KEPT, Fate.POISON):
+            self._heard_s = self._now_s()
+            self._proven.add(str(item.host_id))
+            self._blocks.pop(str(item.host_id), None)
+
+    def _block(self, item: StoreItem, words: str, wait_s: float) -> None:
+        """Leave a host alone for a while, longer each time; it is told once, and again only in other words."""
+        host_id = str(item.host_id)
+        if host_id in self.shipped.blocked:
+            return
+        before = self._blocks.get(host_id)
+        tries = before.tries + 1 if before else 0
+        pause_s = max(wait_s, min(LONGEST_BLOCKED_S, FIRST_BLOCKED_S * 2 ** min(tries, 16)))
+        self._blocks[host_id] = HostBlock(words=words, tries=tries, until_s=self._now_s() + pause_s)
+        self._proven.discard(host_id)
+        self.shipped.blocked[host_id] = words
+        if before is None or before.words != words:
+            self._tell(self.shipped.sent + len(self.shipped.refused), self._known, f"{item.path} {words}")
+
+    async def _try_in_turn(self, item: StoreItem, *, is_first: bool) -> tuple[Fate, str, float]:
+        """Offer a bundle once; until a host's token has proved good, one bundle of it at a time."""
+        host_id = str(item.host_id)
+        if host_id in self._proven:
+            return await self._try(item, is_first=is_first)
+        async with self._first[host_id]:
+            if host_id in self.shipped.blocked:
+                return Fate.BLOCKED, self.shipped.blocked[host_id], 0.0
+            return await self._try(item, is_first=is_first)
 
     async def _pause(self, seconds: float) -> None:
         """Sleep, but not through a stop."""
@@ -240,21 +313,25 @@ class Shipper:
             data = await asyncio.to_thread(DiskStore(self._outbox).read, item)
         except BundleError as error:
             if error.code == "bundle-missing":
-                return self._finish(item)
+                return await asyncio.to_thread(self._finish, item)
             if error.code == "bundle-unreadable":  # a disk or a permission: nothing is known against the bundle
                 return Fate.AGAIN, error.words, 0.0
-            return self._refuse(item, error.code, error.words)
+            return await asyncio.to_thread(self._refuse, item, error.code, error.words)
         if item.receipt == UNREADABLE:
             return Fate.AGAIN, "its receipt in the outbox could not be read", 0.0
         digest = sha256(data).hexdigest()
         if item.receipt not in (None, digest):
-            return self._refuse(item, "receipt", "its bytes are not those that its receipt in the outbox vouches for")
+            return await asyncio.to_thread(
+                self._refuse, item, "receipt", "its bytes are not those that its receipt in the outbox vouches for"
+            )
         url = f"/v1/episodes/{item.host_id}/{item.episode_id}"
         headers = {"Authorization": f"Bearer {token}"}
         if not is_first:  # the last answer may have been lost on the way
             status, text, _ = await self._ask("GET", url, headers)
             if status == 200 and self._vouches(text, item, digest):
                 return await asyncio.to_thread(self._keep, item, digest)
+            if status != 404 and fate_of(status) is Fate.BLOCKED:  # 404: the bundle has no receipt yet
+                return Fate.BLOCKED, f"{status} {_detail(text)}".strip(), 0.0
         length = {"Content-Length": str(len(data)), "Content-Digest": render_digest(digest)}
         status, text, wait_s = await self._ask("PUT", url, headers | length, data)
         fate = fate_of(status)
@@ -264,7 +341,7 @@ class Shipper:
             return Fate.AGAIN, "the receiver's receipt names other bytes", wait_s
         words = f"{status} {_detail(text)}".strip()
         if fate is Fate.POISON:
-            return self._refuse(item, str(status), words)
+            return await asyncio.to_thread(self._refuse, item, str(status), words)
         return fate, words, wait_s
 
     async def _ask(
@@ -272,14 +349,15 @@ class Shipper:
     ) -> tuple[int, bytes, float]:
         """Ask the receiver; give status, the answer's beginning, and the seconds of its Retry-After."""
         content = _pieces(data) if data is not None else None
-        async with self._client.stream(method, url, headers=headers, content=content) as response:
+        async with self._client.stream(
+            method, url, headers=headers, content=content, follow_redirects=False
+        ) as response:
             text = b""
             async for piece in response.aiter_raw():
                 text += piece
                 if len(text) > _ANSWER_BYTES:
                     break
-            after = response.headers.get("retry-after", "")
-            return response.status_code, text, min(float(after), 300.0) if after.isdecimal() else 0.0
+            return response.status_code, text, parse_retry_after(response.headers)
 
     def _vouches(self, text: bytes, item: StoreItem, digest: str) -> bool:
         return parse_receipt(text, item.path.partition("/")[2]) == digest
@@ -314,6 +392,21 @@ class Shipper:
         atomic.move(source, target)
         atomic.remove(receipt)
         return Fate.POISON, words, 0.0
+
+
+def parse_retry_after(headers: Mapping[str, str]) -> float:
+    """Return the seconds for which a receiver wants not to be asked: 0 if it says nothing that can be understood.
+
+    A date counts from the answer's own: the two machines' clocks may differ.
+    """
+    text = headers.get("retry-after", "").strip()
+    if text.isascii() and text.isdecimal():
+        return min(float(text[:12]), LONGEST_ASKED_S)
+    try:
+        wait = parsedate_to_datetime(text) - parsedate_to_datetime(headers.get("date", ""))
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+    return min(max(wait.total_seconds(), 0.0), LONGEST_ASKED_S)
 
 
 async def _pieces(data: bytes) -> AsyncIterator[bytes]:

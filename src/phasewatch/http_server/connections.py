@@ -1,0 +1,220 @@
+"""Who holds a server's connections: few places and little time for strangers, kept places for those with a valid token."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from enum import StrEnum
+from ipaddress import IPv6Address, ip_address, ip_network
+from typing import Any, Protocol
+
+SCOPE_KEY = "phasewatch.connection"
+_SITE_BITS = 64  # one customer gets a whole IPv6 /64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionLimits:
+    """What a server grants its connections.
+
+    A *stranger* is a connection that has not shown a valid token (or cookie) yet.
+
+    Attributes:
+        connections: Places in all.
+        reserved: Places that strangers never take.
+        per_address: Strangers of one IPv4 address, one IPv6 /64, or of this machine.
+        per_owner: Connections of one token's owner that count as its own; further ones stay strangers.
+        head_s: From the first byte of a request, or from the connection, to the end of the request head.
+        handshake_s: For TLS.
+        idle_s: A stranger's pause after an answer.
+        owner_idle_s: The same, with a valid token.
+        stranger_s: A stranger's time in all; an answer that has begun is finished.
+        stranger_requests: A stranger's requests in all.
+        stall_s: A client that takes no bytes of its answer for so long is cut.
+        drain_s, drain_bytes: For what is still coming of a request that is already answered.
+        sweep_s: How often all this is looked at.
+    """
+
+    connections: int = 512
+    reserved: int = 128
+    per_address: int = 64
+    per_owner: int = 32
+    head_s: float = 10.0
+    handshake_s: float = 10.0
+    idle_s: float = 5.0
+    owner_idle_s: float = 60.0
+    stranger_s: float = 30.0
+    stranger_requests: int = 100
+    stall_s: float = 20.0
+    drain_s: float = 5.0
+    drain_bytes: int = 32 << 20
+    sweep_s: float = 0.5
+
+
+class Stage(StrEnum):
+    """What a connection is busy with."""
+
+    HANDSHAKE = "handshake"
+    HEAD = "head"
+    ANSWER = "answer"  # a request is being answered; how long that takes is the application's to bound
+    DRAIN = "drain"
+    IDLE = "idle"
+    CLOSING = "closing"
+
+
+class Peer(Protocol):
+    """The live end of a connection, as the table needs it."""
+
+    def find_stage(self) -> Stage:
+        """Return what the connection is busy with now."""
+
+    def abort(self) -> None:
+        """Cut the connection; nothing that waits to be sent is sent."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class HeldConnection:
+    """One connection's entry in the table.
+
+    Attributes:
+        peer: The live end.
+        group: The address, as `address_group` gives it.
+        opened_s: When it was accepted.
+        stage, since_s: What it is busy with, and since when.
+        owner: Whose token it has shown; empty for a stranger.
+        requests: Answered so far.
+        blocked_since_s: Since when its client takes nothing of its answer, None while it does.
+    """
+
+    peer: Peer
+    group: str
+    opened_s: float
+    stage: Stage
+    since_s: float
+    owner: str = ""
+    requests: int = 0
+    blocked_since_s: float | None = None
+
+
+class ConnectionTable:
+    """All connections of one server. Times are handed in, in seconds of one clock."""
+
+    def __init__(self, limits: ConnectionLimits) -> None:
+        """Begin without connections."""
+        self.limits = limits
+        self._held: dict[HeldConnection, None] = {}  # in the order in which they were opened
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def open(self, peer: Peer, address: str, stage: Stage, *, now_s: float) -> HeldConnection | None:
+        """Enter a new connection; a full table gives up the oldest stranger, so that no newcomer is shut out.
+
+        Returns:
+            The entry; None if there is no place, and no stranger whose place could be taken.
+        """
+        group, limits = address_group(address), self.limits
+        strangers = [each for each in self._held if not each.owner]
+        groups = Counter(each.group for each in strangers)
+        if groups[group] >= limits.per_address:
+            self._give_up(each for each in strangers if each.group == group)
+        elif len(strangers) >= limits.connections - limits.reserved or len(self._held) >= limits.connections:
+            largest = max(groups.values(), default=0)
+            self._give_up(each for each in strangers if groups[each.group] == largest)
+        if len(self._held) >= limits.connections:
+            return None
+        entry = HeldConnection(peer=peer, group=group, opened_s=now_s, stage=stage, since_s=now_s)
+        self._held[entry] = None
+        return entry
+
+    def _give_up(self, candidates: Iterator[HeldConnection]) -> None:
+        # By age, not by idleness: who asks all the time must not outlive a newcomer whose head is on its way.
+        victim = min(candidates, key=lambda each: (each.stage is Stage.ANSWER, each.opened_s), default=None)
+        if victim is not None:
+            self.close(victim)
+            victim.peer.abort()
+
+    def close(self, entry: HeldConnection) -> None:
+        """Forget a connection that ended; a second time does nothing."""
+        self._held.pop(entry, None)
+
+    def prove(self, entry: HeldConnection, owner: str) -> None:
+        """Note that a connection showed a valid token of this owner.
+
+        One owner's connections beyond its share, and all beyond what leaves newcomers a place, stay strangers.
+        """
+        if entry.owner or entry not in self._held:
+            return
+        owners = Counter(each.owner for each in self._held if each.owner)
+        places = self.limits.connections - min(self.limits.reserved, self.limits.connections // 8)
+        if owners[owner] < self.limits.per_owner and owners.total() < places:
+            entry.owner = owner
+
+    def is_spent(self, entry: HeldConnection, *, now_s: float) -> bool:
+        """Whether a connection has had all requests or all the time that a stranger has."""
+        limits = self.limits
+        if entry.owner:
+            return False
+        return entry.requests >= limits.stranger_requests or now_s - entry.opened_s >= limits.stranger_s
+
+    def find_overdue(self, *, now_s: float) -> list[HeldConnection]:
+        """Return the connections whose time is up."""
+        for entry in self._held:
+            stage = entry.peer.find_stage()
+            if stage is not entry.stage:
+                entry.stage, entry.since_s = stage, now_s
+        return [entry for entry in self._held if self._is_overdue(entry, now_s)]
+
+    def _is_overdue(self, entry: HeldConnection, now_s: float) -> bool:
+        limits = self.limits
+        if entry.blocked_since_s is not None and now_s - entry.blocked_since_s >= limits.stall_s:
+            return True
+        if entry.stage in (Stage.HEAD, Stage.IDLE) and self.is_spent(entry, now_s=now_s):
+            return True
+        patience_s = {
+            Stage.HANDSHAKE: limits.handshake_s,
+            Stage.HEAD: limits.head_s,
+            Stage.ANSWER: float("inf"),
+            Stage.DRAIN: limits.drain_s,
+            Stage.IDLE: limits.owner_idle_s if entry.owner else limits.idle_s,
+            Stage.CLOSING: limits.drain_s,
+        }
+        return now_s - entry.since_s >= patience_s[entry.stage]
+
+
+def address_group(address: str) -> str:
+    """Return what counts as one client: an IPv4 address, an IPv6 /64, or this machine with all its loopback addresses.
+
+    >>> address_group("127.3.2.1") == address_group("::1") == address_group("::ffff:127.0.0.1")
+    True
+    >>> address_group("2001:db8::1") == address_group("2001:db8::ffff:1")
+    True
+    """
+    try:
+        ip = ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(ip, IPv6Address) and ip.ipv4_mapped:
+        ip = ip.ipv4_mapped
+    if ip.is_loopback:
+        return "loopback"
+    return str(ip_network((ip, _SITE_BITS), strict=False)) if isinstance(ip, IPv6Address) else str(ip)
+
+
+class Provable(Protocol):
+    """A connection that can be told that its client is known."""
+
+    def prove(self, owner: str) -> None:
+        """Note that a valid token of this owner was shown."""
+
+
+def introduce(scope: MutableMapping[str, Any], connection: Provable) -> None:
+    """Hand a connection to the application in its scope."""
+    scope[SCOPE_KEY] = connection
+
+
+def prove_owner(scope: Mapping[str, Any], owner: str) -> None:
+    """Note that the client of this request showed a valid token; without a socket there is nothing to note."""
+    connection: Provable | None = scope.get(SCOPE_KEY)
+    if connection is not None:
+        connection.prove(owner)

@@ -1,0 +1,290 @@
+"""uvicorn's HTTP/1.1 with strict heads and bounded patience; uvicorn itself bounds only the pause between two requests."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from phasewatch.http_server.connections import ConnectionLimits, ConnectionTable, HeldConnection, Stage, introduce
+from phasewatch.http_server.heads import HEAD_BYTES, find_head_fault
+
+_OTHER_FILES = 64  # descriptors that a server needs beside its connections
+
+
+class StrictConnection(h11.Connection):
+    """h11's state machine, which forgives heads that `find_head_fault` does not."""
+
+    fault = "this is not HTTP/1.1"
+
+    def next_event(self) -> Any:
+        """Return the next event of the client.
+
+        Raises:
+            h11.RemoteProtocolError: If the client's bytes are refused; `fault` names the reason.
+        """
+        if self.their_state is h11.IDLE:
+            fault = find_head_fault(self.trailing_data[0])
+            if fault is not None:
+                self.fault = fault
+                raise h11.RemoteProtocolError(fault)
+        return super().next_event()
+
+
+class ConnectionKeeper:
+    """A table of connections with a clock, which cuts those whose time is up."""
+
+    def __init__(self, limits: ConnectionLimits, *, clock_s: Callable[[], float] = time.monotonic) -> None:
+        """Begin without connections."""
+        self.table = ConnectionTable(limits)
+        self.limits, self.clock_s = limits, clock_s
+        self._timer: asyncio.TimerHandle | None = None
+
+    def open(self, peer: Any, transport: asyncio.Transport, stage: Stage) -> HeldConnection | None:
+        """Enter a new connection, see `ConnectionTable.open`; it is looked at now and then from here on."""
+        name = transport.get_extra_info("peername")
+        address = str(name[0]) if isinstance(name, tuple) else ""
+        entry = self.table.open(peer, address, stage, now_s=self.clock_s())
+        self._keep_sweeping(asyncio.get_running_loop())
+        return entry
+
+    def _keep_sweeping(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._timer is None and len(self.table):
+            self._timer = loop.call_later(self.limits.sweep_s, self._sweep, loop)
+
+    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        for entry in self.table.find_overdue(now_s=self.clock_s()):
+            entry.peer.abort()
+        self._keep_sweeping(loop)
+
+
+class PatientProtocol(H11Protocol):
+    """One connection that is cut when it says, takes or holds too little for too long."""
+
+    def __init__(self, *args: Any, keeper: ConnectionKeeper, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.conn = StrictConnection(h11.SERVER, HEAD_BYTES)
+        self.held: HeldConnection | None = None
+        self._keeper = keeper
+        self._is_draining = False  # answered for the last time: what still comes is thrown away
+        self._drained = 0
+        self._early = bytearray()  # came with the end of a TLS handshake, before its connection was handed over
+        loaded = self.app
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            introduce(scope, self)
+            await loaded(scope, receive, send)
+
+        self.app = app
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a place in the table, or go."""
+        super().connection_made(transport)
+        if self.held is None:
+            self.held = self._keeper.open(self, transport, Stage.HEAD)
+        else:
+            self.held.peer = self  # its TLS handshake held the place until now
+        if self.held is None:
+            self.abort()
+        elif self._early:
+            early, self._early = bytes(self._early), bytearray()
+            self.data_received(early)
+
+    def prove(self, owner: str) -> None:
+        """Note that this client showed a valid token."""
+        if self.held is not None:
+            self._keeper.table.prove(self.held, owner)
+
+    def abort(self) -> None:
+        """Cut the connection; nothing that waits to be sent is sent."""
+        self.transport.abort()
+
+    def find_stage(self) -> Stage:
+        """Return what the connection is busy with now."""
+        if self.transport.is_closing():
+            return Stage.CLOSING
+        if self._is_draining:
+            return Stage.DRAIN
+        if self.cycle is not None and not self.cycle.response_complete:
+            return Stage.ANSWER
+        if self.conn.their_state is h11.SEND_BODY:
+            return Stage.DRAIN
+        return Stage.HEAD if self.cycle is None or self.conn.trailing_data[0] else Stage.IDLE
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came, unless the client has had its last answer."""
+        if self.transport is None:
+            self._early += data
+            return
+        if self._is_draining or self.find_stage() is Stage.DRAIN:
+            self._drained += len(data)
+            if self._drained > self._keeper.limits.drain_bytes:
+                self.abort()
+                return
+        if not self._is_draining:
+            super().data_received(data)
+        self._note_stage()
+
+    def on_response_complete(self) -> None:
+        """Go on to the next request, or end where the connection is not to be used again."""
+        if self.held is not None:
+            self.held.requests += 1
+            is_spent = self._keeper.table.is_spent(self.held, now_s=self._keeper.clock_s())
+            # Where a chunked body ends is a matter of opinion among HTTP servers; nothing that follows one is read.
+            if is_spent or any(name == b"transfer-encoding" for name, _ in self.headers):
+                self._drain()
+        self._drained = 0
+        super().on_response_complete()
+        self._note_stage()
+
+    def handle_events(self) -> None:
+        """Handle what was parsed, unless the client has had its last answer."""
+        if not self._is_draining:
+            super().handle_events()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP, and end the connection."""
+        connection = cast(StrictConnection, self.conn)
+        body = (json.dumps({"status": 400, "detail": connection.fault}) + "\n").encode()
+        headers = [
+            *self.server_state.default_headers, (b"content-type", b"application/problem+json"),
+            (b"content-length", b"%d" % len(body)), (b"connection", b"close"),
+        ]  # fmt: skip
+        answer = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+        try:
+            for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        except h11.LocalProtocolError:  # another answer is already on its way
+            self.abort()
+            return
+        self._drain()
+
+    def _drain(self) -> None:
+        """End our side, and let the client finish: closed at once, it could lose the answer."""
+        self._is_draining = True
+        self._drained = 0
+        if self.transport.can_write_eof() and not self.transport.is_closing():
+            self.transport.write_eof()
+            self.flow.resume_reading()
+        else:
+            self.transport.close()
+
+    def eof_received(self) -> None:
+        """Let the transport close."""
+
+    def pause_writing(self) -> None:
+        """Note that the client takes nothing of its answer for now."""
+        super().pause_writing()
+        if self.held is not None:
+            self.held.blocked_since_s = self._keeper.clock_s()
+
+    def resume_writing(self) -> None:
+        """Note that the client went on."""
+        super().resume_writing()
+        if self.held is not None:
+            self.held.blocked_since_s = None
+
+    def shutdown(self) -> None:
+        """Begin an orderly end."""
+        if self._is_draining:
+            self.transport.close()
+        else:
+            super().shutdown()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Give the place back."""
+        if self.held is not None:
+            self._keeper.table.close(self.held)
+        if self.transport is not None:  # else its TLS handshake failed
+            super().connection_lost(exc)
+
+    def _note_stage(self) -> None:
+        stage = self.find_stage()
+        if self.held is not None and stage is not self.held.stage:
+            self.held.stage, self.held.since_s = stage, self._keeper.clock_s()
+
+
+class TlsOpening(asyncio.Protocol):
+    """A connection in its TLS handshake. It has a place in the table: asyncio alone lets any number wait a minute each."""
+
+    def __init__(self, make: Callable[[], PatientProtocol], keeper: ConnectionKeeper, context: ssl.SSLContext) -> None:
+        self._make, self._keeper, self._context = make, keeper, context
+        self._transport: asyncio.Transport | None = None
+        self._held: HeldConnection | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take a place, then begin the handshake."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._held = self._keeper.open(self, self._transport, Stage.HANDSHAKE)
+        if self._held is None:
+            self.abort()
+            return
+        self._task = asyncio.get_running_loop().create_task(self._open(self._transport, self._held))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Give the place back."""
+        if self._held is not None:
+            self._keeper.table.close(self._held)
+
+    def find_stage(self) -> Stage:
+        """Return what the connection is busy with now."""
+        return Stage.HANDSHAKE
+
+    def abort(self) -> None:
+        """Cut the connection."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def _open(self, transport: asyncio.Transport, held: HeldConnection) -> None:
+        inner = self._make()
+        inner.held = held
+        limits = self._keeper.limits
+        try:
+            secured = await asyncio.get_running_loop().start_tls(
+                transport, inner, self._context, server_side=True, ssl_handshake_timeout=limits.handshake_s,
+                ssl_shutdown_timeout=limits.drain_s,
+            )  # fmt: skip
+        except OSError:  # no TLS, none that is supported, too slow, or gone
+            secured = None
+        if secured is None:
+            self._keeper.table.close(held)
+            transport.abort()
+            return
+        inner.connection_made(secured)
+
+
+def install(config: uvicorn.Config, keeper: ConnectionKeeper) -> None:
+    """Have a loaded uvicorn configuration serve each connection by `PatientProtocol`."""
+    context, config.ssl = config.ssl, None  # the handshake is ours
+
+    def make(**options: Any) -> asyncio.Protocol:
+        inner = partial(PatientProtocol, keeper=keeper, **options)
+        return TlsOpening(inner, keeper, context) if context is not None else inner()
+
+    config.http_protocol_class = cast(Any, make)
+
+
+def fit_to_process(limits: ConnectionLimits) -> ConnectionLimits:
+    """Return the limits with no more connections than this process may have open files."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft - _OTHER_FILES >= limits.connections:
+        return limits
+    most = max(8, soft - _OTHER_FILES)
+    return replace(
+        limits,
+        connections=most,
+        reserved=limits.reserved * most // limits.connections,
+        per_address=max(1, limits.per_address * most // limits.connections),
+    )
