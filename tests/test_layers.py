@@ -14,7 +14,7 @@ SRC = Path(__file__).parents[1] / "src" / "phasewatch"
 # Folders and files in the order in which the data passes them; rooms on one rank do not know each other.
 RANKS: dict[str, int] = {
     "__init__": 0, "errors": 0, "vocab": 0,
-    "extras": 1, "channels": 1, "profiles": 1, "walk": 1, "atomic": 1, "workers": 1, "cluster": 1, "installation": 1,
+    "extras": 1, "http_client": 1, "channels": 1, "profiles": 1, "walk": 1, "atomic": 1, "workers": 1, "cluster": 1, "installation": 1,
     "episode": 2,
     "store": 3, "grid": 3,
     "record": 4, "simulate": 4, "validate": 4,
@@ -38,7 +38,7 @@ NEIGHBOURS = {
 
 # Everything else computes: gets time, randomness and bytes handed in, and opens nothing.
 WORLDLY = {
-    "__main__", "atomic", "workers", "cluster", "extras", "installation", "episode.bundle", "grid.files", "simulate",
+    "__init__", "__main__", "http_client", "atomic", "workers", "cluster", "extras", "installation", "episode.bundle", "grid.files", "simulate",
     "store.disk", "store.objects", "store.receiver", "store.serving", "store.shipper", "store.admission", "store.tokens",
     "store.published", "validate.parts",
     "record.proc", "record.qmp", "record.netflow", "record.guest", "record.sink", "record.vm", "record.image",
