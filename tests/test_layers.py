@@ -14,7 +14,7 @@ SRC = Path(__file__).parents[1] / "src" / "phasewatch"
 # Folders and files in the order in which the data passes them; rooms on one rank do not know each other.
 RANKS: dict[str, int] = {
     "__init__": 0, "errors": 0, "vocab": 0,
-    "extras": 1, "http_client": 1, "channels": 1, "profiles": 1, "walk": 1, "atomic": 1, "workers": 1, "cluster": 1, "installation": 1,
+    "extras": 1, "http_client": 1, "user_folders": 1, "channels": 1, "profiles": 1, "walk": 1, "atomic": 1, "workers": 1, "cluster": 1, "installation": 1,
     "episode": 2,
     "store": 3, "grid": 3,
     "record": 4, "simulate": 4, "validate": 4,
@@ -38,7 +38,7 @@ NEIGHBOURS = {
 
 # Everything else computes: gets time, randomness and bytes handed in, and opens nothing.
 WORLDLY = {
-    "__init__", "__main__", "http_client", "atomic", "workers", "cluster", "extras", "installation", "episode.bundle", "grid.files", "simulate",
+    "__init__", "__main__", "http_client", "user_folders", "atomic", "workers", "cluster", "extras", "installation", "episode.bundle", "grid.files", "simulate",
     "store.disk", "store.objects", "store.receiver", "store.serving", "store.shipper", "store.admission", "store.tokens",
     "store.published", "validate.parts",
     "record.proc", "record.qmp", "record.netflow", "record.guest", "record.sink", "record.vm", "record.image",
@@ -149,6 +149,22 @@ def test_help_loads_nothing_heavy() -> None:
     out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
 
     assert out.strip() == "[]"
+
+
+def test_one_module_loads_onnxruntime() -> None:
+    """Its reports to its maker must be off before it is loaded, and it must run on one thread."""
+    loaders = {name_of(path) for path in MODULES if "onnxruntime" in {t.split(".")[0] for t in imports_of(path)}}
+
+    assert loaders == {"models.onnxsession"}
+
+
+def test_whoever_imports_phasewatch_has_onnxruntimes_reports_off() -> None:
+    """The library reads the variable while it is loaded; torch's exporter loads it, too."""
+    probe = "import os, phasewatch; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+
+    out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, env={}).stdout
+
+    assert out == "1\n"
 
 
 def test_nothing_unpickles_but_the_pool_what_it_pickled_itself() -> None:

@@ -19,6 +19,7 @@ from phasewatch.models.base import InputKind, Inputs, PhaseModel
 from phasewatch.models.gbt import GradientBoosting
 from phasewatch.models.nets import Net
 from phasewatch.models.onnxfile import INPUT, OUTPUT, check_onnx
+from phasewatch.models.onnxsession import open_session
 from phasewatch.models.scaler import LIMIT
 from phasewatch.vocab import WINDOW_BINS
 
@@ -48,12 +49,7 @@ def to_onnx(model: PhaseModel) -> bytes:
 
 def run_onnx(data: bytes, x: NDArray[np.float32]) -> NDArray[np.float32]:
     """Give what a graph says of windows, on one thread."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    result: NDArray[np.float32] = session.run([OUTPUT], {INPUT: x})[0]
+    result: NDArray[np.float32] = open_session(data).run([OUTPUT], {INPUT: x})[0]
     return result
 
 

@@ -20,6 +20,7 @@ from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import schema_hash
 from phasewatch.models.base import InputKind, Inputs, InputSpec, Table
 from phasewatch.models.onnxfile import INPUT, MAX_BYTES, OUTPUT, check_onnx
+from phasewatch.models.onnxsession import open_session
 from phasewatch.vocab import PHASES, WINDOW_BINS
 
 MAX_BUNDLE_BYTES = 256 * 2**20
@@ -159,19 +160,13 @@ class OnnxModel:
     """
 
     def __init__(self, data: bytes, spec: InputSpec, *, file: str) -> None:
-        try:
-            import onnxruntime
-        except ImportError as exc:
-            raise MissingTool(f"{file}: onnxruntime is not installed; pip install 'phasewatch[live]'") from exc
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 4
         self.spec, self._file = spec, file
         try:
-            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+            self._session = open_session(data)
             nothing = np.full((1, *self._shape()), np.nan, np.float32)
             found = self._session.run([OUTPUT], {INPUT: nothing})[0]
+        except ImportError as exc:
+            raise MissingTool(f"{file}: onnxruntime is not installed; pip install 'phasewatch[live]'") from exc
         except Exception as exc:  # the runtime's errors share no base class
             raise RunError(f"{file}: the runtime refuses it: {str(exc)[:200]}; {_AGAIN}") from exc
         if found.shape != (1, len(PHASES)) or not np.isfinite(found).all():
