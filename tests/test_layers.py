@@ -46,7 +46,7 @@ WORLDLY = {
     "record.flows", "record.idle", "record.installed", "record.own", "record.session", "record.spawn",
     "validate.index", "validate.sweep", "features.tables", "dataset.run",
     "dataset.splits", "dataset.windows", "models.checkpoint", "train.predictions",
-    "train.cells", "export.run", "live.edge", "live.models",
+    "train.cells", "export.graph", "export.run", "live.edge", "live.models",
     "live.find", "live.lines", "live.dump", "live.guard", "live.attach", "live.watcher", "live.save", "live.webhook", "live.session", "live.clean_day",
     "dashboard.hub", "dashboard.token", "dashboard.app", "dashboard.gate", "dashboard.server", "dashboard.watching",
     "produce.loop", "produce.perf", "produce.send",
