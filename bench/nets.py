@@ -62,19 +62,16 @@ def training(*, repeats: int = 3, epochs: int = 2) -> Part:
 
 def live(*, repeats: int = 200) -> Part:
     """Judge one window with torch as it was trained, and with the exported graph."""
-    import onnxruntime
-
     from phasewatch.export.graph import to_onnx
     from phasewatch.models.onnxfile import INPUT, OUTPUT
+    from phasewatch.models.onnxsession import open_session
 
     train = _examples(0)
     rows: list[Row] = []
     for key in ("cnn", "gru"):
         model = registry.create(key, settings={"epochs": 1}).fit(train, train)
         one = Inputs(x=train.inputs.x[:1], spec=train.inputs.spec)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        session = onnxruntime.InferenceSession(to_onnx(model), options, providers=["CPUExecutionProvider"])
+        session = open_session(to_onnx(model))
 
         def eager(model: Any = model, one: Any = one) -> np.ndarray:
             return np.asarray(model.predict_proba(one))

@@ -14,8 +14,8 @@ SRC = Path(__file__).parents[1] / "src" / "phasewatch"
 # Folders and files in the order in which the data passes them; rooms on one rank do not know each other.
 RANKS: dict[str, int] = {
     "__init__": 0, "errors": 0, "vocab": 0,
-    "extras": 1, "channels": 1, "parquet": 1, "profiles": 1, "walk": 1, "identity": 1, "atomic": 1, "workers": 1, "cluster": 1, "installation": 1,
-    "http_server": 1,
+    "extras": 1, "http_client": 1, "http_server": 1, "user_folders": 1, "channels": 1, "parquet": 1, "profiles": 1, "walk": 1,
+    "identity": 1, "atomic": 1, "workers": 1, "cluster": 1, "installation": 1,
     "episode": 2,
     "store": 3, "grid": 3,
     "record": 4, "simulate": 4, "validate": 4,
@@ -39,7 +39,8 @@ NEIGHBOURS = {
 
 # Everything else computes: gets time, randomness and bytes handed in, and opens nothing.
 WORLDLY = {
-    "__main__", "atomic", "parquet", "workers", "cluster", "extras", "installation", "episode.bundle", "grid.files", "simulate",
+    "__init__", "__main__", "http_client", "user_folders", "atomic", "parquet", "workers", "cluster", "extras", "installation",
+    "episode.bundle", "grid.files", "simulate", "validate.admission",
     "store.disk", "store.objects", "store.receiver", "store.serving", "store.shipper", "store.admission", "store.tokens",
     "store.published", "store.place_lock", "validate.parts", "http_server.protocol",
     "record.proc", "record.qmp", "record.netflow", "record.guest", "record.sink", "record.vm", "record.image",
@@ -47,7 +48,7 @@ WORLDLY = {
     "record.flows", "record.idle", "record.installed", "record.own", "record.session", "record.spawn",
     "validate.index", "validate.sweep", "features.tables", "dataset.run",
     "dataset.splits", "dataset.windows", "models.checkpoint", "train.predictions",
-    "train.cells", "export.run", "live.edge", "live.models",
+    "train.cells", "export.graph", "export.run", "live.edge", "live.models",
     "live.find", "live.lines", "live.dump", "live.guard", "live.attach", "live.watcher", "live.save", "live.webhook", "live.session", "live.clean_day",
     "dashboard.hub", "dashboard.token", "dashboard.app", "dashboard.gate", "dashboard.server", "dashboard.watching",
     "produce.loop", "produce.perf", "produce.send",
@@ -150,6 +151,22 @@ def test_help_loads_nothing_heavy() -> None:
     out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
 
     assert out.strip() == "[]"
+
+
+def test_one_module_loads_onnxruntime() -> None:
+    """Its reports to its maker must be off before it is loaded, and it must run on one thread."""
+    loaders = {name_of(path) for path in MODULES if "onnxruntime" in {t.split(".")[0] for t in imports_of(path)}}
+
+    assert loaders == {"models.onnxsession"}
+
+
+def test_whoever_imports_phasewatch_has_onnxruntimes_reports_off() -> None:
+    """The library reads the variable while it is loaded; torch's exporter loads it, too."""
+    probe = "import os, phasewatch; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+
+    out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, env={}).stdout
+
+    assert out == "1\n"
 
 
 def test_nothing_unpickles_but_the_pool_what_it_pickled_itself() -> None:

@@ -133,7 +133,7 @@ def _distribution() -> str:
 
 def _processor() -> str:
     with suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
         if found:
             return found[1].strip()
     return "a processor that /proc/cpuinfo does not name"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 from tests.dashboard.running import Running, dashboard
@@ -50,14 +51,15 @@ class Opened:
     """A dashboard that was opened, and everything that it said or asked for."""
 
     def __init__(self, browser: Any, address: str, width: int = 1280) -> None:
-        self.page = browser.new_page(viewport={"width": width, "height": 900})
+        self.page = browser.new_page()
+        self.page.set_viewport_size({"width": width, "height": 900})
         self.said: list[str] = []
         self.asked: list[str] = []
         self.page.on("console", lambda message: self.said.append(message.text))
         self.page.on("pageerror", lambda error: self.said.append(str(error)))
         self.page.on("dialog", lambda dialog: (self.said.append("dialog"), dialog.dismiss()))
         self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(address)
+        self.page.goto(address, timeout=120_000)
 
     def wait(self, words: str, timeout_s: float = 30) -> None:
         """Wait until an expression of the page is true; playwright's own way needs `eval`, which the page forbids."""
@@ -244,6 +246,7 @@ def test_a_decision_that_grew_old_is_no_all_clear_though_telemetry_goes_on(brows
 def test_a_dead_dashboard_is_a_banner_and_its_successor_a_gap(browser: Any, tmp_path: Path) -> None:
     with dashboard(tmp_path) as first:
         opened = Opened(browser, first.start)
+        opened.wait("document.querySelector('#link').dataset.state === 'live'")  # later events are news
         first.send(*everything())
         opened.wait_states("live")
     opened.wait("document.querySelector('#banner').dataset.kind === 'lost'")
@@ -280,6 +283,34 @@ def test_several_machines_one_is_shown_and_an_alarm_is_never_hidden(browser: Any
     opened.page.keyboard.press("j")
     opened.wait("document.querySelector('[data-type=phase] .of').textContent === 'db-1'")
     assert opened.page.title().startswith("▲")
+
+
+def test_many_tabs_share_one_stream_and_the_others_go_on_when_its_tab_is_closed(browser: Any, running: Running) -> None:
+    """A browser allows six connections to a host: the seventh tab would never be answered."""
+    with browser.new_context() as context:
+        tabs = [Opened(context, running.start) for _ in range(6)]
+        running.send(telemetry("web-1"), phase("web-1"))
+        for tab in tabs:
+            tab.wait("document.querySelectorAll('.machine').length === 1")
+            tab.wait("document.querySelector('#link').dataset.state === 'live'")
+        wait_for_viewers(running, 1)
+        late = Opened(context, running.address)
+        late.wait("document.querySelectorAll('.machine').length === 1")
+
+        for closed in (0, 1):  # the first tab, then one of the others: whichever keeps the stream then
+            tabs.pop(0).page.close()
+            running.send(telemetry(f"db-{closed}", start=20))
+            for tab in (*tabs, late):
+                tab.wait(f"document.querySelectorAll('.machine').length === {closed + 2}")
+                assert tab.page.locator("#banner").is_hidden()
+        assert [words for tab in (*tabs, late) for words in tab.said] == []
+
+
+def wait_for_viewers(running: Running, count: int) -> None:
+    until = time.monotonic() + 30
+    while (found := httpx.get(running.address + "healthz", trust_env=False).json()["viewers"]) != count:
+        assert time.monotonic() < until, f"{found} viewers"
+        time.sleep(0.1)
 
 
 def test_keys_turn_channels_freeze_the_pictures_and_open_the_help(browser: Any, running: Running) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from phasewatch.record.doctor import PACKAGES, PROGRAMS, Check, Facts, examine, is_broken
+from phasewatch.record import doctor
+from phasewatch.record.accel import Verdict
+from phasewatch.record.doctor import PACKAGES, PROGRAMS, Check, Facts, examine, find_kvm, is_broken
 
 WHOLE = Facts(
-    python=(3, 11), cores=2, memory_gib=8.0, disk_gib=50.0, kvm=None,
+    python=(3, 11), cores=2, memory_gib=8.0, disk_gib=50.0, kvm=Verdict(accel="kvm", why="a kernel booted on it"),
     programs={program: "QEMU version 7.2.22" for program, _, _ in PROGRAMS}, packages={package: "1" for package, _, _ in PACKAGES},
 )  # fmt: skip
 
@@ -50,11 +54,43 @@ def test_a_bare_core_works_and_only_what_everything_needs_is_a_fault() -> None:
     assert is_broken(examine(Facts(**facts | {"python": (3, 10)})))
 
 
-def test_no_kvm_is_a_fact_not_a_fault() -> None:
-    check = check_of("kvm", kvm="no vmx or svm in /proc/cpuinfo")
+def test_a_kvm_that_no_kernel_boots_on_is_not_ok_and_breaks_nothing() -> None:
+    no = Verdict(accel="tcg", why="no vmx or svm in /proc/cpuinfo")
+    facts = {field: getattr(WHOLE, field) for field in Facts.__slots__} | {"kvm": no}
 
-    assert check.ok
-    assert "no vmx" in check.found
+    check = check_of("kvm", kvm=no)
+
+    assert not check.ok
+    assert check.found == no.why
+    assert not is_broken(examine(Facts(**facts)))
+
+
+@pytest.mark.parametrize(
+    ("known", "boots", "accel"),
+    [
+        pytest.param(Verdict(accel="tcg", why="/dev/kvm is not there"), True, "tcg", id="cannot work"),
+        pytest.param(Verdict(accel="kvm", why="a kernel booted on it"), False, "kvm", id="a recording tried it"),
+        pytest.param(None, True, "kvm", id="its own kernel boots"),
+        pytest.param(None, False, "tcg", id="its own kernel hangs"),
+    ],
+)
+def test_kvm_is_ok_only_where_a_kernel_booted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, known: Verdict | None, boots: bool, accel: str
+) -> None:
+    monkeypatch.setattr(doctor, "qemu_version", lambda arch: "7.2.22")
+    monkeypatch.setattr(doctor, "known_verdict", lambda **_: known)
+    monkeypatch.setattr(doctor, "kernel_boots_on_kvm", lambda kernel, arch: boots)
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: True)
+
+    assert find_kvm().accel == accel
+
+
+def test_kvm_is_not_ok_where_nothing_can_be_booted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "qemu_version", lambda arch: "7.2.22")
+    monkeypatch.setattr(doctor, "known_verdict", lambda **_: None)
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+
+    assert find_kvm().accel == "tcg"
 
 
 def test_this_machine_can_be_examined() -> None:

@@ -10,7 +10,8 @@ import os
 import typer
 
 from phasewatch.cli import base, collect, data, lab, learn, page, produce, watch
-from phasewatch.cli.guard import guarded
+from phasewatch.cli.guard import guard_output, guarded
+from phasewatch.cli.streams import prepare_streams
 
 __all__ = ["app", "main"]
 
@@ -40,4 +41,5 @@ def main() -> None:
     """Run the command line."""
     # Idle OpenMP threads that spin make a busy machine train three times slower; set before any of them starts.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app(prog_name="phasewatch")
+    prepare_streams()
+    guard_output(lambda: app(prog_name="phasewatch"))

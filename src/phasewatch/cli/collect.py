@@ -173,7 +173,7 @@ def _client(to: str, *, ca: Path | None, plain_http: bool) -> httpx.AsyncClient:
     import httpx
 
     from phasewatch.errors import UsageError
-    from phasewatch.store.base import is_loopback
+    from phasewatch.http_client import is_clear_text, make_http_client
     from phasewatch.store.shipper import TIMEOUT
 
     try:
@@ -182,7 +182,7 @@ def _client(to: str, *, ca: Path | None, plain_http: bool) -> httpx.AsyncClient:
         raise UsageError(f"--to {to}: {exc}; a URL such as https://store.example:8470 is needed") from exc
     if url.scheme not in ("http", "https") or not url.host:
         raise UsageError(f"--to {to}: a URL such as https://store.example:8470 is needed")
-    if url.scheme == "http" and not is_loopback(url.host) and not plain_http:
+    if is_clear_text(to) and not plain_http:
         raise UsageError(
             f"--to {to}: the token would cross the network in the clear; use https://, or --plain-http where nobody listens"
         )
@@ -190,7 +190,7 @@ def _client(to: str, *, ca: Path | None, plain_http: bool) -> httpx.AsyncClient:
         verify = ssl.create_default_context(cafile=str(ca) if ca else None)
     except (OSError, ValueError) as exc:
         raise UsageError(f"--ca {ca}: {exc}; a readable PEM file is needed") from exc
-    return httpx.AsyncClient(base_url=url, verify=verify, timeout=TIMEOUT, follow_redirects=False)
+    return make_http_client(base_url=to, verify=verify, timeout=TIMEOUT)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -13,6 +14,7 @@ from typing import NoReturn, ParamSpec, TypeVar
 import typer
 
 from phasewatch.cli import base
+from phasewatch.cli.streams import STANDARD_OUTPUT, drop_output, flush_output
 from phasewatch.errors import MachineError, PhasewatchError, UsageError, describe_os_error
 from phasewatch.extras import CHANNELS_FILE, VARIABLE
 
@@ -20,6 +22,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+_SURROGATE = re.compile("[\ud800-\udfff]")  # what Python makes of such bytes in arguments, variables and file names
 
 
 def guarded(function: Callable[P, R]) -> Callable[P, R]:
@@ -31,7 +34,7 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
             check_numbers(kwargs)
             choose_channels(kwargs)
             result = function(*args, **kwargs)
-            sys.stdout.flush()
+            flush_output()
             return result
         except PhasewatchError as error:
             _fail(str(error), error.exit_code)
@@ -42,15 +45,57 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
             if extra is None:
                 raise  # broken code, not a package that was left out
             _fail(f"{error.name} is not installed: pip install 'phasewatch[{extra}]'", MachineError.exit_code)
+        except UnicodeEncodeError as error:
+            if not _SURROGATE.search(error.object):
+                raise  # broken code, not a name
+            _fail(
+                f"{error.object[:200]}: this name holds bytes that are not UTF-8, which Parquet, JSON and URLs cannot hold; "
+                "rename it",
+                UsageError.exit_code,
+            )
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:  # the reader had enough: `phasewatch channels | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            drop_output()
             raise typer.Exit(0) from None
         except OSError as error:
-            _fail(describe_os_error(error), MachineError.exit_code)
+            if error.filename == STANDARD_OUTPUT:
+                drop_output()
+            _fail(_words_of(error), MachineError.exit_code)
 
     return run
+
+
+def guard_output(run: Callable[[], object]) -> None:
+    """Run the command line, and treat an output that fails outside any command (`--help > /dev/full`) as within one."""
+    try:
+        try:
+            run()
+        finally:
+            flush_output()
+    except BrokenPipeError:
+        drop_output()
+        sys.exit(0)
+    except OSError as error:
+        drop_output()
+        sys.stderr.write(f"error: {base.plain(_words_of(error))}\n")
+        sys.exit(MachineError.exit_code)
+
+
+def _is_folder_gone() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
+def _words_of(error: OSError) -> str:
+    if error.filename == STANDARD_OUTPUT:
+        return f"{STANDARD_OUTPUT}: {error.strerror}; what was printed is not complete"
+    if isinstance(error, FileNotFoundError) and _is_folder_gone():
+        return "the current folder was deleted; change to another"
+    return describe_os_error(error)
 
 
 def check_numbers(options: Mapping[str, object]) -> None:

@@ -62,11 +62,32 @@ def dashboard(
     base.goes_with("--speed", "a run that is played", alone=speed != SPEED and not plays)
     if run is not None:
         base.need_run(run)
+    for machine in watch:
+        _find(machine)
     players = () if no_produce or run is None else _players(run, tuple(episode), speed)
     serve_page(
         run.name if run else "live", port=port, no_auth=no_auth, token_file=token_file, as_json=as_json,
         producers=(*players, *(_watcher(machine, run) for machine in watch)),
     )  # fmt: skip
+
+
+def _find(machine: str) -> None:
+    """Raise if a machine does not run here, or cannot be watched with what is installed."""
+    from phasewatch.live.find import find_one
+
+    _need_modules("onnxruntime", "qemu.qmp")
+    is_pid = machine.isdigit()
+    find_one(pid=int(machine) if is_pid else None, name=None if is_pid else machine, qmp=None)
+
+
+def _need_modules(*names: str) -> None:
+    """Raise ModuleNotFoundError for the first module that is not installed; nothing of it is loaded."""
+    from importlib.util import find_spec
+
+    for name in names:
+        root = name.partition(".")[0]
+        if find_spec(root) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def _watcher(machine: str, run: Path | None) -> Producer:
@@ -181,18 +202,27 @@ def serve_page(
     as_json: bool,
     producers: tuple[Producer, ...],
 ) -> None:
-    """Take the port, say the address, serve until told to stop."""
+    """Take the port, print the address, serve until told to stop.
+
+    Raises:
+        ModuleNotFoundError: If what serves is not installed.
+        MachineError: If the port is taken, or the token can be kept nowhere.
+    """
     from phasewatch.dashboard import server
+    from phasewatch.dashboard.app import build_app
     from phasewatch.dashboard.gate import Gate
     from phasewatch.dashboard.token import ensure_token, token_path
 
+    _need_modules("uvicorn")
     token = ensure_token(token_file or token_path())
+    hub, gate = server.make_hub(), Gate(token=token, is_open=no_auth)
+    build_app(hub, gate, title=title)  # what keeps the page from being served is found before its address is printed
     sock = server.bind(port)
     address = f"http://{server.ADDRESS}:{sock.getsockname()[1]}/"
     start = address if no_auth else f"{address}?token={token}"
     result = {"address": address, "start": start, "token_file": str(token_file or token_path())}
     base.answer(result, as_json=as_json, lines=["Open this in a browser; Ctrl-C ends it.", start])
     server.serve(
-        sock, server.make_hub(), Gate(token=token, is_open=no_auth), title=title,
+        sock, hub, gate, title=title,
         producers=producers, tell=lambda words: typer.echo(f"error: {base.plain(words)}", err=True),
     )  # fmt: skip

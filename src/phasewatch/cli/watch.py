@@ -177,7 +177,8 @@ def _two_outputs() -> Iterator[tuple[Say, Say]]:
     out = Lines(sys.stdout)
 
     def say(line: str) -> None:
-        err.put(base.plain(line))
+        with suppress(OSError):  # a log that nobody can read ends no watch
+            err.put(base.plain(line))
 
     try:
         yield out.put, say

@@ -9,28 +9,39 @@ from hashlib import sha256
 from pathlib import Path
 
 from phasewatch.errors import MachineError
+from phasewatch.user_folders import user_folder
 
 VARIABLE = "PHASEWATCH_TOKEN"
 _LONGEST = 512
 
 
 def token_path() -> Path:
-    """Give where the token lies if nobody says otherwise: the user's state folder, as the XDG specification has it."""
-    told = os.environ.get("XDG_STATE_HOME", "")
-    return (Path(told) if told.startswith("/") else Path.home() / ".local" / "state") / "phasewatch" / "dashboard.token"
+    """Return where the token lies if nobody says otherwise: in the user's state folder.
+
+    Raises:
+        MachineError: If the user has no home folder.
+    """
+    otherwise = f"name a file with --token-file ({VARIABLE} holds a token for `produce`)"
+    return user_folder("XDG_STATE_HOME", ".local/state", otherwise=otherwise) / "dashboard.token"
 
 
 def ensure_token(path: Path) -> str:
     """Read the token, or make one on first start.
 
     Raises:
-        MachineError: If others may read the file, or it holds no token.
+        MachineError: If it cannot be made, others may read the file, or it holds no token.
     """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return read_token(path)
+        os.fchmod(made, 0o600)  # whatever the umask: a file that its owner cannot read is no token
+    except OSError as exc:
+        if os.path.lexists(path):
+            return read_token(path)
+        raise MachineError(
+            f"{path}: the dashboard's token cannot be kept here ({exc.strerror}); name a file with --token-file, "
+            "or set XDG_STATE_HOME to a folder that can be written to"
+        ) from exc
     token = secrets.token_urlsafe(32)
     with os.fdopen(made, "w") as file:
         file.write(token + "\n")

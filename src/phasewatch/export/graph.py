@@ -7,7 +7,10 @@ elsewhere. They are computed in float64, as the model itself does.
 from __future__ import annotations
 
 import logging
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,8 +22,10 @@ from phasewatch.models.base import InputKind, Inputs, PhaseModel
 from phasewatch.models.gbt import GradientBoosting
 from phasewatch.models.nets import Net
 from phasewatch.models.onnxfile import INPUT, OUTPUT, check_onnx
+from phasewatch.models.onnxsession import open_session
 from phasewatch.models.scaler import LIMIT
 from phasewatch.vocab import WINDOW_BINS
+from phasewatch.workers import environment
 
 PARITY = 1e-5
 TREES_OPSET = 15  # the newest that onnxmltools' trees are written for
@@ -50,12 +55,7 @@ def to_onnx(model: PhaseModel) -> bytes:
 
 def run_onnx(data: bytes, x: NDArray[np.float32]) -> NDArray[np.float32]:
     """Give what a graph says of windows, on one thread."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    result: NDArray[np.float32] = session.run([OUTPUT], {INPUT: x})[0]
+    result: NDArray[np.float32] = open_session(data).run([OUTPUT], {INPUT: x})[0]
     return result
 
 
@@ -117,7 +117,7 @@ def _net_graph(model: Net) -> Any:
     level = log.level
     log.setLevel(logging.ERROR)  # that torchvision is not here is of no interest
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _own_torch_cache():
             warnings.simplefilter("ignore")  # torch's own, about its own insides
             made = torch.onnx.export(
                 Whole().eval(), (torch.zeros(shape),), dynamo=True, input_names=[INPUT], output_names=[OUTPUT],
@@ -128,6 +128,13 @@ def _net_graph(model: Net) -> Any:
     if made is None:
         raise MismatchError(f"model {model.key}: torch gave no graph of it")
     return made.model_proto
+
+
+@contextmanager
+def _own_torch_cache() -> Iterator[None]:
+    """Let torch's compiler cache in a folder that is removed; it would leave one with the user's name behind."""
+    with tempfile.TemporaryDirectory(prefix="phasewatch-") as folder, environment({"TORCHINDUCTOR_CACHE_DIR": folder}):
+        yield
 
 
 def _tree_graph(model: GradientBoosting) -> Any:

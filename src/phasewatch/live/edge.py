@@ -25,6 +25,7 @@ from phasewatch.models.foreign import foreign_errors
 from phasewatch.models.onnxfile import INPUT, OUTPUT, check_onnx
 from phasewatch.models.onnxfile import MAX_BYTES as MAX_ONNX_BYTES
 from phasewatch.models.onnxgraph import BATCH
+from phasewatch.models.onnxsession import open_session
 from phasewatch.vocab import PHASES, WINDOW_BINS
 
 MAX_BUNDLE_BYTES = 256 * 2**20
@@ -191,19 +192,12 @@ class OnnxModel:
     """
 
     def __init__(self, data: bytes, spec: InputSpec, *, file: str) -> None:
-        try:
-            import onnxruntime
-        except ImportError as exc:
-            raise MissingTool(f"{file}: onnxruntime is not installed; pip install 'phasewatch[live]'") from exc
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 4
-        # The runtime guesses the format from the bytes; only the one that was checked may be read.
-        options.add_session_config_entry("session.load_model_format", "ONNX")
         self.spec, self._file = spec, file
         with foreign_errors(file, "the runtime refuses it"):
-            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+            try:
+                self._session = open_session(data)
+            except ImportError as exc:
+                raise MissingTool(f"{file}: onnxruntime is not installed; pip install 'phasewatch[live]'") from exc
         self._answers(np.full((1, *self._shape()), np.nan, np.float32))
 
     def predict_proba(self, inputs: Inputs) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from phasewatch.errors import UsageError
+from phasewatch.http_client import make_http_client
 from phasewatch.live.envelope import Event, render_event
 
 QUEUE = 64
@@ -68,7 +69,7 @@ class Webhook:
 
     async def _run(self) -> None:
         httpx = self._web
-        async with httpx.AsyncClient(timeout=TIMEOUT_S, follow_redirects=False, trust_env=False) as client:
+        async with make_http_client(timeout=TIMEOUT_S) as client:
             while True:
                 body = await self._queue.get()
                 why = ""

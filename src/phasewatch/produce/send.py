@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import BinaryIO, Protocol
 
-from phasewatch.errors import EventError, MachineError
+from phasewatch.errors import EventError, MachineError, UsageError
 from phasewatch.live.envelope import Event, render_event
 from phasewatch.live.events import Data
 from phasewatch.produce.perf import Meter
@@ -67,19 +67,22 @@ class Poster:
     Args:
         url: The dashboard's address, with or without `/events`.
         token: Its token.
+
+    Raises:
+        UsageError: If the token would cross a network in the clear, or cannot stand in a request.
     """
 
     def __init__(self, url: str, token: str) -> None:
-        import httpx
+        from phasewatch.http_client import is_clear_text, make_http_client
 
+        if is_clear_text(url):
+            raise UsageError(
+                f"{url}: the token would cross the network in the clear; use https://, or forward the dashboard's port "
+                "(`ssh -L 8765:127.0.0.1:8765 HOST`) and name http://127.0.0.1:8765"
+            )
         base = url.rstrip("/")
         self._url = base if base.endswith("/events") else base + "/events"
-        try:
-            self._client = httpx.AsyncClient(
-                headers={"Authorization": f"Bearer {token}"}, timeout=10, trust_env=False, follow_redirects=False
-            )
-        except (UnicodeEncodeError, httpx.InvalidURL) as exc:
-            raise MachineError(f"{url}: {exc}") from exc
+        self._client = make_http_client(token=token, timeout=10)
 
     async def aclose(self) -> None:
         """Let the connection go."""

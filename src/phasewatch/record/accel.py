@@ -62,20 +62,9 @@ def probe(
         qemu_version: Part of the verdict's key.
         boots: Does the boot; a test hands in its own.
     """
-    no = quick_no(
-        Path("/proc/cpuinfo").read_text(),
-        frozenset(path.name for path in Path("/sys/module").glob("kvm*")),
-        device=os.access("/dev/kvm", os.R_OK | os.W_OK),
-        arch=arch,
-        host_arch=platform.machine(),
-    )
-    if no is not None:
-        return Verdict(accel="tcg", why=no)
-    kept = cache / f"kvm-{arch}-{platform.release()}-{qemu_version}.json"
-    try:
-        return msgspec.json.decode(kept.read_bytes(), type=Verdict)
-    except (OSError, msgspec.MsgspecError):
-        pass
+    known = known_verdict(arch=arch, cache=cache, qemu_version=qemu_version)
+    if known is not None:
+        return known
     works = (boots or boots_on_kvm)(files(), arch)
     verdict = (
         Verdict(accel="kvm", why="a kernel booted on it")
@@ -83,20 +72,48 @@ def probe(
         else Verdict(accel="tcg", why=f"no kernel booted on KVM within {BOOT_DEADLINE_S:g} s")
     )
     cache.mkdir(parents=True, exist_ok=True)
-    kept.write_bytes(msgspec.json.encode(verdict))
+    _verdict_file(cache, arch, qemu_version).write_bytes(msgspec.json.encode(verdict))
     return verdict
+
+
+def known_verdict(*, arch: str, cache: Path | None, qemu_version: str) -> Verdict | None:
+    """Return the verdict if it is known without a boot: because KVM cannot work, or because a recording has tried it."""
+    no = quick_no(
+        Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"),
+        frozenset(path.name for path in Path("/sys/module").glob("kvm*")),
+        device=os.access("/dev/kvm", os.R_OK | os.W_OK),
+        arch=arch,
+        host_arch=platform.machine(),
+    )
+    if no is not None:
+        return Verdict(accel="tcg", why=no)
+    if cache is None:
+        return None
+    try:
+        return msgspec.json.decode(_verdict_file(cache, arch, qemu_version).read_bytes(), type=Verdict)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _verdict_file(cache: Path, arch: str, qemu_version: str) -> Path:
+    return cache / f"kvm-{arch}-{platform.release()}-{qemu_version}.json"
 
 
 def boots_on_kvm(image: Image, arch: str) -> bool:
     """Boot a kernel on KVM whose init powers off at once; True if it said something and ended well in time."""
+    return image.kernel is not None and kernel_boots_on_kvm(image.kernel, arch, initrd=image.initrd)
+
+
+def kernel_boots_on_kvm(kernel: Path, arch: str, *, initrd: Path | None = None) -> bool:
+    """Boot a kernel on KVM; True if it wrote something and ended in time, with its init or by a panic without one."""
     machine = ["-machine", "virt,gic-version=host"] if arch == "aarch64" else ["-machine", "pc"]
     console = "ttyAMA0" if arch == "aarch64" else "ttyS0"
     with tempfile.TemporaryDirectory(prefix="phasewatch-kvm-") as folder:
         serial = Path(folder, "console")
         command = [
             f"qemu-system-{arch}", *machine, "-accel", "kvm", "-cpu", "host", "-m", "192", "-nodefaults",
-            "-display", "none", "-no-reboot", "-serial", f"file:{serial}", "-kernel", str(image.kernel),
-            "-initrd", str(image.initrd),
+            "-display", "none", "-no-reboot", "-serial", f"file:{serial}", "-kernel", str(kernel),
+            *(["-initrd", str(initrd)] if initrd else []),
             "-append", f"console={console} panic=-1 rdinit=/bin/busybox -- poweroff -f",
         ]  # fmt: skip
         try:

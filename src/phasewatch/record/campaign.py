@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from phasewatch import atomic
-from phasewatch.errors import UsageError
+from phasewatch.errors import MachineError, UsageError
 from phasewatch.record import spawn
 from phasewatch.record.accel import Verdict, probe
 from phasewatch.record.base import Clock, HostClock
@@ -26,6 +26,7 @@ from phasewatch.record.progress import Progress, Silence
 from phasewatch.record.recorder import Recorder, Summary
 from phasewatch.record.vm import Machine, Start, Vm, host_tsc_khz
 from phasewatch.store.disk import DiskStore
+from phasewatch.user_folders import cache_folder
 
 _T = TypeVar("_T")
 
@@ -103,8 +104,22 @@ def _handed(own: OwnMachine | None) -> tuple[tuple[str, bytes], ...]:
 
 
 def default_cache() -> Path:
-    """Give the folder where images and KVM verdicts are kept unless told otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phasewatch"
+    """Return the folder where images and KVM verdicts are kept.
+
+    Raises:
+        MachineError: If the user has no home folder.
+    """
+    return cache_folder()
+
+
+def _make_cache(cache: Path) -> None:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise MachineError(
+            f"{cache}: guest images cannot be kept here ({exc.strerror}); set XDG_CACHE_HOME to a folder that can be "
+            "written to"
+        ) from exc
 
 
 def record_plan(
@@ -147,6 +162,7 @@ def record_plan(
     for arch in sorted({by_id[session.host_id].arch for session in sessions}):
         qemu_version(arch)
     clock = HostClock()
+    _make_cache(cache)
     store.mkdir(parents=True, exist_ok=True)
     with ended_in_order(), atomic.lock(store), spawn.scratch(spawn.scratch_parent()) as scratch:
         for folder in (store, *(store / host_id for host_id in sorted(by_id))):

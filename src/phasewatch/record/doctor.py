@@ -13,8 +13,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from phasewatch.record.accel import quick_no
-from phasewatch.record.installed import OLDEST_QEMU, parse_qemu_version
+from phasewatch.errors import MachineError, MissingTool
+from phasewatch.record.accel import BOOT_DEADLINE_S, Verdict, kernel_boots_on_kvm, known_verdict
+from phasewatch.record.installed import OLDEST_QEMU, parse_qemu_version, qemu_version
+from phasewatch.user_folders import cache_folder
 
 FREE_GIB = 5  # images, a corpus of recordings, a full run
 MEMORY_GIB = 3.0  # two VMs and the recorder
@@ -49,7 +51,7 @@ class Facts:
     cores: int
     memory_gib: float
     disk_gib: float
-    kvm: str | None
+    kvm: Verdict
     programs: Mapping[str, str | None]
     packages: Mapping[str, str | None]
 
@@ -107,9 +109,11 @@ def examine(facts: Facts | None = None) -> tuple[Check, ...]:
             checks.append(Check(name=program, ok=False, found=found, remedy=f"{least} or newer", needed_for=purpose))
             continue
         checks.append(_present(program, found, remedy, purpose))
-    # Without KVM everything works, ten times slower: a fact, not a fault.
-    verdict = facts.kvm or "may work; the first recording finds out by booting a kernel on it"
-    checks.append(Check(name="kvm", ok=True, found=verdict, remedy="", needed_for="hosts of their own kind"))
+    works = facts.kvm.accel == "kvm"
+    slower = "" if works else "without it guests run under TCG, about ten times slower"
+    checks.append(
+        Check(name="kvm", ok=works, found=facts.kvm.why, remedy=slower, needed_for="recording hosts of their own kind")
+    )
     for package, extra, purpose in PACKAGES:
         remedy = f"pip install 'phasewatch[{extra}]'"
         checks.append(_present(package, facts.packages.get(package), remedy, purpose))
@@ -123,19 +127,39 @@ def is_broken(checks: Iterable[Check]) -> bool:
 
 def read_facts() -> Facts:
     """Read this machine's facts."""
-    modules = frozenset(path.name for path in Path("/sys/module").glob("kvm*"))
-    arch = platform.machine()
     return Facts(
         python=sys.version_info[:2],
         cores=len(os.sched_getaffinity(0)),
         memory_gib=_memory_gib(_text("/proc/meminfo")),
         disk_gib=shutil.disk_usage(Path.cwd()).free / 2**30,
-        kvm=quick_no(
-            _text("/proc/cpuinfo"), modules, device=os.access("/dev/kvm", os.R_OK | os.W_OK), arch=arch, host_arch=arch
-        ),
+        kvm=find_kvm(),
         programs={program: _program(program) for program, _, _ in PROGRAMS},
         packages={package: _package(package) for package, _, _ in PACKAGES},
     )
+
+
+def find_kvm() -> Verdict:
+    """Return whether a kernel boots on KVM here: as a recording found out, else by booting this machine's own kernel."""
+    arch = platform.machine()
+    try:
+        qemu = qemu_version(arch)
+    except MissingTool:
+        return Verdict(accel="tcg", why=f"not tried: qemu-system-{arch} is not here")
+    try:
+        cache: Path | None = cache_folder()
+    except MachineError:
+        cache = None
+    known = known_verdict(arch=arch, cache=cache, qemu_version=qemu)
+    if known is not None:
+        return known
+    kernel = Path(f"/boot/vmlinuz-{platform.release()}")
+    if not os.access(kernel, os.R_OK):
+        return Verdict(
+            accel="tcg", why=f"not proved: {kernel} cannot be read; the first recording boots a kernel on it"
+        )
+    if kernel_boots_on_kvm(kernel, arch):
+        return Verdict(accel="kvm", why="this machine's kernel booted on it")
+    return Verdict(accel="tcg", why=f"{kernel} did not boot on it within {BOOT_DEADLINE_S:g} s")
 
 
 def _at_least(name: str, value: object, least: object, found: str, remedy: str, purpose: str) -> Check:
@@ -155,7 +179,7 @@ def _memory_gib(meminfo: str) -> float:
 
 def _text(path: str) -> str:
     try:
-        return Path(path).read_text()
+        return Path(path).read_text(encoding="utf-8")
     except OSError:
         return ""
 

@@ -38,7 +38,7 @@ def read_effort() -> Effort:
     """Read what was spent so far."""
     own = os.times()
     return Effort(
-        machine_s=parse_stat(Path("/proc/stat").read_text()),
+        machine_s=parse_stat(Path("/proc/stat").read_text(encoding="utf-8")),
         own_s=own.user + own.system + own.children_user + own.children_system,
     )
 

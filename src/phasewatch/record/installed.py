@@ -66,4 +66,7 @@ def parse_processor(cpuinfo: str, tsc_khz: int | None) -> str:
 
 def processor(tsc_khz: int | None) -> str:
     """Name this machine's processor, or at least its architecture."""
-    return parse_processor(Path("/proc/cpuinfo").read_text(errors="replace"), tsc_khz) or platform.machine()
+    return (
+        parse_processor(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"), tsc_khz)
+        or platform.machine()
+    )

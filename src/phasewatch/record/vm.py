@@ -328,7 +328,7 @@ def host_tsc_khz() -> int | None:
         found = re.findall(r"tsc: (?:Detected|Refined TSC clocksource calibration:) ([\d.]+) MHz", log)
         if found:
             return round(float(found[-1]) * 1000)
-    match = re.search(r"^cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    match = re.search(r"^cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     return round(float(match[1]) * 1000) if match else None
 
 

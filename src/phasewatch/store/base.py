@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Protocol
 
 from phasewatch.errors import StoreError
+from phasewatch.http_client import is_loopback
 from phasewatch.store.disk import SUFFIX, DiskStore, StoreItem
 from phasewatch.store.room import FreeFiles
 
@@ -175,11 +175,3 @@ def find_bundle(place: Place) -> tuple[Store, StoreItem] | None:
     store = open_store(where)
     item = store.find(names[0], names[1].removesuffix(SUFFIX))
     return None if item is None or item.is_missing else (store, item)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine's own, so that what goes there crosses no network."""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from phasewatch.episode import limits
 from phasewatch.errors import BundleError, StoreError, TakenError
-from phasewatch.store.base import is_loopback
+from phasewatch.http_client import is_loopback
 from phasewatch.store.disk import (
     MALFORMED,
     RECEIPT,
@@ -36,10 +36,13 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from obstore import ObjectMeta
-    from obstore.store import RetryConfig
+    from obstore.store import ClientConfig, RetryConfig
 
 _AT_ONCE = 16  # receipts are fetched side by side: one after the other, a store of thousands takes minutes
 _RETRIES: RetryConfig = {"max_retries": 4}
+# obstore cannot be told to ignore the environment's proxies (ADR 0051); a proxy of our own takes their place, and every
+# host is excluded from it: `*` covers names, the networks cover addresses.
+_NO_PROXY: ClientConfig = {"proxy_url": "http://127.0.0.1:9", "proxy_excludes": "*,0.0.0.0/0,::/0"}
 
 
 class ObjectStore:
@@ -70,7 +73,8 @@ class ObjectStore:
 
         plain_http = is_loopback(urlsplit(os.environ.get("AWS_ENDPOINT_URL", "")).hostname or "")
         with self._told():
-            return S3Store.from_url(self.uri, client_options={"allow_http": plain_http}, retry_config=_RETRIES)
+            options: ClientConfig = {"allow_http": plain_http, **_NO_PROXY}
+            return S3Store.from_url(self.uri, client_options=options, retry_config=_RETRIES)
 
     def put(self, host_id: str, episode_id: str, data: bytes) -> str:
         """Store a bundle, then its receipt; give its key.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
@@ -26,6 +27,7 @@ class ArrivalJudge:
     def __init__(self, store: Store) -> None:
         """Set up; the store is read when the first bundle comes."""
         self._store = store
+        self._reading = threading.Lock()  # batches of two hosts are judged side by side
         self._first: dict[str, str] | None = None  # telemetry → host/episode that brought it first
 
     def __call__(self, arrivals: Sequence[Arrival]) -> Iterator[Judgement]:
@@ -40,19 +42,22 @@ class ArrivalJudge:
             yield judgement if owner == name else _refuse_copy(judgement, name, owner)
 
     def _brought(self) -> dict[str, str]:
-        if self._first is None:
-            self._first = {}
-            for item in self._store.walk():
-                text = (
-                    self._store.read_status(item.host_id, item.episode_id) if item.host_id and item.episode_id else None
-                )
-                if text is None:
-                    continue
-                with suppress(ValueError, KeyError, TypeError):
-                    said = json.loads(text)
-                    if said["status"] in USABLE and said["sha256"] == item.receipt and said["telemetry_sha256"]:
-                        self._first.setdefault(str(said["telemetry_sha256"]), f"{item.host_id}/{item.episode_id}")
-        return self._first
+        with self._reading:
+            if self._first is None:
+                self._first = self._read_store()
+            return self._first
+
+    def _read_store(self) -> dict[str, str]:
+        first: dict[str, str] = {}
+        for item in self._store.walk():
+            text = self._store.read_status(item.host_id, item.episode_id) if item.host_id and item.episode_id else None
+            if text is None:
+                continue
+            with suppress(ValueError, KeyError, TypeError):
+                said = json.loads(text)
+                if said["status"] in USABLE and said["sha256"] == item.receipt and said["telemetry_sha256"]:
+                    first.setdefault(str(said["telemetry_sha256"]), f"{item.host_id}/{item.episode_id}")
+        return first
 
 
 def judge(arrivals: Sequence[Arrival]) -> Iterator[Judgement]:
