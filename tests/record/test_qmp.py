@@ -385,7 +385,7 @@ def test_registers_are_read_of_the_vcpus_that_are_there() -> None:
     async def work() -> None:
         source = QmpSource(monitor=monitor, vcpus=2, clock=clock)
         await source.open()
-        source.vcpu_numbers = (0, 3)
+        source.vcpu_numbers = lambda: (0, 3)
         await clock.sleep_until(clock.now_ns + 1_000_000_000)
         await source.close()
 

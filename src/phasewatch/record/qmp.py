@@ -11,7 +11,7 @@ import asyncio
 import logging
 import re
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
@@ -171,7 +171,7 @@ class QmpSource:
         deadline_s: Of one reading.
 
     Attributes:
-        vcpu_numbers: Whose registers are sampled; changes with the VM's vCPUs.
+        vcpu_numbers: Returns whose registers are sampled: the VM's vCPUs may change.
     """
 
     source = Source.QMP
@@ -188,7 +188,7 @@ class QmpSource:
         deadline_s: float = DEADLINE_S,
     ) -> None:
         self._monitor, self._clock, self._balloon_path = monitor, clock, balloon
-        self.vcpu_numbers: Sequence[int] = range(vcpus)
+        self.vcpu_numbers: Callable[[], Sequence[int]] = lambda: range(vcpus)
         self._may_sample = registers
         self._samples: list[tuple[bool, bool]] = []
         self._sampler: asyncio.Task[None] | None = None
@@ -393,7 +393,7 @@ class QmpSource:
         while True:
             due_ns = max(due_ns + pause_ns, self._clock.mono_ns())
             await self._clock.sleep_until(due_ns)
-            numbers = self.vcpu_numbers or (0,)
+            numbers = self.vcpu_numbers() or (0,)
             pause_ns = min(2 * pause_ns, 20 * REGISTERS_NS)  # a monitor that refuses or is silent is asked less often
             with suppress(VmError):
                 sample = parse_registers(await self._registers(numbers[turn % len(numbers)]))
