@@ -171,7 +171,8 @@ def _introduce(request: Request, found: Survey, scorer: Scorer | None, say: Call
     if scorer is not None:
         say(f"model {scorer.model}, mask {scorer.threat}, {scorer.where}")
         for threat, lacks in passed_over(request.models, found.available, arch=facts.arch, chosen=scorer):
-            say(f"  not the larger mask {threat}: this VM does not give {', '.join(lacks)}")
+            more = f" and {len(lacks) - 4} more" if len(lacks) > 4 else ""
+            say(f"  not the larger mask {threat}: this VM does not give {', '.join(lacks[:4])}{more}")
         if scorer.alarm is None:
             say("  this model was trained without an alarm: phases only")
         if caveat := scorer.caveat(facts.accel, facts.arch):

@@ -21,12 +21,14 @@ class SilenceNote:
         channels: Full names.
         is_back: Whether they give readings again.
         is_whole: Whether they are all that the source gives here.
+        was_never: Whether none of them was ever read.
     """
 
     source: Source
     channels: tuple[str, ...]
     is_back: bool
     is_whole: bool
+    was_never: bool
 
     @property
     def state(self) -> str:
@@ -37,7 +39,9 @@ class SilenceNote:
     def words(self) -> str:
         """A line for people."""
         names = str(self.source) if self.is_whole else ", ".join(self.channels)
-        return f"{names}: readings again" if self.is_back else f"{names}: no readings any more"
+        if self.is_back:
+            return f"{names}: readings again"
+        return f"{names}: no reading came yet" if self.was_never else f"{names}: no readings any more"
 
 
 class SilenceWatch:
@@ -57,6 +61,7 @@ class SilenceWatch:
         }
         self._seen_ns = dict.fromkeys(self._places, mono_ns)
         self._silent: set[str] = set()
+        self._read: set[tuple[Source, str]] = set()
 
     def see(self, source: Source, row: Row) -> None:
         """Take in one reading."""
@@ -65,6 +70,7 @@ class SilenceWatch:
             key = source, spec.field
             if key in self._places and row[self._places[key]] is not None:
                 self._seen_ns[key] = now_ns
+                self._read.add(key)
 
     def pause(self, mono_ns: int) -> None:
         """Expect nothing of the guest until now: it does not run."""
@@ -81,9 +87,9 @@ class SilenceWatch:
             own = {name for name, channel in self._channels.items() if channel.source is source}
             gone, back = own & (silent - self._silent), own & (self._silent - silent)
             if back:
-                notes.append(_note(source, back, is_back=True, is_whole=self._silent >= own and not own & silent))
+                notes.append(self._note(source, back, is_back=True, is_whole=self._silent >= own and not own & silent))
             if gone:
-                notes.append(_note(source, gone, is_back=False, is_whole=silent >= own))
+                notes.append(self._note(source, gone, is_back=False, is_whole=silent >= own))
         self._silent = silent
         return notes
 
@@ -92,7 +98,9 @@ class SilenceWatch:
         limit_ns = GUEST_SILENT_NS if channel.trust is Trust.GUEST else SILENT_NS
         return mono_ns - min(self._seen_ns[channel.source, field] for field in channel.fields) > limit_ns
 
-
-def _note(source: Source, names: set[str], *, is_back: bool, is_whole: bool) -> SilenceNote:
-    channels = tuple(c.full_name for c in CHANNELS if c.full_name in names)
-    return SilenceNote(source=source, channels=channels, is_back=is_back, is_whole=is_whole)
+    def _note(self, source: Source, names: set[str], *, is_back: bool, is_whole: bool) -> SilenceNote:
+        channels = [channel for name, channel in self._channels.items() if name in names]
+        return SilenceNote(
+            source=source, channels=tuple(c.full_name for c in channels), is_back=is_back, is_whole=is_whole,
+            was_never=not any((source, field) in self._read for c in channels for field in c.fields),
+        )  # fmt: skip
