@@ -232,3 +232,18 @@ def test_nothing_to_ask_is_neither_an_answer_nor_a_loss() -> None:
         assert round_.questions[0].lost == 0
 
     run(main())
+
+
+def test_one_late_answer_ends_a_question_with_a_limit() -> None:
+    async def main() -> None:
+        asked = Asked(held={"a"})
+        round_ = asked.round("b", "a", limit_s=0.005)
+        await round_.ask()
+        asked.answer("a")
+        await asyncio.sleep(0)
+        await round_.ask()
+
+        assert round_.questions[1].given_up
+        assert round_.take_notes()
+
+    run(main())

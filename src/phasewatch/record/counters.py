@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _RING_WRAP = 1 << 16  # a virtqueue's used index has 16 bits
+_UNCHECKED = 4096  # requests in one interval that are believed without the disks' statistics
 _SLACK = 64  # requests that block statistics do not count, or not at the same moment
 _BLOCK_KEYS = (
     "rd_bytes", "wr_bytes", "rd_operations", "wr_operations", "flush_operations", "wr_total_time_ns",
@@ -122,7 +123,7 @@ class RingSum:
         Args:
             used: Queue → its used index, of the queues that are there.
             requests: Requests that the disks completed in this interval; None if that is not known. Then an index
-                that fell is a restart.
+                that fell, or grew by thousands, is a restart.
             restarted: Whether the machine is known to have been reset or restored in this interval.
 
         Returns:
@@ -131,7 +132,8 @@ class RingSum:
         before, self._before = self._before, dict(used)
         grown = {queue: (used[queue] - index) % _RING_WRAP for queue, index in before.items() if queue in used}
         if requests is None:
-            is_credible = all(used[queue] >= before[queue] for queue in grown)
+            is_fall = any(used[queue] < before[queue] for queue in grown)
+            is_credible = not is_fall and sum(grown.values()) <= _UNCHECKED
         else:
             is_credible = sum(grown.values()) <= 2 * requests + _SLACK
         if restarted or len(grown) < len(before) or not is_credible:

@@ -224,7 +224,7 @@ class QmpSource:
             try:
                 await self._monitor.ask("qom-set", path=self._balloon_path, property=POLLING, value=1)
             except VmError:
-                self._round.questions.remove(self._balloon)
+                self._round.remove(self._balloon)
         if self._jit in self._round.questions and self._jit.limit_s is not None:
             for _ in range(3):  # who is too slow is known before a model is chosen
                 await self._round.ask()
@@ -285,7 +285,7 @@ class QmpSource:
         of_blocks = {spec.field for spec in raw_fields(Source.QMP) if spec.field.startswith(("blk_", "wr_"))}
         for question, own in ((self._blocks, of_blocks), (self._jit, {"jit_tb", "jit_tlb_partial", "jit_code_bytes"})):
             if own <= fields and question in self._round.questions:
-                self._round.questions.remove(question)
+                self._round.remove(question)
         for question in self._round.questions:
             question.lost = 0  # what was lost while the VM was looked at is no reading of a watch
         self._samples_lost = 0

@@ -103,8 +103,8 @@ class Question:
         if self.task is None and self._round_asked != round_ and not is_answered:
             self._late = 0  # QEMU is no faster without this question: it is not to blame
         if is_answered and self.task is not None and clock.mono_ns() - self._asked_ns > OVERDUE_S * 1e9:
-            self.task.cancel()
-            self.task, self._is_behind = None, False
+            self.abandon()
+            self._is_behind = False
             self._fail_late(OVERDUE_S)
 
     def refuse(self, why: str) -> None:
@@ -144,15 +144,16 @@ class Question:
             return  # it only waited for the answer to another
         self._late += 1
         self._rest = RETRY_ROUNDS - 1
-        if self._late >= LATE_ANSWERS:
+        if self.limit_s is not None:
+            self.give_up(f"an answer took {took_s * 1e3:.0f} ms (limit {self.limit_s * 1e3:g} ms)")
+        elif self._late >= LATE_ANSWERS:
             self.give_up(f"{self._late} answers in a row came too late (the last took {took_s:.1f} s)")
 
-    async def close(self) -> None:
-        """Stop waiting."""
-        task, self.task = self.task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+    def abandon(self) -> None:
+        """Wait for no answer any more."""
+        if self.task is not None:
+            self.task.cancel()
+            self.task = None
 
 
 async def _collect(ask: Callable[[], Awaitable[Any]], clock: Clock) -> tuple[Any, int]:
@@ -219,7 +220,13 @@ class QuestionRound:
         notes, self._notes = self._notes, []
         return notes
 
+    def remove(self, question: Question) -> None:
+        """Ask one of them no more, and say nothing of it."""
+        question.abandon()
+        self.questions.remove(question)
+
     async def close(self) -> None:
         """Stop waiting for answers."""
         for question in self.questions:
-            await question.close()
+            question.abandon()
+        await asyncio.sleep(0)  # they end before the loop does
