@@ -229,6 +229,18 @@ def test_a_process_that_is_gone_reads_as_nothing(proc: MadeUpProc) -> None:
     assert asyncio.run(source.read()) == nothing_of(Source.PROC)
 
 
+def test_one_file_that_cannot_be_read_costs_its_own_fields(proc: MadeUpProc) -> None:
+    source = source_of(proc)
+    reading(source)
+    proc.write("io", "")
+
+    found = reading(source)
+
+    assert [name for name, value in found.items() if value is None] == [
+        "io_rchar_bytes", "io_wchar_net_bytes", "io_write_bytes",
+    ]  # fmt: skip
+
+
 def test_opening_a_process_that_is_not_there_fails(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         asyncio.run(ProcSource(pid=PID, vcpu_tids=(), proc=tmp_path).open())

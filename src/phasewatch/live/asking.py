@@ -73,8 +73,8 @@ async def open_monitor(found: Survey, finder: VcpuFinder) -> QmpSource | None:
     try:
         await source.open()
         await _mask_silent(found, source)
-    except VmError as exc:
-        found.mask(Source.QMP, str(exc))
+    except (VmError, KeyError, TypeError, ValueError) as exc:
+        found.mask(Source.QMP, str(exc) if isinstance(exc, VmError) else "the monitor's answers have another shape")
         await source.close()
         return None
     return source

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,17 +99,13 @@ class ProcSource:
             tids = [int(entry.name) for entry in entries]
         has_vcpu = self._count_threads(tids)
         self._vcpus.notice(tids)
-        rchar, write_bytes = self._count_io()
         return (
             int(stat[11]) * self._tick_ns,
             int(stat[12]) * self._tick_ns,
             *(self._vcpu_total if has_vcpu else (None,) * 4),
-            self._schedstat(self._pid)[0],
-            self._switches(self._pid)[0],
+            *_or_none(lambda: (self._schedstat(self._pid)[0], self._switches(self._pid)[0]), 2),
             self._aux_total_ns if has_vcpu or not self._vcpus.now.tids else None,
-            rchar,
-            self._wchar_net,
-            write_bytes,
+            *_or_none(self._count_io, 3),
             status[b"RssAnon"] * _KIB,
             status[b"VmRSS"] * _KIB,
             status[b"Threads"],
@@ -159,13 +156,14 @@ class ProcSource:
                 self._forget(tid)
         return None
 
-    def _count_io(self) -> tuple[int, int]:
+    def _count_io(self) -> tuple[int, int, int]:
+        """Return bytes read, bytes written without event kicks, and bytes sent to the storage layer."""
         io = {key: int(value) for key, value in _IO.findall(self._bytes("io"))}
         wchar, syscw = io[b"wchar"], io[b"syscw"]
         if self._written is not None:
             self._wchar_net += max(0, wchar - self._written[0] - _KICK_BYTES * (syscw - self._written[1]))
         self._written = wchar, syscw
-        return io[b"rchar"], io[b"write_bytes"]
+        return io[b"rchar"], self._wchar_net, io[b"write_bytes"]
 
     def _schedstat(self, tid: int) -> tuple[int, int]:
         run, waited, _ = self._bytes(f"task/{tid}/schedstat").split()
@@ -188,6 +186,14 @@ class ProcSource:
             fd = self._fds.pop(f"task/{tid}/{name}", None)
             if fd is not None:
                 os.close(fd)
+
+
+def _or_none(read: Callable[[], tuple[int, ...]], width: int) -> tuple[int | None, ...]:
+    """Return what one file of the process shows; None for each value if it cannot be read while the others can."""
+    try:
+        return read()
+    except (OSError, ValueError, KeyError):
+        return (None,) * width
 
 
 def _growth(before: int, now: int) -> int:
