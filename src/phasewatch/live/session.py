@@ -112,10 +112,10 @@ async def watch(
     on_step: Callable[[Step], None] | None = None,
 ) -> Report:
     """Watch until the end; see `run_watch`. Cancelling it ends it in order, with a report."""
-    hook = Webhook(request.webhook, say) if request.webhook else None
     jit = jit_use(request.channels)
     if request.channels:
         request = replace(request, models=with_channel_set(request.models, request.channels))
+    hook = Webhook(request.webhook, say) if request.webhook else None
     found = await survey(request.machine, qmp=request.qmp, clock=clock)
     found.jit = jit
     with ExitStack() as stack:
