@@ -132,7 +132,10 @@ def watch(
     list_: bool = typer.Option(False, "--list", help="Only list the machines that run here."),
     model: Path = typer.Option(None, help="A checkpoint, a run (its deploy cell) or an edge bundle; the bundled one."),
     channels: str = typer.Option(
-        "", metavar="NAME", help="Only a model of this channel set; the largest that the VM gives if left out."
+        "",
+        "--channel-set",
+        metavar="NAME",
+        help="Only a model of this channel set; the largest that the VM gives if left out.",
     ),
     commission: Path = typer.Option(
         None, metavar="FILE", help="The machine's clean day, from `phasewatch commission`."

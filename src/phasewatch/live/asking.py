@@ -114,6 +114,6 @@ def _why_no_jit(found: Survey, source: QmpSource) -> str:
     if found.jit is JitUse.NEVER:
         return (
             "not asked for: QEMU stands still while it counts, longer the more the guest has run; a channel set named "
-            "with --channels has it asked while it is fast"
+            "with --channel-set has it asked while it is fast"
         )
     return source.given_up("jit_tb") or "the monitor gave no answer"

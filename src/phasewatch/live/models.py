@@ -147,7 +147,7 @@ def with_channel_set(candidates: Sequence[Candidate], name: str) -> tuple[Candid
     if not kept:
         there = ", ".join(sorted({candidate.threat for candidate in candidates})) or "none"
         raise UsageError(
-            f"--channels {name}: no model of it is in {candidates[0].where if candidates else 'the bundle'}; there: {there}"
+            f"--channel-set {name}: no model of it is in {candidates[0].where if candidates else 'the bundle'}; there: {there}"
         )
     return kept
 
