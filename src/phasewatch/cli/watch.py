@@ -131,9 +131,8 @@ def watch(
     name: str = typer.Option(None, help="The VM's name."),
     list_: bool = typer.Option(False, "--list", help="Only list the machines that run here."),
     model: Path = typer.Option(None, help="A checkpoint, a run (its deploy cell) or an edge bundle; the bundled one."),
-    channels: str = typer.Option(
+    channel_set: str = typer.Option(
         "",
-        "--channel-set",
         metavar="NAME",
         help="Only a model of this channel set; the largest that the VM gives if left out.",
     ),
@@ -164,7 +163,7 @@ def watch(
     machine = find_one(pid=pid, name=name, qmp=qmp)
     candidates = find_models(model or base.bundled_model())
     request = Request(
-        machine=machine, qmp=qmp, models=candidates, channels=channels, clean_day=read_clean_day(commission) if commission else None,
+        machine=machine, qmp=qmp, models=candidates, channels=channel_set, clean_day=read_clean_day(commission) if commission else None,
         save=save, webhook=webhook, seconds=seconds,
     )  # fmt: skip
     with _two_outputs() as (out, say):
