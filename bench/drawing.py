@@ -83,7 +83,9 @@ def _panel(points: list[Mapping[str, Any]], steps: list[str], key: str, title: s
     for i, step in enumerate(steps):
         for machine, workers in sorted({(p.get("machine", ""), p["workers"]) for p in points if p["step"] == step}):
             of = (step, workers, machine)
-            own = sorted((p["bundles"], p[key]) for p in points if (p["step"], p["workers"], p.get("machine", "")) == of)
+            own = sorted(
+                (p["bundles"], p[key]) for p in points if (p["step"], p["workers"], p.get("machine", "")) == of
+            )
             path = "L".join(f"{x(n):.1f} {y(v):.1f}" for n, v in own)
             dash = ' stroke-dasharray="4 3"' if workers == 1 else ""
             out += f'<path d="M{path}" fill="none" stroke="{LINES[i]}" stroke-width="2"{dash}/>'

@@ -54,7 +54,13 @@ OF_SOAK: tuple[tuple[str, str, str, str, Callable[[list[dict[str, Any]]], float]
 def measure(name: str, told: argparse.Namespace, before: Sequence[Point]) -> Part:
     """Measure one part, beside points of it that were measured before; what it needs is imported here alone."""
     module, _, work = WORKS[name].partition(".")
-    whole = {"sizes": numbers(told.bundles), "workers": numbers(told.workers), "stores": told.stores, "before": before, "machine": machine()}
+    whole = {
+        "sizes": numbers(told.bundles),
+        "workers": numbers(told.workers),
+        "stores": told.stores,
+        "before": before,
+        "machine": machine(),
+    }
     settings: dict[str, Any] = {"models": {"run": told.run}, "interchange": {"run": told.run}, "whole": whole, "parsing": {"corpus": CORPUS / "lab-v1"}, "watching": {"corpus": CORPUS}}.get(name, {})  # fmt: skip
     part: Part = getattr(importlib.import_module(module), work)(**settings)
     return part
@@ -88,7 +94,17 @@ def table(part: Mapping[str, Any]) -> str:
     """Set a part's rows; the factor is to the best of ours, above 1 where ours is faster."""
     if part["points"]:
         several = len({p.get("machine") for p in part["points"]}) > 1
-        head = ["step", "bundles", "workers", "wall", "CPU", "CPU a bundle", "memory", "load before", *(["machine"] if several else [])]
+        head = [
+            "step",
+            "bundles",
+            "workers",
+            "wall",
+            "CPU",
+            "CPU a bundle",
+            "memory",
+            "load before",
+            *(["machine"] if several else []),
+        ]
         body = [
             [p["step"], f"{p['bundles']:,}", str(p["workers"]), f"{p['wall_s']:.1f} s", f"{p['cpu_s']:.1f} s", seconds(p["cpu_s"] / p["bundles"]), f"{p['peak_mib']:.0f} MiB", "" if p.get("load") is None else f"{p['load']:.1f}", *([p["machine"]] if several else [])]
             for p in sorted(part["points"], key=lambda p: (p.get("machine", ""), p["bundles"], p["workers"]))

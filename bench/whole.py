@@ -44,7 +44,16 @@ def measure(
                     (AGAIN, ("validate", store, "--out", run, "--workers", str(n))),
                 ):
                     load = round(os.getloadavg()[0], 1)
-                    points.append(Point(step=name, bundles=bundles, workers=n, load=load, machine=machine, **asdict(spend(*arguments))))
+                    points.append(
+                        Point(
+                            step=name,
+                            bundles=bundles,
+                            workers=n,
+                            load=load,
+                            machine=machine,
+                            **asdict(spend(*arguments)),
+                        )
+                    )
     return Part(
         title="Whole corpora",
         about="Simulated stores of 180 s episodes on ten hosts, page cache warm, each step a process of its own; memory is of the largest process in it.",
@@ -58,7 +67,10 @@ def figures(points: Sequence[Point]) -> tuple[Figure, ...]:
     machines = sorted({p.machine for p in points})
     found = [f for machine in machines for f in _of_one([p for p in points if p.machine == machine], len(machines) > 1)]
     most = max(p.peak_mib for p in points)
-    return (*found, Figure(what="peak memory of a process in all sizes", must="≤1024", aim="", unit="MiB", measured=most))
+    return (
+        *found,
+        Figure(what="peak memory of a process in all sizes", must="≤1024", aim="", unit="MiB", measured=most),
+    )
 
 
 def _of_one(points: Sequence[Point], is_named: bool) -> tuple[Figure, ...]:

@@ -45,7 +45,7 @@ WORLDLY = {
     "store.published", "store.place_lock", "validate.parts", "http_server.protocol",
     "record.proc", "record.qmp", "record.netflow", "record.guest", "record.sink", "record.vm", "record.image",
     "record.recorder", "record.base", "record.accel", "record.doctor", "record.campaign", "record.driver",
-    "record.flows", "record.idle", "record.installed", "record.own", "record.session", "record.spawn",
+    "record.flows", "record.idle", "record.installed", "record.own", "record.session", "record.spawn", "record.questions", "record.threads",
     "validate.index", "validate.sweep", "features.tables", "dataset.run",
     "dataset.splits", "dataset.windows", "models.checkpoint", "train.predictions",
     "train.cells", "export.graph", "export.run", "live.edge", "live.models",

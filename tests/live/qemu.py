@@ -27,6 +27,7 @@ class FakeQemu:
         interval: The balloon's polling interval.
         refused: Commands that are answered with an error.
         mute: Answers nothing while set.
+        delays_s: Command → how long its answer takes; answers to others pass it by.
         greets: Whether it greets at all.
     """
 
@@ -37,6 +38,7 @@ class FakeQemu:
         self.objects: dict[str, Path] = {}
         self.interval, self.status, self.accel = 7, "running", "tcg"
         self.refused: set[str] = set()
+        self.delays_s: dict[str, float] = {}
         self.mute = threading.Event()
         self.asked: list[str] = []
         self._clients: list[asyncio.StreamWriter] = []
@@ -103,7 +105,8 @@ class FakeQemu:
                         break
                     text = text.lstrip()[end:]
                     if not self.mute.is_set():
-                        writer.write(json.dumps(self._answer(asked)).encode() + b"\r\n")
+                        line = json.dumps(self._answer(asked)).encode() + b"\r\n"
+                        self._loop.call_later(self.delays_s.get(asked["execute"], 0.0), writer.write, line)
         finally:
             self._clients.remove(writer)
             writer.close()

@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.live.qemu import MAC, PID, FakeQemu, make_process
+from tests.live.qemu import MAC, PID, VCPU, FakeQemu, make_process
+from tests.record.test_proc import WORKER
 
 from phasewatch.channels import CHANNELS, mask_of, raw_fields
-from phasewatch.errors import MachineError, VmError
+from phasewatch.errors import MachineError, UsageError, VmError
+from phasewatch.live.asking import jit_use
 from phasewatch.live.attach import Survey, attach, detach, parse_network, survey
 from phasewatch.live.find import read_running
 from phasewatch.record.base import HostClock, TelemetrySource
+from phasewatch.record.qmp import JitUse
 from phasewatch.vocab import Source
 
 REALISTIC = {c.full_name for c, on in zip(CHANNELS, mask_of("realistic"), strict=True) if on}
+JIT = {"qmp.jit_tb", "qmp.jit_tlb_partial"}
 TAP = {c.full_name for c, on in zip(CHANNELS, mask_of("tap"), strict=True) if on}
 
 
@@ -26,6 +30,7 @@ def run(
     then: Callable[[Survey, tuple[TelemetrySource, ...]], Coroutine[Any, Any, Any]],
     *,
     qmp: Path | None = None,
+    jit: JitUse = JitUse.NEVER,
 ) -> Survey:
     """Survey, attach, do something, detach."""
 
@@ -33,6 +38,7 @@ def run(
         machine = read_running(PID, proc)
         assert machine is not None
         found = await survey(machine, qmp=qmp, clock=HostClock(), proc=proc)
+        found.jit = jit
         sources = await attach(found)
         try:
             await then(found, sources)
@@ -72,11 +78,103 @@ def test_a_machine_with_a_monitor_gives_every_host_channel_and_is_left_as_it_was
 
         found = run(tmp_path / "proc", look)
 
-        assert found.available >= REALISTIC
-        assert set(found.masked) == {c.full_name for c in CHANNELS if c.source is Source.GUEST}
+        assert found.available >= REALISTIC - JIT
+        assert set(found.masked) == {c.full_name for c in CHANNELS if c.source is Source.GUEST} | JIT
         assert (found.facts.accel, found.facts.arch, found.facts.mem_mib) == ("tcg", "x86_64", 256)
         assert qemu.objects == {}
         assert qemu.interval == 7
+
+
+def test_qemu_is_not_asked_to_count_its_translations(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        make_process(tmp_path / "proc", qmp=qemu.path)
+
+        async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+            for source in sources:
+                await source.read()
+
+        run(tmp_path / "proc", look)
+
+        assert "x-query-jit" not in qemu.asked
+
+
+@pytest.mark.parametrize(
+    ("channels", "takes_s", "is_given"),
+    [("realistic", 0.0, True), ("realistic", 0.02, False), ("portable", 0.0, False)],
+)
+def test_translations_are_counted_for_a_named_channel_set_while_that_is_fast(
+    tmp_path: Path, channels: str, takes_s: float, is_given: bool
+) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        make_process(tmp_path / "proc", qmp=qemu.path)
+        qemu.delays_s["x-query-jit"] = takes_s
+
+        found = run(tmp_path / "proc", nothing, jit=jit_use(channels))
+        masked = JIT & set(found.masked)
+
+        assert masked == (set() if is_given else JIT)
+
+
+def test_a_refused_translation_count_is_masked(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        make_process(tmp_path / "proc", qmp=qemu.path)
+        qemu.refused.add("x-query-jit")
+
+        found = run(tmp_path / "proc", nothing, jit=jit_use("realistic"))
+
+        assert {name for name in found.masked if not name.startswith("guest.")} == JIT
+
+
+def test_a_channel_set_that_nobody_knows_is_an_error() -> None:
+    with pytest.raises(UsageError, match="realistc"):
+        jit_use("realistc")
+
+
+@pytest.mark.parametrize("slow", ["query-blockstats", "x-query-virtio-queue-status", "qom-get"])
+def test_a_question_that_is_slow_costs_its_own_fields_and_delays_no_other(tmp_path: Path, slow: str) -> None:
+    own = {
+        "query-blockstats": {"blk_rd_bytes", "blk_wr_bytes", "blk_rd_ops", "blk_wr_ops", "blk_flush_ops", "blk_wr_ns", "wr_highest_bytes"},
+        "x-query-virtio-queue-status": {"vq_blk"},
+        "qom-get": set(),
+    }[slow]  # fmt: skip
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        make_process(tmp_path / "proc", qmp=qemu.path)
+        rows: list[dict[str, Any]] = []
+
+        async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+            qemu.delays_s[slow] = 1.0
+            for _ in range(2):
+                async with asyncio.timeout(0.4):
+                    rows.append(
+                        dict(zip((s.field for s in raw_fields(Source.QMP)), await sources[2].read(), strict=True))
+                    )
+            qemu.delays_s.clear()
+
+        run(tmp_path / "proc", look)
+
+        asked = {"blk_rd_bytes", "vq_blk", "wr_highest_bytes", "blk_wr_ns"}
+        for row in rows:
+            assert {name for name in asked if row[name] is None} == asked & own
+
+
+def test_vcpus_are_asked_for_again_when_the_threads_change(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock", tids=(VCPU, WORKER)) as qemu:
+        made = make_process(tmp_path / "proc", qmp=qemu.path)
+        fields = [s.field for s in raw_fields(Source.PROC)]
+        rows: list[dict[str, Any]] = []
+
+        async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+            rows.append(dict(zip(fields, await sources[0].read(), strict=True)))
+            qemu.tids = (VCPU,)
+            made.end_thread(WORKER)
+            for _ in range(2):
+                rows.append(dict(zip(fields, await sources[0].read(), strict=True)))
+                await asyncio.sleep(0.05)
+
+        run(tmp_path / "proc", look)
+
+        assert [row["vcpu_run_ns"] for row in rows] == [1040, 1040, 1040]
+        assert qemu.asked.count("query-cpus-fast") >= 3
 
 
 def test_a_filter_that_no_source_takes_out_is_taken_out_at_the_end(tmp_path: Path) -> None:
@@ -141,11 +239,10 @@ def test_frames_are_told_apart_by_the_guests_address(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("refused", "masked"),
     [
-        pytest.param("x-query-jit", {"qmp.jit_tb", "qmp.jit_tlb_partial"}, id="no translation counters"),
         pytest.param("x-query-virtio", {"qmp.vq_blk"}, id="no virtio disk"),
         pytest.param("object-add", {c.full_name for c in CHANNELS if c.source is Source.NETFLOW}, id="no filter and no tap"),
         pytest.param("qom-list", {"qmp.bal_minor_faults", "qmp.bal_free_delta", "qmp.bal_cache_delta"}, id="no balloon"),
-        pytest.param("query-blockstats", {c.full_name for c in CHANNELS if c.source is Source.QMP}, id="no disk counters"),
+        pytest.param("query-blockstats", {c.full_name for c in CHANNELS if c.full_name.startswith("qmp.blk_")}, id="no disk counters"),
     ],
 )  # fmt: skip
 def test_what_the_monitor_refuses_is_masked_with_the_reason(tmp_path: Path, refused: str, masked: set[str]) -> None:
@@ -155,7 +252,7 @@ def test_what_the_monitor_refuses_is_masked_with_the_reason(tmp_path: Path, refu
 
         found = run(tmp_path / "proc", nothing)
 
-        assert {name for name in found.masked if not name.startswith("guest.")} == masked
+        assert {name for name in found.masked if not name.startswith("guest.")} == masked | JIT
         assert all(found.masked.values())
         assert qemu.objects == {}
 

@@ -9,9 +9,9 @@ import pytest
 
 from phasewatch.channels import CHANNELS, mask_of
 from phasewatch.episode.bundle import unpack
-from phasewatch.errors import MismatchError
+from phasewatch.errors import MismatchError, UsageError
 from phasewatch.grid.align import align
-from phasewatch.live.models import choose_model, find_models
+from phasewatch.live.models import choose_model, find_models, passed_over, with_channel_set
 
 CORPUS = Path(__file__).parents[2] / "corpus"
 EDGE = CORPUS / "lab-v1.edge.zip"
@@ -38,6 +38,33 @@ def test_it_is_read_by_this_version_is_small_and_says_who_it_learnt_from() -> No
 )
 def test_every_machine_gets_the_largest_mask_that_it_can_give(given: str, chosen: str) -> None:
     assert choose_model(find_models(EDGE), names_of(given), arch="x86_64").threat == chosen
+
+
+@pytest.mark.parametrize(
+    ("missing", "chosen", "larger"),
+    [
+        ({"qmp.jit_tb", "qmp.jit_tlb_partial"}, "portable", {"realistic"}),
+        ({"qmp.vq_blk"}, "proc+netflow", {"realistic", "portable"}),  # virtio-scsi or NVMe alone
+        (set(), "realistic", set()),
+    ],
+)
+def test_larger_masks_that_were_passed_over_are_named_with_what_they_lack(
+    missing: set[str], chosen: str, larger: set[str]
+) -> None:
+    candidates, given = find_models(EDGE), names_of("realistic") - missing
+    scorer = choose_model(candidates, given, arch="x86_64")
+
+    lacking = dict(passed_over(candidates, given, arch="x86_64", chosen=scorer))
+
+    assert scorer.threat == chosen
+    assert set(lacking) == larger
+    assert all(set(lacks) <= missing for lacks in lacking.values())
+
+
+def test_a_named_channel_set_is_taken_and_no_other() -> None:
+    assert {c.threat for c in with_channel_set(find_models(EDGE), "proc")} == {"proc"}
+    with pytest.raises(UsageError, match="portable"):
+        with_channel_set(find_models(EDGE), "oracle")
 
 
 def test_an_arm_machine_lacks_what_no_arm_machine_has() -> None:

@@ -106,7 +106,7 @@ def test_a_machine_that_stands_still_is_watched_and_left_as_it_was(still: tuple[
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, done.stderr
     result = lines[-1]["result"]
-    assert (result["threat"], result["left_as_found"]) == ("realistic", True)
+    assert (result["threat"], result["left_as_found"]) == ("portable", True)
     assert result["watched"]["states"] == ["prelaunch"]
     assert {line["type"] for line in lines[:-1]} >= {"telemetry", "phase"}
     assert filters(door) == []
@@ -180,7 +180,7 @@ def test_a_workload_that_no_profile_has_is_watched_through_its_phases(tmp_path: 
     at = telemetry[0]["channels"].index("proc.vcpu_run")
     before = [v[at] for t in telemetry for v in t["values"] if v[at] is not None and t["t0_ns"] < sent]
     after = [v[at] for t in telemetry for v in t["values"] if v[at] is not None and t["t0_ns"] > sent + 2e9]
-    assert result["threat"] == "realistic"
+    assert result["threat"] == "portable"
     assert result["left_as_found"] is True
     assert len(phases) >= 8
     assert all(abs(sum(data["p"]) - 1) < 1e-3 for data in phases)

@@ -18,6 +18,7 @@ from phasewatch.channels import raw_fields
 from phasewatch.episode.bundle import pack, unpack
 from phasewatch.errors import VmError
 from phasewatch.live import save
+from phasewatch.live.announce import CostMeter
 from phasewatch.live.attach import Survey, attach, detach, survey
 from phasewatch.live.envelope import Event, parse_event, render_event
 from phasewatch.live.events import Perf, PhaseSeen, Telemetry
@@ -25,7 +26,7 @@ from phasewatch.live.find import read_running
 from phasewatch.live.save import Saver
 from phasewatch.live.scorer import Scorer
 from phasewatch.live.watcher import Outlets, Watched, Watcher
-from phasewatch.record.base import HostClock, Values
+from phasewatch.record.base import HostClock, Values, nothing_of
 from phasewatch.record.qmp import Monitor
 from phasewatch.validate.verdict import USABLE, Place, examine
 from phasewatch.vocab import Phase, Source
@@ -117,6 +118,73 @@ def test_what_watching_costs_is_measured_on_the_process_itself(world: World) -> 
     assert perf[-1].p99_ms == 0.0
     assert 10 << 20 < perf[-1].rss_bytes < 2 << 30
     assert perf[-1].late_ticks == 0
+
+
+def test_the_cost_of_a_long_watch_is_that_of_its_last_minutes() -> None:
+    meter = CostMeter(0, 100.0)
+    for at_s in range(5, 24 * 3600, 5):
+        meter.add_window(at_s * 10**9, 1.0)
+        cost = meter.read(at_s * 10**9, 100.0 + at_s * 0.02, rss_bytes=1, late=0, backlog=0)
+
+    assert cost.measured_s == 300
+    assert len(cost.latencies_ms) / cost.measured_s == 0.2
+    assert cost.cpu_cores == pytest.approx(0.02)
+
+
+class Mute(FakeSource):
+    """A source that gives nothing from the 20th second on."""
+
+    async def read(self) -> Values:
+        return await super().read() if self.clock.now_ns < 20e9 else nothing_of(self.source)
+
+
+def test_a_source_that_goes_blind_is_said_and_its_lost_readings_are_counted(world: World) -> None:
+    sources = [FakeSource(Source.PROC, world.clock), Mute(Source.NETFLOW, world.clock)]
+    watcher = Watcher(world.found, sources, scorer(), Outlets(emit=world.emit, say=world.said.append), world.clock)
+
+    watched = world.clock.run(watcher.run(seconds=60))
+
+    assert watched.states == ["netflow silent"]
+    assert watched.lost == {"netflow": 80}
+    assert any("netflow" in line for line in world.said)
+    assert world.of(Telemetry)[-1].lost_rows >= 70
+    assert "netflow" in (world.of(PhaseSeen)[-1].caveat or "")
+
+
+def test_contention_is_told_with_the_windows_that_it_touches(world: World) -> None:
+    sources = [FakeSource(Source.PROC, world.clock, wait_cores=0.4), Loud(Source.NETFLOW, world.clock)]
+    watcher = Watcher(world.found, sources, scorer(), Outlets(emit=world.emit, say=world.said.append), world.clock)
+
+    watched = world.clock.run(watcher.run(seconds=60))
+
+    assert watched.contended == watched.windows
+    assert watched.states == ["contended"]
+    assert all("contention" in (seen.caveat or "") for seen in world.of(PhaseSeen))
+
+
+def test_a_question_that_fails_is_counted_and_told(tmp_path: Path) -> None:
+    said: list[str] = []
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        proc = make_process(tmp_path / "proc", qmp=qemu.path)
+
+        async def main() -> Watched:
+            machine = read_running(PID, proc.root)
+            assert machine is not None
+            clock = HostClock()
+            found = await survey(machine, qmp=None, clock=clock, proc=proc.root)
+            sources = await attach(found)
+            qemu.refused.add("query-blockstats")
+            try:
+                outlets = Outlets(emit=lambda event, news: None, say=said.append)
+                return await Watcher(found, sources, None, outlets, clock).run(seconds=8)
+            finally:
+                await detach(found, sources)
+
+        watched = asyncio.run(main())
+
+        assert watched.lost["qmp query-blockstats"] >= 8
+        assert "qmp" not in watched.lost
+        assert "qmp partly silent" in watched.states
 
 
 def test_a_vm_that_is_gone_ends_the_watch(world: World) -> None:

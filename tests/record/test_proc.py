@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from phasewatch.channels import raw_fields
+from phasewatch.errors import VmError
 from phasewatch.record.base import Values, nothing_of
 from phasewatch.record.proc import ProcSource
+from phasewatch.record.threads import VcpuFinder, Vcpus, map_threads
 from phasewatch.vocab import Source
 
 FIELDS = [spec.field for spec in raw_fields(Source.PROC)]
-PID, VCPU, WORKER = 100, 101, 102
+PID, VCPU, WORKER, SECOND = 100, 101, 102, 103
 
 
 class MadeUpProc:
@@ -96,6 +98,116 @@ def test_a_worker_that_inherits_a_number_starts_from_nothing(proc: MadeUpProc) -
     assert reading(source)["aux_run_ns"] == 49
 
 
+def test_a_worker_that_could_not_be_read_once_brings_no_burst(proc: MadeUpProc) -> None:
+    source = source_of(proc)
+    reading(source)
+    schedstat = proc.dir / f"task/{WORKER}/schedstat"
+    schedstat.rename(schedstat.with_name("away"))
+    asyncio.run(source.close())
+    assert reading(source)["aux_run_ns"] == 40
+    proc.thread(WORKER, 45)
+
+    assert reading(source)["aux_run_ns"] == 45
+
+
+def test_one_thread_that_runs_all_vcpus_is_counted_once(proc: MadeUpProc) -> None:
+    source = ProcSource(pid=PID, vcpu_tids=(VCPU, VCPU, VCPU, VCPU), proc=proc.root)
+
+    found = reading(source)
+
+    assert (found["vcpu_run_ns"], found["vcpu_wait_ns"], found["vcpu_vcs"]) == (1000, 100, VCPU)
+
+
+def test_a_vcpu_that_is_taken_out_costs_the_others_nothing(proc: MadeUpProc) -> None:
+    proc.thread(SECOND, 500)
+    source = ProcSource(pid=PID, vcpu_tids=(VCPU, SECOND), proc=proc.root)
+    assert reading(source)["vcpu_run_ns"] == 1500
+    proc.end_thread(SECOND)
+    proc.thread(VCPU, 1100)
+
+    found = reading(source)
+
+    assert found["vcpu_run_ns"] == 1600
+    assert None not in found.values()
+
+
+def test_when_no_vcpu_is_left_its_fields_are_unknown_and_the_rest_is_read(proc: MadeUpProc) -> None:
+    source = source_of(proc)
+    reading(source)
+    proc.end_thread(VCPU)
+
+    found = reading(source)
+
+    assert [name for name, value in found.items() if value is None] == [
+        "vcpu_run_ns", "vcpu_wait_ns", "vcpu_vcs", "vcpu_ics", "aux_run_ns",
+    ]  # fmt: skip
+    assert found["main_run_ns"] == 5
+
+
+def test_a_vcpu_that_is_plugged_in_is_found_and_counted_from_then_on(proc: MadeUpProc) -> None:
+    async def find() -> Vcpus:
+        return Vcpus(tids=frozenset({VCPU, SECOND}), numbers=(0, 1))
+
+    async def main() -> list[dict[str, int | float | None]]:
+        finder = VcpuFinder(Vcpus(tids=frozenset({VCPU}), numbers=(0,)), find)
+        source = ProcSource(pid=PID, vcpu_tids=(), proc=proc.root, vcpus=finder)
+        found = [named(await source.read())]
+        proc.thread(SECOND, 300)
+        found.append(named(await source.read()))  # the thread is seen, and what it is is asked for
+        await asyncio.sleep(0)
+        proc.thread(SECOND, 350)
+        found.append(named(await source.read()))
+        assert len(source.take_notes()) == 1
+        await source.close()
+        return found
+
+    rows = asyncio.run(main())
+
+    assert [row["vcpu_run_ns"] for row in rows] == [1000, 1000, 1050]
+    assert [row["vcpu_vcs"] for row in rows] == [VCPU] * 3
+    assert [row["aux_run_ns"] for row in rows] == [40, 340, 340]
+
+
+@pytest.mark.parametrize("error", [VmError("silent"), OSError(5, "x"), KeyError("thread-id")])
+def test_vcpus_that_cannot_be_asked_for_are_asked_for_again_and_not_at_every_reading(
+    proc: MadeUpProc, error: Exception
+) -> None:
+    asked: list[int] = []
+
+    async def find() -> Vcpus:
+        asked.append(1)
+        raise error
+
+    async def main() -> None:
+        source = ProcSource(
+            pid=PID, vcpu_tids=(), proc=proc.root, vcpus=VcpuFinder(Vcpus(tids=frozenset({VCPU})), find)
+        )
+        await source.read()
+        proc.thread(SECOND, 1)
+        for _ in range(9):
+            assert named(await source.read())["vcpu_run_ns"] == 1000
+            await asyncio.sleep(0)
+        await source.close()
+
+    asyncio.run(main())
+
+    assert len(asked) == 3
+
+
+def test_threads_of_another_namespace_are_found_by_the_numbers_that_it_gives_them(proc: MadeUpProc) -> None:
+    for tid, inner in ((PID, 1), (VCPU, 7), (WORKER, 101)):
+        proc.write(f"task/{tid}/status", f"Name:\tqemu\nNSpid:\t{tid}\t{inner}\n")
+
+    assert map_threads(PID, (7,), proc.root) == {VCPU}
+    assert map_threads(PID, (101,), proc.root) == {WORKER}  # not the thread that has this number here
+    assert map_threads(PID, (4711,), proc.root) == set()
+
+
+def test_threads_of_a_kernel_without_namespaces_have_the_numbers_that_they_have(proc: MadeUpProc) -> None:
+    assert map_threads(PID, (VCPU, 4711), proc.root) == {VCPU}
+    assert map_threads(4711, (VCPU,), proc.root) == set()
+
+
 def test_event_kicks_are_no_writing(proc: MadeUpProc) -> None:
     source = source_of(proc)
     assert reading(source)["io_wchar_net_bytes"] == 0
@@ -115,6 +227,18 @@ def test_a_process_that_is_gone_reads_as_nothing(proc: MadeUpProc) -> None:
     proc.write("status", "")
 
     assert asyncio.run(source.read()) == nothing_of(Source.PROC)
+
+
+def test_one_file_that_cannot_be_read_costs_its_own_fields(proc: MadeUpProc) -> None:
+    source = source_of(proc)
+    reading(source)
+    proc.write("io", "")
+
+    found = reading(source)
+
+    assert [name for name, value in found.items() if value is None] == [
+        "io_rchar_bytes", "io_wchar_net_bytes", "io_write_bytes",
+    ]  # fmt: skip
 
 
 def test_opening_a_process_that_is_not_there_fails(tmp_path: Path) -> None:

@@ -131,6 +131,11 @@ def watch(
     name: str = typer.Option(None, help="The VM's name."),
     list_: bool = typer.Option(False, "--list", help="Only list the machines that run here."),
     model: Path = typer.Option(None, help="A checkpoint, a run (its deploy cell) or an edge bundle; the bundled one."),
+    channel_set: str = typer.Option(
+        "",
+        metavar="NAME",
+        help="Only a model of this channel set; the largest that the VM gives if left out.",
+    ),
     commission: Path = typer.Option(
         None, metavar="FILE", help="The machine's clean day, from `phasewatch commission`."
     ),
@@ -158,7 +163,7 @@ def watch(
     machine = find_one(pid=pid, name=name, qmp=qmp)
     candidates = find_models(model or base.bundled_model())
     request = Request(
-        machine=machine, qmp=qmp, models=candidates, clean_day=read_clean_day(commission) if commission else None,
+        machine=machine, qmp=qmp, models=candidates, channels=channel_set, clean_day=read_clean_day(commission) if commission else None,
         save=save, webhook=webhook, seconds=seconds,
     )  # fmt: skip
     with _two_outputs() as (out, say):
@@ -228,6 +233,10 @@ def _close(report: Report, out: Say, say: Say, *, as_json: bool) -> None:
     )
     words = f"{watched.why}: {watched.windows} windows, {watched.alarms} alarms, {watched.late} late readings; {left}"
     say(words)
+    if watched.lost:
+        say("readings lost: " + ", ".join(f"{name} {count}" for name, count in watched.lost.items()))
+    if watched.contended:
+        say(f"contention in {watched.contended} of {watched.windows} windows: the vCPUs waited for a core")
     for path in watched.saved:
         out(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from phasewatch.vocab import BIN_NS
 
 RUN = "live"
 _NAMES = tuple(c.full_name for c in CHANNELS)
+COST_SPAN_NS = 300_000_000_000  # what watching costs is said of the last five minutes
 LATENCY_EDGES_MS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
 
 
@@ -45,9 +47,9 @@ class Announcer:
         )  # fmt: skip
         return self._event(data, now_ns)
 
-    def phase(self, decision: Decision, scorer: Scorer, *, now_ns: int) -> Event:
-        """Tell what was decided of a window."""
-        words = [self.caveat] if self.caveat else []
+    def phase(self, decision: Decision, scorer: Scorer, *, now_ns: int, words: Sequence[str] = ()) -> Event:
+        """Tell what was decided of a window, with what a reader must know of its readings."""
+        words = [*([self.caveat] if self.caveat else []), *words]
         if decision.known < 0.9:
             words.append(f"{decision.known:.0%} of the model's readings were there")
         if decision.flags:
@@ -84,7 +86,7 @@ class Announcer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What a watcher measured on itself over some seconds; latencies of the newest windows, of a thousand at most."""
+    """What a watcher measured on itself over `measured_s` seconds, with the latencies of all windows in that time."""
 
     measured_s: float
     latencies_ms: tuple[float, ...]
@@ -92,6 +94,37 @@ class Cost:
     cpu_cores: float
     late: int
     backlog: int
+
+
+class CostMeter:
+    """Measures a watcher over its last minutes.
+
+    Args:
+        mono_ns: When it begins.
+        cpu_s: CPU seconds of the process so far.
+    """
+
+    def __init__(self, mono_ns: int, cpu_s: float) -> None:
+        self._windows: deque[tuple[int, float]] = deque()
+        self._marks: deque[tuple[int, float]] = deque([(mono_ns, cpu_s)])
+
+    def add_window(self, mono_ns: int, latency_ms: float) -> None:
+        """Count a judged window."""
+        self._windows.append((mono_ns, max(0.0, latency_ms)))
+
+    def read(self, mono_ns: int, cpu_s: float, *, rss_bytes: int, late: int, backlog: int) -> Cost:
+        """Return the cost of the last `COST_SPAN_NS`, or since the beginning if that is shorter."""
+        while len(self._marks) > 1 and self._marks[1][0] <= mono_ns - COST_SPAN_NS:
+            self._marks.popleft()
+        since_ns, cpu_then_s = self._marks[0]
+        self._marks.append((mono_ns, cpu_s))
+        while self._windows and self._windows[0][0] <= since_ns:
+            self._windows.popleft()
+        measured_s = (mono_ns - since_ns) / 1e9
+        return Cost(
+            measured_s=measured_s, latencies_ms=tuple(ms for _, ms in self._windows), rss_bytes=rss_bytes,
+            cpu_cores=max(0.0, (cpu_s - cpu_then_s) / measured_s) if measured_s else 0.0, late=late, backlog=backlog,
+        )  # fmt: skip
 
 
 def quantile(ordered: Sequence[float], q: float) -> float | None:

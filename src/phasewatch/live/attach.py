@@ -13,12 +13,12 @@ from typing import Any
 
 from phasewatch.channels import CHANNELS, raw_fields
 from phasewatch.errors import MachineError, VmError
+from phasewatch.live.asking import open_monitor, open_process
 from phasewatch.live.dump import DumpSource, TapSource
 from phasewatch.live.find import PROC, Running, vcpu_threads
 from phasewatch.live.guard import Task
-from phasewatch.record.base import Clock, TelemetrySource, Values, nothing_of
-from phasewatch.record.proc import ProcSource
-from phasewatch.record.qmp import POLLING, Monitor, QmpSource, parse_registers
+from phasewatch.record.base import Clock, TelemetrySource, Values
+from phasewatch.record.qmp import POLLING, JitUse, Monitor
 from phasewatch.vocab import Source
 
 MEMORY = (Path("/dev/shm"), Path("/run"))
@@ -78,6 +78,7 @@ class Survey:
     masked: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     proc: Path = PROC
+    jit: JitUse = JitUse.NEVER  # whether `attach` asks QEMU for its translation counters
 
     @property
     def available(self) -> frozenset[str]:
@@ -129,6 +130,7 @@ async def survey(machine: Running, *, qmp: Path | None, clock: Clock, proc: Path
     if monitor is None:
         found.mask(Source.QMP, why)
         found.notes.append(f"no QEMU monitor: {why}")
+        found.notes.append("without a monitor nobody sees whether the VM is paused, suspended, reset or restored")
     elif not balloon:
         found.mask(
             Source.QMP, "the VM has no balloon", frozenset({"bal_minor_faults", "bal_free_bytes", "bal_cache_bytes"})
@@ -144,7 +146,8 @@ async def attach(found: Survey) -> tuple[TelemetrySource, ...]:
     Returns:
         The sources in the order in which the recorder reads them. What cannot be opened is masked in `found`.
     """
-    own: TelemetrySource = ProcSource(pid=found.facts.pid, vcpu_tids=found.tids, proc=found.proc)
+    process, vcpus = open_process(found)
+    own: TelemetrySource = process
     if not found.tids:
         own = Blind(own, VCPU_FIELDS)
     sources: list[TelemetrySource] = [own]
@@ -152,17 +155,9 @@ async def attach(found: Survey) -> tuple[TelemetrySource, ...]:
     card = await _open_card(found)
     if card is not None:
         sources.append(card)
-    if found.monitor is not None:
-        asked = QmpSource(
-            monitor=found.monitor, vcpus=found.facts.vcpus, clock=found.clock, balloon=found.task.balloon,
-            registers=found.facts.accel != "kvm",
-        )  # fmt: skip
-        try:
-            await asked.open()
-            await _mask_silent(found, asked)
-            sources.append(asked)
-        except VmError as exc:
-            found.mask(Source.QMP, str(exc))
+    asked = await open_monitor(found, vcpus)
+    if asked is not None:
+        sources.append(asked)
     return tuple(sources)
 
 
@@ -360,36 +355,6 @@ def _has_vhost(found: Survey) -> bool:
                 if str(entry.readlink()) == "/dev/vhost-net":
                     return True
     return False
-
-
-async def _mask_silent(found: Survey, asked: QmpSource) -> None:
-    """Mask what this QEMU cannot answer, by asking once."""
-    values = await asked.read()
-    if values == nothing_of(Source.QMP):
-        found.mask(Source.QMP, "the monitor gave no counters of disks")
-        return
-    may_come = {"vcpu_busy", "vcpu_user", "bal_minor_faults", "bal_free_bytes", "bal_cache_bytes"}
-    silent = frozenset(
-        spec.field
-        for spec, value in zip(raw_fields(Source.QMP), values, strict=True)
-        if value is None and spec.field not in may_come
-    )
-    if silent & {"jit_tb", "jit_tlb_partial"}:
-        found.mask(
-            Source.QMP,
-            f"only TCG counts it, this VM runs on {found.facts.accel or 'another accelerator'}",
-            silent & {"jit_tb", "jit_tlb_partial"},
-        )
-    if "vq_blk" in silent:
-        found.mask(Source.QMP, "the VM has no virtio-blk disk whose queues can be read", frozenset({"vq_blk"}))
-    found.mask(Source.QMP, "the monitor gave no answer", silent)
-    if found.monitor is not None:
-        text = ""
-        with suppress(VmError):
-            text = str(await found.monitor.ask("human-monitor-command", **{"command-line": "info registers"}))
-        if found.facts.accel == "kvm" or parse_registers(text) is None:
-            why = f"the registers of {found.facts.arch} under {found.facts.accel} do not show it"
-            found.mask(Source.QMP, why, frozenset({"vcpu_busy", "vcpu_user"}))
 
 
 def explain_masks(masked: Mapping[str, str]) -> list[str]:

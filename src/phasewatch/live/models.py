@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phasewatch.channels import CHANNELS, mask_of
-from phasewatch.errors import MismatchError, RunError
+from phasewatch.errors import MismatchError, RunError, UsageError
 from phasewatch.export.edge import EdgeModel, Trained
 from phasewatch.export.rules import Rules, parse_rules, rules_of
 from phasewatch.features.commission import Reference
@@ -126,6 +126,30 @@ def choose_model(
             )
         )
     return kept[0].scorer(clean_day)
+
+
+def passed_over(
+    candidates: Sequence[Candidate], available: Collection[str], *, arch: str, chosen: Scorer
+) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Return the channel sets with more channels than the chosen one that a VM cannot give, and what each lacks."""
+    larger = [c for c in sorted(candidates, key=_order) if len(channels_of(c.spec)) > len(chosen.channels)]
+    lacking = {c.threat: c.lacks(available, arch) for c in larger}
+    return tuple((threat, lacks) for threat, lacks in lacking.items() if lacks and not _GUEST & set(lacks))
+
+
+def with_channel_set(candidates: Sequence[Candidate], name: str) -> tuple[Candidate, ...]:
+    """Return the models of one channel set.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    kept = tuple(candidate for candidate in candidates if candidate.threat == name)
+    if not kept:
+        there = ", ".join(sorted({candidate.threat for candidate in candidates})) or "none"
+        raise UsageError(
+            f"--channel-set {name}: no model of it is in {candidates[0].where if candidates else 'the bundle'}; there: {there}"
+        )
+    return kept
 
 
 def suggest_mask(available: Collection[str]) -> str:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from phasewatch.errors import MachineError, PhasewatchError
 from phasewatch.features.commission import Reference
+from phasewatch.live.asking import jit_use
 from phasewatch.live.attach import Survey, attach, detach, explain_masks, survey
 from phasewatch.live.envelope import Event
 from phasewatch.live.find import Running
 from phasewatch.live.guard import Guard
-from phasewatch.live.models import Candidate, choose_model
+from phasewatch.live.models import Candidate, choose_model, passed_over, with_channel_set
 from phasewatch.live.save import Saver, host_id_of
 from phasewatch.live.scorer import Scorer
 from phasewatch.live.tracker import Step
@@ -32,6 +33,8 @@ class Request:
         machine: From `find`.
         qmp: A socket that the user named; it must answer.
         models: What `choose_model` chooses from; empty only makes bins.
+        channels: Channel set that the user named; empty lets `choose_model` choose. Only a named one that has
+            translation counters makes QEMU count them.
         clean_day: What is usual on it while it is known clean, from `phasewatch commission`; None where nobody knows.
         save: Store that gets the readings; None keeps nothing.
         webhook: URL that alarms are posted to; empty for none.
@@ -41,6 +44,7 @@ class Request:
     machine: Running
     qmp: Path | None = None
     models: tuple[Candidate, ...] = ()
+    channels: str = ""
     clean_day: Reference | None = None
     save: Path | None = None
     webhook: str = ""
@@ -108,8 +112,12 @@ async def watch(
     on_step: Callable[[Step], None] | None = None,
 ) -> Report:
     """Watch until the end; see `run_watch`. Cancelling it ends it in order, with a report."""
+    jit = jit_use(request.channels)
+    if request.channels:
+        request = replace(request, models=with_channel_set(request.models, request.channels))
     hook = Webhook(request.webhook, say) if request.webhook else None
     found = await survey(request.machine, qmp=request.qmp, clock=clock)
+    found.jit = jit
     with ExitStack() as stack:
         guard = stack.enter_context(Guard(found.task))  # before anything in the VM is touched
         sources: Sequence[TelemetrySource] = ()
@@ -119,7 +127,7 @@ async def watch(
         try:
             sources = await _attach(found)
             scorer = _choose(request, found)
-            _introduce(found, scorer, say)
+            _introduce(request, found, scorer, say)
             watched = await _watch(request, found, sources, scorer, hook, emit, say, clock, on_step)
         finally:
             left = await detach(found, sources) or not is_alive(found)
@@ -152,7 +160,7 @@ def _choose(request: Request, found: Survey) -> Scorer | None:
         raise type(exc)(f"{exc}. Missing here: {lines or 'nothing'}") from exc
 
 
-def _introduce(found: Survey, scorer: Scorer | None, say: Callable[[str], None]) -> None:
+def _introduce(request: Request, found: Survey, scorer: Scorer | None, say: Callable[[str], None]) -> None:
     facts = found.facts
     say(
         f"watching {facts.name} (process {facts.pid}): {facts.arch} under {facts.accel or 'an unknown accelerator'}, "
@@ -162,6 +170,9 @@ def _introduce(found: Survey, scorer: Scorer | None, say: Callable[[str], None])
         say(f"  {line}")
     if scorer is not None:
         say(f"model {scorer.model}, mask {scorer.threat}, {scorer.where}")
+        for threat, lacks in passed_over(request.models, found.available, arch=facts.arch, chosen=scorer):
+            more = f" and {len(lacks) - 4} more" if len(lacks) > 4 else ""
+            say(f"  not the larger mask {threat}: this VM does not give {', '.join(lacks[:4])}{more}")
         if scorer.alarm is None:
             say("  this model was trained without an alarm: phases only")
         if caveat := scorer.caveat(facts.accel, facts.arch):

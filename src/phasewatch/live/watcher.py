@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,13 +13,16 @@ from pathlib import Path
 
 from phasewatch.errors import VmError
 from phasewatch.grid.stream import LATENESS_NS
-from phasewatch.live.announce import Announcer, Cost, is_news
+from phasewatch.live.announce import Announcer, Cost, CostMeter, is_news
 from phasewatch.live.attach import Survey
 from phasewatch.live.envelope import Event
+from phasewatch.live.quality import WindowQuality
 from phasewatch.live.scorer import Scorer
+from phasewatch.live.silence import SilenceWatch
 from phasewatch.live.tracker import Decision, Step, Tracker
-from phasewatch.record.base import Clock, Row, RowLog, TelemetrySource, Ticker
-from phasewatch.vocab import BIN_NS, Source
+from phasewatch.record.base import STAMPS, Clock, NotedSource, Row, RowLog, TelemetrySource, Ticker
+from phasewatch.record.qmp import QmpSource
+from phasewatch.vocab import Source
 
 LOOK_NS = 250_000_000  # the longest sleep: a clock that steps is noticed within it
 HEALTH_NS = 2_000_000_000
@@ -36,8 +39,12 @@ class Watched:
         why: Why it ended.
         windows, alarms: Judged windows, alarms raised.
         late, skipped, failed: Readings that came after their bin was closed, ticks that never were, readings that failed.
+        lost: Readings that never came, of each source that lost any; for the monitor also of each question, such as
+            ``qmp query-blockstats``. A skipped tick counts for every source.
+        contended: Judged windows in which the vCPUs waited for a core for more than a tenth of the time.
         restarts: How often the grid was begun anew because the clock jumped or the machine slept.
-        states: What became of the VM, in the order of time: ``paused``, ``running``, ``rebooted``, ``silent``, ``gone``.
+        states: What became of the VM, in the order of time: ``paused``, ``running``, ``rebooted``, ``silent``, ``gone``;
+            of its host: ``contended``, ``uncontended``; and of a source: ``proc silent``, ``qmp partly silent``, ``proc back``.
         saved: Bundles written.
     """
 
@@ -48,6 +55,8 @@ class Watched:
     skipped: int = 0
     failed: int = 0
     restarts: int = 0
+    contended: int = 0
+    lost: dict[str, int] = field(default_factory=dict)
     states: list[str] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
 
@@ -102,8 +111,11 @@ class Watcher:
             vm=facts.name, host=host, masked=tuple(found.masked), caveat=scorer.caveat(facts.accel, facts.arch) if scorer else ""
         )  # fmt: skip
         self._before: Decision | None = None
-        self._latencies: deque[float] = deque(maxlen=1000)
-        self._began_ns, self._cpu_s = clock.mono_ns(), _cpu_s()
+        self._meter = CostMeter(clock.mono_ns(), _cpu_s())
+        self._sources = tuple(sources)
+        self._silence = SilenceWatch([source.source for source in sources], found.masked, clock.mono_ns())
+        self._quality = WindowQuality(scorer.channels if scorer else ())
+        self._empty: Counter[Source] = Counter()
         self.result = Watched()
 
     async def run(self, *, seconds: float = 0.0) -> Watched:
@@ -136,6 +148,8 @@ class Watcher:
             result = self.result
             result.late, result.restarts = self._tracker.late, self._tracker.restarts
             result.skipped, result.failed = self._ticker.skipped, self._ticker.failed
+            self._tell_notes()
+            result.lost = self._lost_of_each()
         return result
 
     def close_due(self) -> None:
@@ -144,6 +158,8 @@ class Watcher:
             rows, log.rows = log.rows, []
             for row in rows:
                 self._tracker.add(log.source, row)
+                self._silence.see(log.source, row)
+                self._empty[log.source] += all(value is None for value in row[STAMPS:])
                 if self._outlets.keep is not None:
                     self._outlets.keep(log.source, row)
         wall_ns, mono_ns = self._clock.wall_ns(), self._clock.mono_ns()
@@ -155,27 +171,60 @@ class Watcher:
             return
         emit, announcer = self._outlets.emit, self._announcer
         for step in steps:
+            self._quality.add(step.bin.values, began=step.began)
             if step.decision is not None and self._scorer is not None:
-                event = announcer.phase(step.decision, self._scorer, now_ns=self._clock.wall_ns())
+                words = self._judge_quality()
+                event = announcer.phase(step.decision, self._scorer, now_ns=self._clock.wall_ns(), words=words)
                 news = is_news(self._before, step.decision)
                 self.result.windows += 1
                 self.result.alarms += step.decision.raised
                 self._before = step.decision
                 emit(event, news)
-                self._latencies.append((self._clock.wall_ns() - step.bin.end_ns - LATENESS_NS) / 1e6)
+                latency_ms = (self._clock.wall_ns() - step.bin.end_ns - LATENESS_NS) / 1e6
+                self._meter.add_window(self._clock.mono_ns(), latency_ms)
             if self._outlets.on_step is not None:
                 self._outlets.on_step(step)
         emit(announcer.telemetry(steps[-240:], now_ns=wall_ns, late=self._tracker.late, lost=self._lost()), False)
 
+    def _judge_quality(self) -> list[str]:
+        """Return what a reader must know of the readings of the window that just ended."""
+        quality = self._quality
+        self.result.contended += quality.is_crowded
+        if quality.judge_contention():
+            self._note("contended" if quality.is_contended else "uncontended")
+        words = []
+        if thin := quality.thin_sources():
+            words.append(f"readings of {', '.join(thin)} are missing")
+        if quality.is_crowded:
+            words.append(
+                f"contention: the vCPUs waited for {quality.wait_cores:.2f} cores, which holds every rate down"
+            )
+        return words
+
     def _lost(self) -> int:
-        return self._ticker.skipped + self._ticker.failed
+        return self._ticker.skipped + self._empty.total()
+
+    def _lost_of_each(self) -> dict[str, int]:
+        """Return the readings lost of each source, and of each question of the monitor."""
+        lost = {str(s.source): self._empty[s.source] + self._ticker.skipped for s in self._sources}
+        for source in self._sources:
+            if isinstance(source, QmpSource):
+                lost |= {f"{source.source} {question}": count for question, count in source.lost.items()}
+        return {name: count for name, count in lost.items() if count}
+
+    def _tell_notes(self) -> None:
+        """Tell what the sources have to say of themselves."""
+        for source in self._sources:
+            if isinstance(source, NotedSource):
+                for line in source.take_notes():
+                    self._outlets.say(f"{self._found.facts.name}: {source.source}: {line}")
 
     async def _sleep(self, end_ns: int | None) -> None:
         """Sleep until the next bin is due, but never so long that a step of the clock goes unnoticed."""
         now_ns, wall_ns = self._clock.mono_ns(), self._clock.wall_ns()
         due_ns = now_ns + LOOK_NS
         if self._tracker.next_close_ns is not None:
-            due_ns = min(now_ns + BIN_NS, now_ns + max(0, self._tracker.next_close_ns - wall_ns))
+            due_ns = min(due_ns, now_ns + max(0, self._tracker.next_close_ns - wall_ns))
         await self._clock.sleep_until(min(due_ns, end_ns) if end_ns is not None else due_ns)
 
     async def _watch_health(self) -> None:
@@ -191,6 +240,8 @@ class Watcher:
             if now != state and (state or now != "running"):
                 self._note(now)
             state = now
+            self._tell_notes()
+            self._tell_silence(is_running=now == "running")
             if now == "gone":
                 return
             if now == "silent":
@@ -198,6 +249,14 @@ class Watcher:
             if self._clock.mono_ns() >= perf_ns:
                 perf_ns = self._clock.mono_ns() + PERF_NS
                 self._outlets.emit(self._announcer.perf(self.cost(), now_ns=self._clock.wall_ns()), False)
+
+    def _tell_silence(self, *, is_running: bool) -> None:
+        now_ns = self._clock.mono_ns()
+        if not is_running:
+            self._silence.pause(now_ns)
+        for note in self._silence.check(now_ns):
+            self.result.states.append(note.state)
+            self._outlets.say(f"{self._found.facts.name}: {note.words}")
 
     def _note(self, state: str) -> None:
         self.result.states.append(state)
@@ -229,12 +288,9 @@ class Watcher:
             await monitor.connect()
 
     def cost(self) -> Cost:
-        """Measure what watching costs, since it began."""
-        measured_s = (self._clock.mono_ns() - self._began_ns) / 1e9
-        return Cost(
-            measured_s=measured_s, latencies_ms=tuple(max(0.0, ms) for ms in self._latencies), rss_bytes=_rss_bytes(),
-            cpu_cores=max(0.0, (_cpu_s() - self._cpu_s) / measured_s) if measured_s else 0.0, late=self._tracker.late,
-            backlog=self._outlets.backlog(),
+        """Measure what watching costs, over the last minutes."""
+        return self._meter.read(
+            self._clock.mono_ns(), _cpu_s(), rss_bytes=_rss_bytes(), late=self._tracker.late, backlog=self._outlets.backlog()
         )  # fmt: skip
 
 

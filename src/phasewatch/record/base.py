@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from phasewatch.channels import raw_fields
 from phasewatch.vocab import BIN_NS, Source
@@ -79,6 +79,18 @@ class TelemetrySource(Protocol):
 
     async def close(self) -> None:
         """Let go of files and sockets; may be called twice."""
+
+
+@runtime_checkable
+class NotedSource(Protocol):
+    """A source that has something to tell people now and then."""
+
+    @property
+    def source(self) -> Source:
+        """Which rows it fills."""
+
+    def take_notes(self) -> list[str]:
+        """Return what people must know since the last call."""
 
 
 def nothing_of(source: Source) -> Values:

@@ -1,16 +1,20 @@
 """What the QEMU process costs, from /proc: the `proc` source.
 
 `/proc/P/schedstat` is the main thread's alone and `utime` was seen to disagree with schedstat under a nested
-hypervisor, so run times come from each thread's own schedstat.
+hypervisor, so run times come from each thread's own schedstat. Threads come and go, vCPUs too: what each of them ran
+between two readings is added to the sum of its kind.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from phasewatch.record.base import Values, nothing_of
+from phasewatch.record.threads import VcpuFinder, Vcpus
 from phasewatch.vocab import Source
 
 _SWITCHES = re.compile(rb"^(voluntary|nonvoluntary)_ctxt_switches:\s+(\d+)", re.MULTILINE)
@@ -20,22 +24,45 @@ _KIB = 1024
 _KICK_BYTES = 8  # an eventfd kick writes 8 bytes; our own polling causes most of them
 
 
+@dataclass(frozen=True, slots=True)
+class _ThreadReading:
+    """What one thread's counters showed: run and wait in ns, switches; those of other threads than vCPUs are 0."""
+
+    run_ns: int
+    wait_ns: int = 0
+    vcs: int = 0
+    ics: int = 0
+    is_vcpu: bool = False
+
+    @property
+    def counters(self) -> tuple[int, int, int, int]:
+        return self.run_ns, self.wait_ns, self.vcs, self.ics
+
+
 class ProcSource:
     """Reads /proc of one QEMU process; its files stay open, so that a reading is a handful of `pread`s.
 
+    An open file belongs to its process for ever: when the process is gone, and its number is another's, it reads as
+    nothing.
+
     Args:
         pid: The QEMU process, whose main thread has the same number.
-        vcpu_tids: Its vCPU threads, from `query-cpus-fast`.
+        vcpu_tids: Its vCPU threads, from `query-cpus-fast`; several vCPUs may share one.
         proc: Where /proc is; tests hand in a made-up one.
+        vcpus: Finds them again when the threads change; the threads never change their work if left out.
     """
 
     source = Source.PROC
 
-    def __init__(self, *, pid: int, vcpu_tids: tuple[int, ...], proc: Path = Path("/proc")) -> None:
+    def __init__(
+        self, *, pid: int, vcpu_tids: tuple[int, ...], proc: Path = Path("/proc"), vcpus: VcpuFinder | None = None
+    ) -> None:
         self._dir = proc / str(pid)
-        self._pid, self._vcpus = pid, vcpu_tids
+        self._pid = pid
+        self._vcpus = vcpus or VcpuFinder(Vcpus(tids=frozenset(vcpu_tids)))
         self._fds: dict[str, int] = {}
-        self._aux_seen_ns: dict[int, int] = {}
+        self._threads: dict[int, _ThreadReading] = {}
+        self._vcpu_total = (0, 0, 0, 0)
         self._aux_total_ns = 0
         self._written: tuple[int, int] | None = None
         self._wchar_net = 0
@@ -48,6 +75,7 @@ class ProcSource:
 
     async def close(self) -> None:
         """Close every file."""
+        await self._vcpus.close()
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
@@ -59,62 +87,83 @@ class ProcSource:
         except (OSError, ValueError, KeyError, IndexError):
             return nothing_of(self.source)
 
+    def take_notes(self) -> list[str]:
+        """Return what people must know since the last call."""
+        return self._vcpus.take_notes()
+
     def _read(self) -> Values:
         # The command name may hold spaces and brackets: the fields count from the last bracket on.
         stat = self._bytes("stat").rpartition(b")")[2].split()
         status = {key: int(value) for key, value in _STATUS.findall(self._bytes("status"))}
         with os.scandir(self._dir / "task") as entries:
             tids = [int(entry.name) for entry in entries]
-        run_ns = wait_ns = vcs = ics = 0
-        for tid in self._vcpus:
-            run, waited = self._schedstat(tid)
-            run_ns, wait_ns = run_ns + run, wait_ns + waited
-            voluntary, involuntary = self._switches(tid)
-            vcs, ics = vcs + voluntary, ics + involuntary
-        self._count_aux(tids)
-        rchar, write_bytes = self._count_io()
+        has_vcpu = self._count_threads(tids)
+        self._vcpus.notice(tids)
         return (
             int(stat[11]) * self._tick_ns,
             int(stat[12]) * self._tick_ns,
-            run_ns,
-            wait_ns,
-            vcs,
-            ics,
-            self._schedstat(self._pid)[0],
-            self._switches(self._pid)[0],
-            self._aux_total_ns,
-            rchar,
-            self._wchar_net,
-            write_bytes,
+            *(self._vcpu_total if has_vcpu else (None,) * 4),
+            *_or_none(lambda: (self._schedstat(self._pid)[0], self._switches(self._pid)[0]), 2),
+            self._aux_total_ns if has_vcpu or not self._vcpus.now.tids else None,
+            *_or_none(self._count_io, 3),
             status[b"RssAnon"] * _KIB,
             status[b"VmRSS"] * _KIB,
             status[b"Threads"],
         )
 
-    def _count_aux(self, tids: list[int]) -> None:
-        """Sum what the other threads ran since the last reading; a thread's counter vanishes with it."""
-        seen: dict[int, int] = {}
-        for tid in tids:
-            if tid == self._pid or tid in self._vcpus:
-                continue
-            try:
-                seen[tid] = self._schedstat(tid)[0]
-            except OSError:
-                continue  # it ended between the listing and the reading
-            before = self._aux_seen_ns.get(tid, 0)
-            # Less than before: another thread got the number.
-            self._aux_total_ns += seen[tid] - before if seen[tid] >= before else seen[tid]
-        for tid in self._aux_seen_ns.keys() - seen.keys():
-            self._forget(tid)
-        self._aux_seen_ns = seen
+    def _count_threads(self, tids: list[int]) -> bool:
+        """Add what each thread did since the last reading to the sum of its kind; return whether a vCPU is among them.
 
-    def _count_io(self) -> tuple[int, int]:
+        A thread's counters vanish with it. One that could not be read keeps its last reading while it is listed.
+        """
+        before, has_vcpu = self._threads, False
+        self._threads = {}
+        for tid in tids:
+            is_vcpu = tid in self._vcpus.now.tids
+            if tid == self._pid and not is_vcpu:
+                continue
+            then, now = before.get(tid), self._read_thread(tid, is_vcpu=is_vcpu)
+            if now is None:
+                if then is not None:
+                    self._threads[tid] = then
+                continue
+            self._threads[tid] = now
+            has_vcpu |= is_vcpu
+            run_ns = _growth(then.run_ns if then else 0, now.run_ns)
+            if not is_vcpu:
+                self._aux_total_ns += run_ns
+                continue
+            others: tuple[int, ...] = now.counters[1:]
+            if then is not None:  # one that was not known for a vCPU has shown its run time only
+                others = tuple(
+                    _growth(b, a) if then.is_vcpu else 0 for b, a in zip(then.counters[1:], others, strict=True)
+                )
+            grown = zip(self._vcpu_total, (run_ns, *others), strict=True)
+            self._vcpu_total = tuple(total + more for total, more in grown)  # type: ignore[assignment]
+        for tid in before.keys() - self._threads.keys():
+            self._forget(tid)
+        return has_vcpu
+
+    def _read_thread(self, tid: int, *, is_vcpu: bool) -> _ThreadReading | None:
+        """Read one thread; a file of a former thread of that number is opened anew, None if there is none now."""
+        for _ in range(2):
+            try:
+                run_ns, wait_ns = self._schedstat(tid)
+                if not is_vcpu:
+                    return _ThreadReading(run_ns)
+                return _ThreadReading(run_ns, wait_ns, *self._switches(tid), is_vcpu=True)
+            except (OSError, ValueError, KeyError):
+                self._forget(tid)
+        return None
+
+    def _count_io(self) -> tuple[int, int, int]:
+        """Return bytes read, bytes written without event kicks, and bytes sent to the storage layer."""
         io = {key: int(value) for key, value in _IO.findall(self._bytes("io"))}
         wchar, syscw = io[b"wchar"], io[b"syscw"]
         if self._written is not None:
             self._wchar_net += max(0, wchar - self._written[0] - _KICK_BYTES * (syscw - self._written[1]))
         self._written = wchar, syscw
-        return io[b"rchar"], io[b"write_bytes"]
+        return io[b"rchar"], self._wchar_net, io[b"write_bytes"]
 
     def _schedstat(self, tid: int) -> tuple[int, int]:
         run, waited, _ = self._bytes(f"task/{tid}/schedstat").split()
@@ -133,6 +182,20 @@ class ProcSource:
         return self._fds[name]
 
     def _forget(self, tid: int) -> None:
-        fd = self._fds.pop(f"task/{tid}/schedstat", None)
-        if fd is not None:
-            os.close(fd)
+        for name in ("schedstat", "status"):
+            fd = self._fds.pop(f"task/{tid}/{name}", None)
+            if fd is not None:
+                os.close(fd)
+
+
+def _or_none(read: Callable[[], tuple[int, ...]], width: int) -> tuple[int | None, ...]:
+    """Return what one file of the process shows; None for each value if it cannot be read while the others can."""
+    try:
+        return read()
+    except (OSError, ValueError, KeyError):
+        return (None,) * width
+
+
+def _growth(before: int, now: int) -> int:
+    """Return how much a thread's counter grew; less than before is another thread with the same number."""
+    return now - before if now >= before else now

@@ -1,27 +1,39 @@
 """What the QEMU monitor counts, over its QMP socket: the `qmp` source.
 
 One socket serves one client, and QEMU answers in order, so one connection carries both the 2 Hz queries and the
-register samples. `x-` commands are unstable: what a version cannot answer is None, field by field.
+register samples. `x-` commands are unstable: what a version cannot answer is None, field by field. Each question has
+its own deadline, and one that fails or is slow costs its own fields only (`questions`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from phasewatch.channels import raw_fields
 from phasewatch.errors import VmError
-from phasewatch.record.base import Clock, Values, nothing_of
-from phasewatch.vocab import Source
+from phasewatch.record.base import Clock, Values
+from phasewatch.record.counters import BlockReading, BlockSum, RingSum
+from phasewatch.record.questions import DEADLINE_S, OVERDUE_S, RETRY_ROUNDS, UNASKED, Question, QuestionRound
+from phasewatch.vocab import STALE_NS, Source
 
 REGISTERS_NS = 100_000_000  # one register read per 0.1 s, whatever the number of vCPUs: else our polling names the host
 MIN_SAMPLES = 3  # below this a share of register samples says nothing
 BALLOON = "/machine/peripheral/balloon0"
 POLLING = "guest-stats-polling-interval"  # seconds; 0, as QEMU starts, means never
+JIT_LIMIT_S = 0.005  # QEMU counts all translated blocks in its main loop: 6 ms after a boot, 0.2 s after an hour
+RESTARTS = ("RESET", "RESUME")  # events after which the guest's counters may start again; a snapshot ends in RESUME
+ANSWER_S = OVERDUE_S + 5.0  # the questions of a round keep their own deadlines
+LIST_ROUNDS = 60  # rounds until the disks' queues are listed again, unless something shows a change before
+PAUSE_NS = STALE_NS + 500_000_000  # no rate reaches across such a gap
+REPORT_NS = 30_000_000_000  # a balloon that reported nothing for so long may be polled by nobody
 
 _JIT = {
     "tb": re.compile(r"^TB count\s+(\d+)", re.MULTILINE),
@@ -40,6 +52,7 @@ class Monitor:
         self.path, self._timeout_s = path, timeout_s
         self._client: Any = None
         self.events: Counter[str] = Counter()  # name → how often QEMU sent it, as far as it was noticed
+        self.connections = 0
 
     async def connect(self) -> None:
         """Connect and negotiate.
@@ -49,6 +62,7 @@ class Monitor:
         """
         from qemu.qmp import QMPClient, QMPError
 
+        logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())  # an answer that nobody waits for is no news
         client = QMPClient("phasewatch")
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -62,9 +76,16 @@ class Monitor:
                 "one QMP socket serves one client: close the other one, or give QEMU a second -qmp"
             ) from exc
         self._client = client
+        self.connections += 1
 
-    async def ask(self, command: str, **arguments: object) -> Any:
+    # `timeout_s` is Any, so that a caller may hand over arguments with hyphens as a dict.
+    async def ask(self, command: str, *, timeout_s: Any = None, **arguments: object) -> Any:
         """Ask one question.
+
+        Args:
+            command: Of QMP.
+            timeout_s: Deadline in seconds; the monitor's own if left out.
+            arguments: Of the command.
 
         Raises:
             VmError: If QEMU refuses it, is gone, or stays silent past the deadline.
@@ -73,13 +94,19 @@ class Monitor:
 
         if self._client is None:
             raise VmError(f"{self.path}: not connected to the QEMU monitor")
-        for event in self._client.events.clear():  # nobody waits for events; unread they would pile up for ever
-            self.events[str(event.get("event"))] += 1
+        limit_s: float = self._timeout_s if timeout_s is None else timeout_s
+        self.count_events()
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(limit_s):
                 return await self._client.execute(command, arguments or None)
         except (TimeoutError, OSError, EOFError, QMPError) as exc:
-            raise VmError(f"{self.path}: {command}: {str(exc) or f'no answer within {self._timeout_s:g} s'}") from exc
+            raise VmError(f"{self.path}: {command}: {str(exc) or f'no answer within {limit_s:g} s'}") from exc
+
+    def count_events(self) -> None:
+        """Count the events that came; nobody waits for them, and unread they would pile up for ever."""
+        if self._client is not None:
+            for event in self._client.events.clear():
+                self.events[str(event.get("event"))] += 1
 
     @property
     def is_connected(self) -> bool:
@@ -123,12 +150,12 @@ def parse_registers(text: str) -> tuple[bool, bool] | None:
     return runs, runs and ring[1] == "3"
 
 
-def sum_blocks(devices: Sequence[Mapping[str, Any]]) -> tuple[int, int, int, int, int, int, int]:
-    """Sum `query-blockstats` over the disks: bytes read and written, reads, writes, flushes, write ns, highest offset."""
-    stats = [device["stats"] for device in devices if device.get("qdev") or device.get("device")]
-    keys = ("rd_bytes", "wr_bytes", "rd_operations", "wr_operations", "flush_operations", "wr_total_time_ns")
-    rd_bytes, wr_bytes, rd_ops, wr_ops, flushes, wr_ns = (sum(int(stat[key]) for stat in stats) for key in keys)
-    return rd_bytes, wr_bytes, rd_ops, wr_ops, flushes, wr_ns, sum(int(stat["wr_highest_offset"]) for stat in stats)
+class JitUse(StrEnum):
+    """Whether a source asks `x-query-jit`, which holds QEMU up the longer, the more the guest has run."""
+
+    ALWAYS = "always"
+    WHILE_FAST = "while fast"
+    NEVER = "never"
 
 
 class QmpSource:
@@ -140,21 +167,50 @@ class QmpSource:
         clock: Paces the register samples.
         balloon: Its path in QEMU's tree; empty where there is none.
         registers: Whether they tell anything; under KVM the kernel halts a vCPU, and QEMU does not hear of it.
+        jit: Whether translation counters are asked for; a watcher does not, unless its user says so.
+        deadline_s: Of one reading.
+
+    Attributes:
+        vcpu_numbers: Returns whose registers are sampled: the VM's vCPUs may change.
     """
 
     source = Source.QMP
 
     def __init__(
-        self, *, monitor: Monitor, vcpus: int, clock: Clock, balloon: str = BALLOON, registers: bool = True
+        self,
+        *,
+        monitor: Monitor,
+        vcpus: int,
+        clock: Clock,
+        balloon: str = BALLOON,
+        registers: bool = True,
+        jit: JitUse = JitUse.ALWAYS,
+        deadline_s: float = DEADLINE_S,
     ) -> None:
-        self._monitor, self._vcpus, self._clock, self._balloon_path = monitor, vcpus, clock, balloon
-        self._queues: list[tuple[str, int]] = []
-        self._used: dict[tuple[str, int], int] = {}
-        self._vq_total = 0
+        self._monitor, self._clock, self._balloon_path = monitor, clock, balloon
+        self.vcpu_numbers: Callable[[], Sequence[int]] = lambda: range(vcpus)
+        self._may_sample = registers
         self._samples: list[tuple[bool, bool]] = []
         self._sampler: asyncio.Task[None] | None = None
+        self._samples_lost = 0
+        self._blocks = Question("query-blockstats", lambda: self._ask("query-blockstats"))
+        self._balloon = Question("guest-stats", self._ask_balloon)
+        self._rings = Question("x-query-virtio-queue-status", self._ask_rings)
+        self._jit = Question("x-query-jit", self._ask_jit, limit_s=JIT_LIMIT_S if jit is JitUse.WHILE_FAST else None)
+        questions = [self._blocks, *([self._balloon] if balloon else []), self._rings]
+        if jit is not JitUse.NEVER:
+            questions.append(self._jit)  # last: what is slow delays nobody
+        self._round = QuestionRound(questions, clock, deadline_s=deadline_s)
+        self._block_sum, self._ring_sum = BlockSum(), RingSum()
+        self._disks: frozenset[Hashable] = frozenset()
+        self._queues: list[tuple[str, int]] = []
+        self._list_in = 0
+        self._requests = 0  # that the disks completed since their queues were read
+        self._restarts = 0
         self._balloon_update: int | None = None
-        self._has_balloon, self._may_sample = False, registers
+        self._report_ns = clock.mono_ns()  # when the guest's last report came
+        self._given_ns = -PAUSE_NS  # and when one was given on
+        self._is_gap = self._is_restarted = False
 
     async def open(self) -> None:
         """Find the disk's queues and the balloon, and begin to sample registers.
@@ -162,83 +218,160 @@ class QmpSource:
         Raises:
             VmError: If the monitor does not answer at all.
         """
-        self._queues = await self._find_queues()
+        await self._list_queues(None)
+        self._restarts = self._count_restarts()
         if self._balloon_path:
-            with suppress(VmError):
+            try:
                 await self._monitor.ask("qom-set", path=self._balloon_path, property=POLLING, value=1)
-                self._has_balloon = True
+            except VmError:
+                self._round.remove(self._balloon)
+        if self._jit in self._round.questions and self._jit.limit_s is not None:
+            for _ in range(3):  # who is too slow is known before a model is chosen
+                await self._round.ask()
         if self._may_sample and parse_registers(await self._registers(0)) is not None:
             self._sampler = asyncio.create_task(self._sample_registers())
 
     async def close(self) -> None:
-        """Stop sampling registers."""
+        """Stop sampling registers, and wait for no answer any more."""
         sampler, self._sampler = self._sampler, None
         if sampler is not None:
             sampler.cancel()
             with suppress(asyncio.CancelledError, Exception):
                 await sampler
+        await self._round.close()
 
     async def read(self) -> Values:
-        """Take one reading; a question that fails leaves its fields None."""
-        # The disk first: a VM whose monitor is silent costs one deadline, not four.
-        try:
-            blocks: Values = sum_blocks(await self._monitor.ask("query-blockstats"))
-        except (VmError, KeyError, TypeError):
-            return nothing_of(self.source)
-        tb, partial, code = await self._jit()
+        """Take one reading; a question that fails or is late leaves its fields None."""
+        await self._round.ask()
+        self._monitor.count_events()
+        restarts, before = self._count_restarts(), self._restarts
+        self._restarts = restarts
+        if restarts != before:
+            self._is_restarted = self._is_gap = True
+            self._list_in = 0
+            self._round.revive()
+        blocks = self._use(self._blocks, self._block_sum.add)
+        rings = self._use(self._rings, lambda used: used)
+        sums: Values = (None,) * 6
+        highest = None
+        if blocks is not None:
+            sums, highest = blocks.sums, blocks.highest
+            self._requests += blocks.requests or 0
+            if blocks.members != self._disks:
+                self._disks, self._list_in = blocks.members, 0
+        vq_blk = self._sum_rings(rings, blocks) if rings else None
+        tb, partial, code = self._use(self._jit, parse_jit) or (None, None, None)
         busy, user = self._shares()
-        faults, free, cache = await self._balloon()
-        vq_blk = await self._count_requests()
-        return (*blocks[:6], vq_blk, tb, partial, busy, user, faults, free, cache, code, blocks[6])
+        faults, free, cache = self._use(self._balloon, self._use_balloon) or (None, None, None)
+        return (*sums, vq_blk, tb, partial, busy, user, faults, free, cache, code, highest)
 
-    async def _find_queues(self) -> list[tuple[str, int]]:
+    @property
+    def lost(self) -> dict[str, int]:
+        """Readings lost, of each question that lost any."""
+        found = {question.name: question.lost for question in self._round.questions}
+        found["info registers"] = self._samples_lost
+        return {name: count for name, count in found.items() if count}
+
+    def take_notes(self) -> list[str]:
+        """Return what people must know since the last call."""
+        return self._round.take_notes()
+
+    def given_up(self, field: str) -> str:
+        """Return why a raw field is not asked for any more; empty while it is."""
+        return self._jit.given_up if field.startswith("jit_") else ""
+
+    def drop_silent(self, fields: frozenset[str]) -> None:
+        """Ask no more for fields that this VM does not have."""
+        of_blocks = {spec.field for spec in raw_fields(Source.QMP) if spec.field.startswith(("blk_", "wr_"))}
+        for question, own in ((self._blocks, of_blocks), (self._jit, {"jit_tb", "jit_tlb_partial", "jit_code_bytes"})):
+            if own <= fields and question in self._round.questions:
+                self._round.remove(question)
+        for question in self._round.questions:
+            question.lost = 0  # what was lost while the VM was looked at is no reading of a watch
+        self._samples_lost = 0
+        self._round.take_notes()
+
+    def _use(self, question: Question, use: Any) -> Any:
+        """Make what is wanted of an answer; None without one, or of one that has another shape."""
+        if question.answer is None or question.answer is UNASKED:
+            return None
         try:
-            devices = await self._monitor.ask("x-query-virtio")
-        except VmError:
-            return []
-        queues = []
+            return use(question.answer)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            question.refuse("an answer of another shape")
+            return None
+
+    async def _ask(self, command: str, **arguments: object) -> Any:
+        return await self._monitor.ask(command, timeout_s=ANSWER_S, **arguments)
+
+    def _count_restarts(self) -> int:
+        return self._monitor.connections + sum(self._monitor.events[name] for name in RESTARTS)
+
+    async def _list_queues(self, timeout_s: float | None) -> None:
+        """List the queues of every virtio disk; a monitor that does not know the question has none."""
+        queues: list[tuple[str, int]] = []
+        try:
+            devices = await self._monitor.ask("x-query-virtio", timeout_s=timeout_s)
+        except VmError:  # what was known stays
+            self._list_in = RETRY_ROUNDS if self._queues else LIST_ROUNDS
+            return
         for device in devices:
             if device["name"] != "virtio-blk":
                 continue
             for number in range(1024):  # QEMU's own limit; the first number that it refuses is one past the last
                 try:
-                    await self._monitor.ask("x-query-virtio-queue-status", path=device["path"], queue=number)
-                except VmError:
+                    await self._used_index(device["path"], number, timeout_s)
+                except (VmError, KeyError):
                     break
                 queues.append((device["path"], number))
-        return queues
+        self._queues, self._list_in = queues, LIST_ROUNDS
 
-    async def _count_requests(self) -> int | None:
-        """Add up what each queue completed since the last reading; `used-idx` is a 16 bit counter that wraps."""
+    async def _used_index(self, path: str, number: int, timeout_s: float | None = ANSWER_S) -> int:
+        status = await self._monitor.ask("x-query-virtio-queue-status", timeout_s=timeout_s, path=path, queue=number)
+        return int(status["used-idx"])
+
+    async def _ask_rings(self) -> Any:
+        """Read the used index of every queue; one that is refused is gone, and all are listed again."""
+        self._list_in -= 1
+        if self._list_in < 0:
+            await self._list_queues(ANSWER_S)
         if not self._queues:
-            return None
-        for path, number in self._queues:
+            return UNASKED
+        used: dict[Hashable, int] = {}
+        for path, number in list(self._queues):
             try:
-                used = (await self._monitor.ask("x-query-virtio-queue-status", path=path, queue=number))["used-idx"]
+                used[path, number] = await self._used_index(path, number)
             except (VmError, KeyError):
-                return None
-            self._vq_total += (used - self._used.get((path, number), used)) % 65536
-            self._used[path, number] = used
-        return self._vq_total
+                self._list_in = 0
+        return used
 
-    async def _jit(self) -> tuple[int | None, int | None, int | None]:
-        try:
-            return parse_jit((await self._monitor.ask("x-query-jit"))["human-readable-text"])
-        except (VmError, KeyError):
-            return None, None, None  # KVM translates nothing
+    def _sum_rings(self, used: Mapping[Hashable, int], blocks: BlockReading | None) -> int | None:
+        """Add up what the queues completed since they were read last."""
+        requests = self._requests if blocks is not None and blocks.requests is not None else None
+        restarted, self._is_restarted, self._requests = self._is_restarted, False, 0
+        return self._ring_sum.add(used, requests=requests, restarted=restarted)
 
-    async def _balloon(self) -> Values:
-        """Give the guest's word on its memory, once per report."""
-        if not self._has_balloon:
-            return None, None, None
-        try:
-            report = await self._monitor.ask("qom-get", path=self._balloon_path, property="guest-stats")
-            update, stats = report["last-update"], report["stats"]
-        except (VmError, KeyError):
-            return None, None, None
+    async def _ask_jit(self) -> str:
+        return str((await self._ask("x-query-jit"))["human-readable-text"])
+
+    async def _ask_balloon(self) -> Any:
+        """Ask for the guest's report; where none came for long, see to it that QEMU still polls for one."""
+        if self._clock.mono_ns() - self._report_ns > REPORT_NS:
+            self._report_ns = self._clock.mono_ns()
+            if await self._ask("qom-get", path=self._balloon_path, property=POLLING) == 0:
+                await self._ask("qom-set", path=self._balloon_path, property=POLLING, value=1)
+        return await self._ask("qom-get", path=self._balloon_path, property="guest-stats")
+
+    def _use_balloon(self, report: Mapping[str, Any]) -> Values:
+        """Return the guest's word on its memory: once per report, and with a gap where the machine was restarted."""
+        update, stats = report["last-update"], report["stats"]
         if update == self._balloon_update or not update:
             return None, None, None
         self._balloon_update = update
+        now_ns = self._report_ns = self._clock.mono_ns()
+        if self._is_gap and now_ns - self._given_ns <= PAUSE_NS:
+            return None, None, None
+        self._is_gap, self._given_ns = False, now_ns
         found = (stats.get(key, _NO_STAT) for key in ("stat-minor-faults", "stat-free-memory", "stat-disk-caches"))
         # The guest may lie, and a number past int64 would cost the whole bundle.
         return tuple(value if isinstance(value, int) and 0 <= value < 2**63 else None for value in found)
@@ -246,6 +379,7 @@ class QmpSource:
     def _shares(self) -> tuple[float | None, float | None]:
         samples, self._samples = self._samples, []
         if len(samples) < MIN_SAMPLES:
+            self._samples_lost += self._sampler is not None
             return None, None
         return sum(runs for runs, _ in samples) / len(samples), sum(user for _, user in samples) / len(samples)
 
@@ -255,12 +389,15 @@ class QmpSource:
         )
 
     async def _sample_registers(self) -> None:
-        due_ns, turn = self._clock.mono_ns(), 0
+        due_ns, turn, pause_ns = self._clock.mono_ns(), 0, REGISTERS_NS
         while True:
-            due_ns = max(due_ns + REGISTERS_NS, self._clock.mono_ns())
+            due_ns = max(due_ns + pause_ns, self._clock.mono_ns())
             await self._clock.sleep_until(due_ns)
+            numbers = self.vcpu_numbers() or (0,)
+            pause_ns = min(2 * pause_ns, 20 * REGISTERS_NS)  # a monitor that refuses or is silent is asked less often
             with suppress(VmError):
-                sample = parse_registers(await self._registers(turn % self._vcpus))
+                sample = parse_registers(await self._registers(numbers[turn % len(numbers)]))
+                pause_ns = REGISTERS_NS
                 if sample is not None:
                     self._samples.append(sample)
             turn += 1

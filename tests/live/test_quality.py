@@ -1,0 +1,56 @@
+"""How far a window can be trusted: sources that are thin, vCPUs that wait."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch.channels import CHANNELS
+from phasewatch.live.quality import WindowQuality
+from phasewatch.vocab import Source
+
+NAMES = [c.full_name for c in CHANNELS]
+
+
+def bins(*, wait: float = 0.0, missing: tuple[str, ...] = ()) -> NDArray[np.float32]:
+    values = np.zeros(len(NAMES), np.float32)
+    values[NAMES.index("proc.vcpu_wait")] = wait
+    for name in missing:
+        values[NAMES.index(name)] = np.nan
+    return values
+
+
+def test_a_source_that_the_model_reads_and_that_is_missing_is_named() -> None:
+    quality = WindowQuality(("proc.vcpu_run", "qmp.vq_blk"))
+    for i in range(20):
+        quality.add(bins(missing=("qmp.vq_blk", "netflow.out_pkts") if i < 3 else ()), began=False)
+
+    assert quality.thin_sources() == (Source.QMP,)
+
+
+def test_contention_is_told_when_it_lasts_and_when_it_is_over() -> None:
+    quality = WindowQuality(())
+    told = []
+    for wait in (0.0, 0.3, 0.0, 0.3, 0.3, 0.3, 0.3, 0.0, 0.0, 0.0):
+        for _ in range(20):
+            quality.add(bins(wait=wait), began=False)
+        told.append((quality.judge_contention(), quality.is_contended))
+
+    assert [i for i, (changed, _) in enumerate(told) if changed] == [5, 9]
+    assert told[5][1]
+    assert not told[9][1]
+
+
+def test_where_nobody_knows_how_long_vcpus_wait_there_is_no_contention() -> None:
+    quality = WindowQuality(())
+    quality.add(bins(missing=("proc.vcpu_wait",)), began=True)
+
+    assert not quality.is_crowded
+
+
+def test_a_window_that_begins_anew_forgets_the_bins_before() -> None:
+    quality = WindowQuality(())
+    quality.add(bins(wait=9.0), began=False)
+    quality.add(bins(), began=True)
+
+    assert quality.wait_cores == 0.0

@@ -1,0 +1,62 @@
+"""What gives nothing any more is noticed once, named, and noticed again when it is back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from phasewatch.channels import CHANNELS, raw_fields
+from phasewatch.live.silence import GUEST_SILENT_NS, SILENT_NS, SilenceWatch
+from phasewatch.vocab import Source
+
+SECOND = 1_000_000_000
+
+
+def row(source: Source, at_ns: int, **missing: None) -> tuple[Any, ...]:
+    """Give a reading that holds everything but what is missing."""
+    return (at_ns, at_ns, 0, *(None if spec.field in missing else 1 for spec in raw_fields(source)))
+
+
+def empty(source: Source, at_ns: int) -> tuple[Any, ...]:
+    return (at_ns, at_ns, 0, *(None for _ in raw_fields(source)))
+
+
+def test_a_source_that_gives_nothing_any_more_is_told_once_and_once_when_it_is_back() -> None:
+    watch = SilenceWatch([Source.PROC, Source.QMP], (), 0)
+    states = []
+    for second in range(30):
+        now_ns = second * SECOND
+        watch.see(Source.QMP, row(Source.QMP, now_ns))
+        watch.see(Source.PROC, empty(Source.PROC, now_ns) if 5 < second < 20 else row(Source.PROC, now_ns))
+        states += [note.state for note in watch.check(now_ns)]
+
+    assert states == ["proc silent", "proc back"]
+
+
+def test_one_channel_of_a_source_that_falls_silent_is_named() -> None:
+    watch = SilenceWatch([Source.QMP], (), 0)
+    watch.see(Source.QMP, row(Source.QMP, SECOND))
+    for second in (2, 3, 4, 5):
+        watch.see(Source.QMP, row(Source.QMP, second * SECOND, vq_blk=None))
+
+    (note,) = watch.check(5 * SECOND)
+
+    assert (note.state, note.channels) == ("qmp partly silent", ("qmp.vq_blk",))
+
+
+def test_channels_that_the_vm_never_had_are_not_missed() -> None:
+    masked = [c.full_name for c in CHANNELS if c.source is Source.QMP and c.full_name != "qmp.blk_rd_bytes"]
+    watch = SilenceWatch([Source.QMP], masked, 0)
+    lone = {spec.field: None for spec in raw_fields(Source.QMP) if spec.field != "blk_rd_bytes"}
+    watch.see(Source.QMP, row(Source.QMP, 20 * SECOND, **lone))
+
+    assert watch.check(21 * SECOND) == []
+
+
+def test_what_the_guest_reports_is_waited_for_longer_and_not_while_it_is_paused() -> None:
+    masked = [c.full_name for c in CHANNELS if not c.full_name.startswith("qmp.bal_")]
+    watch = SilenceWatch([Source.QMP], masked, 0)
+
+    assert watch.check(SILENT_NS + SECOND) == []
+    watch.pause(GUEST_SILENT_NS)
+    assert watch.check(GUEST_SILENT_NS + SECOND) == []
+    assert [note.is_whole for note in watch.check(2 * GUEST_SILENT_NS + SECOND)] == [True]
