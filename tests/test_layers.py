@@ -49,7 +49,7 @@ WORLDLY = {
     "validate.index", "validate.sweep", "features.tables", "dataset.run",
     "dataset.splits", "dataset.windows", "models.checkpoint", "train.predictions",
     "train.cells", "export.graph", "export.run", "live.edge", "live.models",
-    "live.find", "live.lines", "live.dump", "live.guard", "live.attach", "live.watcher", "live.save", "live.webhook", "live.session", "live.clean_day",
+    "live.find", "live.lines", "live.dump", "live.capture", "live.tap", "live.guard", "live.attach", "live.watcher", "live.save", "live.webhook", "live.session", "live.clean_day",
     "dashboard.hub", "dashboard.token", "dashboard.app", "dashboard.gate", "dashboard.server", "dashboard.watching",
     "produce.loop", "produce.perf", "produce.send",
     "predict", "evaluate.score", "report.page", "audit.run", "stages", "pipeline",

@@ -24,6 +24,9 @@ class FakeQemu:
 
     Attributes:
         objects: Id → file of the filters that stand in it.
+        filters: Id → what each filters: backend and queue.
+        network: What `info network` shows, cards separated by a record separator (0x1e).
+        buses: What `query-pci` shows.
         interval: The balloon's polling interval.
         refused: Commands that are answered with an error.
         mute: Answers nothing while set.
@@ -36,6 +39,8 @@ class FakeQemu:
     ) -> None:
         self.path, self.tids, self.network, self.greets = path, tids, network, greets
         self.objects: dict[str, Path] = {}
+        self.filters: dict[str, tuple[str, str]] = {}
+        self.buses: list[dict[str, Any]] = []
         self.interval, self.status, self.accel = 7, "running", "tcg"
         self.refused: set[str] = set()
         self.delays_s: dict[str, float] = {}
@@ -66,11 +71,24 @@ class FakeQemu:
         self._loop.call_soon_threadsafe(lambda: [client.write(line) for client in self._clients])
 
     def write_frames(self, frames: list[bytes]) -> None:
-        """Append frames to every dump, as the filter would: stamped wrongly, cut at 96 bytes."""
-        for path in self.objects.values():
-            with path.open("ab") as file:
-                for frame in frames:
-                    file.write(pack("<IIII", 12345, 0, len(frame[:96]), len(frame)) + frame[:96])
+        """Append frames to the dump of their direction, as the filter would: stamped wrongly, cut at 160 bytes."""
+        for frame in frames:
+            self.write_dump("rx" if frame[6:12] == MAC else "tx", frame)
+
+    def write_dump(self, queue: str, frame: bytes, *, netdev: str = "n0") -> None:
+        """Append a frame to the dumps of one direction of one card, whatever is in it."""
+        for name, path in self.objects.items():
+            if self.filters[name] == (netdev, queue):
+                with path.open("ab") as file:
+                    file.write(pack("<IIII", 12345, 0, len(frame[:160]), len(frame)) + frame[:160])
+
+    def unplug(self, netdev: str) -> None:
+        """Remove a backend with its card and filters, as QEMU does: in silence."""
+        self.network = "".join(
+            card for card in self.network.split("\x1e") if f" \\ {netdev}: " not in card
+        )  # fmt: skip
+        for name in [name for name, (owner, _) in self.filters.items() if owner == netdev]:
+            del self.objects[name], self.filters[name]
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -147,7 +165,7 @@ class FakeQemu:
             case "x-query-jit":
                 return {"human-readable-text": {"tcg": JIT}[self.accel]}
             case "human-monitor-command":
-                return self.network if arguments["command-line"] == "info network" else REGISTERS
+                return self.network.replace("\x1e", "") if arguments["command-line"] == "info network" else REGISTERS
             case "qom-list" if arguments["path"] == "/objects":
                 return [{"name": name, "type": "child<filter-dump>"} for name in self.objects]
             case "qom-list":
@@ -164,12 +182,16 @@ class FakeQemu:
                 return {}
             case "object-add":
                 path = Path(arguments["file"])
-                path.write_bytes(pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 96, 1))
+                path.write_bytes(pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, arguments["maxlen"], 1))
                 self.objects[arguments["id"]] = path
+                self.filters[arguments["id"]] = (arguments["netdev"], arguments["queue"])
                 return {}
             case "object-del":
                 del self.objects[arguments["id"]]
+                del self.filters[arguments["id"]]
                 return {}
+            case "query-pci":
+                return self.buses
         raise KeyError(command)
 
 

@@ -121,6 +121,16 @@ def test_a_dump_that_nobody_reads_is_cut(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "large").stat().st_size == 0
 
 
+def test_many_files_are_bounded_in_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "MOST_BYTES", 100_000)
+    for number in range(4):
+        (tmp_path / str(number)).write_bytes(b"x" * 40_000)
+
+    bound(tmp_path)
+
+    assert sorted(path.stat().st_size for path in tmp_path.iterdir()) == [0, 0, 40_000, 40_000]
+
+
 def test_the_guard_imports_next_to_nothing_while_it_waits() -> None:
     code = "import sys, phasewatch.live.guard; print(sorted({m.split('.')[0] for m in sys.modules} & {'numpy', 'qemu', 'onnxruntime', 'typer', 'pyarrow'}))"
     done = subprocess.run(

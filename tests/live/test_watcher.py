@@ -20,6 +20,7 @@ from phasewatch.errors import VmError
 from phasewatch.live import save
 from phasewatch.live.announce import CostMeter
 from phasewatch.live.attach import Survey, attach, detach, survey
+from phasewatch.live.capture import NetworkNotice, Notice
 from phasewatch.live.envelope import Event, parse_event, render_event
 from phasewatch.live.events import Perf, PhaseSeen, Telemetry
 from phasewatch.live.find import read_running
@@ -27,6 +28,7 @@ from phasewatch.live.save import Saver
 from phasewatch.live.scorer import Scorer
 from phasewatch.live.watcher import Outlets, Watched, Watcher
 from phasewatch.record.base import HostClock, Values, nothing_of
+from phasewatch.record.netflow import FLOW_FIELDS
 from phasewatch.record.qmp import Monitor
 from phasewatch.validate.verdict import USABLE, Place, examine
 from phasewatch.vocab import Phase, Source
@@ -41,6 +43,26 @@ class Loud(FakeSource):
         sent = int(1e3 * at_s + 1.2e5 * min(max(at_s - 30, 0), 30))
         named = {"out_bytes": sent, "out_pkts": sent // 100}
         return tuple(named.get(spec.field, 0) for spec in raw_fields(self.source))
+
+
+class Fading(Loud):
+    """A card whose flows are unknown from the 20th second on."""
+
+    def __init__(self, source: Source, clock: FakeClock) -> None:
+        super().__init__(source, clock)
+        self.notices = [Notice(code=NetworkNotice.UNREADABLE, text="said once")]
+
+    @property
+    def unknown_fields(self) -> frozenset[str]:
+        return FLOW_FIELDS if self.clock.now_ns > 20e9 else frozenset()
+
+    def take_notices(self) -> list[Notice]:
+        notices, self.notices = (self.notices, []) if self.unknown_fields else ([], self.notices)
+        return notices
+
+    async def read(self) -> Values:
+        values = zip(raw_fields(self.source), await super().read(), strict=True)
+        return tuple(None if spec.field in self.unknown_fields else value for spec, value in values)
 
 
 @dataclass
@@ -106,6 +128,22 @@ def test_bins_are_told_one_after_the_other_with_what_is_missing(world: World) ->
     assert "qmp.jit_tb" in told[0].masked
     assert {t.lateness_s for t in told} == {1.0}
     assert world.of(PhaseSeen) == []
+
+
+def test_a_network_that_cannot_be_told_any_more_is_masked_and_said_with_a_code(world: World) -> None:
+    sources = [FakeSource(Source.PROC, world.clock), Fading(Source.NETFLOW, world.clock)]
+    outlets = Outlets(emit=world.emit, say=world.said.append)
+    watched = world.clock.run(Watcher(world.found, sources, None, outlets, world.clock).run(seconds=40))
+
+    told = world.of(Telemetry)
+    flows = [told[0].channels.index(f"netflow.{name}") for name in ("new_flows", "dst_ips")]
+    assert watched.states == ["network-frames-unreadable"]
+    assert sum("network-frames-unreadable" in line for line in world.said) == 1
+    assert "netflow.new_flows" not in told[0].masked
+    assert {"netflow.new_flows", "netflow.dst_ips"} <= set(told[-1].masked)
+    assert "netflow.out_pkts" not in told[-1].masked
+    assert {told[-1].values[0][at] for at in flows} == {None}
+    assert told[-1].values[0][told[0].channels.index("netflow.out_pkts")] is not None
 
 
 def test_what_watching_costs_is_measured_on_the_process_itself(world: World) -> None:

@@ -144,6 +144,89 @@ def test_a_log_has_a_row_per_far_end() -> None:
     assert log.frames_beyond == 1
 
 
+def six(sport: int, dport: int, *, protocol: int = 6, out: bool = True, flags: int = SYN, far: int = 7) -> bytes:
+    """Build what `frame` builds, over IPv6."""
+    guest, other = b"\xfd" + bytes(14) + b"\x0f", b"\xfd" + bytes(14) + bytes([far])
+    body = bytes(
+        dpkt.tcp.TCP(sport=sport, dport=dport, flags=flags) if protocol == 6 else dpkt.udp.UDP(sport=sport, dport=dport)
+    )
+    ends = guest + other if out else other + guest
+    return bytes(12) + b"\x86\xdd\x60\0\0\0" + len(body).to_bytes(2, "big") + bytes([protocol, 64]) + ends + body
+
+
+def test_ipv6_is_counted_as_ipv4_is() -> None:
+    reading = counted(
+        (six(4000, 80), True),
+        (six(80, 4000, out=False, flags=RST | ACK), False),
+        (six(4001, 81, far=8), True),
+        (six(4002, 53, protocol=17), True),
+    )
+
+    assert reading[4:] == (3, 2, 1, 1, 3, 2)  # flows, SYNs, refusals, questions, ports, addresses
+
+
+def test_frames_in_a_vlan_are_counted_as_others_are() -> None:
+    plain = frame(6, 4000, 80, flags=SYN)
+
+    reading = counted((plain[:12] + b"\x81\0\0\5" + plain[12:], True))
+
+    assert reading[4:] == (1, 1, 0, 0, 1, 1)
+
+
+OPAQUE = bytes(12) + b"\x88\xe5" + bytes(60)  # MACsec: encrypted
+GROUP = b"\x01" + OPAQUE[1:]
+
+
+@pytest.mark.parametrize(
+    ("frames", "is_known"),
+    [
+        pytest.param([], True, id="nothing passes"),
+        pytest.param([(OPAQUE, True)] * 3, True, id="too few to judge by"),
+        pytest.param([(OPAQUE, True)] * 5 + [(frame(6, 1, 2), True)] * 5, True, id="half of them"),
+        pytest.param([(OPAQUE, True)] * 6 + [(frame(6, 1, 2), True)] * 5, False, id="most that the guest sends"),
+        pytest.param([(OPAQUE, False)] * 6 + [(frame(6, 1, 2), True)] * 50, False, id="most that it is sent"),
+        pytest.param([(GROUP, False)] * 50, True, id="others talk to everybody"),
+        pytest.param([(GROUP, True)] * 50, False, id="the guest talks to everybody"),
+        pytest.param([(bytes(12) + b"\x08\x06" + bytes(28), True)] * 50, True, id="ARP"),
+        pytest.param([(bytes(12) + b"\x08\0" + bytes(50), True)] * 50, False, id="no IPv4 where it should stand"),
+    ],
+)
+def test_flows_are_unknown_while_most_frames_cannot_be_parsed(frames: list[tuple[bytes, bool]], is_known: bool) -> None:
+    reading = counted(*frames)
+
+    assert reading.out_pkts == sum(outgoing for _, outgoing in frames)
+    assert {n is None for n in reading[4:]} == {not is_known}
+
+
+def test_frames_cut_before_their_ports_are_frames_that_cannot_be_parsed() -> None:
+    counter = FlowCounter()
+    for _ in range(5):
+        counter.see(frame(6, 4000, 80, flags=SYN)[:40], True, wire_bytes=1500)
+
+    assert counter.take().new_flows is None
+
+
+def test_flows_are_known_again_when_readable_frames_pass() -> None:
+    counter = FlowCounter()
+    for _ in range(10):
+        counter.see(OPAQUE, True)
+    first = counter.take()
+    for port in range(11):
+        counter.see(frame(6, 4000, 1 + port, flags=SYN), True)
+
+    second = counter.take()
+
+    assert (first.new_flows, second.new_flows, second.out_pkts) == (None, 11, 21)
+
+
+def test_where_no_frame_begins_nothing_is_known() -> None:
+    counter = FlowCounter()
+    for _ in range(5):
+        counter.see(b"\xff" * 60, True, start=None)
+
+    assert set(counter.take()) == {None}
+
+
 def oracle(frames: list[tuple[bytes, bool]]) -> Counters:
     """Count with dpkt, sets and no bounds."""
     flows, ports, ips = set(), set(), set()
@@ -207,7 +290,7 @@ def test_broken_frames_never_raise(whole: tuple[bytes, bool], cut: int, at: int,
     counter.see(bytes(broken[:cut]), outgoing)
     log.see(bytes(broken[:cut]), outgoing)
 
-    assert sum(counter.take()[:4]) == 1 + min(cut, len(broken))
+    assert sum(n or 0 for n in counter.take()[:4]) == 1 + min(cut, len(broken))
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 13, b"\xff" * 33, b"\0" * 12 + b"\x08\0" + b"\x45" * 20])

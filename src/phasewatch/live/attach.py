@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -14,31 +13,18 @@ from typing import Any
 from phasewatch.channels import CHANNELS, raw_fields
 from phasewatch.errors import MachineError, VmError
 from phasewatch.live.asking import open_monitor, open_process
-from phasewatch.live.dump import DumpSource, TapSource
+from phasewatch.live.capture import CaptureSource, object_ids
+from phasewatch.live.cards import Nic, parse_network
 from phasewatch.live.find import PROC, Running, vcpu_threads
 from phasewatch.live.guard import Task
+from phasewatch.live.tap import SEEN_FIELDS, TapSource, cards_without_tap
 from phasewatch.record.base import Clock, TelemetrySource, Values
 from phasewatch.record.qmp import POLLING, JitUse, Monitor
 from phasewatch.vocab import Source
 
 MEMORY = (Path("/dev/shm"), Path("/run"))
 VCPU_FIELDS = frozenset({"vcpu_run_ns", "vcpu_wait_ns", "vcpu_vcs", "vcpu_ics", "aux_run_ns"})
-_NIC = re.compile(
-    r"^(?P<nic>\S+): index=\d+,type=nic,model=(?P<model>[^,]+),macaddr=(?P<mac>[0-9a-f:]{17})", re.MULTILINE
-)
-_PEER = re.compile(r"^ \\ (?P<id>\S+): index=\d+,type=(?P<type>[a-z0-9-]+)(?P<rest>.*)$")
 _TARGET = "child<virtio-balloon"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Nic:
-    """A card of the VM and what it is plugged into; `ifname` is the host's tap device, if it is one."""
-
-    netdev: str
-    kind: str
-    model: str
-    mac: bytes
-    ifname: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +73,14 @@ class Survey:
 
     def mask(self, source: Source, why: str, fields: frozenset[str] | None = None) -> None:
         """Mark the channels of a source, or those that read some of its fields, as missing."""
-        for channel in CHANNELS:
-            if channel.source is source and (fields is None or fields & set(channel.fields)):
-                self.masked.setdefault(channel.full_name, why)
+        for name in channels_of(source, fields):
+            self.masked.setdefault(name, why)
+
+
+def channels_of(source: Source, fields: Collection[str] | None = None) -> tuple[str, ...]:
+    """Return full names of the channels of a source, or of those that read some of its fields."""
+    own = (c for c in CHANNELS if c.source is source)
+    return tuple(c.full_name for c in own if fields is None or not set(c.fields).isdisjoint(fields))
 
 
 async def survey(machine: Running, *, qmp: Path | None, clock: Clock, proc: Path = PROC) -> Survey:
@@ -115,7 +106,7 @@ async def survey(machine: Running, *, qmp: Path | None, clock: Clock, proc: Path
         facts |= await _facts(monitor)
         nic = await _find_nic(monitor)
         balloon, interval = await _find_balloon(monitor)
-    ids = tuple(f"phasewatch-{os.getpid()}-{letter}" for letter in "ab")
+    ids = object_ids(f"phasewatch-{os.getpid()}")
     found = Survey(
         facts=VmFacts(
             pid=machine.pid, name=machine.name, vcpus=max(1, len(tids)), nic=nic.model if nic else "", **facts,  # type: ignore[arg-type]
@@ -216,24 +207,6 @@ class Blind:
         await self._own.close()
 
 
-def parse_network(text: str) -> tuple[Nic, ...]:
-    """Read the cards and their backends from the monitor's `info network`."""
-    cards: list[Nic] = []
-    lines = text.replace("\r", "").splitlines()
-    for at, line in enumerate(lines):
-        card = _NIC.match(line)
-        peer = _PEER.match(lines[at + 1]) if card and at + 1 < len(lines) else None
-        if card and peer:
-            ifname = re.search(r",ifname=([^,\s]{1,15})", peer["rest"])
-            cards.append(
-                Nic(
-                    netdev=peer["id"], kind=peer["type"], model=card["model"],
-                    mac=bytes.fromhex(card["mac"].replace(":", "")), ifname=ifname[1] if ifname else "",
-                )
-            )  # fmt: skip
-    return tuple(cards)
-
-
 def _check_permission(machine: Running, proc: Path) -> None:
     try:
         (proc / str(machine.pid) / "io").read_bytes()
@@ -320,41 +293,38 @@ def _private_folder(pid: int, proc: Path) -> str:
 
 
 async def _open_card(found: Survey) -> TelemetrySource | None:
-    """Open the best view of the network card: every frame's head, else the tap's counters, else none."""
-    nic, monitor, why = found.nic, found.monitor, "the VM has no network card that can be looked at"
-    tap = nic.ifname if nic and nic.ifname else next(iter(found.taps), "")
-    if monitor and nic and found.task.folder and not (tap and _has_vhost(found)):
-        card = DumpSource(
-            monitor=monitor, netdev=nic.netdev, mac=nic.mac, folder=Path(found.task.folder),
-            ids=(found.task.objects[0], found.task.objects[1]),
+    """Open the best view of the network cards: every frame's head, else the taps' counters, else none."""
+    why = "the VM has no network card that can be looked at"
+    if found.monitor and found.nic and found.task.folder:
+        cards = CaptureSource(
+            monitor=found.monitor, folder=Path(found.task.folder), ids=found.task.objects, pid=found.facts.pid, proc=found.proc
         )  # fmt: skip
         try:
-            await card.open()
-            found.notes.append(f"while it is watched the VM carries the filter {found.task.objects[0]} on {nic.netdev}")
-            return card
+            await cards.open()
+            found.notes.extend(cards.describe())
+            unknown = cards.unknown_fields
+            if unknown:
+                found.mask(Source.NETFLOW, "a network card cannot be looked at; the notes below name it", unknown)
+            if found.available.intersection(channels_of(Source.NETFLOW)):
+                return cards
+            await cards.close()
+            return None
         except VmError as exc:
             why = str(exc)
-    if tap:
-        counters = TapSource(name=tap)
-        with suppress(OSError):
-            await counters.open()
-            seen = {"out_pkts", "out_bytes", "in_pkts", "in_bytes"}
-            unseen = frozenset(spec.field for spec in raw_fields(Source.NETFLOW)) - seen
-            found.mask(Source.NETFLOW, f"{tap} counts frames and bytes and looks into none", unseen)
-            found.notes.append(f"of the network only the counters of {tap} are seen")
-            return counters
-    found.mask(Source.NETFLOW, why)
-    return None
-
-
-def _has_vhost(found: Survey) -> bool:
-    """Say whether the card's frames pass QEMU by, in the kernel, where no filter sees them."""
-    with suppress(OSError):
-        for entry in (found.proc / str(found.facts.pid) / "fd").iterdir():
-            with suppress(OSError):
-                if str(entry.readlink()) == "/dev/vhost-net":
-                    return True
-    return False
+    if others := cards_without_tap(found.facts.pid, found.proc):
+        found.mask(Source.NETFLOW, f"{', '.join(others)}: no tap counts its frames, and no filter can; {why}")
+        return None
+    counters = TapSource(pid=found.facts.pid, proc=found.proc)
+    try:
+        await counters.open()
+    except OSError:
+        found.mask(Source.NETFLOW, why)
+        return None
+    taps = " and ".join(counters.names)
+    unseen = frozenset(spec.field for spec in raw_fields(Source.NETFLOW)) - SEEN_FIELDS
+    found.mask(Source.NETFLOW, f"{taps} counts frames and bytes and looks into none", unseen)
+    found.notes.append(f"of the network only the counters of {taps} are seen")
+    return counters
 
 
 def explain_masks(masked: Mapping[str, str]) -> list[str]:

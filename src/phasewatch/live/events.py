@@ -70,7 +70,7 @@ class Telemetry(Record, frozen=True, kw_only=True):
         channels: Full names of the columns, at most 256.
         values: One row a bin, at most 240, of one value a channel in its unit; None = not known.
         flags: One a bin, `phasewatch.grid.align`.
-        masked: Channels that this VM cannot give.
+        masked: Channels that this VM cannot give, or not at present.
         late_rows, lost_rows: Readings that came too late, or never, since the machine is watched.
         lateness_s: How long after its end the last bin was closed; None in a replay.
     """

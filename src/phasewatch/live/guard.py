@@ -22,7 +22,7 @@ from typing import Self
 import msgspec
 
 LOOK_S = 2.0
-MOST_BYTES = 32 << 20  # of the dump: four times what a reading watcher lets it grow to
+MOST_BYTES = 32 << 20  # of all dumps: twice what a reading watcher lets them grow to
 TRIES = 20
 DONE = b"done\n"
 
@@ -105,11 +105,15 @@ def watch_over(task: Task, pipe: int) -> None:
 
 
 def bound(folder: Path) -> None:
-    """Cut files that have grown beyond the bound; QEMU writes on behind the hole, which takes no memory."""
+    """Cut the largest files until all are within the bound; QEMU writes on behind the hole, which takes no memory."""
     with suppress(OSError):
-        for path in folder.iterdir():
-            if path.stat().st_blocks * 512 > MOST_BYTES:
-                os.truncate(path, 0)
+        sizes = sorted(((path.stat().st_blocks * 512, path) for path in folder.iterdir()), reverse=True)
+        excess = sum(size for size, _ in sizes) - MOST_BYTES
+        for size, path in sizes:
+            if excess <= 0:
+                break
+            os.truncate(path, 0)
+            excess -= size
 
 
 async def undo(task: Task) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 from phasewatch.errors import VmError
 from phasewatch.grid.stream import LATENESS_NS
 from phasewatch.live.announce import Announcer, Cost, CostMeter, is_news
-from phasewatch.live.attach import Survey
+from phasewatch.live.attach import Survey, channels_of
+from phasewatch.live.capture import NetworkSource
 from phasewatch.live.envelope import Event
 from phasewatch.live.quality import WindowQuality
 from phasewatch.live.scorer import Scorer
@@ -44,7 +45,8 @@ class Watched:
         contended: Judged windows in which the vCPUs waited for a core for more than a tenth of the time.
         restarts: How often the grid was begun anew because the clock jumped or the machine slept.
         states: What became of the VM, in the order of time: ``paused``, ``running``, ``rebooted``, ``silent``, ``gone``;
-            of its host: ``contended``, ``uncontended``; and of a source: ``proc silent``, ``qmp partly silent``, ``proc back``.
+            of its host: ``contended``, ``uncontended``; of a source: ``proc silent``, ``qmp partly silent``, ``proc back``;
+            and of its network, `phasewatch.live.capture.NetworkNotice`.
         saved: Bundles written.
     """
 
@@ -105,11 +107,13 @@ class Watcher:
         self._found, self._scorer, self._outlets, self._clock = found, scorer, outlets, clock
         self._logs = [RowLog(source.source, clock) for source in sources]
         self._ticker = Ticker(sources, self._logs, clock)
+        self._cards = next((source for source in sources if isinstance(source, NetworkSource)), None)
         self._tracker = Tracker(scorer)
         facts = found.facts
         self._announcer = Announcer(
             vm=facts.name, host=host, masked=tuple(found.masked), caveat=scorer.caveat(facts.accel, facts.arch) if scorer else ""
         )  # fmt: skip
+        self._masked = tuple(found.masked)
         self._before: Decision | None = None
         self._meter = CostMeter(clock.mono_ns(), _cpu_s())
         self._sources = tuple(sources)
@@ -184,6 +188,7 @@ class Watcher:
                 self._meter.add_window(self._clock.mono_ns(), latency_ms)
             if self._outlets.on_step is not None:
                 self._outlets.on_step(step)
+        self._tell_of_network()
         emit(announcer.telemetry(steps[-240:], now_ns=wall_ns, late=self._tracker.late, lost=self._lost()), False)
 
     def _judge_quality(self) -> list[str]:
@@ -200,6 +205,16 @@ class Watcher:
                 f"contention: the vCPUs waited for {quality.wait_cores:.2f} cores, which holds every rate down"
             )
         return words
+
+    def _tell_of_network(self) -> None:
+        """Note what the cards have to say, and mask what they cannot give at present."""
+        if self._cards is None:
+            return
+        for notice in self._cards.take_notices():
+            self.result.states.append(notice.code)
+            self._outlets.say(f"{self._found.facts.name}: {notice.code}: {notice.text}")
+        blind = channels_of(Source.NETFLOW, self._cards.unknown_fields)
+        self._announcer.masked = tuple(dict.fromkeys((*self._masked, *blind)))
 
     def _lost(self) -> int:
         return self._ticker.skipped + self._empty.total()

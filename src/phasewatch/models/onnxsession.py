@@ -18,4 +18,6 @@ def open_session(data: bytes) -> Any:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4
+    # The runtime guesses the format from the bytes; only the one that was checked may be read.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])

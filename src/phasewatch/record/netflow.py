@@ -2,60 +2,49 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
-from ipaddress import IPv4Address
-from struct import Struct
+from ipaddress import ip_address
 from typing import NamedTuple
 
-_IPV4 = Struct("!2xHxxHxB2x4s4s")  # total length, fragment, protocol, source, destination, from the version byte on
-_PORTS = Struct("!HH")
-_TCP, _UDP = 6, 17
+from phasewatch.record.headers import ICMP, ICMPV6, TCP, UDP, FrameKind, Headers, parse_frame
+
 _SYN, _RST, _ACK = 2, 4, 16
-PROTOCOLS = {1: "icmp", _TCP: "tcp", _UDP: "udp"}
-
-
-class Headers(NamedTuple):
-    """What the counters need of an IPv4 frame; ports are None where there are none, or where the frame is cut short."""
-
-    protocol: int
-    src: bytes
-    dst: bytes
-    ports: tuple[int, int] | None
-    flags: int
+PROTOCOLS = {ICMP: "icmp", TCP: "tcp", UDP: "udp", ICMPV6: "icmpv6"}
+JUDGED_READINGS = 20  # readings over which the share of frames that were not understood is taken: 10 s
+MIN_UNREADABLE = 4  # frames; fewer say nothing about the others
 
 
 class Counters(NamedTuple):
-    """One reading, in RAW order; the last two are of this tick alone."""
+    """One reading, in RAW order; the last two are of this tick alone. None where most frames could not be parsed."""
 
-    out_pkts: int
-    out_bytes: int
-    in_pkts: int
-    in_bytes: int
-    new_flows: int
-    syn_out: int
-    rst_in: int
-    dns_queries: int
-    dst_ports: int
-    dst_ips: int
+    out_pkts: int | None
+    out_bytes: int | None
+    in_pkts: int | None
+    in_bytes: int | None
+    new_flows: int | None
+    syn_out: int | None
+    rst_in: int | None
+    dns_queries: int | None
+    dst_ports: int | None
+    dst_ips: int | None
+
+
+FLOW_FIELDS = frozenset(Counters._fields[4:])
 
 
 def read_headers(frame: bytes) -> Headers | None:
-    """Read the IPv4 and TCP or UDP headers of a whole or cut frame; None for anything else. Never raises."""
-    if len(frame) < 34 or frame[12:14] != b"\x08\0" or frame[14] >> 4 != 4:
-        return None
-    head = (frame[14] & 15) * 4
-    total, fragment, protocol, src, dst = _IPV4.unpack_from(frame, 14)
-    if head < 20 or total < head:
-        return None
-    at = 14 + head
-    end = min(len(frame), 14 + total)  # what lies behind is padding, not ports
-    if protocol not in (_TCP, _UDP) or fragment & 0x1FFF or end - at < (20 if protocol == _TCP else 8):
-        return Headers(protocol, src, dst, None, 0)
-    return Headers(protocol, src, dst, _PORTS.unpack_from(frame, at), frame[at + 13] if protocol == _TCP else 0)
+    """Parse the IP and TCP or UDP headers of a whole or cut frame; None for anything else. Never raises."""
+    found = parse_frame(frame)
+    return found if isinstance(found, Headers) else None
 
 
 class FlowCounter:
-    """Counts frames of one network card.
+    """Counts the frames of a machine's network cards.
+
+    A frame whose content cannot be parsed counts as a frame. While most frames of the last `JUDGED_READINGS` readings
+    are such, the fields that need a look into frames are None: flows that nobody saw are not zero flows. While it is
+    not even known where most frames begin, all fields are None.
 
     Memory is bounded: of the flows the last `max_flows` or so are remembered in two generations; one that falls out
     (counted in `forgotten`) is new again when it comes back. Addresses of a tick are counted up to `max_flows`.
@@ -70,20 +59,40 @@ class FlowCounter:
         self._new_flows = self._syn_out = self._rst_in = self._dns_queries = 0
         self._ports: set[int] = set()
         self._addresses: set[bytes] = set()
+        self._parsing = _ParsingShare()
 
-    def see(self, frame: bytes, outgoing: bool, wire_bytes: int | None = None) -> None:
-        """Count one frame; `wire_bytes` is its true size where `frame` is only its beginning."""
-        size = len(frame) if wire_bytes is None else wire_bytes
+    def see(self, frame: bytes, outgoing: bool, wire_bytes: int | None = None, *, start: int | None = 0) -> None:
+        """Count one frame.
+
+        Args:
+            frame: The frame or its beginning.
+            outgoing: Whether the guest sent it.
+            wire_bytes: Its true size where `frame` is only its beginning, `start` included.
+            start: Where the Ethernet header begins; None where that cannot be told.
+        """
+        size = (len(frame) if wire_bytes is None else wire_bytes) - (start or 0)
         if outgoing:
             self._out_pkts += 1
             self._out_bytes += size
         else:
             self._in_pkts += 1
             self._in_bytes += size
-        headers = read_headers(frame)
-        if headers is None:
+        if start is None:
+            self._parsing.now[outgoing] += 1
+            self._parsing.now[2 + outgoing] += 1
+            self._parsing.now[4] += 1
             return
-        protocol, src, dst, ports, flags = headers
+        headers = parse_frame(frame, start, wire_bytes)
+        # What others on the wire send to everybody belongs to no flow of the guest, whether it can be parsed or not.
+        now = self._parsing.now
+        if not isinstance(headers, Headers):
+            if outgoing or len(frame) <= start or not frame[start] & 1:
+                now[outgoing] += 1
+                now[2 + outgoing] += headers is not FrameKind.LINK
+            return
+        now[outgoing] += 1
+        now[2 + outgoing] += headers.is_cut
+        protocol, src, dst, ports, flags, _ = headers
         if outgoing and (len(self._addresses) < 2 * self._half or dst in self._addresses):
             self._addresses.add(dst)
         if ports is None:
@@ -91,20 +100,33 @@ class FlowCounter:
         if outgoing:
             self._ports.add(ports[1])
             self._syn_out += flags & (_SYN | _ACK) == _SYN
-            self._dns_queries += protocol == _UDP and ports[1] == 53
+            self._dns_queries += protocol == UDP and ports[1] == 53
             self._remember((protocol, src, dst, *ports))
         else:
             self._rst_in += bool(flags & _RST)
             self._remember((protocol, dst, src, ports[1], ports[0]))
 
     def take(self) -> Counters:
-        """Give the counters and begin a new tick."""
+        """Return the counters and begin a new tick."""
         reading = Counters(
             self._out_pkts, self._out_bytes, self._in_pkts, self._in_bytes, self._new_flows, self._syn_out,
             self._rst_in, self._dns_queries, len(self._ports), len(self._addresses),
         )  # fmt: skip
         self._ports, self._addresses = set(), set()
+        self._parsing.end_reading()
+        unknown = self.unknown_fields
+        if unknown:
+            reading = Counters(
+                *(None if name in unknown else n for name, n in zip(Counters._fields, reading, strict=True))
+            )
         return reading
+
+    @property
+    def unknown_fields(self) -> frozenset[str]:
+        """Fields that are None at present, because most frames could not be parsed."""
+        if not self._parsing.is_located():
+            return frozenset(Counters._fields)
+        return frozenset() if self._parsing.is_parsed() else FLOW_FIELDS
 
     def _remember(self, flow: tuple[object, ...]) -> None:
         if flow in self._young:
@@ -116,9 +138,39 @@ class FlowCounter:
         self._young.add(flow)
 
 
+class _ParsingShare:
+    """How many of the frames of the last readings could be parsed, each direction by itself.
+
+    Attributes:
+        now: Of the present reading: frames in, frames out, those in and out that could not be parsed, and those whose
+            beginning is unknown.
+    """
+
+    def __init__(self) -> None:
+        self.now = [0] * 5
+        self._readings: deque[list[int]] = deque(maxlen=JUDGED_READINGS)
+        self._totals = [0] * 5
+
+    def end_reading(self) -> None:
+        """Begin the next reading; judged are those that ended."""
+        self._readings.append(self.now)
+        self._totals = [sum(counts) for counts in zip(*self._readings, strict=True)]
+        self.now = [0] * 5
+
+    def is_located(self) -> bool:
+        """Return whether it is known where most frames begin."""
+        seen_in, seen_out, *_, unlocated = self._totals
+        return unlocated < MIN_UNREADABLE or 2 * unlocated <= seen_in + seen_out
+
+    def is_parsed(self) -> bool:
+        """Return whether the content of most frames is known, in both directions."""
+        seen, unparsed = self._totals[:2], self._totals[2:4]
+        return not any(bad >= MIN_UNREADABLE and 2 * bad > n for bad, n in zip(unparsed, seen, strict=True))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrafficRow:
-    """Totals of one far end: direction as the guest sees it, `ip` empty for what is not IPv4."""
+    """Totals of one far end: direction as the guest sees it, `ip` empty for what is not IP."""
 
     outgoing: bool
     protocol: str
@@ -161,7 +213,7 @@ class TrafficLog:
             TrafficRow(
                 outgoing=outgoing,
                 protocol="other" if protocol < 0 else PROTOCOLS.get(protocol, str(protocol)),
-                ip=str(IPv4Address(address)) if address else "",
+                ip=str(ip_address(address)) if address else "",
                 port=port,
                 frames=total[0],
                 bytes=total[1],

@@ -25,7 +25,6 @@ from phasewatch.record.netflow import Counters, FlowCounter, TrafficLog, Traffic
 from phasewatch.record.responder import Ignored, Responder
 
 _SIZE = Struct("!I")
-_COUNTERS = Struct(f"!{len(Counters._fields)}q")
 _TAKE, _LOG = b"t", b"l"
 _MAX_FRAME_BYTES = 65536
 _MAX_PATH_BYTES = 107  # sun_path, less its final zero
@@ -97,7 +96,7 @@ class Sink:
 
     def take(self) -> Counters:
         """Read the counters in RAW order and begin a new tick (of `dst_ports` and `dst_ips`)."""
-        return Counters(*_COUNTERS.unpack(self._ask(_TAKE)))
+        return msgspec.json.decode(self._ask(_TAKE), type=Counters)
 
     def log(self) -> SinkLog:
         """Read what the sink saw so far."""
@@ -215,7 +214,7 @@ class _Station:
         try:
             question = self._control.recv(1)
             if question == _TAKE:
-                answer = _COUNTERS.pack(*self._flows.take())
+                answer = msgspec.json.encode(self._flows.take())
             elif question == _LOG:
                 answer = msgspec.json.encode(self._report())
             else:

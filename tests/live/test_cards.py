@@ -1,0 +1,64 @@
+"""Which cards a VM has, as QEMU 7.2 shows them."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phasewatch.live.cards import count_passed_through, count_unplugged, parse_network
+
+# From a QEMU 7.2 with every way to plug a card in.
+NETWORK = """hub 0
+ \\ hub0port1: #net238: index=0,type=user,net=10.0.2.0,restrict=on
+filters:
+  - pw-net238-rx: type=filter-dump,file=/x/#net238-rx,maxlen=160,position=tail,status=on,insert=behind,netdev=#net238,queue=rx
+ \\ hub0port0: e1000.1: index=0,type=nic,model=e1000,macaddr=52:54:00:12:34:58
+hub 3
+ \\ hp: e1000.2: index=0,type=nic,model=e1000,macaddr=52:54:00:12:34:59
+spare: index=0,type=user,net=10.0.2.0,restrict=off
+virtio-net-pci.0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:56
+ \\ #net008: index=0,type=user,net=10.0.2.0,restrict=on
+filters:
+  - pw-net008-rx: type=filter-dump,file=/x/#net008-rx,maxlen=160,position=tail,status=on,insert=behind,netdev=#net008,queue=rx
+nic0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:5c
+ \\ t0: index=0,type=tap,ifname=tap3,script=no,downscript=no
+fds: index=0,type=nic,model=e1000e,macaddr=52:54:00:12:34:5d
+ \\ hostnet0: index=0,type=tap,fd=34
+nicmq: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:5a
+ \\ mq: index=0,type=tap,ifname=pwxm,script=no,downscript=no
+nicmq: index=1,type=nic,
+ \\ mq: index=1,type=tap,ifname=pwxm,script=no,downscript=no
+usb-net.0: index=0,type=nic,model=usb-net,macaddr=52:54:00:12:34:5e
+ \\ un: index=0,type=user,net=10.0.2.0,restrict=off
+lonely: index=0,type=nic,model=e1000,macaddr=52:54:00:12:34:5b
+"""
+
+
+def test_every_card_with_a_backend_is_found() -> None:
+    cards = {card.netdev: card for card in parse_network(NETWORK.replace("\n", "\r\n"))}
+
+    assert list(cards) == ["hub0port0", "hp", "#net008", "t0", "hostnet0", "mq", "un"]
+    assert (cards["t0"].kind, cards["t0"].ifname, cards["t0"].mac.hex()) == ("tap", "tap3", "52540012345c")
+    assert (cards["hostnet0"].ifname, cards["hostnet0"].fd) == ("", 34)
+    assert (cards["mq"].queues, cards["t0"].queues) == (2, 1)
+    assert (cards["hub0port0"].name, cards["hub0port0"].model) == ("e1000.1", "e1000")
+    assert count_unplugged(NETWORK) == 1
+
+
+def test_no_card_is_no_card() -> None:
+    assert parse_network("") == parse_network("hub 0\n") == ()
+    assert count_unplugged("") == 0
+
+
+def test_a_card_of_the_host_is_one_more_than_qemu_emulates() -> None:
+    cards = parse_network(NETWORK)  # of which six are on PCI, and the lonely one
+    buses = [{"devices": [{"class_info": {"class": 0x0200}}] * 7}]
+
+    assert count_passed_through(buses, cards, count_unplugged(NETWORK)) == 0
+    assert count_passed_through([*buses, {"devices": [{"class_info": {"class": 0x0280}}]}], cards, 1) == 1
+
+
+@given(st.text(alphabet="nic: index=0,type\\\\n hub\\x00macaddr5", max_size=200))
+def test_no_text_raises(text: str) -> None:
+    parse_network(text)
+    count_unplugged(text)
