@@ -24,6 +24,7 @@ def make(proc: Path, pid: int, line: str, *, threads: tuple[str, ...] = (), taps
     (folder / "fdinfo").mkdir(parents=True)
     (folder / "cmdline").write_bytes(("\0".join(line.split(" ")) + "\0").encode())
     (folder / "cwd").symlink_to("/srv/vm")
+    (folder / "stat").write_text(f"{pid} (qemu) S " + "0 " * 18 + f"{pid * 10} 0 0\n")
     for number, tap in enumerate(taps):
         (folder / "fdinfo" / str(number)).write_text(f"pos:\t0\nflags:\t0104002\niff:\t{tap}\n")
     for number, comm in enumerate(threads):

@@ -23,6 +23,8 @@ from phasewatch.live.watcher import Outlets, Watched, Watcher, is_alive
 from phasewatch.live.webhook import Webhook
 from phasewatch.record.base import Clock, HostClock, TelemetrySource
 
+GUARD_LOOK_S = 2.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -120,7 +122,11 @@ async def watch(
             sources = await _attach(found)
             scorer = _choose(request, found)
             _introduce(found, scorer, say)
-            watched = await _watch(request, found, sources, scorer, hook, emit, say, clock, on_step)
+            keeping = asyncio.create_task(_keep_guard(guard, say))
+            try:
+                watched = await _watch(request, found, sources, scorer, hook, emit, say, clock, on_step)
+            finally:
+                keeping.cancel()
         finally:
             left = await detach(found, sources) or not is_alive(found)
             if left:
@@ -133,6 +139,21 @@ async def watch(
         masked=tuple(found.masked), caveat=scorer.caveat(facts.accel, facts.arch) if scorer else "", left_as_found=left,
         posted=hook.sent if hook else 0, not_posted=hook.lost if hook else 0,
     )  # fmt: skip
+
+
+async def _keep_guard(guard: Guard, say: Callable[[str], None]) -> None:
+    """Start another guard when the one that there was is gone; what cannot be started now is tried again."""
+    is_told = False
+    while True:
+        await asyncio.sleep(GUARD_LOOK_S)
+        try:
+            if guard.replace_if_dead():
+                say(f"the guard was gone, killed by somebody; process {guard.pid} takes its place")
+                is_told = False
+        except OSError as exc:
+            if not is_told:
+                is_told = True
+                say(f"the guard is gone and no other can be started: {exc.strerror}; the watch goes on unguarded")
 
 
 async def _attach(found: Survey) -> tuple[TelemetrySource, ...]:

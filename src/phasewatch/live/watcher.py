@@ -19,6 +19,7 @@ from phasewatch.live.envelope import Event
 from phasewatch.live.scorer import Scorer
 from phasewatch.live.tracker import Decision, Step, Tracker
 from phasewatch.record.base import Clock, Row, RowLog, TelemetrySource, Ticker
+from phasewatch.record.process import read_start_ticks
 from phasewatch.vocab import BIN_NS, Source
 
 LOOK_NS = 250_000_000  # the longest sleep: a clock that steps is noticed within it
@@ -239,12 +240,8 @@ class Watcher:
 
 
 def is_alive(found: Survey) -> bool:
-    """Say whether the process still runs; one that waits to be buried does not."""
-    try:
-        stat = (found.proc / str(found.facts.pid) / "stat").read_bytes()
-    except OSError:
-        return False
-    return stat.rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    """Return whether the VM's process still runs: the same one, and not one that only waits to be reaped."""
+    return read_start_ticks(found.facts.pid, found.proc) == found.start_ticks
 
 
 def _cpu_s() -> float:
