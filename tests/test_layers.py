@@ -14,7 +14,7 @@ SRC = Path(__file__).parents[1] / "src" / "phasewatch"
 # Folders and files in the order in which the data passes them; rooms on one rank do not know each other.
 RANKS: dict[str, int] = {
     "__init__": 0, "errors": 0, "vocab": 0,
-    "extras": 1, "channels": 1, "profiles": 1, "walk": 1, "atomic": 1, "workers": 1, "cluster": 1, "installation": 1,
+    "extras": 1, "channels": 1, "profiles": 1, "walk": 1, "naming": 1, "atomic": 1, "workers": 1, "cluster": 1, "installation": 1,
     "episode": 2,
     "store": 3, "grid": 3,
     "record": 4, "simulate": 4, "validate": 4,

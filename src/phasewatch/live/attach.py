@@ -60,6 +60,7 @@ class VmFacts:
 
     pid: int
     name: str
+    host_id: str
     arch: str
     accel: str
     vcpus: int
@@ -139,7 +140,7 @@ async def survey(machine: Running, *, qmp: Path | None, clock: Clock, proc: Path
     ids = tuple(f"{name_prefix()}-{letter}" for letter in "ab")
     found = Survey(
         facts=VmFacts(
-            pid=machine.pid, name=machine.name, vcpus=max(1, len(tids)), nic=nic.model if nic else "", **facts,  # type: ignore[arg-type]
+            pid=machine.pid, name=machine.name, host_id=machine.host_id, vcpus=max(1, len(tids)), nic=nic.model if nic else "", **facts,  # type: ignore[arg-type]
         ),
         monitor=monitor, tids=tids, nic=nic, taps=machine.taps, clock=clock, proc=proc, start_ticks=machine.start_ticks,
         task=Task(

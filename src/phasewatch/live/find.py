@@ -7,13 +7,14 @@ import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
 from phasewatch.errors import MachineError, UsageError
 from phasewatch.live.doors import Door, DoorKind, find_doors, is_same_file
+from phasewatch.naming import host_id_of
 from phasewatch.record.process import PROC, list_pids, read_start_ticks
 
 _PROGRAM = re.compile(r"(?:qemu-system-(?P<arch>[a-z0-9_]+)|qemu-kvm|^kvm)(?: \(deleted\))?$")
@@ -34,6 +35,7 @@ class Running:
         start_ticks: When the process started, in clock ticks since boot: a later one may have its number.
         uuid: The VM's, lower case; empty where nobody gave it one.
         is_hidden: Whether this user may not see what the process has open, so that taps and sockets may be missing.
+        has_own_name: Whether the name is its own: given by somebody, and no other machine that runs here has it.
     """
 
     pid: int
@@ -45,6 +47,16 @@ class Running:
     start_ticks: int
     uuid: str = ""
     is_hidden: bool = False
+    has_own_name: bool = True
+
+    @property
+    def host_id(self) -> str:
+        """What it is called as a host: by its name if that is its own, else also by its UUID or its process."""
+        if self.has_own_name:
+            return host_id_of(self.name)
+        return host_id_of(
+            self.name, taken={self.name}, identity=self.uuid or f"{self.pid} {self.start_ticks} {_boot_id()}"
+        )
 
     @property
     def qmp(self) -> tuple[Path, ...]:
@@ -80,9 +92,11 @@ def read_running(pid: int, proc: Path = PROC) -> Running | None:
     if match is None:
         return None
     arguments = parse_arguments(words[1:])
+    name = _name(arguments)
     return Running(
         pid=pid,
-        name=_name(arguments) or f"qemu-{pid}",
+        name=name or f"qemu-{pid}",
+        has_own_name=bool(name),
         arch=match["arch"] or "x86_64",
         accel=_accel(arguments) or _accel_of_threads(folder),
         doors=find_doors(arguments, folder),
@@ -106,7 +120,7 @@ def find_one(*, pid: int | None, name: str | None, qmp: Path | None, proc: Path 
         machine = read_running(pid, proc)
         if machine is None:
             raise MachineError(f"--pid {pid}: {_why_none(pid, proc)}; phasewatch watch --list shows what runs here")
-        return machine
+        return _with_own_name(machine, list_running(proc))
     running = list_running(proc)
     if name is not None:
         said = f"--name {name}"
@@ -128,7 +142,19 @@ def find_one(*, pid: int | None, name: str | None, qmp: Path | None, proc: Path 
         raise UsageError(
             f"{said}: {len(fits)} machines have it; choose by --pid: {', '.join(str(m.pid) for m in fits)}"
         )
-    return fits[0]
+    return _with_own_name(fits[0], running)
+
+
+def _with_own_name(machine: Running, running: Sequence[Running]) -> Running:
+    """Return the machine, marked if another one that runs here has its name too."""
+    has_namesake = any(other.name == machine.name and other.pid != machine.pid for other in running)
+    return replace(machine, has_own_name=False) if has_namesake else machine
+
+
+def _boot_id() -> str:
+    with suppress(OSError):
+        return (PROC / "sys" / "kernel" / "random" / "boot_id").read_text("ascii").strip()
+    return ""
 
 
 def _has_door(machine: Running, qmp: Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,7 @@ from phasewatch.episode.rows import encode_rows
 from phasewatch.live.attach import Survey
 from phasewatch.record.base import Clock, Row
 from phasewatch.store.disk import DiskStore
-from phasewatch.vocab import BIN_NS, HOST_ID, ClockBase, Origin, Phase, Role, SampleKind, Source, uuid7
+from phasewatch.vocab import BIN_NS, ClockBase, Origin, Phase, Role, SampleKind, Source, uuid7
 
 SEGMENT_NS = 30 * 60 * 1_000_000_000  # a bundle holds an hour at most
 SHORTEST_NS = 12_000_000_000  # below it there is no window
@@ -114,7 +113,7 @@ class Saver:
             format=FORMAT,
             episode_id=episode_id,
             host=Host(
-                host_id=host_id_of(facts.name), arch=facts.arch or UNKNOWN, accel=facts.accel or UNKNOWN,
+                host_id=facts.host_id, arch=facts.arch or UNKNOWN, accel=facts.accel or UNKNOWN,
                 machine=facts.machine or UNKNOWN, cpu="", vcpus=facts.vcpus, mem_mib=facts.mem_mib, disk="",
                 nic=facts.nic, hypervisor=facts.hypervisor, guest_kernel="", recorder=f"phasewatch {__version__}, watch",
             ),
@@ -144,16 +143,6 @@ class Saver:
             ),
             members={},
         )  # fmt: skip
-
-
-def host_id_of(name: str) -> str:
-    """Make a host id of a VM's name.
-
-    >>> host_id_of("Web 01")
-    'web-01'
-    """
-    plain = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:63]
-    return plain if HOST_ID.fullmatch(plain) else "vm"
 
 
 def _ascii(text: str) -> str:

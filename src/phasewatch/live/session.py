@@ -16,7 +16,7 @@ from phasewatch.live.envelope import Event
 from phasewatch.live.find import Running
 from phasewatch.live.guard import Guard
 from phasewatch.live.models import Candidate, choose_model
-from phasewatch.live.save import Saver, host_id_of
+from phasewatch.live.save import Saver
 from phasewatch.live.scorer import Scorer
 from phasewatch.live.tracker import Step
 from phasewatch.live.watcher import Outlets, Watched, Watcher, is_alive
@@ -211,7 +211,7 @@ async def _watch(
     outlets = Outlets(
         emit=tell, say=say, keep=saver.keep if saver else None, on_step=on_step, backlog=hook.backlog if hook else lambda: 0
     )  # fmt: skip
-    watcher = Watcher(found, sources, scorer, outlets, clock, host=host_id_of(found.facts.name))
+    watcher = Watcher(found, sources, scorer, outlets, clock, host=found.facts.host_id)
     try:
         watched = await watcher.run(seconds=request.seconds)
     finally:
