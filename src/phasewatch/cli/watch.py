@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +157,7 @@ def watch(
             result, as_json=as_json, lines=[*_listed(running), *(_words_of_left(row) for row in result["left_behind"])]
         )
         return
+    from phasewatch.errors import MachineError
     from phasewatch.live.clean_day import read_clean_day
     from phasewatch.live.models import find_models
     from phasewatch.live.session import Request, run_watch
@@ -167,14 +168,24 @@ def watch(
         machine=machine, qmp=qmp, models=candidates, clean_day=read_clean_day(commission) if commission else None,
         save=save, webhook=webhook, seconds=seconds,
     )  # fmt: skip
-    with _two_outputs() as (out, say):
+    with _two_outputs(is_only=not webhook) as (out, say):
         report = run_watch(request, _printer(out, say, as_json=as_json), say)
         _close(report, out, say, as_json=as_json)
+    if lost := report.watched.not_saved:
+        raise MachineError(f"--save {save}: {lost} bundles were not written: {report.watched.save_failure}")
 
 
 @contextmanager
-def _two_outputs() -> Iterator[tuple[Say, Say]]:
-    """Give what prints to stdout and what to stderr; neither waits for who reads it."""
+def _two_outputs(*, is_only: bool) -> Iterator[tuple[Say, Say]]:
+    """Yield what prints to stdout and what to stderr; neither waits for who reads it, and neither's end is the watch's.
+
+    Args:
+        is_only: Whether nobody but stdout's reader hears of an alarm: once he has left, there is nobody to watch for.
+
+    Raises:
+        BrokenPipeError: If the only reader has left.
+        OSError: At the end, if events could not be written.
+    """
     import sys
 
     from phasewatch.live.lines import Lines
@@ -182,16 +193,29 @@ def _two_outputs() -> Iterator[tuple[Say, Say]]:
     err = Lines(sys.stderr)
     out = Lines(sys.stdout)
 
+    is_told = False
+
     def say(line: str) -> None:
         err.put(base.plain(line))
 
+    def put(line: str) -> None:
+        nonlocal is_told
+        out.put(line)
+        if out.failure is not None and not is_told:
+            is_told = True
+            if out.is_gone and is_only:
+                raise out.failure
+            say(f"standard output: {out.failure.strerror}: events are lost there; the watch goes on")
+
     try:
-        yield out.put, say
-        if unread := out.close():
-            say(f"{unread} lines of events were not written: their reader stood still")
+        yield put, say
+        unread = out.close()
+        if out.failure is not None and not out.is_gone:
+            raise out.failure
+        if unread:
+            say(f"{unread} lines of events were not written: their reader stood still or left")
     finally:
-        with suppress(OSError):
-            err.close()
+        err.close()
 
 
 def _printer(out: Say, say: Say, *, as_json: bool) -> Callable[[Event, bool], None]:

@@ -54,10 +54,10 @@ class Door:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listener:
-    """A Unix socket that a process listens on: its descriptor there, and its name as it was bound."""
+    """A Unix socket that somebody listens on: its name as it was bound, and its descriptor in the process; None elsewhere."""
 
-    fd: int
     name: str
+    fd: int | None
 
 
 def find_doors(arguments: Arguments, folder: Path) -> tuple[Door, ...]:
@@ -103,7 +103,7 @@ def explain_no_door(doors: Sequence[Door]) -> str:
 
 
 def read_listeners(folder: Path) -> tuple[Listener, ...] | None:
-    """Return the Unix sockets that a process listens on; None if this user may not know.
+    """Return the Unix sockets that are listened on in a process's network namespace; None if this user may not know.
 
     Args:
         folder: ``/proc/PID``.
@@ -118,8 +118,8 @@ def read_listeners(folder: Path) -> tuple[Listener, ...] | None:
         fields = line.split(maxsplit=7)
         with suppress(ValueError, IndexError):
             inode = int(fields[6])
-            if int(fields[3], 16) & _LISTENS and inode in held:
-                found.append(Listener(fd=held[inode], name=fields[7] if len(fields) > 7 else ""))
+            if int(fields[3], 16) & _LISTENS:
+                found.append(Listener(name=fields[7] if len(fields) > 7 else "", fd=held.get(inode)))
     return tuple(found)
 
 
@@ -161,10 +161,13 @@ def _of_path(name: str, keys: Mapping[str, str], folder: Path, listeners: tuple[
         return Door(kind=DoorKind.CLIENT, address=name)
     if keys.get("abstract") in _ON:
         return Door(kind=DoorKind.ELSEWHERE, address=f"an abstract socket, @{name}")
-    own = next((each for each in listeners if each.name == name), None) if listeners is not None else None
-    if listeners is not None and own is None:
+    if listeners is None:
+        return Door(kind=DoorKind.LISTENING, address=name, path=_reach(name, folder, None))
+    named = sorted((each for each in listeners if each.name == name), key=lambda each: each.fd is None)
+    if not named:
         return Door(kind=DoorKind.SILENT, address=name)
-    return Door(kind=DoorKind.LISTENING, address=name, path=_reach(name, folder, own))
+    # Held by another process alone, it may be another machine's by now: whoever connects asks for its threads.
+    return Door(kind=DoorKind.LISTENING, address=name, path=_reach(name, folder, named[0]))
 
 
 def _reach(name: str, folder: Path, own: Listener | None) -> Path:
@@ -175,7 +178,7 @@ def _reach(name: str, folder: Path, own: Listener | None) -> Path:
         return asked
     if _is_socket(seen):
         return seen
-    bound = _bound_file(int(folder.name), own.fd) if own is not None and folder.name.isdecimal() else None
+    bound = _bound_file(int(folder.name), own.fd) if own and own.fd is not None and folder.name.isdecimal() else None
     return bound or asked
 
 

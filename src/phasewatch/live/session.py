@@ -16,7 +16,7 @@ from phasewatch.live.envelope import Event
 from phasewatch.live.find import Running
 from phasewatch.live.guard import Guard
 from phasewatch.live.models import Candidate, choose_model
-from phasewatch.live.save import Saver
+from phasewatch.live.save import Saver, check_folder
 from phasewatch.live.scorer import Scorer
 from phasewatch.live.tracker import Step
 from phasewatch.live.watcher import Outlets, Watched, Watcher, is_alive
@@ -111,6 +111,8 @@ async def watch(
 ) -> Report:
     """Watch until the end; see `run_watch`. Cancelling it ends it in order, with a report."""
     hook = Webhook(request.webhook, say) if request.webhook else None
+    if request.save and (why := check_folder(request.save)):
+        say(f"--save {request.save}: nothing can be written now: {why}; the machine is watched all the same")
     found = await survey(request.machine, qmp=request.qmp, clock=clock)
     with ExitStack() as stack:
         guard = stack.enter_context(Guard(found.task))  # before anything in the VM is touched
@@ -201,7 +203,7 @@ async def _watch(
     on_step: Callable[[Step], None] | None,
 ) -> Watched:
     saved: list[str] = []
-    saver = Saver(request.save, found, clock, lambda path: saved.append(str(path))) if request.save else None
+    saver = Saver(request.save, found, clock, lambda path: saved.append(str(path)), say) if request.save else None
 
     def tell(event: Event, news: bool) -> None:
         emit(event, news)
@@ -217,4 +219,6 @@ async def _watch(
     finally:
         if saver is not None:
             saver.close()
-    return replace(watched, saved=saved)
+    if saver is None:
+        return watched
+    return replace(watched, saved=saved, not_saved=saver.lost, save_failure=saver.failure)

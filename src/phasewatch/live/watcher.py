@@ -40,6 +40,7 @@ class Watched:
         restarts: How often the grid was begun anew because the clock jumped or the machine slept.
         states: What became of the VM, in the order of time: ``paused``, ``running``, ``rebooted``, ``silent``, ``gone``.
         saved: Bundles written.
+        not_saved: Bundles that could not be written; `save_failure` says why.
     """
 
     why: str = ""
@@ -51,6 +52,8 @@ class Watched:
     restarts: int = 0
     states: list[str] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
+    not_saved: int = 0
+    save_failure: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
