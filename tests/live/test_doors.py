@@ -110,6 +110,14 @@ def test_a_socket_in_a_container_is_reached_through_its_root(tmp_path: Path) -> 
     assert door.path == inside
 
 
+def test_a_path_that_cannot_be_followed_is_named_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "90").mkdir()
+    name = "/" + "x" * 300  # longer than a name may be: no look at it ends in yes or no
+
+    (door,) = doors(f"-qmp unix:{name},server=on", tmp_path / "90")
+    assert door.address == name
+
+
 def test_one_socket_has_many_spellings(bound: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
 

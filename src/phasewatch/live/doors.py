@@ -174,10 +174,10 @@ def _reach(name: str, folder: Path, own: Listener | None) -> Path:
     """Return the path by which this process reaches a socket of another, whose folders and root may be others."""
     asked = Path(name) if name.startswith("/") else Path(_target(folder / "cwd") or "/", name)
     seen = folder / "root" / str(asked).lstrip("/")
-    if _is_socket(asked) and (not seen.exists() or is_same_file(asked, seen)):
-        return asked
     if _is_socket(seen):
-        return seen
+        return asked if is_same_file(asked, seen) else seen
+    if _is_socket(asked):  # the process's root may not be looked into by this user
+        return asked
     bound = _bound_file(int(folder.name), own.fd) if own and own.fd is not None and folder.name.isdecimal() else None
     return bound or asked
 

@@ -103,7 +103,7 @@ def read_running(pid: int, proc: Path = PROC) -> Running | None:
         taps=_taps(folder),
         start_ticks=start_ticks,
         uuid=_uuid(arguments),
-        is_hidden=not os.access(folder / "fd", os.R_OK | os.X_OK),
+        is_hidden=_is_hidden(folder),
     )
 
 
@@ -149,6 +149,16 @@ def _with_own_name(machine: Running, running: Sequence[Running]) -> Running:
     """Return the machine, marked if another one that runs here has its name too."""
     has_namesake = any(other.name == machine.name and other.pid != machine.pid for other in running)
     return replace(machine, has_own_name=False) if has_namesake else machine
+
+
+def _is_hidden(folder: Path) -> bool:
+    try:
+        os.listdir(folder / "fd")
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _boot_id() -> str:
