@@ -79,6 +79,12 @@ def test_the_first_reason_is_kept() -> None:
     assert explain_no_door(found) == explain_no_door(found[:1])
 
 
+def test_of_a_door_beside_libvirts_own_the_reason_is_told() -> None:
+    found = doors("-chardev socket,id=m,fd=9,server=on -mon m,mode=control -qmp tcp::4444,server=on")
+
+    assert explain_no_door(found) == explain_no_door(found[1:])
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="the kernel tells only root")
 def test_a_socket_bound_by_a_relative_path_is_found_after_the_process_left_that_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -290,13 +290,13 @@ def _listed(running: Sequence[Running]) -> list[str]:
 
 
 def _monitor_of(machine: Running) -> str:
-    from phasewatch.live.doors import DoorKind
+    from phasewatch.live.doors import DoorKind, most_telling
 
     if machine.qmp:
         return " ".join(map(str, machine.qmp))
     if not machine.doors:
         return "no QMP"
-    door = machine.doors[0]
+    door = most_telling(machine.doors)
     words = {
         DoorKind.HANDED_OVER: "QMP belongs to who started it", DoorKind.CLIENT: "QMP connects elsewhere",
         DoorKind.NETWORK: f"QMP on {door.address}, not a Unix socket", DoorKind.SILENT: "QMP no longer listens",

@@ -83,10 +83,10 @@ def find_doors(arguments: Arguments, folder: Path) -> tuple[Door, ...]:
 
 
 def explain_no_door(doors: Sequence[Door]) -> str:
-    """Return why none of these monitors can be used: the first one's reason."""
+    """Return why none of these monitors can be used: the first one's reason, or that of the first added to libvirt's own."""
     if not doors:
         return "QEMU was started without a QMP socket: its command line has neither -qmp nor -mon with mode=control"
-    door = doors[0]
+    door = most_telling(doors)
     if door.kind is DoorKind.HANDED_OVER:
         where = f" ({door.address})" if door.address else ""
         return f"its QMP socket{where} belongs to who started it (libvirt); only /proc and a tap's counters are left"
@@ -100,6 +100,11 @@ def explain_no_door(doors: Sequence[Door]) -> str:
     if door.kind is DoorKind.SILENT:
         return f"its command line names the QMP socket {door.address}, and the process does not listen on it"
     return f"its QMP monitor is {door.address}, which no second program can use"
+
+
+def most_telling(doors: Sequence[Door]) -> Door:
+    """Return the monitor whose kind says most: one that somebody added, before the one that libvirt keeps."""
+    return next((door for door in doors if door.kind is not DoorKind.HANDED_OVER), doors[0])
 
 
 def read_listeners(folder: Path) -> tuple[Listener, ...] | None:

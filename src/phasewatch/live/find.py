@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -153,7 +152,7 @@ def _with_own_name(machine: Running, running: Sequence[Running]) -> Running:
 
 def _is_hidden(folder: Path) -> bool:
     try:
-        os.listdir(folder / "fd")
+        next((folder / "fd").iterdir(), None)
     except PermissionError:
         return True
     except OSError:
