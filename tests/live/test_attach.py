@@ -306,6 +306,26 @@ def test_a_second_client_is_told_that_there_is_a_first(tmp_path: Path) -> None:
             run(tmp_path / "proc", nothing, qmp=qemu.path)
 
 
+def test_of_two_monitors_that_do_not_answer_the_first_ones_reason_is_kept(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock", tids=(4711,)) as qemu:
+        proc = make_process(tmp_path / "proc", names=True)
+        proc.write("cmdline", f"qemu-system-x86_64\0-qmp\0unix:{qemu.path},server=on\0-qmp\0unix:/gone,server=on\0")
+
+        found = run(tmp_path / "proc", nothing)
+
+        assert "another machine" in found.masked["qmp.blk_rd_bytes"]
+
+
+def test_another_process_that_got_the_number_meanwhile_is_not_watched(tmp_path: Path) -> None:
+    proc = make_process(tmp_path / "proc")
+    machine = read_running(PID, proc.root)
+    assert machine is not None
+    proc.write("stat", f"{PID} (sh) S " + "0 " * 18 + "99 0")
+
+    with pytest.raises(MachineError):
+        asyncio.run(survey(machine, qmp=None, clock=HostClock(), proc=proc.root))
+
+
 def test_the_socket_of_another_machine_is_refused(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock", tids=(4711,)) as qemu:
         make_process(tmp_path / "proc")

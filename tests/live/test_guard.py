@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from tests.live.qemu import FakeQemu
 
-from phasewatch.live import guard
+from phasewatch.live import guard, session
 from phasewatch.live.guard import Guard, Task, bound, undo
 from phasewatch.record.process import read_start_ticks
 
@@ -178,3 +178,31 @@ def test_the_guard_imports_next_to_nothing_while_it_waits() -> None:
     )
 
     assert done.stdout.strip() == "[]"
+
+
+class DyingGuard:
+    """Is killed again and again; at first no other process can be started."""
+
+    def __init__(self) -> None:
+        self.pid, self.looks = 7, 0
+
+    def replace_if_dead(self) -> bool:
+        self.looks += 1
+        if self.looks <= 3:
+            raise OSError(11, "Resource temporarily unavailable")
+        return self.looks == 4
+
+
+def test_a_guard_that_is_gone_is_said_once_and_its_successor_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "GUARD_LOOK_S", 0.0)
+    dying, said = DyingGuard(), []
+
+    async def main() -> None:
+        keeping = asyncio.create_task(session.keep_guard(dying, said.append))  # type: ignore[arg-type]
+        while dying.looks < 6:
+            await asyncio.sleep(0)
+        keeping.cancel()
+
+    asyncio.run(main())
+
+    assert len(said) == 2

@@ -140,6 +140,12 @@ def test_a_process_that_waits_to_be_buried_is_gone(world: World) -> None:
     assert world.clock.run(world.watcher(None).run()).why == "the VM is gone"
 
 
+def test_a_process_that_got_the_number_of_the_vm_is_not_the_vm(world: World) -> None:
+    world.proc.write("stat", f"{PID} (sh) S " + "0 " * 18 + "99 0")
+
+    assert world.clock.run(world.watcher(None).run()).why == "the VM is gone"
+
+
 def test_an_outlet_that_breaks_is_not_called_the_end_of_the_vm(world: World) -> None:
     def emit(event: Event, news: bool) -> None:
         if isinstance(event.data, Perf):

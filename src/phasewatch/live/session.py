@@ -124,7 +124,7 @@ async def watch(
             sources = await _attach(found)
             scorer = _choose(request, found)
             _introduce(found, scorer, say)
-            keeping = asyncio.create_task(_keep_guard(guard, say))
+            keeping = asyncio.create_task(keep_guard(guard, say))
             try:
                 watched = await _watch(request, found, sources, scorer, hook, emit, say, clock, on_step)
             finally:
@@ -143,7 +143,7 @@ async def watch(
     )  # fmt: skip
 
 
-async def _keep_guard(guard: Guard, say: Callable[[str], None]) -> None:
+async def keep_guard(guard: Guard, say: Callable[[str], None]) -> None:
     """Start another guard when the one that there was is gone; what cannot be started now is tried again."""
     is_told = False
     while True:
