@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests.trained_run import write_trained_run
 
-from phasewatch.live import attach
+from phasewatch.live import ownership
 
 
 @pytest.fixture(scope="session")
@@ -18,4 +18,4 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_folder_is_left_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Who surveys without a guard has nobody to remove the folder that a filter's dump would lie in.
-    monkeypatch.setattr(attach, "MEMORY", (tmp_path,))
+    monkeypatch.setattr(ownership, "MEMORY", (tmp_path,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from phasewatch.errors import MachineError, UsageError, VmError
 from phasewatch.live.asking import jit_use
 from phasewatch.live.attach import Survey, attach, detach, survey
 from phasewatch.live.find import read_running
+from phasewatch.live.ownership import FORMAT, WatchRecord, write_record
 from phasewatch.record.base import HostClock, TelemetrySource
 from phasewatch.record.qmp import JitUse
 from phasewatch.vocab import Source
@@ -207,6 +209,72 @@ def test_a_machine_that_still_carries_something_of_ours_is_not_as_it_was(tmp_pat
         assert (qemu.interval == 7) == (refused != "qom-set")
 
 
+def leave_behind(tmp_path: Path, qemu: FakeQemu, owner: str, *, interval_s: int) -> Path:
+    """What a watcher left that was killed with its guard: a filter, a folder with its dump, a polled balloon."""
+    folder = tmp_path / f"{owner}-abcdefgh"
+    folder.mkdir(mode=0o700)
+    record = WatchRecord(format=FORMAT, vm_pid=PID, vm_start_ticks=0, balloon="/machine/peripheral/balloon0", interval_s=interval_s)  # fmt: skip
+    write_record(str(folder), record)
+    qemu.objects[f"{owner}-b"], qemu.interval = folder / f"{owner}-b-1", 1
+    (folder / f"{owner}-b-1").write_bytes(b"frames")
+    return folder
+
+
+def test_what_a_dead_watcher_left_is_taken_out_and_its_interval_comes_back(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        make_process(tmp_path / "proc", qmp=qemu.path)
+        folder = leave_behind(tmp_path, qemu, "phasewatch-4711-5-0", interval_s=7)
+
+        async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+            assert len(qemu.objects) == 1
+            assert not folder.exists()
+
+        run(tmp_path / "proc", look)
+
+        assert qemu.objects == {}
+        assert qemu.interval == 7
+
+
+def test_what_another_live_watcher_put_in_stays_and_so_does_its_interval(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        make_process(tmp_path / "proc", qmp=qemu.path)
+        folder = leave_behind(tmp_path, qemu, f"phasewatch-{PID}-0-0", interval_s=7)  # a process that runs
+
+        run(tmp_path / "proc", nothing)
+
+        assert list(qemu.objects) == [f"phasewatch-{PID}-0-0-b"]
+        assert qemu.interval == 1
+        assert folder.exists()
+
+
+def test_the_last_of_two_watchers_gives_the_interval_back_that_the_first_found(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        make_process(tmp_path / "proc", qmp=qemu.path)
+        folder = leave_behind(tmp_path, qemu, f"phasewatch-{PID}-0-0", interval_s=7)
+
+        async def end_the_first(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+            qemu.objects.pop(f"phasewatch-{PID}-0-0-b")
+            shutil.rmtree(folder)
+
+        run(tmp_path / "proc", end_the_first)
+
+        assert qemu.interval == 7
+
+
+def test_threads_of_a_container_are_found_by_the_numbers_that_they_have_in_there(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock", tids=(8,)) as qemu:
+        proc = make_process(tmp_path / "proc", qmp=qemu.path)
+        proc.write("status", f"Name:\tqemu\nNSpid:\t{PID}\t7\n")
+        proc.write(
+            f"task/{VCPU}/status", f"NSpid:\t{VCPU}\t8\nvoluntary_ctxt_switches:\t1\nnonvoluntary_ctxt_switches:\t2\n"
+        )
+
+        found = run(tmp_path / "proc", nothing)
+
+        assert found.monitor is not None
+        assert found.tids == (VCPU,)
+
+
 def test_looking_changes_nothing(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
@@ -329,6 +397,26 @@ def test_a_second_client_is_told_that_there_is_a_first(tmp_path: Path) -> None:
             run(tmp_path / "proc", nothing, qmp=qemu.path)
 
 
+def test_of_two_monitors_that_do_not_answer_the_first_ones_reason_is_kept(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock", tids=(4711,)) as qemu:
+        proc = make_process(tmp_path / "proc", names=True)
+        proc.write("cmdline", f"qemu-system-x86_64\0-qmp\0unix:{qemu.path},server=on\0-qmp\0unix:/gone,server=on\0")
+
+        found = run(tmp_path / "proc", nothing)
+
+        assert "another machine" in found.masked["qmp.blk_rd_bytes"]
+
+
+def test_another_process_that_got_the_number_meanwhile_is_not_watched(tmp_path: Path) -> None:
+    proc = make_process(tmp_path / "proc")
+    machine = read_running(PID, proc.root)
+    assert machine is not None
+    proc.write("stat", f"{PID} (sh) S " + "0 " * 18 + "99 0")
+
+    with pytest.raises(MachineError):
+        asyncio.run(survey(machine, qmp=None, clock=HostClock(), proc=proc.root))
+
+
 def test_the_socket_of_another_machine_is_refused(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock", tids=(4711,)) as qemu:
         make_process(tmp_path / "proc")
@@ -350,9 +438,14 @@ def test_a_socket_that_serves_something_else_is_no_monitor(tmp_path: Path) -> No
 def test_a_machine_that_may_not_be_read_says_who_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     proc = make_process(tmp_path / "proc")
 
+    read = Path.read_bytes
+
     def refuse(path: Path) -> bytes:
-        raise PermissionError(13, "Permission denied")
+        if path.name == "io":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(MachineError, match="run phasewatch as root, or as the user whose machine it is"):
+    proc.write("status", "Uid:\t0 0 0 0\nGid:\t54321 54321 54321 54321\n")
+    with pytest.raises(MachineError, match="root:54321"):  # the group decides as much as the user
         run(proc.root, nothing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ def make(proc: Path, pid: int, line: str, *, threads: tuple[str, ...] = (), taps
     (folder / "fdinfo").mkdir(parents=True)
     (folder / "cmdline").write_bytes(("\0".join(line.split(" ")) + "\0").encode())
     (folder / "cwd").symlink_to("/srv/vm")
+    (folder / "stat").write_text(f"{pid} (qemu) S " + "0 " * 18 + f"{pid * 10} 0 0\n")
     for number, tap in enumerate(taps):
         (folder / "fdinfo" / str(number)).write_text(f"pos:\t0\nflags:\t0104002\niff:\t{tap}\n")
     for number, comm in enumerate(threads):
@@ -119,6 +121,58 @@ def test_a_machine_is_meant_by_pid_name_or_socket(proc: Path) -> None:
 def test_what_cannot_be_found_is_one_clear_line(proc: Path, asked: dict[str, object], error, words: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=words):
         find_one(**{"pid": None, "name": None, "qmp": None, **asked}, proc=proc)  # type: ignore[arg-type]
+
+
+def test_a_socket_is_meant_by_any_of_its_spellings(proc: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    home = tmp_path_factory.mktemp("run")
+    (home / "link").symlink_to(home)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(home / "q.sock"))
+        make(proc, 130, f"qemu-system-x86_64 -name far -qmp unix:{home}/q.sock,server=on")
+        for spelling in (home / "q.sock", home / "link" / "q.sock", home / ".." / home.name / "q.sock"):
+            assert find_one(pid=None, name=None, qmp=spelling, proc=proc).pid == 130
+
+
+def test_a_machine_is_meant_by_its_uuid_too(proc: Path) -> None:
+    make(proc, 140, "qemu-system-x86_64 -name web02 -uuid 1063ECDD-7112-4405-a743-23aa18519509")
+
+    assert find_one(pid=None, name="1063ecdd-7112-4405-a743-23aa18519509", qmp=None, proc=proc).name == "web02"
+
+
+def test_a_process_that_has_ended_and_waits_to_be_reaped_is_no_machine(proc: Path) -> None:
+    make(proc, 150, BY_HAND)
+    (proc / "150" / "stat").write_text("150 (qemu) Z " + "0 " * 30)
+
+    assert read_running(150, proc) is None
+
+
+def test_an_emulator_whose_package_was_upgraded_is_still_known(proc: Path) -> None:
+    make(proc, 160, "/opt/run-vm -name old")
+    (proc / "160" / "exe").symlink_to("/usr/bin/qemu-system-aarch64 (deleted)")
+    machine = read_running(160, proc)
+
+    assert machine is not None
+    assert machine.arch == "aarch64"
+
+
+def test_machines_without_a_name_of_their_own_are_hosts_of_their_own(proc: Path) -> None:
+    make(proc, 180, "qemu-system-x86_64 -name twin")
+    make(proc, 181, "qemu-system-x86_64 -name twin")
+    make(proc, 182, "qemu-system-x86_64")
+    found = [find_one(pid=pid, name=None, qmp=None, proc=proc).host_id for pid in (180, 181, 182, 100)]
+
+    assert len(set(found)) == 4
+    assert found[3] == "web01"
+    (proc / "182" / "stat").write_text("182 (qemu) S " + "0 " * 18 + "99 0")  # another process with that number
+    assert find_one(pid=182, name=None, qmp=None, proc=proc).host_id != found[2]
+
+
+def test_names_of_other_bytes_stay_other_names(proc: Path) -> None:
+    for pid, byte in ((170, b"\xfe"), (171, b"\xff")):
+        make(proc, pid, "x")
+        (proc / str(pid) / "cmdline").write_bytes(b"qemu-system-x86_64\0-name\0vm" + byte + b"\0")
+
+    assert len({m.name for m in list_running(proc) if m.pid >= 170}) == 2
 
 
 def test_a_name_that_two_have_is_not_enough(proc: Path) -> None:

@@ -15,8 +15,9 @@ import msgspec
 import pytest
 from tests.live.qemu import FakeQemu
 
-from phasewatch.live import guard
+from phasewatch.live import guard, session
 from phasewatch.live.guard import Guard, Task, bound, undo
+from phasewatch.record.process import read_start_ticks
 
 HOLDER = """
 import sys, time
@@ -106,6 +107,55 @@ def test_a_guard_that_nobody_dismissed_does_what_the_watcher_could_not(tmp_path:
         assert wait_for(lambda: not qemu.objects and qemu.interval == 5 and not folder.exists())
 
 
+def test_a_guard_that_was_killed_is_replaced_and_the_new_one_does_its_work(tmp_path: Path) -> None:
+    folder = tmp_path / "private"
+    folder.mkdir()
+    code = HOLDER.replace("time.sleep(600)", "os.kill(held.pid, 9)\n    while not held.replace_if_dead(): time.sleep(0.01)\n    print(held.pid, held.replace_if_dead(), flush=True)\n    time.sleep(600)").replace("import sys", "import os, sys")  # fmt: skip
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        qemu.objects["pw-b"], qemu.interval = folder / "dump", 1
+        task = msgspec.json.encode(task_of(qemu, folder)).decode()
+        holder = subprocess.Popen([sys.executable, "-c", code, task], stdout=subprocess.PIPE, text=True)
+        assert holder.stdout is not None
+        first, (second, again) = holder.stdout.readline().strip(), holder.stdout.readline().split()
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+
+        assert second not in ("0", first)
+        assert again == "False"
+        assert wait_for(lambda: not qemu.objects and qemu.interval == 5 and not folder.exists())
+
+
+def test_a_watcher_whose_guard_was_killed_removes_the_folder_itself(tmp_path: Path) -> None:
+    folder = tmp_path / "private"
+    folder.mkdir()
+    with FakeQemu(tmp_path / "q.sock") as qemu, Guard(task_of(qemu, folder)) as held:
+        os.kill(held.pid, signal.SIGKILL)
+        held.dismiss()
+
+    assert not folder.exists()
+
+
+def test_a_later_process_with_the_number_or_the_socket_of_the_vm_is_left_alone(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock", tids=(4711,)) as qemu:
+        qemu.interval = 1
+        task = task_of(qemu, tmp_path / "private")
+        identity = {"vm_pid": os.getpid(), "vm_start_ticks": read_start_ticks(os.getpid()) or 0}
+
+        assert asyncio.run(undo(msgspec.structs.replace(task, **identity | {"vm_start_ticks": 1})))
+        assert qemu.asked == []
+        assert asyncio.run(undo(msgspec.structs.replace(task, **identity)))
+        assert not {"object-del", "qom-set"} & set(qemu.asked)
+
+
+def test_a_vm_that_does_not_answer_is_not_called_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "TRIES", 1)
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        qemu.objects["pw-a"] = tmp_path / "dump"
+        qemu.refused.add("object-del")
+
+        assert not asyncio.run(undo(task_of(qemu, tmp_path / "private")))
+
+
 def test_a_vm_that_is_gone_needs_nothing(tmp_path: Path) -> None:
     asyncio.run(undo(Task(qmp=str(tmp_path / "gone.sock"), objects=("a",))))
 
@@ -138,3 +188,31 @@ def test_the_guard_imports_next_to_nothing_while_it_waits() -> None:
     )
 
     assert done.stdout.strip() == "[]"
+
+
+class DyingGuard:
+    """Is killed again and again; at first no other process can be started."""
+
+    def __init__(self) -> None:
+        self.pid, self.looks = 7, 0
+
+    def replace_if_dead(self) -> bool:
+        self.looks += 1
+        if self.looks <= 3:
+            raise OSError(11, "Resource temporarily unavailable")
+        return self.looks == 4
+
+
+def test_a_guard_that_is_gone_is_said_once_and_its_successor_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "GUARD_LOOK_S", 0.0)
+    dying, said = DyingGuard(), []
+
+    async def main() -> None:
+        keeping = asyncio.create_task(session.keep_guard(dying, said.append))  # type: ignore[arg-type]
+        while dying.looks < 6:
+            await asyncio.sleep(0)
+        keeping.cancel()
+
+    asyncio.run(main())
+
+    assert len(said) == 2

@@ -67,15 +67,40 @@ def test_a_reader_that_stands_still_holds_nobody_and_the_oldest_lines_are_given_
     assert said[-10:] == list(range(990, 1000))
 
 
-def test_a_reader_that_went_away_is_told_with_the_next_line() -> None:
+def test_a_reader_that_left_raises_nothing_and_every_line_is_counted() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stream:
         out = Lines(stream)
         out.put("into nothing")
         out._thread.join(5)
+        out.put("the next")
 
-        with pytest.raises(BrokenPipeError):
-            out.put("the next")
-        with pytest.raises(BrokenPipeError):
-            out.close()
+        assert out.is_gone
+        assert out.close() == 2
+
+
+class FullThenRoom(Lines):
+    """Writes to a disk that has room for three bytes, then none, then all."""
+
+    turns = 0
+
+    def _write_some(self, data: bytes) -> int:
+        self.turns += 1
+        if self.turns == 1:
+            return super()._write_some(data[:3])
+        if self.turns == 2:
+            raise OSError(28, "No space left on device")
+        return super()._write_some(data)
+
+
+def test_a_line_that_found_no_room_is_lost_and_the_next_one_stands_alone(pipe: tuple[int, TextIO]) -> None:
+    reader, stream = pipe
+    out = FullThenRoom(stream)
+    out.put("first")
+    out.put("second")
+
+    assert out.close() == 1
+    assert not out.is_gone
+    assert out.failure is not None
+    assert read_all(reader) == ["fir", "second"]

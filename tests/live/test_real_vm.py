@@ -130,6 +130,32 @@ def test_a_watcher_killed_by_9_leaves_the_machine_as_it_was(still: tuple[subproc
     assert child.poll() is None
 
 
+def test_what_a_watcher_left_that_was_killed_with_its_guard_is_taken_out_by_the_next(
+    still: tuple[subprocess.Popen[bytes], Path],
+) -> None:
+    child, door = still
+    watcher = subprocess.Popen(command(child.pid, "--json"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert watcher.stdout is not None
+    watcher.stdout.readline()
+    for guard in children_of(watcher.pid):
+        os.kill(guard, signal.SIGKILL)
+    watcher.send_signal(signal.SIGKILL)
+    watcher.communicate()
+    assert filters(door) != []
+    assert interval(door) == 1
+
+    done = subprocess.run(command(child.pid, "--seconds", "1", "--json"), capture_output=True, text=True, timeout=300)
+
+    assert json.loads(done.stdout.splitlines()[-1])["result"]["left_as_found"] is True
+    assert filters(door) == []
+    assert interval(door) == 3
+    assert not list(Path("/dev/shm").glob(f"phasewatch-{watcher.pid}-*"))
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def test_a_machine_that_ends_ends_the_watch(still: tuple[subprocess.Popen[bytes], Path]) -> None:
     child, _ = still
     watcher = subprocess.Popen(command(child.pid, "--json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)

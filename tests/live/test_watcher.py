@@ -16,7 +16,7 @@ from tests.record.fakes import FakeClock, FakeSource
 
 from phasewatch.channels import raw_fields
 from phasewatch.episode.bundle import pack, unpack
-from phasewatch.errors import VmError
+from phasewatch.errors import MachineError, VmError
 from phasewatch.live import save
 from phasewatch.live.announce import CostMeter
 from phasewatch.live.attach import Survey, attach, detach, survey
@@ -24,7 +24,7 @@ from phasewatch.live.capture import NetworkNotice, Notice
 from phasewatch.live.envelope import Event, parse_event, render_event
 from phasewatch.live.events import Perf, PhaseSeen, Telemetry
 from phasewatch.live.find import read_running
-from phasewatch.live.save import Saver
+from phasewatch.live.save import Saver, check_folder
 from phasewatch.live.scorer import Scorer
 from phasewatch.live.watcher import Outlets, Watched, Watcher
 from phasewatch.record.base import HostClock, Values, nothing_of
@@ -246,6 +246,12 @@ def test_a_process_that_waits_to_be_buried_is_gone(world: World) -> None:
     assert world.clock.run(world.watcher(None).run()).why == "the VM is gone"
 
 
+def test_a_process_that_got_the_number_of_the_vm_is_not_the_vm(world: World) -> None:
+    world.proc.write("stat", f"{PID} (sh) S " + "0 " * 18 + "99 0")
+
+    assert world.clock.run(world.watcher(None).run()).why == "the VM is gone"
+
+
 def test_an_outlet_that_breaks_is_not_called_the_end_of_the_vm(world: World) -> None:
     def emit(event: Event, news: bool) -> None:
         if isinstance(event.data, Perf):
@@ -362,6 +368,44 @@ def keep_for(minutes: int, saver: Saver, clock: FakeClock) -> None:
             saver.keep(source, (clock.wall_ns(), clock.mono_ns(), i, *(i for _ in raw_fields(source))))
 
 
+def test_a_store_that_cannot_be_written_is_said_once_and_the_next_bundle_is_tried(world: World, tmp_path: Path) -> None:
+    paths: list[Path] = []
+    in_the_way = tmp_path / "store" / "made-up"
+    in_the_way.parent.mkdir()
+    in_the_way.touch()  # a file where the host's folder should be
+    saver = Saver(tmp_path / "store", world.found, world.clock, paths.append, world.said.append)
+    for _ in range(2):
+        keep_for(1, saver, world.clock)
+        saver.close()
+    assert (saver.lost, len(world.said), paths) == (2, 1, [])
+
+    in_the_way.unlink()
+    keep_for(1, saver, world.clock)
+    saver.close()
+    assert (saver.lost, len(paths)) == (2, 1)
+
+
+def test_a_watch_outlives_the_store_that_it_saves_to(world: World, tmp_path: Path) -> None:
+    (tmp_path / "store").touch()
+    saver = Saver(tmp_path / "store", world.found, world.clock, lambda path: None, world.said.append)
+
+    watched = world.clock.run(world.watcher(scorer(), keep=saver.keep).run(seconds=4000))
+    saver.close()
+
+    assert watched.why == "the time is up"
+    assert saver.lost == 3
+    assert len(world.said) == 1
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_store_that_can_never_be_written_is_refused_before_the_watch(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(MachineError):
+        check_folder(tmp_path / place)
+    assert check_folder(tmp_path / "new" / "store") == ""
+
+
 def test_a_disk_that_is_slow_holds_up_no_reading_and_one_that_is_full_is_told(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,8 +429,8 @@ def test_a_disk_that_is_slow_holds_up_no_reading_and_one_that_is_full_is_told(
 
     monkeypatch.setattr(save, "pack", pack_never)
     keep_for(1, saver, world.clock)
-    with pytest.raises(OSError, match="No space left"):
-        saver.close()
+    saver.close()
+    assert saver.failure == "No space left on device"
 
 
 def test_half_an_hour_is_a_bundle_and_a_few_seconds_are_none(world: World, tmp_path: Path) -> None:

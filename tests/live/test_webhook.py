@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import httpx
 import pytest
 
 from phasewatch.errors import UsageError
@@ -35,6 +36,28 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Be quiet."""
+
+
+def test_certificates_that_cannot_be_read_cost_the_webhook_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    async def main() -> Webhook:
+        hook = Webhook("https://127.0.0.1:9/", said.append)
+        monkeypatch.setattr(httpx, "AsyncClient", refuse)
+        for _ in range(3):
+            hook.post(alarm())
+        await asyncio.sleep(0)
+        await hook.close()
+        return hook
+
+    hook = asyncio.run(main())
+
+    assert (hook.sent, hook.lost, len(said)) == (0, 3, 1)
 
 
 @pytest.fixture

@@ -32,7 +32,28 @@ def driver(tmp_path: Path) -> Path:
 
 
 def test_the_host_is_named_after_the_disk_unless_told(disk: Path, driver: Path) -> None:
-    assert read_own_machine(disk, driver).shape.host_id == "my-disk"
+    assert read_own_machine(disk.rename(disk.with_name("disk-1.qcow2")), driver).shape.host_id == "disk-1"
+
+
+@pytest.mark.parametrize("twin", ["my-disk", "My-Disk", "MY DISK", "диск"])
+def test_disks_whose_names_differ_are_different_hosts(disk: Path, driver: Path, twin: str) -> None:
+    other = disk.with_name(f"{twin}.qcow2")
+    other.write_bytes(disk.read_bytes())
+
+    assert read_own_machine(disk, driver).shape.host_id != read_own_machine(other, driver).shape.host_id
+
+
+def test_a_machine_of_the_users_own_is_never_one_of_the_labs(disk: Path, driver: Path) -> None:
+    assert read_own_machine(disk.rename(disk.with_name("pc.qcow2")), driver).shape.host_id not in {"pc", ""}
+
+
+@pytest.mark.parametrize("host_id", ["pc", "microvm", "sent", "refused"])
+def test_a_host_id_that_stands_for_something_else_is_refused(disk: Path, driver: Path, host_id: str) -> None:
+    with pytest.raises(UsageError):
+        read_own_machine(disk, driver, host_id=host_id)
+
+
+def test_a_host_id_that_was_given_is_taken(disk: Path, driver: Path) -> None:
     assert read_own_machine(disk, driver, host_id="web-1").shape.host_id == "web-1"
 
 

@@ -25,7 +25,7 @@ from phasewatch.record.base import HostClock
 from phasewatch.record.commandline import Sockets, build_command
 from phasewatch.record.hosts import HostShape
 from phasewatch.record.image import Image
-from phasewatch.record.vm import BOOT, BootRule, Start, Vm
+from phasewatch.record.vm import BOOT, BootRule, Start, Vm, wait_telling
 from phasewatch.vocab import Source
 
 FLAGS = "processor: 0\nflags\t\t: fpu vmx sse\n"
@@ -217,3 +217,36 @@ def gone(is_gone: object) -> bool:
             return True
         time.sleep(0.01)
     return False
+
+
+def test_a_boot_that_takes_long_says_so_until_the_first_word() -> None:
+    told: list[float] = []
+
+    async def main() -> None:
+        word: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        async def tell(waited_s: float, deadline_s: float) -> None:
+            told.append(waited_s)
+            if len(told) == 3:
+                word.set_result(None)
+
+        await wait_telling((word,), 1000.0, tell, every_s=0.001)
+        assert word.done()
+
+    asyncio.run(main())
+
+    assert told == pytest.approx([0.001, 0.002, 0.003])
+
+
+def test_a_boot_waits_no_longer_than_its_deadline() -> None:
+    told: list[float] = []
+
+    async def main() -> None:
+        async def tell(waited_s: float, deadline_s: float) -> None:
+            told.append(waited_s)
+
+        await wait_telling((asyncio.get_running_loop().create_future(),), 0.003, tell, every_s=0.002)
+
+    asyncio.run(main())
+
+    assert told == [0.002]

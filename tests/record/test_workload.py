@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from phasewatch.errors import PlanError
+from phasewatch.naming import profile_name_of
 from phasewatch.record import image
 from phasewatch.record.plan import Session, check_elapsed_time
-from phasewatch.record.workload import Workload, build_own_sessions, own_name, parse_workload, unscripted
+from phasewatch.record.workload import Workload, build_own_sessions, parse_workload, unscripted
 from phasewatch.vocab import Phase, SampleKind
 
 DOCS = Path(__file__).parents[2] / "docs" / "how-to"
@@ -116,11 +117,11 @@ def test_a_benign_workload_is_clean_all_the_while() -> None:
 
 
 def test_a_machine_whose_driver_does_everything_plays_a_live_sample_alone() -> None:
-    sessions = build_own_sessions(unscripted(own_name("My Bot_2.0")), hosts=("my-server",), alone=True)
+    sessions = build_own_sessions(unscripted(profile_name_of("my-bot")), hosts=("my-server",), alone=True)
 
     assert {session.host_id for session in sessions} == {"my-server"}
     assert {len(session.slots) for session in sessions} == {1}
-    assert {slot.sample_kind for s in sessions for slot in s.slots if slot.profile == "my-bot-2-0"} == {SampleKind.LIVE}
+    assert {slot.sample_kind for s in sessions for slot in s.slots if slot.profile == "my-bot"} == {SampleKind.LIVE}
     assert not any(slot.agent for session in sessions for slot in session.slots)
 
 

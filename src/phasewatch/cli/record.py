@@ -121,16 +121,17 @@ class _Task:
 
 def _task(plan: str, profile_file: Path | None, own: OwnMachine | None, *, named: str) -> _Task:
     from phasewatch.errors import UsageError
+    from phasewatch.naming import profile_name_of
     from phasewatch.record.plan import build_sessions
     from phasewatch.record.plans import read_plan
-    from phasewatch.record.workload import build_own_sessions, own_name, unscripted
+    from phasewatch.record.workload import build_own_sessions, unscripted
 
     if plan and (profile_file is not None or own is not None):
         raise UsageError("--plan plays our profiles on our guest; leave it out beside --profile-file or --image")
     if profile_file is not None:
         work = _read_workload(profile_file)
     elif own is not None:
-        work = unscripted(own_name(named))
+        work = unscripted(profile_name_of(named))
     elif plan:
         spec = read_plan(plan)
         return _Task(spec=spec, sessions=build_sessions(spec))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from phasewatch.live.envelope import Event
     from phasewatch.live.find import Running
+    from phasewatch.live.ownership import WatchFolder
     from phasewatch.live.session import Report
 
 Say = Callable[[str], None]
@@ -153,9 +154,15 @@ def watch(
     from phasewatch.live.find import find_one, list_running
 
     if list_:
-        running = list_running()
-        base.answer({"machines": [_machine(m) for m in running]}, as_json=as_json, lines=_listed(running))
+        from phasewatch.live.ownership import find_folders
+
+        running, left = list_running(), [folder for folder in find_folders() if folder.is_alive is False]
+        result = {"machines": [_machine(m) for m in running], "left_behind": [_left_behind(f, running) for f in left]}
+        base.answer(
+            result, as_json=as_json, lines=[*_listed(running), *(_words_of_left(row) for row in result["left_behind"])]
+        )
         return
+    from phasewatch.errors import MachineError
     from phasewatch.live.clean_day import read_clean_day
     from phasewatch.live.models import find_models
     from phasewatch.live.session import Request, run_watch
@@ -166,14 +173,24 @@ def watch(
         machine=machine, qmp=qmp, models=candidates, channels=channel_set, clean_day=read_clean_day(commission) if commission else None,
         save=save, webhook=webhook, seconds=seconds,
     )  # fmt: skip
-    with _two_outputs() as (out, say):
+    with _two_outputs(is_only=not webhook) as (out, say):
         report = run_watch(request, _printer(out, say, as_json=as_json), say)
         _close(report, out, say, as_json=as_json)
+    if lost := report.watched.not_saved:
+        raise MachineError(f"--save {save}: {lost} bundles were not written: {report.watched.save_failure}")
 
 
 @contextmanager
-def _two_outputs() -> Iterator[tuple[Say, Say]]:
-    """Give what prints to stdout and what to stderr; neither waits for who reads it."""
+def _two_outputs(*, is_only: bool) -> Iterator[tuple[Say, Say]]:
+    """Yield what prints to stdout and what to stderr; neither waits for who reads it, and neither's end is the watch's.
+
+    Args:
+        is_only: Whether nobody but stdout's reader hears of an alarm: once he has left, there is nobody to watch for.
+
+    Raises:
+        BrokenPipeError: If the only reader has left.
+        OSError: At the end, if events could not be written.
+    """
     import sys
 
     from phasewatch.live.lines import Lines
@@ -181,17 +198,29 @@ def _two_outputs() -> Iterator[tuple[Say, Say]]:
     err = Lines(sys.stderr)
     out = Lines(sys.stdout)
 
+    is_told = False
+
     def say(line: str) -> None:
-        with suppress(OSError):  # a log that nobody can read ends no watch
-            err.put(base.plain(line))
+        err.put(base.plain(line))
+
+    def put(line: str) -> None:
+        nonlocal is_told
+        out.put(line)
+        if out.failure is not None and not is_told:
+            is_told = True
+            if out.is_gone and is_only:
+                raise out.failure
+            say(f"standard output: {out.failure.strerror}: events are lost there; the watch goes on")
 
     try:
-        yield out.put, say
-        if unread := out.close():
-            say(f"{unread} lines of events were not written: their reader stood still")
+        yield put, say
+        unread = out.close()
+        if out.failure is not None and not out.is_gone:
+            raise out.failure
+        if unread:
+            say(f"{unread} lines of events were not written: their reader stood still or left")
     finally:
-        with suppress(OSError):
-            err.close()
+        err.close()
 
 
 def _printer(out: Say, say: Say, *, as_json: bool) -> Callable[[Event, bool], None]:
@@ -243,18 +272,55 @@ def _close(report: Report, out: Say, say: Say, *, as_json: bool) -> None:
 
 def _machine(machine: Running) -> dict[str, object]:
     return {
-        "pid": machine.pid, "name": machine.name, "arch": machine.arch, "accel": machine.accel,
-        "qmp": [str(path) for path in machine.qmp], "taps": list(machine.taps),
+        "pid": machine.pid, "name": machine.name, "uuid": machine.uuid, "arch": machine.arch, "accel": machine.accel,
+        "qmp": [str(path) for path in machine.qmp], "taps": list(machine.taps), "is_hidden": machine.is_hidden,
+        "monitors": [{"kind": str(door.kind), "address": door.address} for door in machine.doors],
     }  # fmt: skip
 
 
 def _listed(running: Sequence[Running]) -> list[str]:
     rows = [
         (
-            str(m.pid), m.name, m.arch, m.accel or "?",
-            " ".join(map(str, m.qmp)) or ("QMP belongs to who started it" if m.foreign_qmp else "no QMP"),
-            " ".join(m.taps),
+            str(m.pid),
+            m.name,
+            m.arch,
+            m.accel or "?",
+            _monitor_of(m),
+            " ".join(m.taps) or ("tap: ?" if m.is_hidden else ""),
         )
         for m in running
-    ]  # fmt: skip
-    return base.table(rows) or ["no QEMU machine runs here"]
+    ]
+    lines = base.table(rows) or ["no QEMU machine runs among the processes that this user can see"]
+    if any(m.is_hidden for m in running):
+        lines.append(
+            "?: this user may not see what these processes have open; run as root or as the machine's user and group"
+        )
+    return lines
+
+
+def _monitor_of(machine: Running) -> str:
+    from phasewatch.live.doors import DoorKind, most_telling
+
+    if machine.qmp:
+        return " ".join(map(str, machine.qmp))
+    if not machine.doors:
+        return "no QMP"
+    door = most_telling(machine.doors)
+    words = {
+        DoorKind.HANDED_OVER: "QMP belongs to who started it", DoorKind.CLIENT: "QMP connects elsewhere",
+        DoorKind.NETWORK: f"QMP on {door.address}, not a Unix socket", DoorKind.SILENT: "QMP no longer listens",
+    }  # fmt: skip
+    return words.get(door.kind, f"QMP {door.address}")
+
+
+def _left_behind(folder: WatchFolder, running: Sequence[Running]) -> dict[str, object]:
+    """Describe the leftovers of a dead watcher, and which machine that still runs they are in."""
+    machine = next((m for m in running if folder.concerns(m.pid, m.start_ticks)), None)
+    return {"folder": str(folder.path), "watcher": folder.owner.pid, "machine": machine.name if machine else None}
+
+
+def _words_of_left(row: dict[str, object]) -> str:
+    what = f"left behind by process {row['watcher']}, a watcher that was killed: {row['folder']}"
+    if row["machine"] is None:
+        return f"{what}; the next watch removes it"
+    return f"{what}, and what it put into {row['machine']}; the next watch of that machine takes it out"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,18 +10,32 @@ from pathlib import Path
 from typing import Any
 
 from phasewatch.channels import CHANNELS, raw_fields
-from phasewatch.errors import MachineError, VmError
+from phasewatch.errors import VmError
 from phasewatch.live.asking import open_monitor, open_process
 from phasewatch.live.capture import CaptureSource, object_ids
 from phasewatch.live.cards import Nic, parse_network
-from phasewatch.live.find import PROC, Running, vcpu_threads
+from phasewatch.live.find import Running, vcpu_threads
 from phasewatch.live.guard import Task
+from phasewatch.live.ownership import FORMAT as RECORD_FORMAT
+from phasewatch.live.ownership import (
+    WatchRecord,
+    find_folders,
+    find_others,
+    forget_record,
+    is_abandoned,
+    make_private_folder,
+    name_prefix,
+    original_interval,
+    remove_abandoned,
+    write_record,
+)
+from phasewatch.live.reach import check_permission, connect
 from phasewatch.live.tap import SEEN_FIELDS, TapSource, cards_without_tap
 from phasewatch.record.base import Clock, TelemetrySource, Values
+from phasewatch.record.process import PROC, translate_threads
 from phasewatch.record.qmp import POLLING, JitUse, Monitor
 from phasewatch.vocab import Source
 
-MEMORY = (Path("/dev/shm"), Path("/run"))
 VCPU_FIELDS = frozenset({"vcpu_run_ns", "vcpu_wait_ns", "vcpu_vcs", "vcpu_ics", "aux_run_ns"})
 _TARGET = "child<virtio-balloon"
 
@@ -33,6 +46,7 @@ class VmFacts:
 
     pid: int
     name: str
+    host_id: str
     arch: str
     accel: str
     vcpus: int
@@ -49,7 +63,9 @@ class Survey:
     Attributes:
         monitor: Connected; None where there is none to be had.
         tids: vCPU threads; empty where nobody names them.
+        start_ticks: When its process started, so that a later one with its number is not taken for it.
         task: What must be undone once `attach` has run; a guard is to know it before.
+        abandoned: Objects that a dead watcher left in it; `attach` takes them out.
         masked: Channel → why this VM cannot give it.
         notes: What the user must know.
     """
@@ -61,6 +77,8 @@ class Survey:
     taps: tuple[str, ...]
     task: Task
     clock: Clock
+    start_ticks: int = 0
+    abandoned: tuple[str, ...] = ()
     masked: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     proc: Path = PROC
@@ -96,27 +114,35 @@ async def survey(machine: Running, *, qmp: Path | None, clock: Clock, proc: Path
         MachineError: If its /proc may not be read.
         VmError: If the named socket does not answer, or is another machine's.
     """
-    _check_permission(machine, proc)
-    monitor, why = await _connect(machine, qmp, proc)
+    check_permission(machine, proc)
+    monitor, why = await connect(machine, qmp, proc)
     facts = {"arch": machine.arch, "accel": machine.accel, "machine": "", "hypervisor": "", "mem_mib": 1}
     tids = vcpu_threads(machine.pid, proc)
     nic, balloon, interval = None, "", 0
     if monitor is not None:
-        tids = await monitor.vcpu_tids()
+        tids = translate_threads(machine.pid, await monitor.vcpu_tids(), proc) or ()
         facts |= await _facts(monitor)
         nic = await _find_nic(monitor)
         balloon, interval = await _find_balloon(monitor)
-    ids = object_ids(f"phasewatch-{os.getpid()}")
+    abandoned = await _find_abandoned(monitor, proc) if monitor else ()
+    interval = original_interval(
+        interval, find_folders(proc), is_marked=bool(abandoned), vm_pid=machine.pid, vm_start_ticks=machine.start_ticks
+    )
+    folder = _private_folder(machine, proc) if monitor and (nic or balloon) else ""
+    ids = object_ids(name_prefix())
     found = Survey(
         facts=VmFacts(
-            pid=machine.pid, name=machine.name, vcpus=max(1, len(tids)), nic=nic.model if nic else "", **facts,  # type: ignore[arg-type]
+            pid=machine.pid, name=machine.name, host_id=machine.host_id, vcpus=max(1, len(tids)), nic=nic.model if nic else "", **facts,  # type: ignore[arg-type]
         ),
-        monitor=monitor, tids=tids, nic=nic, taps=machine.taps, clock=clock, proc=proc,
+        monitor=monitor, tids=tids, nic=nic, taps=machine.taps, clock=clock, proc=proc, start_ticks=machine.start_ticks,
         task=Task(
+            vm_pid=machine.pid, vm_start_ticks=machine.start_ticks, proc=str(proc),
             qmp=str(monitor.path) if monitor else "", objects=ids if monitor and nic else (), balloon=balloon,
-            interval_s=interval, folder=_private_folder(machine.pid, proc) if monitor and nic else "",
+            interval_s=interval, folder=folder,
         ),
+        abandoned=abandoned,
     )  # fmt: skip
+    record_watch(found)
     found.mask(Source.GUEST, "nothing runs in the guest for a watcher")
     if monitor is None:
         found.mask(Source.QMP, why)
@@ -137,6 +163,7 @@ async def attach(found: Survey) -> tuple[TelemetrySource, ...]:
     Returns:
         The sources in the order in which the recorder reads them. What cannot be opened is masked in `found`.
     """
+    await _remove_abandoned(found)
     process, vcpus = open_process(found)
     own: TelemetrySource = process
     if not found.tids:
@@ -160,13 +187,47 @@ async def detach(found: Survey, sources: Sequence[TelemetrySource]) -> bool:
     if found.monitor is None:
         return True
     left = await _take_out(found.monitor, found.task.objects)
-    if found.task.balloon:
+    forget_record(found.task.folder)  # before others are looked for, else two that end at once wait for each other
+    if found.task.balloon and not find_others(found.facts.pid, found.start_ticks, found.proc):
         try:
             await found.monitor.ask("qom-set", path=found.task.balloon, property=POLLING, value=found.task.interval_s)
         except VmError:
             left = False
+    if not left:
+        record_watch(found)
     await found.monitor.close()
     return left
+
+
+def record_watch(found: Survey) -> None:
+    """Write down how the VM was, for the next watcher, should this one and its guard be killed."""
+    facts, task = found.facts, found.task
+    record = WatchRecord(
+        format=RECORD_FORMAT, vm_pid=facts.pid, vm_start_ticks=found.start_ticks, vm_name=facts.name, balloon=task.balloon,
+        interval_s=task.interval_s,
+    )  # fmt: skip
+    write_record(task.folder, record)
+
+
+async def _find_abandoned(monitor: Monitor, proc: Path) -> tuple[str, ...]:
+    """Return the ids of objects that a watcher which is dead for certain left in the VM."""
+    with suppress(VmError, KeyError, TypeError):
+        names = [str(child["name"]) for child in await monitor.ask("qom-list", path="/objects")]
+        return tuple(name for name in names if is_abandoned(name, proc))
+    return ()
+
+
+async def _remove_abandoned(found: Survey) -> None:
+    """Take out of the VM, and out of memory, what a watcher that was killed with its guard left there."""
+    if found.monitor is not None:
+        for name in found.abandoned:
+            try:
+                await found.monitor.ask("object-del", id=name)
+                found.notes.append(f"took out {name}, which a watcher that was killed had left in the VM")
+            except VmError as exc:
+                found.notes.append(f"{name}, left by a watcher that was killed, stays in the VM: {exc}")
+    for folder in remove_abandoned(found.facts.pid, found.start_ticks, found.proc):
+        found.notes.append(f"removed {folder}, which a watcher that was killed had left")
 
 
 async def _take_out(monitor: Monitor, objects: Collection[str]) -> bool:
@@ -207,45 +268,6 @@ class Blind:
         await self._own.close()
 
 
-def _check_permission(machine: Running, proc: Path) -> None:
-    try:
-        (proc / str(machine.pid) / "io").read_bytes()
-    except PermissionError as exc:
-        raise MachineError(
-            f"--pid {machine.pid}: /proc/{machine.pid} may not be read by this user; run phasewatch as root, or as the "
-            "user whose machine it is"
-        ) from exc
-    except OSError as exc:
-        raise MachineError(
-            f"--pid {machine.pid}: the process is gone; phasewatch watch --list shows what runs here"
-        ) from exc
-
-
-async def _connect(machine: Running, qmp: Path | None, proc: Path) -> tuple[Monitor | None, str]:
-    """Connect to the first door that answers; a door that the user named must."""
-    why = "QEMU was started without a QMP socket"
-    if machine.foreign_qmp:
-        why = "its QMP socket belongs to who started it (libvirt); only /proc and a tap's counters are left"
-    for door in (qmp,) if qmp is not None else machine.qmp:
-        monitor = Monitor(door)
-        try:
-            await monitor.connect()
-            tids = await monitor.vcpu_tids()
-            if any(not (proc / str(machine.pid) / "task" / str(tid)).exists() for tid in tids):
-                await monitor.close()
-                raise VmError(
-                    f"{door}: answers for another machine than process {machine.pid}; name the socket of that one"
-                )
-            return monitor, ""
-        except (VmError, KeyError, TypeError, AttributeError) as exc:
-            await monitor.close()
-            words = str(exc) if isinstance(exc, VmError) else f"{door}: this is no QEMU monitor"
-            if qmp is not None:
-                raise VmError(words) from exc
-            why = words
-    return None, why
-
-
 async def _facts(monitor: Monitor) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     with suppress(VmError, KeyError, TypeError):
@@ -279,17 +301,12 @@ async def _find_balloon(monitor: Monitor) -> tuple[str, int]:
     return "", 0
 
 
-def _private_folder(pid: int, proc: Path) -> str:
-    """Make a folder in memory that only this user, or the VM's where this is root, may look into."""
-    for parent in MEMORY:
-        if os.access(parent, os.W_OK):
-            folder = tempfile.mkdtemp(prefix="phasewatch-", dir=parent)
-            with suppress(OSError):
-                owner = (proc / str(pid)).stat().st_uid
-                if os.geteuid() == 0 and owner != 0:
-                    os.chown(folder, owner, -1)
-            return folder
-    return ""
+def _private_folder(machine: Running, proc: Path) -> str:
+    try:
+        owner = (proc / str(machine.pid)).stat().st_uid
+    except OSError:
+        owner = os.geteuid()
+    return make_private_folder(owner)
 
 
 async def _open_card(found: Survey) -> TelemetrySource | None:

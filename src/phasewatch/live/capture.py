@@ -18,11 +18,11 @@ from typing import Protocol, runtime_checkable
 from phasewatch.errors import VmError
 from phasewatch.live.cards import Nic, count_passed_through, count_unplugged, parse_network
 from phasewatch.live.dump import INCOMING, MAX_UNREAD_BYTES, OUTGOING, ROTATE_BYTES, DumpFile, open_dumps
-from phasewatch.live.find import PROC
 from phasewatch.live.tap import TapCounters, taps_by_fd
 from phasewatch.live.vnet_header import VnetHeaderFinder
 from phasewatch.record.base import Values, nothing_of
 from phasewatch.record.netflow import FLOW_FIELDS, Counters, FlowCounter
+from phasewatch.record.process import PROC
 from phasewatch.record.qmp import Monitor
 from phasewatch.vocab import Source
 

@@ -11,7 +11,6 @@ from phasewatch.channels import CHANNELS
 from phasewatch.errors import DataError
 from phasewatch.features.commission import Reference, measure, parse_reference
 from phasewatch.live.find import Running
-from phasewatch.live.save import host_id_of
 from phasewatch.live.session import Request, run_watch
 from phasewatch.live.tracker import Step
 from phasewatch.live.watcher import INTERRUPTED, TIME_UP
@@ -64,7 +63,7 @@ def measure_clean_day(
             "usual; measure again, nothing was written"
         )
     host = [i for i, channel in enumerate(CHANNELS) if channel.in_deployment]
-    return measure(host_id_of(machine.name), [CHANNELS[i].full_name for i in host], np.stack(bins)[:, host])
+    return measure(machine.host_id, [CHANNELS[i].full_name for i in host], np.stack(bins)[:, host])
 
 
 def read_clean_day(path: Path) -> Reference:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
 from phasewatch.errors import MachineError, UsageError
+from phasewatch.live.doors import Door, DoorKind, find_doors, is_same_file
+from phasewatch.naming import host_id_of
+from phasewatch.record.process import PROC, list_pids, read_start_ticks
 
-PROC = Path("/proc")
-_PROGRAM = re.compile(r"(?:qemu-system-(?P<arch>[a-z0-9_]+)|qemu-kvm)$")
+_PROGRAM = re.compile(r"(?:qemu-system-(?P<arch>[a-z0-9_]+)|qemu-kvm|^kvm)(?: \(deleted\))?$")
 _VCPU = re.compile(r"^CPU \d+/(?P<accel>KVM|TCG)$|^(?P<all>ALL CPUs)/TCG$")
 _MAX_CMDLINE = 1 << 20
 
@@ -26,28 +29,49 @@ class Running:
         name: The VM's, or ``qemu-<pid>`` where nobody gave it one.
         arch: Of the guest.
         accel: ``kvm``, ``tcg``, or empty where only the monitor could tell.
-        qmp: Paths of its QMP sockets that a file system knows; of a socket that libvirt handed over there is none.
-        foreign_qmp: Whether there is a QMP socket without a path: it belongs to who started the machine.
+        doors: Its monitors in control mode, those included that nobody else can use.
         taps: Host names of its tap devices.
+        start_ticks: When the process started, in clock ticks since boot: a later one may have its number.
+        uuid: The VM's, lower case; empty where nobody gave it one.
+        is_hidden: Whether this user may not see what the process has open, so that taps and sockets may be missing.
+        has_own_name: Whether the name is its own: given by somebody, and no other machine that runs here has it.
     """
 
     pid: int
     name: str
     arch: str
     accel: str
-    qmp: tuple[Path, ...]
-    foreign_qmp: bool
+    doors: tuple[Door, ...]
     taps: tuple[str, ...]
+    start_ticks: int
+    uuid: str = ""
+    is_hidden: bool = False
+    has_own_name: bool = True
+
+    @property
+    def host_id(self) -> str:
+        """What it is called as a host: by its name if that is its own, else also by its UUID or its process."""
+        if self.has_own_name:
+            return host_id_of(self.name)
+        return host_id_of(
+            self.name, taken={self.name}, identity=self.uuid or f"{self.pid} {self.start_ticks} {_boot_id()}"
+        )
+
+    @property
+    def qmp(self) -> tuple[Path, ...]:
+        """Paths of the QMP sockets that it listens on, as this process reaches them."""
+        return tuple(door.path for door in self.doors if door.path is not None)
+
+    @property
+    def foreign_qmp(self) -> bool:
+        """Whether there is a QMP socket that belongs to who started the machine."""
+        return any(door.kind is DoorKind.HANDED_OVER for door in self.doors)
 
 
 def list_running(proc: Path = PROC) -> tuple[Running, ...]:
     """Give every QEMU system emulator that can be seen, in the order of their pids."""
-    found = []
-    for folder in sorted((p for p in proc.iterdir() if p.name.isdigit()), key=lambda p: int(p.name)):
-        machine = read_running(int(folder.name), proc)
-        if machine is not None:
-            found.append(machine)
-    return tuple(found)
+    found = (read_running(pid, proc) for pid in list_pids(proc))
+    return tuple(machine for machine in found if machine is not None)
 
 
 def read_running(pid: int, proc: Path = PROC) -> Running | None:
@@ -55,24 +79,30 @@ def read_running(pid: int, proc: Path = PROC) -> Running | None:
     folder = proc / str(pid)
     try:
         with (folder / "cmdline").open("rb") as file:
-            words = file.read(_MAX_CMDLINE).decode("utf-8", "replace").split("\0")
+            words = file.read(_MAX_CMDLINE).decode("utf-8", "backslashreplace").split("\0")
     except OSError:
+        return None
+    start_ticks = read_start_ticks(pid, proc)
+    if start_ticks is None:
         return None
     match = _PROGRAM.search(Path(words[0]).name)
     if match is None:
-        match = _PROGRAM.search(_target(folder / "exe"))
+        match = _PROGRAM.search(Path(_target(folder / "exe")).name)
     if match is None:
         return None
     arguments = parse_arguments(words[1:])
-    qmp, foreign = _qmp_doors(arguments, _target(folder / "cwd"))
+    name = _name(arguments)
     return Running(
         pid=pid,
-        name=_name(arguments) or f"qemu-{pid}",
+        name=name or f"qemu-{pid}",
+        has_own_name=bool(name),
         arch=match["arch"] or "x86_64",
         accel=_accel(arguments) or _accel_of_threads(folder),
-        qmp=qmp,
-        foreign_qmp=foreign,
+        doors=find_doors(arguments, folder),
         taps=_taps(folder),
+        start_ticks=start_ticks,
+        uuid=_uuid(arguments),
+        is_hidden=_is_hidden(folder),
     )
 
 
@@ -88,25 +118,78 @@ def find_one(*, pid: int | None, name: str | None, qmp: Path | None, proc: Path 
     if pid is not None:
         machine = read_running(pid, proc)
         if machine is None:
-            gone = "there is no such process" if not (proc / str(pid)).exists() else "the process is not QEMU"
-            raise MachineError(f"--pid {pid}: {gone}; phasewatch watch --list shows what runs here")
-        return machine
+            raise MachineError(f"--pid {pid}: {_why_none(pid, proc)}; phasewatch watch --list shows what runs here")
+        return _with_own_name(machine, list_running(proc))
     running = list_running(proc)
     if name is not None:
+        said = f"--name {name}"
         fits = [machine for machine in running if machine.name == name]
+        fits = fits or [machine for machine in running if machine.uuid and machine.uuid == name.lower()]
+        why = "no running machine has it"
     elif qmp is not None:
-        fits = [machine for machine in running if qmp.absolute() in machine.qmp]
+        said = f"--qmp {qmp}"
+        fits = [machine for machine in running if _has_door(machine, qmp)]
+        why = f"no running machine has it: {_why_no_door(qmp)}"
     else:
         raise UsageError("say which machine: --pid N, --qmp SOCKET or --name NAME; --list shows those that run here")
-    said = f"--name {name}" if name is not None else f"--qmp {qmp}"
+    if len(fits) > 1 and name is not None and qmp is not None:
+        fits = [machine for machine in fits if _has_door(machine, qmp)] or fits
     if not fits:
-        there = ", ".join(f"{m.name} ({m.pid})" for m in running) or "none"
-        raise MachineError(f"{said}: no running machine has it; running: {there}")
+        there = ", ".join(f"{m.name} ({m.pid})" for m in running) or "none that this user can see"
+        raise MachineError(f"{said}: {why}; running: {there}")
     if len(fits) > 1:
         raise UsageError(
             f"{said}: {len(fits)} machines have it; choose by --pid: {', '.join(str(m.pid) for m in fits)}"
         )
-    return fits[0]
+    return _with_own_name(fits[0], running)
+
+
+def _with_own_name(machine: Running, running: Sequence[Running]) -> Running:
+    """Return the machine, marked if another one that runs here has its name too."""
+    has_namesake = any(other.name == machine.name and other.pid != machine.pid for other in running)
+    return replace(machine, has_own_name=False) if has_namesake else machine
+
+
+def _is_hidden(folder: Path) -> bool:
+    try:
+        next((folder / "fd").iterdir(), None)
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _boot_id() -> str:
+    with suppress(OSError):
+        return (PROC / "sys" / "kernel" / "random" / "boot_id").read_text("ascii").strip()
+    return ""
+
+
+def _has_door(machine: Running, qmp: Path) -> bool:
+    return any(door == qmp.absolute() or is_same_file(door, qmp) for door in machine.qmp)
+
+
+def _why_no_door(qmp: Path) -> str:
+    try:
+        is_socket = stat.S_ISSOCK(qmp.stat().st_mode)
+    except OSError as exc:
+        return f"the path cannot be followed: {exc.strerror}"
+    if not is_socket:
+        return "that file is no socket"
+    return "the socket is there, and no QEMU that this user can look into listens on it; name the machine too, by --pid"
+
+
+def _why_none(pid: int, proc: Path) -> str:
+    folder = proc / str(pid)
+    try:
+        if not (folder / "cmdline").read_bytes() and read_start_ticks(pid, proc) is None and folder.exists():
+            return "the process has ended"
+    except PermissionError:
+        return "the process may not be looked into by this user"
+    except OSError:
+        pass
+    return "the process is not QEMU" if folder.exists() else "there is no such process that this user can see"
 
 
 def vcpu_threads(pid: int, proc: Path = PROC) -> tuple[int, ...]:
@@ -141,12 +224,24 @@ def _keys(value: str) -> Mapping[str, str]:
             plain = msgspec.json.decode(value.encode(), type=dict[str, object])
         except msgspec.DecodeError:
             return {"": value}
-        return {str(k): str(v) for k, v in plain.items()}
+        return {str(k): ("on" if v else "off") if isinstance(v, bool) else str(v) for k, v in plain.items()}
     keys: dict[str, str] = {}
-    for part in re.split(r"(?<!,),(?!,)", value):  # a doubled comma is one of the value
-        key, equals, rest = part.replace(",,", ",").partition("=")
-        keys[key if equals else ""] = rest if equals else keys.get("", key)
+    for at, part in enumerate(_split(value)):
+        key, equals, rest = part.partition("=")
+        if equals:
+            keys[key] = rest
+        elif at == 0:
+            keys[""] = key
+        else:  # `server,nowait`, as it was written before QEMU 6
+            keys[key] = "on"
+            if key.startswith("no"):
+                keys[key.removeprefix("no")] = "off"
     return keys
+
+
+def _split(value: str) -> list[str]:
+    """Split at commas; a doubled one is a comma of the value."""
+    return [part.replace("\0", ",") for part in value.replace(",,", "\0").split(",")]
 
 
 def _name(arguments: Sequence[tuple[str, Mapping[str, str]]]) -> str:
@@ -181,23 +276,11 @@ def _accel_of_threads(folder: Path) -> str:
     return ""
 
 
-def _qmp_doors(arguments: Sequence[tuple[str, Mapping[str, str]]], cwd: str) -> tuple[tuple[Path, ...], bool]:
-    """Find the QMP sockets: `-qmp unix:PATH`, or a `-mon` in control mode over a `-chardev`."""
-    chardevs = {keys.get("id", ""): keys for option, keys in arguments if option == "chardev"}
-    doors: list[Path] = []
-    foreign = False
+def _uuid(arguments: Sequence[tuple[str, Mapping[str, str]]]) -> str:
     for option, keys in arguments:
-        path = ""
-        if option in ("qmp", "qmp-pretty"):
-            head = keys.get("", "")
-            path = head.partition(":")[2] if head.startswith("unix:") else ""
-        elif option == "mon" and keys.get("mode") == "control":
-            chardev = chardevs.get(keys.get("chardev") or keys.get("", ""), {})
-            path = chardev.get("path", "")
-            foreign |= not path
-        if path:
-            doors.append(Path(path) if path.startswith("/") else Path(cwd, path))
-    return tuple(doors), foreign
+        if option == "uuid":
+            return keys.get("", "").lower()
+    return ""
 
 
 def _taps(folder: Path) -> tuple[str, ...]:

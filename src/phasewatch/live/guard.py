@@ -2,7 +2,8 @@
 
 It holds the read end of a pipe whose write end only the watcher has. While the watcher lives it also sees to it that
 the dump in memory stays small, should nobody read it. Told ``done`` it leaves the VM alone; a watcher that could not
-give the VM back itself says nothing.
+give the VM back itself says nothing. A guard whose VM does not answer tries again until it does, is gone, or a later
+watcher has cleaned up. A guard that dies is replaced by the watcher; where both die, `ownership` has what is needed.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import msgspec
 
+if TYPE_CHECKING:
+    from phasewatch.record.qmp import Monitor
+
 LOOK_S = 2.0
+AGAIN_S = 10.0  # between two rounds of a VM that does not answer
 MOST_BYTES = 32 << 20  # of all dumps: twice what a reading watcher lets them grow to
 TRIES = 20
 DONE = b"done\n"
@@ -35,8 +41,13 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         objects: Object ids that may stand in the VM.
         balloon: Its path in QEMU's tree, and the polling interval (s) that it had; empty where it was left alone.
         folder: The private folder, to be removed; empty where there is none.
+        vm_pid, vm_start_ticks: The QEMU process, so that a later one with its socket or number is left alone; 0 for any.
+        proc: Where /proc is.
     """
 
+    vm_pid: int = 0
+    vm_start_ticks: int = 0
+    proc: str = "/proc"
     qmp: str = ""
     objects: tuple[str, ...] = ()
     balloon: str = ""
@@ -56,17 +67,42 @@ class Guard:
         """Say that the VM is as it was: nothing is left to be undone."""
         self._is_needed = False
 
-    def __enter__(self) -> Self:
+    def replace_if_dead(self) -> bool:
+        """Start another guard if this one is gone; return whether it was.
+
+        Raises:
+            OSError: If none can be started.
+        """
+        if self._child is not None and self._child.poll() is None:
+            return False
+        before, self._child = self._child, None
+        if before is not None and before.stdin is not None:
+            with suppress(OSError):
+                before.stdin.close()
+        self._start()
+        return True
+
+    def _start(self) -> None:
         self._child = subprocess.Popen(
             [sys.executable, "-m", "phasewatch.live.guard", msgspec.json.encode(self._task).decode()],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in the terminal is the watcher's
         )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except OSError:
+            _remove(self._task.folder)  # nothing was touched yet
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._is_needed:
+            with suppress(OSError):  # no process to be had: the next watch of this VM cleans up
+                self.replace_if_dead()
         child, self._child = self._child, None
         if child is None or child.stdin is None:
             return
@@ -80,6 +116,7 @@ class Guard:
             return  # it may take its time; the monitor's only line may be this process's until that ends
         with suppress(subprocess.TimeoutExpired):
             child.wait(timeout=5)
+        _remove(self._task.folder)  # a guard that was killed could not
 
     @property
     def pid(self) -> int:
@@ -95,13 +132,29 @@ def watch_over(task: Task, pipe: int) -> None:
         if ready:
             data = os.read(pipe, 4096)
             if not data:
-                asyncio.run(undo(task))
+                _undo_at_last(task)
                 break
             said = (said + data)[-len(DONE) :]
         elif task.folder:
             bound(Path(task.folder))
-    if task.folder:
-        shutil.rmtree(task.folder, ignore_errors=True)
+    _remove(task.folder)
+
+
+def _undo_at_last(task: Task) -> None:
+    """Undo what the watcher did, and try again while the VM does not answer; meanwhile its dump stays small."""
+    while not asyncio.run(undo(task)):
+        until_s = time.monotonic() + AGAIN_S
+        while time.monotonic() < until_s:
+            if task.folder and not Path(task.folder).exists():
+                return  # a later watcher has cleaned up
+            if task.folder:
+                bound(Path(task.folder))
+            time.sleep(LOOK_S)
+
+
+def _remove(folder: str) -> None:
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def bound(folder: Path) -> None:
@@ -116,30 +169,63 @@ def bound(folder: Path) -> None:
             excess -= size
 
 
-async def undo(task: Task) -> None:
-    """Take the objects out of the VM and give the balloon its interval back; a VM that is gone needs neither."""
+async def undo(task: Task) -> bool:
+    """Take the objects out of the VM and give the balloon its interval back; a VM that is gone needs neither.
+
+    Returns:
+        False if the VM still runs and did not answer.
+    """
     if not task.qmp or not (task.objects or task.balloon):
-        return
+        return True
     from phasewatch.errors import VmError
-    from phasewatch.record.qmp import POLLING, Monitor
+    from phasewatch.record.process import translate_threads
+    from phasewatch.record.qmp import Monitor
 
     for _ in range(TRIES):  # the monitor serves one client, and the dead one's connection may still be closing
+        if _is_gone(task):
+            return True
         monitor = Monitor(Path(task.qmp))
         try:
             await monitor.connect()
         except VmError:
             if not Path(task.qmp).exists():
-                return
+                return True
             await asyncio.sleep(0.5)
             continue
-        for name in task.objects:
-            with suppress(VmError):  # most of them are not there
-                await monitor.ask("object-del", id=name)
-        if task.balloon:
-            with suppress(VmError):
-                await monitor.ask("qom-set", path=task.balloon, property=POLLING, value=task.interval_s)
-        await monitor.close()
-        return
+        try:
+            if task.vm_pid and translate_threads(task.vm_pid, await monitor.vcpu_tids(), Path(task.proc)) is None:
+                return True  # another machine has the socket now
+            if await _give_back(task, monitor):
+                return True
+        except (VmError, KeyError, TypeError):
+            await asyncio.sleep(0.5)
+        finally:
+            await monitor.close()
+    return False
+
+
+async def _give_back(task: Task, monitor: Monitor) -> bool:
+    """Take out what is ours; return whether none of it stands in the VM any more."""
+    from phasewatch.errors import VmError
+    from phasewatch.live.ownership import find_others
+    from phasewatch.record.qmp import POLLING
+
+    async def standing() -> set[str]:
+        return {child["name"] for child in await monitor.ask("qom-list", path="/objects")} & set(task.objects)
+
+    for name in await standing():
+        await monitor.ask("object-del", id=name)
+    # Another watcher that still runs wants the balloon polled, and knows what the interval was.
+    if task.balloon and not find_others(task.vm_pid, task.vm_start_ticks, Path(task.proc)):
+        with suppress(VmError):  # unplugged meanwhile
+            await monitor.ask("qom-set", path=task.balloon, property=POLLING, value=task.interval_s)
+    return not await standing()
+
+
+def _is_gone(task: Task) -> bool:
+    from phasewatch.record.process import read_start_ticks
+
+    return bool(task.vm_pid) and read_start_ticks(task.vm_pid, Path(task.proc)) != task.vm_start_ticks
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""Lines to a pipe, a terminal or a journal that wait for nobody: a reader that stands still stops no watch, and no end of one."""
+"""Lines to a pipe, a terminal or a journal that wait for nobody: a reader that stands still or leaves stops no watch."""
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import threading
@@ -10,10 +11,11 @@ from typing import TextIO
 
 WAITING = 2048  # lines: a quarter of an hour of events
 LAST_WORD_S = 2.0  # that the end waits for what is still to be written
+_GONE = frozenset({errno.EPIPE, errno.EBADF, errno.ECONNRESET, errno.ENOTCONN})
 
 
 class Lines:
-    """Writes lines in a thread of its own; when too many wait, the oldest is given up and counted.
+    """Writes lines in a thread of its own; what cannot be written is given up and counted, and the next line tried.
 
     Args:
         stream: Has a descriptor, which is written to past the stream's own buffer.
@@ -24,41 +26,44 @@ class Lines:
         self._fd = stream.fileno()
         self._waiting: deque[bytes] = deque()
         self._news = threading.Condition()
-        self._is_closed = False
-        self._error: OSError | None = None
+        self._is_closed = self._is_gone = self._is_cut = False
+        self._failure: OSError | None = None
         self._lost = 0
         # A daemon: where nobody reads it waits for ever, and must not hold the process.
         self._thread = threading.Thread(target=self._write, name="lines", daemon=True)
         self._thread.start()
 
     def put(self, line: str) -> None:
-        """Queue a line.
-
-        Raises:
-            OSError: What an earlier line met, such as a closed pipe or a full disk.
-        """
+        """Queue a line; of too many that wait the oldest is given up."""
         with self._news:
-            if self._error is not None:
-                raise self._error
+            if self._is_gone or len(self._waiting) >= WAITING:
+                self._lost += 1
+            if self._is_gone:
+                return
             if len(self._waiting) >= WAITING:
                 self._waiting.popleft()
-                self._lost += 1
-            self._waiting.append(line.encode() + b"\n")
+            self._waiting.append(line.encode("utf-8", "backslashreplace") + b"\n")
             self._news.notify()
 
-    def close(self) -> int:
-        """Wait a little for what is queued, then let go; gives how many lines were not written.
+    @property
+    def failure(self) -> OSError | None:
+        """What the first line met that could not be written, such as a full disk; None so far."""
+        with self._news:
+            return self._failure
 
-        Raises:
-            OSError: What a line met.
-        """
+    @property
+    def is_gone(self) -> bool:
+        """Whether the reader has left for good: nothing can be written any more."""
+        with self._news:
+            return self._is_gone
+
+    def close(self) -> int:
+        """Wait a little for what is queued, then let go; return how many lines were not written."""
         with self._news:
             self._is_closed = True
             self._news.notify()
         self._thread.join(LAST_WORD_S)
         with self._news:
-            if self._error is not None:
-                raise self._error
             return self._lost + len(self._waiting) + self._thread.is_alive()
 
     def _write(self) -> None:
@@ -69,13 +74,23 @@ class Lines:
                 if not self._waiting:
                     return
                 data = self._waiting.popleft()
+            if self._is_cut:
+                data = b"\n" + data  # what was written of the line before stands alone
+            whole = len(data)
             try:
                 while data:
                     data = data[self._write_some(data) :]
+                self._is_cut = False
             except OSError as exc:
+                self._is_cut = self._is_cut or len(data) < whole
                 with self._news:
-                    self._error = exc
-                return
+                    self._failure = self._failure or exc
+                    self._is_gone = exc.errno in _GONE
+                    self._lost += 1
+                    if self._is_gone:
+                        self._lost += len(self._waiting)
+                        self._waiting.clear()
+                        return
 
     def _write_some(self, data: bytes) -> int:
         try:

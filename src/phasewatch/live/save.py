@@ -2,55 +2,93 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import re
+import tempfile
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from phasewatch import __version__
+from phasewatch.atomic import make_folder
 from phasewatch.channels import CHANNELS, raw_fields
 from phasewatch.episode.bundle import encode_labels, pack
 from phasewatch.episode.model import FORMAT, Clocks, Host, LabelMark, Manifest, Recording
 from phasewatch.episode.rows import encode_rows
+from phasewatch.errors import MachineError, PhasewatchError
 from phasewatch.live.attach import Survey
 from phasewatch.record.base import Clock, Row
 from phasewatch.store.disk import DiskStore
-from phasewatch.vocab import BIN_NS, HOST_ID, ClockBase, Origin, Phase, Role, SampleKind, Source, uuid7
+from phasewatch.vocab import BIN_NS, ClockBase, Origin, Phase, Role, SampleKind, Source, uuid7
 
 SEGMENT_NS = 30 * 60 * 1_000_000_000  # a bundle holds an hour at most
 SHORTEST_NS = 12_000_000_000  # below it there is no window
+MOST_WAITING = 2  # bundles that wait for a slow disk; each holds half an hour of readings
 UNKNOWN = "unknown"
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 _First = tuple[dict[ClockBase, int], int]  # the other clocks and the wall at a bundle's first reading
+
+
+def _ignore(line: str) -> None:
+    """Say nothing."""
+
+
+def check_folder(folder: Path) -> str:
+    """Return what keeps bundles from being written into a folder now and may pass, such as a full disk; empty if nothing.
+
+    Raises:
+        MachineError: If nothing could ever be written there: no folder can be made, or it is read-only.
+    """
+    try:
+        make_folder(folder)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0")
+            probe.flush()
+    except OSError as exc:
+        if exc.errno in _NO_ROOM:
+            return exc.strerror or str(exc)
+        raise MachineError(f"--save {folder}: {exc.strerror}; name a folder that this user may write into") from exc
+    return ""
 
 
 class Saver:
     """Collects the readings of one VM and writes a bundle every half hour, and one at the end.
 
     A step of the wall clock ends a bundle: its bins could not be laid on one grid. Bundles are written in a thread beside
-    the watch: packing half an hour takes two seconds of CPU, and a slow disk as long as it likes.
+    the watch: packing half an hour takes two seconds of CPU, and a slow disk as long as it likes. A bundle that cannot be
+    written is given up and counted, because the watch matters more than the copy beside it; the next one is tried.
 
     Args:
         folder: The store that the bundles go to.
         found: The attached VM.
         tell: Called with each bundle's path.
+        say: Takes a line for people.
+
+    Attributes:
+        lost: Bundles that were not written.
+        failure: Why the last of them was not; empty so far.
     """
 
-    def __init__(self, folder: Path, found: Survey, clock: Clock, tell: Callable[[Path], None]) -> None:
-        self._store, self._found, self._clock, self._tell = DiskStore(folder), found, clock, tell
+    def __init__(
+        self,
+        folder: Path,
+        found: Survey,
+        clock: Clock,
+        tell: Callable[[Path], None],
+        say: Callable[[str], None] = _ignore,
+    ) -> None:
+        self._store, self._found, self._clock, self._tell, self._say = DiskStore(folder), found, clock, tell, say
+        self.lost, self.failure = 0, ""
+        self._is_failing = False
         self._rows: dict[Source, list[Row]] = {}
         self._first: _First = ({}, 0)
         self._writer = ThreadPoolExecutor(1)
         self._writing: deque[Future[Path | None]] = deque()
 
     def keep(self, source: Source, row: Row) -> None:
-        """Take one reading; hands a bundle to the writer when it is full.
-
-        Raises:
-            OSError, StoreError: What the writing of an earlier one met.
-        """
+        """Take one reading; hands a bundle to the writer when it is full."""
         while self._writing and self._writing[0].done():
             self._end_one()
         wall_ns, mono_ns = int(row[0] or 0), int(row[1] or 0)
@@ -64,19 +102,34 @@ class Saver:
         self._rows.setdefault(source, []).append(row)
 
     def close(self) -> None:
-        """Write what there is, unless it is too short for one window, and wait until all is written; raises as `keep`."""
+        """Write what there is, unless it is too short for one window, and wait until all is written."""
         self._hand_over()
         while self._writing:
             self._end_one()
 
     def _hand_over(self) -> None:
         rows, self._rows = self._rows, {}
+        if len(self._writing) >= MOST_WAITING:
+            self._give_up("the disk is too slow: earlier bundles still wait to be written")
+            return
         self._writing.append(self._writer.submit(self._write, rows, self._first))
 
     def _end_one(self) -> None:
-        path = self._writing.popleft().result()
+        try:
+            path = self._writing.popleft().result()
+        except (OSError, PhasewatchError) as exc:
+            self._give_up(exc.strerror or str(exc) if isinstance(exc, OSError) else str(exc))
+            return
         if path is not None:
+            self._is_failing = False
             self._tell(path)
+
+    def _give_up(self, why: str) -> None:
+        """Count a bundle that is lost, and say so once until one can be written again."""
+        self.lost, self.failure = self.lost + 1, why
+        if not self._is_failing:
+            self._say(f"--save {self._store.path}: a bundle could not be written: {why}; the watch goes on without it")
+        self._is_failing = True
 
     def _write(self, rows: dict[Source, list[Row]], begun: _First) -> Path | None:
         """Write one bundle; None if it is too short."""
@@ -114,7 +167,7 @@ class Saver:
             format=FORMAT,
             episode_id=episode_id,
             host=Host(
-                host_id=host_id_of(facts.name), arch=facts.arch or UNKNOWN, accel=facts.accel or UNKNOWN,
+                host_id=facts.host_id, arch=facts.arch or UNKNOWN, accel=facts.accel or UNKNOWN,
                 machine=facts.machine or UNKNOWN, cpu="", vcpus=facts.vcpus, mem_mib=facts.mem_mib, disk="",
                 nic=facts.nic, hypervisor=facts.hypervisor, guest_kernel="", recorder=f"phasewatch {__version__}, watch",
             ),
@@ -144,16 +197,6 @@ class Saver:
             ),
             members={},
         )  # fmt: skip
-
-
-def host_id_of(name: str) -> str:
-    """Make a host id of a VM's name.
-
-    >>> host_id_of("Web 01")
-    'web-01'
-    """
-    plain = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:63]
-    return plain if HOST_ID.fullmatch(plain) else "vm"
 
 
 def _ascii(text: str) -> str:

@@ -17,12 +17,14 @@ from phasewatch.live.envelope import Event
 from phasewatch.live.find import Running
 from phasewatch.live.guard import Guard
 from phasewatch.live.models import Candidate, choose_model, passed_over, with_channel_set
-from phasewatch.live.save import Saver, host_id_of
+from phasewatch.live.save import Saver, check_folder
 from phasewatch.live.scorer import Scorer
 from phasewatch.live.tracker import Step
 from phasewatch.live.watcher import Outlets, Watched, Watcher, is_alive
 from phasewatch.live.webhook import Webhook
 from phasewatch.record.base import Clock, HostClock, TelemetrySource
+
+GUARD_LOOK_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +118,8 @@ async def watch(
     if request.channels:
         request = replace(request, models=with_channel_set(request.models, request.channels))
     hook = Webhook(request.webhook, say) if request.webhook else None
+    if request.save and (why := check_folder(request.save)):
+        say(f"--save {request.save}: nothing can be written now: {why}; the machine is watched all the same")
     found = await survey(request.machine, qmp=request.qmp, clock=clock)
     found.jit = jit
     with ExitStack() as stack:
@@ -128,7 +132,11 @@ async def watch(
             sources = await _attach(found)
             scorer = _choose(request, found)
             _introduce(request, found, scorer, say)
-            watched = await _watch(request, found, sources, scorer, hook, emit, say, clock, on_step)
+            keeping = asyncio.create_task(keep_guard(guard, say))
+            try:
+                watched = await _watch(request, found, sources, scorer, hook, emit, say, clock, on_step)
+            finally:
+                keeping.cancel()
         finally:
             left = await detach(found, sources) or not is_alive(found)
             if left:
@@ -141,6 +149,21 @@ async def watch(
         masked=tuple(found.masked), caveat=scorer.caveat(facts.accel, facts.arch) if scorer else "", left_as_found=left,
         posted=hook.sent if hook else 0, not_posted=hook.lost if hook else 0,
     )  # fmt: skip
+
+
+async def keep_guard(guard: Guard, say: Callable[[str], None]) -> None:
+    """Start another guard when the one that there was is gone; what cannot be started now is tried again."""
+    is_told = False
+    while True:
+        await asyncio.sleep(GUARD_LOOK_S)
+        try:
+            if guard.replace_if_dead():
+                say(f"the guard was gone, killed by somebody; process {guard.pid} takes its place")
+                is_told = False
+        except OSError as exc:
+            if not is_told:
+                is_told = True
+                say(f"the guard is gone and no other can be started: {exc.strerror}; the watch goes on unguarded")
 
 
 async def _attach(found: Survey) -> tuple[TelemetrySource, ...]:
@@ -191,7 +214,7 @@ async def _watch(
     on_step: Callable[[Step], None] | None,
 ) -> Watched:
     saved: list[str] = []
-    saver = Saver(request.save, found, clock, lambda path: saved.append(str(path))) if request.save else None
+    saver = Saver(request.save, found, clock, lambda path: saved.append(str(path)), say) if request.save else None
 
     def tell(event: Event, news: bool) -> None:
         emit(event, news)
@@ -201,10 +224,12 @@ async def _watch(
     outlets = Outlets(
         emit=tell, say=say, keep=saver.keep if saver else None, on_step=on_step, backlog=hook.backlog if hook else lambda: 0
     )  # fmt: skip
-    watcher = Watcher(found, sources, scorer, outlets, clock, host=host_id_of(found.facts.name))
+    watcher = Watcher(found, sources, scorer, outlets, clock, host=found.facts.host_id)
     try:
         watched = await watcher.run(seconds=request.seconds)
     finally:
         if saver is not None:
             saver.close()
-    return replace(watched, saved=saved)
+    if saver is None:
+        return watched
+    return replace(watched, saved=saved, not_saved=saver.lost, save_failure=saver.failure)

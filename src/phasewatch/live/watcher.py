@@ -22,6 +22,7 @@ from phasewatch.live.scorer import Scorer
 from phasewatch.live.silence import SilenceWatch
 from phasewatch.live.tracker import Decision, Step, Tracker
 from phasewatch.record.base import STAMPS, Clock, NotedSource, Row, RowLog, TelemetrySource, Ticker
+from phasewatch.record.process import read_start_ticks
 from phasewatch.record.qmp import QmpSource
 from phasewatch.vocab import Source
 
@@ -48,6 +49,7 @@ class Watched:
             of its host: ``contended``, ``uncontended``; of a source: ``proc silent``, ``qmp partly silent``, ``proc back``;
             and of its network, `phasewatch.live.capture.NetworkNotice`.
         saved: Bundles written.
+        not_saved: Bundles that could not be written; `save_failure` says why.
     """
 
     why: str = ""
@@ -61,6 +63,8 @@ class Watched:
     lost: dict[str, int] = field(default_factory=dict)
     states: list[str] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
+    not_saved: int = 0
+    save_failure: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,12 +314,8 @@ class Watcher:
 
 
 def is_alive(found: Survey) -> bool:
-    """Say whether the process still runs; one that waits to be buried does not."""
-    try:
-        stat = (found.proc / str(found.facts.pid) / "stat").read_bytes()
-    except OSError:
-        return False
-    return stat.rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    """Return whether the VM's process still runs: the same one, and not one that only waits to be reaped."""
+    return read_start_ticks(found.facts.pid, found.proc) == found.start_ticks
 
 
 def _cpu_s() -> float:

@@ -69,7 +69,12 @@ class Webhook:
 
     async def _run(self) -> None:
         httpx = self._web
-        async with make_http_client(timeout=TIMEOUT_S) as client:
+        try:
+            client = make_http_client(timeout=TIMEOUT_S)
+        except OSError as exc:  # certificates that cannot be read
+            await self._refuse(exc.strerror or str(exc))
+            return
+        async with client:
             while True:
                 body = await self._queue.get()
                 why = ""
@@ -91,3 +96,12 @@ class Webhook:
                 if why:
                     self._say(f"webhook: an alarm was not delivered: {why}")
                 self._queue.task_done()
+
+    async def _refuse(self, why: str) -> None:
+        """Take events and deliver none, for a reason that is said once."""
+        self._say(f"webhook: no alarm can be delivered: {why}")
+        while True:
+            await self._queue.get()
+            self.lost += 1
+            self._open -= 1
+            self._queue.task_done()

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,7 @@ class QemuFactory:
         accel: ``kvm`` or ``tcg`` to insist on it; empty leaves it to the probe.
         scripts: ``profile/sample/phase`` → shell text of a workload of the user's own, for our guest image.
         own: The user's own machine, instead of our guest image.
+        tell: Takes a line for people while a boot takes long.
     """
 
     cache: Path
@@ -49,6 +50,7 @@ class QemuFactory:
     accel: str = ""
     scripts: Mapping[str, str] | None = None
     own: OwnMachine | None = None
+    tell: Callable[[str], None] = lambda line: None
     _made: int = 0
     _images: dict[tuple[str, int], Image] = field(default_factory=dict)
     _verdicts: dict[str, Verdict] = field(default_factory=dict)
@@ -93,6 +95,7 @@ class QemuFactory:
                 clock=self.clock,
                 handed=_handed(self.own),
                 boot=self.own.boot if self.own else None,
+                tell=self.tell,
             )
         )
 
@@ -168,7 +171,14 @@ def record_plan(
         for folder in (store, *(store / host_id for host_id in sorted(by_id))):
             if folder.is_dir():  # where bundles are written; a receiver's folder is its own to sweep
                 atomic.sweep_temporaries(folder)
-        factory = QemuFactory(cache=cache, scratch=scratch, clock=clock, accel=accel, scripts=scripts, own=own)
+        progress = progress or Silence()
+        factory = QemuFactory(
+            cache=cache, scratch=scratch, clock=clock, accel=accel, scripts=scripts, own=own, tell=progress.line
+        )
+        if own is not None:
+            progress.line(
+                f"{own.shape.host_id}: booting {own.image.base_disk}; its driver has {own.boot.deadline_s:g} s for its first word"
+            )
         for host_id in dict.fromkeys(session.host_id for session in sessions):
             factory.prepare(by_id[host_id])  # before the first VM: building an image is a load too
         recorder = Recorder(
@@ -176,7 +186,7 @@ def record_plan(
             shapes=by_id,
             machines=factory,
             clock=clock,
-            progress=progress or Silence(),
+            progress=progress,
             idle_wait_s=idle_wait_s,
             cores=tuple(sorted(os.sched_getaffinity(0))),
             room=(store, scratch),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from phasewatch.errors import DataError, UsageError
-from phasewatch.record.hosts import HostShape
+from phasewatch.naming import RESERVED, host_id_of
+from phasewatch.record.hosts import HOSTS, HostShape
 from phasewatch.record.image import Image
 from phasewatch.record.vm import BootRule
 from phasewatch.vocab import HOST_ID
@@ -56,7 +56,7 @@ def read_own_machine(
     Args:
         disk: A qcow2 image that boots by itself.
         driver: The script, or None where the image brings its own driver.
-        host_id: Under which name its episodes are kept; the image's name if empty.
+        host_id: Under which name its episodes are kept; the image's name if empty, with a digest where that cannot be an id or is taken.
         machine: ``pc`` or ``q35``.
         boot_s: Deadline of the driver's first word.
 
@@ -64,7 +64,13 @@ def read_own_machine(
         UsageError: If a number or a name cannot be.
         DataError: If a file cannot be read, or is not what it should be.
     """
-    host_id = host_id or re.sub(r"[^a-z0-9._-]+", "-", disk.stem.lower()).strip("-._")[:63]
+    ours = {shape.host_id for shape in HOSTS}
+    if host_id in RESERVED | ours:
+        raise UsageError(
+            f"--host-id {host_id}: a machine of the lab or a folder of `ship` has this name, and the two would count as one; "
+            "choose another"
+        )
+    host_id = host_id or host_id_of(disk.stem, fallback="image", taken=ours)
     if not HOST_ID.fullmatch(host_id):
         raise UsageError(f"--host-id {host_id!r}: it must match {HOST_ID.pattern}")
     if machine not in MACHINES:

@@ -71,10 +71,12 @@ class Monitor:
             with suppress(Exception):
                 async with asyncio.timeout(self._timeout_s):
                     await client.disconnect()
-            raise VmError(
-                f"{self.path}: the QEMU monitor did not answer within {self._timeout_s:g} s ({str(exc) or 'time-out'}); "
-                "one QMP socket serves one client: close the other one, or give QEMU a second -qmp"
-            ) from exc
+            if isinstance(exc, TimeoutError):
+                raise VmError(
+                    f"{self.path}: the QEMU monitor did not answer within {self._timeout_s:g} s (time-out); "
+                    "one QMP socket serves one client: close the other one, or give QEMU a second -qmp"
+                ) from exc
+            raise VmError(f"{self.path}: the QEMU monitor did not answer: {exc}") from exc
         self._client = client
         self.connections += 1
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable, Collection
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from phasewatch.errors import VmError
+from phasewatch.record.process import list_threads
 
 REST_READINGS = 4  # between two questions for the vCPUs: two seconds at 2 Hz; worker threads come and go all the time
-_INNER = re.compile(rb"^NSpid:((?:\t\d+)+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,12 +91,5 @@ def map_threads(pid: int, inner: Collection[int], proc: Path) -> frozenset[int]:
     Returns:
         Their numbers in `proc`; threads that are not there are left out.
     """
-    wanted, found = set(inner), set()
-    with suppress(OSError):
-        for folder in (proc / str(pid) / "task").iterdir():
-            with suppress(OSError, ValueError):  # it ended between the listing and the reading
-                match = _INNER.search((folder / "status").read_bytes())
-                own = int(match[1].split()[-1]) if match else int(folder.name)
-                if own in wanted:
-                    found.add(int(folder.name))
-    return frozenset(found)
+    wanted = set(inner)
+    return frozenset(here for number, here in list_threads(proc / str(pid)) if number in wanted)

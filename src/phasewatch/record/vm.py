@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from phasewatch.errors import VmError
 from phasewatch.record import spawn
@@ -27,6 +27,7 @@ from phasewatch.record.proc import ProcSource
 from phasewatch.record.qmp import Monitor, QmpSource
 from phasewatch.record.sink import Sink
 
+TELL_S = 15.0  # so often a boot that takes long says that it does
 SOCKETS_S = 10.0  # from QEMU's start until it serves its sockets
 
 
@@ -105,6 +106,7 @@ class Start:
         tsc_khz: The host's TSC rate, if known.
         handed: Name → content of files that an image of the user's own gets on a small disk beside its own.
         boot: How long its boot may take; None for what is usual for its machine.
+        tell: Takes a line for people while a boot takes long.
     """
 
     shape: HostShape
@@ -117,6 +119,7 @@ class Start:
     clock: Clock
     handed: tuple[tuple[str, bytes], ...] = ()
     boot: BootRule | None = None
+    tell: Callable[[str], None] = lambda line: None
 
 
 class Vm:
@@ -258,7 +261,7 @@ class Vm:
         ready = asyncio.ensure_future(self._line().ready())
         died = asyncio.ensure_future(self.died())
         try:
-            await asyncio.wait((ready, died), timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
+            await wait_telling((ready, died), deadline_s, self._tell_waiting)
             if ready.done():
                 return ready.result()
             if died.done():
@@ -273,6 +276,10 @@ class Vm:
             ready.cancel()
             died.cancel()
             await asyncio.gather(ready, died, return_exceptions=True)
+
+    async def _tell_waiting(self, waited_s: float, deadline_s: float) -> None:
+        words = f"{self._name}: no word from the guest's driver yet, {waited_s:.0f} of {deadline_s:g} s"
+        self._start.tell(f"{words}; its console ends: {await self._console()}")
 
     async def _why(self, error: Exception) -> str:
         """Give QEMU's own last words where it ended, whatever its end broke first on our side."""
@@ -306,6 +313,29 @@ class Vm:
 
     def _sockets(self) -> Sockets:
         return Sockets(folder=self._start.folder)
+
+
+async def wait_telling(
+    awaited: tuple[asyncio.Future[Any], ...], deadline_s: float, tell: Callable[[float, float], Awaitable[None]],
+    *, every_s: float = TELL_S,
+) -> None:  # fmt: skip
+    """Wait until one of some futures is done or the deadline has passed, and tell now and then that it still waits.
+
+    Args:
+        awaited: The futures.
+        deadline_s: How long at most.
+        tell: Takes seconds waited, and of how many.
+        every_s: How often.
+    """
+    waited_s = 0.0
+    while waited_s < deadline_s:
+        step_s = min(every_s, deadline_s - waited_s)
+        done, _ = await asyncio.wait(awaited, timeout=step_s, return_when=asyncio.FIRST_COMPLETED)
+        waited_s += step_s
+        if done:
+            return
+        if waited_s < deadline_s:
+            await tell(waited_s, deadline_s)
 
 
 async def _make_overlay(base: Path, overlay: Path) -> None:

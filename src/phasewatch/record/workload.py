@@ -122,15 +122,6 @@ def parse_workload(text: str, *, where: str) -> Workload:
     )  # fmt: skip
 
 
-def own_name(stem: str) -> str:
-    """Make a profile's name of a file's: what may not stand in one becomes a dash.
-
-    >>> own_name("My Bot_2.0")
-    'my-bot-2-0'
-    """
-    return re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:31] or "own"
-
-
 def unscripted(name: str) -> Workload:
     """Give the workload of an own machine whose driver does everything: a live profile of one sample, by the usual plan.
 

@@ -1,0 +1,132 @@
+"""Which monitors of a QEMU are doors: what its command line asks for, against what the process really listens on."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from phasewatch.live.doors import Door, DoorKind, explain_no_door, find_doors, is_same_file
+from phasewatch.live.find import parse_arguments
+
+ME = Path("/proc") / str(os.getpid())  # this process stands in QEMU's place
+
+
+def doors(line: str, folder: Path = ME) -> tuple[Door, ...]:
+    return find_doors(parse_arguments(line.split(" ")), folder)
+
+
+@pytest.fixture
+def bound(tmp_path: Path) -> Iterator[Path]:
+    """A socket that this process listens on."""
+    path = tmp_path / "q.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        yield path
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-qmp unix:{path},server=on,wait=off",
+        "-qmp unix:{path},server,nowait",
+        "--qmp-pretty unix:{path},wait=off,server=yes",
+        "-chardev socket,id=m,path={path},server=on,wait=off -mon chardev=m,mode=control",
+        "-chardev socket,path={path},id=m,server,nowait -mon m,mode=control,pretty=on",
+        "-mon chardev=m,mode=control -chardev socket,id=m,server=on,path={path}",
+        "-chardev socket,id=m,path={path},server=on -qmp chardev:m",
+    ],
+)
+def test_a_socket_that_the_process_listens_on_is_a_door(bound: Path, line: str) -> None:
+    assert doors(line.format(path=bound)) == (Door(kind=DoorKind.LISTENING, address=str(bound), path=bound),)
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        pytest.param("-chardev socket,id=e,path={path},reconnect=5 -mon chardev=e,mode=control", DoorKind.CLIENT, id="an event daemon's"),
+        pytest.param("-chardev socket,id=e,path={path},server=off -mon chardev=e,mode=control", DoorKind.CLIENT, id="server=off"),
+        pytest.param("-qmp unix:{path}", DoorKind.CLIENT, id="no server"),
+        pytest.param("-qmp unix:{path}2,server=on,wait=off", DoorKind.SILENT, id="removed at run time"),
+        pytest.param("-chardev socket,id=charmonitor,fd=33,server=on,wait=off -mon chardev=charmonitor,mode=control", DoorKind.HANDED_OVER, id="handed over"),
+        pytest.param("-chardev socket,id=charmonitor,path={path},server,nowait -mon chardev=charmonitor,mode=control", DoorKind.HANDED_OVER, id="libvirt's own"),
+        pytest.param("-qmp tcp:127.0.0.1:4444,server=on,wait=off", DoorKind.NETWORK, id="tcp"),
+        pytest.param("-chardev socket,id=m,host=localhost,port=4444,server=on -mon m,mode=control", DoorKind.NETWORK, id="tcp by chardev"),
+        pytest.param("-qmp tcp:10.0.0.1:4444", DoorKind.CLIENT, id="tcp to somebody"),
+        pytest.param("-qmp stdio", DoorKind.ELSEWHERE, id="stdio"),
+        pytest.param("-chardev pty,id=m -mon m,mode=control", DoorKind.ELSEWHERE, id="pty"),
+        pytest.param("-chardev socket,id=m,path=x,abstract=on,server=on -mon m,mode=control", DoorKind.ELSEWHERE, id="abstract"),
+    ],
+)  # fmt: skip
+def test_what_is_no_door_is_said_to_be_what_it_is(bound: Path, line: str, kind: DoorKind) -> None:
+    found = doors(line.format(path=bound))
+
+    assert [(door.kind, door.path) for door in found] == [(kind, None)]
+    assert explain_no_door(found) != explain_no_door(())
+
+
+def test_a_monitor_for_people_is_no_door(bound: Path) -> None:
+    assert doors(f"-monitor unix:{bound},server=on -chardev socket,id=m,path={bound},server=on -mon m") == ()
+
+
+def test_the_first_reason_is_kept() -> None:
+    found = doors("-qmp stdio -qmp tcp::4444,server=on")
+
+    assert explain_no_door(found) == explain_no_door(found[:1])
+
+
+def test_of_a_door_beside_libvirts_own_the_reason_is_told() -> None:
+    found = doors("-chardev socket,id=m,fd=9,server=on -mon m,mode=control -qmp tcp::4444,server=on")
+
+    assert explain_no_door(found) == explain_no_door(found[1:])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the kernel tells only root")
+def test_a_socket_bound_by_a_relative_path_is_found_after_the_process_left_that_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("rel.sock")
+        listener.listen()
+        monkeypatch.chdir("/")
+        found = doors("-daemonize -qmp unix:rel.sock,server=on,wait=off")
+
+    assert [door.path for door in found] == [tmp_path / "rel.sock"]
+
+
+def test_a_process_that_may_not_be_looked_into_is_believed_its_command_line(tmp_path: Path) -> None:
+    (tmp_path / "90").mkdir()
+
+    (door,) = doors("-qmp unix:/run/vm.sock,server=on,wait=off", tmp_path / "90")
+    assert (door.kind, door.path) == (DoorKind.LISTENING, Path("/run/vm.sock"))
+
+
+def test_a_socket_in_a_container_is_reached_through_its_root(tmp_path: Path) -> None:
+    inside = tmp_path / "90" / "root" / "run" / "phasewatch-test-only" / "q.sock"
+    inside.parent.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(inside))
+        (door,) = doors("-qmp unix:/run/phasewatch-test-only/q.sock,server=on", tmp_path / "90")
+
+    assert door.path == inside
+
+
+def test_a_path_that_cannot_be_followed_is_named_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "90").mkdir()
+    name = "/" + "x" * 300  # longer than a name may be: no look at it ends in yes or no
+
+    (door,) = doors(f"-qmp unix:{name},server=on", tmp_path / "90")
+    assert door.address == name
+
+
+def test_one_socket_has_many_spellings(bound: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+
+    assert is_same_file(bound, tmp_path / "link" / "q.sock")
+    assert is_same_file(bound, tmp_path / "link" / ".." / tmp_path.name / "q.sock")
+    assert not is_same_file(bound, tmp_path / "other.sock")
