@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from phasewatch.live.find import PROC, parse_arguments
+from phasewatch.live.find import parse_arguments
 from phasewatch.record.base import Values, nothing_of
 from phasewatch.record.netflow import Counters
+from phasewatch.record.process import PROC
 from phasewatch.vocab import Source
 
 LOOK_EVERY = 4  # readings between two looks at which taps the process holds: 2 s
