@@ -82,9 +82,19 @@ def guard_output(run: Callable[[], object]) -> None:
         sys.exit(MachineError.exit_code)
 
 
+def _is_folder_gone() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
 def _words_of(error: OSError) -> str:
     if error.filename == STANDARD_OUTPUT:
         return f"{STANDARD_OUTPUT}: {error.strerror}; what was printed is not complete"
+    if isinstance(error, FileNotFoundError) and _is_folder_gone():
+        return "the current folder was deleted; change to another"
     return describe_os_error(error)
 
 

@@ -42,8 +42,10 @@ def prepare_streams() -> None:
         _open_if_closed(number)
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  it lives as long as the process
-    sys.stdout = _text_of(_ResultFile(1, "wb", closefd=False), like=sys.stdout, is_log=False)
-    sys.stderr = _text_of(_LogFile(2, "wb", closefd=False), like=sys.stderr, is_log=True)
+    if sys.stdout is sys.__stdout__:  # else somebody redirected it within this process
+        sys.stdout = _text_of(_ResultFile(1, "wb", closefd=False), like=sys.stdout, is_log=False)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _text_of(_LogFile(2, "wb", closefd=False), like=sys.stderr, is_log=True)
 
 
 def flush_output() -> None:
