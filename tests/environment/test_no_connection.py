@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import getpass
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,7 +42,8 @@ def trace_checked(folder: Path, *arguments: str | Path, before: tuple[str, ...] 
     assert seen.code == code, seen.output
     assert not seen.is_name_asked
     assert not {path for path in seen.outside if not is_scratch(path)}
-    assert seen.left == ()
+    # torch makes an empty folder for its compiler, which nothing here uses, when an optimizer or an exporter is loaded.
+    assert set(seen.left) <= {f"temporary/torchinductor_{getpass.getuser()}"}
     return seen
 
 
