@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -388,3 +389,15 @@ def _locked(path: Path, *, wait: bool) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """Read a file, one byte more than `limit` at most, without waiting for a pipe that stands in a file's place.
+
+    Raises:
+        OSError: If it cannot be opened, or is no regular file.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        return file.read(limit + 1)

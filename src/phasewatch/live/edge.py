@@ -15,12 +15,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from phasewatch.atomic import read_regular
 from phasewatch.errors import MismatchError, MissingTool, RunError
 from phasewatch.export.edge import CARD, FORMAT, HEADER, SCHEMA, EdgeHeader, EdgeModel, seal
 from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import schema_hash
 from phasewatch.models.base import InputKind, Inputs, InputSpec, Table, check_shares
-from phasewatch.models.checkpoint import read_regular
 from phasewatch.models.foreign import foreign_errors
 from phasewatch.models.onnxfile import INPUT, OUTPUT, check_onnx
 from phasewatch.models.onnxfile import MAX_BYTES as MAX_ONNX_BYTES

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import re
-import stat
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -186,21 +183,9 @@ class _Format(msgspec.Struct, frozen=True):
     format: str
 
 
-def read_regular(path: Path, limit: int) -> bytes:
-    """Read a file, one byte more than `limit` at most, without waiting for a pipe that stands in a file's place.
-
-    Raises:
-        OSError: If it cannot be opened, or is no regular file.
-    """
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-        return file.read(limit + 1)
-
-
 def _read_bounded(path: Path, limit: int) -> bytes:
     try:
-        data = read_regular(path, limit)
+        data = atomic.read_regular(path, limit)
     except FileNotFoundError as exc:
         raise RunError(f"{path}: absent; is its folder a checkpoint of `phasewatch train`?") from exc
     except OSError as exc:
