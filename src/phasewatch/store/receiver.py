@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -347,9 +347,8 @@ def _problem(request: Request, refused: _Refused) -> Response:
 
 async def _not_here(request: Request, exc: Exception) -> Response:
     """Answer what no route takes: an unknown path, or a method that it does not have."""
-    if not isinstance(exc, HTTPException):
-        raise exc
-    headers = dict(exc.headers or {})
+    refusal = cast(HTTPException, exc)  # it is registered for no other kind
+    headers = dict(refusal.headers or {})
     if "Allow" in headers:
         headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))  # from a set
-    return _problem(request, _Refused(exc.status_code, exc.detail, **headers))
+    return _problem(request, _Refused(refusal.status_code, refusal.detail, **headers))
