@@ -11,7 +11,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from io import BufferedIOBase, RawIOBase
+from io import BufferedIOBase, BufferedReader, RawIOBase
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -391,13 +391,24 @@ def _locked(path: Path, *, wait: bool) -> Iterator[None]:
         os.close(fd)
 
 
-def read_regular(path: Path, limit: int) -> bytes:
-    """Read a file, one byte more than `limit` at most, without waiting for a pipe that stands in a file's place.
+def open_regular(path: Path) -> BufferedReader:
+    """Open a regular file to read, without waiting for a pipe's other end or reading a device.
 
     Raises:
         OSError: If it cannot be opened, or is no regular file.
     """
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return file
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """Read a regular file, one byte more than `limit` at most; see `open_regular`.
+
+    Raises:
+        OSError: If it cannot be opened, or is no regular file.
+    """
+    with open_regular(path) as file:
         return file.read(limit + 1)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
-from io import BufferedReader
 from pathlib import Path
 
 from phasewatch import atomic
@@ -265,7 +262,7 @@ class DiskStore:
         try:
             if path.is_dir():
                 os.scandir(path).close()
-            with _open_plain(path) as file:
+            with atomic.open_regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size > limits.COMPRESSED_BYTES:
                     words = f"{size:,} bytes; at most {limits.COMPRESSED_BYTES:,} are allowed"
@@ -335,21 +332,8 @@ def _write_aside(path: Path, data: bytes, *, durable: bool, folder: Path | None)
         file.write(data)
 
 
-def _open_plain(path: Path) -> BufferedReader:
-    """Open a plain file to read; never wait for a pipe's other end, nor read a device.
-
-    Raises:
-        OSError: If it cannot be opened, or is no plain file.
-    """
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "it is not a plain file", str(path))
-    return file
-
-
 def _file_sha256(path: Path) -> str:
-    with _open_plain(path) as file:
+    with atomic.open_regular(path) as file:
         return file_digest(file, "sha256").hexdigest()
 
 
@@ -407,7 +391,7 @@ def _item(relative: str, path: Path, *, host: str | None, has_receipt: bool) -> 
 def _read_receipt(path: Path) -> str:
     """Read the digest that a receipt vouches for."""
     try:
-        with _open_plain(path.with_name(path.name + RECEIPT)) as file:
+        with atomic.open_regular(path.with_name(path.name + RECEIPT)) as file:
             return parse_receipt(file.read(RECEIPT_BYTES), path.name)
     except OSError:
         return UNREADABLE
