@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from phasewatch.atomic import make_folder, remove, writer
+from phasewatch.atomic import make_folder, remove, write_whole, writer
 from phasewatch.errors import RunError
 from phasewatch.store.base import open_store
 from phasewatch.store.objects import ObjectStore
@@ -37,16 +36,18 @@ def publish_run(run: Path, uri: str) -> int:
         store.remove_key(LAST)
     else:
         remove(folder / LAST)
-    with TemporaryDirectory(prefix="phasewatch-publish-") as private:
-        last = Path(private) / LAST
-        last.write_bytes(describe_publicly((run / LAST).read_bytes()))
-        for path in ordered:
-            name = path.relative_to(run).as_posix()
-            source = last if path == run / LAST else path
-            if isinstance(store, ObjectStore):
-                store.put_file(name, source)
-            else:
-                _copy(source, folder / name)
+    for path in ordered[:-1]:
+        name = path.relative_to(run).as_posix()
+        if isinstance(store, ObjectStore):
+            store.put_file(name, path)
+        else:
+            _copy(path, folder / name)
+    last = describe_publicly((run / LAST).read_bytes())
+    if isinstance(store, ObjectStore):
+        store.put_key(LAST, last)
+    else:
+        make_folder(folder)
+        write_whole(folder / LAST, last)
     return len(ordered)
 
 
