@@ -190,7 +190,7 @@ class Aside:
 
 
 def _publish_new(source: Path, target: Path) -> None:
-    """Give a whole file its place if nothing stands there.
+    """Move a whole file to its place if nothing stands there.
 
     A link refuses a name that is taken, in one step. Where the file system has no hard links, writers take turns under
     a lock in the target's folder and look first.

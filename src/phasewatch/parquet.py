@@ -63,7 +63,7 @@ def open_parquet(path: Path, *, hint: str) -> Any:
 
 
 def footer_offence(footer: Any, size: int) -> str:
-    """Say what a footer claims that a file of `size` bytes cannot hold; empty if there is nothing."""
+    """Return what a footer claims that a file of `size` bytes cannot hold, in words; empty if there is nothing."""
     rows = footer.num_rows
     if not 0 <= rows <= min(MAX_ROWS, FREE_ROWS + ROWS_A_BYTE * size):
         return f"says that it holds {rows:,} rows in {size:,} bytes"

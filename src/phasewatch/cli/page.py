@@ -202,7 +202,7 @@ def serve_page(
     as_json: bool,
     producers: tuple[Producer, ...],
 ) -> None:
-    """Take the port, print the address, serve until told to stop.
+    """Bind the port, print the address, serve until told to stop.
 
     Raises:
         ModuleNotFoundError: If what serves is not installed.

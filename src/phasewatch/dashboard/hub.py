@@ -152,7 +152,7 @@ class Hub:
         return viewer
 
     def leave(self, viewer: Viewer) -> None:
-        """Give a viewer's place back; a second time does nothing."""
+        """Release a viewer's place; a second call does nothing."""
         self._joined.discard(viewer)
 
     def _place(self, last_id: str | None) -> Viewer:

@@ -91,7 +91,7 @@ def parse_metrics(data: bytes, *, file: str) -> Metrics:
 
 
 def chosen(metrics: Sequence[MetricRow]) -> Headline:
-    """Give the headline's place: its model is the best one on validation B, `gbt` on a tie or without a choice."""
+    """Return the headline's place: its model is the best one on validation B, `gbt` on a tie or without a choice."""
     place = Headline()
     there = (place.recipe, place.threat, place.table)
     rows = [r for r in metrics if r.metric == CHOICE and (r.recipe, r.threat, r.table) == there and r.model]

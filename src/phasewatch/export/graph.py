@@ -132,7 +132,7 @@ def _net_graph(model: Net) -> Any:
 
 @contextmanager
 def _own_torch_cache() -> Iterator[None]:
-    """Let torch's compiler cache in a folder that is removed; it would leave one with the user's name behind."""
+    """Redirect the cache of torch's compiler to a folder that is removed; it would leave one with the user's name behind."""
     with tempfile.TemporaryDirectory(prefix="phasewatch-") as folder, environment({"TORCHINDUCTOR_CACHE_DIR": folder}):
         yield
 

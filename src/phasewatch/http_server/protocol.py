@@ -89,7 +89,7 @@ class PatientProtocol(H11Protocol):
         self.app = app
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a place in the table, or go."""
+        """Enter the table of connections, or close."""
         super().connection_made(transport)
         if self.held is None:
             self.held = self._keeper.open(self, transport, Stage.HEAD)
@@ -181,7 +181,7 @@ class PatientProtocol(H11Protocol):
             self.transport.close()
 
     def eof_received(self) -> None:
-        """Let the transport close."""
+        """Close the transport."""
 
     def pause_writing(self) -> None:
         """Note that the client takes nothing of its answer for now."""
@@ -203,7 +203,7 @@ class PatientProtocol(H11Protocol):
             super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Give the place back."""
+        """Release the place."""
         if self.held is not None:
             self._keeper.table.close(self.held)
         if self.transport is not None:  # else its TLS handshake failed
@@ -225,7 +225,7 @@ class TlsOpening(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take a place, then begin the handshake."""
+        """Enter the table of connections, then begin the handshake."""
         self._transport = cast(asyncio.Transport, transport)
         self._held = self._keeper.open(self, self._transport, Stage.HANDSHAKE)
         if self._held is None:
@@ -234,7 +234,7 @@ class TlsOpening(asyncio.Protocol):
         self._task = asyncio.get_running_loop().create_task(self._open(self._transport, self._held))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Give the place back."""
+        """Release the place."""
         if self._held is not None:
             self._keeper.table.close(self._held)
 

@@ -48,7 +48,7 @@ class Announcer:
         return self._event(data, now_ns)
 
     def phase(self, decision: Decision, scorer: Scorer, *, now_ns: int, words: Sequence[str] = ()) -> Event:
-        """Tell what was decided of a window, with what a reader must know of its readings."""
+        """Report what was decided of a window, with what a reader must know of its readings."""
         words = [*([self.caveat] if self.caveat else []), *words]
         if decision.known < 0.9:
             words.append(f"{decision.known:.0%} of the model's readings were there")

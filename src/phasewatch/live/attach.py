@@ -218,7 +218,7 @@ async def _find_abandoned(monitor: Monitor, proc: Path) -> tuple[str, ...]:
 
 
 async def _remove_abandoned(found: Survey) -> None:
-    """Take out of the VM, and out of memory, what a watcher that was killed with its guard left there."""
+    """Remove from the VM and from memory what a watcher that was killed with its guard left there."""
     if found.monitor is not None:
         for name in found.abandoned:
             try:

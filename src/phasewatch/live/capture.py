@@ -127,7 +127,7 @@ class CaptureSource:
         self._wanted = True
 
     async def close(self) -> None:
-        """Take the filters out, and the files with them."""
+        """Remove the filters and their files."""
         self._wanted = False
         for card in self._cards.values():
             for dump in card.dumps:
@@ -165,7 +165,7 @@ class CaptureSource:
         return notices
 
     async def read(self) -> Values:
-        """Take one reading; None-filled while it is not known that every frame was seen."""
+        """Return one reading; None-filled while it is not known that every frame was seen."""
         if not self._wanted:
             return nothing_of(self.source)
         self._readings += 1
@@ -299,7 +299,7 @@ class CaptureSource:
                     card.lost.add(dump.ids[0])
 
     async def _look(self, *, with_pci: bool) -> bool:
-        """Ask for the cards, let go of those that are gone, and take in new ones; return whether nothing changed."""
+        """Update the cards: drop those that are gone, add new ones; return whether nothing changed."""
         text = str(await self._monitor.ask("human-monitor-command", **{"command-line": "info network"}))
         found = {nic.netdev: nic for nic in parse_network(text)}
         is_same = found.keys() == self._cards.keys()
@@ -331,7 +331,7 @@ class CaptureSource:
         return is_same
 
     async def _adopt(self, nic: Nic) -> _Card:
-        """Take in a card: by filters, else by the counters of its tap, else with the reason why not."""
+        """Add a card: by filters, else by the counters of its tap, else with the reason why not."""
         slot = next(iter([s for s in self._slots if all(card.ids != s for card in self._cards.values())]), ())
         card = _Card(nic=nic, finder=VnetHeaderFinder([nic.mac]), ids=slot)
         if not slot:

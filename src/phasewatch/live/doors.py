@@ -188,7 +188,7 @@ def _reach(name: str, folder: Path, own: Listener | None) -> Path:
 
 
 def _bound_file(pid: int, fd: int) -> Path | None:
-    """Ask the kernel for the file that a process's socket is bound to; only root may, and not on every kernel.
+    """Return the file that a process's socket is bound to, as the kernel tells root; not every kernel does.
 
     A QEMU that was started with ``-daemonize`` and a relative path has left the folder that the path began in.
     """

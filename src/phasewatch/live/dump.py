@@ -77,7 +77,7 @@ class DumpFile:
         return self._ids
 
     async def start(self) -> None:
-        """Put the filter in, with a new file.
+        """Add the filter, with a new file.
 
         Raises:
             VmError: If QEMU refuses it, or writes where this process cannot read.
@@ -95,7 +95,7 @@ class DumpFile:
         self._read_bytes, self._reader = 0, PcapReader()
 
     async def stop(self, see: Callable[[bytes, int], None] | None = None) -> bool:
-        """Take the filter out, and the file with it; return whether all was read.
+        """Remove the filter and its file; return whether all was read.
 
         Args:
             see: Called with what of a frame was kept, and its true size, for each that is still unread.

@@ -142,7 +142,7 @@ def _members(data: bytes, file: str) -> dict[str, bytes]:
 
 
 def _container_offence(archive: zipfile.ZipFile, infos: Sequence[zipfile.ZipInfo], size: int) -> str:
-    """Say what a .zip holds beside its members; empty where that is nothing, and nothing lies twice or is hidden."""
+    """Return what a .zip holds beside its members, in words; empty if nothing does and no member is twice there or hidden."""
     if archive.comment or any(info.extra or info.comment or info.flag_bits & ~_PLAIN_FLAGS for info in infos):
         return "it is encrypted, was written as a stream, or holds comments or extra fields"
     if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in infos):

@@ -170,7 +170,7 @@ def bound(folder: Path) -> None:
 
 
 async def undo(task: Task) -> bool:
-    """Take the objects out of the VM and give the balloon its interval back; a VM that is gone needs neither.
+    """Remove the objects from the VM and restore the balloon's interval; a VM that is gone needs neither.
 
     Returns:
         False if the VM still runs and did not answer.
@@ -205,7 +205,7 @@ async def undo(task: Task) -> bool:
 
 
 async def _give_back(task: Task, monitor: Monitor) -> bool:
-    """Take out what is ours; return whether none of it stands in the VM any more."""
+    """Remove what is ours; return whether none of it is left in the VM."""
     from phasewatch.errors import VmError
     from phasewatch.live.ownership import find_others
     from phasewatch.record.qmp import POLLING

@@ -111,7 +111,7 @@ def is_abandoned(name: str, proc: Path = PROC) -> bool:
 
 
 def make_private_folder(vm_uid: int) -> str:
-    """Make a folder in memory that only this user, or the VM's where this is root, may look into; empty where none can be."""
+    """Create a folder in memory that only this user (under root: the VM's user) may read; return an empty path if none can be."""
     for parent in MEMORY:
         if os.access(parent, os.W_OK):
             folder = tempfile.mkdtemp(prefix=f"{name_prefix()}-", dir=parent)

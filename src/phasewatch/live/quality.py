@@ -34,7 +34,7 @@ class WindowQuality:
         self.is_contended = False
 
     def add(self, values: NDArray[np.float32], *, began: bool) -> None:
-        """Take in a bin: ``(46,)`` float32; `began` where bins begin anew."""
+        """Add a bin, ``(46,)`` float32; `began` where bins begin anew."""
         if began:
             self._bins.clear()
         self._bins.append(values)
@@ -60,7 +60,7 @@ class WindowQuality:
         return self.wait_cores > MAX_WAIT_CORES
 
     def judge_contention(self) -> bool:
-        """Take in that a window ended; return whether contention began or ended with it."""
+        """Update at the end of a window; return whether contention began or ended with it."""
         self._streak = self._streak + 1 if self.is_crowded != self.is_contended else 0
         if self._streak < WINDOWS:
             return False

@@ -32,7 +32,7 @@ _First = tuple[dict[ClockBase, int], int]  # the other clocks and the wall at a 
 
 
 def _ignore(line: str) -> None:
-    """Say nothing."""
+    """Do nothing."""
 
 
 def check_folder(folder: Path) -> str:
@@ -88,7 +88,7 @@ class Saver:
         self._writing: deque[Future[Path | None]] = deque()
 
     def keep(self, source: Source, row: Row) -> None:
-        """Take one reading; hands a bundle to the writer when it is full."""
+        """Add one reading; hand a bundle to the writer when it is full."""
         while self._writing and self._writing[0].done():
             self._end_one()
         wall_ns, mono_ns = int(row[0] or 0), int(row[1] or 0)

@@ -64,7 +64,7 @@ class SilenceWatch:
         self._read: set[tuple[Source, str]] = set()
 
     def see(self, source: Source, row: Row) -> None:
-        """Take in one reading."""
+        """Add one reading."""
         now_ns = int(row[1] or 0)
         for spec in raw_fields(source):
             key = source, spec.field

@@ -140,7 +140,7 @@ class TapSource:
         """Nothing is held."""
 
     async def read(self) -> Values:
-        """Take one reading; None-filled while a device is gone, or while there is none."""
+        """Return one reading; None-filled while a device is gone, or while there is none."""
         self._readings += 1
         traffic = self._counters.read(self._names)
         if traffic is None or self._readings % LOOK_EVERY == 0:

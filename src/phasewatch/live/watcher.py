@@ -232,7 +232,7 @@ class Watcher:
         return {name: count for name, count in lost.items() if count}
 
     def _tell_notes(self) -> None:
-        """Tell what the sources have to say of themselves."""
+        """Report what the sources note about themselves."""
         for source in self._sources:
             if isinstance(source, NotedSource):
                 for line in source.take_notes():

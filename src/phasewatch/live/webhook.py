@@ -98,7 +98,7 @@ class Webhook:
                 self._queue.task_done()
 
     async def _refuse(self, why: str) -> None:
-        """Take events and deliver none, for a reason that is said once."""
+        """Discard events, for a reason that is reported once."""
         self._say(f"webhook: no alarm can be delivered: {why}")
         while True:
             await self._queue.get()

@@ -306,7 +306,7 @@ class PhaseModel(ABC):
     @classmethod
     @final
     def restore(cls, header: Header, files: Mapping[str, bytes], *, where: str = "") -> Self:
-        """Make a model from a checkpoint whose digests were verified (`registry.load` does both).
+        """Create a model from a checkpoint whose digests were verified (`registry.load` does both).
 
         Raises:
             RunError: If its settings cannot be, or its files do not hold what they imply.

@@ -49,7 +49,7 @@ class Message:
         return number - 2**64 if number >= 2**63 else number
 
     def has(self, field: int) -> bool:
-        """Tell whether a field is there."""
+        """Return whether a field is there."""
         return field in self._fields
 
     def text(self, field: int, limit: int = 200) -> str:

@@ -21,10 +21,10 @@ class Silence:
     """Hears everything and says nothing."""
 
     def line(self, text: str) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def now(self, text: str, *, done: int, total: int, left_s: float) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
 
 class Bar(AbstractContextManager["Bar"]):

@@ -243,7 +243,7 @@ class QmpSource:
         await self._round.close()
 
     async def read(self) -> Values:
-        """Take one reading; a question that fails or is late leaves its fields None."""
+        """Return one reading; a question that fails or is late leaves its fields None."""
         await self._round.ask()
         self._monitor.count_events()
         restarts, before = self._count_restarts(), self._restarts
@@ -283,7 +283,7 @@ class QmpSource:
         return self._jit.given_up if field.startswith("jit_") else ""
 
     def drop_silent(self, fields: frozenset[str]) -> None:
-        """Ask no more for fields that this VM does not have."""
+        """Stop asking for fields that this VM does not have."""
         of_blocks = {spec.field for spec in raw_fields(Source.QMP) if spec.field.startswith(("blk_", "wr_"))}
         for question, own in ((self._blocks, of_blocks), (self._jit, {"jit_tb", "jit_tlb_partial", "jit_code_bytes"})):
             if own <= fields and question in self._round.questions:
@@ -294,7 +294,7 @@ class QmpSource:
         self._round.take_notes()
 
     def _use(self, question: Question, use: Any) -> Any:
-        """Make what is wanted of an answer; None without one, or of one that has another shape."""
+        """Return what is wanted of an answer; None without one, or if it has another shape."""
         if question.answer is None or question.answer is UNASKED:
             return None
         try:
@@ -357,7 +357,7 @@ class QmpSource:
         return str((await self._ask("x-query-jit"))["human-readable-text"])
 
     async def _ask_balloon(self) -> Any:
-        """Ask for the guest's report; where none came for long, see to it that QEMU still polls for one."""
+        """Read the guest's report; if none came for long, check that QEMU still polls for one."""
         if self._clock.mono_ns() - self._report_ns > REPORT_NS:
             self._report_ns = self._clock.mono_ns()
             if await self._ask("qom-get", path=self._balloon_path, property=POLLING) == 0:

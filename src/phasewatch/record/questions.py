@@ -72,7 +72,7 @@ class Question:
         return self._round_asked == round_
 
     def collect(self, round_: int) -> None:
-        """Take in the answer, if it came; one to an earlier round is dropped."""
+        """Store the answer, if it came; drop one to an earlier round."""
         task = self.task
         if task is None or not task.done():
             return
@@ -118,7 +118,7 @@ class Question:
         self.given_up = why
 
     def revive(self) -> None:
-        """Ask again from the start, unless it was too slow: the machine or the connection is another one now."""
+        """Reset the question, unless it was too slow: the machine or the connection is another one now."""
         if self.limit_s is None:
             self.given_up = ""
         self._failures = self._late = self._rest = 0
@@ -175,7 +175,7 @@ class QuestionRound:
         self._notes: list[str] = []
 
     async def ask(self) -> bool:
-        """Ask all; return whether any was answered. The answers stand in the questions."""
+        """Send all questions; return whether any was answered. The answers stand in the questions."""
         self._round += 1
         await asyncio.sleep(0)  # late answers come in
         loop = asyncio.get_running_loop()
@@ -208,7 +208,7 @@ class QuestionRound:
             await asyncio.wait(tasks, timeout=max(0.0, left_s), return_when=asyncio.FIRST_COMPLETED)
 
     def revive(self) -> None:
-        """Ask again what was given up, except what was too slow."""
+        """Resume what was given up, except what was too slow."""
         for question in self.questions:
             question.revive()
             if not question.given_up:
@@ -220,7 +220,7 @@ class QuestionRound:
         return notes
 
     def remove(self, question: Question) -> None:
-        """Ask one of them no more, and say nothing of it."""
+        """Stop asking one of them, without a message."""
         question.abandon()
         self.questions.remove(question)
 

@@ -75,7 +75,7 @@ def prepare(episodes: Iterable[SplitEpisode]) -> SplitInput:
 
 
 def join_neighbours(lab: Sequence[SplitEpisode]) -> tuple[SplitEpisode, ...]:
-    """Let sessions of two hosts be one where their episodes name each other as neighbours.
+    """Join sessions of two hosts where their episodes name each other as neighbours.
 
     One side alone can claim to have run beside anything, so both must say it, and give the session the same name.
     """

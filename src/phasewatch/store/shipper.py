@@ -212,7 +212,7 @@ class Shipper:
                 group.create_task(work())
 
     def _pick(self, waiting: list[StoreItem]) -> StoreItem | None:
-        """Take the next bundle of a host that may be asked now: one that has to wait holds up no other."""
+        """Return the next bundle of a host that may be asked now: one that has to wait holds up no other."""
         now_s = self._now_s()
         for at in range(len(waiting) - 1, -1, -1):
             if self._resume_s.get(str(waiting[at].host_id), 0.0) <= now_s:

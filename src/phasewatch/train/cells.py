@@ -267,7 +267,7 @@ class InputDigests:
     """What cells depend on: each fold file and each model's code is read once, however many cells there are."""
 
     def __init__(self, sources: Sources, read: Callable[[str, str], Fold]) -> None:
-        """Take digests of the run's files, and what reads a fold by recipe and name."""
+        """Set up with digests of the run's files, and a reader of folds by recipe and name."""
         self._sources, self._read = sources, read
         self._folds: dict[tuple[str, str], Fold] = {}
         self._models: dict[str, tuple[InputKind, str | None]] = {}

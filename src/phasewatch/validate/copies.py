@@ -108,7 +108,7 @@ class Copies:
         self._holders: dict[str, list[Holder]] = defaultdict(list)
 
     def add(self, place: int, verdict: Verdict, row: GridRow, bins: NDArray[np.float32]) -> bool:
-        """Take one usable bundle, in the sweep's order; whether its bins may be needed.
+        """Add one usable bundle, in the sweep's order; return whether its bins may be needed.
 
         They are not if it repeats a bundle that is there already and was not accepted before.
         """

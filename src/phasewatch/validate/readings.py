@@ -178,7 +178,7 @@ def drop_impossible(episode: Episode) -> Episode:
 
 
 def _blanked(column: Column, wild: Bools) -> Column:
-    """Put 0, which stands for null, where a reading cannot be."""
+    """Replace impossible readings by 0, which stands for null."""
     blank = column.copy()
     blank[wild] = 0
     return blank
