@@ -83,7 +83,7 @@ def _pictured(found: Examined) -> list[str]:
         ("what", f"{v.profile}/{v.sample_name}, {v.role}, {v.origin}" if v.profile else "unknown: no manifest was read"),
         ("status", f"{v.status} {' '.join(v.reasons)}".strip()), ("detail", v.detail or "nothing to say"),
         ("rows", " ".join(f"{name}={n}" for name, n in zip(("proc", "qmp", "netflow", "guest"), v.rows, strict=True))),
-        ("contention", "unknown" if isnan(v.vcpu_wait) else f"vCPUs waited for {v.vcpu_wait:.3f} cores"),
+        ("waiting", "contention unknown" if isnan(v.vcpu_wait) else f"vCPUs waited for {v.vcpu_wait:.3f} cores"),
     ]  # fmt: skip
     lines = base.table(rows)
     lines += [f"{f.severity}: {f.code}: {f.words}" for f in found.findings]

@@ -19,8 +19,8 @@ from phasewatch.validate.copies import Copies, Evidence, PriorVerdict, parse_adm
 from phasewatch.validate.index import INDEX, read_prior, write_index
 from phasewatch.validate.ledger import balances, render_ledger, stage_of
 from phasewatch.validate.parts import PART, PARTS, STATE, Looks, Parts, Taken, write_state
+from phasewatch.validate.verdict import USABLE, Swept, Verdict, examine, unreadable
 from phasewatch.validate.verdict import Place as Where
-from phasewatch.validate.verdict import Swept, Verdict, examine, unreadable
 from phasewatch.workers import Result, map_ordered
 
 __all__ = ["LEDGER", "STATE", "SweepSummary", "Tell", "path_of", "read_one", "sweep"]
@@ -124,7 +124,8 @@ def sweep(
                 parts.add(swept, looks[swept.verdict.path])
             verdict, row, bins, levels = swept.verdict, swept.row, swept.bins, swept.levels
             if (
-                row is not None
+                verdict.status in USABLE  # what was taken over may have bins from before it rotted
+                and row is not None
                 and bins is not None
                 and levels is not None
                 and copies.add(len(verdicts), verdict, row, bins)
