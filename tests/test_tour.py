@@ -15,7 +15,7 @@ NAMED = sorted(set(re.findall(r"`([a-z_]+(?:/[a-z_0-9]+)*(?:\.py|/))`", TOUR)))
 # Rooms off the way of a recorded window, each with where it is told instead.
 ELSEWHERE = {
     "simulate": "makes episodes up", "live": "docs/formats/events.md", "export": "docs/how-to/own-model.md",
-    "produce": "docs/formats/events.md", "dashboard": "docs/formats/events.md",
+    "produce": "docs/formats/events.md", "dashboard": "docs/formats/events.md", "http_server": "docs/how-to/collect.md",
 }  # fmt: skip
 
 

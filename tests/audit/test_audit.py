@@ -198,7 +198,7 @@ CUT = {"e1": Part.TRAIN, "e2": Part.VAL_A, "e3": Part.TEST}
         ("held_out_both", episode(3, sample_group=1), "sample group 1"),
         ("held_out_time", episode(3, started_wall_ns=1), "had not ended"),
         ("held_out_profile", episode(3), "profile benign"),
-        ("held_out_host", episode(3, plan_seed=1), "plan seed 1"),
+        ("held_out_sample", episode(3, host_id="h1", plan_seed=1), "plan seed h1/1"),
         ("held_out_host", episode(3, proc_sketch=(10, 99, 98)), "near-duplicate e1"),
         ("held_out_sample", episode(3, host_id="h1", session="s1"), "session h1/s1"),
     ],

@@ -61,7 +61,7 @@ def is_scratch(path: str) -> bool:
         ("inspect", one_bundle()),
         ("predict", one_bundle(), "--model", EDGE, "--out", "windows.parquet"),
         ("validate", "store", "--out", "validated"),
-        ("run", "store", "--out", "whole", "--models", "gbt,mlp", "--workers", "1"),
+        ("run", "store", "--out", "whole", "--recipes", "random_windows", "--models", "gbt,mlp", "--workers", "1"),
         ("export", "run", "--recipe", RECIPE, "--fold", FOLD, "--out", "gbt.zip"),
         ("export", "run", "--recipe", RECIPE, "--fold", FOLD, "--model", "mlp", "--out", "mlp.zip"),
         ("report", "run"),

@@ -63,12 +63,12 @@ def test_the_held_out_host_is_not_among_those_that_it_learnt_from(run: Path) -> 
 def test_an_embargoed_episode_is_not_among_those_that_it_learnt_from(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", World(windows=8, hosts=3, sessions=6, soaks=0))
     table = pq.read_table(run / VALIDATION)
-    hosts, seeds = table["host_id"].to_pylist(), table["plan_seed"].to_pylist()
+    hosts, sketches = table["host_id"].to_pylist(), table["proc_sketch"].to_pylist()
     twins = [i for i, host in enumerate(hosts) if host == "host-2"]
     for i in twins:
-        seeds[i] = seeds[hosts.index(FOLD)]
-    at = table.schema.get_field_index("plan_seed")
-    pq.write_table(table.set_column(at, "plan_seed", pa.array(seeds)), run / VALIDATION)
+        sketches[i] = sketches[hosts.index(FOLD)]
+    at = table.schema.get_field_index("proc_sketch")
+    pq.write_table(table.set_column(at, "proc_sketch", pa.array(sketches, pa.list_(pa.uint64()))), run / VALIDATION)
     fold = next(fold for fold in write_splits(run, RECIPE) if fold.fold == FOLD)
 
     learnt = trained_on(run, RECIPE, FOLD)

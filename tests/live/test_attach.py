@@ -226,7 +226,7 @@ def test_what_a_dead_watcher_left_is_taken_out_and_its_interval_comes_back(tmp_p
         folder = leave_behind(tmp_path, qemu, "phasewatch-4711-5-0", interval_s=7)
 
         async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
-            assert len(qemu.objects) == 1
+            assert len(qemu.objects) == 2  # one filter a direction
             assert not folder.exists()
 
         run(tmp_path / "proc", look)

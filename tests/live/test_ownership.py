@@ -70,8 +70,11 @@ def test_a_later_process_with_the_number_of_a_dead_watcher_is_not_that_watcher(o
 
 
 def test_an_object_of_version_1_is_left_to_its_watcher_while_that_runs() -> None:
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)  # phasewatch watch"])
+    script = "import time; print('up', flush=True); time.sleep(600)  # phasewatch watch"
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     try:
+        assert child.stdout is not None
+        child.stdout.readline()
         assert not is_abandoned(f"phasewatch-{child.pid}-a")
     finally:
         child.kill()

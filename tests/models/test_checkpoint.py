@@ -57,6 +57,13 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "an edit": (
         lambda f: (f / HEADER).write_bytes((f / HEADER).read_bytes().replace(b"majority", b"minority")), MismatchError, "edited",
     ),
+    "too many files": (
+        lambda f: lay(f, header(files={f"w{i}": FileEntry(sha256="0" * 64, bytes=1) for i in range(checkpoint.MAX_FILES + 1)})),
+        RunError, "files",
+    ),
+    "a negative seed": (lambda f: lay(f, header(seed=-1)), RunError, "seed"),
+    "no columns": (lambda f: lay(f, header(columns=())), RunError, "columns"),
+    "a scale of zero": (lambda f: lay(f, header(floors={"proc.cpu_user": 0.0})), RunError, "floors"),
     "other classes": (lambda f: lay(f, header(classes=("clean",))), MismatchError, "found classes"),
     "no class seen": (lambda f: lay(f, header(seen=())), RunError, "cannot be"),
     "a class that there is not": (lambda f: lay(f, header(seen=(5,))), RunError, "cannot be"),

@@ -14,6 +14,7 @@ from itertools import pairwise
 
 from phasewatch.channels import CHANNELS, LEVELS, ChannelSpec
 from phasewatch.episode.model import Episode
+from phasewatch.grid.ranges import channel_range
 from phasewatch.vocab import ClockBase, Kind, Phase, Source
 
 BIN = 500_000_000
@@ -173,7 +174,9 @@ def column(channel: ChannelSpec, rows: list[Reading], t0: int, n: int) -> list[f
         elif i and before == last:
             values.append(values[-1])
         else:
-            values.append(value(channel, rows, before, last))
+            found = value(channel, rows, before, last)
+            least, most = channel_range(channel)
+            values.append(NAN if found < least or found > most else found)
     return values[1:]
 
 

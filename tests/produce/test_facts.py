@@ -56,17 +56,17 @@ def test_every_number_of_the_leaderboard_is_a_row_of_the_file(metrics: Metrics) 
 
 
 def test_the_paired_p_is_that_against_the_first(metrics: Metrics) -> None:
-    gaps = {
-        frozenset((r.model, r.vs)): r.p_holm
-        for r in metrics.metrics
-        if r.metric == "macro_f1_gap@4of6" and r.agent == "off" and r.profile is r.host_id is r.phase is None
-    }
     rows = score_of(metrics).rows
+    gaps = {
+        (r.threat, frozenset((r.model, r.vs))): r.p_holm
+        for r in metrics.metrics
+        if r.metric == "macro_f1_gap@4of6" and r.fold == "pooled" and r.agent == "off"
+    }
 
     assert rows[0].p_holm is None
     for row in rows[1:]:
         assert row.p_holm is not None
-        assert row.p_holm == gaps[frozenset((row.model, rows[0].model))]
+        assert row.p_holm == gaps[row.threat, frozenset((row.model, rows[0].model))]
 
 
 def test_the_confusion_counts_the_headline_s_windows(metrics: Metrics) -> None:

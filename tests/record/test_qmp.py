@@ -395,5 +395,5 @@ def test_registers_are_read_of_the_vcpus_that_are_there() -> None:
 
 
 def test_a_monitor_that_nobody_serves_is_an_error_in_words(tmp_path: Path) -> None:
-    with pytest.raises(VmError, match="one QMP socket serves one client"):
+    with pytest.raises(VmError, match="No such file"):
         asyncio.run(Monitor(tmp_path / "none.sock", timeout_s=0.5).connect())

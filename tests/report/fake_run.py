@@ -210,9 +210,11 @@ def write_splits(folder: Path, recipe: Recipe, episodes: Sequence[FakeEpisode]) 
     if len(recipe.hosts) < 3 or recipe.per_cell < 2:
         return  # the recipe cannot be built; a real run has no splits then
     (folder / "splits").mkdir(exist_ok=True)
+    spelled = {name: f"name-{i}" for i, name in enumerate((*recipe.profiles, recipe.sample))}
     known = [
         SplitEpisode(
-            episode_id=e.episode_id, host_id=e.host_id, profile=e.profile, sample_name=recipe.sample,
+            # A split refuses odd names; a run of somebody else may hold them all the same.
+            episode_id=e.episode_id, host_id=e.host_id, profile=spelled[e.profile], sample_name=spelled[recipe.sample],
             sample_group=0, session=e.session, role=Role.LAB, agent=e.agent == "on", plan_seed=e.number,
             proc_sketch=(), started_wall_ns=START_NS, phases=PHASES,
         )

@@ -199,6 +199,8 @@ def admit(store: Path, whole: Episode, status: str, *reasons: str) -> None:
     host_id, episode_id = whole.manifest.host.host_id, whole.manifest.episode_id
     path = store / host_id / f"{episode_id}.tar.zst"
     judgement = Judgement(status=status, reasons=reasons, detail="")
+    with DiskStore(store).receiving():
+        pass  # makes the folder
     DiskStore(store).write_status(host_id, episode_id, judgement.render(digest=sha256(path.read_bytes()).hexdigest()))
 
 

@@ -121,7 +121,9 @@ class Watcher:
         self._before: Decision | None = None
         self._meter = CostMeter(clock.mono_ns(), _cpu_s())
         self._sources = tuple(sources)
-        self._silence = SilenceWatch([source.source for source in sources], found.masked, clock.mono_ns())
+        # A network source reports what it cannot see itself, with its reason.
+        silent = [source.source for source in sources if not isinstance(source, NetworkSource)]
+        self._silence = SilenceWatch(silent, found.masked, clock.mono_ns())
         self._quality = WindowQuality(scorer.channels if scorer else ())
         self._empty: Counter[Source] = Counter()
         self.result = Watched()

@@ -106,11 +106,8 @@ def translate_threads(pid: int, tids: Sequence[int], proc: Path = PROC) -> tuple
 
 def list_threads(folder: Path) -> Iterator[tuple[int, int]]:
     """Yield (number as the process knows it, number here) of every thread."""
-    is_nested = len(numbers_of(folder)) > 1
     with suppress(OSError):
         for entry in (folder / "task").iterdir():
             with suppress(ValueError):
                 here = int(entry.name)
-                inner = numbers_of(entry)[-1:] if is_nested else (here,)
-                if inner:
-                    yield inner[0], here
+                yield (numbers_of(entry) or (here,))[-1], here

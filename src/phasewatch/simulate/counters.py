@@ -14,6 +14,8 @@ from phasewatch.vocab import Source
 
 Columns = dict[str, NDArray[np.int64] | NDArray[np.float64]]
 
+VCPUS = 1
+MEMORY_MIB = 256
 _MOST_WAIT_FACTOR = 2.5  # a vCPU that waits more than a tenth of the time is a fault, and no host's own way
 _COUNTED = tuple(spec.field for source in Source for spec in raw_fields(source))
 
@@ -113,7 +115,10 @@ class _Made:
         return {
             "cpu_user_ns": self._total("cpu_user_ns", (vcpu * 0.93 + main * 0.5 + 0.004) * 1e9, start=4e10),
             "cpu_sys_ns": self._total("cpu_sys_ns", (vcpu * 0.03 + main * 0.5 + requests * 2e-4) * 1e9, start=1e10),
-            "vcpu_run_ns": self._total("vcpu_run_ns", vcpu * 1e9, start=4e10),
+            # However far a host lies from the others, its one vCPU runs on one core at most.
+            "vcpu_run_ns": self._total(
+                "vcpu_run_ns", np.minimum(vcpu, VCPUS / self.factor["vcpu_run_ns"]) * 1e9, start=4e10
+            ),
             "vcpu_wait_ns": self._total("vcpu_wait_ns", (0.004 + 0.03 * vcpu) * j[2] * 1e9, start=1e9),
             "vcpu_vcs": self._total("vcpu_vcs", (25 + 0.4 * (out + got) + requests * 1.5) * j[2], start=1e4),
             "vcpu_ics": self._total("vcpu_ics", (80 + 550 * vcpu) * j[3], start=3e4),
@@ -150,7 +155,9 @@ class _Made:
             "vcpu_busy": np.zeros(len(age_s)),
             "vcpu_user": np.zeros(len(age_s)),
             "bal_minor_faults": self._total("bal_minor_faults", 100 + 90 * p[7] / TICK_S, start=1e5),
-            "bal_free_bytes": self._level("bal_free_bytes", 1.3e8, -(a["touched"] + a["write"] * 0.05) * j[2]),
+            "bal_free_bytes": np.minimum(
+                self._level("bal_free_bytes", 1.3e8, -(a["touched"] + a["write"] * 0.05) * j[2]), MEMORY_MIB << 20
+            ),
             "bal_cache_bytes": self._level("bal_cache_bytes", 6e6, (a["write"] + a["read"]) * 0.05),
             "jit_code_bytes": self._level("jit_code_bytes", 9e7, new_code * 500),
             "wr_highest_bytes": self._level("wr_highest_bytes", 5e7, a["write"] * 0.3),
@@ -190,7 +197,9 @@ class _Made:
             "disk_wr_bytes": self._total("disk_wr_bytes", a["write"] // 512 * 512, start=1e8),
             "procs_running": np.asarray(1 + (self.rng.random(len(busy)) < a["cpu"]), np.int64),
             "mem_dirty_bytes": np.asarray(a["write"] * j[3] // 4096 * 4096, np.int64),
-            "mem_free_bytes": self._level("mem_free_bytes", 1.25e8, -(a["touched"] + a["write"] * 0.05)),
+            "mem_free_bytes": np.minimum(
+                self._level("mem_free_bytes", 1.25e8, -(a["touched"] + a["write"] * 0.05)), MEMORY_MIB << 20
+            ),
             "mem_cached_bytes": self._level("mem_cached_bytes", 6e6, (a["write"] + a["read"]) * 0.05),
         }
         return {name: column[every] for name, column in whole.items()}

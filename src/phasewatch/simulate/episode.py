@@ -13,7 +13,7 @@ from phasewatch.channels import CHANNELS, raw_fields
 from phasewatch.episode.bundle import encode_labels
 from phasewatch.episode.model import FORMAT, Clocks, Host, LabelMark, Manifest, SourceRows
 from phasewatch.simulate.activity import TICK_S, Knobs, draw_activity
-from phasewatch.simulate.counters import Columns, Machine, count
+from phasewatch.simulate.counters import MEMORY_MIB, VCPUS, Columns, Machine, count
 from phasewatch.vocab import ClockBase, EpisodeId, Origin, Phase, Role, SampleKind, Source
 
 _LEAD_TICKS = 4  # the samplers run before the first label and after the end
@@ -134,8 +134,8 @@ def _manifest(slot: Slot, marks: tuple[LabelMark, ...], rows: Mapping[Source, So
         format=FORMAT,
         episode_id=slot.episode_id,
         host=Host(
-            host_id=machine.host_id, arch=machine.arch, accel="tcg", machine="simulated", cpu="simulated", vcpus=1,
-            mem_mib=256, disk="simulated", nic="simulated", hypervisor="phasewatch simulate", guest_kernel="simulated",
+            host_id=machine.host_id, arch=machine.arch, accel="tcg", machine="simulated", cpu="simulated", vcpus=VCPUS,
+            mem_mib=MEMORY_MIB, disk="simulated", nic="simulated", hypervisor="phasewatch simulate", guest_kernel="simulated",
             recorder="phasewatch simulate",
         ),
         profile=slot.profile, sample_name=slot.sample_name,
