@@ -74,7 +74,8 @@ def test_an_object_of_version_1_is_left_to_its_watcher_while_that_runs() -> None
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     try:
         assert child.stdout is not None
-        child.stdout.readline()
+        with child.stdout:
+            child.stdout.readline()
         assert not is_abandoned(f"phasewatch-{child.pid}-a")
     finally:
         child.kill()

