@@ -240,3 +240,17 @@ def test_a_file_system_without_locks_is_refused_in_words(tmp_path: Path, monkeyp
 
     with pytest.raises(MachineError), atomic.lock(tmp_path):
         pass
+
+
+def test_a_folder_gets_its_name_only_when_all_of_it_is_durable(tmp_path: Path) -> None:
+    source = tmp_path / "work" / "out"
+    (source / "deep").mkdir(parents=True)
+    for name in ("kernel", "deep/initrd"):
+        (source / name).write_bytes(b"data")
+
+    with atomic.on_disk(disk := Recorder()):
+        atomic.publish_folder(source, tmp_path / "image")
+
+    assert (tmp_path / "image" / "deep" / "initrd").read_bytes() == b"data"
+    assert disk.calls.index("rename") == len(disk.calls) - 3  # what follows makes the two names durable
+    assert disk.calls[:-3].count("fsync") >= 5  # two files, and the three folders that hold names

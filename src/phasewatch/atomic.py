@@ -306,6 +306,18 @@ def move(source: Path, target: Path) -> None:
     sync_folder(source.parent)
 
 
+def publish_folder(source: Path, target: Path) -> None:
+    """Move a finished folder to its place on the same disk, so that a power cut leaves all of it there or nothing.
+
+    Every file and every name in it reaches the medium before the folder gets its name.
+    """
+    for path in sorted(source.rglob("*"), reverse=True):
+        if path.is_file() and not path.is_symlink():
+            sync_file(path)
+    sync_folder(source)
+    move(source, target)
+
+
 def remove(path: Path) -> None:
     """Remove a file, durably; one that is not there is as good as removed."""
     with suppress(FileNotFoundError):

@@ -76,7 +76,7 @@ def build_image(cache: Path, arch: str, *, data_mib: int = DATA_MIB, scripts: Ma
         if not home.exists():
             with tempfile.TemporaryDirectory(dir=cache, prefix=".build-") as work:
                 _build(Path(work), cache, arch, kernel_package, data_mib, payload)
-                (Path(work) / "out").replace(home)
+                atomic.publish_folder(Path(work) / "out", home)
         release = (home / "release").read_text().strip()
         return Image(
             kernel=home / "kernel", initrd=home / "initrd.gz", base_disk=home / "data.qcow2", kernel_release=release, digest=digest
