@@ -193,7 +193,8 @@ def _fetch(cache: Path, arch: str, package: str) -> Path:
             Path(folder).chmod(0o755)
             _run([_tool("apt-get", "apt"), *_apt_options(cache, arch), "-q", "download", package], cwd=Path(folder))
             for deb in Path(folder).glob("*.deb"):
-                deb.replace(cache / deb.name)
+                atomic.sync_file(deb)
+                atomic.move(deb, cache / deb.name)
         kept = sorted(cache.glob(f"{package}_*_{debian_arch}.deb"))
         if not kept:
             raise MissingTool(f"apt-get download {package} brought nothing; run apt-get update first")
