@@ -8,9 +8,9 @@ import pytest
 
 from phasewatch.http_server.connections import (
     ConnectionLimits,
+    ConnectionStage,
     ConnectionTable,
     HeldConnection,
-    Stage,
     address_group,
 )
 
@@ -21,10 +21,10 @@ LIMITS = ConnectionLimits(connections=16, reserved=4, per_address=6, per_owner=3
 class Peer:
     """A connection that is in whatever stage the test says."""
 
-    stage: Stage = Stage.HEAD
+    stage: ConnectionStage = ConnectionStage.HEAD
     is_cut: bool = False
 
-    def find_stage(self) -> Stage:
+    def find_stage(self) -> ConnectionStage:
         return self.stage
 
     def abort(self) -> None:
@@ -42,11 +42,13 @@ class Server:
     def __post_init__(self) -> None:
         self.table = ConnectionTable(self.limits)
 
-    def connect(self, address: str = "192.0.2.1", *, owner: str = "", stage: Stage = Stage.HEAD) -> HeldConnection:
+    def connect(
+        self, address: str = "192.0.2.1", *, owner: str = "", stage: ConnectionStage = ConnectionStage.HEAD
+    ) -> HeldConnection:
         self.now_s += 0.001
         peer = Peer(stage)
         self.peers.append(peer)
-        entry = self.table.open(peer, address, Stage.HEAD, now_s=self.now_s)
+        entry = self.table.open(peer, address, ConnectionStage.HEAD, now_s=self.now_s)
         assert entry is not None
         entry.stage = stage
         if owner:
@@ -108,7 +110,7 @@ def test_a_stranger_that_asks_without_pause_does_not_outlive_a_newcomer() -> Non
 
 def test_an_answer_that_is_under_way_is_given_up_last() -> None:
     server = Server(replace(LIMITS, per_address=2))
-    server.connect(stage=Stage.ANSWER)
+    server.connect(stage=ConnectionStage.ANSWER)
     server.connect()
 
     server.connect()
@@ -149,21 +151,21 @@ def test_owners_together_leave_a_place_for_newcomers() -> None:
 def test_a_table_without_any_stranger_refuses() -> None:
     table = ConnectionTable(replace(LIMITS, connections=8, reserved=0))
     for number in range(8):
-        entry = table.open(Peer(), "192.0.2.1", Stage.HEAD, now_s=0.0)
+        entry = table.open(Peer(), "192.0.2.1", ConnectionStage.HEAD, now_s=0.0)
         assert entry is not None
         entry.owner = f"host-{number}"
 
-    assert table.open(Peer(), "192.0.2.1", Stage.HEAD, now_s=0.0) is None
+    assert table.open(Peer(), "192.0.2.1", ConnectionStage.HEAD, now_s=0.0) is None
 
 
 @pytest.mark.parametrize(
     ("stage", "patience_s"),
     [
-        (Stage.HANDSHAKE, LIMITS.handshake_s), (Stage.HEAD, LIMITS.head_s), (Stage.IDLE, LIMITS.idle_s),
-        (Stage.DRAIN, LIMITS.drain_s), (Stage.CLOSING, LIMITS.drain_s),
+        (ConnectionStage.HANDSHAKE, LIMITS.handshake_s), (ConnectionStage.HEAD, LIMITS.head_s), (ConnectionStage.IDLE, LIMITS.idle_s),
+        (ConnectionStage.DRAIN, LIMITS.drain_s), (ConnectionStage.CLOSING, LIMITS.drain_s),
     ],
 )  # fmt: skip
-def test_a_stranger_has_little_time_in_each_stage(stage: Stage, patience_s: float) -> None:
+def test_a_stranger_has_little_time_in_each_stage(stage: ConnectionStage, patience_s: float) -> None:
     server = Server()
     entry = server.connect()
     entry.peer.stage = stage  # type: ignore[attr-defined]
@@ -175,8 +177,8 @@ def test_a_stranger_has_little_time_in_each_stage(stage: Stage, patience_s: floa
 
 def test_a_valid_token_lengthens_the_pause_between_requests_and_nothing_else() -> None:
     server = Server()
-    idle, silent = server.connect(owner="pc-a", stage=Stage.IDLE), server.connect(owner="pc-b")
-    idle.peer.stage = Stage.IDLE  # type: ignore[attr-defined]
+    idle, silent = server.connect(owner="pc-a", stage=ConnectionStage.IDLE), server.connect(owner="pc-b")
+    idle.peer.stage = ConnectionStage.IDLE  # type: ignore[attr-defined]
 
     assert server.wait(LIMITS.head_s) == [silent]
     assert idle in server.wait(LIMITS.owner_idle_s)
@@ -186,7 +188,7 @@ def test_a_stranger_has_so_many_requests_and_so_much_time_in_all() -> None:
     server = Server()
     busy, old = server.connect(), server.connect()
     busy.requests = LIMITS.stranger_requests
-    busy.peer.stage = old.peer.stage = Stage.IDLE  # type: ignore[attr-defined]
+    busy.peer.stage = old.peer.stage = ConnectionStage.IDLE  # type: ignore[attr-defined]
 
     assert server.wait(1.0) == [busy]
     for _ in range(10):
@@ -197,8 +199,8 @@ def test_a_stranger_has_so_many_requests_and_so_much_time_in_all() -> None:
 
 def test_an_answer_under_way_is_not_cut_but_one_that_nobody_takes_is() -> None:
     server = Server()
-    entry = server.connect(stage=Stage.ANSWER)
-    entry.peer.stage = Stage.ANSWER  # type: ignore[attr-defined]
+    entry = server.connect(stage=ConnectionStage.ANSWER)
+    entry.peer.stage = ConnectionStage.ANSWER  # type: ignore[attr-defined]
 
     assert server.wait(1000.0) == []
     entry.blocked_since_s = server.now_s

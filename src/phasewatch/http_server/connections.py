@@ -51,7 +51,7 @@ class ConnectionLimits:
     sweep_s: float = 0.5
 
 
-class Stage(StrEnum):
+class ConnectionStage(StrEnum):
     """What a connection is busy with."""
 
     HANDSHAKE = "handshake"
@@ -65,7 +65,7 @@ class Stage(StrEnum):
 class Peer(Protocol):
     """The live end of a connection, as the table needs it."""
 
-    def find_stage(self) -> Stage:
+    def find_stage(self) -> ConnectionStage:
         """Return what the connection is busy with now."""
 
     def abort(self) -> None:
@@ -89,7 +89,7 @@ class HeldConnection:
     peer: Peer
     group: str
     opened_s: float
-    stage: Stage
+    stage: ConnectionStage
     since_s: float
     owner: str = ""
     requests: int = 0
@@ -107,7 +107,7 @@ class ConnectionTable:
     def __len__(self) -> int:
         return len(self._held)
 
-    def open(self, peer: Peer, address: str, stage: Stage, *, now_s: float) -> HeldConnection | None:
+    def open(self, peer: Peer, address: str, stage: ConnectionStage, *, now_s: float) -> HeldConnection | None:
         """Enter a new connection; a full table gives up the oldest stranger, so that no newcomer is shut out.
 
         Returns:
@@ -129,7 +129,7 @@ class ConnectionTable:
 
     def _give_up(self, candidates: Iterator[HeldConnection]) -> None:
         # By age, not by idleness: who asks all the time must not outlive a newcomer whose head is on its way.
-        victim = min(candidates, key=lambda each: (each.stage is Stage.ANSWER, each.opened_s), default=None)
+        victim = min(candidates, key=lambda each: (each.stage is ConnectionStage.ANSWER, each.opened_s), default=None)
         if victim is not None:
             self.close(victim)
             victim.peer.abort()
@@ -169,15 +169,15 @@ class ConnectionTable:
         limits = self.limits
         if entry.blocked_since_s is not None and now_s - entry.blocked_since_s >= limits.stall_s:
             return True
-        if entry.stage in (Stage.HEAD, Stage.IDLE) and self.is_spent(entry, now_s=now_s):
+        if entry.stage in (ConnectionStage.HEAD, ConnectionStage.IDLE) and self.is_spent(entry, now_s=now_s):
             return True
         patience_s = {
-            Stage.HANDSHAKE: limits.handshake_s,
-            Stage.HEAD: limits.head_s,
-            Stage.ANSWER: float("inf"),
-            Stage.DRAIN: limits.drain_s,
-            Stage.IDLE: limits.owner_idle_s if entry.owner else limits.idle_s,
-            Stage.CLOSING: limits.drain_s,
+            ConnectionStage.HANDSHAKE: limits.handshake_s,
+            ConnectionStage.HEAD: limits.head_s,
+            ConnectionStage.ANSWER: float("inf"),
+            ConnectionStage.DRAIN: limits.drain_s,
+            ConnectionStage.IDLE: limits.owner_idle_s if entry.owner else limits.idle_s,
+            ConnectionStage.CLOSING: limits.drain_s,
         }
         return now_s - entry.since_s >= patience_s[entry.stage]
 

@@ -16,7 +16,13 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from phasewatch.http_server.connections import ConnectionLimits, ConnectionTable, HeldConnection, Stage, introduce
+from phasewatch.http_server.connections import (
+    ConnectionLimits,
+    ConnectionStage,
+    ConnectionTable,
+    HeldConnection,
+    introduce,
+)
 from phasewatch.http_server.heads import HEAD_BYTES, find_head_fault
 
 _OTHER_FILES = 64  # descriptors that a server needs beside its connections
@@ -50,7 +56,7 @@ class ConnectionKeeper:
         self.limits, self.clock_s = limits, clock_s
         self._timer: asyncio.TimerHandle | None = None
 
-    def open(self, peer: Any, transport: asyncio.Transport, stage: Stage) -> HeldConnection | None:
+    def open(self, peer: Any, transport: asyncio.Transport, stage: ConnectionStage) -> HeldConnection | None:
         """Enter a new connection, see `ConnectionTable.open`; it is looked at now and then from here on."""
         name = transport.get_extra_info("peername")
         address = str(name[0]) if isinstance(name, tuple) else ""
@@ -92,7 +98,7 @@ class PatientProtocol(H11Protocol):
         """Enter the table of connections, or close."""
         super().connection_made(transport)
         if self.held is None:
-            self.held = self._keeper.open(self, transport, Stage.HEAD)
+            self.held = self._keeper.open(self, transport, ConnectionStage.HEAD)
         else:
             self.held.peer = self  # its TLS handshake held the place until now
         if self.held is None:
@@ -110,24 +116,24 @@ class PatientProtocol(H11Protocol):
         """Cut the connection; nothing that waits to be sent is sent."""
         self.transport.abort()
 
-    def find_stage(self) -> Stage:
+    def find_stage(self) -> ConnectionStage:
         """Return what the connection is busy with now."""
         if self.transport.is_closing():
-            return Stage.CLOSING
+            return ConnectionStage.CLOSING
         if self._is_draining:
-            return Stage.DRAIN
+            return ConnectionStage.DRAIN
         if self.cycle is not None and not self.cycle.response_complete:
-            return Stage.ANSWER
+            return ConnectionStage.ANSWER
         if self.conn.their_state is h11.SEND_BODY:
-            return Stage.DRAIN
-        return Stage.HEAD if self.cycle is None or self.conn.trailing_data[0] else Stage.IDLE
+            return ConnectionStage.DRAIN
+        return ConnectionStage.HEAD if self.cycle is None or self.conn.trailing_data[0] else ConnectionStage.IDLE
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, unless the client has had its last answer."""
         if self.transport is None:
             self._early += data
             return
-        if self._is_draining or self.find_stage() is Stage.DRAIN:
+        if self._is_draining or self.find_stage() is ConnectionStage.DRAIN:
             self._drained += len(data)
             if self._drained > self._keeper.limits.drain_bytes:
                 self.abort()
@@ -227,7 +233,7 @@ class TlsOpening(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Enter the table of connections, then begin the handshake."""
         self._transport = cast(asyncio.Transport, transport)
-        self._held = self._keeper.open(self, self._transport, Stage.HANDSHAKE)
+        self._held = self._keeper.open(self, self._transport, ConnectionStage.HANDSHAKE)
         if self._held is None:
             self.abort()
             return
@@ -238,9 +244,9 @@ class TlsOpening(asyncio.Protocol):
         if self._held is not None:
             self._keeper.table.close(self._held)
 
-    def find_stage(self) -> Stage:
+    def find_stage(self) -> ConnectionStage:
         """Return what the connection is busy with now."""
-        return Stage.HANDSHAKE
+        return ConnectionStage.HANDSHAKE
 
     def abort(self) -> None:
         """Cut the connection."""

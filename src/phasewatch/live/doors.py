@@ -53,7 +53,7 @@ class Door:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Listener:
+class ListeningSocket:
     """A Unix socket that somebody listens on: its name as it was bound, and its descriptor in the process; None elsewhere."""
 
     name: str
@@ -107,7 +107,7 @@ def most_telling(doors: Sequence[Door]) -> Door:
     return next((door for door in doors if door.kind is not DoorKind.HANDED_OVER), doors[0])
 
 
-def read_listeners(folder: Path) -> tuple[Listener, ...] | None:
+def read_listeners(folder: Path) -> tuple[ListeningSocket, ...] | None:
     """Return the Unix sockets that are listened on in a process's network namespace; None if this user may not know.
 
     Args:
@@ -124,7 +124,7 @@ def read_listeners(folder: Path) -> tuple[Listener, ...] | None:
         with suppress(ValueError, IndexError):
             inode = int(fields[6])
             if int(fields[3], 16) & _LISTENS:
-                found.append(Listener(name=fields[7] if len(fields) > 7 else "", fd=held.get(inode)))
+                found.append(ListeningSocket(name=fields[7] if len(fields) > 7 else "", fd=held.get(inode)))
     return tuple(found)
 
 
@@ -136,7 +136,9 @@ def is_same_file(one: Path, other: Path) -> bool:
         return False
 
 
-def _of_address(head: str, keys: Mapping[str, str], folder: Path, listeners: tuple[Listener, ...] | None) -> Door:
+def _of_address(
+    head: str, keys: Mapping[str, str], folder: Path, listeners: tuple[ListeningSocket, ...] | None
+) -> Door:
     """Look at ``-qmp KIND:REST,…``."""
     kind, _, rest = head.partition(":")
     if kind == "unix":
@@ -146,7 +148,7 @@ def _of_address(head: str, keys: Mapping[str, str], folder: Path, listeners: tup
     return Door(kind=DoorKind.ELSEWHERE, address=f"on {head or 'nothing'}")
 
 
-def _of_backend(keys: Mapping[str, str], folder: Path, listeners: tuple[Listener, ...] | None) -> Door:
+def _of_backend(keys: Mapping[str, str], folder: Path, listeners: tuple[ListeningSocket, ...] | None) -> Door:
     """Look at ``-chardev KIND,…`` of a monitor."""
     kind = keys.get("", keys.get("backend", ""))
     if kind != "socket" and "path" not in keys:
@@ -161,7 +163,7 @@ def _of_backend(keys: Mapping[str, str], folder: Path, listeners: tuple[Listener
     return _of_path(keys["path"], keys, folder, listeners)
 
 
-def _of_path(name: str, keys: Mapping[str, str], folder: Path, listeners: tuple[Listener, ...] | None) -> Door:
+def _of_path(name: str, keys: Mapping[str, str], folder: Path, listeners: tuple[ListeningSocket, ...] | None) -> Door:
     if not _serves(keys):
         return Door(kind=DoorKind.CLIENT, address=name)
     if keys.get("abstract") in _ON:
@@ -175,7 +177,7 @@ def _of_path(name: str, keys: Mapping[str, str], folder: Path, listeners: tuple[
     return Door(kind=DoorKind.LISTENING, address=name, path=_reach(name, folder, named[0]))
 
 
-def _reach(name: str, folder: Path, own: Listener | None) -> Path:
+def _reach(name: str, folder: Path, own: ListeningSocket | None) -> Path:
     """Return the path by which this process reaches a socket of another, whose folders and root may be others."""
     asked = Path(name) if name.startswith("/") else Path(_target(folder / "cwd") or "/", name)
     seen = folder / "root" / str(asked).lstrip("/")
@@ -226,7 +228,7 @@ def _serves(keys: Mapping[str, str]) -> bool:
     return keys.get("server", "off") in _ON
 
 
-def _name_of(fd: str, listeners: tuple[Listener, ...] | None) -> str:
+def _name_of(fd: str, listeners: tuple[ListeningSocket, ...] | None) -> str:
     return next((each.name for each in listeners or () if str(each.fd) == fd), "")
 
 

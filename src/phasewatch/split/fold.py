@@ -39,7 +39,7 @@ class SplitEpisode:
         neighbours: Ids of the episodes that ran beside it, as its manifest says.
         side_by_side: The host by which its session goes, if its host recorded it together with others (see
             `join_neighbours`); its own host otherwise.
-        proc_sketch: The smallest digests of its distinct proc rows; two runs that share half of them are one run.
+        proc_sketch: The smallest digests of increments of its proc counters; two runs that share half of them are one run.
         phases: The known phases that its windows have; an episode without any is in no set.
     """
 

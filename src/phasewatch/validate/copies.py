@@ -45,7 +45,7 @@ class PriorVerdict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
+class ArrivalEvidence:
     """Where to look for what was accepted before; both are asked only if there are copies.
 
     Attributes:
@@ -102,7 +102,7 @@ def parse_admitted(text: bytes) -> PriorVerdict | None:
 class Copies:
     """Collects the usable bundles of a sweep by their telemetry, and rules on those that hold the same."""
 
-    def __init__(self, evidence: Evidence) -> None:
+    def __init__(self, evidence: ArrivalEvidence) -> None:
         self._evidence = evidence
         self._swept: Mapping[Key, PriorVerdict] | None = None
         self._holders: dict[str, list[Holder]] = defaultdict(list)

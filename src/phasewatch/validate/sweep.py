@@ -15,7 +15,7 @@ from phasewatch.errors import BundleError, RunError, spell_controls
 from phasewatch.grid.files import drop_grids, row_of, write_grids
 from phasewatch.store.base import Place, Store, StoreItem, check_store, open_store
 from phasewatch.store.disk import SUFFIX
-from phasewatch.validate.copies import Copies, Evidence, PriorVerdict, parse_admitted
+from phasewatch.validate.copies import ArrivalEvidence, Copies, PriorVerdict, parse_admitted
 from phasewatch.validate.index import INDEX, read_prior, write_index
 from phasewatch.validate.ledger import balances, render_ledger, stage_of
 from phasewatch.validate.parts import PART, PARTS, STATE, Looks, Parts, Taken, write_state
@@ -114,7 +114,7 @@ def sweep(
     unchanged = {path for path, seen in looks.items() if old.looks.get(path) == seen and old.is_final(path)}
     verdicts: list[Verdict] = []
     copies = Copies(
-        Evidence(swept=lambda: read_prior(prior or run / INDEX), admitted=lambda key: _admitted(there, key))
+        ArrivalEvidence(swept=lambda: read_prior(prior or run / INDEX), admitted=lambda key: _admitted(there, key))
     )
     gridded: dict[int, tuple[str, str]] = {}
     slowest: tuple[str, float] | None = None
