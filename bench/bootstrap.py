@@ -12,9 +12,9 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 from timing import Figure, Part, Row, in_turns
 
-from phasewatch.evaluate import bootstrap
-from phasewatch.evaluate.scope import Values, terms_of
-from phasewatch.measures import N_CLASSES
+from phasewatch.evaluation import bootstrap
+from phasewatch.evaluation.scoring import F1Scores, compute_score_terms
+from phasewatch.metrics import N_CLASSES
 
 HOSTS, SESSIONS, WINDOWS = 6, 180, 28
 K = tuple(range(N_CLASSES))
@@ -22,7 +22,7 @@ ALL, ONE = "phasewatch, 12 models, all pairs and classes", "phasewatch, one mode
 LOOP, SCIPY, ROWS = "loop over scikit-learn's f1_score, 12 models", "scipy.stats.bootstrap, one model", "confidenceinterval, one model"  # fmt: skip
 
 
-def corpus(models: int) -> tuple[bootstrap.Clusters, np.ndarray, list[np.ndarray]]:
+def corpus(models: int) -> tuple[bootstrap.SessionClusters, np.ndarray, list[np.ndarray]]:
     """Draw sessions, truth, and what models of rising skill say."""
     rng = np.random.default_rng(0)
     hosts = [f"h{s % HOSTS}" for s in range(SESSIONS) for _ in range(WINDOWS)]
@@ -31,25 +31,25 @@ def corpus(models: int) -> tuple[bootstrap.Clusters, np.ndarray, list[np.ndarray
     said = [
         np.where(rng.random(len(truth)) < 0.4 + 0.04 * m, truth, rng.integers(0, 5, len(truth))) for m in range(models)
     ]
-    return bootstrap.number_clusters(hosts, sessions), truth, said
+    return bootstrap.build_clusters(hosts, sessions), truth, said
 
 
 def ours(
-    clusters: bootstrap.Clusters, truth: np.ndarray, said: list[np.ndarray], weights: bootstrap.Weights
-) -> tuple[list[Values], int]:
+    clusters: bootstrap.SessionClusters, truth: np.ndarray, said: list[np.ndarray], weights: bootstrap.ResampleWeights
+) -> tuple[list[F1Scores], int]:
     """Give all scores of every resample, with intervals, p of all pairs and Holm: what a board computes."""
     shape = (-1, N_CLASSES, N_CLASSES)
-    counts = [terms_of(bootstrap.confusions(clusters, truth, y).reshape(shape)) for y in said]
+    counts = [compute_score_terms(bootstrap.count_confusions(clusters, truth, y).reshape(shape)) for y in said]
     drawn = np.split(bootstrap.resample(weights, np.concatenate(counts, axis=1)), len(said), axis=1)
-    values = [Values.of_terms(d, K) for d in drawn]
+    values = [F1Scores.from_terms(d, K) for d in drawn]
     for v in values:
-        bootstrap.interval(v.macro_f1)
+        bootstrap.compute_interval(v.macro_f1)
         for c in K:
-            bootstrap.interval(v.f1[:, c])
+            bootstrap.compute_interval(v.f1[:, c])
     gaps = [a.macro_f1 - b.macro_f1 for a, b in combinations(values, 2)]
     for gap in gaps:
-        bootstrap.interval(gap)
-    return values, len(bootstrap.holm([bootstrap.paired_p(gap) for gap in gaps]))
+        bootstrap.compute_interval(gap)
+    return values, len(bootstrap.adjust_p_values([bootstrap.compute_paired_p_value(gap) for gap in gaps]))
 
 
 def measure(*, resamples: int = 10_000, models: int = 12, looped: int = 20, repeats: int = 3) -> Part:
@@ -65,8 +65,8 @@ def _measure(resamples: int, models: int, looped: int, repeats: int) -> Part:
 
     clusters, truth, said = corpus(models)
 
-    def draw() -> bootstrap.Weights:
-        bootstrap._drawn.cache_clear()
+    def draw() -> bootstrap.ResampleWeights:
+        bootstrap._draw_weights_cached.cache_clear()
         found = bootstrap.draw_weights(clusters, truth, classes=K, resamples=resamples, seed=0)
         assert found is not None
         return found
@@ -78,10 +78,10 @@ def _measure(resamples: int, models: int, looped: int, repeats: int) -> Part:
         return [
             [f1_score(truth[rows], y[rows], labels=K, average=None, zero_division=0) for y in said]
             for counts in weights.counts[:looped]
-            for rows in [np.repeat(np.arange(len(truth)), counts[clusters.of])]
+            for rows in [np.repeat(np.arange(len(truth)), counts[clusters.cluster_index])]
         ]
 
-    matrices = bootstrap.confusions(clusters, truth, said[0]).reshape(-1, N_CLASSES, N_CLASSES).astype(np.float64)
+    matrices = bootstrap.count_confusions(clusters, truth, said[0]).reshape(-1, N_CLASSES, N_CLASSES).astype(np.float64)
 
     def of_matrices(drawn: np.ndarray, axis: int = -1) -> np.ndarray:
         """Give macro-F1 of ``(…, sessions)`` indices into the sessions' confusion matrices."""

@@ -12,7 +12,7 @@ import numpy as np
 from timing import Part, Row
 
 from phasewatch.dataset import load, read_folds
-from phasewatch.measures import confusion_counts, macro_f1
+from phasewatch.metrics import confusion_counts, macro_f1
 
 
 def measure(run: Path, *, folds: int = 0) -> Part:
@@ -65,7 +65,7 @@ def measure(run: Path, *, folds: int = 0) -> Part:
     for fold in chosen:
         for kind in ("table", "tensor"):
             sets = load(run, "held_out_host", fold, "realistic", kind=kind)
-            off = sets.test.windows.where(lambda e: not e.agent)
+            off = sets.test.windows.mark_episodes(lambda e: not e.agent)
             for name, (wanted, work, _) in ways.items():
                 if wanted == kind:
                     start = time.process_time()

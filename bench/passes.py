@@ -18,16 +18,16 @@ import numpy as np
 from backports import zstd
 from timing import Figure, Part, in_turns, rows_of
 
-from phasewatch.channels import raw_fields
-from phasewatch.episode.bundle import read_members, unpack
-from phasewatch.episode.model import Episode, SourceRows
+from phasewatch.binning.align import bin_episode
+from phasewatch.bundle.archive import unpack_bundle, unpack_members
+from phasewatch.bundle.model import Episode, SourceRows
+from phasewatch.channels import list_raw_fields
 from phasewatch.features.stats import episode_stats
-from phasewatch.features.tables import windows_of
-from phasewatch.grid.align import align
+from phasewatch.features.tables import build_window_table
 from phasewatch.simulate import simulate
-from phasewatch.store.disk import DiskStore, StoreItem
-from phasewatch.validate.sweep import read_one
-from phasewatch.vocab import Source
+from phasewatch.store.local import DiskStore, StoreItem
+from phasewatch.types import SourceKind
+from phasewatch.validate.sweep import read_bundle
 
 WINDOW, STRIDE = 20, 10
 T = 0.5 * np.arange(WINDOW)
@@ -38,16 +38,16 @@ def floor(store: DiskStore, item: StoreItem) -> None:
     """Touch every byte, and understand none."""
     data = store.read(item)
     sha256(data).hexdigest()
-    for view in read_members(data, file=item.path).values():
+    for view in unpack_members(data, file=item.path).values():
         sha256(view).hexdigest()
 
 
 def ours(store: DiskStore, item: StoreItem) -> tuple[np.ndarray, np.ndarray]:
     """Take the one pass of a sweep, and make the features of what it gave."""
-    swept = read_one(str(store.path), item)
+    swept = read_bundle(str(store.path), item)
     assert swept.row is not None
     assert swept.bins is not None
-    return windows_of(swept.row, swept.bins).stats, episode_stats(swept.bins)
+    return build_window_table(swept.row, swept.bins).stats, episode_stats(swept.bins)
 
 
 def plain_pass(store: DiskStore, item: StoreItem) -> dict[str, list[dict[str, float]]]:
@@ -79,11 +79,11 @@ def plain(store: DiskStore, item: StoreItem, whole: Episode) -> tuple[np.ndarray
     plain_pass(store, item)
     members = plain_pass(store, item)
     rows = {}
-    for source in Source:
+    for source in SourceKind:
         lines = members.get(f"{source}.jsonl")
         if lines is None:
             continue
-        specs = raw_fields(source)
+        specs = list_raw_fields(source)
         rows[source] = SourceRows(
             source=source, fields=tuple(s.field for s in specs),
             t_wall_ns=np.array([r["t_wall_ns"] for r in lines], np.int64),
@@ -94,7 +94,7 @@ def plain(store: DiskStore, item: StoreItem, whole: Episode) -> tuple[np.ndarray
             ),
             present=np.array([[r[s.field] is not None for s in specs] for r in lines], np.bool_),
         )  # fmt: skip
-    bins = align(Episode(manifest=whole.manifest, marks=whole.marks, rows=rows)).bins.astype(np.float64)
+    bins = bin_episode(Episode(manifest=whole.manifest, marks=whole.marks, rows=rows)).bins.astype(np.float64)
     windows = [_stats(bins[at : at + WINDOW], LEVER) for at in range(0, len(bins) - WINDOW + 1, STRIDE)]
     t = 0.5 * np.arange(len(bins))
     return np.array(windows, np.float32).reshape(len(windows), -1), _stats(bins, t - t.mean()).astype(np.float32)
@@ -114,7 +114,7 @@ def measure(*, bundles: int = 60, repeats: int = 7) -> Part:
         store = DiskStore(made.store)
         items = list(store.walk())
         few = items[:6]  # the plain way takes its time
-        wholes = [unpack(store.read(item), file=item.path) for item in few]
+        wholes = [unpack_bundle(store.read(item), file=item.path) for item in few]
         for item, whole in zip(few, wholes, strict=True):
             for a, b in zip(ours(store, item), plain(store, item, whole), strict=True):
                 known = np.isfinite(a) & np.isfinite(b)  # the plain way knows no gaps

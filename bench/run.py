@@ -22,8 +22,8 @@ import drawing
 from drawing import seconds
 from timing import Figure, Part, Point
 
-from phasewatch.record.installed import processor
-from phasewatch.record.vm import host_tsc_khz
+from phasewatch.lab.host import read_processor_name
+from phasewatch.lab.vm import read_tsc_khz
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
@@ -73,7 +73,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def machine() -> str:
     """Name this one."""
-    return f"{platform.machine()}, {processor(host_tsc_khz())}, {os.cpu_count()} cores"
+    return f"{platform.machine()}, {read_processor_name(read_tsc_khz())}, {os.cpu_count()} cores"
 
 
 def here() -> dict[str, str]:

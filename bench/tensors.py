@@ -13,7 +13,7 @@ import torch
 from timing import Figure, Part, in_turns, rows_of
 from torch.utils.data import DataLoader, Dataset
 
-from phasewatch.features.tensors import gather, window_rows, window_view
+from phasewatch.features.windows import build_window_view, compute_window_rows, gather_windows
 
 EPISODES, BINS, CHANNELS, BATCH = 1000, 360, 46, 256
 FEW = 10_000  # of the windows, for who is slow
@@ -47,15 +47,15 @@ def measure(*, repeats: int = 5) -> Part:
         folder = Path(name)
         np.save(folder / "grids.npy", rng.normal(size=(EPISODES * BINS, CHANNELS)).astype(np.float32))
         grids = np.load(folder / "grids.npy", mmap_mode="r")
-        begins = np.concatenate([window_rows(e * BINS, BINS) for e in range(EPISODES)])
-        cut = np.concatenate([window_view(grids[e * BINS : (e + 1) * BINS]) for e in range(EPISODES)])
+        begins = np.concatenate([compute_window_rows(e * BINS, BINS) for e in range(EPISODES)])
+        cut = np.concatenate([build_window_view(grids[e * BINS : (e + 1) * BINS]) for e in range(EPISODES)])
         np.save(folder / "cut.npy", cut)
         windows = np.load(folder / "cut.npy", mmap_mode="r")
         order = rng.permutation(len(begins))
 
         def views() -> torch.Tensor:
             for at in range(0, len(order), BATCH):
-                batch = torch.from_numpy(gather(grids, begins[order[at : at + BATCH]]))
+                batch = torch.from_numpy(gather_windows(grids, begins[order[at : at + BATCH]]))
                 if at == 0:
                     first = batch
             return first

@@ -13,16 +13,21 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from phasewatch.channels import CHANNELS, raw_fields
-from phasewatch.episode.model import FORMAT, Clocks, Episode, Host, LabelMark, Manifest, SourceRows
-from phasewatch.vocab import ClockBase, Origin, Phase, Role, SampleKind, Source, uuid7
+from phasewatch.bundle.model import BUNDLE_FORMAT, ClockMetadata, Episode, HostMetadata, LabelMark, Manifest, SourceRows
+from phasewatch.channels import CHANNELS, list_raw_fields
+from phasewatch.types import ClockBase, EpisodeOrigin, EpisodeRole, Phase, SampleKind, SourceKind, build_uuid7
 
 S = 1_000_000_000  # nanoseconds of a second
 T0 = 1_790_000_000 * S  # wall clock at the first label, a whole second
 MONO0 = 5_000 * S  # monotonic clock at that moment
 BOOT0 = 9_000 * S  # boot-time clock at that moment
 
-HZ: Mapping[Source, float] = {Source.PROC: 2.0, Source.QMP: 2.0, Source.NETFLOW: 2.0, Source.GUEST: 1.0}
+HZ: Mapping[SourceKind, float] = {
+    SourceKind.PROC: 2.0,
+    SourceKind.QMP: 2.0,
+    SourceKind.NETFLOW: 2.0,
+    SourceKind.GUEST: 1.0,
+}
 
 # What one second adds to a counter, or what a gauge reads; anything unnamed counts 100 a second, or reads 10.
 RATES: Mapping[str, float] = {
@@ -35,12 +40,12 @@ RATES: Mapping[str, float] = {
 
 def episode_id(number: int = 1) -> str:
     """Give the id of the numbered test episode; ids sort as their numbers do."""
-    return uuid7(1_790_000_000_000 + number, number.to_bytes(10, "big"))
+    return build_uuid7(1_790_000_000_000 + number, number.to_bytes(10, "big"))
 
 
-def host(host_id: str = "h1", *, accel: str = "tcg", arch: str = "x86_64", vcpus: int = 1) -> Host:
+def host(host_id: str = "h1", *, accel: str = "tcg", arch: str = "x86_64", vcpus: int = 1) -> HostMetadata:
     """Give a host with plausible facts."""
-    return Host(
+    return HostMetadata(
         host_id=host_id, arch=arch, accel=accel, machine="q35", cpu="max", vcpus=vcpus, mem_mib=256, disk="virtio-blk",
         nic="virtio-net", hypervisor="QEMU 7.2", guest_kernel="6.1", recorder="phasewatch 0",
     )  # fmt: skip
@@ -52,15 +57,15 @@ def manifest(
     host_id: str = "h1",
     profile: str = "cryptomine",
     sample_name: str = "sample",
-    role: Role = Role.LAB,
-    origin: Origin = Origin.SIMULATED,
+    role: EpisodeRole = EpisodeRole.LAB,
+    origin: EpisodeOrigin = EpisodeOrigin.SIMULATED,
     duration_s: float = 20.0,
     plan: Sequence[tuple[str, float]] = (("clean", 20.0),),
     session: str = "",
     plan_seed: int | None = None,
     agent: bool = True,
     t0_ns: int = T0,
-    rows_emitted: Mapping[Source, int] | None = None,
+    rows_emitted: Mapping[SourceKind, int] | None = None,
     accel: str = "tcg",
     **changes: Any,
 ) -> Manifest:
@@ -72,9 +77,9 @@ def manifest(
         ClockBase.MONOTONIC: ((MONO0, t0_ns), (MONO0 + 3600 * S, t0_ns + 3600 * S)),
         ClockBase.BOOTTIME: ((BOOT0, t0_ns), (BOOT0 + 3600 * S, t0_ns + 3600 * S)),
     }
-    sources = tuple(Source) if agent else tuple(s for s in Source if s is not Source.GUEST)
+    sources = tuple(SourceKind) if agent else tuple(s for s in SourceKind if s is not SourceKind.GUEST)
     made = Manifest(
-        format=FORMAT, episode_id=episode_id(number), host=host(host_id, accel=accel), profile=profile,
+        format=BUNDLE_FORMAT, episode_id=episode_id(number), host=host(host_id, accel=accel), profile=profile,
         sample_name=sample_name, sample_kind=SampleKind.BENIGN if profile == "benign" else SampleKind.EMULATED,
         origin=origin, role=role, started_wall_ns=t0_ns - 60 * S, duration_s=duration_s,
         session=session or f"session-{number}", neighbours=(),
@@ -82,8 +87,8 @@ def manifest(
         nominal_hz={s: HZ[s] for s in sources},
         rows_emitted=dict(rows_emitted) if rows_emitted is not None else dict.fromkeys(sources, 0),
         channels_available=tuple(c.full_name for c in CHANNELS if c.source in sources),
-        fields={s: tuple(spec.field for spec in raw_fields(s)) for s in sources},
-        clocks=Clocks(base=dict.fromkeys(sources, ClockBase.UNIX), pairs=pairs),
+        fields={s: tuple(spec.field for spec in list_raw_fields(s)) for s in sources},
+        clocks=ClockMetadata(base=dict.fromkeys(sources, ClockBase.UNIX), pairs=pairs),
         recording=None, members={},
     )  # fmt: skip
     return msgspec.structs.replace(made, **changes)
@@ -100,7 +105,7 @@ def marks(phases: Sequence[tuple[str, float]], *, t0_ns: int = T0, mono0_ns: int
 
 
 def rows(
-    source: Source,
+    source: SourceKind,
     at_s: Sequence[float],
     *,
     mono_s: Sequence[float] | None = None,
@@ -118,7 +123,7 @@ def rows(
         t0_ns: Wall stamp of the first label.
         values: Field → one value a reading, None for null. A field that isn't given is null throughout.
     """
-    n, specs = len(at_s), raw_fields(source)
+    n, specs = len(at_s), list_raw_fields(source)
     if unknown := set(values) - {spec.field for spec in specs}:
         raise ValueError(f"{source} has no field {sorted(unknown)}")
     columns, present = [], np.zeros((n, len(specs)), np.bool_)
@@ -182,17 +187,17 @@ def episode(
         changes: Keys of the manifest, such as profile, sample_name, role, session, plan_seed.
     """
     seconds = sum(s for _, s in phases)
-    made: dict[Source, SourceRows] = {}
-    for source in Source:
-        if source is Source.GUEST and not agent:
+    made: dict[SourceKind, SourceRows] = {}
+    for source in SourceKind:
+        if source is SourceKind.GUEST and not agent:
             continue
-        rng = np.random.default_rng([number if seed is None else seed, list(Source).index(source)])
+        rng = np.random.default_rng([number if seed is None else seed, list(SourceKind).index(source)])
         n = int((seconds + lead_s + 1.0) * HZ[source])
         at = -lead_s + (np.arange(n) + 0.25) / HZ[source] + rng.uniform(-jitter_s, jitter_s, n)
         starts = np.cumsum([0.0] + [s for _, s in phases[:-1]])
         phase_of = [phases[max(0, int(np.searchsorted(starts, t, "right")) - 1)][0] for t in at]
         values: dict[str, list[int | float | None]] = {}
-        for spec in raw_fields(source):
+        for spec in list_raw_fields(source):
             rate = np.array([_rate(spec.field, phase, rates, rates_of, spec.nature) for phase in phase_of])
             rate = rate * (1.0 + noise * rng.standard_normal(n)).clip(0.0)
             if spec.nature == "counter":
@@ -220,7 +225,7 @@ def _rate(
     return 100.0 if nature == "counter" else 10.0
 
 
-def with_rows(whole: Episode, *sources: SourceRows, without: Iterable[Source] = ()) -> Episode:
+def with_rows(whole: Episode, *sources: SourceRows, without: Iterable[SourceKind] = ()) -> Episode:
     """Give the episode with some sources' rows replaced, and some gone."""
     kept = {s: r for s, r in whole.rows.items() if s not in set(without)}
     return replace(whole, rows={**kept, **{r.source: r for r in sources}})
@@ -234,14 +239,16 @@ def replace_manifest(whole: Episode, **changes: Any) -> Episode:
 def with_clocks(
     whole: Episode,
     *,
-    base: Mapping[Source, ClockBase] | None = None,
+    base: Mapping[SourceKind, ClockBase] | None = None,
     pairs: Mapping[ClockBase, tuple[tuple[int, int], tuple[int, int]]] | None = None,
 ) -> Episode:
     """Give the episode with other declared clock bases or pairs."""
     clocks = whole.manifest.clocks
     return replace_manifest(
         whole,
-        clocks=Clocks(base={**clocks.base, **(base or {})}, pairs=dict(pairs) if pairs is not None else clocks.pairs),
+        clocks=ClockMetadata(
+            base={**clocks.base, **(base or {})}, pairs=dict(pairs) if pairs is not None else clocks.pairs
+        ),
     )
 
 
@@ -252,8 +259,8 @@ def shifted(source_rows: SourceRows, by_ns: int) -> SourceRows:
 
 def members_of(whole: Episode) -> dict[str, bytes]:
     """Spell the episode's labels and rows as the members that `episode.bundle.pack` takes."""
-    from phasewatch.episode.labels import encode_labels
-    from phasewatch.episode.rows import encode_rows
+    from phasewatch.bundle.labels import encode_labels
+    from phasewatch.bundle.rows import encode_rows
 
     members = {"labels.jsonl": encode_labels(whole.marks)}
     for source, r in whole.rows.items():

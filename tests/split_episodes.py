@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from phasewatch.split import SplitEpisode
-from phasewatch.vocab import PHASES, Phase, Role
+from phasewatch.splits import SplitEpisode
+from phasewatch.types import PHASES, EpisodeRole, Phase
 
 PROFILES = ("benign", "cryptomine", "exfil-drip")
 GAP_NS = 1000 * 10**9  # from one session's start to the next's
@@ -11,7 +11,7 @@ LASTS_S = 100.0
 
 
 def episode(
-    number: int, host: str, profile: str = "benign", *, group: int = 0, session: str | None = None, role: Role = Role.LAB,
+    number: int, host: str, profile: str = "benign", *, group: int = 0, session: str | None = None, role: EpisodeRole = EpisodeRole.LAB,
     plan_seed: int | None = None, sketch: tuple[int, ...] | None = None, phases: tuple[Phase, ...] = PHASES,
     started_ns: int | None = None,
 ) -> SplitEpisode:  # fmt: skip

@@ -8,34 +8,33 @@ from pathlib import Path
 
 from tests.builders import T0, S, episode, members_of
 
-from phasewatch.episode.bundle import pack
-from phasewatch.episode.container import join_members
-from phasewatch.episode.frame import compress_frame
-from phasewatch.episode.model import Episode
-from phasewatch.store.disk import RECEIPT, DiskStore, render_receipt
+from phasewatch.bundle.archive import pack_bundle
+from phasewatch.bundle.container import compress_frame, join_members
+from phasewatch.bundle.model import Episode
+from phasewatch.store.local import RECEIPT_SUFFIX, DiskStore, render_receipt
 
 ACTIVE = {"active": {"out_bytes": 2e5, "cpu_user_ns": 8e8}}  # so that the phases of a test can be told apart
 
 
 def put(store: Path, whole: Episode) -> Path:
     """Store an episode with its receipt."""
-    data = pack(whole.manifest, members_of(whole), level=3)
+    data = pack_bundle(whole.manifest, members_of(whole), level=3)
     return DiskStore(store, durable=False).put(whole.manifest.host.host_id, whole.manifest.episode_id, data)
 
 
 def put_bytes(path: Path, data: bytes) -> Path:
     """Put other bytes in place of a bundle, with the receipt that fits them."""
     path.write_bytes(data)
-    path.with_name(path.name + RECEIPT).write_bytes(render_receipt(sha256(data).hexdigest(), path.name))
+    path.with_name(path.name + RECEIPT_SUFFIX).write_bytes(render_receipt(sha256(data).hexdigest(), path.name))
     return path
 
 
 def put_members(store: Path, whole: Episode, change: Callable[[dict[str, bytes]], Mapping[str, bytes]]) -> Path:
     """Store an episode of whose members some were changed behind the manifest's back."""
-    from phasewatch.episode.bundle import read_members
+    from phasewatch.bundle.archive import unpack_members
 
     path = put(store, whole)
-    members = {name: bytes(view) for name, view in read_members(path.read_bytes(), file="").items()}
+    members = {name: bytes(view) for name, view in unpack_members(path.read_bytes(), file="").items()}
     return put_bytes(path, compress_frame(join_members(dict(change(members))), level=3))
 
 

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from phasewatch import profiles
-from phasewatch.channels import CHANNELS, LEVELS
-from phasewatch.grid.files import GridRow, write_grids
-from phasewatch.vocab import PHASES, STRIDE_BINS
+from phasewatch.binning.storage import BinIndexRow, write_bins
+from phasewatch.channels import CHANNELS, LEVEL_CHANNELS
+from phasewatch.types import PHASES, STRIDE_BINS
 
 STATS = ("mean", "std", "p50", "p95", "slope")
 NAMES = tuple(f"{c.full_name}.{s}" for c in CHANNELS for s in STATS)
-PROFILES = tuple((name, profiles.profile(name).samples[0].name) for name in ("benign", "cryptomine", "exfil-drip"))
+PROFILES = tuple((name, profiles.find_profile(name).samples[0].name) for name in ("benign", "cryptomine", "exfil-drip"))
 WINDOW_NS = 5_000_000_000
 
 
@@ -93,7 +93,7 @@ def write_run(run: Path, world: World = World()) -> Path:
 def _write_grids(run: Path, verdicts: list[dict[str, object]], ids: list[object], x: np.ndarray) -> None:
     """Write bins of which each channel's level is about the window's mean of the table."""
     means = x[:, [i for i, name in enumerate(NAMES) if name.endswith(".mean")]]
-    with write_grids(run / "grids") as grids:
+    with write_bins(run / "grids") as grids:
         for verdict in sorted(verdicts, key=lambda v: (v["host_id"], v["episode_id"])):
             of = means[[i for i, e in enumerate(ids) if e == verdict["episode_id"]]]
             bins = np.repeat(np.concatenate([of, of[-1:]]), STRIDE_BINS, axis=0).astype(np.float32)
@@ -108,11 +108,11 @@ def _write_grids(run: Path, verdicts: list[dict[str, object]], ids: list[object]
                 "session",
                 "agent",
             )
-            row = GridRow(
+            row = BinIndexRow(
                 **{key: verdict[key] for key in keys}, offset=0, n_bins=len(bins), t0_ns=verdict["started_wall_ns"],
                 arch="x86_64", accel="tcg", spans=(), flagged=(),
             )  # type: ignore[arg-type]  # fmt: skip
-            grids.add(row, bins, np.zeros((len(bins), len(LEVELS)), np.float32))
+            grids.add(row, bins, np.zeros((len(bins), len(LEVEL_CHANNELS)), np.float32))
 
 
 def edit_features(run: Path, change: object) -> None:

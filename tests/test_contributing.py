@@ -17,7 +17,7 @@ NO_PYCACHE = shutil.ignore_patterns("__pycache__", ".*_cache")
 
 # Patch → the tests that prove it, in the patched copy.
 PROOFS: dict[str, tuple[str, ...]] = {
-    "new-channel": ("tests/test_channels.py", "tests/features/test_schema.py", "tests/grid/test_bins.py", "tests/oracle/test_bins.py"),
+    "new-channel": ("tests/test_channels.py", "tests/features/test_schema.py", "tests/binning/test_bins.py", "tests/oracle/test_bins.py"),
     "new-gate": ("tests/validate/test_gates.py",),
     "new-model": ("tests/models/test_models.py", "-k", "centroid and not damaged"),
     "new-event": ("tests/formats/test_golden_events.py", "tests/live/test_events.py", "-k", "silence or golden or every"),
@@ -32,7 +32,7 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """A copy of everything that a contributor edits."""
-    for name in ("src", "tests", "docs"):
+    for name in ("src", "tests", "docs", "tools"):
         shutil.copytree(ROOT / name, tmp_path / "tree" / name, ignore=NO_PYCACHE)
     shutil.copy(ROOT / "pyproject.toml", tmp_path / "tree")
     return tmp_path / "tree"
@@ -52,7 +52,7 @@ def test_the_patch_applies_touches_three_files_at_most_and_works(name: str, copy
     applied = run(["git", "apply", "--recount", str(PATCHES / f"{name}.patch")], copy)
     assert applied.returncode == 0, f"{name}.patch is stale: {applied.stderr}"
 
-    generated = run([sys.executable, "docs/generate.py"], copy)
+    generated = run([sys.executable, "-m", "tools.generate"], copy)
     assert generated.returncode == 0, generated.stderr
     changed = {
         path.relative_to(copy).as_posix()

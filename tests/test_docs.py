@@ -15,7 +15,7 @@ from phasewatch.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "corpus").rglob("*.md")])
-SECTIONS = ROOT / "docs" / "generate.py"
+SECTIONS = ROOT / "tools" / "generate.py"
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 

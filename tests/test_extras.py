@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from phasewatch.channels import CHANNELS_VARIABLE, MAX_CHANNELS_FILE_BYTES, parse_custom_channels
 from phasewatch.errors import UsageError
-from phasewatch.extras import FILE_BYTES, VARIABLE, parse_extras
 from phasewatch.features.schema import schema_hash
-from phasewatch.vocab import Kind, Source
+from phasewatch.types import ChannelKind, SourceKind
 
 GOOD = """
 [[raw]]
@@ -49,7 +49,7 @@ for number in (1, 2):
 
 def call(*arguments: str | Path, extra: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run Python in a process of its own: the tables are made once a process."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)} | ({VARIABLE: str(extra)} if extra else {})
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)} | ({CHANNELS_VARIABLE: str(extra)} if extra else {})
     return subprocess.run(
         [sys.executable, *map(str, arguments)], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -140,10 +140,10 @@ def test_the_list_of_channels_shows_it(extra: Path) -> None:
 
 
 def test_a_file_becomes_rows_with_what_it_leaves_out_filled_in() -> None:
-    extras = parse_extras(GOOD.encode(), file="extra.toml")
+    extras = parse_custom_channels(GOOD.encode(), file="extra.toml")
 
-    assert extras.raw[0]["source"] is Source.PROC
-    assert (extras.channels[0]["kind"], extras.channels[0]["scale"]) == (Kind.DELTA, 1.0)
+    assert extras.raw[0]["source"] is SourceKind.PROC
+    assert (extras.channels[0]["kind"], extras.channels[0]["scale"]) == (ChannelKind.DELTA, 1.0)
     assert len(extras.digest) == 12
 
 
@@ -168,14 +168,14 @@ def test_a_file_becomes_rows_with_what_it_leaves_out_filled_in() -> None:
 def test_a_wrong_file_is_refused_by_row_and_key(old: str, new: str, words: str) -> None:
     assert old in GOOD
     with pytest.raises(UsageError, match=r"extra\.toml") as refused:
-        parse_extras(GOOD.replace(old, new, 1).encode(), file="extra.toml")
+        parse_custom_channels(GOOD.replace(old, new, 1).encode(), file="extra.toml")
 
     assert words in str(refused.value)
 
 
 def test_a_file_without_end_is_not_read() -> None:
     with pytest.raises(UsageError, match="larger than"):
-        parse_extras(b"#" * (FILE_BYTES + 1), file="extra.toml")
+        parse_custom_channels(b"#" * (MAX_CHANNELS_FILE_BYTES + 1), file="extra.toml")
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 
 import phasewatch
 from phasewatch.cli import app
-from phasewatch.installation import Installation, Package, describe, extra_of, without_home
+from phasewatch.diagnostics import InstallationInfo, PackageInfo, describe_installation, find_extra, hide_home
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 
 
 def test_everything_that_the_project_asks_for_is_looked_for() -> None:
-    here = describe()
+    here = describe_installation()
 
     assert set(here.extras) == set(PROJECT["optional-dependencies"])
     assert {"numpy", "pyarrow", "typer"} <= {p.name for p in here.packages if not p.extra}
@@ -33,15 +33,15 @@ def test_everything_that_the_project_asks_for_is_looked_for() -> None:
     ],
 )  # fmt: skip
 def test_a_module_is_known_by_the_extra_that_brings_it(module: str, extra: str | None) -> None:
-    assert extra_of(module) == extra
+    assert find_extra(module) == extra
 
 
 def test_an_extra_that_lacks_a_package_names_it() -> None:
     packages = (
-        Package(name="numpy", extra="", version="2.4"), Package(name="torch", extra="train", version=None),
-        Package(name="scipy", extra="train", version="1.17"), Package(name="starlette", extra="serve", version="1.1"),
+        PackageInfo(name="numpy", extra="", version="2.4"), PackageInfo(name="torch", extra="train", version=None),
+        PackageInfo(name="scipy", extra="train", version="1.17"), PackageInfo(name="starlette", extra="serve", version="1.1"),
     )  # fmt: skip
-    bare = Installation(version="1", place="", python="", system="", machine="", packages=packages, settings={})
+    bare = InstallationInfo(version="1", place="", python="", system="", machine="", packages=packages, settings={})
 
     assert bare.extras == {"train": "lacks torch", "serve": "installed"}
 
@@ -49,7 +49,7 @@ def test_an_extra_that_lacks_a_package_names_it() -> None:
 def test_a_home_is_nobodys_business(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
 
-    assert without_home("/home/ada/corpus") == "~/corpus"
+    assert hide_home("/home/ada/corpus") == "~/corpus"
 
 
 def test_doctor_tells_what_a_bug_report_needs() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from phasewatch.evaluate.rows import MetricRow
-from phasewatch.live.edge import read_edge
+from phasewatch.evaluation.metric_table import MetricRow
+from phasewatch.inference.edge_bundle import read_edge_bundle
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "model-card.md").read_text(encoding="utf-8")
@@ -19,7 +19,7 @@ PAGE = (ROOT / "docs" / "model-card.md").read_text(encoding="utf-8")
 
 def test_it_is_of_the_edge_bundle_that_is_there() -> None:
     done = subprocess.run(
-        [sys.executable, "docs/model_card.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "tools.model_card", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
 
     assert done.returncode == 0, done.stderr
@@ -54,6 +54,6 @@ def test_untested_is_what_the_episodes_behind_its_scores_lack(monkeypatch: pytes
         for agent, profile in (("off", "beacon-c2"), ("on", "cryptomine"))
     ]
 
-    page = card.render([scored, *lacks], read_edge(card.EDGE), "0" * 64)
+    page = card.render([scored, *lacks], read_edge_bundle(card.EDGE), "0" * 64)
 
     assert "- untested: beacon-c2\n" in f"{page}\n"

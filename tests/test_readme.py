@@ -53,7 +53,7 @@ def test_a_cheap_command_does_what_the_page_says(line: str) -> None:
 
 def test_the_table_is_the_one_of_the_numbers_that_are_kept() -> None:
     done = subprocess.run(
-        [sys.executable, "docs/headline.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "tools.headline", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
 
     assert done.returncode == 0, done.stderr
@@ -75,7 +75,7 @@ def test_a_run_of_other_episodes_gives_no_table(fewer: int, origin: str, says: s
     )
 
     done = subprocess.run(
-        [sys.executable, "docs/headline.py", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "tools.headline", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
 
     assert done.returncode == 1

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from tests.report.fake_run import Recipe, make_run
 
-from phasewatch.evaluate.score import read_metrics
-from phasewatch.split import parse_fold, render_fold
-from phasewatch.split.fold import digest_of
+from phasewatch.evaluation.evaluate import read_metrics
+from phasewatch.splits import parse_fold, render_fold
+from phasewatch.splits.fold import compute_fold_digest
 
-SCRIPT = Path(__file__).parents[1] / "docs" / "results.py"
+SCRIPT = Path(__file__).parents[1] / "tools" / "results.py"
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_what_the_splits_say_of_their_scores_stands_beside_them(run: Path, tmp_p
     path = next((last / "splits").iterdir())
     fold = parse_fold(path.read_bytes(), file="")
     told = replace(fold, notes=("the store spans 1.4 days: no drift can be seen",))
-    path.write_bytes(render_fold(replace(told, sha256=digest_of(told))))
+    path.write_bytes(render_fold(replace(told, sha256=compute_fold_digest(told))))
 
     page = page_of(last, tmp_path / "lab.md")
 

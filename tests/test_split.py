@@ -7,25 +7,25 @@ from dataclasses import replace
 import pytest
 
 from phasewatch.errors import RunError, SplitError, UsageError
-from phasewatch.split import (
-    AsideCode,
+from phasewatch.splits import (
     Fold,
-    Part,
+    SetAsideCode,
     SplitEpisode,
+    SplitPart,
     build_folds,
     build_split,
-    near_duplicates,
+    find_near_duplicates,
     parse_fold,
-    prepare,
+    prepare_split,
     render_fold,
 )
-from phasewatch.vocab import PHASES, Phase, Role
+from phasewatch.types import PHASES, EpisodeRole, Phase
 
 PROFILES = ("benign", "cryptomine", "exfil-drip")
 
 
 def episode(
-    number: int, host: str, profile: str = "benign", *, session: str | None = None, role: Role = Role.LAB, plan_seed: int | None = None,
+    number: int, host: str, profile: str = "benign", *, session: str | None = None, role: EpisodeRole = EpisodeRole.LAB, plan_seed: int | None = None,
     sketch: tuple[int, ...] | None = None, phases: tuple[Phase, ...] = PHASES,
 ) -> SplitEpisode:  # fmt: skip
     return SplitEpisode(
@@ -50,7 +50,7 @@ def folds(episodes: list[SplitEpisode]) -> dict[str, Fold]:
     return {f.fold: f for f in build_folds("held_out_host", episodes, profiles=PROFILES)}
 
 
-def hosts_of(fold: Fold, part: Part, episodes: list[SplitEpisode]) -> set[str]:
+def hosts_of(fold: Fold, part: SplitPart, episodes: list[SplitEpisode]) -> set[str]:
     return {e.host_id for e in episodes if fold.episodes.get(e.episode_id) is part}
 
 
@@ -60,9 +60,9 @@ def test_each_host_is_tested_once_and_never_learnt_from() -> None:
 
     assert sorted(cut) == ["host-0", "host-1", "host-2", "host-3"]
     for name, fold in cut.items():
-        assert hosts_of(fold, Part.TEST, episodes) == {name}
-        assert all(name not in hosts_of(fold, p, episodes) for p in (Part.TRAIN, Part.VAL_A, Part.VAL_B))
-    assert sorted(i for f in cut.values() for i in f.ids(Part.TEST)) == sorted(e.episode_id for e in episodes)
+        assert hosts_of(fold, SplitPart.TEST, episodes) == {name}
+        assert all(name not in hosts_of(fold, p, episodes) for p in (SplitPart.TRAIN, SplitPart.VAL_A, SplitPart.VAL_B))
+    assert sorted(i for f in cut.values() for i in f.ids(SplitPart.TEST)) == sorted(e.episode_id for e in episodes)
 
 
 def test_the_next_host_in_sorted_order_validates_round_the_end() -> None:
@@ -76,7 +76,9 @@ def test_the_next_host_in_sorted_order_validates_round_the_end() -> None:
 def test_validation_is_halved_by_session() -> None:
     episodes = corpus()
     fold = folds(episodes)["host-0"]
-    a, b = ({e.session for e in episodes if fold.episodes[e.episode_id] is p} for p in (Part.VAL_A, Part.VAL_B))
+    a, b = (
+        {e.session for e in episodes if fold.episodes[e.episode_id] is p} for p in (SplitPart.VAL_A, SplitPart.VAL_B)
+    )
 
     assert len(a) == len(b) == 3
     assert not a & b
@@ -87,8 +89,8 @@ def test_with_two_hosts_a_share_of_the_other_sessions_validates_and_the_file_say
     fold = folds(episodes)["host-0"]
 
     assert fold.validation == "sessions"
-    assert len(fold.ids(Part.VAL_A)) == len(fold.ids(Part.VAL_B)) == 2  # one session of two machines each
-    assert hosts_of(fold, Part.TRAIN, episodes) == {"host-1"}
+    assert len(fold.ids(SplitPart.VAL_A)) == len(fold.ids(SplitPart.VAL_B)) == 2  # one session of two machines each
+    assert hosts_of(fold, SplitPart.TRAIN, episodes) == {"host-1"}
 
 
 def test_with_one_host_it_says_what_is_missing() -> None:
@@ -98,8 +100,8 @@ def test_with_one_host_it_says_what_is_missing() -> None:
 
 def test_commissioning_soak_and_unknown_phase_are_in_no_set() -> None:
     others = [
-        episode(900, "host-0", role=Role.COMMISSION),
-        episode(901, "host-1", role=Role.SOAK),
+        episode(900, "host-0", role=EpisodeRole.COMMISSION),
+        episode(901, "host-1", role=EpisodeRole.SOAK),
         episode(902, "host-1", phases=()),
     ]
     fold = folds([*corpus(), *others])["host-0"]
@@ -112,7 +114,7 @@ def test_what_ran_beside_the_test_set_on_another_host_is_embargoed_if_both_say_s
     fold = folds([*lab, replace(episode(900, "host-2", session="h0s0"), neighbours=("e000",))])["host-0"]
 
     assert fold.embargoed == {"e900": "shares session h0s0 with the test set"}
-    assert fold.episodes["e900"] is Part.EMBARGOED
+    assert fold.episodes["e900"] is SplitPart.EMBARGOED
 
 
 @pytest.mark.parametrize("neighbours", [(), ("e000",)], ids=["a name alone", "one side alone"])
@@ -139,7 +141,7 @@ def test_a_near_duplicate_of_the_test_set_is_embargoed(twin: dict[str, object], 
 
 
 def test_near_duplicates_are_mutual() -> None:
-    near = near_duplicates([episode(1, "a"), episode(2, "a", plan_seed=1001), episode(3, "a")])
+    near = find_near_duplicates([episode(1, "a"), episode(2, "a", plan_seed=1001), episode(3, "a")])
 
     assert near.find_twins(["e001"], frozenset({"e002", "e003"})) == {"e001": "e002"}
     assert near.find_twins(["e002"], frozenset({"e001", "e003"})) == {"e002": "e001"}
@@ -147,17 +149,17 @@ def test_near_duplicates_are_mutual() -> None:
 
 
 def test_episodes_without_a_plan_are_no_near_duplicates() -> None:
-    near = near_duplicates([episode(1, "a", plan_seed=0), episode(2, "a", plan_seed=0)])
+    near = find_near_duplicates([episode(1, "a", plan_seed=0), episode(2, "a", plan_seed=0)])
 
     assert near.find_twins(["e001"], frozenset({"e002"})) == {}
 
 
 def test_a_profile_that_a_fold_could_not_learn_is_set_aside_and_the_folds_are_those_without_it() -> None:
     rare = [episode(900, "host-0", "dropper"), episode(901, "host-2", "dropper")]
-    made = build_split("held_out_host", prepare([*corpus(), *rare]), profiles=PROFILES)
+    made = build_split("held_out_host", prepare_split([*corpus(), *rare]), profiles=PROFILES)
 
     assert [(a.episode_id, a.code, a.recipes) for a in made.set_aside] == [
-        ("e900", AsideCode.NOT_IN_TRAIN, ("held_out_host",)), ("e901", AsideCode.NOT_IN_TRAIN, ("held_out_host",)),
+        ("e900", SetAsideCode.NOT_IN_TRAIN, ("held_out_host",)), ("e901", SetAsideCode.NOT_IN_TRAIN, ("held_out_host",)),
     ]  # fmt: skip
     assert made.folds == build_folds("held_out_host", corpus(), profiles=PROFILES)
 

@@ -34,39 +34,53 @@ def test_every_room_is_passed_or_said_to_lie_elsewhere() -> None:
 
 
 def test_the_files_of_a_run_are_those_that_the_format_page_lists() -> None:
-    from phasewatch.stages import FEATURE_FILES, GRID_FILES, METRICS, PREDICTIONS, REPORT
-    from phasewatch.validate.index import INDEX
-    from phasewatch.validate.sweep import LEDGER
+    from phasewatch.pipeline.stages import BINS_PATHS, FEATURE_FILES, METRICS_FILE, PREDICTIONS_FILE, REPORT_FILE
+    from phasewatch.validate.index import VALIDATION_FILE
+    from phasewatch.validate.sweep import ACCOUNTING_FILE
 
     page = (ROOT / "docs" / "formats" / "run.md").read_text()
 
-    for name in (*FEATURE_FILES, *GRID_FILES, METRICS, PREDICTIONS, REPORT, INDEX, LEDGER):
+    for name in (
+        *FEATURE_FILES,
+        *BINS_PATHS,
+        METRICS_FILE,
+        PREDICTIONS_FILE,
+        REPORT_FILE,
+        VALIDATION_FILE,
+        ACCOUNTING_FILE,
+    ):
         assert f"`{name}`" in page
 
 
 def test_the_columns_of_predictions_are_those_that_the_format_page_explains() -> None:
-    from phasewatch import predict
-    from phasewatch.train import predictions
+    from phasewatch.inference import offline
+    from phasewatch.training import predictions
 
     page = (ROOT / "docs" / "formats" / "run.md").read_text()
 
-    assert not {name for name in (*predictions.schema().names, *predict.schema().names) if f"`{name}`" not in page}
+    assert not {
+        name
+        for name in (*predictions.build_predictions_schema().names, *offline.build_prediction_schema().names)
+        if f"`{name}`" not in page
+    }
 
 
 def test_the_fields_of_a_manifest_are_those_that_the_format_page_lists() -> None:
-    from phasewatch.episode.model import Host, Manifest
+    from phasewatch.bundle.model import HostMetadata, Manifest
 
     page = (ROOT / "docs" / "formats" / "bundle.md").read_text()
     listed = next(line for line in page.splitlines() if line.startswith("Fields of the manifest"))
 
-    assert not {field for field in (*Manifest.__struct_fields__, *Host.__struct_fields__) if f"`{field}`" not in listed}
+    assert not {
+        field for field in (*Manifest.__struct_fields__, *HostMetadata.__struct_fields__) if f"`{field}`" not in listed
+    }
 
 
 def test_the_fields_of_a_checkpoint_are_those_that_the_format_page_explains() -> None:
-    from phasewatch.models.checkpoint import FORMAT, HEADER, Header
+    from phasewatch.models.checkpoint import CHECKPOINT_FILE, CHECKPOINT_FORMAT, CheckpointHeader
 
     page = (ROOT / "docs" / "formats" / "checkpoint.md").read_text()
 
-    assert FORMAT in page
-    assert HEADER in page
-    assert not {field for field in Header.__struct_fields__ if f"`{field}`" not in page}
+    assert CHECKPOINT_FORMAT in page
+    assert CHECKPOINT_FILE in page
+    assert not {field for field in CheckpointHeader.__struct_fields__ if f"`{field}`" not in page}

@@ -9,38 +9,50 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phasewatch.vocab import PHASES, Phase
-from phasewatch.walk import NEXT, PHASE_S, START, draw_length, draw_walk
+from phasewatch.profiles import (
+    PHASE_RANGE_S,
+    START_PROBABILITIES,
+    TRANSITION_PROBABILITIES,
+    draw_episode_length,
+    draw_phase_walk,
+)
+from phasewatch.types import PHASES, Phase
 
 
 def test_the_tables_are_distributions_over_known_phases() -> None:
-    for choices in (START, *NEXT.values()):
+    for choices in (START_PROBABILITIES, *TRANSITION_PROBABILITIES.values()):
         assert sum(weight for _, weight in choices) == pytest.approx(1)
         assert {phase for phase, _ in choices} <= set(PHASES)
-    assert set(NEXT) == set(PHASES)
+    assert set(TRANSITION_PROBABILITIES) == set(PHASES)
 
 
 def test_clean_can_be_reached_again_from_every_infected_phase() -> None:
-    assert all(Phase.CLEAN in {phase for phase, _ in NEXT[phase]} for phase in PHASES if phase is not Phase.CLEAN)
+    assert all(
+        Phase.CLEAN in {phase for phase, _ in TRANSITION_PROBABILITIES[phase]}
+        for phase in PHASES
+        if phase is not Phase.CLEAN
+    )
 
 
 @given(st.integers(0, 2**32), st.floats(1, 600).map(lambda s: round(s, 3)))
 def test_a_walk_takes_allowed_steps_and_fills_its_length(seed: int, length_s: float) -> None:
-    walk = draw_walk(np.random.default_rng(seed), length_s=length_s)
+    walk = draw_phase_walk(np.random.default_rng(seed), length_s=length_s)
 
     assert sum(seconds for _, seconds in walk) == pytest.approx(length_s, abs=1e-6)
-    assert all(after in {p for p, _ in NEXT[before]} for (before, _), (after, _) in pairwise(walk))
-    assert all(PHASE_S[0] <= seconds <= PHASE_S[1] + 1 for _, seconds in walk[:-1])
+    assert all(after in {p for p, _ in TRANSITION_PROBABILITIES[before]} for (before, _), (after, _) in pairwise(walk))
+    assert all(PHASE_RANGE_S[0] <= seconds <= PHASE_RANGE_S[1] + 1 for _, seconds in walk[:-1])
 
 
 def test_the_same_seed_walks_the_same_way() -> None:
-    assert draw_walk(np.random.default_rng(7), length_s=150) == draw_walk(np.random.default_rng(7), length_s=150)
+    assert draw_phase_walk(np.random.default_rng(7), length_s=150) == draw_phase_walk(
+        np.random.default_rng(7), length_s=150
+    )
 
 
 def test_starts_and_lengths_follow_the_table() -> None:
     rng = np.random.default_rng(1)
-    starts = [draw_walk(rng, length_s=100)[0][0] for _ in range(2000)]
-    lengths = [draw_length(rng) for _ in range(200)]
+    starts = [draw_phase_walk(rng, length_s=100)[0][0] for _ in range(2000)]
+    lengths = [draw_episode_length(rng) for _ in range(200)]
 
     assert starts.count(Phase.CLEAN) / 2000 == pytest.approx(0.35, abs=0.04)
     assert min(lengths) >= 100

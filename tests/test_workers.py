@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from phasewatch.errors import MachineError
-from phasewatch.workers import map_ordered
+from phasewatch.parallel.pool import map_ordered
 
 
 def double(x: int) -> int:

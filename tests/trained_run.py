@@ -10,8 +10,8 @@ from tests.synthetic_run import World, write_run
 from phasewatch.dataset import write_splits
 from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import render_schema
-from phasewatch.train.cell import Cell
-from phasewatch.train.cells import train_cells
+from phasewatch.training.experiment import Experiment
+from phasewatch.training.train import train_experiments
 
 RECIPE, FOLD = "held_out_host", "host-0"
 
@@ -23,6 +23,6 @@ def write_trained_run(
     write_run(run, World(windows=8, hosts=3, sessions=4, soaks=0))
     (run / "feature_schema_v1.json").write_text(json.dumps(json.loads(render_schema(behaviour_fingerprint()))))
     write_splits(run, RECIPE)
-    cells = [Cell(recipe=RECIPE, fold=FOLD, threat=threat, model=m) for m in models for threat in threats]
-    train_cells(run, cells, workers=1)
+    cells = [Experiment(recipe=RECIPE, fold=FOLD, threat=threat, model=m) for m in models for threat in threats]
+    train_experiments(run, cells, workers=1)
     return run

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from phasewatch._version import __version__
+
 if TYPE_CHECKING:
     from phasewatch.dataset import load
 
 __all__ = ["__version__", "load"]
-__version__ = "0.1.0"
 
 # onnxruntime reads it while it is loaded, whoever loads it: us, torch's exporter or a program that uses us. Without it,
 # version 1.29 and later write a device id below the home folder and look their maker's host up every ten seconds.

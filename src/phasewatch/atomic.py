@@ -17,7 +17,7 @@ from typing import BinaryIO, cast
 
 from phasewatch.errors import BusyError, MachineError
 
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
+TEMPORARY_PATTERN = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 _LOCK_NAME = ".lock"
 _PUBLISH_LOCK = ".publish.lock"
 # What exFAT, SMB, FUSE and others answer where a file can have one name alone.
@@ -27,7 +27,7 @@ _NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errn
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
 
 
-class Disk:
+class DiskOperations:
     """The few system calls through which every write goes; a test hands in one that fails where it likes."""
 
     def open(self, path: Path) -> int:
@@ -67,22 +67,22 @@ class Disk:
         path.mkdir(exist_ok=True)
 
 
-_disk = Disk()
+_operations = DiskOperations()
 
 
 @contextmanager
-def on_disk(disk: Disk) -> Iterator[None]:
+def use_disk_operations(disk: DiskOperations) -> Iterator[None]:
     """Send every write through another disk, for tests of what a crash or a full disk leaves behind."""
-    global _disk
-    before, _disk = _disk, disk
+    global _operations
+    before, _operations = _operations, disk
     try:
         yield
     finally:
-        _disk = before
+        _operations = before
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _name_file_in_errors(path: Path) -> Iterator[None]:
     """Name the file in an error that does not: the kernel's answer to a write or an fsync has no file name."""
     try:
         yield
@@ -92,12 +92,12 @@ def _naming(path: Path) -> Iterator[None]:
         raise
 
 
-class _File(RawIOBase):
+class _SyncedFile(RawIOBase):
     """A new file whose writes go through the disk in use; its errors name the place that it is meant for."""
 
     def __init__(self, path: Path, target: Path) -> None:
         self._target = target
-        self._fd = _disk.open(path)
+        self._fd = _operations.open(path)
 
     def writable(self) -> bool:
         return True
@@ -109,14 +109,14 @@ class _File(RawIOBase):
         self._check_open()
         view = memoryview(data).cast("B")  # type: ignore[arg-type]
         written = 0
-        with _naming(self._target):
+        with _name_file_in_errors(self._target):
             while written < len(view):
-                written += _disk.write(self._fd, view[written:])
+                written += _operations.write(self._fd, view[written:])
         return written
 
     def sync(self) -> None:
-        with _naming(self._target):
-            _disk.fsync(self._fd)
+        with _name_file_in_errors(self._target):
+            _operations.fsync(self._fd)
 
     def seekable(self) -> bool:
         return True
@@ -140,12 +140,12 @@ class _File(RawIOBase):
     def close(self) -> None:
         if not self.closed:
             super().close()
-            with _naming(self._target):
-                _disk.close(self._fd)
+            with _name_file_in_errors(self._target):
+                _operations.close(self._fd)
 
 
-class Aside:
-    """A file that is written beside its place and takes it when it is whole; `writer` is the same as a block."""
+class AtomicFile:
+    """A file that is written beside its place and takes it when it is whole; `open_atomic` is the same as a block."""
 
     def __init__(self, path: Path, *, folder: Path | None = None) -> None:
         """Open the file.
@@ -156,8 +156,8 @@ class Aside:
         """
         self.path = path
         self._temporary = (folder or path.parent) / f".{path.name}.{secrets.token_hex(6)}.tmp"
-        self._raw = _File(self._temporary, path)
-        self.file = cast(BinaryIO, _Buffered(self._raw))
+        self._raw = _SyncedFile(self._temporary, path)
+        self.file = cast(BinaryIO, _FileBuffer(self._raw))
 
     def content(self) -> bytes:
         """Give all that was written so far."""
@@ -175,9 +175,9 @@ class Aside:
             self._raw.sync()
         self._raw.close()
         if new:
-            _publish_new(self._temporary, self.path)
+            _publish_if_absent(self._temporary, self.path)
         else:
-            _disk.rename(self._temporary, self.path)
+            _operations.rename(self._temporary, self.path)
         if durable:
             sync_folder(self.path.parent)
 
@@ -186,10 +186,10 @@ class Aside:
         with suppress(OSError):
             self._raw.close()
         with suppress(OSError):
-            _disk.unlink(self._temporary)
+            _operations.unlink(self._temporary)
 
 
-def _publish_new(source: Path, target: Path) -> None:
+def _publish_if_absent(source: Path, target: Path) -> None:
     """Move a whole file to its place if nothing stands there.
 
     A link refuses a name that is taken, in one step. Where the file system has no hard links, writers take turns under
@@ -199,20 +199,22 @@ def _publish_new(source: Path, target: Path) -> None:
         FileExistsError: If something stands there; it is untouched.
     """
     try:
-        _disk.link(source, target)
+        _operations.link(source, target)
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-        with _locked(target.parent / _PUBLISH_LOCK, wait=True):
+        with _hold_lock(target.parent / _PUBLISH_LOCK, wait=True):
             if target.exists() or target.is_symlink():
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
-            _disk.rename(source, target)
+            _operations.rename(source, target)
         return
-    _disk.unlink(source)
+    _operations.unlink(source)
 
 
 @contextmanager
-def writer(path: Path, *, durable: bool = True, new: bool = False, folder: Path | None = None) -> Iterator[BinaryIO]:
+def open_atomic(
+    path: Path, *, durable: bool = True, new: bool = False, folder: Path | None = None
+) -> Iterator[BinaryIO]:
     """Give a binary file that takes ``path``'s place when the block ends well, and vanishes when it does not.
 
     Args:
@@ -224,7 +226,7 @@ def writer(path: Path, *, durable: bool = True, new: bool = False, folder: Path 
     Raises:
         FileExistsError: With ``new``, if something does; what stands there is untouched.
     """
-    aside = Aside(path, folder=folder)
+    aside = AtomicFile(path, folder=folder)
     try:
         yield aside.file
         aside.publish(durable=durable, new=new)
@@ -233,11 +235,11 @@ def writer(path: Path, *, durable: bool = True, new: bool = False, folder: Path 
         raise
 
 
-class _Buffered(BufferedIOBase):
+class _FileBuffer(BufferedIOBase):
     """A buffer that owns no file: closing it publishes nothing, so a library that closes what it wrote does no harm."""
 
-    def __init__(self, raw: _File) -> None:
-        self._raw, self._held, self._size = raw, [], 0  # type: tuple[_File, list[bytes], int]
+    def __init__(self, raw: _SyncedFile) -> None:
+        self._raw, self._held, self._size = raw, [], 0  # type: tuple[_SyncedFile, list[bytes], int]
 
     def writable(self) -> bool:
         return True
@@ -269,9 +271,9 @@ class _Buffered(BufferedIOBase):
         self.flush()
 
 
-def write_whole(path: Path, data: bytes, *, durable: bool = True, new: bool = False) -> None:
-    """Write a file whole: beside it, fsync, rename, fsync of the folder. See `writer`."""
-    with writer(path, durable=durable, new=new) as file:
+def write_atomic(path: Path, data: bytes, *, durable: bool = True, new: bool = False) -> None:
+    """Write a file whole: beside it, fsync, rename, fsync of the folder. See `open_atomic`."""
+    with open_atomic(path, durable=durable, new=new) as file:
         file.write(data)
 
 
@@ -279,8 +281,8 @@ def sync_folder(folder: Path) -> None:
     """Wait until the medium has the folder's names."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with _naming(folder):
-            _disk.fsync(fd)
+        with _name_file_in_errors(folder):
+            _operations.fsync(fd)
     except OSError as error:
         if error.errno not in _NO_FOLDER_SYNC:
             raise
@@ -292,8 +294,8 @@ def sync_file(path: Path) -> None:
     """Wait until the medium has a file that another writer published, and its name."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with _naming(path):
-            _disk.fsync(fd)
+        with _name_file_in_errors(path):
+            _operations.fsync(fd)
     finally:
         os.close(fd)
     sync_folder(path.parent)
@@ -301,7 +303,7 @@ def sync_file(path: Path) -> None:
 
 def move(source: Path, target: Path) -> None:
     """Give a file another place on the same disk, in one step; the target's folder must exist."""
-    _disk.rename(source, target)
+    _operations.rename(source, target)
     sync_folder(target.parent)
     sync_folder(source.parent)
 
@@ -321,7 +323,7 @@ def publish_folder(source: Path, target: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a file, durably; one that is not there is as good as removed."""
     with suppress(FileNotFoundError):
-        _disk.unlink(path)
+        _operations.unlink(path)
         sync_folder(path.parent)
 
 
@@ -331,8 +333,8 @@ def remove_folder(folder: Path) -> None:
         if entry.is_dir() and not entry.is_symlink():
             remove_folder(entry)
         else:
-            _disk.unlink(entry)
-    _disk.rmdir(folder)
+            _operations.unlink(entry)
+    _operations.rmdir(folder)
     sync_folder(folder.parent)
 
 
@@ -340,13 +342,13 @@ def make_folder(folder: Path) -> None:
     """Create a folder and those above it, each durable."""
     missing = [each for each in (folder, *folder.parents) if not each.is_dir()]
     for each in reversed(missing):
-        _disk.mkdir(each)
+        _operations.mkdir(each)
         sync_folder(each.parent)
 
 
 def is_temporary(name: str) -> bool:
     """Whether a file name is one of our unfinished writes."""
-    return TEMPORARY.fullmatch(name) is not None
+    return TEMPORARY_PATTERN.fullmatch(name) is not None
 
 
 def sweep_temporaries(folder: Path, *, older_than_s: float = 0.0) -> int:
@@ -363,7 +365,7 @@ def sweep_temporaries(folder: Path, *, older_than_s: float = 0.0) -> int:
     for entry in stray:
         with suppress(FileNotFoundError):
             if not older_than_s or entry.lstat().st_mtime < latest_s:
-                _disk.unlink(entry)
+                _operations.unlink(entry)
                 swept += 1
     return swept
 
@@ -381,12 +383,12 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
         BusyError: If another process (or another block of this one) holds it, unless told to wait.
     """
     make_folder(folder)
-    with _locked(lock_path(folder), wait=wait):
+    with _hold_lock(lock_path(folder), wait=wait):
         yield
 
 
 @contextmanager
-def _locked(path: Path, *, wait: bool) -> Iterator[None]:
+def _hold_lock(path: Path, *, wait: bool) -> Iterator[None]:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:

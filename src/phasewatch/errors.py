@@ -41,7 +41,7 @@ _REMEDIES = {
 }
 
 
-def name_the_nearest(name: str, known: Iterable[str]) -> str:
+def suggest_names(name: str, known: Iterable[str]) -> str:
     """End a message about a name that nobody knows: with the names that it resembles, else with all that there are.
 
     >>> name_the_nearest("gtb", ["gbt", "cnn"])
@@ -68,7 +68,7 @@ def describe_os_error(error: OSError) -> str:
     return f"{place}{error.strerror or error}; {remedy}"
 
 
-def spell_controls(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     r"""Return the text with every character that is not printable spelled out, so that no terminal or file obeys it.
 
     >>> spell_controls("a\x1b[31mb")
@@ -101,15 +101,15 @@ class BundleError(DataError):
     """One episode bundle cannot be read, or breaks a rule of its format.
 
     Attributes:
-        code: The finding's code, such as ``member-sha256``; `phasewatch.validate.gates` lists them.
+        code: The finding's code, such as ``member-sha256``; `phasewatch.validate.checks` lists them.
         place: File, member and line, as far as they are known.
         words: What was found, and what was expected.
     """
 
     def __init__(self, *, code: str, words: str, file: str = "", member: str = "", line: int = 0) -> None:
         # A stranger's file may hold anything in its keys: what they are quoted in goes to logs, indexes and answers.
-        self.code, self.words, self.file, self.member, self.line = code, spell_controls(words), file, member, line
-        self.place = spell_controls(":".join(part for part in (file, member, str(line) if line else "") if part))
+        self.code, self.words, self.file, self.member, self.line = code, escape_unprintable(words), file, member, line
+        self.place = escape_unprintable(":".join(part for part in (file, member, str(line) if line else "") if part))
         super().__init__(f"{self.place}: {code}: {self.words}" if self.place else f"{code}: {self.words}")
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -124,11 +124,11 @@ class StoreError(DataError):
     """A store is absent, empty or not a store."""
 
 
-class TakenError(StoreError):
+class IdConflictError(StoreError):
     """Other bytes already stand under an id; bundles are written once."""
 
 
-class LostStoreError(StoreError):
+class StoreReplacedError(StoreError):
     """The store's folder is gone, or is another one than was opened: its disk may be unmounted."""
 
 
@@ -164,7 +164,7 @@ class MachineError(PhasewatchError):
     exit_code = 5
 
 
-class MissingTool(MachineError):
+class MissingToolError(MachineError):
     """A program, package or permission is not there; the message says how to get it."""
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-MAX_SHARED = 0.1  # of a host's episodes that others claim too; with more, nothing tells who copied whom
+MAX_CONTESTED_SHARE = 0.1  # of a host's episodes that others claim too; with more, nothing tells who copied whom
 
 
-def find_taken_ids(pairs: Iterable[tuple[str, str]]) -> frozenset[tuple[str, str]]:
+def find_contested_ids(pairs: Iterable[tuple[str, str]]) -> frozenset[tuple[str, str]]:
     """Return the (host_id, episode_id) pairs to leave out so that each episode id is left once at most.
 
     Files of a run name an episode by its id alone. Of the hosts that hold one id, the one that vouches for it keeps it
@@ -47,4 +47,4 @@ def pick_owner(hosts: Iterable[str], *, own: Counter[str], shared: Counter[str],
     most = sorted(hosts, key=lambda host: -own[host])
     if len(most) > 1 and (own[most[0]] == own[most[1]] or own[most[0]] < margin * own[most[1]]):
         return None
-    return most[0] if shared[most[0]] <= max(1, MAX_SHARED * (own[most[0]] + shared[most[0]])) else None
+    return most[0] if shared[most[0]] <= max(1, MAX_CONTESTED_SHARE * (own[most[0]] + shared[most[0]])) else None

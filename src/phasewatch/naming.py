@@ -6,11 +6,11 @@ import hashlib
 import re
 from collections.abc import Collection
 
-RESERVED = frozenset({"sent", "refused"})  # folders of a shipper in an outbox, where host ids are folders too
-_MARK = 8
+RESERVED_HOST_IDS = frozenset({"sent", "refused"})  # folders of a shipper in an outbox, where host ids are folders too
+_DIGEST_CHARS = 8
 
 
-def host_id_of(name: str, *, fallback: str = "vm", taken: Collection[str] = (), identity: str = "") -> str:
+def make_host_id(name: str, *, fallback: str = "vm", taken: Collection[str] = (), identity: str = "") -> str:
     """Return the host id of a name: the name itself where it can be one, else what is left of it and a digest.
 
     Letters of other scripts, capitals, blanks and whatever goes beyond 63 characters are lost on the way; the digest of
@@ -27,10 +27,12 @@ def host_id_of(name: str, *, fallback: str = "vm", taken: Collection[str] = (), 
     >>> host_id_of("Web 01")
     'web-01-ad63fded'
     """
-    return _make_id(name, "a-z0-9._-", longest=63, fallback=fallback, taken={*RESERVED, *taken}, identity=identity)
+    return _make_id(
+        name, "a-z0-9._-", longest=63, fallback=fallback, taken={*RESERVED_HOST_IDS, *taken}, identity=identity
+    )
 
 
-def profile_name_of(name: str) -> str:
+def make_profile_name(name: str) -> str:
     """Return the profile name of a file's stem, by the same rule; it has 31 characters, and no dots.
 
     >>> profile_name_of("miner-2"), profile_name_of("My Bot_2.0")
@@ -43,5 +45,5 @@ def _make_id(name: str, kept: str, *, longest: int, fallback: str, taken: Collec
     if re.fullmatch(f"[a-z0-9][{kept}]{{0,{longest - 1}}}", name) and name not in taken:
         return name
     plain = re.sub(f"[^{kept}]+", "-", name.lower()).strip("-._") or fallback
-    mark = hashlib.sha256((identity or name).encode("utf-8", "surrogatepass")).hexdigest()[:_MARK]
-    return f"{plain[: longest - _MARK - 1].rstrip('-._')}-{mark}"
+    mark = hashlib.sha256((identity or name).encode("utf-8", "surrogatepass")).hexdigest()[:_DIGEST_CHARS]
+    return f"{plain[: longest - _DIGEST_CHARS - 1].rstrip('-._')}-{mark}"

@@ -10,16 +10,16 @@ from typing import Any
 
 from phasewatch.errors import RunError
 
-MAX_FILE_BYTES = 8 * 2**30
-MAX_ROWS = 100_000_000
+MAX_PARQUET_BYTES = 8 * 2**30
+MAX_PARQUET_ROWS = 100_000_000
 MAX_ROW_GROUPS = 100_000
-MAX_COLUMNS = 4_096
-ROWS_A_BYTE = 200  # a constant column of a long table packs this well; a bomb packs a million times better
-FREE_ROWS = 200_000  # that a file of any size may hold
+MAX_PARQUET_COLUMNS = 4_096
+MAX_ROWS_PER_BYTE = 200  # a constant column of a long table packs this well; a bomb packs a million times better
+ALWAYS_ALLOWED_ROWS = 200_000  # that a file of any size may hold
 
 
 @contextmanager
-def parquet_errors(path: Path, *, hint: str) -> Iterator[None]:
+def convert_parquet_errors(path: Path, *, hint: str) -> Iterator[None]:
     """Raise RunError for what pyarrow raises while it opens or reads a file; put only the reading inside."""
     import pyarrow as pa
 
@@ -51,22 +51,22 @@ def open_parquet(path: Path, *, hint: str) -> Any:
     import pyarrow.parquet as pq
 
     again = f"make it again with `{hint}`"
-    with parquet_errors(path, hint=hint):
+    with convert_parquet_errors(path, hint=hint):
         found = path.stat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_FILE_BYTES:
-            raise RunError(f"{path}: not a file of at most {MAX_FILE_BYTES:,} bytes; {again}")
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_PARQUET_BYTES:
+            raise RunError(f"{path}: not a file of at most {MAX_PARQUET_BYTES:,} bytes; {again}")
         file = pq.ParquetFile(path)
-    if words := footer_offence(file.metadata, found.st_size):
+    if words := find_footer_fault(file.metadata, found.st_size):
         file.close()
         raise RunError(f"{path}: {words}; {again}")
     return file
 
 
-def footer_offence(footer: Any, size: int) -> str:
+def find_footer_fault(footer: Any, size: int) -> str:
     """Return what a footer claims that a file of `size` bytes cannot hold, in words; empty if there is nothing."""
     rows = footer.num_rows
-    if not 0 <= rows <= min(MAX_ROWS, FREE_ROWS + ROWS_A_BYTE * size):
+    if not 0 <= rows <= min(MAX_PARQUET_ROWS, ALWAYS_ALLOWED_ROWS + MAX_ROWS_PER_BYTE * size):
         return f"says that it holds {rows:,} rows in {size:,} bytes"
-    if footer.num_row_groups > MAX_ROW_GROUPS or footer.num_columns > MAX_COLUMNS:
+    if footer.num_row_groups > MAX_ROW_GROUPS or footer.num_columns > MAX_PARQUET_COLUMNS:
         return f"says that it holds {footer.num_row_groups:,} row groups of {footer.num_columns:,} columns"
     return ""

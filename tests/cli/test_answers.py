@@ -16,10 +16,10 @@ from tests.builders import episode, with_rows
 from tests.cli.conftest import Said
 from tests.stores import put
 
-from phasewatch import pipeline
 from phasewatch.errors import MachineError
-from phasewatch.stages import Settings
-from phasewatch.vocab import Source
+from phasewatch.pipeline import runner
+from phasewatch.pipeline.stages import RunSettings
+from phasewatch.types import SourceKind
 
 Call = Callable[..., Said]
 COMMAND = (sys.executable, "-m", "phasewatch")
@@ -38,7 +38,7 @@ def test_json_is_one_document_and_nothing_else(phasewatch: Call, store: Path, tm
 
 
 def test_what_is_not_known_is_null_in_json(phasewatch: Call, tmp_path: Path) -> None:
-    put(tmp_path / "store", with_rows(episode(), without=[Source.NETFLOW]))
+    put(tmp_path / "store", with_rows(episode(), without=[SourceKind.NETFLOW]))
 
     said = phasewatch("channels", "--corpus", "--store", tmp_path / "store", "--json")
 
@@ -118,10 +118,10 @@ def test_a_reader_that_had_enough_is_no_error() -> None:
 def test_a_full_disk_is_one_line_and_the_machine_s_fault(
     phasewatch: Call, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(settings: Settings, **_: object) -> pipeline.Outcome:
+    def full(settings: RunSettings, **_: object) -> runner.PipelineResult:
         raise OSError(28, "No space left on device", str(tmp_path / "r" / "grids.npy"))
 
-    monkeypatch.setattr(pipeline, "run", full)
+    monkeypatch.setattr(runner, "run_pipeline", full)
 
     said = phasewatch("run", store, "--out", tmp_path / "r")
 
@@ -132,10 +132,10 @@ def test_a_full_disk_is_one_line_and_the_machine_s_fault(
 def test_an_error_s_words_cannot_steer_the_terminal(
     phasewatch: Call, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(settings: Settings, **_: object) -> pipeline.Outcome:
+    def broken(settings: RunSettings, **_: object) -> runner.PipelineResult:
         raise MachineError("bad \x1b]0;title\x07 name")
 
-    monkeypatch.setattr(pipeline, "run", broken)
+    monkeypatch.setattr(runner, "run_pipeline", broken)
 
     said = phasewatch("run", store, "--out", tmp_path / "r")
 

@@ -13,10 +13,10 @@ from tests.builders import episode, members_of, with_rows
 from tests.stores import put, put_bytes, put_members, write_store
 from typer.testing import CliRunner, Result
 
+from phasewatch.bundle.archive import pack_bundle
 from phasewatch.cli import app
-from phasewatch.episode.bundle import pack
-from phasewatch.store.disk import RECEIPT
-from phasewatch.vocab import Source
+from phasewatch.store.local import RECEIPT_SUFFIX
+from phasewatch.types import SourceKind
 
 
 def phasewatch(*args: object) -> Result:
@@ -40,7 +40,7 @@ def _marked(store: Path, mangle: Callable[[bytes], bytes]) -> Path:
     """Store an episode with other labels, the manifest in agreement with them."""
     whole = episode()
     members = members_of(whole)
-    data = pack(whole.manifest, {**members, "labels.jsonl": mangle(members["labels.jsonl"])}, level=3)
+    data = pack_bundle(whole.manifest, {**members, "labels.jsonl": mangle(members["labels.jsonl"])}, level=3)
     return put_bytes(put(store, whole), data)
 
 
@@ -56,7 +56,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "empty": (lambda s: put_bytes(put(s, episode()), b""), "errored", "compressed-size"),
     "the receipt of another file": (
-        lambda s: (p := put(s, episode())).with_name(p.name + RECEIPT).write_text(f"{'0' * 64}  {p.name}\n"),
+        lambda s: (p := put(s, episode())).with_name(p.name + RECEIPT_SUFFIX).write_text(f"{'0' * 64}  {p.name}\n"),
         "rejected", "receipt",
     ),
     "an unknown member": (
@@ -70,13 +70,13 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "labels whose time goes backwards": (lambda s: _marked(s, _turned), "rejected", "label-order"),
     "no proc at all": (
-        lambda s: put(s, with_rows(episode(), without=[Source.PROC])), "rejected", "rows:proc",
+        lambda s: put(s, with_rows(episode(), without=[SourceKind.PROC])), "rejected", "rows:proc",
     ),
     "no netflow": (
-        lambda s: put(s, with_rows(episode(), without=[Source.NETFLOW])), "degraded", "missing:netflow",
+        lambda s: put(s, with_rows(episode(), without=[SourceKind.NETFLOW])), "degraded", "missing:netflow",
     ),
     "no receipt": (
-        lambda s: (p := put(s, episode())).with_name(p.name + RECEIPT).unlink(), "degraded", "no-receipt",
+        lambda s: (p := put(s, episode())).with_name(p.name + RECEIPT_SUFFIX).unlink(), "degraded", "no-receipt",
     ),
     "a receipt whose bundle is gone": (lambda s: put(s, episode()).unlink(), "errored", "bundle-missing"),
     "another file name": (

@@ -20,7 +20,7 @@ import httpx
 import pytest
 from tests.cli.conftest import Said
 
-from phasewatch.cli.collect import parse_bytes
+from phasewatch.cli.transfer import parse_bytes
 from phasewatch.errors import UsageError
 
 Call = Callable[..., Said]

@@ -122,9 +122,9 @@ def test_a_bundle_is_shown_with_labels_rows_and_a_picture(phasewatch: Call, stor
 
 
 def test_a_picture_spells_out_what_a_terminal_would_obey() -> None:
-    from phasewatch.cli.base import plain
+    from phasewatch.cli.common import escape_for_terminal
 
-    assert plain("a\x1b[2Jb") == "a\\x1b[2Jb"
+    assert escape_for_terminal("a\x1b[2Jb") == "a\\x1b[2Jb"
 
 
 def test_validate_tells_statuses_reasons_and_where_the_index_lies(
@@ -189,7 +189,7 @@ def test_without_the_bundled_model_the_line_names_the_option_that_gives_another(
     phasewatch: Call, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PHASEWATCH_CORPUS", raising=False)
-    monkeypatch.setattr("phasewatch.cli.base.CORPUS", Path("nowhere") / "lab-v1")
+    monkeypatch.setattr("phasewatch.cli.common.BUNDLED_CORPUS_DIR", Path("nowhere") / "lab-v1")
 
     said = phasewatch("predict", store, "--out", tmp_path / "said.parquet")
 

@@ -32,7 +32,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     elif request.param == "a store":
         put(made, episode())
     elif request.param == "code":  # folders that a run has, too
-        for name in ("models/gbt.py", "splits/a.py"):
+        for name in ("models/gradient_boosting.py", "splits/a.py"):
             (made / name).parent.mkdir()
             (made / name).write_text("")
     return made
@@ -76,10 +76,10 @@ ON_A_STORE = [
 @pytest.mark.parametrize("folder", ["documents", "nothing", "code"], indirect=True)
 @pytest.mark.parametrize("command", ON_A_STORE, ids=lambda command: command[0])
 def test_a_folder_without_a_bundle_is_no_store(command: list[str], folder: Path, tmp_path: Path) -> None:
-    from phasewatch.cli.base import bundled_model
+    from phasewatch.cli.common import find_bundled_model
 
     before = contents(tmp_path)
-    places = {"FOLDER": str(folder), "OUT": str(tmp_path / "out"), "MODEL": str(bundled_model())}
+    places = {"FOLDER": str(folder), "OUT": str(tmp_path / "out"), "MODEL": str(find_bundled_model())}
     filled = [next((a.replace(name, place) for name, place in places.items() if name in a), a) for a in command]
 
     done = phasewatch(*filled)

@@ -13,8 +13,8 @@ from tests.requirements import need_program
 
 from phasewatch import atomic
 from phasewatch.errors import DataError
-from phasewatch.record import campaign
-from phasewatch.record.own import OwnMachine
+from phasewatch.lab import campaign
+from phasewatch.lab.custom_workload import CustomMachine
 
 Call = Callable[..., Said]
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-profile.md"
@@ -91,7 +91,7 @@ def test_an_image_is_booted_as_the_options_say_or_as_their_help_does(
     disk.write_bytes(b"QFI\xfb" + b"\0" * 100)
     shapes = []
 
-    def keep(*arguments: object, own: OwnMachine, **more: object) -> None:
+    def keep(*arguments: object, own: CustomMachine, **more: object) -> None:
         shapes.append(own)
         raise DataError("that was all")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from tests.cli.conftest import Said
-from tests.produce.small_run import playable
+from tests.events.small_run import playable
 
-from phasewatch.live.envelope import parse_event
+from phasewatch.events.schema import parse_event
 
 Call = Callable[..., Said]
 

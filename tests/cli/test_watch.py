@@ -20,10 +20,10 @@ from tests.cli.conftest import Said
 from tests.live.qemu import FakeQemu
 from tests.trained_run import FOLD, RECIPE, write_trained_run
 
-from phasewatch.episode.bundle import unpack
-from phasewatch.features.windows import MIXED
-from phasewatch.live.clean_day import read_clean_day
-from phasewatch.vocab import PHASES
+from phasewatch.bundle.archive import unpack_bundle
+from phasewatch.features.windows import FLAG_MIXED
+from phasewatch.live.baseline import read_baseline_file
+from phasewatch.types import PHASES
 
 Run = Callable[..., Said]
 
@@ -35,9 +35,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def edge(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from phasewatch.export.run import Wanted, export_run
+    from phasewatch.inference.export import ExportRequest, export_run
 
-    return export_run(run, tmp_path_factory.mktemp("edge") / "x.zip", Wanted(recipe=RECIPE, fold=FOLD)).path
+    return export_run(run, tmp_path_factory.mktemp("edge") / "x.zip", ExportRequest(recipe=RECIPE, fold=FOLD)).path
 
 
 def cell(run: Path, threat: str) -> Path:
@@ -108,7 +108,7 @@ def test_a_window_of_two_phases_is_flagged_in_what_is_predicted_as_in_a_run(
 
     table = pq.read_table(tmp_path / "said.parquet").to_pylist()
     assert {row["purity"] < 1 for row in table} == {True, False}
-    assert all(bool(row["flags"] & MIXED) is (row["purity"] < 1) for row in table)
+    assert all(bool(row["flags"] & FLAG_MIXED) is (row["purity"] < 1) for row in table)
 
 
 def test_a_run_without_a_deployed_model_says_what_to_train(
@@ -236,7 +236,7 @@ def test_a_clean_day_is_measured_to_its_end(pretender: Any, phasewatch: Run, tmp
     assert (said.code, result["file"]) == (0, str(out)), said.err
     assert 20 <= result["bins"] <= 28
     assert result["channels"] > 20
-    assert read_clean_day(out).bins == result["bins"]
+    assert read_baseline_file(out).bins == result["bins"]
     assert (qemu.objects, qemu.interval) == ({}, 7)
 
 
@@ -277,7 +277,7 @@ def test_a_reader_that_stands_still_stops_neither_the_watch_nor_its_end(
     os.close(reader)
 
     (bundle,) = (tmp_path / "kept").glob("*/*.tar.zst")
-    assert unpack(bundle.read_bytes(), file="x").manifest.duration_s >= 12
+    assert unpack_bundle(bundle.read_bytes(), file="x").manifest.duration_s >= 12
     assert qemu.objects == {}
 
 
@@ -388,7 +388,7 @@ def test_a_clean_day_for_a_model_of_raw_numbers_does_not_fit(pretender: Any, edg
 
 def two_outputs(monkeypatch: pytest.MonkeyPatch, *, is_only: bool, lines: int) -> list[str]:
     """Print lines to a stdout whose reader has left; return what was said on stderr."""
-    from phasewatch.cli.watch import _two_outputs
+    from phasewatch.cli.live import _open_outputs
 
     reader, writer = os.pipe()
     os.close(reader)
@@ -397,7 +397,7 @@ def two_outputs(monkeypatch: pytest.MonkeyPatch, *, is_only: bool, lines: int) -
         monkeypatch.setattr(sys, "stdout", out)
         monkeypatch.setattr(sys, "stderr", err)
         try:
-            with _two_outputs(is_only=is_only) as (put, _):
+            with _open_outputs(is_only=is_only) as (put, _):
                 for _ in range(lines):
                     put("an event")
                     time.sleep(0.05)

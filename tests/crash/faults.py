@@ -30,7 +30,7 @@ class _Pending:
 
 
 @dataclass
-class FaultyDisk(atomic.Disk):
+class FaultyDisk(atomic.DiskOperations):
     """Counts calls; at call `at` (from 0) does `fault`. Without one it only counts.
 
     After a kill each further call does nothing but raise, as clean-up code does not run in a dead process. A power cut

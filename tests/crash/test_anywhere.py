@@ -29,7 +29,7 @@ def undisturbed(make: Callable[[Path], Work], folder: Path) -> tuple[list[str], 
     (folder / "spare").mkdir(parents=True)
     (folder / "world").mkdir()
     work = make(folder / "world")
-    with atomic.on_disk(disk := FaultyDisk(folder / "spare")):
+    with atomic.use_disk_operations(disk := FaultyDisk(folder / "spare")):
         work.do()
     return disk.calls, digests(work.folder)
 
@@ -44,7 +44,7 @@ def disturb(make: Callable[[Path], Work], folder: Path, at: int, fault: str) -> 
     (folder / "world").mkdir()
     work = make(folder / "world")
     disk = FaultyDisk(folder / "spare", at=at, fault=fault)
-    with atomic.on_disk(disk), suppress(Killed, OSError, PhasewatchError):
+    with atomic.use_disk_operations(disk), suppress(Killed, OSError, PhasewatchError):
         work.do()
     assert len(disk.calls) > at, "the point was never reached"
     work.check()
@@ -113,7 +113,7 @@ def test_a_writer_that_forgets_an_fsync_is_found_out(tmp_path: Path) -> None:
     def careless(folder: Path) -> Work:
         def do() -> None:
             for n in range(3):
-                atomic.write_whole(folder / f"{n}", b"x" * 100, durable=False)
+                atomic.write_atomic(folder / f"{n}", b"x" * 100, durable=False)
 
         return Work(folder, do, lambda: [check(folder / f"{n}") for n in range(3)])  # type: ignore[arg-type, return-value]
 
@@ -127,7 +127,7 @@ def test_a_writer_that_forgets_an_fsync_is_found_out(tmp_path: Path) -> None:
         (work_folder / "spare").mkdir(parents=True)
         (work_folder / "world").mkdir()
         work = careless(work_folder / "world")
-        with atomic.on_disk(FaultyDisk(work_folder / "spare", at=at, fault="power cut")), suppress(Killed):
+        with atomic.use_disk_operations(FaultyDisk(work_folder / "spare", at=at, fault="power cut")), suppress(Killed):
             work.do()
         found += len(digests(work.folder)) < at // len(calls[:4])
 

@@ -14,14 +14,13 @@ from pathlib import Path
 
 import httpx
 
-from phasewatch.live.envelope import Event, render_event
-from phasewatch.live.events import Data
+from phasewatch.events.schema import EventData, EventEnvelope, render_event
 
 STAMP = 1_795_510_800_000_000_000
 
 
-def event(data: Data, *, number: int = 1, run: str = "demo") -> Event:
-    return Event(id=f"test-{number}", t_wall_ns=STAMP, run=run, data=data)
+def event(data: EventData, *, number: int = 1, run: str = "demo") -> EventEnvelope:
+    return EventEnvelope(id=f"test-{number}", t_wall_ns=STAMP, run=run, data=data)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +46,7 @@ class Running:
             trust_env=False,
         )  # fmt: skip
 
-    def send(self, *data: Data) -> None:
+    def send(self, *data: EventData) -> None:
         answer = self.post(*(render_event(event(d, number=i)) for i, d in enumerate(data)))
         assert answer.status_code == 202, answer.text
 

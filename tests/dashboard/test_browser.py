@@ -18,7 +18,16 @@ from tests.report.test_browser import FLAGS
 from tests.requirements import need_chromium
 
 from phasewatch.channels import CHANNELS
-from phasewatch.live.events import Confusion, Data, PhaseSeen, ProfileCell, ProfileTable, Score, ScoreRow, Telemetry
+from phasewatch.events.schema import (
+    ConfusionEvent,
+    EventData,
+    PhaseEvent,
+    ProfileCell,
+    ProfileTableEvent,
+    ScoreEvent,
+    ScoreRow,
+    TelemetryEvent,
+)
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 KINDS = ("telemetry", "phase", "score", "confusion", "perf", "profile")
@@ -78,24 +87,24 @@ class Opened:
         return int(self.page.locator(".plot .main-svg:first-child").count())
 
 
-def telemetry(vm: str = "web-1", start: int = 0, bins: int = 20, **more: Any) -> Telemetry:
+def telemetry(vm: str = "web-1", start: int = 0, bins: int = 20, **more: Any) -> TelemetryEvent:
     names = tuple(c.full_name for c in CHANNELS)
     rows = tuple(tuple((i * 7 + start + j) % 11 / 10 if i % 9 else None for i in range(46)) for j in range(bins))
     made = {"host": "pc", "origin": "live", **more}
-    return Telemetry(
+    return TelemetryEvent(
         vm=vm, t0_ns=NOW_NS + start * 500_000_000, bin_s=0.5, channels=names, values=rows, flags=(0,) * bins, **made
     )
 
 
-def phase(vm: str = "web-1", at: int = 0, decision: str = "clean", **more: Any) -> PhaseSeen:
+def phase(vm: str = "web-1", at: int = 0, decision: str = "clean", **more: Any) -> PhaseEvent:
     made: dict[str, Any] = {"model": "gbt", "threat": "realistic", "truth": "clean", **more}
-    return PhaseSeen(
+    return PhaseEvent(
         vm=vm, t_start_ns=NOW_NS + at * 5 * 10**9, t_end_ns=NOW_NS + at * 5 * 10**9 + 10**10, p=(0.6, 0.1, 0.1, 0.1, 0.1),
         decision=decision, **made,
     )  # fmt: skip
 
 
-def everything() -> tuple[Data, ...]:
+def everything() -> tuple[EventData, ...]:
     return (telemetry(), *(phase(at=i) for i in range(6)), *(GOLDEN[k][0] for k in KINDS[2:]))
 
 
@@ -179,13 +188,13 @@ def test_a_gap_stays_one_phases_have_names_and_a_reason_is_said_once(browser: An
 
 def test_hostile_strings_are_text_and_run_nothing(browser: Any, running: Running) -> None:
     rows = (ScoreRow(model=HOSTILE, threat=HOSTILE, table="raw", value=0.5, why=HOSTILE),)
-    hostile: tuple[Data, ...] = (
+    hostile: tuple[EventData, ...] = (
         telemetry(vm=HOSTILE, host=HOSTILE),
         phase(vm=HOSTILE, model=HOSTILE, caveat=HOSTILE),
-        Score(metric=HOSTILE, tested=1, registered=2, recipe=HOSTILE, rows=rows, headline=HOSTILE, notes=(HOSTILE,)),
-        Confusion(model=HOSTILE, recipe="r", threat="t", table="raw", labels=(HOSTILE, "b"), counts=((1, 2), (3, 4))),
+        ScoreEvent(metric=HOSTILE, tested=1, registered=2, recipe=HOSTILE, rows=rows, headline=HOSTILE, notes=(HOSTILE,)),
+        ConfusionEvent(model=HOSTILE, recipe="r", threat="t", table="raw", labels=(HOSTILE, "b"), counts=((1, 2), (3, 4))),
         GOLDEN["perf"][0],
-        ProfileTable(
+        ProfileTableEvent(
             metric=HOSTILE, recipe="r", threat="t", model=HOSTILE, profiles=(HOSTILE,), hosts=(HOSTILE,),
             cells=((ProfileCell(value=0.5, why=HOSTILE),),), untested_profiles=(HOSTILE,),
         ),

@@ -10,19 +10,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phasewatch.dashboard.gate import Asked, Gate
-from phasewatch.dashboard.token import cookie_of, ensure_token, read_token, token_path
+from phasewatch.dashboard.auth import (
+    AccessControl,
+    AccessRequest,
+    compute_cookie,
+    ensure_token,
+    find_token_path,
+    read_token,
+)
 from phasewatch.errors import MachineError
 
 TOKEN = "correct-horse-battery-staple"
-GATE = Gate(token=TOKEN)
-LOOK = Asked(method="GET", path="/", query="", host="127.0.0.1:8765", origin="", cookie="", authorization="")
+GATE = AccessControl(token=TOKEN)
+LOOK = AccessRequest(method="GET", path="/", query="", host="127.0.0.1:8765", origin="", cookie="", authorization="")
 SEND = replace(LOOK, method="POST", path="/events")
-COOKIE = f"phasewatch={cookie_of(TOKEN)}"
+COOKIE = f"phasewatch={compute_cookie(TOKEN)}"
 
 
-def status_of(asked: Asked, gate: Gate = GATE) -> int | None:
-    refusal = gate.refuse(asked)
+def status_of(asked: AccessRequest, gate: AccessControl = GATE) -> int | None:
+    refusal = gate.find_refusal(asked)
     return None if refusal is None else refusal.status
 
 
@@ -42,12 +48,12 @@ def test_what_another_program_of_this_machine_set_does_not_hide_the_cookie(other
 
 
 def test_a_query_of_many_fields_holds_no_token_and_breaks_nothing() -> None:
-    assert not GATE.lets_in(replace(LOOK, query="&".join("abcdefghijk")))
+    assert not GATE.is_login(replace(LOOK, query="&".join("abcdefghijk")))
 
 
 def test_the_token_itself_is_no_cookie_and_the_cookie_no_token() -> None:
     assert status_of(replace(LOOK, cookie=f"phasewatch={TOKEN}")) == 401
-    assert status_of(replace(SEND, authorization=f"Bearer {cookie_of(TOKEN)}")) == 401
+    assert status_of(replace(SEND, authorization=f"Bearer {compute_cookie(TOKEN)}")) == 401
 
 
 def test_a_producer_needs_the_token_as_bearer() -> None:
@@ -59,7 +65,7 @@ def test_a_producer_needs_the_token_as_bearer() -> None:
 
 
 def test_an_open_gate_lets_everybody_of_this_machine_look_and_nobody_send() -> None:
-    gate = Gate(token=TOKEN, is_open=True)
+    gate = AccessControl(token=TOKEN, is_open=True)
 
     assert status_of(LOOK, gate) is None
     assert status_of(replace(LOOK, path="/events"), gate) is None
@@ -89,18 +95,18 @@ def test_another_origin_is_refused_even_with_the_token() -> None:
 
 
 def test_only_the_start_address_takes_a_token() -> None:
-    assert GATE.lets_in(replace(LOOK, query=f"token={TOKEN}"))
-    assert not GATE.lets_in(replace(LOOK, query="token=wrong"))
-    assert not GATE.lets_in(replace(LOOK, query="token="))
-    assert not GATE.lets_in(replace(LOOK, path="/events", query=f"token={TOKEN}"))
-    assert not GATE.lets_in(replace(SEND, path="/", query=f"token={TOKEN}"))
+    assert GATE.is_login(replace(LOOK, query=f"token={TOKEN}"))
+    assert not GATE.is_login(replace(LOOK, query="token=wrong"))
+    assert not GATE.is_login(replace(LOOK, query="token="))
+    assert not GATE.is_login(replace(LOOK, path="/events", query=f"token={TOKEN}"))
+    assert not GATE.is_login(replace(SEND, path="/", query=f"token={TOKEN}"))
 
 
 @given(st.builds(replace, st.just(LOOK), query=st.text(max_size=300), host=st.text(max_size=60), origin=st.text(max_size=60),
                  cookie=st.text(max_size=300), authorization=st.text(max_size=60), method=st.sampled_from(["GET", "POST", "PUT"])))  # fmt: skip
-def test_noise_never_comes_in_and_never_breaks_the_gate(asked: Asked) -> None:
+def test_noise_never_comes_in_and_never_breaks_the_gate(asked: AccessRequest) -> None:
     assert status_of(asked) in (401, 403, 421)
-    assert not GATE.lets_in(asked)
+    assert not GATE.is_login(asked)
 
 
 def test_a_token_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> None:
@@ -136,6 +142,6 @@ def test_a_file_that_holds_no_token_is_said_so(tmp_path: Path, content: bytes) -
 def test_the_token_lies_in_the_users_state_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
 
-    assert token_path() == tmp_path / "phasewatch" / "dashboard.token"
+    assert find_token_path() == tmp_path / "phasewatch" / "dashboard.token"
     with pytest.raises(MachineError, match="start `phasewatch dashboard` once"):
-        read_token(token_path())
+        read_token(find_token_path())

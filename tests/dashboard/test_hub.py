@@ -10,9 +10,9 @@ import pytest
 from tests.dashboard.running import event
 from tests.formats.test_golden_events import GOLDEN
 
-from phasewatch.dashboard.hub import Hub, Limits, Viewer
+from phasewatch.dashboard.hub import EventHub, HubLimits, HubViewer
 from phasewatch.errors import BusyError
-from phasewatch.live.events import Telemetry
+from phasewatch.events.schema import TelemetryEvent
 
 
 class Clock:
@@ -24,12 +24,12 @@ class Clock:
         return self.now_s
 
 
-def hub_of(limits: Limits = Limits(), clock: Clock | None = None) -> Hub:
-    return Hub(boot="aa", now_ns=lambda: 7, monotonic=clock or Clock(), limits=limits)
+def hub_of(limits: HubLimits = HubLimits(), clock: Clock | None = None) -> EventHub:
+    return EventHub(boot="aa", now_ns=lambda: 7, monotonic=clock or Clock(), limits=limits)
 
 
-def telemetry(vm: str, i: int = 0) -> Telemetry:
-    return Telemetry(
+def telemetry(vm: str, i: int = 0) -> TelemetryEvent:
+    return TelemetryEvent(
         vm=vm, origin="live", t0_ns=i, bin_s=0.5, channels=("proc.cpu_user",), values=((float(i),),), flags=(0,)
     )
 
@@ -47,7 +47,7 @@ async def read(stream: AsyncIterator[bytes], until: int) -> list[tuple[str, str,
     return found
 
 
-def seen_by(hub: Hub, last_id: str | None, until: int) -> list[tuple[str, str, dict[str, object]]]:
+def seen_by(hub: EventHub, last_id: str | None, until: int) -> list[tuple[str, str, dict[str, object]]]:
     return asyncio.run(read(hub.stream(hub.join(last_id)), until))
 
 
@@ -79,7 +79,7 @@ def test_a_viewer_that_comes_back_goes_on_where_it_was() -> None:
 
 
 def test_a_viewer_that_missed_events_is_told_how_many() -> None:
-    hub = hub_of(Limits(events=3, kept=0))
+    hub = hub_of(HubLimits(events=3, retained_scenes=0))
     for i in range(10):
         hub.publish(event(telemetry("a", i)))
 
@@ -101,7 +101,7 @@ def test_a_number_of_another_hub_is_a_gap_of_unknown_width(last_id: str) -> None
 
 
 def test_who_comes_late_gets_the_newest_of_every_scene_although_the_log_moved_on() -> None:
-    hub = hub_of(Limits(events=2))
+    hub = hub_of(HubLimits(events=2))
     for kind in ("score", "profile"):
         hub.publish(event(GOLDEN[kind][0]))
     hub.publish(event(telemetry("b", 1)))
@@ -118,7 +118,7 @@ def test_who_comes_late_gets_the_newest_of_every_scene_although_the_log_moved_on
 
 def test_a_viewer_that_is_too_slow_is_told_and_let_go() -> None:
     async def go() -> list[tuple[str, str, dict[str, object]]]:
-        hub = hub_of(Limits(events=4))
+        hub = hub_of(HubLimits(events=4))
         stream = hub.stream(hub.join(None))
         await anext(stream)  # greeted, and then it stalls
         for i in range(10):
@@ -131,7 +131,7 @@ def test_a_viewer_that_is_too_slow_is_told_and_let_go() -> None:
 
 
 def test_the_log_is_bounded_in_bytes_and_so_are_the_scenes_that_outlive_it() -> None:
-    hub = hub_of(Limits(log_bytes=2000, kept=3))
+    hub = hub_of(HubLimits(log_bytes=2000, retained_scenes=3))
     for i in range(100):
         hub.publish(event(telemetry(f"vm-{i}")))
 
@@ -143,10 +143,10 @@ def test_the_log_is_bounded_in_bytes_and_so_are_the_scenes_that_outlive_it() -> 
 
 def test_a_part_is_bounded_but_holds_at_least_one_event() -> None:
     async def go() -> list[int]:
-        hub = hub_of(Limits(part_bytes=10))
+        hub = hub_of(HubLimits(part_bytes=10))
         for i in range(3):
             hub.publish(event(telemetry("a", i)))
-        viewer = Viewer(seen=0)
+        viewer = HubViewer(seen=0)
         sizes = []
         async for part in hub.stream(viewer):
             sizes.append(part.count(b"event: telemetry"))
@@ -159,7 +159,7 @@ def test_a_part_is_bounded_but_holds_at_least_one_event() -> None:
 
 def test_too_many_viewers_are_refused_and_those_who_leave_make_room() -> None:
     async def go() -> int:
-        hub = hub_of(Limits(viewers=1))
+        hub = hub_of(HubLimits(viewers=1))
         stream = hub.stream(hub.join(None))
         await anext(stream)
         with pytest.raises(BusyError, match="1 viewers look on already"):
@@ -173,7 +173,7 @@ def test_too_many_viewers_are_refused_and_those_who_leave_make_room() -> None:
 
 def test_outside_producers_are_held_to_a_rate() -> None:
     clock = Clock()
-    hub = hub_of(Limits(rate_per_s=10, burst=20), clock)
+    hub = hub_of(HubLimits(rate_per_s=10, burst=20), clock)
 
     assert hub.admit(20) == 0.0
     assert hub.admit(5) == pytest.approx(0.5)
@@ -184,7 +184,7 @@ def test_outside_producers_are_held_to_a_rate() -> None:
 
 
 def test_a_silent_hub_says_that_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phasewatch.dashboard.hub.BEAT_S", 0.01)
+    monkeypatch.setattr("phasewatch.dashboard.hub.HEARTBEAT_S", 0.01)
 
     async def go() -> bytes:
         hub = hub_of()
@@ -196,7 +196,7 @@ def test_a_silent_hub_says_that_it_lives(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_place_is_taken_when_a_viewer_joins_and_not_when_it_first_reads() -> None:
-    hub = hub_of(Limits(viewers=2))
+    hub = hub_of(HubLimits(viewers=2))
     first, _ = hub.join(None), hub.join(None)
     with pytest.raises(BusyError, match="2 viewers look on already"):
         hub.join(None)

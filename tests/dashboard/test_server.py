@@ -16,9 +16,8 @@ import pytest
 from tests.dashboard.running import Frame, Running, dashboard, frames
 from tests.formats.test_golden_events import GOLDEN
 
-from phasewatch.dashboard.gate import CSP
-from phasewatch.live.envelope import MAX_BYTES
-from phasewatch.live.events import Telemetry
+from phasewatch.dashboard.auth import CONTENT_SECURITY_POLICY
+from phasewatch.events.schema import MAX_EVENT_BYTES, TelemetryEvent
 
 LINE = GOLDEN["perf"][1].encode()
 
@@ -54,7 +53,7 @@ def test_every_answer_carries_the_policy_to_the_letter(running: Running) -> None
         assert answer.headers["content-security-policy"] == (
             "default-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
         )
-        assert answer.headers["content-security-policy"] == CSP
+        assert answer.headers["content-security-policy"] == CONTENT_SECURITY_POLICY
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["referrer-policy"] == "no-referrer"
 
@@ -92,7 +91,7 @@ def test_events_are_taken_line_by_line_all_or_none(running: Running) -> None:
         pytest.param(b"", 400, "one event a line", id="empty"),
         pytest.param(b"\x00\xff", 400, "line 1: event: JSON is malformed", id="no JSON"),
         pytest.param(b"[" * 200_000, 400, "line 1: event:", id="a deep nest"),
-        pytest.param(b" " + b"x" * (MAX_BYTES + 1), 400, "at most 262,144", id="one huge event"),
+        pytest.param(b" " + b"x" * (MAX_EVENT_BYTES + 1), 400, "at most 262,144", id="one huge event"),
         pytest.param(b"x" * (1024 * 1024 + 1), 413, "more than 1,048,576 bytes", id="a huge body"),
         pytest.param(b"\n".join([LINE] * 2001), 413, "2,001 events, at most 2,000 at once", id="more than ever pass"),
     ],
@@ -214,7 +213,7 @@ def test_an_ended_dashboard_ends_its_streams_and_says_nothing(tmp_path: Path) ->
 SERVE = """
 import asyncio, sys
 from phasewatch.dashboard import server
-from phasewatch.dashboard.gate import Gate
+from phasewatch.dashboard.auth import Gate
 
 async def producer(hub):
     print("begun", flush=True)
@@ -294,7 +293,7 @@ def load(folder: Path, *, viewers: int, stalls: int, events: int, burst: int, pa
     """Let some viewers follow and some stall: the followers lose nothing, and memory stays; give its growth in bytes."""
     names = tuple(f"proc.channel_{i}" for i in range(46))
     row = tuple(1 / (i + 3) for i in range(46))
-    data = Telemetry(vm="a", origin="live", t0_ns=0, bin_s=0.5, channels=names, values=(row,) * 4, flags=(0,) * 4)
+    data = TelemetryEvent(vm="a", origin="live", t0_ns=0, bin_s=0.5, channels=names, values=(row,) * 4, flags=(0,) * 4)
     with dashboard(folder, "--no-produce", "--no-auth") as running:
         running.send(data)
         before = running.rss_bytes()

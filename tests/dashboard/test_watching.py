@@ -9,7 +9,7 @@ import pytest
 from tests.dashboard.test_hub import hub_of
 from tests.formats.test_golden_events import GOLDEN
 
-from phasewatch.dashboard.watching import relay
+from phasewatch.dashboard.server import relay_watcher
 from phasewatch.errors import MachineError
 
 
@@ -21,7 +21,7 @@ def test_its_lines_become_events_and_what_is_none_is_passed_over() -> None:
     async def go() -> int:
         hub = hub_of()
         lines = [GOLDEN["telemetry"][1], "no event", GOLDEN["phase"][1], '{"result": {}}']
-        await relay(program(f"print({chr(10).join(lines)!r})"), hub, "web-1")
+        await relay_watcher(program(f"print({chr(10).join(lines)!r})"), hub, "web-1")
         return hub.number
 
     assert asyncio.run(go()) == 2
@@ -31,14 +31,14 @@ def test_its_failure_is_one_line_with_its_last_words() -> None:
     fails = "import sys; print('looking', file=sys.stderr); print('error: web-1: no such machine', file=sys.stderr); sys.exit(5)"
 
     with pytest.raises(MachineError, match=r"^web-1: its watcher ended \(5\): web-1: no such machine$"):
-        asyncio.run(relay(program(fails), hub_of(), "web-1"))
+        asyncio.run(relay_watcher(program(fails), hub_of(), "web-1"))
 
 
 def test_it_ends_with_the_page() -> None:
     async def go() -> bool:
         hub = hub_of()
         text = f"print({GOLDEN['phase'][1]!r}, flush=True); import time; time.sleep(600)"
-        task = asyncio.create_task(relay(program(text), hub, "web-1"))
+        task = asyncio.create_task(relay_watcher(program(text), hub, "web-1"))
         while hub.number == 0:
             await asyncio.sleep(0.01)
         task.cancel()

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from phasewatch.cli import app
 from phasewatch.errors import PhasewatchError, UsageError
+from phasewatch.events.publish import EventPoster
 from phasewatch.http_client import is_clear_text
-from phasewatch.live.webhook import Webhook
-from phasewatch.produce.send import Poster
+from phasewatch.live.outputs import Webhook
 from phasewatch.store.base import open_store
 
 NAMES = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
@@ -79,7 +79,7 @@ def ship(url: str, folder: Path) -> None:
 
 def post_event(url: str, folder: Path) -> None:
     async def go() -> None:
-        poster = Poster(url, SECRET)
+        poster = EventPoster(url, SECRET)
         try:
             await poster._client.post(poster._url, content=b"{}")
         finally:
@@ -117,7 +117,7 @@ def test_a_request_to_this_machine_passes_no_proxy(
 ) -> None:  # fmt: skip
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.setattr("phasewatch.live.webhook.PAUSE_S", 0.001)
+    monkeypatch.setattr("phasewatch.live.outputs.WEBHOOK_RETRY_S", 0.001)
     for name in NAMES:
         monkeypatch.setenv(name, value.format(port=proxy.port))
 
@@ -142,7 +142,7 @@ def test_a_request_over_tls_passes_no_proxy_either(
 @pytest.mark.parametrize("url", ["http://192.0.2.1:8765", "HTTP://page.example/events", "http://[2001:db8::1]"])
 def test_the_dashboards_token_is_not_sent_in_the_clear_to_another_machine(url: str) -> None:
     with pytest.raises(UsageError, match="in the clear"):
-        Poster(url, SECRET)
+        EventPoster(url, SECRET)
 
 
 def test_this_machine_and_tls_are_not_in_the_clear() -> None:

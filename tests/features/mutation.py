@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from phasewatch.episode.model import Episode
+from phasewatch.bundle.model import Episode
 
 ARITHMETIC = (
-    "phasewatch.grid.arithmetic", "phasewatch.grid.clocks", "phasewatch.grid.layout", "phasewatch.grid.align",
+    "phasewatch.binning.align", "phasewatch.binning.clocks", "phasewatch.binning.align", "phasewatch.binning.align",
     "phasewatch.features.stats",
 )  # fmt: skip
 _LOADED = (*ARITHMETIC, "phasewatch.features.fingerprint")
@@ -266,7 +266,7 @@ def _said(function: Callable[..., Any], *arguments: object) -> str:
 
 
 def _digest(modules: Mapping[str, types.ModuleType], episode: Episode) -> str:
-    bins = modules["phasewatch.grid.align"].align(episode).bins
+    bins = modules["phasewatch.binning.align"].align(episode).bins
     stats = modules["phasewatch.features.stats"]
     digest = hashlib.sha256()
     for values in (bins, stats.window_stats(bins), stats.episode_stats(bins)):

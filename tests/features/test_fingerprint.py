@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from phasewatch.features.fingerprint import behaviour_fingerprint, golden_episodes
-from phasewatch.grid.align import align
+from phasewatch.binning.align import bin_episode
+from phasewatch.features.fingerprint import behaviour_fingerprint, build_golden_episodes
 
 # Changes only with the contract; then every feature table and model is to be built anew, and the change log says so.
 GOLDEN = "ff18dcf708b51df21763fc4a4b4d3c0751b428ba770d75b2ab45c038734a69b0"
@@ -23,9 +23,9 @@ def test_the_fingerprint_is_the_golden_one() -> None:
     assert behaviour_fingerprint() == GOLDEN
 
 
-@pytest.mark.parametrize("name", [name for name, _ in golden_episodes()])
+@pytest.mark.parametrize("name", [name for name, _ in build_golden_episodes()])
 def test_a_golden_episode_does_what_its_name_says(name: str) -> None:
-    grid = align(dict(golden_episodes())[name])
+    grid = bin_episode(dict(build_golden_episodes())[name])
     unknown = np.isnan(grid.bins)
 
     assert {f.code for f in grid.findings} == FINDINGS.get(name, set())

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from tests.features.mutation import Behaviour, Mutant, behaviour, cosmetic_edits, every_mutant, named_mutants
 from tests.oracle.episodes import episodes
 
-from phasewatch.episode.model import Episode
+from phasewatch.bundle.model import Episode
 from phasewatch.features.fingerprint import behaviour_fingerprint
 
 

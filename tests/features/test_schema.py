@@ -9,7 +9,7 @@ import pytest
 
 from phasewatch.channels import CHANNELS
 from phasewatch.features.schema import deployment_mask, feature_names, feature_units, render_schema, schema_hash
-from phasewatch.vocab import Kind, Source, Trust
+from phasewatch.types import ChannelKind, ChannelTrust, SourceKind
 
 
 def test_columns_go_channel_by_channel_five_stats_each() -> None:
@@ -43,8 +43,8 @@ def test_a_column_is_in_deployment_when_the_host_vouches_for_it() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"name": "other"}, {"source": Source.QMP}, {"kind": Kind.DELTA}, {"fields": ("other",)}, {"unit": "s"},
-        {"scale": 1e-6}, {"trust": Trust.GUEST}, {"semantics": 2},
+        {"name": "other"}, {"source": SourceKind.QMP}, {"kind": ChannelKind.DELTA}, {"fields": ("other",)}, {"unit": "s"},
+        {"scale": 1e-6}, {"trust": ChannelTrust.GUEST}, {"semantics": 2},
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from tests.oracle import slow
 
-from phasewatch.features.stats import SORT_10, STATS, episode_stats, window_stats
+from phasewatch.features.stats import SORTING_NETWORK_10, STATS, episode_stats, window_stats
 
 NAN = float("nan")
 
@@ -91,7 +91,7 @@ def test_the_input_is_left_as_it_was() -> None:
 def test_the_exchanges_sort_every_row_of_zeros_and_ones() -> None:
     for row in product([0, 1], repeat=10):  # which is to say: every row
         values = list(row)
-        for i, j in SORT_10:
+        for i, j in SORTING_NETWORK_10:
             values[i], values[j] = min(values[i], values[j]), max(values[i], values[j])
 
         assert values == sorted(row)

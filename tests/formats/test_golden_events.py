@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from phasewatch.live.envelope import Event, parse_event, render_event
-from phasewatch.live.events import (
-    Confusion,
-    Data,
-    Inflation,
-    Perf,
-    PhaseSeen,
+from phasewatch.events.schema import (
+    ConfusionEvent,
+    EventData,
+    EventEnvelope,
+    PerfEvent,
+    PhaseEvent,
     ProfileCell,
-    ProfileTable,
-    Score,
+    ProfileTableEvent,
+    ScoreEvent,
     ScoreRow,
-    Telemetry,
+    SplitProtocolScore,
+    TelemetryEvent,
+    parse_event,
+    render_event,
 )
 
 STAMP = 1_795_510_800_000_000_000
 
-GOLDEN: dict[str, tuple[Data, str]] = {
+GOLDEN: dict[str, tuple[EventData, str]] = {
     "telemetry": (
-        Telemetry(
+        TelemetryEvent(
             vm="web-1", host="pc", origin="live", t0_ns=STAMP, bin_s=0.5, channels=("proc.cpu_user", "qmp.jit_tb"),
             values=((0.25, None),), flags=(0,), masked=("qmp.jit_tb",), late_rows=1, lateness_s=0.5,
         ),
@@ -31,7 +33,7 @@ GOLDEN: dict[str, tuple[Data, str]] = {
         '"values":[[0.25,null]],"flags":[0],"masked":["qmp.jit_tb"],"late_rows":1,"lost_rows":0,"lateness_s":0.5}}',
     ),
     "phase": (
-        PhaseSeen(
+        PhaseEvent(
             vm="web-1", t_start_ns=STAMP, t_end_ns=STAMP + 10**10, p=(0.125, 0.125, 0.25, 0.5, 0.0), decision="active",
             alarm=True, alarm_since_ns=STAMP, threshold=0.5, model="gbt", threat="realistic", latency_ms=4.0,
         ),
@@ -41,10 +43,10 @@ GOLDEN: dict[str, tuple[Data, str]] = {
         '"threat":"realistic","table":"raw","filter":"none","latency_ms":4.0,"caveat":null}}',
     ),
     "score": (
-        Score(
+        ScoreEvent(
             metric="macro_f1", tested=5, registered=6, recipe="held_out_host", headline="macro-F1 0.50", inflation_of="gbt",
             rows=(ScoreRow(model="gbt", threat="realistic", table="raw", agent="off", value=0.5, low=0.4, high=0.6, n_hosts=3),),
-            inflation=(Inflation(recipe="random_windows", value=0.75),), notes=("one machine",),
+            inflation=(SplitProtocolScore(recipe="random_windows", value=0.75),), notes=("one machine",),
         ),
         '{"v":1,"type":"score","id":"e-1","t_wall_ns":1795510800000000000,"run":"demo","data":{"metric":"macro_f1","tested":5,'
         '"registered":6,"recipe":"held_out_host","rows":[{"model":"gbt","threat":"realistic","table":"raw","agent":"off","value":0.5,'
@@ -53,7 +55,7 @@ GOLDEN: dict[str, tuple[Data, str]] = {
         '"headline":"macro-F1 0.50","notes":["one machine"]}}',
     ),
     "confusion": (
-        Confusion(
+        ConfusionEvent(
             model="gbt", recipe="held_out_host", threat="realistic", table="raw", agent="off",
             labels=("clean", "active"), counts=((3.0, 1.0), (0.0, 2.0)), n_episodes=2, n_hosts=1,
         ),
@@ -62,7 +64,7 @@ GOLDEN: dict[str, tuple[Data, str]] = {
         '"counts":[[3.0,1.0],[0.0,2.0]],"n_episodes":2,"n_hosts":1}}',
     ),
     "perf": (
-        Perf(
+        PerfEvent(
             process="watch", vm="web-1", measured_s=10.0, windows=2, windows_per_s=0.2, latency_edges_ms=(1.0, 2.0),
             latency_counts=(0, 2, 0), p50_ms=1.5, p99_ms=1.5, rss_bytes=1_000_000, cpu_cores=0.125,
         ),
@@ -71,7 +73,7 @@ GOLDEN: dict[str, tuple[Data, str]] = {
         '"p50_ms":1.5,"p99_ms":1.5,"rss_bytes":1000000,"cpu_cores":0.125,"late_ticks":0,"backlog":0,"about":null}}',
     ),
     "profile": (
-        ProfileTable(
+        ProfileTableEvent(
             metric="macro_f1", recipe="held_out_host", threat="realistic", model="gbt", profiles=("benign",),
             hosts=("pc", "q35"), cells=((ProfileCell(value=0.5, n_windows=30, n_episodes=1), None),),
             untested_profiles=("exfil-drip",),
@@ -87,7 +89,7 @@ GOLDEN: dict[str, tuple[Data, str]] = {
 @pytest.mark.parametrize("kind", GOLDEN)
 def test_an_event_is_this_line_and_is_read_from_it(kind: str) -> None:
     data, line = GOLDEN[kind]
-    event = Event(id="e-1", t_wall_ns=STAMP, run="demo", data=data)
+    event = EventEnvelope(id="e-1", t_wall_ns=STAMP, run="demo", data=data)
 
     assert event.type == kind
     assert render_event(event).decode() == line

@@ -18,4 +18,4 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_folder_is_left_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Who surveys without a guard has nobody to remove the folder that a filter's dump would lie in.
-    monkeypatch.setattr(ownership, "MEMORY", (tmp_path,))
+    monkeypatch.setattr(ownership, "MEMORY_DIRS", (tmp_path,))

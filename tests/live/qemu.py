@@ -9,7 +9,7 @@ from pathlib import Path
 from struct import pack
 from typing import Any
 
-from tests.record.test_proc import PID, VCPU, MadeUpProc
+from tests.lab.test_proc import PID, VCPU, MadeUpProc
 
 BALLOON = "/machine/peripheral/balloon0"
 MAC = bytes.fromhex("525400770002")

@@ -20,9 +20,9 @@ from typing import Any
 import dpkt
 
 from phasewatch.errors import VmError
-from phasewatch.live.capture import CaptureSource, object_ids
-from phasewatch.live.tap import read_devices
-from phasewatch.record.qmp import Monitor
+from phasewatch.telemetry.capture import CaptureSource, build_filter_ids
+from phasewatch.telemetry.qmp import QmpMonitor
+from phasewatch.telemetry.tap import read_device_counters
 
 MACHINES = {
     "header12": ("vnet_hdr=on", "virtio-net-pci"),
@@ -72,10 +72,10 @@ class Host:
         self.socket.sendto(bytes(reply), ("255.255.255.255", 68))
 
 
-async def connect(door: Path) -> Monitor:
+async def connect(door: Path) -> QmpMonitor:
     until_s = time.monotonic() + 15
     while True:
-        monitor = Monitor(door)
+        monitor = QmpMonitor(door)
         try:
             await monitor.connect()
             return monitor
@@ -97,10 +97,10 @@ async def watch(name: str, host: Host, folder: Path) -> dict[str, Any]:
     monitor = await connect(door)
     dumps = folder / name
     dumps.mkdir()
-    source = CaptureSource(monitor=monitor, folder=dumps, ids=object_ids(f"phasewatch-{qemu.pid}"), pid=qemu.pid)
+    source = CaptureSource(monitor=monitor, folder=dumps, ids=build_filter_ids(f"phasewatch-{qemu.pid}"), pid=qemu.pid)
     try:
         await source.open()
-        before = read_devices(qemu.pid)[host.tap]
+        before = read_device_counters(qemu.pid)[host.tap]
         await monitor.ask("cont")
         values: tuple[int | float | None, ...] = ()
         until_s = time.monotonic() + LIMIT_S
@@ -115,7 +115,7 @@ async def watch(name: str, host: Host, folder: Path) -> dict[str, Any]:
         await read_until(lambda: bool(values and values[5] and values[6]))  # a SYN and its refusal
         await monitor.ask("stop")
         values = await source.read()
-        counted = [now - then for now, then in zip(read_devices(qemu.pid)[host.tap], before, strict=True)]
+        counted = [now - then for now, then in zip(read_device_counters(qemu.pid)[host.tap], before, strict=True)]
         (card,) = source._cards.values()
         result: dict[str, Any] = {
             "values": values, "tap": counted, "header": card.finder.length,

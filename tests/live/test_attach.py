@@ -9,37 +9,36 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.lab.test_proc import WORKER
 from tests.live.qemu import MAC, PID, VCPU, FakeQemu, make_process
-from tests.record.test_proc import WORKER
 
-from phasewatch.channels import CHANNELS, mask_of, raw_fields
+from phasewatch.channels import CHANNELS, build_channel_mask, list_raw_fields
 from phasewatch.errors import MachineError, UsageError, VmError
-from phasewatch.live.asking import jit_use
-from phasewatch.live.attach import Survey, attach, detach, survey
-from phasewatch.live.find import read_running
-from phasewatch.live.ownership import FORMAT, WatchRecord, write_record
-from phasewatch.record.base import HostClock, TelemetrySource
-from phasewatch.record.qmp import JitUse
-from phasewatch.vocab import Source
+from phasewatch.live.attach import VmSurvey, attach, choose_jit_use, detach, survey_vm
+from phasewatch.live.discover import read_running_vm
+from phasewatch.live.ownership import WATCH_RECORD_FORMAT, WatchRecord, write_watch_record
+from phasewatch.telemetry.base import HostClock, TelemetrySource
+from phasewatch.telemetry.qmp import JitUse
+from phasewatch.types import SourceKind
 
-REALISTIC = {c.full_name for c, on in zip(CHANNELS, mask_of("realistic"), strict=True) if on}
+REALISTIC = {c.full_name for c, on in zip(CHANNELS, build_channel_mask("realistic"), strict=True) if on}
 JIT = {"qmp.jit_tb", "qmp.jit_tlb_partial"}
-TAP = {c.full_name for c, on in zip(CHANNELS, mask_of("tap"), strict=True) if on}
+TAP = {c.full_name for c, on in zip(CHANNELS, build_channel_mask("tap"), strict=True) if on}
 
 
 def run(
     proc: Path,
-    then: Callable[[Survey, tuple[TelemetrySource, ...]], Coroutine[Any, Any, Any]],
+    then: Callable[[VmSurvey, tuple[TelemetrySource, ...]], Coroutine[Any, Any, Any]],
     *,
     qmp: Path | None = None,
     jit: JitUse = JitUse.NEVER,
-) -> Survey:
+) -> VmSurvey:
     """Survey, attach, do something, detach."""
 
-    async def main() -> Survey:
-        machine = read_running(PID, proc)
+    async def main() -> VmSurvey:
+        machine = read_running_vm(PID, proc)
         assert machine is not None
-        found = await survey(machine, qmp=qmp, clock=HostClock(), proc=proc)
+        found = await survey_vm(machine, qmp=qmp, clock=HostClock(), proc=proc)
         found.jit = jit
         sources = await attach(found)
         try:
@@ -51,19 +50,21 @@ def run(
     return asyncio.run(main())
 
 
-def run_to_the_end(proc: Path, end: Callable[[Survey, tuple[TelemetrySource, ...]], Coroutine[Any, Any, bool]]) -> bool:
+def run_to_the_end(
+    proc: Path, end: Callable[[VmSurvey, tuple[TelemetrySource, ...]], Coroutine[Any, Any, bool]]
+) -> bool:
     """Survey, attach, and let a test detach; give what that said."""
 
     async def main() -> bool:
-        machine = read_running(PID, proc)
+        machine = read_running_vm(PID, proc)
         assert machine is not None
-        found = await survey(machine, qmp=None, clock=HostClock(), proc=proc)
+        found = await survey_vm(machine, qmp=None, clock=HostClock(), proc=proc)
         return await end(found, await attach(found))
 
     return asyncio.run(main())
 
 
-async def nothing(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+async def nothing(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
     """Look at what was attached."""
 
 
@@ -71,8 +72,8 @@ def test_a_machine_with_a_monitor_gives_every_host_channel_and_is_left_as_it_was
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
-        async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
-            assert [s.source for s in sources] == [Source.PROC, Source.NETFLOW, Source.QMP]
+        async def look(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
+            assert [s.source for s in sources] == [SourceKind.PROC, SourceKind.NETFLOW, SourceKind.QMP]
             assert sorted(qemu.filters.values()) == [("n0", "rx"), ("n0", "tx")]  # one for each direction
             assert set(qemu.objects) <= set(found.task.objects)
             assert qemu.interval == 1
@@ -82,7 +83,7 @@ def test_a_machine_with_a_monitor_gives_every_host_channel_and_is_left_as_it_was
         found = run(tmp_path / "proc", look)
 
         assert found.available >= REALISTIC - JIT
-        assert set(found.masked) == {c.full_name for c in CHANNELS if c.source is Source.GUEST} | JIT
+        assert set(found.masked) == {c.full_name for c in CHANNELS if c.source is SourceKind.GUEST} | JIT
         assert (found.facts.accel, found.facts.arch, found.facts.mem_mib) == ("tcg", "x86_64", 256)
         assert qemu.objects == {}
         assert qemu.interval == 7
@@ -92,7 +93,7 @@ def test_qemu_is_not_asked_to_count_its_translations(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
-        async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+        async def look(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
             for source in sources:
                 await source.read()
 
@@ -112,7 +113,7 @@ def test_translations_are_counted_for_a_named_channel_set_while_that_is_fast(
         make_process(tmp_path / "proc", qmp=qemu.path)
         qemu.delays_s["x-query-jit"] = takes_s
 
-        found = run(tmp_path / "proc", nothing, jit=jit_use(channels))
+        found = run(tmp_path / "proc", nothing, jit=choose_jit_use(channels))
         masked = JIT & set(found.masked)
 
         assert masked == (set() if is_given else JIT)
@@ -123,14 +124,14 @@ def test_a_refused_translation_count_is_masked(tmp_path: Path) -> None:
         make_process(tmp_path / "proc", qmp=qemu.path)
         qemu.refused.add("x-query-jit")
 
-        found = run(tmp_path / "proc", nothing, jit=jit_use("realistic"))
+        found = run(tmp_path / "proc", nothing, jit=choose_jit_use("realistic"))
 
         assert {name for name in found.masked if not name.startswith("guest.")} == JIT
 
 
 def test_a_channel_set_that_nobody_knows_is_an_error() -> None:
     with pytest.raises(UsageError, match="realistc"):
-        jit_use("realistc")
+        choose_jit_use("realistc")
 
 
 @pytest.mark.parametrize("slow", ["query-blockstats", "x-query-virtio-queue-status", "qom-get"])
@@ -144,12 +145,16 @@ def test_a_question_that_is_slow_costs_its_own_fields_and_delays_no_other(tmp_pa
         make_process(tmp_path / "proc", qmp=qemu.path)
         rows: list[dict[str, Any]] = []
 
-        async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+        async def look(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
             qemu.delays_s[slow] = 1.0
             for _ in range(2):
                 async with asyncio.timeout(0.4):
                     rows.append(
-                        dict(zip((s.field for s in raw_fields(Source.QMP)), await sources[2].read(), strict=True))
+                        dict(
+                            zip(
+                                (s.field for s in list_raw_fields(SourceKind.QMP)), await sources[2].read(), strict=True
+                            )
+                        )
                     )
             qemu.delays_s.clear()
 
@@ -163,10 +168,10 @@ def test_a_question_that_is_slow_costs_its_own_fields_and_delays_no_other(tmp_pa
 def test_vcpus_are_asked_for_again_when_the_threads_change(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock", tids=(VCPU, WORKER)) as qemu:
         made = make_process(tmp_path / "proc", qmp=qemu.path)
-        fields = [s.field for s in raw_fields(Source.PROC)]
+        fields = [s.field for s in list_raw_fields(SourceKind.PROC)]
         rows: list[dict[str, Any]] = []
 
-        async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+        async def look(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
             rows.append(dict(zip(fields, await sources[0].read(), strict=True)))
             qemu.tids = (VCPU,)
             made.end_thread(WORKER)
@@ -184,9 +189,9 @@ def test_a_filter_that_no_source_takes_out_is_taken_out_at_the_end(tmp_path: Pat
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
-        async def lose(found: Survey, sources: tuple[TelemetrySource, ...]) -> bool:
+        async def lose(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> bool:
             for source in sources:
-                if source.source is not Source.NETFLOW:  # as if an interrupt came before it was handed over
+                if source.source is not SourceKind.NETFLOW:  # as if an interrupt came before it was handed over
                     await source.close()
             return await detach(found, ())
 
@@ -200,7 +205,7 @@ def test_a_machine_that_still_carries_something_of_ours_is_not_as_it_was(tmp_pat
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
-        async def end(found: Survey, sources: tuple[TelemetrySource, ...]) -> bool:
+        async def end(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> bool:
             qemu.refused.add(refused)
             return await detach(found, sources)
 
@@ -213,8 +218,8 @@ def leave_behind(tmp_path: Path, qemu: FakeQemu, owner: str, *, interval_s: int)
     """What a watcher left that was killed with its guard: a filter, a folder with its dump, a polled balloon."""
     folder = tmp_path / f"{owner}-abcdefgh"
     folder.mkdir(mode=0o700)
-    record = WatchRecord(format=FORMAT, vm_pid=PID, vm_start_ticks=0, balloon="/machine/peripheral/balloon0", interval_s=interval_s)  # fmt: skip
-    write_record(str(folder), record)
+    record = WatchRecord(format=WATCH_RECORD_FORMAT, vm_pid=PID, vm_start_ticks=0, balloon="/machine/peripheral/balloon0", interval_s=interval_s)  # fmt: skip
+    write_watch_record(str(folder), record)
     qemu.objects[f"{owner}-b"], qemu.interval = folder / f"{owner}-b-1", 1
     (folder / f"{owner}-b-1").write_bytes(b"frames")
     return folder
@@ -225,7 +230,7 @@ def test_what_a_dead_watcher_left_is_taken_out_and_its_interval_comes_back(tmp_p
         make_process(tmp_path / "proc", qmp=qemu.path)
         folder = leave_behind(tmp_path, qemu, "phasewatch-4711-5-0", interval_s=7)
 
-        async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+        async def look(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
             assert len(qemu.objects) == 2  # one filter a direction
             assert not folder.exists()
 
@@ -252,7 +257,7 @@ def test_the_last_of_two_watchers_gives_the_interval_back_that_the_first_found(t
         make_process(tmp_path / "proc", qmp=qemu.path)
         folder = leave_behind(tmp_path, qemu, f"phasewatch-{PID}-0-0", interval_s=7)
 
-        async def end_the_first(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+        async def end_the_first(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
             qemu.objects.pop(f"phasewatch-{PID}-0-0-b")
             shutil.rmtree(folder)
 
@@ -280,9 +285,9 @@ def test_looking_changes_nothing(tmp_path: Path) -> None:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
         async def main() -> None:
-            machine = read_running(PID, tmp_path / "proc")
+            machine = read_running_vm(PID, tmp_path / "proc")
             assert machine is not None
-            found = await survey(machine, qmp=None, clock=HostClock(), proc=tmp_path / "proc")
+            found = await survey_vm(machine, qmp=None, clock=HostClock(), proc=tmp_path / "proc")
             await detach(found, ())
 
         asyncio.run(main())
@@ -297,9 +302,11 @@ def test_frames_are_told_apart_by_the_guests_address(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
-        async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+        async def look(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
             qemu.write_frames([out, out, back])
-            read = dict(zip((s.field for s in raw_fields(Source.NETFLOW)), await sources[1].read(), strict=True))
+            read = dict(
+                zip((s.field for s in list_raw_fields(SourceKind.NETFLOW)), await sources[1].read(), strict=True)
+            )
             assert (read["out_pkts"], read["out_bytes"], read["in_pkts"], read["in_bytes"]) == (2, 428, 1, 54)
 
         run(tmp_path / "proc", look)
@@ -309,7 +316,7 @@ def test_frames_are_told_apart_by_the_guests_address(tmp_path: Path) -> None:
     ("refused", "masked"),
     [
         pytest.param("x-query-virtio", {"qmp.vq_blk"}, id="no virtio disk"),
-        pytest.param("object-add", {c.full_name for c in CHANNELS if c.source is Source.NETFLOW}, id="no filter and no tap"),
+        pytest.param("object-add", {c.full_name for c in CHANNELS if c.source is SourceKind.NETFLOW}, id="no filter and no tap"),
         pytest.param("qom-list", {"qmp.bal_minor_faults", "qmp.bal_free_delta", "qmp.bal_cache_delta"}, id="no balloon"),
         pytest.param("query-blockstats", {c.full_name for c in CHANNELS if c.full_name.startswith("qmp.blk_")}, id="no disk counters"),
     ],
@@ -332,7 +339,7 @@ def test_under_kvm_only_what_exists_there_is_promised(tmp_path: Path) -> None:
         qemu.accel = "kvm"
         asked: list[int] = []
 
-        async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+        async def look(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
             asked.append(qemu.asked.count("human-monitor-command"))
             await asyncio.sleep(0.5)
             asked.append(qemu.asked.count("human-monitor-command"))
@@ -340,7 +347,7 @@ def test_under_kvm_only_what_exists_there_is_promised(tmp_path: Path) -> None:
         found = run(tmp_path / "proc", look)
 
         assert asked[0] == asked[1]  # registers would stop a vCPU ten times a second, and tell nothing
-        portable = {c.full_name for c, on in zip(CHANNELS, mask_of("portable"), strict=True) if on}
+        portable = {c.full_name for c, on in zip(CHANNELS, build_channel_mask("portable"), strict=True) if on}
         assert found.available & REALISTIC == portable
         assert "runs on kvm" in found.masked["qmp.jit_tb"]
 
@@ -350,20 +357,20 @@ def test_without_a_monitor_proc_and_a_taps_counters_are_left(tmp_path: Path) -> 
     proc.write("cmdline", "qemu-system-x86_64\0-chardev\0socket,id=m,fd=3\0-mon\0chardev=m,mode=control\0")
     proc.write("net/dev", "vnet0: 500 5 0 0 0 0 0 0 900 7 0 0 0 0 0 0\n")
 
-    async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+    async def look(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
         assert (await sources[1].read())[:4] == (5, 500, 7, 900)  # what the tap receives the guest sent
 
     found = run(tmp_path / "proc", look)
 
-    assert found.available == {c.full_name for c in CHANNELS if c.source is Source.PROC} | TAP
+    assert found.available == {c.full_name for c in CHANNELS if c.source is SourceKind.PROC} | TAP
     assert "belongs to who started it (libvirt)" in found.masked["qmp.blk_rd_bytes"]
 
 
 def test_without_names_of_threads_the_vcpus_are_masked_and_nothing_is_made_up(tmp_path: Path) -> None:
     make_process(tmp_path / "proc")
 
-    async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
-        fields = [s.field for s in raw_fields(Source.PROC)]
+    async def look(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
+        fields = [s.field for s in list_raw_fields(SourceKind.PROC)]
         read = dict(zip(fields, await sources[0].read(), strict=True))
         assert read["vcpu_run_ns"] is None
         assert read["main_run_ns"] == 5
@@ -409,12 +416,12 @@ def test_of_two_monitors_that_do_not_answer_the_first_ones_reason_is_kept(tmp_pa
 
 def test_another_process_that_got_the_number_meanwhile_is_not_watched(tmp_path: Path) -> None:
     proc = make_process(tmp_path / "proc")
-    machine = read_running(PID, proc.root)
+    machine = read_running_vm(PID, proc.root)
     assert machine is not None
     proc.write("stat", f"{PID} (sh) S " + "0 " * 18 + "99 0")
 
     with pytest.raises(MachineError):
-        asyncio.run(survey(machine, qmp=None, clock=HostClock(), proc=proc.root))
+        asyncio.run(survey_vm(machine, qmp=None, clock=HostClock(), proc=proc.root))
 
 
 def test_the_socket_of_another_machine_is_refused(tmp_path: Path) -> None:

@@ -11,21 +11,21 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.lab.test_headers import ASK, SYN, ethernet, ipv4, ipv6
 from tests.live.qemu import MAC
-from tests.record.test_headers import ASK, SYN, ethernet, ipv4, ipv6
 
 from phasewatch.errors import VmError
-from phasewatch.live import capture
-from phasewatch.live.capture import MAX_CARDS, CaptureSource, NetworkNotice, object_ids
-from phasewatch.record.base import Values, nothing_of
-from phasewatch.record.netflow import JUDGED_READINGS, Counters
-from phasewatch.record.qmp import Monitor
-from phasewatch.vocab import Source
+from phasewatch.telemetry import capture
+from phasewatch.telemetry.base import ReadingValues, build_missing_reading
+from phasewatch.telemetry.capture import MAX_CARDS, CaptureSource, NetworkNoticeCode, build_filter_ids
+from phasewatch.telemetry.netflow import PARSING_WINDOW_READINGS, NetflowReading
+from phasewatch.telemetry.qmp import QmpMonitor
+from phasewatch.types import SourceKind
 
 HEAD = pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 160, 1)
 FRAME = ethernet(0x0800, ipv4(SYN))
 OPAQUE = ethernet(0x88E5, bytes(60))
-UNKNOWN = nothing_of(Source.NETFLOW)
+UNKNOWN = build_missing_reading(SourceKind.NETFLOW)
 PID = 100
 
 
@@ -41,7 +41,7 @@ def record(frame: bytes, size: int | None = None) -> bytes:
     return pack("<IIII", 1, 2, len(frame[:160]), len(frame) if size is None else size) + frame[:160]
 
 
-class Cards(Monitor):
+class Cards(QmpMonitor):
     """A monitor that only knows cards and filters, and writes their files as QEMU does."""
 
     def __init__(self, *netdevs: str) -> None:
@@ -97,7 +97,7 @@ def play(
     """Open a source, do something with it, and close it."""
 
     async def main() -> Any:
-        source = CaptureSource(monitor=monitor, folder=folder, ids=object_ids("phasewatch-7"), pid=PID, proc=proc)
+        source = CaptureSource(monitor=monitor, folder=folder, ids=build_filter_ids("phasewatch-7"), pid=PID, proc=proc)
         await source.open()
         try:
             return await then(source)
@@ -107,12 +107,12 @@ def play(
     return asyncio.run(main())
 
 
-def codes(source: CaptureSource) -> set[NetworkNotice]:
+def codes(source: CaptureSource) -> set[NetworkNoticeCode]:
     return {notice.code for notice in source.take_notices()}
 
 
-def named(values: Values) -> dict[str, int | float | None]:
-    return dict(zip(Counters._fields, values, strict=True))
+def named(values: ReadingValues) -> dict[str, int | float | None]:
+    return dict(zip(NetflowReading._fields, values, strict=True))
 
 
 def test_filters_go_in_and_out_and_the_files_with_them(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_the_side_that_a_frame_comes_from_tells_its_direction_whatever_its_addre
     other = b"\x02\x11\x22\x33\x44\x55"
     monitor = Cards("n0")
 
-    async def then(source: CaptureSource) -> Values:
+    async def then(source: CaptureSource) -> ReadingValues:
         monitor.pass_frames(record(MAC + other + FRAME[12:]), queue="rx")  # a nested machine's, to its own host
         monitor.pass_frames(record(other + MAC + FRAME[12:]), queue="tx")  # somebody else uses the guest's address
         return await source.read()
@@ -148,7 +148,7 @@ def test_the_side_that_a_frame_comes_from_tells_its_direction_whatever_its_addre
 def test_every_card_is_counted_and_a_destination_of_two_cards_once(tmp_path: Path) -> None:
     monitor = Cards("n0", "n1")
 
-    async def then(source: CaptureSource) -> Values:
+    async def then(source: CaptureSource) -> ReadingValues:
         monitor.pass_frames(record(FRAME), "n0")
         monitor.pass_frames(record(FRAME), "n1")
         monitor.pass_frames(record(ethernet(0x86DD, ipv6(ASK, 17))), "n1")
@@ -165,7 +165,7 @@ def test_a_full_file_is_given_up_for_a_new_one_and_no_frame_of_it_is_lost(
     monkeypatch.setattr(capture, "ROTATE_BYTES", 8000)
     monitor = Cards("n0")
 
-    async def then(source: CaptureSource) -> Values:
+    async def then(source: CaptureSource) -> ReadingValues:
         for _ in range(10):
             monitor.pass_frames(record(FRAME) * 100)
             await source.read()
@@ -194,7 +194,7 @@ def test_a_file_that_was_spoilt_costs_one_reading_and_is_said(tmp_path: Path, sp
         assert await source.read() == UNKNOWN
         monitor.pass_frames(record(FRAME))
         assert (await source.read())[:2] == (2, 2 * len(FRAME))
-        assert codes(source) == {NetworkNotice.LOST}
+        assert codes(source) == {NetworkNoticeCode.LOST}
 
     play(monitor, tmp_path, then)
 
@@ -221,12 +221,14 @@ def test_a_file_that_qemu_has_closed_is_given_up(tmp_path: Path) -> None:
     folder.mkdir()
 
     async def then(source: CaptureSource) -> None:
-        readings = [await source.read() for _ in range(capture.LOOK_EVERY)]
+        readings = [await source.read() for _ in range(capture.CARD_CHECK_READINGS)]
         assert readings[-1] == UNKNOWN
-        assert NetworkNotice.LOST in codes(source)
+        assert NetworkNoticeCode.LOST in codes(source)
         for number, path in enumerate(monitor.files.values()):
             (files / str(number)).symlink_to(path)
-        assert [await source.read() for _ in range(capture.LOOK_EVERY)] == [(0,) * 10] * capture.LOOK_EVERY
+        assert [await source.read() for _ in range(capture.CARD_CHECK_READINGS)] == [
+            (0,) * 10
+        ] * capture.CARD_CHECK_READINGS
 
     play(monitor, folder, then, proc=tmp_path / "proc")
 
@@ -238,7 +240,7 @@ def test_a_filter_that_somebody_took_out_is_no_quiet_network(tmp_path: Path) -> 
         assert await source.read() == (0,) * 10
         monitor.lose_filters("n0")
         assert await source.read() == UNKNOWN
-        assert codes(source) == {NetworkNotice.LOST}
+        assert codes(source) == {NetworkNoticeCode.LOST}
         assert len(monitor.filters) == 2
         monitor.pass_frames(record(FRAME))
         assert (await source.read())[0] == 1
@@ -254,15 +256,15 @@ def test_a_card_that_is_pulled_out_leaves_the_network_unknown_until_one_comes(tm
         assert (await source.read())[0] == 1
         monitor.unplug("n0")
         assert [await source.read() for _ in range(6)] == [UNKNOWN] * 6
-        assert {NetworkNotice.CARD_GONE, NetworkNotice.NO_CARD} <= codes(source)
-        assert source.unknown_fields == set(Counters._fields)
+        assert {NetworkNoticeCode.CARD_GONE, NetworkNoticeCode.NO_CARD} <= codes(source)
+        assert source.unknown_fields == set(NetflowReading._fields)
         monitor.cards["n9"] = card("n9")
-        for _ in range(capture.LOOK_EVERY):
+        for _ in range(capture.CARD_CHECK_READINGS):
             values = await source.read()
         assert values[0] in (None, 1)
         monitor.pass_frames(record(FRAME), "n9")
         assert (await source.read())[0] == 2
-        assert codes(source) == {NetworkNotice.CARD_ADDED}
+        assert codes(source) == {NetworkNoticeCode.CARD_ADDED}
 
     play(monitor, tmp_path, then)
 
@@ -275,7 +277,7 @@ def test_a_card_without_its_backend_is_gone_as_soon_as_qemu_says_so(tmp_path: Pa
         monitor.cards["n0"] = "n0: index=0,type=user,net=10.0.2.0\n"  # the guest let go of the card, the backend stays
         monitor.events["DEVICE_DELETED"] += 1
         assert await source.read() == UNKNOWN
-        assert NetworkNotice.NO_CARD in codes(source)
+        assert NetworkNoticeCode.NO_CARD in codes(source)
 
     play(monitor, tmp_path, then)
     assert monitor.filters == {}
@@ -293,7 +295,7 @@ def test_of_two_cards_one_may_go_and_no_count_falls(tmp_path: Path) -> None:
             elif tick < 5:
                 monitor.pass_frames(record(FRAME), "n1")
             seen.append((await source.read())[0])
-        assert NetworkNotice.CARD_GONE in codes(source)
+        assert NetworkNoticeCode.CARD_GONE in codes(source)
         return seen
 
     known = [n for n in play(monitor, tmp_path, then) if n is not None]
@@ -308,11 +310,11 @@ def test_a_card_that_comes_is_counted_from_then_on(tmp_path: Path) -> None:
     async def then(source: CaptureSource) -> None:
         await source.read()
         monitor.cards["n1"] = card("n1")
-        for _ in range(capture.LOOK_EVERY):
+        for _ in range(capture.CARD_CHECK_READINGS):
             await source.read()
         monitor.pass_frames(record(FRAME) * 3, "n1")
         assert (await source.read())[0] == 3
-        assert codes(source) == {NetworkNotice.CARD_ADDED}
+        assert codes(source) == {NetworkNoticeCode.CARD_ADDED}
 
     play(monitor, tmp_path, then)
 
@@ -339,7 +341,7 @@ def test_a_monitor_that_fails_in_the_middle_leaves_nothing_readings_not_an_error
 def test_quiet_is_not_believed_while_the_monitor_is_silent(tmp_path: Path) -> None:
     monitor = Cards("n0")
 
-    async def then(source: CaptureSource) -> Values:
+    async def then(source: CaptureSource) -> ReadingValues:
         await source.read()
         monitor.refused.add("qom-list")
         return await source.read()
@@ -349,7 +351,7 @@ def test_quiet_is_not_believed_while_the_monitor_is_silent(tmp_path: Path) -> No
 
 def test_a_filter_that_a_cut_off_question_left_is_taken_out(tmp_path: Path) -> None:
     monitor = Cards("n0")
-    stray = object_ids("phasewatch-7")[5]
+    stray = build_filter_ids("phasewatch-7")[5]
 
     async def then(source: CaptureSource) -> None:
         monitor.filters[stray], monitor.files[stray] = ("n0", "rx"), tmp_path / "stray"
@@ -373,7 +375,7 @@ def test_the_file_of_a_filter_that_may_still_write_is_left_to_the_guard_that_bou
 def test_more_frames_than_can_be_read_are_unknown_until_all_are_and_none_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(capture, "READ_BYTES", 1 << 16)
+    monkeypatch.setattr(capture, "MAX_READ_BYTES", 1 << 16)
     monitor = Cards("n0")
 
     async def then(source: CaptureSource) -> None:
@@ -382,7 +384,7 @@ def test_more_frames_than_can_be_read_are_unknown_until_all_are_and_none_is_lost
         assert readings[0] == UNKNOWN
         assert readings[-1][0] == 4000
         assert {row[0] for row in readings} == {None, 4000}
-        assert NetworkNotice.BEHIND in codes(source)
+        assert NetworkNoticeCode.BEHIND in codes(source)
 
     play(monitor, tmp_path, then)
 
@@ -397,13 +399,13 @@ def test_frames_that_are_not_parsed_leave_flows_unknown_and_are_said_until_they_
         assert (
             {name for name, value in values.items() if value is None}
             == source.unknown_fields
-            == set(Counters._fields[4:])
+            == set(NetflowReading._fields[4:])
         )
-        assert codes(source) == {NetworkNotice.UNREADABLE}
-        for _ in range(JUDGED_READINGS):
+        assert codes(source) == {NetworkNoticeCode.UNREADABLE}
+        for _ in range(PARSING_WINDOW_READINGS):
             values = named(await source.read())
         assert values["new_flows"] == 1
-        assert codes(source) == {NetworkNotice.READABLE}
+        assert codes(source) == {NetworkNoticeCode.READABLE}
 
     play(monitor, tmp_path, then)
 
@@ -411,7 +413,7 @@ def test_frames_that_are_not_parsed_leave_flows_unknown_and_are_said_until_they_
 def test_frames_that_begin_nowhere_leave_the_whole_network_unknown(tmp_path: Path) -> None:
     monitor = Cards("n0")
 
-    async def then(source: CaptureSource) -> Values:
+    async def then(source: CaptureSource) -> ReadingValues:
         monitor.pass_frames(record(b"\xff" * 100) * 10)
         return await source.read()
 
@@ -425,7 +427,7 @@ def test_a_card_that_the_host_passed_through_makes_the_network_unknown(tmp_path:
     monitor.buses = [{"devices": [ethernet_class, bridged, {"class_info": {"class": 0x0100}}]}]
 
     async def then(source: CaptureSource) -> None:
-        assert source.unknown_fields == set(Counters._fields)
+        assert source.unknown_fields == set(NetflowReading._fields)
         monitor.pass_frames(record(FRAME))
         assert await source.read() == UNKNOWN
 
@@ -451,7 +453,7 @@ def test_of_a_card_that_qemu_does_not_filter_the_taps_counters_are_left(tmp_path
     monitor.cards["n1"] = card("n1", queues=2, kind="tap", rest=",fd=31")
 
     async def then(source: CaptureSource) -> None:
-        assert source.unknown_fields == set(Counters._fields[4:])
+        assert source.unknown_fields == set(NetflowReading._fields[4:])
         monitor.pass_frames(record(FRAME))
         make_tap(proc, "vnet5", (15, 1500, 7, 900), fd=31)
         values = await source.read()
@@ -496,7 +498,7 @@ def test_no_frames_and_no_bytes_end_the_watch(
     async def then(source: CaptureSource) -> None:
         for frame, beyond, outgoing in frames:
             monitor.pass_frames(record(frame, len(frame) + beyond), queue="rx" if outgoing else "tx")
-        assert len(await source.read()) == len(Counters._fields)
+        assert len(await source.read()) == len(NetflowReading._fields)
         monitor.pass_frames(rubbish)
         for _ in range(3):
             await source.read()

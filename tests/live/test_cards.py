@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phasewatch.live.cards import count_passed_through, count_unplugged, parse_network
+from phasewatch.telemetry.cards import count_passthrough_cards, count_unplugged_cards, parse_network_cards
 
 # From a QEMU 7.2 with every way to plug a card in.
 NETWORK = """hub 0
@@ -35,30 +35,30 @@ lonely: index=0,type=nic,model=e1000,macaddr=52:54:00:12:34:5b
 
 
 def test_every_card_with_a_backend_is_found() -> None:
-    cards = {card.netdev: card for card in parse_network(NETWORK.replace("\n", "\r\n"))}
+    cards = {card.netdev: card for card in parse_network_cards(NETWORK.replace("\n", "\r\n"))}
 
     assert list(cards) == ["hub0port0", "hp", "#net008", "t0", "hostnet0", "mq", "un"]
     assert (cards["t0"].kind, cards["t0"].ifname, cards["t0"].mac.hex()) == ("tap", "tap3", "52540012345c")
     assert (cards["hostnet0"].ifname, cards["hostnet0"].fd) == ("", 34)
     assert (cards["mq"].queues, cards["t0"].queues) == (2, 1)
     assert (cards["hub0port0"].name, cards["hub0port0"].model) == ("e1000.1", "e1000")
-    assert count_unplugged(NETWORK) == 1
+    assert count_unplugged_cards(NETWORK) == 1
 
 
 def test_no_card_is_no_card() -> None:
-    assert parse_network("") == parse_network("hub 0\n") == ()
-    assert count_unplugged("") == 0
+    assert parse_network_cards("") == parse_network_cards("hub 0\n") == ()
+    assert count_unplugged_cards("") == 0
 
 
 def test_a_card_of_the_host_is_one_more_than_qemu_emulates() -> None:
-    cards = parse_network(NETWORK)  # of which six are on PCI, and the lonely one
+    cards = parse_network_cards(NETWORK)  # of which six are on PCI, and the lonely one
     buses = [{"devices": [{"class_info": {"class": 0x0200}}] * 7}]
 
-    assert count_passed_through(buses, cards, count_unplugged(NETWORK)) == 0
-    assert count_passed_through([*buses, {"devices": [{"class_info": {"class": 0x0280}}]}], cards, 1) == 1
+    assert count_passthrough_cards(buses, cards, count_unplugged_cards(NETWORK)) == 0
+    assert count_passthrough_cards([*buses, {"devices": [{"class_info": {"class": 0x0280}}]}], cards, 1) == 1
 
 
 @given(st.text(alphabet="nic: index=0,type\\\\n hub\\x00macaddr5", max_size=200))
 def test_no_text_raises(text: str) -> None:
-    parse_network(text)
-    count_unplugged(text)
+    parse_network_cards(text)
+    count_unplugged_cards(text)

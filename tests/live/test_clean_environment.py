@@ -26,7 +26,7 @@ def test_live_alone_reads_an_edge_bundle_and_lists_machines(tmp_path: Path) -> N
     )
     code = (
         "import sys; from pathlib import Path; import numpy as np\n"
-        "from phasewatch.live.models import find_models\n"
+        "from phasewatch.inference.model_selection import find_models\n"
         "scorer = find_models(Path(sys.argv[1]))[0].scorer()\n"
         "print(scorer.threat, scorer.probabilities(np.zeros((20, 46), np.float32)).shape)\n"
         "heavy = ('torch', 'xgboost', 'sklearn', 'scipy', 'plotly')\n"

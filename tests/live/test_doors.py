@@ -9,14 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from phasewatch.live.doors import Door, DoorKind, explain_no_door, find_doors, is_same_file
-from phasewatch.live.find import parse_arguments
+from phasewatch.live.doors import (
+    MonitorEndpoint,
+    MonitorEndpointKind,
+    explain_no_usable_monitor,
+    find_monitor_endpoints,
+    is_same_file,
+)
+from phasewatch.telemetry.process import parse_qemu_options
 
 ME = Path("/proc") / str(os.getpid())  # this process stands in QEMU's place
 
 
-def doors(line: str, folder: Path = ME) -> tuple[Door, ...]:
-    return find_doors(parse_arguments(line.split(" ")), folder)
+def doors(line: str, folder: Path = ME) -> tuple[MonitorEndpoint, ...]:
+    return find_monitor_endpoints(parse_qemu_options(line.split(" ")), folder)
 
 
 @pytest.fixture
@@ -42,31 +48,33 @@ def bound(tmp_path: Path) -> Iterator[Path]:
     ],
 )
 def test_a_socket_that_the_process_listens_on_is_a_door(bound: Path, line: str) -> None:
-    assert doors(line.format(path=bound)) == (Door(kind=DoorKind.LISTENING, address=str(bound), path=bound),)
+    assert doors(line.format(path=bound)) == (
+        MonitorEndpoint(kind=MonitorEndpointKind.LISTENING, address=str(bound), path=bound),
+    )
 
 
 @pytest.mark.parametrize(
     ("line", "kind"),
     [
-        pytest.param("-chardev socket,id=e,path={path},reconnect=5 -mon chardev=e,mode=control", DoorKind.CLIENT, id="an event daemon's"),
-        pytest.param("-chardev socket,id=e,path={path},server=off -mon chardev=e,mode=control", DoorKind.CLIENT, id="server=off"),
-        pytest.param("-qmp unix:{path}", DoorKind.CLIENT, id="no server"),
-        pytest.param("-qmp unix:{path}2,server=on,wait=off", DoorKind.SILENT, id="removed at run time"),
-        pytest.param("-chardev socket,id=charmonitor,fd=33,server=on,wait=off -mon chardev=charmonitor,mode=control", DoorKind.HANDED_OVER, id="handed over"),
-        pytest.param("-chardev socket,id=charmonitor,path={path},server,nowait -mon chardev=charmonitor,mode=control", DoorKind.HANDED_OVER, id="libvirt's own"),
-        pytest.param("-qmp tcp:127.0.0.1:4444,server=on,wait=off", DoorKind.NETWORK, id="tcp"),
-        pytest.param("-chardev socket,id=m,host=localhost,port=4444,server=on -mon m,mode=control", DoorKind.NETWORK, id="tcp by chardev"),
-        pytest.param("-qmp tcp:10.0.0.1:4444", DoorKind.CLIENT, id="tcp to somebody"),
-        pytest.param("-qmp stdio", DoorKind.ELSEWHERE, id="stdio"),
-        pytest.param("-chardev pty,id=m -mon m,mode=control", DoorKind.ELSEWHERE, id="pty"),
-        pytest.param("-chardev socket,id=m,path=x,abstract=on,server=on -mon m,mode=control", DoorKind.ELSEWHERE, id="abstract"),
+        pytest.param("-chardev socket,id=e,path={path},reconnect=5 -mon chardev=e,mode=control", MonitorEndpointKind.CLIENT, id="an event daemon's"),
+        pytest.param("-chardev socket,id=e,path={path},server=off -mon chardev=e,mode=control", MonitorEndpointKind.CLIENT, id="server=off"),
+        pytest.param("-qmp unix:{path}", MonitorEndpointKind.CLIENT, id="no server"),
+        pytest.param("-qmp unix:{path}2,server=on,wait=off", MonitorEndpointKind.SILENT, id="removed at run time"),
+        pytest.param("-chardev socket,id=charmonitor,fd=33,server=on,wait=off -mon chardev=charmonitor,mode=control", MonitorEndpointKind.HANDED_OVER, id="handed over"),
+        pytest.param("-chardev socket,id=charmonitor,path={path},server,nowait -mon chardev=charmonitor,mode=control", MonitorEndpointKind.HANDED_OVER, id="libvirt's own"),
+        pytest.param("-qmp tcp:127.0.0.1:4444,server=on,wait=off", MonitorEndpointKind.NETWORK, id="tcp"),
+        pytest.param("-chardev socket,id=m,host=localhost,port=4444,server=on -mon m,mode=control", MonitorEndpointKind.NETWORK, id="tcp by chardev"),
+        pytest.param("-qmp tcp:10.0.0.1:4444", MonitorEndpointKind.CLIENT, id="tcp to somebody"),
+        pytest.param("-qmp stdio", MonitorEndpointKind.ELSEWHERE, id="stdio"),
+        pytest.param("-chardev pty,id=m -mon m,mode=control", MonitorEndpointKind.ELSEWHERE, id="pty"),
+        pytest.param("-chardev socket,id=m,path=x,abstract=on,server=on -mon m,mode=control", MonitorEndpointKind.ELSEWHERE, id="abstract"),
     ],
 )  # fmt: skip
-def test_what_is_no_door_is_said_to_be_what_it_is(bound: Path, line: str, kind: DoorKind) -> None:
+def test_what_is_no_door_is_said_to_be_what_it_is(bound: Path, line: str, kind: MonitorEndpointKind) -> None:
     found = doors(line.format(path=bound))
 
     assert [(door.kind, door.path) for door in found] == [(kind, None)]
-    assert explain_no_door(found) != explain_no_door(())
+    assert explain_no_usable_monitor(found) != explain_no_usable_monitor(())
 
 
 def test_a_monitor_for_people_is_no_door(bound: Path) -> None:
@@ -76,13 +84,13 @@ def test_a_monitor_for_people_is_no_door(bound: Path) -> None:
 def test_the_first_reason_is_kept() -> None:
     found = doors("-qmp stdio -qmp tcp::4444,server=on")
 
-    assert explain_no_door(found) == explain_no_door(found[:1])
+    assert explain_no_usable_monitor(found) == explain_no_usable_monitor(found[:1])
 
 
 def test_of_a_door_beside_libvirts_own_the_reason_is_told() -> None:
     found = doors("-chardev socket,id=m,fd=9,server=on -mon m,mode=control -qmp tcp::4444,server=on")
 
-    assert explain_no_door(found) == explain_no_door(found[1:])
+    assert explain_no_usable_monitor(found) == explain_no_usable_monitor(found[1:])
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the kernel tells only root")
@@ -103,7 +111,7 @@ def test_a_process_that_may_not_be_looked_into_is_believed_its_command_line(tmp_
     (tmp_path / "90").mkdir()
 
     (door,) = doors("-qmp unix:/run/vm.sock,server=on,wait=off", tmp_path / "90")
-    assert (door.kind, door.path) == (DoorKind.LISTENING, Path("/run/vm.sock"))
+    assert (door.kind, door.path) == (MonitorEndpointKind.LISTENING, Path("/run/vm.sock"))
 
 
 def test_a_socket_in_a_container_is_reached_through_its_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

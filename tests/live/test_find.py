@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from phasewatch.errors import MachineError, UsageError
-from phasewatch.live.find import find_one, list_running, read_running, vcpu_threads
+from phasewatch.live.discover import find_running_vm, find_vcpu_threads, list_running_vms, read_running_vm
 
 LIBVIRT = (
     "/usr/bin/qemu-system-x86_64 -name guest=web01,debug-threads=on -S -machine pc-q35-7.2,usb=off -accel kvm "
@@ -44,22 +44,22 @@ def proc(tmp_path: Path) -> Path:
 
 
 def test_every_machine_is_listed_in_the_order_of_pids(proc: Path) -> None:
-    assert [(m.pid, m.name, m.arch, m.accel) for m in list_running(proc)] == [
+    assert [(m.pid, m.name, m.arch, m.accel) for m in list_running_vms(proc)] == [
         (70, "qemu-70", "x86_64", "kvm"), (90, "box", "aarch64", "tcg"), (100, "web01", "x86_64", "kvm"),
     ]  # fmt: skip
 
 
 def test_a_socket_has_a_path_only_if_it_was_given_one(proc: Path) -> None:
-    by_hand, libvirt = read_running(90, proc), read_running(100, proc)
+    by_hand, libvirt = read_running_vm(90, proc), read_running_vm(100, proc)
 
     assert by_hand is not None
     assert libvirt is not None
-    assert (by_hand.qmp, by_hand.foreign_qmp) == ((Path("/srv/vm/run/qmp.sock"),), False)
-    assert (libvirt.qmp, libvirt.foreign_qmp) == ((), True)
+    assert (by_hand.qmp, by_hand.has_foreign_qmp) == ((Path("/srv/vm/run/qmp.sock"),), False)
+    assert (libvirt.qmp, libvirt.has_foreign_qmp) == ((), True)
 
 
 def test_a_tap_is_found_by_the_file_that_the_process_holds(proc: Path) -> None:
-    machine = read_running(100, proc)
+    machine = read_running_vm(100, proc)
 
     assert machine is not None
     assert machine.taps == ("vnet3",)
@@ -69,7 +69,7 @@ def test_a_file_that_the_process_closes_meanwhile_does_not_hide_its_taps(proc: P
     (proc / "100" / "fdinfo" / "00").symlink_to(proc / "closed")  # listed, and gone when it is read
     (proc / "100" / "fdinfo" / "99").symlink_to(proc / "closed")
 
-    machine = read_running(100, proc)
+    machine = read_running_vm(100, proc)
 
     assert machine is not None
     assert machine.taps == ("vnet3",)
@@ -77,10 +77,10 @@ def test_a_file_that_the_process_closes_meanwhile_does_not_hide_its_taps(proc: P
 
 def test_threads_tell_the_vcpus_and_the_accelerator_where_they_have_names(proc: Path) -> None:
     make(proc, 110, "qemu-system-x86_64 -name n", threads=("qemu-system-x86", "ALL CPUs/TCG"))
-    machine = read_running(110, proc)
+    machine = read_running_vm(110, proc)
 
-    assert vcpu_threads(100, proc) == (101, 102)
-    assert vcpu_threads(70, proc) == ()
+    assert find_vcpu_threads(100, proc) == (101, 102)
+    assert find_vcpu_threads(70, proc) == ()
     assert machine is not None
     assert machine.accel == "tcg"
 
@@ -96,16 +96,16 @@ def test_threads_tell_the_vcpus_and_the_accelerator_where_they_have_names(proc: 
 )
 def test_names_and_accelerators_are_spelled_in_many_ways(tmp_path: Path, line: str, name: str, accel: str) -> None:
     make(tmp_path, 1, line)
-    machine = read_running(1, tmp_path)
+    machine = read_running_vm(1, tmp_path)
 
     assert machine is not None
     assert (machine.name, machine.accel) == (name, accel)
 
 
 def test_a_machine_is_meant_by_pid_name_or_socket(proc: Path) -> None:
-    assert find_one(pid=90, name=None, qmp=None, proc=proc).name == "box"
-    assert find_one(pid=None, name="web01", qmp=None, proc=proc).pid == 100
-    assert find_one(pid=None, name=None, qmp=Path("/srv/vm/run/qmp.sock"), proc=proc).pid == 90
+    assert find_running_vm(pid=90, name=None, qmp=None, proc=proc).name == "box"
+    assert find_running_vm(pid=None, name="web01", qmp=None, proc=proc).pid == 100
+    assert find_running_vm(pid=None, name=None, qmp=Path("/srv/vm/run/qmp.sock"), proc=proc).pid == 90
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_machine_is_meant_by_pid_name_or_socket(proc: Path) -> None:
 )  # fmt: skip
 def test_what_cannot_be_found_is_one_clear_line(proc: Path, asked: dict[str, object], error, words: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=words):
-        find_one(**{"pid": None, "name": None, "qmp": None, **asked}, proc=proc)  # type: ignore[arg-type]
+        find_running_vm(**{"pid": None, "name": None, "qmp": None, **asked}, proc=proc)  # type: ignore[arg-type]
 
 
 def test_a_socket_is_meant_by_any_of_its_spellings(proc: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -130,26 +130,26 @@ def test_a_socket_is_meant_by_any_of_its_spellings(proc: Path, tmp_path_factory:
         listener.bind(str(home / "q.sock"))
         make(proc, 130, f"qemu-system-x86_64 -name far -qmp unix:{home}/q.sock,server=on")
         for spelling in (home / "q.sock", home / "link" / "q.sock", home / ".." / home.name / "q.sock"):
-            assert find_one(pid=None, name=None, qmp=spelling, proc=proc).pid == 130
+            assert find_running_vm(pid=None, name=None, qmp=spelling, proc=proc).pid == 130
 
 
 def test_a_machine_is_meant_by_its_uuid_too(proc: Path) -> None:
     make(proc, 140, "qemu-system-x86_64 -name web02 -uuid 1063ECDD-7112-4405-a743-23aa18519509")
 
-    assert find_one(pid=None, name="1063ecdd-7112-4405-a743-23aa18519509", qmp=None, proc=proc).name == "web02"
+    assert find_running_vm(pid=None, name="1063ecdd-7112-4405-a743-23aa18519509", qmp=None, proc=proc).name == "web02"
 
 
 def test_a_process_that_has_ended_and_waits_to_be_reaped_is_no_machine(proc: Path) -> None:
     make(proc, 150, BY_HAND)
     (proc / "150" / "stat").write_text("150 (qemu) Z " + "0 " * 30)
 
-    assert read_running(150, proc) is None
+    assert read_running_vm(150, proc) is None
 
 
 def test_an_emulator_whose_package_was_upgraded_is_still_known(proc: Path) -> None:
     make(proc, 160, "/opt/run-vm -name old")
     (proc / "160" / "exe").symlink_to("/usr/bin/qemu-system-aarch64 (deleted)")
-    machine = read_running(160, proc)
+    machine = read_running_vm(160, proc)
 
     assert machine is not None
     assert machine.arch == "aarch64"
@@ -159,12 +159,12 @@ def test_machines_without_a_name_of_their_own_are_hosts_of_their_own(proc: Path)
     make(proc, 180, "qemu-system-x86_64 -name twin")
     make(proc, 181, "qemu-system-x86_64 -name twin")
     make(proc, 182, "qemu-system-x86_64")
-    found = [find_one(pid=pid, name=None, qmp=None, proc=proc).host_id for pid in (180, 181, 182, 100)]
+    found = [find_running_vm(pid=pid, name=None, qmp=None, proc=proc).host_id for pid in (180, 181, 182, 100)]
 
     assert len(set(found)) == 4
     assert found[3] == "web01"
     (proc / "182" / "stat").write_text("182 (qemu) S " + "0 " * 18 + "99 0")  # another process with that number
-    assert find_one(pid=182, name=None, qmp=None, proc=proc).host_id != found[2]
+    assert find_running_vm(pid=182, name=None, qmp=None, proc=proc).host_id != found[2]
 
 
 def test_names_of_other_bytes_stay_other_names(proc: Path) -> None:
@@ -172,11 +172,11 @@ def test_names_of_other_bytes_stay_other_names(proc: Path) -> None:
         make(proc, pid, "x")
         (proc / str(pid) / "cmdline").write_bytes(b"qemu-system-x86_64\0-name\0vm" + byte + b"\0")
 
-    assert len({m.name for m in list_running(proc) if m.pid >= 170}) == 2
+    assert len({m.name for m in list_running_vms(proc) if m.pid >= 170}) == 2
 
 
 def test_a_name_that_two_have_is_not_enough(proc: Path) -> None:
     make(proc, 120, LIBVIRT)
 
     with pytest.raises(UsageError, match="2 machines have it; choose by --pid: 100, 120"):
-        find_one(pid=None, name="web01", qmp=None, proc=proc)
+        find_running_vm(pid=None, name="web01", qmp=None, proc=proc)

@@ -15,13 +15,13 @@ import msgspec
 import pytest
 from tests.live.qemu import FakeQemu
 
-from phasewatch.live import guard, session
-from phasewatch.live.guard import Guard, Task, bound, undo
-from phasewatch.record.process import read_start_ticks
+from phasewatch.live import cleanup, session
+from phasewatch.live.cleanup import CleanupProcess, CleanupTask, truncate_dumps, undo_changes
+from phasewatch.telemetry.process import read_start_ticks
 
 HOLDER = """
 import sys, time
-from phasewatch.live.guard import Guard, Task
+from phasewatch.live.cleanup import Guard, Task
 import msgspec
 with Guard(msgspec.json.decode(sys.argv[1], type=Task)) as held:
     print(held.pid, flush=True)
@@ -42,8 +42,8 @@ def is_deaf_to(pid: int, number: signal.Signals) -> bool:
     return bool(ignored >> (number - 1) & 1)
 
 
-def task_of(qemu: FakeQemu, folder: Path) -> Task:
-    return Task(
+def task_of(qemu: FakeQemu, folder: Path) -> CleanupTask:
+    return CleanupTask(
         qmp=str(qemu.path), objects=("pw-a", "pw-b"), balloon="/machine/peripheral/balloon0", interval_s=5, folder=str(folder)
     )  # fmt: skip
 
@@ -87,7 +87,7 @@ def test_a_watcher_that_ends_in_order_sends_its_guard_away_without_a_word_to_the
     folder = tmp_path / "private"
     folder.mkdir()
     with FakeQemu(tmp_path / "q.sock") as qemu:
-        with Guard(task_of(qemu, folder)) as held:
+        with CleanupProcess(task_of(qemu, folder)) as held:
             assert Path(f"/proc/{held.pid}").exists()
             held.dismiss()
 
@@ -128,7 +128,7 @@ def test_a_guard_that_was_killed_is_replaced_and_the_new_one_does_its_work(tmp_p
 def test_a_watcher_whose_guard_was_killed_removes_the_folder_itself(tmp_path: Path) -> None:
     folder = tmp_path / "private"
     folder.mkdir()
-    with FakeQemu(tmp_path / "q.sock") as qemu, Guard(task_of(qemu, folder)) as held:
+    with FakeQemu(tmp_path / "q.sock") as qemu, CleanupProcess(task_of(qemu, folder)) as held:
         os.kill(held.pid, signal.SIGKILL)
         held.dismiss()
 
@@ -141,48 +141,48 @@ def test_a_later_process_with_the_number_or_the_socket_of_the_vm_is_left_alone(t
         task = task_of(qemu, tmp_path / "private")
         identity = {"vm_pid": os.getpid(), "vm_start_ticks": read_start_ticks(os.getpid()) or 0}
 
-        assert asyncio.run(undo(msgspec.structs.replace(task, **identity | {"vm_start_ticks": 1})))
+        assert asyncio.run(undo_changes(msgspec.structs.replace(task, **identity | {"vm_start_ticks": 1})))
         assert qemu.asked == []
-        assert asyncio.run(undo(msgspec.structs.replace(task, **identity)))
+        assert asyncio.run(undo_changes(msgspec.structs.replace(task, **identity)))
         assert not {"object-del", "qom-set"} & set(qemu.asked)
 
 
 def test_a_vm_that_does_not_answer_is_not_called_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "TRIES", 1)
+    monkeypatch.setattr(cleanup, "CONNECT_ATTEMPTS", 1)
     with FakeQemu(tmp_path / "q.sock") as qemu:
         qemu.objects["pw-a"] = tmp_path / "dump"
         qemu.refused.add("object-del")
 
-        assert not asyncio.run(undo(task_of(qemu, tmp_path / "private")))
+        assert not asyncio.run(undo_changes(task_of(qemu, tmp_path / "private")))
 
 
 def test_a_vm_that_is_gone_needs_nothing(tmp_path: Path) -> None:
-    asyncio.run(undo(Task(qmp=str(tmp_path / "gone.sock"), objects=("a",))))
+    asyncio.run(undo_changes(CleanupTask(qmp=str(tmp_path / "gone.sock"), objects=("a",))))
 
 
 def test_a_dump_that_nobody_reads_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "MOST_BYTES", 1 << 16)
+    monkeypatch.setattr(cleanup, "MAX_DUMP_BYTES", 1 << 16)
     (tmp_path / "small").write_bytes(b"x" * 1000)
     (tmp_path / "large").write_bytes(b"x" * (1 << 17))
 
-    bound(tmp_path)
+    truncate_dumps(tmp_path)
 
     assert (tmp_path / "small").stat().st_size == 1000
     assert (tmp_path / "large").stat().st_size == 0
 
 
 def test_many_files_are_bounded_in_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "MOST_BYTES", 100_000)
+    monkeypatch.setattr(cleanup, "MAX_DUMP_BYTES", 100_000)
     for number in range(4):
         (tmp_path / str(number)).write_bytes(b"x" * 40_000)
 
-    bound(tmp_path)
+    truncate_dumps(tmp_path)
 
     assert sorted(path.stat().st_size for path in tmp_path.iterdir()) == [0, 0, 40_000, 40_000]
 
 
 def test_the_guard_imports_next_to_nothing_while_it_waits() -> None:
-    code = "import sys, phasewatch.live.guard; print(sorted({m.split('.')[0] for m in sys.modules} & {'numpy', 'qemu', 'onnxruntime', 'typer', 'pyarrow'}))"
+    code = "import sys, phasewatch.live.cleanup; print(sorted({m.split('.')[0] for m in sys.modules} & {'numpy', 'qemu', 'onnxruntime', 'typer', 'pyarrow'}))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ)
     )
@@ -204,11 +204,11 @@ class DyingGuard:
 
 
 def test_a_guard_that_is_gone_is_said_once_and_its_successor_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "GUARD_LOOK_S", 0.0)
+    monkeypatch.setattr(session, "GUARD_CHECK_INTERVAL_S", 0.0)
     dying, said = DyingGuard(), []
 
     async def main() -> None:
-        keeping = asyncio.create_task(session.keep_guard(dying, said.append))  # type: ignore[arg-type]
+        keeping = asyncio.create_task(session.supervise_guard(dying, said.append))  # type: ignore[arg-type]
         while dying.looks < 6:
             await asyncio.sleep(0)
         keeping.cancel()

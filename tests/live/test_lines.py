@@ -9,13 +9,13 @@ from typing import TextIO
 
 import pytest
 
-from phasewatch.live import lines
-from phasewatch.live.lines import Lines
+from phasewatch.live import outputs
+from phasewatch.live.outputs import NonBlockingWriter
 
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "LAST_WORD_S", 0.2)
+    monkeypatch.setattr(outputs, "LINES_FLUSH_TIMEOUT_S", 0.2)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def read_all(reader: int) -> list[str]:
 
 def test_what_is_read_comes_whole_and_in_order(pipe: tuple[int, TextIO]) -> None:
     reader, stream = pipe
-    out = Lines(stream)
+    out = NonBlockingWriter(stream)
     for number in range(100):
         out.put(f"line {number}")
 
@@ -52,10 +52,10 @@ def test_what_is_read_comes_whole_and_in_order(pipe: tuple[int, TextIO]) -> None
 def test_a_reader_that_stands_still_holds_nobody_and_the_oldest_lines_are_given_up(
     pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch, blocks: bool
 ) -> None:
-    monkeypatch.setattr(lines, "WAITING", 10)
+    monkeypatch.setattr(outputs, "MAX_QUEUED_LINES", 10)
     reader, stream = pipe
     os.set_blocking(stream.fileno(), blocks)
-    out = Lines(stream)
+    out = NonBlockingWriter(stream)
     for number in range(1000):
         out.put(f"{number:03} " + "x" * 1000)
         time.sleep(0)
@@ -71,7 +71,7 @@ def test_a_reader_that_left_raises_nothing_and_every_line_is_counted() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stream:
-        out = Lines(stream)
+        out = NonBlockingWriter(stream)
         out.put("into nothing")
         out._thread.join(5)
         out.put("the next")
@@ -80,7 +80,7 @@ def test_a_reader_that_left_raises_nothing_and_every_line_is_counted() -> None:
         assert out.close() == 2
 
 
-class FullThenRoom(Lines):
+class FullThenRoom(NonBlockingWriter):
     """Writes to a disk that has room for three bytes, then none, then all."""
 
     turns = 0

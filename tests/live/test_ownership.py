@@ -12,34 +12,34 @@ import msgspec
 import pytest
 
 from phasewatch.live.ownership import (
-    FORMAT,
-    RECORD,
+    WATCH_RECORD_FILE,
+    WATCH_RECORD_FORMAT,
     WatchRecord,
-    find_folders,
-    find_others,
+    build_name_prefix,
+    find_original_interval,
+    find_other_watchers,
+    find_watch_folders,
     is_abandoned,
     make_private_folder,
-    name_prefix,
-    original_interval,
-    remove_abandoned,
-    write_record,
+    remove_abandoned_folders,
+    write_watch_record,
 )
-from phasewatch.record.process import ProcessIdentity, own_identity, own_namespace, read_start_ticks
+from phasewatch.telemetry.process import ProcessIdentity, read_own_identity, read_own_namespace, read_start_ticks
 
 DEAD = 4_000_000  # above every number that the kernel gives out here
-VM = {"vm_pid": os.getpid(), "vm_start_ticks": own_identity().start_ticks}  # a process that runs, in a VM's place
+VM = {"vm_pid": os.getpid(), "vm_start_ticks": read_own_identity().start_ticks}  # a process that runs, in a VM's place
 GONE_VM = {"vm_pid": DEAD, "vm_start_ticks": 5}
 
 
 def prefix(*, pid: int = DEAD, start_ticks: int = 5) -> str:
-    return name_prefix(ProcessIdentity(pid=pid, start_ticks=start_ticks, namespace=own_namespace()))
+    return build_name_prefix(ProcessIdentity(pid=pid, start_ticks=start_ticks, namespace=read_own_namespace()))
 
 
 def make_folder(parent: Path, name: str, **record: int | str) -> Path:
     folder = parent / f"{name}-{'x' * 8}"
     folder.mkdir(mode=0o700)
     if record:
-        write_record(str(folder), WatchRecord(format=FORMAT, **record))  # type: ignore[arg-type]
+        write_watch_record(str(folder), WatchRecord(format=WATCH_RECORD_FORMAT, **record))  # type: ignore[arg-type]
     return folder
 
 
@@ -57,7 +57,7 @@ def test_a_name_is_abandoned_only_when_its_watcher_is_dead(other: subprocess.Pop
     assert start_ticks is not None
 
     assert is_abandoned(f"{prefix()}-a")
-    assert not is_abandoned(f"{name_prefix()}-a")
+    assert not is_abandoned(f"{build_name_prefix()}-a")
     assert not is_abandoned(f"{prefix(pid=other.pid, start_ticks=start_ticks)}-a")
 
 
@@ -104,7 +104,7 @@ def test_a_watcher_in_a_container_is_found_from_outside_by_its_start_and_its_num
     make_folder(tmp_path, "phasewatch-7-777-99")
     make_folder(tmp_path, "phasewatch-8-777-99")
 
-    assert [folder.is_alive for folder in find_folders(tmp_path)] == [True, None]
+    assert [folder.is_alive for folder in find_watch_folders(tmp_path)] == [True, None]
 
 
 def test_folders_of_dead_watchers_go_and_those_of_live_ones_stay(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_folders_of_dead_watchers_go_and_those_of_live_ones_stay(tmp_path: Path)
     foreign = tmp_path / "phasewatch-notes"
     foreign.mkdir()
 
-    removed = remove_abandoned(VM["vm_pid"], VM["vm_start_ticks"])
+    removed = remove_abandoned_folders(VM["vm_pid"], VM["vm_start_ticks"])
 
     assert set(removed) == {of_a_gone_vm, of_this_vm}
     assert mine.exists()
@@ -125,9 +125,9 @@ def test_the_folder_of_a_dead_watcher_stays_while_another_vm_may_write_into_it(t
     written = make_folder(tmp_path, prefix(start_ticks=6))
 
     with (written / "dump").open("wb"):
-        assert remove_abandoned(DEAD, 5) == ()
+        assert remove_abandoned_folders(DEAD, 5) == ()
     assert of_another_vm.exists()
-    assert remove_abandoned(DEAD, 5) == (written,)
+    assert remove_abandoned_folders(DEAD, 5) == (written,)
 
 
 def test_a_folder_of_version_1_is_known_by_the_dump_in_it(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_folder_of_version_1_is_known_by_the_dump_in_it(tmp_path: Path) -> Non
     folder.mkdir()
     (folder / f"phasewatch-{DEAD}-a-1").touch()
 
-    assert remove_abandoned(DEAD, 5) == (folder,)
+    assert remove_abandoned_folders(DEAD, 5) == (folder,)
 
 
 @pytest.mark.parametrize(
@@ -145,15 +145,15 @@ def test_a_folder_of_version_1_is_known_by_the_dump_in_it(tmp_path: Path) -> Non
         pytest.param(b"[" * 10_000, id="deep"),
         pytest.param(b" " * (1 << 20), id="large"),
         pytest.param(msgspec.json.encode({"format": "x", "vm_pid": 1, "vm_start_ticks": 1}), id="another format"),
-        pytest.param(msgspec.json.encode({"format": FORMAT, "vm_pid": 1, "vm_start_ticks": 1, "interval_s": -1}), id="a time that is none"),
-        pytest.param(msgspec.json.encode({"format": FORMAT, "vm_pid": 1, "vm_start_ticks": 1, "balloon": "/etc"}), id="no device"),
+        pytest.param(msgspec.json.encode({"format": WATCH_RECORD_FORMAT, "vm_pid": 1, "vm_start_ticks": 1, "interval_s": -1}), id="a time that is none"),
+        pytest.param(msgspec.json.encode({"format": WATCH_RECORD_FORMAT, "vm_pid": 1, "vm_start_ticks": 1, "balloon": "/etc"}), id="no device"),
     ],
 )  # fmt: skip
 def test_a_record_that_cannot_be_is_not_believed(tmp_path: Path, text: bytes) -> None:
     folder = make_folder(tmp_path, prefix())
-    (folder / RECORD).write_bytes(text)
+    (folder / WATCH_RECORD_FILE).write_bytes(text)
 
-    assert [found.record for found in find_folders()] == [None]
+    assert [found.record for found in find_watch_folders()] == [None]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
@@ -161,28 +161,28 @@ def test_a_record_that_a_stranger_planted_is_not_believed(tmp_path: Path) -> Non
     folder = make_folder(tmp_path, prefix(), **GONE_VM)
     os.chown(folder, 54321, -1)
 
-    assert [found.record for found in find_folders()] == [None]
+    assert [found.record for found in find_watch_folders()] == [None]
 
 
 def test_a_record_behind_a_link_or_in_a_folder_open_to_all_is_not_believed(tmp_path: Path) -> None:
     aside = make_folder(tmp_path, "aside", **GONE_VM)
     linked = make_folder(tmp_path, prefix())
-    (linked / RECORD).symlink_to(aside / RECORD)
+    (linked / WATCH_RECORD_FILE).symlink_to(aside / WATCH_RECORD_FILE)
     wide = make_folder(tmp_path, prefix(start_ticks=6), **GONE_VM)
     wide.chmod(0o777)
 
-    assert [found.record for found in find_folders()] == [None, None]
+    assert [found.record for found in find_watch_folders()] == [None, None]
 
 
 def test_only_other_watchers_that_run_count_as_others(tmp_path: Path, other: subprocess.Popen[bytes]) -> None:
     start_ticks = read_start_ticks(other.pid)
     assert start_ticks is not None
-    make_folder(tmp_path, name_prefix(), **VM)
+    make_folder(tmp_path, build_name_prefix(), **VM)
     make_folder(tmp_path, prefix(), **VM)
     theirs = make_folder(tmp_path, prefix(pid=other.pid, start_ticks=start_ticks), **VM)
     make_folder(tmp_path, prefix(pid=other.pid, start_ticks=start_ticks) + "-2", **GONE_VM)
 
-    assert [found.path for found in find_others(VM["vm_pid"], VM["vm_start_ticks"])] == [theirs]
+    assert [found.path for found in find_other_watchers(VM["vm_pid"], VM["vm_start_ticks"])] == [theirs]
 
 
 @pytest.mark.parametrize(
@@ -202,4 +202,4 @@ def test_the_interval_is_what_it_was_before_anybody_watched(
     if recorded_s is not None:
         make_folder(tmp_path, prefix(), **VM, balloon="/machine/peripheral/balloon0", interval_s=recorded_s)
 
-    assert original_interval(now_s, find_folders(), is_marked=is_marked, **VM) == original_s
+    assert find_original_interval(now_s, find_watch_folders(), is_marked=is_marked, **VM) == original_s

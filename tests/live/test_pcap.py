@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phasewatch.live.pcap import PcapReader
+from phasewatch.telemetry.pcap import PcapReader
 
 
 def head(order: str = "<", magic: int = 0xA1B2C3D4, *, snap: int = 160, link: int = 1) -> bytes:
@@ -43,7 +43,7 @@ def test_frames_come_out_whole_whatever_portions_order_and_clock(
         at, turn = at + size, turn + 1
 
     assert found == [(frame, len(frame) + 5) for frame in frames]
-    assert not reader.has_part
+    assert not reader.has_partial_frame
 
 
 def test_the_reader_agrees_with_dpkt(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_the_beginning_of_a_frame_waits_for_its_rest() -> None:
     data = head() + record(FRAME)
 
     assert list(reader.feed(data[:-1])) == []
-    assert reader.has_part
+    assert reader.has_partial_frame
     assert [frame for frame, _ in reader.feed(data[-1:])] == [FRAME]
 
 

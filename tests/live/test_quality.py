@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.channels import CHANNELS
-from phasewatch.live.quality import WindowQuality
-from phasewatch.vocab import Source
+from phasewatch.live.watcher import WindowQuality
+from phasewatch.types import SourceKind
 
 NAMES = [c.full_name for c in CHANNELS]
 
@@ -25,7 +25,7 @@ def test_a_source_that_the_model_reads_and_that_is_missing_is_named() -> None:
     for i in range(20):
         quality.add(bins(missing=("qmp.vq_blk", "netflow.out_pkts") if i < 3 else ()), began=False)
 
-    assert quality.thin_sources() == (Source.QMP,)
+    assert quality.find_incomplete_sources() == (SourceKind.QMP,)
 
 
 def test_contention_is_told_when_it_lasts_and_when_it_is_over() -> None:
@@ -34,7 +34,7 @@ def test_contention_is_told_when_it_lasts_and_when_it_is_over() -> None:
     for wait in (0.0, 0.3, 0.0, 0.3, 0.3, 0.3, 0.3, 0.0, 0.0, 0.0):
         for _ in range(20):
             quality.add(bins(wait=wait), began=False)
-        told.append((quality.judge_contention(), quality.is_contended))
+        told.append((quality.update_contention(), quality.is_contended))
 
     assert [i for i, (changed, _) in enumerate(told) if changed] == [5, 9]
     assert told[5][1]
@@ -45,7 +45,7 @@ def test_where_nobody_knows_how_long_vcpus_wait_there_is_no_contention() -> None
     quality = WindowQuality(())
     quality.add(bins(missing=("proc.vcpu_wait",)), began=True)
 
-    assert not quality.is_crowded
+    assert not quality.has_cpu_contention
 
 
 def test_a_window_that_begins_anew_forgets_the_bins_before() -> None:

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.record.fakes import shape_of
+from tests.lab.fakes import shape_of
 from tests.requirements import need_program, need_qemu
 
 from phasewatch.errors import VmError
-from phasewatch.record.base import HostClock
-from phasewatch.record.campaign import default_cache
-from phasewatch.record.commandline import Sockets, build_command
-from phasewatch.record.driver import Driver
-from phasewatch.record.image import build_image
-from phasewatch.record.qmp import POLLING, Monitor
+from phasewatch.lab.campaign import default_cache
+from phasewatch.lab.guest_driver import GuestDriver
+from phasewatch.lab.guest_image import build_guest_image
+from phasewatch.lab.qemu_command import VmPaths, build_qemu_command
+from phasewatch.telemetry.base import HostClock
+from phasewatch.telemetry.qmp import BALLOON_POLLING_PROPERTY, QmpMonitor
 
 pytestmark = pytest.mark.vm
 
@@ -44,7 +44,7 @@ done
 
 def ask(door: Path, command: str, **arguments: object) -> Any:
     async def main() -> Any:
-        monitor = Monitor(door)
+        monitor = QmpMonitor(door)
         await monitor.connect()
         try:
             return await monitor.ask(command, **arguments)
@@ -59,7 +59,7 @@ def filters(door: Path) -> list[str]:
 
 
 def interval(door: Path) -> int:
-    return int(ask(door, "qom-get", path=BALLOON, property=POLLING))
+    return int(ask(door, "qom-get", path=BALLOON, property=BALLOON_POLLING_PROPERTY))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
@@ -91,7 +91,7 @@ def still(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     ]  # fmt: skip
     child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert wait_for(door.exists)
-    ask(door, "qom-set", path=BALLOON, property=POLLING, value=3)
+    ask(door, "qom-set", path=BALLOON, property=BALLOON_POLLING_PROPERTY, value=3)
     yield child, door
     child.kill()
     child.wait()
@@ -171,10 +171,10 @@ def test_a_machine_that_ends_ends_the_watch(still: tuple[subprocess.Popen[bytes]
 
 def test_a_workload_that_no_profile_has_is_watched_through_its_phases(tmp_path: Path) -> None:
     need_qemu()
-    image = build_image(default_cache(), "x86_64", scripts={"odd/mix/active": ODD})
+    image = build_guest_image(default_cache(), "x86_64", scripts={"odd/mix/active": ODD})
     assert image.kernel is not None
     assert image.initrd is not None
-    sockets = Sockets(folder=tmp_path)
+    sockets = VmPaths(folder=tmp_path)
     overlay = [
         "qemu-img",
         "create",
@@ -188,7 +188,7 @@ def test_a_workload_that_no_profile_has_is_watched_through_its_phases(tmp_path: 
         str(sockets.overlay),
     ]
     subprocess.run(overlay, check=True)
-    argv = build_command(
+    argv = build_qemu_command(
         shape_of(machine="pc"), accel="tcg", kernel=image.kernel, initrd=image.initrd, sockets=sockets,
         mac="52:54:00:77:00:09", tsc_khz=None,
     )  # fmt: skip
@@ -215,14 +215,14 @@ def test_a_workload_that_no_profile_has_is_watched_through_its_phases(tmp_path: 
 
 async def _play(pid: int, ctl: Path) -> tuple[list[Any], int]:
     """Wait for the guest, watch it, and let the workload begin after 20 s."""
-    driver = Driver(clock=HostClock(), name="odd")
+    driver = GuestDriver(clock=HostClock(), name="odd")
     for _ in range(300):
         try:
             await driver.open(ctl)
             break
         except OSError:
             await asyncio.sleep(0.1)
-    await asyncio.wait_for(driver.ready(), 120)
+    await asyncio.wait_for(driver.wait_ready(), 120)
     await driver.send("hello")
     watcher = await asyncio.create_subprocess_exec(
         *command(pid, "--seconds", "60", "--json"), stdout=asyncio.subprocess.PIPE, env={**os.environ}, limit=1 << 20

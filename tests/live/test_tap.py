@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from tests.live.test_capture import PID
 
-from phasewatch.live.tap import TapSource, cards_without_tap
-from phasewatch.record.base import Values, nothing_of
-from phasewatch.vocab import Source
+from phasewatch.telemetry.base import ReadingValues, build_missing_reading
+from phasewatch.telemetry.tap import TapSource, find_cards_without_tap
+from phasewatch.types import SourceKind
 
-UNKNOWN = nothing_of(Source.NETFLOW)
+UNKNOWN = build_missing_reading(SourceKind.NETFLOW)
 
 
 class Taps:
@@ -34,7 +34,7 @@ class Taps:
         (self.folder / "net" / "dev").write_text("Inter-|   Receive\n face |bytes\n" + "".join(lines))
 
 
-async def read_to_the_next_look(source: TapSource) -> Values:
+async def read_to_the_next_look(source: TapSource) -> ReadingValues:
     for _ in range(4):
         values = await source.read()
     return values
@@ -109,4 +109,4 @@ def test_backends_that_no_tap_counts_are_named(tmp_path: Path, line: str, expect
     taps = Taps(tmp_path)
     (taps.folder / "cmdline").write_text("\0".join(["qemu-system-x86_64", *line.split(" ")]) + "\0")
 
-    assert cards_without_tap(PID, tmp_path) == expected
+    assert find_cards_without_tap(PID, tmp_path) == expected

@@ -9,12 +9,12 @@ import dpkt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.lab.test_headers import ASK, SYN, ipv4, ipv6
 from tests.live.qemu import MAC
-from tests.record.test_headers import ASK, SYN, ipv4, ipv6
 
-from phasewatch.live.pcap import PcapReader
-from phasewatch.live.vnet_header import LENGTHS, VnetHeaderFinder
-from phasewatch.record.netflow import FlowCounter
+from phasewatch.telemetry.netflow import FlowCounter
+from phasewatch.telemetry.pcap import PcapReader
+from phasewatch.telemetry.vnet_header import HEADER_LENGTHS, VnetHeaderFinder
 
 DUMP = Path(__file__).parent / "tap-virtio-net.pcap"  # 400 frames of a Debian guest on a tap, by QEMU 7.2
 DUMP_MAC = bytes.fromhex("525400150010")
@@ -47,9 +47,9 @@ def test_a_real_taps_dump_is_read_behind_its_headers() -> None:
     finder, counter = VnetHeaderFinder([DUMP_MAC]), FlowCounter()
     for frame, size in frames:
         outgoing = frame[18:24] == DUMP_MAC  # this dump holds both directions in one file
-        counter.see(frame, outgoing, size, start=finder.locate(frame, size, outgoing=outgoing))
+        counter.count_frame(frame, outgoing, size, start=finder.locate(frame, size, outgoing=outgoing))
 
-    counts = counter.take()
+    counts = counter.pop_reading()
 
     flows, syns, questions = count_with_dpkt([frame[12:] for frame, _ in frames])
     assert finder.length == 12
@@ -77,7 +77,7 @@ def count_with_dpkt(frames: list[bytes]) -> tuple[set[frozenset[tuple[bytes, int
 
 
 @pytest.mark.parametrize("name", FRAMES)
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", HEADER_LENGTHS)
 @pytest.mark.parametrize("header", VNET, ids=["plain", "checksum", "segments"])
 def test_the_first_frame_of_any_kind_shows_where_it_begins(name: str, length: int, header: bytes) -> None:
     frame = (header + bytes(8))[:length] + FRAMES[name]
@@ -86,7 +86,7 @@ def test_the_first_frame_of_any_kind_shows_where_it_begins(name: str, length: in
 
 
 @pytest.mark.parametrize("name", ["IPv4", "IPv6", "ARP", "VLAN", "segments to be cut"])
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", HEADER_LENGTHS)
 def test_a_guest_that_took_another_address_is_read_all_the_same(name: str, length: int) -> None:
     frame = VNET[1][:length].ljust(length, b"\0") + FRAMES[name]
 
@@ -124,4 +124,4 @@ def test_what_is_no_frame_begins_nowhere() -> None:
 def test_no_bytes_raise_or_begin_outside_the_frame(frame: bytes, beyond: int, outgoing: bool) -> None:
     found = VnetHeaderFinder([MAC]).locate(frame, len(frame) + beyond, outgoing=outgoing)
 
-    assert found is None or (found in LENGTHS and found + 14 <= len(frame))
+    assert found is None or (found in HEADER_LENGTHS and found + 14 <= len(frame))

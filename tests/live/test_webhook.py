@@ -12,10 +12,9 @@ import httpx
 import pytest
 
 from phasewatch.errors import UsageError
-from phasewatch.live import webhook
-from phasewatch.live.envelope import Event, parse_event
-from phasewatch.live.events import PhaseSeen
-from phasewatch.live.webhook import QUEUE, Webhook
+from phasewatch.events.schema import EventEnvelope, PhaseEvent, parse_event
+from phasewatch.live import outputs
+from phasewatch.live.outputs import WEBHOOK_QUEUE_SIZE, Webhook
 
 
 class Server(HTTPServer):
@@ -74,16 +73,16 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhook, "PAUSE_S", 0.01)
-    monkeypatch.setattr(webhook, "LAST_WORD_S", 20.0)
+    monkeypatch.setattr(outputs, "WEBHOOK_RETRY_S", 0.01)
+    monkeypatch.setattr(outputs, "WEBHOOK_FLUSH_TIMEOUT_S", 20.0)
 
 
-def alarm(number: int = 1) -> Event:
-    data = PhaseSeen(
+def alarm(number: int = 1) -> EventEnvelope:
+    data = PhaseEvent(
         vm="web01", t_start_ns=1, t_end_ns=2, p=(0.0, 0.0, 0.0, 1.0, 0.0), decision="active", alarm=True, model="gbt",
         threat="realistic",
     )  # fmt: skip
-    return Event(id=f"web01/{number}", t_wall_ns=3, run="live", data=data)
+    return EventEnvelope(id=f"web01/{number}", t_wall_ns=3, run="live", data=data)
 
 
 def post(url: str, count: int = 1) -> tuple[Webhook, list[str]]:
@@ -136,17 +135,17 @@ def test_a_server_that_is_down_costs_nobody_anything_but_the_alarm() -> None:
 
 
 def test_the_queue_is_bounded_and_the_oldest_is_given_up(server: Server) -> None:
-    hook, _ = post(url_of(server), QUEUE + 10)
+    hook, _ = post(url_of(server), WEBHOOK_QUEUE_SIZE + 10)
 
-    assert hook.sent + hook.lost == QUEUE + 10
+    assert hook.sent + hook.lost == WEBHOOK_QUEUE_SIZE + 10
     assert hook.lost == 10
-    assert parse_event(server.bodies[-1]) == alarm(QUEUE + 9)
+    assert parse_event(server.bodies[-1]) == alarm(WEBHOOK_QUEUE_SIZE + 9)
 
 
 def test_an_alarm_is_given_up_with_its_last_try_and_keeps_the_next_waiting_no_longer(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webhook, "PAUSE_S", 0.05)
+    monkeypatch.setattr(outputs, "WEBHOOK_RETRY_S", 0.05)
     server.codes = [404]
     began_s = time.monotonic()
 

@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from phasewatch.evaluate.rows import MetricRow, Metrics, render_metrics
+from phasewatch.evaluation.metric_table import MetricRow, MetricTable, render_metrics
 from phasewatch.features.schema import render_schema
-from phasewatch.split import SplitEpisode, build_folds, render_fold
-from phasewatch.train.predictions import PROBABILITIES, schema
-from phasewatch.vocab import PHASES, Role
+from phasewatch.splits import SplitEpisode, build_folds, render_fold
+from phasewatch.training.predictions import PROBABILITY_COLUMNS, build_predictions_schema
+from phasewatch.types import PHASES, EpisodeRole
 
 MALICIOUS = ("cryptomine", "ransom-walk", "scan-and-dial", "beacon-c2", "exfil-drip", "dropper-persist")
 PROFILES = ("benign", *MALICIOUS)
@@ -104,7 +104,7 @@ def predictions(recipe: Recipe, episodes: Sequence[FakeEpisode]) -> Any:
             for j, y in enumerate(truth):
                 p = probabilities(rng, model, int(y), j, recipe.n_windows, right)
                 rows.append(row_of(e, recipe, model, int(y), p, j))
-    return pa.Table.from_pylist(rows, schema=schema())
+    return pa.Table.from_pylist(rows, schema=build_predictions_schema())
 
 
 def probabilities(rng: np.random.Generator, model: str, y: int, j: int, n: int, right: float) -> np.ndarray:
@@ -127,17 +127,17 @@ def row_of(e: FakeEpisode, recipe: Recipe, model: str, y: int, p: np.ndarray, j:
         "session": e.session, "host_id": e.host_id, "profile": e.profile, "sample_name": recipe.sample,
         "sample_kind": "benign" if e.profile == "benign" else "emulated", "origin": recipe.origin,
         "t_center_ns": START_NS + e.number * 10**12 + (5 + 5 * j) * 10**9, "purity": 1.0, "flags": 0,
-        "y_true": y, "y_pred": int(p.argmax()), **dict(zip(PROBABILITIES, p.tolist(), strict=True)),
+        "y_true": y, "y_pred": int(p.argmax()), **dict(zip(PROBABILITY_COLUMNS, p.tolist(), strict=True)),
     }  # fmt: skip
 
 
 def write_metrics(folder: Path, *, is_full: bool, resamples: int = 200) -> None:
     """Score the predictions, and for a full run set beside them what only grids and more recipes would give."""
-    from phasewatch.evaluate.score import rescore
+    from phasewatch.evaluation.evaluate import compute_metrics
 
-    metrics = rescore(folder, resamples=resamples)
+    metrics = compute_metrics(folder, resamples=resamples)
     rows = (*metrics.metrics, *(elsewhere() if is_full else ()))
-    (folder / "metrics_v1.json").write_bytes(render_metrics(Metrics(inputs=metrics.inputs, metrics=rows)))
+    (folder / "metrics_v1.json").write_bytes(render_metrics(MetricTable(inputs=metrics.inputs, metrics=rows)))
 
 
 def elsewhere() -> Iterator[MetricRow]:
@@ -215,7 +215,7 @@ def write_splits(folder: Path, recipe: Recipe, episodes: Sequence[FakeEpisode]) 
         SplitEpisode(
             # A split refuses odd names; a run of somebody else may hold them all the same.
             episode_id=e.episode_id, host_id=e.host_id, profile=spelled[e.profile], sample_name=spelled[recipe.sample],
-            sample_group=0, session=e.session, role=Role.LAB, agent=e.agent == "on", plan_seed=e.number,
+            sample_group=0, session=e.session, role=EpisodeRole.LAB, agent=e.agent == "on", plan_seed=e.number,
             proc_sketch=(), started_wall_ns=START_NS, phases=PHASES,
         )
         for e in episodes

@@ -12,7 +12,7 @@ import pytest
 from tests.report.fake_run import HOSTILE, Recipe, make_run
 from tests.requirements import need_chromium
 
-from phasewatch.report.page import write_report
+from phasewatch.report.html import write_report
 
 SMALL = Recipe(hosts=("a-host", "b-host", "c-host"), profiles=("benign", "cryptomine"), n_windows=12)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

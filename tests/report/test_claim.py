@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from phasewatch.evaluate.rows import MetricRow, Metrics
-from phasewatch.report import scores
-from phasewatch.report.blocks import Page
-from phasewatch.report.evidence import Evidence
-from phasewatch.report.story import tell
+from phasewatch.evaluation import query
+from phasewatch.evaluation.metric_table import MetricRow, MetricTable
+from phasewatch.report.data import ReportData
+from phasewatch.report.layout import ReportPage
+from phasewatch.report.summary import build_page
 
 
 def row(metric: str, model: str | None, value: float | None, **more: object) -> MetricRow:
@@ -20,10 +20,10 @@ def row(metric: str, model: str | None, value: float | None, **more: object) -> 
     )  # type: ignore[arg-type]
 
 
-def page_of(rows: Sequence[MetricRow]) -> Page:
-    return tell(
-        Evidence(
-            metrics=Metrics(inputs={}, metrics=tuple(rows)), predictions=None, bundles=None, stages=(), folds=(),
+def page_of(rows: Sequence[MetricRow]) -> ReportPage:
+    return build_page(
+        ReportData(
+            metrics=MetricTable(inputs={}, metrics=tuple(rows)), predictions=None, bundles=None, stages=(), folds=(),
             schema=None, digests={}, notes=(),
         )
     )  # fmt: skip
@@ -39,7 +39,7 @@ def test_the_claim_is_the_headline_with_the_clock_beside_it() -> None:
 
     assert "0.69 [0.64, 0.73]" in claim.words
     assert "elapsed time alone 0.22" in claim.line
-    assert [(t.name, t.value, t.beside) for t in claim.tiles] == [
+    assert [(t.name, t.value, t.is_reference) for t in claim.tiles] == [
         ("five phases", "0.69", False),
         ("three states", "0.87", False),
         ("elapsed time alone", "0.22", True),
@@ -66,9 +66,11 @@ def test_the_paired_gap_decides_whether_the_model_beats_the_clock(
 
 
 def test_a_gap_counted_from_the_clock_is_turned_round() -> None:
-    gap = scores.clock_gap([row("macro_f1_gap@5of6", "elapsed_time", -0.4, vs="gbt", low=-0.5, high=-0.3)], "gbt")
+    gap = query.find_elapsed_time_gap(
+        [row("macro_f1_gap@5of6", "elapsed_time", -0.4, vs="gbt", low=-0.5, high=-0.3)], "gbt"
+    )
 
-    assert gap == scores.Gap(value=0.4, low=0.3, high=0.5)
+    assert gap == query.ElapsedTimeGap(value=0.4, low=0.3, high=0.5)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,7 @@ def test_without_a_paired_gap_the_two_intervals_decide(
 ) -> None:
     one, other = (row("macro_f1@5of6", "m", v, low=low, high=high) for v, low, high in (model, clock))
 
-    assert scores.above_clock(one, other, None) is above
+    assert query.is_above_elapsed_time(one, other, None) is above
 
 
 def test_a_clock_that_was_not_scored_is_said() -> None:
@@ -114,7 +116,7 @@ def test_what_was_scored_on_one_fold_alone_is_no_headline() -> None:
 def test_a_row_of_agent_off_episodes_comes_before_one_over_both() -> None:
     rows = [row("macro_f1@5of6", "gbt", 0.5, agent=None), row("macro_f1@5of6", "gbt", 0.4)]
 
-    found = scores.pick(rows, "macro_f1", model="gbt")
+    found = query.find_score(rows, "macro_f1", model="gbt")
 
     assert found is not None
     assert found.value == 0.4
@@ -124,14 +126,14 @@ def test_a_row_of_agent_off_episodes_comes_before_one_over_both() -> None:
 def test_a_mask_is_shown_on_the_episodes_that_it_is_scored_on(threat: str, value: float) -> None:
     rows = [row("macro_f1@5of6", "gbt", v, threat=threat, agent=agent) for agent, v in (("off", 0.4), ("on", 0.5))]
 
-    found = scores.pick(rows, "macro_f1", model="gbt", threat=threat)
+    found = query.find_score(rows, "macro_f1", model="gbt", threat=threat)
 
     assert found is not None
     assert found.value == value
 
 
 def test_the_leaderboard_is_ordered_by_value_and_says_what_is_a_baseline() -> None:
-    board = scores.contenders([CLOCK, GBT, row("macro_f1@5of6", "majority", None)])
+    board = query.build_leaderboard([CLOCK, GBT, row("macro_f1@5of6", "majority", None)])
 
     assert [c.label for c in board] == ["gbt", "elapsed time (baseline)", "majority (baseline)"]
 
@@ -143,7 +145,7 @@ def test_the_confusion_matrix_spans_the_union_of_truths_and_decisions() -> None:
         row("confusion", "gbt", 0.0, phase="armed", x=0.0),
     ]
 
-    matrix = scores.confusion(rows, model="gbt")
+    matrix = query.build_confusion_matrix(rows, model="gbt")
 
     assert matrix is not None
     assert matrix.labels == ("clean", "active")

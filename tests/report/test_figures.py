@@ -9,40 +9,53 @@ from itertools import pairwise
 import plotly.graph_objects as go
 import pytest
 
-from phasewatch.report import figures
-from phasewatch.report.drawing import PHASE_COLOURS, SHADES, Figure, numbers, safe
-from phasewatch.report.figures import Cell, Confusion, Score, Series, Tally, Window
+from phasewatch.evaluation.metric_table import ConfusionMatrix
+from phasewatch.report import charts
+from phasewatch.report.charts import (
+    COLOUR_SCALE,
+    PHASE_COLOURS,
+    HeatMapCell,
+    PlotlyFigure,
+    RibbonWindow,
+    ScoreMark,
+    ScoreSeries,
+    StageCounts,
+    build_cell_text_trace,
+    escape_text,
+)
 
 SCORES = (
-    Score(label="gbt", value=0.7, low=0.6, high=0.8, words="12 windows"),
-    Score(label="majority", value=0.1),
-    Score(label="never run", value=None),
+    ScoreMark(label="gbt", value=0.7, low=0.6, high=0.8, words="12 windows"),
+    ScoreMark(label="majority", value=0.1),
+    ScoreMark(label="never run", value=None),
 )
 WINDOWS = tuple(
-    Window(t_s=5.0 + 5 * i, truth=i // 3, decided=(i + 1) // 3 % 5, p=(0.2, 0.2, 0.2, 0.2, 0.2)) for i in range(9)
+    RibbonWindow(t_s=5.0 + 5 * i, truth=i // 3, decided=(i + 1) // 3 % 5, p=(0.2, 0.2, 0.2, 0.2, 0.2)) for i in range(9)
 )
 
 
-def board() -> Figure:
-    return figures.whiskers([Series(name="five phases", scores=SCORES)], title="macro-F1", origin="recorded")
+def board() -> PlotlyFigure:
+    return charts.draw_intervals([ScoreSeries(name="five phases", scores=SCORES)], title="macro-F1", origin="recorded")
 
 
-def heat(value: float | None = 0.5) -> Figure:
-    cells = [Cell(host_id="a", profile="x", n_episodes=3, value=value)]
-    return figures.heat_map(cells, hosts=["a", "b"], profiles=["x"], title="macro-F1", origin="recorded")
+def heat(value: float | None = 0.5) -> PlotlyFigure:
+    cells = [HeatMapCell(host_id="a", profile="x", n_episodes=3, value=value)]
+    return charts.draw_heat_map(cells, hosts=["a", "b"], profiles=["x"], title="macro-F1", origin="recorded")
 
 
-def matrix() -> Figure:
-    return figures.confusion(Confusion(labels=("clean", "active"), counts=((3, 1), (0, 0))), origin="recorded")
+def matrix() -> PlotlyFigure:
+    return charts.draw_confusion(
+        ConfusionMatrix(labels=("clean", "active"), counts=((3, 1), (0, 0))), origin="recorded"
+    )
 
 
-def bands() -> Figure:
-    return figures.ribbon(WINDOWS, stride_s=5.0, origin="recorded")
+def bands() -> PlotlyFigure:
+    return charts.draw_ribbon(WINDOWS, stride_s=5.0, origin="recorded")
 
 
-def bars() -> Figure:
-    stages = [Tally(stage="validate", counts=(("accepted", 8), ("errored", 2)))]
-    return figures.ledger(stages, origin="recorded")
+def bars() -> PlotlyFigure:
+    stages = [StageCounts(stage="validate", counts=(("accepted", 8), ("errored", 2)))]
+    return charts.draw_accounting(stages, origin="recorded")
 
 
 def light(colour: Sequence[float]) -> float:
@@ -62,7 +75,7 @@ def contrast(ink: str, ground: Sequence[float]) -> float:
 
 def shade(share: float) -> list[float]:
     """The colour of a share between the two stops beside it."""
-    (x0, low), (x1, high) = next((a, b) for a, b in pairwise(SHADES) if share <= float(b[0]))
+    (x0, low), (x1, high) = next((a, b) for a, b in pairwise(COLOUR_SCALE) if share <= float(b[0]))
     k = (share - float(x0)) / (float(x1) - float(x0))
     return [a + (b - a) * k for a, b in zip(rgb(str(low)), rgb(str(high)), strict=True)]
 
@@ -94,9 +107,9 @@ def test_a_score_without_interval_has_no_whisker() -> None:
 
 
 def test_of_two_rows_the_lower_has_its_numbers_below_where_no_whisker_runs() -> None:
-    two = [Series(name="five phases", scores=SCORES), Series(name="three states", scores=SCORES)]
+    two = [ScoreSeries(name="five phases", scores=SCORES), ScoreSeries(name="three states", scores=SCORES)]
 
-    upper, lower, *_ = figures.whiskers(two, title="macro-F1", origin="recorded")["data"]
+    upper, lower, *_ = charts.draw_intervals(two, title="macro-F1", origin="recorded")["data"]
 
     assert (upper["textposition"], lower["textposition"]) == ("top center", "bottom center")
     assert upper["y"][0] < lower["y"][0]
@@ -104,9 +117,9 @@ def test_of_two_rows_the_lower_has_its_numbers_below_where_no_whisker_runs() -> 
 
 @pytest.mark.parametrize("ends", [(0.01, 0.1), (-0.3, -0.1), (-0.2, 0.4)])
 def test_a_picture_of_gaps_shows_zero_and_every_end_and_little_else(ends: tuple[float, float]) -> None:
-    gap = Score(label="a", value=sum(ends) / 2, low=ends[0], high=ends[1])
+    gap = ScoreMark(label="a", value=sum(ends) / 2, low=ends[0], high=ends[1])
 
-    figure = figures.whiskers([Series(name="gap", scores=(gap,))], title="", origin="", is_gap=True)
+    figure = charts.draw_intervals([ScoreSeries(name="gap", scores=(gap,))], title="", origin="", is_gap=True)
     left, right = figure["layout"]["xaxis"]["range"]
 
     assert left < min(0, *ends)
@@ -145,16 +158,16 @@ def test_a_phase_without_true_windows_has_counts_but_no_share() -> None:
 
 @pytest.mark.parametrize("share", [i / 20 for i in range(21)])
 def test_a_number_can_be_read_on_every_shade(share: float) -> None:
-    ink = numbers([[share]], [["1"]])["textfont"]["color"][0]
+    ink = build_cell_text_trace([[share]], [["1"]])["textfont"]["color"][0]
 
     assert contrast(ink, shade(share)) > 4
 
 
 def test_the_small_numbers_of_every_series_can_be_read_on_white() -> None:
-    one = Score(label="gbt", value=0.5, low=0.4, high=0.6)
-    three = [Series(name=name, scores=(one,)) for name in ("a", "b", "c")]
+    one = ScoreMark(label="gbt", value=0.5, low=0.4, high=0.6)
+    three = [ScoreSeries(name=name, scores=(one,)) for name in ("a", "b", "c")]
 
-    inks = [t["textfont"]["color"] for t in figures.whiskers(three, title="macro-F1", origin="recorded")["data"]]
+    inks = [t["textfont"]["color"] for t in charts.draw_intervals(three, title="macro-F1", origin="recorded")["data"]]
 
     assert len(inks) == 3
     assert all(contrast(ink, rgb("#ffffff")) >= 4.5 for ink in inks)  # WCAG 2.2, 1.4.3
@@ -204,4 +217,4 @@ def test_phases_differ_in_lightness_as_well_as_in_hue() -> None:
     ],
 )
 def test_names_from_data_are_harmless_in_a_picture(name: str, shown: str) -> None:
-    assert safe(name) == shown
+    assert escape_text(name) == shown

@@ -15,8 +15,14 @@ import pytest
 from tests.report.fake_run import HOSTILE, Recipe, make_run
 
 from phasewatch.errors import RunError
-from phasewatch.evaluate.score import score
-from phasewatch.report.page import MAX_BYTES, plotly_script, read_evidence, script_json, write_report
+from phasewatch.evaluation.evaluate import evaluate_run
+from phasewatch.report.html import (
+    MAX_REPORT_BYTES,
+    load_plotly_script,
+    read_report_data,
+    render_script_json,
+    write_report,
+)
 
 SMALL = Recipe(hosts=("a-host", "b-host", "c-host"), profiles=("benign", "cryptomine", "beacon-c2"), n_windows=12)
 
@@ -28,7 +34,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def text_of(run: Path) -> str:
     """The page without Plotly's own 4.8 MB."""
-    return write_report(run).read_text(encoding="utf-8").replace(plotly_script(), "")
+    return write_report(run).read_text(encoding="utf-8").replace(load_plotly_script(), "")
 
 
 def figures_of(text: str) -> dict[str, object]:
@@ -47,7 +53,7 @@ def test_the_page_lies_in_the_run_and_is_small_enough_to_mail(tmp_path: Path) ->
     path = write_report(make_run(tmp_path / "run", SMALL))
 
     assert path == tmp_path / "run" / "report.html"
-    assert path.stat().st_size <= MAX_BYTES
+    assert path.stat().st_size <= MAX_REPORT_BYTES
 
 
 def test_the_same_run_gives_the_same_bytes_wherever_it_lies(tmp_path: Path) -> None:
@@ -141,7 +147,7 @@ def test_strings_from_data_are_text_in_html_and_in_scripts(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("hostile", ["</script>", "<!--", "\u2028", "&amp;", "é"])
 def test_no_markup_survives_in_the_scripts_data(hostile: str) -> None:
-    encoded = script_json({"name": hostile})
+    encoded = render_script_json({"name": hostile})
 
     assert not re.search(r"[<>&]|[^\x00-\x7f]", encoded)
     assert json.loads(encoded) == {"name": hostile}
@@ -219,7 +225,7 @@ def test_a_model_that_cannot_be_scored_is_said_and_the_page_is_written(
     )
     at = table.schema.get_field_index(column)
     pq.write_table(table.set_column(at, column, values), run / "predictions_v1.parquet")
-    score(run, resamples=50)
+    evaluate_run(run, resamples=50)
 
     words = words_of(text_of(run))
 
@@ -281,7 +287,7 @@ def test_where_there_is_nothing_at_all_the_error_says_how_to_make_a_run(tmp_path
     with pytest.raises(RunError, match="phasewatch run STORE --out") as caught:
         write_report(tmp_path)
     with pytest.raises(RunError, match="no such run"):
-        read_evidence(tmp_path / "absent")
+        read_report_data(tmp_path / "absent")
 
     assert caught.value.exit_code == 3
     assert not (tmp_path / "report.html").exists()

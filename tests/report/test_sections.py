@@ -9,23 +9,23 @@ from dataclasses import replace
 import pytest
 from tests.report.test_claim import CLOCK, GBT, THREE, row
 
-from phasewatch.audit.checks import REPORTED, Audit, Check, Fate
-from phasewatch.evaluate.rows import CHOICE, MetricRow, Metrics
-from phasewatch.report.blocks import Block, Page
-from phasewatch.report.evidence import Bundles, Evidence
-from phasewatch.report.plain import render_json, render_markdown
-from phasewatch.report.story import tell
+from phasewatch.audit.checks import REPORT_ONLY_SUFFIX, AuditCheck, AuditReport, CheckOutcome
+from phasewatch.evaluation.metric_table import SELECTION_METRIC, MetricRow, MetricTable
+from phasewatch.report.data import BundleCounts, ReportData
+from phasewatch.report.layout import ReportBlock, ReportPage
+from phasewatch.report.markdown import render_json, render_markdown
+from phasewatch.report.summary import build_page
 
-EVIDENCE = Evidence(
+EVIDENCE = ReportData(
     metrics=None, predictions=None, bundles=None, stages=(), folds=(), schema=None, digests={}, notes=(),
 )  # fmt: skip
 
 
-def page_of(rows: Sequence[MetricRow], **more: object) -> Page:
-    return tell(replace(EVIDENCE, metrics=Metrics(inputs={}, metrics=tuple(rows)), **more))  # type: ignore[arg-type]
+def page_of(rows: Sequence[MetricRow], **more: object) -> ReportPage:
+    return build_page(replace(EVIDENCE, metrics=MetricTable(inputs={}, metrics=tuple(rows)), **more))  # type: ignore[arg-type]
 
 
-def block(page: Page, key: str) -> Block:
+def block(page: ReportPage, key: str) -> ReportBlock:
     return next(b for s in page.sections for b in s.blocks if b.key == key)
 
 
@@ -46,7 +46,7 @@ def test_the_page_opens_with_what_would_have_been_claimed() -> None:
 
 def test_where_the_page_is_about_another_model_the_meter_names_its_own() -> None:
     cnn = row("macro_f1@5of6", "cnn", 0.71, low=0.6, high=0.8)
-    liked = [row(CHOICE, model, value, agent=None) for model, value in (("cnn", 0.9), ("gbt", 0.8))]
+    liked = [row(SELECTION_METRIC, model, value, agent=None) for model, value in (("cnn", 0.9), ("gbt", 0.8))]
 
     page = page_of([GBT, cnn, THREE, CLOCK, LEAKY, *liked])
 
@@ -200,7 +200,7 @@ def test_channels_above_zero_one_by_one_are_told_with_how_many_chance_would_give
 
 
 def test_what_a_source_costs_is_measured_in_the_bundles() -> None:
-    bundles = Bundles(
+    bundles = BundleCounts(
         total=1, by_status=(), by_reason=(), by_origin=(), hosts=("h",), span_days=1.0, rows_per_s=(("proc", 2.0),)
     )
 
@@ -211,13 +211,15 @@ def test_what_a_source_costs_is_measured_in_the_bundles() -> None:
     assert costs.table.rows[3][2] == "–"
 
 
-def audit(fate: Fate) -> Audit:
-    check = Check(name="predictions", promise="Each prediction is its checkpoint's.", fate=fate, words="edited by 0.5")
-    return Audit(inputs={}, checks=(check,))
+def audit(fate: CheckOutcome) -> AuditReport:
+    check = AuditCheck(
+        name="predictions", promise="Each prediction is its checkpoint's.", fate=fate, words="edited by 0.5"
+    )
+    return AuditReport(inputs={}, checks=(check,))
 
 
 def test_a_run_that_fails_its_audit_has_no_headline() -> None:
-    page = page_of([GBT, THREE, CLOCK, LEAKY], audit=audit(Fate.BROKEN))
+    page = page_of([GBT, THREE, CLOCK, LEAKY], audit=audit(CheckOutcome.BROKEN))
 
     assert page.claim.words == "No claim: this run breaks 1 of its promises (predictions)."
     assert page.claim.tiles == ()
@@ -227,7 +229,7 @@ def test_a_run_that_fails_its_audit_has_no_headline() -> None:
 
 
 def test_a_run_that_keeps_its_promises_claims_and_shows_them() -> None:
-    page = page_of([GBT], audit=audit(Fate.KEPT))
+    page = page_of([GBT], audit=audit(CheckOutcome.KEPT))
 
     assert "0.69" in page.claim.words
     assert page.notices == ()
@@ -235,8 +237,15 @@ def test_a_run_that_keeps_its_promises_claims_and_shows_them() -> None:
 
 
 def test_a_figure_without_a_limit_is_reported_and_no_promise_that_was_kept() -> None:
-    leak = Check(name="leak-x", promise=f"How late it is. {REPORTED}", fate=Fate.KEPT, words="0.29 rank correlation")
-    found = block(page_of([GBT], audit=Audit(inputs={}, checks=(leak, *audit(Fate.KEPT).checks))), "audit")
+    leak = AuditCheck(
+        name="leak-x",
+        promise=f"How late it is. {REPORT_ONLY_SUFFIX}",
+        fate=CheckOutcome.KEPT,
+        words="0.29 rank correlation",
+    )
+    found = block(
+        page_of([GBT], audit=AuditReport(inputs={}, checks=(leak, *audit(CheckOutcome.KEPT).checks))), "audit"
+    )
 
     assert found.sentences[0] == "1 kept, 0 broken and 0 untested."
     assert "1 figure without a limit: what the recordings give away." in found.sentences

@@ -11,16 +11,15 @@ from typing import Any
 
 import httpx
 
-from phasewatch.store.admission import Judge
-from phasewatch.store.base import Store, open_store
-from phasewatch.store.digests import render_digest
-from phasewatch.store.receiver import Receiver
-from phasewatch.store.room import Bounds
-from phasewatch.store.tokens import parse_tokens
+from phasewatch.store.base import BundleStore, open_store
+from phasewatch.store.quota import ReceiverLimits
+from phasewatch.transfer.admission import CheckArrivals
+from phasewatch.transfer.auth import parse_tokens
+from phasewatch.transfer.receiver import BundleReceiver, render_content_digest
 
 IDS = [f"0199c82c-c000-7000-8000-0000000000{i:02d}" for i in range(64)]
 TOKENS = {"pc-a": "token-of-pc-a-0001", "pc-b": "token-of-pc-b-0002"}
-ROOMY = Bounds(floor_bytes=0)
+ROOMY = ReceiverLimits(min_free_bytes=0)
 
 
 def path_of(number: int = 0, host_id: str = "pc-a") -> str:
@@ -28,7 +27,7 @@ def path_of(number: int = 0, host_id: str = "pc-a") -> str:
 
 
 def headers_of(data: bytes, *, token: str = TOKENS["pc-a"], **more: str) -> dict[str, str]:
-    digest = render_digest(sha256(data).hexdigest())
+    digest = render_content_digest(sha256(data).hexdigest())
     return {"Authorization": f"Bearer {token}", "Content-Digest": digest} | more
 
 
@@ -37,20 +36,20 @@ class Desk:
 
     def __init__(
         self,
-        store: Store | Path,
+        store: BundleStore | Path,
         *,
-        bounds: Bounds = ROOMY,
-        judge: Judge | None = None,
+        bounds: ReceiverLimits = ROOMY,
+        judge: CheckArrivals | None = None,
         refuse: Iterable[str] = (),
         tokens: Mapping[str, str] = TOKENS,
         tidy_s: float = 600.0,
     ) -> None:
-        self.store: Store = open_store(store) if isinstance(store, Path) else store
+        self.store: BundleStore = open_store(store) if isinstance(store, Path) else store
         self.log: list[dict[str, Any]] = []
         known = parse_tokens("".join(f"{h}: {t}\n" for h, t in tokens.items()), file="tokens")
         with self.store.receiving():
             pass  # makes the folder; a test holds no lock
-        self.receiver = Receiver(
+        self.receiver = BundleReceiver(
             self.store, known, bounds=bounds, log=self.log.append, judge=judge, refuse=frozenset(refuse), tidy_s=tidy_s
         )
 

@@ -12,9 +12,9 @@ import pytest
 from tests.crash.faults import FaultyDisk, Killed
 
 from phasewatch import atomic
-from phasewatch.episode import limits
+from phasewatch.bundle import limits
 from phasewatch.errors import BundleError, StoreError
-from phasewatch.store.disk import MALFORMED, UNREADABLE, DiskStore, StoreItem
+from phasewatch.store.local import MALFORMED_RECEIPT, UNREADABLE_RECEIPT, DiskStore, StoreItem
 
 IDS = [f"0199c82c-c000-7000-8000-00000000000{i}" for i in range(5)]
 
@@ -61,11 +61,11 @@ def test_ids_that_could_lead_elsewhere_are_refused(tmp_path: Path, host_id: str,
 
 
 def test_the_bundle_is_durable_before_its_receipt_exists(tmp_path: Path) -> None:
-    class Full(atomic.Disk):
+    class Full(atomic.DiskOperations):
         def rename(self, source: Path, target: Path) -> None:
             raise OSError("power cut")
 
-    with atomic.on_disk(Full()), pytest.raises(OSError, match="power cut"):
+    with atomic.use_disk_operations(Full()), pytest.raises(OSError, match="power cut"):
         DiskStore(tmp_path).put("pc-a", IDS[0], b"data")
 
     assert [(item.bytes, item.receipt) for item in walk(tmp_path)] == [(4, None)]
@@ -75,7 +75,7 @@ def test_a_bundle_is_in_the_store_only_when_its_folders_name_is_on_the_disk(tmp_
     (tmp_path / "spare").mkdir()
     (tmp_path / "store").mkdir()
     store = DiskStore(tmp_path / "store")
-    with atomic.on_disk(disk := FaultyDisk(tmp_path / "spare", at=1, fault="EIO")):
+    with atomic.use_disk_operations(disk := FaultyDisk(tmp_path / "spare", at=1, fault="EIO")):
         with pytest.raises(OSError, match="injected"):
             store.put("pc-a", IDS[0], b"data")
         assert disk.calls[:2] == ["mkdir", "fsync"]  # the folder is there, and the disk did not take its name
@@ -130,7 +130,7 @@ def test_receipts_hidden_files_and_unfinished_writes_are_no_items_but_the_last_a
     (tmp_path / ".git").mkdir()
 
     assert len(walk(tmp_path)) == 1
-    assert DiskStore(tmp_path).temporaries() == ("pc-a/.x.0123456789ab.tmp",)
+    assert DiskStore(tmp_path).list_temporaries() == ("pc-a/.x.0123456789ab.tmp",)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_a_receipt_that_is_none_is_malformed(tmp_path: Path, line: bytes) -> Non
     path = DiskStore(tmp_path).put("pc-a", IDS[0], b"data")
     path.with_name(path.name + ".sha256").write_bytes(line)
 
-    assert [item.receipt for item in walk(tmp_path)] == [MALFORMED]
+    assert [item.receipt for item in walk(tmp_path)] == [MALFORMED_RECEIPT]
 
 
 def test_a_receipt_that_cannot_be_read_is_unreadable(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_receipt_that_cannot_be_read_is_unreadable(tmp_path: Path) -> None:
     path.with_name(path.name + ".sha256").unlink()
     path.with_name(path.name + ".sha256").mkdir()
 
-    assert [item.receipt for item in walk(tmp_path)] == [UNREADABLE]
+    assert [item.receipt for item in walk(tmp_path)] == [UNREADABLE_RECEIPT]
 
 
 def test_a_receipt_whose_bundle_is_gone_is_given_so_that_the_loss_is_counted(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_reading_refuses_what_is_too_large_no_file_or_out_of_reach(tmp_path: Pat
     os.mkfifo(folder / "pipe")
     (folder / "broken").symlink_to("nowhere")
     with (folder / "large").open("wb") as file:
-        file.truncate(limits.COMPRESSED_BYTES + 1)
+        file.truncate(limits.MAX_COMPRESSED_BYTES + 1)
     codes = {}
     for item in walk(tmp_path):
         with pytest.raises(BundleError) as refused:
@@ -235,7 +235,11 @@ def test_a_folder_that_cannot_be_read_is_one_item_and_the_others_are_walked(tmp_
                 told.append(f"{item.host_id} read")
             except BundleError as error:
                 told.append(f"{item.host_id} {error.code}")
-        return [*told, f"{len(DiskStore(store).temporaries())} temporaries", f"{DiskStore(store).tidy(older_than_s=1)}"]
+        return [
+            *told,
+            f"{len(DiskStore(store).list_temporaries())} temporaries",
+            f"{DiskStore(store).remove_leftovers(older_than_s=1)}",
+        ]
 
     try:
         assert as_nobody(ask) == ["pc-a read", "pc-b bundle-unreadable", "pc-c read", "0 temporaries", "0"]
@@ -253,8 +257,8 @@ def test_a_link_that_leads_to_itself_ends_no_walk(tmp_path: Path) -> None:
     with pytest.raises(BundleError) as caught:
         DiskStore(tmp_path).read(stray)
     assert caught.value.code == "bundle-unreadable"
-    assert DiskStore(tmp_path).temporaries() == ()
-    assert DiskStore(tmp_path).tidy(older_than_s=0) == 0
+    assert DiskStore(tmp_path).list_temporaries() == ()
+    assert DiskStore(tmp_path).remove_leftovers(older_than_s=0) == 0
 
 
 @pytest.mark.parametrize("name", ["lost+found", "System Volume Information", "$RECYCLE.BIN"])
@@ -273,7 +277,7 @@ def test_a_pipe_in_a_bundles_or_a_receipts_place_holds_nobody_up(tmp_path: Path)
 
     sound, pipe = walk(tmp_path)
 
-    assert (sound.receipt, DiskStore(tmp_path).read(sound)) == (UNREADABLE, b"data")
+    assert (sound.receipt, DiskStore(tmp_path).read(sound)) == (UNREADABLE_RECEIPT, b"data")
     with pytest.raises(BundleError) as caught:
         DiskStore(tmp_path).read(pipe)
     assert caught.value.code == "bundle-unreadable"

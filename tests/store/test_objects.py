@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from phasewatch.errors import BundleError
-from phasewatch.store.base import Store, StoreItem, open_store
+from phasewatch.store.base import BundleStore, StoreItem, open_store
 
 ID = "0199c82c-c000-7000-8000-000000000000"
 ODD = ("/stray", "pc-a//x", "./y", "pc-a/../z", "pc-a/..", "pc-a/a b.tar.zst", "pc-a/100%", "pc-a/café")
@@ -28,11 +28,11 @@ def test_a_key_that_is_no_path_hides_no_bundle(new_bucket: Callable[[], str], s3
     sound = next(item for item in items if item.episode_id == ID)
     assert store.read(sound) == b"data"
     assert sound.receipt not in (None, "malformed", "unreadable")
-    assert len(store.held("pc-a")) >= 1
+    assert len(store.list_arrivals("pc-a")) >= 1
     assert {code_of(store, item) for item in items if item is not sound} <= {"", "bundle-missing", "bundle-unreadable"}
 
 
-def code_of(store: Store, item: StoreItem) -> str:
+def code_of(store: BundleStore, item: StoreItem) -> str:
     try:
         store.read(item)
     except BundleError as error:

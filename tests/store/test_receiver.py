@@ -17,13 +17,12 @@ import pytest
 from tests.store.desks import IDS, ROOMY, TOKENS, Desk, headers_of, path_of, piece, scope_of
 
 from phasewatch import atomic
-from phasewatch.errors import BusyError, LostStoreError, MachineError
-from phasewatch.store.admission import Arrival, Judgement
-from phasewatch.store.base import Store
-from phasewatch.store.digests import render_digest
-from phasewatch.store.disk import DiskStore
-from phasewatch.store.receiver import RECEIPT_HEADER
-from phasewatch.store.room import CHARGE_BYTES, FreeFiles
+from phasewatch.errors import BusyError, MachineError, StoreReplacedError
+from phasewatch.store.base import BundleStore
+from phasewatch.store.local import DiskStore
+from phasewatch.store.quota import MIN_CHARGE_BYTES, FreeFiles
+from phasewatch.transfer.admission import AdmissionVerdict, BundleArrival
+from phasewatch.transfer.receiver import RECEIPT_HEADER, render_content_digest
 
 DATA = b"a bundle's bytes" * 100
 DIGEST = sha256(DATA).hexdigest()
@@ -38,18 +37,18 @@ def stored(desk: Desk) -> dict[str, bytes]:
     return {item.path: desk.store.read(item) for item in desk.store.walk()}
 
 
-def test_a_bundle_is_acknowledged_with_the_receipt_that_stands_beside_it(store: Store) -> None:
+def test_a_bundle_is_acknowledged_with_the_receipt_that_stands_beside_it(store: BundleStore) -> None:
     desk = Desk(store)
 
     answer = desk.put(DATA)
 
     assert (answer.status_code, answer.text) == (201, f"{DIGEST}  {IDS[0]}.tar.zst\n")
-    assert answer.headers[RECEIPT_HEADER] == render_digest(DIGEST)
+    assert answer.headers[RECEIPT_HEADER] == render_content_digest(DIGEST)
     assert stored(desk) == {f"pc-a/{IDS[0]}.tar.zst": DATA}
     assert [item.receipt for item in store.walk()] == [DIGEST]
 
 
-def test_the_same_bytes_again_are_200_and_other_bytes_409(store: Store) -> None:
+def test_the_same_bytes_again_are_200_and_other_bytes_409(store: BundleStore) -> None:
     desk = Desk(store)
     desk.put(DATA)
 
@@ -83,7 +82,7 @@ def test_get_and_head_give_the_receipt_and_404_without_one(desk: Desk) -> None:
 
     assert (got.status_code, got.text) == (200, f"{DIGEST}  {IDS[0]}.tar.zst\n")
     assert head.status_code == 200
-    assert head.headers[RECEIPT_HEADER] == got.headers[RECEIPT_HEADER] == render_digest(DIGEST)
+    assert head.headers[RECEIPT_HEADER] == got.headers[RECEIPT_HEADER] == render_content_digest(DIGEST)
 
 
 @pytest.mark.parametrize("spoil", ["receipt", "bundle"])
@@ -117,8 +116,8 @@ REFUSED: dict[str, tuple[str, str, dict[str, str | None], int]] = {
     "no digest": ("PUT", path_of(), {"Content-Digest": None}, 400),
     "a digest of another kind": ("PUT", path_of(), {"Content-Digest": "md5=:xxx:"}, 400),
     "a digest that is no base64": ("PUT", path_of(), {"Content-Digest": "sha-256=:????:"}, 400),
-    "two digests": ("PUT", path_of(), {"Content-Digest": ", ".join(2 * [render_digest(DIGEST)])}, 400),
-    "a wrong digest": ("PUT", path_of(), {"Content-Digest": render_digest("0" * 64)}, 400),
+    "two digests": ("PUT", path_of(), {"Content-Digest": ", ".join(2 * [render_content_digest(DIGEST)])}, 400),
+    "a wrong digest": ("PUT", path_of(), {"Content-Digest": render_content_digest("0" * 64)}, 400),
     "no length": ("PUT", path_of(), {"Content-Length": None}, 411),
     "a length that is no number": ("PUT", path_of(), {"Content-Length": "-5"}, 411),
     "too large, by its header": ("PUT", path_of(), {"Content-Length": str((16 << 20) + 1)}, 413),
@@ -147,7 +146,7 @@ def test_what_cannot_be_taken_is_refused_in_words_and_leaves_nothing(
 
 
 def test_other_digests_beside_the_sha256_are_passed_over(desk: Desk) -> None:
-    digest = f"md5=:AAAA:, {render_digest(DIGEST)};x=1"
+    digest = f"md5=:AAAA:, {render_content_digest(DIGEST)};x=1"
 
     assert desk.put(DATA, **{"Content-Digest": digest}).status_code == 201
 
@@ -189,8 +188,8 @@ def test_a_client_that_goes_away_leaves_nothing_but_a_line_in_the_log(desk: Desk
 @pytest.mark.parametrize(
     ("bounds", "messages"),
     [
-        (replace(ROOMY, silence_s=0.02), [piece(b"1"), 5.0]),
-        (replace(ROOMY, grace_s=0.02, slowest_bytes_per_s=10**9), [piece(b"1"), 0.02, piece(b"2"), 0.02, piece(b"3")]),
+        (replace(ROOMY, read_timeout_s=0.02), [piece(b"1"), 5.0]),
+        (replace(ROOMY, grace_s=0.02, min_bytes_per_s=10**9), [piece(b"1"), 0.02, piece(b"2"), 0.02, piece(b"3")]),
     ],
     ids=["silent for too long", "too slow on the whole"],
 )
@@ -204,7 +203,7 @@ def test_a_slow_body_is_timed_out(tmp_path: Path, bounds: object, messages: list
     assert desk.store.temporaries() == ()  # type: ignore[attr-defined]
 
 
-class Slow(atomic.Disk):
+class Slow(atomic.DiskOperations):
     """A disk that takes longer over one of its calls than a body has."""
 
     def __init__(self, call: str) -> None:
@@ -232,11 +231,11 @@ class Slow(atomic.Disk):
 
 @pytest.mark.parametrize("call", ["open", "write"])
 def test_a_body_whose_time_is_up_while_the_disk_writes_it_is_dropped_only_then(tmp_path: Path, call: str) -> None:
-    desk = Desk(tmp_path / "store", bounds=replace(ROOMY, grace_s=0.2, slowest_bytes_per_s=10**9))
+    desk = Desk(tmp_path / "store", bounds=replace(ROOMY, grace_s=0.2, min_bytes_per_s=10**9))
     half = bytes(3 << 19)  # more than is held back before it is written
     scope = scope_of(**headers_of(half), **{"Content-Length": str(2 * len(half))})
 
-    with atomic.on_disk(disk := Slow(call)):
+    with atomic.use_disk_operations(disk := Slow(call)):
         sent = desk.feed(scope, [piece(half), piece(half)])
 
     assert sent[0]["status"] == 408
@@ -245,7 +244,7 @@ def test_a_body_whose_time_is_up_while_the_disk_writes_it_is_dropped_only_then(t
 
 
 def test_no_room_is_said_before_the_body(tmp_path: Path) -> None:
-    desk = Desk(tmp_path / "store", bounds=replace(ROOMY, floor_bytes=1 << 62))
+    desk = Desk(tmp_path / "store", bounds=replace(ROOMY, min_free_bytes=1 << 62))
 
     sent = desk.feed(scope_of(**headers_of(DATA), **{"Content-Length": str(len(DATA))}), [])
 
@@ -255,7 +254,7 @@ def test_no_room_is_said_before_the_body(tmp_path: Path) -> None:
 
 
 def test_a_quota_outlives_the_process(tmp_path: Path) -> None:
-    bounds = replace(ROOMY, quota_bytes=3 * CHARGE_BYTES)
+    bounds = replace(ROOMY, quota_bytes=3 * MIN_CHARGE_BYTES)
     first = Desk(tmp_path / "store", bounds=bounds)
     assert [first.put(DATA, n).status_code for n in range(2)] == [201, 201]
 
@@ -270,12 +269,12 @@ def test_an_upload_that_ends_while_another_looks_at_what_the_host_sent_counts_ag
 
     class Lagging(DiskStore):
         def held(self, host_id: str) -> list[tuple[float, int]]:
-            found = super().held(host_id)
+            found = super().list_arrivals(host_id)
             if next(looks) == 1:
                 stored_one.wait(20)
             return found
 
-    desk = Desk(Lagging(tmp_path / "store"), bounds=replace(ROOMY, quota_bytes=2 * CHARGE_BYTES))
+    desk = Desk(Lagging(tmp_path / "store"), bounds=replace(ROOMY, quota_bytes=2 * MIN_CHARGE_BYTES))
 
     async def crowd() -> list[int]:
         async with desk.client() as client:
@@ -318,7 +317,7 @@ def test_uploads_at_a_time_are_bounded_in_all_and_for_each_host(tmp_path: Path) 
     assert sorted(asyncio.run(crowd(in_all, ["pc-a", "pc-b", "pc-b"]))) == [201, 201, 503]
 
 
-class Broken(atomic.Disk):
+class Broken(atomic.DiskOperations):
     """A disk that fails at every fsync."""
 
     def __init__(self, number: int) -> None:
@@ -331,7 +330,7 @@ class Broken(atomic.Disk):
 @pytest.mark.parametrize(("number", "status"), [(errno.ENOSPC, 507), (errno.EDQUOT, 507), (errno.EIO, 500)])
 def test_a_disk_that_fails_acknowledges_nothing(desk: Desk, number: int, status: int) -> None:
     desk.put(DATA, 1)
-    with atomic.on_disk(Broken(number)):
+    with atomic.use_disk_operations(Broken(number)):
         answer = desk.put(DATA, 0)
 
     assert answer.status_code == status
@@ -359,13 +358,16 @@ def test_health_needs_no_token(desk: Desk) -> None:
     assert desk.ask("GET", "/healthz").json() == {"status": "ok", "in_flight": 0}
 
 
-def says(status: str) -> Callable[[Sequence[Arrival]], Iterator[Judgement]]:
+def says(status: str) -> Callable[[Sequence[BundleArrival]], Iterator[AdmissionVerdict]]:
     return lambda arrivals: iter(
-        [Judgement(status=status, reasons=("code",), detail=f"{a.host_id}: {len(a.data)} bytes") for a in arrivals]
+        [
+            AdmissionVerdict(status=status, reasons=("code",), detail=f"{a.host_id}: {len(a.data)} bytes")
+            for a in arrivals
+        ]
     )
 
 
-def test_with_a_judge_each_bundle_gets_its_word_beside_it_and_a_bad_one_is_kept_as_evidence(store: Store) -> None:
+def test_with_a_judge_each_bundle_gets_its_word_beside_it_and_a_bad_one_is_kept_as_evidence(store: BundleStore) -> None:
     desk = Desk(store, judge=says("errored"))
 
     assert desk.put(DATA).status_code == 201
@@ -397,7 +399,7 @@ def test_a_bundle_is_judged_once_also_if_it_came_before_there_was_a_judge(tmp_pa
     Desk(tmp_path / "store").put(DATA)
     calls: list[int] = []
 
-    def judge(arrivals: Sequence[Arrival]) -> Iterator[Judgement]:
+    def judge(arrivals: Sequence[BundleArrival]) -> Iterator[AdmissionVerdict]:
         calls.append(len(arrivals))
         return says("accepted")(arrivals)
 
@@ -408,7 +410,7 @@ def test_a_bundle_is_judged_once_also_if_it_came_before_there_was_a_judge(tmp_pa
 
 
 def test_a_judge_that_cannot_work_loses_nothing_and_acknowledges_nothing(tmp_path: Path) -> None:
-    def judge(arrivals: Sequence[Arrival]) -> Iterator[Judgement]:
+    def judge(arrivals: Sequence[BundleArrival]) -> Iterator[AdmissionVerdict]:
         raise MachineError("no process could be started")
 
     desk = Desk(tmp_path / "store", judge=judge)
@@ -421,7 +423,7 @@ def test_a_judge_that_cannot_work_loses_nothing_and_acknowledges_nothing(tmp_pat
 def test_bundles_that_come_together_are_judged_together(tmp_path: Path) -> None:
     sizes: list[int] = []
 
-    def judge(arrivals: Sequence[Arrival]) -> Iterator[Judgement]:
+    def judge(arrivals: Sequence[BundleArrival]) -> Iterator[AdmissionVerdict]:
         sizes.append(len(arrivals))
         until = time.monotonic() + 20
         while len(sizes) == 1 and len(arrivals) + gate.waiting < 4 and time.monotonic() < until:
@@ -429,7 +431,7 @@ def test_bundles_that_come_together_are_judged_together(tmp_path: Path) -> None:
         return says("accepted")(arrivals)
 
     desk = Desk(tmp_path / "store", judge=judge)
-    gate = desk.receiver._gate
+    gate = desk.receiver._admission
     assert gate is not None
 
     async def crowd() -> list[int]:
@@ -465,7 +467,7 @@ def test_old_leftovers_go_while_it_runs_and_a_fault_in_that_stops_nothing(tmp_pa
             looked += 1
             if looked == 1:
                 raise OSError(errno.EIO, "injected")
-            return super().tidy(older_than_s=older_than_s)
+            return super().remove_leftovers(older_than_s=older_than_s)
 
     desk = Desk(Shaky(tmp_path / "store"), tidy_s=0.001)
     (tmp_path / "store" / "pc-a").mkdir()
@@ -499,7 +501,7 @@ def test_a_body_that_is_too_short_for_a_bundle_is_refused_and_nothing_is_kept(de
 
 
 def test_a_small_bundle_costs_its_host_what_it_takes_of_the_disk(tmp_path: Path) -> None:
-    desk = Desk(tmp_path / "store", bounds=replace(ROOMY, quota_bytes=2 * CHARGE_BYTES))
+    desk = Desk(tmp_path / "store", bounds=replace(ROOMY, quota_bytes=2 * MIN_CHARGE_BYTES))
 
     assert [desk.put(b"%09d" % n, n).status_code for n in range(3)] == [201, 201, 429]
     assert desk.put(b"%09d" % 0, 0).status_code == 200  # what stands there already costs nothing
@@ -569,8 +571,8 @@ def test_a_store_that_is_not_in_its_place_takes_nothing_and_says_so(tmp_path: Pa
         assert health.status_code == 503
         assert health.json()["status"] != "ok"
         assert [each.name for each in path.glob("*") if each.name != ".incoming"] == []
-        with pytest.raises(LostStoreError, match="mount its disk again"):
-            desk.store.check_place()
+        with pytest.raises(StoreReplacedError, match="mount its disk again"):
+            desk.store.check_location()
 
 
 def test_a_store_that_leaves_its_place_during_an_upload_acknowledges_nothing(tmp_path: Path) -> None:
@@ -609,7 +611,7 @@ def test_a_second_receiver_into_the_place_of_an_unmounted_store_is_refused(tmp_p
 
 
 def test_refused_bundles_cost_their_host_quota_and_in_the_end_its_turn(tmp_path: Path) -> None:
-    bounds = replace(ROOMY, quota_bytes=2 * CHARGE_BYTES)
+    bounds = replace(ROOMY, quota_bytes=2 * MIN_CHARGE_BYTES)
     by_quota = Desk(tmp_path / "one", bounds=bounds, judge=says("errored"), refuse=["errored"])
     by_number = Desk(tmp_path / "two", judge=says("errored"), refuse=["errored"])
 
@@ -623,7 +625,7 @@ def test_refused_bundles_cost_their_host_quota_and_in_the_end_its_turn(tmp_path:
 
 
 def test_bodies_that_are_not_what_their_digest_says_count_as_refused(desk: Desk) -> None:
-    wrong = {"Content-Digest": render_digest("0" * 64)}
+    wrong = {"Content-Digest": render_content_digest("0" * 64)}
 
     assert [desk.put(DATA, 0, **wrong).status_code for _ in range(70)][-1] == 429
 

@@ -24,7 +24,7 @@ from tests.store.desks import IDS, ROOMY, TOKENS, Desk, headers_of, path_of
 
 from phasewatch.errors import MachineError, UsageError
 from phasewatch.http_server.connections import ConnectionLimits
-from phasewatch.store.serving import Listen, bind, configure, parse_listen
+from phasewatch.transfer.server import ListenAddress, bind_socket, build_server_config, parse_listen_address
 
 DATA = b"a bundle's bytes" * 100
 TOKENS_TEXT = "".join(f"{host_id}: {token}\n" for host_id, token in TOKENS.items())
@@ -55,10 +55,10 @@ def desk(tmp_path: Path) -> Desk:
 @contextmanager
 def serving(desk: Desk, limits: ConnectionLimits = HASTY, *, host: str = "127.0.0.1", **listen: Path) -> Iterator[int]:
     """Serve in a thread; give the port."""
-    where = Listen(host=host, port=0, **listen)
-    with bind(where) as bound:
+    where = ListenAddress(host=host, port=0, **listen)
+    with bind_socket(where) as bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # a client that reads nothing is felt early
-        server = uvicorn.Server(configure(desk.receiver, where, ROOMY, connections=limits))
+        server = uvicorn.Server(build_server_config(desk.receiver, where, ROOMY, connections=limits))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         yield bound.getsockname()[1]
@@ -322,15 +322,15 @@ def test_a_place_to_listen_is_checked_before_a_token_can_cross_a_network(
     text: str, options: dict[str, Path], words: str
 ) -> None:
     with pytest.raises(UsageError, match=words):
-        parse_listen(text, **{"cert": None, "key": None, "behind_proxy": False, **options})  # type: ignore[arg-type]
+        parse_listen_address(text, **{"cert": None, "key": None, "behind_proxy": False, **options})  # type: ignore[arg-type]
 
 
 def test_tls_or_a_proxy_let_it_listen_to_the_network() -> None:
     pem = Path("x.pem")
 
-    assert parse_listen("[::1]:0", cert=None, key=None, behind_proxy=False).url == "http://[::1]:0"
-    assert parse_listen("0.0.0.0:1", cert=pem, key=pem, behind_proxy=False).url == "https://0.0.0.0:1"
-    assert parse_listen("0.0.0.0:1", cert=None, key=None, behind_proxy=True).behind_proxy
+    assert parse_listen_address("[::1]:0", cert=None, key=None, behind_proxy=False).url == "http://[::1]:0"
+    assert parse_listen_address("0.0.0.0:1", cert=pem, key=pem, behind_proxy=False).url == "https://0.0.0.0:1"
+    assert parse_listen_address("0.0.0.0:1", cert=None, key=None, behind_proxy=True).behind_proxy
 
 
 def start(tmp_path: Path, *options: str | Path) -> tuple[subprocess.Popen[str], str, list[str]]:
@@ -436,10 +436,12 @@ def test_over_tls_a_shipper_that_knows_the_certificate_is_served(tmp_path: Path,
 def test_a_port_that_is_taken_and_a_certificate_that_is_none_are_one_clear_line(tmp_path: Path) -> None:
     pem = tmp_path / "x.pem"
     pem.write_text("no certificate")
-    listen = Listen(host="127.0.0.1", port=0)
-    with bind(listen) as bound:
+    listen = ListenAddress(host="127.0.0.1", port=0)
+    with bind_socket(listen) as bound:
         with pytest.raises(MachineError, match="choose another --listen"):
-            bind(Listen(host="127.0.0.1", port=bound.getsockname()[1]))
+            bind_socket(ListenAddress(host="127.0.0.1", port=bound.getsockname()[1]))
 
     with pytest.raises(UsageError, match="readable PEM"):
-        configure(Desk(tmp_path / "store").receiver, Listen(host="127.0.0.1", port=0, cert=pem, key=pem), ROOMY)
+        build_server_config(
+            Desk(tmp_path / "store").receiver, ListenAddress(host="127.0.0.1", port=0, cert=pem, key=pem), ROOMY
+        )

@@ -16,8 +16,16 @@ from tests.store.desks import IDS, TOKENS, Desk, headers_of, path_of
 
 from phasewatch import atomic
 from phasewatch.errors import BusyError, StoreError
-from phasewatch.store.disk import DiskStore, render_receipt
-from phasewatch.store.shipper import FIRST_WAIT_S, LONGEST_WAIT_S, Fate, Shipped, Shipper, fate_of, parse_retry_after
+from phasewatch.store.local import DiskStore, render_receipt
+from phasewatch.transfer.shipper import (
+    MAX_RETRY_WAIT_S,
+    MIN_RETRY_WAIT_S,
+    BundleShipper,
+    ShipmentSummary,
+    UploadOutcome,
+    classify_status,
+    parse_retry_after,
+)
 
 DATA = b"a bundle's bytes" * 100
 
@@ -56,13 +64,13 @@ Answer = Callable[[httpx.Request], httpx.Response]
 
 def ship(
     outbox: Path, answer: Answer | Desk, *, patience_s: float = 100.0, waits: Waits | None = None, **options: object
-) -> Shipped:
+) -> ShipmentSummary:
     transport = httpx.ASGITransport(answer.receiver.app) if isinstance(answer, Desk) else httpx.MockTransport(answer)
     clock = waits or Waits()
 
-    async def run() -> Shipped:
+    async def run() -> ShipmentSummary:
         async with httpx.AsyncClient(transport=transport, base_url="http://store") as client:
-            shipper = Shipper(
+            shipper = BundleShipper(
                 outbox, client, TOKENS, patience_s=patience_s, rng=random.Random(0), sleep=clock.sleep,
                 now_s=clock.now_s, **options,  # type: ignore[arg-type]
             )  # fmt: skip
@@ -86,12 +94,12 @@ def test_all_of_an_outbox_goes_to_the_store_and_then_to_sent(outbox: Path, tmp_p
 @pytest.mark.parametrize(
     ("statuses", "fate"),
     [
-        ((200, 201), Fate.KEPT), ((400, 409, 411, 413, 415, 418, 422, 431), Fate.POISON),
-        ((408, 425, 429, 500, 502, 503, 504, 507), Fate.AGAIN), ((401, 403, 404, 405, 302, 204), Fate.BLOCKED),
+        ((200, 201), UploadOutcome.ACKNOWLEDGED), ((400, 409, 411, 413, 415, 418, 422, 431), UploadOutcome.REFUSED),
+        ((408, 425, 429, 500, 502, 503, 504, 507), UploadOutcome.RETRY), ((401, 403, 404, 405, 302, 204), UploadOutcome.BLOCKED),
     ],
 )  # fmt: skip
-def test_an_answer_says_what_becomes_of_the_bundle(statuses: tuple[int, ...], fate: Fate) -> None:
-    assert {fate_of(status) for status in statuses} == {fate}
+def test_an_answer_says_what_becomes_of_the_bundle(statuses: tuple[int, ...], fate: UploadOutcome) -> None:
+    assert {classify_status(status) for status in statuses} == {fate}
 
 
 def test_a_poisoned_bundle_goes_to_refused_with_the_reason(outbox: Path, tmp_path: Path) -> None:
@@ -215,7 +223,7 @@ def test_trouble_is_met_with_longer_and_longer_waits_spread_at_random(outbox: Pa
 
     assert done.sent == 5
     assert len(waits.slept) == 12
-    assert all(0 <= s <= min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**n) for n, s in enumerate(waits.slept))
+    assert all(0 <= s <= min(MAX_RETRY_WAIT_S, MIN_RETRY_WAIT_S * 2**n) for n, s in enumerate(waits.slept))
     assert len(set(waits.slept)) == 12
 
 
@@ -255,13 +263,13 @@ def test_patience_has_an_end_and_what_is_left_is_named(outbox: Path) -> None:
 def test_a_disk_that_fails_here_leaves_the_bundle_in_the_outbox(outbox: Path, tmp_path: Path) -> None:
     desk = Desk(tmp_path / "store")
 
-    class Full(atomic.Disk):
+    class Full(atomic.DiskOperations):
         def rename(self, source: Path, target: Path) -> None:
             if "sent" in target.parts:
                 raise OSError(28, "No space left on device")
             super().rename(source, target)
 
-    with atomic.on_disk(Full()):
+    with atomic.use_disk_operations(Full()):
         done = ship(outbox, desk)
 
     assert (done.sent, len(done.left)) == (0, 5)
@@ -292,14 +300,14 @@ def test_an_outbox_has_one_shipper_and_must_be_there(outbox: Path, tmp_path: Pat
 def test_a_recorder_is_followed_until_told_to_stop(outbox: Path, tmp_path: Path) -> None:
     desk, waits = Desk(tmp_path / "store"), Waits()
 
-    async def run() -> Shipped:
+    async def run() -> ShipmentSummary:
         async with desk.client() as client:
-            shipper = Shipper(outbox, client, TOKENS, tell=lambda n, total, words: heard.append(words))
+            shipper = BundleShipper(outbox, client, TOKENS, tell=lambda n, total, words: heard.append(words))
             heard: list[str] = []
             task = asyncio.create_task(shipper.run(watch=True))
-            await until(lambda: shipper.shipped.sent == 5)
+            await until(lambda: shipper.summary.sent == 5)
             await asyncio.to_thread(DiskStore(outbox).put, "pc-a", IDS[20], DATA)
-            await until(lambda: shipper.shipped.sent == 6)
+            await until(lambda: shipper.summary.sent == 6)
             shipper.stop()
             return await task
 
@@ -316,7 +324,7 @@ async def until(claim: Callable[[], bool]) -> None:
     raise AssertionError("it never came true")
 
 
-def watch_for(outbox: Path, answer: Answer, seconds: float) -> tuple[Shipper, list[str], list[str]]:
+def watch_for(outbox: Path, answer: Answer, seconds: float) -> tuple[BundleShipper, list[str], list[str]]:
     """Follow an outbox for so long by its own clock; give the shipper, the requests, and what was told."""
     asked: list[str] = []
     told: list[str] = []
@@ -325,7 +333,7 @@ def watch_for(outbox: Path, answer: Answer, seconds: float) -> tuple[Shipper, li
         asked.append(f"{request.method} {request.url}")
         return answer(request)
 
-    async def run() -> Shipper:
+    async def run() -> BundleShipper:
         now_s = 0.0
         async with httpx.AsyncClient(transport=httpx.MockTransport(note), base_url="http://store") as client:
 
@@ -336,7 +344,7 @@ def watch_for(outbox: Path, answer: Answer, seconds: float) -> tuple[Shipper, li
                     shipper.stop()
                 await asyncio.sleep(0)
 
-            shipper = Shipper(
+            shipper = BundleShipper(
                 outbox, client, TOKENS, tell=lambda n, total, words: told.append(words), rng=random.Random(0),
                 sleep=poll, now_s=lambda: now_s,
             )  # fmt: skip
@@ -358,7 +366,7 @@ def test_a_wrong_token_or_address_is_tried_less_and_less_often_and_told_once(out
     assert len(told) == 2
     assert [name for name in names(outbox) if name != "sent/.lock"] == before
     assert not any("elsewhere" in each for each in asked)
-    assert len(shipper.shipped.left) == 5
+    assert len(shipper.summary.left) == 5
 
 
 def test_a_token_that_becomes_good_again_ships_everything(outbox: Path) -> None:
@@ -374,7 +382,7 @@ def test_a_token_that_becomes_good_again_ships_everything(outbox: Path) -> None:
 
     shipper, _, _ = watch_for(outbox, answer, 600.0)
 
-    assert (shipper.shipped.sent, shipper.shipped.blocked) == (5, {})
+    assert (shipper.summary.sent, shipper.summary.blocked) == (5, {})
 
 
 def test_a_receiver_that_asks_for_an_hour_is_not_asked_within_it(outbox: Path) -> None:
@@ -429,13 +437,13 @@ def test_a_token_that_is_refused_on_asking_costs_no_upload(outbox: Path) -> None
 def test_what_is_moved_away_is_written_in_a_thread(outbox: Path) -> None:
     loop_thread = threading.get_ident()
 
-    class Here(atomic.Disk):
+    class Here(atomic.DiskOperations):
         def rename(self, source: Path, target: Path) -> None:
             threads.add(threading.get_ident())
             super().rename(source, target)
 
     threads: set[int] = set()
-    with atomic.on_disk(Here()):
+    with atomic.use_disk_operations(Here()):
         done = ship(outbox, lambda request: reply(422))
 
     assert len(done.refused) == 5

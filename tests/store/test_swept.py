@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from phasewatch.cli import app
 from phasewatch.errors import RunError, StoreError
-from phasewatch.stages import Settings, validate
-from phasewatch.store.base import open_store, parse_place
-from phasewatch.store.objects import ObjectStore
-from phasewatch.store.published import publish_run
+from phasewatch.pipeline.publish import publish_run
+from phasewatch.pipeline.stages import RunSettings, validate
+from phasewatch.store.base import open_store, parse_store_location
+from phasewatch.store.s3 import ObjectStore
 
 
 def copy_store(folder: Path, uri: str) -> None:
@@ -32,9 +32,9 @@ def test_a_bucket_is_swept_to_the_same_bytes_as_a_folder(new_bucket: Callable[[]
     put_bytes(min(folder.glob("*/*.zst")), b"no bundle")
     copy_store(folder, uri)
 
-    here = validate(Settings(store=folder, run=tmp_path / "here", workers=1))
-    there = validate(Settings(store=parse_place(uri), run=tmp_path / "there", workers=1, limit=0))
-    again = validate(Settings(store=parse_place(uri), run=tmp_path / "there", workers=1))
+    here = validate(RunSettings(store=folder, run=tmp_path / "here", workers=1))
+    there = validate(RunSettings(store=parse_store_location(uri), run=tmp_path / "there", workers=1, limit=0))
+    again = validate(RunSettings(store=parse_store_location(uri), run=tmp_path / "there", workers=1))
 
     assert [v.status for v in there.verdicts] == [v.status for v in here.verdicts]
     assert products(tmp_path / "there") == products(tmp_path / "here")

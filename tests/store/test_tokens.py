@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from phasewatch.errors import DataError
-from phasewatch.store.tokens import hash_lines, host_of, parse_tokens, read_tokens
+from phasewatch.transfer.auth import find_host, parse_tokens, read_tokens, render_hashed_lines
 
 TEXT = "# hosts\n\npc-a: a-long-enough-token\npc-b: sha256:" + sha256(b"another-token").hexdigest() + "\n"
 
@@ -22,26 +22,26 @@ def write(path: Path, text: str, mode: int = 0o600) -> Path:
 def test_a_line_gives_a_host_its_token_plain_or_hashed(tmp_path: Path) -> None:
     tokens = read_tokens(write(tmp_path / "tokens", TEXT))
 
-    assert host_of(tokens, "Bearer a-long-enough-token") == "pc-a"
-    assert host_of(tokens, "bearer another-token") == "pc-b"
-    assert [host_of(tokens, wrong) for wrong in ("", "Bearer", "Bearer x", "a-long-enough-token", "Bearer \udcff")] == [
-        None
-    ] * 5
+    assert find_host(tokens, "Bearer a-long-enough-token") == "pc-a"
+    assert find_host(tokens, "bearer another-token") == "pc-b"
+    assert [
+        find_host(tokens, wrong) for wrong in ("", "Bearer", "Bearer x", "a-long-enough-token", "Bearer \udcff")
+    ] == [None] * 5
 
 
 def test_a_hash_is_no_token(tmp_path: Path) -> None:
     tokens = read_tokens(write(tmp_path / "tokens", TEXT))
 
-    assert host_of(tokens, f"Bearer sha256:{sha256(b'another-token').hexdigest()}") is None
+    assert find_host(tokens, f"Bearer sha256:{sha256(b'another-token').hexdigest()}") is None
 
 
 def test_hashed_lines_let_the_same_tokens_in(tmp_path: Path) -> None:
     tokens = parse_tokens(TEXT, file="x")
 
-    again = parse_tokens("\n".join(hash_lines(tokens)), file="y")
+    again = parse_tokens("\n".join(render_hashed_lines(tokens)), file="y")
 
     assert [token.digest for token in again] == [token.digest for token in tokens]
-    assert "a-long-enough-token" not in str(hash_lines(tokens))
+    assert "a-long-enough-token" not in str(render_hashed_lines(tokens))
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o660, 0o602])

@@ -35,7 +35,7 @@ TEXTS = ("", "0", "-1", "5", "x" * 5_000, "\x00", "1e999", "99999999999", "gbtre
 def main(seed: int, count: int, folder: Path) -> dict[str, int]:
     """Return how many children ended in which way."""
     os.environ["OMP_NUM_THREADS"] = "1"  # threads of the parent would be missing in a child, which waits for them
-    from phasewatch.live.models import find_models  # what a child needs is imported before it is born
+    from phasewatch.inference.model_selection import find_models  # what a child needs is imported before it is born
     from phasewatch.models import registry
 
     rng = random.Random(seed)
@@ -85,13 +85,13 @@ def answers(model: Any) -> object:
     """Ask a model about a few windows, with values and without."""
     import numpy as np
 
-    from phasewatch.models.base import Inputs
+    from phasewatch.models.base import ModelInputs
 
     spec = model.spec
     shape = (3, len(spec.names), *((20,) if spec.kind == "tensor" else ()))
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     x[0] = np.nan if len(spec.names) > 1 else 1.0
-    p = model.predict_proba(Inputs(x=x, spec=spec))
+    p = model.predict_proba(ModelInputs(x=x, spec=spec))
     if p.shape != (3, 5) or not np.isfinite(p).all() or (p < 0).any() or (abs(p.sum(axis=1) - 1) > 1e-3).any():
         raise RuntimeError(f"no probabilities: {p}")
     return p
@@ -167,13 +167,13 @@ def sealed(header: dict[str, Any]) -> bytes:
     """Return a header's JSON with the digest that fits what a reader makes of it, where it can be read at all."""
     import msgspec
 
-    from phasewatch.models.checkpoint import Header
-    from phasewatch.models.checkpoint import sealed as seal
+    from phasewatch.models.checkpoint import CheckpointHeader
+    from phasewatch.models.checkpoint import add_header_digest as seal
 
     header["sha256"] = ""
     text = to_json(header)
     try:
-        return msgspec.json.encode(seal(msgspec.json.decode(text, type=Header)))
+        return msgspec.json.encode(seal(msgspec.json.decode(text, type=CheckpointHeader)))
     except Exception:
         return text
 
@@ -415,7 +415,7 @@ def damage_bundle(source: Path, place: Path, rng: random.Random) -> str:
     """Copy an edge bundle with a member, the header or the container changed, and make the digests right again."""
     import msgspec
 
-    from phasewatch.export.edge import EdgeHeader, pack_edge
+    from phasewatch.inference.edge_bundle import EdgeHeader, pack_edge_bundle
 
     with zipfile.ZipFile(source) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
@@ -428,7 +428,7 @@ def damage_bundle(source: Path, place: Path, rng: random.Random) -> str:
         name = rng.choice([n for n in members if n.endswith(".onnx")])
         members[name], how = damaged(name, members[name], rng)
     try:
-        data = pack_edge(msgspec.json.decode(to_json(header), type=EdgeHeader), members)
+        data = pack_edge_bundle(msgspec.json.decode(to_json(header), type=EdgeHeader), members)
     except Exception:
         made = io.BytesIO()
         with zipfile.ZipFile(made, "w") as archive:

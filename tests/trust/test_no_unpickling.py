@@ -13,12 +13,12 @@ from tests.models.test_models import fitted
 from tests.stores import put, write_store
 from tests.synthetic_run import World, write_run
 
-from phasewatch import stages
 from phasewatch.dataset import write_splits
 from phasewatch.errors import PhasewatchError
 from phasewatch.models import registry
-from phasewatch.train.cell import Cell
-from phasewatch.train.cells import train_cells
+from phasewatch.pipeline import stages
+from phasewatch.training.experiment import Experiment
+from phasewatch.training.train import train_experiments
 
 CORPUS = Path(__file__).parents[2] / "corpus" / "lab-v1"
 MODELS = ("gbt", "mlp", "minirocket")  # one of each kind of weights
@@ -64,12 +64,12 @@ import sys
 from pathlib import Path
 store, run, corpus = map(Path, sys.argv[1:4])
 from phasewatch.dataset import load, read_fold
-from phasewatch.episode.bundle import peek, unpack
+from phasewatch.bundle.archive import peek, unpack
 from phasewatch.features.schema import schema_hash
-from phasewatch.grid.files import open_grids
+from phasewatch.binning.storage import open_grids
 from phasewatch.models import registry
-from phasewatch.store.disk import DiskStore
-from phasewatch.train.predictions import PREDICTIONS, read_table
+from phasewatch.store.local import DiskStore
+from phasewatch.training.predictions import PREDICTIONS, read_table
 from phasewatch.validate.index import INDEX, read_index
 seen = 0
 for place in (store, corpus):
@@ -104,12 +104,14 @@ def probe(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[s
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("load")
     store = write_store(folder / "store", hosts=1, sessions=1)
-    settings = stages.Settings(store=store, run=folder / "swept", workers=1)
+    settings = stages.RunSettings(store=store, run=folder / "swept", workers=1)
     stages.validate(settings)
-    stages.features(settings)
+    stages.build_features(settings)
     run = write_run(folder / "run", World(windows=8))
     write_splits(run, "held_out_host")
-    train_cells(run, [Cell(recipe="held_out_host", fold="host-0", threat="realistic", model="majority")], workers=1)
+    train_experiments(
+        run, [Experiment(recipe="held_out_host", fold="host-0", threat="realistic", model="majority")], workers=1
+    )
     for key in MODELS:
         fitted(key).save(run / "alone" / key)
     return store, run
@@ -143,8 +145,8 @@ def test_a_pickle_in_the_place_of_any_file_is_refused_in_words(tmp_path: Path) -
     path.write_bytes(bomb)
     (tmp_path / "checkpoint.json").write_bytes(bomb)
 
-    from phasewatch.episode.bundle import unpack
+    from phasewatch.bundle.archive import unpack_bundle
 
-    for load in (lambda: unpack(path.read_bytes(), file="x"), lambda: registry.load(tmp_path)):
+    for load in (lambda: unpack_bundle(path.read_bytes(), file="x"), lambda: registry.load(tmp_path)):
         with pytest.raises(PhasewatchError):
             load()

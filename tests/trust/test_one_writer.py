@@ -12,7 +12,7 @@ SRC = Path(__file__).parents[2] / "src" / "phasewatch"
 # What stands outside: a VM's scratch files, sockets and logs, a live tap in a private tmpfs. No product is among them.
 OUTSIDE = {"record", "live"}
 # Written once, of mode 600 from its first byte, and never again: not a product either.
-SECRETS = {"dashboard/token.py"}
+SECRETS = {"dashboard/auth.py"}
 WRITES = {
     "write_bytes", "write_text", "touch", "unlink", "rename", "rmdir", "mkdir", "hardlink_to", "symlink_to", "rmtree",
     "makedirs", "remove", "truncate", "replace", "link", "symlink", "copy", "copyfile", "copytree", "move", "mkstemp",

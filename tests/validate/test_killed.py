@@ -17,7 +17,7 @@ import pytest
 from tests.validate.test_sweep import SHORT, products
 
 from phasewatch.simulate import simulate
-from phasewatch.validate.parts import PARTS
+from phasewatch.validate.resume import SWEEP_PARTS_DIR
 from phasewatch.validate.sweep import sweep
 
 BUNDLES = 60
@@ -86,7 +86,7 @@ def kill_again_and_again(folder: Path, *, kills: int, seed: int, whole_group: bo
             deaths.whole += 1
             deaths.unlike += products(run) != products(folder / "whole")
 
-            assert not (run / PARTS).exists()
+            assert not (run / SWEEP_PARTS_DIR).exists()
             assert not [p for p in run.rglob("*") if p.name.endswith(".tmp")]
 
             shutil.rmtree(run)

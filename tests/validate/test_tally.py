@@ -7,8 +7,7 @@ from pathlib import Path
 from tests.builders import episode
 from tests.stores import put, put_bytes
 
-from phasewatch.validate.sweep import sweep
-from phasewatch.validate.tally import Tally
+from phasewatch.validate.sweep import SweepTally, sweep
 
 
 def test_it_tells_rate_time_left_and_errors_by_reason(tmp_path: Path) -> None:
@@ -18,14 +17,14 @@ def test_it_tells_rate_time_left_and_errors_by_reason(tmp_path: Path) -> None:
     put_bytes(first, b"no bundle")
     put_bytes(second, b"")
     verdicts = sweep(tmp_path / "store", tmp_path / "run", workers=1).verdicts
-    tally = Tally(began_s=100.0)
+    tally = SweepTally(began_s=100.0)
     for verdict in verdicts:
         tally.add(verdict)
 
-    said = tally.words(total=804, now_s=102.0)
+    said = tally.render_status(total=804, now_s=102.0)
 
     assert said == "2/s, 7 min left; 2 errored (zstd-magic 1, compressed-size 1)"
 
 
 def test_nothing_wrong_is_not_mentioned() -> None:
-    assert Tally(began_s=0.0).words(total=10, now_s=1.0) == "0/s, 0 s left"
+    assert SweepTally(began_s=0.0).render_status(total=10, now_s=1.0) == "0/s, 0 s left"

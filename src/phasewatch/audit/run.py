@@ -3,29 +3,109 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from phasewatch import atomic
-from phasewatch.audit.checks import AUDIT, Audit, Check, collecting, judge, parse_audit, render_audit, untested
-from phasewatch.audit.corpus import check_leaks
-from phasewatch.audit.remake import DISJOINT, DISJOINT_PROMISE, REMADE, REMADE_PROMISE, check_disjoint, check_remade
-from phasewatch.audit.shuffled import check_shuffled
-from phasewatch.audit.trained import check_repeated, check_said, chosen_cells
+from phasewatch.audit.checks import (
+    AUDIT_FILE,
+    AuditCheck,
+    AuditReport,
+    build_check,
+    build_untested_check,
+    collect_refusals,
+    parse_audit,
+    render_audit,
+)
+from phasewatch.audit.leakage import check_leakage
+from phasewatch.audit.models import check_permuted_labels, check_predictions, check_retrained, choose_experiments
+from phasewatch.audit.splits import find_fold_faults, find_partition_faults, find_uninformative_digests
 from phasewatch.dataset import file_sha256
+from phasewatch.dataset.split_files import read_folds, read_split_episodes, read_split_index
 from phasewatch.errors import RunError
-from phasewatch.evaluate.rows import METRICS, render_metrics
-from phasewatch.evaluate.score import read_metrics, rescore
-from phasewatch.train.predictions import PREDICTIONS
+from phasewatch.evaluation.evaluate import compute_metrics, read_metrics
+from phasewatch.evaluation.metric_table import METRICS_FILE, render_metrics
+from phasewatch.splits import SetAsideEpisode, SplitEpisode, recipes
+from phasewatch.training.predictions import PREDICTIONS_FILE
+from phasewatch.types import EpisodeRole
 
-SCORED = "metrics"
-SCORED_PROMISE = "Each number is what the predictions give."
-Tell = Callable[[str, int, int], None]
+REBUILD_CHECK = "remade-from-bundles"
+REBUILD_PROMISE = "Verdicts, grids, features and splits are what the bundles give, byte for byte."
+DISJOINT_CHECK = "disjoint"
+DISJOINT_PROMISE = "No host, sample, session, time, plan or near-duplicate that a recipe holds out was learnt from."
+RECIPES_WITHOUT_TEST = ("deploy",)
+
+
+def check_rebuild(run: Path, copy: Path, files: tuple[str, ...]) -> AuditCheck:
+    """Hold the run's files against those that were made again.
+
+    Args:
+        run: The run.
+        copy: The folder where the stages before training were made again from the same store.
+        files: Their names, the splits aside.
+    """
+    faults: list[str] = []
+    with collect_refusals(faults):
+        splits = {f"splits/{p.name}" for folder in (run, copy) for p in (folder / "splits").glob("*.json")}
+        for name in (*files, *sorted(splits)):
+            ours, theirs = ((f / name) for f in (run, copy))
+            if not ours.is_file() or not theirs.is_file() or file_sha256(ours) != file_sha256(theirs):
+                faults.append(f"{name} is not what the bundles give")
+    return build_check(REBUILD_CHECK, REBUILD_PROMISE, faults, looked_at=f"{len(files) + len(splits)} files made again")
+
+
+def check_disjoint(run: Path, episodes_from: Path) -> AuditCheck:
+    """Check each fold's claims on episodes as the bundles tell them.
+
+    Args:
+        run: Whose splits are looked at.
+        episodes_from: A run whose verdicts and features were made from the bundles.
+    """
+    faults: list[str] = []
+    looked: list[str] = []
+    with collect_refusals(faults):
+        found = read_split_episodes(episodes_from)
+        episodes = {e.episode_id: e for e in found}
+        index = read_split_index(run)
+        if index.recipes and (there := read_split_index(episodes_from)).recipes and there != index:
+            faults.append("splits_v1.json sets other episodes aside than the bundles give")
+        # An id that another host keeps is set aside for this host alone.
+        odd = [a for a in index.set_aside if a.episode_id in episodes and episodes[a.episode_id].host_id == a.host_id]
+        crowded = _find_unusable_digests(found, odd)
+        for recipe in recipes.SPLIT_RECIPES:
+            if (
+                recipe.leaky
+                or recipe.name in RECIPES_WITHOUT_TEST
+                or not list(run.glob(f"splits/{recipe.name}-*.json"))
+            ):
+                continue
+            folds = read_folds(run, recipe.name)
+            looked.append(f"{len(folds)} folds of {recipe.name}")
+            aside = {a.episode_id for a in odd if not a.recipes or recipe.name in a.recipes}
+            faults += find_partition_faults(folds, episodes, aside)
+            for fold in folds:
+                faults += find_fold_faults(fold, episodes, crowded)
+    if not looked and not faults:
+        return build_untested_check(DISJOINT_CHECK, DISJOINT_PROMISE, "the run has no split that holds something out")
+    return build_check(DISJOINT_CHECK, DISJOINT_PROMISE, faults, looked_at=", ".join(looked))
+
+
+def _find_unusable_digests(episodes: Sequence[SplitEpisode], aside: Sequence[SetAsideEpisode]) -> frozenset[int]:
+    """Return the digests that tell nothing among the episodes that a split uses."""
+    odd = {a.episode_id for a in aside if not a.recipes}
+    return find_uninformative_digests(
+        e for e in episodes if e.role is EpisodeRole.LAB and e.phases and e.episode_id not in odd
+    )
+
+
+METRICS_CHECK = "metrics"
+METRICS_PROMISE = "Each number is what the predictions give."
+AuditProgress = Callable[[str, int, int], None]
 
 
 def audit_run(
-    run: Path, *, remake: Callable[[Path], None] | None, files: tuple[str, ...], tell: Tell | None = None
-) -> Audit:
+    run: Path, *, remake: Callable[[Path], None] | None, files: tuple[str, ...], tell: AuditProgress | None = None
+) -> AuditReport:
     """Check every promise of a run and write `audit_v1.json`.
 
     Args:
@@ -37,36 +117,36 @@ def audit_run(
     Raises:
         RunError: If there is nothing to audit.
     """
-    if not (run / PREDICTIONS).is_file():
-        raise RunError(f"{run / PREDICTIONS}: absent; there is nothing to audit before `phasewatch train {run}`")
+    if not (run / PREDICTIONS_FILE).is_file():
+        raise RunError(f"{run / PREDICTIONS_FILE}: absent; there is nothing to audit before `phasewatch train {run}`")
     with tempfile.TemporaryDirectory(prefix="phasewatch-audit-") as folder:
         copy = Path(folder)
-        steps: list[Callable[[], tuple[Check, ...]]] = [
-            lambda: _from_bundles(run, copy, remake, files),
-            lambda: (check_repeated(run, chosen_cells(run)),),
-            lambda: (check_said(run),),
-            lambda: (check_scored(run),),
-            lambda: (check_shuffled(run),),
-            lambda: check_leaks(run),
+        steps: list[Callable[[], tuple[AuditCheck, ...]]] = [
+            lambda: _check_against_bundles(run, copy, remake, files),
+            lambda: (check_retrained(run, choose_experiments(run)),),
+            lambda: (check_predictions(run),),
+            lambda: (check_metrics(run),),
+            lambda: (check_permuted_labels(run),),
+            lambda: check_leakage(run),
         ]
-        checks: list[Check] = []
+        checks: list[AuditCheck] = []
         for number, step in enumerate(steps, 1):
             checks += step()
             if tell is not None:
                 tell(checks[-1].name, number, len(steps))
-    names = [name for name in (PREDICTIONS, METRICS) if (run / name).is_file()]
-    audit = Audit(inputs={name: file_sha256(run / name) for name in names}, checks=tuple(checks))
-    atomic.write_whole(run / AUDIT, render_audit(audit))
+    names = [name for name in (PREDICTIONS_FILE, METRICS_FILE) if (run / name).is_file()]
+    audit = AuditReport(inputs={name: file_sha256(run / name) for name in names}, checks=tuple(checks))
+    atomic.write_atomic(run / AUDIT_FILE, render_audit(audit))
     return audit
 
 
-def read_audit(run: Path) -> Audit | None:
+def read_audit(run: Path) -> AuditReport | None:
     """Read the run's audit; None if there is none, or it was of other predictions or metrics.
 
     Raises:
         RunError: If the file is not an audit.
     """
-    path = run / AUDIT
+    path = run / AUDIT_FILE
     if not path.is_file():
         return None
     audit = parse_audit(path.read_bytes(), file=str(path))
@@ -74,31 +154,31 @@ def read_audit(run: Path) -> Audit | None:
     return audit if fresh else None
 
 
-def check_scored(run: Path) -> Check:
+def check_metrics(run: Path) -> AuditCheck:
     """Score the predictions again and hold the bytes against `metrics_v1.json`."""
     faults: list[str] = []
-    with collecting(faults):
-        ours = (run / METRICS).read_bytes() if (run / METRICS).is_file() else b""
+    with collect_refusals(faults):
+        ours = (run / METRICS_FILE).read_bytes() if (run / METRICS_FILE).is_file() else b""
         if not ours:
-            return untested(SCORED, SCORED_PROMISE, "the run is not scored yet")
-        if read_metrics(run).inputs.get(PREDICTIONS) != file_sha256(run / PREDICTIONS):
-            faults.append(f"{METRICS} was made from other predictions")
-        elif render_metrics(rescore(run)) != ours:
-            faults.append(f"{METRICS} is not what {PREDICTIONS} gives")
-    return judge(SCORED, SCORED_PROMISE, faults, looked_at="every number scored again")
+            return build_untested_check(METRICS_CHECK, METRICS_PROMISE, "the run is not scored yet")
+        if read_metrics(run).inputs.get(PREDICTIONS_FILE) != file_sha256(run / PREDICTIONS_FILE):
+            faults.append(f"{METRICS_FILE} was made from other predictions")
+        elif render_metrics(compute_metrics(run)) != ours:
+            faults.append(f"{METRICS_FILE} is not what {PREDICTIONS_FILE} gives")
+    return build_check(METRICS_CHECK, METRICS_PROMISE, faults, looked_at="every number scored again")
 
 
-def _from_bundles(
+def _check_against_bundles(
     run: Path, copy: Path, remake: Callable[[Path], None] | None, files: tuple[str, ...]
-) -> tuple[Check, ...]:
+) -> tuple[AuditCheck, ...]:
     faults: list[str] = []
     if remake is not None:
-        with collecting(faults):
+        with collect_refusals(faults):
             remake(copy)
     if faults:
-        broken = judge(REMADE, REMADE_PROMISE, faults, looked_at="")
-        return broken, untested(DISJOINT, DISJOINT_PROMISE, "the bundles could not be read again")
+        broken = build_check(REBUILD_CHECK, REBUILD_PROMISE, faults, looked_at="")
+        return broken, build_untested_check(DISJOINT_CHECK, DISJOINT_PROMISE, "the bundles could not be read again")
     if remake is None:
         why = "the run's store is not there"
-        return untested(REMADE, REMADE_PROMISE, why), check_disjoint(run, run)
-    return check_remade(run, copy, files), check_disjoint(run, copy)
+        return build_untested_check(REBUILD_CHECK, REBUILD_PROMISE, why), check_disjoint(run, run)
+    return check_rebuild(run, copy, files), check_disjoint(run, copy)

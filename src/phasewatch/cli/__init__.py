@@ -9,8 +9,8 @@ import os
 
 import typer
 
-from phasewatch.cli import base, collect, data, lab, learn, page, produce, watch
-from phasewatch.cli.guard import guard_output, guarded
+from phasewatch.cli import common, dashboard, data, lab, live, run, transfer
+from phasewatch.cli.common import handle_errors, run_command_line
 from phasewatch.cli.streams import prepare_streams
 
 __all__ = ["app", "main"]
@@ -21,20 +21,20 @@ app = typer.Typer(
 )  # fmt: skip
 
 
-@app.callback(epilog=base.CODES)
+@app.callback(epilog=common.EXIT_CODES_HELP)
 def _phasewatch(
     version: bool = typer.Option(
-        False, "--version", callback=base.show_version, is_eager=True, help="Print the version and leave."
+        False, "--version", callback=common.show_version, is_eager=True, help="Print the version and leave."
     ),
 ) -> None:
     """Tell which phase malware in a virtual machine is in, from outside, and how well that can be told."""
 
 
-for room in (lab, collect, data, learn, watch, produce, page):
+for room in (lab, transfer, data, run, live, dashboard, dashboard):
     room.register(app)
 for command in app.registered_commands:
     if command.callback is not None:
-        command.callback = guarded(command.callback)
+        command.callback = handle_errors(command.callback)
 
 
 def main() -> None:
@@ -42,4 +42,4 @@ def main() -> None:
     # Idle OpenMP threads that spin make a busy machine train three times slower; set before any of them starts.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     prepare_streams()
-    guard_output(lambda: app(prog_name="phasewatch"))
+    run_command_line(lambda: app(prog_name="phasewatch"))

@@ -8,23 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from phasewatch.cli import base
+from phasewatch.cli import common
 
 if TYPE_CHECKING:
-    from phasewatch.validate.verdict import Examined
+    from phasewatch.validate.verdict import BundleCheck
 
-SHOWN = base.SHOWN
+
+MAX_LISTED = common.MAX_LISTED
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     for command in (inspect, validate, features, split):
-        app.command(epilog=base.CODES)(command)
+        app.command(epilog=common.EXIT_CODES_HELP)(command)
 
 
 def inspect(
     bundle: str = typer.Argument(..., help="An episode's .tar.zst, also in a store at s3://."),
-    channels: Path = typer.Option(None, metavar="TOML", help=base.CHANNELS_HELP),
+    channels: Path = typer.Option(None, metavar="TOML", help=common.CHANNELS_HELP),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Show one bundle: who it is, its labels, its rows, what the gates find, and a picture of its channels.
@@ -32,21 +33,21 @@ def inspect(
     Example: phasewatch inspect corpus/lab-v1/pc/….tar.zst
     """
     from phasewatch.errors import DataError
-    from phasewatch.store.base import find_bundle, parse_place
-    from phasewatch.validate.verdict import Place, examine
+    from phasewatch.store.base import find_bundle, parse_store_location
+    from phasewatch.validate.verdict import BundleLocation, validate_bundle
 
-    there = find_bundle(parse_place(bundle))
+    there = find_bundle(parse_store_location(bundle))
     if there is None:
         raise DataError(f"{bundle}: there is no such bundle; name a file <host_id>/<episode_id>.tar.zst of a store")
     store, item = there
-    place = Place(path=item.path, host_id=item.host_id, episode_id=item.episode_id, receipt=item.receipt)
-    found = examine(store.read(item), place, counts_nulls=True)
-    base.answer(_described(found), as_json=as_json, lines=_pictured(found))
-    if found.grid is None:
+    place = BundleLocation(path=item.path, host_id=item.host_id, episode_id=item.episode_id, receipt=item.receipt)
+    found = validate_bundle(store.read(item), place, counts_nulls=True)
+    common.print_result(_describe_bundle(found), as_json=as_json, lines=_render_bundle(found))
+    if found.binned is None:
         raise typer.Exit(1)
 
 
-def _described(found: Examined) -> dict[str, Any]:
+def _describe_bundle(found: BundleCheck) -> dict[str, Any]:
     import msgspec
 
     v = found.verdict
@@ -74,8 +75,8 @@ def _described(found: Examined) -> dict[str, Any]:
     return result
 
 
-def _pictured(found: Examined) -> list[str]:
-    from phasewatch.cli.picture import draw
+def _render_bundle(found: BundleCheck) -> list[str]:
+    pass  # own
 
     v = found.verdict
     rows = [
@@ -85,20 +86,22 @@ def _pictured(found: Examined) -> list[str]:
         ("rows", " ".join(f"{name}={n}" for name, n in zip(("proc", "qmp", "netflow", "guest"), v.rows, strict=True))),
         ("waiting", "contention unknown" if isnan(v.vcpu_wait) else f"vCPUs waited for {v.vcpu_wait:.3f} cores"),
     ]  # fmt: skip
-    lines = base.table(rows)
+    lines = common.render_table(rows)
     lines += [f"{f.severity}: {f.code}: {f.words}" for f in found.findings]
     nulls = [n for fields in found.nulls.values() for n in fields if n.nulls]
-    lines += base.table(
+    lines += common.render_table(
         [
             (f"null: {n.source}.{n.field}", f"{n.nulls} of {n.rows} rows ({n.share:.0%})", f"longest {n.longest_ns / 1e9:.1f} s")
             for n in nulls
         ]
     )  # fmt: skip
-    if found.episode is None or found.grid is None:
+    if found.episode is None or found.binned is None:
         return lines
     marks = found.episode.marks
     lines += [f"{(m.t_wall_ns - marks[0].t_wall_ns) / 1e9:8.2f} s  {m.phase or 'end'}" for m in marks]
-    return [*lines, "", *draw(found.episode, found.grid)]
+    from phasewatch.cli.sparkline import render_sparklines
+
+    return [*lines, "", *render_sparklines(found.episode, found.binned)]
 
 
 def validate(
@@ -112,69 +115,70 @@ def validate(
     engine: str = typer.Option("local", help="What reads the bundles: `local` processes, or `ray`."),
     address: str = typer.Option("", help="With --engine ray: a running cluster; one is started here if left out."),
     explain: str = typer.Option("", metavar="CODE", help="Say what a code means, and leave."),
-    channels: Path = typer.Option(None, metavar="TOML", help=base.CHANNELS_HELP),
+    channels: Path = typer.Option(None, metavar="TOML", help=common.CHANNELS_HELP),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Judge every bundle of a store: accepted, degraded, rejected or errored, each with its reasons.
 
     Example: phasewatch validate my-store --out runs/mine
     """
-    from phasewatch import atomic, stages
+    from phasewatch import atomic
     from phasewatch.errors import UsageError
-    from phasewatch.store.base import parse_place
-    from phasewatch.validate.copies import CONTESTED
-    from phasewatch.validate.gates import explain as look_up
-    from phasewatch.validate.gates import known_codes
-    from phasewatch.vocab import Status
+    from phasewatch.pipeline import stages
+    from phasewatch.store.base import parse_store_location
+    from phasewatch.types import BundleStatus
+    from phasewatch.validate.checks import describe_code as look_up
+    from phasewatch.validate.checks import list_codes
+    from phasewatch.validate.copies import CONTESTED_CODE
 
     if explain:
         spec = look_up(explain)
         if spec is None:
-            raise UsageError(f"no code {explain!r}; known: {', '.join(known_codes())}")
+            raise UsageError(f"no code {explain!r}; known: {', '.join(list_codes())}")
         result = {"code": spec.code, "severity": str(spec.severity), "about": spec.about}
-        base.answer(result, as_json=as_json, lines=[f"{spec.code} ({spec.severity}): {spec.about}"])
+        common.print_result(result, as_json=as_json, lines=[f"{spec.code} ({spec.severity}): {spec.about}"])
         return
     if store is None or out is None:
         raise UsageError("validate needs a store and a run: phasewatch validate STORE --out RUN")
-    if fail_on and fail_on not in list(Status):
-        raise UsageError(f"--fail-on {fail_on}: one of {', '.join(Status)}")
-    base.goes_with("--address", "--engine ray", alone=bool(address) and engine == "local")
-    settings = stages.Settings(
-        store=parse_place(store), run=out, workers=workers, limit=limit, engine=engine, address=address
+    if fail_on and fail_on not in list(BundleStatus):
+        raise UsageError(f"--fail-on {fail_on}: one of {', '.join(BundleStatus)}")
+    common.check_option_pair("--address", "--engine ray", alone=bool(address) and engine == "local")
+    settings = stages.RunSettings(
+        store=parse_store_location(store), run=out, workers=workers, limit=limit, engine=engine, address=address
     )
-    stages.check_places(settings)
+    stages.check_folders(settings)
     atomic.make_folder(out)
-    with atomic.lock(out), base.progress(quiet=as_json) as tell:
-        summary = stages.validate(settings, full=full, tell=base.tallied("validate", tell))
+    with atomic.lock(out), common.show_progress(quiet=as_json) as tell:
+        summary = stages.validate(settings, full=full, tell=common.build_sweep_progress("validate", tell))
     stage: dict[str, Any] = dict(summary.stage)
-    counts = [(str(status), str(stage[str(status)])) for status in Status]
+    counts = [(str(status), str(stage[str(status)])) for status in BundleStatus]
     reasons = sorted(stage["reasons"].items(), key=lambda pair: -pair[1])[:12]
-    refused = [v for v in summary.verdicts if v.status in (Status.REJECTED, Status.ERRORED)]
-    degraded = [v for v in summary.verdicts if v.status is Status.DEGRADED]
-    contested = [v for v in refused if CONTESTED in v.reasons]
-    refused.sort(key=lambda v: CONTESTED not in v.reasons)  # who claims another's recording is named first
+    refused = [v for v in summary.verdicts if v.status in (BundleStatus.REJECTED, BundleStatus.ERRORED)]
+    degraded = [v for v in summary.verdicts if v.status is BundleStatus.DEGRADED]
+    contested = [v for v in refused if CONTESTED_CODE in v.reasons]
+    refused.sort(key=lambda v: CONTESTED_CODE not in v.reasons)  # who claims another's recording is named first
     lines = [
-        *base.table([("bundles", str(stage["in"])), *counts]),
-        *base.table([(f"  {code}", str(n)) for code, n in reasons]),
-        *base.table([(f"rows of {s}", f"in {e['in']:,}", f"used {e['used']:,}", f"lost {e['lost']:,}") for s, e in stage["rows_by_source"].items()]),
+        *common.render_table([("bundles", str(stage["in"])), *counts]),
+        *common.render_table([(f"  {code}", str(n)) for code, n in reasons]),
+        *common.render_table([(f"rows of {s}", f"in {e['in']:,}", f"used {e['used']:,}", f"lost {e['lost']:,}") for s, e in stage["rows_by_source"].items()]),
         *([f"WARNING: {len(contested):,} bundles hold telemetry that stands under another host or other labels, too"] if contested else []),
-        *(f"{v.status}: {v.detail} [{v.reasons[0]}]" for some in (refused, degraded) for v in some[:SHOWN]),
+        *(f"{v.status}: {v.detail} [{v.reasons[0]}]" for some in (refused, degraded) for v in some[:MAX_LISTED]),
         *(
-            f"… and {len(some) - SHOWN:,} more {name}; the index has a row for each"
-            for name, some in (("refused", refused), ("degraded", degraded)) if len(some) > SHOWN
+            f"… and {len(some) - MAX_LISTED:,} more {name}; the index has a row for each"
+            for name, some in (("refused", refused), ("degraded", degraded)) if len(some) > MAX_LISTED
         ),
         *(["what a code means: phasewatch validate --explain CODE"] if reasons else []),
         f"{summary.kept} unchanged bundles were not read again",
         *([f"slowest: {summary.slowest[0]}, {summary.slowest[1]:.2f} s"] if summary.slowest else []),
         str(out / "validation_v1.parquet"),
     ]  # fmt: skip
-    base.answer(
+    common.print_result(
         stage | {"kept": summary.kept, "index": str(out / "validation_v1.parquet")}, as_json=as_json, lines=lines
     )
-    order = list(Status)
+    order = list(BundleStatus)
     worst = max((order.index(v.status) for v in summary.verdicts), default=0)
     over_budget = 0 <= budget_errored < stage["errored"]
-    if over_budget or (fail_on and worst >= order.index(Status(fail_on))):
+    if over_budget or (fail_on and worst >= order.index(BundleStatus(fail_on))):
         raise typer.Exit(1)
 
 
@@ -186,7 +190,7 @@ def features(
     workers: int = typer.Option(2, min=1, help="Processes."),
     limit: int = typer.Option(0, min=0, help="A stratified, seeded subset of so many bundles; 0 for all."),
     include_degraded: bool = typer.Option(True, help="Use episodes with something missing or repaired, too."),
-    channels: Path = typer.Option(None, metavar="TOML", help=base.CHANNELS_HELP),
+    channels: Path = typer.Option(None, metavar="TOML", help=common.CHANNELS_HELP),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """Make the window and episode tables of a run, and the schema that names their columns.
@@ -195,9 +199,10 @@ def features(
     """
     from dataclasses import asdict
 
-    from phasewatch import atomic, stages
+    from phasewatch import atomic
     from phasewatch.errors import UsageError
-    from phasewatch.store.base import parse_place
+    from phasewatch.pipeline import stages
+    from phasewatch.store.base import parse_store_location
     from phasewatch.validate.index import read_statuses
 
     if run is None and (validation is None or store is None or out_dir is None):
@@ -207,27 +212,27 @@ def features(
         for option, value in told.items():
             if value:
                 raise UsageError(f"{option}: a run was made of its own; leave out {option}, or the run")
-        base.need_run(run)
+        common.check_run_folder(run)
     folder: Path = out_dir if run is None else run
-    settings = stages.Settings(
-        store=parse_place(store) if store else folder,
+    settings = stages.RunSettings(
+        store=parse_store_location(store) if store else folder,
         run=folder,
         workers=workers,
         limit=limit,
         include_degraded=include_degraded,
     )
     if run is None:
-        stages.check_places(settings)
+        stages.check_folders(settings)
         read_statuses(validation)  # an index that cannot be read is told before a folder is made
     atomic.make_folder(folder)
     with atomic.lock(folder):
         if run is None and not (folder / "grids" / "index.parquet").is_file():
-            with base.progress(quiet=as_json) as tell:
-                stages.sweep_listed(settings, validation, tell=base.tallied("grid", tell))
-        count = stages.features(settings)
+            with common.show_progress(quiet=as_json) as tell:
+                stages.sweep_usable(settings, validation, tell=common.build_sweep_progress("grid", tell))
+        count = stages.build_features(settings)
     words = f"{count.windows:,} windows of {count.episodes:,} episodes"
     path = folder / "features_window_v1.parquet"
-    base.answer(asdict(count) | {"features": str(path)}, as_json=as_json, lines=[words, str(path)])
+    common.print_result(asdict(count) | {"features": str(path)}, as_json=as_json, lines=[words, str(path)])
 
 
 def split(
@@ -245,13 +250,14 @@ def split(
 
     Example: phasewatch split runs/mine --recipes held_out_host,held_out_both
     """
-    from phasewatch import atomic, stages
+    from phasewatch import atomic
     from phasewatch.dataset import read_folds
-    from phasewatch.split import Part
+    from phasewatch.pipeline import stages
+    from phasewatch.splits import SplitPart
 
-    asked = () if recipes == "all" else base.names(recipes)
-    with atomic.lock(base.need_run(run)):
-        index = stages.split(stages.Settings(store=run, run=run), asked)
+    asked = () if recipes == "all" else common.parse_names(recipes)
+    with atomic.lock(common.check_run_folder(run)):
+        index = stages.split(stages.RunSettings(store=run, run=run), asked)
     folds = [fold for b in index.recipes if b.folds for fold in read_folds(run, b.recipe)]
     lacking = [b for b in index.recipes if b.why]
     rows = [
@@ -259,8 +265,8 @@ def split(
             f.recipe,
             f.fold,
             f.sha256[:12],
-            f"test {len(f.ids(Part.TEST))}",
-            f"train {len(f.ids(Part.TRAIN))}",
+            f"test {len(f.ids(SplitPart.TEST))}",
+            f"train {len(f.ids(SplitPart.TRAIN))}",
             f"embargoed {len(f.embargoed)}",
             f"untested: {', '.join(f.untested_profiles) or 'none'}",
         )
@@ -271,12 +277,12 @@ def split(
             {"recipe": f.recipe, "fold": f.fold, "sha256": f.sha256, "untested_profiles": f.untested_profiles} for f in folds
         ],
         "cannot_be_built": {b.recipe: b.why for b in lacking},
-        "set_aside": base.described_aside(index.set_aside),
+        "set_aside": common.describe_set_aside(index.set_aside),
     }  # fmt: skip
-    base.answer(
+    common.print_result(
         result, as_json=as_json,
         lines=[
-            *base.table(rows), *base.aside_lines(index.set_aside), *(f"cannot be built: {b.why}" for b in lacking),
+            *common.render_table(rows), *common.render_set_aside(index.set_aside), *(f"cannot be built: {b.why}" for b in lacking),
             str(run / "splits"),
         ],
     )  # fmt: skip

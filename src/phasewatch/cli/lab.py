@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from phasewatch.cli import base
+from phasewatch.cli import common
 from phasewatch.cli.record import record
-from phasewatch.walk import EPISODE_S
+from phasewatch.profiles import EPISODE_RANGE_S
 
 if TYPE_CHECKING:
-    from phasewatch.grid.observed import Observed
+    from phasewatch.binning.storage import ChannelSummary
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     for command in (doctor, channels, record, simulate):
-        app.command(epilog=base.CODES)(command)
+        app.command(epilog=common.EXIT_CODES_HELP)(command)
 
 
 def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON document.")) -> None:
@@ -30,13 +30,12 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON document
     """
     from dataclasses import asdict
 
+    from phasewatch.diagnostics import describe_installation, has_blocking_problem, hide_home, inspect_system
     from phasewatch.errors import StoreError
-    from phasewatch.installation import describe, without_home
-    from phasewatch.record.doctor import examine, is_broken
 
-    here, checks = describe(), examine()
+    here, checks = describe_installation(), inspect_system()
     try:
-        corpus = without_home(str(base.bundled_corpus()))
+        corpus = hide_home(str(common.find_bundled_corpus()))
     except StoreError:
         corpus = "not here"
     about = [
@@ -50,7 +49,7 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON document
         ("ok" if c.ok else "--", c.name, c.found, "" if c.ok else f"for {c.needed_for}: {c.remedy}") for c in checks
     ]
     missing = sum(not c.ok for c in checks)
-    broken = is_broken(checks)
+    broken = has_blocking_problem(checks)
     without = [extra for extra, state in here.extras.items() if state != "installed"]
     words = (
         "everything is here"
@@ -63,7 +62,9 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON document
     result = {
         "checks": [asdict(c) for c in checks], "corpus": corpus, "installation": asdict(here) | {"extras": here.extras},
     }  # fmt: skip
-    base.answer(result, as_json=as_json, lines=[*base.table(about), "", *base.table(rows), words])
+    common.print_result(
+        result, as_json=as_json, lines=[*common.render_table(about), "", *common.render_table(rows), words]
+    )
     if broken:
         raise typer.Exit(1)
 
@@ -71,7 +72,7 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="One JSON document
 def channels(
     corpus: bool = typer.Option(False, "--corpus", help="Also the values that each took in the bundled recordings."),
     store: Path = typer.Option(None, help="With --corpus: another store than the bundled one."),
-    extra: Path = typer.Option(None, "--channels", metavar="TOML", help=base.CHANNELS_HELP),
+    extra: Path = typer.Option(None, "--channels", metavar="TOML", help=common.CHANNELS_HELP),
     as_json: bool = typer.Option(False, "--json", help="One JSON document."),
 ) -> None:
     """List the 46 channels: source, kind, unit, who is trusted, and which counter each reads.
@@ -84,39 +85,40 @@ def channels(
 
     from phasewatch.channels import CHANNELS
 
-    base.goes_with("--store", "--corpus", alone=store is not None and not corpus)
+    common.check_option_pair("--store", "--corpus", alone=store is not None and not corpus)
     listed: list[dict[str, object]] = [asdict(c) | {"in_deployment": c.in_deployment} for c in CHANNELS]
     if not corpus:
         rows = [
             (c.full_name, c.kind, c.unit, f"trust {c.trust}", c.accel if c.arch == "any" else f"{c.accel}, {c.arch}", c.about, c.reads)
             for c in CHANNELS
         ]  # fmt: skip
-        base.answer({"channels": listed}, as_json=as_json, lines=base.table(rows))
+        common.print_result({"channels": listed}, as_json=as_json, lines=common.render_table(rows))
         return
-    where = store or base.bundled_corpus()
-    seen = _observed(where)
+    where = store or common.find_bundled_corpus()
+    seen = _measure_observed_values(where)
     for row, found in zip(listed, seen, strict=True):
         row["observed"] = {n: getattr(found, n) for n in ("known", "moving", "low", "median", "p95", "high")}
     lines: list[tuple[str, ...]] = [("channel", "unit", "lowest", "median", "95 %", "highest", "known", "moves in")]
     lines += [
-        (o.channel.full_name, o.channel.unit, *(f"{v:.4g}" for v in (o.low, o.median, o.p95, o.high)), f"{o.known:.0%}", f"{o.moving:.0%}")
+        (o.channel.full_name, o.channel.unit, *(f"{v:.4g}" for v in (o.low, o.median, o.p95, o.high)), f"{o.known_share:.0%}", f"{o.varying_share:.0%}")
         for o in seen
     ]  # fmt: skip
-    base.answer({"channels": listed, "store": str(where)}, as_json=as_json, lines=[*base.table(lines), str(where)])
+    common.print_result(
+        {"channels": listed, "store": str(where)}, as_json=as_json, lines=[*common.render_table(lines), str(where)]
+    )
 
 
-def _observed(store: Path) -> tuple[Observed, ...]:
+def _measure_observed_values(store: Path) -> tuple[ChannelSummary, ...]:
     """Sweep a store into a folder that goes again, and look at its bins."""
     import tempfile
 
-    from phasewatch.grid.files import open_grids
-    from phasewatch.grid.observed import observe
+    from phasewatch.binning.storage import open_bins, summarise_channels
     from phasewatch.validate.sweep import sweep
 
     with tempfile.TemporaryDirectory(prefix="phasewatch-channels-") as folder:
         sweep(store, Path(folder), workers=2)
-        grids = open_grids(Path(folder) / "grids")
-        return observe([grids.bins_of(row) for row in grids.rows])
+        grids = open_bins(Path(folder) / "grids")
+        return summarise_channels([grids.episode_bins(row) for row in grids.rows])
 
 
 def simulate(
@@ -129,7 +131,7 @@ def simulate(
     faults: float = typer.Option(0.0, min=0, max=1, help="Share of episodes that get a fault."),
     kinds: str = typer.Option("", help="Only these faults, separated by commas, as the truth file spells them."),
     seconds: tuple[float, float] = typer.Option(
-        EPISODE_S, metavar="SHORTEST LONGEST", help="Shortest and longest lab episode: --seconds 100 180."
+        EPISODE_RANGE_S, metavar="SHORTEST LONGEST", help="Shortest and longest lab episode: --seconds 100 180."
     ),
     days: float = typer.Option(10.0, min=0, help="Over how many days at least the episodes are spread."),
     host_effect: float = typer.Option(
@@ -153,15 +155,15 @@ def simulate(
 
     Only two kinds of fault: add --kinds gap,missing-netflow
     """
-    from phasewatch.simulate import Knobs
+    from phasewatch.simulate import SimulationSettings
     from phasewatch.simulate import simulate as make
 
-    base.goes_with("--kinds", "--faults", alone=bool(kinds) and faults == 0)
-    knobs = Knobs(
+    common.check_option_pair("--kinds", "--faults", alone=bool(kinds) and faults == 0)
+    knobs = SimulationSettings(
         host_effect=host_effect, episode_effect=episode_effect, tick_noise=noise, drift_per_week=drift,
         malware_intensity=malware_intensity,
     )  # fmt: skip
-    with base.progress(quiet=as_json or quiet) as tell:
+    with common.show_progress(quiet=as_json or quiet) as tell:
         made = make(
             out, hosts=hosts, episodes=episodes, seed=seed, faults=faults, workers=workers,
             between_s=seconds, days=days, knobs=knobs, kinds=tuple(filter(None, kinds.split(","))),
@@ -172,4 +174,4 @@ def simulate(
         f"{made.episodes} simulated episodes, {made.faulty} with a fault; the truth is in {made.truth}",
         str(made.store),
     ]
-    base.answer(result, as_json=as_json, lines=lines)
+    common.print_result(result, as_json=as_json, lines=lines)

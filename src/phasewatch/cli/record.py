@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from phasewatch.cli import base
+from phasewatch.cli import common
 
 if TYPE_CHECKING:
-    from phasewatch.record.own import OwnMachine
-    from phasewatch.record.plan import Session
-    from phasewatch.record.progress import Progress
-    from phasewatch.record.spec import PlanSpec
-    from phasewatch.record.workload import Workload
+    from phasewatch.lab.custom_workload import CustomMachine, CustomWorkload
+    from phasewatch.lab.plan import PlanSpec, RecordingSession
+    from phasewatch.lab.recorder import Progress
 
 
 def record(
@@ -52,33 +50,33 @@ def record(
     """
     from dataclasses import asdict
 
-    from phasewatch.errors import UsageError, name_the_nearest
-    from phasewatch.record.campaign import default_cache, record_plan
-    from phasewatch.record.hosts import HOSTS
-    from phasewatch.record.own import read_own_machine
-    from phasewatch.record.plan import check_elapsed_time
-    from phasewatch.record.progress import Bar, Silence
-    from phasewatch.vocab import Role
+    from phasewatch.errors import UsageError, suggest_names
+    from phasewatch.lab.campaign import default_cache, record_plan
+    from phasewatch.lab.custom_workload import read_custom_machine
+    from phasewatch.lab.plan import check_elapsed_time
+    from phasewatch.lab.qemu_command import HOST_SHAPES
+    from phasewatch.lab.recorder import ProgressBar, SilentProgress
+    from phasewatch.types import EpisodeRole
 
     if accel not in ("", "kvm", "tcg"):
         raise UsageError(f"--accel {accel}: kvm or tcg")
-    if role and role not in list(Role):
-        raise UsageError(f"--role {role}: one of {', '.join(Role)}")
+    if role and role not in list(EpisodeRole):
+        raise UsageError(f"--role {role}: one of {', '.join(EpisodeRole)}")
     if driver is not None and image is None:
         raise UsageError("--driver goes with --image; our own guest brings its driver")
     shape: dict[str, Any] = {
         "host_id": host_id or None, "machine": machine, "mem_mib": mem, "vcpus": vcpus, "boot_s": boot_deadline,
     }  # fmt: skip
     shape = {name: value for name, value in shape.items() if value is not None}
-    for option, name in _SHAPING.items():
-        base.goes_with(option, "--image", alone=name in shape and image is None)
-    own = read_own_machine(image, driver, **shape) if image is not None else None
-    task = _task(plan, profile_file, own, named=(driver or image or Path()).stem)
+    for option, name in _MACHINE_OPTIONS.items():
+        common.check_option_pair(option, "--image", alone=name in shape and image is None)
+    own = read_custom_machine(image, driver, **shape) if image is not None else None
+    task = _build_task(plan, profile_file, own, named=(driver or image or Path()).stem)
     alone = check_elapsed_time(task.spec, force=force or dry_run)
-    wanted, there = base.names(hosts), {s.host_id for s in task.sessions}
+    wanted, there = common.parse_names(hosts), {s.host_id for s in task.sessions}
     for host in wanted:
         if host not in there:
-            raise UsageError(f"--hosts: plan {task.spec.name} has no host {host!r}; {name_the_nearest(host, there)}")
+            raise UsageError(f"--hosts: plan {task.spec.name} has no host {host!r}; {suggest_names(host, there)}")
     sessions = [
         s for s in task.sessions
         if (not wanted or s.host_id in wanted) and (not role or all(slot.role == role for slot in s.slots))
@@ -88,66 +86,71 @@ def record(
         raise UsageError(f"{asked or task.spec.name}: plan {task.spec.name} has no such session")
     sessions = sessions[: limit or None]
     if dry_run:
-        lines = [*base.table(_plan_rows(sessions)), f"elapsed time alone scores macro-F1 {alone:.2f} on this plan"]
+        lines = [
+            *common.render_table(_render_plan_rows(sessions)),
+            f"elapsed time alone scores macro-F1 {alone:.2f} on this plan",
+        ]
         listed = [asdict(s) for s in sessions]
-        base.answer({"elapsed_time": alone, "sessions": listed}, as_json=as_json, lines=lines)
+        common.print_result({"elapsed_time": alone, "sessions": listed}, as_json=as_json, lines=lines)
         return
     if not resume and out.is_dir() and any(out.glob("*/*.tar.zst")):
         raise UsageError(f"{out}: holds bundles already; leave out --no-resume to continue, or name a new folder")
-    watched: AbstractContextManager[Progress] = nullcontext(Silence()) if as_json else Bar()
+    watched: AbstractContextManager[Progress] = nullcontext(SilentProgress()) if as_json else ProgressBar()
     with watched as progress:
         done = record_plan(
             sessions, store=out, cache=default_cache(), progress=progress, idle_wait_s=idle_wait, accel=accel,
-            shapes=(own.shape,) if own else HOSTS, scripts=task.scripts, own=own,
+            shapes=(own.shape,) if own else HOST_SHAPES, scripts=task.scripts, own=own,
         )  # fmt: skip
     words = f"{done.recorded} episodes recorded ({done.crowded} of them crowded), {done.present} were there, {len(done.failed)} given up"
-    base.answer(asdict(done) | {"store": str(out)}, as_json=as_json, lines=[*done.failed, words, str(out)])
+    common.print_result(asdict(done) | {"store": str(out)}, as_json=as_json, lines=[*done.failed, words, str(out)])
     if done.failed:
         raise typer.Exit(1)
 
 
 # Option → what `read_own_machine` calls it.
-_SHAPING = {"--host-id": "host_id", "--machine": "machine", "--mem": "mem_mib", "--vcpus": "vcpus", "--boot-deadline": "boot_s"}  # fmt: skip
+_MACHINE_OPTIONS = {"--host-id": "host_id", "--machine": "machine", "--mem": "mem_mib", "--vcpus": "vcpus", "--boot-deadline": "boot_s"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Task:
+class _RecordingTask:
     """What is to be recorded; `scripts` only where our guest plays a workload that is not ours."""
 
     spec: PlanSpec
-    sessions: tuple[Session, ...]
+    sessions: tuple[RecordingSession, ...]
     scripts: dict[str, str] | None = None
 
 
-def _task(plan: str, profile_file: Path | None, own: OwnMachine | None, *, named: str) -> _Task:
+def _build_task(plan: str, profile_file: Path | None, own: CustomMachine | None, *, named: str) -> _RecordingTask:
     from phasewatch.errors import UsageError
-    from phasewatch.naming import profile_name_of
-    from phasewatch.record.plan import build_sessions
-    from phasewatch.record.plans import read_plan
-    from phasewatch.record.workload import build_own_sessions, unscripted
+    from phasewatch.lab.custom_workload import build_custom_sessions, build_unscripted_workload
+    from phasewatch.lab.plan import build_sessions
+    from phasewatch.lab.plans import read_plan
+    from phasewatch.naming import make_profile_name
 
     if plan and (profile_file is not None or own is not None):
         raise UsageError("--plan plays our profiles on our guest; leave it out beside --profile-file or --image")
     if profile_file is not None:
         work = _read_workload(profile_file)
     elif own is not None:
-        work = unscripted(profile_name_of(named))
+        work = build_unscripted_workload(make_profile_name(named))
     elif plan:
         spec = read_plan(plan)
-        return _Task(spec=spec, sessions=build_sessions(spec))
+        return _RecordingTask(spec=spec, sessions=build_sessions(spec))
     else:
         raise UsageError("name what to record: --plan smoke, --profile-file FILE or --image DISK --driver SCRIPT")
     if own is not None:
-        return _Task(spec=work.spec, sessions=build_own_sessions(work, hosts=(own.shape.host_id,), alone=True))
+        return _RecordingTask(
+            spec=work.spec, sessions=build_custom_sessions(work, hosts=(own.shape.host_id,), alone=True)
+        )
     scripts = {f"{work.profile.name}/{sample}/{phase}": text for (sample, phase), text in work.scripts.items()}
     # A sample of which no phase has a script is still one that the guest must know.
     scripts |= {f"{work.profile.name}/{sample.name}/about": sample.about for sample in work.profile.samples}
-    return _Task(spec=work.spec, sessions=build_own_sessions(work), scripts=scripts)
+    return _RecordingTask(spec=work.spec, sessions=build_custom_sessions(work), scripts=scripts)
 
 
-def _read_workload(path: Path) -> Workload:
+def _read_workload(path: Path) -> CustomWorkload:
     from phasewatch.errors import PlanError
-    from phasewatch.record.workload import parse_workload
+    from phasewatch.lab.custom_workload import parse_workload
 
     try:
         text = path.read_text("utf-8")
@@ -156,7 +159,7 @@ def _read_workload(path: Path) -> Workload:
     return parse_workload(text, where=str(path))
 
 
-def _plan_rows(sessions: list[Session]) -> list[tuple[str, ...]]:
+def _render_plan_rows(sessions: list[RecordingSession]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for number, session in enumerate(sessions):
         for slot in session.slots:

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 STANDARD_OUTPUT = "standard output"
 
 
-class _ResultFile(io.FileIO):
+class _OutputFile(io.FileIO):
     """Standard output: where writing fails, the error says where."""
 
     def write(self, data: Any, /) -> int:
@@ -43,9 +43,9 @@ def prepare_streams() -> None:
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  it lives as long as the process
     if sys.stdout is sys.__stdout__:  # else somebody redirected it within this process
-        sys.stdout = _text_of(_ResultFile(1, "wb", closefd=False), like=sys.stdout, is_log=False)
+        sys.stdout = _wrap_text(_OutputFile(1, "wb", closefd=False), like=sys.stdout, is_log=False)
     if sys.stderr is sys.__stderr__:
-        sys.stderr = _text_of(_LogFile(2, "wb", closefd=False), like=sys.stderr, is_log=True)
+        sys.stderr = _wrap_text(_LogFile(2, "wb", closefd=False), like=sys.stderr, is_log=True)
 
 
 def flush_output() -> None:
@@ -81,7 +81,7 @@ def _open_if_closed(number: int) -> None:
         os.set_inheritable(number, True)
 
 
-def _text_of(file: io.FileIO, *, like: TextIO | None, is_log: bool) -> TextIO:
+def _wrap_text(file: io.FileIO, *, like: TextIO | None, is_log: bool) -> TextIO:
     lines = is_log or file.isatty()
     encoding = like.encoding if like is not None else "utf-8"
     return io.TextIOWrapper(

@@ -18,21 +18,21 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from phasewatch.channels import CHANNELS
-from phasewatch.dashboard.gate import HEADERS, Asked, Gate
-from phasewatch.dashboard.hub import Hub, Viewer
-from phasewatch.errors import BusyError, EventError, MissingTool
-from phasewatch.http_server.connections import prove_owner
-from phasewatch.live.envelope import Event, parse_event
-from phasewatch.vocab import PHASES
+from phasewatch.dashboard.auth import SECURITY_HEADERS, AccessControl, AccessRequest
+from phasewatch.dashboard.hub import EventHub, HubViewer
+from phasewatch.errors import BusyError, EventError, MissingToolError
+from phasewatch.events.schema import EventEnvelope, parse_event
+from phasewatch.http_server.connections import set_connection_owner
+from phasewatch.types import PHASES
 
-MAX_POST = 1024 * 1024
-POST_S = 20.0  # a body that takes longer is given up
-VIEWER = "viewer"  # as whom a connection counts that showed the cookie or the token
-STALL_S = 30.0  # a viewer that takes nothing for so long is cut off
-TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+MAX_BODY_BYTES = 1024 * 1024
+BODY_TIMEOUT_S = 20.0  # a body that takes longer is given up
+VIEWER_OWNER = "viewer"  # as whom a connection counts that showed the cookie or the token
+VIEWER_SEND_TIMEOUT_S = 30.0  # a viewer that takes nothing for so long is cut off
+MEDIA_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 
 
-def build_app(hub: Hub, gate: Gate, *, title: str) -> Guarded:
+def build_app(hub: EventHub, gate: AccessControl, *, title: str) -> AuthMiddleware:
     """Build the application.
 
     Args:
@@ -43,16 +43,16 @@ def build_app(hub: Hub, gate: Gate, *, title: str) -> Guarded:
     Raises:
         MissingTool: If Plotly's script is not in the installed package.
     """
-    script = plotly_script()
+    script = find_plotly_script()
     if script is None:
-        raise MissingTool("Plotly's script is not in the installed package: pip install 'phasewatch[serve]'")
-    about = json.dumps(_about(title)).encode()
+        raise MissingToolError("Plotly's script is not in the installed package: pip install 'phasewatch[serve]'")
+    about = json.dumps(_build_about(title)).encode()
 
     async def page(request: Request) -> Response:
-        return _static("page.html")
+        return _build_static_response("page.html")
 
     async def static(request: Request) -> Response:
-        return _static(request.path_params["name"])
+        return _build_static_response(request.path_params["name"])
 
     async def plotly(request: Request) -> Response:
         return FileResponse(script, media_type="text/javascript", headers={"Cache-Control": "max-age=3600"})
@@ -67,26 +67,28 @@ def build_app(hub: Hub, gate: Gate, *, title: str) -> Guarded:
         try:
             viewer = hub.join(request.headers.get("last-event-id") or request.query_params.get("after"))
         except BusyError as exc:
-            return _said(503, str(exc), {"Retry-After": "5"})
-        prove_owner(request.scope, VIEWER)  # with --no-auth too: how many look on is bounded by the hub
+            return _build_error_response(503, str(exc), {"Retry-After": "5"})
+        set_connection_owner(request.scope, VIEWER_OWNER)  # with --no-auth too: how many look on is bounded by the hub
         return _ViewerStream(hub, viewer)
 
     async def take(request: Request) -> Response:
         try:
-            async with asyncio.timeout(POST_S):
-                body = await _body(request)
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                body = await _read_body(request)
         except (TimeoutError, ClientDisconnect):
-            return _said(408, f"the body did not come within {POST_S:.0f} s")
+            return _build_error_response(408, f"the body did not come within {BODY_TIMEOUT_S:.0f} s")
         if body is None:
-            return _said(413, f"more than {MAX_POST:,} bytes; send the events in parts")
+            return _build_error_response(413, f"more than {MAX_BODY_BYTES:,} bytes; send the events in parts")
         try:
-            events = parse_lines(body)
+            events = _parse_event_lines(body)
         except EventError as exc:
-            return _said(400, str(exc))
+            return _build_error_response(400, str(exc))
         if len(events) > hub.limits.burst:  # they would be put off for ever
-            return _said(413, f"{len(events):,} events, at most {hub.limits.burst:,.0f} at once; send them in parts")
+            return _build_error_response(
+                413, f"{len(events):,} events, at most {hub.limits.burst:,.0f} at once; send them in parts"
+            )
         if wait_s := hub.admit(len(events)):
-            return _said(429, "too many events", {"Retry-After": str(int(wait_s) + 1)})
+            return _build_error_response(429, "too many events", {"Retry-After": str(int(wait_s) + 1)})
         for event in events:
             hub.publish(event)
         return JSONResponse({"accepted": len(events)}, status_code=202)
@@ -100,10 +102,10 @@ def build_app(hub: Hub, gate: Gate, *, title: str) -> Guarded:
         Route("/about.json", about_json),
         Route("/healthz", health),
     ]
-    return Guarded(Starlette(routes=routes), gate)
+    return AuthMiddleware(Starlette(routes=routes), gate)
 
 
-def plotly_script() -> Path | None:
+def find_plotly_script() -> Path | None:
     """Find Plotly's script in the installed package, without importing that."""
     found = find_spec("plotly")
     path = Path(found.origin).parent / "package_data" / "plotly.min.js" if found and found.origin else None
@@ -113,8 +115,10 @@ def plotly_script() -> Path | None:
 class _ViewerStream(EventSourceResponse):
     """A viewer's stream, which gives its place back also if it never begins, or is cut before its first byte."""
 
-    def __init__(self, hub: Hub, viewer: Viewer) -> None:
-        super().__init__(hub.stream(viewer), ping=0, sep="\n", send_timeout=STALL_S, shutdown_grace_period=1)
+    def __init__(self, hub: EventHub, viewer: HubViewer) -> None:
+        super().__init__(
+            hub.stream(viewer), ping=0, sep="\n", send_timeout=VIEWER_SEND_TIMEOUT_S, shutdown_grace_period=1
+        )
         self._hub, self._viewer = hub, viewer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -124,10 +128,10 @@ class _ViewerStream(EventSourceResponse):
             self._hub.leave(self._viewer)
 
 
-class Guarded:
+class AuthMiddleware:
     """An application behind its gate; adds the headers that every answer carries."""
 
-    def __init__(self, inner: Starlette, gate: Gate) -> None:
+    def __init__(self, inner: Starlette, gate: AccessControl) -> None:
         self._inner, self._gate = inner, gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -139,7 +143,7 @@ class Guarded:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                for name, value in HEADERS:
+                for name, value in SECURITY_HEADERS:
                     headers[name] = value
                 headers.setdefault("Cache-Control", "no-cache")
             await send(message)
@@ -147,19 +151,19 @@ class Guarded:
         await (self._answer(scope) or self._inner)(scope, receive, send_with_headers)
 
     def _answer(self, scope: Scope) -> Response | None:
-        asked = _asked(scope)
-        refusal = self._gate.refuse(asked)
-        if (refusal is None or refusal.status == 401) and self._gate.lets_in(asked):
+        asked = _build_access_request(scope)
+        refusal = self._gate.find_refusal(asked)
+        if (refusal is None or refusal.status == 401) and self._gate.is_login(asked):
             # The token leaves the address bar, the history and every Referer at once.
-            return RedirectResponse("/", status_code=303, headers={"Set-Cookie": self._gate.cookie()})
+            return RedirectResponse("/", status_code=303, headers={"Set-Cookie": self._gate.render_set_cookie()})
         if refusal is None:
-            if self._gate.is_known(asked):
-                prove_owner(scope, VIEWER)
+            if self._gate.has_credentials(asked):
+                set_connection_owner(scope, VIEWER_OWNER)
             return None
-        return _said(refusal.status, refusal.words)
+        return _build_error_response(refusal.status, refusal.message)
 
 
-def parse_lines(body: bytes) -> tuple[Event, ...]:
+def _parse_event_lines(body: bytes) -> tuple[EventEnvelope, ...]:
     """Read events, one a line; all of them or none.
 
     Raises:
@@ -178,41 +182,41 @@ def parse_lines(body: bytes) -> tuple[Event, ...]:
     return tuple(events)
 
 
-async def _body(request: Request) -> bytes | None:
+async def _read_body(request: Request) -> bytes | None:
     """Read a body, or give up where it is too large, without holding more than that."""
     parts: list[bytes] = []
     size = 0
     stream: AsyncIterator[bytes] = request.stream()
     async for part in stream:
         size += len(part)
-        if size > MAX_POST:
+        if size > MAX_BODY_BYTES:
             return None
         parts.append(part)
     return b"".join(parts)
 
 
-def _asked(scope: Scope) -> Asked:
+def _build_access_request(scope: Scope) -> AccessRequest:
     headers = Headers(scope=scope)
-    return Asked(
+    return AccessRequest(
         method=scope["method"], path=scope["path"], query=scope["query_string"].decode("latin-1"),
         host=headers.get("host", ""), origin=headers.get("origin", ""), cookie=headers.get("cookie", ""),
         authorization=headers.get("authorization", ""),
     )  # fmt: skip
 
 
-def _static(name: str) -> Response:
+def _build_static_response(name: str) -> Response:
     file = resources.files("phasewatch.dashboard") / "static" / name
-    kind = TYPES.get(name.rpartition(".")[2])
+    kind = MEDIA_TYPES.get(name.rpartition(".")[2])
     if "/" in name or "\\" in name or kind is None or not file.is_file():
-        return _said(404, "there is no such page")
+        return _build_error_response(404, "there is no such page")
     return Response(file.read_bytes(), media_type=kind)
 
 
-def _said(status: int, words: str, headers: Mapping[str, str] | None = None) -> Response:
+def _build_error_response(status: int, words: str, headers: Mapping[str, str] | None = None) -> Response:
     return JSONResponse({"error": words}, status_code=status, headers=headers)
 
 
-def _about(title: str) -> dict[str, object]:
+def _build_about(title: str) -> dict[str, object]:
     """Give what the page needs to know of phasewatch itself: phases and the registry's channels."""
     channels = [
         {"name": c.full_name, "source": c.source, "unit": c.unit, "trust": c.trust, "about": c.about} for c in CHANNELS

@@ -13,21 +13,20 @@ from dataclasses import dataclass
 import msgspec
 
 from phasewatch.errors import BusyError
-from phasewatch.live.envelope import Event, render_event
-from phasewatch.live.events import Perf, PhaseSeen, Telemetry
+from phasewatch.events.schema import EventEnvelope, PerfEvent, PhaseEvent, TelemetryEvent, render_event
 
-BEAT_S = 2.0  # silence after which a viewer is told that the hub lives
-PAUSE_S = 0.05  # between two parts sent to one viewer: what comes meanwhile goes along
-RETRY_MS = 1000  # after which a browser that lost its stream comes back
+HEARTBEAT_S = 2.0  # silence after which a viewer is told that the hub lives
+SEND_PAUSE_S = 0.05  # between two parts sent to one viewer: what comes meanwhile goes along
+RECONNECT_MS = 1000  # after which a browser that lost its stream comes back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class HubLimits:
     """What a hub holds and lets in.
 
     Attributes:
         events, log_bytes: Of the log.
-        kept: Scenes whose newest event outlives the log.
+        retained_scenes: Scenes whose newest event outlives the log.
         viewers: At the same time.
         part_bytes: Sent to a viewer in one go.
         rate_per_s, burst: Events that outside producers may send.
@@ -35,7 +34,7 @@ class Limits:
 
     events: int = 4096
     log_bytes: int = 4 * 1024 * 1024
-    kept: int = 128
+    retained_scenes: int = 128
     viewers: int = 256
     part_bytes: int = 64 * 1024
     rate_per_s: float = 500.0
@@ -43,7 +42,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class HubEntry:
     """One event of the log, as it is sent."""
 
     number: int
@@ -52,15 +51,15 @@ class Entry:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Viewer:
+class HubViewer:
     """A place in the log: the number of the last event that this viewer was given."""
 
     seen: int
     gap: bytes = b""
-    catch_up: tuple[Entry, ...] = ()
+    catch_up: tuple[HubEntry, ...] = ()
 
 
-class Hub:
+class EventHub:
     """Takes events, numbers them, and hands them to every viewer in order.
 
     Args:
@@ -71,17 +70,17 @@ class Hub:
     """
 
     def __init__(
-        self, *, boot: str, now_ns: Callable[[], int], monotonic: Callable[[], float], limits: Limits = Limits()
+        self, *, boot: str, now_ns: Callable[[], int], monotonic: Callable[[], float], limits: HubLimits = HubLimits()
     ) -> None:
         self.limits = limits
         self._boot, self._now_ns, self._monotonic = boot, now_ns, monotonic
-        self._log: deque[Entry] = deque()
+        self._log: deque[HubEntry] = deque()
         self._log_bytes = 0
-        self._kept: OrderedDict[tuple[str, ...], Entry] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, ...], HubEntry] = OrderedDict()
         self._number = 0
         self._news = asyncio.Event()
-        self._looking: list[Viewer] = []
-        self._joined: set[Viewer] = set()  # who has a place, streaming already or not yet
+        self._looking: list[HubViewer] = []
+        self._joined: set[HubViewer] = set()  # who has a place, streaming already or not yet
         self._is_closed = False
         self._budget, self._budget_at = limits.burst, monotonic()
 
@@ -91,7 +90,7 @@ class Hub:
         return self._number
 
     @property
-    def behind(self) -> int:
+    def backlog(self) -> int:
         """How many events the slowest viewer has still to be given."""
         return max((self._number - viewer.seen for viewer in self._looking), default=0)
 
@@ -100,18 +99,18 @@ class Hub:
         """How many look on."""
         return len(self._looking)
 
-    def publish(self, event: Event) -> None:
+    def publish(self, event: EventEnvelope) -> None:
         """Take an event; call it in the hub's own loop."""
         self._number += 1
-        frame = self._frame(event.type, render_event(event), self._number)
-        entry = Entry(number=self._number, scene=scene_of(event), frame=frame)
+        frame = self._render_frame(event.type, render_event(event), self._number)
+        entry = HubEntry(number=self._number, scene=_build_scene_key(event), frame=frame)
         self._log.append(entry)
         self._log_bytes += len(frame)
         while len(self._log) > self.limits.events or self._log_bytes > self.limits.log_bytes:
             self._log_bytes -= len(self._log.popleft().frame)
         self._kept[entry.scene] = entry
         self._kept.move_to_end(entry.scene)
-        if len(self._kept) > self.limits.kept:
+        if len(self._kept) > self.limits.retained_scenes:
             self._kept.popitem(last=False)
         self._wake()
 
@@ -134,7 +133,7 @@ class Hub:
             return 0.0
         return (events - self._budget) / self.limits.rate_per_s
 
-    def join(self, last_id: str | None) -> Viewer:
+    def join(self, last_id: str | None) -> HubViewer:
         """Give a viewer its place: after the last event that it saw, or at what the hub remembers.
 
         The place is taken from now on; `leave` gives it back.
@@ -147,58 +146,62 @@ class Hub:
         """
         if len(self._joined) >= self.limits.viewers:
             raise BusyError(f"{len(self._joined)} viewers look on already; close one")
-        viewer = self._place(last_id)
+        viewer = self._place_viewer(last_id)
         self._joined.add(viewer)
         return viewer
 
-    def leave(self, viewer: Viewer) -> None:
+    def leave(self, viewer: HubViewer) -> None:
         """Release a viewer's place; a second call does nothing."""
         self._joined.discard(viewer)
 
-    def _place(self, last_id: str | None) -> Viewer:
+    def _place_viewer(self, last_id: str | None) -> HubViewer:
         first = self._log[0].number if self._log else self._number + 1
         boot, _, digits = (last_id or "").partition(".")
         seen = int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= 19 else -1
         if boot == self._boot and first - 1 <= seen <= self._number:
-            return Viewer(seen=seen)
+            return HubViewer(seen=seen)
         known = boot == self._boot and 0 <= seen < first
         gap = b""
         if last_id:
             why = "events passed while this page was away" if known else "the dashboard was started anew"
-            gap = self._tell("gap", {"missed": first - 1 - seen if known else None, "why": why})
+            gap = self._render_hub_frame("gap", {"missed": first - 1 - seen if known else None, "why": why})
         after = seen if known else 0
         older = tuple(entry for entry in self._kept.values() if after < entry.number < first)
-        return Viewer(seen=first - 1, gap=gap, catch_up=tuple(sorted(older, key=lambda e: e.number)))
+        return HubViewer(seen=first - 1, gap=gap, catch_up=tuple(sorted(older, key=lambda e: e.number)))
 
-    async def stream(self, viewer: Viewer) -> AsyncIterator[bytes]:
+    async def stream(self, viewer: HubViewer) -> AsyncIterator[bytes]:
         """Give a viewer its events, as server-sent ones, until it leaves or falls out of the log."""
         self._looking.append(viewer)
         try:
-            yield f"retry: {RETRY_MS}\n".encode() + self._tell("hello", {"number": self._number}) + viewer.gap
+            yield (
+                f"retry: {RECONNECT_MS}\n".encode()
+                + self._render_hub_frame("hello", {"number": self._number})
+                + viewer.gap
+            )
             for entry in viewer.catch_up:
                 yield entry.frame
             viewer.catch_up = ()
             while not self._is_closed:
                 news = self._news
-                part, missed = self._part(viewer)
+                part, missed = self._next_part(viewer)
                 if missed:
                     words = "this page was too slow to follow; it comes back by itself"
-                    yield self._tell("dropped", {"missed": missed, "why": words})
+                    yield self._render_hub_frame("dropped", {"missed": missed, "why": words})
                     return
                 if part:
                     yield part
-                    await asyncio.sleep(PAUSE_S)
+                    await asyncio.sleep(SEND_PAUSE_S)
                     continue
                 try:
-                    async with asyncio.timeout(BEAT_S):
+                    async with asyncio.timeout(HEARTBEAT_S):
                         await news.wait()
                 except TimeoutError:
-                    yield self._tell("beat", {"number": self._number})
+                    yield self._render_hub_frame("beat", {"number": self._number})
         finally:
             self._looking.remove(viewer)
             self.leave(viewer)
 
-    def _part(self, viewer: Viewer) -> tuple[bytes, int]:
+    def _next_part(self, viewer: HubViewer) -> tuple[bytes, int]:
         """Give what comes next, at least one event, and how many are lost before it."""
         if viewer.seen >= self._number:
             return b"", 0
@@ -216,20 +219,20 @@ class Hub:
             viewer.seen = entry.number
         return b"".join(frames), 0
 
-    def _frame(self, kind: str, line: bytes, number: int) -> bytes:
+    def _render_frame(self, kind: str, line: bytes, number: int) -> bytes:
         return f"id: {self._boot}.{number}\nevent: {kind}\ndata: ".encode() + line + b"\n\n"
 
-    def _tell(self, kind: str, facts: dict[str, object]) -> bytes:
+    def _render_hub_frame(self, kind: str, facts: dict[str, object]) -> bytes:
         """Frame a word of the hub itself; it has no number, so that a browser does not take it for its last event."""
         line = msgspec.json.encode({"t_wall_ns": self._now_ns(), **facts})
         return f"event: {kind}\ndata: ".encode() + line + b"\n\n"
 
 
-def scene_of(event: Event) -> tuple[str, ...]:
+def _build_scene_key(event: EventEnvelope) -> tuple[str, ...]:
     """Name what an event's successor replaces: the newest of each is shown to whoever comes late."""
     data = event.data
-    if isinstance(data, Telemetry | PhaseSeen):
+    if isinstance(data, TelemetryEvent | PhaseEvent):
         return event.type, data.vm
-    if isinstance(data, Perf):
+    if isinstance(data, PerfEvent):
         return event.type, data.process, data.vm or ""
     return event.type, event.run

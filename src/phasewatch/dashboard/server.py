@@ -9,30 +9,32 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from phasewatch.dashboard.gate import Gate
-from phasewatch.dashboard.hub import Hub
-from phasewatch.errors import MachineError, PhasewatchError
+from phasewatch.dashboard.auth import AccessControl
+from phasewatch.dashboard.hub import EventHub
+from phasewatch.errors import EventError, MachineError, PhasewatchError
+from phasewatch.events.schema import MAX_EVENT_BYTES, parse_event
 from phasewatch.http_server.connections import ConnectionLimits
-from phasewatch.http_server.heads import HEAD_BYTES
+from phasewatch.http_server.heads import MAX_HEAD_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ADDRESS = "127.0.0.1"
-STALL_MS = 20_000  # a peer that acknowledges nothing for so long is gone
 
-STRANGERS = 64  # connections that may be open without cookie or token; all come from this machine
-LIMITS = ConnectionLimits(owner_idle_s=20.0, stall_s=30.0, drain_bytes=2 << 20)
+DASHBOARD_ADDRESS = "127.0.0.1"
+TCP_STALL_MS = 20_000  # a peer that acknowledges nothing for so long is gone
 
-Producer = Callable[[Hub], Awaitable[None]]
+MAX_UNAUTHENTICATED = 64  # connections that may be open without cookie or token; all come from this machine
+DASHBOARD_LIMITS = ConnectionLimits(owner_idle_s=20.0, stall_s=30.0, drain_bytes=2 << 20)
+
+EventProducer = Callable[[EventHub], Awaitable[None]]
 
 
-def bind(port: int) -> socket.socket:
+def bind_socket(port: int) -> socket.socket:
     """Take a port of this machine's own address; 0 takes any free one.
 
     Raises:
@@ -44,41 +46,47 @@ def bind(port: int) -> socket.socket:
         if hasattr(
             socket, "TCP_USER_TIMEOUT"
         ):  # inherited by every connection: a stalled viewer does not stay for ever
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_MS)
-        sock.bind((ADDRESS, port))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, TCP_STALL_MS)
+        sock.bind((DASHBOARD_ADDRESS, port))
         sock.listen(512)
     except OSError as exc:
         sock.close()
         raise MachineError(
-            f"{ADDRESS}:{port}: {exc.strerror}; choose another port with --port, 0 takes a free one"
+            f"{DASHBOARD_ADDRESS}:{port}: {exc.strerror}; choose another port with --port, 0 takes a free one"
         ) from exc
     return sock
 
 
-def limits_for(viewers: int) -> ConnectionLimits:
+def _build_connection_limits(viewers: int) -> ConnectionLimits:
     """Return what a dashboard grants its connections: each viewer its stream, and room for what pages load beside it."""
-    most = viewers + 2 * STRANGERS
-    return replace(LIMITS, connections=most, reserved=most - STRANGERS, per_address=STRANGERS, per_owner=most)
+    most = viewers + 2 * MAX_UNAUTHENTICATED
+    return replace(
+        DASHBOARD_LIMITS,
+        connections=most,
+        reserved=most - MAX_UNAUTHENTICATED,
+        per_address=MAX_UNAUTHENTICATED,
+        per_owner=most,
+    )
 
 
-def make_hub() -> Hub:
+def make_hub() -> EventHub:
     """Make a hub with this machine's clocks."""
-    return Hub(boot=secrets.token_hex(4), now_ns=time.time_ns, monotonic=time.monotonic)
+    return EventHub(boot=secrets.token_hex(4), now_ns=time.time_ns, monotonic=time.monotonic)
 
 
-def serve(
+def serve_dashboard(
     sock: socket.socket,
-    hub: Hub,
-    gate: Gate,
+    hub: EventHub,
+    gate: AccessControl,
     *,
     title: str,
-    producers: Sequence[Producer] = (),
+    producers: Sequence[EventProducer] = (),
     tell: Callable[[str], None],
 ) -> None:
     """Serve until told to stop.
 
     Args:
-        sock: From `bind`.
+        sock: From `bind_socket`.
         hub: Where events go through.
         gate: Who may come in.
         title: What the page calls what it shows.
@@ -91,17 +99,17 @@ def serve(
     import uvicorn
 
     from phasewatch.dashboard.app import build_app
-    from phasewatch.http_server.protocol import ConnectionKeeper, fit_to_process, install
+    from phasewatch.http_server.protocol import ConnectionMonitor, fit_to_file_limit, install_protocol
 
     app = build_app(hub, gate, title=title)
     # No access log: the first address carries the token.
     config = uvicorn.Config(
         app, http="h11", ws="none", lifespan="off", access_log=False, log_level="error",
-        timeout_graceful_shutdown=3, server_header=False, h11_max_incomplete_event_size=HEAD_BYTES,
-        timeout_keep_alive=math.ceil(LIMITS.owner_idle_s),
+        timeout_graceful_shutdown=3, server_header=False, h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        timeout_keep_alive=math.ceil(DASHBOARD_LIMITS.owner_idle_s),
     )  # fmt: skip
     config.load()
-    install(config, ConnectionKeeper(fit_to_process(limits_for(hub.limits.viewers))))
+    install_protocol(config, ConnectionMonitor(fit_to_file_limit(_build_connection_limits(hub.limits.viewers))))
 
     class Server(uvicorn.Server):
         @contextmanager
@@ -120,7 +128,7 @@ def serve(
 
         for sig in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(sig, end, sig)
-        tasks = [asyncio.create_task(_produce(producer, hub, tell)) for producer in producers]
+        tasks = [asyncio.create_task(_run_producer(producer, hub, tell)) for producer in producers]
         try:
             await server.serve(sockets=[sock])
         finally:
@@ -133,7 +141,7 @@ def serve(
         raise KeyboardInterrupt
 
 
-async def _produce(producer: Producer, hub: Hub, tell: Callable[[str], None]) -> None:
+async def _run_producer(producer: EventProducer, hub: EventHub, tell: Callable[[str], None]) -> None:
     try:
         await producer(hub)
     except PhasewatchError as exc:
@@ -141,3 +149,46 @@ async def _produce(producer: Producer, hub: Hub, tell: Callable[[str], None]) ->
     except Exception as exc:  # broken code: said at once, for the page goes on and would only stay empty
         traceback.print_exc()
         tell(f"a part of the page broke and sends no more: {type(exc).__name__}: {exc}")
+
+
+WATCHER_EXIT_TIMEOUT_S = 5.0  # a watcher has so long to leave its machine as it was
+
+
+async def relay_watcher(command: Sequence[str], hub: EventHub, name: str) -> None:
+    """Start a watcher and publish what it says, until it ends or this is cancelled.
+
+    Args:
+        command: Prints one event a line.
+        hub: Takes the events.
+        name: What is watched, for messages.
+
+    Raises:
+        MachineError: If the watcher failed; has its last words.
+    """
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, limit=2 * MAX_EVENT_BYTES)
+    if process.stdout is None or process.stderr is None:
+        raise RuntimeError("a process without pipes")
+    words = asyncio.create_task(_read_last_line(process.stderr))
+    try:
+        async for line in process.stdout:
+            with suppress(EventError):  # its last line is its result, no event
+                hub.publish(parse_event(line))
+        code = await process.wait()
+        said = await words
+    finally:
+        words.cancel()
+        if process.returncode is None:
+            process.terminate()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(WATCHER_EXIT_TIMEOUT_S):
+                    await process.wait()
+    if code:
+        raise MachineError(f"{name}: its watcher ended ({code}): {said.removeprefix('error: ')}")
+
+
+async def _read_last_line(stream: asyncio.StreamReader) -> str:
+    last = ""
+    async for line in stream:
+        last = line.decode("utf-8", "replace").strip()[:500] or last
+    return last

@@ -8,24 +8,24 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.dataset.run import RunEpisode
-from phasewatch.models.base import Examples, Inputs
-from phasewatch.models.filter import Track
-from phasewatch.split import Fold
+from phasewatch.artifacts import RunEpisode
+from phasewatch.models.base import LabelledExamples, ModelInputs
+from phasewatch.models.smoothing import LabelSequence
+from phasewatch.splits import Fold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Windows:
+class EpisodeWindows:
     """Windows of known phase in the order (host, episode, time), whatever order the file has.
 
     Attributes:
         episodes: Whose windows they are, in that order.
-        of: ``(n,)`` index into `episodes`.
+        episode_index: ``(n,)`` index into `episodes`.
         y: ``(n,)`` phase codes.
     """
 
     episodes: tuple[RunEpisode, ...]
-    of: NDArray[np.int32]
+    episode_index: NDArray[np.int32]
     t_center_ns: NDArray[np.int64]
     t_center_s: NDArray[np.float32]
     purity: NDArray[np.float32]
@@ -35,18 +35,18 @@ class Windows:
     def __len__(self) -> int:
         return len(self.y)
 
-    def where(self, keep: Callable[[RunEpisode], bool]) -> NDArray[np.bool_]:
+    def mark_episodes(self, keep: Callable[[RunEpisode], bool]) -> NDArray[np.bool_]:
         """Mark the windows of the episodes that a rule keeps, ``(n,)``."""
         kept = np.fromiter((keep(e) for e in self.episodes), dtype=np.bool_, count=len(self.episodes))
-        marked: NDArray[np.bool_] = kept[self.of]
+        marked: NDArray[np.bool_] = kept[self.episode_index]
         return marked
 
-    def take(self, rows: NDArray[np.bool_]) -> Windows:
+    def take(self, rows: NDArray[np.bool_]) -> EpisodeWindows:
         """Give the marked windows, and of the episodes those that are left."""
-        present, of = np.unique(self.of[rows], return_inverse=True)
-        return Windows(
+        present, of = np.unique(self.episode_index[rows], return_inverse=True)
+        return EpisodeWindows(
             episodes=tuple(self.episodes[i] for i in present),
-            of=of.astype(np.int32),
+            episode_index=of.astype(np.int32),
             t_center_ns=self.t_center_ns[rows],
             t_center_s=self.t_center_s[rows],
             purity=self.purity[rows],
@@ -59,8 +59,8 @@ class Windows:
 class WindowSet:
     """Windows, and what a model sees of them."""
 
-    windows: Windows
-    inputs: Inputs
+    windows: EpisodeWindows
+    inputs: ModelInputs
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -89,29 +89,31 @@ class WindowSet:
     def groups(self) -> NDArray[np.str_]:
         """``(n,)`` host and session of each window: what may not be torn apart."""
         labels = np.array([f"{e.host_id}/{e.session}" for e in self.windows.episodes], dtype=np.str_)
-        return labels[self.windows.of]
+        return labels[self.windows.episode_index]
 
     @property
-    def track(self) -> Track:
+    def label_sequence(self) -> LabelSequence:
         """Truth, episode and time of each window, as filter and alarm take them."""
-        return Track(y=self.y, of=self.windows.of, t_center_ns=self.windows.t_center_ns)
+        return LabelSequence(y=self.y, episode_index=self.windows.episode_index, t_center_ns=self.windows.t_center_ns)
 
     @property
-    def examples(self) -> Examples:
+    def examples(self) -> LabelledExamples:
         """Inputs with labels, as `PhaseModel.fit` takes them."""
-        return Examples(inputs=self.inputs, y=self.y)
+        return LabelledExamples(inputs=self.inputs, y=self.y)
 
     def take(self, rows: NDArray[np.bool_]) -> WindowSet:
         """Give the marked windows."""
-        return WindowSet(windows=self.windows.take(rows), inputs=Inputs(x=self.inputs.x[rows], spec=self.inputs.spec))
+        return WindowSet(
+            windows=self.windows.take(rows), inputs=ModelInputs(x=self.inputs.x[rows], spec=self.inputs.spec)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Sets:
+class FoldData:
     """A fold's five sets of windows; `soak` is every soak episode of the run, for false alarms only.
 
     Attributes:
-        spared_soak: ``(n,)`` marks the soak windows of no host (or sample group) that the recipe holds out in this
+        calibration_soak: ``(n,)`` marks the soak windows of no host (or sample group) that the recipe holds out in this
             fold: thresholds may be set by them.
     """
 
@@ -121,4 +123,4 @@ class Sets:
     val_b: WindowSet
     test: WindowSet
     soak: WindowSet
-    spared_soak: NDArray[np.bool_]
+    calibration_soak: NDArray[np.bool_]

@@ -9,27 +9,27 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from phasewatch.artifacts import RunEpisode
+from phasewatch.binning.storage import MappedBins, open_bins
 from phasewatch.channels import CHANNELS
-from phasewatch.dataset.run import RunEpisode
 from phasewatch.errors import RunError
-from phasewatch.features.tensors import gather
-from phasewatch.grid.files import Grids, open_grids
-from phasewatch.vocab import BIN_NS, WINDOW_BINS
+from phasewatch.features.windows import gather_windows
+from phasewatch.types import BIN_NS, WINDOW_BINS
 
-GRIDS = "grids"
-_HALF_NS = BIN_NS * WINDOW_BINS // 2
+BINS_DIR = "grids"
+_HALF_WINDOW_NS = BIN_NS * WINDOW_BINS // 2
 
 
-class _Windows(Protocol):
+class _WindowPositions(Protocol):
     @property
     def episodes(self) -> Sequence[RunEpisode]: ...
     @property
-    def of(self) -> NDArray[np.int32]: ...
+    def episode_index(self) -> NDArray[np.int32]: ...
     @property
     def t_center_ns(self) -> NDArray[np.int64]: ...
 
 
-def cut_tensor(run: Path, windows: _Windows, names: Sequence[str]) -> NDArray[np.float32]:
+def cut_tensor(run: Path, windows: _WindowPositions, names: Sequence[str]) -> NDArray[np.float32]:
     """Cut the windows out of the grids.
 
     Args:
@@ -43,17 +43,17 @@ def cut_tensor(run: Path, windows: _Windows, names: Sequence[str]) -> NDArray[np
     Raises:
         RunError: If the grids are absent or of another sweep than the feature table.
     """
-    grids = open_grids(run / GRIDS)
+    grids = open_bins(run / BINS_DIR)
     columns = [c.full_name for c in CHANNELS]
     chosen = [columns.index(name) for name in names]
-    begins = _begins(run, grids, windows)
-    return np.ascontiguousarray(gather(grids.bins, begins)[:, :, chosen].transpose(0, 2, 1))
+    begins = _find_first_bins(run, grids, windows)
+    return np.ascontiguousarray(gather_windows(grids.bins, begins)[:, :, chosen].transpose(0, 2, 1))
 
 
-def cut_levels(run: Path, windows: _Windows) -> NDArray[np.float32]:
+def compute_level_means(run: Path, windows: _WindowPositions) -> NDArray[np.float32]:
     """Give the mean of each cumulative level over each window, ``(n, len(LEVELS))`` float32; NaN where none is known."""
-    grids = open_grids(run / GRIDS)
-    levels = gather(grids.levels, _begins(run, grids, windows)).astype(np.float64)
+    grids = open_bins(run / BINS_DIR)
+    levels = gather_windows(grids.levels, _find_first_bins(run, grids, windows)).astype(np.float64)
     known = np.isfinite(levels)
     count = known.sum(axis=1)
     total = np.where(known, levels, 0.0).sum(axis=1)
@@ -63,7 +63,7 @@ def cut_levels(run: Path, windows: _Windows) -> NDArray[np.float32]:
     return mean
 
 
-def _begins(run: Path, grids: Grids, windows: _Windows) -> NDArray[np.int64]:
+def _find_first_bins(run: Path, grids: MappedBins, windows: _WindowPositions) -> NDArray[np.int64]:
     """Find the row of the grids at which each window begins.
 
     Raises:
@@ -74,13 +74,13 @@ def _begins(run: Path, grids: Grids, windows: _Windows) -> NDArray[np.int64]:
         mine = [rows[e.host_id, e.episode_id] for e in windows.episodes]
     except KeyError as exc:
         raise RunError(
-            f"{run / GRIDS}: lacks episode {exc.args[0][1]}, which the feature table has; run `phasewatch validate` again"
+            f"{run / BINS_DIR}: lacks episode {exc.args[0][1]}, which the feature table has; run `phasewatch validate` again"
         ) from exc
-    t0 = np.array([row.t0_ns for row in mine], np.int64)[windows.of]
-    offset = np.array([row.offset for row in mine], np.int64)[windows.of]
-    length = np.array([row.n_bins for row in mine], np.int64)[windows.of]
-    first, odd = np.divmod(windows.t_center_ns - _HALF_NS - t0, BIN_NS)
+    t0 = np.array([row.t0_ns for row in mine], np.int64)[windows.episode_index]
+    offset = np.array([row.offset for row in mine], np.int64)[windows.episode_index]
+    length = np.array([row.n_bins for row in mine], np.int64)[windows.episode_index]
+    first, odd = np.divmod(windows.t_center_ns - _HALF_WINDOW_NS - t0, BIN_NS)
     if odd.any() or (first < 0).any() or (first + WINDOW_BINS > length).any():
-        raise RunError(f"{run / GRIDS}: of another sweep than the feature table; run `phasewatch features` again")
+        raise RunError(f"{run / BINS_DIR}: of another sweep than the feature table; run `phasewatch features` again")
     begins: NDArray[np.int64] = offset + first
     return begins

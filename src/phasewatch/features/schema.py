@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from phasewatch.bundle.model import BUNDLE_FORMAT
 from phasewatch.channels import CHANNELS, ChannelSpec
-from phasewatch.episode.model import FORMAT
 from phasewatch.features.stats import STATS
-from phasewatch.vocab import BIN_NS, MIN_FINITE, PHASES, STALE_NS, STRIDE_BINS, WINDOW_BINS
+from phasewatch.types import BIN_NS, MIN_FINITE_BINS, PHASES, STALE_NS, STRIDE_BINS, WINDOW_BINS
 
-SCHEMA_VERSION = 1
+FEATURE_SCHEMA_VERSION = 1
 
 
 def feature_names(channels: Sequence[ChannelSpec] = CHANNELS) -> tuple[str, ...]:
@@ -36,23 +36,23 @@ def schema_hash(channels: Sequence[ChannelSpec] = CHANNELS) -> str:
 
     Source: DESIGN.md, section 4, "Schema hash".
     """
-    return _standard_hash() if channels is CHANNELS else _hash(channels)
+    return _compute_standard_hash() if channels is CHANNELS else _compute_hash(channels)
 
 
 @cache
-def _standard_hash() -> str:
-    return _hash(CHANNELS)
+def _compute_standard_hash() -> str:
+    return _compute_hash(CHANNELS)
 
 
-def _hash(channels: Sequence[ChannelSpec]) -> str:
+def _compute_hash(channels: Sequence[ChannelSpec]) -> str:
     meaning = {
-        "format": FORMAT,
+        "format": BUNDLE_FORMAT,
         "phases": [str(phase) for phase in PHASES],
         "bin_ns": BIN_NS,
         "window_bins": WINDOW_BINS,
         "stride_bins": STRIDE_BINS,
         "stale_ns": STALE_NS,
-        "min_finite": MIN_FINITE,
+        "min_finite": MIN_FINITE_BINS,
         "stats": list(STATS),
         "channels": [
             {
@@ -62,10 +62,10 @@ def _hash(channels: Sequence[ChannelSpec]) -> str:
             for c in channels
         ],
     }  # fmt: skip
-    return hashlib.sha256(_canonical(meaning).encode()).hexdigest()
+    return hashlib.sha256(_render_canonical_json(meaning).encode()).hexdigest()
 
 
-def _canonical(value: Any) -> str:
+def _render_canonical_json(value: Any) -> str:
     """Spell JSON in its one form: sorted keys, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
@@ -73,7 +73,7 @@ def _canonical(value: Any) -> str:
 def render_schema(behaviour_fingerprint: str, channels: Sequence[ChannelSpec] = CHANNELS) -> str:
     """Write `feature_schema_v1.json` (DESIGN section 5)."""
     content = {
-        "version": SCHEMA_VERSION,
+        "version": FEATURE_SCHEMA_VERSION,
         "phases": [str(phase) for phase in PHASES],
         "feature_names": list(feature_names(channels)),
         "units": list(feature_units(channels)),

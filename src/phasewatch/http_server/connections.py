@@ -62,7 +62,7 @@ class ConnectionStage(StrEnum):
     CLOSING = "closing"
 
 
-class Peer(Protocol):
+class ConnectionPeer(Protocol):
     """The live end of a connection, as the table needs it."""
 
     def find_stage(self) -> ConnectionStage:
@@ -73,12 +73,12 @@ class Peer(Protocol):
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class HeldConnection:
+class ConnectionEntry:
     """One connection's entry in the table.
 
     Attributes:
         peer: The live end.
-        group: The address, as `address_group` gives it.
+        group: The address, as `find_address_group` gives it.
         opened_s: When it was accepted.
         stage, since_s: What it is busy with, and since when.
         owner: Whose token it has shown; empty for a stranger.
@@ -86,7 +86,7 @@ class HeldConnection:
         blocked_since_s: Since when its client takes nothing of its answer, None while it does.
     """
 
-    peer: Peer
+    peer: ConnectionPeer
     group: str
     opened_s: float
     stage: ConnectionStage
@@ -102,74 +102,76 @@ class ConnectionTable:
     def __init__(self, limits: ConnectionLimits) -> None:
         """Begin without connections."""
         self.limits = limits
-        self._held: dict[HeldConnection, None] = {}  # in the order in which they were opened
+        self._entries: dict[ConnectionEntry, None] = {}  # in the order in which they were opened
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._entries)
 
-    def open(self, peer: Peer, address: str, stage: ConnectionStage, *, now_s: float) -> HeldConnection | None:
+    def open(
+        self, peer: ConnectionPeer, address: str, stage: ConnectionStage, *, now_s: float
+    ) -> ConnectionEntry | None:
         """Enter a new connection; a full table gives up the oldest stranger, so that no newcomer is shut out.
 
         Returns:
             The entry; None if there is no place, and no stranger whose place could be taken.
         """
-        group, limits = address_group(address), self.limits
-        strangers = [each for each in self._held if not each.owner]
+        group, limits = find_address_group(address), self.limits
+        strangers = [each for each in self._entries if not each.owner]
         groups = Counter(each.group for each in strangers)
         if groups[group] >= limits.per_address:
-            self._give_up(each for each in strangers if each.group == group)
-        elif len(strangers) >= limits.connections - limits.reserved or len(self._held) >= limits.connections:
+            self._evict(each for each in strangers if each.group == group)
+        elif len(strangers) >= limits.connections - limits.reserved or len(self._entries) >= limits.connections:
             largest = max(groups.values(), default=0)
-            self._give_up(each for each in strangers if groups[each.group] == largest)
-        if len(self._held) >= limits.connections:
+            self._evict(each for each in strangers if groups[each.group] == largest)
+        if len(self._entries) >= limits.connections:
             return None
-        entry = HeldConnection(peer=peer, group=group, opened_s=now_s, stage=stage, since_s=now_s)
-        self._held[entry] = None
+        entry = ConnectionEntry(peer=peer, group=group, opened_s=now_s, stage=stage, since_s=now_s)
+        self._entries[entry] = None
         return entry
 
-    def _give_up(self, candidates: Iterator[HeldConnection]) -> None:
+    def _evict(self, candidates: Iterator[ConnectionEntry]) -> None:
         # By age, not by idleness: who asks all the time must not outlive a newcomer whose head is on its way.
         victim = min(candidates, key=lambda each: (each.stage is ConnectionStage.ANSWER, each.opened_s), default=None)
         if victim is not None:
             self.close(victim)
             victim.peer.abort()
 
-    def close(self, entry: HeldConnection) -> None:
+    def close(self, entry: ConnectionEntry) -> None:
         """Forget a connection that ended; a second time does nothing."""
-        self._held.pop(entry, None)
+        self._entries.pop(entry, None)
 
-    def prove(self, entry: HeldConnection, owner: str) -> None:
+    def set_owner(self, entry: ConnectionEntry, owner: str) -> None:
         """Note that a connection showed a valid token of this owner.
 
         One owner's connections beyond its share, and all beyond what leaves newcomers a place, stay strangers.
         """
-        if entry.owner or entry not in self._held:
+        if entry.owner or entry not in self._entries:
             return
-        owners = Counter(each.owner for each in self._held if each.owner)
+        owners = Counter(each.owner for each in self._entries if each.owner)
         places = self.limits.connections - min(self.limits.reserved, self.limits.connections // 8)
         if owners[owner] < self.limits.per_owner and owners.total() < places:
             entry.owner = owner
 
-    def is_spent(self, entry: HeldConnection, *, now_s: float) -> bool:
+    def is_exhausted(self, entry: ConnectionEntry, *, now_s: float) -> bool:
         """Whether a connection has had all requests or all the time that a stranger has."""
         limits = self.limits
         if entry.owner:
             return False
         return entry.requests >= limits.stranger_requests or now_s - entry.opened_s >= limits.stranger_s
 
-    def find_overdue(self, *, now_s: float) -> list[HeldConnection]:
+    def find_overdue(self, *, now_s: float) -> list[ConnectionEntry]:
         """Return the connections whose time is up."""
-        for entry in self._held:
+        for entry in self._entries:
             stage = entry.peer.find_stage()
             if stage is not entry.stage:
                 entry.stage, entry.since_s = stage, now_s
-        return [entry for entry in self._held if self._is_overdue(entry, now_s)]
+        return [entry for entry in self._entries if self._is_overdue(entry, now_s)]
 
-    def _is_overdue(self, entry: HeldConnection, now_s: float) -> bool:
+    def _is_overdue(self, entry: ConnectionEntry, now_s: float) -> bool:
         limits = self.limits
         if entry.blocked_since_s is not None and now_s - entry.blocked_since_s >= limits.stall_s:
             return True
-        if entry.stage in (ConnectionStage.HEAD, ConnectionStage.IDLE) and self.is_spent(entry, now_s=now_s):
+        if entry.stage in (ConnectionStage.HEAD, ConnectionStage.IDLE) and self.is_exhausted(entry, now_s=now_s):
             return True
         patience_s = {
             ConnectionStage.HANDSHAKE: limits.handshake_s,
@@ -182,7 +184,7 @@ class ConnectionTable:
         return now_s - entry.since_s >= patience_s[entry.stage]
 
 
-def address_group(address: str) -> str:
+def find_address_group(address: str) -> str:
     """Return what counts as one client: an IPv4 address, an IPv6 /64, or this machine with all its loopback addresses.
 
     >>> address_group("127.3.2.1") == address_group("::1") == address_group("::ffff:127.0.0.1")
@@ -201,20 +203,20 @@ def address_group(address: str) -> str:
     return str(ip_network((ip, _SITE_BITS), strict=False)) if isinstance(ip, IPv6Address) else str(ip)
 
 
-class Provable(Protocol):
+class ConnectionHandle(Protocol):
     """A connection that can be told that its client is known."""
 
-    def prove(self, owner: str) -> None:
+    def set_owner(self, owner: str) -> None:
         """Note that a valid token of this owner was shown."""
 
 
-def introduce(scope: MutableMapping[str, Any], connection: Provable) -> None:
+def attach_connection(scope: MutableMapping[str, Any], connection: ConnectionHandle) -> None:
     """Hand a connection to the application in its scope."""
     scope[SCOPE_KEY] = connection
 
 
-def prove_owner(scope: Mapping[str, Any], owner: str) -> None:
+def set_connection_owner(scope: Mapping[str, Any], owner: str) -> None:
     """Note that the client of this request showed a valid token; without a socket there is nothing to note."""
-    connection: Provable | None = scope.get(SCOPE_KEY)
+    connection: ConnectionHandle | None = scope.get(SCOPE_KEY)
     if connection is not None:
-        connection.prove(owner)
+        connection.set_owner(owner)

@@ -17,15 +17,15 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from phasewatch.http_server.connections import (
+    ConnectionEntry,
     ConnectionLimits,
     ConnectionStage,
     ConnectionTable,
-    HeldConnection,
-    introduce,
+    attach_connection,
 )
-from phasewatch.http_server.heads import HEAD_BYTES, find_head_fault
+from phasewatch.http_server.heads import MAX_HEAD_BYTES, find_head_fault
 
-_OTHER_FILES = 64  # descriptors that a server needs beside its connections
+_RESERVED_FILES = 64  # descriptors that a server needs beside its connections
 
 
 class StrictConnection(h11.Connection):
@@ -47,7 +47,7 @@ class StrictConnection(h11.Connection):
         return super().next_event()
 
 
-class ConnectionKeeper:
+class ConnectionMonitor:
     """A table of connections with a clock, which cuts those whose time is up."""
 
     def __init__(self, limits: ConnectionLimits, *, clock_s: Callable[[], float] = time.monotonic) -> None:
@@ -56,7 +56,7 @@ class ConnectionKeeper:
         self.limits, self.clock_s = limits, clock_s
         self._timer: asyncio.TimerHandle | None = None
 
-    def open(self, peer: Any, transport: asyncio.Transport, stage: ConnectionStage) -> HeldConnection | None:
+    def open(self, peer: Any, transport: asyncio.Transport, stage: ConnectionStage) -> ConnectionEntry | None:
         """Enter a new connection, see `ConnectionTable.open`; it is looked at now and then from here on."""
         name = transport.get_extra_info("peername")
         address = str(name[0]) if isinstance(name, tuple) else ""
@@ -75,21 +75,21 @@ class ConnectionKeeper:
         self._keep_sweeping(loop)
 
 
-class PatientProtocol(H11Protocol):
+class BoundedProtocol(H11Protocol):
     """One connection that is cut when it says, takes or holds too little for too long."""
 
-    def __init__(self, *args: Any, keeper: ConnectionKeeper, **options: Any) -> None:
+    def __init__(self, *args: Any, keeper: ConnectionMonitor, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.conn = StrictConnection(h11.SERVER, HEAD_BYTES)
-        self.held: HeldConnection | None = None
-        self._keeper = keeper
+        self.conn = StrictConnection(h11.SERVER, MAX_HEAD_BYTES)
+        self.entry: ConnectionEntry | None = None
+        self._monitor = keeper
         self._is_draining = False  # answered for the last time: what still comes is thrown away
         self._drained = 0
-        self._early = bytearray()  # came with the end of a TLS handshake, before its connection was handed over
+        self._early_data = bytearray()  # came with the end of a TLS handshake, before its connection was handed over
         loaded = self.app
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
-            introduce(scope, self)
+            attach_connection(scope, self)
             await loaded(scope, receive, send)
 
         self.app = app
@@ -97,20 +97,20 @@ class PatientProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Enter the table of connections, or close."""
         super().connection_made(transport)
-        if self.held is None:
-            self.held = self._keeper.open(self, transport, ConnectionStage.HEAD)
+        if self.entry is None:
+            self.entry = self._monitor.open(self, transport, ConnectionStage.HEAD)
         else:
-            self.held.peer = self  # its TLS handshake held the place until now
-        if self.held is None:
+            self.entry.peer = self  # its TLS handshake held the place until now
+        if self.entry is None:
             self.abort()
-        elif self._early:
-            early, self._early = bytes(self._early), bytearray()
+        elif self._early_data:
+            early, self._early_data = bytes(self._early_data), bytearray()
             self.data_received(early)
 
-    def prove(self, owner: str) -> None:
+    def set_owner(self, owner: str) -> None:
         """Note that this client showed a valid token."""
-        if self.held is not None:
-            self._keeper.table.prove(self.held, owner)
+        if self.entry is not None:
+            self._monitor.table.set_owner(self.entry, owner)
 
     def abort(self) -> None:
         """Cut the connection; nothing that waits to be sent is sent."""
@@ -135,7 +135,7 @@ class PatientProtocol(H11Protocol):
             return
         if self._is_draining or self.find_stage() is ConnectionStage.DRAIN:
             self._drained += len(data)
-            if self._drained > self._keeper.limits.drain_bytes:
+            if self._drained > self._monitor.limits.drain_bytes:
                 self.abort()
                 return
         if not self._is_draining:
@@ -144,9 +144,9 @@ class PatientProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         """Go on to the next request, or end where the connection is not to be used again."""
-        if self.held is not None:
-            self.held.requests += 1
-            is_spent = self._keeper.table.is_spent(self.held, now_s=self._keeper.clock_s())
+        if self.entry is not None:
+            self.entry.requests += 1
+            is_spent = self._monitor.table.is_exhausted(self.entry, now_s=self._monitor.clock_s())
             # Where a chunked body ends is a matter of opinion among HTTP servers; nothing that follows one is read.
             if is_spent or any(name == b"transfer-encoding" for name, _ in self.headers):
                 self._drain()
@@ -192,14 +192,14 @@ class PatientProtocol(H11Protocol):
     def pause_writing(self) -> None:
         """Note that the client takes nothing of its answer for now."""
         super().pause_writing()
-        if self.held is not None:
-            self.held.blocked_since_s = self._keeper.clock_s()
+        if self.entry is not None:
+            self.entry.blocked_since_s = self._monitor.clock_s()
 
     def resume_writing(self) -> None:
         """Note that the client went on."""
         super().resume_writing()
-        if self.held is not None:
-            self.held.blocked_since_s = None
+        if self.entry is not None:
+            self.entry.blocked_since_s = None
 
     def shutdown(self) -> None:
         """Begin an orderly end."""
@@ -210,39 +210,39 @@ class PatientProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Release the place."""
-        if self.held is not None:
-            self._keeper.table.close(self.held)
+        if self.entry is not None:
+            self._monitor.table.close(self.entry)
         if self.transport is not None:  # else its TLS handshake failed
             super().connection_lost(exc)
 
     def _note_stage(self) -> None:
         stage = self.find_stage()
-        if self.held is not None and stage is not self.held.stage:
-            self.held.stage, self.held.since_s = stage, self._keeper.clock_s()
+        if self.entry is not None and stage is not self.entry.stage:
+            self.entry.stage, self.entry.since_s = stage, self._monitor.clock_s()
 
 
-class TlsOpening(asyncio.Protocol):
+class TlsHandshake(asyncio.Protocol):
     """A connection in its TLS handshake. It has a place in the table: asyncio alone lets any number wait a minute each."""
 
-    def __init__(self, make: Callable[[], PatientProtocol], keeper: ConnectionKeeper, context: ssl.SSLContext) -> None:
-        self._make, self._keeper, self._context = make, keeper, context
+    def __init__(self, make: Callable[[], BoundedProtocol], keeper: ConnectionMonitor, context: ssl.SSLContext) -> None:
+        self._make_protocol, self._monitor, self._context = make, keeper, context
         self._transport: asyncio.Transport | None = None
-        self._held: HeldConnection | None = None
+        self._entry: ConnectionEntry | None = None
         self._task: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Enter the table of connections, then begin the handshake."""
         self._transport = cast(asyncio.Transport, transport)
-        self._held = self._keeper.open(self, self._transport, ConnectionStage.HANDSHAKE)
-        if self._held is None:
+        self._entry = self._monitor.open(self, self._transport, ConnectionStage.HANDSHAKE)
+        if self._entry is None:
             self.abort()
             return
-        self._task = asyncio.get_running_loop().create_task(self._open(self._transport, self._held))
+        self._task = asyncio.get_running_loop().create_task(self._handshake(self._transport, self._entry))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Release the place."""
-        if self._held is not None:
-            self._keeper.table.close(self._held)
+        if self._entry is not None:
+            self._monitor.table.close(self._entry)
 
     def find_stage(self) -> ConnectionStage:
         """Return what the connection is busy with now."""
@@ -253,10 +253,10 @@ class TlsOpening(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    async def _open(self, transport: asyncio.Transport, held: HeldConnection) -> None:
-        inner = self._make()
-        inner.held = held
-        limits = self._keeper.limits
+    async def _handshake(self, transport: asyncio.Transport, held: ConnectionEntry) -> None:
+        inner = self._make_protocol()
+        inner.entry = held
+        limits = self._monitor.limits
         try:
             secured = await asyncio.get_running_loop().start_tls(
                 transport, inner, self._context, server_side=True, ssl_handshake_timeout=limits.handshake_s,
@@ -265,29 +265,29 @@ class TlsOpening(asyncio.Protocol):
         except OSError:  # no TLS, none that is supported, too slow, or gone
             secured = None
         if secured is None:
-            self._keeper.table.close(held)
+            self._monitor.table.close(held)
             transport.abort()
             return
         inner.connection_made(secured)
 
 
-def install(config: uvicorn.Config, keeper: ConnectionKeeper) -> None:
-    """Have a loaded uvicorn configuration serve each connection by `PatientProtocol`."""
+def install_protocol(config: uvicorn.Config, keeper: ConnectionMonitor) -> None:
+    """Have a loaded uvicorn configuration serve each connection by `BoundedProtocol`."""
     context, config.ssl = config.ssl, None  # the handshake is ours
 
     def make(**options: Any) -> asyncio.Protocol:
-        inner = partial(PatientProtocol, keeper=keeper, **options)
-        return TlsOpening(inner, keeper, context) if context is not None else inner()
+        inner = partial(BoundedProtocol, keeper=keeper, **options)
+        return TlsHandshake(inner, keeper, context) if context is not None else inner()
 
     config.http_protocol_class = cast(Any, make)
 
 
-def fit_to_process(limits: ConnectionLimits) -> ConnectionLimits:
+def fit_to_file_limit(limits: ConnectionLimits) -> ConnectionLimits:
     """Return the limits with no more connections than this process may have open files."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft - _OTHER_FILES >= limits.connections:
+    if soft == resource.RLIM_INFINITY or soft - _RESERVED_FILES >= limits.connections:
         return limits
-    most = max(8, soft - _OTHER_FILES)
+    most = max(8, soft - _RESERVED_FILES)
     return replace(
         limits,
         connections=most,

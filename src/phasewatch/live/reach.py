@@ -11,13 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from phasewatch.errors import MachineError, VmError
-from phasewatch.live.doors import explain_no_door
-from phasewatch.live.find import Running
-from phasewatch.record.process import PROC, read_start_ticks, translate_threads
-from phasewatch.record.qmp import Monitor
+from phasewatch.live.discover import RunningVm
+from phasewatch.live.doors import explain_no_usable_monitor
+from phasewatch.telemetry.process import PROC_ROOT, read_start_ticks, translate_threads
+from phasewatch.telemetry.qmp import QmpMonitor
 
 
-def check_permission(machine: Running, proc: Path = PROC) -> None:
+def check_permission(machine: RunningVm, proc: Path = PROC_ROOT) -> None:
     """Raise if this user may not read what a QEMU process costs.
 
     Raises:
@@ -29,16 +29,16 @@ def check_permission(machine: Running, proc: Path = PROC) -> None:
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
         (folder / "io").read_bytes()
     except PermissionError as exc:
-        raise MachineError(f"--pid {machine.pid}: {_who_may(folder)}") from exc
+        raise MachineError(f"--pid {machine.pid}: {_explain_permission(folder)}") from exc
     except OSError as exc:
         raise MachineError(
             f"--pid {machine.pid}: the process is gone; phasewatch watch --list shows what runs here"
         ) from exc
 
 
-def _who_may(folder: Path) -> str:
+def _explain_permission(folder: Path) -> str:
     """Return whom the kernel lets read ``io``: root, or who has the user *and* the group of the process."""
-    me = f"{_user(os.geteuid())}:{_group(os.getegid())}"
+    me = f"{_find_user_name(os.geteuid())}:{_find_group_name(os.getegid())}"
     try:
         owner = (folder / "status").read_text("utf-8", "replace")
         ids = {
@@ -49,12 +49,12 @@ def _who_may(folder: Path) -> str:
         uid, gid = ids["Uid"][0], ids["Gid"][0]
     except (OSError, ValueError, LookupError):
         return f"{folder / 'io'} may not be read by {me}; run phasewatch as root"
-    them = f"{_user(uid)}:{_group(gid)}"
+    them = f"{_find_user_name(uid)}:{_find_group_name(gid)}"
     if (os.geteuid(), os.getegid()) != (uid, gid):
         return (
             f"{folder / 'io'} may not be read by {me}; the kernel opens it to root and to the user and group that QEMU "
-            f"runs as, {them}: run phasewatch as root or as these two (in a systemd unit User={_user(uid)} and "
-            f"Group={_group(gid)})"
+            f"runs as, {them}: run phasewatch as root or as these two (in a systemd unit User={_find_user_name(uid)} and "
+            f"Group={_find_group_name(gid)})"
         )
     return (
         f"{folder / 'io'} may not be read by {me} though QEMU runs as the same user and group: it holds capabilities, or "
@@ -62,19 +62,21 @@ def _who_may(folder: Path) -> str:
     )
 
 
-def _user(uid: int) -> str:
+def _find_user_name(uid: int) -> str:
     with suppress(KeyError):
         return pwd.getpwuid(uid).pw_name
     return str(uid)
 
 
-def _group(gid: int) -> str:
+def _find_group_name(gid: int) -> str:
     with suppress(KeyError):
         return grp.getgrgid(gid).gr_name
     return str(gid)
 
 
-async def connect(machine: Running, qmp: Path | None, proc: Path = PROC) -> tuple[Monitor | None, str]:
+async def connect_monitor(
+    machine: RunningVm, qmp: Path | None, proc: Path = PROC_ROOT
+) -> tuple[QmpMonitor | None, str]:
     """Connect to the first monitor that answers; one that the user named must.
 
     Returns:
@@ -85,9 +87,9 @@ async def connect(machine: Running, qmp: Path | None, proc: Path = PROC) -> tupl
     """
     reasons: list[str] = []
     for door in (qmp,) if qmp is not None else machine.qmp:
-        monitor = Monitor(door)
+        monitor = QmpMonitor(door)
         try:
-            _check_socket(door)
+            _check_monitor_socket(door)
             await monitor.connect()
             if translate_threads(machine.pid, await monitor.vcpu_tids(), proc) is None:
                 raise VmError(
@@ -100,10 +102,10 @@ async def connect(machine: Running, qmp: Path | None, proc: Path = PROC) -> tupl
             if qmp is not None:
                 raise VmError(words) from exc
             reasons.append(words)
-    return None, reasons[0] if reasons else explain_no_door(machine.doors)
+    return None, reasons[0] if reasons else explain_no_usable_monitor(machine.monitors)
 
 
-def _check_socket(door: Path) -> None:
+def _check_monitor_socket(door: Path) -> None:
     """Raise in words for what a connection could only fail at.
 
     Raises:
@@ -117,6 +119,6 @@ def _check_socket(door: Path) -> None:
         raise VmError(f"{door}: the monitor did not answer: this file is no socket")
     if not os.access(door, os.W_OK):
         raise VmError(
-            f"{door}: the monitor did not answer: {_user(os.geteuid())} may not connect to this socket, which belongs to "
-            f"{_user(door.stat().st_uid)}; run phasewatch as that user or as root"
+            f"{door}: the monitor did not answer: {_find_user_name(os.geteuid())} may not connect to this socket, which belongs to "
+            f"{_find_user_name(door.stat().st_uid)}; run phasewatch as that user or as root"
         )

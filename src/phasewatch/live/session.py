@@ -10,25 +10,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from phasewatch.errors import MachineError, PhasewatchError
-from phasewatch.features.commission import Reference
-from phasewatch.live.asking import jit_use
-from phasewatch.live.attach import Survey, attach, detach, explain_masks, survey
-from phasewatch.live.envelope import Event
-from phasewatch.live.find import Running
-from phasewatch.live.guard import Guard
-from phasewatch.live.models import Candidate, choose_model, passed_over, with_channel_set
-from phasewatch.live.save import Saver, check_folder
-from phasewatch.live.scorer import Scorer
-from phasewatch.live.tracker import Step
-from phasewatch.live.watcher import Outlets, Watched, Watcher, is_alive
-from phasewatch.live.webhook import Webhook
-from phasewatch.record.base import Clock, HostClock, TelemetrySource
+from phasewatch.events.schema import EventEnvelope
+from phasewatch.features.normalise import HostBaseline
+from phasewatch.inference.model_selection import (
+    ModelCandidate,
+    choose_model,
+    filter_by_channel_set,
+    find_unavailable_channel_sets,
+)
+from phasewatch.inference.predictor import PhasePredictor
+from phasewatch.live.attach import VmSurvey, attach, choose_jit_use, detach, explain_masked_channels, survey_vm
+from phasewatch.live.cleanup import CleanupProcess
+from phasewatch.live.discover import RunningVm
+from phasewatch.live.outputs import Webhook
+from phasewatch.live.recording import WatchRecorder, check_recording_folder
+from phasewatch.live.tracker import TrackerStep
+from phasewatch.live.watcher import VmWatcher, WatchCallbacks, WatchResult, is_vm_alive
+from phasewatch.telemetry.base import AsyncClock, HostClock, TelemetrySource
 
-GUARD_LOOK_S = 2.0
+GUARD_CHECK_INTERVAL_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class WatchRequest:
     """What is to be watched, and how.
 
     Attributes:
@@ -37,27 +41,27 @@ class Request:
         models: What `choose_model` chooses from; empty only makes bins.
         channels: Channel set that the user named; empty lets `choose_model` choose. Only a named one that has
             translation counters makes QEMU count them.
-        clean_day: What is usual on it while it is known clean, from `phasewatch commission`; None where nobody knows.
+        baseline: What is usual on it while it is known clean, from `phasewatch commission`; None where nobody knows.
         save: Store that gets the readings; None keeps nothing.
         webhook: URL that alarms are posted to; empty for none.
         seconds: How long; 0 until the VM is gone or the watch is interrupted.
     """
 
-    machine: Running
+    machine: RunningVm
     qmp: Path | None = None
-    models: tuple[Candidate, ...] = ()
+    models: tuple[ModelCandidate, ...] = ()
     channels: str = ""
-    clean_day: Reference | None = None
+    baseline: HostBaseline | None = None
     save: Path | None = None
     webhook: str = ""
     seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class WatchReport:
     """What a watch came to, and how it was set up; `left_as_found` is False where something of ours may still stand in the VM."""
 
-    watched: Watched
+    watched: WatchResult
     model: str
     threat: str
     masked: tuple[str, ...]
@@ -68,13 +72,13 @@ class Report:
 
 
 def run_watch(
-    request: Request,
-    emit: Callable[[Event, bool], None],
+    request: WatchRequest,
+    emit: Callable[[EventEnvelope, bool], None],
     say: Callable[[str], None],
     *,
-    clock: Clock | None = None,
-    on_step: Callable[[Step], None] | None = None,
-) -> Report:
+    clock: AsyncClock | None = None,
+    on_step: Callable[[TrackerStep], None] | None = None,
+) -> WatchReport:
     """Watch until the end, an interrupt included: SIGINT, SIGTERM and the terminal's end (SIGHUP) end it in order.
 
     Args:
@@ -88,7 +92,7 @@ def run_watch(
         PhasewatchError: If it cannot begin; the VM is then as it was.
     """
 
-    async def main() -> Report:
+    async def main() -> WatchReport:
         task = asyncio.current_task()
         loop = asyncio.get_running_loop()
         numbers = [signal.SIGINT, signal.SIGTERM]
@@ -97,7 +101,7 @@ def run_watch(
         for number in numbers:
             with suppress(ValueError, RuntimeError, NotImplementedError):  # not the main thread: who runs us cancels
                 loop.add_signal_handler(number, task.cancel if task else lambda: None)
-        return await watch(request, emit, say, clock=clock or HostClock(), on_step=on_step)
+        return await watch_vm(request, emit, say, clock=clock or HostClock(), on_step=on_step)
 
     try:
         return asyncio.run(main())
@@ -105,59 +109,59 @@ def run_watch(
         raise KeyboardInterrupt from None
 
 
-async def watch(
-    request: Request,
-    emit: Callable[[Event, bool], None],
+async def watch_vm(
+    request: WatchRequest,
+    emit: Callable[[EventEnvelope, bool], None],
     say: Callable[[str], None],
     *,
-    clock: Clock,
-    on_step: Callable[[Step], None] | None = None,
-) -> Report:
+    clock: AsyncClock,
+    on_step: Callable[[TrackerStep], None] | None = None,
+) -> WatchReport:
     """Watch until the end; see `run_watch`. Cancelling it ends it in order, with a report."""
-    jit = jit_use(request.channels)
+    jit = choose_jit_use(request.channels)
     if request.channels:
-        request = replace(request, models=with_channel_set(request.models, request.channels))
+        request = replace(request, models=filter_by_channel_set(request.models, request.channels))
     hook = Webhook(request.webhook, say) if request.webhook else None
-    if request.save and (why := check_folder(request.save)):
+    if request.save and (why := check_recording_folder(request.save)):
         say(f"--save {request.save}: nothing can be written now: {why}; the machine is watched all the same")
-    found = await survey(request.machine, qmp=request.qmp, clock=clock)
+    found = await survey_vm(request.machine, qmp=request.qmp, clock=clock)
     found.jit = jit
     with ExitStack() as stack:
-        guard = stack.enter_context(Guard(found.task))  # before anything in the VM is touched
+        guard = stack.enter_context(CleanupProcess(found.task))  # before anything in the VM is touched
         sources: Sequence[TelemetrySource] = ()
-        watched = Watched()
-        scorer: Scorer | None = None
+        watched = WatchResult()
+        scorer: PhasePredictor | None = None
         left = True
         try:
-            sources = await _attach(found)
-            scorer = _choose(request, found)
-            _introduce(request, found, scorer, say)
-            keeping = asyncio.create_task(keep_guard(guard, say))
+            sources = await _attach_sources(found)
+            scorer = _choose_model(request, found)
+            _report_setup(request, found, scorer, say)
+            keeping = asyncio.create_task(supervise_guard(guard, say))
             try:
-                watched = await _watch(request, found, sources, scorer, hook, emit, say, clock, on_step)
+                watched = await _run_watcher(request, found, sources, scorer, hook, emit, say, clock, on_step)
             finally:
                 keeping.cancel()
         finally:
-            left = await detach(found, sources) or not is_alive(found)
+            left = await detach(found, sources) or not is_vm_alive(found)
             if left:
                 guard.dismiss()
             if hook is not None:
                 await hook.close()
     facts = found.facts
-    return Report(
+    return WatchReport(
         watched=watched, model=scorer.model if scorer else "", threat=scorer.threat if scorer else "",
         masked=tuple(found.masked), caveat=scorer.caveat(facts.accel, facts.arch) if scorer else "", left_as_found=left,
         posted=hook.sent if hook else 0, not_posted=hook.lost if hook else 0,
     )  # fmt: skip
 
 
-async def keep_guard(guard: Guard, say: Callable[[str], None]) -> None:
+async def supervise_guard(guard: CleanupProcess, say: Callable[[str], None]) -> None:
     """Start another guard when the one that there was is gone; what cannot be started now is tried again."""
     is_told = False
     while True:
-        await asyncio.sleep(GUARD_LOOK_S)
+        await asyncio.sleep(GUARD_CHECK_INTERVAL_S)
         try:
-            if guard.replace_if_dead():
+            if guard.restart_if_dead():
                 say(f"the guard was gone, killed by somebody; process {guard.pid} takes its place")
                 is_told = False
         except OSError as exc:
@@ -166,34 +170,40 @@ async def keep_guard(guard: Guard, say: Callable[[str], None]) -> None:
                 say(f"the guard is gone and no other can be started: {exc.strerror}; the watch goes on unguarded")
 
 
-async def _attach(found: Survey) -> tuple[TelemetrySource, ...]:
+async def _attach_sources(found: VmSurvey) -> tuple[TelemetrySource, ...]:
     try:
         return await attach(found)
     except OSError as exc:
         raise MachineError(f"process {found.facts.pid}: its /proc cannot be read: {exc.strerror}") from exc
 
 
-def _choose(request: Request, found: Survey) -> Scorer | None:
+def _choose_model(request: WatchRequest, found: VmSurvey) -> PhasePredictor | None:
     if not request.models:
         return None
     try:
-        return choose_model(request.models, found.available, arch=found.facts.arch, clean_day=request.clean_day)
+        return choose_model(request.models, found.available, arch=found.facts.arch, clean_day=request.baseline)
     except PhasewatchError as exc:
-        lines = "; ".join(explain_masks({n: w for n, w in found.masked.items() if not n.startswith("guest.")}))
+        lines = "; ".join(
+            explain_masked_channels({n: w for n, w in found.masked.items() if not n.startswith("guest.")})
+        )
         raise type(exc)(f"{exc}. Missing here: {lines or 'nothing'}") from exc
 
 
-def _introduce(request: Request, found: Survey, scorer: Scorer | None, say: Callable[[str], None]) -> None:
+def _report_setup(
+    request: WatchRequest, found: VmSurvey, scorer: PhasePredictor | None, say: Callable[[str], None]
+) -> None:
     facts = found.facts
     say(
         f"watching {facts.name} (process {facts.pid}): {facts.arch} under {facts.accel or 'an unknown accelerator'}, "
         f"{facts.vcpus} vCPU, {len(found.available)} of 46 channels"
     )
-    for line in (*explain_masks(found.masked), *found.notes):
+    for line in (*explain_masked_channels(found.masked), *found.notes):
         say(f"  {line}")
     if scorer is not None:
         say(f"model {scorer.model}, mask {scorer.threat}, {scorer.where}")
-        for threat, lacks in passed_over(request.models, found.available, arch=facts.arch, chosen=scorer):
+        for threat, lacks in find_unavailable_channel_sets(
+            request.models, found.available, arch=facts.arch, chosen=scorer
+        ):
             more = f" and {len(lacks) - 4} more" if len(lacks) > 4 else ""
             say(f"  not the larger mask {threat}: this VM does not give {', '.join(lacks[:4])}{more}")
         if scorer.alarm is None:
@@ -202,29 +212,31 @@ def _introduce(request: Request, found: Survey, scorer: Scorer | None, say: Call
             say(f"  {caveat}")
 
 
-async def _watch(
-    request: Request,
-    found: Survey,
+async def _run_watcher(
+    request: WatchRequest,
+    found: VmSurvey,
     sources: Sequence[TelemetrySource],
-    scorer: Scorer | None,
+    scorer: PhasePredictor | None,
     hook: Webhook | None,
-    emit: Callable[[Event, bool], None],
+    emit: Callable[[EventEnvelope, bool], None],
     say: Callable[[str], None],
-    clock: Clock,
-    on_step: Callable[[Step], None] | None,
-) -> Watched:
+    clock: AsyncClock,
+    on_step: Callable[[TrackerStep], None] | None,
+) -> WatchResult:
     saved: list[str] = []
-    saver = Saver(request.save, found, clock, lambda path: saved.append(str(path)), say) if request.save else None
+    saver = (
+        WatchRecorder(request.save, found, clock, lambda path: saved.append(str(path)), say) if request.save else None
+    )
 
-    def tell(event: Event, news: bool) -> None:
+    def tell(event: EventEnvelope, news: bool) -> None:
         emit(event, news)
         if news and hook is not None:
             hook.post(event)
 
-    outlets = Outlets(
-        emit=tell, say=say, keep=saver.keep if saver else None, on_step=on_step, backlog=hook.backlog if hook else lambda: 0
+    outlets = WatchCallbacks(
+        on_event=tell, on_message=say, on_row=saver.add_row if saver else None, on_step=on_step, backlog=hook.backlog if hook else lambda: 0
     )  # fmt: skip
-    watcher = Watcher(found, sources, scorer, outlets, clock, host=found.facts.host_id)
+    watcher = VmWatcher(found, sources, scorer, outlets, clock, host=found.facts.host_id)
     try:
         watched = await watcher.run(seconds=request.seconds)
     finally:

@@ -5,36 +5,105 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from phasewatch.errors import VmError
-from phasewatch.grid.stream import LATENESS_NS
-from phasewatch.live.announce import Announcer, Cost, CostMeter, is_news
-from phasewatch.live.attach import Survey, channels_of
-from phasewatch.live.capture import NetworkSource
-from phasewatch.live.envelope import Event
-from phasewatch.live.quality import WindowQuality
-from phasewatch.live.scorer import Scorer
-from phasewatch.live.silence import SilenceWatch
-from phasewatch.live.tracker import Decision, Step, Tracker
-from phasewatch.record.base import STAMPS, Clock, NotedSource, Row, RowLog, TelemetrySource, Ticker
-from phasewatch.record.process import read_start_ticks
-from phasewatch.record.qmp import QmpSource
-from phasewatch.vocab import Source
+import numpy as np
+from numpy.typing import NDArray
 
-LOOK_NS = 250_000_000  # the longest sleep: a clock that steps is noticed within it
-HEALTH_NS = 2_000_000_000
-PERF_NS = 5_000_000_000
-WORLD = Path("/proc")
-TIME_UP, INTERRUPTED = "the time is up", "interrupted"  # why a watch ended
+from phasewatch.binning.stream import LATENESS_NS
+from phasewatch.channels import CHANNELS
+from phasewatch.errors import VmError
+from phasewatch.events.schema import EventEnvelope
+from phasewatch.inference.predictor import PhaseDecision, PhasePredictor
+from phasewatch.live.attach import VmSurvey, list_source_channels
+from phasewatch.live.events import CostMeter, EventBuilder, WatchCost, has_alarm_changed
+from phasewatch.live.silence import SilenceDetector
+from phasewatch.live.tracker import TrackerStep, VmTracker
+from phasewatch.telemetry.base import (
+    N_STAMPS,
+    AsyncClock,
+    NoteSource,
+    ReadingRow,
+    RowLog,
+    TelemetrySampler,
+    TelemetrySource,
+)
+from phasewatch.telemetry.capture import NetworkSource
+from phasewatch.telemetry.process import read_start_ticks
+from phasewatch.telemetry.qmp import QmpSource
+from phasewatch.types import WINDOW_BINS, SourceKind
+from phasewatch.validate.checks import MAX_WAIT_CORES
+
+MIN_READING_SHARE = 0.9  # share of a source's readings in a window
+CONTENTION_WINDOWS = 3  # in a row, until contention is said to have begun or ended
+_CHANNEL_NAMES = tuple(c.full_name for c in CHANNELS)
+_VCPU_WAIT_INDEX = _CHANNEL_NAMES.index("proc.vcpu_wait")
+
+
+class WindowQuality:
+    """Keeps the bins of one window.
+
+    Args:
+        channels: Full names of those that the model reads.
+    """
+
+    def __init__(self, channels: Sequence[str]) -> None:
+        self._bins: deque[NDArray[np.float32]] = deque(maxlen=WINDOW_BINS)
+        self._places = {
+            source: [_CHANNEL_NAMES.index(name) for name in channels if name.startswith(f"{source}.")]
+            for source in SourceKind
+        }
+        self._streak = 0
+        self.is_contended = False
+
+    def add(self, values: NDArray[np.float32], *, began: bool) -> None:
+        """Add a bin, ``(46,)`` float32; `began` where bins begin anew."""
+        if began:
+            self._bins.clear()
+        self._bins.append(values)
+
+    def find_incomplete_sources(self) -> tuple[SourceKind, ...]:
+        """Return the sources of which the model misses more than a tenth of the window's readings."""
+        bins = np.array(self._bins)
+        return tuple(
+            source for source, places in self._places.items()
+            if places and len(bins) and np.isfinite(bins[:, places]).mean() < MIN_READING_SHARE
+        )  # fmt: skip
+
+    @property
+    def wait_cores(self) -> float:
+        """Mean cores for which the vCPUs waited in the window; NaN where nobody knows."""
+        wait = np.array([values[_VCPU_WAIT_INDEX] for values in self._bins])
+        known = wait[np.isfinite(wait)]
+        return float(known.mean()) if len(known) else float("nan")
+
+    @property
+    def has_cpu_contention(self) -> bool:
+        """Whether they waited for so long that `inspect` would call a recording of it degraded."""
+        return self.wait_cores > MAX_WAIT_CORES
+
+    def update_contention(self) -> bool:
+        """Update at the end of a window; return whether contention began or ended with it."""
+        self._streak = self._streak + 1 if self.has_cpu_contention != self.is_contended else 0
+        if self._streak < CONTENTION_WINDOWS:
+            return False
+        self.is_contended, self._streak = not self.is_contended, 0
+        return True
+
+
+MAX_SLEEP_NS = 250_000_000  # the longest sleep: a clock that steps is noticed within it
+HEALTH_INTERVAL_NS = 2_000_000_000
+PERF_INTERVAL_NS = 5_000_000_000
+PROC_ROOT = Path("/proc")
+ENDED_BY_TIMEOUT, ENDED_BY_INTERRUPT = "the time is up", "interrupted"  # why a watch ended
 
 
 @dataclass(slots=True, kw_only=True)
-class Watched:
+class WatchResult:
     """What a watch came to.
 
     Attributes:
@@ -47,7 +116,7 @@ class Watched:
         restarts: How often the grid was begun anew because the clock jumped or the machine slept.
         states: What became of the VM, in the order of time: ``paused``, ``running``, ``rebooted``, ``silent``, ``gone``;
             of its host: ``contended``, ``uncontended``; of a source: ``proc silent``, ``qmp partly silent``, ``proc back``;
-            and of its network, `phasewatch.live.capture.NetworkNotice`.
+            and of its network, `phasewatch.telemetry.capture.NetworkNoticeCode`.
         saved: Bundles written.
         not_saved: Bundles that could not be written; `save_failure` says why.
     """
@@ -68,25 +137,25 @@ class Watched:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outlets:
+class WatchCallbacks:
     """Where a watcher's news go.
 
     Attributes:
-        emit: Takes every event; must not block. The second value is whether an alarm was raised or ended with it.
-        say: Takes a line for people.
-        keep: Takes every reading, for `--save`.
+        on_event: Takes every event; must not block. The second value is whether an alarm was raised or ended with it.
+        on_message: Takes a line for people.
+        on_row: Takes every reading, for `--save`.
         on_step: Takes every closed bin, for `commission`.
         backlog: Gives how many events wait to be sent.
     """
 
-    emit: Callable[[Event, bool], None]
-    say: Callable[[str], None]
-    keep: Callable[[Source, Row], None] | None = None
-    on_step: Callable[[Step], None] | None = None
+    on_event: Callable[[EventEnvelope, bool], None]
+    on_message: Callable[[str], None]
+    on_row: Callable[[SourceKind, ReadingRow], None] | None = None
+    on_step: Callable[[TrackerStep], None] | None = None
     backlog: Callable[[], int] = lambda: 0
 
 
-class Watcher:
+class VmWatcher:
     """Watches one attached VM until it is gone, the time is up, or it is cancelled.
 
     Args:
@@ -100,35 +169,35 @@ class Watcher:
 
     def __init__(
         self,
-        found: Survey,
+        found: VmSurvey,
         sources: Sequence[TelemetrySource],
-        scorer: Scorer | None,
-        outlets: Outlets,
-        clock: Clock,
+        scorer: PhasePredictor | None,
+        outlets: WatchCallbacks,
+        clock: AsyncClock,
         *,
         host: str = "",
     ) -> None:
         self._found, self._scorer, self._outlets, self._clock = found, scorer, outlets, clock
         self._logs = [RowLog(source.source, clock) for source in sources]
-        self._ticker = Ticker(sources, self._logs, clock)
+        self._ticker = TelemetrySampler(sources, self._logs, clock)
         self._cards = next((source for source in sources if isinstance(source, NetworkSource)), None)
-        self._tracker = Tracker(scorer)
+        self._tracker = VmTracker(scorer)
         facts = found.facts
-        self._announcer = Announcer(
+        self._announcer = EventBuilder(
             vm=facts.name, host=host, masked=tuple(found.masked), caveat=scorer.caveat(facts.accel, facts.arch) if scorer else ""
         )  # fmt: skip
         self._masked = tuple(found.masked)
-        self._before: Decision | None = None
-        self._meter = CostMeter(clock.mono_ns(), _cpu_s())
+        self._before: PhaseDecision | None = None
+        self._meter = CostMeter(clock.mono_ns(), _read_cpu_s())
         self._sources = tuple(sources)
         # A network source reports what it cannot see itself, with its reason.
         silent = [source.source for source in sources if not isinstance(source, NetworkSource)]
-        self._silence = SilenceWatch(silent, found.masked, clock.mono_ns())
+        self._silence = SilenceDetector(silent, found.masked, clock.mono_ns())
         self._quality = WindowQuality(scorer.channels if scorer else ())
-        self._empty: Counter[Source] = Counter()
-        self.result = Watched()
+        self._empty: Counter[SourceKind] = Counter()
+        self.result = WatchResult()
 
-    async def run(self, *, seconds: float = 0.0) -> Watched:
+    async def run(self, *, seconds: float = 0.0) -> WatchResult:
         """Watch.
 
         Args:
@@ -142,50 +211,50 @@ class Watcher:
                 await self._sleep(end_ns)
                 if ticking.done():
                     ticking.result()  # a reader broke in a way that no reading may
-                self.close_due()
+                self.close_due_bins()
             if health.done():
                 health.result()  # an outlet that broke there is not the end of the VM
-            self.result.why = "the VM is gone" if health.done() else TIME_UP
+            self.result.why = "the VM is gone" if health.done() else ENDED_BY_TIMEOUT
         except asyncio.CancelledError:
-            self.result.why = INTERRUPTED
+            self.result.why = ENDED_BY_INTERRUPT
             if task := asyncio.current_task():
                 task.uncancel()  # else Python before 3.11.3 (Debian 12) takes time-outs of the farewell for it
         finally:
             for task in (ticking, health):
                 task.cancel()
             await asyncio.gather(ticking, health, return_exceptions=True)
-            self.close_due()
+            self.close_due_bins()
             result = self.result
             result.late, result.restarts = self._tracker.late, self._tracker.restarts
             result.skipped, result.failed = self._ticker.skipped, self._ticker.failed
-            self._tell_notes()
-            result.lost = self._lost_of_each()
+            self._report_notes()
+            result.lost = self._count_lost_by_source()
         return result
 
-    def close_due(self) -> None:
+    def close_due_bins(self) -> None:
         """Hand the readings so far to the tracker, and tell what it decides."""
         for log in self._logs:
             rows, log.rows = log.rows, []
             for row in rows:
                 self._tracker.add(log.source, row)
-                self._silence.see(log.source, row)
-                self._empty[log.source] += all(value is None for value in row[STAMPS:])
-                if self._outlets.keep is not None:
-                    self._outlets.keep(log.source, row)
+                self._silence.add_row(log.source, row)
+                self._empty[log.source] += all(value is None for value in row[N_STAMPS:])
+                if self._outlets.on_row is not None:
+                    self._outlets.on_row(log.source, row)
         wall_ns, mono_ns = self._clock.wall_ns(), self._clock.mono_ns()
         restarts = self._tracker.restarts
         steps = self._tracker.advance(wall_ns, mono_ns)
         if self._tracker.restarts > restarts:
-            self._outlets.say("the clock jumped, or the machine slept: windows begin anew")
+            self._outlets.on_message("the clock jumped, or the machine slept: windows begin anew")
         if not steps:
             return
-        emit, announcer = self._outlets.emit, self._announcer
+        emit, announcer = self._outlets.on_event, self._announcer
         for step in steps:
             self._quality.add(step.bin.values, began=step.began)
             if step.decision is not None and self._scorer is not None:
-                words = self._judge_quality()
-                event = announcer.phase(step.decision, self._scorer, now_ns=self._clock.wall_ns(), words=words)
-                news = is_news(self._before, step.decision)
+                words = self._assess_quality()
+                event = announcer.build_phase(step.decision, self._scorer, now_ns=self._clock.wall_ns(), words=words)
+                news = has_alarm_changed(self._before, step.decision)
                 self.result.windows += 1
                 self.result.alarms += step.decision.raised
                 self._before = step.decision
@@ -194,38 +263,41 @@ class Watcher:
                 self._meter.add_window(self._clock.mono_ns(), latency_ms)
             if self._outlets.on_step is not None:
                 self._outlets.on_step(step)
-        self._tell_of_network()
-        emit(announcer.telemetry(steps[-240:], now_ns=wall_ns, late=self._tracker.late, lost=self._lost()), False)
+        self._report_network()
+        emit(
+            announcer.build_telemetry(steps[-240:], now_ns=wall_ns, late=self._tracker.late, lost=self._count_lost()),
+            False,
+        )
 
-    def _judge_quality(self) -> list[str]:
+    def _assess_quality(self) -> list[str]:
         """Return what a reader must know of the readings of the window that just ended."""
         quality = self._quality
-        self.result.contended += quality.is_crowded
-        if quality.judge_contention():
-            self._note("contended" if quality.is_contended else "uncontended")
+        self.result.contended += quality.has_cpu_contention
+        if quality.update_contention():
+            self._report_state("contended" if quality.is_contended else "uncontended")
         words = []
-        if thin := quality.thin_sources():
+        if thin := quality.find_incomplete_sources():
             words.append(f"readings of {', '.join(thin)} are missing")
-        if quality.is_crowded:
+        if quality.has_cpu_contention:
             words.append(
                 f"contention: the vCPUs waited for {quality.wait_cores:.2f} cores, which holds every rate down"
             )
         return words
 
-    def _tell_of_network(self) -> None:
+    def _report_network(self) -> None:
         """Note what the cards have to say, and mask what they cannot give at present."""
         if self._cards is None:
             return
         for notice in self._cards.take_notices():
             self.result.states.append(notice.code)
-            self._outlets.say(f"{self._found.facts.name}: {notice.code}: {notice.text}")
-        blind = channels_of(Source.NETFLOW, self._cards.unknown_fields)
+            self._outlets.on_message(f"{self._found.facts.name}: {notice.code}: {notice.text}")
+        blind = list_source_channels(SourceKind.NETFLOW, self._cards.unknown_fields)
         self._announcer.masked = tuple(dict.fromkeys((*self._masked, *blind)))
 
-    def _lost(self) -> int:
+    def _count_lost(self) -> int:
         return self._ticker.skipped + self._empty.total()
 
-    def _lost_of_each(self) -> dict[str, int]:
+    def _count_lost_by_source(self) -> dict[str, int]:
         """Return the readings lost of each source, and of each question of the monitor."""
         lost = {str(s.source): self._empty[s.source] + self._ticker.skipped for s in self._sources}
         for source in self._sources:
@@ -233,70 +305,72 @@ class Watcher:
                 lost |= {f"{source.source} {question}": count for question, count in source.lost.items()}
         return {name: count for name, count in lost.items() if count}
 
-    def _tell_notes(self) -> None:
+    def _report_notes(self) -> None:
         """Report what the sources note about themselves."""
         for source in self._sources:
-            if isinstance(source, NotedSource):
-                for line in source.take_notes():
-                    self._outlets.say(f"{self._found.facts.name}: {source.source}: {line}")
+            if isinstance(source, NoteSource):
+                for line in source.pop_notes():
+                    self._outlets.on_message(f"{self._found.facts.name}: {source.source}: {line}")
 
     async def _sleep(self, end_ns: int | None) -> None:
         """Sleep until the next bin is due, but never so long that a step of the clock goes unnoticed."""
         now_ns, wall_ns = self._clock.mono_ns(), self._clock.wall_ns()
-        due_ns = now_ns + LOOK_NS
+        due_ns = now_ns + MAX_SLEEP_NS
         if self._tracker.next_close_ns is not None:
             due_ns = min(due_ns, now_ns + max(0, self._tracker.next_close_ns - wall_ns))
         await self._clock.sleep_until(min(due_ns, end_ns) if end_ns is not None else due_ns)
 
     async def _watch_health(self) -> None:
         """Look after the VM every two seconds, and at ourselves every five; ends when the VM is gone."""
-        perf_ns = self._clock.mono_ns() + PERF_NS
-        state, resets = "", self._resets()
+        perf_ns = self._clock.mono_ns() + PERF_INTERVAL_NS
+        state, resets = "", self._count_resets()
         while True:
-            await self._clock.sleep_until(self._clock.mono_ns() + HEALTH_NS)
-            now = await self._state()
-            if self._resets() > resets:
-                resets = self._resets()
-                self._note("rebooted")
+            await self._clock.sleep_until(self._clock.mono_ns() + HEALTH_INTERVAL_NS)
+            now = await self._read_state()
+            if self._count_resets() > resets:
+                resets = self._count_resets()
+                self._report_state("rebooted")
             if now != state and (state or now != "running"):
-                self._note(now)
+                self._report_state(now)
             state = now
-            self._tell_notes()
-            self._tell_silence(is_running=now == "running")
+            self._report_notes()
+            self._report_silence(is_running=now == "running")
             if now == "gone":
                 return
             if now == "silent":
                 await self._reconnect()
             if self._clock.mono_ns() >= perf_ns:
-                perf_ns = self._clock.mono_ns() + PERF_NS
-                self._outlets.emit(self._announcer.perf(self.cost(), now_ns=self._clock.wall_ns()), False)
+                perf_ns = self._clock.mono_ns() + PERF_INTERVAL_NS
+                self._outlets.on_event(
+                    self._announcer.build_perf(self.measure_cost(), now_ns=self._clock.wall_ns()), False
+                )
 
-    def _tell_silence(self, *, is_running: bool) -> None:
+    def _report_silence(self, *, is_running: bool) -> None:
         now_ns = self._clock.mono_ns()
         if not is_running:
             self._silence.pause(now_ns)
-        for note in self._silence.check(now_ns):
+        for note in self._silence.find_changes(now_ns):
             self.result.states.append(note.state)
-            self._outlets.say(f"{self._found.facts.name}: {note.words}")
+            self._outlets.on_message(f"{self._found.facts.name}: {note.text}")
 
-    def _note(self, state: str) -> None:
+    def _report_state(self, state: str) -> None:
         self.result.states.append(state)
-        self._outlets.say(f"{self._found.facts.name}: {state}")
+        self._outlets.on_message(f"{self._found.facts.name}: {state}")
 
-    def _resets(self) -> int:
+    def _count_resets(self) -> int:
         monitor = self._found.monitor
         return monitor.events["RESET"] if monitor is not None else 0
 
-    async def _state(self) -> str:
+    async def _read_state(self) -> str:
         """Say how the VM is: ``gone``, ``silent`` (its monitor does not answer), ``paused`` or ``running``."""
-        if not is_alive(self._found):
+        if not is_vm_alive(self._found):
             return "gone"
         if self._found.monitor is None:
             return "running"
         try:
             status = str((await self._found.monitor.ask("query-status"))["status"])
         except (VmError, KeyError, TypeError):
-            return "silent" if is_alive(self._found) else "gone"
+            return "silent" if is_vm_alive(self._found) else "gone"
         return status
 
     async def _reconnect(self) -> None:
@@ -308,24 +382,24 @@ class Watcher:
         with suppress(VmError):
             await monitor.connect()
 
-    def cost(self) -> Cost:
+    def measure_cost(self) -> WatchCost:
         """Measure what watching costs, over the last minutes."""
         return self._meter.read(
-            self._clock.mono_ns(), _cpu_s(), rss_bytes=_rss_bytes(), late=self._tracker.late, backlog=self._outlets.backlog()
+            self._clock.mono_ns(), _read_cpu_s(), rss_bytes=_read_rss_bytes(), late=self._tracker.late, backlog=self._outlets.backlog()
         )  # fmt: skip
 
 
-def is_alive(found: Survey) -> bool:
+def is_vm_alive(found: VmSurvey) -> bool:
     """Return whether the VM's process still runs: the same one, and not one that only waits to be reaped."""
     return read_start_ticks(found.facts.pid, found.proc) == found.start_ticks
 
 
-def _cpu_s() -> float:
+def _read_cpu_s() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
 
-def _rss_bytes() -> int:
+def _read_rss_bytes() -> int:
     with suppress(OSError, ValueError, IndexError):
-        return int((WORLD / "self" / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int((PROC_ROOT / "self" / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0

@@ -22,18 +22,19 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from phasewatch.arrays import FloatArray
 from phasewatch.errors import ModelError, RunError
-from phasewatch.measures import N_CLASSES
-from phasewatch.models.base import Examples, Floats, InputKind, Persist, PhaseModel
-from phasewatch.vocab import PHASES
+from phasewatch.metrics import N_CLASSES
+from phasewatch.models.base import InputKind, LabelledExamples, Persistence, PhaseModel
+from phasewatch.types import PHASES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NoSettings:
+class AdapterConfig:
     """What can be set is up to the author's class."""
 
 
-class _Adapter(PhaseModel):
+class _AdapterBase(PhaseModel):
     """What both share: train's medians for what is missing, the classifier's classes mapped to phases.
 
     The classifier is given labels 0 to k - 1 of the k phases that train has, because many refuse a gap; they are the
@@ -43,27 +44,27 @@ class _Adapter(PhaseModel):
         imputes: Fill missing values; False for a classifier that takes NaN as it comes.
     """
 
-    Config: ClassVar[type] = NoSettings
-    persist: ClassVar[Persist] = "none"
+    Config: ClassVar[type] = AdapterConfig
+    persist: ClassVar[Persistence] = "none"
     imputes: ClassVar[bool] = True
 
     @abstractmethod
     def make(self, seed: int) -> Any:
         """Give a classifier that is not fitted: ``fit(X, y)``, ``predict_proba(X)`` or ``predict(X)``, ``classes_``."""
 
-    def _fit(self, train: Examples, val: Examples) -> None:
+    def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None:
         x = train.inputs.x
         columns = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1)
         known = np.isfinite(columns)
         self._fill = np.array([np.median(c[k]) if k.any() else 0.0 for c, k in zip(columns, known, strict=True)])
         self._classifier = self.make(self.seed)
-        self._classifier.fit(self._filled(x), np.searchsorted(self.seen, train.y))
+        self._classifier.fit(self._impute(x), np.searchsorted(self.seen, train.y))
 
-    def _predict_proba(self, x: NDArray[np.float32]) -> Floats:
+    def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:
         told = np.zeros((len(x), N_CLASSES))
         if hasattr(self._classifier, "predict_proba"):
-            answers = np.asarray(self._classifier.predict_proba(self._filled(x)), np.float64)
-            codes = self._codes_of(getattr(self._classifier, "classes_", range(len(self.seen))))
+            answers = np.asarray(self._classifier.predict_proba(self._impute(x)), np.float64)
+            codes = self._map_classes(getattr(self._classifier, "classes_", range(len(self.seen))))
             if answers.shape != (len(x), len(codes)):
                 raise ModelError(
                     f"model {self.key}: predict_proba gives shape {answers.shape} for {len(x)} windows and "
@@ -71,7 +72,7 @@ class _Adapter(PhaseModel):
                 )
             told[:, codes[codes >= 0]] = answers[:, codes >= 0]
         else:
-            codes = self._codes_of(self._classifier.predict(self._filled(x)))
+            codes = self._map_classes(self._classifier.predict(self._impute(x)))
             if codes.shape != (len(x),):
                 raise ModelError(f"model {self.key}: predict gives shape {codes.shape} for {len(x)} windows")
             if (codes < 0).any():
@@ -82,7 +83,7 @@ class _Adapter(PhaseModel):
         # A classifier that is sure of everything would make the log loss of one mistake unbounded.
         return told + 1e-6 * np.isin(np.arange(N_CLASSES), self.seen)
 
-    def _codes_of(self, classes: Any) -> NDArray[np.intp]:
+    def _map_classes(self, classes: Any) -> NDArray[np.intp]:
         """Return the phase code of each class, -1 for a class that train does not have.
 
         Raises:
@@ -107,12 +108,12 @@ class _Adapter(PhaseModel):
         of: NDArray[np.intp] = codes[labels]
         return of
 
-    def _filled(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
+    def _impute(self, x: NDArray[np.float32]) -> NDArray[np.float64]:
         values = x.astype(np.float64)
         if not self.imputes:
             return values
         fill = self._fill.reshape(-1, *([1] * (x.ndim - 2)))
-        filled: Floats = np.where(np.isfinite(values), values, fill)
+        filled: FloatArray = np.where(np.isfinite(values), values, fill)
         return filled
 
     def _files(self) -> Mapping[str, bytes]:
@@ -122,13 +123,13 @@ class _Adapter(PhaseModel):
         raise RunError(f"model {self.key} keeps no weights: it is scored by the process that fitted it")
 
 
-class TableAdapter(_Adapter):
+class TableAdapter(_AdapterBase):
     """A scikit-learn classifier over the five stats of each channel, ``(n, f)``."""
 
     kind = InputKind.TABLE
 
 
-class CollectionAdapter(_Adapter):
+class CollectionAdapter(_AdapterBase):
     """A classifier of collections in aeon's form over the window's bins, ``(n, c, t)``."""
 
     kind = InputKind.TENSOR

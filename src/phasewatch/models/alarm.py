@@ -8,19 +8,20 @@ from math import isfinite
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.models.filter import STRIDE_NS, Floats, Track
-from phasewatch.vocab import Phase
+from phasewatch.arrays import FloatArray
+from phasewatch.models.smoothing import STRIDE_NS, LabelSequence
+from phasewatch.types import Phase
 
-K, N = 2, 3
-BUDGET = 1.0  # false alarms per VM-hour
+ALARM_K, ALARM_N = 2, 3
+FALSE_ALARM_BUDGET = 1.0  # false alarms per VM-hour
 LOOK_BACK_NS = 60 * 10**9  # an alarm is false when nothing hot was true for so long before it
-DECISION_NS = 6 * 10**9  # from a window's centre to when it is decided: half its width and 1 s for late ticks
+DECISION_DELAY_NS = 6 * 10**9  # from a window's centre to when it is decided: half its width and 1 s for late ticks
 THETA_STEP = 0.005
-THETAS = np.round(np.arange(THETA_STEP, 1.0 + THETA_STEP / 2, THETA_STEP), 3)
-NEVER = 1.005  # above any heat: no threshold met the budget
-_HOT = (Phase.INFECTING.code, Phase.ACTIVE.code)
-_COLD = (Phase.CLEAN.code, Phase.ARMED.code)
-_EPISODES = 512  # looked at together
+CANDIDATE_THETAS = np.round(np.arange(THETA_STEP, 1.0 + THETA_STEP / 2, THETA_STEP), 3)
+THETA_NEVER = 1.005  # above any heat: no threshold met the budget
+_ACTIVE_CODES = (Phase.INFECTING.code, Phase.ACTIVE.code)
+_INACTIVE_CODES = (Phase.CLEAN.code, Phase.ARMED.code)
+_EPISODE_BATCH = 512  # looked at together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +29,7 @@ class AlarmRule:
     """Rings when at least `k` of the last `n` windows are hot; rings on until `n` in a row are not.
 
     Attributes:
-        theta: A window is hot from this heat on; `NEVER` if no threshold met the budget.
+        theta: A window is hot from this heat on; `THETA_NEVER` if no threshold met the budget.
         budget: False alarms per quiet VM-hour that it was chosen for.
         false_alarms: Those it would have raised in the quiet VM-hours that it was chosen on.
 
@@ -37,14 +38,14 @@ class AlarmRule:
     """
 
     theta: float
-    k: int = K
-    n: int = N
-    budget: float = BUDGET
+    k: int = ALARM_K
+    n: int = ALARM_N
+    budget: float = FALSE_ALARM_BUDGET
     false_alarms: int = 0
     vm_hours: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.theta <= NEVER or not 1 <= self.k <= self.n <= 100:
+        if not 0.0 < self.theta <= THETA_NEVER or not 1 <= self.k <= self.n <= 100:
             raise ValueError(f"theta {self.theta} or {self.k} of {self.n} cannot be")
         if self.false_alarms < 0 or not all(isfinite(v) and v >= 0 for v in (self.vm_hours, self.budget)):
             raise ValueError(f"{self.false_alarms} false alarms in {self.vm_hours} VM-hours cannot be")
@@ -55,32 +56,32 @@ class AlarmState:
     """What an alarm remembers: which of the last windows were hot, whether it rings, and whether it began just now."""
 
     recent: tuple[bool, ...] = ()
-    rings: bool = False
-    began: bool = False
+    is_active: bool = False
+    has_started: bool = False
 
     def step(self, rule: AlarmRule, heat: float) -> AlarmState:
         """Take one window's heat in."""
         recent = (*self.recent, heat >= rule.theta)[-rule.n :]
-        rings = any(recent) if self.rings else sum(recent) >= rule.k
-        return AlarmState(recent=recent, rings=rings, began=rings and not self.rings)
+        rings = any(recent) if self.is_active else sum(recent) >= rule.k
+        return AlarmState(recent=recent, is_active=rings, has_started=rings and not self.is_active)
 
 
-def heat_of(p: NDArray[np.floating]) -> Floats:
+def compute_activity_score(p: NDArray[np.floating]) -> FloatArray:
     """Give the probability that a window is infecting or active, ``(..., 5)`` → ``(...)``.
 
     Probabilities count as float32, as predictions store them: who decides from the file decides the same.
     """
     stored = np.asarray(p, np.float32).astype(np.float64)
-    heat: Floats = stored[..., _HOT[0]] + stored[..., _HOT[1]]
+    heat: FloatArray = stored[..., _ACTIVE_CODES[0]] + stored[..., _ACTIVE_CODES[1]]
     return heat
 
 
-def run_alarm(rule: AlarmRule, heat: Floats, of: NDArray[np.integer]) -> NDArray[np.bool_]:
+def apply_alarm_rule(rule: AlarmRule, heat: FloatArray, of: NDArray[np.integer]) -> NDArray[np.bool_]:
     """Say of each window whether the alarm rings after it, ``(n,)``, episodes apart; windows in the order of time."""
-    return _ring(heat, of, np.array([rule.theta]), k=rule.k, n=rule.n)[:, 0]
+    return _simulate_alarms(heat, of, np.array([rule.theta]), k=rule.k, n=rule.n)[:, 0]
 
 
-def begins(rings: NDArray[np.bool_], of: NDArray[np.integer]) -> NDArray[np.bool_]:
+def find_alarm_starts(rings: NDArray[np.bool_], of: NDArray[np.integer]) -> NDArray[np.bool_]:
     """Mark the windows at which an alarm was raised, ``(n,)`` or ``(n, m)``."""
     raised = rings.copy()
     same = of[1:] == of[:-1]
@@ -88,23 +89,25 @@ def begins(rings: NDArray[np.bool_], of: NDArray[np.integer]) -> NDArray[np.bool
     return raised
 
 
-def is_quiet(track: Track) -> NDArray[np.bool_]:
+def find_false_alarm_windows(track: LabelSequence) -> NDArray[np.bool_]:
     """Mark the windows at which an alarm would be false, ``(n,)``.
 
     Every window of its episode that ended in the 60 s before its decision time, its own included, is clean or armed.
     """
-    hot = ~np.isin(track.y, _COLD)
+    hot = ~np.isin(track.y, _INACTIVE_CODES)
     quiet = np.ones(len(track.y), np.bool_)
     back = LOOK_BACK_NS // STRIDE_NS
-    reach = LOOK_BACK_NS - DECISION_NS + STRIDE_NS  # centre to centre: the earlier one still ended inside
+    reach = LOOK_BACK_NS - DECISION_DELAY_NS + STRIDE_NS  # centre to centre: the earlier one still ended inside
     for ago in range(min(int(back) + 1, len(quiet))):
         earlier = slice(0, len(quiet) - ago)
-        near = (track.of[ago:] == track.of[earlier]) & (track.t_center_ns[ago:] - track.t_center_ns[earlier] < reach)
+        near = (track.episode_index[ago:] == track.episode_index[earlier]) & (
+            track.t_center_ns[ago:] - track.t_center_ns[earlier] < reach
+        )
         quiet[ago:] &= ~(near & hot[earlier])
     return quiet
 
 
-def choose_alarm(p: NDArray[np.floating], track: Track, *, budget: float = BUDGET) -> AlarmRule:
+def fit_alarm_rule(p: NDArray[np.floating], track: LabelSequence, *, budget: float = FALSE_ALARM_BUDGET) -> AlarmRule:
     """Choose the smallest threshold from which on no threshold breaks the budget.
 
     An alarm that rings all the time is raised once an episode and would look cheap, so a threshold counts only with
@@ -116,25 +119,29 @@ def choose_alarm(p: NDArray[np.floating], track: Track, *, budget: float = BUDGE
         budget: False alarms per quiet VM-hour; each quiet window is 5 s of it. Only then can an alarm be false, and
             the rate that an evaluation measures counts the same hours (ADR 0067).
     """
-    quiet = is_quiet(track)
+    quiet = find_false_alarm_windows(track)
     hours = int(quiet.sum()) * STRIDE_NS / 3.6e12
     if not quiet.any():
-        return AlarmRule(theta=NEVER, budget=budget)
-    heat = heat_of(p)
-    false = np.zeros(len(THETAS), np.int64)
-    numbers = np.cumsum(np.r_[0, track.of[1:] != track.of[:-1]])
-    for start in range(0, int(numbers[-1]) + 1, _EPISODES):
-        mine = (numbers >= start) & (numbers < start + _EPISODES)
-        rings = _ring(heat[mine], numbers[mine], THETAS, k=K, n=N)
-        false += (begins(rings, numbers[mine]) & quiet[mine, None]).sum(axis=0)
+        return AlarmRule(theta=THETA_NEVER, budget=budget)
+    heat = compute_activity_score(p)
+    false = np.zeros(len(CANDIDATE_THETAS), np.int64)
+    numbers = np.cumsum(np.r_[0, track.episode_index[1:] != track.episode_index[:-1]])
+    for start in range(0, int(numbers[-1]) + 1, _EPISODE_BATCH):
+        mine = (numbers >= start) & (numbers < start + _EPISODE_BATCH)
+        rings = _simulate_alarms(heat[mine], numbers[mine], CANDIDATE_THETAS, k=ALARM_K, n=ALARM_N)
+        false += (find_alarm_starts(rings, numbers[mine]) & quiet[mine, None]).sum(axis=0)
     over = np.flatnonzero(false > budget * hours)
     at = int(over[-1]) + 1 if len(over) else 0
-    if at == len(THETAS):
-        return AlarmRule(theta=NEVER, budget=budget, vm_hours=round(hours, 6))
-    return AlarmRule(theta=float(THETAS[at]), budget=budget, false_alarms=int(false[at]), vm_hours=round(hours, 6))
+    if at == len(CANDIDATE_THETAS):
+        return AlarmRule(theta=THETA_NEVER, budget=budget, vm_hours=round(hours, 6))
+    return AlarmRule(
+        theta=float(CANDIDATE_THETAS[at]), budget=budget, false_alarms=int(false[at]), vm_hours=round(hours, 6)
+    )
 
 
-def _ring(heat: Floats, of: NDArray[np.integer], thetas: Floats, *, k: int, n: int) -> NDArray[np.bool_]:
+def _simulate_alarms(
+    heat: FloatArray, of: NDArray[np.integer], thetas: FloatArray, *, k: int, n: int
+) -> NDArray[np.bool_]:
     """Say of each window and threshold whether the alarm rings, ``(n, m)``."""
     out = np.zeros((len(heat), len(thetas)), np.bool_)
     if not len(heat):

@@ -14,16 +14,16 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from phasewatch.arrays import FloatArray
 from phasewatch.errors import MismatchError, RunError, UsageError
-from phasewatch.measures import N_CLASSES, at_temperature, confusion_counts, log_loss, macro_f1
+from phasewatch.metrics import N_CLASSES, apply_temperature, confusion_counts, log_loss, macro_f1
 from phasewatch.models import checkpoint
-from phasewatch.models.alarm import AlarmRule, choose_alarm
-from phasewatch.models.checkpoint import Header
-from phasewatch.models.filter import NONE, PHASE, PhaseFilter, Track, fit_filter
-from phasewatch.vocab import PHASES, WINDOW_BINS
+from phasewatch.models.alarm import AlarmRule, fit_alarm_rule
+from phasewatch.models.checkpoint import CheckpointHeader
+from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE, LabelSequence, PhaseFilter, fit_filter
+from phasewatch.types import PHASES, WINDOW_BINS
 
-Floats = NDArray[np.float64]
-Persist = Literal["exact", "none"]
+Persistence = Literal["exact", "none"]
 
 
 class InputKind(StrEnum):
@@ -39,7 +39,7 @@ class InputKind(StrEnum):
     HOST = "host"
 
 
-class Table(StrEnum):
+class InputVariant(StrEnum):
     """What was made of the values before a model sees them (DESIGN section 8)."""
 
     RAW = "raw"
@@ -63,10 +63,10 @@ class InputSpec:
     mask: str
     schema_hash: str
     behaviour_fingerprint: str
-    table: Table = Table.RAW
+    table: InputVariant = InputVariant.RAW
     floors: tuple[tuple[str, float], ...] = ()
 
-    def difference(self, found: InputSpec) -> str:
+    def describe_mismatch(self, found: InputSpec) -> str:
         """Say in words where `found` is not what this asks for; empty when it fits."""
         words = [
             f"{what} {theirs[:16]}, the model needs {ours[:16]}"
@@ -85,7 +85,7 @@ class InputSpec:
             lacking = [n for n in self.names if n not in found.names]
             surplus = [n for n in found.names if n not in self.names]
             if lacking or surplus:
-                words.append(f"columns: lacks {_some(lacking)}, has {_some(surplus)} too many")
+                words.append(f"columns: lacks {_summarise_names(lacking)}, has {_summarise_names(surplus)} too many")
             else:
                 at = next(i for i, (a, b) in enumerate(zip(self.names, found.names, strict=True)) if a != b)
                 words.append(f"columns: same names in another order, from column {at} on ({found.names[at]})")
@@ -93,7 +93,7 @@ class InputSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Inputs:
+class ModelInputs:
     """Windows as a model sees them, float32 with NaN where nothing was known, and what the columns are.
 
     Attributes:
@@ -114,10 +114,10 @@ class Inputs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Examples:
+class LabelledExamples:
     """Windows with their phase codes, ``(n,)`` in 0..4."""
 
-    inputs: Inputs
+    inputs: ModelInputs
     y: NDArray[np.int64]
 
     def __post_init__(self) -> None:
@@ -149,13 +149,13 @@ class PhaseModel(ABC):
         temperature: Set by `calibrate`; 1 until then.
         history: Name → one number per round, of the fit.
         val_a_macro_f1: What models are chosen by, before a test prediction is read.
-        filter, alarm: Set by `decide`; none until then.
+        filter, alarm: Set by `fit_postprocessing`; none until then.
         where: Names the model in messages; the folder of its checkpoint where it came from one.
     """
 
     key: ClassVar[str]
     kind: ClassVar[InputKind] = InputKind.TABLE
-    persist: ClassVar[Persist] = "exact"
+    persist: ClassVar[Persistence] = "exact"
     Config: ClassVar[type]
 
     @final
@@ -181,7 +181,7 @@ class PhaseModel(ABC):
         self.where = f"model {self.key}"
 
     @final
-    def fit(self, train: Examples, val: Examples) -> Self:
+    def fit(self, train: LabelledExamples, val: LabelledExamples) -> Self:
         """Learn from `train`, stop by `val` (validation A).
 
         Raises:
@@ -189,7 +189,7 @@ class PhaseModel(ABC):
         """
         if train.inputs.spec.kind is not self.kind:
             raise MismatchError(f"model {self.key} takes {self.kind} inputs, found {train.inputs.spec.kind}")
-        if words := train.inputs.spec.difference(val.inputs.spec):
+        if words := train.inputs.spec.describe_mismatch(val.inputs.spec):
             raise MismatchError(f"model {self.key}: train and validation differ: {words}")
         if not len(train) or not len(val):
             raise MismatchError(
@@ -206,7 +206,7 @@ class PhaseModel(ABC):
         return self
 
     @final
-    def calibrate(self, val: Examples) -> Self:
+    def calibrate(self, val: LabelledExamples) -> Self:
         """Set the temperature that makes `val` (validation B) likeliest."""
         self.temperature = 1.0
         raw = self.predict_proba(val.inputs)
@@ -216,7 +216,9 @@ class PhaseModel(ABC):
         return self
 
     @final
-    def decide(self, train: Track, val: tuple[Inputs, Track], soak: tuple[Inputs, Track]) -> Self:
+    def fit_postprocessing(
+        self, train: LabelSequence, val: tuple[ModelInputs, LabelSequence], soak: tuple[ModelInputs, LabelSequence]
+    ) -> Self:
         """Fit the phase filter and the alarm's thresholds, after `calibrate`.
 
         Args:
@@ -225,20 +227,22 @@ class PhaseModel(ABC):
             soak: Benign hours of hosts and samples that the test set is not of.
         """
         for name, (inputs, track) in (("decide_val", val), ("decide_soak", soak)):
-            self.trained_on[name] = Examples(inputs=inputs, y=np.asarray(track.y, np.int64)).sha256()
+            self.trained_on[name] = LabelledExamples(inputs=inputs, y=np.asarray(track.y, np.int64)).sha256()
             self.trained_with[name] = len(inputs)
         said = [(self.predict_proba(inputs), track) for inputs, track in (val, soak)]
         self.filter = found = fit_filter(train, val[1], said[0][0])
-        whole = Track.join([track for _, track in said])
+        whole = LabelSequence.concatenate([track for _, track in said])
         heard = {
-            NONE: np.concatenate([p for p, _ in said]),
-            PHASE: np.concatenate([found.run(p, track.of, track.t_center_ns) for p, track in said]),
+            SMOOTHING_NONE: np.concatenate([p for p, _ in said]),
+            SMOOTHING_PHASE: np.concatenate(
+                [found.run(p, track.episode_index, track.t_center_ns) for p, track in said]
+            ),
         }
-        self.alarm = {name: choose_alarm(p, whole) for name, p in heard.items()}
+        self.alarm = {name: fit_alarm_rule(p, whole) for name, p in heard.items()}
         return self
 
     @final
-    def predict_proba(self, inputs: Inputs) -> Floats:
+    def predict_proba(self, inputs: ModelInputs) -> FloatArray:
         """Give the probability of each phase, ``(n, 5)`` in the order of PHASES; 0 for one never seen in train.
 
         Raises:
@@ -248,13 +252,13 @@ class PhaseModel(ABC):
         """
         if self.spec is None:
             raise MismatchError(f"model {self.key} is not fitted yet")
-        if words := self.spec.difference(inputs.spec):
+        if words := self.spec.describe_mismatch(inputs.spec):
             raise MismatchError(f"model {self.key}: {words}")
         if not len(inputs):
             return np.zeros((0, N_CLASSES))
         x = inputs.x.view()
         x.flags.writeable = False  # a hook that writes into its input fails loudly here, not in the next model's score
-        raw = check_shares(self._predict_proba(x), len(inputs), where=self.where)
+        raw = check_probabilities(self._predict_proba(x), len(inputs), where=self.where)
         kept = np.zeros_like(raw)
         kept[:, list(self.seen)] = raw[:, list(self.seen)]
         total = kept.sum(axis=1, keepdims=True)
@@ -264,10 +268,10 @@ class PhaseModel(ABC):
                 f"{self.where}: window {at} of {len(inputs)}: no probability is left for the "
                 f"phases that train showed ({', '.join(str(PHASES[code]) for code in self.seen)})"
             )
-        return at_temperature(kept / total, self.temperature)
+        return apply_temperature(kept / total, self.temperature)
 
     @final
-    def predict(self, inputs: Inputs) -> NDArray[np.int64]:
+    def predict(self, inputs: ModelInputs) -> NDArray[np.int64]:
         """Give the likeliest phase's code of each window; of equals the first."""
         decided: NDArray[np.int64] = self.predict_proba(inputs).argmax(axis=1)
         return decided
@@ -277,8 +281,8 @@ class PhaseModel(ABC):
         """Write the checkpoint: the same model is the same bytes."""
         if self.spec is None:
             raise MismatchError(f"model {self.key} is not fitted yet")
-        header = Header(
-            format=checkpoint.FORMAT,
+        header = CheckpointHeader(
+            format=checkpoint.CHECKPOINT_FORMAT,
             model=self.key,
             input_kind=self.spec.kind,
             mask=self.spec.mask,
@@ -298,14 +302,14 @@ class PhaseModel(ABC):
             val_a_macro_f1=self.val_a_macro_f1,
             filter=self.filter,
             alarm=self.alarm,
-            versions=checkpoint.versions(self._libraries()),
+            versions=checkpoint.collect_versions(self._libraries()),
             files={},
         )
-        checkpoint.write(folder, header, self._files())
+        checkpoint.write_checkpoint(folder, header, self._files())
 
     @classmethod
     @final
-    def restore(cls, header: Header, files: Mapping[str, bytes], *, where: str = "") -> Self:
+    def restore(cls, header: CheckpointHeader, files: Mapping[str, bytes], *, where: str = "") -> Self:
         """Create a model from a checkpoint whose digests were verified (`registry.load` does both).
 
         Raises:
@@ -322,7 +326,7 @@ class PhaseModel(ABC):
             mask=header.mask,
             schema_hash=header.schema_hash,
             behaviour_fingerprint=header.behaviour_fingerprint,
-            table=Table(header.table),
+            table=InputVariant(header.table),
             floors=tuple(header.floors.items()),
         )
         model.seen, model.temperature = header.seen, header.temperature
@@ -333,10 +337,10 @@ class PhaseModel(ABC):
         return model
 
     @abstractmethod
-    def _fit(self, train: Examples, val: Examples) -> None: ...
+    def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None: ...
 
     @abstractmethod
-    def _predict_proba(self, x: NDArray[np.float32]) -> Floats:
+    def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:
         """``(n, f)`` → ``(n, 5)``, not negative; columns of classes never seen in train are taken out afterwards."""
 
     @abstractmethod
@@ -351,14 +355,14 @@ class PhaseModel(ABC):
         return ("numpy",)
 
 
-def check_shares(answers: Any, n: int, *, where: str) -> Floats:
+def check_probabilities(answers: Any, n: int, *, where: str) -> FloatArray:
     """Return a model's answers as ``(n, 5)`` float64, not negative and finite; rows need not sum to 1.
 
     Raises:
         RunError: If they are anything else; `where` names the model.
     """
     try:
-        shares: Floats = np.asarray(answers, np.float64)
+        shares: FloatArray = np.asarray(answers, np.float64)
     except (TypeError, ValueError) as exc:
         raise RunError(f"{where}: its answers are no numbers: {exc}") from exc
     if shares.shape != (n, N_CLASSES):
@@ -373,7 +377,7 @@ def check_shares(answers: Any, n: int, *, where: str) -> Floats:
     return shares
 
 
-def fit_temperature(probabilities: Floats, y: NDArray[np.int64]) -> float:
+def fit_temperature(probabilities: FloatArray, y: NDArray[np.int64]) -> float:
     """Find the temperature in 1/4..4 of the least log loss, by golden section over its logarithm; 1 without windows.
 
     The bounds are a choice: a few hundred windows that happen to be all right would ask for certainty.
@@ -384,7 +388,7 @@ def fit_temperature(probabilities: Floats, y: NDArray[np.int64]) -> float:
     ratio = (5**0.5 - 1) / 2
 
     def loss(log_t: float) -> float:
-        return log_loss(at_temperature(probabilities, float(np.exp(log_t))), y)
+        return log_loss(apply_temperature(probabilities, float(np.exp(log_t))), y)
 
     a, b = high - ratio * (high - low), low + ratio * (high - low)
     loss_a, loss_b = loss(a), loss(b)
@@ -402,14 +406,14 @@ def fit_temperature(probabilities: Floats, y: NDArray[np.int64]) -> float:
     return best if loss(np.log(best)) < loss(0.0) else 1.0
 
 
-def class_weights(y: NDArray[np.int64]) -> Floats:
+def compute_class_weights(y: NDArray[np.int64]) -> FloatArray:
     """Weigh each class so that all that occur count alike, ``(5,)``; 0 for a class that does not occur."""
     counts = np.bincount(y, minlength=N_CLASSES).astype(np.float64)
     present = counts > 0
-    weights: Floats = np.divide(len(y), counts * present.sum(), out=np.zeros(N_CLASSES), where=present)
+    weights: FloatArray = np.divide(len(y), counts * present.sum(), out=np.zeros(N_CLASSES), where=present)
     return weights
 
 
-def _some(names: list[str]) -> str:
+def _summarise_names(names: list[str]) -> str:
     shown = ", ".join(names[:3])
     return f"{len(names)} ({shown}{', …' if len(names) > 3 else ''})" if names else "none"

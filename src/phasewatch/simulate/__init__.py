@@ -4,7 +4,7 @@ Comes in: how many hosts and episodes, a seed, a rate of faults. Goes out: a sto
 Nothing here is a measurement: every manifest says `origin: simulated`.
 """
 
-from phasewatch.simulate.activity import Knobs
-from phasewatch.simulate.store import Simulated, simulate
+from phasewatch.simulate.generator import SimulationSettings
+from phasewatch.simulate.store import SimulationResult, simulate
 
-__all__ = ["Knobs", "Simulated", "simulate"]
+__all__ = ["SimulationResult", "SimulationSettings", "simulate"]

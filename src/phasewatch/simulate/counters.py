@@ -7,21 +7,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.channels import raw_fields
-from phasewatch.simulate.activity import TICK_S, Knobs, named_rng
-from phasewatch.simulate.tables import AT
-from phasewatch.vocab import Source
+from phasewatch.channels import list_raw_fields
+from phasewatch.simulate.generator import RATE_INDEX, TICK_S, SimulationSettings, build_named_rng
+from phasewatch.types import SourceKind
 
-Columns = dict[str, NDArray[np.int64] | NDArray[np.float64]]
+CounterColumns = dict[str, NDArray[np.int64] | NDArray[np.float64]]
 
-VCPUS = 1
-MEMORY_MIB = 256
-_MOST_WAIT_FACTOR = 2.5  # a vCPU that waits more than a tenth of the time is a fault, and no host's own way
-_COUNTED = tuple(spec.field for source in Source for spec in raw_fields(source))
+SIMULATED_VCPUS = 1
+SIMULATED_MEMORY_MIB = 256
+_MAX_WAIT_FACTOR = 2.5  # a vCPU that waits more than a tenth of the time is a fault, and no host's own way
+_RAW_FIELD_NAMES = tuple(spec.field for source in SourceKind for spec in list_raw_fields(source))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
+class SimulatedHost:
     """What a simulated host is: its shape's own factor on each counter, and what it cannot give."""
 
     host_id: str
@@ -31,22 +30,27 @@ class Machine:
     busy_samples: int  # register samples a tick; 0 where there are none
 
 
-def draw_machine(seed: int, number: int, knobs: Knobs) -> Machine:
+def draw_host(seed: int, number: int, knobs: SimulationSettings) -> SimulatedHost:
     """Draw the host of a number; the same seed gives the same host in a store of any size."""
-    rng = named_rng(seed, "host", number)
+    rng = build_named_rng(seed, "host", number)
     is_arm = number % 6 == 5
-    return Machine(
+    return SimulatedHost(
         host_id=f"sim-{number:02d}",
         arch="aarch64" if is_arm else "x86_64",
-        factors=tuple(np.exp(knobs.host_effect * rng.standard_normal(len(_COUNTED))).tolist()),
-        drift=tuple((knobs.drift_per_week * rng.standard_normal(len(_COUNTED))).tolist()),
+        factors=tuple(np.exp(knobs.host_effect * rng.standard_normal(len(_RAW_FIELD_NAMES))).tolist()),
+        drift=tuple((knobs.drift_per_week * rng.standard_normal(len(_RAW_FIELD_NAMES))).tolist()),
         busy_samples=0 if is_arm else 5,
     )
 
 
-def count(
-    rng: np.random.Generator, activity: NDArray[np.float64], machine: Machine, *, weeks: float, knobs: Knobs
-) -> dict[Source, Columns]:
+def simulate_counters(
+    rng: np.random.Generator,
+    activity: NDArray[np.float64],
+    machine: SimulatedHost,
+    *,
+    weeks: float,
+    knobs: SimulationSettings,
+) -> dict[SourceKind, CounterColumns]:
     """Turn rates into readings at 2 Hz (guest at 1 Hz).
 
     Args:
@@ -63,10 +67,10 @@ def count(
     """
     n = len(activity)
     effect = np.array(machine.factors) * np.exp(np.array(machine.drift) * weeks)
-    effect *= np.exp(knobs.episode_effect * 0.4 * rng.standard_normal(len(_COUNTED)))
-    factor = dict(zip(_COUNTED, effect.tolist(), strict=True))
-    factor["vcpu_wait_ns"] = min(_MOST_WAIT_FACTOR, factor["vcpu_wait_ns"])
-    a = {name: activity[:, i] for name, i in AT.items()}
+    effect *= np.exp(knobs.episode_effect * 0.4 * rng.standard_normal(len(_RAW_FIELD_NAMES)))
+    factor = dict(zip(_RAW_FIELD_NAMES, effect.tolist(), strict=True))
+    factor["vcpu_wait_ns"] = min(_MAX_WAIT_FACTOR, factor["vcpu_wait_ns"])
+    a = {name: activity[:, i] for name, i in RATE_INDEX.items()}
     packets = rng.poisson(
         np.stack(
             [
@@ -77,14 +81,19 @@ def count(
         ) * TICK_S
     ).astype(np.float64)  # fmt: skip
     jitter = np.exp(0.12 * rng.standard_normal((6, n)))
-    made = _Made(rng=rng, a=a, packets=packets, jitter=jitter, factor=factor)
+    made = _CounterSimulator(rng=rng, a=a, packets=packets, jitter=jitter, factor=factor)
     qmp = made.qmp()
-    _withhold(qmp, rng, a, machine.busy_samples)
-    return {Source.PROC: made.proc(), Source.QMP: qmp, Source.NETFLOW: made.netflow(), Source.GUEST: made.guest()}
+    _mask_unknown_values(qmp, rng, a, machine.busy_samples)
+    return {
+        SourceKind.PROC: made.proc(),
+        SourceKind.QMP: qmp,
+        SourceKind.NETFLOW: made.netflow(),
+        SourceKind.GUEST: made.guest(),
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Made:
+class _CounterSimulator:
     """The pieces from which every source counts."""
 
     rng: np.random.Generator
@@ -107,7 +116,7 @@ class _Made:
         moved = base * self.factor[field] + np.cumsum(per_second) * TICK_S
         return np.asarray(np.maximum(moved, 0) // 4096 * 4096, np.int64)
 
-    def proc(self) -> Columns:
+    def proc(self) -> CounterColumns:
         a, p, j = self.a, self.packets, self.jitter
         requests, out, got = p[6] / TICK_S, p[0] / TICK_S, p[1] / TICK_S
         vcpu = a["cpu"] * j[0]
@@ -117,7 +126,7 @@ class _Made:
             "cpu_sys_ns": self._total("cpu_sys_ns", (vcpu * 0.03 + main * 0.5 + requests * 2e-4) * 1e9, start=1e10),
             # However far a host lies from the others, its one vCPU runs on one core at most.
             "vcpu_run_ns": self._total(
-                "vcpu_run_ns", np.minimum(vcpu, VCPUS / self.factor["vcpu_run_ns"]) * 1e9, start=4e10
+                "vcpu_run_ns", np.minimum(vcpu, SIMULATED_VCPUS / self.factor["vcpu_run_ns"]) * 1e9, start=4e10
             ),
             "vcpu_wait_ns": self._total("vcpu_wait_ns", (0.004 + 0.03 * vcpu) * j[2] * 1e9, start=1e9),
             "vcpu_vcs": self._total("vcpu_vcs", (25 + 0.4 * (out + got) + requests * 1.5) * j[2], start=1e4),
@@ -135,7 +144,7 @@ class _Made:
             "threads": np.asarray(5 + np.minimum(4, requests // 10), np.int64),
         }
 
-    def qmp(self) -> Columns:
+    def qmp(self) -> CounterColumns:
         a, p, j = self.a, self.packets, self.jitter
         writes = np.floor(p[6] * a["write"] / np.maximum(a["write"] + a["read"], 1.0) + 0.5)
         reads = p[6] - writes
@@ -156,14 +165,15 @@ class _Made:
             "vcpu_user": np.zeros(len(age_s)),
             "bal_minor_faults": self._total("bal_minor_faults", 100 + 90 * p[7] / TICK_S, start=1e5),
             "bal_free_bytes": np.minimum(
-                self._level("bal_free_bytes", 1.3e8, -(a["touched"] + a["write"] * 0.05) * j[2]), MEMORY_MIB << 20
+                self._level("bal_free_bytes", 1.3e8, -(a["touched"] + a["write"] * 0.05) * j[2]),
+                SIMULATED_MEMORY_MIB << 20,
             ),
             "bal_cache_bytes": self._level("bal_cache_bytes", 6e6, (a["write"] + a["read"]) * 0.05),
             "jit_code_bytes": self._level("jit_code_bytes", 9e7, new_code * 500),
             "wr_highest_bytes": self._level("wr_highest_bytes", 5e7, a["write"] * 0.3),
         }
 
-    def netflow(self) -> Columns:
+    def netflow(self) -> CounterColumns:
         a, p, j = self.a, self.packets, self.jitter
         opened, refused, asked, spread = p[2], np.minimum(p[3], p[2]), p[4], p[5]
         size = 66 + np.where(p[0] > 0, a["sent"] / np.maximum(p[0] / TICK_S, 1.0), 0) * j[0] * 0.6
@@ -182,11 +192,11 @@ class _Made:
             "dst_ips": np.asarray(active + np.minimum(spread // 2, opened), np.int64),
         }
 
-    def guest(self) -> Columns:
+    def guest(self) -> CounterColumns:
         a, p, j = self.a, self.packets, self.jitter
         busy, user = a["cpu"] * 100, np.minimum(a["user"], a["cpu"]) * 100
         every = slice(1, None, 2)
-        whole: Columns = {
+        whole: CounterColumns = {
             "up_ns": np.asarray(np.arange(1, len(busy) + 1) * int(TICK_S * 1e9) + 60_000_000_000, np.int64),
             "cpu_user_jiffies": self._total("cpu_user_jiffies", user * j[0], start=2e3),
             "cpu_sys_jiffies": self._total("cpu_sys_jiffies", (busy - user) * j[1], start=1e3),
@@ -198,14 +208,16 @@ class _Made:
             "procs_running": np.asarray(1 + (self.rng.random(len(busy)) < a["cpu"]), np.int64),
             "mem_dirty_bytes": np.asarray(a["write"] * j[3] // 4096 * 4096, np.int64),
             "mem_free_bytes": np.minimum(
-                self._level("mem_free_bytes", 1.25e8, -(a["touched"] + a["write"] * 0.05)), MEMORY_MIB << 20
+                self._level("mem_free_bytes", 1.25e8, -(a["touched"] + a["write"] * 0.05)), SIMULATED_MEMORY_MIB << 20
             ),
             "mem_cached_bytes": self._level("mem_cached_bytes", 6e6, (a["write"] + a["read"]) * 0.05),
         }
         return {name: column[every] for name, column in whole.items()}
 
 
-def _withhold(qmp: Columns, rng: np.random.Generator, a: dict[str, NDArray[np.float64]], samples: int) -> None:
+def _mask_unknown_values(
+    qmp: CounterColumns, rng: np.random.Generator, a: dict[str, NDArray[np.float64]], samples: int
+) -> None:
     """Fill in the register samples, and mark what a row does not know: −1 for a whole number, NaN for a fraction."""
     n = len(a["cpu"])
     for name in ("bal_minor_faults", "bal_free_bytes", "bal_cache_bytes"):

@@ -11,41 +11,48 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from phasewatch.atomic import make_folder, sync_folder, write_whole, writer
-from phasewatch.channels import registry_digest
-from phasewatch.episode.bundle import pack, read_members
-from phasewatch.episode.container import join_members
-from phasewatch.episode.frame import compress_frame
-from phasewatch.episode.rows import encode_columns
+from phasewatch.atomic import make_folder, open_atomic, sync_folder, write_atomic
+from phasewatch.bundle.archive import pack_bundle, unpack_members
+from phasewatch.bundle.container import compress_frame, join_members
+from phasewatch.bundle.rows import encode_columns
+from phasewatch.channels import get_custom_channels_digest
 from phasewatch.errors import StoreError, UsageError
-from phasewatch.simulate.activity import Knobs, named_rng
-from phasewatch.simulate.campaign import Campaign, Session, sessions_of, slots_of
-from phasewatch.simulate.episode import Draft, draw_episode
-from phasewatch.simulate.faults import DUPLICATE, Fault, choose, copy_as, kinds_of
-from phasewatch.store.disk import FILE_SYSTEMS_OWN, RECEIPT, SUFFIX, DiskStore, render_receipt
-from phasewatch.vocab import Status
-from phasewatch.walk import EPISODE_S
-from phasewatch.workers import map_ordered
+from phasewatch.parallel.pool import map_ordered
+from phasewatch.profiles import EPISODE_RANGE_S
+from phasewatch.simulate.episodes import (
+    EpisodeDraft,
+    SimulatedCampaign,
+    SimulatedSession,
+    draw_episode,
+    draw_session_specs,
+    iter_sessions,
+)
+from phasewatch.simulate.faults import DUPLICATE_FAULT, FaultSpec, copy_telemetry, draw_fault, find_faults
+from phasewatch.simulate.generator import SimulationSettings, build_named_rng
+from phasewatch.store.local import BUNDLE_SUFFIX, FILE_SYSTEM_FOLDERS, RECEIPT_SUFFIX, DiskStore, render_receipt
+from phasewatch.types import BundleStatus
 
-_LEVEL = 3
-_FAULTY_S = 60.0  # in a shorter episode a fault is more than it says: a pause of five seconds makes a source slow, too
-_MOST_DAYS = 36_500.0
-_MOST_EFFECT, _MOST_INTENSITY = 3.0, 100.0  # beyond them counters outgrow 64 bits
+_ZSTD_LEVEL = 3
+_MIN_FAULTY_EPISODE_S = (
+    60.0  # in a shorter episode a fault is more than it says: a pause of five seconds makes a source slow, too
+)
+_MAX_DAYS = 36_500.0
+_MAX_EFFECT, _MAX_INTENSITY = 3.0, 100.0  # beyond them counters outgrow 64 bits
 
 
-class Truth(msgspec.Struct, frozen=True, kw_only=True):
+class GroundTruthRow(msgspec.Struct, frozen=True, kw_only=True):
     """One line of the truth file: what stands in the store, what was done to it, and what a validator must say."""
 
     host_id: str
     episode_id: str
     path: str
     fault: str
-    status: Status
+    status: BundleStatus
     reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Simulated:
+class SimulationResult:
     """What `simulate` made."""
 
     store: Path
@@ -63,11 +70,11 @@ def simulate(
     faults: float = 0.0,
     workers: int = 1,
     days: float = 10.0,
-    between_s: tuple[float, float] = EPISODE_S,
-    knobs: Knobs | None = None,
+    between_s: tuple[float, float] = EPISODE_RANGE_S,
+    knobs: SimulationSettings | None = None,
     kinds: Sequence[str] = (),
     on_progress: Callable[[int], None] | None = None,
-) -> Simulated:
+) -> SimulationResult:
     """Make a store of seeded episodes and, beside it, the truth about each.
 
     Args:
@@ -93,38 +100,38 @@ def simulate(
         raise UsageError(f"--faults {faults:g}: a share, 0 to 1")
     if not 1 <= between_s[0] <= between_s[1] <= 3600:
         raise UsageError(f"--seconds {between_s[0]:g} {between_s[1]:g}: the shortest, then the longest, 1 to 3600")
-    if faults and between_s[0] < _FAULTY_S:
+    if faults and between_s[0] < _MIN_FAULTY_EPISODE_S:
         raise UsageError(
             f"--faults {faults:g} --seconds {between_s[0]:g} {between_s[1]:g}: what a fault is called holds for "
-            f"episodes of {_FAULTY_S:g} s and more; lengthen them, or leave the faults out"
+            f"episodes of {_MIN_FAULTY_EPISODE_S:g} s and more; lengthen them, or leave the faults out"
         )
-    knobs = knobs or Knobs()
+    knobs = knobs or SimulationSettings()
     for option, value, most in (
-        ("--days", days, _MOST_DAYS), ("--host-effect", knobs.host_effect, _MOST_EFFECT),
-        ("--episode-effect", knobs.episode_effect, _MOST_EFFECT), ("--drift", knobs.drift_per_week, _MOST_EFFECT),
-        ("--noise", knobs.tick_noise, _MOST_EFFECT),
-        ("--malware-intensity", knobs.malware_intensity, _MOST_INTENSITY),
+        ("--days", days, _MAX_DAYS), ("--host-effect", knobs.host_effect, _MAX_EFFECT),
+        ("--episode-effect", knobs.episode_effect, _MAX_EFFECT), ("--drift", knobs.drift_per_week, _MAX_EFFECT),
+        ("--noise", knobs.tick_noise, _MAX_EFFECT),
+        ("--malware-intensity", knobs.malware_intensity, _MAX_INTENSITY),
     ):  # fmt: skip
         if not 0 <= value <= most:
             raise UsageError(f"{option} {value:g}: 0 to {most:g}")
-    if (drifted := knobs.drift_per_week * days / 7) > _MOST_EFFECT:
+    if (drifted := knobs.drift_per_week * days / 7) > _MAX_EFFECT:
         raise UsageError(
-            f"--drift {knobs.drift_per_week:g} --days {days:g}: a host would drift by {drifted:.3g}, at most {_MOST_EFFECT:g}"
+            f"--drift {knobs.drift_per_week:g} --days {days:g}: a host would drift by {drifted:.3g}, at most {_MAX_EFFECT:g}"
         )
-    if registry_digest():
+    if get_custom_channels_digest():
         raise UsageError("simulate makes no channels of your own; leave out --channels and PHASEWATCH_CHANNELS")
-    if store.exists() and (not store.is_dir() or any(e.name not in FILE_SYSTEMS_OWN for e in store.iterdir())):
+    if store.exists() and (not store.is_dir() or any(e.name not in FILE_SYSTEM_FOLDERS for e in store.iterdir())):
         raise StoreError(f"{store}: something is already there; name a new folder, or remove it first")
-    chosen = kinds_of(kinds)
+    chosen = find_faults(kinds)
     make_folder(store)
-    campaign = Campaign(hosts=hosts, episodes=episodes, seed=seed, days=days, between_s=between_s, knobs=knobs)
+    campaign = SimulatedCampaign(hosts=hosts, episodes=episodes, seed=seed, days=days, between_s=between_s, knobs=knobs)
     named = store.resolve() if store.name in ("", "..") else store
     truth_path = named.with_name(named.name + ".truth.jsonl")
     make = partial(_make_session, store, campaign, faults, tuple(fault.name for fault in chosen))
     made = faulty = 0
-    with writer(truth_path) as file:
+    with open_atomic(truth_path) as file:
         for result in map_ordered(
-            make, sessions_of(campaign), workers=workers, timeout_s=None if workers == 1 else 120
+            make, iter_sessions(campaign), workers=workers, timeout_s=None if workers == 1 else 120
         ):
             if result.value is None:
                 raise StoreError(f"{store}: a session could not be made: {result.error}")
@@ -135,61 +142,61 @@ def simulate(
                 on_progress(made)
     for folder in sorted(each for each in store.iterdir() if each.is_dir()):
         sync_folder(folder)
-    return Simulated(store=store, truth=truth_path, episodes=made, faulty=faulty)
+    return SimulationResult(store=store, truth=truth_path, episodes=made, faulty=faulty)
 
 
 def _make_session(
-    store: Path, campaign: Campaign, faults: float, names: Sequence[str], session: Session
-) -> tuple[Truth, ...]:
+    store: Path, campaign: SimulatedCampaign, faults: float, names: Sequence[str], session: SimulatedSession
+) -> tuple[GroundTruthRow, ...]:
     """Make and write the episodes of one session."""
-    kinds = kinds_of(names)  # by name: what a fault does cannot travel to another process
-    truths: list[Truth] = []
-    sound: Draft | None = None  # the session's episode that a duplicate can copy
-    for slot in slots_of(campaign, session):
-        draft = draw_episode(named_rng(campaign.seed, "episode", slot.episode_id), slot, campaign.knobs)
-        rng = named_rng(campaign.seed, "fault", slot.episode_id)
-        fault = choose(rng, may_duplicate=sound is not None, kinds=kinds) if rng.random() < faults else None
-        path = f"{slot.machine.host_id}/{slot.episode_id}{SUFFIX}"
+    kinds = find_faults(names)  # by name: what a fault does cannot travel to another process
+    truths: list[GroundTruthRow] = []
+    sound: EpisodeDraft | None = None  # the session's episode that a duplicate can copy
+    for slot in draw_session_specs(campaign, session):
+        draft = draw_episode(build_named_rng(campaign.seed, "episode", slot.episode_id), slot, campaign.knobs)
+        rng = build_named_rng(campaign.seed, "fault", slot.episode_id)
+        fault = draw_fault(rng, may_duplicate=sound is not None, kinds=kinds) if rng.random() < faults else None
+        path = f"{slot.machine.host_id}/{slot.episode_id}{BUNDLE_SUFFIX}"
         if fault is None:
             sound = draft
-            DiskStore(store, durable=False).put(slot.machine.host_id, slot.episode_id, render(draft))
+            DiskStore(store, durable=False).put(slot.machine.host_id, slot.episode_id, pack_draft(draft))
         else:
-            if fault is DUPLICATE and sound is not None:
-                draft = copy_as(sound, draft)
+            if fault is DUPLICATE_FAULT and sound is not None:
+                draft = copy_telemetry(sound, draft)
             _write_faulty(store / path, rng, draft, fault)
         truths.append(
-            Truth(
+            GroundTruthRow(
                 host_id=slot.machine.host_id, episode_id=slot.episode_id, path=path,
-                fault=fault.name if fault else "", status=fault.status if fault else Status.ACCEPTED,
+                fault=fault.name if fault else "", status=fault.status if fault else BundleStatus.ACCEPTED,
                 reasons=fault.reasons if fault else (),
             )
         )  # fmt: skip
     return tuple(truths)
 
 
-def _write_faulty(path: Path, rng: np.random.Generator, draft: Draft, fault: Fault) -> None:
+def _write_faulty(path: Path, rng: np.random.Generator, draft: EpisodeDraft, fault: FaultSpec) -> None:
     """Write a bundle with a fault, and the receipt that belongs to the fault."""
-    undamaged, data = render_faulty(rng, draft, fault)
+    undamaged, data = pack_faulty_draft(rng, draft, fault)
     make_folder(path.parent)
-    write_whole(path, data, durable=False)
+    write_atomic(path, data, durable=False)
     vouched = {"of the file": data, "of the undamaged": undamaged, "wrong": data + b"?"}.get(fault.receipt)
     line = b"no digest here\n" if vouched is None else render_receipt(sha256(vouched).hexdigest(), path.name)
     if fault.receipt != "none":
-        write_whole(path.with_name(path.name + RECEIPT), line, durable=False)
+        write_atomic(path.with_name(path.name + RECEIPT_SUFFIX), line, durable=False)
 
 
-def render_faulty(rng: np.random.Generator, draft: Draft, fault: Fault) -> tuple[bytes, bytes]:
+def pack_faulty_draft(rng: np.random.Generator, draft: EpisodeDraft, fault: FaultSpec) -> tuple[bytes, bytes]:
     """Pack a draft with a fault in it; give the bytes before the fault that is done to bytes, and those after it."""
     if fault.draft:
         draft = fault.draft(rng, draft)
-    data = render(draft)
+    data = pack_draft(draft)
     if fault.members:
-        members = {name: bytes(view) for name, view in read_members(data, file="").items()}
-        data = compress_frame(join_members(fault.members(rng, members)), level=_LEVEL)
+        members = {name: bytes(view) for name, view in unpack_members(data, file="").items()}
+        data = compress_frame(join_members(fault.members(rng, members)), level=_ZSTD_LEVEL)
     return data, fault.data(rng, data) if fault.data else data
 
 
-def render(draft: Draft) -> bytes:
+def pack_draft(draft: EpisodeDraft) -> bytes:
     """Pack a draft."""
     members = {f"{source}.jsonl": encode_columns(rows) for source, rows in draft.rows.items()}
-    return pack(draft.manifest, {"labels.jsonl": draft.labels(), **members}, level=_LEVEL)
+    return pack_bundle(draft.manifest, {"labels.jsonl": draft.encoded_labels(), **members}, level=_ZSTD_LEVEL)

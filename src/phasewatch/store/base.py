@@ -9,26 +9,26 @@ from typing import Protocol
 
 from phasewatch.errors import StoreError
 from phasewatch.http_client import is_loopback
-from phasewatch.store.disk import SUFFIX, DiskStore, StoreItem
-from phasewatch.store.room import FreeFiles
+from phasewatch.store.local import BUNDLE_SUFFIX, DiskStore, StoreItem
+from phasewatch.store.quota import FreeFiles
 
 __all__ = [
-    "Incoming",
-    "Place",
-    "Store",
+    "BundleStore",
+    "IncomingBundle",
     "StoreItem",
+    "StoreLocation",
     "check_store",
     "find_bundle",
     "has_bundle",
     "is_loopback",
     "open_store",
-    "parse_place",
+    "parse_store_location",
 ]
 
-Place = Path | str  # a folder, or a URI
+StoreLocation = Path | str  # a folder, or a URI
 
 
-class Incoming(Protocol):
+class IncomingBundle(Protocol):
     """A bundle on its way in: seen by nobody before `publish`, gone after `drop`."""
 
     def write(self, data: bytes) -> None:
@@ -54,7 +54,7 @@ class Incoming(Protocol):
         """Forget it; after `publish` there is nothing left to forget."""
 
 
-class Store(Protocol):
+class BundleStore(Protocol):
     """A place of bundles: written once, each with its receipt, walked in one order."""
 
     def put(self, host_id: str, episode_id: str, data: bytes) -> object:
@@ -69,13 +69,13 @@ class Store(Protocol):
     def find(self, host_id: str, episode_id: str) -> StoreItem | None:
         """Give what stands under an id; None if neither bundle nor receipt does."""
 
-    def receive(self, host_id: str, episode_id: str) -> Incoming:
+    def receive(self, host_id: str, episode_id: str) -> IncomingBundle:
         """Begin a bundle; only inside `receiving`."""
 
     def receiving(self) -> AbstractContextManager[None]:
         """Hold the store for a receiver, alone; what an earlier one left half done is removed."""
 
-    def tidy(self, *, older_than_s: float) -> int:
+    def remove_leftovers(self, *, older_than_s: float) -> int:
         """Remove what killed writers left that long ago, and say how much."""
 
     def write_status(self, host_id: str, episode_id: str, text: bytes) -> None:
@@ -93,23 +93,23 @@ class Store(Protocol):
     def free_files(self) -> FreeFiles | None:
         """Return how many more files fit; None where nobody can tell."""
 
-    def check_place(self) -> None:
+    def check_location(self) -> None:
         """Check that the store is still the one that `receiving` holds.
 
         Raises:
             LostStoreError: If it is gone, or another one stands in its place.
         """
 
-    def held(self, host_id: str) -> list[tuple[float, int]]:
+    def list_arrivals(self, host_id: str) -> list[tuple[float, int]]:
         """Give when (Unix seconds) each bundle of a host came, and its size in bytes."""
 
 
-def parse_place(text: str) -> Place:
+def parse_store_location(text: str) -> StoreLocation:
     """Read where a store is: a URI stays text, for a path would fold its slashes."""
     return text if "://" in text else Path(text)
 
 
-def open_store(place: Place) -> Store:
+def open_store(place: StoreLocation) -> BundleStore:
     """Open a store by its folder, ``file://`` or ``s3://bucket/prefix``; nothing is touched yet.
 
     Raises:
@@ -121,7 +121,7 @@ def open_store(place: Place) -> Store:
     if scheme == "file":
         return DiskStore(Path(rest))
     if scheme == "s3":
-        from phasewatch.store.objects import ObjectStore
+        from phasewatch.store.s3 import ObjectStore
 
         return ObjectStore(str(place))
     raise StoreError(
@@ -129,16 +129,16 @@ def open_store(place: Place) -> Store:
     )
 
 
-def has_bundle(place: Place) -> bool:
+def has_bundle(place: StoreLocation) -> bool:
     """Whether anything in a place is named as a bundle is; stops at the first.
 
     Raises:
         StoreError: If there is no such folder, or the bucket cannot be asked.
     """
-    return any(item.path.endswith(SUFFIX) for item in open_store(place).walk())
+    return any(item.path.endswith(BUNDLE_SUFFIX) for item in open_store(place).walk())
 
 
-def check_store(place: Place) -> None:
+def check_store(place: StoreLocation) -> None:
     """Raise if a place is no store; a folder of other files is none, and nothing may be written for it.
 
     Raises:
@@ -150,12 +150,12 @@ def check_store(place: Place) -> None:
     if other is None:
         raise StoreError(f"{place}: the store is empty; record into it with `phasewatch record --out {place}`")
     raise StoreError(
-        f"{place}: no store: it holds files such as {other}, and not one <host_id>/<episode_id>{SUFFIX}; name the folder "
+        f"{place}: no store: it holds files such as {other}, and not one <host_id>/<episode_id>{BUNDLE_SUFFIX}; name the folder "
         "of the hosts' folders"
     )
 
 
-def find_bundle(place: Place) -> tuple[Store, StoreItem] | None:
+def find_bundle(place: StoreLocation) -> tuple[BundleStore, StoreItem] | None:
     """Find one bundle by its file or URI, ``<store>/<host_id>/<episode_id>.tar.zst``, and the store that it lies in.
 
     Returns:
@@ -168,10 +168,10 @@ def find_bundle(place: Place) -> tuple[Store, StoreItem] | None:
     if not separator or scheme == "file":
         path = Path(rest if separator else place).absolute()
         folder = DiskStore(path.parent.parent)
-        return (folder, folder.item(path)) if path.is_file() else None
+        return (folder, folder.describe_item(path)) if path.is_file() else None
     where, *names = str(place).rsplit("/", 2)
-    if len(names) != 2 or not names[1].endswith(SUFFIX) or "://" not in where:
+    if len(names) != 2 or not names[1].endswith(BUNDLE_SUFFIX) or "://" not in where:
         return None
     store = open_store(where)
-    item = store.find(names[0], names[1].removesuffix(SUFFIX))
+    item = store.find(names[0], names[1].removesuffix(BUNDLE_SUFFIX))
     return None if item is None or item.is_missing else (store, item)

@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.grid.files import GridRow
-from phasewatch.validate.verdict import USABLE, Verdict
-from phasewatch.vocab import Status
+from phasewatch.binning.storage import BinIndexRow
+from phasewatch.types import BundleStatus
+from phasewatch.validate.verdict import USABLE_STATUSES, BundleVerdict
 
-DUPLICATE, CONTESTED = "duplicate", "contested"
+DUPLICATE_CODE, CONTESTED_CODE = "duplicate", "contested"
 
-Key = tuple[str, str]  # host_id, episode_id
+EpisodeKey = tuple[str, str]  # host_id, episode_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,49 +34,49 @@ class PriorVerdict:
         sha256: Of the bundle that it was said of.
     """
 
-    status: Status
+    status: BundleStatus
     sha256: str
     reasons: frozenset[str]
 
     @property
-    def was_copy(self) -> bool:
+    def was_duplicate(self) -> bool:
         """Whether it was refused because of its telemetry."""
-        return not self.reasons.isdisjoint({DUPLICATE, CONTESTED})
+        return not self.reasons.isdisjoint({DUPLICATE_CODE, CONTESTED_CODE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ArrivalEvidence:
+class PriorVerdictLoaders:
     """Where to look for what was accepted before; both are asked only if there are copies.
 
     Attributes:
-        swept: Loads the last sweep's verdicts.
-        admitted: Loads what the receiver said of one bundle on its arrival; None if nothing.
+        load_last_sweep: Loads the last sweep's verdicts.
+        load_on_arrival: Loads what the receiver said of one bundle on its arrival; None if nothing.
     """
 
-    swept: Callable[[], Mapping[Key, PriorVerdict]]
-    admitted: Callable[[Key], PriorVerdict | None]
+    load_last_sweep: Callable[[], Mapping[EpisodeKey, PriorVerdict]]
+    load_on_arrival: Callable[[EpisodeKey], PriorVerdict | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Holder:
+class TelemetryHolder:
     """A usable bundle that holds some telemetry.
 
     Attributes:
         place: Of its verdict in the sweep's order.
-        identity: Equal for bundles of the same host, labels and kind; see `identity_of`.
+        identity: Equal for bundles of the same host, labels and kind; see `_compute_identity`.
     """
 
     place: int
-    verdict: Verdict
+    verdict: BundleVerdict
     identity: bytes
 
     @property
-    def key(self) -> Key:
+    def key(self) -> EpisodeKey:
         """Host and episode."""
         return self.verdict.host_id, self.verdict.episode_id
 
 
-def identity_of(row: GridRow, bins: NDArray[np.float32]) -> bytes:
+def _compute_identity(row: BinIndexRow, bins: NDArray[np.float32]) -> bytes:
     """Return a digest of whose recording it is and what its labels say of which readings.
 
     The labels count from the first one on; where the readings lie against it is seen in the bins, ``(n, 46)``.
@@ -88,79 +88,87 @@ def identity_of(row: GridRow, bins: NDArray[np.float32]) -> bytes:
     return digest.digest()
 
 
-def parse_admitted(text: bytes) -> PriorVerdict | None:
+def parse_prior_verdict(text: bytes) -> PriorVerdict | None:
     """Parse the file that the receiver puts beside a bundle; None if it is none."""
     try:
         said = json.loads(text)
         return PriorVerdict(
-            status=Status(said["status"]), sha256=str(said["sha256"]), reasons=frozenset(map(str, said["reasons"]))
+            status=BundleStatus(said["status"]),
+            sha256=str(said["sha256"]),
+            reasons=frozenset(map(str, said["reasons"])),
         )
     except (ValueError, KeyError, TypeError):
         return None
 
 
-class Copies:
+class DuplicateResolver:
     """Collects the usable bundles of a sweep by their telemetry, and rules on those that hold the same."""
 
-    def __init__(self, evidence: ArrivalEvidence) -> None:
+    def __init__(self, evidence: PriorVerdictLoaders) -> None:
         self._evidence = evidence
-        self._swept: Mapping[Key, PriorVerdict] | None = None
-        self._holders: dict[str, list[Holder]] = defaultdict(list)
+        self._swept: Mapping[EpisodeKey, PriorVerdict] | None = None
+        self._holders: dict[str, list[TelemetryHolder]] = defaultdict(list)
 
-    def add(self, place: int, verdict: Verdict, row: GridRow, bins: NDArray[np.float32]) -> bool:
+    def add(self, place: int, verdict: BundleVerdict, row: BinIndexRow, bins: NDArray[np.float32]) -> bool:
         """Add one usable bundle, in the sweep's order; return whether its bins may be needed.
 
         They are not if it repeats a bundle that is there already and was not accepted before.
         """
-        holder = Holder(place=place, verdict=verdict, identity=identity_of(row, bins))
+        holder = TelemetryHolder(place=place, verdict=verdict, identity=_compute_identity(row, bins))
         held = self._holders[verdict.telemetry_sha256]
         repeats = any(other.identity == holder.identity for other in held)
         held.append(holder)
         return not repeats or self._was_usable(holder)
 
-    def rule(self) -> dict[int, Verdict]:
+    def resolve(self) -> dict[int, BundleVerdict]:
         """Rule on all of them: place → the verdict that replaces its own. Those that stay are not in it."""
-        ruled: dict[int, Verdict] = {}
+        ruled: dict[int, BundleVerdict] = {}
         for held in self._holders.values():
             if len(held) > 1:
-                ruled |= rule_on(held, self._accepted_before(held))
+                ruled |= _resolve_group(held, self._find_earlier_holder(held))
         return ruled
 
-    def _accepted_before(self, held: Sequence[Holder]) -> Holder | None:
+    def _find_earlier_holder(self, held: Sequence[TelemetryHolder]) -> TelemetryHolder | None:
         """Find the one whose claim is older: the last sweep's word counts first, then the receiver's."""
         earlier = [h for h in held if self._was_usable(h) and not self._was_first_by_path(h, held)]
         if earlier:
             return earlier[0] if len({h.identity for h in earlier}) == 1 else None
-        said = {h.place: self._admitted(h) for h in held}
+        said = {h.place: self._load_on_arrival(h) for h in held}
         for holder in held:
             others = [said[h.place] for h in held if h.identity != holder.identity]
             own = said[holder.place]
-            if own and own.status in USABLE and others and all(other and other.was_copy for other in others):
+            if (
+                own
+                and own.status in USABLE_STATUSES
+                and others
+                and all(other and other.was_duplicate for other in others)
+            ):
                 return next(h for h in held if h.identity == holder.identity)
         return None
 
-    def _was_usable(self, holder: Holder) -> bool:
-        before = self._before().get(holder.key)
-        return before is not None and before.status in USABLE and before.sha256 == holder.verdict.sha256
+    def _was_usable(self, holder: TelemetryHolder) -> bool:
+        before = self._load_last_sweep().get(holder.key)
+        return before is not None and before.status in USABLE_STATUSES and before.sha256 == holder.verdict.sha256
 
-    def _was_first_by_path(self, holder: Holder, held: Sequence[Holder]) -> bool:
+    def _was_first_by_path(self, holder: TelemetryHolder, held: Sequence[TelemetryHolder]) -> bool:
         """Whether it was accepted over another's claim only because its path came first, as older versions did."""
-        others = [self._before().get(h.key) for h in held if h.identity != holder.identity]
+        others = [self._load_last_sweep().get(h.key) for h in held if h.identity != holder.identity]
         return any(
-            other is not None and DUPLICATE in other.reasons and CONTESTED not in other.reasons for other in others
+            other is not None and DUPLICATE_CODE in other.reasons and CONTESTED_CODE not in other.reasons
+            for other in others
         )
 
-    def _before(self) -> Mapping[Key, PriorVerdict]:
+    def _load_last_sweep(self) -> Mapping[EpisodeKey, PriorVerdict]:
         if self._swept is None:
-            self._swept = self._evidence.swept()
+            self._swept = self._evidence.load_last_sweep()
         return self._swept
 
-    def _admitted(self, holder: Holder) -> PriorVerdict | None:
-        said = self._evidence.admitted(holder.key)
+    def _load_on_arrival(self, holder: TelemetryHolder) -> PriorVerdict | None:
+        said = self._evidence.load_on_arrival(holder.key)
         return said if said is not None and said.sha256 == holder.verdict.sha256 else None
 
 
-def rule_on(held: Sequence[Holder], winner: Holder | None) -> dict[int, Verdict]:
+def _resolve_group(held: Sequence[TelemetryHolder], winner: TelemetryHolder | None) -> dict[int, BundleVerdict]:
     """Rule on bundles of the same telemetry, in the sweep's order.
 
     Args:
@@ -173,19 +181,19 @@ def rule_on(held: Sequence[Holder], winner: Holder | None) -> dict[int, Verdict]
     if winner is None and len({h.identity for h in held}) == 1:
         winner = held[0]
     if winner is not None:
-        return {h.place: _refuse(h, winner, is_before=True) for h in held if h is not winner}
+        return {h.place: _build_rejection(h, winner, is_before=True) for h in held if h is not winner}
     return {
-        h.place: _refuse(h, next(other for other in held if other.identity != h.identity), is_before=False)
+        h.place: _build_rejection(h, next(other for other in held if other.identity != h.identity), is_before=False)
         for h in held
     }
 
 
-def _refuse(holder: Holder, other: Holder, *, is_before: bool) -> Verdict:
+def _build_rejection(holder: TelemetryHolder, other: TelemetryHolder, *, is_before: bool) -> BundleVerdict:
     v, name = holder.verdict, "/".join(other.key)
-    kept = [code for code in v.reasons if code not in (DUPLICATE, CONTESTED)]
+    kept = [code for code in v.reasons if code not in (DUPLICATE_CODE, CONTESTED_CODE)]
     if holder.identity == other.identity:
         words = f"the same telemetry as {name}"
-        codes: tuple[str, ...] = (DUPLICATE,)
+        codes: tuple[str, ...] = (DUPLICATE_CODE,)
     else:
         what = "another host" if holder.key[0] != other.key[0] else "other labels"
         words = f"the same telemetry as {name}, under {what}"
@@ -194,6 +202,6 @@ def _refuse(holder: Holder, other: Holder, *, is_before: bool) -> Verdict:
             if is_before
             else "; neither was accepted before, so both are set aside: remove the false one, and sweep again"
         )
-        codes = (CONTESTED, DUPLICATE)
+        codes = (CONTESTED_CODE, DUPLICATE_CODE)
     detail = f"{v.path}: {words}"
-    return replace(v, status=Status.REJECTED, reasons=(*codes, *kept), detail=detail, duplicate_of=name)
+    return replace(v, status=BundleStatus.REJECTED, reasons=(*codes, *kept), detail=detail, duplicate_of=name)

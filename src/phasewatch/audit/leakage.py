@@ -1,0 +1,555 @@
+"""What a corpus gives away beside the phase: clock, host, neighbour, plan; each as one figure (pure).
+
+A model that knows how late it is, on which host it runs or what its neighbour does can score without seeing any
+malware. Every classifier here is answered out of fold, folds by session, so that no episode explains itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch.arrays import Float32Array
+from phasewatch.audit.checks import REPORT_ONLY_SUFFIX, AuditCheck, CheckOutcome, build_check, build_untested_check
+from phasewatch.binning.storage import BinIndexRow, MappedBins, open_bins
+from phasewatch.channels import LEVEL_CHANNELS, build_channel_mask
+from phasewatch.errors import RunError
+from phasewatch.features.schema import feature_names
+from phasewatch.features.stats import STATS
+from phasewatch.features.tables import build_window_table
+from phasewatch.metrics import confusion_counts, macro_f1
+from phasewatch.models import registry
+from phasewatch.models.base import InputKind, InputSpec, LabelledExamples, ModelInputs
+from phasewatch.types import BIN_NS, STRIDE_BINS, WINDOW_BINS, SampleKind
+from phasewatch.validate.index import VALIDATION_FILE, read_index
+from phasewatch.validate.verdict import USABLE_STATUSES
+
+N_FOLDS = 5
+MAX_LEAVE_ONE_OUT = (
+    30  # of so few episodes each is left out by itself: how they fall into five folds moves a figure by 0.1
+)
+
+_PROBE_ROUNDS = 40
+_PROBE_TREE_PARAMS = {
+    "tree_method": "hist",
+    "max_depth": 3,
+    "max_bin": 32,
+    "eta": 0.2,
+    "seed": 0,
+    "nthread": 1,
+    "verbosity": 0,
+}
+
+
+def assign_group_folds(groups: NDArray[np.str_], k: int) -> NDArray[np.int64]:
+    """Deal groups over k folds by size: each goes, in order of falling size and name, where least is."""
+    names, codes, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    held, place = np.zeros(k, np.int64), np.zeros(len(names), np.int64)
+    for group in np.lexsort((names, -sizes)):
+        place[group] = int(np.argmin(held))
+        held[place[group]] += sizes[group]
+    return place[codes]
+
+
+def _iterate_group_folds(
+    groups: NDArray[np.str_], rows: NDArray[np.bool_], k: int = N_FOLDS
+) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
+    """Give (train, test) masks over all rows, fold by fold; groups stay together, and only `rows` are in either."""
+    fold = np.full(len(groups), -1)
+    fold[rows] = assign_group_folds(groups[rows], k)
+    for number in range(k):
+        yield rows & (fold != number), fold == number
+
+
+def predict_classes_out_of_fold(
+    x: Float32Array, y: NDArray[np.int64], groups: NDArray[np.str_], rows: NDArray[np.bool_]
+) -> NDArray[np.int64] | None:
+    """Answer every row by trees that saw none of its session; None where there are too few sessions."""
+    import xgboost as xgb
+
+    if len(np.unique(groups[rows])) < N_FOLDS or len(np.unique(y[rows])) < 2:
+        return None
+    k = int(y[rows].max()) + 1
+    said = np.full(len(y), -1)
+    for train, test in _iterate_group_folds(groups, rows):
+        count = np.bincount(y[train], minlength=k)
+        weight = np.divide(1.0, count, out=np.zeros(k), where=count > 0) * len(y[train]) / max(1, (count > 0).sum())
+        data = xgb.QuantileDMatrix(x[train], label=y[train], weight=weight[y[train]], max_bin=32, nthread=1)
+        booster = xgb.train(
+            {**_PROBE_TREE_PARAMS, "objective": "multi:softprob", "num_class": k},
+            data,
+            num_boost_round=_PROBE_ROUNDS,
+            verbose_eval=False,
+        )
+        said[test] = np.asarray(booster.inplace_predict(x[test], missing=np.nan)).reshape(-1, k).argmax(axis=1)
+    return said
+
+
+def predict_values_out_of_fold(
+    x: Float32Array, t: NDArray[np.float64], episode: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Predict a number for every row by trees that saw none of its episode."""
+    import xgboost as xgb
+
+    said = np.zeros(len(t))
+    k = min(MAX_LEAVE_ONE_OUT, len(np.unique(episode)))
+    for train, test in _iterate_group_folds(episode.astype(str), np.ones(len(t), np.bool_), k):
+        if train.any() and test.any():
+            data = xgb.QuantileDMatrix(x[train], label=t[train], max_bin=32, nthread=1)
+            booster = xgb.train(
+                {**_PROBE_TREE_PARAMS, "objective": "reg:squarederror"}, data, num_boost_round=_PROBE_ROUNDS
+            )
+            said[test] = booster.inplace_predict(x[test], missing=np.nan)
+    return said
+
+
+def compute_macro_f1_and_chance(truth: NDArray[np.int64], said: NDArray[np.int64]) -> tuple[float, float]:
+    """Give macro-F1, and what guesses drawn with the classes' shares would have."""
+    confusion = confusion_counts(truth, said)
+    share = confusion.sum(axis=1) / max(1, len(truth))
+    classes = tuple(int(i) for i in np.flatnonzero(share))
+    # A guess drawn by share has precision and recall equal to the share.
+    return float(macro_f1(confusion, classes)), float(np.mean(share[list(classes)]))
+
+
+def compute_spearman(x: NDArray[np.floating], t: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Correlate ranks column by column, over the finite rows; 0 where a column does not move (Spearman 1904)."""
+    from scipy.stats import rankdata
+
+    found = np.zeros(x.shape[1])
+    for i in range(x.shape[1]):
+        known = np.isfinite(x[:, i])
+        if known.sum() >= WINDOW_BINS // 2 and np.ptp(x[known, i]) > 0:
+            a, b = rankdata(x[known, i]), rankdata(t[known])
+            found[i] = np.corrcoef(a, b)[0, 1] if np.ptp(b) > 0 else 0.0
+    return found
+
+
+MAX_ABOVE_CHANCE = 0.10  # of macro-F1, for the clock: 0.30 where all five phases occur (a plan's own gate is at 0.25)
+MAX_IDLE_CORRELATION = 0.20  # above it a suspect is named
+STARTUP_S = 12.5  # two windows: what the guest did at the first label has ended
+MAX_SINGLE_FEATURE = 0.95  # what one feature alone may tell of host or hour (DESIGN section 9, "Audit")
+N_QUANTILE_BINS = 32  # of one feature, when it is asked alone
+N_PERMUTATIONS = 999
+PERMUTATION_ALPHA = 0.01
+MAX_SUSPECTS = 5
+MIN_GROUPS = 3  # sessions, hosts or episodes below which a question has no answer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LeakageWindows:
+    """The windows of a store's usable episodes, of known phase, in order of episode and time.
+
+    Attributes:
+        x: ``(n, f)`` features that a defender has; NaN where nothing was known.
+        levels: ``(n, l)`` means of the levels over each window, likewise.
+        y: ``(n,)`` phase codes.
+        t_s: ``(n,)`` middles, seconds since the first label.
+        t_ns: ``(n,)`` the same on the wall clock.
+        episode_index: ``(n,)`` which episode.
+        names: The features' names.
+        host, session, profile, role: ``(e,)`` of each episode.
+        is_idle: ``(e,)`` benign, and nothing but everyday life.
+        length_s: ``(e,)``.
+    """
+
+    x: Float32Array
+    levels: Float32Array
+    y: NDArray[np.int64]
+    t_s: NDArray[np.float64]
+    t_ns: NDArray[np.int64]
+    episode_index: NDArray[np.int64]
+    names: tuple[str, ...]
+    host: NDArray[np.str_]
+    session: NDArray[np.str_]
+    profile: NDArray[np.str_]
+    role: NDArray[np.str_]
+    is_idle: NDArray[np.bool_]
+    length_s: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeakageResult:
+    """One question and its answer.
+
+    Attributes:
+        name: Stable, in kebab-case.
+        question: What was tried.
+        value: The figure; NaN where there was too little to ask, and `words` says so.
+        unit: What the figure is.
+        chance: What the same figure is without any leak, if that is known.
+        limit: What it must not exceed; None where it is only reported.
+        words: How much was looked at, and who is suspected.
+    """
+
+    name: str
+    question: str
+    value: float
+    unit: str
+    chance: float | None
+    limit: float | None
+    words: str
+
+    @property
+    def exceeds_limit(self) -> bool:
+        """Whether the figure passes its limit."""
+        return self.limit is not None and self.value > self.limit
+
+
+def probe_leakage(windows: LeakageWindows, only: Collection[str] = ()) -> tuple[LeakageResult, ...]:
+    """Ask a corpus every question, or only some, in a fixed order."""
+    lab = windows.role[windows.episode_index] == "lab"
+    return tuple(ask(windows, lab) for name, ask in LEAKAGE_PROBES.items() if not only or name in only)
+
+
+def _probe_phase_from_time(w: LeakageWindows, lab: NDArray[np.bool_]) -> LeakageResult:
+    name, question = "phase-from-elapsed-time", "The phase, from the time since the first label alone."
+    spec = InputSpec(
+        kind=InputKind.ELAPSED, names=("t_center_s",), mask="elapsed", schema_hash="", behaviour_fingerprint=""
+    )
+
+    def part(rows: NDArray[np.bool_]) -> LabelledExamples:
+        return LabelledExamples(inputs=ModelInputs(x=w.t_s[rows, None].astype(np.float32), spec=spec), y=w.y[rows])
+
+    fold = assign_group_folds(w.session[w.episode_index], N_FOLDS)
+    said = np.full(len(w.y), -1)
+    for number in range(N_FOLDS):
+        test, val = lab & (fold == number), lab & (fold == (number + 1) % N_FOLDS)
+        train = lab & ~test & ~val
+        if not (test.any() and val.any() and train.any()):
+            return _build_unanswered(name, question, "macro-F1", "fewer than five sessions")
+        model = registry.create("elapsed_time").fit(part(train), part(val))
+        said[test] = model.predict(part(test).inputs)
+    return _build_phase_result(name, question, w, lab, said, 1 / len(np.unique(w.y[lab])) + MAX_ABOVE_CHANCE)
+
+
+def _probe_phase_from_levels(w: LeakageWindows, lab: NDArray[np.bool_]) -> LeakageResult:
+    name, question = "phase-from-levels", "The phase, from the cumulative totals that are no channels."
+    said = predict_classes_out_of_fold(w.levels, w.y, w.session[w.episode_index], lab)
+    if said is None:
+        return _build_unanswered(name, question, "macro-F1", "fewer than five sessions")
+    return _build_phase_result(name, question, w, lab, said, None)
+
+
+def _build_phase_result(
+    name: str, question: str, w: LeakageWindows, rows: NDArray[np.bool_], said: NDArray[np.int64], limit: float | None
+) -> LeakageResult:
+    score, chance = compute_macro_f1_and_chance(w.y[rows], said[rows])
+    words = f"{int(rows.sum()):,} windows of {len(np.unique(w.episode_index[rows]))} lab episodes"
+    return LeakageResult(
+        name=name, question=question, value=score, unit="macro-F1", chance=chance, limit=limit, words=words
+    )  # fmt: skip
+
+
+def _probe_time_from_features(w: LeakageWindows, lab: NDArray[np.bool_]) -> LeakageResult:
+    question = "How late it is in a benign idle episode, from the features."
+    return _probe_time(w, _find_idle_rows(w), "elapsed-time-from-idle", question)
+
+
+def _find_idle_rows(w: LeakageWindows) -> NDArray[np.bool_]:
+    """Mark the windows of idle episodes that are no later than a lab episode lasts.
+
+    No phase is learnt later; and of one soak episode of ten minutes nothing that learnt from shorter ones tells the hour,
+    which hides how well it is told of all others.
+    """
+    lab = w.length_s[w.role == "lab"]
+    longest = float(lab.max()) if len(lab) else np.inf
+    rows: NDArray[np.bool_] = w.is_idle[w.episode_index] & (w.t_s <= longest)
+    return rows
+
+
+def _probe_time_from_later_features(w: LeakageWindows, lab: NDArray[np.bool_]) -> LeakageResult:
+    """Ask again without the step that begins every episode: the guest clears its scratch folder and syncs."""
+    return _probe_time(
+        w, _find_idle_rows(w) & (w.t_s > STARTUP_S), "elapsed-time-from-idle-later",
+        f"The same, of windows whose middle is later than {STARTUP_S:g} s.",
+    )  # fmt: skip
+
+
+def _probe_time(w: LeakageWindows, idle: NDArray[np.bool_], name: str, question: str) -> LeakageResult:
+    episodes = np.unique(w.episode_index[idle])
+    if len(episodes) < MIN_GROUPS:
+        return _build_unanswered(name, question, "rank correlation", f"{len(episodes)} idle episodes")
+    said = predict_values_out_of_fold(w.x[idle], w.t_s[idle], w.episode_index[idle])
+    value = float(compute_spearman(said[:, None], w.t_s[idle])[0])
+    words = f"{int(idle.sum()):,} windows of {len(episodes)} idle episodes"
+    if value >= MAX_IDLE_CORRELATION:
+        drift = _correlate_within_episodes(w, idle)
+        order = np.argsort(-np.abs(drift), kind="stable")[:MAX_SUSPECTS]
+        named = ", ".join(f"{w.names[i]} {drift[i]:+.2f}" for i in order)
+        words += f"; above {MAX_IDLE_CORRELATION:.2f}, so the suspects, by rank correlation within episodes: {named}"
+    return LeakageResult(
+        name=name, question=question, value=value, unit="rank correlation", chance=0.0, limit=None, words=words
+    )
+
+
+def _correlate_within_episodes(w: LeakageWindows, idle: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Give each feature's mean rank correlation with the time inside idle episodes."""
+    found = [
+        compute_spearman(w.x[rows], w.t_s[rows])
+        for rows in (idle & (w.episode_index == e) for e in np.unique(w.episode_index[idle]))
+    ]
+    return np.asarray(np.mean(found, axis=0), np.float64)
+
+
+def _probe_time_from_one_feature(w: LeakageWindows, lab: NDArray[np.bool_]) -> LeakageResult:
+    name, question = "elapsed-time-from-one-feature", "How late it is in a benign idle episode, from any one feature."
+    idle = _find_idle_rows(w)
+    if len(np.unique(w.episode_index[idle])) < MIN_GROUPS:
+        return _build_unanswered(name, question, "rank correlation", "too few idle episodes", MAX_SINGLE_FEATURE)
+    found = np.abs(compute_spearman(w.x[idle], w.t_s[idle]))
+    best = int(np.argmax(found))
+    return LeakageResult(
+        name=name, question=question, value=float(found[best]), unit="rank correlation", chance=0.0, limit=MAX_SINGLE_FEATURE,
+        words=f"the strongest of {len(w.names)} is {w.names[best]}",
+    )  # fmt: skip
+
+
+def _probe_host_from_features(w: LeakageWindows, lab: NDArray[np.bool_]) -> LeakageResult:
+    name, question = "host-from-features", "On which host a window was recorded, from all features."
+    hosts, codes = np.unique(w.host, return_inverse=True)
+    said = (
+        predict_classes_out_of_fold(w.x, codes[w.episode_index], w.session[w.episode_index], lab)
+        if len(hosts) > 1
+        else None
+    )
+    if said is None:
+        return _build_unanswered(name, question, "accuracy", "one host, or fewer than five sessions")
+    truth = codes[w.episode_index][lab]
+    value = float(np.mean(said[lab] == truth))
+    return LeakageResult(
+        name=name, question=question, value=value, unit="accuracy", chance=float(np.bincount(truth).max() / len(truth)),
+        limit=None, words=f"{len(hosts)} hosts; chance is always naming the most frequent one",
+    )  # fmt: skip
+
+
+def _probe_host_from_one_feature(w: LeakageWindows, lab: NDArray[np.bool_]) -> LeakageResult:
+    name, question = "host-from-one-feature", "On which host a window was recorded, from any one feature."
+    hosts, codes = np.unique(w.host, return_inverse=True)
+    fold = assign_group_folds(w.session[w.episode_index], N_FOLDS)
+    if len(hosts) < 2 or not all((lab & (fold == number)).any() for number in range(N_FOLDS)):
+        return _build_unanswered(
+            name, question, "balanced accuracy", "one host, or fewer than five sessions", MAX_SINGLE_FEATURE
+        )
+    truth = codes[w.episode_index]
+    each = [_score_single_feature(w.x[lab, i], truth[lab], fold[lab], len(hosts)) for i in range(w.x.shape[1])]
+    best = int(np.argmax(each))
+    return LeakageResult(
+        name=name, question=question, value=each[best], unit="balanced accuracy", chance=1 / len(hosts),
+        limit=MAX_SINGLE_FEATURE, words=f"the strongest of {len(w.names)} is {w.names[best]}",
+    )  # fmt: skip
+
+
+def _score_single_feature(x: Float32Array, truth: NDArray[np.int64], fold: NDArray[np.int64], k: int) -> float:
+    """Score the best guess from one feature, cut into cells of equal frequency; a missing value is a cell too."""
+    hit, total = np.zeros(k), np.zeros(k)
+    for number in range(N_FOLDS):
+        test = fold == number
+        known = x[~test & np.isfinite(x)]
+        edges = (
+            np.unique(np.quantile(known, np.linspace(0, 1, N_QUANTILE_BINS + 1)[1:-1])) if len(known) else np.zeros(0)
+        )
+        cell = np.where(np.isfinite(x), np.searchsorted(edges, x), N_QUANTILE_BINS)
+        counts = np.zeros((N_QUANTILE_BINS + 1, k))
+        np.add.at(counts, (cell[~test], truth[~test]), 1.0)
+        answer = (counts / np.maximum(counts.sum(axis=0), 1)).argmax(axis=1)
+        np.add.at(hit, truth[test], answer[cell[test]] == truth[test])
+        np.add.at(total, truth[test], 1.0)
+    return float(np.mean(hit[total > 0] / total[total > 0]))
+
+
+def _probe_length_against_profile(w: LeakageWindows, lab: NDArray[np.bool_]) -> LeakageResult:
+    name, question = "length-against-profile", "Whether an episode's length tells its profile."
+    is_lab = w.role == "lab"
+    names, codes = np.unique(w.profile[is_lab], return_inverse=True)
+    length = w.length_s[is_lab]
+    if len(names) < 2 or len(length) <= len(names) or float(np.ptp(length)) == 0:
+        return _build_unanswered(name, question, "share of variance", "one profile, or one length")
+    value = _compute_eta_squared(length, codes)
+    rng = np.random.default_rng(0)
+    drawn = np.array([_compute_eta_squared(length, rng.permutation(codes)) for _ in range(N_PERMUTATIONS)])
+    p = (1 + int((drawn >= value).sum())) / (N_PERMUTATIONS + 1)
+    # The limit is what chance passes in one corpus of a hundred.
+    return LeakageResult(
+        name=name, question=question, value=value, unit="share of variance", chance=float(drawn.mean()),
+        limit=float(np.quantile(drawn, 1 - PERMUTATION_ALPHA)), words=f"{len(length)} lab episodes, permutation p = {p:.2f}",
+    )  # fmt: skip
+
+
+def _compute_eta_squared(values: NDArray[np.float64], codes: NDArray[np.int64]) -> float:
+    """Give eta squared: the share of the variance that lies between groups."""
+    count = np.bincount(codes)
+    means = np.bincount(codes, values) / np.maximum(count, 1)
+    return float((count * (means - values.mean()) ** 2).sum() / ((values - values.mean()) ** 2).sum())
+
+
+def _probe_neighbour_from_wait(w: LeakageWindows, lab: NDArray[np.bool_]) -> LeakageResult:
+    name, question = "neighbour-from-wait", "The phase of the VM beside it, from a VM's own waiting for a core."
+    columns = [i for i, feature in enumerate(w.names) if feature.startswith("proc.vcpu_wait.")]
+    other = _find_neighbour_windows(w)
+    rows = lab & (other >= 0)
+    beside = np.where(other >= 0, w.y[np.maximum(other, 0)], 0)
+    said = (
+        predict_classes_out_of_fold(w.x[:, columns], beside, w.session[w.episode_index], rows)
+        if columns and rows.any()
+        else None
+    )
+    if said is None:
+        return _build_unanswered(name, question, "macro-F1", "too few sessions of two")
+    score, chance = compute_macro_f1_and_chance(beside[rows], said[rows])
+    return LeakageResult(
+        name=name, question=question, value=score, unit="macro-F1", chance=chance, limit=None,
+        words=f"{int(rows.sum()):,} windows of {len(np.unique(w.episode_index[rows]))} episodes that had a neighbour",
+    )  # fmt: skip
+
+
+def _find_neighbour_windows(w: LeakageWindows) -> NDArray[np.int64]:
+    """Give for each window the neighbour's window whose middle is nearest, at most half a stride away; else −1."""
+    reach_ns = BIN_NS * STRIDE_BINS // 2
+    found = np.full(len(w.y), -1)
+    for session in np.unique(w.session):
+        members = np.flatnonzero(w.session == session)
+        if len(members) != 2:
+            continue
+        a, b = (np.flatnonzero(w.episode_index == member) for member in members)
+        for mine, theirs in ((a, b), (b, a)):
+            if not (len(mine) and len(theirs)):
+                continue
+            right = np.clip(np.searchsorted(w.t_ns[theirs], w.t_ns[mine]), 0, len(theirs) - 1)
+            left = np.maximum(right - 1, 0)
+            gap = np.abs(np.stack([w.t_ns[theirs[left]], w.t_ns[theirs[right]]]) - w.t_ns[mine])
+            nearest = np.where(gap[0] <= gap[1], theirs[left], theirs[right])
+            found[mine] = np.where(gap.min(axis=0) <= reach_ns, nearest, -1)
+    return found
+
+
+def _build_unanswered(name: str, question: str, unit: str, why: str, limit: float | None = None) -> LeakageResult:
+    return LeakageResult(
+        name=name, question=question, value=float("nan"), unit=unit, chance=None, limit=limit, words=f"not asked: {why}"
+    )
+
+
+LEAKAGE_PROBES: Mapping[str, Callable[[LeakageWindows, NDArray[np.bool_]], LeakageResult]] = {
+    "phase-from-elapsed-time": _probe_phase_from_time,
+    "phase-from-levels": _probe_phase_from_levels,
+    "elapsed-time-from-idle": _probe_time_from_features,
+    "elapsed-time-from-idle-later": _probe_time_from_later_features,
+    "elapsed-time-from-one-feature": _probe_time_from_one_feature,
+    "host-from-features": _probe_host_from_features,
+    "host-from-one-feature": _probe_host_from_one_feature,
+    "length-against-profile": _probe_length_against_profile,
+    "neighbour-from-wait": _probe_neighbour_from_wait,
+}
+
+
+def render_leakage(leaks: Sequence[LeakageResult]) -> list[tuple[str, str, str, str]]:
+    """Give a table's rows: question, figure, limit or chance, words."""
+    rows = []
+    for leak in leaks:
+        figure = "—" if np.isnan(leak.value) else f"{leak.value:.2f} {leak.unit}"
+        against = [f"limit {leak.limit:.2f}"] if leak.limit is not None else []
+        against += [f"chance {leak.chance:.2f}"] if leak.chance is not None else []
+        rows.append((leak.question, figure, ", ".join(against), leak.words))
+    return rows
+
+
+LEAK_CHECK_PREFIX = "leak-"
+LEAKAGE_CHANNEL_SET = "realistic"
+MAX_EPISODES = 600  # of a larger store a sample by session is asked: the questions need no more
+_IDLE_SAMPLE = "idle"
+
+
+def read_leakage_windows(run: Path) -> LeakageWindows:
+    """Read the windows of a swept run's usable episodes, of a large store's those of a sample.
+
+    Raises:
+        RunError: If it has no verdicts or no grids, or not one usable window.
+    """
+    usable = {(v.host_id, v.episode_id) for v in read_index(run / VALIDATION_FILE) if v.status in USABLE_STATUSES}
+    grids = open_bins(run / "grids")
+    return _build_leakage_windows(
+        grids, _sample_rows([row for row in grids.rows if (row.host_id, row.episode_id) in usable])
+    )
+
+
+def _sample_rows(rows: list[BinIndexRow]) -> list[BinIndexRow]:
+    if len(rows) <= MAX_EPISODES:
+        return rows
+    by_hash = sorted(rows, key=lambda row: (sha256(row.session.encode()).digest(), row.episode_id))
+    kept = {row.session for row in by_hash[:MAX_EPISODES]}
+    return [row for row in rows if row.session in kept]
+
+
+def _build_leakage_windows(grids: MappedBins, rows: list[BinIndexRow]) -> LeakageWindows:
+    """Cut episodes into windows of known phase.
+
+    Raises:
+        RunError: If there is not one.
+    """
+    known = np.repeat(build_channel_mask(LEAKAGE_CHANNEL_SET), len(STATS))
+    x, levels, y, t_s, t_ns, of = [], [], [], [], [], []
+    kept: list[BinIndexRow] = []
+    for row in rows:
+        table = build_window_table(row, np.asarray(grids.episode_bins(row)))
+        is_known = table.phase >= 0
+        if not is_known.any():
+            continue
+        x.append(table.stats[is_known][:, known])
+        levels.append(_compute_level_means(np.asarray(grids.episode_levels(row)), len(table.phase))[is_known])
+        y.append(table.phase[is_known].astype(np.int64))
+        t_s.append(table.center_s[is_known].astype(np.float64))
+        t_ns.append(table.center_ns[is_known])
+        of.append(np.full(int(is_known.sum()), len(kept), np.int64))
+        kept.append(row)
+    if not kept:
+        raise RunError("no usable episode of this run has a window of known phase; there is nothing to ask for leaks")
+    return LeakageWindows(
+        x=np.concatenate(x), levels=np.concatenate(levels), y=np.concatenate(y), t_s=np.concatenate(t_s),
+        t_ns=np.concatenate(t_ns), episode_index=np.concatenate(of),
+        names=tuple(name for name, is_in in zip(feature_names(), known, strict=True) if is_in),
+        host=np.array([row.host_id for row in kept]),
+        session=np.array([f"{row.host_id}/{row.session}" for row in kept]),
+        profile=np.array([row.profile for row in kept]),
+        role=np.array([str(row.role) for row in kept]),
+        is_idle=np.array([row.sample_kind is SampleKind.BENIGN and row.sample_name == _IDLE_SAMPLE for row in kept]),
+        length_s=np.array([row.n_bins * BIN_NS / 1e9 for row in kept]),
+    )  # fmt: skip
+
+
+def _compute_level_means(levels: np.ndarray, w: int) -> np.ndarray:
+    """Give the mean of each level over each window, ``(w, l)``; NaN where it was never known."""
+    total, count = np.zeros((w, len(LEVEL_CHANNELS))), np.zeros((w, len(LEVEL_CHANNELS)))
+    for row in range(WINDOW_BINS):
+        part = levels[row : row + STRIDE_BINS * w : STRIDE_BINS][:w]
+        is_known = np.isfinite(part)
+        total += np.where(is_known, part, 0.0)
+        count += is_known
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0).astype(np.float32)
+
+
+def check_leakage(run: Path) -> tuple[AuditCheck, ...]:
+    """Make a check of every question; one without a limit is kept whatever its figure, which stands in its words."""
+    try:
+        leaks = probe_leakage(read_leakage_windows(run))
+    except RunError as exc:
+        return (
+            build_untested_check(f"{LEAK_CHECK_PREFIX}checks", "Nothing but the telemetry tells the phase.", str(exc)),
+        )
+    return tuple(_build_leakage_check(leak) for leak in leaks)
+
+
+def _build_leakage_check(leak: LeakageResult) -> AuditCheck:
+    name, asked = LEAK_CHECK_PREFIX + leak.name, leak.question
+    if np.isnan(leak.value):
+        return build_untested_check(name, asked, leak.words)
+    chance = f", chance {leak.chance:.2f}" if leak.chance is not None else ""
+    found = f"{leak.value:.2f} {leak.unit}{chance}; {leak.words}"
+    if leak.limit is None:
+        return AuditCheck(name=name, promise=f"{asked} {REPORT_ONLY_SUFFIX}", fate=CheckOutcome.KEPT, words=found)
+    promise = f"{asked} At most {leak.limit:.2f}."
+    return build_check(name, promise, [found] if leak.exceeds_limit else [], looked_at=found)

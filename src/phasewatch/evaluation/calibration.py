@@ -1,0 +1,173 @@
+"""Whether probabilities mean what they say: reliability by bin, how often decisions flip, and what abstaining would leave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch import metrics
+from phasewatch.arrays import FloatArray
+from phasewatch.evaluation import bootstrap
+from phasewatch.evaluation.metric_table import MetricRow
+from phasewatch.evaluation.predictions import ModelPredictions, PredictionGroup, PredictionSet
+from phasewatch.evaluation.scoring import (
+    MetricKey,
+    ModelOutput,
+    ResampleSelection,
+    ScoringSet,
+    build_interval,
+    group_by_model,
+    mean_over_seeds,
+    resample_counts,
+    select_resamples,
+)
+from phasewatch.types import BIN_NS, STRIDE_BINS
+
+DECIDED_SHARE = 0.9  # of validation B's windows are decided; the threshold that does that is then used on the test
+STRIDE_NS = BIN_NS * STRIDE_BINS
+STRIDES_PER_MINUTE = 60e9 / STRIDE_NS
+
+
+def build_calibration_rows(place: MetricKey, scope: ScoringSet) -> Iterator[MetricRow]:
+    """Give reliability by bin of confidence, and flips per minute, of each model and of the truth."""
+    counts, kept = scope.counts(), select_resamples(scope)
+    pairs = _mark_consecutive_windows(scope)
+    yield _build_label_change_row(place, scope, kept, [scope.windows.y_true], pairs, None)
+    for model, answers in group_by_model(scope).items():
+        yield _build_label_change_row(place, scope, kept, [a.y_pred for a in answers], pairs, model)
+        by_cluster = [bootstrap.sum_by_cluster(scope.clusters, _build_reliability_columns(scope, a)) for a in answers]
+        drawn = resample_counts(scope, kept, by_cluster)
+        n = metrics.ECE_BINS
+        total = np.mean([s.sum(axis=0) for s in by_cluster], axis=0)
+        for b in np.flatnonzero(total[2 * n :] > 0):
+            # Pooled over seeds, as the value is: a resample in which one seed has no such window still tells something.
+            pooled = None if drawn is None else np.sum(drawn, axis=0)
+            draws = None if pooled is None else _divide_or_nan(pooled[:, n + b], pooled[:, 2 * n + b])
+            ends = _build_defined_interval(draws, kept, "most resamples have no window of this confidence")
+            yield place.row(
+                metric="reliability", model=model, seed="mean", x=round(float(total[b] / total[2 * n + b]), 10),
+                value=float(total[n + b] / total[2 * n + b]), **ends,
+                **{**counts, "n_windows": round(float(total[2 * n + b]))},
+            )  # fmt: skip
+
+
+def _build_reliability_columns(scope: ScoringSet, answer: ModelOutput) -> FloatArray:
+    """Give each window's confidence, whether it was right, and 1, in its bin's columns, ``(n, 45)``."""
+    p, n = answer.probabilities, metrics.ECE_BINS
+    columns = np.zeros((len(p), 3 * n))
+    at, of = np.arange(len(p)), metrics.ece_bin(p)
+    columns[at, of] = p.max(axis=1)
+    columns[at, n + of] = answer.y_pred == scope.windows.y_true
+    columns[at, 2 * n + of] = 1.0
+    return columns
+
+
+def _mark_consecutive_windows(scope: ScoringSet) -> NDArray[np.bool_]:
+    """Mark the windows that come one stride after the one before, of the same episode."""
+    shown = scope.windows
+    follows = np.zeros(len(shown), np.bool_)
+    same = shown.episode_id[1:] == shown.episode_id[:-1]
+    follows[1:] = same.astype(np.bool_) & (np.diff(shown.t_center_ns) == STRIDE_NS)
+    return follows
+
+
+def _build_label_change_row(
+    place: MetricKey, scope: ScoringSet, kept: ResampleSelection, decisions: Sequence[NDArray[np.int64]],
+    pairs: NDArray[np.bool_], model: str | None,
+) -> MetricRow:  # fmt: skip
+    columns = []
+    for decided in decisions:
+        changed = np.zeros(len(decided))
+        changed[1:] = decided[1:] != decided[:-1]
+        columns.append(
+            bootstrap.sum_by_cluster(scope.clusters, np.column_stack([changed * pairs, pairs.astype(np.float64)]))
+        )
+    drawn = resample_counts(scope, kept, columns)
+    draws = (
+        None
+        if drawn is None
+        else mean_over_seeds([STRIDES_PER_MINUTE * _divide_or_nan(d[:, 0], d[:, 1]) for d in drawn])
+    )
+    values = [_divide_or_nan(c[:, 0].sum(keepdims=True), c[:, 1].sum(keepdims=True))[0] for c in columns]
+    value = float(STRIDES_PER_MINUTE * np.mean(values))
+    metric = "flips_per_minute" if model else "true_flips_per_minute"
+    if np.isnan(value):
+        return place.row(
+            metric=metric, model=model, value=None, why="no two windows in a row", unit="1/min", **scope.counts()
+        )
+    return place.row(
+        metric=metric, model=model, seed="mean" if model else None, value=value, unit="1/min",
+        **_build_defined_interval(draws, kept, "in most resamples no two windows stand in a row"), **scope.counts(),
+    )  # fmt: skip
+
+
+def build_abstention_rows(
+    place: MetricKey, scope: ScoringSet, thresholds: Mapping[tuple[str, int], FloatArray]
+) -> Iterator[MetricRow]:
+    """Give what share of windows each model would leave undecided, and how often it is right with and without.
+
+    Args:
+        place: Of the rows.
+        scope: The test windows.
+        thresholds: (model, seed) → ``(n,)`` for each window the least confidence that its fold's model decides at.
+    """
+    counts, kept = scope.counts(), select_resamples(scope)
+    for model, answers in group_by_model(scope).items():
+        own = [a for a in answers if (a.model, a.seed) in thresholds]
+        if not own:
+            continue
+        columns = []
+        for a in own:
+            right = (a.y_pred == scope.windows.y_true).astype(np.float64)
+            decided = (a.probabilities.max(axis=1) >= thresholds[a.model, a.seed]).astype(np.float64)
+            columns.append(np.column_stack([1 - decided, right * decided, right, decided, np.ones(len(right))]))
+        by_cluster = [bootstrap.sum_by_cluster(scope.clusters, c) for c in columns]
+        drawn = resample_counts(scope, kept, by_cluster)
+        for metric, above, below in (("abstained", 0, 4), ("accuracy_decided", 1, 3), ("accuracy", 2, 4)):
+            values = [
+                _divide_or_nan(c[:, above].sum(keepdims=True), c[:, below].sum(keepdims=True))[0] for c in by_cluster
+            ]
+            draws = (
+                None if drawn is None else mean_over_seeds([_divide_or_nan(d[:, above], d[:, below]) for d in drawn])
+            )
+            value = float(np.mean(values))
+            if np.isnan(value):
+                yield place.row(
+                    metric=metric, model=model, seed="mean", value=None, why="no window is decided", **counts
+                )
+                continue
+            ends = _build_defined_interval(draws, kept, "in most resamples a seed decides no window")
+            yield place.row(metric=metric, model=model, seed="mean", value=value, **ends, **counts)
+
+
+def compute_confidence_thresholds(
+    joined: PredictionSet, board: PredictionGroup, val_b: PredictionGroup | None
+) -> dict[tuple[str, int], FloatArray]:
+    """Give each test window the confidence below which its fold's model keeps silent; models without validation B are left out."""
+    firsts = {s.fold: s for s in reversed(board.predictions)}
+    fold_of = {key: fold for fold, s in firsts.items() for key in s.windows.window_ids()}
+    folds = [fold_of[key] for key in joined.windows.window_ids()]
+    found: dict[tuple[str, int], FloatArray] = {}
+    for a in joined.outputs:
+        own: dict[str, ModelPredictions] = {
+            s.fold: s for s in (val_b.predictions if val_b else ()) if (s.model, s.seed) == (a.model, a.seed)
+        }
+        if set(folds) <= set(own):
+            at = {f: float(np.quantile(own[f].output.probabilities.max(axis=1), 1 - DECIDED_SHARE)) for f in set(folds)}
+            found[a.model, a.seed] = np.array([at[f] for f in folds])
+    return found
+
+
+def _build_defined_interval(draws: FloatArray | None, kept: ResampleSelection, why: str) -> dict[str, object]:
+    """Give the interval of the resamples that say something, or `why` there is none where most do not."""
+    known = None if draws is None else draws[~np.isnan(draws)]
+    if draws is not None and known is not None and 2 * len(known) < len(draws):
+        return {"why": why}
+    return build_interval(known, kept)
+
+
+def _divide_or_nan(above: FloatArray, below: FloatArray) -> FloatArray:
+    found: FloatArray = np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0)
+    return found

@@ -1,0 +1,173 @@
+"""One model in two places: paired gaps between recipes, threat models, tables and filters, over the windows that both tested."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch.arrays import FloatArray
+from phasewatch.channels import CHANNELS, build_channel_mask, list_source_subsets
+from phasewatch.evaluation import bootstrap
+from phasewatch.evaluation.leaderboard import build_scoring_set
+from phasewatch.evaluation.metric_table import MetricRow
+from phasewatch.evaluation.predictions import PredictionGroup, PredictionSet, pool_folds
+from phasewatch.evaluation.scoring import (
+    BootstrapScores,
+    EvaluationSettings,
+    EvaluationWindows,
+    MetricKey,
+    ModelOutput,
+    build_interval,
+    compute_gap_p_value,
+    mean_over_seeds,
+    render_profile_coverage,
+    score_models,
+    select_resamples,
+)
+from phasewatch.training.predictions import NO_FILTER
+from phasewatch.types import SourceKind
+
+AGENT_ON, AGENT_OFF = "on", "off"
+SPLIT_PROTOCOLS = ("random_windows", "in_distribution", "held_out_sample", "held_out_host", "held_out_both")
+PROTOCOL_SETTING = ("realistic", "raw", NO_FILTER)  # threat model, table and filter of the inflation meter
+_FIRST_SIDE, _SECOND_SIDE = "one", "other"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GapFamily:
+    """A family of gaps, corrected together.
+
+    Attributes:
+        name: Of the metric: ``macro_f1_<name>_gap@5of6``; `vs` is then another recipe, threat model, table or filter.
+        pairs: Boards whose gap, first less second, is asked for, and the agent of the episodes.
+    """
+
+    name: str
+    pairs: tuple[tuple[PredictionGroup, PredictionGroup, str | None], ...]
+
+
+def needs_agent(threat: str) -> bool:
+    """Whether a threat model has a channel that only the guest's agent gives."""
+    return any(on and c.source is SourceKind.GUEST for c, on in zip(CHANNELS, build_channel_mask(threat), strict=True))
+
+
+def choose_agent_state(threat: str) -> str:
+    """Say on which episodes a threat model is scored first: where the agent ran if it needs it, else where it did not."""
+    return AGENT_ON if needs_agent(threat) else AGENT_OFF
+
+
+def _build_gap_families(boards: Sequence[PredictionGroup]) -> Iterator[GapFamily]:
+    """List the gaps that a reader asks for, as far as the boards are there."""
+    at = {b.key: b for b in boards}
+
+    def board(recipe: str, threat: str, table: str, filter_: str = NO_FILTER) -> PredictionGroup | None:
+        return at.get((recipe, threat, table, filter_))
+
+    metered = [b for b in (board(recipe, *PROTOCOL_SETTING) for recipe in SPLIT_PROTOCOLS) if b is not None]
+    yield GapFamily(name="recipe", pairs=tuple((a, b, AGENT_OFF) for a, b in combinations(metered, 2)))
+    for recipe, threat, table in sorted({b.key[:3] for b in boards}):
+        here = board(recipe, threat, table)
+        if here is None:
+            continue
+        agent = choose_agent_state(threat)
+        if threat == PROTOCOL_SETTING[0]:
+            pairs = []
+            for other, on in (("oracle", AGENT_ON), ("portable", AGENT_OFF)):
+                if (there := board(recipe, other, table)) is not None:
+                    pairs.append((there, here, on))
+            yield GapFamily(name="threat", pairs=tuple(pairs))
+            yield GapFamily(name="sensor", pairs=tuple(_pair_source_subsets(recipe, table, board)))
+        if table != "raw" and (plain := board(recipe, threat, "raw")) is not None:
+            yield GapFamily(name="table", pairs=((here, plain, agent),))
+        filters = [b for b in (board(recipe, threat, table, f) for f in ("phase", "schedule")) if b is not None]
+        yield GapFamily(name="filter", pairs=tuple((a, b, agent) for a, b in combinations([*filters, here], 2)))
+
+
+def _pair_source_subsets(
+    recipe: str, table: str, board: Callable[..., PredictionGroup | None]
+) -> Iterator[tuple[PredictionGroup, PredictionGroup, str | None]]:
+    """Hold each subset of sources against all four, and those without the agent against all that the host has."""
+    subsets = list_source_subsets()
+    for agent, full in ((AGENT_ON, subsets[-1]), (AGENT_OFF, PROTOCOL_SETTING[0])):
+        whole = board(recipe, full, table)
+        for name in subsets:
+            same = (
+                PROTOCOL_SETTING[0] if build_channel_mask(name) == build_channel_mask(PROTOCOL_SETTING[0]) else name
+            )  # all of the host's is trained once
+            part = board(recipe, name, table) or board(recipe, same, table)
+            if whole is None or part is None or part is whole or (agent == AGENT_OFF and needs_agent(name)):
+                continue
+            yield part, whole, agent
+
+
+def build_comparison_rows(boards: Sequence[PredictionGroup], rules: EvaluationSettings) -> list[MetricRow]:
+    """Compute the paired gaps of all families, seeds averaged inside each resample, p by Holm over the family."""
+    rows: list[MetricRow] = []
+    for kind in _build_gap_families(boards):
+        found = [gap for pair in kind.pairs for gap in _build_pair_rows(kind.name, *pair, rules)]
+        for metric in ("macro_f1", "macro_f1_3"):
+            own = [row for row in found if row.metric.startswith(f"{metric}_{kind.name}_gap@")]
+            for row, p_holm in zip(own, bootstrap.adjust_p_values([row.p for row in own]), strict=True):
+                rows.append(msgspec.structs.replace(row, p_holm=None if p_holm is None else round(p_holm, 10)))
+    return rows
+
+
+def _build_pair_rows(
+    kind: str, one: PredictionGroup, other: PredictionGroup, agent: str | None, rules: EvaluationSettings
+) -> Iterator[MetricRow]:
+    pooled = [pool_folds(b, b.folds) for b in (one, other)]
+    if pooled[0] is None or pooled[1] is None:
+        return
+    sides = [side.select_agent(agent) for side in pooled if side is not None]
+    if sides[0] is None or sides[1] is None or (aligned := _align_windows(sides[0], sides[1])) is None:
+        return
+    models = [m for m in dict.fromkeys(a.model for a in aligned[0]) if any(a.model == m for a in aligned[1])]
+    seeds = {m: set.intersection(*({a.seed for a in own if a.model == m} for own in aligned[:2])) for m in models}
+    answers = [
+        ModelOutput(model=f"{side} {a.model}", seed=a.seed, probabilities=a.probabilities, y_pred=a.y_pred)
+        for side, own in zip((_FIRST_SIDE, _SECOND_SIDE), aligned[:2], strict=True)
+        for a in own
+        if a.model in models and (a.seed in seeds[a.model] or not seeds[a.model])
+    ]
+    scope = build_scoring_set(aligned[2], answers, rules)
+    kept = select_resamples(scope)
+    scored = score_models(scope, kept)
+    of, counts = render_profile_coverage(scope, rules), scope.counts()
+    place = MetricKey(
+        recipe=one.recipe, fold="pooled", threat=one.threat, table=one.table, filter=one.filter, agent=agent
+    )
+    vs = next(b for a, b in zip(one.key, other.key, strict=True) if a != b)
+    for model in models:
+        for metric in ("macro_f1", "macro_f1_3"):
+            (mine, my_draws), (theirs, their_draws) = (
+                _average_scores(scored[f"{side} {model}"], metric) for side in (_FIRST_SIDE, _SECOND_SIDE)
+            )
+            draws = None if my_draws is None or their_draws is None else my_draws - their_draws
+            yield place.row(
+                metric=f"{metric}_{kind}_gap@{of}", model=model, vs=vs, seed="mean", value=mine - theirs,
+                p=compute_gap_p_value(draws, kept), **build_interval(draws, kept), **counts,
+            )  # fmt: skip
+
+
+def _align_windows(
+    one: PredictionSet, other: PredictionSet
+) -> tuple[list[ModelOutput], list[ModelOutput], EvaluationWindows] | None:
+    """Find the windows that both tested, in one order; None without any."""
+    place = {key: i for i, key in enumerate(other.windows.window_ids())}
+    common = [(i, place[key]) for i, key in enumerate(one.windows.window_ids()) if key in place]
+    if not common:
+        return None
+    mine, theirs = (np.array(rows, np.intp) for rows in zip(*common, strict=True))
+    here = one.select(mine)
+    return list(here.outputs), list(other.select(theirs).outputs), here.windows
+
+
+def _average_scores(seeds: Sequence[BootstrapScores], metric: str) -> tuple[float, FloatArray | None]:
+    points: list[NDArray[np.float64]] = [getattr(s.point, metric) for s in seeds]
+    draws = [None if s.draws is None else getattr(s.draws, metric) for s in seeds]
+    return float(np.mean(points)), mean_over_seeds(draws)

@@ -1,0 +1,285 @@
+"""Read predictions, score every board of them, write `metrics_v1.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phasewatch import atomic, profiles
+from phasewatch.binning.storage import BINS_INDEX_FILE as GRID_INDEX
+from phasewatch.binning.storage import index_rows_by_id, open_bins
+from phasewatch.channels import CHANNELS
+from phasewatch.dataset import file_sha256
+from phasewatch.dataset.split_files import compute_sample_group
+from phasewatch.dataset.tensors import BINS_DIR
+from phasewatch.errors import PhasewatchError, RunError
+from phasewatch.evaluation import alarms, comparisons
+from phasewatch.evaluation.alarms import IMPACT_METRICS, EpisodeTimeline, build_alarm_rows
+from phasewatch.evaluation.bootstrap import N_RESAMPLES
+from phasewatch.evaluation.calibration import (
+    build_abstention_rows,
+    build_calibration_rows,
+    compute_confidence_thresholds,
+)
+from phasewatch.evaluation.importance import build_importance_rows
+from phasewatch.evaluation.leaderboard import build_leaderboard_rows, build_scoring_set
+from phasewatch.evaluation.metric_table import (
+    METRICS_FILE,
+    SELECTION_METRIC,
+    HeadlineKey,
+    MetricRow,
+    MetricTable,
+    parse_metrics,
+    render_headline,
+    render_metrics,
+    select_headline,
+)
+from phasewatch.evaluation.predictions import ModelPredictions, PredictionGroup, parse_prediction_groups, pool_folds
+from phasewatch.evaluation.scoring import EvaluationSettings, MetricKey
+from phasewatch.metrics import confusion_counts, macro_f1
+from phasewatch.models import checkpoint, registry
+from phasewatch.splits import Fold, parse_fold
+from phasewatch.training.experiment import Experiment
+from phasewatch.training.predictions import NO_FILTER, PREDICTIONS_FILE, read_predictions
+from phasewatch.types import SampleKind
+
+__all__ = ["evaluate_run", "read_metrics", "render_headline"]
+
+
+def build_training_rows(
+    run: Path, boards: Sequence[PredictionGroup], val_b: PredictionGroup | None, place: HeadlineKey
+) -> Iterator[MetricRow]:
+    """Return the windows that each model learnt from, and the validation score by which the headline's model is chosen.
+
+    A run without checkpoints (predictions that came from elsewhere) has no such row.
+
+    Args:
+        run: The run.
+        boards: Test predictions.
+        val_b: The predictions of validation B where the headline stands. Validation A stopped the training of some
+            models, which therefore look better on it than they are.
+        place: Where the headline stands.
+    """
+    for board in boards:
+        if board.filter != NO_FILTER:
+            continue
+        where = MetricKey(
+            recipe=board.recipe, fold="pooled", threat=board.threat, table=board.table, filter=NO_FILTER, agent=None
+        )
+        is_headline = (board.recipe, board.threat, board.table) == (place.recipe, place.threat, place.table)
+        for model in dict.fromkeys(s.model for s in board.predictions):
+            own = [s for s in board.predictions if s.model == model]
+            cells = [
+                Experiment(
+                    recipe=board.recipe, fold=s.fold, threat=board.threat, model=model, table=board.table, seed=s.seed
+                )
+                for s in own
+            ]
+            headers = [_read_header_if_any(run, cell) for cell in cells]
+            sizes = [h.trained_with["train"] for h in headers if h is not None and "train" in h.trained_with]
+            if len(sizes) != len(cells):
+                continue
+            yield where.row(
+                metric="train_windows", model=model, value=float(np.mean(sizes)), unit="windows", why="mean over folds"
+            )
+            first = min(s.seed for s in own)
+            whole = sorted(s.fold for s in own if s.seed == first) == board.folds
+            if is_headline and whole and model not in registry.BASELINE_MODELS and val_b is not None:
+                scores = {
+                    s.fold: _compute_macro_f1(s) for s in val_b.predictions if (s.model, s.seed) == (model, first)
+                }
+                if sorted(scores) == board.folds:
+                    value = float(np.mean([scores[fold] for fold in board.folds]))
+                    yield where.row(
+                        metric=SELECTION_METRIC, model=model, seed=first, value=value, why="mean over folds"
+                    )
+
+
+def _read_header_if_any(run: Path, cell: Experiment) -> checkpoint.CheckpointHeader | None:
+    try:
+        return checkpoint.read_header(cell.folder(run))
+    except PhasewatchError:
+        return None
+
+
+def _compute_macro_f1(said: ModelPredictions) -> float:
+    return float(macro_f1(confusion_counts(said.windows.y_true, said.output.y_pred)))
+
+
+AGENT_STATES = ("off", "on", None)  # null = both
+POOLED_FOLD = "pooled"
+SCHEDULE_FILTER = "schedule"  # a reference row: its filter has no emissions, so no alarm of it means anything
+
+
+def evaluate_run(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -> MetricTable:
+    """Score the test predictions of a run and write `metrics_v1.json`; see `compute_metrics`."""
+    metrics = compute_metrics(run, resamples=resamples, seed=seed)
+    atomic.write_atomic(run / METRICS_FILE, render_metrics(metrics))
+    return metrics
+
+
+def compute_metrics(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -> MetricTable:
+    """Score the test predictions of a run.
+
+    A board pools the folds of a recipe, or is one fold. Models stand on a board together only if they answered for
+    exactly its windows: who was trained on one fold alone is compared on that fold alone. What cannot be scored
+    (predictions of another split, probabilities that are no numbers) is said in a note, and the rest is scored.
+
+    Raises:
+        RunError: If there are no test predictions, or two models saw other truths for the same window.
+    """
+    rules = EvaluationSettings(
+        malicious=tuple(p.name for p in profiles.PROFILES if p.kind != SampleKind.BENIGN),
+        profiles=tuple(p.name for p in profiles.PROFILES),
+        resamples=resamples,
+        seed=seed,
+    )
+    path = run / PREDICTIONS_FILE
+    table = read_predictions(path)
+    folds, digests = _read_folds(run)
+    index = run / BINS_DIR / GRID_INDEX
+    if index.is_file():
+        digests[f"{BINS_DIR}/{GRID_INDEX}"] = file_sha256(index)
+    rows: list[MetricRow] = []
+    with _limit_threads():
+        boards = list(parse_prediction_groups(table, folds))
+        if not boards:
+            raise RunError(f"{path}: no test rows; train a recipe that holds something out")
+        val_b = {b.key: b for b in parse_prediction_groups(table, {}, part="val_b")}
+        for board in boards:
+            rows += _score_group(board, val_b.get(board.key), rules)
+        rows += comparisons.build_comparison_rows(boards, rules)
+        rows += _score_alarms(boards, val_b, table, read_timelines(run), rules)
+        home = HeadlineKey()
+        rows += build_training_rows(run, boards, val_b.get((home.recipe, home.threat, home.table, NO_FILTER)), home)
+        rows += build_importance_rows(run, select_headline(rows), rules)
+    return MetricTable(inputs={PREDICTIONS_FILE: file_sha256(path), **digests}, metrics=tuple(rows))
+
+
+def read_metrics(run: Path) -> MetricTable:
+    """Read `metrics_v1.json`.
+
+    Raises:
+        RunError: If it is absent or not one.
+    """
+    path = run / METRICS_FILE
+    if not path.is_file():
+        raise RunError(f"{path}: absent; make it with `phasewatch evaluate {run}`")
+    return parse_metrics(path.read_bytes(), file=str(path))
+
+
+@contextmanager
+def _limit_threads() -> Iterator[None]:
+    """Multiply with one thread: the products are small, and on a busy machine idle BLAS threads cost ten times the work."""
+    try:
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    except ImportError:  # comes with scikit-learn; without it numbers are the same, only later
+        yield
+        return
+    with threadpool_limits(1):
+        yield
+
+
+def _read_folds(run: Path) -> tuple[dict[tuple[str, str], Fold], dict[str, str]]:
+    """Read the cuts that the run has, with the digests of their files."""
+    paths = sorted((run / "splits").glob("*.json"))
+    folds = [parse_fold(path.read_bytes(), file=str(path)) for path in paths]
+    digests = {f"splits/{path.name}": file_sha256(path) for path in paths}
+    return {(fold.recipe, fold.fold): fold for fold in folds}, digests
+
+
+def _score_group(board: PredictionGroup, val_b: PredictionGroup | None, rules: EvaluationSettings) -> list[MetricRow]:
+    """Score the models that answered for all folds together, then those of each fold; then say what could not be."""
+    rows: list[MetricRow] = []
+    keys = {"recipe": board.recipe, "threat": board.threat, "table": board.table, "filter": board.filter}
+    own = comparisons.choose_agent_state(board.threat)
+    for agent in AGENT_STATES:
+        # By profile, host and sample where the threat model is at home, or the numbers of a full grid are too many.
+        rows += _score_folds(
+            board, board.folds, MetricKey(**keys, fold=POOLED_FOLD, agent=agent), rules, parts=agent == own
+        )
+    if board.filter == NO_FILTER and board.recipe == HeadlineKey().recipe:
+        for fold in board.folds:
+            rows += _score_folds(board, [fold], MetricKey(**keys, fold=fold, agent=own), rules, parts=False)
+    place = MetricKey(**keys, fold=POOLED_FOLD, agent=None)
+    if (joined := pool_folds(board, board.folds)) is not None and (chosen := joined.select_agent(own)) is not None:
+        scope = build_scoring_set(chosen.windows, chosen.outputs, rules)
+        rows += build_calibration_rows(place.with_agent(own), scope)
+        if board.filter == NO_FILTER:
+            rows += build_abstention_rows(
+                place.with_agent(own), scope, compute_confidence_thresholds(chosen, board, val_b)
+            )
+    rows += [place.row(metric="note", model=None, why=words) for words in board.refused]
+    return rows
+
+
+def _score_folds(
+    board: PredictionGroup, folds: Sequence[str], place: MetricKey, rules: EvaluationSettings, *, parts: bool
+) -> list[MetricRow]:
+    joined = pool_folds(board, folds) if folds else None
+    chosen = joined.select_agent(place.agent) if joined is not None else None
+    if chosen is None:
+        return []
+    parts = parts and board.filter == NO_FILTER
+    details = place.fold == POOLED_FOLD and (parts or place.agent != AGENT_STATES[1])
+    return build_leaderboard_rows(place, chosen.windows, chosen.outputs, rules, parts=parts, details=details)
+
+
+def _score_alarms(
+    boards: Sequence[PredictionGroup],
+    val_b: Mapping[tuple[str, str, str, str], PredictionGroup],
+    table: Any,
+    recorded: Mapping[str, EpisodeTimeline],
+    rules: EvaluationSettings,
+) -> list[MetricRow]:
+    """Take the operator's view on the boards that hold out a host; those that need the agent on its episodes."""
+    rows: list[MetricRow] = []
+    wanted = [b for b in boards if b.recipe in alarms.ALARM_RECIPES and b.filter != SCHEDULE_FILTER]
+    soak = (
+        {b.key: b for b in parse_prediction_groups(_filter_recipes(table, wanted), {}, part="soak")} if recorded else {}
+    )
+    for board in wanted:
+        place = MetricKey(
+            recipe=board.recipe,
+            fold=POOLED_FOLD,
+            threat=board.threat,
+            table=board.table,
+            filter=board.filter,
+            agent=None,
+        )
+        if not recorded:
+            rows.append(
+                place.row(metric="note", model=None, why="no operator's view: the run has no grids with labels")
+            )
+            continue
+        parts = alarms.PredictionParts(test=board, val_b=val_b.get(board.key), soak=soak.get(board.key))
+        rows += build_alarm_rows(parts, recorded, rules, agent=comparisons.choose_agent_state(board.threat))
+    return rows
+
+
+def _filter_recipes(table: Any, boards: Sequence[PredictionGroup]) -> Any:
+    """Keep the rows of these boards: soak stands in every cell, and a full grid has thousands."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    return table.filter(pc.is_in(table["recipe"], pa.array(sorted({b.recipe for b in boards}), pa.string())))
+
+
+def read_timelines(run: Path) -> dict[str, EpisodeTimeline]:
+    """Read label spans and the rates of damage from the run's grids; nothing where there are none."""
+    folder = run / BINS_DIR
+    if not (folder / GRID_INDEX).is_file():
+        return {}
+    grids = open_bins(folder)
+    names = [c.full_name for c in CHANNELS]
+    columns = [names.index(name) for _, name, _ in IMPACT_METRICS]
+    return {
+        row.episode_id: EpisodeTimeline(
+            spans=row.spans, t0_ns=row.t0_ns, rates=grids.episode_bins(row)[:, columns], group=compute_sample_group(row.profile, row.sample_name),
+        )
+        for row in index_rows_by_id(grids).values()
+    }  # fmt: skip

@@ -1,0 +1,247 @@
+"""What a model looks at: a channel's worth on the held-out set by permuting it, and the channels behind one decision."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch.channels import CHANNELS
+from phasewatch.dataset import FoldData, read_folds
+from phasewatch.errors import PhasewatchError, RunError
+from phasewatch.evaluation import bootstrap
+from phasewatch.evaluation.leaderboard import build_scoring_set
+from phasewatch.evaluation.metric_table import HeadlineKey, MetricRow
+from phasewatch.evaluation.scoring import (
+    EvaluationSettings,
+    EvaluationWindows,
+    MetricKey,
+    ModelOutput,
+    build_interval,
+    compute_gap_p_value,
+    mean_over_seeds,
+    render_profile_coverage,
+    score_models,
+    select_resamples,
+)
+from phasewatch.models import registry
+from phasewatch.models.base import InputKind, ModelInputs, PhaseModel
+from phasewatch.splits import Fold
+from phasewatch.training.experiment import Experiment
+from phasewatch.training.predictions import NO_FILTER
+from phasewatch.training.train import read_experiment_data
+from phasewatch.types import PHASES
+
+N_PERMUTATIONS = 3  # permutations of a channel, averaged
+UNPERMUTED = "whole"
+N_TOP_CHANNELS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelContribution:
+    """One channel behind a decision.
+
+    Attributes:
+        value: Its mean over the window, in `unit`; None where nothing was known.
+        drop: How much less likely the decided phase is when the channel says nothing.
+    """
+
+    channel: str
+    value: float | None
+    unit: str
+    drop: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecisionExplanation:
+    """What was decided of one window, and the channels that it hangs on most, first the heaviest.
+
+    Attributes:
+        at_s: The window's middle, seconds since the first label; None where nobody said.
+    """
+
+    decided: str
+    probability: float
+    truth: str
+    reasons: tuple[ChannelContribution, ...]
+    at_s: float | None = None
+
+
+def build_importance_rows(run: Path, place: HeadlineKey, rules: EvaluationSettings) -> Iterator[MetricRow]:
+    """Give for each channel how much macro-F1 is lost on the held-out windows when it is permuted within its fold.
+
+    Args:
+        run: A run with the checkpoints of the place's model over all folds of its recipe.
+        place: Whose.
+        rules: How intervals are drawn.
+    """
+    where = MetricKey(
+        recipe=place.recipe, fold="pooled", threat=place.threat, table=place.table, filter=NO_FILTER, agent=place.agent
+    )
+    try:
+        said = [_predict_permuted(run, place, fold) for fold in read_folds(run, place.recipe)]
+    except PhasewatchError:  # its words name folders, which are no part of a number
+        words = f"no importance of channels: not each fold's checkpoint of {place.model} can be asked again"
+        yield where.row(metric="note", model=place.model, why=words)
+        return
+    said = [one for one in said if len(one[0])]
+    if not said:
+        return
+    shown = EvaluationWindows(
+        **{name: np.concatenate([getattr(s, name) for s, _ in said]) for name in EvaluationWindows.__slots__}
+    )
+    channels = [
+        name for name in dict.fromkeys(name for _, answers in said for name, _ in answers) if name != UNPERMUTED
+    ]
+    rows = [
+        _compute_importance_row(where, channel, shown, [answers for _, answers in said], place, rules)
+        for channel in channels
+    ]
+    for row, p_holm in zip(rows, bootstrap.adjust_p_values([row.p for row in rows]), strict=True):
+        yield msgspec.structs.replace(row, p_holm=None if p_holm is None else round(p_holm, 10))
+
+
+def _compute_importance_row(
+    where: MetricKey,
+    channel: str,
+    shown: EvaluationWindows,
+    said: Sequence[Mapping[tuple[str, int], NDArray[np.int64]]],
+    place: HeadlineKey,
+    rules: EvaluationSettings,
+) -> MetricRow:
+    """Compute what permuting one channel costs, over all folds' test windows."""
+    keys = [(UNPERMUTED, 0), *((channel, r) for r in range(N_PERMUTATIONS))]
+    answers = [
+        ModelOutput(
+            model=name, seed=seed, probabilities=np.zeros((0, len(PHASES))),
+            y_pred=np.concatenate([own[name, seed] for own in said]),
+        )
+        for name, seed in keys
+    ]  # fmt: skip
+    scope = build_scoring_set(shown, answers, rules)
+    kept = select_resamples(scope)
+    scored = score_models(scope, kept)
+    (whole,), permuted = scored[UNPERMUTED], scored[channel]
+    lost = whole.point.macro_f1 - np.mean([s.point.macro_f1 for s in permuted])
+    after = mean_over_seeds([None if s.draws is None else s.draws.macro_f1 for s in permuted])
+    draws = None if after is None or whole.draws is None else whole.draws.macro_f1 - after
+    return where.row(
+        metric=f"macro_f1_permuted_gap@{render_profile_coverage(scope, rules)}", model=place.model, seed="mean", vs=channel,
+        value=float(lost), p=compute_gap_p_value(draws, kept), **build_interval(draws, kept), **scope.counts(),
+    )  # fmt: skip
+
+
+def _predict_permuted(
+    run: Path, place: HeadlineKey, fold: Fold
+) -> tuple[EvaluationWindows, dict[tuple[str, int], NDArray[np.int64]]]:
+    """Ask one fold's model of its test windows as they are, and with each channel permuted over them."""
+    cell = Experiment(recipe=place.recipe, fold=fold.fold, threat=place.threat, model=place.model, table=place.table)
+    model, sets = _load_experiment(run, cell)
+    test = sets.test.take(sets.test.windows.mark_episodes(lambda e: e.agent is (place.agent == "on")))
+    of = [test.windows.episodes[i] for i in test.windows.episode_index]
+    texts = {
+        "episode_id": [e.episode_id for e in of], "session": [e.session for e in of], "host_id": [e.host_id for e in of],
+        "profile": [e.profile for e in of], "sample_name": [e.sample_name for e in of],
+        "origin": [str(e.origin) for e in of], "agent": [place.agent] * len(of),
+    }  # fmt: skip
+    shown = EvaluationWindows(
+        **{name: np.array(values, dtype=object) for name, values in texts.items()},
+        t_center_ns=test.windows.t_center_ns, y_true=test.y,
+    )  # fmt: skip
+    if not len(test):
+        return shown, {}
+    answers = {(UNPERMUTED, 0): model.predict(test.inputs)}
+    for channel, columns in _group_columns_by_channel(test.inputs).items():
+        for repeat in range(N_PERMUTATIONS):
+            rng = _build_rng(channel, repeat)
+            x = test.x.copy()
+            x[:, columns] = x[rng.permutation(len(x))][:, columns]
+            answers[channel, repeat] = model.predict(ModelInputs(x=x, spec=test.inputs.spec))
+    return shown, answers
+
+
+def _load_experiment(run: Path, cell: Experiment) -> tuple[PhaseModel, FoldData]:
+    return registry.load(cell.folder(run)), read_experiment_data(run, cell)
+
+
+def _build_rng(channel: str, repeat: int) -> np.random.Generator:
+    return np.random.default_rng([repeat, int.from_bytes(hashlib.sha256(channel.encode()).digest()[:8], "big")])
+
+
+def _group_columns_by_channel(inputs: ModelInputs) -> dict[str, list[int]]:
+    """Give each channel's columns: the five stats of a table, the one row of a tensor."""
+    found: dict[str, list[int]] = {}
+    for i, name in enumerate(inputs.spec.names):
+        channel = name if inputs.spec.kind is InputKind.TENSOR else name.rpartition(".")[0]
+        found.setdefault(channel, []).append(i)
+    return found
+
+
+def explain_decision(run: Path, cell: Experiment, episode_id: str, at_s: float) -> DecisionExplanation:
+    """Say which channels a cell's decision on one test window hangs on.
+
+    Args:
+        run: The run.
+        cell: Whose decision.
+        episode_id: A test episode of the cell's fold.
+        at_s: Seconds since the first label; the window whose middle is nearest is taken.
+
+    Raises:
+        RunError: If the fold does not test that episode.
+    """
+    model, sets = _load_experiment(run, cell)
+    mine = sets.test.windows.mark_episodes(lambda e: e.episode_id == episode_id)
+    if not mine.any():
+        raise RunError(
+            f"{cell.recipe}, fold {cell.fold}: does not test episode {episode_id}; name one of its {len(sets.test.windows.episodes)} episodes"
+        )
+    test = sets.test.take(mine)
+    nearest = int(np.abs(test.windows.t_center_s - at_s).argmin())
+    one = ModelInputs(x=test.x[nearest : nearest + 1], spec=test.inputs.spec)
+    return replace(explain_window(model, one, int(test.y[nearest])), at_s=float(test.windows.t_center_s[nearest]))
+
+
+def explain_window(
+    model: PhaseModel, inputs: ModelInputs, truth: int, *, top: int = N_TOP_CHANNELS
+) -> DecisionExplanation:
+    """Take each channel's word away in turn, as if it had not been known, and see what that does to the decision.
+
+    Args:
+        model: Any.
+        inputs: One window.
+        truth: Its phase code.
+        top: So many channels.
+    """
+    columns = _group_columns_by_channel(inputs)
+    x = np.repeat(inputs.x, 1 + len(columns), axis=0)
+    for i, own in enumerate(columns.values(), 1):
+        x[i, own] = np.nan
+    p = model.predict_proba(ModelInputs(x=x, spec=inputs.spec))
+    decided = int(p[0].argmax())
+    drops = p[0, decided] - p[1:, decided]
+    units = {c.full_name: c.unit for c in CHANNELS}
+    names = list(columns)
+    order = sorted(range(len(names)), key=lambda i: (-drops[i], names[i]))[:top]
+    return DecisionExplanation(
+        decided=str(PHASES[decided]), probability=float(p[0, decided]), truth=str(PHASES[truth]),
+        reasons=tuple(
+            ChannelContribution(
+                channel=names[i], value=_compute_channel_mean(inputs, columns[names[i]]), unit=units.get(names[i], "1"), drop=float(drops[i])
+            )
+            for i in order
+        ),
+    )  # fmt: skip
+
+
+def _compute_channel_mean(inputs: ModelInputs, columns: Sequence[int]) -> float | None:
+    """Give a channel's mean over the window: of a table the first of its stats, of a tensor the mean of what is known."""
+    own = np.asarray(inputs.x[0, list(columns)], np.float64).ravel()
+    if inputs.spec.kind is InputKind.TABLE:
+        return float(own[0]) if np.isfinite(own[0]) else None
+    known = own[np.isfinite(own)]
+    return float(known.mean()) if len(known) else None

@@ -1,0 +1,366 @@
+"""All numbers over one set of test windows: the models side by side, by class, profile, host and sample, and their gaps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch import metrics
+from phasewatch.arrays import FloatArray
+from phasewatch.evaluation import bootstrap
+from phasewatch.evaluation.metric_table import MetricRow
+from phasewatch.evaluation.scoring import (
+    BootstrapScores,
+    EvaluationSettings,
+    EvaluationWindows,
+    MetricKey,
+    ModelOutput,
+    ResampleSelection,
+    ScoringSet,
+    build_interval,
+    compute_gap_p_value,
+    group_by_model,
+    mean_over_seeds,
+    render_profile_coverage,
+    resample_counts,
+    score_models,
+    select_resamples,
+)
+from phasewatch.models.registry import BASELINE_MODELS
+from phasewatch.types import PHASES
+
+ELAPSED_TIME = "elapsed_time"
+_ECE_COLUMNS = slice(0, metrics.ECE_BINS)
+_MASS_GAP_COLUMNS = slice(metrics.ECE_BINS, metrics.ECE_BINS + metrics.EQUAL_MASS_BINS)
+_MASS_COUNT_COLUMNS = slice(_MASS_GAP_COLUMNS.stop, _MASS_GAP_COLUMNS.stop + metrics.EQUAL_MASS_BINS)
+_ECE_NOTE = "biased upwards by the number of windows, so it has no interval; see ece_debiased"
+_DEBIASED_ECE_NOTE = (
+    "sampling bias is subtracted and the result cut at 0, so it has no interval; see confidence_less_accuracy"
+)
+
+
+def build_detail_rows(place: MetricKey, scope: ScoringSet) -> Iterator[MetricRow]:
+    """Give support, confusion and calibration over all windows of the board."""
+    counts, kept = scope.counts(), select_resamples(scope)
+    support = np.bincount(scope.windows.y_true, minlength=len(PHASES))
+    for code, phase in enumerate(PHASES):
+        yield place.row(
+            metric="support",
+            model=None,
+            phase=str(phase),
+            value=float(support[code]),
+            unit="windows",
+            why="a count",
+            **counts,
+        )
+    for model, answers in group_by_model(scope).items():
+        mean = np.mean([metrics.confusion_counts(scope.windows.y_true, a.y_pred) for a in answers], axis=0)
+        for truth, decided in np.ndindex(mean.shape):
+            yield place.row(
+                metric="confusion", model=model, seed="mean", phase=str(PHASES[truth]), x=float(decided),
+                value=float(mean[truth, decided]), unit="windows", why="a count", **counts,
+            )  # fmt: skip
+        by_cluster = [bootstrap.sum_by_cluster(scope.clusters, _compute_calibration_terms(scope, a)) for a in answers]
+        drawn = resample_counts(scope, kept, by_cluster)
+        points = [s.sum(axis=0, keepdims=True) for s in by_cluster]
+        plain = float(np.mean([_compute_ece(p) for p in points]))
+        yield place.row(metric="ece", model=model, seed="mean", value=plain, why=_ECE_NOTE, **counts)
+        less: dict[str, object] = {"value": None, "why": kept.note}
+        if drawn is not None:
+            own = [
+                metrics.debiased_rms(float(_compute_squared_error(p)[0]), _compute_squared_error(d))
+                for p, d in zip(points, drawn, strict=True)
+            ]
+            less = {"value": float(np.mean(own)), "why": _DEBIASED_ECE_NOTE}
+        yield place.row(metric="ece_debiased", model=model, seed="mean", **less, **counts)
+        for metric, measure in (
+            ("confidence_less_accuracy", _compute_confidence_less_accuracy),
+            ("brier", _compute_brier),
+        ):
+            value = float(np.mean([measure(p) for p in points]))
+            draws = None if drawn is None else mean_over_seeds([measure(d) for d in drawn])
+            yield place.row(
+                metric=metric, model=model, seed="mean", value=value, **build_interval(draws, kept), **counts
+            )
+
+
+def _compute_calibration_terms(scope: ScoringSet, answer: ModelOutput) -> FloatArray:
+    """Return the columns that calibration errors and Brier score are sums of, ``(n, 37)``.
+
+    Gaps in 15 bins of equal width, gaps and windows in 10 bins of equal mass, squared distance, one.
+    """
+    y, p = scope.windows.y_true, answer.probabilities
+    bins = metrics.equal_mass_bin(p)
+    gaps = metrics.calibration_gap_terms(p, y, bins, metrics.EQUAL_MASS_BINS)
+    windows = np.eye(metrics.EQUAL_MASS_BINS)[bins]
+    return np.column_stack([metrics.ece_terms(p, y), gaps, windows, metrics.brier_terms(p, y), np.ones(len(y))])
+
+
+def _compute_ece(columns: FloatArray) -> FloatArray:
+    error: FloatArray = np.abs(columns[:, _ECE_COLUMNS]).sum(axis=1) / columns[:, -1]
+    return error
+
+
+def _compute_squared_error(columns: FloatArray) -> FloatArray:
+    """Compute the squared calibration error over bins of equal mass, ``(B, 37)`` → ``(B,)``."""
+    gaps, windows = columns[:, _MASS_GAP_COLUMNS], columns[:, _MASS_COUNT_COLUMNS]
+    squared: FloatArray = (gaps**2 / np.maximum(windows, 1.0)).sum(axis=1) / columns[:, -1]
+    return squared
+
+
+def _compute_confidence_less_accuracy(columns: FloatArray) -> FloatArray:
+    gap: FloatArray = columns[:, _ECE_COLUMNS].sum(axis=1) / columns[:, -1]
+    return gap
+
+
+def _compute_brier(columns: FloatArray) -> FloatArray:
+    score: FloatArray = columns[:, -2] / columns[:, -1]
+    return score
+
+
+def build_note_rows(
+    place: MetricKey, scope: ScoringSet, rules: EvaluationSettings, rows: Sequence[MetricRow]
+) -> list[MetricRow]:
+    """Say in words what a reader of the numbers must know: too few sessions, nothing above the clock, what is untested."""
+    counts = scope.counts()
+
+    def note(words: str, **more: object) -> MetricRow:
+        return place.row(metric="note", why=words, **{"model": None, **counts, **more})
+
+    notes = [
+        place.row(
+            metric="untested_profile", model=None, profile=p, value=0.0, unit="windows", why="no test window", **counts
+        )
+        for p in rules.profiles
+        if p not in set(scope.windows.profile)
+    ]
+    notes += [
+        place.row(
+            metric="untested_phase", model=None, phase=str(p), value=0.0, unit="windows", why="no test window", **counts
+        )
+        for p in PHASES
+        if p.code not in scope.classes
+    ]
+    for origin in sorted(set(scope.windows.origin)):
+        episodes = len(set(scope.windows.episode_id[scope.windows.origin == origin]))
+        notes.append(
+            place.row(metric="origin", model=None, value=float(episodes), unit="episodes", why=str(origin), **counts)
+        )
+    sessions = counts["n_sessions"]
+    if sessions < bootstrap.FEW_CLUSTERS:
+        notes.append(
+            note(f"only {sessions} sessions: an interval over fewer than {bootstrap.FEW_CLUSTERS} is a rough one")
+        )
+    if scope.weights is not None and scope.weights.redrawn:
+        notes.append(
+            note(f"{scope.weights.redrawn} of {len(scope.weights)} resamples lost a class and were drawn again")
+        )
+    for row in rows:
+        if row.metric.startswith("macro_f1_gap@") and ELAPSED_TIME in (row.model, row.vs):
+            gap = _orient_gap(row)
+            if gap.model not in BASELINE_MODELS and (gap.low is None or gap.low <= 0):
+                notes.append(note(_render_elapsed_time_note(gap), model=gap.model, vs=ELAPSED_TIME))
+    return notes
+
+
+def _orient_gap(row: MetricRow) -> MetricRow:
+    """Count a gap from the model's side: one of the user's own stands behind the baselines, so its row counts from the clock."""
+    if row.vs == ELAPSED_TIME or row.value is None:
+        return row
+    low, high = (None, None) if row.low is None or row.high is None else (-row.high, -row.low)
+    return msgspec.structs.replace(row, model=row.vs, vs=row.model, value=-row.value, low=low, high=high)
+
+
+def _render_elapsed_time_note(gap: MetricRow) -> str:
+    if gap.low is None or gap.high is None:
+        words = f"gap {gap.value:+.2f} (no interval, {gap.why})"
+        return f"{gap.model} cannot be said to be above elapsed time alone: {words}"
+    return f"{gap.model} is not above elapsed time alone: gap {gap.value:+.2f} ([{gap.low:+.2f}, {gap.high:+.2f}])"
+
+
+MACRO_METRICS = ("macro_f1", "macro_f1_3")
+
+
+def build_leaderboard_rows(
+    place: MetricKey,
+    shown: EvaluationWindows,
+    answers: Sequence[ModelOutput],
+    rules: EvaluationSettings,
+    *,
+    parts: bool,
+    details: bool = True,
+) -> list[MetricRow]:
+    """Give all rows of one board.
+
+    Args:
+        place: Which recipe, fold, threat model, table and agent the windows are of.
+        shown: The windows, at least one.
+        answers: One for each model and seed, over exactly these windows.
+        rules: What is registered, and how often to resample.
+        parts: Also by profile, host and sample, and how hosts differ.
+        details: Also support, confusion and calibration.
+    """
+    whole = build_scoring_set(shown, answers, rules)
+    rows = list(_build_score_rows(place, whole, rules, {}))
+    if details:
+        rows += build_detail_rows(place, whole)
+    if parts:
+        for name in ("profile", "host_id", "sample_name"):
+            rows += _build_group_rows(place, whole, rules, name)
+        rows += _build_host_profile_rows(place, whole, rules)
+        rows += _build_host_spread_rows(place, whole, rules, rows)
+    rows += build_note_rows(place, whole, rules, rows)
+    return rows
+
+
+def build_scoring_set(
+    shown: EvaluationWindows, answers: Sequence[ModelOutput], rules: EvaluationSettings
+) -> ScoringSet:
+    """Number the sessions of some windows and draw the weights that everything over them shares."""
+    clusters = bootstrap.build_clusters(shown.host_id.tolist(), shown.session.tolist())
+    classes = tuple(int(c) for c in np.unique(shown.y_true))
+    weights = bootstrap.draw_weights(
+        clusters, shown.y_true, classes=classes, resamples=rules.resamples, seed=rules.seed
+    )
+    return ScoringSet(windows=shown, outputs=answers, clusters=clusters, weights=weights, classes=classes)
+
+
+def _build_host_spread_rows(
+    place: MetricKey, whole: ScoringSet, rules: EvaluationSettings, rows: Sequence[MetricRow]
+) -> Iterator[MetricRow]:
+    """Give the mean over hosts, the worst one and how far they are apart; an interval only from `MIN_HOSTS` hosts on."""
+    of = render_profile_coverage(whole, rules)
+    counts = whole.counts()
+    for model in group_by_model(whole):
+        own = [
+            r for r in rows
+            if r.model == model and r.metric.startswith("macro_f1@") and r.host_id and r.profile is r.phase is None
+        ]  # fmt: skip
+        values = np.array([r.value for r in own])
+        few = f"{len(own)} hosts, an interval between hosts needs {bootstrap.MIN_HOSTS}"
+        ends: dict[str, object] = {"why": few}
+        if len(own) >= bootstrap.MIN_HOSTS:
+            rng = np.random.default_rng([rules.seed, len(own)])
+            low, high = bootstrap.compute_interval(rng.choice(values, (rules.resamples, len(own))).mean(axis=1))
+            ends = {"low": low, "high": high}
+        worst = own[int(values.argmin())]
+        yield place.row(
+            metric=f"macro_f1_mean_of_hosts@{of}",
+            model=model,
+            seed="mean",
+            value=float(values.mean()),
+            **ends,
+            **counts,
+        )
+        yield place.row(
+            metric=f"macro_f1_worst_host@{of}", model=model, seed="mean", value=worst.value, low=worst.low, high=worst.high,
+            why=f"on {worst.host_id}", **counts,
+        )  # fmt: skip
+        yield place.row(
+            metric=f"macro_f1_range_of_hosts@{of}", model=model, seed="mean", value=float(np.ptp(values)),
+            why=f"from {values.min():.2f} to {values.max():.2f}", **counts,
+        )  # fmt: skip
+
+
+def _build_group_rows(place: MetricKey, whole: ScoringSet, rules: EvaluationSettings, name: str) -> Iterator[MetricRow]:
+    labels: NDArray[np.object_] = getattr(whole.windows, name)
+    if name == "sample_name":  # sample names are unique within a profile only
+        for profile, sample in sorted(set(zip(whole.windows.profile, labels, strict=True))):
+            part = whole.select((whole.windows.profile == profile) & (labels == sample))
+            yield from _build_score_rows(place, part, rules, {"profile": profile, "sample_name": sample})
+        return
+    for label in sorted(set(labels)):
+        part = whole.select(labels == label)
+        yield from _build_score_rows(place, part, rules, {name: label})
+
+
+def _build_host_profile_rows(place: MetricKey, whole: ScoringSet, rules: EvaluationSettings) -> Iterator[MetricRow]:
+    """Give the scores of each host and profile together, where both were tested."""
+    hosts, profiles = whole.windows.host_id, whole.windows.profile
+    for host, profile in sorted(set(zip(hosts, profiles, strict=True))):
+        part = whole.select((hosts == host) & (profiles == profile))
+        yield from _build_score_rows(place, part, rules, {"host_id": host, "profile": profile})
+
+
+def _build_score_rows(
+    place: MetricKey, scope: ScoringSet, rules: EvaluationSettings, where: Mapping[str, str]
+) -> list[MetricRow]:
+    """Give macro-F1, three-state macro-F1 and F1 by class of each model, for its seeds and their mean; then the gaps."""
+    kept = select_resamples(scope)
+    scored = score_models(scope, kept)
+    of, counts = render_profile_coverage(scope, rules), scope.counts()
+    rows: list[MetricRow] = []
+    for model, seeds in scored.items():
+        for metric in MACRO_METRICS:
+            points, draws = _collect_scores(seeds, metric)
+            if not where:
+                rows += [
+                    place.row(
+                        metric=f"{metric}@{of}", model=model, seed=s.seed, value=float(v), **build_interval(d, kept), **counts,
+                    )
+                    for s, v, d in zip(seeds, points, draws, strict=True)
+                ]  # fmt: skip
+            rows.append(
+                place.row(
+                    metric=f"{metric}@{of}", model=model, seed="mean", value=float(np.mean(points)),
+                    **build_interval(mean_over_seeds(draws), kept), **where, **counts,
+                )
+            )  # fmt: skip
+        if len(where) > 1:
+            continue  # a class of one host's one profile, or of one sample, is a handful of windows
+        points, draws = _collect_scores(seeds, "f1")
+        for c in scope.classes:
+            of_class = mean_over_seeds([None if d is None else d[:, c] for d in draws])
+            rows.append(
+                place.row(
+                    metric="f1", model=model, seed="mean", phase=str(PHASES[c]),
+                    value=float(np.mean([v[c] for v in points])), **build_interval(of_class, kept), **where, **counts,
+                )
+            )  # fmt: skip
+    return rows if where else rows + _build_model_gap_rows(place, scored, kept, of, counts)
+
+
+def _build_model_gap_rows(
+    place: MetricKey,
+    scored: Mapping[str, Sequence[BootstrapScores]],
+    kept: ResampleSelection,
+    of: str,
+    counts: Mapping[str, int],
+) -> list[MetricRow]:
+    """Compute the paired gap of each two models, seeds averaged inside each resample.
+
+    Holm's family holds the gaps of a model: two baselines have a p-value of their own, and correct nobody else's.
+    """
+    rows: list[MetricRow] = []
+    for metric in MACRO_METRICS:
+        means = {model: _average_seed_scores(seeds, metric) for model, seeds in scored.items()}
+        pairs = list(combinations(means, 2))
+        gaps = [_subtract_draws(means[one][1], means[other][1]) for one, other in pairs]
+        p_values = [compute_gap_p_value(d, kept) for d in gaps]
+        family = [None if set(pair) <= set(BASELINE_MODELS) else p for pair, p in zip(pairs, p_values, strict=True)]
+        for (one, other), d, p, p_holm in zip(pairs, gaps, p_values, bootstrap.adjust_p_values(family), strict=True):
+            rows.append(
+                place.row(
+                    metric=f"{metric}_gap@{of}", model=one, vs=other, seed="mean",
+                    value=means[one][0] - means[other][0], p=p, p_holm=p_holm, **build_interval(d, kept), **counts,
+                )
+            )  # fmt: skip
+    return rows
+
+
+def _collect_scores(seeds: Sequence[BootstrapScores], metric: str) -> tuple[list[FloatArray], list[FloatArray | None]]:
+    points = [getattr(s.point, metric) for s in seeds]
+    return points, [None if s.draws is None else getattr(s.draws, metric) for s in seeds]
+
+
+def _average_seed_scores(seeds: Sequence[BootstrapScores], metric: str) -> tuple[float, FloatArray | None]:
+    points, draws = _collect_scores(seeds, metric)
+    return float(np.mean(points)), mean_over_seeds(draws)
+
+
+def _subtract_draws(one: FloatArray | None, other: FloatArray | None) -> FloatArray | None:
+    return None if one is None or other is None else one - other

@@ -1,0 +1,223 @@
+"""Finds in the flat rows of `metrics_v1.json` the ones that the page speaks of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from phasewatch.evaluation.comparisons import choose_agent_state
+from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, ConfusionMatrix, MetricRow, select_headline
+from phasewatch.models.registry import BASELINE_MODELS
+from phasewatch.training.predictions import NO_FILTER
+from phasewatch.types import PHASES
+
+ELAPSED_TIME = "elapsed_time"
+# What stands for a group (a host, a profile), best first: the first one that has rows is shown.
+GROUP_METRICS = ("macro_f1", "f1", "accuracy", "balanced_accuracy", "recall")
+METRIC_LABELS = {
+    "macro_f1": "macro-F1 of phase",
+    "macro_f1_3": "macro-F1 of 3 states",
+    "f1": "F1",
+    "accuracy": "share of windows right",
+    "recall": "recall",
+    "balanced_accuracy": "balanced accuracy",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaderboardEntry:
+    """One line of the leaderboard."""
+
+    model: str
+    threat: str
+    five_class: MetricRow | None
+    three_class: MetricRow | None
+
+    @property
+    def label(self) -> str:
+        """Model and threat model, as the picture spells them."""
+        return (
+            f"{render_model_name(self.model)} · {self.threat}"
+            if self.threat != DEFAULT_HEADLINE.threat
+            else render_model_name(self.model)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ElapsedTimeGap:
+    """How far a model stands above elapsed time, on the same windows."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def strip_coverage(row: MetricRow) -> str:
+    """Give the metric's name without the profiles tested: `macro_f1` of `macro_f1@5of6`."""
+    return row.metric.partition("@")[0]
+
+
+def render_model_name(key: str) -> str:
+    """Give a model's name on the page; a baseline says that it is one."""
+    return f"{key.replace('_', ' ')} (baseline)" if key in BASELINE_MODELS else key
+
+
+def select_recipe_rows(rows: Sequence[MetricRow]) -> tuple[MetricRow, ...]:
+    """Keep the rows of the headline's recipe, table and filter that are no gap, no curve and no single fold."""
+    return tuple(r for r in rows if _is_recipe_row(r) and r.vs is None and r.x is None)
+
+
+def find_score(
+    rows: Sequence[MetricRow],
+    base: str,
+    *,
+    model: str,
+    threat: str = DEFAULT_HEADLINE.threat,
+    phase: str | None = None,
+    profile: str | None = None,
+    host_id: str | None = None,
+) -> MetricRow | None:
+    """Find the one row of a number: of the episodes that its mask is scored on, the mean over seeds before one seed."""
+    found = [
+        r
+        for r in rows
+        if strip_coverage(r) == base
+        and r.model == model
+        and r.threat == threat
+        and (r.phase, r.profile, r.host_id, r.sample_name) == (phase, profile, host_id, None)
+    ]
+    preferred = ("on", None, "off") if choose_agent_state(threat) == "on" else ("off", None, "on")
+    found.sort(key=lambda r: (preferred.index(r.agent) if r.agent in preferred else 3, r.seed != "mean", str(r.seed)))
+    return found[0] if found else None
+
+
+def find_headline_model(rows: Sequence[MetricRow], all_rows: Sequence[MetricRow] = ()) -> str | None:
+    """Name the model that the page is about: the headline's, else the first that is no baseline, else none."""
+    models = sorted(
+        {r.model for r in rows if r.model and strip_coverage(r) == "macro_f1" and r.model not in BASELINE_MODELS}
+    )
+    wanted = select_headline(all_rows).model
+    return wanted if wanted in models else next(iter(models), None)
+
+
+def find_rows(rows: Sequence[MetricRow], base: str, **where: object) -> tuple[MetricRow, ...]:
+    """Give the rows of a metric, whatever profiles it tested, that have these values; what is not named may be anything."""
+    return tuple(r for r in rows if strip_coverage(r) == base and all(getattr(r, k) == v for k, v in where.items()))
+
+
+def find_overall_row(rows: Sequence[MetricRow], base: str, **where: object) -> MetricRow | None:
+    """Give the first such row over all phases, profiles, hosts and samples, its seeds averaged if it has some."""
+    over_all = {"phase": None, "profile": None, "host_id": None, "sample_name": None}
+    found = find_rows(rows, base, **{**over_all, **where})
+    return next((r for r in found if not isinstance(r.seed, int)), next(iter(found), None))
+
+
+def select_headline_rows(rows: Sequence[MetricRow]) -> tuple[MetricRow, ...]:
+    """Keep the rows of the headline's recipe, threat model, table, filter and agent, gaps and curves included."""
+    return tuple(r for r in rows if _is_headline_row(r))
+
+
+def build_leaderboard(rows: Sequence[MetricRow], *, n_hosts: int | None = None) -> tuple[LeaderboardEntry, ...]:
+    """List all models and threat models with an overall score, best first, those without a number last.
+
+    Args:
+        rows: Of one recipe.
+        n_hosts: Leave out who was tested on fewer hosts: the mean of other machines is no rival.
+    """
+    pairs = {
+        (r.model, r.threat)
+        for r in rows
+        if r.model
+        and strip_coverage(r) in ("macro_f1", "macro_f1_3")
+        and r.phase is r.profile is r.host_id is r.sample_name is None
+        and (n_hosts is None or r.n_hosts >= n_hosts)
+    }
+    found = [
+        LeaderboardEntry(
+            model=model,
+            threat=threat,
+            five_class=find_score(rows, "macro_f1", model=model, threat=threat),
+            three_class=find_score(rows, "macro_f1_3", model=model, threat=threat),
+        )
+        for model, threat in sorted(pairs)
+    ]
+    return tuple(sorted(found, key=lambda c: (-(c.five_class.value or 0.0) if c.five_class else 1.0, c.label)))
+
+
+def choose_group_metric(rows: Sequence[MetricRow], *, model: str, by: Sequence[str]) -> str | None:
+    """Name the metric that stands for groups by these keys (`profile`, `host_id`, `phase`), or None without any row."""
+    keys = ("phase", "profile", "host_id", "sample_name")
+    have = {
+        strip_coverage(r)
+        for r in rows
+        if r.model == model and all((getattr(r, key) is not None) == (key in by) for key in keys)
+    }
+    return next((m for m in GROUP_METRICS if m in have), None)
+
+
+def find_elapsed_time_gap(rows: Sequence[MetricRow], model: str) -> ElapsedTimeGap | None:
+    """Find the paired gap between a model and elapsed time, whichever of the two the row counts from."""
+    for r in rows:
+        if strip_coverage(r) == "macro_f1_gap" and r.value is not None and _is_headline_row(r):
+            if (r.model, r.vs) == (model, ELAPSED_TIME):
+                return ElapsedTimeGap(value=r.value, low=r.low, high=r.high)
+            if (r.model, r.vs) == (ELAPSED_TIME, model):
+                turned = (None, None) if r.low is None or r.high is None else (-r.high, -r.low)
+                return ElapsedTimeGap(value=-r.value, low=turned[0], high=turned[1])
+    return None
+
+
+def build_confusion_matrix(rows: Sequence[MetricRow], *, model: str) -> ConfusionMatrix | None:
+    """Collect the counts of truth × decision over the union of labels; agent off before both."""
+    own = [
+        r
+        for r in rows
+        if r.metric == "confusion" and r.model == model and r.threat == DEFAULT_HEADLINE.threat and _is_recipe_row(r)
+    ]
+    agent = next((a for a in (DEFAULT_HEADLINE.agent, None) if any(r.agent == a for r in own)), "on")
+    at = {(str(r.phase), int(r.x)): r.value or 0.0 for r in own if r.agent == agent and r.x is not None}
+    occur = [p for p in PHASES if any(n and (truth == p or decided == p.code) for (truth, decided), n in at.items())]
+    if not occur:
+        return None
+    counts = tuple(tuple(at.get((str(truth), decided.code), 0.0) for decided in occur) for truth in occur)
+    return ConfusionMatrix(labels=tuple(str(p) for p in occur), counts=counts)
+
+
+def collect_notes(rows: Sequence[MetricRow]) -> tuple[str, ...]:
+    """Give what the evaluation itself has to say of the headline's numbers."""
+    return tuple(
+        dict.fromkeys(
+            r.why
+            for r in rows
+            if r.metric == "note" and r.why and r.vs is None and (_is_headline_row(r) or "is not scored" in r.why)
+        )
+    )
+
+
+def is_above_elapsed_time(model: MetricRow | None, clock: MetricRow | None, gap: ElapsedTimeGap | None) -> bool | None:
+    """Say whether the model beats elapsed time: the paired gap decides where there is one, else the two intervals.
+
+    None means that it cannot be said: a number or an interval is missing.
+    """
+    if gap is not None and gap.low is not None:
+        return gap.low > 0
+    if model is None or clock is None or model.value is None or clock.value is None:
+        return None
+    if model.value <= clock.value:
+        return False
+    if model.low is None:
+        return None
+    return model.low > (clock.high if clock.high is not None else clock.value)
+
+
+def _is_recipe_row(row: MetricRow) -> bool:
+    return (row.recipe, row.fold, row.table, row.filter) == (
+        DEFAULT_HEADLINE.recipe,
+        "pooled",
+        DEFAULT_HEADLINE.table,
+        NO_FILTER,
+    )
+
+
+def _is_headline_row(row: MetricRow) -> bool:
+    return _is_recipe_row(row) and (row.threat, row.agent) == (DEFAULT_HEADLINE.threat, DEFAULT_HEADLINE.agent)

@@ -1,0 +1,160 @@
+"""`metrics_v1.json` as the leaderboard and the confusion that the dashboard shows; every number is a row of that file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from phasewatch import profiles
+from phasewatch.evaluation import query
+from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow, MetricTable, render_headline
+from phasewatch.events.schema import (
+    ConfusionEvent,
+    EventData,
+    ProfileCell,
+    ProfileTableEvent,
+    ScoreEvent,
+    ScoreRow,
+    SplitProtocolScore,
+)
+from phasewatch.models.registry import BASELINE_MODELS
+from phasewatch.models.smoothing import SMOOTHING_NONE
+
+# From the most flattering split to the hardest; the headline's own is among them.
+SPLIT_PROTOCOLS = ("random_windows", "in_distribution", "held_out_host", "held_out_sample", "held_out_both")
+MAX_NOTES, MAX_NOTE_CHARS = 12, 600
+
+
+def build_metric_events(metrics: MetricTable) -> tuple[EventData, ...]:
+    """Give the score event, and the confusion of the headline's model where it has one."""
+    rows = query.select_recipe_rows(metrics.metrics)
+    found: list[EventData] = [_build_score_event(metrics, rows)]
+    model = query.find_headline_model(rows)
+    matrix = query.build_confusion_matrix(metrics.metrics, model=model) if model else None
+    if matrix is not None and model is not None:
+        of = query.find_score(rows, "macro_f1", model=model)
+        found.append(
+            ConfusionEvent(
+                model=model, recipe=DEFAULT_HEADLINE.recipe, threat=DEFAULT_HEADLINE.threat, table=DEFAULT_HEADLINE.table, agent=of.agent if of else None,
+                labels=matrix.labels, counts=matrix.counts, n_episodes=of.n_episodes if of else 0,
+                n_hosts=of.n_hosts if of else 0,
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def _build_score_event(metrics: MetricTable, rows: Sequence[MetricRow]) -> ScoreEvent:
+    """Give the leaderboard of the headline's recipe, with what easier splits would have claimed."""
+    ranked = [
+        c.five_class
+        for c in query.build_leaderboard(rows)
+        if c.five_class is not None and c.five_class.value is not None
+    ]
+    most = max((r.n_hosts for r in ranked), default=0)
+    ranked.sort(key=lambda r: r.n_hosts < most)  # the mean of fewer machines is no rival: it comes after
+    lead = next((r for r in ranked if r.threat == DEFAULT_HEADLINE.threat), ranked[0] if ranked else None)
+    tested, _, registered = lead.metric.partition("@")[2].partition("of") if lead else ("0", "", "0")
+    model = query.find_headline_model(rows)
+    return ScoreEvent(
+        metric="macro_f1", tested=int(tested or 0), registered=int(registered or 0), recipe=DEFAULT_HEADLINE.recipe,
+        rows=tuple(_build_score_row(r, lead, metrics.metrics) for r in ranked[:200]),
+        inflation=_build_split_scores(metrics.metrics, model) if model else (), inflation_of=model,
+        headline=render_headline(metrics)[:MAX_NOTE_CHARS],
+        notes=tuple(note[:MAX_NOTE_CHARS] for note in query.collect_notes(metrics.metrics)[:MAX_NOTES]),
+    )  # fmt: skip
+
+
+def _build_score_row(row: MetricRow, lead: MetricRow | None, rows: Sequence[MetricRow]) -> ScoreRow:
+    return ScoreRow(
+        model=str(row.model), threat=row.threat, table=row.table, agent=row.agent, value=float(row.value or 0.0),
+        low=row.low, high=row.high, why=row.why if row.low is None else None,
+        is_baseline=row.model in BASELINE_MODELS, p_holm=_find_p_value(row, lead, rows), n_episodes=row.n_episodes,
+        n_sessions=row.n_sessions, n_hosts=row.n_hosts,
+        seeds=max(1, sum(_is_same_series(r, row) and isinstance(r.seed, int) for r in rows)),
+    )  # fmt: skip
+
+
+def _find_p_value(row: MetricRow, lead: MetricRow | None, rows: Sequence[MetricRow]) -> float | None:
+    """Find the corrected p of the paired gap to the leader, whichever of the two it counts from."""
+    if lead is None or row is lead or row.threat != lead.threat:
+        return None
+    pair = {row.model, lead.model}
+    for r in rows:
+        if (
+            query.strip_coverage(r) == "macro_f1_gap"
+            and r.p_holm is not None
+            and {r.model, r.vs} == pair
+            and (r.recipe, r.fold, r.threat, r.table, r.filter, r.agent)
+            == (row.recipe, row.fold, row.threat, row.table, row.filter, row.agent)
+            and r.phase is r.profile is r.host_id is r.sample_name is None
+        ):
+            return r.p_holm
+    return None
+
+
+def _is_same_series(row: MetricRow, other: MetricRow) -> bool:
+    keys = ("metric", "recipe", "fold", "threat", "model", "table", "filter", "agent", "phase", "profile", "host_id")
+    return all(getattr(row, k) == getattr(other, k) for k in (*keys, "sample_name", "vs", "x"))
+
+
+def _build_split_scores(rows: Sequence[MetricRow], model: str) -> tuple[SplitProtocolScore, ...]:
+    """Give the same model's score under each way of splitting that the run has, agent off before both."""
+    found = []
+    for recipe in SPLIT_PROTOCOLS:
+        own = [
+            r
+            for r in rows
+            if (r.recipe, r.fold, r.threat, r.model, r.table, r.filter)
+            == (recipe, "pooled", DEFAULT_HEADLINE.threat, model, DEFAULT_HEADLINE.table, SMOOTHING_NONE)
+            and query.strip_coverage(r) == "macro_f1"
+            and r.seed == "mean"
+            and r.agent in (DEFAULT_HEADLINE.agent, None)
+            and r.phase is r.profile is r.host_id is r.sample_name is r.vs is None
+            and r.value is not None
+        ]
+        own.sort(key=lambda r: r.agent is None)
+        if own and own[0].value is not None:
+            found.append(SplitProtocolScore(recipe=recipe, value=own[0].value, low=own[0].low, high=own[0].high))
+    return tuple(found) if len(found) > 1 else ()
+
+
+def build_profile_event(metrics: MetricTable) -> ProfileTableEvent | None:
+    """Give the table of the headline's model, or None where there is no such row.
+
+    All registered profiles stand in it, tested or not: what is missing is to be seen.
+    """
+    rows = query.select_recipe_rows(metrics.metrics)
+    model = query.find_headline_model(rows)
+    metric = query.choose_group_metric(rows, model=model, by=("profile", "host_id")) if model else None
+    if model is None or metric is None:
+        return None
+    own = [r for r in rows if r.model == model and r.threat == DEFAULT_HEADLINE.threat]
+    registered = [p.name for p in profiles.PROFILES]
+    seen = {r.profile for r in own if r.profile is not None and r.n_windows}
+    names = (*registered, *sorted(seen - set(registered)))
+    hosts = tuple(sorted({r.host_id for r in own if r.host_id is not None}))
+
+    def cell(profile: str, host: str) -> ProfileCell | None:
+        found = query.find_score(own, metric, model=model, profile=profile, host_id=host)
+        return None if found is None or not found.n_windows else _build_profile_cell(found)
+
+    return ProfileTableEvent(
+        metric=metric,
+        recipe=DEFAULT_HEADLINE.recipe,
+        threat=DEFAULT_HEADLINE.threat,
+        model=model,
+        profiles=names,
+        hosts=hosts,
+        cells=tuple(tuple(cell(p, h) for h in hosts) for p in names),
+        untested_profiles=tuple(p for p in registered if p not in seen),
+    )
+
+
+def _build_profile_cell(row: MetricRow) -> ProfileCell:
+    return ProfileCell(
+        value=row.value,
+        low=row.low,
+        high=row.high,
+        why=row.why,
+        n_windows=row.n_windows,
+        n_episodes=row.n_episodes,
+    )

@@ -1,0 +1,253 @@
+"""Where a model fails: by phase, profile and host, what it takes for what, and three episodes window by window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from phasewatch.evaluation import query
+from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, METRICS_FILE, ConfusionMatrix, MetricRow
+from phasewatch.report import charts
+from phasewatch.report.data import STRIDE_S, EpisodeRibbon, HeadlineWindows, choose_episodes
+from phasewatch.report.layout import (
+    ReportBlock,
+    ReportSection,
+    ReportTable,
+    build_metric_table,
+    build_score_mark,
+    join_words,
+    render_count,
+    render_number,
+)
+from phasewatch.splits import Fold
+from phasewatch.training.predictions import PREDICTIONS_FILE
+from phasewatch.types import PHASES
+
+EVALUATE_COMMAND = "phasewatch evaluate RUN && phasewatch report RUN"
+NO_METRICS = f"No row for this in {METRICS_FILE}; `phasewatch evaluate RUN` writes them."
+NO_WINDOWS = f"No test window of the headline's model in {PREDICTIONS_FILE}; `phasewatch train RUN` writes them."
+
+_CLASSES_NOTE = "Each number is over the phases that occur there."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ReportContext:
+    """What the sections share, looked up once.
+
+    Attributes:
+        rows: The headline's recipe, table and filter; `all_rows` has the paired gaps too.
+        model: The model that the page is about, None where no row names one.
+        windows: Its scored test windows, None where there are none.
+    """
+
+    rows: tuple[MetricRow, ...]
+    all_rows: tuple[MetricRow, ...]
+    model: str | None
+    windows: HeadlineWindows | None
+    origin: str
+
+
+def build_error_section(told: ReportContext, folds: Sequence[Fold]) -> ReportSection:
+    """Build the section from the headline's rows and windows."""
+    labels = [str(p) for p in PHASES]
+    blocks = [_build_group_block(told, "class", "By phase", "phase", labels)]
+    profiles, hosts = _find_group_names(told, "profile"), _find_group_names(told, "host_id")
+    blocks.append(_build_group_block(told, "profile", "By profile", "profile", profiles))
+    blocks.append(_build_group_block(told, "host", "By host", "host_id", hosts))
+    blocks += [_build_sample_block(told), _build_host_profile_block(told, folds)]
+    blocks.append(_build_confusion_block(told))
+    if told.windows is None:
+        blocks.append(ReportBlock(key="ribbons", title="Three episodes", absent=NO_WINDOWS, command=EVALUATE_COMMAND))
+    else:
+        blocks += [_build_ribbon_block(told, told.windows, shown) for shown in choose_episodes(told.windows)]
+    return ReportSection(key="fails", title="Where it fails", blocks=tuple(blocks))
+
+
+def _find_group_names(told: ReportContext, key: str) -> list[str]:
+    """Name the groups that have rows, and with them the profiles that the evaluation lists as untested."""
+    own = {str(getattr(r, key)) for r in told.rows if r.model == told.model and getattr(r, key) is not None}
+    untested = {r.profile for r in told.rows if key == "profile" and r.metric == "untested_profile" and r.profile}
+    return sorted(own | untested)
+
+
+def _build_group_block(told: ReportContext, key: str, title: str, field: str, names: list[str]) -> ReportBlock:
+    metric = query.choose_group_metric(told.rows, model=told.model, by=(field,)) if told.model else None
+    if told.model is None or metric is None:
+        return ReportBlock(key=f"by-{key}", title=title, absent=NO_METRICS, command=EVALUATE_COMMAND)
+    words = query.METRIC_LABELS[metric]
+    own = [(n, query.find_score(told.rows, metric, model=told.model, **{field: n})) for n in names]
+    series, table = [], []
+    for model in (told.model, query.ELAPSED_TIME):
+        found = [(n, query.find_score(told.rows, metric, model=model, **{field: n})) for n in names]
+        if model == told.model or any(row is not None for _, row in found):
+            series.append(
+                charts.ScoreSeries(
+                    name=query.render_model_name(model), scores=tuple(build_score_mark(n, row) for n, row in found)
+                )
+            )
+            table += [(n, f"{words}, {query.render_model_name(model)}", row) for n, row in found]
+    return ReportBlock(
+        key=f"by-{key}",
+        title=title,
+        sentences=(
+            *((_CLASSES_NOTE,) if metric == "macro_f1" else ()),
+            *_describe_range(words, own),
+            *(_describe_host_spread(told) if field == "host_id" else ()),
+        ),
+        figure=charts.draw_intervals(series, title=words, origin=told.origin),
+        table=build_metric_table(table),
+        command=EVALUATE_COMMAND,
+    )
+
+
+def _describe_host_spread(told: ReportContext) -> tuple[str, ...]:
+    """Say what can be said of the spread between hosts: an interval from twenty on, else points only."""
+    row = query.find_overall_row(
+        told.rows,
+        "macro_f1_mean_of_hosts",
+        model=told.model,
+        threat=DEFAULT_HEADLINE.threat,
+        agent=DEFAULT_HEADLINE.agent,
+    )
+    if row is None or row.value is None:
+        return ()
+    if row.low is not None and row.high is not None:
+        return (f"Over hosts the mean is {row.value:.2f} [{row.low:.2f}, {row.high:.2f}].",)
+    return (f"Of the spread between hosts nothing but these points is claimed: {row.why}.",)
+
+
+def _build_sample_block(told: ReportContext) -> ReportBlock:
+    """List every sample's score: names are unique within a profile only."""
+    found = [
+        r for r in query.find_rows(told.rows, "macro_f1", model=told.model, threat=DEFAULT_HEADLINE.threat, agent=DEFAULT_HEADLINE.agent)
+        if r.sample_name is not None
+    ]  # fmt: skip
+    if not found:
+        return ReportBlock(key="by-sample", title="By sample", absent=NO_METRICS, command=EVALUATE_COMMAND)
+    ranked = sorted(found, key=lambda r: (r.value or 0.0, r.profile or "", r.sample_name or ""))
+    table = build_metric_table([(f"{r.profile}, {r.sample_name}", "macro-F1", r) for r in ranked])
+    said = ("Weakest first. A sample is a few episodes: a place to look, not a number to quote.",)
+    return ReportBlock(key="by-sample", title="By sample", sentences=said, table=table, command=EVALUATE_COMMAND)
+
+
+def _describe_range(words: str, found: list[tuple[str, MetricRow | None]]) -> tuple[str, ...]:
+    known = sorted((row.value, name) for name, row in found if row is not None and row.value is not None)
+    missing = [name for name, row in found if row is None or row.value is None]
+    said = []
+    if any(row is not None and row.value is not None and row.low is None for _, row in found):
+        said.append("Where no whisker is drawn, too little was recorded for an interval; the table says why.")
+    if len(known) > 1:
+        (low, worst), (high, best) = known[0], known[-1]
+        said.append(f"{words[0].upper()}{words[1:]} runs from {low:.2f} ({worst}) to {high:.2f} ({best}).")
+    if missing:
+        said.append(f"Nothing can be said of {join_words(missing)}: no test window, or no row.")
+    return tuple(said)
+
+
+def _build_host_profile_block(told: ReportContext, folds: Sequence[Fold]) -> ReportBlock:
+    base = ReportBlock(key="host-profile", title="Host × profile", command=EVALUATE_COMMAND)
+    tested = told.windows.count_episodes() if told.windows is not None else {}
+    metric = query.choose_group_metric(told.rows, model=told.model, by=("host_id", "profile")) if told.model else None
+    absent = {p for fold in folds for p in fold.untested_profiles}
+    known = {(c.host_id, c.profile) for fold in folds for c in fold.coverage}
+    hosts = sorted({h for h, _ in tested} | {h for h, _ in known})
+    profiles = sorted({p for _, p in tested} | {p for _, p in known} | absent)
+    if not tested:
+        return replace(base, absent=NO_WINDOWS)
+
+    def row(host: str, profile: str) -> MetricRow | None:
+        if told.model is None or metric is None:
+            return None
+        return query.find_score(told.rows, metric, model=told.model, host_id=host, profile=profile)
+
+    cells = tuple(
+        charts.HeatMapCell(
+            host_id=h, profile=p, n_episodes=tested.get((h, p), 0), value=r.value if (r := row(h, p)) else None
+        )
+        for h in hosts
+        for p in profiles
+    )
+    empty = [c for c in cells if not c.n_episodes]
+    words = query.METRIC_LABELS[metric] if metric else "test episodes"
+    body = tuple(
+        (
+            c.host_id,
+            c.profile,
+            str(c.n_episodes) if c.n_episodes else "untested",
+            render_number(c.value) if c.n_episodes else "–",
+        )
+        for c in cells
+    )
+    return replace(
+        base,
+        sentences=(
+            f"{len(cells) - len(empty)} of {render_count(len(cells), 'cell')} have a scored test episode; hatched ones are untested.",
+            "A cell holds few episodes: read it as a place to look, not as a number to quote."
+            if metric
+            else f"{METRICS_FILE} has no score of a cell, so the shade is the number of test episodes.",
+        ),
+        figure=charts.draw_heat_map(cells, hosts=hosts, profiles=profiles, title=words, origin=told.origin),
+        table=ReportTable(
+            columns=("host", "profile", "episodes", words), numeric=(False, False, True, True), rows=body
+        ),
+    )
+
+
+def _build_confusion_block(told: ReportContext) -> ReportBlock:
+    base = ReportBlock(key="confusion", title="What is taken for what", absent=NO_METRICS, command=EVALUATE_COMMAND)
+    matrix = query.build_confusion_matrix(told.all_rows, model=told.model) if told.model else None
+    if matrix is None:
+        return base
+
+    def size(n: float) -> str:
+        return f"{n:,.0f}" if n == round(n) else f"{n:,.1f}"
+
+    rows = tuple(
+        (truth, *(size(n) for n in row), size(sum(row)))
+        for truth, row in zip(matrix.labels, matrix.counts, strict=True)
+    )
+    columns = ("truth, decided as →", *matrix.labels, "all")
+    return replace(
+        base,
+        absent="",
+        sentences=(
+            "Windows by truth and decision, over every label that occurs as either.",
+            *_describe_worst_confusion(matrix),
+        ),
+        figure=charts.draw_confusion(matrix, origin=told.origin),
+        table=ReportTable(columns=columns, numeric=(False, *(True,) * (len(columns) - 1)), rows=rows),
+    )
+
+
+def _describe_worst_confusion(matrix: ConfusionMatrix) -> tuple[str, ...]:
+    wrong = [
+        (n, sum(row), truth, decided)
+        for truth, row in zip(matrix.labels, matrix.counts, strict=True)
+        for decided, n in zip(matrix.labels, row, strict=True)
+        if n and truth != decided
+    ]
+    if not wrong:
+        return ("No window was decided wrongly.",)
+    n, total, truth, decided = max(wrong)
+    return (f"The most frequent mistake: {n:,.0f} of {total:,.0f} windows of {truth} decided as {decided}.",)
+
+
+def _build_ribbon_block(told: ReportContext, windows: HeadlineWindows, shown: EpisodeRibbon) -> ReportBlock:
+    names = [str(p) for p in PHASES]
+    body = tuple((f"{w.t_s:.0f}", names[w.truth], names[w.decided], *(f"{v:.2f}" for v in w.p)) for w in shown.windows)
+    return ReportBlock(
+        key=f"ribbon-{shown.rank.split()[0]}",
+        title=f"The {shown.rank} test episode: {shown.profile}, {shown.sample_name}",
+        sentences=(
+            f"Episode {shown.episode_id} on host {shown.host_id}, {render_count(len(shown.windows), 'window')}; "
+            "ranked by windows right, of those whose phase changes where there are three.",
+            "Truth above decision (paler: less probable); below, the darker the likelier, and a line where the truth was.",
+        ),
+        figure=charts.draw_ribbon(shown.windows, stride_s=STRIDE_S, origin=told.origin),
+        table=ReportTable(
+            columns=("seconds", "truth", "decided", *(f"p({n})" for n in names)),
+            numeric=(True, False, False, *(True,) * len(names)),
+            rows=body,
+        ),
+        command="phasewatch train RUN && phasewatch report RUN",
+    )

@@ -1,0 +1,243 @@
+"""Reads a run's files and writes `report.html` beside them: one file that opens anywhere and asks no network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from phasewatch.atomic import write_atomic
+from phasewatch.audit.checks import AUDIT_FILE
+from phasewatch.audit.run import read_audit
+from phasewatch.dataset import SplitIndex, read_split_index
+from phasewatch.errors import MissingToolError, RunError, UsageError
+from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, METRICS_FILE, parse_metrics
+from phasewatch.parquet import convert_parquet_errors, open_parquet
+from phasewatch.report import data as ev
+from phasewatch.report.layout import ReportPage
+from phasewatch.report.markdown import render_json, render_markdown
+from phasewatch.report.summary import build_page
+from phasewatch.splits import parse_fold
+from phasewatch.training.predictions import NO_FILTER, PREDICTIONS_FILE
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+REPORT_FILE = "report.html"
+MAX_REPORT_BYTES = 6 * 1024 * 1024  # one mail attachment; Plotly's script alone is 4.8 MB
+_INTERVAL_PATTERN = re.compile(r"\[[+-]?\d[^\[\]]{0,28}\]")  # an interval
+_T = TypeVar("_T")
+
+
+def write_report(run: Path, form: str = "html", out: Path | None = None) -> Path:
+    """Write a run's report and give its path; the same files give the same bytes.
+
+    Args:
+        run: The run's folder.
+        form: ``html`` (the page), ``md`` or ``json`` (the same without pictures).
+        out: Where; beside the run's other files if left out.
+
+    Raises:
+        RunError: If the folder is absent, or not one file of it can be read.
+        MissingTool: If Plotly or Jinja is not installed.
+        UsageError: If the form is not known.
+    """
+    if form not in REPORT_FORMATS:
+        raise UsageError(f"no report as {form!r}; it is one of {', '.join(REPORT_FORMATS)}")
+    target = run / f"report.{form}" if out is None else out
+    write_atomic(target, REPORT_FORMATS[form](build_page(read_report_data(run))).encode())
+    return target
+
+
+def read_report_data(run: Path) -> ev.ReportData:
+    """Read what a run has; what is absent or broken is noted, and the rest is read all the same.
+
+    Raises:
+        RunError: If the folder is absent, or not one file of it can be read.
+    """
+    if not run.is_dir():
+        raise RunError(f"{run}: no such run; `phasewatch run STORE --out {run}` makes one")
+    notes: list[str] = []
+
+    def attempt(name: str, parse: Callable[[Path], _T]) -> _T | None:
+        path = run / name
+        if not path.is_file():
+            notes.append(f"{name} is absent: `phasewatch {ev.COMMAND_BY_FILE[name]} RUN` makes it.")
+            return None
+        try:
+            return parse(path)
+        except (RunError, OSError) as exc:
+            notes.append(f"{name} could not be read: {exc}")
+            return None
+
+    metrics = attempt(METRICS_FILE, lambda p: parse_metrics(p.read_bytes(), file=METRICS_FILE))
+    predictions = attempt(PREDICTIONS_FILE, lambda p: ev.parse_predictions(_read_predictions(p)))
+    bundles = attempt(
+        ev.VALIDATION_FILE,
+        lambda p: ev.parse_validation(_read_table(p, (*ev.VALIDATION_COLUMNS, *ev.ROW_COUNT_COLUMNS))),
+    )
+    stages = attempt(ev.ACCOUNTING_FILE, lambda p: ev.parse_accounting(p.read_bytes()))
+    schema = attempt(ev.FEATURE_SCHEMA_FILE, lambda p: ev.parse_schema(p.read_bytes()))
+    folds = []
+    for path in sorted((run / "splits").glob("*.json")):
+        try:
+            folds.append(parse_fold(path.read_bytes(), file=f"splits/{path.name}"))
+        except (RunError, OSError) as exc:
+            notes.append(str(exc))
+    if not (metrics or predictions or bundles or stages or schema or folds):
+        raise RunError(f"{run}: nothing of a run can be read here; `phasewatch run STORE --out {run}` makes one")
+    splits = SplitIndex()
+    try:
+        splits = read_split_index(run)
+    except (RunError, OSError) as exc:
+        notes.append(str(exc))
+    digests = _compute_input_digests(run)
+    if metrics is not None:
+        notes += ev.find_stale_inputs(
+            metrics, digests | _compute_digests(run, [f"splits/{p.name}" for p in (run / "splits").glob("*.json")])
+        )
+    audit = None
+    try:
+        audit = read_audit(run)
+    except (RunError, OSError) as exc:
+        notes.append(f"{AUDIT_FILE} could not be read: {exc}")
+    return ev.ReportData(
+        metrics=metrics,
+        predictions=predictions,
+        bundles=bundles,
+        stages=stages or (),
+        folds=tuple(folds),
+        schema=schema,
+        digests=digests,
+        notes=tuple(notes),
+        audit=audit,
+        splits=splits,
+    )
+
+
+def render_html(page: ReportPage) -> str:
+    """Give the page as HTML; every string from data is escaped, in text and inside the script's data alike."""
+    try:
+        import jinja2
+        from markupsafe import Markup
+    except ImportError as exc:
+        raise MissingToolError("Jinja is not installed: pip install 'phasewatch[train]'") from exc
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("phasewatch.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["code"] = _render_code
+    environment.filters["whole"] = _keep_intervals_whole
+    plotly, draw = Markup(load_plotly_script()), Markup(_read_resource("draw.js"))
+    return environment.get_template("report.html.j2").render(
+        page=page,
+        style=Markup(_read_resource("style.css")),
+        scripts=(plotly, draw),
+        data=Markup(render_script_json(page.figures())),
+        hashes=" ".join(f"'sha256-{_compute_script_hash(text)}'" for text in (plotly, draw)),
+    )
+
+
+# As what a page can be had: name and file ending → how it is written.
+REPORT_FORMATS: dict[str, Callable[[ReportPage], str]] = {
+    "html": render_html,
+    "md": render_markdown,
+    "json": render_json,
+}
+
+
+def render_script_json(value: Any) -> str:
+    """Give JSON that no HTML parser can take for markup: no `<`, `>`, `&` and nothing beyond ASCII stays as it is.
+
+    >>> script_json("</script>")
+    '"\\\\u003c/script\\\\u003e"'
+    """
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"), sort_keys=True)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def load_plotly_script() -> str:
+    """Give Plotly's script as the installed package carries it.
+
+    Raises:
+        MissingTool: If the package is not installed, or has no script.
+    """
+    try:
+        text = (resources.files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+    except (ImportError, OSError) as exc:
+        raise MissingToolError("Plotly's script is not installed: pip install 'phasewatch[train]'") from exc
+    if "</script" in text or "\r" in text:
+        raise MissingToolError("Plotly's script cannot stand inside a page as it is; pip install 'plotly==7.1.0'")
+    return text
+
+
+def _read_resource(name: str) -> str:
+    return (resources.files("phasewatch.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _compute_script_hash(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _render_code(text: str) -> Markup:
+    """Set what stands between backticks as code, everything else as text."""
+    from markupsafe import Markup, escape
+
+    parts = _keep_intervals_whole(text).split("`")
+    if len(parts) % 2 == 0:  # an odd backtick is one from data
+        return escape(text)
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if i % 2 else escape(part) for i, part in enumerate(parts)
+    )
+
+
+def _keep_intervals_whole(text: str) -> str:
+    """Keep an interval on one line: `[0.41,` at a line's end reads as if something were missing."""
+    return _INTERVAL_PATTERN.sub(lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
+
+
+def _read_table(path: Path, columns: tuple[str, ...], filters: Any = None) -> Any:
+    import pyarrow.parquet as pq
+
+    hint = f"phasewatch {ev.COMMAND_BY_FILE[path.name]} RUN"
+    with open_parquet(path, hint=hint) as file:
+        have = set(file.schema_arrow.names)
+    with convert_parquet_errors(path, hint=hint):
+        return pq.read_table(path, columns=[c for c in columns if c in have], filters=filters)
+
+
+def _read_predictions(path: Path) -> Any:
+    """Read the test windows of the headline's recipe alone; a full grid's file holds millions of others."""
+    wanted = [
+        ("recipe", "==", DEFAULT_HEADLINE.recipe),
+        ("threat", "==", DEFAULT_HEADLINE.threat),
+        ("table", "==", DEFAULT_HEADLINE.table),
+        ("filter", "==", NO_FILTER),
+        ("part", "==", "test"),
+    ]
+    return _read_table(path, ev.PREDICTION_COLUMNS, wanted)
+
+
+def _compute_input_digests(run: Path) -> dict[str, str]:
+    """Digest what the page quotes; run.json is left out, for it alone holds times."""
+    return _compute_digests(
+        run, (METRICS_FILE, PREDICTIONS_FILE, ev.ACCOUNTING_FILE, ev.VALIDATION_FILE, ev.FEATURE_SCHEMA_FILE)
+    )
+
+
+def _compute_digests(run: Path, names: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        if (run / name).is_file():
+            with (run / name).open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found

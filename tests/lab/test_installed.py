@@ -1,0 +1,35 @@
+"""Which processor a recording was made on: what it says of itself, and that nothing odd reaches a manifest."""
+
+from __future__ import annotations
+
+import pytest
+
+from phasewatch.bundle.limits import MAX_STRING_CHARS
+from phasewatch.lab.host import parse_processor_name, read_processor_name
+
+EPYC = "processor\t: 0\ncpu family\t: 23\nmodel\t\t: 1\nmodel name\t: AMD EPYC\nstepping\t: 2\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "tsc_khz", "says"),
+    [
+        pytest.param(EPYC, 1_996_250, "AMD EPYC (family 23, model 1) at 1996 MHz", id="whole"),
+        pytest.param(EPYC, None, "AMD EPYC (family 23, model 1)", id="no time stamp counter"),
+        pytest.param("model name\t: Odd\tone \u2122\n", None, "Odd?one ?", id="letters that no manifest may hold"),
+        pytest.param("processor\t: 0\nBogoMIPS\t: 48.00\n", None, "", id="an ARM, whose kernel gives no name"),
+    ],
+)
+def test_a_processor_is_named_in_plain_letters(cpuinfo: str, tsc_khz: int | None, says: str) -> None:
+    assert parse_processor_name(cpuinfo, tsc_khz) == says
+
+
+def test_the_longest_name_leaves_room_for_the_rest_of_its_string() -> None:
+    assert (
+        len(parse_processor_name(f"model name : {'x' * 500}\ncpu family : {'1' * 99}\nmodel : 1\n", 1))
+        <= 80
+        < MAX_STRING_CHARS
+    )
+
+
+def test_this_machine_has_a_name() -> None:
+    assert read_processor_name(None)

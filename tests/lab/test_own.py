@@ -1,0 +1,179 @@
+"""A machine of the user's own: what may be handed to `record --image`, and how QEMU is told."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from tests.lab.fakes import shape_of
+from tests.requirements import need_program
+
+from phasewatch.errors import DataError, MissingToolError, UsageError
+from phasewatch.lab import campaign, host
+from phasewatch.lab.custom_workload import CLOUD_INIT_USER_DATA, read_custom_machine
+from phasewatch.lab.guest_image import DEFAULT_DATA_MIB, GuestImage
+from phasewatch.lab.host import parse_qemu_version, read_qemu_version
+from phasewatch.lab.qemu_command import VmPaths, build_qemu_command
+from phasewatch.telemetry.base import HostClock
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    need_program("qemu-img", "qemu-utils")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(tmp_path / "My Disk.qcow2"), "1M"], check=True)
+    return tmp_path / "My Disk.qcow2"
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Path:
+    (tmp_path / "driver.sh").write_text("#!/bin/sh\n")
+    return tmp_path / "driver.sh"
+
+
+def test_the_host_is_named_after_the_disk_unless_told(disk: Path, driver: Path) -> None:
+    assert read_custom_machine(disk.rename(disk.with_name("disk-1.qcow2")), driver).shape.host_id == "disk-1"
+
+
+@pytest.mark.parametrize("twin", ["my-disk", "My-Disk", "MY DISK", "диск"])
+def test_disks_whose_names_differ_are_different_hosts(disk: Path, driver: Path, twin: str) -> None:
+    other = disk.with_name(f"{twin}.qcow2")
+    other.write_bytes(disk.read_bytes())
+
+    assert read_custom_machine(disk, driver).shape.host_id != read_custom_machine(other, driver).shape.host_id
+
+
+def test_a_machine_of_the_users_own_is_never_one_of_the_labs(disk: Path, driver: Path) -> None:
+    assert read_custom_machine(disk.rename(disk.with_name("pc.qcow2")), driver).shape.host_id not in {"pc", ""}
+
+
+@pytest.mark.parametrize("host_id", ["pc", "microvm", "sent", "refused"])
+def test_a_host_id_that_stands_for_something_else_is_refused(disk: Path, driver: Path, host_id: str) -> None:
+    with pytest.raises(UsageError):
+        read_custom_machine(disk, driver, host_id=host_id)
+
+
+def test_a_host_id_that_was_given_is_taken(disk: Path, driver: Path) -> None:
+    assert read_custom_machine(disk, driver, host_id="web-1").shape.host_id == "web-1"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        pytest.param({"host_id": "Web 1"}, UsageError, "--host-id 'Web 1': it must match", id="a name that cannot be"),
+        pytest.param({"machine": "microvm"}, UsageError, "pc or q35", id="a machine that boots no disk"),
+        pytest.param({"mem_mib": 1}, UsageError, "64 to 65536 MiB", id="no memory"),
+        pytest.param({"boot_s": 0.0}, UsageError, "1 to 3600 s", id="no time to boot"),
+    ],
+)
+def test_numbers_and_names_that_cannot_be_are_refused(
+    disk: Path, driver: Path, changes: dict[str, object], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        read_custom_machine(disk, driver, **changes)  # type: ignore[arg-type]
+
+
+def test_a_disk_that_is_no_qcow2_is_refused_with_the_line_that_makes_one(tmp_path: Path, driver: Path) -> None:
+    (tmp_path / "disk.img").write_bytes(b"\xeb\x63" + bytes(510))
+
+    with pytest.raises(DataError, match="not a qcow2 image; make one with `qemu-img convert -O qcow2"):
+        read_custom_machine(tmp_path / "disk.img", driver)
+
+
+def test_a_driver_that_is_no_script_is_refused(disk: Path, tmp_path: Path) -> None:
+    (tmp_path / "driver.exe").write_bytes(b"MZ\x90")
+
+    with pytest.raises(DataError, match="begins with `#!`"):
+        read_custom_machine(disk, tmp_path / "driver.exe")
+
+
+def test_a_file_that_is_not_there_is_named(disk: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"absent\.sh: No such file"):
+        read_custom_machine(disk, tmp_path / "absent.sh")
+
+
+def test_the_disk_boots_by_itself_and_the_driver_lies_on_a_small_disk_beside_it() -> None:
+    command = " ".join(
+        build_qemu_command(
+            shape_of(), accel="tcg", kernel=None, initrd=None, sockets=VmPaths(folder=Path("/d")), mac="m",
+            tsc_khz=None, hands_over=True,
+        )
+    )  # fmt: skip
+
+    assert "-kernel" not in command
+    assert "-append" not in command
+    assert "virtio-blk-pci,drive=d0,id=blk0,bootindex=1" in command
+    assert "driver=vvfat,node-name=handed0,dir=/d/handed,label=cidata,read-only=on" in command
+    assert command.index("drive=d0,id=blk0") < command.index("drive=handed0"), "the guest's root would be another disk"
+    assert command.count("-netdev") == 1
+
+
+def test_kvm_for_an_own_machine_is_proven_by_a_guest_of_ours_that_can_be_built(
+    tmp_path: Path, disk: Path, driver: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[int] = []
+
+    def build(cache: Path, arch: str, *, data_mib: int, scripts: object) -> GuestImage:
+        built.append(data_mib)
+        return GuestImage(kernel=disk, initrd=disk, base_disk=disk, kernel_release="6", digest="0")
+
+    monkeypatch.setattr(host, "find_kvm_obstacle", lambda *_, **__: None)
+    monkeypatch.setattr(host, "boots_on_kvm", lambda image, arch: True)
+    monkeypatch.setattr(campaign, "build_guest_image", build)
+    monkeypatch.setattr(campaign, "read_qemu_version", lambda arch: "7.2")
+    own = read_custom_machine(disk, driver)
+    factory = campaign.QemuFactory(cache=tmp_path, scratch=tmp_path, clock=HostClock(), custom_machine=own)
+
+    assert factory.prepare(own.shape) == (own.image, "kvm")
+    assert built == [DEFAULT_DATA_MIB], "mke2fs fills no disk from a folder that is not there"
+
+
+def test_cloud_init_is_told_to_start_the_driver() -> None:
+    assert CLOUD_INIT_USER_DATA.startswith("#cloud-config\nbootcmd:\n")
+    assert "LABEL=cidata" in CLOUD_INIT_USER_DATA
+
+
+# --- which QEMU -----------------------------------------------------------------------------------------------------
+
+
+def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Put a program in QEMU's place."""
+    program = folder / "qemu-system-x86_64"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+def test_a_new_enough_qemu_is_named_by_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(tmp_path, monkeypatch, "echo 'QEMU emulator version 9.2.1 (Debian 1:9.2.1+ds-1)'")
+
+    assert read_qemu_version("x86_64") == "9.2.1"
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        pytest.param("echo 'QEMU emulator version 6.2.0'", r"version 6\.2\.0; 7\.2 or newer is needed", id="too old"),
+        pytest.param("echo 'Bochs 2.7'", "of version unknown; 7", id="something else"),
+        pytest.param("exit 1", "does not run .*apt-get install qemu-system-x86", id="broken"),
+    ],
+)
+def test_a_qemu_that_will_not_do_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, says: str
+) -> None:
+    stand_in(tmp_path, monkeypatch, script)
+
+    with pytest.raises(MissingToolError, match=says):
+        read_qemu_version("x86_64")
+
+
+def test_no_qemu_at_all_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    with pytest.raises(MissingToolError, match="apt-get install qemu-system-arm"):
+        read_qemu_version("aarch64")
+
+
+def test_the_oldest_qemu_is_the_one_that_brought_dgram() -> None:
+    assert host.MIN_QEMU_VERSION == (7, 2)
+    assert parse_qemu_version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)")[1] >= (7, 2)

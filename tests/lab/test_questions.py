@@ -1,0 +1,251 @@
+"""Questions to one monitor: one that is slow, silent or refused costs itself, and is given up in the end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from tests.lab.fakes import FakeClock
+
+from phasewatch.errors import VmError
+from phasewatch.telemetry.questions import NOT_ASKED, MonitorQuery, QueryRound
+
+DEADLINE_S = 0.05
+
+
+@dataclass
+class Asked:
+    """What was asked of a monitor of make-believe, and is to be answered by the test, in any order."""
+
+    clock: FakeClock = field(default_factory=FakeClock)
+    waiting: dict[str, list[asyncio.Future[Any]]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    held: set[str] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)
+    takes_ns: int = 0
+
+    def question(self, name: str, **options: Any) -> MonitorQuery:
+        async def ask() -> Any:
+            self.counts[name] = self.counts.get(name, 0) + 1
+            if name in self.refused:
+                raise VmError("refused")
+            if name in self.held:
+                future = asyncio.get_running_loop().create_future()
+                self.waiting.setdefault(name, []).append(future)
+                return await future
+            self.clock.now_ns += self.takes_ns
+            return f"{name} {self.counts[name]}"
+
+        return MonitorQuery(name, ask, **options)
+
+    def answer(self, name: str) -> None:
+        self.waiting[name].pop(0).set_result("late")
+
+    def round(self, *names: str, **options: Any) -> QueryRound:
+        return QueryRound([self.question(name, **options) for name in names], self.clock, deadline_s=DEADLINE_S)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(work)
+
+
+def answers(round_: QueryRound) -> list[Any]:
+    return [question.answer for question in round_.questions]
+
+
+@pytest.mark.parametrize("slow", ["a", "b", "c"])
+def test_a_question_without_an_answer_costs_no_other_its_answer(slow: str) -> None:
+    async def main() -> None:
+        asked = Asked(held={slow})
+        round_ = asked.round("a", "b", "c")
+
+        assert await round_.ask()
+        assert answers(round_) == [None if name == slow else f"{name} 1" for name in "abc"]
+        assert [q.lost for q in round_.questions] == [name == slow for name in "abc"]
+        await round_.close()
+
+    run(main())
+
+
+def test_a_question_is_not_asked_again_while_its_answer_is_to_come_and_the_late_answer_is_dropped() -> None:
+    async def main() -> None:
+        asked = Asked(held={"a"})
+        round_ = asked.round("a", "b")
+        for _ in range(3):
+            await round_.ask()
+        assert asked.counts == {"a": 1, "b": 3}
+
+        asked.held.clear()
+        asked.answer("a")
+        await round_.ask()  # the late answer is taken in, and belongs to no round
+        assert answers(round_)[0] != "late"
+        for _ in range(3):
+            await round_.ask()
+
+        assert answers(round_) == ["a 2", "b 7"]
+        await round_.close()
+
+    run(main())
+
+
+def test_a_question_whose_answers_are_always_late_is_given_up_with_a_word() -> None:
+    async def main() -> None:
+        asked = Asked(held={"slow"})
+        round_ = asked.round("fast", "slow")
+        for _ in range(20):
+            await round_.ask()
+            if asked.waiting.get("slow"):
+                asked.answer("slow")
+                await asyncio.sleep(0)
+
+        assert asked.counts["slow"] == 3
+        assert asked.counts["fast"] == 20
+        assert len(round_.pop_notes()) == 1
+        assert round_.pop_notes() == []
+        await round_.close()
+
+    run(main())
+
+
+def test_one_that_waits_behind_a_slow_question_is_not_blamed() -> None:
+    async def main() -> None:
+        line = asyncio.Lock()  # QEMU: one after the other, in the order in which they came
+        done = asyncio.Event()
+
+        async def slow() -> str:
+            async with line:
+                await done.wait()
+                return "slow"
+
+        async def fast() -> str:
+            async with line:
+                return "fast"
+
+        round_ = QueryRound(
+            [MonitorQuery("slow", slow), MonitorQuery("fast", fast)], FakeClock(), deadline_s=DEADLINE_S
+        )
+        for _ in range(12):
+            done.clear()
+            await round_.ask()
+            done.set()
+            await asyncio.sleep(0.001)
+
+        assert round_.questions[0].given_up
+        assert not round_.questions[1].given_up
+        assert answers(round_) == [None, "fast"]
+
+    run(main())
+
+
+def test_a_refused_question_is_asked_less_often_and_given_up_in_the_end() -> None:
+    async def main() -> None:
+        asked = Asked(refused={"a"})
+        round_ = asked.round("a", "b")
+        for _ in range(40):
+            await round_.ask()
+
+        assert asked.counts == {"a": 8, "b": 40}
+        assert round_.questions[0].lost == 40
+        assert len(round_.pop_notes()) == 1
+
+    run(main())
+
+
+def test_a_refusal_that_passes_is_forgotten() -> None:
+    async def main() -> None:
+        asked = Asked(refused={"a"})
+        round_ = asked.round("a", "b")
+        for _ in range(8):
+            await round_.ask()
+        asked.refused.clear()
+        for _ in range(8):
+            await round_.ask()
+
+        assert answers(round_)[0] is not None
+        assert round_.pop_notes() == []
+
+    run(main())
+
+
+@pytest.mark.parametrize("silence", ["refused", "held"])
+def test_a_monitor_that_answers_nothing_for_long_has_all_its_questions_left(silence: str) -> None:
+    async def main() -> None:
+        asked = Asked(**{silence: {"a", "b"}})  # type: ignore[arg-type]
+        round_ = asked.round("a", "b")
+        for _ in range(25):
+            assert not await round_.ask()
+            asked.clock.now_ns += 500_000_000
+        asked.refused.clear()
+        asked.held.clear()
+        for waiting in asked.waiting.values():
+            waiting.pop().set_result("late")
+        for _ in range(5):
+            await round_.ask()
+
+        assert None not in answers(round_)
+        assert round_.pop_notes() == []
+
+    run(main())
+
+
+def test_an_answer_that_others_have_overtaken_for_long_is_waited_for_no_more() -> None:
+    async def main() -> None:
+        asked = Asked(held={"a"})
+        round_ = asked.round("a", "b")
+        for _ in range(22):
+            await round_.ask()
+            asked.clock.now_ns += 500_000_000
+        asked.held.clear()
+        for _ in range(4):
+            await round_.ask()
+
+        assert asked.counts["a"] == 2
+        assert answers(round_)[0] == "a 2"
+
+    run(main())
+
+
+def test_a_question_with_a_limit_is_given_up_for_good_when_all_its_answers_are_slower() -> None:
+    async def main() -> None:
+        asked = Asked(takes_ns=6_000_000)
+        round_ = asked.round("a", limit_s=0.005)
+        for _ in range(5):
+            await round_.ask()
+        round_.revive()
+        await round_.ask()
+
+        assert asked.counts["a"] == 3
+        assert len(round_.pop_notes()) == 1
+
+    run(main())
+
+
+def test_nothing_to_ask_is_neither_an_answer_nor_a_loss() -> None:
+    async def main() -> None:
+        async def ask() -> Any:
+            return NOT_ASKED
+
+        round_ = QueryRound([MonitorQuery("none", ask)], FakeClock(), deadline_s=DEADLINE_S)
+
+        assert not await round_.ask()
+        assert round_.questions[0].lost == 0
+
+    run(main())
+
+
+def test_one_late_answer_ends_a_question_with_a_limit() -> None:
+    async def main() -> None:
+        asked = Asked(held={"a"})
+        round_ = asked.round("b", "a", limit_s=0.005)
+        await round_.ask()
+        asked.answer("a")
+        await asyncio.sleep(0)
+        await round_.ask()
+
+        assert round_.questions[1].given_up
+        assert round_.pop_notes()
+
+    run(main())
