@@ -10,7 +10,7 @@ from sklearn.impute import SimpleImputer
 from sklearn.model_selection import GroupKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.tree import DecisionTreeClassifier
-from tests.synthetic_run import World, write_run
+from tests.factories.synthetic_runs import World, write_run
 
 import phasewatch
 from phasewatch.dataset import write_splits

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tests.synthetic_run import World, write_run
+from tests.factories.synthetic_runs import World, write_run
 
 ROOT = Path(__file__).parents[1]
 

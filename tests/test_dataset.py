@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from tests.synthetic_run import World, edit_features, write_run
+from tests.factories.synthetic_runs import World, edit_features, write_run
 
 from phasewatch import profiles
 from phasewatch.artifacts import RunEpisode

@@ -39,8 +39,8 @@ ROOT = Path(__file__).parents[1]
 WORLD = """
 import sys
 from pathlib import Path
-from tests.builders import episode
-from tests.stores import put
+from tests.factories.bundles import episode
+from tests.factories.stores import put
 store = Path(sys.argv[1])
 for number in (1, 2):
     put(store, episode((("clean", 20), ("active", 20)), number=number, rates_of={"active": {"fds": 700.0}}))

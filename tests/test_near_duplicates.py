@@ -7,7 +7,7 @@ import tracemalloc
 from dataclasses import replace
 
 import pytest
-from tests.split_episodes import episode
+from tests.factories.split_episodes import episode
 
 from phasewatch.splits import SplitEpisode, find_near_duplicates
 from phasewatch.splits.near import MAX_SKETCH_HOLDERS, find_copied_episodes

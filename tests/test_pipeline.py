@@ -13,8 +13,8 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from tests.stores import write_store
-from tests.trained_run import write_trained_run
+from tests.factories.stores import write_store
+from tests.factories.trained_runs import write_trained_run
 
 from phasewatch.audit.checks import AUDIT_FILE
 from phasewatch.errors import StoreError, UsageError

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from tests.split_episodes import GAP_NS, LASTS_S, PROFILES, corpus, episode
+from tests.factories.split_episodes import GAP_NS, LASTS_S, PROFILES, corpus, episode
 
 from phasewatch.audit.splits import find_fold_faults, find_partition_faults
 from phasewatch.errors import SplitError

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.report.fake_run import Recipe, make_run
+from tests.factories.report_runs import Recipe, make_run
 
 from phasewatch.evaluation.evaluate import read_metrics
 from phasewatch.splits import parse_fold, render_fold

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tests.split_episodes import GAP_NS, PROFILES, corpus, episode
+from tests.factories.split_episodes import GAP_NS, PROFILES, corpus, episode
 
 from phasewatch.identity import find_contested_ids
 from phasewatch.splits import SPLIT_RECIPES, Fold, SetAsideCode, SplitEpisode, SplitPart, build_split, prepare_split

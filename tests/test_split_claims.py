@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tests.split_episodes import PROFILES, corpus
+from tests.factories.split_episodes import PROFILES, corpus
 
 from phasewatch.errors import SplitError
 from phasewatch.splits import SplitPart, build_folds

@@ -34,9 +34,15 @@ def test_every_room_is_passed_or_said_to_lie_elsewhere() -> None:
 
 
 def test_the_files_of_a_run_are_those_that_the_format_page_lists() -> None:
-    from phasewatch.pipeline.stages import BINS_PATHS, FEATURE_FILES, METRICS_FILE, PREDICTIONS_FILE, REPORT_FILE
-    from phasewatch.validate.index import VALIDATION_FILE
-    from phasewatch.validate.sweep import ACCOUNTING_FILE
+    from phasewatch.artifacts import (
+        ACCOUNTING_FILE,
+        BINS_PATHS,
+        FEATURE_FILES,
+        METRICS_FILE,
+        PREDICTIONS_FILE,
+        REPORT_FILE,
+        VALIDATION_FILE,
+    )
 
     page = (ROOT / "docs" / "formats" / "run.md").read_text()
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import msgspec
 
+from phasewatch.artifacts import VALIDATION_FILE
 from phasewatch.audit.leakage import probe_leakage, read_leakage_windows
 from phasewatch.bundle.archive import unpack_manifest
 from phasewatch.store.local import DiskStore
-from phasewatch.validate.index import VALIDATION_FILE, write_index
+from phasewatch.validate.index import write_index
 from phasewatch.validate.sweep import sweep
 from phasewatch.validate.verdict import USABLE_STATUSES, BundleVerdict
 from tools import datasheet_tables

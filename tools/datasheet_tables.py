@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from phasewatch.audit.leakage import LeakageResult, LeakageWindows, render_leakage
 from phasewatch.channels import CHANNELS
 from phasewatch.errors import DataError
-from phasewatch.lab.plan import IDLE_SAMPLE, RecordingSession, RecordingSlot, compute_slot_seed
-from phasewatch.lab.scheduling import BENIGN_PROFILE
-from phasewatch.profiles import PROFILES
-from phasewatch.types import PHASES, BundleStatus, EpisodeRole, Phase, SampleKind, SourceKind
+from phasewatch.lab.plan import RecordingSession, RecordingSlot, compute_slot_seed
+from phasewatch.profiles import IDLE_SAMPLE, PROFILES
+from phasewatch.types import BENIGN_PROFILE, PHASES, BundleStatus, EpisodeRole, Phase, SampleKind, SourceKind
 from phasewatch.validate.verdict import USABLE_STATUSES, BundleVerdict
 
 MEAN_SUFFIX = ".mean"

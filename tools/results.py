@@ -9,12 +9,12 @@ import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from phasewatch.artifacts import PREDICTIONS_FILE
 from phasewatch.evaluation.evaluate import read_metrics
 from phasewatch.evaluation.metric_table import MetricRow, MetricTable, render_headline, select_headline
 from phasewatch.models import registry
 from phasewatch.report.summary import IN_DISTRIBUTION, describe_inversion
 from phasewatch.splits import SPLIT_RECIPES, Recipe, parse_fold
-from phasewatch.training.predictions import PREDICTIONS_FILE
 
 AGENT = {"realistic": "off", "portable": "off", "oracle": "on"}  # whose episodes a threat model is scored on
 ORDER = [row.key for row in registry.BUILTIN_MODELS]

@@ -16,8 +16,17 @@ from phasewatch.errors import RunError
 from phasewatch.identity import find_contested_ids
 from phasewatch.types import PHASES, BundleStatus, EpisodeOrigin, EpisodeRole, SampleKind
 
+ACCOUNTING_FILE = "ledger.json"
+SPLIT_INDEX_FILE = "splits_v1.json"
+PREDICTIONS_FILE = "predictions_v1.parquet"
+METRICS_FILE = "metrics_v1.json"
+REPORT_FILE = "report.html"
+BINS_INDEX_PATH = "grids/index.parquet"
+BINS_PATHS = ("grids/grids.npy", "grids/levels.npy", BINS_INDEX_PATH)
+
 FEATURES_FILE = "features_window_v1.parquet"
 FEATURE_SCHEMA_FILE = "feature_schema_v1.json"
+FEATURE_FILES = (FEATURES_FILE, "features_episode_v1.parquet", FEATURE_SCHEMA_FILE)
 VALIDATION_FILE = "validation_v1.parquet"
 SPLITS_DIR = "splits"
 _VERDICT_COLUMNS = (

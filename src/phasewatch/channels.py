@@ -389,6 +389,7 @@ CHANNELS: tuple[ChannelSpec, ...] = (
     _guest_channel("mem_dirty", ChannelKind.GAUGE, ("mem_dirty_bytes",), "B", "Memory waiting to be written back.", "/proc/meminfo Dirty"),
     *(ChannelSpec(**row) for row in CUSTOM_CHANNELS.channels),
 )  # fmt: skip
+CHANNEL_NAMES = tuple(c.full_name for c in CHANNELS)
 
 
 def _level_channel(source: SourceKind, name: str, field: str, unit: str, about: str) -> ChannelSpec:

@@ -17,6 +17,8 @@ from phasewatch.types import Phase, SampleKind
 if TYPE_CHECKING:
     import numpy as np
 
+IDLE_SAMPLE = "idle"
+
 
 N_SAMPLE_GROUPS = 4  # sample i of a profile belongs to group i mod 4; held_out_sample holds out a group
 

@@ -13,6 +13,9 @@ BIN_NS = 500_000_000  # one cell of the grid
 STALE_NS = 2_500_000_000  # a reading older than this says nothing about now
 WINDOW_BINS = 20
 STRIDE_BINS = 10
+STRIDE_NS = BIN_NS * STRIDE_BINS
+STRIDE_S = BIN_NS * STRIDE_BINS / 1e9
+MAX_WAIT_CORES = 0.10  # cores' worth of waiting above which an episode is degraded, and its slot queued once more
 BENIGN_PROFILE = "benign"  # the one profile that is not malicious
 MIN_FINITE_BINS = 10  # finite bins of a window below which its stats are NaN
 
@@ -46,6 +49,9 @@ class SourceKind(StrEnum):
     QMP = "qmp"
     NETFLOW = "netflow"
     GUEST = "guest"
+
+
+HOST_SOURCES = (SourceKind.PROC, SourceKind.QMP, SourceKind.NETFLOW)
 
 
 class ChannelKind(StrEnum):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.builders import MONO0, T0, S, bare, episode, rows, with_rows
+from tests.factories.bundles import MONO0, T0, S, bare, episode, rows, with_rows
 
 from phasewatch.binning.align import bin_episode
 from phasewatch.bundle.model import Episode, SourceRows

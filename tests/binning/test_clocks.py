@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.builders import BOOT0, MONO0, T0, S, episode, shifted, with_clocks, with_rows
+from tests.factories.bundles import BOOT0, MONO0, T0, S, episode, shifted, with_clocks, with_rows
 
 from phasewatch.binning.align import bin_episode
 from phasewatch.binning.clocks import find_clock_steps, rebase_episode, rebase_stamp

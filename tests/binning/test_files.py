@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.binning.test_clocks import stepped
-from tests.builders import T0, S, episode, episode_id
+from tests.factories.bundles import T0, S, episode, episode_id
 
 from phasewatch.binning.align import bin_episode
 from phasewatch.binning.storage import BinIndexRow, build_index_row, open_bins, write_bins

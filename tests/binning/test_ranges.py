@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.builders import T0, bare, episode, rows, with_rows
+from tests.factories.bundles import T0, bare, episode, rows, with_rows
 
 from phasewatch.binning.align import bin_episode
 from phasewatch.binning.ranges import channel_range, raw_range

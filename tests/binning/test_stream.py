@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tests.builders import T0, S, bare, episode, rows
+from tests.factories.bundles import T0, S, bare, episode, rows
 
 from phasewatch.binning.align import FLAG_CLOCK_STEP, FLAG_LATE, bin_episode
 from phasewatch.binning.clocks import rebase_episode

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
-from tests.builders import episode
-from tests.builders import members_of as rows_of
-from tests.bundle.small import Members, listed, members_of, seal, small_bundle
+from tests.factories.bundles import episode
+from tests.factories.bundles import members_of as rows_of
+from tests.factories.small_bundles import Members, listed, members_of, seal, small_bundle
 
 from phasewatch.bundle.archive import pack_bundle, unpack_bundle
 from phasewatch.bundle.model import Episode

@@ -12,7 +12,7 @@ import pytest
 from backports.zstd import compress
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.bundle.small import M0, MARKS, T0, manifest, members_of, proc_rows, seal, small_bundle
+from tests.factories.small_bundles import M0, MARKS, T0, manifest, members_of, proc_rows, seal, small_bundle
 
 from phasewatch.bundle import limits
 from phasewatch.bundle.archive import encode_labels, pack_bundle, unpack_bundle, unpack_manifest

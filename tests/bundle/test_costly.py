@@ -6,7 +6,7 @@ import time
 import tracemalloc
 
 import pytest
-from tests.bundle.small import listed, members_of, seal, small_bundle
+from tests.factories.small_bundles import listed, members_of, seal, small_bundle
 
 from phasewatch.bundle import limits
 from phasewatch.bundle.archive import unpack_bundle

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.bundle.small import EPISODE_ID, members_of, small_bundle
+from tests.factories.small_bundles import EPISODE_ID, members_of, small_bundle
 
 from phasewatch.bundle.archive import unpack_bundle
 from phasewatch.errors import BundleError

@@ -9,7 +9,7 @@ import tarfile
 import msgspec
 import pytest
 from backports.zstd import CompressionParameter, ZstdCompressor, compress
-from tests.bundle.small import (
+from tests.factories.small_bundles import (
     EPISODE_ID,
     M0,
     T0,

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.builders import episode, with_rows
 from tests.cli.conftest import Said
-from tests.stores import put
+from tests.factories.bundles import episode, with_rows
+from tests.factories.stores import put
 
 from phasewatch.errors import MachineError
 from phasewatch.pipeline import runner

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.builders import episode, members_of, with_rows
-from tests.stores import put, put_bytes, put_members, write_store
+from tests.factories.bundles import episode, members_of, with_rows
+from tests.factories.stores import put, put_bytes, put_members, write_store
 from typer.testing import CliRunner, Result
 
 from phasewatch.bundle.archive import pack_bundle

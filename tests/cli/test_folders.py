@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.builders import episode
-from tests.stores import put
+from tests.factories.bundles import episode
+from tests.factories.stores import put
 from typer.testing import CliRunner, Result
 
 from phasewatch.cli import app

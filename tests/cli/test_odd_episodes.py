@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.builders import T0, S, episode, episode_id
-from tests.stores import ACTIVE, put, write_store
+from tests.factories.bundles import T0, S, episode, episode_id
+from tests.factories.stores import ACTIVE, put, write_store
 from typer.testing import CliRunner, Result
 
 from phasewatch.audit.checks import CheckOutcome

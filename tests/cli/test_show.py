@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.cli.conftest import Said
-from tests.events.small_run import playable
+from tests.factories.event_runs import playable
 
 from phasewatch.events.schema import parse_event
 

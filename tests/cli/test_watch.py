@@ -17,8 +17,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from tests.cli.conftest import Said
-from tests.live.qemu import FakeQemu
-from tests.trained_run import FOLD, RECIPE, write_trained_run
+from tests.factories.qemu import FakeQemu
+from tests.factories.trained_runs import FOLD, RECIPE, write_trained_run
 
 from phasewatch.bundle.archive import unpack_bundle
 from phasewatch.features.windows import FLAG_MIXED

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from phasewatch.artifacts import VALIDATION_FILE
 from phasewatch.store.local import DiskStore
 from phasewatch.types import BundleStatus, EpisodeOrigin
-from phasewatch.validate.index import VALIDATION_FILE, read_index
+from phasewatch.validate.index import read_index
 from phasewatch.validate.sweep import sweep
 
 CORPUS = Path(__file__).parents[2] / "corpus" / "lab-v1"

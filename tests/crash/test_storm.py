@@ -20,13 +20,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from phasewatch.artifacts import VALIDATION_FILE
 from phasewatch.atomic import is_temporary, write_atomic
 from phasewatch.simulate import simulate
 from phasewatch.store.local import RECEIPT_SUFFIX, DiskStore
 from phasewatch.transfer.receiver import render_content_digest
 from phasewatch.transfer.shipper import BundleShipper, ShipmentSummary
 from phasewatch.types import build_uuid7
-from phasewatch.validate.index import VALIDATION_FILE
 from phasewatch.validate.sweep import sweep
 
 STUCK_S = 30.0

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from tests.builders import episode
+from tests.factories.bundles import episode
+from tests.factories.stores import put
+from tests.factories.synthetic_runs import World, write_run
 from tests.store.desks import IDS, TOKENS, Desk
-from tests.stores import put
-from tests.synthetic_run import World, write_run
 
 from phasewatch import atomic
 from phasewatch.dataset import write_splits

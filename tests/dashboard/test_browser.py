@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from tests.dashboard.running import Running, dashboard
+from tests.factories.dashboards import Running, dashboard
 from tests.formats.test_golden_events import GOLDEN
 from tests.report.test_browser import FLAGS
 from tests.requirements import need_chromium

@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator
 
 import pytest
-from tests.dashboard.running import event
+from tests.factories.dashboards import event
 from tests.formats.test_golden_events import GOLDEN
 
 from phasewatch.dashboard.hub import EventHub, HubLimits, HubViewer

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.dashboard.running import Frame, Running, dashboard, frames
+from tests.factories.dashboards import Frame, Running, dashboard, frames
 from tests.formats.test_golden_events import GOLDEN
 
 from phasewatch.dashboard.auth import CONTENT_SECURITY_POLICY

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from tests.environment.commands import EDGE, one_bundle
 from tests.environment.traced import Traced, need_tracing, trace
+from tests.factories.trained_runs import FOLD, RECIPE, write_trained_run
 from tests.requirements import need_program
-from tests.trained_run import FOLD, RECIPE, write_trained_run
 
 pytestmark = pytest.mark.slow
 VISITOR = (sys.executable, str(Path(__file__).with_name("visitor.py")))

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 import pytest
-from tests.evaluation.made import Shape, write_predictions
+from tests.factories.predictions import Shape, write_predictions
 
+from phasewatch.artifacts import PREDICTIONS_FILE
 from phasewatch.channels import CHANNELS, build_channel_mask, list_source_subsets
 from phasewatch.evaluation.evaluate import evaluate_run
 from phasewatch.evaluation.metric_table import MetricRow, MetricTable
-from phasewatch.training.predictions import PREDICTIONS_FILE, write_prediction_table
+from phasewatch.training.predictions import write_prediction_table
 
 GBT = (("gbt", 0.5),)
 GOOD = (("gbt", 0.9),)

@@ -8,11 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from tests.evaluation.made import Shape, write_predictions
+from tests.factories.predictions import Shape, write_predictions
 
+from phasewatch.artifacts import PREDICTIONS_FILE
 from phasewatch.evaluation.evaluate import evaluate_run
 from phasewatch.evaluation.metric_table import MetricRow, MetricTable
-from phasewatch.training.predictions import PREDICTIONS_FILE, PROBABILITY_COLUMNS, write_prediction_table
+from phasewatch.training.predictions import PROBABILITY_COLUMNS, write_prediction_table
 
 STRIDE_NS = 5 * 10**9
 

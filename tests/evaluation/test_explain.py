@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.synthetic_run import NAMES, World, edit_features, write_run
+from tests.factories.synthetic_runs import NAMES, World, edit_features, write_run
 
 from phasewatch.dataset import load, write_splits
 from phasewatch.errors import RunError

@@ -8,13 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from tests.evaluation.made import Shape, write_predictions
+from tests.factories.predictions import Shape, write_predictions
 
+from phasewatch.artifacts import PREDICTIONS_FILE
 from phasewatch.evaluation.evaluate import evaluate_run
 from phasewatch.evaluation.metric_table import MetricRow, MetricTable, render_headline
 from phasewatch.splits import Fold, SplitPart, render_fold
 from phasewatch.splits.fold import compute_fold_digest
-from phasewatch.training.predictions import PREDICTIONS_FILE, write_prediction_table
+from phasewatch.training.predictions import write_prediction_table
 
 
 def notes(metrics: MetricTable) -> list[str]:

@@ -9,13 +9,14 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.evaluation.made import MALICIOUS, SKILL, Shape, write_predictions
+from tests.factories.predictions import MALICIOUS, SKILL, Shape, write_predictions
 
+from phasewatch.artifacts import PREDICTIONS_FILE
 from phasewatch.errors import RunError
 from phasewatch.evaluation.bootstrap import compute_paired_p_value
 from phasewatch.evaluation.evaluate import evaluate_run, read_metrics
 from phasewatch.evaluation.metric_table import MetricRow, MetricTable, parse_metrics, render_headline, render_metrics
-from phasewatch.training.predictions import PREDICTIONS_FILE, PROBABILITY_COLUMNS, write_prediction_table
+from phasewatch.training.predictions import PROBABILITY_COLUMNS, write_prediction_table
 
 
 def rows_of(metrics: MetricTable, metric: str, **where: object) -> list[MetricRow]:

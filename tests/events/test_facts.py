@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from msgspec.structs import replace
-from tests.report.fake_run import MALICIOUS, Recipe, make_run
+from tests.factories.report_runs import MALICIOUS, Recipe, make_run
 
 from phasewatch.evaluation.evaluate import read_metrics
 from phasewatch.evaluation.metric_table import MetricRow, MetricTable, render_headline

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.events.small_run import SMALL, playable
-from tests.report.fake_run import START_NS, episodes_of
+from tests.factories.event_runs import SMALL, playable
+from tests.factories.report_runs import START_NS, episodes_of
 
 from phasewatch.errors import RunError
 from phasewatch.events.from_replay import (

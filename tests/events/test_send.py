@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from tests.dashboard.running import dashboard, event
-from tests.events.small_run import playable
+from tests.factories.dashboards import dashboard, event
+from tests.factories.event_runs import playable
 from tests.formats.test_golden_events import GOLDEN
 
 from phasewatch.errors import EventError, MachineError

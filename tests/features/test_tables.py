@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tests.builders import T0, S, episode, episode_id
+from tests.factories.bundles import T0, S, episode, episode_id
 
+from phasewatch.artifacts import FEATURE_SCHEMA_FILE
 from phasewatch.binning.align import bin_episode
 from phasewatch.binning.storage import MappedBins, build_index_row, open_bins, write_bins
 from phasewatch.features.fingerprint import behaviour_fingerprint
@@ -17,7 +18,6 @@ from phasewatch.features.schema import feature_names, schema_hash
 from phasewatch.features.stats import episode_stats, window_stats
 from phasewatch.features.tables import (
     EPISODE_FEATURES_FILE,
-    FEATURE_SCHEMA_FILE,
     WINDOW_FEATURES_FILE,
     ParallelSettings,
     write_feature_tables,

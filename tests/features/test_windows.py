@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.builders import T0, S, marks
+from tests.factories.bundles import T0, S, marks
 
 from phasewatch.features.windows import (
     DECISION_DELAY_NS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from hashlib import sha256
 
-from tests.bundle.small import members_of, small_bundle
+from tests.factories.small_bundles import members_of, small_bundle
 from tests.requirements import need_program
 
 from phasewatch.bundle.archive import unpack_bundle

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.synthetic_run import World, edit_features, write_run
-from tests.trained_run import FOLD, RECIPE
+from tests.factories.synthetic_runs import World, edit_features, write_run
+from tests.factories.trained_runs import FOLD, RECIPE
 
 from phasewatch.artifacts import VALIDATION_FILE
 from phasewatch.dataset import load, write_splits

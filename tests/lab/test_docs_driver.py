@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from tests.lab.fakes import FakeClock
+from tests.factories.vms import FakeClock
 from tests.lab.test_workload import block_of
 
 from phasewatch.errors import VmError

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from tests.lab.fakes import FakeClock
+from tests.factories.vms import FakeClock
 
 from phasewatch.errors import VmError
 from phasewatch.lab import guest_driver

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.lab.fakes import shape_of
+from tests.factories.vms import shape_of
 from tests.requirements import need_program
 
 from phasewatch.errors import DataError, MissingToolError, UsageError

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.lab.own_disk import build_own_disk
+from tests.factories.disks import build_own_disk
 from tests.lab.test_workload import block_of
 from tests.requirements import need_qemu
 

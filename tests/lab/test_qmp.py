@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.lab.fakes import FakeClock
+from tests.factories.vms import FakeClock
 
 from phasewatch.binning.stream import StreamBinner
 from phasewatch.channels import CHANNELS, list_raw_fields

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from tests.lab.fakes import FakeClock
+from tests.factories.vms import FakeClock
 
 from phasewatch.errors import VmError
 from phasewatch.telemetry.questions import NOT_ASKED, MonitorQuery, QueryRound

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.lab.fakes import FakeClock, FakeMachine, FakeReader, session_of, shape_of, slot_of
+from tests.factories.vms import FakeClock, FakeMachine, FakeReader, session_of, shape_of, slot_of
 
 from phasewatch import atomic
 from phasewatch.bundle.archive import unpack_bundle

@@ -6,7 +6,7 @@ from collections import Counter, deque
 from typing import Any
 
 import pytest
-from tests.lab.fakes import session_of, shape_of, slot_of
+from tests.factories.vms import session_of, shape_of, slot_of
 
 from phasewatch.lab.plan import build_sessions
 from phasewatch.lab.plans import read_plan

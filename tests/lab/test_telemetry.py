@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.lab.fakes import FakeClock, FakeSource
+from tests.factories.vms import FakeClock, FakeSource
 
 from phasewatch.channels import list_raw_fields
 from phasewatch.telemetry.base import ReadingValues, RowLog, TelemetrySampler, build_missing_reading

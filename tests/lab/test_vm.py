@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from tests.lab.fakes import shape_of
+from tests.factories.vms import shape_of
 from tests.lab.test_qmp import FakeMonitor
 from tests.requirements import need_program
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.trained_run import write_trained_run
+from tests.factories.trained_runs import write_trained_run
 
 from phasewatch.live import ownership
 

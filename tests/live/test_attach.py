@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.factories.qemu import MAC, PID, VCPU, FakeQemu, make_process
 from tests.lab.test_proc import WORKER
-from tests.live.qemu import MAC, PID, VCPU, FakeQemu, make_process
 
 from phasewatch.channels import CHANNELS, build_channel_mask, list_raw_fields
 from phasewatch.errors import MachineError, UsageError, VmError

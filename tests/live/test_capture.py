@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.factories.qemu import MAC
 from tests.lab.test_headers import ASK, SYN, ethernet, ipv4, ipv6
-from tests.live.qemu import MAC
 
 from phasewatch.errors import VmError
 from phasewatch.telemetry import capture

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from tests.trained_run import FOLD, RECIPE
+from tests.factories.trained_runs import FOLD, RECIPE
 
 from phasewatch.dataset import load
 from phasewatch.errors import MismatchError, RunError

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from tests.live.qemu import FakeQemu
+from tests.factories.qemu import FakeQemu
 
 from phasewatch.live import cleanup, session
 from phasewatch.live.cleanup import CleanupProcess, CleanupTask, truncate_dumps, undo_changes

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.lab.fakes import shape_of
+from tests.factories.vms import shape_of
 from tests.requirements import need_program, need_qemu
 
 from phasewatch.errors import VmError

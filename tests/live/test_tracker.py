@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tests.binning.test_stream import readings_of
-from tests.builders import MONO0, T0, S, episode
-from tests.stores import ACTIVE
+from tests.factories.bundles import MONO0, T0, S, episode
+from tests.factories.stores import ACTIVE
 
 from phasewatch.binning.align import FLAG_LATE, bin_episode
 from phasewatch.binning.stream import LATENESS_NS

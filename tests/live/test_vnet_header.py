@@ -9,8 +9,8 @@ import dpkt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.factories.qemu import MAC
 from tests.lab.test_headers import ASK, SYN, ipv4, ipv6
-from tests.live.qemu import MAC
 
 from phasewatch.telemetry.netflow import FlowCounter
 from phasewatch.telemetry.pcap import PcapReader

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.lab.fakes import FakeClock, FakeSource
-from tests.live.qemu import PID, FakeQemu, MadeUpProc, make_process
+from tests.factories.qemu import PID, FakeQemu, MadeUpProc, make_process
+from tests.factories.vms import FakeClock, FakeSource
 from tests.live.test_tracker import scorer
 
 from phasewatch.bundle.archive import pack_bundle, unpack_bundle

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from tests.factories.synthetic_runs import World, write_run
 from tests.models.test_models import examples
 from tests.models.test_nets import motions
-from tests.synthetic_run import World, write_run
 
 from phasewatch.dataset import write_splits
 from phasewatch.errors import MismatchError, ModelError, UsageError

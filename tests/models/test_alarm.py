@@ -18,7 +18,8 @@ from phasewatch.models.alarm import (
     find_false_alarm_windows,
     fit_alarm_rule,
 )
-from phasewatch.models.smoothing import STRIDE_NS, LabelSequence
+from phasewatch.models.smoothing import LabelSequence
+from phasewatch.types import STRIDE_NS
 
 CLEAN, ARMED, INFECTING, ACTIVE, DORMANT = range(5)
 RULE = AlarmRule(theta=0.5)

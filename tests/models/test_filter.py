@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phasewatch.metrics import log_loss
-from phasewatch.models.smoothing import KAPPAS, STRIDE_NS, LabelSequence, PhaseFilter, fit_filter
+from phasewatch.models.smoothing import KAPPAS, LabelSequence, PhaseFilter, fit_filter
+from phasewatch.types import STRIDE_NS
 
 RNG = np.random.default_rng(0)
 

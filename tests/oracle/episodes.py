@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 from hypothesis import strategies as st
-from tests.builders import BOOT0, MONO0, T0, S, bare, with_clocks
+from tests.factories.bundles import BOOT0, MONO0, T0, S, bare, with_clocks
 
 from phasewatch.bundle.model import Episode, SourceRows
 from phasewatch.channels import list_raw_fields

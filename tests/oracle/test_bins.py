@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from tests.builders import episode
+from tests.factories.bundles import episode
 from tests.oracle import slow
 from tests.oracle.episodes import episodes
 

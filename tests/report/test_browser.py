@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.report.fake_run import HOSTILE, Recipe, make_run
+from tests.factories.report_runs import HOSTILE, Recipe, make_run
 from tests.requirements import need_chromium
 
 from phasewatch.report.html import write_report

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from tests.report.fake_run import HOSTILE, Recipe, make_run
+from tests.factories.report_runs import HOSTILE, Recipe, make_run
 
 from phasewatch.errors import RunError
 from phasewatch.evaluation.evaluate import evaluate_run

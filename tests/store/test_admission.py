@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from tests.builders import episode, episode_id, members_of
+from tests.factories.bundles import episode, episode_id, members_of
 from tests.store.desks import Desk, headers_of
 
 from phasewatch.bundle.archive import pack_bundle, unpack_members

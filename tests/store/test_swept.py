@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.stores import put_bytes, write_store
+from tests.factories.stores import put_bytes, write_store
 from tests.validate.test_sweep import products
 from typer.testing import CliRunner
 

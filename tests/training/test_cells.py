@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from tests.synthetic_run import World, edit_features, write_run
+from tests.factories.synthetic_runs import World, edit_features, write_run
 
+from phasewatch.artifacts import PREDICTIONS_FILE
 from phasewatch.binning.storage import open_bins
 from phasewatch.dataset import load, read_fold, write_splits
 from phasewatch.errors import UsageError
@@ -22,7 +23,7 @@ from phasewatch.models.checkpoint import read_header
 from phasewatch.models.smoothing import LabelSequence, fit_filter
 from phasewatch.splits import SplitPart
 from phasewatch.training.experiment import Experiment, plan_experiments
-from phasewatch.training.predictions import PREDICTIONS_FILE, PROBABILITY_COLUMNS, build_predictions_schema
+from phasewatch.training.predictions import PROBABILITY_COLUMNS, build_predictions_schema
 from phasewatch.training.train import train_experiments
 
 FOLD = "host-0"

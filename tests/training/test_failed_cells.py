@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.synthetic_run import World, write_run
+from tests.factories.synthetic_runs import World, write_run
 from typer.testing import CliRunner
 
 from phasewatch.cli import app

@@ -6,8 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tests.split_episodes import PROFILES, corpus
-from tests.synthetic_run import World, write_run
+from tests.factories.split_episodes import PROFILES, corpus
+from tests.factories.synthetic_runs import World, write_run
 
 from phasewatch.dataset import load, write_all_splits
 from phasewatch.errors import RunError, UsageError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.synthetic_run import World, write_run
+from tests.factories.synthetic_runs import World, write_run
 
 from phasewatch.dataset import FoldData, load, write_splits
 from phasewatch.errors import UsageError

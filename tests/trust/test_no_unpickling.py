@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.builders import episode
+from tests.factories.bundles import episode
+from tests.factories.stores import put, write_store
+from tests.factories.synthetic_runs import World, write_run
 from tests.models.test_models import fitted
-from tests.stores import put, write_store
-from tests.synthetic_run import World, write_run
 
 from phasewatch.dataset import write_splits
 from phasewatch.errors import PhasewatchError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.builders import members_of
+from tests.factories.bundles import members_of
 
 from phasewatch.bundle.archive import pack_bundle, unpack_bundle
 from phasewatch.bundle.model import Episode

@@ -8,7 +8,7 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 import pytest
-from tests.builders import MONO0, T0, S, episode, replace_manifest, with_clocks, with_rows
+from tests.factories.bundles import MONO0, T0, S, episode, replace_manifest, with_clocks, with_rows
 from tests.validate.packed import codes, findings, the
 
 from phasewatch.bundle.model import Episode, RecordingMetadata, SourceRows

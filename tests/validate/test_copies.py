@@ -8,14 +8,15 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from tests.builders import episode, marks, replace_manifest
-from tests.stores import put
+from tests.factories.bundles import episode, marks, replace_manifest
+from tests.factories.stores import put
 
+from phasewatch.artifacts import VALIDATION_FILE
 from phasewatch.binning.storage import open_bins
 from phasewatch.bundle.model import Episode
 from phasewatch.store.local import RECEIPT_SUFFIX, DiskStore
 from phasewatch.types import BundleStatus, SampleKind
-from phasewatch.validate.index import VALIDATION_FILE, read_index
+from phasewatch.validate.index import read_index
 from phasewatch.validate.sweep import sweep
 from phasewatch.validate.verdict import BundleVerdict
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.builders import T0, S, bare, episode, replace_manifest, rows, with_rows
+from tests.factories.bundles import T0, S, bare, episode, replace_manifest, rows, with_rows
 
 from phasewatch.bundle.model import Episode, SourceRows
 from phasewatch.bundle.problems import FINDING_CODES, BundleFinding
@@ -44,7 +44,7 @@ def codes(whole: Episode) -> set[str]:
 
 def listed(whole: Episode) -> Episode:
     """Let the manifest list the rows as `pack` would."""
-    from tests.builders import members_of
+    from tests.factories.bundles import members_of
 
     from phasewatch.bundle.archive import pack_bundle, unpack_bundle
 

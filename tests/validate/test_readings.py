@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.builders import T0, S, episode, members_of, replace_manifest, with_rows
+from tests.factories.bundles import T0, S, episode, members_of, replace_manifest, with_rows
 from tests.validate.packed import codes, findings, the
 
 from phasewatch.bundle.archive import pack_bundle

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.builders import episode, with_rows
+from tests.factories.bundles import episode, with_rows
 
 from phasewatch.bundle.model import Episode, SourceRows
 from phasewatch.types import SourceKind

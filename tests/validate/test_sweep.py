@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.builders import episode, replace_manifest
-from tests.stores import put, put_bytes, write_store
+from tests.factories.bundles import episode, replace_manifest
+from tests.factories.stores import put, put_bytes, write_store
 
+from phasewatch.artifacts import ACCOUNTING_FILE, VALIDATION_FILE
 from phasewatch.binning.storage import open_bins
 from phasewatch.errors import RunError, StoreError
 from phasewatch.parallel.pool import ItemResult
 from phasewatch.simulate import simulate
 from phasewatch.store.local import RECEIPT_SUFFIX
 from phasewatch.types import BundleStatus, SourceKind
-from phasewatch.validate.index import VALIDATION_FILE, is_balanced, read_index, write_index
+from phasewatch.validate.index import is_balanced, read_index, write_index
 from phasewatch.validate.resume import SWEEP_PARTS_DIR, SWEEP_STATE_FILE
-from phasewatch.validate.sweep import ACCOUNTING_FILE, sample_stratified, sweep
+from phasewatch.validate.sweep import sample_stratified, sweep
 from phasewatch.validate.verdict import BundleVerdict
 
 SHORT = (100.0, 104.0)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.builders import episode
-from tests.stores import put, put_bytes
+from tests.factories.bundles import episode
+from tests.factories.stores import put, put_bytes
 
 from phasewatch.validate.sweep import SweepTally, sweep
 

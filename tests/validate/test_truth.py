@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from phasewatch.artifacts import ACCOUNTING_FILE
 from phasewatch.simulate import SimulationResult, simulate
 from phasewatch.types import BundleStatus
 from phasewatch.validate.checks import describe_code
-from phasewatch.validate.sweep import ACCOUNTING_FILE, sweep
+from phasewatch.validate.sweep import sweep
 
 
 def severity_of(code: str) -> str:

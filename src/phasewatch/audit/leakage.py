@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.arrays import Float32Array
+from phasewatch.artifacts import VALIDATION_FILE
 from phasewatch.audit.checks import REPORT_ONLY_SUFFIX, AuditCheck, CheckOutcome, build_check, build_untested_check
 from phasewatch.binning.storage import BinIndexRow, MappedBins, open_bins
 from phasewatch.channels import LEVEL_CHANNELS, build_channel_mask
@@ -26,7 +27,7 @@ from phasewatch.metrics import confusion_counts, macro_f1
 from phasewatch.models import registry
 from phasewatch.models.base import InputKind, InputSpec, LabelledExamples, ModelInputs
 from phasewatch.types import BIN_NS, STRIDE_BINS, WINDOW_BINS, SampleKind
-from phasewatch.validate.index import VALIDATION_FILE, read_index
+from phasewatch.validate.index import read_index
 from phasewatch.validate.verdict import USABLE_STATUSES
 
 N_FOLDS = 5

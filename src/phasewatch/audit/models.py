@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch import metrics
+from phasewatch.artifacts import PREDICTIONS_FILE
 from phasewatch.audit.checks import AuditCheck, build_check, build_untested_check, collect_refusals
 from phasewatch.dataset import WindowSet, load, read_fold, read_folds
 from phasewatch.errors import UsageError
@@ -22,7 +23,7 @@ from phasewatch.models.base import LabelledExamples, PhaseModel
 from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE, SMOOTHING_SCHEDULE
 from phasewatch.splits import SplitPart, find_recipe
 from phasewatch.training.experiment import EXPERIMENT_FILE, Experiment
-from phasewatch.training.predictions import PREDICTIONS_FILE, PROBABILITY_COLUMNS, read_predictions
+from phasewatch.training.predictions import PROBABILITY_COLUMNS, read_predictions
 from phasewatch.training.train import compute_run_digests, find_finished_experiments, fit_model, read_experiment_data
 
 RETRAIN_CHECK = "trained-on-train-only"

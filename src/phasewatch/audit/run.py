@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from phasewatch import atomic
+from phasewatch.artifacts import METRICS_FILE, PREDICTIONS_FILE
 from phasewatch.audit.checks import (
     AUDIT_FILE,
     AuditCheck,
@@ -24,9 +25,8 @@ from phasewatch.dataset import file_sha256
 from phasewatch.dataset.split_files import read_folds, read_split_episodes, read_split_index
 from phasewatch.errors import RunError
 from phasewatch.evaluation.evaluate import compute_metrics, read_metrics
-from phasewatch.evaluation.metric_table import METRICS_FILE, render_metrics
+from phasewatch.evaluation.metric_table import render_metrics
 from phasewatch.splits import SetAsideEpisode, SplitEpisode, recipes
-from phasewatch.training.predictions import PREDICTIONS_FILE
 from phasewatch.types import EpisodeRole
 
 REBUILD_CHECK = "remade-from-bundles"

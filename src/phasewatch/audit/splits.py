@@ -6,10 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 from phasewatch.splits import Fold, SplitEpisode, SplitPart
+from phasewatch.splits.build import TRAINING_PARTS
 from phasewatch.types import EpisodeRole
 
 MAX_DIGEST_HOLDERS = 16
-TRAINING_PARTS = (SplitPart.TRAIN, SplitPart.VAL_A, SplitPart.VAL_B)
 SplitEpisodes = Sequence[SplitEpisode]
 
 

@@ -110,12 +110,12 @@ def _build_watch_producer(machine: str, run: Path | None) -> EventProducer:
 
 def show_demo(run: Path, *, port: int, as_json: bool) -> None:
     """Replay bundled episodes on a dashboard: out of the demo's run if it is there, else judged by the bundled model."""
+    from phasewatch.artifacts import PREDICTIONS_FILE
     from phasewatch.errors import RunError
     from phasewatch.events.demo import DemoConfig
     from phasewatch.events.from_replay import build_replay_episode
     from phasewatch.inference.model_selection import find_models
     from phasewatch.inference.offline import choose_offline_model, predict_episode
-    from phasewatch.training.predictions import PREDICTIONS_FILE
 
     if (run / PREDICTIONS_FILE).is_file():
         _serve_dashboard(

@@ -44,7 +44,8 @@ def export(
     """
     from dataclasses import asdict
 
-    from phasewatch.evaluation.metric_table import METRICS_FILE, HeadlineKey, parse_metrics, render_headline
+    from phasewatch.artifacts import METRICS_FILE
+    from phasewatch.evaluation.metric_table import HeadlineKey, parse_metrics, render_headline
     from phasewatch.inference.export import ExportRequest, export_run
 
     common.check_run_folder(run)

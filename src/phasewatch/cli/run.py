@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from phasewatch.artifacts import METRICS_FILE
 from phasewatch.cli import common
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def evaluate(
         return
     with atomic.lock(common.check_run_folder(run)):
         metrics = stages.evaluate(stages.RunSettings(store=run, run=run))
-    path = run / stages.METRICS_FILE
+    path = run / METRICS_FILE
     result = {"headline": render_headline(metrics), "numbers": len(metrics.metrics), "metrics": str(path)}
     common.print_result(result, as_json=as_json, lines=[render_headline(metrics), str(path)])
 

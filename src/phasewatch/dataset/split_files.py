@@ -9,7 +9,14 @@ from pathlib import Path
 import msgspec
 
 from phasewatch import atomic, profiles
-from phasewatch.artifacts import FEATURES_FILE, SPLITS_DIR, read_columns, read_duplicate_id_episodes, read_run_episodes
+from phasewatch.artifacts import (
+    FEATURES_FILE,
+    SPLIT_INDEX_FILE,
+    SPLITS_DIR,
+    read_columns,
+    read_duplicate_id_episodes,
+    read_run_episodes,
+)
 from phasewatch.errors import RunError, SplitError, UsageError
 from phasewatch.splits import (
     SPLIT_RECIPES,
@@ -26,8 +33,6 @@ from phasewatch.splits import (
     render_fold,
 )
 from phasewatch.types import PHASES
-
-SPLIT_INDEX_FILE = "splits_v1.json"
 
 
 class RecipeResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -23,10 +23,9 @@ from phasewatch.evaluation.scoring import (
     resample_counts,
     select_resamples,
 )
-from phasewatch.types import BIN_NS, STRIDE_BINS
+from phasewatch.types import STRIDE_NS
 
 DECIDED_SHARE = 0.9  # of validation B's windows are decided; the threshold that does that is then used on the test
-STRIDE_NS = BIN_NS * STRIDE_BINS
 STRIDES_PER_MINUTE = 60e9 / STRIDE_NS
 
 

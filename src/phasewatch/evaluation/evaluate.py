@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from phasewatch import atomic, profiles
+from phasewatch.artifacts import METRICS_FILE, PREDICTIONS_FILE
 from phasewatch.binning.storage import BINS_INDEX_FILE as GRID_INDEX
 from phasewatch.binning.storage import index_rows_by_id, open_bins
 from phasewatch.channels import CHANNELS
@@ -28,7 +29,6 @@ from phasewatch.evaluation.calibration import (
 from phasewatch.evaluation.importance import build_importance_rows
 from phasewatch.evaluation.leaderboard import build_leaderboard_rows, build_scoring_set
 from phasewatch.evaluation.metric_table import (
-    METRICS_FILE,
     SELECTION_METRIC,
     HeadlineKey,
     MetricRow,
@@ -44,7 +44,7 @@ from phasewatch.metrics import confusion_counts, macro_f1
 from phasewatch.models import checkpoint, registry
 from phasewatch.splits import Fold, parse_fold
 from phasewatch.training.experiment import Experiment
-from phasewatch.training.predictions import NO_FILTER, PREDICTIONS_FILE, read_predictions
+from phasewatch.training.predictions import NO_FILTER, read_predictions
 from phasewatch.types import SampleKind
 
 __all__ = ["evaluate_run", "read_metrics", "render_headline"]

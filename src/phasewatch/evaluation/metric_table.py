@@ -9,7 +9,6 @@ import msgspec
 
 from phasewatch.errors import RunError
 
-METRICS_FILE = "metrics_v1.json"
 SELECTION_METRIC = "val_b_macro_f1"  # by which the headline's model is chosen, before a test prediction is read
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from phasewatch.artifacts import PREDICTIONS_FILE
 from phasewatch.errors import RunError
 from phasewatch.evaluation.scoring import EvaluationWindows, ModelOutput
 from phasewatch.models import registry
 from phasewatch.splits import Fold, SplitPart
-from phasewatch.training.predictions import PREDICTIONS_FILE, PROBABILITY_COLUMNS
+from phasewatch.training.predictions import PROBABILITY_COLUMNS
 from phasewatch.types import PHASES
 
 GROUP_COLUMNS = ("recipe", "threat", "table", "filter")

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from phasewatch.evaluation.comparisons import choose_agent_state
+from phasewatch.evaluation.leaderboard import ELAPSED_TIME
 from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, ConfusionMatrix, MetricRow, select_headline
 from phasewatch.models.registry import BASELINE_MODELS
 from phasewatch.training.predictions import NO_FILTER
 from phasewatch.types import PHASES
 
-ELAPSED_TIME = "elapsed_time"
 # What stands for a group (a host, a profile), best first: the first one that has rows is shown.
 GROUP_METRICS = ("macro_f1", "f1", "accuracy", "balanced_accuracy", "recall")
 METRIC_LABELS = {

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 
-from phasewatch.artifacts import file_sha256
+from phasewatch.artifacts import METRICS_FILE, file_sha256
 from phasewatch.dataset.loader import N_CONTEXT_WINDOWS
 from phasewatch.evaluation.evaluate import read_metrics
-from phasewatch.evaluation.metric_table import METRICS_FILE
 from phasewatch.events.from_metrics import build_metric_events, build_profile_event
 from phasewatch.events.from_replay import (
     ReplayEpisode,

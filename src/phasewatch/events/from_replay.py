@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.artifacts import check_columns, open_run_parquet
+from phasewatch.artifacts import PREDICTIONS_FILE, check_columns, open_run_parquet
 from phasewatch.binning.storage import BinIndexRow, build_index_row, index_rows_by_id, open_bins
 from phasewatch.channels import CHANNELS
 from phasewatch.errors import RunError
@@ -27,7 +27,7 @@ from phasewatch.models.checkpoint import CHECKPOINT_FILE, read_header
 from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE
 from phasewatch.parquet import convert_parquet_errors
 from phasewatch.training.experiment import Experiment
-from phasewatch.training.predictions import PREDICTIONS_FILE, PROBABILITY_COLUMNS
+from phasewatch.training.predictions import PROBABILITY_COLUMNS
 from phasewatch.types import BIN_NS, PHASES, WINDOW_BINS, Phase
 from phasewatch.validate.verdict import BundleCheck
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from phasewatch.artifacts import FEATURE_SCHEMA_FILE
 from phasewatch.atomic import open_atomic, write_atomic
 from phasewatch.binning.storage import BinIndexRow, MappedBins, map_bins, release_pages
 from phasewatch.errors import MachineError
@@ -20,7 +21,6 @@ from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import feature_names, render_schema, schema_hash
 from phasewatch.features.stats import STATS, episode_stats, window_stats
 from phasewatch.features.windows import (
-    STRIDE_NS,
     LabelSpan,
     combine_window_flags,
     compute_centers_s,
@@ -30,13 +30,12 @@ from phasewatch.features.windows import (
 )
 from phasewatch.identity import find_contested_ids
 from phasewatch.parallel.pool import ItemResult, map_ordered
-from phasewatch.types import BundleStatus
+from phasewatch.types import STRIDE_NS, BundleStatus
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 WINDOW_FEATURES_FILE, EPISODE_FEATURES_FILE = "features_window_v1.parquet", "features_episode_v1.parquet"
-FEATURE_SCHEMA_FILE = "feature_schema_v1.json"
 ROW_GROUP_SIZE = 100_000
 EPISODE_ID_TAKEN = "episode-id-taken"
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from phasewatch.arrays import Float32Array
 from phasewatch.binning.align import FLAG_CLOCK_STEP, FLAG_LATE, FLAG_MIXED
 from phasewatch.bundle.model import LabelMark
-from phasewatch.types import BIN_NS, STRIDE_BINS, WINDOW_BINS, Phase
+from phasewatch.types import BIN_NS, STRIDE_BINS, STRIDE_NS, WINDOW_BINS, Phase
 
 __all__ = [
     "FLAG_CLOCK_STEP",
@@ -29,7 +29,6 @@ __all__ = [
 
 
 WINDOW_NS = WINDOW_BINS * BIN_NS
-STRIDE_NS = STRIDE_BINS * BIN_NS
 DECISION_DELAY_NS = (
     WINDOW_NS + 1_000_000_000
 )  # after a window's start: its end, and the second that late ticks are waited for

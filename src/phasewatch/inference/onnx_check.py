@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from phasewatch.arrays import IntArray
 from phasewatch.errors import RunError
-from phasewatch.inference.onnx_graph import N_CLASSES, ONNX_FLOAT, OnnxNode, OnnxTensor, check_graph
+from phasewatch.inference.onnx_graph import ONNX_FLOAT, OnnxNode, OnnxTensor, check_graph
 from phasewatch.inference.protobuf import MessageShape, WireType, parse_message, parse_varints, read_varint
+from phasewatch.metrics import N_CLASSES
 
 MAX_ONNX_TREE_NODES = 2**19
 TREE_OPERATOR = ("ai.onnx.ml", "TreeEnsembleClassifier")

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from phasewatch.metrics import N_CLASSES
+
 ONNX_FLOAT, ONNX_INT64, ONNX_BOOL, ONNX_DOUBLE = 1, 7, 9, 11
 ONNX_BATCH = 64
 MAX_GRAPH_ELEMENTS = (
@@ -21,7 +23,6 @@ MAX_GRAPH_ELEMENTS = (
 )  # of all tensors together at `ONNX_BATCH` windows: a transformer of width 1,024 needs as many
 MAX_WINDOW_PRODUCTS = 2**30  # multiplications a window
 _FLOAT_TYPES = (ONNX_FLOAT, ONNX_DOUBLE)
-N_CLASSES = 5
 
 _COMMON_OPERATORS = frozenset(
     {"Abs", "Add", "And", "Cast", "Clip", "Concat", "Div", "Gemm", "IsInf", "IsNaN", "Log", "Mul", "Not", "Sign",

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.arrays import Float32Array
-from phasewatch.channels import CHANNELS, build_channel_mask
+from phasewatch.channels import CHANNEL_NAMES, build_channel_mask
 from phasewatch.dataset.loader import N_CONTEXT_WINDOWS, build_context_names
 from phasewatch.errors import RunError, UsageError
 from phasewatch.features.normalise import ChannelScaling, HostBaseline, build_scaling
@@ -22,8 +22,6 @@ from phasewatch.models.alarm import AlarmRule, AlarmState, compute_activity_scor
 from phasewatch.models.base import InputKind, InputSpec, InputVariant, ModelInputs
 from phasewatch.models.smoothing import PhaseFilter
 from phasewatch.types import BIN_NS, PHASES, STRIDE_BINS, WINDOW_BINS, Phase
-
-_CHANNEL_NAMES = tuple(c.full_name for c in CHANNELS)
 
 
 class ProbabilityEstimator(Protocol):
@@ -72,7 +70,7 @@ class PhasePredictor:
     @cached_property
     def _channel_indices(self) -> NDArray[np.intp]:
         """Where the channels stand among all."""
-        return np.array([_CHANNEL_NAMES.index(name) for name in self.channels], np.intp)
+        return np.array([CHANNEL_NAMES.index(name) for name in self.channels], np.intp)
 
     @cached_property
     def _column_indices(self) -> NDArray[np.intp]:
@@ -136,7 +134,7 @@ def check_columns(spec: InputSpec, *, where: str) -> None:
         where: Names the model.
     """
     try:
-        allowed = {name for name, on in zip(_CHANNEL_NAMES, build_channel_mask(spec.mask), strict=True) if on}
+        allowed = {name for name, on in zip(CHANNEL_NAMES, build_channel_mask(spec.mask), strict=True) if on}
     except UsageError as exc:
         raise RunError(f"{where}: {exc}; train it again") from exc
     channels = list_model_channels(spec)
@@ -158,7 +156,7 @@ def list_model_channels(spec: InputSpec) -> tuple[str, ...]:
     """Name the channels that a model's columns are made of, in the order of CHANNELS."""
     is_tensor = spec.kind is InputKind.TENSOR
     wanted = {name if is_tensor else name.partition("@")[0].rpartition(".")[0] for name in spec.names}
-    return tuple(name for name in _CHANNEL_NAMES if name in wanted)
+    return tuple(name for name in CHANNEL_NAMES if name in wanted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

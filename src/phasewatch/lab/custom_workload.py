@@ -13,7 +13,6 @@ import msgspec
 from phasewatch.errors import DataError, PlanError, UsageError
 from phasewatch.lab.guest_image import GuestImage
 from phasewatch.lab.plan import (
-    IDLE_SAMPLE,
     PlanHost,
     PlanSpec,
     RecordingSession,
@@ -25,11 +24,11 @@ from phasewatch.lab.plan import (
     draw_phases,
 )
 from phasewatch.lab.qemu_command import HOST_SHAPES, HostShape, find_host_shape
-from phasewatch.lab.scheduling import BENIGN_PROFILE
 from phasewatch.lab.vm import BootRule
 from phasewatch.naming import RESERVED_HOST_IDS, make_host_id
 from phasewatch.profiles import (
     EPISODE_RANGE_S,
+    IDLE_SAMPLE,
     PHASE_RANGE_S,
     PROFILES,
     IntensityRange,
@@ -40,7 +39,7 @@ from phasewatch.profiles import (
     draw_intensities,
 )
 from phasewatch.toml_config import parse_toml
-from phasewatch.types import HOST_ID_PATTERN, PHASES, EpisodeRole, Phase, SampleKind
+from phasewatch.types import BENIGN_PROFILE, HOST_ID_PATTERN, PHASES, EpisodeRole, Phase, SampleKind
 
 CUSTOM_NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")  # the guest's driver keeps 31 characters
 KNOB_NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,22}")  # becomes a variable of the shell

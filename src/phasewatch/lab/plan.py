@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from phasewatch.errors import PlanError, UsageError
 from phasewatch.lab.qemu_command import find_host_shape
-from phasewatch.lab.scheduling import BENIGN_PROFILE, HostDemand, ProfileGroup, ScheduledSession, build_schedule
+from phasewatch.lab.scheduling import HostDemand, ProfileGroup, ScheduledSession, build_schedule
 from phasewatch.profiles import (
     EPISODE_RANGE_S,
+    IDLE_SAMPLE,
     N_SAMPLE_GROUPS,
     PHASE_RANGE_S,
     PROFILES,
@@ -30,7 +31,7 @@ from phasewatch.profiles import (
     find_sample_group,
 )
 from phasewatch.toml_config import parse_toml
-from phasewatch.types import PHASES, EpisodeRole, Phase, SampleKind
+from phasewatch.types import BENIGN_PROFILE, PHASES, EpisodeRole, Phase, SampleKind
 
 PLAN_NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
 MALICIOUS_PROFILES = tuple(row.name for row in PROFILES if row.name != BENIGN_PROFILE)
@@ -188,7 +189,6 @@ def _compute_macro_f1(truth: NDArray[np.int64], said: NDArray[np.int64]) -> floa
 
 
 MAX_ELAPSED_TIME_F1 = 0.25  # DESIGN section 2: above it a plan tells the phase by the clock
-IDLE_SAMPLE = "idle"
 _LOAD_BLOCK_EPISODES = 3  # of each three malicious episodes of a host, busy_share × 3 have a load beside them
 
 

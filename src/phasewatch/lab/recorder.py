@@ -22,7 +22,7 @@ from phasewatch.lab.session import RecordedEpisode, build_bundle, run_episode
 from phasewatch.lab.vm import LabMachine
 from phasewatch.store.local import SENT_FOLDER, DiskStore
 from phasewatch.telemetry.base import AsyncClock
-from phasewatch.types import EpisodeId, EpisodeRole, build_uuid7
+from phasewatch.types import MAX_WAIT_CORES, EpisodeId, EpisodeRole, build_uuid7
 
 
 class Progress(Protocol):
@@ -149,7 +149,6 @@ def _is_lone_soak(one: PendingSession, shapes: Mapping[str, HostShape]) -> bool:
     return len(slots) == 1 and slots[0].role is EpisodeRole.SOAK and not shapes[session.host_id].is_alone
 
 
-MAX_WAIT_CORES = 0.10  # cores' worth of waiting above which an episode is degraded, and its slot queued once more
 MAX_SLOT_RETRIES = 2  # further attempts at a slot whose VM failed
 MIN_FREE_BYTES = 256 << 20
 

@@ -10,8 +10,8 @@ from math import ceil
 from typing import NamedTuple
 
 from phasewatch.profiles import N_SAMPLE_GROUPS
+from phasewatch.types import BENIGN_PROFILE
 
-BENIGN_PROFILE = "benign"
 _DUPLICATE_PENALTY = 2.0  # two of one profile side by side: only when nothing else is left
 
 

@@ -20,9 +20,8 @@ from phasewatch.lab.vm import LabMachine, MachineFacts
 from phasewatch.telemetry.base import N_STAMPS, AsyncClock, RowLog, TelemetrySampler, TelemetrySource
 from phasewatch.telemetry.guest_agent import GUEST_NOMINAL_HZ as GUEST_HZ
 from phasewatch.telemetry.guest_agent import GuestReader
-from phasewatch.types import ClockBase, EpisodeId, EpisodeOrigin, Phase, SourceKind
+from phasewatch.types import HOST_SOURCES, ClockBase, EpisodeId, EpisodeOrigin, Phase, SourceKind
 
-HOST_SOURCES = (SourceKind.PROC, SourceKind.QMP, SourceKind.NETFLOW)
 LEAD_IN_S = 10.0  # of readings before the first label: they open the first bin, and our own polling settles too
 PREPARE_TIMEOUT_S = 180.0  # warm-up or installation, with a neighbour that does the same
 END_MARGIN_NS = 500_000_000  # nothing is begun in the last half second

@@ -7,14 +7,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from phasewatch.channels import CHANNELS
+from phasewatch.channels import CHANNEL_NAMES
 from phasewatch.events.schema import EventEnvelope, PerfEvent, PhaseEvent, TelemetryEvent
 from phasewatch.inference.predictor import PhaseDecision, PhasePredictor
 from phasewatch.live.tracker import TrackerStep
 from phasewatch.types import BIN_NS
 
 LIVE_RUN_NAME = "live"
-_CHANNEL_NAMES = tuple(c.full_name for c in CHANNELS)
 COST_WINDOW_NS = 300_000_000_000  # what watching costs is said of the last five minutes
 WATCH_LATENCY_EDGES_MS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
 
@@ -39,7 +38,7 @@ class EventBuilder:
         """Tell of some bins, one after the other."""
         first = steps[0].bin
         data = TelemetryEvent(
-            vm=self.vm, host=self.host, origin="live", t0_ns=first.end_ns - BIN_NS, bin_s=BIN_NS / 1e9, channels=_CHANNEL_NAMES,
+            vm=self.vm, host=self.host, origin="live", t0_ns=first.end_ns - BIN_NS, bin_s=BIN_NS / 1e9, channels=CHANNEL_NAMES,
             values=tuple(tuple(_finite_or_none(v) for v in step.bin.values.tolist()) for step in steps),
             flags=tuple(step.bin_flags for step in steps), masked=self.masked, late_rows=late, lost_rows=lost,
             lateness_s=max(0.0, (now_ns - steps[-1].bin.end_ns) / 1e9),

@@ -9,13 +9,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.binning.stream import LATENESS_NS
-from phasewatch.channels import CHANNELS
+from phasewatch.channels import CHANNEL_NAMES
 from phasewatch.errors import VmError
 from phasewatch.events.schema import EventEnvelope
 from phasewatch.inference.predictor import PhaseDecision, PhasePredictor
@@ -33,15 +32,13 @@ from phasewatch.telemetry.base import (
     TelemetrySource,
 )
 from phasewatch.telemetry.capture import NetworkSource
-from phasewatch.telemetry.process import read_start_ticks
+from phasewatch.telemetry.process import PROC_ROOT, read_start_ticks
 from phasewatch.telemetry.qmp import QmpSource
-from phasewatch.types import WINDOW_BINS, SourceKind
-from phasewatch.validate.checks import MAX_WAIT_CORES
+from phasewatch.types import MAX_WAIT_CORES, WINDOW_BINS, SourceKind
 
 MIN_READING_SHARE = 0.9  # share of a source's readings in a window
 CONTENTION_WINDOWS = 3  # in a row, until contention is said to have begun or ended
-_CHANNEL_NAMES = tuple(c.full_name for c in CHANNELS)
-_VCPU_WAIT_INDEX = _CHANNEL_NAMES.index("proc.vcpu_wait")
+_VCPU_WAIT_INDEX = CHANNEL_NAMES.index("proc.vcpu_wait")
 
 
 class WindowQuality:
@@ -54,7 +51,7 @@ class WindowQuality:
     def __init__(self, channels: Sequence[str]) -> None:
         self._bins: deque[NDArray[np.float32]] = deque(maxlen=WINDOW_BINS)
         self._places = {
-            source: [_CHANNEL_NAMES.index(name) for name in channels if name.startswith(f"{source}.")]
+            source: [CHANNEL_NAMES.index(name) for name in channels if name.startswith(f"{source}.")]
             for source in SourceKind
         }
         self._streak = 0
@@ -98,7 +95,6 @@ class WindowQuality:
 MAX_SLEEP_NS = 250_000_000  # the longest sleep: a clock that steps is noticed within it
 HEALTH_INTERVAL_NS = 2_000_000_000
 PERF_INTERVAL_NS = 5_000_000_000
-PROC_ROOT = Path("/proc")
 ENDED_BY_TIMEOUT, ENDED_BY_INTERRUPT = "the time is up", "interrupted"  # why a watch ended
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.arrays import FloatArray
-from phasewatch.models.smoothing import STRIDE_NS, LabelSequence
-from phasewatch.types import Phase
+from phasewatch.models.smoothing import LabelSequence
+from phasewatch.types import STRIDE_NS, Phase
 
 ALARM_K, ALARM_N = 2, 3
 FALSE_ALARM_BUDGET = 1.0  # false alarms per VM-hour

@@ -14,11 +14,10 @@ from phasewatch.arrays import FloatArray
 from phasewatch.errors import RunError
 from phasewatch.metrics import N_CLASSES, confusion_counts, macro_f1
 from phasewatch.models.base import InputKind, LabelledExamples, PhaseModel
-from phasewatch.types import BIN_NS, STRIDE_BINS
+from phasewatch.types import STRIDE_S
 
 BASELINE_FILE = "model.json"
 MAX_TABLE_ROWS = 100_000  # strides of an episode, or hosts
-STRIDE_S = BIN_NS * STRIDE_BINS / 1e9
 KERNEL_WIDTHS_S = (5.0, 10.0, 20.0, 40.0, 80.0)
 _PhaseRow = tuple[float, float, float, float, float]
 CLASS_BALANCES = (0.0, 0.5, 1.0)  # how far the classes' frequencies are evened out; 1 is what macro-F1 likes

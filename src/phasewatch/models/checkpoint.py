@@ -22,6 +22,8 @@ from phasewatch.models.foreign import foreign_errors
 from phasewatch.models.smoothing import PhaseFilter
 from phasewatch.types import PHASES
 
+WEIGHTS_FILE = "weights.safetensors"
+
 CHECKPOINT_FORMAT = "phasewatch-checkpoint/1"
 CHECKPOINT_FILE = "checkpoint.json"
 MAX_CHECKPOINT_HEADER_BYTES = 4 * 2**20

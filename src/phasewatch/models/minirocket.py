@@ -20,9 +20,9 @@ from phasewatch.errors import RunError
 from phasewatch.metrics import N_CLASSES, confusion_counts, macro_f1
 from phasewatch.models import checkpoint
 from phasewatch.models.base import InputKind, LabelledExamples, PhaseModel, compute_class_weights
+from phasewatch.models.checkpoint import WEIGHTS_FILE
 from phasewatch.models.neural import AsinhScaler
 
-WEIGHTS_FILE = "weights.safetensors"
 KERNEL_LENGTH = 9
 DILATIONS = (1, 2)  # (20 − 1) // 8 = 2 is the widest that fits
 KERNELS = tuple(combinations(range(KERNEL_LENGTH), 3))  # where the three 2s stand; everything else is −1

@@ -18,6 +18,7 @@ from phasewatch.errors import RunError
 from phasewatch.metrics import N_CLASSES
 from phasewatch.models import checkpoint
 from phasewatch.models.base import InputKind, LabelledExamples, PhaseModel, compute_class_weights
+from phasewatch.models.checkpoint import WEIGHTS_FILE
 from phasewatch.models.foreign import foreign_errors
 from phasewatch.models.training_loop import LabelledArrays, TrainConfig, compute_scores, fit_net, make_reproducible
 from phasewatch.types import WINDOW_BINS
@@ -69,7 +70,6 @@ class AsinhScaler:
         return np.concatenate([scaled.astype(np.float32), missing.astype(np.float32)], axis=1)
 
 
-WEIGHTS_FILE = "weights.safetensors"
 SCALER_SIZE_NAME = "scaler.size"
 NET_PREFIX = "net."
 MAX_WIDTH = 1024  # the largest net of it has 67 MB of weights

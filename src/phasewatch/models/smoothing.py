@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 
 from phasewatch.arrays import FloatArray
 from phasewatch.metrics import N_CLASSES, log_loss
-from phasewatch.types import BIN_NS, STRIDE_BINS
+from phasewatch.types import STRIDE_NS
 
 KAPPAS = (0.3, 0.5, 1.0)  # posteriors are no likelihoods, and half-overlapping windows see everything twice
-STRIDE_NS = BIN_NS * STRIDE_BINS
 MAX_STRIDES = 60  # after five minutes unseen the schedule has forgotten where it was
 MIN_TRANSITION = 1e-15  # of a chance that one phase follows another: a billion windows give more, and no belief is lost
 MIN_PROBABILITY = 1e-6  # a model that is sure may still be wrong: no window alone rules a phase out

@@ -15,28 +15,28 @@ from typing import Any
 
 from phasewatch import atomic
 from phasewatch._version import __version__
-from phasewatch.audit.checks import AUDIT_FILE
-from phasewatch.dataset.split_files import RecipeResult, read_split_index
-from phasewatch.errors import SplitError, StoreError, UsageError
-from phasewatch.evaluation.evaluate import read_metrics
-from phasewatch.evaluation.metric_table import render_headline
-from phasewatch.pipeline import stages
-from phasewatch.pipeline.stages import (
+from phasewatch.artifacts import (
+    ACCOUNTING_FILE,
     BINS_INDEX_PATH,
     BINS_PATHS,
     FEATURE_FILES,
     METRICS_FILE,
     PREDICTIONS_FILE,
     REPORT_FILE,
-    RunSettings,
-    compute_digests,
+    VALIDATION_FILE,
 )
+from phasewatch.audit.checks import AUDIT_FILE
+from phasewatch.dataset.split_files import RecipeResult, read_split_index
+from phasewatch.errors import SplitError, StoreError, UsageError
+from phasewatch.evaluation.evaluate import read_metrics
+from phasewatch.evaluation.metric_table import render_headline
+from phasewatch.pipeline import stages
+from phasewatch.pipeline.stages import RunSettings, compute_digests
 from phasewatch.splits import SetAsideEpisode
 from phasewatch.store.base import StoreLocation, parse_store_location
 from phasewatch.training.grids import HEADLINE_RECIPE
 from phasewatch.training.train import FailedExperiment, TrainingError
-from phasewatch.validate.index import VALIDATION_FILE
-from phasewatch.validate.sweep import ACCOUNTING_FILE, SweepTally
+from phasewatch.validate.sweep import SweepTally
 from phasewatch.validate.verdict import BundleVerdict
 
 RUN_FILE, TRAIN_STAGE = "run.json", "train"

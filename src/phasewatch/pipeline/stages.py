@@ -12,7 +12,14 @@ from pathlib import Path
 
 from phasewatch import atomic
 from phasewatch._version import __version__
-from phasewatch.artifacts import file_sha256
+from phasewatch.artifacts import (
+    ACCOUNTING_FILE,
+    BINS_PATHS,
+    FEATURE_FILES,
+    SPLIT_INDEX_FILE,
+    VALIDATION_FILE,
+    file_sha256,
+)
 from phasewatch.audit.checks import AuditReport
 from phasewatch.audit.run import audit_run
 from phasewatch.binning.storage import open_bins
@@ -42,9 +49,8 @@ from phasewatch.training.grids import (
     build_user_model_grid,
 )
 from phasewatch.training.train import TrainReport, find_best_net, train_experiments
-from phasewatch.validate.index import VALIDATION_FILE, read_index, read_statuses, render_accounting
+from phasewatch.validate.index import read_index, read_statuses, render_accounting
 from phasewatch.validate.sweep import (
-    ACCOUNTING_FILE,
     BundleMapper,
     SweepProgress,
     SweepSummary,
@@ -57,11 +63,6 @@ from phasewatch.validate.verdict import USABLE_STATUSES
 EXPERIMENT_GRIDS = ("short", "full")
 SWEEP_ENGINES = ("local", "ray")
 TrainingProgress = Callable[[Experiment, int, int], None]  # a cell is through, how many are, of how many
-BINS_INDEX_PATH = "grids/index.parquet"
-BINS_PATHS = ("grids/grids.npy", "grids/levels.npy", BINS_INDEX_PATH)
-FEATURE_FILES = ("features_window_v1.parquet", "features_episode_v1.parquet", "feature_schema_v1.json")
-SPLIT_INDEX_FILE = "splits_v1.json"
-PREDICTIONS_FILE, METRICS_FILE, REPORT_FILE = "predictions_v1.parquet", "metrics_v1.json", "report.html"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from phasewatch.artifacts import ACCOUNTING_FILE, FEATURE_SCHEMA_FILE
 from phasewatch.audit.checks import AuditReport, CheckOutcome
 from phasewatch.dataset import SplitIndex
 from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE
 from phasewatch.report import charts
 from phasewatch.report.data import (
-    ACCOUNTING_FILE,
-    FEATURE_SCHEMA_FILE,
     AccountingStage,
     BundleCounts,
     HeadlineWindows,
@@ -20,6 +19,7 @@ from phasewatch.report.data import (
 )
 from phasewatch.report.layout import ReportBlock, ReportSection, ReportTable, join_words, render_count
 from phasewatch.splits import Fold
+from phasewatch.splits.build import DRIFT_DAYS
 
 AUDIT_COMMAND = "phasewatch audit RUN && phasewatch report RUN"
 NOT_AUDITED = "This run was not audited, or it changed since: `phasewatch audit RUN` checks what it promises."
@@ -62,9 +62,6 @@ def describe_failed_audit(audit: AuditReport) -> str:
     broken = audit.failed_checks
     names = join_words([check.name for check in broken])
     return f"No claim: this run breaks {len(broken)} of its promises ({names})."
-
-
-DRIFT_DAYS = 7  # below this span nothing can be said of drift (DESIGN section 7)
 
 
 def build_coverage_section(evidence: ReportData, windows: HeadlineWindows | None, origin: str) -> ReportSection:

@@ -11,18 +11,17 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from phasewatch.artifacts import ACCOUNTING_FILE, FEATURE_SCHEMA_FILE, METRICS_FILE, PREDICTIONS_FILE, VALIDATION_FILE
 from phasewatch.audit.checks import AuditReport
 from phasewatch.dataset import SplitIndex
 from phasewatch.errors import RunError
-from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, METRICS_FILE, MetricTable
+from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricTable
 from phasewatch.report.charts import RibbonWindow
 from phasewatch.splits import Fold, FoldCoverage
-from phasewatch.training.predictions import PREDICTIONS_FILE, PROBABILITY_COLUMNS
-from phasewatch.types import BIN_NS, STRIDE_BINS, WINDOW_BINS, SourceKind
+from phasewatch.training.predictions import PROBABILITY_COLUMNS
+from phasewatch.types import BIN_NS, WINDOW_BINS, SourceKind
 
-ACCOUNTING_FILE = "ledger.json"
 BUNDLE_STATUSES = ("accepted", "used", "degraded", "rejected", "errored")
-VALIDATION_FILE, FEATURE_SCHEMA_FILE = "validation_v1.parquet", "feature_schema_v1.json"
 COMMAND_BY_FILE = {
     METRICS_FILE: "evaluate",
     PREDICTIONS_FILE: "train",
@@ -284,7 +283,6 @@ def _check_columns(table: Any, columns: Sequence[str], file: str) -> None:
         raise RunError(f"{file}: lacks the column {', '.join(absent)}; make it again with `phasewatch {made} RUN`")
 
 
-STRIDE_S = STRIDE_BINS * BIN_NS / 1e9
 HALF_WINDOW_S = WINDOW_BINS * BIN_NS / 2e9
 
 

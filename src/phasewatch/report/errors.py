@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from phasewatch.artifacts import METRICS_FILE, PREDICTIONS_FILE
 from phasewatch.evaluation import query
-from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, METRICS_FILE, ConfusionMatrix, MetricRow
+from phasewatch.evaluation.leaderboard import ELAPSED_TIME
+from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, ConfusionMatrix, MetricRow
 from phasewatch.report import charts
-from phasewatch.report.data import STRIDE_S, EpisodeRibbon, HeadlineWindows, choose_episodes
+from phasewatch.report.data import EpisodeRibbon, HeadlineWindows, choose_episodes
 from phasewatch.report.layout import (
     ReportBlock,
     ReportSection,
@@ -20,8 +22,7 @@ from phasewatch.report.layout import (
     render_number,
 )
 from phasewatch.splits import Fold
-from phasewatch.training.predictions import PREDICTIONS_FILE
-from phasewatch.types import PHASES
+from phasewatch.types import PHASES, STRIDE_S
 
 EVALUATE_COMMAND = "phasewatch evaluate RUN && phasewatch report RUN"
 NO_METRICS = f"No row for this in {METRICS_FILE}; `phasewatch evaluate RUN` writes them."
@@ -77,7 +78,7 @@ def _build_group_block(told: ReportContext, key: str, title: str, field: str, na
     words = query.METRIC_LABELS[metric]
     own = [(n, query.find_score(told.rows, metric, model=told.model, **{field: n})) for n in names]
     series, table = [], []
-    for model in (told.model, query.ELAPSED_TIME):
+    for model in (told.model, ELAPSED_TIME):
         found = [(n, query.find_score(told.rows, metric, model=model, **{field: n})) for n in names]
         if model == told.model or any(row is not None for _, row in found):
             series.append(

@@ -11,24 +11,24 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from phasewatch.artifacts import ACCOUNTING_FILE, FEATURE_SCHEMA_FILE, METRICS_FILE, PREDICTIONS_FILE, VALIDATION_FILE
 from phasewatch.atomic import write_atomic
 from phasewatch.audit.checks import AUDIT_FILE
 from phasewatch.audit.run import read_audit
 from phasewatch.dataset import SplitIndex, read_split_index
 from phasewatch.errors import MissingToolError, RunError, UsageError
-from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, METRICS_FILE, parse_metrics
+from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, parse_metrics
 from phasewatch.parquet import convert_parquet_errors, open_parquet
 from phasewatch.report import data as ev
 from phasewatch.report.layout import ReportPage
 from phasewatch.report.markdown import render_json, render_markdown
 from phasewatch.report.summary import build_page
 from phasewatch.splits import parse_fold
-from phasewatch.training.predictions import NO_FILTER, PREDICTIONS_FILE
+from phasewatch.training.predictions import NO_FILTER
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-REPORT_FILE = "report.html"
 MAX_REPORT_BYTES = 6 * 1024 * 1024  # one mail attachment; Plotly's script alone is 4.8 MB
 _INTERVAL_PATTERN = re.compile(r"\[[+-]?\d[^\[\]]{0,28}\]")  # an interval
 _T = TypeVar("_T")
@@ -78,11 +78,11 @@ def read_report_data(run: Path) -> ev.ReportData:
     metrics = attempt(METRICS_FILE, lambda p: parse_metrics(p.read_bytes(), file=METRICS_FILE))
     predictions = attempt(PREDICTIONS_FILE, lambda p: ev.parse_predictions(_read_predictions(p)))
     bundles = attempt(
-        ev.VALIDATION_FILE,
+        VALIDATION_FILE,
         lambda p: ev.parse_validation(_read_table(p, (*ev.VALIDATION_COLUMNS, *ev.ROW_COUNT_COLUMNS))),
     )
-    stages = attempt(ev.ACCOUNTING_FILE, lambda p: ev.parse_accounting(p.read_bytes()))
-    schema = attempt(ev.FEATURE_SCHEMA_FILE, lambda p: ev.parse_schema(p.read_bytes()))
+    stages = attempt(ACCOUNTING_FILE, lambda p: ev.parse_accounting(p.read_bytes()))
+    schema = attempt(FEATURE_SCHEMA_FILE, lambda p: ev.parse_schema(p.read_bytes()))
     folds = []
     for path in sorted((run / "splits").glob("*.json")):
         try:
@@ -230,7 +230,7 @@ def _read_predictions(path: Path) -> Any:
 def _compute_input_digests(run: Path) -> dict[str, str]:
     """Digest what the page quotes; run.json is left out, for it alone holds times."""
     return _compute_digests(
-        run, (METRICS_FILE, PREDICTIONS_FILE, ev.ACCOUNTING_FILE, ev.VALIDATION_FILE, ev.FEATURE_SCHEMA_FILE)
+        run, (METRICS_FILE, PREDICTIONS_FILE, ACCOUNTING_FILE, VALIDATION_FILE, FEATURE_SCHEMA_FILE)
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from phasewatch.evaluation import query
+from phasewatch.evaluation.leaderboard import ELAPSED_TIME
 from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow
 from phasewatch.models.registry import BASELINE_MODELS
 from phasewatch.report import charts
@@ -81,7 +82,7 @@ def _build_score_series(board: Sequence[query.LeaderboardEntry]) -> tuple[charts
 def _describe_elapsed_time(told: ReportContext) -> tuple[str, ...]:
     """Say in words which models are not above elapsed time by the interval of the paired gap, and which have none."""
     own = query.select_headline_rows(told.all_rows)
-    names = list(dict.fromkeys(r.model for r in own if r.metric == "note" and r.vs == query.ELAPSED_TIME and r.model))
+    names = list(dict.fromkeys(r.model for r in own if r.metric == "note" and r.vs == ELAPSED_TIME and r.model))
     gaps = {name: query.find_elapsed_time_gap(told.all_rows, name) for name in names}
     unsure = [name for name, gap in gaps.items() if gap is not None and gap.low is None]
     below = [name for name in names if name not in unsure]

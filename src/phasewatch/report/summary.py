@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from phasewatch.artifacts import METRICS_FILE
 from phasewatch.audit.checks import AuditReport
 from phasewatch.evaluation import query
-from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, METRICS_FILE, MetricRow, render_headline
+from phasewatch.evaluation.leaderboard import ELAPSED_TIME
+from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow, render_headline
 from phasewatch.report import charts
 from phasewatch.report.alarms import build_alarm_section
 from phasewatch.report.calibration import build_calibration_section
@@ -32,7 +34,7 @@ from phasewatch.report.layout import (
     render_interval,
     render_number,
 )
-from phasewatch.report.leaderboard import build_leaderboard_section
+from phasewatch.report.leaderboard import TRAIN_ALL_COMMAND, build_leaderboard_section
 from phasewatch.training.predictions import NO_FILTER
 
 PROTOCOL_MODEL = DEFAULT_HEADLINE.model  # the same under every recipe, whatever the headline's is
@@ -49,7 +51,6 @@ PROTOCOL_LABELS = {
     HELD_OUT_HOST: ("unseen host", "the same samples, a machine that was never trained on"),
     HELD_OUT_BOTH: ("unseen host and sample", "neither was trained on"),
 }
-TRAIN_ALL_COMMAND = "phasewatch train RUN --recipes all && phasewatch evaluate RUN && phasewatch report RUN"
 
 
 def _find_protocol_score(rows: Sequence[MetricRow], recipe: str, base: str = "macro_f1") -> MetricRow | None:
@@ -236,7 +237,7 @@ def _build_claim(told: ReportContext, line: str) -> HeadlineClaim:
         for base, model in (
             ("macro_f1", told.model),
             ("macro_f1_3", told.model),
-            ("macro_f1", query.ELAPSED_TIME),
+            ("macro_f1", ELAPSED_TIME),
             ("macro_f1", "majority"),
         )
     )

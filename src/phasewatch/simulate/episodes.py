@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from phasewatch.bundle.archive import encode_labels
 from phasewatch.bundle.model import BUNDLE_FORMAT, ClockMetadata, HostMetadata, LabelMark, Manifest, SourceRows
 from phasewatch.channels import CHANNELS, list_raw_fields
-from phasewatch.profiles import EPISODE_RANGE_S, N_SAMPLE_GROUPS, PROFILES, draw_episode_length, draw_phase_walk
+from phasewatch.profiles import (
+    EPISODE_RANGE_S,
+    IDLE_SAMPLE,
+    N_SAMPLE_GROUPS,
+    PROFILES,
+    draw_episode_length,
+    draw_phase_walk,
+)
 from phasewatch.simulate.counters import (
     SIMULATED_MEMORY_MIB,
     SIMULATED_VCPUS,
@@ -24,6 +31,7 @@ from phasewatch.simulate.counters import (
 )
 from phasewatch.simulate.generator import BUSY_LOADS, TICK_S, SimulationSettings, build_named_rng, draw_activity
 from phasewatch.types import (
+    BENIGN_PROFILE,
     ClockBase,
     EpisodeId,
     EpisodeOrigin,
@@ -179,8 +187,6 @@ def _build_manifest(
 
 
 N_SAMPLE_GROUPS = N_SAMPLE_GROUPS
-BENIGN_PROFILE = "benign"
-IDLE_SAMPLE = "idle"
 
 
 @cache

@@ -18,7 +18,6 @@ from phasewatch.parquet import convert_parquet_errors
 from phasewatch.training.experiment import Experiment
 from phasewatch.types import PHASES
 
-PREDICTIONS_FILE = "predictions_v1.parquet"
 NO_FILTER = SMOOTHING_NONE
 PROBABILITY_COLUMNS = tuple(f"p_{phase}" for phase in PHASES)
 _TEXT_COLUMNS = (

@@ -10,7 +10,7 @@ from statistics import fmean
 from traceback import extract_tb
 
 from phasewatch import atomic
-from phasewatch.artifacts import FEATURE_SCHEMA_FILE, FEATURES_FILE, VALIDATION_FILE
+from phasewatch.artifacts import FEATURE_SCHEMA_FILE, FEATURES_FILE, PREDICTIONS_FILE, VALIDATION_FILE
 from phasewatch.binning.storage import BINS_FILE, LEVELS_FILE
 from phasewatch.dataset import FoldData, file_sha256, load, read_fold, tensors
 from phasewatch.errors import MachineError, ModelError, PhasewatchError, RunError, UsageError
@@ -31,7 +31,6 @@ from phasewatch.training.experiment import (
 )
 from phasewatch.training.grids import HEADLINE_RECIPE, MAIN_MODELS
 from phasewatch.training.predictions import (
-    PREDICTIONS_FILE,
     PartPredictions,
     build_predictions_table,
     read_predictions,

@@ -9,18 +9,15 @@ import numpy as np
 from phasewatch.arrays import IntArray
 from phasewatch.bundle.model import Episode, Manifest
 from phasewatch.bundle.problems import FINDING_CODES, BundleFinding, CheckIssue, FindingSpec, Severity
-from phasewatch.types import STALE_NS, BundleStatus, SourceKind
+from phasewatch.types import HOST_SOURCES, MAX_WAIT_CORES, STALE_NS, BundleStatus, SourceKind
 from phasewatch.validate import contradictions, readings
 from phasewatch.validate.contradictions import compute_mean_cores
 from phasewatch.validate.readings import compute_expected_hz, compute_max_emitted
-
-HOST_SOURCES = (SourceKind.PROC, SourceKind.QMP, SourceKind.NETFLOW)
 
 MIN_ROW_SHARE = 0.9  # of the nominal rows; below it the episode is degraded
 MISSING_ROW_SHARE = 0.5  # below it the source counts as missing
 MISSING_SILENCE_NS = 10_000_000_000
 MIN_RUN_WITHOUT_WAIT_S = 1.0  # of vCPU time without a nanosecond of waiting: nobody counts it
-MAX_WAIT_CORES = 0.10  # of vCPU threads waiting for a core; measured: above it every rate is held down
 
 _CODE_TABLE: tuple[tuple[str, Severity, str], ...] = (
     ("worker-lost", BundleStatus.ERRORED, "The process that read the bundle died or hung, twice."),

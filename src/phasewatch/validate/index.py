@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-VALIDATION_FILE = "validation_v1.parquet"
-
 _TEXT_COLUMNS = ("profile", "sample_name", "sample_kind", "origin", "role", "session")
 
 

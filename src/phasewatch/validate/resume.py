@@ -8,9 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from phasewatch import atomic
+from phasewatch.artifacts import VALIDATION_FILE
 from phasewatch.binning.storage import BinIndexRow, MappedBins, open_bins, write_bins
 from phasewatch.errors import RunError
-from phasewatch.validate.index import VALIDATION_FILE, read_index, write_index
+from phasewatch.validate.index import read_index, write_index
 from phasewatch.validate.verdict import USABLE_STATUSES, BundleVerdict, SweepResult
 
 SWEEP_STATE_FILE = ".sweep.json"  # what was seen when; not a product: it holds times

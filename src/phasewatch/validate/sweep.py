@@ -13,6 +13,7 @@ from typing import Protocol
 
 from phasewatch import atomic
 from phasewatch._version import __version__
+from phasewatch.artifacts import ACCOUNTING_FILE, VALIDATION_FILE
 from phasewatch.binning.storage import build_index_row, remove_episodes, write_bins
 from phasewatch.channels import get_custom_channels_digest
 from phasewatch.errors import BundleError, RunError, escape_unprintable
@@ -21,14 +22,7 @@ from phasewatch.store.base import BundleStore, StoreItem, StoreLocation, check_s
 from phasewatch.store.local import BUNDLE_SUFFIX
 from phasewatch.types import BundleStatus
 from phasewatch.validate.copies import DuplicateResolver, PriorVerdict, PriorVerdictLoaders, parse_prior_verdict
-from phasewatch.validate.index import (
-    VALIDATION_FILE,
-    build_accounting,
-    is_balanced,
-    read_prior_verdicts,
-    render_accounting,
-    write_index,
-)
+from phasewatch.validate.index import build_accounting, is_balanced, read_prior_verdicts, render_accounting, write_index
 from phasewatch.validate.resume import (
     PART_SIZE,
     SWEEP_PARTS_DIR,
@@ -61,7 +55,6 @@ __all__ = [
 SWEEP_VERSION = (
     f"{__version__}/2{get_custom_channels_digest()}"  # raised when a gate changes, so that no old verdict is taken over
 )
-ACCOUNTING_FILE = "ledger.json"
 BUNDLE_TIMEOUT_S = 30.0
 
 

@@ -9,12 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from phasewatch import profiles
-from phasewatch.training.predictions import (
-    PREDICTIONS_FILE,
-    PROBABILITY_COLUMNS,
-    build_predictions_schema,
-    write_prediction_table,
-)
+from phasewatch.artifacts import PREDICTIONS_FILE
+from phasewatch.training.predictions import PROBABILITY_COLUMNS, build_predictions_schema, write_prediction_table
 from phasewatch.types import SampleKind
 
 MALICIOUS = tuple(p.name for p in profiles.PROFILES if p.kind != SampleKind.BENIGN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from tests.report.fake_run import START_NS, Recipe, episodes_of, make_run
+from tests.factories.report_runs import START_NS, Recipe, episodes_of, make_run
 
 from phasewatch.binning.storage import BinIndexRow, write_bins
 from phasewatch.channels import CHANNELS, LEVEL_CHANNELS

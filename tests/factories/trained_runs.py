@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.synthetic_run import World, write_run
+from tests.factories.synthetic_runs import World, write_run
 
 from phasewatch.dataset import write_splits
 from phasewatch.features.fingerprint import behaviour_fingerprint

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 
-from tests.builders import T0, S, episode, members_of
+from tests.factories.bundles import T0, S, episode, members_of
 
 from phasewatch.bundle.archive import pack_bundle
 from phasewatch.bundle.container import compress_frame, join_members
