@@ -13,7 +13,7 @@ MAX_LINES = 600
 
 # A package imports only packages of a lower rank; `__init__` is the package's front door and loads `load` on demand.
 RANKS: dict[str, int] = {
-    "_version": 0, "arrays": 0, "errors": 0, "http_server": 0, "identity": 0, "naming": 0, "types": 0,
+    "_version": 0, "arrays": 0, "errors": 0, "http_server": 0, "identity": 0, "naming": 0, "progress": 0, "types": 0,
     "atomic": 1, "channels": 1, "http_client": 1, "metrics": 1, "parallel": 1, "parquet": 1, "profiles": 1,
     "toml_config": 1, "user_folders": 1,
     "artifacts": 2, "bundle": 2, "models": 2, "splits": 2, "telemetry": 2,

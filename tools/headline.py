@@ -35,13 +35,13 @@ def pick(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for recipe, model, words in QUESTIONS:
         row: dict[str, Any] = {"recipe": recipe, "model": model, "words": words}
-        for short in ("macro_f1", "macro_f1_3"):
+        for short in ("macro_f1", "macro_f1_3class"):
             found = [
                 m for m in metrics
                 if m["metric"].partition("@")[0] == short and (m["recipe"], m["model"]) == (recipe, model)
-                and (m["threat"], m["table"], m["filter"], m["agent"]) == (THREAT, "raw", "none", "off")
+                and (m["channel_set"], m["input"], m["smoothing"], m["agent"]) == (THREAT, "raw", "none", "off")
                 and (m["fold"], str(m["seed"])) == ("pooled", "mean")
-                and not any(m[k] is not None for k in ("class", "profile", "host_id", "sample_name", "vs", "x"))
+                and not any(m[k] is not None for k in ("class", "profile", "host_id", "sample_name", "compared_to", "bin"))
             ]  # fmt: skip
             if len(found) != 1:
                 raise SystemExit(f"{recipe}, {model}: found {len(found)} rows of {short}, expected one")
@@ -61,7 +61,7 @@ def number(row: Mapping[str, Any]) -> str:
 def render(kept: Mapping[str, Any]) -> str:
     """Set the table and the sentence under it."""
     lines = [BEGIN, "", "| asked of | five phases | three states |", "|---|---|---|"]
-    lines += [f"| {r['words']} | {number(r['macro_f1'])} | {number(r['macro_f1_3'])} |" for r in kept["rows"]]
+    lines += [f"| {r['words']} | {number(r['macro_f1'])} | {number(r['macro_f1_3class'])} |" for r in kept["rows"]]
     head = next(r for r in kept["rows"] if r["recipe"] == "held_out_host")["macro_f1"]
     tested = head["metric"].partition("@")[2].replace("of", " of ")
     lines += [
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str]) -> int:
     if ledger["validate"]["in"] != bundles:
         raise SystemExit(f"{run}: made from {ledger['validate']['in']} bundles, the bundled corpus has {bundles}")
     metrics = json.loads((run / "metrics_v1.json").read_bytes())
-    if any(m["metric"] == "origin" and m["why"] != "recorded" for m in metrics["metrics"]):
+    if any(m["metric"] == "origin" and m["note"] != "recorded" for m in metrics["metrics"]):
         raise SystemExit(f"{run}: holds simulated episodes, and the README speaks of recorded ones; name another run")
     kept = {"inputs": metrics["inputs"], "episodes": ledger["features"]["used"], "rows": pick(metrics["metrics"])}
     KEPT.parent.mkdir(exist_ok=True)

@@ -32,10 +32,10 @@ QUESTIONS = (
 )
 OPERATOR = (
     ("delay_s", "median delay from the first malicious act to the alarm, s"),
-    ("missed_episodes", "share of malicious episodes without an alarm"),
+    ("miss_rate", "share of malicious episodes without an alarm"),
     ("false_alarms_per_vm_hour", "false alarms an hour of a machine"),
     ("soak_false_alarms_per_vm_hour", "the same on the ten-minute soak episodes, busy and idle"),
-    ("flips_per_minute", "changes of the decided phase a minute"),
+    ("label_changes_per_minute", "changes of the decided phase a minute"),
     ("ece", "expected calibration error"),
     ("brier", "Brier score"),
 )
@@ -50,15 +50,15 @@ def render(rows: Sequence[MetricRow], bundle: EdgeBundle, sha256: str) -> str:
     """Give the generated half."""
     head, learnt = bundle.header, bundle.header.trained
     model = head.models[0].model
-    pooled = [r for r in rows if r.fold == "pooled" and r.seed == "mean" and r.table == HOME.table and r.agent == HOME.agent]  # fmt: skip
-    plain = [r for r in pooled if r.filter == "none"]
+    pooled = [r for r in rows if r.fold == "pooled" and r.seed == "mean" and r.input == HOME.input and r.agent == HOME.agent]  # fmt: skip
+    plain = [r for r in pooled if r.smoothing == "none"]
 
-    def of(recipe: str = HOME.recipe, threat: str = HOME.threat, model: str = model) -> list[MetricRow]:
-        return [r for r in plain if (r.recipe, r.threat, r.model) == (recipe, threat, model)]
+    def of(recipe: str = HOME.recipe, threat: str = HOME.channel_set, model: str = model) -> list[MetricRow]:
+        return [r for r in plain if (r.recipe, r.channel_set, r.model) == (recipe, threat, model)]
 
     home = of()
     if not home:
-        raise SystemExit(f"the run has no {model} of {HOME.recipe}, {HOME.threat}; make it with `make edge`")
+        raise SystemExit(f"the run has no {model} of {HOME.recipe}, {HOME.channel_set}; make it with `make edge`")
     masks = [
         [f"`{m.threat}`", str(len({c.rpartition(".")[0] for c in m.columns})), *_two(of(threat=m.threat))]
         for m in head.models
@@ -70,9 +70,9 @@ def render(rows: Sequence[MetricRow], bundle: EdgeBundle, sha256: str) -> str:
     profiles = _by(home, lambda r: r.profile if not (r.host_id or r.sample_name) else None)
     whole = {r.metric: r for r in home if is_whole(r)}
     operator = [[words, _measured(whole[key])] for key, words in OPERATOR if key in whole]
-    there = [r for r in rows if (r.recipe, r.fold, r.threat, r.table, r.filter, r.agent) == (HOME.recipe, "pooled", HOME.threat, HOME.table, "none", HOME.agent)]  # fmt: skip
+    there = [r for r in rows if (r.recipe, r.fold, r.channel_set, r.input, r.smoothing, r.agent) == (HOME.recipe, "pooled", HOME.channel_set, HOME.input, "none", HOME.agent)]  # fmt: skip
     untested = sorted({r.profile or r.phase or "" for r in there if r.metric.startswith("untested")})
-    notes = sorted({r.why for r in there if r.metric == "note" and r.why})
+    notes = sorted({r.note for r in there if r.metric == "note" and r.note})
     return "\n\n".join(
         [
             OF.format(sha256),
@@ -101,16 +101,16 @@ def render(rows: Sequence[MetricRow], bundle: EdgeBundle, sha256: str) -> str:
 def _two(rows: Sequence[MetricRow]) -> list[str]:
     """Set the two overall scores of a model."""
     found = {r.metric.partition("@")[0]: r for r in rows if is_whole(r)}
-    return [span(found[k]) if k in found else "untested" for k in ("macro_f1", "macro_f1_3")]
+    return [span(found[k]) if k in found else "untested" for k in ("macro_f1", "macro_f1_3class")]
 
 
 def _measured(row: MetricRow) -> str:
     """Set a measure of the operator's view; what is not known, and what else is to be said of it, in words."""
     if row.value is None:
-        return f"not known: {row.why}"
+        return f"not known: {row.note}"
     if row.low is None:
         return f"{row.value:.2f}"
-    return span(row) + (f" ({row.why})" if row.why else "")
+    return span(row) + (f" ({row.note})" if row.note else "")
 
 
 def _by(rows: Sequence[MetricRow], part: Callable[[MetricRow], str | None]) -> list[list[str]]:
@@ -118,10 +118,10 @@ def _by(rows: Sequence[MetricRow], part: Callable[[MetricRow], str | None]) -> l
     found: dict[str, dict[str, MetricRow]] = {}
     for r in rows:
         short = r.metric.partition("@")[0]
-        if short in ("macro_f1", "macro_f1_3") and (name := part(r)) and not r.vs:
+        if short in ("macro_f1", "macro_f1_3class") and (name := part(r)) and not r.compared_to:
             found.setdefault(name, {})[short] = r
     return [
-        [name, span(of.get("macro_f1")), span(of.get("macro_f1_3")), str(next(iter(of.values())).n_episodes)]
+        [name, span(of.get("macro_f1")), span(of.get("macro_f1_3class")), str(next(iter(of.values())).n_episodes)]
         for name, of in sorted(found.items())
     ]
 

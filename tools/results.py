@@ -50,11 +50,11 @@ def render(metrics: MetricTable, notes: Mapping[str, Sequence[str]], *, title: s
 
 def _recipe(recipe: Recipe, notes: Sequence[str], metrics: MetricTable, rows: Sequence[MetricRow]) -> str:
     name = recipe.name
-    mine = [r for r in rows if r.recipe == name and (r.table, r.filter) == ("raw", "none")]
-    threats = [t for t in AGENT if any(r.threat == t for r in mine)]
+    mine = [r for r in rows if r.recipe == name and (r.input, r.smoothing) == ("raw", "none")]
+    threats = [t for t in AGENT if any(r.channel_set == t for r in mine)]
     lines = []
     for threat in threats:
-        of = [r for r in mine if r.threat == threat and r.agent == AGENT[threat]]
+        of = [r for r in mine if r.channel_set == threat and r.agent == AGENT[threat]]
         if body := _scores(of):
             lines.append(f"`{threat}`, all folds that were trained, {standing(of)}:\n\n{body}")
     for fold in sorted({r.fold for r in metrics.metrics if r.recipe == name} - {"pooled"}):
@@ -74,10 +74,11 @@ def _one_fold(name: str, fold: str, metrics: MetricTable, pooled: Sequence[Metri
         here = [
             r
             for r in metrics.metrics
-            if (r.recipe, r.fold, r.threat, r.agent, r.table, r.filter) == (name, fold, threat, agent, "raw", "none")
+            if (r.recipe, r.fold, r.channel_set, r.agent, r.input, r.smoothing)
+            == (name, fold, threat, agent, "raw", "none")
         ]
         overall = {
-            r.model for r in pooled if (r.recipe, r.threat, r.table, r.filter) == (name, threat, "raw", "none") and r.agent == agent
+            r.model for r in pooled if (r.recipe, r.channel_set, r.input, r.smoothing) == (name, threat, "raw", "none") and r.agent == agent
         }  # fmt: skip
         if {r.model for r in here} - overall and (body := _scores(here)):
             found.append(f"`{threat}`, fold {fold} alone, {standing(here)}:\n\n{body}")
@@ -86,7 +87,7 @@ def _one_fold(name: str, fold: str, metrics: MetricTable, pooled: Sequence[Metri
 
 def _scores(rows: Sequence[MetricRow]) -> str:
     five = {r.model: r for r in rows if is_whole(r) and r.metric.startswith("macro_f1@") and r.seed == "mean"}
-    three = {r.model: r for r in rows if is_whole(r) and r.metric.startswith("macro_f1_3@") and r.seed == "mean"}
+    three = {r.model: r for r in rows if is_whole(r) and r.metric.startswith("macro_f1_3class@") and r.seed == "mean"}
     if not five:
         return ""
     ranked = sorted((m for m in five if m), key=lambda m: -(five[m].value or 0.0))
@@ -108,13 +109,15 @@ def _significance(rows: Sequence[MetricRow], model: str) -> str:
     mine = [
         r
         for r in rows
-        if (r.recipe, r.threat, r.table, r.filter, r.agent) == ("held_out_host", "realistic", "raw", "none", "off")
-        and r.metric.startswith("macro_f1_gap@") and r.vs and is_whole(r, vs=True)
+        if (r.recipe, r.channel_set, r.input, r.smoothing, r.agent) == ("held_out_host", "realistic", "raw", "none", "off")
+        and r.metric.startswith("macro_f1_gap@") and r.compared_to and is_whole(r, vs=True)
     ]  # fmt: skip
     if not mine:
         return ""
     body = [
-        [f"{r.model} − {r.vs}", span(r, sign=True), _p(r.p), _p(r.p_holm)] for r in mine if model in (r.model, r.vs)
+        [f"{r.model} − {r.compared_to}", span(r, sign=True), _p(r.p), _p(r.p_holm)]
+        for r in mine
+        if model in (r.model, r.compared_to)
     ]
     return (
         "## Is the difference significant?\n\nPaired over the same sessions, `held_out_host`, `realistic`; Holm over all pairs.\n\n"
@@ -125,10 +128,10 @@ def _significance(rows: Sequence[MetricRow], model: str) -> str:
 def _variants(rows: Sequence[MetricRow]) -> str:
     """Show filters and tables beside the plain ones."""
     body = [
-        [str(r.recipe), str(r.threat), str(r.model), r.table, r.filter, span(r)]
-        for r in sorted(rows, key=lambda r: (r.recipe, r.threat, _place(r.model), r.table, r.filter))
-        if is_whole(r) and r.metric.startswith("macro_f1@") and r.seed == "mean" and r.agent == AGENT.get(r.threat)
-        and ((r.table, r.filter) != ("raw", "none") or r.threat == "portable")
+        [str(r.recipe), str(r.channel_set), str(r.model), r.input, r.smoothing, span(r)]
+        for r in sorted(rows, key=lambda r: (r.recipe, r.channel_set, _place(r.model), r.input, r.smoothing))
+        if is_whole(r) and r.metric.startswith("macro_f1@") and r.seed == "mean" and r.agent == AGENT.get(r.channel_set)
+        and ((r.input, r.smoothing) != ("raw", "none") or r.channel_set == "portable")
     ]  # fmt: skip
     if not body:
         return ""
@@ -142,7 +145,7 @@ def _seeds(rows: Sequence[MetricRow]) -> str:
     found: dict[tuple[str, str], dict[int, MetricRow]] = {}
     for r in rows:
         if is_whole(r) and r.metric.startswith("macro_f1@") and isinstance(r.seed, int) and (
-            r.threat, r.table, r.filter, r.agent) == ("realistic", "raw", "none", "off"):  # fmt: skip
+            r.channel_set, r.input, r.smoothing, r.agent) == ("realistic", "raw", "none", "off"):  # fmt: skip
             found.setdefault((r.recipe, r.model or ""), {})[r.seed] = r
     body = [
         [recipe, model, *(span(seeds.get(s)) for s in range(3))]
@@ -153,13 +156,19 @@ def _seeds(rows: Sequence[MetricRow]) -> str:
 
 
 def _notes(rows: Sequence[MetricRow]) -> str:
-    told = sorted({r.why for r in rows if r.metric == "note" and r.why and (r.table, r.filter) == ("raw", "none")})
+    told = sorted({r.note for r in rows if r.metric == "note" and r.note and (r.input, r.smoothing) == ("raw", "none")})
     return "## To be said\n\n" + "\n".join(f"- {words}" for words in told) if told else ""
 
 
 def is_whole(row: MetricRow, *, vs: bool = False) -> bool:
     """Whether a row is over all phases, profiles, hosts and samples."""
-    parts: Iterable[object] = (row.phase, row.profile, row.host_id, row.sample_name, *(() if vs else (row.vs,)))
+    parts: Iterable[object] = (
+        row.phase,
+        row.profile,
+        row.host_id,
+        row.sample_name,
+        *(() if vs else (row.compared_to,)),
+    )
     return all(part is None for part in parts)
 
 
@@ -177,7 +186,7 @@ def span(row: MetricRow | None, *, sign: bool = False) -> str:
     return (
         f"{value} [{row.low:.2f}, {row.high:.2f}]"
         if row.low is not None and row.high is not None
-        else f"{value} (no interval: {row.why})"
+        else f"{value} (no interval: {row.note})"
     )
 
 

@@ -40,7 +40,7 @@ def test_the_inflation_is_what_a_leaky_split_would_have_claimed_less_what_an_uns
     metrics = evaluate_run(tmp_path, resamples=200)
     (gap,) = gaps(metrics, "recipe")
 
-    assert (gap.recipe, gap.vs, gap.model, gap.agent) == ("random_windows", "held_out_host", "gbt", "off")
+    assert (gap.recipe, gap.compared_to, gap.model, gap.agent) == ("random_windows", "held_out_host", "gbt", "off")
     claimed, expected = (value(metrics, "off", recipe=r) for r in ("random_windows", "held_out_host"))
     assert gap.value == pytest.approx(claimed - expected)
     assert 0 < gap.low < gap.value < gap.high
@@ -51,10 +51,10 @@ def test_oracle_is_held_against_realistic_on_episodes_whose_agent_ran(tmp_path: 
         tmp_path, Shape(skill=GBT), Shape(skill=GOOD, threat="oracle"), Shape(skill=GBT, threat="portable")
     )
 
-    found = {r.threat: r for r in gaps(evaluate_run(tmp_path, resamples=200), "threat")}
+    found = {r.channel_set: r for r in gaps(evaluate_run(tmp_path, resamples=200), "threat")}
 
-    assert (found["oracle"].agent, found["oracle"].vs) == ("on", "realistic")
-    assert (found["portable"].agent, found["portable"].vs) == ("off", "realistic")
+    assert (found["oracle"].agent, found["oracle"].compared_to) == ("on", "realistic")
+    assert (found["portable"].agent, found["portable"].compared_to) == ("off", "realistic")
     assert found["oracle"].value > 0.2
     assert found["portable"].value == 0.0
     assert found["oracle"].p_holm == pytest.approx(2 * found["oracle"].p)  # two gaps are one family
@@ -72,7 +72,7 @@ def test_tables_and_filters_are_paired_too(tmp_path: Path, other: dict[str, str]
 
     (gap,) = gaps(evaluate_run(tmp_path, resamples=200), kind)
 
-    assert gap.vs == vs
+    assert gap.compared_to == vs
     assert gap.value > 0.2
 
 
@@ -98,7 +98,7 @@ def test_each_subset_of_sources_is_held_against_all_of_them_on_the_same_episodes
     threats = ("realistic", "proc", "netflow", "proc+qmp+netflow+guest", "guest")
     write_predictions(tmp_path, *(Shape(skill=GBT, threat=t) for t in threats))
 
-    found = {(r.threat, r.vs, r.agent) for r in gaps(evaluate_run(tmp_path, resamples=50), "sensor")}
+    found = {(r.channel_set, r.compared_to, r.agent) for r in gaps(evaluate_run(tmp_path, resamples=50), "sensor")}
 
     everything = "proc+qmp+netflow+guest"
     assert found == {

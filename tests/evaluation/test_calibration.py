@@ -44,7 +44,7 @@ def test_reliability_is_scikit_learns_curve_over_fifteen_bins(scored: tuple[Metr
     share, confidence = calibration_curve(right, p, n_bins=15)
 
     assert [r.value for r in found] == pytest.approx(share.tolist())
-    assert [r.x for r in found] == pytest.approx(confidence.tolist())
+    assert [r.bin for r in found] == pytest.approx(confidence.tolist())
     assert sum(r.n_windows for r in found) == len(p)
     assert all(r.low <= r.value <= r.high for r in found if r.low is not None)
 
@@ -61,7 +61,7 @@ def test_a_bin_that_one_seed_never_uses_has_the_interval_of_the_others(tmp_path:
 
     found = rows(evaluate_run(tmp_path, resamples=200), "reliability")
 
-    sure = [r for r in found if r.x > 0.8]
+    sure = [r for r in found if r.bin > 0.8]
     assert sum(r.n_windows for r in sure) > 100
     assert any(r.low is not None and r.low <= r.value <= r.high for r in sure)
 
@@ -113,7 +113,7 @@ def test_flips_are_counted_between_neighbours_of_one_episode(scored: tuple[Metri
         flips += int((np.diff(decided) != 0).sum())
         pairs += len(decided) - 1
 
-    (row,) = rows(metrics, "flips_per_minute")
+    (row,) = rows(metrics, "label_changes_per_minute")
 
     assert row.value == pytest.approx(12 * flips / pairs)
     assert row.low < row.value < row.high
@@ -124,10 +124,12 @@ def test_abstention_keeps_nine_windows_of_ten_by_a_threshold_from_validation(
     scored: tuple[MetricTable, pa.Table],
 ) -> None:
     metrics, table = scored
-    abstained, decided, all_ = (rows(metrics, m)[0] for m in ("abstained", "accuracy_decided", "accuracy"))
+    abstention_rate, decided, all_ = (
+        rows(metrics, m)[0] for m in ("abstention_rate", "selective_accuracy", "accuracy")
+    )
     right = table["y_true"].to_numpy() == table["y_pred"].to_numpy()
 
-    assert abstained.value == pytest.approx(0.1, abs=0.01)  # validation is the test here, so the share is met
+    assert abstention_rate.value == pytest.approx(0.1, abs=0.01)  # validation is the test here, so the share is met
     assert all_.value == pytest.approx(right.mean())
     assert decided.value > all_.value
 
@@ -135,4 +137,4 @@ def test_abstention_keeps_nine_windows_of_ten_by_a_threshold_from_validation(
 def test_without_validation_nothing_is_said_of_abstention(tmp_path: Path) -> None:
     write_predictions(tmp_path)
 
-    assert not rows(evaluate_run(tmp_path, resamples=50), "abstained")
+    assert not rows(evaluate_run(tmp_path, resamples=50), "abstention_rate")

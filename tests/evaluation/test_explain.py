@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_permuting_the_channel_that_tells_costs_the_score_and_no_other_does(run: Path) -> None:
-    rows = {r.vs: r for r in build_importance_rows(run, HeadlineKey(), RULES)}
+    rows = {r.compared_to: r for r in build_importance_rows(run, HeadlineKey(), RULES)}
 
     assert len(rows) == 35
     assert rows[TELLS].value > 0.3
@@ -88,7 +88,13 @@ def test_the_headline_is_of_the_model_that_validation_liked_best() -> None:
     from phasewatch.evaluation.metric_table import MetricRow, select_headline
 
     def row(model: str, value: float) -> MetricRow:
-        place = {"recipe": "held_out_host", "fold": "pooled", "threat": "realistic", "table": "raw", "filter": "none"}
+        place = {
+            "recipe": "held_out_host",
+            "fold": "pooled",
+            "channel_set": "realistic",
+            "input": "raw",
+            "smoothing": "none",
+        }
         return MetricRow(metric="val_b_macro_f1", model=model, value=value, **place)
 
     assert select_headline([row("gbt", 0.4), row("cnn", 0.5)]).model == "cnn"

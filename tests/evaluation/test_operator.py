@@ -60,7 +60,9 @@ def rows_of(tests: Sequence[object], soak: Mapping[str, object] | None = None) -
         soak=board(soak, {}, "h0") if soak else None,  # type: ignore[arg-type]
     )  # fmt: skip
     found = build_alarm_rows(parts, recorded, RULES, agent="off")
-    return {f"{r.metric}{'' if r.x is None else f' {r.x:g}'}{f' {r.profile}' if r.profile else ''}": r for r in found}
+    return {
+        f"{r.metric}{'' if r.bin is None else f' {r.bin:g}'}{f' {r.profile}' if r.profile else ''}": r for r in found
+    }
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def test_delay_is_the_median_in_which_a_missed_episode_never_ends(rows: dict[str
     # Seven episodes begin: 6, 1, missed, 16, 36, missed, 76 s.
     assert rows["delay_s"].value == pytest.approx(36.0)
     assert rows["delay_s"].n_episodes == 7
-    assert rows["missed_episodes"].value == pytest.approx(2 / 7)
+    assert rows["miss_rate"].value == pytest.approx(2 / 7)
 
 
 def test_false_alarms_are_per_hour_of_calm_with_the_union_of_two_intervals(rows: dict[str, MetricRow]) -> None:
@@ -85,13 +87,13 @@ def test_false_alarms_are_per_hour_of_calm_with_the_union_of_two_intervals(rows:
     assert poisson.low == pytest.approx(chi2.ppf(0.025, 14) / 2 / hours)
     assert poisson.high == pytest.approx(chi2.ppf(0.975, 16) / 2 / hours)
     assert (quoted.low, quoted.high) == (min(poisson.low, sessions.low), max(poisson.high, sessions.high))
-    assert quoted.why == "7 in 0.09 VM-hours; nothing below 31.8 an hour is claimed"
+    assert quoted.note == "7 in 0.09 VM-hours; nothing below 31.8 an hour is claimed"
 
 
 def test_damage_is_what_was_done_from_onset_to_alarm(rows: dict[str, MetricRow]) -> None:
     # Two units a second over whole bins: 6, 1, 30 (missed: to the end), 16, 36, 30 (missed), 76 s; the median is 30 s.
-    assert rows["damage_bytes_written"].value == pytest.approx(60.0)
-    assert rows["damage_cpu_seconds"].unit == "s"
+    assert rows["impact_bytes_written"].value == pytest.approx(60.0)
+    assert rows["impact_cpu_seconds"].unit == "s"
 
 
 def test_a_profile_has_its_own_delay_and_curve(rows: dict[str, MetricRow]) -> None:
@@ -103,14 +105,12 @@ def test_a_profile_has_its_own_delay_and_curve(rows: dict[str, MetricRow]) -> No
 def test_each_budget_has_intervals_or_says_why_not(rows: dict[str, MetricRow]) -> None:
     own = [r for r in rows.values() if r.metric.endswith("_at_budget")]
 
-    assert {r.metric for r in own} == {
-        f"{m}_at_budget" for m in ("delay_s", "missed_episodes", "false_alarms_per_vm_hour")
-    }
-    assert all(r.why or (r.low is not None and r.high is not None) for r in own)
+    assert {r.metric for r in own} == {f"{m}_at_budget" for m in ("delay_s", "miss_rate", "false_alarms_per_vm_hour")}
+    assert all(r.note or (r.low is not None and r.high is not None) for r in own)
 
 
 def test_at_the_budget_of_the_alarm_the_curve_says_what_the_alarm_says(rows: dict[str, MetricRow]) -> None:
-    for name in ("delay_s", "missed_episodes", "false_alarms_per_vm_hour"):
+    for name in ("delay_s", "miss_rate", "false_alarms_per_vm_hour"):
         point, curve = rows[name], rows[f"{name}_at_budget 1"]
 
         assert (point.value, point.low, point.high) == (curve.value, curve.low, curve.high)
@@ -128,7 +128,7 @@ def test_more_than_half_missed_has_no_median_and_says_so() -> None:
     found = rows_of([TWELVE[4], TWELVE[6], TWELVE[10]])
 
     assert found["delay_s"].value is None
-    assert found["delay_s"].why == "more than half are missed, so there is no median"
+    assert found["delay_s"].note == "more than half are missed, so there is no median"
 
 
 def test_the_soak_of_the_tested_host_is_counted_beside_the_test() -> None:
@@ -147,7 +147,7 @@ def test_without_calm_time_to_learn_from_there_is_no_threshold_and_it_is_said() 
     (row,) = build_alarm_rows(parts, recorded, RULES, agent="off")
 
     assert row.metric == "note"
-    assert "no validation B and no soak of other hosts" in (row.why or "")
+    assert "no validation B and no soak of other hosts" in (row.note or "")
 
 
 def test_a_poisson_interval_of_none_begins_at_zero_and_ends_at_three_and_two_thirds() -> None:

@@ -19,7 +19,7 @@ from phasewatch.training.predictions import write_prediction_table
 
 
 def notes(metrics: MetricTable) -> list[str]:
-    return [r.why or "" for r in metrics.metrics if r.metric == "note" and r.agent is None]
+    return [r.note or "" for r in metrics.metrics if r.metric == "note" and r.agent is None]
 
 
 def scores(metrics: MetricTable, model: str) -> list[MetricRow]:
@@ -147,7 +147,7 @@ def test_how_hosts_differ_is_told_by_points_and_the_worst_but_by_no_interval(tmp
 
     assert found["macro_f1_mean_of_hosts"].value == pytest.approx(np.mean(each))
     assert found["macro_f1_mean_of_hosts"].low is None
-    assert found["macro_f1_mean_of_hosts"].why == "3 hosts, an interval between hosts needs 20"
+    assert found["macro_f1_mean_of_hosts"].note == "3 hosts, an interval between hosts needs 20"
     assert found["macro_f1_worst_host"].value == pytest.approx(min(each))
     assert found["macro_f1_range_of_hosts"].value == pytest.approx(max(each) - min(each))
 

@@ -67,7 +67,7 @@ def test_scores_equal_scikit_learn(scored: tuple[MetricTable, pa.Table, Path], w
     state = np.array([0, 0, 1, 2, 0])
 
     macro = one(metrics, f"macro_f1@{of}", model="gbt", seed="mean", **where)
-    three = one(metrics, f"macro_f1_3@{of}", model="gbt", seed="mean", **where)
+    three = one(metrics, f"macro_f1_3class@{of}", model="gbt", seed="mean", **where)
     f1 = one(metrics, "f1", model="gbt", phase="active", **where)
 
     assert macro.value == pytest.approx(f1_score(y, decided, labels=k, average="macro", zero_division=0))
@@ -84,7 +84,7 @@ def test_pooled_confusion_counts_each_episode_once(scored: tuple[MetricTable, pa
     rows = [r for r in metrics.metrics if (r.metric, r.model, r.fold, r.agent) == ("confusion", "gbt", "pooled", "off")]
 
     assert [r.value for r in rows] == confusion_matrix(y, decided, labels=range(5)).ravel().tolist()
-    assert (rows[1].phase, rows[1].x) == ("clean", 1.0)
+    assert (rows[1].phase, rows[1].bin) == ("clean", 1.0)
 
 
 def test_intervals_hold_their_value_and_rest_on_sessions(scored: tuple[MetricTable, pa.Table, Path]) -> None:
@@ -100,7 +100,7 @@ def test_each_fold_has_its_own_board(scored: tuple[MetricTable, pa.Table, Path])
     row = one(metrics, "macro_f1@2of6", model="gbt", seed="mean", fold="host-1")
 
     assert row.n_hosts == 1
-    assert row.why == "3 sessions, an interval needs 5"
+    assert row.note == "3 sessions, an interval needs 5"
     assert row.value is not None
     assert row.low is None
     assert len(y) == row.n_windows == 45
@@ -108,7 +108,7 @@ def test_each_fold_has_its_own_board(scored: tuple[MetricTable, pa.Table, Path])
 
 def test_a_gap_is_paired_and_signed(scored: tuple[MetricTable, pa.Table, Path]) -> None:
     metrics = scored[0]
-    gap = one(metrics, "macro_f1_gap@2of6", model="gbt", vs="elapsed_time")
+    gap = one(metrics, "macro_f1_gap@2of6", model="gbt", compared_to="elapsed_time")
     of = {m: one(metrics, "macro_f1@2of6", model=m, seed="mean").value for m in SKILL}
 
     assert gap.value == pytest.approx(of["gbt"] - of["elapsed_time"])
@@ -124,7 +124,7 @@ def test_two_baselines_have_a_p_of_their_own_and_are_in_no_family(scored: tuple[
     gaps = [
         r
         for r in metrics.metrics
-        if r.metric == "macro_f1_gap@2of6" and {r.model, r.vs} == {"majority", "elapsed_time"}
+        if r.metric == "macro_f1_gap@2of6" and {r.model, r.compared_to} == {"majority", "elapsed_time"}
     ]
 
     assert gaps
@@ -141,7 +141,7 @@ def test_a_p_below_five_percent_stands_beside_no_interval_that_holds_zero(
 
 
 def test_every_number_has_an_interval_or_a_reason(scored: tuple[MetricTable, pa.Table, Path]) -> None:
-    assert not [r for r in scored[0].metrics if r.value is not None and r.low is None and not r.why]
+    assert not [r for r in scored[0].metrics if r.value is not None and r.low is None and not r.note]
 
 
 def test_calibration_rows_are_those_of_the_measures(scored: tuple[MetricTable, pa.Table, Path]) -> None:
@@ -175,14 +175,14 @@ def test_what_is_untested_is_listed(tmp_path: Path) -> None:
 
 def test_a_model_that_is_not_above_elapsed_time_is_said_so_in_words(tmp_path: Path) -> None:
     write_predictions(tmp_path, Shape(skill=(("gbt", 0.3), ("elapsed_time", 0.3))))
-    notes = [r.why for r in rows_of(evaluate_run(tmp_path, resamples=200), "note", model="gbt")]
+    notes = [r.note for r in rows_of(evaluate_run(tmp_path, resamples=200), "note", model="gbt")]
 
     assert any(re.match(r"gbt is not above elapsed time alone: gap [+-]0\.\d\d", w) for w in notes)
 
 
 def test_without_an_interval_a_model_is_not_called_below_the_clock(tmp_path: Path) -> None:
     write_predictions(tmp_path, Shape(hosts=2, sessions=2, agents=("off",)))
-    notes = [str(r.why) for r in rows_of(evaluate_run(tmp_path, resamples=100), "note", model="gbt")]
+    notes = [str(r.note) for r in rows_of(evaluate_run(tmp_path, resamples=100), "note", model="gbt")]
 
     assert any(
         re.match(r"gbt cannot be said to be above elapsed time alone: gap \+0\.\d\d \(no interval, 4 sessions", w)
@@ -195,12 +195,12 @@ def test_a_model_of_the_users_own_is_held_against_elapsed_time_too(tmp_path: Pat
     own = "forest:Forest"  # no row of the registry: it stands behind the baselines, and its gap counts from the clock
     write_predictions(tmp_path, Shape(skill=(("gbt", 0.9), ("elapsed_time", 0.3), (own, 0.0)), agents=("off",)))
     metrics = evaluate_run(tmp_path, resamples=200)
-    told = [r for r in metrics.metrics if r.metric == "note" and r.vs == "elapsed_time" and r.fold == "pooled"]
-    gap = one(metrics, "macro_f1_gap@2of6", model="elapsed_time", vs=own)
+    told = [r for r in metrics.metrics if r.metric == "note" and r.compared_to == "elapsed_time" and r.fold == "pooled"]
+    gap = one(metrics, "macro_f1_gap@2of6", model="elapsed_time", compared_to=own)
 
     assert {r.model for r in told} == {own}
     assert gap.value > 0
-    assert f"gap -{gap.value:.2f} ([-{gap.high:.2f}, " in str(told[0].why)
+    assert f"gap -{gap.value:.2f} ([-{gap.high:.2f}, " in str(told[0].note)
 
 
 def test_the_headline_has_its_form(scored: tuple[MetricTable, pa.Table, Path]) -> None:
@@ -284,24 +284,24 @@ def test_the_file_names_its_inputs_and_every_row_has_every_field(scored: tuple[M
         "metric",
         "recipe",
         "fold",
-        "threat",
+        "channel_set",
         "model",
-        "table",
-        "filter",
+        "input",
+        "smoothing",
         "seed",
         "agent",
         "class",
         "profile",
         "host_id",
         "sample_name",
-        "vs",
+        "compared_to",
         "p",
         "p_holm",
-        "x",
+        "bin",
         "value",
         "low",
         "high",
-        "why",
+        "note",
         "unit",
         "n_windows",
         "n_episodes",

@@ -36,7 +36,7 @@ def test_the_leaderboard_is_best_first_and_marks_its_baselines(metrics: MetricTa
 
 def test_a_score_on_fewer_hosts_comes_after_all_that_were_tested_on_more(metrics: MetricTable) -> None:
     one_host = tuple(
-        replace(r, threat="oracle", value=0.99, n_hosts=1)
+        replace(r, channel_set="oracle", value=0.99, n_hosts=1)
         for r in metrics.metrics
         if (r.model, r.metric) == ("gbt", "macro_f1@4of6")
     )
@@ -56,7 +56,7 @@ def test_every_number_of_the_leaderboard_is_a_row_of_the_file(metrics: MetricTab
 def test_the_paired_p_is_that_against_the_first(metrics: MetricTable) -> None:
     rows = score_of(metrics).rows
     gaps = {
-        (r.threat, frozenset((r.model, r.vs))): r.p_holm
+        (r.channel_set, frozenset((r.model, r.compared_to))): r.p_holm
         for r in metrics.metrics
         if r.metric == "macro_f1_gap@4of6" and r.fold == "pooled" and r.agent == "off"
     }

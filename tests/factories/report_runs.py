@@ -143,7 +143,7 @@ def write_metrics(folder: Path, *, is_full: bool, resamples: int = 200) -> None:
 def elsewhere() -> Iterator[MetricRow]:
     """Rows that need grids, checkpoints or more recipes: plausible numbers, so that every picture of the page is drawn."""
     place = {
-        "recipe": "held_out_host", "fold": "pooled", "threat": "realistic", "model": "gbt", "table": "raw", "filter": "none",
+        "recipe": "held_out_host", "fold": "pooled", "channel_set": "realistic", "model": "gbt", "input": "raw", "smoothing": "none",
         "agent": "off", "seed": "mean", "n_windows": 300, "n_episodes": 12, "n_sessions": 12, "n_hosts": 4,
     }  # fmt: skip
 
@@ -151,21 +151,30 @@ def elsewhere() -> Iterator[MetricRow]:
         return MetricRow(**(place | {"metric": metric, "value": value} | more))  # type: ignore[arg-type]
 
     for recipe, value in (("random_windows", 0.9), ("in_distribution", 0.7), ("held_out_both", 0.4)):
-        for metric in ("macro_f1@5of6", "macro_f1_3@5of6"):
+        for metric in ("macro_f1@5of6", "macro_f1_3class@5of6"):
             yield row(metric, value, recipe=recipe, low=value - 0.05, high=value + 0.05)
     for budget in (1.0, 6.0, 30.0):
         for profile in (None, *MALICIOUS[:4]):
-            yield row("delay_s_at_budget", None if budget < 2 else 90 / budget, x=budget, profile=profile, unit="s")
-            yield row("missed_episodes_at_budget", 1 / budget, x=budget, profile=profile)
+            yield row("delay_s_at_budget", None if budget < 2 else 90 / budget, bin=budget, profile=profile, unit="s")
+            yield row("miss_rate_at_budget", 1 / budget, bin=budget, profile=profile)
     yield row("delay_s", 14.0, low=9.0, high=30.0, unit="s")
-    yield row("missed_episodes", 0.2, low=0.1, high=0.4)
-    yield row("false_alarms_per_vm_hour", 18.3, low=8.0, high=31.0, unit="1/h", why="13 in 0.71 VM-hours")
-    yield row("damage_bytes_written", 1.2e6, low=1e5, high=3e6, unit="B")
+    yield row("miss_rate", 0.2, low=0.1, high=0.4)
+    yield row("false_alarms_per_vm_hour", 18.3, low=8.0, high=31.0, unit="1/h", note="13 in 0.71 VM-hours")
+    yield row("impact_bytes_written", 1.2e6, low=1e5, high=3e6, unit="B")
     for i, channel in enumerate(("proc.vcpu_run", "netflow.out_bytes", "qmp.blk_wr_ops")):
-        yield row("macro_f1_permuted_gap@5of6", 0.1 / (i + 1), vs=channel, low=-0.01, high=0.2)
+        yield row("macro_f1_permuted_gap@5of6", 0.1 / (i + 1), compared_to=channel, low=-0.01, high=0.2)
     for threat, value in (("proc", 0.3), ("proc+qmp", 0.4), ("proc+qmp+netflow+guest", 0.6)):
-        yield row("macro_f1@5of6", value, threat=threat, agent="on", low=value - 0.1, high=value + 0.1)
-    yield row("macro_f1_threat_gap@5of6", 0.05, threat="oracle", vs="realistic", agent="on", low=-0.02, high=0.1, p=0.1)
+        yield row("macro_f1@5of6", value, channel_set=threat, agent="on", low=value - 0.1, high=value + 0.1)
+    yield row(
+        "macro_f1_threat_gap@5of6",
+        0.05,
+        channel_set="oracle",
+        compared_to="realistic",
+        agent="on",
+        low=-0.02,
+        high=0.1,
+        p=0.1,
+    )
 
 
 def write_validation(folder: Path, recipe: Recipe, episodes: Sequence[FakeEpisode]) -> None:

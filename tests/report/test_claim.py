@@ -14,7 +14,13 @@ from phasewatch.report.summary import build_page
 
 
 def row(metric: str, model: str | None, value: float | None, **more: object) -> MetricRow:
-    place = {"recipe": "held_out_host", "fold": "pooled", "threat": "realistic", "table": "raw", "filter": "none"}
+    place = {
+        "recipe": "held_out_host",
+        "fold": "pooled",
+        "channel_set": "realistic",
+        "input": "raw",
+        "smoothing": "none",
+    }
     return MetricRow(
         **(place | {"agent": "off", "seed": "mean", "n_hosts": 4} | more), metric=metric, model=model, value=value
     )  # type: ignore[arg-type]
@@ -30,7 +36,7 @@ def page_of(rows: Sequence[MetricRow]) -> ReportPage:
 
 
 GBT = row("macro_f1@5of6", "gbt", 0.69, low=0.64, high=0.73)
-THREE = row("macro_f1_3@5of6", "gbt", 0.87, low=0.83, high=0.9)
+THREE = row("macro_f1_3class@5of6", "gbt", 0.87, low=0.83, high=0.9)
 CLOCK = row("macro_f1@5of6", "elapsed_time", 0.22, low=0.18, high=0.27)
 
 
@@ -57,7 +63,7 @@ def test_the_claim_is_the_headline_with_the_clock_beside_it() -> None:
 def test_the_paired_gap_decides_whether_the_model_beats_the_clock(
     low: float, high: float, says: str, holds: bool
 ) -> None:
-    gap = row("macro_f1_gap@5of6", "gbt", (low + high) / 2, vs="elapsed_time", low=low, high=high)
+    gap = row("macro_f1_gap@5of6", "gbt", (low + high) / 2, compared_to="elapsed_time", low=low, high=high)
 
     claim = page_of([GBT, CLOCK, gap]).claim
 
@@ -67,7 +73,7 @@ def test_the_paired_gap_decides_whether_the_model_beats_the_clock(
 
 def test_a_gap_counted_from_the_clock_is_turned_round() -> None:
     gap = query.find_elapsed_time_gap(
-        [row("macro_f1_gap@5of6", "elapsed_time", -0.4, vs="gbt", low=-0.5, high=-0.3)], "gbt"
+        [row("macro_f1_gap@5of6", "elapsed_time", -0.4, compared_to="gbt", low=-0.5, high=-0.3)], "gbt"
     )
 
     assert gap == query.ElapsedTimeGap(value=0.4, low=0.3, high=0.5)
@@ -124,7 +130,7 @@ def test_a_row_of_agent_off_episodes_comes_before_one_over_both() -> None:
 
 @pytest.mark.parametrize(("threat", "value"), [("portable", 0.4), ("oracle", 0.5)])
 def test_a_mask_is_shown_on_the_episodes_that_it_is_scored_on(threat: str, value: float) -> None:
-    rows = [row("macro_f1@5of6", "gbt", v, threat=threat, agent=agent) for agent, v in (("off", 0.4), ("on", 0.5))]
+    rows = [row("macro_f1@5of6", "gbt", v, channel_set=threat, agent=agent) for agent, v in (("off", 0.4), ("on", 0.5))]
 
     found = query.find_score(rows, "macro_f1", model="gbt", threat=threat)
 
@@ -140,9 +146,9 @@ def test_the_leaderboard_is_ordered_by_value_and_says_what_is_a_baseline() -> No
 
 def test_the_confusion_matrix_spans_the_union_of_truths_and_decisions() -> None:
     rows = [
-        row("confusion", "gbt", 7.0, phase="clean", x=0.0),
-        row("confusion", "gbt", 2.0, phase="clean", x=3.0),
-        row("confusion", "gbt", 0.0, phase="armed", x=0.0),
+        row("confusion", "gbt", 7.0, phase="clean", bin=0.0),
+        row("confusion", "gbt", 2.0, phase="clean", bin=3.0),
+        row("confusion", "gbt", 0.0, phase="armed", bin=0.0),
     ]
 
     matrix = query.build_confusion_matrix(rows, model="gbt")
@@ -153,7 +159,7 @@ def test_the_confusion_matrix_spans_the_union_of_truths_and_decisions() -> None:
 
 
 def test_notes_of_the_evaluation_are_told_once() -> None:
-    note = row("note", None, None, why="only 12 sessions: intervals are too narrow")
+    note = row("note", None, None, note="only 12 sessions: intervals are too narrow")
 
     (sure,) = [s for s in page_of([GBT, note, note]).sections if s.key == "sure"]
 

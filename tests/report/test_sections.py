@@ -66,7 +66,15 @@ def test_the_opening_says_no_more_than_was_trained(rows: list[MetricRow], says: 
 
 
 def test_the_meter_names_what_was_not_trained_and_pairs_its_gaps() -> None:
-    gap = row("macro_f1_recipe_gap@5of6", "gbt", 0.11, recipe="random_windows", vs="held_out_host", low=0.07, high=0.16)
+    gap = row(
+        "macro_f1_recipe_gap@5of6",
+        "gbt",
+        0.11,
+        recipe="random_windows",
+        compared_to="held_out_host",
+        low=0.07,
+        high=0.16,
+    )
     size = row("train_windows", "gbt", 1234.0, recipe="random_windows", agent=None)
 
     meter = block(page_of([GBT, LEAKY, gap, size]), "inflation")
@@ -99,7 +107,7 @@ def test_baselines_that_were_not_trained_are_named() -> None:
 
 
 def test_who_is_not_above_the_clock_by_its_interval_is_named() -> None:
-    below = row("note", "gbt", None, vs="elapsed_time", why="gbt is not above elapsed time alone: gap +0.01")
+    below = row("note", "gbt", None, compared_to="elapsed_time", note="gbt is not above elapsed time alone: gap +0.01")
 
     assert (
         "Not above elapsed time by their intervals: gbt."
@@ -108,8 +116,10 @@ def test_who_is_not_above_the_clock_by_its_interval_is_named() -> None:
 
 
 def test_without_an_interval_nobody_is_called_below_the_clock() -> None:
-    gap = row("macro_f1_gap@5of6", "gbt", 0.3, vs="elapsed_time", low=None, high=None, why="4 sessions")
-    note = row("note", "gbt", None, vs="elapsed_time", why="gbt cannot be said to be above elapsed time alone")
+    gap = row("macro_f1_gap@5of6", "gbt", 0.3, compared_to="elapsed_time", low=None, high=None, note="4 sessions")
+    note = row(
+        "note", "gbt", None, compared_to="elapsed_time", note="gbt cannot be said to be above elapsed time alone"
+    )
 
     said = block(page_of([GBT, CLOCK, gap, note]), "leaderboard").sentences
 
@@ -118,8 +128,8 @@ def test_without_an_interval_nobody_is_called_below_the_clock() -> None:
 
 
 def test_gaps_are_told_with_p_and_after_holm() -> None:
-    gap = row("macro_f1_gap@5of6", "gbt", 0.47, vs="elapsed_time", low=0.4, high=0.5, p=0.0002, p_holm=0.0006)
-    even = row("macro_f1_gap@5of6", "gbt", 0.01, vs="minirocket", low=-0.1, high=0.1, p=0.8, p_holm=0.8)
+    gap = row("macro_f1_gap@5of6", "gbt", 0.47, compared_to="elapsed_time", low=0.4, high=0.5, p=0.0002, p_holm=0.0006)
+    even = row("macro_f1_gap@5of6", "gbt", 0.01, compared_to="minirocket", low=-0.1, high=0.1, p=0.8, p_holm=0.8)
 
     found = block(page_of([GBT, gap, even]), "significance")
 
@@ -145,10 +155,10 @@ def operator(metric: str, value: float | None, **more: object) -> MetricRow:
 def test_the_operators_view_is_told_in_words_that_an_operator_uses() -> None:
     rows = [
         operator("delay_s", 14.0, unit="s", low=9.8, high=22.9),
-        operator("missed_episodes", 3 / 14, low=0.07, high=0.36),
+        operator("miss_rate", 3 / 14, low=0.07, high=0.36),
         operator(
             "false_alarms_per_vm_hour", 18.3, low=7.9, high=30.8, unit="1/h",
-            why="13 in 0.71 VM-hours; nothing below 4.2 an hour is claimed",
+            note="13 in 0.71 VM-hours; nothing below 4.2 an hour is claimed",
         ),
     ]  # fmt: skip
 
@@ -160,7 +170,7 @@ def test_the_operators_view_is_told_in_words_that_an_operator_uses() -> None:
 
 
 def test_a_budget_at_which_most_are_missed_breaks_the_line_off() -> None:
-    rows = [operator("delay_s_at_budget", v, x=x) for x, v in ((1.0, None), (6.0, 20.0))]
+    rows = [operator("delay_s_at_budget", v, bin=x) for x, v in ((1.0, None), (6.0, 20.0))]
 
     curve = block(page_of([GBT, *rows]), "delay-curve")
 
@@ -173,10 +183,21 @@ def test_a_budget_at_which_most_are_missed_breaks_the_line_off() -> None:
 def test_a_subset_of_sources_stands_beside_its_own_gap_to_all_four_whatever_else_was_trained() -> None:
     four = "proc+qmp+netflow+guest"
     found = [
-        row("macro_f1@5of6", "gbt", v, threat=t, agent="on", low=0.1, high=0.9) for t, v in (("proc", 0.3), (four, 0.6))
+        row("macro_f1@5of6", "gbt", v, channel_set=t, agent="on", low=0.1, high=0.9)
+        for t, v in (("proc", 0.3), (four, 0.6))
     ]
     gaps = [
-        row("macro_f1_sensor_gap@5of6", "gbt", value, threat="proc", vs=four, agent="on", low=-0.4, high=-0.2, **where)
+        row(
+            "macro_f1_sensor_gap@5of6",
+            "gbt",
+            value,
+            channel_set="proc",
+            compared_to=four,
+            agent="on",
+            low=-0.4,
+            high=-0.2,
+            **where,
+        )
         for value, where in ((-0.3, {}), (-0.1, {"recipe": "held_out_both"}), (0.2, {"table": "context"}))
     ]
 
@@ -189,7 +210,7 @@ def test_a_subset_of_sources_stands_beside_its_own_gap_to_all_four_whatever_else
 
 def test_channels_above_zero_one_by_one_are_told_with_how_many_chance_would_give() -> None:
     worth = [
-        row("macro_f1_permuted_gap@5of6", "gbt", 0.1, vs=f"proc.c{i}", low=low, high=0.2)
+        row("macro_f1_permuted_gap@5of6", "gbt", 0.1, compared_to=f"proc.c{i}", low=low, high=0.2)
         for i, low in enumerate((0.05, -0.1, -0.1, -0.1))
     ]
 

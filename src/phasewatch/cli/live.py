@@ -53,7 +53,7 @@ def export(
     metrics = parse_metrics(path.read_bytes(), file=str(path)) if path.is_file() else None
 
     def quote(name: str) -> str:
-        return render_headline(metrics, HeadlineKey(threat=name, model=model)) if metrics is not None else ""
+        return render_headline(metrics, HeadlineKey(channel_set=name, model=model)) if metrics is not None else ""
 
     wanted = ExportRequest(model=model, recipe=recipe, fold=fold, threats=common.parse_names(threat), seed=seed)
     done = export_run(run, out, wanted, quote=quote)

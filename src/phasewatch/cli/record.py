@@ -14,7 +14,7 @@ from phasewatch.cli import common
 if TYPE_CHECKING:
     from phasewatch.lab.custom_workload import CustomMachine, CustomWorkload
     from phasewatch.lab.plan import PlanSpec, RecordingSession
-    from phasewatch.lab.recorder import Progress
+    from phasewatch.lab.recorder import RecorderProgress
 
 
 def record(
@@ -95,7 +95,7 @@ def record(
         return
     if not resume and out.is_dir() and any(out.glob("*/*.tar.zst")):
         raise UsageError(f"{out}: holds bundles already; leave out --no-resume to continue, or name a new folder")
-    watched: AbstractContextManager[Progress] = nullcontext(SilentProgress()) if as_json else ProgressBar()
+    watched: AbstractContextManager[RecorderProgress] = nullcontext(SilentProgress()) if as_json else ProgressBar()
     with watched as progress:
         done = record_plan(
             sessions, store=out, cache=default_cache(), progress=progress, idle_wait_s=idle_wait, accel=accel,

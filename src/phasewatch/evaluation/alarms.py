@@ -314,10 +314,10 @@ def _concatenate_outcomes(parts: Sequence[EpisodeOutcomes]) -> EpisodeOutcomes:
 
 
 IMPACT_METRICS = (
-    ("damage_bytes_written", "qmp.blk_wr_bytes", "B"),
-    ("damage_bytes_out", "netflow.out_bytes", "B"),
-    ("damage_new_flows", "netflow.new_flows", "flows"),
-    ("damage_cpu_seconds", "proc.vcpu_run", "s"),
+    ("impact_bytes_written", "qmp.blk_wr_bytes", "B"),
+    ("impact_bytes_out", "netflow.out_bytes", "B"),
+    ("impact_new_flows", "netflow.new_flows", "flows"),
+    ("impact_cpu_seconds", "proc.vcpu_run", "s"),
 )
 RULE_OF_THREE = 3.0  # in H VM-hours nothing below 3/H an hour is claimed: the rule of three
 
@@ -339,13 +339,18 @@ def build_alarm_rows(
     """
     board = parts.test
     place = MetricKey(
-        recipe=board.recipe, fold="pooled", threat=board.threat, table=board.table, filter=board.filter, agent=agent
+        recipe=board.recipe,
+        fold="pooled",
+        channel_set=board.threat,
+        input=board.table,
+        smoothing=board.filter,
+        agent=agent,
     )
     home = HeadlineKey()
-    is_home = (place.recipe, place.threat, place.table, place.filter) == (
+    is_home = (place.recipe, place.channel_set, place.input, place.smoothing) == (
         home.recipe,
-        home.threat,
-        home.table,
+        home.channel_set,
+        home.input,
         SMOOTHING_NONE,
     )
     budgets = (
@@ -358,7 +363,7 @@ def build_alarm_rows(
             continue
         shift = simulate_alarms(own, parts, recorded, agent, budgets)
         if isinstance(shift, str):
-            yield place.row(metric="note", model=model, why=f"{model} has no operator's view: {shift}")
+            yield place.row(metric="note", model=model, note=f"{model} has no operator's view: {shift}")
         else:
             by_model.setdefault(model, []).append(shift)
     for model, shifts in by_model.items():
@@ -396,18 +401,18 @@ class _AlarmRowBuilder:
         )
         hosts = len(np.unique(clusters.host_index[clusters.cluster_index[keep]]))
         if why := bootstrap.explain_missing_interval(sessions, hosts):
-            return {"why": why}
+            return {"note": why}
         if weights is None:
-            return {"why": "hardly a resample can be drawn"}
+            return {"note": "hardly a resample can be drawn"}
         draws = np.mean([measure(weights.counts[:, clusters.cluster_index]) for measure in measures], axis=0)
         draws = draws[~np.isnan(draws)]  # a resample that drew none of what is measured says nothing
         if 2 * len(draws) < len(weights):
-            return {"why": "most resamples draw no such episode"}
+            return {"note": "most resamples draw no such episode"}
         # Never between a number and infinity: the ends are draws themselves.
         tail = 100 * bootstrap.compute_tail_share(sessions, hosts)
         low, high = (float(end) for end in np.percentile(draws, [tail, 100 - tail], method="inverted_cdf"))
         if not np.isfinite(high):
-            return {"why": f"from {low:.0f} up to never: in some resamples more than half are missed"}
+            return {"note": f"from {low:.0f} up to never: in some resamples more than half are missed"}
         return {"low": low, "high": high}
 
 
@@ -423,7 +428,12 @@ def _build_model_rows(
     words = f"no threshold meets the budget in {never} of {len(thresholds)} folds" if never else "mean over folds"
     known = [t for t in thresholds if t < THETA_NEVER]
     yield tell.row(
-        "alarm_threshold", first, everybody, float(np.mean(known)) if known else None, x=FALSE_ALARM_BUDGET, why=words
+        "alarm_threshold",
+        first,
+        everybody,
+        float(np.mean(known)) if known else None,
+        bin=FALSE_ALARM_BUDGET,
+        note=words,
     )
     yield from _build_false_alarm_rows(tell, "", tests, at)
     if soaks[0].episodes:
@@ -448,16 +458,16 @@ def _build_false_alarm_rows(
     every = np.ones(len(first.episodes), np.bool_)
     name = f"{prefix}false_alarms_per_vm_hour"
     yield tell.row(
-        f"{prefix}vm_hours", first, every, hours, unit="h", why="calm time watched: 5 s for each decision time"
+        f"{prefix}vm_hours", first, every, hours, unit="h", note="calm time watched: 5 s for each decision time"
     )
     if not hours:
-        yield tell.row(name, first, every, None, unit="1/h", why="no calm time was watched")
+        yield tell.row(name, first, every, None, unit="1/h", note="no calm time was watched")
         return
     found = _compute_false_alarm_rate(tell, lived, at)
     yield tell.row(f"{name}_poisson", first, every, found.per_hour, unit="1/h", **found.poisson)
     yield tell.row(f"{name}_sessions", first, every, found.per_hour, unit="1/h", **found.sessions)
     words = f"{found.count:g} in {hours:.2f} VM-hours; nothing below {RULE_OF_THREE / hours:.1f} an hour is claimed"
-    yield tell.row(name, first, every, found.per_hour, unit="1/h", **{**found.union, "why": words})
+    yield tell.row(name, first, every, found.per_hour, unit="1/h", **{**found.union, "note": words})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -499,7 +509,7 @@ def _build_detection_rows(
     """Compute the median delay, a missed episode counting as never, and the share of missed ones."""
     if not keep.any():
         yield tell.row(
-            "delay_s", lived[0], keep, None, unit="s", why="nothing ran in any test episode", profile=profile
+            "delay_s", lived[0], keep, None, unit="s", note="nothing ran in any test episode", profile=profile
         )
         return
     yield from _build_delay_rows(tell, lived, keep, at, "", {"profile": profile})
@@ -517,13 +527,13 @@ def _build_delay_rows(
     first = lived[0]
     delays = [np.where(keep, one.delay_s[at], np.nan) for one in lived]
     value = float(np.mean([_measure_once(_build_median_measure(d), len(d)) for d in delays]))
-    ends: dict[str, object] = {"why": "more than half are missed, so there is no median"}
+    ends: dict[str, object] = {"note": "more than half are missed, so there is no median"}
     if np.isfinite(value):
         ends = tell.build_interval(first, keep, [_build_median_measure(d) for d in delays])
     yield tell.row(f"delay_s{suffix}", first, keep, value, unit="s", **where, **ends)
     missed = [_build_ratio_measure(np.isinf(d).astype(np.float64), keep.astype(np.float64)) for d in delays]
     share = float(np.mean([_measure_once(m, len(keep)) for m in missed]))
-    yield tell.row(f"missed_episodes{suffix}", first, keep, share, **where, **tell.build_interval(first, keep, missed))
+    yield tell.row(f"miss_rate{suffix}", first, keep, share, **where, **tell.build_interval(first, keep, missed))
 
 
 def _build_budget_rows(
@@ -533,12 +543,18 @@ def _build_budget_rows(
     first = lived[0]
     for i, budget in enumerate(ALARM_BUDGETS):
         if keep.any():
-            yield from _build_delay_rows(tell, lived, keep, i, "_at_budget", {"x": budget, "profile": profile})
+            yield from _build_delay_rows(tell, lived, keep, i, "_at_budget", {"bin": budget, "profile": profile})
         if profile is None and first.hours:
             found = _compute_false_alarm_rate(tell, lived, i)
             every = np.ones(len(first.episodes), np.bool_)
             yield tell.row(
-                "false_alarms_per_vm_hour_at_budget", first, every, found.per_hour, unit="1/h", x=budget, **found.union
+                "false_alarms_per_vm_hour_at_budget",
+                first,
+                every,
+                found.per_hour,
+                unit="1/h",
+                bin=budget,
+                **found.union,
             )
 
 

@@ -46,7 +46,7 @@ def build_calibration_rows(place: MetricKey, scope: ScoringSet) -> Iterator[Metr
             draws = None if pooled is None else _divide_or_nan(pooled[:, n + b], pooled[:, 2 * n + b])
             ends = _build_defined_interval(draws, kept, "most resamples have no window of this confidence")
             yield place.row(
-                metric="reliability", model=model, seed="mean", x=round(float(total[b] / total[2 * n + b]), 10),
+                metric="reliability", model=model, seed="mean", bin=round(float(total[b] / total[2 * n + b]), 10),
                 value=float(total[n + b] / total[2 * n + b]), **ends,
                 **{**counts, "n_windows": round(float(total[2 * n + b]))},
             )  # fmt: skip
@@ -91,10 +91,10 @@ def _build_label_change_row(
     )
     values = [_divide_or_nan(c[:, 0].sum(keepdims=True), c[:, 1].sum(keepdims=True))[0] for c in columns]
     value = float(STRIDES_PER_MINUTE * np.mean(values))
-    metric = "flips_per_minute" if model else "true_flips_per_minute"
+    metric = "label_changes_per_minute" if model else "true_flips_per_minute"
     if np.isnan(value):
         return place.row(
-            metric=metric, model=model, value=None, why="no two windows in a row", unit="1/min", **scope.counts()
+            metric=metric, model=model, value=None, note="no two windows in a row", unit="1/min", **scope.counts()
         )
     return place.row(
         metric=metric, model=model, seed="mean" if model else None, value=value, unit="1/min",
@@ -124,7 +124,7 @@ def build_abstention_rows(
             columns.append(np.column_stack([1 - decided, right * decided, right, decided, np.ones(len(right))]))
         by_cluster = [bootstrap.sum_by_cluster(scope.clusters, c) for c in columns]
         drawn = resample_counts(scope, kept, by_cluster)
-        for metric, above, below in (("abstained", 0, 4), ("accuracy_decided", 1, 3), ("accuracy", 2, 4)):
+        for metric, above, below in (("abstention_rate", 0, 4), ("selective_accuracy", 1, 3), ("accuracy", 2, 4)):
             values = [
                 _divide_or_nan(c[:, above].sum(keepdims=True), c[:, below].sum(keepdims=True))[0] for c in by_cluster
             ]
@@ -134,7 +134,7 @@ def build_abstention_rows(
             value = float(np.mean(values))
             if np.isnan(value):
                 yield place.row(
-                    metric=metric, model=model, seed="mean", value=None, why="no window is decided", **counts
+                    metric=metric, model=model, seed="mean", value=None, note="no window is decided", **counts
                 )
                 continue
             ends = _build_defined_interval(draws, kept, "in most resamples a seed decides no window")
@@ -163,7 +163,7 @@ def _build_defined_interval(draws: FloatArray | None, kept: ResampleSelection, w
     """Give the interval of the resamples that say something, or `why` there is none where most do not."""
     known = None if draws is None else draws[~np.isnan(draws)]
     if draws is not None and known is not None and 2 * len(known) < len(draws):
-        return {"why": why}
+        return {"note": why}
     return build_interval(known, kept)
 
 

@@ -110,7 +110,7 @@ def build_comparison_rows(boards: Sequence[PredictionGroup], rules: EvaluationSe
     rows: list[MetricRow] = []
     for kind in _build_gap_families(boards):
         found = [gap for pair in kind.pairs for gap in _build_pair_rows(kind.name, *pair, rules)]
-        for metric in ("macro_f1", "macro_f1_3"):
+        for metric in ("macro_f1", "macro_f1_3class"):
             own = [row for row in found if row.metric.startswith(f"{metric}_{kind.name}_gap@")]
             for row, p_holm in zip(own, bootstrap.adjust_p_values([row.p for row in own]), strict=True):
                 rows.append(msgspec.structs.replace(row, p_holm=None if p_holm is None else round(p_holm, 10)))
@@ -139,17 +139,17 @@ def _build_pair_rows(
     scored = score_models(scope, kept)
     of, counts = render_profile_coverage(scope, rules), scope.counts()
     place = MetricKey(
-        recipe=one.recipe, fold="pooled", threat=one.threat, table=one.table, filter=one.filter, agent=agent
+        recipe=one.recipe, fold="pooled", channel_set=one.threat, input=one.table, smoothing=one.filter, agent=agent
     )
     vs = next(b for a, b in zip(one.key, other.key, strict=True) if a != b)
     for model in models:
-        for metric in ("macro_f1", "macro_f1_3"):
+        for metric in ("macro_f1", "macro_f1_3class"):
             (mine, my_draws), (theirs, their_draws) = (
                 _average_scores(scored[f"{side} {model}"], metric) for side in (_FIRST_SIDE, _SECOND_SIDE)
             )
             draws = None if my_draws is None or their_draws is None else my_draws - their_draws
             yield place.row(
-                metric=f"{metric}_{kind}_gap@{of}", model=model, vs=vs, seed="mean", value=mine - theirs,
+                metric=f"{metric}_{kind}_gap@{of}", model=model, compared_to=vs, seed="mean", value=mine - theirs,
                 p=compute_gap_p_value(draws, kept), **build_interval(draws, kept), **counts,
             )  # fmt: skip
 

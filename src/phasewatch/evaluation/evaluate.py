@@ -68,9 +68,14 @@ def build_training_rows(
         if board.filter != NO_FILTER:
             continue
         where = MetricKey(
-            recipe=board.recipe, fold="pooled", threat=board.threat, table=board.table, filter=NO_FILTER, agent=None
+            recipe=board.recipe,
+            fold="pooled",
+            channel_set=board.threat,
+            input=board.table,
+            smoothing=NO_FILTER,
+            agent=None,
         )
-        is_headline = (board.recipe, board.threat, board.table) == (place.recipe, place.threat, place.table)
+        is_headline = (board.recipe, board.threat, board.table) == (place.recipe, place.channel_set, place.input)
         for model in dict.fromkeys(s.model for s in board.predictions):
             own = [s for s in board.predictions if s.model == model]
             cells = [
@@ -84,7 +89,7 @@ def build_training_rows(
             if len(sizes) != len(cells):
                 continue
             yield where.row(
-                metric="train_windows", model=model, value=float(np.mean(sizes)), unit="windows", why="mean over folds"
+                metric="train_windows", model=model, value=float(np.mean(sizes)), unit="windows", note="mean over folds"
             )
             first = min(s.seed for s in own)
             whole = sorted(s.fold for s in own if s.seed == first) == board.folds
@@ -95,7 +100,7 @@ def build_training_rows(
                 if sorted(scores) == board.folds:
                     value = float(np.mean([scores[fold] for fold in board.folds]))
                     yield where.row(
-                        metric=SELECTION_METRIC, model=model, seed=first, value=value, why="mean over folds"
+                        metric=SELECTION_METRIC, model=model, seed=first, value=value, note="mean over folds"
                     )
 
 
@@ -155,7 +160,9 @@ def compute_metrics(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -
         rows += comparisons.build_comparison_rows(boards, rules)
         rows += _score_alarms(boards, val_b, table, read_timelines(run), rules)
         home = HeadlineKey()
-        rows += build_training_rows(run, boards, val_b.get((home.recipe, home.threat, home.table, NO_FILTER)), home)
+        rows += build_training_rows(
+            run, boards, val_b.get((home.recipe, home.channel_set, home.input, NO_FILTER)), home
+        )
         rows += build_importance_rows(run, select_headline(rows), rules)
     return MetricTable(inputs={PREDICTIONS_FILE: file_sha256(path), **digests}, metrics=tuple(rows))
 
@@ -195,7 +202,12 @@ def _read_folds(run: Path) -> tuple[dict[tuple[str, str], Fold], dict[str, str]]
 def _score_group(board: PredictionGroup, val_b: PredictionGroup | None, rules: EvaluationSettings) -> list[MetricRow]:
     """Score the models that answered for all folds together, then those of each fold; then say what could not be."""
     rows: list[MetricRow] = []
-    keys = {"recipe": board.recipe, "threat": board.threat, "table": board.table, "filter": board.filter}
+    keys = {
+        "recipe": board.recipe,
+        "channel_set": board.threat,
+        "input": board.table,
+        "smoothing": board.filter,
+    }
     own = comparisons.choose_agent_state(board.threat)
     for agent in AGENT_STATES:
         # By profile, host and sample where the threat model is at home, or the numbers of a full grid are too many.
@@ -213,7 +225,7 @@ def _score_group(board: PredictionGroup, val_b: PredictionGroup | None, rules: E
             rows += build_abstention_rows(
                 place.with_agent(own), scope, compute_confidence_thresholds(chosen, board, val_b)
             )
-    rows += [place.row(metric="note", model=None, why=words) for words in board.refused]
+    rows += [place.row(metric="note", model=None, note=words) for words in board.refused]
     return rows
 
 
@@ -246,14 +258,14 @@ def _score_alarms(
         place = MetricKey(
             recipe=board.recipe,
             fold=POOLED_FOLD,
-            threat=board.threat,
-            table=board.table,
-            filter=board.filter,
+            channel_set=board.threat,
+            input=board.table,
+            smoothing=board.filter,
             agent=None,
         )
         if not recorded:
             rows.append(
-                place.row(metric="note", model=None, why="no operator's view: the run has no grids with labels")
+                place.row(metric="note", model=None, note="no operator's view: the run has no grids with labels")
             )
             continue
         parts = alarms.PredictionParts(test=board, val_b=val_b.get(board.key), soak=soak.get(board.key))

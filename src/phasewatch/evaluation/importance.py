@@ -81,13 +81,18 @@ def build_importance_rows(run: Path, place: HeadlineKey, rules: EvaluationSettin
         rules: How intervals are drawn.
     """
     where = MetricKey(
-        recipe=place.recipe, fold="pooled", threat=place.threat, table=place.table, filter=NO_FILTER, agent=place.agent
+        recipe=place.recipe,
+        fold="pooled",
+        channel_set=place.channel_set,
+        input=place.input,
+        smoothing=NO_FILTER,
+        agent=place.agent,
     )
     try:
         said = [_predict_permuted(run, place, fold) for fold in read_folds(run, place.recipe)]
     except PhasewatchError:  # its words name folders, which are no part of a number
         words = f"no importance of channels: not each fold's checkpoint of {place.model} can be asked again"
-        yield where.row(metric="note", model=place.model, why=words)
+        yield where.row(metric="note", model=place.model, note=words)
         return
     said = [one for one in said if len(one[0])]
     if not said:
@@ -131,7 +136,7 @@ def _compute_importance_row(
     after = mean_over_seeds([None if s.draws is None else s.draws.macro_f1 for s in permuted])
     draws = None if after is None or whole.draws is None else whole.draws.macro_f1 - after
     return where.row(
-        metric=f"macro_f1_permuted_gap@{render_profile_coverage(scope, rules)}", model=place.model, seed="mean", vs=channel,
+        metric=f"macro_f1_permuted_gap@{render_profile_coverage(scope, rules)}", model=place.model, seed="mean", compared_to=channel,
         value=float(lost), p=compute_gap_p_value(draws, kept), **build_interval(draws, kept), **scope.counts(),
     )  # fmt: skip
 
@@ -140,7 +145,9 @@ def _predict_permuted(
     run: Path, place: HeadlineKey, fold: Fold
 ) -> tuple[EvaluationWindows, dict[tuple[str, int], NDArray[np.int64]]]:
     """Ask one fold's model of its test windows as they are, and with each channel permuted over them."""
-    cell = Experiment(recipe=place.recipe, fold=fold.fold, threat=place.threat, model=place.model, table=place.table)
+    cell = Experiment(
+        recipe=place.recipe, fold=fold.fold, threat=place.channel_set, model=place.model, table=place.input
+    )
     model, sets = _load_experiment(run, cell)
     test = sets.test.take(sets.test.windows.mark_episodes(lambda e: e.agent is (place.agent == "on")))
     of = [test.windows.episodes[i] for i in test.windows.episode_index]

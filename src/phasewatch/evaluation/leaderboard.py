@@ -54,28 +54,28 @@ def build_detail_rows(place: MetricKey, scope: ScoringSet) -> Iterator[MetricRow
             phase=str(phase),
             value=float(support[code]),
             unit="windows",
-            why="a count",
+            note="a count",
             **counts,
         )
     for model, answers in group_by_model(scope).items():
         mean = np.mean([metrics.confusion_counts(scope.windows.y_true, a.y_pred) for a in answers], axis=0)
         for truth, decided in np.ndindex(mean.shape):
             yield place.row(
-                metric="confusion", model=model, seed="mean", phase=str(PHASES[truth]), x=float(decided),
-                value=float(mean[truth, decided]), unit="windows", why="a count", **counts,
+                metric="confusion", model=model, seed="mean", phase=str(PHASES[truth]), bin=float(decided),
+                value=float(mean[truth, decided]), unit="windows", note="a count", **counts,
             )  # fmt: skip
         by_cluster = [bootstrap.sum_by_cluster(scope.clusters, _compute_calibration_terms(scope, a)) for a in answers]
         drawn = resample_counts(scope, kept, by_cluster)
         points = [s.sum(axis=0, keepdims=True) for s in by_cluster]
         plain = float(np.mean([_compute_ece(p) for p in points]))
-        yield place.row(metric="ece", model=model, seed="mean", value=plain, why=_ECE_NOTE, **counts)
-        less: dict[str, object] = {"value": None, "why": kept.note}
+        yield place.row(metric="ece", model=model, seed="mean", value=plain, note=_ECE_NOTE, **counts)
+        less: dict[str, object] = {"value": None, "note": kept.note}
         if drawn is not None:
             own = [
                 metrics.debiased_rms(float(_compute_squared_error(p)[0]), _compute_squared_error(d))
                 for p, d in zip(points, drawn, strict=True)
             ]
-            less = {"value": float(np.mean(own)), "why": _DEBIASED_ECE_NOTE}
+            less = {"value": float(np.mean(own)), "note": _DEBIASED_ECE_NOTE}
         yield place.row(metric="ece_debiased", model=model, seed="mean", **less, **counts)
         for metric, measure in (
             ("confidence_less_accuracy", _compute_confidence_less_accuracy),
@@ -129,18 +129,24 @@ def build_note_rows(
     counts = scope.counts()
 
     def note(words: str, **more: object) -> MetricRow:
-        return place.row(metric="note", why=words, **{"model": None, **counts, **more})
+        return place.row(metric="note", note=words, **{"model": None, **counts, **more})
 
     notes = [
         place.row(
-            metric="untested_profile", model=None, profile=p, value=0.0, unit="windows", why="no test window", **counts
+            metric="untested_profile", model=None, profile=p, value=0.0, unit="windows", note="no test window", **counts
         )
         for p in rules.profiles
         if p not in set(scope.windows.profile)
     ]
     notes += [
         place.row(
-            metric="untested_phase", model=None, phase=str(p), value=0.0, unit="windows", why="no test window", **counts
+            metric="untested_phase",
+            model=None,
+            phase=str(p),
+            value=0.0,
+            unit="windows",
+            note="no test window",
+            **counts,
         )
         for p in PHASES
         if p.code not in scope.classes
@@ -148,7 +154,7 @@ def build_note_rows(
     for origin in sorted(set(scope.windows.origin)):
         episodes = len(set(scope.windows.episode_id[scope.windows.origin == origin]))
         notes.append(
-            place.row(metric="origin", model=None, value=float(episodes), unit="episodes", why=str(origin), **counts)
+            place.row(metric="origin", model=None, value=float(episodes), unit="episodes", note=str(origin), **counts)
         )
     sessions = counts["n_sessions"]
     if sessions < bootstrap.FEW_CLUSTERS:
@@ -160,29 +166,31 @@ def build_note_rows(
             note(f"{scope.weights.redrawn} of {len(scope.weights)} resamples lost a class and were drawn again")
         )
     for row in rows:
-        if row.metric.startswith("macro_f1_gap@") and ELAPSED_TIME in (row.model, row.vs):
+        if row.metric.startswith("macro_f1_gap@") and ELAPSED_TIME in (row.model, row.compared_to):
             gap = _orient_gap(row)
             if gap.model not in BASELINE_MODELS and (gap.low is None or gap.low <= 0):
-                notes.append(note(_render_elapsed_time_note(gap), model=gap.model, vs=ELAPSED_TIME))
+                notes.append(note(_render_elapsed_time_note(gap), model=gap.model, compared_to=ELAPSED_TIME))
     return notes
 
 
 def _orient_gap(row: MetricRow) -> MetricRow:
     """Count a gap from the model's side: one of the user's own stands behind the baselines, so its row counts from the clock."""
-    if row.vs == ELAPSED_TIME or row.value is None:
+    if row.compared_to == ELAPSED_TIME or row.value is None:
         return row
     low, high = (None, None) if row.low is None or row.high is None else (-row.high, -row.low)
-    return msgspec.structs.replace(row, model=row.vs, vs=row.model, value=-row.value, low=low, high=high)
+    return msgspec.structs.replace(
+        row, model=row.compared_to, compared_to=row.model, value=-row.value, low=low, high=high
+    )
 
 
 def _render_elapsed_time_note(gap: MetricRow) -> str:
     if gap.low is None or gap.high is None:
-        words = f"gap {gap.value:+.2f} (no interval, {gap.why})"
+        words = f"gap {gap.value:+.2f} (no interval, {gap.note})"
         return f"{gap.model} cannot be said to be above elapsed time alone: {words}"
     return f"{gap.model} is not above elapsed time alone: gap {gap.value:+.2f} ([{gap.low:+.2f}, {gap.high:+.2f}])"
 
 
-MACRO_METRICS = ("macro_f1", "macro_f1_3")
+MACRO_METRICS = ("macro_f1", "macro_f1_3class")
 
 
 def build_leaderboard_rows(
@@ -242,7 +250,7 @@ def _build_host_spread_rows(
         ]  # fmt: skip
         values = np.array([r.value for r in own])
         few = f"{len(own)} hosts, an interval between hosts needs {bootstrap.MIN_HOSTS}"
-        ends: dict[str, object] = {"why": few}
+        ends: dict[str, object] = {"note": few}
         if len(own) >= bootstrap.MIN_HOSTS:
             rng = np.random.default_rng([rules.seed, len(own)])
             low, high = bootstrap.compute_interval(rng.choice(values, (rules.resamples, len(own))).mean(axis=1))
@@ -258,11 +266,11 @@ def _build_host_spread_rows(
         )
         yield place.row(
             metric=f"macro_f1_worst_host@{of}", model=model, seed="mean", value=worst.value, low=worst.low, high=worst.high,
-            why=f"on {worst.host_id}", **counts,
+            note=f"on {worst.host_id}", **counts,
         )  # fmt: skip
         yield place.row(
             metric=f"macro_f1_range_of_hosts@{of}", model=model, seed="mean", value=float(np.ptp(values)),
-            why=f"from {values.min():.2f} to {values.max():.2f}", **counts,
+            note=f"from {values.min():.2f} to {values.max():.2f}", **counts,
         )  # fmt: skip
 
 
@@ -345,7 +353,7 @@ def _build_model_gap_rows(
         for (one, other), d, p, p_holm in zip(pairs, gaps, p_values, bootstrap.adjust_p_values(family), strict=True):
             rows.append(
                 place.row(
-                    metric=f"{metric}_gap@{of}", model=one, vs=other, seed="mean",
+                    metric=f"{metric}_gap@{of}", model=one, compared_to=other, seed="mean",
                     value=means[one][0] - means[other][0], p=p, p_holm=p_holm, **build_interval(d, kept), **counts,
                 )
             )  # fmt: skip

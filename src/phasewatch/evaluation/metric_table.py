@@ -19,32 +19,32 @@ class MetricRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         fold: A fold's name, or ``pooled``.
         seed: A model's seed, or ``mean`` over them.
         agent: Whether the guest's agent ran in the episodes, ``on`` or ``off``.
-        vs: The other model of a paired gap; the row's value is this model's less the other's.
-        x: Abscissa of a curve; for `confusion` the code of the decided phase.
-        why: Why there is no interval, or in rows named `note` what is to be said.
+        compared_to: The other model of a paired gap; the row's value is this model's less the other's.
+        bin: Abscissa of a curve; for `confusion` the code of the decided phase.
+        note: Why there is no interval, or in rows named `note` what is to be said.
     """
 
     metric: str
     recipe: str
     fold: str
-    threat: str
+    channel_set: str
     model: str | None
-    table: str
-    filter: str
+    input: str
+    smoothing: str
     seed: int | str | None = None
     agent: str | None = None
     phase: str | None = msgspec.field(default=None, name="class")
     profile: str | None = None
     host_id: str | None = None
     sample_name: str | None = None
-    vs: str | None = None
+    compared_to: str | None = None
     p: float | None = None
     p_holm: float | None = None
-    x: float | None = None
+    bin: float | None = None
     value: float | None = None
     low: float | None = None
     high: float | None = None
-    why: str | None = None
+    note: str | None = None
     unit: str = "1"
     n_windows: int = 0
     n_episodes: int = 0
@@ -64,9 +64,9 @@ class HeadlineKey:
     """Where the headline stands (DESIGN section 9)."""
 
     recipe: str = "held_out_host"
-    threat: str = "realistic"
+    channel_set: str = "realistic"
     model: str = "gbt"
-    table: str = "raw"
+    input: str = "raw"
     agent: str = "off"
 
 
@@ -92,8 +92,10 @@ def parse_metrics(data: bytes, *, file: str) -> MetricTable:
 def select_headline(metrics: Sequence[MetricRow]) -> HeadlineKey:
     """Return the headline's place: its model is the best one on validation B, `gbt` on a tie or without a choice."""
     place = HeadlineKey()
-    there = (place.recipe, place.threat, place.table)
-    rows = [r for r in metrics if r.metric == SELECTION_METRIC and (r.recipe, r.threat, r.table) == there and r.model]
+    there = (place.recipe, place.channel_set, place.input)
+    rows = [
+        r for r in metrics if r.metric == SELECTION_METRIC and (r.recipe, r.channel_set, r.input) == there and r.model
+    ]
     if not rows:
         return place
     best = max(rows, key=lambda r: (r.value or 0.0, r.model == place.model))
@@ -104,9 +106,9 @@ def render_headline(metrics: MetricTable, place: HeadlineKey | None = None) -> s
     """Give the one line that a run is quoted by (DESIGN section 16), or the words why there is none."""
     place = select_headline(metrics.metrics) if place is None else place
     five = _find_headline_row(metrics, place, "macro_f1@", place.model)
-    three = _find_headline_row(metrics, place, "macro_f1_3@", place.model)
+    three = _find_headline_row(metrics, place, "macro_f1_3class@", place.model)
     time = _find_headline_row(metrics, place, "macro_f1@", "elapsed_time")
-    opening = f"macro-F1 of phase, unseen host, {place.threat}, {place.model}: "
+    opening = f"macro-F1 of phase, unseen host, {place.channel_set}, {place.model}: "
     if five is None or three is None:
         return opening + f"untested, no test episode with the agent {place.agent}"
     tested, of = five.metric.removeprefix("macro_f1@").split("of")
@@ -123,7 +125,7 @@ def render_headline(metrics: MetricTable, place: HeadlineKey | None = None) -> s
         )
     )
     simulated = any(
-        r.metric == "origin" and r.profile is None and r.why == "simulated" and r.recipe == place.recipe
+        r.metric == "origin" and r.profile is None and r.note == "simulated" and r.recipe == place.recipe
         for r in metrics.metrics
     )
     line = f"{opening}{_render_score(five)}; 3 states {_render_score(three)}; elapsed time alone {alone} ({counts})"
@@ -135,11 +137,12 @@ def _find_headline_row(metrics: MetricTable, place: HeadlineKey, prefix: str, mo
 
 
 def _matches_headline(row: MetricRow, place: HeadlineKey, prefix: str, model: str) -> bool:
-    over_all: Sequence[object] = (row.phase, row.profile, row.host_id, row.sample_name, row.vs)
+    over_all: Sequence[object] = (row.phase, row.profile, row.host_id, row.sample_name, row.compared_to)
     return (
         row.metric.startswith(prefix)
         and row.fold == "pooled"
-        and (row.recipe, row.threat, row.table, row.filter) == (place.recipe, place.threat, place.table, "none")
+        and (row.recipe, row.channel_set, row.input, row.smoothing)
+        == (place.recipe, place.channel_set, place.input, "none")
         and row.agent == place.agent
         and row.model == model
         and all(part is None for part in over_all)
@@ -148,7 +151,7 @@ def _matches_headline(row: MetricRow, place: HeadlineKey, prefix: str, model: st
 
 def _render_score(row: MetricRow) -> str:
     if row.low is None or row.high is None:
-        return f"{row.value:.2f} [no interval: {row.why}]"
+        return f"{row.value:.2f} [no interval: {row.note}]"
     return f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]"
 
 

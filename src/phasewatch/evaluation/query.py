@@ -16,7 +16,7 @@ from phasewatch.types import PHASES
 GROUP_METRICS = ("macro_f1", "f1", "accuracy", "balanced_accuracy", "recall")
 METRIC_LABELS = {
     "macro_f1": "macro-F1 of phase",
-    "macro_f1_3": "macro-F1 of 3 states",
+    "macro_f1_3class": "macro-F1 of 3 states",
     "f1": "F1",
     "accuracy": "share of windows right",
     "recall": "recall",
@@ -38,7 +38,7 @@ class LeaderboardEntry:
         """Model and threat model, as the picture spells them."""
         return (
             f"{render_model_name(self.model)} · {self.threat}"
-            if self.threat != DEFAULT_HEADLINE.threat
+            if self.threat != DEFAULT_HEADLINE.channel_set
             else render_model_name(self.model)
         )
 
@@ -64,7 +64,7 @@ def render_model_name(key: str) -> str:
 
 def select_recipe_rows(rows: Sequence[MetricRow]) -> tuple[MetricRow, ...]:
     """Keep the rows of the headline's recipe, table and filter that are no gap, no curve and no single fold."""
-    return tuple(r for r in rows if _is_recipe_row(r) and r.vs is None and r.x is None)
+    return tuple(r for r in rows if _is_recipe_row(r) and r.compared_to is None and r.bin is None)
 
 
 def find_score(
@@ -72,7 +72,7 @@ def find_score(
     base: str,
     *,
     model: str,
-    threat: str = DEFAULT_HEADLINE.threat,
+    threat: str = DEFAULT_HEADLINE.channel_set,
     phase: str | None = None,
     profile: str | None = None,
     host_id: str | None = None,
@@ -83,7 +83,7 @@ def find_score(
         for r in rows
         if strip_coverage(r) == base
         and r.model == model
-        and r.threat == threat
+        and r.channel_set == threat
         and (r.phase, r.profile, r.host_id, r.sample_name) == (phase, profile, host_id, None)
     ]
     preferred = ("on", None, "off") if choose_agent_state(threat) == "on" else ("off", None, "on")
@@ -125,10 +125,10 @@ def build_leaderboard(rows: Sequence[MetricRow], *, n_hosts: int | None = None) 
         n_hosts: Leave out who was tested on fewer hosts: the mean of other machines is no rival.
     """
     pairs = {
-        (r.model, r.threat)
+        (r.model, r.channel_set)
         for r in rows
         if r.model
-        and strip_coverage(r) in ("macro_f1", "macro_f1_3")
+        and strip_coverage(r) in ("macro_f1", "macro_f1_3class")
         and r.phase is r.profile is r.host_id is r.sample_name is None
         and (n_hosts is None or r.n_hosts >= n_hosts)
     }
@@ -137,7 +137,7 @@ def build_leaderboard(rows: Sequence[MetricRow], *, n_hosts: int | None = None) 
             model=model,
             threat=threat,
             five_class=find_score(rows, "macro_f1", model=model, threat=threat),
-            three_class=find_score(rows, "macro_f1_3", model=model, threat=threat),
+            three_class=find_score(rows, "macro_f1_3class", model=model, threat=threat),
         )
         for model, threat in sorted(pairs)
     ]
@@ -159,9 +159,9 @@ def find_elapsed_time_gap(rows: Sequence[MetricRow], model: str) -> ElapsedTimeG
     """Find the paired gap between a model and elapsed time, whichever of the two the row counts from."""
     for r in rows:
         if strip_coverage(r) == "macro_f1_gap" and r.value is not None and _is_headline_row(r):
-            if (r.model, r.vs) == (model, ELAPSED_TIME):
+            if (r.model, r.compared_to) == (model, ELAPSED_TIME):
                 return ElapsedTimeGap(value=r.value, low=r.low, high=r.high)
-            if (r.model, r.vs) == (ELAPSED_TIME, model):
+            if (r.model, r.compared_to) == (ELAPSED_TIME, model):
                 turned = (None, None) if r.low is None or r.high is None else (-r.high, -r.low)
                 return ElapsedTimeGap(value=-r.value, low=turned[0], high=turned[1])
     return None
@@ -172,10 +172,13 @@ def build_confusion_matrix(rows: Sequence[MetricRow], *, model: str) -> Confusio
     own = [
         r
         for r in rows
-        if r.metric == "confusion" and r.model == model and r.threat == DEFAULT_HEADLINE.threat and _is_recipe_row(r)
+        if r.metric == "confusion"
+        and r.model == model
+        and r.channel_set == DEFAULT_HEADLINE.channel_set
+        and _is_recipe_row(r)
     ]
     agent = next((a for a in (DEFAULT_HEADLINE.agent, None) if any(r.agent == a for r in own)), "on")
-    at = {(str(r.phase), int(r.x)): r.value or 0.0 for r in own if r.agent == agent and r.x is not None}
+    at = {(str(r.phase), int(r.bin)): r.value or 0.0 for r in own if r.agent == agent and r.bin is not None}
     occur = [p for p in PHASES if any(n and (truth == p or decided == p.code) for (truth, decided), n in at.items())]
     if not occur:
         return None
@@ -187,9 +190,12 @@ def collect_notes(rows: Sequence[MetricRow]) -> tuple[str, ...]:
     """Give what the evaluation itself has to say of the headline's numbers."""
     return tuple(
         dict.fromkeys(
-            r.why
+            r.note
             for r in rows
-            if r.metric == "note" and r.why and r.vs is None and (_is_headline_row(r) or "is not scored" in r.why)
+            if r.metric == "note"
+            and r.note
+            and r.compared_to is None
+            and (_is_headline_row(r) or "is not scored" in r.note)
         )
     )
 
@@ -211,13 +217,16 @@ def is_above_elapsed_time(model: MetricRow | None, clock: MetricRow | None, gap:
 
 
 def _is_recipe_row(row: MetricRow) -> bool:
-    return (row.recipe, row.fold, row.table, row.filter) == (
+    return (row.recipe, row.fold, row.input, row.smoothing) == (
         DEFAULT_HEADLINE.recipe,
         "pooled",
-        DEFAULT_HEADLINE.table,
+        DEFAULT_HEADLINE.input,
         NO_FILTER,
     )
 
 
 def _is_headline_row(row: MetricRow) -> bool:
-    return _is_recipe_row(row) and (row.threat, row.agent) == (DEFAULT_HEADLINE.threat, DEFAULT_HEADLINE.agent)
+    return _is_recipe_row(row) and (row.channel_set, row.agent) == (
+        DEFAULT_HEADLINE.channel_set,
+        DEFAULT_HEADLINE.agent,
+    )

@@ -63,9 +63,9 @@ class MetricKey:
 
     recipe: str
     fold: str
-    threat: str
-    table: str
-    filter: str
+    channel_set: str
+    input: str
+    smoothing: str
     agent: str | None
 
     def with_agent(self, agent: str | None) -> MetricKey:
@@ -79,7 +79,7 @@ class MetricKey:
         """
         rounded = {k: round(v, 10) + 0.0 if isinstance(v, float) else v for k, v in more.items()}
         return MetricRow(
-            recipe=self.recipe, fold=self.fold, threat=self.threat, table=self.table, filter=self.filter,
+            recipe=self.recipe, fold=self.fold, channel_set=self.channel_set, input=self.input, smoothing=self.smoothing,
             agent=self.agent, **rounded,  # type: ignore[arg-type]
         )  # fmt: skip
 
@@ -150,7 +150,7 @@ class F1Scores:
     """Scores of one confusion, or of each resample's: the two macro-F1 over the scope's classes, and F1 of each phase."""
 
     macro_f1: FloatArray
-    macro_f1_3: FloatArray
+    macro_f1_3class: FloatArray
     f1: FloatArray
 
     @classmethod
@@ -169,7 +169,7 @@ class F1Scores:
         )  # a state's windows are those of its phases
         return cls(
             macro_f1=_average_classes(f1, classes),
-            macro_f1_3=_average_classes(states, metrics.list_states_of_classes(classes)),
+            macro_f1_3class=_average_classes(states, metrics.list_states_of_classes(classes)),
             f1=f1,
         )
 
@@ -290,6 +290,6 @@ def compute_gap_p_value(draws: FloatArray | None, kept: ResampleSelection) -> fl
 def build_interval(draws: FloatArray | None, kept: ResampleSelection) -> dict[str, object]:
     """Give a row's interval, or why there is none."""
     if draws is None:
-        return {"why": kept.note}
+        return {"note": kept.note}
     low, high = bootstrap.compute_interval(draws, kept.tail_share)
     return {"low": low, "high": high}

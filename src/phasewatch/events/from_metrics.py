@@ -34,7 +34,7 @@ def build_metric_events(metrics: MetricTable) -> tuple[EventData, ...]:
         of = query.find_score(rows, "macro_f1", model=model)
         found.append(
             ConfusionEvent(
-                model=model, recipe=DEFAULT_HEADLINE.recipe, threat=DEFAULT_HEADLINE.threat, table=DEFAULT_HEADLINE.table, agent=of.agent if of else None,
+                model=model, recipe=DEFAULT_HEADLINE.recipe, threat=DEFAULT_HEADLINE.channel_set, table=DEFAULT_HEADLINE.input, agent=of.agent if of else None,
                 labels=matrix.labels, counts=matrix.counts, n_episodes=of.n_episodes if of else 0,
                 n_hosts=of.n_hosts if of else 0,
             )
@@ -51,7 +51,7 @@ def _build_score_event(metrics: MetricTable, rows: Sequence[MetricRow]) -> Score
     ]
     most = max((r.n_hosts for r in ranked), default=0)
     ranked.sort(key=lambda r: r.n_hosts < most)  # the mean of fewer machines is no rival: it comes after
-    lead = next((r for r in ranked if r.threat == DEFAULT_HEADLINE.threat), ranked[0] if ranked else None)
+    lead = next((r for r in ranked if r.channel_set == DEFAULT_HEADLINE.channel_set), ranked[0] if ranked else None)
     tested, _, registered = lead.metric.partition("@")[2].partition("of") if lead else ("0", "", "0")
     model = query.find_headline_model(rows)
     return ScoreEvent(
@@ -65,8 +65,8 @@ def _build_score_event(metrics: MetricTable, rows: Sequence[MetricRow]) -> Score
 
 def _build_score_row(row: MetricRow, lead: MetricRow | None, rows: Sequence[MetricRow]) -> ScoreRow:
     return ScoreRow(
-        model=str(row.model), threat=row.threat, table=row.table, agent=row.agent, value=float(row.value or 0.0),
-        low=row.low, high=row.high, why=row.why if row.low is None else None,
+        model=str(row.model), threat=row.channel_set, table=row.input, agent=row.agent, value=float(row.value or 0.0),
+        low=row.low, high=row.high, why=row.note if row.low is None else None,
         is_baseline=row.model in BASELINE_MODELS, p_holm=_find_p_value(row, lead, rows), n_episodes=row.n_episodes,
         n_sessions=row.n_sessions, n_hosts=row.n_hosts,
         seeds=max(1, sum(_is_same_series(r, row) and isinstance(r.seed, int) for r in rows)),
@@ -75,16 +75,16 @@ def _build_score_row(row: MetricRow, lead: MetricRow | None, rows: Sequence[Metr
 
 def _find_p_value(row: MetricRow, lead: MetricRow | None, rows: Sequence[MetricRow]) -> float | None:
     """Find the corrected p of the paired gap to the leader, whichever of the two it counts from."""
-    if lead is None or row is lead or row.threat != lead.threat:
+    if lead is None or row is lead or row.channel_set != lead.channel_set:
         return None
     pair = {row.model, lead.model}
     for r in rows:
         if (
             query.strip_coverage(r) == "macro_f1_gap"
             and r.p_holm is not None
-            and {r.model, r.vs} == pair
-            and (r.recipe, r.fold, r.threat, r.table, r.filter, r.agent)
-            == (row.recipe, row.fold, row.threat, row.table, row.filter, row.agent)
+            and {r.model, r.compared_to} == pair
+            and (r.recipe, r.fold, r.channel_set, r.input, r.smoothing, r.agent)
+            == (row.recipe, row.fold, row.channel_set, row.input, row.smoothing, row.agent)
             and r.phase is r.profile is r.host_id is r.sample_name is None
         ):
             return r.p_holm
@@ -92,8 +92,20 @@ def _find_p_value(row: MetricRow, lead: MetricRow | None, rows: Sequence[MetricR
 
 
 def _is_same_series(row: MetricRow, other: MetricRow) -> bool:
-    keys = ("metric", "recipe", "fold", "threat", "model", "table", "filter", "agent", "phase", "profile", "host_id")
-    return all(getattr(row, k) == getattr(other, k) for k in (*keys, "sample_name", "vs", "x"))
+    keys = (
+        "metric",
+        "recipe",
+        "fold",
+        "channel_set",
+        "model",
+        "input",
+        "smoothing",
+        "agent",
+        "phase",
+        "profile",
+        "host_id",
+    )
+    return all(getattr(row, k) == getattr(other, k) for k in (*keys, "sample_name", "compared_to", "bin"))
 
 
 def _build_split_scores(rows: Sequence[MetricRow], model: str) -> tuple[SplitProtocolScore, ...]:
@@ -103,12 +115,12 @@ def _build_split_scores(rows: Sequence[MetricRow], model: str) -> tuple[SplitPro
         own = [
             r
             for r in rows
-            if (r.recipe, r.fold, r.threat, r.model, r.table, r.filter)
-            == (recipe, "pooled", DEFAULT_HEADLINE.threat, model, DEFAULT_HEADLINE.table, SMOOTHING_NONE)
+            if (r.recipe, r.fold, r.channel_set, r.model, r.input, r.smoothing)
+            == (recipe, "pooled", DEFAULT_HEADLINE.channel_set, model, DEFAULT_HEADLINE.input, SMOOTHING_NONE)
             and query.strip_coverage(r) == "macro_f1"
             and r.seed == "mean"
             and r.agent in (DEFAULT_HEADLINE.agent, None)
-            and r.phase is r.profile is r.host_id is r.sample_name is r.vs is None
+            and r.phase is r.profile is r.host_id is r.sample_name is r.compared_to is None
             and r.value is not None
         ]
         own.sort(key=lambda r: r.agent is None)
@@ -127,7 +139,7 @@ def build_profile_event(metrics: MetricTable) -> ProfileTableEvent | None:
     metric = query.choose_group_metric(rows, model=model, by=("profile", "host_id")) if model else None
     if model is None or metric is None:
         return None
-    own = [r for r in rows if r.model == model and r.threat == DEFAULT_HEADLINE.threat]
+    own = [r for r in rows if r.model == model and r.channel_set == DEFAULT_HEADLINE.channel_set]
     registered = [p.name for p in profiles.PROFILES]
     seen = {r.profile for r in own if r.profile is not None and r.n_windows}
     names = (*registered, *sorted(seen - set(registered)))
@@ -140,7 +152,7 @@ def build_profile_event(metrics: MetricTable) -> ProfileTableEvent | None:
     return ProfileTableEvent(
         metric=metric,
         recipe=DEFAULT_HEADLINE.recipe,
-        threat=DEFAULT_HEADLINE.threat,
+        threat=DEFAULT_HEADLINE.channel_set,
         model=model,
         profiles=names,
         hosts=hosts,
@@ -154,7 +166,7 @@ def _build_profile_cell(row: MetricRow) -> ProfileCell:
         value=row.value,
         low=row.low,
         high=row.high,
-        why=row.why,
+        why=row.note,
         n_windows=row.n_windows,
         n_episodes=row.n_episodes,
     )

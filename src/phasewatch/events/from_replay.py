@@ -52,9 +52,9 @@ class ReplaySelection:
     """Whose predictions are replayed; the lowest seed, and the phase filter where the run has it."""
 
     recipe: str = DEFAULT_HEADLINE.recipe
-    threat: str = DEFAULT_HEADLINE.threat
+    threat: str = DEFAULT_HEADLINE.channel_set
     model: str = DEFAULT_HEADLINE.model
-    table: str = DEFAULT_HEADLINE.table
+    table: str = DEFAULT_HEADLINE.input
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -20,7 +20,7 @@ from phasewatch.lab.guest_image import DEFAULT_DATA_MIB, GuestImage, build_guest
 from phasewatch.lab.host import AcceleratorChoice, choose_accelerator, read_qemu_version
 from phasewatch.lab.plan import RecordingSession
 from phasewatch.lab.qemu_command import HOST_SHAPES, HostShape
-from phasewatch.lab.recorder import PlanRecorder, Progress, RecordingSummary, SilentProgress
+from phasewatch.lab.recorder import PlanRecorder, RecorderProgress, RecordingSummary, SilentProgress
 from phasewatch.lab.vm import LabMachine, QemuVm, VmSettings, read_tsc_khz
 from phasewatch.store.local import DiskStore
 from phasewatch.telemetry.base import AsyncClock, HostClock
@@ -133,7 +133,7 @@ def record_plan(
     store: Path,
     cache: Path,
     shapes: Sequence[HostShape] = HOST_SHAPES,
-    progress: Progress | None = None,
+    progress: RecorderProgress | None = None,
     idle_wait_s: float = 600.0,
     accel: str = "",
     scripts: Mapping[str, str] | None = None,

@@ -25,7 +25,7 @@ from phasewatch.telemetry.base import AsyncClock
 from phasewatch.types import MAX_WAIT_CORES, EpisodeId, EpisodeRole, build_uuid7
 
 
-class Progress(Protocol):
+class RecorderProgress(Protocol):
     """Hears what the recorder does."""
 
     def line(self, text: str) -> None:
@@ -205,7 +205,7 @@ class PlanRecorder:
     shapes: dict[str, HostShape]
     machines: MachineFactory
     clock: AsyncClock
-    progress: Progress
+    progress: RecorderProgress
     idle_wait_s: float = 600.0
     cores: tuple[int, ...] = ()
     disk_folders: tuple[Path, ...] = ()

@@ -365,7 +365,7 @@ def explain(run: Path, episode_id: str, at_s: float) -> DecisionExplanation:
     for fold in read_folds(run, place.recipe):
         if episode_id in fold.ids(SplitPart.TEST):
             cell = Experiment(
-                recipe=place.recipe, fold=fold.fold, threat=place.threat, model=place.model, table=place.table
+                recipe=place.recipe, fold=fold.fold, threat=place.channel_set, model=place.model, table=place.input
             )
             return explain_decision(run, cell, episode_id, at_s)
     raise RunError(

@@ -15,10 +15,10 @@ from phasewatch.training.predictions import NO_FILTER
 NO_ALARM_METRICS = "No operator's view in this run: it needs grids with labels, and a model with its validation."
 RECIPE_LABELS = {"held_out_host": "unseen host", "held_out_both": "unseen host and sample"}
 IMPACT_LABELS = {
-    "damage_bytes_written": "bytes written to disk",
-    "damage_bytes_out": "bytes sent",
-    "damage_new_flows": "new flows",
-    "damage_cpu_seconds": "CPU-seconds",
+    "impact_bytes_written": "bytes written to disk",
+    "impact_bytes_out": "bytes sent",
+    "impact_new_flows": "new flows",
+    "impact_cpu_seconds": "CPU-seconds",
 }
 
 
@@ -38,8 +38,8 @@ def build_alarm_section(told: ReportContext) -> ReportSection:
 
 
 def _select_rows(told: ReportContext, recipe: str, filter_: str = NO_FILTER) -> tuple[MetricRow, ...]:
-    where = (recipe, "pooled", DEFAULT_HEADLINE.threat, DEFAULT_HEADLINE.table, filter_, told.model)
-    return tuple(r for r in told.all_rows if (r.recipe, r.fold, r.threat, r.table, r.filter, r.model) == where)
+    where = (recipe, "pooled", DEFAULT_HEADLINE.channel_set, DEFAULT_HEADLINE.input, filter_, told.model)
+    return tuple(r for r in told.all_rows if (r.recipe, r.fold, r.channel_set, r.input, r.smoothing, r.model) == where)
 
 
 def _build_alarm_block(told: ReportContext) -> ReportBlock:
@@ -69,7 +69,7 @@ def _build_alarm_block(told: ReportContext) -> ReportBlock:
 def _list_measures(own: Sequence[MetricRow], place: str) -> list[tuple[str, ...]]:
     names = (
         ("delay_s", "median delay, a miss counting as never", "{:.0f} s"),
-        ("missed_episodes", "episodes missed", "{:.0%}"),
+        ("miss_rate", "episodes missed", "{:.0%}"),
         ("false_alarms_per_vm_hour", "false alarms per VM-hour, test", "{:.1f}"),
         ("soak_false_alarms_per_vm_hour", "false alarms per VM-hour, soak", "{:.1f}"),
     )
@@ -82,7 +82,7 @@ def _list_measures(own: Sequence[MetricRow], place: str) -> list[tuple[str, ...]
             continue
         value = "–" if row.value is None else form.format(row.value)
         ends = "none" if row.low is None or row.high is None else f"[{form.format(row.low)}, {form.format(row.high)}]"
-        why = row.why if row.why and (row.low is None or "VM-hours" in row.why) else ""
+        why = row.note if row.note and (row.low is None or "VM-hours" in row.note) else ""
         body.append(
             (place, words, value, ends, "; ".join(w for w in (render_count(row.n_episodes, "episode"), why) if w))
         )
@@ -91,7 +91,7 @@ def _list_measures(own: Sequence[MetricRow], place: str) -> list[tuple[str, ...]
 
 def _describe_alarms(own: Sequence[MetricRow], delay: MetricRow) -> list[str]:
     missed, false = (
-        query.find_overall_row(own, "missed_episodes"),
+        query.find_overall_row(own, "miss_rate"),
         query.find_overall_row(own, "false_alarms_per_vm_hour"),
     )
     said = []
@@ -102,13 +102,13 @@ def _describe_alarms(own: Sequence[MetricRow], delay: MetricRow) -> list[str]:
         said.append(f"Half of all were caught within {delay.value:.0f} s of their onset {_render_seconds(delay)}.")
     if false is not None and false.value is not None:
         said.append(
-            f"The budget of one false alarm per VM-hour became {false.value:.1f} {render_interval(false)} on the test: {false.why}."
+            f"The budget of one false alarm per VM-hour became {false.value:.1f} {render_interval(false)} on the test: {false.note}."
         )
     return said
 
 
 def _render_seconds(row: MetricRow) -> str:
-    return f"[{row.low:.0f} s, {row.high:.0f} s]" if row.low is not None and row.high is not None else f"({row.why})"
+    return f"[{row.low:.0f} s, {row.high:.0f} s]" if row.low is not None and row.high is not None else f"({row.note})"
 
 
 def _build_budget_block(told: ReportContext) -> ReportBlock:
@@ -116,32 +116,32 @@ def _build_budget_block(told: ReportContext) -> ReportBlock:
         key="delay-curve", title="Delay against budget", command=EVALUATE_COMMAND, absent=NO_ALARM_METRICS
     )
     own = _select_rows(told, DEFAULT_HEADLINE.recipe)
-    points = [r for r in query.find_rows(own, "delay_s_at_budget") if r.x is not None]
+    points = [r for r in query.find_rows(own, "delay_s_at_budget") if r.bin is not None]
     if not points:
         return base
-    false = {r.x: r for r in query.find_rows(own, "false_alarms_per_vm_hour_at_budget")}
-    missed = {(r.x, r.profile): r for r in query.find_rows(own, "missed_episodes_at_budget")}
+    false = {r.bin: r for r in query.find_rows(own, "false_alarms_per_vm_hour_at_budget")}
+    missed = {(r.bin, r.profile): r for r in query.find_rows(own, "miss_rate_at_budget")}
     profiles: list[str | None] = list(dict.fromkeys(r.profile for r in points))
 
     def words(r: MetricRow) -> str:
-        lost = missed.get((r.x, r.profile))
+        lost = missed.get((r.bin, r.profile))
         share = "" if lost is None or lost.value is None else f", {lost.value:.0%} of {r.n_episodes} missed"
-        return f"budget {r.x:g}: {'more than half missed' if r.value is None else f'{r.value:.0f} s'}{share}"
+        return f"budget {r.bin:g}: {'more than half missed' if r.value is None else f'{r.value:.0f} s'}{share}"
 
     lines = tuple(
         charts.CurveLine(
             name=profile or "all profiles",
-            points=tuple((r.x, r.value, words(r)) for r in points if r.profile == profile and r.x is not None),
+            points=tuple((r.bin, r.value, words(r)) for r in points if r.profile == profile and r.bin is not None),
         )
         for profile in profiles
     )
     body = tuple(
         (
-            f"{r.x:g}",
+            f"{r.bin:g}",
             r.profile or "all",
             "more than half missed" if r.value is None else f"{r.value:.0f} s",
-            f"{lost.value:.0%}" if (lost := missed.get((r.x, r.profile))) and lost.value is not None else "–",
-            f"{came.value:.1f}" if r.profile is None and (came := false.get(r.x)) and came.value is not None else "–",
+            f"{lost.value:.0%}" if (lost := missed.get((r.bin, r.profile))) and lost.value is not None else "–",
+            f"{came.value:.1f}" if r.profile is None and (came := false.get(r.bin)) and came.value is not None else "–",
             f"{r.n_episodes}",
         )
         for r in points
@@ -193,7 +193,7 @@ def _build_impact_block(told: ReportContext) -> ReportBlock:
 
 def _render_amount_interval(row: MetricRow, unit: str) -> str:
     if row.low is None or row.high is None:
-        return f"none: {row.why}"
+        return f"none: {row.note}"
     return f"[{_render_amount(row.low, unit)}, {_render_amount(row.high, unit)}]"
 
 

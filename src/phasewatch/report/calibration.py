@@ -27,14 +27,14 @@ def build_calibration_section(told: ReportContext) -> ReportSection:
 def _select_rows(
     told: ReportContext, *, recipe: str = DEFAULT_HEADLINE.recipe, filter_: str = NO_FILTER
 ) -> list[MetricRow]:
-    where = (recipe, "pooled", DEFAULT_HEADLINE.threat, DEFAULT_HEADLINE.table, filter_, DEFAULT_HEADLINE.agent)
-    return [r for r in told.all_rows if (r.recipe, r.fold, r.threat, r.table, r.filter, r.agent) == where]
+    where = (recipe, "pooled", DEFAULT_HEADLINE.channel_set, DEFAULT_HEADLINE.input, filter_, DEFAULT_HEADLINE.agent)
+    return [r for r in told.all_rows if (r.recipe, r.fold, r.channel_set, r.input, r.smoothing, r.agent) == where]
 
 
 def _build_reliability_block(told: ReportContext) -> ReportBlock:
     rows = _select_rows(told)
     found = [
-        r for r in query.find_rows(rows, "reliability", model=told.model) if r.x is not None and r.value is not None
+        r for r in query.find_rows(rows, "reliability", model=told.model) if r.bin is not None and r.value is not None
     ]
     base = ReportBlock(key="reliability", title="Reliability", absent=NO_METRICS, command=EVALUATE_COMMAND)
     if not found:
@@ -42,7 +42,7 @@ def _build_reliability_block(told: ReportContext) -> ReportBlock:
     marks = [
         charts.ScoreMark(
             label="", value=r.value, low=r.low, high=r.high,
-            words=f"said {r.x:.2f}, right {r.value:.2f} {render_interval(r)}, {r.n_windows:,} windows",
+            words=f"said {r.bin:.2f}, right {r.value:.2f} {render_interval(r)}, {r.n_windows:,} windows",
         )
         for r in found
     ]  # fmt: skip
@@ -57,12 +57,12 @@ def _build_reliability_block(told: ReportContext) -> ReportBlock:
         for words, _, row in overall
         if row and row.value is not None
     ]
-    body = tuple((f"{r.x:.2f}", f"{r.value:.2f}", render_interval(r), f"{r.n_windows:,}") for r in found)
+    body = tuple((f"{r.bin:.2f}", f"{r.value:.2f}", render_interval(r), f"{r.n_windows:,}") for r in found)
     return ReportBlock(
         key=base.key,
         title=base.title,
         sentences=("Below the dashed line it is surer than it is right.", *said),
-        figure=charts.draw_reliability(marks, [float(r.x or 0.0) for r in found], origin=told.origin),
+        figure=charts.draw_reliability(marks, [float(r.bin or 0.0) for r in found], origin=told.origin),
         table=ReportTable(
             columns=("said", "right", "95 % interval", "windows"), numeric=(True, True, False, True), rows=body
         ),
@@ -82,7 +82,9 @@ def _build_label_change_block(told: ReportContext) -> ReportBlock:
         body.append(("the truth", f"{truth.value:.2f}", render_interval(truth), "–"))
     for filter_, words in FILTER_LABELS:
         own = _select_rows(told, filter_=filter_)
-        row, score = (query.find_overall_row(own, m, model=told.model) for m in ("flips_per_minute", "macro_f1"))
+        row, score = (
+            query.find_overall_row(own, m, model=told.model) for m in ("label_changes_per_minute", "macro_f1")
+        )
         if row is None or row.value is None:
             body.append((words, "–", NOT_TRAINED, "–"))
             continue
@@ -109,8 +111,8 @@ def _build_abstention_block(told: ReportContext) -> ReportBlock:
     for recipe, words in ((DEFAULT_HEADLINE.recipe, "unseen host"), (HELD_OUT_PROFILE, "unseen profile")):
         rows: Sequence[MetricRow] = _select_rows(told, recipe=recipe)
         model = told.model if any(r.model == told.model for r in rows) else DEFAULT_HEADLINE.model
-        for metric, name in (("accuracy", "right, all windows"), ("accuracy_decided", "right, where it decides"),
-                             ("abstained", "windows left undecided"), ("macro_f1", "macro-F1")):  # fmt: skip
+        for metric, name in (("accuracy", "right, all windows"), ("selective_accuracy", "right, where it decides"),
+                             ("abstention_rate", "windows left undecided"), ("macro_f1", "macro-F1")):  # fmt: skip
             row = query.find_overall_row(rows, metric, model=model)
             if row is not None:
                 body.append((words, name, row))

@@ -105,7 +105,7 @@ def _describe_caveats(evidence: ReportData, windows: HeadlineWindows | None, ori
     if evidence.schema is not None:
         s = evidence.schema
         said.append(
-            f"The {DEFAULT_HEADLINE.threat} threat model sees {s.n_host_channels} of {s.n_channels} channels: those that need no word of the guest."
+            f"The {DEFAULT_HEADLINE.channel_set} threat model sees {s.n_host_channels} of {s.n_channels} channels: those that need no word of the guest."
         )
     return tuple(said)
 

@@ -107,20 +107,20 @@ def _describe_host_spread(told: ReportContext) -> tuple[str, ...]:
         told.rows,
         "macro_f1_mean_of_hosts",
         model=told.model,
-        threat=DEFAULT_HEADLINE.threat,
+        channel_set=DEFAULT_HEADLINE.channel_set,
         agent=DEFAULT_HEADLINE.agent,
     )
     if row is None or row.value is None:
         return ()
     if row.low is not None and row.high is not None:
         return (f"Over hosts the mean is {row.value:.2f} [{row.low:.2f}, {row.high:.2f}].",)
-    return (f"Of the spread between hosts nothing but these points is claimed: {row.why}.",)
+    return (f"Of the spread between hosts nothing but these points is claimed: {row.note}.",)
 
 
 def _build_sample_block(told: ReportContext) -> ReportBlock:
     """List every sample's score: names are unique within a profile only."""
     found = [
-        r for r in query.find_rows(told.rows, "macro_f1", model=told.model, threat=DEFAULT_HEADLINE.threat, agent=DEFAULT_HEADLINE.agent)
+        r for r in query.find_rows(told.rows, "macro_f1", model=told.model, channel_set=DEFAULT_HEADLINE.channel_set, agent=DEFAULT_HEADLINE.agent)
         if r.sample_name is not None
     ]  # fmt: skip
     if not found:

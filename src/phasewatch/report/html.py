@@ -219,8 +219,8 @@ def _read_predictions(path: Path) -> Any:
     """Read the test windows of the headline's recipe alone; a full grid's file holds millions of others."""
     wanted = [
         ("recipe", "==", DEFAULT_HEADLINE.recipe),
-        ("threat", "==", DEFAULT_HEADLINE.threat),
-        ("table", "==", DEFAULT_HEADLINE.table),
+        ("threat", "==", DEFAULT_HEADLINE.channel_set),
+        ("table", "==", DEFAULT_HEADLINE.input),
         ("filter", "==", NO_FILTER),
         ("part", "==", "test"),
     ]

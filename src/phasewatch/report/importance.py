@@ -44,18 +44,22 @@ def _build_sensor_block(told: ReportContext) -> ReportBlock:
     own = [
         r
         for r in told.all_rows
-        if (r.recipe, r.fold, r.table, r.filter)
-        == (DEFAULT_HEADLINE.recipe, "pooled", DEFAULT_HEADLINE.table, NO_FILTER)
+        if (r.recipe, r.fold, r.input, r.smoothing)
+        == (DEFAULT_HEADLINE.recipe, "pooled", DEFAULT_HEADLINE.input, NO_FILTER)
     ]
     for name in list_source_subsets():
         same = (
-            DEFAULT_HEADLINE.threat if build_channel_mask(name) == build_channel_mask(DEFAULT_HEADLINE.threat) else name
+            DEFAULT_HEADLINE.channel_set
+            if build_channel_mask(name) == build_channel_mask(DEFAULT_HEADLINE.channel_set)
+            else name
         )
         row = next(
             (
                 x
                 for threat in (name, same)
-                if (x := query.find_overall_row(own, "macro_f1", model=IMPORTANCE_MODEL, threat=threat, agent="on"))
+                if (
+                    x := query.find_overall_row(own, "macro_f1", model=IMPORTANCE_MODEL, channel_set=threat, agent="on")
+                )
                 is not None
             ),
             None,
@@ -67,15 +71,17 @@ def _build_sensor_block(told: ReportContext) -> ReportBlock:
     if len(found) < 2:
         words = f"The 15 subsets of the four sources were {NOT_TRAINED}."
         return ReportBlock(key=base.key, title=base.title, absent=words, command=TRAIN_ALL_COMMAND)
-    gaps = {r.threat: r for r in query.find_rows(own, "macro_f1_sensor_gap", agent="on", model=IMPORTANCE_MODEL)}
-    prior = query.find_overall_row(own, "macro_f1", threat=DEFAULT_HEADLINE.threat, model="majority", agent="on")
+    gaps = {r.channel_set: r for r in query.find_rows(own, "macro_f1_sensor_gap", agent="on", model=IMPORTANCE_MODEL)}
+    prior = query.find_overall_row(
+        own, "macro_f1", channel_set=DEFAULT_HEADLINE.channel_set, model="majority", agent="on"
+    )
     series = charts.ScoreSeries(name=IMPORTANCE_MODEL, scores=tuple(build_score_mark(name, row) for name, row in found))
     body = [
         (
             name,
             render_number(row.value),
             render_interval(row),
-            _render_gap(gaps.get(row.threat)),
+            _render_gap(gaps.get(row.channel_set)),
             "yes" if needs_agent(name) else "no",
         )
         for name, row in found
@@ -140,15 +146,19 @@ def _build_channel_block(told: ReportContext) -> ReportBlock:
         if r.value is not None
     ]
     if not rows:
-        notes = [r.why for r in told.all_rows if r.metric == "note" and r.why and r.why.startswith("no importance")]
+        notes = [r.note for r in told.all_rows if r.metric == "note" and r.note and r.note.startswith("no importance")]
         return ReportBlock(
             key=base.key, title=base.title, absent=(notes or ["No row for this."])[0], command=EVALUATE_COMMAND
         )
-    ranked = sorted(rows, key=lambda r: (-(r.value or 0.0), r.vs or ""))
+    ranked = sorted(rows, key=lambda r: (-(r.value or 0.0), r.compared_to or ""))
     clear = [r for r in ranked if r.low is not None and r.low > 0]
-    series = charts.ScoreSeries(name="lost", scores=tuple(build_score_mark(str(r.vs), r) for r in ranked[:12]))
+    series = charts.ScoreSeries(name="lost", scores=tuple(build_score_mark(str(r.compared_to), r) for r in ranked[:12]))
     body = tuple(
-        (str(r.vs), f"{r.value:+.4f}", f"[{r.low:+.4f}, {r.high:+.4f}]" if r.low is not None else render_interval(r))
+        (
+            str(r.compared_to),
+            f"{r.value:+.4f}",
+            f"[{r.low:+.4f}, {r.high:+.4f}]" if r.low is not None else render_interval(r),
+        )
         for r in ranked
     )
     return ReportBlock(

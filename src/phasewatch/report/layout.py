@@ -126,7 +126,7 @@ def render_number(value: float | None) -> str:
 def render_interval(row: MetricRow) -> str:
     """Give `[0.64, 0.73]`, or why there is none."""
     if row.low is None or row.high is None:
-        return f"no interval: {row.why}" if row.why else "no interval"
+        return f"no interval: {row.note}" if row.note else "no interval"
     return f"[{row.low:.2f}, {row.high:.2f}]"
 
 

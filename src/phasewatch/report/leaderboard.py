@@ -82,7 +82,9 @@ def _build_score_series(board: Sequence[query.LeaderboardEntry]) -> tuple[charts
 def _describe_elapsed_time(told: ReportContext) -> tuple[str, ...]:
     """Say in words which models are not above elapsed time by the interval of the paired gap, and which have none."""
     own = query.select_headline_rows(told.all_rows)
-    names = list(dict.fromkeys(r.model for r in own if r.metric == "note" and r.vs == ELAPSED_TIME and r.model))
+    names = list(
+        dict.fromkeys(r.model for r in own if r.metric == "note" and r.compared_to == ELAPSED_TIME and r.model)
+    )
     gaps = {name: query.find_elapsed_time_gap(told.all_rows, name) for name in names}
     unsure = [name for name, gap in gaps.items() if gap is not None and gap.low is None]
     below = [name for name in names if name not in unsure]
@@ -97,9 +99,11 @@ def _describe_elapsed_time(told: ReportContext) -> tuple[str, ...]:
 def _build_single_host_block(told: ReportContext) -> ReportBlock:
     """Show the models that did not answer for every host, beside the others on the one host that most answered for."""
     most = max((r.n_hosts for r in told.rows if query.strip_coverage(r) == "macro_f1"), default=0)
-    whole = {(r.model, r.threat) for r in told.rows if query.strip_coverage(r) == "macro_f1" and r.n_hosts >= most}
-    at = (DEFAULT_HEADLINE.recipe, DEFAULT_HEADLINE.table, NO_FILTER)
-    own = [r for r in told.all_rows if (r.recipe, r.table, r.filter) == at and r.vs is None and r.x is None]
+    whole = {(r.model, r.channel_set) for r in told.rows if query.strip_coverage(r) == "macro_f1" and r.n_hosts >= most}
+    at = (DEFAULT_HEADLINE.recipe, DEFAULT_HEADLINE.input, NO_FILTER)
+    own = [
+        r for r in told.all_rows if (r.recipe, r.input, r.smoothing) == at and r.compared_to is None and r.bin is None
+    ]
     by_fold: dict[str, list[MetricRow]] = {}
     for r in own:
         if r.fold != "pooled":
@@ -137,7 +141,7 @@ def _build_pairwise_block(told: ReportContext) -> ReportBlock:
             key=base.key, title=base.title, command=EVALUATE_COMMAND,
             absent="There are no two models on the same windows, so there is no gap to test.",
         )  # fmt: skip
-    mine = [_orient_gap(r, told.model) for r in own if told.model in (r.model, r.vs)]
+    mine = [_orient_gap(r, told.model) for r in own if told.model in (r.model, r.compared_to)]
     series = (
         charts.ScoreSeries(
             name=f"{told.model} less the other",
@@ -148,7 +152,7 @@ def _build_pairwise_block(told: ReportContext) -> ReportBlock:
     )
     body = tuple(
         (
-            f"{r.model} − {r.vs}",
+            f"{r.model} − {r.compared_to}",
             f"{r.value:+.3f}",
             _render_signed_interval(r),
             _render_p_value(r.p),
@@ -182,7 +186,7 @@ def _orient_gap(row: MetricRow, model: str) -> tuple[str, float, float | None, f
     value = row.value or 0.0
     words = f"p {_render_p_value(row.p)}, after Holm {_render_p_value(row.p_holm)}"
     if row.model == model:
-        return query.render_model_name(str(row.vs)), value, row.low, row.high, words
+        return query.render_model_name(str(row.compared_to)), value, row.low, row.high, words
     low, high = (None, None) if row.low is None or row.high is None else (-row.high, -row.low)
     return query.render_model_name(str(row.model)), -value, low, high, words
 
@@ -191,7 +195,7 @@ def _build_comparison_block(told: ReportContext, kind: str, title: str) -> Repor
     """Show the paired gaps of one model in two places, on the headline's recipe."""
     rows = [
         r for r in query.find_rows(told.all_rows, f"macro_f1_{kind}_gap", recipe=DEFAULT_HEADLINE.recipe)
-        if r.value is not None and (r.threat == DEFAULT_HEADLINE.threat or kind == "threat") and (r.table == DEFAULT_HEADLINE.table or kind == "table")
+        if r.value is not None and (r.channel_set == DEFAULT_HEADLINE.channel_set or kind == "threat") and (r.input == DEFAULT_HEADLINE.input or kind == "table")
     ]  # fmt: skip
     if not rows:
         return ReportBlock(
@@ -199,8 +203,8 @@ def _build_comparison_block(told: ReportContext, kind: str, title: str) -> Repor
         )
 
     def label(r: MetricRow) -> str:
-        mine = {"threat": r.threat, "table": r.table, "filter": r.filter}[kind]
-        return f"{r.model}: {mine} − {r.vs}"
+        mine = {"threat": r.channel_set, "table": r.input, "filter": r.smoothing}[kind]
+        return f"{r.model}: {mine} − {r.compared_to}"
 
     series = charts.ScoreSeries(name=title, scores=tuple(build_score_mark(label(r), r) for r in rows))
     body = tuple(

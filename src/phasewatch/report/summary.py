@@ -58,11 +58,13 @@ def _find_protocol_score(rows: Sequence[MetricRow], recipe: str, base: str = "ma
     where = {
         "recipe": recipe,
         "fold": "pooled",
-        "threat": DEFAULT_HEADLINE.threat,
-        "table": DEFAULT_HEADLINE.table,
-        "filter": NO_FILTER,
+        "channel_set": DEFAULT_HEADLINE.channel_set,
+        "input": DEFAULT_HEADLINE.input,
+        "smoothing": NO_FILTER,
     }
-    return query.find_overall_row(rows, base, model=PROTOCOL_MODEL, agent=DEFAULT_HEADLINE.agent, vs=None, **where)
+    return query.find_overall_row(
+        rows, base, model=PROTOCOL_MODEL, agent=DEFAULT_HEADLINE.agent, compared_to=None, **where
+    )
 
 
 def describe_protocol_scores(rows: Sequence[MetricRow], model: str = PROTOCOL_MODEL) -> str:
@@ -130,7 +132,7 @@ def _draw_protocol_scores(told: ReportContext, found: dict[str, MetricRow | None
                 build_score_mark(PROTOCOL_LABELS[r][0], _find_protocol_score(told.all_rows, r, base)) for r in found
             ),
         )
-        for base, name in (("macro_f1", "five phases"), ("macro_f1_3", "three states"))
+        for base, name in (("macro_f1", "five phases"), ("macro_f1_3class", "three states"))
     )
     return charts.draw_intervals(series, title="macro-F1", origin=told.origin)
 
@@ -161,8 +163,8 @@ def _find_train_size(rows: Sequence[MetricRow], recipe: str) -> float:
         rows,
         "train_windows",
         recipe=recipe,
-        threat=DEFAULT_HEADLINE.threat,
-        table=DEFAULT_HEADLINE.table,
+        channel_set=DEFAULT_HEADLINE.channel_set,
+        input=DEFAULT_HEADLINE.input,
         model=PROTOCOL_MODEL,
     )
     return row.value if row is not None and row.value is not None else 0.0
@@ -173,10 +175,10 @@ def _render_protocol_gap(rows: Sequence[MetricRow], recipe: str) -> str:
     if recipe == HELD_OUT_HOST:
         return "–"
     for one, other, sign in ((recipe, HELD_OUT_HOST, 1.0), (HELD_OUT_HOST, recipe, -1.0)):
-        row = query.find_overall_row(rows, "macro_f1_recipe_gap", recipe=one, vs=other, model=PROTOCOL_MODEL)
+        row = query.find_overall_row(rows, "macro_f1_recipe_gap", recipe=one, compared_to=other, model=PROTOCOL_MODEL)
         if row is not None and row.value is not None:
             ends = sorted(sign * v for v in (row.low, row.high) if v is not None)
-            span = f" [{ends[0]:+.2f}, {ends[1]:+.2f}]" if ends else f" (no interval: {row.why})"
+            span = f" [{ends[0]:+.2f}, {ends[1]:+.2f}]" if ends else f" (no interval: {row.note})"
             return f"{sign * row.value:+.2f}{span}"
     return "–"
 
@@ -236,7 +238,7 @@ def _build_claim(told: ReportContext, line: str) -> HeadlineClaim:
         query.find_score(told.rows, base, model=model)
         for base, model in (
             ("macro_f1", told.model),
-            ("macro_f1_3", told.model),
+            ("macro_f1_3class", told.model),
             ("macro_f1", ELAPSED_TIME),
             ("macro_f1", "majority"),
         )
