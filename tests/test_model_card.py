@@ -48,7 +48,7 @@ def test_untested_is_what_the_episodes_behind_its_scores_lack(monkeypatch: pytes
     monkeypatch.syspath_prepend(ROOT / "docs")
     card = importlib.import_module("model_card")
     place = {"recipe": "held_out_host", "fold": "pooled", "threat": "realistic", "table": "raw", "filter": "none"}
-    scored = MetricRow(metric="macro_f1@5of6", model="gbt", seed="mean", agent="off", value=0.5, n_episodes=9, **place)
+    scored = MetricRow(metric="macro_f1", model="gbt", seed="mean", agent="off", value=0.5, n_episodes=9, **place)
     lacks = [
         MetricRow(metric="untested_profile", model=None, agent=agent, profile=profile, **place)
         for agent, profile in (("off", "beacon-c2"), ("on", "cryptomine"))

@@ -72,7 +72,7 @@ def test_run_again_it_does_nothing(store: Path, done: runner.PipelineResult) -> 
 @pytest.mark.slow
 def test_a_lost_product_is_made_again_and_only_it(store: Path, done: runner.PipelineResult) -> None:
     before = products(done.run)
-    (done.run / "metrics_v1.json").unlink()
+    (done.run / "metrics_v2.json").unlink()
 
     again = runner.run_pipeline(RunSettings(store=store, run=done.run, models=QUICK, recipes=RECIPES))
 

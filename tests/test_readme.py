@@ -36,7 +36,7 @@ WALKED = (
     "PYTHONPATH=examples phasewatch train runs/demo --model forest:Forest",
 )
 ITSELF = ("make test",)  # what is running
-KEYS = ("recipe", "model", "threat", "table", "filter", "agent", "fold", "seed", "class", "profile", "host_id")
+KEYS = ("recipe", "model", "channel_set", "input", "smoothing", "agent", "fold", "seed", "class", "profile", "host_id")
 
 
 def test_every_command_of_the_page_is_run_somewhere() -> None:
@@ -70,8 +70,8 @@ def test_a_run_of_other_episodes_gives_no_table(fewer: int, origin: str, says: s
     bundles = len(list((ROOT / "corpus" / "lab-v1").glob("*/*.tar.zst"))) - fewer
     stages = {"validate": {"in": bundles}, "features": {"used": bundles}}
     (tmp_path / "ledger.json").write_text(json.dumps({"stages": stages}))
-    (tmp_path / "metrics_v1.json").write_text(
-        json.dumps({"inputs": {}, "metrics": [dict.fromkeys(KEYS) | {"metric": "origin", "why": origin}]})
+    (tmp_path / "metrics_v2.json").write_text(
+        json.dumps({"inputs": {}, "metrics": [dict.fromkeys(KEYS) | {"metric": "origin", "code": origin}]})
     )
 
     done = subprocess.run(

@@ -46,7 +46,7 @@ def test_it_names_the_command_the_baselines_and_what_was_tested(run: Path, tmp_p
 
     assert "```\nphasewatch run S --out R\n```" in page
     assert "| *elapsed_time* |" in page
-    assert "macro_f1@5of6" in page
+    assert "macro_f1, 5 of 6 profiles" in page
     assert "## held_out_sample" not in page
 
 
@@ -66,11 +66,11 @@ def test_what_the_splits_say_of_their_scores_stands_beside_them(run: Path, tmp_p
 
 
 def test_the_others_are_held_against_the_model_of_the_headline(run: Path, tmp_path: Path) -> None:
-    document = json.loads((run / "metrics_v1.json").read_text().replace('"gbt"', '"cnn"'))
+    document = json.loads((run / "metrics_v2.json").read_text().replace('"gbt"', '"cnn"'))
     (other := tmp_path / "other").mkdir()
-    (other / "metrics_v1.json").write_text(json.dumps(document))
+    (other / "metrics_v2.json").write_text(json.dumps(document))
     liked = {**document["metrics"][0], "metric": "val_b_macro_f1", "model": "cnn", "value": 0.9, "agent": None}
-    (other / "metrics_v1.json").write_text(json.dumps({**document, "metrics": [*document["metrics"], liked]}))
+    (other / "metrics_v2.json").write_text(json.dumps({**document, "metrics": [*document["metrics"], liked]}))
 
     page = page_of(other, tmp_path / "lab.md")
 

@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from phasewatch.artifacts import METRICS_FILE
+from phasewatch.evaluation.metric_table import NoteCode
+
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "docs" / "results" / "headline.json"
 PAGE = ROOT / "README.md"
@@ -38,14 +41,16 @@ def pick(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for short in ("macro_f1", "macro_f1_3class"):
             found = [
                 m for m in metrics
-                if m["metric"].partition("@")[0] == short and (m["recipe"], m["model"]) == (recipe, model)
+                if m["metric"] == short and (m["recipe"], m["model"]) == (recipe, model)
                 and (m["channel_set"], m["input"], m["smoothing"], m["agent"]) == (THREAT, "raw", "none", "off")
                 and (m["fold"], str(m["seed"])) == ("pooled", "mean")
                 and not any(m[k] is not None for k in ("class", "profile", "host_id", "sample_name", "compared_to", "bin"))
             ]  # fmt: skip
             if len(found) != 1:
                 raise SystemExit(f"{recipe}, {model}: found {len(found)} rows of {short}, expected one")
-            keys = ("metric", "value", "low", "high", "n_episodes", "n_sessions", "n_hosts")
+            keys = (
+                "metric", "n_profiles_tested", "n_profiles", "value", "low", "high", "n_episodes", "n_sessions", "n_hosts",
+            )  # fmt: skip
             row[short] = {key: found[0][key] for key in keys}
         rows.append(row)
     return rows
@@ -63,7 +68,7 @@ def render(kept: Mapping[str, Any]) -> str:
     lines = [BEGIN, "", "| asked of | five phases | three states |", "|---|---|---|"]
     lines += [f"| {r['words']} | {number(r['macro_f1'])} | {number(r['macro_f1_3class'])} |" for r in kept["rows"]]
     head = next(r for r in kept["rows"] if r["recipe"] == "held_out_host")["macro_f1"]
-    tested = head["metric"].partition("@")[2].replace("of", " of ")
+    tested = f"{head['n_profiles_tested']} of {head['n_profiles']}"
     lines += [
         "",
         f"Macro-F1 with its 95 % interval over sessions, `{MODEL}`, host-side channels only, test episodes without an agent inside "
@@ -96,8 +101,8 @@ def main(arguments: Sequence[str]) -> int:
     bundles = len(list((ROOT / "corpus" / "lab-v1").glob("*/*.tar.zst")))
     if ledger["validate"]["in"] != bundles:
         raise SystemExit(f"{run}: made from {ledger['validate']['in']} bundles, the bundled corpus has {bundles}")
-    metrics = json.loads((run / "metrics_v1.json").read_bytes())
-    if any(m["metric"] == "origin" and m["note"] != "recorded" for m in metrics["metrics"]):
+    metrics = json.loads((run / METRICS_FILE).read_bytes())
+    if any(m["metric"] == "origin" and m["code"] != NoteCode.RECORDED for m in metrics["metrics"]):
         raise SystemExit(f"{run}: holds simulated episodes, and the README speaks of recorded ones; name another run")
     kept = {"inputs": metrics["inputs"], "episodes": ledger["features"]["used"], "rows": pick(metrics["metrics"])}
     KEPT.parent.mkdir(exist_ok=True)

@@ -1,6 +1,6 @@
 """Write the generated half of docs/model-card.md: `python -m tools.model_card RUN`; `--check` only says whether it is stale.
 
-RUN is the one that the bundled edge bundle was exported from (`make edge` does both): its `metrics_v1.json` gives every
+RUN is the one that the bundled edge bundle was exported from (`make edge` does both): its `metrics_v2.json` gives every
 number, the bundle says who the models learnt from. The page carries the bundle's digest, and a test compares them.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from results import is_whole, span, standing, table
 
 from phasewatch.evaluation.evaluate import read_metrics
-from phasewatch.evaluation.metric_table import HeadlineKey, MetricRow
+from phasewatch.evaluation.metric_table import HeadlineKey, MetricRow, select_rows
 from phasewatch.inference.edge_bundle import EdgeBundle, read_edge_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -50,11 +50,10 @@ def render(rows: Sequence[MetricRow], bundle: EdgeBundle, sha256: str) -> str:
     """Give the generated half."""
     head, learnt = bundle.header, bundle.header.trained
     model = head.models[0].model
-    pooled = [r for r in rows if r.fold == "pooled" and r.seed == "mean" and r.input == HOME.input and r.agent == HOME.agent]  # fmt: skip
-    plain = [r for r in pooled if r.smoothing == "none"]
+    plain = select_rows(rows, fold="pooled", seed="mean", input=HOME.input, agent=HOME.agent, smoothing="none")
 
-    def of(recipe: str = HOME.recipe, threat: str = HOME.channel_set, model: str = model) -> list[MetricRow]:
-        return [r for r in plain if (r.recipe, r.channel_set, r.model) == (recipe, threat, model)]
+    def of(recipe: str = HOME.recipe, threat: str = HOME.channel_set, model: str = model) -> tuple[MetricRow, ...]:
+        return select_rows(plain, recipe=recipe, channel_set=threat, model=model)
 
     home = of()
     if not home:
@@ -70,9 +69,17 @@ def render(rows: Sequence[MetricRow], bundle: EdgeBundle, sha256: str) -> str:
     profiles = _by(home, lambda r: r.profile if not (r.host_id or r.sample_name) else None)
     whole = {r.metric: r for r in home if is_whole(r)}
     operator = [[words, _measured(whole[key])] for key, words in OPERATOR if key in whole]
-    there = [r for r in rows if (r.recipe, r.fold, r.channel_set, r.input, r.smoothing, r.agent) == (HOME.recipe, "pooled", HOME.channel_set, HOME.input, "none", HOME.agent)]  # fmt: skip
+    there = select_rows(
+        rows,
+        recipe=HOME.recipe,
+        fold="pooled",
+        channel_set=HOME.channel_set,
+        input=HOME.input,
+        smoothing="none",
+        agent=HOME.agent,
+    )
     untested = sorted({r.profile or r.phase or "" for r in there if r.metric.startswith("untested")})
-    notes = sorted({r.note for r in there if r.metric == "note" and r.note})
+    notes = sorted({r.note for r in select_rows(there, "note") if r.note})
     return "\n\n".join(
         [
             OF.format(sha256),
@@ -100,7 +107,7 @@ def render(rows: Sequence[MetricRow], bundle: EdgeBundle, sha256: str) -> str:
 
 def _two(rows: Sequence[MetricRow]) -> list[str]:
     """Set the two overall scores of a model."""
-    found = {r.metric.partition("@")[0]: r for r in rows if is_whole(r)}
+    found = {r.metric: r for r in rows if is_whole(r)}
     return [span(found[k]) if k in found else "untested" for k in ("macro_f1", "macro_f1_3class")]
 
 
@@ -117,9 +124,8 @@ def _by(rows: Sequence[MetricRow], part: Callable[[MetricRow], str | None]) -> l
     """Set the two scores of each part, and how many episodes stand behind them."""
     found: dict[str, dict[str, MetricRow]] = {}
     for r in rows:
-        short = r.metric.partition("@")[0]
-        if short in ("macro_f1", "macro_f1_3class") and (name := part(r)) and not r.compared_to:
-            found.setdefault(name, {})[short] = r
+        if r.metric in ("macro_f1", "macro_f1_3class") and (name := part(r)) and not r.compared_to:
+            found.setdefault(name, {})[r.metric] = r
     return [
         [name, span(of.get("macro_f1")), span(of.get("macro_f1_3class")), str(next(iter(of.values())).n_episodes)]
         for name, of in sorted(found.items())

@@ -1,17 +1,17 @@
 """Set a run's numbers in tables: `python -m tools.results RUN --out docs/results/lab-v1.md --command "..."`.
 
-Every number is a row of the run's `metrics_v1.json`; what has no row is not shown.
+Every number is a row of the run's `metrics_v2.json`; what has no row is not shown.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from phasewatch.artifacts import PREDICTIONS_FILE
 from phasewatch.evaluation.evaluate import read_metrics
-from phasewatch.evaluation.metric_table import MetricRow, MetricTable, render_headline, select_headline
+from phasewatch.evaluation.metric_table import MetricRow, MetricTable, render_headline, select_headline, select_rows
 from phasewatch.models import registry
 from phasewatch.report.summary import IN_DISTRIBUTION, describe_inversion
 from phasewatch.splits import SPLIT_RECIPES, Recipe, parse_fold
@@ -41,7 +41,7 @@ def render(metrics: MetricTable, notes: Mapping[str, Sequence[str]], *, title: s
         f"**{render_headline(metrics)}**",
         "Intervals are 95 %, over sessions resampled within hosts, and hold for these hosts, samples and seeds. "
         "`realistic` and `portable` are scored on test episodes without the guest's agent, `oracle` on those with it. "
-        "A baseline is set in italics. A name such as `@5of6` says how many of the malicious profiles were tested.",
+        "A baseline is set in italics. `macro_f1, 5 of 6 profiles` gives how many of the malicious profiles were tested.",
     ]
     parts += [of for row in SPLIT_RECIPES if (of := _recipe(row, notes.get(row.name, ()), metrics, rows))]
     parts += [_significance(rows, select_headline(metrics.metrics).model), _variants(rows), _seeds(rows), _notes(rows)]
@@ -50,11 +50,11 @@ def render(metrics: MetricTable, notes: Mapping[str, Sequence[str]], *, title: s
 
 def _recipe(recipe: Recipe, notes: Sequence[str], metrics: MetricTable, rows: Sequence[MetricRow]) -> str:
     name = recipe.name
-    mine = [r for r in rows if r.recipe == name and (r.input, r.smoothing) == ("raw", "none")]
+    mine = select_rows(rows, recipe=name, input="raw", smoothing="none")
     threats = [t for t in AGENT if any(r.channel_set == t for r in mine)]
     lines = []
     for threat in threats:
-        of = [r for r in mine if r.channel_set == threat and r.agent == AGENT[threat]]
+        of = select_rows(mine, channel_set=threat, agent=AGENT[threat])
         if body := _scores(of):
             lines.append(f"`{threat}`, all folds that were trained, {standing(of)}:\n\n{body}")
     for fold in sorted({r.fold for r in metrics.metrics if r.recipe == name} - {"pooled"}):
@@ -71,47 +71,48 @@ def _one_fold(name: str, fold: str, metrics: MetricTable, pooled: Sequence[Metri
     """Give the table of a fold on which more models stand than on all folds together."""
     found = []
     for threat, agent in AGENT.items():
-        here = [
-            r
-            for r in metrics.metrics
-            if (r.recipe, r.fold, r.channel_set, r.agent, r.input, r.smoothing)
-            == (name, fold, threat, agent, "raw", "none")
-        ]
-        overall = {
-            r.model for r in pooled if (r.recipe, r.channel_set, r.input, r.smoothing) == (name, threat, "raw", "none") and r.agent == agent
-        }  # fmt: skip
+        where = {"recipe": name, "channel_set": threat, "agent": agent, "input": "raw", "smoothing": "none"}
+        here = metrics.select(fold=fold, **where)
+        overall = {r.model for r in select_rows(pooled, **where)}
         if {r.model for r in here} - overall and (body := _scores(here)):
             found.append(f"`{threat}`, fold {fold} alone, {standing(here)}:\n\n{body}")
     return found
 
 
 def _scores(rows: Sequence[MetricRow]) -> str:
-    five = {r.model: r for r in rows if is_whole(r) and r.metric.startswith("macro_f1@") and r.seed == "mean"}
-    three = {r.model: r for r in rows if is_whole(r) and r.metric.startswith("macro_f1_3class@") and r.seed == "mean"}
+    whole = select_rows(rows, overall=True, compared_to=None, seed="mean")
+    five = {r.model: r for r in select_rows(whole, "macro_f1")}
+    three = {r.model: r for r in select_rows(whole, "macro_f1_3class")}
     if not five:
         return ""
     ranked = sorted((m for m in five if m), key=lambda m: -(five[m].value or 0.0))
     body = []
     for model in ranked:
         worst = min(
-            (r for r in rows if r.model == model and r.host_id and not r.profile and r.metric.startswith("macro_f1@") and r.value is not None),
-            key=lambda r: r.value or 0.0, default=None,
-        )  # fmt: skip
+            (r for r in select_rows(rows, "macro_f1", model=model, profile=None) if r.host_id and r.value is not None),
+            key=lambda r: r.value or 0.0,
+            default=None,
+        )
         low = "" if worst is None else f"{worst.value:.2f} ({worst.host_id})"
         named = f"*{model}*" if model in registry.BASELINE_MODELS else model
         body.append([named, span(five[model]), span(three.get(model)), low])
-    name = five[ranked[0]].metric
+    first = five[ranked[0]]
+    name = f"{first.metric}, {first.n_profiles_tested} of {first.n_profiles} profiles"
     return table([["model", name, "3 states", "worst host"], *body])
 
 
 def _significance(rows: Sequence[MetricRow], model: str) -> str:
     """Hold every model of the headline's recipe against the headline's, paired."""
-    mine = [
-        r
-        for r in rows
-        if (r.recipe, r.channel_set, r.input, r.smoothing, r.agent) == ("held_out_host", "realistic", "raw", "none", "off")
-        and r.metric.startswith("macro_f1_gap@") and r.compared_to and is_whole(r, vs=True)
-    ]  # fmt: skip
+    mine = select_rows(
+        rows,
+        "macro_f1_gap",
+        overall=True,
+        recipe="held_out_host",
+        channel_set="realistic",
+        input="raw",
+        smoothing="none",
+        agent="off",
+    )
     if not mine:
         return ""
     body = [
@@ -129,10 +130,13 @@ def _variants(rows: Sequence[MetricRow]) -> str:
     """Show filters and tables beside the plain ones."""
     body = [
         [str(r.recipe), str(r.channel_set), str(r.model), r.input, r.smoothing, span(r)]
-        for r in sorted(rows, key=lambda r: (r.recipe, r.channel_set, _place(r.model), r.input, r.smoothing))
-        if is_whole(r) and r.metric.startswith("macro_f1@") and r.seed == "mean" and r.agent == AGENT.get(r.channel_set)
+        for r in sorted(
+            select_rows(rows, "macro_f1", overall=True, compared_to=None, seed="mean"),
+            key=lambda r: (r.recipe, r.channel_set, _place(r.model), r.input, r.smoothing),
+        )
+        if r.agent == AGENT.get(r.channel_set)
         and ((r.input, r.smoothing) != ("raw", "none") or r.channel_set == "portable")
-    ]  # fmt: skip
+    ]
     if not body:
         return ""
     words = "`schedule` hears no telemetry at all: what the order and length of phases alone would tell."
@@ -143,9 +147,9 @@ def _variants(rows: Sequence[MetricRow]) -> str:
 
 def _seeds(rows: Sequence[MetricRow]) -> str:
     found: dict[tuple[str, str], dict[int, MetricRow]] = {}
-    for r in rows:
-        if is_whole(r) and r.metric.startswith("macro_f1@") and isinstance(r.seed, int) and (
-            r.channel_set, r.input, r.smoothing, r.agent) == ("realistic", "raw", "none", "off"):  # fmt: skip
+    where = {"channel_set": "realistic", "input": "raw", "smoothing": "none", "agent": "off", "compared_to": None}
+    for r in select_rows(rows, "macro_f1", overall=True, **where):
+        if isinstance(r.seed, int):
             found.setdefault((r.recipe, r.model or ""), {})[r.seed] = r
     body = [
         [recipe, model, *(span(seeds.get(s)) for s in range(3))]
@@ -156,20 +160,13 @@ def _seeds(rows: Sequence[MetricRow]) -> str:
 
 
 def _notes(rows: Sequence[MetricRow]) -> str:
-    told = sorted({r.note for r in rows if r.metric == "note" and r.note and (r.input, r.smoothing) == ("raw", "none")})
+    told = sorted({r.note for r in select_rows(rows, "note", input="raw", smoothing="none") if r.note})
     return "## To be said\n\n" + "\n".join(f"- {words}" for words in told) if told else ""
 
 
-def is_whole(row: MetricRow, *, vs: bool = False) -> bool:
-    """Whether a row is over all phases, profiles, hosts and samples."""
-    parts: Iterable[object] = (
-        row.phase,
-        row.profile,
-        row.host_id,
-        row.sample_name,
-        *(() if vs else (row.compared_to,)),
-    )
-    return all(part is None for part in parts)
+def is_whole(row: MetricRow) -> bool:
+    """Return whether a row is a score over all phases, profiles, hosts and samples."""
+    return bool(select_rows([row], overall=True, compared_to=None))
 
 
 def standing(rows: Sequence[MetricRow]) -> str:

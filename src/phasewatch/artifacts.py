@@ -19,7 +19,8 @@ from phasewatch.types import PHASES, BundleStatus, EpisodeOrigin, EpisodeRole, S
 ACCOUNTING_FILE = "ledger.json"
 SPLIT_INDEX_FILE = "splits_v1.json"
 PREDICTIONS_FILE = "predictions_v1.parquet"
-METRICS_FILE = "metrics_v1.json"
+METRICS_FILE = "metrics_v2.json"
+OLD_METRICS_FILE = "metrics_v1.json"  # of versions that hid coverage in metric names; not read any more
 REPORT_FILE = "report.html"
 BINS_INDEX_PATH = "grids/index.parquet"
 BINS_PATHS = ("grids/grids.npy", "grids/levels.npy", BINS_INDEX_PATH)

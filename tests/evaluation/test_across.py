@@ -20,14 +20,14 @@ GOOD = (("gbt", 0.9),)
 
 
 def gaps(metrics: MetricTable, kind: str) -> list[MetricRow]:
-    return [r for r in metrics.metrics if r.metric.startswith(f"macro_f1_{kind}_gap@")]
+    return list(metrics.select(f"macro_f1_{kind}_gap"))
 
 
 def value(metrics: MetricTable, agent: str | None, **where: str) -> float:
     (found,) = [
         r.value
         for r in metrics.metrics
-        if r.metric == "macro_f1@2of6" and r.fold == "pooled" and r.agent == agent and r.seed == "mean"
+        if r.metric == "macro_f1" and r.fold == "pooled" and r.agent == agent and r.seed == "mean"
         and r.profile is r.host_id is r.sample_name is None and all(getattr(r, k) == v for k, v in where.items())
     ]  # fmt: skip
     assert found is not None

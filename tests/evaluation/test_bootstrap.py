@@ -23,6 +23,7 @@ from phasewatch.evaluation.bootstrap import (
     resample,
     sum_by_cluster,
 )
+from phasewatch.evaluation.metric_table import NoteCode
 from phasewatch.metrics import macro_f1
 
 K = (0, 1, 2)
@@ -55,8 +56,8 @@ def test_each_resample_takes_as_many_sessions_of_a_host_as_it_has() -> None:
     weights = draw_weights(clusters, truth, classes=K, resamples=50, seed=1)
 
     assert weights is not None
-    assert set(weights.counts[:, clusters.host == 0].sum(axis=1).tolist()) == {6}
-    assert set(weights.counts[:, clusters.host == 1].sum(axis=1).tolist()) == {4}
+    assert set(weights.counts[:, clusters.host_index == 0].sum(axis=1).tolist()) == {6}
+    assert set(weights.counts[:, clusters.host_index == 1].sum(axis=1).tolist()) == {4}
 
 
 def test_the_same_seed_draws_the_same_and_another_seed_another() -> None:
@@ -94,26 +95,28 @@ def test_macro_f1_of_each_resample_equals_scikit_learn_on_the_same_resample() ->
 
     theirs = []
     for counts in weights.counts:
-        rows = np.repeat(np.arange(len(truth)), counts[clusters.of])
+        rows = np.repeat(np.arange(len(truth)), counts[clusters.cluster_index])
         theirs.append(f1_score(truth[rows], decided[rows], labels=K, average="macro", zero_division=0))
     assert_allclose(ours, theirs, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("sessions", "hosts", "says"),
+    ("sessions", "hosts", "code"),
     [
-        pytest.param(4, 1, "4 sessions, an interval needs 5", id="few"),
-        pytest.param(1, 1, "1 session, an interval needs 5", id="one"),
-        pytest.param(6, 6, "one session a host (6), nothing to resample within hosts", id="one each"),
-        pytest.param(
-            6, 5, "6 sessions of 5 hosts, an interval needs 4 more sessions than hosts", id="one host has two"
-        ),
-        pytest.param(5, 1, "", id="five of one host"),
-        pytest.param(36, 6, "", id="plenty"),
+        pytest.param(4, 1, NoteCode.TOO_FEW_SESSIONS, id="few"),
+        pytest.param(1, 1, NoteCode.TOO_FEW_SESSIONS, id="one"),
+        pytest.param(6, 6, NoteCode.ONE_SESSION_PER_HOST, id="one each"),
+        pytest.param(6, 5, NoteCode.TOO_FEW_SESSIONS_PER_HOST, id="one host has two"),
+        pytest.param(5, 1, None, id="five of one host"),
+        pytest.param(36, 6, None, id="plenty"),
     ],
 )
-def test_sessions_that_every_resample_holds_bring_no_interval(sessions: int, hosts: int, says: str) -> None:
-    assert explain_missing_interval(sessions, hosts) == says
+def test_too_few_sessions_give_a_note_in_place_of_an_interval(
+    sessions: int, hosts: int, code: NoteCode | None
+) -> None:
+    note = explain_missing_interval(sessions, hosts)
+
+    assert (note.code if note is not None else None) == code
 
 
 def test_the_interval_agrees_with_scipy_on_the_clusters_of_one_host() -> None:

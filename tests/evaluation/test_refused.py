@@ -23,7 +23,7 @@ def notes(metrics: MetricTable) -> list[str]:
 
 
 def scores(metrics: MetricTable, model: str) -> list[MetricRow]:
-    return [r for r in metrics.metrics if r.model == model and r.metric.startswith("macro_f1@") and r.fold == "pooled"]
+    return [r for r in metrics.metrics if r.model == model and r.metric == "macro_f1" and r.fold == "pooled"]
 
 
 def change(run: Path, table: pa.Table, column: str, rows: pa.ChunkedArray, value: object) -> None:
@@ -139,7 +139,7 @@ def test_how_hosts_differ_is_told_by_points_and_the_worst_but_by_no_interval(tmp
 
     metrics = evaluate_run(tmp_path, resamples=50)
     found = {
-        r.metric.partition("@")[0]: r
+        r.metric: r
         for r in metrics.metrics
         if "host" in r.metric and (r.model, r.agent) == ("gbt", "off")
     }
@@ -156,6 +156,6 @@ def test_from_twenty_hosts_on_there_is_an_interval_between_hosts(tmp_path: Path)
     write_predictions(tmp_path, Shape(hosts=20, sessions=2, per_session=6, agents=("off",), skill=(("gbt", 0.8),)))
 
     metrics = evaluate_run(tmp_path, resamples=100)
-    (row,) = [r for r in metrics.metrics if r.metric.startswith("macro_f1_mean_of_hosts") and r.agent == "off"]
+    (row,) = [r for r in metrics.metrics if r.metric == "macro_f1_mean_of_hosts" and r.agent == "off"]
 
     assert row.low < row.value < row.high

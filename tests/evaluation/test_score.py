@@ -11,11 +11,19 @@ import pyarrow as pa
 import pytest
 from tests.factories.predictions import MALICIOUS, SKILL, Shape, write_predictions
 
-from phasewatch.artifacts import PREDICTIONS_FILE
+from phasewatch.artifacts import OLD_METRICS_FILE, PREDICTIONS_FILE
 from phasewatch.errors import RunError
 from phasewatch.evaluation.bootstrap import compute_paired_p_value
 from phasewatch.evaluation.evaluate import evaluate_run, read_metrics
-from phasewatch.evaluation.metric_table import MetricRow, MetricTable, parse_metrics, render_headline, render_metrics
+from phasewatch.evaluation.metric_table import (
+    MetricRow,
+    MetricTable,
+    NoteCode,
+    has_metrics,
+    parse_metrics,
+    render_headline,
+    render_metrics,
+)
 from phasewatch.training.predictions import PROBABILITY_COLUMNS, write_prediction_table
 
 
@@ -51,14 +59,16 @@ def columns(table: pa.Table, **where: object) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("where", "of"),
+    ("where", "n_tested"),
     [
-        pytest.param({}, "2of6", id="over all"),
-        pytest.param({"profile": "benign"}, "0of6", id="one profile"),
-        pytest.param({"host_id": "host-1"}, "2of6", id="one host"),
+        pytest.param({}, 2, id="over all"),
+        pytest.param({"profile": "benign"}, 0, id="one profile"),
+        pytest.param({"host_id": "host-1"}, 2, id="one host"),
     ],
 )
-def test_scores_equal_scikit_learn(scored: tuple[MetricTable, pa.Table, Path], where: dict[str, str], of: str) -> None:
+def test_scores_equal_scikit_learn(
+    scored: tuple[MetricTable, pa.Table, Path], where: dict[str, str], n_tested: int
+) -> None:
     from sklearn.metrics import f1_score
 
     metrics, table, _ = scored
@@ -66,14 +76,15 @@ def test_scores_equal_scikit_learn(scored: tuple[MetricTable, pa.Table, Path], w
     k = np.unique(y)
     state = np.array([0, 0, 1, 2, 0])
 
-    macro = one(metrics, f"macro_f1@{of}", model="gbt", seed="mean", **where)
-    three = one(metrics, f"macro_f1_3class@{of}", model="gbt", seed="mean", **where)
+    macro = one(metrics, "macro_f1", model="gbt", seed="mean", **where)
+    three = one(metrics, "macro_f1_3class", model="gbt", seed="mean", **where)
     f1 = one(metrics, "f1", model="gbt", phase="active", **where)
 
     assert macro.value == pytest.approx(f1_score(y, decided, labels=k, average="macro", zero_division=0))
     assert three.value == pytest.approx(f1_score(state[y], state[decided], labels=[0, 1, 2], average="macro"))
     assert f1.value == pytest.approx(f1_score(y, decided, labels=[3], average=None)[0])
     assert macro.n_windows == len(y)
+    assert (macro.n_profiles_tested, macro.n_profiles) == (n_tested, 6)
 
 
 def test_pooled_confusion_counts_each_episode_once(scored: tuple[MetricTable, pa.Table, Path]) -> None:
@@ -88,7 +99,7 @@ def test_pooled_confusion_counts_each_episode_once(scored: tuple[MetricTable, pa
 
 
 def test_intervals_hold_their_value_and_rest_on_sessions(scored: tuple[MetricTable, pa.Table, Path]) -> None:
-    row = one(scored[0], "macro_f1@2of6", model="gbt", seed="mean")
+    row = one(scored[0], "macro_f1", model="gbt", seed="mean")
 
     assert row.low is not None and row.low < row.value < row.high  # noqa: PT018
     assert (row.n_episodes, row.n_sessions, row.n_hosts) == (9, 9, 3)
@@ -97,10 +108,10 @@ def test_intervals_hold_their_value_and_rest_on_sessions(scored: tuple[MetricTab
 def test_each_fold_has_its_own_board(scored: tuple[MetricTable, pa.Table, Path]) -> None:
     metrics, table, _ = scored
     y, _ = columns(table, model="gbt", agent="off", fold="host-1")
-    row = one(metrics, "macro_f1@2of6", model="gbt", seed="mean", fold="host-1")
+    row = one(metrics, "macro_f1", model="gbt", seed="mean", fold="host-1")
 
     assert row.n_hosts == 1
-    assert row.note == "3 sessions, an interval needs 5"
+    assert row.code is NoteCode.TOO_FEW_SESSIONS
     assert row.value is not None
     assert row.low is None
     assert len(y) == row.n_windows == 45
@@ -108,8 +119,8 @@ def test_each_fold_has_its_own_board(scored: tuple[MetricTable, pa.Table, Path])
 
 def test_a_gap_is_paired_and_signed(scored: tuple[MetricTable, pa.Table, Path]) -> None:
     metrics = scored[0]
-    gap = one(metrics, "macro_f1_gap@2of6", model="gbt", compared_to="elapsed_time")
-    of = {m: one(metrics, "macro_f1@2of6", model=m, seed="mean").value for m in SKILL}
+    gap = one(metrics, "macro_f1_gap", model="gbt", compared_to="elapsed_time")
+    of = {m: one(metrics, "macro_f1", model=m, seed="mean").value for m in SKILL}
 
     assert gap.value == pytest.approx(of["gbt"] - of["elapsed_time"])
     assert gap.low > 0
@@ -124,7 +135,7 @@ def test_two_baselines_have_a_p_of_their_own_and_are_in_no_family(scored: tuple[
     gaps = [
         r
         for r in metrics.metrics
-        if r.metric == "macro_f1_gap@2of6" and {r.model, r.compared_to} == {"majority", "elapsed_time"}
+        if r.metric == "macro_f1_gap" and {r.model, r.compared_to} == {"majority", "elapsed_time"}
     ]
 
     assert gaps
@@ -196,7 +207,7 @@ def test_a_model_of_the_users_own_is_held_against_elapsed_time_too(tmp_path: Pat
     write_predictions(tmp_path, Shape(skill=(("gbt", 0.9), ("elapsed_time", 0.3), (own, 0.0)), agents=("off",)))
     metrics = evaluate_run(tmp_path, resamples=200)
     told = [r for r in metrics.metrics if r.metric == "note" and r.compared_to == "elapsed_time" and r.fold == "pooled"]
-    gap = one(metrics, "macro_f1_gap@2of6", model="elapsed_time", compared_to=own)
+    gap = one(metrics, "macro_f1_gap", model="elapsed_time", compared_to=own)
 
     assert {r.model for r in told} == {own}
     assert gap.value > 0
@@ -236,9 +247,9 @@ def test_with_too_few_sessions_the_headline_says_why_there_is_no_interval(tmp_pa
 def test_seeds_are_averaged(tmp_path: Path) -> None:
     write_predictions(tmp_path, Shape(seeds=(0, 1)))
     metrics = evaluate_run(tmp_path, resamples=100)
-    each = [one(metrics, "macro_f1@2of6", model="gbt", seed=s).value for s in (0, 1)]
+    each = [one(metrics, "macro_f1", model="gbt", seed=s).value for s in (0, 1)]
 
-    assert one(metrics, "macro_f1@2of6", model="gbt", seed="mean").value == pytest.approx(np.mean(each))
+    assert one(metrics, "macro_f1", model="gbt", seed="mean").value == pytest.approx(np.mean(each))
 
 
 def test_a_model_of_one_fold_is_on_no_pooled_board(tmp_path: Path) -> None:
@@ -247,8 +258,8 @@ def test_a_model_of_one_fold_is_on_no_pooled_board(tmp_path: Path) -> None:
     write_prediction_table(tmp_path / PREDICTIONS_FILE, [table.filter(pa.compute.invert(drop))])
     metrics = evaluate_run(tmp_path, resamples=100)
 
-    assert not rows_of(metrics, "macro_f1@2of6", model="majority")
-    assert rows_of(metrics, "macro_f1@2of6", model="majority", fold="host-0")
+    assert not rows_of(metrics, "macro_f1", model="majority")
+    assert rows_of(metrics, "macro_f1", model="majority", fold="host-0")
 
 
 def test_models_that_saw_other_truths_are_refused(tmp_path: Path) -> None:
@@ -271,12 +282,12 @@ def test_the_same_predictions_give_the_same_bytes_in_any_order(
     write_prediction_table(tmp_path / PREDICTIONS_FILE, [table.take(pa.array(order))])
 
     assert evaluate_run(tmp_path, resamples=500).metrics == metrics.metrics
-    assert (run / "metrics_v1.json").read_bytes() == render_metrics(evaluate_run(run, resamples=500))
+    assert (run / "metrics_v2.json").read_bytes() == render_metrics(evaluate_run(run, resamples=500))
 
 
 def test_the_file_names_its_inputs_and_every_row_has_every_field(scored: tuple[MetricTable, pa.Table, Path]) -> None:
     metrics, _, run = scored
-    raw = msgspec.json.decode((run / "metrics_v1.json").read_bytes())
+    raw = msgspec.json.decode((run / "metrics_v2.json").read_bytes())
 
     assert list(raw) == ["inputs", "metrics"]
     assert list(raw["inputs"]) == [PREDICTIONS_FILE]
@@ -302,11 +313,14 @@ def test_the_file_names_its_inputs_and_every_row_has_every_field(scored: tuple[M
         "low",
         "high",
         "note",
+        "code",
         "unit",
         "n_windows",
         "n_episodes",
         "n_sessions",
         "n_hosts",
+        "n_profiles_tested",
+        "n_profiles",
     ]
     assert read_metrics(run) == metrics
 
@@ -314,5 +328,27 @@ def test_the_file_names_its_inputs_and_every_row_has_every_field(scored: tuple[M
 def test_a_file_that_is_no_metrics_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"m\.json: not a metrics file"):
         parse_metrics(b"{}", file="m.json")
-    with pytest.raises(RunError, match=r"metrics_v1\.json: absent; make it with `phasewatch evaluate"):
+    with pytest.raises(RunError, match=r"metrics_v2\.json: absent; make it with `phasewatch evaluate"):
         read_metrics(tmp_path)
+
+
+def test_a_run_with_only_the_old_metrics_file_is_refused_with_the_command_that_helps(tmp_path: Path) -> None:
+    (tmp_path / OLD_METRICS_FILE).write_bytes(b"{}")
+
+    assert has_metrics(tmp_path)
+    with pytest.raises(RunError, match=r"older version, expected metrics_v2\.json; make it with `phasewatch evaluate"):
+        read_metrics(tmp_path)
+
+
+def test_every_note_has_a_code(scored: tuple[MetricTable, pa.Table, Path]) -> None:
+    assert all((r.note is None) == (r.code is None) for r in scored[0].metrics)
+
+
+def test_select_matches_values_sets_and_overall_rows(scored: tuple[MetricTable, pa.Table, Path]) -> None:
+    metrics = scored[0]
+
+    assert {r.metric for r in metrics.select(fold="pooled", metric="ece")} == {"ece"}
+    assert {r.agent for r in metrics.select("macro_f1", agent={"off", None})} == {"off", None}
+    assert all(r.host_id is r.profile is r.phase is None for r in metrics.select("macro_f1", overall=True))
+    with pytest.raises(AttributeError):
+        metrics.select(colour="red")

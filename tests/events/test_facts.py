@@ -38,7 +38,7 @@ def test_a_score_on_fewer_hosts_comes_after_all_that_were_tested_on_more(metrics
     one_host = tuple(
         replace(r, channel_set="oracle", value=0.99, n_hosts=1)
         for r in metrics.metrics
-        if (r.model, r.metric) == ("gbt", "macro_f1@4of6")
+        if (r.model, r.metric) == ("gbt", "macro_f1")
     )
     rows = score_of(replace(metrics, metrics=(*metrics.metrics, *one_host))).rows
 
@@ -47,7 +47,7 @@ def test_a_score_on_fewer_hosts_comes_after_all_that_were_tested_on_more(metrics
 
 
 def test_every_number_of_the_leaderboard_is_a_row_of_the_file(metrics: MetricTable) -> None:
-    known = {(r.model, r.value, r.low, r.high, r.agent) for r in metrics.metrics if r.metric == "macro_f1@4of6"}
+    known = {(r.model, r.value, r.low, r.high, r.agent) for r in metrics.metrics if r.metric == "macro_f1"}
 
     for row in score_of(metrics).rows:
         assert (row.model, row.value, row.low, row.high, row.agent) in known
@@ -58,7 +58,7 @@ def test_the_paired_p_is_that_against_the_first(metrics: MetricTable) -> None:
     gaps = {
         (r.channel_set, frozenset((r.model, r.compared_to))): r.p_holm
         for r in metrics.metrics
-        if r.metric == "macro_f1_gap@4of6" and r.fold == "pooled" and r.agent == "off"
+        if r.metric == "macro_f1_gap" and r.fold == "pooled" and r.agent == "off"
     }
 
     assert rows[0].p_holm is None
@@ -71,7 +71,7 @@ def test_the_confusion_counts_the_headline_s_windows(metrics: MetricTable) -> No
     matrix = build_metric_events(metrics)[1]
 
     assert isinstance(matrix, ConfusionEvent)
-    off_windows = next(r.n_windows for r in metrics.metrics if r.metric == "macro_f1@4of6" and r.agent == "off")
+    off_windows = next(r.n_windows for r in metrics.metrics if r.metric == "macro_f1" and r.agent == "off")
     assert sum(map(sum, matrix.counts)) == off_windows
     assert (matrix.model, matrix.agent) == ("gbt", "off")
 
@@ -80,7 +80,7 @@ def test_easier_splits_stand_beside_the_headline(metrics: MetricTable) -> None:
     own = next(
         r
         for r in metrics.metrics
-        if r.metric == "macro_f1@4of6" and r.model == "gbt" and r.agent == "off" and r.seed == "mean"
+        if r.metric == "macro_f1" and r.model == "gbt" and r.agent == "off" and r.seed == "mean"
     )
     easy = MetricRow(
         **{f: getattr(own, f) for f in own.__struct_fields__} | {"recipe": "random_windows", "value": 0.99}

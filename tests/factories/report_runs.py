@@ -137,7 +137,7 @@ def write_metrics(folder: Path, *, is_full: bool, resamples: int = 200) -> None:
 
     metrics = compute_metrics(folder, resamples=resamples)
     rows = (*metrics.metrics, *(elsewhere() if is_full else ()))
-    (folder / "metrics_v1.json").write_bytes(render_metrics(MetricTable(inputs=metrics.inputs, metrics=rows)))
+    (folder / "metrics_v2.json").write_bytes(render_metrics(MetricTable(inputs=metrics.inputs, metrics=rows)))
 
 
 def elsewhere() -> Iterator[MetricRow]:
@@ -151,7 +151,7 @@ def elsewhere() -> Iterator[MetricRow]:
         return MetricRow(**(place | {"metric": metric, "value": value} | more))  # type: ignore[arg-type]
 
     for recipe, value in (("random_windows", 0.9), ("in_distribution", 0.7), ("held_out_both", 0.4)):
-        for metric in ("macro_f1@5of6", "macro_f1_3class@5of6"):
+        for metric in ("macro_f1", "macro_f1_3class"):
             yield row(metric, value, recipe=recipe, low=value - 0.05, high=value + 0.05)
     for budget in (1.0, 6.0, 30.0):
         for profile in (None, *MALICIOUS[:4]):
@@ -162,11 +162,11 @@ def elsewhere() -> Iterator[MetricRow]:
     yield row("false_alarms_per_vm_hour", 18.3, low=8.0, high=31.0, unit="1/h", note="13 in 0.71 VM-hours")
     yield row("impact_bytes_written", 1.2e6, low=1e5, high=3e6, unit="B")
     for i, channel in enumerate(("proc.vcpu_run", "netflow.out_bytes", "qmp.blk_wr_ops")):
-        yield row("macro_f1_permuted_gap@5of6", 0.1 / (i + 1), compared_to=channel, low=-0.01, high=0.2)
+        yield row("macro_f1_permuted_gap", 0.1 / (i + 1), compared_to=channel, low=-0.01, high=0.2)
     for threat, value in (("proc", 0.3), ("proc+qmp", 0.4), ("proc+qmp+netflow+guest", 0.6)):
-        yield row("macro_f1@5of6", value, channel_set=threat, agent="on", low=value - 0.1, high=value + 0.1)
+        yield row("macro_f1", value, channel_set=threat, agent="on", low=value - 0.1, high=value + 0.1)
     yield row(
-        "macro_f1_threat_gap@5of6",
+        "macro_f1_threat_gap",
         0.05,
         channel_set="oracle",
         compared_to="realistic",

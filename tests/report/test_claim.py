@@ -1,4 +1,4 @@
-"""What the page may claim: only what metrics_v1.json holds, and always beside the clock."""
+"""What the page may claim: only what metrics_v2.json holds, and always beside the clock."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def row(metric: str, model: str | None, value: float | None, **more: object) -> 
         "smoothing": "none",
     }
     return MetricRow(
-        **(place | {"agent": "off", "seed": "mean", "n_hosts": 4} | more), metric=metric, model=model, value=value
+        **(place | {"agent": "off", "seed": "mean", "n_hosts": 4, "n_profiles_tested": 5, "n_profiles": 6} | more), metric=metric, model=model, value=value
     )  # type: ignore[arg-type]
 
 
@@ -35,9 +35,9 @@ def page_of(rows: Sequence[MetricRow]) -> ReportPage:
     )  # fmt: skip
 
 
-GBT = row("macro_f1@5of6", "gbt", 0.69, low=0.64, high=0.73)
-THREE = row("macro_f1_3class@5of6", "gbt", 0.87, low=0.83, high=0.9)
-CLOCK = row("macro_f1@5of6", "elapsed_time", 0.22, low=0.18, high=0.27)
+GBT = row("macro_f1", "gbt", 0.69, low=0.64, high=0.73)
+THREE = row("macro_f1_3class", "gbt", 0.87, low=0.83, high=0.9)
+CLOCK = row("macro_f1", "elapsed_time", 0.22, low=0.18, high=0.27)
 
 
 def test_the_claim_is_the_headline_with_the_clock_beside_it() -> None:
@@ -63,7 +63,7 @@ def test_the_claim_is_the_headline_with_the_clock_beside_it() -> None:
 def test_the_paired_gap_decides_whether_the_model_beats_the_clock(
     low: float, high: float, says: str, holds: bool
 ) -> None:
-    gap = row("macro_f1_gap@5of6", "gbt", (low + high) / 2, compared_to="elapsed_time", low=low, high=high)
+    gap = row("macro_f1_gap", "gbt", (low + high) / 2, compared_to="elapsed_time", low=low, high=high)
 
     claim = page_of([GBT, CLOCK, gap]).claim
 
@@ -73,7 +73,7 @@ def test_the_paired_gap_decides_whether_the_model_beats_the_clock(
 
 def test_a_gap_counted_from_the_clock_is_turned_round() -> None:
     gap = query.find_elapsed_time_gap(
-        [row("macro_f1_gap@5of6", "elapsed_time", -0.4, compared_to="gbt", low=-0.5, high=-0.3)], "gbt"
+        [row("macro_f1_gap", "elapsed_time", -0.4, compared_to="gbt", low=-0.5, high=-0.3)], "gbt"
     )
 
     assert gap == query.ElapsedTimeGap(value=0.4, low=0.3, high=0.5)
@@ -91,7 +91,7 @@ def test_a_gap_counted_from_the_clock_is_turned_round() -> None:
 def test_without_a_paired_gap_the_two_intervals_decide(
     model: tuple[float, float | None, float | None], clock: tuple[float, float | None, float | None], above: bool | None
 ) -> None:
-    one, other = (row("macro_f1@5of6", "m", v, low=low, high=high) for v, low, high in (model, clock))
+    one, other = (row("macro_f1", "m", v, low=low, high=high) for v, low, high in (model, clock))
 
     assert query.is_above_elapsed_time(one, other, None) is above
 
@@ -113,14 +113,14 @@ def test_without_a_row_there_is_no_claim_and_no_number() -> None:
 
 def test_what_was_scored_on_one_fold_alone_is_no_headline() -> None:
     page = page_of(
-        [row("macro_f1@5of6", "gbt", 0.99, fold="microvm"), row("macro_f1@5of6", "gbt", 0.98, recipe="random_windows")]
+        [row("macro_f1", "gbt", 0.99, fold="microvm"), row("macro_f1", "gbt", 0.98, recipe="random_windows")]
     )
 
     assert page.claim.tiles == ()
 
 
 def test_a_row_of_agent_off_episodes_comes_before_one_over_both() -> None:
-    rows = [row("macro_f1@5of6", "gbt", 0.5, agent=None), row("macro_f1@5of6", "gbt", 0.4)]
+    rows = [row("macro_f1", "gbt", 0.5, agent=None), row("macro_f1", "gbt", 0.4)]
 
     found = query.find_score(rows, "macro_f1", model="gbt")
 
@@ -130,7 +130,7 @@ def test_a_row_of_agent_off_episodes_comes_before_one_over_both() -> None:
 
 @pytest.mark.parametrize(("threat", "value"), [("portable", 0.4), ("oracle", 0.5)])
 def test_a_mask_is_shown_on_the_episodes_that_it_is_scored_on(threat: str, value: float) -> None:
-    rows = [row("macro_f1@5of6", "gbt", v, channel_set=threat, agent=agent) for agent, v in (("off", 0.4), ("on", 0.5))]
+    rows = [row("macro_f1", "gbt", v, channel_set=threat, agent=agent) for agent, v in (("off", 0.4), ("on", 0.5))]
 
     found = query.find_score(rows, "macro_f1", model="gbt", threat=threat)
 
@@ -139,7 +139,7 @@ def test_a_mask_is_shown_on_the_episodes_that_it_is_scored_on(threat: str, value
 
 
 def test_the_leaderboard_is_ordered_by_value_and_says_what_is_a_baseline() -> None:
-    board = query.build_leaderboard([CLOCK, GBT, row("macro_f1@5of6", "majority", None)])
+    board = query.build_leaderboard([CLOCK, GBT, row("macro_f1", "majority", None)])
 
     assert [c.label for c in board] == ["gbt", "elapsed time (baseline)", "majority (baseline)"]
 

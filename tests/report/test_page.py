@@ -185,8 +185,8 @@ def forget_a_column(run: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
-        pytest.param(lambda r: (r / "metrics_v1.json").unlink(), "No claim can be made", id="not evaluated"),
-        pytest.param(lambda r: (r / "metrics_v1.json").write_text("{"), "metrics_v1.json could not be read", id="broken metrics"),
+        pytest.param(lambda r: (r / "metrics_v2.json").unlink(), "No claim can be made", id="not evaluated"),
+        pytest.param(lambda r: (r / "metrics_v2.json").write_text("{"), "metrics_v2.json could not be read", id="broken metrics"),
         pytest.param(lambda r: (r / "predictions_v1.parquet").unlink(), "predictions_v1.parquet is absent", id="not trained"),
         pytest.param(cut, "predictions_v1.parquet could not be read", id="predictions cut off"),
         pytest.param(forget_a_column, "lacks the column reasons", id="another version's validation"),
@@ -235,7 +235,7 @@ def test_a_model_that_cannot_be_scored_is_said_and_the_page_is_written(
 
 def test_without_metrics_no_performance_number_is_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", SMALL)
-    (run / "metrics_v1.json").unlink()
+    (run / "metrics_v2.json").unlink()
 
     text = text_of(run)
 
@@ -245,14 +245,14 @@ def test_without_metrics_no_performance_number_is_shown(tmp_path: Path) -> None:
 
 def test_a_score_of_host_and_profile_goes_into_its_cell(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", SMALL)
-    document = json.loads((run / "metrics_v1.json").read_text())
+    document = json.loads((run / "metrics_v2.json").read_text())
     (row,) = (
         r for r in document["metrics"]
         if (r["host_id"], r["profile"], r["model"], r["agent"]) == ("a-host", "benign", "gbt", "off")
-        and r["metric"].startswith("macro_f1@") and r["fold"] == "pooled"
+        and r["metric"] == "macro_f1" and r["fold"] == "pooled"
     )  # fmt: skip
     row["value"] = 0.42
-    (run / "metrics_v1.json").write_text(json.dumps(document))
+    (run / "metrics_v2.json").write_text(json.dumps(document))
 
     cells = figures_of(text_of(run))["host-profile"]["data"][-1]  # type: ignore[index]
 
@@ -264,7 +264,7 @@ def test_metrics_of_other_predictions_are_called_stale(tmp_path: Path) -> None:
     table = pq.read_table(run / "predictions_v1.parquet")
     pq.write_table(table.slice(0, table.num_rows - 1), run / "predictions_v1.parquet")
 
-    assert "metrics_v1.json was computed from another predictions_v1.parquet" in text_of(run)
+    assert "metrics_v2.json was computed from another predictions_v1.parquet" in text_of(run)
 
 
 def test_metrics_of_other_splits_are_called_stale(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_metrics_of_other_splits_are_called_stale(tmp_path: Path) -> None:
     first, second, *_ = sorted((run / "splits").iterdir())
     first.write_bytes(second.read_bytes())
 
-    assert f"metrics_v1.json was computed from other splits (1, splits/{first.name} is the first)" in text_of(run)
+    assert f"metrics_v2.json was computed from other splits (1, splits/{first.name} is the first)" in text_of(run)
 
 
 def test_a_ledger_that_does_not_balance_is_called_out(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ def block(page: ReportPage, key: str) -> ReportBlock:
     return next(b for s in page.sections for b in s.blocks if b.key == key)
 
 
-LEAKY = row("macro_f1@5of6", "gbt", 0.8, recipe="random_windows", low=0.78, high=0.82)
-BOTH = row("macro_f1@5of6", "gbt", 0.6, recipe="held_out_both", low=0.56, high=0.65)
+LEAKY = row("macro_f1", "gbt", 0.8, recipe="random_windows", low=0.78, high=0.82)
+BOTH = row("macro_f1", "gbt", 0.6, recipe="held_out_both", low=0.56, high=0.65)
 
 
 def test_the_page_opens_with_what_would_have_been_claimed() -> None:
@@ -45,7 +45,7 @@ def test_the_page_opens_with_what_would_have_been_claimed() -> None:
 
 
 def test_where_the_page_is_about_another_model_the_meter_names_its_own() -> None:
-    cnn = row("macro_f1@5of6", "cnn", 0.71, low=0.6, high=0.8)
+    cnn = row("macro_f1", "cnn", 0.71, low=0.6, high=0.8)
     liked = [row(SELECTION_METRIC, model, value, agent=None) for model, value in (("cnn", 0.9), ("gbt", 0.8))]
 
     page = page_of([GBT, cnn, THREE, CLOCK, LEAKY, *liked])
@@ -67,7 +67,7 @@ def test_the_opening_says_no_more_than_was_trained(rows: list[MetricRow], says: 
 
 def test_the_meter_names_what_was_not_trained_and_pairs_its_gaps() -> None:
     gap = row(
-        "macro_f1_recipe_gap@5of6",
+        "macro_f1_recipe_gap",
         "gbt",
         0.11,
         recipe="random_windows",
@@ -87,7 +87,7 @@ def test_the_meter_names_what_was_not_trained_and_pairs_its_gaps() -> None:
 
 
 def test_random_episodes_below_an_unseen_host_are_called_luck_and_not_an_easier_test() -> None:
-    below, above = (row("macro_f1@5of6", "gbt", v, recipe="in_distribution", low=0.5, high=0.9) for v in (0.6, 0.8))
+    below, above = (row("macro_f1", "gbt", v, recipe="in_distribution", low=0.5, high=0.9) for v in (0.6, 0.8))
     sizes = [
         row("train_windows", "gbt", n, recipe=r, agent=None)
         for r, n in (("in_distribution", 1610.0), ("held_out_host", 1600.0))
@@ -116,7 +116,7 @@ def test_who_is_not_above_the_clock_by_its_interval_is_named() -> None:
 
 
 def test_without_an_interval_nobody_is_called_below_the_clock() -> None:
-    gap = row("macro_f1_gap@5of6", "gbt", 0.3, compared_to="elapsed_time", low=None, high=None, note="4 sessions")
+    gap = row("macro_f1_gap", "gbt", 0.3, compared_to="elapsed_time", low=None, high=None, note="4 sessions")
     note = row(
         "note", "gbt", None, compared_to="elapsed_time", note="gbt cannot be said to be above elapsed time alone"
     )
@@ -128,8 +128,8 @@ def test_without_an_interval_nobody_is_called_below_the_clock() -> None:
 
 
 def test_gaps_are_told_with_p_and_after_holm() -> None:
-    gap = row("macro_f1_gap@5of6", "gbt", 0.47, compared_to="elapsed_time", low=0.4, high=0.5, p=0.0002, p_holm=0.0006)
-    even = row("macro_f1_gap@5of6", "gbt", 0.01, compared_to="minirocket", low=-0.1, high=0.1, p=0.8, p_holm=0.8)
+    gap = row("macro_f1_gap", "gbt", 0.47, compared_to="elapsed_time", low=0.4, high=0.5, p=0.0002, p_holm=0.0006)
+    even = row("macro_f1_gap", "gbt", 0.01, compared_to="minirocket", low=-0.1, high=0.1, p=0.8, p_holm=0.8)
 
     found = block(page_of([GBT, gap, even]), "significance")
 
@@ -139,8 +139,8 @@ def test_gaps_are_told_with_p_and_after_holm() -> None:
 
 
 def test_models_of_one_host_stand_apart_from_those_of_all() -> None:
-    of_one = row("macro_f1@5of6", "cnn", 0.9, fold="pc", n_hosts=1)
-    here = row("macro_f1@5of6", "gbt", 0.5, fold="pc", n_hosts=1)
+    of_one = row("macro_f1", "cnn", 0.9, fold="pc", n_hosts=1)
+    here = row("macro_f1", "gbt", 0.5, fold="pc", n_hosts=1)
 
     page = page_of([GBT, of_one, here])
 
@@ -183,12 +183,12 @@ def test_a_budget_at_which_most_are_missed_breaks_the_line_off() -> None:
 def test_a_subset_of_sources_stands_beside_its_own_gap_to_all_four_whatever_else_was_trained() -> None:
     four = "proc+qmp+netflow+guest"
     found = [
-        row("macro_f1@5of6", "gbt", v, channel_set=t, agent="on", low=0.1, high=0.9)
+        row("macro_f1", "gbt", v, channel_set=t, agent="on", low=0.1, high=0.9)
         for t, v in (("proc", 0.3), (four, 0.6))
     ]
     gaps = [
         row(
-            "macro_f1_sensor_gap@5of6",
+            "macro_f1_sensor_gap",
             "gbt",
             value,
             channel_set="proc",
@@ -210,7 +210,7 @@ def test_a_subset_of_sources_stands_beside_its_own_gap_to_all_four_whatever_else
 
 def test_channels_above_zero_one_by_one_are_told_with_how_many_chance_would_give() -> None:
     worth = [
-        row("macro_f1_permuted_gap@5of6", "gbt", 0.1, compared_to=f"proc.c{i}", low=low, high=0.2)
+        row("macro_f1_permuted_gap", "gbt", 0.1, compared_to=f"proc.c{i}", low=low, high=0.2)
         for i, low in enumerate((0.05, -0.1, -0.1, -0.1))
     ]
 
@@ -291,7 +291,7 @@ def test_the_page_is_had_as_markdown_and_as_json_too() -> None:
 
 def test_names_from_data_open_nothing_in_markdown() -> None:
     hostile = "<img src=x>[a](b)|c\n# d"
-    page = page_of([GBT, row("macro_f1@5of6", "gbt", 0.1, sample_name=hostile, profile="p|q")])
+    page = page_of([GBT, row("macro_f1", "gbt", 0.1, sample_name=hostile, profile="p|q")])
 
     text = render_markdown(page)
 
@@ -309,6 +309,6 @@ def test_names_from_data_open_nothing_in_markdown() -> None:
     ],
 )
 def test_a_name_from_data_becomes_no_link_in_markdown(name: str, shown: str) -> None:
-    page = page_of([GBT, row("macro_f1@5of6", "gbt", 0.1, sample_name=name, profile="p")])
+    page = page_of([GBT, row("macro_f1", "gbt", 0.1, sample_name=name, profile="p")])
 
     assert f"| p, {shown} |" in render_markdown(page)

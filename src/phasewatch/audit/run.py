@@ -24,8 +24,8 @@ from phasewatch.audit.splits import find_fold_faults, find_partition_faults, fin
 from phasewatch.dataset import file_sha256
 from phasewatch.dataset.split_files import read_folds, read_split_episodes, read_split_index
 from phasewatch.errors import RunError
-from phasewatch.evaluation.evaluate import compute_metrics, read_metrics
-from phasewatch.evaluation.metric_table import render_metrics
+from phasewatch.evaluation.evaluate import compute_metrics
+from phasewatch.evaluation.metric_table import has_metrics, read_metrics, render_metrics
 from phasewatch.splits import SetAsideEpisode, SplitEpisode, recipes
 from phasewatch.types import EpisodeRole
 
@@ -155,15 +155,14 @@ def read_audit(run: Path) -> AuditReport | None:
 
 
 def check_metrics(run: Path) -> AuditCheck:
-    """Score the predictions again and hold the bytes against `metrics_v1.json`."""
+    """Score the predictions again and hold the bytes against `metrics_v2.json`."""
     faults: list[str] = []
     with collect_refusals(faults):
-        ours = (run / METRICS_FILE).read_bytes() if (run / METRICS_FILE).is_file() else b""
-        if not ours:
+        if not has_metrics(run):
             return build_untested_check(METRICS_CHECK, METRICS_PROMISE, "the run is not scored yet")
         if read_metrics(run).inputs.get(PREDICTIONS_FILE) != file_sha256(run / PREDICTIONS_FILE):
             faults.append(f"{METRICS_FILE} was made from other predictions")
-        elif render_metrics(compute_metrics(run)) != ours:
+        elif render_metrics(compute_metrics(run)) != (run / METRICS_FILE).read_bytes():
             faults.append(f"{METRICS_FILE} is not what {PREDICTIONS_FILE} gives")
     return build_check(METRICS_CHECK, METRICS_PROMISE, faults, looked_at="every number scored again")
 

@@ -37,7 +37,7 @@ _CORPUS_VARIABLE = "PHASEWATCH_CORPUS"
 BUNDLED_CORPUS_DIR = Path("corpus") / "lab-v1"
 _RUN_FILES = (
     "run.json", "validation_v1.parquet", "ledger.json", "features_window_v1.parquet", "feature_schema_v1.json",
-    "splits_v1.json", "predictions_v1.parquet", "metrics_v1.json", "audit_v1.json",
+    "splits_v1.json", "predictions_v1.parquet", "metrics_v1.json", "metrics_v2.json", "audit_v1.json",
 )  # fmt: skip
 BUNDLED_MODEL_FILE = "lab-v1.edge.zip"  # beside the corpus: the bundled model
 

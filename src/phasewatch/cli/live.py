@@ -44,13 +44,11 @@ def export(
     """
     from dataclasses import asdict
 
-    from phasewatch.artifacts import METRICS_FILE
-    from phasewatch.evaluation.metric_table import HeadlineKey, parse_metrics, render_headline
+    from phasewatch.evaluation.metric_table import HeadlineKey, has_metrics, read_metrics, render_headline
     from phasewatch.inference.export import ExportRequest, export_run
 
     common.check_run_folder(run)
-    path = run / METRICS_FILE
-    metrics = parse_metrics(path.read_bytes(), file=str(path)) if path.is_file() else None
+    metrics = read_metrics(run) if has_metrics(run) else None
 
     def quote(name: str) -> str:
         return render_headline(metrics, HeadlineKey(channel_set=name, model=model)) if metrics is not None else ""

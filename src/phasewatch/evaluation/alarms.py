@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.arrays import BoolArray, FloatArray
 from phasewatch.evaluation import bootstrap
-from phasewatch.evaluation.metric_table import HeadlineKey, MetricRow
+from phasewatch.evaluation.metric_table import HeadlineKey, MetricNote, MetricRow, NoteCode
 from phasewatch.evaluation.predictions import ModelPredictions, PredictionGroup
-from phasewatch.evaluation.scoring import EvaluationSettings, MetricKey
+from phasewatch.evaluation.scoring import EvaluationSettings, IntervalColumns, MetricKey
 from phasewatch.models.alarm import (
     DECISION_DELAY_NS,
     FALSE_ALARM_BUDGET,
@@ -319,6 +320,12 @@ IMPACT_METRICS = (
     ("impact_new_flows", "netflow.new_flows", "flows"),
     ("impact_cpu_seconds", "proc.vcpu_run", "s"),
 )
+_QUIET_TIME_NOTE = MetricNote(code=NoteCode.QUIET_TIME, text="quiet time observed: 5 s for each decision time")
+_NO_QUIET_TIME_NOTE = MetricNote(code=NoteCode.NO_QUIET_TIME, text="no quiet time was observed")
+_NO_ONSET_NOTE = MetricNote(code=NoteCode.NO_ONSET, text="no test episode has an onset")
+_MOSTLY_MISSED_NOTE = MetricNote(
+    code=NoteCode.MOST_EPISODES_MISSED, text="more than half are missed, so there is no median"
+)
 RULE_OF_THREE = 3.0  # in H VM-hours nothing below 3/H an hour is claimed: the rule of three
 
 ResampleMeasure = Callable[
@@ -363,7 +370,8 @@ def build_alarm_rows(
             continue
         shift = simulate_alarms(own, parts, recorded, agent, budgets)
         if isinstance(shift, str):
-            yield place.row(metric="note", model=model, note=f"{model} has no operator's view: {shift}")
+            note = MetricNote(code=NoteCode.NO_ALARM_METRICS, text=f"{model} has no delay and no false alarms: {shift}")
+            yield place.row(metric="note", model=model, note=note)
         else:
             by_model.setdefault(model, []).append(shift)
     for model, shifts in by_model.items():
@@ -379,20 +387,34 @@ class _AlarmRowBuilder:
     rules: EvaluationSettings
 
     def row(
-        self, metric: str, lived: EpisodeOutcomes, keep: BoolArray, value: float | None, **more: object
+        self,
+        metric: str,
+        lived: EpisodeOutcomes,
+        keep: BoolArray,
+        value: float | None,
+        *,
+        note: MetricNote | None = None,
+        **columns: object,
     ) -> MetricRow:
-        """Make a row that rests on the kept episodes; what is infinite has no number."""
+        """Build a row over the kept episodes; an infinite value becomes null."""
         own = [e for e, kept in zip(lived.episodes, keep, strict=True) if kept]
         return self.place.row(
-            metric=metric, model=self.model, seed="mean", value=None if value is None or not np.isfinite(value) else value,
-            n_windows=sum(len(e.t_center_ns) for e in own), n_episodes=len(own),
-            n_sessions=len({(e.host_id, e.session) for e in own}), n_hosts=len({e.host_id for e in own}), **more,
-        )  # fmt: skip
+            metric=metric,
+            model=self.model,
+            seed="mean",
+            value=None if value is None or not np.isfinite(value) else value,
+            note=note,
+            n_windows=sum(len(e.t_center_ns) for e in own),
+            n_episodes=len(own),
+            n_sessions=len({(e.host_id, e.session) for e in own}),
+            n_hosts=len({e.host_id for e in own}),
+            **columns,
+        )
 
     def build_interval(
         self, lived: EpisodeOutcomes, keep: BoolArray, measures: Sequence[ResampleMeasure]
-    ) -> dict[str, object]:
-        """Give the interval of a measure's mean over seeds, or why there is none."""
+    ) -> IntervalColumns:
+        """Return the interval of a measure's mean over seeds, or the note that explains why it has none."""
         clusters = bootstrap.build_clusters([e.host_id for e in lived.episodes], [e.session for e in lived.episodes])
         sessions = len(np.unique(clusters.cluster_index[keep]))
         every = np.zeros(len(clusters.cluster_index), np.int64)
@@ -400,19 +422,22 @@ class _AlarmRowBuilder:
             clusters, every, classes=(0,), resamples=self.rules.resamples, seed=self.rules.seed
         )
         hosts = len(np.unique(clusters.host_index[clusters.cluster_index[keep]]))
-        if why := bootstrap.explain_missing_interval(sessions, hosts):
-            return {"note": why}
+        if note := bootstrap.explain_missing_interval(sessions, hosts):
+            return {"note": note}
         if weights is None:
-            return {"note": "hardly a resample can be drawn"}
+            text = "almost no resample can be drawn"
+            return {"note": MetricNote(code=NoteCode.RESAMPLES_LOSE_EPISODES, text=text)}
         draws = np.mean([measure(weights.counts[:, clusters.cluster_index]) for measure in measures], axis=0)
         draws = draws[~np.isnan(draws)]  # a resample that drew none of what is measured says nothing
         if 2 * len(draws) < len(weights):
-            return {"note": "most resamples draw no such episode"}
+            text = "most resamples draw no such episode"
+            return {"note": MetricNote(code=NoteCode.RESAMPLES_LOSE_EPISODES, text=text)}
         # Never between a number and infinity: the ends are draws themselves.
         tail = 100 * bootstrap.compute_tail_share(sessions, hosts)
         low, high = (float(end) for end in np.percentile(draws, [tail, 100 - tail], method="inverted_cdf"))
         if not np.isfinite(high):
-            return {"note": f"from {low:.0f} up to never: in some resamples more than half are missed"}
+            text = f"from {low:.0f} up to never: in some resamples more than half are missed"
+            return {"note": MetricNote(code=NoteCode.UNBOUNDED_INTERVAL, text=text)}
         return {"low": low, "high": high}
 
 
@@ -425,7 +450,10 @@ def _build_model_rows(
     at = shifts[0].budgets.index(FALSE_ALARM_BUDGET)
     thresholds = [t for s in shifts for t in s.thresholds]
     never = sum(t >= THETA_NEVER for t in thresholds)
-    words = f"no threshold meets the budget in {never} of {len(thresholds)} folds" if never else "mean over folds"
+    note = MetricNote(code=NoteCode.MEAN_OVER_FOLDS, text="mean over folds")
+    if never:
+        text = f"no threshold meets the budget in {never} of {len(thresholds)} folds"
+        note = MetricNote(code=NoteCode.BUDGET_NOT_MET, text=text)
     known = [t for t in thresholds if t < THETA_NEVER]
     yield tell.row(
         "alarm_threshold",
@@ -433,7 +461,7 @@ def _build_model_rows(
         everybody,
         float(np.mean(known)) if known else None,
         bin=FALSE_ALARM_BUDGET,
-        note=words,
+        note=note,
     )
     yield from _build_false_alarm_rows(tell, "", tests, at)
     if soaks[0].episodes:
@@ -457,17 +485,18 @@ def _build_false_alarm_rows(
     first, hours = lived[0], lived[0].hours
     every = np.ones(len(first.episodes), np.bool_)
     name = f"{prefix}false_alarms_per_vm_hour"
-    yield tell.row(
-        f"{prefix}vm_hours", first, every, hours, unit="h", note="calm time watched: 5 s for each decision time"
-    )
+    yield tell.row(f"{prefix}vm_hours", first, every, hours, unit="h", note=_QUIET_TIME_NOTE)
     if not hours:
-        yield tell.row(name, first, every, None, unit="1/h", note="no calm time was watched")
+        yield tell.row(name, first, every, None, unit="1/h", note=_NO_QUIET_TIME_NOTE)
         return
     found = _compute_false_alarm_rate(tell, lived, at)
     yield tell.row(f"{name}_poisson", first, every, found.per_hour, unit="1/h", **found.poisson)
     yield tell.row(f"{name}_sessions", first, every, found.per_hour, unit="1/h", **found.sessions)
-    words = f"{found.count:g} in {hours:.2f} VM-hours; nothing below {RULE_OF_THREE / hours:.1f} an hour is claimed"
-    yield tell.row(name, first, every, found.per_hour, unit="1/h", **{**found.union, "note": words})
+    text = f"{found.count:g} in {hours:.2f} VM-hours; nothing below {RULE_OF_THREE / hours:.1f} an hour is claimed"
+    note = MetricNote(code=NoteCode.FALSE_ALARM_COUNT, text=text)
+    yield tell.row(
+        name, first, every, found.per_hour, unit="1/h", low=found.union["low"], high=found.union["high"], note=note
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -476,18 +505,18 @@ class FalseAlarmRate:
 
     count: float
     per_hour: float
-    poisson: Mapping[str, float]
-    sessions: Mapping[str, object]
+    poisson: IntervalColumns
+    sessions: IntervalColumns
 
     @property
-    def union(self) -> dict[str, float]:
+    def union(self) -> IntervalColumns:
         """The interval from the lower of the two low ends to the higher of the two high ends.
 
         Neither alone is enough: Poisson's knows no sessions, and the sessions' bootstrap cannot see past what it drew.
         """
         low, high = self.sessions.get("low"), self.sessions.get("high")
-        if not isinstance(low, float) or not isinstance(high, float):
-            return dict(self.poisson)
+        if low is None or high is None:
+            return self.poisson
         return {"low": min(self.poisson["low"], low), "high": max(self.poisson["high"], high)}
 
 
@@ -508,9 +537,7 @@ def _build_detection_rows(
 ) -> Iterator[MetricRow]:
     """Compute the median delay, a missed episode counting as never, and the share of missed ones."""
     if not keep.any():
-        yield tell.row(
-            "delay_s", lived[0], keep, None, unit="s", note="nothing ran in any test episode", profile=profile
-        )
+        yield tell.row("delay_s", lived[0], keep, None, unit="s", note=_NO_ONSET_NOTE, profile=profile)
         return
     yield from _build_delay_rows(tell, lived, keep, at, "", {"profile": profile})
 
@@ -521,13 +548,13 @@ def _build_delay_rows(
     keep: BoolArray,
     at: int,
     suffix: str,
-    where: Mapping[str, object],
+    where: Mapping[str, Any],
 ) -> Iterator[MetricRow]:
     """Compute delay and misses of the kept episodes at one budget; `suffix` ends the metrics' names."""
     first = lived[0]
     delays = [np.where(keep, one.delay_s[at], np.nan) for one in lived]
     value = float(np.mean([_measure_once(_build_median_measure(d), len(d)) for d in delays]))
-    ends: dict[str, object] = {"note": "more than half are missed, so there is no median"}
+    ends: IntervalColumns = {"note": _MOSTLY_MISSED_NOTE}
     if np.isfinite(value):
         ends = tell.build_interval(first, keep, [_build_median_measure(d) for d in delays])
     yield tell.row(f"delay_s{suffix}", first, keep, value, unit="s", **where, **ends)

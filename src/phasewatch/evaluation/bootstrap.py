@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.arrays import FloatArray
+from phasewatch.evaluation.metric_table import MetricNote, NoteCode
 from phasewatch.metrics import N_CLASSES
 
 N_RESAMPLES = 10_000
@@ -196,18 +197,21 @@ def compute_tail_share(sessions: int, hosts: int) -> float:
     return float(ndtr(-np.sqrt(sessions / freedom) * stdtrit(freedom, (1 + CONFIDENCE_LEVEL) / 2)))
 
 
-def explain_missing_interval(sessions: int, hosts: int) -> str:
-    """Say why so few sessions of so many hosts have no interval (ADR 46); empty where they have one.
+def explain_missing_interval(sessions: int, hosts: int) -> MetricNote | None:
+    """Return why so few sessions of so many hosts have no interval (ADR 46), or None where they have one.
 
-    A host's only session is in every resample, so what counts is how many there are beyond one a host.
+    A host's only session is in every resample, so only sessions beyond one per host count.
     """
     if sessions < MIN_CLUSTERS:
-        return f"{sessions} session{'s' * (sessions != 1)}, an interval needs {MIN_CLUSTERS}"
+        text = f"{sessions} session{'s' * (sessions != 1)}, an interval needs {MIN_CLUSTERS}"
+        return MetricNote(code=NoteCode.TOO_FEW_SESSIONS, text=text)
     if sessions == hosts:
-        return f"one session a host ({hosts}), nothing to resample within hosts"
+        text = f"one session per host ({hosts}), nothing to resample within hosts"
+        return MetricNote(code=NoteCode.ONE_SESSION_PER_HOST, text=text)
     if sessions - hosts < MIN_CLUSTERS - 1:
-        return f"{sessions} sessions of {hosts} hosts, an interval needs {MIN_CLUSTERS - 1} more sessions than hosts"
-    return ""
+        text = f"{sessions} sessions of {hosts} hosts, an interval needs {MIN_CLUSTERS - 1} more sessions than hosts"
+        return MetricNote(code=NoteCode.TOO_FEW_SESSIONS_PER_HOST, text=text)
+    return None
 
 
 def compute_paired_p_value(differences: FloatArray, sessions: int, hosts: int) -> float:

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from phasewatch import metrics
 from phasewatch.arrays import FloatArray
 from phasewatch.evaluation import bootstrap
-from phasewatch.evaluation.metric_table import MetricRow
+from phasewatch.evaluation.metric_table import MetricNote, MetricRow, NoteCode
 from phasewatch.evaluation.predictions import ModelPredictions, PredictionGroup, PredictionSet
 from phasewatch.evaluation.scoring import (
+    IntervalColumns,
     MetricKey,
     ModelOutput,
     ResampleSelection,
@@ -27,6 +28,8 @@ from phasewatch.types import STRIDE_NS
 
 DECIDED_SHARE = 0.9  # of validation B's windows are decided; the threshold that does that is then used on the test
 STRIDES_PER_MINUTE = 60e9 / STRIDE_NS
+_NO_CONSECUTIVE_NOTE = MetricNote(code=NoteCode.NO_CONSECUTIVE_WINDOWS, text="no two consecutive windows")
+_NO_DECISION_NOTE = MetricNote(code=NoteCode.NO_DECIDED_WINDOWS, text="no window is decided")
 
 
 def build_calibration_rows(place: MetricKey, scope: ScoringSet) -> Iterator[MetricRow]:
@@ -94,7 +97,7 @@ def _build_label_change_row(
     metric = "label_changes_per_minute" if model else "true_flips_per_minute"
     if np.isnan(value):
         return place.row(
-            metric=metric, model=model, value=None, note="no two windows in a row", unit="1/min", **scope.counts()
+            metric=metric, model=model, value=None, note=_NO_CONSECUTIVE_NOTE, unit="1/min", **scope.counts()
         )
     return place.row(
         metric=metric, model=model, seed="mean" if model else None, value=value, unit="1/min",
@@ -133,9 +136,7 @@ def build_abstention_rows(
             )
             value = float(np.mean(values))
             if np.isnan(value):
-                yield place.row(
-                    metric=metric, model=model, seed="mean", value=None, note="no window is decided", **counts
-                )
+                yield place.row(metric=metric, model=model, seed="mean", value=None, note=_NO_DECISION_NOTE, **counts)
                 continue
             ends = _build_defined_interval(draws, kept, "in most resamples a seed decides no window")
             yield place.row(metric=metric, model=model, seed="mean", value=value, **ends, **counts)
@@ -159,11 +160,11 @@ def compute_confidence_thresholds(
     return found
 
 
-def _build_defined_interval(draws: FloatArray | None, kept: ResampleSelection, why: str) -> dict[str, object]:
-    """Give the interval of the resamples that say something, or `why` there is none where most do not."""
+def _build_defined_interval(draws: FloatArray | None, kept: ResampleSelection, text: str) -> IntervalColumns:
+    """Return the interval over the resamples with a value, or a note with `text` where most have none."""
     known = None if draws is None else draws[~np.isnan(draws)]
     if draws is not None and known is not None and 2 * len(known) < len(draws):
-        return {"note": why}
+        return {"note": MetricNote(code=NoteCode.RESAMPLES_LOSE_WINDOWS, text=text)}
     return build_interval(known, kept)
 
 

@@ -14,7 +14,7 @@ from phasewatch.arrays import FloatArray
 from phasewatch.channels import CHANNELS, build_channel_mask, list_source_subsets
 from phasewatch.evaluation import bootstrap
 from phasewatch.evaluation.leaderboard import build_scoring_set
-from phasewatch.evaluation.metric_table import MetricRow
+from phasewatch.evaluation.metric_table import MetricRow, select_rows
 from phasewatch.evaluation.predictions import PredictionGroup, PredictionSet, pool_folds
 from phasewatch.evaluation.scoring import (
     BootstrapScores,
@@ -24,8 +24,8 @@ from phasewatch.evaluation.scoring import (
     ModelOutput,
     build_interval,
     compute_gap_p_value,
+    count_profiles,
     mean_over_seeds,
-    render_profile_coverage,
     score_models,
     select_resamples,
 )
@@ -43,7 +43,7 @@ class GapFamily:
     """A family of gaps, corrected together.
 
     Attributes:
-        name: Of the metric: ``macro_f1_<name>_gap@5of6``; `vs` is then another recipe, threat model, table or filter.
+        name: Of the metric: ``macro_f1_<name>_gap``; `compared_to` is then another recipe, threat model, table or filter.
         pairs: Boards whose gap, first less second, is asked for, and the agent of the episodes.
     """
 
@@ -111,7 +111,7 @@ def build_comparison_rows(boards: Sequence[PredictionGroup], rules: EvaluationSe
     for kind in _build_gap_families(boards):
         found = [gap for pair in kind.pairs for gap in _build_pair_rows(kind.name, *pair, rules)]
         for metric in ("macro_f1", "macro_f1_3class"):
-            own = [row for row in found if row.metric.startswith(f"{metric}_{kind.name}_gap@")]
+            own = select_rows(found, f"{metric}_{kind.name}_gap")
             for row, p_holm in zip(own, bootstrap.adjust_p_values([row.p for row in own]), strict=True):
                 rows.append(msgspec.structs.replace(row, p_holm=None if p_holm is None else round(p_holm, 10)))
     return rows
@@ -137,7 +137,7 @@ def _build_pair_rows(
     scope = build_scoring_set(aligned[2], answers, rules)
     kept = select_resamples(scope)
     scored = score_models(scope, kept)
-    of, counts = render_profile_coverage(scope, rules), scope.counts()
+    counts = {**scope.counts(), **count_profiles(scope, rules)}
     place = MetricKey(
         recipe=one.recipe, fold="pooled", channel_set=one.threat, input=one.table, smoothing=one.filter, agent=agent
     )
@@ -149,7 +149,7 @@ def _build_pair_rows(
             )
             draws = None if my_draws is None or their_draws is None else my_draws - their_draws
             yield place.row(
-                metric=f"{metric}_{kind}_gap@{of}", model=model, compared_to=vs, seed="mean", value=mine - theirs,
+                metric=f"{metric}_{kind}_gap", model=model, compared_to=vs, seed="mean", value=mine - theirs,
                 p=compute_gap_p_value(draws, kept), **build_interval(draws, kept), **counts,
             )  # fmt: skip
 

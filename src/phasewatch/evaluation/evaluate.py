@@ -1,4 +1,4 @@
-"""Read predictions, score every board of them, write `metrics_v1.json`."""
+"""Read predictions, score every board of them, write `metrics_v2.json`."""
 
 from __future__ import annotations
 
@@ -31,9 +31,11 @@ from phasewatch.evaluation.leaderboard import build_leaderboard_rows, build_scor
 from phasewatch.evaluation.metric_table import (
     SELECTION_METRIC,
     HeadlineKey,
+    MetricNote,
     MetricRow,
     MetricTable,
-    parse_metrics,
+    NoteCode,
+    read_metrics,
     render_headline,
     render_metrics,
     select_headline,
@@ -48,6 +50,8 @@ from phasewatch.training.predictions import NO_FILTER, read_predictions
 from phasewatch.types import SampleKind
 
 __all__ = ["evaluate_run", "read_metrics", "render_headline"]
+
+_FOLD_MEAN_NOTE = MetricNote(code=NoteCode.MEAN_OVER_FOLDS, text="mean over folds")
 
 
 def build_training_rows(
@@ -89,7 +93,7 @@ def build_training_rows(
             if len(sizes) != len(cells):
                 continue
             yield where.row(
-                metric="train_windows", model=model, value=float(np.mean(sizes)), unit="windows", note="mean over folds"
+                metric="train_windows", model=model, value=float(np.mean(sizes)), unit="windows", note=_FOLD_MEAN_NOTE
             )
             first = min(s.seed for s in own)
             whole = sorted(s.fold for s in own if s.seed == first) == board.folds
@@ -99,9 +103,7 @@ def build_training_rows(
                 }
                 if sorted(scores) == board.folds:
                     value = float(np.mean([scores[fold] for fold in board.folds]))
-                    yield where.row(
-                        metric=SELECTION_METRIC, model=model, seed=first, value=value, note="mean over folds"
-                    )
+                    yield where.row(metric=SELECTION_METRIC, model=model, seed=first, value=value, note=_FOLD_MEAN_NOTE)
 
 
 def _read_header_if_any(run: Path, cell: Experiment) -> checkpoint.CheckpointHeader | None:
@@ -121,7 +123,7 @@ SCHEDULE_FILTER = "schedule"  # a reference row: its filter has no emissions, so
 
 
 def evaluate_run(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -> MetricTable:
-    """Score the test predictions of a run and write `metrics_v1.json`; see `compute_metrics`."""
+    """Score the test predictions of a run and write `metrics_v2.json`; see `compute_metrics`."""
     metrics = compute_metrics(run, resamples=resamples, seed=seed)
     atomic.write_atomic(run / METRICS_FILE, render_metrics(metrics))
     return metrics
@@ -165,18 +167,6 @@ def compute_metrics(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -
         )
         rows += build_importance_rows(run, select_headline(rows), rules)
     return MetricTable(inputs={PREDICTIONS_FILE: file_sha256(path), **digests}, metrics=tuple(rows))
-
-
-def read_metrics(run: Path) -> MetricTable:
-    """Read `metrics_v1.json`.
-
-    Raises:
-        RunError: If it is absent or not one.
-    """
-    path = run / METRICS_FILE
-    if not path.is_file():
-        raise RunError(f"{path}: absent; make it with `phasewatch evaluate {run}`")
-    return parse_metrics(path.read_bytes(), file=str(path))
 
 
 @contextmanager
@@ -225,7 +215,10 @@ def _score_group(board: PredictionGroup, val_b: PredictionGroup | None, rules: E
             rows += build_abstention_rows(
                 place.with_agent(own), scope, compute_confidence_thresholds(chosen, board, val_b)
             )
-    rows += [place.row(metric="note", model=None, note=words) for words in board.refused]
+    rows += [
+        place.row(metric="note", model=None, note=MetricNote(code=NoteCode.NOT_SCORED, text=text))
+        for text in board.refused
+    ]
     return rows
 
 
@@ -264,9 +257,9 @@ def _score_alarms(
             agent=None,
         )
         if not recorded:
-            rows.append(
-                place.row(metric="note", model=None, note="no operator's view: the run has no grids with labels")
-            )
+            text = "no delay and no false alarms: the run has no bins with labels"
+            note = MetricNote(code=NoteCode.NO_ALARM_METRICS, text=text)
+            rows.append(place.row(metric="note", model=None, note=note))
             continue
         parts = alarms.PredictionParts(test=board, val_b=val_b.get(board.key), soak=soak.get(board.key))
         rows += build_alarm_rows(parts, recorded, rules, agent=comparisons.choose_agent_state(board.threat))

@@ -16,7 +16,7 @@ from phasewatch.dataset import FoldData, read_folds
 from phasewatch.errors import PhasewatchError, RunError
 from phasewatch.evaluation import bootstrap
 from phasewatch.evaluation.leaderboard import build_scoring_set
-from phasewatch.evaluation.metric_table import HeadlineKey, MetricRow
+from phasewatch.evaluation.metric_table import HeadlineKey, MetricNote, MetricRow, NoteCode
 from phasewatch.evaluation.scoring import (
     EvaluationSettings,
     EvaluationWindows,
@@ -24,8 +24,8 @@ from phasewatch.evaluation.scoring import (
     ModelOutput,
     build_interval,
     compute_gap_p_value,
+    count_profiles,
     mean_over_seeds,
-    render_profile_coverage,
     score_models,
     select_resamples,
 )
@@ -91,8 +91,8 @@ def build_importance_rows(run: Path, place: HeadlineKey, rules: EvaluationSettin
     try:
         said = [_predict_permuted(run, place, fold) for fold in read_folds(run, place.recipe)]
     except PhasewatchError:  # its words name folders, which are no part of a number
-        words = f"no importance of channels: not each fold's checkpoint of {place.model} can be asked again"
-        yield where.row(metric="note", model=place.model, note=words)
+        text = f"no channel importance: the checkpoint of {place.model} cannot be loaded for every fold"
+        yield where.row(metric="note", model=place.model, note=MetricNote(code=NoteCode.NO_IMPORTANCE, text=text))
         return
     said = [one for one in said if len(one[0])]
     if not said:
@@ -136,9 +136,16 @@ def _compute_importance_row(
     after = mean_over_seeds([None if s.draws is None else s.draws.macro_f1 for s in permuted])
     draws = None if after is None or whole.draws is None else whole.draws.macro_f1 - after
     return where.row(
-        metric=f"macro_f1_permuted_gap@{render_profile_coverage(scope, rules)}", model=place.model, seed="mean", compared_to=channel,
-        value=float(lost), p=compute_gap_p_value(draws, kept), **build_interval(draws, kept), **scope.counts(),
-    )  # fmt: skip
+        metric="macro_f1_permuted_gap",
+        model=place.model,
+        seed="mean",
+        compared_to=channel,
+        value=float(lost),
+        p=compute_gap_p_value(draws, kept),
+        **build_interval(draws, kept),
+        **scope.counts(),
+        **count_profiles(scope, rules),
+    )
 
 
 def _predict_permuted(

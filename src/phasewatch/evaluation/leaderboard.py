@@ -12,20 +12,22 @@ from numpy.typing import NDArray
 from phasewatch import metrics
 from phasewatch.arrays import FloatArray
 from phasewatch.evaluation import bootstrap
-from phasewatch.evaluation.metric_table import MetricRow
+from phasewatch.evaluation.metric_table import MetricNote, MetricRow, NoteCode, select_rows
 from phasewatch.evaluation.scoring import (
     BootstrapScores,
     EvaluationSettings,
     EvaluationWindows,
+    IntervalColumns,
     MetricKey,
     ModelOutput,
     ResampleSelection,
     ScoringSet,
+    ValueColumns,
     build_interval,
     compute_gap_p_value,
+    count_profiles,
     group_by_model,
     mean_over_seeds,
-    render_profile_coverage,
     resample_counts,
     score_models,
     select_resamples,
@@ -37,10 +39,16 @@ ELAPSED_TIME = "elapsed_time"
 _ECE_COLUMNS = slice(0, metrics.ECE_BINS)
 _MASS_GAP_COLUMNS = slice(metrics.ECE_BINS, metrics.ECE_BINS + metrics.EQUAL_MASS_BINS)
 _MASS_COUNT_COLUMNS = slice(_MASS_GAP_COLUMNS.stop, _MASS_GAP_COLUMNS.stop + metrics.EQUAL_MASS_BINS)
-_ECE_NOTE = "biased upwards by the number of windows, so it has no interval; see ece_debiased"
-_DEBIASED_ECE_NOTE = (
-    "sampling bias is subtracted and the result cut at 0, so it has no interval; see confidence_less_accuracy"
+_ECE_NOTE = MetricNote(
+    code=NoteCode.BIASED_ESTIMATE,
+    text="biased upwards by the number of windows, so it has no interval; see ece_debiased",
 )
+_DEBIASED_ECE_NOTE = MetricNote(
+    code=NoteCode.BIASED_ESTIMATE,
+    text="sampling bias is subtracted and the result cut at 0, so it has no interval; see confidence_less_accuracy",
+)
+_COUNT_NOTE = MetricNote(code=NoteCode.COUNT, text="a count")
+_UNTESTED_NOTE = MetricNote(code=NoteCode.NO_TEST_WINDOWS, text="no test window")
 
 
 def build_detail_rows(place: MetricKey, scope: ScoringSet) -> Iterator[MetricRow]:
@@ -54,7 +62,7 @@ def build_detail_rows(place: MetricKey, scope: ScoringSet) -> Iterator[MetricRow
             phase=str(phase),
             value=float(support[code]),
             unit="windows",
-            note="a count",
+            note=_COUNT_NOTE,
             **counts,
         )
     for model, answers in group_by_model(scope).items():
@@ -62,21 +70,21 @@ def build_detail_rows(place: MetricKey, scope: ScoringSet) -> Iterator[MetricRow
         for truth, decided in np.ndindex(mean.shape):
             yield place.row(
                 metric="confusion", model=model, seed="mean", phase=str(PHASES[truth]), bin=float(decided),
-                value=float(mean[truth, decided]), unit="windows", note="a count", **counts,
+                value=float(mean[truth, decided]), unit="windows", note=_COUNT_NOTE, **counts,
             )  # fmt: skip
         by_cluster = [bootstrap.sum_by_cluster(scope.clusters, _compute_calibration_terms(scope, a)) for a in answers]
         drawn = resample_counts(scope, kept, by_cluster)
         points = [s.sum(axis=0, keepdims=True) for s in by_cluster]
         plain = float(np.mean([_compute_ece(p) for p in points]))
         yield place.row(metric="ece", model=model, seed="mean", value=plain, note=_ECE_NOTE, **counts)
-        less: dict[str, object] = {"value": None, "note": kept.note}
+        debiased: ValueColumns = {"value": None, "note": kept.note}
         if drawn is not None:
             own = [
                 metrics.debiased_rms(float(_compute_squared_error(p)[0]), _compute_squared_error(d))
                 for p, d in zip(points, drawn, strict=True)
             ]
-            less = {"value": float(np.mean(own)), "note": _DEBIASED_ECE_NOTE}
-        yield place.row(metric="ece_debiased", model=model, seed="mean", **less, **counts)
+            debiased = {"value": float(np.mean(own)), "note": _DEBIASED_ECE_NOTE}
+        yield place.row(metric="ece_debiased", model=model, seed="mean", **debiased, **counts)
         for metric, measure in (
             ("confidence_less_accuracy", _compute_confidence_less_accuracy),
             ("brier", _compute_brier),
@@ -128,12 +136,13 @@ def build_note_rows(
     """Say in words what a reader of the numbers must know: too few sessions, nothing above the clock, what is untested."""
     counts = scope.counts()
 
-    def note(words: str, **more: object) -> MetricRow:
-        return place.row(metric="note", note=words, **{"model": None, **counts, **more})
+    def build_remark(code: NoteCode, text: str, **columns: object) -> MetricRow:
+        note = MetricNote(code=code, text=text)
+        return place.row(metric="note", note=note, **{"model": None, **counts, **columns})
 
     notes = [
         place.row(
-            metric="untested_profile", model=None, profile=p, value=0.0, unit="windows", note="no test window", **counts
+            metric="untested_profile", model=None, profile=p, value=0.0, unit="windows", note=_UNTESTED_NOTE, **counts
         )
         for p in rules.profiles
         if p not in set(scope.windows.profile)
@@ -145,7 +154,7 @@ def build_note_rows(
             phase=str(p),
             value=0.0,
             unit="windows",
-            note="no test window",
+            note=_UNTESTED_NOTE,
             **counts,
         )
         for p in PHASES
@@ -153,23 +162,25 @@ def build_note_rows(
     ]
     for origin in sorted(set(scope.windows.origin)):
         episodes = len(set(scope.windows.episode_id[scope.windows.origin == origin]))
+        note = MetricNote(code=NoteCode.from_origin(origin), text=str(origin))
         notes.append(
-            place.row(metric="origin", model=None, value=float(episodes), unit="episodes", note=str(origin), **counts)
+            place.row(metric="origin", model=None, value=float(episodes), unit="episodes", note=note, **counts)
         )
     sessions = counts["n_sessions"]
     if sessions < bootstrap.FEW_CLUSTERS:
-        notes.append(
-            note(f"only {sessions} sessions: an interval over fewer than {bootstrap.FEW_CLUSTERS} is a rough one")
-        )
+        text = f"only {sessions} sessions: an interval over fewer than {bootstrap.FEW_CLUSTERS} is a rough one"
+        notes.append(build_remark(NoteCode.FEW_SESSIONS, text))
     if scope.weights is not None and scope.weights.redrawn:
-        notes.append(
-            note(f"{scope.weights.redrawn} of {len(scope.weights)} resamples lost a class and were drawn again")
-        )
-    for row in rows:
-        if row.metric.startswith("macro_f1_gap@") and ELAPSED_TIME in (row.model, row.compared_to):
+        text = f"{scope.weights.redrawn} of {len(scope.weights)} resamples lost a class and were drawn again"
+        notes.append(build_remark(NoteCode.RESAMPLES_REDRAWN, text))
+    for row in select_rows(rows, "macro_f1_gap"):
+        if ELAPSED_TIME in (row.model, row.compared_to):
             gap = _orient_gap(row)
             if gap.model not in BASELINE_MODELS and (gap.low is None or gap.low <= 0):
-                notes.append(note(_render_elapsed_time_note(gap), model=gap.model, compared_to=ELAPSED_TIME))
+                text = _render_elapsed_time_note(gap)
+                notes.append(
+                    build_remark(NoteCode.NOT_ABOVE_ELAPSED_TIME, text, model=gap.model, compared_to=ELAPSED_TIME)
+                )
     return notes
 
 
@@ -241,23 +252,19 @@ def _build_host_spread_rows(
     place: MetricKey, whole: ScoringSet, rules: EvaluationSettings, rows: Sequence[MetricRow]
 ) -> Iterator[MetricRow]:
     """Give the mean over hosts, the worst one and how far they are apart; an interval only from `MIN_HOSTS` hosts on."""
-    of = render_profile_coverage(whole, rules)
-    counts = whole.counts()
+    counts = {**whole.counts(), **count_profiles(whole, rules)}
     for model in group_by_model(whole):
-        own = [
-            r for r in rows
-            if r.model == model and r.metric.startswith("macro_f1@") and r.host_id and r.profile is r.phase is None
-        ]  # fmt: skip
+        own = [r for r in select_rows(rows, "macro_f1", model=model, profile=None, phase=None) if r.host_id]
         values = np.array([r.value for r in own])
         few = f"{len(own)} hosts, an interval between hosts needs {bootstrap.MIN_HOSTS}"
-        ends: dict[str, object] = {"note": few}
+        ends: IntervalColumns = {"note": MetricNote(code=NoteCode.TOO_FEW_HOSTS, text=few)}
         if len(own) >= bootstrap.MIN_HOSTS:
             rng = np.random.default_rng([rules.seed, len(own)])
             low, high = bootstrap.compute_interval(rng.choice(values, (rules.resamples, len(own))).mean(axis=1))
             ends = {"low": low, "high": high}
         worst = own[int(values.argmin())]
         yield place.row(
-            metric=f"macro_f1_mean_of_hosts@{of}",
+            metric="macro_f1_mean_of_hosts",
             model=model,
             seed="mean",
             value=float(values.mean()),
@@ -265,13 +272,23 @@ def _build_host_spread_rows(
             **counts,
         )
         yield place.row(
-            metric=f"macro_f1_worst_host@{of}", model=model, seed="mean", value=worst.value, low=worst.low, high=worst.high,
-            note=f"on {worst.host_id}", **counts,
-        )  # fmt: skip
+            metric="macro_f1_worst_host",
+            model=model,
+            seed="mean",
+            value=worst.value,
+            low=worst.low,
+            high=worst.high,
+            note=MetricNote(code=NoteCode.HOST_NAME, text=f"on {worst.host_id}"),
+            **counts,
+        )
         yield place.row(
-            metric=f"macro_f1_range_of_hosts@{of}", model=model, seed="mean", value=float(np.ptp(values)),
-            note=f"from {values.min():.2f} to {values.max():.2f}", **counts,
-        )  # fmt: skip
+            metric="macro_f1_range_of_hosts",
+            model=model,
+            seed="mean",
+            value=float(np.ptp(values)),
+            note=MetricNote(code=NoteCode.HOST_RANGE, text=f"from {values.min():.2f} to {values.max():.2f}"),
+            **counts,
+        )
 
 
 def _build_group_rows(place: MetricKey, whole: ScoringSet, rules: EvaluationSettings, name: str) -> Iterator[MetricRow]:
@@ -300,7 +317,8 @@ def _build_score_rows(
     """Give macro-F1, three-state macro-F1 and F1 by class of each model, for its seeds and their mean; then the gaps."""
     kept = select_resamples(scope)
     scored = score_models(scope, kept)
-    of, counts = render_profile_coverage(scope, rules), scope.counts()
+    counts = scope.counts()
+    covered = {**counts, **count_profiles(scope, rules)}
     rows: list[MetricRow] = []
     for model, seeds in scored.items():
         for metric in MACRO_METRICS:
@@ -308,16 +326,21 @@ def _build_score_rows(
             if not where:
                 rows += [
                     place.row(
-                        metric=f"{metric}@{of}", model=model, seed=s.seed, value=float(v), **build_interval(d, kept), **counts,
+                        metric=metric, model=model, seed=s.seed, value=float(v), **build_interval(d, kept), **covered
                     )
                     for s, v, d in zip(seeds, points, draws, strict=True)
-                ]  # fmt: skip
+                ]
             rows.append(
                 place.row(
-                    metric=f"{metric}@{of}", model=model, seed="mean", value=float(np.mean(points)),
-                    **build_interval(mean_over_seeds(draws), kept), **where, **counts,
+                    metric=metric,
+                    model=model,
+                    seed="mean",
+                    value=float(np.mean(points)),
+                    **build_interval(mean_over_seeds(draws), kept),
+                    **where,
+                    **covered,
                 )
-            )  # fmt: skip
+            )
         if len(where) > 1:
             continue  # a class of one host's one profile, or of one sample, is a handful of windows
         points, draws = _collect_scores(seeds, "f1")
@@ -329,14 +352,13 @@ def _build_score_rows(
                     value=float(np.mean([v[c] for v in points])), **build_interval(of_class, kept), **where, **counts,
                 )
             )  # fmt: skip
-    return rows if where else rows + _build_model_gap_rows(place, scored, kept, of, counts)
+    return rows if where else rows + _build_model_gap_rows(place, scored, kept, covered)
 
 
 def _build_model_gap_rows(
     place: MetricKey,
     scored: Mapping[str, Sequence[BootstrapScores]],
     kept: ResampleSelection,
-    of: str,
     counts: Mapping[str, int],
 ) -> list[MetricRow]:
     """Compute the paired gap of each two models, seeds averaged inside each resample.
@@ -353,7 +375,7 @@ def _build_model_gap_rows(
         for (one, other), d, p, p_holm in zip(pairs, gaps, p_values, bootstrap.adjust_p_values(family), strict=True):
             rows.append(
                 place.row(
-                    metric=f"{metric}_gap@{of}", model=one, compared_to=other, seed="mean",
+                    metric=f"{metric}_gap", model=one, compared_to=other, seed="mean",
                     value=means[one][0] - means[other][0], p=p, p_holm=p_holm, **build_interval(d, kept), **counts,
                 )
             )  # fmt: skip

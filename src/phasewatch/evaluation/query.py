@@ -1,4 +1,4 @@
-"""Finds in the flat rows of `metrics_v1.json` the ones that the page speaks of."""
+"""Finds in the flat rows of `metrics_v2.json` the ones that the page speaks of."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 from phasewatch.evaluation.comparisons import choose_agent_state
 from phasewatch.evaluation.leaderboard import ELAPSED_TIME
-from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, ConfusionMatrix, MetricRow, select_headline
+from phasewatch.evaluation.metric_table import (
+    DEFAULT_HEADLINE,
+    ConfusionMatrix,
+    MetricRow,
+    NoteCode,
+    select_headline,
+    select_rows,
+)
 from phasewatch.models.registry import BASELINE_MODELS
 from phasewatch.training.predictions import NO_FILTER
 from phasewatch.types import PHASES
@@ -52,11 +59,6 @@ class ElapsedTimeGap:
     high: float | None
 
 
-def strip_coverage(row: MetricRow) -> str:
-    """Give the metric's name without the profiles tested: `macro_f1` of `macro_f1@5of6`."""
-    return row.metric.partition("@")[0]
-
-
 def render_model_name(key: str) -> str:
     """Give a model's name on the page; a baseline says that it is one."""
     return f"{key.replace('_', ' ')} (baseline)" if key in BASELINE_MODELS else key
@@ -81,7 +83,7 @@ def find_score(
     found = [
         r
         for r in rows
-        if strip_coverage(r) == base
+        if r.metric == base
         and r.model == model
         and r.channel_set == threat
         and (r.phase, r.profile, r.host_id, r.sample_name) == (phase, profile, host_id, None)
@@ -93,22 +95,14 @@ def find_score(
 
 def find_headline_model(rows: Sequence[MetricRow], all_rows: Sequence[MetricRow] = ()) -> str | None:
     """Name the model that the page is about: the headline's, else the first that is no baseline, else none."""
-    models = sorted(
-        {r.model for r in rows if r.model and strip_coverage(r) == "macro_f1" and r.model not in BASELINE_MODELS}
-    )
+    models = sorted({r.model for r in rows if r.model and r.metric == "macro_f1" and r.model not in BASELINE_MODELS})
     wanted = select_headline(all_rows).model
     return wanted if wanted in models else next(iter(models), None)
 
 
-def find_rows(rows: Sequence[MetricRow], base: str, **where: object) -> tuple[MetricRow, ...]:
-    """Give the rows of a metric, whatever profiles it tested, that have these values; what is not named may be anything."""
-    return tuple(r for r in rows if strip_coverage(r) == base and all(getattr(r, k) == v for k, v in where.items()))
-
-
 def find_overall_row(rows: Sequence[MetricRow], base: str, **where: object) -> MetricRow | None:
     """Give the first such row over all phases, profiles, hosts and samples, its seeds averaged if it has some."""
-    over_all = {"phase": None, "profile": None, "host_id": None, "sample_name": None}
-    found = find_rows(rows, base, **{**over_all, **where})
+    found = select_rows(rows, base, overall=True, **where)
     return next((r for r in found if not isinstance(r.seed, int)), next(iter(found), None))
 
 
@@ -128,7 +122,7 @@ def build_leaderboard(rows: Sequence[MetricRow], *, n_hosts: int | None = None) 
         (r.model, r.channel_set)
         for r in rows
         if r.model
-        and strip_coverage(r) in ("macro_f1", "macro_f1_3class")
+        and r.metric in ("macro_f1", "macro_f1_3class")
         and r.phase is r.profile is r.host_id is r.sample_name is None
         and (n_hosts is None or r.n_hosts >= n_hosts)
     }
@@ -148,9 +142,7 @@ def choose_group_metric(rows: Sequence[MetricRow], *, model: str, by: Sequence[s
     """Name the metric that stands for groups by these keys (`profile`, `host_id`, `phase`), or None without any row."""
     keys = ("phase", "profile", "host_id", "sample_name")
     have = {
-        strip_coverage(r)
-        for r in rows
-        if r.model == model and all((getattr(r, key) is not None) == (key in by) for key in keys)
+        r.metric for r in rows if r.model == model and all((getattr(r, key) is not None) == (key in by) for key in keys)
     }
     return next((m for m in GROUP_METRICS if m in have), None)
 
@@ -158,7 +150,7 @@ def choose_group_metric(rows: Sequence[MetricRow], *, model: str, by: Sequence[s
 def find_elapsed_time_gap(rows: Sequence[MetricRow], model: str) -> ElapsedTimeGap | None:
     """Find the paired gap between a model and elapsed time, whichever of the two the row counts from."""
     for r in rows:
-        if strip_coverage(r) == "macro_f1_gap" and r.value is not None and _is_headline_row(r):
+        if r.metric == "macro_f1_gap" and r.value is not None and _is_headline_row(r):
             if (r.model, r.compared_to) == (model, ELAPSED_TIME):
                 return ElapsedTimeGap(value=r.value, low=r.low, high=r.high)
             if (r.model, r.compared_to) == (ELAPSED_TIME, model):
@@ -191,11 +183,8 @@ def collect_notes(rows: Sequence[MetricRow]) -> tuple[str, ...]:
     return tuple(
         dict.fromkeys(
             r.note
-            for r in rows
-            if r.metric == "note"
-            and r.note
-            and r.compared_to is None
-            and (_is_headline_row(r) or "is not scored" in r.note)
+            for r in select_rows(rows, "note", compared_to=None)
+            if r.note and (_is_headline_row(r) or r.code is NoteCode.NOT_SCORED)
         )
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from phasewatch import metrics
 from phasewatch.arrays import FloatArray
 from phasewatch.evaluation import bootstrap
 from phasewatch.evaluation.bootstrap import ResampleWeights, SessionClusters
-from phasewatch.evaluation.metric_table import MetricRow
+from phasewatch.evaluation.metric_table import MetricNote, MetricRow, NoteCode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,6 +58,20 @@ class ModelOutput:
         )
 
 
+class IntervalColumns(TypedDict, total=False):
+    """The columns of a row that give its interval, or the note on why it has none."""
+
+    low: float
+    high: float
+    note: MetricNote | None
+
+
+class ValueColumns(IntervalColumns):
+    """The value of a row beside its interval columns."""
+
+    value: float | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricKey:
     """Where the rows of a board belong."""
@@ -72,16 +87,23 @@ class MetricKey:
         """Give this place for the episodes whose agent was `on` or `off`; None for both."""
         return replace(self, agent=agent)
 
-    def row(self, **more: object) -> MetricRow:
-        """Make a row of this board.
+    def row(self, *, note: MetricNote | None = None, **columns: object) -> MetricRow:
+        """Build a row with this key.
 
-        Scores are rounded to ten decimals: below that the order of a sum shows, which differs between machines.
+        Floats are rounded to ten decimals: below that the order of a sum shows, which differs between machines.
         """
-        rounded = {k: round(v, 10) + 0.0 if isinstance(v, float) else v for k, v in more.items()}
+        rounded = {k: round(v, 10) + 0.0 if isinstance(v, float) else v for k, v in columns.items()}
         return MetricRow(
-            recipe=self.recipe, fold=self.fold, channel_set=self.channel_set, input=self.input, smoothing=self.smoothing,
-            agent=self.agent, **rounded,  # type: ignore[arg-type]
-        )  # fmt: skip
+            recipe=self.recipe,
+            fold=self.fold,
+            channel_set=self.channel_set,
+            input=self.input,
+            smoothing=self.smoothing,
+            agent=self.agent,
+            note=note.text if note is not None else None,
+            code=note.code if note is not None else None,
+            **rounded,  # type: ignore[arg-type]
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,9 +157,10 @@ def group_by_model(scope: ScoringSet) -> dict[str, list[ModelOutput]]:
     return found
 
 
-def render_profile_coverage(scope: ScoringSet, rules: EvaluationSettings) -> str:
-    """Say how many malicious profiles these windows test, as metrics are named: ``5of6``."""
-    return f"{len(set(rules.malicious) & set(scope.windows.profile))}of{len(rules.malicious)}"
+def count_profiles(scope: ScoringSet, rules: EvaluationSettings) -> dict[str, int]:
+    """Return how many malicious profiles have windows in a set, and how many are registered, as columns of a row."""
+    tested = set(rules.malicious) & set(scope.windows.profile)
+    return {"n_profiles_tested": len(tested), "n_profiles": len(rules.malicious)}
 
 
 _PHASE_TO_STATE = np.equal.outer(metrics.STATE_BY_PHASE, range(len(metrics.STATES))).astype(
@@ -212,7 +235,7 @@ class ResampleSelection:
     """
 
     mask: NDArray[np.bool_] | None
-    note: str | None
+    note: MetricNote | None
     sessions: int
     hosts: int
     tail_share: float = 0.0
@@ -226,19 +249,19 @@ def select_resamples(scope: ScoringSet) -> ResampleSelection:
     """
     sessions = len(np.unique(scope.clusters.cluster_index))
     hosts = len(np.unique(scope.clusters.host_index[np.unique(scope.clusters.cluster_index)]))
-    if why := bootstrap.explain_missing_interval(sessions, hosts):
-        return ResampleSelection(mask=None, note=why, sessions=sessions, hosts=hosts)
-    if scope.weights is None:
-        words = "hardly a resample keeps a window of each class"
-        return ResampleSelection(mask=None, note=words, sessions=sessions, hosts=hosts)
+    note = bootstrap.explain_missing_interval(sessions, hosts)
+    if note is None and scope.weights is None:
+        text = "almost no resample keeps a window of each class"
+        note = MetricNote(code=NoteCode.RESAMPLES_LOSE_CLASSES, text=text)
+    if note is not None or scope.weights is None:
+        return ResampleSelection(mask=None, note=note, sessions=sessions, hosts=hosts)
     truth = bootstrap.sum_by_cluster(
         scope.clusters, (scope.windows.y_true[:, None] == np.asarray(scope.classes)).astype(np.float64)
     )
     rows: NDArray[np.bool_] = np.all(bootstrap.resample(scope.weights, truth) > 0, axis=1)
     if 2 * rows.sum() < len(rows):
-        return ResampleSelection(
-            mask=None, note="most resamples lose one of the classes", sessions=sessions, hosts=hosts
-        )
+        note = MetricNote(code=NoteCode.RESAMPLES_LOSE_CLASSES, text="most resamples lose one of the classes")
+        return ResampleSelection(mask=None, note=note, sessions=sessions, hosts=hosts)
     return ResampleSelection(
         mask=rows, note=None, sessions=sessions, hosts=hosts, tail_share=bootstrap.compute_tail_share(sessions, hosts)
     )
@@ -287,8 +310,8 @@ def compute_gap_p_value(draws: FloatArray | None, kept: ResampleSelection) -> fl
     return None if draws is None else bootstrap.compute_paired_p_value(draws, kept.sessions, kept.hosts)
 
 
-def build_interval(draws: FloatArray | None, kept: ResampleSelection) -> dict[str, object]:
-    """Give a row's interval, or why there is none."""
+def build_interval(draws: FloatArray | None, kept: ResampleSelection) -> IntervalColumns:
+    """Return the interval columns of a row, or the note that explains why it has no interval."""
     if draws is None:
         return {"note": kept.note}
     low, high = bootstrap.compute_interval(draws, kept.tail_share)

@@ -1,4 +1,4 @@
-"""`metrics_v1.json` as the leaderboard and the confusion that the dashboard shows; every number is a row of that file."""
+"""`metrics_v2.json` as the leaderboard and the confusion that the dashboard shows; every number is a row of that file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from phasewatch import profiles
 from phasewatch.evaluation import query
-from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow, MetricTable, render_headline
+from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow, MetricTable, render_headline, select_rows
 from phasewatch.events.schema import (
     ConfusionEvent,
     EventData,
@@ -52,10 +52,9 @@ def _build_score_event(metrics: MetricTable, rows: Sequence[MetricRow]) -> Score
     most = max((r.n_hosts for r in ranked), default=0)
     ranked.sort(key=lambda r: r.n_hosts < most)  # the mean of fewer machines is no rival: it comes after
     lead = next((r for r in ranked if r.channel_set == DEFAULT_HEADLINE.channel_set), ranked[0] if ranked else None)
-    tested, _, registered = lead.metric.partition("@")[2].partition("of") if lead else ("0", "", "0")
     model = query.find_headline_model(rows)
     return ScoreEvent(
-        metric="macro_f1", tested=int(tested or 0), registered=int(registered or 0), recipe=DEFAULT_HEADLINE.recipe,
+        metric="macro_f1", tested=(lead.n_profiles_tested or 0) if lead else 0, registered=(lead.n_profiles or 0) if lead else 0, recipe=DEFAULT_HEADLINE.recipe,
         rows=tuple(_build_score_row(r, lead, metrics.metrics) for r in ranked[:200]),
         inflation=_build_split_scores(metrics.metrics, model) if model else (), inflation_of=model,
         headline=render_headline(metrics)[:MAX_NOTE_CHARS],
@@ -78,17 +77,18 @@ def _find_p_value(row: MetricRow, lead: MetricRow | None, rows: Sequence[MetricR
     if lead is None or row is lead or row.channel_set != lead.channel_set:
         return None
     pair = {row.model, lead.model}
-    for r in rows:
-        if (
-            query.strip_coverage(r) == "macro_f1_gap"
-            and r.p_holm is not None
-            and {r.model, r.compared_to} == pair
-            and (r.recipe, r.fold, r.channel_set, r.input, r.smoothing, r.agent)
-            == (row.recipe, row.fold, row.channel_set, row.input, row.smoothing, row.agent)
-            and r.phase is r.profile is r.host_id is r.sample_name is None
-        ):
-            return r.p_holm
-    return None
+    gaps = select_rows(
+        rows,
+        "macro_f1_gap",
+        overall=True,
+        recipe=row.recipe,
+        fold=row.fold,
+        channel_set=row.channel_set,
+        input=row.input,
+        smoothing=row.smoothing,
+        agent=row.agent,
+    )
+    return next((r.p_holm for r in gaps if r.p_holm is not None and {r.model, r.compared_to} == pair), None)
 
 
 def _is_same_series(row: MetricRow, other: MetricRow) -> bool:
@@ -104,28 +104,37 @@ def _is_same_series(row: MetricRow, other: MetricRow) -> bool:
         "phase",
         "profile",
         "host_id",
+        "sample_name",
+        "compared_to",
+        "bin",
     )
-    return all(getattr(row, k) == getattr(other, k) for k in (*keys, "sample_name", "compared_to", "bin"))
+    return all(getattr(row, k) == getattr(other, k) for k in keys)
 
 
 def _build_split_scores(rows: Sequence[MetricRow], model: str) -> tuple[SplitProtocolScore, ...]:
     """Give the same model's score under each way of splitting that the run has, agent off before both."""
-    found = []
+    found: list[SplitProtocolScore] = []
     for recipe in SPLIT_PROTOCOLS:
-        own = [
-            r
-            for r in rows
-            if (r.recipe, r.fold, r.channel_set, r.model, r.input, r.smoothing)
-            == (recipe, "pooled", DEFAULT_HEADLINE.channel_set, model, DEFAULT_HEADLINE.input, SMOOTHING_NONE)
-            and query.strip_coverage(r) == "macro_f1"
-            and r.seed == "mean"
-            and r.agent in (DEFAULT_HEADLINE.agent, None)
-            and r.phase is r.profile is r.host_id is r.sample_name is r.compared_to is None
-            and r.value is not None
+        own = select_rows(
+            rows,
+            "macro_f1",
+            overall=True,
+            recipe=recipe,
+            fold="pooled",
+            channel_set=DEFAULT_HEADLINE.channel_set,
+            model=model,
+            input=DEFAULT_HEADLINE.input,
+            smoothing=SMOOTHING_NONE,
+            seed="mean",
+            agent={DEFAULT_HEADLINE.agent, None},
+            compared_to=None,
+        )
+        scored = [
+            SplitProtocolScore(recipe=recipe, value=r.value, low=r.low, high=r.high)
+            for r in sorted(own, key=lambda r: r.agent is None)
+            if r.value is not None
         ]
-        own.sort(key=lambda r: r.agent is None)
-        if own and own[0].value is not None:
-            found.append(SplitProtocolScore(recipe=recipe, value=own[0].value, low=own[0].low, high=own[0].high))
+        found += scored[:1]
     return tuple(found) if len(found) > 1 else ()
 
 

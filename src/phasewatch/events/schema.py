@@ -203,7 +203,7 @@ class ScoreEvent(EventRecord, frozen=True, kw_only=True):
     Sent by ``produce metrics``.
 
     Attributes:
-        metric: As in `metrics_v1.json`, without what follows its ``@``: `tested` of `registered` malicious profiles.
+        metric: As in `metrics_v2.json`; it tested `tested` of `registered` malicious profiles.
         tested, registered: Malicious profiles with test windows, and those that there are.
         recipe: How it was held out.
         rows: Best first.

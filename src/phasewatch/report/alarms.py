@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from phasewatch.evaluation import query
 from phasewatch.evaluation.alarms import IMPACT_METRICS
-from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow
+from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow, NoteCode, select_rows
 from phasewatch.report import charts
 from phasewatch.report.errors import EVALUATE_COMMAND, ReportContext
 from phasewatch.report.layout import ReportBlock, ReportSection, ReportTable, render_count, render_interval
@@ -38,8 +38,11 @@ def build_alarm_section(told: ReportContext) -> ReportSection:
 
 
 def _select_rows(told: ReportContext, recipe: str, filter_: str = NO_FILTER) -> tuple[MetricRow, ...]:
-    where = (recipe, "pooled", DEFAULT_HEADLINE.channel_set, DEFAULT_HEADLINE.input, filter_, told.model)
-    return tuple(r for r in told.all_rows if (r.recipe, r.fold, r.channel_set, r.input, r.smoothing, r.model) == where)
+    home = DEFAULT_HEADLINE
+    return select_rows(
+        told.all_rows, recipe=recipe, fold="pooled", channel_set=home.channel_set, input=home.input,
+        smoothing=filter_, model=told.model,
+    )  # fmt: skip
 
 
 def _build_alarm_block(told: ReportContext) -> ReportBlock:
@@ -82,7 +85,7 @@ def _list_measures(own: Sequence[MetricRow], place: str) -> list[tuple[str, ...]
             continue
         value = "–" if row.value is None else form.format(row.value)
         ends = "none" if row.low is None or row.high is None else f"[{form.format(row.low)}, {form.format(row.high)}]"
-        why = row.note if row.note and (row.low is None or "VM-hours" in row.note) else ""
+        why = row.note if row.note and (row.low is None or row.code is NoteCode.FALSE_ALARM_COUNT) else ""
         body.append(
             (place, words, value, ends, "; ".join(w for w in (render_count(row.n_episodes, "episode"), why) if w))
         )
@@ -116,11 +119,11 @@ def _build_budget_block(told: ReportContext) -> ReportBlock:
         key="delay-curve", title="Delay against budget", command=EVALUATE_COMMAND, absent=NO_ALARM_METRICS
     )
     own = _select_rows(told, DEFAULT_HEADLINE.recipe)
-    points = [r for r in query.find_rows(own, "delay_s_at_budget") if r.bin is not None]
+    points = [r for r in select_rows(own, "delay_s_at_budget") if r.bin is not None]
     if not points:
         return base
-    false = {r.bin: r for r in query.find_rows(own, "false_alarms_per_vm_hour_at_budget")}
-    missed = {(r.bin, r.profile): r for r in query.find_rows(own, "miss_rate_at_budget")}
+    false = {r.bin: r for r in select_rows(own, "false_alarms_per_vm_hour_at_budget")}
+    missed = {(r.bin, r.profile): r for r in select_rows(own, "miss_rate_at_budget")}
     profiles: list[str | None] = list(dict.fromkeys(r.profile for r in points))
 
     def words(r: MetricRow) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from phasewatch.evaluation import query
 from phasewatch.evaluation.calibration import DECIDED_SHARE
-from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow
+from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow, select_rows
 from phasewatch.report import charts
 from phasewatch.report.errors import EVALUATE_COMMAND, NO_METRICS, ReportContext
 from phasewatch.report.layout import ReportBlock, ReportSection, ReportTable, build_metric_table, render_interval
@@ -26,15 +26,18 @@ def build_calibration_section(told: ReportContext) -> ReportSection:
 
 def _select_rows(
     told: ReportContext, *, recipe: str = DEFAULT_HEADLINE.recipe, filter_: str = NO_FILTER
-) -> list[MetricRow]:
-    where = (recipe, "pooled", DEFAULT_HEADLINE.channel_set, DEFAULT_HEADLINE.input, filter_, DEFAULT_HEADLINE.agent)
-    return [r for r in told.all_rows if (r.recipe, r.fold, r.channel_set, r.input, r.smoothing, r.agent) == where]
+) -> tuple[MetricRow, ...]:
+    home = DEFAULT_HEADLINE
+    return select_rows(
+        told.all_rows, recipe=recipe, fold="pooled", channel_set=home.channel_set, input=home.input,
+        smoothing=filter_, agent=home.agent,
+    )  # fmt: skip
 
 
 def _build_reliability_block(told: ReportContext) -> ReportBlock:
     rows = _select_rows(told)
     found = [
-        r for r in query.find_rows(rows, "reliability", model=told.model) if r.bin is not None and r.value is not None
+        r for r in select_rows(rows, "reliability", model=told.model) if r.bin is not None and r.value is not None
     ]
     base = ReportBlock(key="reliability", title="Reliability", absent=NO_METRICS, command=EVALUATE_COMMAND)
     if not found:

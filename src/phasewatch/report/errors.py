@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from phasewatch.artifacts import METRICS_FILE, PREDICTIONS_FILE
 from phasewatch.evaluation import query
 from phasewatch.evaluation.leaderboard import ELAPSED_TIME
-from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, ConfusionMatrix, MetricRow
+from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, ConfusionMatrix, MetricRow, select_rows
 from phasewatch.report import charts
 from phasewatch.report.data import EpisodeRibbon, HeadlineWindows, choose_episodes
 from phasewatch.report.layout import (
@@ -120,7 +120,7 @@ def _describe_host_spread(told: ReportContext) -> tuple[str, ...]:
 def _build_sample_block(told: ReportContext) -> ReportBlock:
     """List every sample's score: names are unique within a profile only."""
     found = [
-        r for r in query.find_rows(told.rows, "macro_f1", model=told.model, channel_set=DEFAULT_HEADLINE.channel_set, agent=DEFAULT_HEADLINE.agent)
+        r for r in select_rows(told.rows, "macro_f1", model=told.model, channel_set=DEFAULT_HEADLINE.channel_set, agent=DEFAULT_HEADLINE.agent)
         if r.sample_name is not None
     ]  # fmt: skip
     if not found:

@@ -6,7 +6,7 @@ from phasewatch.channels import CHANNELS, build_channel_mask, list_raw_fields, l
 from phasewatch.evaluation import query
 from phasewatch.evaluation.bootstrap import CONFIDENCE_LEVEL
 from phasewatch.evaluation.comparisons import needs_agent
-from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow
+from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow, NoteCode, select_rows
 from phasewatch.report import charts
 from phasewatch.report.data import BundleCounts
 from phasewatch.report.errors import EVALUATE_COMMAND, ReportContext
@@ -71,7 +71,7 @@ def _build_sensor_block(told: ReportContext) -> ReportBlock:
     if len(found) < 2:
         words = f"The 15 subsets of the four sources were {NOT_TRAINED}."
         return ReportBlock(key=base.key, title=base.title, absent=words, command=TRAIN_ALL_COMMAND)
-    gaps = {r.channel_set: r for r in query.find_rows(own, "macro_f1_sensor_gap", agent="on", model=IMPORTANCE_MODEL)}
+    gaps = {r.channel_set: r for r in select_rows(own, "macro_f1_sensor_gap", agent="on", model=IMPORTANCE_MODEL)}
     prior = query.find_overall_row(
         own, "macro_f1", channel_set=DEFAULT_HEADLINE.channel_set, model="majority", agent="on"
     )
@@ -142,11 +142,11 @@ def _build_channel_block(told: ReportContext) -> ReportBlock:
     base = ReportBlock(key="channels", title="Worth of a channel", command=EVALUATE_COMMAND)
     rows = [
         r
-        for r in query.find_rows(query.select_headline_rows(told.all_rows), "macro_f1_permuted_gap")
+        for r in select_rows(query.select_headline_rows(told.all_rows), "macro_f1_permuted_gap")
         if r.value is not None
     ]
     if not rows:
-        notes = [r.note for r in told.all_rows if r.metric == "note" and r.note and r.note.startswith("no importance")]
+        notes = [r.note for r in select_rows(told.all_rows, "note", code=NoteCode.NO_IMPORTANCE) if r.note]
         return ReportBlock(
             key=base.key, title=base.title, absent=(notes or ["No row for this."])[0], command=EVALUATE_COMMAND
         )

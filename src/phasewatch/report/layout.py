@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from phasewatch.artifacts import METRICS_FILE
 from phasewatch.evaluation.metric_table import MetricRow
 from phasewatch.report.charts import PlotlyFigure, ScoreMark
 
@@ -137,7 +138,7 @@ def build_metric_table(rows: Sequence[tuple[str, str, MetricRow | None]]) -> Rep
         return "–" if n is None else f"{n:,}"
 
     body = tuple(
-        (label, name, "–", "no row in metrics_v1.json", "–", "–", "–")
+        (label, name, "–", f"no row in {METRICS_FILE}", "–", "–", "–")
         if row is None
         else (
             label,

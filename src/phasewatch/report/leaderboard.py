@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from phasewatch.evaluation import query
-from phasewatch.evaluation.leaderboard import ELAPSED_TIME
-from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow
+from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow, NoteCode, select_rows
 from phasewatch.models.registry import BASELINE_MODELS
 from phasewatch.report import charts
 from phasewatch.report.errors import EVALUATE_COMMAND, NO_METRICS, ReportContext
@@ -43,7 +42,7 @@ def build_leaderboard_section(told: ReportContext) -> ReportSection:
 
 
 def _build_leaderboard_block(told: ReportContext) -> ReportBlock:
-    n_hosts = max((r.n_hosts for r in told.rows if query.strip_coverage(r) == "macro_f1"), default=0)
+    n_hosts = max((r.n_hosts for r in told.rows if r.metric == "macro_f1"), default=0)
     board = query.build_leaderboard(told.rows, n_hosts=n_hosts)
     absent = [key for key in BASELINE_MODELS if not any(c.model == key for c in board)]
     said = [
@@ -83,7 +82,7 @@ def _describe_elapsed_time(told: ReportContext) -> tuple[str, ...]:
     """Say in words which models are not above elapsed time by the interval of the paired gap, and which have none."""
     own = query.select_headline_rows(told.all_rows)
     names = list(
-        dict.fromkeys(r.model for r in own if r.metric == "note" and r.compared_to == ELAPSED_TIME and r.model)
+        dict.fromkeys(r.model for r in select_rows(own, "note", code=NoteCode.NOT_ABOVE_ELAPSED_TIME) if r.model)
     )
     gaps = {name: query.find_elapsed_time_gap(told.all_rows, name) for name in names}
     unsure = [name for name, gap in gaps.items() if gap is not None and gap.low is None]
@@ -98,8 +97,8 @@ def _describe_elapsed_time(told: ReportContext) -> tuple[str, ...]:
 
 def _build_single_host_block(told: ReportContext) -> ReportBlock:
     """Show the models that did not answer for every host, beside the others on the one host that most answered for."""
-    most = max((r.n_hosts for r in told.rows if query.strip_coverage(r) == "macro_f1"), default=0)
-    whole = {(r.model, r.channel_set) for r in told.rows if query.strip_coverage(r) == "macro_f1" and r.n_hosts >= most}
+    most = max((r.n_hosts for r in told.rows if r.metric == "macro_f1"), default=0)
+    whole = {(r.model, r.channel_set) for r in told.rows if r.metric == "macro_f1" and r.n_hosts >= most}
     at = (DEFAULT_HEADLINE.recipe, DEFAULT_HEADLINE.input, NO_FILTER)
     own = [
         r for r in told.all_rows if (r.recipe, r.input, r.smoothing) == at and r.compared_to is None and r.bin is None
@@ -135,7 +134,7 @@ def _build_single_host_block(told: ReportContext) -> ReportBlock:
 
 def _build_pairwise_block(told: ReportContext) -> ReportBlock:
     base = ReportBlock(key="significance", title="Who is really above whom", command=EVALUATE_COMMAND)
-    own = [r for r in query.find_rows(query.select_headline_rows(told.all_rows), "macro_f1_gap") if r.value is not None]
+    own = [r for r in select_rows(query.select_headline_rows(told.all_rows), "macro_f1_gap") if r.value is not None]
     if told.model is None or not own:
         return ReportBlock(
             key=base.key, title=base.title, command=EVALUATE_COMMAND,
@@ -194,7 +193,7 @@ def _orient_gap(row: MetricRow, model: str) -> tuple[str, float, float | None, f
 def _build_comparison_block(told: ReportContext, kind: str, title: str) -> ReportBlock:
     """Show the paired gaps of one model in two places, on the headline's recipe."""
     rows = [
-        r for r in query.find_rows(told.all_rows, f"macro_f1_{kind}_gap", recipe=DEFAULT_HEADLINE.recipe)
+        r for r in select_rows(told.all_rows, f"macro_f1_{kind}_gap", recipe=DEFAULT_HEADLINE.recipe)
         if r.value is not None and (r.channel_set == DEFAULT_HEADLINE.channel_set or kind == "threat") and (r.input == DEFAULT_HEADLINE.input or kind == "table")
     ]  # fmt: skip
     if not rows:
