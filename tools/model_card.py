@@ -11,11 +11,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from results import is_whole, span, standing, table
-
 from phasewatch.evaluation.evaluate import read_metrics
 from phasewatch.evaluation.metric_table import HeadlineKey, MetricRow, select_rows
 from phasewatch.inference.edge_bundle import EdgeBundle, read_edge_bundle
+from tools.results import is_whole, span, standing, table
 
 ROOT = Path(__file__).parents[1]
 EDGE = ROOT / "corpus" / "lab-v1.edge.zip"

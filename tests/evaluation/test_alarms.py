@@ -11,7 +11,7 @@ from phasewatch.evaluation.alarms import (
     compute_alarm_outcome,
     concatenate_episodes,
     find_onset,
-    mark_calm_times,
+    mark_quiet_times,
     sum_rates,
 )
 from phasewatch.types import Phase
@@ -54,7 +54,7 @@ def test_onset_is_the_first_infecting_else_the_first_active(labels: PhaseSpans, 
 def test_calm_is_sixty_seconds_of_clean_or_armed_and_the_time_before_the_first_label_is_as_it_says() -> None:
     at = np.array([11, 40, 61, 95, 109, 110, 111]) * S
 
-    assert mark_calm_times(spans((C, 40), (N, 10), (A, 100)), at).tolist() == [
+    assert mark_quiet_times(spans((C, 40), (N, 10), (A, 100)), at).tolist() == [
         True,
         False,
         False,
@@ -63,7 +63,7 @@ def test_calm_is_sixty_seconds_of_clean_or_armed_and_the_time_before_the_first_l
         True,
         True,
     ]
-    assert mark_calm_times(spans((D, 20), (C, 200)), at).tolist() == [False, False, False, True, True, True, True]
+    assert mark_quiet_times(spans((D, 20), (C, 200)), at).tolist() == [False, False, False, True, True, True, True]
 
 
 TWELVE = [

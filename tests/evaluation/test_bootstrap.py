@@ -111,9 +111,7 @@ def test_macro_f1_of_each_resample_equals_scikit_learn_on_the_same_resample() ->
         pytest.param(36, 6, None, id="plenty"),
     ],
 )
-def test_too_few_sessions_give_a_note_in_place_of_an_interval(
-    sessions: int, hosts: int, code: NoteCode | None
-) -> None:
+def test_too_few_sessions_give_a_note_in_place_of_an_interval(sessions: int, hosts: int, code: NoteCode | None) -> None:
     note = explain_missing_interval(sessions, hosts)
 
     assert (note.code if note is not None else None) == code

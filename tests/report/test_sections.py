@@ -10,7 +10,7 @@ import pytest
 from tests.report.test_claim import CLOCK, GBT, THREE, row
 
 from phasewatch.audit.checks import REPORT_ONLY_SUFFIX, AuditCheck, AuditReport, CheckOutcome
-from phasewatch.evaluation.metric_table import SELECTION_METRIC, MetricRow, MetricTable
+from phasewatch.evaluation.metric_table import SELECTION_METRIC, MetricRow, MetricTable, NoteCode
 from phasewatch.report.data import BundleCounts, ReportData
 from phasewatch.report.layout import ReportBlock, ReportPage
 from phasewatch.report.markdown import render_json, render_markdown
@@ -107,7 +107,14 @@ def test_baselines_that_were_not_trained_are_named() -> None:
 
 
 def test_who_is_not_above_the_clock_by_its_interval_is_named() -> None:
-    below = row("note", "gbt", None, compared_to="elapsed_time", note="gbt is not above elapsed time alone: gap +0.01")
+    below = row(
+        "note",
+        "gbt",
+        None,
+        compared_to="elapsed_time",
+        note="gbt is not above elapsed time alone: gap +0.01",
+        code=NoteCode.NOT_ABOVE_ELAPSED_TIME,
+    )
 
     assert (
         "Not above elapsed time by their intervals: gbt."
@@ -118,7 +125,12 @@ def test_who_is_not_above_the_clock_by_its_interval_is_named() -> None:
 def test_without_an_interval_nobody_is_called_below_the_clock() -> None:
     gap = row("macro_f1_gap", "gbt", 0.3, compared_to="elapsed_time", low=None, high=None, note="4 sessions")
     note = row(
-        "note", "gbt", None, compared_to="elapsed_time", note="gbt cannot be said to be above elapsed time alone"
+        "note",
+        "gbt",
+        None,
+        compared_to="elapsed_time",
+        note="gbt cannot be said to be above elapsed time alone",
+        code=NoteCode.NOT_ABOVE_ELAPSED_TIME,
     )
 
     said = block(page_of([GBT, CLOCK, gap, note]), "leaderboard").sentences
@@ -183,8 +195,7 @@ def test_a_budget_at_which_most_are_missed_breaks_the_line_off() -> None:
 def test_a_subset_of_sources_stands_beside_its_own_gap_to_all_four_whatever_else_was_trained() -> None:
     four = "proc+qmp+netflow+guest"
     found = [
-        row("macro_f1", "gbt", v, channel_set=t, agent="on", low=0.1, high=0.9)
-        for t, v in (("proc", 0.3), (four, 0.6))
+        row("macro_f1", "gbt", v, channel_set=t, agent="on", low=0.1, high=0.9) for t, v in (("proc", 0.3), (four, 0.6))
     ]
     gaps = [
         row(
@@ -198,7 +209,7 @@ def test_a_subset_of_sources_stands_beside_its_own_gap_to_all_four_whatever_else
             high=-0.2,
             **where,
         )
-        for value, where in ((-0.3, {}), (-0.1, {"recipe": "held_out_both"}), (0.2, {"table": "context"}))
+        for value, where in ((-0.3, {}), (-0.1, {"recipe": "held_out_both"}), (0.2, {"input": "context"}))
     ]
 
     table = block(page_of([*found, *gaps]), "sensors").table

@@ -11,15 +11,15 @@ from phasewatch import metrics
 from phasewatch.arrays import FloatArray
 from phasewatch.evaluation import bootstrap
 from phasewatch.evaluation.metric_table import MetricNote, MetricRow, NoteCode
-from phasewatch.evaluation.predictions import ModelPredictions, PredictionGroup, PredictionSet
+from phasewatch.evaluation.predictions import ModelPredictions, PredictionGroup
 from phasewatch.evaluation.scoring import (
     IntervalColumns,
     MetricKey,
     ModelOutput,
+    PredictionSet,
     ResampleSelection,
     ScoringSet,
     build_interval,
-    group_by_model,
     mean_over_seeds,
     resample_counts,
     select_resamples,
@@ -37,7 +37,7 @@ def build_calibration_rows(place: MetricKey, scope: ScoringSet) -> Iterator[Metr
     counts, kept = scope.counts(), select_resamples(scope)
     pairs = _mark_consecutive_windows(scope)
     yield _build_label_change_row(place, scope, kept, [scope.windows.y_true], pairs, None)
-    for model, answers in group_by_model(scope).items():
+    for model, answers in scope.predictions.group_by_model().items():
         yield _build_label_change_row(place, scope, kept, [a.y_pred for a in answers], pairs, model)
         by_cluster = [bootstrap.sum_by_cluster(scope.clusters, _build_reliability_columns(scope, a)) for a in answers]
         drawn = resample_counts(scope, kept, by_cluster)
@@ -116,7 +116,7 @@ def build_abstention_rows(
         thresholds: (model, seed) → ``(n,)`` for each window the least confidence that its fold's model decides at.
     """
     counts, kept = scope.counts(), select_resamples(scope)
-    for model, answers in group_by_model(scope).items():
+    for model, answers in scope.predictions.group_by_model().items():
         own = [a for a in answers if (a.model, a.seed) in thresholds]
         if not own:
             continue

@@ -13,16 +13,15 @@ from numpy.typing import NDArray
 from phasewatch.arrays import FloatArray
 from phasewatch.channels import CHANNELS, build_channel_mask, list_source_subsets
 from phasewatch.evaluation import bootstrap
-from phasewatch.evaluation.leaderboard import build_scoring_set
 from phasewatch.evaluation.metric_table import MetricRow, select_rows
-from phasewatch.evaluation.predictions import PredictionGroup, PredictionSet, pool_folds
+from phasewatch.evaluation.predictions import PredictionGroup
 from phasewatch.evaluation.scoring import (
     BootstrapScores,
     EvaluationSettings,
-    EvaluationWindows,
-    MetricKey,
     ModelOutput,
+    PredictionSet,
     build_interval,
+    build_scoring_set,
     compute_gap_p_value,
     count_profiles,
     mean_over_seeds,
@@ -120,51 +119,40 @@ def build_comparison_rows(boards: Sequence[PredictionGroup], rules: EvaluationSe
 def _build_pair_rows(
     kind: str, one: PredictionGroup, other: PredictionGroup, agent: str | None, rules: EvaluationSettings
 ) -> Iterator[MetricRow]:
-    pooled = [pool_folds(b, b.folds) for b in (one, other)]
-    if pooled[0] is None or pooled[1] is None:
+    sides = [pooled.select_agent(agent) for pooled in (one.pool(), other.pool()) if pooled is not None]
+    if len(sides) < 2 or sides[0] is None or sides[1] is None or (aligned := sides[0].align(sides[1])) is None:
         return
-    sides = [side.select_agent(agent) for side in pooled if side is not None]
-    if sides[0] is None or sides[1] is None or (aligned := _align_windows(sides[0], sides[1])) is None:
-        return
-    models = [m for m in dict.fromkeys(a.model for a in aligned[0]) if any(a.model == m for a in aligned[1])]
-    seeds = {m: set.intersection(*({a.seed for a in own if a.model == m} for own in aligned[:2])) for m in models}
-    answers = [
-        ModelOutput(model=f"{side} {a.model}", seed=a.seed, probabilities=a.probabilities, y_pred=a.y_pred)
-        for side, own in zip((_FIRST_SIDE, _SECOND_SIDE), aligned[:2], strict=True)
-        for a in own
-        if a.model in models and (a.seed in seeds[a.model] or not seeds[a.model])
-    ]
-    scope = build_scoring_set(aligned[2], answers, rules)
+    by_model = [side.group_by_model() for side in aligned]
+    models = [m for m in by_model[0] if m in by_model[1]]
+    seeds = {m: set.intersection(*({o.seed for o in side[m]} for side in by_model)) for m in models}
+    outputs = tuple(
+        ModelOutput(model=f"{name} {o.model}", seed=o.seed, probabilities=o.probabilities, y_pred=o.y_pred)
+        for name, side in zip((_FIRST_SIDE, _SECOND_SIDE), aligned, strict=True)
+        for o in side.outputs
+        if o.model in models and (o.seed in seeds[o.model] or not seeds[o.model])
+    )
+    scope = build_scoring_set(PredictionSet(windows=aligned[0].windows, outputs=outputs), rules)
     kept = select_resamples(scope)
     scored = score_models(scope, kept)
     counts = {**scope.counts(), **count_profiles(scope, rules)}
-    place = MetricKey(
-        recipe=one.recipe, fold="pooled", channel_set=one.threat, input=one.table, smoothing=one.filter, agent=agent
-    )
-    vs = next(b for a, b in zip(one.key, other.key, strict=True) if a != b)
+    key = one.build_metric_key(agent=agent)
+    compared_to = next(b for a, b in zip(one.key, other.key, strict=True) if a != b)
     for model in models:
         for metric in ("macro_f1", "macro_f1_3class"):
-            (mine, my_draws), (theirs, their_draws) = (
+            (first, first_draws), (second, second_draws) = (
                 _average_scores(scored[f"{side} {model}"], metric) for side in (_FIRST_SIDE, _SECOND_SIDE)
             )
-            draws = None if my_draws is None or their_draws is None else my_draws - their_draws
-            yield place.row(
-                metric=f"{metric}_{kind}_gap", model=model, compared_to=vs, seed="mean", value=mine - theirs,
-                p=compute_gap_p_value(draws, kept), **build_interval(draws, kept), **counts,
-            )  # fmt: skip
-
-
-def _align_windows(
-    one: PredictionSet, other: PredictionSet
-) -> tuple[list[ModelOutput], list[ModelOutput], EvaluationWindows] | None:
-    """Find the windows that both tested, in one order; None without any."""
-    place = {key: i for i, key in enumerate(other.windows.window_ids())}
-    common = [(i, place[key]) for i, key in enumerate(one.windows.window_ids()) if key in place]
-    if not common:
-        return None
-    mine, theirs = (np.array(rows, np.intp) for rows in zip(*common, strict=True))
-    here = one.select(mine)
-    return list(here.outputs), list(other.select(theirs).outputs), here.windows
+            draws = None if first_draws is None or second_draws is None else first_draws - second_draws
+            yield key.row(
+                metric=f"{metric}_{kind}_gap",
+                model=model,
+                compared_to=compared_to,
+                seed="mean",
+                value=first - second,
+                p=compute_gap_p_value(draws, kept),
+                **build_interval(draws, kept),
+                **counts,
+            )
 
 
 def _average_scores(seeds: Sequence[BootstrapScores], metric: str) -> tuple[float, FloatArray | None]:

@@ -19,15 +19,16 @@ from phasewatch.dataset.split_files import compute_sample_group
 from phasewatch.dataset.tensors import BINS_DIR
 from phasewatch.errors import PhasewatchError, RunError
 from phasewatch.evaluation import alarms, comparisons
-from phasewatch.evaluation.alarms import IMPACT_METRICS, EpisodeTimeline, build_alarm_rows
+from phasewatch.evaluation.alarms import EpisodeTimeline
 from phasewatch.evaluation.bootstrap import N_RESAMPLES
 from phasewatch.evaluation.calibration import (
     build_abstention_rows,
     build_calibration_rows,
     compute_confidence_thresholds,
 )
+from phasewatch.evaluation.detection import IMPACT_METRICS, build_alarm_rows
 from phasewatch.evaluation.importance import build_importance_rows
-from phasewatch.evaluation.leaderboard import build_leaderboard_rows, build_scoring_set
+from phasewatch.evaluation.leaderboard import build_leaderboard_rows
 from phasewatch.evaluation.metric_table import (
     SELECTION_METRIC,
     HeadlineKey,
@@ -40,8 +41,8 @@ from phasewatch.evaluation.metric_table import (
     render_metrics,
     select_headline,
 )
-from phasewatch.evaluation.predictions import ModelPredictions, PredictionGroup, parse_prediction_groups, pool_folds
-from phasewatch.evaluation.scoring import EvaluationSettings, MetricKey
+from phasewatch.evaluation.predictions import ModelPredictions, PredictionGroup, parse_prediction_groups
+from phasewatch.evaluation.scoring import EvaluationSettings, MetricKey, build_scoring_set
 from phasewatch.metrics import confusion_counts, macro_f1
 from phasewatch.models import checkpoint, registry
 from phasewatch.splits import Fold, parse_fold
@@ -208,8 +209,8 @@ def _score_group(board: PredictionGroup, val_b: PredictionGroup | None, rules: E
         for fold in board.folds:
             rows += _score_folds(board, [fold], MetricKey(**keys, fold=fold, agent=own), rules, parts=False)
     place = MetricKey(**keys, fold=POOLED_FOLD, agent=None)
-    if (joined := pool_folds(board, board.folds)) is not None and (chosen := joined.select_agent(own)) is not None:
-        scope = build_scoring_set(chosen.windows, chosen.outputs, rules)
+    if (joined := board.pool()) is not None and (chosen := joined.select_agent(own)) is not None:
+        scope = build_scoring_set(chosen, rules)
         rows += build_calibration_rows(place.with_agent(own), scope)
         if board.filter == NO_FILTER:
             rows += build_abstention_rows(
@@ -225,13 +226,13 @@ def _score_group(board: PredictionGroup, val_b: PredictionGroup | None, rules: E
 def _score_folds(
     board: PredictionGroup, folds: Sequence[str], place: MetricKey, rules: EvaluationSettings, *, parts: bool
 ) -> list[MetricRow]:
-    joined = pool_folds(board, folds) if folds else None
+    joined = board.pool(folds)
     chosen = joined.select_agent(place.agent) if joined is not None else None
     if chosen is None:
         return []
     parts = parts and board.filter == NO_FILTER
     details = place.fold == POOLED_FOLD and (parts or place.agent != AGENT_STATES[1])
-    return build_leaderboard_rows(place, chosen.windows, chosen.outputs, rules, parts=parts, details=details)
+    return build_leaderboard_rows(place, chosen, rules, parts=parts, details=details)
 
 
 def _score_alarms(

@@ -15,14 +15,15 @@ from phasewatch.channels import CHANNELS
 from phasewatch.dataset import FoldData, read_folds
 from phasewatch.errors import PhasewatchError, RunError
 from phasewatch.evaluation import bootstrap
-from phasewatch.evaluation.leaderboard import build_scoring_set
 from phasewatch.evaluation.metric_table import HeadlineKey, MetricNote, MetricRow, NoteCode
 from phasewatch.evaluation.scoring import (
     EvaluationSettings,
     EvaluationWindows,
     MetricKey,
     ModelOutput,
+    PredictionSet,
     build_interval,
+    build_scoring_set,
     compute_gap_p_value,
     count_profiles,
     mean_over_seeds,
@@ -97,9 +98,7 @@ def build_importance_rows(run: Path, place: HeadlineKey, rules: EvaluationSettin
     said = [one for one in said if len(one[0])]
     if not said:
         return
-    shown = EvaluationWindows(
-        **{name: np.concatenate([getattr(s, name) for s, _ in said]) for name in EvaluationWindows.__slots__}
-    )
+    shown = EvaluationWindows.concatenate([windows for windows, _ in said])
     channels = [
         name for name in dict.fromkeys(name for _, answers in said for name, _ in answers) if name != UNPERMUTED
     ]
@@ -121,14 +120,14 @@ def _compute_importance_row(
 ) -> MetricRow:
     """Compute what permuting one channel costs, over all folds' test windows."""
     keys = [(UNPERMUTED, 0), *((channel, r) for r in range(N_PERMUTATIONS))]
-    answers = [
+    outputs = tuple(
         ModelOutput(
             model=name, seed=seed, probabilities=np.zeros((0, len(PHASES))),
             y_pred=np.concatenate([own[name, seed] for own in said]),
         )
         for name, seed in keys
-    ]  # fmt: skip
-    scope = build_scoring_set(shown, answers, rules)
+    )  # fmt: skip
+    scope = build_scoring_set(PredictionSet(windows=shown, outputs=outputs), rules)
     kept = select_resamples(scope)
     scored = score_models(scope, kept)
     (whole,), permuted = scored[UNPERMUTED], scored[channel]

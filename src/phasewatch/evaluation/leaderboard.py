@@ -16,17 +16,17 @@ from phasewatch.evaluation.metric_table import MetricNote, MetricRow, NoteCode, 
 from phasewatch.evaluation.scoring import (
     BootstrapScores,
     EvaluationSettings,
-    EvaluationWindows,
     IntervalColumns,
     MetricKey,
     ModelOutput,
+    PredictionSet,
     ResampleSelection,
     ScoringSet,
     ValueColumns,
     build_interval,
+    build_scoring_set,
     compute_gap_p_value,
     count_profiles,
-    group_by_model,
     mean_over_seeds,
     resample_counts,
     score_models,
@@ -65,7 +65,7 @@ def build_detail_rows(place: MetricKey, scope: ScoringSet) -> Iterator[MetricRow
             note=_COUNT_NOTE,
             **counts,
         )
-    for model, answers in group_by_model(scope).items():
+    for model, answers in scope.predictions.group_by_model().items():
         mean = np.mean([metrics.confusion_counts(scope.windows.y_true, a.y_pred) for a in answers], axis=0)
         for truth, decided in np.ndindex(mean.shape):
             yield place.row(
@@ -206,24 +206,22 @@ MACRO_METRICS = ("macro_f1", "macro_f1_3class")
 
 def build_leaderboard_rows(
     place: MetricKey,
-    shown: EvaluationWindows,
-    answers: Sequence[ModelOutput],
+    predictions: PredictionSet,
     rules: EvaluationSettings,
     *,
     parts: bool,
     details: bool = True,
 ) -> list[MetricRow]:
-    """Give all rows of one board.
+    """Build all rows of one set of test windows.
 
     Args:
-        place: Which recipe, fold, threat model, table and agent the windows are of.
-        shown: The windows, at least one.
-        answers: One for each model and seed, over exactly these windows.
-        rules: What is registered, and how often to resample.
-        parts: Also by profile, host and sample, and how hosts differ.
-        details: Also support, confusion and calibration.
+        place: Recipe, fold, channel set, input, smoothing and agent of the windows.
+        predictions: At least one window.
+        rules: Registered profiles, and how intervals are drawn.
+        parts: Also build rows by profile, host and sample, and the spread between hosts.
+        details: Also build rows of support, confusion and calibration.
     """
-    whole = build_scoring_set(shown, answers, rules)
+    whole = build_scoring_set(predictions, rules)
     rows = list(_build_score_rows(place, whole, rules, {}))
     if details:
         rows += build_detail_rows(place, whole)
@@ -236,24 +234,12 @@ def build_leaderboard_rows(
     return rows
 
 
-def build_scoring_set(
-    shown: EvaluationWindows, answers: Sequence[ModelOutput], rules: EvaluationSettings
-) -> ScoringSet:
-    """Number the sessions of some windows and draw the weights that everything over them shares."""
-    clusters = bootstrap.build_clusters(shown.host_id.tolist(), shown.session.tolist())
-    classes = tuple(int(c) for c in np.unique(shown.y_true))
-    weights = bootstrap.draw_weights(
-        clusters, shown.y_true, classes=classes, resamples=rules.resamples, seed=rules.seed
-    )
-    return ScoringSet(windows=shown, outputs=answers, clusters=clusters, weights=weights, classes=classes)
-
-
 def _build_host_spread_rows(
     place: MetricKey, whole: ScoringSet, rules: EvaluationSettings, rows: Sequence[MetricRow]
 ) -> Iterator[MetricRow]:
     """Give the mean over hosts, the worst one and how far they are apart; an interval only from `MIN_HOSTS` hosts on."""
     counts = {**whole.counts(), **count_profiles(whole, rules)}
-    for model in group_by_model(whole):
+    for model in whole.predictions.group_by_model():
         own = [r for r in select_rows(rows, "macro_f1", model=model, profile=None, phase=None) if r.host_id]
         values = np.array([r.value for r in own])
         few = f"{len(own)} hosts, an interval between hosts needs {bootstrap.MIN_HOSTS}"

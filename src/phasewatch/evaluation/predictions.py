@@ -1,4 +1,4 @@
-"""A table of predictions becomes boards: who said what of which test windows, and in words what cannot be scored."""
+"""Predictions of a run, grouped by recipe, channel set, input and smoothing; folds pool into one `PredictionSet`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from numpy.typing import NDArray
 
 from phasewatch.artifacts import PREDICTIONS_FILE
 from phasewatch.errors import RunError
-from phasewatch.evaluation.scoring import EvaluationWindows, ModelOutput
+from phasewatch.evaluation.scoring import EvaluationWindows, MetricKey, ModelOutput, PredictionSet
 from phasewatch.models import registry
 from phasewatch.splits import Fold, SplitPart
 from phasewatch.training.predictions import PROBABILITY_COLUMNS
 from phasewatch.types import PHASES
 
-GROUP_COLUMNS = ("recipe", "threat", "table", "filter")
-EXPERIMENT_COLUMNS = ("model", "seed", "fold")
-EPISODE_COLUMNS = ("episode_id", "session", "host_id", "profile", "sample_name", "origin", "agent")
+__all__ = ["ModelPredictions", "PredictionGroup", "explain_rejection", "parse_prediction_groups"]
+
+_GROUP_COLUMNS = ("recipe", "threat", "table", "filter")
+_EXPERIMENT_COLUMNS = ("model", "seed", "fold")
+_EPISODE_COLUMNS = ("episode_id", "session", "host_id", "profile", "sample_name", "origin", "agent")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ModelPredictions:
-    """The rows of one model with one seed on one fold, in the order (host, episode, time)."""
+    """The predictions of one model and seed on one fold, in the order (host, episode, time)."""
 
     model: str
     seed: int
@@ -35,11 +37,11 @@ class ModelPredictions:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PredictionGroup:
-    """All that was said under one recipe, threat model, table and filter.
+    """All predictions of one recipe, channel set, input and smoothing.
 
     Attributes:
-        predictions: What can be scored.
-        refused: What cannot, in words: predictions of another split, probabilities that are no numbers.
+        predictions: Those that can be scored.
+        refused: Why the others cannot, one sentence each: of another split, or with broken probabilities.
     """
 
     recipe: str
@@ -51,92 +53,150 @@ class PredictionGroup:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What tells boards apart."""
+        """Recipe, channel set, input and smoothing; unique within a run."""
         return self.recipe, self.threat, self.table, self.filter
+
+    def build_metric_key(self, *, fold: str = "pooled", agent: str | None = None) -> MetricKey:
+        """Build the key of this group's metric rows."""
+        return MetricKey(
+            recipe=self.recipe,
+            fold=fold,
+            channel_set=self.threat,
+            input=self.table,
+            smoothing=self.filter,
+            agent=agent,
+        )
 
     @property
     def folds(self) -> list[str]:
-        """The folds that anybody answered for, sorted."""
+        """The folds with predictions of any model, sorted."""
         return sorted({s.fold for s in self.predictions})
+
+    def pool(self, folds: Sequence[str] | None = None) -> PredictionSet | None:
+        """Pool folds; models that did not predict all of them are left out.
+
+        Args:
+            folds: Names of folds, sorted; None pools all folds of the group.
+
+        Returns:
+            The windows of these folds in the order (host, episode, time), or None if no model predicted all of them.
+
+        Raises:
+            RunError: If two models were scored on other windows or other truths.
+        """
+        names = self.folds if folds is None else list(folds)
+        by_model: dict[tuple[str, int], list[ModelPredictions]] = {}
+        for s in self.predictions:
+            if s.fold in names:
+                by_model.setdefault((s.model, s.seed), []).append(s)
+        complete = [parts for parts in by_model.values() if names and [p.fold for p in parts] == names]
+        if not complete:
+            return None
+        windows = EvaluationWindows.concatenate([s.windows for s in complete[0]])
+        for parts in complete[1:]:
+            others = EvaluationWindows.concatenate([s.windows for s in parts])
+            if not windows.is_same_as(others):
+                raise RunError(
+                    f"{PREDICTIONS_FILE}: {parts[0].model} (seed {parts[0].seed}) and {complete[0][0].model} were scored "
+                    f"on different windows of {self.recipe}; train them again on the same features"
+                )
+        order = np.lexsort((windows.t_center_ns, windows.episode_id.astype(str), windows.host_id.astype(str)))
+        outputs = tuple(
+            ModelOutput(
+                model=parts[0].model,
+                seed=parts[0].seed,
+                probabilities=np.concatenate([s.output.probabilities for s in parts]),
+                y_pred=np.concatenate([s.output.y_pred for s in parts]),
+            )
+            for parts in complete
+        )
+        return PredictionSet(windows=windows, outputs=outputs).select(order)
 
 
 def parse_prediction_groups(
     table: Any, folds: Mapping[tuple[str, str], Fold], *, part: str = "test"
 ) -> Iterator[PredictionGroup]:
-    """Group a part's rows into boards, one after the other.
+    """Yield the groups of one part of the predictions.
 
     Args:
-        table: `predictions_v1.parquet`.
-        folds: (recipe, fold) → the cut, as far as the run has its file; test rows of other episodes are refused.
+        table: An Arrow table in the format of `predictions_v1.parquet`.
+        folds: (recipe, fold) → split, as far as the run has its file; test predictions of other episodes are refused.
         part: ``test``, ``val_b`` or ``soak``.
     """
     import pyarrow.compute as pc
 
     rows = _PredictionColumns.from_arrow(table.filter(pc.equal(table["part"], part)))
     order = {row.key: i for i, row in enumerate(registry.BUILTIN_MODELS)}
-    for keys, of_board in rows.groups(GROUP_COLUMNS, np.arange(len(rows))):
-        said, refused = [], []
-        cells = list(rows.groups(EXPERIMENT_COLUMNS, of_board))
-        for cell, at in sorted(cells, key=lambda c: (order.get(c[0]["model"], len(order)), *c[0].values())):
-            one = rows.read_predictions(cell, at)
-            fold = folds.get((keys["recipe"], cell["fold"])) if part == "test" else None
-            if words := explain_rejection(one, fold):
-                refused.append(f"{one.model} (seed {one.seed}, fold {one.fold}) is not scored: {words}")
+    for keys, group_rows in rows.groups(_GROUP_COLUMNS, np.arange(len(rows))):
+        accepted, refused = [], []
+        experiments = list(rows.groups(_EXPERIMENT_COLUMNS, group_rows))
+        for experiment, at in sorted(experiments, key=lambda e: (order.get(e[0]["model"], len(order)), *e[0].values())):
+            one = rows.read_predictions(experiment, at)
+            fold = folds.get((keys["recipe"], experiment["fold"])) if part == "test" else None
+            fault = explain_rejection(one, fold)
+            if fault is None:
+                accepted.append(one)
             else:
-                said.append(one)
-        yield PredictionGroup(**keys, predictions=tuple(said), refused=tuple(refused))
+                refused.append(f"{one.model} (seed {one.seed}, fold {one.fold}) is not scored: {fault}")
+        yield PredictionGroup(**keys, predictions=tuple(accepted), refused=tuple(refused))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _PredictionColumns:
-    """Columns of a table, its words as sorted values and codes: a full grid has millions of rows and few words."""
+    """Columns of a table of ``n`` rows, texts as sorted values and codes: millions of rows hold few distinct texts.
 
-    words: Mapping[str, NDArray[np.object_]]
+    Attributes:
+        texts: Column → its distinct texts, sorted.
+        codes: Column → ``(n,)`` index of each row's text.
+        numbers: Column → ``(n,)`` values.
+    """
+
+    texts: Mapping[str, NDArray[np.object_]]
     codes: Mapping[str, NDArray[np.int64]]
     numbers: Mapping[str, NDArray[Any]]
 
     @classmethod
     def from_arrow(cls, table: Any) -> _PredictionColumns:
-        words, codes = {}, {}
-        for name in dict.fromkeys((*GROUP_COLUMNS, *EXPERIMENT_COLUMNS, *EPISODE_COLUMNS)):
+        texts, codes = {}, {}
+        for name in dict.fromkeys((*_GROUP_COLUMNS, *_EXPERIMENT_COLUMNS, *_EPISODE_COLUMNS)):
             column = table[name].combine_chunks().dictionary_encode()
             values = np.array(column.dictionary.to_pylist(), dtype=object)
             rank = np.argsort(values) if len(values) else np.zeros(0, np.intp)
-            words[name] = values[rank]
+            texts[name] = values[rank]
             codes[name] = np.argsort(rank)[column.indices.to_numpy(zero_copy_only=False)].astype(np.int64)
         numbers = {n: table[n].to_numpy() for n in ("t_center_ns", "y_true", "y_pred", *PROBABILITY_COLUMNS)}
-        return cls(words=words, codes=codes, numbers=numbers)
+        return cls(texts=texts, codes=codes, numbers=numbers)
 
     def __len__(self) -> int:
         return len(self.numbers["y_true"])
 
     def groups(self, names: Sequence[str], at: NDArray[np.intp]) -> Iterator[tuple[dict[str, Any], NDArray[np.intp]]]:
-        """Give the distinct values of some columns, sorted, each with its rows."""
+        """Yield the distinct values of some columns, sorted, each with the indices of its rows among `at`."""
         if not len(at):
             return
         keys = np.column_stack([self.codes[name][at] for name in names])
-        distinct, of = np.unique(keys, axis=0, return_inverse=True)
-        order = np.argsort(of, kind="stable")
-        ends = np.cumsum(np.bincount(of.ravel(), minlength=len(distinct)))[:-1]
+        distinct, inverse = np.unique(keys, axis=0, return_inverse=True)
+        order = np.argsort(inverse, kind="stable")
+        ends = np.cumsum(np.bincount(inverse.ravel(), minlength=len(distinct)))[:-1]
         for row, own in zip(distinct, np.split(at[order.ravel()], ends), strict=True):
-            yield {name: self.words[name][code] for name, code in zip(names, row, strict=True)}, own
+            yield {name: self.texts[name][code] for name, code in zip(names, row, strict=True)}, own
 
-    def read_predictions(self, cell: Mapping[str, Any], at: NDArray[np.intp]) -> ModelPredictions:
-        """Read one cell's rows, in the order (host, episode, time)."""
+    def read_predictions(self, experiment: Mapping[str, Any], at: NDArray[np.intp]) -> ModelPredictions:
+        """Read the rows `at` of one experiment, in the order (host, episode, time)."""
         keys = (self.numbers["t_center_ns"], self.codes["episode_id"], self.codes["host_id"])
         at = at[np.lexsort([key[at] for key in keys])]
         return ModelPredictions(
-            model=cell["model"],
-            seed=int(cell["seed"]),
-            fold=cell["fold"],
+            model=experiment["model"],
+            seed=int(experiment["seed"]),
+            fold=experiment["fold"],
             windows=EvaluationWindows(
-                **{name: self.words[name][self.codes[name][at]] for name in EPISODE_COLUMNS},
+                **{name: self.texts[name][self.codes[name][at]] for name in _EPISODE_COLUMNS},
                 t_center_ns=self.numbers["t_center_ns"][at].astype(np.int64),
                 y_true=self.numbers["y_true"][at].astype(np.int64),
             ),
             output=ModelOutput(
-                model=cell["model"],
-                seed=int(cell["seed"]),
+                model=experiment["model"],
+                seed=int(experiment["seed"]),
                 probabilities=np.column_stack(
                     [self.numbers[name][at].astype(np.float64) for name in PROBABILITY_COLUMNS]
                 ),
@@ -145,92 +205,37 @@ class _PredictionColumns:
         )
 
 
-def explain_rejection(said: ModelPredictions, fold: Fold | None) -> str:
-    """Say why rows cannot be scored; nothing where they can."""
-    p = said.output.probabilities
+def explain_rejection(predictions: ModelPredictions, fold: Fold | None) -> str | None:
+    """Return why predictions cannot be scored, or None where they can.
+
+    Args:
+        predictions: Of one model, seed and fold.
+        fold: The split that they should belong to; None skips that check.
+    """
+    p = predictions.output.probabilities
     if broken := int((~np.isfinite(p).all(axis=1)).sum()):
-        return f"{broken} of {len(p)} windows have probabilities that are no numbers; train it again"
-    labels = np.column_stack([said.windows.y_true, said.output.y_pred])
+        return f"{broken} of {len(p)} windows have probabilities that are not finite; train it again"
+    labels = np.column_stack([predictions.windows.y_true, predictions.output.y_pred])
     if strange := int(((labels < 0) | (labels >= len(PHASES))).any(axis=1).sum()):
-        return f"{strange} of {len(p)} windows have a truth or a decision that is no phase; train it again"
-    if twice := int(_mark_duplicates(said.windows).sum()):
-        return f"{twice} of {len(p)} windows stand there more than once; train it again"
+        return f"{strange} of {len(p)} windows have a truth or a decision that is not a phase; train it again"
+    if twice := int(_mark_duplicates(predictions.windows).sum()):
+        return f"{twice} of {len(p)} windows occur more than once; train it again"
     if fold is None or fold.leaky:
-        return ""
-    tested, asked = set(fold.ids(SplitPart.TEST)), set(said.windows.episode_id)
-    if strangers := asked - tested:
-        return f"episode {min(strangers)} is not in this fold's test set: {PREDICTIONS_FILE} is of another split; train again"
-    if lacking := tested - asked:
-        return f"{len(lacking)} of {len(tested)} test episodes have no prediction; train again"
-    return ""
+        return None
+    tested, predicted = set(fold.ids(SplitPart.TEST)), set(predictions.windows.episode_id)
+    if foreign := predicted - tested:
+        return (
+            f"episode {min(foreign)} is not in this fold's test set: {PREDICTIONS_FILE} is of another split; "
+            "train again"
+        )
+    if missing := tested - predicted:
+        return f"{len(missing)} of {len(tested)} test episodes have no prediction; train again"
+    return None
 
 
-def _mark_duplicates(shown: EvaluationWindows) -> NDArray[np.bool_]:
-    """Mark the windows that are the one before them, in the order (host, episode, time)."""
-    same: NDArray[np.bool_] = np.diff(shown.t_center_ns) == 0
-    for ids in (shown.episode_id, shown.host_id):
+def _mark_duplicates(windows: EvaluationWindows) -> NDArray[np.bool_]:
+    """Mark the windows equal to their predecessor, ``(n - 1,)``; windows in the order (host, episode, time)."""
+    same: NDArray[np.bool_] = np.diff(windows.t_center_ns) == 0
+    for ids in (windows.episode_id, windows.host_id):
         same = same & (ids[1:] == ids[:-1]).astype(np.bool_)
     return same
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PredictionSet:
-    """Windows of some folds in one order, and those models' answers that cover all of them."""
-
-    windows: EvaluationWindows
-    outputs: tuple[ModelOutput, ...]
-
-    def select(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> PredictionSet:
-        """Give the marked windows, or those at these places."""
-        return PredictionSet(windows=self.windows.select(rows), outputs=tuple(a.select(rows) for a in self.outputs))
-
-    def select_agent(self, agent: str | None) -> PredictionSet | None:
-        """Give the windows of episodes with the agent `on` or `off` (None: both), or None without any."""
-        if agent is None:
-            return self
-        asked = self.windows.agent == agent
-        return self.select(asked) if asked.any() else None
-
-
-def pool_folds(board: PredictionGroup, folds: Sequence[str]) -> PredictionSet | None:
-    """Pool folds: models that answered for all of them stand together, the others are left out.
-
-    Raises:
-        RunError: If two models saw other windows or other truths.
-    """
-    by_model: dict[tuple[str, int], list[ModelPredictions]] = {}
-    for s in board.predictions:
-        if s.fold in folds:
-            by_model.setdefault((s.model, s.seed), []).append(s)
-    whole = [parts for parts in by_model.values() if [p.fold for p in parts] == list(folds)]
-    if not whole:
-        return None
-    shown = _concatenate_windows([s.windows for s in whole[0]])
-    for parts in whole[1:]:
-        theirs = _concatenate_windows([s.windows for s in parts])
-        same = all(
-            np.array_equal(getattr(theirs, name), getattr(shown, name))
-            for name in ("episode_id", "y_true", "t_center_ns")
-        )
-        if not same:
-            raise RunError(
-                f"{PREDICTIONS_FILE}: {parts[0].model} (seed {parts[0].seed}) and {whole[0][0].model} were scored on different "
-                f"windows of {board.recipe}; train them again on the same features"
-            )
-    order = np.lexsort((shown.t_center_ns, shown.episode_id.astype(str), shown.host_id.astype(str)))
-    answers = tuple(
-        ModelOutput(
-            model=parts[0].model,
-            seed=parts[0].seed,
-            probabilities=np.concatenate([s.output.probabilities for s in parts]),
-            y_pred=np.concatenate([s.output.y_pred for s in parts]),
-        )
-        for parts in whole
-    )
-    return PredictionSet(windows=shown, outputs=answers).select(order)
-
-
-def _concatenate_windows(parts: Sequence[EvaluationWindows]) -> EvaluationWindows:
-    return EvaluationWindows(
-        **{name: np.concatenate([getattr(p, name) for p in parts]) for name in EvaluationWindows.__slots__}
-    )

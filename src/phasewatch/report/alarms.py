@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from phasewatch.evaluation import query
-from phasewatch.evaluation.alarms import IMPACT_METRICS
+from phasewatch.evaluation.detection import IMPACT_METRICS
 from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow, NoteCode, select_rows
 from phasewatch.report import charts
 from phasewatch.report.errors import EVALUATE_COMMAND, ReportContext
