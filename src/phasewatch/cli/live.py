@@ -116,17 +116,33 @@ def commission(
     from phasewatch.live.discover import find_running_vm
 
     machine = find_running_vm(pid=pid, name=name, qmp=qmp)
-    with common.show_progress(quiet=as_json) as tell:
-        day = measure_vm_baseline(
-            machine, qmp=qmp, minutes=minutes, say=lambda line: typer.echo(common.escape_for_terminal(line), err=True),
-            tell=lambda done, total: tell("measure", done, total, f"{done} of {total} s"),
-        )  # fmt: skip
+    with common.show_progress(quiet=as_json) as tell, _log_to_stderr():
+        day = measure_vm_baseline(machine, qmp=qmp, minutes=minutes, progress=_ProgressAdapter(tell))
     atomic.make_folder(out.absolute().parent)
     atomic.write_atomic(out.absolute(), render_baseline(day))
     known = sum(m == m for m in day.median.tolist())
     words = f"{known} of {len(day.names)} channels over {day.bins / 120:.1f} minutes"
     result = {"host_id": day.host_id, "channels": known, "bins": day.bins, "file": str(out)}
     common.print_result(result, as_json=as_json, lines=[words, str(out)])
+
+
+class _ProgressAdapter:
+    """Passes progress on to the function that `common.show_progress` yields."""
+
+    def __init__(self, show: Callable[[str, int, int, str], None]) -> None:
+        self._show = show
+
+    def update(self, task: str, done: int, total: int, detail: str = "") -> None:
+        """Show the progress of a task."""
+        self._show(task, done, total, detail)
+
+
+@contextmanager
+def _log_to_stderr() -> Iterator[None]:
+    from phasewatch.live.outputs import redirect_log
+
+    with redirect_log(lambda line: typer.echo(common.escape_for_terminal(line), err=True)):
+        yield
 
 
 def watch(
@@ -174,6 +190,7 @@ def watch(
     from phasewatch.inference.model_selection import find_models
     from phasewatch.live.baseline import read_baseline_file
     from phasewatch.live.session import WatchRequest, run_watch
+    from phasewatch.live.watcher import WatchCallbacks
 
     machine = find_running_vm(pid=pid, name=name, qmp=qmp)
     candidates = find_models(model or common.find_bundled_model())
@@ -182,7 +199,7 @@ def watch(
         save=save, webhook=webhook, seconds=seconds,
     )  # fmt: skip
     with _open_outputs(is_only=not webhook) as (out, say):
-        report = run_watch(request, _build_event_printer(out, say, as_json=as_json), say)
+        report = run_watch(request, WatchCallbacks(on_event=_build_event_printer(out, say, as_json=as_json)))
         _print_report(report, out, say, as_json=as_json)
     if lost := report.watched.not_saved:
         raise MachineError(f"--save {save}: {lost} bundles were not written: {report.watched.save_failure}")
@@ -201,7 +218,7 @@ def _open_outputs(*, is_only: bool) -> Iterator[tuple[PrintLine, PrintLine]]:
     """
     import sys
 
-    from phasewatch.live.outputs import NonBlockingWriter
+    from phasewatch.live.outputs import NonBlockingWriter, redirect_log
 
     err = NonBlockingWriter(sys.stderr)
     out = NonBlockingWriter(sys.stdout)
@@ -221,7 +238,8 @@ def _open_outputs(*, is_only: bool) -> Iterator[tuple[PrintLine, PrintLine]]:
             say(f"standard output: {out.failure.strerror}: events are lost there; the watch goes on")
 
     try:
-        yield put, say
+        with redirect_log(say):
+            yield put, say
         unread = out.close()
         if out.failure is not None and not out.is_gone:
             raise out.failure
@@ -306,7 +324,7 @@ def _render_machines(running: Sequence[RunningVm]) -> list[str]:
 
 
 def _describe_monitor(machine: RunningVm) -> str:
-    from phasewatch.live.doors import MonitorEndpointKind, select_reported_endpoint
+    from phasewatch.live.monitor_endpoints import MonitorEndpointKind, select_reported_endpoint
 
     if machine.qmp:
         return " ".join(map(str, machine.qmp))
