@@ -122,7 +122,7 @@ def test_a_vm_is_found_by_pid_name_or_socket(proc: Path) -> None:
             id="no such name",
         ),
         pytest.param({"qmp": Path("/x")}, MachineError, "--qmp /x: no running machine has it", id="no such socket"),
-        pytest.param({}, UsageError, "say which machine: --pid N", id="nothing said"),
+        pytest.param({}, UsageError, "--pid N", id="no VM named"),
     ],
 )
 def test_a_vm_that_cannot_be_found_is_an_error(proc: Path, asked: dict[str, object], error, words: str) -> None:  # type: ignore[no-untyped-def]

@@ -56,7 +56,7 @@ class UnreadableNetwork(BusyNetwork):
     def unknown_fields(self) -> frozenset[str]:
         return FLOW_FIELDS if self.clock.now_ns > 20e9 else frozenset()
 
-    def take_notices(self) -> list[SourceNotice]:
+    def pop_notices(self) -> list[SourceNotice]:
         notices, self.notices = (self.notices, []) if self.unknown_fields else ([], self.notices)
         return notices
 

@@ -144,11 +144,11 @@ async def watch(name: str, host: Host, folder: Path) -> dict[str, Any]:
             "values": values,
             "tap": counted,
             "header": card.finder.length,
-            "notices": [str(notice.code) for notice in source.take_notices()],
+            "notices": [str(notice.code) for notice in source.pop_notices()],
         }
         await monitor.ask("netdev_del", id="t0")
         result["after"] = [await source.read() for _ in range(5)]
-        result["notices_after"] = [str(notice.code) for notice in source.take_notices()]
+        result["notices_after"] = [str(notice.code) for notice in source.pop_notices()]
         await source.close()
         result["left"] = [o["name"] for o in await monitor.ask("qom-list", path="/objects") if "filter" in o["type"]]
         return result

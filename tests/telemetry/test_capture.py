@@ -108,7 +108,7 @@ def play(
 
 
 def codes(source: CaptureSource) -> set[NetworkNoticeCode]:
-    return {notice.code for notice in source.take_notices()}
+    return {notice.code for notice in source.pop_notices()}
 
 
 def named(values: ReadingValues) -> dict[str, int | float | None]:

@@ -322,7 +322,7 @@ class VmWatcher:
         """Report the notices of the network source, and mask the channels that it cannot read at present."""
         if self._network is None:
             return
-        for notice in self._network.take_notices():
+        for notice in self._network.pop_notices():
             self.result.states.append(notice.code)
             logger.info("%s: %s: %s", self._survey.facts.name, notice.code, notice.text)
         unknown = list_source_channels(SourceKind.NETFLOW, self._network.unknown_fields)

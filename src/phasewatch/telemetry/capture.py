@@ -27,6 +27,7 @@ from phasewatch.telemetry.vnet_header import VnetHeaderFinder
 from phasewatch.types import SourceKind
 
 __all__ = [
+    "CARD_CHECK_READINGS",
     "MAX_CARDS",
     "CaptureSource",
     "NetworkNoticeCode",
@@ -38,7 +39,7 @@ __all__ = [
 MAX_CARDS = 8
 MAX_READ_BYTES = 4 << 20  # read at most at one tick, over all cards: half a second of 50,000 frames
 MAX_READ_CPU_NS = 150_000_000  # CPU time for parsing at one tick, so that costly frames do not delay other sources
-_CARD_CHECK_READINGS = 4  # readings between two lists of the cards: 2 s
+CARD_CHECK_READINGS = 4  # readings between two lists of the cards: 2 s
 _PCI_CHECK_READINGS = 20  # readings between two lists of the PCI buses: 10 s
 _NETFLOW_FIELDS = frozenset(NetflowReading._fields)
 
@@ -77,7 +78,7 @@ class NetworkSource(Protocol):
     def unknown_fields(self) -> frozenset[str]:
         """Raw fields that cannot be read at present."""
 
-    def take_notices(self) -> list[SourceNotice]:
+    def pop_notices(self) -> list[SourceNotice]:
         """Return and clear the changes since the last call."""
 
 
@@ -178,7 +179,7 @@ class CaptureSource:
                 lines.append(f"{name}: only the counters of {card.tap} are read: {card.reason}")
         return lines + [f"not captured: {card}" for card in self._describe_unwatched()]
 
-    def take_notices(self) -> list[SourceNotice]:
+    def pop_notices(self) -> list[SourceNotice]:
         """Return and clear the changes since the last call."""
         notices, self._notices = self._notices, []
         return notices
@@ -246,7 +247,7 @@ class CaptureSource:
                 if dump.unread_bytes() > MAX_UNREAD_BYTES // (2 * len(self._cards)):
                     card.lost.add(dump.ids[0])
         self._n_behind = self._n_behind + 1 if self._has_more else 0
-        if self._n_behind == _CARD_CHECK_READINGS:
+        if self._n_behind == CARD_CHECK_READINGS:
             self._add_notice(
                 NetworkNoticeCode.BEHIND,
                 "more frames pass than can be read: the network is unknown until they are read",
@@ -258,7 +259,7 @@ class CaptureSource:
 
         A file looks the same without frames and without a filter, so a tick without frames needs a query.
         """
-        is_due = self._readings % _CARD_CHECK_READINGS == 0 or any(card.lost for card in self._cards.values())
+        is_due = self._readings % CARD_CHECK_READINGS == 0 or any(card.lost for card in self._cards.values())
         is_full = any(self._is_full(dump) for _, dump in self._open_dumps())
         if not (is_due or is_quiet or is_full):
             return True
