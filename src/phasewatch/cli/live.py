@@ -116,33 +116,13 @@ def commission(
     from phasewatch.live.discover import find_running_vm
 
     machine = find_running_vm(pid=pid, name=name, qmp=qmp)
-    with common.show_progress(quiet=as_json) as tell, _log_to_stderr():
-        day = measure_vm_baseline(machine, qmp=qmp, minutes=minutes, progress=_ProgressAdapter(tell))
+    day = measure_vm_baseline(machine, qmp=qmp, minutes=minutes)
     atomic.make_folder(out.absolute().parent)
     atomic.write_atomic(out.absolute(), render_baseline(day))
     known = sum(m == m for m in day.median.tolist())
     words = f"{known} of {len(day.names)} channels over {day.bins / 120:.1f} minutes"
     result = {"host_id": day.host_id, "channels": known, "bins": day.bins, "file": str(out)}
     common.print_result(result, as_json=as_json, lines=[words, str(out)])
-
-
-class _ProgressAdapter:
-    """Passes progress on to the function that `common.show_progress` yields."""
-
-    def __init__(self, show: Callable[[str, int, int, str], None]) -> None:
-        self._show = show
-
-    def update(self, task: str, done: int, total: int, detail: str = "") -> None:
-        """Show the progress of a task."""
-        self._show(task, done, total, detail)
-
-
-@contextmanager
-def _log_to_stderr() -> Iterator[None]:
-    from phasewatch.live.outputs import redirect_log
-
-    with redirect_log(lambda line: typer.echo(common.escape_for_terminal(line), err=True)):
-        yield
 
 
 def watch(
@@ -218,7 +198,7 @@ def _open_outputs(*, is_only: bool) -> Iterator[tuple[PrintLine, PrintLine]]:
     """
     import sys
 
-    from phasewatch.live.outputs import NonBlockingWriter, redirect_log
+    from phasewatch.live.outputs import NonBlockingWriter
 
     err = NonBlockingWriter(sys.stderr)
     out = NonBlockingWriter(sys.stdout)
@@ -238,8 +218,7 @@ def _open_outputs(*, is_only: bool) -> Iterator[tuple[PrintLine, PrintLine]]:
             say(f"standard output: {out.failure.strerror}: events are lost there; the watch goes on")
 
     try:
-        with redirect_log(say):
-            yield put, say
+        yield put, say
         unread = out.close()
         if out.failure is not None and not out.is_gone:
             raise out.failure

@@ -423,7 +423,7 @@ def _explain_missing_jit(survey: VmSurvey, source: QmpSource) -> str:
     if survey.jit is JitUse.NEVER:
         return (
             "not read: QEMU stops while it counts, longer the longer the guest has run; name a channel set that "
-            "contains it with --channel-set to read it while that is fast"
+            "contains it with --channels to read it while that is fast"
         )
     return source.find_give_up_reason("jit_tb") or "the monitor gave no answer"
 

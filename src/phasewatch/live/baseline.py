@@ -78,7 +78,7 @@ def read_baseline_file(path: Path) -> HostBaseline:
         with path.open("rb") as file:
             data = file.read(_MAX_FILE_BYTES + 1)
     except OSError as exc:
-        raise DataError(f"{path}: cannot be read: {exc.strerror}; make it with `phasewatch commission`") from exc
+        raise DataError(f"{path}: cannot be read: {exc.strerror}; make it with `phasewatch baseline`") from exc
     if len(data) > _MAX_FILE_BYTES:
         raise DataError(f"{path}: more than {_MAX_FILE_BYTES:,} bytes, not a baseline file")
     return parse_baseline(data, file=str(path))

@@ -1,4 +1,4 @@
-"""Deliver a watch's outputs without blocking it: alarms to a webhook, lines to a stream, log messages to such lines."""
+"""Deliver a watch's outputs without blocking it: alarms to a webhook, lines to a stream."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import os
 import select
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
 from phasewatch.errors import UsageError
@@ -20,7 +19,7 @@ from phasewatch.http_client import make_http_client
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["NonBlockingWriter", "Webhook", "redirect_log"]
+__all__ = ["NonBlockingWriter", "Webhook"]
 
 logger = logging.getLogger(__name__)
 
@@ -218,38 +217,3 @@ class NonBlockingWriter:
         except BlockingIOError:  # another program made the descriptor non-blocking
             select.select([], [self._fd], [])
             return 0
-
-
-class _LineHandler(logging.Handler):
-    """Passes each log message to a function as one line of text."""
-
-    def __init__(self, write_line: Callable[[str], None]) -> None:
-        super().__init__(logging.INFO)
-        self._write_line = write_line
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._write_line(self.format(record))
-
-
-@contextmanager
-def redirect_log(write_line: Callable[[str], None]) -> Iterator[None]:
-    """Send the messages of the logger ``phasewatch`` to a function instead of its handlers, until the block ends.
-
-    The level of a handler that it replaces stays in force; the default is INFO.
-
-    Args:
-        write_line: Receives each message as one line; must not block.
-    """
-    log = logging.getLogger("phasewatch")
-    handlers, level = log.handlers[:], log.level
-    handler = _LineHandler(write_line)
-    if handlers:
-        handler.setLevel(min(each.level for each in handlers))
-    if level == logging.NOTSET:
-        log.setLevel(handler.level or logging.INFO)
-    log.handlers[:] = [handler]
-    try:
-        yield
-    finally:
-        log.handlers[:] = handlers
-        log.setLevel(level)

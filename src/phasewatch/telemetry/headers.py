@@ -12,6 +12,10 @@ from typing import NamedTuple
 
 __all__ = [
     "ETHERNET_HEADER_BYTES",
+    "ETHERTYPE_ARP",
+    "ETHERTYPE_IPV4",
+    "ETHERTYPE_IPV6",
+    "ETHERTYPE_RARP",
     "MAX_EXTENSION_HEADERS",
     "PROTOCOL_ICMP",
     "PROTOCOL_ICMPV6",
@@ -29,7 +33,7 @@ __all__ = [
     "parse_frame",
 ]
 
-_ETHERTYPE_IPV4, _ETHERTYPE_IPV6, _ETHERTYPE_ARP, _ETHERTYPE_RARP = 0x0800, 0x86DD, 0x0806, 0x8035
+ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_ARP, ETHERTYPE_RARP = 0x0800, 0x86DD, 0x0806, 0x8035
 PROTOCOL_TCP, PROTOCOL_UDP, PROTOCOL_ICMP, PROTOCOL_ICMPV6 = 6, 17, 1, 58
 TCP_FIN, TCP_SYN, TCP_RST, TCP_PSH, TCP_ACK = 1, 2, 4, 8, 16
 ETHERNET_HEADER_BYTES = 14
@@ -42,13 +46,13 @@ _MIN_HEADER_BYTES = {PROTOCOL_TCP: 20, PROTOCOL_UDP: 8}
 _TAG_TYPES = frozenset({0x8100, 0x88A8, 0x9100, 0x9200})
 _MPLS_TYPES = frozenset({0x8847, 0x8848})
 _PPPOE_SESSION = 0x8864
-_PPP_TYPES = {0x0021: _ETHERTYPE_IPV4, 0x0057: _ETHERTYPE_IPV6}
+_PPP_TYPES = {0x0021: ETHERTYPE_IPV4, 0x0057: ETHERTYPE_IPV6}
 _SNAP_HEADER = b"\xaa\xaa\x03\x00\x00\x00"
 _EXTENSION_PROTOCOLS = frozenset({0, 43, 60, 135, 139, 140})  # hop-by-hop, routing, destination, mobility, HIP, shim6
 _FRAGMENT, _AUTHENTICATION = 44, 51
 # Protocols of the link layer itself, which carry no IP flows.
 _LINK_TYPES = frozenset({
-    _ETHERTYPE_ARP, _ETHERTYPE_RARP, 0x0842, 0x22F0, 0x8808, 0x8809, 0x8863, 0x8899, 0x888E, 0x88CC, 0x88E1, 0x88F7,
+    ETHERTYPE_ARP, ETHERTYPE_RARP, 0x0842, 0x22F0, 0x8808, 0x8809, 0x8863, 0x8899, 0x888E, 0x88CC, 0x88E1, 0x88F7,
     0x88FB, 0x8902, 0x893A, 0x9000,
 })  # fmt: skip
 
@@ -91,14 +95,14 @@ def parse_frame(frame: bytes, start: int = 0, wire_bytes: int | None = None) -> 
     is_cut = wire_bytes is not None and wire_bytes > len(frame)
     at = start + ETHERNET_HEADER_BYTES
     ethertype = frame[at - 2] << 8 | frame[at - 1] if len(frame) >= at else -1
-    if ethertype not in (_ETHERTYPE_IPV4, _ETHERTYPE_IPV6):  # else IP follows at once, as in nearly every frame
+    if ethertype not in (ETHERTYPE_IPV4, ETHERTYPE_IPV6):  # else IP follows at once, as in nearly every frame
         found = find_network_header(frame, start)
         if found is None:
             return FrameKind.OPAQUE if is_cut else FrameKind.BROKEN
         ethertype, at = found
-    if ethertype == _ETHERTYPE_IPV4:
+    if ethertype == ETHERTYPE_IPV4:
         return _parse_ipv4(frame, at, is_cut)
-    if ethertype == _ETHERTYPE_IPV6:
+    if ethertype == ETHERTYPE_IPV6:
         return _parse_ipv6(frame, at, is_cut)
     if ethertype < 0x0600 or ethertype in _LINK_TYPES:
         return FrameKind.LINK
@@ -114,7 +118,7 @@ def find_network_header(frame: bytes, start: int = 0) -> tuple[int, int] | None:
     if len(frame) < at:
         return None
     ethertype = frame[at - 2] << 8 | frame[at - 1]
-    if ethertype in (_ETHERTYPE_IPV4, _ETHERTYPE_IPV6):
+    if ethertype in (ETHERTYPE_IPV4, ETHERTYPE_IPV6):
         return ethertype, at
     for _ in range(_MAX_LINK_TAGS):
         if ethertype not in _TAG_TYPES:
@@ -139,7 +143,7 @@ def _find_mpls_payload(frame: bytes, at: int, ethertype: int) -> tuple[int, int]
         is_last, at = frame[at + 2] & 1, at + 4
         if is_last:
             version = frame[at] >> 4
-            return (_ETHERTYPE_IPV4 if version == 4 else _ETHERTYPE_IPV6 if version == 6 else ethertype), at
+            return (ETHERTYPE_IPV4 if version == 4 else ETHERTYPE_IPV6 if version == 6 else ethertype), at
     return ethertype, at
 
 
@@ -216,15 +220,15 @@ def has_network_header(frame: bytes, start: int, wire_bytes: int) -> bool:
     """
     at = start + ETHERNET_HEADER_BYTES
     ethertype = frame[at - 2] << 8 | frame[at - 1] if len(frame) >= at else -1
-    if ethertype not in (_ETHERTYPE_IPV4, _ETHERTYPE_IPV6):
+    if ethertype not in (ETHERTYPE_IPV4, ETHERTYPE_IPV6):
         found = find_network_header(frame, start)
         if found is None:
             return False
         ethertype, at = found
     rest = wire_bytes - at
-    if ethertype == _ETHERTYPE_IPV4 and len(frame) >= at + 20:
+    if ethertype == ETHERTYPE_IPV4 and len(frame) >= at + 20:
         total, head = frame[at + 2] << 8 | frame[at + 3], (frame[at] & 15) * 4
         return frame[at] >> 4 == 4 and 20 <= head <= (total or rest) <= rest
-    if ethertype == _ETHERTYPE_IPV6 and len(frame) >= at + 40:
+    if ethertype == ETHERTYPE_IPV6 and len(frame) >= at + 40:
         return frame[at] >> 4 == 6 and 40 + (frame[at + 4] << 8 | frame[at + 5]) <= rest
-    return ethertype in (_ETHERTYPE_ARP, _ETHERTYPE_RARP) and frame[at : at + 6] == b"\x00\x01\x08\x00\x06\x04"
+    return ethertype in (ETHERTYPE_ARP, ETHERTYPE_RARP) and frame[at : at + 6] == b"\x00\x01\x08\x00\x06\x04"
