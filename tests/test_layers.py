@@ -34,10 +34,10 @@ IMPURE = {
     "dashboard.hub", "dashboard.server", "diagnostics", "events.demo", "events.perf", "events.publish",
     "http_client", "http_server.protocol", "inference.onnx_export", "lab.campaign", "lab.guest_driver",
     "lab.guest_image", "lab.host", "lab.network.sink", "lab.process", "lab.recorder", "lab.session", "lab.vm",
-    "live.attach", "live.cleanup", "live.doors", "live.outputs", "live.ownership", "live.reach", "live.recording",
+    "live.access", "live.attach", "live.cleanup", "live.monitor_endpoints", "live.outputs", "live.ownership", "live.recording",
     "live.session", "live.watcher", "parallel.pool", "pipeline.runner", "store.local", "store.s3", "telemetry.base",
     "telemetry.capture", "telemetry.guest_agent", "telemetry.pcap", "telemetry.proc", "telemetry.process",
-    "telemetry.qmp", "telemetry.questions", "telemetry.threads", "transfer.admission", "transfer.receiver",
+    "telemetry.qmp", "telemetry.monitor_queries", "telemetry.vcpu_threads", "transfer.admission", "transfer.receiver",
     "transfer.server", "transfer.shipper", "user_folders", "validate.sweep",
 }  # fmt: skip
 

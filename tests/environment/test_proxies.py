@@ -90,7 +90,7 @@ def post_event(url: str, folder: Path) -> None:
 
 def post_alarm(url: str, folder: Path) -> None:
     async def go() -> None:
-        webhook = Webhook(url, lambda words: None)
+        webhook = Webhook(url)
         webhook._queue.put_nowait(b"{}")
         webhook._open += 1
         webhook._task = asyncio.create_task(webhook._run())

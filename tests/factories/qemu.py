@@ -1,4 +1,4 @@
-"""A make-believe QEMU: a QMP server on a real socket that the real client talks to, and the /proc folder of its process."""
+"""A fake QEMU: a QMP server on a real socket for the real client, and the /proc folder of its process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from struct import pack
 from typing import Any
 
-from tests.lab.test_proc import PID, VCPU, MadeUpProc
+from tests.factories.proc import PID, VCPU, FakeProc
 
 BALLOON = "/machine/peripheral/balloon0"
 MAC = bytes.fromhex("525400770002")
@@ -23,15 +23,15 @@ class FakeQemu:
     """Serves QMP in a thread of its own until it is closed; one client at a time, as QEMU does.
 
     Attributes:
-        objects: Id → file of the filters that stand in it.
-        filters: Id → what each filters: backend and queue.
-        network: What `info network` shows, cards separated by a record separator (0x1e).
-        buses: What `query-pci` shows.
+        objects: Id → file of each filter.
+        filters: Id → backend and queue of each filter.
+        network: Text of `info network`, with cards separated by a record separator (0x1e).
+        buses: Answer of `query-pci`.
         interval: The balloon's polling interval.
         refused: Commands that are answered with an error.
-        mute: Answers nothing while set.
-        delays_s: Command → how long its answer takes; answers to others pass it by.
-        greets: Whether it greets at all.
+        mute: No command is answered while set.
+        delays_s: Command → delay of its answer; other answers are not delayed.
+        greets: Whether it sends the QMP greeting.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class FakeQemu:
         self.refused: set[str] = set()
         self.delays_s: dict[str, float] = {}
         self.mute = threading.Event()
-        self.asked: list[str] = []
+        self.commands: list[str] = []
         self._clients: list[asyncio.StreamWriter] = []
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
@@ -71,7 +71,7 @@ class FakeQemu:
         self._loop.call_soon_threadsafe(lambda: [client.write(line) for client in self._clients])
 
     def write_frames(self, frames: list[bytes]) -> None:
-        """Append frames to the dump of their direction, as the filter would: stamped wrongly, cut at 160 bytes."""
+        """Append frames to the dump of their direction, as `filter-dump` does: with wrong times, cut at 160 bytes."""
         for frame in frames:
             self.write_dump("rx" if frame[6:12] == MAC else "tx", frame)
 
@@ -83,10 +83,8 @@ class FakeQemu:
                     file.write(pack("<IIII", 12345, 0, len(frame[:160]), len(frame)) + frame[:160])
 
     def unplug(self, netdev: str) -> None:
-        """Remove a backend with its card and filters, as QEMU does: in silence."""
-        self.network = "".join(
-            card for card in self.network.split("\x1e") if f" \\ {netdev}: " not in card
-        )  # fmt: skip
+        """Remove a backend with its card and filters without an event, as QEMU does."""
+        self.network = "".join(card for card in self.network.split("\x1e") if f" \\ {netdev}: " not in card)
         for name in [name for name, (owner, _) in self.filters.items() if owner == netdev]:
             del self.objects[name], self.filters[name]
 
@@ -131,7 +129,7 @@ class FakeQemu:
 
     def _answer(self, asked: dict[str, Any]) -> dict[str, Any]:
         command, arguments = asked["execute"], asked.get("arguments", {})
-        self.asked.append(command)
+        self.commands.append(command)
         try:
             if command in self.refused:
                 raise KeyError(command)
@@ -195,9 +193,16 @@ class FakeQemu:
         raise KeyError(command)
 
 
-def make_process(root: Path, *, qmp: Path | None = None, taps: tuple[str, ...] = (), names: bool = False) -> MadeUpProc:
-    """Give a /proc with one QEMU process."""
-    proc = MadeUpProc(root)
+def make_process(root: Path, *, qmp: Path | None = None, taps: tuple[str, ...] = (), names: bool = False) -> FakeProc:
+    """Return a fake /proc with one QEMU process.
+
+    Args:
+        root: Folder of the fake /proc.
+        qmp: QMP socket on the command line.
+        taps: Tap devices that the process holds.
+        names: Whether the vCPU thread has QEMU's debug name.
+    """
+    proc = FakeProc(root)
     line = ["qemu-system-x86_64", "-name", "made-up", *(["-qmp", f"unix:{qmp},server=on"] if qmp else [])]
     proc.write("cmdline", "\0".join(line) + "\0")
     for number, tap in enumerate(taps):
@@ -207,4 +212,4 @@ def make_process(root: Path, *, qmp: Path | None = None, taps: tuple[str, ...] =
     return proc
 
 
-__all__ = ["MAC", "PID", "VCPU", "FakeQemu", "MadeUpProc", "make_process"]
+__all__ = ["MAC", "PID", "VCPU", "FakeProc", "FakeQemu", "make_process"]

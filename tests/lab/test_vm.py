@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import pytest
 from tests.factories.vms import shape_of
-from tests.lab.test_qmp import FakeMonitor
+from tests.factories.monitors import FakeMonitor
 from tests.requirements import need_program
 
 from phasewatch.errors import UsageError, VmError

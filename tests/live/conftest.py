@@ -1,4 +1,4 @@
-"""One trained run for the tests of this room, and no private folder of theirs left in memory."""
+"""Shared fixtures: one trained run, and no private folder that stays in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a foreign VM gives, what it cannot and why, and that it is as it was when we have gone: over a real socket."""
+"""Attach to a fake QEMU over a real socket: which channels it provides, why others are masked, and its restoration."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.factories.proc import WORKER
 from tests.factories.qemu import MAC, PID, VCPU, FakeQemu, make_process
-from tests.lab.test_proc import WORKER
 
 from phasewatch.channels import CHANNELS, build_channel_mask, list_raw_fields
 from phasewatch.errors import MachineError, UsageError, VmError
@@ -68,7 +68,7 @@ async def nothing(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None
     """Look at what was attached."""
 
 
-def test_a_machine_with_a_monitor_gives_every_host_channel_and_is_left_as_it_was(tmp_path: Path) -> None:
+def test_a_vm_with_a_monitor_provides_every_host_channel_and_is_left_unchanged(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
@@ -89,7 +89,7 @@ def test_a_machine_with_a_monitor_gives_every_host_channel_and_is_left_as_it_was
         assert qemu.interval == 7
 
 
-def test_qemu_is_not_asked_to_count_its_translations(tmp_path: Path) -> None:
+def test_translation_counters_are_not_read_by_default(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
@@ -99,14 +99,14 @@ def test_qemu_is_not_asked_to_count_its_translations(tmp_path: Path) -> None:
 
         run(tmp_path / "proc", look)
 
-        assert "x-query-jit" not in qemu.asked
+        assert "x-query-jit" not in qemu.commands
 
 
 @pytest.mark.parametrize(
     ("channels", "takes_s", "is_given"),
     [("realistic", 0.0, True), ("realistic", 0.02, False), ("portable", 0.0, False)],
 )
-def test_translations_are_counted_for_a_named_channel_set_while_that_is_fast(
+def test_translation_counters_are_read_for_a_named_channel_set_while_fast(
     tmp_path: Path, channels: str, takes_s: float, is_given: bool
 ) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
@@ -119,7 +119,7 @@ def test_translations_are_counted_for_a_named_channel_set_while_that_is_fast(
         assert masked == (set() if is_given else JIT)
 
 
-def test_a_refused_translation_count_is_masked(tmp_path: Path) -> None:
+def test_refused_translation_counters_are_masked(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
         qemu.refused.add("x-query-jit")
@@ -129,18 +129,26 @@ def test_a_refused_translation_count_is_masked(tmp_path: Path) -> None:
         assert {name for name in found.masked if not name.startswith("guest.")} == JIT
 
 
-def test_a_channel_set_that_nobody_knows_is_an_error() -> None:
+def test_an_unknown_channel_set_is_an_error() -> None:
     with pytest.raises(UsageError, match="realistc"):
         choose_jit_use("realistc")
 
 
 @pytest.mark.parametrize("slow", ["query-blockstats", "x-query-virtio-queue-status", "qom-get"])
-def test_a_question_that_is_slow_costs_its_own_fields_and_delays_no_other(tmp_path: Path, slow: str) -> None:
+def test_a_slow_query_costs_its_own_fields_and_delays_no_other(tmp_path: Path, slow: str) -> None:
     own = {
-        "query-blockstats": {"blk_rd_bytes", "blk_wr_bytes", "blk_rd_ops", "blk_wr_ops", "blk_flush_ops", "blk_wr_ns", "wr_highest_bytes"},
+        "query-blockstats": {
+            "blk_rd_bytes",
+            "blk_wr_bytes",
+            "blk_rd_ops",
+            "blk_wr_ops",
+            "blk_flush_ops",
+            "blk_wr_ns",
+            "wr_highest_bytes",
+        },
         "x-query-virtio-queue-status": {"vq_blk"},
         "qom-get": set(),
-    }[slow]  # fmt: skip
+    }[slow]
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
         rows: list[dict[str, Any]] = []
@@ -165,7 +173,7 @@ def test_a_question_that_is_slow_costs_its_own_fields_and_delays_no_other(tmp_pa
             assert {name for name in asked if row[name] is None} == asked & own
 
 
-def test_vcpus_are_asked_for_again_when_the_threads_change(tmp_path: Path) -> None:
+def test_vcpus_are_looked_up_again_when_threads_change(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock", tids=(VCPU, WORKER)) as qemu:
         made = make_process(tmp_path / "proc", qmp=qemu.path)
         fields = [s.field for s in list_raw_fields(SourceKind.PROC)]
@@ -182,10 +190,10 @@ def test_vcpus_are_asked_for_again_when_the_threads_change(tmp_path: Path) -> No
         run(tmp_path / "proc", look)
 
         assert [row["vcpu_run_ns"] for row in rows] == [1040, 1040, 1040]
-        assert qemu.asked.count("query-cpus-fast") >= 3
+        assert qemu.commands.count("query-cpus-fast") >= 3
 
 
-def test_a_filter_that_no_source_takes_out_is_taken_out_at_the_end(tmp_path: Path) -> None:
+def test_detach_removes_a_filter_that_no_source_removed(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
@@ -201,7 +209,7 @@ def test_a_filter_that_no_source_takes_out_is_taken_out_at_the_end(tmp_path: Pat
 
 
 @pytest.mark.parametrize("refused", ["object-del", "qom-set"])
-def test_a_machine_that_still_carries_something_of_ours_is_not_as_it_was(tmp_path: Path, refused: str) -> None:
+def test_detach_reports_changes_that_it_could_not_undo(tmp_path: Path, refused: str) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
@@ -218,14 +226,20 @@ def leave_behind(tmp_path: Path, qemu: FakeQemu, owner: str, *, interval_s: int)
     """What a watcher left that was killed with its guard: a filter, a folder with its dump, a polled balloon."""
     folder = tmp_path / f"{owner}-abcdefgh"
     folder.mkdir(mode=0o700)
-    record = WatchRecord(format=WATCH_RECORD_FORMAT, vm_pid=PID, vm_start_ticks=0, balloon="/machine/peripheral/balloon0", interval_s=interval_s)  # fmt: skip
+    record = WatchRecord(
+        format=WATCH_RECORD_FORMAT,
+        vm_pid=PID,
+        vm_start_ticks=0,
+        balloon="/machine/peripheral/balloon0",
+        interval_s=interval_s,
+    )
     write_watch_record(str(folder), record)
     qemu.objects[f"{owner}-b"], qemu.interval = folder / f"{owner}-b-1", 1
     (folder / f"{owner}-b-1").write_bytes(b"frames")
     return folder
 
 
-def test_what_a_dead_watcher_left_is_taken_out_and_its_interval_comes_back(tmp_path: Path) -> None:
+def test_leftovers_of_a_dead_watcher_are_removed_and_the_interval_is_restored(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
         folder = leave_behind(tmp_path, qemu, "phasewatch-4711-5-0", interval_s=7)
@@ -240,7 +254,7 @@ def test_what_a_dead_watcher_left_is_taken_out_and_its_interval_comes_back(tmp_p
         assert qemu.interval == 7
 
 
-def test_what_another_live_watcher_put_in_stays_and_so_does_its_interval(tmp_path: Path) -> None:
+def test_changes_of_another_running_watcher_are_kept(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
         folder = leave_behind(tmp_path, qemu, f"phasewatch-{PID}-0-0", interval_s=7)  # a process that runs
@@ -252,7 +266,7 @@ def test_what_another_live_watcher_put_in_stays_and_so_does_its_interval(tmp_pat
         assert folder.exists()
 
 
-def test_the_last_of_two_watchers_gives_the_interval_back_that_the_first_found(tmp_path: Path) -> None:
+def test_the_last_of_two_watchers_restores_the_original_interval(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
         folder = leave_behind(tmp_path, qemu, f"phasewatch-{PID}-0-0", interval_s=7)
@@ -266,7 +280,7 @@ def test_the_last_of_two_watchers_gives_the_interval_back_that_the_first_found(t
         assert qemu.interval == 7
 
 
-def test_threads_of_a_container_are_found_by_the_numbers_that_they_have_in_there(tmp_path: Path) -> None:
+def test_threads_of_a_container_are_found_by_their_ids_inside(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock", tids=(8,)) as qemu:
         proc = make_process(tmp_path / "proc", qmp=qemu.path)
         proc.write("status", f"Name:\tqemu\nNSpid:\t{PID}\t7\n")
@@ -280,7 +294,7 @@ def test_threads_of_a_container_are_found_by_the_numbers_that_they_have_in_there
         assert found.tids == (VCPU,)
 
 
-def test_looking_changes_nothing(tmp_path: Path) -> None:
+def test_a_survey_changes_nothing(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
@@ -292,11 +306,11 @@ def test_looking_changes_nothing(tmp_path: Path) -> None:
 
         asyncio.run(main())
 
-        assert not {"object-add", "object-del"} & set(qemu.asked)
+        assert not {"object-add", "object-del"} & set(qemu.commands)
         assert qemu.interval == 7
 
 
-def test_frames_are_told_apart_by_the_guests_address(tmp_path: Path) -> None:
+def test_frames_are_counted_by_direction(tmp_path: Path) -> None:
     out = b"\xff" * 6 + MAC + b"\x08\x06" + b"\0" * 200
     back = MAC + b"\xff" * 6 + b"\x08\x06" + b"\0" * 40
     with FakeQemu(tmp_path / "q.sock") as qemu:
@@ -316,12 +330,20 @@ def test_frames_are_told_apart_by_the_guests_address(tmp_path: Path) -> None:
     ("refused", "masked"),
     [
         pytest.param("x-query-virtio", {"qmp.vq_blk"}, id="no virtio disk"),
-        pytest.param("object-add", {c.full_name for c in CHANNELS if c.source is SourceKind.NETFLOW}, id="no filter and no tap"),
-        pytest.param("qom-list", {"qmp.bal_minor_faults", "qmp.bal_free_delta", "qmp.bal_cache_delta"}, id="no balloon"),
-        pytest.param("query-blockstats", {c.full_name for c in CHANNELS if c.full_name.startswith("qmp.blk_")}, id="no disk counters"),
+        pytest.param(
+            "object-add", {c.full_name for c in CHANNELS if c.source is SourceKind.NETFLOW}, id="no filter and no tap"
+        ),
+        pytest.param(
+            "qom-list", {"qmp.bal_minor_faults", "qmp.bal_free_delta", "qmp.bal_cache_delta"}, id="no balloon"
+        ),
+        pytest.param(
+            "query-blockstats",
+            {c.full_name for c in CHANNELS if c.full_name.startswith("qmp.blk_")},
+            id="no disk counters",
+        ),
     ],
-)  # fmt: skip
-def test_what_the_monitor_refuses_is_masked_with_the_reason(tmp_path: Path, refused: str, masked: set[str]) -> None:
+)
+def test_refused_queries_are_masked_with_a_reason(tmp_path: Path, refused: str, masked: set[str]) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
         qemu.refused.add(refused)
@@ -333,16 +355,16 @@ def test_what_the_monitor_refuses_is_masked_with_the_reason(tmp_path: Path, refu
         assert qemu.objects == {}
 
 
-def test_under_kvm_only_what_exists_there_is_promised(tmp_path: Path) -> None:
+def test_under_kvm_only_portable_channels_are_available(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
         qemu.accel = "kvm"
         asked: list[int] = []
 
         async def look(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
-            asked.append(qemu.asked.count("human-monitor-command"))
+            asked.append(qemu.commands.count("human-monitor-command"))
             await asyncio.sleep(0.5)
-            asked.append(qemu.asked.count("human-monitor-command"))
+            asked.append(qemu.commands.count("human-monitor-command"))
 
         found = run(tmp_path / "proc", look)
 
@@ -352,7 +374,7 @@ def test_under_kvm_only_what_exists_there_is_promised(tmp_path: Path) -> None:
         assert "runs on kvm" in found.masked["qmp.jit_tb"]
 
 
-def test_without_a_monitor_proc_and_a_taps_counters_are_left(tmp_path: Path) -> None:
+def test_without_a_monitor_proc_and_tap_counters_are_read(tmp_path: Path) -> None:
     proc = make_process(tmp_path / "proc", taps=("vnet0",), names=True)
     proc.write("cmdline", "qemu-system-x86_64\0-chardev\0socket,id=m,fd=3\0-mon\0chardev=m,mode=control\0")
     proc.write("net/dev", "vnet0: 500 5 0 0 0 0 0 0 900 7 0 0 0 0 0 0\n")
@@ -366,7 +388,7 @@ def test_without_a_monitor_proc_and_a_taps_counters_are_left(tmp_path: Path) -> 
     assert "belongs to who started it (libvirt)" in found.masked["qmp.blk_rd_bytes"]
 
 
-def test_without_names_of_threads_the_vcpus_are_masked_and_nothing_is_made_up(tmp_path: Path) -> None:
+def test_without_thread_names_the_vcpu_fields_are_masked(tmp_path: Path) -> None:
     make_process(tmp_path / "proc")
 
     async def look(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
@@ -388,7 +410,9 @@ def test_without_names_of_threads_the_vcpus_are_masked_and_nothing_is_made_up(tm
         pytest.param(lambda path: None, "did not answer", id="nothing"),
     ],
 )
-def test_a_named_socket_that_is_none_is_one_clear_line(tmp_path: Path, make: Callable[[Path], Any], words: str) -> None:
+def test_a_named_path_that_is_no_monitor_raises_vm_error(
+    tmp_path: Path, make: Callable[[Path], Any], words: str
+) -> None:
     make_process(tmp_path / "proc")
     make(tmp_path / "x.sock")
 
@@ -396,7 +420,7 @@ def test_a_named_socket_that_is_none_is_one_clear_line(tmp_path: Path, make: Cal
         run(tmp_path / "proc", nothing, qmp=tmp_path / "x.sock")
 
 
-def test_a_second_client_is_told_that_there_is_a_first(tmp_path: Path) -> None:
+def test_a_second_client_of_a_monitor_gets_an_error(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock", greets=False) as qemu:
         make_process(tmp_path / "proc")
 
@@ -404,7 +428,7 @@ def test_a_second_client_is_told_that_there_is_a_first(tmp_path: Path) -> None:
             run(tmp_path / "proc", nothing, qmp=qemu.path)
 
 
-def test_of_two_monitors_that_do_not_answer_the_first_ones_reason_is_kept(tmp_path: Path) -> None:
+def test_the_reason_of_the_first_failed_monitor_is_reported(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock", tids=(4711,)) as qemu:
         proc = make_process(tmp_path / "proc", names=True)
         proc.write("cmdline", f"qemu-system-x86_64\0-qmp\0unix:{qemu.path},server=on\0-qmp\0unix:/gone,server=on\0")
@@ -414,7 +438,7 @@ def test_of_two_monitors_that_do_not_answer_the_first_ones_reason_is_kept(tmp_pa
         assert "another machine" in found.masked["qmp.blk_rd_bytes"]
 
 
-def test_another_process_that_got_the_number_meanwhile_is_not_watched(tmp_path: Path) -> None:
+def test_a_later_process_with_the_same_pid_is_not_watched(tmp_path: Path) -> None:
     proc = make_process(tmp_path / "proc")
     machine = read_running_vm(PID, proc.root)
     assert machine is not None
@@ -424,16 +448,16 @@ def test_another_process_that_got_the_number_meanwhile_is_not_watched(tmp_path: 
         asyncio.run(survey_vm(machine, qmp=None, clock=HostClock(), proc=proc.root))
 
 
-def test_the_socket_of_another_machine_is_refused(tmp_path: Path) -> None:
+def test_the_socket_of_another_vm_is_refused(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock", tids=(4711,)) as qemu:
         make_process(tmp_path / "proc")
 
         with pytest.raises(VmError, match=f"answers for another machine than process {PID}"):
             run(tmp_path / "proc", nothing, qmp=qemu.path)
-        assert not {"object-add", "qom-set"} & set(qemu.asked)
+        assert not {"object-add", "qom-set"} & set(qemu.commands)
 
 
-def test_a_socket_that_serves_something_else_is_no_monitor(tmp_path: Path) -> None:
+def test_a_socket_of_another_service_is_refused(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc")
         qemu.refused.add("query-cpus-fast")
@@ -442,7 +466,7 @@ def test_a_socket_that_serves_something_else_is_no_monitor(tmp_path: Path) -> No
             run(tmp_path / "proc", nothing, qmp=qemu.path)
 
 
-def test_a_machine_that_may_not_be_read_says_who_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_permission_error_names_who_may_read_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     proc = make_process(tmp_path / "proc")
 
     read = Path.read_bytes

@@ -1,4 +1,4 @@
-"""The edge bundle beside the bundled corpus: it must fit this version, or `watch` does not work straight after a clone."""
+"""The edge bundle beside the bundled corpus: it must fit this version, or `watch` fails straight after a clone."""
 
 from __future__ import annotations
 

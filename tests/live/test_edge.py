@@ -74,20 +74,68 @@ def test_a_model_out_of_the_bundle_says_what_the_checkpoint_says(bundle: bytes, 
         pytest.param(lambda d: b"", RunError, "not a readable .zip", id="nothing"),
         pytest.param(lambda d: d[: len(d) // 2], RunError, "not a readable .zip", id="half of it"),
         pytest.param(lambda d: zipped([("a", b"")]), RunError, "not an edge bundle", id="another zip"),
-        pytest.param(lambda d: zipped([*members_of(d).items(), ("../x", b"")]), RunError, "a member has the name '../x'", id="a path"),
-        pytest.param(lambda d: zipped([*members_of(d).items(), ("more.onnx", b"")]), MismatchError, "not in both", id="a member too many"),
-        pytest.param(lambda d: zipped(list(members_of(d).items())[:-1]), MismatchError, "not in both", id="a member too few"),
-        pytest.param(lambda d: zipped([(n, v + b" " if n == "card.md" else v) for n, v in members_of(d).items()]), MismatchError, "card.md: found sha256", id="a changed card"),
-        pytest.param(lambda d: zipped([(n, v.replace(b'"gbt"', b'"cnn"') if n == "edge.json" else v) for n, v in members_of(d).items()]), MismatchError, "it was edited", id="an edited header"),
-        pytest.param(lambda d: remade(d, format="phasewatch-edge/2"), MismatchError, "this version reads 'phasewatch-edge/1'", id="another format"),
-        pytest.param(lambda d: remade(d, schema_hash="0" * 64), MismatchError, "feature schema 0000", id="another schema"),
-        pytest.param(lambda d: remade(d, behaviour_fingerprint="0" * 64), MismatchError, "behaviour fingerprint 0000", id="another arithmetic"),
-        pytest.param(lambda d: remade(d, classes=("good", "bad")), MismatchError, "classes good, bad", id="other classes"),
+        pytest.param(
+            lambda d: zipped([*members_of(d).items(), ("../x", b"")]),
+            RunError,
+            "a member has the name '../x'",
+            id="a path",
+        ),
+        pytest.param(
+            lambda d: zipped([*members_of(d).items(), ("more.onnx", b"")]),
+            MismatchError,
+            "not in both",
+            id="a member too many",
+        ),
+        pytest.param(
+            lambda d: zipped(list(members_of(d).items())[:-1]), MismatchError, "not in both", id="a member too few"
+        ),
+        pytest.param(
+            lambda d: zipped([(n, v + b" " if n == "card.md" else v) for n, v in members_of(d).items()]),
+            MismatchError,
+            "card.md: found sha256",
+            id="a changed card",
+        ),
+        pytest.param(
+            lambda d: zipped(
+                [(n, v.replace(b'"gbt"', b'"cnn"') if n == "edge.json" else v) for n, v in members_of(d).items()]
+            ),
+            MismatchError,
+            "it was edited",
+            id="an edited header",
+        ),
+        pytest.param(
+            lambda d: remade(d, format="phasewatch-edge/2"),
+            MismatchError,
+            "this version reads 'phasewatch-edge/1'",
+            id="another format",
+        ),
+        pytest.param(
+            lambda d: remade(d, schema_hash="0" * 64), MismatchError, "feature schema 0000", id="another schema"
+        ),
+        pytest.param(
+            lambda d: remade(d, behaviour_fingerprint="0" * 64),
+            MismatchError,
+            "behaviour fingerprint 0000",
+            id="another arithmetic",
+        ),
+        pytest.param(
+            lambda d: remade(d, classes=("good", "bad")), MismatchError, "classes good, bad", id="other classes"
+        ),
         pytest.param(lambda d: remade(d, models=()), RunError, "lists no model", id="no model"),
-        pytest.param(lambda d: zipped([("edge.json", b"{}" * 3_000_000)]), RunError, "larger than", id="a header that is too large"),
-        pytest.param(lambda d: zipped([("edge.json", b'{"format":"phasewatch-edge/1"}')]), RunError, "missing required field", id="half a header"),
+        pytest.param(
+            lambda d: zipped([("edge.json", b"{}" * 3_000_000)]),
+            RunError,
+            "larger than",
+            id="a header that is too large",
+        ),
+        pytest.param(
+            lambda d: zipped([("edge.json", b'{"format":"phasewatch-edge/1"}')]),
+            RunError,
+            "missing required field",
+            id="half a header",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_bundle_that_is_not_what_it_was_is_refused(bundle: bytes, spoil, error, words: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=words) as caught:
         parse_edge_bundle(spoil(bundle), file="x.zip")

@@ -1,4 +1,4 @@
-"""A real QEMU is watched that nobody prepared for it: one that stands still, and one under a workload that no profile has."""
+"""Watch a real QEMU that was not prepared for it: one that is paused, and one with an unknown workload."""
 
 from __future__ import annotations
 
@@ -84,11 +84,32 @@ def still(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     qemu = need_program("qemu-system-x86_64", "qemu-system-x86")
     door = tmp_path / "q.sock"
     argv = [
-        qemu, "-S", "-name", "still", "-nodefaults", "-display", "none", "-machine", "pc", "-accel", "tcg", "-m", "32",
-        "-qmp", f"unix:{door},server=on,wait=off", "-netdev", "user,id=n0,restrict=on",
-        "-device", "virtio-net-pci,netdev=n0,romfile=", "-device", "virtio-balloon-pci,id=balloon0",
-        "-blockdev", "driver=null-co,node-name=z0,size=1048576,read-zeroes=on", "-device", "virtio-blk-pci,drive=z0",
-    ]  # fmt: skip
+        qemu,
+        "-S",
+        "-name",
+        "still",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-machine",
+        "pc",
+        "-accel",
+        "tcg",
+        "-m",
+        "32",
+        "-qmp",
+        f"unix:{door},server=on,wait=off",
+        "-netdev",
+        "user,id=n0,restrict=on",
+        "-device",
+        "virtio-net-pci,netdev=n0,romfile=",
+        "-device",
+        "virtio-balloon-pci,id=balloon0",
+        "-blockdev",
+        "driver=null-co,node-name=z0,size=1048576,read-zeroes=on",
+        "-device",
+        "virtio-blk-pci,drive=z0",
+    ]
     child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert wait_for(door.exists)
     ask(door, "qom-set", path=BALLOON, property=BALLOON_POLLING_PROPERTY, value=3)
@@ -97,7 +118,7 @@ def still(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     child.wait()
 
 
-def test_a_machine_that_stands_still_is_watched_and_left_as_it_was(still: tuple[subprocess.Popen[bytes], Path]) -> None:
+def test_a_paused_vm_is_watched_and_left_unchanged(still: tuple[subprocess.Popen[bytes], Path]) -> None:
     child, door = still
     done = subprocess.run(
         command(child.pid, "--seconds", "13.5", "--json"), capture_output=True, text=True, timeout=300
@@ -114,7 +135,7 @@ def test_a_machine_that_stands_still_is_watched_and_left_as_it_was(still: tuple[
     assert child.poll() is None
 
 
-def test_a_watcher_killed_by_9_leaves_the_machine_as_it_was(still: tuple[subprocess.Popen[bytes], Path]) -> None:
+def test_a_watcher_killed_by_sigkill_leaves_the_real_vm_unchanged(still: tuple[subprocess.Popen[bytes], Path]) -> None:
     child, door = still
     watcher = subprocess.Popen(command(child.pid, "--json"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert watcher.stdout is not None
@@ -130,7 +151,7 @@ def test_a_watcher_killed_by_9_leaves_the_machine_as_it_was(still: tuple[subproc
     assert child.poll() is None
 
 
-def test_what_a_watcher_left_that_was_killed_with_its_guard_is_taken_out_by_the_next(
+def test_the_next_watch_removes_what_a_killed_watcher_and_cleanup_process_left(
     still: tuple[subprocess.Popen[bytes], Path],
 ) -> None:
     child, door = still
@@ -156,7 +177,7 @@ def children_of(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_a_machine_that_ends_ends_the_watch(still: tuple[subprocess.Popen[bytes], Path]) -> None:
+def test_the_watch_ends_with_the_vm(still: tuple[subprocess.Popen[bytes], Path]) -> None:
     child, _ = still
     watcher = subprocess.Popen(command(child.pid, "--json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert watcher.stdout is not None
@@ -169,7 +190,7 @@ def test_a_machine_that_ends_ends_the_watch(still: tuple[subprocess.Popen[bytes]
     assert json.loads(out.splitlines()[-1])["result"]["watched"]["why"] == "the VM is gone"
 
 
-def test_a_workload_that_no_profile_has_is_watched_through_its_phases(tmp_path: Path) -> None:
+def test_an_unknown_workload_is_watched_and_visible_from_outside(tmp_path: Path) -> None:
     need_qemu()
     image = build_guest_image(default_cache(), "x86_64", scripts={"odd/mix/active": ODD})
     assert image.kernel is not None
@@ -189,9 +210,14 @@ def test_a_workload_that_no_profile_has_is_watched_through_its_phases(tmp_path: 
     ]
     subprocess.run(overlay, check=True)
     argv = build_qemu_command(
-        shape_of(machine="pc"), accel="tcg", kernel=image.kernel, initrd=image.initrd, sockets=sockets,
-        mac="52:54:00:77:00:09", tsc_khz=None,
-    )  # fmt: skip
+        shape_of(machine="pc"),
+        accel="tcg",
+        kernel=image.kernel,
+        initrd=image.initrd,
+        sockets=sockets,
+        mac="52:54:00:77:00:09",
+        tsc_khz=None,
+    )
     argv[argv.index("-netdev") + 1] = "user,id=n0,restrict=on"  # no packet leaves the machine
     child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -1,4 +1,4 @@
-"""What gives nothing any more is noticed once, named, and noticed again when it is back."""
+"""Detect sources and channels without readings, once when they stop and once when they return."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def empty(source: SourceKind, at_ns: int) -> tuple[Any, ...]:
     return (at_ns, at_ns, 0, *(None for _ in list_raw_fields(source)))
 
 
-def test_a_source_that_gives_nothing_any_more_is_told_once_and_once_when_it_is_back() -> None:
+def test_a_silent_source_is_reported_once_and_once_when_it_returns() -> None:
     watch = SilenceDetector([SourceKind.PROC, SourceKind.QMP], (), 0)
     states = []
     for second in range(30):
@@ -34,7 +34,7 @@ def test_a_source_that_gives_nothing_any_more_is_told_once_and_once_when_it_is_b
     assert states == ["proc silent", "proc back"]
 
 
-def test_one_channel_of_a_source_that_falls_silent_is_named() -> None:
+def test_a_single_silent_channel_is_reported() -> None:
     watch = SilenceDetector([SourceKind.QMP], (), 0)
     watch.add_row(SourceKind.QMP, row(SourceKind.QMP, SECOND))
     for second in (2, 3, 4, 5):
@@ -45,7 +45,7 @@ def test_one_channel_of_a_source_that_falls_silent_is_named() -> None:
     assert (note.state, note.channels) == ("qmp partly silent", ("qmp.vq_blk",))
 
 
-def test_channels_that_the_vm_never_had_are_not_missed() -> None:
+def test_masked_channels_are_not_reported_as_silent() -> None:
     masked = [c.full_name for c in CHANNELS if c.source is SourceKind.QMP and c.full_name != "qmp.blk_rd_bytes"]
     watch = SilenceDetector([SourceKind.QMP], masked, 0)
     lone = {spec.field: None for spec in list_raw_fields(SourceKind.QMP) if spec.field != "blk_rd_bytes"}
@@ -54,7 +54,7 @@ def test_channels_that_the_vm_never_had_are_not_missed() -> None:
     assert watch.find_changes(21 * SECOND) == []
 
 
-def test_what_the_guest_reports_is_waited_for_longer_and_not_while_it_is_paused() -> None:
+def test_guest_fields_have_a_longer_timeout_that_stops_during_a_pause() -> None:
     masked = [c.full_name for c in CHANNELS if not c.full_name.startswith("qmp.bal_")]
     watch = SilenceDetector([SourceKind.QMP], masked, 0)
 

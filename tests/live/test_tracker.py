@@ -1,4 +1,4 @@
-"""From ticks to decisions: what is judged when, that live says what offline says, and what a clock may do."""
+"""From readings to decisions: when windows are decided, live equals offline, and clock steps."""
 
 from __future__ import annotations
 
@@ -55,10 +55,16 @@ def scorer(kind: InputKind = InputKind.TENSOR, *, rules: bool = True, **changes:
     )
     spec = InputSpec(kind=kind, names=names, mask="tap", schema_hash="5", behaviour_fingerprint="b")
     fields: dict[str, object] = {
-        "model": "fake", "threat": "tap", "seed": 0, "spec": spec, "predictor": Fake(spec),
+        "model": "fake",
+        "threat": "tap",
+        "seed": 0,
+        "spec": spec,
+        "estimator": Fake(spec),
         "filter": PhaseFilter(transitions=MOVES, prior=(0.2,) * 5, kappa=0.5) if rules else None,  # type: ignore[arg-type]
-        "alarm": AlarmRule(theta=0.5) if rules else None, "trained": TrainingOrigin(), "where": "test",
-    }  # fmt: skip
+        "alarm": AlarmRule(theta=0.5) if rules else None,
+        "trained": TrainingOrigin(),
+        "where": "test",
+    }
     return PhasePredictor(**{**fields, **changes})  # type: ignore[arg-type]
 
 
@@ -87,7 +93,7 @@ def decisions(steps: list[TrackerStep]) -> list[PhaseDecision]:
     return [step.decision for step in steps if step.decision is not None]
 
 
-def test_a_window_is_ten_seconds_one_every_five_and_is_judged_when_its_last_bin_is_closed() -> None:
+def test_a_window_of_ten_seconds_is_decided_every_five_when_its_last_bin_closes() -> None:
     steps = run(VmTracker(scorer()))
 
     assert [b.bin.number for b in steps] == list(range(200))
@@ -97,7 +103,7 @@ def test_a_window_is_ten_seconds_one_every_five_and_is_judged_when_its_last_bin_
     assert first.known == pytest.approx(1.0)
 
 
-def test_the_alarm_rings_while_the_card_is_loud_and_says_since_when() -> None:
+def test_the_alarm_lasts_while_the_network_is_busy_and_has_a_start_time() -> None:
     said = decisions(run(VmTracker(scorer())))
     rang = [d.number for d in said if d.alarm]
     raised = [d for d in said if d.raised]
@@ -112,7 +118,7 @@ def test_the_alarm_rings_while_the_card_is_loud_and_says_since_when() -> None:
     assert said[-1].since_ns is None
 
 
-def test_without_rules_there_is_no_alarm_and_the_belief_is_the_probability() -> None:
+def test_without_rules_there_is_no_alarm_and_no_smoothing() -> None:
     said = decisions(run(VmTracker(scorer(rules=False))))
 
     assert {d.alarm for d in said} == {None}
@@ -122,7 +128,7 @@ def test_without_rules_there_is_no_alarm_and_the_belief_is_the_probability() -> 
 @pytest.mark.parametrize("kind", [InputKind.TENSOR, InputKind.TABLE])
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.integers(1, 30), st.integers(0, 2**32 - 1), st.sampled_from([0, 300_000_000, LATENESS_NS - 1]))
-def test_live_decides_what_offline_decides(kind: InputKind, portions: int, seed: int, worst_ns: int) -> None:
+def test_live_decisions_equal_offline_decisions(kind: InputKind, portions: int, seed: int, worst_ns: int) -> None:
     model = scorer(kind)
     offline = model.predict_windows(bin_episode(WHOLE).bins)
 
@@ -146,7 +152,7 @@ def tick(tracker: VmTracker, at_s: float, wall_s: float | None = None) -> list[T
     return tracker.advance(wall_ns, mono_ns)
 
 
-def test_the_grid_begins_at_the_first_proc_reading_rounded_up_to_a_half_second() -> None:
+def test_bins_begin_at_the_first_proc_reading_rounded_up_to_half_a_second() -> None:
     tracker = VmTracker(None)
     tracker.add(SourceKind.QMP, (T0 + 1, 1, 0, *(None for _ in list_raw_fields(SourceKind.QMP))))
     assert tracker.next_close_ns is None
@@ -159,7 +165,7 @@ def test_the_grid_begins_at_the_first_proc_reading_rounded_up_to_a_half_second()
 
 
 @pytest.mark.parametrize("jump_s", [3600.0, -3600.0], ids=["forward", "back"])
-def test_a_clock_that_jumps_an_hour_begins_the_grid_anew_and_floods_nobody(jump_s: float) -> None:
+def test_a_clock_jump_of_an_hour_restarts_the_bins_without_a_flood(jump_s: float) -> None:
     tracker = VmTracker(scorer())
     steps: list[TrackerStep] = []
     for i in range(200):
@@ -173,7 +179,7 @@ def test_a_clock_that_jumps_an_hour_begins_the_grid_anew_and_floods_nobody(jump_
     assert decisions(steps)[-1].known == pytest.approx(1.0)
 
 
-def test_a_slept_machine_is_a_clock_that_jumped() -> None:
+def test_a_suspended_host_restarts_the_bins() -> None:
     tracker = VmTracker(scorer())
     for i in range(100):
         tick(tracker, 0.25 + i / 2, 0.25 + i / 2 + (28_800.0 if i >= 50 else 0.0))
@@ -181,7 +187,7 @@ def test_a_slept_machine_is_a_clock_that_jumped() -> None:
     assert tracker.restarts == 1
 
 
-def test_a_small_step_is_flagged_and_goes_on() -> None:
+def test_a_small_clock_step_is_flagged_without_a_restart() -> None:
     tracker = VmTracker(scorer())
     said: list[PhaseDecision] = []
     for i in range(120):
@@ -193,7 +199,7 @@ def test_a_small_step_is_flagged_and_goes_on() -> None:
     assert said[-1].flags == 0
 
 
-def test_a_late_reading_is_counted_and_flags_the_windows_to_come_that_hold_its_bin_or_what_follows_it() -> None:
+def test_a_late_reading_is_counted_and_flags_the_windows_it_affects() -> None:
     tracker = VmTracker(scorer())
     said: list[PhaseDecision] = []
     for i in range(80):
@@ -206,7 +212,7 @@ def test_a_late_reading_is_counted_and_flags_the_windows_to_come_that_hold_its_b
     assert [d.number for d in said if d.flags & FLAG_LATE] == [2, 3]
 
 
-def test_of_a_window_of_which_nothing_is_known_nothing_is_said() -> None:
+def test_a_window_without_known_readings_gets_no_decision() -> None:
     tracker = VmTracker(scorer())
     said: list[PhaseDecision] = []
     for i in range(200):
@@ -222,7 +228,7 @@ def test_of_a_window_of_which_nothing_is_known_nothing_is_said() -> None:
     assert set(range(18)) - {d.number for d in said} == set(range(7, 13))
 
 
-def test_what_training_never_saw_is_said() -> None:
+def test_conditions_unseen_in_training_are_a_caveat() -> None:
     seen = scorer(trained=TrainingOrigin(accels=("tcg",), archs=("x86_64",)))
 
     assert seen.caveat("tcg", "x86_64") == ""
@@ -237,7 +243,7 @@ def replace_origin(origin: str) -> TrainingOrigin:
     return TrainingOrigin(origins=(origin,))
 
 
-def test_the_window_is_never_changed_by_what_comes_after_it() -> None:
+def test_later_readings_never_change_a_decision() -> None:
     model = scorer()
     run(VmTracker(model))
     asked = model.estimator.asked  # type: ignore[attr-defined]
@@ -246,13 +252,17 @@ def test_the_window_is_never_changed_by_what_comes_after_it() -> None:
     assert np.array_equal(asked[0][0], bin_episode(whole).bins[:20, [c.full_name in FIVE for c in CHANNELS]].T)
 
 
-def test_a_model_that_looks_back_sees_the_same_past_live_as_offline() -> None:
+def test_a_model_with_context_sees_the_same_past_live_and_offline() -> None:
     own = tuple(n for n in feature_names() if n.rpartition(".")[0] in FIVE and n.endswith(".mean"))
     spec = InputSpec(
-        kind=InputKind.TABLE, names=build_context_names(own), mask="tap", schema_hash="5", behaviour_fingerprint="b",
+        kind=InputKind.TABLE,
+        names=build_context_names(own),
+        mask="tap",
+        schema_hash="5",
+        behaviour_fingerprint="b",
         table=InputVariant.CONTEXT,
-    )  # fmt: skip
-    live, offline = (scorer(spec=spec, predictor=Fake(spec)) for _ in range(2))
+    )
+    live, offline = (scorer(spec=spec, estimator=Fake(spec)) for _ in range(2))
     expected = offline.predict_windows(bin_episode(WHOLE).bins)
 
     said = decisions(run(VmTracker(live)))
@@ -267,15 +277,15 @@ def test_a_model_that_looks_back_sees_the_same_past_live_as_offline() -> None:
 
 
 @pytest.mark.parametrize("kind", [InputKind.TENSOR, InputKind.TABLE])
-def test_a_model_of_commissioned_numbers_is_given_them_live(kind: InputKind) -> None:
+def test_a_model_of_baseline_relative_features_gets_the_baseline_live(kind: InputKind) -> None:
     bins = bin_episode(WHOLE).bins
     places = [i for i, c in enumerate(CHANNELS) if c.full_name in FIVE]
     day = measure_baseline("h", FIVE, bins[:40, places])
     every = tuple(n for n in feature_names() if n.rpartition(".")[0] in FIVE)
     own = replace(scorer(kind).spec, names=FIVE if kind is InputKind.TENSOR else every)
-    plain = scorer(kind, spec=own, predictor=Fake(own))
+    plain = scorer(kind, spec=own, estimator=Fake(own))
     spec = replace(own, table=InputVariant.COMMISSIONED, floors=tuple((name, 0.5) for name in FIVE))
-    model = scorer(kind, spec=spec, predictor=Fake(spec), clean_day=day)
+    model = scorer(kind, spec=spec, estimator=Fake(spec), baseline=day)
     to = build_scaling(day, np.full(len(FIVE), 0.5))
 
     run(VmTracker(model))

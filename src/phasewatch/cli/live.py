@@ -114,11 +114,7 @@ def commission(
     from phasewatch.live.discover import find_running_vm
 
     machine = find_running_vm(pid=pid, name=name, qmp=qmp)
-    with common.show_progress(quiet=as_json) as tell:
-        day = measure_vm_baseline(
-            machine, qmp=qmp, minutes=minutes, say=lambda line: typer.echo(common.escape_for_terminal(line), err=True),
-            tell=lambda done, total: tell("measure", done, total, f"{done} of {total} s"),
-        )  # fmt: skip
+    day = measure_vm_baseline(machine, qmp=qmp, minutes=minutes)
     atomic.make_folder(out.absolute().parent)
     atomic.write_atomic(out.absolute(), render_baseline(day))
     known = sum(m == m for m in day.median.tolist())
@@ -172,6 +168,7 @@ def watch(
     from phasewatch.inference.model_selection import find_models
     from phasewatch.live.baseline import read_baseline_file
     from phasewatch.live.session import WatchRequest, run_watch
+    from phasewatch.live.watcher import WatchCallbacks
 
     machine = find_running_vm(pid=pid, name=name, qmp=qmp)
     candidates = find_models(model or common.find_bundled_model())
@@ -180,7 +177,7 @@ def watch(
         save=save, webhook=webhook, seconds=seconds,
     )  # fmt: skip
     with _open_outputs(is_only=not webhook) as (out, say):
-        report = run_watch(request, _build_event_printer(out, say, as_json=as_json), say)
+        report = run_watch(request, WatchCallbacks(on_event=_build_event_printer(out, say, as_json=as_json)))
         _print_report(report, out, say, as_json=as_json)
     if lost := report.watched.not_saved:
         raise MachineError(f"--save {save}: {lost} bundles were not written: {report.watched.save_failure}")
@@ -304,7 +301,7 @@ def _render_machines(running: Sequence[RunningVm]) -> list[str]:
 
 
 def _describe_monitor(machine: RunningVm) -> str:
-    from phasewatch.live.doors import MonitorEndpointKind, select_reported_endpoint
+    from phasewatch.live.monitor_endpoints import MonitorEndpointKind, select_reported_endpoint
 
     if machine.qmp:
         return " ".join(map(str, machine.qmp))

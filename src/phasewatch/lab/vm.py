@@ -226,7 +226,7 @@ class QemuVm:
         await self._connect_when_served(lambda: self._require_driver().open(sockets.ctl))
         self._monitor = QmpMonitor(sockets.qmp)
         await self._monitor.connect()
-        self._tids = await self._monitor.vcpu_tids()
+        self._tids = await self._monitor.query_vcpu_threads()
         for tid, core in zip(self._tids, start.cores, strict=False):
             os.sched_setaffinity(tid, {core})
         ready = await self._wait_ready(deadline_s)
@@ -236,7 +236,7 @@ class QemuVm:
             booted_mono_ns=now_ns,
             guest_kernel=ready.kernel,
             guest_image=start.image.digest[:12],
-            hypervisor=f"QEMU {await self._monitor.version()}",
+            hypervisor=f"QEMU {await self._monitor.query_version()}",
             accel=start.accel,
             processor=read_processor_name(start.tsc_khz),
             nic="virtio-net, dgram sink",

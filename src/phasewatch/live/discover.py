@@ -1,4 +1,4 @@
-"""Find the QEMU machines that run here, from /proc alone: who they are, and over which doors they can be watched."""
+"""Find the QEMU VMs that run on this host, from /proc alone: names, accelerators, QMP sockets and tap devices."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from phasewatch.errors import MachineError, UsageError
-from phasewatch.live.doors import MonitorEndpoint, MonitorEndpointKind, find_monitor_endpoints, is_same_file
+from phasewatch.live.monitor_endpoints import MonitorEndpoint, MonitorEndpointKind, find_monitor_endpoints, is_same_file
 from phasewatch.naming import make_host_id
-from phasewatch.telemetry.process import PROC_ROOT, list_pids, parse_qemu_options, read_start_ticks
+from phasewatch.telemetry.process import PROC_ROOT, list_pids, parse_qemu_options, read_link, read_start_ticks
+from phasewatch.telemetry.tap import find_taps_by_fd
+
+__all__ = ["RunningVm", "find_running_vm", "find_vcpu_threads", "list_running_vms", "read_running_vm"]
 
 _QEMU_PROGRAM_PATTERN = re.compile(r"(?:qemu-system-(?P<arch>[a-z0-9_]+)|qemu-kvm|^kvm)(?: \(deleted\))?$")
 _VCPU_THREAD_PATTERN = re.compile(r"^CPU \d+/(?P<accel>KVM|TCG)$|^(?P<all>ALL CPUs)/TCG$")
@@ -24,15 +27,16 @@ class RunningVm:
     """One QEMU process.
 
     Attributes:
-        name: The VM's, or ``qemu-<pid>`` where nobody gave it one.
-        arch: Of the guest.
-        accel: ``kvm``, ``tcg``, or empty where only the monitor could tell.
-        monitors: Its monitors in control mode, those included that nobody else can use.
-        taps: Host names of its tap devices.
-        start_ticks: When the process started, in clock ticks since boot: a later one may have its number.
-        uuid: The VM's, lower case; empty where nobody gave it one.
-        is_hidden: Whether this user may not see what the process has open, so that taps and sockets may be missing.
-        has_unique_name: Whether the name is its own: given by somebody, and no other machine that runs here has it.
+        pid: Process id.
+        name: The VM's name (``-name``), or ``qemu-<pid>`` if it has none.
+        arch: Architecture of the guest.
+        accel: ``kvm``, ``tcg``, or empty if only the monitor can tell.
+        monitors: Its QMP monitors, including those that no other program can use.
+        taps: Names of its tap devices on the host.
+        start_ticks: Start time of the process in clock ticks since boot, which tells it from a later one with its pid.
+        uuid: The VM's UUID (``-uuid``) in lower case; empty if it has none.
+        is_hidden: Whether this user may not list the process's open files, so that taps and sockets may be missing.
+        has_unique_name: Whether the VM has a name, and no other running VM has the same one.
     """
 
     pid: int
@@ -48,7 +52,7 @@ class RunningVm:
 
     @property
     def host_id(self) -> str:
-        """What it is called as a host: by its name if that is its own, else also by its UUID or its process."""
+        """Host id of the VM: from its name if that is unique, else also from its UUID or its process."""
         if self.has_unique_name:
             return make_host_id(self.name)
         return make_host_id(
@@ -57,23 +61,26 @@ class RunningVm:
 
     @property
     def qmp(self) -> tuple[Path, ...]:
-        """Paths of the QMP sockets that it listens on, as this process reaches them."""
-        return tuple(door.path for door in self.monitors if door.path is not None)
+        """Paths of the QMP sockets that QEMU listens on, as this process reaches them."""
+        return tuple(endpoint.path for endpoint in self.monitors if endpoint.path is not None)
 
     @property
     def has_foreign_qmp(self) -> bool:
-        """Whether there is a QMP socket that belongs to who started the machine."""
-        return any(door.kind is MonitorEndpointKind.HANDED_OVER for door in self.monitors)
+        """Whether a QMP socket belongs to the program that started the VM, such as libvirt."""
+        return any(endpoint.kind is MonitorEndpointKind.HANDED_OVER for endpoint in self.monitors)
 
 
 def list_running_vms(proc: Path = PROC_ROOT) -> tuple[RunningVm, ...]:
-    """Give every QEMU system emulator that can be seen, in the order of their pids."""
-    found = (read_running_vm(pid, proc) for pid in list_pids(proc))
-    return tuple(machine for machine in found if machine is not None)
+    """Return every QEMU system emulator that this user can see, in order of process id."""
+    machines = (read_running_vm(pid, proc) for pid in list_pids(proc))
+    return tuple(machine for machine in machines if machine is not None)
 
 
 def read_running_vm(pid: int, proc: Path = PROC_ROOT) -> RunningVm | None:
-    """Give one process if it is a QEMU system emulator; None if it is another, or gone."""
+    """Return the VM of a process; None if the process is not a QEMU system emulator, or is gone.
+
+    Source: ``/proc/PID/cmdline``, ``exe``, ``stat``, ``fd``, ``fdinfo`` and ``task/*/comm``.
+    """
     folder = proc / str(pid)
     try:
         with (folder / "cmdline").open("rb") as file:
@@ -85,7 +92,7 @@ def read_running_vm(pid: int, proc: Path = PROC_ROOT) -> RunningVm | None:
         return None
     match = _QEMU_PROGRAM_PATTERN.search(Path(words[0]).name)
     if match is None:
-        match = _QEMU_PROGRAM_PATTERN.search(Path(_read_link(folder / "exe")).name)
+        match = _QEMU_PROGRAM_PATTERN.search(Path(read_link(folder / "exe")).name)
     if match is None:
         return None
     arguments = parse_qemu_options(words[1:])
@@ -97,7 +104,7 @@ def read_running_vm(pid: int, proc: Path = PROC_ROOT) -> RunningVm | None:
         arch=match["arch"] or "x86_64",
         accel=_find_accel(arguments) or _find_thread_accel(folder),
         monitors=find_monitor_endpoints(arguments, folder),
-        taps=_list_taps(folder),
+        taps=tuple(sorted(set(find_taps_by_fd(pid, proc).values()))),
         start_ticks=start_ticks,
         uuid=_find_uuid(arguments),
         is_hidden=_is_fd_folder_hidden(folder),
@@ -105,11 +112,17 @@ def read_running_vm(pid: int, proc: Path = PROC_ROOT) -> RunningVm | None:
 
 
 def find_running_vm(*, pid: int | None, name: str | None, qmp: Path | None, proc: Path = PROC_ROOT) -> RunningVm:
-    """Find the machine that is meant.
+    """Find the running VM that the user means.
+
+    Args:
+        pid: Process id.
+        name: Name or UUID; may be combined with `qmp`, not with `pid`.
+        qmp: Path of a QMP socket.
+        proc: Path of /proc.
 
     Raises:
-        UsageError: If nothing says which, two things do, or more than one has the name.
-        MachineError: If there is no such machine.
+        UsageError: If no VM is named, `pid` and `name` are both given, or several VMs match.
+        MachineError: If no running VM matches.
     """
     if pid is not None and name is not None:
         raise UsageError("--name goes with no --pid: each names the machine; leave one of them out")
@@ -122,30 +135,30 @@ def find_running_vm(*, pid: int | None, name: str | None, qmp: Path | None, proc
         return _mark_shared_name(machine, list_running_vms(proc))
     running = list_running_vms(proc)
     if name is not None:
-        said = f"--name {name}"
-        fits = [machine for machine in running if machine.name == name]
-        fits = fits or [machine for machine in running if machine.uuid and machine.uuid == name.lower()]
-        why = "no running machine has it"
+        option = f"--name {name}"
+        matches = [machine for machine in running if machine.name == name]
+        matches = matches or [machine for machine in running if machine.uuid and machine.uuid == name.lower()]
+        reason = "no running machine has it"
     elif qmp is not None:
-        said = f"--qmp {qmp}"
-        fits = [machine for machine in running if _has_monitor(machine, qmp)]
-        why = f"no running machine has it: {_explain_unmatched_socket(qmp)}"
+        option = f"--qmp {qmp}"
+        matches = [machine for machine in running if _has_monitor(machine, qmp)]
+        reason = f"no running machine has it: {_explain_unmatched_socket(qmp)}"
     else:
-        raise UsageError("say which machine: --pid N, --qmp SOCKET or --name NAME; --list shows those that run here")
-    if len(fits) > 1 and name is not None and qmp is not None:
-        fits = [machine for machine in fits if _has_monitor(machine, qmp)] or fits
-    if not fits:
-        there = ", ".join(f"{m.name} ({m.pid})" for m in running) or "none that this user can see"
-        raise MachineError(f"{said}: {why}; running: {there}")
-    if len(fits) > 1:
+        raise UsageError("no VM is named: give --pid N, --qmp SOCKET or --name NAME; --list shows those that run here")
+    if len(matches) > 1 and name is not None and qmp is not None:
+        matches = [machine for machine in matches if _has_monitor(machine, qmp)] or matches
+    if not matches:
+        names = ", ".join(f"{m.name} ({m.pid})" for m in running) or "none that this user can see"
+        raise MachineError(f"{option}: {reason}; running: {names}")
+    if len(matches) > 1:
         raise UsageError(
-            f"{said}: {len(fits)} machines have it; choose by --pid: {', '.join(str(m.pid) for m in fits)}"
+            f"{option}: {len(matches)} machines have it; choose by --pid: {', '.join(str(m.pid) for m in matches)}"
         )
-    return _mark_shared_name(fits[0], running)
+    return _mark_shared_name(matches[0], running)
 
 
 def _mark_shared_name(machine: RunningVm, running: Sequence[RunningVm]) -> RunningVm:
-    """Return the machine, marked if another one that runs here has its name too."""
+    """Return the VM, marked if another running VM has the same name."""
     has_namesake = any(other.name == machine.name and other.pid != machine.pid for other in running)
     return replace(machine, has_unique_name=False) if has_namesake else machine
 
@@ -167,7 +180,7 @@ def _read_boot_id() -> str:
 
 
 def _has_monitor(machine: RunningVm, qmp: Path) -> bool:
-    return any(door == qmp.absolute() or is_same_file(door, qmp) for door in machine.qmp)
+    return any(path == qmp.absolute() or is_same_file(path, qmp) for path in machine.qmp)
 
 
 def _explain_unmatched_socket(qmp: Path) -> str:
@@ -176,7 +189,7 @@ def _explain_unmatched_socket(qmp: Path) -> str:
     except OSError as exc:
         return f"the path cannot be followed: {exc.strerror}"
     if not is_socket:
-        return "that file is no socket"
+        return "that file is not a socket"
     return "the socket is there, and no QEMU that this user can look into listens on it; name the machine too, by --pid"
 
 
@@ -193,12 +206,12 @@ def _explain_missing_process(pid: int, proc: Path) -> str:
 
 
 def find_vcpu_threads(pid: int, proc: Path = PROC_ROOT) -> tuple[int, ...]:
-    """Give the vCPU threads by their names, which QEMU gives them with ``debug-threads=on`` (libvirt does); else none."""
-    found = []
-    for tid, comm in _list_threads(proc / str(pid)):
-        if _VCPU_THREAD_PATTERN.match(comm):
-            found.append(tid)
-    return tuple(sorted(found))
+    """Return the vCPU threads by their names; empty unless QEMU runs with ``debug-threads=on``, as under libvirt.
+
+    Source: ``/proc/PID/task/TID/comm``, such as ``CPU 0/KVM``.
+    """
+    tids = (tid for tid, comm in _list_thread_names(proc / str(pid)) if _VCPU_THREAD_PATTERN.match(comm))
+    return tuple(sorted(tids))
 
 
 def _find_vm_name(arguments: Sequence[tuple[str, Mapping[str, str]]]) -> str:
@@ -226,7 +239,7 @@ def _find_accel(arguments: Sequence[tuple[str, Mapping[str, str]]]) -> str:
 
 
 def _find_thread_accel(folder: Path) -> str:
-    for _, comm in _list_threads(folder):
+    for _, comm in _list_thread_names(folder):
         match = _VCPU_THREAD_PATTERN.match(comm)
         if match:
             return "tcg" if match["all"] or match["accel"] == "TCG" else "kvm"
@@ -240,26 +253,8 @@ def _find_uuid(arguments: Sequence[tuple[str, Mapping[str, str]]]) -> str:
     return ""
 
 
-def _list_taps(folder: Path) -> tuple[str, ...]:
-    """Name the tap devices whose file the process holds, whoever opened it."""
-    names = set()
-    with suppress(OSError):
-        for entry in (folder / "fdinfo").iterdir():
-            with suppress(OSError):  # closed between the listing and the reading, as a busy machine does all the time
-                text = entry.read_text("utf-8", "replace")
-                names |= set(re.findall(r"^iff:\s*(\S{1,15})\s*$", text, re.MULTILINE))
-    return tuple(sorted(names))
-
-
-def _list_threads(folder: Path) -> Iterator[tuple[int, str]]:
+def _list_thread_names(folder: Path) -> Iterator[tuple[int, str]]:
     with suppress(OSError):
         for entry in (folder / "task").iterdir():
-            with suppress(OSError, ValueError):  # it ended between the listing and the reading
+            with suppress(OSError, ValueError):  # the thread ended after it was listed
                 yield int(entry.name), (entry / "comm").read_text("utf-8", "replace").rstrip("\n")
-
-
-def _read_link(link: Path) -> str:
-    try:
-        return str(link.readlink())
-    except OSError:
-        return ""

@@ -1,4 +1,4 @@
-"""Bins and decisions as the events that a dashboard, a pipe or a webhook takes (pure)."""
+"""Build the events of a watch from bins, decisions and costs (pure)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from phasewatch.inference.predictor import PhaseDecision, PhasePredictor
 from phasewatch.live.tracker import TrackerStep
 from phasewatch.types import BIN_NS
 
-LIVE_RUN_NAME = "live"
-COST_WINDOW_NS = 300_000_000_000  # what watching costs is said of the last five minutes
-WATCH_LATENCY_EDGES_MS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
+__all__ = ["CostMeter", "EventBuilder", "WatchCost", "has_alarm_changed"]
+
+_RUN_NAME = "live"
+_COST_WINDOW_NS = 300_000_000_000  # costs are measured over the last five minutes
+_MIN_KNOWN_SHARE = 0.9  # share of the model's readings below which a decision carries a caveat
+_LATENCY_EDGES_MS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
 
 
 @dataclass(slots=True)
 class EventBuilder:
-    """Numbers the events of one VM.
+    """Builds the events of one VM and numbers them.
 
     Attributes:
-        vm, host: Which machine, on which host.
-        masked: Channels that it cannot give.
-        caveat: What every decision must say.
+        vm, host: Names of the VM and of its host.
+        masked: Channels that the VM cannot provide at present.
+        caveat: Caveat of every decision; empty if there is none.
     """
 
     vm: str
@@ -35,58 +38,108 @@ class EventBuilder:
     _count: int = 0
 
     def build_telemetry(self, steps: Sequence[TrackerStep], *, now_ns: int, late: int, lost: int) -> EventEnvelope:
-        """Tell of some bins, one after the other."""
+        """Build the event of consecutive bins.
+
+        Args:
+            steps: The bins, at least one.
+            now_ns: Wall time.
+            late: Readings so far that arrived after their bin was closed.
+            lost: Readings so far that never arrived.
+        """
         first = steps[0].bin
         data = TelemetryEvent(
-            vm=self.vm, host=self.host, origin="live", t0_ns=first.end_ns - BIN_NS, bin_s=BIN_NS / 1e9, channels=CHANNEL_NAMES,
+            vm=self.vm,
+            host=self.host,
+            origin="live",
+            t0_ns=first.end_ns - BIN_NS,
+            bin_s=BIN_NS / 1e9,
+            channels=CHANNEL_NAMES,
             values=tuple(tuple(_finite_or_none(v) for v in step.bin.values.tolist()) for step in steps),
-            flags=tuple(step.bin_flags for step in steps), masked=self.masked, late_rows=late, lost_rows=lost,
+            flags=tuple(step.bin_flags for step in steps),
+            masked=self.masked,
+            late_rows=late,
+            lost_rows=lost,
             lateness_s=max(0.0, (now_ns - steps[-1].bin.end_ns) / 1e9),
-        )  # fmt: skip
+        )
         return self._build_event(data, now_ns)
 
     def build_phase(
-        self, decision: PhaseDecision, scorer: PhasePredictor, *, now_ns: int, words: Sequence[str] = ()
+        self, decision: PhaseDecision, predictor: PhasePredictor, *, now_ns: int, caveats: Sequence[str] = ()
     ) -> EventEnvelope:
-        """Report what was decided of a window, with what a reader must know of its readings."""
-        words = [*([self.caveat] if self.caveat else []), *words]
-        if decision.known < 0.9:
-            words.append(f"{decision.known:.0%} of the model's readings were there")
+        """Build the event of a decision.
+
+        Args:
+            decision: Of one window.
+            predictor: The model that made it.
+            now_ns: Wall time.
+            caveats: What limits the quality of this window's readings, in words.
+        """
+        caveats = [*([self.caveat] if self.caveat else []), *caveats]
+        if decision.known < _MIN_KNOWN_SHARE:
+            caveats.append(f"{decision.known:.0%} of the model's readings were there")
         if decision.flags:
-            words.append("late readings or a clock step in this window")
+            caveats.append("late readings or a clock step in this window")
         a, b, c, d, e = (min(1.0, max(0.0, p)) for p in decision.belief)
         data = PhaseEvent(
-            vm=self.vm, host=self.host, t_start_ns=decision.t_start_ns, t_end_ns=decision.t_end_ns, p=(a, b, c, d, e),
-            decision=str(decision.phase), alarm=decision.alarm, alarm_since_ns=decision.since_ns,
-            threshold=scorer.alarm.theta if scorer.alarm else None, model=scorer.model, threat=scorer.threat,
-            table=str(scorer.spec.table), filter="phase" if scorer.filter else "none",
-            latency_ms=max(0.0, (now_ns - decision.t_end_ns) / 1e6), caveat="; ".join(words) or None,
-        )  # fmt: skip
+            vm=self.vm,
+            host=self.host,
+            t_start_ns=decision.t_start_ns,
+            t_end_ns=decision.t_end_ns,
+            p=(a, b, c, d, e),
+            decision=str(decision.phase),
+            alarm=decision.alarm,
+            alarm_since_ns=decision.since_ns,
+            threshold=predictor.alarm.theta if predictor.alarm else None,
+            model=predictor.model,
+            threat=predictor.threat,
+            table=str(predictor.spec.table),
+            filter="phase" if predictor.filter else "none",
+            latency_ms=max(0.0, (now_ns - decision.t_end_ns) / 1e6),
+            caveat="; ".join(caveats) or None,
+        )
         return self._build_event(data, now_ns)
 
     def build_perf(self, cost: WatchCost, *, now_ns: int) -> EventEnvelope:
-        """Tell what the watching costs."""
+        """Build the event of the watcher's own cost."""
         latencies = sorted(cost.latencies_ms)
-        counts = [0] * (len(WATCH_LATENCY_EDGES_MS) + 1)
+        counts = [0] * (len(_LATENCY_EDGES_MS) + 1)
         for ms in latencies:
-            counts[sum(ms >= edge for edge in WATCH_LATENCY_EDGES_MS)] += 1
+            counts[sum(ms >= edge for edge in _LATENCY_EDGES_MS)] += 1
         data = PerfEvent(
-            process="watch", vm=self.vm, measured_s=cost.measured_s, windows=len(latencies),
+            process="watch",
+            vm=self.vm,
+            measured_s=cost.measured_s,
+            windows=len(latencies),
             windows_per_s=len(latencies) / cost.measured_s if cost.measured_s else 0.0,
-            latency_edges_ms=WATCH_LATENCY_EDGES_MS, latency_counts=tuple(counts), p50_ms=_compute_quantile(latencies, 0.5),
-            p99_ms=_compute_quantile(latencies, 0.99), rss_bytes=cost.rss_bytes, cpu_cores=cost.cpu_cores,
-            late_ticks=cost.late, backlog=cost.backlog, about="from a window's close, 1 s after its end, to its event",
-        )  # fmt: skip
+            latency_edges_ms=_LATENCY_EDGES_MS,
+            latency_counts=tuple(counts),
+            p50_ms=_compute_quantile(latencies, 0.5),
+            p99_ms=_compute_quantile(latencies, 0.99),
+            rss_bytes=cost.rss_bytes,
+            cpu_cores=cost.cpu_cores,
+            late_ticks=cost.late,
+            backlog=cost.backlog,
+            about="from a window's close, 1 s after its end, to its event",
+        )
         return self._build_event(data, now_ns)
 
     def _build_event(self, data: TelemetryEvent | PhaseEvent | PerfEvent, now_ns: int) -> EventEnvelope:
         self._count += 1
-        return EventEnvelope(id=f"{self.vm}/{self._count}"[-80:], t_wall_ns=now_ns, run=LIVE_RUN_NAME, data=data)
+        return EventEnvelope(id=f"{self.vm}/{self._count}"[-80:], t_wall_ns=now_ns, run=_RUN_NAME, data=data)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchCost:
-    """What a watcher measured on itself over `measured_s` seconds, with the latencies of all windows in that time."""
+    """Cost of a watcher over the last `measured_s` seconds.
+
+    Attributes:
+        measured_s: Length of the measured time.
+        latencies_ms: Latency of each decision in that time.
+        rss_bytes: Resident memory of the process.
+        cpu_cores: Mean number of cores used.
+        late: Readings so far that arrived after their bin was closed.
+        backlog: Events that wait to be sent.
+    """
 
     measured_s: float
     latencies_ms: tuple[float, ...]
@@ -97,43 +150,47 @@ class WatchCost:
 
 
 class CostMeter:
-    """Measures a watcher over its last minutes.
+    """Measures the cost of a watcher over its last minutes.
 
     Args:
-        mono_ns: When it begins.
+        mono_ns: Monotonic time of the start.
         cpu_s: CPU seconds of the process so far.
     """
 
     def __init__(self, mono_ns: int, cpu_s: float) -> None:
-        self._windows: deque[tuple[int, float]] = deque()
+        self._latencies: deque[tuple[int, float]] = deque()
         self._marks: deque[tuple[int, float]] = deque([(mono_ns, cpu_s)])
 
     def add_window(self, mono_ns: int, latency_ms: float) -> None:
-        """Count a judged window."""
-        self._windows.append((mono_ns, max(0.0, latency_ms)))
+        """Add the latency of one decision."""
+        self._latencies.append((mono_ns, max(0.0, latency_ms)))
 
     def read(self, mono_ns: int, cpu_s: float, *, rss_bytes: int, late: int, backlog: int) -> WatchCost:
-        """Return the cost of the last `COST_WINDOW_NS`, or since the beginning if that is shorter."""
-        while len(self._marks) > 1 and self._marks[1][0] <= mono_ns - COST_WINDOW_NS:
+        """Return the cost of the last five minutes, or since the start if that is shorter."""
+        while len(self._marks) > 1 and self._marks[1][0] <= mono_ns - _COST_WINDOW_NS:
             self._marks.popleft()
         since_ns, cpu_then_s = self._marks[0]
         self._marks.append((mono_ns, cpu_s))
-        while self._windows and self._windows[0][0] <= since_ns:
-            self._windows.popleft()
+        while self._latencies and self._latencies[0][0] <= since_ns:
+            self._latencies.popleft()
         measured_s = (mono_ns - since_ns) / 1e9
         return WatchCost(
-            measured_s=measured_s, latencies_ms=tuple(ms for _, ms in self._windows), rss_bytes=rss_bytes,
-            cpu_cores=max(0.0, (cpu_s - cpu_then_s) / measured_s) if measured_s else 0.0, late=late, backlog=backlog,
-        )  # fmt: skip
+            measured_s=measured_s,
+            latencies_ms=tuple(ms for _, ms in self._latencies),
+            rss_bytes=rss_bytes,
+            cpu_cores=max(0.0, (cpu_s - cpu_then_s) / measured_s) if measured_s else 0.0,
+            late=late,
+            backlog=backlog,
+        )
 
 
 def _compute_quantile(ordered: Sequence[float], q: float) -> float | None:
-    """Give the smallest value that a share q of the ordered values does not exceed; None of nothing."""
+    """Return the smallest value that a share `q` of the ordered values does not exceed; None without values."""
     return ordered[min(len(ordered) - 1, max(0, math.ceil(q * len(ordered)) - 1))] if ordered else None
 
 
 def has_alarm_changed(before: PhaseDecision | None, now: PhaseDecision) -> bool:
-    """Say whether an alarm was raised with a decision, or ended with it."""
+    """Return whether an alarm was raised, or ended, with a decision."""
     return now.raised or (before is not None and bool(before.alarm) and not now.alarm)
 
 

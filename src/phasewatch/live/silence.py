@@ -1,4 +1,4 @@
-"""Notice when a source, or some of its channels, gives nothing any more, and when it is back (pure)."""
+"""Detect when a telemetry source, or some of its channels, stops giving readings, and when they return (pure)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from phasewatch.channels import CHANNELS, list_raw_fields
 from phasewatch.telemetry.base import N_STAMPS, ReadingRow
 from phasewatch.types import ChannelTrust, SourceKind
 
-SILENCE_TIMEOUT_NS = (
-    3_000_000_000  # without any reading of a field; the bins of such a channel are unknown from 2.5 s on
-)
-GUEST_SILENCE_TIMEOUT_NS = 20_000_000_000  # of one that the guest reports when it likes
+__all__ = ["GUEST_SILENCE_TIMEOUT_NS", "SILENCE_TIMEOUT_NS", "SilenceDetector", "SilenceNote"]
+
+# Time without a reading of a field; the bins of its channels are unknown after 2.5 s.
+SILENCE_TIMEOUT_NS = 3_000_000_000
+GUEST_SILENCE_TIMEOUT_NS = 20_000_000_000  # for fields that the guest reports at times of its own choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SilenceNote:
-    """Channels of one source that give nothing any more, or give readings again.
+    """Channels of one source that stopped giving readings, or give them again.
 
     Attributes:
+        source: The source.
         channels: Full names.
         is_back: Whether they give readings again.
-        is_whole: Whether they are all that the source gives here.
+        is_whole: Whether they are all channels that the source provides for this VM.
         was_never: Whether none of them was ever read.
     """
 
@@ -34,12 +36,11 @@ class SilenceNote:
 
     @property
     def state(self) -> str:
-        """What stands among the states of a watch, such as ``proc silent``."""
+        """The state for `WatchResult.states`, such as ``proc silent``."""
         return f"{self.source} {'back' if self.is_back else 'silent' if self.is_whole else 'partly silent'}"
 
-    @property
-    def text(self) -> str:
-        """A line for people."""
+    def render(self) -> str:
+        """Return a message for people."""
         names = str(self.source) if self.is_whole else ", ".join(self.channels)
         if self.is_back:
             return f"{names}: readings again"
@@ -50,20 +51,20 @@ class SilenceDetector:
     """Follows when each raw field of each source was last read.
 
     Args:
-        sources: Those that are read.
-        masked: Channels that this VM cannot give.
-        mono_ns: When it begins.
+        sources: The sources that are read.
+        masked: Channels that this VM cannot provide.
+        mono_ns: Monotonic time of the start.
     """
 
     def __init__(self, sources: Collection[SourceKind], masked: Collection[str], mono_ns: int) -> None:
         kept = [c for c in CHANNELS if c.source in sources and c.full_name not in masked]
         self._channels = {c.full_name: c for c in kept}
-        self._places = {
+        self._columns = {
             (source, spec.field): at
             for source in sources
             for at, spec in enumerate(list_raw_fields(source), start=N_STAMPS)
         }
-        self._seen_ns = dict.fromkeys(self._places, mono_ns)
+        self._seen_ns = dict.fromkeys(self._columns, mono_ns)
         self._silent: set[str] = set()
         self._read: set[tuple[SourceKind, str]] = set()
 
@@ -72,12 +73,12 @@ class SilenceDetector:
         now_ns = int(row[1] or 0)
         for spec in list_raw_fields(source):
             key = source, spec.field
-            if key in self._places and row[self._places[key]] is not None:
+            if key in self._columns and row[self._columns[key]] is not None:
                 self._seen_ns[key] = now_ns
                 self._read.add(key)
 
     def pause(self, mono_ns: int) -> None:
-        """Expect nothing of the guest until now: it does not run."""
+        """Restart the timeout of the guest's fields, because the guest does not run."""
         for channel in self._channels.values():
             if channel.trust is ChannelTrust.GUEST:
                 for field in channel.fields:
@@ -107,6 +108,9 @@ class SilenceDetector:
     def _build_note(self, source: SourceKind, names: set[str], *, is_back: bool, is_whole: bool) -> SilenceNote:
         channels = [channel for name, channel in self._channels.items() if name in names]
         return SilenceNote(
-            source=source, channels=tuple(c.full_name for c in channels), is_back=is_back, is_whole=is_whole,
+            source=source,
+            channels=tuple(c.full_name for c in channels),
+            is_back=is_back,
+            is_whole=is_whole,
             was_never=not any((source, field) in self._read for c in channels for field in c.fields),
-        )  # fmt: skip
+        )

@@ -1,4 +1,4 @@
-"""Ticks to decisions: bins, windows, probabilities, phase filter, alarm. No clock, no file, no socket: all handed in."""
+"""Turn the readings of one VM into bins, windows, smoothed phases and alarms (pure)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from phasewatch.channels import CHANNELS
 from phasewatch.inference.predictor import PhaseDecision, PhasePostprocessor, PhasePredictor
 from phasewatch.types import BIN_NS, STALE_NS, STRIDE_BINS, WINDOW_BINS, SourceKind
 
+__all__ = ["TrackerStep", "VmTracker"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackerStep:
-    """One closed bin, and the decision if a window ended with it.
+    """One closed bin, with the decision if a window ended with it.
 
     Attributes:
-        bin_flags: Of the bin.
-        began: Whether the grid was begun anew with it.
+        bin: The bin.
+        bin_flags: Flags of the bin.
+        decision: The window's decision; None if no window ended, or nothing of it is known.
+        began: Whether a new sequence of bins began with it.
     """
 
     bin: ClosedBin
@@ -31,20 +35,24 @@ class TrackerStep:
 class VmTracker:
     """Follows one VM.
 
-    `add` takes readings as they come, `advance` closes what is due. The grid begins at the first proc reading, rounded
-    up to a whole half second. When the wall clock steps by more than 2.5 s, or the machine slept, bins can no longer
-    be laid on one grid: it is begun anew, and the filter goes on from its belief.
+    `add` accepts readings as they arrive, `advance` closes the bins that are due. The first bin begins at the first
+    proc reading, rounded up to a whole half second. When the wall clock steps by more than 2.5 s, or the host slept,
+    a new sequence of bins begins; the phase smoother keeps its state.
 
     Args:
-        scorer: The model; None only makes bins.
+        predictor: The model; None only makes bins.
+
+    Attributes:
+        grid: The present sequence of bins; None before the first proc reading.
+        restarts: How often a new sequence began because of the clock.
     """
 
-    def __init__(self, scorer: PhasePredictor | None) -> None:
-        self._scorer = scorer
-        self._judge = PhasePostprocessor(scorer) if scorer is not None else None
+    def __init__(self, predictor: PhasePredictor | None) -> None:
+        self._predictor = predictor
+        self._postprocessor = PhasePostprocessor(predictor) if predictor is not None else None
         self._early: list[tuple[SourceKind, ReadingRow]] = []
         self._bins = np.empty((0, len(CHANNELS)), np.float32)
-        self._kept = scorer.bins_needed if scorer is not None else WINDOW_BINS
+        self._n_kept = predictor.bins_needed if predictor is not None else WINDOW_BINS
         self._offset_ns: int | None = None
         self._late_before = 0
         self._began = False
@@ -53,16 +61,16 @@ class VmTracker:
 
     @property
     def late(self) -> int:
-        """Readings that came after their bin was closed, since the beginning."""
+        """Number of readings so far that arrived after their bin was closed."""
         return self._late_before + (self.grid.n_late if self.grid is not None else 0)
 
     @property
     def next_close_ns(self) -> int | None:
-        """Wall time at which `advance` has something to do again; None before the first proc reading."""
+        """Wall time (ns) at which the next bin is due; None before the first proc reading."""
         return self.grid.next_close_ns if self.grid is not None else None
 
     def add(self, source: SourceKind, row: ReadingRow) -> None:
-        """Take one reading."""
+        """Add one reading."""
         if self.grid is None:
             self._early.append((source, row))
             if source is SourceKind.PROC:
@@ -71,22 +79,22 @@ class VmTracker:
         self.grid.add(source, row)
 
     def begin_at(self, t0_ns: int) -> None:
-        """Lay the grid on a given beginning, as a recording's first label does."""
+        """Begin the first bin at a given wall time (ns), as a recording's first label does."""
         self._begin_grid(t0_ns)
 
     def advance(self, wall_ns: int, mono_ns: int) -> list[TrackerStep]:
-        """Close every bin that is due by the clock, and judge every window that ends with one."""
+        """Close every bin that is due, and decide on every window that ends with one."""
         offset_ns = wall_ns - mono_ns
         if self._offset_ns is not None and abs(offset_ns - self._offset_ns) > STALE_NS:
             self._restart_grid()
-        # A slow drift is followed; only a jump from one wake-up to the next is a step.
+        # A slow drift is followed; only a jump between two calls is a step.
         self._offset_ns = offset_ns
         if self.grid is None:
             return []
         return [self._build_step(bin_) for bin_ in self.grid.close_until(wall_ns)]
 
     def _aligned_bins(self) -> NDArray[np.float32]:
-        """Give the kept bins from the start of a window on, so that the newest window ends with the newest bin."""
+        """Return the kept bins, ``(n, 46)`` float32, from the start of a window to the end of the newest window."""
         return self._bins[(len(self._bins) - WINDOW_BINS) % STRIDE_BINS :]
 
     def _begin_grid(self, t0_ns: int) -> None:
@@ -106,17 +114,20 @@ class VmTracker:
     def _build_step(self, bin_: ClosedBin) -> TrackerStep:
         grid = self.grid
         if grid is None:
-            raise RuntimeError("a bin was closed by no grid")
-        self._bins = np.concatenate([self._bins, bin_.values[None]])[-self._kept :]
+            raise RuntimeError("a bin was closed while no sequence of bins exists")
+        self._bins = np.concatenate([self._bins, bin_.values[None]])[-self._n_kept :]
         decision = None
         first = bin_.number - (WINDOW_BINS - 1)
         flags = grid.combine_flags(first, WINDOW_BINS)
-        if self._scorer is not None and self._judge is not None and first >= 0 and first % STRIDE_BINS == 0:
-            known = float(self._scorer.compute_known_share(self._bins[-WINDOW_BINS:])[0])
-            if known > 0.0:  # of a window of which nothing is known nothing is said
-                decision = self._judge.postprocess(
-                    first // STRIDE_BINS, bin_.end_ns - WINDOW_BINS * BIN_NS,
-                    self._scorer.predict_windows(self._aligned_bins())[-1], known=known, flags=flags,
-                )  # fmt: skip
+        if self._predictor is not None and self._postprocessor is not None and first >= 0 and first % STRIDE_BINS == 0:
+            known = float(self._predictor.compute_known_share(self._bins[-WINDOW_BINS:])[0])
+            if known > 0.0:  # a window without any known reading gets no decision
+                decision = self._postprocessor.postprocess(
+                    first // STRIDE_BINS,
+                    bin_.end_ns - WINDOW_BINS * BIN_NS,
+                    self._predictor.predict_windows(self._aligned_bins())[-1],
+                    known=known,
+                    flags=flags,
+                )
         began, self._began = self._began, False
         return TrackerStep(bin=bin_, bin_flags=grid.combine_flags(bin_.number, 1), decision=decision, began=began)

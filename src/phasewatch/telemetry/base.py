@@ -1,4 +1,4 @@
-"""What every telemetry source is, and the clock and the 2 Hz loop that read them."""
+"""Define what a telemetry source is, the clock, and the 2 Hz loop that samples the sources of one VM."""
 
 from __future__ import annotations
 
@@ -12,95 +12,112 @@ from typing import Protocol, runtime_checkable
 from phasewatch.channels import list_raw_fields
 from phasewatch.types import BIN_NS, SourceKind
 
-ReadingValues = tuple[
-    int | float | None, ...
-]  # one reading: the source's raw fields in the order of RAW, None = no reading of it
-ReadingRow = tuple[int | float | None, ...]  # t_wall_ns, t_mono_ns, seq, then the values
-N_STAMPS = 3  # that many values stand before a row's readings
+__all__ = [
+    "N_STAMPS",
+    "AsyncClock",
+    "HostClock",
+    "NoteSource",
+    "ReadingRow",
+    "ReadingValues",
+    "RowLog",
+    "TelemetrySampler",
+    "TelemetrySource",
+    "build_missing_reading",
+    "close_guest_connection",
+]
 
-SAMPLE_PERIOD_NS = 500_000_000  # 2 Hz, the bins' own pace
-SAMPLE_OFFSET_NS = (
-    BIN_NS // 2
-)  # ticks fall in the middle between two whole half seconds of wall time (DESIGN section 4, "Live")
-LATE_SAMPLE_NS = 100_000_000  # a tick that starts later than this counts as late: a fifth of its period
+ReadingValues = tuple[int | float | None, ...]  # the source's raw fields in the order of `RAW`; None: not known
+ReadingRow = tuple[int | float | None, ...]  # t_wall_ns, t_mono_ns, seq, then the values of the reading
+N_STAMPS = 3  # columns of a row before its reading
+
+_SAMPLE_PERIOD_NS = 500_000_000  # 2 Hz, the rate of the bins
+_SAMPLE_OFFSET_NS = BIN_NS // 2  # ticks are in the middle between two whole half seconds of wall time
+_LATE_SAMPLE_NS = 100_000_000  # a tick that starts later counts as late: a fifth of its period
 
 
 class AsyncClock(Protocol):
-    """The host's clocks and the art of waiting; a test hands in one that jumps."""
+    """Clocks of the host and sleeping by them; tests pass a clock of their own."""
 
     def wall_ns(self) -> int:
-        """Unix time."""
+        """Return Unix time."""
 
     def mono_ns(self) -> int:
-        """Time that never steps."""
+        """Return monotonic time, which never steps."""
 
     def boot_ns(self) -> int:
-        """The same, counting on while the machine is suspended."""
+        """Return boot time: monotonic time that also runs while the host is suspended."""
 
     async def sleep_until(self, mono_ns: int) -> None:
-        """Wait until `mono_ns` has passed."""
+        """Sleep until monotonic time `mono_ns`."""
 
 
 class HostClock:
-    """The machine's own clocks."""
+    """The clocks of this host."""
 
     def wall_ns(self) -> int:
-        """Unix time."""
+        """Return Unix time."""
         return time.time_ns()
 
     def mono_ns(self) -> int:
-        """Time that never steps."""
+        """Return monotonic time, which never steps."""
         return time.monotonic_ns()
 
     def boot_ns(self) -> int:
-        """The same, counting on while the machine is suspended."""
+        """Return boot time: monotonic time that also runs while the host is suspended."""
         return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
     async def sleep_until(self, mono_ns: int) -> None:
-        """Wait until `mono_ns` has passed."""
+        """Sleep until monotonic time `mono_ns`."""
         await asyncio.sleep(max(0, mono_ns - time.monotonic_ns()) / 1e9)
 
 
 class TelemetrySource(Protocol):
-    """One counter of one VM. It never writes to disk, and a failing read gives None-filled values, not an exception.
+    """A set of counters of one VM. It never writes to disk, and a failed read returns None for every field.
 
-    A failure that will not heal (no such process, no such socket) is an `OSError` or `VmError` of `open`.
+    A permanent failure (no such process, no such socket) is an `OSError` or `VmError` raised by `open`.
     """
 
     @property
     def source(self) -> SourceKind:
-        """Which rows it fills."""
+        """Kind of the source, which names its raw fields."""
 
     async def open(self) -> None:
-        """Find what is to be read."""
+        """Find and open what is read."""
 
     async def read(self) -> ReadingValues:
-        """Take one reading; returns at once when it is complete."""
+        """Return one reading as soon as it is complete."""
 
     async def close(self) -> None:
-        """Let go of files and sockets; may be called twice."""
+        """Close files and sockets; may be called twice."""
 
 
 @runtime_checkable
 class NoteSource(Protocol):
-    """A source that has something to tell people now and then."""
+    """A source that has messages for people."""
 
     @property
     def source(self) -> SourceKind:
-        """Which rows it fills."""
+        """Kind of the source, which names its raw fields."""
 
     def pop_notes(self) -> list[str]:
-        """Return what people must know since the last call."""
+        """Return and clear the messages since the last call."""
 
 
 def build_missing_reading(source: SourceKind) -> ReadingValues:
-    """Give the reading of a source that could not be read: every field None."""
+    """Return the reading of a source that could not be read: None for every raw field."""
     return (None,) * len(list_raw_fields(source))
 
 
 @dataclass(slots=True)
 class RowLog:
-    """The rows that one source of one VM gave so far, stamped when read, and how many."""
+    """Collects the rows of one source, each stamped when its reading was complete.
+
+    Attributes:
+        source: Kind of the source.
+        clock: Stamps the rows.
+        rows: Rows that nobody has taken out yet.
+        emitted: Number of rows so far; the next row's sequence number.
+    """
 
     source: SourceKind
     clock: AsyncClock
@@ -108,32 +125,34 @@ class RowLog:
     emitted: int = 0
 
     def add(self, values: ReadingValues) -> None:
-        """Stamp and keep one reading."""
+        """Stamp one reading and append its row."""
         self.rows.append((self.clock.wall_ns(), self.clock.mono_ns(), self.emitted, *values))
         self.emitted += 1
 
 
 def _compute_first_tick_ns(wall_ns: int, mono_ns: int) -> int:
-    """Give the monotonic time of the next tick: 0.25 s after a whole half second of wall time.
+    """Return the monotonic time of the next tick: 0.25 s after a whole half second of wall time.
 
-    >>> first_tick_ns(wall_ns=1_100_000_000, mono_ns=5_000_000_000)
+    >>> _compute_first_tick_ns(wall_ns=1_100_000_000, mono_ns=5_000_000_000)
     5150000000
     """
-    return mono_ns + (SAMPLE_OFFSET_NS - wall_ns) % SAMPLE_PERIOD_NS
+    return mono_ns + (_SAMPLE_OFFSET_NS - wall_ns) % _SAMPLE_PERIOD_NS
 
 
 @dataclass(slots=True)
 class TelemetrySampler:
     """Reads the sources of one VM at 2 Hz into their logs, one after the other, until cancelled.
 
-    A row is stamped when its reading is complete: what it says was true before its stamp, so that a bin knows nothing
-    after its end. A tick that was missed altogether is skipped, never made up for: two readings at once would show a
-    rate that never was.
+    A row is stamped when its reading is complete, so that a bin contains nothing from after its end. A missed tick is
+    skipped and never repeated: two readings at once would show a rate that never occurred.
 
     Attributes:
-        late: Ticks that began more than `LATE_SAMPLE_NS` after their time.
-        skipped: Ticks that never were.
-        failed: Readings that raised; their rows hold None only.
+        sources, logs: The sources, and the log of each.
+        clock: Clock of the host.
+        timeout_s: Deadline of one reading.
+        late: Ticks that began more than 0.1 s late.
+        skipped: Ticks that were skipped.
+        failed: Readings that raised an error; their rows hold None only.
     """
 
     sources: Sequence[TelemetrySource]
@@ -145,15 +164,15 @@ class TelemetrySampler:
     failed: int = 0
 
     async def run(self) -> None:
-        """Tick for ever."""
+        """Sample for ever."""
         due_ns = _compute_first_tick_ns(self.clock.wall_ns(), self.clock.mono_ns())
         while True:
             await self.clock.sleep_until(due_ns)
-            self.late += self.clock.mono_ns() - due_ns > LATE_SAMPLE_NS
+            self.late += self.clock.mono_ns() - due_ns > _LATE_SAMPLE_NS
             await self.tick()
-            behind = (self.clock.mono_ns() - due_ns) // SAMPLE_PERIOD_NS
+            behind = (self.clock.mono_ns() - due_ns) // _SAMPLE_PERIOD_NS
             self.skipped += behind
-            due_ns += (behind + 1) * SAMPLE_PERIOD_NS
+            due_ns += (behind + 1) * _SAMPLE_PERIOD_NS
 
     async def tick(self) -> None:
         """Read every source once."""
@@ -161,14 +180,14 @@ class TelemetrySampler:
             try:
                 async with asyncio.timeout(self.timeout_s):
                     values = await source.read()
-            except Exception:  # whatever a reader met, the other sources and the next tick go on
+            except Exception:  # whatever one source raises, the others and the next tick go on
                 self.failed += 1
                 values = build_missing_reading(source.source)
             log.add(values)
 
 
 async def close_guest_connection(task: asyncio.Task[None] | None, writer: asyncio.StreamWriter | None) -> None:
-    """End who listens to a guest's line and close it; a guest that does not let go is waited for a second."""
+    """Stop the task that reads from a guest's port and close the connection; wait at most a second for the guest."""
     if task is not None:
         task.cancel()
         with suppress(asyncio.CancelledError, Exception):

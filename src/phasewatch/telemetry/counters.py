@@ -1,7 +1,7 @@
-"""Sums of counters whose members come, go and restart, such as the disks and the virtqueues of a VM (pure).
+"""Sum counters over members that come, go and restart, such as the disks and virtqueues of a VM (pure).
 
-A member that goes, or starts again from 0, makes the sum unknown for that interval. The sum then starts again from 0:
-a counter that falls gives no rate in the bin that holds the fall, live and in a saved bundle alike.
+When a member goes, or starts again from 0, the growth of that interval is unknown. The sum then starts again from 0,
+because binning computes no rate across a falling counter, neither live nor from a saved bundle.
 """
 
 from __future__ import annotations
@@ -10,12 +10,19 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_RING_WRAP = 1 << 16  # a virtqueue's used index has 16 bits
-_MAX_UNCHECKED_REQUESTS = 4096  # requests in one interval that are believed without the disks' statistics
-_REQUEST_SLACK = 64  # requests that block statistics do not count, or not at the same moment
+__all__ = ["BlockReading", "BlockSum", "CounterSum", "VirtqueueSum"]
+
+_INDEX_WRAP = 1 << 16  # a virtqueue's used index has 16 bits
+_MAX_UNCHECKED_REQUESTS = 4096  # requests in one interval that are plausible without block statistics
+_REQUEST_SLACK = 64  # requests that block statistics count later or not at all
 _BLOCK_KEYS = (
-    "rd_bytes", "wr_bytes", "rd_operations", "wr_operations", "flush_operations", "wr_total_time_ns",
-)  # fmt: skip
+    "rd_bytes",
+    "wr_bytes",
+    "rd_operations",
+    "wr_operations",
+    "flush_operations",
+    "wr_total_time_ns",
+)
 _REQUEST_KEYS = tuple(
     f"{prefix}{kind}_operations"
     for prefix in ("", "failed_", "invalid_")
@@ -24,7 +31,7 @@ _REQUEST_KEYS = tuple(
 
 
 class CounterSum:
-    """Sum ``k`` counters over a set of members that may change."""
+    """Sums ``k`` counters over a changing set of members."""
 
     def __init__(self) -> None:
         self._before: dict[Hashable, tuple[int, ...]] | None = None
@@ -34,12 +41,12 @@ class CounterSum:
         """Return the sums after one reading of all members.
 
         Args:
-            readings: Member → its ``width`` counters.
-            width: How many counters a member has.
+            readings: Member → its ``k`` counters.
+            width: ``k``.
 
         Returns:
-            At first the sum of the counters themselves, then that sum plus all growth. A new member counts from
-            its first reading on. When a member is gone, or one of its counters fell, all sums start again from 0.
+            ``k`` sums: first of the counters themselves, then plus their growth. A new member counts from its first
+            reading on. When a member is gone, or one of its counters fell, all sums start again from 0.
         """
         before, self._before = self._before, dict(readings)
         if before is None:
@@ -61,12 +68,12 @@ def _has_restarted(before: Mapping[Hashable, tuple[int, ...]], now: Mapping[Hash
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockReading:
-    """What `query-blockstats` shows of the disks together.
+    """Sums over all disks of one answer of ``query-blockstats``.
 
     Attributes:
         sums: Bytes read, bytes written, reads, writes, flushes, nanoseconds in writes.
-        highest: Sum of the highest offsets ever written, bytes.
-        requests: Requests of every kind that completed since the reading before; None where that is not known.
+        highest: Sum of the disks' highest written offsets, bytes.
+        requests: Requests of every kind that completed since the last reading; None if unknown.
         members: The disks.
     """
 
@@ -77,7 +84,7 @@ class BlockReading:
 
 
 class BlockSum:
-    """Sum `query-blockstats` over the disks that are there."""
+    """Sums ``query-blockstats`` over the present disks."""
 
     def __init__(self) -> None:
         self._counters, self._requests = CounterSum(), CounterSum()
@@ -86,8 +93,11 @@ class BlockSum:
     def add(self, devices: Sequence[Mapping[str, Any]]) -> BlockReading:
         """Return the sums after one answer.
 
+        Args:
+            devices: The answer of ``query-blockstats``.
+
         Raises:
-            KeyError, TypeError, ValueError: If the answer is not one of `query-blockstats`.
+            KeyError, TypeError, ValueError: If it has an unknown shape.
         """
         stats: dict[tuple[str, int], Mapping[str, Any]] = {}
         for device in devices:
@@ -102,42 +112,44 @@ class BlockSum:
         )
         before, self._requests_before = self._requests_before, total
         return BlockReading(
-            sums=sums, highest=sum(int(stat["wr_highest_offset"]) for stat in stats.values()),
-            requests=total - before if before is not None and total >= before else None, members=frozenset(stats),
-        )  # fmt: skip
+            sums=sums,
+            highest=sum(int(stat["wr_highest_offset"]) for stat in stats.values()),
+            requests=total - before if before is not None and total >= before else None,
+            members=frozenset(stats),
+        )
 
 
 class VirtqueueSum:
-    """Sum the requests that virtqueues completed, from their used indices, which are 16-bit counters that wrap."""
+    """Sums the requests that virtqueues completed, from their used indices: 16-bit counters that wrap (VIRTIO 1.x)."""
 
     def __init__(self) -> None:
         self._before: dict[Hashable, int] = {}
         self._total = 0
 
-    def add(self, used: Mapping[Hashable, int], *, requests: int | None, restarted: bool) -> int | None:
+    def add(self, used: Mapping[Hashable, int], *, requests: int | None, is_restarted: bool) -> int | None:
         """Return how many requests all queues completed since the first reading or the last restart.
 
-        A growth is believed if the disks' own statistics allow it. Otherwise the index was not wrapped but set back
-        (reset, reboot, another driver, a restored snapshot), and the sum starts again from 0.
+        Growth is accepted if block statistics agree with it. Otherwise the index did not wrap but was reset (reset,
+        reboot, new driver, restored snapshot), and the sum starts again from 0.
 
         Args:
-            used: Queue → its used index, of the queues that are there.
-            requests: Requests that the disks completed in this interval; None if that is not known. Then an index
-                that fell, or grew by thousands, is a restart.
-            restarted: Whether the machine is known to have been reset or restored in this interval.
+            used: Queue → its used index, for the present queues.
+            requests: Requests that the disks completed in this interval. If None (unknown), an index that fell or grew
+                by thousands counts as a restart.
+            is_restarted: Whether the VM was certainly reset or restored in this interval.
 
         Returns:
-            The sum; None where a restart cannot be shown, because the sum was 0 already.
+            The sum; None if it was 0 before a restart, so that a fall to 0 could not show the restart.
         """
         before, self._before = self._before, dict(used)
-        grown = {queue: (used[queue] - index) % _RING_WRAP for queue, index in before.items() if queue in used}
+        grown = {queue: (used[queue] - index) % _INDEX_WRAP for queue, index in before.items() if queue in used}
         if requests is None:
             is_fall = any(used[queue] < before[queue] for queue in grown)
             is_credible = not is_fall and sum(grown.values()) <= _MAX_UNCHECKED_REQUESTS
         else:
             is_credible = sum(grown.values()) <= 2 * requests + _REQUEST_SLACK
-        if restarted or len(grown) < len(before) or not is_credible:
-            had, self._total = self._total, 0
-            return 0 if had else None
+        if is_restarted or len(grown) < len(before) or not is_credible:
+            total_before, self._total = self._total, 0
+            return 0 if total_before else None
         self._total += sum(grown.values())
         return self._total

@@ -1,7 +1,7 @@
-"""Bytes of an Ethernet frame → the IP addresses, ports and flags in it; any bytes are allowed, none raises (pure).
+"""Parse Ethernet frames into IP addresses, ports and TCP flags; any bytes are allowed and none raise (pure).
 
-Opened on the way to IP: VLAN tags (802.1Q, 802.1ad), LLC/SNAP, PPPoE sessions, MPLS labels, IPv6 extension headers, AH.
-The number of headers that are opened is bounded, so that one frame costs a bounded time.
+Supported before IP: VLAN tags (802.1Q, 802.1ad), LLC/SNAP, PPPoE sessions, MPLS labels; behind IP: IPv6 extension
+headers, AH. The number of headers is bounded, so that one frame costs a bounded time.
 """
 
 from __future__ import annotations
@@ -10,15 +10,37 @@ from enum import Enum
 from struct import Struct
 from typing import NamedTuple
 
+__all__ = [
+    "ETHERNET_HEADER_BYTES",
+    "ETHERTYPE_ARP",
+    "ETHERTYPE_IPV4",
+    "ETHERTYPE_IPV6",
+    "ETHERTYPE_RARP",
+    "MAX_EXTENSION_HEADERS",
+    "PROTOCOL_ICMP",
+    "PROTOCOL_ICMPV6",
+    "PROTOCOL_TCP",
+    "PROTOCOL_UDP",
+    "TCP_ACK",
+    "TCP_FIN",
+    "TCP_PSH",
+    "TCP_RST",
+    "TCP_SYN",
+    "FrameKind",
+    "IpHeaders",
+    "find_network_header",
+    "has_network_header",
+    "parse_frame",
+]
+
 ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_ARP, ETHERTYPE_RARP = 0x0800, 0x86DD, 0x0806, 0x8035
 PROTOCOL_TCP, PROTOCOL_UDP, PROTOCOL_ICMP, PROTOCOL_ICMPV6 = 6, 17, 1, 58
+TCP_FIN, TCP_SYN, TCP_RST, TCP_PSH, TCP_ACK = 1, 2, 4, 8, 16
 ETHERNET_HEADER_BYTES = 14
-MAX_LINK_TAGS = 8
+_MAX_LINK_TAGS = 8
 MAX_EXTENSION_HEADERS = 16
 
-_IPV4_STRUCT = Struct(
-    "!2xHxxHxB2x4s4s"
-)  # total length, fragment, protocol, source, destination, from the version byte on
+_IPV4_STRUCT = Struct("!2xHxxHxB2x4s4s")  # total length, fragment, protocol, source, destination
 _PORTS_STRUCT = Struct("!HH")
 _MIN_HEADER_BYTES = {PROTOCOL_TCP: 20, PROTOCOL_UDP: 8}
 _TAG_TYPES = frozenset({0x8100, 0x88A8, 0x9100, 0x9200})
@@ -28,17 +50,18 @@ _PPP_TYPES = {0x0021: ETHERTYPE_IPV4, 0x0057: ETHERTYPE_IPV6}
 _SNAP_HEADER = b"\xaa\xaa\x03\x00\x00\x00"
 _EXTENSION_PROTOCOLS = frozenset({0, 43, 60, 135, 139, 140})  # hop-by-hop, routing, destination, mobility, HIP, shim6
 _FRAGMENT, _AUTHENTICATION = 44, 51
-# Protocols of the link itself; no flow of IP can be inside.
-_LINK_TYPES = frozenset(
-    {ETHERTYPE_ARP, ETHERTYPE_RARP, 0x0842, 0x22F0, 0x8808, 0x8809, 0x8863, 0x8899, 0x888E, 0x88CC, 0x88E1, 0x88F7, 0x88FB, 0x8902, 0x893A, 0x9000}
-)  # fmt: skip
+# Protocols of the link layer itself, which carry no IP flows.
+_LINK_TYPES = frozenset({
+    ETHERTYPE_ARP, ETHERTYPE_RARP, 0x0842, 0x22F0, 0x8808, 0x8809, 0x8863, 0x8899, 0x888E, 0x88CC, 0x88E1, 0x88F7,
+    0x88FB, 0x8902, 0x893A, 0x9000,
+})  # fmt: skip
 
 
 class FrameKind(Enum):
-    """What a frame is that shows no IP header."""
+    """Kind of a frame without an IP header."""
 
-    LINK = "link"  # ARP, LLDP, spanning tree: understood, and without flows
-    OPAQUE = "opaque"  # of a type that is not opened: encrypted, or unknown
+    LINK = "link"  # ARP, LLDP, spanning tree: known, and without flows
+    OPAQUE = "opaque"  # not parsed: encrypted or of an unknown type
     BROKEN = "broken"  # its headers contradict its type or its length
 
 
@@ -46,12 +69,11 @@ class IpHeaders(NamedTuple):
     """Addresses and ports of an IP packet.
 
     Attributes:
-        protocol: TCP, UDP or another number of IP.
-        src, dst: 4 bytes of IPv4 or 16 of IPv6.
-        ports: Source and destination; None where there are none, or where they cannot be read.
-        flags: Of TCP; 0 for others.
-        is_cut: Whether the ports lie behind the bytes that were kept, in a later fragment, or behind more headers than
-            are opened.
+        protocol: IP protocol number, such as TCP or UDP.
+        src, dst: Addresses, 4 bytes (IPv4) or 16 (IPv6).
+        ports: Source and destination port; None if there are none, or they cannot be read.
+        flags: TCP flags; 0 for other protocols.
+        is_cut: Whether the ports are behind the captured bytes, in another fragment, or behind too many headers.
     """
 
     protocol: int
@@ -66,14 +88,14 @@ def parse_frame(frame: bytes, start: int = 0, wire_bytes: int | None = None) -> 
     """Parse one frame.
 
     Args:
-        frame: The frame or its beginning.
-        start: Where the Ethernet header begins.
-        wire_bytes: True size of what `frame` is the beginning of, `start` included; None where it is whole.
+        frame: The frame, or as much of it as was captured.
+        start: Offset of the Ethernet header.
+        wire_bytes: Size of the whole frame, `start` included; None if `frame` is whole.
     """
     is_cut = wire_bytes is not None and wire_bytes > len(frame)
     at = start + ETHERNET_HEADER_BYTES
     ethertype = frame[at - 2] << 8 | frame[at - 1] if len(frame) >= at else -1
-    if ethertype not in (ETHERTYPE_IPV4, ETHERTYPE_IPV6):  # else nothing stands between, as in nearly every frame
+    if ethertype not in (ETHERTYPE_IPV4, ETHERTYPE_IPV6):  # else IP follows at once, as in nearly every frame
         found = find_network_header(frame, start)
         if found is None:
             return FrameKind.OPAQUE if is_cut else FrameKind.BROKEN
@@ -88,9 +110,9 @@ def parse_frame(frame: bytes, start: int = 0, wire_bytes: int | None = None) -> 
 
 
 def find_network_header(frame: bytes, start: int = 0) -> tuple[int, int] | None:
-    """Return the type of what the frame carries and where it begins; None where the frame ends before.
+    """Return the Ethernet type of a frame's payload and its offset; None if the frame ends before.
 
-    A type below 0x0600 is a frame of LLC. An encapsulation that cannot be opened is returned as its own type.
+    A type below 0x0600 is an LLC frame. An unsupported encapsulation is returned as its own type.
     """
     at = start + ETHERNET_HEADER_BYTES
     if len(frame) < at:
@@ -98,7 +120,7 @@ def find_network_header(frame: bytes, start: int = 0) -> tuple[int, int] | None:
     ethertype = frame[at - 2] << 8 | frame[at - 1]
     if ethertype in (ETHERTYPE_IPV4, ETHERTYPE_IPV6):
         return ethertype, at
-    for _ in range(MAX_LINK_TAGS):
+    for _ in range(_MAX_LINK_TAGS):
         if ethertype not in _TAG_TYPES:
             break
         if len(frame) < at + 4:
@@ -110,12 +132,12 @@ def find_network_header(frame: bytes, start: int = 0) -> tuple[int, int] | None:
         ppp_type = frame[at + 6] << 8 | frame[at + 7]
         return _PPP_TYPES.get(ppp_type, 0 if ppp_type >= 0x8000 else _PPPOE_SESSION), at + 8
     if ethertype in _MPLS_TYPES:
-        return _open_mpls(frame, at, ethertype)
+        return _find_mpls_payload(frame, at, ethertype)
     return ethertype, at
 
 
-def _open_mpls(frame: bytes, at: int, ethertype: int) -> tuple[int, int]:
-    for _ in range(MAX_LINK_TAGS):
+def _find_mpls_payload(frame: bytes, at: int, ethertype: int) -> tuple[int, int]:
+    for _ in range(_MAX_LINK_TAGS):
         if len(frame) < at + 5:
             break
         is_last, at = frame[at + 2] & 1, at + 4
@@ -135,7 +157,7 @@ def _parse_ipv4(frame: bytes, at: int, is_cut: bool) -> IpHeaders | FrameKind:
         return FrameKind.BROKEN
     if fragment & 0x1FFF:  # a later fragment has no ports
         return IpHeaders(protocol, src, dst, None, 0)
-    # What lies behind the packet is padding. A length of 0 stands for one that 16 bits cannot hold.
+    # Bytes behind the packet are padding. A length of 0 means one that 16 bits cannot hold (segmentation offload).
     end = min(len(frame), at + total) if total else len(frame)
     is_cut = (is_cut and end == len(frame)) or bool(fragment & 0x2000)  # the rest is in another fragment
     if protocol == _AUTHENTICATION:
@@ -158,7 +180,7 @@ def _parse_ipv6(frame: bytes, at: int, is_cut: bool) -> IpHeaders | FrameKind:
 def _parse_extensions(
     frame: bytes, at: int, end: int, protocol: int, src: bytes, dst: bytes, is_cut: bool
 ) -> IpHeaders:
-    """Go through extension headers to the protocol behind them."""
+    """Parse the protocol behind IPv6 extension headers or AH."""
     for _ in range(MAX_EXTENSION_HEADERS):
         if protocol in _EXTENSION_PROTOCOLS:
             step = 8 * (frame[at + 1] + 1) if at + 8 <= end else 0
@@ -189,10 +211,12 @@ def _parse_ports(frame: bytes, at: int, end: int, protocol: int, src: bytes, dst
 
 
 def has_network_header(frame: bytes, start: int, wire_bytes: int) -> bool:
-    """Return whether an IP or ARP header stands where an Ethernet frame that begins at `start` would have it.
+    """Return whether a valid IP or ARP header follows an Ethernet header at `start`.
 
     Args:
-        wire_bytes: True size of what `frame` is the beginning of, counted from its first byte.
+        frame: The frame, or as much of it as was captured.
+        start: Supposed offset of the Ethernet header.
+        wire_bytes: Size of the whole frame, counted from its first byte.
     """
     at = start + ETHERNET_HEADER_BYTES
     ethertype = frame[at - 2] << 8 | frame[at - 1] if len(frame) >= at else -1

@@ -1,4 +1,4 @@
-"""Flow counters from Ethernet frames: the netflow fields of RAW, and a bounded log of who was spoken to (pure)."""
+"""Count flows from Ethernet frames: the raw fields of source `netflow`, and a bounded traffic log (pure)."""
 
 from __future__ import annotations
 
@@ -12,19 +12,35 @@ from phasewatch.telemetry.headers import (
     PROTOCOL_ICMPV6,
     PROTOCOL_TCP,
     PROTOCOL_UDP,
+    TCP_ACK,
+    TCP_RST,
+    TCP_SYN,
     FrameKind,
     IpHeaders,
     parse_frame,
 )
 
-_SYN, _RST, _ACK = 2, 4, 16
-PROTOCOL_NAMES = {PROTOCOL_ICMP: "icmp", PROTOCOL_TCP: "tcp", PROTOCOL_UDP: "udp", PROTOCOL_ICMPV6: "icmpv6"}
-PARSING_WINDOW_READINGS = 20  # readings over which the share of frames that were not understood is taken: 10 s
-MIN_UNPARSED_FRAMES = 4  # frames; fewer say nothing about the others
+__all__ = [
+    "FLOW_FIELDS",
+    "PARSING_WINDOW_READINGS",
+    "FlowCounter",
+    "NetflowReading",
+    "TrafficLog",
+    "TrafficRow",
+    "parse_headers",
+]
+
+_DNS_PORT = 53
+_PROTOCOL_NAMES = {PROTOCOL_ICMP: "icmp", PROTOCOL_TCP: "tcp", PROTOCOL_UDP: "udp", PROTOCOL_ICMPV6: "icmpv6"}
+PARSING_WINDOW_READINGS = 20  # readings over which the share of unparsed frames is computed: 10 s
+_MIN_UNPARSED_FRAMES = 4  # fewer unparsed frames say nothing about the others
 
 
 class NetflowReading(NamedTuple):
-    """One reading, in RAW order; the last two are of this tick alone. None where most frames could not be parsed."""
+    """One reading, in the order of `RAW`; None for fields that are unknown because most frames could not be parsed.
+
+    All fields are counters since the start, except `dst_ports` and `dst_ips`, which count distinct values in this tick.
+    """
 
     out_pkts: int | None
     out_bytes: int | None
@@ -42,20 +58,26 @@ FLOW_FIELDS = frozenset(NetflowReading._fields[4:])
 
 
 def parse_headers(frame: bytes) -> IpHeaders | None:
-    """Parse the IP and TCP or UDP headers of a whole or cut frame; None for anything else. Never raises."""
-    found = parse_frame(frame)
-    return found if isinstance(found, IpHeaders) else None
+    """Return the IP and TCP or UDP headers of a whole or cut frame; None for anything else. Never raises."""
+    headers = parse_frame(frame)
+    return headers if isinstance(headers, IpHeaders) else None
 
 
 class FlowCounter:
     """Counts the frames of a machine's network cards.
 
-    A frame whose content cannot be parsed counts as a frame. While most frames of the last `PARSING_WINDOW_READINGS` readings
-    are such, the fields that need a look into frames are None: flows that nobody saw are not zero flows. While it is
-    not even known where most frames begin, all fields are None.
+    A frame whose content cannot be parsed counts as a frame. While most frames of the last `PARSING_WINDOW_READINGS`
+    readings are such, the fields that need a frame's content (`FLOW_FIELDS`) are None, because unseen flows are not
+    zero flows. While the start of most frames is unknown, all fields are None.
 
-    Memory is bounded: of the flows the last `max_flows` or so are remembered in two generations; one that falls out
-    (counted in `forgotten`) is new again when it comes back. Addresses of a tick are counted up to `max_flows`.
+    Memory is bounded: about `max_flows` flows are remembered, in two generations. A forgotten flow counts as new when
+    it returns. Distinct addresses of a tick are counted up to `max_flows`.
+
+    Args:
+        max_flows: Maximum number of remembered flows.
+
+    Attributes:
+        forgotten: Number of forgotten flows.
     """
 
     def __init__(self, *, max_flows: int = 65536) -> None:
@@ -75,10 +97,10 @@ class FlowCounter:
         """Count one frame.
 
         Args:
-            frame: The frame or its beginning.
+            frame: The frame, or as much of it as was captured.
             outgoing: Whether the guest sent it.
-            wire_bytes: Its true size where `frame` is only its beginning, `start` included.
-            start: Where the Ethernet header begins; None where that cannot be told.
+            wire_bytes: Size of the whole frame, `start` included; None if `frame` is whole.
+            start: Offset of the Ethernet header; None if unknown.
         """
         size = (len(frame) if wire_bytes is None else wire_bytes) - (start or 0)
         if outgoing:
@@ -93,7 +115,7 @@ class FlowCounter:
             self._parsing.now[4] += 1
             return
         headers = parse_frame(frame, start, wire_bytes)
-        # What others on the wire send to everybody belongs to no flow of the guest, whether it can be parsed or not.
+        # A multicast from others belongs to no flow of the guest, so it does not count as unparsed.
         now = self._parsing.now
         if not isinstance(headers, IpHeaders):
             if outgoing or len(frame) <= start or not frame[start] & 1:
@@ -109,19 +131,27 @@ class FlowCounter:
             return
         if outgoing:
             self._ports.add(ports[1])
-            self._syn_out += flags & (_SYN | _ACK) == _SYN
-            self._dns_queries += protocol == PROTOCOL_UDP and ports[1] == 53
+            self._syn_out += flags & (TCP_SYN | TCP_ACK) == TCP_SYN
+            self._dns_queries += protocol == PROTOCOL_UDP and ports[1] == _DNS_PORT
             self._remember((protocol, src, dst, *ports))
         else:
-            self._rst_in += bool(flags & _RST)
+            self._rst_in += bool(flags & TCP_RST)
             self._remember((protocol, dst, src, ports[1], ports[0]))
 
     def pop_reading(self) -> NetflowReading:
-        """Return the counters and begin a new tick."""
+        """Return the counters and start a new tick."""
         reading = NetflowReading(
-            self._out_pkts, self._out_bytes, self._in_pkts, self._in_bytes, self._new_flows, self._syn_out,
-            self._rst_in, self._dns_queries, len(self._ports), len(self._addresses),
-        )  # fmt: skip
+            out_pkts=self._out_pkts,
+            out_bytes=self._out_bytes,
+            in_pkts=self._in_pkts,
+            in_bytes=self._in_bytes,
+            new_flows=self._new_flows,
+            syn_out=self._syn_out,
+            rst_in=self._rst_in,
+            dns_queries=self._dns_queries,
+            dst_ports=len(self._ports),
+            dst_ips=len(self._addresses),
+        )
         self._ports, self._addresses = set(), set()
         self._parsing.end_reading()
         unknown = self.unknown_fields
@@ -133,7 +163,7 @@ class FlowCounter:
 
     @property
     def unknown_fields(self) -> frozenset[str]:
-        """Fields that are None at present, because most frames could not be parsed."""
+        """Fields that are None at present because most frames could not be parsed."""
         if not self._parsing.is_located():
             return frozenset(NetflowReading._fields)
         return frozenset() if self._parsing.is_parsed() else FLOW_FIELDS
@@ -149,11 +179,11 @@ class FlowCounter:
 
 
 class _ParsingShare:
-    """How many of the frames of the last readings could be parsed, each direction by itself.
+    """Counts which share of the frames of the last readings could be parsed, separately for each direction.
 
     Attributes:
-        now: Of the present reading: frames in, frames out, those in and out that could not be parsed, and those whose
-            beginning is unknown.
+        now: Counts of the present reading: frames in, frames out, unparsed frames in and out, and frames whose start is
+            unknown.
     """
 
     def __init__(self) -> None:
@@ -162,25 +192,33 @@ class _ParsingShare:
         self._totals = [0] * 5
 
     def end_reading(self) -> None:
-        """Begin the next reading; judged are those that ended."""
+        """Complete the present reading, and update the totals."""
         self._readings.append(self.now)
         self._totals = [sum(counts) for counts in zip(*self._readings, strict=True)]
         self.now = [0] * 5
 
     def is_located(self) -> bool:
-        """Return whether it is known where most frames begin."""
+        """Return whether the start of most frames is known."""
         seen_in, seen_out, *_, unlocated = self._totals
-        return unlocated < MIN_UNPARSED_FRAMES or 2 * unlocated <= seen_in + seen_out
+        return unlocated < _MIN_UNPARSED_FRAMES or 2 * unlocated <= seen_in + seen_out
 
     def is_parsed(self) -> bool:
-        """Return whether the content of most frames is known, in both directions."""
+        """Return whether most frames could be parsed, in both directions."""
         seen, unparsed = self._totals[:2], self._totals[2:4]
-        return not any(bad >= MIN_UNPARSED_FRAMES and 2 * bad > n for bad, n in zip(unparsed, seen, strict=True))
+        return not any(bad >= _MIN_UNPARSED_FRAMES and 2 * bad > n for bad, n in zip(unparsed, seen, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrafficRow:
-    """Totals of one far end: direction as the guest sees it, `ip` empty for what is not IP."""
+    """Traffic of the guest with one remote address and port.
+
+    Attributes:
+        outgoing: Whether the guest sent it.
+        protocol: Such as ``tcp``; ``other`` for frames without IP.
+        ip: Remote address; empty for frames without IP.
+        port: Remote port; 0 if there is none.
+        frames, bytes: Totals.
+    """
 
     outgoing: bool
     protocol: str
@@ -191,7 +229,11 @@ class TrafficRow:
 
 
 class TrafficLog:
-    """Totals per (direction, protocol, far address, far port), at most `max_rows`; what is beyond is added up in one."""
+    """Sums traffic per direction, protocol, remote address and remote port.
+
+    Args:
+        max_rows: Maximum number of rows; further traffic is summed up together.
+    """
 
     def __init__(self, *, max_rows: int = 8192) -> None:
         self._max = max_rows
@@ -214,15 +256,15 @@ class TrafficLog:
 
     @property
     def frames_beyond(self) -> int:
-        """Frames of far ends that no row was left for."""
+        """Number of frames that no row was left for."""
         return self._beyond[0]
 
     def rows(self) -> tuple[TrafficRow, ...]:
-        """Give all rows, in order of direction, protocol, address and port."""
+        """Return all rows in order of direction, protocol, address and port."""
         return tuple(
             TrafficRow(
                 outgoing=outgoing,
-                protocol="other" if protocol < 0 else PROTOCOL_NAMES.get(protocol, str(protocol)),
+                protocol="other" if protocol < 0 else _PROTOCOL_NAMES.get(protocol, str(protocol)),
                 ip=str(ip_address(address)) if address else "",
                 port=port,
                 frames=total[0],

@@ -1,8 +1,15 @@
-"""What the QEMU process costs, from /proc: the `proc` source.
+"""Read the CPU, memory and I/O counters of a QEMU process from /proc: the `proc` source.
 
-`/proc/P/schedstat` is the main thread's alone and `utime` was seen to disagree with schedstat under a nested
-hypervisor, so run times come from each thread's own schedstat. Threads come and go, vCPUs too: what each of them ran
-between two readings is added to the sum of its kind.
+Kernel counters (see proc(5)):
+
+- ``/proc/PID/stat``: utime and stime (fields 14 and 15, clock ticks) of the whole process.
+- ``/proc/PID/task/TID/schedstat``: run time and run-queue wait (ns) of each thread.
+- ``/proc/PID/task/TID/status``: voluntary and involuntary context switches of each vCPU and of the main thread.
+- ``/proc/PID/status``: RssAnon, VmRSS (KiB), Threads. ``/proc/PID/io``: rchar, wchar, syscw, write_bytes.
+
+``/proc/PID/schedstat`` covers the main thread only, and utime disagreed with schedstat under a nested hypervisor, so
+run times come from each thread's own schedstat. Threads come and go, vCPUs as well: the growth of each thread's
+counters between two readings is added to the sum of its kind (vCPU or other).
 """
 
 from __future__ import annotations
@@ -14,19 +21,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phasewatch.telemetry.base import ReadingValues, build_missing_reading
-from phasewatch.telemetry.threads import VcpuFinder, VcpuThreads
+from phasewatch.telemetry.process import PROC_ROOT
+from phasewatch.telemetry.vcpu_threads import VcpuFinder, VcpuThreads
 from phasewatch.types import SourceKind
 
-_SWITCHES = re.compile(rb"^(voluntary|nonvoluntary)_ctxt_switches:\s+(\d+)", re.MULTILINE)
-_STATUS = re.compile(rb"^(RssAnon|VmRSS|Threads):\s+(\d+)", re.MULTILINE)
-_IO = re.compile(rb"^(rchar|wchar|syscw|write_bytes): (\d+)", re.MULTILINE)
+__all__ = ["ProcSource"]
+
+_SWITCHES_PATTERN = re.compile(rb"^(voluntary|nonvoluntary)_ctxt_switches:\s+(\d+)", re.MULTILINE)
+_STATUS_PATTERN = re.compile(rb"^(RssAnon|VmRSS|Threads):\s+(\d+)", re.MULTILINE)
+_IO_PATTERN = re.compile(rb"^(rchar|wchar|syscw|write_bytes): (\d+)", re.MULTILINE)
 _KIB = 1024
-_KICK_BYTES = 8  # an eventfd kick writes 8 bytes; our own polling causes most of them
+_KICK_BYTES = 8  # an eventfd notification writes 8 bytes; polling the monitor causes most of them
 
 
 @dataclass(frozen=True, slots=True)
 class _ThreadReading:
-    """What one thread's counters showed: run and wait in ns, switches; those of other threads than vCPUs are 0."""
+    """Counters of one thread: run and wait time (ns), voluntary and involuntary switches; only run time if no vCPU."""
 
     run_ns: int
     wait_ns: int = 0
@@ -40,22 +50,21 @@ class _ThreadReading:
 
 
 class ProcSource:
-    """Reads /proc of one QEMU process; its files stay open, so that a reading is a handful of `pread`s.
+    """Reads /proc of one QEMU process; files stay open, so that a reading costs a handful of `pread` calls.
 
-    An open file belongs to its process for ever: when the process is gone, and its number is another's, it reads as
-    nothing.
+    An open /proc file stays bound to its process: reading it fails once the process is gone, even if the pid is reused.
 
     Args:
-        pid: The QEMU process, whose main thread has the same number.
-        vcpu_tids: Its vCPU threads, from `query-cpus-fast`; several vCPUs may share one.
-        proc: Where /proc is; tests hand in a made-up one.
-        vcpus: Finds them again when the threads change; the threads never change their work if left out.
+        pid: The QEMU process; its main thread has the same id.
+        vcpu_tids: Its vCPU threads, from QMP `query-cpus-fast`; several vCPUs may share one thread.
+        proc: Path of /proc.
+        vcpus: Looks the vCPU threads up again when the threads change; None if they never change.
     """
 
     source = SourceKind.PROC
 
     def __init__(
-        self, *, pid: int, vcpu_tids: tuple[int, ...], proc: Path = Path("/proc"), vcpus: VcpuFinder | None = None
+        self, *, pid: int, vcpu_tids: tuple[int, ...], proc: Path = PROC_ROOT, vcpus: VcpuFinder | None = None
     ) -> None:
         self._dir = proc / str(pid)
         self._pid = pid
@@ -69,7 +78,11 @@ class ProcSource:
         self._tick_ns = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
     async def open(self) -> None:
-        """Open the process's own files; raises OSError if it is not there."""
+        """Open the process's files.
+
+        Raises:
+            OSError: If the process does not exist or may not be read.
+        """
         for name in ("stat", "status", "io"):
             self._file(name)
 
@@ -81,20 +94,20 @@ class ProcSource:
         self._fds.clear()
 
     async def read(self) -> ReadingValues:
-        """Take one reading; None-filled when the process is gone."""
+        """Return one reading; None for every field if the process is gone."""
         try:
             return self._read()
         except (OSError, ValueError, KeyError, IndexError):
             return build_missing_reading(self.source)
 
     def pop_notes(self) -> list[str]:
-        """Return what people must know since the last call."""
+        """Return and clear the messages since the last call."""
         return self._vcpus.pop_notes()
 
     def _read(self) -> ReadingValues:
-        # The command name may hold spaces and brackets: the fields count from the last bracket on.
+        # The command name may contain spaces and brackets: fields are counted behind the last bracket.
         stat = self._bytes("stat").rpartition(b")")[2].split()
-        status = {key: int(value) for key, value in _STATUS.findall(self._bytes("status"))}
+        status = {key: int(value) for key, value in _STATUS_PATTERN.findall(self._bytes("status"))}
         with os.scandir(self._dir / "task") as entries:
             tids = [int(entry.name) for entry in entries]
         has_vcpu = self._count_threads(tids)
@@ -112,9 +125,9 @@ class ProcSource:
         )
 
     def _count_threads(self, tids: list[int]) -> bool:
-        """Add what each thread did since the last reading to the sum of its kind; return whether a vCPU is among them.
+        """Add the growth of each thread's counters to the sum of its kind; return whether a vCPU is among the threads.
 
-        A thread's counters vanish with it. One that could not be read keeps its last reading while it is listed.
+        A thread's counters vanish with it. A listed thread that cannot be read keeps its last reading.
         """
         before, has_vcpu = self._threads, False
         self._threads = {}
@@ -134,7 +147,7 @@ class ProcSource:
                 self._aux_total_ns += run_ns
                 continue
             others: tuple[int, ...] = now.counters[1:]
-            if then is not None:  # one that was not known for a vCPU has shown its run time only
+            if then is not None:  # a thread that was not known as a vCPU has shown its run time only
                 others = tuple(
                     _compute_growth(b, a) if then.is_vcpu else 0 for b, a in zip(then.counters[1:], others, strict=True)
                 )
@@ -145,7 +158,7 @@ class ProcSource:
         return has_vcpu
 
     def _read_thread(self, tid: int, *, is_vcpu: bool) -> _ThreadReading | None:
-        """Read one thread; a file of a former thread of that number is opened anew, None if there is none now."""
+        """Return the counters of one thread; None if it is gone. Files of a former thread of that id are reopened."""
         for _ in range(2):
             try:
                 run_ns, wait_ns = self._schedstat(tid)
@@ -157,8 +170,8 @@ class ProcSource:
         return None
 
     def _count_io(self) -> tuple[int, int, int]:
-        """Return bytes read, bytes written without event kicks, and bytes sent to the storage layer."""
-        io = {key: int(value) for key, value in _IO.findall(self._bytes("io"))}
+        """Return rchar, wchar without event notifications, and write_bytes (bytes sent to the storage layer)."""
+        io = {key: int(value) for key, value in _IO_PATTERN.findall(self._bytes("io"))}
         wchar, syscw = io[b"wchar"], io[b"syscw"]
         if self._written is not None:
             self._wchar_net += max(0, wchar - self._written[0] - _KICK_BYTES * (syscw - self._written[1]))
@@ -170,8 +183,8 @@ class ProcSource:
         return int(run), int(waited)
 
     def _switches(self, tid: int) -> tuple[int, int]:
-        found = dict(_SWITCHES.findall(self._bytes(f"task/{tid}/status")))
-        return int(found[b"voluntary"]), int(found[b"nonvoluntary"])
+        switches = dict(_SWITCHES_PATTERN.findall(self._bytes(f"task/{tid}/status")))
+        return int(switches[b"voluntary"]), int(switches[b"nonvoluntary"])
 
     def _bytes(self, name: str) -> bytes:
         return os.pread(self._file(name), 8192, 0)
@@ -189,7 +202,7 @@ class ProcSource:
 
 
 def _read_or_none(read: Callable[[], tuple[int, ...]], width: int) -> tuple[int | None, ...]:
-    """Return what one file of the process shows; None for each value if it cannot be read while the others can."""
+    """Return the values of one file; None for each of them if this file alone cannot be read."""
     try:
         return read()
     except (OSError, ValueError, KeyError):
@@ -197,5 +210,5 @@ def _read_or_none(read: Callable[[], tuple[int, ...]], width: int) -> tuple[int 
 
 
 def _compute_growth(before: int, now: int) -> int:
-    """Return how much a thread's counter grew; less than before is another thread with the same number."""
+    """Return the growth of a thread's counter; a lower value belongs to a new thread with the same id."""
     return now - before if now >= before else now

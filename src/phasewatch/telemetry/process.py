@@ -1,4 +1,4 @@
-"""Which process is meant: a number alone is given out again, so a start time and a namespace belong to it."""
+"""Identify processes across reuse of process ids and across PID namespaces, and parse QEMU command lines."""
 
 from __future__ import annotations
 
@@ -11,19 +11,34 @@ from pathlib import Path
 
 import msgspec
 
+__all__ = [
+    "PROC_ROOT",
+    "ProcessIdentity",
+    "is_running",
+    "list_pids",
+    "owns_threads",
+    "parse_qemu_options",
+    "read_link",
+    "read_own_identity",
+    "read_own_namespace",
+    "read_start_ticks",
+    "translate_threads",
+]
+
 PROC_ROOT = Path("/proc")
-_START_TIME_FIELD = 19  # of the fields behind the command name; the whole line's field 22
+_START_TIME_FIELD = 19  # index in /proc/PID/stat behind the command name; field 22 of proc(5)
+_INITIAL_NAMESPACE = 0xEFFFFFFC  # inode of the initial PID namespace (PROC_PID_INIT_INO), which sees every process
 _NSPID_PATTERN = re.compile(r"^NSpid:\s*(.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessIdentity:
-    """One process, told apart from a later one that gets the same number.
+    """Identity of one process, which a later process with the same pid does not share.
 
     Attributes:
-        pid: Its number, as counted in the namespace.
-        start_ticks: When it started, in clock ticks since the machine booted.
-        namespace: Inode of the PID namespace in which the number counts; 0 where that is not known.
+        pid: Process id in its namespace.
+        start_ticks: Start time in clock ticks since boot.
+        namespace: Inode of the PID namespace; 0 if unknown.
     """
 
     pid: int
@@ -38,14 +53,17 @@ def read_own_identity(proc: Path = PROC_ROOT) -> ProcessIdentity:
 
 
 def read_own_namespace(proc: Path = PROC_ROOT) -> int:
-    """Return the inode of the PID namespace that this process counts in; 0 where it cannot be read."""
+    """Return the inode of this process's PID namespace (``/proc/self/ns/pid``); 0 if it cannot be read."""
     with suppress(OSError):
         return (proc / "self" / "ns" / "pid").stat().st_ino
     return 0
 
 
 def read_start_ticks(pid: int, proc: Path = PROC_ROOT) -> int | None:
-    """Return when a process started, in clock ticks since boot; None if it is gone or only waits to be reaped."""
+    """Return a process's start time in clock ticks since boot; None if it is gone or a zombie.
+
+    Source: ``/proc/PID/stat``, fields 3 (state) and 22 (starttime).
+    """
     try:
         fields = (proc / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
         return None if fields[0] in (b"Z", b"X") else int(fields[_START_TIME_FIELD])
@@ -54,9 +72,9 @@ def read_start_ticks(pid: int, proc: Path = PROC_ROOT) -> int | None:
 
 
 def is_running(process: ProcessIdentity, proc: Path = PROC_ROOT) -> bool | None:
-    """Return whether a process still runs; None if it counts in a namespace that cannot be seen from here.
+    """Return whether a process still runs; None if its namespace cannot be seen from here.
 
-    A process of another namespace is looked for by its start time and by the number that it has in there.
+    A process of another namespace is found by its start time and by its pid in that namespace.
     """
     here = read_own_namespace(proc)
     if process.namespace in (0, here):
@@ -70,11 +88,8 @@ def is_running(process: ProcessIdentity, proc: Path = PROC_ROOT) -> bool | None:
     return False if here == _INITIAL_NAMESPACE else None
 
 
-_INITIAL_NAMESPACE = 0xEFFFFFFC  # the kernel's fixed inode of the namespace from which every process is seen
-
-
 def list_pids(proc: Path = PROC_ROOT) -> list[int]:
-    """Return the numbers of the processes that can be seen, in rising order; one that is hidden cannot."""
+    """Return the ids of the processes that this user can see, in ascending order."""
     try:
         return sorted(int(entry.name) for entry in proc.iterdir() if entry.name.isdecimal() and entry.name.isascii())
     except OSError:
@@ -82,34 +97,48 @@ def list_pids(proc: Path = PROC_ROOT) -> list[int]:
 
 
 def _read_namespace_pids(folder: Path) -> tuple[int, ...]:
-    """Return the numbers of a process or thread from this namespace inwards; empty where the kernel does not list them.
+    """Return the ids of a process or thread from this namespace inwards; empty if the kernel does not list them.
+
+    Source: ``/proc/PID/status``, line ``NSpid``.
 
     Args:
         folder: ``/proc/PID`` or ``/proc/PID/task/TID``.
     """
     with suppress(OSError, ValueError):
-        found = _NSPID_PATTERN.search((folder / "status").read_text("utf-8", "replace"))
-        return tuple(int(word) for word in found[1].split()) if found else ()
+        match = _NSPID_PATTERN.search((folder / "status").read_text("utf-8", "replace"))
+        return tuple(int(word) for word in match[1].split()) if match else ()
     return ()
 
 
-def translate_threads(pid: int, tids: Sequence[int], proc: Path = PROC_ROOT) -> tuple[int, ...] | None:
-    """Return the numbers that a process's own thread numbers have here; None if one of them is no thread of it.
+def translate_threads(pid: int, tids: Sequence[int], proc: Path = PROC_ROOT) -> tuple[int, ...]:
+    """Translate thread ids that a process reports to thread ids of this host's /proc; omit those that it does not have.
 
-    A QEMU in a container reports the numbers of its own namespace, under which /proc of the host knows other threads.
+    A QEMU in a container reports ids of its own PID namespace, which belong to other threads on the host.
 
     Args:
-        pid: The process, as counted here.
-        tids: As the process itself reports them.
+        pid: Process id on this host.
+        tids: Thread ids as the process itself reports them; an id may occur several times.
+        proc: Path of /proc.
     """
-    threads = dict(list_threads(proc / str(pid)))
-    if not all(tid in threads for tid in tids):
-        return None
-    return tuple(threads[tid] for tid in tids)
+    threads = dict(_list_threads(proc / str(pid)))
+    return tuple(threads[tid] for tid in tids if tid in threads)
 
 
-def list_threads(folder: Path) -> Iterator[tuple[int, int]]:
-    """Yield (number as the process knows it, number here) of every thread."""
+def owns_threads(pid: int, tids: Sequence[int], proc: Path = PROC_ROOT) -> bool:
+    """Return whether a process has all of the threads with these ids, in its own PID namespace."""
+    return len(translate_threads(pid, tids, proc)) == len(tids)
+
+
+def read_link(link: Path) -> str:
+    """Return the target of a symbolic link; empty if it cannot be read."""
+    try:
+        return str(link.readlink())
+    except OSError:
+        return ""
+
+
+def _list_threads(folder: Path) -> Iterator[tuple[int, int]]:
+    """Yield (id in the process's namespace, id on this host) of every thread."""
     with suppress(OSError):
         for entry in (folder / "task").iterdir():
             with suppress(ValueError):
@@ -118,8 +147,14 @@ def list_threads(folder: Path) -> Iterator[tuple[int, int]]:
 
 
 def parse_qemu_options(words: Sequence[str]) -> tuple[tuple[str, Mapping[str, str]], ...]:
-    """Give a command line as (option, its keys): ``-netdev tap,id=n0`` and JSON alike; what has no key is under ""."""
-    found: list[tuple[str, Mapping[str, str]]] = []
+    """Parse a QEMU command line into (option, its keys), for ``-netdev tap,id=n0`` as well as for JSON.
+
+    A value without a key is stored under ``""``.
+
+    Args:
+        words: The arguments behind the program's name.
+    """
+    options: list[tuple[str, Mapping[str, str]]] = []
     at = 0
     while at < len(words):
         option = words[at]
@@ -130,8 +165,8 @@ def parse_qemu_options(words: Sequence[str]) -> tuple[tuple[str, Mapping[str, st
         if at < len(words) and not words[at].startswith("-"):
             value = words[at]
             at += 1
-        found.append((option.lstrip("-"), _parse_option_keys(value)))
-    return tuple(found)
+        options.append((option.lstrip("-"), _parse_option_keys(value)))
+    return tuple(options)
 
 
 def _parse_option_keys(value: str) -> Mapping[str, str]:
@@ -148,7 +183,7 @@ def _parse_option_keys(value: str) -> Mapping[str, str]:
             keys[key] = rest
         elif at == 0:
             keys[""] = key
-        else:  # `server,nowait`, as it was written before QEMU 6
+        else:  # `server,nowait`, the spelling before QEMU 6
             keys[key] = "on"
             if key.startswith("no"):
                 keys[key.removeprefix("no")] = "off"
@@ -156,5 +191,5 @@ def _parse_option_keys(value: str) -> Mapping[str, str]:
 
 
 def _split_commas(value: str) -> list[str]:
-    """Split at commas; a doubled one is a comma of the value."""
+    """Split at commas; a doubled comma stands for one comma in the value."""
     return [part.replace("\0", ",") for part in value.replace(",,", "\0").split(",")]

@@ -1,8 +1,16 @@
-"""What the QEMU monitor counts, over its QMP socket: the `qmp` source.
+"""Read the counters of the QEMU monitor over a QMP socket: the `qmp` source.
 
-One socket serves one client, and QEMU answers in order, so one connection carries both the 2 Hz queries and the
-register samples. `x-` commands are unstable: what a version cannot answer is None, field by field. Each question has
-its own deadline, and one that fails or is slow costs its own fields only (`questions`).
+QMP commands (see QEMU's QMP reference):
+
+- ``query-blockstats``: bytes, operations, write time (ns) and highest written offset of each disk.
+- ``x-query-virtio-queue-status``: used index of each virtio-blk queue, listed by ``x-query-virtio``.
+- ``qom-get guest-stats`` of the balloon: minor faults, free memory and disk caches, as the guest reports them.
+- ``x-query-jit``: translated blocks, partial TLB flushes, code size (TCG only).
+- ``info registers``: the flags HLT and CPL of one vCPU, sampled ten times a second (TCG on x86 only).
+
+One socket serves one client and QEMU answers in order, so one connection carries the 2 Hz queries and the register
+samples. ``x-`` commands are unstable: a field that a version cannot answer is None. Each query has its own deadline; a
+failed or slow query costs its own fields only (`monitor_queries`).
 """
 
 from __future__ import annotations
@@ -21,7 +29,7 @@ from phasewatch.channels import list_raw_fields
 from phasewatch.errors import VmError
 from phasewatch.telemetry.base import AsyncClock, ReadingValues
 from phasewatch.telemetry.counters import BlockReading, BlockSum, VirtqueueSum
-from phasewatch.telemetry.questions import (
+from phasewatch.telemetry.monitor_queries import (
     ANSWER_OVERDUE_S,
     NOT_ASKED,
     RETRY_ROUNDS,
@@ -31,21 +39,37 @@ from phasewatch.telemetry.questions import (
 )
 from phasewatch.types import STALE_NS, SourceKind
 
-REGISTER_PERIOD_NS = (
-    100_000_000  # one register read per 0.1 s, whatever the number of vCPUs: else our polling names the host
-)
-MIN_REGISTER_SAMPLES = 3  # below this a share of register samples says nothing
-BALLOON_PATH = "/machine/peripheral/balloon0"
-BALLOON_POLLING_PROPERTY = "guest-stats-polling-interval"  # seconds; 0, as QEMU starts, means never
-JIT_LIMIT_S = 0.005  # QEMU counts all translated blocks in its main loop: 6 ms after a boot, 0.2 s after an hour
-RESTART_EVENTS = (
-    "RESET",
-    "RESUME",
-)  # events after which the guest's counters may start again; a snapshot ends in RESUME
-ANSWER_TIMEOUT_S = ANSWER_OVERDUE_S + 5.0  # the questions of a round keep their own deadlines
-QUEUE_LIST_ROUNDS = 60  # rounds until the disks' queues are listed again, unless something shows a change before
-MAX_RATE_GAP_NS = STALE_NS + 500_000_000  # no rate reaches across such a gap
-BALLOON_REPORT_TIMEOUT_NS = 30_000_000_000  # a balloon that reported nothing for so long may be polled by nobody
+__all__ = [
+    "BALLOON_FIELDS",
+    "BALLOON_POLLING_PROPERTY",
+    "BALLOON_POLL_INTERVAL_S",
+    "JIT_FIELDS",
+    "REGISTER_FIELDS",
+    "JitUse",
+    "QmpMonitor",
+    "QmpSource",
+    "parse_jit",
+    "parse_registers",
+]
+
+JIT_FIELDS = frozenset({"jit_tb", "jit_tlb_partial", "jit_code_bytes"})
+BALLOON_FIELDS = frozenset({"bal_minor_faults", "bal_free_bytes", "bal_cache_bytes"})
+REGISTER_FIELDS = frozenset({"vcpu_busy", "vcpu_user"})
+BALLOON_POLLING_PROPERTY = "guest-stats-polling-interval"  # seconds; 0, QEMU's default, means never
+BALLOON_POLL_INTERVAL_S = 1  # the interval that a source sets
+_BALLOON_PATH = "/machine/peripheral/balloon0"
+# One register read per 0.1 s, whatever the number of vCPUs: else the cost of polling would identify the host.
+_REGISTER_PERIOD_NS = 100_000_000
+_MIN_REGISTER_SAMPLES = 3  # a share of fewer samples means nothing
+_JIT_LIMIT_S = 0.005  # QEMU counts all translated blocks in its main loop: 6 ms after a boot, 0.2 s after an hour
+# Events after which the guest's counters may start again; restoring a snapshot ends with RESUME.
+_RESTART_EVENTS = ("RESET", "RESUME")
+_ANSWER_TIMEOUT_S = ANSWER_OVERDUE_S + 5.0  # the queries of a round have deadlines of their own
+_QUEUE_LIST_ROUNDS = 60  # rounds between two lists of the disks' queues, unless a change shows before
+_MAX_RATE_GAP_NS = STALE_NS + 500_000_000  # no rate is computed across a longer gap
+_BALLOON_REPORT_TIMEOUT_NS = 30_000_000_000  # after this time without a report the polling may have been turned off
+_MAX_QUEUES = 1024  # QEMU's own limit of queues per device
+_QUEUE_COMMAND = "x-query-virtio-queue-status"
 
 _JIT_PATTERNS = {
     "tb": re.compile(r"^TB count\s+(\d+)", re.MULTILINE),
@@ -54,27 +78,36 @@ _JIT_PATTERNS = {
 }
 _HALTED_PATTERN = re.compile(r"\bHLT=([01])")
 _PRIVILEGE_PATTERN = re.compile(r"\bCPL=([0-3])")
-_UNREPORTED_STAT = 2**64 - 1  # the balloon driver's word for "not reported"
+_UNREPORTED_STAT = 2**64 - 1  # the balloon driver's value for "not reported"
 
 
 class QmpMonitor:
-    """One QMP connection with a deadline on every question, and a way to fail in words."""
+    """One QMP connection, with a deadline for every command.
+
+    Args:
+        path: The Unix socket.
+        timeout_s: Default deadline of a command.
+
+    Attributes:
+        events: Event name → how often QEMU sent it.
+        connections: How often `connect` succeeded.
+    """
 
     def __init__(self, path: Path, *, timeout_s: float = 2.0) -> None:
         self.path, self._timeout_s = path, timeout_s
         self._client: Any = None
-        self.events: Counter[str] = Counter()  # name → how often QEMU sent it, as far as it was noticed
+        self.events: Counter[str] = Counter()
         self.connections = 0
 
     async def connect(self) -> None:
-        """Connect and negotiate.
+        """Connect and negotiate capabilities.
 
         Raises:
-            VmError: If nobody answers: no such socket, or it already serves another client.
+            VmError: If QEMU does not answer: there is no such socket, or it serves another client.
         """
         from qemu.qmp import QMPClient, QMPError
 
-        logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())  # an answer that nobody waits for is no news
+        logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())  # its messages about late answers are of no use
         client = QMPClient("phasewatch")
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -92,17 +125,17 @@ class QmpMonitor:
         self._client = client
         self.connections += 1
 
-    # `timeout_s` is Any, so that a caller may hand over arguments with hyphens as a dict.
+    # `timeout_s` is Any, so that a caller may pass arguments with hyphens by `**`.
     async def ask(self, command: str, *, timeout_s: Any = None, **arguments: object) -> Any:
-        """Ask one question.
+        """Execute one QMP command and return its result.
 
         Args:
-            command: Of QMP.
-            timeout_s: Deadline in seconds; the monitor's own if left out.
-            arguments: Of the command.
+            command: Name of the command.
+            timeout_s: Deadline; None for the monitor's default.
+            arguments: Arguments of the command.
 
         Raises:
-            VmError: If QEMU refuses it, is gone, or stays silent past the deadline.
+            VmError: If QEMU refuses the command, is gone, or does not answer before the deadline.
         """
         from qemu.qmp import QMPError
 
@@ -117,55 +150,55 @@ class QmpMonitor:
             raise VmError(f"{self.path}: {command}: {str(exc) or f'no answer within {limit_s:g} s'}") from exc
 
     def count_events(self) -> None:
-        """Count the events that came; nobody waits for them, and unread they would pile up for ever."""
+        """Count and discard the events that arrived; unread events would pile up for ever."""
         if self._client is not None:
             for event in self._client.events.clear():
                 self.events[str(event.get("event"))] += 1
 
     @property
     def is_connected(self) -> bool:
-        """Whether the connection stands, as far as is known."""
+        """Whether the connection is up, as far as is known."""
         from qemu.qmp import Runstate
 
         return self._client is not None and self._client.runstate is Runstate.RUNNING
 
     async def close(self) -> None:
-        """Disconnect; QEMU may be gone already."""
+        """Disconnect, even if QEMU is gone already."""
         client, self._client = self._client, None
         if client is not None:
             with suppress(Exception):
                 async with asyncio.timeout(self._timeout_s):
                     await client.disconnect()
 
-    async def vcpu_tids(self) -> tuple[int, ...]:
-        """Give the thread of each vCPU, in their order."""
+    async def query_vcpu_threads(self) -> tuple[int, ...]:
+        """Return the thread ids of the vCPUs in order, in QEMU's own PID namespace (``query-cpus-fast``)."""
         cpus = await self.ask("query-cpus-fast")
         return tuple(cpu["thread-id"] for cpu in sorted(cpus, key=lambda cpu: cpu["cpu-index"]))
 
-    async def version(self) -> str:
-        """Give QEMU's version, as in ``7.2.22``."""
+    async def query_version(self) -> str:
+        """Return QEMU's version, such as ``7.2.22`` (``query-version``)."""
         qemu = (await self.ask("query-version"))["qemu"]
         return f"{qemu['major']}.{qemu['minor']}.{qemu['micro']}"
 
 
 def parse_jit(text: str) -> tuple[int | None, int | None, int | None]:
-    """Read translated blocks, partial TLB flushes and code size (bytes) from `x-query-jit`."""
-    found = [pattern.search(text) for pattern in _JIT_PATTERNS.values()]
-    tb, partial, code = (int(match[1]) if match else None for match in found)
+    """Parse the text of ``x-query-jit`` into translated blocks, partial TLB flushes and code size (bytes)."""
+    matches = [pattern.search(text) for pattern in _JIT_PATTERNS.values()]
+    tb, partial, code = (int(match[1]) if match else None for match in matches)
     return tb, partial, code
 
 
 def parse_registers(text: str) -> tuple[bool, bool] | None:
-    """Read (runs, in user mode) from `info registers`; None where there is no HLT flag, as on aarch64."""
-    halted, ring = _HALTED_PATTERN.search(text), _PRIVILEGE_PATTERN.search(text)
-    if not halted or not ring:
+    """Parse ``info registers`` into (is running, is in user mode); None without an HLT flag, as on aarch64."""
+    halted, privilege = _HALTED_PATTERN.search(text), _PRIVILEGE_PATTERN.search(text)
+    if not halted or not privilege:
         return None
-    runs = halted[1] == "0"
-    return runs, runs and ring[1] == "3"
+    is_running = halted[1] == "0"
+    return is_running, is_running and privilege[1] == "3"
 
 
 class JitUse(StrEnum):
-    """Whether a source asks `x-query-jit`, which holds QEMU up the longer, the more the guest has run."""
+    """Whether a source uses ``x-query-jit``, which stops QEMU for longer the longer the guest has run."""
 
     ALWAYS = "always"
     WHILE_FAST = "while fast"
@@ -173,19 +206,19 @@ class JitUse(StrEnum):
 
 
 class QmpSource:
-    """Asks one VM's monitor twice a second, and for one vCPU's registers ten times a second.
+    """Queries one VM's monitor twice a second, and one vCPU's registers ten times a second.
 
     Args:
-        monitor: A connected `QmpMonitor`; the source leaves it open.
-        vcpus: How many vCPUs take turns in the register samples.
-        clock: Paces the register samples.
-        balloon: Its path in QEMU's tree; empty where there is none.
-        registers: Whether they tell anything; under KVM the kernel halts a vCPU, and QEMU does not hear of it.
-        jit: Whether translation counters are asked for; a watcher does not, unless its user says so.
-        deadline_s: Of one reading.
+        monitor: A connected monitor; the source leaves it open.
+        vcpus: Number of vCPUs that take turns in the register samples.
+        clock: Times the register samples.
+        balloon: Path of the balloon in QEMU's object tree; empty if there is none.
+        registers: Whether to sample registers; useless under KVM, where the kernel halts vCPUs without telling QEMU.
+        jit: Whether to read translation counters.
+        deadline_s: Deadline of one reading.
 
     Attributes:
-        vcpu_numbers: Returns whose registers are sampled: the VM's vCPUs may change.
+        vcpu_numbers: Returns the vCPUs whose registers are sampled; replaced where vCPUs may change.
     """
 
     source = SourceKind.QMP
@@ -196,7 +229,7 @@ class QmpSource:
         monitor: QmpMonitor,
         vcpus: int,
         clock: AsyncClock,
-        balloon: str = BALLOON_PATH,
+        balloon: str = _BALLOON_PATH,
         registers: bool = True,
         jit: JitUse = JitUse.ALWAYS,
         deadline_s: float = ROUND_DEADLINE_S,
@@ -209,46 +242,48 @@ class QmpSource:
         self._samples_lost = 0
         self._blocks = MonitorQuery("query-blockstats", lambda: self._ask("query-blockstats"))
         self._balloon = MonitorQuery("guest-stats", self._ask_balloon)
-        self._rings = MonitorQuery("x-query-virtio-queue-status", self._ask_rings)
+        self._queue_query = MonitorQuery(_QUEUE_COMMAND, self._query_queues)
         self._jit = MonitorQuery(
-            "x-query-jit", self._ask_jit, limit_s=JIT_LIMIT_S if jit is JitUse.WHILE_FAST else None
+            "x-query-jit", self._ask_jit, limit_s=_JIT_LIMIT_S if jit is JitUse.WHILE_FAST else None
         )
-        questions = [self._blocks, *([self._balloon] if balloon else []), self._rings]
+        queries = [self._blocks, *([self._balloon] if balloon else []), self._queue_query]
         if jit is not JitUse.NEVER:
-            questions.append(self._jit)  # last: what is slow delays nobody
-        self._round = QueryRound(questions, clock, deadline_s=deadline_s)
-        self._block_sum, self._ring_sum = BlockSum(), VirtqueueSum()
+            queries.append(self._jit)  # last, because it is slow
+        self._round = QueryRound(queries, clock, deadline_s=deadline_s)
+        self._block_sum, self._queue_sum = BlockSum(), VirtqueueSum()
         self._disks: frozenset[Hashable] = frozenset()
         self._queues: list[tuple[str, int]] = []
-        self._list_in = 0
-        self._requests = 0  # that the disks completed since their queues were read
+        self._rounds_to_list = 0  # rounds until the queues are listed again
+        self._requests = 0  # requests that the disks completed since the queues were read
         self._restarts = 0
         self._balloon_update: int | None = None
-        self._report_ns = clock.mono_ns()  # when the guest's last report came
-        self._given_ns = -MAX_RATE_GAP_NS  # and when one was given on
+        self._report_ns = clock.mono_ns()  # when the guest's last report arrived
+        self._passed_on_ns = -_MAX_RATE_GAP_NS  # when a report was last part of a reading
         self._is_gap = self._is_restarted = False
 
     async def open(self) -> None:
-        """Find the disk's queues and the balloon, and begin to sample registers.
+        """Find the disks' queues, turn on balloon polling, and start the register samples.
 
         Raises:
-            VmError: If the monitor does not answer at all.
+            VmError: If the monitor does not answer the first register query.
         """
         await self._list_queues(None)
         self._restarts = self._count_restarts()
         if self._balloon_path:
             try:
-                await self._monitor.ask("qom-set", path=self._balloon_path, property=BALLOON_POLLING_PROPERTY, value=1)
+                await self._monitor.ask(
+                    "qom-set", path=self._balloon_path, property=BALLOON_POLLING_PROPERTY, value=BALLOON_POLL_INTERVAL_S
+                )
             except VmError:
                 self._round.remove(self._balloon)
-        if self._jit in self._round.questions and self._jit.limit_s is not None:
-            for _ in range(3):  # who is too slow is known before a model is chosen
+        if self._jit in self._round.queries and self._jit.limit_s is not None:
+            for _ in range(3):  # a slow query must be known before a model is chosen
                 await self._round.ask()
-        if self._may_sample and parse_registers(await self._registers(0)) is not None:
+        if self._may_sample and parse_registers(await self._query_registers(0)) is not None:
             self._sampler = asyncio.create_task(self._sample_registers())
 
     async def close(self) -> None:
-        """Stop sampling registers, and wait for no answer any more."""
+        """Stop the register samples and all outstanding queries."""
         sampler, self._sampler = self._sampler, None
         if sampler is not None:
             sampler.cancel()
@@ -257,167 +292,167 @@ class QmpSource:
         await self._round.close()
 
     async def read(self) -> ReadingValues:
-        """Return one reading; a question that fails or is late leaves its fields None."""
+        """Return one reading; a query that fails or is late leaves its fields None."""
         await self._round.ask()
         self._monitor.count_events()
         restarts, before = self._count_restarts(), self._restarts
         self._restarts = restarts
         if restarts != before:
             self._is_restarted = self._is_gap = True
-            self._list_in = 0
+            self._rounds_to_list = 0
             self._round.revive()
-        blocks = self._use(self._blocks, self._block_sum.add)
-        rings = self._use(self._rings, lambda used: used)
+        blocks = self._convert(self._blocks, self._block_sum.add)
+        used = self._convert(self._queue_query, dict)
         sums: ReadingValues = (None,) * 6
         highest = None
         if blocks is not None:
             sums, highest = blocks.sums, blocks.highest
             self._requests += blocks.requests or 0
             if blocks.members != self._disks:
-                self._disks, self._list_in = blocks.members, 0
-        vq_blk = self._sum_rings(rings, blocks) if rings else None
-        tb, partial, code = self._use(self._jit, parse_jit) or (None, None, None)
-        busy, user = self._shares()
-        faults, free, cache = self._use(self._balloon, self._use_balloon) or (None, None, None)
+                self._disks, self._rounds_to_list = blocks.members, 0
+        vq_blk = self._sum_queues(used, blocks) if used else None
+        tb, partial, code = self._convert(self._jit, parse_jit) or (None, None, None)
+        busy, user = self._compute_register_shares()
+        faults, free, cache = self._convert(self._balloon, self._convert_balloon) or (None, None, None)
         return (*sums, vq_blk, tb, partial, busy, user, faults, free, cache, code, highest)
 
     @property
     def lost(self) -> dict[str, int]:
-        """Readings lost, of each question that lost any."""
-        found = {question.name: question.lost for question in self._round.questions}
-        found["info registers"] = self._samples_lost
-        return {name: count for name, count in found.items() if count}
+        """Lost readings of each query that lost any."""
+        lost = {query.name: query.lost for query in self._round.queries}
+        lost["info registers"] = self._samples_lost
+        return {name: count for name, count in lost.items() if count}
 
     def pop_notes(self) -> list[str]:
-        """Return what people must know since the last call."""
+        """Return and clear the messages since the last call."""
         return self._round.pop_notes()
 
-    def given_up_reason(self, field: str) -> str:
-        """Return why a raw field is not asked for any more; empty while it is."""
-        return self._jit.given_up if field.startswith("jit_") else ""
+    def find_give_up_reason(self, field: str) -> str | None:
+        """Return why a translation counter is no longer read; None while it is, and for other fields."""
+        return self._jit.give_up_reason if field in JIT_FIELDS else None
 
     def drop_fields(self, fields: frozenset[str]) -> None:
-        """Stop asking for fields that this VM does not have."""
-        of_blocks = {spec.field for spec in list_raw_fields(SourceKind.QMP) if spec.field.startswith(("blk_", "wr_"))}
-        for question, own in ((self._blocks, of_blocks), (self._jit, {"jit_tb", "jit_tlb_partial", "jit_code_bytes"})):
-            if own <= fields and question in self._round.questions:
-                self._round.remove(question)
-        for question in self._round.questions:
-            question.lost = 0  # what was lost while the VM was looked at is no reading of a watch
+        """Stop querying fields that this VM does not have, and reset the counts of lost readings."""
+        block_fields = {s.field for s in list_raw_fields(SourceKind.QMP) if s.field.startswith(("blk_", "wr_"))}
+        for query, own in ((self._blocks, block_fields), (self._jit, JIT_FIELDS)):
+            if own <= fields and query in self._round.queries:
+                self._round.remove(query)
+        for query in self._round.queries:
+            query.lost = 0  # readings lost during the survey do not count for a watch
         self._samples_lost = 0
         self._round.pop_notes()
 
-    def _use(self, question: MonitorQuery, use: Any) -> Any:
-        """Return what is wanted of an answer; None without one, or if it has another shape."""
-        if question.answer is None or question.answer is NOT_ASKED:
+    def _convert(self, query: MonitorQuery, convert: Callable[[Any], Any]) -> Any:
+        """Return the converted answer of a query; None without an answer, or if it has an unknown shape."""
+        if query.answer is None or query.answer is NOT_ASKED:
             return None
         try:
-            return use(question.answer)
+            return convert(query.answer)
         except (KeyError, TypeError, ValueError, AttributeError):
-            question.refuse("an answer of another shape")
+            query.refuse("an answer of an unknown shape")
             return None
 
     async def _ask(self, command: str, **arguments: object) -> Any:
-        return await self._monitor.ask(command, timeout_s=ANSWER_TIMEOUT_S, **arguments)
+        return await self._monitor.ask(command, timeout_s=_ANSWER_TIMEOUT_S, **arguments)
 
     def _count_restarts(self) -> int:
-        return self._monitor.connections + sum(self._monitor.events[name] for name in RESTART_EVENTS)
+        return self._monitor.connections + sum(self._monitor.events[name] for name in _RESTART_EVENTS)
 
     async def _list_queues(self, timeout_s: float | None) -> None:
-        """List the queues of every virtio disk; a monitor that does not know the question has none."""
+        """List the queues of every virtio-blk disk (``x-query-virtio``); none if QEMU does not know the command."""
         queues: list[tuple[str, int]] = []
         try:
             devices = await self._monitor.ask("x-query-virtio", timeout_s=timeout_s)
-        except VmError:  # what was known stays
-            self._list_in = RETRY_ROUNDS if self._queues else QUEUE_LIST_ROUNDS
+        except VmError:  # keep the list
+            self._rounds_to_list = RETRY_ROUNDS if self._queues else _QUEUE_LIST_ROUNDS
             return
         for device in devices:
             if device["name"] != "virtio-blk":
                 continue
-            for number in range(1024):  # QEMU's own limit; the first number that it refuses is one past the last
+            for number in range(_MAX_QUEUES):  # the first number that QEMU refuses is one past the last queue
                 try:
-                    await self._used_index(device["path"], number, timeout_s)
+                    await self._query_used_index(device["path"], number, timeout_s)
                 except (VmError, KeyError):
                     break
                 queues.append((device["path"], number))
-        self._queues, self._list_in = queues, QUEUE_LIST_ROUNDS
+        self._queues, self._rounds_to_list = queues, _QUEUE_LIST_ROUNDS
 
-    async def _used_index(self, path: str, number: int, timeout_s: float | None = ANSWER_TIMEOUT_S) -> int:
-        status = await self._monitor.ask("x-query-virtio-queue-status", timeout_s=timeout_s, path=path, queue=number)
+    async def _query_used_index(self, path: str, number: int, timeout_s: float | None = _ANSWER_TIMEOUT_S) -> int:
+        status = await self._monitor.ask(_QUEUE_COMMAND, timeout_s=timeout_s, path=path, queue=number)
         return int(status["used-idx"])
 
-    async def _ask_rings(self) -> Any:
-        """Read the used index of every queue; one that is refused is gone, and all are listed again."""
-        self._list_in -= 1
-        if self._list_in < 0:
-            await self._list_queues(ANSWER_TIMEOUT_S)
+    async def _query_queues(self) -> Any:
+        """Return the used index of every queue; a refused one is gone, and all are listed again."""
+        self._rounds_to_list -= 1
+        if self._rounds_to_list < 0:
+            await self._list_queues(_ANSWER_TIMEOUT_S)
         if not self._queues:
             return NOT_ASKED
         used: dict[Hashable, int] = {}
         for path, number in list(self._queues):
             try:
-                used[path, number] = await self._used_index(path, number)
+                used[path, number] = await self._query_used_index(path, number)
             except (VmError, KeyError):
-                self._list_in = 0
+                self._rounds_to_list = 0
         return used
 
-    def _sum_rings(self, used: Mapping[Hashable, int], blocks: BlockReading | None) -> int | None:
-        """Add up what the queues completed since they were read last."""
+    def _sum_queues(self, used: Mapping[Hashable, int], blocks: BlockReading | None) -> int | None:
+        """Add the requests that the queues completed since they were last read."""
         requests = self._requests if blocks is not None and blocks.requests is not None else None
-        restarted, self._is_restarted, self._requests = self._is_restarted, False, 0
-        return self._ring_sum.add(used, requests=requests, restarted=restarted)
+        is_restarted, self._is_restarted, self._requests = self._is_restarted, False, 0
+        return self._queue_sum.add(used, requests=requests, is_restarted=is_restarted)
 
     async def _ask_jit(self) -> str:
         return str((await self._ask("x-query-jit"))["human-readable-text"])
 
     async def _ask_balloon(self) -> Any:
-        """Read the guest's report; if none came for long, check that QEMU still polls for one."""
-        if self._clock.mono_ns() - self._report_ns > BALLOON_REPORT_TIMEOUT_NS:
+        """Return the guest's report; if none arrived for long, check that QEMU still polls for one."""
+        if self._clock.mono_ns() - self._report_ns > _BALLOON_REPORT_TIMEOUT_NS:
             self._report_ns = self._clock.mono_ns()
             if await self._ask("qom-get", path=self._balloon_path, property=BALLOON_POLLING_PROPERTY) == 0:
-                await self._ask("qom-set", path=self._balloon_path, property=BALLOON_POLLING_PROPERTY, value=1)
+                await self._ask(
+                    "qom-set", path=self._balloon_path, property=BALLOON_POLLING_PROPERTY, value=BALLOON_POLL_INTERVAL_S
+                )
         return await self._ask("qom-get", path=self._balloon_path, property="guest-stats")
 
-    def _use_balloon(self, report: Mapping[str, Any]) -> ReadingValues:
-        """Return the guest's word on its memory: once per report, and with a gap where the machine was restarted."""
+    def _convert_balloon(self, report: Mapping[str, Any]) -> ReadingValues:
+        """Return the guest's memory statistics: once per report, and with a gap after a restart of the VM."""
         update, stats = report["last-update"], report["stats"]
         if update == self._balloon_update or not update:
             return None, None, None
         self._balloon_update = update
         now_ns = self._report_ns = self._clock.mono_ns()
-        if self._is_gap and now_ns - self._given_ns <= MAX_RATE_GAP_NS:
+        if self._is_gap and now_ns - self._passed_on_ns <= _MAX_RATE_GAP_NS:
             return None, None, None
-        self._is_gap, self._given_ns = False, now_ns
-        found = (
-            stats.get(key, _UNREPORTED_STAT) for key in ("stat-minor-faults", "stat-free-memory", "stat-disk-caches")
-        )
-        # The guest may lie, and a number past int64 would cost the whole bundle.
-        return tuple(value if isinstance(value, int) and 0 <= value < 2**63 else None for value in found)
+        self._is_gap, self._passed_on_ns = False, now_ns
+        keys = ("stat-minor-faults", "stat-free-memory", "stat-disk-caches")
+        values = (stats.get(key, _UNREPORTED_STAT) for key in keys)
+        # The guest may report anything, and a number beyond int64 would make the whole bundle invalid.
+        return tuple(value if isinstance(value, int) and 0 <= value < 2**63 else None for value in values)
 
-    def _shares(self) -> tuple[float | None, float | None]:
+    def _compute_register_shares(self) -> tuple[float | None, float | None]:
         samples, self._samples = self._samples, []
-        if len(samples) < MIN_REGISTER_SAMPLES:
+        if len(samples) < _MIN_REGISTER_SAMPLES:
             self._samples_lost += self._sampler is not None
             return None, None
-        return sum(runs for runs, _ in samples) / len(samples), sum(user for _, user in samples) / len(samples)
+        n_running = sum(is_running for is_running, _ in samples)
+        return n_running / len(samples), sum(is_user for _, is_user in samples) / len(samples)
 
-    async def _registers(self, vcpu: int) -> str:
+    async def _query_registers(self, vcpu: int) -> str:
         return str(
             await self._monitor.ask("human-monitor-command", **{"command-line": "info registers", "cpu-index": vcpu})
         )
 
     async def _sample_registers(self) -> None:
-        due_ns, turn, pause_ns = self._clock.mono_ns(), 0, REGISTER_PERIOD_NS
+        due_ns, turn, pause_ns = self._clock.mono_ns(), 0, _REGISTER_PERIOD_NS
         while True:
             due_ns = max(due_ns + pause_ns, self._clock.mono_ns())
             await self._clock.sleep_until(due_ns)
             numbers = self.vcpu_numbers() or (0,)
-            pause_ns = min(
-                2 * pause_ns, 20 * REGISTER_PERIOD_NS
-            )  # a monitor that refuses or is silent is asked less often
+            pause_ns = min(2 * pause_ns, 20 * _REGISTER_PERIOD_NS)  # query a failing monitor less often
             with suppress(VmError):
-                sample = parse_registers(await self._registers(numbers[turn % len(numbers)]))
-                pause_ns = REGISTER_PERIOD_NS
+                sample = parse_registers(await self._query_registers(numbers[turn % len(numbers)]))
+                pause_ns = _REGISTER_PERIOD_NS
                 if sample is not None:
                     self._samples.append(sample)
             turn += 1

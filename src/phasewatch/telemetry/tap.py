@@ -1,4 +1,4 @@
-"""What a tap device's own counters tell of the frames of a VM: how many and how long, and nothing of what is in them."""
+"""Read frame and byte counters of a VM's tap devices from /proc: the fallback of the `netflow` source."""
 
 from __future__ import annotations
 
@@ -12,63 +12,78 @@ from phasewatch.telemetry.netflow import NetflowReading
 from phasewatch.telemetry.process import PROC_ROOT, parse_qemu_options
 from phasewatch.types import SourceKind
 
-TAP_CHECK_READINGS = 4  # readings between two looks at which taps the process holds: 2 s
+__all__ = [
+    "TAP_FIELDS",
+    "TapCounters",
+    "TapSource",
+    "TrafficTotals",
+    "find_cards_without_tap",
+    "find_taps_by_fd",
+    "read_device_counters",
+]
+
+_CHECK_READINGS = 4  # readings between two lists of the process's taps: 2 s
 TAP_FIELDS = frozenset(NetflowReading._fields[:4])
 _TAP_NAME_PATTERN = re.compile(r"^iff:\s*(\S{1,15})\s*$", re.MULTILINE)
-TrafficTotals = tuple[int, int, int, int]  # frames and bytes that the guest sent, frames and bytes that it was sent
+TrafficTotals = tuple[int, int, int, int]  # frames and bytes that the guest sent, and received
 
 
 def find_taps_by_fd(pid: int, proc: Path = PROC_ROOT) -> dict[int, str]:
-    """Return the tap devices that a process holds, by its file descriptors, whoever opened them."""
-    found = {}
+    """Return file descriptor → name of each tap device that a process holds, no matter who opened it.
+
+    Source: ``/proc/PID/fdinfo/FD``, line ``iff``.
+    """
+    taps = {}
     with suppress(OSError):
         for entry in (proc / str(pid) / "fdinfo").iterdir():
-            with suppress(OSError, ValueError):  # closed between the listing and the reading, as a busy machine does
+            with suppress(OSError, ValueError):  # closed after it was listed
                 match = _TAP_NAME_PATTERN.search(entry.read_text("utf-8", "replace"))
                 if match:
-                    found[int(entry.name)] = match[1]
-    return found
+                    taps[int(entry.name)] = match[1]
+    return taps
 
 
 def find_cards_without_tap(pid: int, proc: Path = PROC_ROOT) -> list[str]:
-    """Return the network options of a QEMU process's command line whose frames pass no tap: nobody counts them."""
+    """Return the options of a QEMU command line that define network cards without a tap, which nothing counts."""
     try:
         words = (proc / str(pid) / "cmdline").read_bytes().decode("utf-8", "replace").split("\0")[1:]
     except OSError:
         return []
-    found = []
+    options = []
     for option, keys in parse_qemu_options(words):
         kind = keys.get("type", keys.get("", ""))
         if option in ("netdev", "nic", "net") and kind not in ("tap", "bridge", "none", "nic", "hubport", ""):
-            found.append(f"-{option} {kind}")
-    return found
+            options.append(f"-{option} {kind}")
+    return options
 
 
 def read_device_counters(pid: int, proc: Path = PROC_ROOT) -> dict[str, TrafficTotals]:
-    """Return the counters of every device in the process's own network namespace, as a VM behind a tap sees them.
+    """Return the counters of every device in the process's network namespace, in the direction that the guest sees.
+
+    Source: ``/proc/PID/net/dev``, columns bytes and packets of Receive (the guest sent) and Transmit.
 
     Raises:
         OSError: If the process is gone or may not be read.
     """
     # Not /sys/class/net: a device of that name in the watcher's namespace may belong to another VM.
     text = (proc / str(pid) / "net" / "dev").read_text("utf-8", "replace")
-    found = {}
+    counters = {}
     for line in text.splitlines():
         name, colon, counts = line.partition(":")
         numbers = counts.split()
         if colon and len(numbers) >= 10 and all(n.isdigit() for n in numbers[:10]):
             rx_bytes, rx_packets, *_ = map(int, numbers)
-            # What the host's end of a tap receives is what the guest sent.
-            found[name.strip()] = (rx_packets, rx_bytes, int(numbers[9]), int(numbers[8]))
-    return found
+            # The host's end of a tap receives what the guest sends.
+            counters[name.strip()] = (rx_packets, rx_bytes, int(numbers[9]), int(numbers[8]))
+    return counters
 
 
 class TapCounters:
-    """Adds up the counters of some tap devices: the sum neither falls when a device goes nor jumps when one comes.
+    """Sums the counters of several tap devices; the sum neither falls when a device goes nor jumps when one comes.
 
     Args:
         pid: The QEMU process.
-        proc: Where /proc is.
+        proc: Path of /proc.
     """
 
     def __init__(self, pid: int, proc: Path = PROC_ROOT) -> None:
@@ -77,10 +92,10 @@ class TapCounters:
         self._total: list[int] = []
 
     def read(self, names: Iterable[str]) -> TrafficTotals | None:
-        """Return the totals so far; None where a device is not there, was begun anew, or cannot be read.
+        """Return the totals so far; None if a device is missing, was recreated, or cannot be read.
 
         Args:
-            names: The devices that count now.
+            names: The present devices.
         """
         wanted, is_whole = set(names), True
         try:
@@ -100,7 +115,7 @@ class TapCounters:
                 continue
             before = before or (0, 0, 0, 0)
             steps = [after - earlier for after, earlier in zip(now, before, strict=True)]
-            if min(steps) < 0:  # another device of that name: what it counted before is not ours
+            if min(steps) < 0:  # a new device of that name
                 is_whole = False
                 continue
             self._total = [total + step for total, step in zip(self._total, steps, strict=True)]
@@ -108,11 +123,11 @@ class TapCounters:
 
 
 class TapSource:
-    """Reads the counters of every tap device that a VM holds: frames and bytes; what needs a look into a frame is None.
+    """Reads the counters of a VM's tap devices: frames and bytes; fields that need a frame's content are None.
 
     Args:
         pid: The QEMU process.
-        proc: Where /proc is.
+        proc: Path of /proc.
     """
 
     source = SourceKind.NETFLOW
@@ -124,10 +139,10 @@ class TapSource:
         self._readings = 0
 
     async def open(self) -> None:
-        """Look whether there is one.
+        """Find the tap devices.
 
         Raises:
-            OSError: If there is none, or it is in no namespace that can be read.
+            OSError: If there is none, or its counters cannot be read.
         """
         self._refresh_names()
         missing = self._names - read_device_counters(self._pid, self._proc).keys()
@@ -136,13 +151,13 @@ class TapSource:
         self._counters.read(self._names)
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing; no file stays open."""
 
     async def read(self) -> ReadingValues:
-        """Return one reading; None-filled while a device is gone, or while there is none."""
+        """Return one reading; None for every field while a device is missing, or there is none."""
         self._readings += 1
         traffic = self._counters.read(self._names)
-        if traffic is None or self._readings % TAP_CHECK_READINGS == 0:
+        if traffic is None or self._readings % _CHECK_READINGS == 0:
             before = self._names
             self._refresh_names()
             if self._names != before:
@@ -154,7 +169,7 @@ class TapSource:
 
     @property
     def names(self) -> Sequence[str]:
-        """The devices that are read."""
+        """Names of the devices that are read."""
         return sorted(self._names)
 
     def _refresh_names(self) -> None:

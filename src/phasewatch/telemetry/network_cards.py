@@ -1,4 +1,4 @@
-"""Which network cards a VM has, and what each is plugged into: read from the monitor's answers (pure)."""
+"""Parse a VM's network cards and their backends from answers of the QEMU monitor (pure)."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+__all__ = ["Nic", "count_passthrough_cards", "count_unplugged_cards", "parse_network_cards"]
+
 _NIC_PATTERN = re.compile(r"index=(?P<index>\d+),type=nic,(?:model=(?P<model>[^,]*),macaddr=(?P<mac>[0-9a-f:]{17}))?$")
 _BACKEND_PATTERN = re.compile(r"index=\d+,type=(?P<type>[a-z0-9-]+)(?P<rest>.*)$")
 _IFNAME_PATTERN = re.compile(r",ifname=([^,\s]{1,15})(?:,|$)")
 _FD_PATTERN = re.compile(r",fd=(\d+)(?:,|$)")
 _NOT_PCI_PATTERN = re.compile(r"^usb-|-(?:device|ccw)$")
-_PCI_NETWORK_CLASS = 0x02  # the class of a PCI function, above its subclass
+_PCI_NETWORK_CLASS = 0x02  # upper byte of a PCI function's class code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Nic:
-    """A card of the VM and what it is plugged into.
+    """A network card of the VM, and its backend.
 
     Attributes:
-        netdev: QEMU's id of the backend, or of the hub's port, that the card is plugged into.
-        kind: Of the backend.
+        netdev: QEMU's id of the backend, or of the hub port, that the card is connected to.
+        kind: Type of the backend, such as ``tap``.
+        model: QEMU's model name.
+        mac: MAC address, 6 bytes; the guest may have set it.
         name: QEMU's name of the card.
-        model: As QEMU calls it.
-        mac: The card's address; the guest may have set it.
-        ifname: The host's tap device, where QEMU opened it by name.
-        fd: QEMU's file descriptor of the tap device, where it was handed over; -1 where it was not.
-        queues: Pairs of queues; QEMU filters no card with more than one.
+        ifname: Name of the tap device, if QEMU opened it by name; else empty.
+        fd: QEMU's file descriptor of the tap device, if it was passed to QEMU; else -1.
+        queues: Number of queue pairs; QEMU cannot filter a card with more than one.
     """
 
     netdev: str
@@ -42,7 +44,7 @@ class Nic:
 
 
 def parse_network_cards(text: str) -> tuple[Nic, ...]:
-    """Parse the cards and their backends from the monitor's ``info network``; a card without a backend is left out."""
+    """Parse the cards with a backend from the text of the monitor command ``info network``."""
     cards: dict[str, Nic] = {}
     above = ""
     for line in text.replace("\r", "").splitlines():
@@ -68,9 +70,14 @@ def parse_network_cards(text: str) -> tuple[Nic, ...]:
             continue
         ifname, fd = _IFNAME_PATTERN.search(details), _FD_PATTERN.search(details)
         cards[port] = Nic(
-            netdev=port, kind=kind, name=name, model=nic["model"], mac=_parse_mac(nic["mac"]),
-            ifname=ifname[1] if ifname else "", fd=int(fd[1]) if fd else -1,
-        )  # fmt: skip
+            netdev=port,
+            kind=kind,
+            name=name,
+            model=nic["model"],
+            mac=_parse_mac(nic["mac"]),
+            ifname=ifname[1] if ifname else "",
+            fd=int(fd[1]) if fd else -1,
+        )
     return tuple(cards.values())
 
 
@@ -80,31 +87,31 @@ def _parse_mac(text: str) -> bytes:
 
 
 def count_passthrough_cards(buses: Sequence[Mapping[str, Any]], cards: Sequence[Nic], unplugged: int = 0) -> int:
-    """Return how many network functions the VM's PCI buses show (``query-pci``) beyond the cards that QEMU emulates.
+    """Return how many cards the host passes through: PCI network functions that QEMU does not emulate.
 
     Args:
-        buses: The monitor's answer.
+        buses: Answer of QMP ``query-pci``.
         cards: From `parse_network_cards`.
-        unplugged: Emulated cards without a backend.
+        unplugged: From `count_unplugged_cards`.
     """
     emulated = sum(not _NOT_PCI_PATTERN.search(card.model) for card in cards) + unplugged
     return max(0, sum(_count_network_functions(bus.get("devices", ())) for bus in buses) - emulated)
 
 
 def count_unplugged_cards(text: str) -> int:
-    """Return how many cards ``info network`` shows without a backend: nothing can pass them."""
+    """Return how many cards the text of ``info network`` shows without a backend; they carry no frames."""
     lines = text.replace("\r", "").splitlines()
-    alone = [
+    unplugged = [
         line
         for line, after in pairwise([*lines, ""])
         if not line.startswith(" ") and _NIC_PATTERN.match(line.partition(": ")[2]) and not after.startswith(" \\ ")
     ]
-    return len(alone)
+    return len(unplugged)
 
 
 def _count_network_functions(devices: Sequence[Mapping[str, Any]]) -> int:
-    found = 0
+    count = 0
     for device in devices:
-        found += device.get("class_info", {}).get("class", 0) >> 8 == _PCI_NETWORK_CLASS
-        found += _count_network_functions(device.get("pci_bridge", {}).get("devices", ()))
-    return found
+        count += device.get("class_info", {}).get("class", 0) >> 8 == _PCI_NETWORK_CLASS
+        count += _count_network_functions(device.get("pci_bridge", {}).get("devices", ()))
+    return count

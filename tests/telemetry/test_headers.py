@@ -1,4 +1,4 @@
-"""Which headers are found in a frame, whatever stands before and between them, and that dpkt finds the same."""
+"""Parse frame headers behind all encapsulations, in agreement with dpkt."""
 
 from __future__ import annotations
 
@@ -8,32 +8,9 @@ import dpkt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.factories.frames import ASK, DST4, DST6, MACS, SRC4, SRC6, SYN, ethernet, ipv4, ipv6
 
 from phasewatch.telemetry.headers import MAX_EXTENSION_HEADERS, FrameKind, IpHeaders, has_network_header, parse_frame
-
-MACS = b"\x52\x54\x00\x00\x00\x01" + b"\x52\x54\x00\x00\x00\x02"
-SRC4, DST4 = b"\x0a\x00\x00\x01", b"\x0a\x00\x00\x02"
-SRC6, DST6 = b"\xfe\x80" + bytes(13) + b"\x01", b"\xfe\x80" + bytes(13) + b"\x02"
-SYN = pack("!HHIIBBHHH", 4000, 443, 1, 0, 0x50, 2, 512, 0, 0)
-ASK = pack("!HHHH", 4000, 53, 8, 0)
-
-
-def ipv4(body: bytes, protocol: int = 6, *, options: bytes = b"", fragment: int = 0) -> bytes:
-    head = 20 + len(options)
-    return (
-        pack("!BBHHHBBH4s4s", 0x40 | head // 4, 0, head + len(body), 0, fragment, 64, protocol, 0, SRC4, DST4)
-        + options
-        + body
-    )
-
-
-def ipv6(body: bytes, protocol: int = 6) -> bytes:
-    return pack("!IHBB16s16s", 6 << 28, len(body), protocol, 64, SRC6, DST6) + body
-
-
-def ethernet(ethertype: int, body: bytes) -> bytes:
-    return MACS + pack("!H", ethertype) + body
-
 
 FOUR = IpHeaders(6, SRC4, DST4, (4000, 443), 2)
 SIX = IpHeaders(6, SRC6, DST6, (4000, 443), 2)
@@ -45,15 +22,25 @@ SIX = IpHeaders(6, SRC6, DST6, (4000, 443), 2)
         pytest.param(ethernet(0x0800, ipv4(SYN)), FOUR, id="IPv4"),
         pytest.param(ethernet(0x0800, ipv4(SYN, options=b"\x01" * 40)), FOUR, id="IPv4 with all options"),
         pytest.param(ethernet(0x0800, ipv4(SYN, fragment=0x2000)), FOUR, id="first fragment"),
-        pytest.param(ethernet(0x0800, ipv4(ASK, 17, fragment=7)), IpHeaders(17, SRC4, DST4, None, 0), id="later fragment"),
-        pytest.param(ethernet(0x0800, ipv4(pack("!BBHII", 6, 4, 0, 1, 1) + bytes(12) + SYN, 51)), FOUR, id="AH in IPv4"),
+        pytest.param(
+            ethernet(0x0800, ipv4(ASK, 17, fragment=7)), IpHeaders(17, SRC4, DST4, None, 0), id="later fragment"
+        ),
+        pytest.param(
+            ethernet(0x0800, ipv4(pack("!BBHII", 6, 4, 0, 1, 1) + bytes(12) + SYN, 51)), FOUR, id="AH in IPv4"
+        ),
         pytest.param(ethernet(0x86DD, ipv6(SYN)), SIX, id="IPv6"),
         pytest.param(ethernet(0x86DD, ipv6(ASK, 17)), IpHeaders(17, SRC6, DST6, (4000, 53), 0), id="IPv6 datagram"),
-        pytest.param(ethernet(0x86DD, ipv6(pack("!BB6x", 60, 0) + pack("!BB14x", 43, 1) + pack("!BB6x", 6, 0) + SYN, 0)), SIX,
-                     id="hop-by-hop, destination, routing"),
+        pytest.param(
+            ethernet(0x86DD, ipv6(pack("!BB6x", 60, 0) + pack("!BB14x", 43, 1) + pack("!BB6x", 6, 0) + SYN, 0)),
+            SIX,
+            id="hop-by-hop, destination, routing",
+        ),
         pytest.param(ethernet(0x86DD, ipv6(pack("!BBHI", 6, 0, 1, 9) + SYN, 44)), SIX, id="first fragment of IPv6"),
-        pytest.param(ethernet(0x86DD, ipv6(pack("!BBHI", 17, 0, 8, 9) + ASK, 44)), IpHeaders(17, SRC6, DST6, None, 0),
-                     id="later fragment of IPv6"),
+        pytest.param(
+            ethernet(0x86DD, ipv6(pack("!BBHI", 17, 0, 8, 9) + ASK, 44)),
+            IpHeaders(17, SRC6, DST6, None, 0),
+            id="later fragment of IPv6",
+        ),
         pytest.param(ethernet(0x86DD, ipv6(pack("!BBHII", 6, 4, 0, 1, 1) + bytes(12) + SYN, 51)), SIX, id="AH in IPv6"),
         pytest.param(ethernet(0x86DD, ipv6(bytes(8), 59)), IpHeaders(59, SRC6, DST6, None, 0), id="nothing behind"),
         pytest.param(ethernet(0x8100, b"\0\5\x08\0" + ipv4(SYN)), FOUR, id="VLAN"),
@@ -63,13 +50,17 @@ SIX = IpHeaders(6, SRC6, DST6, (4000, 443), 2)
         pytest.param(ethernet(0x8864, b"\x11\0\0\1\0\x2a\0\x21" + ipv4(SYN)), FOUR, id="PPPoE"),
         pytest.param(ethernet(0x8847, b"\0\1\0\x40\0\2\1\x40" + ipv6(SYN)), SIX, id="two labels of MPLS"),
         pytest.param(ethernet(0x0800, ipv4(SYN)).ljust(90, b"\x99"), FOUR, id="padding"),
-        pytest.param(ethernet(0x0800, ipv4(b"")).ljust(60, b"\x99"), IpHeaders(6, SRC4, DST4, None, 0), id="padding is no ports"),
+        pytest.param(
+            ethernet(0x0800, ipv4(b"")).ljust(60, b"\x99"), IpHeaders(6, SRC4, DST4, None, 0), id="padding is no ports"
+        ),
         pytest.param(ethernet(0x0800, ipv4(SYN + bytes(65000))), FOUR, id="as large as IPv4 goes"),
         pytest.param(ethernet(0x86DD, ipv6(SYN)[:4] + b"\0\0" + ipv6(SYN)[6:] + bytes(70000)), SIX, id="jumbogram"),
         pytest.param(ethernet(0x0806, bytes(28)), FrameKind.LINK, id="ARP"),
         pytest.param(ethernet(0x88CC, bytes(46)), FrameKind.LINK, id="LLDP"),
         pytest.param(ethernet(38, b"\x42\x42\3" + bytes(35)), FrameKind.LINK, id="spanning tree"),
-        pytest.param(ethernet(0x8864, b"\x11\0\0\1\0\x2a\xc0\x21" + bytes(40)), FrameKind.LINK, id="PPPoE's own messages"),
+        pytest.param(
+            ethernet(0x8864, b"\x11\0\0\1\0\x2a\xc0\x21" + bytes(40)), FrameKind.LINK, id="PPPoE's own messages"
+        ),
         pytest.param(ethernet(0x88E5, bytes(60)), FrameKind.OPAQUE, id="MACsec"),
         pytest.param(ethernet(0x88B5, bytes(60)), FrameKind.OPAQUE, id="a type that nobody knows"),
         pytest.param(ethernet(0x8847, b"\0\1\1\x40" + bytes(60)), FrameKind.OPAQUE, id="MPLS without IP"),
@@ -77,16 +68,16 @@ SIX = IpHeaders(6, SRC6, DST6, (4000, 443), 2)
         pytest.param(ethernet(0x0800, b"\x65" + ipv4(SYN)[1:]), FrameKind.BROKEN, id="another version"),
         pytest.param(b"", FrameKind.BROKEN, id="nothing"),
     ],
-)  # fmt: skip
-def test_headers_are_found_behind_whatever_stands_before_them(frame: bytes, expected: IpHeaders | FrameKind) -> None:
+)
+def test_headers_are_found_behind_all_supported_encapsulations(frame: bytes, expected: IpHeaders | FrameKind) -> None:
     assert parse_frame(frame) == expected
 
 
-def test_a_frame_begins_where_it_is_said_to() -> None:
+def test_a_frame_is_parsed_from_the_given_offset() -> None:
     assert parse_frame(bytes(12) + ethernet(0x0800, ipv4(SYN)), 12) == FOUR
 
 
-def test_ports_behind_the_bytes_that_were_kept_are_unknown_and_not_absent() -> None:
+def test_ports_behind_the_captured_bytes_are_marked_as_cut() -> None:
     whole = ethernet(0x86DD, ipv6(pack("!BB6x", 6, 0) + SYN, 60))
 
     cut = parse_frame(whole[:66], 0, len(whole))
@@ -110,7 +101,7 @@ def test_a_first_fragment_too_short_for_its_ports_hides_them(frame: bytes) -> No
     assert (found.ports, found.is_cut) == (None, True)
 
 
-def test_only_so_many_extension_headers_are_opened() -> None:
+def test_the_number_of_extension_headers_is_bounded() -> None:
     chain = pack("!BB6x", 60, 0) * 8000
 
     found = parse_frame(ethernet(0x86DD, ipv6(chain, 60)))
@@ -131,7 +122,7 @@ def test_only_so_many_extension_headers_are_opened() -> None:
         pytest.param(ethernet(0x88B5, bytes(60)), False, id="unknown"),
     ],
 )
-def test_a_header_is_intact_where_type_version_and_length_agree(frame: bytes, expected: bool) -> None:
+def test_a_network_header_needs_matching_type_version_and_length(frame: bytes, expected: bool) -> None:
     assert has_network_header(frame, 0, len(frame)) is expected
     assert has_network_header(bytes(12) + frame, 12, 12 + len(frame)) is expected
 
@@ -171,7 +162,7 @@ def packets(draw: st.DrawFn) -> tuple[bytes, tuple[int, bytes, bytes, tuple[int,
 
 
 @given(packets(), st.sampled_from([0, 10, 12, 20]))
-def test_what_dpkt_builds_is_read(
+def test_packets_built_by_dpkt_are_parsed(
     drawn: tuple[bytes, tuple[int, bytes, bytes, tuple[int, int] | None]], start: int
 ) -> None:
     frame, told = drawn
@@ -183,13 +174,15 @@ def test_what_dpkt_builds_is_read(
 
 
 @given(st.binary(max_size=200), st.integers(0, 24), st.integers(0, 300))
-def test_no_bytes_raise(frame: bytes, start: int, beyond: int) -> None:
+def test_any_bytes_are_parsed_without_an_error(frame: bytes, start: int, beyond: int) -> None:
     parse_frame(frame, start, len(frame) + beyond)
     has_network_header(frame, start, len(frame) + beyond)
 
 
 @given(packets(), st.lists(st.tuples(st.integers(0, 100), st.integers(0, 255)), max_size=4), st.integers(0, 120))
-def test_no_broken_packet_raises(drawn: tuple[bytes, object], changes: list[tuple[int, int]], kept: int) -> None:
+def test_broken_packets_are_parsed_without_an_error(
+    drawn: tuple[bytes, object], changes: list[tuple[int, int]], kept: int
+) -> None:
     frame = bytearray(drawn[0])
     for at, value in changes:
         frame[at % len(frame)] = value

@@ -1,8 +1,8 @@
-"""Real taps, real QEMU, no guest system: the firmware's own network boot sends the frames. Run inside `unshare -n`.
+"""Real taps and a real QEMU without a guest system: the firmware's network boot sends the frames. Run in `unshare -n`.
 
-Each machine asks for an address over its tap, gets one from here, and then tries to fetch a file over TCP from a port that
-the host refuses. Prints one JSON object: machine → what was read of it and what its tap counted, and what became of a
-machine whose card was pulled out.
+Each VM asks for an address over its tap, gets one from this program, and then tries to fetch a file over TCP from a
+port that the host refuses. Prints one JSON object: VM → what was read, what its tap counted, and what was read after
+its card was unplugged.
 """
 
 from __future__ import annotations
@@ -60,15 +60,24 @@ class Host:
         kind = dict(asked.opts).get(dpkt.dhcp.DHCP_OPT_MSGTYPE, b"\x01")[0]
         here = socket.inet_aton(f"{self.net}.1")
         reply = dpkt.dhcp.DHCP(
-            op=2, xid=asked.xid, chaddr=asked.chaddr, flags=asked.flags, siaddr=int.from_bytes(here, "big"),
+            op=2,
+            xid=asked.xid,
+            chaddr=asked.chaddr,
+            flags=asked.flags,
+            siaddr=int.from_bytes(here, "big"),
             yiaddr=int.from_bytes(socket.inet_aton(f"{self.net}.15"), "big"),
             file=f"http://{self.net}.1:8123/x".encode().ljust(128, b"\0"),
             opts=(
-                (dpkt.dhcp.DHCP_OPT_MSGTYPE, bytes([dpkt.dhcp.DHCPOFFER if kind == dpkt.dhcp.DHCPDISCOVER else dpkt.dhcp.DHCPACK])),
-                (dpkt.dhcp.DHCP_OPT_SERVER_ID, here), (dpkt.dhcp.DHCP_OPT_LEASE_SEC, b"\0\0\x0e\x10"),
-                (dpkt.dhcp.DHCP_OPT_NETMASK, b"\xff\xff\xff\0"), (dpkt.dhcp.DHCP_OPT_ROUTER, here),
+                (
+                    dpkt.dhcp.DHCP_OPT_MSGTYPE,
+                    bytes([dpkt.dhcp.DHCPOFFER if kind == dpkt.dhcp.DHCPDISCOVER else dpkt.dhcp.DHCPACK]),
+                ),
+                (dpkt.dhcp.DHCP_OPT_SERVER_ID, here),
+                (dpkt.dhcp.DHCP_OPT_LEASE_SEC, b"\0\0\x0e\x10"),
+                (dpkt.dhcp.DHCP_OPT_NETMASK, b"\xff\xff\xff\0"),
+                (dpkt.dhcp.DHCP_OPT_ROUTER, here),
             ),
-        )  # fmt: skip
+        )
         self.socket.sendto(bytes(reply), ("255.255.255.255", 68))
 
 
@@ -89,11 +98,25 @@ async def watch(name: str, host: Host, folder: Path) -> dict[str, Any]:
     netdev, device = MACHINES[name]
     door = folder / f"{name}.sock"
     qemu = await asyncio.create_subprocess_exec(
-        "qemu-system-x86_64", "-S", "-nodefaults", "-display", "none", "-machine", "pc", "-accel", "tcg", "-m", "64",
-        "-qmp", f"unix:{door},server=on,wait=off",
-        "-netdev", f"tap,id=t0,ifname={host.tap},script=no,downscript=no,{netdev}", "-device", f"{device},netdev=t0,id=card,bootindex=1",
+        "qemu-system-x86_64",
+        "-S",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-machine",
+        "pc",
+        "-accel",
+        "tcg",
+        "-m",
+        "64",
+        "-qmp",
+        f"unix:{door},server=on,wait=off",
+        "-netdev",
+        f"tap,id=t0,ifname={host.tap},script=no,downscript=no,{netdev}",
+        "-device",
+        f"{device},netdev=t0,id=card,bootindex=1",
         stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     monitor = await connect(door)
     dumps = folder / name
     dumps.mkdir()
@@ -118,12 +141,14 @@ async def watch(name: str, host: Host, folder: Path) -> dict[str, Any]:
         counted = [now - then for now, then in zip(read_device_counters(qemu.pid)[host.tap], before, strict=True)]
         (card,) = source._cards.values()
         result: dict[str, Any] = {
-            "values": values, "tap": counted, "header": card.finder.length,
-            "notices": [str(notice.code) for notice in source.take_notices()],
-        }  # fmt: skip
+            "values": values,
+            "tap": counted,
+            "header": card.finder.length,
+            "notices": [str(notice.code) for notice in source.pop_notices()],
+        }
         await monitor.ask("netdev_del", id="t0")
         result["after"] = [await source.read() for _ in range(5)]
-        result["notices_after"] = [str(notice.code) for notice in source.take_notices()]
+        result["notices_after"] = [str(notice.code) for notice in source.pop_notices()]
         await source.close()
         result["left"] = [o["name"] for o in await monitor.ask("qom-list", path="/objects") if "filter" in o["type"]]
         return result

@@ -1,4 +1,4 @@
-"""Ticks at 2 Hz, and the agent's lines that nobody has to believe."""
+"""Sampling at 2 Hz, and rows of the untrusted guest agent."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def tick(sources: list[FakeSource], clock: FakeClock, *, seconds: float) -> tupl
     return ticker, logs
 
 
-def test_ticks_fall_in_the_middle_between_whole_half_seconds() -> None:
+def test_ticks_are_midway_between_whole_half_seconds() -> None:
     clock = FakeClock()
     clock.now_ns = 100_000_000
 
@@ -64,19 +64,19 @@ def test_ticks_fall_in_the_middle_between_whole_half_seconds() -> None:
     assert [row[2] for row in log.rows] == [0, 1, 2, 3]
 
 
-def test_a_reader_that_fails_gives_nulls_and_the_others_go_on() -> None:
+def test_a_failing_source_gives_none_and_the_others_go_on() -> None:
     clock = FakeClock()
 
     ticker, (broken, sound) = tick(
         [Broken(SourceKind.QMP, clock), FakeSource(SourceKind.PROC, clock)], clock, seconds=1
-    )  # fmt: skip
+    )
 
     assert [row[3:] for row in broken.rows] == [build_missing_reading(SourceKind.QMP)] * 2
     assert [row[3] for row in sound.rows] == [1, 2]
     assert ticker.failed == 2
 
 
-def test_a_tick_that_was_missed_is_not_made_up_for() -> None:
+def test_a_missed_tick_is_skipped() -> None:
     clock = FakeClock()
     source = Slow(SourceKind.PROC, clock)
     source.takes_s, source.slow_at = 1.2, 2
@@ -88,7 +88,7 @@ def test_a_tick_that_was_missed_is_not_made_up_for() -> None:
     assert log.emitted == 4
 
 
-def test_a_report_is_read_in_the_order_of_the_table() -> None:
+def test_an_agent_row_is_parsed_in_the_order_of_raw_fields() -> None:
     assert parse_agent_line(LINE) == tuple(range(len(REPORT)))
 
 
@@ -109,16 +109,16 @@ def test_a_report_is_read_in_the_order_of_the_table() -> None:
         pytest.param(b"[" * 100_000, id="bottomless"),
     ],
 )
-def test_a_line_that_is_not_exactly_a_report_is_refused(line: bytes) -> None:
+def test_a_malformed_agent_line_is_refused(line: bytes) -> None:
     assert parse_agent_line(line) is None
 
 
 @given(st.binary(max_size=300))
-def test_noise_is_refused_and_never_raises(line: bytes) -> None:
+def test_random_bytes_are_refused_without_an_error(line: bytes) -> None:
     assert parse_agent_line(line) is None
 
 
-def test_a_flood_costs_the_guest_its_rows_not_the_host_its_memory(tmp_path: Path) -> None:
+def test_a_flood_of_agent_rows_is_dropped(tmp_path: Path) -> None:
     clock = FakeClock()
     log = RowLog(SourceKind.GUEST, clock)
     reader = GuestReader(path=tmp_path, log=log)
@@ -134,7 +134,7 @@ def test_a_flood_costs_the_guest_its_rows_not_the_host_its_memory(tmp_path: Path
     assert reader.dropped == 2000 - MAX_BURST_ROWS - 10
 
 
-def test_what_the_agent_said_before_the_start_is_not_kept(tmp_path: Path) -> None:
+def test_agent_rows_before_the_start_are_ignored(tmp_path: Path) -> None:
     log = RowLog(SourceKind.GUEST, FakeClock())
     reader = GuestReader(path=tmp_path, log=log)
 
@@ -145,7 +145,7 @@ def test_what_the_agent_said_before_the_start_is_not_kept(tmp_path: Path) -> Non
     assert len(log.rows) == 1
 
 
-def test_endless_lines_are_bounded_and_the_next_report_is_read(tmp_path: Path) -> None:
+def test_an_endless_line_is_skipped_and_the_next_row_is_read(tmp_path: Path) -> None:
     clock = FakeClock()
     log = RowLog(SourceKind.GUEST, clock)
 
@@ -172,7 +172,7 @@ def test_endless_lines_are_bounded_and_the_next_report_is_read(tmp_path: Path) -
     assert [row[3:] for row in log.rows] == [tuple(range(len(REPORT)))]
 
 
-def test_a_flood_of_lines_is_hung_up_on_before_it_holds_up_the_other_readings(tmp_path: Path) -> None:
+def test_a_flood_of_lines_is_cut_off_before_it_delays_other_sources(tmp_path: Path) -> None:
     reader = GuestReader(path=tmp_path / "tel", log=RowLog(SourceKind.GUEST, FakeClock()))
 
     async def work() -> None:
@@ -199,7 +199,7 @@ def test_a_flood_of_lines_is_hung_up_on_before_it_holds_up_the_other_readings(tm
     assert reader.bad == MAX_AGENT_LINES
 
 
-def test_a_ticker_that_is_told_to_end_just_as_a_reading_arrives_ends() -> None:
+def test_a_sampler_cancelled_during_a_reading_ends() -> None:
     # asyncio.wait_for of Python 3.11 keeps such a cancellation to itself, and the watch went on for ever.
     async def work() -> bool:
         reading: asyncio.Future[ReadingValues] = asyncio.get_running_loop().create_future()

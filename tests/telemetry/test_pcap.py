@@ -1,4 +1,4 @@
-"""A dump that comes in portions, in either byte order, is cut, or lies: frames come out whole, or it is refused."""
+"""Parse a growing pcap in chunks, in either byte order, cut or corrupt."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FRAME = bytes(range(60))
     st.sampled_from("<>"),
     st.sampled_from([0xA1B2C3D4, 0xA1B23C4D]),
 )
-def test_frames_come_out_whole_whatever_portions_order_and_clock(
+def test_frames_are_whole_for_any_chunks_byte_order_and_resolution(
     frames: list[bytes], portions: list[int], order: str, magic: int
 ) -> None:
     data = head(order, magic) + b"".join(record(frame, len(frame) + 5, order) for frame in frames)
@@ -55,7 +55,7 @@ def test_the_reader_agrees_with_dpkt(tmp_path: Path) -> None:
     assert [frame for frame, _ in PcapReader().feed(path.read_bytes())] == expected
 
 
-def test_the_beginning_of_a_frame_waits_for_its_rest() -> None:
+def test_an_incomplete_frame_waits_for_its_rest() -> None:
     reader = PcapReader()
     data = head() + record(FRAME)
 
@@ -77,12 +77,12 @@ def test_the_beginning_of_a_frame_waits_for_its_rest() -> None:
         pytest.param(head() + record(FRAME, order=">"), id="a record in the other order"),
     ],
 )
-def test_what_is_no_dump_is_refused(lie: bytes) -> None:
+def test_a_file_that_is_no_pcap_is_refused(lie: bytes) -> None:
     with pytest.raises(ValueError, match="dump"):
         list(PcapReader().feed(lie))
 
 
 @given(st.binary(max_size=200), st.booleans())
-def test_nothing_but_a_refusal_comes_of_any_bytes(data: bytes, has_head: bool) -> None:
+def test_any_bytes_are_read_or_raise_value_error(data: bytes, has_head: bool) -> None:
     with suppress(ValueError):
         list(PcapReader().feed((head() if has_head else b"") + data))

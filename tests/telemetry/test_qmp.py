@@ -1,4 +1,4 @@
-"""The `qmp` source: parsing of the monitor's texts, counters that wrap, and questions that fail."""
+"""The `qmp` source: parsed texts, wrapping counters, and failing queries."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.factories.monitors import JIT, RUNS_IN_USER_MODE, FakeMonitor
 from tests.factories.vms import FakeClock
 
 from phasewatch.binning.stream import StreamBinner
@@ -18,71 +19,16 @@ from phasewatch.telemetry.qmp import JitUse, QmpMonitor, QmpSource, parse_jit, p
 from phasewatch.types import SourceKind
 
 FIELDS = [spec.field for spec in list_raw_fields(SourceKind.QMP)]
-JIT = """Translation buffer state:
-gen code size       53346515/1073740800
-TB count            96604
-TB avg target size  17 max=1926 bytes
-Statistics:
-TB flush count      0
-TB invalidate count 9061
-TLB full flushes    0
-TLB partial flushes 38335
-TLB elided flushes  9100
-"""
-RUNS_IN_USER_MODE = "EIP=0040 EFL=00000246 [---Z-P-] CPL=3 II=0 A20=1 SMM=0 HLT=0"
 HALTED = "EIP=0040 EFL=00000246 [---Z-P-] CPL=0 II=0 A20=1 SMM=0 HLT=1"
 ALL = {
-    "query-blockstats", "x-query-virtio", "x-query-virtio-queue-status", "x-query-jit", "qom-get", "human-monitor-command",
-}  # fmt: skip
+    "query-blockstats",
+    "x-query-virtio",
+    "x-query-virtio-queue-status",
+    "x-query-jit",
+    "qom-get",
+    "human-monitor-command",
+}
 ARM = " PC=ffff800008c0 X00=0000\nPSTATE=60400005 -ZC- EL1h"
-
-
-class FakeMonitor(QmpMonitor):
-    """Answers from a script; a command that is not in it is refused."""
-
-    def __init__(self) -> None:
-        super().__init__(Path("fake"))
-        self.used = {0: 10, 1: 65_530}
-        self.registers = [RUNS_IN_USER_MODE]
-        self.asked: list[int] = []
-        self.update = 1
-        self.stats = {"stat-minor-faults": 7, "stat-free-memory": 8, "stat-disk-caches": 9}
-        self.refused: set[str] = set()
-        self.disks = ["blk0"]
-        self.operations = 3
-        self.jit_takes_ms, self.clock = 0, FakeClock()
-        self.commands: list[str] = []
-
-    async def ask(self, command: str, **arguments: object) -> Any:
-        self.commands.append(command)
-        if command in self.refused:
-            raise VmError(f"{command}: refused")
-        match command:
-            case "query-blockstats":
-                stats = dict.fromkeys(("rd_bytes", "wr_bytes", "wr_operations", "flush_operations"), 3)
-                stats |= {"rd_operations": self.operations, "wr_total_time_ns": 4, "wr_highest_offset": 5}
-                return [
-                    *({"qdev": disk, "stats": stats} for disk in self.disks),
-                    {"qdev": "", "device": "", "stats": {}},
-                ]
-            case "x-query-virtio":
-                return [{"name": "virtio-net", "path": "/n"}, {"name": "virtio-blk", "path": "/b"}]
-            case "x-query-virtio-queue-status":
-                number = arguments["queue"]
-                if number not in self.used:
-                    raise VmError("invalid queue")
-                return {"used-idx": self.used[number]}  # type: ignore[index]
-            case "x-query-jit":
-                self.clock.now_ns += self.jit_takes_ms * 1_000_000
-                return {"human-readable-text": JIT}
-            case "qom-set":
-                return {}
-            case "qom-get":
-                return {"last-update": self.update, "stats": self.stats}
-            case "human-monitor-command":
-                self.asked.append(arguments["cpu-index"])  # type: ignore[arg-type]
-                return self.registers[len(self.asked) % len(self.registers)]
-        raise VmError(f"{command}: unknown")
 
 
 def read_twice(
@@ -109,7 +55,7 @@ def test_jit_text_gives_blocks_flushes_and_code_size() -> None:
     assert parse_jit(JIT) == (96_604, 38_335, 53_346_515)
 
 
-def test_jit_text_of_another_version_gives_nothing_rather_than_something_wrong() -> None:
+def test_unknown_jit_text_gives_none() -> None:
     assert parse_jit("TB total 3") == (None, None, None)
 
 
@@ -122,7 +68,7 @@ def test_jit_text_of_another_version_gives_nothing_rather_than_something_wrong()
         pytest.param(ARM, None, id="aarch64 has no halt flag"),
     ],
 )
-def test_registers_say_whether_a_vcpu_runs_and_where(text: str, expected: tuple[bool, bool] | None) -> None:
+def test_registers_show_whether_a_vcpu_runs_in_user_mode(text: str, expected: tuple[bool, bool] | None) -> None:
     assert parse_registers(text) == expected
 
 
@@ -138,7 +84,7 @@ def test_a_share_needs_three_register_samples() -> None:
     assert [row["vcpu_busy"] for row in read_twice(FakeMonitor(), gap_s=0.25)] == [None, None]
 
 
-def test_shares_are_those_of_the_samples_since_the_last_reading() -> None:
+def test_shares_cover_the_samples_since_the_last_reading() -> None:
     monitor = FakeMonitor()
     monitor.registers = [RUNS_IN_USER_MODE, HALTED]
 
@@ -147,7 +93,7 @@ def test_shares_are_those_of_the_samples_since_the_last_reading() -> None:
     assert [(row["vcpu_busy"], row["vcpu_user"]) for row in rows] == [(0.5, 0.5), (0.5, 0.5)]
 
 
-def test_vcpus_take_turns_so_that_our_polling_does_not_grow_with_them() -> None:
+def test_register_samples_do_not_grow_with_the_number_of_vcpus() -> None:
     monitor = FakeMonitor()
 
     read_twice(monitor, vcpus=2)
@@ -155,7 +101,7 @@ def test_vcpus_take_turns_so_that_our_polling_does_not_grow_with_them() -> None:
     assert monitor.asked[1:7] == [0, 1, 0, 1, 0, 1]
 
 
-def test_aarch64_is_not_sampled_at_all() -> None:
+def test_registers_of_aarch64_are_not_sampled() -> None:
     monitor = FakeMonitor()
     monitor.registers = [ARM]
 
@@ -165,7 +111,7 @@ def test_aarch64_is_not_sampled_at_all() -> None:
     assert len(monitor.asked) == 1
 
 
-def test_where_registers_tell_nothing_they_are_not_read_at_all() -> None:
+def test_registers_can_be_turned_off() -> None:
     monitor = FakeMonitor()
 
     rows = read_twice(monitor, registers=False)
@@ -174,20 +120,20 @@ def test_where_registers_tell_nothing_they_are_not_read_at_all() -> None:
     assert monitor.asked == []
 
 
-def test_a_balloon_report_counts_once() -> None:
+def test_a_balloon_report_is_used_once() -> None:
     rows = read_twice(FakeMonitor())
 
     assert [row["bal_free_bytes"] for row in rows] == [8, None]
 
 
-def test_a_number_that_the_guest_made_up_beyond_64_bits_is_no_reading() -> None:
+def test_a_balloon_number_beyond_int64_gives_none() -> None:
     monitor = FakeMonitor()
     monitor.stats["stat-free-memory"] = 2**64 - 1
 
     assert read_twice(monitor)[0]["bal_free_bytes"] is None
 
 
-def test_a_question_that_fails_costs_its_own_fields_only() -> None:
+def test_a_failing_query_costs_only_its_own_fields() -> None:
     monitor = FakeMonitor()
     monitor.refused = {"x-query-jit", "qom-set"}
 
@@ -197,7 +143,7 @@ def test_a_question_that_fails_costs_its_own_fields_only() -> None:
     assert (row["blk_rd_bytes"], row["blk_wr_ns"], row["wr_highest_bytes"]) == (3, 4, 5)
 
 
-def test_disk_statistics_that_are_refused_cost_no_other_question_its_fields() -> None:
+def test_refused_block_statistics_do_not_affect_other_queries() -> None:
     monitor = FakeMonitor()
     monitor.refused = {"query-blockstats"}
 
@@ -207,7 +153,7 @@ def test_disk_statistics_that_are_refused_cost_no_other_question_its_fields() ->
     assert (row["vq_blk"], row["jit_tb"], row["bal_free_bytes"]) == (0, 96_604, 8)
 
 
-def test_a_silent_monitor_reads_as_nothing() -> None:
+def test_a_silent_monitor_gives_none() -> None:
     monitor = FakeMonitor()
 
     rows = read_twice(monitor, change=lambda: monitor.refused.update(ALL), gap_s=0.2)
@@ -251,7 +197,7 @@ def rates_of(values: list[int | None], field: str = "vq_blk") -> list[float | No
     return [None if math.isnan(b.values[place]) else float(b.values[place]) for b in bins]
 
 
-def test_a_reboot_is_no_burst_of_disk_requests() -> None:
+def test_a_reboot_causes_no_burst_of_disk_requests() -> None:
     monitor = FakeMonitor()
 
     def reboot() -> None:
@@ -267,7 +213,7 @@ def test_a_reboot_is_no_burst_of_disk_requests() -> None:
 
 
 @pytest.mark.parametrize("index", [0, 3, 60_000], ids=["zero", "less", "another driver's ring"])
-def test_a_queue_that_is_set_back_without_a_word_is_no_burst(index: int) -> None:
+def test_a_queue_reset_without_an_event_causes_no_burst(index: int) -> None:
     monitor = FakeMonitor()
     monitor.used = {0: 500}
 
@@ -279,7 +225,7 @@ def test_a_queue_that_is_set_back_without_a_word_is_no_burst(index: int) -> None
     assert rates_of([row["vq_blk"] for row in rows]) == [None, 8.0, None, 0.0]
 
 
-def test_an_index_that_wraps_counts_on_if_the_disks_did_that_much() -> None:
+def test_a_wrapped_index_counts_if_block_statistics_agree() -> None:
     monitor = FakeMonitor()
     monitor.used = {0: 60_000}
 
@@ -292,7 +238,7 @@ def test_an_index_that_wraps_counts_on_if_the_disks_did_that_much() -> None:
     assert [row["vq_blk"] for row in rows] == [0, 9000, 18_000]
 
 
-def test_a_disk_that_is_unplugged_costs_one_interval_and_the_other_counts_on() -> None:
+def test_unplugging_a_disk_costs_one_interval() -> None:
     monitor = FakeMonitor()
     monitor.used = {0: 10, 1: 20}
 
@@ -307,7 +253,7 @@ def test_a_disk_that_is_unplugged_costs_one_interval_and_the_other_counts_on() -
     assert rates_of([row["vq_blk"] for row in rows]) == [None, 8.0, None, 8.0, 8.0]
 
 
-def test_a_disk_that_is_plugged_in_is_counted_from_then_on() -> None:
+def test_a_plugged_in_disk_is_counted_from_then_on() -> None:
     monitor = FakeMonitor()
     monitor.used = {0: 10}
 
@@ -323,7 +269,7 @@ def test_a_disk_that_is_plugged_in_is_counted_from_then_on() -> None:
     assert [row["vq_blk"] for row in rows] == [0, 0, 0, 4]
 
 
-def test_block_statistics_of_a_disk_that_goes_or_comes_are_no_burst() -> None:
+def test_disks_that_come_or_go_cause_no_burst_of_block_statistics() -> None:
     monitor = FakeMonitor()
     monitor.disks = ["blk0", "blk1"]
     monitor.operations = 1000
@@ -339,7 +285,7 @@ def test_block_statistics_of_a_disk_that_goes_or_comes_are_no_burst() -> None:
     assert rates_of(read, "blk_rd_ops") == [None, 20.0, None, 10.0, 0.0, 0.0, 20.0]
 
 
-def test_no_balloon_report_reaches_across_a_reboot() -> None:
+def test_no_balloon_rate_spans_a_reboot() -> None:
     monitor = FakeMonitor()
 
     def report() -> None:
@@ -358,7 +304,7 @@ def test_no_balloon_report_reaches_across_a_reboot() -> None:
     assert (gap + 1) * 0.5 > 2.5  # longer than any rate reaches
 
 
-def test_translation_counters_are_never_asked_for_where_the_source_may_not() -> None:
+def test_translation_counters_can_be_turned_off() -> None:
     monitor = FakeMonitor()
 
     rows = read_times(monitor, [nothing], jit=JitUse.NEVER)
@@ -368,7 +314,7 @@ def test_translation_counters_are_never_asked_for_where_the_source_may_not() -> 
 
 
 @pytest.mark.parametrize(("takes_ms", "is_asked"), [(1, True), (9, False)])
-def test_translation_counters_are_asked_for_only_while_they_come_fast(takes_ms: int, is_asked: bool) -> None:
+def test_translation_counters_are_read_only_while_fast(takes_ms: int, is_asked: bool) -> None:
     monitor = FakeMonitor()
     monitor.jit_takes_ms = takes_ms
 
@@ -378,7 +324,7 @@ def test_translation_counters_are_asked_for_only_while_they_come_fast(takes_ms: 
     assert (monitor.commands.count("x-query-jit") == 6) == is_asked
 
 
-def test_registers_are_read_of_the_vcpus_that_are_there() -> None:
+def test_registers_are_sampled_from_the_present_vcpus() -> None:
     monitor = FakeMonitor()
     clock = FakeClock()
 
@@ -394,6 +340,6 @@ def test_registers_are_read_of_the_vcpus_that_are_there() -> None:
     assert set(monitor.asked[2:]) == {0, 3}
 
 
-def test_a_monitor_that_nobody_serves_is_an_error_in_words(tmp_path: Path) -> None:
+def test_connecting_to_a_missing_monitor_raises_vm_error(tmp_path: Path) -> None:
     with pytest.raises(VmError, match="No such file"):
         asyncio.run(QmpMonitor(tmp_path / "none.sock", timeout_s=0.5).connect())

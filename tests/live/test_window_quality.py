@@ -1,4 +1,4 @@
-"""How far a window can be trusted: sources that are thin, vCPUs that wait."""
+"""The quality of a window: incomplete sources and CPU contention."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def bins(*, wait: float = 0.0, missing: tuple[str, ...] = ()) -> NDArray[np.floa
     return values
 
 
-def test_a_source_that_the_model_reads_and_that_is_missing_is_named() -> None:
+def test_incomplete_sources_of_the_model_are_found() -> None:
     quality = WindowQuality(("proc.vcpu_run", "qmp.vq_blk"))
     for i in range(20):
         quality.add(bins(missing=("qmp.vq_blk", "netflow.out_pkts") if i < 3 else ()), began=False)
@@ -28,7 +28,7 @@ def test_a_source_that_the_model_reads_and_that_is_missing_is_named() -> None:
     assert quality.find_incomplete_sources() == (SourceKind.QMP,)
 
 
-def test_contention_is_told_when_it_lasts_and_when_it_is_over() -> None:
+def test_contention_changes_after_three_windows() -> None:
     quality = WindowQuality(())
     told = []
     for wait in (0.0, 0.3, 0.0, 0.3, 0.3, 0.3, 0.3, 0.0, 0.0, 0.0):
@@ -41,14 +41,14 @@ def test_contention_is_told_when_it_lasts_and_when_it_is_over() -> None:
     assert not told[9][1]
 
 
-def test_where_nobody_knows_how_long_vcpus_wait_there_is_no_contention() -> None:
+def test_unknown_wait_times_are_no_contention() -> None:
     quality = WindowQuality(())
     quality.add(bins(missing=("proc.vcpu_wait",)), began=True)
 
     assert not quality.has_cpu_contention
 
 
-def test_a_window_that_begins_anew_forgets_the_bins_before() -> None:
+def test_a_new_sequence_discards_earlier_bins() -> None:
     quality = WindowQuality(())
     quality.add(bins(wait=9.0), began=False)
     quality.add(bins(), began=True)

@@ -1,4 +1,4 @@
-"""The guard: a watcher that is killed leaves nothing in the VM and nothing in memory."""
+"""The cleanup process: a killed watcher leaves nothing in the VM and nothing in memory."""
 
 from __future__ import annotations
 
@@ -21,12 +21,17 @@ from phasewatch.telemetry.process import read_start_ticks
 
 HOLDER = """
 import sys, time
-from phasewatch.live.cleanup import Guard, Task
+from phasewatch.live.cleanup import CleanupProcess, CleanupTask
 import msgspec
-with Guard(msgspec.json.decode(sys.argv[1], type=Task)) as held:
+with CleanupProcess(msgspec.json.decode(sys.argv[1], type=CleanupTask)) as held:
     print(held.pid, flush=True)
     time.sleep(600)
 """
+
+KILL_CLEANUP_PROCESS = """os.kill(held.pid, 9)
+    while not held.restart_if_dead(): time.sleep(0.01)
+    print(held.pid, held.restart_if_dead(), flush=True)
+    time.sleep(600)"""
 
 
 def wait_for(condition: Callable[[], bool]) -> bool:
@@ -44,11 +49,15 @@ def is_deaf_to(pid: int, number: signal.Signals) -> bool:
 
 def task_of(qemu: FakeQemu, folder: Path) -> CleanupTask:
     return CleanupTask(
-        qmp=str(qemu.path), objects=("pw-a", "pw-b"), balloon="/machine/peripheral/balloon0", interval_s=5, folder=str(folder)
-    )  # fmt: skip
+        qmp=str(qemu.path),
+        objects=("pw-a", "pw-b"),
+        balloon="/machine/peripheral/balloon0",
+        interval_s=5,
+        folder=str(folder),
+    )
 
 
-def test_a_watcher_killed_by_9_leaves_the_vm_as_it_was(tmp_path: Path) -> None:
+def test_a_watcher_killed_by_sigkill_leaves_the_vm_unchanged(tmp_path: Path) -> None:
     folder = tmp_path / "private"
     folder.mkdir()
     with FakeQemu(tmp_path / "q.sock") as qemu:
@@ -66,9 +75,7 @@ def test_a_watcher_killed_by_9_leaves_the_vm_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
-def test_a_signal_to_the_whole_service_does_not_end_the_guard_before_its_work(
-    tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_signal_to_the_whole_service_does_not_stop_the_cleanup(tmp_path: Path, number: signal.Signals) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         qemu.objects["pw-b"], qemu.interval = tmp_path / "dump", 1
         task = msgspec.json.encode(task_of(qemu, tmp_path / "private")).decode()
@@ -83,7 +90,7 @@ def test_a_signal_to_the_whole_service_does_not_end_the_guard_before_its_work(
         assert wait_for(lambda: not qemu.objects and qemu.interval == 5)
 
 
-def test_a_watcher_that_ends_in_order_sends_its_guard_away_without_a_word_to_the_vm(tmp_path: Path) -> None:
+def test_a_dismissed_cleanup_process_does_not_contact_the_vm(tmp_path: Path) -> None:
     folder = tmp_path / "private"
     folder.mkdir()
     with FakeQemu(tmp_path / "q.sock") as qemu:
@@ -91,12 +98,12 @@ def test_a_watcher_that_ends_in_order_sends_its_guard_away_without_a_word_to_the
             assert Path(f"/proc/{held.pid}").exists()
             held.dismiss()
 
-        assert qemu.asked == []
+        assert qemu.commands == []
         assert not folder.exists()
         assert held.pid == 0
 
 
-def test_a_guard_that_nobody_dismissed_does_what_the_watcher_could_not(tmp_path: Path) -> None:
+def test_a_cleanup_process_that_was_not_dismissed_restores_the_vm(tmp_path: Path) -> None:
     folder = tmp_path / "private"
     folder.mkdir()
     with FakeQemu(tmp_path / "q.sock") as qemu:
@@ -107,10 +114,10 @@ def test_a_guard_that_nobody_dismissed_does_what_the_watcher_could_not(tmp_path:
         assert wait_for(lambda: not qemu.objects and qemu.interval == 5 and not folder.exists())
 
 
-def test_a_guard_that_was_killed_is_replaced_and_the_new_one_does_its_work(tmp_path: Path) -> None:
+def test_a_killed_cleanup_process_is_replaced_by_one_that_works(tmp_path: Path) -> None:
     folder = tmp_path / "private"
     folder.mkdir()
-    code = HOLDER.replace("time.sleep(600)", "os.kill(held.pid, 9)\n    while not held.replace_if_dead(): time.sleep(0.01)\n    print(held.pid, held.replace_if_dead(), flush=True)\n    time.sleep(600)").replace("import sys", "import os, sys")  # fmt: skip
+    code = HOLDER.replace("import sys", "import os, sys").replace("time.sleep(600)", KILL_CLEANUP_PROCESS)
     with FakeQemu(tmp_path / "q.sock") as qemu:
         qemu.objects["pw-b"], qemu.interval = folder / "dump", 1
         task = msgspec.json.encode(task_of(qemu, folder)).decode()
@@ -125,7 +132,7 @@ def test_a_guard_that_was_killed_is_replaced_and_the_new_one_does_its_work(tmp_p
         assert wait_for(lambda: not qemu.objects and qemu.interval == 5 and not folder.exists())
 
 
-def test_a_watcher_whose_guard_was_killed_removes_the_folder_itself(tmp_path: Path) -> None:
+def test_a_watcher_removes_its_folder_if_the_cleanup_process_was_killed(tmp_path: Path) -> None:
     folder = tmp_path / "private"
     folder.mkdir()
     with FakeQemu(tmp_path / "q.sock") as qemu, CleanupProcess(task_of(qemu, folder)) as held:
@@ -135,19 +142,19 @@ def test_a_watcher_whose_guard_was_killed_removes_the_folder_itself(tmp_path: Pa
     assert not folder.exists()
 
 
-def test_a_later_process_with_the_number_or_the_socket_of_the_vm_is_left_alone(tmp_path: Path) -> None:
+def test_a_later_process_with_the_pid_or_socket_of_the_vm_is_left_alone(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock", tids=(4711,)) as qemu:
         qemu.interval = 1
         task = task_of(qemu, tmp_path / "private")
         identity = {"vm_pid": os.getpid(), "vm_start_ticks": read_start_ticks(os.getpid()) or 0}
 
         assert asyncio.run(undo_changes(msgspec.structs.replace(task, **identity | {"vm_start_ticks": 1})))
-        assert qemu.asked == []
+        assert qemu.commands == []
         assert asyncio.run(undo_changes(msgspec.structs.replace(task, **identity)))
-        assert not {"object-del", "qom-set"} & set(qemu.asked)
+        assert not {"object-del", "qom-set"} & set(qemu.commands)
 
 
-def test_a_vm_that_does_not_answer_is_not_called_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vm_that_refuses_is_not_reported_as_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cleanup, "CONNECT_ATTEMPTS", 1)
     with FakeQemu(tmp_path / "q.sock") as qemu:
         qemu.objects["pw-a"] = tmp_path / "dump"
@@ -156,11 +163,11 @@ def test_a_vm_that_does_not_answer_is_not_called_clean(tmp_path: Path, monkeypat
         assert not asyncio.run(undo_changes(task_of(qemu, tmp_path / "private")))
 
 
-def test_a_vm_that_is_gone_needs_nothing(tmp_path: Path) -> None:
+def test_a_vm_that_is_gone_needs_no_cleanup(tmp_path: Path) -> None:
     asyncio.run(undo_changes(CleanupTask(qmp=str(tmp_path / "gone.sock"), objects=("a",))))
 
 
-def test_a_dump_that_nobody_reads_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dump_that_is_not_read_is_truncated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cleanup, "MAX_DUMP_BYTES", 1 << 16)
     (tmp_path / "small").write_bytes(b"x" * 1000)
     (tmp_path / "large").write_bytes(b"x" * (1 << 17))
@@ -171,7 +178,7 @@ def test_a_dump_that_nobody_reads_is_cut(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "large").stat().st_size == 0
 
 
-def test_many_files_are_bounded_in_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_total_size_of_many_dumps_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cleanup, "MAX_DUMP_BYTES", 100_000)
     for number in range(4):
         (tmp_path / str(number)).write_bytes(b"x" * 40_000)
@@ -181,8 +188,9 @@ def test_many_files_are_bounded_in_sum(tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(path.stat().st_size for path in tmp_path.iterdir()) == [0, 0, 40_000, 40_000]
 
 
-def test_the_guard_imports_next_to_nothing_while_it_waits() -> None:
-    code = "import sys, phasewatch.live.cleanup; print(sorted({m.split('.')[0] for m in sys.modules} & {'numpy', 'qemu', 'onnxruntime', 'typer', 'pyarrow'}))"
+def test_the_cleanup_process_imports_nothing_heavy_while_it_waits() -> None:
+    heavy = {"numpy", "qemu", "onnxruntime", "typer", "pyarrow"}
+    code = f"import sys, phasewatch.live.cleanup\nprint(sorted({{m.split('.')[0] for m in sys.modules}} & {heavy!r}))\n"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ)
     )
@@ -190,29 +198,31 @@ def test_the_guard_imports_next_to_nothing_while_it_waits() -> None:
     assert done.stdout.strip() == "[]"
 
 
-class DyingGuard:
-    """Is killed again and again; at first no other process can be started."""
+class FakeCleanupProcess:
+    """A cleanup process that is killed again and again; at first no new one can be started."""
 
     def __init__(self) -> None:
         self.pid, self.looks = 7, 0
 
-    def replace_if_dead(self) -> bool:
+    def restart_if_dead(self) -> bool:
         self.looks += 1
         if self.looks <= 3:
             raise OSError(11, "Resource temporarily unavailable")
         return self.looks == 4
 
 
-def test_a_guard_that_is_gone_is_said_once_and_its_successor_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "GUARD_CHECK_INTERVAL_S", 0.0)
-    dying, said = DyingGuard(), []
+def test_the_loss_and_the_restart_of_the_cleanup_process_are_logged_once_each(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(session, "CLEANUP_CHECK_INTERVAL_S", 0.0)
+    process = FakeCleanupProcess()
 
     async def main() -> None:
-        keeping = asyncio.create_task(session.supervise_guard(dying, said.append))  # type: ignore[arg-type]
-        while dying.looks < 6:
+        keeping = asyncio.create_task(session.supervise_cleanup_process(process))  # type: ignore[arg-type]
+        while process.looks < 6:
             await asyncio.sleep(0)
         keeping.cancel()
 
     asyncio.run(main())
 
-    assert len(said) == 2
+    assert len(caplog.records) == 2

@@ -1,4 +1,4 @@
-"""A real QEMU on a real tap, with every length of virtio-net header: what is read is what the tap itself counts."""
+"""A real QEMU on a real tap, with every length of virtio-net header: captured frames match the tap's counters."""
 
 from __future__ import annotations
 
@@ -25,9 +25,12 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         pytest.skip("needs root and /dev/net/tun: run the tests as root")
     folder = tmp_path_factory.mktemp("tap")
     done = subprocess.run(
-        [need_program("unshare", "util-linux"), "--net", sys.executable, "-m", "tests.live.tap_lab", str(folder)],
-        capture_output=True, text=True, timeout=300, cwd=ROOT,
-    )  # fmt: skip
+        [need_program("unshare", "util-linux"), "--net", sys.executable, "-m", "tests.telemetry.tap_lab", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -42,7 +45,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         pytest.param("e1000", 0, id="e1000"),
     ],
 )
-def test_frames_of_a_real_tap_are_what_the_tap_counts(machines: dict[str, Any], name: str, header: int) -> None:
+def test_captured_frames_match_the_counters_of_a_real_tap(machines: dict[str, Any], name: str, header: int) -> None:
     machine = machines[name]
     out_pkts, out_bytes, in_pkts, in_bytes, new_flows, syn_out, rst_in, *_ = machine["values"]
 
@@ -54,7 +57,7 @@ def test_frames_of_a_real_tap_are_what_the_tap_counts(machines: dict[str, Any], 
     assert machine["notices"] == []
 
 
-def test_a_real_card_that_loses_its_backend_is_unknown_and_nothing_is_left(machines: dict[str, Any]) -> None:
+def test_a_real_card_without_backend_is_unknown_and_leaves_no_filter(machines: dict[str, Any]) -> None:
     for machine in machines.values():
         assert {value for reading in machine["after"] for value in reading} == {None}
         assert machine["notices_after"]

@@ -1,17 +1,18 @@
-"""Which cards a VM has, as QEMU 7.2 shows them."""
+"""Parse network cards from the answers of QEMU 7.2."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phasewatch.telemetry.cards import count_passthrough_cards, count_unplugged_cards, parse_network_cards
+from phasewatch.telemetry.network_cards import count_passthrough_cards, count_unplugged_cards, parse_network_cards
 
 # From a QEMU 7.2 with every way to plug a card in.
 NETWORK = """hub 0
  \\ hub0port1: #net238: index=0,type=user,net=10.0.2.0,restrict=on
 filters:
-  - pw-net238-rx: type=filter-dump,file=/x/#net238-rx,maxlen=160,position=tail,status=on,insert=behind,netdev=#net238,queue=rx
+  - pw-net238-rx: type=filter-dump,file=/x/#net238-rx,maxlen=160,position=tail,status=on,insert=behind,netdev=#net238,\
+queue=rx
  \\ hub0port0: e1000.1: index=0,type=nic,model=e1000,macaddr=52:54:00:12:34:58
 hub 3
  \\ hp: e1000.2: index=0,type=nic,model=e1000,macaddr=52:54:00:12:34:59
@@ -19,7 +20,8 @@ spare: index=0,type=user,net=10.0.2.0,restrict=off
 virtio-net-pci.0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:56
  \\ #net008: index=0,type=user,net=10.0.2.0,restrict=on
 filters:
-  - pw-net008-rx: type=filter-dump,file=/x/#net008-rx,maxlen=160,position=tail,status=on,insert=behind,netdev=#net008,queue=rx
+  - pw-net008-rx: type=filter-dump,file=/x/#net008-rx,maxlen=160,position=tail,status=on,insert=behind,netdev=#net008,\
+queue=rx
 nic0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:5c
  \\ t0: index=0,type=tap,ifname=tap3,script=no,downscript=no
 fds: index=0,type=nic,model=e1000e,macaddr=52:54:00:12:34:5d
@@ -45,12 +47,12 @@ def test_every_card_with_a_backend_is_found() -> None:
     assert count_unplugged_cards(NETWORK) == 1
 
 
-def test_no_card_is_no_card() -> None:
+def test_text_without_cards_gives_no_card() -> None:
     assert parse_network_cards("") == parse_network_cards("hub 0\n") == ()
     assert count_unplugged_cards("") == 0
 
 
-def test_a_card_of_the_host_is_one_more_than_qemu_emulates() -> None:
+def test_a_passed_through_card_is_counted() -> None:
     cards = parse_network_cards(NETWORK)  # of which six are on PCI, and the lonely one
     buses = [{"devices": [{"class_info": {"class": 0x0200}}] * 7}]
 
@@ -59,6 +61,6 @@ def test_a_card_of_the_host_is_one_more_than_qemu_emulates() -> None:
 
 
 @given(st.text(alphabet="nic: index=0,type\\\\n hub\\x00macaddr5", max_size=200))
-def test_no_text_raises(text: str) -> None:
+def test_any_text_is_parsed_without_an_error(text: str) -> None:
     parse_network_cards(text)
     count_unplugged_cards(text)

@@ -1,4 +1,4 @@
-"""Flow counters: what is counted, on which side, and that dpkt reads the same from the same frames."""
+"""Flow counters by direction, in agreement with dpkt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ GUEST, FAR = b"\x0a\x00\x02\x0f", b"\xc6\x33\x64\x07"
 SYN, RST, ACK = 2, 4, 16
 
 
-def frame(protocol: int, sport: int, dport: int, *, out: bool = True, flags: int = 0, data: bytes = b"", far: bytes = FAR) -> bytes:  # fmt: skip
+def frame(
+    protocol: int, sport: int, dport: int, *, out: bool = True, flags: int = 0, data: bytes = b"", far: bytes = FAR
+) -> bytes:
     body: dpkt.Packet
     if protocol == 6:
         body = dpkt.tcp.TCP(sport=sport, dport=dport, flags=flags, data=data)
@@ -70,7 +72,7 @@ def test_only_the_guests_opening_syn_and_refusals_to_it_count() -> None:
     assert (reading.syn_out, reading.rst_in) == (1, 1)
 
 
-def test_a_question_is_a_datagram_to_port_53() -> None:
+def test_a_dns_query_is_a_datagram_to_port_53() -> None:
     reading = counted(
         (frame(17, 4000, 53), True), (frame(17, 53, 4000, out=False), False), (frame(6, 4000, 53, flags=SYN), True)
     )
@@ -90,7 +92,7 @@ def test_destinations_are_counted_anew_in_each_tick() -> None:
     assert (second.dst_ports, second.dst_ips, second.syn_out) == (0, 0, 3)
 
 
-def test_padding_is_not_taken_for_ports() -> None:
+def test_padding_is_not_parsed_as_ports() -> None:
     bare = dpkt.ip.IP(src=GUEST, dst=FAR, p=6)
     padded = bytes(dpkt.ethernet.Ethernet(data=bare)).ljust(60, b"\x01")
 
@@ -104,7 +106,7 @@ def test_a_later_fragment_has_no_ports() -> None:
     assert counted((bytes(whole), True)) == NetflowReading(1, len(whole), 0, 0, 0, 0, 0, 0, 0, 1)
 
 
-def test_a_frame_cut_at_96_bytes_counts_with_its_true_size() -> None:
+def test_a_cut_frame_counts_with_its_original_size() -> None:
     whole = frame(6, 4000, 80, flags=SYN, data=bytes(1400))
     cut, full = FlowCounter(), FlowCounter()
 
@@ -114,7 +116,7 @@ def test_a_frame_cut_at_96_bytes_counts_with_its_true_size() -> None:
     assert cut.pop_reading() == full.pop_reading()
 
 
-def test_the_flow_table_is_bounded_and_what_it_forgets_is_counted() -> None:
+def test_the_flow_table_is_bounded_and_counts_forgotten_flows() -> None:
     counter = FlowCounter(max_flows=100)
 
     for port in range(1000):
@@ -126,7 +128,7 @@ def test_the_flow_table_is_bounded_and_what_it_forgets_is_counted() -> None:
     assert len(counter._young) + len(counter._old) <= 100
 
 
-def test_a_log_has_a_row_per_far_end() -> None:
+def test_a_traffic_log_has_one_row_per_remote_address_and_port() -> None:
     log = TrafficLog(max_rows=3)
     log.add_frame(frame(17, 4000, 53, data=b"ab"), True)
     log.add_frame(frame(17, 4001, 53, data=b"ab"), True)
@@ -154,7 +156,7 @@ def six(sport: int, dport: int, *, protocol: int = 6, out: bool = True, flags: i
     return bytes(12) + b"\x86\xdd\x60\0\0\0" + len(body).to_bytes(2, "big") + bytes([protocol, 64]) + ends + body
 
 
-def test_ipv6_is_counted_as_ipv4_is() -> None:
+def test_ipv6_is_counted_like_ipv4() -> None:
     reading = counted(
         (six(4000, 80), True),
         (six(80, 4000, out=False, flags=RST | ACK), False),
@@ -165,7 +167,7 @@ def test_ipv6_is_counted_as_ipv4_is() -> None:
     assert reading[4:] == (3, 2, 1, 1, 3, 2)  # flows, SYNs, refusals, questions, ports, addresses
 
 
-def test_frames_in_a_vlan_are_counted_as_others_are() -> None:
+def test_vlan_frames_are_counted_like_others() -> None:
     plain = frame(6, 4000, 80, flags=SYN)
 
     reading = counted((plain[:12] + b"\x81\0\0\5" + plain[12:], True))
@@ -198,7 +200,7 @@ def test_flows_are_unknown_while_most_frames_cannot_be_parsed(frames: list[tuple
     assert {n is None for n in reading[4:]} == {not is_known}
 
 
-def test_frames_cut_before_their_ports_are_frames_that_cannot_be_parsed() -> None:
+def test_frames_cut_before_their_ports_count_as_unparsed() -> None:
     counter = FlowCounter()
     for _ in range(5):
         counter.count_frame(frame(6, 4000, 80, flags=SYN)[:40], True, wire_bytes=1500)
@@ -206,7 +208,7 @@ def test_frames_cut_before_their_ports_are_frames_that_cannot_be_parsed() -> Non
     assert counter.pop_reading().new_flows is None
 
 
-def test_flows_are_known_again_when_readable_frames_pass() -> None:
+def test_flows_are_known_again_after_parsed_frames() -> None:
     counter = FlowCounter()
     for _ in range(10):
         counter.count_frame(OPAQUE, True)
@@ -219,7 +221,7 @@ def test_flows_are_known_again_when_readable_frames_pass() -> None:
     assert (first.new_flows, second.new_flows, second.out_pkts) == (None, 11, 21)
 
 
-def test_where_no_frame_begins_nothing_is_known() -> None:
+def test_all_fields_are_unknown_while_frame_starts_are_unknown() -> None:
     counter = FlowCounter()
     for _ in range(5):
         counter.count_frame(b"\xff" * 60, True, start=None)
@@ -276,12 +278,14 @@ def passing_frames(draw: st.DrawFn) -> tuple[bytes, bool]:
 
 
 @given(st.lists(passing_frames(), max_size=25))
-def test_dpkt_reads_the_same(frames: list[tuple[bytes, bool]]) -> None:
+def test_counts_agree_with_dpkt(frames: list[tuple[bytes, bool]]) -> None:
     assert counted(*frames) == oracle(frames)
 
 
 @given(passing_frames(), st.integers(0, 80), st.integers(0, 79), st.integers(0, 255), st.booleans())
-def test_broken_frames_never_raise(whole: tuple[bytes, bool], cut: int, at: int, value: int, outgoing: bool) -> None:
+def test_broken_frames_are_counted_without_an_error(
+    whole: tuple[bytes, bool], cut: int, at: int, value: int, outgoing: bool
+) -> None:
     broken = bytearray(whole[0])
     if at < len(broken):
         broken[at] = value
@@ -294,5 +298,5 @@ def test_broken_frames_never_raise(whole: tuple[bytes, bool], cut: int, at: int,
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 13, b"\xff" * 33, b"\0" * 12 + b"\x08\0" + b"\x45" * 20])
-def test_what_is_no_ipv4_has_no_headers(data: bytes) -> None:
+def test_other_bytes_have_no_headers(data: bytes) -> None:
     assert parse_headers(data) is None or len(data) >= 34

@@ -1,4 +1,4 @@
-"""All cards of a VM are counted, each direction by itself; what is not seen is unknown and said, never zero."""
+"""Capture all cards of a VM by direction; data that is not seen is unknown and reported, never zero."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.factories.frames import ASK, SYN, ethernet, ipv4, ipv6
 from tests.factories.qemu import MAC
-from tests.lab.test_headers import ASK, SYN, ethernet, ipv4, ipv6
 
 from phasewatch.errors import VmError
 from phasewatch.telemetry import capture
@@ -108,14 +108,14 @@ def play(
 
 
 def codes(source: CaptureSource) -> set[NetworkNoticeCode]:
-    return {notice.code for notice in source.take_notices()}
+    return {notice.code for notice in source.pop_notices()}
 
 
 def named(values: ReadingValues) -> dict[str, int | float | None]:
     return dict(zip(NetflowReading._fields, values, strict=True))
 
 
-def test_filters_go_in_and_out_and_the_files_with_them(tmp_path: Path) -> None:
+def test_filters_and_files_are_added_and_removed(tmp_path: Path) -> None:
     monitor = Cards("n0")
 
     async def then(source: CaptureSource) -> None:
@@ -131,7 +131,7 @@ def test_filters_go_in_and_out_and_the_files_with_them(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_side_that_a_frame_comes_from_tells_its_direction_whatever_its_addresses(tmp_path: Path) -> None:
+def test_the_direction_does_not_depend_on_addresses(tmp_path: Path) -> None:
     other = b"\x02\x11\x22\x33\x44\x55"
     monitor = Cards("n0")
 
@@ -145,7 +145,7 @@ def test_the_side_that_a_frame_comes_from_tells_its_direction_whatever_its_addre
     assert (values["out_pkts"], values["in_pkts"], values["syn_out"], values["dst_ports"]) == (1, 1, 1, 1)
 
 
-def test_every_card_is_counted_and_a_destination_of_two_cards_once(tmp_path: Path) -> None:
+def test_all_cards_are_counted_and_a_shared_destination_once(tmp_path: Path) -> None:
     monitor = Cards("n0", "n1")
 
     async def then(source: CaptureSource) -> ReadingValues:
@@ -159,9 +159,7 @@ def test_every_card_is_counted_and_a_destination_of_two_cards_once(tmp_path: Pat
     assert (values["out_pkts"], values["syn_out"], values["dns_queries"], values["dst_ips"]) == (3, 2, 1, 2)
 
 
-def test_a_full_file_is_given_up_for_a_new_one_and_no_frame_of_it_is_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_dump_is_replaced_without_losing_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "ROTATE_BYTES", 8000)
     monitor = Cards("n0")
 
@@ -184,7 +182,7 @@ def test_a_full_file_is_given_up_for_a_new_one_and_no_frame_of_it_is_lost(
         pytest.param(lambda path: path.write_bytes(b"\0" * 4000 + record(FRAME)), id="cut, and written on"),
     ],
 )
-def test_a_file_that_was_spoilt_costs_one_reading_and_is_said(tmp_path: Path, spoil: Callable[[Path], Any]) -> None:
+def test_a_corrupt_dump_costs_one_reading_and_is_reported(tmp_path: Path, spoil: Callable[[Path], Any]) -> None:
     monitor = Cards("n0")
 
     async def then(source: CaptureSource) -> None:
@@ -199,7 +197,7 @@ def test_a_file_that_was_spoilt_costs_one_reading_and_is_said(tmp_path: Path, sp
     play(monitor, tmp_path, then)
 
 
-def test_a_file_that_ends_in_half_a_frame_is_given_up(tmp_path: Path) -> None:
+def test_a_dump_that_ends_in_an_incomplete_frame_is_replaced(tmp_path: Path) -> None:
     monitor = Cards("n0")
 
     async def then(source: CaptureSource) -> None:
@@ -213,7 +211,7 @@ def test_a_file_that_ends_in_half_a_frame_is_given_up(tmp_path: Path) -> None:
     play(monitor, tmp_path, then)
 
 
-def test_a_file_that_qemu_has_closed_is_given_up(tmp_path: Path) -> None:
+def test_a_dump_that_qemu_closed_is_replaced(tmp_path: Path) -> None:
     monitor = Cards("n0")
     files = tmp_path / "proc" / str(PID) / "fd"
     files.mkdir(parents=True)
@@ -233,7 +231,7 @@ def test_a_file_that_qemu_has_closed_is_given_up(tmp_path: Path) -> None:
     play(monitor, folder, then, proc=tmp_path / "proc")
 
 
-def test_a_filter_that_somebody_took_out_is_no_quiet_network(tmp_path: Path) -> None:
+def test_a_removed_filter_is_not_taken_for_a_quiet_network(tmp_path: Path) -> None:
     monitor = Cards("n0")
 
     async def then(source: CaptureSource) -> None:
@@ -248,7 +246,7 @@ def test_a_filter_that_somebody_took_out_is_no_quiet_network(tmp_path: Path) -> 
     play(monitor, tmp_path, then)
 
 
-def test_a_card_that_is_pulled_out_leaves_the_network_unknown_until_one_comes(tmp_path: Path) -> None:
+def test_the_network_is_unknown_without_a_card(tmp_path: Path) -> None:
     monitor = Cards("n0")
 
     async def then(source: CaptureSource) -> None:
@@ -269,7 +267,7 @@ def test_a_card_that_is_pulled_out_leaves_the_network_unknown_until_one_comes(tm
     play(monitor, tmp_path, then)
 
 
-def test_a_card_without_its_backend_is_gone_as_soon_as_qemu_says_so(tmp_path: Path) -> None:
+def test_a_card_that_loses_its_backend_is_gone_at_once(tmp_path: Path) -> None:
     monitor = Cards("n0")
 
     async def then(source: CaptureSource) -> None:
@@ -283,7 +281,7 @@ def test_a_card_without_its_backend_is_gone_as_soon_as_qemu_says_so(tmp_path: Pa
     assert monitor.filters == {}
 
 
-def test_of_two_cards_one_may_go_and_no_count_falls(tmp_path: Path) -> None:
+def test_counts_do_not_fall_when_one_of_two_cards_goes(tmp_path: Path) -> None:
     monitor = Cards("n0", "n1")
 
     async def then(source: CaptureSource) -> list[int | float | None]:
@@ -304,7 +302,7 @@ def test_of_two_cards_one_may_go_and_no_count_falls(tmp_path: Path) -> None:
     assert known[-1] == 17
 
 
-def test_a_card_that_comes_is_counted_from_then_on(tmp_path: Path) -> None:
+def test_a_plugged_in_card_is_counted_from_then_on(tmp_path: Path) -> None:
     monitor = Cards("n0")
 
     async def then(source: CaptureSource) -> None:
@@ -320,7 +318,7 @@ def test_a_card_that_comes_is_counted_from_then_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("refused", ["qom-list", "human-monitor-command", "object-add"])
-def test_a_monitor_that_fails_in_the_middle_leaves_nothing_readings_not_an_error(tmp_path: Path, refused: str) -> None:
+def test_a_failing_monitor_gives_none_instead_of_an_error(tmp_path: Path, refused: str) -> None:
     monitor = Cards("n0")
 
     async def then(source: CaptureSource) -> None:
@@ -338,7 +336,7 @@ def test_a_monitor_that_fails_in_the_middle_leaves_nothing_readings_not_an_error
     assert monitor.filters == {}
 
 
-def test_quiet_is_not_believed_while_the_monitor_is_silent(tmp_path: Path) -> None:
+def test_a_quiet_network_is_unknown_while_the_monitor_is_silent(tmp_path: Path) -> None:
     monitor = Cards("n0")
 
     async def then(source: CaptureSource) -> ReadingValues:
@@ -349,7 +347,7 @@ def test_quiet_is_not_believed_while_the_monitor_is_silent(tmp_path: Path) -> No
     assert play(monitor, tmp_path, then) == UNKNOWN
 
 
-def test_a_filter_that_a_cut_off_question_left_is_taken_out(tmp_path: Path) -> None:
+def test_a_filter_left_by_a_timed_out_command_is_removed(tmp_path: Path) -> None:
     monitor = Cards("n0")
     stray = build_filter_ids("phasewatch-7")[5]
 
@@ -362,7 +360,7 @@ def test_a_filter_that_a_cut_off_question_left_is_taken_out(tmp_path: Path) -> N
     play(monitor, tmp_path, then)
 
 
-def test_the_file_of_a_filter_that_may_still_write_is_left_to_the_guard_that_bounds_it(tmp_path: Path) -> None:
+def test_the_file_of_a_filter_that_may_still_write_is_kept(tmp_path: Path) -> None:
     monitor = Cards("n0")
 
     async def then(source: CaptureSource) -> None:
@@ -372,9 +370,7 @@ def test_the_file_of_a_filter_that_may_still_write_is_left_to_the_guard_that_bou
     assert set(tmp_path.iterdir()) == set(monitor.files.values())
 
 
-def test_more_frames_than_can_be_read_are_unknown_until_all_are_and_none_is_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_backlog_of_frames_is_unknown_until_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "MAX_READ_BYTES", 1 << 16)
     monitor = Cards("n0")
 
@@ -389,7 +385,7 @@ def test_more_frames_than_can_be_read_are_unknown_until_all_are_and_none_is_lost
     play(monitor, tmp_path, then)
 
 
-def test_frames_that_are_not_parsed_leave_flows_unknown_and_are_said_until_they_are_few(tmp_path: Path) -> None:
+def test_unparsed_frames_make_flows_unknown_and_are_reported(tmp_path: Path) -> None:
     monitor = Cards("n0")
 
     async def then(source: CaptureSource) -> None:
@@ -410,7 +406,7 @@ def test_frames_that_are_not_parsed_leave_flows_unknown_and_are_said_until_they_
     play(monitor, tmp_path, then)
 
 
-def test_frames_that_begin_nowhere_leave_the_whole_network_unknown(tmp_path: Path) -> None:
+def test_frames_with_an_unknown_start_make_the_whole_network_unknown(tmp_path: Path) -> None:
     monitor = Cards("n0")
 
     async def then(source: CaptureSource) -> ReadingValues:
@@ -420,7 +416,7 @@ def test_frames_that_begin_nowhere_leave_the_whole_network_unknown(tmp_path: Pat
     assert play(monitor, tmp_path, then) == UNKNOWN
 
 
-def test_a_card_that_the_host_passed_through_makes_the_network_unknown(tmp_path: Path) -> None:
+def test_a_passed_through_card_makes_the_network_unknown(tmp_path: Path) -> None:
     monitor = Cards("n0")
     ethernet_class = {"class_info": {"class": 0x0200}}
     bridged = {"class_info": {"class": 0x0604}, "pci_bridge": {"devices": [ethernet_class]}}
@@ -445,7 +441,7 @@ def make_tap(proc: Path, name: str, counts: tuple[int, int, int, int], fd: int =
     )
 
 
-def test_of_a_card_that_qemu_does_not_filter_the_taps_counters_are_left(tmp_path: Path) -> None:
+def test_a_card_without_filter_uses_the_counters_of_its_tap(tmp_path: Path) -> None:
     proc, folder = tmp_path / "proc", tmp_path / "dumps"
     folder.mkdir()
     make_tap(proc, "vnet5", (5, 500, 7, 900), fd=31)
@@ -463,7 +459,7 @@ def test_of_a_card_that_qemu_does_not_filter_the_taps_counters_are_left(tmp_path
     play(monitor, folder, then, proc=proc)
 
 
-def test_cards_beyond_the_bound_make_the_network_unknown(tmp_path: Path) -> None:
+def test_more_cards_than_the_maximum_make_the_network_unknown(tmp_path: Path) -> None:
     monitor = Cards(*(f"n{n}" for n in range(MAX_CARDS + 1)))
 
     async def then(source: CaptureSource) -> None:
@@ -473,7 +469,7 @@ def test_cards_beyond_the_bound_make_the_network_unknown(tmp_path: Path) -> None
     play(monitor, tmp_path, then)
 
 
-def test_a_machine_without_a_card_or_without_filters_is_refused_at_the_start(tmp_path: Path) -> None:
+def test_opening_a_vm_without_a_card_or_filters_fails(tmp_path: Path) -> None:
     async def nothing(source: CaptureSource) -> None:
         """Never comes to it."""
 
@@ -490,7 +486,7 @@ def test_a_machine_without_a_card_or_without_filters_is_refused_at_the_start(tmp
     st.lists(st.tuples(st.binary(max_size=160), st.integers(0, 2000), st.booleans()), max_size=20),
     st.binary(max_size=60),
 )
-def test_no_frames_and_no_bytes_end_the_watch(
+def test_no_frame_or_byte_sequence_stops_the_capture(
     tmp_path_factory: pytest.TempPathFactory, frames: list[tuple[bytes, int, bool]], rubbish: bytes
 ) -> None:
     monitor = Cards("n0")

@@ -1,4 +1,4 @@
-"""Which monitors of a QEMU are doors: what its command line asks for, against what the process really listens on."""
+"""Find QMP monitors: the command line compared with the sockets that the process listens on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from phasewatch.live.doors import (
+from phasewatch.live.monitor_endpoints import (
     MonitorEndpoint,
     MonitorEndpointKind,
     explain_no_usable_monitor,
@@ -18,10 +18,10 @@ from phasewatch.live.doors import (
 )
 from phasewatch.telemetry.process import parse_qemu_options
 
-ME = Path("/proc") / str(os.getpid())  # this process stands in QEMU's place
+ME = Path("/proc") / str(os.getpid())  # this process takes QEMU's place
 
 
-def doors(line: str, folder: Path = ME) -> tuple[MonitorEndpoint, ...]:
+def find_endpoints(line: str, folder: Path = ME) -> tuple[MonitorEndpoint, ...]:
     return find_monitor_endpoints(parse_qemu_options(line.split(" ")), folder)
 
 
@@ -47,8 +47,8 @@ def bound(tmp_path: Path) -> Iterator[Path]:
         "-chardev socket,id=m,path={path},server=on -qmp chardev:m",
     ],
 )
-def test_a_socket_that_the_process_listens_on_is_a_door(bound: Path, line: str) -> None:
-    assert doors(line.format(path=bound)) == (
+def test_a_listening_socket_is_usable(bound: Path, line: str) -> None:
+    assert find_endpoints(line.format(path=bound)) == (
         MonitorEndpoint(kind=MonitorEndpointKind.LISTENING, address=str(bound), path=bound),
     )
 
@@ -56,45 +56,69 @@ def test_a_socket_that_the_process_listens_on_is_a_door(bound: Path, line: str) 
 @pytest.mark.parametrize(
     ("line", "kind"),
     [
-        pytest.param("-chardev socket,id=e,path={path},reconnect=5 -mon chardev=e,mode=control", MonitorEndpointKind.CLIENT, id="an event daemon's"),
-        pytest.param("-chardev socket,id=e,path={path},server=off -mon chardev=e,mode=control", MonitorEndpointKind.CLIENT, id="server=off"),
+        pytest.param(
+            "-chardev socket,id=e,path={path},reconnect=5 -mon chardev=e,mode=control",
+            MonitorEndpointKind.CLIENT,
+            id="an event daemon's",
+        ),
+        pytest.param(
+            "-chardev socket,id=e,path={path},server=off -mon chardev=e,mode=control",
+            MonitorEndpointKind.CLIENT,
+            id="server=off",
+        ),
         pytest.param("-qmp unix:{path}", MonitorEndpointKind.CLIENT, id="no server"),
         pytest.param("-qmp unix:{path}2,server=on,wait=off", MonitorEndpointKind.SILENT, id="removed at run time"),
-        pytest.param("-chardev socket,id=charmonitor,fd=33,server=on,wait=off -mon chardev=charmonitor,mode=control", MonitorEndpointKind.HANDED_OVER, id="handed over"),
-        pytest.param("-chardev socket,id=charmonitor,path={path},server,nowait -mon chardev=charmonitor,mode=control", MonitorEndpointKind.HANDED_OVER, id="libvirt's own"),
+        pytest.param(
+            "-chardev socket,id=charmonitor,fd=33,server=on,wait=off -mon chardev=charmonitor,mode=control",
+            MonitorEndpointKind.HANDED_OVER,
+            id="handed over",
+        ),
+        pytest.param(
+            "-chardev socket,id=charmonitor,path={path},server,nowait -mon chardev=charmonitor,mode=control",
+            MonitorEndpointKind.HANDED_OVER,
+            id="libvirt's own",
+        ),
         pytest.param("-qmp tcp:127.0.0.1:4444,server=on,wait=off", MonitorEndpointKind.NETWORK, id="tcp"),
-        pytest.param("-chardev socket,id=m,host=localhost,port=4444,server=on -mon m,mode=control", MonitorEndpointKind.NETWORK, id="tcp by chardev"),
+        pytest.param(
+            "-chardev socket,id=m,host=localhost,port=4444,server=on -mon m,mode=control",
+            MonitorEndpointKind.NETWORK,
+            id="tcp by chardev",
+        ),
         pytest.param("-qmp tcp:10.0.0.1:4444", MonitorEndpointKind.CLIENT, id="tcp to somebody"),
         pytest.param("-qmp stdio", MonitorEndpointKind.ELSEWHERE, id="stdio"),
         pytest.param("-chardev pty,id=m -mon m,mode=control", MonitorEndpointKind.ELSEWHERE, id="pty"),
-        pytest.param("-chardev socket,id=m,path=x,abstract=on,server=on -mon m,mode=control", MonitorEndpointKind.ELSEWHERE, id="abstract"),
+        pytest.param(
+            "-chardev socket,id=m,path=x,abstract=on,server=on -mon m,mode=control",
+            MonitorEndpointKind.ELSEWHERE,
+            id="abstract",
+        ),
     ],
-)  # fmt: skip
-def test_what_is_no_door_is_said_to_be_what_it_is(bound: Path, line: str, kind: MonitorEndpointKind) -> None:
-    found = doors(line.format(path=bound))
+)
+def test_unusable_monitors_are_classified(bound: Path, line: str, kind: MonitorEndpointKind) -> None:
+    found = find_endpoints(line.format(path=bound))
 
     assert [(door.kind, door.path) for door in found] == [(kind, None)]
     assert explain_no_usable_monitor(found) != explain_no_usable_monitor(())
 
 
-def test_a_monitor_for_people_is_no_door(bound: Path) -> None:
-    assert doors(f"-monitor unix:{bound},server=on -chardev socket,id=m,path={bound},server=on -mon m") == ()
+def test_a_human_monitor_is_not_listed(bound: Path) -> None:
+    assert find_endpoints(f"-monitor unix:{bound},server=on -chardev socket,id=m,path={bound},server=on -mon m") == ()
 
 
-def test_the_first_reason_is_kept() -> None:
-    found = doors("-qmp stdio -qmp tcp::4444,server=on")
+def test_the_first_reason_is_reported() -> None:
+    found = find_endpoints("-qmp stdio -qmp tcp::4444,server=on")
 
     assert explain_no_usable_monitor(found) == explain_no_usable_monitor(found[:1])
 
 
-def test_of_a_door_beside_libvirts_own_the_reason_is_told() -> None:
-    found = doors("-chardev socket,id=m,fd=9,server=on -mon m,mode=control -qmp tcp::4444,server=on")
+def test_the_reason_of_a_monitor_beside_that_of_libvirt_is_reported() -> None:
+    found = find_endpoints("-chardev socket,id=m,fd=9,server=on -mon m,mode=control -qmp tcp::4444,server=on")
 
     assert explain_no_usable_monitor(found) == explain_no_usable_monitor(found[1:])
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the kernel tells only root")
-def test_a_socket_bound_by_a_relative_path_is_found_after_the_process_left_that_folder(
+def test_a_relative_socket_is_found_after_the_process_changed_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -102,15 +126,15 @@ def test_a_socket_bound_by_a_relative_path_is_found_after_the_process_left_that_
         listener.bind("rel.sock")
         listener.listen()
         monkeypatch.chdir("/")
-        found = doors("-daemonize -qmp unix:rel.sock,server=on,wait=off")
+        found = find_endpoints("-daemonize -qmp unix:rel.sock,server=on,wait=off")
 
     assert [door.path for door in found] == [tmp_path / "rel.sock"]
 
 
-def test_a_process_that_may_not_be_looked_into_is_believed_its_command_line(tmp_path: Path) -> None:
+def test_the_command_line_is_used_if_sockets_cannot_be_listed(tmp_path: Path) -> None:
     (tmp_path / "90").mkdir()
 
-    (door,) = doors("-qmp unix:/run/vm.sock,server=on,wait=off", tmp_path / "90")
+    (door,) = find_endpoints("-qmp unix:/run/vm.sock,server=on,wait=off", tmp_path / "90")
     assert (door.kind, door.path) == (MonitorEndpointKind.LISTENING, Path("/run/vm.sock"))
 
 
@@ -120,20 +144,20 @@ def test_a_socket_in_a_container_is_reached_through_its_root(tmp_path: Path, mon
     inside.parent.mkdir(parents=True)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(inside.relative_to(tmp_path)))
-        (door,) = doors("-qmp unix:/run/phasewatch-test-only/q.sock,server=on", tmp_path / "90")
+        (door,) = find_endpoints("-qmp unix:/run/phasewatch-test-only/q.sock,server=on", tmp_path / "90")
 
     assert door.path == inside
 
 
-def test_a_path_that_cannot_be_followed_is_named_all_the_same(tmp_path: Path) -> None:
+def test_an_unreachable_path_is_still_reported(tmp_path: Path) -> None:
     (tmp_path / "90").mkdir()
     name = "/" + "x" * 300  # longer than a name may be: no look at it ends in yes or no
 
-    (door,) = doors(f"-qmp unix:{name},server=on", tmp_path / "90")
+    (door,) = find_endpoints(f"-qmp unix:{name},server=on", tmp_path / "90")
     assert door.address == name
 
 
-def test_one_socket_has_many_spellings(bound: Path, tmp_path: Path) -> None:
+def test_paths_of_the_same_socket_are_equal(bound: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
 
     assert is_same_file(bound, tmp_path / "link" / "q.sock")

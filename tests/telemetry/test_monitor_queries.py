@@ -1,4 +1,4 @@
-"""Questions to one monitor: one that is slow, silent or refused costs itself, and is given up in the end."""
+"""Queries to one monitor: a slow, silent or refused one affects only itself, and is finally given up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.factories.vms import FakeClock
 
 from phasewatch.errors import VmError
-from phasewatch.telemetry.questions import NOT_ASKED, MonitorQuery, QueryRound
+from phasewatch.telemetry.monitor_queries import NOT_ASKED, MonitorQuery, QueryRound
 
 DEADLINE_S = 0.05
 
@@ -53,24 +53,24 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 
 
 def answers(round_: QueryRound) -> list[Any]:
-    return [question.answer for question in round_.questions]
+    return [question.answer for question in round_.queries]
 
 
 @pytest.mark.parametrize("slow", ["a", "b", "c"])
-def test_a_question_without_an_answer_costs_no_other_its_answer(slow: str) -> None:
+def test_a_query_without_answer_does_not_affect_others(slow: str) -> None:
     async def main() -> None:
         asked = Asked(held={slow})
         round_ = asked.round("a", "b", "c")
 
         assert await round_.ask()
         assert answers(round_) == [None if name == slow else f"{name} 1" for name in "abc"]
-        assert [q.lost for q in round_.questions] == [name == slow for name in "abc"]
+        assert [q.lost for q in round_.queries] == [name == slow for name in "abc"]
         await round_.close()
 
     run(main())
 
 
-def test_a_question_is_not_asked_again_while_its_answer_is_to_come_and_the_late_answer_is_dropped() -> None:
+def test_an_outstanding_query_is_not_repeated_and_its_late_answer_is_dropped() -> None:
     async def main() -> None:
         asked = Asked(held={"a"})
         round_ = asked.round("a", "b")
@@ -91,7 +91,7 @@ def test_a_question_is_not_asked_again_while_its_answer_is_to_come_and_the_late_
     run(main())
 
 
-def test_a_question_whose_answers_are_always_late_is_given_up_with_a_word() -> None:
+def test_a_query_that_is_always_late_is_given_up_with_a_note() -> None:
     async def main() -> None:
         asked = Asked(held={"slow"})
         round_ = asked.round("fast", "slow")
@@ -110,7 +110,7 @@ def test_a_question_whose_answers_are_always_late_is_given_up_with_a_word() -> N
     run(main())
 
 
-def test_one_that_waits_behind_a_slow_question_is_not_blamed() -> None:
+def test_a_query_behind_a_slow_one_is_not_given_up() -> None:
     async def main() -> None:
         line = asyncio.Lock()  # QEMU: one after the other, in the order in which they came
         done = asyncio.Event()
@@ -133,14 +133,14 @@ def test_one_that_waits_behind_a_slow_question_is_not_blamed() -> None:
             done.set()
             await asyncio.sleep(0.001)
 
-        assert round_.questions[0].given_up
-        assert not round_.questions[1].given_up
+        assert round_.queries[0].give_up_reason
+        assert not round_.queries[1].give_up_reason
         assert answers(round_) == [None, "fast"]
 
     run(main())
 
 
-def test_a_refused_question_is_asked_less_often_and_given_up_in_the_end() -> None:
+def test_a_refused_query_is_repeated_less_often_and_finally_given_up() -> None:
     async def main() -> None:
         asked = Asked(refused={"a"})
         round_ = asked.round("a", "b")
@@ -148,13 +148,13 @@ def test_a_refused_question_is_asked_less_often_and_given_up_in_the_end() -> Non
             await round_.ask()
 
         assert asked.counts == {"a": 8, "b": 40}
-        assert round_.questions[0].lost == 40
+        assert round_.queries[0].lost == 40
         assert len(round_.pop_notes()) == 1
 
     run(main())
 
 
-def test_a_refusal_that_passes_is_forgotten() -> None:
+def test_a_query_recovers_from_temporary_refusals() -> None:
     async def main() -> None:
         asked = Asked(refused={"a"})
         round_ = asked.round("a", "b")
@@ -171,7 +171,7 @@ def test_a_refusal_that_passes_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("silence", ["refused", "held"])
-def test_a_monitor_that_answers_nothing_for_long_has_all_its_questions_left(silence: str) -> None:
+def test_no_query_is_given_up_while_the_whole_monitor_is_silent(silence: str) -> None:
     async def main() -> None:
         asked = Asked(**{silence: {"a", "b"}})  # type: ignore[arg-type]
         round_ = asked.round("a", "b")
@@ -191,7 +191,7 @@ def test_a_monitor_that_answers_nothing_for_long_has_all_its_questions_left(sile
     run(main())
 
 
-def test_an_answer_that_others_have_overtaken_for_long_is_waited_for_no_more() -> None:
+def test_an_overdue_answer_is_abandoned() -> None:
     async def main() -> None:
         asked = Asked(held={"a"})
         round_ = asked.round("a", "b")
@@ -208,7 +208,7 @@ def test_an_answer_that_others_have_overtaken_for_long_is_waited_for_no_more() -
     run(main())
 
 
-def test_a_question_with_a_limit_is_given_up_for_good_when_all_its_answers_are_slower() -> None:
+def test_a_query_slower_than_its_limit_is_given_up_for_good() -> None:
     async def main() -> None:
         asked = Asked(takes_ns=6_000_000)
         round_ = asked.round("a", limit_s=0.005)
@@ -223,7 +223,7 @@ def test_a_question_with_a_limit_is_given_up_for_good_when_all_its_answers_are_s
     run(main())
 
 
-def test_nothing_to_ask_is_neither_an_answer_nor_a_loss() -> None:
+def test_a_query_with_nothing_to_ask_counts_neither_as_answered_nor_as_lost() -> None:
     async def main() -> None:
         async def ask() -> Any:
             return NOT_ASKED
@@ -231,12 +231,12 @@ def test_nothing_to_ask_is_neither_an_answer_nor_a_loss() -> None:
         round_ = QueryRound([MonitorQuery("none", ask)], FakeClock(), deadline_s=DEADLINE_S)
 
         assert not await round_.ask()
-        assert round_.questions[0].lost == 0
+        assert round_.queries[0].lost == 0
 
     run(main())
 
 
-def test_one_late_answer_ends_a_question_with_a_limit() -> None:
+def test_one_late_answer_gives_up_a_query_with_a_limit() -> None:
     async def main() -> None:
         asked = Asked(held={"a"})
         round_ = asked.round("b", "a", limit_s=0.005)
@@ -245,7 +245,7 @@ def test_one_late_answer_ends_a_question_with_a_limit() -> None:
         await asyncio.sleep(0)
         await round_.ask()
 
-        assert round_.questions[1].given_up
+        assert round_.queries[1].give_up_reason
         assert round_.pop_notes()
 
     run(main())

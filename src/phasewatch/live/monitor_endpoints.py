@@ -1,7 +1,7 @@
-"""The monitors of a QEMU process: which of them listens where a second program may connect, and what the others are.
+"""Find the QMP monitors of a QEMU process, and which of them a second program can connect to.
 
-The command line says what was asked for, the kernel what became of it: only a socket that the process listens on is a
-door. One that QEMU connects to belongs to another program, and one that was handed over to who handed it over.
+The command line names the monitors; the kernel's list of sockets shows which of them QEMU listens on. A socket that
+QEMU connects to belongs to another program; a socket that was passed to QEMU belongs to the program that passed it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,34 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-QemuOptions = Sequence[tuple[str, Mapping[str, str]]]
-_LISTENING_FLAG = 0x10000  # __SO_ACCEPTCON, of the flags in /proc/net/unix
-_PIDFD_GETFD = 438  # a system call that Python has no name for; the number is the same on every architecture
-_SIOCUNIXFILE = 0x89E0  # opens the file that a socket is bound to
+from phasewatch.telemetry.process import read_link
+
+__all__ = [
+    "ListeningSocket",
+    "MonitorEndpoint",
+    "MonitorEndpointKind",
+    "explain_no_usable_monitor",
+    "find_monitor_endpoints",
+    "is_same_file",
+    "select_reported_endpoint",
+]
+
+_QemuOptions = Sequence[tuple[str, Mapping[str, str]]]
+_LISTENING_FLAG = 0x10000  # __SO_ACCEPTCON among the flags in /proc/net/unix
+_PIDFD_GETFD = 438  # system call number of pidfd_getfd, the same on every architecture; Python lacks it
+_SIOCUNIXFILE = 0x89E0  # ioctl that opens the file that a socket is bound to
 _NETWORK_KINDS = ("tcp", "telnet", "tn3270", "websocket", "wss")
 _TRUE_VALUES = frozenset({"on", "yes", "true", "y"})
-_LIBVIRT_MONITOR_ID = "charmonitor"  # how libvirt calls the monitor that it keeps for itself
+_LIBVIRT_MONITOR_ID = "charmonitor"  # chardev id of the monitor that libvirt uses itself
 
 
 class MonitorEndpointKind(StrEnum):
-    """What a monitor in control mode turned out to be."""
+    """How a QMP monitor can be reached.
+
+    ``LISTENING``: QEMU listens on a Unix socket. ``HANDED_OVER``: the socket belongs to the program that started QEMU.
+    ``CLIENT``: QEMU connects to another program. ``NETWORK``: QEMU listens on the network. ``ELSEWHERE``: another kind
+    of character device. ``SILENT``: the command line names a socket that QEMU does not listen on.
+    """
 
     LISTENING = "listening"
     HANDED_OVER = "handed-over"
@@ -39,12 +56,12 @@ class MonitorEndpointKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MonitorEndpoint:
-    """One monitor.
+    """One QMP monitor.
 
     Attributes:
-        kind: What it is.
-        address: Where it is, for people.
-        path: Of the socket, as this process reaches it; None where there is none to connect to.
+        kind: How it can be reached.
+        address: Its address, for people.
+        path: Path of the socket as this process reaches it; None if it cannot be connected to.
     """
 
     kind: MonitorEndpointKind
@@ -54,17 +71,17 @@ class MonitorEndpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListeningSocket:
-    """A Unix socket that somebody listens on: its name as it was bound, and its descriptor in the process; None elsewhere."""
+    """A listening Unix socket: the name it was bound to, and its descriptor in the process (None: held by another)."""
 
     name: str
     fd: int | None
 
 
-def find_monitor_endpoints(arguments: QemuOptions, folder: Path) -> tuple[MonitorEndpoint, ...]:
-    """Return the monitors in control mode of a command line, in its order.
+def find_monitor_endpoints(arguments: _QemuOptions, folder: Path) -> tuple[MonitorEndpoint, ...]:
+    """Return the QMP monitors of a command line, in its order.
 
     Args:
-        arguments: From `find.parse_arguments`.
+        arguments: From `parse_qemu_options`.
         folder: ``/proc/PID``.
     """
     listeners = _read_listeners(folder)
@@ -82,33 +99,38 @@ def find_monitor_endpoints(arguments: QemuOptions, folder: Path) -> tuple[Monito
     return tuple(found)
 
 
-def explain_no_usable_monitor(doors: Sequence[MonitorEndpoint]) -> str:
-    """Return why none of these monitors can be used: the first one's reason, or that of the first added to libvirt's own."""
-    if not doors:
+def explain_no_usable_monitor(endpoints: Sequence[MonitorEndpoint]) -> str:
+    """Return a message that explains why none of these monitors can be used."""
+    if not endpoints:
         return "QEMU was started without a QMP socket: its command line has neither -qmp nor -mon with mode=control"
-    door = select_reported_endpoint(doors)
-    if door.kind is MonitorEndpointKind.HANDED_OVER:
-        where = f" ({door.address})" if door.address else ""
-        return f"its QMP socket{where} belongs to who started it (libvirt); only /proc and a tap's counters are left"
-    if door.kind is MonitorEndpointKind.CLIENT:
-        return f"its QMP monitor connects to another program's socket, {door.address}, and lets nobody in"
-    if door.kind is MonitorEndpointKind.NETWORK:
+    endpoint = select_reported_endpoint(endpoints)
+    if endpoint.kind is MonitorEndpointKind.HANDED_OVER:
+        where = f" ({endpoint.address})" if endpoint.address else ""
         return (
-            f"its QMP monitor listens on the network, {door.address}, where a Unix socket's permissions do not guard it; "
-            "phasewatch connects to Unix sockets alone: start QEMU with -qmp unix:PATH,server=on,wait=off beside it"
+            f"its QMP socket{where} belongs to the program that started it (libvirt); only /proc and tap counters can "
+            "be read"
         )
-    if door.kind is MonitorEndpointKind.SILENT:
-        return f"its command line names the QMP socket {door.address}, and the process does not listen on it"
-    return f"its QMP monitor is {door.address}, which no second program can use"
+    if endpoint.kind is MonitorEndpointKind.CLIENT:
+        return f"its QMP monitor connects to another program's socket, {endpoint.address}, and accepts no connection"
+    if endpoint.kind is MonitorEndpointKind.NETWORK:
+        return (
+            f"its QMP monitor listens on the network, {endpoint.address}, where no file permission protects it; "
+            "phasewatch uses Unix sockets only: start QEMU with -qmp unix:PATH,server=on,wait=off beside it"
+        )
+    if endpoint.kind is MonitorEndpointKind.SILENT:
+        return f"its command line names the QMP socket {endpoint.address}, and the process does not listen on it"
+    return f"its QMP monitor is {endpoint.address}, which no second program can use"
 
 
-def select_reported_endpoint(doors: Sequence[MonitorEndpoint]) -> MonitorEndpoint:
-    """Return the monitor whose kind says most: one that somebody added, before the one that libvirt keeps."""
-    return next((door for door in doors if door.kind is not MonitorEndpointKind.HANDED_OVER), doors[0])
+def select_reported_endpoint(endpoints: Sequence[MonitorEndpoint]) -> MonitorEndpoint:
+    """Return the monitor to report: the first that an administrator added, else the one that libvirt uses."""
+    return next((e for e in endpoints if e.kind is not MonitorEndpointKind.HANDED_OVER), endpoints[0])
 
 
 def _read_listeners(folder: Path) -> tuple[ListeningSocket, ...] | None:
-    """Return the Unix sockets that are listened on in a process's network namespace; None if this user may not know.
+    """Return the listening Unix sockets of a process's network namespace; None if this user may not read them.
+
+    Source: ``/proc/PID/net/unix`` (inode, flags, path) and ``/proc/PID/fd``.
 
     Args:
         folder: ``/proc/PID``.
@@ -129,7 +151,7 @@ def _read_listeners(folder: Path) -> tuple[ListeningSocket, ...] | None:
 
 
 def is_same_file(one: Path, other: Path) -> bool:
-    """Return whether two paths lead to one file, through whatever links, dots or mounts."""
+    """Return whether two paths lead to the same file."""
     try:
         return os.path.samestat(one.stat(), other.stat())
     except OSError:
@@ -139,7 +161,7 @@ def is_same_file(one: Path, other: Path) -> bool:
 def _resolve_address(
     head: str, keys: Mapping[str, str], folder: Path, listeners: tuple[ListeningSocket, ...] | None
 ) -> MonitorEndpoint:
-    """Look at ``-qmp KIND:REST,…``."""
+    """Resolve ``-qmp KIND:REST,…``."""
     kind, _, rest = head.partition(":")
     if kind == "unix":
         return _resolve_path(rest, keys, folder, listeners)
@@ -154,7 +176,7 @@ def _resolve_address(
 def _resolve_backend(
     keys: Mapping[str, str], folder: Path, listeners: tuple[ListeningSocket, ...] | None
 ) -> MonitorEndpoint:
-    """Look at ``-chardev KIND,…`` of a monitor."""
+    """Resolve ``-chardev KIND,…`` of a monitor."""
     kind = keys.get("", keys.get("backend", ""))
     if kind != "socket" and "path" not in keys:
         return MonitorEndpoint(
@@ -186,15 +208,15 @@ def _resolve_path(
     named = sorted((each for each in listeners if each.name == name), key=lambda each: each.fd is None)
     if not named:
         return MonitorEndpoint(kind=MonitorEndpointKind.SILENT, address=name)
-    # Held by another process alone, it may be another machine's by now: whoever connects asks for its threads.
+    # A socket that only another process holds may belong to another VM: `connect_monitor` compares the vCPU threads.
     return MonitorEndpoint(
         kind=MonitorEndpointKind.LISTENING, address=name, path=_find_reachable_path(name, folder, named[0])
     )
 
 
 def _find_reachable_path(name: str, folder: Path, own: ListeningSocket | None) -> Path:
-    """Return the path by which this process reaches a socket of another, whose folders and root may be others."""
-    asked = Path(name) if name.startswith("/") else Path(_read_link(folder / "cwd") or "/", name)
+    """Return the path by which this process reaches another one's socket; their root or working folder may differ."""
+    asked = Path(name) if name.startswith("/") else Path(read_link(folder / "cwd") or "/", name)
     seen = folder / "root" / str(asked).lstrip("/")
     if _is_socket(seen):
         return asked if is_same_file(asked, seen) else seen
@@ -207,23 +229,24 @@ def _find_reachable_path(name: str, folder: Path, own: ListeningSocket | None) -
 
 
 def _find_bound_file(pid: int, fd: int) -> Path | None:
-    """Return the file that a process's socket is bound to, as the kernel tells root; not every kernel does.
+    """Return the file that a process's socket is bound to; None if the kernel does not tell, as it tells root only.
 
-    A QEMU that was started with ``-daemonize`` and a relative path has left the folder that the path began in.
+    Needed for a QEMU with ``-daemonize`` and a relative path, because it left the folder that the path is relative to.
+    Source: ``pidfd_getfd(2)`` and the ioctl ``SIOCUNIXFILE``.
     """
     with suppress(OSError, AttributeError), _DescriptorCloser() as opened:
         process = opened.add(os.pidfd_open(pid))
-        taken = ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, process, fd, 0)
-        if taken < 0:
+        duplicate = ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, process, fd, 0)
+        if duplicate < 0:
             return None
-        file = opened.add(fcntl.ioctl(opened.add(taken), _SIOCUNIXFILE))
+        file = opened.add(fcntl.ioctl(opened.add(duplicate), _SIOCUNIXFILE))
         path = Path(f"/proc/self/fd/{file}").readlink()
         return path if os.path.samestat(path.stat(), os.fstat(file)) else None
     return None
 
 
 class _DescriptorCloser:
-    """Closes descriptors."""
+    """A context manager that closes descriptors."""
 
     def __init__(self) -> None:
         self._fds: list[int] = []
@@ -241,7 +264,7 @@ class _DescriptorCloser:
 
 
 def _is_server(keys: Mapping[str, str]) -> bool:
-    """Return whether a socket waits for others; without ``server`` QEMU is the one that connects."""
+    """Return whether QEMU listens on the socket; without ``server`` it connects."""
     return keys.get("server", "off") in _TRUE_VALUES
 
 
@@ -259,13 +282,6 @@ def _is_socket(path: Path) -> bool:
 def _list_sockets(folder: Path) -> Iterator[tuple[int, int]]:
     """Yield (inode, descriptor) of each socket that a process holds."""
     for entry in folder.iterdir():
-        match = re.fullmatch(r"socket:\[(\d+)\]", _read_link(entry))
+        match = re.fullmatch(r"socket:\[(\d+)\]", read_link(entry))
         if match:
             yield int(match[1]), int(entry.name)
-
-
-def _read_link(link: Path) -> str:
-    try:
-        return str(link.readlink())
-    except OSError:
-        return ""

@@ -1,4 +1,4 @@
-"""What taps count: from the process's own namespace, of all its taps, and without a jump when one comes or goes."""
+"""Tap counters: of all taps, from the process's own network namespace, without jumps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from tests.live.test_capture import PID
+from tests.factories.proc import PID
 
 from phasewatch.telemetry.base import ReadingValues, build_missing_reading
 from phasewatch.telemetry.tap import TapSource, find_cards_without_tap
@@ -40,7 +40,7 @@ async def read_to_the_next_look(source: TapSource) -> ReadingValues:
     return values
 
 
-def test_all_taps_are_added_up_and_the_sum_neither_falls_nor_jumps(tmp_path: Path) -> None:
+def test_taps_are_summed_without_falls_or_jumps(tmp_path: Path) -> None:
     taps = Taps(tmp_path)
     taps.set(a=5, b=7)
 
@@ -62,7 +62,7 @@ def test_all_taps_are_added_up_and_the_sum_neither_falls_nor_jumps(tmp_path: Pat
     asyncio.run(main())
 
 
-def test_without_a_tap_nothing_is_known_until_one_comes(tmp_path: Path) -> None:
+def test_readings_are_unknown_until_a_tap_appears(tmp_path: Path) -> None:
     taps = Taps(tmp_path)
     taps.set(a=5)
 
@@ -79,14 +79,14 @@ def test_without_a_tap_nothing_is_known_until_one_comes(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_machine_without_taps_is_refused(tmp_path: Path) -> None:
+def test_opening_a_vm_without_taps_fails(tmp_path: Path) -> None:
     Taps(tmp_path).set()
 
     with pytest.raises(OSError, match="tap"):
         asyncio.run(TapSource(pid=PID, proc=tmp_path).open())
 
 
-def test_a_device_of_another_namespace_is_not_taken_for_the_machines(tmp_path: Path) -> None:
+def test_a_device_of_another_network_namespace_is_ignored(tmp_path: Path) -> None:
     taps = Taps(tmp_path)
     taps.set(lo_like_ours=1)
     (taps.folder / "net" / "dev").write_text("Inter-|\n face |\n")
@@ -105,7 +105,7 @@ def test_a_device_of_another_namespace_is_not_taken_for_the_machines(tmp_path: P
         pytest.param("-nic none", [], id="none"),
     ],
 )
-def test_backends_that_no_tap_counts_are_named(tmp_path: Path, line: str, expected: list[str]) -> None:
+def test_cards_without_a_tap_are_listed(tmp_path: Path, line: str, expected: list[str]) -> None:
     taps = Taps(tmp_path)
     (taps.folder / "cmdline").write_text("\0".join(["qemu-system-x86_64", *line.split(" ")]) + "\0")
 

@@ -1,4 +1,4 @@
-"""Lines that wait for nobody: in order where they are read, given up and counted where they are not."""
+"""The non-blocking writer: lines in order for a reader, dropped and counted without one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read_all(reader: int) -> list[str]:
     return found.decode().splitlines()
 
 
-def test_what_is_read_comes_whole_and_in_order(pipe: tuple[int, TextIO]) -> None:
+def test_lines_arrive_whole_and_in_order(pipe: tuple[int, TextIO]) -> None:
     reader, stream = pipe
     out = NonBlockingWriter(stream)
     for number in range(100):
@@ -49,7 +49,7 @@ def test_what_is_read_comes_whole_and_in_order(pipe: tuple[int, TextIO]) -> None
 
 
 @pytest.mark.parametrize("blocks", [True, False])
-def test_a_reader_that_stands_still_holds_nobody_and_the_oldest_lines_are_given_up(
+def test_a_stalled_reader_delays_nobody_and_the_oldest_lines_are_dropped(
     pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch, blocks: bool
 ) -> None:
     monkeypatch.setattr(outputs, "MAX_QUEUED_LINES", 10)
@@ -67,7 +67,7 @@ def test_a_reader_that_stands_still_holds_nobody_and_the_oldest_lines_are_given_
     assert said[-10:] == list(range(990, 1000))
 
 
-def test_a_reader_that_left_raises_nothing_and_every_line_is_counted() -> None:
+def test_lines_without_a_reader_are_counted_as_lost() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stream:
@@ -94,7 +94,7 @@ class FullThenRoom(NonBlockingWriter):
         return super()._write_some(data)
 
 
-def test_a_line_that_found_no_room_is_lost_and_the_next_one_stands_alone(pipe: tuple[int, TextIO]) -> None:
+def test_a_line_lost_to_a_full_disk_does_not_damage_the_next(pipe: tuple[int, TextIO]) -> None:
     reader, stream = pipe
     out = FullThenRoom(stream)
     out.put("first")

@@ -1,4 +1,4 @@
-"""Which machines run here, read off made-up /proc folders: command lines of people, of libvirt, and of no QEMU at all."""
+"""Find VMs in fake /proc folders: QEMU started by hand, by libvirt, and other programs."""
 
 from __future__ import annotations
 
@@ -43,13 +43,15 @@ def proc(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_machine_is_listed_in_the_order_of_pids(proc: Path) -> None:
+def test_vms_are_listed_in_order_of_pid(proc: Path) -> None:
     assert [(m.pid, m.name, m.arch, m.accel) for m in list_running_vms(proc)] == [
-        (70, "qemu-70", "x86_64", "kvm"), (90, "box", "aarch64", "tcg"), (100, "web01", "x86_64", "kvm"),
-    ]  # fmt: skip
+        (70, "qemu-70", "x86_64", "kvm"),
+        (90, "box", "aarch64", "tcg"),
+        (100, "web01", "x86_64", "kvm"),
+    ]
 
 
-def test_a_socket_has_a_path_only_if_it_was_given_one(proc: Path) -> None:
+def test_only_unix_sockets_have_a_path(proc: Path) -> None:
     by_hand, libvirt = read_running_vm(90, proc), read_running_vm(100, proc)
 
     assert by_hand is not None
@@ -58,14 +60,14 @@ def test_a_socket_has_a_path_only_if_it_was_given_one(proc: Path) -> None:
     assert (libvirt.qmp, libvirt.has_foreign_qmp) == ((), True)
 
 
-def test_a_tap_is_found_by_the_file_that_the_process_holds(proc: Path) -> None:
+def test_taps_are_found_by_open_files(proc: Path) -> None:
     machine = read_running_vm(100, proc)
 
     assert machine is not None
     assert machine.taps == ("vnet3",)
 
 
-def test_a_file_that_the_process_closes_meanwhile_does_not_hide_its_taps(proc: Path) -> None:
+def test_a_file_closed_during_the_listing_hides_no_tap(proc: Path) -> None:
     (proc / "100" / "fdinfo" / "00").symlink_to(proc / "closed")  # listed, and gone when it is read
     (proc / "100" / "fdinfo" / "99").symlink_to(proc / "closed")
 
@@ -75,7 +77,7 @@ def test_a_file_that_the_process_closes_meanwhile_does_not_hide_its_taps(proc: P
     assert machine.taps == ("vnet3",)
 
 
-def test_threads_tell_the_vcpus_and_the_accelerator_where_they_have_names(proc: Path) -> None:
+def test_named_threads_show_vcpus_and_accelerator(proc: Path) -> None:
     make(proc, 110, "qemu-system-x86_64 -name n", threads=("qemu-system-x86", "ALL CPUs/TCG"))
     machine = read_running_vm(110, proc)
 
@@ -94,7 +96,7 @@ def test_threads_tell_the_vcpus_and_the_accelerator_where_they_have_names(proc: 
         ("qemu-system-x86_64", "qemu-1", ""),
     ],
 )
-def test_names_and_accelerators_are_spelled_in_many_ways(tmp_path: Path, line: str, name: str, accel: str) -> None:
+def test_all_spellings_of_names_and_accelerators_are_parsed(tmp_path: Path, line: str, name: str, accel: str) -> None:
     make(tmp_path, 1, line)
     machine = read_running_vm(1, tmp_path)
 
@@ -102,7 +104,7 @@ def test_names_and_accelerators_are_spelled_in_many_ways(tmp_path: Path, line: s
     assert (machine.name, machine.accel) == (name, accel)
 
 
-def test_a_machine_is_meant_by_pid_name_or_socket(proc: Path) -> None:
+def test_a_vm_is_found_by_pid_name_or_socket(proc: Path) -> None:
     assert find_running_vm(pid=90, name=None, qmp=None, proc=proc).name == "box"
     assert find_running_vm(pid=None, name="web01", qmp=None, proc=proc).pid == 100
     assert find_running_vm(pid=None, name=None, qmp=Path("/srv/vm/run/qmp.sock"), proc=proc).pid == 90
@@ -113,17 +115,22 @@ def test_a_machine_is_meant_by_pid_name_or_socket(proc: Path) -> None:
     [
         pytest.param({"pid": 4711}, MachineError, "--pid 4711: there is no such process", id="a dead pid"),
         pytest.param({"pid": 80}, MachineError, "the process is not QEMU", id="another program"),
-        pytest.param({"name": "web02"}, MachineError, r"no running machine has it; running: qemu-70 \(70\), box", id="no such name"),
+        pytest.param(
+            {"name": "web02"},
+            MachineError,
+            r"no running machine has it; running: qemu-70 \(70\), box",
+            id="no such name",
+        ),
         pytest.param({"qmp": Path("/x")}, MachineError, "--qmp /x: no running machine has it", id="no such socket"),
-        pytest.param({}, UsageError, "say which machine: --pid N", id="nothing said"),
+        pytest.param({}, UsageError, "--pid N", id="no VM named"),
     ],
-)  # fmt: skip
-def test_what_cannot_be_found_is_one_clear_line(proc: Path, asked: dict[str, object], error, words: str) -> None:  # type: ignore[no-untyped-def]
+)
+def test_a_vm_that_cannot_be_found_is_an_error(proc: Path, asked: dict[str, object], error, words: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=words):
         find_running_vm(**{"pid": None, "name": None, "qmp": None, **asked}, proc=proc)  # type: ignore[arg-type]
 
 
-def test_a_socket_is_meant_by_any_of_its_spellings(proc: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_vm_is_found_by_any_path_of_its_socket(proc: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     home = tmp_path_factory.mktemp("run")
     (home / "link").symlink_to(home)
     with socket.socket(socket.AF_UNIX) as listener:
@@ -133,20 +140,20 @@ def test_a_socket_is_meant_by_any_of_its_spellings(proc: Path, tmp_path_factory:
             assert find_running_vm(pid=None, name=None, qmp=spelling, proc=proc).pid == 130
 
 
-def test_a_machine_is_meant_by_its_uuid_too(proc: Path) -> None:
+def test_a_vm_is_found_by_uuid(proc: Path) -> None:
     make(proc, 140, "qemu-system-x86_64 -name web02 -uuid 1063ECDD-7112-4405-a743-23aa18519509")
 
     assert find_running_vm(pid=None, name="1063ecdd-7112-4405-a743-23aa18519509", qmp=None, proc=proc).name == "web02"
 
 
-def test_a_process_that_has_ended_and_waits_to_be_reaped_is_no_machine(proc: Path) -> None:
+def test_a_zombie_process_is_no_vm(proc: Path) -> None:
     make(proc, 150, BY_HAND)
     (proc / "150" / "stat").write_text("150 (qemu) Z " + "0 " * 30)
 
     assert read_running_vm(150, proc) is None
 
 
-def test_an_emulator_whose_package_was_upgraded_is_still_known(proc: Path) -> None:
+def test_an_emulator_with_a_deleted_program_file_is_recognized(proc: Path) -> None:
     make(proc, 160, "/opt/run-vm -name old")
     (proc / "160" / "exe").symlink_to("/usr/bin/qemu-system-aarch64 (deleted)")
     machine = read_running_vm(160, proc)
@@ -155,7 +162,7 @@ def test_an_emulator_whose_package_was_upgraded_is_still_known(proc: Path) -> No
     assert machine.arch == "aarch64"
 
 
-def test_machines_without_a_name_of_their_own_are_hosts_of_their_own(proc: Path) -> None:
+def test_vms_without_a_unique_name_have_unique_host_ids(proc: Path) -> None:
     make(proc, 180, "qemu-system-x86_64 -name twin")
     make(proc, 181, "qemu-system-x86_64 -name twin")
     make(proc, 182, "qemu-system-x86_64")
@@ -167,7 +174,7 @@ def test_machines_without_a_name_of_their_own_are_hosts_of_their_own(proc: Path)
     assert find_running_vm(pid=182, name=None, qmp=None, proc=proc).host_id != found[2]
 
 
-def test_names_of_other_bytes_stay_other_names(proc: Path) -> None:
+def test_names_with_invalid_bytes_stay_distinct(proc: Path) -> None:
     for pid, byte in ((170, b"\xfe"), (171, b"\xff")):
         make(proc, pid, "x")
         (proc / str(pid) / "cmdline").write_bytes(b"qemu-system-x86_64\0-name\0vm" + byte + b"\0")
@@ -175,7 +182,7 @@ def test_names_of_other_bytes_stay_other_names(proc: Path) -> None:
     assert len({m.name for m in list_running_vms(proc) if m.pid >= 170}) == 2
 
 
-def test_a_name_that_two_have_is_not_enough(proc: Path) -> None:
+def test_an_ambiguous_name_is_an_error(proc: Path) -> None:
     make(proc, 120, LIBVIRT)
 
     with pytest.raises(UsageError, match="2 machines have it; choose by --pid: 100, 120"):

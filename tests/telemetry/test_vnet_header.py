@@ -1,4 +1,4 @@
-"""Where the frame begins behind a virtio-net header: of a real tap's dump, of every kind of frame, and of frames that mislead."""
+"""Find the frame behind a virtio-net header: in a real dump, for every kind of frame, and for ambiguous ones."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import dpkt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.factories.frames import ASK, SYN, ipv4, ipv6
 from tests.factories.qemu import MAC
-from tests.lab.test_headers import ASK, SYN, ipv4, ipv6
 
 from phasewatch.telemetry.netflow import FlowCounter
 from phasewatch.telemetry.pcap import PcapReader
@@ -42,7 +42,7 @@ FRAMES = {
 }
 
 
-def test_a_real_taps_dump_is_read_behind_its_headers() -> None:
+def test_a_dump_of_a_real_tap_is_read_behind_its_virtio_headers() -> None:
     frames = list(PcapReader().feed(DUMP.read_bytes()))
     finder, counter = VnetHeaderFinder([DUMP_MAC]), FlowCounter()
     for frame, size in frames:
@@ -79,7 +79,7 @@ def count_with_dpkt(frames: list[bytes]) -> tuple[set[frozenset[tuple[bytes, int
 @pytest.mark.parametrize("name", FRAMES)
 @pytest.mark.parametrize("length", HEADER_LENGTHS)
 @pytest.mark.parametrize("header", VNET, ids=["plain", "checksum", "segments"])
-def test_the_first_frame_of_any_kind_shows_where_it_begins(name: str, length: int, header: bytes) -> None:
+def test_the_first_frame_shows_the_header_length(name: str, length: int, header: bytes) -> None:
     frame = (header + bytes(8))[:length] + FRAMES[name]
 
     assert VnetHeaderFinder([MAC]).locate(frame, len(frame), outgoing=True) == length
@@ -87,13 +87,13 @@ def test_the_first_frame_of_any_kind_shows_where_it_begins(name: str, length: in
 
 @pytest.mark.parametrize("name", ["IPv4", "IPv6", "ARP", "VLAN", "segments to be cut"])
 @pytest.mark.parametrize("length", HEADER_LENGTHS)
-def test_a_guest_that_took_another_address_is_read_all_the_same(name: str, length: int) -> None:
+def test_a_changed_mac_address_does_not_matter(name: str, length: int) -> None:
     frame = VNET[1][:length].ljust(length, b"\0") + FRAMES[name]
 
     assert VnetHeaderFinder([b"\x02" + bytes(5)]).locate(frame, len(frame), outgoing=True) == length
 
 
-def test_a_driver_that_is_loaded_later_changes_the_header_and_no_frame_is_lost() -> None:
+def test_a_new_guest_driver_changes_the_header_without_losing_frames() -> None:
     finder = VnetHeaderFinder([MAC])
     found = []
     for length in (10, 10, 12, 12, 0, 12):  # firmware, the guest's driver; an announcement by QEMU itself has none
@@ -103,7 +103,7 @@ def test_a_driver_that_is_loaded_later_changes_the_header_and_no_frame_is_lost()
     assert found == [10, 10, 12, 12, 0, 12]
 
 
-def test_a_frame_that_would_fit_in_two_places_is_read_where_its_dumps_frames_begin() -> None:
+def test_an_ambiguous_frame_uses_the_known_header_length() -> None:
     # At 0 as well: the guest filled its own header and addresses so that they look like a frame.
     decoy = MAC + PEER + b"\x08\x00" + b"\x45\x00\x00\x28" + bytes(5) + b"\x06"
     frame = VNET[0] + FRAMES["IPv4"]
@@ -116,12 +116,12 @@ def test_a_frame_that_would_fit_in_two_places_is_read_where_its_dumps_frames_beg
     assert finder.locate(frame, len(frame), outgoing=True) == 12
 
 
-def test_what_is_no_frame_begins_nowhere() -> None:
+def test_bytes_without_a_frame_have_no_offset() -> None:
     assert VnetHeaderFinder([MAC]).locate(b"\xff" * 90, 90, outgoing=True) is None
 
 
 @given(st.binary(max_size=160), st.integers(0, 70000), st.booleans())
-def test_no_bytes_raise_or_begin_outside_the_frame(frame: bytes, beyond: int, outgoing: bool) -> None:
+def test_any_bytes_give_an_offset_inside_the_frame_or_none(frame: bytes, beyond: int, outgoing: bool) -> None:
     found = VnetHeaderFinder([MAC]).locate(frame, len(frame) + beyond, outgoing=outgoing)
 
     assert found is None or (found in HEADER_LENGTHS and found + 14 <= len(frame))

@@ -1,4 +1,4 @@
-"""The `proc` source: what is summed, what is unwrapped, and what happens when a thread or the process goes."""
+"""The `proc` source: sums over threads, and threads or processes that end."""
 
 from __future__ import annotations
 
@@ -8,51 +8,22 @@ import threading
 from pathlib import Path
 
 import pytest
+from tests.factories.proc import PID, SECOND, VCPU, WORKER, FakeProc
 
 from phasewatch.channels import list_raw_fields
 from phasewatch.errors import VmError
 from phasewatch.telemetry.base import ReadingValues, build_missing_reading
 from phasewatch.telemetry.proc import ProcSource
-from phasewatch.telemetry.threads import VcpuFinder, VcpuThreads, map_threads
+from phasewatch.telemetry.process import owns_threads, translate_threads
+from phasewatch.telemetry.vcpu_threads import VcpuFinder, VcpuThreads
 from phasewatch.types import SourceKind
 
 FIELDS = [spec.field for spec in list_raw_fields(SourceKind.PROC)]
-PID, VCPU, WORKER, SECOND = 100, 101, 102, 103
-
-
-class MadeUpProc:
-    """A /proc with one process: main thread, one vCPU, one worker."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.dir = root, root / str(PID)
-        stat = f"{PID} (CPU 0) TCG) S " + " ".join(["0"] * 10) + " 250 50 " + " ".join(["0"] * 30)
-        self.write("stat", stat)
-        self.write("status", "Name:\tqemu\nVmRSS:\t 300 kB\nRssAnon:\t 200 kB\nThreads:\t3\n")
-        self.io(wchar=1000, syscw=10)
-        for tid, run_ns in ((PID, 5), (VCPU, 1000), (WORKER, 40)):
-            self.thread(tid, run_ns)
-
-    def write(self, name: str, text: str) -> None:
-        path = self.dir / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-    def io(self, *, wchar: int, syscw: int) -> None:
-        self.write("io", f"rchar: 77\nwchar: {wchar}\nsyscr: 1\nsyscw: {syscw}\nread_bytes: 1\nwrite_bytes: 4096\n")
-
-    def thread(self, tid: int, run_ns: int) -> None:
-        self.write(f"task/{tid}/schedstat", f"{run_ns} {run_ns // 10} 3\n")
-        self.write(f"task/{tid}/status", f"voluntary_ctxt_switches:\t{tid}\nnonvoluntary_ctxt_switches:\t2\n")
-
-    def end_thread(self, tid: int) -> None:
-        for name in ("schedstat", "status"):
-            (self.dir / f"task/{tid}/{name}").unlink()
-        (self.dir / f"task/{tid}").rmdir()
 
 
 @pytest.fixture
-def proc(tmp_path: Path) -> MadeUpProc:
-    return MadeUpProc(tmp_path)
+def proc(tmp_path: Path) -> FakeProc:
+    return FakeProc(tmp_path)
 
 
 def reading(source: ProcSource) -> dict[str, int | float | None]:
@@ -63,11 +34,11 @@ def named(values: ReadingValues) -> dict[str, int | float | None]:
     return dict(zip(FIELDS, values, strict=True))
 
 
-def source_of(proc: MadeUpProc) -> ProcSource:
+def source_of(proc: FakeProc) -> ProcSource:
     return ProcSource(pid=PID, vcpu_tids=(VCPU,), proc=proc.root)
 
 
-def test_times_are_in_nanoseconds_and_sizes_in_bytes(proc: MadeUpProc) -> None:
+def test_times_are_in_nanoseconds_and_sizes_in_bytes(proc: FakeProc) -> None:
     found = reading(source_of(proc))
 
     tick_ns = 10**9 // os.sysconf("SC_CLK_TCK")
@@ -78,7 +49,7 @@ def test_times_are_in_nanoseconds_and_sizes_in_bytes(proc: MadeUpProc) -> None:
     assert (found["io_rchar_bytes"], found["io_write_bytes"]) == (77, 4096)
 
 
-def test_a_worker_that_ends_takes_nothing_from_the_total(proc: MadeUpProc) -> None:
+def test_an_ended_thread_stays_in_the_total(proc: FakeProc) -> None:
     source = source_of(proc)
     assert reading(source)["aux_run_ns"] == 40
     proc.thread(WORKER, 70)
@@ -88,7 +59,7 @@ def test_a_worker_that_ends_takes_nothing_from_the_total(proc: MadeUpProc) -> No
     assert reading(source)["aux_run_ns"] == 70
 
 
-def test_a_worker_that_inherits_a_number_starts_from_nothing(proc: MadeUpProc) -> None:
+def test_a_new_thread_with_a_reused_id_starts_from_zero(proc: FakeProc) -> None:
     source = source_of(proc)
     reading(source)
     proc.end_thread(WORKER)
@@ -98,7 +69,7 @@ def test_a_worker_that_inherits_a_number_starts_from_nothing(proc: MadeUpProc) -
     assert reading(source)["aux_run_ns"] == 49
 
 
-def test_a_worker_that_could_not_be_read_once_brings_no_burst(proc: MadeUpProc) -> None:
+def test_a_thread_that_was_unreadable_once_causes_no_burst(proc: FakeProc) -> None:
     source = source_of(proc)
     reading(source)
     schedstat = proc.dir / f"task/{WORKER}/schedstat"
@@ -110,7 +81,7 @@ def test_a_worker_that_could_not_be_read_once_brings_no_burst(proc: MadeUpProc) 
     assert reading(source)["aux_run_ns"] == 45
 
 
-def test_one_thread_that_runs_all_vcpus_is_counted_once(proc: MadeUpProc) -> None:
+def test_one_thread_that_runs_all_vcpus_is_counted_once(proc: FakeProc) -> None:
     source = ProcSource(pid=PID, vcpu_tids=(VCPU, VCPU, VCPU, VCPU), proc=proc.root)
 
     found = reading(source)
@@ -118,7 +89,7 @@ def test_one_thread_that_runs_all_vcpus_is_counted_once(proc: MadeUpProc) -> Non
     assert (found["vcpu_run_ns"], found["vcpu_wait_ns"], found["vcpu_vcs"]) == (1000, 100, VCPU)
 
 
-def test_a_vcpu_that_is_taken_out_costs_the_others_nothing(proc: MadeUpProc) -> None:
+def test_unplugging_a_vcpu_does_not_affect_the_others(proc: FakeProc) -> None:
     proc.thread(SECOND, 500)
     source = ProcSource(pid=PID, vcpu_tids=(VCPU, SECOND), proc=proc.root)
     assert reading(source)["vcpu_run_ns"] == 1500
@@ -131,7 +102,7 @@ def test_a_vcpu_that_is_taken_out_costs_the_others_nothing(proc: MadeUpProc) -> 
     assert None not in found.values()
 
 
-def test_when_no_vcpu_is_left_its_fields_are_unknown_and_the_rest_is_read(proc: MadeUpProc) -> None:
+def test_without_vcpu_threads_only_their_fields_are_unknown(proc: FakeProc) -> None:
     source = source_of(proc)
     reading(source)
     proc.end_thread(VCPU)
@@ -139,12 +110,16 @@ def test_when_no_vcpu_is_left_its_fields_are_unknown_and_the_rest_is_read(proc: 
     found = reading(source)
 
     assert [name for name, value in found.items() if value is None] == [
-        "vcpu_run_ns", "vcpu_wait_ns", "vcpu_vcs", "vcpu_ics", "aux_run_ns",
-    ]  # fmt: skip
+        "vcpu_run_ns",
+        "vcpu_wait_ns",
+        "vcpu_vcs",
+        "vcpu_ics",
+        "aux_run_ns",
+    ]
     assert found["main_run_ns"] == 5
 
 
-def test_a_vcpu_that_is_plugged_in_is_found_and_counted_from_then_on(proc: MadeUpProc) -> None:
+def test_a_plugged_in_vcpu_is_counted_from_then_on(proc: FakeProc) -> None:
     async def find() -> VcpuThreads:
         return VcpuThreads(tids=frozenset({VCPU, SECOND}), numbers=(0, 1))
 
@@ -169,9 +144,7 @@ def test_a_vcpu_that_is_plugged_in_is_found_and_counted_from_then_on(proc: MadeU
 
 
 @pytest.mark.parametrize("error", [VmError("silent"), OSError(5, "x"), KeyError("thread-id")])
-def test_vcpus_that_cannot_be_asked_for_are_asked_for_again_and_not_at_every_reading(
-    proc: MadeUpProc, error: Exception
-) -> None:
+def test_a_failed_vcpu_lookup_is_repeated_but_not_at_every_reading(proc: FakeProc, error: Exception) -> None:
     asked: list[int] = []
 
     async def find() -> VcpuThreads:
@@ -194,21 +167,23 @@ def test_vcpus_that_cannot_be_asked_for_are_asked_for_again_and_not_at_every_rea
     assert len(asked) == 3
 
 
-def test_threads_of_another_namespace_are_found_by_the_numbers_that_it_gives_them(proc: MadeUpProc) -> None:
+def test_thread_ids_of_another_namespace_are_translated(proc: FakeProc) -> None:
     for tid, inner in ((PID, 1), (VCPU, 7), (WORKER, 101)):
         proc.write(f"task/{tid}/status", f"Name:\tqemu\nNSpid:\t{tid}\t{inner}\n")
 
-    assert map_threads(PID, (7,), proc.root) == {VCPU}
-    assert map_threads(PID, (101,), proc.root) == {WORKER}  # not the thread that has this number here
-    assert map_threads(PID, (4711,), proc.root) == set()
+    assert translate_threads(PID, (7, 7), proc.root) == (VCPU, VCPU)
+    assert translate_threads(PID, (101,), proc.root) == (WORKER,)  # not the thread that has this number here
+    assert translate_threads(PID, (4711,), proc.root) == ()
 
 
-def test_threads_of_a_kernel_without_namespaces_have_the_numbers_that_they_have(proc: MadeUpProc) -> None:
-    assert map_threads(PID, (VCPU, 4711), proc.root) == {VCPU}
-    assert map_threads(4711, (VCPU,), proc.root) == set()
+def test_thread_ids_without_namespaces_stay_the_same(proc: FakeProc) -> None:
+    assert translate_threads(PID, (VCPU, 4711), proc.root) == (VCPU,)
+    assert translate_threads(4711, (VCPU,), proc.root) == ()
+    assert owns_threads(PID, (VCPU, WORKER), proc.root)
+    assert not owns_threads(PID, (VCPU, 4711), proc.root)
 
 
-def test_event_kicks_are_no_writing(proc: MadeUpProc) -> None:
+def test_eventfd_notifications_do_not_count_as_written_bytes(proc: FakeProc) -> None:
     source = source_of(proc)
     assert reading(source)["io_wchar_net_bytes"] == 0
     proc.io(wchar=1000 + 8 * 5, syscw=15)
@@ -220,7 +195,7 @@ def test_event_kicks_are_no_writing(proc: MadeUpProc) -> None:
     assert reading(source)["io_wchar_net_bytes"] == 492
 
 
-def test_a_process_that_is_gone_reads_as_nothing(proc: MadeUpProc) -> None:
+def test_a_process_that_is_gone_gives_none(proc: FakeProc) -> None:
     source = source_of(proc)
     reading(source)
     proc.end_thread(VCPU)
@@ -229,7 +204,7 @@ def test_a_process_that_is_gone_reads_as_nothing(proc: MadeUpProc) -> None:
     assert asyncio.run(source.read()) == build_missing_reading(SourceKind.PROC)
 
 
-def test_one_file_that_cannot_be_read_costs_its_own_fields(proc: MadeUpProc) -> None:
+def test_an_unreadable_file_costs_only_its_own_fields(proc: FakeProc) -> None:
     source = source_of(proc)
     reading(source)
     proc.write("io", "")
@@ -237,16 +212,18 @@ def test_one_file_that_cannot_be_read_costs_its_own_fields(proc: MadeUpProc) -> 
     found = reading(source)
 
     assert [name for name, value in found.items() if value is None] == [
-        "io_rchar_bytes", "io_wchar_net_bytes", "io_write_bytes",
-    ]  # fmt: skip
+        "io_rchar_bytes",
+        "io_wchar_net_bytes",
+        "io_write_bytes",
+    ]
 
 
-def test_opening_a_process_that_is_not_there_fails(tmp_path: Path) -> None:
+def test_opening_a_missing_process_fails(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         asyncio.run(ProcSource(pid=PID, vcpu_tids=(), proc=tmp_path).open())
 
 
-def test_this_very_process_can_be_read_and_leaves_no_file_open() -> None:
+def test_the_own_process_can_be_read_and_no_file_stays_open() -> None:
     source = ProcSource(pid=os.getpid(), vcpu_tids=(threading.get_native_id(),))
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
 
