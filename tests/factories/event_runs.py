@@ -1,4 +1,4 @@
-"""A fake run with grids beneath its predictions, so that it can be replayed."""
+"""A fake run with bins and predictions, which can be replayed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SMALL = Recipe(hosts=("a-host", "b-host", "c-host"), profiles=("benign", "crypto
 
 
 def playable(folder: Path, recipe: Recipe = SMALL) -> Path:
-    """Write the run; bin i of an episode holds i in every channel but the first, which nobody could read."""
+    """Write the run; bin i of an episode has the value i in every channel but the first, which is unknown."""
     run = make_run(folder, recipe)
     n_bins = 10 * (recipe.n_windows + 1)
     bins = np.repeat(np.arange(n_bins, dtype=np.float32)[:, None], len(CHANNELS), axis=1)
