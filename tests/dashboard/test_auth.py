@@ -102,8 +102,18 @@ def test_only_the_start_address_accepts_a_token_in_the_query() -> None:
     assert not ACCESS.is_login(replace(SEND, path="/", query=f"token={TOKEN}"))
 
 
-@given(st.builds(replace, st.just(LOOK), query=st.text(max_size=300), host=st.text(max_size=60), origin=st.text(max_size=60),
-                 cookie=st.text(max_size=300), authorization=st.text(max_size=60), method=st.sampled_from(["GET", "POST", "PUT"])))  # fmt: skip
+@given(
+    st.builds(
+        replace,
+        st.just(LOOK),
+        query=st.text(max_size=300),
+        host=st.text(max_size=60),
+        origin=st.text(max_size=60),
+        cookie=st.text(max_size=300),
+        authorization=st.text(max_size=60),
+        method=st.sampled_from(["GET", "POST", "PUT"]),
+    )
+)
 def test_random_requests_are_refused(request: AccessRequest) -> None:
     assert status_of(request) in (401, 403, 421)
     assert not ACCESS.is_login(request)

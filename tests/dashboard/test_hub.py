@@ -64,8 +64,11 @@ def test_viewer_gets_hello_and_every_event_in_order() -> None:
     found = asyncio.run(go())
 
     assert [(kind, number) for kind, number, _ in found] == [
-        ("hello", ""), ("telemetry", "aa.1"), ("telemetry", "aa.2"), ("score", "aa.3"),
-    ]  # fmt: skip
+        ("hello", ""),
+        ("telemetry", "aa.1"),
+        ("telemetry", "aa.2"),
+        ("score", "aa.3"),
+    ]
     assert found[0][2] == {"t_wall_ns": 7, "number": 1}
     assert found[1][2]["type"] == "telemetry"
 
@@ -111,9 +114,13 @@ def test_new_viewer_gets_the_newest_event_of_every_scene() -> None:
     found = seen_by(hub, None, 8)
 
     assert [(kind, number) for kind, number, _ in found] == [
-        ("hello", ""), ("score", "aa.1"), ("profile", "aa.2"), ("telemetry", "aa.3"), ("telemetry", "aa.7"),
+        ("hello", ""),
+        ("score", "aa.1"),
+        ("profile", "aa.2"),
+        ("telemetry", "aa.3"),
+        ("telemetry", "aa.7"),
         ("telemetry", "aa.8"),
-    ]  # fmt: skip
+    ]
 
 
 def test_viewer_that_is_too_slow_is_dropped_with_a_message() -> None:

@@ -334,6 +334,9 @@ def test_two_hundred_viewers_with_fifty_stalled(tmp_path: Path, soak_row: Callab
     grew = load(tmp_path, viewers=200, stalls=50, events=1500, burst=5, pause_s=0.2)
 
     soak_row(
-        "Viewers of the dashboard", viewers=200, **{"never reading": 50}, events=1500,
+        "Viewers of the dashboard",
+        viewers=200,
+        **{"never reading": 50},
+        events=1500,
         **{"lost by a reader": 0, "the server grew, MiB": round(grew / 2**20, 1)},
-    )  # fmt: skip
+    )

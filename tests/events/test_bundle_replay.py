@@ -70,7 +70,7 @@ def test_replay_has_true_phase_alarm_and_caveat(bundle: BundleCheck, scorer: Pha
     assert {s.decision for s in seen} == {"active"}
     assert [s.alarm for s in seen[:3]] == [False, True, True]
     assert {s.caveat for s in seen} == {"trained on this bundle"}
-    assert {s.truth for s in seen} <= {"clean", "armed", "infecting", "active", "dormant", "unknown"}
+    assert {s.truth for s in seen} <= {"clean", "armed", "infecting", "active", "dormant", None}
     assert (seen[0].model, seen[0].threat, seen[0].filter) == ("cnn", "realistic", "none")
 
 

@@ -111,6 +111,15 @@ def test_alarm_is_unknown_without_a_checkpoint(recording: ReplayEpisode, run: Pa
     assert next(s.data.alarm for s in iter_replay_steps(recording, vm="m") if isinstance(s.data, PhaseEvent)) is None
 
 
+def test_window_without_a_label_has_no_true_phase(recording: ReplayEpisode) -> None:
+    y_true = np.full(SMALL.n_windows, -1)
+    unlabelled = replace(recording, predictions=replace(recording.predictions, y_true=y_true))
+
+    truths = [s.data.truth for s in iter_replay_steps(unlabelled, vm="m") if isinstance(s.data, PhaseEvent)]
+
+    assert truths == [None] * SMALL.n_windows
+
+
 def test_unknown_episode_is_an_error(run: Path) -> None:
     with pytest.raises(RunError, match=r"no test predictions of episode nothing by gbt \(held_out_host"):
         read_replay_episodes(run, ["nothing"])

@@ -122,13 +122,30 @@ def probabilities(rng: np.random.Generator, model: str, y: int, j: int, n: int, 
 def row_of(e: FakeEpisode, recipe: Recipe, model: str, y: int, p: np.ndarray, j: int) -> dict[str, Any]:
     p = p.astype(np.float32)
     return {
-        "recipe": "held_out_host", "fold": e.host_id, "threat": "realistic", "model": model, "table": "raw",
-        "filter": "none", "seed": 0, "part": "test", "role": "lab", "agent": e.agent, "episode_id": e.episode_id,
-        "session": e.session, "host_id": e.host_id, "profile": e.profile, "sample_name": recipe.sample,
-        "sample_kind": "benign" if e.profile == "benign" else "emulated", "origin": recipe.origin,
-        "t_center_ns": START_NS + e.number * 10**12 + (5 + 5 * j) * 10**9, "purity": 1.0, "flags": 0,
-        "y_true": y, "y_pred": int(p.argmax()), **dict(zip(PROBABILITY_COLUMNS, p.tolist(), strict=True)),
-    }  # fmt: skip
+        "recipe": "held_out_host",
+        "fold": e.host_id,
+        "threat": "realistic",
+        "model": model,
+        "table": "raw",
+        "filter": "none",
+        "seed": 0,
+        "part": "test",
+        "role": "lab",
+        "agent": e.agent,
+        "episode_id": e.episode_id,
+        "session": e.session,
+        "host_id": e.host_id,
+        "profile": e.profile,
+        "sample_name": recipe.sample,
+        "sample_kind": "benign" if e.profile == "benign" else "emulated",
+        "origin": recipe.origin,
+        "t_center_ns": START_NS + e.number * 10**12 + (5 + 5 * j) * 10**9,
+        "purity": 1.0,
+        "flags": 0,
+        "y_true": y,
+        "y_pred": int(p.argmax()),
+        **dict(zip(PROBABILITY_COLUMNS, p.tolist(), strict=True)),
+    }
 
 
 def write_metrics(folder: Path, *, is_full: bool, resamples: int = 200) -> None:
@@ -143,9 +160,19 @@ def write_metrics(folder: Path, *, is_full: bool, resamples: int = 200) -> None:
 def made_up_rows() -> Iterator[MetricRow]:
     """Yield plausible rows of metrics that need bins, checkpoints or more splits, so that every figure is drawn."""
     place = {
-        "recipe": "held_out_host", "fold": "pooled", "channel_set": "realistic", "model": "gbt", "input": "raw", "smoothing": "none",
-        "agent": "off", "seed": "mean", "n_windows": 300, "n_episodes": 12, "n_sessions": 12, "n_hosts": 4,
-    }  # fmt: skip
+        "recipe": "held_out_host",
+        "fold": "pooled",
+        "channel_set": "realistic",
+        "model": "gbt",
+        "input": "raw",
+        "smoothing": "none",
+        "agent": "off",
+        "seed": "mean",
+        "n_windows": 300,
+        "n_episodes": 12,
+        "n_sessions": 12,
+        "n_hosts": 4,
+    }
 
     def row(metric: str, value: float | None, **more: object) -> MetricRow:
         return MetricRow(**(place | {"metric": metric, "value": value} | more))  # type: ignore[arg-type]
@@ -189,12 +216,28 @@ def write_validation(folder: Path, recipe: Recipe, episodes: Sequence[FakeEpisod
 
 def validation_row(e: FakeEpisode, recipe: Recipe, status: str, reasons: list[str]) -> dict[str, Any]:
     return {
-        "path": f"{e.host_id}/{e.episode_id}.tar.zst", "episode_id": e.episode_id, "host_id": e.host_id,
-        "profile": e.profile, "sample_name": recipe.sample, "sample_kind": "emulated", "origin": recipe.origin,
-        "role": "lab", "session": e.session, "plan_seed": e.number, "agent": e.agent == "on", "status": status,
-        "reasons": reasons, "detail": "", "sha256": "0" * 64, "bytes": 100_000, "duplicate_of": None,
-        "started_wall_ns": START_NS + e.number * 10**12, "duration_s": 145.0, "vcpu_wait": 0.01, "flags": 0,
-    }  # fmt: skip
+        "path": f"{e.host_id}/{e.episode_id}.tar.zst",
+        "episode_id": e.episode_id,
+        "host_id": e.host_id,
+        "profile": e.profile,
+        "sample_name": recipe.sample,
+        "sample_kind": "emulated",
+        "origin": recipe.origin,
+        "role": "lab",
+        "session": e.session,
+        "plan_seed": e.number,
+        "agent": e.agent == "on",
+        "status": status,
+        "reasons": reasons,
+        "detail": "",
+        "sha256": "0" * 64,
+        "bytes": 100_000,
+        "duplicate_of": None,
+        "started_wall_ns": START_NS + e.number * 10**12,
+        "duration_s": 145.0,
+        "vcpu_wait": 0.01,
+        "flags": 0,
+    }
 
 
 def write_ledger(folder: Path, n: int) -> None:
@@ -223,12 +266,21 @@ def write_splits(folder: Path, recipe: Recipe, episodes: Sequence[FakeEpisode]) 
     known = [
         SplitEpisode(
             # Split files refuse unsafe names, but the other files of a run may have them.
-            episode_id=e.episode_id, host_id=e.host_id, profile=spelled[e.profile], sample_name=spelled[recipe.sample],
-            sample_group=0, session=e.session, role=EpisodeRole.LAB, agent=e.agent == "on", plan_seed=e.number,
-            proc_sketch=(), started_wall_ns=START_NS, phases=PHASES,
+            episode_id=e.episode_id,
+            host_id=e.host_id,
+            profile=spelled[e.profile],
+            sample_name=spelled[recipe.sample],
+            sample_group=0,
+            session=e.session,
+            role=EpisodeRole.LAB,
+            agent=e.agent == "on",
+            plan_seed=e.number,
+            proc_sketch=(),
+            started_wall_ns=START_NS,
+            phases=PHASES,
         )
         for e in episodes
-    ]  # fmt: skip
+    ]
     for fold in build_folds("held_out_host", known, profiles=PROFILES):
         name = f"{fold.recipe}-{fold.fold}.json".replace("/", "_")
         (folder / "splits" / name).write_bytes(render_fold(fold))

@@ -255,10 +255,12 @@ def test_heat_map_cell_shows_the_score_of_its_host_and_profile(tmp_path: Path) -
     run = make_run(tmp_path / "run", SMALL)
     document = json.loads((run / "metrics_v1.json").read_text())
     (row,) = (
-        r for r in document["metrics"]
+        r
+        for r in document["metrics"]
         if (r["host_id"], r["profile"], r["model"], r["agent"]) == ("a-host", "benign", "gbt", "off")
-        and r["metric"].startswith("macro_f1@") and r["fold"] == "pooled"
-    )  # fmt: skip
+        and r["metric"].startswith("macro_f1@")
+        and r["fold"] == "pooled"
+    )
     row["value"] = 0.42
     (run / "metrics_v1.json").write_text(json.dumps(document))
 

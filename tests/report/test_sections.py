@@ -19,8 +19,15 @@ from phasewatch.report.markdown import render_json, render_markdown
 from phasewatch.report.summary import build_page, describe_inversion
 
 EVIDENCE = ReportData(
-    metrics=None, predictions=None, bundles=None, stages=(), folds=(), schema=None, digests={}, notes=(),
-)  # fmt: skip
+    metrics=None,
+    predictions=None,
+    bundles=None,
+    stages=(),
+    folds=(),
+    schema=None,
+    digests={},
+    notes=(),
+)
 
 
 def page_of(rows: Sequence[MetricRow], **more: object) -> ReportPage:
@@ -158,10 +165,14 @@ def test_alarm_block_states_misses_delay_and_false_alarms() -> None:
         operator("delay_s", 14.0, unit="s", low=9.8, high=22.9),
         operator("miss_rate", 3 / 14, low=0.07, high=0.36),
         operator(
-            "false_alarms_per_vm_hour", 18.3, low=7.9, high=30.8, unit="1/h",
+            "false_alarms_per_vm_hour",
+            18.3,
+            low=7.9,
+            high=30.8,
+            unit="1/h",
             note="13 in 0.71 VM-hours; nothing below 4.2 an hour is claimed",
         ),
-    ]  # fmt: skip
+    ]
 
     misses, delay, false_alarms = block(page_of([GBT, *rows]), "operator").sentences
 

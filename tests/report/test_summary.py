@@ -29,10 +29,16 @@ def row(metric: str, model: str | None, value: float | None, **more: object) -> 
 def page_of(rows: Sequence[MetricRow]) -> ReportPage:
     return build_page(
         ReportData(
-            metrics=MetricTable(inputs={}, metrics=tuple(rows)), predictions=None, bundles=None, stages=(), folds=(),
-            schema=None, digests={}, notes=(),
+            metrics=MetricTable(inputs={}, metrics=tuple(rows)),
+            predictions=None,
+            bundles=None,
+            stages=(),
+            folds=(),
+            schema=None,
+            digests={},
+            notes=(),
         )
-    )  # fmt: skip
+    )
 
 
 GBT = row("macro_f1@5of6", "gbt", 0.69, low=0.64, high=0.73)

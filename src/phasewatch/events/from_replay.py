@@ -28,7 +28,7 @@ from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE
 from phasewatch.parquet import convert_parquet_errors
 from phasewatch.training.experiment import Experiment
 from phasewatch.training.predictions import PROBABILITY_COLUMNS
-from phasewatch.types import BIN_NS, PHASES, WINDOW_BINS, Phase
+from phasewatch.types import BIN_NS, PHASES, WINDOW_BINS
 from phasewatch.validate.verdict import BundleCheck
 
 __all__ = [
@@ -255,7 +255,7 @@ def _iter_phase_steps(recording: ReplayEpisode, vm: str) -> Iterator[ReplayStep]
                 t_end_ns=end_ns,
                 p=_round_probabilities(predictions.p[i]),
                 decision=str(PHASES[predictions.y_pred[i]]),
-                truth=str(PHASES[predictions.y_true[i]]) if predictions.y_true[i] >= 0 else str(Phase.UNKNOWN),
+                truth=str(PHASES[predictions.y_true[i]]) if predictions.y_true[i] >= 0 else None,
                 alarm=is_alarm,
                 alarm_since_ns=since,
                 threshold=predictions.threshold,

@@ -34,7 +34,7 @@ def build_calibration_section(told: ReportContext) -> ReportSection:
     """Build the section from the calibration metrics of the headline's model."""
     lead = (
         "Probabilities are calibrated by temperature scaling on validation data. All numbers below are measured on "
-        "test episodes of unseen hosts."
+        "test episodes."
     )
     blocks = (_build_reliability_block(told), _build_label_change_block(told), _build_abstention_block(told))
     return ReportSection(key="trust", title="Calibration", lead=lead, blocks=blocks)
@@ -72,7 +72,7 @@ def _build_reliability_block(told: ReportContext) -> ReportBlock:
     )
     overall = [(words, metric, query.find_overall_row(rows, metric, model=told.model)) for metric, words in pairs]
     scores = [
-        f"{words[0].upper()}{words[1:]} {row.value:.3f} {_render_three_decimals(row)}."
+        f"{words[0].upper()}{words[1:]}: {row.value:.3f} {_render_three_decimals(row)}."
         for words, _, row in overall
         if row and row.value is not None
     ]
@@ -81,7 +81,8 @@ def _build_reliability_block(told: ReportContext) -> ReportBlock:
         base,
         absent="",
         sentences=(
-            "Accuracy of test windows by predicted probability. Marks below the dashed line mean overconfidence.",
+            f"Accuracy by probability of the predicted phase, over {sum(r.n_windows for r in found):,} test windows. "
+            "Marks below the dashed line mean overconfidence.",
             *scores,
         ),
         figure=charts.draw_reliability(marks, [float(r.bin or 0.0) for r in found], origin=told.origin),
@@ -94,7 +95,9 @@ def _build_reliability_block(told: ReportContext) -> ReportBlock:
 
 
 def _render_three_decimals(row: MetricRow) -> str:
-    return f"[{row.low:.3f}, {row.high:.3f}]" if row.low is not None and row.high is not None else render_interval(row)
+    if row.low is None or row.high is None:
+        return f"({render_interval(row)})"
+    return f"[{row.low:.3f}, {row.high:.3f}]"
 
 
 def _build_label_change_block(told: ReportContext) -> ReportBlock:

@@ -96,6 +96,7 @@ def _build_group_block(told: ReportContext, key: str, title: str, field: str, na
     return replace(
         base,
         sentences=(
+            f"{words[0].upper()}{words[1:]} of {told.model} on unseen hosts, with the elapsed-time baseline.",
             *((_CLASSES_NOTE,) if metric == "macro_f1" else ()),
             *_describe_range(words, own),
             *(_describe_host_spread(told) if field == "host_id" else ()),
@@ -132,7 +133,10 @@ def _build_sample_block(told: ReportContext) -> ReportBlock:
         return replace(base, absent=NO_METRICS)
     ranked = sorted(found, key=lambda r: (r.value or 0.0, r.profile or "", r.sample_name or ""))
     table = build_metric_table([(f"{r.profile}, {r.sample_name}", "macro-F1", r) for r in ranked])
-    sentences = ("Lowest score first. Each sample has only a few episodes, so single scores are uncertain.",)
+    sentences = (
+        f"Macro-F1 of {told.model} by sample, lowest score first. Each sample has only a few episodes, so single scores "
+        "are uncertain.",
+    )
     return replace(base, sentences=sentences, table=table)
 
 
@@ -218,7 +222,8 @@ def _build_confusion_block(told: ReportContext) -> ReportBlock:
         base,
         absent="",
         sentences=(
-            "Number of test windows by true phase (rows) and predicted phase (columns), averaged over seeds.",
+            f"Number of test windows of {told.model} by true phase (rows) and predicted phase (columns), averaged over "
+            f"seeds; {sum(map(sum, matrix.counts)):,.0f} windows in total.",
             *_describe_worst_confusion(matrix),
         ),
         figure=charts.draw_confusion(matrix, origin=told.origin),

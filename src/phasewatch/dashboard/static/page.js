@@ -151,7 +151,7 @@ function strip() {
     card.wrong.hidden = seen === null || isOld || !isWrong(seen);
     card.swatch.style.setProperty("--phase", seen ? `var(--${seen.decision})` : "");
     const origin = isReplay(machine) ? `replay, ${machine.origin}` : "";
-    const truth = !seen?.truth ? "" : hasTruth(seen) ? `true phase ${seen.truth}` : "true phase unknown";
+    const truth = hasTruth(seen) ? `true phase ${seen.truth}` : seen !== null && isReplay(machine) ? "true phase unknown" : "";
     text(card.sub, [machine.host === machine.vm ? "" : machine.host, origin, truth].filter(Boolean).join(" · "));
   }
   if (shown === null && machines.all.size) choose(machines.all.keys().next().value);
