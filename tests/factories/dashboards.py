@@ -1,4 +1,4 @@
-"""A real `phasewatch dashboard` in a process of its own, and real viewers of it."""
+"""Run `phasewatch dashboard` as a subprocess, and parse its event stream."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def event(data: EventData, *, number: int = 1, run: str = "demo") -> EventEnvelo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
-    """A dashboard that answers."""
+    """A running dashboard."""
 
     process: subprocess.Popen[str]
     address: str
@@ -42,9 +42,11 @@ class Running:
     def post(self, *lines: bytes, token: str | None = None) -> httpx.Response:
         given = self.token if token is None else token
         return httpx.post(
-            self.address + "events", content=b"\n".join(lines), headers={"Authorization": f"Bearer {given}".strip()},
+            self.address + "events",
+            content=b"\n".join(lines),
+            headers={"Authorization": f"Bearer {given}".strip()},
             trust_env=False,
-        )  # fmt: skip
+        )
 
     def send(self, *data: EventData) -> None:
         answer = self.post(*(render_event(event(d, number=i)) for i, d in enumerate(data)))
@@ -56,7 +58,7 @@ class Running:
 
 @contextmanager
 def dashboard(folder: Path, *arguments: str, port: int = 0) -> Iterator[Running]:
-    """Start one, wait for its address, and end it."""
+    """Start a dashboard, wait until it answers, and stop it at the end."""
     command = [sys.executable, "-m", "phasewatch", "dashboard", "--port", str(port), "--json"]
     command += ["--token-file", str(folder / "token"), *(arguments or ("--no-produce",))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -82,7 +84,7 @@ def dashboard(folder: Path, *arguments: str, port: int = 0) -> Iterator[Running]
 
 
 def wait_until_up(running: Running) -> None:
-    """Ask until it answers; the socket listens before the server runs, so that one long request is enough."""
+    """Wait for an answer; the socket listens before the server runs, so one long request is enough."""
     assert httpx.get(running.address + "healthz", trust_env=False, timeout=60).status_code == 200
 
 
@@ -96,12 +98,12 @@ class Frame:
 
 
 def frames(lines: Iterator[str]) -> Iterator[Frame]:
-    """Read server-sent events from lines."""
-    found: dict[str, str] = {}
+    """Parse server-sent events from lines."""
+    fields: dict[str, str] = {}
     for line in lines:
         if line:
             name, _, value = line.partition(": ")
-            found[name] = value
-        elif "event" in found:
-            yield Frame(id=found.get("id", ""), kind=found["event"], data=json.loads(found["data"]))
-            found = {}
+            fields[name] = value
+        elif "event" in fields:
+            yield Frame(id=fields.get("id", ""), kind=fields["event"], data=json.loads(fields["data"]))
+            fields = {}

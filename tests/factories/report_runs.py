@@ -1,4 +1,4 @@
-"""Makes small run folders with the exact columns of DESIGN section 5, without recording, training or scoring much."""
+"""Build small run folders with the file formats of a real run, without recording or training."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ HOSTILE = "</script><img src=x onerror=alert(1)>"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """What a fake run is like.
+    """Properties of a fake run.
 
     Attributes:
-        skill: Chance that the model decides a window rightly.
-        phases: The phases that truth walks through.
-        is_full: As of a full grid: with rows that need grids, checkpoints or more recipes.
+        skill: Probability that the model predicts a window correctly.
+        phases: Codes of the true phases.
+        is_full: Whether to add metric rows that need bins, checkpoints or more splits.
     """
 
     hosts: Sequence[str] = ("aarch64-virt", "microvm", "pc-cores1", "q35-throttled")
@@ -79,7 +79,7 @@ def episodes_of(recipe: Recipe) -> list[FakeEpisode]:
 
 
 def make_run(folder: Path, recipe: Recipe = Recipe()) -> Path:
-    """Write a whole run and give its folder."""
+    """Write a complete run and return its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     episodes = episodes_of(recipe)
     table = predictions(recipe, episodes)
@@ -112,7 +112,7 @@ def probabilities(rng: np.random.Generator, model: str, y: int, j: int, n: int, 
         return np.array([0.4, 0.15, 0.1, 0.2, 0.15])
     weights = rng.random(5) * 0.4 + 0.05
     if model == "gbt":
-        near = {1: 0, 4: 0, 0: 4}.get(y, int(rng.integers(5)))  # armed and dormant look clean
+        near = {1: 0, 4: 0, 0: 4}.get(y, int(rng.integers(5)))  # armed and dormant resemble clean
         weights[y if rng.random() < right else near] += 1.2
     else:
         weights[min(4, 5 * j // n)] += 0.3
@@ -122,30 +122,57 @@ def probabilities(rng: np.random.Generator, model: str, y: int, j: int, n: int, 
 def row_of(e: FakeEpisode, recipe: Recipe, model: str, y: int, p: np.ndarray, j: int) -> dict[str, Any]:
     p = p.astype(np.float32)
     return {
-        "recipe": "held_out_host", "fold": e.host_id, "threat": "realistic", "model": model, "table": "raw",
-        "filter": "none", "seed": 0, "part": "test", "role": "lab", "agent": e.agent, "episode_id": e.episode_id,
-        "session": e.session, "host_id": e.host_id, "profile": e.profile, "sample_name": recipe.sample,
-        "sample_kind": "benign" if e.profile == "benign" else "emulated", "origin": recipe.origin,
-        "t_center_ns": START_NS + e.number * 10**12 + (5 + 5 * j) * 10**9, "purity": 1.0, "flags": 0,
-        "y_true": y, "y_pred": int(p.argmax()), **dict(zip(PROBABILITY_COLUMNS, p.tolist(), strict=True)),
-    }  # fmt: skip
+        "recipe": "held_out_host",
+        "fold": e.host_id,
+        "threat": "realistic",
+        "model": model,
+        "table": "raw",
+        "filter": "none",
+        "seed": 0,
+        "part": "test",
+        "role": "lab",
+        "agent": e.agent,
+        "episode_id": e.episode_id,
+        "session": e.session,
+        "host_id": e.host_id,
+        "profile": e.profile,
+        "sample_name": recipe.sample,
+        "sample_kind": "benign" if e.profile == "benign" else "emulated",
+        "origin": recipe.origin,
+        "t_center_ns": START_NS + e.number * 10**12 + (5 + 5 * j) * 10**9,
+        "purity": 1.0,
+        "flags": 0,
+        "y_true": y,
+        "y_pred": int(p.argmax()),
+        **dict(zip(PROBABILITY_COLUMNS, p.tolist(), strict=True)),
+    }
 
 
 def write_metrics(folder: Path, *, is_full: bool, resamples: int = 200) -> None:
-    """Score the predictions, and for a full run set beside them what only grids and more recipes would give."""
+    """Compute the metrics of the predictions; a full run gets made-up rows of further metrics too."""
     from phasewatch.evaluation.evaluate import compute_metrics
 
     metrics = compute_metrics(folder, resamples=resamples)
-    rows = (*metrics.metrics, *(elsewhere() if is_full else ()))
+    rows = (*metrics.metrics, *(made_up_rows() if is_full else ()))
     (folder / "metrics_v2.json").write_bytes(render_metrics(MetricTable(inputs=metrics.inputs, metrics=rows)))
 
 
-def elsewhere() -> Iterator[MetricRow]:
-    """Rows that need grids, checkpoints or more recipes: plausible numbers, so that every picture of the page is drawn."""
+def made_up_rows() -> Iterator[MetricRow]:
+    """Yield plausible rows of metrics that need bins, checkpoints or more splits, so that every figure is drawn."""
     place = {
-        "recipe": "held_out_host", "fold": "pooled", "channel_set": "realistic", "model": "gbt", "input": "raw", "smoothing": "none",
-        "agent": "off", "seed": "mean", "n_windows": 300, "n_episodes": 12, "n_sessions": 12, "n_hosts": 4,
-    }  # fmt: skip
+        "recipe": "held_out_host",
+        "fold": "pooled",
+        "channel_set": "realistic",
+        "model": "gbt",
+        "input": "raw",
+        "smoothing": "none",
+        "agent": "off",
+        "seed": "mean",
+        "n_windows": 300,
+        "n_episodes": 12,
+        "n_sessions": 12,
+        "n_hosts": 4,
+    }
 
     def row(metric: str, value: float | None, **more: object) -> MetricRow:
         return MetricRow(**(place | {"metric": metric, "value": value} | more))  # type: ignore[arg-type]
@@ -189,12 +216,28 @@ def write_validation(folder: Path, recipe: Recipe, episodes: Sequence[FakeEpisod
 
 def validation_row(e: FakeEpisode, recipe: Recipe, status: str, reasons: list[str]) -> dict[str, Any]:
     return {
-        "path": f"{e.host_id}/{e.episode_id}.tar.zst", "episode_id": e.episode_id, "host_id": e.host_id,
-        "profile": e.profile, "sample_name": recipe.sample, "sample_kind": "emulated", "origin": recipe.origin,
-        "role": "lab", "session": e.session, "plan_seed": e.number, "agent": e.agent == "on", "status": status,
-        "reasons": reasons, "detail": "", "sha256": "0" * 64, "bytes": 100_000, "duplicate_of": None,
-        "started_wall_ns": START_NS + e.number * 10**12, "duration_s": 145.0, "vcpu_wait": 0.01, "flags": 0,
-    }  # fmt: skip
+        "path": f"{e.host_id}/{e.episode_id}.tar.zst",
+        "episode_id": e.episode_id,
+        "host_id": e.host_id,
+        "profile": e.profile,
+        "sample_name": recipe.sample,
+        "sample_kind": "emulated",
+        "origin": recipe.origin,
+        "role": "lab",
+        "session": e.session,
+        "plan_seed": e.number,
+        "agent": e.agent == "on",
+        "status": status,
+        "reasons": reasons,
+        "detail": "",
+        "sha256": "0" * 64,
+        "bytes": 100_000,
+        "duplicate_of": None,
+        "started_wall_ns": START_NS + e.number * 10**12,
+        "duration_s": 145.0,
+        "vcpu_wait": 0.01,
+        "flags": 0,
+    }
 
 
 def write_ledger(folder: Path, n: int) -> None:
@@ -217,18 +260,27 @@ def write_schema(folder: Path) -> None:
 
 def write_splits(folder: Path, recipe: Recipe, episodes: Sequence[FakeEpisode]) -> None:
     if len(recipe.hosts) < 3 or recipe.per_cell < 2:
-        return  # the recipe cannot be built; a real run has no splits then
+        return  # the split cannot be built; a real run has no split files then
     (folder / "splits").mkdir(exist_ok=True)
     spelled = {name: "odd" if name == HOSTILE else name for name in (*recipe.profiles, recipe.sample)}
     known = [
         SplitEpisode(
-            # A split refuses odd names; a run of somebody else may hold them all the same.
-            episode_id=e.episode_id, host_id=e.host_id, profile=spelled[e.profile], sample_name=spelled[recipe.sample],
-            sample_group=0, session=e.session, role=EpisodeRole.LAB, agent=e.agent == "on", plan_seed=e.number,
-            proc_sketch=(), started_wall_ns=START_NS, phases=PHASES,
+            # Split files refuse unsafe names, but the other files of a run may have them.
+            episode_id=e.episode_id,
+            host_id=e.host_id,
+            profile=spelled[e.profile],
+            sample_name=spelled[recipe.sample],
+            sample_group=0,
+            session=e.session,
+            role=EpisodeRole.LAB,
+            agent=e.agent == "on",
+            plan_seed=e.number,
+            proc_sketch=(),
+            started_wall_ns=START_NS,
+            phases=PHASES,
         )
         for e in episodes
-    ]  # fmt: skip
+    ]
     for fold in build_folds("held_out_host", known, profiles=PROFILES):
         name = f"{fold.recipe}-{fold.fold}.json".replace("/", "_")
         (folder / "splits" / name).write_bytes(render_fold(fold))

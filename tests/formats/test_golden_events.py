@@ -1,4 +1,4 @@
-"""The six events to the byte. Raise the version when one of these has to change: old pages would misread the new ones."""
+"""Bytes of the six event types. A change needs a new format version, because old pages would misread new events."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ GOLDEN: dict[str, tuple[EventData, str]] = {
 
 
 @pytest.mark.parametrize("kind", GOLDEN)
-def test_an_event_is_this_line_and_is_read_from_it(kind: str) -> None:
+def test_event_is_rendered_to_and_parsed_from_its_golden_line(kind: str) -> None:
     data, line = GOLDEN[kind]
     event = EventEnvelope(id="e-1", t_wall_ns=STAMP, run="demo", data=data)
 

@@ -238,10 +238,7 @@ def _serve_dashboard(
     start = address if no_auth else f"{address}?token={token}"
     result = {"address": address, "start": start, "token_file": str(token_file or find_token_path())}
     common.print_result(result, as_json=as_json, lines=["Open this in a browser; Ctrl-C ends it.", start])
-    server.serve_dashboard(
-        sock, hub, gate, title=title,
-        producers=producers, tell=lambda words: typer.echo(f"error: {common.escape_for_terminal(words)}", err=True),
-    )  # fmt: skip
+    server.serve_dashboard(sock, hub, gate, title=title, producers=producers)
 
 
 def register_publish(app: typer.Typer) -> None:

@@ -1,6 +1,6 @@
-"""One bounded log of events, and viewers who read along in it: nobody waits for a slow one, nobody loses anything unsaid.
+"""Distribute events to viewers through one bounded log. Slow viewers never block others; dropped events are reported.
 
-A viewer has no queue of its own, only a place in the log. Two hundred of them cost no more memory than one.
+A viewer has no queue, only a position in the log, so two hundred viewers need no more memory than one.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ import msgspec
 from phasewatch.errors import BusyError
 from phasewatch.events.schema import EventEnvelope, PerfEvent, PhaseEvent, TelemetryEvent, render_event
 
-HEARTBEAT_S = 2.0  # silence after which a viewer is told that the hub lives
-SEND_PAUSE_S = 0.05  # between two parts sent to one viewer: what comes meanwhile goes along
-RECONNECT_MS = 1000  # after which a browser that lost its stream comes back
+__all__ = ["HEARTBEAT_S", "EventHub", "HubEntry", "HubLimits", "HubViewer"]
+
+HEARTBEAT_S = 2.0  # time without events after which a viewer gets a heartbeat
+_SEND_PAUSE_S = 0.05  # between two parts sent to one viewer, so that events are sent in batches
+_RECONNECT_MS = 1000  # time until a browser reconnects
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubLimits:
-    """What a hub holds and lets in.
+    """Limits of a hub.
 
     Attributes:
-        events, log_bytes: Of the log.
-        retained_scenes: Scenes whose newest event outlives the log.
-        viewers: At the same time.
-        part_bytes: Sent to a viewer in one go.
-        rate_per_s, burst: Events that outside producers may send.
+        events, log_bytes: Maximum size of the log.
+        retained_scenes: Number of scenes whose newest event is kept beyond the log.
+        viewers: Maximum number of viewers at the same time.
+        part_bytes: Maximum size of one part sent to a viewer.
+        rate_per_s, burst: Token bucket for the events of outside producers.
     """
 
     events: int = 4096
@@ -43,7 +45,7 @@ class HubLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubEntry:
-    """One event of the log, as it is sent."""
+    """One encoded event of the log."""
 
     number: int
     scene: tuple[str, ...]
@@ -52,7 +54,13 @@ class HubEntry:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class HubViewer:
-    """A place in the log: the number of the last event that this viewer was given."""
+    """Position of a viewer in the log.
+
+    Attributes:
+        seen: Number of the last event that was sent.
+        gap: Encoded gap message that the viewer gets first; empty without a gap.
+        catch_up: Newest events of the scenes that are older than the log.
+    """
 
     seen: int
     gap: bytes = b""
@@ -60,13 +68,13 @@ class HubViewer:
 
 
 class EventHub:
-    """Takes events, numbers them, and hands them to every viewer in order.
+    """Number the published events and stream them to every viewer in order.
 
     Args:
-        boot: Names this hub's numbers; a viewer who comes with another hub's is told of a gap.
-        now_ns: The wall clock.
-        monotonic: Seconds, for the rate limit.
-        limits: What it holds and lets in.
+        boot: Identifies the numbering of this hub; a viewer with a number of another hub gets a gap.
+        now_ns: Wall clock, nanoseconds since the epoch.
+        monotonic: Monotonic clock for the rate limit, seconds.
+        limits: Limits of the hub.
     """
 
     def __init__(
@@ -79,28 +87,28 @@ class EventHub:
         self._kept: OrderedDict[tuple[str, ...], HubEntry] = OrderedDict()
         self._number = 0
         self._news = asyncio.Event()
-        self._looking: list[HubViewer] = []
-        self._joined: set[HubViewer] = set()  # who has a place, streaming already or not yet
+        self._streaming: list[HubViewer] = []
+        self._joined: set[HubViewer] = set()  # includes viewers whose stream has not started
         self._is_closed = False
         self._budget, self._budget_at = limits.burst, monotonic()
 
     @property
     def number(self) -> int:
-        """Of the newest event; 0 before the first."""
+        """Number of the newest event; 0 before the first."""
         return self._number
 
     @property
     def backlog(self) -> int:
-        """How many events the slowest viewer has still to be given."""
-        return max((self._number - viewer.seen for viewer in self._looking), default=0)
+        """Number of events that the slowest viewer has not received yet."""
+        return max((self._number - viewer.seen for viewer in self._streaming), default=0)
 
     @property
     def viewers(self) -> int:
-        """How many look on."""
-        return len(self._looking)
+        """Number of viewers with a stream."""
+        return len(self._streaming)
 
     def publish(self, event: EventEnvelope) -> None:
-        """Take an event; call it in the hub's own loop."""
+        """Publish an event; call this in the event loop of the hub."""
         self._number += 1
         frame = self._render_frame(event.type, render_event(event), self._number)
         entry = HubEntry(number=self._number, scene=_build_scene_key(event), frame=frame)
@@ -115,7 +123,7 @@ class EventHub:
         self._wake()
 
     def close(self) -> None:
-        """End every viewer's stream; call it in the hub's own loop."""
+        """End the streams of all viewers; call this in the event loop of the hub."""
         self._is_closed = True
         self._wake()
 
@@ -124,7 +132,14 @@ class EventHub:
         news.set()
 
     def admit(self, events: int) -> float:
-        """Let so many outside events in: 0 if they may pass, else the seconds after which to try again."""
+        """Apply the rate limit to outside events.
+
+        Args:
+            events: Number of events.
+
+        Returns:
+            0 if the events are admitted, else the seconds after which to retry.
+        """
         now = self._monotonic()
         self._budget = min(self.limits.burst, self._budget + (now - self._budget_at) * self.limits.rate_per_s)
         self._budget_at = now
@@ -134,24 +149,24 @@ class EventHub:
         return (events - self._budget) / self.limits.rate_per_s
 
     def join(self, last_id: str | None) -> HubViewer:
-        """Give a viewer its place: after the last event that it saw, or at what the hub remembers.
+        """Register a viewer at the position after its last event, or at the start of the log.
 
-        The place is taken from now on; `leave` gives it back.
+        The viewer counts towards the limit until `leave` is called.
 
         Args:
-            last_id: The browser's `Last-Event-ID`, None on a first visit.
+            last_id: `Last-Event-ID` of the browser, or None on the first visit.
 
         Raises:
-            BusyError: If there are too many.
+            BusyError: If the maximum number of viewers is reached.
         """
         if len(self._joined) >= self.limits.viewers:
-            raise BusyError(f"{len(self._joined)} viewers look on already; close one")
+            raise BusyError(f"the dashboard has {len(self._joined)} viewers, its maximum; close one")
         viewer = self._place_viewer(last_id)
         self._joined.add(viewer)
         return viewer
 
     def leave(self, viewer: HubViewer) -> None:
-        """Release a viewer's place; a second call does nothing."""
+        """Unregister a viewer; a second call has no effect."""
         self._joined.discard(viewer)
 
     def _place_viewer(self, last_id: str | None) -> HubViewer:
@@ -163,18 +178,18 @@ class EventHub:
         known = boot == self._boot and 0 <= seen < first
         gap = b""
         if last_id:
-            why = "events passed while this page was away" if known else "the dashboard was started anew"
-            gap = self._render_hub_frame("gap", {"missed": first - 1 - seen if known else None, "why": why})
+            reason = "events were missed while this page was disconnected" if known else "the dashboard was restarted"
+            gap = self._render_hub_frame("gap", {"missed": first - 1 - seen if known else None, "why": reason})
         after = seen if known else 0
         older = tuple(entry for entry in self._kept.values() if after < entry.number < first)
         return HubViewer(seen=first - 1, gap=gap, catch_up=tuple(sorted(older, key=lambda e: e.number)))
 
     async def stream(self, viewer: HubViewer) -> AsyncIterator[bytes]:
-        """Give a viewer its events, as server-sent ones, until it leaves or falls out of the log."""
-        self._looking.append(viewer)
+        """Yield the events of a viewer as server-sent events, until it leaves or falls behind the log."""
+        self._streaming.append(viewer)
         try:
             yield (
-                f"retry: {RECONNECT_MS}\n".encode()
+                f"retry: {_RECONNECT_MS}\n".encode()
                 + self._render_hub_frame("hello", {"number": self._number})
                 + viewer.gap
             )
@@ -185,12 +200,12 @@ class EventHub:
                 news = self._news
                 part, missed = self._next_part(viewer)
                 if missed:
-                    words = "this page was too slow to follow; it comes back by itself"
-                    yield self._render_hub_frame("dropped", {"missed": missed, "why": words})
+                    reason = "this page was too slow; it reconnects automatically"
+                    yield self._render_hub_frame("dropped", {"missed": missed, "why": reason})
                     return
                 if part:
                     yield part
-                    await asyncio.sleep(SEND_PAUSE_S)
+                    await asyncio.sleep(_SEND_PAUSE_S)
                     continue
                 try:
                     async with asyncio.timeout(HEARTBEAT_S):
@@ -198,11 +213,11 @@ class EventHub:
                 except TimeoutError:
                     yield self._render_hub_frame("beat", {"number": self._number})
         finally:
-            self._looking.remove(viewer)
+            self._streaming.remove(viewer)
             self.leave(viewer)
 
     def _next_part(self, viewer: HubViewer) -> tuple[bytes, int]:
-        """Give what comes next, at least one event, and how many are lost before it."""
+        """Return the next part (at least one event if there are any) and the number of lost events before it."""
         if viewer.seen >= self._number:
             return b"", 0
         behind = self._number - viewer.seen
@@ -210,8 +225,8 @@ class EventHub:
             return b"", behind - len(self._log)
         frames: list[bytes] = []
         size = 0
-        for place in range(-behind, 0):  # from the end: a deque's middle is far from both
-            entry = self._log[place]
+        for index in range(-behind, 0):  # from the end: access to the middle of a deque is slow
+            entry = self._log[index]
             if frames and size + len(entry.frame) > self.limits.part_bytes:
                 break
             frames.append(entry.frame)
@@ -222,14 +237,14 @@ class EventHub:
     def _render_frame(self, kind: str, line: bytes, number: int) -> bytes:
         return f"id: {self._boot}.{number}\nevent: {kind}\ndata: ".encode() + line + b"\n\n"
 
-    def _render_hub_frame(self, kind: str, facts: dict[str, object]) -> bytes:
-        """Frame a word of the hub itself; it has no number, so that a browser does not take it for its last event."""
-        line = msgspec.json.encode({"t_wall_ns": self._now_ns(), **facts})
+    def _render_hub_frame(self, kind: str, fields: dict[str, object]) -> bytes:
+        """Render a message of the hub; it has no id, so that it does not change the browser's Last-Event-ID."""
+        line = msgspec.json.encode({"t_wall_ns": self._now_ns(), **fields})
         return f"event: {kind}\ndata: ".encode() + line + b"\n\n"
 
 
 def _build_scene_key(event: EventEnvelope) -> tuple[str, ...]:
-    """Name what an event's successor replaces: the newest of each is shown to whoever comes late."""
+    """Return the key of the scene of an event; a new viewer gets the newest event of each scene."""
     data = event.data
     if isinstance(data, TelemetryEvent | PhaseEvent):
         return event.type, data.vm

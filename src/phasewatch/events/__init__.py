@@ -1,4 +1,4 @@
-"""From a run to events: an episode replayed, its scores, its profiles; and what a process measures of itself.
+"""Events of the dashboard: their schema, and producers that replay episodes and publish scores and process metrics.
 
-What a producer gives is plain `Data`; `send` puts it into envelopes and hands it to a page, a file or a pipe.
+Producers build plain `EventData`; `publish` wraps it in envelopes and sends it to a dashboard, a file or a pipe.
 """

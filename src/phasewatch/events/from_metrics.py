@@ -1,4 +1,4 @@
-"""`metrics_v2.json` as the leaderboard and the confusion that the dashboard shows; every number is a row of that file."""
+"""Convert the metrics of a run to the score, confusion and profile events of the dashboard."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from phasewatch.events.schema import (
 from phasewatch.models.registry import BASELINE_MODELS
 from phasewatch.models.smoothing import SMOOTHING_NONE
 
-# From the most flattering split to the hardest; the headline's own is among them.
-SPLIT_PROTOCOLS = ("random_windows", "in_distribution", "held_out_host", "held_out_sample", "held_out_both")
-MAX_NOTES, MAX_NOTE_CHARS = 12, 600
+__all__ = ["build_metric_events", "build_profile_event"]
+
+# From the easiest split to the hardest, including the headline's.
+_SPLIT_PROTOCOLS = ("random_windows", "in_distribution", "held_out_host", "held_out_sample", "held_out_both")
+_MAX_NOTES, _MAX_NOTE_CHARS = 12, 600
 
 
 def build_metric_events(metrics: MetricTable) -> tuple[EventData, ...]:
-    """Give the score event, and the confusion of the headline's model where it has one."""
+    """Build the score event, and the confusion event of the headline's model if it has a confusion matrix."""
     rows = query.select_recipe_rows(metrics.metrics)
     found: list[EventData] = [_build_score_event(metrics, rows)]
     model = query.find_headline_model(rows)
@@ -43,22 +45,22 @@ def build_metric_events(metrics: MetricTable) -> tuple[EventData, ...]:
 
 
 def _build_score_event(metrics: MetricTable, rows: Sequence[MetricRow]) -> ScoreEvent:
-    """Give the leaderboard of the headline's recipe, with what easier splits would have claimed."""
+    """Build the leaderboard of the headline's split, with the scores under other split protocols."""
     ranked = [
         c.five_class
         for c in query.build_leaderboard(rows)
         if c.five_class is not None and c.five_class.value is not None
     ]
     most = max((r.n_hosts for r in ranked), default=0)
-    ranked.sort(key=lambda r: r.n_hosts < most)  # the mean of fewer machines is no rival: it comes after
+    ranked.sort(key=lambda r: r.n_hosts < most)  # scores on fewer hosts are not comparable and come last
     lead = next((r for r in ranked if r.channel_set == DEFAULT_HEADLINE.channel_set), ranked[0] if ranked else None)
     model = query.find_headline_model(rows)
     return ScoreEvent(
         metric="macro_f1", tested=(lead.n_profiles_tested or 0) if lead else 0, registered=(lead.n_profiles or 0) if lead else 0, recipe=DEFAULT_HEADLINE.recipe,
         rows=tuple(_build_score_row(r, lead, metrics.metrics) for r in ranked[:200]),
         inflation=_build_split_scores(metrics.metrics, model) if model else (), inflation_of=model,
-        headline=render_headline(metrics)[:MAX_NOTE_CHARS],
-        notes=tuple(note[:MAX_NOTE_CHARS] for note in query.collect_notes(metrics.metrics)[:MAX_NOTES]),
+        headline=render_headline(metrics)[:_MAX_NOTE_CHARS],
+        notes=tuple(note[:_MAX_NOTE_CHARS] for note in query.collect_notes(metrics.metrics)[:_MAX_NOTES]),
     )  # fmt: skip
 
 
@@ -73,7 +75,7 @@ def _build_score_row(row: MetricRow, lead: MetricRow | None, rows: Sequence[Metr
 
 
 def _find_p_value(row: MetricRow, lead: MetricRow | None, rows: Sequence[MetricRow]) -> float | None:
-    """Find the corrected p of the paired gap to the leader, whichever of the two it counts from."""
+    """Return the corrected p value of the paired difference to the first model, or None without one."""
     if lead is None or row is lead or row.channel_set != lead.channel_set:
         return None
     pair = {row.model, lead.model}
@@ -112,9 +114,9 @@ def _is_same_series(row: MetricRow, other: MetricRow) -> bool:
 
 
 def _build_split_scores(rows: Sequence[MetricRow], model: str) -> tuple[SplitProtocolScore, ...]:
-    """Give the same model's score under each way of splitting that the run has, agent off before both."""
+    """Return the score of a model under each split protocol of the run; episodes without the agent are preferred."""
     found: list[SplitProtocolScore] = []
-    for recipe in SPLIT_PROTOCOLS:
+    for recipe in _SPLIT_PROTOCOLS:
         own = select_rows(
             rows,
             "macro_f1",
@@ -139,9 +141,9 @@ def _build_split_scores(rows: Sequence[MetricRow], model: str) -> tuple[SplitPro
 
 
 def build_profile_event(metrics: MetricTable) -> ProfileTableEvent | None:
-    """Give the table of the headline's model, or None where there is no such row.
+    """Build the scores of the headline's model by profile and host, or return None without such scores.
 
-    All registered profiles stand in it, tested or not: what is missing is to be seen.
+    The table has all registered profiles, so that untested ones are visible.
     """
     rows = query.select_recipe_rows(metrics.metrics)
     model = query.find_headline_model(rows)

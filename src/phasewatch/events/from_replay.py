@@ -1,6 +1,6 @@
-"""An episode of a run as the events that a watcher would have sent: its bins, and what a model said of its windows.
+"""Convert a recorded episode to the events that a watcher would have sent: telemetry bins and predicted phases.
 
-The probabilities are those of the fold that never saw the episode, read from the run; nothing is predicted anew.
+The predictions of a run's episode come from the fold that did not train on it. They are read, not computed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,22 @@ from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE
 from phasewatch.parquet import convert_parquet_errors
 from phasewatch.training.experiment import Experiment
 from phasewatch.training.predictions import PROBABILITY_COLUMNS
-from phasewatch.types import BIN_NS, PHASES, WINDOW_BINS, Phase
+from phasewatch.types import BIN_NS, PHASES, WINDOW_BINS
 from phasewatch.validate.verdict import BundleCheck
+
+__all__ = [
+    "ReplayEpisode",
+    "ReplayPredictions",
+    "ReplaySelection",
+    "ReplayStep",
+    "add_alarm",
+    "build_replay_episode",
+    "find_model_folder",
+    "iter_replay_steps",
+    "list_episodes",
+    "read_alarm_rule",
+    "read_replay_episodes",
+]
 
 _SELECTION_COLUMNS = ("recipe", "threat", "model", "table", "filter")
 _PREDICTION_COLUMNS = (
@@ -44,12 +58,12 @@ _PREDICTION_COLUMNS = (
     "y_pred",
     *PROBABILITY_COLUMNS,
 )
-_SIGNIFICANT_DIGITS = 5  # of a value on its way to a picture
+_SIGNIFICANT_DIGITS = 5  # of the values in events
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplaySelection:
-    """Whose predictions are replayed; the lowest seed, and the phase filter where the run has it."""
+    """Predictions to replay: those with the lowest seed, and with the phase filter if the run has it."""
 
     recipe: str = DEFAULT_HEADLINE.recipe
     threat: str = DEFAULT_HEADLINE.channel_set
@@ -59,14 +73,17 @@ class ReplaySelection:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ReplayPredictions:
-    """What a model said of the ``w`` windows of one episode, in time's order.
+    """Predictions of the ``n`` windows of one episode, in order of time.
 
     Attributes:
-        t_center_ns: ``(w,)`` int64.
-        p: ``(w, 5)`` float64 in the order of PHASES.
-        y_pred, y_true: ``(w,)`` int64, −1 = unknown.
-        alarm: ``(w,)`` whether it rings; None where no threshold was trained.
-        caveat: What a reader must know of all of it.
+        selection: Split, channel set, model and input of the predictions.
+        fold, seed, filter: Fold and seed of the model, and the filter of the probabilities.
+        t_center_ns: ``(n,)`` int64 centre of the window, nanoseconds since the epoch.
+        p: ``(n, 5)`` float64 probabilities in the order of PHASES.
+        y_pred, y_true: ``(n,)`` int64 codes of the predicted and of the true phase; −1 = unknown.
+        alarm: ``(n,)`` bool whether the alarm is raised; None without a threshold.
+        threshold: Threshold of p(infecting) + p(active); None without one.
+        caveat: Warning that applies to all predictions.
     """
 
     selection: ReplaySelection
@@ -84,7 +101,13 @@ class ReplayPredictions:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ReplayEpisode:
-    """One episode, ready to be played: ``(n, 46)`` bins in the order of CHANNELS, and what was said of them."""
+    """One episode with its predictions.
+
+    Attributes:
+        row: Index row of the episode.
+        bins: ``(b, 46)`` float32 values of the bins in the order of CHANNELS; NaN = unknown.
+        predictions: Predictions of its windows.
+    """
 
     row: BinIndexRow
     bins: NDArray[np.float32]
@@ -93,72 +116,77 @@ class ReplayEpisode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayStep:
-    """Something to send, `at_s` after the episode's first label."""
+    """An event and its time in seconds since the start of the episode's first bin."""
 
     at_s: float
     data: EventData
 
     @property
     def is_window(self) -> bool:
-        """Whether it is a judgement, not telemetry."""
+        """Whether the event is a prediction, not telemetry."""
         return isinstance(self.data, PhaseEvent)
 
 
 def list_episodes(run: Path, choice: ReplaySelection = ReplaySelection()) -> tuple[tuple[str, str], ...]:
-    """Give the (host, episode) that the run has test predictions of, in order.
+    """Return the (host, episode) pairs with test predictions, sorted.
 
     Raises:
         RunError: If there are none, or the run has no predictions.
     """
     table = _read_prediction_table(run, choice)
-    found = sorted(set(zip(table.column("host_id").to_pylist(), table.column("episode_id").to_pylist(), strict=True)))
-    return tuple(found)
+    pairs = zip(table.column("host_id").to_pylist(), table.column("episode_id").to_pylist(), strict=True)
+    return tuple(sorted(set(pairs)))
 
 
 def read_replay_episodes(
     run: Path, episodes: Sequence[str], choice: ReplaySelection = ReplaySelection()
 ) -> tuple[ReplayEpisode, ...]:
-    """Read some episodes of a run, in the order asked for.
+    """Read episodes of a run with their predictions, in the given order.
 
     Raises:
-        RunError: If the run lacks one of them (names those it has), its grids or its predictions.
+        RunError: If the run lacks an episode (the message lists some that it has), its bins or its predictions.
     """
     table = _read_prediction_table(run, choice)
-    grids = open_bins(run / "grids")
-    rows = index_rows_by_id(grids)
+    bins = open_bins(run / "grids")
+    rows = index_rows_by_id(bins)
     ids = np.asarray(table.column("episode_id").to_pylist())
-    found = []
+    recordings = []
     for episode in episodes:
-        own = np.flatnonzero(ids == episode)
-        if not len(own) or episode not in rows:
+        indices = np.flatnonzero(ids == episode)
+        if not len(indices) or episode not in rows:
             some = ", ".join(sorted(set(ids.tolist()))[:3])
             raise RunError(
-                f"{run}: no test predictions of episode {episode} by {_render_selection(choice)}; there are {some} …"
+                f"{run}: no test predictions of episode {episode} by {_render_selection(choice)}; available: {some} …"
             )
         row = rows[episode]
-        found.append(
+        recordings.append(
             ReplayEpisode(
-                row=row, bins=grids.episode_bins(row), predictions=_build_predictions(table.take(own), choice)
+                row=row, bins=bins.episode_bins(row), predictions=_build_predictions(table.take(indices), choice)
             )
         )
-    return tuple(found)
+    return tuple(recordings)
 
 
 def find_model_folder(recording: ReplayEpisode, run: Path) -> Path:
-    """Give the folder of the very model that judged a recording."""
-    said = recording.predictions
-    cell = Experiment(
-        recipe=said.selection.recipe, fold=said.fold, threat=said.selection.threat, model=said.selection.model,
-        table=said.selection.table, seed=said.seed,
-    )  # fmt: skip
-    return cell.folder(run)
+    """Return the folder of the model that predicted a recording."""
+    predictions = recording.predictions
+    selection = predictions.selection
+    experiment = Experiment(
+        recipe=selection.recipe,
+        fold=predictions.fold,
+        threat=selection.threat,
+        model=selection.model,
+        table=selection.table,
+        seed=predictions.seed,
+    )
+    return experiment.folder(run)
 
 
 def read_alarm_rule(recording: ReplayEpisode, run: Path) -> AlarmRule | None:
-    """Read the alarm's rule as it was fixed when the recording's model was trained; None where none was, or is kept.
+    """Read the alarm rule of the model that predicted a recording; return None if it has no rule or no checkpoint.
 
     Raises:
-        RunError, MismatchError: If the checkpoint is there and cannot be used.
+        RunError, MismatchError: If the checkpoint exists but cannot be used.
     """
     folder = find_model_folder(recording, run)
     if not (folder / CHECKPOINT_FILE).is_file():
@@ -167,22 +195,23 @@ def read_alarm_rule(recording: ReplayEpisode, run: Path) -> AlarmRule | None:
 
 
 def add_alarm(recording: ReplayEpisode, rule: AlarmRule) -> ReplayEpisode:
-    """Add when the alarm rings."""
-    said = recording.predictions
-    rings = apply_alarm_rule(rule, compute_activity_score(said.p), np.zeros(len(said.p), np.int64))
-    return replace(recording, predictions=replace(said, alarm=rings, threshold=rule.theta))
+    """Return the recording with the alarms that a rule raises."""
+    predictions = recording.predictions
+    score = compute_activity_score(predictions.p)
+    alarm = apply_alarm_rule(rule, score, np.zeros(len(predictions.p), np.int64))
+    return replace(recording, predictions=replace(predictions, alarm=alarm, threshold=rule.theta))
 
 
 def iter_replay_steps(recording: ReplayEpisode, *, vm: str, bins_per_event: int = 1) -> Iterator[ReplayStep]:
-    """Give an episode's events in the order in which a watcher would have sent them.
+    """Yield the events of an episode in the order in which a watcher would have sent them.
 
     Args:
         recording: The episode.
-        vm: The key under which it is shown.
-        bins_per_event: Bins that go together.
+        vm: Name of the machine in the events.
+        bins_per_event: Number of bins per telemetry event.
     """
     steps = [*_iter_telemetry_steps(recording, vm, bins_per_event), *_iter_phase_steps(recording, vm)]
-    # A bin is out before the window that it closes is judged.
+    # Telemetry comes before the prediction of the window that it completes.
     yield from sorted(steps, key=lambda step: (step.at_s, step.is_window))
 
 
@@ -195,42 +224,59 @@ def _iter_telemetry_steps(recording: ReplayEpisode, vm: str, bins_per_event: int
         yield ReplayStep(
             at_s=stop * BIN_NS / 1e9,
             data=TelemetryEvent(
-                vm=vm, host=row.host_id, origin=str(row.origin), t0_ns=row.t0_ns + start * BIN_NS, bin_s=BIN_NS / 1e9,
-                channels=names, values=tuple(_round_values(line) for line in recording.bins[start:stop]),
-                flags=tuple(int(f) for f in flags[start:stop]), masked=masked,
+                vm=vm,
+                host=row.host_id,
+                origin=str(row.origin),
+                t0_ns=row.t0_ns + start * BIN_NS,
+                bin_s=BIN_NS / 1e9,
+                channels=names,
+                values=tuple(_round_values(line) for line in recording.bins[start:stop]),
+                flags=tuple(int(f) for f in flags[start:stop]),
+                masked=masked,
             ),
-        )  # fmt: skip
+        )
 
 
 def _iter_phase_steps(recording: ReplayEpisode, vm: str) -> Iterator[ReplayStep]:
-    row, said = recording.row, recording.predictions
+    row, predictions = recording.row, recording.predictions
+    selection = predictions.selection
     half_ns = WINDOW_BINS * BIN_NS // 2
     since: int | None = None
-    for i, center in enumerate(said.t_center_ns.tolist()):
+    for i, center in enumerate(predictions.t_center_ns.tolist()):
         end_ns = center + half_ns
-        stands = None if said.alarm is None else bool(said.alarm[i])
-        since = (since or end_ns) if stands else None
+        is_alarm = None if predictions.alarm is None else bool(predictions.alarm[i])
+        since = (since or end_ns) if is_alarm else None
         yield ReplayStep(
             at_s=(center + DECISION_DELAY_NS - row.t0_ns) / 1e9,
             data=PhaseEvent(
-                vm=vm, host=row.host_id, t_start_ns=center - half_ns, t_end_ns=end_ns, p=_round_probabilities(said.p[i]),
-                decision=str(PHASES[said.y_pred[i]]),
-                truth=str(PHASES[said.y_true[i]]) if said.y_true[i] >= 0 else str(Phase.UNKNOWN),
-                alarm=stands, alarm_since_ns=since, threshold=said.threshold, model=said.selection.model,
-                threat=said.selection.threat, table=said.selection.table, filter=said.filter, caveat=_render_caveat(said),
+                vm=vm,
+                host=row.host_id,
+                t_start_ns=center - half_ns,
+                t_end_ns=end_ns,
+                p=_round_probabilities(predictions.p[i]),
+                decision=str(PHASES[predictions.y_pred[i]]),
+                truth=str(PHASES[predictions.y_true[i]]) if predictions.y_true[i] >= 0 else None,
+                alarm=is_alarm,
+                alarm_since_ns=since,
+                threshold=predictions.threshold,
+                model=selection.model,
+                threat=selection.threat,
+                table=selection.table,
+                filter=predictions.filter,
+                caveat=_render_caveat(predictions),
             ),
-        )  # fmt: skip
+        )
 
 
-def _render_caveat(said: ReplayPredictions) -> str | None:
-    words = [said.caveat] if said.caveat else []
-    if said.threshold is not None and said.threshold >= THETA_NEVER:
-        words.append("no threshold met the budget of false alarms: this alarm never rings")
-    return "; ".join(words) or None
+def _render_caveat(predictions: ReplayPredictions) -> str | None:
+    caveats = [predictions.caveat] if predictions.caveat else []
+    if predictions.threshold is not None and predictions.threshold >= THETA_NEVER:
+        caveats.append("no threshold met the false-alarm budget: this alarm is never raised")
+    return "; ".join(caveats) or None
 
 
 def _round_values(line: NDArray[np.float32]) -> tuple[float | None, ...]:
-    """Five digits are finer than any picture, and the page stays quick."""
+    """Round to five digits, which is finer than any figure shows and keeps events small."""
     return tuple(float(f"{v:.{_SIGNIFICANT_DIGITS}g}") if math.isfinite(v) else None for v in line.tolist())
 
 
@@ -259,7 +305,7 @@ def _build_predictions(table: Any, choice: ReplaySelection) -> ReplayPredictions
 
 
 def _read_prediction_table(run: Path, choice: ReplaySelection) -> Any:
-    """Read the test rows of a choice: the lowest seed, the phase filter where there is one."""
+    """Read the test predictions of a selection: lowest seed, and the phase filter if the run has it."""
     import pyarrow.parquet as pq
 
     path = run / PREDICTIONS_FILE
@@ -283,24 +329,24 @@ def _render_selection(choice: ReplaySelection) -> str:
 
 
 def build_replay_episode(
-    found: BundleCheck, scorer: PhasePredictor, said: Sequence[PhaseDecision], *, caveat: str | None = None
+    bundle: BundleCheck, scorer: PhasePredictor, decisions: Sequence[PhaseDecision], *, caveat: str | None = None
 ) -> ReplayEpisode:
-    """Put a usable bundle, its labels and what was decided of its windows together.
+    """Combine a usable bundle with its labels and the predictions of a model.
 
     Args:
-        found: The bundle.
-        scorer: Whose decisions they are.
-        said: In time's order.
-        caveat: What a reader must know, such as that the model learnt from this very bundle.
+        bundle: The validated bundle.
+        scorer: The model.
+        decisions: Decisions of the model, in order of time.
+        caveat: Warning for the viewer, such as that the model was trained on this bundle.
 
     Raises:
-        RunError: If the bundle is not usable, or nothing was said of it.
+        RunError: If the bundle is not usable, or there is no decision.
     """
-    if found.episode is None or found.binned is None or not said:
-        raise RunError(f"{found.verdict.path}: nothing to replay: {found.verdict.detail or 'shorter than a window'}")
-    starts = np.array([d.t_start_ns for d in said], np.int64)
-    p = np.array([d.belief for d in said], np.float64)
-    judged = ReplayPredictions(
+    if bundle.episode is None or bundle.binned is None or not decisions:
+        raise RunError(f"{bundle.verdict.path}: nothing to replay: {bundle.verdict.detail or 'shorter than a window'}")
+    starts = np.array([d.t_start_ns for d in decisions], np.int64)
+    p = np.array([d.belief for d in decisions], np.float64)
+    predictions = ReplayPredictions(
         selection=ReplaySelection(
             recipe="deploy", threat=scorer.threat, model=scorer.model, table=str(scorer.spec.table)
         ),
@@ -310,9 +356,11 @@ def build_replay_episode(
         t_center_ns=starts + WINDOW_BINS * BIN_NS // 2,
         p=p,
         y_pred=p.argmax(axis=1),
-        y_true=label_windows(build_label_spans(found.episode.marks), starts).phase.astype(np.int64),
-        alarm=None if scorer.alarm is None else np.array([bool(d.alarm) for d in said], np.bool_),
+        y_true=label_windows(build_label_spans(bundle.episode.marks), starts).phase.astype(np.int64),
+        alarm=None if scorer.alarm is None else np.array([bool(d.alarm) for d in decisions], np.bool_),
         threshold=None if scorer.alarm is None else scorer.alarm.theta,
         caveat=caveat,
     )
-    return ReplayEpisode(row=build_index_row(found.episode, found.binned), bins=found.binned.bins, predictions=judged)
+    return ReplayEpisode(
+        row=build_index_row(bundle.episode, bundle.binned), bins=bundle.binned.bins, predictions=predictions
+    )

@@ -1,4 +1,4 @@
-"""What the running process costs and how fast it is, measured on itself: nothing here is assumed or carried over."""
+"""Measure latency, CPU and memory of the running process over the last minute."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from collections.abc import Callable
 
 from phasewatch.events.schema import PerfEvent
 
+__all__ = ["REPLAY_LATENCY_EDGES_MS", "ProcessMeter", "read_own_rss_bytes"]
+
 REPLAY_LATENCY_EDGES_MS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0)
-PERF_WINDOW_S = 60.0  # rates and latencies speak of the last minute
+_PERF_WINDOW_S = 60.0  # span of the rates and latencies
 _MAX_LATENCIES = 10_000
 
 
 class ProcessMeter:
-    """Collects latencies and late ticks, and reads this process's own time and memory when asked.
+    """Collect latencies and late readings, and build performance events of this process.
 
     Args:
-        process: What the process does, such as ``watch``.
-        monotonic: Seconds.
-        cpu_s: CPU seconds of this process so far.
-        rss_bytes: Resident memory of this process now.
+        process: Kind of process, such as ``watch``.
+        vm: Name of the watched machine; None without one.
+        about: Note on what is measured.
+        monotonic: Monotonic clock, seconds.
+        cpu_s: Returns the CPU time of this process so far, seconds.
+        rss_bytes: Returns the resident memory of this process, bytes.
     """
 
     def __init__(
@@ -42,42 +46,51 @@ class ProcessMeter:
         self._late = 0
 
     def add_window(self, latency_ms: float) -> None:
-        """Count a window that was judged and sent, so long after it was due."""
+        """Record the latency of a predicted window, in milliseconds after it was due."""
         self._seen.append((self._monotonic(), max(0.0, latency_ms)))
 
     def add_late_ticks(self, ticks: int = 1) -> None:
-        """Count readings that came after their bin was closed."""
+        """Count readings that arrived after their bin was closed."""
         self._late += ticks
 
     def read(self, *, backlog: int = 0) -> PerfEvent:
-        """Say what the last minute was like.
+        """Build a performance event of the last minute.
 
         Args:
-            backlog: Events that wait to be sent.
+            backlog: Number of events that wait to be sent.
         """
         now, cpu = self._monotonic(), self._cpu_s()
-        while self._seen and self._seen[0][0] < now - PERF_WINDOW_S:
+        while self._seen and self._seen[0][0] < now - _PERF_WINDOW_S:
             self._seen.popleft()
-        while len(self._marks) > 1 and self._marks[1][0] <= now - PERF_WINDOW_S:
+        while len(self._marks) > 1 and self._marks[1][0] <= now - _PERF_WINDOW_S:
             self._marks.popleft()
         since, cpu_then = self._marks[0]
         self._marks.append((now, cpu))
-        took_s = now - since
+        span_s = now - since
         latencies = sorted(ms for _, ms in self._seen)
         counts = [0] * (len(REPLAY_LATENCY_EDGES_MS) + 1)
         for ms in latencies:
             counts[bisect_right(REPLAY_LATENCY_EDGES_MS, ms)] += 1
         return PerfEvent(
-            process=self._process, vm=self._vm, measured_s=round(took_s, 3), windows=len(latencies),
-            windows_per_s=round(len(latencies) / took_s, 4) if took_s > 0 else 0.0, latency_edges_ms=REPLAY_LATENCY_EDGES_MS,
-            latency_counts=tuple(counts), p50_ms=_compute_quantile(latencies, 0.5), p99_ms=_compute_quantile(latencies, 0.99),
-            rss_bytes=self._rss_bytes(), cpu_cores=round((cpu - cpu_then) / took_s, 4) if took_s > 0 else 0.0,
-            late_ticks=self._late, backlog=backlog, about=self._about,
-        )  # fmt: skip
+            process=self._process,
+            vm=self._vm,
+            measured_s=round(span_s, 3),
+            windows=len(latencies),
+            windows_per_s=round(len(latencies) / span_s, 4) if span_s > 0 else 0.0,
+            latency_edges_ms=REPLAY_LATENCY_EDGES_MS,
+            latency_counts=tuple(counts),
+            p50_ms=_compute_quantile(latencies, 0.5),
+            p99_ms=_compute_quantile(latencies, 0.99),
+            rss_bytes=self._rss_bytes(),
+            cpu_cores=round((cpu - cpu_then) / span_s, 4) if span_s > 0 else 0.0,
+            late_ticks=self._late,
+            backlog=backlog,
+            about=self._about,
+        )
 
 
 def read_own_rss_bytes() -> int:
-    """Give this process's resident memory in bytes; field 2 of /proc/self/statm, 0 where there is none."""
+    """Return the resident memory of this process in bytes (field 2 of /proc/self/statm, proc(5)); 0 if unavailable."""
     try:
         with open("/proc/self/statm", "rb") as file:  # noqa: PTH123
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -86,7 +99,7 @@ def read_own_rss_bytes() -> int:
 
 
 def _compute_quantile(ordered: list[float], q: float) -> float | None:
-    """Give the smallest value that a share q of them does not exceed."""
+    """Return the q-quantile of sorted values by the inverted CDF, or None without values."""
     if not ordered:
         return None
     rank = min(len(ordered) - 1, max(0, -(-int(q * 1000) * len(ordered) // 1000) - 1))

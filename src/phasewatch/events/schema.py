@@ -1,6 +1,6 @@
-"""The six events that producers send and the dashboard shows: what each holds, and within which bounds.
+"""Schema of the six event types that producers send and the dashboard shows, with their limits.
 
-Names are safe to hand to any page: one that is not of `SAFE_NAME_PATTERN` is replaced when the event is made, wherever it came from.
+Names in events are safe for any page: a name that does not match `SAFE_NAME_PATTERN` is replaced on creation.
 """
 
 from __future__ import annotations
@@ -15,27 +15,58 @@ from msgspec.structs import force_setattr
 from phasewatch.errors import EventError
 from phasewatch.types import PHASES
 
+__all__ = [
+    "EVENT_FORMAT_VERSION",
+    "EVENT_TYPES",
+    "MAX_EVENT_BYTES",
+    "MAX_NAME_CHARS",
+    "MAX_RAW_NAME_CHARS",
+    "SAFE_NAME_PATTERN",
+    "ConfusionEvent",
+    "EventData",
+    "EventEnvelope",
+    "EventRecord",
+    "FreeText",
+    "NonNegativeFloat",
+    "NonNegativeInt",
+    "PerfEvent",
+    "PhaseEvent",
+    "ProfileCell",
+    "ProfileTableEvent",
+    "SafeName",
+    "SafeNames",
+    "ScoreEvent",
+    "ScoreRow",
+    "SplitProtocolScore",
+    "TelemetryEvent",
+    "TimestampNs",
+    "UnitFraction",
+    "make_safe_name",
+    "parse_event",
+    "render_event",
+]
+
 MAX_NAME_CHARS = 80
-MAX_RAW_NAME_CHARS = 4096  # characters of a name that is read, to be replaced by a safe one
+MAX_RAW_NAME_CHARS = 4096  # of a name in a received event, before it is replaced by a safe one
 SAFE_NAME_PATTERN = re.compile(r"[A-Za-z0-9._/-]{1,80}")
 _UNSAFE_CHARS_PATTERN = re.compile(r"[^A-Za-z0-9._/-]+")
 
 _Meta = msgspec.Meta
-SafeName = Annotated[str, _Meta(max_length=MAX_RAW_NAME_CHARS)]  # replaced if it is not of NAME
-FreeText = Annotated[str, _Meta(max_length=600)]  # free text; a page sets it as text, never as markup
+SafeName = Annotated[str, _Meta(max_length=MAX_RAW_NAME_CHARS)]  # replaced if it does not match SAFE_NAME_PATTERN
+FreeText = Annotated[str, _Meta(max_length=600)]  # pages must render it as text, never as markup
 NonNegativeInt = Annotated[int, _Meta(ge=0, le=2**63 - 1)]
-TimestampNs = Annotated[int, _Meta(ge=0, le=2**63 - 1)]  # ns since 1970, the host's wall clock
+TimestampNs = Annotated[int, _Meta(ge=0, le=2**63 - 1)]  # nanoseconds since the epoch, wall clock of the host
 UnitFraction = Annotated[float, _Meta(ge=0, le=1)]
 NonNegativeFloat = Annotated[float, _Meta(ge=0)]
 SafeNames = Annotated[tuple[SafeName, ...], _Meta(max_length=256)]
 
 
 def make_safe_name(text: str) -> str:
-    """Give a name back as it is, or one that is safe to show in its stead; different names stay different.
+    """Return the name unchanged if it is safe, else a safe replacement; different names have different replacements.
 
-    >>> safe_name("held_out_host")
+    >>> make_safe_name("held_out_host")
     'held_out_host'
-    >>> safe_name("<b>")
+    >>> make_safe_name("<b>")
     '_b_-507ca5'
     """
     if SAFE_NAME_PATTERN.fullmatch(text):
@@ -45,7 +76,7 @@ def make_safe_name(text: str) -> str:
 
 
 class EventRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A frozen record whose names are replaced where they are not safe."""
+    """Base class of the event records; replaces unsafe names."""
 
     _name_fields: ClassVar[tuple[str, ...]] = ()
 
@@ -58,22 +89,22 @@ class EventRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class TelemetryEvent(EventRecord, frozen=True, kw_only=True):
-    """Some bins of one VM, one after the other.
+    """Consecutive telemetry bins of one VM.
 
-    Sent by ``watch`` and ``produce replay``.
+    Sent by ``watch`` and ``publish replay``.
 
     Attributes:
-        vm: Which machine; the key of its scene.
-        host: Its host or shape; None where that is not known.
+        vm: Name of the machine; the key of its scene.
+        host: Host or shape of the machine; None if unknown.
         origin: ``recorded``, ``simulated`` or ``live``.
-        t0_ns: Where the first bin begins.
-        bin_s: Width of a bin.
+        t0_ns: Start of the first bin.
+        bin_s: Width of a bin, seconds.
         channels: Full names of the columns, at most 256.
-        values: One row a bin, at most 240, of one value a channel in its unit; None = not known.
-        flags: One a bin, `phasewatch.binning.align`.
-        masked: Channels that this VM cannot give, or not at present.
-        late_rows, lost_rows: Readings that came too late, or never, since the machine is watched.
-        lateness_s: How long after its end the last bin was closed; None in a replay.
+        values: One row per bin (at most 240) with one value per channel in its unit; None = unknown.
+        flags: Flags of each bin, see `phasewatch.binning.align`.
+        masked: Channels that are not available for this VM at present.
+        late_rows, lost_rows: Number of readings that were late or lost since the start of the watch.
+        lateness_s: Seconds between the end of the last bin and its closing; None in a replay.
     """
 
     _name_fields = ("vm", "host", "origin", "channels", "masked")
@@ -92,32 +123,32 @@ class TelemetryEvent(EventRecord, frozen=True, kw_only=True):
     lateness_s: NonNegativeFloat | None = None
 
     def __post_init__(self) -> None:
-        """Refuse rows of another width."""
+        """Raise ValueError if the rows do not match the channels and flags."""
         EventRecord.__post_init__(self)
-        _require(len(set(self.channels)) == len(self.channels), "a channel stands twice")
-        _require(len(self.flags) == len(self.values), f"{len(self.flags)} flags of {len(self.values)} bins")
+        _require(len(set(self.channels)) == len(self.channels), "a channel occurs twice")
+        _require(len(self.flags) == len(self.values), f"{len(self.flags)} flags for {len(self.values)} bins")
         for row in self.values:
-            _require(len(row) == len(self.channels), f"a bin of {len(row)} values for {len(self.channels)} channels")
+            _require(len(row) == len(self.channels), f"a bin with {len(row)} values for {len(self.channels)} channels")
 
 
 class PhaseEvent(EventRecord, frozen=True, kw_only=True):
-    """What a model says of one window of one VM.
+    """Prediction of a model for one window of one VM.
 
-    Sent by ``watch`` and ``produce replay``.
+    Sent by ``watch`` and ``publish replay``.
 
     Attributes:
-        vm: Which machine; the key of its scene.
-        host: Its host or shape; None where that is not known.
-        t_start_ns, t_end_ns: The window.
+        vm: Name of the machine; the key of its scene.
+        host: Host or shape of the machine; None if unknown.
+        t_start_ns, t_end_ns: Start and end of the window.
         p: Probabilities of clean, armed, infecting, active, dormant, after calibration and filter.
-        decision: The phase decided for.
-        truth: The phase that the recording's labels give; None where nobody knows.
-        alarm: Whether the alarm stands after this window; None where no threshold was trained.
-        alarm_since_ns: Since when it stands.
-        threshold: Of p(infecting) + p(active).
-        model, threat, table, filter: As in a run's predictions.
-        latency_ms: From the end of the window to this event; None in a replay.
-        caveat: What a reader must know, such as an accelerator that training never saw.
+        decision: The predicted phase.
+        truth: The true phase by the labels of the recording; None if unknown.
+        alarm: Whether the alarm is raised after this window; None without an alarm threshold.
+        alarm_since_ns: Time when the alarm was raised.
+        threshold: Alarm threshold of p(infecting) + p(active).
+        model, threat, table, filter: Model, channel set, input and filter, as in the predictions of a run.
+        latency_ms: Milliseconds from the end of the window to this event; None in a replay.
+        caveat: Warning for the viewer, such as an accelerator that is not in the training data.
     """
 
     _name_fields = ("vm", "host", "decision", "truth", "model", "threat", "table", "filter")
@@ -140,26 +171,26 @@ class PhaseEvent(EventRecord, frozen=True, kw_only=True):
     caveat: FreeText | None = None
 
     def __post_init__(self) -> None:
-        """Refuse phases that there are not, and a window that ends before it starts."""
+        """Raise ValueError for an unknown phase or a window that ends before it starts."""
         EventRecord.__post_init__(self)
         for phase in (self.decision, self.truth):
-            _require(phase is None or phase in PHASES, f"no phase {phase!r}")
+            _require(phase is None or phase in PHASES, f"unknown phase {phase!r}")
         _require(self.t_start_ns < self.t_end_ns, "the window ends before it starts")
 
 
 class ScoreRow(EventRecord, frozen=True, kw_only=True):
-    """One line of a leaderboard; without an interval `why` says why there is none.
+    """One line of a leaderboard.
 
     Attributes:
-        model, threat, table: As in a run's predictions.
-        agent: Scored on episodes where the guest's agent was ``on`` or ``off``; None = both.
-        value: The score itself, of the metric that the leaderboard names.
-        low, high: Its 95 % interval; None where there is none.
-        why: Why there is no interval.
-        is_baseline: Whether it is there to be beaten.
-        p_holm: Of the paired gap to the first row, corrected for all pairs.
-        seeds: Trainings that are averaged.
-        n_episodes, n_sessions, n_hosts: What it was tested on.
+        model, threat, table: Model, channel set and input, as in the predictions of a run.
+        agent: Guest agent in the test episodes, ``on`` or ``off``; None = both.
+        value: Score, of the metric of the leaderboard.
+        low, high: 95 % interval; None without one.
+        why: Reason for a missing interval.
+        is_baseline: Whether the model is a baseline.
+        p_holm: Holm-corrected p value of the paired difference to the first row.
+        seeds: Number of seeds that are averaged.
+        n_episodes, n_sessions, n_hosts: Size of the test set.
     """
 
     _name_fields = ("model", "threat", "table", "agent")
@@ -181,12 +212,12 @@ class ScoreRow(EventRecord, frozen=True, kw_only=True):
 
 
 class SplitProtocolScore(EventRecord, frozen=True, kw_only=True):
-    """What the same model would have scored under another way of splitting.
+    """Score of a model under another split protocol.
 
     Attributes:
-        recipe: How that holds out.
-        value: The score.
-        low, high: Its 95 % interval; None where there is none.
+        recipe: Name of the split.
+        value: Score.
+        low, high: 95 % interval; None without one.
     """
 
     _name_fields = ("recipe",)
@@ -198,19 +229,19 @@ class SplitProtocolScore(EventRecord, frozen=True, kw_only=True):
 
 
 class ScoreEvent(EventRecord, frozen=True, kw_only=True):
-    """A leaderboard: who scored how well, how sure that is, and what an easier split would have claimed.
+    """Leaderboard with intervals, and the scores of one model under other split protocols.
 
-    Sent by ``produce metrics``.
+    Sent by ``publish metrics``.
 
     Attributes:
-        metric: As in `metrics_v2.json`; it tested `tested` of `registered` malicious profiles.
-        tested, registered: Malicious profiles with test windows, and those that there are.
-        recipe: How it was held out.
-        rows: Best first.
-        inflation: Most flattering split first; all of one model, `inflation_of`.
-        inflation_of: That model; None without one.
-        headline: The run's first sentence.
-        notes: What a reader must know beside it.
+        metric: Name of the metric.
+        tested, registered: Number of malicious profiles with test windows, and of all registered ones.
+        recipe: Name of the split.
+        rows: Leaderboard, best first.
+        inflation: Scores by split protocol, easiest split first; all of the model `inflation_of`.
+        inflation_of: Name of that model; None without one.
+        headline: Headline of the run.
+        notes: Notes of the evaluation.
     """
 
     _name_fields = ("metric", "recipe", "inflation_of")
@@ -227,17 +258,17 @@ class ScoreEvent(EventRecord, frozen=True, kw_only=True):
 
 
 class ConfusionEvent(EventRecord, frozen=True, kw_only=True):
-    """Truth (rows) against decision (columns) over the union of their labels, in windows, seeds averaged.
+    """Confusion matrix: number of windows by true phase (rows) and predicted phase (columns), averaged over seeds.
 
-    Sent by ``produce metrics``.
+    Sent by ``publish metrics``.
 
     Attributes:
-        model, threat, table: As in a run's predictions.
-        recipe: How it was held out.
-        agent: Of episodes where the guest's agent was ``on`` or ``off``; None = both.
-        labels: Of rows and columns alike.
-        counts: One row a label, one count a label.
-        n_episodes, n_hosts: What it was tested on.
+        model, threat, table: Model, channel set and input, as in the predictions of a run.
+        recipe: Name of the split.
+        agent: Guest agent in the test episodes, ``on`` or ``off``; None = both.
+        labels: Labels of the rows and of the columns.
+        counts: One row per label, with one count per label.
+        n_episodes, n_hosts: Size of the test set.
     """
 
     _name_fields = ("model", "recipe", "threat", "table", "agent", "labels")
@@ -253,30 +284,30 @@ class ConfusionEvent(EventRecord, frozen=True, kw_only=True):
     n_hosts: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
-        """Refuse what is not a square."""
+        """Raise ValueError if the matrix does not match the labels."""
         EventRecord.__post_init__(self)
         k = len(self.labels)
         _require(len(self.counts) == k and all(len(row) == k for row in self.counts), f"counts are not {k} by {k}")
 
 
 class PerfEvent(EventRecord, frozen=True, kw_only=True):
-    """What a running process costs and how fast it is, measured on itself.
+    """Latency, CPU and memory of a running process, measured by the process itself.
 
-    Sent by ``watch`` and ``produce perf``.
+    Sent by ``watch`` and ``publish perf``.
 
     Attributes:
-        process: What it does: ``watch``, ``replay``.
-        vm: The machine that it watches; None where that is not one.
-        measured_s: Over how long.
-        windows, windows_per_s: That it judged in that time.
-        latency_edges_ms: ``m`` rising edges of the histogram.
-        latency_counts: ``m + 1`` counts: below the first edge, between, from the last on.
-        p50_ms, p99_ms: Of the latencies themselves; None before the first window.
-        rss_bytes: Its resident memory.
-        cpu_cores: CPU seconds a second.
-        late_ticks: Readings that came after their bin was closed.
-        backlog: Events that wait to be sent.
-        about: What was measured, where that needs a word.
+        process: Kind of process, such as ``watch`` or ``replay``.
+        vm: Name of the watched machine; None without one.
+        measured_s: Length of the measurement, seconds.
+        windows, windows_per_s: Number and rate of the predicted windows.
+        latency_edges_ms: ``m`` rising edges of the latency histogram.
+        latency_counts: ``m + 1`` counts: below the first edge, between edges, and from the last edge.
+        p50_ms, p99_ms: Quantiles of the latencies; None before the first window.
+        rss_bytes: Resident memory.
+        cpu_cores: CPU seconds per second.
+        late_ticks: Number of readings that arrived after their bin was closed.
+        backlog: Number of events that wait to be sent.
+        about: Note on what was measured.
     """
 
     _name_fields = ("process", "vm")
@@ -297,23 +328,23 @@ class PerfEvent(EventRecord, frozen=True, kw_only=True):
     about: FreeText | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a histogram whose counts do not fit its edges."""
+        """Raise ValueError if the counts of the histogram do not match its edges."""
         EventRecord.__post_init__(self)
         edges = self.latency_edges_ms
-        _require(list(edges) == sorted(set(edges)), "edges of latency do not rise")
+        _require(list(edges) == sorted(set(edges)), "the latency edges do not rise")
         _require(
             len(self.latency_counts) == len(edges) + 1, f"{len(self.latency_counts)} counts for {len(edges)} edges"
         )
 
 
 class ProfileCell(EventRecord, frozen=True, kw_only=True):
-    """One number of a profile on a host.
+    """Score of one profile on one host.
 
     Attributes:
-        value: The score; None where it cannot be said.
-        low, high: Its 95 % interval; None where there is none.
-        why: Why there is no number or no interval.
-        n_windows, n_episodes: What it was tested on.
+        value: Score; None if it cannot be computed.
+        low, high: 95 % interval; None without one.
+        why: Reason for a missing score or interval.
+        n_windows, n_episodes: Size of the test set.
     """
 
     value: float | None = None
@@ -325,17 +356,17 @@ class ProfileCell(EventRecord, frozen=True, kw_only=True):
 
 
 class ProfileTableEvent(EventRecord, frozen=True, kw_only=True):
-    """How well each profile is told on each host.
+    """Scores of one model by profile and host.
 
-    Sent by ``produce profiles``.
+    Sent by ``publish profiles``.
 
     Attributes:
-        metric, recipe: What is scored, and how it was held out.
-        model, threat: As in a run's predictions.
-        agent: Of episodes where the guest's agent was ``on`` or ``off``; None = both.
-        profiles, hosts: The table's margins.
-        cells: One row a profile, one cell a host; None = untested.
-        untested_profiles: Registered profiles without a single test window.
+        metric, recipe: Name of the metric and of the split.
+        model, threat: Model and channel set, as in the predictions of a run.
+        agent: Guest agent in the test episodes, ``on`` or ``off``; None = both.
+        profiles, hosts: Labels of the rows and of the columns.
+        cells: One row per profile with one cell per host; None = untested.
+        untested_profiles: Registered profiles without a test window.
     """
 
     _name_fields = ("metric", "recipe", "threat", "model", "agent", "profiles", "hosts", "untested_profiles")
@@ -353,23 +384,27 @@ class ProfileTableEvent(EventRecord, frozen=True, kw_only=True):
     untested_profiles: SafeNames = ()
 
     def __post_init__(self) -> None:
-        """Refuse a table whose cells do not fit its margins."""
+        """Raise ValueError if the cells do not match the profiles and hosts."""
         EventRecord.__post_init__(self)
         _require(len(self.cells) == len(self.profiles), f"{len(self.cells)} rows for {len(self.profiles)} profiles")
         for row in self.cells:
-            _require(len(row) == len(self.hosts), f"a row of {len(row)} cells for {len(self.hosts)} hosts")
+            _require(len(row) == len(self.hosts), f"a row with {len(row)} cells for {len(self.hosts)} hosts")
 
 
 EventData = TelemetryEvent | PhaseEvent | ScoreEvent | ConfusionEvent | PerfEvent | ProfileTableEvent
 EVENT_TYPES: dict[str, type[EventData]] = {
-    "telemetry": TelemetryEvent, "phase": PhaseEvent, "score": ScoreEvent, "confusion": ConfusionEvent, "perf": PerfEvent,
+    "telemetry": TelemetryEvent,
+    "phase": PhaseEvent,
+    "score": ScoreEvent,
+    "confusion": ConfusionEvent,
+    "perf": PerfEvent,
     "profile": ProfileTableEvent,
-}  # fmt: skip
+}
 
 
-def _require(holds: bool, words: str) -> None:
-    if not holds:
-        raise ValueError(words)
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
 
 
 EVENT_FORMAT_VERSION = 1
@@ -378,12 +413,13 @@ _EVENT_TYPE_NAMES = {kind: name for name, kind in EVENT_TYPES.items()}
 
 
 class EventEnvelope(EventRecord, frozen=True, kw_only=True):
-    """An event in its envelope.
+    """An event with its envelope.
 
     Attributes:
-        id: The producer's number of it; a hub numbers events anew for its viewers.
-        t_wall_ns: When it was made.
-        run: What it belongs to: a run's name, or ``live``.
+        id: Number of the event by its producer; a hub numbers events again for its viewers.
+        t_wall_ns: Time when the event was created.
+        run: Name of the run that the event belongs to, or ``live``.
+        data: The event itself.
     """
 
     _name_fields = ("id", "run")
@@ -395,7 +431,7 @@ class EventEnvelope(EventRecord, frozen=True, kw_only=True):
 
     @property
     def type(self) -> str:
-        """One of TYPES."""
+        """Name of the event type, a key of `EVENT_TYPES`."""
         return _EVENT_TYPE_NAMES[type(self.data)]
 
 
@@ -409,40 +445,44 @@ class _RawEnvelope(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 def render_event(event: EventEnvelope) -> bytes:
-    """Give an event as one line of JSON, without its end.
+    """Render an event as one line of JSON without a newline.
 
     Raises:
-        EventError: If it is larger than MAX_BYTES.
+        EventError: If the line exceeds `MAX_EVENT_BYTES`.
     """
     envelope = {
-        "v": EVENT_FORMAT_VERSION, "type": event.type, "id": event.id, "t_wall_ns": event.t_wall_ns, "run": event.run,
+        "v": EVENT_FORMAT_VERSION,
+        "type": event.type,
+        "id": event.id,
+        "t_wall_ns": event.t_wall_ns,
+        "run": event.run,
         "data": event.data,
-    }  # fmt: skip
+    }
     line = msgspec.json.encode(envelope)
     _check_event_size(line)
     return line
 
 
 def parse_event(line: bytes) -> EventEnvelope:
-    """Read an event.
+    """Parse an event.
 
     Raises:
-        EventError: If it is larger than MAX_BYTES, malformed, of another version or of an unknown type.
+        EventError: If the line exceeds `MAX_EVENT_BYTES`, is malformed, or has another version or an unknown type.
     """
     _check_event_size(line)
     try:
         envelope = msgspec.json.decode(line, type=_RawEnvelope)
         if envelope.v != EVENT_FORMAT_VERSION:
-            raise EventError(f"event: version {envelope.v}, this reader knows {EVENT_FORMAT_VERSION}")
+            raise EventError(f"event: version {envelope.v} is not supported; expected {EVENT_FORMAT_VERSION}")
         kind = EVENT_TYPES.get(envelope.type)
         if kind is None:
-            raise EventError(f"event: no type {envelope.type[:40]!r}; there are {', '.join(EVENT_TYPES)}")
+            raise EventError(f"event: unknown type {envelope.type[:40]!r}; expected one of {', '.join(EVENT_TYPES)}")
         data: Any = msgspec.json.decode(envelope.data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise EventError(f"event: {exc}; docs/formats/events.md says what one is") from exc
+        raise EventError(f"event: {exc}; see docs/formats/events.md for the format") from exc
     return EventEnvelope(id=envelope.id, t_wall_ns=envelope.t_wall_ns, run=envelope.run, data=data)
 
 
 def _check_event_size(line: bytes) -> None:
     if len(line) > MAX_EVENT_BYTES:
-        raise EventError(f"event: {len(line):,} bytes, at most {MAX_EVENT_BYTES:,}; send fewer bins or rows in each")
+        raise EventError(f"event: {len(line):,} bytes, at most {MAX_EVENT_BYTES:,}; send fewer bins or rows per event")

@@ -1,8 +1,9 @@
-"""When it would ring: delay, missed episodes and false alarms as an operator would live through them, and what was done by then."""
+"""Report section on alarms: detection delay, missed episodes, false alarms, and the impact before detection."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from phasewatch.evaluation import query
 from phasewatch.evaluation.detection import IMPACT_METRICS
@@ -12,9 +13,14 @@ from phasewatch.report.errors import EVALUATE_COMMAND, ReportContext
 from phasewatch.report.layout import ReportBlock, ReportSection, ReportTable, render_count, render_interval
 from phasewatch.training.predictions import NO_FILTER
 
-NO_ALARM_METRICS = "No operator's view in this run: it needs grids with labels, and a model with its validation."
-RECIPE_LABELS = {"held_out_host": "unseen host", "held_out_both": "unseen host and sample"}
-IMPACT_LABELS = {
+__all__ = ["build_alarm_section"]
+
+_RATE_METRICS = ("false_alarms_per_vm_hour", "soak_false_alarms_per_vm_hour")  # their note holds the VM-hours
+_NO_ALARM_METRICS = (
+    "This run has no alarm metrics. They need binned episodes with labels and model predictions on validation data."
+)
+_RECIPE_LABELS = {"held_out_host": "unseen host", "held_out_both": "unseen host and sample"}
+_IMPACT_LABELS = {
     "impact_bytes_written": "bytes written to disk",
     "impact_bytes_out": "bytes sent",
     "impact_new_flows": "new flows",
@@ -23,15 +29,15 @@ IMPACT_LABELS = {
 
 
 def build_alarm_section(told: ReportContext) -> ReportSection:
-    """Build the section from the operator's rows of the headline's model."""
+    """Build the section from the alarm metrics of the headline's model."""
     lead = (
-        "An alarm rings when infecting or active is likely enough in two of three windows. Each fold's threshold is "
-        "bought with a budget of one false alarm per VM-hour on its own validation and on the soak of other hosts; "
-        "what the tested host then does to it is what is shown."
+        "An alarm is raised when p(infecting) + p(active) exceeds a threshold in two of three consecutive windows. "
+        "Each fold fits its threshold for a budget of at most one false alarm per quiet VM-hour, on its validation "
+        "episodes and on the soak recordings of other hosts. The results below are measured on the test hosts."
     )
     return ReportSection(
         key="rings",
-        title="When it would ring",
+        title="Detection delay and false alarms",
         lead=lead,
         blocks=(_build_alarm_block(told), _build_budget_block(told), _build_impact_block(told)),
     )
@@ -47,67 +53,74 @@ def _select_rows(told: ReportContext, recipe: str, filter_: str = NO_FILTER) -> 
 
 def _build_alarm_block(told: ReportContext) -> ReportBlock:
     base = ReportBlock(
-        key="operator", title="Delay, misses and false alarms", command=EVALUATE_COMMAND, absent=NO_ALARM_METRICS
+        key="operator", title="Delay, misses and false alarms", command=EVALUATE_COMMAND, absent=_NO_ALARM_METRICS
     )
-    body, said = [], []
-    for recipe, words in RECIPE_LABELS.items():
-        for filter_, filtered in ((NO_FILTER, ""), ("phase", ", filtered")):
+    body, sentences = [], []
+    for recipe, words in _RECIPE_LABELS.items():
+        for filter_, filtered in ((NO_FILTER, ""), ("phase", ", with phase filter")):
             own = _select_rows(told, recipe, filter_)
             delay = query.find_overall_row(own, "delay_s")
             if delay is None:
                 continue
-            place = f"{words}{filtered}"
-            body += _list_measures(own, place)
+            body += _list_measures(own, f"{words}{filtered}")
             if recipe == DEFAULT_HEADLINE.recipe and filter_ == NO_FILTER:
-                said += _describe_alarms(own, delay)
+                sentences += _describe_alarms(own, delay)
     if not body:
         return base
-    columns = ("tested on", "measure", "value", "95 % interval", "rests on")
-    return ReportBlock(
-        key=base.key, title=base.title, command=EVALUATE_COMMAND, sentences=tuple(said), is_table_open=True,
+    columns = ("evaluated on", "metric", "value", "95 % interval", "sample size")
+    return replace(
+        base,
+        absent="",
+        sentences=tuple(sentences),
+        is_table_open=True,
         table=ReportTable(columns=columns, numeric=(False, False, True, False, False), rows=tuple(body)),
-    )  # fmt: skip
+    )
 
 
 def _list_measures(own: Sequence[MetricRow], place: str) -> list[tuple[str, ...]]:
     names = (
-        ("delay_s", "median delay, a miss counting as never", "{:.0f} s"),
-        ("miss_rate", "episodes missed", "{:.0%}"),
-        ("false_alarms_per_vm_hour", "false alarms per VM-hour, test", "{:.1f}"),
-        ("soak_false_alarms_per_vm_hour", "false alarms per VM-hour, soak", "{:.1f}"),
+        ("delay_s", "median detection delay (missed episodes count as infinite)", "{:.0f} s"),
+        ("miss_rate", "miss rate (share of episodes with an onset)", "{:.0%}"),
+        ("false_alarms_per_vm_hour", "false alarms per quiet VM-hour, test episodes", "{:.1f}"),
+        ("soak_false_alarms_per_vm_hour", "false alarms per quiet VM-hour, soak recordings", "{:.1f}"),
     )
     body: list[tuple[str, ...]] = []
     for metric, words, form in names:
         row = query.find_overall_row(own, metric)
         if row is None:
             if metric.startswith("soak"):
-                body.append((place, words, "–", "no soak episode of the tested hosts", "–"))
+                body.append((place, words, "–", "no soak recording of the test hosts", "–"))
             continue
         value = "–" if row.value is None else form.format(row.value)
         ends = "none" if row.low is None or row.high is None else f"[{form.format(row.low)}, {form.format(row.high)}]"
-        why = row.note if row.note and (row.low is None or row.code is NoteCode.FALSE_ALARM_COUNT) else ""
-        body.append(
-            (place, words, value, ends, "; ".join(w for w in (render_count(row.n_episodes, "episode"), why) if w))
-        )
+        note = row.note if row.note and (row.low is None or row.code is NoteCode.FALSE_ALARM_COUNT) else ""
+        size = render_count(row.n_episodes, "episode")
+        body.append((place, words, value, ends, f"{size}; {note}" if note else size))
     return body
 
 
 def _describe_alarms(own: Sequence[MetricRow], delay: MetricRow) -> list[str]:
-    missed, false = (
+    missed, false_rate = (
         query.find_overall_row(own, "miss_rate"),
         query.find_overall_row(own, "false_alarms_per_vm_hour"),
     )
-    said = []
+    sentences = []
     if missed is not None and missed.value is not None:
         n = round(missed.value * missed.n_episodes)
-        said.append(f"On an unseen host {n} of {render_count(missed.n_episodes, 'episode')} with an onset were missed.")
-    if delay.value is not None:
-        said.append(f"Half of all were caught within {delay.value:.0f} s of their onset {_render_seconds(delay)}.")
-    if false is not None and false.value is not None:
-        said.append(
-            f"The budget of one false alarm per VM-hour became {false.value:.1f} {render_interval(false)} on the test: {false.note}."
+        sentences.append(
+            f"On unseen hosts the alarm missed {n} of {render_count(missed.n_episodes, 'episode')} with an onset."
         )
-    return said
+    if delay.value is not None:
+        sentences.append(
+            f"Median detection delay: {delay.value:.0f} s after the onset {_render_seconds(delay)}; missed episodes "
+            "count as infinite."
+        )
+    if false_rate is not None and false_rate.value is not None:
+        sentences.append(
+            f"Measured false alarms on the test episodes: {false_rate.value:.1f} {render_interval(false_rate)} per "
+            f"quiet VM-hour ({false_rate.note}), with a threshold fitted for at most one."
+        )
+    return sentences
 
 
 def _render_seconds(row: MetricRow) -> str:
@@ -116,25 +129,29 @@ def _render_seconds(row: MetricRow) -> str:
 
 def _build_budget_block(told: ReportContext) -> ReportBlock:
     base = ReportBlock(
-        key="delay-curve", title="Delay against budget", command=EVALUATE_COMMAND, absent=NO_ALARM_METRICS
+        key="delay-curve", title="Delay against false-alarm budget", command=EVALUATE_COMMAND, absent=_NO_ALARM_METRICS
     )
     own = _select_rows(told, DEFAULT_HEADLINE.recipe)
     points = [r for r in select_rows(own, "delay_s_at_budget") if r.bin is not None]
     if not points:
         return base
-    false = {r.bin: r for r in select_rows(own, "false_alarms_per_vm_hour_at_budget")}
+    false_rates = {r.bin: r for r in select_rows(own, "false_alarms_per_vm_hour_at_budget")}
     missed = {(r.bin, r.profile): r for r in select_rows(own, "miss_rate_at_budget")}
     profiles: list[str | None] = list(dict.fromkeys(r.profile for r in points))
 
-    def words(r: MetricRow) -> str:
-        lost = missed.get((r.bin, r.profile))
-        share = "" if lost is None or lost.value is None else f", {lost.value:.0%} of {r.n_episodes} missed"
+    def hover_text(r: MetricRow) -> str:
+        miss_rate = missed.get((r.bin, r.profile))
+        share = (
+            ""
+            if miss_rate is None or miss_rate.value is None
+            else f", {miss_rate.value:.0%} of {r.n_episodes} episodes missed"
+        )
         return f"budget {r.bin:g}: {'more than half missed' if r.value is None else f'{r.value:.0f} s'}{share}"
 
     lines = tuple(
         charts.CurveLine(
             name=profile or "all profiles",
-            points=tuple((r.bin, r.value, words(r)) for r in points if r.profile == profile and r.bin is not None),
+            points=tuple((r.bin, r.value, hover_text(r)) for r in points if r.profile == profile and r.bin is not None),
         )
         for profile in profiles
     )
@@ -143,30 +160,39 @@ def _build_budget_block(told: ReportContext) -> ReportBlock:
             f"{r.bin:g}",
             r.profile or "all",
             "more than half missed" if r.value is None else f"{r.value:.0f} s",
-            f"{lost.value:.0%}" if (lost := missed.get((r.bin, r.profile))) and lost.value is not None else "–",
-            f"{came.value:.1f}" if r.profile is None and (came := false.get(r.bin)) and came.value is not None else "–",
+            _render_optional(missed.get((r.bin, r.profile)), "{:.0%}"),
+            _render_optional(false_rates.get(r.bin) if r.profile is None else None, "{:.1f}"),
             f"{r.n_episodes}",
         )
         for r in points
     )
-    return ReportBlock(
-        key=base.key,
-        title=base.title,
+    return replace(
+        base,
+        absent="",
         sentences=(
-            "Median delay at each budget; a line breaks off where more than half of its episodes are missed.",
-            "The budget is what was allowed on validation; the table says what the unseen hosts made of it.",
+            "Median detection delay at each false-alarm budget. A line ends where more than half of its episodes are "
+            "missed.",
+            "The budget is the rate allowed on validation data; the table shows the rate measured on the test hosts.",
         ),
-        figure=charts.draw_curve(lines, x="budget: false alarms per VM-hour", y="median delay, s", origin=told.origin),
+        figure=charts.draw_curve(
+            lines, x="budget: false alarms per quiet VM-hour", y="median delay, s", origin=told.origin
+        ),
         table=ReportTable(
-            columns=("budget", "profile", "median delay", "missed", "false alarms per VM-hour that came", "episodes"),
-            numeric=(True, False, True, True, True, True), rows=body,
+            columns=("budget", "profile", "median delay", "miss rate", "measured false alarms per VM-hour", "episodes"),
+            numeric=(True, False, True, True, True, True),
+            rows=body,
         ),
-        command=EVALUATE_COMMAND,
-    )  # fmt: skip
+    )
+
+
+def _render_optional(row: MetricRow | None, form: str) -> str:
+    return "–" if row is None or row.value is None else form.format(row.value)
 
 
 def _build_impact_block(told: ReportContext) -> ReportBlock:
-    base = ReportBlock(key="damage", title="What was done by then", command=EVALUATE_COMMAND, absent=NO_ALARM_METRICS)
+    base = ReportBlock(
+        key="damage", title="Impact before detection", command=EVALUATE_COMMAND, absent=_NO_ALARM_METRICS
+    )
     own = _select_rows(told, DEFAULT_HEADLINE.recipe)
     found = [
         (name, unit, row)
@@ -176,21 +202,21 @@ def _build_impact_block(told: ReportContext) -> ReportBlock:
     if not found:
         return base
     body = tuple(
-        (IMPACT_LABELS[name], _render_amount(row.value, unit), _render_amount_interval(row, unit), f"{row.n_episodes}")
+        (_IMPACT_LABELS[name], _render_amount(row.value, unit), _render_amount_interval(row, unit), f"{row.n_episodes}")
         for name, unit, row in found
     )
-    return ReportBlock(
-        key=base.key,
-        title=base.title,
+    return replace(
+        base,
+        absent="",
         sentences=(
-            "Median over episodes with an onset, from host-side channels, from onset to the alarm; of a missed episode all "
-            "until its recording ended, so a lower bound. The machine's own life is in it.",
+            "Activity of the VM between the onset and the alarm, measured by host-side channels; median over episodes "
+            "with an onset. A missed episode counts up to the end of its recording, which is a lower bound. The benign "
+            "load of the VM is included.",
         ),
         table=ReportTable(
-            columns=("measure", "median", "95 % interval", "episodes"), numeric=(False, True, False, True), rows=body
+            columns=("metric", "median", "95 % interval", "episodes"), numeric=(False, True, False, True), rows=body
         ),
         is_table_open=True,
-        command=EVALUATE_COMMAND,
     )
 
 
@@ -201,7 +227,7 @@ def _render_amount_interval(row: MetricRow, unit: str) -> str:
 
 
 def _render_amount(value: float | None, unit: str) -> str:
-    """Give `1.9 MB`, `4 flows`, `12 s`."""
+    """Render an amount with its unit: `1.9 MB`, `4 flows`, `12 s`."""
     if value is None:
         return "–"
     for size, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):

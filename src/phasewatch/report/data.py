@@ -1,4 +1,4 @@
-"""The files of a run become plain values; a file that is absent or broken becomes a sentence, and the rest goes on."""
+"""Parse the files of a run into the plain values that the report needs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,35 @@ from phasewatch.dataset import SplitIndex
 from phasewatch.errors import RunError
 from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricTable
 from phasewatch.report.charts import RibbonWindow
+from phasewatch.report.layout import render_count
 from phasewatch.splits import Fold, FoldCoverage
 from phasewatch.training.predictions import PROBABILITY_COLUMNS
 from phasewatch.types import BIN_NS, WINDOW_BINS, SourceKind
 
-BUNDLE_STATUSES = ("accepted", "used", "degraded", "rejected", "errored")
+__all__ = [
+    "COMMAND_BY_FILE",
+    "PREDICTION_COLUMNS",
+    "ROW_COUNT_COLUMNS",
+    "VALIDATION_COLUMNS",
+    "AccountingStage",
+    "BundleCounts",
+    "EpisodeRibbon",
+    "HeadlinePredictions",
+    "HeadlineWindows",
+    "ReportData",
+    "SchemaSummary",
+    "choose_episodes",
+    "count_test_episodes",
+    "describe_origin",
+    "find_stale_inputs",
+    "parse_accounting",
+    "parse_predictions",
+    "parse_schema",
+    "parse_validation",
+    "select_headline_windows",
+]
+
+_BUNDLE_STATUSES = ("accepted", "used", "degraded", "rejected", "errored")
 COMMAND_BY_FILE = {
     METRICS_FILE: "evaluate",
     PREDICTIONS_FILE: "train",
@@ -45,16 +69,19 @@ PREDICTION_COLUMNS = (
     *PROBABILITY_COLUMNS,
 )
 VALIDATION_COLUMNS = ("host_id", "origin", "role", "status", "reasons", "started_wall_ns", "duration_s")
-ROW_COUNT_COLUMNS = tuple(f"rows_{source}" for source in SourceKind)  # quoted where they are there
+ROW_COUNT_COLUMNS = tuple(f"rows_{source}" for source in SourceKind)  # optional columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HeadlinePredictions:
-    """Test windows of the headline's recipe and threat model, as columns of one length.
+    """Test windows of the headline's split and channel set, as columns of length n.
 
     Attributes:
-        p: ``(n, 5)`` probabilities in the order of PHASES.
-        agent: `on` where the guest agent ran, else `off`.
+        agent: `on` if the guest agent ran in the episode, else `off`.
+        seed: ``(n,)`` int64 seed of the model.
+        t_center_ns: ``(n,)`` int64 centre of the window, nanoseconds since the epoch.
+        y_true, y_pred: ``(n,)`` int64 codes of the true and of the predicted phase.
+        p: ``(n, 5)`` float64 probabilities in the order of PHASES.
     """
 
     model: Sequence[str]
@@ -73,13 +100,13 @@ class HeadlinePredictions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleCounts:
-    """What the validator wrote, counted.
+    """Counts over the table of validated bundles.
 
     Attributes:
-        by_status, by_reason, by_origin: Bundles of each; a bundle counts under each of its reasons.
-        hosts: Those of usable lab episodes.
-        span_days: From the first usable episode's start to the last one's end; None when unknown.
-        rows_per_s: Rows of each source a second, over the usable episodes that have it.
+        by_status, by_reason, by_origin: Number of bundles; a bundle counts once for each of its reasons.
+        hosts: Hosts of the usable lab episodes.
+        span_days: Days from the start of the first usable episode to the end of the last; None if unknown.
+        rows_per_s: Rows per second of each source, over the usable episodes that have the source.
     """
 
     total: int
@@ -93,7 +120,7 @@ class BundleCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccountingStage:
-    """One stage of the ledger: bundles by status, rows by what became of them."""
+    """One stage of the data accounting: bundles by outcome, and rows in, used and lost."""
 
     name: str
     bundles_in: int | None
@@ -105,7 +132,7 @@ class AccountingStage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchemaSummary:
-    """What the models were given, as far as the page quotes it."""
+    """The parts of the feature schema that the report quotes."""
 
     schema_hash: str
     behaviour_fingerprint: str
@@ -115,7 +142,7 @@ class SchemaSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ReportData:
-    """All that a run has to say; what is None or empty was absent or broken, and `notes` says which and why."""
+    """The data of a run; missing or unreadable parts are None or empty, and `notes` gives the reasons."""
 
     metrics: MetricTable | None
     predictions: HeadlinePredictions | None
@@ -130,51 +157,53 @@ class ReportData:
 
 
 def parse_predictions(table: Any) -> HeadlinePredictions:
-    """Read the columns of an arrow table of predictions.
+    """Parse an arrow table of predictions.
 
-    Rows that no picture can show are passed over: a phase that nobody knows or that there is none of, a probability
-    that is no number. The evaluation names the models that have some.
+    Rows with an unknown or invalid phase or a non-finite probability are skipped; the evaluation lists the models that
+    have such rows.
 
     Raises:
-        RunError: If a column is absent or of another type.
+        RunError: If a column is missing or has another type.
     """
     _check_columns(table, PREDICTION_COLUMNS, PREDICTIONS_FILE)
     try:
         labels = np.stack([np.asarray(table.column(name).to_numpy(), np.int64) for name in ("y_true", "y_pred")])
-        heard = np.stack([np.asarray(table.column(name).to_numpy(), np.float64) for name in PROBABILITY_COLUMNS])
+        probabilities = np.stack(
+            [np.asarray(table.column(name).to_numpy(), np.float64) for name in PROBABILITY_COLUMNS]
+        )
         is_phase = ((labels >= 0) & (labels < len(PROBABILITY_COLUMNS))).all(axis=0)
-        table = table.take(np.flatnonzero(is_phase & np.isfinite(heard).all(axis=0)))
+        table = table.take(np.flatnonzero(is_phase & np.isfinite(probabilities).all(axis=0)))
 
         def numbers(name: str) -> NDArray[np.int64]:
             return np.asarray(table.column(name).to_numpy(), np.int64)
 
-        def words(name: str) -> tuple[str, ...]:
+        def texts(name: str) -> tuple[str, ...]:
             return tuple("" if v is None else str(v) for v in table.column(name).to_pylist())
 
         p = [np.asarray(table.column(name).to_numpy(), np.float64) for name in PROBABILITY_COLUMNS]
         return HeadlinePredictions(
-            model=words("model"),
+            model=texts("model"),
             seed=numbers("seed"),
-            agent=words("agent"),
-            episode_id=words("episode_id"),
-            host_id=words("host_id"),
-            profile=words("profile"),
-            sample_name=words("sample_name"),
-            origin=words("origin"),
+            agent=texts("agent"),
+            episode_id=texts("episode_id"),
+            host_id=texts("host_id"),
+            profile=texts("profile"),
+            sample_name=texts("sample_name"),
+            origin=texts("origin"),
             t_center_ns=numbers("t_center_ns"),
             y_true=numbers("y_true"),
             y_pred=numbers("y_pred"),
             p=np.stack(p, axis=1),
         )
     except (TypeError, ValueError) as exc:
-        raise RunError(f"{PREDICTIONS_FILE}: {exc}; make it again with `phasewatch train RUN`") from exc
+        raise RunError(f"{PREDICTIONS_FILE}: {exc}; write it again with `phasewatch train RUN`") from exc
 
 
 def parse_validation(table: Any) -> BundleCounts:
-    """Count what the validator wrote.
+    """Count the bundles of an arrow table of validation results by status, reason and origin.
 
     Raises:
-        RunError: If a column is absent.
+        RunError: If a column is missing.
     """
     _check_columns(table, VALIDATION_COLUMNS, VALIDATION_FILE)
     rows = table.to_pylist()
@@ -196,16 +225,16 @@ def parse_validation(table: Any) -> BundleCounts:
 
 def _compute_row_rates(usable: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
     for source in SourceKind:
-        own = [r for r in usable if r.get(f"rows_{source}") and r["duration_s"]]
-        if own:
-            yield str(source), sum(r[f"rows_{source}"] for r in own) / sum(r["duration_s"] for r in own)
+        having = [r for r in usable if r.get(f"rows_{source}") and r["duration_s"]]
+        if having:
+            yield str(source), sum(r[f"rows_{source}"] for r in having) / sum(r["duration_s"] for r in having)
 
 
 def parse_schema(data: bytes) -> SchemaSummary:
-    """Read what the page quotes of `feature_schema_v1.json`.
+    """Parse the parts of `feature_schema_v1.json` that the report quotes.
 
     Raises:
-        RunError: If it is not that file.
+        RunError: If the data is not a feature schema.
     """
     try:
         raw = msgspec.json.decode(data)
@@ -217,21 +246,23 @@ def parse_schema(data: bytes) -> SchemaSummary:
             n_host_channels=sum(1 for c in channels if c["trust"] == "host"),
         )
     except (msgspec.DecodeError, KeyError, TypeError) as exc:
-        raise RunError(f"{FEATURE_SCHEMA_FILE}: {exc!r}; make it again with `phasewatch features RUN`") from exc
+        raise RunError(f"{FEATURE_SCHEMA_FILE}: {exc!r}; write it again with `phasewatch features RUN`") from exc
 
 
 def parse_accounting(data: bytes) -> tuple[AccountingStage, ...]:
-    """Read `ledger.json`.
+    """Parse `ledger.json`, the data accounting of a run.
 
     Raises:
-        RunError: If it is not that file.
+        RunError: If the data is not a data accounting file.
     """
     try:
         raw = msgspec.json.decode(data)
-        found = raw.get("stages", raw)
-        return tuple(_parse_stage(name, entry) for name, entry in found.items() if isinstance(entry, dict))
+        stages = raw.get("stages", raw)
+        return tuple(_parse_stage(name, entry) for name, entry in stages.items() if isinstance(entry, dict))
     except (msgspec.DecodeError, AttributeError, KeyError, TypeError, ValueError) as exc:
-        raise RunError(f"{ACCOUNTING_FILE}: {exc!r}; make it again with `phasewatch validate STORE --out RUN`") from exc
+        raise RunError(
+            f"{ACCOUNTING_FILE}: {exc!r}; write it again with `phasewatch validate STORE --out RUN`"
+        ) from exc
 
 
 def _parse_stage(name: str, entry: dict[str, Any]) -> AccountingStage:
@@ -239,7 +270,7 @@ def _parse_stage(name: str, entry: dict[str, Any]) -> AccountingStage:
     return AccountingStage(
         name=name,
         bundles_in=entry.get("in"),
-        outcomes=tuple((status, int(entry[status])) for status in BUNDLE_STATUSES if entry.get(status) is not None),
+        outcomes=tuple((status, int(entry[status])) for status in _BUNDLE_STATUSES if entry.get(status) is not None),
         rows_in=entry.get("rows_in"),
         rows_used=entry.get("rows_used"),
         rows_lost=tuple(sorted((str(reason), int(n)) for reason, n in lost.items())),
@@ -247,20 +278,25 @@ def _parse_stage(name: str, entry: dict[str, Any]) -> AccountingStage:
 
 
 def find_stale_inputs(metrics: MetricTable, digests: Mapping[str, str]) -> tuple[str, ...]:
-    """Name the inputs that have changed since the metrics were computed from them; of splits, which are many, how many."""
+    """List the input files that changed since the metrics were computed; changed splits are counted.
+
+    Args:
+        metrics: The metrics with the digests of their inputs.
+        digests: SHA-256 digests of the present files by name.
+
+    Returns:
+        One sentence per changed input.
+    """
     changed = [n for n, digest in sorted(metrics.inputs.items()) if n in digests and digests[n] != digest]
-    cuts = [name for name in changed if name.startswith("splits/")]
-    others = [f"another {name} than the one" for name in changed if name not in cuts]
-    if cuts:
-        others.append(f"other splits ({len(cuts)}, {cuts[0]} is the first) than those")
-    return tuple(
-        f"{METRICS_FILE} was computed from {what} in this folder: run `phasewatch evaluate RUN` again."
-        for what in others
-    )
+    splits = [name for name in changed if name.startswith("splits/")]
+    stale = [f"another version of {name}" for name in changed if name not in splits]
+    if splits:
+        stale.append(f"other versions of {render_count(len(splits), 'split')} (first: {splits[0]})")
+    return tuple(f"{METRICS_FILE} was computed from {what}: run `phasewatch evaluate RUN` again." for what in stale)
 
 
 def count_test_episodes(folds: Sequence[Fold]) -> tuple[FoldCoverage, ...]:
-    """Add up the test episodes of each host × profile over the headline recipe's folds; other counts are left at 0."""
+    """Sum the test episodes of each host and profile over the folds of the headline's split; other counts are 0."""
     tested: Counter[tuple[str, str]] = Counter()
     for fold in folds:
         if fold.recipe == DEFAULT_HEADLINE.recipe:
@@ -277,18 +313,18 @@ def _count_values(values: Any) -> tuple[tuple[str, int], ...]:
 
 
 def _check_columns(table: Any, columns: Sequence[str], file: str) -> None:
-    absent = [c for c in columns if c not in table.column_names]
-    if absent:
-        made = COMMAND_BY_FILE[file]
-        raise RunError(f"{file}: lacks the column {', '.join(absent)}; make it again with `phasewatch {made} RUN`")
+    missing = [c for c in columns if c not in table.column_names]
+    if missing:
+        command = COMMAND_BY_FILE[file]
+        raise RunError(f"{file}: missing column {', '.join(missing)}; write it again with `phasewatch {command} RUN`")
 
 
-HALF_WINDOW_S = WINDOW_BINS * BIN_NS / 2e9
+_HALF_WINDOW_S = WINDOW_BINS * BIN_NS / 2e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpisodeRibbon:
-    """One episode chosen for a ribbon."""
+    """One episode shown window by window; `rank` is its position by accuracy."""
 
     rank: str
     episode_id: str
@@ -300,7 +336,11 @@ class EpisodeRibbon:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HeadlineWindows:
-    """The test windows behind the headline: one model, its first seed, agent off where such episodes exist."""
+    """Test windows of one model: its first seed, and episodes without the guest agent if there are any.
+
+    Attributes:
+        indices: ``(m,)`` int64 row numbers in `predictions`.
+    """
 
     predictions: HeadlinePredictions
     indices: NDArray[np.intp]
@@ -308,7 +348,7 @@ class HeadlineWindows:
     agent_off: bool
 
     def count_episodes(self) -> dict[tuple[str, str], int]:
-        """Count episodes of each (host, profile)."""
+        """Return the number of episodes by host and profile."""
         p = self.predictions
         return dict(
             Counter((h, prof) for h, prof, _ in {(p.host_id[i], p.profile[i], p.episode_id[i]) for i in self.indices})
@@ -316,12 +356,12 @@ class HeadlineWindows:
 
 
 def select_headline_windows(predictions: HeadlinePredictions, model: str) -> HeadlineWindows | None:
-    """Take the windows that the headline rests on, or None where the model has none."""
-    of_model = np.asarray([m == model for m in predictions.model], np.bool_)
-    if not of_model.any():
+    """Select the test windows of a model, or return None if it has none."""
+    is_model = np.asarray([m == model for m in predictions.model], np.bool_)
+    if not is_model.any():
         return None
-    seeds = np.unique(predictions.seed[of_model])
-    first = of_model & (predictions.seed == seeds[0])
+    seeds = np.unique(predictions.seed[is_model])
+    first = is_model & (predictions.seed == seeds[0])
     off = first & np.asarray([a == DEFAULT_HEADLINE.agent for a in predictions.agent], np.bool_)
     chosen = off if off.any() else first
     return HeadlineWindows(
@@ -332,41 +372,43 @@ def select_headline_windows(predictions: HeadlinePredictions, model: str) -> Hea
     )
 
 
-def choose_episodes(of: HeadlineWindows) -> tuple[EpisodeRibbon, ...]:
-    """Choose the best, the median and the worst episode by windows right, of those whose phase changes if there are three.
+def choose_episodes(windows: HeadlineWindows) -> tuple[EpisodeRibbon, ...]:
+    """Choose the best, the median and the worst episode by accuracy.
 
-    An episode that is clean from end to end shows little; of two or one only what there is.
+    Only episodes with more than one phase are ranked if there are at least three of them. With fewer than three
+    episodes, all are returned.
     """
-    p = of.predictions
+    p = windows.predictions
     by_episode: dict[str, list[int]] = {}
-    for i in of.indices:
+    for i in windows.indices:
         by_episode.setdefault(p.episode_id[i], []).append(int(i))
-    moving = {e: rows for e, rows in by_episode.items() if len({int(p.y_true[i]) for i in rows}) > 1}
-    by_episode = moving if len(moving) >= 3 else by_episode
+    changing = {e: rows for e, rows in by_episode.items() if len({int(p.y_true[i]) for i in rows}) > 1}
+    by_episode = changing if len(changing) >= 3 else by_episode
     ranked = sorted(by_episode, key=lambda e: (-float(np.mean(p.y_true[by_episode[e]] == p.y_pred[by_episode[e]])), e))
-    places = {0: "only"} if len(ranked) == 1 else {0: "best", len(ranked) // 2: "median", len(ranked) - 1: "worst"}
+    ranks = {0: "only"} if len(ranked) == 1 else {0: "best", len(ranked) // 2: "median", len(ranked) - 1: "worst"}
     if len(ranked) == 2:
-        places = {0: "better of two", 1: "worse of two"}
-    return tuple(_build_ribbon(of, ranked[k], by_episode[ranked[k]], rank) for k, rank in sorted(places.items()))
+        ranks = {0: "better of two", 1: "worse of two"}
+    return tuple(_build_ribbon(windows, ranked[k], by_episode[ranked[k]], rank) for k, rank in sorted(ranks.items()))
 
 
-def describe_origin(of: HeadlineWindows | None, bundles: BundleCounts | None) -> str:
-    """Say whether the numbers come from real machines: of the test episodes, else of all usable bundles."""
-    found: Sequence[tuple[str, int]] = ()
-    if of is not None:
-        pairs = {(of.predictions.origin[i], of.predictions.episode_id[i]) for i in of.indices}
-        found = sorted(Counter(origin for origin, _ in pairs).items())
+def describe_origin(windows: HeadlineWindows | None, bundles: BundleCounts | None) -> str:
+    """Render the origin (recorded or simulated) of the test episodes; without any, of all usable bundles."""
+    counts: Sequence[tuple[str, int]] = ()
+    if windows is not None:
+        p = windows.predictions
+        pairs = {(p.origin[i], p.episode_id[i]) for i in windows.indices}
+        counts = sorted(Counter(origin for origin, _ in pairs).items())
     elif bundles is not None:
-        found = bundles.by_origin
-    if not found:
+        counts = bundles.by_origin
+    if not counts:
         return "origin unknown"
-    if len(found) == 1:
-        return found[0][0] or "origin unknown"
-    return " + ".join(f"{n} {origin or 'of unknown origin'}" for origin, n in found)
+    if len(counts) == 1:
+        return counts[0][0] or "origin unknown"
+    return " + ".join(f"{n} {origin or 'of unknown origin'}" for origin, n in counts)
 
 
-def _build_ribbon(of: HeadlineWindows, episode_id: str, rows: Sequence[int], rank: str) -> EpisodeRibbon:
-    p = of.predictions
+def _build_ribbon(windows: HeadlineWindows, episode_id: str, rows: Sequence[int], rank: str) -> EpisodeRibbon:
+    p = windows.predictions
     ordered = sorted(rows, key=lambda i: int(p.t_center_ns[i]))
     start_ns = int(p.t_center_ns[ordered[0]])
     return EpisodeRibbon(
@@ -377,7 +419,7 @@ def _build_ribbon(of: HeadlineWindows, episode_id: str, rows: Sequence[int], ran
         sample_name=p.sample_name[ordered[0]],
         windows=tuple(
             RibbonWindow(
-                t_s=(int(p.t_center_ns[i]) - start_ns) / 1e9 + HALF_WINDOW_S,
+                t_s=(int(p.t_center_ns[i]) - start_ns) / 1e9 + _HALF_WINDOW_S,
                 truth=int(p.y_true[i]),
                 decided=int(p.y_pred[i]),
                 p=tuple(float(v) for v in p.p[i]),

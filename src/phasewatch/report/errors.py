@@ -1,4 +1,4 @@
-"""Where a model fails: by phase, profile and host, what it takes for what, and three episodes window by window."""
+"""Report section on error analysis: scores by phase, profile, host and sample, confusion matrix, three episodes."""
 
 from __future__ import annotations
 
@@ -24,21 +24,26 @@ from phasewatch.report.layout import (
 from phasewatch.splits import Fold
 from phasewatch.types import PHASES, STRIDE_S
 
-EVALUATE_COMMAND = "phasewatch evaluate RUN && phasewatch report RUN"
-NO_METRICS = f"No row for this in {METRICS_FILE}; `phasewatch evaluate RUN` writes them."
-NO_WINDOWS = f"No test window of the headline's model in {PREDICTIONS_FILE}; `phasewatch train RUN` writes them."
+__all__ = ["EVALUATE_COMMAND", "NO_METRICS", "ReportContext", "build_error_section"]
 
-_CLASSES_NOTE = "Each number is over the phases that occur there."
+EVALUATE_COMMAND = "phasewatch evaluate RUN && phasewatch report RUN"
+NO_METRICS = f"{METRICS_FILE} has no row for this; `phasewatch evaluate RUN` computes it."
+_NO_WINDOWS = (
+    f"{PREDICTIONS_FILE} has no test window of the headline's model; `phasewatch train RUN` writes the predictions."
+)
+
+_CLASSES_NOTE = "Each score covers the phases that occur in the group."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ReportContext:
-    """What the sections share, looked up once.
+    """Data that all sections use.
 
     Attributes:
-        rows: The headline's recipe, table and filter; `all_rows` has the paired gaps too.
-        model: The model that the page is about, None where no row names one.
-        windows: Its scored test windows, None where there are none.
+        rows: Metric rows of the headline's split, input and filter; `all_rows` holds all others too.
+        model: Name of the model that the report is about; None if no row names one.
+        windows: Test windows of that model; None without any.
+        origin: Origin of the episodes: recorded, simulated or both.
     """
 
     rows: tuple[MetricRow, ...]
@@ -49,7 +54,7 @@ class ReportContext:
 
 
 def build_error_section(told: ReportContext, folds: Sequence[Fold]) -> ReportSection:
-    """Build the section from the headline's rows and windows."""
+    """Build the section from the rows and test windows of the headline's model."""
     labels = [str(p) for p in PHASES]
     blocks = [_build_group_block(told, "class", "By phase", "phase", labels)]
     profiles, hosts = _find_group_names(told, "profile"), _find_group_names(told, "host_id")
@@ -58,14 +63,14 @@ def build_error_section(told: ReportContext, folds: Sequence[Fold]) -> ReportSec
     blocks += [_build_sample_block(told), _build_host_profile_block(told, folds)]
     blocks.append(_build_confusion_block(told))
     if told.windows is None:
-        blocks.append(ReportBlock(key="ribbons", title="Three episodes", absent=NO_WINDOWS, command=EVALUATE_COMMAND))
+        blocks.append(ReportBlock(key="ribbons", title="Three episodes", absent=_NO_WINDOWS, command=EVALUATE_COMMAND))
     else:
         blocks += [_build_ribbon_block(told, told.windows, shown) for shown in choose_episodes(told.windows)]
-    return ReportSection(key="fails", title="Where it fails", blocks=tuple(blocks))
+    return ReportSection(key="fails", title="Error analysis", blocks=tuple(blocks))
 
 
 def _find_group_names(told: ReportContext, key: str) -> list[str]:
-    """Name the groups that have rows, and with them the profiles that the evaluation lists as untested."""
+    """Return the groups that have rows, sorted, with the profiles that the evaluation lists as untested."""
     own = {str(getattr(r, key)) for r in told.rows if r.model == told.model and getattr(r, key) is not None}
     untested = {r.profile for r in told.rows if key == "profile" and r.metric == "untested_profile" and r.profile}
     return sorted(own | untested)
@@ -73,8 +78,9 @@ def _find_group_names(told: ReportContext, key: str) -> list[str]:
 
 def _build_group_block(told: ReportContext, key: str, title: str, field: str, names: list[str]) -> ReportBlock:
     metric = query.choose_group_metric(told.rows, model=told.model, by=(field,)) if told.model else None
+    base = ReportBlock(key=f"by-{key}", title=title, command=EVALUATE_COMMAND)
     if told.model is None or metric is None:
-        return ReportBlock(key=f"by-{key}", title=title, absent=NO_METRICS, command=EVALUATE_COMMAND)
+        return replace(base, absent=NO_METRICS)
     words = query.METRIC_LABELS[metric]
     own = [(n, query.find_score(told.rows, metric, model=told.model, **{field: n})) for n in names]
     series, table = [], []
@@ -87,22 +93,21 @@ def _build_group_block(told: ReportContext, key: str, title: str, field: str, na
                 )
             )
             table += [(n, f"{words}, {query.render_model_name(model)}", row) for n, row in found]
-    return ReportBlock(
-        key=f"by-{key}",
-        title=title,
+    return replace(
+        base,
         sentences=(
+            f"{words[0].upper()}{words[1:]} of {told.model} on unseen hosts, with the elapsed-time baseline.",
             *((_CLASSES_NOTE,) if metric == "macro_f1" else ()),
             *_describe_range(words, own),
             *(_describe_host_spread(told) if field == "host_id" else ()),
         ),
         figure=charts.draw_intervals(series, title=words, origin=told.origin),
         table=build_metric_table(table),
-        command=EVALUATE_COMMAND,
     )
 
 
 def _describe_host_spread(told: ReportContext) -> tuple[str, ...]:
-    """Say what can be said of the spread between hosts: an interval from twenty on, else points only."""
+    """Describe the mean over hosts; without an interval (fewer than twenty hosts) give the reason."""
     row = query.find_overall_row(
         told.rows,
         "macro_f1_mean_of_hosts",
@@ -113,36 +118,40 @@ def _describe_host_spread(told: ReportContext) -> tuple[str, ...]:
     if row is None or row.value is None:
         return ()
     if row.low is not None and row.high is not None:
-        return (f"Over hosts the mean is {row.value:.2f} [{row.low:.2f}, {row.high:.2f}].",)
-    return (f"Of the spread between hosts nothing but these points is claimed: {row.note}.",)
+        return (f"Mean over hosts: {row.value:.2f} [{row.low:.2f}, {row.high:.2f}].",)
+    return (f"No interval for the variance between hosts: {row.note}.",)
 
 
 def _build_sample_block(told: ReportContext) -> ReportBlock:
-    """List every sample's score: names are unique within a profile only."""
+    """List the score of every sample with its profile, because sample names are unique within a profile only."""
     found = [
         r for r in select_rows(told.rows, "macro_f1", model=told.model, channel_set=DEFAULT_HEADLINE.channel_set, agent=DEFAULT_HEADLINE.agent)
         if r.sample_name is not None
     ]  # fmt: skip
+    base = ReportBlock(key="by-sample", title="By sample", command=EVALUATE_COMMAND)
     if not found:
-        return ReportBlock(key="by-sample", title="By sample", absent=NO_METRICS, command=EVALUATE_COMMAND)
+        return replace(base, absent=NO_METRICS)
     ranked = sorted(found, key=lambda r: (r.value or 0.0, r.profile or "", r.sample_name or ""))
     table = build_metric_table([(f"{r.profile}, {r.sample_name}", "macro-F1", r) for r in ranked])
-    said = ("Weakest first. A sample is a few episodes: a place to look, not a number to quote.",)
-    return ReportBlock(key="by-sample", title="By sample", sentences=said, table=table, command=EVALUATE_COMMAND)
+    sentences = (
+        f"Macro-F1 of {told.model} by sample, lowest score first. Each sample has only a few episodes, so single scores "
+        "are uncertain.",
+    )
+    return replace(base, sentences=sentences, table=table)
 
 
 def _describe_range(words: str, found: list[tuple[str, MetricRow | None]]) -> tuple[str, ...]:
     known = sorted((row.value, name) for name, row in found if row is not None and row.value is not None)
     missing = [name for name, row in found if row is None or row.value is None]
-    said = []
+    sentences = []
     if any(row is not None and row.value is not None and row.low is None for _, row in found):
-        said.append("Where no whisker is drawn, too little was recorded for an interval; the table says why.")
+        sentences.append("Marks without whiskers have too few sessions for an interval; the table gives the reason.")
     if len(known) > 1:
         (low, worst), (high, best) = known[0], known[-1]
-        said.append(f"{words[0].upper()}{words[1:]} runs from {low:.2f} ({worst}) to {high:.2f} ({best}).")
+        sentences.append(f"{words[0].upper()}{words[1:]} ranges from {low:.2f} ({worst}) to {high:.2f} ({best}).")
     if missing:
-        said.append(f"Nothing can be said of {join_words(missing)}: no test window, or no row.")
-    return tuple(said)
+        sentences.append(f"No score for {join_words(missing)}: no test window, or no row in {METRICS_FILE}.")
+    return tuple(sentences)
 
 
 def _build_host_profile_block(told: ReportContext, folds: Sequence[Fold]) -> ReportBlock:
@@ -154,7 +163,7 @@ def _build_host_profile_block(told: ReportContext, folds: Sequence[Fold]) -> Rep
     hosts = sorted({h for h, _ in tested} | {h for h, _ in known})
     profiles = sorted({p for _, p in tested} | {p for _, p in known} | absent)
     if not tested:
-        return replace(base, absent=NO_WINDOWS)
+        return replace(base, absent=_NO_WINDOWS)
 
     def row(host: str, profile: str) -> MetricRow | None:
         if told.model is None or metric is None:
@@ -182,10 +191,11 @@ def _build_host_profile_block(told: ReportContext, folds: Sequence[Fold]) -> Rep
     return replace(
         base,
         sentences=(
-            f"{len(cells) - len(empty)} of {render_count(len(cells), 'cell')} have a scored test episode; hatched ones are untested.",
-            "A cell holds few episodes: read it as a place to look, not as a number to quote."
+            f"{len(cells) - len(empty)} of {render_count(len(cells), 'cell')} (host × profile) have a scored test "
+            "episode. Hatched cells are untested.",
+            "Each cell has only a few episodes, so single scores are uncertain."
             if metric
-            else f"{METRICS_FILE} has no score of a cell, so the shade is the number of test episodes.",
+            else f"{METRICS_FILE} has no score per cell; the shade shows the number of test episodes.",
         ),
         figure=charts.draw_heat_map(cells, hosts=hosts, profiles=profiles, title=words, origin=told.origin),
         table=ReportTable(
@@ -195,7 +205,7 @@ def _build_host_profile_block(told: ReportContext, folds: Sequence[Fold]) -> Rep
 
 
 def _build_confusion_block(told: ReportContext) -> ReportBlock:
-    base = ReportBlock(key="confusion", title="What is taken for what", absent=NO_METRICS, command=EVALUATE_COMMAND)
+    base = ReportBlock(key="confusion", title="Confusion matrix", absent=NO_METRICS, command=EVALUATE_COMMAND)
     matrix = query.build_confusion_matrix(told.all_rows, model=told.model) if told.model else None
     if matrix is None:
         return base
@@ -207,12 +217,13 @@ def _build_confusion_block(told: ReportContext) -> ReportBlock:
         (truth, *(size(n) for n in row), size(sum(row)))
         for truth, row in zip(matrix.labels, matrix.counts, strict=True)
     )
-    columns = ("truth, decided as →", *matrix.labels, "all")
+    columns = ("true phase, predicted →", *matrix.labels, "all")
     return replace(
         base,
         absent="",
         sentences=(
-            "Windows by truth and decision, over every label that occurs as either.",
+            f"Number of test windows of {told.model} by true phase (rows) and predicted phase (columns), averaged over "
+            f"seeds; {sum(map(sum, matrix.counts)):,.0f} windows in total.",
             *_describe_worst_confusion(matrix),
         ),
         figure=charts.draw_confusion(matrix, origin=told.origin),
@@ -228,9 +239,9 @@ def _describe_worst_confusion(matrix: ConfusionMatrix) -> tuple[str, ...]:
         if n and truth != decided
     ]
     if not wrong:
-        return ("No window was decided wrongly.",)
+        return ("No window was misclassified.",)
     n, total, truth, decided = max(wrong)
-    return (f"The most frequent mistake: {n:,.0f} of {total:,.0f} windows of {truth} decided as {decided}.",)
+    return (f"Most frequent error: {n:,.0f} of {total:,.0f} windows of {truth} predicted as {decided}.",)
 
 
 def _build_ribbon_block(told: ReportContext, windows: HeadlineWindows, shown: EpisodeRibbon) -> ReportBlock:
@@ -238,15 +249,16 @@ def _build_ribbon_block(told: ReportContext, windows: HeadlineWindows, shown: Ep
     body = tuple((f"{w.t_s:.0f}", names[w.truth], names[w.decided], *(f"{v:.2f}" for v in w.p)) for w in shown.windows)
     return ReportBlock(
         key=f"ribbon-{shown.rank.split()[0]}",
-        title=f"The {shown.rank} test episode: {shown.profile}, {shown.sample_name}",
+        title=f"Test episode ({shown.rank}): {shown.profile}, {shown.sample_name}",
         sentences=(
-            f"Episode {shown.episode_id} on host {shown.host_id}, {render_count(len(shown.windows), 'window')}; "
-            "ranked by windows right, of those whose phase changes where there are three.",
-            "Truth above decision (paler: less probable); below, the darker the likelier, and a line where the truth was.",
+            f"Episode {shown.episode_id} on host {shown.host_id}, {render_count(len(shown.windows), 'window')}. "
+            "Episodes are ranked by accuracy, among those with more than one phase if there are at least three.",
+            "Top: true and predicted phase; opacity shows the probability. Bottom: probability of each phase (darker "
+            "is higher), with a line at the true phase.",
         ),
         figure=charts.draw_ribbon(shown.windows, stride_s=STRIDE_S, origin=told.origin),
         table=ReportTable(
-            columns=("seconds", "truth", "decided", *(f"p({n})" for n in names)),
+            columns=("seconds", "true phase", "predicted", *(f"p({n})" for n in names)),
             numeric=(True, False, False, *(True,) * len(names)),
             rows=body,
         ),

@@ -1,4 +1,4 @@
-"""Reads a run's files and writes `report.html` beside them: one file that opens anywhere and asks no network."""
+"""Read the files of a run and write `report.html`: one self-contained file that makes no network requests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from phasewatch.dataset import SplitIndex, read_split_index
 from phasewatch.errors import MissingToolError, RunError, UsageError
 from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, parse_metrics
 from phasewatch.parquet import convert_parquet_errors, open_parquet
-from phasewatch.report import data as ev
+from phasewatch.report import data as report_data
 from phasewatch.report.layout import ReportPage
 from phasewatch.report.markdown import render_json, render_markdown
 from phasewatch.report.summary import build_page
@@ -29,45 +29,54 @@ from phasewatch.training.predictions import NO_FILTER
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-MAX_REPORT_BYTES = 6 * 1024 * 1024  # one mail attachment; Plotly's script alone is 4.8 MB
-_INTERVAL_PATTERN = re.compile(r"\[[+-]?\d[^\[\]]{0,28}\]")  # an interval
+__all__ = [
+    "MAX_REPORT_BYTES",
+    "load_plotly_script",
+    "read_report_data",
+    "render_html",
+    "render_script_json",
+    "write_report",
+]
+
+MAX_REPORT_BYTES = 6 * 1024 * 1024  # fits a mail attachment; Plotly's script alone is 4.8 MB
+_INTERVAL_PATTERN = re.compile(r"\[[+-]?\d[^\[\]]{0,28}\]")
 _T = TypeVar("_T")
 
 
 def write_report(run: Path, form: str = "html", out: Path | None = None) -> Path:
-    """Write a run's report and give its path; the same files give the same bytes.
+    """Write the report of a run and return its path; identical input files give identical bytes.
 
     Args:
-        run: The run's folder.
-        form: ``html`` (the page), ``md`` or ``json`` (the same without pictures).
-        out: Where; beside the run's other files if left out.
+        run: Folder of the run.
+        form: ``html``, or ``md`` or ``json`` (the same content without figures).
+        out: Output file; the default is ``report.FORM`` in the folder of the run.
 
     Raises:
-        RunError: If the folder is absent, or not one file of it can be read.
-        MissingTool: If Plotly or Jinja is not installed.
-        UsageError: If the form is not known.
+        RunError: If the folder is missing, or none of its files can be read.
+        MissingToolError: If Plotly or Jinja is not installed.
+        UsageError: If the format is unknown.
     """
-    if form not in REPORT_FORMATS:
-        raise UsageError(f"no report as {form!r}; it is one of {', '.join(REPORT_FORMATS)}")
+    if form not in _REPORT_FORMATS:
+        raise UsageError(f"unknown report format {form!r}; expected one of {', '.join(_REPORT_FORMATS)}")
     target = run / f"report.{form}" if out is None else out
-    write_atomic(target, REPORT_FORMATS[form](build_page(read_report_data(run))).encode())
+    write_atomic(target, _REPORT_FORMATS[form](build_page(read_report_data(run))).encode())
     return target
 
 
-def read_report_data(run: Path) -> ev.ReportData:
-    """Read what a run has; what is absent or broken is noted, and the rest is read all the same.
+def read_report_data(run: Path) -> report_data.ReportData:
+    """Read the files of a run; missing and unreadable files become notes, and the others are still read.
 
     Raises:
-        RunError: If the folder is absent, or not one file of it can be read.
+        RunError: If the folder is missing, or none of its files can be read.
     """
     if not run.is_dir():
-        raise RunError(f"{run}: no such run; `phasewatch run STORE --out {run}` makes one")
+        raise RunError(f"{run}: there is no such folder; `phasewatch run STORE --out {run}` creates a run")
     notes: list[str] = []
 
     def attempt(name: str, parse: Callable[[Path], _T]) -> _T | None:
         path = run / name
         if not path.is_file():
-            notes.append(f"{name} is absent: `phasewatch {ev.COMMAND_BY_FILE[name]} RUN` makes it.")
+            notes.append(f"{name} is missing: `phasewatch {report_data.COMMAND_BY_FILE[name]} RUN` writes it.")
             return None
         try:
             return parse(path)
@@ -76,13 +85,15 @@ def read_report_data(run: Path) -> ev.ReportData:
             return None
 
     metrics = attempt(METRICS_FILE, lambda p: parse_metrics(p.read_bytes(), file=METRICS_FILE))
-    predictions = attempt(PREDICTIONS_FILE, lambda p: ev.parse_predictions(_read_predictions(p)))
+    predictions = attempt(PREDICTIONS_FILE, lambda p: report_data.parse_predictions(_read_predictions(p)))
     bundles = attempt(
         VALIDATION_FILE,
-        lambda p: ev.parse_validation(_read_table(p, (*ev.VALIDATION_COLUMNS, *ev.ROW_COUNT_COLUMNS))),
+        lambda p: report_data.parse_validation(
+            _read_table(p, (*report_data.VALIDATION_COLUMNS, *report_data.ROW_COUNT_COLUMNS))
+        ),
     )
-    stages = attempt(ACCOUNTING_FILE, lambda p: ev.parse_accounting(p.read_bytes()))
-    schema = attempt(FEATURE_SCHEMA_FILE, lambda p: ev.parse_schema(p.read_bytes()))
+    stages = attempt(ACCOUNTING_FILE, lambda p: report_data.parse_accounting(p.read_bytes()))
+    schema = attempt(FEATURE_SCHEMA_FILE, lambda p: report_data.parse_schema(p.read_bytes()))
     folds = []
     for path in sorted((run / "splits").glob("*.json")):
         try:
@@ -90,7 +101,7 @@ def read_report_data(run: Path) -> ev.ReportData:
         except (RunError, OSError) as exc:
             notes.append(str(exc))
     if not (metrics or predictions or bundles or stages or schema or folds):
-        raise RunError(f"{run}: nothing of a run can be read here; `phasewatch run STORE --out {run}` makes one")
+        raise RunError(f"{run}: holds no readable file of a run; `phasewatch run STORE --out {run}` creates a run")
     splits = SplitIndex()
     try:
         splits = read_split_index(run)
@@ -98,7 +109,7 @@ def read_report_data(run: Path) -> ev.ReportData:
         notes.append(str(exc))
     digests = _compute_input_digests(run)
     if metrics is not None:
-        notes += ev.find_stale_inputs(
+        notes += report_data.find_stale_inputs(
             metrics, digests | _compute_digests(run, [f"splits/{p.name}" for p in (run / "splits").glob("*.json")])
         )
     audit = None
@@ -106,7 +117,7 @@ def read_report_data(run: Path) -> ev.ReportData:
         audit = read_audit(run)
     except (RunError, OSError) as exc:
         notes.append(f"{AUDIT_FILE} could not be read: {exc}")
-    return ev.ReportData(
+    return report_data.ReportData(
         metrics=metrics,
         predictions=predictions,
         bundles=bundles,
@@ -121,7 +132,11 @@ def read_report_data(run: Path) -> ev.ReportData:
 
 
 def render_html(page: ReportPage) -> str:
-    """Give the page as HTML; every string from data is escaped, in text and inside the script's data alike."""
+    """Render the report as HTML; strings from data are escaped in the text and in the data of the script.
+
+    Raises:
+        MissingToolError: If Plotly or Jinja is not installed.
+    """
     try:
         import jinja2
         from markupsafe import Markup
@@ -136,7 +151,7 @@ def render_html(page: ReportPage) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["code"] = _render_code
-    environment.filters["whole"] = _keep_intervals_whole
+    environment.filters["unbroken"] = _keep_intervals_on_one_line
     plotly, draw = Markup(load_plotly_script()), Markup(_read_resource("draw.js"))
     return environment.get_template("report.html.j2").render(
         page=page,
@@ -147,8 +162,8 @@ def render_html(page: ReportPage) -> str:
     )
 
 
-# As what a page can be had: name and file ending → how it is written.
-REPORT_FORMATS: dict[str, Callable[[ReportPage], str]] = {
+# Format name, which is the file suffix too → renderer.
+_REPORT_FORMATS: dict[str, Callable[[ReportPage], str]] = {
     "html": render_html,
     "md": render_markdown,
     "json": render_json,
@@ -156,9 +171,9 @@ REPORT_FORMATS: dict[str, Callable[[ReportPage], str]] = {
 
 
 def render_script_json(value: Any) -> str:
-    """Give JSON that no HTML parser can take for markup: no `<`, `>`, `&` and nothing beyond ASCII stays as it is.
+    """Render JSON for a script element: `<`, `>`, `&` and non-ASCII characters are escaped.
 
-    >>> script_json("</script>")
+    >>> render_script_json("</script>")
     '"\\\\u003c/script\\\\u003e"'
     """
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"), sort_keys=True)
@@ -166,17 +181,17 @@ def render_script_json(value: Any) -> str:
 
 
 def load_plotly_script() -> str:
-    """Give Plotly's script as the installed package carries it.
+    """Return the Plotly script of the installed package.
 
     Raises:
-        MissingTool: If the package is not installed, or has no script.
+        MissingToolError: If the package is not installed, or its script is missing or cannot be embedded.
     """
     try:
         text = (resources.files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
     except (ImportError, OSError) as exc:
         raise MissingToolError("Plotly's script is not installed: pip install 'phasewatch[train]'") from exc
     if "</script" in text or "\r" in text:
-        raise MissingToolError("Plotly's script cannot stand inside a page as it is; pip install 'plotly==7.1.0'")
+        raise MissingToolError("Plotly's script cannot be embedded in the page; pip install 'plotly==7.1.0'")
     return text
 
 
@@ -189,34 +204,34 @@ def _compute_script_hash(script: str) -> str:
 
 
 def _render_code(text: str) -> Markup:
-    """Set what stands between backticks as code, everything else as text."""
+    """Render text between backticks as code, and escape everything else."""
     from markupsafe import Markup, escape
 
-    parts = _keep_intervals_whole(text).split("`")
-    if len(parts) % 2 == 0:  # an odd backtick is one from data
+    parts = _keep_intervals_on_one_line(text).split("`")
+    if len(parts) % 2 == 0:  # a stray backtick comes from data
         return escape(text)
     return Markup("").join(
         Markup("<code>{}</code>").format(part) if i % 2 else escape(part) for i, part in enumerate(parts)
     )
 
 
-def _keep_intervals_whole(text: str) -> str:
-    """Keep an interval on one line: `[0.41,` at a line's end reads as if something were missing."""
+def _keep_intervals_on_one_line(text: str) -> str:
+    """Replace the space in an interval by a no-break space, so that no line ends with `[0.41,`."""
     return _INTERVAL_PATTERN.sub(lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
 
 
 def _read_table(path: Path, columns: tuple[str, ...], filters: Any = None) -> Any:
     import pyarrow.parquet as pq
 
-    hint = f"phasewatch {ev.COMMAND_BY_FILE[path.name]} RUN"
+    hint = f"phasewatch {report_data.COMMAND_BY_FILE[path.name]} RUN"
     with open_parquet(path, hint=hint) as file:
-        have = set(file.schema_arrow.names)
+        present = set(file.schema_arrow.names)
     with convert_parquet_errors(path, hint=hint):
-        return pq.read_table(path, columns=[c for c in columns if c in have], filters=filters)
+        return pq.read_table(path, columns=[c for c in columns if c in present], filters=filters)
 
 
 def _read_predictions(path: Path) -> Any:
-    """Read the test windows of the headline's recipe alone; a full grid's file holds millions of others."""
+    """Read only the test windows of the headline's split; the file of a full run holds millions of others."""
     wanted = [
         ("recipe", "==", DEFAULT_HEADLINE.recipe),
         ("threat", "==", DEFAULT_HEADLINE.channel_set),
@@ -224,11 +239,11 @@ def _read_predictions(path: Path) -> Any:
         ("filter", "==", NO_FILTER),
         ("part", "==", "test"),
     ]
-    return _read_table(path, ev.PREDICTION_COLUMNS, wanted)
+    return _read_table(path, report_data.PREDICTION_COLUMNS, wanted)
 
 
 def _compute_input_digests(run: Path) -> dict[str, str]:
-    """Digest what the page quotes; run.json is left out, for it alone holds times."""
+    """Return the digests of the files that the report quotes; run.json is excluded because it holds times."""
     return _compute_digests(
         run, (METRICS_FILE, PREDICTIONS_FILE, ACCOUNTING_FILE, VALIDATION_FILE, FEATURE_SCHEMA_FILE)
     )

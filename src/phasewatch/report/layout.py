@@ -1,4 +1,4 @@
-"""What the page is made of: sections of blocks, each a picture, its sentences, its numbers and its command."""
+"""Layout types of the report (sections of blocks) and the helpers that render numbers and intervals."""
 
 from __future__ import annotations
 
@@ -9,10 +9,30 @@ from phasewatch.artifacts import METRICS_FILE
 from phasewatch.evaluation.metric_table import MetricRow
 from phasewatch.report.charts import PlotlyFigure, ScoreMark
 
+__all__ = [
+    "HeadlineClaim",
+    "HeadlineTile",
+    "ReportBlock",
+    "ReportPage",
+    "ReportSection",
+    "ReportTable",
+    "build_metric_table",
+    "build_score_mark",
+    "join_words",
+    "render_count",
+    "render_interval",
+    "render_number",
+    "render_signed_interval",
+]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportTable:
-    """Numbers in words: `numeric` says which columns are set flush right."""
+    """A table of rendered cells.
+
+    Attributes:
+        numeric: One flag a column; numeric columns are right-aligned.
+    """
 
     columns: tuple[str, ...]
     numeric: tuple[bool, ...]
@@ -21,12 +41,13 @@ class ReportTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportBlock:
-    """One picture with everything that belongs to it.
+    """One figure with its description, its numbers and the command that reproduces them.
 
     Attributes:
-        figure: None where it cannot be drawn; then `absent` says why and how to get it.
-        is_table_open: The table stands open instead of behind a fold.
-        command: What makes these numbers again; RUN is the folder of the page.
+        sentences: Description: what was measured, on what data, and how to read it.
+        figure: None if it cannot be drawn; `absent` then gives the reason and the remedy.
+        is_table_open: Whether the table is expanded when the page opens.
+        command: Shell command that reproduces the numbers; RUN is the run's folder.
     """
 
     key: str
@@ -42,7 +63,7 @@ class ReportBlock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportSection:
-    """A part of the page that answers one question; `points` is a list under the `lead`."""
+    """A section of the report: an introduction (`lead`), a bullet list (`points`) and blocks."""
 
     key: str
     title: str
@@ -53,7 +74,7 @@ class ReportSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadlineTile:
-    """One number of the claim, large; `is_reference` marks what it is held against."""
+    """One large number below the headline; `is_reference` marks a baseline."""
 
     name: str
     value: str
@@ -64,7 +85,15 @@ class HeadlineTile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadlineClaim:
-    """The first thing that is read: the headline in words, the line to quote, its numbers, and whether they beat the clock."""
+    """The headline of the report.
+
+    Attributes:
+        words: The headline as a sentence.
+        line: The headline line of the run, for quotation.
+        tiles: Its numbers, with the baselines.
+        verdict: The comparison with the time-only baseline, in words.
+        holds: Whether the model beats the time-only baseline.
+    """
 
     words: str
     line: str
@@ -75,7 +104,7 @@ class HeadlineClaim:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportPage:
-    """The whole report as values; a template makes it HTML."""
+    """The complete report as plain values; `html` and `markdown` render it."""
 
     origin: str
     claim: HeadlineClaim
@@ -83,19 +112,19 @@ class ReportPage:
     sections: tuple[ReportSection, ...]
 
     def figures(self) -> dict[str, PlotlyFigure]:
-        """Give each drawn figure under its block's fixed key."""
+        """Return the figures by the key of their block."""
         return {b.key: b.figure for s in self.sections for b in s.blocks if b.figure is not None}
 
 
 def build_score_mark(label: str, row: MetricRow | None) -> ScoreMark:
-    """Turn a metric row into a mark of a picture; no row is a line that says so."""
+    """Convert a metric row to a chart mark; a missing row becomes a mark without a value."""
     if row is None:
         return ScoreMark(label=label, value=None)
     return ScoreMark(label=label, value=row.value, low=row.low, high=row.high, words=_render_counts(row))
 
 
 def _render_counts(row: MetricRow) -> str:
-    """Say how much a number rests on: `612 windows, 41 episodes, 30 sessions, 5 hosts`."""
+    """Render the sample sizes: `612 windows, 41 episodes, 30 sessions, 5 hosts`."""
     parts = (
         (row.n_windows, "window"),
         (row.n_episodes, "episode"),
@@ -106,33 +135,44 @@ def _render_counts(row: MetricRow) -> str:
 
 
 def render_count(n: int, word: str) -> str:
-    """Give `1 host`, `2 hosts`.
+    """Render a count with its noun: `1 host`, `2 hosts`.
 
-    >>> count(1, "host"), count(1200, "window")
+    >>> render_count(1, "host"), render_count(1200, "window")
     ('1 host', '1,200 windows')
     """
     return f"{n:,} {word}{'' if n == 1 else 's'}"
 
 
 def join_words(words: Sequence[str]) -> str:
-    """Give `a`, `a and b`, `a, b and c`."""
+    """Join words as an enumeration: `a`, `a and b`, `a, b and c`."""
     return " and ".join((", ".join(words[:-1]), words[-1])) if len(words) > 1 else "".join(words)
 
 
 def render_number(value: float | None) -> str:
-    """Give two decimals, or a dash where nothing was measured."""
+    """Render a number with two decimals, or a dash for None."""
     return "–" if value is None else f"{value:.2f}"
 
 
 def render_interval(row: MetricRow) -> str:
-    """Give `[0.64, 0.73]`, or why there is none."""
+    """Render a confidence interval as `[0.64, 0.73]`, or the reason why it is missing."""
     if row.low is None or row.high is None:
         return f"no interval: {row.note}" if row.note else "no interval"
     return f"[{row.low:.2f}, {row.high:.2f}]"
 
 
+def render_signed_interval(row: MetricRow) -> str:
+    """Render the interval of a difference as `[-0.02, +0.10]`, or the reason why it is missing."""
+    if row.low is None or row.high is None:
+        return render_interval(row)
+    return f"[{row.low:+.2f}, {row.high:+.2f}]"
+
+
 def build_metric_table(rows: Sequence[tuple[str, str, MetricRow | None]]) -> ReportTable:
-    """Set metric rows as a table: what, which metric, value, interval, and what they rest on."""
+    """Build a table of metric rows.
+
+    Args:
+        rows: ``(group, metric name, row)`` triples; a row of None is listed as missing.
+    """
 
     def size(n: int | None) -> str:
         return "–" if n is None else f"{n:,}"
@@ -151,5 +191,5 @@ def build_metric_table(rows: Sequence[tuple[str, str, MetricRow | None]]) -> Rep
         )
         for label, name, row in rows
     )
-    columns = ("of", "metric", "value", "95 % interval", "windows", "episodes", "sessions")
+    columns = ("group", "metric", "value", "95 % interval", "windows", "episodes", "sessions")
     return ReportTable(columns=columns, numeric=(False, False, True, False, True, True, True), rows=body)

@@ -1,4 +1,4 @@
-"""The page without pictures: as Markdown for pull requests and results in a repository, as JSON for machines."""
+"""Render the report without figures: as Markdown for pull requests and repositories, or as JSON for programs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import Any
 
 from phasewatch.report.layout import ReportBlock, ReportPage, ReportTable
 
-_URL_PATTERN = re.compile(r"\b[a-z]+:(?=//)|\bwww\.", re.IGNORECASE)  # what becomes a link without any brackets
-MAX_TABLE_ROWS = 60  # rows of a table in Markdown; the rest is counted, and stands in the JSON
+__all__ = ["render_json", "render_markdown"]
+
+_URL_PATTERN = re.compile(r"\b[a-z]+:(?=//)|\bwww\.", re.IGNORECASE)  # Markdown renders these as links
+_MAX_TABLE_ROWS = 60  # in Markdown; the JSON holds all rows
 
 
 def render_markdown(page: ReportPage) -> str:
-    """Give the page as Markdown; what comes from data can open no link, tag or table cell."""
+    """Render the report as Markdown; strings from data are escaped and create no link, tag or table cell."""
     return "\n".join(_render_page(page)).rstrip() + "\n"
 
 
 def render_json(page: ReportPage) -> str:
-    """Give the page as one JSON document, figures left out: their numbers are in the tables."""
+    """Render the report as one JSON document without figures; their numbers are in the tables."""
     return json.dumps({"result": _build_document(page)}, indent=1, ensure_ascii=True) + "\n"
 
 
@@ -31,7 +33,7 @@ def _render_page(page: ReportPage) -> Iterator[str]:
     yield from (f"Origin: {_escape_text(page.origin)}.", "", _escape_text(claim.verdict), "")
     if claim.tiles:
         rows = tuple((t.name, t.value, t.interval, t.about) for t in claim.tiles)
-        columns = ("", "value", "95 % interval", "what it is")
+        columns = ("score", "value", "95 % interval", "description")
         yield from _render_table(ReportTable(columns=columns, numeric=(False, True, False, False), rows=rows))
     yield from (f"- {_escape_text(notice)}" for notice in page.notices)
     for section in page.sections:
@@ -45,7 +47,7 @@ def _render_page(page: ReportPage) -> Iterator[str]:
 
 def _render_block(block: ReportBlock) -> Iterator[str]:
     if block.key.startswith("ribbon"):
-        return  # a picture of one episode, window by window: nothing for a text
+        return  # one episode window by window: useful as a figure only
     yield from ("", f"### {_escape_text(block.title)}", "")
     yield from (_escape_text(sentence) for sentence in block.sentences)
     if block.absent:
@@ -54,23 +56,23 @@ def _render_block(block: ReportBlock) -> Iterator[str]:
         yield ""
         yield from _render_table(block.table)
     if block.command:
-        yield from ("", f"Again: `{block.command}`")
+        yield from ("", f"Reproduce: `{block.command}`")
 
 
 def _render_table(table: ReportTable) -> Iterator[str]:
     yield "| " + " | ".join(_render_cell(c) for c in table.columns) + " |"
     yield "|" + "|".join("---:" if numeric else "---" for numeric in table.numeric) + "|"
-    for row in table.rows[:MAX_TABLE_ROWS]:
+    for row in table.rows[:_MAX_TABLE_ROWS]:
         yield "| " + " | ".join(_render_cell(c) for c in row) + " |"
-    if len(table.rows) > MAX_TABLE_ROWS:
-        yield from ("", f"… and {len(table.rows) - MAX_TABLE_ROWS} more rows in the page itself.")
+    if len(table.rows) > _MAX_TABLE_ROWS:
+        yield from ("", f"… and {len(table.rows) - _MAX_TABLE_ROWS} more rows in the HTML report.")
     yield ""
 
 
 def _escape_text(words: str) -> str:
-    """Make words harmless outside code: `<`, `[`, `*` and their like are written out, `code` stays code."""
+    """Escape Markdown characters outside code spans."""
     parts = words.split("`")
-    if len(parts) % 2 == 0:  # an odd backtick is one from data
+    if len(parts) % 2 == 0:  # a stray backtick comes from data
         return _escape_markdown(words)
     return "".join(
         f"`{_replace_unprintable(part)}`" if i % 2 else _escape_markdown(part) for i, part in enumerate(parts)
@@ -83,7 +85,7 @@ def _render_cell(words: str) -> str:
 
 def _escape_markdown(words: str) -> str:
     marked = "".join(f"\\{c}" if c in "\\`*_<>[]|#~" else c for c in _replace_unprintable(words))
-    return _URL_PATTERN.sub(lambda found: found[0][:-1] + "\\" + found[0][-1], marked)
+    return _URL_PATTERN.sub(lambda match: match[0][:-1] + "\\" + match[0][-1], marked)
 
 
 def _replace_unprintable(words: str) -> str:
@@ -95,23 +97,35 @@ def _build_document(page: ReportPage) -> dict[str, Any]:
     return {
         "origin": page.origin,
         "claim": {
-            "words": claim.words, "line": claim.line, "verdict": claim.verdict, "holds": claim.holds,
-            "tiles": [{"name": t.name, "value": t.value, "interval": t.interval, "about": t.about} for t in claim.tiles],
+            "words": claim.words,
+            "line": claim.line,
+            "verdict": claim.verdict,
+            "holds": claim.holds,
+            "tiles": [
+                {"name": t.name, "value": t.value, "interval": t.interval, "about": t.about} for t in claim.tiles
+            ],
         },
         "notices": list(page.notices),
         "sections": [
             {
-                "key": s.key, "title": s.title, "lead": s.lead, "points": list(s.points),
-                "blocks": [
-                    {
-                        "key": b.key, "title": b.title, "sentences": list(b.sentences), "absent": b.absent, "command": b.command,
-                        "table": None if b.table is None else {
-                            "columns": list(b.table.columns), "rows": [list(row) for row in b.table.rows],
-                        },
-                    }
-                    for b in s.blocks
-                ],
+                "key": s.key,
+                "title": s.title,
+                "lead": s.lead,
+                "points": list(s.points),
+                "blocks": [_build_block(b) for b in s.blocks],
             }
             for s in page.sections
         ],
-    }  # fmt: skip
+    }
+
+
+def _build_block(block: ReportBlock) -> dict[str, Any]:
+    table = block.table
+    return {
+        "key": block.key,
+        "title": block.title,
+        "sentences": list(block.sentences),
+        "absent": block.absent,
+        "command": block.command,
+        "table": None if table is None else {"columns": list(table.columns), "rows": [list(row) for row in table.rows]},
+    }

@@ -1,4 +1,4 @@
-"""Evidence becomes the page's argument: the claim, how sure it is, where it fails, what it rests on, how to repeat it."""
+"""Assemble the report page: headline, notices and sections; and the section on leakage by split protocol."""
 
 from __future__ import annotations
 
@@ -37,24 +37,30 @@ from phasewatch.report.layout import (
 from phasewatch.report.leaderboard import TRAIN_ALL_COMMAND, build_leaderboard_section
 from phasewatch.training.predictions import NO_FILTER
 
-PROTOCOL_MODEL = DEFAULT_HEADLINE.model  # the same under every recipe, whatever the headline's is
-RANDOM_WINDOWS, IN_DISTRIBUTION, HELD_OUT_HOST, HELD_OUT_BOTH = (
-    "random_windows",
-    "in_distribution",
-    "held_out_host",
-    "held_out_both",
-)
-PROTOCOL_LABELS = {
-    RANDOM_WINDOWS: ("random windows", "neighbouring windows of one episode on both sides; leaky, and common"),
-    IN_DISTRIBUTION: ("random episodes", "other episodes of the same hosts and samples"),
-    "held_out_sample": ("unseen sample", "the same hosts, a variant that was never trained on"),
-    HELD_OUT_HOST: ("unseen host", "the same samples, a machine that was never trained on"),
-    HELD_OUT_BOTH: ("unseen host and sample", "neither was trained on"),
+__all__ = ["IN_DISTRIBUTION", "build_page", "build_protocol_section", "describe_inversion", "describe_protocol_scores"]
+
+_PROTOCOL_MODEL = DEFAULT_HEADLINE.model  # one model under all recipes, whichever model the headline is about
+_RANDOM_WINDOWS = "random_windows"
+IN_DISTRIBUTION = "in_distribution"
+_HELD_OUT_HOST = "held_out_host"
+_HELD_OUT_BOTH = "held_out_both"
+# Recipe → name and description, from the easiest split to the hardest.
+_PROTOCOL_LABELS = {
+    _RANDOM_WINDOWS: ("random windows", "windows of one episode in training and test (leaky; for comparison only)"),
+    IN_DISTRIBUTION: ("random episodes", "other episodes of hosts and samples in the training set"),
+    "held_out_sample": ("unseen sample", "hosts in the training set, samples not in it"),
+    _HELD_OUT_HOST: ("unseen host", "samples in the training set, hosts not in it"),
+    _HELD_OUT_BOTH: ("unseen host and sample", "hosts and samples not in the training set"),
+}
+
+_EASIER_SPLIT_LABELS = {
+    _RANDOM_WINDOWS: "with a random window split, which leaks",
+    IN_DISTRIBUTION: "on other episodes of hosts and samples in the training set",
 }
 
 
 def _find_protocol_score(rows: Sequence[MetricRow], recipe: str, base: str = "macro_f1") -> MetricRow | None:
-    """Find the meter's score under one recipe."""
+    """Return the overall score of `_PROTOCOL_MODEL` under one recipe, or None."""
     where = {
         "recipe": recipe,
         "fold": "pooled",
@@ -63,65 +69,77 @@ def _find_protocol_score(rows: Sequence[MetricRow], recipe: str, base: str = "ma
         "smoothing": NO_FILTER,
     }
     return query.find_overall_row(
-        rows, base, model=PROTOCOL_MODEL, agent=DEFAULT_HEADLINE.agent, compared_to=None, **where
+        rows, base, model=_PROTOCOL_MODEL, agent=DEFAULT_HEADLINE.agent, compared_to=None, **where
     )
 
 
-def describe_protocol_scores(rows: Sequence[MetricRow], model: str = PROTOCOL_MODEL) -> str:
-    """Say what would have been claimed and what to expect; nothing where the run has no two such numbers.
+def describe_protocol_scores(rows: Sequence[MetricRow]) -> str | None:
+    """Render the headline sentence: scores on unseen hosts, with the score of the leaky split for comparison.
 
-    The meter has a model of its own, named where the page is about another.
+    Args:
+        rows: Rows of all recipes.
+
+    Returns:
+        The sentence, or None if the run lacks the score on unseen hosts or the score of the easier split.
 
     Source: DESIGN.md, section 9, "Inflation meter".
     """
-    by = {recipe: _find_protocol_score(rows, recipe) for recipe in PROTOCOL_LABELS}
-    claimed = by[RANDOM_WINDOWS] or by[IN_DISTRIBUTION]
-    places = ((HELD_OUT_HOST, "on a new host"), (HELD_OUT_BOTH, "on a new host with a new sample"))
-    expected = [(row, where) for recipe, where in places if (row := by[recipe]) is not None and row.value is not None]
-    if claimed is None or claimed.value is None or not expected:
-        return ""
-    parts = ", ".join(f"{render_number(row.value)} {render_interval(row)} {where}" for row, where in expected)
-    return f"You would have claimed {render_number(claimed.value)}; expect {parts}{'' if model == PROTOCOL_MODEL else f' ({PROTOCOL_MODEL})'}."
-
-
-def describe_inversion(rows: Sequence[MetricRow]) -> str:
-    """Say what it means that other episodes of known hosts score below an unseen host; nothing where they do not."""
-    dealt, host = _find_protocol_score(rows, IN_DISTRIBUTION), _find_protocol_score(rows, HELD_OUT_HOST)
-    if dealt is None or host is None or dealt.value is None or host.value is None or dealt.value >= host.value:
-        return ""
-    sizes = [_find_train_size(rows, recipe) for recipe in (IN_DISTRIBUTION, HELD_OUT_HOST)]
-    size = " after training on as much" if all(sizes) and abs(sizes[0] - sizes[1]) < 0.05 * sizes[1] else ""
+    by = {recipe: _find_protocol_score(rows, recipe) for recipe in _PROTOCOL_LABELS}
+    easier = _RANDOM_WINDOWS if by[_RANDOM_WINDOWS] is not None else IN_DISTRIBUTION
+    leaky = by[easier]
+    places = ((_HELD_OUT_HOST, "on unseen hosts"), (_HELD_OUT_BOTH, "on unseen hosts and samples"))
+    unseen = [(row, where) for recipe, where in places if (row := by[recipe]) is not None and row.value is not None]
+    if leaky is None or leaky.value is None or not unseen:
+        return None
+    parts = ", ".join(f"{render_number(row.value)} {render_interval(row)} {where}" for row, where in unseen)
     return (
-        f"Random episodes score below an unseen host{size}, though they are the easier test: which sessions fall into one "
-        "fold is one random deal, which spreads samples less evenly than hosts do, and no interval counts the luck of it; "
-        "take the two for equal."
+        f"Malware phase of a VM, five classes, macro-F1 of {_PROTOCOL_MODEL}: {parts}. "
+        f"For comparison: {render_number(leaky.value)} {_EASIER_SPLIT_LABELS[easier]}."
+    )
+
+
+def describe_inversion(rows: Sequence[MetricRow]) -> str | None:
+    """Explain a score on random episodes below the score on unseen hosts; return None if it is not below."""
+    dealt, host = _find_protocol_score(rows, IN_DISTRIBUTION), _find_protocol_score(rows, _HELD_OUT_HOST)
+    if dealt is None or host is None or dealt.value is None or host.value is None or dealt.value >= host.value:
+        return None
+    sizes = [_find_train_size(rows, recipe) for recipe in (IN_DISTRIBUTION, _HELD_OUT_HOST)]
+    size = " after training on as many windows" if all(sizes) and abs(sizes[0] - sizes[1]) < 0.05 * sizes[1] else ""
+    return (
+        f"Random episodes score below an unseen host{size}, although they are the easier test. The assignment of "
+        "sessions to folds is random and balances samples less well than a split by host. The interval does not "
+        "include this variance; treat the two scores as equal."
     )
 
 
 def build_protocol_section(told: ReportContext) -> ReportSection:
-    """Build the section from the rows of all recipes."""
+    """Build the section from the rows of all split recipes."""
     rows = told.all_rows
-    found = {recipe: _find_protocol_score(rows, recipe) for recipe in PROTOCOL_LABELS}
-    absent = [PROTOCOL_LABELS[r][0] for r, row in found.items() if row is None]
-    said = [
-        f"{PROTOCOL_MODEL} with the same settings under five ways to hold out; trained on: windows a fold, the mean over folds."
+    found = {recipe: _find_protocol_score(rows, recipe) for recipe in _PROTOCOL_LABELS}
+    absent = [_PROTOCOL_LABELS[r][0] for r, row in found.items() if row is None]
+    sentences = [
+        f"Score of {_PROTOCOL_MODEL} with the same settings under five split protocols. Training size: windows per "
+        "fold, mean over folds."
     ]
-    if words := describe_inversion(rows):
-        said.append(words)
+    if inversion := describe_inversion(rows):
+        sentences.append(inversion)
     if absent:
-        said.append(f"Not trained in this grid: {', '.join(absent)}.")
+        sentences.append(f"Not trained in this run: {', '.join(absent)}.")
     block = ReportBlock(
         key="inflation",
-        title="The inflation meter",
-        sentences=tuple(said),
+        title="Score by split protocol",
+        sentences=tuple(sentences),
         figure=_draw_protocol_scores(told, found) if any(found.values()) else None,
-        absent="" if any(found.values()) else "No recipe of the meter was trained in this grid.",
+        absent="" if any(found.values()) else "No split protocol of this comparison was trained in this run.",
         table=_build_protocol_table(rows, found),
         is_table_open=True,
         command=TRAIN_ALL_COMMAND if absent else EVALUATE_COMMAND,
     )
-    lead = "A number means what its split means; the further down, the less of the test was ever seen."
-    return ReportSection(key="inflation", title="What would have been claimed", lead=lead, blocks=(block,))
+    lead = (
+        "A score depends on the split. Splits that share windows, hosts or samples between training and test leak "
+        "information and overestimate the performance on a new machine."
+    )
+    return ReportSection(key="inflation", title="Leakage: score by split protocol", lead=lead, blocks=(block,))
 
 
 def _draw_protocol_scores(told: ReportContext, found: dict[str, MetricRow | None]) -> PlotlyFigure:
@@ -129,7 +147,7 @@ def _draw_protocol_scores(told: ReportContext, found: dict[str, MetricRow | None
         charts.ScoreSeries(
             name=name,
             scores=tuple(
-                build_score_mark(PROTOCOL_LABELS[r][0], _find_protocol_score(told.all_rows, r, base)) for r in found
+                build_score_mark(_PROTOCOL_LABELS[r][0], _find_protocol_score(told.all_rows, r, base)) for r in found
             ),
         )
         for base, name in (("macro_f1", "five phases"), ("macro_f1_3class", "three states"))
@@ -140,42 +158,50 @@ def _draw_protocol_scores(told: ReportContext, found: dict[str, MetricRow | None
 def _build_protocol_table(rows: Sequence[MetricRow], found: dict[str, MetricRow | None]) -> ReportTable:
     body = []
     for recipe, row in found.items():
-        name, about = PROTOCOL_LABELS[recipe]
+        name, about = _PROTOCOL_LABELS[recipe]
         size = _find_train_size(rows, recipe)
         body.append(
             (
                 f"{name}: {about}",
                 render_number(row.value if row else None),
-                render_interval(row) if row else "not trained in this grid",
+                render_interval(row) if row else "not trained in this run",
                 _render_protocol_gap(rows, recipe),
                 f"{size:,.0f}" if size else "–",
                 f"{row.n_windows:,}" if row else "–",
                 f"{row.n_episodes:,}" if row else "–",
             )
         )
-    columns = ("tested on", "macro-F1", "95 % interval", "less unseen host", "trained on", "test windows", "episodes")
+    columns = (
+        "evaluated on",
+        "macro-F1",
+        "95 % interval",
+        "difference to unseen host",
+        "training windows per fold",
+        "test windows",
+        "test episodes",
+    )
     return ReportTable(columns=columns, numeric=(False, True, False, False, True, True, True), rows=tuple(body))
 
 
 def _find_train_size(rows: Sequence[MetricRow], recipe: str) -> float:
-    """Give the windows that a fold learns from, the mean over folds; 0 where that is not known."""
+    """Return the number of training windows per fold, averaged over folds; 0 if unknown."""
     row = query.find_overall_row(
         rows,
         "train_windows",
         recipe=recipe,
         channel_set=DEFAULT_HEADLINE.channel_set,
         input=DEFAULT_HEADLINE.input,
-        model=PROTOCOL_MODEL,
+        model=_PROTOCOL_MODEL,
     )
     return row.value if row is not None and row.value is not None else 0.0
 
 
 def _render_protocol_gap(rows: Sequence[MetricRow], recipe: str) -> str:
-    """Give the paired gap to the unseen host, whichever of the two the row counts from."""
-    if recipe == HELD_OUT_HOST:
+    """Render the paired difference to the score on unseen hosts; the metric row may hold either sign."""
+    if recipe == _HELD_OUT_HOST:
         return "–"
-    for one, other, sign in ((recipe, HELD_OUT_HOST, 1.0), (HELD_OUT_HOST, recipe, -1.0)):
-        row = query.find_overall_row(rows, "macro_f1_recipe_gap", recipe=one, compared_to=other, model=PROTOCOL_MODEL)
+    for one, other, sign in ((recipe, _HELD_OUT_HOST, 1.0), (_HELD_OUT_HOST, recipe, -1.0)):
+        row = query.find_overall_row(rows, "macro_f1_recipe_gap", recipe=one, compared_to=other, model=_PROTOCOL_MODEL)
         if row is not None and row.value is not None:
             ends = sorted(sign * v for v in (row.low, row.high) if v is not None)
             span = f" [{ends[0]:+.2f}, {ends[1]:+.2f}]" if ends else f" (no interval: {row.note})"
@@ -184,7 +210,7 @@ def _render_protocol_gap(rows: Sequence[MetricRow], recipe: str) -> str:
 
 
 def build_page(evidence: ReportData) -> ReportPage:
-    """Build the page from whatever a run has."""
+    """Build the report from the files that the run has."""
     all_rows = evidence.metrics.metrics if evidence.metrics else ()
     rows = query.select_recipe_rows(all_rows)
     model = query.find_headline_model(rows, all_rows)
@@ -214,7 +240,7 @@ def build_page(evidence: ReportData) -> ReportPage:
 
 
 def _build_failed_audit_claim(audit: AuditReport) -> HeadlineClaim:
-    """Make no claim for a run that breaks its promises; its numbers stand below for whoever looks for the fault."""
+    """Build the headline of a run whose audit failed: no score, only the failed checks."""
     words = "; ".join(f"{check.name}: {check.words}" for check in audit.failed_checks)
     return HeadlineClaim(words=describe_failed_audit(audit), line="", tiles=(), verdict=words, holds=False)
 
@@ -224,13 +250,15 @@ def _describe_simulation(origin: str) -> tuple[str, ...]:
         return ()
     what = "All" if origin == "simulated" else "Some"
     return (
-        f"{what} test episodes are simulated: what they show is that the pipeline works, not how well real VMs can be told.",
+        f"{what} test episodes are simulated. Scores on them check the pipeline and do not predict performance on real "
+        "VMs.",
     )
 
 
 def _build_claim(told: ReportContext, line: str) -> HeadlineClaim:
     if told.model is None:
-        words = f"No claim can be made: {METRICS_FILE} holds no macro-F1 of a model on {DEFAULT_HEADLINE.recipe.replace('_', ' ')}."
+        recipe = DEFAULT_HEADLINE.recipe.replace("_", " ")
+        words = f"No score: {METRICS_FILE} holds no macro-F1 of a model for the split {recipe}."
         return HeadlineClaim(
             words=words, line=line, tiles=(), verdict="`phasewatch evaluate RUN` computes it.", holds=False
         )
@@ -248,18 +276,22 @@ def _build_claim(told: ReportContext, line: str) -> HeadlineClaim:
             name=name, value=render_number(row.value), interval=render_interval(row), about=about, is_reference=beside
         )
         for row, name, about, beside in (
-            (five, "five phases", f"macro-F1, {told.model}, host never seen", False),
-            (three, "three states", "quiet, infecting, active: armed and dormant hardly differ from clean", False),
-            (clock, "elapsed time alone", "the same five phases, told by the clock without any telemetry", True),
-            (majority, "majority", "always the most frequent phase", True),
+            (five, "five phases", f"macro-F1 of {told.model} on unseen hosts", False),
+            (three, "three states", "macro-F1; quiet (clean, armed, dormant), infecting, active", False),
+            (
+                clock,
+                "elapsed time alone",
+                "baseline without telemetry: phase predicted from the time since the start",
+                True,
+            ),
+            (majority, "majority class", "baseline: always the most frequent phase", True),
         )
         if row is not None
     )
     gap = query.find_elapsed_time_gap(told.all_rows, told.model)
     above = query.is_above_elapsed_time(five, clock, gap)
-    inflated = describe_protocol_scores(told.all_rows, told.model)
     return HeadlineClaim(
-        words=inflated or _describe_score(told.model, five),
+        words=describe_protocol_scores(told.all_rows) or _describe_score(told.model, five),
         line=line,
         tiles=tiles,
         verdict=_describe_verdict(above, clock, gap),
@@ -269,26 +301,22 @@ def _build_claim(told: ReportContext, line: str) -> HeadlineClaim:
 
 def _describe_score(model: str, five: MetricRow | None) -> str:
     if five is None or five.value is None:
-        return f"How well {model} tells the phase on an unseen host was not measured."
-    where = (
-        f"on {render_count(five.n_hosts, 'host')} that its training never saw"
-        if five.n_hosts > 1
-        else "on an unseen host"
+        return f"No macro-F1 of {model} on unseen hosts: it was not measured in this run."
+    where = f"on {render_count(five.n_hosts, 'unseen host')}" if five.n_hosts > 1 else "on one unseen host"
+    return (
+        f"Malware phase of a VM, five classes, macro-F1 of {model}: {five.value:.2f} {render_interval(five)} {where}."
     )
-    return f"{model} tells the five phases {where} with macro‑F1 {five.value:.2f} {render_interval(five)}."
 
 
 def _describe_verdict(above: bool | None, clock: MetricRow | None, gap: query.ElapsedTimeGap | None) -> str:
     paired = ""
     if gap is not None:
         span = f" [{gap.low:+.2f}, {gap.high:+.2f}]" if gap.low is not None and gap.high is not None else ""
-        paired = f" (paired gap {gap.value:+.2f}{span})"
+        paired = f" (paired difference of macro-F1 {gap.value:+.2f}{span})"
     if above is True:
-        return f"The model is above what elapsed time alone would score{paired}."
+        return f"The model is above the elapsed-time baseline{paired}."
     if above is False:
-        return f"The model is not above elapsed time: what it scores, a clock could score as well{paired}."
+        return f"The model is not above the elapsed-time baseline, which uses no telemetry{paired}."
     if clock is None or clock.value is None:
-        return (
-            "Elapsed time alone was not scored, so it cannot be said whether the telemetry adds anything to the clock."
-        )
-    return "Without an interval it cannot be said whether the model is above elapsed time."
+        return "The elapsed-time baseline was not scored, so the benefit of the telemetry is unknown."
+    return "There is no interval, so it is unknown whether the model is above the elapsed-time baseline."

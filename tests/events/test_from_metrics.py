@@ -1,4 +1,4 @@
-"""What the run's scores say as events: every number is a row of the metrics file, and what is untested is named."""
+"""Score, confusion and profile events of a run match the rows of its metrics file."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> MetricTable:
 
 
 def score_of(metrics: MetricTable) -> ScoreEvent:
-    found = build_metric_events(metrics)[0]
-    assert isinstance(found, ScoreEvent)
-    return found
+    event = build_metric_events(metrics)[0]
+    assert isinstance(event, ScoreEvent)
+    return event
 
 
-def test_the_leaderboard_is_best_first_and_marks_its_baselines(metrics: MetricTable) -> None:
+def test_leaderboard_is_sorted_by_score_and_marks_baselines(metrics: MetricTable) -> None:
     score = score_of(metrics)
 
     assert [r.value for r in score.rows] == sorted((r.value for r in score.rows), reverse=True)
@@ -34,7 +34,7 @@ def test_the_leaderboard_is_best_first_and_marks_its_baselines(metrics: MetricTa
     assert score.headline == render_headline(metrics)
 
 
-def test_a_score_on_fewer_hosts_comes_after_all_that_were_tested_on_more(metrics: MetricTable) -> None:
+def test_scores_on_fewer_hosts_come_last(metrics: MetricTable) -> None:
     one_host = tuple(
         replace(r, channel_set="oracle", value=0.99, n_hosts=1)
         for r in metrics.metrics
@@ -46,14 +46,14 @@ def test_a_score_on_fewer_hosts_comes_after_all_that_were_tested_on_more(metrics
     assert [r.n_hosts for r in rows] == [3, 3, 3, 1]
 
 
-def test_every_number_of_the_leaderboard_is_a_row_of_the_file(metrics: MetricTable) -> None:
+def test_leaderboard_rows_are_rows_of_the_metrics_file(metrics: MetricTable) -> None:
     known = {(r.model, r.value, r.low, r.high, r.agent) for r in metrics.metrics if r.metric == "macro_f1"}
 
     for row in score_of(metrics).rows:
         assert (row.model, row.value, row.low, row.high, row.agent) in known
 
 
-def test_the_paired_p_is_that_against_the_first(metrics: MetricTable) -> None:
+def test_p_value_is_for_the_difference_to_the_first_model(metrics: MetricTable) -> None:
     rows = score_of(metrics).rows
     gaps = {
         (r.channel_set, frozenset((r.model, r.compared_to))): r.p_holm
@@ -67,7 +67,7 @@ def test_the_paired_p_is_that_against_the_first(metrics: MetricTable) -> None:
         assert row.p_holm == gaps[row.threat, frozenset((row.model, rows[0].model))]
 
 
-def test_the_confusion_counts_the_headline_s_windows(metrics: MetricTable) -> None:
+def test_confusion_matrix_counts_the_windows_of_the_headline(metrics: MetricTable) -> None:
     matrix = build_metric_events(metrics)[1]
 
     assert isinstance(matrix, ConfusionEvent)
@@ -76,7 +76,7 @@ def test_the_confusion_counts_the_headline_s_windows(metrics: MetricTable) -> No
     assert (matrix.model, matrix.agent) == ("gbt", "off")
 
 
-def test_easier_splits_stand_beside_the_headline(metrics: MetricTable) -> None:
+def test_scores_of_easier_splits_are_part_of_the_event(metrics: MetricTable) -> None:
     own = next(
         r
         for r in metrics.metrics
@@ -90,10 +90,10 @@ def test_easier_splits_stand_beside_the_headline(metrics: MetricTable) -> None:
 
     assert [(i.recipe, i.value) for i in score.inflation] == [("random_windows", 0.99), ("held_out_host", own.value)]
     assert score.inflation_of == "gbt"
-    assert score_of(metrics).inflation == ()  # one way of splitting alone inflates nothing
+    assert score_of(metrics).inflation == ()  # no comparison with one split only
 
 
-def test_every_registered_profile_has_a_row_tested_or_not(metrics: MetricTable) -> None:
+def test_profile_table_has_all_registered_profiles(metrics: MetricTable) -> None:
     table = build_profile_event(metrics)
 
     assert table is not None
@@ -103,7 +103,7 @@ def test_every_registered_profile_has_a_row_tested_or_not(metrics: MetricTable) 
         assert all((c is None) == (profile in MALICIOUS[4:]) for c in cells)
 
 
-def test_a_run_without_a_score_says_so_and_shows_no_table() -> None:
+def test_run_without_scores_gives_an_empty_leaderboard_and_no_table() -> None:
     empty = MetricTable(inputs={}, metrics=())
 
     assert build_profile_event(empty) is None
@@ -111,7 +111,7 @@ def test_a_run_without_a_score_says_so_and_shows_no_table() -> None:
     assert "untested" in str(score_of(empty).headline)
 
 
-def test_what_is_built_fits_its_bounds(metrics: MetricTable) -> None:
+def test_events_can_be_rendered_and_parsed(metrics: MetricTable) -> None:
     for data in (*build_metric_events(metrics), build_profile_event(metrics)):
         assert data is not None
         made = EventEnvelope(id="1", t_wall_ns=1, run="demo", data=data)

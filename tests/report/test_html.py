@@ -1,4 +1,4 @@
-"""report.html: one file, the same bytes each time, nothing lost when a run is half done, nothing from data run as code."""
+"""report.html is self-contained and deterministic, handles unfinished runs, and escapes strings from data."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from tests.factories.report_runs import HOSTILE, Recipe, make_run
 
+from phasewatch.artifacts import ACCOUNTING_FILE, FEATURE_SCHEMA_FILE, METRICS_FILE, PREDICTIONS_FILE
 from phasewatch.errors import RunError
 from phasewatch.evaluation.evaluate import evaluate_run
 from phasewatch.report.html import (
@@ -24,6 +25,7 @@ from phasewatch.report.html import (
     write_report,
 )
 
+SECTIONS = ["inflation", "sure", "fails", "rings", "trust", "looks", "grounds", "repeat"]
 SMALL = Recipe(hosts=("a-host", "b-host", "c-host"), profiles=("benign", "cryptomine", "beacon-c2"), n_windows=12)
 
 
@@ -33,7 +35,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def text_of(run: Path) -> str:
-    """The page without Plotly's own 4.8 MB."""
+    """Return the page without the 4.8 MB of Plotly."""
     return write_report(run).read_text(encoding="utf-8").replace(load_plotly_script(), "")
 
 
@@ -49,14 +51,14 @@ def words_of(text: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body))
 
 
-def test_the_page_lies_in_the_run_and_is_small_enough_to_mail(tmp_path: Path) -> None:
+def test_report_is_written_to_the_run_and_fits_a_mail(tmp_path: Path) -> None:
     path = write_report(make_run(tmp_path / "run", SMALL))
 
     assert path == tmp_path / "run" / "report.html"
     assert path.stat().st_size <= MAX_REPORT_BYTES
 
 
-def test_the_same_run_gives_the_same_bytes_wherever_it_lies(tmp_path: Path) -> None:
+def test_same_run_gives_the_same_bytes_in_any_folder(tmp_path: Path) -> None:
     first = write_report(make_run(tmp_path / "one", SMALL)).read_bytes()
     again = write_report(tmp_path / "one").read_bytes()
     elsewhere = write_report(make_run(tmp_path / "two", SMALL)).read_bytes()
@@ -66,7 +68,7 @@ def test_the_same_run_gives_the_same_bytes_wherever_it_lies(tmp_path: Path) -> N
     assert b"2026-11-24" not in first
 
 
-def test_no_line_ends_inside_an_interval(page: str) -> None:
+def test_intervals_do_not_break_across_lines(page: str) -> None:
     cells = re.findall(
         r"\[-?\d[^\[\]<]*\]", re.sub(r"<script.*?</script>|<p class=\"quote\">.*?</p>", "", page, flags=re.DOTALL)
     )
@@ -75,27 +77,28 @@ def test_no_line_ends_inside_an_interval(page: str) -> None:
     assert not [cell for cell in cells if " " in cell]
 
 
-def test_nothing_is_asked_of_any_network(page: str) -> None:
+def test_page_makes_no_network_requests(page: str) -> None:
     assert not re.findall(r"""(?:src|href|url|@import)\s*[=(]?\s*["']?(?:https?:)?//""", page)
     assert "default-src 'none'" in page
 
 
-def test_the_headline_and_all_parts_of_the_argument_are_there(page: str) -> None:
+def test_page_has_the_headline_and_all_sections(page: str) -> None:
     words = words_of(page)
 
-    for part in ("macro-F1 of phase, unseen host, realistic, gbt:", "elapsed time alone", "How sure", "Where it fails",
-                 "What it rests on", "How to repeat it", "Untested profiles: dropper-persist"):  # fmt: skip
-        assert part in words
+    assert "macro-F1 of phase, unseen host, realistic, gbt:" in words
+    assert "elapsed time alone" in words
+    assert "Untested profiles: dropper-persist" in words
+    assert re.findall(r'<section id="([^"]+)">', page) == SECTIONS
 
 
-def test_coverage_says_why_it_counts_other_profiles_than_the_headline(page: str) -> None:
+def test_coverage_counts_benign_profiles_and_the_headline_does_not(page: str) -> None:
     words = words_of(page)
 
     assert "2 of 6 profiles tested, 1 seed)" in words
-    assert "3 of 7 profiles tested, benign ones counted too, where the headline counts the malicious ones" in words
+    assert "3 of 7 profiles tested, including benign ones" in words
 
 
-def test_every_picture_has_its_numbers_and_its_command(page: str) -> None:
+def test_every_figure_has_a_table_and_a_command(page: str) -> None:
     articles = re.findall(r'<article id="block-([^"]+)">(.*?)</article>', page, re.DOTALL)
 
     drawn = [(key, body) for key, body in articles if "data-figure" in body]
@@ -107,19 +110,19 @@ def test_every_picture_has_its_numbers_and_its_command(page: str) -> None:
         assert "phasewatch " in body, key
 
 
-def test_every_table_can_be_read_without_seeing_it(page: str) -> None:
+def test_every_table_is_accessible_to_screen_readers(page: str) -> None:
     tables = re.findall(r'<div class="wide"([^>]*)>\s*<table>(.*?)</table>', page, re.DOTALL)
 
     assert len(tables) == page.count("<table>") > 10
     for place, body in tables:
         assert re.search(
             r'role="region" aria-label="[^"]+" tabindex="0"', place
-        )  # it scrolls, so it is a stop with a name
+        )  # a scrolling region needs a focus stop and a name
         rows = re.findall(r"<tr>(.*?)</tr>", body.partition("<tbody>")[2], re.DOTALL)
         assert all(re.match(r'<th[^>]* scope="row">', row) and row.count("<th") == 1 for row in rows)
 
 
-def test_the_origin_is_said_in_every_picture_and_table(tmp_path: Path) -> None:
+def test_every_figure_and_table_shows_the_origin(tmp_path: Path) -> None:
     text = text_of(make_run(tmp_path / "run", replace(SMALL, origin="simulated")))
 
     assert "test episodes are simulated" in text
@@ -127,13 +130,14 @@ def test_the_origin_is_said_in_every_picture_and_table(tmp_path: Path) -> None:
     assert all("simulated" in json.dumps(figure) for figure in figures_of(text).values())
 
 
-def test_the_page_says_so_when_the_model_is_not_above_the_clock(tmp_path: Path) -> None:
+def test_headline_of_a_bad_model_is_not_above_elapsed_time(tmp_path: Path) -> None:
     text = text_of(make_run(tmp_path / "run", replace(SMALL, skill=0.05)))
 
-    assert "The model is not above elapsed time" in text
+    assert "The model is not above the elapsed-time baseline" in text
+    assert 'class="verdict doubt"' in text
 
 
-def test_strings_from_data_are_text_in_html_and_in_scripts(tmp_path: Path) -> None:
+def test_strings_from_data_are_escaped_in_html_and_in_scripts(tmp_path: Path) -> None:
     run = make_run(
         tmp_path / "run", replace(SMALL, profiles=("benign", HOSTILE), hosts=(HOSTILE, "b", "c"), sample=HOSTILE)
     )
@@ -146,7 +150,7 @@ def test_strings_from_data_are_text_in_html_and_in_scripts(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("hostile", ["</script>", "<!--", "\u2028", "&amp;", "é"])
-def test_no_markup_survives_in_the_scripts_data(hostile: str) -> None:
+def test_script_data_contains_no_markup(hostile: str) -> None:
     encoded = render_script_json({"name": hostile})
 
     assert not re.search(r"[<>&]|[^\x00-\x7f]", encoded)
@@ -154,70 +158,74 @@ def test_no_markup_survives_in_the_scripts_data(hostile: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "says"),
+    ("recipe", "notice"),
     [
         pytest.param(
-            Recipe(hosts=("one",), profiles=("cryptomine",), per_cell=1, agents=("off",)), "There is one host", id="one episode on one host"
+            Recipe(hosts=("one",), profiles=("cryptomine",), per_cell=1, agents=("off",)),
+            "one host (one)",
+            id="one episode on one host",
         ),
-        pytest.param(replace(SMALL, profiles=("cryptomine", "beacon-c2")), "Nothing can be said of", id="no benign episode"),
-        pytest.param(replace(SMALL, phases=(0, 3)), "Nothing can be said of armed, infecting and dormant", id="phases never seen"),
-        pytest.param(replace(SMALL, agents=("on",)), "No test episode ran without the guest agent", id="agent always on"),
-        pytest.param(replace(SMALL, n_windows=1), "How sure", id="one window an episode"),
+        pytest.param(replace(SMALL, profiles=("cryptomine", "beacon-c2")), "No score for", id="no benign episode"),
+        pytest.param(
+            replace(SMALL, phases=(0, 3)), "No score for armed, infecting and dormant", id="phases without windows"
+        ),
+        pytest.param(
+            replace(SMALL, agents=("on",)), "All test episodes ran with the guest agent", id="agent always on"
+        ),
+        pytest.param(replace(SMALL, n_windows=1), "Model comparison", id="one window per episode"),
     ],
-)  # fmt: skip
-def test_thin_data_is_said_and_the_rest_is_shown(tmp_path: Path, recipe: Recipe, says: str) -> None:
-    words = words_of(text_of(make_run(tmp_path / "run", recipe)))
+)
+def test_page_reports_thin_data_and_shows_the_rest(tmp_path: Path, recipe: Recipe, notice: str) -> None:
+    text = text_of(make_run(tmp_path / "run", recipe))
 
-    assert says in words
-    assert "How to repeat it" in words
+    assert notice in words_of(text)
+    assert '<section id="repeat">' in text
 
 
-def cut(run: Path) -> None:
+def truncate_predictions(run: Path) -> None:
     file = run / "predictions_v1.parquet"
     file.write_bytes(file.read_bytes()[:1000])
 
 
-def forget_a_column(run: Path) -> None:
+def drop_a_column(run: Path) -> None:
     file = run / "validation_v1.parquet"
     pq.write_table(pq.read_table(file).drop(["reasons"]), file)
 
 
 @pytest.mark.parametrize(
-    ("harm", "says"),
+    ("damage", "notice"),
     [
-        pytest.param(lambda r: (r / "metrics_v2.json").unlink(), "No claim can be made", id="not evaluated"),
-        pytest.param(lambda r: (r / "metrics_v2.json").write_text("{"), "metrics_v2.json could not be read", id="broken metrics"),
-        pytest.param(lambda r: (r / "predictions_v1.parquet").unlink(), "predictions_v1.parquet is absent", id="not trained"),
-        pytest.param(cut, "predictions_v1.parquet could not be read", id="predictions cut off"),
-        pytest.param(forget_a_column, "lacks the column reasons", id="another version's validation"),
-        pytest.param(lambda r: (r / "ledger.json").write_text("[]"), "ledger.json could not be read", id="another ledger"),
-        pytest.param(lambda r: (r / "feature_schema_v1.json").unlink(), "feature_schema_v1.json is absent", id="no schema"),
-        pytest.param(lambda r: next((r / "splits").iterdir()).write_text("{}"), "not a split", id="a broken split"),
+        pytest.param(lambda r: (r / METRICS_FILE).unlink(), f"{METRICS_FILE} is missing", id="not evaluated"),
+        pytest.param(lambda r: (r / METRICS_FILE).write_text("{"), f"{METRICS_FILE} could not", id="broken metrics"),
+        pytest.param(lambda r: (r / PREDICTIONS_FILE).unlink(), f"{PREDICTIONS_FILE} is missing", id="not trained"),
+        pytest.param(truncate_predictions, f"{PREDICTIONS_FILE} could not", id="truncated predictions"),
+        pytest.param(drop_a_column, "missing column reasons", id="validation without a column"),
+        pytest.param(lambda r: (r / ACCOUNTING_FILE).write_text("[]"), f"{ACCOUNTING_FILE} could not", id="accounting"),
+        pytest.param(lambda r: (r / FEATURE_SCHEMA_FILE).unlink(), f"{FEATURE_SCHEMA_FILE} is missing", id="no schema"),
+        pytest.param(lambda r: next((r / "splits").iterdir()).write_text("{}"), "not a split", id="broken split"),
     ],
-)  # fmt: skip
-def test_a_half_done_run_says_what_is_missing_and_shows_the_rest(
-    tmp_path: Path, harm: Callable[[Path], object], says: str
+)
+def test_page_of_an_unfinished_run_lists_what_is_missing_and_shows_the_rest(
+    tmp_path: Path, damage: Callable[[Path], object], notice: str
 ) -> None:
     run = make_run(tmp_path / "run", SMALL)
-    harm(run)
+    damage(run)
 
-    words = words_of(text_of(run))
+    text = text_of(run)
 
-    assert says in words
-    assert "What it rests on" in words
+    assert notice in words_of(text)
+    assert re.findall(r'<section id="([^"]+)">', text) == SECTIONS
 
 
 @pytest.mark.parametrize(
     ("column", "value"),
     [
-        pytest.param("p_clean", float("nan"), id="a probability that is no number"),
-        pytest.param("y_pred", 7, id="a decision for a sixth phase"),
-        pytest.param("y_true", -1, id="a truth that nobody knows"),
+        pytest.param("p_clean", float("nan"), id="non-finite probability"),
+        pytest.param("y_pred", 7, id="invalid predicted phase"),
+        pytest.param("y_true", -1, id="unknown true phase"),
     ],
 )
-def test_a_model_that_cannot_be_scored_is_said_and_the_page_is_written(
-    tmp_path: Path, column: str, value: float
-) -> None:
+def test_page_is_written_for_a_model_without_scores(tmp_path: Path, column: str, value: float) -> None:
     run = make_run(tmp_path / "run", SMALL)
     table = pq.read_table(run / "predictions_v1.parquet")
     values = pc.if_else(
@@ -227,10 +235,10 @@ def test_a_model_that_cannot_be_scored_is_said_and_the_page_is_written(
     pq.write_table(table.set_column(at, column, values), run / "predictions_v1.parquet")
     evaluate_run(run, resamples=50)
 
-    words = words_of(text_of(run))
+    text = text_of(run)
 
-    assert "Gbt (seed 0, fold a-host) is not scored" in words
-    assert "What it rests on" in words
+    assert "(seed 0, fold a-host)" in words_of(text)  # the note of the evaluation
+    assert re.findall(r'<section id="([^"]+)">', text) == SECTIONS
 
 
 def test_without_metrics_no_performance_number_is_shown(tmp_path: Path) -> None:
@@ -243,14 +251,16 @@ def test_without_metrics_no_performance_number_is_shown(tmp_path: Path) -> None:
     assert 'class="tile' not in text
 
 
-def test_a_score_of_host_and_profile_goes_into_its_cell(tmp_path: Path) -> None:
+def test_heat_map_cell_shows_the_score_of_its_host_and_profile(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", SMALL)
     document = json.loads((run / "metrics_v2.json").read_text())
     (row,) = (
-        r for r in document["metrics"]
+        r
+        for r in document["metrics"]
         if (r["host_id"], r["profile"], r["model"], r["agent"]) == ("a-host", "benign", "gbt", "off")
-        and r["metric"] == "macro_f1" and r["fold"] == "pooled"
-    )  # fmt: skip
+        and r["metric"].startswith("macro_f1@")
+        and r["fold"] == "pooled"
+    )
     row["value"] = 0.42
     (run / "metrics_v2.json").write_text(json.dumps(document))
 
@@ -259,34 +269,34 @@ def test_a_score_of_host_and_profile_goes_into_its_cell(tmp_path: Path) -> None:
     assert "0.42" in cells["text"]
 
 
-def test_metrics_of_other_predictions_are_called_stale(tmp_path: Path) -> None:
+def test_metrics_of_other_predictions_are_reported_as_stale(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", SMALL)
     table = pq.read_table(run / "predictions_v1.parquet")
     pq.write_table(table.slice(0, table.num_rows - 1), run / "predictions_v1.parquet")
 
-    assert "metrics_v2.json was computed from another predictions_v1.parquet" in text_of(run)
+    assert "metrics_v2.json was computed from another version of predictions_v1.parquet" in text_of(run)
 
 
-def test_metrics_of_other_splits_are_called_stale(tmp_path: Path) -> None:
+def test_metrics_of_other_splits_are_reported_as_stale(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", SMALL)
     assert "was computed from" not in text_of(run)
     first, second, *_ = sorted((run / "splits").iterdir())
     first.write_bytes(second.read_bytes())
 
-    assert f"metrics_v2.json was computed from other splits (1, splits/{first.name} is the first)" in text_of(run)
+    assert f"metrics_v2.json was computed from other versions of 1 split (first: splits/{first.name})" in text_of(run)
 
 
-def test_a_ledger_that_does_not_balance_is_called_out(tmp_path: Path) -> None:
+def test_accounting_that_does_not_balance_is_reported(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", SMALL)
     (run / "ledger.json").write_text(json.dumps({"stages": {"validate": {"in": 9, "accepted": 5, "errored": 1}}}))
 
-    assert "validate does not balance: 9 went in, 6 = 5 accepted + 1 errored came out." in text_of(run)
+    assert "validate does not balance: 9 bundles in, 6 counted (5 accepted + 1 errored)." in text_of(run)
 
 
-def test_where_there_is_nothing_at_all_the_error_says_how_to_make_a_run(tmp_path: Path) -> None:
+def test_error_for_a_folder_without_a_run_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="phasewatch run STORE --out") as caught:
         write_report(tmp_path)
-    with pytest.raises(RunError, match="no such run"):
+    with pytest.raises(RunError, match="there is no such folder"):
         read_report_data(tmp_path / "absent")
 
     assert caught.value.exit_code == 3

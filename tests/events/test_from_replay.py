@@ -1,4 +1,4 @@
-"""A replay gives the run's own bins and probabilities, in the order and at the time of a watcher."""
+"""A replay sends the bins and probabilities of the run in the order and at the times of a watcher."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_test_episode_can_be_replayed(run: Path) -> None:
     assert list_episodes(run) == tuple(sorted((e.host_id, e.episode_id) for e in episodes_of(SMALL)))
 
 
-def test_bins_go_out_as_they_are_when_they_are_complete(recording: ReplayEpisode) -> None:
+def test_bins_are_sent_unchanged_when_they_are_complete(recording: ReplayEpisode) -> None:
     steps = [s for s in iter_replay_steps(recording, vm="m", bins_per_event=3) if isinstance(s.data, TelemetryEvent)]
     first = steps[0].data
 
@@ -53,7 +53,7 @@ def test_bins_go_out_as_they_are_when_they_are_complete(recording: ReplayEpisode
     assert sum(len(s.data.values) for s in steps) == recording.row.n_bins  # type: ignore[union-attr]
 
 
-def test_a_window_is_judged_after_its_last_bin_with_the_run_s_own_numbers(recording: ReplayEpisode) -> None:
+def test_prediction_follows_the_last_bin_of_its_window(recording: ReplayEpisode) -> None:
     steps = list(iter_replay_steps(recording, vm="m"))
     phases = [(i, s) for i, s in enumerate(steps) if isinstance(s.data, PhaseEvent)]
 
@@ -70,64 +70,67 @@ def test_a_window_is_judged_after_its_last_bin_with_the_run_s_own_numbers(record
     assert (first.model, first.threat, first.filter, first.alarm) == ("gbt", "realistic", "none", None)
 
 
-def test_time_never_goes_back(recording: ReplayEpisode) -> None:
+def test_events_are_in_order_of_time(recording: ReplayEpisode) -> None:
     at = [s.at_s for s in iter_replay_steps(recording, vm="m", bins_per_event=4)]
 
     assert at == sorted(at)
 
 
-def loud(recording: ReplayEpisode) -> ReplayEpisode:
+def with_active_windows(recording: ReplayEpisode) -> ReplayEpisode:
     p = np.zeros((SMALL.n_windows, 5))
     p[:, 0] = 1
     p[1:3] = [0, 0, 0.3, 0.4, 0.3]
     return replace(recording, predictions=replace(recording.predictions, p=p))
 
 
-def test_the_alarm_rings_by_the_rule_that_was_fixed_in_training(recording: ReplayEpisode) -> None:
-    ringing = add_alarm(loud(recording), AlarmRule(theta=0.65))
+def test_alarm_follows_the_rule_of_the_model(recording: ReplayEpisode) -> None:
+    ringing = add_alarm(with_active_windows(recording), AlarmRule(theta=0.65))
 
     seen = [s.data for s in iter_replay_steps(ringing, vm="m") if isinstance(s.data, PhaseEvent)]
 
-    assert [s.alarm for s in seen] == [
-        False,
-        False,
-        True,
-        True,
-        True,
-        False,
-    ]  # two of three raise, three quiet ones end
+    # Two active windows of three raise the alarm, three quiet ones end it.
+    assert [s.alarm for s in seen] == [False, False, True, True, True, False]
     assert [s.alarm_since_ns for s in seen] == [None, None, *[seen[2].t_end_ns] * 3, None]
     assert seen[0].threshold == 0.65
 
 
-def test_a_rule_that_never_rings_says_so(recording: ReplayEpisode) -> None:
+def test_rule_that_never_raises_has_a_caveat(recording: ReplayEpisode) -> None:
     seen = next(
         s.data
-        for s in iter_replay_steps(add_alarm(loud(recording), AlarmRule(theta=THETA_NEVER)), vm="m")
+        for s in iter_replay_steps(add_alarm(with_active_windows(recording), AlarmRule(theta=THETA_NEVER)), vm="m")
         if s.is_window
     )
 
     assert isinstance(seen, PhaseEvent)
     assert seen.alarm is False
-    assert "never rings" in str(seen.caveat)
+    assert "never raised" in str(seen.caveat)
 
 
-def test_without_a_checkpoint_no_alarm_is_claimed(recording: ReplayEpisode, run: Path) -> None:
+def test_alarm_is_unknown_without_a_checkpoint(recording: ReplayEpisode, run: Path) -> None:
     assert read_alarm_rule(recording, run) is None
     assert next(s.data.alarm for s in iter_replay_steps(recording, vm="m") if isinstance(s.data, PhaseEvent)) is None
 
 
-def test_an_episode_that_is_not_there_is_said_with_those_that_are(run: Path) -> None:
+def test_window_without_a_label_has_no_true_phase(recording: ReplayEpisode) -> None:
+    y_true = np.full(SMALL.n_windows, -1)
+    unlabelled = replace(recording, predictions=replace(recording.predictions, y_true=y_true))
+
+    truths = [s.data.truth for s in iter_replay_steps(unlabelled, vm="m") if isinstance(s.data, PhaseEvent)]
+
+    assert truths == [None] * SMALL.n_windows
+
+
+def test_unknown_episode_is_an_error(run: Path) -> None:
     with pytest.raises(RunError, match=r"no test predictions of episode nothing by gbt \(held_out_host"):
         read_replay_episodes(run, ["nothing"])
 
 
-def test_a_choice_without_predictions_is_said(run: Path) -> None:
+def test_selection_without_predictions_is_an_error(run: Path) -> None:
     with pytest.raises(RunError, match="no test predictions by cnn"):
         list_episodes(run, ReplaySelection(model="cnn"))
 
 
-def test_a_run_without_grids_says_what_makes_them(tmp_path: Path) -> None:
+def test_run_without_bins_is_an_error_with_the_command(tmp_path: Path) -> None:
     run = playable(tmp_path / "run")
     (run / "grids" / "grids.npy").unlink()
 

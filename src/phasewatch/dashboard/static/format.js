@@ -1,9 +1,9 @@
-// Numbers, times and colours as the page spells them.
+// Format numbers, times and colours.
 export const PHASES = ["clean", "armed", "infecting", "active", "dormant"];
 export const GLYPHS = { clean: "○", armed: "◔", infecting: "◑", active: "●", dormant: "◌" };
 
 const NAME = /^[A-Za-z0-9._/-]{1,80}$/;
-// The hub replaces unsafe names already; a second look costs nothing, for Plotly reads tags in any text.
+// The hub replaces unsafe names already. They are checked again here, because Plotly interprets tags in any text.
 export const safe = (name) => (NAME.test(name) ? name : "unnamed");
 export const clip = (name, most) => (name.length > most ? name.slice(0, most - 1) + "…" : name);
 
@@ -25,7 +25,7 @@ export const clock = (ms) => {
   const d = new Date(ms);
   return `${two(d.getHours())}:${two(d.getMinutes())}:${two(d.getSeconds())}`;
 };
-// Plotly takes dates for UTC: it is given the local time as text.
+// Plotly interprets dates as UTC, so it gets the local time as text.
 export const local = (ms) => {
   const d = new Date(ms);
   return `${d.getFullYear()}-${two(d.getMonth() + 1)}-${two(d.getDate())} ${clock(ms)}.${two(d.getMilliseconds(), 3)}`;
@@ -35,13 +35,13 @@ export const ago = (ms) => {
   return s < 2 ? "now" : s < 120 ? `${s} s ago` : s < 7200 ? `${Math.round(s / 60)} min ago` : `${Math.round(s / 3600)} h ago`;
 };
 
-const probe = document.createElement("span");
-probe.hidden = true;
-document.documentElement.append(probe);
-// Give a CSS variable as the colour that it is now; light and dark are decided in the style sheet alone.
+const colourProbe = document.createElement("span");
+colourProbe.hidden = true;
+document.documentElement.append(colourProbe);
+// Return the current colour of a CSS variable; the style sheet alone defines the light and dark theme.
 export const colour = (name) => {
-  probe.style.color = `var(--${name})`;
-  return getComputedStyle(probe).color;
+  colourProbe.style.color = `var(--${name})`;
+  return getComputedStyle(colourProbe).color;
 };
 
 export const text = (element, words) => { if (element.textContent !== words) element.textContent = words; };

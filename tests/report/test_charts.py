@@ -1,4 +1,4 @@
-"""Pictures are plain values: what a reader must see in them, whatever the numbers are."""
+"""Figures of the report, checked as plain values."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def contrast(ink: str, ground: Sequence[float]) -> float:
 
 
 def shade(share: float) -> list[float]:
-    """The colour of a share between the two stops beside it."""
+    """Interpolate the colour of a share on the colour scale."""
     (x0, low), (x1, high) = next((a, b) for a, b in pairwise(COLOUR_SCALE) if share <= float(b[0]))
     k = (share - float(x0)) / (float(x1) - float(x0))
     return [a + (b - a) * k for a, b in zip(rgb(str(low)), rgb(str(high)), strict=True)]
@@ -84,20 +84,20 @@ ALL = pytest.mark.parametrize("build", [board, heat, matrix, bands, bars])
 
 
 @ALL
-def test_plotly_knows_every_property_that_a_picture_sets(build: object) -> None:
+def test_plotly_accepts_every_property_of_a_figure(build: object) -> None:
     figure = build()  # type: ignore[operator]
 
-    go.Figure(figure)  # raises on a property or value that it does not know
+    go.Figure(figure)  # raises for an unknown property or value
 
 
 @ALL
-def test_a_picture_says_its_origin_wherever_it_is_copied(build: object) -> None:
+def test_figure_contains_the_origin_of_the_data(build: object) -> None:
     figure = build()  # type: ignore[operator]
 
     assert "recorded" in figure["layout"]["xaxis"]["title"]["text"]
 
 
-def test_a_score_without_interval_has_no_whisker() -> None:
+def test_score_without_interval_has_no_whisker() -> None:
     error = board()["data"][0]["error_x"]
 
     for ends in (error["array"], error["arrayminus"]):
@@ -106,7 +106,7 @@ def test_a_score_without_interval_has_no_whisker() -> None:
             float(ends[1])  # Plotly draws every number, and a zero as two caps
 
 
-def test_of_two_rows_the_lower_has_its_numbers_below_where_no_whisker_runs() -> None:
+def test_second_series_has_its_numbers_below_the_marks() -> None:
     two = [ScoreSeries(name="five phases", scores=SCORES), ScoreSeries(name="three states", scores=SCORES)]
 
     upper, lower, *_ = charts.draw_intervals(two, title="macro-F1", origin="recorded")["data"]
@@ -116,7 +116,7 @@ def test_of_two_rows_the_lower_has_its_numbers_below_where_no_whisker_runs() -> 
 
 
 @pytest.mark.parametrize("ends", [(0.01, 0.1), (-0.3, -0.1), (-0.2, 0.4)])
-def test_a_picture_of_gaps_shows_zero_and_every_end_and_little_else(ends: tuple[float, float]) -> None:
+def test_axis_of_differences_covers_zero_and_the_interval(ends: tuple[float, float]) -> None:
     gap = ScoreMark(label="a", value=sum(ends) / 2, low=ends[0], high=ends[1])
 
     figure = charts.draw_intervals([ScoreSeries(name="gap", scores=(gap,))], title="", origin="", is_gap=True)
@@ -127,14 +127,14 @@ def test_a_picture_of_gaps_shows_zero_and_every_end_and_little_else(ends: tuple[
     assert right - left < 1.5 * (max(0, *ends) - min(0, *ends))
 
 
-def test_a_score_that_was_not_measured_is_a_line_that_says_so_not_a_zero() -> None:
+def test_missing_score_is_labelled_and_not_drawn_as_zero() -> None:
     marks, unknown = board()["data"]
 
     assert marks["y"] == [0, 1]
-    assert (unknown["y"], unknown["text"]) == ([2], ["no number"])
+    assert (unknown["y"], unknown["text"]) == ([2], ["no value"])
 
 
-def test_an_untested_cell_is_hatched_and_has_no_shade() -> None:
+def test_untested_cell_is_hatched_and_has_no_shade() -> None:
     shades, hatch, words = heat()["data"]
 
     assert shades["z"] == [[0.5], [None]]
@@ -143,13 +143,13 @@ def test_an_untested_cell_is_hatched_and_has_no_shade() -> None:
     assert hatch["showlegend"]
 
 
-def test_without_scores_the_map_shows_how_many_episodes_were_tested() -> None:
+def test_heat_map_without_scores_shows_the_number_of_test_episodes() -> None:
     words = heat(value=None)["data"][-1]
 
     assert words["text"] == ["3"]
 
 
-def test_a_phase_without_true_windows_has_counts_but_no_share() -> None:
+def test_phase_without_true_windows_has_counts_but_no_share() -> None:
     squares, words = matrix()["data"]
 
     assert squares["z"] == [[0.75, 0.25], [None, None]]
@@ -157,13 +157,13 @@ def test_a_phase_without_true_windows_has_counts_but_no_share() -> None:
 
 
 @pytest.mark.parametrize("share", [i / 20 for i in range(21)])
-def test_a_number_can_be_read_on_every_shade(share: float) -> None:
+def test_cell_text_has_enough_contrast_on_every_shade(share: float) -> None:
     ink = build_cell_text_trace([[share]], [["1"]])["textfont"]["color"][0]
 
     assert contrast(ink, shade(share)) > 4
 
 
-def test_the_small_numbers_of_every_series_can_be_read_on_white() -> None:
+def test_numbers_of_every_series_have_enough_contrast_on_white() -> None:
     one = ScoreMark(label="gbt", value=0.5, low=0.4, high=0.6)
     three = [ScoreSeries(name=name, scores=(one,)) for name in ("a", "b", "c")]
 
@@ -173,33 +173,33 @@ def test_the_small_numbers_of_every_series_can_be_read_on_white() -> None:
     assert all(contrast(ink, rgb("#ffffff")) >= 4.5 for ink in inks)  # WCAG 2.2, 1.4.3
 
 
-def test_truth_stands_above_the_decision_and_both_above_the_probabilities() -> None:
+def test_ribbon_rows_are_true_phase_then_prediction_then_probabilities() -> None:
     figure = bands()
     names = dict(zip(figure["layout"]["yaxis"]["tickvals"], figure["layout"]["yaxis"]["ticktext"], strict=True))
 
-    assert [names[y] for y in sorted(names)][:3] == ["truth", "decided", "p(clean)"]
+    assert [names[y] for y in sorted(names)][:3] == ["true phase", "predicted", "p(clean)"]
     assert figure["layout"]["yaxis"]["range"][0] > figure["layout"]["yaxis"]["range"][1]
 
 
-def test_a_ribbon_names_all_five_phases_also_those_that_it_lacks() -> None:
+def test_ribbon_legend_has_all_five_phases() -> None:
     shown = [t["name"] for t in bands()["data"] if t.get("showlegend", True) and t["type"] == "scatter"]
 
-    assert shown == ["truth", "clean", "armed", "infecting", "active", "dormant"]
+    assert shown == ["true phase", "clean", "armed", "infecting", "active", "dormant"]
 
 
-def test_the_true_phase_is_one_line_while_it_lasts() -> None:
-    line = next(t for t in bands()["data"] if t.get("name") == "truth")
+def test_consecutive_windows_of_a_phase_are_one_line() -> None:
+    line = next(t for t in bands()["data"] if t.get("name") == "true phase")
 
     assert line["x"] == [2.5, 17.5, None, 17.5, 32.5, None, 32.5, 47.5, None]
 
 
-def test_every_status_has_a_hatching_or_a_place_of_its_own() -> None:
+def test_bundle_statuses_differ_in_hatching() -> None:
     patterns = {t["name"]: t["marker"]["pattern"]["shape"] for t in bars()["data"]}
 
     assert patterns == {"accepted": "", "errored": "."}
 
 
-def test_phases_differ_in_lightness_as_well_as_in_hue() -> None:
+def test_phase_colours_differ_in_lightness() -> None:
     def lightness(colour: str) -> float:
         r, g, b = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
         return math.sqrt(0.299 * r * r + 0.587 * g * g + 0.114 * b * b)
@@ -210,11 +210,11 @@ def test_phases_differ_in_lightness_as_well_as_in_hue() -> None:
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
-        pytest.param("beacon-c2", "beacon-c2", id="a plain name stays"),
-        pytest.param("<b>&amp;", "&lt;b&gt;&amp;amp;", id="markup that Plotly reads becomes text"),
-        pytest.param("a\u202eb\n", "a\ufffdb\ufffd", id="characters that turn or break the line are replaced"),
-        pytest.param("x" * 50, "x" * 43 + "…", id="a long name is clipped"),
+        pytest.param("beacon-c2", "beacon-c2", id="plain name"),
+        pytest.param("<b>&amp;", "&lt;b&gt;&amp;amp;", id="markup"),
+        pytest.param("a\u202eb\n", "a\ufffdb\ufffd", id="control characters"),
+        pytest.param("x" * 50, "x" * 43 + "…", id="long name"),
     ],
 )
-def test_names_from_data_are_harmless_in_a_picture(name: str, shown: str) -> None:
+def test_names_from_data_are_escaped_in_figures(name: str, shown: str) -> None:
     assert escape_text(name) == shown

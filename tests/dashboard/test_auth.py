@@ -1,4 +1,4 @@
-"""Who may come in: this machine's own name, the page's own origin, the cookie to look, the token to send."""
+"""Access control: local host names, same origin, a cookie to view and a token to send events."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from phasewatch.dashboard.auth import (
 from phasewatch.errors import MachineError
 
 TOKEN = "correct-horse-battery-staple"
-GATE = AccessControl(token=TOKEN)
+ACCESS = AccessControl(token=TOKEN)
 LOOK = AccessRequest(method="GET", path="/", query="", host="127.0.0.1:8765", origin="", cookie="", authorization="")
 SEND = replace(LOOK, method="POST", path="/events")
 COOKIE = f"phasewatch={compute_cookie(TOKEN)}"
 
 
-def status_of(asked: AccessRequest, gate: AccessControl = GATE) -> int | None:
-    refusal = gate.find_refusal(asked)
+def status_of(request: AccessRequest, access: AccessControl = ACCESS) -> int | None:
+    refusal = access.find_refusal(request)
     return None if refusal is None else refusal.status
 
 
-def test_a_viewer_needs_the_cookie() -> None:
+def test_viewing_needs_the_cookie() -> None:
     assert status_of(LOOK) == 401
     assert status_of(replace(LOOK, cookie=COOKIE)) is None
     assert status_of(replace(LOOK, cookie=f"other=1; {COOKIE}")) is None
@@ -40,23 +40,23 @@ def test_a_viewer_needs_the_cookie() -> None:
 
 
 @pytest.mark.parametrize("other", ['prefs={"a":1}', "a b=c", 'x="unterminated', "n=é", "=", "phasewatch", "a=1;;"])
-def test_what_another_program_of_this_machine_set_does_not_hide_the_cookie(other: str) -> None:
+def test_cookies_of_other_programs_do_not_hide_the_cookie(other: str) -> None:
     # Browsers keep cookies by name and address, not by port: whatever runs on 127.0.0.1 shares them.
     assert status_of(replace(LOOK, cookie=f"{other}; {COOKIE}")) is None
     assert status_of(replace(LOOK, cookie=f"{COOKIE}; {other}")) is None
     assert status_of(replace(LOOK, cookie=other)) == 401
 
 
-def test_a_query_of_many_fields_holds_no_token_and_breaks_nothing() -> None:
-    assert not GATE.is_login(replace(LOOK, query="&".join("abcdefghijk")))
+def test_query_with_many_fields_is_no_login() -> None:
+    assert not ACCESS.is_login(replace(LOOK, query="&".join("abcdefghijk")))
 
 
-def test_the_token_itself_is_no_cookie_and_the_cookie_no_token() -> None:
+def test_token_is_not_accepted_as_cookie_and_cookie_not_as_token() -> None:
     assert status_of(replace(LOOK, cookie=f"phasewatch={TOKEN}")) == 401
     assert status_of(replace(SEND, authorization=f"Bearer {compute_cookie(TOKEN)}")) == 401
 
 
-def test_a_producer_needs_the_token_as_bearer() -> None:
+def test_sending_needs_the_token_as_bearer() -> None:
     assert status_of(SEND) == 401
     assert status_of(replace(SEND, cookie=COOKIE)) == 401
     assert status_of(replace(SEND, authorization=f"Bearer {TOKEN}x")) == 401
@@ -64,29 +64,29 @@ def test_a_producer_needs_the_token_as_bearer() -> None:
     assert status_of(replace(SEND, authorization=f"bearer {TOKEN}")) is None
 
 
-def test_an_open_gate_lets_everybody_of_this_machine_look_and_nobody_send() -> None:
-    gate = AccessControl(token=TOKEN, is_open=True)
+def test_open_access_allows_viewing_but_not_sending() -> None:
+    access = AccessControl(token=TOKEN, is_open=True)
 
-    assert status_of(LOOK, gate) is None
-    assert status_of(replace(LOOK, path="/events"), gate) is None
-    assert status_of(SEND, gate) == 401
-    assert status_of(replace(LOOK, host="evil.example"), gate) == 421
-    assert status_of(replace(LOOK, origin="https://evil.example"), gate) == 403
+    assert status_of(LOOK, access) is None
+    assert status_of(replace(LOOK, path="/events"), access) is None
+    assert status_of(SEND, access) == 401
+    assert status_of(replace(LOOK, host="evil.example"), access) == 421
+    assert status_of(replace(LOOK, origin="https://evil.example"), access) == 403
 
 
 @pytest.mark.parametrize(
     "host", ["evil.example", "127.0.0.1.evil.example", "", "10.0.0.1:8765", "[::2]:80", "@127.0.0.1:x"]
 )
-def test_another_name_for_this_address_is_refused(host: str) -> None:
+def test_foreign_host_names_are_refused(host: str) -> None:
     assert status_of(replace(LOOK, host=host, cookie=COOKIE)) == 421
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:8765", "localhost:9000", "LOCALHOST", "[::1]:8765"])
-def test_any_port_of_this_machine_is_right_for_tunnels_change_it(host: str) -> None:
+def test_local_host_names_are_accepted_with_any_port(host: str) -> None:
     assert status_of(replace(LOOK, host=host, cookie=COOKIE)) is None
 
 
-def test_another_origin_is_refused_even_with_the_token() -> None:
+def test_other_origin_is_refused_even_with_the_token() -> None:
     bearer = replace(SEND, authorization=f"Bearer {TOKEN}")
 
     assert status_of(replace(bearer, origin="http://127.0.0.1:8765")) is None
@@ -94,22 +94,32 @@ def test_another_origin_is_refused_even_with_the_token() -> None:
     assert status_of(replace(bearer, origin="null")) == 403
 
 
-def test_only_the_start_address_takes_a_token() -> None:
-    assert GATE.is_login(replace(LOOK, query=f"token={TOKEN}"))
-    assert not GATE.is_login(replace(LOOK, query="token=wrong"))
-    assert not GATE.is_login(replace(LOOK, query="token="))
-    assert not GATE.is_login(replace(LOOK, path="/events", query=f"token={TOKEN}"))
-    assert not GATE.is_login(replace(SEND, path="/", query=f"token={TOKEN}"))
+def test_only_the_start_address_accepts_a_token_in_the_query() -> None:
+    assert ACCESS.is_login(replace(LOOK, query=f"token={TOKEN}"))
+    assert not ACCESS.is_login(replace(LOOK, query="token=wrong"))
+    assert not ACCESS.is_login(replace(LOOK, query="token="))
+    assert not ACCESS.is_login(replace(LOOK, path="/events", query=f"token={TOKEN}"))
+    assert not ACCESS.is_login(replace(SEND, path="/", query=f"token={TOKEN}"))
 
 
-@given(st.builds(replace, st.just(LOOK), query=st.text(max_size=300), host=st.text(max_size=60), origin=st.text(max_size=60),
-                 cookie=st.text(max_size=300), authorization=st.text(max_size=60), method=st.sampled_from(["GET", "POST", "PUT"])))  # fmt: skip
-def test_noise_never_comes_in_and_never_breaks_the_gate(asked: AccessRequest) -> None:
-    assert status_of(asked) in (401, 403, 421)
-    assert not GATE.is_login(asked)
+@given(
+    st.builds(
+        replace,
+        st.just(LOOK),
+        query=st.text(max_size=300),
+        host=st.text(max_size=60),
+        origin=st.text(max_size=60),
+        cookie=st.text(max_size=300),
+        authorization=st.text(max_size=60),
+        method=st.sampled_from(["GET", "POST", "PUT"]),
+    )
+)
+def test_random_requests_are_refused(request: AccessRequest) -> None:
+    assert status_of(request) in (401, 403, 421)
+    assert not ACCESS.is_login(request)
 
 
-def test_a_token_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> None:
+def test_token_is_created_once_and_readable_by_its_owner_only(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "token"
 
     first = ensure_token(path)
@@ -120,17 +130,17 @@ def test_a_token_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> Non
     assert ensure_token(tmp_path / "other") != first
 
 
-def test_a_token_that_others_may_read_is_not_used(tmp_path: Path) -> None:
+def test_token_readable_by_others_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "token"
     ensure_token(path)
     path.chmod(0o640)
 
-    with pytest.raises(MachineError, match=r"others may read it \(mode 640\); `chmod 600"):
+    with pytest.raises(MachineError, match=r"\(mode 640\); `chmod 600"):
         ensure_token(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"short\n", b"\xff" * 40, b"x" * 600, b"two words \x00 and a null"])
-def test_a_file_that_holds_no_token_is_said_so(tmp_path: Path, content: bytes) -> None:
+def test_file_without_a_token_is_an_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "token"
     path.write_bytes(content)
     path.chmod(0o600)
@@ -139,7 +149,7 @@ def test_a_file_that_holds_no_token_is_said_so(tmp_path: Path, content: bytes) -
         read_token(path)
 
 
-def test_the_token_lies_in_the_users_state_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_default_token_path_is_in_the_state_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
 
     assert find_token_path() == tmp_path / "phasewatch" / "dashboard.token"

@@ -1,4 +1,4 @@
-"""Sending: in time, in order, in as few requests as fit, again when the page was away, and never unheard."""
+"""Events are sent on schedule, in order, in few requests and with retries; process metrics are correct."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PERF, SCORE = GOLDEN["perf"][0], GOLDEN["score"][0]
 
 
 class Clock:
-    """Time that passes only by sleeping."""
+    """A clock that advances only by sleeping."""
 
     now_s = 50.0
 
@@ -42,33 +42,33 @@ def play(
     clock = Clock()
     sent: list[float] = []
 
-    async def hand_on(data: EventData) -> None:
+    async def send(data: EventData) -> None:
         sent.append(clock.now_s - 50.0)
         clock.now_s += cost_s
 
-    asyncio.run(send_on_schedule(steps, hand_on, speed=speed, monotonic=clock, sleep=clock.sleep, meter=meter))
+    asyncio.run(send_on_schedule(steps, send, speed=speed, monotonic=clock, sleep=clock.sleep, meter=meter))
     return sent
 
 
 STEPS = [ReplayStep(at_s=float(i), data=PERF) for i in (1, 2, 6)]
 
 
-def test_a_step_is_handed_on_when_it_is_due() -> None:
+def test_event_is_sent_when_it_is_due() -> None:
     assert play(STEPS, 1.0) == [1.0, 2.0, 6.0]
     assert play(STEPS, 4.0) == [0.25, 0.5, 1.5]
     assert play(STEPS, 0.0) == [0.0, 0.0, 0.0]
 
 
-def test_what_is_late_is_counted_and_never_skipped() -> None:
+def test_late_events_are_counted_and_not_skipped() -> None:
     meter = ProcessMeter("replay")
 
     sent = play(STEPS, 1.0, cost_s=3.0, meter=meter)
 
     assert sent == [1.0, 4.0, 7.0]
-    assert meter.read().late_ticks == 3  # each was handed on more than a bin after it was due
+    assert meter.read().late_ticks == 3  # each was sent more than a bin after it was due
 
 
-def test_numbers_rise_and_lines_are_read_again() -> None:
+def test_written_lines_are_numbered_and_can_be_parsed() -> None:
     numberer, file = EventNumberer("metrics", "demo", now_ns=lambda: 9), io.BytesIO()
 
     asyncio.run(EventFileWriter(file).send([numberer.wrap(PERF), numberer.wrap(SCORE)]))
@@ -94,17 +94,17 @@ def post(
     asyncio.run(go())
 
 
-def test_a_busy_page_is_asked_again_and_nothing_is_sent_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_dashboard_is_retried_with_the_same_body(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [httpx.Response(503), httpx.ConnectError("refused"), httpx.Response(202)]
     bodies = []
 
     def answer(request: httpx.Request) -> httpx.Response:
         bodies.append(request.content)
         assert request.headers["authorization"] == "Bearer " + "t" * 20
-        found = answers[len(bodies) - 1]
-        if isinstance(found, Exception):
-            raise found
-        return found
+        outcome = answers[len(bodies) - 1]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     post(answer, [event(PERF), event(SCORE)], monkeypatch)
 
@@ -117,14 +117,12 @@ def test_a_busy_page_is_asked_again_and_nothing_is_sent_twice(monkeypatch: pytes
     ("after", "waited_s"),
     [
         pytest.param("2", 2.0, id="seconds"),
-        pytest.param("86400", 60.0, id="a day is too long"),
-        pytest.param("Wed, 21 Oct 2026 07:28:00 GMT", 0.001, id="a date"),
-        pytest.param("inf", 0.001, id="for ever"),
+        pytest.param("86400", 60.0, id="longer than the maximum"),
+        pytest.param("Wed, 21 Oct 2026 07:28:00 GMT", 0.001, id="date"),
+        pytest.param("inf", 0.001, id="infinity"),
     ],
 )
-def test_a_page_that_names_a_time_is_waited_for_that_long_within_reason(
-    after: str, waited_s: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retry_after_is_respected_up_to_a_maximum(after: str, waited_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
     answers, waits = [httpx.Response(503, headers={"Retry-After": after}), httpx.Response(202)], []
 
     async def sleep(seconds: float) -> None:
@@ -137,28 +135,28 @@ def test_a_page_that_names_a_time_is_waited_for_that_long_within_reason(
 
 
 @pytest.mark.parametrize(
-    ("status", "error", "words"),
+    ("status", "error", "reason"),
     [
         pytest.param(400, EventError, "400 what is wrong", id="malformed"),
-        pytest.param(401, MachineError, "is it a dashboard, and this its token?", id="wrong token"),
-        pytest.param(404, MachineError, "is it a dashboard", id="another server"),
+        pytest.param(401, MachineError, "token", id="wrong token"),
+        pytest.param(404, MachineError, "a dashboard", id="another server"),
     ],
 )
-def test_a_refusal_is_not_repeated(
-    status: int, error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+def test_refused_request_is_not_retried(
+    status: int, error: type[Exception], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    requests = []
 
     def answer(request: httpx.Request) -> httpx.Response:
-        asked.append(request)
+        requests.append(request)
         return httpx.Response(status, text="what is wrong")
 
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=reason):
         post(answer, [event(PERF)], monkeypatch)
-    assert len(asked) == 1
+    assert len(requests) == 1
 
 
-def test_many_events_go_in_parts_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_events_are_split_into_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -172,19 +170,19 @@ def test_many_events_go_in_parts_that_fit(monkeypatch: pytest.MonkeyPatch) -> No
     assert max(sizes) <= 1010
 
 
-def test_nobody_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_dashboard_is_an_error_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("phasewatch.events.publish.FIRST_RETRY_WAIT_S", 0.001)
 
     async def go() -> None:
         async with aclosing(EventPoster("http://127.0.0.1:9", "t" * 20)) as poster:
             await poster.send([event(PERF)])
 
-    with pytest.raises(MachineError, match="start one with `phasewatch dashboard RUN`"):
+    with pytest.raises(MachineError, match="`phasewatch dashboard RUN`"):
         asyncio.run(go())
 
 
 @pytest.mark.parametrize("url", ["nonsense://x", "http://", "http://[::"])
-def test_an_address_that_is_none_is_said_so(url: str) -> None:
+def test_invalid_address_is_an_error(url: str) -> None:
     async def go() -> None:
         async with aclosing(EventPoster(url, "t" * 20)) as poster:
             await poster.send([event(PERF)])
@@ -193,7 +191,7 @@ def test_an_address_that_is_none_is_said_so(url: str) -> None:
         asyncio.run(go())
 
 
-def test_a_meter_says_what_was_measured() -> None:
+def test_meter_reports_rates_latencies_and_memory() -> None:
     clock, cpu = Clock(), [3.0]
     meter = ProcessMeter("watch", vm="web-1", monotonic=clock, cpu_s=lambda: cpu[0], rss_bytes=lambda: 5_000)
     for ms in (0.05, 0.3, 0.3, 40.0, 900.0):
@@ -211,7 +209,7 @@ def test_a_meter_says_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 99, 100, 101, 1000])
-def test_quantiles_are_those_of_numpy(n: int) -> None:
+def test_quantiles_match_numpy(n: int) -> None:
     values = np.random.default_rng(n).exponential(5, n)
     clock = Clock()
     meter = ProcessMeter("watch", monotonic=clock, cpu_s=lambda: 0.0)
@@ -220,11 +218,11 @@ def test_quantiles_are_those_of_numpy(n: int) -> None:
 
     perf = meter.read()
 
-    for found, q in ((perf.p50_ms, 0.5), (perf.p99_ms, 0.99)):
-        assert found == round(float(np.quantile(values, q, method="inverted_cdf")), 4)
+    for quantile, q in ((perf.p50_ms, 0.5), (perf.p99_ms, 0.99)):
+        assert quantile == round(float(np.quantile(values, q, method="inverted_cdf")), 4)
 
 
-def test_a_meter_forgets_what_is_older_than_a_minute() -> None:
+def test_meter_covers_the_last_minute_only() -> None:
     clock = Clock()
     meter = ProcessMeter("watch", monotonic=clock, cpu_s=lambda: clock.now_s / 2)
     meter.add_window(400.0)
@@ -239,14 +237,14 @@ def test_a_meter_forgets_what_is_older_than_a_minute() -> None:
     assert perf.cpu_cores == 0.5
 
 
-def test_a_process_knows_its_own_memory() -> None:
+def test_own_memory_is_measured() -> None:
     held = bytearray(64 * 1024 * 1024)
     held[::4096] = b"x" * len(held[::4096])
 
     assert read_own_rss_bytes() > 64 * 1024 * 1024
 
 
-def test_a_run_is_sent_to_a_real_dashboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_is_published_to_a_dashboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
     from phasewatch.cli import app
@@ -254,14 +252,14 @@ def test_a_run_is_sent_to_a_real_dashboard(tmp_path: Path, monkeypatch: pytest.M
     run = playable(tmp_path / "run")
     with dashboard(tmp_path) as running:
         for what in ("replay", "metrics", "profiles"):
-            words = ["produce", what, str(run), "--speed", "200", "--to", running.address]
-            done = CliRunner().invoke(app, [*words, "--token-file", str(tmp_path / "token")])
+            arguments = ["publish", what, str(run), "--speed", "200", "--to", running.address]
+            done = CliRunner().invoke(app, [*arguments, "--token-file", str(tmp_path / "token")])
             assert done.exit_code == 0, done.output
         events = httpx.get(running.address + "healthz", trust_env=False).json()["events"]
         refused = CliRunner().invoke(
-            app, ["produce", "metrics", str(run), "--to", running.address], env={"PHASEWATCH_TOKEN": "w" * 20}
+            app, ["publish", "metrics", str(run), "--to", running.address], env={"PHASEWATCH_TOKEN": "w" * 20}
         )
 
     assert events == 1 + 6 + 2 + 1  # all bins at once at that speed, six windows, score and confusion, profiles
     assert refused.exit_code == 5
-    assert "is it a dashboard, and this its token?" in refused.output
+    assert "token" in refused.output

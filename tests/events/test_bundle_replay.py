@@ -1,4 +1,4 @@
-"""A bundle that a model judged just now is replayed like an episode of a run, and says what it is."""
+"""A bundle with fresh predictions is replayed like an episode of a run."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from phasewatch.store.local import DiskStore
 from phasewatch.validate.verdict import BundleCheck, BundleLocation, validate_bundle
 
 
-class Busy:
-    """Calls every window active, the surer the busier the vCPU."""
+class AlwaysActive:
+    """Model that predicts active for every window."""
 
     def predict_proba(self, inputs: ModelInputs) -> NDArray[np.float64]:
         p = np.full((len(inputs), 5), 0.05)
@@ -34,7 +34,7 @@ class Busy:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> BundleCheck:
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> BundleCheck:
     path = tmp_path_factory.mktemp("judged") / "store"
     simulate(path, hosts=1, episodes=1, seed=3, between_s=(60, 61))
     store = DiskStore(path)
@@ -48,27 +48,34 @@ def scorer() -> PhasePredictor:
     names = tuple(c.full_name for c in CHANNELS if c.in_deployment)
     spec = InputSpec(kind=InputKind.TENSOR, names=names, mask="realistic", schema_hash="s", behaviour_fingerprint="b")
     return PhasePredictor(
-        model="cnn", threat="realistic", seed=0, spec=spec, estimator=Busy(), filter=None, alarm=AlarmRule(theta=0.5),
-        trained=TrainingOrigin(), where="a test",
-    )  # fmt: skip
+        model="cnn",
+        threat="realistic",
+        seed=0,
+        spec=spec,
+        estimator=AlwaysActive(),
+        filter=None,
+        alarm=AlarmRule(theta=0.5),
+        trained=TrainingOrigin(),
+        where="a test",
+    )
 
 
-def test_it_is_replayed_with_its_truth_its_alarm_and_its_caveat(found: BundleCheck, scorer: PhasePredictor) -> None:
-    said, of = predict_episode(found, scorer)
-    recording = build_replay_episode(found, scorer, said, caveat="it learnt from this")
+def test_replay_has_true_phase_alarm_and_caveat(bundle: BundleCheck, scorer: PhasePredictor) -> None:
+    decisions, n_windows = predict_episode(bundle, scorer)
+    recording = build_replay_episode(bundle, scorer, decisions, caveat="trained on this bundle")
 
     seen = [s.data for s in iter_replay_steps(recording, vm="m") if isinstance(s.data, PhaseEvent)]
 
-    assert len(seen) == of >= 11
+    assert len(seen) == n_windows >= 11
     assert {s.decision for s in seen} == {"active"}
     assert [s.alarm for s in seen[:3]] == [False, True, True]
-    assert {s.caveat for s in seen} == {"it learnt from this"}
-    assert {s.truth for s in seen} <= {"clean", "armed", "infecting", "active", "dormant", "unknown"}
+    assert {s.caveat for s in seen} == {"trained on this bundle"}
+    assert {s.truth for s in seen} <= {"clean", "armed", "infecting", "active", "dormant", None}
     assert (seen[0].model, seen[0].threat, seen[0].filter) == ("cnn", "realistic", "none")
 
 
-def test_judging_it_in_time_measures_every_window(found: BundleCheck, scorer: PhasePredictor) -> None:
-    recording = build_replay_episode(found, scorer, predict_episode(found, scorer)[0])
+def test_prediction_on_schedule_measures_every_window(bundle: BundleCheck, scorer: PhasePredictor) -> None:
+    recording = build_replay_episode(bundle, scorer, predict_episode(bundle, scorer)[0])
     meter = ProcessMeter("test")
 
     asyncio.run(predict_on_schedule(recording, scorer, meter, speed=1e6))
@@ -79,12 +86,12 @@ def test_judging_it_in_time_measures_every_window(found: BundleCheck, scorer: Ph
     assert perf.rss_bytes > 10_000_000
 
 
-def test_nothing_to_replay_is_said(found: BundleCheck, scorer: PhasePredictor) -> None:
-    with pytest.raises(RunError, match="nothing to replay: shorter than a window"):
-        build_replay_episode(found, scorer, [])
+def test_replay_without_decisions_is_an_error(bundle: BundleCheck, scorer: PhasePredictor) -> None:
+    with pytest.raises(RunError, match="nothing to replay"):
+        build_replay_episode(bundle, scorer, [])
 
 
-def test_the_bundled_corpus_has_something_to_show() -> None:
+def test_bundled_corpus_has_episodes_for_the_demo() -> None:
     from phasewatch.cli.common import find_bundled_corpus
     from phasewatch.cli.dashboard import MAX_DEMO_HOSTS, _read_bundled_episodes
 
