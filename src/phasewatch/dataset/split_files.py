@@ -1,4 +1,4 @@
-"""The split files of a run: made from its features and verdicts, read back with their hashes checked."""
+"""Write and read the split files of a run; digests are checked on reading."""
 
 from __future__ import annotations
 
@@ -36,9 +36,24 @@ from phasewatch.splits import (
 )
 from phasewatch.types import PHASES
 
+__all__ = [
+    "RecipeResult",
+    "SplitIndex",
+    "compute_sample_group",
+    "read_all_folds",
+    "read_fold",
+    "read_fold_file",
+    "read_folds",
+    "read_recipe_results",
+    "read_split_episodes",
+    "read_split_index",
+    "write_all_splits",
+    "write_splits",
+]
+
 
 class RecipeResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What became of one recipe: its folds, or why it cannot be built."""
+    """The folds of a recipe, or the reason why it could not be built (`why`, for people)."""
 
     recipe: str
     folds: tuple[str, ...] = ()
@@ -46,10 +61,12 @@ class RecipeResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class SplitIndex(msgspec.Struct, frozen=True, kw_only=True):
-    """`splits_v1.json`: what became of each recipe, and the episodes that some or all of them do without.
+    """The content of `splits_v1.json`.
 
     Attributes:
-        set_aside: In the order of host and episode; absent from the file where there are none.
+        recipes: Result of each recipe.
+        set_aside: Episodes in no fold of some or all recipes, in the order (host, episode); absent from the file if
+            empty.
     """
 
     recipes: tuple[RecipeResult, ...] = ()
@@ -57,10 +74,16 @@ class SplitIndex(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_all_splits(run: Path, recipes: Iterable[str]) -> SplitIndex:
-    """Cut the run's episodes by each of the recipes; one that cannot be built costs no other.
+    """Build and write the folds of several recipes, and `splits_v1.json`; one that fails does not stop the others.
 
-    Recipes that the run has already are cut again with them, so that all that is there was made from these episodes.
-    What was built, why something was not, and which episodes were set aside stands in `splits_v1.json`.
+    Recipes that the run has already are built again, so that all folds are from the same episodes.
+
+    Args:
+        run: Folder of a run with features.
+        recipes: Names of the recipes.
+
+    Raises:
+        UsageError: If a recipe is unknown.
     """
     asked = {find_recipe(name).name for name in recipes}
     names = [row.name for row in SPLIT_RECIPES if row.name in asked or list_split_paths(run, row.name)]
@@ -103,19 +126,19 @@ def _merge_set_aside(aside: Iterable[SetAsideEpisode]) -> tuple[SetAsideEpisode,
 
 
 def read_recipe_results(run: Path) -> tuple[RecipeResult, ...]:
-    """Read what became of each recipe; nothing where there is no index (splits written one recipe at a time).
+    """Read the result of each recipe; empty without an index (splits written one recipe at a time).
 
     Raises:
-        RunError: If `splits_v1.json` is not an index.
+        RunError: If `splits_v1.json` is invalid.
     """
     return read_split_index(run).recipes
 
 
 def read_split_index(run: Path) -> SplitIndex:
-    """Read `splits_v1.json`; empty where there is none.
+    """Read `splits_v1.json`; empty if it is absent.
 
     Raises:
-        RunError: If it is not one.
+        RunError: If it is invalid.
     """
     path = run / SPLIT_INDEX_FILE
     if not path.is_file():
@@ -127,7 +150,7 @@ def read_split_index(run: Path) -> SplitIndex:
 
 
 def write_splits(run: Path, recipe: str) -> tuple[Fold, ...]:
-    """Cut the run's episodes by a recipe and write `splits/<recipe>-<fold>.json`; folds of an earlier cut go.
+    """Build a recipe and write `splits/<recipe>-<fold>.json`; folds of an earlier build are removed.
 
     Raises:
         SplitError: If the recipe cannot be built from these episodes.
@@ -151,7 +174,12 @@ def _remove_folds(run: Path, recipe: str, *, keep: set[Path]) -> None:
 
 
 def read_fold(run: Path, recipe: str, fold: str) -> Fold:
-    """Read one fold of a recipe."""
+    """Read one fold of a recipe.
+
+    Raises:
+        RunError: If it is absent, invalid or edited.
+        UsageError: If the recipe is unknown.
+    """
     find_recipe(recipe)
     path = build_split_path(run, recipe, fold)
     if path.parent != run / SPLITS_DIR or not path.is_file():
@@ -192,7 +220,7 @@ def read_fold_file(path: Path) -> Fold:
 
 
 def read_split_episodes(run: Path) -> tuple[SplitEpisode, ...]:
-    """Give what a split needs of each episode that has windows in the feature table."""
+    """Read the facts that a split needs of each episode with windows in the feature table."""
     import pyarrow.compute as pc
 
     table = read_columns(run / FEATURES_FILE, ("episode_id", "phase"), "features")
@@ -223,7 +251,7 @@ def read_split_episodes(run: Path) -> tuple[SplitEpisode, ...]:
 
 
 def compute_sample_group(profile: str, sample_name: str) -> int:
-    """Give a sample's group; one that is not registered (a real one that a user recorded) gets its by hash of its name."""
+    """Return the group of a sample; one that is not registered (recorded by a user) gets it by its name's hash."""
     try:
         return profiles.find_sample_group(profile, sample_name)
     except UsageError:

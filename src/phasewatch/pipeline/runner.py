@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from phasewatch import atomic
@@ -203,7 +204,7 @@ def build_stages(
         return f"{folds} folds of {recipes} recipes{words}"
 
     def train() -> str:
-        done = stages.train(settings, tell=lambda cell, n, m: say("train", n, m, f"{cell.model} {cell.fold}"))
+        done = stages.train(settings, progress=SimpleNamespace(update=say))  # type: ignore[arg-type]
         if done.failed and not done.merged:
             raise TrainingError(done.failed)
         if on_failed is not None:

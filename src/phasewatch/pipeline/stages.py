@@ -40,6 +40,7 @@ from phasewatch.features.schema import schema_hash
 from phasewatch.features.tables import FeatureCount, ParallelSettings, write_feature_tables
 from phasewatch.models.registry import BASELINE_MODELS, find_model, find_source_file
 from phasewatch.parallel.pool import map_ordered
+from phasewatch.progress import NO_PROGRESS, Progress
 from phasewatch.report.html import write_report
 from phasewatch.splits import SPLIT_RECIPES, Fold, SplitPart, find_recipe
 from phasewatch.store.base import StoreItem, StoreLocation, check_store, has_bundle, open_store
@@ -67,7 +68,6 @@ from phasewatch.validate.verdict import USABLE_STATUSES
 
 EXPERIMENT_GRIDS = ("short", "full")
 SWEEP_ENGINES = ("local", "ray")
-TrainingProgress = Callable[[Experiment, int, int], None]  # a cell is through, how many are, of how many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -335,10 +335,10 @@ def _filter_experiments(settings: RunSettings, cells: Sequence[Experiment]) -> t
     )
 
 
-def train(settings: RunSettings, *, tell: TrainingProgress | None = None) -> TrainReport:
+def train(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> TrainReport:
     """Train what is not finished of the grid; of the full one, first what shows which net is best, then more of that."""
     cells = build_experiments(settings)
-    report = train_experiments(settings.run, cells, workers=settings.workers, trials=settings.trials, tell=tell)
+    report = train_experiments(settings.run, cells, workers=settings.workers, trials=settings.trials, progress=progress)
     lost = {failed.cell for failed in report.failed}
     net = find_best_net(settings.run, [cell for cell in cells if cell not in lost]) if settings.grid == "full" else None
     if net is None:
@@ -349,7 +349,7 @@ def train(settings: RunSettings, *, tell: TrainingProgress | None = None) -> Tra
     if not (todo := set(more) - set(cells)):
         return report
     both = (*(cell for cell in cells if cell not in lost), *sorted(todo))
-    again = train_experiments(settings.run, both, workers=settings.workers, trials=settings.trials, tell=tell)
+    again = train_experiments(settings.run, both, workers=settings.workers, trials=settings.trials, progress=progress)
     first = set(report.trained)
     kept = tuple(cell for cell in again.kept if cell not in first)
     return replace(again, trained=(*report.trained, *again.trained), kept=kept, failed=(*report.failed, *again.failed))
