@@ -182,13 +182,13 @@ def test_deploy_learns_from_all_and_tests_nothing() -> None:
     [
         pytest.param("held_out_host", corpus(hosts=1), "at least 2 hosts, found only 'host-0'", id="one host"),
         pytest.param("held_out_both", corpus(hosts=1), "at least 2 hosts", id="one host, both"),
-        pytest.param("in_distribution", corpus(hosts=2), "found 2; record on 3 hosts", id="two hosts, sessions"),
-        pytest.param("random_windows", corpus(hosts=2), "found 2; record on 3 hosts", id="two hosts, windows"),
+        pytest.param("in_distribution", corpus(hosts=2), "needs 3 hosts and found 2", id="two hosts, sessions"),
+        pytest.param("random_windows", corpus(hosts=2), "needs 3 hosts and found 2", id="two hosts, windows"),
         pytest.param("held_out_sample", [replace(e, sample_group=1) for e in corpus()], "at least 2 sample groups, found 1", id="one sample group"),
         pytest.param("held_out_time", corpus(hosts=1, sessions=1), "at least 3 lab episodes, found 2", id="two episodes"),
         pytest.param("held_out_profile", [e for e in corpus() if e.profile != "exfil-drip"], "2 malicious profiles, found 1", id="one malicious profile"),
         pytest.param("held_out_profile", [replace(e, profile=e.profile.replace("-", "/")) for e in corpus()], "2 malicious profiles, found 1", id="a profile that is a path"),
-        pytest.param("deploy", [], "no lab episode of known phase", id="nothing at all"),
+        pytest.param("deploy", [], "no lab episode with a known phase", id="nothing at all"),
         pytest.param("deploy", corpus(hosts=1, sessions=2), "each profile needs 2 episodes in train", id="two sessions"),
     ],
 )  # fmt: skip

@@ -174,7 +174,7 @@ def test_a_store_of_which_most_hosts_could_not_be_tested_is_refused_by_name() ->
 def test_an_episode_that_stands_twice_is_refused() -> None:
     episodes = corpus()
 
-    with pytest.raises(SplitError, match="e000 stands twice"):
+    with pytest.raises(SplitError, match="e000 occurs twice"):
         folds([*episodes, replace(episodes[0], host_id="host-3")])
 
 
@@ -208,7 +208,7 @@ def test_a_fold_survives_its_file_and_an_edited_one_is_refused() -> None:
     data = render_fold(fold)
 
     assert parse_fold(data, file="f.json") == fold
-    with pytest.raises(RunError, match=r"f\.json: its hash does not fit"):
+    with pytest.raises(RunError, match=r"f\.json: the digest does not match"):
         parse_fold(data.replace(b'"e000": "test"', b'"e000": "train"'), file="f.json")
     with pytest.raises(RunError, match=r"f\.json: not a split"):
         parse_fold(b"{}", file="f.json")

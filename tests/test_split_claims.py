@@ -32,7 +32,7 @@ def test_a_fold_whose_test_set_was_learnt_from_is_caught_by_every_claim_that_it_
 def test_where_every_other_episode_is_a_twin_of_the_test_set_nothing_can_validate() -> None:
     twins = [replace(e, proc_sketch=(7,)) for e in corpus(hosts=2)]
 
-    with pytest.raises(SplitError, match="validation needs 2 sessions outside the test set and found 0"):
+    with pytest.raises(SplitError, match="validation needs 2 sessions outside the test set, found 0"):
         build_folds("held_out_host", twins, profiles=PROFILES)
 
 

@@ -7,7 +7,6 @@ import pytest
 from tests.factories.bundles import T0, S, marks
 
 from phasewatch.features.windows import (
-    DECISION_DELAY_NS,
     FLAG_CLOCK_STEP,
     FLAG_MIXED,
     build_label_spans,
@@ -33,9 +32,6 @@ def test_windows_begin_at_the_first_label_and_are_named_by_their_middle() -> Non
     assert compute_centers_s(3).tolist() == [5.0, 10.0, 15.0]
     assert compute_centers_s(3).dtype == np.float32
 
-
-def test_a_decision_is_made_one_second_after_the_window() -> None:
-    assert DECISION_DELAY_NS == 11 * S
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from tests.report.test_summary import CLOCK, GBT, THREE, row
 
 from phasewatch.audit.checks import REPORT_ONLY_SUFFIX, AuditCheck, AuditReport, CheckOutcome
-from phasewatch.evaluation.metric_table import SELECTION_METRIC, MetricRow, MetricTable
+from phasewatch.evaluation.metric_table import SELECTION_METRIC, MetricRow, MetricTable, NoteCode
 from phasewatch.report.coverage import NOT_AUDITED
 from phasewatch.report.data import BundleCounts, ReportData
 from phasewatch.report.layout import ReportBlock, ReportPage

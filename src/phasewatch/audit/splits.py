@@ -6,11 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 from phasewatch.splits import Fold, SplitEpisode, SplitPart
-from phasewatch.splits.build import TRAINING_PARTS
+from phasewatch.splits.fold import TRAINING_PARTS, SplitEpisodes
 from phasewatch.types import EpisodeRole
 
 MAX_DIGEST_HOLDERS = 16
-SplitEpisodes = Sequence[SplitEpisode]
 
 
 def find_fold_faults(fold: Fold, episodes: Mapping[str, SplitEpisode], crowded: Set[int] = frozenset()) -> list[str]:

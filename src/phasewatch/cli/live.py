@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -83,7 +84,10 @@ def predict(
     scorer = choose_offline_model(find_models(model or common.find_bundled_model()), threat)
     with common.show_progress(quiet=as_json) as tell:
         done = score(
-            parse_store_location(source), scorer, out, tell=lambda path, n, total: tell("predict", n, total, path)
+            parse_store_location(source),
+            scorer,
+            out,
+            progress=SimpleNamespace(update=tell),  # type: ignore[arg-type]
         )
     for path, why in done.failed:
         typer.echo(common.escape_for_terminal(f"{path}: not scored: {why}"), err=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import typer
@@ -73,8 +74,8 @@ def train(
         models=(*common.parse_names(models), *model), recipes=() if everything else common.parse_names(recipes),
         threats=common.parse_names(threats), trials=tune,
     )  # fmt: skip
-    with atomic.lock(common.check_run_folder(run)), show_training_progress(quiet=as_json) as tell:
-        done = stages.train(settings, tell=tell)
+    with atomic.lock(common.check_run_folder(run)), common.show_progress(quiet=as_json) as tell:
+        done = stages.train(settings, progress=SimpleNamespace(update=tell))  # type: ignore[arg-type]
     result = {
         "trained": len(done.trained), "kept": len(done.kept), "rows": done.rows, "predictions": str(done.path), "trials": tune,
         "failed": common.describe_failures(done.failed),
@@ -136,7 +137,7 @@ def audit(
     Example: phasewatch audit runs/mine
     """
     from phasewatch import atomic
-    from phasewatch.audit.checks import AUDIT_FILE
+    from phasewatch.artifacts import AUDIT_FILE
     from phasewatch.pipeline import runner, stages
     from phasewatch.store.base import parse_store_location
 

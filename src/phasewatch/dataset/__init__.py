@@ -1,4 +1,4 @@
-"""A run's feature table, splits and identities come in; sets of windows with X, y, groups and names go out."""
+"""Datasets: load the feature table of a run as train, validation and test sets with X, y, groups and names."""
 
 from phasewatch.artifacts import file_sha256, read_schema
 from phasewatch.dataset.loader import load, read_windows

@@ -1,4 +1,4 @@
-"""Windows of a run under a threat model's mask, cut into what models learn from: X, y, groups, names."""
+"""Load the windows of a run for one channel set and one fold."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.artifacts import (
+    BINS_DIR,
     FEATURES_FILE,
     FeatureSchema,
     RunEpisode,
@@ -25,7 +26,7 @@ from phasewatch.binning.storage import open_bins
 from phasewatch.channels import CHANNELS, LEVEL_CHANNELS, build_channel_mask
 from phasewatch.dataset.sets import EpisodeWindows, FoldData, WindowSet
 from phasewatch.dataset.split_files import compute_sample_group, read_fold
-from phasewatch.dataset.tensors import BINS_DIR, compute_level_means, cut_tensor
+from phasewatch.dataset.tensors import compute_level_means, cut_tensor
 from phasewatch.errors import RunError, UsageError
 from phasewatch.features.normalise import (
     ChannelScaling,
@@ -38,20 +39,43 @@ from phasewatch.models.base import InputKind, InputSpec, InputVariant, ModelInpu
 from phasewatch.splits import Fold, SplitPart, assign_random_windows, find_recipe
 from phasewatch.types import BIN_NS, STRIDE_BINS, ChannelTrust, EpisodeRole
 
-N_CONTEXT_WINDOWS = 2  # windows before a window's own
-FLAG_NO_BASELINE = 8  # of a window: a channel has values, and its host's clean day did not show it
+__all__ = [
+    "ELAPSED_COLUMN",
+    "FLAG_NO_BASELINE",
+    "HOST_COLUMN",
+    "N_CONTEXT_WINDOWS",
+    "add_context",
+    "apply_baseline",
+    "build_context_names",
+    "build_input_spec",
+    "check_host_channels",
+    "find_calibration_soak",
+    "load",
+    "read_baselines",
+    "read_windows",
+]
+
+N_CONTEXT_WINDOWS = 2  # earlier windows in the variant `context`
+FLAG_NO_BASELINE = 8  # of a window: a channel has values, but its host's baseline has none
 _STRIDE_NS = BIN_NS * STRIDE_BINS
 
 
 def build_context_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Name the columns of a window and of its past: ``proc.cpu_user.mean``, ``proc.cpu_user.mean@-1`` …"""
+    """Return the columns of a window and of earlier ones: ``proc.cpu_user.mean``, ``proc.cpu_user.mean@-1`` …"""
     return (*names, *(f"{name}@-{back}" for back in range(1, N_CONTEXT_WINDOWS + 1) for name in names))
 
 
 def add_context(windows: EpisodeWindows, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Put the stats of the windows before beside each window's own, ``(n, f)`` → ``(n, f (1 + BACK))``.
+    """Append the stats of the earlier windows to each window's own.
 
-    Where there is none the earliest known one stands in again, so that its absence tells nothing.
+    The earliest window of an episode stands in for missing ones, so that their absence carries no information.
+
+    Args:
+        windows: The windows, in the order (episode, time).
+        x: ``(n, f)`` float32 stats.
+
+    Returns:
+        ``(n, f * (1 + N_CONTEXT_WINDOWS))`` float32.
     """
     before = np.arange(len(windows))
     follows = np.zeros(len(windows), np.bool_)
@@ -67,56 +91,71 @@ def add_context(windows: EpisodeWindows, x: NDArray[np.float32]) -> NDArray[np.f
 
 
 def check_host_channels(names: Sequence[str], threat: str) -> None:
-    """Refuse a mask with channels that the guest reports: a clean day cannot be believed of them.
+    """Raise UsageError if a channel set has a channel that the guest reports, whose baseline cannot be trusted.
 
-    Raises:
-        UsageError: If it has one.
+    Args:
+        names: Columns or channels of the channel set.
+        threat: Name of the channel set, for the message.
     """
     guests = {c.full_name for c in CHANNELS if c.trust is ChannelTrust.GUEST}
-    if told := [n for n in names if n in guests or n.rpartition(".")[0] in guests]:
+    if reported := [n for n in names if n in guests or n.rpartition(".")[0] in guests]:
         raise UsageError(
-            f"table commissioned: threat model {threat!r} has {told[0]}, which the guest reports; "
-            "take one of host channels only, such as realistic"
+            f"table commissioned: channel set {threat!r} has {reported[0]}, which the guest reports; "
+            "use a channel set of host channels only, such as realistic"
         )
 
 
 def apply_baseline(run: Path, sets: FoldData) -> FoldData:
-    """Give the sets with every channel measured from its host's clean day.
+    """Return the sets with every channel relative to its host's baseline.
 
-    The floors come from train's bins, the days from the hosts' episodes of role `commission`, tested hosts included:
-    that is what a defender has on the day a VM is known clean.
+    The scale floors come from the bins of train. The baselines come from the hosts' episodes of role `commission`,
+    those of test hosts included, because a defender can record one while a VM is known clean.
     """
     spec = sets.train.inputs.spec
     channels = _list_channels(spec.names, spec.kind)
     floors = compute_scale_floors(
         sets.train.x if spec.kind is InputKind.TENSOR else cut_tensor(run, sets.train.windows, channels)
     )
-    days = read_baselines(run, channels)
-    floored = replace(spec, table=InputVariant.COMMISSIONED, floors=tuple(zip(channels, floors.tolist(), strict=True)))
+    baselines = read_baselines(run, channels)
+    scaled_spec = replace(
+        spec, table=InputVariant.COMMISSIONED, floors=tuple(zip(channels, floors.tolist(), strict=True))
+    )
 
-    def view(part: WindowSet) -> WindowSet:
+    def scale(part: WindowSet) -> WindowSet:
         x, flags = part.x.copy(), part.windows.flags.copy()
         hosts = np.array([e.host_id for e in part.windows.episodes], dtype=object)[part.windows.episode_index]
         for host in sorted(set(hosts.tolist())):
-            mine = np.flatnonzero(hosts == host)
-            to = build_scaling(days.get(host), floors)
-            flags[mine] |= np.where(_find_unmeasured(x[mine], to), FLAG_NO_BASELINE, 0).astype(np.uint8)
-            x[mine] = to.scale_bins(x[mine]) if spec.kind is InputKind.TENSOR else to.scale_stats(x[mine])
-        return WindowSet(windows=replace(part.windows, flags=flags), inputs=ModelInputs(x=x, spec=floored))
+            rows = np.flatnonzero(hosts == host)
+            scaling = build_scaling(baselines.get(host), floors)
+            flags[rows] |= np.where(_find_unmeasured(x[rows], scaling), FLAG_NO_BASELINE, 0).astype(np.uint8)
+            x[rows] = scaling.scale_bins(x[rows]) if spec.kind is InputKind.TENSOR else scaling.scale_stats(x[rows])
+        return WindowSet(windows=replace(part.windows, flags=flags), inputs=ModelInputs(x=x, spec=scaled_spec))
 
     return replace(
-        sets, train=view(sets.train), val_a=view(sets.val_a), val_b=view(sets.val_b), test=view(sets.test),
-        soak=view(sets.soak),
-    )  # fmt: skip
+        sets,
+        train=scale(sets.train),
+        val_a=scale(sets.val_a),
+        val_b=scale(sets.val_b),
+        test=scale(sets.test),
+        soak=scale(sets.soak),
+    )
 
 
 def _list_channels(names: Sequence[str], kind: InputKind) -> tuple[str, ...]:
-    """Give the channels of a raw input's columns, in their order."""
+    """Return the channels of a raw input's columns, in their order."""
     return tuple(names) if kind is InputKind.TENSOR else tuple(dict.fromkeys(n.rpartition(".")[0] for n in names))
 
 
 def read_baselines(run: Path, channels: Sequence[str]) -> dict[str, HostBaseline]:
-    """Measure each host's clean day from the bins of its commissioning episodes, of those that the feature table has."""
+    """Measure the baseline of each host on the bins of its episodes of role `commission` in the feature table.
+
+    Args:
+        run: Folder of the run.
+        channels: Full names of the channels.
+
+    Returns:
+        Host → its baseline; a host without such an episode is absent.
+    """
     used = set(read_columns(run / FEATURES_FILE, ("episode_id",), "features")["episode_id"].unique().to_pylist())
     grids = open_bins(run / BINS_DIR)
     chosen = [[c.full_name for c in CHANNELS].index(name) for name in channels]
@@ -129,11 +168,12 @@ def read_baselines(run: Path, channels: Sequence[str]) -> dict[str, HostBaseline
     return {host: measure_baseline(host, channels, np.concatenate(parts)) for host, parts in sorted(bins.items())}
 
 
-def _find_unmeasured(x: NDArray[np.float32], to: ChannelScaling) -> NDArray[np.bool_]:
-    if not to.is_missing.any():
+def _find_unmeasured(x: NDArray[np.float32], scaling: ChannelScaling) -> NDArray[np.bool_]:
+    """Mark the windows with values of a channel that the baseline lacks, ``(n,)`` bool."""
+    if not scaling.is_missing.any():
         return np.zeros(len(x), np.bool_)
-    known = np.isfinite(x).reshape(len(x), len(to.is_missing), -1).any(axis=2)
-    return np.asarray((known & to.is_missing).any(axis=1), np.bool_)
+    known = np.isfinite(x).reshape(len(x), len(scaling.is_missing), -1).any(axis=2)
+    return np.asarray((known & scaling.is_missing).any(axis=1), np.bool_)
 
 
 ELAPSED_COLUMN, HOST_COLUMN = "t_center_s", "host_id"
@@ -143,41 +183,42 @@ _WINDOW_COLUMNS = ("t_center_s", "t_center_ns", "phase", "purity", "flags")
 def load(
     run: Path, recipe: str, fold: str, threat: str = "realistic", kind: str = "table", table: str = "raw"
 ) -> FoldData:
-    """Read the sets of one fold under a threat model's mask.
+    """Load the train, validation, test and soak windows of one fold.
 
     Args:
-        run: The run's folder, with features and splits.
-        recipe: A name of `split.RECIPES`.
-        fold: One of its folds; for `held_out_host` a host.
-        threat: A name that `channels.mask_of` knows.
-        kind: ``table`` (the five stats of each channel) or ``tensor`` (channels by time, from the grids); for baselines
-            ``elapsed`` (seconds since the first label, alone), ``levels`` (cumulative totals) or ``host`` (which one).
-        table: ``raw``, ``context`` (the stats of the two windows before beside its own) or ``apply_baseline`` (channels
-            measured from their host's clean day).
+        run: Folder of a run with features and splits.
+        recipe: Name of a split recipe (`splits.SPLIT_RECIPES`).
+        fold: Name of one of its folds; for `held_out_host` a host.
+        threat: Name of a channel set (`channels.build_channel_mask`).
+        kind: ``table`` (five stats of each channel) or ``tensor`` (channels by time, from the bins); for baselines
+            ``elapsed`` (seconds since the first label), ``levels`` (cumulative totals) or ``host`` (host number).
+        table: ``raw``, ``context`` (with the stats of two earlier windows) or ``commissioned`` (relative to the host's
+            baseline).
 
     Raises:
-        RunError: If a file of the run is absent, broken or edited.
-        UsageError: If the recipe, threat model, kind or table is not known, or the kind has no such table.
+        RunError: If a file of the run is absent, invalid or edited.
+        UsageError: If the recipe, channel set, kind or table is unknown, or the kind has no such table.
     """
     if kind not in {str(k) for k in InputKind}:
         raise UsageError(f"no input kind {kind!r}; it is one of {', '.join(InputKind)}")
     if table not in {str(t) for t in InputVariant}:
         raise UsageError(f"no table {table!r}; it is one of {', '.join(InputVariant)}")
-    cut = read_fold(run, recipe, fold)
-    everything = read_windows(run, threat, InputKind(kind), only=set(cut.episodes), table=InputVariant(table))
-    lab = everything.windows.mark_episodes(lambda e: e.role is EpisodeRole.LAB)
+    assignment = read_fold(run, recipe, fold)
+    windows = read_windows(run, threat, InputKind(kind), only=set(assignment.episodes), table=InputVariant(table))
+    lab = windows.windows.mark_episodes(lambda e: e.role is EpisodeRole.LAB)
 
-    dealt = _assign_random_windows(cut, everything.windows)
+    window_parts = _assign_random_windows(assignment, windows.windows)
 
     def part(p: SplitPart) -> WindowSet:
-        wanted = set(cut.ids(p))
-        mine = everything.windows.mark_episodes(lambda e: e.episode_id in wanted) if dealt is None else dealt == p
-        return everything.take(lab & mine)
+        ids = set(assignment.ids(p))
+        if window_parts is None:
+            return windows.take(lab & windows.windows.mark_episodes(lambda e: e.episode_id in ids))
+        return windows.take(lab & (window_parts == p))
 
-    soak = everything.take(everything.windows.mark_episodes(lambda e: e.role is EpisodeRole.SOAK))
+    soak = windows.take(windows.windows.mark_episodes(lambda e: e.role is EpisodeRole.SOAK))
     test = part(SplitPart.TEST)
     sets = FoldData(
-        fold=cut,
+        fold=assignment,
         train=part(SplitPart.TRAIN),
         val_a=part(SplitPart.VAL_A),
         val_b=part(SplitPart.VAL_B),
@@ -189,17 +230,26 @@ def load(
 
 
 def find_calibration_soak(recipe: str, test: EpisodeWindows, soak: EpisodeWindows) -> NDArray[np.bool_]:
-    """Mark the windows of soak episodes that share nothing with the test set of what the recipe holds out."""
+    """Mark the soak windows that share no held-out host or sample group with the test set.
+
+    Args:
+        recipe: Name of the split recipe.
+        test: Windows of the test set.
+        soak: All soak windows.
+
+    Returns:
+        ``(n,)`` bool over the soak windows.
+    """
     keys: dict[str, Callable[[RunEpisode], str]] = {
         "host": lambda e: e.host_id,
         "sample group": lambda e: str(compute_sample_group(e.profile, e.sample_name)),
     }
     held = [(key, {key(e) for e in test.episodes}) for what in find_recipe(recipe).held_out if (key := keys.get(what))]
-    return soak.mark_episodes(lambda e: not any(key(e) in of for key, of in held))
+    return soak.mark_episodes(lambda e: not any(key(e) in tested for key, tested in held))
 
 
 def _assign_random_windows(fold: Fold, windows: EpisodeWindows) -> NDArray[np.object_] | None:
-    """Give each window's set where windows are dealt, not episodes."""
+    """Return the `SplitPart` of each window of a random window split, ``(n,)`` object; None for other folds."""
     if fold.deal is None:
         return None
     ids = (windows.episodes[i].episode_id for i in windows.episode_index)
@@ -209,15 +259,15 @@ def _assign_random_windows(fold: Fold, windows: EpisodeWindows) -> NDArray[np.ob
 def build_input_spec(
     schema: FeatureSchema, threat: str, kind: InputKind, table: InputVariant = InputVariant.RAW
 ) -> InputSpec:
-    """Say which columns a threat model has, before anything is measured from a clean day.
+    """Return the columns of a channel set, before any scaling by a baseline.
 
     Raises:
-        UsageError: If the threat model is not known, or has no column in this table.
+        UsageError: If the channel set is unknown or has no column in this feature table, or the kind has no such table.
     """
     chosen = {c.full_name for c, on in zip(CHANNELS, build_channel_mask(threat), strict=True) if on}
     names = tuple(n for n in schema.feature_names if n.rpartition(".")[0] in chosen)
     if not names:
-        raise UsageError(f"threat model {threat!r} has no channel in this feature table")
+        raise UsageError(f"channel set {threat!r} has no channel in this feature table")
     if table is not InputVariant.RAW and kind not in (InputKind.TABLE, InputKind.TENSOR):
         raise UsageError(f"input kind {kind} has no table {table}")
     if kind is InputKind.ELAPSED:
@@ -232,7 +282,7 @@ def build_input_spec(
         check_host_channels(names, threat)
     if table is InputVariant.CONTEXT:
         if kind is InputKind.TENSOR:
-            raise UsageError("table context is of stats; a tensor model sees its window's own bins alone")
+            raise UsageError("table context exists for stats only; a tensor model sees the bins of one window")
         names = build_context_names(names)
     return InputSpec(
         kind=kind,
@@ -252,14 +302,18 @@ def read_windows(
     only: Iterable[str] | None = None,
     table: InputVariant = InputVariant.RAW,
 ) -> WindowSet:
-    """Read windows of known phase under a mask.
+    """Read the windows of known phase for one channel set.
 
     Args:
-        run: The run's folder.
-        threat: A name that `channels.mask_of` knows.
-        kind: What is read of each window.
-        only: Episodes of role `lab` to read; None reads all. Soak episodes are always read, commissioning never.
-        table: Of `context` each window's past is read too; what is commissioned is read raw.
+        run: Folder of the run.
+        threat: Name of a channel set (`channels.build_channel_mask`).
+        kind: Input to read.
+        only: Episodes of role `lab` to read; None reads all. Soak episodes are always read, baseline episodes never.
+        table: With ``context`` the earlier windows are read too; ``commissioned`` is read raw.
+
+    Raises:
+        RunError: If a file of the run is absent or invalid, or no window matches.
+        UsageError: As `build_input_spec`.
     """
     spec = build_input_spec(read_schema(run), threat, kind, table)
     has_past = table is InputVariant.CONTEXT
@@ -275,7 +329,9 @@ def read_windows(
             if (block := _read_block(file, group, features, wanted, unknown=has_past)) is not None:
                 blocks.append(block)
     if not blocks:
-        raise RunError(f"{path}: no window of known phase for these episodes; is it of the same sweep as the splits?")
+        raise RunError(
+            f"{path}: no window of known phase for these episodes; make the splits again with `phasewatch split {run}`"
+        )
     windows, x = _join_blocks(run, blocks)
     if has_past:
         x = add_context(windows, x)
@@ -294,13 +350,13 @@ def read_windows(
 
 
 def _hash_host_id(host_id: str) -> int:
-    """Give a host's number: 24 bits of its hash, which float32 holds."""
+    """Return a host's number: 24 bits of its hash, which float32 represents exactly."""
     return int.from_bytes(hashlib.sha256(host_id.encode()).digest()[:3], "big")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _WindowBlock:
-    """The windows that one row group gave."""
+    """The windows of one row group."""
 
     episode_id: NDArray[Any]
     columns: Mapping[str, NDArray[Any]]

@@ -1,4 +1,4 @@
-"""The split files of a run: made from its features and verdicts, read back with their hashes checked."""
+"""Write and read the split files of a run; digests are checked on reading."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from phasewatch.artifacts import (
     FEATURES_FILE,
     SPLIT_INDEX_FILE,
     SPLITS_DIR,
+    build_split_path,
+    list_split_paths,
     read_columns,
     read_duplicate_id_episodes,
     read_run_episodes,
@@ -34,9 +36,24 @@ from phasewatch.splits import (
 )
 from phasewatch.types import PHASES
 
+__all__ = [
+    "RecipeResult",
+    "SplitIndex",
+    "compute_sample_group",
+    "read_all_folds",
+    "read_fold",
+    "read_fold_file",
+    "read_folds",
+    "read_recipe_results",
+    "read_split_episodes",
+    "read_split_index",
+    "write_all_splits",
+    "write_splits",
+]
+
 
 class RecipeResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What became of one recipe: its folds, or why it cannot be built."""
+    """The folds of a recipe, or the reason why it could not be built (`why`, for people)."""
 
     recipe: str
     folds: tuple[str, ...] = ()
@@ -44,10 +61,12 @@ class RecipeResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class SplitIndex(msgspec.Struct, frozen=True, kw_only=True):
-    """`splits_v1.json`: what became of each recipe, and the episodes that some or all of them do without.
+    """The content of `splits_v1.json`.
 
     Attributes:
-        set_aside: In the order of host and episode; absent from the file where there are none.
+        recipes: Result of each recipe.
+        set_aside: Episodes in no fold of some or all recipes, in the order (host, episode); absent from the file if
+            empty.
     """
 
     recipes: tuple[RecipeResult, ...] = ()
@@ -55,15 +74,19 @@ class SplitIndex(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_all_splits(run: Path, recipes: Iterable[str]) -> SplitIndex:
-    """Cut the run's episodes by each of the recipes; one that cannot be built costs no other.
+    """Build and write the folds of several recipes, and `splits_v1.json`; one that fails does not stop the others.
 
-    Recipes that the run has already are cut again with them, so that all that is there was made from these episodes.
-    What was built, why something was not, and which episodes were set aside stands in `splits_v1.json`.
+    Recipes that the run has already are built again, so that all folds are from the same episodes.
+
+    Args:
+        run: Folder of a run with features.
+        recipes: Names of the recipes.
+
+    Raises:
+        UsageError: If a recipe is unknown.
     """
     asked = {find_recipe(name).name for name in recipes}
-    names = [
-        row.name for row in SPLIT_RECIPES if row.name in asked or any((run / SPLITS_DIR).glob(f"{row.name}-*.json"))
-    ]
+    names = [row.name for row in SPLIT_RECIPES if row.name in asked or list_split_paths(run, row.name)]
     given = prepare_split(read_split_episodes(run))
     built: list[RecipeResult] = []
     aside: list[SetAsideEpisode] = [*given.set_aside, *_list_duplicate_ids(run)]
@@ -103,19 +126,19 @@ def _merge_set_aside(aside: Iterable[SetAsideEpisode]) -> tuple[SetAsideEpisode,
 
 
 def read_recipe_results(run: Path) -> tuple[RecipeResult, ...]:
-    """Read what became of each recipe; nothing where there is no index (splits written one recipe at a time).
+    """Read the result of each recipe; empty without an index (splits written one recipe at a time).
 
     Raises:
-        RunError: If `splits_v1.json` is not an index.
+        RunError: If `splits_v1.json` is invalid.
     """
     return read_split_index(run).recipes
 
 
 def read_split_index(run: Path) -> SplitIndex:
-    """Read `splits_v1.json`; empty where there is none.
+    """Read `splits_v1.json`; empty if it is absent.
 
     Raises:
-        RunError: If it is not one.
+        RunError: If it is invalid.
     """
     path = run / SPLIT_INDEX_FILE
     if not path.is_file():
@@ -127,7 +150,7 @@ def read_split_index(run: Path) -> SplitIndex:
 
 
 def write_splits(run: Path, recipe: str) -> tuple[Fold, ...]:
-    """Cut the run's episodes by a recipe and write `splits/<recipe>-<fold>.json`; folds of an earlier cut go.
+    """Build a recipe and write `splits/<recipe>-<fold>.json`; folds of an earlier build are removed.
 
     Raises:
         SplitError: If the recipe cannot be built from these episodes.
@@ -139,38 +162,65 @@ def _write_recipe(run: Path, recipe: str, given: SplitInput) -> RecipeSplit:
     made = build_split(recipe, given, profiles=tuple(p.name for p in profiles.PROFILES))
     atomic.make_folder(run / SPLITS_DIR)
     for fold in made.folds:
-        atomic.write_atomic(_fold_path(run, fold.recipe, fold.fold), render_fold(fold))
-    _remove_folds(run, recipe, keep={_fold_path(run, fold.recipe, fold.fold) for fold in made.folds})
+        atomic.write_atomic(build_split_path(run, fold.recipe, fold.fold), render_fold(fold))
+    _remove_folds(run, recipe, keep={build_split_path(run, fold.recipe, fold.fold) for fold in made.folds})
     return made
 
 
 def _remove_folds(run: Path, recipe: str, *, keep: set[Path]) -> None:
-    for path in sorted((run / SPLITS_DIR).glob(f"{recipe}-*.json")):
+    for path in list_split_paths(run, recipe):
         if path not in keep:
             atomic.remove(path)
 
 
 def read_fold(run: Path, recipe: str, fold: str) -> Fold:
-    """Read one fold of a recipe."""
+    """Read one fold of a recipe.
+
+    Raises:
+        RunError: If it is absent, invalid or edited.
+        UsageError: If the recipe is unknown.
+    """
     find_recipe(recipe)
-    path = _fold_path(run, recipe, fold)
+    path = build_split_path(run, recipe, fold)
     if path.parent != run / SPLITS_DIR or not path.is_file():
-        there = ", ".join(sorted(p.stem for p in (run / SPLITS_DIR).glob("*.json"))) or "none"
+        there = ", ".join(p.stem for p in list_split_paths(run)) or "none"
         raise RunError(f"{path}: absent; the run has {there}; make it with `phasewatch split {run}`")
-    return parse_fold(path.read_bytes(), file=str(path))
+    return read_fold_file(path)
 
 
 def read_folds(run: Path, recipe: str) -> tuple[Fold, ...]:
-    """Read all folds of a recipe, in order of their names."""
+    """Read all folds of a recipe, in order of their names.
+
+    Raises:
+        RunError: If there is none, or a file is not a fold.
+    """
     find_recipe(recipe)
-    paths = sorted((run / SPLITS_DIR).glob(f"{recipe}-*.json"))
-    if not paths:
+    folds = read_all_folds(run, recipe)
+    if not folds:
         raise RunError(f"{run / SPLITS_DIR}: no fold of {recipe}; make them with `phasewatch split {run}`")
-    return tuple(parse_fold(path.read_bytes(), file=str(path)) for path in paths)
+    return folds
+
+
+def read_all_folds(run: Path, recipe: str | None = None) -> tuple[Fold, ...]:
+    """Read the folds of every recipe of a run, or of one; empty where there is none.
+
+    Raises:
+        RunError: If a file is not a fold.
+    """
+    return tuple(read_fold_file(path) for path in list_split_paths(run, recipe))
+
+
+def read_fold_file(path: Path) -> Fold:
+    """Read the file of one fold.
+
+    Raises:
+        RunError: If it is not a fold, or was edited.
+    """
+    return parse_fold(path.read_bytes(), file=str(path))
 
 
 def read_split_episodes(run: Path) -> tuple[SplitEpisode, ...]:
-    """Give what a split needs of each episode that has windows in the feature table."""
+    """Read the facts that a split needs of each episode with windows in the feature table."""
     import pyarrow.compute as pc
 
     table = read_columns(run / FEATURES_FILE, ("episode_id", "phase"), "features")
@@ -201,14 +251,9 @@ def read_split_episodes(run: Path) -> tuple[SplitEpisode, ...]:
 
 
 def compute_sample_group(profile: str, sample_name: str) -> int:
-    """Give a sample's group; one that is not registered (a real one that a user recorded) gets its by hash of its name."""
+    """Return the group of a sample; one that is not registered (recorded by a user) gets it by its name's hash."""
     try:
         return profiles.find_sample_group(profile, sample_name)
     except UsageError:
         digest = hashlib.sha256(f"{profile}|{sample_name}".encode()).digest()
         return int.from_bytes(digest[:4], "big") % profiles.N_SAMPLE_GROUPS
-
-
-def _fold_path(run: Path, recipe: str, fold: str) -> Path:
-    """Where a fold's file stands."""
-    return run / SPLITS_DIR / f"{recipe}-{fold}.json"

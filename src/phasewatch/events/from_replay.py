@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.artifacts import PREDICTIONS_FILE, check_columns, open_run_parquet
+from phasewatch.artifacts import BINS_DIR, PREDICTIONS_FILE, check_columns, open_run_parquet
 from phasewatch.binning.storage import BinIndexRow, build_index_row, index_rows_by_id, open_bins
 from phasewatch.channels import CHANNELS
 from phasewatch.errors import RunError
@@ -147,7 +147,7 @@ def read_replay_episodes(
         RunError: If the run lacks an episode (the message lists some that it has), its bins or its predictions.
     """
     table = _read_prediction_table(run, choice)
-    bins = open_bins(run / "grids")
+    bins = open_bins(run / BINS_DIR)
     rows = index_rows_by_id(bins)
     ids = np.asarray(table.column("episode_id").to_pylist())
     recordings = []

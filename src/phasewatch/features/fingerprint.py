@@ -1,4 +1,4 @@
-"""A digest of what this build's arithmetic does to built-in golden episodes: equal digests mean equal bits, live and offline."""
+"""The behaviour fingerprint: a digest of the features of built-in episodes; equal digests mean equal feature bits."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from phasewatch.channels import list_raw_fields
 from phasewatch.features.stats import episode_stats, window_stats
 from phasewatch.types import ClockBase, EpisodeOrigin, EpisodeRole, Phase, SampleKind, SourceKind
 
+__all__ = ["behaviour_fingerprint", "build_golden_episodes"]
+
 _SECOND_NS = 1_000_000_000
 _WALL_START_NS = 1_700_000_000 * _SECOND_NS + 123_456_789
 _MONO_START_NS = 1_000 * _SECOND_NS + 987_654_321
@@ -24,7 +26,7 @@ _LENGTH_S = 31  # an odd number of half windows, so that the last bins are in no
 
 @cache
 def behaviour_fingerprint() -> str:
-    """Give the sha256 over bins, window stats and episode stats of the golden episodes, as little-endian float32.
+    """Return the sha256 over bins, window stats and episode stats of the golden episodes, as little-endian float32.
 
     Source: DESIGN.md, section 4, "Behaviour fingerprint".
     """
@@ -37,7 +39,7 @@ def behaviour_fingerprint() -> str:
 
 
 def build_golden_episodes() -> Iterator[tuple[str, Episode]]:
-    """Give the golden episodes by name, each made for one rule of the arithmetic; made of whole numbers alone."""
+    """Yield the golden episodes with their names; each covers one rule of the arithmetic and uses integers alone."""
     base = 2**53 + 1
     yield "jitter", _build_episode(1)
     yield "no ticks from the guest, none from the card", _build_episode(2, sources=(SourceKind.PROC, SourceKind.QMP))
@@ -92,7 +94,7 @@ def _build_episode(
     wrap: int = 2**62,
     bins: int = 2 * _LENGTH_S,
 ) -> Episode:
-    """Make an episode whose ticks and increments come from a small integer generator."""
+    """Build an episode whose ticks and increments come from a small integer generator."""
     draw = _IntegerGenerator(seed)
     rows = {}
     for source in sources:
@@ -112,10 +114,14 @@ def _build_episode(
             else:
                 columns.append(np.array([start + draw.draw_below(100_000) for _ in at], np.int64))
         rows[source] = SourceRows(
-            source=source, fields=tuple(spec.field for spec in list_raw_fields(source)),
-            t_wall_ns=np.array([_WALL_START_NS + t for t in at], np.int64), t_mono_ns=np.array([_MONO_START_NS + t for t in at], np.int64),
-            seq=np.arange(n, dtype=np.int64), columns=tuple(columns), present=np.ones((n, len(columns)), np.bool_),
-        )  # fmt: skip
+            source=source,
+            fields=tuple(spec.field for spec in list_raw_fields(source)),
+            t_wall_ns=np.array([_WALL_START_NS + t for t in at], np.int64),
+            t_mono_ns=np.array([_MONO_START_NS + t for t in at], np.int64),
+            seq=np.arange(n, dtype=np.int64),
+            columns=tuple(columns),
+            present=np.ones((n, len(columns)), np.bool_),
+        )
     marks = tuple(
         LabelMark(
             t_wall_ns=_WALL_START_NS + int(s * _SECOND_NS), t_mono_ns=_MONO_START_NS + int(s * _SECOND_NS), phase=phase
@@ -127,12 +133,12 @@ def _build_episode(
 
 @dataclass(slots=True)
 class _IntegerGenerator:
-    """A linear congruential generator (Knuth's MMIX constants): the same numbers on every machine, for ever."""
+    """A linear congruential generator (Knuth's MMIX constants), which is the same on every machine and version."""
 
     state: int
 
     def draw_below(self, bound: int) -> int:
-        """Draw a whole number in [0, bound)."""
+        """Draw an integer in [0, bound)."""
         self.state = (self.state * 6364136223846793005 + 1442695040888963407) % 2**64
         return (self.state >> 33) % bound
 
@@ -142,20 +148,24 @@ def _map_sources(episode: Episode, change: Callable[[SourceRows], SourceRows]) -
 
 
 def _drop_rows(is_lost: Callable[[int], bool]) -> Callable[[SourceRows], SourceRows]:
-    """Lose some rows of each source."""
+    """Return a function that removes some rows of a source."""
 
     def change(rows: SourceRows) -> SourceRows:
         kept = np.array([i for i in range(len(rows)) if not is_lost(i)], np.intp)
         return replace(
-            rows, t_wall_ns=rows.t_wall_ns[kept], t_mono_ns=rows.t_mono_ns[kept], seq=rows.seq[kept],
-            columns=tuple(c[kept] for c in rows.columns), present=rows.present[kept],
-        )  # fmt: skip
+            rows,
+            t_wall_ns=rows.t_wall_ns[kept],
+            t_mono_ns=rows.t_mono_ns[kept],
+            seq=rows.seq[kept],
+            columns=tuple(c[kept] for c in rows.columns),
+            present=rows.present[kept],
+        )
 
     return change
 
 
 def _set_nulls(is_null: Callable[[int, int], bool]) -> Callable[[SourceRows], SourceRows]:
-    """Make some fields of some rows null."""
+    """Return a function that sets some fields of some rows to null."""
 
     def change(rows: SourceRows) -> SourceRows:
         shape = rows.present.shape
@@ -166,26 +176,26 @@ def _set_nulls(is_null: Callable[[int, int], bool]) -> Callable[[SourceRows], So
 
 
 def _step_clock(rows: SourceRows) -> SourceRows:
-    """Put the wall clock 0.75 s forward in the middle."""
+    """Step the wall clock forward by 0.75 s in the middle."""
     middle = rows.t_mono_ns > _MONO_START_NS + 15 * _SECOND_NS
     return replace(rows, t_wall_ns=rows.t_wall_ns + middle * (3 * _SECOND_NS // 4))
 
 
 def _step_clock_at_end(rows: SourceRows) -> SourceRows:
-    """Put the wall clock 0.75 s forward before the last reading of a source."""
+    """Step the wall clock forward by 0.75 s before the last reading of a source."""
     last = np.arange(len(rows)) == len(rows) - 1
     return replace(rows, t_wall_ns=rows.t_wall_ns + last * (3 * _SECOND_NS // 4))
 
 
 def _align_to_bin_edges(rows: SourceRows) -> SourceRows:
-    """Lose what makes one gap of exactly 2.5 s, and stamp one reading a nanosecond later: a gap just over it."""
+    """Make one gap of exactly 2.5 s, and one that is a nanosecond longer."""
     late = (np.arange(len(rows)) == 40).astype(np.int64)
     moved = replace(rows, t_wall_ns=rows.t_wall_ns + late, t_mono_ns=rows.t_mono_ns + late)
     return _drop_rows(lambda i: 20 <= i < 24 or 36 <= i < 40)(moved)
 
 
 def _break_monotonic_clock(rows: SourceRows) -> SourceRows:
-    """Let the monotonic clock say the same twice, and once less than before."""
+    """Repeat some stamps of the monotonic clock, and step others back."""
     mono = rows.t_mono_ns.copy()
     mono[20::9] = mono[19::9][: len(mono[20::9])]
     mono[30::11] = mono[29::11][: len(mono[30::11])] - 1
@@ -193,7 +203,7 @@ def _break_monotonic_clock(rows: SourceRows) -> SourceRows:
 
 
 def _restamp_clock(episode: Episode, declared: ClockBase, by_ns: int) -> Episode:
-    """Stamp every row in another clock, and declare what the recorder would."""
+    """Stamp every row with another clock, and declare it in the manifest as the recorder does."""
     moved = _map_sources(episode, lambda rows: replace(rows, t_wall_ns=rows.t_wall_ns + by_ns))
     manifest = _build_manifest(tuple(episode.rows), declared)
     return replace(moved, manifest=manifest)
@@ -202,17 +212,44 @@ def _restamp_clock(episode: Episode, declared: ClockBase, by_ns: int) -> Episode
 def _build_manifest(sources: tuple[SourceKind, ...], base: ClockBase = ClockBase.UNIX) -> Manifest:
     hour, drift = 3600 * _SECOND_NS, 7_001  # ns per hour, so that re-basing has something to round
     host = HostMetadata(
-        host_id="golden", arch="x86_64", accel="tcg", machine="none", cpu="none", vcpus=1, mem_mib=1, disk="none",
-        nic="none", hypervisor="none", guest_kernel="none", recorder="none",
-    )  # fmt: skip
+        host_id="golden",
+        arch="x86_64",
+        accel="tcg",
+        machine="none",
+        cpu="none",
+        vcpus=1,
+        mem_mib=1,
+        disk="none",
+        nic="none",
+        hypervisor="none",
+        guest_kernel="none",
+        recorder="none",
+    )
     pairs = {
         ClockBase.MONOTONIC: ((_MONO_START_NS, _WALL_START_NS), (_MONO_START_NS + hour, _WALL_START_NS + hour + drift)),
         ClockBase.BOOTTIME: ((_BOOT_START_NS, _WALL_START_NS), (_BOOT_START_NS + hour, _WALL_START_NS + hour - drift)),
     }
     return Manifest(
-        format=BUNDLE_FORMAT, episode_id="00000000-0000-7000-8000-000000000000", host=host, profile="benign",
-        sample_name="golden", sample_kind=SampleKind.BENIGN, origin=EpisodeOrigin.SIMULATED, role=EpisodeRole.LAB,
-        started_wall_ns=_WALL_START_NS, duration_s=float(_LENGTH_S), session="golden", neighbours=(), plan_seed=0, plan=(),
-        agent=SourceKind.GUEST in sources, nominal_hz={}, rows_emitted={}, channels_available=(), fields={},
-        clocks=ClockMetadata(base=dict.fromkeys(sources, base), pairs=pairs), recording=None, members={},
-    )  # fmt: skip
+        format=BUNDLE_FORMAT,
+        episode_id="00000000-0000-7000-8000-000000000000",
+        host=host,
+        profile="benign",
+        sample_name="golden",
+        sample_kind=SampleKind.BENIGN,
+        origin=EpisodeOrigin.SIMULATED,
+        role=EpisodeRole.LAB,
+        started_wall_ns=_WALL_START_NS,
+        duration_s=float(_LENGTH_S),
+        session="golden",
+        neighbours=(),
+        plan_seed=0,
+        plan=(),
+        agent=SourceKind.GUEST in sources,
+        nominal_hz={},
+        rows_emitted={},
+        channels_available=(),
+        fields={},
+        clocks=ClockMetadata(base=dict.fromkeys(sources, base), pairs=pairs),
+        recording=None,
+        members={},
+    )

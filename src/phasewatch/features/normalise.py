@@ -1,4 +1,4 @@
-"""A VM's clean day as the zero of its channels: measured on clean bins, applied to bins or to their stats."""
+"""The baseline of a host: median and spread of its channels while it is known clean, and scaling by them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,32 @@ from phasewatch.errors import DataError
 from phasewatch.features.stats import STATS
 from phasewatch.types import MIN_FINITE_BINS
 
+__all__ = [
+    "BASELINE_FORMAT",
+    "ChannelScaling",
+    "HostBaseline",
+    "build_scaling",
+    "compute_scale_floors",
+    "measure_baseline",
+    "parse_baseline",
+    "render_baseline",
+]
+
 BASELINE_FORMAT = "phasewatch-commission/1"
-MIN_SCALE_SHARE = 0.01  # of a channel's 5 to 95 % range over train: noise below it is not stretched
+_MIN_SCALE_SHARE = 0.01  # of a channel's 5 to 95 % range over train: smaller noise is not amplified
 _SHIFTED_STATS = np.array([stat in ("mean", "p50", "p95") for stat in STATS])  # std and slope do not move with a shift
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HostBaseline:
-    """What is usual on one host while it is known clean.
+    """The usual values of one host while it is known clean.
 
     Attributes:
-        host_id: Whose clean day it is.
+        host_id: The host.
         names: Full channel names.
-        median, spread: ``(c,)`` in each channel's unit, median and interquartile range of its bins; NaN for a channel
-            with fewer than `MIN_FINITE_BINS` known bins.
-        bins: How many bins were looked at.
+        median, spread: ``(c,)`` float64, median and interquartile range of each channel's bins in its unit; NaN for a
+            channel with fewer than `MIN_FINITE_BINS` known bins.
+        bins: Number of bins measured.
     """
 
     host_id: str
@@ -38,7 +49,7 @@ class HostBaseline:
     bins: int
 
     def select_channels(self, names: Sequence[str]) -> HostBaseline:
-        """Give the named channels in this order; one that it never saw is NaN."""
+        """Return the named channels in this order; a channel that is not in the baseline is NaN."""
         place = {name: i for i, name in enumerate(self.names)}
         at = np.array([place.get(name, len(self.names)) for name in names], np.intp)
         return HostBaseline(
@@ -51,7 +62,13 @@ class HostBaseline:
 
 
 def measure_baseline(host_id: str, names: Sequence[str], bins: NDArray[np.float32]) -> HostBaseline:
-    """Measure a host's clean bins, ``(n, c)``."""
+    """Measure the baseline of a host.
+
+    Args:
+        host_id: The host.
+        names: Full names of the channels.
+        bins: ``(n, c)`` float32 bins of a time in which the host is known clean; NaN where unknown.
+    """
     median, spread = np.full(len(names), np.nan), np.full(len(names), np.nan)
     for i in range(len(names)):
         column = bins[:, i].astype(np.float64)
@@ -63,9 +80,13 @@ def measure_baseline(host_id: str, names: Sequence[str], bins: NDArray[np.float3
 
 
 def compute_scale_floors(x: NDArray[np.float32]) -> FloatArray:
-    """Give each channel's smallest scale from train, ``(n, c)`` or ``(n, c, t)`` → ``(c,)``.
+    """Compute the smallest scale of each channel: 1 % of its 5 to 95 % range over train, or 1 if that is 0 or unknown.
 
-    It is 1 % of the channel's 5 to 95 % range, or 1 where that is 0 or nothing is known.
+    Args:
+        x: ``(n, c)`` or ``(n, c, t)`` float32 bins of train; NaN where unknown.
+
+    Returns:
+        ``(c,)`` float64.
     """
     floors = np.ones(x.shape[1])
     for i in range(x.shape[1]):
@@ -73,20 +94,25 @@ def compute_scale_floors(x: NDArray[np.float32]) -> FloatArray:
         known = column[np.isfinite(column)]
         if len(known):
             low, high = np.percentile(known, [5, 95])
-            floors[i] = MIN_SCALE_SHARE * (high - low) or 1.0
+            floors[i] = _MIN_SCALE_SHARE * (high - low) or 1.0
     return floors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ChannelScaling:
-    """``(x − shift) / scale`` for each channel, ``(c,)`` each; `is_missing` marks those that the clean day did not show."""
+    """The transform ``(x − shift) / scale`` of each channel.
+
+    Attributes:
+        shift, scale: ``(c,)`` float64.
+        is_missing: ``(c,)`` bool: channels that the baseline lacks.
+    """
 
     shift: FloatArray
     scale: FloatArray
     is_missing: NDArray[np.bool_]
 
     def scale_bins(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Apply to bins, ``(n, c)`` or ``(n, c, t)``."""
+        """Scale bins: ``(n, c)`` or ``(n, c, t)`` float32 → the same shape, float32."""
         tail = (-1, *([1] * (x.ndim - 2)))
         out: NDArray[np.float32] = (
             (x.astype(np.float64) - self.shift.reshape(tail)) / self.scale.reshape(tail)
@@ -94,7 +120,7 @@ class ChannelScaling:
         return out
 
     def scale_stats(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Apply to the five stats of each channel, ``(n, 5 c)`` channel-major: what the stats of the mapped bins are."""
+        """Scale stats: ``(n, 5 c)`` float32, channel-major → the stats of the scaled bins, same shape, float32."""
         shift = (self.shift[:, None] * _SHIFTED_STATS).ravel()
         out: NDArray[np.float32] = ((x.astype(np.float64) - shift) / np.repeat(self.scale, len(STATS))).astype(
             np.float32
@@ -103,7 +129,12 @@ class ChannelScaling:
 
 
 def build_scaling(reference: HostBaseline | None, floors: FloatArray) -> ChannelScaling:
-    """Join a host's clean day with train's floors; a channel that it lacks keeps shift 0 and its floor as scale."""
+    """Combine a host's baseline with the scale floors of train.
+
+    Args:
+        reference: The baseline; None if there is none.
+        floors: ``(c,)`` float64 of `compute_scale_floors`. A channel without a baseline has shift 0 and this scale.
+    """
     if reference is None:
         return ChannelScaling(
             shift=np.zeros(len(floors)), scale=floors.copy(), is_missing=np.ones(len(floors), np.bool_)
@@ -130,7 +161,7 @@ class _BaselineFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def render_baseline(reference: HostBaseline) -> bytes:
-    """Give the bytes of a host's file (`phasewatch commission`)."""
+    """Render the file of a baseline."""
     rows = zip(reference.names, reference.median.tolist(), reference.spread.tolist(), strict=True)
     channels = tuple(
         _BaselineChannel(name=n, median=m, spread=s) if m == m else _BaselineChannel(name=n, median=None, spread=None)
@@ -141,10 +172,10 @@ def render_baseline(reference: HostBaseline) -> bytes:
 
 
 def parse_baseline(data: bytes, *, file: str) -> HostBaseline:
-    """Read a host's file.
+    """Parse the file of a baseline.
 
     Raises:
-        DataError: If it is none, or holds numbers that cannot be.
+        DataError: If it is not a baseline, or has invalid numbers.
     """
     try:
         found = msgspec.json.decode(data, type=_BaselineFile)

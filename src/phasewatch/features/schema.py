@@ -1,4 +1,4 @@
-"""The columns of the feature tables: names in order, units, and the hash that a model and its table must share."""
+"""The columns of the feature tables: names, units, and the schema hash that a model and its table must share."""
 
 from __future__ import annotations
 
@@ -13,26 +13,35 @@ from phasewatch.channels import CHANNELS, ChannelSpec
 from phasewatch.features.stats import STATS
 from phasewatch.types import BIN_NS, MIN_FINITE_BINS, PHASES, STALE_NS, STRIDE_BINS, WINDOW_BINS
 
+__all__ = [
+    "FEATURE_SCHEMA_VERSION",
+    "deployment_mask",
+    "feature_names",
+    "feature_units",
+    "render_schema",
+    "schema_hash",
+]
+
 FEATURE_SCHEMA_VERSION = 1
 
 
 def feature_names(channels: Sequence[ChannelSpec] = CHANNELS) -> tuple[str, ...]:
-    """Give the feature columns in order: channel by channel, five stats each (``proc.cpu_user.mean`` …)."""
+    """Return the feature columns in order: five stats for each channel (``proc.cpu_user.mean`` …)."""
     return tuple(f"{channel.full_name}.{stat}" for channel in channels for stat in STATS)
 
 
 def feature_units(channels: Sequence[ChannelSpec] = CHANNELS) -> tuple[str, ...]:
-    """Give each column's unit; a slope is in the channel's unit per second."""
+    """Return the unit of each column; a slope is in the channel's unit per second."""
     return tuple(f"{channel.unit}/s" if stat == "slope" else channel.unit for channel in channels for stat in STATS)
 
 
 def deployment_mask(channels: Sequence[ChannelSpec] = CHANNELS) -> tuple[bool, ...]:
-    """Say of each column whether a defender has it without the guest's word."""
+    """Return whether each column is available to a defender without the guest's cooperation."""
     return tuple(channel.in_deployment for channel in channels for _ in STATS)
 
 
 def schema_hash(channels: Sequence[ChannelSpec] = CHANNELS) -> str:
-    """Give the sha256 of everything that the meaning of the columns depends on.
+    """Return the sha256 of everything that determines the meaning of the columns.
 
     Source: DESIGN.md, section 4, "Schema hash".
     """
@@ -56,22 +65,28 @@ def _compute_hash(channels: Sequence[ChannelSpec]) -> str:
         "stats": list(STATS),
         "channels": [
             {
-                "name": c.name, "source": str(c.source), "kind": str(c.kind), "fields": list(c.fields), "unit": c.unit,
-                "scale": c.scale, "trust": str(c.trust), "semantics": c.semantics,
+                "name": c.name,
+                "source": str(c.source),
+                "kind": str(c.kind),
+                "fields": list(c.fields),
+                "unit": c.unit,
+                "scale": c.scale,
+                "trust": str(c.trust),
+                "semantics": c.semantics,
             }
             for c in channels
         ],
-    }  # fmt: skip
+    }
     return hashlib.sha256(_render_canonical_json(meaning).encode()).hexdigest()
 
 
 def _render_canonical_json(value: Any) -> str:
-    """Spell JSON in its one form: sorted keys, no spaces."""
+    """Render JSON in canonical form: sorted keys, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def render_schema(behaviour_fingerprint: str, channels: Sequence[ChannelSpec] = CHANNELS) -> str:
-    """Write `feature_schema_v1.json` (DESIGN section 5)."""
+    """Render `feature_schema_v1.json` (DESIGN section 5)."""
     content = {
         "version": FEATURE_SCHEMA_VERSION,
         "phases": [str(phase) for phase in PHASES],
@@ -80,7 +95,11 @@ def render_schema(behaviour_fingerprint: str, channels: Sequence[ChannelSpec] = 
         "in_deployment_mask": list(deployment_mask(channels)),
         "channels": [
             {
-                "name": c.name, "source": str(c.source), "kind": str(c.kind), "unit": c.unit, "trust": str(c.trust),
+                "name": c.name,
+                "source": str(c.source),
+                "kind": str(c.kind),
+                "unit": c.unit,
+                "trust": str(c.trust),
                 "in_deployment": c.in_deployment,
             }
             for c in channels
@@ -91,5 +110,5 @@ def render_schema(behaviour_fingerprint: str, channels: Sequence[ChannelSpec] = 
         "bin_seconds": BIN_NS / 1e9,
         "schema_hash": schema_hash(channels),
         "behaviour_fingerprint": behaviour_fingerprint,
-    }  # fmt: skip
+    }
     return json.dumps(content, indent=1) + "\n"

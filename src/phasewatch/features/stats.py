@@ -1,7 +1,7 @@
-"""Five numbers for the bins of a window or an episode, per channel: mean, spread, median, 95th percentile, slope.
+"""Five statistics of the bins of a window or an episode, for each channel: mean, std, median, 95th percentile, slope.
 
-The order of every sum is fixed (left to right in float64), so that any machine, and the live watcher, gets the same bits.
-Nothing here leaves a sum over time to numpy's own order, which depends on the array's width.
+The order of every sum is fixed (left to right in float64), so that every machine and the live watcher get the same
+bits. numpy's own order of a sum depends on the width of the array and is not used for sums over time.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from phasewatch.arrays import Float32Array, FloatArray
 from phasewatch.binning.align import to_float32
 from phasewatch.types import MIN_FINITE_BINS, STRIDE_BINS, WINDOW_BINS
+
+__all__ = ["BIN_S", "SORTING_NETWORK_10", "STATS", "episode_stats", "window_stats"]
 
 STATS = ("mean", "std", "p50", "p95", "slope")
 BIN_S = 0.5
@@ -26,14 +28,14 @@ SORTING_NETWORK_10 = (
 
 
 def window_stats(bins: Float32Array) -> Float32Array:
-    """Reduce the bins of every window of an episode to five numbers per channel.
+    """Compute the five statistics of every window of an episode.
 
     Args:
-        bins: ``(n, c)`` float32 from the episode's first bin on; NaN where nothing was known.
+        bins: ``(n, c)`` float32 from the episode's first bin on, each column in its channel's unit; NaN where unknown.
 
     Returns:
-        ``(w, c, 5)`` float32 in the order of `STATS`; slope is unit per second. Fewer than ten finite bins in a
-        window give five NaN.
+        ``(w, c, 5)`` float32 in the order of `STATS`. The slope is a least-squares slope per second. A channel with
+        fewer than ten finite bins in a window has five NaN.
 
     Source: DESIGN.md, section 4, "Stats".
     """
@@ -46,7 +48,7 @@ def window_stats(bins: Float32Array) -> Float32Array:
     seen = finite.sum(axis=0)
     result = np.full((w, c, len(STATS)), np.nan)
     full, partial = seen == len(used), (seen > 0) & (seen < len(used))
-    with np.errstate(all="ignore"):  # what the blanked entries of a gap divide by is of no interest
+    with np.errstate(all="ignore"):  # divisions of the masked entries of a gap have no meaning
         if full.all():
             result = _compute_full_windows(used, w)
         else:
@@ -59,7 +61,7 @@ def window_stats(bins: Float32Array) -> Float32Array:
 
 
 def episode_stats(bins: Float32Array) -> Float32Array:
-    """Reduce all bins of an episode to the same five numbers; ``(n, c)`` gives ``(c, 5)``."""
+    """Compute the five statistics of a whole episode: ``(n, c)`` float32 → ``(c, 5)`` float32, as `window_stats`."""
     result = np.full((bins.shape[1], len(STATS)), np.nan)
     finite = np.isfinite(bins)
     seen = finite.sum(axis=0)
@@ -74,7 +76,7 @@ def episode_stats(bins: Float32Array) -> Float32Array:
 
 
 def _compute_full_columns(bins: Float32Array) -> FloatArray:
-    """Give the stats of columns in which every bin is finite: ``(n, k)`` gives ``(k, 5)``."""
+    """Compute the stats of columns in which every bin is finite: ``(n, k)`` → ``(k, 5)``."""
     lying = np.ascontiguousarray(bins.T)  # time along a row: sums and sorts run over neighbours in memory
     n = lying.shape[1]
     x = lying.astype(np.float64)
@@ -93,13 +95,13 @@ def _compute_full_columns(bins: Float32Array) -> FloatArray:
 
 
 def _sum_last_axis(x: FloatArray) -> FloatArray:
-    """Add along the last axis from first to last; a running sum cannot be taken in another order."""
+    """Sum along the last axis from first to last; a cumulative sum has a fixed order."""
     total: FloatArray = np.cumsum(x, axis=-1)[..., -1]
     return total
 
 
 def _stack_windows(used: Float32Array, w: int) -> FloatArray:
-    """Lay windows side by side: ``(20, w · c)`` float64, row r being bin r of every window."""
+    """Return the windows as columns: ``(20, w · c)`` float64, where row r is bin r of every window."""
     c = used.shape[1]
     halves = used.reshape(w + 1, STRIDE_BINS, c).transpose(1, 0, 2)
     x = np.empty((WINDOW_BINS, w, c))
@@ -109,7 +111,7 @@ def _stack_windows(used: Float32Array, w: int) -> FloatArray:
 
 
 def _compute_full_windows(used: Float32Array, w: int) -> FloatArray:
-    """Give the stats of windows in which every bin is finite: ``(w, c, 5)``."""
+    """Compute the stats of windows in which every bin is finite: ``(w, c, 5)``."""
     c = used.shape[1]
     x = _stack_windows(used, w)
     out = np.empty((len(STATS), w * c))
@@ -128,7 +130,7 @@ def _compute_full_windows(used: Float32Array, w: int) -> FloatArray:
 
 
 def _sum_rows(x: FloatArray) -> FloatArray:
-    """Add rows from first to last."""
+    """Sum the rows from first to last."""
     total: FloatArray = x[0] + x[1]
     for row in x[2:]:
         total += row
@@ -143,7 +145,7 @@ def _interpolate(low: Float32Array, high: Float32Array, share: float) -> FloatAr
 
 
 def _select_ranks(used: Float32Array, w: int) -> tuple[Float32Array, Float32Array, Float32Array, Float32Array]:
-    """Pick the values of rank 9, 10, 18 and 19 (from 0) out of every window, each ``(w · c,)``.
+    """Select the values of rank 9, 10, 18 and 19 (from 0) of every window, each ``(w · c,)``.
 
     Windows overlap by half, so each half is sorted once and pairs of sorted halves are merged as far as needed.
     """
@@ -167,7 +169,7 @@ def _select_ranks(used: Float32Array, w: int) -> tuple[Float32Array, Float32Arra
 
 
 def _compute_gappy_columns(x: FloatArray) -> FloatArray:
-    """Give the stats of columns of any length and with any gaps: ``(rows, k)`` gives ``(k, 5)``."""
+    """Compute the stats of columns of any length and with any gaps: ``(rows, k)`` → ``(k, 5)``."""
     finite = np.isfinite(x)
     m = finite.sum(axis=0)
     known = np.where(finite, x, 0.0)  # adding zero changes no sum
@@ -188,7 +190,7 @@ def _compute_gappy_columns(x: FloatArray) -> FloatArray:
 
 
 def _sum_first_axis(x: FloatArray) -> FloatArray:
-    """Add rows from first to last; a running sum cannot be taken in another order."""
+    """Sum the rows from first to last; a cumulative sum has a fixed order."""
     total: FloatArray = np.cumsum(x, axis=0)[-1]
     return total
 

@@ -1,4 +1,4 @@
-"""Ten-second windows, one every five: where they stand, which phase they are of, and what is odd about them."""
+"""Ten-second windows with a stride of five seconds: their times, labels and flags."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ __all__ = [
     "FLAG_CLOCK_STEP",
     "FLAG_LATE",
     "FLAG_MIXED",
+    "WINDOW_NS",
     "LabelSpan",
     "WindowLabels",
     "build_label_spans",
+    "build_window_view",
+    "combine_window_flags",
     "compute_centers_s",
+    "compute_window_rows",
+    "compute_window_starts",
+    "gather_windows",
     "label_windows",
     "n_windows",
 ]
 
-
 WINDOW_NS = WINDOW_BINS * BIN_NS
-DECISION_DELAY_NS = (
-    WINDOW_NS + 1_000_000_000
-)  # after a window's start: its end, and the second that late ticks are waited for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelSpan:
-    """One stay in a phase: [start, end) on the wall clock, ns."""
+    """A span of time in one phase: [start, end) on the wall clock, ns."""
 
     phase: Phase
     start_ns: int
@@ -45,12 +47,12 @@ class LabelSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class WindowLabels:
-    """The truth of each window.
+    """The label of each window.
 
     Attributes:
-        phase: ``(w,)`` int8, the code of the phase that holds most of the window; −1 unknown.
-        purity: ``(w,)`` float32, the share of the window that it holds.
-        is_mixed: ``(w,)`` whether another phase holds some of it.
+        phase: ``(w,)`` int8 code of the phase with most of the window's time; −1 if unknown.
+        purity: ``(w,)`` float32 share of the window's time in that phase.
+        is_mixed: ``(w,)`` bool: whether the window has another phase too.
     """
 
     phase: NDArray[np.int8]
@@ -59,22 +61,22 @@ class WindowLabels:
 
 
 def n_windows(n_bins: int) -> int:
-    """Count the whole windows of so many bins."""
+    """Return the number of whole windows in `n_bins` bins."""
     return 0 if n_bins < WINDOW_BINS else (n_bins - WINDOW_BINS) // STRIDE_BINS + 1
 
 
 def compute_window_starts(t0_ns: int, w: int) -> NDArray[np.int64]:
-    """Give the wall stamps at which the first w windows start; their centres are half a window later."""
+    """Return the start of the first `w` windows on the wall clock, ``(w,)`` int64 ns; a centre is 5 s later."""
     return t0_ns + STRIDE_NS * np.arange(w, dtype=np.int64)
 
 
 def compute_centers_s(w: int) -> NDArray[np.float32]:
-    """Give the windows' centres in seconds from the first label."""
+    """Return the centres of the first `w` windows since the first label, ``(w,)`` float32 s."""
     return (5.0 * np.arange(w) + 5.0).astype(np.float32)
 
 
 def build_label_spans(marks: Sequence[LabelMark]) -> tuple[LabelSpan, ...]:
-    """Turn phase marks into spans; each ends where the next begins."""
+    """Convert phase marks to spans; each ends where the next begins."""
     return tuple(
         LabelSpan(phase=mark.phase, start_ns=mark.t_wall_ns, end_ns=after.t_wall_ns)
         for mark, after in pairwise(marks)
@@ -85,7 +87,11 @@ def build_label_spans(marks: Sequence[LabelMark]) -> tuple[LabelSpan, ...]:
 def label_windows(spans: Sequence[LabelSpan], starts_ns: NDArray[np.int64]) -> WindowLabels:
     """Label each window with the phase that holds most nanoseconds of it.
 
-    Of two that hold the same, the one whose last span in the window starts later wins: it is where the VM went.
+    On a tie the phase whose last span in the window starts later wins: it is the one that the VM entered.
+
+    Args:
+        spans: Phase spans in the order of time.
+        starts_ns: ``(w,)`` int64 start of each window on the wall clock.
     """
     phases = sorted({span.phase for span in spans}, key=lambda phase: phase.code)
     w = len(starts_ns)
@@ -111,7 +117,15 @@ def label_windows(spans: Sequence[LabelSpan], starts_ns: NDArray[np.int64]) -> W
 
 
 def combine_window_flags(bin_flags: NDArray[np.uint8], is_mixed: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Gather the flags of each window: those of its bins, and whether it holds more than one phase."""
+    """Combine the flags of each window: those of its bins, and `FLAG_MIXED`.
+
+    Args:
+        bin_flags: ``(n,)`` uint8 flags of the bins.
+        is_mixed: ``(w,)`` bool.
+
+    Returns:
+        ``(w,)`` uint8.
+    """
     w = len(is_mixed)
     flags = np.where(is_mixed, np.uint8(FLAG_MIXED), np.uint8(0))
     if bin_flags.any():
@@ -121,7 +135,7 @@ def combine_window_flags(bin_flags: NDArray[np.uint8], is_mixed: NDArray[np.bool
 
 
 def build_window_view(bins: Float32Array) -> Float32Array:
-    """Give the windows of one episode as ``(w, 20, c)``, a read-only view of its ``(n, c)`` bins."""
+    """Return the windows of one episode as ``(w, 20, c)`` float32, a read-only view of its ``(n, c)`` bins."""
     n, c = bins.shape
     if n_windows(n) == 0:
         return np.empty((0, WINDOW_BINS, c), np.float32)
@@ -130,22 +144,27 @@ def build_window_view(bins: Float32Array) -> Float32Array:
 
 
 def compute_window_rows(offset: int, n_bins: int) -> NDArray[np.int64]:
-    """Give the rows of the mapped grids at which one episode's windows begin."""
+    """Return the first row of each window of an episode in the run's bins, ``(w,)`` int64.
+
+    Args:
+        offset: First row of the episode.
+        n_bins: Number of its bins.
+    """
     return offset + STRIDE_BINS * np.arange(n_windows(n_bins), dtype=np.int64)
 
 
 def gather_windows(bins: Float32Array, begins: NDArray[np.int64]) -> Float32Array:
-    """Copy a batch of windows out of the mapped grids.
+    """Copy a batch of windows out of the memory-mapped bins.
 
     Args:
-        bins: ``(N, c)`` all episodes end to end; contiguous in time.
-        begins: ``(b,)`` first rows of the wanted windows, in any order.
+        bins: ``(N, c)`` float32 bins of all episodes, one after the other; rows are contiguous.
+        begins: ``(b,)`` int64 first rows of the windows, in any order.
 
     Returns:
         ``(b, 20, c)`` float32.
 
     Raises:
-        IndexError: If a window reaches beyond the grids.
+        IndexError: If a window reaches outside the bins.
     """
     n, c = bins.shape
     if len(begins) and not (int(begins.min()) >= 0 and int(begins.max()) + WINDOW_BINS <= n):

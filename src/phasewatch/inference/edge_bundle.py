@@ -1,4 +1,4 @@
-"""Read an edge bundle in memory: by name, within bounds, every digest held against the bytes, nothing extracted."""
+"""The edge bundle: a .zip with a model for each channel set; written and read in memory, every digest checked."""
 
 from __future__ import annotations
 
@@ -30,13 +30,37 @@ from phasewatch.models.foreign import foreign_errors
 from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE, PhaseFilter
 from phasewatch.types import PHASES, WINDOW_BINS
 
+__all__ = [
+    "EDGE_CARD_FILE",
+    "EDGE_FORMAT",
+    "EDGE_HEADER_FILE",
+    "EDGE_SCHEMA_FILE",
+    "EXPORTABLE_INPUT_KINDS",
+    "MAX_BUNDLE_BYTES",
+    "MAX_MEMBERS",
+    "MAX_TEXT_MEMBER_BYTES",
+    "EdgeBundle",
+    "EdgeHeader",
+    "EdgeModel",
+    "OnnxModel",
+    "PostprocessingRules",
+    "TrainingOrigin",
+    "add_edge_digest",
+    "extract_rules",
+    "pack_edge_bundle",
+    "parse_edge_bundle",
+    "parse_rules",
+    "read_edge_bundle",
+    "render_rules",
+]
+
 EDGE_FORMAT = "phasewatch-edge/1"
 EDGE_HEADER_FILE, EDGE_SCHEMA_FILE, EDGE_CARD_FILE = "edge.json", "feature_schema_v1.json", "card.md"
-_ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest that a .zip can say
+_ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a .zip can store
 
 
 class TrainingOrigin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Who a model learnt from, each list sorted; empty where that is not known."""
+    """Hosts, accelerators, architectures, origins and profiles of the training data, sorted; empty if unknown."""
 
     hosts: tuple[str, ...] = ()
     accels: tuple[str, ...] = ()
@@ -50,10 +74,11 @@ class EdgeModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """One model of the bundle.
 
     Attributes:
-        member: Name of its ONNX file: raw windows in, calibrated probabilities out.
-        threat: The mask that chose its columns.
-        columns: What it takes, in order; `table` says what was made of the values, `floors` the scales of a clean day.
-        rules: Phase filter, alarm and what else a cell fixed when it was trained, as its checkpoint has them.
+        member: Name of its ONNX file, from raw windows to calibrated probabilities.
+        threat: Channel set that chose its columns.
+        columns: Columns of its input, in order.
+        table, floors: Transform of the values, and the smallest scale of each channel for the host's baseline.
+        rules: Phase filter and alarm rule of its checkpoint.
     """
 
     member: str
@@ -71,9 +96,10 @@ class EdgeHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """`edge.json`.
 
     Attributes:
-        recipe, fold: How the episodes were split for training.
-        models: Largest mask first.
-        members: Every other file of the bundle.
+        recipe, fold: Split of the training episodes.
+        trained: Origin of the training data.
+        models: Models, the largest channel set first.
+        members: Every other file of the bundle → its size and sha256.
         sha256: Digest of the canonical JSON (sorted keys, no spaces) of all of this with this field empty.
     """
 
@@ -91,17 +117,21 @@ class EdgeHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def add_edge_digest(header: EdgeHeader) -> EdgeHeader:
-    """Give the header with the digest that fits it."""
-    open_ = msgspec.structs.replace(header, sha256="")
-    digest = hashlib.sha256(msgspec.json.encode(open_, order="sorted")).hexdigest()
+    """Return the header with its own digest in `sha256`."""
+    without_digest = msgspec.structs.replace(header, sha256="")
+    digest = hashlib.sha256(msgspec.json.encode(without_digest, order="sorted")).hexdigest()
     return msgspec.structs.replace(header, sha256=digest)
 
 
 def pack_edge_bundle(header: EdgeHeader, members: Mapping[str, bytes]) -> bytes:
-    """Make the bytes of a bundle; `header.members` is filled in here.
+    """Render an edge bundle; the same content gives the same bytes.
+
+    Args:
+        header: Header whose `members` and `sha256` are filled in here.
+        members: File name → bytes.
 
     Raises:
-        UsageError: If a model's ONNX file is not among the members.
+        UsageError: If the ONNX file of a model is not among the members.
     """
     for model in header.models:
         if model.member not in members:
@@ -112,13 +142,13 @@ def pack_edge_bundle(header: EdgeHeader, members: Mapping[str, bytes]) -> bytes:
     }
     full = add_edge_digest(msgspec.structs.replace(header, members=entries))
     text = msgspec.json.format(msgspec.json.encode(full, order="sorted"), indent=1) + b"\n"
-    made = io.BytesIO()
-    with zipfile.ZipFile(made, "w", zipfile.ZIP_STORED) as file:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as file:
         for name, data in ((EDGE_HEADER_FILE, text), *sorted(members.items())):
             info = zipfile.ZipInfo(name, _ZIP_EPOCH)
             info.create_system, info.external_attr = 3, 0o100644 << 16
             file.writestr(info, data)
-    return made.getvalue()
+    return buffer.getvalue()
 
 
 MAX_BUNDLE_BYTES = 256 * 2**20
@@ -126,15 +156,26 @@ MAX_TEXT_MEMBER_BYTES = 4 * 2**20
 MAX_MEMBERS = 32
 EXPORTABLE_INPUT_KINDS = (InputKind.TABLE, InputKind.TENSOR)
 _ZIP_END = struct.Struct("<4s4H2LH")  # what a .zip without a comment ends with
-_ALLOWED_ZIP_FLAGS = 0x0806  # how well it was packed, and that names are UTF-8
+_ALLOWED_ZIP_FLAGS = 0x0806  # compression level, and UTF-8 names
 _MEMBER_NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_.+-]{0,80}")
-PROBABILITY_SUM_TOLERANCE = 1e-3  # of five float32
+_PROBABILITY_SUM_TOLERANCE = 1e-3  # of five float32
 _EXPORT_HINT = "make it again with `phasewatch export RUN --out X.zip`"
+
+
+class _ContainerError(ValueError):
+    """The .zip holds something that an export never writes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EdgeBundle:
-    """A bundle whose every byte was checked. `onnx` is by member name."""
+    """A checked edge bundle.
+
+    Attributes:
+        file: Its name, for messages.
+        header: The content of `edge.json`.
+        onnx: Member name → bytes of the ONNX file.
+        card: Text of the model card.
+    """
 
     file: str
     header: EdgeHeader
@@ -142,20 +183,24 @@ class EdgeBundle:
     card: str
 
     def build_input_spec(self, model: EdgeModel) -> InputSpec:
-        """Say what one of its models takes."""
+        """Return the input of one of its models."""
         return InputSpec(
-            kind=InputKind(model.input_kind), names=model.columns, mask=model.threat,
-            schema_hash=self.header.schema_hash, behaviour_fingerprint=self.header.behaviour_fingerprint,
-            table=InputVariant(model.table), floors=tuple(model.floors.items()),
-        )  # fmt: skip
+            kind=InputKind(model.input_kind),
+            names=model.columns,
+            mask=model.threat,
+            schema_hash=self.header.schema_hash,
+            behaviour_fingerprint=self.header.behaviour_fingerprint,
+            table=InputVariant(model.table),
+            floors=tuple(model.floors.items()),
+        )
 
 
 def read_edge_bundle(path: Path) -> EdgeBundle:
-    """Read a bundle from a file.
+    """Read and check an edge bundle.
 
     Raises:
-        RunError: If it is absent, over a bound, or no edge bundle.
-        MismatchError: If its bytes were changed, or it was made for other channels, stats or phases.
+        RunError: If it is absent, over a bound or not an edge bundle.
+        MismatchError: If its bytes were changed, or it was trained with other channels, stats or phases.
     """
     try:
         data = read_regular(path, MAX_BUNDLE_BYTES)
@@ -165,19 +210,20 @@ def read_edge_bundle(path: Path) -> EdgeBundle:
 
 
 def parse_edge_bundle(data: bytes, *, file: str) -> EdgeBundle:
-    """Read a bundle; errors call it ``file``. See `read_edge_bundle`."""
+    """Parse and check an edge bundle; `file` is its name in errors. See `read_edge_bundle`."""
     members = _read_members(data, file)
     header = _parse_header(members.pop(EDGE_HEADER_FILE), file)
     if set(members) != set(header.members):
         odd = min(set(members) ^ set(header.members))
         raise MismatchError(
-            f"{file}: {odd} stands in the bundle or in its {EDGE_HEADER_FILE}, not in both; {_EXPORT_HINT}"
+            f"{file}: {odd} is in the bundle or in its {EDGE_HEADER_FILE}, but not in both; {_EXPORT_HINT}"
         )
     for name, entry in header.members.items():
         found = hashlib.sha256(members[name]).hexdigest()
         if (found, len(members[name])) != (entry.sha256, entry.bytes):
             raise MismatchError(
-                f"{file}: {name}: found sha256 {found[:12]}, expected {entry.sha256[:12]}; the file was changed, {_EXPORT_HINT}"
+                f"{file}: {name}: found sha256 {found[:12]}, expected {entry.sha256[:12]}; the file was changed, "
+                + _EXPORT_HINT
             )
     onnx = {}
     for model in header.models:
@@ -186,9 +232,11 @@ def parse_edge_bundle(data: bytes, *, file: str) -> EdgeBundle:
             or model.input_kind not in EXPORTABLE_INPUT_KINDS
             or model.table not in list(InputVariant)
         ):
-            raise RunError(f"{file}: {model.member} is not there, or takes {model.input_kind[:20]!r}; {_EXPORT_HINT}")
+            raise RunError(
+                f"{file}: {model.member} is absent, or has an unknown input {model.input_kind[:20]!r}; {_EXPORT_HINT}"
+            )
         if model.table == InputVariant.COMMISSIONED and not _list_model_channels(model) <= model.floors.keys():
-            raise RunError(f"{file}: {model.member} lacks the scales of a clean day; {_EXPORT_HINT}")
+            raise RunError(f"{file}: {model.member} lacks the scales for the host's baseline; {_EXPORT_HINT}")
         time = (WINDOW_BINS,) if model.input_kind == InputKind.TENSOR else ()
         check_onnx(
             members[model.member], file=f"{file}: {model.member}", model=model.model, shape=(len(model.columns), *time)
@@ -204,11 +252,15 @@ def _list_model_channels(model: EdgeModel) -> set[str]:
 
 
 def _read_members(data: bytes, file: str) -> dict[str, bytes]:
-    """Give the members by name; sizes are believed only after they were read."""
+    """Return member name → bytes; sizes in the .zip are not trusted.
+
+    Raises:
+        RunError: If it is not a .zip as an export writes it.
+    """
     if len(data) > MAX_BUNDLE_BYTES:
         raise RunError(f"{file}: more than {MAX_BUNDLE_BYTES:,} bytes, not an edge bundle")
     end = data[-_ZIP_END.size :]
-    if len(end) == _ZIP_END.size and end[:4] == b"PK\5\6":  # else it is not a .zip, which is said below
+    if len(end) == _ZIP_END.size and end[:4] == b"PK\5\6":  # otherwise it is not a .zip, which is an error below
         _, _, _, _, count, directory, _, comment = _ZIP_END.unpack(end)
         if count > MAX_MEMBERS or directory > MAX_MEMBERS * 256 or comment or data[-42:-38] == b"PK\6\7":
             raise RunError(f"{file}: not an edge bundle: it holds {count} files, or a directory of another kind")
@@ -218,8 +270,7 @@ def _read_members(data: bytes, file: str) -> dict[str, bytes]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             infos = archive.infolist()
             names = [info.filename for info in infos]
-            if words := _find_container_problem(archive, infos, len(data)):
-                raise RunError(f"{file}: not an edge bundle: {words}; {_EXPORT_HINT}")
+            _check_container(archive, infos, len(data))
             if EDGE_HEADER_FILE not in names or len(names) > MAX_MEMBERS or len(set(names)) != len(names):
                 raise RunError(
                     f"{file}: not an edge bundle: it holds {len(names)} files, {EDGE_HEADER_FILE} once is needed"
@@ -236,25 +287,28 @@ def _read_members(data: bytes, file: str) -> dict[str, bytes]:
                 if len(found[info.filename]) > limit:
                     raise RunError(f"{file}: {info.filename} is larger than {limit:,} bytes; {_EXPORT_HINT}")
             return found
+    except _ContainerError as exc:
+        raise RunError(f"{file}: not an edge bundle: {exc}; {_EXPORT_HINT}") from exc
     except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as exc:
         raise RunError(f"{file}: not a readable .zip: {exc}; {_EXPORT_HINT}") from exc
-    except Exception as exc:  # zlib.error and what else a decompressor raises on noise
+    except Exception as exc:  # zlib.error, and other exceptions of a decompressor on invalid data
         if isinstance(exc, RunError):
             raise
         raise RunError(f"{file}: not a readable .zip: {exc}; {_EXPORT_HINT}") from exc
 
 
-def _find_container_problem(archive: zipfile.ZipFile, infos: Sequence[zipfile.ZipInfo], size: int) -> str:
-    """Return what a .zip holds beside its members, in words; empty if nothing does and no member is twice there or hidden."""
+def _check_container(archive: zipfile.ZipFile, infos: Sequence[zipfile.ZipInfo], size: int) -> None:
+    """Raise _ContainerError if a .zip holds anything but its members, each once."""
     if archive.comment or any(info.extra or info.comment or info.flag_bits & ~_ALLOWED_ZIP_FLAGS for info in infos):
-        return "it is encrypted, was written as a stream, or holds comments or extra fields"
+        raise _ContainerError("it is encrypted, was written as a stream, or holds comments or extra fields")
     if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in infos):
-        return "it is packed in a way that no export is"
+        raise _ContainerError("it has an unknown compression")
     if sum(info.file_size for info in infos) > MAX_BUNDLE_BYTES:
-        return f"its members have more than {MAX_BUNDLE_BYTES:,} bytes"
+        raise _ContainerError(f"its members have more than {MAX_BUNDLE_BYTES:,} bytes")
     # Every byte belongs to one member: its local header, its data and its entry in the directory, whose end follows.
     taken = sum(76 + 2 * len(info.orig_filename.encode("utf-8", "replace")) + info.compress_size for info in infos) + 22
-    return "" if taken == size else f"{size:,} bytes, of which its members account for {taken:,}"
+    if taken != size:
+        raise _ContainerError(f"{size:,} bytes, of which its members account for {taken:,}")
 
 
 def _parse_header(data: bytes, file: str) -> EdgeHeader:
@@ -269,7 +323,7 @@ def _parse_header(data: bytes, file: str) -> EdgeHeader:
         raise RunError(f"{file}: {EDGE_HEADER_FILE}: {exc}; {_EXPORT_HINT}") from exc
     if header.sha256 != add_edge_digest(header).sha256:
         raise MismatchError(
-            f"{file}: {EDGE_HEADER_FILE}: its digest does not fit its content, so it was edited; {_EXPORT_HINT}"
+            f"{file}: {EDGE_HEADER_FILE}: the digest does not match the content, so it was edited; {_EXPORT_HINT}"
         )
     for what, theirs, ours in (
         ("classes", ", ".join(header.classes), ", ".join(PHASES)),
@@ -291,11 +345,11 @@ class _EdgeFormat(msgspec.Struct, frozen=True):
 
 
 class OnnxModel:
-    """One exported model, run on one thread; what `PhaseModel.predict_proba` is for a checkpoint.
+    """An exported model, run by onnxruntime on one thread, with the interface of `PhaseModel.predict_proba`.
 
     Raises:
-        MissingTool: If onnxruntime is not installed.
-        RunError: If the runtime refuses the graph, or it takes another input than its header says.
+        MissingToolError: If onnxruntime is not installed.
+        RunError: If the runtime refuses the graph, or it has another input than its header states.
     """
 
     def __init__(self, data: bytes, spec: InputSpec, *, file: str) -> None:
@@ -308,17 +362,16 @@ class OnnxModel:
         self._run_session(np.full((1, *self._input_shape()), np.nan, np.float32))
 
     def predict_proba(self, inputs: ModelInputs) -> NDArray[np.float64]:
-        """Give the probability of each phase, ``(n, 5)``.
+        """Return the calibrated probability of each phase, ``(n, 5)`` float64 in the order of PHASES.
 
         Raises:
-            MismatchError: If the columns, the schema or the mask are not those that it was made for.
-            RunError: If its answers are no probabilities.
+            MismatchError: If the input has other columns, another schema or channel set than the model's.
+            RunError: If its output is not probabilities.
         """
-        if words := self.spec.describe_mismatch(inputs.spec):
-            raise MismatchError(f"{self._file}: {words}")
+        self.spec.require_match(inputs.spec, where=self._file)
         if not len(inputs):
             return np.zeros((0, len(PHASES)))
-        # No more windows at a time than its memory was bounded for.
+        # At most as many windows at a time as `check_graph` bounded the memory for.
         parts = [self._run_session(inputs.x[at : at + ONNX_BATCH]) for at in range(0, len(inputs), ONNX_BATCH)]
         return np.concatenate(parts)
 
@@ -326,8 +379,8 @@ class OnnxModel:
         with foreign_errors(self._file, "the runtime cannot run it"):
             found = self._session.run([ONNX_OUTPUT], {ONNX_INPUT: x})[0]
         shares = check_probabilities(found, len(x), where=self._file)
-        if not (np.abs(shares.sum(axis=1) - 1.0) <= PROBABILITY_SUM_TOLERANCE).all():
-            raise RunError(f"{self._file}: probabilities that do not sum to 1; {_EXPORT_HINT}")
+        if not (np.abs(shares.sum(axis=1) - 1.0) <= _PROBABILITY_SUM_TOLERANCE).all():
+            raise RunError(f"{self._file}: its probabilities do not sum to 1; {_EXPORT_HINT}")
         return shares
 
     def _input_shape(self) -> tuple[int, ...]:
@@ -336,34 +389,32 @@ class OnnxModel:
 
 
 class PostprocessingRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Phase filter and alarm; None where none was trained."""
+    """Phase filter and alarm rule; None if none was fitted."""
 
     filter: PhaseFilter | None = None
     alarm: AlarmRule | None = None
 
 
 def extract_rules(header: CheckpointHeader) -> PostprocessingRules:
-    """Take them out of a checkpoint's header: the alarm is the one that hears the filter, where there is one."""
+    """Return the rules of a checkpoint; the alarm rule is that of the filtered probabilities, if there is a filter."""
     return PostprocessingRules(
         filter=header.filter, alarm=header.alarm.get(SMOOTHING_NONE if header.filter is None else SMOOTHING_PHASE)
     )
 
 
 def render_rules(rules: PostprocessingRules) -> dict[str, Any]:
-    """Give them as plain values."""
+    """Convert rules to plain values for JSON."""
     plain: dict[str, Any] = msgspec.to_builtins(rules)
     return plain
 
 
 def parse_rules(plain: dict[str, Any], *, file: str) -> PostprocessingRules:
-    """Read them.
+    """Parse rules from plain values; `file` is the name in errors.
 
     Raises:
-        RunError: If a number in them cannot be.
+        RunError: If a value is missing or out of its range.
     """
     try:
         return msgspec.convert(plain, PostprocessingRules)
     except (msgspec.ValidationError, OverflowError, RecursionError) as exc:
-        raise RunError(
-            f"{file}: its filter or alarm: {exc}; make it again with `phasewatch export RUN --out X.zip`"
-        ) from exc
+        raise RunError(f"{file}: invalid phase filter or alarm rule: {exc}; {_EXPORT_HINT}") from exc

@@ -1,4 +1,4 @@
-"""Take a run's trained cells out of it: an edge bundle of all masks of a model, or the ONNX file of one."""
+"""Export trained models of a run: an edge bundle with all channel sets of a model, or one ONNX file."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from phasewatch import atomic
+from phasewatch.artifacts import BINS_DIR, MODELS_DIR, read_run_episodes
 from phasewatch.artifacts import FEATURE_SCHEMA_FILE as RUN_SCHEMA
-from phasewatch.artifacts import read_run_episodes
 from phasewatch.binning.storage import index_rows_by_id, open_bins
 from phasewatch.channels import build_channel_mask
 from phasewatch.dataset import load, read_fold
@@ -31,18 +31,25 @@ from phasewatch.inference.onnx_export import check_parity, to_onnx
 from phasewatch.models import registry
 from phasewatch.models.base import ModelInputs, PhaseModel
 from phasewatch.models.checkpoint import CHECKPOINT_FILE, read_header
-from phasewatch.splits import SplitPart
-from phasewatch.training.experiment import MODELS_DIR, Experiment
+from phasewatch.splits import TRAINING_PARTS, SplitPart
+from phasewatch.training.experiment import Experiment
 from phasewatch.training.grids import DEPLOY_CHANNEL_SETS
 
-PARITY_WINDOWS = 512
-ORACLE_CHANNEL_SET = "oracle"
-_TRAINED_PARTS = (SplitPart.TRAIN, SplitPart.VAL_A, SplitPart.VAL_B, SplitPart.DEALT)
+__all__ = ["ExportRequest", "ExportResult", "export_run", "read_training_origin"]
+
+_PARITY_WINDOWS = 512
+_ORACLE_CHANNEL_SET = "oracle"
+_TRAINED_PARTS = (*TRAINING_PARTS, SplitPart.DEALT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportRequest:
-    """Which cells: one model on one fold; every trained mask of it unless some are named. An edge bundle has no oracle."""
+    """The experiments to export: one model on one fold.
+
+    Attributes:
+        fold: Name of the fold; empty if the recipe has one fold.
+        threats: Channel sets; empty for every trained one. An edge bundle has no oracle.
+    """
 
     model: str = "gbt"
     recipe: str = "deploy"
@@ -54,7 +61,14 @@ class ExportRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportResult:
-    """What was written: the masks, and the largest difference from the models on so many real windows."""
+    """The result of an export.
+
+    Attributes:
+        path, bytes: The file and its size.
+        threats: Channel sets in the file.
+        parity: Largest difference of a probability between the models and their exports.
+        windows: Number of windows compared.
+    """
 
     path: Path
     bytes: int
@@ -66,23 +80,23 @@ class ExportResult:
 def export_run(
     run: Path, out: Path, wanted: ExportRequest, *, quote: Callable[[str], str] = lambda threat: ""
 ) -> ExportResult:
-    """Write ``out``, a .zip (edge bundle) or an .onnx (one model alone); nothing in the run is touched.
+    """Write an edge bundle (.zip) or one model (.onnx); the run is not changed.
 
     Args:
-        run: The run's folder.
-        out: Where; a file of that name is replaced, whole or not at all.
-        wanted: Which cells.
-        quote: Threat → the line that its card shows for how well the model does on hosts that it never saw.
+        run: Folder of the run.
+        out: File to write; an existing file is replaced atomically.
+        wanted: The experiments to export.
+        quote: Channel set → the score on unseen hosts for the model card; empty if it was never scored.
 
     Raises:
-        UsageError: If the name says neither, lies inside the run, or leaves open which cell is meant.
-        RunError: If there is no such cell.
+        UsageError: If `out` has another suffix or is in the run, or the request is ambiguous.
+        RunError: If there is no such experiment.
         MismatchError: If an export differs from its model by more than 1e-5.
     """
     if out.suffix not in (".zip", ".onnx"):
         raise UsageError(f"{out}: name an edge bundle X.zip, or one model X.onnx")
     if run.resolve() in out.resolve().parents:
-        raise UsageError(f"{out}: lies inside the run; nothing is ever added to one, name a place outside of {run}")
+        raise UsageError(f"{out}: is in the run, which an export does not change; name a file outside of {run}")
     names = [fold.fold for fold in read_folds(run, wanted.recipe)]
     if not wanted.fold and len(names) > 1:
         raise UsageError(
@@ -106,7 +120,7 @@ def export_run(
 
 
 def _find_experiments(run: Path, wanted: ExportRequest, fold: str, *, one: bool) -> list[Experiment]:
-    """Find the trained cells, largest mask first."""
+    """Find the trained experiments, the largest channel set first."""
     registry.find_model(wanted.model)
 
     def cell(threat: str) -> Experiment:
@@ -115,51 +129,54 @@ def _find_experiments(run: Path, wanted: ExportRequest, fold: str, *, one: bool)
         )
 
     parent = run / MODELS_DIR / wanted.recipe / fold
-    there = [path.name for path in parent.glob("*") if (cell(path.name).folder(run) / CHECKPOINT_FILE).is_file()]
-    if not one and ORACLE_CHANNEL_SET in wanted.threats:
-        raise UsageError("--threat oracle: no watcher has the guest's channels; export it as X.onnx, or another mask")
-    chosen = wanted.threats or tuple(threat for threat in there if one or threat != ORACLE_CHANNEL_SET)
-    missing = [threat for threat in chosen if threat not in there]
+    trained = [path.name for path in parent.glob("*") if (cell(path.name).folder(run) / CHECKPOINT_FILE).is_file()]
+    if not one and _ORACLE_CHANNEL_SET in wanted.threats:
+        raise UsageError(
+            "channel set oracle: an edge bundle cannot use the guest's channels; export X.onnx, or choose another set"
+        )
+    chosen = wanted.threats or tuple(threat for threat in trained if one or threat != _ORACLE_CHANNEL_SET)
+    missing = [threat for threat in chosen if threat not in trained]
     if missing or not chosen:
+        command = _render_train_command(run, wanted.model, wanted.recipe, missing or DEPLOY_CHANNEL_SETS, wanted.seed)
         raise RunError(
-            f"{parent}: {wanted.model} was not trained for {missing[0] if missing else 'any mask'} on {wanted.recipe}/{fold}, "
-            f"table {wanted.table}, seed {wanted.seed} (there: {', '.join(sorted(there)) or 'none'}); "
-            f"train it with `{_render_train_command(run, wanted.model, wanted.recipe, missing or DEPLOY_CHANNEL_SETS, wanted.seed)}`"
+            f"{parent}: {wanted.model} was not trained with {missing[0] if missing else 'any channel set'} on "
+            f"{wanted.recipe}/{fold}, table {wanted.table}, seed {wanted.seed} "
+            f"(trained: {', '.join(sorted(trained)) or 'none'}); train it with `{command}`"
         )
     if one and len(chosen) > 1:
-        raise UsageError(f"an .onnx holds one model; choose one with --threat: {', '.join(sorted(chosen))}")
+        raise UsageError(f"an .onnx holds one model; choose one channel set: {', '.join(sorted(chosen))}")
     return [cell(threat) for threat in sorted(chosen, key=lambda threat: (-sum(build_channel_mask(threat)), threat))]
 
 
 def _render_train_command(run: Path, model: str, recipe: str, threats: Sequence[str], seed: int) -> str:
-    """Give the line that trains what is missing."""
+    """Return the command that trains the missing experiments."""
     line = f"phasewatch train {run} --models {model} --recipes {recipe} --threats {','.join(threats)}"
     return f"{line} --seed {seed}" if seed else line
 
 
 def _sample_windows(run: Path, cell: Experiment, model: PhaseModel) -> ModelInputs:
-    """Give some real windows of those that the cell learnt from, evenly spread.
+    """Return evenly spaced train windows of an experiment, for the comparison with its export.
 
     Raises:
-        RunError: If they are not those that it learnt from: the card would name others.
+        RunError: If the run has other train windows now than the model was fitted to; the card would be wrong.
     """
     kind = registry.find_model(cell.model).kind
     train = load(run, cell.recipe, cell.fold, cell.threat, kind, cell.table).train
     if model.trained_on.get("train") != train.examples.sha256():
         raise RunError(
-            f"{cell.folder(run)}: learnt from other windows than the run has now; train it again with "
+            f"{cell.folder(run)}: was trained on other windows than the run has now; train it again with "
             f"`{_render_train_command(run, cell.model, cell.recipe, [cell.threat], cell.seed)}`"
         )
     inputs = train.inputs
-    rows = np.unique(np.linspace(0, len(inputs) - 1, min(len(inputs), PARITY_WINDOWS)).astype(np.int64))
+    rows = np.unique(np.linspace(0, len(inputs) - 1, min(len(inputs), _PARITY_WINDOWS)).astype(np.int64))
     return ModelInputs(x=np.ascontiguousarray(inputs.x[rows]), spec=inputs.spec)
 
 
 def read_training_origin(run: Path, recipe: str, fold: str) -> TrainingOrigin:
-    """Say who the models of a fold learnt from: train and validation."""
+    """Return the origin of the training data of a fold: its train and validation sets."""
     cut = read_fold(run, recipe, fold)
     ids = {episode for episode, part in cut.episodes.items() if part in _TRAINED_PARTS}
-    rows = [row for episode, row in index_rows_by_id(open_bins(run / "grids")).items() if episode in ids]
+    rows = [row for episode, row in index_rows_by_id(open_bins(run / BINS_DIR)).items() if episode in ids]
     known = read_run_episodes(run, only=ids)
     return TrainingOrigin(
         hosts=tuple(sorted({e.host_id for e in known})),
@@ -173,7 +190,8 @@ def read_training_origin(run: Path, recipe: str, fold: str) -> TrainingOrigin:
 
 def _build_edge_bundle(
     run: Path, graphs: Sequence[tuple[Experiment, PhaseModel, bytes]], quote: Callable[[str], str]
-) -> bytes:  # the .zip
+) -> bytes:
+    """Render the edge bundle of trained experiments and their ONNX graphs."""
     first = graphs[0][0]
     trained = read_training_origin(run, first.recipe, first.fold)
     members = {EDGE_SCHEMA_FILE: (run / RUN_SCHEMA).read_bytes()}
@@ -201,36 +219,46 @@ def _build_edge_bundle(
         )
     members[EDGE_CARD_FILE] = _render_card(models, trained, first, quote).encode()
     spec = graphs[0][1].spec
-    header_of = EdgeHeader(
-        format=EDGE_FORMAT, recipe=first.recipe, fold=first.fold, schema_hash=spec.schema_hash if spec else "",
-        behaviour_fingerprint=spec.behaviour_fingerprint if spec else "", classes=read_header(first.folder(run)).classes,
-        trained=trained, models=tuple(models), versions=versions, members={},
-    )  # fmt: skip
-    return pack_edge_bundle(header_of, members)
+    edge_header = EdgeHeader(
+        format=EDGE_FORMAT,
+        recipe=first.recipe,
+        fold=first.fold,
+        schema_hash=spec.schema_hash if spec else "",
+        behaviour_fingerprint=spec.behaviour_fingerprint if spec else "",
+        classes=read_header(first.folder(run)).classes,
+        trained=trained,
+        models=tuple(models),
+        versions=versions,
+        members={},
+    )
+    return pack_edge_bundle(edge_header, members)
 
 
 def _render_card(
     models: Sequence[EdgeModel], trained: TrainingOrigin, cell: Experiment, quote: Callable[[str], str]
 ) -> str:
-    """Say in words what the bundle is, who it learnt from, how well it does, and what it is not."""
+    """Render the model card: content, training data, scores on unseen hosts, and limits."""
 
-    def some(names: Sequence[str]) -> str:
-        return ", ".join(names) or "not known"
+    def join(names: Sequence[str]) -> str:
+        return ", ".join(names) or "unknown"
 
     quotes = [(m.threat, quote(m.threat) or "never scored") for m in models]
     return "\n".join(
         [
             f"# {cell.model} for `phasewatch watch`, trained on {cell.recipe}/{cell.fold}, seed {cell.seed}",
             "",
-            f"Learnt from {trained.episodes} {some(trained.origins)} episodes of the hosts {some(trained.hosts)}",
-            f"under {some(trained.accels)} on {some(trained.archs)}; profiles {some(trained.profiles)}.",
-            "The profiles are emulations. On another accelerator its word is a guess.",
+            f"Trained on {trained.episodes} {join(trained.origins)} episodes of the hosts {join(trained.hosts)}",
+            f"under {join(trained.accels)} on {join(trained.archs)}; profiles {join(trained.profiles)}.",
+            "The profiles are emulations. On another accelerator the results are unreliable.",
             "",
-            *(f"- mask `{m.threat}`: {len(m.columns)} columns, {m.table} table, file {m.member}" for m in models),
+            *(
+                f"- channel set `{m.threat}`: {len(m.columns)} columns, {m.table} table, file {m.member}"
+                for m in models
+            ),
             "",
-            "How the same model does on hosts that it never saw (`deploy` itself is never scored):",
+            "Scores of the same model on unseen hosts (`deploy` itself is never scored):",
             "",
-            *(f"- `{threat}`: {words}" for threat, words in quotes),
+            *(f"- `{threat}`: {score}" for threat, score in quotes),
             "",
         ]
     )

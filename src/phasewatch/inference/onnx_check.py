@@ -1,8 +1,8 @@
-"""What an exported model may hold: read and checked here, whole, before a runtime's parser sees it.
+"""Check an ONNX file before a runtime parses it: only what the exporter writes is allowed.
 
-An ONNX file is a protocol-buffers message. It may hold loops without end, name files beside it as the home of its
-weights, and use operators of foreign libraries. A model that came from elsewhere may hold only what the exporter
-writes: fields, operators, attributes, and tensors whose sizes are known. Source: onnx.proto of ONNX 1.18.
+An ONNX file is a protocol-buffers message. It may contain infinite loops, weights in other files, and operators of
+other libraries. This check allows the exporter's fields, operators, attributes, and tensors of known size alone.
+Source: onnx.proto of ONNX 1.18.
 """
 
 from __future__ import annotations
@@ -20,10 +20,19 @@ from phasewatch.errors import RunError
 from phasewatch.inference.onnx_graph import ONNX_FLOAT, OnnxNode, OnnxTensor, check_graph
 from phasewatch.inference.protobuf import MessageShape, WireType, parse_message, parse_varints, read_varint
 from phasewatch.metrics import N_CLASSES
+from phasewatch.models.checkpoint import MAX_MAGNITUDE
+
+__all__ = [
+    "MAX_ONNX_BYTES",
+    "MAX_ONNX_TREE_NODES",
+    "ONNX_INPUT",
+    "ONNX_OUTPUT",
+    "check_onnx",
+    "check_onnx_trees",
+]
 
 MAX_ONNX_TREE_NODES = 2**19
-TREE_OPERATOR = ("ai.onnx.ml", "TreeEnsembleClassifier")
-_MAX_MAGNITUDE = 1e30
+_TREE_OPERATOR = ("ai.onnx.ml", "TreeEnsembleClassifier")
 _INT_ATTRIBUTES = (
     "nodes_treeids", "nodes_nodeids", "nodes_featureids", "nodes_truenodeids", "nodes_falsenodeids",
     "nodes_missing_value_tracks_true", "class_treeids", "class_nodeids", "class_ids", "classlabels_int64s",
@@ -33,14 +42,17 @@ _OTHER_ATTRIBUTES = ("nodes_modes", "post_transform")
 
 
 def check_onnx_trees(nodes: Sequence[OnnxNode], features: int) -> None:
-    """Check the attributes of the one operator of trees that a graph has.
+    """Check the attributes of the tree operator in a graph.
+
+    Args:
+        nodes: Operators of the graph.
+        features: Number of columns of the model's input.
 
     Raises:
-        ValueError: If there is not one, an attribute is none of the exporter's, a node is numbered otherwise than from
-            0 within its tree, a child does not stand behind its parent, a column is not there, a leaf has not one
-            weight, or a number is not finite.
+        ValueError: Unless there is one such operator, with the exporter's attributes alone, nodes numbered from 0 in
+            each tree, children after their parents, valid columns, one weight for each leaf, and finite numbers.
     """
-    found = [node for node in nodes if node.type == TREE_OPERATOR]
+    found = [node for node in nodes if node.type == _TREE_OPERATOR]
     if len(found) != 1:
         raise ValueError(f"{len(found)} operators of trees, expected one")
     attributes = found[0].attributes
@@ -54,8 +66,8 @@ def check_onnx_trees(nodes: Sequence[OnnxNode], features: int) -> None:
     if ints["classlabels_int64s"].tolist() != list(range(N_CLASSES)) or len(floats["base_values"]) != N_CLASSES:
         raise ValueError(f"trees: not of {N_CLASSES} classes")
     for name, values in floats.items():
-        if not (np.abs(values) <= _MAX_MAGNITUDE).all():
-            raise ValueError(f"trees: {name} holds a number that is not finite or above {_MAX_MAGNITUDE:g}")
+        if not (np.abs(values) <= MAX_MAGNITUDE).all():
+            raise ValueError(f"trees: {name} holds a number that is not finite or above {MAX_MAGNITUDE:g}")
     _check_nodes(ints, modes, len(floats["nodes_values"]), features)
     _check_leaves(ints, modes == b"LEAF", len(floats["class_weights"]))
 
@@ -140,7 +152,7 @@ _LIST_KINDS = {7: _KIND_FLOATS, 8: _KIND_INTS, 9: _KIND_TEXTS}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxGraph:
-    """A graph as it was read: operators in order, constants by name."""
+    """A parsed graph: operators in order, constants by name."""
 
     nodes: tuple[OnnxNode, ...]
     constants: dict[str, OnnxTensor]
@@ -148,16 +160,13 @@ class OnnxGraph:
 
 
 def check_onnx(data: bytes, *, file: str, model: str, shape: tuple[int, ...]) -> None:
-    """Refuse what is no ONNX model of phasewatch's exporter.
+    """Raise RunError unless a file is an ONNX model as phasewatch's exporter writes it.
 
     Args:
-        data: The file.
+        data: Bytes of the file.
         file: Its name, for messages.
-        model: Key of the model; it says which operators may be there.
-        shape: Of one window: ``(f,)`` or ``(c, 20)``.
-
-    Raises:
-        RunError: Naming the file and what it holds.
+        model: Key of the model, which determines the allowed operators.
+        shape: Shape of one window: ``(f,)`` or ``(c, 20)``.
     """
     try:
         if len(data) > MAX_ONNX_BYTES:
@@ -168,7 +177,8 @@ def check_onnx(data: bytes, *, file: str, model: str, shape: tuple[int, ...]) ->
         check_graph(graph.nodes, graph.constants, model=model, shape=shape)
     except ValueError as exc:  # UnicodeDecodeError is one
         raise RunError(
-            f"{file}: not a model that phasewatch exports: {exc}; export it again with `phasewatch export RUN --out X.zip`"
+            f"{file}: not a model that phasewatch exports: {exc}; "
+            "export it again with `phasewatch export RUN --out X.zip`"
         ) from None
 
 
@@ -176,7 +186,7 @@ def _parse_onnx(data: bytes, shape: tuple[int, ...]) -> OnnxGraph:
     """Parse a model whose graph has the one input `x` and the one output `probabilities`.
 
     Raises:
-        ValueError: In words, at the first departure.
+        ValueError: At the first difference from an export.
     """
     if data[4:8] == _ORT_MARK:
         raise ValueError("it looks like another format of the runtime")
@@ -210,7 +220,7 @@ def _parse_onnx(data: bytes, shape: tuple[int, ...]) -> OnnxGraph:
 
 
 def _check_value_info(values: list[memoryview], name: str, shape: tuple[int, ...]) -> None:
-    """Hold the graph's input or output against the name, type and shape that it must have; its first size is free."""
+    """Check the name, type and shape of the graph's input or output; its first size is free."""
     if len(values) != 1:
         raise ValueError(f"it has {len(values)} inputs or outputs, expected one")
     value = parse_message(values[0], _VALUE)
@@ -299,7 +309,7 @@ def _parse_attribute(data: memoryview) -> tuple[str, Any]:
 
 
 def _split_attribute(data: memoryview) -> tuple[memoryview, memoryview, memoryview]:
-    """Part an attribute into what stands before its list, the list, and what stands behind it."""
+    """Split an attribute into the bytes before its list, the list, and the bytes after it."""
     at = 0
     while at < len(data) and data[at] >> 3 not in _LIST_KINDS:
         at = _find_field_end(data, at)
@@ -326,7 +336,7 @@ def _count_leading(mask: NDArray[np.bool_]) -> int:
 
 
 def _find_varint_run_end(data: memoryview, at: int) -> int:
-    """Return where a run of (tag, number) pairs ends; pairs are looked at in bulk."""
+    """Return the end of a run of (tag, number) pairs, checked in bulk."""
     raw = np.frombuffer(data[at:], np.uint8)
     ends = np.flatnonzero(raw < 128)  # every tag of the run is a byte below 128, so every second end is a number's
     starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else np.zeros(0, np.intp)
@@ -339,7 +349,7 @@ def _find_varint_run_end(data: memoryview, at: int) -> int:
 
 
 def _find_field_end(data: memoryview, at: int) -> int:
-    """Return where the field that starts at a place ends."""
+    """Return the end of the field that starts at `at`."""
     tag, at = read_varint(data, at)
     wire = tag & 7
     if wire == 0:

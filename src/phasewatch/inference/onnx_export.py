@@ -1,7 +1,7 @@
-"""A fitted model as one ONNX graph: raw windows in (NaN where nothing was known), calibrated probabilities out.
+"""Convert a fitted model to one ONNX graph, from raw windows (NaN where unknown) to calibrated probabilities.
 
-Scaler, missing marks, phases never seen in train and temperature stand in the graph, so that nobody has to repeat them
-elsewhere. They are computed in float64, as the model itself does.
+The graph includes the scaler, the marks of missing values, the phases absent from train and the temperature, computed
+in float64 as in the model.
 """
 
 from __future__ import annotations
@@ -26,24 +26,26 @@ from phasewatch.models.neural import SCALER_LIMIT, NeuralNetModel
 from phasewatch.parallel.pool import set_environment
 from phasewatch.types import WINDOW_BINS
 
+__all__ = ["MAX_PARITY_ERROR", "check_parity", "run_onnx", "to_onnx"]
+
 MAX_PARITY_ERROR = 1e-5
-TREES_OPSET = 15  # the newest that onnxmltools' trees are written for
+_TREES_OPSET = 15  # the newest that onnxmltools supports for trees
 
 
 def to_onnx(model: PhaseModel) -> bytes:
-    """Give the bytes of a fitted model as ONNX; the same model is the same bytes.
+    """Convert a fitted model to ONNX; the same model gives the same bytes.
 
     The graph's input is ``x``, float32 ``(n, f)`` or ``(n, c, 20)``, its output ``probabilities``, float32 ``(n, 5)``.
 
     Raises:
-        UsageError: If the model is of a kind that has no graph: a baseline.
+        UsageError: If the model cannot be exported, such as a baseline.
     """
     if isinstance(model, NeuralNetModel):
         proto = _build_net_graph(model)
     elif isinstance(model, GradientBoosting) and model.kind is InputKind.TABLE:  # of levels it is a baseline
         proto = _build_tree_graph(model)
     else:
-        raise UsageError(f"model {model.key} is not exported: gbt, mlp, cnn, gru, lstm and transformer are")
+        raise UsageError(f"model {model.key} cannot be exported; gbt, mlp, cnn, gru, lstm and transformer can")
     _strip_metadata(proto, model.key)
     data = bytes(proto.SerializeToString(deterministic=True))
     names = model.spec.names if model.spec else ()
@@ -53,22 +55,22 @@ def to_onnx(model: PhaseModel) -> bytes:
 
 
 def run_onnx(data: bytes, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Give what a graph says of windows, on one thread."""
+    """Run a graph on one thread: ``(n, f)`` or ``(n, c, 20)`` float32 → ``(n, 5)`` float32 probabilities."""
     result: NDArray[np.float32] = open_session(data).run([ONNX_OUTPUT], {ONNX_INPUT: x})[0]
     return result
 
 
 def check_parity(model: PhaseModel, data: bytes, inputs: ModelInputs) -> float:
-    """Hold a graph against its model on windows, on the same with gaps, on one that knows nothing, on one alone.
+    """Compare a graph with its model on windows, on windows with gaps, on an empty window and on a single one.
 
     Returns:
         The largest difference of a probability.
 
     Raises:
-        MismatchError: If it is above 1e-5.
+        MismatchError: If it is above `MAX_PARITY_ERROR`, or there is no window.
     """
     if not len(inputs):
-        raise MismatchError(f"model {model.key}: there is no window to hold its export against")
+        raise MismatchError(f"model {model.key}: there is no window to compare its export on")
     gappy = inputs.x.copy()
     gappy[np.random.default_rng(0).random(gappy.shape) < 0.2] = np.nan
     worst = 0.0
@@ -77,18 +79,18 @@ def check_parity(model: PhaseModel, data: bytes, inputs: ModelInputs) -> float:
         worst = max(worst, float(np.abs(run_onnx(data, x) - expected).max()))
     if not worst <= MAX_PARITY_ERROR:
         raise MismatchError(
-            f"model {model.key}: its export differs from it by {worst:.2g} on {len(inputs)} windows, at most {MAX_PARITY_ERROR:g} "
-            "is allowed; nothing was written"
+            f"model {model.key}: its export differs from it by {worst:.2g} on {len(inputs)} windows, "
+            f"expected at most {MAX_PARITY_ERROR:g}; nothing was written"
         )
     return worst
 
 
 def _build_net_graph(model: NeuralNetModel) -> Any:
-    """Trace a net between its scaler and its temperature."""
+    """Trace a network with its scaler and temperature."""
     import torch
 
     class Whole(torch.nn.Module):
-        """What `NeuralNetModel.predict_proba` does, in torch."""
+        """The computation of `NeuralNetModel.predict_proba` in torch."""
 
         size: torch.Tensor
         never: torch.Tensor
@@ -114,24 +116,29 @@ def _build_net_graph(model: NeuralNetModel) -> Any:
     shape = (2, len(names), *((WINDOW_BINS,) if model.kind == "tensor" else ()))
     log = logging.getLogger("torch.onnx")
     level = log.level
-    log.setLevel(logging.ERROR)  # that torchvision is not here is of no interest
+    log.setLevel(logging.ERROR)  # it would warn that torchvision is not installed
     try:
         with warnings.catch_warnings(), _redirect_torch_cache():
-            warnings.simplefilter("ignore")  # torch's own, about its own insides
-            made = torch.onnx.export(
-                Whole().eval(), (torch.zeros(shape),), dynamo=True, input_names=[ONNX_INPUT], output_names=[ONNX_OUTPUT],
-                dynamic_shapes=({0: torch.export.Dim("n")},), verbose=False,
-            )  # fmt: skip
+            warnings.simplefilter("ignore")  # deprecations inside torch
+            program = torch.onnx.export(
+                Whole().eval(),
+                (torch.zeros(shape),),
+                dynamo=True,
+                input_names=[ONNX_INPUT],
+                output_names=[ONNX_OUTPUT],
+                dynamic_shapes=({0: torch.export.Dim("n")},),
+                verbose=False,
+            )
     finally:
         log.setLevel(level)
-    if made is None:
-        raise MismatchError(f"model {model.key}: torch gave no graph of it")
-    return made.model_proto
+    if program is None:
+        raise MismatchError(f"model {model.key}: torch returned no graph of it")
+    return program.model_proto
 
 
 @contextmanager
 def _redirect_torch_cache() -> Iterator[None]:
-    """Redirect the cache of torch's compiler to a folder that is removed; it would leave one with the user's name behind."""
+    """Redirect the cache of torch's compiler to a temporary folder; otherwise it leaves one with the user's name."""
     with (
         tempfile.TemporaryDirectory(prefix="phasewatch-") as folder,
         set_environment({"TORCHINDUCTOR_CACHE_DIR": folder}),
@@ -140,7 +147,7 @@ def _redirect_torch_cache() -> Iterator[None]:
 
 
 def _build_tree_graph(model: GradientBoosting) -> Any:
-    """Convert trees, and append what `predict_proba` does with their shares."""
+    """Convert the trees, and append the computation of `predict_proba` on their output."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
     from onnxmltools.convert import convert_xgboost
@@ -150,7 +157,7 @@ def _build_tree_graph(model: GradientBoosting) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trees = convert_xgboost(
-            model.booster, initial_types=[(ONNX_INPUT, FloatTensorType([None, n]))], target_opset=TREES_OPSET
+            model.booster, initial_types=[(ONNX_INPUT, FloatTensorType([None, n]))], target_opset=_TREES_OPSET
         )
     graph = trees.graph
     shares = next(out.name for out in graph.output if "prob" in out.name)
@@ -175,14 +182,14 @@ def _build_tree_graph(model: GradientBoosting) -> Any:
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info(ONNX_OUTPUT, TensorProto.FLOAT, [None, N_CLASSES]))
     if all(opset.domain for opset in trees.opset_import):
-        trees.opset_import.append(helper.make_opsetid("", TREES_OPSET))
+        trees.opset_import.append(helper.make_opsetid("", _TREES_OPSET))
     onnx.checker.check_model(trees, full_check=True)
     return trees
 
 
 def _strip_metadata(proto: Any, name: str) -> None:
-    """Take out what tells of the machine and the source lines that a graph was made on, not of the model."""
-    proto.graph.name = name  # converters draw one at random
+    """Remove metadata about the machine and the source lines, which are not part of the model."""
+    proto.graph.name = name  # converters draw a random one
     proto.doc_string, proto.graph.doc_string = "", ""
     del proto.metadata_props[:]
     del proto.graph.metadata_props[:]

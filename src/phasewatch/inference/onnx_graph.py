@@ -1,7 +1,7 @@
-"""Operators that the exporter writes, and the size of every tensor that a graph would make, known before it runs.
+"""Check the operators of an ONNX graph and infer the shape of every tensor before it runs.
 
-Shapes are worked out for one window and for a batch of `ONNX_BATCH`; who runs a graph hands in no more windows at a time.
-So memory and time of a stranger's graph are bounded before a runtime sees it. Source: ONNX operators, opset 15 to 20.
+Shapes are inferred for one window and for a batch of `ONNX_BATCH` windows, the largest batch that is ever run. This
+bounds the memory and time of an untrusted graph. Source: ONNX operators, opset 15 to 20.
 """
 
 from __future__ import annotations
@@ -16,28 +16,34 @@ from numpy.typing import NDArray
 
 from phasewatch.metrics import N_CLASSES
 
+__all__ = [
+    "ALLOWED_OPERATORS",
+    "MAX_GRAPH_ELEMENTS",
+    "MAX_WINDOW_PRODUCTS",
+    "ONNX_BATCH",
+    "ONNX_BOOL",
+    "ONNX_DOUBLE",
+    "ONNX_FLOAT",
+    "ONNX_INT64",
+    "OnnxNode",
+    "OnnxTensor",
+    "check_graph",
+]
+
 ONNX_FLOAT, ONNX_INT64, ONNX_BOOL, ONNX_DOUBLE = 1, 7, 9, 11
 ONNX_BATCH = 64
-MAX_GRAPH_ELEMENTS = (
-    2**26
-)  # of all tensors together at `ONNX_BATCH` windows: a transformer of width 1,024 needs as many
-MAX_WINDOW_PRODUCTS = 2**30  # multiplications a window
+# Of all tensors together at `ONNX_BATCH` windows: a transformer of width 1,024 needs this many.
+MAX_GRAPH_ELEMENTS = 2**26
+MAX_WINDOW_PRODUCTS = 2**30  # multiplications for each window
 _FLOAT_TYPES = (ONNX_FLOAT, ONNX_DOUBLE)
 
 _COMMON_OPERATORS = frozenset(
     {"Abs", "Add", "And", "Cast", "Clip", "Concat", "Div", "Gemm", "IsInf", "IsNaN", "Log", "Mul", "Not", "Sign",
      "Softmax", "Sqrt", "Where", "Gelu"}
 )  # fmt: skip
-_RECURRENT_OPERATORS = _COMMON_OPERATORS | {
-    "Shape",
-    "Transpose",
-    "MatMul",
-    "Expand",
-    "Slice",
-    "Reshape",
-    "ReduceMean",
-    "Gather",
-}
+_RECURRENT_OPERATORS = _COMMON_OPERATORS | frozenset(
+    {"Shape", "Transpose", "MatMul", "Expand", "Slice", "Reshape", "ReduceMean", "Gather"}
+)
 ALLOWED_OPERATORS: Mapping[str, frozenset[tuple[str, str]]] = {
     "gbt": frozenset(
         {("ai.onnx.ml", "TreeEnsembleClassifier"), *(("", name) for name in ("Cast", "Mul", "Log", "Div", "Softmax"))}
@@ -58,7 +64,7 @@ ALLOWED_OPERATORS: Mapping[str, frozenset[tuple[str, str]]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxTensor:
-    """A tensor of a graph: its type, its shape, and its numbers where they are known."""
+    """A tensor of a graph: type, shape, and values if they are known before it runs."""
 
     type: int
     shape: tuple[int, ...]
@@ -72,7 +78,7 @@ class OnnxTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxNode:
-    """One operator; `type` is its domain and its name."""
+    """An operator; `type` is its domain and name."""
 
     type: tuple[str, str]
     inputs: tuple[str, ...]
@@ -83,11 +89,17 @@ class OnnxNode:
 def check_graph(
     nodes: tuple[OnnxNode, ...], constants: Mapping[str, OnnxTensor], *, model: str, shape: tuple[int, ...]
 ) -> None:
-    """Hold a graph against what the exporter writes for a model of this key.
+    """Check a graph against what the exporter writes for a model.
+
+    Args:
+        nodes: Operators in order.
+        constants: Constants by name.
+        model: Key of the model.
+        shape: Shape of one window: ``(f,)`` or ``(c, 20)``.
 
     Raises:
-        ValueError: If an operator or an attribute is none of the exporter's, an input is not there, a shape does not
-            fit, the answer is not five numbers a window, or the graph would take too much memory or time.
+        ValueError: If an operator or attribute is not the exporter's, an input is missing, a shape does not fit, the
+            output is not five numbers for each window, or the graph would use too much memory or time.
     """
     allowed = ALLOWED_OPERATORS.get(model)
     if allowed is None:
@@ -101,7 +113,7 @@ def check_graph(
 
 
 def _infer_shapes(nodes: tuple[OnnxNode, ...], constants: Mapping[str, OnnxTensor], shape: tuple[int, ...]) -> None:
-    """Work out every shape for an input of a given one."""
+    """Infer every shape from the shape of the input."""
     n = shape[0]
     known: dict[str, OnnxTensor] = {**constants, "x": OnnxTensor(type=ONNX_FLOAT, shape=shape)}
     elements = products = 0
@@ -122,7 +134,7 @@ def _infer_shapes(nodes: tuple[OnnxNode, ...], constants: Mapping[str, OnnxTenso
 
 
 class _OperatorShape:
-    """One operator, while its output is worked out."""
+    """An operator whose output shape is being inferred."""
 
     def __init__(self, node: OnnxNode, known: Mapping[str, OnnxTensor]) -> None:
         self.name, self.node, self.products = node.type[1], node, 0
@@ -189,7 +201,7 @@ class _OperatorShape:
         return value % rank
 
     def broadcast(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of several that are stretched to each other."""
+        """Return the broadcast shape of several."""
         try:
             return np.broadcast_shapes(*shapes)
         except ValueError as exc:
@@ -405,7 +417,7 @@ def _infer_reduce(op: _OperatorShape) -> list[OnnxTensor]:
 
 
 def _build_recurrent_rule(gates: int, states: int) -> Callable[[_OperatorShape], list[OnnxTensor]]:
-    """Return the rule of a recurrent operator: how many gates it has, and how many first states it is given."""
+    """Return the shape rule of a recurrent operator with a number of gates and of initial states."""
 
     def rule(op: _OperatorShape) -> list[OnnxTensor]:
         op.attribute("direction", (b"forward",), b"forward"), op.attribute("layout", (0,), 0)
@@ -432,18 +444,36 @@ def _build_recurrent_rule(gates: int, states: int) -> Callable[[_OperatorShape],
 
 def _infer_trees(op: _OperatorShape) -> list[OnnxTensor]:
     (x,) = op.floats(1)
-    op._unread.clear()  # `onnxtrees` looks at them, all at once
+    op._unread.clear()  # `onnx_check.check_onnx_trees` checks the attributes
     if x.type != ONNX_FLOAT or len(x.shape) != 2 or op.node.inputs != ("x",):
         raise op.build_error("an input that is not the windows")
     return [OnnxTensor(type=ONNX_INT64, shape=x.shape[:1]), OnnxTensor(type=ONNX_FLOAT, shape=(x.shape[0], N_CLASSES))]
 
 
 _SHAPE_RULES: Mapping[str, Callable[[_OperatorShape], list[OnnxTensor]]] = {
-    **dict.fromkeys(("Abs", "Sign", "Sqrt", "Log"), _infer_unary), **dict.fromkeys(("Add", "Mul", "Div"), _infer_binary),
-    **dict.fromkeys(("IsInf", "IsNaN"), _infer_predicate), **dict.fromkeys(("And", "Not"), _infer_logic),
+    **dict.fromkeys(("Abs", "Sign", "Sqrt", "Log"), _infer_unary),
+    **dict.fromkeys(("Add", "Mul", "Div"), _infer_binary),
+    **dict.fromkeys(("IsInf", "IsNaN"), _infer_predicate),
+    **dict.fromkeys(("And", "Not"), _infer_logic),
     **dict.fromkeys(("ReduceMean", "ReduceMax"), _infer_reduce),
-    "Gelu": _infer_gelu, "Where": _infer_where, "Cast": _infer_cast, "Clip": _infer_clip, "Concat": _infer_concat, "Gemm": _infer_gemm, "MatMul": _infer_matmul,
-    "Conv": _infer_conv, "InstanceNormalization": _infer_instance_norm, "LayerNormalization": _infer_layer_norm, "Reshape": _infer_reshape,
-    "Shape": _infer_shape, "Slice": _infer_slice, "Gather": _infer_gather, "Expand": _infer_expand, "Transpose": _infer_transpose,
-    "Softmax": _infer_softmax, "GRU": _build_recurrent_rule(3, 1), "LSTM": _build_recurrent_rule(4, 2), "TreeEnsembleClassifier": _infer_trees,
-}  # fmt: skip
+    "Gelu": _infer_gelu,
+    "Where": _infer_where,
+    "Cast": _infer_cast,
+    "Clip": _infer_clip,
+    "Concat": _infer_concat,
+    "Gemm": _infer_gemm,
+    "MatMul": _infer_matmul,
+    "Conv": _infer_conv,
+    "InstanceNormalization": _infer_instance_norm,
+    "LayerNormalization": _infer_layer_norm,
+    "Reshape": _infer_reshape,
+    "Shape": _infer_shape,
+    "Slice": _infer_slice,
+    "Gather": _infer_gather,
+    "Expand": _infer_expand,
+    "Transpose": _infer_transpose,
+    "Softmax": _infer_softmax,
+    "GRU": _build_recurrent_rule(3, 1),
+    "LSTM": _build_recurrent_rule(4, 2),
+    "TreeEnsembleClassifier": _infer_trees,
+}

@@ -1,4 +1,4 @@
-"""A trained model as the watcher uses it: bins of a window in, probabilities, belief and alarm out (pure)."""
+"""Predict phases from bins with a trained model: probabilities, phase filter and alarm, for live and offline use."""
 
 from __future__ import annotations
 
@@ -20,30 +20,40 @@ from phasewatch.features.windows import build_window_view
 from phasewatch.inference.edge_bundle import TrainingOrigin
 from phasewatch.models.alarm import AlarmRule, AlarmState, compute_activity_score
 from phasewatch.models.base import InputKind, InputSpec, InputVariant, ModelInputs
+from phasewatch.models.checkpoint import MAX_MAGNITUDE
 from phasewatch.models.smoothing import PhaseFilter
 from phasewatch.types import BIN_NS, PHASES, STRIDE_BINS, WINDOW_BINS, Phase
 
+__all__ = [
+    "PhaseDecision",
+    "PhasePostprocessor",
+    "PhasePredictor",
+    "ProbabilityEstimator",
+    "check_columns",
+    "list_model_channels",
+]
+
 
 class ProbabilityEstimator(Protocol):
-    """What gives probabilities: a checkpoint's model, or a graph of an edge bundle."""
+    """A loaded model: a `PhaseModel` or an `OnnxModel`."""
 
     def predict_proba(self, inputs: ModelInputs) -> NDArray[np.float64]:
-        """Give ``(n, 5)`` calibrated probabilities."""
+        """Return calibrated probabilities, ``(n, 5)`` float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhasePredictor:
-    """A model with all that was fixed when it was trained.
+    """A trained model with its phase filter, alarm rule and input transform.
 
     Attributes:
-        model, threat, seed: As in a run's predictions; what was made of the values stands in `spec`.
-        spec: What it takes.
-        estimator: The model.
-        filter: Phase filter; None where none was trained.
-        alarm: Rule of the alarm; None likewise.
-        trained: Who it learnt from.
-        where: Where it came from, for messages.
-        baseline: What is usual on the VM while it is known clean; for a model of commissioned numbers.
+        model, threat, seed: Key, channel set and seed of the model.
+        spec: Its input.
+        estimator: The loaded model.
+        filter: Phase filter; None if none was fitted.
+        alarm: Alarm rule; None if none was fitted.
+        trained: Origin of its training data.
+        where: File or folder of the model, for messages.
+        baseline: Baseline of the VM, for a model of values relative to it.
     """
 
     model: str
@@ -59,29 +69,29 @@ class PhasePredictor:
 
     @property
     def bins_needed(self) -> int:
-        """How many bins, the newest last, a decision looks at: a window, and its past where the model has one."""
+        """Number of bins, the newest last, that a decision needs: a window, and earlier ones if the model uses them."""
         return WINDOW_BINS + (N_CONTEXT_WINDOWS * STRIDE_BINS if self.spec.table is InputVariant.CONTEXT else 0)
 
     @cached_property
     def channels(self) -> tuple[str, ...]:
-        """Full names of the channels that it reads, in the order of CHANNELS."""
+        """Full names of the channels that the model uses, in the order of CHANNELS."""
         return list_model_channels(self.spec)
 
     @cached_property
     def _channel_indices(self) -> NDArray[np.intp]:
-        """Where the channels stand among all."""
+        """Indices of the channels in CHANNEL_NAMES."""
         return np.array([CHANNEL_NAMES.index(name) for name in self.channels], np.intp)
 
     @cached_property
     def _column_indices(self) -> NDArray[np.intp]:
-        """Where its table columns stand among all."""
+        """Indices of the table columns in `feature_names()`."""
         names = feature_names()
         own = [name for name in self.spec.names if "@" not in name]
         return np.array([names.index(name) for name in own], np.intp)
 
     @cached_property
     def _baseline_transform(self) -> ChannelScaling | None:
-        """What makes raw numbers those of the clean day; None where the model takes them raw."""
+        """The scaling by the VM's baseline; None for a model of raw values."""
         if self.spec.table is not InputVariant.COMMISSIONED:
             return None
         day = self.baseline.select_channels(self.channels) if self.baseline is not None else None
@@ -89,14 +99,20 @@ class PhasePredictor:
         return build_scaling(day, np.array([floors[name] for name in self.channels]))
 
     def compute_known_share(self, bins: Float32Array) -> NDArray[np.float64]:
-        """Give the share of its channels' bins that are known in each window: ``(n, 46)`` gives ``(w,)``."""
+        """Compute the known share of the model's readings in each window: ``(n, 46)`` float32 → ``(w,)`` float64."""
         share: NDArray[np.float64] = np.isfinite(build_window_view(bins)[:, :, self._channel_indices]).mean(axis=(1, 2))
         return share
 
     def predict_windows(self, bins: Float32Array) -> NDArray[np.float64]:
-        """Give what the model says of each window of some bins: ``(n, 46)`` gives ``(w, 5)``, calibrated, not filtered.
+        """Predict the calibrated probabilities of each window, before the phase filter.
 
-        Of a model that looks back, the earliest window stands in for those before it.
+        The first window stands in for earlier ones if the model uses them.
+
+        Args:
+            bins: ``(n, 46)`` float32 bins of all channels; NaN where unknown.
+
+        Returns:
+            ``(w, 5)`` float64 in the order of PHASES.
         """
         if self.spec.kind is InputKind.TABLE:
             stats = window_stats(bins)
@@ -113,12 +129,11 @@ class PhasePredictor:
         return self.estimator.predict_proba(ModelInputs(x=np.ascontiguousarray(x), spec=self.spec))
 
     def caveat(self, accel: str, arch: str) -> str:
-        """Say what every output must say on such a VM; empty if training saw its like, or nobody knows what it saw."""
+        """Render a warning if a VM differs from the training data; empty if it does not, or its origin is unknown."""
         words = []
         if self.trained.accels and accel not in self.trained.accels:
-            words.append(
-                f"training never saw a VM under {accel or 'an unknown accelerator'} (only {', '.join(self.trained.accels)})"
-            )
+            known = ", ".join(self.trained.accels)
+            words.append(f"training never saw a VM under {accel or 'an unknown accelerator'} (only {known})")
         if self.trained.archs and arch not in self.trained.archs:
             words.append(f"training never saw {arch} (only {', '.join(self.trained.archs)})")
         if "simulated" in self.trained.origins:
@@ -127,53 +142,56 @@ class PhasePredictor:
 
 
 def check_columns(spec: InputSpec, *, where: str) -> None:
-    """Raise RunError unless a model from outside takes what a watcher can make, in the order in which it makes it.
+    """Raise RunError unless the columns of a model's input are those of its channel set, in order.
 
     Args:
-        spec: What the model says that it takes.
-        where: Names the model.
+        spec: The input that the model's file states.
+        where: Name of the model, for the message.
     """
     try:
         allowed = {name for name, on in zip(CHANNEL_NAMES, build_channel_mask(spec.mask), strict=True) if on}
     except UsageError as exc:
         raise RunError(f"{where}: {exc}; train it again") from exc
     channels = list_model_channels(spec)
-    wanted = channels
+    expected = channels
     if spec.kind is InputKind.TABLE:
-        wanted = tuple(name for name in feature_names() if name.rpartition(".")[0] in channels)
+        expected = tuple(name for name in feature_names() if name.rpartition(".")[0] in channels)
         if spec.table is InputVariant.CONTEXT:
-            wanted = build_context_names(wanted)
-    if not channels or spec.names != wanted or not set(channels) <= allowed:
+            expected = build_context_names(expected)
+    if not channels or spec.names != expected or not set(channels) <= allowed:
         raise RunError(
-            f"{where}: its {len(spec.names)} columns are not those of channels of {spec.mask}, in their order; train it again"
+            f"{where}: its {len(spec.names)} columns are not those of the channel set {spec.mask} in order; "
+            "train it again"
         )
-    floors = dict(spec.floors)
-    if spec.table is InputVariant.COMMISSIONED and not all(0.0 < floors.get(name, 0.0) <= 1e30 for name in channels):
-        raise RunError(f"{where}: lacks the scales of a clean day, or one is not above 0; train it again")
+    scales = [dict(spec.floors).get(name, 0.0) for name in channels]
+    if spec.table is InputVariant.COMMISSIONED and not all(0.0 < scale <= MAX_MAGNITUDE for scale in scales):
+        raise RunError(
+            f"{where}: lacks the scale of a channel for the host's baseline, or one is invalid; train it again"
+        )
 
 
 def list_model_channels(spec: InputSpec) -> tuple[str, ...]:
-    """Name the channels that a model's columns are made of, in the order of CHANNELS."""
+    """Return the channels of a model's columns, in the order of CHANNELS."""
     is_tensor = spec.kind is InputKind.TENSOR
-    wanted = {name if is_tensor else name.partition("@")[0].rpartition(".")[0] for name in spec.names}
-    return tuple(name for name in CHANNEL_NAMES if name in wanted)
+    used = {name if is_tensor else name.partition("@")[0].rpartition(".")[0] for name in spec.names}
+    return tuple(name for name in CHANNEL_NAMES if name in used)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseDecision:
-    """What is said of one window.
+    """The decision on one window.
 
     Attributes:
-        number: Of the window, 0 first; since the grid was begun.
-        t_start_ns, t_end_ns: The window.
-        p: ``(5,)`` calibrated probabilities.
-        belief: ``(5,)`` after the phase filter; the same as `p` where there is none.
-        phase: The likeliest by `belief`.
-        known: Share of the model's channels × bins that were known.
-        flags: Of the window: 1 clock step, 2 late ticks.
-        alarm: Whether the alarm rings after this window; None where no rule was trained.
-        raised: Whether it began with this window.
-        since_ns: End of the window at which it began, while it rings.
+        number: Number of the window, from 0.
+        t_start_ns, t_end_ns: Start and end of the window on the wall clock.
+        p: Five calibrated probabilities.
+        belief: Five probabilities after the phase filter; the same as `p` without one.
+        phase: The most probable phase by `belief`.
+        known: Share of the model's channels × bins that are known.
+        flags: Flags of the window: 1 clock step, 2 late ticks.
+        alarm: Whether the alarm is on after this window; None without an alarm rule.
+        raised: Whether it started at this window.
+        since_ns: End of the window at which the alarm started; None while it is off.
     """
 
     number: int
@@ -190,7 +208,7 @@ class PhaseDecision:
 
 
 class PhasePostprocessor:
-    """Filter and alarm over the windows of one VM, in the order of time."""
+    """Apply the phase filter and the alarm rule to the windows of one VM, in the order of time."""
 
     def __init__(self, scorer: PhasePredictor) -> None:
         self._scorer = scorer
@@ -202,20 +220,36 @@ class PhasePostprocessor:
     def postprocess(
         self, number: int, start_ns: int, p: NDArray[np.float64], *, known: float, flags: int
     ) -> PhaseDecision:
-        """Take in what the model says of the next window."""
+        """Return the decision on the next window.
+
+        Args:
+            number: Number of the window, from 0.
+            start_ns: Start of the window on the wall clock.
+            p: ``(5,)`` float64 calibrated probabilities.
+            known: Known share of the model's channels × bins.
+            flags: Flags of the window.
+        """
         stride_ns, end_ns = STRIDE_BINS * BIN_NS, start_ns + WINDOW_BINS * BIN_NS
         belief = p
         if self._scorer.filter is not None:
             strides = max(1, round((end_ns - self._last_ns) / stride_ns)) if self._belief is not None else 1
             belief = self._belief = self._scorer.filter.step(self._belief, p, strides=strides)
         self._last_ns = end_ns
-        rings: bool | None = None
+        is_active: bool | None = None
         if self._scorer.alarm is not None:
             self._alarm = self._alarm.step(self._scorer.alarm, float(compute_activity_score(belief)))
-            rings = self._alarm.is_active
-            self._since_ns = end_ns if self._alarm.has_started else self._since_ns if rings else None
+            is_active = self._alarm.is_active
+            self._since_ns = end_ns if self._alarm.has_started else self._since_ns if is_active else None
         return PhaseDecision(
-            number=number, t_start_ns=start_ns, t_end_ns=end_ns, p=tuple(p.tolist()), belief=tuple(belief.tolist()),
-            phase=PHASES[int(belief.argmax())], known=known, flags=flags, alarm=rings, raised=self._alarm.has_started,
+            number=number,
+            t_start_ns=start_ns,
+            t_end_ns=end_ns,
+            p=tuple(p.tolist()),
+            belief=tuple(belief.tolist()),
+            phase=PHASES[int(belief.argmax())],
+            known=known,
+            flags=flags,
+            alarm=is_active,
+            raised=self._alarm.has_started,
             since_ns=self._since_ns,
-        )  # fmt: skip
+        )

@@ -1,6 +1,7 @@
-"""Read protocol-buffers messages more strictly than a parser has to: where two readers could differ, it is refused.
+"""Parse protocol-buffers messages strictly: an encoding that two parsers could read differently is an error.
 
-Source: protobuf.dev, "Encoding". A stranger's file must mean to our check what it means to the runtime's parser.
+An untrusted file must have the same meaning for our check and for the runtime's parser. Source: protobuf.dev,
+"Encoding".
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = ["MessageShape", "ProtobufMessage", "WireType", "parse_message", "parse_varints", "read_varint"]
+
 _MAX_FIELD = 2**29 - 1
 _MAX_TAG_BYTES = 5
 
 
 class WireType(Enum):
-    """How a field is written."""
+    """Encoding of a field."""
 
     VARINT = 0
     BYTES = 2
@@ -24,7 +27,7 @@ class WireType(Enum):
 
 
 class MessageShape:
-    """Which fields a message may hold: number → how it is written; and words for some that it may not hold."""
+    """The allowed fields of a message: number → encoding; and the error text of some that are not allowed."""
 
     def __init__(
         self,
@@ -37,26 +40,26 @@ class MessageShape:
 
 
 class ProtobufMessage:
-    """Fields of one message: numbers as whole numbers of 64 bits, everything else as the bytes that were there."""
+    """The fields of one message: varints as 64-bit integers, all others as bytes."""
 
     def __init__(self, fields: Mapping[int, list[int | memoryview]]) -> None:
         self._fields = fields
 
     def number(self, field: int, default: int = 0) -> int:
-        """Return a number, as the signed 64-bit number that it stands for."""
+        """Return a field as a signed 64-bit integer."""
         value = self._fields.get(field, [default])[0]
         number = value if isinstance(value, int) else int.from_bytes(value, "little")
         return number - 2**64 if number >= 2**63 else number
 
     def has(self, field: int) -> bool:
-        """Return whether a field is there."""
+        """Return whether a field is present."""
         return field in self._fields
 
     def text(self, field: int, limit: int = 200) -> str:
-        """Return a text; empty where it is absent.
+        """Return a field as text; empty if it is absent.
 
         Raises:
-            ValueError: If it is longer than `limit` bytes or no UTF-8.
+            ValueError: If it is longer than `limit` bytes or not UTF-8.
         """
         data = self.data(field)
         if len(data) > limit:
@@ -64,7 +67,7 @@ class ProtobufMessage:
         return bytes(data).decode("utf-8")
 
     def data(self, field: int) -> memoryview:
-        """Return the bytes of a field; empty where it is absent."""
+        """Return the bytes of a field; empty if it is absent."""
         value = self._fields.get(field, [memoryview(b"")])[0]
         return value if isinstance(value, memoryview) else memoryview(b"")
 
@@ -73,7 +76,7 @@ class ProtobufMessage:
         return [value for value in self._fields.get(field, []) if isinstance(value, memoryview)]
 
     def numbers(self, field: int) -> list[int]:
-        """Return a repeated field of signed 64-bit numbers."""
+        """Return a repeated field of signed 64-bit integers."""
         found = [value for value in self._fields.get(field, []) if isinstance(value, int)]
         return [value - 2**64 if value >= 2**63 else value for value in found]
 
@@ -82,13 +85,13 @@ def parse_message(data: memoryview, shape: MessageShape, *, limit: int = 10_000)
     """Parse the fields of one message.
 
     Args:
-        data: Its bytes.
-        shape: What it may hold.
-        limit: Of fields in all.
+        data: Bytes of the message.
+        shape: Its allowed fields.
+        limit: Largest number of fields.
 
     Raises:
-        ValueError: If a field is unknown, of another type than it must be, or there twice where it may be once; if a
-            number is longer than it need be, or the message is cut short.
+        ValueError: If a field is unknown, has another encoding or occurs too often, a number is not in its shortest
+            form, or the message is cut short.
     """
     fields: dict[int, list[int | memoryview]] = {}
     at = count = 0
@@ -115,10 +118,10 @@ def parse_message(data: memoryview, shape: MessageShape, *, limit: int = 10_000)
 
 
 def read_varint(data: memoryview, at: int) -> tuple[int, int]:
-    """Return the number that starts at a place, and the place behind it.
+    """Return the varint at position `at`, and the position after it.
 
     Raises:
-        ValueError: If it is cut short, above 64 bits, or longer than it need be.
+        ValueError: If it is cut short, above 64 bits, or not in its shortest form.
     """
     value = 0
     for shift in range(0, 70, 7):
@@ -135,7 +138,7 @@ def read_varint(data: memoryview, at: int) -> tuple[int, int]:
 
 
 def parse_varints(data: memoryview) -> NDArray[np.uint64]:
-    """Return all numbers of a stretch that holds nothing else, under the same rules as `read_varint`.
+    """Return all varints of a block that holds nothing else, ``(n,)`` uint64, with the rules of `read_varint`.
 
     Raises:
         ValueError: As `read_varint`.

@@ -1,4 +1,4 @@
-"""What every score is held against and no telemetry enters: frequency, chance, elapsed time, the host's name."""
+"""Baselines that use no telemetry: class frequencies, random guesses, elapsed time and the host's name."""
 
 from __future__ import annotations
 
@@ -16,26 +16,41 @@ from phasewatch.metrics import N_CLASSES, confusion_counts, macro_f1
 from phasewatch.models.base import InputKind, LabelledExamples, PhaseModel
 from phasewatch.types import STRIDE_S
 
+__all__ = [
+    "BASELINE_FILE",
+    "MAX_TABLE_ROWS",
+    "ElapsedTimeBaseline",
+    "EmptyConfig",
+    "HostFrequencyBaseline",
+    "MajorityBaseline",
+    "StratifiedBaseline",
+]
+
 BASELINE_FILE = "model.json"
 MAX_TABLE_ROWS = 100_000  # strides of an episode, or hosts
-KERNEL_WIDTHS_S = (5.0, 10.0, 20.0, 40.0, 80.0)
+_KERNEL_WIDTHS_S = (5.0, 10.0, 20.0, 40.0, 80.0)
 _PhaseRow = tuple[float, float, float, float, float]
-CLASS_BALANCES = (0.0, 0.5, 1.0)  # how far the classes' frequencies are evened out; 1 is what macro-F1 likes
+_CLASS_BALANCES = (0.0, 0.5, 1.0)  # 0 keeps the classes' frequencies, 1 gives all classes the same weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmptyConfig:
-    """Nothing can be set."""
+    """No settings."""
 
 
 class MajorityBaseline(PhaseModel):
-    """Always train's most frequent phase; its probabilities are train's frequencies."""
+    """Predict the most frequent phase of train; the probabilities are train's frequencies."""
 
     key = "majority"
     Config = EmptyConfig
 
     def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None:
-        self._shares = np.bincount(train.y, minlength=N_CLASSES) / len(train)
+        from sklearn.dummy import DummyClassifier
+
+        # The prediction reads the shares alone: a restored baseline needs no scikit-learn.
+        prior = DummyClassifier(strategy="prior").fit(train.inputs.x, train.y)
+        self._shares = np.zeros(N_CLASSES)
+        self._shares[prior.classes_] = prior.class_prior_
 
     def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:
         return np.tile(self._shares, (len(x), 1))
@@ -48,7 +63,11 @@ class MajorityBaseline(PhaseModel):
 
 
 class StratifiedBaseline(MajorityBaseline):
-    """A guess drawn with train's frequencies; the draw hangs on seed and window alone, not on its neighbours."""
+    """Predict a random phase with train's frequencies; the draw depends on the seed and the window alone.
+
+    `DummyClassifier(strategy="stratified")` is not used: it draws by the window's position in a call, so that the same
+    window gets another phase in another batch, and its probabilities of 0 and 1 make the log loss unbounded.
+    """
 
     key = "stratified"
 
@@ -57,13 +76,13 @@ class StratifiedBaseline(MajorityBaseline):
         digests = [hashlib.sha256(salt + row.tobytes()).digest() for row in np.ascontiguousarray(x, "<f4")]
         draws = np.array([int.from_bytes(d[:6], "big") / 2**48 for d in digests])
         drawn = (draws[:, None] >= self._shares.cumsum()).sum(axis=1).clip(0, N_CLASSES - 1)
-        # Half of the weight stays with the frequencies, so that a wrong guess does not cost without bound.
-        told: FloatArray = 0.5 * np.eye(N_CLASSES)[drawn] + 0.5 * self._shares
-        return told
+        # Half of the weight stays with the frequencies, which bounds the log loss of a wrong guess.
+        probabilities: FloatArray = 0.5 * np.eye(N_CLASSES)[drawn] + 0.5 * self._shares
+        return probabilities
 
 
 class HostFrequencyBaseline(PhaseModel):
-    """Share of each phase on a window's host; a host that train never saw is answered as all of them together."""
+    """Predict the phase frequencies of the window's host; an unseen host gets those of all train hosts."""
 
     key = "host_only"
     kind = InputKind.HOST
@@ -93,14 +112,16 @@ class HostFrequencyBaseline(PhaseModel):
         self._rows, self._hosts = _check_rows(rows, self.key), np.array(hosts)
         if len(rows) != len(hosts) + 1 or not (np.diff(self._hosts) > 0).all():
             raise RunError(
-                f"checkpoint of {self.key}: {BASELINE_FILE} holds {len(rows)} rows for {len(hosts)} hosts, or hosts out of order"
+                f"checkpoint of {self.key}: {BASELINE_FILE} holds {len(rows)} rows for {len(hosts)} hosts, "
+                "or hosts out of order"
             )
 
 
 class ElapsedTimeBaseline(PhaseModel):
-    """Share of each phase at a time since the first label, smoothed; width and balance chosen by macro-F1 on validation A.
+    """Predict the smoothed phase frequencies at the window's time since the first label.
 
-    A time beyond the longest train episode is answered as the last known one.
+    Kernel width and class balance are selected by macro-F1 on validation A. A time after the end of the longest train
+    episode gets the frequencies of that end.
     """
 
     key = "elapsed_time"
@@ -108,12 +129,12 @@ class ElapsedTimeBaseline(PhaseModel):
     Config = EmptyConfig
 
     def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None:
-        cells = _compute_stride_index(train.inputs.x)
-        counts = np.zeros((int(cells.max()) + 1, N_CLASSES))
-        np.add.at(counts, (cells, train.y), 1.0)
+        strides = _compute_stride_index(train.inputs.x)
+        counts = np.zeros((int(strides.max()) + 1, N_CLASSES))
+        np.add.at(counts, (strides, train.y), 1.0)
         best = -1.0
-        for width_s in KERNEL_WIDTHS_S:
-            for balance in CLASS_BALANCES:
+        for width_s in _KERNEL_WIDTHS_S:
+            for balance in _CLASS_BALANCES:
                 rows = _smooth_counts(counts, width_s, balance)
                 decided = rows[np.minimum(_compute_stride_index(val.inputs.x), len(rows) - 1)].argmax(axis=1)
                 score = float(macro_f1(confusion_counts(val.y, decided)))
@@ -133,18 +154,18 @@ class ElapsedTimeBaseline(PhaseModel):
 
 
 def _compute_stride_index(t_center_s: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Number the strides since the first label."""
-    cells: NDArray[np.int64] = np.maximum(np.rint(t_center_s[:, 0] / STRIDE_S).astype(np.int64), 0)
-    return cells
+    """Return the number of strides since the first label: ``(n, 1)`` float32 s → ``(n,)`` int64."""
+    strides: NDArray[np.int64] = np.maximum(np.rint(t_center_s[:, 0] / STRIDE_S).astype(np.int64), 0)
+    return strides
 
 
 def _smooth_counts(counts: FloatArray, width_s: float, balance: float) -> FloatArray:
-    """Blur counts over time by a Gaussian of `width_s`, even out the classes, and make each row sum to 1."""
+    """Smooth ``(strides, 5)`` counts over time with a Gaussian kernel, balance the classes, normalise each row."""
     at = np.arange(len(counts)) * STRIDE_S
     kernel = np.exp(-0.5 * ((at[:, None] - at[None, :]) / width_s) ** 2)
     total = counts.sum(axis=0)
     even = np.divide(1.0, total**balance, out=np.zeros(N_CLASSES), where=total > 0)
-    rows = (kernel @ counts) * even + 1e-9 * (total > 0)  # the floor answers times that no episode reached
+    rows = (kernel @ counts) * even + 1e-9 * (total > 0)  # the floor keeps a time that no episode reached above 0
     normalised: FloatArray = rows / rows.sum(axis=1, keepdims=True)
     return normalised
 
@@ -157,12 +178,14 @@ def _parse_rows(files: Mapping[str, bytes], key: str) -> FloatArray:
     return _check_rows(rows, key)
 
 
-def _check_rows(told: list[_PhaseRow], key: str) -> FloatArray:
-    if not 1 <= len(told) <= MAX_TABLE_ROWS:
+def _check_rows(decoded: list[_PhaseRow], key: str) -> FloatArray:
+    if not 1 <= len(decoded) <= MAX_TABLE_ROWS:
         raise RunError(
-            f"checkpoint of {key}: {BASELINE_FILE} holds {len(told):,} rows, expected 1 to {MAX_TABLE_ROWS:,}"
+            f"checkpoint of {key}: {BASELINE_FILE} holds {len(decoded):,} rows, expected 1 to {MAX_TABLE_ROWS:,}"
         )
-    rows = np.asarray(told, np.float64)
+    rows = np.asarray(decoded, np.float64)
     if (rows < 0).any() or (rows > 1.000001).any() or not (rows.sum(axis=1) > 0).all():
-        raise RunError(f"checkpoint of {key}: {BASELINE_FILE} holds no probabilities")
+        raise RunError(
+            f"checkpoint of {key}: {BASELINE_FILE} holds a row that is not probabilities; train the model again"
+        )
     return rows

@@ -1,4 +1,4 @@
-"""Gradient-boosted trees (XGBoost) over a table of features."""
+"""Gradient-boosted trees (XGBoost) over a table of features, and two baselines that use them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from phasewatch.models.base import InputKind, LabelledExamples, ModelInputs, Pha
 from phasewatch.models.foreign import foreign_errors
 from phasewatch.models.treefile import MAX_TREES, check_xgboost_trees
 
+__all__ = ["CHANNEL_FILE", "TREES_FILE", "BestChannel", "GbtConfig", "GradientBoosting", "LevelsBaseline"]
+
 TREES_FILE = "model.ubj"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GbtConfig:
-    """Depth and bins are those that DESIGN section 16 measured; rate, rounds and patience those of ADR 12."""
+    """Settings of the trees; depth and bins from DESIGN section 16; rate, rounds and patience from ADR 12."""
 
     rounds: Annotated[int, Meta(ge=1, le=MAX_TREES // N_CLASSES)] = 150
     patience: Annotated[int, Meta(ge=1, le=10_000)] = 15
@@ -35,7 +37,10 @@ class GbtConfig:
 
 
 class GradientBoosting(PhaseModel):
-    """`multi:softprob`, histogram method, NaN as it comes, classes weighed alike, stopped by validation A's log loss."""
+    """XGBoost with `multi:softprob`, histogram method and balanced classes; NaN is a value of its own.
+
+    Training stops early by the log loss on validation A.
+    """
 
     key = "gbt"
     Config = GbtConfig
@@ -50,11 +55,11 @@ class GradientBoosting(PhaseModel):
 
         c: GbtConfig = self.config
         weights = compute_class_weights(train.y)
-        # One thread: the order of sums, and so every bit, is the same on any machine.
+        # One thread: the order of the sums, and so every bit, is the same on any machine.
         data = xgb.QuantileDMatrix(
             train.inputs.x, label=train.y, weight=weights[train.y], max_bin=c.bins, missing=np.nan, nthread=1
         )
-        # Windows of a phase that train never showed weigh nothing here: no round could make them better.
+        # Windows of a phase that train does not have get weight 0: no round could improve them.
         watched = xgb.QuantileDMatrix(
             val.inputs.x, label=val.y, weight=weights[val.y], max_bin=c.bins, missing=np.nan, nthread=1, ref=data
         )
@@ -101,7 +106,7 @@ class GradientBoosting(PhaseModel):
         self._booster = self._load(files[TREES_FILE], features)
 
     def _load(self, data: bytes, features: int) -> Any:
-        """Return the trees of a file; XGBoost's reader sees what `check_xgboost_trees` wrote, never the file's own bytes."""
+        """Load the trees of a file; XGBoost parses the output of `check_xgboost_trees`, never the file's own bytes."""
         import xgboost as xgb
 
         place = f"checkpoint of {self.key}: {TREES_FILE}"
@@ -114,18 +119,18 @@ class GradientBoosting(PhaseModel):
 
 
 class LevelsBaseline(GradientBoosting):
-    """The same trees over the cumulative levels alone: how much "how late is it" would have told."""
+    """The same trees over the cumulative levels alone, which reveal the elapsed time."""
 
     key = "levels_only"
     kind = InputKind.LEVELS
 
 
 CHANNEL_FILE = "channel.json"
-TRIAL_ROUNDS = 15  # enough to rank channels, a tenth of the cost
+_TRIAL_ROUNDS = 15  # enough to rank channels, a tenth of the cost
 
 
 class BestChannel(PhaseModel):
-    """Gradient-boosted trees over the stats of one channel, chosen by macro-F1 on validation A."""
+    """Gradient-boosted trees over the stats of one channel, selected by macro-F1 on validation A."""
 
     key = "best_channel"
     Config = GbtConfig
@@ -136,7 +141,7 @@ class BestChannel(PhaseModel):
         scores = []
         for channel in channels:
             own, other = (_select_columns(part, _find_channel_columns(names, channel)) for part in (train, val))
-            trial = GradientBoosting(seed=self.seed, settings={"rounds": TRIAL_ROUNDS, "patience": TRIAL_ROUNDS})
+            trial = GradientBoosting(seed=self.seed, settings={"rounds": _TRIAL_ROUNDS, "patience": _TRIAL_ROUNDS})
             scores.append(_compute_val_macro_f1(trial.fit(own, other), other))
         self._channel = channels[int(np.argmax(scores))]
         own, other = (_select_columns(part, _find_channel_columns(names, self._channel)) for part in (train, val))
@@ -156,9 +161,11 @@ class BestChannel(PhaseModel):
         try:
             channel = msgspec.json.decode(files.get(CHANNEL_FILE, b""), type=str)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            raise RunError(f"checkpoint of {self.key}: {CHANNEL_FILE} is absent or no name: {exc}") from exc
+            raise RunError(f"checkpoint of {self.key}: {CHANNEL_FILE} is absent or not a name: {exc}") from exc
         if not _find_channel_columns(names, channel):
-            raise RunError(f"checkpoint of {self.key}: {CHANNEL_FILE} names {channel!r}, which is none of its columns")
+            raise RunError(
+                f"checkpoint of {self.key}: {CHANNEL_FILE} names {channel!r}, which is not one of its channels"
+            )
         self._channel = channel
         self._model = GradientBoosting(seed=self.seed, settings=msgspec.to_builtins(self.config))
         self._model.spec = (

@@ -1,4 +1,4 @@
-"""Five nets behind the models' interface: mlp over the table, cnn, gru, lstm and transformer over the bins."""
+"""Five neural networks: an MLP over the table; a CNN, GRU, LSTM and transformer over the bins."""
 
 from __future__ import annotations
 
@@ -17,28 +17,55 @@ from phasewatch.arrays import Float32Array, FloatArray
 from phasewatch.errors import RunError
 from phasewatch.metrics import N_CLASSES
 from phasewatch.models import checkpoint
-from phasewatch.models.base import InputKind, LabelledExamples, PhaseModel, compute_class_weights
+from phasewatch.models.base import (
+    InputKind,
+    LabelledExamples,
+    PhaseModel,
+    compute_class_weights,
+    mask_unseen_phases,
+    softmax,
+)
 from phasewatch.models.checkpoint import WEIGHTS_FILE
 from phasewatch.models.foreign import foreign_errors
 from phasewatch.models.training_loop import LabelledArrays, TrainConfig, compute_scores, fit_net, make_reproducible
 from phasewatch.types import WINDOW_BINS
 
-SCALER_LIMIT = 10.0  # of a scaled value: a rate a thousand times its usual size still has a place
+__all__ = [
+    "MAX_WIDTH",
+    "NET_PREFIX",
+    "SCALER_LIMIT",
+    "SCALER_SIZE_NAME",
+    "AsinhScaler",
+    "CnnModule",
+    "CnnNet",
+    "GruNet",
+    "LstmNet",
+    "MlpModule",
+    "MlpNet",
+    "NetConfig",
+    "NeuralNetModel",
+    "RecurrentModule",
+    "ShortNetConfig",
+    "TransformerModule",
+    "TransformerNet",
+]
+
+SCALER_LIMIT = 10.0  # of a scaled value: asinh(10,000) = 9.9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AsinhScaler:
-    """``asinh(x / size)``, a logarithm that has room for zero and for falls, with the median absolute size of train.
+    """Scale by ``asinh(x / size)``: a logarithm for large values that is defined at zero and below.
 
     Attributes:
-        size: ``(f,)`` float64 per column or channel; 1 where train has no value other than 0.
+        size: ``(f,)`` float64, median absolute nonzero value of each column or channel of train; 1 if none.
     """
 
     size: NDArray[np.float64]
 
     @classmethod
     def fit(cls, x: Float32Array) -> AsinhScaler:
-        """Learn the sizes from train.
+        """Compute the sizes from train.
 
         Args:
             x: ``(n, f)`` or ``(n, c, t)`` float32; NaN is missing.
@@ -46,14 +73,18 @@ class AsinhScaler:
         columns = np.moveaxis(np.abs(x.astype(np.float64)), 1, 0).reshape(x.shape[1], -1)
         size = np.ones(len(columns))
         for i, column in enumerate(columns):
-            told = column[np.isfinite(column) & (column > 0)]
-            if len(told):
-                size[i] = np.median(told)
+            known = column[np.isfinite(column) & (column > 0)]
+            if len(known):
+                size[i] = np.median(known)
         return cls(size)
 
     @classmethod
     def from_sizes(cls, size: NDArray[np.float64], *, place: str) -> AsinhScaler:
         """Return the scaler of a checkpoint.
+
+        Args:
+            size: ``(f,)`` float64.
+            place: File of the checkpoint, for the message.
 
         Raises:
             RunError: If a size is not above 0 or not finite.
@@ -63,7 +94,14 @@ class AsinhScaler:
         return cls(size)
 
     def apply(self, x: Float32Array) -> Float32Array:
-        """Scale, clip, put 0 for what is missing, and append where it was: ``(n, f, …)`` → ``(n, 2f, …)`` float32."""
+        """Scale and clip the values, set missing ones to 0, and append marks of the missing ones.
+
+        Args:
+            x: ``(n, f)`` or ``(n, c, t)`` float32; NaN is missing.
+
+        Returns:
+            ``(n, 2f)`` or ``(n, 2c, t)`` float32: scaled values, then 1 for each missing one and 0 elsewhere.
+        """
         size = self.size.reshape(-1, *([1] * (x.ndim - 2)))
         missing = ~np.isfinite(x)
         scaled = np.arcsinh(np.where(missing, 0.0, x.astype(np.float64)) / size).clip(-SCALER_LIMIT, SCALER_LIMIT)
@@ -72,12 +110,12 @@ class AsinhScaler:
 
 SCALER_SIZE_NAME = "scaler.size"
 NET_PREFIX = "net."
-MAX_WIDTH = 1024  # the largest net of it has 67 MB of weights
+MAX_WIDTH = 1024  # the largest network of this width has 67 MB of weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetConfig(TrainConfig):
-    """Size of a net beside how it is trained."""
+    """Size of a network, and its training settings."""
 
     width: Annotated[int, Meta(ge=1, le=MAX_WIDTH)] = 64
     dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.2
@@ -85,9 +123,9 @@ class NetConfig(TrainConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShortNetConfig(NetConfig):
-    """Of the two nets whose steps cost most, and which gain nothing from more (ADR 45).
+    """Settings of the CNN and the transformer, whose steps cost most and which gain nothing from more (ADR 45).
 
-    Both part their width among four groups or heads.
+    The width is divided among four groups or heads.
     """
 
     epochs: Annotated[int, Meta(ge=1, le=100_000)] = 24
@@ -96,19 +134,19 @@ class ShortNetConfig(NetConfig):
 
 
 class NeuralNetModel(PhaseModel):
-    """What the five share; a body is made by `_build_module`."""
+    """The common part of the five networks; a subclass writes `_build_module`."""
 
     Config = NetConfig
     kind: ClassVar[InputKind] = InputKind.TENSOR
 
     @property
     def net(self) -> Any:
-        """The fitted torch module, from scaled inputs to five scores; `phasewatch export` traces it."""
+        """The fitted torch module, from scaled inputs to ``(n, 5)`` scores; `phasewatch export` traces it."""
         return self._net
 
     @property
     def scaler(self) -> AsinhScaler:
-        """What scales its inputs."""
+        """The fitted scaler of the inputs."""
         return self._scaler
 
     def _build_module(self, width_in: int) -> Any:
@@ -116,7 +154,7 @@ class NeuralNetModel(PhaseModel):
 
     def _build_net(self) -> Any:
         if self.spec is None:
-            raise RuntimeError("a net is made after its columns are known")
+            raise RuntimeError("a network is built after its columns are known")
         return self._build_module(2 * len(self.spec.names))
 
     def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None:
@@ -131,24 +169,16 @@ class NeuralNetModel(PhaseModel):
     def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:
         with make_reproducible(self.seed):
             scores = compute_scores(self._net, self._scaler.apply(x))
-        never = np.setdiff1d(np.arange(scores.shape[1]), self.seen)
-        scores[:, never] = -np.inf
-        powers = np.exp(scores - scores.max(axis=1, keepdims=True))
-        shares: FloatArray = powers / powers.sum(axis=1, keepdims=True)
-        return shares
+        return softmax(mask_unseen_phases(scores, self.seen))
 
     def _files(self) -> Mapping[str, bytes]:
         arrays = {NET_PREFIX + name: value.detach().cpu().numpy() for name, value in self._net.state_dict().items()}
         return {WEIGHTS_FILE: checkpoint.pack_weights({**arrays, SCALER_SIZE_NAME: self._scaler.size})}
 
     def _restore(self, files: Mapping[str, bytes]) -> None:
-        import torch
-
         n = len(self.spec.names) if self.spec else 0
-        with (
-            torch.device("meta"),
-            make_reproducible(self.seed),
-        ):  # shapes alone: nothing is taken before they fit the file
+        # On the meta device a network has shapes alone: no memory is used before they match the file.
+        with torch.device("meta"), make_reproducible(self.seed):
             expected = {
                 NET_PREFIX + name: ("F32", tuple(v.shape)) for name, v in self._build_net().state_dict().items()
             }
@@ -177,47 +207,35 @@ class MlpNet(NeuralNetModel):
     kind = InputKind.TABLE
 
     def _build_module(self, width_in: int) -> Any:
-        pass  # own
-
         return MlpModule(width_in, width=self.config.width, dropout=self.config.dropout)
 
 
 class CnnNet(NeuralNetModel):
-    """A 1-D residual net over the bins."""
+    """A 1-D residual convolutional network over the bins."""
 
     key = "cnn"
     Config = ShortNetConfig
 
     def _build_module(self, width_in: int) -> Any:
-        pass  # own
-
         return CnnModule(width_in, width=self.config.width, dropout=self.config.dropout)
 
 
 class GruNet(NeuralNetModel):
-    """A gated recurrent net over the bins."""
+    """A gated recurrent network over the bins."""
 
     key = "gru"
 
     def _build_module(self, width_in: int) -> Any:
-        from torch.nn import GRU
-
-        pass  # own
-
-        return RecurrentModule(width_in, cell=GRU, width=self.config.width, dropout=self.config.dropout)
+        return RecurrentModule(width_in, cell=nn.GRU, width=self.config.width, dropout=self.config.dropout)
 
 
 class LstmNet(NeuralNetModel):
-    """A long short-term memory over the bins."""
+    """A long short-term memory network over the bins."""
 
     key = "lstm"
 
     def _build_module(self, width_in: int) -> Any:
-        from torch.nn import LSTM
-
-        pass  # own
-
-        return RecurrentModule(width_in, cell=LSTM, width=self.config.width, dropout=self.config.dropout)
+        return RecurrentModule(width_in, cell=nn.LSTM, width=self.config.width, dropout=self.config.dropout)
 
 
 class TransformerNet(NeuralNetModel):
@@ -227,8 +245,6 @@ class TransformerNet(NeuralNetModel):
     Config = ShortNetConfig
 
     def _build_module(self, width_in: int) -> Any:
-        pass  # own
-
         return TransformerModule(width_in, width=self.config.width, dropout=self.config.dropout)
 
 
@@ -238,12 +254,17 @@ class MlpModule(nn.Module):
     def __init__(self, width_in: int, *, width: int, dropout: float) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(width_in, 2 * width), nn.GELU(), nn.Dropout(dropout),
-            nn.Linear(2 * width, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, N_CLASSES),
-        )  # fmt: skip
+            nn.Linear(width_in, 2 * width),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(2 * width, width),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(width, N_CLASSES),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(n, 2f)`` → ``(n, 5)``."""
+        """Compute scores: ``(n, 2f)`` float32 → ``(n, 5)`` float32."""
         return self.layers(x)  # type: ignore[no-any-return]
 
 
@@ -260,7 +281,7 @@ class _ResidualBlock(nn.Module):
 
 
 class CnnModule(nn.Module):
-    """1-D residual net; mean and maximum over time, so that a burst counts as much as a level."""
+    """1-D residual network; mean and maximum over time, so that a burst counts as much as a level."""
 
     def __init__(self, width_in: int, *, width: int, dropout: float) -> None:
         super().__init__()
@@ -269,7 +290,7 @@ class CnnModule(nn.Module):
         self.head = nn.Linear(2 * width, N_CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(n, 2c, t)`` → ``(n, 5)``."""
+        """Compute scores: ``(n, 2c, t)`` float32 → ``(n, 5)`` float32."""
         h = self.blocks(self.stem(x))
         return self.head(torch.cat([h.mean(dim=2), h.amax(dim=2)], dim=1))  # type: ignore[no-any-return]
 
@@ -285,13 +306,13 @@ class RecurrentModule(nn.Module):
         self.head = nn.Linear(2 * width, N_CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(n, 2c, t)`` → ``(n, 5)``."""
+        """Compute scores: ``(n, 2c, t)`` float32 → ``(n, 5)`` float32."""
         states, _ = self.cell(torch.nn.functional.gelu(self.stem(x.transpose(1, 2))))
         return self.head(self.drop(torch.cat([states.mean(dim=1), states[:, -1]], dim=1)))  # type: ignore[no-any-return]
 
 
 class _AttentionBlock(nn.Module):
-    """Attention written out: on 20 steps it costs half of what the stock layer does (measured)."""
+    """Explicit attention: on 20 steps it costs half of what `nn.MultiheadAttention` does (measured)."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -311,7 +332,7 @@ class _AttentionBlock(nn.Module):
 
 
 class TransformerModule(nn.Module):
-    """Two attention layers over the bins with learnt positions inside the window, mean over time."""
+    """Two attention layers over the bins with learnt positions in the window, and the mean over time."""
 
     def __init__(self, width_in: int, *, width: int, dropout: float, heads: int = 4, layers: int = 2) -> None:
         super().__init__()
@@ -322,6 +343,6 @@ class TransformerModule(nn.Module):
         self.head = nn.Linear(width, N_CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(n, 2c, t)`` with t = 20 → ``(n, 5)``."""
+        """Compute scores: ``(n, 2c, 20)`` float32 → ``(n, 5)`` float32."""
         h = self.blocks(self.stem(x.transpose(1, 2)) + self.place)
         return self.head(self.norm(h.mean(dim=1)))  # type: ignore[no-any-return]

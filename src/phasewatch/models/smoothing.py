@@ -1,4 +1,4 @@
-"""Phases follow one another: a causal forward filter over a window's past, one step at a time or whole, same bits."""
+"""The phase filter: a causal forward filter of a hidden Markov model over the windows, stepwise or in one call."""
 
 from __future__ import annotations
 
@@ -12,33 +12,43 @@ from phasewatch.arrays import FloatArray
 from phasewatch.metrics import N_CLASSES, log_loss
 from phasewatch.types import STRIDE_NS
 
-KAPPAS = (0.3, 0.5, 1.0)  # posteriors are no likelihoods, and half-overlapping windows see everything twice
-MAX_STRIDES = 60  # after five minutes unseen the schedule has forgotten where it was
-MIN_TRANSITION = 1e-15  # of a chance that one phase follows another: a billion windows give more, and no belief is lost
-MIN_PROBABILITY = 1e-6  # a model that is sure may still be wrong: no window alone rules a phase out
-SMOOTHING_NONE, SMOOTHING_PHASE, SMOOTHING_SCHEDULE = (
-    "none",
-    "phase",
-    "schedule",
-)  # what stands in `filter` of the predictions
+__all__ = [
+    "KAPPAS",
+    "MAX_STRIDES",
+    "MIN_TRANSITION",
+    "SMOOTHING_NONE",
+    "SMOOTHING_PHASE",
+    "SMOOTHING_SCHEDULE",
+    "LabelSequence",
+    "PhaseFilter",
+    "PhaseVector",
+    "fit_filter",
+]
+
+KAPPAS = (0.3, 0.5, 1.0)  # posteriors are not likelihoods, and half-overlapping windows count everything twice
+MAX_STRIDES = 60  # after five minutes without a window the transitions have reached their steady state
+MIN_TRANSITION = 1e-15  # of a transition probability: a billion windows give more, and no belief becomes 0
+_MIN_PROBABILITY = 1e-6  # of an observation: no single window rules a phase out
+# The values of the predictions' column `filter`.
+SMOOTHING_NONE, SMOOTHING_PHASE, SMOOTHING_SCHEDULE = "none", "phase", "schedule"
 
 PhaseVector = tuple[float, float, float, float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseFilter:
-    """Belief in each phase given all windows so far.
+    """The probability of each phase given all windows so far (the belief).
 
-    The belief starts uniform. From window to window it moves by `transitions`, then it is weighed by how much likelier
-    than usual the model finds each phase: ``(p_k / prior_k) ** kappa``.
+    The belief starts uniform. At each window it is multiplied by the transition matrix, then by the likelihood ratio
+    ``(p_k / prior_k) ** kappa``, and normalised.
 
     Attributes:
-        transitions: ``[i][k]`` chance that phase k follows phase i one stride later; rows sum to 1.
-        prior: Mean calibrated probability over validation B; 0 for a phase that the model cannot say.
-        kappa: 0 listens to the schedule alone.
+        transitions: ``[i][k]`` probability that phase k follows phase i one stride later; rows sum to 1.
+        prior: Mean calibrated probability over validation B; 0 for a phase that the model never predicts.
+        kappa: Weight of the observations; 0 uses the transitions alone.
 
     Raises:
-        ValueError: If a number cannot be.
+        ValueError: If a number is out of its range.
     """
 
     transitions: tuple[PhaseVector, PhaseVector, PhaseVector, PhaseVector, PhaseVector]
@@ -48,47 +58,47 @@ class PhaseFilter:
     def __post_init__(self) -> None:
         moves, prior = np.array(self.transitions), np.array(self.prior)
         if not (np.isfinite(moves).all() and (moves >= MIN_TRANSITION).all() and np.allclose(moves.sum(axis=1), 1.0)):
-            raise ValueError("transitions are no chances: positive rows that sum to 1")
+            raise ValueError("phase filter: transitions are not positive rows that sum to 1")
         known = prior[prior != 0]
         if not (len(known) and ((known >= 1e-300) & (known <= 1.000001)).all()) or not 0.0 <= self.kappa <= 1.0:
-            raise ValueError(f"prior {self.prior} or kappa {self.kappa} cannot be")
+            raise ValueError(f"phase filter: prior {self.prior} or kappa {self.kappa} is out of range")
 
     def without_observations(self) -> PhaseFilter:
-        """Give the filter that sees no window at all: what elapsed time and the plan alone would tell."""
+        """Return the filter with kappa 0, a baseline that knows the elapsed time and the transitions alone."""
         return PhaseFilter(transitions=self.transitions, prior=self.prior, kappa=0.0)
 
     def step(self, belief: FloatArray | None, p: FloatArray, *, strides: int = 1) -> FloatArray:
-        """Take one window in.
+        """Update the belief with one window.
 
         Args:
-            belief: ``(5,)`` after the window before; None at the first.
-            p: ``(5,)`` calibrated probabilities of this window.
-            strides: Of 5 s since the window before; more than 1 where windows are missing.
+            belief: ``(5,)`` float64 after the previous window; None at the first.
+            p: ``(5,)`` float64 calibrated probabilities of this window.
+            strides: Strides of 5 s since the previous window; more than 1 if windows are missing.
 
         Returns:
-            ``(5,)`` belief now, summing to 1.
+            ``(5,)`` float64 that sums to 1.
         """
         before = _build_uniform_belief(1) if belief is None else np.asarray(belief, np.float64).reshape(1, N_CLASSES)
         moved = before if belief is None else self._predict_step(before, np.array([strides]))
-        now: FloatArray = self._update_step(moved, np.asarray(p, np.float64).reshape(1, N_CLASSES))[0]
-        return now
+        updated: FloatArray = self._update_step(moved, np.asarray(p, np.float64).reshape(1, N_CLASSES))[0]
+        return updated
 
-    def run(self, p: FloatArray, of: NDArray[np.integer], t_center_ns: NDArray[np.int64]) -> FloatArray:
-        """Filter the windows of many episodes, each from its own start.
+    def run(self, p: FloatArray, episode_index: NDArray[np.integer], t_center_ns: NDArray[np.int64]) -> FloatArray:
+        """Filter the windows of many episodes, each from its own start; the bits are those of `step`.
 
         Args:
-            p: ``(n, 5)`` calibrated probabilities, in the order (episode, time).
-            of: ``(n,)`` whose windows they are.
-            t_center_ns: ``(n,)``.
+            p: ``(n, 5)`` float64 calibrated probabilities, in the order (episode, time).
+            episode_index: ``(n,)`` integer episode of each window.
+            t_center_ns: ``(n,)`` int64 centre of each window.
 
         Returns:
-            ``(n, 5)`` beliefs, each from its own and earlier windows alone.
+            ``(n, 5)`` float64 beliefs, each from its own and earlier windows alone.
         """
         out = np.empty((len(p), N_CLASSES))
         if not len(p):
             return out
         p = np.asarray(p, np.float64)
-        first, length = _find_episode_runs(of)
+        first, length = _find_episode_runs(episode_index)
         belief = _build_uniform_belief(len(first))
         for j in range(int(length.max())):
             alive = np.flatnonzero(length > j)
@@ -101,7 +111,7 @@ class PhaseFilter:
         return out
 
     def _predict_step(self, belief: FloatArray, strides: NDArray[np.integer]) -> FloatArray:
-        """Let the schedule pass; sums run over the phases in order, so that one row gives the bits of many."""
+        """Apply the transitions; the sums run over the phases in order, so that one row has the bits of many."""
         moves = np.array(self.transitions)
         left = np.minimum(strides, MAX_STRIDES)
         for done in range(int(left.max())):
@@ -115,9 +125,9 @@ class PhaseFilter:
         if self.kappa == 0.0:
             return belief
         prior = np.array(self.prior)
-        usual = np.where(prior > 0, prior, 1.0)
-        heard = np.where(prior > 0, (np.maximum(p, MIN_PROBABILITY) / usual) ** self.kappa, 0.0)
-        weighed = belief * heard
+        divisor = np.where(prior > 0, prior, 1.0)
+        ratio = np.where(prior > 0, (np.maximum(p, _MIN_PROBABILITY) / divisor) ** self.kappa, 0.0)
+        weighed = belief * ratio
         total = weighed[:, 0]
         for i in range(1, N_CLASSES):
             total = total + weighed[:, i]
@@ -127,12 +137,12 @@ class PhaseFilter:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LabelSequence:
-    """Windows in the order (episode, time), and the truth of each.
+    """The labels of windows in the order (episode, time).
 
     Attributes:
-        y: ``(n,)`` phase codes.
-        episode_index: ``(n,)`` whose windows they are.
-        t_center_ns: ``(n,)``.
+        y: ``(n,)`` integer phase codes.
+        episode_index: ``(n,)`` integer episode of each window.
+        t_center_ns: ``(n,)`` int64 centre of each window.
     """
 
     y: NDArray[np.integer]
@@ -141,10 +151,10 @@ class LabelSequence:
 
     @classmethod
     def concatenate(cls, parts: Sequence[LabelSequence]) -> LabelSequence:
-        """Put tracks of different episodes one after the other, their numbers apart."""
+        """Concatenate sequences of different episodes; the episodes get new numbers."""
         numbered: list[NDArray[np.integer]] = []
         for part in parts:
-            above = 1 + max((int(of.max()) for of in numbered if len(of)), default=-1)
+            above = 1 + max((int(index.max()) for index in numbered if len(index)), default=-1)
             numbered.append(part.episode_index + above)
         return cls(
             y=np.concatenate([part.y for part in parts]),
@@ -154,12 +164,12 @@ class LabelSequence:
 
 
 def fit_filter(train: LabelSequence, val_b: LabelSequence, p: FloatArray) -> PhaseFilter:
-    """Learn the schedule from train, and how much to trust the model from validation B.
+    """Fit the transitions to train and kappa to validation B.
 
     Args:
-        train: Whose consecutive windows are counted, one more of each pair than seen.
-        val_b: Where the log loss of each kappa is compared.
-        p: ``(n, 5)`` calibrated probabilities of validation B.
+        train: Labels whose consecutive pairs are counted, with one added to each count (Laplace smoothing).
+        val_b: Labels of validation B, on which kappa has the smallest log loss.
+        p: ``(n, 5)`` float64 calibrated probabilities of validation B.
     """
     counts = np.ones((N_CLASSES, N_CLASSES))
     follows = (train.episode_index[1:] == train.episode_index[:-1]) & (np.diff(train.t_center_ns) == STRIDE_NS)
@@ -187,7 +197,7 @@ def _build_uniform_belief(rows: int) -> FloatArray:
     return np.full((rows, N_CLASSES), 1.0 / N_CLASSES)
 
 
-def _find_episode_runs(of: NDArray[np.integer]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Give where each episode's windows begin, and how many there are."""
-    first = np.flatnonzero(np.r_[True, of[1:] != of[:-1]])
-    return first, np.diff(np.r_[first, len(of)])
+def _find_episode_runs(episode_index: NDArray[np.integer]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return the first window of each episode, and its number of windows."""
+    first = np.flatnonzero(np.r_[True, episode_index[1:] != episode_index[:-1]])
+    return first, np.diff(np.r_[first, len(episode_index)])

@@ -1,4 +1,4 @@
-"""The one trainer of the nets: weighted loss, warm-up and cosine, clipping, stopped by macro-F1 on validation A."""
+"""The training loop of the neural networks: weighted loss, warm-up and cosine decay, clipping, early stopping."""
 
 from __future__ import annotations
 
@@ -17,19 +17,24 @@ from torch import Tensor, nn
 
 from phasewatch.metrics import confusion_counts, macro_f1
 
-PREDICT_BATCH = 4096
-MAX_GRADIENT_NORM = 1.0
+__all__ = ["LabelledArrays", "TrainConfig", "compute_scores", "fit_net", "make_reproducible"]
+
+_PREDICT_BATCH = 4096  # windows
+_MAX_GRADIENT_NORM = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """How a net is trained; the same for all five but for the epochs (ADR 45).
+    """Training settings; the same for all five networks except the epochs (ADR 45).
 
     Attributes:
-        steps: Batches in all, at most: a large train set gets fewer epochs, not more time.
-        patience: Epochs without a better macro-F1 on validation A.
-        mixed: Mixed precision; it pays on CUDA only, and the float32 path is the reference.
-        hide: Share of the channels that each window loses in training: a host may lack what train always had.
+        epochs: Largest number of epochs.
+        steps: Largest number of batches: a large train set gets fewer epochs, not more time.
+        patience: Epochs without a better macro-F1 on validation A before training stops.
+        batch: Windows in a batch.
+        warm_up: Share of the steps in which the learning rate rises.
+        mixed: Mixed precision; it is faster on CUDA only, and float32 is the reference.
+        hide: Share of the channels that are hidden of each train window, as another host may lack them.
     """
 
     epochs: Annotated[int, Meta(ge=1, le=100_000)] = 60
@@ -45,7 +50,12 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelledArrays:
-    """Scaled inputs ``(n, 2f)`` or ``(n, 2c, t)`` float32 with phase codes ``(n,)``."""
+    """Scaled inputs with labels.
+
+    Attributes:
+        x: ``(n, 2f)`` or ``(n, 2c, t)`` float32.
+        y: ``(n,)`` int64 phase codes.
+    """
 
     x: NDArray[np.float32]
     y: NDArray[np.int64]
@@ -53,7 +63,7 @@ class LabelledArrays:
 
 @contextmanager
 def make_reproducible(seed: int) -> Iterator[None]:
-    """One thread, seeded, deterministic; what was set before comes back."""
+    """Run torch on one thread, seeded and deterministic, in the block; restore its settings afterwards."""
     threads, before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     memory: Any = torch.utils.deterministic
     fills = memory.fill_uninitialized_memory
@@ -61,7 +71,7 @@ def make_reproducible(seed: int) -> Iterator[None]:
         torch.manual_seed(seed)
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True, warn_only=True)
-        memory.fill_uninitialized_memory = False  # a debugging aid; nothing here reads such memory
+        memory.fill_uninitialized_memory = False  # a debugging aid; nothing here reads uninitialised memory
         try:
             yield
         finally:
@@ -79,18 +89,18 @@ def fit_net(
     config: TrainConfig,
     seed: int,
 ) -> dict[str, tuple[float, ...]]:
-    """Train a net in place and leave in it the weights of its best epoch.
+    """Train a network in place and leave it with the weights of its best epoch on validation A.
 
     Args:
-        net: Seeded by the caller.
-        train: What is learnt from.
-        val: Validation A.
-        weights: ``(5,)`` of the classes in the loss; 0 for one that train does not show.
-        config: Sizes and rates.
-        seed: Of the shuffling.
+        net: The network, with weights initialised by the caller.
+        train: Train windows.
+        val: Windows of validation A.
+        weights: ``(5,)`` float64 class weights in the loss; 0 for a class that train does not have.
+        config: Training settings.
+        seed: Seed of the shuffling and of the hidden channels.
 
     Returns:
-        History: ``train_loss`` and ``val_a_macro_f1`` per epoch.
+        ``train_loss`` and ``val_a_macro_f1`` → one number per epoch.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net.to(device)
@@ -123,7 +133,7 @@ def fit_net(
                 )
             guard.scale(loss).backward()
             guard.unscale_(optimiser)
-            nn.utils.clip_grad_norm_(learnt, MAX_GRADIENT_NORM)
+            nn.utils.clip_grad_norm_(learnt, _MAX_GRADIENT_NORM)
             guard.step(optimiser)
             guard.update()
             total += float(loss.detach()) * len(rows)
@@ -140,27 +150,36 @@ def fit_net(
 
 
 def compute_scores(net: nn.Module, x: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Give a net's five scores of each window, ``(n, 5)``, in batches that bound the memory."""
+    """Compute the five scores of each window, in batches that bound the memory.
+
+    Args:
+        net: A fitted network.
+        x: ``(n, 2f)`` or ``(n, 2c, t)`` float32 scaled inputs.
+
+    Returns:
+        ``(n, 5)`` float64.
+    """
     net.eval()
     device = next(net.parameters()).device
     with torch.inference_mode():
         parts: list[Tensor] = [
-            net(torch.from_numpy(x[start : start + PREDICT_BATCH]).to(device)).float().cpu()
-            for start in range(0, len(x), PREDICT_BATCH)
+            net(torch.from_numpy(x[start : start + _PREDICT_BATCH]).to(device)).float().cpu()
+            for start in range(0, len(x), _PREDICT_BATCH)
         ]
     joined: NDArray[np.float64] = torch.cat(parts).numpy().astype(np.float64)
     return joined
 
 
 def _compute_val_score(net: nn.Module, val: LabelledArrays) -> float:
-    """Give macro-F1 over the phases that validation has."""
+    """Compute macro-F1 over the phases in validation A."""
     return float(macro_f1(confusion_counts(val.y, compute_scores(net, val.x).argmax(axis=1))))
 
 
 def _hide_channels(x: Tensor, share: float, rng: np.random.Generator) -> Tensor:
-    """Mark some channels of each window as missing, as `Scaler.apply` would: value 0, mark 1. The batch is changed."""
+    """Mark random channels of each window as missing, in place, as `AsinhScaler.apply` does: value 0, mark 1."""
     half = x.shape[1] // 2
-    # A byte each, and arithmetic for masks: torch's own draws and masked_fill_ cost the mlp a tenth of its step (measured).
+    # One byte each, and arithmetic for masks: torch's own draws and masked_fill_ cost a tenth of the MLP's step
+    # (measured).
     drawn = np.frombuffer(rng.bytes(len(x) * half), np.uint8) < round(256 * share)
     gone = torch.from_numpy(drawn.astype(np.float32)).to(x.device).view(len(x), half, *([1] * (x.ndim - 2)))
     x[:, :half].mul_(1.0 - gone)
@@ -169,7 +188,7 @@ def _hide_channels(x: Tensor, share: float, rng: np.random.Generator) -> Tensor:
 
 
 def _compute_rate_factor(step: int, steps: int, warm_up: float) -> float:
-    """Rise linearly, then fall as a cosine to zero."""
+    """Compute the factor of the learning rate: a linear rise, then a cosine decay to zero."""
     rising = max(1, round(warm_up * steps))
     if step < rising:
         return (step + 1) / rising

@@ -1,7 +1,7 @@
-"""The trees of a checkpoint, looked at before XGBoost's native reader sees them: that reader trusts every index in them.
+"""Check an XGBoost model file before XGBoost's native parser reads it, because that parser trusts every index.
 
-The file is parsed here, held against what `GradientBoosting` writes, and written anew from the checked values. XGBoost
-reads only bytes that this module wrote. Source: XGBoost's model schema (doc/model.schema), versions 3.0 to 3.4.
+The file is parsed here, compared with what `GradientBoosting` writes, and rendered again from the checked values.
+XGBoost reads only bytes that this module rendered. Source: XGBoost's model schema (doc/model.schema), 3.0 to 3.4.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 
 from phasewatch.errors import RunError
 from phasewatch.metrics import N_CLASSES
+from phasewatch.models.checkpoint import MAX_MAGNITUDE
 from phasewatch.models.ubjson import parse_ubjson, render_array, render_ubjson
+
+__all__ = ["MAX_TREES", "MAX_TREES_BYTES", "MAX_TREE_NODES", "check_xgboost_trees"]
 
 MAX_TREES_BYTES = 64 * 2**20
 MAX_TREES = 5_000  # 1,000 rounds
 MAX_TREE_NODES = 2**20
 _NO_PARENT = 2**31 - 1
-_MAX_MAGNITUDE = 1e30  # of a weight or threshold: sums over all trees stay finite in float32
 _FLOAT_FIELDS = ("base_weights", "loss_changes", "split_conditions", "sum_hessian")
 _NODE_FIELDS: Mapping[str, bytes] = {
     "base_weights": b"d", "default_left": b"U", "left_children": b"l", "loss_changes": b"d", "parents": b"l",
@@ -35,37 +37,39 @@ _DTYPES = {b"d": ">f4", b"U": "|u1", b"l": ">i4", b"L": ">i8"}
 _NUMBER = r"-?[0-9]{1,20}(\.[0-9]{1,20})?([eE][+-]?[0-9]{1,3})?"
 _BASE_SCORE = re.compile(rf"{_NUMBER}|\[{_NUMBER}(,{_NUMBER}){{{N_CLASSES - 1}}}\]")
 
-TreeArrays = dict[str, NDArray[Any]]
+_TreeArrays = dict[str, NDArray[Any]]
 
 
 def check_xgboost_trees(data: bytes, *, place: str, features: int) -> bytes:
-    """Check a file of trees and return what XGBoost may read: the same trees, written anew.
+    """Check a model file and return the same trees, rendered from the checked values, for XGBoost to read.
 
     Args:
-        data: ``model.ubj``.
-        place: For messages.
-        features: Number of columns that the model takes.
+        data: Bytes of ``model.ubj``.
+        place: File name, for messages.
+        features: Number of columns of the model's input.
 
     Raises:
-        RunError: If it is no file of trees as phasewatch writes them: five classes, one tree a class and round, indices
-            within their arrays, every node reached once from its root, numbers finite, no categories, sizes bounded.
+        RunError: Unless the file has five classes, one tree for each class and round, indices within their arrays,
+            every node reached once from its root, finite numbers, no categories, and sizes within bounds.
     """
 
-    def refusal(words: str) -> RunError:
-        return RunError(f"{place}: {words}; the file was not written by phasewatch, train the model again")
+    def build_error(problem: str) -> RunError:
+        return RunError(f"{place}: {problem}; the file was not written by phasewatch, train the model again")
 
     if len(data) > MAX_TREES_BYTES:
-        raise refusal(f"{len(data):,} bytes, at most {MAX_TREES_BYTES:,} are read")
+        raise build_error(f"{len(data):,} bytes, expected at most {MAX_TREES_BYTES:,}")
     try:
         return _check_model(parse_ubjson(data), features)
     except ValueError as exc:  # UnicodeDecodeError is one
-        raise refusal(f"not a model of gradient-boosted trees: {exc}") from exc
+        raise build_error(f"not a model of gradient-boosted trees: {exc}") from exc
 
 
 def _check_model(model: Any, features: int) -> bytes:
-    learner = _check_object(_check_object(model, "the file", ("learner", "version"))["learner"], "learner", (
-        "attributes", "feature_names", "feature_types", "gradient_booster", "learner_model_param", "objective",
-    ))  # fmt: skip
+    learner = _check_object(
+        _check_object(model, "the file", ("learner", "version"))["learner"],
+        "learner",
+        ("attributes", "feature_names", "feature_types", "gradient_booster", "learner_model_param", "objective"),
+    )
     _check_object(learner["attributes"], "attributes", ())
     _check_empty_lists(learner, ("feature_names", "feature_types"))
     booster = _check_object(learner["gradient_booster"], "gradient_booster", ("model", "name"))
@@ -84,9 +88,11 @@ def _check_model(model: Any, features: int) -> bytes:
     )
     _check_equal(forest["tree_info"], [i % N_CLASSES for i in range(len(trees))], "tree_info")
     _check_equal(forest["iteration_indptr"], list(range(0, len(trees) + 1, N_CLASSES)), "iteration_indptr")
-    _check_equal(learner["objective"], {
-        "name": "multi:softprob", "softmax_multiclass_param": {"num_class": str(N_CLASSES)},
-    }, "objective")  # fmt: skip
+    _check_equal(
+        learner["objective"],
+        {"name": "multi:softprob", "softmax_multiclass_param": {"num_class": str(N_CLASSES)}},
+        "objective",
+    )
     _check_params(learner["learner_model_param"], features)
     _check_version(model["version"])
     nodes = [_check_node_arrays(tree, number, features) for number, tree in enumerate(trees)]
@@ -107,7 +113,7 @@ def _check_model(model: Any, features: int) -> bytes:
 
 
 def _join_pair(pair: tuple[bytes, bytes]) -> bytes:
-    """Return a key, rendered already, with its value."""
+    """Return a rendered key followed by its rendered value."""
     return pair[0] + pair[1]
 
 
@@ -141,11 +147,11 @@ def _check_params(value: Any, features: int) -> None:
         _check_equal(params[name], str(expected), name)
     score = params["base_score"]
     if not isinstance(score, str) or not _BASE_SCORE.fullmatch(score):
-        raise ValueError("base_score is no finite number")
+        raise ValueError("base_score is not a finite number")
     if not all(
-        isfinite(number := float(text)) and abs(number) <= _MAX_MAGNITUDE for text in score.strip("[]").split(",")
+        isfinite(number := float(text)) and abs(number) <= MAX_MAGNITUDE for text in score.strip("[]").split(",")
     ):
-        raise ValueError("base_score is no finite number")
+        raise ValueError("base_score is not a finite number")
     if params["boost_from_average"] not in ("0", "1"):
         raise ValueError("boost_from_average is neither 0 nor 1")
 
@@ -153,11 +159,11 @@ def _check_params(value: Any, features: int) -> None:
 def _check_version(value: Any) -> None:
     is_version = isinstance(value, list) and len(value) == 3 and all(type(v) is int and 0 <= v < 1000 for v in value)
     if not is_version or value[0] < 3:
-        raise ValueError("version is none of XGBoost 3")
+        raise ValueError("the version is not one of XGBoost 3")
 
 
-def _check_node_arrays(value: Any, number: int, features: int) -> TreeArrays:
-    """Return the arrays of a tree; each has one entry a node."""
+def _check_node_arrays(value: Any, number: int, features: int) -> _TreeArrays:
+    """Return the arrays of a tree; each has one entry for each node."""
     tree = _check_object(value, "a tree", (*_NODE_FIELDS, *_EMPTY_FIELDS, "id", "tree_param"))
     _check_equal(tree["id"], number, "id of a tree")
     _check_empty_lists(tree, tuple(_EMPTY_FIELDS))
@@ -165,19 +171,21 @@ def _check_node_arrays(value: Any, number: int, features: int) -> TreeArrays:
     for name, kind in _NODE_FIELDS.items():
         array = tree[name]
         if not isinstance(array, np.ndarray) or array.dtype != _DTYPES[kind] or len(array) != size or not size:
-            raise ValueError(f"tree {number}: {name} is not one number of its type for each node")
-    _check_equal(tree["tree_param"], {
-        "num_deleted": "0", "num_feature": str(features), "num_nodes": str(size), "size_leaf_vector": "1",
-    }, f"tree_param of tree {number}")  # fmt: skip
+            raise ValueError(f"tree {number}: {name} does not have one number of its type for each node")
+    _check_equal(
+        tree["tree_param"],
+        {"num_deleted": "0", "num_feature": str(features), "num_nodes": str(size), "size_leaf_vector": "1"},
+        f"tree_param of tree {number}",
+    )
     return {name: tree[name] for name in _NODE_FIELDS}
 
 
-def _check_structure(trees: list[TreeArrays], features: int) -> None:
-    """Check all trees at once: numbers finite, columns there, children after their parent and reached exactly once."""
+def _check_structure(trees: list[_TreeArrays], features: int) -> None:
+    """Check all trees at once: finite numbers, valid columns, children after their parent and reached once."""
     sizes = np.array([len(tree["parents"]) for tree in trees], np.int64)
     total = int(sizes.sum())
     if total > MAX_TREE_NODES:
-        raise ValueError(f"{total:,} nodes, at most {MAX_TREE_NODES:,} are read")
+        raise ValueError(f"{total:,} nodes, expected at most {MAX_TREE_NODES:,}")
     start = np.repeat(np.cumsum(sizes) - sizes, sizes)
     own, size = np.arange(total) - start, np.repeat(sizes, sizes)
 
@@ -186,29 +194,29 @@ def _check_structure(trees: list[TreeArrays], features: int) -> None:
 
     for name in _FLOAT_FIELDS:
         values = np.concatenate([tree[name] for tree in trees])
-        if not (np.abs(values) <= _MAX_MAGNITUDE).all():
-            raise ValueError(f"{name} holds a number that is not finite or above {_MAX_MAGNITUDE:g}")
+        if not (np.abs(values) <= MAX_MAGNITUDE).all():
+            raise ValueError(f"{name} holds a number that is not finite or above {MAX_MAGNITUDE:g}")
     left, right, parents = joined("left_children"), joined("right_children"), joined("parents")
     split, columns = left != -1, joined("split_indices")
     if not (columns >= 0).all() or not (columns < features).all():
-        raise ValueError(f"split_indices names a column that is none of {features}")
+        raise ValueError(f"split_indices holds a column outside 0 to {features - 1}")
     if joined("split_type").any() or (joined("default_left") > 1).any():
-        raise ValueError("split_type or default_left is not what it can be")
+        raise ValueError("split_type or default_left holds an invalid value")
     if (split != (right != -1)).any():
         raise ValueError("a node has one child")
     for child in (left, right):
         if not ((child > own) & (child < size))[split].all():
-            raise ValueError("a child does not stand behind its parent in its tree")
+            raise ValueError("a child does not follow its parent in its tree")
         if (parents[(start + child)[split]] != own[split]).any():
-            raise ValueError("parents and children differ")
+            raise ValueError("parents and children do not match")
     reached = np.bincount(np.concatenate([(start + left)[split], (start + right)[split]]), minlength=total)
     is_root = own == 0
     if (reached != ~is_root).any() or (parents[is_root] != _NO_PARENT).any():
-        raise ValueError("a node is reached not at all, or twice")
+        raise ValueError("a node is not reached, or reached twice")
 
 
-def _render_tree(tree: dict[str, Any], arrays: TreeArrays) -> list[tuple[bytes, bytes]]:
-    """Return the keys and values of a tree in the order of their names, as XGBoost writes them."""
+def _render_tree(tree: dict[str, Any], arrays: _TreeArrays) -> list[tuple[bytes, bytes]]:
+    """Render the keys and values of a tree in the order of their names, as XGBoost writes them."""
     values: dict[str, bytes] = {name: render_array(arrays[name], kind) for name, kind in _NODE_FIELDS.items()}
     values |= {name: _EMPTY_BYTES[name] for name in _EMPTY_FIELDS}
     values |= {"id": render_ubjson(tree["id"]), "tree_param": render_ubjson(tree["tree_param"])}

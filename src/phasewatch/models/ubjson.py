@@ -1,4 +1,4 @@
-"""Read Universal Binary JSON as XGBoost writes it, within bounds: every size is held against the bytes that are left.
+"""Parse and render Universal Binary JSON as XGBoost writes it; every size is checked against the bytes that are left.
 
 Source: ubjson.org, draft 12, without what XGBoost never writes (no-ops, null, sized objects, arrays without a count).
 """
@@ -12,8 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = [
+    "MAX_UBJSON_DEPTH",
+    "MAX_UBJSON_TEXT_BYTES",
+    "MAX_UBJSON_VALUES",
+    "parse_ubjson",
+    "render_array",
+    "render_ubjson",
+]
+
 MAX_UBJSON_DEPTH = 8
-MAX_UBJSON_VALUES = 200_000  # 5,000 trees of 22 values and as much again
+MAX_UBJSON_VALUES = 200_000  # 5,000 trees of 22 values need 110,000
 MAX_UBJSON_TEXT_BYTES = 1_024
 
 _INT64_STRUCT = struct.Struct(">q")
@@ -25,10 +34,10 @@ _ARRAY_DTYPES: Mapping[bytes, np.dtype[Any]] = {
 
 
 def parse_ubjson(data: bytes) -> Any:
-    """Parse one value; objects become dicts, counted arrays lists, typed arrays numpy arrays that own no memory.
+    """Parse one value: objects to dicts, counted arrays to lists, typed arrays to views of `data`.
 
     Raises:
-        ValueError: If the bytes are cut, hold anything else, or pass a bound.
+        ValueError: If the bytes are cut short, hold any other type, or exceed a bound.
     """
     reader = _UbjsonReader(data)
     value = reader.read_value(0)
@@ -124,13 +133,18 @@ class _UbjsonReader:
 
 
 def render_array(values: NDArray[Any], kind: bytes) -> bytes:
-    """Return the bytes of a typed array, in XGBoost's spelling (64-bit counts)."""
+    """Render a typed array as XGBoost does (64-bit counts).
+
+    Args:
+        values: ``(n,)`` numbers, converted to the type.
+        kind: Type marker of UBJSON, such as ``b"d"`` for float32.
+    """
     return b"[$" + kind + b"#L" + len(values).to_bytes(8, "big") + values.astype(_ARRAY_DTYPES[kind]).tobytes()
 
 
 def render_ubjson(value: Any) -> bytes:
-    """Return the bytes of an object, a list, a text or a whole number, in XGBoost's spelling."""
-    if isinstance(value, bytes):  # rendered already
+    """Render an object, list, text or integer as XGBoost does; bytes are values that were rendered before."""
+    if isinstance(value, bytes):
         return value
     if isinstance(value, Mapping):
         return b"{" + b"".join(_render_text(key) + render_ubjson(inner) for key, inner in value.items()) + b"}"
@@ -138,7 +152,8 @@ def render_ubjson(value: Any) -> bytes:
         return b"[#L" + len(value).to_bytes(8, "big") + b"".join(map(render_ubjson, value))
     if isinstance(value, str):
         return b"S" + _render_text(value)
-    marker, size = next((m, s) for m, s in ((b"i", 1), (b"I", 2), (b"l", 4), (b"L", 8)) if -(2 ** (8 * s - 1)) <= value < 2 ** (8 * s - 1))  # fmt: skip
+    sizes = ((b"i", 1), (b"I", 2), (b"l", 4), (b"L", 8))
+    marker, size = next((m, s) for m, s in sizes if -(2 ** (8 * s - 1)) <= value < 2 ** (8 * s - 1))
     return marker + int(value).to_bytes(size, "big", signed=True)
 
 

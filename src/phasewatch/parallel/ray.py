@@ -1,4 +1,4 @@
-"""The ordered map of `workers`, on Ray: for stores that one machine no longer sweeps in time. Same function, same results."""
+"""The ordered map of `parallel.pool` on a Ray cluster, for stores that are too large for one machine."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 from phasewatch.errors import MachineError
 from phasewatch.parallel.pool import ONE_THREAD_ENVIRONMENT, WORKER_START_TIMEOUT_S, ItemResult, set_environment
 
+__all__ = ["map_on_ray"]
+
 T = TypeVar("T")
 R = TypeVar("R")
 
-_MAX_PENDING_PER_WORKER = 16  # tasks handed over and not yet given back, per worker
-_FRESH_VARIABLE = (
-    "PHASEWATCH_FRESH_PROCESS"  # another value of it, another process: Ray keeps one apart for each environment
-)
+_MAX_PENDING_PER_WORKER = 16  # tasks submitted without a result, per worker
+_FRESH_VARIABLE = "PHASEWATCH_FRESH_PROCESS"  # another value starts another process: Ray keeps one per environment
 
 
 @dataclass(slots=True)
@@ -38,19 +38,19 @@ def map_on_ray(
     address: str = "",
     start_s: float = WORKER_START_TIMEOUT_S,
 ) -> Iterator[ItemResult[R]]:
-    """Apply a function to each item on a Ray cluster and give the results in the items' order.
+    """Apply a function to each item on a Ray cluster and yield the results in the order of the items.
 
     Args:
-        fn: As `workers.map_ordered` wants it; every node needs the same phasewatch, and sees the same store.
-        items: Read only as far ahead as the look-ahead needs.
-        workers: CPUs that are used at a time; a local cluster is started with so many.
-        timeout_s: How long an item that all others wait for may take before its worker is killed; None waits for ever.
-        retries: How often an item is tried again, in a fresh process, after its worker died or hung.
-        address: Of a running cluster (``auto``, ``ray://head:10001``); empty starts one here and ends it.
-        start_s: How long a worker may take to begin with it.
+        fn: Picklable function, as for `parallel.pool.map_ordered`; every node needs the same phasewatch and store.
+        items: Read lazily, at most `_MAX_PENDING_PER_WORKER` items for each worker ahead of the last result.
+        workers: CPUs used at a time; a local cluster is started with this number.
+        timeout_s: Seconds that the oldest item may take before its worker is killed; None for no limit.
+        retries: Number of further tries of an item whose worker died or hung, each in a fresh process.
+        address: Address of a running cluster (``auto``, ``ray://head:10001``); empty starts one here and ends it.
+        start_s: Seconds that a worker may take to start an item.
 
     Raises:
-        MachineError: If Ray is not there, or no cluster answers.
+        MachineError: If no cluster can be reached or started.
     """
     with _connect_cluster(workers, address) as ray:
         remote = ray.remote(num_cpus=1, max_retries=0, num_returns="streaming")(_apply_after_start)
@@ -69,18 +69,19 @@ def map_on_ray(
             if not waiting:
                 return
             head = waiting[0]
-            value, words = _wait_for_result(ray, head, timeout_s, start_s)
-            if words:
+            value, problem = _wait_for_result(ray, head, timeout_s, start_s)
+            if problem is not None:
                 head.failures += 1
                 if head.failures <= retries:
                     start(head)
                     continue
             waiting.popleft()
-            yield ItemResult(index=head.index, value=value, error=f"{words}, {head.failures} times" if words else None)
+            error = None if problem is None else f"{problem}, {head.failures} times"
+            yield ItemResult(index=head.index, value=value, error=error)
 
 
 def _apply_after_start(fn: Callable[[T], R], item: T) -> Iterator[R | None]:
-    """Say that the work begins, then give its value: only then does its time run."""
+    """Yield None when the work starts, so that its time can be measured from there, then its value."""
     yield None
     yield fn(item)
 
@@ -89,8 +90,8 @@ def _fresh_environment(task: _RayTask) -> dict[str, str]:
     return {**ONE_THREAD_ENVIRONMENT, _FRESH_VARIABLE: f"{task.index}.{task.failures}"}
 
 
-def _wait_for_result(ray: Any, task: _RayTask, timeout_s: float | None, start_s: float) -> tuple[Any, str]:
-    """Wait for the oldest task; give its value, or the words for it if its worker hung or died."""
+def _wait_for_result(ray: Any, task: _RayTask, timeout_s: float | None, start_s: float) -> tuple[Any, str | None]:
+    """Wait for the oldest task; return its value and None, or None and the reason why its worker was lost."""
     value = None
     for limit_s, what in ((start_s if timeout_s else None, "did not start in"), (timeout_s, "took longer than")):
         done, _ = ray.wait([task.ref], timeout=limit_s)
@@ -106,13 +107,13 @@ def _wait_for_result(ray: Any, task: _RayTask, timeout_s: float | None, start_s:
         ) as exc:
             return None, f"the worker died ({type(exc).__name__})"
         except ray.exceptions.RayTaskError as exc:
-            raise exc.cause from exc  # broken code is not data
-    return value, ""
+            raise exc.cause from exc  # an exception of the function is raised here
+    return value, None
 
 
 @contextmanager
 def _connect_cluster(workers: int, address: str) -> Iterator[Any]:
-    """Join a cluster, or start one on this machine for as long as the block lasts; the process's own, if it has one."""
+    """Connect to a cluster, or start one on this machine for the block; use the process's connection if it has one."""
     import ray
 
     if ray.is_initialized():
@@ -128,8 +129,8 @@ def _connect_cluster(workers: int, address: str) -> Iterator[Any]:
                 ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
     except Exception as exc:  # Ray raises bare ones when a node does not come up
         where = address or "this machine"
-        words = str(exc).partition("\n")[0]
-        raise MachineError(f"no Ray cluster on {where}: {words}; check --address, or leave out --engine ray") from exc
+        reason = str(exc).partition("\n")[0]
+        raise MachineError(f"no Ray cluster on {where}: {reason}; check --address, or leave out --engine ray") from exc
     try:
         yield ray
     finally:

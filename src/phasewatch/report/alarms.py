@@ -15,7 +15,6 @@ from phasewatch.training.predictions import NO_FILTER
 
 __all__ = ["build_alarm_section"]
 
-_RATE_METRICS = ("false_alarms_per_vm_hour", "soak_false_alarms_per_vm_hour")  # their note holds the VM-hours
 _NO_ALARM_METRICS = (
     "This run has no alarm metrics. They need binned episodes with labels and model predictions on validation data."
 )

@@ -11,7 +11,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.artifacts import ACCOUNTING_FILE, FEATURE_SCHEMA_FILE, METRICS_FILE, PREDICTIONS_FILE, VALIDATION_FILE
+from phasewatch.artifacts import (
+    ACCOUNTING_FILE,
+    FEATURE_SCHEMA_FILE,
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+    SPLITS_DIR,
+    VALIDATION_FILE,
+)
 from phasewatch.audit.checks import AuditReport
 from phasewatch.dataset import SplitIndex
 from phasewatch.errors import RunError
@@ -52,7 +59,7 @@ COMMAND_BY_FILE = {
     ACCOUNTING_FILE: "validate",
     VALIDATION_FILE: "validate",
     FEATURE_SCHEMA_FILE: "features",
-    "splits": "split",
+    SPLITS_DIR: "split",
 }
 PREDICTION_COLUMNS = (
     "model",
@@ -288,7 +295,7 @@ def find_stale_inputs(metrics: MetricTable, digests: Mapping[str, str]) -> tuple
         One sentence per changed input.
     """
     changed = [n for n, digest in sorted(metrics.inputs.items()) if n in digests and digests[n] != digest]
-    splits = [name for name in changed if name.startswith("splits/")]
+    splits = [name for name in changed if name.startswith(f"{SPLITS_DIR}/")]
     stale = [f"another version of {name}" for name in changed if name not in splits]
     if splits:
         stale.append(f"other versions of {render_count(len(splits), 'split')} (first: {splits[0]})")

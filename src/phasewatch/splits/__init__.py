@@ -1,4 +1,4 @@
-"""Episodes of a run come in; folds that say who is learnt from and who is tested, with their proof, go out."""
+"""Splits: assign the episodes of a run to train, validation and test sets, and check each fold against leakage."""
 
 from phasewatch.splits.aside import SetAsideCode, SetAsideEpisode
 from phasewatch.splits.build import (
@@ -10,10 +10,12 @@ from phasewatch.splits.build import (
     prepare_split,
 )
 from phasewatch.splits.fold import (
+    TRAINING_PARTS,
     Fold,
     FoldCoverage,
     RandomWindowSplit,
     SplitEpisode,
+    SplitEpisodes,
     SplitPart,
     parse_fold,
     render_fold,
@@ -23,6 +25,7 @@ from phasewatch.splits.recipes import SPLIT_RECIPES, Recipe, find_recipe
 
 __all__ = [
     "SPLIT_RECIPES",
+    "TRAINING_PARTS",
     "Fold",
     "FoldCoverage",
     "NearDuplicates",
@@ -32,6 +35,7 @@ __all__ = [
     "SetAsideCode",
     "SetAsideEpisode",
     "SplitEpisode",
+    "SplitEpisodes",
     "SplitInput",
     "SplitPart",
     "assign_random_windows",

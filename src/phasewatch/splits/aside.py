@@ -1,4 +1,4 @@
-"""Odd episodes, set aside by name before a split is made, so that one bundle costs no recipe and no other host's fold."""
+"""Exclude unusable episodes before a split, so that one bundle does not make a recipe or another host's fold fail."""
 
 from __future__ import annotations
 
@@ -13,14 +13,23 @@ from phasewatch.splits.fold import SplitEpisode
 from phasewatch.splits.near import find_copied_episodes
 from phasewatch.types import BENIGN_PROFILE
 
-MIN_EPISODES = 2  # of each profile in train; with fewer a model has seen one run, not a profile
+__all__ = [
+    "MIN_EPISODES",
+    "SetAsideCode",
+    "SetAsideEpisode",
+    "build_set_aside",
+    "find_unusable_episodes",
+    "has_enough_episodes",
+]
+
+MIN_EPISODES = 2  # of each profile in train; with one a model has seen a run, not a profile
 _USABLE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 ._+@=,()~-]{0,98}[A-Za-z0-9_+@=,()~-])?")
-_RESERVED_NAMES = frozenset({"con", "prn", "aux", "nul"})  # files of this name exist on no Windows disk
+_RESERVED_NAMES = frozenset({"con", "prn", "aux", "nul"})  # not allowed as file names on Windows
 _IGNORED_CHARS = re.compile(r"[ ._-]+")
 
 
 class SetAsideCode(StrEnum):
-    """Why an episode is in no split."""
+    """The reason why an episode is in no split."""
 
     NAME = "name-unusable"
     LOOK_ALIKE = "profile-look-alike"
@@ -31,15 +40,19 @@ class SetAsideCode(StrEnum):
 
     @property
     def about(self) -> str:
-        """What it means, and what to do."""
+        """The meaning of the code, and what to do."""
         return _CODE_TEXTS[self]
 
 
 _CODE_TEXTS = {
-    SetAsideCode.NAME: "its profile or sample name cannot name a file; record it under letters, digits, '-', '_' and '.'",
-    SetAsideCode.LOOK_ALIKE: "its profile is spelled almost like a registered one; record it under that name or another",
-    SetAsideCode.ID_TAKEN: "another host holds an episode of this id; ids are unique in a store, record it again",
-    SetAsideCode.COPY: "half of its proc rows are those of another host with more episodes of its own; remove the copy",
+    SetAsideCode.NAME: (
+        "its profile or sample name cannot be a file name; record it with a name of letters, digits, '-', '_' and '.'"
+    ),
+    SetAsideCode.LOOK_ALIKE: (
+        "its profile name is almost that of a registered profile; record it with that name or a different one"
+    ),
+    SetAsideCode.ID_TAKEN: "another host has an episode with this id; ids are unique in a store, record it again",
+    SetAsideCode.COPY: "half of its proc rows are those of another host that has more episodes; remove the copy",
     SetAsideCode.RARE: f"its profile has fewer than {MIN_EPISODES} episodes; record more of it",
     SetAsideCode.NOT_IN_TRAIN: (
         f"a fold would leave fewer than {MIN_EPISODES} episodes of its profile in train; "
@@ -50,10 +63,11 @@ _CODE_TEXTS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class SetAsideEpisode:
-    """One episode that no fold of some recipes lists.
+    """An episode that is in no fold of some recipes.
 
     Attributes:
-        recipes: Which ones; empty for every recipe.
+        code: The reason.
+        recipes: Names of the recipes; empty for all.
     """
 
     host_id: str
@@ -64,14 +78,14 @@ class SetAsideEpisode:
 
 
 def build_set_aside(e: SplitEpisode, code: SetAsideCode) -> SetAsideEpisode:
-    """Return the entry of one episode, for every recipe."""
+    """Return the entry of one episode for all recipes."""
     return SetAsideEpisode(host_id=e.host_id, episode_id=e.episode_id, profile=e.profile, code=code)
 
 
 def find_unusable_episodes(lab: Sequence[SplitEpisode]) -> tuple[SetAsideEpisode, ...]:
     """Return the episodes that no recipe can use, each with its first reason.
 
-    A name that is odd counts before a number: an episode under a name like ``a/b`` makes no other profile less rare.
+    Names are checked before counts: an episode with an unusable name does not count for its profile.
     """
     odd: dict[tuple[str, str], SetAsideEpisode] = {}
 
@@ -88,15 +102,14 @@ def find_unusable_episodes(lab: Sequence[SplitEpisode]) -> tuple[SetAsideEpisode
     note((e for e in rest() if e.episode_id in copies), SetAsideCode.COPY)
     count = Counter(e.profile for e in rest())
     rare = [e for e in rest() if count[e.profile] < MIN_EPISODES]
-    if has_enough_episodes(
-        rest(), {e.episode_id for e in rare}
-    ):  # in a store of a few episodes a recipe says what is missing
+    # In a store of a few episodes rare ones are kept, and the recipe's error names what is missing.
+    if has_enough_episodes(rest(), {e.episode_id for e in rare}):
         note(rare, SetAsideCode.RARE)
     return tuple(sorted(odd.values()))
 
 
 def has_enough_episodes(lab: Sequence[SplitEpisode], aside: Container[str]) -> bool:
-    """Whether what stays is still the store that was recorded: benign episodes, and half of the hosts with others."""
+    """Return whether benign episodes, and half of the hosts with malicious ones, remain without `aside`."""
     before = {e.host_id for e in lab if e.profile != BENIGN_PROFILE}
     after = {e.host_id for e in lab if e.profile != BENIGN_PROFILE and e.episode_id not in aside}
     had_benign = any(e.profile == BENIGN_PROFILE for e in lab)
@@ -105,18 +118,18 @@ def has_enough_episodes(lab: Sequence[SplitEpisode], aside: Container[str]) -> b
 
 
 def _is_usable_name(name: str) -> bool:
-    """Whether a name can stand in the name of a file on any disk.
+    """Return whether a name can be part of a file name on any disk.
 
-    >>> [is_usable_name(n) for n in ("beacon-c2", "a/b", "..", "nul", "")]
+    >>> [_is_usable_name(n) for n in ("beacon-c2", "a/b", "..", "nul", "")]
     [True, False, False, False, False]
     """
     return _USABLE_NAME.fullmatch(name) is not None and name.partition(".")[0].lower() not in _RESERVED_NAMES
 
 
 def _is_profile_lookalike(profile: str) -> bool:
-    """Whether a profile is a registered one but for case, spaces and punctuation.
+    """Return whether a profile's name differs from a registered one in case, spaces and punctuation alone.
 
-    >>> [looks_registered(n) for n in ("benign", "Benign", "crypto_mine", "mine")]
+    >>> [_is_profile_lookalike(n) for n in ("benign", "Benign", "crypto_mine", "mine")]
     [False, True, True, False]
     """
     known = {p.name for p in PROFILES}

@@ -1,4 +1,4 @@
-"""Episodes to folds: cut by the recipe, embargo what is too near the test, choose who validates, and prove it."""
+"""Build the folds of a recipe: test set, embargo, validation sets, and checks of the result."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from phasewatch.splits.aside import (
 )
 from phasewatch.splits.fold import (
     FOLD_VERSION,
+    TRAINING_PARTS,
     Fold,
     FoldCoverage,
     RandomWindowSplit,
@@ -36,14 +37,24 @@ from phasewatch.splits.recipes import (
 )
 from phasewatch.types import PHASES, EpisodeRole, Phase
 
-TRAINING_PARTS = (SplitPart.TRAIN, SplitPart.VAL_A, SplitPart.VAL_B)
+__all__ = [
+    "DRIFT_DAYS",
+    "RecipeSplit",
+    "SplitInput",
+    "assign_random_windows",
+    "build_folds",
+    "build_split",
+    "check_fold",
+    "check_partition",
+    "prepare_split",
+]
 
 
 def check_partition(row: Recipe, cuts: Sequence[FoldPlan], lab: Sequence[SplitEpisode]) -> tuple[str, ...]:
-    """Check that the folds together test each episode once, where the recipe says so.
+    """Check that each episode is tested in exactly one fold, if the recipe claims it, and return the claim.
 
     Raises:
-        SplitError: If they do not.
+        SplitError: If an episode is not.
     """
     if not row.partitions:
         return ()
@@ -56,10 +67,16 @@ def check_partition(row: Recipe, cuts: Sequence[FoldPlan], lab: Sequence[SplitEp
 def check_fold(
     row: Recipe, lab: Sequence[SplitEpisode], parts: Mapping[str, SplitPart], validation: str
 ) -> tuple[str, ...]:
-    """Check what the recipe claims of one fold; gives the claims in words.
+    """Check the claims of a recipe for one fold, and return them.
+
+    Args:
+        row: The recipe.
+        lab: All episodes of the split.
+        parts: Episode → its set.
+        validation: Source of the validation sets, as `Fold.validation`.
 
     Raises:
-        SplitError: If one does not hold.
+        SplitError: If a claim does not hold.
     """
     of_part = {part: [e for e in lab if parts[e.episode_id] is part] for part in SplitPart}
     learnt, tested = [e for part in TRAINING_PARTS for e in of_part[part]], of_part[SplitPart.TEST]
@@ -71,7 +88,8 @@ def check_fold(
         "train, validation A, validation B and test share no session": sum(map(len, sessions))
         == len(set().union(*sessions)),
         "no plan seed of the test set was learnt from": not _collect_plan_seeds(learnt) & _collect_plan_seeds(tested),
-        f"each profile that is not held out has at least {MIN_EPISODES} episodes in train": True,  # refused before, by name
+        # Checked before, where the error names the profiles.
+        f"each profile that is not held out has at least {MIN_EPISODES} episodes in train": True,
     }
     for what in row.held_out:
         key = HELD_OUT_KEYS[what]
@@ -84,29 +102,30 @@ def check_fold(
         ended = max((e.started_wall_ns + round(e.duration_s * 1e9) for e in learnt), default=0)
         claims["all that was learnt from ended before the first test episode began"] = ended <= began
     if broken := [words for words, holds in claims.items() if not holds]:
-        raise SplitError(f"{row.name}: not so: {'; '.join(broken)}")
+        raise SplitError(f"{row.name}: these claims of the fold do not hold: {'; '.join(broken)}")
     return tuple(claims)
 
 
 def _collect_plan_seeds(episodes: Sequence[SplitEpisode]) -> set[tuple[str, int]]:
-    """Return the plan seeds, each with its host: two hosts that name one number have planned nothing together."""
+    """Return the plan seeds, each with its host, because equal seeds on two hosts are unrelated."""
     return {(e.host_id, e.plan_seed) for e in episodes if e.plan_seed != NO_SEED}
 
 
-VALIDATION_SHARE = 0.15  # of the other sessions, where no host can be spared (DESIGN section 7)
-DRIFT_DAYS = 7  # a store that spans less shows no drift
+_VALIDATION_SHARE = 0.15  # of the other sessions, if no host can be spared (DESIGN section 7)
+DRIFT_DAYS = 7  # a store of a shorter span shows no drift
 _DAY_NS = 86_400 * 10**9
 
-SessionKey = tuple[str, str]  # session and host
+_SessionKey = tuple[str, str]  # session and host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitInput:
-    """The episodes that a split can use, compared with each other once for all recipes.
+    """The usable episodes of a run, with their near-duplicates, for all recipes.
 
     Attributes:
-        lab: Of role `lab` and of a known phase, in the order (host, episode).
-        set_aside: Those that no recipe uses, by name.
+        lab: Episodes of role `lab` with a known phase, in the order (host, episode).
+        set_aside: Episodes that no recipe uses.
+        near: Near-duplicates among `lab`.
     """
 
     lab: tuple[SplitEpisode, ...]
@@ -116,39 +135,44 @@ class SplitInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipeSplit:
-    """The folds of a recipe, and the episodes that this recipe alone sets aside."""
+    """The folds of a recipe, and the episodes that only this recipe sets aside."""
 
     folds: tuple[Fold, ...]
     set_aside: tuple[SetAsideEpisode, ...]
 
 
 class _RareProfilesError(Exception):
-    """Some profiles are too rare in the train set of a fold; `blamed` are the episodes to blame, `words` the first fold's."""
+    """Some profiles are too rare in the train set of a fold.
 
-    def __init__(self, these: Mapping[str, SetAsideCode], words: str) -> None:
-        super().__init__(words)
-        self.blamed, self.words = these, words
+    Attributes:
+        blocking: Episodes without which the fold can be built.
+        message: The error of the fold.
+    """
+
+    def __init__(self, blocking: Mapping[str, SetAsideCode], message: str) -> None:
+        super().__init__(message)
+        self.blocking, self.message = blocking, message
 
 
 def build_folds(recipe: str, episodes: Iterable[SplitEpisode], *, profiles: Sequence[str]) -> tuple[Fold, ...]:
-    """Cut episodes into the folds of a recipe; see `build_split`, which also names what was set aside."""
+    """Build the folds of a recipe from all episodes of a run; see `prepare_split` and `build_split`."""
     return build_split(recipe, prepare_split(episodes), profiles=profiles).folds
 
 
 def prepare_split(episodes: Iterable[SplitEpisode]) -> SplitInput:
-    """Choose what can be split and find near-duplicates in it.
+    """Select the usable episodes and find the near-duplicates among them.
 
     Args:
-        episodes: All episodes of the run in any order; those that are not `lab` or of no known phase are passed over.
+        episodes: All episodes of the run in any order; other roles than `lab` and unknown phases are left out.
 
     Raises:
-        SplitError: If an episode stands twice.
+        SplitError: If an episode id occurs twice.
     """
     lab = sorted(
         (e for e in episodes if e.role is EpisodeRole.LAB and e.phases), key=lambda e: (e.host_id, e.episode_id)
     )
     if repeated := [i for i, n in Counter(e.episode_id for e in lab).items() if n > 1]:
-        raise SplitError(f"episode {repeated[0]} stands twice; an episode is in exactly one set")
+        raise SplitError(f"episode {repeated[0]} occurs twice; an episode is in exactly one set")
     odd = find_unusable_episodes(lab)
     ids = {o.episode_id for o in odd}
     usable = _join_neighbour_sessions([e for e in lab if e.episode_id not in ids])
@@ -156,17 +180,17 @@ def prepare_split(episodes: Iterable[SplitEpisode]) -> SplitInput:
 
 
 def _join_neighbour_sessions(lab: Sequence[SplitEpisode]) -> tuple[SplitEpisode, ...]:
-    """Join sessions of two hosts where their episodes name each other as neighbours.
+    """Join sessions of two hosts whose episodes name each other as neighbours.
 
-    One side alone can claim to have run beside anything, so both must say it, and give the session the same name.
+    Both sides must name the other and have the same session name, because one side alone could claim anything.
     """
     known = {e.episode_id: e for e in lab}
-    leader: dict[SessionKey, SessionKey] = {e.session_key: e.session_key for e in lab}
+    leader: dict[_SessionKey, _SessionKey] = {e.session_key: e.session_key for e in lab}
 
-    def find(sitting: SessionKey) -> SessionKey:
-        while leader[sitting] != sitting:
-            leader[sitting] = sitting = leader[leader[sitting]]
-        return sitting
+    def find(session: _SessionKey) -> _SessionKey:
+        while leader[session] != session:
+            leader[session] = session = leader[leader[session]]
+        return session
 
     for e in lab:
         for other in (known[i] for i in e.neighbours if i in known):
@@ -177,34 +201,34 @@ def _join_neighbour_sessions(lab: Sequence[SplitEpisode]) -> tuple[SplitEpisode,
 
 
 def build_split(recipe: str, given: SplitInput, *, profiles: Sequence[str]) -> RecipeSplit:
-    """Cut episodes into the folds of a recipe.
+    """Build the folds of a recipe.
 
-    An episode that would keep a fold from being built is set aside for this recipe, and the recipe is built without it,
-    as long as that leaves benign episodes and half of the hosts on which anything malicious ran.
+    An episode that prevents a fold is set aside for this recipe, and the recipe is built without it, if benign episodes
+    and half of the hosts with malicious ones remain.
 
     Args:
-        recipe: A name of RECIPES.
-        given: What `prepare_split` chose.
-        profiles: All profiles that are registered; those without a test episode are named in each fold.
+        recipe: Name of a recipe.
+        given: Result of `prepare_split`.
+        profiles: All registered profiles; each fold names those without a test episode.
 
     Raises:
-        SplitError: If the recipe cannot be built; it says which profile, host or session is missing.
+        SplitError: If the recipe cannot be built, naming the profile, host or session that is missing.
     """
     row, lab = find_recipe(recipe), given.lab
     aside: dict[str, SetAsideCode] = {}
     while True:
         kept = [e for e in lab if e.episode_id not in aside]
         if not kept:
-            words = f" besides {len(given.set_aside)} that are set aside" if given.set_aside else ""
+            excluded = f" except {len(given.set_aside)} that are set aside" if given.set_aside else ""
             raise SplitError(
-                f"{recipe}: there is no lab episode of known phase{words}; record some with `phasewatch record`"
+                f"{recipe}: no lab episode with a known phase{excluded}; record some with `phasewatch record`"
             )
         try:
             folds = _build_recipe(row, kept, given.near, profiles)
-        except _RareProfilesError as untaught:
-            aside |= untaught.blamed
-            if not untaught.blamed or not has_enough_episodes(lab, aside):
-                raise SplitError(untaught.words) from None
+        except _RareProfilesError as exc:
+            aside |= exc.blocking
+            if not exc.blocking or not has_enough_episodes(lab, aside):
+                raise SplitError(exc.message) from None
         else:
             named = [
                 replace(build_set_aside(e, aside[e.episode_id]), recipes=(recipe,))
@@ -223,25 +247,24 @@ def _build_recipe(
             _build_random_fold(row, cut, RandomWindowSplit(number=i, of=len(cuts)), lab, profiles)
             for i, cut in enumerate(cuts)
         )
-    whole = check_partition(row, cuts, lab)
-    maker = _FoldBuilder(row=row, lab=lab, near=near, profiles=profiles, partition_claims=whole)
+    claims = check_partition(row, cuts, lab)
+    builder = _FoldBuilder(row=row, lab=lab, near=near, profiles=profiles, partition_claims=claims)
     folds: list[Fold] = []
-    blamed: dict[str, SetAsideCode] = {}
-    words = ""
+    errors: list[_RareProfilesError] = []
     for cut in cuts:
         try:
-            folds.append(maker.build(cut))
-        except _RareProfilesError as untaught:
-            blamed |= untaught.blamed
-            words = words or untaught.words
-    if words:
-        raise _RareProfilesError(blamed, words)
+            folds.append(builder.build(cut))
+        except _RareProfilesError as exc:
+            errors.append(exc)
+    if errors:
+        blocking = {episode: code for error in errors for episode, code in error.blocking.items()}
+        raise _RareProfilesError(blocking, errors[0].message)
     return tuple(folds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _FoldBuilder:
-    """Makes the folds of one recipe over the same episodes."""
+    """Builds the folds of one recipe over the same episodes."""
 
     row: Recipe
     lab: Sequence[SplitEpisode]
@@ -258,7 +281,7 @@ class _FoldBuilder:
         validation, chosen = self._choose_validation(cut, rest, wanted)
         if len(chosen) < 2:
             raise SplitError(
-                f"{row.name}, fold {cut.fold}: validation needs 2 sessions outside the test set and found {len(chosen)}; "
+                f"{row.name}, fold {cut.fold}: validation needs 2 sessions outside the test set, found {len(chosen)}; "
                 "record more sessions"
             )
         half_a = set(sorted(chosen, key=lambda s: compute_session_order("half", s))[::2])
@@ -275,11 +298,11 @@ class _FoldBuilder:
                 if e.session_key in half_a
                 else SplitPart.VAL_B
             )
-        if lacking := _count_rare_profiles(wanted, [e for e in rest if parts[e.episode_id] is SplitPart.TRAIN]):
-            words = ", ".join(f"{p} has {n}" for p, n in lacking.items())
+        if rare := _count_rare_profiles(wanted, [e for e in rest if parts[e.episode_id] is SplitPart.TRAIN]):
+            counts = ", ".join(f"{p} has {n}" for p, n in rare.items())
             raise _RareProfilesError(
-                _find_blocking_episodes(lab, lacking, twins),
-                f"{row.name}, fold {cut.fold}: each profile needs {MIN_EPISODES} episodes in train, but {words}; "
+                _find_blocking_episodes(lab, rare, twins),
+                f"{row.name}, fold {cut.fold}: each profile needs {MIN_EPISODES} episodes in train, but {counts}; "
                 f"record more episodes of them{_render_remedy(row)}",
             )
         return _add_digest(
@@ -303,8 +326,8 @@ class _FoldBuilder:
 
     def _choose_validation(
         self, cut: FoldPlan, rest: Sequence[SplitEpisode], wanted: set[str]
-    ) -> tuple[str, set[SessionKey]]:
-        """Return who validates, and their sessions."""
+    ) -> tuple[str, set[_SessionKey]]:
+        """Return the source of the validation sets, as `Fold.validation`, and their sessions."""
         if self.row.validation is ValidationScheme.FOLD:
             return "fold", {e.session_key for e in rest if e.episode_id in cut.validation_ids}
         if self.row.validation is ValidationScheme.LAST:
@@ -312,7 +335,7 @@ class _FoldBuilder:
         if self.row.validation is ValidationScheme.HOST:
             spared = _find_next_host({e.host_id for e in self.lab if e.episode_id in cut.test}, rest)
             its_sessions = {e.session_key for e in rest if e.host_id == spared}
-            # With few hosts or runs it may be all that could teach a profile; then sessions validate.
+            # With few hosts it may hold the only episodes of a profile; then a share of the sessions validates.
             if len(its_sessions) >= 2 and not _count_rare_profiles(wanted, [e for e in rest if e.host_id != spared]):
                 return f"host:{spared}", its_sessions
         return "sessions", _choose_random_sessions(rest)
@@ -349,10 +372,7 @@ def _add_digest(fold: Fold) -> Fold:
 def _find_embargoed(
     cut: FoldPlan, lab: Sequence[SplitEpisode], near: NearDuplicates
 ) -> tuple[dict[str, str], Mapping[str, str]]:
-    """Return why each episode that the recipe would let be learnt from stands too near to the test set.
-
-    Also returns the near-duplicate in the test set of those that have one.
-    """
+    """Return the episodes that are too close to the test set → why, and their near-duplicates in the test set."""
     tested = {e.session_key for e in lab if e.episode_id in cut.test}
     others = [e for e in lab if e.episode_id not in cut.test and e.episode_id not in cut.excluded]
     twins = near.find_twins([e.episode_id for e in others if e.session_key not in tested], cut.test)
@@ -366,27 +386,30 @@ def _find_embargoed(
 
 
 def _find_blocking_episodes(
-    lab: Sequence[SplitEpisode], lacking: Mapping[str, int], twins: Mapping[str, str]
+    lab: Sequence[SplitEpisode], rare: Mapping[str, int], twins: Mapping[str, str]
 ) -> dict[str, SetAsideCode]:
-    """Return the episodes without which no profile is lacking: copies on another host in the test set, else the profile's.
+    """Return the episodes without which the fold has no rare profile.
 
-    A profile that only lacks because another host's test set holds copies of it is not to blame.
+    If a profile is rare because its episodes have copies in another host's test set, these are the copies. Otherwise
+    they are all episodes of the profile.
     """
-    of = {e.episode_id: e for e in lab}
-    blamed: dict[str, SetAsideCode] = {}
-    for profile in lacking:
-        copied = {twin for i, twin in twins.items() if of[i].profile == profile and of[twin].host_id != of[i].host_id}
-        if copied:
-            blamed |= dict.fromkeys(copied, SetAsideCode.COPY)
+    by_id = {e.episode_id: e for e in lab}
+    blocking: dict[str, SetAsideCode] = {}
+    for profile in rare:
+        copies = {
+            twin for i, twin in twins.items() if by_id[i].profile == profile and by_id[twin].host_id != by_id[i].host_id
+        }
+        if copies:
+            blocking |= dict.fromkeys(copies, SetAsideCode.COPY)
         else:
-            blamed |= {e.episode_id: SetAsideCode.NOT_IN_TRAIN for e in lab if e.profile == profile}
-    return blamed
+            blocking |= {e.episode_id: SetAsideCode.NOT_IN_TRAIN for e in lab if e.profile == profile}
+    return blocking
 
 
 def _find_next_host(tested: set[str], rest: Sequence[SplitEpisode]) -> str | None:
-    """Return the host after the tested one in sorted order, round the end; None when there is no other.
+    """Return the host after the tested one in sorted order, cyclically; None without another host.
 
-    A host of a single session cannot validate: it is passed over, unless all are.
+    A host of a single session is skipped, unless all hosts have one.
     """
     sessions = {h: len({e.session_key for e in rest if e.host_id == h}) for h in {e.host_id for e in rest} - tested}
     others = sorted(h for h, n in sessions.items() if n >= 2) or sorted(sessions)
@@ -395,19 +418,19 @@ def _find_next_host(tested: set[str], rest: Sequence[SplitEpisode]) -> str | Non
     return next((h for h in others if h > max(tested)), others[0])
 
 
-def _choose_random_sessions(rest: Sequence[SplitEpisode]) -> set[SessionKey]:
-    """Choose 15 % of the sessions by hash, at least one for each half."""
+def _choose_random_sessions(rest: Sequence[SplitEpisode]) -> set[_SessionKey]:
+    """Choose 15 % of the sessions by hash, at least one for each validation set."""
     sessions = sorted({e.session_key for e in rest}, key=lambda s: compute_session_order("validation", s))
-    return set(sessions[: max(2, round(VALIDATION_SHARE * len(sessions)))])
+    return set(sessions[: max(2, round(_VALIDATION_SHARE * len(sessions)))])
 
 
-def _choose_last_sessions(rest: Sequence[SplitEpisode]) -> set[SessionKey]:
-    """Choose the 15 % of the sessions that began last, at least one for each half."""
-    began: dict[SessionKey, int] = {}
+def _choose_last_sessions(rest: Sequence[SplitEpisode]) -> set[_SessionKey]:
+    """Choose the 15 % of the sessions that began last, at least one for each validation set."""
+    began: dict[_SessionKey, int] = {}
     for e in rest:
         began[e.session_key] = min(e.started_wall_ns, began.get(e.session_key, e.started_wall_ns))
     sessions = sorted(began, key=lambda s: (-began[s], s))
-    return set(sessions[: max(2, round(VALIDATION_SHARE * len(sessions)))])
+    return set(sessions[: max(2, round(_VALIDATION_SHARE * len(sessions)))])
 
 
 def _count_rare_profiles(wanted: set[str], train: Sequence[SplitEpisode]) -> dict[str, int]:
@@ -452,13 +475,13 @@ def _build_notes(row: Recipe, lab: Sequence[SplitEpisode]) -> tuple[str, ...]:
 
 
 def assign_random_windows(deal: RandomWindowSplit, windows: Iterable[tuple[str, int]]) -> list[SplitPart]:
-    """Give the set of each window.
+    """Assign each window to a set by its hash (leaky; for the comparison of split protocols only).
 
-    A window is tested in exactly one fold and validates in the one before it, by halves.
+    A window is in the test set of exactly one fold, and in a validation set of the fold before.
 
     Args:
-        deal: Which fold, of how many.
-        windows: Episode id and ``t_center_ns`` of each.
+        deal: The fold, and the number of folds.
+        windows: Episode id and ``t_center_ns`` of each window.
     """
     return [_assign_random_window(deal, episode_id, t_center_ns) for episode_id, t_center_ns in windows]
 

@@ -1,8 +1,9 @@
-"""One cut of a run's episodes: who is in which set, what was checked, and its file."""
+"""Folds: the assignment of a run's episodes to sets, and its file."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -11,14 +12,29 @@ import msgspec
 from phasewatch.errors import RunError
 from phasewatch.types import EpisodeRole, Phase
 
+__all__ = [
+    "FOLD_VERSION",
+    "TRAINING_PARTS",
+    "Fold",
+    "FoldCoverage",
+    "RandomWindowSplit",
+    "SplitEpisode",
+    "SplitEpisodes",
+    "SplitPart",
+    "compute_fold_digest",
+    "parse_fold",
+    "render_fold",
+]
+
 FOLD_VERSION = 1
 
 
 class SplitPart(StrEnum):
-    """The set that an episode is in: A stops the training, B sets temperature and thresholds.
+    """The set of an episode.
 
-    An embargoed one stands too near to the test set, an excluded one is of what the recipe holds out beside its test
-    set, and the windows of a dealt one go to all four sets.
+    Validation A stops the training; validation B fits temperature, phase filter and alarm. An embargoed episode is too
+    close to the test set (same session, near-duplicate). An excluded one shares what the recipe holds out. The windows
+    of a dealt one go to all four sets (random window split).
     """
 
     TRAIN = "train"
@@ -30,17 +46,19 @@ class SplitPart(StrEnum):
     DEALT = "dealt"
 
 
+TRAINING_PARTS = (SplitPart.TRAIN, SplitPart.VAL_A, SplitPart.VAL_B)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitEpisode:
-    """What a split needs to know of an episode.
+    """The facts of an episode that a split needs.
 
     Attributes:
-        session: Episodes of one session of one host ran at the same time; another host's session of that name is another.
-        neighbours: Ids of the episodes that ran beside it, as its manifest says.
-        session_host: The host by which its session goes, if its host recorded it together with others (see
-            `join_neighbours`); its own host otherwise.
-        proc_sketch: The smallest digests of increments of its proc counters; two runs that share half of them are one run.
-        phases: The known phases that its windows have; an episode without any is in no set.
+        session: Name of the recording session. Episodes of one session and host ran at the same time.
+        neighbours: Ids of the episodes that ran at the same time, from its manifest.
+        session_host: Host that identifies its session if several hosts recorded it together; empty for its own host.
+        proc_sketch: Smallest digests of the increments of its proc counters; runs that share half of them are one run.
+        phases: Known phases of its windows; an episode without any is in no set.
     """
 
     episode_id: str
@@ -61,13 +79,16 @@ class SplitEpisode:
 
     @property
     def session_key(self) -> tuple[str, str]:
-        """Session and host: what may not be torn apart."""
+        """Session and host; episodes with the same key are never on two sides of a split."""
         return self.session, self.session_host or self.host_id
+
+
+SplitEpisodes = Sequence[SplitEpisode]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoldCoverage:
-    """How many episodes of one profile on one host went where."""
+    """Number of episodes of one profile on one host in each set."""
 
     host_id: str
     profile: str
@@ -82,7 +103,7 @@ class FoldCoverage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomWindowSplit:
-    """How windows are dealt where sets are drawn window by window: fold `number` `of` so many."""
+    """A random assignment of windows to sets: fold `number`, from 0, `of` a number of folds."""
 
     number: int
     of: int
@@ -90,17 +111,17 @@ class RandomWindowSplit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fold:
-    """One cut of the episodes; what stands in `splits/<recipe>-<fold>.json`.
+    """One fold of a recipe; the content of `splits/<recipe>-<fold>.json`.
 
     Attributes:
-        validation: Whose episodes validate: ``host:<host_id>``, ``sessions`` (a share of the others), ``fold`` (the next
-            one), ``last`` (in time), or ``windows``.
+        validation: Source of the validation sets: ``host:<host_id>``, ``sessions`` (a share of the other sessions),
+            ``fold`` (the next fold), ``last`` (the last sessions in time), or ``windows``.
         episodes: Episode → its set. Episodes of other roles or unknown phase are not listed.
-        embargoed: Episode → why it may not be trained on, though the recipe alone would let it.
-        excluded: Episode → what of it the recipe holds out.
-        deal: Where windows, not episodes, are dealt to the sets.
-        notes: What a reader of its scores must know.
-        asserted: What was checked before this was written; a fold that fails is never made.
+        embargoed: Episode → why it is not used for training although the recipe alone would allow it.
+        excluded: Episode → what it shares with the test set that the recipe holds out.
+        deal: The random window split; None where episodes are assigned.
+        notes: Warnings for a reader of its scores.
+        asserted: Claims that were checked before the fold was written.
         sha256: Digest of the canonical JSON of all other fields.
     """
 
@@ -121,20 +142,20 @@ class Fold:
     notes: tuple[str, ...] = ()
 
     def ids(self, part: SplitPart) -> tuple[str, ...]:
-        """Give the episodes of one set, sorted."""
+        """Return the episodes of one set, sorted."""
         return tuple(sorted(e for e, p in self.episodes.items() if p is part))
 
 
 def render_fold(fold: Fold) -> bytes:
-    """Give a fold as the bytes of its file: the same fold is the same bytes."""
+    """Render the file of a fold; the same fold gives the same bytes."""
     return msgspec.json.format(_render_canonical(fold), indent=1) + b"\n"
 
 
 def parse_fold(data: bytes, *, file: str) -> Fold:
-    """Read a fold's file.
+    """Parse the file of a fold.
 
     Raises:
-        RunError: If it is no such file, or was changed after it was made.
+        RunError: If it is not a fold, or was edited.
     """
     try:
         fold = msgspec.json.decode(data, type=Fold)
@@ -144,7 +165,7 @@ def parse_fold(data: bytes, *, file: str) -> Fold:
         ) from exc
     if fold.sha256 != compute_fold_digest(fold):
         raise RunError(
-            f"{file}: its hash does not fit its content, so it was edited; make it again with `phasewatch split`"
+            f"{file}: the digest does not match the content, so it was edited; make it again with `phasewatch split`"
         )
     return fold
 
@@ -154,5 +175,5 @@ def _render_canonical(fold: Fold) -> bytes:
 
 
 def compute_fold_digest(fold: Fold) -> str:
-    """Digest all of a fold but the digest itself."""
+    """Compute the digest of a fold over all of its fields but `sha256`."""
     return hashlib.sha256(_render_canonical(replace(fold, sha256=""))).hexdigest()

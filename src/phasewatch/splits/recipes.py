@@ -1,22 +1,32 @@
-"""How a split holds out: the table of recipes, and how each cuts the episodes."""
+"""Split recipes: what each holds out, and how it divides episodes into folds."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from phasewatch.errors import SplitError, UsageError, suggest_names
-from phasewatch.splits.fold import SplitEpisode
+from phasewatch.splits.fold import SplitEpisode, SplitEpisodes
 from phasewatch.types import BENIGN_PROFILE
 
-SplitEpisodes = Sequence[SplitEpisode]
-TIME_TEST_SHARE = 0.2  # of the episodes, by `held_out_time`
+__all__ = [
+    "HELD_OUT_KEYS",
+    "SPLIT_RECIPES",
+    "TIME_TEST_SHARE",
+    "FoldPlan",
+    "Recipe",
+    "ValidationScheme",
+    "compute_session_order",
+    "find_recipe",
+]
+
+TIME_TEST_SHARE = 0.2  # of the episodes, in `held_out_time`
 
 
 class ValidationScheme(StrEnum):
-    """Who validates: what was not tested, in four ways."""
+    """The source of the validation sets among the episodes that are not tested."""
 
     HOST = "the next host"
     SESSIONS = "a share of the other sessions"
@@ -26,13 +36,14 @@ class ValidationScheme(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoldPlan:
-    """One fold as its recipe wants it.
+    """The test set of a fold, before validation sets are chosen and near episodes are embargoed.
 
     Attributes:
-        test: Episodes to be tested.
-        excluded: Other episode → why it may not be learnt from, by what the recipe holds out.
-        validation_ids: Episodes that validate, for `ValidationScheme.FOLD`.
-        held_out_profiles: Profiles that may be absent from train, because the recipe holds them out.
+        fold: Name of the fold.
+        test: Episodes of the test set.
+        excluded: Other episode → why it is not used for training, by what the recipe holds out.
+        validation_ids: Episodes of the validation sets, for `ValidationScheme.FOLD`.
+        held_out_profiles: Profiles that may be absent from train because the recipe holds them out.
     """
 
     fold: str
@@ -44,15 +55,17 @@ class FoldPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How a split holds out.
+    """A split protocol.
 
     Attributes:
-        cut: Episodes → its folds; raises SplitError when the episodes cannot be cut so.
-        held_out: Names of what test and train may not share (see APART).
-        partitions: Over the folds each episode is tested exactly once, so that gaps between recipes pair by episode.
-        leaky: Windows of one episode are on both sides: only for the inflation meter.
-        by_window: Sets are dealt window by window (`splits.build`); `cut` gives names alone.
-        tests: Whether it has a test set at all.
+        about: One sentence for a list of recipes.
+        cut: Episodes → the plans of its folds; raises SplitError if it cannot be built.
+        validation: Source of the validation sets.
+        held_out: What test and train do not share (keys of `HELD_OUT_KEYS`).
+        partitions: Each episode is tested in exactly one fold, so that differences between recipes pair by episode.
+        leaky: Windows of one episode are in both train and test; for the comparison of split protocols only.
+        by_window: Windows are assigned to sets at random; `cut` returns the names of the folds alone.
+        tests: Whether it has a test set.
     """
 
     name: str
@@ -75,27 +88,26 @@ HELD_OUT_KEYS: dict[str, Callable[[SplitEpisode], str]] = {
 
 
 def _compute_order(purpose: str, name: str) -> str:
-    """Give a place in an order that is random, the same for everybody, and another for each purpose."""
+    """Return a sort key for a pseudo-random order that is the same on every machine and differs for each purpose."""
     return hashlib.sha256(f"{purpose}|{name}".encode()).hexdigest()
 
 
-def compute_session_order(purpose: str, sitting: tuple[str, str]) -> tuple[str, str]:
-    """Return a place in that order for a session of a host; another host's session of the same name stands beside it."""
-    session, host = sitting
+def compute_session_order(purpose: str, session_key: tuple[str, str]) -> tuple[str, str]:
+    """Return a sort key for sessions in a pseudo-random order; equal names of several hosts are adjacent."""
+    session, host = session_key
     return _compute_order(purpose, session), host
 
 
 def _list_hosts(episodes: SplitEpisodes) -> list[str]:
-    """Name the hosts, sorted."""
     return sorted({e.host_id for e in episodes})
 
 
 def _group_ids(episodes: SplitEpisodes, key: Callable[[SplitEpisode], str]) -> dict[str, frozenset[str]]:
-    """Give the ids of the episodes that share a key, in the order of the keys."""
-    found: dict[str, set[str]] = {}
+    """Return key → ids of the episodes with that key, in the order of the keys."""
+    groups: dict[str, set[str]] = {}
     for e in episodes:
-        found.setdefault(key(e), set()).add(e.episode_id)
-    return {k: frozenset(found[k]) for k in sorted(found)}
+        groups.setdefault(key(e), set()).add(e.episode_id)
+    return {k: frozenset(groups[k]) for k in sorted(groups)}
 
 
 def _cut_by_host(episodes: SplitEpisodes) -> tuple[FoldPlan, ...]:
@@ -123,7 +135,7 @@ def _cut_by_sample_group(episodes: SplitEpisodes) -> tuple[FoldPlan, ...]:
 
 
 def _cut_by_host_and_group(episodes: SplitEpisodes) -> tuple[FoldPlan, ...]:
-    hosts = _cut_by_host(episodes)  # says what is missing
+    hosts = _cut_by_host(episodes)  # raises if a host is missing
     cuts = []
     for of_host in hosts:
         for group, of_group in _group_by_sample(episodes, "held_out_both").items():
@@ -140,7 +152,7 @@ def _cut_by_time(episodes: SplitEpisodes) -> tuple[FoldPlan, ...]:
     if not last:
         raise SplitError(f"held_out_time: needs at least 3 lab episodes, found {len(by_time)}; record more")
     cut_ns = by_time[-last].started_wall_ns
-    # Of each host its own: one very long episode must not empty the others' training set.
+    # For each host: one very long episode must not empty the training set of the others.
     longest_ns = {
         host: round(max(e.duration_s for e in episodes if e.host_id == host) * 1e9) for host in _list_hosts(episodes)
     }
@@ -157,7 +169,8 @@ def _cut_by_profile(episodes: SplitEpisodes) -> tuple[FoldPlan, ...]:
     malicious = {p: test for p, test in _group_ids(episodes, lambda e: e.profile).items() if p != BENIGN_PROFILE}
     if len(malicious) < 2:
         raise SplitError(
-            f"held_out_profile: needs lab episodes of at least 2 malicious profiles, found {len(malicious)}; record others"
+            "held_out_profile: needs lab episodes of at least 2 malicious profiles, "
+            f"found {len(malicious)}; record others"
         )
     return tuple(FoldPlan(fold=p, test=test, held_out_profiles=frozenset({p})) for p, test in malicious.items())
 
@@ -166,17 +179,17 @@ def _count_hosts(episodes: SplitEpisodes, recipe: str) -> int:
     count = len(_list_hosts(episodes))
     if count < 3:
         raise SplitError(
-            f"{recipe}: takes as many folds as there are hosts, of which one tests and one validates, found {count}; "
-            "record on 3 hosts or more"
+            f"{recipe}: makes one fold for each host, with one fold for the test set and one for validation, so it "
+            f"needs 3 hosts and found {count}; record on more hosts"
         )
     return count
 
 
 def _cut_by_session(episodes: SplitEpisodes) -> tuple[FoldPlan, ...]:
     count = _count_hosts(episodes, "in_distribution")
-    sittings = sorted({e.session_key for e in episodes}, key=lambda s: compute_session_order("in_distribution", s))
-    of = {sitting: i % count for i, sitting in enumerate(sittings)}
-    tests = [frozenset(e.episode_id for e in episodes if of[e.session_key] == k) for k in range(count)]
+    sessions = sorted({e.session_key for e in episodes}, key=lambda s: compute_session_order("in_distribution", s))
+    fold_of_session = {session: i % count for i, session in enumerate(sessions)}
+    tests = [frozenset(e.episode_id for e in episodes if fold_of_session[e.session_key] == k) for k in range(count)]
     return tuple(
         FoldPlan(fold=f"fold-{k}", test=test, validation_ids=tests[(k + 1) % count]) for k, test in enumerate(tests)
     )
@@ -194,7 +207,7 @@ def _cut_nothing(episodes: SplitEpisodes) -> tuple[FoldPlan, ...]:
 SPLIT_RECIPES: tuple[Recipe, ...] = (
     Recipe(
         name="held_out_host",
-        about="Tested on a host that training never saw.",
+        about="Test on a host that is not in training.",
         cut=_cut_by_host,
         validation=ValidationScheme.HOST,
         held_out=("host",),
@@ -202,47 +215,47 @@ SPLIT_RECIPES: tuple[Recipe, ...] = (
     ),
     Recipe(
         name="held_out_sample",
-        about="Tested on samples that training never saw.",
+        about="Test on samples that are not in training.",
         cut=_cut_by_sample_group,
         held_out=("sample group",),
         partitions=True,
     ),
     Recipe(
         name="held_out_both",
-        about="Tested on a host and on samples that training never saw.",
+        about="Test on a host and on samples that are not in training.",
         cut=_cut_by_host_and_group,
         held_out=("host", "sample group"),
         partitions=True,
     ),
     Recipe(
         name="held_out_time",
-        about="Tested on what was recorded last.",
+        about="Test on the episodes that were recorded last.",
         cut=_cut_by_time,
         validation=ValidationScheme.LAST,
     ),
     Recipe(
         name="held_out_profile",
-        about="Tested on a malicious profile that training never saw.",
+        about="Test on a malicious profile that is not in training.",
         cut=_cut_by_profile,
         held_out=("profile",),
     ),
     Recipe(
         name="in_distribution",
-        about="Tested on other sessions of hosts and samples that training saw.",
+        about="Test on other sessions of the hosts and samples in training.",
         cut=_cut_by_session,
         validation=ValidationScheme.FOLD,
         partitions=True,
     ),
     Recipe(
         name="random_windows",
-        about="Tested on windows of episodes that training saw: what leaks, for the inflation meter only.",
+        about="Test on random windows of the episodes in training (leaky; for comparison only).",
         cut=_cut_by_window,
         leaky=True,
         by_window=True,
     ),
     Recipe(
         name="deploy",
-        about="Trained on everything, for use; never scored.",
+        about="Train on all episodes, for deployment; never scored.",
         cut=_cut_nothing,
         tests=False,
     ),
@@ -253,7 +266,7 @@ def find_recipe(name: str) -> Recipe:
     """Find a recipe by its name.
 
     Raises:
-        UsageError: If there is none; the message has the nearest names.
+        UsageError: If there is none; the message suggests the nearest names.
     """
     known = {r.name: r for r in SPLIT_RECIPES}
     if name not in known:

@@ -1,4 +1,4 @@
-"""Which cells a grid has: the short one of `make demo`, and the full one in two passes."""
+"""Experiment grids: the short grid of `make demo`, and the full grid in two passes."""
 
 from __future__ import annotations
 
@@ -11,23 +11,42 @@ from phasewatch.models.registry import BASELINE_MODELS, find_model
 from phasewatch.splits import SPLIT_RECIPES, Fold
 from phasewatch.training.experiment import Experiment, plan_experiments
 
-FoldsByRecipe = Mapping[str, Sequence[Fold]]  # recipe → its folds; one that could not be built is absent
+__all__ = [
+    "DEPLOY_CHANNEL_SETS",
+    "DEPLOY_RECIPE",
+    "HEADLINE_RECIPE",
+    "MAIN_CHANNEL_SETS",
+    "MAIN_MODELS",
+    "N_EXTRA_SEEDS",
+    "REPEATED_RECIPES",
+    "SHORT_GRID_RECIPES",
+    "FoldsByRecipe",
+    "build_channel_set_grid",
+    "build_full_grid",
+    "build_headline_grid",
+    "build_short_grid",
+    "build_user_model_grid",
+    "find_widest_fold",
+    "list_sensor_channel_sets",
+]
+
+FoldsByRecipe = Mapping[str, Sequence[Fold]]  # recipe → its folds; a recipe that could not be built is absent
 
 MAIN_MODELS = ("gbt", "mlp", "cnn", "gru", "lstm", "transformer")
-CHEAP_MODEL = "minirocket"
+_CHEAP_MODEL = "minirocket"
 MAIN_CHANNEL_SETS = ("realistic", "oracle")
 DEPLOY_CHANNEL_SETS = ("portable", "realistic")
 HEADLINE_RECIPE, DEPLOY_RECIPE = "held_out_host", "deploy"
 SHORT_GRID_RECIPES = ("held_out_host", "held_out_sample", "held_out_both", "in_distribution", "random_windows")
-REPEATED_RECIPES = ("held_out_host", "held_out_both")  # where the headline models get more seeds, tables and masks
-N_EXTRA_SEEDS = 2  # beside the first
+REPEATED_RECIPES = ("held_out_host", "held_out_both")  # with more seeds, input variants and channel sets
+N_EXTRA_SEEDS = 2  # after the first
 
 
 def build_short_grid(folds: FoldsByRecipe, *, seed: int = 0) -> tuple[Experiment, ...]:
-    """Give the cells of the short grid (DESIGN section 16): one seed, the raw table.
+    """Build the short grid (DESIGN section 16): one seed, raw values.
 
-    `gbt` answers for every recipe that the inflation meter shows, the six models for both threat models on the one
-    fold that tests most, and the baselines for the headline's recipe.
+    It has `gbt` on every recipe of the comparison of split protocols, all six models with both channel sets on the
+    fold with the most test profiles, and the baselines on the recipe of the headline.
     """
     cells = [*_plan_recipes(folds, SHORT_GRID_RECIPES, models=("gbt",), seed=seed)]
     cells += _plan_recipes(folds, (HEADLINE_RECIPE,), models=BASELINE_MODELS, seed=seed)
@@ -37,25 +56,25 @@ def build_short_grid(folds: FoldsByRecipe, *, seed: int = 0) -> tuple[Experiment
 
 
 def build_full_grid(folds: FoldsByRecipe, *, seed: int = 0) -> tuple[Experiment, ...]:
-    """Give the first pass of the full grid: every recipe, fold, model and both threat models, one seed, the raw table."""
+    """Build the first pass of the full grid: every recipe, fold, model and main channel set; one seed, raw values."""
     tested = tuple(row.name for row in SPLIT_RECIPES if row.tests)
     honest = tuple(row.name for row in SPLIT_RECIPES if row.tests and not row.leaky)
     cells = [*build_short_grid(folds, seed=seed)]
-    cells += _plan_recipes(folds, tested, models=(*MAIN_MODELS, CHEAP_MODEL), threats=MAIN_CHANNEL_SETS, seed=seed)
-    cells += _plan_recipes(folds, honest, models=tuple(b for b in BASELINE_MODELS if b != CHEAP_MODEL), seed=seed)
+    cells += _plan_recipes(folds, tested, models=(*MAIN_MODELS, _CHEAP_MODEL), threats=MAIN_CHANNEL_SETS, seed=seed)
+    cells += _plan_recipes(folds, honest, models=tuple(b for b in BASELINE_MODELS if b != _CHEAP_MODEL), seed=seed)
     cells += _plan_recipes(folds, (HEADLINE_RECIPE,), models=("gbt",), threats=list_sensor_channel_sets(), seed=seed)
     return tuple(sorted(set(cells)))
 
 
 def build_headline_grid(folds: FoldsByRecipe, *, net: str, seed: int = 0) -> tuple[Experiment, ...]:
-    """Give the second pass: seeds, tables and the portable mask for `gbt`, the best net and `minirocket`.
+    """Build the second pass: more seeds, variants and the portable channel set for `gbt`, one network, `minirocket`.
 
     Args:
         folds: As in the first pass.
-        net: The net that validation A liked best; chosen before a test prediction is read.
-        seed: Of the first pass.
+        net: The network with the best macro-F1 on validation A, chosen before any test prediction is read.
+        seed: Seed of the first pass.
     """
-    models = tuple(dict.fromkeys(("gbt", net, CHEAP_MODEL)))
+    models = tuple(dict.fromkeys(("gbt", net, _CHEAP_MODEL)))
     tables = tuple(m for m in models if find_model(m).kind is InputKind.TABLE)
     cells: list[Experiment] = []
     for more in range(seed + 1, seed + 1 + N_EXTRA_SEEDS):
@@ -70,7 +89,7 @@ def build_headline_grid(folds: FoldsByRecipe, *, net: str, seed: int = 0) -> tup
 def build_user_model_grid(
     folds: FoldsByRecipe, models: Sequence[str], *, recipes: Sequence[str] = (), seed: int = 0
 ) -> tuple[Experiment, ...]:
-    """Give the cells of models that a user brings: realistic, over the headline's recipe or those asked for."""
+    """Build the grid of a user's models: realistic channels, on the headline's recipe or the named ones."""
     return _plan_recipes(folds, recipes or (HEADLINE_RECIPE,), models=models, seed=seed)
 
 
@@ -82,10 +101,10 @@ def build_channel_set_grid(
     recipes: Sequence[str] = (),
     seed: int = 0,
 ) -> tuple[Experiment, ...]:
-    """Give the cells of masks that a user asks for: `gbt` on `deploy`, or the models and recipes named.
+    """Build the grid of named channel sets: `gbt` on `deploy`, or the named models and recipes.
 
     Raises:
-        UsageError: If a mask or a model is not registered, or no recipe of these could be built.
+        UsageError: If a channel set or model is unknown, or none of the recipes has a fold.
     """
     for name in threats:
         build_channel_mask(name)
@@ -94,23 +113,23 @@ def build_channel_set_grid(
     cells = _plan_recipes(folds, recipes or (DEPLOY_RECIPE,), models=models or ("gbt",), threats=threats, seed=seed)
     if not cells:
         raise UsageError(
-            f"there is no fold of {', '.join(recipes or (DEPLOY_RECIPE,))}; make it with `phasewatch split RUN`"
+            f"no fold of {', '.join(recipes or (DEPLOY_RECIPE,))} in this run; make one with `phasewatch split RUN`"
         )
     return cells
 
 
 def list_sensor_channel_sets() -> tuple[str, ...]:
-    """Name the threat models that tell what a source is worth, but for the one that is trained as `realistic` anyway."""
+    """Return the channel sets for the ablation by source, without the one that equals `realistic`."""
     return tuple(
         name for name in list_source_subsets() if build_channel_mask(name) != build_channel_mask(MAIN_CHANNEL_SETS[0])
     )
 
 
 def find_widest_fold(folds: FoldsByRecipe) -> tuple[Fold, ...]:
-    """Give the one fold of the headline's recipe that tests most profiles, then by name."""
-    of = folds.get(HEADLINE_RECIPE, ())
-    tested = {fold.fold: len({row.profile for row in fold.coverage if row.test}) for fold in of}
-    return tuple(sorted(of, key=lambda fold: (-tested[fold.fold], fold.fold))[:1])
+    """Return the fold of the headline's recipe with the most test profiles, or nothing; ties go to the first name."""
+    candidates = folds.get(HEADLINE_RECIPE, ())
+    tested = {fold.fold: len({row.profile for row in fold.coverage if row.test}) for fold in candidates}
+    return tuple(sorted(candidates, key=lambda fold: (-tested[fold.fold], fold.fold))[:1])
 
 
 def _plan_recipes(

@@ -1,4 +1,4 @@
-"""`predictions_v1.parquet`: what each cell said of each window that it did not learn from, merged in a fixed order."""
+"""The table `predictions_v1.parquet`: each experiment's predictions of windows outside its training set."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ from phasewatch.parquet import convert_parquet_errors
 from phasewatch.training.experiment import Experiment
 from phasewatch.types import PHASES
 
+__all__ = [
+    "NO_FILTER",
+    "PROBABILITY_COLUMNS",
+    "PartPredictions",
+    "build_predictions_schema",
+    "build_predictions_table",
+    "read_predictions",
+    "write_prediction_table",
+]
+
 NO_FILTER = SMOOTHING_NONE
 PROBABILITY_COLUMNS = tuple(f"p_{phase}" for phase in PHASES)
 _TEXT_COLUMNS = (
@@ -28,7 +38,14 @@ _TEXT_COLUMNS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PartPredictions:
-    """What a model, filtered or not, says of a part's windows: ``(n, 5)`` probabilities."""
+    """A model's predictions of the windows of one part.
+
+    Attributes:
+        part: Name of the part: ``val_b``, ``test`` or ``soak``.
+        filter: Smoothing of the probabilities (`SMOOTHING_NONE`, `SMOOTHING_PHASE`, `SMOOTHING_SCHEDULE`).
+        data: The windows.
+        p: ``(n, 5)`` float64 probabilities.
+    """
 
     part: str
     filter: str
@@ -37,7 +54,7 @@ class PartPredictions:
 
 
 def build_predictions_schema() -> Any:
-    """Give the columns and their types, in the file's order."""
+    """Return the pyarrow schema of the file."""
     import pyarrow as pa
 
     text, keys = pa.string(), dict.fromkeys(_TEXT_COLUMNS, pa.string())
@@ -51,15 +68,15 @@ def build_predictions_schema() -> Any:
     )
 
 
-def build_predictions_table(cell: Experiment, said: Sequence[PartPredictions]) -> Any:
-    """Make a cell's rows: parts in the order given, windows in theirs."""
+def build_predictions_table(experiment: Experiment, parts: Sequence[PartPredictions]) -> Any:
+    """Build the pyarrow table of an experiment: parts in the given order, windows in their own."""
     import pyarrow as pa
 
-    return pa.concat_tables([_build_part(cell, one) for one in said])
+    return pa.concat_tables([_build_part(experiment, part) for part in parts])
 
 
 def write_prediction_table(path: Path, tables: Iterable[Any]) -> None:
-    """Write tables one after the other, a row group each, so that memory holds one at a time."""
+    """Write pyarrow tables as row groups of one file; memory holds one table at a time."""
     import pyarrow.parquet as pq
 
     with atomic.open_atomic(path) as file:
@@ -75,10 +92,10 @@ def write_prediction_table(path: Path, tables: Iterable[Any]) -> None:
 
 
 def read_predictions(path: Path) -> Any:
-    """Read predictions.
+    """Read predictions as a pyarrow table.
 
     Raises:
-        RunError: If the file is absent or lacks a column.
+        RunError: If the file is absent, unreadable or lacks a column.
     """
     with open_run_parquet(path, "train") as file:
         check_columns(path, file.schema_arrow.names, build_predictions_schema().names, "train")
@@ -86,25 +103,25 @@ def read_predictions(path: Path) -> Any:
             return file.read(columns=build_predictions_schema().names)
 
 
-def _build_part(cell: Experiment, said: PartPredictions) -> Any:
+def _build_part(experiment: Experiment, predictions: PartPredictions) -> Any:
     import pyarrow as pa
 
-    # Rounded first, decided then: who re-derives the decision from the file gets the same one.
-    p = said.p.astype(np.float32)
-    w = said.data.windows
-    of = pa.array(w.episode_index, pa.int32())
+    # Rounded before the argmax, so that the decision can be recomputed from the file.
+    p = predictions.p.astype(np.float32)
+    w = predictions.data.windows
+    episode_index = pa.array(w.episode_index, pa.int32())
 
     def constant(value: str) -> Any:
         return pa.array([value], pa.string()).take(pa.array(np.zeros(len(w), np.int32)))
 
     def of_episode(values: list[str]) -> Any:
-        return pa.array(values, pa.string()).take(of)
+        return pa.array(values, pa.string()).take(episode_index)
 
     columns = {
-        **{n: constant(v) for n, v in cell.keys().items()},
-        "filter": constant(said.filter),
-        "seed": pa.array(np.full(len(w), cell.seed, np.int64)),
-        "part": constant(said.part),
+        **{n: constant(v) for n, v in experiment.keys().items()},
+        "filter": constant(predictions.filter),
+        "seed": pa.array(np.full(len(w), experiment.seed, np.int64)),
+        "part": constant(predictions.part),
         "role": of_episode([str(e.role) for e in w.episodes]),
         "agent": of_episode(["on" if e.agent else "off" for e in w.episodes]),
         "episode_id": of_episode([e.episode_id for e in w.episodes]),

@@ -1,4 +1,4 @@
-"""Train the cells of a grid, two at a time; finished ones stay, a killed one starts anew; then merge what they said."""
+"""Train the experiments of a grid in parallel, skip finished ones, and merge their predictions."""
 
 from __future__ import annotations
 
@@ -10,19 +10,27 @@ from statistics import fmean
 from traceback import extract_tb
 
 from phasewatch import atomic
-from phasewatch.artifacts import FEATURE_SCHEMA_FILE, FEATURES_FILE, PREDICTIONS_FILE, VALIDATION_FILE
-from phasewatch.binning.storage import BINS_FILE, LEVELS_FILE
-from phasewatch.dataset import FoldData, file_sha256, load, read_fold, tensors
+from phasewatch.artifacts import (
+    BINS_PATH,
+    EXPERIMENT_FILE,
+    EXPERIMENT_PREDICTIONS_FILE,
+    FEATURE_SCHEMA_FILE,
+    FEATURES_FILE,
+    LEVELS_PATH,
+    MODELS_DIR,
+    PREDICTIONS_FILE,
+    VALIDATION_FILE,
+)
+from phasewatch.dataset import FoldData, file_sha256, load, read_fold
 from phasewatch.errors import MachineError, ModelError, PhasewatchError, RunError, UsageError
 from phasewatch.models import registry
 from phasewatch.models.base import InputKind, PhaseModel
 from phasewatch.models.checkpoint import CHECKPOINT_FILE, read_header
 from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE, SMOOTHING_SCHEDULE
 from phasewatch.parallel.pool import map_ordered
+from phasewatch.progress import NO_PROGRESS, Progress
 from phasewatch.splits import Fold
 from phasewatch.training.experiment import (
-    EXPERIMENT_FILE,
-    MODELS_DIR,
     Experiment,
     ExperimentRecord,
     RunDigests,
@@ -38,15 +46,28 @@ from phasewatch.training.predictions import (
 )
 from phasewatch.training.tuning import find_tuning_space, tune
 
-BINS_PATH, LEVELS_PATH = (f"{tensors.BINS_DIR}/{name}" for name in (BINS_FILE, LEVELS_FILE))
-EXPERIMENT_PREDICTIONS_FILE = "predictions.parquet"
-MAX_ERROR_CHARS = 300  # of an error in a user's model; some quote a whole array
-EXPERIMENT_TIMEOUT_S = 3600.0  # a cell takes seconds; one that takes an hour hangs
+__all__ = [
+    "FailedExperiment",
+    "InputDigestCache",
+    "TrainReport",
+    "TrainingError",
+    "TrainingFailure",
+    "compute_run_digests",
+    "find_best_net",
+    "find_finished_experiments",
+    "fit_model",
+    "merge_predictions",
+    "read_experiment_data",
+    "train_experiments",
+]
+
+_MAX_ERROR_CHARS = 300  # of an error in a user's model; some quote a whole array
+_EXPERIMENT_TIMEOUT_S = 3600.0  # an experiment takes seconds; one that takes an hour hangs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingFailure:
-    """Why a cell could not be trained, and the exit code for it."""
+    """The reason why an experiment failed, for people, and the exit code for it."""
 
     words: str
     exit_code: int
@@ -54,7 +75,7 @@ class TrainingFailure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailedExperiment:
-    """A cell that could not be trained."""
+    """An experiment that failed, with the reason."""
 
     cell: Experiment
     failure: TrainingFailure
@@ -65,7 +86,7 @@ class FailedExperiment:
 
 
 class TrainingError(PhasewatchError):
-    """Not one cell of a grid could be trained; its exit code is that of the first."""
+    """Every experiment of a grid failed; the exit code is that of the first one."""
 
     def __init__(self, failed: Sequence[FailedExperiment]) -> None:
         super().__init__("; ".join(map(str, failed[:3])) + (f" and {len(failed) - 3} more" if len(failed) > 3 else ""))
@@ -74,7 +95,16 @@ class TrainingError(PhasewatchError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainReport:
-    """What became of a grid: cells trained now, finished before, and failed; a failed one is tried again next time."""
+    """The outcome of a grid.
+
+    Attributes:
+        trained: Experiments trained now.
+        kept: Experiments finished before, with the same inputs.
+        failed: Experiments that failed; the next call tries them again.
+        merged: Experiments in the merged predictions.
+        rows: Rows of the merged predictions.
+        path: The file of the merged predictions.
+    """
 
     trained: tuple[Experiment, ...]
     kept: tuple[Experiment, ...]
@@ -98,22 +128,26 @@ def train_experiments(
     *,
     workers: int = 2,
     trials: int = 0,
-    tell: Callable[[Experiment, int, int], None] | None = None,
+    progress: Progress = NO_PROGRESS,
 ) -> TrainReport:
-    """Train what is not finished, then write `predictions_v1.parquet` from every finished cell of the run.
+    """Train the experiments that are not finished, then merge the predictions of every finished one in the run.
+
+    One failure does not stop the others: a user's model may raise any exception, and a worker may die or hang.
 
     Args:
-        run: A run with features and splits, held by the caller's lock.
-        cells: The grid.
-        workers: Cells at a time, one thread each (measured: 1.2 to 1.3 times the work of one cell with two threads).
-        trials: Settings to try for each cell on its own validation A; 0 takes the defaults.
-        tell: Called as (cell, how many are through, of how many).
+        run: Folder of a run with features and splits, locked by the caller.
+        cells: The experiments.
+        workers: Experiments at a time, one thread each (measured: 1.2 to 1.3 times the throughput of one experiment
+            with two threads).
+        trials: Settings to try for each experiment on its own validation A; 0 uses the defaults.
+        progress: Receives task ``train`` after each experiment, with its model and fold.
 
-    A cell that fails costs no other: a model that a user brings may raise anything, a worker may die or hang.
+    Raises:
+        UsageError: If a model is unknown, or has no settings to tune.
     """
     sources = compute_run_digests(run)
     for model in {cell.model for cell in cells}:
-        registry.find_model(model)  # a wrong name is told before anything is trained
+        registry.find_model(model)  # an unknown name is refused before any training
         if trials:
             find_tuning_space(model)
     reads = InputDigestCache(sources, partial(read_fold, run))
@@ -129,7 +163,7 @@ def train_experiments(
             todo.append(job)
     trained: list[Experiment] = []
     failed: list[FailedExperiment] = []
-    timeout_s = None if workers == 1 else EXPERIMENT_TIMEOUT_S
+    timeout_s = None if workers == 1 else _EXPERIMENT_TIMEOUT_S
     for result in map_ordered(_try_experiment, todo, workers=workers, timeout_s=timeout_s):
         cell = todo[result.index].cell
         failure = result.value
@@ -139,8 +173,7 @@ def train_experiments(
             trained.append(cell)
         else:
             failed.append(FailedExperiment(cell=cell, failure=failure))
-        if tell is not None:
-            tell(cell, len(kept) + len(trained) + len(failed), len(jobs))
+        progress.update("train", len(kept) + len(trained) + len(failed), len(jobs), f"{cell.model} {cell.fold}")
     merged, rows = merge_predictions(run, sources)
     return TrainReport(
         trained=tuple(trained),
@@ -153,9 +186,9 @@ def train_experiments(
 
 
 def _try_experiment(job: _TrainingJob) -> TrainingFailure | None:
-    """Train one cell; return why it could not be, None if it was.
+    """Train one experiment; return the failure, or None.
 
-    Code of phasewatch that is broken is not caught: it shows its traceback. Code that a user brings is input.
+    An unexpected exception in phasewatch's own code is not caught and shows its traceback. A user's code is input.
     """
     try:
         _train_experiment(job)
@@ -164,20 +197,20 @@ def _try_experiment(job: _TrainingJob) -> TrainingFailure | None:
     except (Exception, SystemExit) as error:
         own = registry.find_source_file(job.cell.model)
         lines = [frame.lineno for frame in extract_tb(error.__traceback__) if own and frame.filename == str(own)]
-        if own is None or (isinstance(error, OSError) and not lines):  # ours, or a disk that the next cell meets, too
+        if own is None or (isinstance(error, OSError) and not lines):  # our bug, or a disk error of all experiments
             raise
         return _build_user_failure(error, f"{own}:{lines[-1]}: " if lines else "")
     return None
 
 
 def _build_user_failure(error: BaseException, place: str) -> TrainingFailure:
-    """Return what a user's model raised in one line."""
-    words = " ".join(str(error).split())[:MAX_ERROR_CHARS] or "no message"
-    return TrainingFailure(words=f"{place}{type(error).__name__}: {words}", exit_code=ModelError.exit_code)
+    """Return the failure of a user's model, in one line."""
+    message = " ".join(str(error).split())[:_MAX_ERROR_CHARS] or "no message"
+    return TrainingFailure(words=f"{place}{type(error).__name__}: {message}", exit_code=ModelError.exit_code)
 
 
 def _train_experiment(job: _TrainingJob) -> None:
-    """Fit one cell, calibrate it on validation B, and write checkpoint, predictions and, last, `cell.json`."""
+    """Fit one experiment's model, and write its checkpoint, its predictions and, last, `cell.json`."""
     cell, folder = job.cell, job.cell.folder(job.run)
     atomic.make_folder(folder)
     atomic.remove(folder / EXPERIMENT_FILE)
@@ -195,64 +228,62 @@ def _train_experiment(job: _TrainingJob) -> None:
     )
     names = [CHECKPOINT_FILE, *read_header(folder).files, EXPERIMENT_PREDICTIONS_FILE]
     outputs = {name: file_sha256(folder / name) for name in names}
-    done = ExperimentRecord(cell=cell, inputs=job.inputs, outputs=outputs, trials=job.trials)
-    atomic.write_atomic(folder / EXPERIMENT_FILE, render_experiment(done))
+    record = ExperimentRecord(cell=cell, inputs=job.inputs, outputs=outputs, trials=job.trials)
+    atomic.write_atomic(folder / EXPERIMENT_FILE, render_experiment(record))
 
 
 def read_experiment_data(run: Path, cell: Experiment) -> FoldData:
-    """Read what a cell learns from and is asked about."""
+    """Load the train, validation, test and soak windows of an experiment."""
     return load(run, cell.recipe, cell.fold, cell.threat, registry.find_model(cell.model).kind, cell.table)
 
 
 def fit_model(model: PhaseModel, sets: FoldData) -> PhaseModel:
-    """Fit on train and validation A; calibrate, smooth and set the alarm by train, validation B and spared soak.
+    """Fit the model, its temperature, its phase filter and its alarm.
 
-    Windows that were dealt one by one have no past to smooth over, and no hours to be quiet in.
+    The model is fitted to train and validation A; the others to train, validation B and the calibration soak. A random
+    window split has no filter and no alarm, because its parts have no consecutive windows. Baselines have none either.
     """
     model.fit(sets.train.examples, sets.val_a.examples).calibrate(sets.val_b.examples)
     if sets.fold.deal is None and model.key not in registry.BASELINE_MODELS:
-        spared = sets.soak.take(sets.calibration_soak)
+        soak = sets.soak.take(sets.calibration_soak)
         model.fit_postprocessing(
             sets.train.label_sequence,
             (sets.val_b.inputs, sets.val_b.label_sequence),
-            (spared.inputs, spared.label_sequence),
+            (soak.inputs, soak.label_sequence),
         )
     return model
 
 
 def _predict_parts(model: PhaseModel, sets: FoldData) -> list[PartPredictions]:
-    """Give what a model says of each window that it did not learn from, as it is and filtered."""
-    said: list[PartPredictions] = []
+    """Predict each window outside the training set, with and without smoothing."""
+    predictions: list[PartPredictions] = []
     for name, part in (("val_b", sets.val_b), ("test", sets.test), ("soak", sets.soak)):
         p = model.predict_proba(part.inputs)
-        said.append(PartPredictions(part=name, filter=SMOOTHING_NONE, data=part, p=p))
+        predictions.append(PartPredictions(part=name, filter=SMOOTHING_NONE, data=part, p=p))
         if model.filter is not None:
             track = part.label_sequence
             smoothed = {SMOOTHING_PHASE: model.filter}
-            if name == "test":  # a reference beside the scores, nothing that rings
+            if name == "test":  # a baseline of the scores; it has no alarm
                 smoothed[SMOOTHING_SCHEDULE] = model.filter.without_observations()
-            said += [
+            predictions += [
                 PartPredictions(part=name, filter=key, data=part, p=f.run(p, track.episode_index, track.t_center_ns))
                 for key, f in smoothed.items()
             ]
-    return said
+    return predictions
 
 
 def find_best_net(run: Path, cells: Iterable[Experiment]) -> str | None:
-    """Name the net of the best mean macro-F1 on validation A, over the headline's realistic cells; None without one."""
+    """Return the network with the best mean macro-F1 on validation A, over the headline's experiments; None if none."""
+    headline = (HEADLINE_RECIPE, "realistic", "raw")
     scores: dict[str, list[float]] = {}
     for cell in cells:
-        if (cell.recipe, cell.threat, cell.table) == (
-            HEADLINE_RECIPE,
-            "realistic",
-            "raw",
-        ) and cell.model in MAIN_MODELS[1:]:
+        if (cell.recipe, cell.threat, cell.table) == headline and cell.model in MAIN_MODELS[1:]:
             scores.setdefault(cell.model, []).append(read_header(cell.folder(run)).val_a_macro_f1)
     return max(sorted(scores), key=lambda model: fmean(scores[model]), default=None)
 
 
 def compute_run_digests(run: Path) -> RunDigests:
-    """Digest what every cell reads, once."""
+    """Compute the digests of the files that experiments read."""
     return RunDigests(
         features=file_sha256(run / FEATURES_FILE),
         grids=file_sha256(run / BINS_PATH) if (run / BINS_PATH).is_file() else "absent",
@@ -263,7 +294,7 @@ def compute_run_digests(run: Path) -> RunDigests:
 
 
 def find_finished_experiments(run: Path, sources: RunDigests) -> Iterator[Experiment]:
-    """Give the cells under `models/` that were made from the run's present files, in the order of the merge."""
+    """Yield the experiments in `models/` that were trained on the run's present files, in the order of the merge."""
     found: list[Experiment] = []
     reads = InputDigestCache(sources, partial(read_fold, run))
     for path in (run / MODELS_DIR).glob(f"*/*/*/*/*/{EXPERIMENT_FILE}"):
@@ -271,14 +302,14 @@ def find_finished_experiments(run: Path, sources: RunDigests) -> Iterator[Experi
         try:
             job = _TrainingJob(run=run, cell=cell, inputs=reads.get_inputs(cell))
         except (RunError, UsageError):
-            continue  # its fold is no more (the splits were made anew), or its model cannot be imported here
+            continue  # its fold is gone since the splits were made again, or its model cannot be imported here
         if cell.folder(run) == path.parent and _is_finished(job, any_trials=True):
             found.append(cell)
     yield from sorted(found)
 
 
 def merge_predictions(run: Path, sources: RunDigests) -> tuple[int, int]:
-    """Write `predictions_v1.parquet`; the same cells give the same bytes. Gives cells and rows."""
+    """Write `predictions_v1.parquet` and return its experiments and rows; the same experiments give the same bytes."""
     cells = list(find_finished_experiments(run, sources))
     rows = 0
 
@@ -294,20 +325,20 @@ def merge_predictions(run: Path, sources: RunDigests) -> tuple[int, int]:
 
 
 class InputDigestCache:
-    """What cells depend on: each fold file and each model's code is read once, however many cells there are."""
+    """The digests that experiments depend on; each fold file and each model's code is read once."""
 
     def __init__(self, sources: RunDigests, read: Callable[[str, str], Fold]) -> None:
-        """Set up with digests of the run's files, and a reader of folds by recipe and name."""
+        """Store the digests of the run's files, and a function that reads a fold by recipe and name."""
         self._sources, self._read = sources, read
         self._folds: dict[tuple[str, str], Fold] = {}
         self._models: dict[str, tuple[InputKind, str | None]] = {}
 
     def get_inputs(self, cell: Experiment) -> dict[str, str]:
-        """Return the digests of one cell's inputs.
+        """Return the digests of one experiment's inputs.
 
         Raises:
-            RunError: If its fold is not there.
-            UsageError: If its model is not known here.
+            RunError: If its fold is absent.
+            UsageError: If its model is unknown.
         """
         if (at := (cell.recipe, cell.fold)) not in self._folds:
             self._folds[at] = self._read(*at)
@@ -320,7 +351,7 @@ class InputDigestCache:
 
 
 def _is_finished(job: _TrainingJob, *, any_trials: bool = False) -> bool:
-    """Whether the cell was made from these inputs (after so many trials), and its files are still what was written."""
+    """Return whether the experiment was trained on these inputs, after as many trials, and its files are unchanged."""
     folder = job.cell.folder(job.run)
     try:
         done = parse_experiment((folder / EXPERIMENT_FILE).read_bytes(), file=str(folder / EXPERIMENT_FILE))

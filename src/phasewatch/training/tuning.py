@@ -1,4 +1,4 @@
-"""Small tuning, honestly: settings drawn at random, each judged on validation A of its own cell, the trials counted."""
+"""Random search over a model's settings on validation A."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from phasewatch.dataset import FoldData
 from phasewatch.errors import UsageError
 from phasewatch.models import registry
 
+__all__ = ["TUNING_SPACES", "TuningRange", "TuningResult", "draw_settings", "find_tuning_space", "tune"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuningRange:
-    """One setting's range: a choice among `choices`, or a number between, log-uniform where `is_log`."""
+    """The range of one setting: one of `choices`, or a number between `low` and `high`, log-uniform if `is_log`."""
 
     name: str
     choices: tuple[int, ...] = ()
@@ -24,13 +24,13 @@ class TuningRange:
     high: float = 0.0
     is_log: bool = True
 
-    def draw(self, rng: np.random.Generator) -> int | float:
-        """Draw a value."""
+    def build_distribution(self) -> Any:
+        """Return a list or a scipy distribution, as `ParameterSampler` takes them."""
+        from scipy.stats import loguniform, uniform
+
         if self.choices:
-            return int(rng.choice(self.choices))
-        if self.is_log:
-            return round(float(np.exp(rng.uniform(np.log(self.low), np.log(self.high)))), 6)
-        return round(float(rng.uniform(self.low, self.high)), 6)
+            return list(self.choices)
+        return loguniform(self.low, self.high) if self.is_log else uniform(self.low, self.high - self.low)
 
 
 _NET_SPACE = (
@@ -53,7 +53,7 @@ TUNING_SPACES: Mapping[str, tuple[TuningRange, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuningResult:
-    """The settings that validation A liked best, its macro-F1 with them, and after how many trials."""
+    """Settings (other than defaults), their macro-F1 on validation A, and the number of settings tried."""
 
     settings: dict[str, Any]
     val_a_macro_f1: float
@@ -61,34 +61,49 @@ class TuningResult:
 
 
 def find_tuning_space(model: str) -> tuple[TuningRange, ...]:
-    """Give what can be tuned of a model.
+    """Return the ranges of a model's settings.
 
     Raises:
-        UsageError: If nothing can.
+        UsageError: If the model has no settings to tune.
     """
     if model not in TUNING_SPACES:
-        raise UsageError(f"model {model!r} has nothing to tune; {', '.join(TUNING_SPACES)} have")
+        raise UsageError(f"model {model!r} has no settings to tune; models that have: {', '.join(TUNING_SPACES)}")
     return TUNING_SPACES[model]
 
 
+def draw_settings(model: str, *, n: int, seed: int, purpose: str) -> list[dict[str, int | float]]:
+    """Draw `n` settings of a model with scikit-learn's `ParameterSampler`.
+
+    The draws depend on `seed` and `purpose` (name of the experiment); a larger `n` keeps the earlier ones.
+    """
+    space = {row.name: row.build_distribution() for row in find_tuning_space(model)}
+    if n < 1:
+        return []
+    from sklearn.model_selection import ParameterSampler
+
+    state = int.from_bytes(hashlib.sha256(f"tune|{purpose}|{seed}".encode()).digest()[:4], "big")
+    sampler = ParameterSampler(space, n_iter=n, random_state=state)
+    return [{k: v if isinstance(v, int) else round(float(v), 6) for k, v in settings.items()} for settings in sampler]
+
+
 def tune(sets: FoldData, model: str, *, trials: int, seed: int, purpose: str) -> TuningResult:
-    """Try settings on train and validation A alone; the first trial is the defaults, so tuning never starts worse.
+    """Fit the model with random settings and return the best by macro-F1 on validation A.
+
+    The first trial uses the defaults, so that tuning is never worse than they are on validation A.
 
     Args:
-        sets: Of the cell's fold; only train and validation A are looked at.
-        model: A registry key with a space.
-        trials: How many, at least 1.
-        seed: Of the model.
-        purpose: The cell's name; each trial draws by seed, purpose and number, so more trials change no earlier one.
+        sets: Windows of a fold; only train and validation A are used.
+        model: Key of a model with settings to tune.
+        trials: Number of settings.
+        seed, purpose: As in `draw_settings`; `seed` is the model's seed too.
+
+    Raises:
+        UsageError: If the model has no settings to tune, or `trials` is below 1.
     """
-    best: TuningResult | None = None
-    for number in range(trials):
-        digest = hashlib.sha256(f"tune|{purpose}|{number}".encode()).digest()
-        rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
-        settings = {knob.name: knob.draw(rng) for knob in find_tuning_space(model)} if number else {}
+    if trials < 1:
+        raise UsageError(f"{trials} trials: at least 1 is needed")
+    results = []
+    for settings in [{}, *draw_settings(model, n=trials - 1, seed=seed, purpose=purpose)]:
         fitted = registry.create(model, seed=seed, settings=settings).fit(sets.train.examples, sets.val_a.examples)
-        if best is None or fitted.val_a_macro_f1 > best.val_a_macro_f1:
-            best = TuningResult(settings=settings, val_a_macro_f1=fitted.val_a_macro_f1, trials=trials)
-    if best is None:
-        raise UsageError(f"{trials} trials try nothing; ask for 1 or more")
-    return best
+        results.append(TuningResult(settings=settings, val_a_macro_f1=fitted.val_a_macro_f1, trials=trials))
+    return max(results, key=lambda result: result.val_a_macro_f1)  # the first of equals
