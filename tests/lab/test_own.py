@@ -96,7 +96,7 @@ def test_the_disk_boots_by_itself_and_the_driver_lies_on_a_small_disk_beside_it(
     command = " ".join(
         build_qemu_command(
             shape_of(), accel="tcg", kernel=None, initrd=None, sockets=VmPaths(folder=Path("/d")), mac="m",
-            tsc_khz=None, hands_over=True,
+            tsc_khz=None, has_seed_disk=True,
         )
     )  # fmt: skip
 
@@ -122,7 +122,9 @@ def test_kvm_for_an_own_machine_is_proven_by_a_guest_of_ours_that_can_be_built(
     monkeypatch.setattr(campaign, "build_guest_image", build)
     monkeypatch.setattr(campaign, "read_qemu_version", lambda arch: "7.2")
     own = read_custom_machine(disk, driver)
-    factory = campaign.QemuFactory(cache=tmp_path, scratch=tmp_path, clock=HostClock(), custom_machine=own)
+    factory = campaign.QemuFactory(
+        options=campaign.RecordingOptions(cache=tmp_path, custom_machine=own), scratch=tmp_path, clock=HostClock()
+    )
 
     assert factory.prepare(own.shape) == (own.image, "kvm")
     assert built == [DEFAULT_DATA_MIB], "mke2fs fills no disk from a folder that is not there"

@@ -136,7 +136,7 @@ def build_qemu_command(
     sockets: VmPaths,
     mac: str,
     tsc_khz: int | None,
-    hands_over: bool = False,
+    has_seed_disk: bool = False,
 ) -> list[str]:
     """Give the argv that starts one VM.
 
@@ -147,7 +147,7 @@ def build_qemu_command(
         sockets: Where its sockets and its overlay lie.
         mac: The network card's address.
         tsc_khz: The host's TSC rate, that a microvm's kernel needs or else hangs in half of its boots calibrating.
-        hands_over: Whether the guest gets the folder `sockets.handed` as a read-only FAT disk labelled ``cidata``.
+        has_seed_disk: Whether the guest gets the folder `sockets.handed` as a read-only FAT disk labelled ``cidata``.
 
     Raises:
         UsageError: If the shape is of a machine that nobody wrote down here.
@@ -168,7 +168,7 @@ def build_qemu_command(
     rom = ",romfile=" if bus == "pci" else ""
     boot = [] if kernel is None else ["-kernel", str(kernel), "-initrd", str(initrd), "-append", line]
     handed: list[str] = []
-    if hands_over:
+    if has_seed_disk:
         handed = [
             "-blockdev",
             f"driver=vvfat,node-name=handed0,dir={sockets.seed_folder},label=cidata,read-only=on",
