@@ -53,7 +53,7 @@ def record(
 
     from phasewatch.errors import UsageError, suggest_names
     from phasewatch.lab.campaign import RecordingOptions, default_cache, record_plan
-    from phasewatch.lab.custom_workload import read_custom_machine
+    from phasewatch.lab.custom_workload import CustomMachineOptions, read_custom_machine
     from phasewatch.lab.plan import check_elapsed_time
     from phasewatch.lab.qemu_command import HOST_SHAPES
     from phasewatch.types import EpisodeRole
@@ -70,7 +70,7 @@ def record(
     shape = {name: value for name, value in shape.items() if value is not None}
     for option, name in _MACHINE_OPTIONS.items():
         common.check_option_pair(option, "--image", alone=name in shape and image is None)
-    own = read_custom_machine(image, driver, **shape) if image is not None else None
+    own = read_custom_machine(image, driver, CustomMachineOptions(**shape)) if image is not None else None
     task = _build_task(plan, profile_file, own, named=(driver or image or Path()).stem)
     alone = check_elapsed_time(task.spec, force=force or dry_run)
     wanted, there = common.parse_names(hosts), {s.host_id for s in task.sessions}
@@ -146,7 +146,7 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
         self._bar.update(self._task, description=detail, completed=done, total=total)
 
 
-# Option → field of `read_custom_machine`.
+# Option → field of `CustomMachineOptions`.
 _MACHINE_OPTIONS = {"--host-id": "host_id", "--machine": "machine", "--mem": "mem_mib", "--vcpus": "vcpus", "--boot-deadline": "boot_s"}  # fmt: skip
 
 

@@ -308,8 +308,8 @@ class PlanRecorder:
             free = shutil.disk_usage(folder).free
             if free < MIN_FREE_BYTES:
                 raise MachineError(
-                    f"{folder}: {free >> 20} MiB free, {MIN_FREE_BYTES >> 20} MiB needed; make room, then record again: "
-                    "what is there is kept"
+                    f"{folder}: {free >> 20} MiB free, {MIN_FREE_BYTES >> 20} MiB needed; make room, then record "
+                    "again: what is there is kept"
                 )
 
     def _new_id(self) -> EpisodeId:
