@@ -129,7 +129,7 @@ PROFILES: tuple[WorkloadProfile, ...] = (
     _malicious_profile("ransom-walk", "Encrypts documents, one after the other.", "T1486 T1083", 4e9, 2e6, (
         ("overwrite", "overwrites each file in place", "rate_kbps 200 4000 kB/s"),
         ("write-new-delete-old", "writes an encrypted copy, deletes the original", "rate_kbps 200 3000 kB/s"),
-        ("intermittent", "overwrites the first 64 KiB of each file, with pauses", "rate_kbps 100 1500 kB/s, pause_s 1 8 s"),
+        ("intermittent", "overwrites the head of each file, with pauses", "rate_kbps 100 1500 kB/s, pause_s 1 8 s"),
         ("throttled", "as overwrite, at a low rate", "rate_kbps 20 200 kB/s"),
     )),
     _malicious_profile("scan-and-dial", "Scans for open ports and connects to them.", "T1046 T1018", 2e8, 2e7, (
@@ -154,7 +154,7 @@ PROFILES: tuple[WorkloadProfile, ...] = (
         ("fetch-unpack", "downloads and unpacks", "period_s 3 20 s, piece_kib 50 800 KiB"),
         ("cron-like", "rewrites its cron files and checks its own digest", "period_s 1.5 10 s"),
         ("self-copy", "copies itself to many places", "period_s 2 15 s, piece_kib 50 1000 KiB"),
-        ("in-pieces", "downloads in small pieces with pauses", "period_s 3 20 s, piece_kib 50 800 KiB"),
+        ("in-pieces", "downloads in small pieces", "period_s 3 20 s, piece_kib 50 800 KiB"),
     )),
     WorkloadProfile(
         name=BENIGN_PROFILE, kind=SampleKind.BENIGN, about="Benign loads.", attack=(),
