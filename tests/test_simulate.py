@@ -137,7 +137,7 @@ def test_an_active_miner_costs_more_than_a_clean_machine(store: Path) -> None:
 
 def test_hosts_differ_and_drift_as_far_as_the_knobs_say() -> None:
     campaign = SimulatedCampaign(
-        hosts=2, episodes=4, seed=0, knobs=SimulationSettings(host_effect=0.0, drift_per_week=0.0)
+        hosts=2, episodes=4, seed=0, settings=SimulationSettings(host_effect=0.0, drift_per_week=0.0)
     )
     plain = {slot.machine.factors for s in iter_sessions(campaign) for slot in draw_session_specs(campaign, s)}
     varied = SimulatedCampaign(hosts=2, episodes=4, seed=0)
@@ -150,7 +150,7 @@ def spoilt(fault: FaultSpec, seed: int = 3) -> tuple[bytes, str]:
     campaign = SimulatedCampaign(hosts=1, episodes=2, seed=seed, between_s=SHORT)
     slot = draw_session_specs(campaign, next(iter(iter_sessions(campaign))))[0]
     rng = build_named_rng("fault", fault.name, seed)
-    return pack_faulty_draft(rng, draw_episode(build_named_rng("episode", seed), slot, campaign.knobs), fault)[
+    return pack_faulty_draft(rng, draw_episode(build_named_rng("episode", seed), slot, campaign.settings), fault)[
         1
     ], slot.episode_id
 
@@ -233,7 +233,7 @@ def test_the_validator_says_of_every_episode_what_the_truth_file_says(tmp_path: 
 
 def test_hosts_that_lie_far_apart_are_sound_all_the_same(tmp_path: Path) -> None:
     far = SimulationSettings(host_effect=3.0, episode_effect=3.0)
-    made = simulate(tmp_path / "s", hosts=4, episodes=16, seed=0, between_s=SHORT, knobs=far)
+    made = simulate(tmp_path / "s", hosts=4, episodes=16, seed=0, between_s=SHORT, settings=far)
 
     swept = sweep(made.store, tmp_path / "run", workers=1)
 
@@ -261,8 +261,8 @@ def test_an_unknown_kind_of_fault_is_refused_with_the_nearest(tmp_path: Path) ->
 
 def test_episodes_of_a_host_lie_as_far_apart_as_the_knob_says(tmp_path: Path) -> None:
     def spread(effect: float) -> float:
-        knobs = SimulationSettings(host_effect=0.0, drift_per_week=0.0, episode_effect=effect)
-        made = simulate(tmp_path / str(effect), hosts=1, episodes=16, seed=1, between_s=SHORT, knobs=knobs)
+        settings = SimulationSettings(host_effect=0.0, drift_per_week=0.0, episode_effect=effect)
+        made = simulate(tmp_path / str(effect), hosts=1, episodes=16, seed=1, between_s=SHORT, settings=settings)
         idle = [e for e in episodes_of(made.store) if e.manifest.sample_name == "idle"]
         busy = [e.rows[SourceKind.PROC] for e in idle]
         ratio = [np.ptp(rows.columns[8]) / np.ptp(rows.t_mono_ns) for rows in busy]  # aux_run_ns
@@ -323,8 +323,8 @@ def test_a_store_may_be_made_in_the_folder_where_one_stands(tmp_path: Path, monk
         ({"days": math.nan}, "--days nan"),
         ({"days": 1e9}, r"--days 1e\+09: 0 to 36500"),
         ({"days": 3650.0}, "--drift 0.05 --days 3650: a host would drift by 26.1, at most 3"),
-        ({"knobs": SimulationSettings(tick_noise=math.inf)}, "--noise inf: 0 to 3"),
-        ({"knobs": SimulationSettings(malware_intensity=math.nan)}, "--malware-intensity nan: 0 to 100"),
+        ({"settings": SimulationSettings(tick_noise=math.inf)}, "--noise inf: 0 to 3"),
+        ({"settings": SimulationSettings(malware_intensity=math.nan)}, "--malware-intensity nan: 0 to 100"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(tmp_path: Path, numbers: dict[str, object], words: str) -> None:

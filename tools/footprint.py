@@ -16,8 +16,8 @@ import msgspec
 from phasewatch import atomic
 from phasewatch.binning.storage import open_bins
 from phasewatch.bundle.archive import unpack_manifest
-from phasewatch.lab.campaign import default_cache, record_plan
-from phasewatch.lab.recorder import ProgressBar
+from phasewatch.cli.record import ProgressBar
+from phasewatch.lab.campaign import RecordingOptions, default_cache, record_plan
 from phasewatch.store.local import DiskStore
 from phasewatch.validate.sweep import sweep
 from tools.datasheet_tables import (
@@ -38,7 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="phasewatch-footprint-") as folder:
         store, run = Path(folder) / "store", Path(folder) / "run"
         with ProgressBar() as bar:
-            done = record_plan(build_footprint_sessions(HOST, PAIRS), store=store, cache=default_cache(), progress=bar)
+            options = RecordingOptions(cache=default_cache())
+            done = record_plan(build_footprint_sessions(HOST, PAIRS), store=store, options=options, progress=bar)
         if done.failed:
             print("\n".join(done.failed), file=sys.stderr)
             return 1

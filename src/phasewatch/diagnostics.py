@@ -1,4 +1,8 @@
-"""What this machine has of what phasewatch needs, and how to get the rest."""
+"""Check the requirements of this machine, and describe the installation.
+
+`inspect_system` checks programs, packages and resources for the command `doctor`. `describe_installation` collects the
+facts for a bug report.
+"""
 
 from __future__ import annotations
 
@@ -29,19 +33,34 @@ from phasewatch.lab.host import (
 )
 from phasewatch.user_folders import cache_folder
 
-MIN_FREE_GIB = 5  # images, a corpus of recordings, a full run
-MIN_MEMORY_GIB = 3.0  # two VMs and the recorder
-MIN_CORES = 2
-NEEDED_FOR_ALL = "all"  # needed for: without it nothing works
+__all__ = [
+    "OPTIONAL_PACKAGES",
+    "REQUIRED_PROGRAMS",
+    "InstallationInfo",
+    "PackageInfo",
+    "RequirementCheck",
+    "SystemFacts",
+    "describe_installation",
+    "find_extra",
+    "find_kvm",
+    "has_blocking_problem",
+    "hide_home",
+    "inspect_system",
+]
+
+_MIN_FREE_GIB = 5  # images, a corpus of recordings, a full run
+_MIN_MEMORY_GIB = 3.0  # two VMs and the recorder
+_MIN_CORES = 2
+_NEEDED_FOR_ALL = "all"  # value of `needed_for`: without it nothing works
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequirementCheck:
-    """One thing that was looked for.
+    """The result of one check.
 
     Attributes:
-        name: What.
-        ok: Whether it is there, and good enough.
+        name: What was checked.
+        ok: Whether it is present and sufficient.
         found: What was found, in a few words.
         remedy: What to do; empty if nothing.
         needed_for: What does not work without it.
@@ -56,7 +75,15 @@ class RequirementCheck:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SystemFacts:
-    """The facts that the checks rest on; `_read_system_facts` gives this machine's."""
+    """The facts that the checks use.
+
+    Attributes:
+        memory_gib: Available memory in GiB.
+        disk_gib: Free space of the working folder's disk in GiB.
+        kvm: Whether KVM works, with the reason.
+        programs: Program → version or path; None if it is missing.
+        packages: Distribution → version; None if it is missing.
+    """
 
     python: tuple[int, int]
     cores: int
@@ -67,7 +94,7 @@ class SystemFacts:
     packages: Mapping[str, str | None]
 
 
-# Program → package of Debian, what for.
+# (program, Debian package, needed for)
 REQUIRED_PROGRAMS: tuple[tuple[str, str, str], ...] = (
     ("qemu-system-x86_64", "qemu-system-x86", "record"),
     ("qemu-system-aarch64", "qemu-system-arm", "record on aarch64 hosts"),
@@ -80,7 +107,7 @@ REQUIRED_PROGRAMS: tuple[tuple[str, str, str], ...] = (
     ("chromium", "chromium", "tests of report and dashboard"),
 )
 
-# Distribution → extra, what for.
+# (distribution, extra, needed for)
 OPTIONAL_PACKAGES: tuple[tuple[str, str, str], ...] = (
     ("torch", "train", "train the networks"),
     ("xgboost", "train", "train gbt"),
@@ -92,26 +119,46 @@ OPTIONAL_PACKAGES: tuple[tuple[str, str, str], ...] = (
 
 
 def inspect_system(facts: SystemFacts | None = None) -> tuple[RequirementCheck, ...]:
-    """Look at everything once; nothing is started but programs that tell their version.
+    """Check all requirements. Programs are started only to read their version, and a kernel only to test KVM.
 
     Args:
-        facts: What to judge; this machine's if absent.
+        facts: The facts to check; those of this machine if None.
     """
     facts = facts or _read_system_facts()
     checks = [
-        _check_minimum("python", facts.python, (3, 11), ".".join(map(str, facts.python)), "install Python 3.11", NEEDED_FOR_ALL),
         _check_minimum(
-            "cores", facts.cores, MIN_CORES, str(facts.cores),
-            f"with fewer than {MIN_CORES} cores record one VM at a time", "record pairs",
+            "python",
+            facts.python,
+            (3, 11),
+            ".".join(map(str, facts.python)),
+            needed_for=_NEEDED_FOR_ALL,
+            remedy="install Python 3.11",
         ),
         _check_minimum(
-            "memory", facts.memory_gib, MIN_MEMORY_GIB, f"{facts.memory_gib:.1f} GiB free",
-            f"free {MIN_MEMORY_GIB:g} GiB", "record, train",
+            "cores",
+            (facts.cores,),
+            (_MIN_CORES,),
+            str(facts.cores),
+            needed_for="record pairs",
+            remedy=f"with fewer than {_MIN_CORES} cores record one VM at a time",
         ),
         _check_minimum(
-            "disk", facts.disk_gib, MIN_FREE_GIB, f"{facts.disk_gib:.0f} GiB free here", f"free {MIN_FREE_GIB} GiB", NEEDED_FOR_ALL,
+            "memory",
+            (facts.memory_gib,),
+            (_MIN_MEMORY_GIB,),
+            f"{facts.memory_gib:.1f} GiB free",
+            needed_for="record, train",
+            remedy=f"free {_MIN_MEMORY_GIB:g} GiB",
         ),
-    ]  # fmt: skip
+        _check_minimum(
+            "disk",
+            (facts.disk_gib,),
+            (_MIN_FREE_GIB,),
+            f"{facts.disk_gib:.0f} GiB free here",
+            needed_for=_NEEDED_FOR_ALL,
+            remedy=f"free {_MIN_FREE_GIB} GiB",
+        ),
+    ]
     for program, package, purpose in REQUIRED_PROGRAMS:
         found = facts.programs.get(program)
         remedy = f"apt-get install --no-install-recommends {package}"
@@ -136,12 +183,11 @@ def inspect_system(facts: SystemFacts | None = None) -> tuple[RequirementCheck, 
 
 
 def has_blocking_problem(checks: Iterable[RequirementCheck]) -> bool:
-    """Whether something is missing without which nothing works; an extra or a program is needed for its own task alone."""
-    return any(not check.ok and check.needed_for == NEEDED_FOR_ALL for check in checks)
+    """Return whether a check failed without which nothing works. Extras and programs are needed only for their task."""
+    return any(not check.ok and check.needed_for == _NEEDED_FOR_ALL for check in checks)
 
 
 def _read_system_facts() -> SystemFacts:
-    """Read this machine's facts."""
     return SystemFacts(
         python=sys.version_info[:2],
         cores=len(os.sched_getaffinity(0)),
@@ -154,12 +200,12 @@ def _read_system_facts() -> SystemFacts:
 
 
 def find_kvm() -> AcceleratorChoice:
-    """Return whether a kernel boots on KVM here: as a recording found out, else by booting this machine's own kernel."""
+    """Return whether a kernel boots on KVM here, by an earlier result or by a boot of this machine's kernel."""
     arch = platform.machine()
     try:
         qemu = read_qemu_version(arch)
     except MissingToolError:
-        return AcceleratorChoice(accel="tcg", why=f"not tried: qemu-system-{arch} is not here")
+        return AcceleratorChoice(accel="tcg", why=f"not tried: qemu-system-{arch} is not installed")
     try:
         cache: Path | None = cache_folder()
     except MachineError:
@@ -170,22 +216,25 @@ def find_kvm() -> AcceleratorChoice:
     kernel = Path(f"/boot/vmlinuz-{platform.release()}")
     if not os.access(kernel, os.R_OK):
         return AcceleratorChoice(
-            accel="tcg", why=f"not proved: {kernel} cannot be read; the first recording boots a kernel on it"
+            accel="tcg", why=f"not tested: {kernel} cannot be read; the first recording boots a kernel on KVM"
         )
     if kernel_boots_on_kvm(kernel, arch):
         return AcceleratorChoice(accel="kvm", why="this machine's kernel booted on it")
     return AcceleratorChoice(accel="tcg", why=f"{kernel} did not boot on it within {KVM_BOOT_DEADLINE_S:g} s")
 
 
-def _check_minimum(name: str, value: object, least: object, found: str, remedy: str, purpose: str) -> RequirementCheck:
-    ok = bool(value >= least)  # type: ignore[operator]
-    return RequirementCheck(name=name, ok=ok, found=found, remedy="" if ok else remedy, needed_for=purpose)
+def _check_minimum(
+    name: str, value: tuple[float, ...], least: tuple[float, ...], found: str, *, needed_for: str, remedy: str
+) -> RequirementCheck:
+    """Compare a value, or a version's numbers, with the smallest that suffices."""
+    ok = value >= least
+    return RequirementCheck(name=name, ok=ok, found=found, remedy="" if ok else remedy, needed_for=needed_for)
 
 
 def _check_presence(name: str, found: str | None, remedy: str, purpose: str) -> RequirementCheck:
-    there = found is not None
+    ok = found is not None
     return RequirementCheck(
-        name=name, ok=there, found=found or "not found", remedy="" if there else remedy, needed_for=purpose
+        name=name, ok=ok, found=found or "not found", remedy="" if ok else remedy, needed_for=purpose
     )
 
 
@@ -202,8 +251,8 @@ def _read_text(path: str) -> str:
 
 
 def _read_program_version(program: str) -> str | None:
-    """Give a program's version, its path where it has none to tell, or None if it is not there or does not run."""
-    # mke2fs and busybox may stand where only root looks.
+    """Return a program's version, its path if it reports no version, or None if it is missing or does not run."""
+    # mke2fs and busybox may be in folders of root's PATH.
     path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     if path is None:
         return None
@@ -215,7 +264,7 @@ def _read_program_version(program: str) -> str | None:
 
 
 def _is_dynamically_linked(path: Path) -> bool:
-    """Say whether an ELF file names an interpreter: such a busybox finds no libc in the guest."""
+    """Return whether an ELF file names an interpreter; such a busybox finds no libc in the guest."""
     with path.open("rb") as file:
         head = file.read(4096)
     return any(loader in head for loader in (b"ld-linux", b"ld-musl"))
@@ -230,7 +279,7 @@ def _read_version_line(command: list[str]) -> str | None:
 
 
 def _read_package_version(name: str) -> str | None:
-    """Give an installed distribution's version without importing it."""
+    """Return an installed distribution's version without importing it."""
     for spelling in (name, f"{name}-cpu"):
         try:
             return importlib.metadata.version(spelling)
@@ -239,7 +288,7 @@ def _read_package_version(name: str) -> str | None:
     return None
 
 
-# Modules that are not called like the distribution they come in.
+# Module → distribution, where the names differ.
 _DISTRIBUTIONS = {"sklearn": "scikit-learn", "xgboost": "xgboost-cpu", "qemu": "qemu.qmp"}
 _REQUIREMENT = re.compile(r"""^([A-Za-z0-9][A-Za-z0-9._-]*)(\[[^]]*\])?[^;]*(?:;.*?extra\s*==\s*['"]([^'"]+)['"])?""")
 _OTHER_SYSTEM = re.compile(r"""platform_system == ['"]Darwin['"]""")  # a requirement for another system than this one
@@ -248,7 +297,7 @@ _REPORTED_VARIABLES = ("PHASEWATCH_CORPUS", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackageInfo:
-    """A distribution that phasewatch asks for; ``version`` is None where it is not installed, ``extra`` "" for the core."""
+    """A required distribution; ``version`` is None if it is not installed, ``extra`` is empty for the core."""
 
     name: str
     extra: str
@@ -257,13 +306,15 @@ class PackageInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstallationInfo:
-    """What a bug report needs to know of an installation; no host name, no user name, no path of a home.
+    """Facts about an installation for a bug report, without host name, user name and home folder.
 
     Attributes:
         place: ``a checkout`` (runs from source) or ``installed``.
-        python, system, machine: Version and implementation, operating system and kernel, architecture and processor.
-        packages: All that phasewatch asks for, core first, in the order of the extras.
-        settings: Environment variables that change what phasewatch does; only those that are set.
+        python: Version and implementation.
+        system: Operating system and kernel.
+        machine: Architecture, processor and number of cores.
+        packages: All required distributions, core first, then in the order of the extras.
+        settings: Environment variables that change the behaviour of phasewatch, if they are set.
     """
 
     version: str
@@ -276,33 +327,34 @@ class InstallationInfo:
 
     @property
     def extras(self) -> dict[str, str]:
-        """Give each extra's state: ``installed``, or ``lacks`` and what."""
-        found: dict[str, list[str]] = {}
+        """Return the state of each extra: ``installed``, or ``lacks`` with the missing distributions."""
+        missing: dict[str, list[str]] = {}
         for package in self.packages:
             if package.extra:
-                found.setdefault(package.extra, []).extend([] if package.version else [package.name])
-        return {extra: f"lacks {', '.join(names)}" if names else "installed" for extra, names in found.items()}
+                missing.setdefault(package.extra, []).extend([] if package.version else [package.name])
+        return {extra: f"lacks {', '.join(names)}" if names else "installed" for extra, names in missing.items()}
 
 
 def describe_installation() -> InstallationInfo:
-    """Describe this installation; nothing is imported for it."""
+    """Describe this installation without importing its packages."""
+    kernel = f"{platform.system()} {platform.release()}"
     return InstallationInfo(
         version=__version__,
         place="a checkout" if _is_checkout() else "installed",
         python=f"{platform.python_version()} ({platform.python_implementation()}, {_describe_environment()})",
-        system=f"{_read_distribution()}, {platform.system()} {platform.release()}, {' '.join(platform.libc_ver())}".rstrip(", "),
+        system=f"{_read_distribution()}, {kernel}, {' '.join(platform.libc_ver())}".rstrip(", "),
         machine=f"{platform.machine()}, {_read_processor()}, {len(os.sched_getaffinity(0))} cores",
         packages=tuple(
             PackageInfo(name=name, extra=extra, version=_find_version(name)) for name, extra in _read_requirements()
         ),
         settings={name: hide_home(os.environ[name]) for name in _REPORTED_VARIABLES if name in os.environ},
-    )  # fmt: skip
+    )
 
 
 def find_extra(module: str) -> str | None:
-    """Say which extra brings a module; None for one that no extra names.
+    """Return the extra that installs a module; None if no extra does.
 
-    >>> extra_of("torch.nn")
+    >>> find_extra("torch.nn")
     'train'
     """
     root = module.partition(".")[0]
@@ -311,24 +363,24 @@ def find_extra(module: str) -> str | None:
 
 
 def _find_version(name: str) -> str | None:
-    """Give an installed distribution's version without importing it."""
+    """Return an installed distribution's version without importing it."""
     with suppress(metadata.PackageNotFoundError):
         return metadata.version(name)
     return None
 
 
 def hide_home(text: str) -> str:
-    """Put ``~`` for the user's home, whose name is nobody's business in a bug report."""
+    """Replace the path of the user's home by ``~``, because it contains the user's name."""
     home = os.path.expanduser("~")  # noqa: PTH111  text, not a path
     return text.replace(home, "~") if len(home) > 1 else text
 
 
 def _read_requirements() -> list[tuple[str, str]]:
-    """Read (distribution, extra) from phasewatch's own metadata: pyproject.toml stays the one source."""
+    """Return (distribution, extra) pairs from the package's own metadata, so that pyproject.toml is the only source."""
     with suppress(metadata.PackageNotFoundError):
         lines = [line for line in metadata.requires("phasewatch") or [] if _OTHER_SYSTEM.search(line) is None]
-        found = [match for line in lines if (match := _REQUIREMENT.match(line))]
-        return [(match[1], match[3] or "") for match in found]
+        matches = [match for line in lines if (match := _REQUIREMENT.match(line))]
+        return [(match[1], match[3] or "") for match in matches]
     return []
 
 
@@ -337,10 +389,10 @@ def _normalise_name(name: str) -> str:
 
 
 def _is_checkout() -> bool:
-    """Say whether the code runs from where it is written, by its place or by what the installer noted."""
+    """Return whether the code runs from a checkout, by its path or by the installer's record."""
     with suppress(metadata.PackageNotFoundError):
-        noted = metadata.distribution("phasewatch").read_text("direct_url.json")
-        if noted and json.loads(noted).get("dir_info", {}).get("editable"):
+        record = metadata.distribution("phasewatch").read_text("direct_url.json")
+        if record and json.loads(record).get("dir_info", {}).get("editable"):
             return True
     return (Path(__file__).resolve().parents[2] / "pyproject.toml").is_file()
 
@@ -357,7 +409,7 @@ def _read_distribution() -> str:
 
 def _read_processor() -> str:
     with suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return "a processor that /proc/cpuinfo does not name"
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        if match:
+            return match[1].strip()
+    return "a processor without a name in /proc/cpuinfo"

@@ -1,4 +1,4 @@
-"""TOML of ours to a typed value; a key that nobody knows is named together with the nearest that somebody does (pure)."""
+"""Parse TOML files of phasewatch into typed values; an unknown key is reported with the nearest known one."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ import msgspec
 
 from phasewatch.errors import PlanError, suggest_names
 
+__all__ = ["parse_toml"]
+
 _T = TypeVar("_T", bound=msgspec.Struct)
 _UNKNOWN_FIELD_PATTERN = re.compile(r"unknown field `([^`]*)`")
 
 
 def parse_toml(text: str, into: type[_T], *, where: str) -> _T:
-    """Read a TOML file into a struct that forbids unknown fields.
+    """Parse TOML into a struct that forbids unknown fields.
 
     Args:
-        text: The file's content.
-        into: What it shall be.
-        where: Its name, for messages.
+        text: Content of the file.
+        into: The type of the struct.
+        where: Name of the file, for messages.
 
     Raises:
-        PlanError: If it is not TOML, or a key is unknown, missing or of another type.
+        PlanError: If the text is not TOML, or a key is unknown, missing or of the wrong type.
     """
     try:
         content = tomllib.loads(text)
@@ -36,8 +38,8 @@ def parse_toml(text: str, into: type[_T], *, where: str) -> _T:
         raise PlanError(f"{where}: {exc}{_suggest_field(str(exc), into)}") from exc
 
 
-def _suggest_field(words: str, into: type[msgspec.Struct]) -> str:
-    match = _UNKNOWN_FIELD_PATTERN.search(words)
+def _suggest_field(message: str, into: type[msgspec.Struct]) -> str:
+    match = _UNKNOWN_FIELD_PATTERN.search(message)
     if match is None:
         return ""
     names = {name for struct in _list_structs(into) for name in struct.__struct_fields__}
@@ -45,7 +47,7 @@ def _suggest_field(words: str, into: type[msgspec.Struct]) -> str:
 
 
 def _list_structs(kind: Any) -> Iterator[type[msgspec.Struct]]:
-    """Give a struct and all structs that its fields hold."""
+    """Yield a struct and all structs in its fields."""
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         yield kind
         for field in msgspec.structs.fields(kind):

@@ -14,7 +14,7 @@ from tests.requirements import need_program
 from phasewatch import atomic
 from phasewatch.errors import DataError
 from phasewatch.lab import campaign
-from phasewatch.lab.custom_workload import CustomMachine
+from phasewatch.lab.campaign import RecordingOptions
 
 Call = Callable[..., Said]
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-profile.md"
@@ -91,8 +91,8 @@ def test_an_image_is_booted_as_the_options_say_or_as_their_help_does(
     disk.write_bytes(b"QFI\xfb" + b"\0" * 100)
     shapes = []
 
-    def keep(*arguments: object, own: CustomMachine, **more: object) -> None:
-        shapes.append(own)
+    def keep(*arguments: object, options: RecordingOptions, **more: object) -> None:
+        shapes.append(options.custom_machine)
         raise DataError("that was all")
 
     monkeypatch.setattr(campaign, "record_plan", keep)

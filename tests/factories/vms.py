@@ -1,10 +1,12 @@
-"""A clock that jumps and a VM of make-believe, so that the recorder's logic runs in milliseconds."""
+"""A fake clock, a fake VM and recorders of progress and log, so that tests of the recorder run in milliseconds."""
 
 from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Coroutine
+import logging
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -22,29 +24,40 @@ WALL0_NS = 1_800_000_000_000_000_000
 
 
 def shape_of(**changes: Any) -> HostShape:
-    """Give a plain pc, but for the changes."""
+    """Build the shape of a plain pc with some fields changed."""
     fields: dict[str, Any] = {"host_id": "pc", "machine": "pc", "about": "the plain one"}
     return HostShape(**fields | changes)
 
 
 def slot_of(seed: int = 1, **changes: Any) -> RecordingSlot:
-    """Give a slot of 60 s on a pc: clean, infecting, active, 20 s each; but for the changes."""
+    """Build a slot of 60 s on a pc (clean, infecting, active, 20 s each) with some fields changed."""
     fields: dict[str, Any] = {
-        "index": 0, "host_id": "pc", "profile": "cryptomine", "sample_name": "throttled",
-        "sample_kind": SampleKind.EMULATED, "role": EpisodeRole.LAB, "agent": False, "plan_seed": seed,
-        "phases": ((Phase.CLEAN, 20.0), (Phase.INFECTING, 20.0), (Phase.ACTIVE, 20.0)), "duration_s": 60.0,
-        "settle_s": 40.0, "background": "", "background_knobs": (), "knobs": (("duty", 0.5),), "chatter_s": 10.0,
-    }  # fmt: skip
+        "index": 0,
+        "host_id": "pc",
+        "profile": "cryptomine",
+        "sample_name": "throttled",
+        "sample_kind": SampleKind.EMULATED,
+        "role": EpisodeRole.LAB,
+        "agent": False,
+        "plan_seed": seed,
+        "phases": ((Phase.CLEAN, 20.0), (Phase.INFECTING, 20.0), (Phase.ACTIVE, 20.0)),
+        "duration_s": 60.0,
+        "settle_s": 40.0,
+        "background": "",
+        "background_knobs": (),
+        "knobs": (("duty", 0.5),),
+        "chatter_s": 10.0,
+    }
     return RecordingSlot(**fields | changes)
 
 
 def session_of(*slots: RecordingSlot, name: str = "s1") -> RecordingSession:
-    """Give a session of these slots."""
+    """Build a session of these slots."""
     return RecordingSession(session=name, host_id=slots[0].host_id, slots=slots)
 
 
 class FakeClock:
-    """Time passes only when everybody sleeps."""
+    """A clock that jumps to the next wake-up when every task sleeps."""
 
     def __init__(self) -> None:
         self.now_ns = 0
@@ -75,7 +88,7 @@ class FakeClock:
                 break
             while self._sleepers and self._sleepers[0][2].done():  # its sleeper was cancelled
                 heapq.heappop(self._sleepers)
-            assert self._sleepers, "everybody waits for ever"
+            assert self._sleepers, "every task waits for ever"
             due_ns, _, future = heapq.heappop(self._sleepers)
             self.now_ns = max(self.now_ns, due_ns)
             future.set_result(None)
@@ -87,7 +100,7 @@ class FakeClock:
 
 @dataclass
 class FakeSource:
-    """Counts up by one a reading; `wait_ns` per second stands in the field `vcpu_wait_ns`."""
+    """A source whose fields count its readings; `vcpu_wait_ns` grows by `wait_cores` seconds per second."""
 
     source: SourceKind
     clock: FakeClock
@@ -111,7 +124,7 @@ class FakeSource:
 
 @dataclass
 class FakeReader:
-    """An agent that reports once when it is started."""
+    """A guest agent that reports once when it is started."""
 
     log: RowLog
     bad: int = 0
@@ -129,14 +142,14 @@ class FakeReader:
 
 @dataclass
 class FakeMachine:
-    """A VM that does what it is told.
+    """A VM that acknowledges every command.
 
     Attributes:
-        ends_after_s: Phase → after how many seconds its work ends by itself.
-        boot_error: What `boot` meets.
-        dies_at_s: When QEMU dies, seconds after boot.
+        ends_after_s: Phase → seconds until its work ends by itself.
+        boot_error: Message of the error that `boot` raises.
+        dies_at_s: Seconds from boot to the end of QEMU.
         mute: Verbs that are not acknowledged.
-        log: What it was told, with the second.
+        log: (second, command) of each command.
     """
 
     clock: FakeClock
@@ -148,27 +161,35 @@ class FakeMachine:
     log: list[tuple[float, str]] = field(default_factory=list)
     stops: int = 0
     opened: list[FakeSource] = field(default_factory=list)
-    _told: dict[int, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
+    _commands: dict[int, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
 
     async def boot(self) -> MachineFacts:
         await self.clock.sleep_until(self.clock.now_ns + 3_000_000_000)
         if self.boot_error:
             raise VmError(self.boot_error)
         return MachineFacts(
-            boot_s=3.0, booted_mono_ns=self.clock.now_ns, guest_kernel="6.1.0", guest_image="0123456789ab", hypervisor="QEMU 7.2.22", accel="tcg",
-            processor="a make-believe one", nic="virtio-net", pinning=(0,), qemu_pid=1,
-        )  # fmt: skip
+            boot_s=3.0,
+            booted_mono_ns=self.clock.now_ns,
+            guest_kernel="6.1.0",
+            guest_image="0123456789ab",
+            hypervisor="QEMU 7.2.22",
+            accel="tcg",
+            processor="a fake processor",
+            nic="virtio-net",
+            pinning=(0,),
+            qemu_pid=1,
+        )
 
     async def send(self, verb: str, *arguments: str) -> CommandAck:
         if verb in self.mute:
             raise VmError(f"{verb}: the guest did not acknowledge")
         self.log.append((self.clock.now_ns / 1e9, " ".join((verb, *arguments))))
         number = len(self.log)
-        self._told[number] = (self.clock.now_ns, (verb, *arguments))
+        self._commands[number] = (self.clock.now_ns, (verb, *arguments))
         return CommandAck(id=number, t_wall_ns=self.clock.wall_ns(), t_mono_ns=self.clock.now_ns, uptime_ms=0)
 
-    async def finished(self, number: int, *, timeout_s: float) -> int:
-        at_ns, (verb, *arguments) = self._told[number]
+    async def wait_finished(self, number: int, *, timeout_s: float) -> int:
+        at_ns, (verb, *arguments) = self._commands[number]
         after_s = self.ends_after_s.get(arguments[0], 1e6) if verb == "phase" else 2.0
         await self.clock.sleep_until(at_ns + round(after_s * 1e9))
         return 0
@@ -180,12 +201,42 @@ class FakeMachine:
         ]
         return tuple(self.opened)
 
-    def listen(self, log: RowLog) -> FakeReader:
+    def build_agent_reader(self, log: RowLog) -> FakeReader:
         return FakeReader(log)
 
-    async def died(self) -> None:
+    async def wait_exited(self) -> None:
         until_s = 1e7 if self.dies_at_s is None else self.dies_at_s
         await self.clock.sleep_until(self.clock.now_ns + round(until_s * 1e9))
 
     async def stop(self) -> None:
         self.stops += 1
+
+
+class RecordedProgress:
+    """Keeps every progress update as a line ``[done/total] detail``."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def update(self, task: str, done: int, total: int, detail: str = "") -> None:
+        self.lines.append(f"[{done}/{total}] {detail}")
+
+
+@contextmanager
+def capture_log(name: str = "phasewatch.lab") -> Iterator[list[str]]:
+    """Collect the messages of a logger at level INFO and above, whatever handlers and levels it has."""
+    messages: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    log, handler = logging.getLogger(name), Collector(logging.INFO)
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield messages
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)

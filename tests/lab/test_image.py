@@ -11,7 +11,7 @@ from tests.requirements import need_program, need_qemu
 
 from phasewatch.errors import MachineError, MissingToolError
 from phasewatch.lab import guest_image
-from phasewatch.lab.campaign import QemuFactory, default_cache
+from phasewatch.lab.campaign import QemuFactory, RecordingOptions, default_cache
 from phasewatch.lab.guest_image import CpioEntry, build_cpio_archive
 from phasewatch.lab.qemu_command import find_host_shape
 from phasewatch.telemetry.base import HostClock
@@ -65,7 +65,8 @@ def test_a_real_guest_boots_warms_up_ends_its_first_run_by_itself_and_still_answ
     need_qemu()
 
     async def play() -> tuple[str, int, int]:
-        factory = QemuFactory(cache=default_cache(), scratch=tmp_path, clock=HostClock(), accel="tcg")
+        options = RecordingOptions(cache=default_cache(), accel="tcg")
+        factory = QemuFactory(options=options, scratch=tmp_path, clock=HostClock())
         machine = factory(find_host_shape("pc"), 0, ())
         try:
             facts = await machine.boot()

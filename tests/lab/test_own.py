@@ -11,7 +11,12 @@ from tests.requirements import need_program
 
 from phasewatch.errors import DataError, MissingToolError, UsageError
 from phasewatch.lab import campaign, host
-from phasewatch.lab.custom_workload import CLOUD_INIT_USER_DATA, read_custom_machine
+from phasewatch.lab.custom_workload import (
+    CLOUD_INIT_USER_DATA,
+    CustomMachine,
+    CustomMachineOptions,
+    read_custom_machine,
+)
 from phasewatch.lab.guest_image import DEFAULT_DATA_MIB, GuestImage
 from phasewatch.lab.host import parse_qemu_version, read_qemu_version
 from phasewatch.lab.qemu_command import VmPaths, build_qemu_command
@@ -25,6 +30,11 @@ def disk(tmp_path: Path) -> Path:
     return tmp_path / "My Disk.qcow2"
 
 
+def machine_of(disk: Path, driver: Path, **options: object) -> CustomMachine:
+    """Read a custom machine with these options."""
+    return read_custom_machine(disk, driver, CustomMachineOptions(**options))  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def driver(tmp_path: Path) -> Path:
     (tmp_path / "driver.sh").write_text("#!/bin/sh\n")
@@ -32,7 +42,7 @@ def driver(tmp_path: Path) -> Path:
 
 
 def test_the_host_is_named_after_the_disk_unless_told(disk: Path, driver: Path) -> None:
-    assert read_custom_machine(disk.rename(disk.with_name("disk-1.qcow2")), driver).shape.host_id == "disk-1"
+    assert machine_of(disk.rename(disk.with_name("disk-1.qcow2")), driver).shape.host_id == "disk-1"
 
 
 @pytest.mark.parametrize("twin", ["my-disk", "My-Disk", "MY DISK", "диск"])
@@ -40,21 +50,21 @@ def test_disks_whose_names_differ_are_different_hosts(disk: Path, driver: Path, 
     other = disk.with_name(f"{twin}.qcow2")
     other.write_bytes(disk.read_bytes())
 
-    assert read_custom_machine(disk, driver).shape.host_id != read_custom_machine(other, driver).shape.host_id
+    assert machine_of(disk, driver).shape.host_id != machine_of(other, driver).shape.host_id
 
 
 def test_a_machine_of_the_users_own_is_never_one_of_the_labs(disk: Path, driver: Path) -> None:
-    assert read_custom_machine(disk.rename(disk.with_name("pc.qcow2")), driver).shape.host_id not in {"pc", ""}
+    assert machine_of(disk.rename(disk.with_name("pc.qcow2")), driver).shape.host_id not in {"pc", ""}
 
 
 @pytest.mark.parametrize("host_id", ["pc", "microvm", "sent", "refused"])
 def test_a_host_id_that_stands_for_something_else_is_refused(disk: Path, driver: Path, host_id: str) -> None:
     with pytest.raises(UsageError):
-        read_custom_machine(disk, driver, host_id=host_id)
+        machine_of(disk, driver, host_id=host_id)
 
 
 def test_a_host_id_that_was_given_is_taken(disk: Path, driver: Path) -> None:
-    assert read_custom_machine(disk, driver, host_id="web-1").shape.host_id == "web-1"
+    assert machine_of(disk, driver, host_id="web-1").shape.host_id == "web-1"
 
 
 @pytest.mark.parametrize(
@@ -70,41 +80,41 @@ def test_numbers_and_names_that_cannot_be_are_refused(
     disk: Path, driver: Path, changes: dict[str, object], error: type[Exception], says: str
 ) -> None:
     with pytest.raises(error, match=says):
-        read_custom_machine(disk, driver, **changes)  # type: ignore[arg-type]
+        machine_of(disk, driver, **changes)
 
 
 def test_a_disk_that_is_no_qcow2_is_refused_with_the_line_that_makes_one(tmp_path: Path, driver: Path) -> None:
     (tmp_path / "disk.img").write_bytes(b"\xeb\x63" + bytes(510))
 
     with pytest.raises(DataError, match="not a qcow2 image; make one with `qemu-img convert -O qcow2"):
-        read_custom_machine(tmp_path / "disk.img", driver)
+        machine_of(tmp_path / "disk.img", driver)
 
 
 def test_a_driver_that_is_no_script_is_refused(disk: Path, tmp_path: Path) -> None:
     (tmp_path / "driver.exe").write_bytes(b"MZ\x90")
 
     with pytest.raises(DataError, match="begins with `#!`"):
-        read_custom_machine(disk, tmp_path / "driver.exe")
+        machine_of(disk, tmp_path / "driver.exe")
 
 
 def test_a_file_that_is_not_there_is_named(disk: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.sh: No such file"):
-        read_custom_machine(disk, tmp_path / "absent.sh")
+        machine_of(disk, tmp_path / "absent.sh")
 
 
 def test_the_disk_boots_by_itself_and_the_driver_lies_on_a_small_disk_beside_it() -> None:
     command = " ".join(
         build_qemu_command(
             shape_of(), accel="tcg", kernel=None, initrd=None, sockets=VmPaths(folder=Path("/d")), mac="m",
-            tsc_khz=None, hands_over=True,
+            tsc_khz=None, has_seed_disk=True,
         )
     )  # fmt: skip
 
     assert "-kernel" not in command
     assert "-append" not in command
     assert "virtio-blk-pci,drive=d0,id=blk0,bootindex=1" in command
-    assert "driver=vvfat,node-name=handed0,dir=/d/handed,label=cidata,read-only=on" in command
-    assert command.index("drive=d0,id=blk0") < command.index("drive=handed0"), "the guest's root would be another disk"
+    assert "driver=vvfat,node-name=seed0,dir=/d/seed,label=cidata,read-only=on" in command
+    assert command.index("drive=d0,id=blk0") < command.index("drive=seed0"), "the guest's root would be another disk"
     assert command.count("-netdev") == 1
 
 
@@ -121,8 +131,10 @@ def test_kvm_for_an_own_machine_is_proven_by_a_guest_of_ours_that_can_be_built(
     monkeypatch.setattr(host, "boots_on_kvm", lambda image, arch: True)
     monkeypatch.setattr(campaign, "build_guest_image", build)
     monkeypatch.setattr(campaign, "read_qemu_version", lambda arch: "7.2")
-    own = read_custom_machine(disk, driver)
-    factory = campaign.QemuFactory(cache=tmp_path, scratch=tmp_path, clock=HostClock(), custom_machine=own)
+    own = machine_of(disk, driver)
+    factory = campaign.QemuFactory(
+        options=campaign.RecordingOptions(cache=tmp_path, custom_machine=own), scratch=tmp_path, clock=HostClock()
+    )
 
     assert factory.prepare(own.shape) == (own.image, "kvm")
     assert built == [DEFAULT_DATA_MIB], "mke2fs fills no disk from a folder that is not there"

@@ -151,7 +151,7 @@ def test_an_image_without_a_driver_is_told_so_and_leaves_nothing(tmp_path: Path)
 
     assert done.returncode == 1
     (failed,) = json.loads(done.stdout)["result"]["failed"]
-    assert "no word from the guest within 25 s (does its image run a driver" in failed
+    assert "no ready message from the guest within 25 s (does its image run a driver" in failed
     assert "no driver here" in failed
     assert episodes_of(tmp_path / "store") == []
     assert left_behind() == []

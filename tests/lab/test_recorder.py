@@ -1,14 +1,23 @@
-"""What the recorder does with a plan: the walk through the phases, what it keeps, what it tries again."""
+"""The recorder: phases of one slot, bundles of a plan, retries, resumption and waiting for an idle machine."""
 
 from __future__ import annotations
 
 import asyncio
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.factories.vms import FakeClock, FakeMachine, FakeReader, session_of, shape_of, slot_of
+from tests.factories.vms import (
+    FakeClock,
+    FakeMachine,
+    FakeReader,
+    RecordedProgress,
+    capture_log,
+    session_of,
+    shape_of,
+    slot_of,
+)
 
 from phasewatch import atomic
 from phasewatch.bundle.archive import unpack_bundle
@@ -16,7 +25,7 @@ from phasewatch.bundle.model import Episode
 from phasewatch.channels import CHANNELS
 from phasewatch.errors import BusyError, MachineError, UsageError, VmError
 from phasewatch.lab import campaign, recorder
-from phasewatch.lab.campaign import record_plan
+from phasewatch.lab.campaign import RecordingOptions, record_plan
 from phasewatch.lab.host import CpuUsage, parse_busy_cpu_s, wait_until_idle
 from phasewatch.lab.plan import RecordingSession
 from phasewatch.lab.recorder import PlanRecorder, RecordingSummary
@@ -26,67 +35,60 @@ from phasewatch.telemetry.base import RowLog
 from phasewatch.types import EpisodeRole, Phase, SourceKind
 
 
-class Lines:
-    """Remembers what it heard."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def line(self, text: str) -> None:
-        self.text += text + "\n"
-
-    def now(self, text: str, *, done: int, total: int, left_s: float) -> None:
-        self.text += f"[{done}/{total} {left_s:.0f} s] {text}\n"
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    with capture_log() as messages:
+        yield messages
 
 
-def play_on(machine: FakeMachine, **changes: object) -> RecordedEpisode:
+def record_on(machine: FakeMachine, **changes: object) -> RecordedEpisode:
     return machine.clock.run(run_episode(machine, slot_of(**changes), machine.clock))  # type: ignore[arg-type]
 
 
-def steps_of(take: RecordedEpisode) -> list[tuple[str, float]]:
-    """Give each label with its second after the first one."""
+def list_steps(take: RecordedEpisode) -> list[tuple[str, float]]:
+    """Return each label with its time after the first one, in seconds."""
     t0 = take.marks[0].t_mono_ns
     return [(str(mark.phase or "end"), round((mark.t_mono_ns - t0) / 1e9, 1)) for mark in take.marks]
 
 
-def test_a_plan_is_walked_in_its_own_time() -> None:
-    take = play_on(FakeMachine(FakeClock()))
+def test_phases_follow_the_plan() -> None:
+    take = record_on(FakeMachine(FakeClock()))
 
-    assert steps_of(take) == [("clean", 0), ("infecting", 20), ("active", 40), ("end", 60)]
-
-
-def test_an_infection_that_finishes_is_followed_at_once_and_the_last_phase_lasts_longer() -> None:
-    take = play_on(FakeMachine(FakeClock(), ends_after_s={"infecting": 12.0}))
-
-    assert steps_of(take) == [("clean", 0), ("infecting", 20), ("active", 32), ("end", 60)]
+    assert list_steps(take) == [("clean", 0), ("infecting", 20), ("active", 40), ("end", 60)]
 
 
-def test_work_that_finishes_with_nothing_planned_after_it_leaves_a_dormant_machine() -> None:
-    take = play_on(FakeMachine(FakeClock(), ends_after_s={"active": 5.0}))
+def test_next_phase_starts_when_an_infection_ends_early_and_the_last_phase_is_extended() -> None:
+    take = record_on(FakeMachine(FakeClock(), ends_after_s={"infecting": 12.0}))
 
-    assert steps_of(take) == [("clean", 0), ("infecting", 20), ("active", 40), ("dormant", 45), ("end", 60)]
-
-
-def test_the_end_of_an_episode_cuts_the_walk() -> None:
-    take = play_on(FakeMachine(FakeClock()), duration_s=30.0)
-
-    assert steps_of(take) == [("clean", 0), ("infecting", 20), ("end", 30)]
+    assert list_steps(take) == [("clean", 0), ("infecting", 20), ("active", 32), ("end", 60)]
 
 
-def test_nothing_is_begun_in_the_last_half_second() -> None:
-    take = play_on(FakeMachine(FakeClock()), duration_s=40.2)
+def test_last_phase_whose_work_ends_early_is_followed_by_dormant() -> None:
+    take = record_on(FakeMachine(FakeClock(), ends_after_s={"active": 5.0}))
 
-    assert steps_of(take) == [("clean", 0), ("infecting", 20), ("end", 40.2)]
+    assert list_steps(take) == [("clean", 0), ("infecting", 20), ("active", 40), ("dormant", 45), ("end", 60)]
 
 
-def test_the_guest_is_brought_to_its_start_state_unseen() -> None:
+def test_episode_end_cuts_the_phases() -> None:
+    take = record_on(FakeMachine(FakeClock()), duration_s=30.0)
+
+    assert list_steps(take) == [("clean", 0), ("infecting", 20), ("end", 30)]
+
+
+def test_no_phase_starts_in_the_last_half_second() -> None:
+    take = record_on(FakeMachine(FakeClock()), duration_s=40.2)
+
+    assert list_steps(take) == [("clean", 0), ("infecting", 20), ("end", 40.2)]
+
+
+def test_guest_is_prepared_before_the_first_label() -> None:
     machine = FakeMachine(FakeClock())
-    play_on(
+    record_on(
         machine, phases=((Phase.DORMANT, 60.0),), background="compile", background_knobs=(("rate", 2.0),), agent=True
     )
 
-    told = [words for _, words in machine.log]
-    assert told[:6] == [
+    commands = [command for _, command in machine.log]
+    assert commands[:6] == [
         "hello",
         "warmup",
         "agent on",
@@ -94,18 +96,18 @@ def test_the_guest_is_brought_to_its_start_state_unseen() -> None:
         "load compile 1 rate=2",
         "install dormant cryptomine throttled 1 duty=0.5",
     ]
-    assert told[6:] == ["phase dormant cryptomine throttled 1 duty=0.5", "hello"]
+    assert commands[6:] == ["phase dormant cryptomine throttled 1 duty=0.5", "hello"]
 
 
-def test_the_first_label_comes_when_the_machine_has_settled_on_a_whole_half_second() -> None:
-    take = play_on(FakeMachine(FakeClock()), settle_s=41.3)
+def test_first_label_is_at_a_whole_half_second_after_settling() -> None:
+    take = record_on(FakeMachine(FakeClock()), settle_s=41.3)
 
     assert take.settle_s == 41.5
     assert take.marks[0].t_wall_ns % 500_000_000 == 0
 
 
-def test_readings_begin_before_the_first_label_and_fall_between_the_bins_edges() -> None:
-    take = play_on(FakeMachine(FakeClock()))
+def test_readings_begin_before_the_first_label_and_fall_into_the_middle_of_bins() -> None:
+    take = record_on(FakeMachine(FakeClock()))
 
     stamps = [row[0] or 0 for row in take.logs[SourceKind.PROC].rows]
     before = [stamp for stamp in stamps if stamp < take.marks[0].t_wall_ns]
@@ -114,8 +116,8 @@ def test_readings_begin_before_the_first_label_and_fall_between_the_bins_edges()
     assert {stamp % 500_000_000 for stamp in stamps} == {250_000_000}
 
 
-def test_a_slow_installation_postpones_the_first_label() -> None:
-    take = play_on(FakeMachine(FakeClock()), settle_s=1.0)
+def test_slow_preparation_postpones_the_first_label() -> None:
+    take = record_on(FakeMachine(FakeClock()), settle_s=1.0)
 
     assert take.settle_s == LEAD_IN_S + 2.0  # the warm-up took two seconds
 
@@ -128,15 +130,15 @@ def test_a_slow_installation_postpones_the_first_label() -> None:
         pytest.param(FakeMachine(FakeClock(), mute=("phase",)), "did not acknowledge", id="it hangs"),
     ],
 )
-def test_a_vm_that_fails_is_stopped_and_named(machine: FakeMachine, says: str) -> None:
+def test_failing_vm_is_stopped_and_reported(machine: FakeMachine, says: str) -> None:
     with pytest.raises(VmError, match=says):
-        play_on(machine)
+        record_on(machine)
 
     assert machine.stops == 1
     assert not any(source.is_open for source in machine.opened)
 
 
-def test_a_vm_that_is_being_stopped_is_stopped_to_the_end_though_the_recording_is_interrupted() -> None:
+def test_stop_completes_although_the_recording_is_cancelled() -> None:
     class Slow(FakeMachine):
         async def stop(self) -> None:
             await self.clock.sleep_until(self.clock.now_ns + 1_000_000_000)
@@ -156,8 +158,8 @@ def test_a_vm_that_is_being_stopped_is_stopped_to_the_end_though_the_recording_i
     assert machine.stops == 1
 
 
-def test_waiting_for_a_core_is_measured_between_first_label_and_end() -> None:
-    take = play_on(FakeMachine(FakeClock(), wait_cores=0.25))
+def test_vcpu_wait_is_measured_between_first_label_and_end() -> None:
+    take = record_on(FakeMachine(FakeClock(), wait_cores=0.25))
 
     assert take.vcpu_wait == pytest.approx(0.25)
 
@@ -166,10 +168,10 @@ def test_waiting_for_a_core_is_measured_between_first_label_and_end() -> None:
 
 
 class World:
-    """A store, a clock, and a recorder whose VMs are made by a function of (attempt, place)."""
+    """A store, a clock, and a recorder whose VMs are created by a function of (attempt, place)."""
 
     def __init__(self, tmp_path: Path, make: Callable[[int, int], FakeMachine] | None = None) -> None:
-        self.clock, self.lines, self.made = FakeClock(), Lines(), 0
+        self.clock, self.progress, self.made = FakeClock(), RecordedProgress(), 0
         self.store = DiskStore(tmp_path / "store")
         self.make = make or (lambda number, place: FakeMachine(self.clock))
         self.cores: list[tuple[int, ...]] = []
@@ -183,16 +185,22 @@ class World:
 
     def record(self, *sessions: RecordingSession, vcpus: int = 1, room: tuple[Path, ...] = ()) -> RecordingSummary:
         work = PlanRecorder(
-            store=self.store, shapes={host: shape_of(host_id=host, vcpus=vcpus) for host in ("pc", "q35")}, machines=self.machine, clock=self.clock,
-            progress=self.lines, idle_wait_s=0.0, cores=(0, 1), disk_folders=room,
-        )  # fmt: skip
+            store=self.store,
+            shapes={host: shape_of(host_id=host, vcpus=vcpus) for host in ("pc", "q35")},
+            machines=self.machine,
+            clock=self.clock,
+            progress=self.progress,
+            idle_wait_s=0.0,
+            cores=(0, 1),
+            disk_folders=room,
+        )
         return self.clock.run(work.record(sessions))
 
     def episodes(self) -> list[Episode]:
         return [unpack_bundle(self.store.read(item), file=item.path) for item in self.store.walk()]
 
 
-def test_a_pair_becomes_two_bundles_that_know_each_other(tmp_path: Path) -> None:
+def test_pair_becomes_two_bundles_that_name_each_other_as_neighbours(tmp_path: Path) -> None:
     world = World(tmp_path)
     summary = world.record(session_of(slot_of(1), slot_of(2, agent=True)))
 
@@ -203,7 +211,7 @@ def test_a_pair_becomes_two_bundles_that_know_each_other(tmp_path: Path) -> None
     assert world.cores == [(0,), (1,)]
 
 
-def test_soak_episodes_of_two_hosts_play_at_once_and_stay_two_sessions(tmp_path: Path) -> None:
+def test_soak_episodes_of_two_hosts_run_at_once_and_stay_two_sessions(tmp_path: Path) -> None:
     world = World(tmp_path)
     pc, q35 = (slot_of(seed, host_id=host, role=EpisodeRole.SOAK) for seed, host in ((1, "pc"), (2, "q35")))
     summary = world.record(session_of(pc, name="s1"), session_of(q35, name="s2"))
@@ -213,10 +221,10 @@ def test_soak_episodes_of_two_hosts_play_at_once_and_stay_two_sessions(tmp_path:
     assert world.cores == [(0,), (1,)]
     assert (one.session, one.host.host_id, one.neighbours) == ("s1", "pc", (two.episode_id,))
     assert (two.session, two.host.host_id, two.neighbours) == ("s2", "q35", (one.episode_id,))
-    assert "[0/2 115 s] pc: cryptomine/throttled; q35: cryptomine/throttled" in world.lines.text
+    assert world.progress.lines[0].startswith("[0/2] pc: cryptomine/throttled; q35: cryptomine/throttled; 2 min")
 
 
-def test_a_soak_episode_that_fails_beside_another_is_tried_again_under_its_own_session(tmp_path: Path) -> None:
+def test_failed_soak_episode_is_retried_in_its_own_session(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.make = lambda number, place: FakeMachine(world.clock, dies_at_s=50.0 if number == 2 else None)
     pc, q35 = (slot_of(seed, host_id=host, role=EpisodeRole.SOAK) for seed, host in ((1, "pc"), (2, "q35")))
@@ -229,7 +237,7 @@ def test_a_soak_episode_that_fails_beside_another_is_tried_again_under_its_own_s
     }
 
 
-def test_a_manifest_says_what_happened(tmp_path: Path) -> None:
+def test_manifest_describes_the_recording(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.record(session_of(slot_of(1)))
 
@@ -242,10 +250,10 @@ def test_a_manifest_says_what_happened(tmp_path: Path) -> None:
     assert set(manifest.recording.absent) == {c.full_name for c in CHANNELS if c.source is SourceKind.GUEST}
     assert len(manifest.channels_available) == 38
     assert set(manifest.clocks.pairs) == {"monotonic", "boottime"}
-    assert manifest.host.recorder.endswith(", guest image 0123456789ab, on a make-believe one")
+    assert manifest.host.recorder.endswith(", guest image 0123456789ab, on a fake processor")
 
 
-def test_what_the_store_holds_is_not_recorded_again(tmp_path: Path) -> None:
+def test_slots_in_the_store_are_not_recorded_again(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.record(session_of(slot_of(1)))
     summary = world.record(session_of(slot_of(1), slot_of(2)))
@@ -254,7 +262,7 @@ def test_what_the_store_holds_is_not_recorded_again(tmp_path: Path) -> None:
     assert sorted(episode.manifest.plan_seed for episode in world.episodes()) == [1, 2]
 
 
-def test_what_a_shipper_has_taken_out_of_the_outbox_is_not_recorded_again(tmp_path: Path) -> None:
+def test_slots_that_a_shipper_has_moved_are_not_recorded_again(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.record(session_of(slot_of(1)))
     (bundle,) = world.store.path.glob("*/*.tar.zst")
@@ -267,17 +275,17 @@ def test_what_a_shipper_has_taken_out_of_the_outbox_is_not_recorded_again(tmp_pa
     assert (summary.recorded, summary.present) == (0, 1)
 
 
-def test_a_slot_whose_vm_fails_is_tried_again_alone_and_its_neighbour_is_kept(tmp_path: Path) -> None:
+def test_slot_with_a_failed_vm_is_retried_alone_and_its_neighbour_is_kept(tmp_path: Path, log: list[str]) -> None:
     world = World(tmp_path)
     world.make = lambda number, place: FakeMachine(world.clock, dies_at_s=50.0 if number == 2 else None)
     summary = world.record(session_of(slot_of(1), slot_of(2)))
 
     assert (summary.recorded, summary.failed) == (2, ())
     assert [episode.manifest.neighbours for episode in world.episodes()] == [(), ()]
-    assert "QEMU died in the middle of throttled; tried again later" in world.lines.text
+    assert any("QEMU died in the middle of throttled" in line for line in log)
 
 
-def test_a_slot_is_given_up_after_three_attempts_and_reported(tmp_path: Path) -> None:
+def test_slot_is_abandoned_after_three_attempts_and_reported(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.make = lambda number, place: FakeMachine(world.clock, boot_error="no word from the guest")
     summary = world.record(session_of(slot_of(7)))
@@ -288,7 +296,7 @@ def test_a_slot_is_given_up_after_three_attempts_and_reported(tmp_path: Path) ->
     assert list(world.store.path.rglob("*")) == [] if world.store.path.exists() else True
 
 
-def test_a_crowded_episode_is_kept_and_its_slot_queued_once_more(tmp_path: Path) -> None:
+def test_episode_with_cpu_contention_is_kept_and_its_slot_recorded_once_more(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.make = lambda number, place: FakeMachine(world.clock, wait_cores=0.2)
     summary = world.record(session_of(slot_of(1)))
@@ -296,14 +304,14 @@ def test_a_crowded_episode_is_kept_and_its_slot_queued_once_more(tmp_path: Path)
     assert (summary.recorded, summary.crowded) == (2, 2)
 
 
-def test_vcpus_that_do_not_fit_the_cores_are_not_pinned(tmp_path: Path) -> None:
+def test_vcpus_are_not_pinned_where_cores_do_not_suffice(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.record(session_of(slot_of(1), slot_of(2)), vcpus=2)
 
     assert world.cores == [(0, 1), ()]
 
 
-def test_a_full_disk_stops_before_a_vm_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_an_error_before_a_vm_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(tmp_path)
     monkeypatch.setattr(recorder, "MIN_FREE_BYTES", 2**62)
 
@@ -312,7 +320,7 @@ def test_a_full_disk_stops_before_a_vm_is_started(tmp_path: Path, monkeypatch: p
     assert world.made == 0
 
 
-def test_a_store_that_cannot_be_written_is_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_error_of_the_store_is_a_machine_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> Path:
         raise OSError(28, "No space left on device")
 
@@ -322,7 +330,7 @@ def test_a_store_that_cannot_be_written_is_an_error_in_words(tmp_path: Path, mon
         World(tmp_path).record(session_of(slot_of(1)))
 
 
-def test_a_disk_that_fills_while_a_bundle_is_written_leaves_none_of_it(tmp_path: Path) -> None:
+def test_no_file_is_left_when_the_disk_fills_during_a_write(tmp_path: Path) -> None:
     world = World(tmp_path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))  # the kernel refuses what goes beyond
@@ -335,48 +343,57 @@ def test_a_disk_that_fills_while_a_bundle_is_written_leaves_none_of_it(tmp_path:
     assert [path for path in world.store.path.rglob("*") if path.is_file()] == []
 
 
-def test_progress_tells_of_an_agent_that_was_not_believed(tmp_path: Path) -> None:
+def test_log_reports_refused_lines_of_the_agent(tmp_path: Path, log: list[str]) -> None:
     class Babbling(FakeMachine):
-        def listen(self, log: RowLog) -> FakeReader:
+        def build_agent_reader(self, log: RowLog) -> FakeReader:
             return FakeReader(log, bad=3, dropped=4)
 
     world = World(tmp_path)
     world.make = lambda number, place: Babbling(world.clock)
     world.record(session_of(slot_of(1, agent=True)), session_of(slot_of(2)))
 
-    assert world.lines.text.count("agent's lines") == world.lines.text.count("(7 of the agent's lines refused)") == 1
+    assert [line for line in log if "agent's lines" in line] == [
+        line for line in log if "(7 of the agent's lines refused)" in line
+    ]
+    assert sum("agent's lines" in line for line in log) == 1
 
 
 def test_progress_names_the_session_and_the_time_left(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.record(session_of(slot_of(1)), session_of(slot_of(2), name="s2"))
 
-    assert "[0/2 230 s] pc: cryptomine/throttled" in world.lines.text
-    assert "[1/2 115 s] pc: cryptomine/throttled" in world.lines.text
+    assert world.progress.lines == [
+        "[0/2] pc: cryptomine/throttled; 4 min left",
+        "[1/2] pc: cryptomine/throttled; 2 min left",
+        "[2/2] ",
+    ]
 
 
-def test_two_recorders_on_one_store_do_not_mix(tmp_path: Path) -> None:
+def test_second_recorder_on_a_store_is_refused(tmp_path: Path) -> None:
     with atomic.lock(tmp_path), pytest.raises(BusyError):
-        record_plan([], store=tmp_path, cache=tmp_path, shapes=())
+        record_plan([], store=tmp_path, options=RecordingOptions(cache=tmp_path, shapes=()))
 
 
-def test_what_a_killed_recorder_left_half_written_is_removed_and_a_receiver_s_is_not(tmp_path: Path) -> None:
+def test_temporary_files_of_a_killed_recorder_are_removed_and_those_of_a_receiver_kept(tmp_path: Path) -> None:
     half, coming = (tmp_path / folder / ".x.tar.zst.0123456789ab.tmp" for folder in ("pc", ".incoming"))
     for each in (half, coming):
         each.parent.mkdir()
         each.write_bytes(b"half")
 
-    record_plan([], store=tmp_path, cache=tmp_path, shapes=(shape_of(), shape_of(host_id="never-recorded")))
+    shapes = (shape_of(), shape_of(host_id="never-recorded"))
+    record_plan([], store=tmp_path, options=RecordingOptions(cache=tmp_path, shapes=shapes))
 
     assert (half.exists(), coming.exists()) == (False, True)
 
 
-def test_a_plan_for_an_unknown_host_is_refused_before_anything_starts(tmp_path: Path) -> None:
+def test_plan_with_an_unknown_host_is_refused_before_recording(tmp_path: Path) -> None:
+    options = RecordingOptions(cache=tmp_path, shapes=(shape_of(host_id="q35"),))
+
     with pytest.raises(UsageError, match="no host 'pc'; known: q35"):
-        record_plan([session_of(slot_of(1))], store=tmp_path, cache=tmp_path, shapes=(shape_of(host_id="q35"),))
+        record_plan([session_of(slot_of(1))], store=tmp_path, options=options)
 
 
-def test_an_interrupted_recording_stops_its_vm_and_writes_nothing(tmp_path: Path) -> None:
+def test_cancelled_recording_stops_its_vms_and_writes_nothing(tmp_path: Path) -> None:
     world, machines = World(tmp_path), []
 
     def make(number: int, place: int) -> FakeMachine:
@@ -387,9 +404,12 @@ def test_an_interrupted_recording_stops_its_vm_and_writes_nothing(tmp_path: Path
 
     async def interrupted() -> None:
         work = PlanRecorder(
-            store=world.store, shapes={"pc": shape_of()}, machines=world.machine, clock=world.clock,
-            progress=world.lines, idle_wait_s=0.0,
-        )  # fmt: skip
+            store=world.store,
+            shapes={"pc": shape_of()},
+            machines=world.machine,
+            clock=world.clock,
+            idle_wait_s=0.0,
+        )
         task = asyncio.ensure_future(work.record([session_of(slot_of(1), slot_of(2))]))
         await world.clock.sleep_until(60_000_000_000)
         task.cancel()
@@ -405,11 +425,11 @@ def test_an_interrupted_recording_stops_its_vm_and_writes_nothing(tmp_path: Path
 # --- an idle machine ------------------------------------------------------------------------------------------------
 
 
-def test_low_priority_work_is_no_load() -> None:
+def test_low_priority_work_does_not_count_as_load() -> None:
     assert parse_busy_cpu_s("cpu  100 9999 50 7 7 3 2 1 55 0\ncpu0 1 1 1 1\n") == 1.56
 
 
-def test_the_recorder_waits_until_others_are_done_and_does_not_count_itself() -> None:
+def test_recorder_waits_for_other_work_and_does_not_count_its_own() -> None:
     clock = FakeClock()
 
     def read() -> CpuUsage:
@@ -422,33 +442,28 @@ def test_the_recorder_waits_until_others_are_done_and_does_not_count_itself() ->
     assert 30 <= clock.now_ns / 1e9 <= 36
 
 
-def test_patience_has_an_end() -> None:
+def test_idle_wait_ends_at_its_deadline_and_is_logged_once(log: list[str]) -> None:
     clock = FakeClock()
 
-    told: list[float] = []
-    load = clock.run(
-        wait_until_idle(
-            clock, at_most_s=60, read=lambda: CpuUsage(machine_s=clock.now_ns / 1e9, own_s=0), on_busy=told.append
-        )
-    )
+    def read() -> CpuUsage:
+        return CpuUsage(machine_s=clock.now_ns / 1e9, own_s=0)
+
+    load = clock.run(wait_until_idle(clock, at_most_s=60, purpose="s1", read=read))
 
     assert load == pytest.approx(1.0)
     assert clock.now_ns / 1e9 == 60
-    assert told == [pytest.approx(1.0)]  # said once, so that nobody waits before a silent screen
+    assert len(log) == 1
+    assert log[0].startswith("s1: other work keeps 1.0 cores busy")
 
 
 @pytest.mark.vm
-def test_a_real_pc_is_recorded_from_boot_to_bundle(tmp_path: Path) -> None:
+def test_real_pc_is_recorded_from_boot_to_bundle(tmp_path: Path) -> None:
     from tests.requirements import need_qemu
 
     need_qemu()
-    slot = slot_of(
-        1, phases=((Phase.CLEAN, 6.0), (Phase.ACTIVE, 6.0)), duration_s=12.0, settle_s=15.0, agent=True
-    )  # fmt: skip
-    shape = shape_of()
-    summary = record_plan(
-        [session_of(slot)], store=tmp_path / "store", cache=campaign.default_cache(), shapes=(shape,), idle_wait_s=0.0
-    )
+    slot = slot_of(1, phases=((Phase.CLEAN, 6.0), (Phase.ACTIVE, 6.0)), duration_s=12.0, settle_s=15.0, agent=True)
+    options = RecordingOptions(cache=campaign.default_cache(), shapes=(shape_of(),), idle_wait_s=0.0)
+    summary = record_plan([session_of(slot)], store=tmp_path / "store", options=options)
     store = DiskStore(tmp_path / "store")
     (episode,) = (unpack_bundle(store.read(item), file=item.path) for item in store.walk())
 

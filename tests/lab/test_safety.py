@@ -17,7 +17,7 @@ import pytest
 from tests.requirements import need_qemu
 
 from phasewatch.lab import guest_image
-from phasewatch.lab.campaign import QemuFactory, default_cache
+from phasewatch.lab.campaign import QemuFactory, RecordingOptions, default_cache
 from phasewatch.lab.network.sink import SinkLog
 from phasewatch.lab.qemu_command import find_host_shape
 from phasewatch.lab.vm import QemuVm
@@ -94,7 +94,8 @@ def play(
     """Boot one machine, play samples on it one after the other, and look at its disk when it has powered off."""
 
     async def work() -> list[Deeds]:
-        factory = QemuFactory(cache=default_cache(), scratch=tmp_path, clock=HostClock(), accel="tcg")
+        options = RecordingOptions(cache=default_cache(), accel="tcg")
+        factory = QemuFactory(options=options, scratch=tmp_path, clock=HostClock())
         vm = factory(find_host_shape("pc"), 0, ())
         assert isinstance(vm, QemuVm)
         base = vm._start.image.base_disk

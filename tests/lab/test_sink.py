@@ -321,20 +321,20 @@ def test_the_scan_range_accepts_refuses_or_stays_silent_by_address_and_port() ->
         verdict = find_scan_behaviour(address, port)
         assert (
             flags
-            == {PortBehaviour.SWALLOW: [SYN | ACK], PortBehaviour.REFUSE: [RST | ACK], PortBehaviour.SILENT: []}[
+            == {PortBehaviour.DISCARD: [SYN | ACK], PortBehaviour.REFUSE: [RST | ACK], PortBehaviour.SILENT: []}[
                 verdict
             ]
         )
         seen[verdict] += 1
 
     assert [
-        round(seen[verdict] / 30) for verdict in (PortBehaviour.SWALLOW, PortBehaviour.REFUSE, PortBehaviour.SILENT)
+        round(seen[verdict] / 30) for verdict in (PortBehaviour.DISCARD, PortBehaviour.REFUSE, PortBehaviour.SILENT)
     ] == pytest.approx([12, 44, 44], abs=3)
 
 
 def an_open_port() -> tuple[IPv4Address, int]:
     return next(
-        (SCAN_NET[n], 445) for n in range(1, 500) if find_scan_behaviour(SCAN_NET[n], 445) is PortBehaviour.SWALLOW
+        (SCAN_NET[n], 445) for n in range(1, 500) if find_scan_behaviour(SCAN_NET[n], 445) is PortBehaviour.DISCARD
     )
 
 
@@ -595,11 +595,11 @@ def test_an_answer_that_came_too_late_is_not_taken_for_the_next(tmp_path: Path) 
     with a_card(tmp_path) as (sink, card):
         sink.read_counters()
         os.kill(sink.pid, signal.SIGSTOP)
-        sink.patience_s = 0.05
+        sink.timeout_s = 0.05
         for _ in range(2):
-            with pytest.raises(VmError, match="runs, but is silent"):
+            with pytest.raises(VmError, match="runs, but does not answer"):
                 sink.read_counters()
-        sink.patience_s = 20
+        sink.timeout_s = 20
         os.kill(sink.pid, signal.SIGCONT)
         sink.read_log()
         card.send(udp("10.0.2.9", 9, b"x"))
@@ -614,8 +614,8 @@ def test_a_path_too_long_for_a_socket_is_named(tmp_path: Path) -> None:
 
 def test_the_process_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from phasewatch.lab.network.sink import Sink\n"
-        f"sink = Sink(Path({str(tmp_path / 'p')!r}), Path({str(tmp_path / 'q')!r})); sink.take()\n"
+        "import sys, time; from pathlib import Path; from phasewatch.lab.network.sink import NetworkSink\n"
+        f"sink = NetworkSink(Path({str(tmp_path / 'p')!r}), Path({str(tmp_path / 'q')!r})); sink.read_counters()\n"
         "print(sink.pid, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:

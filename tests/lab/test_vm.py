@@ -172,9 +172,9 @@ def test_a_vm_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path) -> N
 
 def test_a_child_dies_with_a_parent_that_was_killed() -> None:
     code = (
-        "import asyncio, sys\nfrom phasewatch.record import spawn\n"
+        "import asyncio, sys\nfrom phasewatch.lab import process\n"
         "async def main():\n"
-        "    child = await spawn.start(['sleep', '60'], log=sys.stderr)\n"
+        "    child = await process.start_process(['sleep', '60'], log=sys.stderr)\n"
         "    print(child.pid, flush=True)\n    await asyncio.sleep(60)\n"
         "asyncio.run(main())"
     )
@@ -188,8 +188,8 @@ def test_a_child_dies_with_a_parent_that_was_killed() -> None:
 
 def test_the_scratch_folder_goes_with_a_recorder_that_was_killed(tmp_path: Path) -> None:
     code = (
-        f"import time\nfrom pathlib import Path\nfrom phasewatch.record import spawn\n"
-        f"with spawn.scratch(Path({str(tmp_path)!r})) as folder:\n"
+        f"import time\nfrom pathlib import Path\nfrom phasewatch.lab import process\n"
+        f"with process.create_scratch_folder(Path({str(tmp_path)!r})) as folder:\n"
         "    (folder / 'disk').write_text('x')\n    print(folder, flush=True)\n    time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -163,15 +164,15 @@ def simulate(
     from phasewatch.simulate import simulate as make
 
     common.check_option_pair("--kinds", "--faults", alone=bool(kinds) and faults == 0)
-    knobs = SimulationSettings(
+    settings = SimulationSettings(
         host_effect=host_effect, episode_effect=episode_effect, tick_noise=noise, drift_per_week=drift,
         malware_intensity=malware_intensity,
     )  # fmt: skip
     with common.show_progress(quiet=as_json or quiet) as tell:
         made = make(
             out, hosts=hosts, episodes=episodes, seed=seed, faults=faults, workers=workers,
-            between_s=seconds, days=days, knobs=knobs, kinds=tuple(filter(None, kinds.split(","))),
-            on_progress=lambda n: tell("simulate", n, episodes, ""),
+            between_s=seconds, days=days, settings=settings, kinds=tuple(filter(None, kinds.split(","))),
+            progress=_CallbackProgress(tell),
         )  # fmt: skip
     result = {"store": str(made.store), "truth": str(made.truth), "episodes": made.episodes, "faulty": made.faulty}
     lines = [
@@ -179,3 +180,14 @@ def simulate(
         str(made.store),
     ]
     common.print_result(result, as_json=as_json, lines=lines)
+
+
+class _CallbackProgress:
+    """Passes progress updates to a callback."""
+
+    def __init__(self, callback: Callable[[str, int, int, str], None]) -> None:
+        self._callback = callback
+
+    def update(self, task: str, done: int, total: int, detail: str = "") -> None:
+        """Call the callback."""
+        self._callback(task, done, total, detail)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from phasewatch.cli import common
+from phasewatch.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
     from phasewatch.lab.custom_workload import CustomMachine, CustomWorkload
     from phasewatch.lab.plan import PlanSpec, RecordingSession
-    from phasewatch.lab.recorder import RecorderProgress
 
 
 def record(
@@ -51,11 +52,10 @@ def record(
     from dataclasses import asdict
 
     from phasewatch.errors import UsageError, suggest_names
-    from phasewatch.lab.campaign import default_cache, record_plan
-    from phasewatch.lab.custom_workload import read_custom_machine
+    from phasewatch.lab.campaign import RecordingOptions, default_cache, record_plan
+    from phasewatch.lab.custom_workload import CustomMachineOptions, read_custom_machine
     from phasewatch.lab.plan import check_elapsed_time
     from phasewatch.lab.qemu_command import HOST_SHAPES
-    from phasewatch.lab.recorder import ProgressBar, SilentProgress
     from phasewatch.types import EpisodeRole
 
     if accel not in ("", "kvm", "tcg"):
@@ -70,7 +70,7 @@ def record(
     shape = {name: value for name, value in shape.items() if value is not None}
     for option, name in _MACHINE_OPTIONS.items():
         common.check_option_pair(option, "--image", alone=name in shape and image is None)
-    own = read_custom_machine(image, driver, **shape) if image is not None else None
+    own = read_custom_machine(image, driver, CustomMachineOptions(**shape)) if image is not None else None
     task = _build_task(plan, profile_file, own, named=(driver or image or Path()).stem)
     alone = check_elapsed_time(task.spec, force=force or dry_run)
     wanted, there = common.parse_names(hosts), {s.host_id for s in task.sessions}
@@ -95,19 +95,58 @@ def record(
         return
     if not resume and out.is_dir() and any(out.glob("*/*.tar.zst")):
         raise UsageError(f"{out}: holds bundles already; leave out --no-resume to continue, or name a new folder")
-    watched: AbstractContextManager[RecorderProgress] = nullcontext(SilentProgress()) if as_json else ProgressBar()
-    with watched as progress:
-        done = record_plan(
-            sessions, store=out, cache=default_cache(), progress=progress, idle_wait_s=idle_wait, accel=accel,
-            shapes=(own.shape,) if own else HOST_SHAPES, scripts=task.scripts, own=own,
-        )  # fmt: skip
+    options = RecordingOptions(
+        cache=default_cache(),
+        shapes=(own.shape,) if own else HOST_SHAPES,
+        idle_wait_s=idle_wait,
+        accel=accel,
+        scripts=task.scripts,
+        custom_machine=own,
+    )
+    shown: AbstractContextManager[Progress] = nullcontext(NO_PROGRESS) if as_json else ProgressBar()
+    with shown as progress:
+        done = record_plan(sessions, store=out, options=options, progress=progress)
     words = f"{done.recorded} episodes recorded ({done.crowded} of them crowded), {done.present} were there, {len(done.failed)} given up"
     common.print_result(asdict(done) | {"store": str(out)}, as_json=as_json, lines=[*done.failed, words, str(out)])
     if done.failed:
         raise typer.Exit(1)
 
 
-# Option → what `read_own_machine` calls it.
+class ProgressBar(AbstractContextManager["ProgressBar"]):
+    """A progress bar on stderr; hidden where stderr is not a terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as RichProgress
+
+        console = Console(stderr=True, markup=False, highlight=False)
+        self._bar = RichProgress(
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}", markup=False),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+            refresh_per_second=1,  # it shares the machine with the VMs that are measured
+        )
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, task: str, done: int, total: int, detail: str = "") -> None:
+        """Move the bar."""
+        self._bar.update(self._task, description=detail, completed=done, total=total)
+
+
+# Option → field of `CustomMachineOptions`.
 _MACHINE_OPTIONS = {"--host-id": "host_id", "--machine": "machine", "--mem": "mem_mib", "--vcpus": "vcpus", "--boot-deadline": "boot_s"}  # fmt: skip
 
 

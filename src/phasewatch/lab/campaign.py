@@ -1,12 +1,17 @@
-"""`record_plan`: everything that a plan needs of this machine, found, locked, and let go of again."""
+"""Record a plan on this machine: `record_plan`.
+
+It prepares what the recorder needs (cache, images, accelerator, store lock, scratch folder), runs the recorder, and
+releases everything at the end, also after SIGINT and SIGTERM.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,65 +25,96 @@ from phasewatch.lab.guest_image import DEFAULT_DATA_MIB, GuestImage, build_guest
 from phasewatch.lab.host import AcceleratorChoice, choose_accelerator, read_qemu_version
 from phasewatch.lab.plan import RecordingSession
 from phasewatch.lab.qemu_command import HOST_SHAPES, HostShape
-from phasewatch.lab.recorder import PlanRecorder, RecorderProgress, RecordingSummary, SilentProgress
+from phasewatch.lab.recorder import PlanRecorder, RecordingSummary
 from phasewatch.lab.vm import LabMachine, QemuVm, VmSettings, read_tsc_khz
+from phasewatch.progress import NO_PROGRESS, Progress
 from phasewatch.store.local import DiskStore
 from phasewatch.telemetry.base import AsyncClock, HostClock
 from phasewatch.user_folders import cache_folder
 
+__all__ = [
+    "QemuFactory",
+    "RecordingOptions",
+    "default_cache",
+    "exit_on_signals",
+    "record_plan",
+    "run_until_terminated",
+]
+
+logger = logging.getLogger(__name__)
+
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordingOptions:
+    """How a plan is recorded.
+
+    Attributes:
+        cache: Folder of guest images and KVM results.
+        shapes: The host shapes that the plan may name.
+        idle_wait_s: Longest wait for an idle machine before each session, in seconds.
+        accel: ``kvm`` or ``tcg`` to force an accelerator; empty chooses KVM where it works.
+        scripts: ``profile/sample/phase`` → shell text of a custom workload.
+        custom_machine: A custom machine that replaces the built-in guest image.
+    """
+
+    cache: Path
+    shapes: Sequence[HostShape] = HOST_SHAPES
+    idle_wait_s: float = 600.0
+    accel: str = ""
+    scripts: Mapping[str, str] | None = None
+    custom_machine: CustomMachine | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class QemuFactory:
-    """Makes VMs: builds each image and looks for KVM once, when first needed.
+    """Creates VMs. It builds each image and tests KVM once, when first needed.
 
     Attributes:
-        cache: Folder of images and KVM verdicts.
+        options: Cache, accelerator, custom workload and custom machine.
         scratch: Folder for overlays and sockets.
-        accel: ``kvm`` or ``tcg`` to insist on it; empty leaves it to the probe.
-        scripts: ``profile/sample/phase`` → shell text of a workload of the user's own, for our guest image.
-        custom_machine: The user's own machine, instead of our guest image.
-        report_line: Takes a line for people while a boot takes long.
+        clock: The clock of the host.
     """
 
-    cache: Path
+    options: RecordingOptions
     scratch: Path
     clock: AsyncClock
-    accel: str = ""
-    scripts: Mapping[str, str] | None = None
-    custom_machine: CustomMachine | None = None
-    report_line: Callable[[str], None] = lambda line: None
     _n_created: int = 0
     _images: dict[tuple[str, int], GuestImage] = field(default_factory=dict)
-    _verdicts: dict[str, AcceleratorChoice] = field(default_factory=dict)
+    _accelerators: dict[str, AcceleratorChoice] = field(default_factory=dict)
     _tsc_khz: int | None = field(default_factory=read_tsc_khz)
 
     def prepare(self, shape: HostShape) -> tuple[GuestImage, str]:
-        """Give the image and the accelerator for a shape; both are found at the first call."""
-        accel = self.accel or ("tcg" if shape.accel == "tcg" else self._find_accelerator(shape.arch, shape.data_mib))
-        return self.custom_machine.image if self.custom_machine else self._image(shape.arch, shape.data_mib), accel
+        """Return the image and the accelerator for a shape; the first call builds and tests them."""
+        custom, accel = self.options.custom_machine, self.options.accel
+        if not accel:
+            accel = "tcg" if shape.accel == "tcg" else self._find_accelerator(shape.arch, shape.data_mib)
+        return custom.image if custom else self._build_image(shape.arch, shape.data_mib), accel
 
-    def _image(self, arch: str, data_mib: int) -> GuestImage:
+    def _build_image(self, arch: str, data_mib: int) -> GuestImage:
         key = arch, data_mib
         if key not in self._images:
-            self._images[key] = build_guest_image(self.cache, arch, data_mib=data_mib, scripts=self.scripts)
+            self._images[key] = build_guest_image(
+                self.options.cache, arch, data_mib=data_mib, scripts=self.options.scripts
+            )
         return self._images[key]
 
     def _find_accelerator(self, arch: str, data_mib: int) -> str:
-        if arch not in self._verdicts:
-            self._verdicts[arch] = choose_accelerator(
+        if arch not in self._accelerators:
+            self._accelerators[arch] = choose_accelerator(
                 arch=arch,
-                # Our own guest proves KVM for a machine of the user's too, which we could not tell from a hung one;
-                # that has no documents, and so no size of them.
-                files=lambda: self._image(arch, data_mib or DEFAULT_DATA_MIB),
-                cache=self.cache,
+                # The built-in guest proves KVM also for a custom machine, whose slow boot would look like a hang.
+                # A custom machine has no documents, so its data size is 0.
+                files=lambda: self._build_image(arch, data_mib or DEFAULT_DATA_MIB),
+                cache=self.options.cache,
                 qemu_version=read_qemu_version(arch),
             )
-        return self._verdicts[arch].accel
+        return self._accelerators[arch].accel
 
     def __call__(self, shape: HostShape, place: int, cores: tuple[int, ...]) -> LabMachine:
-        """Make one VM; nothing is started yet."""
+        """Create one VM without starting it."""
+        custom = self.options.custom_machine
         image, accel = self.prepare(shape)
         self._n_created += 1
         return QemuVm(
@@ -91,25 +127,24 @@ class QemuFactory:
                 cores=cores,
                 tsc_khz=self._tsc_khz,
                 clock=self.clock,
-                seed_files=_build_seed_files(self.custom_machine),
-                boot=self.custom_machine.boot if self.custom_machine else None,
-                report_line=self.report_line,
+                seed_files=_build_seed_files(custom),
+                boot=custom.boot if custom else None,
             )
         )
 
 
-def _build_seed_files(own: CustomMachine | None) -> tuple[tuple[str, bytes], ...]:
-    if own is None or not own.driver:
+def _build_seed_files(custom: CustomMachine | None) -> tuple[tuple[str, bytes], ...]:
+    if custom is None or not custom.driver:
         return ()
     return (
         ("meta-data", CLOUD_INIT_META_DATA.encode()),
         ("user-data", CLOUD_INIT_USER_DATA.encode()),
-        ("driver", own.driver),
+        ("driver", custom.driver),
     )
 
 
 def default_cache() -> Path:
-    """Return the folder where images and KVM verdicts are kept.
+    """Return the folder of guest images and KVM results.
 
     Raises:
         MachineError: If the user has no home folder.
@@ -131,71 +166,55 @@ def record_plan(
     sessions: Sequence[RecordingSession],
     *,
     store: Path,
-    cache: Path,
-    shapes: Sequence[HostShape] = HOST_SHAPES,
-    progress: RecorderProgress | None = None,
-    idle_wait_s: float = 600.0,
-    accel: str = "",
-    scripts: Mapping[str, str] | None = None,
-    own: CustomMachine | None = None,
+    options: RecordingOptions,
+    progress: Progress = NO_PROGRESS,
 ) -> RecordingSummary:
     """Record every slot of a plan that the store does not hold yet.
 
     Args:
         sessions: The plan.
-        store: Folder that the bundles go to; made if absent, and locked meanwhile.
-        cache: Folder of images and KVM verdicts.
-        shapes: The hosts that the plan names.
-        progress: Hears what goes on.
-        idle_wait_s: How long at most to wait for an idle machine before each session.
-        accel: ``kvm`` or ``tcg`` to insist on it.
-        scripts: ``profile/sample/phase`` → shell text, of a workload of the user's own.
-        own: A machine of the user's own, to play on instead of our guest image.
+        store: Folder for the bundles; created if absent, and locked while recording.
+        options: How to record.
+        progress: Receives the number of finished slots under the task ``record``.
 
     Raises:
         BusyError: If another recorder writes into the store.
-        MissingTool: If QEMU or what builds the image is not there, or QEMU is too old.
+        MissingToolError: If QEMU or a tool that builds the image is missing, or QEMU is too old.
         MachineError: If a disk is full.
-        UsageError: If the plan names a host that `shapes` does not.
+        UsageError: If the plan names a host that is not among the shapes.
     """
-    by_id = {shape.host_id: shape for shape in shapes}
+    shapes = {shape.host_id: shape for shape in options.shapes}
     for session in sessions:
-        if session.host_id not in by_id:
+        if session.host_id not in shapes:
             raise UsageError(
-                f"session {session.session}: no host {session.host_id!r}; known: {', '.join(sorted(by_id))}"
+                f"session {session.session}: no host {session.host_id!r}; known: {', '.join(sorted(shapes))}"
             )
-    for arch in sorted({by_id[session.host_id].arch for session in sessions}):
+    for arch in sorted({shapes[session.host_id].arch for session in sessions}):
         read_qemu_version(arch)
     clock = HostClock()
-    _make_cache(cache)
+    _make_cache(options.cache)
     store.mkdir(parents=True, exist_ok=True)
     with exit_on_signals(), atomic.lock(store), process.create_scratch_folder(process.find_scratch_parent()) as scratch:
-        for folder in (store, *(store / host_id for host_id in sorted(by_id))):
-            if folder.is_dir():  # where bundles are written; a receiver's folder is its own to sweep
+        for folder in (store, *(store / host_id for host_id in sorted(shapes))):
+            if folder.is_dir():  # only folders that bundles are written to; a receiver sweeps its own folder
                 atomic.sweep_temporaries(folder)
-        progress = progress or SilentProgress()
-        factory = QemuFactory(
-            cache=cache,
-            scratch=scratch,
-            clock=clock,
-            accel=accel,
-            scripts=scripts,
-            custom_machine=own,
-            report_line=progress.line,
-        )
-        if own is not None:
-            progress.line(
-                f"{own.shape.host_id}: booting {own.image.base_disk}; its driver has {own.boot.deadline_s:g} s for its first word"
+        factory = QemuFactory(options=options, scratch=scratch, clock=clock)
+        if (custom := options.custom_machine) is not None:
+            logger.info(
+                "%s: booting %s; its driver must send `ready` within %g s",
+                custom.shape.host_id,
+                custom.image.base_disk,
+                custom.boot.deadline_s,
             )
         for host_id in dict.fromkeys(session.host_id for session in sessions):
-            factory.prepare(by_id[host_id])  # before the first VM: building an image is a load too
+            factory.prepare(shapes[host_id])  # before the first VM, because building an image is a load too
         recorder = PlanRecorder(
             store=DiskStore(store),
-            shapes=by_id,
+            shapes=shapes,
             machines=factory,
             clock=clock,
             progress=progress,
-            idle_wait_s=idle_wait_s,
+            idle_wait_s=options.idle_wait_s,
             cores=tuple(sorted(os.sched_getaffinity(0))),
             disk_folders=(store, scratch),
         )
@@ -204,22 +223,22 @@ def record_plan(
 
 @contextmanager
 def exit_on_signals() -> Iterator[None]:
-    """Let SIGINT and SIGTERM end what is inside by an exception, so that machines are stopped and folders removed.
+    """Turn SIGINT and SIGTERM into exceptions inside the block, so that VMs are stopped and folders removed.
 
-    A shell without job control starts `record … &` with SIGINT ignored, and Python leaves that so: a recorder that
-    cannot be told to stop. A handler that somebody else has set is left alone, and outside the main thread all are.
+    A shell without job control starts `record … &` with SIGINT ignored, and Python keeps it ignored, so such a recorder
+    could not be stopped. Handlers that other code has set stay as they are. Outside the main thread nothing changes.
     """
-    told = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate}
-    before = {number: signal.getsignal(number) for number in told}
-    plain = {number for number, handler in before.items() if handler in (signal.SIG_IGN, signal.SIG_DFL)}
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate}
+    before = {number: signal.getsignal(number) for number in handlers}
+    replaced = {number for number, handler in before.items() if handler in (signal.SIG_IGN, signal.SIG_DFL)}
     if threading.current_thread() is not threading.main_thread():
-        plain = set()
-    for number in plain:
-        signal.signal(number, told[number])
+        replaced = set()
+    for number in replaced:
+        signal.signal(number, handlers[number])
     try:
         yield
     finally:
-        for number in plain:
+        for number in replaced:
             signal.signal(number, before[number])
 
 
@@ -228,9 +247,13 @@ def _terminate(number: int, frame: object) -> NoReturn:
 
 
 async def run_until_terminated(work: Coroutine[Any, Any, _T]) -> _T:
-    """Do the work; SIGTERM ends it in order, as Ctrl-C does: machines stopped, folders removed."""
+    """Await a coroutine and return its result; SIGTERM cancels it, so that it can clean up.
+
+    Raises:
+        SystemExit: With code 143 after SIGTERM.
+    """
     loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
-    with suppress(ValueError, RuntimeError):  # not the main thread: whoever runs us there handles signals
+    with suppress(ValueError, RuntimeError):  # not the main thread, which alone handles signals
         loop.add_signal_handler(signal.SIGTERM, task.cancel)
     try:
         return await task

@@ -1,4 +1,8 @@
-"""The line to the driver inside the guest: numbered text commands, each acknowledged before it is done."""
+"""Talk to the driver inside the guest.
+
+The protocol is text lines over a virtio port: numbered commands, each acknowledged before it is carried out. It is
+described in `lab/guest/README.md`.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,17 @@ from typing import TypeVar
 from phasewatch.errors import VmError
 from phasewatch.telemetry.base import AsyncClock, close_guest_connection
 
+__all__ = ["ACK_TIMEOUT_S", "CommandAck", "GuestDriver", "ReadyMessage"]
+
 _T = TypeVar("_T")
 
-MAX_DRIVER_LINE_BYTES = 4096
+_MAX_LINE_BYTES = 4096
 ACK_TIMEOUT_S = 10.0  # measured: 2 to 50 ms, 200 ms on a crowded machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadyMessage:
-    """The guest's first word: how long it has been up, and which kernel it runs."""
+    """The first message of the guest: its uptime and its kernel."""
 
     uptime_ms: int
     kernel: str
@@ -26,7 +32,7 @@ class ReadyMessage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommandAck:
-    """When (host clocks) the guest acknowledged command `id`; it acts after this."""
+    """The acknowledgement of command `id`, stamped with the clocks of the host. The guest acts after it."""
 
     id: int
     t_wall_ns: int
@@ -35,11 +41,13 @@ class CommandAck:
 
 
 class GuestDriver:
-    """Sends commands and matches answers. What broke the line, or was refused, is told to whoever waits or asks next.
+    """Sends commands and matches the answers to them.
+
+    A broken connection or a refused command raises `VmError` in every pending wait and in the next `send`.
 
     Args:
         clock: Stamps each answer as it arrives.
-        name: The VM, for error messages.
+        name: Name of the VM, for error messages.
     """
 
     def __init__(self, *, clock: AsyncClock, name: str) -> None:
@@ -51,32 +59,36 @@ class GuestDriver:
         self._acks: dict[int, asyncio.Future[CommandAck]] = {}
         self._finished: dict[int, asyncio.Future[int]] = {}
         self._verbs: dict[int, str] = {}
-        self._lost = ""  # why nothing can be asked any more
+        self._failure: str | None = None  # why no command can be sent any more
 
     async def open(self, path: Path) -> None:
-        """Connect to QEMU's end of the port `ctl`; raises OSError if it is not served."""
-        reader, self._writer = await asyncio.open_unix_connection(str(path), limit=MAX_DRIVER_LINE_BYTES)
+        """Connect to QEMU's end of the port `ctl`.
+
+        Raises:
+            OSError: If QEMU does not serve it.
+        """
+        reader, self._writer = await asyncio.open_unix_connection(str(path), limit=_MAX_LINE_BYTES)
         self._task = asyncio.create_task(self._listen(reader))
 
     async def close(self) -> None:
-        """Hang up; whoever still waits gets a VmError."""
+        """Close the connection; every pending wait raises VmError."""
         task, self._task = self._task, None
         await close_guest_connection(task, self._writer)
         self._fail(f"{self._name}: the driver's line was closed")
 
     async def wait_ready(self) -> ReadyMessage:
-        """Wait for the guest's first word."""
+        """Wait for the ready message of the guest."""
         return await asyncio.shield(self._ready)
 
     async def send(self, verb: str, *arguments: str) -> CommandAck:
         """Send one command and wait for its acknowledgement.
 
         Raises:
-            VmError: If the guest refuses it or refused one before, the line is cut, or no answer comes within
-                `ACK_TIMEOUT_S`.
+            VmError: If the guest refuses this or an earlier command, if the connection breaks, or if no answer comes
+                within `ACK_TIMEOUT_S`.
         """
-        if self._lost or self._writer is None:
-            raise VmError(self._lost or f"{self._name}: {verb}: the driver's line is not open")
+        if self._failure is not None or self._writer is None:
+            raise VmError(self._failure or f"{self._name}: {verb}: the driver's line is not open")
         number, self._next_id = self._next_id, self._next_id + 1
         loop = asyncio.get_running_loop()
         ack: asyncio.Future[CommandAck] = loop.create_future()
@@ -91,10 +103,10 @@ class GuestDriver:
             raise VmError(f"{self._name}: {verb}: the guest did not acknowledge within {ACK_TIMEOUT_S:g} s") from exc
 
     async def wait_finished(self, number: int, *, timeout_s: float) -> int:
-        """Wait until the work that command `number` began has ended by itself; gives its exit code.
+        """Wait until the work of command `number` ends by itself, and return its exit code.
 
         Raises:
-            VmError: If the line is cut, or the work does not end within `timeout_s`.
+            VmError: If the connection breaks, or if the work does not end within `timeout_s` seconds.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -104,11 +116,15 @@ class GuestDriver:
             raise VmError(f"{self._name}: {verb}: the guest did not finish within {timeout_s:g} s") from exc
 
     def has_finished(self, number: int) -> bool:
-        """Whether the work that command `number` began has ended by itself."""
+        """Return whether the work of command `number` has ended by itself."""
         return self._finished[number].done()
 
     def handle_line(self, line: str) -> None:
-        """Act on one line of the guest; raises ValueError if it is none of the protocol's."""
+        """Handle one line from the guest.
+
+        Raises:
+            ValueError: If the line is not part of the protocol.
+        """
         word, _, rest = line.partition(" ")
         match word:
             case "ready":
@@ -125,52 +141,52 @@ class GuestDriver:
                 number, code = (int(part) for part in rest.split())
                 self._answer(self._finished, number, code)
             case "err":
-                number_text, _, words = rest.partition(" ")
-                self._refuse(int(number_text), words)
+                number_text, _, reason = rest.partition(" ")
+                self._refuse(int(number_text), reason)
             case _:
                 raise ValueError(f"unknown word {_printable(word)!r}")
 
     def _answer(self, waiting: dict[int, asyncio.Future[_T]], number: int, value: _T) -> None:
-        """Hand an answer to whoever waits; each is given once, so that a flood of them ends at its second line."""
+        """Set the result of the wait for an answer. A second answer is an error, so a flood ends at its second line."""
         future = waiting.get(number)
         if future is not None and future.cancelled():
-            return  # whoever asked has given up
+            return  # the caller has given up
         if future is None or future.done():
             raise ValueError(f"an answer to command {number}, which was not sent or was answered before")
         future.set_result(value)
 
-    def _refuse(self, number: int, words: str) -> None:
-        asked = (self._acks.get(number), self._finished.get(number))
-        waiting = [future for future in asked if future is not None and not future.done()]
+    def _refuse(self, number: int, reason: str) -> None:
+        futures = (self._acks.get(number), self._finished.get(number))
+        waiting = [future for future in futures if future is not None and not future.done()]
         if not waiting:
             raise ValueError(f"an error to command {number}, which was not sent or was answered before")
-        # Nobody waits for the end of most phases: a refusal after the acknowledgement must not get lost.
-        self._lost = f"{self._name}: {self._verbs[number]}: the guest says: {_printable(words)}"
+        # The recorder does not wait for the end of most phases, so a refusal after the acknowledgement must be kept.
+        self._failure = f"{self._name}: {self._verbs[number]}: the guest says: {_printable(reason)}"
         for future in waiting:
-            future.set_exception(VmError(self._lost))
-            future.exception()  # looked at: nobody need wait for it
+            future.set_exception(VmError(self._failure))
+            future.exception()  # marks it as retrieved, because no task may be waiting for it
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
-        words = "the guest's driver hung up"
+        reason = "the guest's driver closed the connection"
         try:
             while line := await reader.readuntil(b"\n"):
                 self.handle_line(line.decode("ascii", "replace").strip())
         except (asyncio.IncompleteReadError, OSError):
             pass
         except asyncio.LimitOverrunError:
-            words = f"the driver sent a line of more than {MAX_DRIVER_LINE_BYTES} bytes"
+            reason = f"the driver sent a line of more than {_MAX_LINE_BYTES} bytes"
         except ValueError as exc:
-            words = f"the driver does not keep to the protocol: {exc}"
-        self._fail(f"{self._name}: {words}")
+            reason = f"the driver does not keep to the protocol: {exc}"
+        self._fail(f"{self._name}: {reason}")
 
-    def _fail(self, words: str) -> None:
-        self._lost = self._lost or words
+    def _fail(self, reason: str) -> None:
+        self._failure = self._failure or reason
         waiting: list[asyncio.Future[ReadyMessage] | asyncio.Future[CommandAck] | asyncio.Future[int]] = [self._ready]
         waiting += [*self._acks.values(), *self._finished.values()]
         for future in waiting:
             if not future.done():
-                future.set_exception(VmError(words))
-                future.exception()  # looked at: nobody need wait for it
+                future.set_exception(VmError(reason))
+                future.exception()  # marks it as retrieved, because no task may be waiting for it
 
 
 def _printable(text: str) -> str:

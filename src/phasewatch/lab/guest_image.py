@@ -1,7 +1,7 @@
-"""Builds the guest: Debian's cloud kernel, a busybox initramfs with the compiled guest program, a disk of documents.
+"""Build the guest image: Debian's cloud kernel, a busybox initramfs with the guest program, and a disk of documents.
 
-Nothing is fetched but Debian packages, through apt. A finished image is kept under a name that is the digest of
-everything it was made from, so that it is built once and never half.
+Only Debian packages are fetched, through apt. A finished image is stored under the digest of everything that it was
+built from, so it is built once, and an incomplete image is never used.
 """
 
 from __future__ import annotations
@@ -22,10 +22,21 @@ from pathlib import Path, PurePosixPath
 from phasewatch import atomic
 from phasewatch.errors import MachineError, MissingToolError
 
+__all__ = [
+    "CUSTOM_GUEST_SOURCES",
+    "DEFAULT_DATA_MIB",
+    "GUEST_SOURCES",
+    "KERNEL_MODULES",
+    "CpioEntry",
+    "GuestImage",
+    "build_cpio_archive",
+    "build_guest_image",
+]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpioEntry:
-    """One file or folder of the archive; times and owners are always 0."""
+    """One file or folder of a cpio archive; times and owners are always 0."""
 
     name: str
     mode: int
@@ -33,7 +44,7 @@ class CpioEntry:
 
 
 def build_cpio_archive(entries: Iterable[CpioEntry]) -> bytes:
-    """Give the archive's bytes: same entries, same bytes."""
+    """Build a cpio archive (newc format). Equal entries give equal bytes."""
     out = bytearray()
     for number, entry in enumerate([*entries, CpioEntry(name="TRAILER!!!", mode=0)], start=1):
         name = entry.name.encode() + b"\0"
@@ -45,28 +56,37 @@ def build_cpio_archive(entries: Iterable[CpioEntry]) -> bytes:
     return bytes(out)
 
 
-# In the order in which they depend on each other on x86; the guest tries in several passes, so it need not be exact.
+# In the order of their dependencies on x86. The guest loads them in several passes, so the order need not be exact.
 KERNEL_MODULES = (
-    "virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_mmio", "virtio_blk",
-    "failover", "net_failover", "virtio_net", "virtio_console", "virtio_balloon", "virtio-rng", "crc16", "mbcache",
-    "jbd2", "crc32c_generic", "libcrc32c", "ext4",
-)  # fmt: skip
-KERNEL_META_PACKAGES = {"x86_64": ("linux-image-cloud-amd64", "amd64"), "aarch64": ("linux-image-cloud-arm64", "arm64")}
-COMPILERS = {"x86_64": ("gcc", "gcc libc6-dev"), "aarch64": ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross")}  # fmt: skip
+    *("virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_mmio"),
+    *("virtio_blk", "failover", "net_failover", "virtio_net", "virtio_console", "virtio_balloon", "virtio-rng"),
+    *("crc16", "mbcache", "jbd2", "crc32c_generic", "libcrc32c", "ext4"),
+)
+_KERNEL_META_PACKAGES = {
+    "x86_64": ("linux-image-cloud-amd64", "amd64"),
+    "aarch64": ("linux-image-cloud-arm64", "arm64"),
+}
+_COMPILERS = {
+    "x86_64": ("gcc", "gcc libc6-dev"),
+    "aarch64": ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross"),
+}
 GUEST_SOURCES = ("guest.h", "base.c", "net.c", "malware.c", "benign.c", "agent.c", "driver.c", "init.sh")
-CUSTOM_GUEST_SOURCES = tuple(
-    "custom.c" if name == "malware.c" else name for name in GUEST_SOURCES
-)  # plays scripts instead
-SCRIPTS_PREFIX = "profile/"  # where in the guest they lie: profile/<profile>/<sample>/<phase>
+# An image for a custom workload runs scripts instead of the built-in profiles.
+CUSTOM_GUEST_SOURCES = tuple("custom.c" if name == "malware.c" else name for name in GUEST_SOURCES)
 DEFAULT_DATA_MIB = 64
-DISK_SEED = 20261124  # of the documents on the data disk: the same on every host
+_SCRIPTS_PREFIX = "profile/"  # path of the scripts in the guest: profile/<profile>/<sample>/<phase>
+_DISK_SEED = 20261124  # seed of the documents on the data disk; the same on every host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestImage:
-    """Files that QEMU boots. `digest` names the sources, the kernel and the disk.
+    """The files that QEMU boots.
 
-    Without a kernel the disk boots by itself: a machine of the user's own.
+    Attributes:
+        kernel, initrd: None for a custom machine, whose disk boots by itself.
+        base_disk: The data disk; each episode gets an overlay of it.
+        kernel_release: Release of the kernel; empty for a custom machine.
+        digest: Hex SHA-256 over everything that the image was built from.
     """
 
     kernel: Path | None
@@ -79,24 +99,25 @@ class GuestImage:
 def build_guest_image(
     cache: Path, arch: str, *, data_mib: int = DEFAULT_DATA_MIB, scripts: Mapping[str, str] | None = None
 ) -> GuestImage:
-    """Give the guest image of an architecture, built on first use.
+    """Return the guest image of an architecture; build it at first use.
 
     Args:
         cache: Folder that keeps packages and images.
         arch: ``x86_64`` or ``aarch64``.
-        data_mib: Size of the documents on the data disk; more than a guest's memory makes its reads real.
-        scripts: ``profile/sample/phase`` → shell text, of a workload of the user's own; such an image plays no other.
+        data_mib: Size of the documents on the data disk, in MiB. With more than the guest's memory, reads reach the
+            disk.
+        scripts: ``profile/sample/phase`` → shell text of a custom workload. Such an image runs no built-in profile.
 
     Raises:
-        MissingTool: If a program or a package is not to be had; names the line that installs it.
-        MachineError: If a step of the build failed; names the step and its last words.
+        MissingToolError: If a program or a package is missing; the message has the command that installs it.
+        MachineError: If a step of the build failed; the message names the step and the end of its output.
     """
     cache.mkdir(parents=True, exist_ok=True)
     with atomic.lock(cache, wait=True):
         kernel_package = _find_kernel_package(cache, arch)
         sources = GUEST_SOURCES if scripts is None else CUSTOM_GUEST_SOURCES
         payload = {name: files("phasewatch.lab.guest").joinpath(name).read_bytes() for name in sources}
-        payload |= {SCRIPTS_PREFIX + name: text.encode() for name, text in sorted((scripts or {}).items())}
+        payload |= {_SCRIPTS_PREFIX + name: text.encode() for name, text in sorted((scripts or {}).items())}
         digest = _compute_digest(arch, kernel_package, data_mib, payload)
         home = cache / f"image-{arch}-{digest[:16]}"
         if not home.exists():
@@ -105,12 +126,16 @@ def build_guest_image(
                 atomic.publish_folder(Path(work) / "out", home)
         release = (home / "release").read_text().strip()
         return GuestImage(
-            kernel=home / "kernel", initrd=home / "initrd.gz", base_disk=home / "data.qcow2", kernel_release=release, digest=digest
-        )  # fmt: skip
+            kernel=home / "kernel",
+            initrd=home / "initrd.gz",
+            base_disk=home / "data.qcow2",
+            kernel_release=release,
+            digest=digest,
+        )
 
 
 def _compute_digest(arch: str, kernel_package: str, data_mib: int, payload: dict[str, bytes]) -> str:
-    h = hashlib.sha256(f"{arch} {kernel_package} {data_mib} {DISK_SEED}".encode())
+    h = hashlib.sha256(f"{arch} {kernel_package} {data_mib} {_DISK_SEED}".encode())
     for name, text in payload.items():
         h.update(name.encode() + b"\0" + text)
     return h.hexdigest()
@@ -142,7 +167,7 @@ def _build_image_files(
     for name in KERNEL_MODULES:
         if f"{name}.ko" in modules:
             entries.append(CpioEntry(name=f"modules/{name}.ko", mode=0o100644, data=modules[f"{name}.ko"].read_bytes()))
-    scripts = {name: text for name, text in payload.items() if name.startswith(SCRIPTS_PREFIX)}
+    scripts = {name: text for name, text in payload.items() if name.startswith(_SCRIPTS_PREFIX)}
     folders = {str(parent) for name in scripts for parent in PurePosixPath(name).parents} - {"."}
     entries += [CpioEntry(name=folder, mode=0o040755) for folder in sorted(folders)]
     entries += [CpioEntry(name=name, mode=0o100644, data=text) for name, text in scripts.items()]
@@ -151,29 +176,18 @@ def _build_image_files(
 
 
 def _compile_guest(work: Path, arch: str, payload: dict[str, bytes]) -> bytes:
-    compiler, packages = COMPILERS[arch]
-    sources = {name: text for name, text in payload.items() if not name.startswith(SCRIPTS_PREFIX)}
+    compiler, packages = _COMPILERS[arch]
+    sources = {name: text for name, text in payload.items() if not name.startswith(_SCRIPTS_PREFIX)}
     for name, text in sources.items():
         (work / name).write_bytes(text)
-    _run_command(
-        [
-            _find_tool(compiler, packages),
-            "-static",
-            "-O2",
-            "-s",
-            "-o",
-            "guest",
-            *(n for n in sources if n.endswith(".c")),
-            "-lm",
-        ],
-        cwd=work,
-    )
+    c_files = [name for name in sources if name.endswith(".c")]
+    _run_command([_find_tool(compiler, packages), "-static", "-O2", "-s", "-o", "guest", *c_files, "-lm"], cwd=work)
     return (work / "guest").read_bytes()
 
 
 def _make_disk(work: Path, target: Path, data_mib: int) -> None:
-    """Make an ext4 disk of documents: text that compresses, and blobs that do not, of office-like sizes."""
-    rng = random.Random(DISK_SEED)
+    """Build an ext4 disk of documents: compressible text and incompressible data, of office-like sizes."""
+    rng = random.Random(_DISK_SEED)
     docs = work / "disk" / "docs"
     words = [f"{w}{i}" for w in ("phase", "report", "ledger", "memo", "order", "draft", "table") for i in range(40)]
     left, n = data_mib << 20, 0
@@ -193,7 +207,9 @@ def _make_disk(work: Path, target: Path, data_mib: int) -> None:
     with raw.open("wb") as disk:
         disk.truncate((data_mib * 2 + 256) << 20)
     mke2fs = _find_tool("mke2fs", "e2fsprogs")
-    _run_command([mke2fs, "-q", "-t", "ext4", "-U", "clear", "-E", "root_owner=0:0,lazy_itable_init=0,lazy_journal_init=0", "-O", "^metadata_csum", "-d", str(work / "disk"), str(raw)])  # fmt: skip
+    extended = "root_owner=0:0,lazy_itable_init=0,lazy_journal_init=0"
+    options = ["-q", "-t", "ext4", "-U", "clear", "-E", extended, "-O", "^metadata_csum", "-d", str(work / "disk")]
+    _run_command([mke2fs, *options, str(raw)])
     _run_command([_find_tool("qemu-img", "qemu-utils"), "convert", "-f", "raw", "-O", "qcow2", str(raw), str(target)])
 
 
@@ -201,23 +217,23 @@ def _make_disk(work: Path, target: Path, data_mib: int) -> None:
 
 
 def _find_kernel_package(cache: Path, arch: str) -> str:
-    """Give the versioned package that the cloud kernel's meta package depends on."""
-    if arch not in KERNEL_META_PACKAGES:
-        raise MachineError(f"no guest image for architecture {arch!r}; known: {', '.join(KERNEL_META_PACKAGES)}")
-    kept = sorted(cache.glob(f"linux-image-*-cloud-{KERNEL_META_PACKAGES[arch][1]}_*.deb"))
-    if kept:  # one image for a whole campaign: a newer kernel is taken by emptying the cache
+    """Return the versioned package that the meta package of the cloud kernel depends on."""
+    if arch not in _KERNEL_META_PACKAGES:
+        raise MachineError(f"no guest image for architecture {arch!r}; known: {', '.join(_KERNEL_META_PACKAGES)}")
+    kept = sorted(cache.glob(f"linux-image-*-cloud-{_KERNEL_META_PACKAGES[arch][1]}_*.deb"))
+    if kept:  # one image for a whole campaign; empty the cache to get a newer kernel
         return kept[-1].name.split("_")[0]
-    shown = _run_command(
-        [_find_tool("apt-cache", "apt"), *_build_apt_options(cache, arch), "show", KERNEL_META_PACKAGES[arch][0]]
+    output = _run_command(
+        [_find_tool("apt-cache", "apt"), *_build_apt_options(cache, arch), "show", _KERNEL_META_PACKAGES[arch][0]]
     )
-    found = re.search(r"^Depends:.*?(linux-image-\S+-cloud-\w+)", shown, re.MULTILINE)
-    if found is None:
-        raise MissingToolError(f"apt does not know {KERNEL_META_PACKAGES[arch][0]}; run apt-get update first")
-    return found.group(1)
+    match = re.search(r"^Depends:.*?(linux-image-\S+-cloud-\w+)", output, re.MULTILINE)
+    if match is None:
+        raise MissingToolError(f"apt does not know {_KERNEL_META_PACKAGES[arch][0]}; run apt-get update first")
+    return match.group(1)
 
 
 def _fetch_package(cache: Path, arch: str, package: str) -> Path:
-    debian_arch = KERNEL_META_PACKAGES[arch][1]
+    debian_arch = _KERNEL_META_PACKAGES[arch][1]
     kept = sorted(cache.glob(f"{package}_*_{debian_arch}.deb"))
     if not kept:
         with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as folder:
@@ -236,11 +252,11 @@ def _fetch_package(cache: Path, arch: str, package: str) -> Path:
 
 
 def _build_apt_options(cache: Path, arch: str) -> list[str]:
-    """Give apt's options for packages of another architecture: private lists, so that the system's stay untouched."""
-    debian_arch = KERNEL_META_PACKAGES[arch][1]
+    """Return apt's options for an architecture; a foreign one gets private lists, the system's stay untouched."""
+    debian_arch = _KERNEL_META_PACKAGES[arch][1]
     native = _run_command([_find_tool("dpkg", "dpkg"), "--print-architecture"]).strip()
     options = ["-o", "APT::Sandbox::User=root"] if os.geteuid() == 0 else []
-    if debian_arch == native and _is_package_known(options, KERNEL_META_PACKAGES[arch][0]):
+    if debian_arch == native and _is_package_known(options, _KERNEL_META_PACKAGES[arch][0]):
         return options
     state = cache / f"apt-{debian_arch}"
     for folder in ("lists/partial", "cache/archives/partial"):
@@ -248,9 +264,12 @@ def _build_apt_options(cache: Path, arch: str) -> list[str]:
     status = state / "status"
     status.touch()
     options += [
-        "-o", f"Dir::State={state}", "-o", f"Dir::State::status={status}", "-o", f"Dir::Cache={state / 'cache'}",
-        "-o", f"APT::Architecture={debian_arch}", "-o", f"APT::Architectures::={debian_arch}",
-    ]  # fmt: skip
+        *("-o", f"Dir::State={state}"),
+        *("-o", f"Dir::State::status={status}"),
+        *("-o", f"Dir::Cache={state / 'cache'}"),
+        *("-o", f"APT::Architecture={debian_arch}"),
+        *("-o", f"APT::Architectures::={debian_arch}"),
+    ]
     if not any((state / "lists").glob("*_Packages*")):
         _run_command([_find_tool("apt-get", "apt"), *options, "-q", "update"])
     return options
@@ -266,17 +285,17 @@ def _extract_package(deb: Path, into: Path) -> None:
 
 
 def _find_tool(program: str, packages: str) -> str:
-    found = shutil.which(program) or shutil.which(program, path="/usr/sbin:/sbin")
-    if found is None:
+    path = shutil.which(program) or shutil.which(program, path="/usr/sbin:/sbin")
+    if path is None:
         raise MissingToolError(f"{program} is not installed: apt-get install --no-install-recommends {packages}")
-    return found
+    return path
 
 
 def _run_command(command: list[str], cwd: Path | None = None) -> str:
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode:
-        words = (done.stderr or done.stdout).strip().splitlines()
+        output = (done.stderr or done.stdout).strip().splitlines()
         raise MachineError(
-            f"{Path(command[0]).name} ended with {done.returncode}: {words[-1] if words else 'no words'}"
+            f"{Path(command[0]).name} ended with {done.returncode}: {output[-1] if output else 'no output'}"
         )
     return done.stdout

@@ -1,11 +1,13 @@
-"""Whether KVM really works here: a kernel must boot on it. Everything less was seen to say yes where it does not.
+"""Inspect the host of the lab: accelerator, QEMU version, processor and load.
 
-On a host with `kvm_pvm` the device opens, the API version is right, a vCPU is made, even a real-mode guest runs; a
-Linux kernel then writes not one byte in 15 s. The verdict is cached by host kernel and QEMU version.
+KVM counts as working only if a kernel boots on it, because weaker checks gave false positives: on a host with
+`kvm_pvm` the device opens, the API version is right, a vCPU can be created and even a real-mode guest runs, but a Linux
+kernel writes no byte in 15 s. The result is cached per host kernel and QEMU version.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import re
@@ -22,23 +24,44 @@ from phasewatch.lab.guest_image import GuestImage
 from phasewatch.lab.process import die_with_parent
 from phasewatch.telemetry.base import AsyncClock
 
+__all__ = [
+    "KVM_BOOT_DEADLINE_S",
+    "MAX_IDLE_LOAD_CORES",
+    "MIN_QEMU_VERSION",
+    "AcceleratorChoice",
+    "CpuUsage",
+    "boots_on_kvm",
+    "choose_accelerator",
+    "find_known_accelerator",
+    "find_kvm_obstacle",
+    "kernel_boots_on_kvm",
+    "parse_busy_cpu_s",
+    "parse_processor_name",
+    "parse_qemu_version",
+    "read_processor_name",
+    "read_qemu_version",
+    "wait_until_idle",
+]
+
+logger = logging.getLogger(__name__)
+
 KVM_BOOT_DEADLINE_S = 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AcceleratorChoice:
-    """Which accelerator to use (``kvm`` or ``tcg``), and what that rests on."""
+    """The accelerator to use (``kvm`` or ``tcg``), and the reason for it as text."""
 
     accel: str
     why: str
 
 
 def find_kvm_obstacle(cpuinfo: str, modules: frozenset[str], *, device: bool, arch: str, host_arch: str) -> str | None:
-    """Say why KVM cannot work, from facts that cost nothing; None if only a boot can tell."""
+    """Return why KVM cannot work, from facts that need no boot; None if only a boot can decide."""
     if arch != host_arch:
         return f"the guest is {arch}, the host {host_arch}"
     if not device:
-        return "/dev/kvm is not there, or not ours to open"
+        return "/dev/kvm does not exist or may not be opened"
     if "kvm_pvm" in modules:
         return "kvm_pvm: the host is itself a guest without hardware virtualisation"
     if host_arch == "x86_64" and not re.search(r"^flags\s*:.*\b(vmx|svm)\b", cpuinfo, re.MULTILINE):
@@ -54,41 +77,43 @@ def choose_accelerator(
     qemu_version: str,
     boots: Callable[[GuestImage, str], bool] | None = None,
 ) -> AcceleratorChoice:
-    """Decide between KVM and TCG for guests of `arch`.
+    """Choose between KVM and TCG for guests of `arch`.
 
     Args:
         arch: ``x86_64`` or ``aarch64``.
-        files: Gives the image that is booted for the proof, where one is needed; it must power off when run with
-            busybox as init.
-        cache: Folder that keeps the verdict.
-        qemu_version: Part of the verdict's key.
-        boots: Does the boot; a test hands in its own.
+        files: Returns the image to boot, if a boot is needed. The image must power off with busybox as init.
+        cache: Folder that keeps the result.
+        qemu_version: Part of the key of the result.
+        boots: Boots the image and returns whether it worked; `boots_on_kvm` if None. Tests pass a fake.
     """
     known = find_known_accelerator(arch=arch, cache=cache, qemu_version=qemu_version)
     if known is not None:
         return known
     works = (boots or boots_on_kvm)(files(), arch)
-    verdict = (
+    choice = (
         AcceleratorChoice(accel="kvm", why="a kernel booted on it")
         if works
         else AcceleratorChoice(accel="tcg", why=f"no kernel booted on KVM within {KVM_BOOT_DEADLINE_S:g} s")
     )
     cache.mkdir(parents=True, exist_ok=True)
-    _build_cache_path(cache, arch, qemu_version).write_bytes(msgspec.json.encode(verdict))
-    return verdict
+    _build_cache_path(cache, arch, qemu_version).write_bytes(msgspec.json.encode(choice))
+    return choice
 
 
 def find_known_accelerator(*, arch: str, cache: Path | None, qemu_version: str) -> AcceleratorChoice | None:
-    """Return the verdict if it is known without a boot: because KVM cannot work, or because a recording has tried it."""
-    no = find_kvm_obstacle(
+    """Return the choice if it is known without a boot, else None.
+
+    It is known if KVM cannot work here, or if an earlier recording has tried it.
+    """
+    obstacle = find_kvm_obstacle(
         Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"),
         frozenset(path.name for path in Path("/sys/module").glob("kvm*")),
         device=os.access("/dev/kvm", os.R_OK | os.W_OK),
         arch=arch,
         host_arch=platform.machine(),
     )
-    if no is not None:
-        return AcceleratorChoice(accel="tcg", why=no)
+    if obstacle is not None:
+        return AcceleratorChoice(accel="tcg", why=obstacle)
     if cache is None:
         return None
     try:
@@ -102,12 +127,12 @@ def _build_cache_path(cache: Path, arch: str, qemu_version: str) -> Path:
 
 
 def boots_on_kvm(image: GuestImage, arch: str) -> bool:
-    """Boot a kernel on KVM whose init powers off at once; True if it said something and ended well in time."""
+    """Return whether the image's kernel boots on KVM and ends in time; its init powers off at once."""
     return image.kernel is not None and kernel_boots_on_kvm(image.kernel, arch, initrd=image.initrd)
 
 
 def kernel_boots_on_kvm(kernel: Path, arch: str, *, initrd: Path | None = None) -> bool:
-    """Boot a kernel on KVM; True if it wrote something and ended in time, with its init or by a panic without one."""
+    """Return whether a kernel boots on KVM: it must write to its console and end in time, by its init or by a panic."""
     machine = ["-machine", "virt,gic-version=host"] if arch == "aarch64" else ["-machine", "pc"]
     console = "ttyAMA0" if arch == "aarch64" else "ttyS0"
     with tempfile.TemporaryDirectory(prefix="phasewatch-kvm-") as folder:
@@ -136,7 +161,7 @@ MIN_QEMU_VERSION = (7, 2)  # `-netdev dgram` came with it
 
 
 def parse_qemu_version(text: str) -> tuple[str, tuple[int, ...]]:
-    """Read the version from what ``qemu-system-… --version`` prints: as text, and as numbers; empty if there is none.
+    """Parse the output of ``qemu-system-… --version`` into the version as text and as numbers; both empty if absent.
 
     >>> parse_qemu_version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)")
     ('7.2.22', (7, 2, 22))
@@ -146,18 +171,18 @@ def parse_qemu_version(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def read_qemu_version(arch: str) -> str:
-    """Give the version of the installed QEMU.
+    """Return the version of the installed QEMU.
 
     Raises:
-        MissingTool: If there is none, or it is too old.
+        MissingToolError: If QEMU is not installed, or too old.
     """
     program = f"qemu-system-{arch}"
     package = "qemu-system-x86" if arch == "x86_64" else "qemu-system-arm"
     try:
-        said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
+        output = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError) as exc:
         raise MissingToolError(f"{program} does not run ({exc}); install it: apt-get install {package}") from exc
-    text, numbers = parse_qemu_version(said)
+    text, numbers = parse_qemu_version(output)
     if numbers < MIN_QEMU_VERSION:
         least = ".".join(map(str, MIN_QEMU_VERSION))
         raise MissingToolError(
@@ -168,27 +193,31 @@ def read_qemu_version(arch: str) -> str:
 
 
 def parse_processor_name(cpuinfo: str, tsc_khz: int | None) -> str:
-    """Name a processor from the text of ``/proc/cpuinfo``, family and model in numbers, since clouds hide the rest.
+    """Return a processor's name from the text of ``/proc/cpuinfo``.
+
+    Family and model are part of it as numbers, because clouds hide the rest.
 
     Args:
-        tsc_khz: Rate of its time stamp counter; None where it has none.
+        cpuinfo: Content of ``/proc/cpuinfo``.
+        tsc_khz: Rate of its time stamp counter in kHz; None if it has none.
 
     Returns:
         At most 80 printable ASCII characters; empty if the text names no processor.
 
-    >>> parse_processor("cpu family\\t: 23\\nmodel\\t\\t: 1\\nmodel name\\t: AMD EPYC\\n", 1_996_250)
+    >>> parse_processor_name("cpu family\\t: 23\\nmodel\\t\\t: 1\\nmodel name\\t: AMD EPYC\\n", 1_996_250)
     'AMD EPYC (family 23, model 1) at 1996 MHz'
     """
-    said = dict(re.findall(r"^(cpu family|model|model name)\s*: (.+)$", cpuinfo, re.MULTILINE))
-    if "model name" not in said:
+    fields = dict(re.findall(r"^(cpu family|model|model name)\s*: (.+)$", cpuinfo, re.MULTILINE))
+    if "model name" not in fields:
         return ""
-    which = f" (family {said['cpu family']}, model {said['model']})" if {"cpu family", "model"} <= said.keys() else ""
+    has_model = {"cpu family", "model"} <= fields.keys()
+    model = f" (family {fields['cpu family']}, model {fields['model']})" if has_model else ""
     rate = f" at {tsc_khz // 1000} MHz" if tsc_khz else ""
-    return re.sub(r"[^ -~]", "?", f"{said['model name'][:40]}{which}{rate}")[:80]
+    return re.sub(r"[^ -~]", "?", f"{fields['model name'][:40]}{model}{rate}")[:80]
 
 
 def read_processor_name(tsc_khz: int | None) -> str:
-    """Name this machine's processor, or at least its architecture."""
+    """Return the name of this machine's processor, or its architecture if it has no name."""
     return (
         parse_processor_name(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"), tsc_khz)
         or platform.machine()
@@ -196,22 +225,27 @@ def read_processor_name(tsc_khz: int | None) -> str:
 
 
 MAX_IDLE_LOAD_CORES = 0.3
-IDLE_CHECK_S = 3.0
+_IDLE_CHECK_S = 3.0
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuUsage:
-    """CPU seconds spent so far: by the whole machine without low-priority work, and by this process and its children."""
+    """CPU seconds used so far: by the whole machine without low-priority work, and by this process and its children."""
 
     machine_s: float
     own_s: float
 
 
 def parse_busy_cpu_s(text: str) -> float:
-    """Read the busy CPU seconds of all cores from /proc/stat.
+    """Parse the content of ``/proc/stat`` into the busy CPU seconds of all cores.
 
-    Work at low priority (`nice`) is left out: it yields. So are `guest` times, which user time holds already.
+    Low-priority time (`nice`) does not count, because such work yields. `guest` time is already part of user time.
+
+    Raises:
+        ValueError: If the text has no line ``cpu``.
+
+    Source: proc_stat(5).
     """
     for line in text.splitlines():
         if line.startswith("cpu "):
@@ -221,7 +255,6 @@ def parse_busy_cpu_s(text: str) -> float:
 
 
 def _read_cpu_usage() -> CpuUsage:
-    """Read what was spent so far."""
     own = os.times()
     return CpuUsage(
         machine_s=parse_busy_cpu_s(Path("/proc/stat").read_text(encoding="utf-8")),
@@ -233,30 +266,32 @@ async def wait_until_idle(
     clock: AsyncClock,
     *,
     at_most_s: float,
+    purpose: str = "recording",
     read: Callable[[], CpuUsage] = _read_cpu_usage,
-    on_busy: Callable[[float], None] = lambda load: None,
 ) -> float:
-    """Wait until the others keep fewer than `MAX_IDLE_LOAD_CORES` cores busy for `IDLE_CHECK_S`, or `at_most_s` has passed.
+    """Wait until other processes keep fewer than `MAX_IDLE_LOAD_CORES` cores busy, or `at_most_s` has passed.
+
+    The load is measured over 3 s. If there is something to wait for, the load is logged once.
 
     Args:
-        clock: The host's.
-        at_most_s: How long.
-        read: Gives what the machine and we have spent.
-        on_busy: Hears the load once, when there is something to wait for.
+        clock: The clock of the host.
+        at_most_s: Longest wait, in seconds.
+        purpose: What waits, for the log message.
+        read: Returns the CPU usage of the machine and of this process.
 
     Returns:
-        The last load that was seen, in cores; `MAX_IDLE_LOAD_CORES` or more if patience ran out.
+        The last measured load, in cores. It is `MAX_IDLE_LOAD_CORES` or more if the wait timed out.
     """
     give_up_ns = clock.mono_ns() + round(at_most_s * 1e9)
-    told = False
+    is_logged = False
     while True:
         before, began_ns = read(), clock.mono_ns()
-        await clock.sleep_until(began_ns + round(IDLE_CHECK_S * 1e9))
+        await clock.sleep_until(began_ns + round(_IDLE_CHECK_S * 1e9))
         after, ended_ns = read(), clock.mono_ns()
-        spent_s = after.machine_s - before.machine_s - (after.own_s - before.own_s)
-        load = max(0.0, spent_s / ((ended_ns - began_ns) / 1e9))
+        used_s = after.machine_s - before.machine_s - (after.own_s - before.own_s)
+        load = max(0.0, used_s / ((ended_ns - began_ns) / 1e9))
         if load < MAX_IDLE_LOAD_CORES or clock.mono_ns() >= give_up_ns:
             return load
-        if not told:
-            told = True
-            on_busy(load)
+        if not is_logged:
+            is_logged = True
+            logger.info("%s: other work keeps %.1f cores busy; waiting up to %.0f s for it", purpose, load, at_most_s)

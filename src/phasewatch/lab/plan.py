@@ -1,4 +1,7 @@
-"""What is recorded, when, on which host: a plan's slots and sessions, all drawn from its seed (pure)."""
+"""Recording plans: parse a plan, draw its sessions from its seed, and check that elapsed time does not reveal labels.
+
+Nothing here does input or output.
+"""
 
 from __future__ import annotations
 
@@ -33,32 +36,64 @@ from phasewatch.profiles import (
 from phasewatch.toml_config import parse_toml
 from phasewatch.types import BENIGN_PROFILE, PHASES, EpisodeRole, Phase, SampleKind
 
-PLAN_NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
+__all__ = [
+    "MALICIOUS_PROFILES",
+    "MAX_ELAPSED_TIME_F1",
+    "PhaseWalk",
+    "PlanHost",
+    "PlanSpec",
+    "RecordingSession",
+    "RecordingSlot",
+    "build_rng",
+    "build_sessions",
+    "check_elapsed_time",
+    "check_plan_spec",
+    "compute_elapsed_time_f1",
+    "compute_slot_seed",
+    "compute_window_phases",
+    "draw_log_uniform",
+    "draw_phases",
+    "estimate_elapsed_time_f1",
+    "parse_plan",
+]
+
+MAX_ELAPSED_TIME_F1 = 0.25  # above it, elapsed time alone predicts the phase too well (DESIGN, section 2)
 MALICIOUS_PROFILES = tuple(row.name for row in PROFILES if row.name != BENIGN_PROFILE)
-_MAX_DURATION_S = 3600.0  # an episode is 1 s to 1 h
+_PLAN_NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
+_MAX_DURATION_S = 3600.0  # of an episode
 _MIN_PHASE_S = 2.0
+_WINDOW_S, _STRIDE_S = 10.0, 5.0
+_N_SIMULATED_EPISODES = 1500  # for learning, and as many for scoring
+_SMOOTHING_WINDOWS = 1  # neighbouring windows on either side that are averaged
+_LOAD_BLOCK_EPISODES = 3  # of each three malicious episodes of a host, busy_share × 3 run beside a load
+
+PhaseWalk = tuple[tuple[Phase, float], ...]  # (phase, seconds), in order
 
 
 class PlanHost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One host of a plan; `profiles` empty means all malicious ones (benign always runs)."""
+    """One host of a plan; empty `profiles` select all malicious profiles. The benign profile always runs."""
 
     host_id: str
     profiles: tuple[str, ...] = ()
 
 
 class PlanSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is to be recorded.
+    """A recording plan.
 
     Attributes:
-        name, seed: With host and index they decide every draw; another seed is another campaign.
-        lab_per_host: Episodes to learn and test on.
-        benign_share: Least share of them that is benign.
-        busy_share: Share of the malicious ones that run over a busy benign load.
-        agent_share: Chance that the guest's agent is on.
-        commission_per_host, commission_s: The day a VM is known clean: benign idle, agent off.
-        soak_per_host, soak_s: Long benign hours, agent off, another sample group each.
-        settle_s, episode_s, phase_s, chatter_s: Shortest and longest; chatter is the mean time between its signs.
-        order: Phases in a fixed order instead of the random walk. It leaks: the gate will say how much.
+        name, seed: With host and index they determine every draw; another seed gives another campaign.
+        hosts: The hosts, and the profiles that run on each.
+        lab_per_host: Episodes per host for training and test.
+        benign_share: Smallest benign share of them.
+        busy_share: Share of the malicious ones that run beside a benign load.
+        agent_share: Probability that the guest agent is on.
+        commission_per_host, commission_s: Number and length of the known-clean episodes: benign idle, agent off.
+        soak_per_host, soak_s: Number and length of the long benign episodes: agent off, a different sample group each.
+        settle_s: Shortest and longest time from boot to the first label, in seconds.
+        episode_s, phase_s: Shortest and longest lab episode and phase, in seconds.
+        chatter_s: Smallest and largest mean time between background events, in seconds.
+        order: Phases in a fixed order instead of the random walk. This leaks the phase through elapsed time;
+            `check_elapsed_time` measures how much.
     """
 
     name: str
@@ -80,14 +115,14 @@ class PlanSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def parse_plan(text: str, *, where: str) -> PlanSpec:
-    """Read a plan.
+    """Parse a plan.
 
     Args:
         text: TOML.
-        where: Its file, for messages.
+        where: Name of the file, for messages.
 
     Raises:
-        PlanError: If it is not TOML, has unknown or missing keys, names what does not exist, or asks for the impossible.
+        PlanError: If the text is not TOML, has unknown or missing keys, unknown names, or a value out of range.
     """
     spec = parse_toml(text, PlanSpec, where=where)
     try:
@@ -98,21 +133,22 @@ def parse_plan(text: str, *, where: str) -> PlanSpec:
 
 
 def check_plan_spec(spec: PlanSpec) -> None:
-    """Refuse a plan that asks for the impossible.
+    """Raise PlanError if a plan has an unknown name or a value out of range; the message names the allowed values.
 
     Raises:
-        PlanError: It says what, and what is possible.
+        PlanError: If a name or number is not allowed.
+        UsageError: If a profile does not exist.
     """
-    if not PLAN_NAME_PATTERN.fullmatch(spec.name):
-        raise PlanError(f"name {spec.name!r}: letters a-z, digits, dot, dash and underscore, 1 to 40 of them")
+    if not _PLAN_NAME_PATTERN.fullmatch(spec.name):
+        raise PlanError(f"name {spec.name!r}: expected 1 to 40 of the characters a-z, 0-9, dot, dash and underscore")
     if not spec.hosts or len({host.host_id for host in spec.hosts}) != len(spec.hosts):
-        raise PlanError("hosts: at least one, and none twice")
+        raise PlanError("hosts: expected at least one, and none twice")
     for host in spec.hosts:
         find_host_shape(host.host_id)
         for name in host.profiles:
             find_profile(name)
         if BENIGN_PROFILE in host.profiles or len(set(host.profiles)) != len(host.profiles):
-            raise PlanError(f"hosts: {host.host_id}: profiles name malicious ones, each once; benign always runs")
+            raise PlanError(f"hosts: {host.host_id}: expected malicious profiles, each once; benign always runs")
     for key in ("lab_per_host", "commission_per_host", "soak_per_host"):
         if not 0 <= getattr(spec, key) <= 10_000:
             raise PlanError(f"{key}: {getattr(spec, key)}, expected 0 to 10000")
@@ -132,23 +168,20 @@ def check_plan_spec(spec: PlanSpec) -> None:
         if not 1 <= getattr(spec, key) <= _MAX_DURATION_S:
             raise PlanError(f"{key}: {getattr(spec, key)}, expected 1 to {_MAX_DURATION_S:g} seconds")
     if Phase.UNKNOWN in spec.order:
-        raise PlanError("order: a plan knows its phases; unknown is not one to play")
-
-
-WINDOW_S, STRIDE_S = 10.0, 5.0
-N_SIMULATED_EPISODES = 1500  # to learn from, and as many again to score on
-_SMOOTHING_WINDOWS = 1  # neighbouring windows on either side that are averaged in
-
-PhaseWalk = tuple[tuple[Phase, float], ...]
+        raise PlanError("order: unknown is not a phase that can be recorded")
 
 
 def compute_window_phases(walk: PhaseWalk) -> NDArray[np.int64]:
-    """Give the phase code of each 10 s window, one every 5 s: the phase with most of it, on a tie the later one."""
+    """Compute the phase of each 10 s window with a stride of 5 s.
+
+    Returns:
+        ``(n,)`` int64 phase codes: the phase with the largest share of the window; ties go to the later phase.
+    """
     ends = np.cumsum([seconds for _, seconds in walk])
     starts = ends - [seconds for _, seconds in walk]
-    count = int((ends[-1] - WINDOW_S) // STRIDE_S) + 1 if ends[-1] >= WINDOW_S else 0
-    at = np.arange(count)[:, None] * STRIDE_S
-    inside = np.clip(np.minimum(ends, at + WINDOW_S) - np.maximum(starts, at), 0, None)
+    count = int((ends[-1] - _WINDOW_S) // _STRIDE_S) + 1 if ends[-1] >= _WINDOW_S else 0
+    begins = np.arange(count)[:, None] * _STRIDE_S
+    inside = np.clip(np.minimum(ends, begins + _WINDOW_S) - np.maximum(starts, begins), 0, None)
     codes = np.array([phase.code for phase, _ in walk])
     share = np.stack([inside[:, codes == code].sum(axis=1) for code in range(len(PHASES))], axis=1).round(6)
     last = np.stack(
@@ -158,52 +191,49 @@ def compute_window_phases(walk: PhaseWalk) -> NDArray[np.int64]:
 
 
 def compute_elapsed_time_f1(draw: Callable[[np.random.Generator], PhaseWalk], rng: np.random.Generator) -> float:
-    """Score the best classifier that knows nothing but the seconds since the first label.
+    """Score a classifier that knows only the time since the first label.
 
     Args:
-        draw: Draws the walk of one malicious episode.
+        draw: Draws the phases of one episode.
+        rng: Random numbers for all draws.
 
     Returns:
         Macro-F1 over the five phases on unseen walks, the higher of plain and class-balanced voting.
     """
-    learn = [compute_window_phases(draw(rng)) for _ in range(N_SIMULATED_EPISODES)]
-    score = [compute_window_phases(draw(rng)) for _ in range(N_SIMULATED_EPISODES)]
-    length = max(len(codes) for codes in learn + score)
+    train = [compute_window_phases(draw(rng)) for _ in range(_N_SIMULATED_EPISODES)]
+    test = [compute_window_phases(draw(rng)) for _ in range(_N_SIMULATED_EPISODES)]
+    length = max(len(codes) for codes in train + test)
     votes = np.zeros((length + 2 * _SMOOTHING_WINDOWS, len(PHASES)))
-    for codes in learn:
+    for codes in train:
         votes[_SMOOTHING_WINDOWS + np.arange(len(codes)), codes] += 1
     smooth = np.stack([votes[shift : shift + length] for shift in range(2 * _SMOOTHING_WINDOWS + 1)]).sum(axis=0)
-    truth = np.concatenate(score)
-    window = np.concatenate([np.arange(len(codes)) for codes in score])
+    truth = np.concatenate(test)
+    window = np.concatenate([np.arange(len(codes)) for codes in test])
     balanced = smooth / np.maximum(smooth.sum(axis=0), 1)
     return max(_compute_macro_f1(truth, table.argmax(axis=1)[window]) for table in (smooth, balanced))
 
 
-def _compute_macro_f1(truth: NDArray[np.int64], said: NDArray[np.int64]) -> float:
+def _compute_macro_f1(truth: NDArray[np.int64], predicted: NDArray[np.int64]) -> float:
     scores = []
     for code in range(len(PHASES)):
-        right = int(((truth == code) & (said == code)).sum())
-        named = int((truth == code).sum() + (said == code).sum())
-        scores.append(2 * right / named if named else 0.0)
+        n_correct = int(((truth == code) & (predicted == code)).sum())
+        n_both = int((truth == code).sum() + (predicted == code).sum())
+        scores.append(2 * n_correct / n_both if n_both else 0.0)
     return float(np.mean(scores))
-
-
-MAX_ELAPSED_TIME_F1 = 0.25  # DESIGN section 2: above it a plan tells the phase by the clock
-_LOAD_BLOCK_EPISODES = 3  # of each three malicious episodes of a host, busy_share × 3 have a load beside them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordingSlot:
-    """One episode to be recorded. Its identity is `plan_seed`, which the manifest carries.
+    """One planned episode. Its identity is `plan_seed`, which is stored in the manifest.
 
     Attributes:
-        index: Its number on its host, in the plan's order.
-        settle_s: From boot to the first label.
-        phases: ``(phase, planned seconds)``; they sum to `duration_s`.
-        knobs: The sample's intensities, in the registry's order.
-        background: The benign sample that runs beside a malicious one the whole time, or empty.
-        background_knobs: Its intensities (`knobs` are the sample's own).
-        chatter_s: Mean seconds between signs of everyday life.
+        index: Its number on its host, in the order of the plan.
+        settle_s: Seconds from boot to the first label.
+        phases: ``(phase, planned seconds)``; the seconds sum to `duration_s`.
+        knobs: ``(name, value)`` of the sample's intensities, in the order of the profile table.
+        background: The benign load that runs beside a malicious sample for the whole episode; empty for none.
+        background_knobs: Intensities of that load.
+        chatter_s: Mean seconds between background events.
     """
 
     index: int
@@ -230,7 +260,7 @@ class RecordingSlot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordingSession:
-    """One or two slots of one host that run side by side; all samples in them are of one group."""
+    """One or two slots of one host that are recorded at the same time; their samples belong to one group."""
 
     session: str
     host_id: str
@@ -238,20 +268,20 @@ class RecordingSession:
 
 
 def compute_slot_seed(name: str, seed: int, host_id: str, index: int) -> int:
-    """Hash (plan, host, index) to a seed below 2^63, so that no timeline repeats on another host."""
+    """Compute a seed below 2^63 from plan, host and index, so that no timeline repeats on another host."""
     text = f"{name}\0{seed}\0{host_id}\0{index}".encode()
     return int.from_bytes(blake2b(text, digest_size=8, person=b"plan_seed").digest(), "big") >> 1
 
 
 def build_rng(seed: int, purpose: str) -> np.random.Generator:
-    """Give the generator of one purpose, so that a new draw shifts no old one."""
+    """Build the random generator of one purpose. Each purpose has its own, so a new draw does not change others."""
     return np.random.default_rng([seed, int.from_bytes(blake2b(purpose.encode(), digest_size=8).digest(), "big")])
 
 
 def build_sessions(spec: PlanSpec) -> tuple[RecordingSession, ...]:
-    """Lay out the whole campaign in the order of recording: commissioning, then lab with soak strewn in."""
-    rooms = [(host.host_id, find_host_shape(host.host_id).is_alone) for host in spec.hosts]
-    needs = [
+    """Build all sessions of a plan in recording order: known-clean episodes, then lab episodes mixed with soak."""
+    hosts = [(host.host_id, find_host_shape(host.host_id).is_alone) for host in spec.hosts]
+    demands = [
         HostDemand(
             host_id=host.host_id,
             episodes=spec.lab_per_host,
@@ -260,59 +290,59 @@ def build_sessions(spec: PlanSpec) -> tuple[RecordingSession, ...]:
         )
         for host in spec.hosts
     ]
-    writer = _SessionBuilder(spec)
+    builder = _SessionBuilder(spec)
     for first in range(0, spec.commission_per_host, 2):
         many = min(2, spec.commission_per_host - first)
-        for host_id, is_alone in rooms:
+        for host_id, is_alone in hosts:
             for chunk in [1] * many if is_alone else [many]:
-                writer.add(host_id, EpisodeRole.COMMISSION, [(BENIGN_PROFILE, IDLE_SAMPLE)] * chunk)
-    lab = build_schedule(needs, benign_share=spec.benign_share)
-    soak = [(host_id, place, turn) for turn in range(spec.soak_per_host) for place, (host_id, _) in enumerate(rooms)]
+                builder.add(host_id, EpisodeRole.COMMISSION, [(BENIGN_PROFILE, IDLE_SAMPLE)] * chunk)
+    lab = build_schedule(demands, benign_share=spec.benign_share)
+    soak = [(host_id, place, turn) for turn in range(spec.soak_per_host) for place, (host_id, _) in enumerate(hosts)]
     placed = 0
-    for at, one in enumerate(lab):
-        writer.add_lab(one)
-        while placed < len(soak) * (at + 1) // len(lab):
-            writer.add_soak(*soak[placed])
+    for n_done, scheduled in enumerate(lab, start=1):
+        builder.add_lab(scheduled)
+        while placed < len(soak) * n_done // len(lab):
+            builder.add_soak(*soak[placed])
             placed += 1
     for rest in soak[placed:]:
-        writer.add_soak(*rest)
-    return tuple(writer.sessions)
+        builder.add_soak(*rest)
+    return tuple(builder.sessions)
 
 
 def estimate_elapsed_time_f1(spec: PlanSpec, seed: int = 0) -> float:
-    """Simulate 1500 + 1500 episodes of the plan; give the macro-F1 of the best guess from elapsed time alone."""
+    """Estimate the macro-F1 of a classifier that knows only elapsed time, from 1500 + 1500 simulated episodes."""
     return compute_elapsed_time_f1(partial(_draw_episode_phases, spec), build_rng(seed, "elapsed time"))
 
 
 def check_elapsed_time(spec: PlanSpec, seed: int = 0, *, force: bool = False) -> float:
-    """Refuse a plan whose clock tells the phase.
+    """Return the macro-F1 of elapsed time alone, and refuse a plan where it is too high.
 
     Raises:
-        PlanError: If elapsed time alone scores above `MAX_ELAPSED_TIME_F1`, unless forced.
+        PlanError: If the score is above `MAX_ELAPSED_TIME_F1`, unless forced.
     """
     score = estimate_elapsed_time_f1(spec, seed)
     if score > MAX_ELAPSED_TIME_F1 and not force:
         raise PlanError(
-            f"plan {spec.name}: elapsed time alone tells the phase with macro-F1 {score:.2f}, at most "
-            f"{MAX_ELAPSED_TIME_F1:.2f} is accepted; leave out `order`, vary phase_s, or record it with --force"
+            f"plan {spec.name}: elapsed time alone predicts the phase with macro-F1 {score:.2f}; at most "
+            f"{MAX_ELAPSED_TIME_F1:.2f} is accepted. Leave out `order`, vary phase_s, or record it with --force"
         )
     return score
 
 
 def _draw_episode_phases(spec: PlanSpec, rng: np.random.Generator) -> PhaseWalk:
-    """Draw the phases of an episode of the campaign, benign ones in their share."""
+    """Draw the phases of a lab episode, benign with the plan's benign share."""
     length_s = draw_episode_length(rng, between_s=spec.episode_s)
     return ((Phase.CLEAN, length_s),) if rng.random() < spec.benign_share else draw_phases(spec, rng, length_s)
 
 
 def draw_phases(spec: PlanSpec, rng: np.random.Generator, length_s: float) -> PhaseWalk:
-    """Draw the phases of an episode that is not benign: the walk, or the plan's fixed order."""
+    """Draw the phases of a malicious episode: a random walk, or the plan's fixed order."""
     if not spec.order:
         return draw_phase_walk(rng, length_s=length_s, between_s=spec.phase_s)
     walk: list[tuple[Phase, float]] = []
     left_s = length_s
-    for at, phase in enumerate(spec.order):
-        stay_s = left_s if at == len(spec.order) - 1 else min(left_s, round(float(rng.uniform(*spec.phase_s)), 3))
+    for place, phase in enumerate(spec.order):
+        stay_s = left_s if place == len(spec.order) - 1 else min(left_s, round(float(rng.uniform(*spec.phase_s)), 3))
         left_s = round(left_s - stay_s, 3)
         if stay_s > 0:
             walk.append((phase, stay_s))
@@ -320,12 +350,12 @@ def draw_phases(spec: PlanSpec, rng: np.random.Generator, length_s: float) -> Ph
 
 
 def draw_log_uniform(rng: np.random.Generator, between: tuple[float, float]) -> float:
-    """Draw a number whose logarithm is uniform between those of two."""
+    """Draw a number from a log-uniform distribution over an interval."""
     return exp(rng.uniform(log(between[0]), log(between[1])))
 
 
 class _SessionBuilder:
-    """Turns cells into slots, and remembers which samples and loads were used least."""
+    """Turns profile groups into sessions of slots, and balances the use of samples and loads."""
 
     def __init__(self, spec: PlanSpec) -> None:
         self.sessions: list[RecordingSession] = []
@@ -335,36 +365,42 @@ class _SessionBuilder:
         self._used: Counter[tuple[str, ...]] = Counter()
 
     def add(self, host_id: str, role: EpisodeRole, names: Sequence[tuple[str, str]]) -> None:
-        """Add a session of these (profile, sample)s."""
+        """Add a session of (profile, sample) pairs."""
         number = len(self.sessions)
         slots = tuple(self._build_slot(host_id, role, *pair) for pair in names)
         self.sessions.append(RecordingSession(session=f"{self._spec.name}-{number:04d}", host_id=host_id, slots=slots))
 
-    def add_lab(self, one: ScheduledSession) -> None:
-        """Add a session of the deal, with the samples of its groups that were used least."""
+    def add_lab(self, session: ScheduledSession) -> None:
+        """Add a scheduled lab session, with the least used samples of its groups."""
         self.add(
-            one.host_id,
+            session.host_id,
             EpisodeRole.LAB,
-            [(cell.profile, self._choose_sample(one.host_id, cell)) for cell in one.profile_groups],
+            [(each.profile, self._choose_sample(session.host_id, each)) for each in session.profile_groups],
         )
 
     def add_soak(self, host_id: str, place: int, turn: int) -> None:
-        """Add a long benign episode, alone: its neighbour would have to be of its own group, and as long."""
-        cell = ProfileGroup(BENIGN_PROFILE, (turn + place) % N_SAMPLE_GROUPS)
-        self.add(host_id, EpisodeRole.SOAK, [(BENIGN_PROFILE, self._choose_sample(host_id, cell, use="soak"))])
+        """Add a soak episode as a session of its own: a second one would need the same group and length."""
+        profile_group = ProfileGroup(BENIGN_PROFILE, (turn + place) % N_SAMPLE_GROUPS)
+        self.add(host_id, EpisodeRole.SOAK, [(BENIGN_PROFILE, self._choose_sample(host_id, profile_group, use="soak"))])
 
-    def _choose_sample(self, host_id: str, cell: ProfileGroup, *, use: str = "lab", is_busy: bool = False) -> str:
-        """Choose among the samples of a group, least used first, here before elsewhere."""
-        names = [one.name for one in find_profile(cell.profile).samples[cell.group :: N_SAMPLE_GROUPS]]
+    def _choose_sample(
+        self, host_id: str, profile_group: ProfileGroup, *, use: str = "lab", is_busy: bool = False
+    ) -> str:
+        """Return the least used sample of a group; uses on this host count first."""
+        profile, group = profile_group
+        names = [sample.name for sample in find_profile(profile).samples[group::N_SAMPLE_GROUPS]]
         if is_busy:
             names = [name for name in names if name != IDLE_SAMPLE]
-        chosen = min(names, key=lambda name: (self._used[use, host_id, cell.profile, name], self._used[use, name]))
-        self._used[use, host_id, cell.profile, chosen] += 1
+        chosen = min(names, key=lambda name: (self._used[use, host_id, profile, name], self._used[use, name]))
+        self._used[use, host_id, profile, chosen] += 1
         self._used[use, chosen] += 1
         return chosen
 
     def _is_busy(self, host_id: str) -> bool:
-        """Decide whether the host's next malicious episode runs over a load: so many of each block, at random places."""
+        """Return whether the host's next malicious episode runs beside a load.
+
+        Each block of episodes has a fixed number of them, at random places.
+        """
         block, place = divmod(self._malicious[host_id], _LOAD_BLOCK_EPISODES)
         self._malicious[host_id] += 1
         rng = build_rng(compute_slot_seed(self._spec.name, self._spec.seed, host_id, block), "busy block")
@@ -385,9 +421,9 @@ class _SessionBuilder:
         phases = draw_phases(spec, rng("walk"), duration_s) if is_malicious else ((Phase.CLEAN, duration_s),)
         background = ""
         if is_malicious and self._is_busy(host_id):
-            cell = ProfileGroup(BENIGN_PROFILE, find_sample_group(profile_name, sample_name))
-            background = self._choose_sample(host_id, cell, use="background", is_busy=True)
-        beside = draw_intensities(find_sample(BENIGN_PROFILE, background), rng("background")) if background else {}
+            profile_group = ProfileGroup(BENIGN_PROFILE, find_sample_group(profile_name, sample_name))
+            background = self._choose_sample(host_id, profile_group, use="background", is_busy=True)
+        load_knobs = draw_intensities(find_sample(BENIGN_PROFILE, background), rng("background")) if background else {}
         return RecordingSlot(
             index=index,
             host_id=host_id,
@@ -402,6 +438,6 @@ class _SessionBuilder:
             phases=phases,
             knobs=tuple(draw_intensities(find_sample(profile_name, sample_name), rng("knobs")).items()),
             background=background,
-            background_knobs=tuple(beside.items()),
+            background_knobs=tuple(load_knobs.items()),
             chatter_s=round(draw_log_uniform(rng("chatter"), spec.chatter_s), 3),
         )

@@ -1,4 +1,4 @@
-"""Child processes that never outlive the recorder, and a scratch folder that goes when it does, even by kill -9."""
+"""Start child processes and a scratch folder that do not outlive the recorder, not even after ``kill -9``."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-_PR_SET_PDEATHSIG = 1
+__all__ = ["create_scratch_folder", "die_with_parent", "find_scratch_parent", "kill_process", "start_process"]
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def die_with_parent() -> Callable[[], None]:
-    """Give a `preexec_fn` that asks the kernel to kill the child when its parent dies.
+    """Return a `preexec_fn` that asks the kernel to kill the child when its parent dies.
 
-    The C library is looked up here, before the fork: between fork and exec nothing may take a lock.
+    The C library is loaded here, before the fork, because no lock may be taken between fork and exec.
     """
     libc = ctypes.CDLL(None)
     return lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 async def start_process(command: Sequence[str], *, log: IO[bytes]) -> asyncio.subprocess.Process:
-    """Start a child in a session of its own that dies with us, both outputs in `log`.
+    """Start a child in a session of its own that dies with this process; both outputs go to `log`.
 
-    A session of its own keeps a terminal's Ctrl-C from it (the recorder ends it in order), and gives it a scheduling
-    group of its own, so that a busy VM does not starve the sampler.
+    Its own session keeps a terminal's Ctrl-C from the child, which the recorder stops itself. It also gives the child a
+    scheduling group of its own, so that a busy VM does not starve the sampler.
     """
     return await asyncio.create_subprocess_exec(
         *command,
@@ -43,7 +45,7 @@ async def start_process(command: Sequence[str], *, log: IO[bytes]) -> asyncio.su
 
 
 async def kill_process(process: asyncio.subprocess.Process) -> None:
-    """Kill a child and everything in its session's group, and wait until it is gone."""
+    """Kill a child and its process group, and wait until it has exited."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     await process.wait()
@@ -51,10 +53,11 @@ async def kill_process(process: asyncio.subprocess.Process) -> None:
 
 @contextmanager
 def create_scratch_folder(parent: Path) -> Iterator[Path]:
-    """Give a private folder with a short name (a socket's path must fit in 108 bytes), removed at the end.
+    """Create a private folder and remove it at the end.
 
-    A guard child holds the read end of a pipe of ours: when we die without a word, the pipe closes and it removes the
-    folder. It looks twice, because a QEMU that is dying too may still be making a socket in it.
+    Its name is short, because a socket's path must fit in 108 bytes. A guard process holds the read end of a pipe: when
+    this process is killed, the pipe closes and the guard removes the folder. It removes it twice, because a QEMU that
+    is ending too may still create a socket in it.
     """
     folder = Path(tempfile.mkdtemp(prefix="pw-", dir=parent))
     script = 'read -r _; rm -rf -- "$1"; sleep 1; rm -rf -- "$1"'
@@ -69,7 +72,7 @@ def create_scratch_folder(parent: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        guard.kill()  # it need not wait its second: nothing of ours is left running
+        guard.kill()  # no need for its second attempt: all children have ended
         if guard.stdin is not None:
             guard.stdin.close()
         guard.wait()
@@ -77,7 +80,7 @@ def create_scratch_folder(parent: Path) -> Iterator[Path]:
 
 
 def find_scratch_parent() -> Path:
-    """Give the place for overlays: on disk, because `cache=none` needs O_DIRECT, which a tmpfs may not have."""
+    """Return the parent folder for overlays: on disk, because `cache=none` needs O_DIRECT, which a tmpfs may lack."""
     chosen = os.environ.get("TMPDIR")
     if chosen:
         return Path(chosen)

@@ -1,4 +1,8 @@
-"""One slot played on one machine: warm up, settle, walk through the phases, read all the while."""
+"""Record one slot on one VM and build its bundle.
+
+`run_episode` boots the VM, warms it up, lets it settle, steps through the planned phases and samples all sources
+meanwhile. `build_bundle` turns the result into the bytes of a bundle.
+"""
 
 from __future__ import annotations
 
@@ -22,26 +26,30 @@ from phasewatch.telemetry.guest_agent import GUEST_NOMINAL_HZ as GUEST_HZ
 from phasewatch.telemetry.guest_agent import GuestReader
 from phasewatch.types import HOST_SOURCES, ClockBase, EpisodeId, EpisodeOrigin, Phase, SourceKind
 
-LEAD_IN_S = 10.0  # of readings before the first label: they open the first bin, and our own polling settles too
-PREPARE_TIMEOUT_S = 180.0  # warm-up or installation, with a neighbour that does the same
-END_MARGIN_NS = 500_000_000  # nothing is begun in the last half second
-HALF_SECOND_NS = 500_000_000
-SELF_ENDING_PHASES = (Phase.INFECTING, Phase.ACTIVE)  # whose `finished` means that the phase is over
+__all__ = ["LEAD_IN_S", "ClockPairs", "EpisodeContext", "RecordedEpisode", "build_bundle", "run_episode"]
 
+LEAD_IN_S = 10.0  # readings before the first label: they open the first bin, and the polling itself settles
+_PREPARE_TIMEOUT_S = 180.0  # warm-up or installation, while a neighbour does the same
+_END_MARGIN_NS = 500_000_000  # no phase begins in the last half second
+_HALF_SECOND_NS = 500_000_000
+_SELF_ENDING_PHASES = (Phase.INFECTING, Phase.ACTIVE)  # their `finished` message ends the phase
+
+# Clock base → (time in that clock, Unix time) at the first and at the last reading, all in ns.
 ClockPairs = dict[ClockBase, tuple[tuple[int, int], tuple[int, int]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedEpisode:
-    """What one played slot gave.
+    """The recording of one slot.
 
     Attributes:
-        marks: Phase starts, and the end.
-        logs: Rows per source; the guest's only if its agent was on.
-        pairs: The host's other clocks against Unix time, at the first reading and at the last.
-        settle_s: From the guest's first word to the first label.
-        late, skipped, failed: Ticks (see `TelemetrySampler`).
-        guest_bad: The agent's lines that were refused or dropped.
+        facts: Facts about the VM.
+        marks: Phase starts, then the end.
+        logs: Rows of each source; the guest source only if its agent was on.
+        pairs: Other clocks of the host paired with Unix time, at the first and the last reading.
+        settle_s: Seconds from the guest's ready message to the first label.
+        late, skipped, failed: Numbers of sampler ticks (see `TelemetrySampler`).
+        guest_bad: Number of agent lines that were refused or dropped.
     """
 
     facts: MachineFacts
@@ -56,47 +64,67 @@ class RecordedEpisode:
 
     @property
     def vcpu_wait(self) -> float | None:
-        """Cores' worth of time for which the vCPU threads waited between first label and end; None if never read."""
-        at = N_STAMPS + [spec.field for spec in list_raw_fields(SourceKind.PROC)].index("vcpu_wait_ns")
+        """Mean number of vCPU threads that waited for a core between first label and end; None if it was not read."""
+        column = N_STAMPS + [spec.field for spec in list_raw_fields(SourceKind.PROC)].index("vcpu_wait_ns")
         t0_ns, end_ns = self.marks[0].t_mono_ns, self.marks[-1].t_mono_ns
-        read = [(row[1] or 0, row[at] or 0) for row in self.logs[SourceKind.PROC].rows if row[at] is not None]
-        read = [(t_mono_ns, waited_ns) for t_mono_ns, waited_ns in read if t0_ns <= t_mono_ns <= end_ns]
-        if len(read) < 2:
+        rows = self.logs[SourceKind.PROC].rows
+        readings = [(row[1] or 0, row[column] or 0) for row in rows if row[column] is not None]
+        readings = [(t_mono_ns, waited_ns) for t_mono_ns, waited_ns in readings if t0_ns <= t_mono_ns <= end_ns]
+        if len(readings) < 2:
             return None
-        (first_ns, first), (last_ns, last) = read[0], read[-1]
+        (first_ns, first), (last_ns, last) = readings[0], readings[-1]
         return (last - first) / (last_ns - first_ns)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpisodeContext:
+    """Facts about an episode that its recording does not contain.
+
+    Attributes:
+        slot: The planned slot.
+        shape: Shape of the host.
+        session: Name of the recording session.
+        episode_id: Id of the episode.
+        neighbours: Ids of the episodes that ran beside it.
+    """
+
+    slot: RecordingSlot
+    shape: HostShape
+    session: str
+    episode_id: EpisodeId
+    neighbours: tuple[str, ...]
+
+
 async def run_episode(machine: LabMachine, slot: RecordingSlot, clock: AsyncClock) -> RecordedEpisode:
-    """Boot a machine, play a slot on it and stop it, whatever happens.
+    """Boot a VM, record a slot on it and stop it in any case.
 
     Raises:
-        VmError: If it does not boot, dies, refuses a command or stays silent.
+        VmError: If the VM does not boot or ends early, or if the guest refuses or does not answer a command.
     """
     try:
         facts = await machine.boot()
-        died = asyncio.ensure_future(machine.wait_exited())
-        played = asyncio.ensure_future(_EpisodeRun(machine, slot, clock, facts).run())
+        exited = asyncio.ensure_future(machine.wait_exited())
+        run = asyncio.ensure_future(_EpisodeRun(machine, slot, clock, facts).run())
         try:
-            await asyncio.wait((died, played), return_when=asyncio.FIRST_COMPLETED)
-            if not played.done():
+            await asyncio.wait((exited, run), return_when=asyncio.FIRST_COMPLETED)
+            if not run.done():
                 raise VmError(f"{slot.host_id}: QEMU died in the middle of {slot.sample_name}")
-            return await played
+            return await run
         finally:
-            for task in (died, played):
+            for task in (exited, run):
                 task.cancel()
-            await asyncio.gather(died, played, return_exceptions=True)
+            await asyncio.gather(exited, run, return_exceptions=True)
     finally:
         stopping = asyncio.ensure_future(machine.stop())
         try:
             await asyncio.shield(stopping)
         except asyncio.CancelledError:
-            await stopping  # a machine half stopped would run on for as long as we do
+            await stopping  # a half-stopped VM would run as long as this process
             raise
 
 
 class _EpisodeRun:
-    """The state of one slot being played."""
+    """State of one slot while it is recorded."""
 
     def __init__(self, machine: LabMachine, slot: RecordingSlot, clock: AsyncClock, facts: MachineFacts) -> None:
         self._machine, self._slot, self._clock, self._facts = machine, slot, clock, facts
@@ -108,7 +136,7 @@ class _EpisodeRun:
             self._guest = machine.build_agent_reader(self._logs[SourceKind.GUEST])
 
     async def run(self) -> RecordedEpisode:
-        """Play the slot to its end."""
+        """Record the slot to its end."""
         try:
             await self._prepare()
             return await self._record()
@@ -117,51 +145,51 @@ class _EpisodeRun:
                 await self._guest.close()
 
     async def _record(self) -> RecordedEpisode:
-        """Wait until the machine has settled, then read while the phases pass."""
+        """Wait until the VM has settled, then sample while the phases run."""
         clock, slot, guest, logs = self._clock, self._slot, self._guest, self._logs
         lead_ns = round(LEAD_IN_S * 1e9)
         t0_ns = max(self._facts.booted_mono_ns + round(slot.settle_s * 1e9), clock.mono_ns() + lead_ns)
         await clock.sleep_until(t0_ns - lead_ns)
 
         sources = self._machine.sources()
-        ticker = TelemetrySampler([*sources], [logs[source.source] for source in sources], clock)
+        sampler = TelemetrySampler([*sources], [logs[source.source] for source in sources], clock)
         first = _read_clocks(clock)
-        ticking: asyncio.Task[None] | None = None
+        sampling: asyncio.Task[None] | None = None
         try:
             for source in sources:
                 await self._open(source)
             if guest:
                 guest.start()
-            ticking = asyncio.create_task(ticker.run())
-            # The first label falls on a whole half second, so that ticks stay in the middle of bins.
+            sampling = asyncio.create_task(sampler.run())
+            # The first label is at a whole half second, so that sampler ticks stay in the middle of bins.
             now_ns = clock.mono_ns()
             t0_ns = max(t0_ns, now_ns)
-            t0_ns += -(clock.wall_ns() + t0_ns - now_ns) % HALF_SECOND_NS
+            t0_ns += -(clock.wall_ns() + t0_ns - now_ns) % _HALF_SECOND_NS
             await clock.sleep_until(t0_ns)
             await self._run_phases()
         finally:
-            if ticking is not None:
-                ticking.cancel()
+            if sampling is not None:
+                sampling.cancel()
                 with suppress(asyncio.CancelledError, Exception):
-                    await ticking
+                    await sampling
             for source in sources:
                 await source.close()
         last = _read_clocks(clock)
-        await self._machine.send("hello")  # a guest that hung in its last phase has not played it
+        await self._machine.send("hello")  # a guest that hung in its last phase did not run it
         return RecordedEpisode(
             facts=self._facts,
             marks=tuple(self._marks),
             logs=logs,
             pairs={base: (first[base], last[base]) for base in first},
             settle_s=round((self._marks[0].t_mono_ns - self._facts.booted_mono_ns) / 1e9, 3),
-            late=ticker.late,
-            skipped=ticker.skipped,
-            failed=ticker.failed,
+            late=sampler.late,
+            skipped=sampler.skipped,
+            failed=sampler.failed,
             guest_bad=guest.bad + guest.dropped if guest else 0,
         )
 
     async def _prepare(self) -> None:
-        """Bring the guest to the state in which the first label will find it."""
+        """Bring the guest into the state that the first label describes."""
         slot = self._slot
         await self._machine.send("hello")
         await self._run_to_completion("warmup")
@@ -177,24 +205,24 @@ class _EpisodeRun:
             await self._run_to_completion("install", *self._build_phase_arguments(slot.phases[0][0]))
 
     async def _run_phases(self) -> None:
-        """Step through the phases; a phase whose work ended by itself is followed at once."""
+        """Step through the phases; the next phase starts as soon as the work of the current one ends by itself."""
         clock = self._clock
         plan = list(self._slot.phases)
         ack = await self._step(plan[0][0])
         end_ns = ack.t_mono_ns + round(self._slot.duration_s * 1e9)
-        at = 0
+        place = 0
         while True:
-            phase, seconds = plan[at]
-            until_ns = end_ns if at == len(plan) - 1 else min(end_ns, ack.t_mono_ns + round(seconds * 1e9))
-            ended = phase in SELF_ENDING_PHASES and await self._wait_finished_before(ack.id, until_ns)
+            phase, seconds = plan[place]
+            until_ns = end_ns if place == len(plan) - 1 else min(end_ns, ack.t_mono_ns + round(seconds * 1e9))
+            ended = phase in _SELF_ENDING_PHASES and await self._wait_finished_before(ack.id, until_ns)
             if not ended:
                 await clock.sleep_until(until_ns)
-            if clock.mono_ns() >= end_ns - END_MARGIN_NS:
+            if clock.mono_ns() >= end_ns - _END_MARGIN_NS:
                 break
-            if ended and at == len(plan) - 1:
+            if ended and place == len(plan) - 1:
                 plan.append((Phase.DORMANT, 0.0))
-            at += 1
-            ack = await self._step(plan[at][0])
+            place += 1
+            ack = await self._step(plan[place][0])
         await clock.sleep_until(end_ns)
         self._marks.append(LabelMark(t_wall_ns=clock.wall_ns(), t_mono_ns=clock.mono_ns(), phase=None))
 
@@ -204,19 +232,19 @@ class _EpisodeRun:
         return ack
 
     async def _wait_finished_before(self, number: int, until_ns: int) -> bool:
-        """Wait until the work of a command ends by itself or the time is up; say whether it ended."""
+        """Wait until the work of a command ends by itself or the time is up; return whether it ended."""
         ended = asyncio.ensure_future(self._machine.wait_finished(number, timeout_s=3600))
-        asleep = asyncio.ensure_future(self._clock.sleep_until(until_ns))
+        timeout = asyncio.ensure_future(self._clock.sleep_until(until_ns))
         try:
-            await asyncio.wait((ended, asleep), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((ended, timeout), return_when=asyncio.FIRST_COMPLETED)
             if ended.done():
-                ended.result()  # a refusal or a cut line speaks up here
+                ended.result()  # raises if the guest refused or the connection broke
                 return True
             return False
         finally:
             ended.cancel()
-            asleep.cancel()
-            await asyncio.gather(ended, asleep, return_exceptions=True)
+            timeout.cancel()
+            await asyncio.gather(ended, timeout, return_exceptions=True)
 
     async def _open(self, reader: TelemetrySource | GuestReader) -> None:
         try:
@@ -226,7 +254,7 @@ class _EpisodeRun:
 
     async def _run_to_completion(self, verb: str, *arguments: str) -> None:
         ack = await self._machine.send(verb, *arguments)
-        code = await self._machine.wait_finished(ack.id, timeout_s=PREPARE_TIMEOUT_S)
+        code = await self._machine.wait_finished(ack.id, timeout_s=_PREPARE_TIMEOUT_S)
         if code:
             raise VmError(f"{self._slot.host_id}: {verb} {' '.join(arguments)}: ended with {code} in the guest")
 
@@ -244,62 +272,44 @@ def _read_clocks(clock: AsyncClock) -> dict[ClockBase, tuple[int, int]]:
     return {ClockBase.MONOTONIC: (clock.mono_ns(), wall_ns), ClockBase.BOOTTIME: (clock.boot_ns(), wall_ns)}
 
 
-def _find_absent_channels(take: RecordedEpisode, *, arch: str) -> dict[str, str]:
-    """Say of each channel that this VM could not give, why."""
-    absent = {}
-    for channel in CHANNELS:
-        why = _explain_absence(channel, take, arch)
-        if why:
-            absent[channel.full_name] = why
-    return absent
+def _find_absent_channels(episode: RecordedEpisode, *, arch: str) -> dict[str, str]:
+    """Return the reason of each channel that this VM could not provide."""
+    reasons = {channel.full_name: _explain_absence(channel, episode, arch) for channel in CHANNELS}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _explain_absence(channel: ChannelSpec, take: RecordedEpisode, arch: str) -> str | None:
-    if channel.source is SourceKind.GUEST and SourceKind.GUEST not in take.logs:
+def _explain_absence(channel: ChannelSpec, episode: RecordedEpisode, arch: str) -> str | None:
+    if channel.source is SourceKind.GUEST and SourceKind.GUEST not in episode.logs:
         return "the agent was off"
-    if channel.accel == "tcg" and take.facts.accel != "tcg":
-        return f"only TCG counts it, this VM ran on {take.facts.accel}"
+    if channel.accel == "tcg" and episode.facts.accel != "tcg":
+        return f"only TCG counts it, this VM ran on {episode.facts.accel}"
     if channel.arch == "x86" and arch != "x86_64":
         return f"the monitor shows no such flag on {arch}"
-    if not all(_has_reading(take.logs[channel.source], channel.source, field) for field in channel.fields):
+    if not all(_has_reading(episode.logs[channel.source], channel.source, field) for field in channel.fields):
         return "it could not be read once"
     return None
 
 
 def _has_reading(log: RowLog, source: SourceKind, field: str) -> bool:
-    at = N_STAMPS + [spec.field for spec in list_raw_fields(source)].index(field)
-    return any(row[at] is not None for row in log.rows)
+    column = N_STAMPS + [spec.field for spec in list_raw_fields(source)].index(field)
+    return any(row[column] is not None for row in log.rows)
 
 
-def build_bundle(
-    take: RecordedEpisode,
-    slot: RecordingSlot,
-    shape: HostShape,
-    *,
-    session: str,
-    episode_id: EpisodeId,
-    neighbours: tuple[str, ...],
-) -> bytes:
-    """Make the bundle of one played slot.
+def build_bundle(episode: RecordedEpisode, context: EpisodeContext) -> bytes:
+    """Build the bundle of one recorded slot.
 
     Raises:
-        BundleError: If what was recorded breaks a rule of the format.
+        BundleError: If the recording breaks a rule of the format.
     """
-    logs = {source: log for source, log in take.logs.items() if log.rows}
-    members = {"labels.jsonl": encode_labels(take.marks)}
+    logs = {source: log for source, log in episode.logs.items() if log.rows}
+    members = {"labels.jsonl": encode_labels(episode.marks)}
     members |= {f"{source}.jsonl": encode_rows(source, log.rows) for source, log in logs.items()}
-    return pack_bundle(_build_manifest(take, slot, shape, session, episode_id, neighbours), members)
+    return pack_bundle(_build_manifest(episode, context), members)
 
 
-def _build_manifest(
-    take: RecordedEpisode,
-    slot: RecordingSlot,
-    shape: HostShape,
-    session: str,
-    episode_id: EpisodeId,
-    neighbours: tuple[str, ...],
-) -> Manifest:
-    facts, absent = take.facts, _find_absent_channels(take, arch=shape.arch)
+def _build_manifest(episode: RecordedEpisode, context: EpisodeContext) -> Manifest:
+    slot, shape = context.slot, context.shape
+    facts, absent = episode.facts, _find_absent_channels(episode, arch=shape.arch)
     throttle = f", {shape.iops} iops" if shape.iops else ""
     host = HostMetadata(
         host_id=shape.host_id,
@@ -317,28 +327,28 @@ def _build_manifest(
     )
     return Manifest(
         format=BUNDLE_FORMAT,
-        episode_id=episode_id,
+        episode_id=context.episode_id,
         host=host,
         profile=slot.profile,
         sample_name=slot.sample_name,
         sample_kind=slot.sample_kind,
         origin=EpisodeOrigin.RECORDED,
         role=slot.role,
-        started_wall_ns=take.marks[0].t_wall_ns,
-        duration_s=round((take.marks[-1].t_wall_ns - take.marks[0].t_wall_ns) / 1e9, 3),
-        session=session,
-        neighbours=neighbours,
+        started_wall_ns=episode.marks[0].t_wall_ns,
+        duration_s=round((episode.marks[-1].t_wall_ns - episode.marks[0].t_wall_ns) / 1e9, 3),
+        session=context.session,
+        neighbours=context.neighbours,
         plan_seed=slot.plan_seed,
         plan=slot.phases,
         agent=slot.agent,
-        nominal_hz={source: GUEST_HZ if source is SourceKind.GUEST else 2.0 for source in take.logs},
-        rows_emitted={source: log.emitted for source, log in take.logs.items()},
+        nominal_hz={source: GUEST_HZ if source is SourceKind.GUEST else 2.0 for source in episode.logs},
+        rows_emitted={source: log.emitted for source, log in episode.logs.items()},
         channels_available=tuple(c.full_name for c in CHANNELS if c.full_name not in absent),
-        fields={source: tuple(spec.field for spec in list_raw_fields(source)) for source in take.logs},
-        clocks=ClockMetadata(base=dict.fromkeys(take.logs, ClockBase.UNIX), pairs=take.pairs),
+        fields={source: tuple(spec.field for spec in list_raw_fields(source)) for source in episode.logs},
+        clocks=ClockMetadata(base=dict.fromkeys(episode.logs, ClockBase.UNIX), pairs=episode.pairs),
         recording=RecordingMetadata(
             boot_s=facts.boot_s,
-            settle_s=take.settle_s,
+            settle_s=episode.settle_s,
             pinning=facts.pinning,
             knobs=dict(slot.knobs) | {f"background.{name}": value for name, value in slot.background_knobs},
             background=slot.background,

@@ -1,8 +1,13 @@
-"""One virtual machine's life: overlay, sink, QEMU, the driver's line, the sources; and nothing of it left afterwards."""
+"""Start and stop one QEMU VM of the lab.
+
+`QemuVm` creates the disk overlay, the network sink and the QEMU process, connects to the guest's driver and provides
+the telemetry sources. `stop` ends all of it and removes every file.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import shutil
@@ -25,19 +30,32 @@ from phasewatch.telemetry.guest_agent import GuestReader
 from phasewatch.telemetry.proc import ProcSource
 from phasewatch.telemetry.qmp import QmpMonitor, QmpSource
 
-BOOT_NOTICE_S = 15.0  # so often a boot that takes long says that it does
-SOCKET_TIMEOUT_S = 10.0  # from QEMU's start until it serves its sockets
+__all__ = [
+    "BOOT_RULES",
+    "BootRule",
+    "LabMachine",
+    "MachineFacts",
+    "QemuVm",
+    "VmSettings",
+    "read_tsc_khz",
+    "wait_with_notices",
+]
+
+logger = logging.getLogger(__name__)
+
+_BOOT_NOTICE_S = 15.0  # interval of messages during a slow boot
+_SOCKET_TIMEOUT_S = 10.0  # from the start of QEMU until it serves its sockets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BootRule:
-    """How long a machine may take to boot at first, and how often it may try."""
+    """Deadline of the first boot attempt, in seconds, and the number of attempts."""
 
     deadline_s: float
     tries: int
 
     def deadlines_s(self) -> Iterator[float]:
-        """Give the deadline of each try: twice as long after every second one, because a busy machine boots slowly too.
+        """Yield the deadline of each attempt: doubled after every second one, because a busy host boots slowly.
 
         >>> list(BootRule(deadline_s=15.0, tries=6).deadlines_s())
         [15.0, 15.0, 30.0, 30.0, 60.0, 60.0]
@@ -51,10 +69,14 @@ BOOT_RULES = {"microvm": BootRule(deadline_s=15.0, tries=6), "": BootRule(deadli
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineFacts:
-    """What is known of a VM once it has booted; it goes into the manifest.
+    """Facts about a booted VM, for the manifest.
 
     Attributes:
-        processor: The host's own; what a VM costs depends on it.
+        boot_s: Seconds from the start of QEMU to the guest's ready message.
+        booted_mono_ns: Monotonic time of that message.
+        guest_image: First characters of the image's digest.
+        processor: The processor of the host; the cost of a VM depends on it.
+        pinning: The core of each vCPU; empty if they are not pinned.
     """
 
     boot_s: float
@@ -70,41 +92,41 @@ class MachineFacts:
 
 
 class LabMachine(Protocol):
-    """What the recorder needs of a VM; tests hand in a make-believe one."""
+    """The interface of a VM that the recorder uses; tests pass a fake."""
 
     async def boot(self) -> MachineFacts:
-        """Start it and wait for its first word."""
+        """Start the VM and wait for the guest's ready message."""
 
     async def send(self, verb: str, *arguments: str) -> CommandAck:
-        """Send the driver one command."""
+        """Send one command to the guest's driver and wait for its acknowledgement."""
 
     async def wait_finished(self, number: int, *, timeout_s: float) -> int:
-        """Wait until the work that command `number` began has ended by itself."""
+        """Wait until the work of command `number` ends by itself, and return its exit code."""
 
     def sources(self) -> tuple[TelemetrySource, ...]:
-        """The host's sources, not yet open."""
+        """Return the telemetry sources of the host, not yet open."""
 
     def build_agent_reader(self, log: RowLog) -> GuestReader:
-        """The agent's reader, not yet open."""
+        """Return a reader of the guest agent, not yet open."""
 
     async def wait_exited(self) -> None:
-        """Return when it is no longer running."""
+        """Wait until the VM is no longer running."""
 
     async def stop(self) -> None:
-        """End it and remove all that it left; may be called at any time, twice too."""
+        """Stop the VM and remove its files. May be called at any time, and more than once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmSettings:
-    """What one VM is started with.
+    """Settings to start one VM.
 
     Attributes:
+        folder: A private folder for its overlay and sockets; created at boot, removed at stop.
         number: 0 or 1, its place in the round.
-        cores: The core of each vCPU; empty leaves them to the kernel.
-        tsc_khz: The host's TSC rate, if known.
-        seed_files: Name → content of files that an image of the user's own gets on a small disk beside its own.
-        boot: How long its boot may take; None for what is usual for its machine.
-        report_line: Takes a line for people while a boot takes long.
+        cores: The core of each vCPU; empty leaves the choice to the kernel.
+        tsc_khz: TSC rate of the host in kHz, if known.
+        seed_files: (name, content) of the files on the small seed disk of a custom image.
+        boot: Deadlines of its boot; None selects the rule of its machine type.
     """
 
     shape: HostShape
@@ -117,15 +139,14 @@ class VmSettings:
     clock: AsyncClock
     seed_files: tuple[tuple[str, bytes], ...] = ()
     boot: BootRule | None = None
-    report_line: Callable[[str], None] = lambda line: None
 
 
 class QemuVm:
-    """A QEMU process, its sink and its sockets."""
+    """A QEMU process with its network sink and its sockets."""
 
-    def __init__(self, start: VmSettings) -> None:
-        self._start = start
-        self._name = f"{start.shape.host_id}[{start.number}]"
+    def __init__(self, settings: VmSettings) -> None:
+        self._settings = settings
+        self._name = f"{settings.shape.host_id}[{settings.number}]"
         self._qemu: asyncio.subprocess.Process | None = None
         self._sink: NetworkSink | None = None
         self._monitor: QmpMonitor | None = None
@@ -133,61 +154,61 @@ class QemuVm:
         self._tids: tuple[int, ...] = ()
 
     async def boot(self) -> MachineFacts:
-        """Start the VM, again if it hangs, and wait for the guest's first word.
+        """Start the VM, again if it hangs, and wait for the guest's ready message.
 
         Raises:
-            VmError: If no try succeeds; it says what each one met.
+            VmError: If no attempt succeeds; the message names the failure of each.
         """
-        rule = self._start.boot or BOOT_RULES.get(self._start.shape.machine.partition(",")[0], BOOT_RULES[""])
-        words: list[str] = []
+        rule = self._settings.boot or BOOT_RULES.get(self._settings.shape.machine.partition(",")[0], BOOT_RULES[""])
+        failures: list[str] = []
         for number, deadline_s in enumerate(rule.deadlines_s(), start=1):
             try:
                 return await self._boot_once(deadline_s)
             except (VmError, OSError) as exc:
-                words.append(f"try {number}: {await self._explain_failure(exc)}")
+                failures.append(f"try {number}: {await self._explain_failure(exc)}")
                 await self.stop()
             except BaseException:
                 await self.stop()
                 raise
         raise VmError(
-            f"{self._name} did not boot in {rule.tries} {'try' if rule.tries == 1 else 'tries'}; " + "; ".join(words)
+            f"{self._name} did not boot in {rule.tries} {'try' if rule.tries == 1 else 'tries'}; " + "; ".join(failures)
         )
 
     async def send(self, verb: str, *arguments: str) -> CommandAck:
-        """Send the driver one command and wait for its acknowledgement."""
+        """Send one command to the guest's driver and wait for its acknowledgement."""
         return await self._require_driver().send(verb, *arguments)
 
     async def wait_finished(self, number: int, *, timeout_s: float) -> int:
-        """Wait until the work that command `number` began has ended by itself; gives its exit code."""
+        """Wait until the work of command `number` ends by itself, and return its exit code."""
         return await self._require_driver().wait_finished(number, timeout_s=timeout_s)
 
     def sources(self) -> tuple[TelemetrySource, ...]:
-        """Give the host's three sources; the monitor's connection stays the VM's."""
+        """Return the three telemetry sources of the host. The VM keeps its monitor connection and closes it."""
         if self._qemu is None or self._monitor is None or self._sink is None:
             raise VmError(f"{self._name}: not running")
         return (
             ProcSource(pid=self._qemu.pid, vcpu_tids=self._tids),
             NetflowSource(self._sink),
-            # Last, because it is slowest: the others' stamps stay in the middle of the bins.
+            # Last, because it is slowest: the stamps of the others stay in the middle of the bins.
             QmpSource(
                 monitor=self._monitor,
-                vcpus=self._start.shape.vcpus,
-                clock=self._start.clock,
-                registers=self._start.accel == "tcg",
+                vcpus=self._settings.shape.vcpus,
+                clock=self._settings.clock,
+                registers=self._settings.accel == "tcg",
             ),
         )
 
     def build_agent_reader(self, log: RowLog) -> GuestReader:
-        """Give the reader of the agent's line."""
+        """Return a reader of the guest agent's port."""
         return GuestReader(path=self._sockets().tel, log=log)
 
     async def wait_exited(self) -> None:
-        """Return when QEMU is no longer running."""
+        """Wait until QEMU is no longer running."""
         if self._qemu is not None:
             await self._qemu.wait()
 
     async def stop(self) -> None:
-        """End QEMU and the sink, and remove the folder with overlay and sockets."""
+        """Stop QEMU and the sink, and remove the folder with overlay and sockets."""
         if self._driver is not None:
             await self._driver.close()
         if self._qemu is not None:
@@ -197,90 +218,95 @@ class QemuVm:
         if self._sink is not None:
             await asyncio.to_thread(self._sink.close)
         self._driver = self._qemu = self._monitor = self._sink = None
-        shutil.rmtree(self._start.folder, ignore_errors=True)
+        shutil.rmtree(self._settings.folder, ignore_errors=True)
 
     async def _boot_once(self, deadline_s: float) -> MachineFacts:
-        start, sockets = self._start, self._sockets()
-        start.folder.mkdir(mode=0o700)
-        await _make_overlay(start.image.base_disk, sockets.overlay)
-        mac = f"52:54:00:77:00:{start.number + 2:02x}"
-        if start.seed_files:
+        settings, sockets = self._settings, self._sockets()
+        settings.folder.mkdir(mode=0o700)
+        await _make_overlay(settings.image.base_disk, sockets.overlay)
+        mac = f"52:54:00:77:00:{settings.number + 2:02x}"
+        if settings.seed_files:
             sockets.seed_folder.mkdir()
-            for name, content in start.seed_files:
+            for name, content in settings.seed_files:
                 (sockets.seed_folder / name).write_bytes(content)
         self._sink = NetworkSink(sockets.sink, sockets.nic)
         command = build_qemu_command(
-            start.shape,
-            accel=start.accel,
-            kernel=start.image.kernel,
-            initrd=start.image.initrd,
+            settings.shape,
+            accel=settings.accel,
+            kernel=settings.image.kernel,
+            initrd=settings.image.initrd,
             sockets=sockets,
             mac=mac,
-            tsc_khz=start.tsc_khz,
-            hands_over=bool(start.seed_files),
+            tsc_khz=settings.tsc_khz,
+            has_seed_disk=bool(settings.seed_files),
         )
-        began_ns = start.clock.mono_ns()
-        with (start.folder / "qemu.log").open("wb") as log:
+        began_ns = settings.clock.mono_ns()
+        with (settings.folder / "qemu.log").open("wb") as log:
             self._qemu = await process.start_process(command, log=log)
-        self._driver = GuestDriver(clock=start.clock, name=self._name)
+        self._driver = GuestDriver(clock=settings.clock, name=self._name)
         await self._connect_when_served(lambda: self._require_driver().open(sockets.ctl))
         self._monitor = QmpMonitor(sockets.qmp)
         await self._monitor.connect()
         self._tids = await self._monitor.query_vcpu_threads()
-        for tid, core in zip(self._tids, start.cores, strict=False):
+        for tid, core in zip(self._tids, settings.cores, strict=False):
             os.sched_setaffinity(tid, {core})
         ready = await self._wait_ready(deadline_s)
-        now_ns = start.clock.mono_ns()
+        now_ns = settings.clock.mono_ns()
         return MachineFacts(
             boot_s=round((now_ns - began_ns) / 1e9, 3),
             booted_mono_ns=now_ns,
             guest_kernel=ready.kernel,
-            guest_image=start.image.digest[:12],
+            guest_image=settings.image.digest[:12],
             hypervisor=f"QEMU {await self._monitor.query_version()}",
-            accel=start.accel,
-            processor=read_processor_name(start.tsc_khz),
+            accel=settings.accel,
+            processor=read_processor_name(settings.tsc_khz),
             nic="virtio-net, dgram sink",
-            pinning=start.cores[: len(self._tids)],
+            pinning=settings.cores[: len(self._tids)],
             qemu_pid=self._qemu.pid,
         )
 
     async def _connect_when_served(self, connect: Callable[[], Awaitable[None]]) -> None:
-        """Connect as soon as QEMU serves the socket; it may refuse its command line instead."""
-        for _ in range(round(SOCKET_TIMEOUT_S / 0.02)):
+        """Connect as soon as QEMU serves the socket. QEMU may also exit because of its command line."""
+        for _ in range(round(_SOCKET_TIMEOUT_S / 0.02)):
             with suppress(FileNotFoundError, ConnectionRefusedError):
                 await connect()
                 return
             if self._qemu is not None and self._qemu.returncode is not None:
                 raise VmError("QEMU ended")
             await asyncio.sleep(0.02)
-        raise VmError(f"QEMU served no socket within {SOCKET_TIMEOUT_S:g} s: {self._read_log_tail()}")
+        raise VmError(f"QEMU served no socket within {_SOCKET_TIMEOUT_S:g} s: {self._read_log_tail()}")
 
     async def _wait_ready(self, deadline_s: float) -> ReadyMessage:
         ready = asyncio.ensure_future(self._require_driver().wait_ready())
-        died = asyncio.ensure_future(self.wait_exited())
+        exited = asyncio.ensure_future(self.wait_exited())
         try:
-            await wait_with_notices((ready, died), deadline_s, self._report_waiting)
+            await wait_with_notices((ready, exited), deadline_s, self._log_waiting)
             if ready.done():
                 return ready.result()
-            if died.done():
+            if exited.done():
                 raise VmError("QEMU died during boot")
-            silent = f"no word from the guest within {deadline_s:g} s"
-            if self._start.image.kernel is None:
-                silent += (
+            problem = f"no ready message from the guest within {deadline_s:g} s"
+            if self._settings.image.kernel is None:
+                problem += (
                     " (does its image run a driver that writes `ready` to the port `ctl`? See docs/how-to/own-vm.md)"
                 )
-            raise VmError(f"{silent}; its console ends: {await self._read_console()}")
+            raise VmError(f"{problem}; its console ends: {await self._read_console()}")
         finally:
             ready.cancel()
-            died.cancel()
-            await asyncio.gather(ready, died, return_exceptions=True)
+            exited.cancel()
+            await asyncio.gather(ready, exited, return_exceptions=True)
 
-    async def _report_waiting(self, waited_s: float, deadline_s: float) -> None:
-        words = f"{self._name}: no word from the guest's driver yet, {waited_s:.0f} of {deadline_s:g} s"
-        self._start.report_line(f"{words}; its console ends: {await self._read_console()}")
+    async def _log_waiting(self, waited_s: float, deadline_s: float) -> None:
+        logger.info(
+            "%s: no ready message from the guest's driver yet, %.0f of %g s; its console ends: %s",
+            self._name,
+            waited_s,
+            deadline_s,
+            await self._read_console(),
+        )
 
     async def _explain_failure(self, error: Exception) -> str:
-        """Give QEMU's own last words where it ended, whatever its end broke first on our side."""
+        """Return the end of QEMU's log if it exited; its exit is the cause of any other error."""
         if self._qemu is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(0.5):
@@ -289,7 +315,7 @@ class QemuVm:
         return str(error)
 
     async def _read_console(self) -> str:
-        """Give the last words of the guest's console."""
+        """Return the last lines of the guest's console."""
         if self._monitor is None:
             return "(no monitor)"
         try:
@@ -300,9 +326,7 @@ class QemuVm:
 
     def _read_log_tail(self) -> str:
         try:
-            return (
-                _join_last_lines((self._start.folder / "qemu.log").read_text(errors="replace")) or "(it said nothing)"
-            )
+            return _join_last_lines((self._settings.folder / "qemu.log").read_text(errors="replace")) or "(no output)"
         except OSError:
             return "(no log)"
 
@@ -312,20 +336,23 @@ class QemuVm:
         return self._driver
 
     def _sockets(self) -> VmPaths:
-        return VmPaths(folder=self._start.folder)
+        return VmPaths(folder=self._settings.folder)
 
 
 async def wait_with_notices(
-    awaited: tuple[asyncio.Future[Any], ...], deadline_s: float, tell: Callable[[float, float], Awaitable[None]],
-    *, every_s: float = BOOT_NOTICE_S,
-) -> None:  # fmt: skip
-    """Wait until one of some futures is done or the deadline has passed, and tell now and then that it still waits.
+    awaited: tuple[asyncio.Future[Any], ...],
+    deadline_s: float,
+    notify: Callable[[float, float], Awaitable[None]],
+    *,
+    every_s: float = _BOOT_NOTICE_S,
+) -> None:
+    """Wait until one of the futures is done or the deadline has passed, and call `notify` at intervals.
 
     Args:
         awaited: The futures.
-        deadline_s: How long at most.
-        tell: Takes seconds waited, and of how many.
-        every_s: How often.
+        deadline_s: Longest wait, in seconds.
+        notify: Called with the seconds waited and the deadline.
+        every_s: Interval of the calls, in seconds.
     """
     waited_s = 0.0
     while waited_s < deadline_s:
@@ -335,29 +362,32 @@ async def wait_with_notices(
         if done:
             return
         if waited_s < deadline_s:
-            await tell(waited_s, deadline_s)
+            await notify(waited_s, deadline_s)
 
 
 async def _make_overlay(base: Path, overlay: Path) -> None:
-    # Beside the base, so that an episode's writes are its own and cost a few MB.
-    process = await asyncio.create_subprocess_exec(
-        "qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base.resolve()), "-F", "qcow2", str(overlay),
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    _, words = await process.communicate()
-    if process.returncode:
-        raise VmError(f"qemu-img could not make {overlay}: {_join_last_lines(words.decode(errors='replace'))}")
+    # Writes of an episode go to the overlay: the base stays unchanged, and an episode costs a few MB.
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base.resolve()), "-F", "qcow2", str(overlay)]
+    creation = await asyncio.create_subprocess_exec(
+        *command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    _, output = await creation.communicate()
+    if creation.returncode:
+        raise VmError(f"qemu-img could not make {overlay}: {_join_last_lines(output.decode(errors='replace'))}")
 
 
 def read_tsc_khz() -> int | None:
-    """Give the host's TSC rate: under TCG it is the guest's too. From the kernel's log, else from /proc/cpuinfo."""
+    """Return the TSC rate of the host in kHz, or None if it is unknown.
+
+    Under TCG it is also the rate of the guest. Source: the kernel's log, else ``cpu MHz`` of ``/proc/cpuinfo``.
+    """
     with suppress(OSError, subprocess.SubprocessError):
         log = subprocess.run(
             ["dmesg"], capture_output=True, text=True, timeout=10, check=False, errors="replace"
         ).stdout
-        found = re.findall(r"tsc: (?:Detected|Refined TSC clocksource calibration:) ([\d.]+) MHz", log)
-        if found:
-            return round(float(found[-1]) * 1000)
+        rates = re.findall(r"tsc: (?:Detected|Refined TSC clocksource calibration:) ([\d.]+) MHz", log)
+        if rates:
+            return round(float(rates[-1]) * 1000)
     match = re.search(r"^cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     return round(float(match[1]) * 1000) if match else None
 

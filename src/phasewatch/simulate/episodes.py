@@ -1,4 +1,4 @@
-"""One make-believe episode: walk, activity, counters, stamps and manifest, in the formats of a recorded one."""
+"""Draw simulated campaigns, sessions and episodes: phases, activity, counters, time stamps and manifests."""
 
 from __future__ import annotations
 
@@ -42,6 +42,16 @@ from phasewatch.types import (
     build_uuid7,
 )
 
+__all__ = [
+    "EpisodeDraft",
+    "SimulatedCampaign",
+    "SimulatedEpisodeSpec",
+    "SimulatedSession",
+    "draw_episode",
+    "draw_session_specs",
+    "iter_sessions",
+]
+
 _LEAD_TICKS = 4  # the samplers run before the first label and after the end
 _TAIL_TICKS = 2
 _WEEK_NS = 7 * 86_400_000_000_000
@@ -49,7 +59,7 @@ _WEEK_NS = 7 * 86_400_000_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedEpisodeSpec:
-    """What one episode shall be; everything else follows from it and the generator handed in."""
+    """The plan of one simulated episode; together with a random generator it determines the episode."""
 
     episode_id: EpisodeId
     machine: SimulatedHost
@@ -68,48 +78,48 @@ class SimulatedEpisodeSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpisodeDraft:
-    """An episode before it is packed: faults are put in here."""
+    """An episode before it is packed; faults are injected here."""
 
     manifest: Manifest
     marks: tuple[LabelMark, ...]
     rows: Mapping[SourceKind, SourceRows]
 
     def encoded_labels(self) -> bytes:
-        """Spell the labels."""
+        """Return the labels as the bytes of ``labels.jsonl``."""
         return encode_labels(self.marks)
 
 
-def draw_episode(rng: np.random.Generator, slot: SimulatedEpisodeSpec, knobs: SimulationSettings) -> EpisodeDraft:
-    """Draw the telemetry of one slot.
+def draw_episode(rng: np.random.Generator, spec: SimulatedEpisodeSpec, settings: SimulationSettings) -> EpisodeDraft:
+    """Draw the telemetry of one episode.
 
     Args:
-        rng: Of this episode alone.
-        slot: What it shall be.
-        knobs: How noisy the world is.
+        rng: Random generator of this episode alone.
+        spec: The plan of the episode.
+        settings: Spread of hosts, episodes and ticks.
     """
-    length_s = sum(seconds for _, seconds in slot.phases)
+    length_s = sum(seconds for _, seconds in spec.phases)
     ticks = _LEAD_TICKS + int(length_s / TICK_S) + 1 + _TAIL_TICKS
     ticks += ticks % 2  # the guest's agent reads every second tick
     at_s = np.arange(-_LEAD_TICKS, ticks - _LEAD_TICKS, dtype=np.float64) * TICK_S
     activity = draw_activity(
         rng,
         at_s=at_s,
-        profile=slot.profile,
-        sample_name=slot.sample_name,
-        busy=slot.busy,
-        phases=slot.phases,
-        knobs=knobs,
+        profile=spec.profile,
+        sample_name=spec.sample_name,
+        busy=spec.busy,
+        phases=spec.phases,
+        settings=settings,
     )
-    columns = simulate_counters(rng, activity, slot.machine, weeks=slot.since_campaign_ns / _WEEK_NS, knobs=knobs)
-    booted_ns = int(rng.integers(10**12, 10**15))  # how much less the monotonic clock reads than Unix time
-    t0_ns = slot.started_wall_ns
+    columns = simulate_counters(rng, activity, spec.machine, weeks=spec.since_campaign_ns / _WEEK_NS, settings=settings)
+    booted_ns = int(rng.integers(10**12, 10**15))  # Unix time minus monotonic time
+    t0_ns = spec.started_wall_ns
     rows = {
         source: _stamp_readings(rng, source, columns[source], at_s=at_s, t0_ns=t0_ns, booted_ns=t0_ns - booted_ns)
         for source in SourceKind
-        if source is not SourceKind.GUEST or slot.agent
+        if source is not SourceKind.GUEST or spec.agent
     }
-    marks = _build_marks(slot, t0_ns, t0_ns - booted_ns)
-    return EpisodeDraft(manifest=_build_manifest(slot, marks, rows, booted_ns), marks=marks, rows=rows)
+    marks = _build_marks(spec, t0_ns, t0_ns - booted_ns)
+    return EpisodeDraft(manifest=_build_manifest(spec, marks, rows, booted_ns), marks=marks, rows=rows)
 
 
 def _stamp_readings(
@@ -121,7 +131,7 @@ def _stamp_readings(
     t0_ns: int,
     booted_ns: int,
 ) -> SourceRows:
-    """Stamp a source's readings as its sampler would: every half second, a little late, at a phase of its own."""
+    """Add time stamps to a source's readings: every half second, slightly late, with a phase of its own."""
     if source is SourceKind.GUEST:
         at_s = at_s[1::2]
     n = len(at_s)
@@ -134,31 +144,36 @@ def _stamp_readings(
         present[:, i] = is_known
         values.append(column if is_known.all() else np.where(is_known, column, 0).astype(column.dtype))
     return SourceRows(
-        source=source, fields=tuple(columns), t_wall_ns=t_wall_ns, t_mono_ns=t_wall_ns - booted_ns,
-        seq=np.arange(n, dtype=np.int64), columns=tuple(values), present=present,
-    )  # fmt: skip
+        source=source,
+        fields=tuple(columns),
+        t_wall_ns=t_wall_ns,
+        t_mono_ns=t_wall_ns - booted_ns,
+        seq=np.arange(n, dtype=np.int64),
+        columns=tuple(values),
+        present=present,
+    )
 
 
-def _build_marks(slot: SimulatedEpisodeSpec, t0_ns: int, booted_ns: int) -> tuple[LabelMark, ...]:
+def _build_marks(spec: SimulatedEpisodeSpec, t0_ns: int, booted_ns: int) -> tuple[LabelMark, ...]:
     marks, at_ns = [], t0_ns
-    for phase, seconds in slot.phases:
+    for phase, seconds in spec.phases:
         marks.append(LabelMark(t_wall_ns=at_ns, t_mono_ns=at_ns - booted_ns, phase=phase))
         at_ns += round(seconds * 1e9)
     return (*marks, LabelMark(t_wall_ns=at_ns, t_mono_ns=at_ns - booted_ns, phase=None))
 
 
 def _build_manifest(
-    slot: SimulatedEpisodeSpec, marks: tuple[LabelMark, ...], rows: Mapping[SourceKind, SourceRows], booted_ns: int
+    spec: SimulatedEpisodeSpec, marks: tuple[LabelMark, ...], rows: Mapping[SourceKind, SourceRows], booted_ns: int
 ) -> Manifest:
-    machine = slot.machine
+    host = spec.machine
     t0_ns, t_end_ns = marks[0].t_wall_ns, marks[-1].t_wall_ns
-    lacks_samples = machine.busy_samples == 0
+    lacks_samples = host.busy_samples == 0
     available = tuple(
         c.full_name
         for c in CHANNELS
         if c.source in rows and not (lacks_samples and c.name in ("vcpu_busy", "vcpu_user"))
     )
-    # Clocks far apart, so that a stamp in one is never taken for a stamp in another.
+    # The clocks are far apart, so that a stamp of one cannot be mistaken for a stamp of another.
     ahead_ns = {ClockBase.MONOTONIC: 0, ClockBase.BOOTTIME: 7_200_000_000_000, ClockBase.GUEST: 40_000_000_000_000}
     pairs = {
         clock: tuple((u - t0_ns + booted_ns + ahead, u) for u in (t0_ns - 2_000_000_000, t_end_ns + 1_000_000_000))
@@ -166,39 +181,53 @@ def _build_manifest(
     }
     return Manifest(
         format=BUNDLE_FORMAT,
-        episode_id=slot.episode_id,
+        episode_id=spec.episode_id,
         host=HostMetadata(
-            host_id=machine.host_id, arch=machine.arch, accel="tcg", machine="simulated", cpu="simulated", vcpus=SIMULATED_VCPUS,
-            mem_mib=SIMULATED_MEMORY_MIB, disk="simulated", nic="simulated", hypervisor="phasewatch simulate", guest_kernel="simulated",
+            host_id=host.host_id,
+            arch=host.arch,
+            accel="tcg",
+            machine="simulated",
+            cpu="simulated",
+            vcpus=SIMULATED_VCPUS,
+            mem_mib=SIMULATED_MEMORY_MIB,
+            disk="simulated",
+            nic="simulated",
+            hypervisor="phasewatch simulate",
+            guest_kernel="simulated",
             recorder="phasewatch simulate",
         ),
-        profile=slot.profile, sample_name=slot.sample_name,
-        sample_kind=SampleKind.BENIGN if slot.profile == "benign" else SampleKind.EMULATED,
-        origin=EpisodeOrigin.SIMULATED, role=slot.role, started_wall_ns=t0_ns, duration_s=round((t_end_ns - t0_ns) / 1e9, 3),
-        session=slot.session, neighbours=slot.neighbours, plan_seed=slot.plan_seed, plan=slot.phases, agent=slot.agent,
+        profile=spec.profile,
+        sample_name=spec.sample_name,
+        sample_kind=SampleKind.BENIGN if spec.profile == BENIGN_PROFILE else SampleKind.EMULATED,
+        origin=EpisodeOrigin.SIMULATED,
+        role=spec.role,
+        started_wall_ns=t0_ns,
+        duration_s=round((t_end_ns - t0_ns) / 1e9, 3),
+        session=spec.session,
+        neighbours=spec.neighbours,
+        plan_seed=spec.plan_seed,
+        plan=spec.phases,
+        agent=spec.agent,
         nominal_hz={source: 1.0 if source is SourceKind.GUEST else 2.0 for source in rows},
         rows_emitted={source: len(each) for source, each in rows.items()},
         channels_available=available,
-        fields={source: tuple(spec.field for spec in list_raw_fields(source)) for source in rows},
+        fields={source: tuple(field.field for field in list_raw_fields(source)) for source in rows},
         clocks=ClockMetadata(base=dict.fromkeys(rows, ClockBase.UNIX), pairs=pairs),  # type: ignore[arg-type]
         recording=None,
         members={},
-    )  # fmt: skip
-
-
-N_SAMPLE_GROUPS = N_SAMPLE_GROUPS
+    )
 
 
 @cache
-def list_benign_samples(group: int) -> tuple[str, ...]:
-    """Give the benign kinds of a group."""
+def _list_benign_samples(group: int) -> tuple[str, ...]:
+    """Return the benign samples of a group."""
     (benign,) = (profile for profile in PROFILES if profile.kind is SampleKind.BENIGN)
     return tuple(sample.name for sample in benign.samples[group::N_SAMPLE_GROUPS])
 
 
 @cache
-def list_malicious_samples(group: int) -> tuple[tuple[str, str], ...]:
-    """Give (profile, sample) of a group."""
+def _list_malicious_samples(group: int) -> tuple[tuple[str, str], ...]:
+    """Return the (profile, sample) pairs of a group."""
     return tuple(
         (profile.name, sample.name)
         for profile in PROFILES
@@ -207,7 +236,9 @@ def list_malicious_samples(group: int) -> tuple[tuple[str, str], ...]:
     )
 
 
-_EPOCH_NS = 1_767_571_200_000_000_000  # 5 January 2026, 00:00 UTC: simulated stores must not depend on today
+_EPOCH_NS = (
+    1_767_571_200_000_000_000  # 5 January 2026, 00:00 UTC; a simulated store must not depend on the current date
+)
 _SLOT_NS = 720_000_000_000  # boot, settle and the longest episode
 _SOAK_LENGTH_S = 600.0
 _BASELINE_LENGTH_S = 120.0
@@ -217,14 +248,15 @@ _BUSY_SHARE = 1 / 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedCampaign:
-    """A simulated campaign, whole: the same campaign always gives the same store.
+    """A simulated campaign. Equal campaigns give equal stores.
 
     Attributes:
-        hosts, episodes: How many; the episodes, all roles together, are dealt over the hosts.
-        seed: Of everything.
-        days: Over how many days at least the sessions are spread.
-        between_s: Shortest and longest lab episode.
-        knobs: How noisy the world is.
+        hosts: Number of hosts.
+        episodes: Number of episodes of all roles, distributed over the hosts.
+        seed: Seed of all draws.
+        days: Smallest number of days that the sessions span.
+        between_s: Shortest and longest lab episode, in seconds.
+        settings: Spread of hosts, episodes and ticks.
     """
 
     hosts: int
@@ -232,21 +264,28 @@ class SimulatedCampaign:
     seed: int
     days: float = 10.0
     between_s: tuple[float, float] = EPISODE_RANGE_S
-    knobs: SimulationSettings = SimulationSettings()  # noqa: RUF009  frozen
+    settings: SimulationSettings = SimulationSettings()  # noqa: RUF009  frozen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedSession:
-    """One or two episodes that ran side by side on one host."""
+    """One or two episodes that run at the same time on one host.
+
+    Attributes:
+        host: Number of the host.
+        number: Number of the session on this host.
+        size: Number of its episodes.
+        first: Number of its first episode on this host.
+    """
 
     host: int
-    number: int  # on this host
+    number: int
     size: int
-    first: int  # the running number of its first episode on this host
+    first: int
 
 
 def iter_sessions(campaign: SimulatedCampaign) -> Iterator[SimulatedSession]:
-    """Give every session, hosts interleaved as they would be in time."""
+    """Yield all sessions, with hosts interleaved as in time."""
     share = [
         campaign.episodes // campaign.hosts + (h < campaign.episodes % campaign.hosts) for h in range(campaign.hosts)
     ]
@@ -257,34 +296,40 @@ def iter_sessions(campaign: SimulatedCampaign) -> Iterator[SimulatedSession]:
 
 
 def draw_session_specs(campaign: SimulatedCampaign, session: SimulatedSession) -> tuple[SimulatedEpisodeSpec, ...]:
-    """Draw what runs in a session.
+    """Draw the plans of the episodes of a session.
 
-    The two machines carry samples of one sample group, or no sample could be held out.
+    Both have samples of one sample group; otherwise no sample could be held out.
     """
     rng = build_named_rng(campaign.seed, "session", session.host, session.number)
-    machine = draw_host(campaign.seed, session.host, campaign.knobs)
+    machine = draw_host(campaign.seed, session.host, campaign.settings)
     on_host = campaign.episodes // campaign.hosts
     gap_ns = max(_SLOT_NS, int(campaign.days * 86_400e9) // max(1, (on_host + 1) // 2))
     since_ns = session.number * gap_ns + int(rng.integers(0, gap_ns - _SLOT_NS + 1))
     started_ns = _EPOCH_NS + since_ns + session.host * 7_000_000 + int(rng.integers(0, 1_000_000_000))
     group = int(rng.integers(0, N_SAMPLE_GROUPS))
     ids = sorted(_draw_episode_id(rng, started_ns) for _ in range(session.size))
-    slots = []
+    specs = []
     for place, episode_id in enumerate(ids):
         role = _pick_role(session.first + place, on_host)
         profile, sample, busy = _draw_workload(rng, role, group, session.first + place)
-        slots.append(
+        specs.append(
             SimulatedEpisodeSpec(
-                episode_id=episode_id, machine=machine, profile=profile, sample_name=sample, busy=busy, role=role,
+                episode_id=episode_id,
+                machine=machine,
+                profile=profile,
+                sample_name=sample,
+                busy=busy,
+                role=role,
                 agent=bool(rng.integers(0, 2)) and role is EpisodeRole.LAB,
                 phases=_draw_phases(rng, role, profile, campaign.between_s),
-                started_wall_ns=started_ns + place * int(rng.integers(1, 2_000_000_000)), since_campaign_ns=since_ns,
+                started_wall_ns=started_ns + place * int(rng.integers(1, 2_000_000_000)),
+                since_campaign_ns=since_ns,
                 session=f"{machine.host_id}-{session.number:05d}",
                 neighbours=tuple(other for other in ids if other != episode_id),
                 plan_seed=int(rng.integers(0, 2**63)),
             )
-        )  # fmt: skip
-    return tuple(slots)
+        )
+    return tuple(specs)
 
 
 def _draw_episode_id(rng: np.random.Generator, started_ns: int) -> EpisodeId:
@@ -292,7 +337,7 @@ def _draw_episode_id(rng: np.random.Generator, started_ns: int) -> EpisodeId:
 
 
 def _pick_role(place: int, on_host: int) -> EpisodeRole:
-    """First the days known clean, then the long benign hours, then the lab; fewer of each in a small store."""
+    """Return the role of an episode: known-clean, then soak, then lab; small stores have fewer of the first two."""
     commission, soak = min(3, on_host // 10), min(4, on_host // 12)
     if place < commission:
         return EpisodeRole.COMMISSION
@@ -300,25 +345,25 @@ def _pick_role(place: int, on_host: int) -> EpisodeRole:
 
 
 def _draw_workload(rng: np.random.Generator, role: EpisodeRole, group: int, place: int) -> tuple[str, str, str]:
-    """Draw profile, sample and benign load of one machine."""
+    """Draw profile, sample and benign load of one episode."""
     if role is EpisodeRole.COMMISSION:
         return BENIGN_PROFILE, IDLE_SAMPLE, ""
     if role is EpisodeRole.SOAK:  # one of each sample group, in turn
-        kinds = list_benign_samples(place % N_SAMPLE_GROUPS)
+        kinds = _list_benign_samples(place % N_SAMPLE_GROUPS)
         kind = kinds[int(rng.integers(0, len(kinds)))]
         return BENIGN_PROFILE, kind, _busy_load_name(kind)
     if rng.random() < _BENIGN_SHARE:
-        kinds = list_benign_samples(group)
+        kinds = _list_benign_samples(group)
         kind = kinds[int(rng.integers(0, len(kinds)))]
         return BENIGN_PROFILE, kind, _busy_load_name(kind)
-    choices = list_malicious_samples(group)
+    choices = _list_malicious_samples(group)
     profile, sample = choices[int(rng.integers(0, len(choices)))]
     busy = BUSY_LOADS[int(rng.integers(0, len(BUSY_LOADS)))][0] if rng.random() < _BUSY_SHARE else ""
     return profile, sample, busy
 
 
 def _busy_load_name(kind: str) -> str:
-    """Give the benign load of a benign kind: the one of its name, but idle is none."""
+    """Return the load of a benign sample: its own name, or empty for idle."""
     return "" if kind == IDLE_SAMPLE else kind
 
 

@@ -1,1 +1,1 @@
-"""The guest side: C sources and the init script that `lab.guest_image` packs."""
+"""The C sources and the init script of the guest program; `lab.guest_image` compiles and packs them."""

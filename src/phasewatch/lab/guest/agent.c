@@ -1,4 +1,4 @@
-/* The guest's own view, once a second, one JSON object a line: only for the oracle's channels. */
+/* The guest agent: once a second one JSON object per line with counters of the guest. Only oracle channels use it. */
 #define _GNU_SOURCE
 #include "guest.h"
 #include <errno.h>
@@ -10,7 +10,7 @@
 
 static char text[32768];
 
-static const char *load(int fd) { /* the files stay open: a reading costs one pread each */
+static const char *load(int fd) { /* the files stay open, so a reading costs one pread each */
     long n = pread(fd, text, sizeof text - 1, 0);
     text[n > 0 ? n : 0] = 0;
     return text;
@@ -45,9 +45,9 @@ void play_agent(const char *port) {
             "{\"up_ns\":%lld,\"cpu_user_jiffies\":%lld,\"cpu_sys_jiffies\":%lld,\"cpu_total_jiffies\":%lld,\"ctxt\":%lld,\"forks\":%lld,\"pgfault\":%lld,"
             "\"disk_wr_bytes\":%lld,\"procs_running\":%lld,\"mem_dirty_bytes\":%lld,\"mem_free_bytes\":%lld,\"mem_cached_bytes\":%lld}\n",
             (long long)(uptime * 1e9), cpu[0] + cpu[1], cpu[2] + cpu[5] + cpu[6], total, ctxt, forks, faults, written, running, dirty * 1024, free_kb * 1024, cached * 1024);
-        /* A row that nobody takes now is lost: kept, it would be given later with a wrong time. */
+        /* A row that cannot be written now is dropped. If it were kept, it would arrive later with a wrong time. */
         if (write(out, row, (size_t)n) != n && errno != EAGAIN) return;
-        if (now_ms() > due + 1000) due = now_ms() - 1000; /* a stall is not made up for */
+        if (now_ms() > due + 1000) due = now_ms() - 1000; /* ticks missed in a stall are skipped */
         nap_ms((double)(due + 1000) - (double)now_ms());
     }
 }

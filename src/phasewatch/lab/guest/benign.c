@@ -1,4 +1,4 @@
-/* What a healthy machine does: busy loads that look like a profile, and the rare chatter of every machine. */
+/* Benign loads that resemble the profiles, the rare background events ("chatter") of every guest, and the warm-up. */
 #define _GNU_SOURCE
 #include "guest.h"
 #include <fcntl.h>
@@ -38,7 +38,7 @@ void play_load(const struct job *job, const char *kind) {
     mkdir(WORK, 0755);
     for (uint64_t turn = 0;; turn++) {
         double begun = (double)now_ms(), done = 0;
-        if (is(kind, "compile")) { /* a process a unit: read, think, write an object */
+        if (is(kind, "compile")) { /* one process per unit: read, compute, write an object file */
             const char *source = any_file(n);
             const char *const digest[] = {"md5sum", source, NULL};
             run(digest);
@@ -152,7 +152,7 @@ void play_chatter(uint64_t seed, double period_s) {
     }
 }
 
-void warm_up(void) { /* once through all code that later phases run, so that nothing is first seen under a label */
+void warm_up(void) { /* run all code of later phases once, so that nothing runs for the first time under a label */
     static const char *const applets[][4] = {
         {"gzip", "-f", WORK "/w", NULL}, {"sha256sum", "/init", NULL}, {"md5sum", "/init", NULL}, {"ps", NULL},
         {"grep", "-c", "phase", NULL}, {"cp", "/init", WORK "/i", NULL}, {"sh", "-c", "gzip -c /init > " WORK "/z", NULL}, {"rm", "-rf", WORK "/i", NULL},

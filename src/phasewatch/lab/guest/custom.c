@@ -1,4 +1,4 @@
-/* A workload of the user's own, in the place of malware.c: shell scripts under /profile, one a sample and phase. */
+/* Custom workloads, instead of malware.c: shell scripts under /profile, one per sample and phase. */
 #define _GNU_SOURCE
 #include "guest.h"
 #include <stdio.h>
@@ -12,7 +12,7 @@ static const char *script_of(const struct job *job, const char *phase) {
     return access(path, R_OK) == 0 ? path : NULL;
 }
 
-static int play(const struct job *job, const char *phase) { /* whether there was anything to play */
+static int play(const struct job *job, const char *phase) { /* returns whether there is a script */
     const char *script = script_of(job, phase);
     char text[32];
     if (script == NULL) return 0;
@@ -35,13 +35,13 @@ int knows_profile(const char *profile, const char *sample) {
     return access(path, R_OK) == 0;
 }
 
-static void forget(void) {
+static void remove_traces(void) {
     if (chdir("/") == 0) remove_tree(DATA "/.cache");
     remove_tree(DATA "/.local");
     sync();
 }
 
-void install_state(const struct job *job) { /* what must have happened before the first label finds it so */
+void install_state(const struct job *job) { /* create the state that the first label describes */
     if (strcmp(job->phase, "clean") == 0 || strcmp(job->profile, "benign") == 0) return;
     play(job, "armed");
     if (strcmp(job->phase, "active") == 0 || strcmp(job->phase, "dormant") == 0) play(job, "infecting");
@@ -49,9 +49,9 @@ void install_state(const struct job *job) { /* what must have happened before th
 }
 
 void play_phase(const struct job *job) {
-    if (strcmp(job->phase, "clean") == 0) forget();
+    if (strcmp(job->phase, "clean") == 0) remove_traces();
     int played = play(job, job->phase);
-    /* Only work that ends by itself is reported as finished; the other phases last until the host says otherwise. */
+    /* Only work that ends by itself is reported as finished; the other phases last until the host stops them. */
     if (played && (strcmp(job->phase, "infecting") == 0 || strcmp(job->phase, "active") == 0)) return;
     for (;;) pause();
 }

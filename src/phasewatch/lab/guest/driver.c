@@ -1,4 +1,4 @@
-/* The driver: reads the host's commands from a virtio port, acknowledges each before it acts, runs the work in groups. */
+/* The driver: reads commands of the host from a virtio port, acknowledges each, then runs its work in a process group. */
 #define _GNU_SOURCE
 #include "guest.h"
 #include <dirent.h>
@@ -70,7 +70,7 @@ static void stop(enum role role) {
     group[role] = 0;
 }
 
-static void parse(char *rest, struct job *job, const char *form) { /* form: p phase, r profile, s sample, k kind (into sample), n seed */
+static void parse(char *rest, struct job *job, const char *form) { /* form: p phase, r profile, s sample or load, n seed */
     char *save = NULL;
     for (char *word = strtok_r(rest, " ", &save); word != NULL; word = strtok_r(NULL, " ", &save)) {
         char *equals = strchr(word, '=');
@@ -115,7 +115,7 @@ static void start(enum role role, long id, const struct job *job) {
     _exit(0);
 }
 
-static int is_known(const struct job *job) { /* refused before it is acknowledged: it would be labelled and never played */
+static int is_known(const struct job *job) { /* unknown work is refused before the acknowledgement, because that becomes a label */
     static const char *const phases[] = {"clean", "armed", "infecting", "active", "dormant", NULL};
     int at = 0;
     if (strcmp(job->verb, "load") == 0) return knows_load(job->sample);
@@ -178,7 +178,7 @@ int main(void) {
     sigemptyset(&blocked), sigemptyset(&open_set);
     sigaddset(&blocked, SIGCHLD);
     sigaction(SIGCHLD, &action, NULL);
-    sigprocmask(SIG_BLOCK, &blocked, NULL); /* else a child that ends just before the wait is heard of a second late */
+    sigprocmask(SIG_BLOCK, &blocked, NULL); /* otherwise a child that ends just before the wait is reported a second late */
     char ctl_path[64] = {0}, buffer[1024];
     struct utsname system;
     size_t have = 0;
@@ -188,9 +188,9 @@ int main(void) {
     say("ready %ld %s\n", uptime_ms(), system.release);
     for (;;) {
         struct pollfd wait = {ctl, POLLIN, 0};
-        if (ppoll(&wait, 1, &(struct timespec){1, 0}, &open_set) < 0) wait.revents = 0; /* a child that ends interrupts it */
+        if (ppoll(&wait, 1, &(struct timespec){1, 0}, &open_set) < 0) wait.revents = 0; /* the end of a child interrupts it */
         reap();
-        if (wait.revents & POLLHUP) { nap_ms(100); continue; } /* the host is not connected yet, or has gone */
+        if (wait.revents & POLLHUP) { nap_ms(100); continue; } /* the host is not connected */
         if (!(wait.revents & POLLIN)) continue;
         long got = read(ctl, buffer + have, sizeof buffer - 1 - have);
         if (got <= 0) continue;
@@ -199,7 +199,7 @@ int main(void) {
         char *line = buffer, *end;
         while ((end = strchr(line, '\n')) != NULL) { *end = 0; obey(line); line = end + 1; }
         have = strlen(line);
-        if (have == sizeof buffer - 1) have = 0; /* a line without end is noise */
+        if (have == sizeof buffer - 1) have = 0; /* discard a line that is too long */
         memmove(buffer, line, have + 1);
     }
 }

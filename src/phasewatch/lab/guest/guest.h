@@ -1,13 +1,13 @@
-/* What the parts of the guest program share: time, randomness, knobs, files, sockets. */
+/* Declarations of the guest program: time, random numbers, knobs, files, sockets. */
 #ifndef PHASEWATCH_GUEST_H
 #define PHASEWATCH_GUEST_H
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
 
-#define DATA "/data"            /* the scratch disk: nothing outside it is ever written */
-#define CORPUS DATA "/docs"     /* what a user would have there */
-#define HOME DATA "/.cache/upd" /* where an emulated profile lives */
+#define DATA "/data"            /* the scratch disk; nothing outside it is written */
+#define CORPUS DATA "/docs"     /* the documents of a user */
+#define HOME DATA "/.cache/upd" /* the folder of an emulated profile */
 #define PAYLOAD HOME "/payload.bin"
 
 struct job {                    /* one command of the host, parsed */
@@ -25,11 +25,11 @@ void nap_ms(double ms);
 void seed_random(uint64_t seed);
 uint64_t random_u64(void);
 double uniform(void);                       /* [0, 1) */
-double exponential(double mean);            /* cut at five means */
+double exponential(double mean);            /* at most five means */
 void fill_random(void *at, size_t n);
-int run(const char *const argv[]);          /* a busybox applet, waited for; its exit code */
+int run(const char *const argv[]);          /* run a busybox applet; returns its exit code */
 int write_file(const char *path, long bytes, double bytes_per_s);
-long read_file(const char *path);           /* bytes read, -1 where there is none */
+long read_file(const char *path);           /* bytes read; -1 if there is no file */
 int each_file(const char *folder, char paths[][128], int most); /* regular files below it, sorted, at most `most` */
 void make_home(void);
 void remove_tree(const char *path);
@@ -45,7 +45,7 @@ void ntp(void);
 /* malware.c, benign.c, agent.c */
 int knows_profile(const char *profile, const char *sample);
 int knows_load(const char *kind);
-void play_phase(const struct job *job);     /* returns when the work ended by itself */
+void play_phase(const struct job *job);     /* returns when the work has ended by itself */
 void install_state(const struct job *job);
 void play_load(const struct job *job, const char *kind);
 void play_chatter(uint64_t seed, double period_s);

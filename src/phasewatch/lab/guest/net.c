@@ -1,4 +1,4 @@
-/* Small clients for the guest program: TCP, HTTP/1.0, DNS, NTP-like. They reach the host's sink and nothing else. */
+/* Small clients: TCP, HTTP/1.0, DNS, NTP. They reach only the sink on the host. */
 #define _GNU_SOURCE
 #include "guest.h"
 #include <arpa/inet.h>

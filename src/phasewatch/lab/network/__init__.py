@@ -1,1 +1,1 @@
-"""lab/network."""
+"""The simulated network of the lab: addresses, services and the process behind each VM's network card."""

@@ -1,13 +1,37 @@
-"""Bytes of an Ethernet frame ⇄ values: ARP, IPv4, UDP, TCP, ICMP echo, with their checksums."""
+"""Parse and build Ethernet frames: ARP, IPv4, UDP, TCP and ICMP echo, with their checksums.
+
+The parsers read whole packets of a cooperating guest and return None for anything else. `telemetry.headers` is the
+parser for arbitrary traffic.
+"""
 
 from __future__ import annotations
 
 import struct
 from typing import NamedTuple
 
-ETHERTYPE_IPV4 = 0x0800
-ETHERTYPE_ARP = 0x0806
-PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP = 1, 6, 17
+from phasewatch.telemetry.headers import ETHERTYPE_ARP, ETHERTYPE_IPV4, PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP
+
+__all__ = [
+    "ACK",
+    "FIN",
+    "PSH",
+    "RST",
+    "SYN",
+    "ArpRequest",
+    "FrameEndpoints",
+    "Ipv4Packet",
+    "TcpSegment",
+    "build_arp_reply",
+    "build_echo_reply",
+    "build_tcp",
+    "build_udp",
+    "parse_arp",
+    "parse_ethertype",
+    "parse_ipv4",
+    "parse_tcp",
+    "parse_udp",
+]
+
 FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
 
 _ETHERNET_STRUCT = struct.Struct("!6s6sH")
@@ -17,9 +41,9 @@ _UDP_STRUCT = struct.Struct("!HHHH")
 _ARP_STRUCT = struct.Struct("!HHBBH6s4s6s4s")
 
 
-# Tuples, not dataclasses: one is made for every frame, and making a tuple costs a third.
+# Tuples, not dataclasses: one is created per frame, and a tuple costs a third of the time.
 class Ipv4Packet(NamedTuple):
-    """A whole IPv4 packet (never a fragment) and the hardware addresses of the frame around it."""
+    """A whole IPv4 packet (not a fragment) with the hardware addresses of its frame."""
 
     dst_mac: bytes
     src_mac: bytes
@@ -41,7 +65,7 @@ class TcpSegment(NamedTuple):
 
 
 class ArpRequest(NamedTuple):
-    """The question who has `target`, asked by `sender`."""
+    """A request of `sender` for the hardware address of `target`."""
 
     sender_mac: bytes
     sender: bytes
@@ -49,7 +73,7 @@ class ArpRequest(NamedTuple):
 
 
 class FrameEndpoints(NamedTuple):
-    """The two ends of a conversation as the guest's frames name them: the guest first."""
+    """Addresses and ports of a conversation: the guest, and the host that it talks to."""
 
     guest_mac: bytes
     guest: bytes
@@ -60,12 +84,12 @@ class FrameEndpoints(NamedTuple):
 
 
 def parse_ethertype(frame: bytes) -> int:
-    """Give the type of what the frame carries, 0 for a frame that is cut short."""
+    """Return the EtherType of a frame; 0 if the frame is truncated."""
     return int.from_bytes(frame[12:14], "big") if len(frame) >= 14 else 0
 
 
 def parse_arp(frame: bytes) -> ArpRequest | None:
-    """Read an ARP request for an IPv4 address, or None."""
+    """Parse an ARP request for an IPv4 address; None for any other frame."""
     if len(frame) < 42:
         return None
     hardware, protocol, hlen, plen, op, mac, sender, _, target = _ARP_STRUCT.unpack_from(frame, 14)
@@ -75,20 +99,20 @@ def parse_arp(frame: bytes) -> ArpRequest | None:
 
 
 def parse_ipv4(frame: bytes) -> Ipv4Packet | None:
-    """Read the IPv4 packet of a frame; None where a header is wrong, cut short or a fragment's."""
+    """Parse the IPv4 packet of a frame; None if its header is invalid or truncated, or if it is a fragment."""
     if len(frame) < 34:
         return None
     dst_mac, src_mac, _ = _ETHERNET_STRUCT.unpack_from(frame)
     first, _, total, _, fragment, _, protocol, _, src, dst = _IPV4_STRUCT.unpack_from(frame, 14)
     head = (first & 15) * 4
-    # More-fragments flag or an offset: nothing here ever needs reassembly.
+    # More-fragments flag or an offset: the guest never sends fragments.
     if first >> 4 != 4 or head < 20 or total < head or total > len(frame) - 14 or fragment & 0x3FFF:
         return None
     return Ipv4Packet(dst_mac, src_mac, protocol, src, dst, frame[14 + head : 14 + total])
 
 
 def parse_udp(payload: bytes) -> tuple[int, int, bytes] | None:
-    """Read (source port, destination port, data) of a UDP datagram, or None."""
+    """Parse a UDP datagram into (source port, destination port, data); None if it is invalid."""
     if len(payload) < 8:
         return None
     src_port, dst_port, length, _ = _UDP_STRUCT.unpack_from(payload)
@@ -96,7 +120,7 @@ def parse_udp(payload: bytes) -> tuple[int, int, bytes] | None:
 
 
 def parse_tcp(payload: bytes) -> tuple[int, int, TcpSegment] | None:
-    """Read (source port, destination port, segment) of a TCP segment, or None."""
+    """Parse a TCP segment into (source port, destination port, segment); None if it is invalid."""
     if len(payload) < 20:
         return None
     src_port, dst_port, seq, ack, offset, flags, window, _, _ = _TCP_STRUCT.unpack_from(payload)
@@ -122,11 +146,11 @@ def _parse_mss(options: bytes) -> int:
     return 0
 
 
-def compute_checksum(data: bytes) -> int:
+def _compute_checksum(data: bytes) -> int:
     """Compute the Internet checksum (RFC 1071).
 
     The one's complement sum of 16-bit words is the whole number modulo 65535: one division instead of 730 additions.
-    A sum of zero comes out as 0xFFFF, the form that UDP wants; receivers take both.
+    A sum of zero gives 0xFFFF, the form that UDP requires; receivers accept both.
     """
     value = int.from_bytes(data if len(data) % 2 == 0 else data + b"\0", "big")
     return 0xFFFF - value % 0xFFFF
@@ -134,7 +158,7 @@ def compute_checksum(data: bytes) -> int:
 
 def _build_ipv4(ends: FrameEndpoints, protocol: int, payload: bytes) -> bytes:
     head = _IPV4_STRUCT.pack(0x45, 0, 20 + len(payload), 0, 0x4000, 64, protocol, 0, ends.host, ends.guest)
-    head = head[:10] + compute_checksum(head).to_bytes(2, "big") + head[12:]
+    head = head[:10] + _compute_checksum(head).to_bytes(2, "big") + head[12:]
     return _ETHERNET_STRUCT.pack(ends.guest_mac, ends.host_mac, ETHERTYPE_IPV4) + head + payload
 
 
@@ -149,24 +173,24 @@ def build_tcp(ends: FrameEndpoints, segment: TcpSegment) -> bytes:
     seq, ack = segment.seq & 0xFFFFFFFF, segment.ack & 0xFFFFFFFF
     head = _TCP_STRUCT.pack(ends.host_port, ends.guest_port, seq, ack, offset, segment.flags, segment.window, 0, 0)
     body = head + options + segment.payload
-    total = compute_checksum(_build_pseudo_header(ends, PROTOCOL_TCP, len(body)) + body)
+    total = _compute_checksum(_build_pseudo_header(ends, PROTOCOL_TCP, len(body)) + body)
     return _build_ipv4(ends, PROTOCOL_TCP, body[:16] + total.to_bytes(2, "big") + body[18:])
 
 
 def build_udp(ends: FrameEndpoints, data: bytes) -> bytes:
     """Build the frame that carries a datagram to the guest."""
     body = _UDP_STRUCT.pack(ends.host_port, ends.guest_port, 8 + len(data), 0) + data
-    total = compute_checksum(_build_pseudo_header(ends, PROTOCOL_UDP, len(body)) + body)
+    total = _compute_checksum(_build_pseudo_header(ends, PROTOCOL_UDP, len(body)) + body)
     return _build_ipv4(ends, PROTOCOL_UDP, body[:6] + total.to_bytes(2, "big") + body[8:])
 
 
 def build_echo_reply(ends: FrameEndpoints, request: bytes) -> bytes:
     """Build the frame that answers an ICMP echo request (the whole ICMP message)."""
     body = b"\0\0\0\0" + request[4:]
-    return _build_ipv4(ends, PROTOCOL_ICMP, body[:2] + compute_checksum(body).to_bytes(2, "big") + body[4:])
+    return _build_ipv4(ends, PROTOCOL_ICMP, body[:2] + _compute_checksum(body).to_bytes(2, "big") + body[4:])
 
 
 def build_arp_reply(request: ArpRequest, mac: bytes) -> bytes:
-    """Build the frame that says "it's me" to an ARP request."""
+    """Build the frame that answers an ARP request with `mac`."""
     body = _ARP_STRUCT.pack(1, ETHERTYPE_IPV4, 6, 4, 2, mac, request.target, request.sender_mac, request.sender)
     return _ETHERNET_STRUCT.pack(request.sender_mac, mac, ETHERTYPE_ARP) + body

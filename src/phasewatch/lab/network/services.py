@@ -1,4 +1,4 @@
-"""What the made-up network says: DNS, a clock, HTTP that serves, waits and swallows, ports that only listen."""
+"""Services of the simulated network: DNS, NTP, HTTP (downloads, long polls, uploads) and discard. No I/O."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from typing import Protocol
 
 from phasewatch.lab.network.addresses import resolve_name
 
-MAX_BODY_BYTES = 64 * 2**20
-MAX_WAIT_S = 3600.0
+__all__ = ["DiscardService", "HttpService", "ResponseStream", "TcpService", "answer_dns", "answer_time"]
+
+_MAX_BODY_BYTES = 64 * 2**20
+_MAX_WAIT_S = 3600.0
 _MAX_HEAD_BYTES = 8192
 _TTL_S = 60
 _A, _TXT = 1, 16
 
 
 def answer_dns(query: bytes) -> bytes | None:
-    """Answer one question: A by hash of the name, TXT with a short text, any other type with no records.
+    """Build the answer to a DNS query: A by hash of the name, TXT with a short text, no record for other types.
 
     Returns:
-        None for what isn't a query with exactly one well-formed question.
+        The answer; None if the bytes are not a query with exactly one well-formed question.
+
+    Source: RFC 1035.
     """
     if len(query) < 17:
         return None
@@ -30,7 +34,7 @@ def answer_dns(query: bytes) -> bytes | None:
     at, labels = 12, []
     while at < len(query) and query[at]:
         size = query[at]
-        if size > 63 or at + 1 + size >= len(query):  # a compression pointer has no place in a question
+        if size > 63 or at + 1 + size >= len(query):  # compression pointers are not allowed in a question
             return None
         labels.append(query[at + 1 : at + 1 + size])
         at += 1 + size
@@ -51,7 +55,10 @@ def answer_dns(query: bytes) -> bytes | None:
 
 
 def answer_time(query: bytes) -> bytes | None:
-    """Answer an NTP client with a server's 48 bytes; all stamps are the client's own, so no clock of ours is told."""
+    """Build the 48-byte answer to an NTP query; None if the query is too short.
+
+    All stamps repeat the client's own, so the guest learns nothing about the host's clock. Source: RFC 5905.
+    """
     if len(query) < 48:
         return None
     stamp = query[40:48]
@@ -65,12 +72,12 @@ def _build_noise() -> bytes:
 
 @dataclass(slots=True, kw_only=True)
 class ResponseStream:
-    """A stream whose every part can be had again, so that nothing is kept for retransmission.
+    """A stream whose parts can be read again, so that nothing is buffered for retransmission.
 
     Attributes:
-        head: Its first bytes, literally.
-        body_bytes: How many pseudo-random bytes follow.
-        is_final: Nothing will be added any more.
+        head: Its first bytes.
+        body_bytes: Number of pseudo-random bytes that follow.
+        is_final: Whether the stream is complete.
     """
 
     head: bytes = b""
@@ -79,11 +86,11 @@ class ResponseStream:
 
     @property
     def size(self) -> int:
-        """Bytes that may be sent by now."""
+        """Number of bytes that are available so far."""
         return len(self.head) + self.body_bytes
 
     def read_part(self, start: int, size: int) -> bytes:
-        """Give up to `size` bytes from `start`."""
+        """Return up to `size` bytes from position `start`."""
         size = min(size, self.size - start)
         literal = self.head[start : start + size]
         left = size - len(literal)
@@ -98,41 +105,46 @@ class ResponseStream:
 
 
 class TcpService(Protocol):
-    """What stands behind an accepted connection."""
+    """The application behind an accepted TCP connection.
+
+    Attributes:
+        answer: The bytes to send.
+        wake_ns: When to call `wake`, in ns of monotonic time; None for never.
+    """
 
     answer: ResponseStream
     wake_ns: int | None
 
     def receive(self, data: bytes, now_ns: int) -> None:
-        """Take in-order data from the guest."""
+        """Handle in-order data from the guest."""
 
     def handle_eof(self, now_ns: int) -> None:
-        """Hear that the guest will send no more."""
+        """Handle the end of the guest's data."""
 
     def wake(self, now_ns: int) -> None:
-        """Go on where `wake_ns` has come."""
+        """Continue after `wake_ns` has passed."""
 
 
 class DiscardService:
-    """Takes everything, says nothing, closes when the guest does."""
+    """Discards all data, sends none, and closes when the guest does (RFC 863)."""
 
     def __init__(self) -> None:
         self.answer = ResponseStream()
         self.wake_ns: int | None = None
 
     def receive(self, data: bytes, now_ns: int) -> None:
-        """Swallow."""
+        """Discard the data."""
 
     def handle_eof(self, now_ns: int) -> None:
-        """Close too."""
+        """Close the connection."""
         self.answer.is_final = True
 
     def wake(self, now_ns: int) -> None:
-        """Never asked for."""
+        """Do nothing; this service never sets `wake_ns`."""
 
 
 class HttpService:
-    """One HTTP/1.0 request and its answer: `/bytes/N`, `/wait/S`, small pages, swallowed uploads."""
+    """Handles one HTTP/1.0 request: `/bytes/N`, `/wait/SECONDS`, small pages and discarded uploads."""
 
     def __init__(self) -> None:
         self.answer = ResponseStream()
@@ -141,11 +153,11 @@ class HttpService:
         self._left: float = 0  # bytes of an upload still to come; infinite without Content-Length
 
     def receive(self, data: bytes, now_ns: int) -> None:
-        """Read the request's head, then swallow what it announced."""
+        """Parse the head of the request, then discard the body that it announces."""
         if self.answer.is_final:
             return
         if self._head is None:
-            self._swallow(len(data))
+            self._discard(len(data))
             return
         self._head += data
         ends = [(self._head.find(mark), len(mark)) for mark in (b"\r\n\r\n", b"\n\n") if mark in self._head]
@@ -158,7 +170,7 @@ class HttpService:
             self._finish("400 Bad Request")
 
     def handle_eof(self, now_ns: int) -> None:
-        """An upload of unknown length is whole now; half a head deserves no answer."""
+        """Complete an upload of unknown length; close without an answer if the head is incomplete."""
         if self._head is not None:
             self.answer.is_final = True
         elif self._left:
@@ -180,12 +192,12 @@ class HttpService:
             self._left = float("inf") if length is None else length
             if fields.get("expect", "").lower() == "100-continue":
                 self.answer.head += b"HTTP/1.0 100 Continue\r\n\r\n"
-            self._swallow(already)
+            self._discard(already)
         elif method not in ("GET", "HEAD"):
             self._finish("400 Bad Request")
         elif path.startswith("/bytes/"):
             size = _parse_whole_number(path.removeprefix("/bytes/"))
-            is_served = size is not None and size <= MAX_BODY_BYTES
+            is_served = size is not None and size <= _MAX_BODY_BYTES
             self._finish("200 OK" if is_served else "400 Bad Request", noise_bytes=size if is_served and size else 0)
         elif path.startswith("/wait/"):
             wait_s = _parse_wait_s(path.removeprefix("/wait/"))
@@ -198,7 +210,7 @@ class HttpService:
         if method == "HEAD":
             self.answer.body_bytes = 0
 
-    def _swallow(self, size: int) -> None:
+    def _discard(self, size: int) -> None:
         self._left = max(0, self._left - size)
         if not self._left:
             self._finish("204 No Content")
@@ -223,4 +235,4 @@ def _parse_wait_s(text: str) -> float | None:
         value = float(text)
     except ValueError:
         return None
-    return value if isfinite(value) and 0 <= value <= MAX_WAIT_S else None
+    return value if isfinite(value) and 0 <= value <= _MAX_WAIT_S else None

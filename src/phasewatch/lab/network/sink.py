@@ -1,7 +1,7 @@
-"""The process behind a VM's network card: a unix datagram socket, the responder, the flow counters.
+"""The process behind a VM's network card: a unix datagram socket, the responder and the flow counters.
 
-QEMU's `-netdev dgram` sends one Ethernet frame a datagram. `NetworkSink` lives in the recorder; the process that it starts
-ends when the recorder closes it or dies, because its control pipe then ends.
+QEMU's `-netdev dgram` sends one Ethernet frame per datagram. `NetworkSink` is the recorder's handle of the process. The
+process ends when the recorder closes the handle or dies, because its control pipe then ends.
 """
 
 from __future__ import annotations
@@ -27,28 +27,30 @@ from phasewatch.telemetry.base import ReadingValues, build_missing_reading
 from phasewatch.telemetry.netflow import FlowCounter, NetflowReading, TrafficLog, TrafficRow
 from phasewatch.types import SourceKind
 
+__all__ = ["NetflowSource", "NetworkSink", "SinkLog", "main"]
+
 _SIZE = Struct("!I")
 _COUNTERS_REQUEST, _LOG_REQUEST = b"t", b"l"
 _MAX_FRAME_BYTES = 65536
 _MAX_PATH_BYTES = 107  # sun_path, less its final zero
-_MAX_BURST_FRAMES = 256  # frames that are taken before the control pipe is looked at again
-_MAX_BACKLOG_FRAMES = 4096  # frames that wait for QEMU to take them
+_MAX_BURST_FRAMES = 256  # frames that are received before the control pipe is checked again
+_MAX_BACKLOG_FRAMES = 4096  # frames that wait for QEMU
 _RETRY_S = 0.002
-_SOCKET_BYTES = 4 * 2**20  # asked for; the kernel gives up to its limit
+_SOCKET_BYTES = 4 * 2**20  # requested; the kernel grants up to its limit
 _EXIT_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SinkLog:
-    """What a sink saw in its life.
+    """The traffic of a sink since its start.
 
     Attributes:
-        rows: Totals per far end, for the proof that the guest stayed inside its bounds.
-        frames_beyond: Frames of far ends that no row was left for.
-        lost_frames: Answers that QEMU did not take.
-        forgotten_flows: Flows that fell out of the flow table.
-        open_connections: TCP connections open now.
-        ignored: Frames without an answer, by reason.
+        rows: Totals per remote end; they prove that the guest stayed inside its bounds.
+        frames_beyond: Number of frames of remote ends beyond the limit of rows.
+        lost_frames: Number of answers that QEMU did not accept.
+        forgotten_flows: Number of flows evicted from the flow table.
+        open_connections: Number of open TCP connections.
+        ignored: Numbers of frames without an answer, by reason.
     """
 
     rows: tuple[TrafficRow, ...]
@@ -60,17 +62,20 @@ class SinkLog:
 
 
 class NetworkSink:
-    """The recorder's end of one sink process; one for each start of a VM.
+    """Starts one sink process and asks it for its counters; one for each start of a VM.
 
     Args:
-        path: Where the sink listens: QEMU's `remote.path`. Bound before this returns, so that no frame is lost.
-        peer: Where QEMU listens: its `local.path`. Need not exist yet.
+        path: Socket of the sink: QEMU's `remote.path`. It is bound before the constructor returns, so no frame is lost.
+        peer: Socket of QEMU: its `local.path`. It need not exist yet.
 
     Attributes:
-        patience_s: How long an answer may take.
+        timeout_s: Longest wait for an answer, in seconds.
+
+    Raises:
+        VmError: If a path is too long for a socket.
     """
 
-    patience_s = 5.0
+    timeout_s = 5.0
 
     def __init__(self, path: Path, peer: Path) -> None:
         for each in (path, peer):
@@ -81,7 +86,7 @@ class NetworkSink:
         self._control, theirs = socket.socketpair()
         with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as wire:
             wire.bind(str(path))
-            # -P: a file of the working folder must not stand in for a module.
+            # -P: a file in the working folder must not replace a module.
             command = [sys.executable, "-P", "-c", "from phasewatch.lab.network.sink import main; main()"]
             self._process = subprocess.Popen(
                 [*command, str(wire.fileno()), str(theirs.fileno()), str(peer)],
@@ -89,8 +94,8 @@ class NetworkSink:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )
-        self._came = bytearray()  # of answers, not yet read
-        self._owed = 0  # answers that are still to come
+        self._received = bytearray()  # bytes of answers that are not parsed yet
+        self._n_outstanding = 0  # requests without an answer yet
 
     @property
     def pid(self) -> int:
@@ -98,15 +103,23 @@ class NetworkSink:
         return self._process.pid
 
     def read_counters(self) -> NetflowReading:
-        """Read the counters in RAW order and begin a new tick (of `dst_ports` and `dst_ips`)."""
-        return msgspec.json.decode(self._ask(_COUNTERS_REQUEST), type=NetflowReading)
+        """Read the counters in the order of the raw fields, and begin a new tick of `dst_ports` and `dst_ips`.
+
+        Raises:
+            VmError: If the process does not answer in time.
+        """
+        return msgspec.json.decode(self._request(_COUNTERS_REQUEST), type=NetflowReading)
 
     def read_log(self) -> SinkLog:
-        """Read what the sink saw so far."""
-        return msgspec.json.decode(self._ask(_LOG_REQUEST), type=SinkLog)
+        """Read the traffic log.
+
+        Raises:
+            VmError: If the process does not answer in time.
+        """
+        return msgspec.json.decode(self._request(_LOG_REQUEST), type=SinkLog)
 
     def close(self) -> None:
-        """End the process and remove its socket. Any number of times."""
+        """Stop the process and remove its socket. May be called more than once."""
         self._control.close()
         try:
             self._process.wait(_EXIT_TIMEOUT_S)
@@ -123,38 +136,38 @@ class NetworkSink:
     ) -> None:
         self.close()
 
-    def _ask(self, question: bytes) -> bytes:
+    def _request(self, request: bytes) -> bytes:
         try:
-            self._control.settimeout(self.patience_s)
-            self._control.sendall(question)
-            self._owed += 1
+            self._control.settimeout(self.timeout_s)
+            self._control.sendall(request)
+            self._n_outstanding += 1
             while True:
                 answer = self._receive()
-                self._owed -= 1
-                if not self._owed:  # those before it were waited for in vain; they tell of an earlier time
+                self._n_outstanding -= 1
+                if not self._n_outstanding:  # earlier answers belong to requests that timed out
                     return answer
         except OSError as exc:
             rc = self._process.poll()
-            state = "runs, but is silent" if rc is None else f"ended with {rc}"
+            state = "runs, but does not answer" if rc is None else f"ended with {rc}"
             raise VmError(
                 f"the network sink at {self._path} {state} ({exc}); the episode is lost, record it again"
             ) from exc
 
     def _receive(self) -> bytes:
-        """Read one answer; what came of it before patience ran out is kept for the next try."""
+        """Read one answer. A part that was received before a timeout is kept for the next call."""
         self._fill(_SIZE.size)
-        end = _SIZE.size + _SIZE.unpack_from(self._came)[0]
+        end = _SIZE.size + _SIZE.unpack_from(self._received)[0]
         self._fill(end)
-        answer = bytes(self._came[_SIZE.size : end])
-        del self._came[:end]
+        answer = bytes(self._received[_SIZE.size : end])
+        del self._received[:end]
         return answer
 
     def _fill(self, size: int) -> None:
-        while len(self._came) < size:
+        while len(self._received) < size:
             part = self._control.recv(65536)
             if not part:
                 raise ConnectionResetError("control pipe closed")
-            self._came += part
+            self._received += part
 
 
 class _SinkServer:
@@ -174,8 +187,8 @@ class _SinkServer:
         poll.register(self._control, select.POLLIN)
         while True:
             ready = dict(poll.poll(self._pause_ms()))
-            self._take_frames()  # before an answer, so that a reading holds every frame sent before it was asked for
-            if self._control.fileno() in ready and not self._serve():
+            self._receive_frames()  # before the answer, so that a reading includes every earlier frame
+            if self._control.fileno() in ready and not self._answer_request():
                 return
             self._send(self._responder.handle_timers(time.monotonic_ns()))
 
@@ -186,7 +199,7 @@ class _SinkServer:
             pause_s = _RETRY_S if pause_s is None else min(pause_s, _RETRY_S)
         return None if pause_s is None else 1000 * pause_s
 
-    def _take_frames(self) -> None:
+    def _receive_frames(self) -> None:
         for _ in range(_MAX_BURST_FRAMES):
             try:
                 frame = self._wire.recv(_MAX_FRAME_BYTES)
@@ -205,7 +218,7 @@ class _SinkServer:
                 self._wire.sendto(self._backlog[0], self._peer)
             except BlockingIOError:  # QEMU's queue is full: it reads when the guest has room
                 return
-            except OSError:  # the VM is gone, or not there yet
+            except OSError:  # the VM has ended, or has not started yet
                 self._lost += 1
                 self._backlog.popleft()
                 continue
@@ -213,13 +226,13 @@ class _SinkServer:
             self._flows.count_frame(frame, False)
             self._log.add_frame(frame, False)
 
-    def _serve(self) -> bool:
+    def _answer_request(self) -> bool:
         try:
-            question = self._control.recv(1)
-            if question == _COUNTERS_REQUEST:
+            request = self._control.recv(1)
+            if request == _COUNTERS_REQUEST:
                 answer = msgspec.json.encode(self._flows.pop_reading())
-            elif question == _LOG_REQUEST:
-                answer = msgspec.json.encode(self._report())
+            elif request == _LOG_REQUEST:
+                answer = msgspec.json.encode(self._build_log())
             else:
                 return False
             self._control.sendall(_SIZE.pack(len(answer)) + answer)
@@ -227,7 +240,7 @@ class _SinkServer:
             return False
         return True
 
-    def _report(self) -> SinkLog:
+    def _build_log(self) -> SinkLog:
         return SinkLog(
             rows=self._log.rows(),
             frames_beyond=self._log.frames_beyond,
@@ -239,8 +252,8 @@ class _SinkServer:
 
 
 def main() -> None:
-    """Run the sink process: argv is the datagram socket, the control socket, QEMU's path."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the recorder, which then closes the pipe
+    """Run the sink process; the arguments are the datagram socket, the control socket and QEMU's path."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the recorder handles Ctrl-C and closes the pipe
     wire = socket.socket(fileno=int(sys.argv[1]))
     control = socket.socket(fileno=int(sys.argv[2]))
     wire.setblocking(False)
@@ -250,28 +263,28 @@ def main() -> None:
 
 
 class NetflowSource:
-    """Asks one VM's sink for its counters; the sink stays the VM's."""
+    """Telemetry source that reads the counters of one VM's sink; the VM closes the sink."""
 
     source = SourceKind.NETFLOW
 
     def __init__(self, sink: NetworkSink) -> None:
         self._sink = sink
-        self._asked: asyncio.Future[ReadingValues] | None = None
+        self._pending: asyncio.Future[ReadingValues] | None = None
 
     async def open(self) -> None:
         """Begin the first tick of `dst_ports` and `dst_ips`."""
         await self.read()
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing; the source holds no resource."""
 
     async def read(self) -> ReadingValues:
-        """Take one reading; None-filled while the sink is silent."""
-        # In a thread: a sink that hangs must not hold up the ticks of the neighbour. Never two questions at once.
-        if self._asked is not None and not self._asked.done():
+        """Return one reading; all values are None while the sink does not answer."""
+        # In a thread, because a hanging sink must not delay the ticks of the other VM. Never two requests at once.
+        if self._pending is not None and not self._pending.done():
             return build_missing_reading(self.source)
-        self._asked = asyncio.ensure_future(asyncio.to_thread(self._read_counters))
-        return await asyncio.shield(self._asked)
+        self._pending = asyncio.ensure_future(asyncio.to_thread(self._read_counters))
+        return await asyncio.shield(self._pending)
 
     def _read_counters(self) -> ReadingValues:
         try:

@@ -1,15 +1,21 @@
-"""The answering side of one TCP connection: enough of RFC 9293 for one lossless hop, pure and without buffers."""
+"""The server side of one TCP connection.
+
+It implements as much of RFC 9293 as one lossless hop needs. It does no input or output and keeps no buffers: data for
+a retransmission is read from the service again.
+"""
 
 from __future__ import annotations
 
 from phasewatch.lab.network.frames import ACK, FIN, PSH, RST, SYN, TcpSegment
 from phasewatch.lab.network.services import TcpService
 
-MSS = 1460
+__all__ = ["IDLE_TIMEOUT_NS", "TcpConnection"]
+
+_MSS = 1460
 # Eight segments in flight, either way. A unix datagram socket queues ten (net.unix.max_dgram_qlen), and QEMU spins
 # while the queue is full; a round trip is about a millisecond, so this is still some 10 MB/s. No window scaling.
-RECEIVE_WINDOW_BYTES = 8 * MSS
-_BURST_BYTES = 8 * MSS
+_RECEIVE_WINDOW_BYTES = 8 * _MSS
+_BURST_BYTES = 8 * _MSS
 _RTO_NS = 300_000_000
 _MAX_RTO_NS = 5_000_000_000
 _DELAYED_ACK_NS = 40_000_000
@@ -18,16 +24,22 @@ IDLE_TIMEOUT_NS = 600_000_000_000
 
 
 def _compute_signed_difference(difference: int) -> int:
-    """Read a difference of sequence numbers as the nearer of the two ways round."""
+    """Return a difference of sequence numbers modulo 2^32 as a signed number."""
     difference &= 0xFFFFFFFF
     return difference - 2**32 if difference >= 2**31 else difference
 
 
 class TcpConnection:
-    """Stands between a guest's segments and a service.
+    """Connects the segments of a guest with a service.
 
-    Positions `_una` and `_next` count bytes of the service's answer (the FIN is the byte after the last one), so a
-    retransmission asks the answer for the same part again.
+    The positions `_una` and `_next` count bytes of the service's answer; the FIN is the byte after the last one. A
+    retransmission reads the same part of the answer again.
+
+    Args:
+        syn: The guest's SYN.
+        isn: Initial sequence number of this side.
+        service: Consumes the guest's data and provides the answer.
+        now_ns: Monotonic time in ns.
     """
 
     def __init__(self, syn: TcpSegment, isn: int, service: TcpService, now_ns: int) -> None:
@@ -36,16 +48,16 @@ class TcpConnection:
         self._isn = isn
         self._irs = syn.seq
         self._expected = (syn.seq + 1) & 0xFFFFFFFF
-        self._mss = min(MSS, syn.mss or 536)
+        self._mss = min(_MSS, syn.mss or 536)
         self._window = syn.window
         self._is_open = False  # the guest has acknowledged our SYN
         self._guest_ended = False
         self._una = 0
         self._next = 0
-        self._high = 0  # the furthest that was ever sent; `_next` falls back when something is sent again
+        self._high = 0  # the highest position ever sent; a retransmission sets `_next` back
         self._repeats = 0
-        self._mend_to = 0  # a hole below this is being mended: no second alarm for the same loss
-        self._is_mending = False
+        self._recover_to = 0  # losses below this position are in recovery and not detected again
+        self._is_recovering = False
         self._retries = 0
         self._timer_ns: int | None = now_ns + _RTO_NS
         self._ack_ns: int | None = None
@@ -54,7 +66,7 @@ class TcpConnection:
 
     @property
     def deadline_ns(self) -> int:
-        """When `due` wants to be called next."""
+        """When `handle_timers` must be called next, in ns of monotonic time."""
         times = (self._timer_ns, self._ack_ns, self._service.wake_ns)
         idle = self._seen_ns + IDLE_TIMEOUT_NS
         if self._service.wake_ns is not None:  # a long poll is silent by design
@@ -62,25 +74,25 @@ class TcpConnection:
         return min([idle, *(time for time in times if time is not None)])
 
     def build_syn_ack(self) -> TcpSegment:
-        """Give the SYN/ACK."""
-        return TcpSegment(self._isn, self._expected, SYN | ACK, RECEIVE_WINDOW_BYTES, MSS, b"")
+        """Build the SYN/ACK."""
+        return TcpSegment(self._isn, self._expected, SYN | ACK, _RECEIVE_WINDOW_BYTES, _MSS, b"")
 
     def is_retried_syn(self, segment: TcpSegment) -> bool:
-        """Tell whether a SYN asks for this very connection again."""
+        """Return whether a SYN repeats the request for this connection."""
         return segment.seq == self._irs and not self._is_open
 
     def receive(self, segment: TcpSegment, now_ns: int) -> list[TcpSegment]:
-        """Take one segment (not a SYN) of the guest; give what goes back."""
+        """Handle one segment of the guest (not a SYN), and return the segments to send."""
         self._seen_ns = now_ns
         if segment.flags & RST:
             self.is_over = _compute_signed_difference(segment.seq - self._expected) >= 0
             return []
         if not segment.flags & ACK:
             return []
-        has_hole = self._take_ack(segment, now_ns)
-        if not self._is_open:  # it has not seen our SYN: what it says belongs to some other connection
+        has_hole = self._handle_ack(segment, now_ns)
+        if not self._is_open:  # the guest has not acknowledged our SYN, so the segment belongs to another connection
             return []
-        is_urgent = self._take_data(segment, now_ns)
+        is_urgent = self._handle_data(segment, now_ns)
         out = [self._slice(self._una, self._mss)] if has_hole else []
         out += self._send(now_ns)
         if not out and is_urgent:
@@ -89,7 +101,7 @@ class TcpConnection:
         return out
 
     def handle_timers(self, now_ns: int) -> list[TcpSegment]:
-        """Do what time demands: answer a long poll, acknowledge, send again."""
+        """Answer a long poll, acknowledge and retransmit as due, and return the segments to send."""
         if now_ns - self._seen_ns >= IDLE_TIMEOUT_NS and self._service.wake_ns is None:
             self.is_over = True
             return []
@@ -101,11 +113,11 @@ class TcpConnection:
             return [TcpSegment(self._isn + 1 + self._next, self._expected, RST | ACK, 0, 0, b"")]
         if not self._is_open:
             return [self.build_syn_ack()] if is_late else []
-        if is_late:  # start over at the first byte that was not acknowledged
-            self._next, self._mend_to, self._is_mending = self._una, self._high, False
+        if is_late:  # restart at the first unacknowledged byte
+            self._next, self._recover_to, self._is_recovering = self._una, self._high, False
         out = self._send(now_ns)
         if not out and is_late and self._una < self._find_end():
-            out = [self._slice(self._una, 1)]  # the guest's window is closed: knock with one byte
+            out = [self._slice(self._una, 1)]  # zero-window probe of one byte
             self._next = self._una + 1
             self._high = max(self._high, self._next)
         if not out and self._ack_ns is not None and now_ns >= self._ack_ns:
@@ -122,8 +134,11 @@ class TcpConnection:
         answer = self._service.answer
         return answer.size + answer.is_final
 
-    def _take_ack(self, segment: TcpSegment, now_ns: int) -> bool:
-        """Move `_una`; tell whether the byte there is missing at the guest (RFC 6582, three repeated ACKs, then one a hole)."""
+    def _handle_ack(self, segment: TcpSegment, now_ns: int) -> bool:
+        """Advance `_una`; return whether the segment there was lost.
+
+        A loss is three duplicate ACKs, or a partial ACK during recovery (RFC 6582).
+        """
         moved = _compute_signed_difference(segment.ack - (self._isn + 1 + self._una))
         if moved >= 0 and not self._is_open:
             self._is_open, self._retries, self._timer_ns = True, 0, None
@@ -133,26 +148,26 @@ class TcpConnection:
             self._next = max(self._next, self._una)
             self._repeats = self._retries = 0
             self._timer_ns = now_ns + _RTO_NS if self._una < self._next else None
-            self._is_mending &= self._una < self._mend_to
-            has_hole = self._is_mending
+            self._is_recovering &= self._una < self._recover_to
+            has_hole = self._is_recovering
         elif moved == 0 and self._una < self._next and not segment.payload and segment.window == self._window:
             self._repeats += 1
-            has_hole = self._repeats == 3 and self._una >= self._mend_to
+            has_hole = self._repeats == 3 and self._una >= self._recover_to
             if has_hole:
-                self._mend_to, self._is_mending = self._high, True
+                self._recover_to, self._is_recovering = self._high, True
         if moved >= 0:
             self._window = segment.window
-            if not segment.window:  # closed, but alive: knocking may go on
+            if not segment.window:  # a closed window: probes may continue
                 self._retries = 0
         return has_hole
 
-    def _take_data(self, segment: TcpSegment, now_ns: int) -> bool:
-        """Deliver in-order bytes; tell whether an ACK is due at once."""
+    def _handle_data(self, segment: TcpSegment, now_ns: int) -> bool:
+        """Deliver in-order bytes to the service; return whether an ACK is due at once."""
         ahead = _compute_signed_difference(segment.seq - self._expected)
         size = len(segment.payload)
         has_fin = bool(segment.flags & FIN)
         if not size and not has_fin:
-            return ahead < 0  # a keep-alive wants an answer
+            return ahead < 0  # a keep-alive needs an answer
         if ahead > 0 or ahead + size + has_fin <= 0:
             return True
         fresh = segment.payload[-ahead:]
@@ -170,7 +185,7 @@ class TcpConnection:
         return False
 
     def _send(self, now_ns: int) -> list[TcpSegment]:
-        """Send what the guest's window and the burst allow."""
+        """Return the segments that the guest's window and the burst limit allow."""
         size, goal = self._service.answer.size, self._find_end()
         limit = self._una + min(self._window, _BURST_BYTES)
         out = []
@@ -194,11 +209,11 @@ class TcpConnection:
         if answer.is_final and end == answer.size:
             flags |= FIN
         self._reset_ack_timer()
-        return TcpSegment(self._isn + 1 + start, self._expected, flags, RECEIVE_WINDOW_BYTES, 0, payload)
+        return TcpSegment(self._isn + 1 + start, self._expected, flags, _RECEIVE_WINDOW_BYTES, 0, payload)
 
     def _bare_ack(self) -> TcpSegment:
         self._reset_ack_timer()
-        return TcpSegment(self._isn + 1 + self._next, self._expected, ACK, RECEIVE_WINDOW_BYTES, 0, b"")
+        return TcpSegment(self._isn + 1 + self._next, self._expected, ACK, _RECEIVE_WINDOW_BYTES, 0, b"")
 
     def _reset_ack_timer(self) -> None:
         self._unacked, self._ack_ns = 0, None

@@ -1,4 +1,4 @@
-"""The plans that come with the package, and the way to a plan of one's own."""
+"""Built-in recording plans, and plan files of the user."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from pathlib import Path
 from phasewatch.errors import PlanError
 from phasewatch.lab.plan import PlanSpec, parse_plan
 
+__all__ = ["list_plans", "read_plan"]
+
 
 def list_plans() -> tuple[str, ...]:
-    """Name the plans that come with the package."""
+    """Return the names of the built-in plans."""
     folder = resources.files(__name__)
-    return tuple(sorted(each.name.removesuffix(".toml") for each in folder.iterdir() if each.name.endswith(".toml")))
+    return tuple(sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml")))
 
 
 def read_plan(name_or_path: str) -> PlanSpec:
-    """Read a built-in plan by name, or a TOML file.
+    """Read a built-in plan by name, or a TOML file by path.
 
     Raises:
-        PlanError: If there is neither, or the plan is not valid.
+        PlanError: If neither exists, or the plan is not valid.
     """
     if name_or_path in list_plans():
         text = resources.files(__name__).joinpath(f"{name_or_path}.toml").read_text("utf-8")
