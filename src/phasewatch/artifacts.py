@@ -1,4 +1,7 @@
-"""What stands in a run: the feature schema, who its episodes are, the digests of its files."""
+"""The files of a run: their names and paths, the readers that several packages share, and their digests.
+
+Every path is relative to the run's folder. No other module spells the name of a file of a run.
+"""
 
 from __future__ import annotations
 
@@ -16,28 +19,106 @@ from phasewatch.errors import RunError
 from phasewatch.identity import find_contested_ids
 from phasewatch.types import PHASES, BundleStatus, EpisodeOrigin, EpisodeRole, SampleKind
 
+__all__ = [
+    "ACCOUNTING_FILE",
+    "AUDIT_FILE",
+    "BINS_DIR",
+    "BINS_FILE",
+    "BINS_INDEX_FILE",
+    "BINS_INDEX_PATH",
+    "BINS_PATH",
+    "BINS_PATHS",
+    "CHANNELS_FILE",
+    "EPISODE_FEATURES_FILE",
+    "EXPERIMENT_FILE",
+    "EXPERIMENT_PREDICTIONS_FILE",
+    "FEATURES_FILE",
+    "FEATURE_FILES",
+    "FEATURE_SCHEMA_FILE",
+    "LEVELS_FILE",
+    "LEVELS_PATH",
+    "METRICS_FILE",
+    "MODELS_DIR",
+    "PREDICTIONS_FILE",
+    "REPORT_FILE",
+    "RUN_FILES",
+    "RUN_LOG_FILE",
+    "SPLITS_DIR",
+    "SPLIT_INDEX_FILE",
+    "VALIDATION_FILE",
+    "FeatureSchema",
+    "RunEpisode",
+    "build_split_path",
+    "check_columns",
+    "file_sha256",
+    "list_split_names",
+    "list_split_paths",
+    "open_run_parquet",
+    "read_columns",
+    "read_duplicate_id_episodes",
+    "read_run_episodes",
+    "read_schema",
+]
+
+RUN_LOG_FILE = "run.json"  # configuration, versions and stages of `phasewatch run`; the only file that holds times
 ACCOUNTING_FILE = "ledger.json"
+AUDIT_FILE = "audit_v1.json"
+CHANNELS_FILE = "channels.toml"  # the user's own channels
 SPLIT_INDEX_FILE = "splits_v1.json"
 PREDICTIONS_FILE = "predictions_v1.parquet"
 METRICS_FILE = "metrics_v1.json"
 REPORT_FILE = "report.html"
-BINS_INDEX_PATH = "grids/index.parquet"
-BINS_PATHS = ("grids/grids.npy", "grids/levels.npy", BINS_INDEX_PATH)
+
+BINS_DIR = "grids"
+BINS_FILE, LEVELS_FILE, BINS_INDEX_FILE = "grids.npy", "levels.npy", "index.parquet"  # in BINS_DIR
+BINS_PATH, LEVELS_PATH, BINS_INDEX_PATH = (f"{BINS_DIR}/{name}" for name in (BINS_FILE, LEVELS_FILE, BINS_INDEX_FILE))
+BINS_PATHS = (BINS_PATH, LEVELS_PATH, BINS_INDEX_PATH)
 
 FEATURES_FILE = "features_window_v1.parquet"
+EPISODE_FEATURES_FILE = "features_episode_v1.parquet"
 FEATURE_SCHEMA_FILE = "feature_schema_v1.json"
-FEATURE_FILES = (FEATURES_FILE, "features_episode_v1.parquet", FEATURE_SCHEMA_FILE)
+FEATURE_FILES = (FEATURES_FILE, EPISODE_FEATURES_FILE, FEATURE_SCHEMA_FILE)
 VALIDATION_FILE = "validation_v1.parquet"
 SPLITS_DIR = "splits"
+
+MODELS_DIR = "models"
+EXPERIMENT_FILE = "cell.json"  # in an experiment's folder below MODELS_DIR
+EXPERIMENT_PREDICTIONS_FILE = "predictions.parquet"  # beside it
+
+# A folder that holds one of them is a run.
+RUN_FILES = (
+    RUN_LOG_FILE,
+    VALIDATION_FILE,
+    ACCOUNTING_FILE,
+    FEATURES_FILE,
+    FEATURE_SCHEMA_FILE,
+    SPLIT_INDEX_FILE,
+    PREDICTIONS_FILE,
+    METRICS_FILE,
+    AUDIT_FILE,
+)
+
 _VERDICT_COLUMNS = (
-    "episode_id", "host_id", "profile", "sample_name", "sample_kind", "origin", "role", "status", "session", "plan_seed",
-    "agent", "proc_sketch", "started_wall_ns", "duration_s",
-)  # fmt: skip
-_NEIGHBOURS_COLUMN = "neighbours"  # an index of 0.2 and before has none
+    "episode_id",
+    "host_id",
+    "profile",
+    "sample_name",
+    "sample_kind",
+    "origin",
+    "role",
+    "status",
+    "session",
+    "plan_seed",
+    "agent",
+    "proc_sketch",
+    "started_wall_ns",
+    "duration_s",
+)
+_NEIGHBOURS_COLUMN = "neighbours"  # absent from an index of version 0.2 and before
 
 
 class FeatureSchema(msgspec.Struct, frozen=True, kw_only=True):
-    """What is read of `feature_schema_v1.json`."""
+    """The fields of `feature_schema_v1.json` that readers use."""
 
     phases: tuple[str, ...]
     feature_names: tuple[str, ...]
@@ -47,7 +128,16 @@ class FeatureSchema(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunEpisode:
-    """Who an episode of the feature table is. `session` is its own id where it ran alone."""
+    """The metadata of one episode of the feature table.
+
+    Attributes:
+        session: The recording session; the episode's own id if it ran alone.
+        agent: Whether the agent in the guest reported.
+        proc_sketch: Sketch of the /proc readings for the near-duplicate search (`validate.verdict.proc_sketch`).
+        started_wall_ns: Start of the recording, Unix nanoseconds.
+        duration_s: Labelled time.
+        neighbours: Ids of the episodes that were recorded at the same time on the same host.
+    """
 
     episode_id: str
     host_id: str
@@ -66,53 +156,64 @@ class RunEpisode:
 
 
 def read_run_episodes(run: Path, *, only: Iterable[str]) -> tuple[RunEpisode, ...]:
-    """Return the named episodes as the validator saw them, in the order (host, episode).
+    """Return the metadata of some usable episodes, sorted by host and episode.
 
-    Of an id that several hosts hold, the row of the host that keeps it (`identity.find_taken_ids`).
+    If several hosts claim an id, the row of its owner is returned (`identity.find_contested_ids`).
+
+    Args:
+        run: The run's folder.
+        only: Ids of the episodes.
 
     Raises:
-        RunError: If one has no usable row, or two.
+        RunError: If an episode has no usable row, or more than one.
     """
     wanted = set(only)
     path = run / VALIDATION_FILE
-    found: dict[str, RunEpisode] = {}
+    episodes: dict[str, RunEpisode] = {}
     rows = _read_usable_rows(path)
-    taken = find_contested_ids((row["host_id"], row["episode_id"]) for row in rows)
+    contested = find_contested_ids((row["host_id"], row["episode_id"]) for row in rows)
     for row in rows:
-        if row["episode_id"] not in wanted or (row["host_id"], row["episode_id"]) in taken:
+        if row["episode_id"] not in wanted or (row["host_id"], row["episode_id"]) in contested:
             continue
-        if row["episode_id"] in found:
+        if row["episode_id"] in episodes:
             raise RunError(f"{path}: episode {row['episode_id']} is usable twice; ids must be unique in a store")
-        found[row["episode_id"]] = _parse_run_episode(row, path)
-    if missing := wanted - set(found):
+        episodes[row["episode_id"]] = _parse_run_episode(row, path)
+    if missing := wanted - set(episodes):
         raise RunError(
-            f"{path}: episode {min(missing)} has windows in {FEATURES_FILE} but is not accepted or degraded here; "
-            "the two are of different sweeps, run `phasewatch features` again"
+            f"{path}: episode {min(missing)} has windows in {FEATURES_FILE} but is not usable here; "
+            "the two files are of different sweeps; run `phasewatch features` again"
         )
-    return tuple(sorted(found.values(), key=lambda e: (e.host_id, e.episode_id)))
+    return tuple(sorted(episodes.values(), key=lambda e: (e.host_id, e.episode_id)))
 
 
 def read_duplicate_id_episodes(run: Path) -> tuple[RunEpisode, ...]:
-    """Return the usable episodes that no file of the run may name, because another host holds an episode of their id."""
+    """Return the usable episodes that the run leaves out because another host claims their id.
+
+    Raises:
+        RunError: If the index of verdicts cannot be read.
+    """
     path = run / VALIDATION_FILE
     rows = _read_usable_rows(path)
-    taken = find_contested_ids((row["host_id"], row["episode_id"]) for row in rows)
-    found = [_parse_run_episode(row, path) for row in rows if (row["host_id"], row["episode_id"]) in taken]
-    return tuple(sorted(found, key=lambda e: (e.host_id, e.episode_id)))
+    contested = find_contested_ids((row["host_id"], row["episode_id"]) for row in rows)
+    episodes = [_parse_run_episode(row, path) for row in rows if (row["host_id"], row["episode_id"]) in contested]
+    return tuple(sorted(episodes, key=lambda e: (e.host_id, e.episode_id)))
 
 
 def _read_usable_rows(path: Path) -> list[dict[str, Any]]:
     with open_run_parquet(path, "validate") as file:
-        there = file.schema_arrow.names
-        check_columns(path, there, _VERDICT_COLUMNS, "validate")
-        rows = file.read(
-            columns=[*_VERDICT_COLUMNS, *([_NEIGHBOURS_COLUMN] if _NEIGHBOURS_COLUMN in there else [])]
-        ).to_pylist()
+        names = file.schema_arrow.names
+        check_columns(path, names, _VERDICT_COLUMNS, "validate")
+        optional = [_NEIGHBOURS_COLUMN] if _NEIGHBOURS_COLUMN in names else []
+        rows = file.read(columns=[*_VERDICT_COLUMNS, *optional]).to_pylist()
     return [row for row in rows if row["status"] in (BundleStatus.ACCEPTED, BundleStatus.DEGRADED)]
 
 
 def read_schema(run: Path) -> FeatureSchema:
-    """Read what the columns of the feature table are."""
+    """Read the feature schema of a run.
+
+    Raises:
+        RunError: If the file is absent, malformed, or made for other phases.
+    """
     path = run / FEATURE_SCHEMA_FILE
     try:
         schema = msgspec.json.decode(path.read_bytes(), type=FeatureSchema)
@@ -125,37 +226,71 @@ def read_schema(run: Path) -> FeatureSchema:
     return schema
 
 
+def build_split_path(run: Path, recipe: str, fold: str) -> Path:
+    """Return the path of a fold's file."""
+    return run / SPLITS_DIR / f"{recipe}-{fold}.json"
+
+
+def list_split_paths(run: Path, recipe: str | None = None) -> list[Path]:
+    """Return the fold files of a run, or of one of its recipes, sorted by name."""
+    return sorted((run / SPLITS_DIR).glob("*.json" if recipe is None else f"{recipe}-*.json"))
+
+
+def list_split_names(run: Path) -> tuple[str, ...]:
+    """Return the fold files of a run relative to its folder, sorted."""
+    return tuple(f"{SPLITS_DIR}/{path.name}" for path in list_split_paths(run))
+
+
 def file_sha256(path: Path) -> str:
-    """Digest of a file's bytes.
+    """Return the SHA-256 digest of a file in hex.
 
     Raises:
-        RunError: If it is absent.
+        RunError: If the file is absent.
     """
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as exc:
-        raise RunError(f"{path}: absent; the stage that makes it has not run") from exc
+        raise RunError(f"{path}: absent; run the stage that writes it first") from exc
 
 
 def open_run_parquet(path: Path, command: str) -> Any:
-    """Open a parquet file of the run; `command` is what makes it."""
+    """Open a Parquet file of the run.
+
+    Args:
+        path: The file.
+        command: The command that writes it, such as ``validate``, for messages.
+
+    Returns:
+        A `pyarrow.parquet.ParquetFile`.
+
+    Raises:
+        RunError: If it cannot be read; see `parquet.open_parquet`.
+    """
     return parquet.open_parquet(path, hint=f"phasewatch {command}")
 
 
 def read_columns(path: Path, columns: Sequence[str], command: str) -> Any:
-    """Read some columns of a parquet file of the run."""
+    """Read some columns of a Parquet file of the run into a `pyarrow.Table`; see `open_run_parquet`.
+
+    Raises:
+        RunError: If the file cannot be read or lacks a column.
+    """
     with open_run_parquet(path, command) as file:
         check_columns(path, file.schema_arrow.names, columns, command)
         with parquet.convert_parquet_errors(path, hint=f"phasewatch {command}"):
             return file.read(columns=list(columns))
 
 
-def check_columns(path: Path, there: Sequence[str], wanted: Sequence[str], command: str) -> None:
-    """Refuse a table that lacks a column."""
-    if lacking := sorted(set(wanted) - set(there)):
+def check_columns(path: Path, names: Sequence[str], required: Sequence[str], command: str) -> None:
+    """Raise if a table lacks a required column.
+
+    Raises:
+        RunError: If it does; the message names the first missing column and the command that writes the file.
+    """
+    if missing := sorted(set(required) - set(names)):
         raise RunError(
-            f"{path}: lacks column {lacking[0]} (of {len(lacking)}); make it again with `phasewatch {command}`"
+            f"{path}: lacks column {missing[0]} ({len(missing)} missing); make it again with `phasewatch {command}`"
         )
 
 
@@ -178,5 +313,5 @@ def _parse_run_episode(row: Mapping[str, Any], path: Path) -> RunEpisode:
             neighbours=tuple(row.get(_NEIGHBOURS_COLUMN) or ()),
         )
     raise RunError(
-        f"{path}: the row of episode {row['episode_id']} has a value that cannot be; run `phasewatch validate` again"
+        f"{path}: the row of episode {row['episode_id']} has an invalid value; run `phasewatch validate` again"
     )

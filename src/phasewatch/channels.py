@@ -20,7 +20,6 @@ from phasewatch.errors import UsageError, suggest_names
 from phasewatch.types import ChannelKind, ChannelTrust, SourceKind
 
 CHANNELS_VARIABLE = "PHASEWATCH_CHANNELS"  # the file's path; worker processes inherit it
-CHANNELS_FILE = "channels.toml"  # what a run keeps of it
 MAX_CHANNELS_FILE_BYTES = 64 << 10
 MAX_CUSTOM_ROWS = 64
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from tests.factories.stores import write_store
 
-from phasewatch.artifacts import PREDICTIONS_FILE
+from phasewatch.artifacts import EXPERIMENT_FILE, PREDICTIONS_FILE
 from phasewatch.audit.checks import AuditCheck, AuditReport, CheckOutcome
 from phasewatch.audit.models import check_permuted_labels, check_predictions, check_retrained, choose_experiments
 from phasewatch.audit.run import check_disjoint, check_metrics, read_audit
@@ -35,7 +35,7 @@ from phasewatch.models.base import LabelledExamples, ModelInputs
 from phasewatch.pipeline import runner, stages
 from phasewatch.splits import Fold, SplitEpisode, SplitPart
 from phasewatch.splits.fold import compute_fold_digest, parse_fold, render_fold
-from phasewatch.training.experiment import EXPERIMENT_FILE, Experiment, parse_experiment, render_experiment
+from phasewatch.training.experiment import Experiment, parse_experiment, render_experiment
 from phasewatch.training.predictions import read_predictions
 from phasewatch.training.train import compute_run_digests, fit_model, merge_predictions, train_experiments
 

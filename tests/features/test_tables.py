@@ -10,18 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from tests.factories.bundles import T0, S, episode, episode_id
 
-from phasewatch.artifacts import FEATURE_SCHEMA_FILE
+from phasewatch.artifacts import EPISODE_FEATURES_FILE, FEATURE_SCHEMA_FILE, FEATURES_FILE
 from phasewatch.binning.align import bin_episode
 from phasewatch.binning.storage import MappedBins, build_index_row, open_bins, write_bins
 from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import feature_names, schema_hash
 from phasewatch.features.stats import episode_stats, window_stats
-from phasewatch.features.tables import (
-    EPISODE_FEATURES_FILE,
-    WINDOW_FEATURES_FILE,
-    ParallelSettings,
-    write_feature_tables,
-)
+from phasewatch.features.tables import ParallelSettings, write_feature_tables
 from phasewatch.types import BundleStatus, EpisodeOrigin, EpisodeRole
 
 EPISODES = (
@@ -54,7 +49,7 @@ def grids(tmp_path_factory: pytest.TempPathFactory) -> MappedBins:
 def test_the_window_table_has_the_columns_of_the_contract(grids: MappedBins, tmp_path: Path) -> None:
     write_feature_tables(tmp_path, grids, STATUSES)
 
-    schema = pq.read_schema(tmp_path / WINDOW_FEATURES_FILE)
+    schema = pq.read_schema(tmp_path / FEATURES_FILE)
 
     assert schema.names == [*IDS, "t_center_s", "t_center_ns", "phase", "purity", "flags", *feature_names()]
     types = dict(zip(schema.names, map(str, schema.types), strict=True))
@@ -81,7 +76,7 @@ def test_the_episode_table_has_one_row_for_each_used_episode_even_without_a_wind
 def test_rows_are_those_of_the_stats_in_the_order_of_host_episode_and_window(grids: MappedBins, tmp_path: Path) -> None:
     write_feature_tables(tmp_path, grids, STATUSES)
 
-    table = pq.read_table(tmp_path / WINDOW_FEATURES_FILE)
+    table = pq.read_table(tmp_path / FEATURES_FILE)
 
     used = [grids.episode_bins(row) for row in (grids.rows[0], grids.rows[1], grids.rows[3])]
     expected = np.concatenate([window_stats(np.asarray(bins)).reshape(-1, len(feature_names())) for bins in used])
@@ -132,7 +127,7 @@ def test_any_number_of_workers_gives_the_same_tables(grids: MappedBins, tmp_path
             spread=ParallelSettings(workers=workers, chunk_size=1, min_parallel_episodes=0),
         )
 
-    for file in (WINDOW_FEATURES_FILE, EPISODE_FEATURES_FILE, FEATURE_SCHEMA_FILE):
+    for file in (FEATURES_FILE, EPISODE_FEATURES_FILE, FEATURE_SCHEMA_FILE):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
@@ -141,20 +136,20 @@ def test_the_tables_are_the_same_bytes_each_time_and_name_their_inputs(grids: Ma
         (tmp_path / name).mkdir()
         write_feature_tables(tmp_path / name, grids, STATUSES, inputs={"grids/index.parquet": "abc"})
 
-    for file in (WINDOW_FEATURES_FILE, EPISODE_FEATURES_FILE, FEATURE_SCHEMA_FILE):
+    for file in (FEATURES_FILE, EPISODE_FEATURES_FILE, FEATURE_SCHEMA_FILE):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    facts = json.loads(pq.read_metadata(tmp_path / "a" / WINDOW_FEATURES_FILE).metadata[b"phasewatch.features"])
+    facts = json.loads(pq.read_metadata(tmp_path / "a" / FEATURES_FILE).metadata[b"phasewatch.features"])
     assert facts == {"schema_hash": schema_hash(), "inputs": {"grids/index.parquet": "abc"}}
 
 
 def test_rows_are_held_back_until_a_row_group_is_full(grids: MappedBins, tmp_path: Path) -> None:
     write_feature_tables(tmp_path, grids, STATUSES, row_group=3)
-    small = pq.ParquetFile(tmp_path / WINDOW_FEATURES_FILE)
+    small = pq.ParquetFile(tmp_path / FEATURES_FILE)
 
     assert [small.metadata.row_group(i).num_rows for i in range(small.num_row_groups)] == [3, 3, 3, 2]
     split = small.read()
     write_feature_tables(tmp_path, grids, STATUSES)
-    whole = pq.ParquetFile(tmp_path / WINDOW_FEATURES_FILE)
+    whole = pq.ParquetFile(tmp_path / FEATURES_FILE)
     assert whole.num_row_groups == 1
     for name in split.column_names:
         assert np.array_equal(
@@ -164,7 +159,7 @@ def test_rows_are_held_back_until_a_row_group_is_full(grids: MappedBins, tmp_pat
 
 def test_only_the_id_columns_have_a_dictionary(grids: MappedBins, tmp_path: Path) -> None:
     write_feature_tables(tmp_path, grids, STATUSES)
-    group = pq.read_metadata(tmp_path / WINDOW_FEATURES_FILE).row_group(0)
+    group = pq.read_metadata(tmp_path / FEATURES_FILE).row_group(0)
 
     for i in range(group.num_columns):
         column = group.column(i)
@@ -175,7 +170,7 @@ def test_only_the_id_columns_have_a_dictionary(grids: MappedBins, tmp_path: Path
 def test_no_used_episode_gives_empty_tables(grids: MappedBins, tmp_path: Path) -> None:
     write_feature_tables(tmp_path, grids, {})
 
-    assert pq.read_table(tmp_path / WINDOW_FEATURES_FILE).num_rows == 0
+    assert pq.read_table(tmp_path / FEATURES_FILE).num_rows == 0
     assert pq.read_table(tmp_path / EPISODE_FEATURES_FILE).num_rows == 0
 
 

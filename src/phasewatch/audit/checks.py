@@ -10,7 +10,6 @@ import msgspec
 
 from phasewatch.errors import PhasewatchError, RunError
 
-AUDIT_FILE = "audit_v1.json"
 REPORT_ONLY_SUFFIX = "Reported, without a limit."  # how the promise of a figure ends that nothing can break
 MAX_SHOWN_FAULTS = 3  # places that a check names; the rest is counted
 

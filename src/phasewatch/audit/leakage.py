@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.arrays import Float32Array
-from phasewatch.artifacts import VALIDATION_FILE
+from phasewatch.artifacts import BINS_DIR, VALIDATION_FILE
 from phasewatch.audit.checks import REPORT_ONLY_SUFFIX, AuditCheck, CheckOutcome, build_check, build_untested_check
 from phasewatch.binning.storage import BinIndexRow, MappedBins, open_bins
 from phasewatch.channels import LEVEL_CHANNELS, build_channel_mask
@@ -472,7 +472,7 @@ def read_leakage_windows(run: Path) -> LeakageWindows:
         RunError: If it has no verdicts or no grids, or not one usable window.
     """
     usable = {(v.host_id, v.episode_id) for v in read_index(run / VALIDATION_FILE) if v.status in USABLE_STATUSES}
-    grids = open_bins(run / "grids")
+    grids = open_bins(run / BINS_DIR)
     return _build_leakage_windows(
         grids, _sample_rows([row for row in grids.rows if (row.host_id, row.episode_id) in usable])
     )

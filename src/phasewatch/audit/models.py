@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch import metrics
-from phasewatch.artifacts import PREDICTIONS_FILE
+from phasewatch.artifacts import EXPERIMENT_FILE, PREDICTIONS_FILE, list_split_paths
 from phasewatch.audit.checks import AuditCheck, build_check, build_untested_check, collect_refusals
 from phasewatch.dataset import WindowSet, load, read_fold, read_folds
 from phasewatch.errors import UsageError
@@ -22,7 +22,7 @@ from phasewatch.models.alarm import THETA_STEP
 from phasewatch.models.base import LabelledExamples, PhaseModel
 from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE, SMOOTHING_SCHEDULE
 from phasewatch.splits import SplitPart, find_recipe
-from phasewatch.training.experiment import EXPERIMENT_FILE, Experiment
+from phasewatch.training.experiment import Experiment
 from phasewatch.training.predictions import PROBABILITY_COLUMNS, read_predictions
 from phasewatch.training.train import compute_run_digests, find_finished_experiments, fit_model, read_experiment_data
 
@@ -295,7 +295,7 @@ def check_permuted_labels(
     """
     ask = answers or _predict_with_permuted_labels
     faults: list[str] = []
-    if not list((run / "splits").glob(f"{PERMUTATION_RECIPE}-*.json")):
+    if not list_split_paths(run, PERMUTATION_RECIPE):
         return build_untested_check(
             PERMUTATION_CHECK, PERMUTATION_PROMISE, f"the run has no fold of {PERMUTATION_RECIPE}"
         )

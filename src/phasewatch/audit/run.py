@@ -7,9 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from phasewatch import atomic
-from phasewatch.artifacts import METRICS_FILE, PREDICTIONS_FILE
-from phasewatch.audit.checks import (
+from phasewatch.artifacts import (
     AUDIT_FILE,
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+    SPLIT_INDEX_FILE,
+    list_split_names,
+    list_split_paths,
+)
+from phasewatch.audit.checks import (
     AuditCheck,
     AuditReport,
     build_check,
@@ -46,7 +52,7 @@ def check_rebuild(run: Path, copy: Path, files: tuple[str, ...]) -> AuditCheck:
     """
     faults: list[str] = []
     with collect_refusals(faults):
-        splits = {f"splits/{p.name}" for folder in (run, copy) for p in (folder / "splits").glob("*.json")}
+        splits = {name for folder in (run, copy) for name in list_split_names(folder)}
         for name in (*files, *sorted(splits)):
             ours, theirs = ((f / name) for f in (run, copy))
             if not ours.is_file() or not theirs.is_file() or file_sha256(ours) != file_sha256(theirs):
@@ -68,16 +74,12 @@ def check_disjoint(run: Path, episodes_from: Path) -> AuditCheck:
         episodes = {e.episode_id: e for e in found}
         index = read_split_index(run)
         if index.recipes and (there := read_split_index(episodes_from)).recipes and there != index:
-            faults.append("splits_v1.json sets other episodes aside than the bundles give")
+            faults.append(f"{SPLIT_INDEX_FILE} sets other episodes aside than the bundles give")
         # An id that another host keeps is set aside for this host alone.
         odd = [a for a in index.set_aside if a.episode_id in episodes and episodes[a.episode_id].host_id == a.host_id]
         crowded = _find_unusable_digests(found, odd)
         for recipe in recipes.SPLIT_RECIPES:
-            if (
-                recipe.leaky
-                or recipe.name in RECIPES_WITHOUT_TEST
-                or not list(run.glob(f"splits/{recipe.name}-*.json"))
-            ):
+            if recipe.leaky or recipe.name in RECIPES_WITHOUT_TEST or not list_split_paths(run, recipe.name):
                 continue
             folds = read_folds(run, recipe.name)
             looked.append(f"{len(folds)} folds of {recipe.name}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from phasewatch.artifacts import BINS_FILE, BINS_INDEX_FILE, LEVELS_FILE
 from phasewatch.atomic import make_folder, open_atomic
 from phasewatch.binning.align import EpisodeBins
 from phasewatch.bundle.model import Episode
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-BINS_FILE, LEVELS_FILE, BINS_INDEX_FILE = "grids.npy", "levels.npy", "index.parquet"
 _HEADER_BYTES = 128
 _ROW_GROUP_SIZE = 10_000
 _RELEASE_ROWS = 500  # episodes copied before their pages are given back

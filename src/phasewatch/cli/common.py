@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 import typer
 
 from phasewatch._version import __version__
-from phasewatch.channels import CHANNELS_FILE, CHANNELS_VARIABLE
+from phasewatch.artifacts import CHANNELS_FILE, RUN_FILES
+from phasewatch.channels import CHANNELS_VARIABLE
 from phasewatch.cli.streams import STANDARD_OUTPUT, drop_output, flush_output
 from phasewatch.errors import MachineError, PhasewatchError, RunError, StoreError, UsageError, describe_os_error
 
@@ -35,10 +36,6 @@ _PROGRESS_INTERVAL_S = 20.0  # without a terminal, a long stage says where it st
 CHANNELS_HELP = "A TOML file with channels of your own; the run remembers it."
 _CORPUS_VARIABLE = "PHASEWATCH_CORPUS"
 BUNDLED_CORPUS_DIR = Path("corpus") / "lab-v1"
-_RUN_FILES = (
-    "run.json", "validation_v1.parquet", "ledger.json", "features_window_v1.parquet", "feature_schema_v1.json",
-    "splits_v1.json", "predictions_v1.parquet", "metrics_v1.json", "audit_v1.json",
-)  # fmt: skip
 BUNDLED_MODEL_FILE = "lab-v1.edge.zip"  # beside the corpus: the bundled model
 
 
@@ -181,7 +178,7 @@ def check_run_folder(run: Path) -> Path:
     """
     if not run.is_dir():
         raise RunError(f"{run}: there is no such run; make one with `phasewatch run STORE --out {run}`")
-    if not any((run / name).is_file() for name in _RUN_FILES):
+    if not any((run / name).is_file() for name in RUN_FILES):
         from phasewatch.store.base import has_bundle
 
         what = "it holds bundles, so it is a store" if has_bundle(run) else "it holds no file of one"

@@ -99,10 +99,11 @@ def _build_watch_producer(machine: str, run: Path | None) -> EventProducer:
     """Watch a machine in a process of its own: its guard cleans up whatever becomes of this one."""
     import sys
 
+    from phasewatch.artifacts import MODELS_DIR
     from phasewatch.dashboard.server import relay_watcher
 
     which = ["--pid", machine] if machine.isdigit() else ["--name", machine]
-    model = ["--model", str(run)] if run is not None and (run / "models" / "deploy").is_dir() else []
+    model = ["--model", str(run)] if run is not None and (run / MODELS_DIR / "deploy").is_dir() else []
     return lambda hub: relay_watcher(
         [sys.executable, "-m", "phasewatch", "watch", *which, *model, "--json"], hub, machine
     )

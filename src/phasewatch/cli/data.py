@@ -123,6 +123,7 @@ def validate(
     Example: phasewatch validate my-store --out runs/mine
     """
     from phasewatch import atomic
+    from phasewatch.artifacts import VALIDATION_FILE
     from phasewatch.errors import UsageError
     from phasewatch.pipeline import stages
     from phasewatch.store.base import parse_store_location
@@ -170,10 +171,10 @@ def validate(
         *(["what a code means: phasewatch validate --explain CODE"] if reasons else []),
         f"{summary.kept} unchanged bundles were not read again",
         *([f"slowest: {summary.slowest[0]}, {summary.slowest[1]:.2f} s"] if summary.slowest else []),
-        str(out / "validation_v1.parquet"),
+        str(out / VALIDATION_FILE),
     ]  # fmt: skip
     common.print_result(
-        stage | {"kept": summary.kept, "index": str(out / "validation_v1.parquet")}, as_json=as_json, lines=lines
+        stage | {"kept": summary.kept, "index": str(out / VALIDATION_FILE)}, as_json=as_json, lines=lines
     )
     order = list(BundleStatus)
     worst = max((order.index(v.status) for v in summary.verdicts), default=0)
@@ -200,6 +201,7 @@ def features(
     from dataclasses import asdict
 
     from phasewatch import atomic
+    from phasewatch.artifacts import BINS_INDEX_PATH, FEATURES_FILE
     from phasewatch.errors import UsageError
     from phasewatch.pipeline import stages
     from phasewatch.store.base import parse_store_location
@@ -226,12 +228,12 @@ def features(
         read_statuses(validation)  # an index that cannot be read is told before a folder is made
     atomic.make_folder(folder)
     with atomic.lock(folder):
-        if run is None and not (folder / "grids" / "index.parquet").is_file():
+        if run is None and not (folder / BINS_INDEX_PATH).is_file():
             with common.show_progress(quiet=as_json) as tell:
                 stages.sweep_usable(settings, validation, tell=common.build_sweep_progress("grid", tell))
         count = stages.build_features(settings)
     words = f"{count.windows:,} windows of {count.episodes:,} episodes"
-    path = folder / "features_window_v1.parquet"
+    path = folder / FEATURES_FILE
     common.print_result(asdict(count) | {"features": str(path)}, as_json=as_json, lines=[words, str(path)])
 
 
@@ -251,6 +253,7 @@ def split(
     Example: phasewatch split runs/mine --recipes held_out_host,held_out_both
     """
     from phasewatch import atomic
+    from phasewatch.artifacts import SPLITS_DIR
     from phasewatch.dataset import read_folds
     from phasewatch.pipeline import stages
     from phasewatch.splits import SplitPart
@@ -283,7 +286,7 @@ def split(
         result, as_json=as_json,
         lines=[
             *common.render_table(rows), *common.render_set_aside(index.set_aside), *(f"cannot be built: {b.why}" for b in lacking),
-            str(run / "splits"),
+            str(run / SPLITS_DIR),
         ],
     )  # fmt: skip
     if any(b.recipe in asked for b in lacking):

@@ -97,7 +97,10 @@ def channels(
     where = store or common.find_bundled_corpus()
     seen = _measure_observed_values(where)
     for row, found in zip(listed, seen, strict=True):
-        row["observed"] = {n: getattr(found, n) for n in ("known", "moving", "low", "median", "p95", "high")}
+        row["observed"] = {
+            "known": found.known_share, "moving": found.varying_share, "low": found.low, "median": found.median,
+            "p95": found.p95, "high": found.high,
+        }  # fmt: skip
     lines: list[tuple[str, ...]] = [("channel", "unit", "lowest", "median", "95 %", "highest", "known", "moves in")]
     lines += [
         (o.channel.full_name, o.channel.unit, *(f"{v:.4g}" for v in (o.low, o.median, o.p95, o.high)), f"{o.known_share:.0%}", f"{o.varying_share:.0%}")
@@ -112,12 +115,13 @@ def _measure_observed_values(store: Path) -> tuple[ChannelSummary, ...]:
     """Sweep a store into a folder that goes again, and look at its bins."""
     import tempfile
 
+    from phasewatch.artifacts import BINS_DIR
     from phasewatch.binning.storage import open_bins, summarise_channels
     from phasewatch.validate.sweep import sweep
 
     with tempfile.TemporaryDirectory(prefix="phasewatch-channels-") as folder:
         sweep(store, Path(folder), workers=2)
-        grids = open_bins(Path(folder) / "grids")
+        grids = open_bins(Path(folder) / BINS_DIR)
         return summarise_channels([grids.episode_bins(row) for row in grids.rows])
 
 

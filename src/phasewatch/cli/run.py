@@ -136,7 +136,7 @@ def audit(
     Example: phasewatch audit runs/mine
     """
     from phasewatch import atomic
-    from phasewatch.audit.checks import AUDIT_FILE
+    from phasewatch.artifacts import AUDIT_FILE
     from phasewatch.pipeline import runner, stages
     from phasewatch.store.base import parse_store_location
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.artifacts import (
+    BINS_DIR,
     FEATURES_FILE,
     FeatureSchema,
     RunEpisode,
@@ -25,7 +26,7 @@ from phasewatch.binning.storage import open_bins
 from phasewatch.channels import CHANNELS, LEVEL_CHANNELS, build_channel_mask
 from phasewatch.dataset.sets import EpisodeWindows, FoldData, WindowSet
 from phasewatch.dataset.split_files import compute_sample_group, read_fold
-from phasewatch.dataset.tensors import BINS_DIR, compute_level_means, cut_tensor
+from phasewatch.dataset.tensors import compute_level_means, cut_tensor
 from phasewatch.errors import RunError, UsageError
 from phasewatch.features.normalise import (
     ChannelScaling,

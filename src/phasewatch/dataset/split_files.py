@@ -13,6 +13,8 @@ from phasewatch.artifacts import (
     FEATURES_FILE,
     SPLIT_INDEX_FILE,
     SPLITS_DIR,
+    build_split_path,
+    list_split_paths,
     read_columns,
     read_duplicate_id_episodes,
     read_run_episodes,
@@ -61,9 +63,7 @@ def write_all_splits(run: Path, recipes: Iterable[str]) -> SplitIndex:
     What was built, why something was not, and which episodes were set aside stands in `splits_v1.json`.
     """
     asked = {find_recipe(name).name for name in recipes}
-    names = [
-        row.name for row in SPLIT_RECIPES if row.name in asked or any((run / SPLITS_DIR).glob(f"{row.name}-*.json"))
-    ]
+    names = [row.name for row in SPLIT_RECIPES if row.name in asked or list_split_paths(run, row.name)]
     given = prepare_split(read_split_episodes(run))
     built: list[RecipeResult] = []
     aside: list[SetAsideEpisode] = [*given.set_aside, *_list_duplicate_ids(run)]
@@ -139,13 +139,13 @@ def _write_recipe(run: Path, recipe: str, given: SplitInput) -> RecipeSplit:
     made = build_split(recipe, given, profiles=tuple(p.name for p in profiles.PROFILES))
     atomic.make_folder(run / SPLITS_DIR)
     for fold in made.folds:
-        atomic.write_atomic(_fold_path(run, fold.recipe, fold.fold), render_fold(fold))
-    _remove_folds(run, recipe, keep={_fold_path(run, fold.recipe, fold.fold) for fold in made.folds})
+        atomic.write_atomic(build_split_path(run, fold.recipe, fold.fold), render_fold(fold))
+    _remove_folds(run, recipe, keep={build_split_path(run, fold.recipe, fold.fold) for fold in made.folds})
     return made
 
 
 def _remove_folds(run: Path, recipe: str, *, keep: set[Path]) -> None:
-    for path in sorted((run / SPLITS_DIR).glob(f"{recipe}-*.json")):
+    for path in list_split_paths(run, recipe):
         if path not in keep:
             atomic.remove(path)
 
@@ -153,20 +153,42 @@ def _remove_folds(run: Path, recipe: str, *, keep: set[Path]) -> None:
 def read_fold(run: Path, recipe: str, fold: str) -> Fold:
     """Read one fold of a recipe."""
     find_recipe(recipe)
-    path = _fold_path(run, recipe, fold)
+    path = build_split_path(run, recipe, fold)
     if path.parent != run / SPLITS_DIR or not path.is_file():
-        there = ", ".join(sorted(p.stem for p in (run / SPLITS_DIR).glob("*.json"))) or "none"
+        there = ", ".join(p.stem for p in list_split_paths(run)) or "none"
         raise RunError(f"{path}: absent; the run has {there}; make it with `phasewatch split {run}`")
-    return parse_fold(path.read_bytes(), file=str(path))
+    return read_fold_file(path)
 
 
 def read_folds(run: Path, recipe: str) -> tuple[Fold, ...]:
-    """Read all folds of a recipe, in order of their names."""
+    """Read all folds of a recipe, in order of their names.
+
+    Raises:
+        RunError: If there is none, or a file is not a fold.
+    """
     find_recipe(recipe)
-    paths = sorted((run / SPLITS_DIR).glob(f"{recipe}-*.json"))
-    if not paths:
+    folds = read_all_folds(run, recipe)
+    if not folds:
         raise RunError(f"{run / SPLITS_DIR}: no fold of {recipe}; make them with `phasewatch split {run}`")
-    return tuple(parse_fold(path.read_bytes(), file=str(path)) for path in paths)
+    return folds
+
+
+def read_all_folds(run: Path, recipe: str | None = None) -> tuple[Fold, ...]:
+    """Read the folds of every recipe of a run, or of one; empty where there is none.
+
+    Raises:
+        RunError: If a file is not a fold.
+    """
+    return tuple(read_fold_file(path) for path in list_split_paths(run, recipe))
+
+
+def read_fold_file(path: Path) -> Fold:
+    """Read the file of one fold.
+
+    Raises:
+        RunError: If it is not a fold, or was edited.
+    """
+    return parse_fold(path.read_bytes(), file=str(path))
 
 
 def read_split_episodes(run: Path) -> tuple[SplitEpisode, ...]:
@@ -207,8 +229,3 @@ def compute_sample_group(profile: str, sample_name: str) -> int:
     except UsageError:
         digest = hashlib.sha256(f"{profile}|{sample_name}".encode()).digest()
         return int.from_bytes(digest[:4], "big") % profiles.N_SAMPLE_GROUPS
-
-
-def _fold_path(run: Path, recipe: str, fold: str) -> Path:
-    """Where a fold's file stands."""
-    return run / SPLITS_DIR / f"{recipe}-{fold}.json"

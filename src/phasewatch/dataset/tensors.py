@@ -9,14 +9,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.artifacts import RunEpisode
+from phasewatch.artifacts import BINS_DIR, RunEpisode
 from phasewatch.binning.storage import MappedBins, open_bins
 from phasewatch.channels import CHANNELS
 from phasewatch.errors import RunError
 from phasewatch.features.windows import gather_windows
 from phasewatch.types import BIN_NS, WINDOW_BINS
 
-BINS_DIR = "grids"
 _HALF_WINDOW_NS = BIN_NS * WINDOW_BINS // 2
 
 

@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 
 from phasewatch import atomic, profiles
-from phasewatch.artifacts import METRICS_FILE, PREDICTIONS_FILE
-from phasewatch.binning.storage import BINS_INDEX_FILE as GRID_INDEX
+from phasewatch.artifacts import BINS_DIR, BINS_INDEX_PATH, METRICS_FILE, PREDICTIONS_FILE, list_split_names
 from phasewatch.binning.storage import index_rows_by_id, open_bins
 from phasewatch.channels import CHANNELS
 from phasewatch.dataset import file_sha256
-from phasewatch.dataset.split_files import compute_sample_group
-from phasewatch.dataset.tensors import BINS_DIR
+from phasewatch.dataset.split_files import compute_sample_group, read_all_folds
 from phasewatch.errors import PhasewatchError, RunError
 from phasewatch.evaluation import alarms, comparisons
 from phasewatch.evaluation.alarms import IMPACT_METRICS, EpisodeTimeline, build_alarm_rows
@@ -42,7 +40,7 @@ from phasewatch.evaluation.predictions import ModelPredictions, PredictionGroup,
 from phasewatch.evaluation.scoring import EvaluationSettings, MetricKey
 from phasewatch.metrics import confusion_counts, macro_f1
 from phasewatch.models import checkpoint, registry
-from phasewatch.splits import Fold, parse_fold
+from phasewatch.splits import Fold
 from phasewatch.training.experiment import Experiment
 from phasewatch.training.predictions import NO_FILTER, read_predictions
 from phasewatch.types import SampleKind
@@ -146,9 +144,9 @@ def compute_metrics(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -
     path = run / PREDICTIONS_FILE
     table = read_predictions(path)
     folds, digests = _read_folds(run)
-    index = run / BINS_DIR / GRID_INDEX
+    index = run / BINS_INDEX_PATH
     if index.is_file():
-        digests[f"{BINS_DIR}/{GRID_INDEX}"] = file_sha256(index)
+        digests[BINS_INDEX_PATH] = file_sha256(index)
     rows: list[MetricRow] = []
     with _limit_threads():
         boards = list(parse_prediction_groups(table, folds))
@@ -192,11 +190,9 @@ def _limit_threads() -> Iterator[None]:
 
 
 def _read_folds(run: Path) -> tuple[dict[tuple[str, str], Fold], dict[str, str]]:
-    """Read the cuts that the run has, with the digests of their files."""
-    paths = sorted((run / "splits").glob("*.json"))
-    folds = [parse_fold(path.read_bytes(), file=str(path)) for path in paths]
-    digests = {f"splits/{path.name}": file_sha256(path) for path in paths}
-    return {(fold.recipe, fold.fold): fold for fold in folds}, digests
+    """Return the folds of the run by recipe and fold, and the digests of their files."""
+    digests = {name: file_sha256(run / name) for name in list_split_names(run)}
+    return {(fold.recipe, fold.fold): fold for fold in read_all_folds(run)}, digests
 
 
 def _score_group(board: PredictionGroup, val_b: PredictionGroup | None, rules: EvaluationSettings) -> list[MetricRow]:
@@ -284,7 +280,7 @@ def _filter_recipes(table: Any, boards: Sequence[PredictionGroup]) -> Any:
 def read_timelines(run: Path) -> dict[str, EpisodeTimeline]:
     """Read label spans and the rates of damage from the run's grids; nothing where there are none."""
     folder = run / BINS_DIR
-    if not (folder / GRID_INDEX).is_file():
+    if not (run / BINS_INDEX_PATH).is_file():
         return {}
     grids = open_bins(folder)
     names = [c.full_name for c in CHANNELS]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.artifacts import PREDICTIONS_FILE, check_columns, open_run_parquet
+from phasewatch.artifacts import BINS_DIR, PREDICTIONS_FILE, check_columns, open_run_parquet
 from phasewatch.binning.storage import BinIndexRow, build_index_row, index_rows_by_id, open_bins
 from phasewatch.channels import CHANNELS
 from phasewatch.errors import RunError
@@ -124,7 +124,7 @@ def read_replay_episodes(
         RunError: If the run lacks one of them (names those it has), its grids or its predictions.
     """
     table = _read_prediction_table(run, choice)
-    grids = open_bins(run / "grids")
+    grids = open_bins(run / BINS_DIR)
     rows = index_rows_by_id(grids)
     ids = np.asarray(table.column("episode_id").to_pylist())
     found = []

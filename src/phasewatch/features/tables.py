@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.artifacts import FEATURE_SCHEMA_FILE
+from phasewatch.artifacts import EPISODE_FEATURES_FILE, FEATURE_SCHEMA_FILE, FEATURES_FILE
 from phasewatch.atomic import open_atomic, write_atomic
 from phasewatch.binning.storage import BinIndexRow, MappedBins, map_bins, release_pages
 from phasewatch.errors import MachineError
@@ -35,7 +35,6 @@ from phasewatch.types import STRIDE_NS, BundleStatus
 if TYPE_CHECKING:
     import pyarrow as pa
 
-WINDOW_FEATURES_FILE, EPISODE_FEATURES_FILE = "features_window_v1.parquet", "features_episode_v1.parquet"
 ROW_GROUP_SIZE = 100_000
 EPISODE_ID_TAKEN = "episode-id-taken"
 
@@ -149,7 +148,7 @@ def write_feature_tables(
             left_out[key] = left_out.get(key, 0) + 1
     n_all = n_short = n_unknown = 0
     with (
-        _open_table(folder / WINDOW_FEATURES_FILE, _WINDOW_NUMBERS, row_group, inputs) as windows,
+        _open_table(folder / FEATURES_FILE, _WINDOW_NUMBERS, row_group, inputs) as windows,
         _open_table(folder / EPISODE_FEATURES_FILE, _EPISODE_NUMBERS, row_group, inputs) as episodes,
     ):
         for row, table, whole in _iter_features(used, grids, spread):

@@ -131,7 +131,7 @@ class BoundedProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Parse what came, unless the client has had its last answer."""
         if self.transport is None:
-            self._early += data
+            self._early_data += data
             return
         if self._is_draining or self.find_stage() is ConnectionStage.DRAIN:
             self._drained += len(data)

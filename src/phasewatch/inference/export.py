@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from phasewatch import atomic
+from phasewatch.artifacts import BINS_DIR, MODELS_DIR, read_run_episodes
 from phasewatch.artifacts import FEATURE_SCHEMA_FILE as RUN_SCHEMA
-from phasewatch.artifacts import read_run_episodes
 from phasewatch.binning.storage import index_rows_by_id, open_bins
 from phasewatch.channels import build_channel_mask
 from phasewatch.dataset import load, read_fold
@@ -32,7 +32,7 @@ from phasewatch.models import registry
 from phasewatch.models.base import ModelInputs, PhaseModel
 from phasewatch.models.checkpoint import CHECKPOINT_FILE, read_header
 from phasewatch.splits import SplitPart
-from phasewatch.training.experiment import MODELS_DIR, Experiment
+from phasewatch.training.experiment import Experiment
 from phasewatch.training.grids import DEPLOY_CHANNEL_SETS
 
 PARITY_WINDOWS = 512
@@ -159,7 +159,7 @@ def read_training_origin(run: Path, recipe: str, fold: str) -> TrainingOrigin:
     """Say who the models of a fold learnt from: train and validation."""
     cut = read_fold(run, recipe, fold)
     ids = {episode for episode, part in cut.episodes.items() if part in _TRAINED_PARTS}
-    rows = [row for episode, row in index_rows_by_id(open_bins(run / "grids")).items() if episode in ids]
+    rows = [row for episode, row in index_rows_by_id(open_bins(run / BINS_DIR)).items() if episode in ids]
     known = read_run_episodes(run, only=ids)
     return TrainingOrigin(
         hosts=tuple(sorted({e.host_id for e in known})),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from phasewatch.artifacts import MODELS_DIR, RUN_LOG_FILE
 from phasewatch.channels import CHANNELS, build_channel_mask
 from phasewatch.errors import MismatchError, RunError, UsageError
 from phasewatch.features.fingerprint import behaviour_fingerprint
@@ -84,10 +85,10 @@ def find_models(path: Path) -> tuple[ModelCandidate, ...]:
     if (path / CHECKPOINT_FILE).is_file():
         return (_build_checkpoint_candidate(path),)
     if path.is_dir():
-        found = sorted((path / "models" / DEPLOY_RECIPE).glob(f"*/*/*/*/{CHECKPOINT_FILE}"))
+        found = sorted((path / MODELS_DIR / DEPLOY_RECIPE).glob(f"*/*/*/*/{CHECKPOINT_FILE}"))
         if found:
             return tuple(_build_checkpoint_candidate(header.parent) for header in found)
-        if (path / "models").is_dir() or (path / "run.json").is_file():
+        if (path / MODELS_DIR).is_dir() or (path / RUN_LOG_FILE).is_file():
             raise RunError(
                 f"{path}: this run has no deployed model; train one: phasewatch train {path} --recipes {DEPLOY_RECIPE}"
             )
@@ -234,7 +235,7 @@ def _build_input_spec(header: CheckpointHeader, folder: Path) -> InputSpec:
 def _parse_checkpoint_path(folder: Path) -> tuple[Path | None, str, str]:
     """Read run, recipe and fold off a cell's place: models/<recipe>/<fold>/<threat>/<model>/<table>-s<seed>."""
     parts = folder.resolve().parts
-    if len(parts) < 7 or parts[-6] != "models":
+    if len(parts) < 7 or parts[-6] != MODELS_DIR:
         return None, "", ""
     return folder.resolve().parents[5], parts[-5], parts[-4]
 

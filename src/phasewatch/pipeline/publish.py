@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from phasewatch.artifacts import RUN_LOG_FILE
 from phasewatch.atomic import make_folder, open_atomic, remove, write_atomic
 from phasewatch.errors import RunError
 from phasewatch.store.base import open_store
 from phasewatch.store.s3 import ObjectStore
 
-LAST_PUBLISHED_FILE = "run.json"
 _PRIVATE_KEYS = frozenset({"run", "address"})
 
 
@@ -27,27 +27,27 @@ def publish_run(run: Path, uri: str) -> int:
         RunError: If the run is not finished.
         StoreError: If nothing can be put there.
     """
-    if not (run / LAST_PUBLISHED_FILE).is_file():
+    if not (run / RUN_LOG_FILE).is_file():
         raise RunError(f"{run}: it is not finished; take it the whole way with `phasewatch run STORE --out {run}`")
     files = [path for path in sorted(run.rglob("*")) if path.is_file() and not _is_hidden(path.relative_to(run))]
-    ordered = [*(path for path in files if path != run / LAST_PUBLISHED_FILE), run / LAST_PUBLISHED_FILE]
+    ordered = [*(path for path in files if path != run / RUN_LOG_FILE), run / RUN_LOG_FILE]
     store, folder = open_store(uri), Path(uri.removeprefix("file://"))
     if isinstance(store, ObjectStore):  # first the last word of an older run: it must not vouch for a mixture
-        store.remove_key(LAST_PUBLISHED_FILE)
+        store.remove_key(RUN_LOG_FILE)
     else:
-        remove(folder / LAST_PUBLISHED_FILE)
+        remove(folder / RUN_LOG_FILE)
     for path in ordered[:-1]:
         name = path.relative_to(run).as_posix()
         if isinstance(store, ObjectStore):
             store.put_file(name, path)
         else:
             _copy_file(path, folder / name)
-    last = _redact_run_log((run / LAST_PUBLISHED_FILE).read_bytes())
+    last = _redact_run_log((run / RUN_LOG_FILE).read_bytes())
     if isinstance(store, ObjectStore):
-        store.put_key(LAST_PUBLISHED_FILE, last)
+        store.put_key(RUN_LOG_FILE, last)
     else:
         make_folder(folder)
-        write_atomic(folder / LAST_PUBLISHED_FILE, last)
+        write_atomic(folder / RUN_LOG_FILE, last)
     return len(ordered)
 
 

@@ -17,15 +17,18 @@ from phasewatch import atomic
 from phasewatch._version import __version__
 from phasewatch.artifacts import (
     ACCOUNTING_FILE,
+    AUDIT_FILE,
+    BINS_DIR,
     BINS_INDEX_PATH,
     BINS_PATHS,
     FEATURE_FILES,
     METRICS_FILE,
     PREDICTIONS_FILE,
     REPORT_FILE,
+    RUN_LOG_FILE,
+    SPLITS_DIR,
     VALIDATION_FILE,
 )
-from phasewatch.audit.checks import AUDIT_FILE
 from phasewatch.dataset.split_files import RecipeResult, read_split_index
 from phasewatch.errors import SplitError, StoreError, UsageError
 from phasewatch.evaluation.evaluate import read_metrics
@@ -39,7 +42,7 @@ from phasewatch.training.train import FailedExperiment, TrainingError
 from phasewatch.validate.sweep import SweepTally
 from phasewatch.validate.verdict import BundleVerdict
 
-RUN_FILE, TRAIN_STAGE = "run.json", "train"
+TRAIN_STAGE = "train"
 StageProgress = Callable[[str, int, int, str], None]  # stage, done, in all, words
 
 
@@ -101,7 +104,7 @@ def run_pipeline(settings: RunSettings, *, tell: StageProgress | None = None) ->
     stages.check_folders(settings)
     atomic.make_folder(settings.run)
     with atomic.lock(settings.run):
-        for folder in (settings.run, settings.run / "grids", settings.run / "splits"):
+        for folder in (settings.run, settings.run / BINS_DIR, settings.run / SPLITS_DIR):
             if folder.is_dir():
                 atomic.sweep_temporaries(folder)
         log = _read_log(settings.run)
@@ -275,14 +278,14 @@ def _run_stage(stage: PipelineStage, folder: Path, log: dict[str, Any], say: Sta
 
 def _read_log(folder: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError, TypeError):
-        found = json.loads((folder / RUN_FILE).read_bytes())
+        found = json.loads((folder / RUN_LOG_FILE).read_bytes())
         if isinstance(found.get("stages"), dict):
             return dict(found)
     return {"stages": {}}
 
 
 def _write_log(folder: Path, log: Mapping[str, Any]) -> None:
-    atomic.write_atomic(folder / RUN_FILE, (json.dumps(log, indent=1, sort_keys=True) + "\n").encode())
+    atomic.write_atomic(folder / RUN_LOG_FILE, (json.dumps(log, indent=1, sort_keys=True) + "\n").encode())
 
 
 def _collect_versions() -> dict[str, str]:

@@ -14,18 +14,23 @@ from phasewatch import atomic
 from phasewatch._version import __version__
 from phasewatch.artifacts import (
     ACCOUNTING_FILE,
+    BINS_DIR,
     BINS_PATHS,
+    CHANNELS_FILE,
     FEATURE_FILES,
     SPLIT_INDEX_FILE,
+    SPLITS_DIR,
     VALIDATION_FILE,
     file_sha256,
+    list_split_names,
+    list_split_paths,
 )
 from phasewatch.audit.checks import AuditReport
 from phasewatch.audit.run import audit_run
 from phasewatch.binning.storage import open_bins
 from phasewatch.bundle.archive import unpack_manifest
-from phasewatch.channels import CHANNELS_FILE, CUSTOM_CHANNELS, build_channel_mask
-from phasewatch.dataset.split_files import SplitIndex, read_folds, read_recipe_results, write_all_splits
+from phasewatch.channels import CUSTOM_CHANNELS, build_channel_mask
+from phasewatch.dataset.split_files import SplitIndex, read_all_folds, read_folds, read_recipe_results, write_all_splits
 from phasewatch.errors import BundleError, RunError, SplitError, UsageError
 from phasewatch.evaluation.evaluate import evaluate_run, read_metrics
 from phasewatch.evaluation.importance import DecisionExplanation, explain_decision
@@ -36,7 +41,7 @@ from phasewatch.features.tables import FeatureCount, ParallelSettings, write_fea
 from phasewatch.models.registry import BASELINE_MODELS, find_model, find_source_file
 from phasewatch.parallel.pool import map_ordered
 from phasewatch.report.html import write_report
-from phasewatch.splits import SPLIT_RECIPES, Fold, SplitPart, find_recipe, parse_fold
+from phasewatch.splits import SPLIT_RECIPES, Fold, SplitPart, find_recipe
 from phasewatch.store.base import StoreItem, StoreLocation, check_store, has_bundle, open_store
 from phasewatch.training.experiment import Experiment
 from phasewatch.training.grids import (
@@ -119,7 +124,7 @@ def compute_digests(run: Path, names: Sequence[str]) -> dict[str, str]:
 
 def list_split_files(run: Path) -> tuple[str, ...]:
     """Give the names of the run's split files and of their index."""
-    return (SPLIT_INDEX_FILE, *(f"splits/{path.name}" for path in sorted((run / "splits").glob("*.json"))))
+    return (SPLIT_INDEX_FILE, *list_split_names(run))
 
 
 def compute_model_digests(models: Sequence[str]) -> dict[str, str]:
@@ -222,7 +227,7 @@ def build_features(settings: RunSettings) -> FeatureCount:
     statuses = read_statuses(run / VALIDATION_FILE)
     count = write_feature_tables(
         run,
-        open_bins(run / "grids"),
+        open_bins(run / BINS_DIR),
         statuses,
         include_degraded=settings.include_degraded,
         inputs=compute_digests(run, [VALIDATION_FILE]),
@@ -269,9 +274,9 @@ def _read_all_folds(run: Path) -> dict[str, tuple[Fold, ...]]:
     Raises:
         RunError: If it has none.
     """
-    there = [row.name for row in SPLIT_RECIPES if any((run / "splits").glob(f"{row.name}-*.json"))]
+    there = [row.name for row in SPLIT_RECIPES if list_split_paths(run, row.name)]
     if not there:
-        raise RunError(f"{run / 'splits'}: no split; make them with `phasewatch split {run}`")
+        raise RunError(f"{run / SPLITS_DIR}: no split; make them with `phasewatch split {run}`")
     return {recipe: read_folds(run, recipe) for recipe in there}
 
 
@@ -369,7 +374,7 @@ def explain(run: Path, episode_id: str, at_s: float) -> DecisionExplanation:
             )
             return explain_decision(run, cell, episode_id, at_s)
     raise RunError(
-        f"{run}: no fold of {place.recipe} tests episode {episode_id!r}; {run / 'splits'} names those that are tested"
+        f"{run}: no fold of {place.recipe} tests episode {episode_id!r}; {run / SPLITS_DIR} names those that are tested"
     )
 
 
@@ -389,7 +394,7 @@ def audit(settings: RunSettings, *, tell: Callable[[str, int, int], None] | None
         )
         build_features(replace(settings, run=folder))
         built = {b.recipe for b in read_recipe_results(settings.run)} | {
-            fold.recipe for fold in _read_fold_files(settings.run)
+            fold.recipe for fold in read_all_folds(settings.run)
         }
         write_all_splits(folder, built)
 
@@ -397,10 +402,6 @@ def audit(settings: RunSettings, *, tell: Callable[[str, int, int], None] | None
     return audit_run(
         settings.run, remake=remake if there else None, files=(VALIDATION_FILE, *BINS_PATHS, *FEATURE_FILES), tell=tell
     )
-
-
-def _read_fold_files(run: Path) -> list[Fold]:
-    return [parse_fold(path.read_bytes(), file=str(path)) for path in sorted((run / "splits").glob("*.json"))]
 
 
 def build_report(settings: RunSettings, form: str = "html", out: Path | None = None) -> Path:

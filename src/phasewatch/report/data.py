@@ -11,7 +11,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.artifacts import ACCOUNTING_FILE, FEATURE_SCHEMA_FILE, METRICS_FILE, PREDICTIONS_FILE, VALIDATION_FILE
+from phasewatch.artifacts import (
+    ACCOUNTING_FILE,
+    FEATURE_SCHEMA_FILE,
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+    SPLITS_DIR,
+    VALIDATION_FILE,
+)
 from phasewatch.audit.checks import AuditReport
 from phasewatch.dataset import SplitIndex
 from phasewatch.errors import RunError
@@ -28,7 +35,7 @@ COMMAND_BY_FILE = {
     ACCOUNTING_FILE: "validate",
     VALIDATION_FILE: "validate",
     FEATURE_SCHEMA_FILE: "features",
-    "splits": "split",
+    SPLITS_DIR: "split",
 }
 PREDICTION_COLUMNS = (
     "model",
@@ -249,7 +256,7 @@ def _parse_stage(name: str, entry: dict[str, Any]) -> AccountingStage:
 def find_stale_inputs(metrics: MetricTable, digests: Mapping[str, str]) -> tuple[str, ...]:
     """Name the inputs that have changed since the metrics were computed from them; of splits, which are many, how many."""
     changed = [n for n, digest in sorted(metrics.inputs.items()) if n in digests and digests[n] != digest]
-    cuts = [name for name in changed if name.startswith("splits/")]
+    cuts = [name for name in changed if name.startswith(f"{SPLITS_DIR}/")]
     others = [f"another {name} than the one" for name in changed if name not in cuts]
     if cuts:
         others.append(f"other splits ({len(cuts)}, {cuts[0]} is the first) than those")

@@ -11,11 +11,20 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from phasewatch.artifacts import ACCOUNTING_FILE, FEATURE_SCHEMA_FILE, METRICS_FILE, PREDICTIONS_FILE, VALIDATION_FILE
+from phasewatch.artifacts import (
+    ACCOUNTING_FILE,
+    AUDIT_FILE,
+    FEATURE_SCHEMA_FILE,
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+    VALIDATION_FILE,
+    list_split_names,
+    list_split_paths,
+)
 from phasewatch.atomic import write_atomic
-from phasewatch.audit.checks import AUDIT_FILE
 from phasewatch.audit.run import read_audit
 from phasewatch.dataset import SplitIndex, read_split_index
+from phasewatch.dataset.split_files import read_fold_file
 from phasewatch.errors import MissingToolError, RunError, UsageError
 from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, parse_metrics
 from phasewatch.parquet import convert_parquet_errors, open_parquet
@@ -23,7 +32,6 @@ from phasewatch.report import data as ev
 from phasewatch.report.layout import ReportPage
 from phasewatch.report.markdown import render_json, render_markdown
 from phasewatch.report.summary import build_page
-from phasewatch.splits import parse_fold
 from phasewatch.training.predictions import NO_FILTER
 
 if TYPE_CHECKING:
@@ -84,9 +92,9 @@ def read_report_data(run: Path) -> ev.ReportData:
     stages = attempt(ACCOUNTING_FILE, lambda p: ev.parse_accounting(p.read_bytes()))
     schema = attempt(FEATURE_SCHEMA_FILE, lambda p: ev.parse_schema(p.read_bytes()))
     folds = []
-    for path in sorted((run / "splits").glob("*.json")):
+    for path in list_split_paths(run):
         try:
-            folds.append(parse_fold(path.read_bytes(), file=f"splits/{path.name}"))
+            folds.append(read_fold_file(path))
         except (RunError, OSError) as exc:
             notes.append(str(exc))
     if not (metrics or predictions or bundles or stages or schema or folds):
@@ -98,9 +106,7 @@ def read_report_data(run: Path) -> ev.ReportData:
         notes.append(str(exc))
     digests = _compute_input_digests(run)
     if metrics is not None:
-        notes += ev.find_stale_inputs(
-            metrics, digests | _compute_digests(run, [f"splits/{p.name}" for p in (run / "splits").glob("*.json")])
-        )
+        notes += ev.find_stale_inputs(metrics, digests | _compute_digests(run, list_split_names(run)))
     audit = None
     try:
         audit = read_audit(run)

@@ -10,12 +10,10 @@ from typing import Any
 import msgspec
 
 from phasewatch._version import __version__
+from phasewatch.artifacts import MODELS_DIR
 from phasewatch.errors import RunError
 from phasewatch.models.base import InputKind, InputVariant
 from phasewatch.splits import Fold
-
-MODELS_DIR = "models"
-EXPERIMENT_FILE = "cell.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)

@@ -10,9 +10,18 @@ from statistics import fmean
 from traceback import extract_tb
 
 from phasewatch import atomic
-from phasewatch.artifacts import FEATURE_SCHEMA_FILE, FEATURES_FILE, PREDICTIONS_FILE, VALIDATION_FILE
-from phasewatch.binning.storage import BINS_FILE, LEVELS_FILE
-from phasewatch.dataset import FoldData, file_sha256, load, read_fold, tensors
+from phasewatch.artifacts import (
+    BINS_PATH,
+    EXPERIMENT_FILE,
+    EXPERIMENT_PREDICTIONS_FILE,
+    FEATURE_SCHEMA_FILE,
+    FEATURES_FILE,
+    LEVELS_PATH,
+    MODELS_DIR,
+    PREDICTIONS_FILE,
+    VALIDATION_FILE,
+)
+from phasewatch.dataset import FoldData, file_sha256, load, read_fold
 from phasewatch.errors import MachineError, ModelError, PhasewatchError, RunError, UsageError
 from phasewatch.models import registry
 from phasewatch.models.base import InputKind, PhaseModel
@@ -21,8 +30,6 @@ from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE, SMOOTHI
 from phasewatch.parallel.pool import map_ordered
 from phasewatch.splits import Fold
 from phasewatch.training.experiment import (
-    EXPERIMENT_FILE,
-    MODELS_DIR,
     Experiment,
     ExperimentRecord,
     RunDigests,
@@ -38,8 +45,6 @@ from phasewatch.training.predictions import (
 )
 from phasewatch.training.tuning import find_tuning_space, tune
 
-BINS_PATH, LEVELS_PATH = (f"{tensors.BINS_DIR}/{name}" for name in (BINS_FILE, LEVELS_FILE))
-EXPERIMENT_PREDICTIONS_FILE = "predictions.parquet"
 MAX_ERROR_CHARS = 300  # of an error in a user's model; some quote a whole array
 EXPERIMENT_TIMEOUT_S = 3600.0  # a cell takes seconds; one that takes an hour hangs
 

@@ -256,7 +256,7 @@ class BundleReceiver:
     async def _handle_health(self, request: Request) -> Response:
         if self._health_check is None:  # whoever asks meanwhile shares the answer: the disk is asked once
             self._health_check = asyncio.ensure_future(self._run_in_thread(self._check_store))
-            self._health_check.add_done_callback(lambda looked: setattr(self, "_looking", None))
+            self._health_check.add_done_callback(lambda looked: setattr(self, "_health_check", None))
         status = await asyncio.shield(self._health_check)
         said = {"status": status, "in_flight": self._quota.in_flight}
         return JSONResponse(said, status_code=200 if status == "ok" else 503)

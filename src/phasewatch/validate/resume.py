@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from phasewatch import atomic
-from phasewatch.artifacts import VALIDATION_FILE
+from phasewatch.artifacts import BINS_DIR, VALIDATION_FILE
 from phasewatch.binning.storage import BinIndexRow, MappedBins, open_bins, write_bins
 from phasewatch.errors import RunError
 from phasewatch.validate.index import read_index, write_index
@@ -38,7 +38,7 @@ class SweepCache:
             state = json.loads((folder / SWEEP_STATE_FILE).read_bytes())
             if state["version"] != version:
                 return
-            grids = open_bins(folder / "grids")
+            grids = open_bins(folder / BINS_DIR)
             rows = {(row.host_id, row.episode_id): row for row in grids.rows}
             verdicts = {v.path: v for v in read_index(folder / VALIDATION_FILE)}
             for path, verdict in verdicts.items():
@@ -102,7 +102,7 @@ class SweepCheckpoint:
         part = self._folder / f"{len(self._list_parts()):05d}"
         atomic.make_folder(part)
         write_index(part / VALIDATION_FILE, [swept.verdict for swept, _ in self._held])
-        with write_bins(part / "grids") as grids:
+        with write_bins(part / BINS_DIR) as grids:
             for swept, _ in self._held:
                 if swept.row is not None and swept.bins is not None and swept.levels is not None:
                     grids.add(swept.row, swept.bins, swept.levels)

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from phasewatch import atomic
 from phasewatch._version import __version__
-from phasewatch.artifacts import ACCOUNTING_FILE, VALIDATION_FILE
+from phasewatch.artifacts import ACCOUNTING_FILE, BINS_DIR, VALIDATION_FILE
 from phasewatch.binning.storage import build_index_row, remove_episodes, write_bins
 from phasewatch.channels import get_custom_channels_digest
 from phasewatch.errors import BundleError, RunError, escape_unprintable
@@ -131,7 +131,7 @@ def sweep(
     if choose is not None:
         items = list(choose(items))
     atomic.make_folder(run)
-    for folder in (run, run / "grids"):
+    for folder in (run, run / BINS_DIR):
         if folder.is_dir():
             atomic.sweep_temporaries(folder)
     looks: dict[str, BundleSignature] = {
@@ -156,7 +156,7 @@ def sweep(
     )
     gridded: dict[int, tuple[str, str]] = {}
     slowest: tuple[str, float] | None = None
-    with write_bins(run / "grids") as grids:
+    with write_bins(run / BINS_DIR) as grids:
         for swept, is_fresh in _iter_results(store, items, unchanged, old, workers, mapper):
             if is_fresh:
                 parts.add(swept, looks[swept.verdict.path])
@@ -180,7 +180,7 @@ def sweep(
     for place, verdict in ruled.items():
         verdicts[place] = verdict
     if gone := {gridded[place] for place in ruled if place in gridded}:
-        remove_episodes(run / "grids", gone)
+        remove_episodes(run / BINS_DIR, gone)
     write_index(run / VALIDATION_FILE, verdicts)
     stage = build_accounting(verdicts)
     if not is_balanced(stage):
