@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 from collections import deque
@@ -11,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from phasewatch._version import __version__
-from phasewatch.atomic import make_folder
+from phasewatch.atomic import DISK_FULL_ERRNOS, make_folder
 from phasewatch.bundle.archive import encode_labels, pack_bundle
 from phasewatch.bundle.model import BUNDLE_FORMAT, ClockMetadata, HostMetadata, LabelMark, Manifest, RecordingMetadata
 from phasewatch.bundle.rows import encode_rows
@@ -26,7 +25,6 @@ MAX_SEGMENT_NS = 30 * 60 * 1_000_000_000  # a bundle holds an hour at most
 MIN_SEGMENT_NS = 12_000_000_000  # below it there is no window
 MAX_PENDING_BUNDLES = 2  # bundles that wait for a slow disk; each holds half an hour of readings
 UNKNOWN_TEXT = "unknown"
-_DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 _SegmentStart = tuple[dict[ClockBase, int], int]  # the other clocks and the wall at a bundle's first reading
 
@@ -47,7 +45,7 @@ def check_recording_folder(folder: Path) -> str:
             probe.write(b"\0")
             probe.flush()
     except OSError as exc:
-        if exc.errno in _DISK_FULL_ERRNOS:
+        if exc.errno in DISK_FULL_ERRNOS:
             return exc.strerror or str(exc)
         raise MachineError(f"--save {folder}: {exc.strerror}; name a folder that this user may write into") from exc
     return ""
