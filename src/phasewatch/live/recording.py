@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import tempfile
@@ -11,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from phasewatch._version import __version__
-from phasewatch.atomic import make_folder
+from phasewatch.atomic import DISK_FULL_ERRNOS, make_folder
 from phasewatch.bundle.archive import encode_labels, pack_bundle
 from phasewatch.bundle.model import BUNDLE_FORMAT, ClockMetadata, HostMetadata, LabelMark, Manifest, RecordingMetadata
 from phasewatch.bundle.rows import encode_rows
@@ -31,7 +30,6 @@ _MIN_SEGMENT_NS = 12_000_000_000  # a shorter bundle holds no complete window
 _MAX_PENDING_BUNDLES = 2  # bundles that wait for a slow disk; each holds half an hour of readings
 _MAX_REASON_CHARACTERS = 200
 _UNKNOWN = "unknown"
-_DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 _SegmentStart = tuple[dict[ClockBase, int], int]  # the other clocks, and the wall clock, at the first reading (ns)
 
@@ -48,7 +46,7 @@ def check_recording_folder(folder: Path) -> OSError | None:
             probe.write(b"\0")
             probe.flush()
     except OSError as exc:
-        if exc.errno in _DISK_FULL_ERRNOS:
+        if exc.errno in DISK_FULL_ERRNOS:
             return exc
         raise MachineError(f"--save {folder}: {exc.strerror}; name a folder that this user may write into") from exc
     return None

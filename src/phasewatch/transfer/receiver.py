@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import errno
 import json
 import re
 import time
@@ -23,6 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from phasewatch.atomic import DISK_FULL_ERRNOS
 from phasewatch.errors import IdConflictError, PhasewatchError, StoreReplacedError
 from phasewatch.http_server.connections import set_connection_owner
 from phasewatch.store.base import BundleStore, IncomingBundle, StoreItem
@@ -100,7 +100,6 @@ CLIENT_CLOSED_STATUS = 499  # the client went away; only the log sees it
 
 _PIECE_BYTES = 256 << 10
 _THREADS = 16  # fsync waits for the disk, not for a core
-_DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 
 T = TypeVar("T")
 LogRequest = Callable[[dict[str, Any]], None]
@@ -244,7 +243,7 @@ class BundleReceiver:
             request.scope["phasewatch"]["why"] = "the client went away"
             return Response(status_code=CLIENT_CLOSED_STATUS)  # nobody reads it
         except OSError as exc:
-            if exc.errno in _DISK_FULL_ERRNOS:
+            if exc.errno in DISK_FULL_ERRNOS:
                 return _problem_response(
                     request, _UploadRefusedError(507, "no room on the store's disk", **{"Retry-After": "60"})
                 )
