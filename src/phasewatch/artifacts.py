@@ -29,6 +29,17 @@ FEATURE_SCHEMA_FILE = "feature_schema_v1.json"
 FEATURE_FILES = (FEATURES_FILE, "features_episode_v1.parquet", FEATURE_SCHEMA_FILE)
 VALIDATION_FILE = "validation_v1.parquet"
 SPLITS_DIR = "splits"
+RUN_FILES = (
+    "run.json",
+    VALIDATION_FILE,
+    ACCOUNTING_FILE,
+    FEATURES_FILE,
+    FEATURE_SCHEMA_FILE,
+    SPLIT_INDEX_FILE,
+    PREDICTIONS_FILE,
+    METRICS_FILE,
+    "audit_v1.json",
+)  # a folder with one of these is a run
 _VERDICT_COLUMNS = (
     "episode_id", "host_id", "profile", "sample_name", "sample_kind", "origin", "role", "status", "session", "plan_seed",
     "agent", "proc_sketch", "started_wall_ns", "duration_s",
