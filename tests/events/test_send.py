@@ -254,12 +254,12 @@ def test_a_run_is_sent_to_a_real_dashboard(tmp_path: Path, monkeypatch: pytest.M
     run = playable(tmp_path / "run")
     with dashboard(tmp_path) as running:
         for what in ("replay", "metrics", "profiles"):
-            words = ["produce", what, str(run), "--speed", "200", "--to", running.address]
+            words = ["publish", what, str(run), "--speed", "200", "--to", running.address]
             done = CliRunner().invoke(app, [*words, "--token-file", str(tmp_path / "token")])
             assert done.exit_code == 0, done.output
         events = httpx.get(running.address + "healthz", trust_env=False).json()["events"]
         refused = CliRunner().invoke(
-            app, ["produce", "metrics", str(run), "--to", running.address], env={"PHASEWATCH_TOKEN": "w" * 20}
+            app, ["publish", "metrics", str(run), "--to", running.address], env={"PHASEWATCH_TOKEN": "w" * 20}
         )
 
     assert events == 1 + 6 + 2 + 1  # all bins at once at that speed, six windows, score and confusion, profiles

@@ -130,7 +130,7 @@ class _BaselineFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 def render_baseline(reference: HostBaseline) -> bytes:
-    """Give the bytes of a host's file (`phasewatch commission`)."""
+    """Give the bytes of a host's file (`phasewatch baseline`)."""
     rows = zip(reference.names, reference.median.tolist(), reference.spread.tolist(), strict=True)
     channels = tuple(
         _BaselineChannel(name=n, median=m, spread=s) if m == m else _BaselineChannel(name=n, median=None, spread=None)
@@ -149,7 +149,7 @@ def parse_baseline(data: bytes, *, file: str) -> HostBaseline:
     try:
         found = msgspec.json.decode(data, type=_BaselineFile)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise DataError(f"{file}: not a commissioning file: {exc}; make it with `phasewatch commission`") from exc
+        raise DataError(f"{file}: not a commissioning file: {exc}; make it with `phasewatch baseline`") from exc
     names = tuple(c.name for c in found.channels)
     if found.format != BASELINE_FORMAT or len(set(names)) != len(names):
         raise DataError(

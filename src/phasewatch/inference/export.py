@@ -117,7 +117,7 @@ def _find_experiments(run: Path, wanted: ExportRequest, fold: str, *, one: bool)
     parent = run / MODELS_DIR / wanted.recipe / fold
     there = [path.name for path in parent.glob("*") if (cell(path.name).folder(run) / CHECKPOINT_FILE).is_file()]
     if not one and ORACLE_CHANNEL_SET in wanted.threats:
-        raise UsageError("--threat oracle: no watcher has the guest's channels; export it as X.onnx, or another mask")
+        raise UsageError("--channels oracle: no watcher has the guest's channels; export it as X.onnx, or another mask")
     chosen = wanted.threats or tuple(threat for threat in there if one or threat != ORACLE_CHANNEL_SET)
     missing = [threat for threat in chosen if threat not in there]
     if missing or not chosen:
@@ -127,13 +127,13 @@ def _find_experiments(run: Path, wanted: ExportRequest, fold: str, *, one: bool)
             f"train it with `{_render_train_command(run, wanted.model, wanted.recipe, missing or DEPLOY_CHANNEL_SETS, wanted.seed)}`"
         )
     if one and len(chosen) > 1:
-        raise UsageError(f"an .onnx holds one model; choose one with --threat: {', '.join(sorted(chosen))}")
+        raise UsageError(f"an .onnx holds one model; choose one with --channels: {', '.join(sorted(chosen))}")
     return [cell(threat) for threat in sorted(chosen, key=lambda threat: (-sum(build_channel_mask(threat)), threat))]
 
 
 def _render_train_command(run: Path, model: str, recipe: str, threats: Sequence[str], seed: int) -> str:
     """Give the line that trains what is missing."""
-    line = f"phasewatch train {run} --models {model} --recipes {recipe} --threats {','.join(threats)}"
+    line = f"phasewatch train {run} --models {model} --recipes {recipe} --channels {','.join(threats)}"
     return f"{line} --seed {seed}" if seed else line
 
 

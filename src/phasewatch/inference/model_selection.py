@@ -122,7 +122,7 @@ def choose_model(
         elif lacks:
             lines.append(f"{candidate.threat} needs {_render_missing_channels(lacks)}")
         elif (candidate.spec.table is InputVariant.COMMISSIONED) != (clean_day is not None):
-            kind = "numbers of a clean day (give one with --commission)" if clean_day is None else "raw numbers"
+            kind = "numbers of a clean day (give one with --baseline)" if clean_day is None else "raw numbers"
             lines.append(f"{candidate.threat} learnt from {kind}")
         else:
             kept.append(candidate)
@@ -131,7 +131,7 @@ def choose_model(
         raise MismatchError(
             f"{candidates[0].where if candidates else 'model'}: no model fits this VM: {'; '.join(dict.fromkeys(lines))}. "
             + (
-                f"Its channels make the mask {fits}: phasewatch train RUN --recipes {DEPLOY_RECIPE} --threats {fits}"
+                f"Its channels make the mask {fits}: phasewatch train RUN --recipes {DEPLOY_RECIPE} --channels {fits}"
                 if fits
                 else "It gives too little for any registered mask"
             )
@@ -160,7 +160,7 @@ def filter_by_channel_set(candidates: Sequence[ModelCandidate], name: str) -> tu
     if not kept:
         there = ", ".join(sorted({candidate.threat for candidate in candidates})) or "none"
         raise UsageError(
-            f"--channel-set {name}: no model of it is in {candidates[0].where if candidates else 'the bundle'}; there: {there}"
+            f"--channels {name}: no model of it is in {candidates[0].where if candidates else 'the bundle'}; there: {there}"
         )
     return kept
 

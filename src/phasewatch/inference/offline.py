@@ -66,7 +66,7 @@ def choose_offline_model(candidates: Sequence[ModelCandidate], threat: str = "")
     fits = [c for c in candidates if not threat or c.threat == threat]
     if not fits:
         there = ", ".join(sorted({c.threat for c in candidates}))
-        raise UsageError(f"--threat {threat}: the model is there for {there}")
+        raise UsageError(f"--channels {threat}: the model is there for {there}")
     plain = [c for c in fits if c.spec.table is not InputVariant.COMMISSIONED]
     if not plain:
         raise MismatchError(

@@ -139,7 +139,7 @@ def _explain_missing_jit(found: VmSurvey, source: QmpSource) -> str:
     if found.jit is JitUse.NEVER:
         return (
             "not asked for: QEMU stands still while it counts, longer the more the guest has run; a channel set named "
-            "with --channel-set has it asked while it is fast"
+            "with --channels has it asked while it is fast"
         )
     return source.given_up_reason("jit_tb") or "the monitor gave no answer"
 

@@ -69,7 +69,7 @@ def measure_vm_baseline(
 
 
 def read_baseline_file(path: Path) -> HostBaseline:
-    """Read a file of `phasewatch commission`.
+    """Read a file of `phasewatch baseline`.
 
     Raises:
         DataError: If it is absent, too large, or none.
@@ -78,7 +78,7 @@ def read_baseline_file(path: Path) -> HostBaseline:
         with path.open("rb") as file:
             data = file.read(MAX_BASELINE_BYTES + 1)
     except OSError as exc:
-        raise DataError(f"{path}: cannot be read: {exc.strerror}; make it with `phasewatch commission`") from exc
+        raise DataError(f"{path}: cannot be read: {exc.strerror}; make it with `phasewatch baseline`") from exc
     if len(data) > MAX_BASELINE_BYTES:
         raise DataError(f"{path}: more than {MAX_BASELINE_BYTES:,} bytes, not a commissioning file")
     return parse_baseline(data, file=str(path))

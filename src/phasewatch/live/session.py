@@ -41,7 +41,7 @@ class WatchRequest:
         models: What `choose_model` chooses from; empty only makes bins.
         channels: Channel set that the user named; empty lets `choose_model` choose. Only a named one that has
             translation counters makes QEMU count them.
-        baseline: What is usual on it while it is known clean, from `phasewatch commission`; None where nobody knows.
+        baseline: What is usual on it while it is known clean, from `phasewatch baseline`; None where nobody knows.
         save: Store that gets the readings; None keeps nothing.
         webhook: URL that alarms are posted to; empty for none.
         seconds: How long; 0 until the VM is gone or the watch is interrupted.

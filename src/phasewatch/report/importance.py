@@ -169,7 +169,7 @@ def _build_channel_block(told: ReportContext) -> ReportBlock:
             "dearest. Channels that say the same stand in for one another, so a small loss is no proof of no use.",
             f"{len(clear)} of {len(rows)} are above 0 by their intervals, each taken alone: of so many without any worth "
             f"about {len(rows) * (1 - CONFIDENCE_LEVEL) / 2:.1f} would be by chance.",
-            "For one window: `phasewatch evaluate RUN --why EPISODE --at SECONDS`.",
+            "For one window: `phasewatch explain RUN EPISODE --at SECONDS`.",
         ),
         figure=charts.draw_intervals((series,), title="macro-F1 lost", origin=told.origin, is_gap=True),
         table=ReportTable(

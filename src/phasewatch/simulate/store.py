@@ -119,7 +119,7 @@ def simulate(
             f"--drift {knobs.drift_per_week:g} --days {days:g}: a host would drift by {drifted:.3g}, at most {_MAX_EFFECT:g}"
         )
     if get_custom_channels_digest():
-        raise UsageError("simulate makes no channels of your own; leave out --channels and PHASEWATCH_CHANNELS")
+        raise UsageError("simulate makes no channels of your own; unset PHASEWATCH_CUSTOM_CHANNELS")
     if store.exists() and (not store.is_dir() or any(e.name not in FILE_SYSTEM_FOLDERS for e in store.iterdir())):
         raise StoreError(f"{store}: something is already there; name a new folder, or remove it first")
     chosen = find_faults(kinds)
