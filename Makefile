@@ -112,9 +112,9 @@ EDGE_MASKS := realistic,portable,proc+netflow,proc+tap,proc
 
 edge: $(VENV)/.run
 	$(BIN)/phasewatch run corpus/lab-v1 --out runs/edge --models $(EDGE_MODEL),elapsed_time,majority
-	$(BIN)/phasewatch train runs/edge --models $(EDGE_MODEL) --recipes deploy,held_out_host --threats $(EDGE_MASKS)
+	$(BIN)/phasewatch train runs/edge --models $(EDGE_MODEL) --recipes deploy,held_out_host --channels $(EDGE_MASKS)
 	$(BIN)/phasewatch evaluate runs/edge
-	$(BIN)/phasewatch export runs/edge --model $(EDGE_MODEL) --threat $(EDGE_MASKS) --out corpus/lab-v1.edge.zip
+	$(BIN)/phasewatch export runs/edge --model $(EDGE_MODEL) --channels $(EDGE_MASKS) --out corpus/lab-v1.edge.zip
 	$(BIN)/python -m tools.model_card runs/edge
 
 # docs/reference, from the tables and the command line.

@@ -3,7 +3,7 @@
 QEMU answers its monitor in the main thread, which also serves the guest's devices: what a watcher asks is paid there.
 
     python bench/main_thread.py --pid 4711 --seconds 60 --rounds 3
-    python bench/main_thread.py --pid 4711 --channel-set realistic     # with translation counters, while they are fast
+    python bench/main_thread.py --pid 4711 --channels realistic     # with translation counters, while they are fast
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="How long each half of a round is measured.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", type=Path, default=EDGE)
-    parser.add_argument("--channel-set", dest="channels", default="", help="As of `phasewatch watch`.")
+    parser.add_argument("--channels", dest="channels", default="", help="As of `phasewatch watch`.")
     told = parser.parse_args()
-    arguments = ["--model", str(told.model), *(["--channel-set", told.channels] if told.channels else [])]
+    arguments = ["--model", str(told.model), *(["--channels", told.channels] if told.channels else [])]
     alone, watched, lost = [], [], {}
     for _ in range(told.rounds):
         alone.append(cores(told.pid, told.seconds))

@@ -1,4 +1,4 @@
-"""A random forest beside phasewatch's own models: `PYTHONPATH=examples phasewatch train RUN --model forest:Forest`."""
+"""A random forest beside phasewatch's own models: `PYTHONPATH=examples phasewatch train RUN --add-model forest:Forest`."""
 
 from sklearn.ensemble import RandomForestClassifier
 

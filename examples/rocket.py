@@ -1,4 +1,4 @@
-"""aeon's MiniRocket beside phasewatch's own: `PYTHONPATH=examples phasewatch train RUN --model rocket:Rocket`.
+"""aeon's MiniRocket beside phasewatch's own: `PYTHONPATH=examples phasewatch train RUN --add-model rocket:Rocket`.
 
 Needs aeon in the environment: `pip install aeon`.
 """

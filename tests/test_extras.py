@@ -76,7 +76,7 @@ def store(extra: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_channel_of_ones_own_goes_the_whole_way(extra: Path, store: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    swept = phasewatch("validate", store, "--out", run, "--channels", extra, "--json")
+    swept = phasewatch("validate", store, "--out", run, "--custom-channels", extra, "--json")
     assert swept.returncode == 0, swept.stderr
     made = phasewatch("features", run)  # the run remembers its channels
     assert made.returncode == 0, made.stderr
@@ -113,7 +113,7 @@ def test_a_bundle_without_the_new_rows_has_the_channel_unknown(extra: Path, tmp_
     made = call("-c", WORLD.replace('"fds": 700.0', '"threads": 9.0'), tmp_path / "store")
     assert made.returncode == 0, made.stderr
 
-    swept = phasewatch("validate", tmp_path / "store", "--out", tmp_path / "run", "--channels", extra, "--json")
+    swept = phasewatch("validate", tmp_path / "store", "--out", tmp_path / "run", "--custom-channels", extra, "--json")
     grids = np.load(tmp_path / "run" / "grids" / "grids.npy")
 
     assert json.loads(swept.stdout)["result"]["accepted"] == 2
@@ -122,18 +122,18 @@ def test_a_bundle_without_the_new_rows_has_the_channel_unknown(extra: Path, tmp_
 
 
 def test_a_run_made_with_other_channels_is_not_mixed_with_these(extra: Path, store: Path, tmp_path: Path) -> None:
-    phasewatch("validate", store, "--out", tmp_path / "run", "--channels", extra)
+    phasewatch("validate", store, "--out", tmp_path / "run", "--custom-channels", extra)
     other = tmp_path / "other.toml"
     other.write_text(GOOD.replace("fds_delta", "files_delta"))
 
-    again = phasewatch("validate", store, "--out", tmp_path / "run", "--channels", other)
+    again = phasewatch("validate", store, "--out", tmp_path / "run", "--custom-channels", other)
 
     assert again.returncode == 2
     assert "other channels" in again.stderr
 
 
 def test_the_list_of_channels_shows_it(extra: Path) -> None:
-    listed = phasewatch("channels", "--channels", extra, "--json")
+    listed = phasewatch("channels", "--custom-channels", extra, "--json")
     rows = json.loads(listed.stdout)["result"]["channels"]
 
     assert (len(rows), rows[-1]["name"]) == (47, "fds_delta")
@@ -193,7 +193,7 @@ def test_rows_that_contradict_the_tables_are_refused_before_anything_is_read(
     path = tmp_path / "extra.toml"
     path.write_text(GOOD.replace(old, new, 1))
 
-    said = phasewatch("channels", "--channels", path)
+    said = phasewatch("channels", "--custom-channels", path)
 
     assert said.returncode == (2 if words else 0)
     assert words in said.stderr

@@ -33,7 +33,7 @@ WALKED = (
     "make demo",
     "phasewatch record --plan smoke --out my-store",
     "phasewatch run my-store --out runs/mine",
-    "PYTHONPATH=examples phasewatch train runs/demo --model forest:Forest",
+    "PYTHONPATH=examples phasewatch train runs/demo --add-model forest:Forest",
 )
 ITSELF = ("make test",)  # what is running
 KEYS = ("recipe", "model", "channel_set", "input", "smoothing", "agent", "fold", "seed", "class", "profile", "host_id")

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import msgspec
 import msgspec.inspect as kinds
-import typer.main
 from typer.testing import CliRunner
 
 from phasewatch import channels, errors, profiles
 from phasewatch.cli import app
+from phasewatch.cli.groups import COMMANDS
 from phasewatch.events import schema
 from phasewatch.validate import checks
 
@@ -186,10 +186,9 @@ def as_json(value: object) -> str:
 def commands_page() -> str:
     """The help of every command, as it is printed."""
     run = CliRunner().invoke
-    names = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
     settings = {"env": {"COLUMNS": "90", "TERMINAL_WIDTH": "90"}, "prog_name": "phasewatch"}
     texts = [("", run(app, ["--help"], **settings).output)]  # type: ignore[arg-type]
-    texts += [(name, run(app, [name, "--help"], **settings).output) for name in names]  # type: ignore[arg-type]
+    texts += [(name, run(app, [name, "--help"], **settings).output) for name in COMMANDS]  # type: ignore[arg-type]
     blocks = [f"\n## phasewatch {name}".rstrip() + f"\n\n```\n{text.strip()}\n```\n" for name, text in texts]
     return "# Commands\n" + "".join(blocks)
 

@@ -62,7 +62,7 @@ STEPS: list[tuple[str, list[str]]] = [
 ]
 WITH_POLICY = ("By policy, what cannot be read: 422 (`--check --refuse errored`)", ["$url/ID3", *PUT])
 FULL: list[tuple[str, list[str]]] = [
-    ("No room on the store's disk: 507 (here by `--floor 1000TiB`)", ["$url/ID3", *PUT]),
+    ("No room on the store's disk: 507 (here by `--min-free 1000TiB`)", ["$url/ID3", *PUT]),
     ("The same, told to a monitor: 503", [f"http://{AT}/healthz"]),
 ]
 
@@ -114,11 +114,11 @@ def render() -> str:
         with (folder / "large").open("wb") as file:
             file.truncate((16 << 20) + 1)
         parts = [HEAD]
-        with receiver(folder, "--quota", "50KB", "--floor", "0") as at:
+        with receiver(folder, "--quota", "50KB", "--min-free", "0") as at:
             parts += [show(folder, at, title, arguments) for title, arguments in STEPS]
-        with receiver(folder, "--check", "--refuse", "errored", "--floor", "0") as at:
+        with receiver(folder, "--check", "--refuse", "errored", "--min-free", "0") as at:
             parts.append(show(folder, at, *WITH_POLICY))
-        with receiver(folder, "--floor", "1000TiB") as at:
+        with receiver(folder, "--min-free", "1000TiB") as at:
             parts += [show(folder, at, title, arguments) for title, arguments in FULL]
     return re.sub(r"[\d,]{9,}(?= bytes are free)", "…", "".join(parts))
 

@@ -17,7 +17,7 @@ import msgspec
 from phasewatch import parquet
 from phasewatch.errors import RunError
 from phasewatch.identity import find_contested_ids
-from phasewatch.types import PHASES, BundleStatus, EpisodeOrigin, EpisodeRole, SampleKind
+from phasewatch.types import CHANNELS_FILE, PHASES, BundleStatus, EpisodeOrigin, EpisodeRole, SampleKind
 
 __all__ = [
     "ACCOUNTING_FILE",
@@ -63,7 +63,7 @@ __all__ = [
 RUN_LOG_FILE = "run.json"  # configuration, versions and stages of `phasewatch run`; the only file that holds times
 ACCOUNTING_FILE = "ledger.json"
 AUDIT_FILE = "audit_v1.json"
-CHANNELS_FILE = "channels.toml"  # the user's own channels
+
 SPLIT_INDEX_FILE = "splits_v1.json"
 PREDICTIONS_FILE = "predictions_v1.parquet"
 METRICS_FILE = "metrics_v2.json"

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phasewatch.errors import UsageError, suggest_names
-from phasewatch.types import ChannelKind, ChannelTrust, SourceKind
+from phasewatch.types import CHANNELS_FILE as CHANNELS_FILE
+from phasewatch.types import CHANNELS_VARIABLE, ChannelKind, ChannelTrust, SourceKind
 
-CHANNELS_VARIABLE = "PHASEWATCH_CHANNELS"  # the file's path; worker processes inherit it
 MAX_CHANNELS_FILE_BYTES = 64 << 10
 MAX_CUSTOM_ROWS = 64
 
@@ -69,7 +69,7 @@ def read_custom_channels(path: str | None = None) -> CustomChannels:
         with Path(path).open("rb") as file:
             text = file.read(MAX_CHANNELS_FILE_BYTES + 1)
     except OSError as exc:
-        raise UsageError(f"{path}: {exc.strerror}; --channels names a TOML file of channels") from exc
+        raise UsageError(f"{path}: {exc.strerror}; --custom-channels needs a TOML file of channels") from exc
     return parse_custom_channels(text, file=path)
 
 
@@ -101,7 +101,7 @@ def check_channel_kind(kind: ChannelKind, nature: str, *, channel: str) -> None:
     """
     if _NATURE_BY_KIND[kind] != nature:
         raise UsageError(
-            f"--channels: {channel} is a {kind} of a {nature}; a {kind} is made of a {_NATURE_BY_KIND[kind]} "
+            f"--custom-channels: {channel} is a {kind} of a {nature}; a {kind} is made of a {_NATURE_BY_KIND[kind]} "
             "(no running total is a channel: it tells how late it is)"
         )
 
@@ -205,7 +205,7 @@ def _parse_raw_fields(source: SourceKind, rows: str) -> tuple[RawFieldSpec, ...]
     return tuple(specs)
 
 
-CUSTOM_CHANNELS = read_custom_channels()  # a user's own rows; none unless the environment or `--channels` names a file
+CUSTOM_CHANNELS = read_custom_channels()  # a user's own rows; none unless the environment or `--custom-channels` names a file
 
 RAW_FIELDS: tuple[RawFieldSpec, ...] = (
     *_parse_raw_fields(

@@ -152,7 +152,7 @@ REFUSED = {
         "held_out_",
     ),
     "no run": (("train", "RUN/none"), 3, "no such run"),
-    "a run that was not validated": (("features", "RUN"), 3, "no run: it holds no file of one"),
+    "a run that was not validated": (("features", "RUN"), 3, "not a run: it holds no file of a run"),
     "a bundle to score": (("predict", "STORE/h1/none.tar.zst", "--out", "RUN/x.parquet"), 3, "no such bundle"),
     "a table that would be no parquet": (("predict", "STORE", "--out", "RUN/x.csv"), 2, "X.parquet"),
     "no bundle": (("inspect", "STORE/h1/none.tar.zst"), 3, "no such bundle"),
@@ -186,13 +186,13 @@ REFUSED = {
     ),
     "two machines at once": (("watch", "--pid", "1", "--name", "web01"), 2, "--name goes with no --pid"),
     "a measure too short to give a number": (
-        ("commission", "--name", "x", "--minutes", "0.1", "--out", "RUN/x.json"),
+        ("baseline", "--name", "x", "--minutes", "0.1", "--out", "RUN/x.json"),
         2,
         "--minutes",
     ),
     "no number of seconds": (("watch", "--name", "x", "--seconds", "nan"), 2, "--seconds nan: a finite number"),
     "no end of a measure": (
-        ("commission", "--name", "x", "--minutes", "inf", "--out", "RUN/x.json"),
+        ("baseline", "--name", "x", "--minutes", "inf", "--out", "RUN/x.json"),
         2,
         "--minutes inf: a finite number",
     ),
@@ -201,10 +201,10 @@ REFUSED = {
         2,
         "--seconds nan: a finite number",
     ),
-    "an episode where nothing is played": (("dashboard", "--no-produce", "--episode", "x"), 2, "--episode goes with"),
-    "a pace where nothing is played": (("dashboard", "--no-produce", "--speed", "2"), 2, "--speed goes with"),
-    "a moment of no episode": (("evaluate", "RUN", "--at", "5"), 2, "--at goes with --why"),
-    "a port of no page": (("demo", "--port", "8000"), 2, "--port goes with --live"),
+    "an episode where nothing is played": (("dashboard", "--no-produce", "--episode", "x"), 2, "--episode needs"),
+    "a pace where nothing is played": (("dashboard", "--no-produce", "--speed", "2"), 2, "--speed needs"),
+    "a moment of no episode": (("explain", "RUN", "x"), 2, "--at"),
+    "a port of no page": (("demo", "--port", "8000"), 2, "--port needs --live"),
     "a store beside a run": (("features", "RUN", "--store", "STORE"), 2, "leave out --store, or the run"),
     "a subset of a run": (("features", "RUN", "--limit", "3"), 2, "leave out --limit, or the run"),
     "a word for a number": (("validate", "STORE", "--out", "RUN", "--workers", "many"), 2, "--workers"),
@@ -270,7 +270,7 @@ def test_a_spoilt_bundle_can_be_looked_at(tmp_path: Path) -> None:
 
     assert done.exit_code == 1
     assert "zstd-magic" in done.stdout
-    assert "what     unknown: no manifest was read" in done.stdout
+    assert "profile    unknown: no manifest" in done.stdout
 
 
 def test_what_is_replaced_is_read_again(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_rot_that_leaves_size_and_time_is_found_by_a_full_read(tmp_path: Path) -
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
 
     kept = validated(store, run)
-    done = phasewatch("validate", store, "--out", run, "--workers", 1, "--full", "--json")
+    done = phasewatch("validate", store, "--out", run, "--workers", 1, "--force", "--json")
 
     assert kept["accepted"] == 1
     assert json.loads(done.stdout)["result"]["accepted"] == 0

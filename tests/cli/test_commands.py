@@ -11,10 +11,9 @@ import pytest
 from tests.cli.conftest import Said
 
 from phasewatch.channels import CHANNELS
-from phasewatch.cli import app
+from phasewatch.cli.groups import COMMANDS, load_command
 
 Call = Callable[..., Said]
-COMMANDS = sorted(c.callback.__name__ for c in app.registered_commands if c.callback)
 
 
 def bundles(store: Path) -> list[Path]:
@@ -33,12 +32,25 @@ def one(store: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_helps_with_an_example_and_its_exit_codes(phasewatch: Call, command: str) -> None:
-    said = phasewatch(command, "--help")
+def test_every_command_has_a_summary_and_an_example(phasewatch: Call, command: str) -> None:
+    help_text = load_command(command).help
 
-    assert said.code == 0
-    assert f"Example: phasewatch {command}" in said.out
-    assert "Exit codes: 0 done" in said.out
+    assert help_text.splitlines()[0] == COMMANDS[command].summary
+    assert f"Example: phasewatch {command}" in help_text
+    assert phasewatch(command, "--help").code == 0
+
+
+def test_help_at_80_columns_shows_every_summary_in_full_and_the_exit_codes_once(phasewatch: Call) -> None:
+    lines = phasewatch("--help").lines
+
+    for name, spec in COMMANDS.items():
+        assert f"  {name:<9}  {spec.summary}" in lines
+    assert all(len(line) <= 80 for line in lines)
+    assert [line.strip() for line in lines].count("Exit codes:") == 1
+
+
+def test_a_misspelt_command_is_corrected(phasewatch: Call) -> None:
+    assert "Did you mean 'simulate'?" in phasewatch("simulat").err
 
 
 def test_the_version_is_said(phasewatch: Call) -> None:
@@ -53,9 +65,9 @@ def test_an_unknown_command_is_a_usage_error(phasewatch: Call) -> None:
     ("words", "option", "partner"),
     [
         (("channels", "--store", "a"), "--store", "--corpus"),
-        (("simulate", "--out", "new", "--kinds", "gap"), "--kinds", "--faults"),
-        (("validate", "a", "--out", "new", "--address", "b"), "--address", "--engine ray"),
-        (("run", "a", "--out", "new", "--address", "b"), "--address", "--engine ray"),
+        (("simulate", "--out", "new", "--fault-kinds", "gap"), "--fault-kinds", "--faults"),
+        (("validate", "a", "--out", "new", "--ray-address", "b"), "--ray-address", "--engine ray"),
+        (("run", "a", "--out", "new", "--ray-address", "b"), "--ray-address", "--engine ray"),
         (("record", "--plan", "smoke", "--out", "new", "--host-id", "a"), "--host-id", "--image"),
     ],
     ids=["channels", "simulate", "validate", "run", "record"],
@@ -67,7 +79,7 @@ def test_an_option_without_its_partner_is_refused_not_ignored(
     said = phasewatch(*words)
 
     assert (said.code, said.out) == (2, "")
-    assert f"error: {option} goes with {partner}; add it, or leave out {option}" in said.err
+    assert f"error: {option} needs {partner}; add it, or leave out {option}" in said.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -84,7 +96,7 @@ def test_channels_come_with_what_was_seen_in_a_store(phasewatch: Call, store: Pa
     said = phasewatch("channels", "--corpus", "--store", store)
     told = phasewatch("channels", "--corpus", "--store", store, "--json")
 
-    assert said.lines[0].split()[:3] == ["channel", "unit", "lowest"]
+    assert said.lines[0].split()[:3] == ["channel", "unit", "min"]
     assert len(said.lines) == len(CHANNELS) + 2
     assert said.lines[-1] == str(store)
     assert json.loads(told.out)["result"]["channels"][0]["observed"]["known"] > 0.9
@@ -117,12 +129,12 @@ def test_a_bundle_is_shown_with_labels_rows_and_a_picture(phasewatch: Call, stor
     said = phasewatch("inspect", bundles(store)[0])
 
     assert said.code == 0
-    assert "status   accepted" in said.out
+    assert "status     accepted" in said.out
     assert any(line.startswith("proc.vcpu_run ") for line in said.lines)
 
 
 def test_a_picture_spells_out_what_a_terminal_would_obey() -> None:
-    from phasewatch.cli.common import escape_for_terminal
+    from phasewatch.cli.streams import escape_for_terminal
 
     assert escape_for_terminal("a\x1b[2Jb") == "a\\x1b[2Jb"
 
@@ -189,7 +201,7 @@ def test_without_the_bundled_model_the_line_names_the_option_that_gives_another(
     phasewatch: Call, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PHASEWATCH_CORPUS", raising=False)
-    monkeypatch.setattr("phasewatch.cli.common.BUNDLED_CORPUS_DIR", Path("nowhere") / "lab-v1")
+    monkeypatch.setattr("phasewatch.cli.folders.BUNDLED_CORPUS_DIR", Path("nowhere") / "lab-v1")
 
     said = phasewatch("predict", store, "--out", tmp_path / "said.parquet")
 

@@ -43,12 +43,12 @@ ON_A_RUN = [
     ["split", "FOLDER"],
     ["train", "FOLDER"],
     ["evaluate", "FOLDER"],
-    ["evaluate", "FOLDER", "--why", "x"],
+    ["explain", "FOLDER", "x", "--at", "1"],
     ["audit", "FOLDER"],
     ["report", "FOLDER"],
     ["report", "FOLDER", "--format", "md", "--out", "OUT"],
     ["export", "FOLDER", "--out", "OUT.zip"],
-    ["produce", "metrics", "FOLDER"],
+    ["publish", "metrics", "FOLDER"],
     ["dashboard", "FOLDER", "--port", "0"],
 ]
 
@@ -76,7 +76,7 @@ ON_A_STORE = [
 @pytest.mark.parametrize("folder", ["documents", "nothing", "code"], indirect=True)
 @pytest.mark.parametrize("command", ON_A_STORE, ids=lambda command: command[0])
 def test_a_folder_without_a_bundle_is_no_store(command: list[str], folder: Path, tmp_path: Path) -> None:
-    from phasewatch.cli.common import find_bundled_model
+    from phasewatch.cli.folders import find_bundled_model
 
     before = contents(tmp_path)
     places = {"FOLDER": str(folder), "OUT": str(tmp_path / "out"), "MODEL": str(find_bundled_model())}

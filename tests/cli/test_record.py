@@ -54,7 +54,7 @@ def test_an_unknown_key_is_bad_data_and_names_the_nearest(phasewatch: Call, tmp_
     [
         pytest.param([], 2, "name what to record", id="nothing named"),
         pytest.param(["--plan", "smoke", "--profile-file", "x.toml"], 2, "leave it out", id="a plan and a profile"),
-        pytest.param(["--driver", "d.sh", "--plan", "smoke"], 2, "--driver goes with --image", id="a driver alone"),
+        pytest.param(["--driver", "d.sh", "--plan", "smoke"], 2, "--driver needs --image", id="a driver alone"),
         pytest.param(["--profile-file", "absent.toml"], 3, "absent.toml: not a readable file", id="no such profile"),
         pytest.param(["--image", "absent.qcow2"], 3, "absent.qcow2: No such file", id="no such image"),
         pytest.param(["--plan", "smoke", "--accel", "hvf"], 2, "kvm or tcg", id="an accelerator of elsewhere"),
@@ -81,7 +81,7 @@ def test_what_shapes_an_image_is_refused_without_one(phasewatch: Call, tmp_path:
     done = phasewatch("record", "--plan", "smoke", "--dry-run", "--out", tmp_path / "s", option, value)
 
     assert done.code == 2
-    assert f"{option} goes with --image; add it, or leave out {option}" in done.err
+    assert f"{option} needs --image; add it, or leave out {option}" in done.err
 
 
 def test_an_image_is_booted_as_the_options_say_or_as_their_help_does(

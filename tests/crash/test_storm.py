@@ -49,7 +49,7 @@ class Life:
         self._process: asyncio.subprocess.Process | None = None
 
     async def begin(self) -> None:
-        command = ["-m", "phasewatch", "receive", "--store", self.store, "--tokens", self._tokens, "--floor", "0",
+        command = ["-m", "phasewatch", "receive", "--store", self.store, "--tokens", self._tokens, "--min-free", "0",
                    "--listen", f"127.0.0.1:{self.port}"]  # fmt: skip
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, *map(str, command), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE

@@ -73,7 +73,7 @@ def outbox(tmp_path: Path) -> Path:
 
 def ship(url: str, folder: Path) -> None:
     words = ["ship", "--outbox", str(folder / "outbox"), "--to", url, "--tokens", str(folder / "tokens")]
-    done = CliRunner().invoke(app, [*words, "--patience", "0.1"])
+    done = CliRunner().invoke(app, [*words, "--give-up-after", "0.1"])
     assert done.exit_code in (3, 5), done.output
 
 

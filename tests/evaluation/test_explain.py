@@ -112,12 +112,12 @@ def test_the_command_line_explains_one_window_of_the_headlines_model(run: Path) 
     at = int(np.flatnonzero(test.y == 2)[0])
     asked = [test.windows.episodes[test.windows.episode_index[at]].episode_id, "--at", str(test.windows.t_center_s[at])]
 
-    said = CliRunner().invoke(app, ["evaluate", str(run), "--why", *asked])
-    unknown = CliRunner().invoke(app, ["evaluate", str(run), "--why", "nobody", "--json"])
+    said = CliRunner().invoke(app, ["explain", str(run), *asked])
+    unknown = CliRunner().invoke(app, ["explain", str(run), "nobody", "--at", "1", "--json"])
 
     assert said.exit_code == 0
-    assert said.stdout.startswith(f"window around {test.windows.t_center_s[at]:g} s: decided infecting")
-    assert said.stdout.splitlines()[1].endswith("less likely by")
+    assert said.stdout.startswith(f"window around {test.windows.t_center_s[at]:g} s: predicted infecting")
+    assert said.stdout.splitlines()[1].endswith("less probable by")
     assert said.stdout.splitlines()[2].split()[:3] == [TELLS, "20", "B/s"]
     assert unknown.exit_code != 0
 

@@ -92,10 +92,10 @@ def test_replay_without_decisions_is_an_error(bundle: BundleCheck, scorer: Phase
 
 
 def test_bundled_corpus_has_episodes_for_the_demo() -> None:
-    from phasewatch.cli.common import find_bundled_corpus
-    from phasewatch.cli.dashboard import MAX_DEMO_HOSTS, _read_bundled_episodes
+    from phasewatch.cli.folders import find_bundled_corpus
+    from phasewatch.dashboard.players import MAX_DEMO_HOSTS, select_demo_episodes
 
-    shown = _read_bundled_episodes(find_bundled_corpus())
+    shown = select_demo_episodes(find_bundled_corpus())
 
     assert len(shown) == MAX_DEMO_HOSTS
     assert all(one.binned is not None for one in shown)

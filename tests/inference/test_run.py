@@ -126,7 +126,7 @@ def test_an_onnx_file_is_one_model_alone_and_the_oracles_may_leave_so(run: Path,
     ("name", "wanted", "error", "words"),
     [
         pytest.param("x.tar", CELL, UsageError, "an edge bundle X.zip, or one model X.onnx", id="another ending"),
-        pytest.param("x.onnx", CELL, UsageError, "choose one with --threat", id="three masks for one file"),
+        pytest.param("x.onnx", CELL, UsageError, "choose one with --channels", id="three masks for one file"),
         pytest.param("x.zip", ExportRequest(recipe=RECIPE), UsageError, "choose one with --fold", id="which fold"),
         pytest.param("x.zip", ExportRequest(recipe=RECIPE, fold=FOLD, threats=("oracle",)), UsageError, "no watcher has the guest's channels", id="an oracle to watch with"),
         pytest.param("x.zip", ExportRequest(recipe=RECIPE, fold=FOLD, threats=("proc",)), RunError, "was not trained for proc", id="a mask never trained"),
@@ -154,7 +154,7 @@ def test_the_line_that_an_export_asks_for_trains_what_is_missing(run: Path, tmp_
     cells = build_experiments(
         RunSettings(
             store=run, run=Path(words[2]), models=tuple(asked["--models"]), recipes=tuple(asked["--recipes"]),
-            threats=tuple(asked["--threats"]),
+            channel_sets=tuple(asked["--channels"]),
         )
     )  # fmt: skip
 

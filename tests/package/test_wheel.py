@@ -86,7 +86,7 @@ def test_a_wheel_has_no_recordings_and_says_where_they_are(unpacked: Path) -> No
 
 
 def test_the_recordings_are_found_where_the_variable_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from phasewatch.cli.common import find_bundled_corpus
+    from phasewatch.cli.folders import find_bundled_corpus
     from phasewatch.errors import StoreError
 
     monkeypatch.setenv("PHASEWATCH_CORPUS", str(ROOT / "corpus" / "lab-v1"))

@@ -339,7 +339,7 @@ def start(tmp_path: Path, *options: str | Path) -> tuple[subprocess.Popen[str], 
     tokens.write_text(TOKENS_TEXT)
     tokens.chmod(0o600)
     command = [sys.executable, "-m", "phasewatch", "receive", "--store", tmp_path / "store", "--tokens", tokens,
-               "--listen", "127.0.0.1:0", "--floor", "0", *options]  # fmt: skip
+               "--listen", "127.0.0.1:0", "--min-free", "0", *options]  # fmt: skip
     process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     line = process.stderr.readline()
@@ -419,7 +419,7 @@ def test_over_tls_a_shipper_that_knows_the_certificate_is_served(tmp_path: Path,
     outbox.parent.mkdir(parents=True)
     outbox.write_bytes(DATA)
     command = [sys.executable, "-m", "phasewatch", "ship", "--outbox", tmp_path / "outbox", "--to", url,
-               "--tokens", tmp_path / "tokens", "--patience", "1"]  # fmt: skip
+               "--tokens", tmp_path / "tokens", "--give-up-after", "1"]  # fmt: skip
 
     strange = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=60)
     known = subprocess.run([str(c) for c in [*command, "--ca", cert]], capture_output=True, text=True, timeout=60)

@@ -163,7 +163,7 @@ def test_a_failed_cell_is_tried_again_and_the_others_are_kept(own: Path, run: Pa
 
 def test_the_command_lists_what_failed_and_does_not_exit_0(own: Path, run: Path) -> None:
     arguments = ["train", str(run), "--workers", "1", "--recipes", "held_out_host", "--json"]
-    done = CliRunner().invoke(app, [*arguments, "--model", "learn_own:Raises", "--model", "learn_own:Good"])
+    done = CliRunner().invoke(app, [*arguments, "--add-model", "learn_own:Raises", "--add-model", "learn_own:Good"])
 
     result = json.loads(done.stdout)["result"]
     assert done.exit_code == 3, done.stderr

@@ -1,287 +1,219 @@
-"""Commands that use a trained model: export, predict, commission, watch."""
+"""Commands on running machines: baseline, watch.
+
+Nothing of training is imported here: the watcher runs on small machines with the extra `live` alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Annotated
 
 import typer
 
+from phasewatch import atomic
 from phasewatch.cli import common
+from phasewatch.cli.folders import find_bundled_model
+from phasewatch.cli.logs import route_logs
+from phasewatch.cli.options import AsJson, ModelPath, VmName, VmPid, VmQmp
+from phasewatch.cli.progress import show_progress
+from phasewatch.cli.streams import escape_for_terminal
+from phasewatch.errors import MachineError
+from phasewatch.events.schema import EventEnvelope, PhaseEvent, render_event
+from phasewatch.features.normalise import render_baseline
+from phasewatch.inference.model_selection import find_models
+from phasewatch.live.baseline import measure_vm_baseline, read_baseline_file
+from phasewatch.live.discover import RunningVm, find_running_vm, list_running_vms
+from phasewatch.live.doors import MonitorEndpointKind, select_reported_endpoint
+from phasewatch.live.outputs import NonBlockingWriter
+from phasewatch.live.ownership import WatchFolder, find_watch_folders
+from phasewatch.live.session import WatchReport, WatchRequest, run_watch
+from phasewatch.types import BIN_NS
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+__all__ = ["baseline", "watch"]
 
-    from phasewatch.events.schema import EventEnvelope
-    from phasewatch.live.discover import RunningVm
-    from phasewatch.live.ownership import WatchFolder
-    from phasewatch.live.session import WatchReport
-
-PrintLine = Callable[[str], None]
+_PrintLine = Callable[[str], None]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    for command in (export, predict, commission, watch):
-        app.command(epilog=common.EXIT_CODES_HELP)(command)
-
-
-def export(
-    run: Path = typer.Argument(..., help="A run with trained models."),
-    out: Path = typer.Option(..., help="X.zip: an edge bundle of all masks; X.onnx: one model alone."),
-    model: str = typer.Option("gbt", help="Which model."),
-    recipe: str = typer.Option("deploy", help="Which split it was trained on."),
-    fold: str = typer.Option("", help="Which fold, where the recipe has several."),
-    threat: str = typer.Option("", help="Only these masks, separated by commas."),
-    seed: int = typer.Option(0, help="Of the model."),
-    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
+def baseline(
+    out: Annotated[Path, typer.Option(help="File to write, host.json.")],
+    name: VmName = None,
+    pid: VmPid = None,
+    qmp: VmQmp = None,
+    minutes: Annotated[float, typer.Option(min=0.2, help="How long to measure.")] = 10.0,
+    as_json: AsJson = False,
 ) -> None:
-    """Take a trained model out of a run, for a watcher or any ONNX runtime; nothing in the run is touched.
+    """Measure the normal telemetry of a VM while it is clean.
 
-    Example: phasewatch export runs/mine --out edge.zip
+    A model that was trained on normalised input needs the file: `watch --baseline FILE`.
+
+    Example: phasewatch baseline --name web01 --minutes 10 --out web01.json
     """
-    from dataclasses import asdict
-
-    from phasewatch.evaluation.metric_table import HeadlineKey, has_metrics, read_metrics, render_headline
-    from phasewatch.inference.export import ExportRequest, export_run
-
-    common.check_run_folder(run)
-    metrics = read_metrics(run) if has_metrics(run) else None
-
-    def quote(name: str) -> str:
-        return render_headline(metrics, HeadlineKey(channel_set=name, model=model)) if metrics is not None else ""
-
-    wanted = ExportRequest(model=model, recipe=recipe, fold=fold, threats=common.parse_names(threat), seed=seed)
-    done = export_run(run, out, wanted, quote=quote)
-    words = (
-        f"{model}, {' and '.join(done.threats)}: {done.bytes:,} bytes, at most {done.parity:.1g} from the model "
-        f"on {done.windows} windows"
-    )
-    common.print_result(asdict(done), as_json=as_json, lines=[words, str(out)])
-
-
-def predict(
-    source: str = typer.Argument(..., help="A store of episodes, a folder or s3://bucket/prefix, or one bundle of it."),
-    model: Path = typer.Option(None, help="A checkpoint, a run (its deploy cell) or an edge bundle; the bundled one."),
-    out: Path = typer.Option(..., help="The table, X.parquet."),
-    threat: str = typer.Option("", help="The model's mask; the largest if left out."),
-    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
-) -> None:
-    """Score recorded episodes, labelled or not: phase, probabilities and alarm of every window.
-
-    Example: phasewatch predict my-store --model runs/mine --out said.parquet
-    """
-    from dataclasses import asdict
-
-    from phasewatch.inference.model_selection import find_models
-    from phasewatch.inference.offline import choose_offline_model
-    from phasewatch.inference.offline import predict as score
-    from phasewatch.store.base import parse_store_location
-
-    scorer = choose_offline_model(find_models(model or common.find_bundled_model()), threat)
-    with common.show_progress(quiet=as_json) as tell:
-        done = score(
-            parse_store_location(source),
-            scorer,
-            out,
-            progress=SimpleNamespace(update=tell),  # type: ignore[arg-type]
-        )
-    for path, why in done.failed:
-        typer.echo(common.escape_for_terminal(f"{path}: not scored: {why}"), err=True)
-    words = (
-        f"{done.windows:,} windows of {done.episodes} episodes by {done.model}, {done.threat}: {done.alarms} alarms; "
-        f"{done.silent} windows unknown, {len(done.failed)} bundles not scored"
-    )
-    common.print_result(asdict(done), as_json=as_json, lines=[words, str(out)])
-    if done.failed:
-        raise typer.Exit(1 if done.episodes else 3)
-
-
-def commission(
-    pid: int = typer.Option(None, help="The QEMU process."),
-    qmp: Path = typer.Option(None, help="Its QMP socket; must answer if named."),
-    name: str = typer.Option(None, help="The VM's name."),
-    minutes: float = typer.Option(10.0, min=0.2, help="How long to measure."),
-    out: Path = typer.Option(..., help="The file, host.json."),
-    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
-) -> None:
-    """Measure what is usual on a machine while it is known clean, for `watch --commission`.
-
-    Example: phasewatch commission --name web01 --minutes 10 --out web01.json
-    """
-    from phasewatch import atomic
-    from phasewatch.features.normalise import render_baseline
-    from phasewatch.live.baseline import measure_vm_baseline
-    from phasewatch.live.discover import find_running_vm
-
     machine = find_running_vm(pid=pid, name=name, qmp=qmp)
-    day = measure_vm_baseline(machine, qmp=qmp, minutes=minutes)
+    with show_progress(quiet=as_json) as progress:
+        measured = measure_vm_baseline(
+            machine,
+            qmp=qmp,
+            minutes=minutes,
+            say=lambda line: typer.echo(escape_for_terminal(line), err=True),
+            tell=lambda done, total: progress.update("measure", done, total, f"{done} of {total} s"),
+        )
     atomic.make_folder(out.absolute().parent)
-    atomic.write_atomic(out.absolute(), render_baseline(day))
-    known = sum(m == m for m in day.median.tolist())
-    words = f"{known} of {len(day.names)} channels over {day.bins / 120:.1f} minutes"
-    result = {"host_id": day.host_id, "channels": known, "bins": day.bins, "file": str(out)}
-    common.print_result(result, as_json=as_json, lines=[words, str(out)])
+    atomic.write_atomic(out.absolute(), render_baseline(measured))
+    known = sum(m == m for m in measured.median.tolist())  # not NaN
+    summary = f"{known} of {len(measured.names)} channels over {measured.bins * BIN_NS / 60e9:.1f} minutes"
+    result = {"host_id": measured.host_id, "channels": known, "bins": measured.bins, "file": str(out)}
+    common.print_result(result, as_json=as_json, lines=[summary, str(out)])
 
 
 def watch(
-    pid: int = typer.Option(None, help="The QEMU process."),
-    qmp: Path = typer.Option(None, help="Its QMP socket; must answer if named."),
-    name: str = typer.Option(None, help="The VM's name."),
-    list_: bool = typer.Option(False, "--list", help="Only list the machines that run here."),
-    model: Path = typer.Option(None, help="A checkpoint, a run (its deploy cell) or an edge bundle; the bundled one."),
-    channel_set: str = typer.Option(
-        "",
-        metavar="NAME",
-        help="Only a model of this channel set; the largest that the VM gives if left out.",
-    ),
-    commission: Path = typer.Option(
-        None, metavar="FILE", help="The machine's clean day, from `phasewatch commission`."
-    ),
-    save: Path = typer.Option(None, metavar="DIR", help="Keep the readings as bundles of unknown phase in this store."),
-    webhook: str = typer.Option("", metavar="URL", help="Post alarms there, as JSON."),
-    seconds: float = typer.Option(0.0, min=0.0, help="Stop after so long; 0 watches until the VM is gone."),
-    as_json: bool = typer.Option(False, "--json", help="Every event as a line of JSON, the result as the last line."),
+    name: VmName = None,
+    pid: VmPid = None,
+    qmp: VmQmp = None,
+    list_: Annotated[bool, typer.Option("--list", help="Only list the running VMs.")] = False,
+    model: ModelPath = None,
+    channels: Annotated[
+        str,
+        typer.Option("--channels", metavar="NAME", help="Channel set of the model; default: the largest that fits."),
+    ] = "",
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", metavar="FILE", help="Baseline of the VM, from `phasewatch baseline`.")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Store for the readings, as bundles without labels.")
+    ] = None,
+    webhook: Annotated[str, typer.Option(metavar="URL", help="Post alarms there as JSON.")] = "",
+    seconds: Annotated[float, typer.Option(min=0.0, help="Stop after this time; 0 watches until the VM ends.")] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print events and then the result as JSON lines.")] = False,
 ) -> None:
-    """Watch a running QEMU or libvirt machine from outside, and tell which phase it is in; alarms are lines of JSON.
+    """Watch a running VM and print its phases and alarms.
 
-    Nothing runs in the guest. Ctrl-C ends it and leaves the machine as it was; so does a kill -9.
+    Works with QEMU and libvirt, from outside: nothing runs in the guest. Alarms are JSON lines. Ctrl-C ends the watch
+    and leaves the VM as it was; so does kill -9.
 
     Example: phasewatch watch --name web01
     """
-    from phasewatch.live.discover import find_running_vm, list_running_vms
-
     if list_:
-        from phasewatch.live.ownership import find_watch_folders
-
-        running, left = list_running_vms(), [folder for folder in find_watch_folders() if folder.is_alive is False]
-        result = {
-            "machines": [_describe_machine(m) for m in running],
-            "left_behind": [_describe_leftover(f, running) for f in left],
-        }
-        common.print_result(
-            result,
-            as_json=as_json,
-            lines=[*_render_machines(running), *(_render_leftover(row) for row in result["left_behind"])],
-        )
+        _list_machines(as_json=as_json)
         return
-    from phasewatch.errors import MachineError
-    from phasewatch.inference.model_selection import find_models
-    from phasewatch.live.baseline import read_baseline_file
-    from phasewatch.live.session import WatchRequest, run_watch
-    from phasewatch.live.watcher import WatchCallbacks
-
     machine = find_running_vm(pid=pid, name=name, qmp=qmp)
-    candidates = find_models(model or common.find_bundled_model())
     request = WatchRequest(
-        machine=machine, qmp=qmp, models=candidates, channels=channel_set, baseline=read_baseline_file(commission) if commission else None,
-        save=save, webhook=webhook, seconds=seconds,
-    )  # fmt: skip
-    with _open_outputs(is_only=not webhook) as (out, say):
-        report = run_watch(request, WatchCallbacks(on_event=_build_event_printer(out, say, as_json=as_json)))
-        _print_report(report, out, say, as_json=as_json)
+        machine=machine,
+        qmp=qmp,
+        models=find_models(model or find_bundled_model()),
+        channels=channels,
+        baseline=read_baseline_file(baseline) if baseline else None,
+        save=save,
+        webhook=webhook,
+        seconds=seconds,
+    )
+    with _open_outputs(is_only=not webhook) as (out, err), route_logs(err):
+        report = run_watch(request, _build_event_printer(out, err, as_json=as_json), err)
+        _print_report(report, out, err, as_json=as_json)
     if lost := report.watched.not_saved:
         raise MachineError(f"--save {save}: {lost} bundles were not written: {report.watched.save_failure}")
 
 
 @contextmanager
-def _open_outputs(*, is_only: bool) -> Iterator[tuple[PrintLine, PrintLine]]:
-    """Yield what prints to stdout and what to stderr; neither waits for who reads it, and neither's end is the watch's.
+def _open_outputs(*, is_only: bool) -> Iterator[tuple[_PrintLine, _PrintLine]]:
+    """Yield functions that print to stdout and to stderr without blocking; a stalled reader cannot stop the watch.
 
     Args:
-        is_only: Whether nobody but stdout's reader hears of an alarm: once he has left, there is nobody to watch for.
+        is_only: Whether alarms go to stdout alone: the watch then ends when its reader has closed the pipe.
 
     Raises:
-        BrokenPipeError: If the only reader has left.
+        BrokenPipeError: If `is_only` and the reader has closed the pipe.
         OSError: At the end, if events could not be written.
     """
-    import sys
-
-    from phasewatch.live.outputs import NonBlockingWriter
-
     err = NonBlockingWriter(sys.stderr)
     out = NonBlockingWriter(sys.stdout)
+    is_reported = False
 
-    is_told = False
+    def print_err(line: str) -> None:
+        err.put(escape_for_terminal(line))
 
-    def say(line: str) -> None:
-        err.put(common.escape_for_terminal(line))
-
-    def put(line: str) -> None:
-        nonlocal is_told
+    def print_out(line: str) -> None:
+        nonlocal is_reported
         out.put(line)
-        if out.failure is not None and not is_told:
-            is_told = True
+        if out.failure is not None and not is_reported:
+            is_reported = True
             if out.is_gone and is_only:
                 raise out.failure
-            say(f"standard output: {out.failure.strerror}: events are lost there; the watch goes on")
+            print_err(f"standard output: {out.failure.strerror}: events are lost there; the watch continues")
 
     try:
-        yield put, say
+        yield print_out, print_err
         unread = out.close()
         if out.failure is not None and not out.is_gone:
             raise out.failure
         if unread:
-            say(f"{unread} lines of events were not written: their reader stood still or left")
+            print_err(f"{unread} lines of events were not written: the reader was too slow or has closed the pipe")
     finally:
         err.close()
 
 
-def _build_event_printer(out: PrintLine, say: PrintLine, *, as_json: bool) -> Callable[[EventEnvelope, bool], None]:
-    from phasewatch.events.schema import PhaseEvent, render_event
-
-    def emit(event: EventEnvelope, news: bool) -> None:
-        if as_json or news:
+def _build_event_printer(out: _PrintLine, err: _PrintLine, *, as_json: bool) -> Callable[[EventEnvelope, bool], None]:
+    def print_event(event: EventEnvelope, is_news: bool) -> None:
+        if as_json or is_news:
             out(render_event(event).decode())
         if not as_json and isinstance(event.data, PhaseEvent):
-            say(_render_decision(event.data))
+            err(_render_decision(event.data))
 
-    return emit
-
-
-def _render_decision(seen: Any) -> str:
-    """Give a decision as a line for people."""
-    from datetime import UTC, datetime
-
-    at = datetime.fromtimestamp(seen.t_end_ns / 1e9, UTC).strftime("%H:%M:%S")
-    shares = " ".join(f"{p:4.2f}" for p in seen.p)
-    alarm = "  ALARM" if seen.alarm else ""
-    caveat = f"  ({seen.caveat})" if seen.caveat else ""
-    return f"{at}Z {seen.decision:<9} {shares}{alarm}{caveat}"
+    return print_event
 
 
-def _print_report(report: WatchReport, out: PrintLine, say: PrintLine, *, as_json: bool) -> None:
-    import json
-    from dataclasses import asdict
+def _render_decision(event: PhaseEvent) -> str:
+    at = datetime.fromtimestamp(event.t_end_ns / 1e9, UTC).strftime("%H:%M:%S")
+    probabilities = " ".join(f"{p:4.2f}" for p in event.p)
+    alarm = "  ALARM" if event.alarm else ""
+    caveat = f"  ({event.caveat})" if event.caveat else ""
+    return f"{at}Z {event.decision:<9} {probabilities}{alarm}{caveat}"
 
+
+def _print_report(report: WatchReport, out: _PrintLine, err: _PrintLine, *, as_json: bool) -> None:
     watched = report.watched
     if as_json:
         out(json.dumps({"result": asdict(report)}, sort_keys=True))
         return
-    left = (
-        "left as it was found"
+    restored = (
+        "the VM is as it was"
         if report.left_as_found
-        else "its monitor did not answer at the end, the guard goes on trying"
+        else "its monitor did not answer at the end; the cleanup process keeps trying"
     )
-    words = f"{watched.why}: {watched.windows} windows, {watched.alarms} alarms, {watched.late} late readings; {left}"
-    say(words)
+    err(f"{watched.why}: {watched.windows} windows, {watched.alarms} alarms, {watched.late} late readings; {restored}")
     if watched.lost:
-        say("readings lost: " + ", ".join(f"{name} {count}" for name, count in watched.lost.items()))
+        err("readings lost: " + ", ".join(f"{name} {count}" for name, count in watched.lost.items()))
     if watched.contended:
-        say(f"contention in {watched.contended} of {watched.windows} windows: the vCPUs waited for a core")
+        err(f"CPU contention in {watched.contended} of {watched.windows} windows: the vCPUs waited for a core")
     for path in watched.saved:
         out(path)
 
 
+def _list_machines(*, as_json: bool) -> None:
+    running, dead = list_running_vms(), [folder for folder in find_watch_folders() if folder.is_alive is False]
+    leftovers = [_describe_leftover(folder, running) for folder in dead]
+    result = {"machines": [_describe_machine(m) for m in running], "left_behind": leftovers}
+    lines = [*_render_machines(running), *(_render_leftover(row) for row in leftovers)]
+    common.print_result(result, as_json=as_json, lines=lines)
+
+
 def _describe_machine(machine: RunningVm) -> dict[str, object]:
     return {
-        "pid": machine.pid, "name": machine.name, "uuid": machine.uuid, "arch": machine.arch, "accel": machine.accel,
-        "qmp": [str(path) for path in machine.qmp], "taps": list(machine.taps), "is_hidden": machine.is_hidden,
+        "pid": machine.pid,
+        "name": machine.name,
+        "uuid": machine.uuid,
+        "arch": machine.arch,
+        "accel": machine.accel,
+        "qmp": [str(path) for path in machine.qmp],
+        "taps": list(machine.taps),
+        "is_hidden": machine.is_hidden,
         "monitors": [{"kind": str(door.kind), "address": door.address} for door in machine.monitors],
-    }  # fmt: skip
+    }
 
 
 def _render_machines(running: Sequence[RunningVm]) -> list[str]:
@@ -296,37 +228,35 @@ def _render_machines(running: Sequence[RunningVm]) -> list[str]:
         )
         for m in running
     ]
-    lines = common.render_table(rows) or ["no QEMU machine runs among the processes that this user can see"]
+    lines = common.render_table(rows) or ["no QEMU process is visible to this user"]
     if any(m.is_hidden for m in running):
-        lines.append(
-            "?: this user may not see what these processes have open; run as root or as the machine's user and group"
-        )
+        lines.append("?: this user may not read the open files of these processes; run as root or as the VM's user")
     return lines
 
 
 def _describe_monitor(machine: RunningVm) -> str:
-    from phasewatch.live.monitor_endpoints import MonitorEndpointKind, select_reported_endpoint
-
     if machine.qmp:
         return " ".join(map(str, machine.qmp))
     if not machine.monitors:
         return "no QMP"
     door = select_reported_endpoint(machine.monitors)
-    words = {
-        MonitorEndpointKind.HANDED_OVER: "QMP belongs to who started it", MonitorEndpointKind.CLIENT: "QMP connects elsewhere",
-        MonitorEndpointKind.NETWORK: f"QMP on {door.address}, not a Unix socket", MonitorEndpointKind.SILENT: "QMP no longer listens",
-    }  # fmt: skip
-    return words.get(door.kind, f"QMP {door.address}")
+    descriptions = {
+        MonitorEndpointKind.HANDED_OVER: "QMP belongs to the process that started it",
+        MonitorEndpointKind.CLIENT: "QMP connects elsewhere",
+        MonitorEndpointKind.NETWORK: f"QMP on {door.address}, not a Unix socket",
+        MonitorEndpointKind.SILENT: "QMP no longer listens",
+    }
+    return descriptions.get(door.kind, f"QMP {door.address}")
 
 
 def _describe_leftover(folder: WatchFolder, running: Sequence[RunningVm]) -> dict[str, object]:
-    """Describe the leftovers of a dead watcher, and which machine that still runs they are in."""
+    """Describe what a killed watcher left behind, and the running VM that it affects."""
     machine = next((m for m in running if folder.concerns(m.pid, m.start_ticks)), None)
     return {"folder": str(folder.path), "watcher": folder.owner.pid, "machine": machine.name if machine else None}
 
 
 def _render_leftover(row: dict[str, object]) -> str:
-    what = f"left behind by process {row['watcher']}, a watcher that was killed: {row['folder']}"
+    what = f"left behind by the killed watcher {row['watcher']}: {row['folder']}"
     if row["machine"] is None:
         return f"{what}; the next watch removes it"
-    return f"{what}, and what it put into {row['machine']}; the next watch of that machine takes it out"
+    return f"{what}, and objects in {row['machine']}; the next watch of that VM removes them"

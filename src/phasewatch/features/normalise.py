@@ -180,7 +180,7 @@ def parse_baseline(data: bytes, *, file: str) -> HostBaseline:
     try:
         found = msgspec.json.decode(data, type=_BaselineFile)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise DataError(f"{file}: not a commissioning file: {exc}; make it with `phasewatch commission`") from exc
+        raise DataError(f"{file}: not a commissioning file: {exc}; make it with `phasewatch baseline`") from exc
     names = tuple(c.name for c in found.channels)
     if found.format != BASELINE_FORMAT or len(set(names)) != len(names):
         raise DataError(

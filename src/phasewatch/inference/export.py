@@ -150,7 +150,7 @@ def _find_experiments(run: Path, wanted: ExportRequest, fold: str, *, one: bool)
 
 def _render_train_command(run: Path, model: str, recipe: str, threats: Sequence[str], seed: int) -> str:
     """Return the command that trains the missing experiments."""
-    line = f"phasewatch train {run} --models {model} --recipes {recipe} --threats {','.join(threats)}"
+    line = f"phasewatch train {run} --models {model} --recipes {recipe} --channels {','.join(threats)}"
     return f"{line} --seed {seed}" if seed else line
 
 

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.errors import PlanError, UsageError
+from phasewatch.errors import PlanError, UsageError, suggest_names
 from phasewatch.lab.qemu_command import find_host_shape
 from phasewatch.lab.scheduling import HostDemand, ProfileGroup, ScheduledSession, build_schedule
 from phasewatch.profiles import (
@@ -276,6 +276,36 @@ def compute_slot_seed(name: str, seed: int, host_id: str, index: int) -> int:
 def build_rng(seed: int, purpose: str) -> np.random.Generator:
     """Build the random generator of one purpose. Each purpose has its own, so a new draw does not change others."""
     return np.random.default_rng([seed, int.from_bytes(blake2b(purpose.encode(), digest_size=8).digest(), "big")])
+
+
+def select_sessions(
+    sessions: Sequence[RecordingSession], *, plan: str, hosts: Sequence[str] = (), role: str = "", limit: int = 0
+) -> tuple[RecordingSession, ...]:
+    """Return the sessions of some hosts and of one role, in the order of recording.
+
+    Args:
+        sessions: All sessions of a plan.
+        plan: The plan's name, for messages.
+        hosts: Host ids; empty selects all.
+        role: Role that every slot of a session must have; empty selects all.
+        limit: Maximum number of sessions; 0 returns all.
+
+    Raises:
+        UsageError: If the plan has no such host, or no session is left.
+    """
+    known = {session.host_id for session in sessions}
+    for host in hosts:
+        if host not in known:
+            raise UsageError(f"--hosts: plan {plan} has no host {host!r}; {suggest_names(host, known)}")
+    chosen = [
+        session
+        for session in sessions
+        if (not hosts or session.host_id in hosts) and (not role or all(slot.role == role for slot in session.slots))
+    ]
+    if not chosen:
+        wanted = " ".join([f"--role {role}"] * bool(role) + [f"--hosts {','.join(hosts)}"] * bool(hosts))
+        raise UsageError(f"{wanted or plan}: plan {plan} has no such session")
+    return tuple(chosen[: limit or None])
 
 
 def build_sessions(spec: PlanSpec) -> tuple[RecordingSession, ...]:

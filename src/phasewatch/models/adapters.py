@@ -8,7 +8,7 @@ A model's author writes a class with a key and one method::
         def make(self, seed):
             return RandomForestClassifier(500, class_weight="balanced", random_state=seed)
 
-and trains it with ``phasewatch train RUN --model my_module:Forest``, or registers it in the entry points
+and trains it with ``phasewatch train RUN --add-model my_module:Forest``, or registers it in the entry points
 ``phasewatch.models`` of a package.
 """
 

@@ -1,61 +1,66 @@
-"""Copies a finished run to a folder or into an object store, its `run.json` last: who sees that sees the whole run."""
+"""Publication: copy a finished run to a folder or an object store, ``run.json`` last.
+
+A reader that finds ``run.json`` therefore has the whole run.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from phasewatch.artifacts import RUN_LOG_FILE
 from phasewatch.atomic import make_folder, open_atomic, remove, write_atomic
 from phasewatch.errors import RunError
 from phasewatch.store.base import open_store
 from phasewatch.store.s3 import ObjectStore
 
-_PRIVATE_KEYS = frozenset({"run", "address"})
+__all__ = ["publish_run"]
+
+_LAST_FILE = "run.json"
+_PRIVATE_KEYS = frozenset({"run", "ray_address"})
 
 
 def publish_run(run: Path, uri: str) -> int:
-    """Copy all files of a run but its own notes (names that begin with a dot); return how many.
+    """Copy the files of a run, without hidden ones, and return their number.
 
-    The copy of `run.json` names no folder, cluster or host of this machine (see `_redact_run_log`).
+    The copy of ``run.json`` names no folder, cluster or host of this machine (see `_redact_run_log`).
 
     Args:
         run: The run's folder.
-        uri: A folder, ``file:///folder`` or ``s3://bucket/prefix``; what stands there under the same names is replaced.
+        uri: A folder, ``file:///folder`` or ``s3://bucket/prefix``; files of the same names are replaced.
 
     Raises:
         RunError: If the run is not finished.
-        StoreError: If nothing can be put there.
+        StoreError: If nothing can be written there.
     """
-    if not (run / RUN_LOG_FILE).is_file():
-        raise RunError(f"{run}: it is not finished; take it the whole way with `phasewatch run STORE --out {run}`")
+    if not (run / _LAST_FILE).is_file():
+        raise RunError(f"{run}: the run is not finished; finish it with `phasewatch run STORE --out {run}`")
     files = [path for path in sorted(run.rglob("*")) if path.is_file() and not _is_hidden(path.relative_to(run))]
-    ordered = [*(path for path in files if path != run / RUN_LOG_FILE), run / RUN_LOG_FILE]
+    ordered = [*(path for path in files if path != run / _LAST_FILE), run / _LAST_FILE]
     store, folder = open_store(uri), Path(uri.removeprefix("file://"))
-    if isinstance(store, ObjectStore):  # first the last word of an older run: it must not vouch for a mixture
-        store.remove_key(RUN_LOG_FILE)
+    if isinstance(store, ObjectStore):  # that of an older run goes first: it must not stand for a mixture of two
+        store.remove_key(_LAST_FILE)
     else:
-        remove(folder / RUN_LOG_FILE)
+        remove(folder / _LAST_FILE)
     for path in ordered[:-1]:
         name = path.relative_to(run).as_posix()
         if isinstance(store, ObjectStore):
             store.put_file(name, path)
         else:
             _copy_file(path, folder / name)
-    last = _redact_run_log((run / RUN_LOG_FILE).read_bytes())
+    last = _redact_run_log((run / _LAST_FILE).read_bytes())
     if isinstance(store, ObjectStore):
-        store.put_key(RUN_LOG_FILE, last)
+        store.put_key(_LAST_FILE, last)
     else:
         make_folder(folder)
-        write_atomic(folder / RUN_LOG_FILE, last)
+        write_atomic(folder / _LAST_FILE, last)
     return len(ordered)
 
 
 def _redact_run_log(data: bytes) -> bytes:
-    """Return `run.json` without what is this machine's business: its name, paths of folders, the address of a cluster.
+    """Return ``run.json`` without what is private to this machine: host name, local paths, address of a Ray cluster.
 
-    A store at ``s3://`` stays named: it is where the bundles of the published run are. A file that is no JSON object
-    holds nothing that others can read, and becomes an empty one.
+    A store at ``s3://`` stays: the bundles of the published run are there. A file that is not a JSON object becomes an
+    empty one.
     """
     try:
         log = json.loads(data)

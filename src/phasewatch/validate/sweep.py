@@ -145,7 +145,7 @@ def sweep(
     old = SweepCache()
     if not full:
         old.add(run, SWEEP_VERSION)
-        parts.restore_into(old)  # after the run's own: they are newer, and a killed --full may have found rot
+        parts.restore_into(old)  # after the run's own: they are newer, and a killed --force may have found rot
     unchanged = {path for path, seen in looks.items() if old.signatures.get(path) == seen and old.is_final(path)}
     verdicts: list[BundleVerdict] = []
     copies = DuplicateResolver(

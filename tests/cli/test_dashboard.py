@@ -21,8 +21,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_events_go_to_a_pipe_or_whole_to_a_file(phasewatch: Call, run: Path, tmp_path: Path) -> None:
-    piped = phasewatch("produce", "metrics", run)
-    filed = phasewatch("produce", "replay", run, "--to", tmp_path / "events.jsonl", "--json")
+    piped = phasewatch("publish", "metrics", run)
+    filed = phasewatch("publish", "replay", run, "--to", tmp_path / "events.jsonl", "--json")
 
     assert [parse_event(line.encode()).type for line in piped.lines] == ["score", "confusion"]
     lines = (tmp_path / "events.jsonl").read_bytes().splitlines()
@@ -33,13 +33,13 @@ def test_events_go_to_a_pipe_or_whole_to_a_file(phasewatch: Call, run: Path, tmp
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        pytest.param(["produce", "rumours", "RUN"], 2, "rumours", id="no such producer"),
-        pytest.param(["produce", "metrics", "nowhere"], 3, "nowhere: there is no such run", id="no run"),
-        pytest.param(["produce", "replay", "RUN", "--episode", "x"], 3, "no test predictions of episode x", id="no such episode"),
-        pytest.param(["produce", "replay", "RUN", "--model", "cnn"], 3, "no test predictions by cnn", id="no such model"),
-        pytest.param(["produce", "perf", "RUN"], 3, "no checkpoint, run or edge bundle is here", id="no checkpoint"),
-        pytest.param(["produce", "metrics", "RUN", "--json"], 2, "name a file", id="two things on one output"),
-        pytest.param(["produce", "metrics", "RUN", "--to", "http://127.0.0.1:9", "--token-file", "none"], 5, "none: no token here", id="no token"),
+        pytest.param(["publish", "rumours", "RUN"], 2, "rumours", id="no such producer"),
+        pytest.param(["publish", "metrics", "nowhere"], 3, "nowhere: there is no such run", id="no run"),
+        pytest.param(["publish", "replay", "RUN", "--episode", "x"], 3, "no test predictions of episode x", id="no such episode"),
+        pytest.param(["publish", "replay", "RUN", "--model", "cnn"], 3, "no test predictions by cnn", id="no such model"),
+        pytest.param(["publish", "perf", "RUN"], 3, "no checkpoint, run or edge bundle is here", id="no checkpoint"),
+        pytest.param(["publish", "metrics", "RUN", "--json"], 2, "name a file", id="two things on one output"),
+        pytest.param(["publish", "metrics", "RUN", "--to", "http://127.0.0.1:9", "--token-file", "none"], 5, "none: no token here", id="no token"),
         pytest.param(["dashboard"], 2, "a run to play", id="nothing to show"),
         pytest.param(["dashboard", "nowhere"], 3, "nowhere: there is no such run", id="no run to show"),
         pytest.param(["dashboard", "RUN", "--episode", "x"], 3, "no test predictions of episode x", id="no such episode to show"),

@@ -55,7 +55,17 @@ def test_export_says_how_near_the_export_is_and_where_it_lies(phasewatch: Run, r
 
 def test_export_answers_in_json(phasewatch: Run, run: Path, tmp_path: Path) -> None:
     said = phasewatch(
-        "export", run, "--recipe", RECIPE, "--fold", FOLD, "--threat", "oracle", "--out", tmp_path / "x.onnx", "--json"
+        "export",
+        run,
+        "--recipe",
+        RECIPE,
+        "--fold",
+        FOLD,
+        "--channels",
+        "oracle",
+        "--out",
+        tmp_path / "x.onnx",
+        "--json",
     )
 
     assert json.loads(said.out)["result"]["threats"] == ["oracle"]
@@ -130,11 +140,11 @@ def test_a_run_without_a_deployed_model_says_what_to_train(
         pytest.param((), 2, "say which machine: --pid N", id="nothing said"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("command", ["watch", "commission"])
+@pytest.mark.parametrize("command", ["watch", "baseline"])
 def test_a_machine_that_is_not_there_is_one_line_and_a_code(
     phasewatch: Run, tmp_path: Path, command: str, arguments: tuple[str, ...], code: int, words: str
 ) -> None:
-    more = ("--out", tmp_path / "host.json") if command == "commission" else ()
+    more = ("--out", tmp_path / "host.json") if command == "baseline" else ()
     said = phasewatch(command, *arguments, *more)
 
     assert said.code == code
@@ -230,7 +240,7 @@ def test_a_terminal_that_goes_away_ends_the_watch_in_order(pretender: Any, edge:
 def test_a_clean_day_is_measured_to_its_end(pretender: Any, phasewatch: Run, tmp_path: Path) -> None:
     child, qemu = pretender
     out = tmp_path / "host.json"
-    said = phasewatch("commission", "--pid", child.pid, "--minutes", "0.2", "--out", out, "--json")
+    said = phasewatch("baseline", "--pid", child.pid, "--minutes", "0.2", "--out", out, "--json")
 
     result = json.loads(said.out)["result"]
     assert (said.code, result["file"]) == (0, str(out)), said.err
@@ -247,7 +257,7 @@ def test_a_clean_day_that_was_cut_short_is_none_and_leaves_the_one_before(
     child, qemu = pretender
     out = tmp_path / "host.json"
     out.write_text("of last week")
-    command = [sys.executable, "-m", "phasewatch", "commission", "--pid", str(child.pid), "--minutes", "1"]
+    command = [sys.executable, "-m", "phasewatch", "baseline", "--pid", str(child.pid), "--minutes", "1"]
     with subprocess.Popen(
         [*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as p:
@@ -348,7 +358,7 @@ def test_a_vm_that_gives_too_little_is_told_what_to_train(pretender: Any, run: P
 
     assert done.returncode == 4
     assert "realistic needs qmp.jit_tb" in done.stderr
-    assert "--threats portable" in done.stderr
+    assert "--channels portable" in done.stderr
 
 
 def test_on_an_accelerator_that_training_never_saw_every_output_says_so(pretender: Any, edge: Path) -> None:
@@ -380,7 +390,7 @@ def test_a_named_door_that_does_not_open_is_one_line(pretender: Any, edge: Path,
 
 def test_a_clean_day_for_a_model_of_raw_numbers_does_not_fit(pretender: Any, edge: Path, tmp_path: Path) -> None:
     (tmp_path / "host.json").write_text('{"format":"phasewatch-commission/1","host_id":"h","bins":1,"channels":[]}')
-    done = watched(pretender, "--model", edge, "--commission", tmp_path / "host.json")
+    done = watched(pretender, "--model", edge, "--baseline", tmp_path / "host.json")
 
     assert done.returncode == 4
     assert "learnt from raw numbers" in done.stderr

@@ -20,7 +20,7 @@ import httpx
 import pytest
 from tests.cli.conftest import Said
 
-from phasewatch.cli.transfer import parse_bytes
+from phasewatch.cli.transfer import _parse_bytes
 from phasewatch.errors import UsageError
 
 Call = Callable[..., Said]
@@ -85,7 +85,7 @@ def test_nobody_listening_is_exit_5_and_a_missing_token_exit_3(phasewatch: Call,
         outbox = tmp_path / host_id / host_id
         outbox.mkdir(parents=True)
         (outbox / "0199c82c-c000-7000-8000-000000000001.tar.zst").write_bytes(b"x")
-    to = ("--to", "http://127.0.0.1:1", "--tokens", tokens, "--patience", "0.1")
+    to = ("--to", "http://127.0.0.1:1", "--tokens", tokens, "--give-up-after", "0.1")
 
     away = phasewatch("ship", "--outbox", tmp_path / "pc-a", *to, "--json")
     unknown = phasewatch("ship", "--outbox", tmp_path / "pc-b", *to)
@@ -96,13 +96,13 @@ def test_nobody_listening_is_exit_5_and_a_missing_token_exit_3(phasewatch: Call,
 
 @pytest.mark.parametrize(("text", "size"), [("0", 0), ("500MB", 500_000_000), ("2GiB", 2 << 30), ("1 kb", 1000)])
 def test_sizes_are_read(text: str, size: int) -> None:
-    assert parse_bytes("--quota", text) == size
+    assert _parse_bytes("--quota", text) == size
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1.5GB", "GB", "1XB"])
 def test_what_is_no_size_is_said(text: str) -> None:
     with pytest.raises(UsageError, match="--quota"):
-        parse_bytes("--quota", text)
+        _parse_bytes("--quota", text)
 
 
 @pytest.mark.parametrize("how", ["closed", "a pipe that nobody reads", "a pipe whose reader is gone"])
@@ -111,7 +111,7 @@ def test_a_receiver_goes_on_where_nobody_can_read_its_log(tokens: Path, tmp_path
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "phasewatch", "receive", "--store", tmp_path / "store", "--tokens", tokens,
-               "--listen", f"127.0.0.1:{port}", "--floor", "0"]  # fmt: skip
+               "--listen", f"127.0.0.1:{port}", "--min-free", "0"]  # fmt: skip
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
     if how == "a pipe whose reader is gone":
