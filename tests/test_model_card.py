@@ -31,7 +31,13 @@ def test_every_shipped_channel_set_is_scored_on_unseen_hosts() -> None:
 
 
 def test_card_names_the_profiles_that_its_scored_episodes_lack() -> None:
-    place = {"recipe": "held_out_host", "fold": "pooled", "channel_set": "realistic", "input": "raw", "smoothing": "none"}
+    place = {
+        "recipe": "held_out_host",
+        "fold": "pooled",
+        "channel_set": "realistic",
+        "input": "raw",
+        "smoothing": "none",
+    }
     scored = MetricRow(metric="macro_f1", model="gbt", seed="mean", agent="off", value=0.5, n_episodes=9, **place)
     untested = [
         MetricRow(metric="untested_profile", model=None, agent=agent, profile=profile, **place)

@@ -49,9 +49,13 @@ def main(arguments: Sequence[str]) -> int:
         for row in grids.rows:
             pairs.setdefault(row.session, {})[row.agent] = grids.episode_bins(row)
         found = AgentFootprint(
-            host_id=HOST, accel=host.accel, guest_image=host.recorder, seconds=FOOTPRINT_DURATION_S, pairs=len(pairs),
+            host_id=HOST,
+            accel=host.accel,
+            guest_image=host.recorder,
+            seconds=FOOTPRINT_DURATION_S,
+            pairs=len(pairs),
             costs=compute_channel_costs(pairs),  # type: ignore[arg-type]
-        )  # fmt: skip
+        )
     path = build_footprint_path(corpus)
     atomic.write_atomic(path, msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
     print(path)

@@ -73,7 +73,7 @@ def profiles_page() -> str:
         samples = [
             [code(s.name), s.about, ranges(k for k in s.knobs if k not in profiles.COMMON_INTENSITIES)]
             for s in row.samples
-        ]  # fmt: skip
+        ]
         bounds = row.bounds
         attack = f" Resembles ATT&CK {', '.join(row.attack)}." if row.attack else ""
         parts.append(
@@ -195,9 +195,12 @@ def commands_page() -> str:
 
 
 PAGES = {
-    "channels.md": channels_page, "profiles.md": profiles_page, "errors.md": errors_page, "commands.md": commands_page,
+    "channels.md": channels_page,
+    "profiles.md": profiles_page,
+    "errors.md": errors_page,
+    "commands.md": commands_page,
     "events.md": events_page,
-}  # fmt: skip
+}
 
 
 def main(arguments: Sequence[str]) -> int:

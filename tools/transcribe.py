@@ -70,8 +70,19 @@ FULL: list[tuple[str, list[str]]] = [
 @contextmanager
 def receiver(folder: Path, *options: str) -> Iterator[str]:
     """Run a receiver; give where it listens."""
-    command = [sys.executable, "-m", "phasewatch", "receive", "--store", "store", "--tokens", "tokens", "--listen",
-               "127.0.0.1:0", *options]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "phasewatch",
+        "receive",
+        "--store",
+        "store",
+        "--tokens",
+        "tokens",
+        "--listen",
+        "127.0.0.1:0",
+        *options,
+    ]
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         assert process.stderr is not None
         line = process.stderr.readline()
@@ -83,10 +94,11 @@ def receiver(folder: Path, *options: str) -> Iterator[str]:
 def show(folder: Path, at: str, title: str, arguments: list[str]) -> str:
     """Ask once; give the command as one types it, and what came back."""
     values = {
-        "$url": f"http://{AT}/v1/episodes/pc-a", "$token": TOKEN,
+        "$url": f"http://{AT}/v1/episodes/pc-a",
+        "$token": TOKEN,
         "$digest": base64.b64encode(sha256((folder / BUNDLE).read_bytes()).digest()).decode(),
         "$other": base64.b64encode(sha256((folder / "other.tar.zst").read_bytes()).digest()).decode(),
-    }  # fmt: skip
+    }
     shown = [re.sub(r"ID(\d)", rf"{ID}\1", a) for a in arguments]
     asked = list(shown)
     for name, value in values.items():
@@ -94,8 +106,11 @@ def show(folder: Path, at: str, title: str, arguments: list[str]) -> str:
     asked = [a.replace(AT, at) for a in asked]
     done = subprocess.run(
         ["curl", "-sS", "-i", "--noproxy", "*", "--max-time", "60", *asked],
-        cwd=folder, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     words = " ".join(a if re.fullmatch(r"[-$A-Za-z0-9_./:]+", a) else f'"{a}"' for a in shown)
     text = re.sub(r"(?im)^date: .*$", "date: …", done.stdout.replace("\r", ""))
     text = re.sub(r"(?im)^retry-after: \d{5}$", "retry-after: 86399", text)
