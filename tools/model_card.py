@@ -1,7 +1,7 @@
 """Write the generated half of docs/model-card.md: `python -m tools.model_card RUN`.
 
-RUN is the run that the bundled edge bundle was exported from (`make edge` does both). Its metrics file has every number;
-the bundle records what the models were trained on. The page carries the bundle's digest, and `--check` compares them.
+RUN is the run of the bundled edge bundle (`make edge` makes both). Its metrics file has every number; the bundle
+records what the models were trained on. The page carries the bundle's digest, and `--check` compares them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Render a run's metrics as Markdown tables: `python -m tools.results RUN --out docs/results/lab-v1.md --command "..."`.
+"""Render a run's metrics as Markdown tables: `python -m tools.results RUN --out PAGE.md --command "..."`.
 
 Every number is a row of the run's metrics file; a number without a row is not shown.
 """
