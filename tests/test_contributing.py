@@ -1,4 +1,4 @@
-"""The patches that CONTRIBUTING.md walks through apply to this tree, touch at most three files, and pass their tests."""
+"""The patches of CONTRIBUTING.md apply to this tree, touch at most three files, and pass their tests."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import typer.main
 
 from phasewatch import artifacts
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 SRC = ROOT / "src" / "phasewatch"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "corpus").rglob("*.md"), *SRC.rglob("*.md")])
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+GROUP = typer.main.get_command(app)
 # Pages that show the commands of their own time.
 DATED = {ROOT / "CHANGELOG.md", *(DOCS / "adr").glob("*.md"), *(DOCS / "results").glob("*.md")}
 
@@ -69,11 +70,12 @@ def test_every_command_that_is_shown_exists_with_its_options() -> None:
             name, *rest = words[words.index("phasewatch") + 1 :]
             if name.startswith("-"):
                 continue
-            parameters = getattr(COMMANDS.get(name), "params", None)
-            if parameters is None:
+            try:
+                _, command, _ = GROUP.resolve_command(click.Context(GROUP), [name])  # type: ignore[attr-defined]
+            except click.UsageError:
                 unknown.append(f"{name_of(page)}: no command {name}")
                 continue
-            known = {option for p in parameters for option in (*p.opts, *p.secondary_opts)} | {"--help"}
+            known = {option for p in command.params for option in (*p.opts, *p.secondary_opts)} | {"--help"}
             used = {word.partition("=")[0] for word in rest if word.startswith("--")}
             unknown += [f"{name_of(page)}: {name} has no {option}" for option in sorted(used - known)]
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import click
 import msgspec
 import msgspec.inspect as kinds
 import typer.main
@@ -192,7 +193,8 @@ def render_json(value: object) -> str:
 def commands_page() -> str:
     """Render the help of every command, as it is printed."""
     run = CliRunner().invoke
-    names = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    group = typer.main.get_command(app)
+    names = sorted(group.list_commands(click.Context(group)))  # type: ignore[attr-defined]
     settings = {"env": {"COLUMNS": "90", "TERMINAL_WIDTH": "90"}, "prog_name": "phasewatch"}
     texts = [("", run(app, ["--help"], **settings).output)]  # type: ignore[arg-type]
     texts += [(name, run(app, [name, "--help"], **settings).output) for name in names]  # type: ignore[arg-type]
