@@ -44,7 +44,7 @@ def ours(
     predicted: list[np.ndarray],
     weights: bootstrap.ResampleWeights,
 ) -> tuple[list[F1Scores], int]:
-    """Give all scores of every resample, with intervals, p of all pairs and Holm: what a board computes."""
+    """Compute all scores of every resample, with intervals, p-values of all pairs and Holm, as a leaderboard does."""
     shape = (-1, N_CLASSES, N_CLASSES)
     counts = [compute_score_terms(bootstrap.count_confusions(clusters, truth, y).reshape(shape)) for y in predicted]
     drawn = np.split(bootstrap.resample(weights, np.concatenate(counts, axis=1)), len(predicted), axis=1)

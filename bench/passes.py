@@ -109,7 +109,7 @@ def _stats(x: np.ndarray, lever: np.ndarray) -> np.ndarray:
 
 
 def measure(*, bundles: int = 60, repeats: int = 7) -> Part:
-    """Take some simulated bundles the three ways."""
+    """Measure some simulated bundles with all three implementations."""
     with tempfile.TemporaryDirectory() as folder:
         made = simulate(Path(folder) / "store", hosts=2, episodes=bundles, seed=1, between_s=(180.0, 180.0))
         store = DiskStore(made.store)

@@ -53,7 +53,7 @@ def photograph(address: str, out: Path, width: int, scheme: str) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Take one picture."""
+    """Save one picture."""
     run, out, *more = arguments
     with tempfile.TemporaryDirectory() as folder:
         process, address = start(run, folder)
