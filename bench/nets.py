@@ -1,4 +1,4 @@
-"""A net in training and at work: our trainer against a plain PyTorch loop, torch eager against onnxruntime for one window."""
+"""Measure training against a plain PyTorch loop, and prediction of one window by torch against onnxruntime."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _examples(seed: int) -> LabelledExamples:
 
 
 def training(*, repeats: int = 3, epochs: int = 2) -> Part:
-    """Train cnn and gru for some epochs with our trainer, and the same body in a loop as PyTorch's tutorial writes it."""
+    """Measure cnn and gru for some epochs, with our training loop and with that of PyTorch's tutorial."""
     import torch
     from torch import nn
 
@@ -56,12 +56,16 @@ def training(*, repeats: int = 3, epochs: int = 2) -> Part:
         works |= {f"phasewatch {key}": ours, f"plain PyTorch loop, {key}": plain}
     times = in_turns(works, repeats=repeats)
     rows = rows_of(times, repeats=repeats, per="window and epoch", over=WINDOWS * epochs)
-    about = f"{WINDOWS:,} windows of {CHANNELS} channels by 20 bins, batches of 128, {epochs} epochs, one thread, the same bodies. Ours also scales, hides channels, clips gradients, schedules the rate and scores validation after each epoch."
+    about = (
+        f"{WINDOWS:,} windows of {CHANNELS} channels by 20 bins, batches of 128, {epochs} epochs, one thread, the "
+        "same architectures. The loop of phasewatch also scales inputs, drops channels, clips gradients, "
+        "schedules the learning rate and scores validation after each epoch."
+    )
     return Part(title="Training loop", about=about, rows=rows)
 
 
 def live(*, repeats: int = 200) -> Part:
-    """Judge one window with torch as it was trained, and with the exported graph."""
+    """Measure one prediction with torch and with the exported graph."""
     from phasewatch.inference.onnx_check import ONNX_INPUT, ONNX_OUTPUT
     from phasewatch.inference.onnx_export import to_onnx
     from phasewatch.inference.onnx_session import open_session
@@ -81,7 +85,9 @@ def live(*, repeats: int = 200) -> Part:
 
         if np.abs(eager() - graph()).max() > 1e-5:
             raise SystemExit(f"{key}: the graph says something else than the model")
-        times = in_turns({f"torch eager, {key}": eager, f"phasewatch, exported {key} on onnxruntime": graph}, repeats=repeats)  # fmt: skip
+        times = in_turns(
+            {f"torch eager, {key}": eager, f"phasewatch, exported {key} on onnxruntime": graph}, repeats=repeats
+        )
         rows += rows_of(times, repeats=repeats, per="window")
-    about = "One window, from raw bins to calibrated probabilities, one thread; both agree within 1e-5."
+    about = "One window, from raw bins to calibrated probabilities, one thread; both agree to 1e-5."
     return Part(title="Live", about=about, rows=tuple(rows))

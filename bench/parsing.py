@@ -1,4 +1,4 @@
-"""Rows of JSON to columns of numbers: phasewatch against stdlib json, orjson, polars and pyarrow, values held equal."""
+"""Measure parsing rows of JSON into columns, against stdlib json, orjson, polars and pyarrow; values must be equal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from phasewatch.types import SourceKind
 
 
 def measure(corpus: Path, *, episodes: int = 20, repeats: int = 7) -> Part:
-    """Parse the proc rows of some recorded episodes in five ways."""
+    """Measure parsing the proc rows of some recorded episodes in five ways."""
     import orjson
     import polars as pl
     import pyarrow.json
@@ -57,5 +57,9 @@ def measure(corpus: Path, *, episodes: int = 20, repeats: int = 7) -> Part:
     times = in_turns(works, repeats=repeats)
     rows = rows_of(times, repeats=repeats, per="episode's proc rows", over=len(texts))
     unpacked = [unpack_bundle(b, file="").manifest.duration_s for b in bundles]
-    about = f"{len(texts)} recorded episodes, {np.mean(unpacked):.0f} s long on average, {len(fields)} fields, values equal to the bit as float64. Only phasewatch refuses doubled keys, other types and what is out of bounds."
+    about = (
+        f"{len(texts)} recorded episodes, {np.mean(unpacked):.0f} s long on average, {len(fields)} fields, values "
+        "equal to the bit as float64. Only phasewatch refuses repeated keys, wrong types and values out of "
+        "bounds."
+    )
     return Part(title="Parsing", about=about, rows=rows)

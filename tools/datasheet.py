@@ -1,7 +1,7 @@
-"""Write the generated half of a corpus's datasheet and its acceptance index; `--check` only says whether they are stale.
+"""Write the generated half of a corpus's datasheet and its index: `python -m tools.datasheet [CORPUS]`.
 
-Run as `python -m tools.datasheet [CORPUS]`. The counts come from the validator, the leak figures from the audit's
-questions, the agent's cost from `tools/footprint.py`. A test compares the bundles' fingerprint with the page's.
+The counts come from the validator, the leakage figures from the audit, the cost of the agent from `tools/footprint.py`.
+`--check` compares the digest of the bundles with that of the page.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from tools.datasheet_tables import AgentFootprint, EpisodeStart, build_footprint
 CORPUS = Path(__file__).parents[1] / "corpus" / "lab-v1"
 
 
-def fingerprint_of(corpus: Path) -> str:
-    """Digest which bundles lie in a corpus."""
+def compute_corpus_digest(corpus: Path) -> str:
+    """Return the digest of the bundles in a corpus."""
     return datasheet_tables.compute_bundles_digest((item.path, item.receipt or "") for item in DiskStore(corpus).walk())
 
 
 def read_footprint(corpus: Path) -> AgentFootprint | None:
-    """Read it, if it was measured."""
+    """Read the cost of the agent; None if it was not measured."""
     path = build_footprint_path(corpus)
     return msgspec.json.decode(path.read_bytes(), type=AgentFootprint) if path.is_file() else None
 
 
-def starts_of(corpus: Path, verdicts: Sequence[BundleVerdict]) -> list[EpisodeStart]:
-    """Read from the manifests how each usable episode began."""
+def read_starts(corpus: Path, verdicts: Sequence[BundleVerdict]) -> list[EpisodeStart]:
+    """Read the start of each usable episode from its manifest."""
     found = []
     for verdict in verdicts:
         if verdict.status in USABLE_STATUSES:
@@ -56,15 +56,15 @@ def starts_of(corpus: Path, verdicts: Sequence[BundleVerdict]) -> list[EpisodeSt
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the page, or with `--check` say whether its bundles are others."""
+    """Write the page, or with `--check` return 1 if it is of other bundles."""
     named = [a for a in arguments if not a.startswith("-")]
     corpus = Path(named[0]) if named else CORPUS
     page = corpus / "README.md"
-    text, digest = page.read_text(encoding="utf-8"), fingerprint_of(corpus)
+    text, digest = page.read_text(encoding="utf-8"), compute_corpus_digest(corpus)
     if "--check" in arguments:
         if datasheet_tables.parse_bundles_digest(text) == digest:
             return 0
-        print(f"{page} is not of these bundles; run `make datasheet`", file=sys.stderr)
+        print(f"{page} does not describe these bundles; run `make datasheet`", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory(prefix="phasewatch-datasheet-") as folder:
         verdicts = sweep(corpus, Path(folder), workers=2).verdicts
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
         compute_separations(windows),
         read_footprint(corpus),
         digest=digest,
-        starts=starts_of(corpus, verdicts),
+        starts=read_starts(corpus, verdicts),
     )
     write_index(corpus / VALIDATION_FILE, verdicts)
     page.write_text(datasheet_tables.render_page(text, body), encoding="utf-8")

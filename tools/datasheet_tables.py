@@ -1,4 +1,4 @@
-"""The generated half of a corpus's datasheet: what is in it, counted, and what it gives away (pure)."""
+"""Render the generated half of a corpus's datasheet: contents, leakage, and the cost of the guest agent."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ MAX_SHOWN_CHANNELS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseSeparation:
-    """How well single channels tell the windows of one phase from clean ones.
+    """Separation of the windows of one phase from clean ones by single channels.
 
     Attributes:
-        best: ``(channel, AUC)``, best first; an AUC below one half says that the channel is lower than in clean.
+        best: ``(channel, AUC)``, best first; an AUC below 0.5 means that the channel is lower than in clean.
     """
 
     phase: Phase
@@ -71,11 +71,11 @@ def compute_separations(w: LeakageWindows) -> tuple[PhaseSeparation, ...]:
 
 
 def render_separations(found: Sequence[PhaseSeparation]) -> list[tuple[str, str, str]]:
-    """Give a table's rows: phase, windows, channels with their areas."""
+    """Render table rows: phase, number of windows, channels with their areas."""
     return [(str(s.phase), f"{s.windows:,}", ", ".join(f"`{name}` {area:.2f}" for name, area in s.best)) for s in found]
 
 
-MAX_PAUSE_S = 45 * 60.0  # a longer pause between two starts begins a new sitting
+MAX_PAUSE_S = 45 * 60.0  # a longer pause between two starts begins a new recording day
 UNKNOWN_PROCESSOR = "not written down"
 
 
@@ -85,8 +85,8 @@ class EpisodeStart:
 
     Attributes:
         started_s: Seconds since 1970.
-        recorder: `Host.recorder` of its manifest.
-        boot_s: To the guest's first word; None where nobody booted it.
+        recorder: ``host.recorder`` of its manifest.
+        boot_s: Seconds until the guest's first message; None if nothing was booted.
     """
 
     host_id: str
@@ -96,13 +96,13 @@ class EpisodeStart:
 
 
 def _parse_processor(recorder: str) -> str:
-    """Read the processor from a manifest's ``host.recorder``; recordings before November 29, 2026 do not name it."""
+    """Parse the processor from a manifest's ``host.recorder``; recordings before 29 November 2026 lack it."""
     found = re.search(r", on (.+)$", recorder)
     return found[1] if found else UNKNOWN_PROCESSOR
 
 
 def group_recording_sessions(starts: Sequence[EpisodeStart]) -> list[list[EpisodeStart]]:
-    """Group episodes into sittings: by processor, and by pauses of more than APART_S."""
+    """Group episodes by processor, and by pauses of more than `MAX_PAUSE_S`."""
     found: list[list[EpisodeStart]] = []
     for start in sorted(starts, key=lambda s: s.started_s):
         last = found[-1][-1] if found else None
@@ -119,7 +119,7 @@ def group_recording_sessions(starts: Sequence[EpisodeStart]) -> list[list[Episod
 def render_recording_sessions(
     starts: Sequence[EpisodeStart], hosts: Sequence[str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Give a table's head and rows: a sitting a row, the median boot time of each host's machines in seconds."""
+    """Render a table's head and rows: one row per group, with the median boot time of each host in seconds."""
     rows = []
     for sitting in group_recording_sessions(starts):
         began = datetime.fromtimestamp(sitting[0].started_s, UTC)
@@ -130,13 +130,13 @@ def render_recording_sessions(
 
 
 FOOTPRINT_PLAN = "footprint"
-# The agent sends nothing over the network, and each machine's everyday traffic is drawn anew: that would be compared.
+# The agent sends nothing over the network. The everyday traffic differs between machines and would be compared.
 EXCLUDED_SOURCES = (SourceKind.GUEST, SourceKind.NETFLOW)
 FOOTPRINT_SETTLE_S, FOOTPRINT_DURATION_S, FOOTPRINT_CHATTER_S = 50.0, 90.0, 12.0
 
 
 class ChannelCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One host-side channel: its means over the bins, and the difference of each pair."""
+    """The means of one host-side channel over the bins, and the difference of each pair."""
 
     channel: str
     unit: str
@@ -157,12 +157,12 @@ class AgentFootprint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 def build_footprint_path(corpus: Path) -> Path:
-    """Give the place of a corpus's measured footprint: beside it."""
+    """Return the path of a corpus's measured footprint, beside the corpus."""
     return corpus.with_name(corpus.name + ".footprint.json")
 
 
 def build_footprint_sessions(host_id: str, pairs: int) -> tuple[RecordingSession, ...]:
-    """Lay out pairs of benign idle machines; who of the two has the agent changes from pair to pair, and so its core."""
+    """Plan pairs of benign idle machines; the agent, and so its core, alternates between the two."""
     sessions = []
     for number in range(pairs):
         slots = tuple(
@@ -174,17 +174,29 @@ def build_footprint_sessions(host_id: str, pairs: int) -> tuple[RecordingSession
 
 def _build_footprint_slot(host_id: str, index: int, *, agent: bool) -> RecordingSlot:
     return RecordingSlot(
-        index=index, host_id=host_id, role=EpisodeRole.LAB, profile=BENIGN_PROFILE, sample_name=IDLE_SAMPLE, sample_kind=SampleKind.BENIGN,
-        plan_seed=compute_slot_seed(FOOTPRINT_PLAN, 1, host_id, index), agent=agent, settle_s=FOOTPRINT_SETTLE_S, duration_s=FOOTPRINT_DURATION_S,
-        phases=((Phase.CLEAN, FOOTPRINT_DURATION_S),), knobs=(), background="", background_knobs=(), chatter_s=FOOTPRINT_CHATTER_S,
-    )  # fmt: skip
+        index=index,
+        host_id=host_id,
+        role=EpisodeRole.LAB,
+        profile=BENIGN_PROFILE,
+        sample_name=IDLE_SAMPLE,
+        sample_kind=SampleKind.BENIGN,
+        plan_seed=compute_slot_seed(FOOTPRINT_PLAN, 1, host_id, index),
+        agent=agent,
+        settle_s=FOOTPRINT_SETTLE_S,
+        duration_s=FOOTPRINT_DURATION_S,
+        phases=((Phase.CLEAN, FOOTPRINT_DURATION_S),),
+        knobs=(),
+        background="",
+        background_knobs=(),
+        chatter_s=FOOTPRINT_CHATTER_S,
+    )
 
 
 def compute_channel_costs(pairs: Mapping[str, Mapping[bool, NDArray[np.float32]]]) -> tuple[ChannelCost, ...]:
-    """Compare the bins of each session's two machines, channel by channel.
+    """Compute the cost of the agent per channel, from the bins of each session's two machines.
 
     Args:
-        pairs: Session → agent on → ``(n_bins, 46)``.
+        pairs: Session → agent on → ``(n_bins, 46)`` float32.
 
     Raises:
         DataError: If there is no session with one machine of each.
@@ -211,15 +223,16 @@ def _compute_finite_mean(column: NDArray[np.float32]) -> float:
 
 
 def render_footprint(footprint: AgentFootprint) -> tuple[str, list[Sequence[str]]]:
-    """Give a sentence and a table's rows; only channels whose pairs all differ to one side are listed."""
-    telling = [c for c in footprint.costs if min(c.pairs) > 0 or max(c.pairs) < 0]
+    """Render a sentence and table rows; only channels whose pairs all differ in the same direction are listed."""
+    consistent = [c for c in footprint.costs if min(c.pairs) > 0 or max(c.pairs) < 0]
     head = (
-        f"{footprint.pairs} pairs of idle machines of the host `{footprint.host_id}` ({footprint.accel}), {footprint.seconds:.0f} s each, "
-        f"side by side, one with the agent and one without. {len(telling)} of {len(footprint.costs)} channels moved to the same side in every pair."
+        f"{footprint.pairs} pairs of idle machines of the host `{footprint.host_id}` ({footprint.accel}), "
+        f"{footprint.seconds:.0f} s each, side by side, one with the agent and one without. "
+        f"{len(consistent)} of {len(footprint.costs)} channels moved in the same direction in every pair."
     )
     rows = [
         (f"`{c.channel}`", c.unit, f"{c.off:.4g}", f"{c.on:.4g}", f"{min(c.pairs):+.2g} to {max(c.pairs):+.2g}")
-        for c in telling
+        for c in consistent
     ]
     return head, list(rows)
 
@@ -229,26 +242,26 @@ TableRow = Sequence[str]
 
 
 def compute_bundles_digest(paths_and_receipts: Iterable[tuple[str, str]]) -> str:
-    """Digest which bundles a datasheet is of, by path and receipt."""
+    """Return the sha256 over paths and receipts of the bundles that a datasheet describes."""
     text = "".join(f"{path} {receipt}\n" for path, receipt in sorted(paths_and_receipts))
     return sha256(text.encode()).hexdigest()
 
 
 def parse_bundles_digest(page: str) -> str:
-    """Read of which bundles a page says that it is; empty if it does not."""
+    """Parse the digest of the bundles that a page describes; empty if the page has none."""
     _, _, rest = page.partition("<!-- of the bundles ")
     return rest.partition(" ")[0]
 
 
 def render_page(page: str, body: str) -> str:
-    """Put the generated half below the marker of a page.
+    """Return the page with the generated half below its marker.
 
     Raises:
         ValueError: If the page has no marker.
     """
     head, marker, _ = page.partition(GENERATED_MARKER)
     if not marker:
-        raise ValueError(f"the page has no line {GENERATED_MARKER!r}; put it where the generated half shall begin")
+        raise ValueError(f"the page has no line {GENERATED_MARKER!r}; add it where the generated half begins")
     return f"{head}{GENERATED_MARKER}\n\n{body}"
 
 
@@ -261,13 +274,13 @@ def render_datasheet(
     digest: str,
     starts: Sequence[EpisodeStart] = (),
 ) -> str:
-    """Write the generated half in Markdown.
+    """Render the generated half in Markdown.
 
     Args:
-        verdicts: What the validator says of each bundle.
-        leaks: The answers of `leaks.find_leaks`.
-        separations: Those of `separation.separate`.
-        footprint: What the guest's agent costs, if it was measured.
+        verdicts: The validation result of each bundle.
+        leaks: Results of `audit.leakage.probe_leakage`.
+        separations: Results of `compute_separations`.
+        footprint: Cost of the guest's agent, if it was measured.
         digest: `compute_bundles_digest` of the bundles.
         starts: How each usable episode began.
     """
@@ -279,7 +292,7 @@ def render_datasheet(
         "Usable hours, and episodes in brackets.",
         _render_table(["role", *hosts, "all"], _build_role_rows(verdicts, hosts)),
         "### Profile × sample × host",
-        "Lab episodes: accepted, `+n` degraded, `!n` rejected or not readable; a dot where the pair was not recorded.",
+        "Lab episodes: accepted, `+n` degraded, `!n` rejected or unreadable; a dot means not recorded.",
         _render_table(
             ["profile", "sample", *hosts, "all"],
             _build_sample_rows([v for v in verdicts if v.role == EpisodeRole.LAB], hosts),
@@ -291,20 +304,20 @@ def render_datasheet(
         _render_table(
             ["host", "episodes", "median", "95 %", "highest", "above 0.10"], _build_wait_rows(verdicts, hosts)
         ),
-        "### How fast the machine was",
-        "Seconds from QEMU's start to the guest's first word, median. A column that differs between rows is the physical "
-        "machine's doing: a host is a shape, and the speed of what it ran on is no feature and in no split.",
+        "### Speed of the physical machine",
+        "Median seconds from QEMU's start to the guest's first message. Rows differ because the physical machines do: "
+        "a host is a VM shape, and the speed of the machine below it is no feature and part of no split.",
         _render_table(*render_recording_sessions(starts, hosts)),
-        "### What the validator found",
+        "### Validation findings",
         _render_table(["finding", "episodes"], _build_finding_rows(verdicts)),
-        "### What it gives away beside the phase",
-        "Each answered out of fold by session; see `phasewatch audit`.",
+        "### Leakage",
+        "Each question is answered out of fold by session; see `phasewatch audit`.",
         _render_table(["question", "figure", "against", "looked at"], render_leakage(leaks)),
-        "### Which single channels tell a phase from clean",
-        "Area under the ROC curve of a window's mean against clean windows, pooled over hosts, profiles and busy loads; "
-        "0.50 tells nothing. A description of the recordings, not a result.",
+        "### Separation from clean by single channels",
+        "Area under the ROC curve of a window's mean against clean windows, pooled over hosts, "
+        "profiles and busy loads; 0.50 separates nothing. This describes the recordings and is not a result.",
         _render_table(["phase", "windows", "channels"], render_separations(separations)),
-        "### What the agent in the guest costs",
+        "### Cost of the agent in the guest",
         _render_footprint_section(footprint),
         "The range of each channel: `phasewatch channels --corpus`.",
     ]

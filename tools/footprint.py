@@ -1,7 +1,7 @@
-"""Measure what the guest's agent costs: record pairs of idle machines, with it and without, and write the differences.
+"""Measure the cost of the guest's agent: `python -m tools.footprint [CORPUS]`, about eight minutes on two idle cores.
 
-Run as `python -m tools.footprint [CORPUS]`, about eight minutes on two cores with nothing else running. The result lies
-beside the corpus as `<corpus>.footprint.json`; `tools/datasheet.py` puts it into the datasheet.
+It records pairs of idle machines, with and without the agent, and writes the differences to `<corpus>.footprint.json`
+beside the corpus; `tools/datasheet.py` adds them to the datasheet.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HOST, PAIRS = "pc", 3
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Record, compare, write."""
+    """Record the pairs, compute the differences and write them."""
     corpus = Path(arguments[0]) if arguments else CORPUS
     with tempfile.TemporaryDirectory(prefix="phasewatch-footprint-") as folder:
         store, run = Path(folder) / "store", Path(folder) / "run"
@@ -50,9 +50,13 @@ def main(arguments: Sequence[str]) -> int:
         for row in grids.rows:
             pairs.setdefault(row.session, {})[row.agent] = grids.episode_bins(row)
         found = AgentFootprint(
-            host_id=HOST, accel=host.accel, guest_image=host.recorder, seconds=FOOTPRINT_DURATION_S, pairs=len(pairs),
+            host_id=HOST,
+            accel=host.accel,
+            guest_image=host.recorder,
+            seconds=FOOTPRINT_DURATION_S,
+            pairs=len(pairs),
             costs=compute_channel_costs(pairs),  # type: ignore[arg-type]
-        )  # fmt: skip
+        )
     path = build_footprint_path(corpus)
     atomic.write_atomic(path, msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
     print(path)

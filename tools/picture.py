@@ -1,4 +1,4 @@
-"""Photograph a run's dashboard as it plays: `python -m tools.picture RUN OUT.png [WIDTH [light|dark]]`."""
+"""Take a picture of a run's dashboard during replay: `python -m tools.picture RUN OUT.png [WIDTH [light|dark]]`."""
 
 from __future__ import annotations
 
@@ -12,25 +12,32 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
-PLAYED_MS = 17_000  # of the replay, so that there is something to see
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PLAYED_MS = 17_000  # replay time before the picture
 
 
 def start(run: str, folder: str) -> tuple[subprocess.Popen[str], str]:
-    """Start the dashboard of a run and give its address."""
+    """Start the dashboard of a run; return its process and address."""
     command = [sys.executable, "-m", "phasewatch", "dashboard", run, "--port", "0", "--speed", "5", "--json"]
     process = subprocess.Popen([*command, "--token-file", f"{folder}/token"], stdout=subprocess.PIPE, text=True)
-    said = ""
+    output = ""
     for line in process.stdout or ():
-        said += line
+        output += line
         if line.rstrip() == "}":
-            return process, str(json.loads(said)["result"]["start"])
+            return process, str(json.loads(output)["result"]["start"])
     raise SystemExit(f"{run}: the dashboard did not start")
 
 
 def photograph(address: str, out: Path, width: int, scheme: str) -> None:
-    """Open the page, wait until all six scenes are live, and take its picture."""
+    """Open the page, wait until all six panels are live, and save a picture."""
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         page = browser.new_page(viewport={"width": width, "height": 2100}, color_scheme=scheme)  # type: ignore[arg-type]
@@ -39,14 +46,14 @@ def photograph(address: str, out: Path, width: int, scheme: str) -> None:
         page.wait_for_timeout(PLAYED_MS)
         awaiting = page.locator('.scene:not([data-state="live"])').count()
         if awaiting:
-            raise SystemExit(f"{awaiting} scenes are not live")
+            raise SystemExit(f"{awaiting} panels are not live")
         bottom = page.evaluate("document.querySelector('.scenes').getBoundingClientRect().bottom + 16")
         page.screenshot(path=out, full_page=True, clip={"x": 0, "y": 0, "width": width, "height": bottom})
         browser.close()
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Take one picture."""
+    """Save one picture."""
     run, out, *more = arguments
     with tempfile.TemporaryDirectory() as folder:
         process, address = start(run, folder)

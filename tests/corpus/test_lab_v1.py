@@ -77,7 +77,7 @@ def test_the_datasheet_is_of_these_bundles() -> None:
 
     stated = datasheet_tables.parse_bundles_digest((CORPUS / "README.md").read_text(encoding="utf-8"))
 
-    assert stated == sheet["fingerprint_of"](CORPUS), "stale: run `make datasheet`"
+    assert stated == sheet["compute_corpus_digest"](CORPUS), "stale: run `make datasheet`"
 
 
 def test_one_bundle_more_or_less_makes_the_datasheet_stale() -> None:

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from tests.factories.vms import shape_of
 from tests.factories.monitors import FakeMonitor
+from tests.factories.vms import shape_of
 from tests.requirements import need_program
 
 from phasewatch.errors import UsageError, VmError
