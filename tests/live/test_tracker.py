@@ -159,8 +159,8 @@ def test_bins_begin_at_the_first_proc_reading_rounded_up_to_half_a_second() -> N
 
     tick(tracker, 0.25)
 
-    assert tracker.grid is not None
-    assert tracker.grid.t0_ns == T0 + S // 2
+    assert tracker.binner is not None
+    assert tracker.binner.t0_ns == T0 + S // 2
     assert tracker.next_close_ns == T0 + 2 * S
 
 
