@@ -38,14 +38,14 @@ def run(
     async def main() -> VmSurvey:
         machine = read_running_vm(PID, proc)
         assert machine is not None
-        found = await survey_vm(machine, qmp=qmp, clock=HostClock(), proc=proc)
-        found.jit = jit
-        sources = await attach(found)
+        survey = await survey_vm(machine, qmp=qmp, clock=HostClock(), proc=proc)
+        survey.jit = jit
+        sources = await attach(survey)
         try:
-            await then(found, sources)
+            await then(survey, sources)
         finally:
-            await detach(found, sources)
-        return found
+            await detach(survey, sources)
+        return survey
 
     return asyncio.run(main())
 
@@ -53,38 +53,38 @@ def run(
 def run_to_the_end(
     proc: Path, end: Callable[[VmSurvey, tuple[TelemetrySource, ...]], Coroutine[Any, Any, bool]]
 ) -> bool:
-    """Survey, attach, and let a test detach; give what that said."""
+    """Survey, attach, and let a test detach; return its result."""
 
     async def main() -> bool:
         machine = read_running_vm(PID, proc)
         assert machine is not None
-        found = await survey_vm(machine, qmp=None, clock=HostClock(), proc=proc)
-        return await end(found, await attach(found))
+        survey = await survey_vm(machine, qmp=None, clock=HostClock(), proc=proc)
+        return await end(survey, await attach(survey))
 
     return asyncio.run(main())
 
 
-async def nothing(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
-    """Look at what was attached."""
+async def nothing(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
+    """Do nothing with the attached sources."""
 
 
 def test_a_vm_with_a_monitor_provides_every_host_channel_and_is_left_unchanged(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
-        async def look(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
+        async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
             assert [s.source for s in sources] == [SourceKind.PROC, SourceKind.NETFLOW, SourceKind.QMP]
             assert sorted(qemu.filters.values()) == [("n0", "rx"), ("n0", "tx")]  # one for each direction
-            assert set(qemu.objects) <= set(found.task.objects)
+            assert set(qemu.objects) <= set(survey.task.objects)
             assert qemu.interval == 1
-            assert next(iter(qemu.objects.values())).parent == Path(found.task.folder)
-            assert Path(found.task.folder).stat().st_mode & 0o777 == 0o700
+            assert next(iter(qemu.objects.values())).parent == Path(survey.task.folder)
+            assert Path(survey.task.folder).stat().st_mode & 0o777 == 0o700
 
-        found = run(tmp_path / "proc", look)
+        survey = run(tmp_path / "proc", look)
 
-        assert found.available >= REALISTIC - JIT
-        assert set(found.masked) == {c.full_name for c in CHANNELS if c.source is SourceKind.GUEST} | JIT
-        assert (found.facts.accel, found.facts.arch, found.facts.mem_mib) == ("tcg", "x86_64", 256)
+        assert survey.available >= REALISTIC - JIT
+        assert set(survey.masked) == {c.full_name for c in CHANNELS if c.source is SourceKind.GUEST} | JIT
+        assert (survey.facts.accel, survey.facts.arch, survey.facts.mem_mib) == ("tcg", "x86_64", 256)
         assert qemu.objects == {}
         assert qemu.interval == 7
 
@@ -93,7 +93,7 @@ def test_translation_counters_are_not_read_by_default(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
-        async def look(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
+        async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
             for source in sources:
                 await source.read()
 
@@ -113,8 +113,8 @@ def test_translation_counters_are_read_for_a_named_channel_set_while_fast(
         make_process(tmp_path / "proc", qmp=qemu.path)
         qemu.delays_s["x-query-jit"] = takes_s
 
-        found = run(tmp_path / "proc", nothing, jit=choose_jit_use(channels))
-        masked = JIT & set(found.masked)
+        survey = run(tmp_path / "proc", nothing, jit=choose_jit_use(channels))
+        masked = JIT & set(survey.masked)
 
         assert masked == (set() if is_given else JIT)
 
@@ -124,9 +124,9 @@ def test_refused_translation_counters_are_masked(tmp_path: Path) -> None:
         make_process(tmp_path / "proc", qmp=qemu.path)
         qemu.refused.add("x-query-jit")
 
-        found = run(tmp_path / "proc", nothing, jit=choose_jit_use("realistic"))
+        survey = run(tmp_path / "proc", nothing, jit=choose_jit_use("realistic"))
 
-        assert {name for name in found.masked if not name.startswith("guest.")} == JIT
+        assert {name for name in survey.masked if not name.startswith("guest.")} == JIT
 
 
 def test_an_unknown_channel_set_is_an_error() -> None:
@@ -153,7 +153,7 @@ def test_a_slow_query_costs_its_own_fields_and_delays_no_other(tmp_path: Path, s
         make_process(tmp_path / "proc", qmp=qemu.path)
         rows: list[dict[str, Any]] = []
 
-        async def look(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
+        async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
             qemu.delays_s[slow] = 1.0
             for _ in range(2):
                 async with asyncio.timeout(0.4):
@@ -179,7 +179,7 @@ def test_vcpus_are_looked_up_again_when_threads_change(tmp_path: Path) -> None:
         fields = [s.field for s in list_raw_fields(SourceKind.PROC)]
         rows: list[dict[str, Any]] = []
 
-        async def look(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
+        async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
             rows.append(dict(zip(fields, await sources[0].read(), strict=True)))
             qemu.tids = (VCPU,)
             made.end_thread(WORKER)
@@ -197,11 +197,11 @@ def test_detach_removes_a_filter_that_no_source_removed(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
-        async def lose(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> bool:
+        async def lose(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> bool:
             for source in sources:
                 if source.source is not SourceKind.NETFLOW:  # as if an interrupt came before it was handed over
                     await source.close()
-            return await detach(found, ())
+            return await detach(survey, ())
 
         assert run_to_the_end(tmp_path / "proc", lose) is True
         assert qemu.objects == {}
@@ -213,9 +213,9 @@ def test_detach_reports_changes_that_it_could_not_undo(tmp_path: Path, refused: 
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
-        async def end(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> bool:
+        async def end(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> bool:
             qemu.refused.add(refused)
-            return await detach(found, sources)
+            return await detach(survey, sources)
 
         assert run_to_the_end(tmp_path / "proc", end) is False
         assert (qemu.objects == {}) == (refused != "object-del")
@@ -223,7 +223,7 @@ def test_detach_reports_changes_that_it_could_not_undo(tmp_path: Path, refused: 
 
 
 def leave_behind(tmp_path: Path, qemu: FakeQemu, owner: str, *, interval_s: int) -> Path:
-    """What a watcher left that was killed with its guard: a filter, a folder with its dump, a polled balloon."""
+    """Create what a watcher leaves if it is killed with its cleanup process: a filter, a dump, a polled balloon."""
     folder = tmp_path / f"{owner}-abcdefgh"
     folder.mkdir(mode=0o700)
     record = WatchRecord(
@@ -244,7 +244,7 @@ def test_leftovers_of_a_dead_watcher_are_removed_and_the_interval_is_restored(tm
         make_process(tmp_path / "proc", qmp=qemu.path)
         folder = leave_behind(tmp_path, qemu, "phasewatch-4711-5-0", interval_s=7)
 
-        async def look(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
+        async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
             assert len(qemu.objects) == 2  # one filter a direction
             assert not folder.exists()
 
@@ -271,7 +271,7 @@ def test_the_last_of_two_watchers_restores_the_original_interval(tmp_path: Path)
         make_process(tmp_path / "proc", qmp=qemu.path)
         folder = leave_behind(tmp_path, qemu, f"phasewatch-{PID}-0-0", interval_s=7)
 
-        async def end_the_first(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
+        async def end_the_first(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
             qemu.objects.pop(f"phasewatch-{PID}-0-0-b")
             shutil.rmtree(folder)
 
@@ -288,10 +288,10 @@ def test_threads_of_a_container_are_found_by_their_ids_inside(tmp_path: Path) ->
             f"task/{VCPU}/status", f"NSpid:\t{VCPU}\t8\nvoluntary_ctxt_switches:\t1\nnonvoluntary_ctxt_switches:\t2\n"
         )
 
-        found = run(tmp_path / "proc", nothing)
+        survey = run(tmp_path / "proc", nothing)
 
-        assert found.monitor is not None
-        assert found.tids == (VCPU,)
+        assert survey.monitor is not None
+        assert survey.tids == (VCPU,)
 
 
 def test_a_survey_changes_nothing(tmp_path: Path) -> None:
@@ -301,8 +301,8 @@ def test_a_survey_changes_nothing(tmp_path: Path) -> None:
         async def main() -> None:
             machine = read_running_vm(PID, tmp_path / "proc")
             assert machine is not None
-            found = await survey_vm(machine, qmp=None, clock=HostClock(), proc=tmp_path / "proc")
-            await detach(found, ())
+            survey = await survey_vm(machine, qmp=None, clock=HostClock(), proc=tmp_path / "proc")
+            await detach(survey, ())
 
         asyncio.run(main())
 
@@ -316,7 +316,7 @@ def test_frames_are_counted_by_direction(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
-        async def look(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
+        async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
             qemu.write_frames([out, out, back])
             read = dict(
                 zip((s.field for s in list_raw_fields(SourceKind.NETFLOW)), await sources[1].read(), strict=True)
@@ -348,10 +348,10 @@ def test_refused_queries_are_masked_with_a_reason(tmp_path: Path, refused: str, 
         make_process(tmp_path / "proc", qmp=qemu.path)
         qemu.refused.add(refused)
 
-        found = run(tmp_path / "proc", nothing)
+        survey = run(tmp_path / "proc", nothing)
 
-        assert {name for name in found.masked if not name.startswith("guest.")} == masked | JIT
-        assert all(found.masked.values())
+        assert {name for name in survey.masked if not name.startswith("guest.")} == masked | JIT
+        assert all(survey.masked.values())
         assert qemu.objects == {}
 
 
@@ -361,17 +361,17 @@ def test_under_kvm_only_portable_channels_are_available(tmp_path: Path) -> None:
         qemu.accel = "kvm"
         asked: list[int] = []
 
-        async def look(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
+        async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
             asked.append(qemu.commands.count("human-monitor-command"))
             await asyncio.sleep(0.5)
             asked.append(qemu.commands.count("human-monitor-command"))
 
-        found = run(tmp_path / "proc", look)
+        survey = run(tmp_path / "proc", look)
 
-        assert asked[0] == asked[1]  # registers would stop a vCPU ten times a second, and tell nothing
+        assert asked[0] == asked[1]  # registers would stop a vCPU ten times a second for nothing
         portable = {c.full_name for c, on in zip(CHANNELS, build_channel_mask("portable"), strict=True) if on}
-        assert found.available & REALISTIC == portable
-        assert "runs on kvm" in found.masked["qmp.jit_tb"]
+        assert survey.available & REALISTIC == portable
+        assert "runs on kvm" in survey.masked["qmp.jit_tb"]
 
 
 def test_without_a_monitor_proc_and_tap_counters_are_read(tmp_path: Path) -> None:
@@ -379,28 +379,28 @@ def test_without_a_monitor_proc_and_tap_counters_are_read(tmp_path: Path) -> Non
     proc.write("cmdline", "qemu-system-x86_64\0-chardev\0socket,id=m,fd=3\0-mon\0chardev=m,mode=control\0")
     proc.write("net/dev", "vnet0: 500 5 0 0 0 0 0 0 900 7 0 0 0 0 0 0\n")
 
-    async def look(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
+    async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
         assert (await sources[1].read())[:4] == (5, 500, 7, 900)  # what the tap receives the guest sent
 
-    found = run(tmp_path / "proc", look)
+    survey = run(tmp_path / "proc", look)
 
-    assert found.available == {c.full_name for c in CHANNELS if c.source is SourceKind.PROC} | TAP
-    assert "belongs to who started it (libvirt)" in found.masked["qmp.blk_rd_bytes"]
+    assert survey.available == {c.full_name for c in CHANNELS if c.source is SourceKind.PROC} | TAP
+    assert "libvirt" in survey.masked["qmp.blk_rd_bytes"]
 
 
 def test_without_thread_names_the_vcpu_fields_are_masked(tmp_path: Path) -> None:
     make_process(tmp_path / "proc")
 
-    async def look(found: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
+    async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
         fields = [s.field for s in list_raw_fields(SourceKind.PROC)]
         read = dict(zip(fields, await sources[0].read(), strict=True))
         assert read["vcpu_run_ns"] is None
         assert read["main_run_ns"] == 5
 
-    found = run(tmp_path / "proc", look)
+    survey = run(tmp_path / "proc", look)
 
     blind = {"vcpu_run", "vcpu_wait", "vcpu_vcs", "vcpu_ics", "aux_run"}
-    assert {n for n in found.masked if n.startswith("proc.")} == {f"proc.{n}" for n in blind}
+    assert {n for n in survey.masked if n.startswith("proc.")} == {f"proc.{n}" for n in blind}
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ def test_a_second_client_of_a_monitor_gets_an_error(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock", greets=False) as qemu:
         make_process(tmp_path / "proc")
 
-        with pytest.raises(VmError, match=r"within 2 s \(time-out\); one QMP socket serves one client"):
+        with pytest.raises(VmError, match="time-out"):
             run(tmp_path / "proc", nothing, qmp=qemu.path)
 
 
@@ -433,9 +433,9 @@ def test_the_reason_of_the_first_failed_monitor_is_reported(tmp_path: Path) -> N
         proc = make_process(tmp_path / "proc", names=True)
         proc.write("cmdline", f"qemu-system-x86_64\0-qmp\0unix:{qemu.path},server=on\0-qmp\0unix:/gone,server=on\0")
 
-        found = run(tmp_path / "proc", nothing)
+        survey = run(tmp_path / "proc", nothing)
 
-        assert "another machine" in found.masked["qmp.blk_rd_bytes"]
+        assert "another machine" in survey.masked["qmp.blk_rd_bytes"]
 
 
 def test_a_later_process_with_the_same_pid_is_not_watched(tmp_path: Path) -> None:
@@ -452,7 +452,7 @@ def test_the_socket_of_another_vm_is_refused(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock", tids=(4711,)) as qemu:
         make_process(tmp_path / "proc")
 
-        with pytest.raises(VmError, match=f"answers for another machine than process {PID}"):
+        with pytest.raises(VmError, match=f"process {PID}"):
             run(tmp_path / "proc", nothing, qmp=qemu.path)
         assert not {"object-add", "qom-set"} & set(qemu.commands)
 

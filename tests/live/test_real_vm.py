@@ -80,7 +80,7 @@ def command(pid: int, *arguments: str) -> list[str]:
 
 @pytest.fixture
 def still(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """A real QEMU whose guest never runs; its balloon was being polled every 3 s by somebody else."""
+    """A real QEMU whose guest never runs; another program polls its balloon every 3 s."""
     qemu = need_program("qemu-system-x86_64", "qemu-system-x86")
     door = tmp_path / "q.sock"
     argv = [

@@ -12,7 +12,7 @@ SECOND = 1_000_000_000
 
 
 def row(source: SourceKind, at_ns: int, **missing: None) -> tuple[Any, ...]:
-    """Give a reading that holds everything but what is missing."""
+    """Return a reading of every field except the missing ones."""
     return (at_ns, at_ns, 0, *(None if spec.field in missing else 1 for spec in list_raw_fields(source)))
 
 

@@ -32,8 +32,8 @@ MOVES = tuple(tuple(0.8 if i == k else 0.05 for k in range(5)) for i in range(5)
 
 
 @dataclass
-class Fake:
-    """Says active as loudly as the card sends bytes, and remembers what it was asked."""
+class FakeEstimator:
+    """An estimator whose probability of active grows with the bytes sent; it records its inputs."""
 
     spec: InputSpec
     asked: list[NDArray[np.float32]] = field(default_factory=list)
@@ -59,7 +59,7 @@ def scorer(kind: InputKind = InputKind.TENSOR, *, rules: bool = True, **changes:
         "threat": "tap",
         "seed": 0,
         "spec": spec,
-        "estimator": Fake(spec),
+        "estimator": FakeEstimator(spec),
         "filter": PhaseFilter(transitions=MOVES, prior=(0.2,) * 5, kappa=0.5) if rules else None,  # type: ignore[arg-type]
         "alarm": AlarmRule(theta=0.5) if rules else None,
         "trained": TrainingOrigin(),
@@ -74,7 +74,7 @@ WHOLE = episode(
 
 
 def run(tracker: VmTracker, *, portions: int = 1, seed: int = 0, worst_ns: int = 0) -> list[TrackerStep]:
-    """Play the episode; readings are late by at most so much, the watcher looks up every few of them."""
+    """Feed the episode to a tracker, with readings up to `worst_ns` late, and advance it after every few of them."""
     rng = np.random.default_rng(seed)
     readings = [r for r in readings_of(WHOLE) if r[0] < WHOLE.t_end_ns]
     due = [r[0] + int(late) for r, late in zip(readings, rng.integers(0, worst_ns + 1, len(readings)), strict=True)]
@@ -143,7 +143,7 @@ def test_live_decisions_equal_offline_decisions(kind: InputKind, portions: int, 
 
 
 def tick(tracker: VmTracker, at_s: float, wall_s: float | None = None) -> list[TrackerStep]:
-    """One reading of proc and card, and a look at the clock right after it."""
+    """Add one proc and one network reading, and advance the tracker right after it."""
     wall_ns = T0 + round((at_s if wall_s is None else wall_s) * S)
     mono_ns = MONO0 + round(at_s * S)
     for source in (SourceKind.PROC, SourceKind.NETFLOW):
@@ -159,8 +159,8 @@ def test_bins_begin_at_the_first_proc_reading_rounded_up_to_half_a_second() -> N
 
     tick(tracker, 0.25)
 
-    assert tracker.grid is not None
-    assert tracker.grid.t0_ns == T0 + S // 2
+    assert tracker.binner is not None
+    assert tracker.binner.t0_ns == T0 + S // 2
     assert tracker.next_close_ns == T0 + 2 * S
 
 
@@ -262,7 +262,7 @@ def test_a_model_with_context_sees_the_same_past_live_and_offline() -> None:
         behaviour_fingerprint="b",
         table=InputVariant.CONTEXT,
     )
-    live, offline = (scorer(spec=spec, estimator=Fake(spec)) for _ in range(2))
+    live, offline = (scorer(spec=spec, estimator=FakeEstimator(spec)) for _ in range(2))
     expected = offline.predict_windows(bin_episode(WHOLE).bins)
 
     said = decisions(run(VmTracker(live)))
@@ -283,9 +283,9 @@ def test_a_model_of_baseline_relative_features_gets_the_baseline_live(kind: Inpu
     day = measure_baseline("h", FIVE, bins[:40, places])
     every = tuple(n for n in feature_names() if n.rpartition(".")[0] in FIVE)
     own = replace(scorer(kind).spec, names=FIVE if kind is InputKind.TENSOR else every)
-    plain = scorer(kind, spec=own, estimator=Fake(own))
+    plain = scorer(kind, spec=own, estimator=FakeEstimator(own))
     spec = replace(own, table=InputVariant.COMMISSIONED, floors=tuple((name, 0.5) for name in FIVE))
-    model = scorer(kind, spec=spec, estimator=Fake(spec), baseline=day)
+    model = scorer(kind, spec=spec, estimator=FakeEstimator(spec), baseline=day)
     to = build_scaling(day, np.full(len(FIVE), 0.5))
 
     run(VmTracker(model))

@@ -17,8 +17,8 @@ DEADLINE_S = 0.05
 
 
 @dataclass
-class Asked:
-    """What was asked of a monitor of make-believe, and is to be answered by the test, in any order."""
+class FakeAnswers:
+    """A fake monitor whose answers a test gives, in any order."""
 
     clock: FakeClock = field(default_factory=FakeClock)
     waiting: dict[str, list[asyncio.Future[Any]]] = field(default_factory=dict)
@@ -27,7 +27,7 @@ class Asked:
     refused: set[str] = field(default_factory=set)
     takes_ns: int = 0
 
-    def question(self, name: str, **options: Any) -> MonitorQuery:
+    def make_query(self, name: str, **options: Any) -> MonitorQuery:
         async def ask() -> Any:
             self.counts[name] = self.counts.get(name, 0) + 1
             if name in self.refused:
@@ -45,7 +45,7 @@ class Asked:
         self.waiting[name].pop(0).set_result("late")
 
     def round(self, *names: str, **options: Any) -> QueryRound:
-        return QueryRound([self.question(name, **options) for name in names], self.clock, deadline_s=DEADLINE_S)
+        return QueryRound([self.make_query(name, **options) for name in names], self.clock, deadline_s=DEADLINE_S)
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
@@ -53,13 +53,13 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 
 
 def answers(round_: QueryRound) -> list[Any]:
-    return [question.answer for question in round_.queries]
+    return [query.answer for query in round_.queries]
 
 
 @pytest.mark.parametrize("slow", ["a", "b", "c"])
 def test_a_query_without_answer_does_not_affect_others(slow: str) -> None:
     async def main() -> None:
-        asked = Asked(held={slow})
+        asked = FakeAnswers(held={slow})
         round_ = asked.round("a", "b", "c")
 
         assert await round_.ask()
@@ -72,7 +72,7 @@ def test_a_query_without_answer_does_not_affect_others(slow: str) -> None:
 
 def test_an_outstanding_query_is_not_repeated_and_its_late_answer_is_dropped() -> None:
     async def main() -> None:
-        asked = Asked(held={"a"})
+        asked = FakeAnswers(held={"a"})
         round_ = asked.round("a", "b")
         for _ in range(3):
             await round_.ask()
@@ -93,7 +93,7 @@ def test_an_outstanding_query_is_not_repeated_and_its_late_answer_is_dropped() -
 
 def test_a_query_that_is_always_late_is_given_up_with_a_note() -> None:
     async def main() -> None:
-        asked = Asked(held={"slow"})
+        asked = FakeAnswers(held={"slow"})
         round_ = asked.round("fast", "slow")
         for _ in range(20):
             await round_.ask()
@@ -142,7 +142,7 @@ def test_a_query_behind_a_slow_one_is_not_given_up() -> None:
 
 def test_a_refused_query_is_repeated_less_often_and_finally_given_up() -> None:
     async def main() -> None:
-        asked = Asked(refused={"a"})
+        asked = FakeAnswers(refused={"a"})
         round_ = asked.round("a", "b")
         for _ in range(40):
             await round_.ask()
@@ -156,7 +156,7 @@ def test_a_refused_query_is_repeated_less_often_and_finally_given_up() -> None:
 
 def test_a_query_recovers_from_temporary_refusals() -> None:
     async def main() -> None:
-        asked = Asked(refused={"a"})
+        asked = FakeAnswers(refused={"a"})
         round_ = asked.round("a", "b")
         for _ in range(8):
             await round_.ask()
@@ -173,7 +173,7 @@ def test_a_query_recovers_from_temporary_refusals() -> None:
 @pytest.mark.parametrize("silence", ["refused", "held"])
 def test_no_query_is_given_up_while_the_whole_monitor_is_silent(silence: str) -> None:
     async def main() -> None:
-        asked = Asked(**{silence: {"a", "b"}})  # type: ignore[arg-type]
+        asked = FakeAnswers(**{silence: {"a", "b"}})  # type: ignore[arg-type]
         round_ = asked.round("a", "b")
         for _ in range(25):
             assert not await round_.ask()
@@ -193,7 +193,7 @@ def test_no_query_is_given_up_while_the_whole_monitor_is_silent(silence: str) ->
 
 def test_an_overdue_answer_is_abandoned() -> None:
     async def main() -> None:
-        asked = Asked(held={"a"})
+        asked = FakeAnswers(held={"a"})
         round_ = asked.round("a", "b")
         for _ in range(22):
             await round_.ask()
@@ -210,7 +210,7 @@ def test_an_overdue_answer_is_abandoned() -> None:
 
 def test_a_query_slower_than_its_limit_is_given_up_for_good() -> None:
     async def main() -> None:
-        asked = Asked(takes_ns=6_000_000)
+        asked = FakeAnswers(takes_ns=6_000_000)
         round_ = asked.round("a", limit_s=0.005)
         for _ in range(5):
             await round_.ask()
@@ -238,7 +238,7 @@ def test_a_query_with_nothing_to_ask_counts_neither_as_answered_nor_as_lost() ->
 
 def test_one_late_answer_gives_up_a_query_with_a_limit() -> None:
     async def main() -> None:
-        asked = Asked(held={"a"})
+        asked = FakeAnswers(held={"a"})
         round_ = asked.round("b", "a", limit_s=0.005)
         await round_.ask()
         asked.answer("a")

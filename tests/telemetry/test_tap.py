@@ -25,7 +25,7 @@ class Taps:
         self.counts: dict[str, int] = {}
 
     def set(self, **counts: int) -> None:
-        """Hold these taps from now on, each with that many frames of 100 bytes received and twice as many sent."""
+        """Set the taps: each received the given number of frames of 100 bytes, and sent twice as many."""
         for path in (self.folder / "fdinfo").iterdir():
             path.unlink()
         for number, name in enumerate(counts):

@@ -43,7 +43,7 @@ class VmTracker:
         predictor: The model; None only makes bins.
 
     Attributes:
-        grid: The present sequence of bins; None before the first proc reading.
+        binner: The present sequence of bins; None before the first proc reading.
         restarts: How often a new sequence began because of the clock.
     """
 
@@ -56,69 +56,69 @@ class VmTracker:
         self._offset_ns: int | None = None
         self._late_before = 0
         self._began = False
-        self.grid: StreamBinner | None = None
+        self.binner: StreamBinner | None = None
         self.restarts = 0
 
     @property
     def late(self) -> int:
         """Number of readings so far that arrived after their bin was closed."""
-        return self._late_before + (self.grid.n_late if self.grid is not None else 0)
+        return self._late_before + (self.binner.n_late if self.binner is not None else 0)
 
     @property
     def next_close_ns(self) -> int | None:
         """Wall time (ns) at which the next bin is due; None before the first proc reading."""
-        return self.grid.next_close_ns if self.grid is not None else None
+        return self.binner.next_close_ns if self.binner is not None else None
 
     def add(self, source: SourceKind, row: ReadingRow) -> None:
         """Add one reading."""
-        if self.grid is None:
+        if self.binner is None:
             self._early.append((source, row))
             if source is SourceKind.PROC:
-                self._begin_grid(-(-int(row[0] or 0) // BIN_NS) * BIN_NS)
+                self._begin_bins(-(-int(row[0] or 0) // BIN_NS) * BIN_NS)
             return
-        self.grid.add(source, row)
+        self.binner.add(source, row)
 
     def begin_at(self, t0_ns: int) -> None:
         """Begin the first bin at a given wall time (ns), as a recording's first label does."""
-        self._begin_grid(t0_ns)
+        self._begin_bins(t0_ns)
 
     def advance(self, wall_ns: int, mono_ns: int) -> list[TrackerStep]:
         """Close every bin that is due, and decide on every window that ends with one."""
         offset_ns = wall_ns - mono_ns
         if self._offset_ns is not None and abs(offset_ns - self._offset_ns) > STALE_NS:
-            self._restart_grid()
+            self._restart_bins()
         # A slow drift is followed; only a jump between two calls is a step.
         self._offset_ns = offset_ns
-        if self.grid is None:
+        if self.binner is None:
             return []
-        return [self._build_step(bin_) for bin_ in self.grid.close_until(wall_ns)]
+        return [self._build_step(bin_) for bin_ in self.binner.close_until(wall_ns)]
 
     def _aligned_bins(self) -> NDArray[np.float32]:
         """Return the kept bins, ``(n, 46)`` float32, from the start of a window to the end of the newest window."""
         return self._bins[(len(self._bins) - WINDOW_BINS) % STRIDE_BINS :]
 
-    def _begin_grid(self, t0_ns: int) -> None:
-        self.grid = StreamBinner(t0_ns)
+    def _begin_bins(self, t0_ns: int) -> None:
+        self.binner = StreamBinner(t0_ns)
         self._bins = self._bins[:0]
         for source, row in self._early:
-            self.grid.add(source, row)
+            self.binner.add(source, row)
         self._early.clear()
         self._began = True
 
-    def _restart_grid(self) -> None:
+    def _restart_bins(self) -> None:
         self._late_before = self.late
-        self.restarts += self.grid is not None
-        self.grid = None
+        self.restarts += self.binner is not None
+        self.binner = None
         self._early.clear()
 
     def _build_step(self, bin_: ClosedBin) -> TrackerStep:
-        grid = self.grid
-        if grid is None:
+        binner = self.binner
+        if binner is None:
             raise RuntimeError("a bin was closed while no sequence of bins exists")
         self._bins = np.concatenate([self._bins, bin_.values[None]])[-self._n_kept :]
         decision = None
         first = bin_.number - (WINDOW_BINS - 1)
-        flags = grid.combine_flags(first, WINDOW_BINS)
+        flags = binner.combine_flags(first, WINDOW_BINS)
         if self._predictor is not None and self._postprocessor is not None and first >= 0 and first % STRIDE_BINS == 0:
             known = float(self._predictor.compute_known_share(self._bins[-WINDOW_BINS:])[0])
             if known > 0.0:  # a window without any known reading gets no decision
@@ -130,4 +130,4 @@ class VmTracker:
                     flags=flags,
                 )
         began, self._began = self._began, False
-        return TrackerStep(bin=bin_, bin_flags=grid.combine_flags(bin_.number, 1), decision=decision, began=began)
+        return TrackerStep(bin=bin_, bin_flags=binner.combine_flags(bin_.number, 1), decision=decision, began=began)

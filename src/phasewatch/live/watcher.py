@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import resource
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from phasewatch.binning.stream import LATENESS_NS
 from phasewatch.channels import CHANNEL_NAMES
 from phasewatch.errors import VmError
+from phasewatch.events.perf import read_own_rss_bytes
 from phasewatch.events.schema import EventEnvelope
 from phasewatch.inference.predictor import PhaseDecision, PhasePredictor
 from phasewatch.live.attach import VmSurvey, list_source_channels
@@ -34,7 +34,7 @@ from phasewatch.telemetry.base import (
     TelemetrySource,
 )
 from phasewatch.telemetry.capture import NetworkSource
-from phasewatch.telemetry.process import PROC_ROOT, read_start_ticks
+from phasewatch.telemetry.process import read_start_ticks
 from phasewatch.telemetry.qmp import QmpSource
 from phasewatch.types import MAX_WAIT_CORES, WINDOW_BINS, SourceKind
 
@@ -420,7 +420,7 @@ class VmWatcher:
         return self._meter.read(
             self._clock.mono_ns(),
             _read_cpu_s(),
-            rss_bytes=_read_rss_bytes(),
+            rss_bytes=read_own_rss_bytes(),
             late=self._tracker.late,
             backlog=self._callbacks.count_backlog(),
         )
@@ -434,10 +434,3 @@ def is_vm_alive(survey: VmSurvey) -> bool:
 def _read_cpu_s() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
-
-
-def _read_rss_bytes() -> int:
-    """Return this process's resident memory from ``/proc/self/statm``, field 2 (pages); 0 if it cannot be read."""
-    with suppress(OSError, ValueError, IndexError):
-        return int((PROC_ROOT / "self" / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
