@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.factories.disks import build_own_disk
-from tests.lab.test_workload import block_of
+from tests.lab.test_custom_workload import block_of
 from tests.requirements import need_qemu
 
 from phasewatch.bundle.archive import unpack_bundle
@@ -84,7 +84,7 @@ def written_while(episode: Episode, phase: Phase) -> int:
     return total
 
 
-def test_a_fresh_profile_file_is_recorded_end_to_end(tmp_path: Path) -> None:
+def test_profile_file_is_recorded_end_to_end(tmp_path: Path) -> None:
     need_qemu()
     text = block_of("own-profile.md", "toml").split("[recording]")[0] + BRIEF
     (tmp_path / "mine.toml").write_text(text)
@@ -102,7 +102,7 @@ def test_a_fresh_profile_file_is_recorded_end_to_end(tmp_path: Path) -> None:
     assert sum(written_while(episode, phase) for phase in (Phase.ARMED, Phase.INFECTING, Phase.ACTIVE)) > 20_000
 
 
-def test_a_recorder_that_is_killed_leaves_no_process_no_folder_and_no_half_a_bundle(tmp_path: Path) -> None:
+def test_killed_recorder_leaves_no_process_folder_or_partial_bundle(tmp_path: Path) -> None:
     need_qemu()
     scratch, store = tmp_path / "scratch", tmp_path / "store"
     scratch.mkdir()
@@ -119,7 +119,7 @@ def test_a_recorder_that_is_killed_leaves_no_process_no_folder_and_no_half_a_bun
     assert not [path for path in store.rglob("*") if path.is_file() and path.stat().st_size]
 
 
-def test_a_disk_of_the_user_s_own_is_recorded_with_the_driver_of_the_docs(tmp_path: Path) -> None:
+def test_custom_disk_is_recorded_with_the_driver_of_the_docs(tmp_path: Path) -> None:
     need_qemu()
     disk = build_own_disk(tmp_path)
     before = disk.read_bytes()
@@ -143,7 +143,7 @@ def test_a_disk_of_the_user_s_own_is_recorded_with_the_driver_of_the_docs(tmp_pa
     assert left_behind() == []
 
 
-def test_an_image_without_a_driver_is_told_so_and_leaves_nothing(tmp_path: Path) -> None:
+def test_image_without_a_driver_is_reported_and_leaves_nothing(tmp_path: Path) -> None:
     need_qemu()
     disk = build_own_disk(tmp_path)
 
