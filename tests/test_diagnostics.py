@@ -1,4 +1,4 @@
-"""What an installation says of itself for a bug report, and what it keeps to itself."""
+"""The description of an installation for a bug report."""
 
 from __future__ import annotations
 
@@ -27,20 +27,30 @@ def test_every_required_distribution_is_listed() -> None:
 @pytest.mark.parametrize(
     ("module", "extra"),
     [
-        ("torch.nn.functional", "train"), ("sklearn", "train"), ("xgboost", "train"), ("onnxruntime", "live"),
-        ("qemu.qmp", "live"), ("sse_starlette", "serve"), ("ray", "ray"),
-        ("numpy", None), ("phasewatch.oops", None), ("antigravity", None), ("", None),
+        ("torch.nn.functional", "train"),
+        ("sklearn", "train"),
+        ("xgboost", "train"),
+        ("onnxruntime", "live"),
+        ("qemu.qmp", "live"),
+        ("sse_starlette", "serve"),
+        ("ray", "ray"),
+        ("numpy", None),
+        ("phasewatch.oops", None),
+        ("antigravity", None),
+        ("", None),
     ],
-)  # fmt: skip
+)
 def test_module_maps_to_its_extra(module: str, extra: str | None) -> None:
     assert find_extra(module) == extra
 
 
 def test_incomplete_extra_names_the_missing_package() -> None:
     packages = (
-        PackageInfo(name="numpy", extra="", version="2.4"), PackageInfo(name="torch", extra="train", version=None),
-        PackageInfo(name="scipy", extra="train", version="1.17"), PackageInfo(name="starlette", extra="serve", version="1.1"),
-    )  # fmt: skip
+        PackageInfo(name="numpy", extra="", version="2.4"),
+        PackageInfo(name="torch", extra="train", version=None),
+        PackageInfo(name="scipy", extra="train", version="1.17"),
+        PackageInfo(name="starlette", extra="serve", version="1.1"),
+    )
     bare = InstallationInfo(version="1", place="", python="", system="", machine="", packages=packages, settings={})
 
     assert bare.extras == {"train": "lacks torch", "serve": "installed"}

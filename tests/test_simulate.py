@@ -1,4 +1,4 @@
-"""Make-believe stores: seeded, in the formats of recorded ones, with faults whose truth is written down."""
+"""Simulated stores: deterministic, in the format of recorded ones, with faults that the ground truth lists."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_faulty_share_matches_and_the_ground_truth_lists_each(tmp_path: Path) ->
     assert len(Counter(t.fault for t in truths)) > 10
 
 
-# What a planted fault brings along: without proc nobody knows of contention; what is left beside a gap may be mostly null.
+# Further reasons that a fault causes: without proc, contention is unknown; the rows beside a gap may be mostly null.
 FOLLOWS = {"rows:proc": ("contention-unknown",), "silence:qmp": ("nulls:qmp",)}
 
 
@@ -242,8 +242,14 @@ def test_large_host_effect_gives_valid_bundles(tmp_path: Path) -> None:
 
 def test_only_chosen_kinds_of_fault_are_injected(tmp_path: Path) -> None:
     made = simulate(
-        tmp_path / "s", hosts=2, episodes=40, seed=4, faults=0.8, between_s=SHORT, kinds=("duplicate", "missing-netflow")
-    )  # fmt: skip
+        tmp_path / "s",
+        hosts=2,
+        episodes=40,
+        seed=4,
+        faults=0.8,
+        between_s=SHORT,
+        kinds=("duplicate", "missing-netflow"),
+    )
 
     assert {truth.fault for truth in truths_of(made.store)} == {"", "duplicate", "missing-netflow"}
 
@@ -288,10 +294,14 @@ def test_five_thousand_bundles_are_distinct_and_validate_as_expected(
     truths = truths_of(made.store)
     assert said == {t.path: (t.status, set(t.reasons)) for t in truths}
     soak_row(
-        "Simulated bundles of 180 s, judged as the truth file says", bundles=len(said),
-        **{"made, 1/s": round(len(said) / took_s), "with a fault": sum(bool(t.reasons) for t in truths),
-           "judged otherwise": 0},
-    )  # fmt: skip
+        "Simulated bundles of 180 s, judged as the truth file says",
+        bundles=len(said),
+        **{
+            "made, 1/s": round(len(said) / took_s),
+            "with a fault": sum(bool(t.reasons) for t in truths),
+            "judged otherwise": 0,
+        },
+    )
 
 
 def test_existing_store_is_not_overwritten(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""KVM that opens and then runs nothing: only a boot is believed."""
+"""The choice between KVM and TCG rests on a kernel that boots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A machine of the user's own: what may be handed to `record --image`, and how QEMU is told."""
+"""Custom machines: checks of disk, driver and options, the QEMU command, and QEMU's version."""
 
 from __future__ import annotations
 
@@ -105,10 +105,16 @@ def test_missing_file_is_named(disk: Path, tmp_path: Path) -> None:
 def test_custom_disk_boots_and_the_driver_is_on_a_seed_disk() -> None:
     command = " ".join(
         build_qemu_command(
-            shape_of(), accel="tcg", kernel=None, initrd=None, sockets=VmPaths(folder=Path("/d")), mac="m",
-            tsc_khz=None, has_seed_disk=True,
+            shape_of(),
+            accel="tcg",
+            kernel=None,
+            initrd=None,
+            sockets=VmPaths(folder=Path("/d")),
+            mac="m",
+            tsc_khz=None,
+            has_seed_disk=True,
         )
-    )  # fmt: skip
+    )
 
     assert "-kernel" not in command
     assert "-append" not in command

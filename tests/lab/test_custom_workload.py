@@ -1,4 +1,4 @@
-"""A workload of the user's own: what its file may say, what is drawn from it, and what the guest gets of it."""
+"""Custom workloads: checks of the profile file, the sessions drawn from it, and the sources of its image."""
 
 from __future__ import annotations
 

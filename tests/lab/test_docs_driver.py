@@ -1,4 +1,4 @@
-"""The driver that the docs show keeps to the protocol that they show: played by a real shell, its port a pseudo-terminal."""
+"""The driver in the docs follows the protocol in the docs; a real shell runs it on a pseudo-terminal."""
 
 from __future__ import annotations
 

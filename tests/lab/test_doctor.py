@@ -1,4 +1,4 @@
-"""What `doctor` says of a machine."""
+"""The checks of `doctor`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,14 @@ from phasewatch.diagnostics import (
 from phasewatch.lab.host import AcceleratorChoice
 
 WHOLE = SystemFacts(
-    python=(3, 11), cores=2, memory_gib=8.0, disk_gib=50.0, kvm=AcceleratorChoice(accel="kvm", why="a kernel booted on it"),
-    programs={program: "QEMU version 7.2.22" for program, _, _ in REQUIRED_PROGRAMS}, packages={package: "1" for package, _, _ in OPTIONAL_PACKAGES},
-)  # fmt: skip
+    python=(3, 11),
+    cores=2,
+    memory_gib=8.0,
+    disk_gib=50.0,
+    kvm=AcceleratorChoice(accel="kvm", why="a kernel booted on it"),
+    programs={program: "QEMU version 7.2.22" for program, _, _ in REQUIRED_PROGRAMS},
+    packages={package: "1" for package, _, _ in OPTIONAL_PACKAGES},
+)
 
 
 def check_of(name: str, **facts: object) -> RequirementCheck:

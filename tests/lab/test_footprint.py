@@ -1,4 +1,4 @@
-"""Pairs of idle machines that tell what the agent costs."""
+"""Cost of the guest agent, from pairs of idle VMs."""
 
 from __future__ import annotations
 

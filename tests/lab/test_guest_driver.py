@@ -1,4 +1,4 @@
-"""The line to the guest's driver: what is stamped when, and every way in which a guest can break it."""
+"""The connection to the guest's driver: time stamps, and every protocol violation of a guest."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def talk(tmp_path: Path, guest: Guest, host: Callable[[GuestDriver, FakeClock], 
 
 
 def answering(*answers: str) -> Guest:
-    """Give a guest that says `ready`, then one answer to each command, with its number in place of {id}."""
+    """Return a guest that says `ready`, then one answer to each command, with its number in place of {id}."""
 
     async def guest(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"ready 3300 6.1.0-56\n")

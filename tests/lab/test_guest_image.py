@@ -1,4 +1,4 @@
-"""The guest image: a deterministic archive, a digest of everything it was made from, and a boot of the real thing."""
+"""The guest image: a deterministic archive, a digest over all inputs, and a boot in a VM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guest's sources, read as text: they know every sample and knob of the table, and no address but the sink's."""
+"""The guest's C sources as text: samples, knobs, addresses and agent fields match the Python tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recording plans: what a campaign holds, in which order, and that the clock does not tell the phase."""
+"""Recording plans: their sessions, balance and order, and the score of elapsed time alone."""
 
 from __future__ import annotations
 

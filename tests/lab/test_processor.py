@@ -1,4 +1,4 @@
-"""Which processor a recording was made on: what it says of itself, and that nothing odd reaches a manifest."""
+"""The processor name of the host, and its form in the manifest."""
 
 from __future__ import annotations
 

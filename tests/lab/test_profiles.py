@@ -1,4 +1,4 @@
-"""The table of profiles: what may be drawn, who belongs to which group, within which bounds."""
+"""The profile table: intensities, sample groups and safety bounds."""
 
 from __future__ import annotations
 
@@ -27,8 +27,14 @@ MALICIOUS = [row for row in PROFILES if row.kind is SampleKind.EMULATED]
 
 def test_profiles_are_in_the_order_of_the_design() -> None:
     assert [row.name for row in PROFILES] == [
-        "cryptomine", "ransom-walk", "scan-and-dial", "beacon-c2", "exfil-drip", "dropper-persist", "benign",
-    ]  # fmt: skip
+        "cryptomine",
+        "ransom-walk",
+        "scan-and-dial",
+        "beacon-c2",
+        "exfil-drip",
+        "dropper-persist",
+        "benign",
+    ]
 
 
 def test_sample_i_is_in_group_i_mod_4() -> None:

@@ -1,4 +1,4 @@
-"""What is recorded at once: a session alone, or two hosts' soak episodes side by side."""
+"""Rounds of a recording: one session, or soak episodes of two hosts at the same time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network that the guest sees: who answers what, that bytes arrive whole, that nothing makes the sink stumble."""
+"""The network sink: answers of each service, complete transfers, and robustness against any bytes."""
 
 from __future__ import annotations
 
@@ -85,9 +85,15 @@ class Client:
 
     def frame(self, flags: int, data: bytes = b"", seq: int | None = None) -> bytes:
         segment = dpkt.tcp.TCP(
-            sport=self.sport, dport=self.port, seq=self.seq if seq is None else seq, ack=self.expected,
-            flags=flags, win=self.window, data=data, opts=b"\x02\x04\x05\xb4" if flags & SYN else b"",
-        )  # fmt: skip
+            sport=self.sport,
+            dport=self.port,
+            seq=self.seq if seq is None else seq,
+            ack=self.expected,
+            flags=flags,
+            win=self.window,
+            data=data,
+            opts=b"\x02\x04\x05\xb4" if flags & SYN else b"",
+        )
         segment.off = 6 if flags & SYN else 5
         return ip(self.dst, 6, segment)
 
@@ -555,8 +561,10 @@ def test_sink_process_answers_counts_and_logs(tmp_path: Path) -> None:
     assert (first.out_pkts, first.in_pkts, first.dns_queries, first.dst_ips) == (2, 1, 1, 1)
     assert (second.out_pkts, second.dst_ips) == (2, 0)
     assert [(row.outgoing, row.protocol, row.ip, row.port, row.frames) for row in log.rows] == [
-        (False, "other", "", 0, 1), (True, "other", "", 0, 1), (True, "udp", "8.8.8.8", 53, 1),
-    ]  # fmt: skip
+        (False, "other", "", 0, 1),
+        (True, "other", "", 0, 1),
+        (True, "udp", "8.8.8.8", 53, 1),
+    ]
     assert (log.ignored.outside, log.lost_frames) == (1, 0)
     assert not (tmp_path / "p").exists()
 

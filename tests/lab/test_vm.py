@@ -1,4 +1,4 @@
-"""A host shape's command line, and a VM's life: retries, ends, and nothing left afterwards."""
+"""QEMU command lines of host shapes, boots and retries of a VM, and cleanup of processes and folders."""
 
 from __future__ import annotations
 
@@ -33,10 +33,15 @@ FLAGS = "processor: 0\nflags\t\t: fpu vmx sse\n"
 def command_of(shape: HostShape, *, accel: str = "tcg", tsc_khz: int | None = 2_596_138) -> str:
     return " ".join(
         build_qemu_command(
-            shape, accel=accel, kernel=Path("K"), initrd=Path("I"), sockets=VmPaths(folder=Path("/d")), mac="m",
+            shape,
+            accel=accel,
+            kernel=Path("K"),
+            initrd=Path("I"),
+            sockets=VmPaths(folder=Path("/d")),
+            mac="m",
             tsc_khz=tsc_khz,
         )
-    )  # fmt: skip
+    )
 
 
 def test_pc_has_pci_devices_and_a_bounded_serial_console() -> None:
@@ -123,18 +128,27 @@ def test_foreign_architecture_is_never_tried_on_kvm(tmp_path: Path) -> None:
 def start_of(tmp_path: Path, machine: str = "pc") -> VmSettings:
     image = GuestImage(**image_fields(tmp_path))
     return VmSettings(
-        shape=shape_of(machine=machine), image=image, accel="tcg", folder=tmp_path / "vm", number=0, cores=(),
-        tsc_khz=None, clock=HostClock(),
-    )  # fmt: skip
+        shape=shape_of(machine=machine),
+        image=image,
+        accel="tcg",
+        folder=tmp_path / "vm",
+        number=0,
+        cores=(),
+        tsc_khz=None,
+        clock=HostClock(),
+    )
 
 
 def image_fields(tmp_path: Path) -> dict[str, object]:
     disk = tmp_path / "base.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(disk), "1M"], check=True)
     return {
-        "kernel": tmp_path / "absent", "initrd": tmp_path / "absent", "base_disk": disk, "kernel_release": "6",
+        "kernel": tmp_path / "absent",
+        "initrd": tmp_path / "absent",
+        "base_disk": disk,
+        "kernel_release": "6",
         "digest": "0",
-    }  # fmt: skip
+    }
 
 
 def test_boot_deadline_doubles_after_every_second_attempt() -> None:
