@@ -1,4 +1,4 @@
-"""Make-believe stores: seeded, in the formats of recorded ones, with faults whose truth is written down."""
+"""Simulated stores: deterministic, in the format of recorded ones, with faults that the ground truth lists."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulate(tmp_path_factory.mktemp("simulated") / "store", hosts=3, episodes=80, seed=1, between_s=SHORT).store
 
 
-def test_every_bundle_reads_back_and_has_its_receipt(store: Path) -> None:
+def test_every_bundle_is_readable_and_has_a_receipt(store: Path) -> None:
     disk = DiskStore(store)
     items = list(disk.walk())
 
@@ -64,11 +64,11 @@ def test_every_bundle_reads_back_and_has_its_receipt(store: Path) -> None:
         assert item.receipt == sha256(data).hexdigest()
 
 
-def test_nothing_simulated_passes_for_recorded(store: Path) -> None:
+def test_simulated_episodes_are_marked_as_simulated(store: Path) -> None:
     assert {e.manifest.origin for e in episodes_of(store)} == {EpisodeOrigin.SIMULATED}
 
 
-def test_the_same_seed_makes_the_same_bytes_from_any_number_of_workers(tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_bytes_with_any_number_of_workers(tmp_path: Path) -> None:
     one = simulate(tmp_path / "a", hosts=2, episodes=10, seed=5, faults=0.4, between_s=SHORT)
     two = simulate(tmp_path / "b", hosts=2, episodes=10, seed=5, faults=0.4, between_s=SHORT, workers=2)
 
@@ -76,20 +76,20 @@ def test_the_same_seed_makes_the_same_bytes_from_any_number_of_workers(tmp_path:
     assert one.truth.read_bytes() == two.truth.read_bytes()
 
 
-def test_another_seed_makes_other_telemetry(tmp_path: Path) -> None:
+def test_different_seeds_give_different_telemetry(tmp_path: Path) -> None:
     a = simulate(tmp_path / "a", hosts=1, episodes=2, seed=1, between_s=SHORT).store
     b = simulate(tmp_path / "b", hosts=1, episodes=2, seed=2, between_s=SHORT).store
 
     assert not set(files_of(a).values()) & set(files_of(b).values())
 
 
-def test_no_telemetry_repeats_unless_it_is_a_fault(store: Path) -> None:
+def test_telemetry_repeats_only_in_duplicate_faults(store: Path) -> None:
     digests = [sha256(e.rows[SourceKind.PROC].columns[0].tobytes()).hexdigest() for e in episodes_of(store)]
 
     assert len(set(digests)) == len(digests)
 
 
-def test_a_campaign_has_the_roles_sessions_and_shares_of_a_recorded_one(store: Path) -> None:
+def test_simulated_campaign_has_roles_sessions_and_shares_of_a_recorded_one(store: Path) -> None:
     manifests = [e.manifest for e in episodes_of(store)]
     lab = [m for m in manifests if m.role is EpisodeRole.LAB]
     benign = sum(m.sample_kind is SampleKind.BENIGN for m in lab) / len(lab)
@@ -101,7 +101,7 @@ def test_a_campaign_has_the_roles_sessions_and_shares_of_a_recorded_one(store: P
     assert {SourceKind.GUEST in e.rows for e in episodes_of(store) if not e.manifest.agent} == {False}
 
 
-def test_the_two_episodes_of_a_session_name_each_other_and_share_a_sample_group(store: Path) -> None:
+def test_episodes_of_a_session_are_neighbours_of_one_sample_group(store: Path) -> None:
     by_session: dict[str, list[object]] = {}
     places = {(p.name, s.name): i % 4 for p in PROFILES for i, s in enumerate(p.samples)}
     for m in (e.manifest for e in episodes_of(store)):
@@ -113,7 +113,7 @@ def test_the_two_episodes_of_a_session_name_each_other_and_share_a_sample_group(
             assert places[a.profile, a.sample_name] == places[b.profile, b.sample_name]  # type: ignore[attr-defined]
 
 
-def test_every_profile_and_sample_of_the_registry_can_be_simulated() -> None:
+def test_every_profile_and_sample_can_be_simulated() -> None:
     malicious = {p.name for p in PROFILES if p.kind is SampleKind.EMULATED}
     kinds = {s.name for p in PROFILES if p.kind is SampleKind.BENIGN for s in p.samples}
 
@@ -121,7 +121,7 @@ def test_every_profile_and_sample_of_the_registry_can_be_simulated() -> None:
     assert {name for name, _ in BUSY_LOADS} == kinds - {"idle"}
 
 
-def test_an_active_miner_costs_more_than_a_clean_machine(store: Path) -> None:
+def test_active_cryptomining_uses_more_cpu_than_clean(store: Path) -> None:
     seen: dict[Phase, list[float]] = {phase: [] for phase in Phase}
     for episode in episodes_of(store):
         if episode.manifest.profile != "cryptomine":
@@ -135,7 +135,7 @@ def test_an_active_miner_costs_more_than_a_clean_machine(store: Path) -> None:
     assert np.median(seen[Phase.ACTIVE]) > 2 * np.median(seen[Phase.CLEAN])
 
 
-def test_hosts_differ_and_drift_as_far_as_the_knobs_say() -> None:
+def test_host_effect_and_drift_follow_the_settings() -> None:
     campaign = SimulatedCampaign(
         hosts=2, episodes=4, seed=0, settings=SimulationSettings(host_effect=0.0, drift_per_week=0.0)
     )
@@ -156,7 +156,7 @@ def spoilt(fault: FaultSpec, seed: int = 3) -> tuple[bytes, str]:
 
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f is not DUPLICATE_FAULT], ids=lambda f: f.name)
-def test_a_fault_is_seen_as_the_truth_file_says(fault: FaultSpec) -> None:
+def test_fault_is_detected_as_the_ground_truth_says(fault: FaultSpec) -> None:
     data, episode_id = spoilt(fault)
     by_reader = [reason for reason in fault.reasons if reason in FINDING_CODES]
 
@@ -184,7 +184,7 @@ PADDED = bytes.fromhex(
 )
 
 
-def test_a_flipped_bit_is_one_that_can_be_seen() -> None:
+def test_flipped_bit_is_detectable() -> None:
     assert reads(PADDED)
     assert reads(PADDED[:74] + bytes([PADDED[74] ^ 1 << 5]) + PADDED[75:])
     draws = [74, 5, 75, 0]
@@ -199,7 +199,7 @@ def test_a_flipped_bit_is_one_that_can_be_seen() -> None:
     assert draws == []
 
 
-def test_a_share_of_the_episodes_is_faulty_and_the_truth_names_each(tmp_path: Path) -> None:
+def test_faulty_share_matches_and_the_ground_truth_lists_each(tmp_path: Path) -> None:
     made = simulate(tmp_path / "s", hosts=2, episodes=60, seed=2, faults=0.5, between_s=SHORT)
     truths = truths_of(made.store)
     there = {item.path for item in DiskStore(made.store).walk()}
@@ -211,11 +211,11 @@ def test_a_share_of_the_episodes_is_faulty_and_the_truth_names_each(tmp_path: Pa
     assert len(Counter(t.fault for t in truths)) > 10
 
 
-# What a planted fault brings along: without proc nobody knows of contention; what is left beside a gap may be mostly null.
+# Further reasons that a fault causes: without proc, contention is unknown; the rows beside a gap may be mostly null.
 FOLLOWS = {"rows:proc": ("contention-unknown",), "silence:qmp": ("nulls:qmp",)}
 
 
-def test_the_validator_says_of_every_episode_what_the_truth_file_says(tmp_path: Path) -> None:
+def test_validation_result_matches_the_ground_truth(tmp_path: Path) -> None:
     made = simulate(tmp_path / "s", hosts=2, episodes=120, seed=4, faults=0.8, between_s=SHORT)
 
     swept = sweep(made.store, tmp_path / "run", workers=1)
@@ -231,7 +231,7 @@ def test_the_validator_says_of_every_episode_what_the_truth_file_says(tmp_path: 
         assert reasons - planted <= {code for cause in planted for code in FOLLOWS.get(cause, ())}
 
 
-def test_hosts_that_lie_far_apart_are_sound_all_the_same(tmp_path: Path) -> None:
+def test_large_host_effect_gives_valid_bundles(tmp_path: Path) -> None:
     far = SimulationSettings(host_effect=3.0, episode_effect=3.0)
     made = simulate(tmp_path / "s", hosts=4, episodes=16, seed=0, between_s=SHORT, settings=far)
 
@@ -240,26 +240,32 @@ def test_hosts_that_lie_far_apart_are_sound_all_the_same(tmp_path: Path) -> None
     assert {v.status for v in swept.verdicts} == {t.status for t in truths_of(made.store)} == {BundleStatus.ACCEPTED}
 
 
-def test_only_the_chosen_kinds_of_fault_are_made(tmp_path: Path) -> None:
+def test_only_chosen_kinds_of_fault_are_injected(tmp_path: Path) -> None:
     made = simulate(
-        tmp_path / "s", hosts=2, episodes=40, seed=4, faults=0.8, between_s=SHORT, kinds=("duplicate", "missing-netflow")
-    )  # fmt: skip
+        tmp_path / "s",
+        hosts=2,
+        episodes=40,
+        seed=4,
+        faults=0.8,
+        between_s=SHORT,
+        kinds=("duplicate", "missing-netflow"),
+    )
 
     assert {truth.fault for truth in truths_of(made.store)} == {"", "duplicate", "missing-netflow"}
 
 
-def test_where_nothing_can_be_copied_yet_no_duplicate_is_made(tmp_path: Path) -> None:
+def test_no_duplicate_is_injected_without_an_earlier_episode(tmp_path: Path) -> None:
     made = simulate(tmp_path / "s", hosts=1, episodes=4, seed=4, faults=1.0, between_s=SHORT, kinds=("duplicate",))
 
     assert [truth.fault for truth in truths_of(made.store)] == ["", "duplicate"] * 2
 
 
-def test_an_unknown_kind_of_fault_is_refused_with_the_nearest(tmp_path: Path) -> None:
+def test_unknown_fault_is_refused_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no fault 'gaps'; did you mean gap"):
         simulate(tmp_path / "s", hosts=1, episodes=2, seed=0, kinds=("gaps",))
 
 
-def test_episodes_of_a_host_lie_as_far_apart_as_the_knob_says(tmp_path: Path) -> None:
+def test_episode_effect_follows_the_settings(tmp_path: Path) -> None:
     def spread(effect: float) -> float:
         settings = SimulationSettings(host_effect=0.0, drift_per_week=0.0, episode_effect=effect)
         made = simulate(tmp_path / str(effect), hosts=1, episodes=16, seed=1, between_s=SHORT, settings=settings)
@@ -272,7 +278,7 @@ def test_episodes_of_a_host_lie_as_far_apart_as_the_knob_says(tmp_path: Path) ->
 
 
 @pytest.mark.soak
-def test_of_five_thousand_bundles_none_repeats_and_each_is_judged_as_the_truth_says(
+def test_five_thousand_bundles_are_distinct_and_validate_as_expected(
     tmp_path: Path, soak_row: Callable[..., None]
 ) -> None:
     began_s = time.perf_counter()
@@ -288,13 +294,17 @@ def test_of_five_thousand_bundles_none_repeats_and_each_is_judged_as_the_truth_s
     truths = truths_of(made.store)
     assert said == {t.path: (t.status, set(t.reasons)) for t in truths}
     soak_row(
-        "Simulated bundles of 180 s, judged as the truth file says", bundles=len(said),
-        **{"made, 1/s": round(len(said) / took_s), "with a fault": sum(bool(t.reasons) for t in truths),
-           "judged otherwise": 0},
-    )  # fmt: skip
+        "Simulated bundles of 180 s, judged as the truth file says",
+        bundles=len(said),
+        **{
+            "made, 1/s": round(len(said) / took_s),
+            "with a fault": sum(bool(t.reasons) for t in truths),
+            "judged otherwise": 0,
+        },
+    )
 
 
-def test_a_store_is_never_written_over(tmp_path: Path) -> None:
+def test_existing_store_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "mine").touch()
 
@@ -302,7 +312,7 @@ def test_a_store_is_never_written_over(tmp_path: Path) -> None:
         simulate(tmp_path / "s", hosts=1, episodes=1, seed=0)
 
 
-def test_a_store_may_be_made_in_the_folder_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_may_be_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "s").mkdir()
     monkeypatch.chdir(tmp_path / "s")
 
@@ -327,6 +337,6 @@ def test_a_store_may_be_made_in_the_folder_where_one_stands(tmp_path: Path, monk
         ({"settings": SimulationSettings(malware_intensity=math.nan)}, "--malware-intensity nan: 0 to 100"),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(tmp_path: Path, numbers: dict[str, object], words: str) -> None:
+def test_numbers_out_of_range_are_refused(tmp_path: Path, numbers: dict[str, object], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         simulate(tmp_path / "s", **{"hosts": 1, "episodes": 2, "seed": 0, **numbers})  # type: ignore[arg-type]

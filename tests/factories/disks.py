@@ -1,4 +1,4 @@
-"""A disk that boots by itself, made from Debian packages without root: GRUB, a kernel, a busybox whose init runs the driver."""
+"""Build a bootable disk from Debian packages without root: GRUB, a kernel, a busybox whose init runs the driver."""
 
 from __future__ import annotations
 
@@ -71,11 +71,24 @@ def _join(work: Path, trees: dict[str, Path], boot: Path) -> None:
     make = trees["grub-common"] / "usr/bin/grub-mkimage"
     subprocess.run(
         [
-            str(make), "-O", "i386-pc", "-d", str(grub), "-p", "/", "-c", str(work / "early.cfg"),
-            "-o", str(work / "core.img"), "biosdisk", "part_msdos", "ext2", "linux",
+            str(make),
+            "-O",
+            "i386-pc",
+            "-d",
+            str(grub),
+            "-p",
+            "/",
+            "-c",
+            str(work / "early.cfg"),
+            "-o",
+            str(work / "core.img"),
+            "biosdisk",
+            "part_msdos",
+            "ext2",
+            "linux",
         ],
         check=True,
-    )  # fmt: skip
+    )
     size = (DISK_MIB - 1) * MIB
     partition = work / "partition"
     with partition.open("wb") as file:

@@ -1,4 +1,4 @@
-"""KVM that opens and then runs nothing: only a boot is believed."""
+"""The choice between KVM and TCG rests on a kernel that boots."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def asked(cache: Path, *, works: bool, calls: list[str]) -> AcceleratorChoice:
 
 
 @pytest.mark.usefixtures("promising")
-def test_kvm_on_which_no_kernel_boots_is_not_used_and_asked_once(tmp_path: Path) -> None:
+def test_kvm_is_not_used_if_no_kernel_boots_and_is_tested_once(tmp_path: Path) -> None:
     calls: list[str] = []
 
     first, second = asked(tmp_path, works=False, calls=calls), asked(tmp_path, works=True, calls=calls)
@@ -38,12 +38,12 @@ def test_kvm_on_which_no_kernel_boots_is_not_used_and_asked_once(tmp_path: Path)
 
 
 @pytest.mark.usefixtures("promising")
-def test_kvm_on_which_a_kernel_boots_is_used(tmp_path: Path) -> None:
+def test_kvm_is_used_if_a_kernel_boots(tmp_path: Path) -> None:
     assert asked(tmp_path, works=True, calls=[]).accel == "kvm"
 
 
 @pytest.mark.usefixtures("promising")
-def test_a_verdict_that_cannot_be_read_is_found_again(tmp_path: Path) -> None:
+def test_unreadable_cached_result_is_measured_again(tmp_path: Path) -> None:
     asked(tmp_path, works=True, calls=[])
     (kept,) = tmp_path.iterdir()
     kept.write_text("{")
@@ -66,7 +66,7 @@ def test_a_verdict_that_cannot_be_read_is_found_again(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_only_a_kernel_that_speaks_and_ends_well_is_a_boot(
+def test_boot_needs_console_output_and_a_clean_exit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, works: bool
 ) -> None:
     program = tmp_path / "qemu-system-x86_64"

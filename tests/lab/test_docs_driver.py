@@ -1,4 +1,4 @@
-"""The driver that the docs show keeps to the protocol that they show: played by a real shell, its port a pseudo-terminal."""
+"""The driver in the docs follows the protocol in the docs; a real shell runs it on a pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from tests.factories.vms import FakeClock
-from tests.lab.test_workload import block_of
+from tests.lab.test_custom_workload import block_of
 
 from phasewatch.errors import VmError
 from phasewatch.lab.guest_driver import GuestDriver
@@ -69,7 +69,7 @@ def talk(folder: Path, host: Callable[[GuestDriver], Awaitable[None]]) -> None:
     asyncio.run(work())
 
 
-def test_it_says_who_it_is_answers_and_refuses(tmp_path: Path) -> None:
+def test_driver_sends_ready_acknowledges_and_refuses(tmp_path: Path) -> None:
     async def host(line: GuestDriver) -> None:
         ready = await line.wait_ready()
         assert ready.kernel == os.uname().release
@@ -83,7 +83,7 @@ def test_it_says_who_it_is_answers_and_refuses(tmp_path: Path) -> None:
     talk(tmp_path, host)
 
 
-def test_it_plays_the_phases_and_stops_one_before_the_next(tmp_path: Path) -> None:
+def test_driver_runs_phases_and_stops_each_before_the_next(tmp_path: Path) -> None:
     words = ("own", "one", "7", "duty=0.5")
 
     async def host(line: GuestDriver) -> None:

@@ -1,4 +1,4 @@
-"""What `doctor` says of a machine."""
+"""The checks of `doctor`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,14 @@ from phasewatch.diagnostics import (
 from phasewatch.lab.host import AcceleratorChoice
 
 WHOLE = SystemFacts(
-    python=(3, 11), cores=2, memory_gib=8.0, disk_gib=50.0, kvm=AcceleratorChoice(accel="kvm", why="a kernel booted on it"),
-    programs={program: "QEMU version 7.2.22" for program, _, _ in REQUIRED_PROGRAMS}, packages={package: "1" for package, _, _ in OPTIONAL_PACKAGES},
-)  # fmt: skip
+    python=(3, 11),
+    cores=2,
+    memory_gib=8.0,
+    disk_gib=50.0,
+    kvm=AcceleratorChoice(accel="kvm", why="a kernel booted on it"),
+    programs={program: "QEMU version 7.2.22" for program, _, _ in REQUIRED_PROGRAMS},
+    packages={package: "1" for package, _, _ in OPTIONAL_PACKAGES},
+)
 
 
 def check_of(name: str, **facts: object) -> RequirementCheck:
@@ -29,7 +34,7 @@ def check_of(name: str, **facts: object) -> RequirementCheck:
     return next(check for check in inspect_system(SystemFacts(**fields)) if check.name == name)
 
 
-def test_a_machine_that_has_everything_passes_every_check() -> None:
+def test_complete_machine_passes_every_check() -> None:
     assert all(check.ok and not check.remedy for check in inspect_system(WHOLE))
 
 
@@ -46,7 +51,7 @@ def test_a_machine_that_has_everything_passes_every_check() -> None:
         pytest.param("qemu.qmp", {"packages": {}}, "pip install 'phasewatch[live]'", id="no qemu.qmp"),
     ],
 )
-def test_what_is_missing_comes_with_its_remedy(name: str, facts: dict[str, object], remedy: str) -> None:
+def test_missing_requirement_has_a_remedy(name: str, facts: dict[str, object], remedy: str) -> None:
     check = check_of(name, **facts)
 
     assert not check.ok
@@ -54,7 +59,7 @@ def test_what_is_missing_comes_with_its_remedy(name: str, facts: dict[str, objec
     assert check.needed_for
 
 
-def test_a_bare_core_works_and_only_what_everything_needs_is_a_fault() -> None:
+def test_only_requirements_of_every_command_are_blocking() -> None:
     facts = {field: getattr(WHOLE, field) for field in SystemFacts.__slots__}
 
     assert not has_blocking_problem(
@@ -64,7 +69,7 @@ def test_a_bare_core_works_and_only_what_everything_needs_is_a_fault() -> None:
     assert has_blocking_problem(inspect_system(SystemFacts(**facts | {"python": (3, 10)})))
 
 
-def test_a_kvm_that_no_kernel_boots_on_is_not_ok_and_breaks_nothing() -> None:
+def test_kvm_without_a_booting_kernel_is_not_ok_and_not_blocking() -> None:
     no = AcceleratorChoice(accel="tcg", why="no vmx or svm in /proc/cpuinfo")
     facts = {field: getattr(WHOLE, field) for field in SystemFacts.__slots__} | {"kvm": no}
 
@@ -86,7 +91,7 @@ def test_a_kvm_that_no_kernel_boots_on_is_not_ok_and_breaks_nothing() -> None:
         pytest.param(None, False, "tcg", id="its own kernel hangs"),
     ],
 )
-def test_kvm_is_ok_only_where_a_kernel_booted(
+def test_kvm_is_ok_only_if_a_kernel_booted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, known: AcceleratorChoice | None, boots: bool, accel: str
 ) -> None:
     monkeypatch.setattr(diagnostics, "read_qemu_version", lambda arch: "7.2.22")
@@ -97,7 +102,7 @@ def test_kvm_is_ok_only_where_a_kernel_booted(
     assert find_kvm().accel == accel
 
 
-def test_kvm_is_not_ok_where_nothing_can_be_booted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kvm_is_not_ok_if_no_kernel_can_be_booted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnostics, "read_qemu_version", lambda arch: "7.2.22")
     monkeypatch.setattr(diagnostics, "find_known_accelerator", lambda **_: None)
     monkeypatch.setattr(diagnostics.os, "access", lambda path, mode: False)
@@ -105,7 +110,7 @@ def test_kvm_is_not_ok_where_nothing_can_be_booted(monkeypatch: pytest.MonkeyPat
     assert find_kvm().accel == "tcg"
 
 
-def test_this_machine_can_be_examined() -> None:
+def test_checks_run_on_this_machine() -> None:
     names = [check.name for check in inspect_system()]
 
     assert len(names) == len(set(names))

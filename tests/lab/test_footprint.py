@@ -1,4 +1,4 @@
-"""Pairs of idle machines that tell what the agent costs."""
+"""Cost of the guest agent, from pairs of idle VMs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def bins(value: float) -> np.ndarray:
     return np.full((10, len(CHANNELS)), value, np.float32)
 
 
-def test_of_each_pair_one_has_the_agent_and_they_change_places() -> None:
+def test_one_of_each_pair_has_the_agent_in_alternation() -> None:
     sessions = build_footprint_sessions("pc", 4)
     agents = [[slot.agent for slot in session.slots] for session in sessions]
 
@@ -23,7 +23,7 @@ def test_of_each_pair_one_has_the_agent_and_they_change_places() -> None:
     assert {(slot.profile, slot.sample_name) for session in sessions for slot in session.slots} == {("benign", "idle")}
 
 
-def test_the_difference_is_taken_inside_each_pair() -> None:
+def test_differences_are_computed_within_pairs() -> None:
     costs = compute_channel_costs({"a": {False: bins(1.0), True: bins(1.5)}, "b": {False: bins(3.0), True: bins(3.25)}})
     first = costs[0]
 
@@ -31,13 +31,13 @@ def test_the_difference_is_taken_inside_each_pair() -> None:
     assert not any(cost.channel.startswith("guest.") for cost in costs)
 
 
-def test_a_channel_that_one_of_them_lacks_is_left_out() -> None:
+def test_channel_missing_in_one_of_a_pair_is_left_out() -> None:
     lacking = bins(1.0)
     lacking[:, 0] = np.nan
 
     assert compute_channel_costs({"a": {False: lacking, True: bins(1.0)}})[0].channel == "proc.cpu_sys"
 
 
-def test_without_a_whole_pair_there_is_no_answer() -> None:
+def test_no_complete_pair_is_an_error() -> None:
     with pytest.raises(DataError, match="no session has one machine with the agent and one without"):
         compute_channel_costs({"a": {False: bins(1.0)}, "b": {True: bins(1.0)}})

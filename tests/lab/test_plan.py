@@ -1,4 +1,4 @@
-"""Recording plans: what a campaign holds, in which order, and that the clock does not tell the phase."""
+"""Recording plans: their sessions, balance and order, and the score of elapsed time alone."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def slots(*roles: EpisodeRole, of: tuple[RecordingSession, ...] | None = None) -
 # ── The campaign of the bundled corpus ────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_same_plan_is_the_same_campaign() -> None:
+def test_equal_plans_give_equal_sessions() -> None:
     assert build_sessions(read_plan("lab-v1")) == campaign()
 
 
-def test_it_holds_at_least_216_lab_episodes_on_six_hosts() -> None:
+def test_lab_v1_has_216_lab_episodes_on_six_hosts() -> None:
     hosts = Counter(slot.host_id for slot in slots(EpisodeRole.LAB))
 
     assert sum(hosts.values()) >= 216
@@ -65,14 +65,14 @@ def test_it_holds_at_least_216_lab_episodes_on_six_hosts() -> None:
     assert set(hosts.values()) == {36}
 
 
-def test_every_profile_runs_on_every_host_but_one_pair_is_left_out_on_purpose() -> None:
+def test_every_profile_runs_on_every_host_except_one_pair() -> None:
     seen = {(slot.host_id, slot.profile) for slot in slots(EpisodeRole.LAB)}
 
     missing = {(shape.host_id, name) for shape in HOST_SHAPES for name in (*MALICIOUS_PROFILES, "benign")} - seen
     assert missing == {("microvm", "scan-and-dial")}
 
 
-def test_every_sample_of_every_profile_is_recorded_about_equally_often() -> None:
+def test_samples_of_a_profile_are_recorded_equally_often() -> None:
     counts = Counter((slot.profile, slot.sample_name) for slot in slots(EpisodeRole.LAB))
 
     assert set(counts) == {(row.name, sample.name) for row in PROFILES for sample in row.samples}
@@ -81,7 +81,7 @@ def test_every_sample_of_every_profile_is_recorded_about_equally_often() -> None
         assert max(of_profile) - min(of_profile) <= 2
 
 
-def test_at_least_three_in_ten_are_benign_of_at_least_eight_kinds() -> None:
+def test_at_least_30_percent_are_benign_with_at_least_eight_loads() -> None:
     benign = [slot for slot in slots(EpisodeRole.LAB) if slot.profile == "benign"]
 
     assert len(benign) >= 0.3 * len(slots(EpisodeRole.LAB))
@@ -90,7 +90,7 @@ def test_at_least_three_in_ten_are_benign_of_at_least_eight_kinds() -> None:
     assert {slot.sample_kind for slot in benign} == {SampleKind.BENIGN}
 
 
-def test_a_third_of_the_malicious_ones_run_over_a_busy_load_of_their_own_group() -> None:
+def test_a_third_of_malicious_episodes_run_beside_a_load_of_their_group() -> None:
     malicious = [slot for slot in slots(EpisodeRole.LAB) if slot.profile != "benign"]
     busy = [slot for slot in malicious if slot.background]
 
@@ -102,7 +102,7 @@ def test_a_third_of_the_malicious_ones_run_over_a_busy_load_of_their_own_group()
         assert any(slot.profile == name for slot in busy)
 
 
-def test_a_session_is_at_most_two_machines_of_one_host_and_one_sample_group() -> None:
+def test_session_has_at_most_two_slots_of_one_host_and_one_sample_group() -> None:
     for session in campaign():
         assert 1 <= len(session.slots) <= (1 if find_host_shape(session.host_id).is_alone else 2)
         assert {slot.host_id for slot in session.slots} == {session.host_id}
@@ -110,13 +110,13 @@ def test_a_session_is_at_most_two_machines_of_one_host_and_one_sample_group() ->
         assert len({slot.role for slot in session.slots}) == 1
 
 
-def test_no_core_is_left_idle_in_lab_sessions_that_could_be_pairs() -> None:
+def test_lab_sessions_are_pairs_where_possible() -> None:
     sizes = {len(s.slots) for s in campaign() if s.slots[0].role is EpisodeRole.LAB and s.host_id != "smp2"}
 
     assert sizes == {2}
 
 
-def test_each_host_is_commissioned_first() -> None:
+def test_each_host_starts_with_known_clean_episodes() -> None:
     for shape in HOST_SHAPES:
         roles = [slot.role for slot in slots() if slot.host_id == shape.host_id]
         first = [slot for slot in slots() if slot.host_id == shape.host_id][:3]
@@ -128,7 +128,7 @@ def test_each_host_is_commissioned_first() -> None:
         }
 
 
-def test_four_soak_episodes_per_host_one_of_each_group_are_strewn_in() -> None:
+def test_each_host_has_four_soak_episodes_one_per_group_spread_over_the_plan() -> None:
     for shape in HOST_SHAPES:
         soak = [slot for slot in slots(EpisodeRole.SOAK) if slot.host_id == shape.host_id]
 
@@ -139,7 +139,7 @@ def test_four_soak_episodes_per_host_one_of_each_group_are_strewn_in() -> None:
     assert gaps.max() <= 8
 
 
-def test_any_beginning_is_balanced_over_hosts_profiles_and_groups() -> None:
+def test_every_prefix_is_balanced_over_hosts_profiles_and_groups() -> None:
     lab = slots(EpisodeRole.LAB)
     whole = Counter(s.profile for s in lab)
     for end in range(30, len(lab), 10):
@@ -152,7 +152,7 @@ def test_any_beginning_is_balanced_over_hosts_profiles_and_groups() -> None:
         assert all(abs(profiles[name] - end * n / len(lab)) <= 5 for name, n in whole.items())
 
 
-def test_after_some_fifty_episodes_every_pair_is_there_and_each_host_can_be_held_out() -> None:
+def test_about_fifty_episodes_cover_every_pair_of_host_and_profile() -> None:
     begun = slots(EpisodeRole.LAB)[:54]  # a round: every profile on every host, and half as many benign ones
 
     pairs = Counter((slot.host_id, slot.profile) for slot in begun)
@@ -165,7 +165,7 @@ def test_after_some_fifty_episodes_every_pair_is_there_and_each_host_can_be_held
 # ── One slot ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_no_timeline_is_used_twice() -> None:
+def test_no_timeline_repeats() -> None:
     seeds = [slot.plan_seed for slot in slots()]
     walks = [slot.phases for slot in slots(EpisodeRole.LAB) if len(slot.phases) > 1]
 
@@ -174,7 +174,7 @@ def test_no_timeline_is_used_twice() -> None:
     assert len(set(walks)) == len(walks)
 
 
-def test_a_seed_is_the_hash_of_plan_host_and_index() -> None:
+def test_slot_seed_is_the_hash_of_plan_host_and_index() -> None:
     slot = slots()[40]
 
     assert slot.plan_seed == compute_slot_seed("lab-v1", 1, slot.host_id, slot.index)
@@ -184,7 +184,7 @@ def test_a_seed_is_the_hash_of_plan_host_and_index() -> None:
     )
 
 
-def test_a_walk_follows_the_transitions_and_fills_the_episode() -> None:
+def test_phases_follow_the_transitions_and_fill_the_episode() -> None:
     for slot in slots(EpisodeRole.LAB):
         phases = [phase for phase, _ in slot.phases]
         assert sum(seconds for _, seconds in slot.phases) == pytest.approx(slot.duration_s)
@@ -195,13 +195,13 @@ def test_a_walk_follows_the_transitions_and_fills_the_episode() -> None:
             assert all(20 <= seconds <= 46 for _, seconds in slot.phases[:-1])
 
 
-def test_episodes_start_anywhere_in_the_walk() -> None:
+def test_episodes_start_in_any_phase() -> None:
     starts = Counter(slot.phases[0][0] for slot in slots(EpisodeRole.LAB) if slot.profile != "benign")
 
     assert set(starts) == set(PHASES)
 
 
-def test_settling_agent_chatter_and_knobs_are_drawn_for_each_episode() -> None:
+def test_settling_agent_chatter_and_knobs_are_drawn_per_episode() -> None:
     lab = slots(EpisodeRole.LAB)
 
     assert all(40 <= slot.settle_s <= 80 and 6 <= slot.chatter_s <= 30 for slot in slots())
@@ -213,7 +213,7 @@ def test_settling_agent_chatter_and_knobs_are_drawn_for_each_episode() -> None:
     assert all(len(knobs) > 1 for (_, name), knobs in by_sample.items() if name != "idle")
 
 
-def test_the_agent_is_independent_of_profile_and_first_phase() -> None:
+def test_agent_is_independent_of_profile_and_first_phase() -> None:
     lab = slots(EpisodeRole.LAB)
     for of in (lambda s: s.profile == "benign", lambda s: s.phases[0][0] is Phase.ACTIVE, lambda s: bool(s.background)):
         share = [np.mean([slot.agent for slot in lab if of(slot) is side]) for side in (True, False)]
@@ -227,14 +227,14 @@ def test_the_agent_is_independent_of_profile_and_first_phase() -> None:
 
 
 @pytest.mark.parametrize("name", list_plans())
-def test_elapsed_time_tells_little_in_the_built_in_plans(name: str) -> None:
+def test_elapsed_time_predicts_little_in_the_built_in_plans(name: str) -> None:
     assert check_elapsed_time(read_plan(name)) <= MAX_ELAPSED_TIME_F1
 
 
 ONE_WAY = SMALL.replace("[[hosts]]", 'order = ["clean", "armed", "infecting", "active", "dormant"]\n[[hosts]]', 1)
 
 
-def test_a_fixed_order_is_refused_unless_forced() -> None:
+def test_fixed_phase_order_is_refused_unless_forced() -> None:
     plan = parse_plan(ONE_WAY, where="p.toml")
 
     with pytest.raises(PlanError, match="--force"):
@@ -242,20 +242,20 @@ def test_a_fixed_order_is_refused_unless_forced() -> None:
     assert check_elapsed_time(plan, force=True) > 0.45
 
 
-def test_a_fixed_order_is_played_as_written() -> None:
+def test_fixed_phase_order_is_kept() -> None:
     plan = parse_plan(ONE_WAY, where="p.toml")
     malicious = [s for s in slots(EpisodeRole.LAB, of=build_sessions(plan)) if s.profile != "benign"]
 
     assert all([phase for phase, _ in s.phases] == list(PHASES[: len(s.phases)]) for s in malicious)
 
 
-def test_the_baseline_is_the_same_for_the_same_seed() -> None:
+def test_elapsed_time_score_is_deterministic() -> None:
     plan = parse_plan(SMALL, where="p.toml")
 
     assert estimate_elapsed_time_f1(plan, 5) == estimate_elapsed_time_f1(plan, 5) != estimate_elapsed_time_f1(plan, 6)
 
 
-def test_a_window_has_the_phase_that_fills_most_of_it_and_on_a_tie_the_later() -> None:
+def test_window_has_its_longest_phase_and_ties_go_to_the_later() -> None:
     walk = ((Phase.CLEAN, 14.0), (Phase.ARMED, 1.0), (Phase.CLEAN, 5.0), (Phase.ACTIVE, 9.0))
 
     codes = compute_window_phases(walk)  # windows from 0, 5, 10, 15 s
@@ -269,7 +269,7 @@ def test_a_window_has_the_phase_that_fills_most_of_it_and_on_a_tie_the_later() -
 # ── The file ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_plan_of_ones_own_is_read_from_its_path(tmp_path: Path) -> None:
+def test_plan_file_is_read_from_its_path(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(SMALL)
 
     plan = read_plan(str(tmp_path / "mine.toml"))
@@ -278,7 +278,7 @@ def test_a_plan_of_ones_own_is_read_from_its_path(tmp_path: Path) -> None:
     assert {slot.host_id for slot in slots(of=build_sessions(plan))} == {"pc", "smp2"}
 
 
-def test_the_smoke_plan_is_short() -> None:
+def test_smoke_plan_is_short() -> None:
     smoke = slots(of=build_sessions(read_plan("smoke")))
 
     assert {slot.host_id for slot in smoke} == {"pc", "q35-none", "microvm"}
@@ -286,13 +286,13 @@ def test_the_smoke_plan_is_short() -> None:
     assert all(slot.duration_s == 45 and slot.settle_s == 12 for slot in smoke)
 
 
-def test_the_smoke_plan_holds_two_episodes_of_each_profile_on_each_host_so_that_one_can_be_held_out() -> None:
+def test_smoke_plan_has_two_episodes_of_each_profile_on_each_host() -> None:
     smoke = slots(of=build_sessions(read_plan("smoke")))
 
     assert set(Counter((slot.host_id, slot.profile) for slot in smoke).values()) == {2}
 
 
-def test_an_absent_plan_names_those_that_are_there() -> None:
+def test_unknown_plan_error_lists_the_built_in_plans() -> None:
     with pytest.raises(PlanError, match="lab-v1, smoke"):
         read_plan("lab-v9")
 
@@ -320,19 +320,19 @@ def test_an_absent_plan_names_those_that_are_there() -> None:
         ('"small"', '"../small"', "name"),
     ],
 )
-def test_a_wrong_plan_is_refused_with_its_file_and_reason(old: str, new: str, words: str) -> None:
+def test_invalid_plan_is_refused_with_file_and_reason(old: str, new: str, words: str) -> None:
     with pytest.raises(PlanError, match=words) as caught:
         parse_plan(SMALL.replace(old, new, 1), where="mine.toml")
 
     assert str(caught.value).startswith("mine.toml: ")
 
 
-def test_an_unknown_host_names_the_nearest() -> None:
+def test_unknown_host_error_suggests_the_nearest() -> None:
     with pytest.raises(PlanError, match="microvm"):
         find_host_shape("mircovm")
 
 
-def test_a_plan_may_have_no_lab_episodes_at_all() -> None:
+def test_plan_may_have_no_lab_episodes() -> None:
     plan = parse_plan(SMALL.replace("lab_per_host = 8", "lab_per_host = 0"), where="p.toml")
 
     assert {slot.role for slot in slots(of=build_sessions(plan))} == {EpisodeRole.COMMISSION, EpisodeRole.SOAK}

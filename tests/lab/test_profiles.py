@@ -1,4 +1,4 @@
-"""The table of profiles: what may be drawn, who belongs to which group, within which bounds."""
+"""The profile table: intensities, sample groups and safety bounds."""
 
 from __future__ import annotations
 
@@ -25,10 +25,16 @@ from phasewatch.types import SampleKind
 MALICIOUS = [row for row in PROFILES if row.kind is SampleKind.EMULATED]
 
 
-def test_the_profiles_stand_in_the_design_s_order() -> None:
+def test_profiles_are_in_the_order_of_the_design() -> None:
     assert [row.name for row in PROFILES] == [
-        "cryptomine", "ransom-walk", "scan-and-dial", "beacon-c2", "exfil-drip", "dropper-persist", "benign",
-    ]  # fmt: skip
+        "cryptomine",
+        "ransom-walk",
+        "scan-and-dial",
+        "beacon-c2",
+        "exfil-drip",
+        "dropper-persist",
+        "benign",
+    ]
 
 
 def test_sample_i_is_in_group_i_mod_4() -> None:
@@ -38,14 +44,14 @@ def test_sample_i_is_in_group_i_mod_4() -> None:
 
 
 @pytest.mark.parametrize("group", range(N_SAMPLE_GROUPS))
-def test_every_group_has_two_busy_benign_kinds_and_a_sample_of_every_profile(group: int) -> None:
+def test_every_group_has_two_benign_loads_and_a_sample_of_every_profile(group: int) -> None:
     busy = [row.name for row in find_profile("benign").samples[group::N_SAMPLE_GROUPS] if row.name != "idle"]
 
     assert len(busy) >= 2
     assert all(row.samples[group::N_SAMPLE_GROUPS] for row in MALICIOUS)
 
 
-def test_intensities_stay_in_their_range_and_the_same_seed_draws_the_same() -> None:
+def test_intensities_are_in_range_and_deterministic() -> None:
     for row in PROFILES:
         for one in row.samples:
             drawn = [draw_intensities(one, np.random.default_rng(7)) for _ in range(2)]
@@ -66,7 +72,7 @@ def test_intensities_are_log_uniform() -> None:
 
 
 @pytest.mark.parametrize("row", MALICIOUS, ids=lambda row: row.name)
-def test_the_first_run_writes_at_most_20_mb(row: WorkloadProfile) -> None:
+def test_infection_writes_at_most_20_mb(row: WorkloadProfile) -> None:
     for one in row.samples:
         total = next(knob for knob in one.knobs if knob.name == "infect_mb")
 
@@ -74,29 +80,29 @@ def test_the_first_run_writes_at_most_20_mb(row: WorkloadProfile) -> None:
 
 
 @pytest.mark.parametrize("row", PROFILES, ids=lambda row: row.name)
-def test_the_bounds_hold_what_a_sample_may_write_or_send_at_its_highest_rate(row: WorkloadProfile) -> None:
+def test_bounds_cover_the_highest_rates_of_each_sample(row: WorkloadProfile) -> None:
     rates = [knob.high * 1e3 for one in row.samples for knob in one.knobs if knob.name == "rate_kbps"]
 
     assert max(rates, default=0.0) * EPISODE_S <= max(row.bounds.written_bytes, row.bounds.sent_bytes)
 
 
-def test_a_profile_may_talk_to_the_sink_only() -> None:
+def test_profiles_use_only_networks_of_the_sink() -> None:
     for row in PROFILES:
         for network in row.bounds.networks:
             assert any(ip_network(network).subnet_of(own) for own in (LOCAL_NET, DNS_NET, SCAN_NET))  # type: ignore[arg-type]
 
 
-def test_malware_has_attack_ids_and_benign_life_has_none() -> None:
+def test_malicious_profiles_have_attack_ids_and_benign_has_none() -> None:
     assert all(row.attack and all(id_.startswith("T1") for id_ in row.attack) for row in MALICIOUS)
     assert find_profile("benign").attack == ()
 
 
-def test_names_of_samples_are_unique_within_a_profile() -> None:
+def test_sample_names_are_unique_within_a_profile() -> None:
     for row in PROFILES:
         assert all(a < b for a, b in pairwise(sorted(one.name for one in row.samples)))
 
 
-def test_an_unknown_name_is_refused_with_the_nearest() -> None:
+def test_unknown_name_is_refused_with_the_nearest() -> None:
     with pytest.raises(UsageError, match="cryptomine"):
         find_profile("criptomine")
     with pytest.raises(UsageError, match="throttled"):

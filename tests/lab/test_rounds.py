@@ -1,4 +1,4 @@
-"""What is recorded at once: a session alone, or two hosts' soak episodes side by side."""
+"""Rounds of a recording: one session, or soak episodes of two hosts at the same time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def names(one: tuple[PendingSession, ...]) -> list[str]:
     return [session.session for session, _ in one]
 
 
-def test_a_lone_soak_episode_plays_beside_the_next_one_of_another_host() -> None:
+def test_soak_episode_runs_beside_the_next_one_of_another_host() -> None:
     queue = deque([lone("pc"), lone("pc", seed=2), lone("q35", EpisodeRole.LAB), lone("q35", seed=3)])
 
     assert names(pop_round(queue, SHAPES, 2)) == ["pc-1", "q35-3"]
@@ -44,29 +44,29 @@ def test_a_lone_soak_episode_plays_beside_the_next_one_of_another_host() -> None
     ],
     ids=["same host", "two vCPUs", "lab", "commission", "another length"],
 )
-def test_a_soak_episode_plays_alone_rather_than_beside(beside: PendingSession) -> None:
+def test_soak_episode_runs_alone_where_no_other_fits(beside: PendingSession) -> None:
     queue = deque([lone("pc"), beside])
 
     assert names(pop_round(queue, SHAPES, 2)) == ["pc-1"]
     assert names(pop_round(queue, SHAPES, 2)) == names((beside,))
 
 
-def test_one_core_plays_one_soak_episode() -> None:
+def test_one_core_runs_one_soak_episode() -> None:
     assert names(pop_round(deque([lone("pc"), lone("q35")]), SHAPES, 1)) == ["pc-1"]
 
 
-def test_a_pair_of_a_session_has_no_third_beside_it() -> None:
+def test_no_third_episode_runs_beside_a_pair() -> None:
     slots = (slot_of(1, role=EpisodeRole.SOAK), slot_of(2, role=EpisodeRole.SOAK))
     queue = deque([(session_of(*slots), slots), lone("q35")])
 
     assert names(pop_round(queue, SHAPES, 2)) == ["s1"]
 
 
-def test_a_round_lasts_as_long_as_its_longest_slot() -> None:
+def test_round_lasts_as_long_as_its_longest_slot() -> None:
     assert estimate_round_s((lone("pc", settle_s=10.0), lone("q35", settle_s=50.0))) == 60.0 + 50.0 + 15.0
 
 
-def test_the_campaign_is_recorded_whole_and_never_on_more_than_two_cores() -> None:
+def test_rounds_cover_the_whole_plan_and_use_at_most_two_cores() -> None:
     shapes = {host.host_id: host for host in HOST_SHAPES}
     sessions = build_sessions(read_plan("lab-v1"))
     taken = list(iterate_rounds(deque((session, session.slots) for session in sessions), shapes, 2))

@@ -1,4 +1,4 @@
-"""The safety contract, held by what the sink and the disk saw: a sample stays on its scratch disk, on the made-up network, within its bounds."""
+"""The safety contract in a real VM: samples write only to the scratch disk and stay inside networks and bounds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BENIGN = SampleKind.BENIGN
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deeds:
-    """What one sample did: at its first run, and then in `seconds` of doing what it is for."""
+    """What one sample did during its infection and then in `seconds` of its active phase."""
 
     sample: str
     seconds: float
@@ -81,11 +81,15 @@ async def deeds_of(
     await vm.send("phase", "clean", "cryptomine", "full", "7")
     await asyncio.sleep(2.0)  # what it still had under way is written, and forgotten
     return Deeds(
-        sample=f"{profile.name}/{sample.name}", seconds=seconds,
-        first_written=between - before, first_sent=sent_of(between_log.rows) - sent_of(before_log.rows),
-        written=after - between, sent=sent_of(log.rows) - sent_of(between_log.rows),
-        addresses=frozenset(row.ip for row in log.rows if row.outgoing and row.ip), log=log,
-    )  # fmt: skip
+        sample=f"{profile.name}/{sample.name}",
+        seconds=seconds,
+        first_written=between - before,
+        first_sent=sent_of(between_log.rows) - sent_of(before_log.rows),
+        written=after - between,
+        sent=sent_of(log.rows) - sent_of(between_log.rows),
+        addresses=frozenset(row.ip for row in log.rows if row.outgoing and row.ip),
+        log=log,
+    )
 
 
 def play(
@@ -139,9 +143,14 @@ def assert_inside(deeds: Deeds, bounds: SafetyBounds) -> None:
 
 # The loudest of each where they differ: what holds for it holds for its quieter kin.
 ONE_EACH = [
-    ("cryptomine", "memory-hard"), ("ransom-walk", "overwrite"), ("scan-and-dial", "random"), ("beacon-c2", "fixed"),
-    ("exfil-drip", "http-bulk"), ("dropper-persist", "self-copy"), ("benign", "package-install"),
-]  # fmt: skip
+    ("cryptomine", "memory-hard"),
+    ("ransom-walk", "overwrite"),
+    ("scan-and-dial", "random"),
+    ("beacon-c2", "fixed"),
+    ("exfil-drip", "http-bulk"),
+    ("dropper-persist", "self-copy"),
+    ("benign", "package-install"),
+]
 BY_NAME = {(row.name, one.name): (row, one) for row in PROFILES for one in row.samples}
 
 
@@ -174,7 +183,7 @@ def test_processes_are_bounded_by_the_sources() -> None:
     }
     forks = {name: len(re.findall(r"\bfork\(\)", body)) for name, body in text.items()}
 
-    # base.c waits for each that it makes; malware.c makes one a further core; driver.c one a role, killed with its group.
+    # base.c waits for each child; malware.c forks once per further core; driver.c once per role, killed with its group.
     assert forks == {"base.c": 1, "net.c": 0, "malware.c": 1, "benign.c": 0, "agent.c": 0, "driver.c": 2}
     assert "waitpid(child, &status, 0)" in text["base.c"]
     assert re.search(r"core > 1; core--\)[^\n]*\n\s*if \(fork\(\) == 0\)", text["malware.c"])

@@ -1,4 +1,4 @@
-"""The network that the guest sees: who answers what, that bytes arrive whole, that nothing makes the sink stumble."""
+"""The network sink: answers of each service, complete transfers, and robustness against any bytes."""
 
 from __future__ import annotations
 
@@ -85,9 +85,15 @@ class Client:
 
     def frame(self, flags: int, data: bytes = b"", seq: int | None = None) -> bytes:
         segment = dpkt.tcp.TCP(
-            sport=self.sport, dport=self.port, seq=self.seq if seq is None else seq, ack=self.expected,
-            flags=flags, win=self.window, data=data, opts=b"\x02\x04\x05\xb4" if flags & SYN else b"",
-        )  # fmt: skip
+            sport=self.sport,
+            dport=self.port,
+            seq=self.seq if seq is None else seq,
+            ack=self.expected,
+            flags=flags,
+            win=self.window,
+            data=data,
+            opts=b"\x02\x04\x05\xb4" if flags & SYN else b"",
+        )
         segment.off = 6 if flags & SYN else 5
         return ip(self.dst, 6, segment)
 
@@ -134,7 +140,7 @@ def body_of(answer: bytes) -> bytes:
 # ── Link ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_every_address_is_at_the_sink() -> None:
+def test_sink_answers_arp_for_every_address() -> None:
     (reply,) = NetworkResponder().handle(arp_request("198.51.100.7"), 0)
 
     answer = dpkt.ethernet.Ethernet(reply)
@@ -144,11 +150,11 @@ def test_every_address_is_at_the_sink() -> None:
 
 
 @pytest.mark.parametrize("sender", [GUEST_IP.packed, bytes(4)], ids=["announcement", "probe"])
-def test_the_guests_own_address_stays_its_own(sender: bytes) -> None:
+def test_sink_does_not_claim_the_guests_address(sender: bytes) -> None:
     assert NetworkResponder().handle(arp_request(str(GUEST_IP), sender), 0) == []
 
 
-def test_an_echo_comes_back() -> None:
+def test_icmp_echo_is_answered() -> None:
     echo = dpkt.icmp.ICMP(type=8, data=dpkt.icmp.ICMP.Echo(id=7, seq=3, data=b"ping"))
 
     (reply,) = NetworkResponder().handle(ip("10.0.2.2", 1, echo), 0)
@@ -158,7 +164,7 @@ def test_an_echo_comes_back() -> None:
     assert dpkt.in_cksum(bytes(message)) == 0
 
 
-def test_frames_for_others_are_dropped_and_counted() -> None:
+def test_frames_to_other_hardware_addresses_are_counted_and_dropped() -> None:
     sink = NetworkResponder()
 
     assert sink.handle(ether(b"hello", dst=bytes.fromhex("333300000016")), 0) == []
@@ -167,7 +173,7 @@ def test_frames_for_others_are_dropped_and_counted() -> None:
     assert (sink.ignored.not_for_us, sink.ignored.unknown_protocol, sink.ignored.outside) == (1, 2, 0)
 
 
-def test_a_word_to_the_real_world_is_counted_as_outside() -> None:
+def test_packet_to_a_real_address_is_counted_as_outside() -> None:
     sink = NetworkResponder()
 
     sink.handle(udp("8.8.8.8", 53, b"x"), 0)
@@ -186,24 +192,24 @@ def ask(name: str, kind: int) -> dpkt.dns.DNS:
     return answer
 
 
-def test_a_name_has_one_address_for_ever() -> None:
+def test_dns_name_always_has_the_same_address() -> None:
     first, again, other = (ask(name, 1).an[0].ip for name in ("updates.example", "UPDATES.example", "other.example"))
 
     assert first == again != other
     assert IPv4Address(first) in DNS_NET
 
 
-def test_a_name_has_a_short_text() -> None:
+def test_dns_txt_query_has_a_short_answer() -> None:
     (text,) = ask("c2.example", 16).an[0].text
 
     assert 0 < len(text) < 64
 
 
-def test_a_name_has_nothing_else() -> None:
+def test_other_dns_types_have_no_records() -> None:
     assert ask("updates.example", 28).an == []
 
 
-def test_the_clock_answers_with_as_many_bytes() -> None:
+def test_ntp_answer_has_the_size_of_the_query() -> None:
     (reply,) = NetworkResponder().handle(udp("10.0.2.4", 123, bytes([0x23]) + bytes(39) + b"mystamp!"), 0)
 
     answer = opened(reply).data.data
@@ -215,7 +221,7 @@ def test_the_clock_answers_with_as_many_bytes() -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 1460, 100_000, 3_000_001])
-def test_a_download_arrives_whole(size: int) -> None:
+def test_download_is_complete(size: int) -> None:
     client = Client(NetworkResponder(), WEB_IP, 80)
 
     answer = client.get(f"/bytes/{size}")
@@ -227,7 +233,7 @@ def test_a_download_arrives_whole(size: int) -> None:
     assert client.is_ended
 
 
-def test_a_download_never_floods_the_card() -> None:
+def test_download_keeps_to_the_burst_limit() -> None:
     client = Client(NetworkResponder(), WEB_IP, 80)
 
     client.get("/bytes/1000000")
@@ -235,21 +241,21 @@ def test_a_download_never_floods_the_card() -> None:
     assert client.in_flight <= 10  # what a unix datagram socket queues
 
 
-def test_noise_does_not_compress() -> None:
+def test_download_content_is_incompressible() -> None:
     import zlib
 
     assert len(zlib.compress(ResponseStream(body_bytes=100_000).read_part(0, 100_000))) > 99_000
 
 
-def test_more_than_64_mib_is_refused() -> None:
+def test_download_over_64_mib_is_refused() -> None:
     assert Client(NetworkResponder(), WEB_IP, 80).get(f"/bytes/{64 * 2**20 + 1}").startswith(b"HTTP/1.0 400")
 
 
-def test_a_small_page_is_small() -> None:
+def test_page_is_200_bytes() -> None:
     assert len(body_of(Client(NetworkResponder(), DNS_NET[9], 8080).get("/index.html"))) == 200
 
 
-def test_a_long_poll_answers_when_its_time_has_come() -> None:
+def test_long_poll_is_answered_at_its_time() -> None:
     sink = NetworkResponder()
     client = Client(sink, WEB_IP, 80)
     assert client.get("/wait/30", now_ns=0) == b""
@@ -261,7 +267,7 @@ def test_a_long_poll_answers_when_its_time_has_come() -> None:
     assert body_of(bytes(client.data)) == b"idle\n"
 
 
-def test_an_upload_is_swallowed_then_answered() -> None:
+def test_upload_is_discarded_and_answered() -> None:
     client = Client(NetworkResponder(), WEB_IP, 80)
 
     answer = client.upload("POST /drop HTTP/1.1\r\nContent-Length: 200000\r\n\r\n", bytes(200_000))
@@ -269,7 +275,7 @@ def test_an_upload_is_swallowed_then_answered() -> None:
     assert answer.startswith(b"HTTP/1.0 204")
 
 
-def test_an_upload_without_a_length_is_answered_at_its_end() -> None:
+def test_upload_without_length_is_answered_at_its_end() -> None:
     client = Client(NetworkResponder(), WEB_IP, 80)
     assert client.upload("POST /drop HTTP/1.0\r\n\r\n", bytes(5000)) == b""
 
@@ -278,7 +284,7 @@ def test_an_upload_without_a_length_is_answered_at_its_end() -> None:
     assert bytes(client.data).startswith(b"HTTP/1.0 204")
 
 
-def test_a_careful_uploader_is_told_to_go_on() -> None:
+def test_expect_100_continue_is_answered() -> None:
     client = Client(NetworkResponder(), WEB_IP, 80).connect()
 
     client.send(ACK | PSH, b"PUT /x HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\n")
@@ -288,7 +294,7 @@ def test_a_careful_uploader_is_told_to_go_on() -> None:
     assert b"204" in client.data
 
 
-def test_a_request_may_come_in_pieces_and_with_bare_newlines() -> None:
+def test_request_may_arrive_in_pieces_with_bare_newlines() -> None:
     client = Client(NetworkResponder(), WEB_IP, 80).connect()
 
     for piece in (b"GE", b"T /bytes/3 HTTP/1.0\n", b"\n"):
@@ -297,7 +303,7 @@ def test_a_request_may_come_in_pieces_and_with_bare_newlines() -> None:
     assert len(body_of(bytes(client.data))) == 3
 
 
-def test_nonsense_is_answered_as_nonsense() -> None:
+def test_invalid_request_is_answered_with_400() -> None:
     client = Client(NetworkResponder(), WEB_IP, 80).connect()
 
     client.send(ACK | PSH, b"\x16\x03\x01 hello\r\n\r\n")
@@ -311,7 +317,7 @@ def test_other_ports_refuse() -> None:
     assert client.flags_seen == [RST | ACK]
 
 
-def test_the_scan_range_accepts_refuses_or_stays_silent_by_address_and_port() -> None:
+def test_scan_range_accepts_refuses_or_is_silent_by_address_and_port() -> None:
     seen = dict.fromkeys(PortBehaviour, 0)
     for host in range(3000):
         address, port = SCAN_NET[host * 7], 1 + host % 1000
@@ -338,7 +344,7 @@ def an_open_port() -> tuple[IPv4Address, int]:
     )
 
 
-def test_an_accepted_connection_takes_everything_and_closes_with_the_guest() -> None:
+def test_discard_service_accepts_all_data_and_closes_with_the_guest() -> None:
     sink = NetworkResponder()
     client = Client(sink, *an_open_port()).connect()
 
@@ -358,7 +364,7 @@ def test_bulk_data_is_acknowledged_every_other_segment() -> None:
     assert client.flags_seen == [SYN | ACK] + [ACK] * 20
 
 
-def test_a_lone_segment_is_acknowledged_soon() -> None:
+def test_single_segment_is_acknowledged_after_a_delay() -> None:
     sink = NetworkResponder()
     client = Client(sink, *an_open_port()).connect()
     client.send(ACK, b"x")
@@ -368,7 +374,7 @@ def test_a_lone_segment_is_acknowledged_soon() -> None:
     assert client.flags_seen == [SYN | ACK, ACK]
 
 
-def test_lost_answers_are_sent_again() -> None:
+def test_lost_answers_are_retransmitted() -> None:
     sink = NetworkResponder()
     client = Client(sink, WEB_IP, 80).connect()
     request = client.frame(ACK | PSH, b"GET /bytes/200000 HTTP/1.0\r\n\r\n")
@@ -383,7 +389,7 @@ def test_lost_answers_are_sent_again() -> None:
 
 
 @given(st.integers(0, 2**32), st.floats(0, 0.3), st.integers(0, 60_000))
-def test_a_download_survives_losses_both_ways(seed: int, loss: float, size: int) -> None:
+def test_download_survives_losses_in_both_directions(seed: int, loss: float, size: int) -> None:
     sink = NetworkResponder()
     client = Client(sink, WEB_IP, 80).connect()
     request = client.frame(ACK | PSH, f"GET /bytes/{size} HTTP/1.0\r\n\r\n".encode())
@@ -411,7 +417,7 @@ def test_a_download_survives_losses_both_ways(seed: int, loss: float, size: int)
     assert body_of(bytes(client.data)) == ResponseStream(body_bytes=size).read_part(0, size)
 
 
-def test_a_lost_greeting_is_sent_again() -> None:
+def test_lost_syn_ack_is_retransmitted() -> None:
     sink = NetworkResponder()
     client = Client(sink, WEB_IP, 80)
     sink.handle(client.frame(SYN), 0)
@@ -422,7 +428,7 @@ def test_a_lost_greeting_is_sent_again() -> None:
     assert len({opened(frame).data.seq for frame in again}) == 1
 
 
-def test_a_closed_window_is_knocked_at_until_it_opens() -> None:
+def test_closed_window_is_probed_until_it_opens() -> None:
     sink = NetworkResponder()
     client = Client(sink, WEB_IP, 80, window=0)
     client.get("/bytes/5000")
@@ -438,7 +444,7 @@ def test_a_closed_window_is_knocked_at_until_it_opens() -> None:
     assert len(body_of(bytes(client.data))) == 5000
 
 
-def test_data_of_a_guest_that_did_not_see_our_greeting_is_not_taken_and_time_goes_on() -> None:
+def test_data_before_the_handshake_is_ignored() -> None:
     sink = NetworkResponder()
     client = Client(sink, WEB_IP, 80)
     (greeting,) = sink.handle(client.frame(SYN), 0)
@@ -452,7 +458,7 @@ def test_data_of_a_guest_that_did_not_see_our_greeting_is_not_taken_and_time_goe
     assert sink.next_due_ns > 400 * MS
 
 
-def test_who_never_answers_is_given_up() -> None:
+def test_silent_guest_is_reset_after_the_last_retry() -> None:
     sink = NetworkResponder()
     client = Client(sink, WEB_IP, 80)
     sink.handle(client.frame(SYN), 0)
@@ -464,7 +470,7 @@ def test_who_never_answers_is_given_up() -> None:
     assert sink.next_due_ns is None or sink.handle_timers(10**18) == []
 
 
-def test_an_idle_connection_is_forgotten() -> None:
+def test_idle_connection_is_closed() -> None:
     sink = NetworkResponder()
     Client(sink, *an_open_port()).connect()
     assert sink.connections == 1
@@ -474,7 +480,7 @@ def test_an_idle_connection_is_forgotten() -> None:
     assert sink.connections == 0
 
 
-def test_a_reset_ends_a_connection_at_once() -> None:
+def test_reset_closes_a_connection_at_once() -> None:
     sink = NetworkResponder()
     client = Client(sink, *an_open_port()).connect()
 
@@ -483,7 +489,7 @@ def test_a_reset_ends_a_connection_at_once() -> None:
     assert sink.connections == 0
 
 
-def test_a_stranger_s_segment_is_refused() -> None:
+def test_segment_without_a_connection_is_reset() -> None:
     client = Client(NetworkResponder(), WEB_IP, 80)
 
     client.send(ACK, b"hello")
@@ -491,7 +497,7 @@ def test_a_stranger_s_segment_is_refused() -> None:
     assert client.flags_seen == [RST]
 
 
-def test_open_connections_are_bounded() -> None:
+def test_number_of_open_connections_is_bounded() -> None:
     sink = NetworkResponder(max_connections=10)
     address, port = an_open_port()
 
@@ -522,7 +528,7 @@ def battered_frames(draw: st.DrawFn) -> bytes:
 
 
 @given(st.lists(st.one_of(st.binary(max_size=120).map(lambda tail: SINK_MAC + tail), battered_frames()), max_size=12))
-def test_no_bytes_make_it_stumble(frames: list[bytes]) -> None:
+def test_any_bytes_are_handled(frames: list[bytes]) -> None:
     sink = NetworkResponder(max_connections=4)
 
     for at, frame in enumerate(frames):
@@ -543,7 +549,7 @@ def a_card(folder: Path) -> Iterator[tuple[NetworkSink, socket.socket]]:
             yield sink, card
 
 
-def test_the_process_answers_counts_and_keeps_a_log(tmp_path: Path) -> None:
+def test_sink_process_answers_counts_and_logs(tmp_path: Path) -> None:
     with a_card(tmp_path) as (sink, card):
         card.send(arp_request("10.0.2.2"))
         reply = card.recv(2048)
@@ -555,13 +561,15 @@ def test_the_process_answers_counts_and_keeps_a_log(tmp_path: Path) -> None:
     assert (first.out_pkts, first.in_pkts, first.dns_queries, first.dst_ips) == (2, 1, 1, 1)
     assert (second.out_pkts, second.dst_ips) == (2, 0)
     assert [(row.outgoing, row.protocol, row.ip, row.port, row.frames) for row in log.rows] == [
-        (False, "other", "", 0, 1), (True, "other", "", 0, 1), (True, "udp", "8.8.8.8", 53, 1),
-    ]  # fmt: skip
+        (False, "other", "", 0, 1),
+        (True, "other", "", 0, 1),
+        (True, "udp", "8.8.8.8", 53, 1),
+    ]
     assert (log.ignored.outside, log.lost_frames) == (1, 0)
     assert not (tmp_path / "p").exists()
 
 
-def test_a_card_that_reads_slowly_loses_nothing(tmp_path: Path) -> None:
+def test_slow_reader_loses_no_frame(tmp_path: Path) -> None:
     with a_card(tmp_path) as (sink, card):
         for number in range(60):
             card.send(arp_request(f"10.0.2.{100 + number}"))
@@ -573,7 +581,7 @@ def test_a_card_that_reads_slowly_loses_nothing(tmp_path: Path) -> None:
     assert log.lost_frames == 0
 
 
-def test_frames_for_a_machine_that_is_gone_are_counted(tmp_path: Path) -> None:
+def test_frames_to_an_ended_vm_are_counted_as_lost(tmp_path: Path) -> None:
     with a_card(tmp_path) as (sink, card):
         (tmp_path / "q").unlink()
         card.send(arp_request("10.0.2.2"))
@@ -583,7 +591,7 @@ def test_frames_for_a_machine_that_is_gone_are_counted(tmp_path: Path) -> None:
         assert sink.read_log().lost_frames == 1
 
 
-def test_a_dead_sink_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+def test_dead_sink_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     with a_card(tmp_path) as (sink, _):
         os.kill(sink.pid, signal.SIGKILL)
 
@@ -591,7 +599,7 @@ def test_a_dead_sink_is_an_error_with_a_remedy(tmp_path: Path) -> None:
             sink.read_counters()
 
 
-def test_an_answer_that_came_too_late_is_not_taken_for_the_next(tmp_path: Path) -> None:
+def test_late_answer_is_not_used_for_the_next_request(tmp_path: Path) -> None:
     with a_card(tmp_path) as (sink, card):
         sink.read_counters()
         os.kill(sink.pid, signal.SIGSTOP)
@@ -607,12 +615,12 @@ def test_an_answer_that_came_too_late_is_not_taken_for_the_next(tmp_path: Path) 
         assert sink.read_counters().out_pkts == 1
 
 
-def test_a_path_too_long_for_a_socket_is_named(tmp_path: Path) -> None:
+def test_socket_path_that_is_too_long_is_refused(tmp_path: Path) -> None:
     with pytest.raises(VmError, match="shorter folder"):
         NetworkSink(tmp_path / ("p" * 100), tmp_path / "q")
 
 
-def test_the_process_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+def test_sink_process_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from phasewatch.lab.network.sink import NetworkSink\n"
         f"sink = NetworkSink(Path({str(tmp_path / 'p')!r}), Path({str(tmp_path / 'q')!r})); sink.read_counters()\n"

@@ -1,4 +1,4 @@
-"""A host shape's command line, and a VM's life: retries, ends, and nothing left afterwards."""
+"""QEMU command lines of host shapes, boots and retries of a VM, and cleanup of processes and folders."""
 
 from __future__ import annotations
 
@@ -33,13 +33,18 @@ FLAGS = "processor: 0\nflags\t\t: fpu vmx sse\n"
 def command_of(shape: HostShape, *, accel: str = "tcg", tsc_khz: int | None = 2_596_138) -> str:
     return " ".join(
         build_qemu_command(
-            shape, accel=accel, kernel=Path("K"), initrd=Path("I"), sockets=VmPaths(folder=Path("/d")), mac="m",
+            shape,
+            accel=accel,
+            kernel=Path("K"),
+            initrd=Path("I"),
+            sockets=VmPaths(folder=Path("/d")),
+            mac="m",
             tsc_khz=tsc_khz,
         )
-    )  # fmt: skip
+    )
 
 
-def test_a_pc_gets_pci_devices_and_a_serial_console_of_bounded_size() -> None:
+def test_pc_has_pci_devices_and_a_bounded_serial_console() -> None:
     command = command_of(shape_of(machine="pc"))
 
     assert command.startswith("qemu-system-x86_64 ")
@@ -49,7 +54,7 @@ def test_a_pc_gets_pci_devices_and_a_serial_console_of_bounded_size() -> None:
     assert "quiet" not in command
 
 
-def test_no_packet_leaves_the_machine() -> None:
+def test_only_network_is_the_sink_socket() -> None:
     command = command_of(shape_of(machine="q35"))
 
     assert "-nodefaults" in command
@@ -57,7 +62,7 @@ def test_no_packet_leaves_the_machine() -> None:
     assert command.count("-netdev") == 1
 
 
-def test_a_microvm_gets_mmio_devices_and_is_told_its_tsc_rate() -> None:
+def test_microvm_has_mmio_devices_and_the_tsc_rate() -> None:
     command = command_of(shape_of(machine="microvm"))
 
     assert "-machine microvm,rtc=on,x-option-roms=off,pit=on,pic=on" in command
@@ -66,26 +71,26 @@ def test_a_microvm_gets_mmio_devices_and_is_told_its_tsc_rate() -> None:
     assert "tsc_early_khz=2596138" in command
 
 
-def test_an_arm_guest_speaks_on_its_own_console() -> None:
+def test_arm_guest_has_its_own_console() -> None:
     command = command_of(shape_of(machine="virt", arch="aarch64", cpu="cortex-a57"))
 
     assert command.startswith("qemu-system-aarch64 ")
     assert "console=ttyAMA0" in command
 
 
-def test_a_throttled_disk_without_cache_is_spelt_on_its_drive() -> None:
+def test_throttled_uncached_disk_has_drive_options() -> None:
     assert "cache=none,discard=unmap,throttling.iops-total=150 " in command_of(shape_of(cache="none", iops=150))
 
 
-def test_two_vcpus_under_tcg_run_in_two_threads() -> None:
+def test_two_vcpus_under_tcg_use_two_threads() -> None:
     assert "-accel tcg,thread=multi -cpu max -smp 2" in command_of(shape_of(vcpus=2))
 
 
-def test_kvm_is_never_asked_for_with_a_fallback() -> None:
+def test_kvm_has_no_fallback_accelerator() -> None:
     assert "-accel kvm -cpu" in command_of(shape_of(vcpus=2), accel="kvm")
 
 
-def test_an_unknown_machine_is_refused_by_name() -> None:
+def test_unknown_machine_is_refused() -> None:
     with pytest.raises(UsageError, match="no machine 'pdp11'; known: pc, q35, microvm, virt"):
         command_of(shape_of(machine="pdp11"))
 
@@ -99,18 +104,18 @@ def test_an_unknown_machine_is_refused_by_name() -> None:
         pytest.param(FLAGS, {"kvm"}, True, "aarch64", "the guest is aarch64", id="another architecture"),
     ],
 )
-def test_what_rules_kvm_out_is_said(cpuinfo: str, modules: set[str], device: bool, arch: str, says: str) -> None:
+def test_obstacle_to_kvm_is_named(cpuinfo: str, modules: set[str], device: bool, arch: str, says: str) -> None:
     found = find_kvm_obstacle(cpuinfo, frozenset(modules), device=device, arch=arch, host_arch="x86_64")
 
     assert found is not None
     assert says in found
 
 
-def test_only_a_boot_can_say_yes() -> None:
+def test_no_obstacle_means_that_a_boot_must_decide() -> None:
     assert find_kvm_obstacle(FLAGS, frozenset({"kvm"}), device=True, arch="x86_64", host_arch="x86_64") is None
 
 
-def test_a_guest_of_another_architecture_is_never_tried_on_kvm(tmp_path: Path) -> None:
+def test_foreign_architecture_is_never_tried_on_kvm(tmp_path: Path) -> None:
     def never(*_: object) -> bool:
         raise AssertionError
 
@@ -123,27 +128,36 @@ def test_a_guest_of_another_architecture_is_never_tried_on_kvm(tmp_path: Path) -
 def start_of(tmp_path: Path, machine: str = "pc") -> VmSettings:
     image = GuestImage(**image_fields(tmp_path))
     return VmSettings(
-        shape=shape_of(machine=machine), image=image, accel="tcg", folder=tmp_path / "vm", number=0, cores=(),
-        tsc_khz=None, clock=HostClock(),
-    )  # fmt: skip
+        shape=shape_of(machine=machine),
+        image=image,
+        accel="tcg",
+        folder=tmp_path / "vm",
+        number=0,
+        cores=(),
+        tsc_khz=None,
+        clock=HostClock(),
+    )
 
 
 def image_fields(tmp_path: Path) -> dict[str, object]:
     disk = tmp_path / "base.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(disk), "1M"], check=True)
     return {
-        "kernel": tmp_path / "absent", "initrd": tmp_path / "absent", "base_disk": disk, "kernel_release": "6",
+        "kernel": tmp_path / "absent",
+        "initrd": tmp_path / "absent",
+        "base_disk": disk,
+        "kernel_release": "6",
         "digest": "0",
-    }  # fmt: skip
+    }
 
 
-def test_a_busy_machine_gets_more_time_with_every_second_try_and_an_own_one_what_it_asked_for() -> None:
+def test_boot_deadline_doubles_after_every_second_attempt() -> None:
     assert list(BOOT_RULES["microvm"].deadlines_s()) == [15.0, 15.0, 30.0, 30.0, 60.0, 60.0]
     assert list(BootRule(deadline_s=300.0, tries=1).deadlines_s()) == [300.0]
 
 
 @pytest.mark.parametrize(("accelerator", "sampled"), [("tcg", True), ("kvm", False)])
-def test_registers_are_sampled_where_they_tell_something(tmp_path: Path, accelerator: str, sampled: bool) -> None:
+def test_registers_are_sampled_only_under_tcg(tmp_path: Path, accelerator: str, sampled: bool) -> None:
     need_program("qemu-img", "qemu-utils")
     monitor = FakeMonitor()
     vm = QemuVm(replace(start_of(tmp_path), accel=accelerator))
@@ -160,7 +174,7 @@ def test_registers_are_sampled_where_they_tell_something(tmp_path: Path, acceler
 
 
 @pytest.mark.vm
-def test_a_vm_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+def test_failed_start_is_explained_and_leaves_nothing(tmp_path: Path) -> None:
     need_program("qemu-system-x86_64", "qemu-system-x86")
     vm = QemuVm(start_of(tmp_path))
 
@@ -170,7 +184,7 @@ def test_a_vm_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path) -> N
     assert not (tmp_path / "vm").exists()
 
 
-def test_a_child_dies_with_a_parent_that_was_killed() -> None:
+def test_child_dies_when_its_parent_is_killed() -> None:
     code = (
         "import asyncio, sys\nfrom phasewatch.lab import process\n"
         "async def main():\n"
@@ -186,7 +200,7 @@ def test_a_child_dies_with_a_parent_that_was_killed() -> None:
     assert gone(lambda: not Path(f"/proc/{child}/stat").exists() or " Z " in Path(f"/proc/{child}/stat").read_text())
 
 
-def test_the_scratch_folder_goes_with_a_recorder_that_was_killed(tmp_path: Path) -> None:
+def test_scratch_folder_is_removed_when_the_recorder_is_killed(tmp_path: Path) -> None:
     code = (
         f"import time\nfrom pathlib import Path\nfrom phasewatch.lab import process\n"
         f"with process.create_scratch_folder(Path({str(tmp_path)!r})) as folder:\n"
@@ -202,7 +216,7 @@ def test_the_scratch_folder_goes_with_a_recorder_that_was_killed(tmp_path: Path)
     assert gone(lambda: not folder.exists())
 
 
-def test_the_scratch_folder_goes_at_a_regular_end(tmp_path: Path) -> None:
+def test_scratch_folder_is_removed_at_a_regular_end(tmp_path: Path) -> None:
     with process.create_scratch_folder(tmp_path) as folder:
         (folder / "disk").write_text("x")
 
@@ -218,7 +232,7 @@ def gone(is_gone: object) -> bool:
     return False
 
 
-def test_a_boot_that_takes_long_says_so_until_the_first_word() -> None:
+def test_slow_boot_is_reported_at_intervals() -> None:
     told: list[float] = []
 
     async def main() -> None:
@@ -237,7 +251,7 @@ def test_a_boot_that_takes_long_says_so_until_the_first_word() -> None:
     assert told == pytest.approx([0.001, 0.002, 0.003])
 
 
-def test_a_boot_waits_no_longer_than_its_deadline() -> None:
+def test_boot_wait_ends_at_its_deadline() -> None:
     told: list[float] = []
 
     async def main() -> None:

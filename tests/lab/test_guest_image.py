@@ -1,4 +1,4 @@
-"""The guest image: a deterministic archive, a digest of everything it was made from, and a boot of the real thing."""
+"""The guest image: a deterministic archive, a digest over all inputs, and a boot in a VM."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from phasewatch.telemetry.base import HostClock
 ENTRIES = (CpioEntry(name="bin", mode=0o040755), CpioEntry(name="bin/x", mode=0o100755, data=b"hello"))
 
 
-def test_the_same_entries_give_the_same_bytes() -> None:
+def test_equal_entries_give_equal_archives() -> None:
     archive = build_cpio_archive(ENTRIES)
 
     assert archive == build_cpio_archive(ENTRIES)
@@ -27,7 +27,7 @@ def test_the_same_entries_give_the_same_bytes() -> None:
     assert len(archive) % 4 == 0
 
 
-def test_cpio_itself_reads_the_archive(tmp_path: Path) -> None:
+def test_cpio_extracts_the_archive(tmp_path: Path) -> None:
     need_program("cpio", "cpio")
 
     need_program("cpio", "cpio")
@@ -46,22 +46,22 @@ def test_cpio_itself_reads_the_archive(tmp_path: Path) -> None:
         pytest.param(("x86_64", "linux-1", 64, {"a.c": b"2"}), id="another source"),
     ],
 )
-def test_the_digest_names_everything_that_an_image_was_made_from(other: tuple[str, str, int, dict[str, bytes]]) -> None:
+def test_digest_depends_on_every_input_of_the_image(other: tuple[str, str, int, dict[str, bytes]]) -> None:
     assert guest_image._compute_digest("x86_64", "linux-1", 64, {"a.c": b"1"}) != guest_image._compute_digest(*other)
 
 
-def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
+def test_unknown_architecture_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="riscv64"):
         guest_image.build_guest_image(tmp_path, "riscv64")
 
 
-def test_a_missing_tool_says_how_to_get_it() -> None:
+def test_missing_tool_error_has_the_install_command() -> None:
     with pytest.raises(MissingToolError, match="apt-get install --no-install-recommends some-package"):
         guest_image._find_tool("no-such-program-here", "some-package")
 
 
 @pytest.mark.vm
-def test_a_real_guest_boots_warms_up_ends_its_first_run_by_itself_and_still_answers(tmp_path: Path) -> None:
+def test_real_guest_boots_warms_up_infects_and_still_answers(tmp_path: Path) -> None:
     need_qemu()
 
     async def play() -> tuple[str, int, int]:

@@ -1,4 +1,4 @@
-"""What an installation says of itself for a bug report, and what it keeps to itself."""
+"""The description of an installation for a bug report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from phasewatch.diagnostics import InstallationInfo, PackageInfo, describe_insta
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 
 
-def test_everything_that_the_project_asks_for_is_looked_for() -> None:
+def test_every_required_distribution_is_listed() -> None:
     here = describe_installation()
 
     assert set(here.extras) == set(PROJECT["optional-dependencies"])
@@ -27,32 +27,42 @@ def test_everything_that_the_project_asks_for_is_looked_for() -> None:
 @pytest.mark.parametrize(
     ("module", "extra"),
     [
-        ("torch.nn.functional", "train"), ("sklearn", "train"), ("xgboost", "train"), ("onnxruntime", "live"),
-        ("qemu.qmp", "live"), ("sse_starlette", "serve"), ("ray", "ray"),
-        ("numpy", None), ("phasewatch.oops", None), ("antigravity", None), ("", None),
+        ("torch.nn.functional", "train"),
+        ("sklearn", "train"),
+        ("xgboost", "train"),
+        ("onnxruntime", "live"),
+        ("qemu.qmp", "live"),
+        ("sse_starlette", "serve"),
+        ("ray", "ray"),
+        ("numpy", None),
+        ("phasewatch.oops", None),
+        ("antigravity", None),
+        ("", None),
     ],
-)  # fmt: skip
-def test_a_module_is_known_by_the_extra_that_brings_it(module: str, extra: str | None) -> None:
+)
+def test_module_maps_to_its_extra(module: str, extra: str | None) -> None:
     assert find_extra(module) == extra
 
 
-def test_an_extra_that_lacks_a_package_names_it() -> None:
+def test_incomplete_extra_names_the_missing_package() -> None:
     packages = (
-        PackageInfo(name="numpy", extra="", version="2.4"), PackageInfo(name="torch", extra="train", version=None),
-        PackageInfo(name="scipy", extra="train", version="1.17"), PackageInfo(name="starlette", extra="serve", version="1.1"),
-    )  # fmt: skip
+        PackageInfo(name="numpy", extra="", version="2.4"),
+        PackageInfo(name="torch", extra="train", version=None),
+        PackageInfo(name="scipy", extra="train", version="1.17"),
+        PackageInfo(name="starlette", extra="serve", version="1.1"),
+    )
     bare = InstallationInfo(version="1", place="", python="", system="", machine="", packages=packages, settings={})
 
     assert bare.extras == {"train": "lacks torch", "serve": "installed"}
 
 
-def test_a_home_is_nobodys_business(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_folder_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
 
     assert hide_home("/home/ada/corpus") == "~/corpus"
 
 
-def test_doctor_tells_what_a_bug_report_needs() -> None:
+def test_doctor_json_has_the_facts_for_a_bug_report() -> None:
     done = CliRunner().invoke(app, ["doctor", "--json"])
     result = json.loads(done.stdout)["result"]
 
@@ -62,7 +72,7 @@ def test_doctor_tells_what_a_bug_report_needs() -> None:
     assert result["corpus"].endswith("corpus/lab-v1")
 
 
-def test_doctor_for_people_says_the_same() -> None:
+def test_doctor_text_has_the_same_facts() -> None:
     lines = CliRunner().invoke(app, ["doctor"]).stdout.splitlines()
 
     assert lines[0].split()[:2] == ["phasewatch", f"{phasewatch.__version__},"]

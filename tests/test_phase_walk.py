@@ -19,14 +19,14 @@ from phasewatch.profiles import (
 from phasewatch.types import PHASES, Phase
 
 
-def test_the_tables_are_distributions_over_known_phases() -> None:
+def test_tables_are_distributions_over_known_phases() -> None:
     for choices in (START_PROBABILITIES, *TRANSITION_PROBABILITIES.values()):
         assert sum(weight for _, weight in choices) == pytest.approx(1)
         assert {phase for phase, _ in choices} <= set(PHASES)
     assert set(TRANSITION_PROBABILITIES) == set(PHASES)
 
 
-def test_clean_can_be_reached_again_from_every_infected_phase() -> None:
+def test_clean_is_reachable_from_every_infected_phase() -> None:
     assert all(
         Phase.CLEAN in {phase for phase, _ in TRANSITION_PROBABILITIES[phase]}
         for phase in PHASES
@@ -35,7 +35,7 @@ def test_clean_can_be_reached_again_from_every_infected_phase() -> None:
 
 
 @given(st.integers(0, 2**32), st.floats(1, 600).map(lambda s: round(s, 3)))
-def test_a_walk_takes_allowed_steps_and_fills_its_length(seed: int, length_s: float) -> None:
+def test_walk_takes_allowed_steps_and_fills_its_length(seed: int, length_s: float) -> None:
     walk = draw_phase_walk(np.random.default_rng(seed), length_s=length_s)
 
     assert sum(seconds for _, seconds in walk) == pytest.approx(length_s, abs=1e-6)
@@ -43,13 +43,13 @@ def test_a_walk_takes_allowed_steps_and_fills_its_length(seed: int, length_s: fl
     assert all(PHASE_RANGE_S[0] <= seconds <= PHASE_RANGE_S[1] + 1 for _, seconds in walk[:-1])
 
 
-def test_the_same_seed_walks_the_same_way() -> None:
+def test_equal_seeds_give_equal_walks() -> None:
     assert draw_phase_walk(np.random.default_rng(7), length_s=150) == draw_phase_walk(
         np.random.default_rng(7), length_s=150
     )
 
 
-def test_starts_and_lengths_follow_the_table() -> None:
+def test_start_phases_and_lengths_follow_the_table() -> None:
     rng = np.random.default_rng(1)
     starts = [draw_phase_walk(rng, length_s=100)[0][0] for _ in range(2000)]
     lengths = [draw_episode_length(rng) for _ in range(200)]

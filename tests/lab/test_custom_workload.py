@@ -1,4 +1,4 @@
-"""A workload of the user's own: what its file may say, what is drawn from it, and what the guest gets of it."""
+"""Custom workloads: checks of the profile file, the sessions drawn from it, and the sources of its image."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def slots_of(sessions: tuple[RecordingSession, ...]) -> list[tuple[str, str]]:
     return [(slot.profile, slot.sample_name) for session in sessions for slot in session.slots]
 
 
-def test_the_example_of_the_docs_is_valid_and_does_not_tell_the_phase_by_the_clock() -> None:
+def test_example_of_the_docs_is_valid_and_time_predicts_little() -> None:
     work = parse_workload(block_of("own-profile.md", "toml"), where="own-profile.md")
 
     assert [sample.name for sample in work.profile.samples] == ["slow", "fast"]
@@ -79,14 +79,14 @@ def test_the_example_of_the_docs_is_valid_and_does_not_tell_the_phase_by_the_clo
         pytest.param("[recording]", "[recording", "not TOML", id="not TOML"),
     ],
 )
-def test_what_cannot_be_is_refused_in_words(old: str, new: str, says: str) -> None:
+def test_invalid_profile_file_is_refused_with_its_reason(old: str, new: str, says: str) -> None:
     assert old in SMALL
 
     with pytest.raises(PlanError, match=rf"^mine\.toml: .*{says}"):
         parsed(SMALL.replace(old, new, 1))
 
 
-def test_samples_take_turns_and_the_benign_share_is_kept() -> None:
+def test_samples_alternate_and_the_benign_share_is_kept() -> None:
     played = slots_of(build_custom_sessions(parsed()))
 
     assert len(played) == 12
@@ -94,7 +94,7 @@ def test_samples_take_turns_and_the_benign_share_is_kept() -> None:
     assert abs(played.count(("mine", "one")) - played.count(("mine", "two"))) <= 1
 
 
-def test_beside_a_sample_runs_only_the_same_sample() -> None:
+def test_pairs_have_the_same_sample() -> None:
     sessions = build_custom_sessions(parsed())
 
     assert {len(session.slots) for session in sessions} <= {1, 2}
@@ -102,7 +102,7 @@ def test_beside_a_sample_runs_only_the_same_sample() -> None:
     assert all(len({(slot.profile, slot.sample_name) for slot in session.slots}) == 1 for session in sessions)
 
 
-def test_no_timeline_repeats_and_the_same_file_draws_the_same() -> None:
+def test_no_timeline_repeats_and_draws_are_deterministic() -> None:
     sessions = build_custom_sessions(parsed())
     slots = [slot for session in sessions for slot in session.slots]
 
@@ -112,7 +112,7 @@ def test_no_timeline_repeats_and_the_same_file_draws_the_same() -> None:
     assert all(0.1 <= dict(slot.knobs)["duty"] <= 0.5 for slot in slots if slot.sample_name == "one")
 
 
-def test_a_benign_workload_is_clean_all_the_while() -> None:
+def test_benign_workload_is_always_clean() -> None:
     work = parsed(SMALL.replace('"mine"', '"build-farm"\nkind = "benign"').replace("active", "clean"))
     slots = [slot for session in build_custom_sessions(work) for slot in session.slots]
 
@@ -121,7 +121,7 @@ def test_a_benign_workload_is_clean_all_the_while() -> None:
     assert {phase for slot in slots for phase, _ in slot.phases} == {Phase.CLEAN}
 
 
-def test_a_machine_whose_driver_does_everything_plays_a_live_sample_alone() -> None:
+def test_unscripted_workload_is_one_live_sample_recorded_alone() -> None:
     sessions = build_custom_sessions(
         build_unscripted_workload(make_profile_name("my-bot")), hosts=("my-server",), alone=True
     )
@@ -132,7 +132,7 @@ def test_a_machine_whose_driver_does_everything_plays_a_live_sample_alone() -> N
     assert not any(slot.agent for session in sessions for slot in session.slots)
 
 
-def test_scripts_change_the_guest_image_and_leave_ours_as_it_is() -> None:
+def test_scripts_replace_the_built_in_profiles_in_the_guest_image() -> None:
     assert "malware.c" in guest_image.GUEST_SOURCES
     assert "custom.c" not in guest_image.GUEST_SOURCES
     assert set(guest_image.CUSTOM_GUEST_SOURCES) ^ set(guest_image.GUEST_SOURCES) == {"malware.c", "custom.c"}

@@ -1,4 +1,4 @@
-"""Which processor a recording was made on: what it says of itself, and that nothing odd reaches a manifest."""
+"""The processor name of the host, and its form in the manifest."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ EPYC = "processor\t: 0\ncpu family\t: 23\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n
         pytest.param("processor\t: 0\nBogoMIPS\t: 48.00\n", None, "", id="an ARM, whose kernel gives no name"),
     ],
 )
-def test_a_processor_is_named_in_plain_letters(cpuinfo: str, tsc_khz: int | None, says: str) -> None:
+def test_processor_name_is_printable_ascii(cpuinfo: str, tsc_khz: int | None, says: str) -> None:
     assert parse_processor_name(cpuinfo, tsc_khz) == says
 
 
-def test_the_longest_name_leaves_room_for_the_rest_of_its_string() -> None:
+def test_longest_processor_name_fits_into_the_manifest() -> None:
     assert (
         len(parse_processor_name(f"model name : {'x' * 500}\ncpu family : {'1' * 99}\nmodel : 1\n", 1))
         <= 80
@@ -31,5 +31,5 @@ def test_the_longest_name_leaves_room_for_the_rest_of_its_string() -> None:
     )
 
 
-def test_this_machine_has_a_name() -> None:
+def test_this_machine_has_a_processor_name() -> None:
     assert read_processor_name(None)

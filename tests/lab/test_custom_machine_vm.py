@@ -1,4 +1,4 @@
-"""A workload and a machine of the user's own, on real VMs from the command line to the bundle."""
+"""Custom workloads and machines on real VMs, from the command line to the bundle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.factories.disks import build_own_disk
-from tests.lab.test_workload import block_of
+from tests.lab.test_custom_workload import block_of
 from tests.requirements import need_qemu
 
 from phasewatch.bundle.archive import unpack_bundle
@@ -37,9 +37,25 @@ chatter_s = [4, 6]
 
 def record(*arguments: str | Path, out: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "phasewatch", "record", *map(str, arguments), "--out", str(out), "--idle-wait", "0", "--accel", "tcg", "--json"],
-        capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "phasewatch",
+            "record",
+            *map(str, arguments),
+            "--out",
+            str(out),
+            "--idle-wait",
+            "0",
+            "--accel",
+            "tcg",
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
 
 
 def episodes_of(out: Path) -> list[Episode]:
@@ -54,7 +70,7 @@ def left_behind() -> list[str]:
 
 
 def children_of(pid: int) -> list[int]:
-    """Give the processes that a process started."""
+    """Return the processes that a process started."""
     return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
@@ -74,7 +90,7 @@ def eventually(claim: Callable[[], object], seconds: float = 60.0) -> bool:
 
 
 def written_while(episode: Episode, phase: Phase) -> int:
-    """Give the bytes that the guest wrote to its disk in the spans of a phase."""
+    """Return the bytes that the guest wrote to its disk in the spans of a phase."""
     rows = episode.rows[SourceKind.QMP]
     total, column = 0, rows.columns[rows.fields.index("blk_wr_bytes")]
     for mark, following in zip(episode.marks, episode.marks[1:], strict=False):
@@ -84,7 +100,7 @@ def written_while(episode: Episode, phase: Phase) -> int:
     return total
 
 
-def test_a_fresh_profile_file_is_recorded_end_to_end(tmp_path: Path) -> None:
+def test_profile_file_is_recorded_end_to_end(tmp_path: Path) -> None:
     need_qemu()
     text = block_of("own-profile.md", "toml").split("[recording]")[0] + BRIEF
     (tmp_path / "mine.toml").write_text(text)
@@ -102,11 +118,26 @@ def test_a_fresh_profile_file_is_recorded_end_to_end(tmp_path: Path) -> None:
     assert sum(written_while(episode, phase) for phase in (Phase.ARMED, Phase.INFECTING, Phase.ACTIVE)) > 20_000
 
 
-def test_a_recorder_that_is_killed_leaves_no_process_no_folder_and_no_half_a_bundle(tmp_path: Path) -> None:
+def test_killed_recorder_leaves_no_process_folder_or_partial_bundle(tmp_path: Path) -> None:
     need_qemu()
     scratch, store = tmp_path / "scratch", tmp_path / "store"
     scratch.mkdir()
-    command = [sys.executable, "-m", "phasewatch", "record", "--plan", "smoke", "--hosts", "pc", "--out", str(store), "--idle-wait", "0", "--accel", "tcg"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "phasewatch",
+        "record",
+        "--plan",
+        "smoke",
+        "--hosts",
+        "pc",
+        "--out",
+        str(store),
+        "--idle-wait",
+        "0",
+        "--accel",
+        "tcg",
+    ]
     with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(scratch)}, stderr=subprocess.DEVNULL) as recorder:
         ctl = "pw-*/*/ctl.sock"
         assert eventually(lambda: list(scratch.glob(ctl)), 120), "no VM was started"
@@ -119,7 +150,7 @@ def test_a_recorder_that_is_killed_leaves_no_process_no_folder_and_no_half_a_bun
     assert not [path for path in store.rglob("*") if path.is_file() and path.stat().st_size]
 
 
-def test_a_disk_of_the_user_s_own_is_recorded_with_the_driver_of_the_docs(tmp_path: Path) -> None:
+def test_custom_disk_is_recorded_with_the_driver_of_the_docs(tmp_path: Path) -> None:
     need_qemu()
     disk = build_own_disk(tmp_path)
     before = disk.read_bytes()
@@ -130,9 +161,21 @@ def test_a_disk_of_the_user_s_own_is_recorded_with_the_driver_of_the_docs(tmp_pa
     )
 
     done = record(
-        "--image", disk, "--driver", tmp_path / "driver.sh", "--profile-file", tmp_path / "mine.toml",
-        "--host-id", "own-test", "--mem", "256", "--boot-deadline", "40", "--force", out=tmp_path / "store",
-    )  # fmt: skip
+        "--image",
+        disk,
+        "--driver",
+        tmp_path / "driver.sh",
+        "--profile-file",
+        tmp_path / "mine.toml",
+        "--host-id",
+        "own-test",
+        "--mem",
+        "256",
+        "--boot-deadline",
+        "40",
+        "--force",
+        out=tmp_path / "store",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (episode,) = episodes_of(tmp_path / "store")
 
@@ -143,11 +186,23 @@ def test_a_disk_of_the_user_s_own_is_recorded_with_the_driver_of_the_docs(tmp_pa
     assert left_behind() == []
 
 
-def test_an_image_without_a_driver_is_told_so_and_leaves_nothing(tmp_path: Path) -> None:
+def test_image_without_a_driver_is_reported_and_leaves_nothing(tmp_path: Path) -> None:
     need_qemu()
     disk = build_own_disk(tmp_path)
 
-    done = record("--image", disk, "--host-id", "own-test", "--mem", "256", "--boot-deadline", "25", "--limit", "1", out=tmp_path / "store")  # fmt: skip
+    done = record(
+        "--image",
+        disk,
+        "--host-id",
+        "own-test",
+        "--mem",
+        "256",
+        "--boot-deadline",
+        "25",
+        "--limit",
+        "1",
+        out=tmp_path / "store",
+    )
 
     assert done.returncode == 1
     (failed,) = json.loads(done.stdout)["result"]["failed"]

@@ -1,4 +1,4 @@
-"""A machine of the user's own: what may be handed to `record --image`, and how QEMU is told."""
+"""Custom machines: checks of disk, driver and options, the QEMU command, and QEMU's version."""
 
 from __future__ import annotations
 
@@ -41,29 +41,29 @@ def driver(tmp_path: Path) -> Path:
     return tmp_path / "driver.sh"
 
 
-def test_the_host_is_named_after_the_disk_unless_told(disk: Path, driver: Path) -> None:
+def test_host_is_named_after_the_disk_by_default(disk: Path, driver: Path) -> None:
     assert machine_of(disk.rename(disk.with_name("disk-1.qcow2")), driver).shape.host_id == "disk-1"
 
 
 @pytest.mark.parametrize("twin", ["my-disk", "My-Disk", "MY DISK", "диск"])
-def test_disks_whose_names_differ_are_different_hosts(disk: Path, driver: Path, twin: str) -> None:
+def test_disks_with_different_names_are_different_hosts(disk: Path, driver: Path, twin: str) -> None:
     other = disk.with_name(f"{twin}.qcow2")
     other.write_bytes(disk.read_bytes())
 
     assert machine_of(disk, driver).shape.host_id != machine_of(other, driver).shape.host_id
 
 
-def test_a_machine_of_the_users_own_is_never_one_of_the_labs(disk: Path, driver: Path) -> None:
+def test_custom_machine_never_has_the_name_of_a_lab_host(disk: Path, driver: Path) -> None:
     assert machine_of(disk.rename(disk.with_name("pc.qcow2")), driver).shape.host_id not in {"pc", ""}
 
 
 @pytest.mark.parametrize("host_id", ["pc", "microvm", "sent", "refused"])
-def test_a_host_id_that_stands_for_something_else_is_refused(disk: Path, driver: Path, host_id: str) -> None:
+def test_reserved_host_id_is_refused(disk: Path, driver: Path, host_id: str) -> None:
     with pytest.raises(UsageError):
         machine_of(disk, driver, host_id=host_id)
 
 
-def test_a_host_id_that_was_given_is_taken(disk: Path, driver: Path) -> None:
+def test_given_host_id_is_used(disk: Path, driver: Path) -> None:
     assert machine_of(disk, driver, host_id="web-1").shape.host_id == "web-1"
 
 
@@ -76,39 +76,45 @@ def test_a_host_id_that_was_given_is_taken(disk: Path, driver: Path) -> None:
         pytest.param({"boot_s": 0.0}, UsageError, "1 to 3600 s", id="no time to boot"),
     ],
 )
-def test_numbers_and_names_that_cannot_be_are_refused(
+def test_numbers_and_names_out_of_range_are_refused(
     disk: Path, driver: Path, changes: dict[str, object], error: type[Exception], says: str
 ) -> None:
     with pytest.raises(error, match=says):
         machine_of(disk, driver, **changes)
 
 
-def test_a_disk_that_is_no_qcow2_is_refused_with_the_line_that_makes_one(tmp_path: Path, driver: Path) -> None:
+def test_disk_that_is_not_qcow2_is_refused_with_the_conversion_command(tmp_path: Path, driver: Path) -> None:
     (tmp_path / "disk.img").write_bytes(b"\xeb\x63" + bytes(510))
 
     with pytest.raises(DataError, match="not a qcow2 image; make one with `qemu-img convert -O qcow2"):
         machine_of(tmp_path / "disk.img", driver)
 
 
-def test_a_driver_that_is_no_script_is_refused(disk: Path, tmp_path: Path) -> None:
+def test_driver_that_is_not_a_script_is_refused(disk: Path, tmp_path: Path) -> None:
     (tmp_path / "driver.exe").write_bytes(b"MZ\x90")
 
     with pytest.raises(DataError, match="begins with `#!`"):
         machine_of(disk, tmp_path / "driver.exe")
 
 
-def test_a_file_that_is_not_there_is_named(disk: Path, tmp_path: Path) -> None:
+def test_missing_file_is_named(disk: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.sh: No such file"):
         machine_of(disk, tmp_path / "absent.sh")
 
 
-def test_the_disk_boots_by_itself_and_the_driver_lies_on_a_small_disk_beside_it() -> None:
+def test_custom_disk_boots_and_the_driver_is_on_a_seed_disk() -> None:
     command = " ".join(
         build_qemu_command(
-            shape_of(), accel="tcg", kernel=None, initrd=None, sockets=VmPaths(folder=Path("/d")), mac="m",
-            tsc_khz=None, has_seed_disk=True,
+            shape_of(),
+            accel="tcg",
+            kernel=None,
+            initrd=None,
+            sockets=VmPaths(folder=Path("/d")),
+            mac="m",
+            tsc_khz=None,
+            has_seed_disk=True,
         )
-    )  # fmt: skip
+    )
 
     assert "-kernel" not in command
     assert "-append" not in command
@@ -118,7 +124,7 @@ def test_the_disk_boots_by_itself_and_the_driver_lies_on_a_small_disk_beside_it(
     assert command.count("-netdev") == 1
 
 
-def test_kvm_for_an_own_machine_is_proven_by_a_guest_of_ours_that_can_be_built(
+def test_kvm_for_a_custom_machine_is_tested_with_the_built_in_guest(
     tmp_path: Path, disk: Path, driver: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[int] = []
@@ -140,7 +146,7 @@ def test_kvm_for_an_own_machine_is_proven_by_a_guest_of_ours_that_can_be_built(
     assert built == [DEFAULT_DATA_MIB], "mke2fs fills no disk from a folder that is not there"
 
 
-def test_cloud_init_is_told_to_start_the_driver() -> None:
+def test_cloud_init_starts_the_driver() -> None:
     assert CLOUD_INIT_USER_DATA.startswith("#cloud-config\nbootcmd:\n")
     assert "LABEL=cidata" in CLOUD_INIT_USER_DATA
 
@@ -156,7 +162,7 @@ def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None
     monkeypatch.setenv("PATH", str(folder))
 
 
-def test_a_new_enough_qemu_is_named_by_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_qemu_version_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path, monkeypatch, "echo 'QEMU emulator version 9.2.1 (Debian 1:9.2.1+ds-1)'")
 
     assert read_qemu_version("x86_64") == "9.2.1"
@@ -170,22 +176,20 @@ def test_a_new_enough_qemu_is_named_by_its_version(tmp_path: Path, monkeypatch: 
         pytest.param("exit 1", "does not run .*apt-get install qemu-system-x86", id="broken"),
     ],
 )
-def test_a_qemu_that_will_not_do_is_refused_before_anything_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, says: str
-) -> None:
+def test_unsuitable_qemu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, says: str) -> None:
     stand_in(tmp_path, monkeypatch, script)
 
     with pytest.raises(MissingToolError, match=says):
         read_qemu_version("x86_64")
 
 
-def test_no_qemu_at_all_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_qemu_error_has_the_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
 
     with pytest.raises(MissingToolError, match="apt-get install qemu-system-arm"):
         read_qemu_version("aarch64")
 
 
-def test_the_oldest_qemu_is_the_one_that_brought_dgram() -> None:
+def test_oldest_accepted_qemu_has_netdev_dgram() -> None:
     assert host.MIN_QEMU_VERSION == (7, 2)
     assert parse_qemu_version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)")[1] >= (7, 2)

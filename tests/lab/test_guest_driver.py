@@ -1,4 +1,4 @@
-"""The line to the guest's driver: what is stamped when, and every way in which a guest can break it."""
+"""The connection to the guest's driver: time stamps, and every protocol violation of a guest."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def talk(tmp_path: Path, guest: Guest, host: Callable[[GuestDriver, FakeClock], 
 
 
 def answering(*answers: str) -> Guest:
-    """Give a guest that says `ready`, then one answer to each command, with its number in place of {id}."""
+    """Return a guest that says `ready`, then one answer to each command, with its number in place of {id}."""
 
     async def guest(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"ready 3300 6.1.0-56\n")
@@ -54,7 +54,7 @@ def answering(*answers: str) -> Guest:
     return guest
 
 
-def test_the_first_word_names_uptime_and_kernel(tmp_path: Path) -> None:
+def test_ready_message_has_uptime_and_kernel(tmp_path: Path) -> None:
     async def host(driver: GuestDriver, clock: FakeClock) -> None:
         ready = await driver.wait_ready()
 
@@ -63,7 +63,7 @@ def test_the_first_word_names_uptime_and_kernel(tmp_path: Path) -> None:
     talk(tmp_path, answering(), host)
 
 
-def test_an_acknowledgement_is_stamped_by_the_host(tmp_path: Path) -> None:
+def test_acknowledgement_is_stamped_by_the_host(tmp_path: Path) -> None:
     async def host(driver: GuestDriver, clock: FakeClock) -> None:
         clock.now_ns = 5
         ack = await driver.send("hello")
@@ -73,7 +73,7 @@ def test_an_acknowledgement_is_stamped_by_the_host(tmp_path: Path) -> None:
     talk(tmp_path, answering("ack {id} 3400\n"), host)
 
 
-def test_finished_may_come_together_with_the_acknowledgement(tmp_path: Path) -> None:
+def test_finished_may_arrive_together_with_the_acknowledgement(tmp_path: Path) -> None:
     async def host(driver: GuestDriver, clock: FakeClock) -> None:
         ack = await driver.send("warmup")
 
@@ -93,7 +93,7 @@ def test_finished_may_come_together_with_the_acknowledgement(tmp_path: Path) -> 
         pytest.param("a" * 10_000 + "\n", "a line of more than 4096 bytes", id="an endless line"),
     ],
 )
-def test_a_guest_that_breaks_the_rules_is_an_error_in_words(tmp_path: Path, answer: str, says: str) -> None:
+def test_protocol_violation_is_an_error(tmp_path: Path, answer: str, says: str) -> None:
     async def host(driver: GuestDriver, clock: FakeClock) -> None:
         await driver.wait_ready()
         with pytest.raises(VmError, match=says):
@@ -102,7 +102,7 @@ def test_a_guest_that_breaks_the_rules_is_an_error_in_words(tmp_path: Path, answ
     talk(tmp_path, answering(answer), host)
 
 
-def test_whoever_waits_hears_at_once_that_the_line_was_cut(tmp_path: Path) -> None:
+def test_closed_connection_fails_every_pending_wait(tmp_path: Path) -> None:
     async def guest(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readline()
 
@@ -117,7 +117,7 @@ def test_whoever_waits_hears_at_once_that_the_line_was_cut(tmp_path: Path) -> No
     talk(tmp_path, guest, host)
 
 
-def test_work_that_does_not_end_in_time_is_named(tmp_path: Path) -> None:
+def test_unfinished_work_is_reported_after_the_timeout(tmp_path: Path) -> None:
     async def host(driver: GuestDriver, clock: FakeClock) -> None:
         ack = await driver.send("warmup")
         with pytest.raises(VmError, match=r"warmup: the guest did not finish within 0\.01 s"):
@@ -126,7 +126,7 @@ def test_work_that_does_not_end_in_time_is_named(tmp_path: Path) -> None:
     talk(tmp_path, answering("ack {id} 1\n"), host)
 
 
-def test_a_guest_that_never_acknowledges_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_acknowledgement_is_an_error_after_the_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guest_driver, "ACK_TIMEOUT_S", 0.05)
 
     async def host(line: GuestDriver, clock: FakeClock) -> None:
@@ -147,7 +147,7 @@ def test_a_guest_that_never_acknowledges_is_given_up(tmp_path: Path, monkeypatch
         pytest.param(b"\x00\xff\n", id="noise"),
     ],
 )
-def test_a_flood_is_an_error_at_once_and_costs_no_memory(tmp_path: Path, flood: bytes) -> None:
+def test_flood_is_an_error_at_once_and_uses_no_memory(tmp_path: Path, flood: bytes) -> None:
     sent = 0
 
     async def guest(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -174,7 +174,7 @@ def test_a_flood_is_an_error_at_once_and_costs_no_memory(tmp_path: Path, flood: 
     assert sent < 100
 
 
-def test_a_guest_that_lies_about_its_clock_moves_no_stamp(tmp_path: Path) -> None:
+def test_wrong_guest_uptime_does_not_change_stamps(tmp_path: Path) -> None:
     async def host(line: GuestDriver, clock: FakeClock) -> None:
         clock.now_ns = 5
         first = await line.send("hello")
@@ -195,7 +195,7 @@ def test_a_guest_that_lies_about_its_clock_moves_no_stamp(tmp_path: Path) -> Non
         pytest.param("ready 1 6.1\n", "must have restarted", id="a restart"),
     ],
 )
-def test_what_broke_between_two_commands_is_told_at_the_next(tmp_path: Path, word: str, says: str) -> None:
+def test_failure_between_two_commands_is_raised_at_the_next(tmp_path: Path, word: str, says: str) -> None:
     async def guest(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"ready 1 6.1\n")
         await reader.readline()
@@ -213,9 +213,7 @@ def test_what_broke_between_two_commands_is_told_at_the_next(tmp_path: Path, wor
     talk(tmp_path, guest, host)
 
 
-def test_an_answer_that_comes_after_it_was_given_up_is_no_breach(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_late_answer_after_a_timeout_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guest_driver, "ACK_TIMEOUT_S", 0.05)
 
     async def guest(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
