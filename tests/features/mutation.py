@@ -1,4 +1,4 @@
-"""Mutants of the arithmetic: small changes to its syntax tree, loaded beside the real modules, run, and taken away again."""
+"""Small changes to the syntax tree of the arithmetic, loaded as modules of their own and run."""
 
 from __future__ import annotations
 
@@ -23,23 +23,43 @@ import numpy as np
 from phasewatch.bundle.model import Episode
 
 ARITHMETIC = (
-    "phasewatch.binning.align", "phasewatch.binning.clocks", "phasewatch.binning.align", "phasewatch.binning.align",
+    "phasewatch.binning.align",
+    "phasewatch.binning.clocks",
     "phasewatch.features.stats",
-)  # fmt: skip
+)
 _LOADED = (*ARITHMETIC, "phasewatch.features.fingerprint")
 
 _NUMBER = re.compile("[A-Z][A-Z_]*_(NS|BINS|S|FINITE)")  # the constants that count something
 _COMPARED = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-}  # fmt: skip
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+}
 _COMPUTED = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
-    ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
-}  # fmt: skip
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+}
 _CALLED = {
-    "minimum": "maximum", "maximum": "minimum", "floor": "ceil", "sqrt": "square", "any": "all", "all": "any",
-    "float64": "float32", "isfinite": "isnan", "zeros": "ones", "min": "max", "max": "min",
-}  # fmt: skip
+    "minimum": "maximum",
+    "maximum": "minimum",
+    "floor": "ceil",
+    "sqrt": "square",
+    "any": "all",
+    "all": "any",
+    "float64": "float32",
+    "isfinite": "isnan",
+    "zeros": "ones",
+    "min": "max",
+    "max": "min",
+}
 
 
 def source_of(name: str) -> str:
@@ -114,28 +134,58 @@ def named_mutants() -> list[Mutant]:
     """Make the changes that people make in earnest: the ones to be feared most."""
     table = (
         ("stats", "np.sqrt(_sum_rows(x) / WINDOW_BINS", "np.sqrt(_sum_rows(x) / (WINDOW_BINS - 1)", "another ddof"),
-        ("stats", "_running_sum(deviation * deviation) / m", "_running_sum(deviation * deviation) / (m - 1)", "another ddof in gaps"),
+        (
+            "stats",
+            "_sum_first_axis(deviation * deviation) / m",
+            "_sum_first_axis(deviation * deviation) / (m - 1)",
+            "another ddof in gaps",
+        ),
         ("stats", "h = (np.maximum(m, 2) - 1) * q", "h = np.maximum(m, 2) * q - 0.5", "Hazen's percentile"),
         ("stats", "low + (h - rank) * (high - low)", "low", "the lower percentile"),
         ("stats", "(WINDOW_BINS - 1) * 0.95 - 18", "(WINDOW_BINS - 1) * 0.94 - 17", "p94 for p95"),
-        ("stats", 'BIN_S = 0.5', 'BIN_S = 1.0', "slope per bin"),
-        ("stats", "ticks = BIN_S * np.arange(WINDOW_BINS)", "ticks = -BIN_S * np.arange(WINDOW_BINS)", "sign of the slope"),
+        ("stats", "BIN_S = 0.5", "BIN_S = 1.0", "slope per bin"),
+        (
+            "stats",
+            "ticks = BIN_S * np.arange(WINDOW_BINS)",
+            "ticks = -BIN_S * np.arange(WINDOW_BINS)",
+            "sign of the slope",
+        ),
         ("stats", "_percentile(ordered, m, 0.5)", "_percentile(ordered, m, 0.4)", "p40 for the median"),
         ("stats", "np.where(finite, x, np.inf)", "np.where(finite, x, 0.0)", "gaps filled with zero"),
-        ("stats", "out[m < MIN_FINITE] = np.nan", "out[m < 1] = np.nan", "stats of almost nothing"),
+        ("stats", "out[m < MIN_FINITE_BINS] = np.nan", "out[m < 1] = np.nan", "stats of almost nothing"),
         ("stats", "axis=0)[-1]\n    return total", "axis=0)[-1] * (1 + 2e-7)\n    return total", "a last bit"),
-        ("align", 'np.searchsorted(readings.t_wall_ns, edges, side="right") - 1', "np.searchsorted(readings.t_wall_ns, edges) - 1", "a reading on the edge"),
+        (
+            "align",
+            'np.searchsorted(readings.t_wall_ns, edges, side="right") - 1',
+            "np.searchsorted(readings.t_wall_ns, edges) - 1",
+            "a reading on the edge",
+        ),
         ("align", "> STALE_NS", "> 2 * STALE_NS", "stale twice as long"),
-        ("align", "readings.t_mono_ns[last] - readings.t_mono_ns[start]", "readings.t_wall_ns[last] - readings.t_wall_ns[start]", "wall time for a rate"),
+        (
+            "align",
+            "readings.t_mono_ns[last] - readings.t_mono_ns[start]",
+            "readings.t_wall_ns[last] - readings.t_wall_ns[start]",
+            "wall time for a rate",
+        ),
         ("align", "np.lexsort((seq, wall))", "np.lexsort((wall, seq))", "another order"),
-        ("align", "edges = episode.t0_ns + BIN_NS", "edges = episode.t0_ns + BIN_NS // 2 + BIN_NS", "bins half a bin later"),
-        ("arithmetic", "np.subtract(values.take(last, axis=1), values.take(first, axis=1)).astype(np.float64)", "(values.take(last, axis=1).astype(np.float64) - values.take(first, axis=1).astype(np.float64))", "floats before the difference"),
-        ("arithmetic", "change *= scales", "change *= 1000 * scales", "another unit"),
-        ("arithmetic", "top[still] = 0.0", "top[still] = np.nan", "nothing over nothing"),
-        ("arithmetic", "broken = (delta <= 0) | (delta > STALE_NS)", "broken = delta <= 0", "rates across gaps"),
-        ("arithmetic", "stored += np.float32(0.0)", "pass", "a negative zero"),
+        (
+            "align",
+            "edges = episode.t0_ns + BIN_NS",
+            "edges = episode.t0_ns + BIN_NS // 2 + BIN_NS",
+            "bins half a bin later",
+        ),
+        (
+            "align",
+            "np.subtract(values.take(last, axis=1), values.take(first, axis=1)).astype(np.float64)",
+            "(values.take(last, axis=1).astype(np.float64) - values.take(first, axis=1).astype(np.float64))",
+            "floats before the difference",
+        ),
+        ("align", "change *= scales", "change *= 1000 * scales", "another unit"),
+        ("align", "top[still] = 0.0", "top[still] = np.nan", "nothing over nothing"),
+        ("align", "broken = (delta <= 0) | (delta > STALE_NS)", "broken = delta <= 0", "rates across gaps"),
+        ("align", "stored += np.float32(0.0)", "pass", "a negative zero"),
         ("clocks", "(u1 - u0) // (c1 - c0)", "(u1 - u0 + 1) // (c1 - c0)", "another drift"),
-    )  # fmt: skip
+    )
     made = []
     for stem, old, new, words in table:
         name = next(n for n in ARITHMETIC if n.endswith(f".{stem}"))
@@ -150,9 +200,12 @@ def cosmetic_edits(*, count: int, seed: int) -> list[Mutant]:
     """Change how the code looks and not what it does: comments, names of locals, layout, docstrings."""
     rng = random.Random(seed)
     ways: Sequence[tuple[str, Callable[[str, random.Random], str]]] = (
-        ("comments", _with_comments), ("names of locals", _with_other_names), ("layout", lambda t, r: ast.unparse(ast.parse(t))),
-        ("docstrings", _without_docstrings), ("blank lines", lambda t, r: t.replace("\n\n\n", "\n\n\n\n\n")),
-    )  # fmt: skip
+        ("comments", _with_comments),
+        ("names of locals", _with_other_names),
+        ("layout", lambda t, r: ast.unparse(ast.parse(t))),
+        ("docstrings", _without_docstrings),
+        ("blank lines", lambda t, r: t.replace("\n\n\n", "\n\n\n\n\n")),
+    )
     made = []
     for number in range(count):
         words, way = ways[number % len(ways)]

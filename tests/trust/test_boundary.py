@@ -28,15 +28,37 @@ def test_every_branch_of_what_reads_a_strangers_bytes_is_taken(tests: tuple[str,
     coverage = [sys.executable, "-m", "coverage"]
 
     run = subprocess.run(
-        [*coverage, "run", "--branch", f"--include={','.join(files)}", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=few",
-         "-m", "not soak and not slow", "-k", "not s3", *tests],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        [
+            *coverage,
+            "run",
+            "--branch",
+            f"--include={','.join(files)}",
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--hypothesis-profile=few",
+            "-m",
+            "not soak and not slow",
+            "-k",
+            "not s3",
+            *tests,
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert run.returncode == 0, run.stdout[-4000:]
     subprocess.run(
         [*coverage, "json", "-q", "-o", tmp_path / "said.json"],
-        cwd=ROOT, env=environment, check=True, timeout=120,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        check=True,
+        timeout=120,
+    )
 
     said = json.loads((tmp_path / "said.json").read_text())["files"]
     missed = {name: (said[name]["missing_lines"], said[name]["missing_branches"]) for name in files}

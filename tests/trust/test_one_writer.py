@@ -1,4 +1,4 @@
-"""One module writes: what is stored, shipped, swept, trained or reported goes through `atomic`, and so through its faults."""
+"""Only `atomic` writes files: stores, runs, checkpoints and reports go through it and its fault injection."""
 
 from __future__ import annotations
 
@@ -14,15 +14,35 @@ OUTSIDE = {"record", "live"}
 # Written once, of mode 600 from its first byte, and never again: not a product either.
 SECRETS = {"dashboard/auth.py"}
 WRITES = {
-    "write_bytes", "write_text", "touch", "unlink", "rename", "rmdir", "mkdir", "hardlink_to", "symlink_to", "rmtree",
-    "makedirs", "remove", "truncate", "replace", "link", "symlink", "copy", "copyfile", "copytree", "move", "mkstemp",
-}  # fmt: skip
+    "write_bytes",
+    "write_text",
+    "touch",
+    "unlink",
+    "rename",
+    "rmdir",
+    "mkdir",
+    "hardlink_to",
+    "symlink_to",
+    "rmtree",
+    "makedirs",
+    "remove",
+    "truncate",
+    "replace",
+    "link",
+    "symlink",
+    "copy",
+    "copyfile",
+    "copytree",
+    "move",
+    "mkstemp",
+}
 # Whose methods of that name are no writes, or are the one module's own.
 INNOCENT = {"atomic", "structs", "dataclasses"}
 MODULES = [
-    p for p in sorted(SRC.rglob("*.py"))
+    p
+    for p in sorted(SRC.rglob("*.py"))
     if p.relative_to(SRC).parts[0] not in OUTSIDE and str(p.relative_to(SRC)) not in {*SECRETS, "atomic.py"}
-]  # fmt: skip
+]
 
 
 def writes_of(path: Path) -> list[str]:
@@ -62,9 +82,14 @@ def test_only_atomic_changes_the_file_system(path: Path) -> None:
 def test_the_test_sees_what_it_looks_for(tmp_path: Path) -> None:
     module = tmp_path / "x.py"
     lines = [
-        "path.write_bytes(b'')", "os.replace(a, b)", "path.open('wb')", "open('x', 'a')", "os.open(p, 1)", "shutil.move(a, b)",
+        "path.write_bytes(b'')",
+        "os.replace(a, b)",
+        "path.open('wb')",
+        "open('x', 'a')",
+        "os.open(p, 1)",
+        "shutil.move(a, b)",
         "folder.mkdir()",
-    ]  # fmt: skip
+    ]
     module.write_text("\n".join(lines))
 
     assert len(writes_of(module)) == len(lines)
