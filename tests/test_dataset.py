@@ -286,7 +286,9 @@ def test_poisoning_the_test_host_changes_no_scale(tmp_path: Path) -> None:
         pytest.param("realistic", "table", "contexts", "no table 'contexts'", id="unknown"),
     ],
 )
-def test_input_variant_that_a_model_cannot_use_is_a_usage_error(run: Path, threat: str, kind: str, table: str, words: str) -> None:
+def test_input_variant_that_a_model_cannot_use_is_a_usage_error(
+    run: Path, threat: str, kind: str, table: str, words: str
+) -> None:
     with pytest.raises(UsageError, match=words):
         load(run, "held_out_host", "host-0", threat, kind, table)
 

@@ -81,9 +81,7 @@ def test_an_embargoed_episode_is_not_among_those_that_it_learnt_from(tmp_path: P
     assert learnt.episodes == sum(host == "host-1" for host in hosts)
 
 
-def test_model_trained_on_other_windows_is_not_exported(
-    run: Path, tmp_path: Path
-) -> None:
+def test_model_trained_on_other_windows_is_not_exported(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     edit_features(tmp_path / "run", lambda table: table.slice(0, len(table) - 1))
     write_splits(tmp_path / "run", RECIPE)

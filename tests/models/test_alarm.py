@@ -56,7 +56,9 @@ def hot(values: list[float]) -> np.ndarray:
         pytest.param((1, 1, 0, 0, 0, 1), [0, 1, 1, 1, 0, 0], id="then it begins anew"),
     ],
 )
-def test_alarm_starts_at_two_of_three_hot_windows_and_ends_after_three_others(heat: tuple[float, ...], expected: list[int]) -> None:
+def test_alarm_starts_at_two_of_three_hot_windows_and_ends_after_three_others(
+    heat: tuple[float, ...], expected: list[int]
+) -> None:
     assert rings(*heat) == expected
 
 

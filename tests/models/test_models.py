@@ -321,7 +321,9 @@ def test_damaged_checkpoint_is_refused_or_predicts_the_same(tmp_path: Path) -> N
 
 
 @pytest.mark.soak
-def test_thousands_of_damaged_checkpoints_are_refused_or_predict_the_same(tmp_path: Path, soak_row: Callable[..., None]) -> None:
+def test_thousands_of_damaged_checkpoints_are_refused_or_predict_the_same(
+    tmp_path: Path, soak_row: Callable[..., None]
+) -> None:
     for key, refused in mutants_of_a_checkpoint(tmp_path, 1000).items():
         same = {"loaded and said the same": 1000 - refused, "loaded and said something else": 0}
         soak_row("Damaged checkpoints", model=key, mutants=1000, refused=refused, **same)

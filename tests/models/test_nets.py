@@ -166,7 +166,9 @@ def test_weights_are_the_same_bytes_in_any_order_and_come_back() -> None:
     ],
     ids=["empty", "noise", "shape", "type", "absent", "nan"],
 )
-def test_weights_of_another_shape_or_type_are_refused(data: bytes, shapes: checkpoint.ExpectedArrays, words: str) -> None:
+def test_weights_of_another_shape_or_type_are_refused(
+    data: bytes, shapes: checkpoint.ExpectedArrays, words: str
+) -> None:
     with pytest.raises(RunError, match=words):
         checkpoint.unpack_weights({"w": data}, "w", shapes, model="cnn")
 

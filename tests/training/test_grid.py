@@ -139,7 +139,9 @@ def test_a_grid_is_narrowed_by_models_and_recipes(run: Path) -> None:
         ({"grid": "wide"}, "no grid 'wide'"),
     ],
 )
-def test_unknown_model_recipe_or_grid_is_a_usage_error(run: Path, asked: dict[str, tuple[str, ...]], words: str) -> None:
+def test_unknown_model_recipe_or_grid_is_a_usage_error(
+    run: Path, asked: dict[str, tuple[str, ...]], words: str
+) -> None:
     with pytest.raises(UsageError, match=words):
         stages.build_experiments(stages.RunSettings(store=run, run=run, **asked))  # type: ignore[arg-type]
 
