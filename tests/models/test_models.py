@@ -386,10 +386,10 @@ def test_class_weights_balance_the_classes() -> None:
 
 
 def test_temperature_softens_overconfidence_and_leaves_empty_validation_alone() -> None:
-    p = np.array([[0.99, 0.01, 0, 0, 0]] * 10)
+    p = np.array([[0.9, 0.1, 0, 0, 0]] * 10)
     y = np.array([0] * 7 + [1] * 3)
 
-    assert fit_temperature(p, y) == pytest.approx(np.log(99) / np.log(7 / 3), rel=1e-5)  # 0.99 becomes 0.7
+    assert fit_temperature(p, y) == pytest.approx(np.log(9) / np.log(7 / 3), rel=1e-5)  # 0.9 becomes 0.7
     assert fit_temperature(p[:0], y[:0]) == 1.0
 
 
