@@ -163,7 +163,7 @@ def test_an_unknown_name_is_a_usage_error(run: Path, threat: str, kind: str, wor
         load(run, "held_out_host", "host-0", threat, kind)
 
 
-def test_every_recipe_is_cut_and_one_that_cannot_be_costs_no_other(tmp_path: Path) -> None:
+def test_recipe_that_cannot_be_built_does_not_stop_the_others(tmp_path: Path) -> None:
     run = write_run(tmp_path / "two", World(hosts=2, windows=8))
     built = {b.recipe: b for b in write_all_splits(run, [row.name for row in SPLIT_RECIPES]).recipes}
 
@@ -218,7 +218,7 @@ def test_context_puts_the_two_windows_before_beside_each_and_the_first_stands_in
 
 
 @pytest.mark.parametrize("kind", ["table", "tensor"])
-def test_commissioned_channels_are_measured_from_their_hosts_clean_day(tmp_path: Path, kind: str) -> None:
+def test_channels_are_scaled_by_the_baseline_of_their_host(tmp_path: Path, kind: str) -> None:
     run = write_run(tmp_path / "days", World(windows=8, days=2))
     write_splits(run, "held_out_host")
     raw, seen = (load(run, "held_out_host", "host-0", kind=kind, table=table) for table in ("raw", "commissioned"))
@@ -238,7 +238,7 @@ def test_commissioned_channels_are_measured_from_their_hosts_clean_day(tmp_path:
     assert not (seen.test.windows.flags & 8).any()
 
 
-def test_a_host_without_a_clean_day_is_flagged_and_keeps_its_zero(run: Path) -> None:
+def test_host_without_a_baseline_is_flagged_and_keeps_its_zero(run: Path) -> None:
     seen = load(run, "held_out_host", "host-0", table="commissioned")
     raw = load(run, "held_out_host", "host-0")
     floors = np.repeat([v for _, v in seen.test.inputs.spec.floors], 5)
@@ -247,7 +247,7 @@ def test_a_host_without_a_clean_day_is_flagged_and_keeps_its_zero(run: Path) -> 
     np.testing.assert_allclose(seen.test.x, raw.test.x / floors, rtol=1e-5)
 
 
-def test_a_clean_day_that_is_not_used_measures_nothing(tmp_path: Path) -> None:
+def test_baseline_episode_outside_the_feature_table_is_ignored(tmp_path: Path) -> None:
     """As `features --no-include-degraded` leaves it: the grids have a degraded day, the feature table has not."""
     run = write_run(tmp_path / "days", World(windows=8, days=2))
     days = sorted(
@@ -281,12 +281,14 @@ def test_poisoning_the_test_host_changes_no_scale(tmp_path: Path) -> None:
     ("threat", "kind", "table", "words"),
     [
         pytest.param("oracle", "table", "commissioned", "which the guest reports", id="the guest may lie"),
-        pytest.param("realistic", "tensor", "context", "its window's own bins alone", id="no past of bins"),
+        pytest.param("realistic", "tensor", "context", "sees the bins of one window", id="no past of bins"),
         pytest.param("realistic", "elapsed", "context", "has no table context", id="no past of time"),
         pytest.param("realistic", "table", "contexts", "no table 'contexts'", id="unknown"),
     ],
 )
-def test_a_table_that_cannot_be_is_a_usage_error(run: Path, threat: str, kind: str, table: str, words: str) -> None:
+def test_input_variant_that_a_model_cannot_use_is_a_usage_error(
+    run: Path, threat: str, kind: str, table: str, words: str
+) -> None:
     with pytest.raises(UsageError, match=words):
         load(run, "held_out_host", "host-0", threat, kind, table)
 
@@ -317,15 +319,29 @@ def one_window_each(*who: tuple[str, int]) -> EpisodeWindows:
     return EpisodeWindows(
         episodes=tuple(
             RunEpisode(
-                episode_id=f"e{i}", host_id=host, profile="benign", sample_name=samples[group].name,
-                sample_kind=SampleKind.BENIGN, origin=EpisodeOrigin.SIMULATED, role=EpisodeRole.SOAK, session=f"s{i}", agent=False,
-                plan_seed=i, proc_sketch=(), started_wall_ns=i, duration_s=10.0,
+                episode_id=f"e{i}",
+                host_id=host,
+                profile="benign",
+                sample_name=samples[group].name,
+                sample_kind=SampleKind.BENIGN,
+                origin=EpisodeOrigin.SIMULATED,
+                role=EpisodeRole.SOAK,
+                session=f"s{i}",
+                agent=False,
+                plan_seed=i,
+                proc_sketch=(),
+                started_wall_ns=i,
+                duration_s=10.0,
             )
             for i, (host, group) in enumerate(who)
         ),
-        episode_index=np.arange(n, dtype=np.int32), t_center_ns=np.zeros(n, np.int64), t_center_s=np.zeros(n, np.float32),
-        purity=np.ones(n, np.float32), flags=np.zeros(n, np.uint8), y=np.zeros(n, np.int64),
-    )  # fmt: skip
+        episode_index=np.arange(n, dtype=np.int32),
+        t_center_ns=np.zeros(n, np.int64),
+        t_center_s=np.zeros(n, np.float32),
+        purity=np.ones(n, np.float32),
+        flags=np.zeros(n, np.uint8),
+        y=np.zeros(n, np.int64),
+    )
 
 
 @pytest.mark.parametrize(

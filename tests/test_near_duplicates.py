@@ -38,7 +38,7 @@ def test_episodes_of_an_equal_sketch_are_one_however_many_they_are() -> None:
 
 
 @pytest.mark.parametrize(("holders", "is_found"), [(MAX_SKETCH_HOLDERS, True), (MAX_SKETCH_HOLDERS + 1, False)])
-def test_a_digest_that_many_sketches_hold_says_nothing(holders: int, is_found: bool) -> None:
+def test_digest_shared_by_many_sketches_is_ignored(holders: int, is_found: bool) -> None:
     near = find_near_duplicates(alike(holders, half_alike))
 
     assert bool(near.find_twins(["e000001"], frozenset({"e000002"}))) is is_found
@@ -55,7 +55,7 @@ def test_two_runs_that_are_one_are_found_also_among_digests_that_everybody_holds
 
 @pytest.mark.parametrize("sketch", [None, half_alike, chained], ids=["equal", "half", "chained"])
 def test_time_and_memory_grow_with_the_number_of_bundles_alone(sketch: object) -> None:
-    """As 4 × 500: quadratic would be 16 times the time and the memory of 500; a machine with others on it may double it."""
+    """4 × 500: quadratic growth would be 16 times the time and memory of 500; other load may double the time."""
 
     def measured(count: int) -> tuple[float, int]:
         episodes = alike(count, sketch)

@@ -49,8 +49,13 @@ def test_the_audit_finds_no_fault_even_among_near_duplicates(recipe: str, seed: 
     episodes = corpus()
     for i in range(4):  # a run under another name, on another host, with another sample, half of its rows copied
         one = episodes[(7 * seed + 11 * i) % len(episodes)]
-        twin = episode(900 + i, one.host_id if i % 2 else f"host-{(i + seed) % 4}", one.profile, group=(one.sample_group + 1) % 4,
-                       started_ns=one.started_wall_ns + (i % 2) * 40 * GAP_NS)  # fmt: skip
+        twin = episode(
+            900 + i,
+            one.host_id if i % 2 else f"host-{(i + seed) % 4}",
+            one.profile,
+            group=(one.sample_group + 1) % 4,
+            started_ns=one.started_wall_ns + (i % 2) * 40 * GAP_NS,
+        )
         episodes.append(
             replace(twin, plan_seed=one.plan_seed) if i % 2 else replace(twin, proc_sketch=one.proc_sketch[:4])
         )
@@ -184,14 +189,33 @@ def test_deploy_learns_from_all_and_tests_nothing() -> None:
         pytest.param("held_out_both", corpus(hosts=1), "at least 2 hosts", id="one host, both"),
         pytest.param("in_distribution", corpus(hosts=2), "needs 3 hosts and found 2", id="two hosts, sessions"),
         pytest.param("random_windows", corpus(hosts=2), "needs 3 hosts and found 2", id="two hosts, windows"),
-        pytest.param("held_out_sample", [replace(e, sample_group=1) for e in corpus()], "at least 2 sample groups, found 1", id="one sample group"),
-        pytest.param("held_out_time", corpus(hosts=1, sessions=1), "at least 3 lab episodes, found 2", id="two episodes"),
-        pytest.param("held_out_profile", [e for e in corpus() if e.profile != "exfil-drip"], "2 malicious profiles, found 1", id="one malicious profile"),
-        pytest.param("held_out_profile", [replace(e, profile=e.profile.replace("-", "/")) for e in corpus()], "2 malicious profiles, found 1", id="a profile that is a path"),
+        pytest.param(
+            "held_out_sample",
+            [replace(e, sample_group=1) for e in corpus()],
+            "at least 2 sample groups, found 1",
+            id="one sample group",
+        ),
+        pytest.param(
+            "held_out_time", corpus(hosts=1, sessions=1), "at least 3 lab episodes, found 2", id="two episodes"
+        ),
+        pytest.param(
+            "held_out_profile",
+            [e for e in corpus() if e.profile != "exfil-drip"],
+            "2 malicious profiles, found 1",
+            id="one malicious profile",
+        ),
+        pytest.param(
+            "held_out_profile",
+            [replace(e, profile=e.profile.replace("-", "/")) for e in corpus()],
+            "2 malicious profiles, found 1",
+            id="a profile that is a path",
+        ),
         pytest.param("deploy", [], "no lab episode with a known phase", id="nothing at all"),
-        pytest.param("deploy", corpus(hosts=1, sessions=2), "each profile needs 2 episodes in train", id="two sessions"),
+        pytest.param(
+            "deploy", corpus(hosts=1, sessions=2), "each profile needs 2 episodes in train", id="two sessions"
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_recipe_that_cannot_be_built_says_what_is_missing(
     recipe: str, episodes: list[SplitEpisode], words: str
 ) -> None:
@@ -208,7 +232,7 @@ def test_a_profile_of_one_host_cannot_be_tested_there_and_can_elsewhere() -> Non
     assert {e.episode_id for e in alone} <= set(folds("held_out_sample", episodes)[0].episodes)
 
 
-def test_phases_that_nobody_showed_are_named_untested() -> None:
+def test_phases_without_a_test_episode_are_listed_as_untested() -> None:
     quiet = [replace(e, phases=(Phase.CLEAN, Phase.ACTIVE)) for e in corpus()]
 
     for recipe in BY_EPISODE:

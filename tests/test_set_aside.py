@@ -51,7 +51,7 @@ ODD = {
 
 @pytest.mark.parametrize("recipe", ALL)
 @pytest.mark.parametrize("odd", ODD)
-def test_an_odd_episode_is_set_aside_and_no_fold_changes_a_byte(odd: str, recipe: str) -> None:
+def test_unusable_episode_is_set_aside_and_changes_no_fold(odd: str, recipe: str) -> None:
     poison, code = ODD[odd]
     episodes = [*corpus(), *poison]
 

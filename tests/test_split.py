@@ -25,15 +25,30 @@ PROFILES = ("benign", "cryptomine", "exfil-drip")
 
 
 def episode(
-    number: int, host: str, profile: str = "benign", *, session: str | None = None, role: EpisodeRole = EpisodeRole.LAB, plan_seed: int | None = None,
-    sketch: tuple[int, ...] | None = None, phases: tuple[Phase, ...] = PHASES,
-) -> SplitEpisode:  # fmt: skip
+    number: int,
+    host: str,
+    profile: str = "benign",
+    *,
+    session: str | None = None,
+    role: EpisodeRole = EpisodeRole.LAB,
+    plan_seed: int | None = None,
+    sketch: tuple[int, ...] | None = None,
+    phases: tuple[Phase, ...] = PHASES,
+) -> SplitEpisode:
     return SplitEpisode(
-        episode_id=f"e{number:03}", host_id=host, profile=profile, sample_name="one", sample_group=0,
-        session=session or f"s{number:03}", role=role, agent=False, plan_seed=1000 + number if plan_seed is None else plan_seed,
+        episode_id=f"e{number:03}",
+        host_id=host,
+        profile=profile,
+        sample_name="one",
+        sample_group=0,
+        session=session or f"s{number:03}",
+        role=role,
+        agent=False,
+        plan_seed=1000 + number if plan_seed is None else plan_seed,
         proc_sketch=tuple(range(100 * number, 100 * number + 8)) if sketch is None else sketch,
-        started_wall_ns=number, phases=phases,
-    )  # fmt: skip
+        started_wall_ns=number,
+        phases=phases,
+    )
 
 
 def corpus(hosts: int = 4, sessions: int = 6) -> list[SplitEpisode]:
@@ -69,8 +84,11 @@ def test_the_next_host_in_sorted_order_validates_round_the_end() -> None:
     cut = folds(corpus())
 
     assert {name: fold.validation for name, fold in cut.items()} == {
-        "host-0": "host:host-1", "host-1": "host:host-2", "host-2": "host:host-3", "host-3": "host:host-0",
-    }  # fmt: skip
+        "host-0": "host:host-1",
+        "host-1": "host:host-2",
+        "host-2": "host:host-3",
+        "host-3": "host:host-0",
+    }
 
 
 def test_validation_is_halved_by_session() -> None:
@@ -159,8 +177,9 @@ def test_a_profile_that_a_fold_could_not_learn_is_set_aside_and_the_folds_are_th
     made = build_split("held_out_host", prepare_split([*corpus(), *rare]), profiles=PROFILES)
 
     assert [(a.episode_id, a.code, a.recipes) for a in made.set_aside] == [
-        ("e900", SetAsideCode.NOT_IN_TRAIN, ("held_out_host",)), ("e901", SetAsideCode.NOT_IN_TRAIN, ("held_out_host",)),
-    ]  # fmt: skip
+        ("e900", SetAsideCode.NOT_IN_TRAIN, ("held_out_host",)),
+        ("e901", SetAsideCode.NOT_IN_TRAIN, ("held_out_host",)),
+    ]
     assert made.folds == build_folds("held_out_host", corpus(), profiles=PROFILES)
 
 
@@ -171,14 +190,14 @@ def test_a_store_of_which_most_hosts_could_not_be_tested_is_refused_by_name() ->
         folds(own)
 
 
-def test_an_episode_that_stands_twice_is_refused() -> None:
+def test_episode_id_that_occurs_twice_is_refused() -> None:
     episodes = corpus()
 
     with pytest.raises(SplitError, match="e000 occurs twice"):
         folds([*episodes, replace(episodes[0], host_id="host-3")])
 
 
-def test_what_is_untested_is_named() -> None:
+def test_fold_lists_untested_profiles_and_phases() -> None:
     quiet = [e if e.host_id != "host-0" else replace(e, phases=(Phase.CLEAN, Phase.ACTIVE)) for e in corpus()]
     fold = build_folds("held_out_host", quiet, profiles=(*PROFILES, "beacon-c2"))[0]
 
@@ -203,7 +222,7 @@ def test_the_order_of_episodes_changes_no_byte() -> None:
     ]
 
 
-def test_a_fold_survives_its_file_and_an_edited_one_is_refused() -> None:
+def test_fold_file_is_read_as_it_was_written_and_an_edited_one_is_refused() -> None:
     fold = folds(corpus())["host-0"]
     data = render_fold(fold)
 

@@ -1,4 +1,4 @@
-"""What a split claims of itself is checked, not believed: a recipe that breaks its promise is caught before anything learns."""
+"""Checks of the claims of a fold: a recipe that breaks one is refused before any training."""
 
 from __future__ import annotations
 

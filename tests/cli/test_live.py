@@ -347,7 +347,7 @@ def test_an_oracle_is_refused_and_the_vm_left_alone(pretender: Any, run: Path) -
     done = watched(pretender, "--model", cell(run, "oracle"))
 
     assert done.returncode == 4
-    assert "needs the guest's own word" in done.stderr
+    assert "needs channels that the guest reports" in done.stderr
     assert pretender[1].objects == {}
     assert pretender[1].interval == 7
 

@@ -27,7 +27,7 @@ def bins(n: int = 200) -> np.ndarray:
     return x
 
 
-def test_a_clean_day_is_median_and_interquartile_range() -> None:
+def test_baseline_is_median_and_interquartile_range() -> None:
     x = bins()
     day = measure_baseline("pc", NAMES, x)
 
@@ -52,7 +52,7 @@ def test_bins_are_shifted_and_scaled_and_a_quiet_channel_is_not_stretched() -> N
     assert np.nanmedian(to.scale_bins(x)[:, 0]) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_a_channel_that_the_day_lacks_keeps_its_zero_and_its_floor_and_is_marked() -> None:
+def test_channel_without_a_baseline_keeps_its_zero_and_floor_and_is_marked() -> None:
     x = bins()
     x[9:, 2] = np.nan  # fewer than ten known bins
     to = build_scaling(measure_baseline("pc", NAMES, x), np.array([0.5, 0.5, 2.0]))
@@ -64,7 +64,7 @@ def test_a_channel_that_the_day_lacks_keeps_its_zero_and_its_floor_and_is_marked
     assert (none.shift.tolist(), none.scale.tolist()) == ([0.0] * 3, [0.5, 0.5, 2.0])
 
 
-def test_mapped_stats_are_the_stats_of_mapped_bins() -> None:
+def test_scaled_stats_are_the_stats_of_scaled_bins() -> None:
     x = bins(20)
     to = build_scaling(measure_baseline("pc", NAMES, bins()), np.array([0.1, 0.1, 0.1]))
 
@@ -76,7 +76,7 @@ def test_mapped_stats_are_the_stats_of_mapped_bins() -> None:
     )
 
 
-def test_a_day_survives_its_file_and_is_given_in_another_order() -> None:
+def test_baseline_file_is_read_as_it_was_written() -> None:
     x = bins()
     x[:, 2] = np.nan
     day = measure_baseline("pc", NAMES, x)
@@ -94,10 +94,16 @@ def test_a_day_survives_its_file_and_is_given_in_another_order() -> None:
     [
         (b"{", "not a commissioning file"),
         (b'{"format":"x","host_id":"pc","bins":1,"channels":[]}', "found format 'x'"),
-        (b'{"format":"phasewatch-commission/1","host_id":"pc","bins":1,"channels":[{"name":"a","median":1.0,"spread":-1}]}', "below 0"),
-        (b'{"format":"phasewatch-commission/1","host_id":"pc","bins":1,"channels":[{"name":"a","median":1.0,"spread":null}]}', "without its spread"),
+        (
+            b'{"format":"phasewatch-commission/1","host_id":"pc","bins":1,"channels":[{"name":"a","median":1.0,"spread":-1}]}',
+            "below 0",
+        ),
+        (
+            b'{"format":"phasewatch-commission/1","host_id":"pc","bins":1,"channels":[{"name":"a","median":1.0,"spread":null}]}',
+            "without its spread",
+        ),
     ],
-)  # fmt: skip
-def test_a_file_that_is_none_is_refused_by_name(data: bytes, words: str) -> None:
+)
+def test_invalid_baseline_file_is_refused(data: bytes, words: str) -> None:
     with pytest.raises(DataError, match=rf"host\.json: .*{words}"):
         parse_baseline(data, file="host.json")

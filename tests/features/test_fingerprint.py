@@ -30,8 +30,20 @@ def test_a_golden_episode_does_what_its_name_says(name: str) -> None:
 
     assert {f.code for f in grid.findings} == FINDINGS.get(name, set())
     assert not unknown.all()
-    assert unknown.any() == (name not in {
-        "jitter", "counters beyond 53 bits", "ten ticks a second", "balloon fields every third tick",
-        "a clock that claims to be Unix time", "a clock with another name", "a step of the wall clock", "exactly one window", "one bin short of a window",
-        "just enough bins for stats", "one bin too few for stats", "a step of the wall clock at the last reading",
-    })  # fmt: skip
+    assert unknown.any() == (
+        name
+        not in {
+            "jitter",
+            "counters beyond 53 bits",
+            "ten ticks a second",
+            "balloon fields every third tick",
+            "a clock that claims to be Unix time",
+            "a clock with another name",
+            "a step of the wall clock",
+            "exactly one window",
+            "one bin short of a window",
+            "just enough bins for stats",
+            "one bin too few for stats",
+            "a step of the wall clock at the last reading",
+        }
+    )

@@ -25,7 +25,7 @@ def test_the_order_is_mean_std_median_95th_percentile_slope() -> None:
     assert STATS == ("mean", "std", "p50", "p95", "slope")
 
 
-def test_the_numbers_of_a_ramp_can_be_checked_by_head() -> None:
+def test_stats_of_a_ramp() -> None:
     mean, std, p50, p95, slope = one([float(b) for b in range(20)])
 
     assert mean == 9.5
@@ -78,7 +78,7 @@ def test_a_window_gets_the_same_bits_whatever_stands_before_it() -> None:
         assert np.array_equal(window_stats(bins[10 * j : 10 * j + 20])[0], together[j], equal_nan=True)
 
 
-def test_the_input_is_left_as_it_was() -> None:
+def test_input_is_not_changed() -> None:
     bins = np.random.default_rng(3).standard_normal((30, 4)).astype(np.float32)
     before = bins.copy()
 

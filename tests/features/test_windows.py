@@ -33,7 +33,6 @@ def test_windows_begin_at_the_first_label_and_are_named_by_their_middle() -> Non
     assert compute_centers_s(3).dtype == np.float32
 
 
-
 @pytest.mark.parametrize(
     ("phases", "expected", "purity"),
     [

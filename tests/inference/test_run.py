@@ -81,18 +81,16 @@ def test_an_embargoed_episode_is_not_among_those_that_it_learnt_from(tmp_path: P
     assert learnt.episodes == sum(host == "host-1" for host in hosts)
 
 
-def test_a_model_that_learnt_from_other_windows_than_its_card_would_name_is_not_exported(
-    run: Path, tmp_path: Path
-) -> None:
+def test_model_trained_on_other_windows_is_not_exported(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     edit_features(tmp_path / "run", lambda table: table.slice(0, len(table) - 1))
     write_splits(tmp_path / "run", RECIPE)
 
-    with pytest.raises(RunError, match=r"raw-s0: learnt from other windows than the run has now; train it again"):
+    with pytest.raises(RunError, match=r"raw-s0: was trained on other windows than the run has now; train it again"):
         export_run(tmp_path / "run", tmp_path / "x.zip", CELL)
 
 
-def test_a_model_of_commissioned_numbers_takes_its_scales_along(run: Path, tmp_path: Path) -> None:
+def test_bundle_of_a_model_of_baseline_values_has_its_scales(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     cell = Experiment(recipe=RECIPE, fold=FOLD, threat="portable", model="gbt", table="commissioned")
     train_experiments(tmp_path / "run", [cell], workers=1)
@@ -125,17 +123,41 @@ def test_an_onnx_file_is_one_model_alone_and_the_oracles_may_leave_so(run: Path,
 @pytest.mark.parametrize(
     ("name", "wanted", "error", "words"),
     [
-        pytest.param("x.tar", CELL, UsageError, "an edge bundle X.zip, or one model X.onnx", id="another ending"),
-        pytest.param("x.onnx", CELL, UsageError, "choose one with --channels", id="three masks for one file"),
-        pytest.param("x.zip", ExportRequest(recipe=RECIPE), UsageError, "choose one with --fold", id="which fold"),
-        pytest.param("x.zip", ExportRequest(recipe=RECIPE, fold=FOLD, threats=("oracle",)), UsageError, "no watcher has the guest's channels", id="an oracle to watch with"),
-        pytest.param("x.zip", ExportRequest(recipe=RECIPE, fold=FOLD, threats=("proc",)), RunError, "was not trained for proc", id="a mask never trained"),
-        pytest.param("x.zip", ExportRequest(recipe=RECIPE, fold=FOLD, model="cnn"), RunError, "cnn was not trained for any mask", id="a model never trained"),
-        pytest.param("x.zip", ExportRequest(recipe=RECIPE, fold=FOLD, model="cnnn"), UsageError, "did you mean cnn", id="no such model"),
+        pytest.param("x.tar", CELL, UsageError, "an edge bundle X.zip, or one model X.onnx", id="another suffix"),
+        pytest.param("x.onnx", CELL, UsageError, "choose one channel set", id="three channel sets for one file"),
+        pytest.param("x.zip", ExportRequest(recipe=RECIPE), UsageError, "choose one with --fold", id="no fold named"),
+        pytest.param(
+            "x.zip",
+            ExportRequest(recipe=RECIPE, fold=FOLD, threats=("oracle",)),
+            UsageError,
+            "cannot use the guest's channels",
+            id="oracle in an edge bundle",
+        ),
+        pytest.param(
+            "x.zip",
+            ExportRequest(recipe=RECIPE, fold=FOLD, threats=("proc",)),
+            RunError,
+            "was not trained with proc",
+            id="channel set never trained",
+        ),
+        pytest.param(
+            "x.zip",
+            ExportRequest(recipe=RECIPE, fold=FOLD, model="cnn"),
+            RunError,
+            "cnn was not trained with any channel set",
+            id="model never trained",
+        ),
+        pytest.param(
+            "x.zip",
+            ExportRequest(recipe=RECIPE, fold=FOLD, model="cnnn"),
+            UsageError,
+            "did you mean cnn",
+            id="no model",
+        ),
         pytest.param("x.zip", ExportRequest(recipe="deploi", fold=FOLD), UsageError, "deploi", id="no such recipe"),
     ],
-)  # fmt: skip
-def test_what_cannot_be_exported_says_why_and_leaves_nothing(
+)
+def test_export_that_is_refused_names_the_reason_and_writes_nothing(
     run: Path, tmp_path: Path, name: str, wanted: ExportRequest, error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
@@ -144,7 +166,7 @@ def test_what_cannot_be_exported_says_why_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_line_that_an_export_asks_for_trains_what_is_missing(run: Path, tmp_path: Path) -> None:
+def test_suggested_command_trains_the_missing_model(run: Path, tmp_path: Path) -> None:
     wanted = ExportRequest(recipe=RECIPE, fold=FOLD, model="cnn", threats=("proc+tap",))
     with pytest.raises(RunError, match="train it with") as told:
         export_run(run, tmp_path / "x.zip", wanted)
@@ -163,7 +185,7 @@ def test_the_line_that_an_export_asks_for_trains_what_is_missing(run: Path, tmp_
 
 
 def test_nothing_is_ever_written_into_a_run(run: Path) -> None:
-    with pytest.raises(UsageError, match="lies inside the run"):
+    with pytest.raises(UsageError, match="is in the run"):
         export_run(run, run / "exports" / "x.zip", CELL)
 
 

@@ -63,7 +63,7 @@ def test_a_model_out_of_the_bundle_says_what_the_checkpoint_says(bundle: bytes, 
         inputs = load(run, RECIPE, FOLD, model.threat).test.inputs
 
         assert np.abs(live.predict_proba(inputs) - trained.predict_proba(inputs)).max() <= 1e-5
-    with pytest.raises(MismatchError, match="threat model"):
+    with pytest.raises(MismatchError, match="channel set"):
         live.predict_proba(load(run, RECIPE, FOLD, "oracle").test.inputs)
     assert live.predict_proba(ModelInputs(x=inputs.x[:0], spec=inputs.spec)).shape == (0, 5)
 

@@ -97,7 +97,7 @@ def test_a_model_that_keeps_no_weights_says_so_when_it_is_loaded(
         key="nearest", where="x:Y", kind=InputKind.TENSOR, about="", persist="none")})  # fmt: skip
     Nearest(seed=0).fit(motions(60, 0), motions(60, 1)).save(tmp_path)
 
-    with pytest.raises(MismatchError, match="nearest keeps no weights"):
+    with pytest.raises(MismatchError, match="nearest stores no weights"):
         registry.load(tmp_path)
 
 
@@ -121,7 +121,7 @@ def test_a_model_that_an_installed_package_brings_is_known_by_its_name(tmp_path:
     [
         ("nowhere:Forest", "cannot be imported: No module named 'nowhere'; install its package, or put its folder on"),
         ("forest:Woods", "cannot be imported"),
-        ("json:JSONDecoder", "is no PhaseModel"),
+        ("json:JSONDecoder", "is not a PhaseModel"),
     ],
 )
 def test_a_class_that_is_no_model_is_a_usage_error(where: str, words: str) -> None:
@@ -144,7 +144,7 @@ def test_a_classifier_whose_probabilities_are_none_is_refused() -> None:
 
             return Classifier()
 
-    with pytest.raises(ModelError, match="model broken: its classifier gives probabilities below 0 or not finite"):
+    with pytest.raises(ModelError, match="model broken: the classifier returned probabilities below 0 or not finite"):
         Broken(seed=0).fit(examples("gbt"), examples("gbt", seed=1))
 
 

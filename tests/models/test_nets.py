@@ -37,7 +37,7 @@ def motions(n: int, seed: int, *, shift: float = 0.0) -> LabelledExamples:
 
 
 @pytest.mark.parametrize("key", [*NETS, "minirocket"])
-def test_a_net_learns_what_only_the_course_over_time_tells(key: str) -> None:
+def test_network_learns_a_difference_in_the_order_of_bins(key: str) -> None:
     settings = {"epochs": 25, "width": 24} if key != "minirocket" else {}
     model = registry.create(key, settings=settings).fit(motions(500, 0), motions(150, 1))
     test = motions(300, 2)
@@ -64,7 +64,7 @@ def digits() -> tuple[LabelledExamples, LabelledExamples, LabelledExamples]:
 
 
 @pytest.mark.parametrize("key", NETS)
-def test_a_net_learns_a_public_set_as_it_does_our_windows(key: str) -> None:
+def test_network_learns_a_public_data_set(key: str) -> None:
     train, val, test = digits()
 
     model = registry.create(key, settings={"epochs": 15, "width": 32, "batch": 32}).fit(train, val)
@@ -72,7 +72,7 @@ def test_a_net_learns_a_public_set_as_it_does_our_windows(key: str) -> None:
     assert (model.predict(test.inputs) == test.y).mean() > 0.6  # chance is 0.2
 
 
-def test_the_best_epoch_is_kept_and_the_history_tells_it() -> None:
+def test_weights_are_those_of_the_best_epoch_in_the_history() -> None:
     val = motions(150, 1)
     model = registry.create("cnn", settings={"epochs": 12, "width": 16}).fit(motions(300, 0), val)
     from sklearn.metrics import f1_score
@@ -82,7 +82,7 @@ def test_the_best_epoch_is_kept_and_the_history_tells_it() -> None:
     assert_allclose(kept, max(model.history["val_a_macro_f1"]), atol=1e-6)
 
 
-def test_a_net_stops_when_validation_no_longer_gets_better() -> None:
+def test_training_stops_when_validation_stops_improving() -> None:
     model = registry.create("gru", settings={"epochs": 60, "patience": 2, "width": 16})
 
     model.fit(motions(300, 0), motions(100, 1))
@@ -90,7 +90,7 @@ def test_a_net_stops_when_validation_no_longer_gets_better() -> None:
     assert len(model.history["train_loss"]) < 60
 
 
-def test_mixed_precision_runs_and_says_nearly_the_same() -> None:
+def test_mixed_precision_gives_nearly_the_same_probabilities() -> None:
     train, val, test = motions(300, 0), motions(100, 1), motions(200, 2)
     full, mixed = (
         registry.create("cnn", settings={"epochs": 15, "width": 16, "mixed": m}).fit(train, val).predict(test.inputs)
@@ -100,7 +100,7 @@ def test_mixed_precision_runs_and_says_nearly_the_same() -> None:
     assert (full == mixed).mean() > 0.8
 
 
-def test_training_leaves_torch_as_it_was() -> None:
+def test_training_restores_the_settings_of_torch() -> None:
     import torch
 
     before = (
@@ -116,7 +116,7 @@ def test_training_leaves_torch_as_it_was() -> None:
     assert torch.are_deterministic_algorithms_enabled() == before[2]
 
 
-def test_a_channel_that_train_never_lacked_may_be_absent_later() -> None:
+def test_channel_that_train_always_had_may_be_missing_later() -> None:
     model = registry.create("cnn", settings={"epochs": 25, "width": 24}).fit(motions(500, 0), motions(150, 1))
     test = motions(300, 2)
     x = test.inputs.x.copy()
@@ -125,7 +125,7 @@ def test_a_channel_that_train_never_lacked_may_be_absent_later() -> None:
     assert (model.predict(ModelInputs(x=x, spec=test.inputs.spec)) == test.y).mean() > 0.7
 
 
-def test_the_scaler_knows_train_alone_and_marks_what_is_missing() -> None:
+def test_scaler_is_fitted_to_train_and_marks_missing_values() -> None:
     train = np.array([[100.0, 0.0, np.nan], [300.0, 0.0, np.nan], [200.0, 0.0, np.nan]], np.float32)
     scaler = AsinhScaler.fit(train)
     given = np.array([[200.0, -1.0, np.nan]], np.float32)
@@ -137,7 +137,7 @@ def test_the_scaler_knows_train_alone_and_marks_what_is_missing() -> None:
     assert AsinhScaler.fit(train).apply(np.full((1, 3), 1e30, np.float32)).max() == SCALER_LIMIT
 
 
-def test_the_scaler_takes_channels_over_time_alike() -> None:
+def test_scaler_of_a_tensor_has_one_size_for_each_channel() -> None:
     x = motions(20, 0).inputs.x
     flat = np.moveaxis(x, 1, 2).reshape(-1, 3)
 
@@ -166,7 +166,9 @@ def test_weights_are_the_same_bytes_in_any_order_and_come_back() -> None:
     ],
     ids=["empty", "noise", "shape", "type", "absent", "nan"],
 )
-def test_weights_that_do_not_fit_are_refused(data: bytes, shapes: checkpoint.ExpectedArrays, words: str) -> None:
+def test_weights_of_another_shape_or_type_are_refused(
+    data: bytes, shapes: checkpoint.ExpectedArrays, words: str
+) -> None:
     with pytest.raises(RunError, match=words):
         checkpoint.unpack_weights({"w": data}, "w", shapes, model="cnn")
 
@@ -190,7 +192,7 @@ def test_a_large_train_set_gets_fewer_epochs_not_more_time() -> None:
     assert len(model.history["train_loss"]) == 3  # of four batches each
 
 
-def test_minirockets_ridge_is_that_of_scikit_learn() -> None:
+def test_ridge_of_minirocket_equals_scikit_learn() -> None:
     from sklearn.linear_model import Ridge
 
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The grid: what a cell leaves, what is trained again and what is not, and that nothing of the test set leaks into it."""
+"""Training: files of an experiment, what is trained again, and that no test window reaches a checkpoint."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_grid_crosses_folds_models_and_seeds(trained: Path) -> None:
     )
 
 
-def test_a_cell_leaves_a_checkpoint_and_its_predictions(trained: Path) -> None:
+def test_experiment_writes_a_checkpoint_and_predictions(trained: Path) -> None:
     folder = trained / "models/held_out_host/host-0/realistic/gbt/raw-s0"
 
     assert sorted(p.name for p in folder.iterdir()) == [
@@ -123,11 +123,16 @@ def test_predictions_have_the_columns_of_the_format_and_each_window_once(trained
     assert (
         pc.count_distinct(
             pc.binary_join_element_wise(
-                table["model"], table["filter"], table["part"], table["episode_id"], table["t_center_ns"].cast("string"), "/",
+                table["model"],
+                table["filter"],
+                table["part"],
+                table["episode_id"],
+                table["t_center_ns"].cast("string"),
+                "/",
             )
         ).as_py()
         == table.num_rows
-    )  # fmt: skip
+    )
     assert set(table["part"].to_pylist()) == {"val_b", "test", "soak"}
     assert set(table["agent"].to_pylist()) == {"on", "off"}
 
@@ -192,7 +197,7 @@ def test_filter_and_alarm_are_fitted_on_validation_b_and_never_on_what_stopped_t
     assert header.alarm["none"] == fit_alarm_rule(np.concatenate(said), heard)
 
 
-def test_the_soak_of_the_test_host_sets_no_threshold(trained: Path) -> None:
+def test_soak_of_the_test_host_is_not_used_for_thresholds(trained: Path) -> None:
     sets = load(trained, "held_out_host", FOLD)
     spared = sets.soak.take(sets.calibration_soak)
 
@@ -200,7 +205,7 @@ def test_the_soak_of_the_test_host_sets_no_threshold(trained: Path) -> None:
     assert {e.host_id for e in spared.windows.episodes} == {"host-1", "host-2", "host-3"}
 
 
-def test_finished_cells_stay_and_a_changed_file_is_trained_again(run: Path) -> None:
+def test_finished_experiment_is_kept_until_an_input_changes(run: Path) -> None:
     before = contents(run)
     assert len(train_experiments(run, cells(), workers=1).kept) == len(KEYS)
     assert contents(run) == before
@@ -212,7 +217,7 @@ def test_finished_cells_stay_and_a_changed_file_is_trained_again(run: Path) -> N
     assert contents(run) == before
 
 
-def test_a_cell_whose_last_file_was_damaged_is_trained_again(run: Path) -> None:
+def test_experiment_with_a_damaged_file_is_trained_again(run: Path) -> None:
     before = contents(run)
     done = cells(("majority",))[0].folder(run) / "cell.json"
     done.write_bytes(done.read_bytes().replace(b"majority", b"maj\xffrity"))
@@ -223,7 +228,7 @@ def test_a_cell_whose_last_file_was_damaged_is_trained_again(run: Path) -> None:
     assert contents(run) == before
 
 
-def test_a_killed_cell_starts_anew_to_the_same_bytes(run: Path) -> None:
+def test_interrupted_experiment_is_trained_again_to_the_same_bytes(run: Path) -> None:
     before = contents(run)
     folder = cells(("gbt",))[0].folder(run)
     (folder / "cell.json").unlink()
@@ -245,7 +250,7 @@ def test_two_workers_write_the_same_bytes_as_one(run: Path) -> None:
     assert contents(run) == before
 
 
-def test_cells_of_an_earlier_call_stay_in_the_merge_and_stale_ones_leave_it(run: Path) -> None:
+def test_merge_has_finished_experiments_of_earlier_calls_and_no_stale_ones(run: Path) -> None:
     train_experiments(run, cells(("majority",), "host-1"), workers=1)
     assert set(pq.read_table(run / PREDICTIONS_FILE)["fold"].to_pylist()) == {"host-0", "host-1"}
 
@@ -299,7 +304,7 @@ def test_poisoning_the_test_set_changes_no_byte_of_a_checkpoint(
     assert {m: checkpoint(run, m) for m in KEYS} == before
 
 
-def test_what_is_in_train_does_change_the_checkpoint(run: Path) -> None:
+def test_changed_train_windows_change_the_checkpoint(run: Path) -> None:
     before = checkpoint(run, "gbt")
     learnt = set(read_fold(run, "held_out_host", FOLD).ids(SplitPart.TRAIN))
     edit_features(run, lambda t: poison_labels(t, np.array([e in learnt for e in t["episode_id"].to_pylist()])))
@@ -320,6 +325,6 @@ def test_the_order_of_rows_changes_no_byte_of_a_checkpoint_or_prediction(run: Pa
     assert (run / PREDICTIONS_FILE).read_bytes() == predictions
 
 
-def test_a_wrong_model_name_is_told_before_anything_is_trained(run: Path) -> None:
+def test_unknown_model_is_refused_before_training(run: Path) -> None:
     with pytest.raises(UsageError, match="did you mean gbt"):
         train_experiments(run, cells(("gtb",)), workers=1)

@@ -1,4 +1,4 @@
-"""A cell that fails is named and costs no other; the same command tries it again. The work of a grid grows with its cells."""
+"""A failing experiment is reported, does not stop the others, and is tried again by the next call."""
 
 from __future__ import annotations
 
@@ -143,14 +143,14 @@ def test_every_failure_of_a_users_model_is_one_line_and_the_others_are_trained(o
         assert len(failed.failure.words) < 600
 
 
-def test_a_worker_that_dies_costs_its_own_cell_and_processes_may_start_processes(own: Path, run: Path) -> None:
+def test_dead_worker_loses_one_experiment_and_workers_may_start_processes(own: Path, run: Path) -> None:
     report = train_experiments(run, [*owned("Dies", "Parallel"), *cells("majority")], workers=2)
 
     assert {c.model for c in report.trained} == {"learn_own:Parallel", "majority"}
     assert [(f.cell.model, f.failure.exit_code) for f in report.failed] == [("learn_own:Dies", 5)]
 
 
-def test_a_failed_cell_is_tried_again_and_the_others_are_kept(own: Path, run: Path) -> None:
+def test_failed_experiment_is_tried_again_and_the_others_are_kept(own: Path, run: Path) -> None:
     wanted = [*owned("Later"), *cells("majority")]
     first = train_experiments(run, wanted, workers=1)
     (own / "ready").touch()
@@ -171,7 +171,7 @@ def test_the_command_lists_what_failed_and_does_not_exit_0(own: Path, run: Path)
     assert result["trained"] == 3
 
 
-def test_broken_code_of_our_own_is_not_taken_for_a_failed_cell(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bug_in_phasewatch_is_not_reported_as_a_failed_experiment(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
@@ -181,7 +181,7 @@ def test_broken_code_of_our_own_is_not_taken_for_a_failed_cell(run: Path, monkey
         train_experiments(run, cells("majority"), workers=1)
 
 
-def test_each_fold_file_is_read_once_however_many_cells_it_has(run: Path) -> None:
+def test_each_fold_file_is_read_once_for_all_experiments(run: Path) -> None:
     reads: Counter[tuple[str, str]] = Counter()
 
     def read(recipe: str, fold: str) -> Fold:

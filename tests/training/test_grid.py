@@ -106,7 +106,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_the_best_net_is_the_one_that_validation_a_likes_best(run: Path) -> None:
+def test_best_network_has_the_best_macro_f1_on_validation_a(run: Path) -> None:
     """Read from the headers of the headline's realistic cells; no test prediction is looked at."""
     scores = {("mlp", "host-0"): 0.8, ("mlp", "host-1"): 0.4, ("gru", "host-0"): 0.5, ("gru", "host-1"): 0.6}
     cells = [
@@ -139,7 +139,9 @@ def test_a_grid_is_narrowed_by_models_and_recipes(run: Path) -> None:
         ({"grid": "wide"}, "no grid 'wide'"),
     ],
 )
-def test_what_is_not_there_is_a_usage_error(run: Path, asked: dict[str, tuple[str, ...]], words: str) -> None:
+def test_unknown_model_recipe_or_grid_is_a_usage_error(
+    run: Path, asked: dict[str, tuple[str, ...]], words: str
+) -> None:
     with pytest.raises(UsageError, match=words):
         stages.build_experiments(stages.RunSettings(store=run, run=run, **asked))  # type: ignore[arg-type]
 

@@ -11,11 +11,12 @@ from tests.factories.synthetic_runs import World, write_run
 
 from phasewatch.dataset import FoldData, load, write_splits
 from phasewatch.errors import UsageError
+from phasewatch.models import registry
 from phasewatch.models.base import ModelInputs
 from phasewatch.models.checkpoint import read_header
 from phasewatch.training.experiment import Experiment, parse_experiment
 from phasewatch.training.train import train_experiments
-from phasewatch.training.tuning import TUNING_SPACES, tune
+from phasewatch.training.tuning import TUNING_SPACES, draw_settings, tune
 
 CELL = Experiment(recipe="held_out_host", fold="host-0", threat="realistic", model="gbt")
 
@@ -38,7 +39,7 @@ def sets_of(run: Path) -> FoldData:
     return replace(sets, train=narrow(sets.train), val_a=narrow(sets.val_a))
 
 
-def test_the_first_trial_is_the_defaults_and_the_best_on_validation_a_is_kept(run: Path) -> None:
+def test_first_trial_uses_the_defaults_and_the_best_on_validation_a_wins(run: Path) -> None:
     sets = sets_of(run)
     scores = [tune(sets, "gbt", trials=n, seed=0, purpose="x").val_a_macro_f1 for n in (1, 3, 5)]
 
@@ -49,7 +50,7 @@ def test_the_first_trial_is_the_defaults_and_the_best_on_validation_a_is_kept(ru
     assert best.trials == 5
 
 
-def test_a_tuned_cell_says_its_settings_and_how_many_were_tried_and_is_no_untuned_one(run: Path) -> None:
+def test_tuned_experiment_records_its_trials_and_differs_from_an_untuned_one(run: Path) -> None:
     def shallow(trials: int) -> int:
         return len(train_experiments(run, [CELL], workers=1, trials=trials).trained)
 
@@ -67,14 +68,25 @@ def test_a_tuned_cell_says_its_settings_and_how_many_were_tried_and_is_no_untune
     assert shallow(0) == 1
 
 
-def test_every_space_is_of_settings_that_its_model_has() -> None:
-    from phasewatch.models import registry
+@pytest.mark.parametrize("model", TUNING_SPACES)
+def test_drawn_settings_are_valid_settings_of_the_model(model: str) -> None:
+    for settings in draw_settings(model, n=3, seed=0, purpose="x"):
+        registry.create(model, settings=settings)
 
-    rng = np.random.default_rng(0)
-    for model, knobs in TUNING_SPACES.items():
-        registry.create(model, settings={knob.name: knob.draw(rng) for knob in knobs})
+        for row in TUNING_SPACES[model]:
+            value = settings[row.name]
+            assert value in row.choices if row.choices else row.low <= value <= row.high
 
 
-def test_a_model_without_settings_is_told_so_before_anything_is_trained(run: Path) -> None:
-    with pytest.raises(UsageError, match="'majority' has nothing to tune"):
+def test_more_draws_keep_the_earlier_ones_and_each_experiment_has_its_own() -> None:
+    three = draw_settings("gbt", n=3, seed=0, purpose="x")
+
+    assert draw_settings("gbt", n=5, seed=0, purpose="x")[:3] == three
+    assert draw_settings("gbt", n=3, seed=0, purpose="y") != three
+    assert draw_settings("gbt", n=3, seed=1, purpose="x") != three
+    assert len({str(settings) for settings in three}) == 3
+
+
+def test_model_without_settings_to_tune_is_refused_before_training(run: Path) -> None:
+    with pytest.raises(UsageError, match="'majority' has no settings to tune"):
         train_experiments(run, [replace(CELL, model="majority")], workers=1, trials=3)

@@ -1,7 +1,7 @@
 """Damage models whose digests are right, load and ask each in a child with limits, and count how the children end.
 
-``python fuzz_models.py SEED COUNT FOLDER``, where FOLDER holds checkpoints (``gbt/`` …) and edge bundles (``gbt.zip`` …);
-one JSON object of counts goes to stdout. A child may take 1 GiB above what its parent has, and 5 s of CPU.
+``python fuzz_models.py SEED COUNT FOLDER``, where FOLDER has checkpoints (``gbt/`` …) and edge bundles (``gbt.zip``
+…); one JSON object of counts goes to stdout. A child may take 1 GiB above what its parent has, and 5 s of CPU.
 """
 
 from __future__ import annotations
@@ -286,14 +286,22 @@ def damage_ubj(data: bytes, rng: random.Random) -> tuple[bytes, str]:
             near = int(inner[at]) + rng.choice((-2, -1, 1, 2, len(inner))) if inner.dtype.kind != "f" else 0
             info = np.iinfo(inner.dtype) if inner.dtype.kind != "f" else None
             new = rng.choice(FLOATS) if info is None else rng.choice((near, near, *EXTREMES))
-            inner[at] = np.float32(min(max(new, -3e38), 3e38) if new == new and abs(new) < 1e301 else new) if info is None else max(info.min, min(new, info.max))  # fmt: skip
+            inner[at] = (
+                np.float32(min(max(new, -3e38), 3e38) if new == new and abs(new) < 1e301 else new)
+                if info is None
+                else max(info.min, min(new, info.max))
+            )
         elif kind == 3:
             inner = inner[: rng.randrange(len(inner) + 1)]
         else:
             inner = np.concatenate([inner, inner])
         value[key] = inner
     elif isinstance(inner, np.ndarray):
-        value[key] = inner.astype(rng.choice((">i2", ">i4", ">i8", ">f4", ">f8", "u1"))) if rng.random() < 0.7 else inner.tolist()  # fmt: skip
+        value[key] = (
+            inner.astype(rng.choice((">i2", ">i4", ">i8", ">f4", ">f8", "u1")))
+            if rng.random() < 0.7
+            else inner.tolist()
+        )
     elif kind == 5 and isinstance(value, dict):
         del value[key]
     elif kind == 6 and isinstance(value, dict):
@@ -391,9 +399,11 @@ def damage_onnx(data: bytes, rng: random.Random) -> tuple[bytes, str]:
         values = attribute.ints or attribute.floats
         if values:
             at = rng.randrange(len(values))
-            values[at] = values[at] + rng.choice((-1, 1, 2)) if rng.random() < 0.5 else (
-                rng.choice(EXTREMES) if attribute.ints else rng.choice(FLOATS[:8])
-            )  # fmt: skip
+            values[at] = (
+                values[at] + rng.choice((-1, 1, 2))
+                if rng.random() < 0.5
+                else (rng.choice(EXTREMES) if attribute.ints else rng.choice(FLOATS[:8]))
+            )
             if rng.random() < 0.2:
                 del values[at:]
         elif attribute.type == 2:

@@ -157,10 +157,15 @@ def test_damaged_trees_are_refused_or_answer_with_probabilities() -> None:
     ("key", "settings"),
     [
         *(("mlp", {"width": value}) for value in (30_000, -1, 0, True, 1.5, "64", None, 2**70)),
-        ("cnn", {"width": 18}), ("transformer", {"width": 2}), ("mlp", {"dropout": 1.5}), ("mlp", {"depth": 3}),
-        ("gbt", {"rounds": 10**9}), ("gbt", {"depth": -1}), ("gbt", {"learning_rate": -1.0}),
+        ("cnn", {"width": 18}),
+        ("transformer", {"width": 2}),
+        ("mlp", {"dropout": 1.5}),
+        ("mlp", {"depth": 3}),
+        ("gbt", {"rounds": 10**9}),
+        ("gbt", {"depth": -1}),
+        ("gbt", {"learning_rate": -1.0}),
     ],
-)  # fmt: skip
+)
 def test_settings_that_cannot_be_are_refused_before_anything_is_made_of_them(
     key: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -188,15 +193,25 @@ def test_weights_of_another_width_than_the_settings_are_refused_before_memory_is
 @pytest.mark.parametrize(
     "changes",
     [
-        {"temperature": 1e-300}, {"temperature": 1e300}, {"seed": -1}, {"seed": 2**64}, {"columns": []}, {"columns": ["a", "a"]},
-        {"columns": [str(i) for i in range(5000)]}, {"floors": {"a": 1e308}}, {"seen": []}, {"history": {"a": "b"}},
-        {"files": {}}, {"files": {f"f{i}": {"bytes": 0, "sha256": ""} for i in range(20)}},
+        {"temperature": 1e-300},
+        {"temperature": 1e300},
+        {"seed": -1},
+        {"seed": 2**64},
+        {"columns": []},
+        {"columns": ["a", "a"]},
+        {"columns": [str(i) for i in range(5000)]},
+        {"floors": {"a": 1e308}},
+        {"seen": []},
+        {"history": {"a": "b"}},
+        {"files": {}},
+        {"files": {f"f{i}": {"bytes": 0, "sha256": ""} for i in range(20)}},
         {"files": {"model.json": {"bytes": 2**40, "sha256": ""}}},
         {"filter": {"transitions": [[0.2] * 5] * 5, "prior": [1e-320] * 5, "kappa": 1.0}},
         {"filter": {"transitions": [[1.0, 0, 0, 0, 0]] * 5, "prior": [0.2] * 5, "kappa": 1.0}},
-        {"alarm": {"none": {"theta": -1.0}}}, {"alarm": {"none": {"theta": 0.5, "k": 10**9, "n": 10**9}}},
+        {"alarm": {"none": {"theta": -1.0}}},
+        {"alarm": {"none": {"theta": 0.5, "k": 10**9, "n": 10**9}}},
     ],
-)  # fmt: skip
+)
 def test_a_header_whose_values_cannot_be_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     checkpoint_of("majority").copy_to(tmp_path)
     header = json.loads((tmp_path / CHECKPOINT_FILE).read_text())
@@ -269,14 +284,19 @@ ROW = [0.2, 0.2, 0.2, 0.2, 0.2]
 @pytest.mark.parametrize(
     "answer",
     [
-        pytest.param([[0.2] * 4] * 3, id="four phases"), pytest.param([ROW] * 2, id="a window too few"),
-        pytest.param(ROW, id="one row for all"), pytest.param([ROW, [float("nan")] * 5, ROW], id="not a number"),
+        pytest.param([[0.2] * 4] * 3, id="four phases"),
+        pytest.param([ROW] * 2, id="a window too few"),
+        pytest.param(ROW, id="one row for all"),
+        pytest.param([ROW, [float("nan")] * 5, ROW], id="not a number"),
         pytest.param([ROW, ROW, [float("inf"), 0, 0, 0, 0]], id="without end"),
-        pytest.param([ROW, ROW, [-0.1, 1.1, 0, 0, 0]], id="negative"), pytest.param([["a"] * 5] * 3, id="texts"),
-        pytest.param(None, id="nothing"), pytest.param([ROW, [0, 0, 0, 0, 1.0], ROW], id="all on a phase never seen"),
-        pytest.param([ROW, [0.0] * 5, ROW], id="zeros"), pytest.param([ROW, [1e308] * 5, ROW], id="sums without end"),
+        pytest.param([ROW, ROW, [-0.1, 1.1, 0, 0, 0]], id="negative"),
+        pytest.param([["a"] * 5] * 3, id="texts"),
+        pytest.param(None, id="nothing"),
+        pytest.param([ROW, [0, 0, 0, 0, 1.0], ROW], id="all on a phase never seen"),
+        pytest.param([ROW, [0.0] * 5, ROW], id="zeros"),
+        pytest.param([ROW, [1e308] * 5, ROW], id="sums without end"),
     ],
-)  # fmt: skip
+)
 def test_answers_that_are_no_probabilities_are_refused_with_the_models_name(answer: object) -> None:
     train, val = examples("gbt", 60, classes=3), examples("gbt", 3, classes=3)
     model = Fixed().fit(train, val)
@@ -354,16 +374,28 @@ def make_models(folder: Path) -> None:
             if row.key not in ("gbt", "mlp", "cnn", "gru", "lstm", "transformer"):
                 continue
             header = EdgeHeader(
-                format=EDGE_FORMAT, recipe="deploy", fold="all", schema_hash=schema_hash(),
-                behaviour_fingerprint=behaviour_fingerprint(), classes=tuple(map(str, PHASES)), trained=TrainingOrigin(),
+                format=EDGE_FORMAT,
+                recipe="deploy",
+                fold="all",
+                schema_hash=schema_hash(),
+                behaviour_fingerprint=behaviour_fingerprint(),
+                classes=tuple(map(str, PHASES)),
+                trained=TrainingOrigin(),
                 models=(
                     EdgeModel(
-                        member="proc.onnx", model=row.key, threat="proc", table="raw", seed=0,
-                        input_kind=str(row.kind), columns=spec(row.key).names, rules={},
+                        member="proc.onnx",
+                        model=row.key,
+                        threat="proc",
+                        table="raw",
+                        seed=0,
+                        input_kind=str(row.kind),
+                        columns=spec(row.key).names,
+                        rules={},
                     ),
                 ),
-                versions={}, members={},
-            )  # fmt: skip
+                versions={},
+                members={},
+            )
             members = {"proc.onnx": to_onnx(model), EDGE_SCHEMA_FILE: b"{}", EDGE_CARD_FILE: b""}
             (folder / f"{row.key}.zip").write_bytes(pack_edge_bundle(header, members))
 

@@ -165,7 +165,6 @@ def _serve(
         access,
         title=title,
         producers=producers,
-        tell=lambda message: typer.echo(f"error: {escape_for_terminal(message)}", err=True),
     )
 
 

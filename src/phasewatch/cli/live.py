@@ -29,10 +29,11 @@ from phasewatch.features.normalise import render_baseline
 from phasewatch.inference.model_selection import find_models
 from phasewatch.live.baseline import measure_vm_baseline, read_baseline_file
 from phasewatch.live.discover import RunningVm, find_running_vm, list_running_vms
-from phasewatch.live.doors import MonitorEndpointKind, select_reported_endpoint
+from phasewatch.live.monitor_endpoints import MonitorEndpointKind, select_reported_endpoint
 from phasewatch.live.outputs import NonBlockingWriter
 from phasewatch.live.ownership import WatchFolder, find_watch_folders
 from phasewatch.live.session import WatchReport, WatchRequest, run_watch
+from phasewatch.live.watcher import WatchCallbacks
 from phasewatch.types import BIN_NS
 
 __all__ = ["baseline", "watch"]
@@ -60,8 +61,7 @@ def baseline(
             machine,
             qmp=qmp,
             minutes=minutes,
-            say=lambda line: typer.echo(escape_for_terminal(line), err=True),
-            tell=lambda done, total: progress.update("measure", done, total, f"{done} of {total} s"),
+            progress=progress,
         )
     atomic.make_folder(out.absolute().parent)
     atomic.write_atomic(out.absolute(), render_baseline(measured))
@@ -113,7 +113,7 @@ def watch(
         seconds=seconds,
     )
     with _open_outputs(is_only=not webhook) as (out, err), route_logs(err):
-        report = run_watch(request, _build_event_printer(out, err, as_json=as_json), err)
+        report = run_watch(request, WatchCallbacks(on_event=_build_event_printer(out, err, as_json=as_json)))
         _print_report(report, out, err, as_json=as_json)
     if lost := report.watched.not_saved:
         raise MachineError(f"--save {save}: {lost} bundles were not written: {report.watched.save_failure}")

@@ -75,7 +75,7 @@ def predict(
             parse_store_location(source),
             predictor,
             out,
-            tell=lambda path, n, total: progress.update("predict", n, total, path),
+            progress=progress,
         )
     for path, reason in done.failed:
         typer.echo(escape_for_terminal(f"{path}: no predictions: {reason}"), err=True)

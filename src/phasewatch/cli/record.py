@@ -25,7 +25,6 @@ from phasewatch.lab.custom_workload import (
 from phasewatch.lab.plan import PlanSpec, RecordingSession, build_sessions, check_elapsed_time, select_sessions
 from phasewatch.lab.plans import read_plan
 from phasewatch.lab.qemu_command import HOST_SHAPES
-from phasewatch.lab.recorder import ProgressBar, RecorderProgress, SilentProgress
 from phasewatch.naming import make_profile_name
 from phasewatch.profiles import EPISODE_RANGE_S
 from phasewatch.simulate import SimulationSettings
@@ -100,18 +99,19 @@ def record(
         return
     if not resume and out.is_dir() and any(out.glob("*/*.tar.zst")):
         raise UsageError(f"{out}: has bundles already; leave out --no-resume to continue, or name a new folder")
-    bars: AbstractContextManager[RecorderProgress] = nullcontext(SilentProgress()) if as_json else ProgressBar()
-    with bars as progress:
+    with show_progress(quiet=as_json) as progress:
         done = campaign.record_plan(
             list(sessions),
             store=out,
-            cache=campaign.default_cache(),
+            options=campaign.RecordingOptions(
+                cache=campaign.default_cache(),
+                shapes=(own.shape,) if own else HOST_SHAPES,
+                idle_wait_s=idle_wait,
+                accel=accel,
+                scripts=task.scripts,
+                custom_machine=own,
+            ),
             progress=progress,
-            idle_wait_s=idle_wait,
-            accel=accel,
-            shapes=(own.shape,) if own else HOST_SHAPES,
-            scripts=task.scripts,
-            own=own,
         )
     summary = (
         f"{done.recorded} episodes recorded, {done.crowded} of them with CPU contention; {done.present} skipped "
@@ -251,9 +251,9 @@ def simulate(
             workers=workers,
             between_s=seconds,
             days=days,
-            knobs=knobs,
+            settings=knobs,
             kinds=common.parse_names(fault_kinds),
-            on_progress=lambda n: progress.update("simulate", n, episodes),
+            progress=progress,
         )
     result = {"store": str(made.store), "truth": str(made.truth), "episodes": made.episodes, "faulty": made.faulty}
     lines = [

@@ -11,7 +11,7 @@ import typer
 
 from phasewatch import atomic
 from phasewatch.artifacts import METRICS_FILE
-from phasewatch.audit.checks import AUDIT_FILE
+from phasewatch.artifacts import AUDIT_FILE
 from phasewatch.cli import common
 from phasewatch.cli.folders import check_run_folder, find_bundled_corpus
 from phasewatch.cli.options import (

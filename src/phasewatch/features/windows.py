@@ -101,7 +101,7 @@ def label_windows(spans: Sequence[LabelSpan], starts_ns: NDArray[np.int64]) -> W
         inside = np.minimum(starts_ns + WINDOW_NS, span.end_ns) - np.maximum(starts_ns, span.start_ns)
         row = phases.index(span.phase)
         held[row] += np.maximum(inside, 0)
-        newest[row, inside > 0] = number  # spans stand in time order
+        newest[row, inside > 0] = number  # spans are in time order
     if not phases:
         return WindowLabels(
             phase=np.full(w, -1, np.int8), purity=np.zeros(w, np.float32), is_mixed=np.zeros(w, np.bool_)

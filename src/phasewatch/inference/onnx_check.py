@@ -57,7 +57,7 @@ def check_onnx_trees(nodes: Sequence[OnnxNode], features: int) -> None:
         raise ValueError(f"{len(found)} operators of trees, expected one")
     attributes = found[0].attributes
     if odd := set(attributes) ^ {*_INT_ATTRIBUTES, *_FLOAT_ATTRIBUTES, *_OTHER_ATTRIBUTES}:
-        raise ValueError(f"trees: attribute {min(odd)[:40]!r} is absent, or none of an export's")
+        raise ValueError(f"trees: attribute {min(odd)[:40]!r} is absent, or not one of the exporter's")
     ints = {name: _check_array(attributes, name, np.dtype(np.int64)) for name in _INT_ATTRIBUTES}
     floats = {name: _check_array(attributes, name, np.dtype("<f4")) for name in _FLOAT_ATTRIBUTES}
     modes = _check_array(attributes, "nodes_modes", np.dtype(object))
@@ -94,27 +94,27 @@ def _check_nodes(ints: dict[str, IntArray], modes: NDArray[Any], size: int, feat
         raise ValueError("trees: a node that is neither a leaf nor a test for 'less than'")
     column, tracks = ints["nodes_featureids"], ints["nodes_missing_value_tracks_true"]
     if not ((column >= 0) & (column < features)).all() or not np.isin(tracks, (0, 1)).all():
-        raise ValueError(f"trees: a column that is none of {features}")
+        raise ValueError(f"trees: a column outside 0 to {features - 1}")
     last = np.repeat(sizes, sizes)
     yes, no = ints["nodes_truenodeids"], ints["nodes_falsenodeids"]
     for child in (yes, no):
         if not ((child > own) & (child < last))[~leaf].all() or child[leaf].any():
-            raise ValueError("trees: a child does not stand behind its parent in its tree")
+            raise ValueError("trees: a child does not follow its parent in its tree")
     reached = np.bincount(np.concatenate([(start + yes)[~leaf], (start + no)[~leaf]]), minlength=size)
     if (reached != (own != 0)).any():
-        raise ValueError("trees: a node is reached not at all, or twice")
+        raise ValueError("trees: a node is not reached, or reached twice")
 
 
 def _check_leaves(ints: dict[str, IntArray], leaf: NDArray[np.bool_], size: int) -> None:
     if any(len(ints[name]) != size for name in ("class_treeids", "class_nodeids", "class_ids")):
         raise ValueError("trees: lists of leaves of different lengths")
     if not ((ints["class_ids"] >= 0) & (ints["class_ids"] < N_CLASSES)).all():
-        raise ValueError(f"trees: a weight for a class that is none of {N_CLASSES}")
+        raise ValueError(f"trees: a weight for a class outside 0 to {N_CLASSES - 1}")
     theirs = np.stack([ints["class_treeids"], ints["class_nodeids"]])
     ours = np.stack([ints["nodes_treeids"][leaf], ints["nodes_nodeids"][leaf]])
     order = np.lexsort(theirs[::-1])
     if theirs.shape != ours.shape or (theirs[:, order] != ours).any():
-        raise ValueError("trees: a leaf has not one weight")
+        raise ValueError("trees: a leaf does not have one weight")
 
 
 ONNX_INPUT, ONNX_OUTPUT = "x", "probabilities"
@@ -203,7 +203,7 @@ def _parse_onnx(data: bytes, shape: tuple[int, ...]) -> OnnxGraph:
     for field in (2, 3, 4):
         model.text(field)
     if model.data(6):
-        raise ValueError("it holds a text that no export has")
+        raise ValueError("it holds a text that the exporter does not write")
     graph = parse_message(model.data(7), _GRAPH, limit=MAX_GRAPH_NODES + MAX_INITIALIZERS + 16)
     graph.text(2)
     if graph.data(10) or len(graph.repeated(1)) > MAX_GRAPH_NODES or len(graph.repeated(5)) > MAX_INITIALIZERS:
@@ -257,7 +257,7 @@ def _parse_tensor(data: memoryview) -> tuple[str, OnnxTensor]:
 def _parse_node(data: memoryview) -> OnnxNode:
     node = parse_message(data, _NODE, limit=64)
     if node.data(6):
-        raise ValueError("an operator holds a text that no export has")
+        raise ValueError("an operator holds a text that the exporter does not write")
     node.text(3)
     attributes: dict[str, Any] = {}
     for part in node.repeated(5):
@@ -289,7 +289,7 @@ def _parse_attribute(data: memoryview) -> tuple[str, Any]:
     attribute = parse_message(memoryview(bytes(head) + bytes(tail)), _ATTRIBUTE)
     name, kind = attribute.text(1), attribute.number(20)
     if attribute.data(13) or not name:
-        raise ValueError("an attribute holds a text that no export has, or no name")
+        raise ValueError("an attribute holds a text that the exporter does not write, or no name")
     single = {_KIND_FLOAT: 2, _KIND_INT: 3, _KIND_TEXT: 4}
     # proto2 writers may leave the other values out or write them as their default; ours leaves them out.
     if any(attribute.has(field) for field in single.values() if field != single.get(kind)):
@@ -315,7 +315,7 @@ def _split_attribute(data: memoryview) -> tuple[memoryview, memoryview, memoryvi
         at = _find_field_end(data, at)
     if at == len(data):
         return data, data[:0], data[:0]
-    # Behind the list may stand a text (13) and the type (20), at most a few bytes; they start with other tags.
+    # After the list come a text (13) and the type (20), at most a few bytes; they start with other tags.
     tag, start = data[at], at
     if tag == 0x3D:
         raw = np.frombuffer(data[at:], np.uint8)

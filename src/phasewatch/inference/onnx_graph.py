@@ -148,7 +148,7 @@ class _OperatorShape:
     def infer(self) -> list[OnnxTensor]:
         found = _SHAPE_RULES[self.name](self)
         if self._unread:
-            raise ValueError(f"{self.name}: attribute {min(self._unread)[:40]!r} is none of an export's")
+            raise ValueError(f"{self.name}: attribute {min(self._unread)[:40]!r} is not one of the exporter's")
         return found
 
     def build_error(self, words: str) -> ValueError:

@@ -33,7 +33,7 @@ from phasewatch.artifacts import (
     REPORT_FILE,
     VALIDATION_FILE,
 )
-from phasewatch.audit.checks import AUDIT_FILE
+from phasewatch.artifacts import AUDIT_FILE
 from phasewatch.dataset.split_files import RecipeResult, read_split_index
 from phasewatch.errors import RunError, SplitError, StoreError, UsageError
 from phasewatch.evaluation.evaluate import read_metrics

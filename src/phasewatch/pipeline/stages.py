@@ -397,12 +397,9 @@ def train(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> TrainRe
         progress: Progress of the task ``train``.
     """
 
-    def report(experiment: Experiment, done: int, total: int) -> None:
-        progress.update("train", done, total, f"{experiment.model} {experiment.fold}")
-
     def train_all(experiments: Sequence[Experiment]) -> TrainReport:
         return train_experiments(
-            settings.run, experiments, workers=settings.workers, trials=settings.trials, tell=report
+            settings.run, experiments, workers=settings.workers, trials=settings.trials, progress=progress
         )
 
     experiments = build_experiments(settings)
