@@ -1,4 +1,4 @@
-"""One model in two places: paired gaps between recipes, threat models, tables and filters, over the windows that both tested."""
+"""Paired gaps of one model between recipes, channel sets, inputs and smoothings, over the windows that both tested."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from phasewatch.types import SourceKind
 
 AGENT_ON, AGENT_OFF = "on", "off"
 SPLIT_PROTOCOLS = ("random_windows", "in_distribution", "held_out_sample", "held_out_host", "held_out_both")
-PROTOCOL_SETTING = ("realistic", "raw", NO_FILTER)  # threat model, table and filter of the inflation meter
+PROTOCOL_SETTING = ("realistic", "raw", NO_FILTER)  # channel set, input and smoothing of the split comparison
 _FIRST_SIDE, _SECOND_SIDE = "one", "other"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GapFamily:
-    """A family of gaps, corrected together.
+    """A family of gaps whose p-values are corrected together.
 
     Attributes:
-        name: Of the metric: ``macro_f1_<name>_gap``; `compared_to` is then another recipe, threat model, table or filter.
-        pairs: Boards whose gap, first less second, is asked for, and the agent of the episodes.
+        name: The middle of the metric ``macro_f1_<name>_gap``.
+        pairs: Two prediction groups, the gap being first minus second, and the agent state of the episodes.
     """
 
     name: str
@@ -51,17 +51,17 @@ class GapFamily:
 
 
 def needs_agent(threat: str) -> bool:
-    """Whether a threat model has a channel that only the guest's agent gives."""
+    """Return whether a channel set has a channel that only the guest agent provides."""
     return any(on and c.source is SourceKind.GUEST for c, on in zip(CHANNELS, build_channel_mask(threat), strict=True))
 
 
 def choose_agent_state(threat: str) -> str:
-    """Say on which episodes a threat model is scored first: where the agent ran if it needs it, else where it did not."""
+    """Return the agent state of the episodes that a channel set is scored on: ``on`` if it needs the agent."""
     return AGENT_ON if needs_agent(threat) else AGENT_OFF
 
 
 def _build_gap_families(boards: Sequence[PredictionGroup]) -> Iterator[GapFamily]:
-    """List the gaps that a reader asks for, as far as the boards are there."""
+    """Yield the families of gaps, as far as their groups exist."""
     at = {b.key: b for b in boards}
 
     def board(recipe: str, threat: str, table: str, filter_: str = NO_FILTER) -> PredictionGroup | None:
@@ -90,7 +90,7 @@ def _build_gap_families(boards: Sequence[PredictionGroup]) -> Iterator[GapFamily
 def _pair_source_subsets(
     recipe: str, table: str, board: Callable[..., PredictionGroup | None]
 ) -> Iterator[tuple[PredictionGroup, PredictionGroup, str | None]]:
-    """Hold each subset of sources against all four, and those without the agent against all that the host has."""
+    """Yield each subset of sources with all four, and those without the agent with all host-side sources."""
     subsets = list_source_subsets()
     for agent, full in ((AGENT_ON, subsets[-1]), (AGENT_OFF, PROTOCOL_SETTING[0])):
         whole = board(recipe, full, table)

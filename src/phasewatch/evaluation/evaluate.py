@@ -1,4 +1,4 @@
-"""Read predictions, score every board of them, write `metrics_v2.json`."""
+"""Score the predictions of a run and write `metrics_v2.json`."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ _FOLD_MEAN_NOTE = MetricNote(code=NoteCode.MEAN_OVER_FOLDS, text="mean over fold
 def build_training_rows(
     run: Path, boards: Sequence[PredictionGroup], val_b: PredictionGroup | None, place: HeadlineKey
 ) -> Iterator[MetricRow]:
-    """Return the windows that each model learnt from, and the validation score by which the headline's model is chosen.
+    """Yield each model's number of training windows, and the validation score that chooses the headline's model.
 
-    A run without checkpoints (predictions that came from elsewhere) has no such row.
+    A run without checkpoints (predictions from elsewhere) has no such rows.
 
     Args:
         run: The run.
         boards: Test predictions.
-        val_b: The predictions of validation B where the headline stands. Validation A stopped the training of some
-            models, which therefore look better on it than they are.
-        place: Where the headline stands.
+        val_b: The headline's predictions on validation B. Validation A stopped the training of some models, which
+            therefore score too high on it.
+        place: The headline's key.
     """
     for board in boards:
         if board.filter != NO_FILTER:
@@ -114,13 +114,13 @@ def _read_header_if_any(run: Path, cell: Experiment) -> checkpoint.CheckpointHea
         return None
 
 
-def _compute_macro_f1(said: ModelPredictions) -> float:
-    return float(macro_f1(confusion_counts(said.windows.y_true, said.output.y_pred)))
+def _compute_macro_f1(predictions: ModelPredictions) -> float:
+    return float(macro_f1(confusion_counts(predictions.windows.y_true, predictions.output.y_pred)))
 
 
-AGENT_STATES = ("off", "on", None)  # null = both
-POOLED_FOLD = "pooled"
-SCHEDULE_FILTER = "schedule"  # a reference row: its filter has no emissions, so no alarm of it means anything
+_AGENT_STATES = ("off", "on", None)  # None = both
+_POOLED_FOLD = "pooled"
+_SCHEDULE_FILTER = "schedule"  # a reference without observations, so its alarms mean nothing
 
 
 def evaluate_run(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -> MetricTable:
@@ -133,9 +133,9 @@ def evaluate_run(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -> M
 def compute_metrics(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -> MetricTable:
     """Score the test predictions of a run.
 
-    A board pools the folds of a recipe, or is one fold. Models stand on a board together only if they answered for
-    exactly its windows: who was trained on one fold alone is compared on that fold alone. What cannot be scored
-    (predictions of another split, probabilities that are no numbers) is said in a note, and the rest is scored.
+    Models are compared on exactly the same windows: the pooled folds of a recipe, or one fold. A model that was trained
+    on one fold is compared on that fold only. Predictions that cannot be scored (of another split, or with broken
+    probabilities) get a note, and the rest is scored.
 
     Raises:
         RunError: If there are no test predictions, or two models saw other truths for the same window.
@@ -172,10 +172,10 @@ def compute_metrics(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -
 
 @contextmanager
 def _limit_threads() -> Iterator[None]:
-    """Multiply with one thread: the products are small, and on a busy machine idle BLAS threads cost ten times the work."""
+    """Limit BLAS to one thread: products are small, and idle threads cost ten times the work on a busy machine."""
     try:
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-    except ImportError:  # comes with scikit-learn; without it numbers are the same, only later
+    except ImportError:  # comes with scikit-learn; without it the numbers are the same, but slower
         yield
         return
     with threadpool_limits(1):
@@ -183,7 +183,7 @@ def _limit_threads() -> Iterator[None]:
 
 
 def _read_folds(run: Path) -> tuple[dict[tuple[str, str], Fold], dict[str, str]]:
-    """Read the cuts that the run has, with the digests of their files."""
+    """Read the splits of a run, with the digests of their files."""
     paths = sorted((run / "splits").glob("*.json"))
     folds = [parse_fold(path.read_bytes(), file=str(path)) for path in paths]
     digests = {f"splits/{path.name}": file_sha256(path) for path in paths}
@@ -191,7 +191,7 @@ def _read_folds(run: Path) -> tuple[dict[tuple[str, str], Fold], dict[str, str]]
 
 
 def _score_group(board: PredictionGroup, val_b: PredictionGroup | None, rules: EvaluationSettings) -> list[MetricRow]:
-    """Score the models that answered for all folds together, then those of each fold; then say what could not be."""
+    """Score the models of all pooled folds, then those of each fold; then note what could not be scored."""
     rows: list[MetricRow] = []
     keys = {
         "recipe": board.recipe,
@@ -200,15 +200,15 @@ def _score_group(board: PredictionGroup, val_b: PredictionGroup | None, rules: E
         "smoothing": board.filter,
     }
     own = comparisons.choose_agent_state(board.threat)
-    for agent in AGENT_STATES:
-        # By profile, host and sample where the threat model is at home, or the numbers of a full grid are too many.
+    for agent in _AGENT_STATES:
+        # By profile, host and sample only on the channel set's own agent state: a full grid has too many rows.
         rows += _score_folds(
-            board, board.folds, MetricKey(**keys, fold=POOLED_FOLD, agent=agent), rules, parts=agent == own
+            board, board.folds, MetricKey(**keys, fold=_POOLED_FOLD, agent=agent), rules, parts=agent == own
         )
     if board.filter == NO_FILTER and board.recipe == HeadlineKey().recipe:
         for fold in board.folds:
             rows += _score_folds(board, [fold], MetricKey(**keys, fold=fold, agent=own), rules, parts=False)
-    place = MetricKey(**keys, fold=POOLED_FOLD, agent=None)
+    place = MetricKey(**keys, fold=_POOLED_FOLD, agent=None)
     if (joined := board.pool()) is not None and (chosen := joined.select_agent(own)) is not None:
         scope = build_scoring_set(chosen, rules)
         rows += build_calibration_rows(place.with_agent(own), scope)
@@ -231,7 +231,7 @@ def _score_folds(
     if chosen is None:
         return []
     parts = parts and board.filter == NO_FILTER
-    details = place.fold == POOLED_FOLD and (parts or place.agent != AGENT_STATES[1])
+    details = place.fold == _POOLED_FOLD and (parts or place.agent != _AGENT_STATES[1])
     return build_leaderboard_rows(place, chosen, rules, parts=parts, details=details)
 
 
@@ -242,16 +242,16 @@ def _score_alarms(
     recorded: Mapping[str, EpisodeTimeline],
     rules: EvaluationSettings,
 ) -> list[MetricRow]:
-    """Take the operator's view on the boards that hold out a host; those that need the agent on its episodes."""
+    """Build the alarm rows of the recipes that hold out a host, on the agent state of each channel set."""
     rows: list[MetricRow] = []
-    wanted = [b for b in boards if b.recipe in alarms.ALARM_RECIPES and b.filter != SCHEDULE_FILTER]
+    wanted = [b for b in boards if b.recipe in alarms.ALARM_RECIPES and b.filter != _SCHEDULE_FILTER]
     soak = (
         {b.key: b for b in parse_prediction_groups(_filter_recipes(table, wanted), {}, part="soak")} if recorded else {}
     )
     for board in wanted:
         place = MetricKey(
             recipe=board.recipe,
-            fold=POOLED_FOLD,
+            fold=_POOLED_FOLD,
             channel_set=board.threat,
             input=board.table,
             smoothing=board.filter,
@@ -268,7 +268,7 @@ def _score_alarms(
 
 
 def _filter_recipes(table: Any, boards: Sequence[PredictionGroup]) -> Any:
-    """Keep the rows of these boards: soak stands in every cell, and a full grid has thousands."""
+    """Select the rows of these recipes: each of a full grid's thousands of experiments has soak rows."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -276,7 +276,7 @@ def _filter_recipes(table: Any, boards: Sequence[PredictionGroup]) -> Any:
 
 
 def read_timelines(run: Path) -> dict[str, EpisodeTimeline]:
-    """Read label spans and the rates of damage from the run's grids; nothing where there are none."""
+    """Read label spans and impact rates from the run's bins; empty without bins."""
     folder = run / BINS_DIR
     if not (folder / GRID_INDEX).is_file():
         return {}
@@ -285,7 +285,10 @@ def read_timelines(run: Path) -> dict[str, EpisodeTimeline]:
     columns = [names.index(name) for _, name, _ in IMPACT_METRICS]
     return {
         row.episode_id: EpisodeTimeline(
-            spans=row.spans, t0_ns=row.t0_ns, rates=grids.episode_bins(row)[:, columns], group=compute_sample_group(row.profile, row.sample_name),
+            spans=row.spans,
+            t0_ns=row.t0_ns,
+            rates=grids.episode_bins(row)[:, columns],
+            group=compute_sample_group(row.profile, row.sample_name),
         )
         for row in index_rows_by_id(grids).values()
-    }  # fmt: skip
+    }

@@ -1,4 +1,4 @@
-"""All numbers over one set of test windows: the models side by side, by class, profile, host and sample, and their gaps."""
+"""Metric rows of one set of test windows: models side by side, by class, profile, host and sample, and gaps."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _UNTESTED_NOTE = MetricNote(code=NoteCode.NO_TEST_WINDOWS, text="no test window"
 
 
 def build_detail_rows(place: MetricKey, scope: ScoringSet) -> Iterator[MetricRow]:
-    """Give support, confusion and calibration over all windows of the board."""
+    """Yield support, confusion matrix and calibration errors over all windows of the set."""
     counts, kept = scope.counts(), select_resamples(scope)
     support = np.bincount(scope.windows.y_true, minlength=len(PHASES))
     for code, phase in enumerate(PHASES):
@@ -69,9 +69,16 @@ def build_detail_rows(place: MetricKey, scope: ScoringSet) -> Iterator[MetricRow
         mean = np.mean([metrics.confusion_counts(scope.windows.y_true, a.y_pred) for a in answers], axis=0)
         for truth, decided in np.ndindex(mean.shape):
             yield place.row(
-                metric="confusion", model=model, seed="mean", phase=str(PHASES[truth]), bin=float(decided),
-                value=float(mean[truth, decided]), unit="windows", note=_COUNT_NOTE, **counts,
-            )  # fmt: skip
+                metric="confusion",
+                model=model,
+                seed="mean",
+                phase=str(PHASES[truth]),
+                bin=float(decided),
+                value=float(mean[truth, decided]),
+                unit="windows",
+                note=_COUNT_NOTE,
+                **counts,
+            )
         by_cluster = [bootstrap.sum_by_cluster(scope.clusters, _compute_calibration_terms(scope, a)) for a in answers]
         drawn = resample_counts(scope, kept, by_cluster)
         points = [s.sum(axis=0, keepdims=True) for s in by_cluster]
@@ -133,7 +140,7 @@ def _compute_brier(columns: FloatArray) -> FloatArray:
 def build_note_rows(
     place: MetricKey, scope: ScoringSet, rules: EvaluationSettings, rows: Sequence[MetricRow]
 ) -> list[MetricRow]:
-    """Say in words what a reader of the numbers must know: too few sessions, nothing above the clock, what is untested."""
+    """Build remarks: untested profiles and phases, origins, few sessions, models not above elapsed time."""
     counts = scope.counts()
 
     def build_remark(code: NoteCode, text: str, **columns: object) -> MetricRow:
@@ -185,7 +192,10 @@ def build_note_rows(
 
 
 def _orient_gap(row: MetricRow) -> MetricRow:
-    """Count a gap from the model's side: one of the user's own stands behind the baselines, so its row counts from the clock."""
+    """Orient a gap from the model's side.
+
+    A user's own model is listed after the baselines, so its row has elapsed time first.
+    """
     if row.compared_to == ELAPSED_TIME or row.value is None:
         return row
     low, high = (None, None) if row.low is None or row.high is None else (-row.high, -row.low)
@@ -237,7 +247,7 @@ def build_leaderboard_rows(
 def _build_host_spread_rows(
     place: MetricKey, whole: ScoringSet, rules: EvaluationSettings, rows: Sequence[MetricRow]
 ) -> Iterator[MetricRow]:
-    """Give the mean over hosts, the worst one and how far they are apart; an interval only from `MIN_HOSTS` hosts on."""
+    """Yield mean over hosts, worst host and range of hosts; an interval only from `MIN_HOSTS` hosts on."""
     counts = {**whole.counts(), **count_profiles(whole, rules)}
     for model in whole.predictions.group_by_model():
         own = [r for r in select_rows(rows, "macro_f1", model=model, profile=None, phase=None) if r.host_id]
@@ -290,7 +300,7 @@ def _build_group_rows(place: MetricKey, whole: ScoringSet, rules: EvaluationSett
 
 
 def _build_host_profile_rows(place: MetricKey, whole: ScoringSet, rules: EvaluationSettings) -> Iterator[MetricRow]:
-    """Give the scores of each host and profile together, where both were tested."""
+    """Yield the scores of each pair of host and profile that was tested."""
     hosts, profiles = whole.windows.host_id, whole.windows.profile
     for host, profile in sorted(set(zip(hosts, profiles, strict=True))):
         part = whole.select((hosts == host) & (profiles == profile))
@@ -300,7 +310,7 @@ def _build_host_profile_rows(place: MetricKey, whole: ScoringSet, rules: Evaluat
 def _build_score_rows(
     place: MetricKey, scope: ScoringSet, rules: EvaluationSettings, where: Mapping[str, str]
 ) -> list[MetricRow]:
-    """Give macro-F1, three-state macro-F1 and F1 by class of each model, for its seeds and their mean; then the gaps."""
+    """Build macro-F1, three-state macro-F1 and F1 by class of each model, per seed and mean; then the gaps."""
     kept = select_resamples(scope)
     scored = score_models(scope, kept)
     counts = scope.counts()
@@ -328,16 +338,22 @@ def _build_score_rows(
                 )
             )
         if len(where) > 1:
-            continue  # a class of one host's one profile, or of one sample, is a handful of windows
+            continue  # one class of one host and profile, or of one sample, has only a few windows
         points, draws = _collect_scores(seeds, "f1")
         for c in scope.classes:
             of_class = mean_over_seeds([None if d is None else d[:, c] for d in draws])
             rows.append(
                 place.row(
-                    metric="f1", model=model, seed="mean", phase=str(PHASES[c]),
-                    value=float(np.mean([v[c] for v in points])), **build_interval(of_class, kept), **where, **counts,
+                    metric="f1",
+                    model=model,
+                    seed="mean",
+                    phase=str(PHASES[c]),
+                    value=float(np.mean([v[c] for v in points])),
+                    **build_interval(of_class, kept),
+                    **where,
+                    **counts,
                 )
-            )  # fmt: skip
+            )
     return rows if where else rows + _build_model_gap_rows(place, scored, kept, covered)
 
 
@@ -347,9 +363,9 @@ def _build_model_gap_rows(
     kept: ResampleSelection,
     counts: Mapping[str, int],
 ) -> list[MetricRow]:
-    """Compute the paired gap of each two models, seeds averaged inside each resample.
+    """Compute the paired gap of every two models, seeds averaged within each resample.
 
-    Holm's family holds the gaps of a model: two baselines have a p-value of their own, and correct nobody else's.
+    Holm's family is the gaps with at least one model that is not a baseline; two baselines keep their own p-value.
     """
     rows: list[MetricRow] = []
     for metric in MACRO_METRICS:
@@ -361,10 +377,17 @@ def _build_model_gap_rows(
         for (one, other), d, p, p_holm in zip(pairs, gaps, p_values, bootstrap.adjust_p_values(family), strict=True):
             rows.append(
                 place.row(
-                    metric=f"{metric}_gap", model=one, compared_to=other, seed="mean",
-                    value=means[one][0] - means[other][0], p=p, p_holm=p_holm, **build_interval(d, kept), **counts,
+                    metric=f"{metric}_gap",
+                    model=one,
+                    compared_to=other,
+                    seed="mean",
+                    value=means[one][0] - means[other][0],
+                    p=p,
+                    p_holm=p_holm,
+                    **build_interval(d, kept),
+                    **counts,
                 )
-            )  # fmt: skip
+            )
     return rows
 
 
