@@ -93,7 +93,7 @@ def predict_classes_out_of_fold(
     if len(np.unique(groups[rows])) < N_FOLDS or len(np.unique(y[rows])) < 2:
         return None
     k = int(y[rows].max()) + 1
-    said = np.full(len(y), -1)
+    predicted = np.full(len(y), -1)
     for train, test in _iterate_group_folds(groups, rows):
         count = np.bincount(y[train], minlength=k)
         weight = np.divide(1.0, count, out=np.zeros(k), where=count > 0) * len(y[train]) / max(1, (count > 0).sum())
@@ -104,8 +104,8 @@ def predict_classes_out_of_fold(
             num_boost_round=_PROBE_ROUNDS,
             verbose_eval=False,
         )
-        said[test] = np.asarray(booster.inplace_predict(x[test], missing=np.nan)).reshape(-1, k).argmax(axis=1)
-    return said
+        predicted[test] = np.asarray(booster.inplace_predict(x[test], missing=np.nan)).reshape(-1, k).argmax(axis=1)
+    return predicted
 
 
 def predict_values_out_of_fold(
@@ -114,7 +114,7 @@ def predict_values_out_of_fold(
     """Predict the number ``t`` ``(n,)`` of every row of ``x`` ``(n, f)`` by trees that saw none of its episode."""
     import xgboost as xgb
 
-    said = np.zeros(len(t))
+    predicted = np.zeros(len(t))
     k = min(MAX_LEAVE_ONE_OUT, len(np.unique(episode)))
     for train, test in _iterate_group_folds(episode.astype(str), np.ones(len(t), np.bool_), k):
         if train.any() and test.any():
@@ -122,13 +122,13 @@ def predict_values_out_of_fold(
             booster = xgb.train(
                 {**_PROBE_TREE_PARAMS, "objective": "reg:squarederror"}, data, num_boost_round=_PROBE_ROUNDS
             )
-            said[test] = booster.inplace_predict(x[test], missing=np.nan)
-    return said
+            predicted[test] = booster.inplace_predict(x[test], missing=np.nan)
+    return predicted
 
 
-def compute_macro_f1_and_chance(truth: NDArray[np.int64], said: NDArray[np.int64]) -> tuple[float, float]:
+def compute_macro_f1_and_chance(truth: NDArray[np.int64], predicted: NDArray[np.int64]) -> tuple[float, float]:
     """Compute macro-F1 of ``(n,)`` predictions, and of guesses drawn with the shares of the classes."""
-    confusion = confusion_counts(truth, said)
+    confusion = confusion_counts(truth, predicted)
     share = confusion.sum(axis=1) / max(1, len(truth))
     classes = tuple(int(i) for i in np.flatnonzero(share))
     # A guess drawn by share has precision and recall equal to the share.
@@ -238,29 +238,34 @@ def _probe_phase_from_time(w: LeakageWindows, lab: NDArray[np.bool_]) -> Leakage
         return LabelledExamples(inputs=ModelInputs(x=w.t_s[rows, None].astype(np.float32), spec=spec), y=w.y[rows])
 
     fold = assign_group_folds(w.session[w.episode_index], N_FOLDS)
-    said = np.full(len(w.y), -1)
+    predicted = np.full(len(w.y), -1)
     for number in range(N_FOLDS):
         test, val = lab & (fold == number), lab & (fold == (number + 1) % N_FOLDS)
         train = lab & ~test & ~val
         if not (test.any() and val.any() and train.any()):
             return _build_unanswered(name, question, "macro-F1", "fewer than five sessions")
         model = registry.create("elapsed_time").fit(part(train), part(val))
-        said[test] = model.predict(part(test).inputs)
-    return _build_phase_result(name, question, w, lab, said, 1 / len(np.unique(w.y[lab])) + MAX_ABOVE_CHANCE)
+        predicted[test] = model.predict(part(test).inputs)
+    return _build_phase_result(name, question, w, lab, predicted, 1 / len(np.unique(w.y[lab])) + MAX_ABOVE_CHANCE)
 
 
 def _probe_phase_from_levels(w: LeakageWindows, lab: NDArray[np.bool_]) -> LeakageResult:
     name, question = "phase-from-levels", "The phase, from the cumulative totals that are no channels."
-    said = predict_classes_out_of_fold(w.levels, w.y, w.session[w.episode_index], lab)
-    if said is None:
+    predicted = predict_classes_out_of_fold(w.levels, w.y, w.session[w.episode_index], lab)
+    if predicted is None:
         return _build_unanswered(name, question, "macro-F1", "fewer than five sessions")
-    return _build_phase_result(name, question, w, lab, said, None)
+    return _build_phase_result(name, question, w, lab, predicted, None)
 
 
 def _build_phase_result(
-    name: str, question: str, w: LeakageWindows, rows: NDArray[np.bool_], said: NDArray[np.int64], limit: float | None
+    name: str,
+    question: str,
+    w: LeakageWindows,
+    rows: NDArray[np.bool_],
+    predicted: NDArray[np.int64],
+    limit: float | None,
 ) -> LeakageResult:
-    score, chance = compute_macro_f1_and_chance(w.y[rows], said[rows])
+    score, chance = compute_macro_f1_and_chance(w.y[rows], predicted[rows])
     words = f"{int(rows.sum()):,} windows of {len(np.unique(w.episode_index[rows]))} lab episodes"
     return LeakageResult(
         name=name, question=question, value=score, unit="macro-F1", chance=chance, limit=limit, words=words
@@ -275,8 +280,8 @@ def _probe_time_from_features(w: LeakageWindows, lab: NDArray[np.bool_]) -> Leak
 def _find_idle_rows(w: LeakageWindows) -> NDArray[np.bool_]:
     """Mark the windows of idle episodes that are no later than a lab episode lasts.
 
-    No phase is learnt later; and of one soak episode of ten minutes nothing that learnt from shorter ones tells the hour,
-    which hides how well it is told of all others.
+    No phase is learnt from later windows. A model of shorter episodes cannot place a soak episode of ten minutes in
+    time, which would hide how well it places all others.
     """
     lab = w.length_s[w.role == "lab"]
     longest = float(lab.max()) if len(lab) else np.inf
@@ -298,8 +303,8 @@ def _probe_time(w: LeakageWindows, idle: NDArray[np.bool_], name: str, question:
     episodes = np.unique(w.episode_index[idle])
     if len(episodes) < MIN_GROUPS:
         return _build_unanswered(name, question, "rank correlation", f"{len(episodes)} idle episodes")
-    said = predict_values_out_of_fold(w.x[idle], w.t_s[idle], w.episode_index[idle])
-    value = float(compute_spearman(said[:, None], w.t_s[idle])[0])
+    predicted = predict_values_out_of_fold(w.x[idle], w.t_s[idle], w.episode_index[idle])
+    value = float(compute_spearman(predicted[:, None], w.t_s[idle])[0])
     words = f"{int(idle.sum()):,} windows of {len(episodes)} idle episodes"
     if value >= MAX_IDLE_CORRELATION:
         drift = _correlate_within_episodes(w, idle)
@@ -341,15 +346,15 @@ def _probe_time_from_one_feature(w: LeakageWindows, lab: NDArray[np.bool_]) -> L
 def _probe_host_from_features(w: LeakageWindows, lab: NDArray[np.bool_]) -> LeakageResult:
     name, question = "host-from-features", "On which host a window was recorded, from all features."
     hosts, codes = np.unique(w.host, return_inverse=True)
-    said = (
+    predicted = (
         predict_classes_out_of_fold(w.x, codes[w.episode_index], w.session[w.episode_index], lab)
         if len(hosts) > 1
         else None
     )
-    if said is None:
+    if predicted is None:
         return _build_unanswered(name, question, "accuracy", "one host, or fewer than five sessions")
     truth = codes[w.episode_index][lab]
-    value = float(np.mean(said[lab] == truth))
+    value = float(np.mean(predicted[lab] == truth))
     return LeakageResult(
         name=name,
         question=question,
@@ -440,14 +445,14 @@ def _probe_neighbour_from_wait(w: LeakageWindows, lab: NDArray[np.bool_]) -> Lea
     other = _find_neighbour_windows(w)
     rows = lab & (other >= 0)
     beside = np.where(other >= 0, w.y[np.maximum(other, 0)], 0)
-    said = (
+    predicted = (
         predict_classes_out_of_fold(w.x[:, columns], beside, w.session[w.episode_index], rows)
         if columns and rows.any()
         else None
     )
-    if said is None:
+    if predicted is None:
         return _build_unanswered(name, question, "macro-F1", "too few sessions of two")
-    score, chance = compute_macro_f1_and_chance(beside[rows], said[rows])
+    score, chance = compute_macro_f1_and_chance(beside[rows], predicted[rows])
     return LeakageResult(
         name=name,
         question=question,

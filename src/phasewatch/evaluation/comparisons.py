@@ -60,54 +60,54 @@ def choose_agent_state(threat: str) -> str:
     return AGENT_ON if needs_agent(threat) else AGENT_OFF
 
 
-def _build_gap_families(boards: Sequence[PredictionGroup]) -> Iterator[GapFamily]:
+def _build_gap_families(groups: Sequence[PredictionGroup]) -> Iterator[GapFamily]:
     """Yield the families of gaps, as far as their groups exist."""
-    at = {b.key: b for b in boards}
+    at = {b.key: b for b in groups}
 
-    def board(recipe: str, threat: str, table: str, filter_: str = NO_FILTER) -> PredictionGroup | None:
+    def find_group(recipe: str, threat: str, table: str, filter_: str = NO_FILTER) -> PredictionGroup | None:
         return at.get((recipe, threat, table, filter_))
 
-    metered = [b for b in (board(recipe, *PROTOCOL_SETTING) for recipe in SPLIT_PROTOCOLS) if b is not None]
-    yield GapFamily(name="recipe", pairs=tuple((a, b, AGENT_OFF) for a, b in combinations(metered, 2)))
-    for recipe, threat, table in sorted({b.key[:3] for b in boards}):
-        here = board(recipe, threat, table)
-        if here is None:
+    protocols = [b for b in (find_group(recipe, *PROTOCOL_SETTING) for recipe in SPLIT_PROTOCOLS) if b is not None]
+    yield GapFamily(name="recipe", pairs=tuple((a, b, AGENT_OFF) for a, b in combinations(protocols, 2)))
+    for recipe, threat, table in sorted({b.key[:3] for b in groups}):
+        group = find_group(recipe, threat, table)
+        if group is None:
             continue
         agent = choose_agent_state(threat)
         if threat == PROTOCOL_SETTING[0]:
             pairs = []
             for other, on in (("oracle", AGENT_ON), ("portable", AGENT_OFF)):
-                if (there := board(recipe, other, table)) is not None:
-                    pairs.append((there, here, on))
+                if (other_group := find_group(recipe, other, table)) is not None:
+                    pairs.append((other_group, group, on))
             yield GapFamily(name="threat", pairs=tuple(pairs))
-            yield GapFamily(name="sensor", pairs=tuple(_pair_source_subsets(recipe, table, board)))
-        if table != "raw" and (plain := board(recipe, threat, "raw")) is not None:
-            yield GapFamily(name="table", pairs=((here, plain, agent),))
-        filters = [b for b in (board(recipe, threat, table, f) for f in ("phase", "schedule")) if b is not None]
-        yield GapFamily(name="filter", pairs=tuple((a, b, agent) for a, b in combinations([*filters, here], 2)))
+            yield GapFamily(name="sensor", pairs=tuple(_pair_source_subsets(recipe, table, find_group)))
+        if table != "raw" and (plain := find_group(recipe, threat, "raw")) is not None:
+            yield GapFamily(name="table", pairs=((group, plain, agent),))
+        filters = [b for b in (find_group(recipe, threat, table, f) for f in ("phase", "schedule")) if b is not None]
+        yield GapFamily(name="filter", pairs=tuple((a, b, agent) for a, b in combinations([*filters, group], 2)))
 
 
 def _pair_source_subsets(
-    recipe: str, table: str, board: Callable[..., PredictionGroup | None]
+    recipe: str, table: str, find_group: Callable[..., PredictionGroup | None]
 ) -> Iterator[tuple[PredictionGroup, PredictionGroup, str | None]]:
     """Yield each subset of sources with all four, and those without the agent with all host-side sources."""
     subsets = list_source_subsets()
     for agent, full in ((AGENT_ON, subsets[-1]), (AGENT_OFF, PROTOCOL_SETTING[0])):
-        whole = board(recipe, full, table)
+        whole = find_group(recipe, full, table)
         for name in subsets:
             same = (
                 PROTOCOL_SETTING[0] if build_channel_mask(name) == build_channel_mask(PROTOCOL_SETTING[0]) else name
             )  # all of the host's is trained once
-            part = board(recipe, name, table) or board(recipe, same, table)
+            part = find_group(recipe, name, table) or find_group(recipe, same, table)
             if whole is None or part is None or part is whole or (agent == AGENT_OFF and needs_agent(name)):
                 continue
             yield part, whole, agent
 
 
-def build_comparison_rows(boards: Sequence[PredictionGroup], rules: EvaluationSettings) -> list[MetricRow]:
+def build_comparison_rows(groups: Sequence[PredictionGroup], rules: EvaluationSettings) -> list[MetricRow]:
     """Compute the paired gaps of all families, seeds averaged inside each resample, p by Holm over the family."""
     rows: list[MetricRow] = []
-    for kind in _build_gap_families(boards):
+    for kind in _build_gap_families(groups):
         found = [gap for pair in kind.pairs for gap in _build_pair_rows(kind.name, *pair, rules)]
         for metric in ("macro_f1", "macro_f1_3class"):
             own = select_rows(found, f"{metric}_{kind.name}_gap")

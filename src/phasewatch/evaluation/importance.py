@@ -73,37 +73,39 @@ class DecisionExplanation:
     at_s: float | None = None
 
 
-def build_importance_rows(run: Path, place: HeadlineKey, rules: EvaluationSettings) -> Iterator[MetricRow]:
+def build_importance_rows(run: Path, headline: HeadlineKey, rules: EvaluationSettings) -> Iterator[MetricRow]:
     """Yield for each channel the macro-F1 lost on held-out windows when it is permuted within its fold.
 
     Args:
         run: A run with the checkpoints of the model on all folds of its recipe.
-        place: Model, recipe, channel set, input and agent state.
+        headline: Model, recipe, channel set, input and agent state.
         rules: How intervals are drawn.
     """
-    where = MetricKey(
-        recipe=place.recipe,
+    key = MetricKey(
+        recipe=headline.recipe,
         fold="pooled",
-        channel_set=place.channel_set,
-        input=place.input,
+        channel_set=headline.channel_set,
+        input=headline.input,
         smoothing=NO_FILTER,
-        agent=place.agent,
+        agent=headline.agent,
     )
     try:
-        said = [_predict_permuted(run, place, fold) for fold in read_folds(run, place.recipe)]
+        folds = [_predict_permuted(run, headline, fold) for fold in read_folds(run, headline.recipe)]
     except PhasewatchError:  # its message names folders, which must not enter the metrics
-        text = f"no channel importance: the checkpoint of {place.model} cannot be loaded for every fold"
-        yield where.row(metric="note", model=place.model, note=MetricNote(code=NoteCode.NO_IMPORTANCE, text=text))
+        text = f"no channel importance: the checkpoint of {headline.model} cannot be loaded for every fold"
+        yield key.row(metric="note", model=headline.model, note=MetricNote(code=NoteCode.NO_IMPORTANCE, text=text))
         return
-    said = [one for one in said if len(one[0])]
-    if not said:
+    folds = [one for one in folds if len(one[0])]
+    if not folds:
         return
-    shown = EvaluationWindows.concatenate([windows for windows, _ in said])
+    windows = EvaluationWindows.concatenate([windows for windows, _ in folds])
     channels = [
-        name for name in dict.fromkeys(name for _, answers in said for name, _ in answers) if name != UNPERMUTED
+        name
+        for name in dict.fromkeys(name for _, predictions in folds for name, _ in predictions)
+        if name != UNPERMUTED
     ]
     rows = [
-        _compute_importance_row(where, channel, shown, [answers for _, answers in said], place, rules)
+        _compute_importance_row(key, channel, windows, [predictions for _, predictions in folds], headline, rules)
         for channel in channels
     ]
     for row, p_holm in zip(rows, bootstrap.adjust_p_values([row.p for row in rows]), strict=True):
@@ -111,11 +113,11 @@ def build_importance_rows(run: Path, place: HeadlineKey, rules: EvaluationSettin
 
 
 def _compute_importance_row(
-    where: MetricKey,
+    key: MetricKey,
     channel: str,
-    shown: EvaluationWindows,
-    said: Sequence[Mapping[tuple[str, int], NDArray[np.int64]]],
-    place: HeadlineKey,
+    windows: EvaluationWindows,
+    folds: Sequence[Mapping[tuple[str, int], NDArray[np.int64]]],
+    headline: HeadlineKey,
     rules: EvaluationSettings,
 ) -> MetricRow:
     """Compute the macro-F1 lost by permuting one channel, over the test windows of all folds."""
@@ -125,20 +127,20 @@ def _compute_importance_row(
             model=name,
             seed=seed,
             probabilities=np.zeros((0, len(PHASES))),
-            y_pred=np.concatenate([own[name, seed] for own in said]),
+            y_pred=np.concatenate([own[name, seed] for own in folds]),
         )
         for name, seed in keys
     )
-    scope = build_scoring_set(PredictionSet(windows=shown, outputs=outputs), rules)
+    scope = build_scoring_set(PredictionSet(windows=windows, outputs=outputs), rules)
     kept = select_resamples(scope)
     scored = score_models(scope, kept)
     (whole,), permuted = scored[UNPERMUTED], scored[channel]
     lost = whole.point.macro_f1 - np.mean([s.point.macro_f1 for s in permuted])
     after = mean_over_seeds([None if s.draws is None else s.draws.macro_f1 for s in permuted])
     draws = None if after is None or whole.draws is None else whole.draws.macro_f1 - after
-    return where.row(
+    return key.row(
         metric="macro_f1_permuted_gap",
-        model=place.model,
+        model=headline.model,
         seed="mean",
         compared_to=channel,
         value=float(lost),
@@ -150,18 +152,18 @@ def _compute_importance_row(
 
 
 def _predict_permuted(
-    run: Path, place: HeadlineKey, fold: Fold
+    run: Path, headline: HeadlineKey, fold: Fold
 ) -> tuple[EvaluationWindows, dict[tuple[str, int], NDArray[np.int64]]]:
     """Predict a fold's test windows as they are, and with each channel permuted over them.
 
     Returns:
         The windows, and (channel or `UNPERMUTED`, repeat) → ``(n,)`` decided phase codes.
     """
-    cell = Experiment(
-        recipe=place.recipe, fold=fold.fold, threat=place.channel_set, model=place.model, table=place.input
+    experiment = Experiment(
+        recipe=headline.recipe, fold=fold.fold, threat=headline.channel_set, model=headline.model, table=headline.input
     )
-    model, sets = _load_experiment(run, cell)
-    test = sets.test.take(sets.test.windows.mark_episodes(lambda e: e.agent is (place.agent == "on")))
+    model, sets = _load_experiment(run, experiment)
+    test = sets.test.take(sets.test.windows.mark_episodes(lambda e: e.agent is (headline.agent == "on")))
     of = [test.windows.episodes[i] for i in test.windows.episode_index]
     texts = {
         "episode_id": [e.episode_id for e in of],
@@ -170,27 +172,27 @@ def _predict_permuted(
         "profile": [e.profile for e in of],
         "sample_name": [e.sample_name for e in of],
         "origin": [str(e.origin) for e in of],
-        "agent": [place.agent] * len(of),
+        "agent": [headline.agent] * len(of),
     }
-    shown = EvaluationWindows(
+    windows = EvaluationWindows(
         **{name: np.array(values, dtype=object) for name, values in texts.items()},
         t_center_ns=test.windows.t_center_ns,
         y_true=test.y,
     )
     if not len(test):
-        return shown, {}
-    answers = {(UNPERMUTED, 0): model.predict(test.inputs)}
+        return windows, {}
+    predictions = {(UNPERMUTED, 0): model.predict(test.inputs)}
     for channel, columns in _group_columns_by_channel(test.inputs).items():
         for repeat in range(N_PERMUTATIONS):
             rng = _build_rng(channel, repeat)
             x = test.x.copy()
             x[:, columns] = x[rng.permutation(len(x))][:, columns]
-            answers[channel, repeat] = model.predict(ModelInputs(x=x, spec=test.inputs.spec))
-    return shown, answers
+            predictions[channel, repeat] = model.predict(ModelInputs(x=x, spec=test.inputs.spec))
+    return windows, predictions
 
 
-def _load_experiment(run: Path, cell: Experiment) -> tuple[PhaseModel, FoldData]:
-    return registry.load(cell.folder(run)), read_experiment_data(run, cell)
+def _load_experiment(run: Path, experiment: Experiment) -> tuple[PhaseModel, FoldData]:
+    return registry.load(experiment.folder(run)), read_experiment_data(run, experiment)
 
 
 def _build_rng(channel: str, repeat: int) -> np.random.Generator:
@@ -206,23 +208,23 @@ def _group_columns_by_channel(inputs: ModelInputs) -> dict[str, list[int]]:
     return found
 
 
-def explain_decision(run: Path, cell: Experiment, episode_id: str, at_s: float) -> DecisionExplanation:
+def explain_decision(run: Path, experiment: Experiment, episode_id: str, at_s: float) -> DecisionExplanation:
     """Explain an experiment's decision on one test window.
 
     Args:
         run: The run.
-        cell: The experiment.
+        experiment: The experiment.
         episode_id: A test episode of the experiment's fold.
         at_s: Seconds since the first label; the window with the nearest centre is used.
 
     Raises:
         RunError: If the fold does not test that episode.
     """
-    model, sets = _load_experiment(run, cell)
+    model, sets = _load_experiment(run, experiment)
     in_episode = sets.test.windows.mark_episodes(lambda e: e.episode_id == episode_id)
     if not in_episode.any():
         raise RunError(
-            f"{cell.recipe}, fold {cell.fold}: does not test episode {episode_id}; "
+            f"{experiment.recipe}, fold {experiment.fold}: does not test episode {episode_id}; "
             f"name one of its {len(sets.test.windows.episodes)} episodes"
         )
     test = sets.test.take(in_episode)

@@ -51,12 +51,12 @@ _COUNT_NOTE = MetricNote(code=NoteCode.COUNT, text="a count")
 _UNTESTED_NOTE = MetricNote(code=NoteCode.NO_TEST_WINDOWS, text="no test window")
 
 
-def build_detail_rows(place: MetricKey, scope: ScoringSet) -> Iterator[MetricRow]:
+def build_detail_rows(key: MetricKey, scope: ScoringSet) -> Iterator[MetricRow]:
     """Yield support, confusion matrix and calibration errors over all windows of the set."""
     counts, kept = scope.counts(), select_resamples(scope)
     support = np.bincount(scope.windows.y_true, minlength=len(PHASES))
     for code, phase in enumerate(PHASES):
-        yield place.row(
+        yield key.row(
             metric="support",
             model=None,
             phase=str(phase),
@@ -65,10 +65,10 @@ def build_detail_rows(place: MetricKey, scope: ScoringSet) -> Iterator[MetricRow
             note=_COUNT_NOTE,
             **counts,
         )
-    for model, answers in scope.predictions.group_by_model().items():
-        mean = np.mean([metrics.confusion_counts(scope.windows.y_true, a.y_pred) for a in answers], axis=0)
+    for model, outputs in scope.predictions.group_by_model().items():
+        mean = np.mean([metrics.confusion_counts(scope.windows.y_true, a.y_pred) for a in outputs], axis=0)
         for truth, decided in np.ndindex(mean.shape):
-            yield place.row(
+            yield key.row(
                 metric="confusion",
                 model=model,
                 seed="mean",
@@ -79,11 +79,11 @@ def build_detail_rows(place: MetricKey, scope: ScoringSet) -> Iterator[MetricRow
                 note=_COUNT_NOTE,
                 **counts,
             )
-        by_cluster = [bootstrap.sum_by_cluster(scope.clusters, _compute_calibration_terms(scope, a)) for a in answers]
+        by_cluster = [bootstrap.sum_by_cluster(scope.clusters, _compute_calibration_terms(scope, a)) for a in outputs]
         drawn = resample_counts(scope, kept, by_cluster)
         points = [s.sum(axis=0, keepdims=True) for s in by_cluster]
         plain = float(np.mean([_compute_ece(p) for p in points]))
-        yield place.row(metric="ece", model=model, seed="mean", value=plain, note=_ECE_NOTE, **counts)
+        yield key.row(metric="ece", model=model, seed="mean", value=plain, note=_ECE_NOTE, **counts)
         debiased: ValueColumns = {"value": None, "note": kept.note}
         if drawn is not None:
             own = [
@@ -91,24 +91,22 @@ def build_detail_rows(place: MetricKey, scope: ScoringSet) -> Iterator[MetricRow
                 for p, d in zip(points, drawn, strict=True)
             ]
             debiased = {"value": float(np.mean(own)), "note": _DEBIASED_ECE_NOTE}
-        yield place.row(metric="ece_debiased", model=model, seed="mean", **debiased, **counts)
+        yield key.row(metric="ece_debiased", model=model, seed="mean", **debiased, **counts)
         for metric, measure in (
             ("confidence_less_accuracy", _compute_confidence_less_accuracy),
             ("brier", _compute_brier),
         ):
             value = float(np.mean([measure(p) for p in points]))
             draws = None if drawn is None else mean_over_seeds([measure(d) for d in drawn])
-            yield place.row(
-                metric=metric, model=model, seed="mean", value=value, **build_interval(draws, kept), **counts
-            )
+            yield key.row(metric=metric, model=model, seed="mean", value=value, **build_interval(draws, kept), **counts)
 
 
-def _compute_calibration_terms(scope: ScoringSet, answer: ModelOutput) -> FloatArray:
+def _compute_calibration_terms(scope: ScoringSet, output: ModelOutput) -> FloatArray:
     """Return the columns that calibration errors and Brier score are sums of, ``(n, 37)``.
 
     Gaps in 15 bins of equal width, gaps and windows in 10 bins of equal mass, squared distance, one.
     """
-    y, p = scope.windows.y_true, answer.probabilities
+    y, p = scope.windows.y_true, output.probabilities
     bins = metrics.equal_mass_bin(p)
     gaps = metrics.calibration_gap_terms(p, y, bins, metrics.EQUAL_MASS_BINS)
     windows = np.eye(metrics.EQUAL_MASS_BINS)[bins]
@@ -138,24 +136,24 @@ def _compute_brier(columns: FloatArray) -> FloatArray:
 
 
 def build_note_rows(
-    place: MetricKey, scope: ScoringSet, rules: EvaluationSettings, rows: Sequence[MetricRow]
+    key: MetricKey, scope: ScoringSet, rules: EvaluationSettings, rows: Sequence[MetricRow]
 ) -> list[MetricRow]:
     """Build remarks: untested profiles and phases, origins, few sessions, models not above elapsed time."""
     counts = scope.counts()
 
     def build_remark(code: NoteCode, text: str, **columns: object) -> MetricRow:
         note = MetricNote(code=code, text=text)
-        return place.row(metric="note", note=note, **{"model": None, **counts, **columns})
+        return key.row(metric="note", note=note, **{"model": None, **counts, **columns})
 
     notes = [
-        place.row(
+        key.row(
             metric="untested_profile", model=None, profile=p, value=0.0, unit="windows", note=_UNTESTED_NOTE, **counts
         )
         for p in rules.profiles
         if p not in set(scope.windows.profile)
     ]
     notes += [
-        place.row(
+        key.row(
             metric="untested_phase",
             model=None,
             phase=str(p),
@@ -170,9 +168,7 @@ def build_note_rows(
     for origin in sorted(set(scope.windows.origin)):
         episodes = len(set(scope.windows.episode_id[scope.windows.origin == origin]))
         note = MetricNote(code=NoteCode.from_origin(origin), text=str(origin))
-        notes.append(
-            place.row(metric="origin", model=None, value=float(episodes), unit="episodes", note=note, **counts)
-        )
+        notes.append(key.row(metric="origin", model=None, value=float(episodes), unit="episodes", note=note, **counts))
     sessions = counts["n_sessions"]
     if sessions < bootstrap.FEW_CLUSTERS:
         text = f"only {sessions} sessions: an interval over fewer than {bootstrap.FEW_CLUSTERS} is a rough one"
@@ -215,7 +211,7 @@ MACRO_METRICS = ("macro_f1", "macro_f1_3class")
 
 
 def build_leaderboard_rows(
-    place: MetricKey,
+    key: MetricKey,
     predictions: PredictionSet,
     rules: EvaluationSettings,
     *,
@@ -225,27 +221,27 @@ def build_leaderboard_rows(
     """Build all rows of one set of test windows.
 
     Args:
-        place: Recipe, fold, channel set, input, smoothing and agent of the windows.
+        key: Recipe, fold, channel set, input, smoothing and agent of the windows.
         predictions: At least one window.
         rules: Registered profiles, and how intervals are drawn.
         parts: Also build rows by profile, host and sample, and the spread between hosts.
         details: Also build rows of support, confusion and calibration.
     """
     whole = build_scoring_set(predictions, rules)
-    rows = list(_build_score_rows(place, whole, rules, {}))
+    rows = list(_build_score_rows(key, whole, rules, {}))
     if details:
-        rows += build_detail_rows(place, whole)
+        rows += build_detail_rows(key, whole)
     if parts:
         for name in ("profile", "host_id", "sample_name"):
-            rows += _build_group_rows(place, whole, rules, name)
-        rows += _build_host_profile_rows(place, whole, rules)
-        rows += _build_host_spread_rows(place, whole, rules, rows)
-    rows += build_note_rows(place, whole, rules, rows)
+            rows += _build_group_rows(key, whole, rules, name)
+        rows += _build_host_profile_rows(key, whole, rules)
+        rows += _build_host_spread_rows(key, whole, rules, rows)
+    rows += build_note_rows(key, whole, rules, rows)
     return rows
 
 
 def _build_host_spread_rows(
-    place: MetricKey, whole: ScoringSet, rules: EvaluationSettings, rows: Sequence[MetricRow]
+    key: MetricKey, whole: ScoringSet, rules: EvaluationSettings, rows: Sequence[MetricRow]
 ) -> Iterator[MetricRow]:
     """Yield mean over hosts, worst host and range of hosts; an interval only from `MIN_HOSTS` hosts on."""
     counts = {**whole.counts(), **count_profiles(whole, rules)}
@@ -259,7 +255,7 @@ def _build_host_spread_rows(
             low, high = bootstrap.compute_interval(rng.choice(values, (rules.resamples, len(own))).mean(axis=1))
             ends = {"low": low, "high": high}
         worst = own[int(values.argmin())]
-        yield place.row(
+        yield key.row(
             metric="macro_f1_mean_of_hosts",
             model=model,
             seed="mean",
@@ -267,7 +263,7 @@ def _build_host_spread_rows(
             **ends,
             **counts,
         )
-        yield place.row(
+        yield key.row(
             metric="macro_f1_worst_host",
             model=model,
             seed="mean",
@@ -277,7 +273,7 @@ def _build_host_spread_rows(
             note=MetricNote(code=NoteCode.HOST_NAME, text=f"on {worst.host_id}"),
             **counts,
         )
-        yield place.row(
+        yield key.row(
             metric="macro_f1_range_of_hosts",
             model=model,
             seed="mean",
@@ -287,28 +283,28 @@ def _build_host_spread_rows(
         )
 
 
-def _build_group_rows(place: MetricKey, whole: ScoringSet, rules: EvaluationSettings, name: str) -> Iterator[MetricRow]:
+def _build_group_rows(key: MetricKey, whole: ScoringSet, rules: EvaluationSettings, name: str) -> Iterator[MetricRow]:
     labels: NDArray[np.object_] = getattr(whole.windows, name)
     if name == "sample_name":  # sample names are unique within a profile only
         for profile, sample in sorted(set(zip(whole.windows.profile, labels, strict=True))):
             part = whole.select((whole.windows.profile == profile) & (labels == sample))
-            yield from _build_score_rows(place, part, rules, {"profile": profile, "sample_name": sample})
+            yield from _build_score_rows(key, part, rules, {"profile": profile, "sample_name": sample})
         return
     for label in sorted(set(labels)):
         part = whole.select(labels == label)
-        yield from _build_score_rows(place, part, rules, {name: label})
+        yield from _build_score_rows(key, part, rules, {name: label})
 
 
-def _build_host_profile_rows(place: MetricKey, whole: ScoringSet, rules: EvaluationSettings) -> Iterator[MetricRow]:
+def _build_host_profile_rows(key: MetricKey, whole: ScoringSet, rules: EvaluationSettings) -> Iterator[MetricRow]:
     """Yield the scores of each pair of host and profile that was tested."""
     hosts, profiles = whole.windows.host_id, whole.windows.profile
     for host, profile in sorted(set(zip(hosts, profiles, strict=True))):
         part = whole.select((hosts == host) & (profiles == profile))
-        yield from _build_score_rows(place, part, rules, {"host_id": host, "profile": profile})
+        yield from _build_score_rows(key, part, rules, {"host_id": host, "profile": profile})
 
 
 def _build_score_rows(
-    place: MetricKey, scope: ScoringSet, rules: EvaluationSettings, where: Mapping[str, str]
+    key: MetricKey, scope: ScoringSet, rules: EvaluationSettings, where: Mapping[str, str]
 ) -> list[MetricRow]:
     """Build macro-F1, three-state macro-F1 and F1 by class of each model, per seed and mean; then the gaps."""
     kept = select_resamples(scope)
@@ -321,13 +317,13 @@ def _build_score_rows(
             points, draws = _collect_scores(seeds, metric)
             if not where:
                 rows += [
-                    place.row(
+                    key.row(
                         metric=metric, model=model, seed=s.seed, value=float(v), **build_interval(d, kept), **covered
                     )
                     for s, v, d in zip(seeds, points, draws, strict=True)
                 ]
             rows.append(
-                place.row(
+                key.row(
                     metric=metric,
                     model=model,
                     seed="mean",
@@ -343,7 +339,7 @@ def _build_score_rows(
         for c in scope.classes:
             of_class = mean_over_seeds([None if d is None else d[:, c] for d in draws])
             rows.append(
-                place.row(
+                key.row(
                     metric="f1",
                     model=model,
                     seed="mean",
@@ -354,11 +350,11 @@ def _build_score_rows(
                     **counts,
                 )
             )
-    return rows if where else rows + _build_model_gap_rows(place, scored, kept, covered)
+    return rows if where else rows + _build_model_gap_rows(key, scored, kept, covered)
 
 
 def _build_model_gap_rows(
-    place: MetricKey,
+    key: MetricKey,
     scored: Mapping[str, Sequence[BootstrapScores]],
     kept: ResampleSelection,
     counts: Mapping[str, int],
@@ -376,7 +372,7 @@ def _build_model_gap_rows(
         family = [None if set(pair) <= set(BASELINE_MODELS) else p for pair, p in zip(pairs, p_values, strict=True)]
         for (one, other), d, p, p_holm in zip(pairs, gaps, p_values, bootstrap.adjust_p_values(family), strict=True):
             rows.append(
-                place.row(
+                key.row(
                     metric=f"{metric}_gap",
                     model=one,
                     compared_to=other,
