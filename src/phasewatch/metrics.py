@@ -1,4 +1,4 @@
-"""Confusion, F1, macro-F1 over the classes that occur, calibration error and Brier score, as plain arithmetic."""
+"""Confusion matrix, F1, macro-F1, calibration error, Brier score and log loss, as pure array functions."""
 
 from __future__ import annotations
 
@@ -15,18 +15,25 @@ ECE_BINS = 15
 EQUAL_MASS_BINS = 10  # of equal numbers of windows, for the debiased calibration error
 STATES = ("quiet", "infecting", "active")
 STATE_BY_PHASE = tuple({Phase.INFECTING: 1, Phase.ACTIVE: 2}.get(p, 0) for p in PHASES)
-MIN_LOG_LOSS_PROBABILITY = (
-    1e-15  # below this a probability counts as this in a log loss: a class never trained on costs, not breaks
-)
+# Smaller probabilities count as this in a log loss: a class without training data gives a finite loss.
+MIN_LOG_LOSS_PROBABILITY = 1e-15
 
 
 def confusion_counts(
     y_true: NDArray[np.integer], y_pred: NDArray[np.integer], *, k: int = N_CLASSES
 ) -> NDArray[np.int64]:
-    """Count windows by truth (rows) and decision (columns), ``(k, k)``.
+    """Count windows by truth (rows) and decision (columns).
+
+    Args:
+        y_true: ``(n,)`` true phase codes.
+        y_pred: ``(n,)`` decided phase codes.
+        k: Number of classes.
+
+    Returns:
+        ``(k, k)`` int64.
 
     Raises:
-        ValueError: If a label is not in 0..k−1; windows of unknown phase are taken out before they come here.
+        ValueError: If a label is not in 0..k−1; the caller removes windows of unknown phase.
     """
     truth, decided = np.asarray(y_true, np.int64), np.asarray(y_pred, np.int64)
     for what, labels in (("truth", truth), ("decision", decided)):
@@ -36,20 +43,21 @@ def confusion_counts(
 
 
 def f1_per_class(confusion: ArrayLike) -> NDArray[np.float64]:
-    """Give F1 of each class, ``(..., k, k)`` → ``(..., k)``; 0 where a class was neither true nor decided."""
+    """Compute F1 of each class, ``(..., k, k)`` → ``(..., k)``; 0 where a class is neither true nor decided."""
     terms = f1_terms(confusion)
     k = terms.shape[-1] // 2
     return compute_f1_from_terms(terms[..., :k], terms[..., k:])
 
 
 def f1_terms(confusion: ArrayLike) -> NDArray[np.float64]:
-    """Give what F1 is a ratio of, ``(..., k, k)`` → ``(..., 2k)``: twice the hits of each class, then true + decided.
+    """Compute the sums that F1 is a ratio of, ``(..., k, k)`` → ``(..., 2k)``.
 
-    Both are sums over windows, so resampling them costs less than resampling confusions does.
+    They are twice the hits of each class, then its true plus its decided windows. Both are sums over windows, so
+    resampling them costs less than resampling confusion matrices.
     """
     c = np.asarray(confusion, np.float64)
     k = c.shape[-1]
-    # Sums over axes of length 5 cost numpy 10 times what one product with a 0/1 matrix does (measured on 10,000 resamples).
+    # Sums over axes of length 5 take numpy 10 times as long as one product with a 0/1 matrix (10,000 resamples).
     flat = c.reshape(*c.shape[:-2], k * k)
     truth, decided = np.divmod(np.arange(k * k), k)
     classes = np.arange(k)
@@ -60,21 +68,21 @@ def f1_terms(confusion: ArrayLike) -> NDArray[np.float64]:
 
 
 def compute_f1_from_terms(hits: NDArray[np.float64], either: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Give F1 of each class from the halves of `f1_terms`, ``(..., k)`` each."""
+    """Compute F1 of each class from the two halves of `f1_terms`, ``(..., k)`` each."""
     # A class without a window has 0 above and 0 below: a tiny number below gives 0 and changes no other value.
     f1: FloatArray = hits / np.maximum(either, np.finfo(np.float64).tiny)
     return f1
 
 
 def classes_present(confusion: ArrayLike) -> tuple[int, ...]:
-    """Name the classes with at least one true window: K, over which macro-F1 is the mean."""
+    """Return the classes with at least one true window in a ``(k, k)`` matrix: K, over which macro-F1 is the mean."""
     return tuple(int(i) for i in np.flatnonzero(np.asarray(confusion).sum(axis=-1) > 0))
 
 
 def macro_f1(confusion: ArrayLike, classes: Sequence[int] | None = None) -> NDArray[np.float64]:
-    """Give the mean F1 over the classes K, ``(..., k, k)`` → ``(...)``.
+    """Compute the mean F1 over the classes K, ``(..., k, k)`` → ``(...)``.
 
-    A decision outside K is an error of the true class. It is scikit-learn's `f1_score` with
+    A decision outside K is an error of the true class. Equals scikit-learn's `f1_score` with
     ``average="macro", labels=K, zero_division=0``.
 
     Args:
@@ -92,7 +100,7 @@ def macro_f1(confusion: ArrayLike, classes: Sequence[int] | None = None) -> NDAr
 
 
 def merge_into_three_states(confusion: ArrayLike) -> NDArray[np.float64]:
-    """Fold phases into quiet, infecting, active by mapping truth and decision, ``(..., 5, 5)`` → ``(..., 3, 3)``."""
+    """Merge phases into quiet, infecting and active, in truth and decision, ``(..., 5, 5)`` → ``(..., 3, 3)``."""
     c = np.asarray(confusion, np.float64)
     states = len(STATES)
     fold = np.zeros((N_CLASSES, N_CLASSES, states, states))
@@ -104,28 +112,35 @@ def merge_into_three_states(confusion: ArrayLike) -> NDArray[np.float64]:
 
 
 def list_states_of_classes(classes: Sequence[int]) -> tuple[int, ...]:
-    """Give the states that the classes K fall into."""
+    """Return the states that the classes K belong to, sorted."""
     return tuple(sorted({STATE_BY_PHASE[c] for c in classes}))
 
 
 def ece_bin(probabilities: NDArray[np.floating]) -> NDArray[np.int64]:
-    """Give the bin of each window by its highest probability: 15 equal bins, closed above."""
+    """Return the bin of each window's highest probability, ``(n, k)`` → ``(n,)``: 15 equal bins, closed above."""
     top = np.asarray(probabilities, np.float64).max(axis=1)
     bins: NDArray[np.int64] = np.clip(np.ceil(top * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
     return bins
 
 
 def ece_terms(probabilities: NDArray[np.floating], y_true: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Give each window's share in the calibration error, ``(n, 15)``: confidence − correct, in its bin's column.
+    """Compute each window's term of the calibration error, ``(n, 15)``: confidence − correct, in its bin's column.
 
-    The error of any set of windows is the absolute column sums, summed, over the number of windows; so it can be
+    The error of a set of windows is the sum of its absolute column sums over the number of windows, so it can be
     resampled by weights.
+
+    Args:
+        probabilities: ``(n, k)``.
+        y_true: ``(n,)`` true phase codes.
     """
     return calibration_gap_terms(probabilities, y_true, ece_bin(probabilities), ECE_BINS)
 
 
 def ece(probabilities: NDArray[np.floating], y_true: NDArray[np.integer]) -> float:
-    """Give the expected calibration error of the decided class. Source: Guo et al. 2017, equation 3."""
+    """Compute the expected calibration error of the decided class, from ``(n, k)`` and ``(n,)``.
+
+    Source: Guo et al. 2017, equation 3.
+    """
     return float(np.abs(ece_terms(probabilities, y_true).sum(axis=0)).sum() / len(y_true))
 
 
@@ -148,7 +163,14 @@ def equal_mass_bin(probabilities: NDArray[np.floating]) -> NDArray[np.int64]:
 def calibration_gap_terms(
     probabilities: NDArray[np.floating], y_true: NDArray[np.integer], bins: NDArray[np.integer], n_bins: int
 ) -> NDArray[np.float64]:
-    """Return each window's confidence − correct, ``(n, n_bins)``, in its bin's column and 0 elsewhere."""
+    """Compute each window's confidence − correct, ``(n, n_bins)``, in its bin's column and 0 elsewhere.
+
+    Args:
+        probabilities: ``(n, k)``.
+        y_true: ``(n,)`` true phase codes.
+        bins: ``(n,)`` bin of each window.
+        n_bins: Number of bins.
+    """
     p = np.asarray(probabilities, np.float64)
     terms = np.zeros((len(p), n_bins))
     terms[np.arange(len(p)), bins] = p.max(axis=1) - (p.argmax(axis=1) == np.asarray(y_true))
@@ -156,10 +178,10 @@ def calibration_gap_terms(
 
 
 def debiased_rms(squared: float, resampled: NDArray[np.floating]) -> float:
-    """Return the root of a squared calibration error less its own bias, at least 0.
+    """Return the root of a squared calibration error minus its own bias, at least 0.
 
-    A squared gap of a few windows is above 0 by chance alone, by the variance of the gap. Resampling adds that variance
-    once more, so the mean over resamples says how large it is.
+    The squared gap of a few windows exceeds 0 by chance, by the variance of the gap. Resampling adds that variance once
+    more, so the mean over resamples estimates it.
 
     Args:
         squared: The squared error of the windows as they are.
@@ -171,26 +193,35 @@ def debiased_rms(squared: float, resampled: NDArray[np.floating]) -> float:
 
 
 def brier_terms(probabilities: NDArray[np.floating], y_true: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Give each window's squared distance to the truth, ``(n,)``, 0 to 2."""
+    """Compute each window's squared distance to the truth, 0 to 2, from ``(n, k)`` and ``(n,)`` → ``(n,)``."""
     p = np.asarray(probabilities, np.float64)
     squared: NDArray[np.float64] = ((p - np.eye(p.shape[1])[np.asarray(y_true, np.int64)]) ** 2).sum(axis=1)
     return squared
 
 
 def brier_score(probabilities: NDArray[np.floating], y_true: NDArray[np.integer]) -> float:
-    """Give the Brier score summed over classes (0 best, 2 worst). Source: Brier 1950, equation 2."""
+    """Compute the Brier score summed over classes (0 best, 2 worst), from ``(n, k)`` and ``(n,)``.
+
+    Source: Brier 1950, equation 2.
+    """
     return float(brier_terms(probabilities, y_true).mean())
 
 
 def log_loss(probabilities: NDArray[np.floating], y_true: NDArray[np.integer]) -> float:
-    """Give the mean negative log probability of the truth, in nats; probabilities below `MIN_LOG_LOSS_PROBABILITY` count as it."""
+    """Compute the mean negative log probability of the truth in nats, from ``(n, k)`` and ``(n,)``.
+
+    Probabilities below `MIN_LOG_LOSS_PROBABILITY` count as it.
+    """
     p = np.asarray(probabilities, np.float64)
     of_truth = p[np.arange(len(p)), np.asarray(y_true, np.int64)]
     return float(-np.log(np.maximum(of_truth, MIN_LOG_LOSS_PROBABILITY)).mean())
 
 
 def apply_temperature(probabilities: NDArray[np.floating], temperature: float) -> NDArray[np.float64]:
-    """Soften (>1) or sharpen (<1) probabilities: p^(1/T), each row summing to 1; a zero stays zero, the order stays."""
+    """Soften (T > 1) or sharpen (T < 1) probabilities ``(n, k)``: p^(1/T), normalised to 1 per row.
+
+    Zeros stay zero, and the order of classes does not change.
+    """
     p = np.asarray(probabilities, np.float64)
     if temperature == 1.0 or not len(p):
         return p

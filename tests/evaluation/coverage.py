@@ -32,8 +32,10 @@ HELD = 5  # windows that a phase lasts, about
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
-    """Share of corpora whose interval held the truth, and how wide intervals were: by sessions, by the plain percentiles of
-    the same resamples, and by windows."""
+    """Share of corpora whose interval contains the truth, and the width of the intervals.
+
+    They are drawn by session, by the plain percentiles of the same resamples, and by window.
+    """
 
     episodes: int
     corpora: int
@@ -111,6 +113,11 @@ def coverage(episodes: int, *, corpora: int, resamples: int, seed: int = 0) -> H
                 plain = compute_interval(draws)
                 held[i, 2] = plain[0] <= goal <= plain[1]
     return Held(
-        episodes=episodes, corpora=corpora, by_session=held[:, 0].mean(), by_window=held[:, 1].mean(), plain=held[:, 2].mean(),
-        width_by_session=widths[:, 0].mean(), width_by_window=widths[:, 1].mean(),
-    )  # fmt: skip
+        episodes=episodes,
+        corpora=corpora,
+        by_session=held[:, 0].mean(),
+        by_window=held[:, 1].mean(),
+        plain=held[:, 2].mean(),
+        width_by_session=widths[:, 0].mean(),
+        width_by_window=widths[:, 1].mean(),
+    )

@@ -27,9 +27,13 @@ def value(metrics: MetricTable, agent: str | None, **where: str) -> float:
     (found,) = [
         r.value
         for r in metrics.metrics
-        if r.metric == "macro_f1" and r.fold == "pooled" and r.agent == agent and r.seed == "mean"
-        and r.profile is r.host_id is r.sample_name is None and all(getattr(r, k) == v for k, v in where.items())
-    ]  # fmt: skip
+        if r.metric == "macro_f1"
+        and r.fold == "pooled"
+        and r.agent == agent
+        and r.seed == "mean"
+        and r.profile is r.host_id is r.sample_name is None
+        and all(getattr(r, k) == v for k, v in where.items())
+    ]
     assert found is not None
     return found
 
@@ -102,9 +106,13 @@ def test_each_subset_of_sources_is_held_against_all_of_them_on_the_same_episodes
 
     everything = "proc+qmp+netflow+guest"
     assert found == {
-        ("proc", everything, "on"), ("netflow", everything, "on"), ("guest", everything, "on"),
-        ("realistic", everything, "on"), ("proc", "realistic", "off"), ("netflow", "realistic", "off"),
-    }  # fmt: skip
+        ("proc", everything, "on"),
+        ("netflow", everything, "on"),
+        ("guest", everything, "on"),
+        ("realistic", everything, "on"),
+        ("proc", "realistic", "off"),
+        ("netflow", "realistic", "off"),
+    }
 
 
 def test_the_subsets_of_sources_are_fifteen_masks_of_which_one_is_all_that_the_host_has() -> None:

@@ -129,9 +129,14 @@ def test_the_interval_agrees_with_scipy_on_the_clusters_of_one_host() -> None:
         return macro_f1(per_cluster[picked.astype(int)].sum(axis=-2).reshape(*picked.shape[:-1], 5, 5), K)
 
     theirs = oracle(
-        (np.arange(30.0),), statistic, n_resamples=4000, method="percentile", vectorized=True, batch=500,
+        (np.arange(30.0),),
+        statistic,
+        n_resamples=4000,
+        method="percentile",
+        vectorized=True,
+        batch=500,
         rng=np.random.default_rng(9),
-    ).confidence_interval  # fmt: skip
+    ).confidence_interval
     ours = compute_interval(macro_f1(resample(weights, per_cluster).reshape(-1, 5, 5), K))
 
     # Two independent draws of 4000: the ends wobble by a few hundredths of the width.
@@ -156,9 +161,14 @@ def test_paired_differences_equal_scipys_on_the_very_same_resamples() -> None:
 
     purpose = int.from_bytes(hashlib.sha256(b"bootstrap").digest()[:8], "big")
     found = oracle(
-        (np.arange(25.0),), gap, n_resamples=1500, method="percentile", vectorized=True, batch=500,
+        (np.arange(25.0),),
+        gap,
+        n_resamples=1500,
+        method="percentile",
+        vectorized=True,
+        batch=500,
         rng=np.random.default_rng([4, purpose]),
-    )  # fmt: skip
+    )
 
     assert_allclose(each[0] - each[1], found.bootstrap_distribution, rtol=0, atol=1e-12)
     assert_allclose(compute_interval(each[0] - each[1]), tuple(found.confidence_interval), rtol=0, atol=1e-12)

@@ -1,4 +1,4 @@
-"""The interval's own audit: over simulated corpora with a known truth it holds what it promises; one over windows does not."""
+"""Coverage of the interval on simulated corpora with a known truth: by session it holds, by window it does not."""
 
 from __future__ import annotations
 

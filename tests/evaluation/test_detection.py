@@ -24,19 +24,26 @@ def board(
 ) -> PredictionGroup:
     ids = [i for i, (_, t, _) in episodes.items() for _ in t]
     texts = {
-        "episode_id": ids, "session": ids, "host_id": [hosts.get(i, fold) for i in ids], "sample_name": ["x"] * len(ids),
-        "profile": ["benign" if i in ("e1", "e2", "e3") else "cryptomine" for i in ids], "origin": ["recorded"] * len(ids),
+        "episode_id": ids,
+        "session": ids,
+        "host_id": [hosts.get(i, fold) for i in ids],
+        "sample_name": ["x"] * len(ids),
+        "profile": ["benign" if i in ("e1", "e2", "e3") else "cryptomine" for i in ids],
+        "origin": ["recorded"] * len(ids),
         "agent": ["off"] * len(ids),
-    }  # fmt: skip
+    }
     p = np.concatenate([p for _, _, p in episodes.values()])
     said = ModelPredictions(
-        model="gbt", seed=0, fold=fold,
+        model="gbt",
+        seed=0,
+        fold=fold,
         windows=EvaluationWindows(
             **{name: np.array(values, dtype=object) for name, values in texts.items()},
-            t_center_ns=np.concatenate([t for _, t, _ in episodes.values()]), y_true=np.zeros(len(p), np.int64),
+            t_center_ns=np.concatenate([t for _, t, _ in episodes.values()]),
+            y_true=np.zeros(len(p), np.int64),
         ),
         output=ModelOutput(model="gbt", seed=0, probabilities=p, y_pred=p.argmax(axis=1)),
-    )  # fmt: skip
+    )
     return PredictionGroup(
         recipe="held_out_host", threat="realistic", table="raw", filter="none", predictions=(said,), refused=()
     )
@@ -51,9 +58,10 @@ def rows_of(tests: Sequence[object], soak: Mapping[str, object] | None = None) -
         for i, e in everything.items()
     }
     parts = PredictionParts(
-        test=board(episodes, {}, "h0"), val_b=board(calm, {"quiet": "h1"}, "h0"),  # type: ignore[arg-type]
+        test=board(episodes, {}, "h0"),
+        val_b=board(calm, {"quiet": "h1"}, "h0"),  # type: ignore[arg-type]
         soak=board(soak, {}, "h0") if soak else None,  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
     found = build_alarm_rows(parts, recorded, RULES, agent="off")
     return {
         f"{r.metric}{'' if r.bin is None else f' {r.bin:g}'}{f' {r.profile}' if r.profile else ''}": r for r in found

@@ -86,9 +86,19 @@ def test_a_window_counts_once_or_its_model_is_not_scored(tmp_path: Path) -> None
 
 def write_fold(run: Path, episodes: dict[str, SplitPart]) -> None:
     fold = Fold(
-        version=1, recipe="held_out_host", fold="host-0", leaky=False, validation="sessions", episodes=episodes,
-        embargoed={}, coverage=(), untested_profiles=(), untested_phases=(), asserted=(), sha256="",
-    )  # fmt: skip
+        version=1,
+        recipe="held_out_host",
+        fold="host-0",
+        leaky=False,
+        validation="sessions",
+        episodes=episodes,
+        embargoed={},
+        coverage=(),
+        untested_profiles=(),
+        untested_phases=(),
+        asserted=(),
+        sha256="",
+    )
     (run / "splits").mkdir()
     whole = {name: getattr(fold, name) for name in fold.__dataclass_fields__} | {"sha256": compute_fold_digest(fold)}
     (run / "splits" / "held_out_host-host-0.json").write_bytes(render_fold(Fold(**whole)))

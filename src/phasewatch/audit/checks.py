@@ -1,4 +1,4 @@
-"""What an audit says: one check a promise, with the words and the place; and its file."""
+"""The result of an audit: one check per promise, and the file `audit_v1.json`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import msgspec
 
 from phasewatch.errors import PhasewatchError, RunError
 
-REPORT_ONLY_SUFFIX = "Reported, without a limit."  # how the promise of a figure ends that nothing can break
-MAX_SHOWN_FAULTS = 3  # places that a check names; the rest is counted
+REPORT_ONLY_SUFFIX = "Reported, without a limit."  # ends the promise of a figure without a limit
+MAX_SHOWN_FAULTS = 3  # faults that a check lists; the rest is counted
 
 
 class CheckOutcome(StrEnum):
-    """What became of a promise: untested says why, and never counts as kept."""
+    """The outcome of a check; untested never counts as kept."""
 
     KEPT = "kept"
     BROKEN = "broken"
@@ -23,12 +23,12 @@ class CheckOutcome(StrEnum):
 
 
 class AuditCheck(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One promise.
+    """The check of one promise.
 
     Attributes:
-        name: Stable, in kebab-case.
-        promise: What a reader may rely on if it was kept.
-        words: What was looked at, or what was found instead.
+        name: Stable name in kebab-case.
+        promise: What a reader may rely on if it is kept.
+        words: What was checked, or the faults.
     """
 
     name: str
@@ -38,12 +38,12 @@ class AuditCheck(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def is_reported(self) -> bool:
-        """Whether it is a figure without a limit: it was found, and promises nothing."""
+        """Whether it is a figure without a limit."""
         return self.fate is CheckOutcome.KEPT and self.promise.endswith(REPORT_ONLY_SUFFIX)
 
     @property
     def outcome_label(self) -> str:
-        """Its fate in a word, for people."""
+        """The outcome in a word, for people."""
         return "reported" if self.is_reported else str(self.fate)
 
 
@@ -55,17 +55,17 @@ class AuditReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def failed_checks(self) -> tuple[AuditCheck, ...]:
-        """The promises that were not kept."""
+        """The checks of broken promises."""
         return tuple(check for check in self.checks if check.fate is CheckOutcome.BROKEN)
 
     @property
     def passes(self) -> bool:
-        """Whether no promise was broken; untested ones are named beside it."""
+        """Whether no promise is broken; untested ones do not count as broken."""
         return not self.failed_checks
 
     @property
     def summary(self) -> str:
-        """What became of the promises, in a line."""
+        """The result in one line."""
         if not self.passes:
             return f"the run breaks {len(self.failed_checks)} of its promises"
         untested = sum(check.fate is CheckOutcome.UNTESTED for check in self.checks)
@@ -73,7 +73,7 @@ class AuditReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def build_check(name: str, promise: str, faults: Iterable[str], *, looked_at: str) -> AuditCheck:
-    """Make a check of what was found wrong: nothing keeps the promise."""
+    """Build a check from its faults; without any the promise is kept."""
     found = list(faults)
     if not found:
         return AuditCheck(name=name, promise=promise, fate=CheckOutcome.KEPT, words=looked_at)
@@ -84,13 +84,13 @@ def build_check(name: str, promise: str, faults: Iterable[str], *, looked_at: st
 
 
 def build_untested_check(name: str, promise: str, why: str) -> AuditCheck:
-    """Make a check that could not be done."""
+    """Build a check that could not be done."""
     return AuditCheck(name=name, promise=promise, fate=CheckOutcome.UNTESTED, words=why)
 
 
 @contextmanager
 def collect_refusals(faults: list[str]) -> Iterator[None]:
-    """Turn a refusal inside the block into a fault: what cannot even be read does not keep a promise."""
+    """Append a refusal inside the block to the faults: an unreadable file breaks a promise."""
     try:
         yield
     except PhasewatchError as error:
@@ -98,15 +98,15 @@ def collect_refusals(faults: list[str]) -> Iterator[None]:
 
 
 def render_audit(audit: AuditReport) -> bytes:
-    """Give the bytes of `audit_v1.json`."""
+    """Render the bytes of `audit_v1.json`."""
     return msgspec.json.format(msgspec.json.encode(audit, order="sorted"), indent=1) + b"\n"
 
 
 def parse_audit(data: bytes, *, file: str) -> AuditReport:
-    """Read `audit_v1.json`.
+    """Parse the bytes of `audit_v1.json`.
 
     Raises:
-        RunError: If it is none.
+        RunError: If they are not an audit.
     """
     try:
         return msgspec.json.decode(data, type=AuditReport)

@@ -1,7 +1,7 @@
-"""What a corpus gives away beside the phase: clock, host, neighbour, plan; each as one figure (pure).
+"""Leakage probes: what features reveal about elapsed time, host, neighbour and plan, one figure per probe.
 
-A model that knows how late it is, on which host it runs or what its neighbour does can score without seeing any
-malware. Every classifier here is answered out of fold, folds by session, so that no episode explains itself.
+A model that knows the elapsed time, its host or its neighbour's phase can score without seeing malware. Every
+classifier here predicts out of fold, with folds by session, so no episode predicts itself.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ from phasewatch.validate.index import read_index
 from phasewatch.validate.verdict import USABLE_STATUSES
 
 N_FOLDS = 5
-MAX_LEAVE_ONE_OUT = (
-    30  # of so few episodes each is left out by itself: how they fall into five folds moves a figure by 0.1
-)
+# Up to this many episodes each is left out by itself: their assignment to five folds moves a figure by 0.1.
+MAX_LEAVE_ONE_OUT = 30
 
 _PROBE_ROUNDS = 40
 _PROBE_TREE_PARAMS = {
@@ -48,7 +47,15 @@ _PROBE_TREE_PARAMS = {
 
 
 def assign_group_folds(groups: NDArray[np.str_], k: int) -> NDArray[np.int64]:
-    """Deal groups over k folds by size: each goes, in order of falling size and name, where least is."""
+    """Assign groups to k folds: each, by descending size and then name, to the smallest fold.
+
+    Args:
+        groups: ``(n,)`` group of each row.
+        k: Number of folds.
+
+    Returns:
+        ``(n,)`` fold of each row.
+    """
     names, codes, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     held, place = np.zeros(k, np.int64), np.zeros(len(names), np.int64)
     for group in np.lexsort((names, -sizes)):
@@ -60,7 +67,7 @@ def assign_group_folds(groups: NDArray[np.str_], k: int) -> NDArray[np.int64]:
 def _iterate_group_folds(
     groups: NDArray[np.str_], rows: NDArray[np.bool_], k: int = N_FOLDS
 ) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
-    """Give (train, test) masks over all rows, fold by fold; groups stay together, and only `rows` are in either."""
+    """Yield ``(n,)`` train and test masks of each fold; groups stay together, and both lie within `rows`."""
     fold = np.full(len(groups), -1)
     fold[rows] = assign_group_folds(groups[rows], k)
     for number in range(k):
@@ -70,13 +77,23 @@ def _iterate_group_folds(
 def predict_classes_out_of_fold(
     x: Float32Array, y: NDArray[np.int64], groups: NDArray[np.str_], rows: NDArray[np.bool_]
 ) -> NDArray[np.int64] | None:
-    """Answer every row by trees that saw none of its session; None where there are too few sessions."""
+    """Predict the class of every row by trees that saw none of its session.
+
+    Args:
+        x: ``(n, f)`` features.
+        y: ``(n,)`` classes.
+        groups: ``(n,)`` sessions.
+        rows: ``(n,)`` bool, the rows to use.
+
+    Returns:
+        ``(n,)`` classes, −1 outside `rows`; None with too few sessions or classes.
+    """
     import xgboost as xgb
 
     if len(np.unique(groups[rows])) < N_FOLDS or len(np.unique(y[rows])) < 2:
         return None
     k = int(y[rows].max()) + 1
-    said = np.full(len(y), -1)
+    predicted = np.full(len(y), -1)
     for train, test in _iterate_group_folds(groups, rows):
         count = np.bincount(y[train], minlength=k)
         weight = np.divide(1.0, count, out=np.zeros(k), where=count > 0) * len(y[train]) / max(1, (count > 0).sum())
@@ -87,17 +104,17 @@ def predict_classes_out_of_fold(
             num_boost_round=_PROBE_ROUNDS,
             verbose_eval=False,
         )
-        said[test] = np.asarray(booster.inplace_predict(x[test], missing=np.nan)).reshape(-1, k).argmax(axis=1)
-    return said
+        predicted[test] = np.asarray(booster.inplace_predict(x[test], missing=np.nan)).reshape(-1, k).argmax(axis=1)
+    return predicted
 
 
 def predict_values_out_of_fold(
     x: Float32Array, t: NDArray[np.float64], episode: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Predict a number for every row by trees that saw none of its episode."""
+    """Predict the number ``t`` ``(n,)`` of every row of ``x`` ``(n, f)`` by trees that saw none of its episode."""
     import xgboost as xgb
 
-    said = np.zeros(len(t))
+    predicted = np.zeros(len(t))
     k = min(MAX_LEAVE_ONE_OUT, len(np.unique(episode)))
     for train, test in _iterate_group_folds(episode.astype(str), np.ones(len(t), np.bool_), k):
         if train.any() and test.any():
@@ -105,13 +122,13 @@ def predict_values_out_of_fold(
             booster = xgb.train(
                 {**_PROBE_TREE_PARAMS, "objective": "reg:squarederror"}, data, num_boost_round=_PROBE_ROUNDS
             )
-            said[test] = booster.inplace_predict(x[test], missing=np.nan)
-    return said
+            predicted[test] = booster.inplace_predict(x[test], missing=np.nan)
+    return predicted
 
 
-def compute_macro_f1_and_chance(truth: NDArray[np.int64], said: NDArray[np.int64]) -> tuple[float, float]:
-    """Give macro-F1, and what guesses drawn with the classes' shares would have."""
-    confusion = confusion_counts(truth, said)
+def compute_macro_f1_and_chance(truth: NDArray[np.int64], predicted: NDArray[np.int64]) -> tuple[float, float]:
+    """Compute macro-F1 of ``(n,)`` predictions, and of guesses drawn with the shares of the classes."""
+    confusion = confusion_counts(truth, predicted)
     share = confusion.sum(axis=1) / max(1, len(truth))
     classes = tuple(int(i) for i in np.flatnonzero(share))
     # A guess drawn by share has precision and recall equal to the share.
@@ -119,7 +136,10 @@ def compute_macro_f1_and_chance(truth: NDArray[np.int64], said: NDArray[np.int64
 
 
 def compute_spearman(x: NDArray[np.floating], t: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Correlate ranks column by column, over the finite rows; 0 where a column does not move (Spearman 1904)."""
+    """Compute the rank correlation of each column of ``(n, f)`` with ``(n,)`` over finite rows; 0 if constant.
+
+    Source: Spearman 1904.
+    """
     from scipy.stats import rankdata
 
     found = np.zeros(x.shape[1])
@@ -131,32 +151,32 @@ def compute_spearman(x: NDArray[np.floating], t: NDArray[np.float64]) -> NDArray
     return found
 
 
-MAX_ABOVE_CHANCE = 0.10  # of macro-F1, for the clock: 0.30 where all five phases occur (a plan's own gate is at 0.25)
-MAX_IDLE_CORRELATION = 0.20  # above it a suspect is named
-STARTUP_S = 12.5  # two windows: what the guest did at the first label has ended
-MAX_SINGLE_FEATURE = 0.95  # what one feature alone may tell of host or hour (DESIGN section 9, "Audit")
-N_QUANTILE_BINS = 32  # of one feature, when it is asked alone
+MAX_ABOVE_CHANCE = 0.10  # in macro-F1, for elapsed time: 0.30 with five phases (a plan's own limit is 0.25)
+MAX_IDLE_CORRELATION = 0.20  # above it suspect features are named
+STARTUP_S = 12.5  # two windows: the guest's work at the first label has ended
+MAX_SINGLE_FEATURE = 0.95  # limit for one feature alone on host or elapsed time (DESIGN section 9, "Audit")
+N_QUANTILE_BINS = 32  # of a feature that is probed alone
 N_PERMUTATIONS = 999
 PERMUTATION_ALPHA = 0.01
 MAX_SUSPECTS = 5
-MIN_GROUPS = 3  # sessions, hosts or episodes below which a question has no answer
+MIN_GROUPS = 3  # fewer sessions, hosts or episodes leave a probe without result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LeakageWindows:
-    """The windows of a store's usable episodes, of known phase, in order of episode and time.
+    """The windows of known phase of a store's usable episodes, in the order (episode, time).
 
     Attributes:
-        x: ``(n, f)`` features that a defender has; NaN where nothing was known.
-        levels: ``(n, l)`` means of the levels over each window, likewise.
+        x: ``(n, f)`` host-side features; NaN where unknown.
+        levels: ``(n, l)`` means of the cumulative levels over each window; NaN where unknown.
         y: ``(n,)`` phase codes.
-        t_s: ``(n,)`` middles, seconds since the first label.
+        t_s: ``(n,)`` centres, seconds since the first label.
         t_ns: ``(n,)`` the same on the wall clock.
-        episode_index: ``(n,)`` which episode.
+        episode_index: ``(n,)`` index of the episode.
         names: The features' names.
         host, session, profile, role: ``(e,)`` of each episode.
-        is_idle: ``(e,)`` benign, and nothing but everyday life.
-        length_s: ``(e,)``.
+        is_idle: ``(e,)`` whether it is benign without load.
+        length_s: ``(e,)`` seconds.
     """
 
     x: Float32Array
@@ -176,16 +196,16 @@ class LeakageWindows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeakageResult:
-    """One question and its answer.
+    """The result of one leakage probe.
 
     Attributes:
-        name: Stable, in kebab-case.
-        question: What was tried.
-        value: The figure; NaN where there was too little to ask, and `words` says so.
+        name: Stable name in kebab-case.
+        question: What was predicted from what.
+        value: The figure; NaN with too little data, which `words` explains.
         unit: What the figure is.
-        chance: What the same figure is without any leak, if that is known.
-        limit: What it must not exceed; None where it is only reported.
-        words: How much was looked at, and who is suspected.
+        chance: The figure without any leak, if it is known.
+        limit: What the figure must not exceed; None if it is only reported.
+        words: Sample size and suspect features.
     """
 
     name: str
@@ -198,14 +218,14 @@ class LeakageResult:
 
     @property
     def exceeds_limit(self) -> bool:
-        """Whether the figure passes its limit."""
+        """Whether the figure exceeds its limit."""
         return self.limit is not None and self.value > self.limit
 
 
 def probe_leakage(windows: LeakageWindows, only: Collection[str] = ()) -> tuple[LeakageResult, ...]:
-    """Ask a corpus every question, or only some, in a fixed order."""
+    """Run every leakage probe, or only the named ones, in a fixed order."""
     lab = windows.role[windows.episode_index] == "lab"
-    return tuple(ask(windows, lab) for name, ask in LEAKAGE_PROBES.items() if not only or name in only)
+    return tuple(probe(windows, lab) for name, probe in LEAKAGE_PROBES.items() if not only or name in only)
 
 
 def _probe_phase_from_time(w: LeakageWindows, lab: NDArray[np.bool_]) -> LeakageResult:
@@ -218,33 +238,38 @@ def _probe_phase_from_time(w: LeakageWindows, lab: NDArray[np.bool_]) -> Leakage
         return LabelledExamples(inputs=ModelInputs(x=w.t_s[rows, None].astype(np.float32), spec=spec), y=w.y[rows])
 
     fold = assign_group_folds(w.session[w.episode_index], N_FOLDS)
-    said = np.full(len(w.y), -1)
+    predicted = np.full(len(w.y), -1)
     for number in range(N_FOLDS):
         test, val = lab & (fold == number), lab & (fold == (number + 1) % N_FOLDS)
         train = lab & ~test & ~val
         if not (test.any() and val.any() and train.any()):
             return _build_unanswered(name, question, "macro-F1", "fewer than five sessions")
         model = registry.create("elapsed_time").fit(part(train), part(val))
-        said[test] = model.predict(part(test).inputs)
-    return _build_phase_result(name, question, w, lab, said, 1 / len(np.unique(w.y[lab])) + MAX_ABOVE_CHANCE)
+        predicted[test] = model.predict(part(test).inputs)
+    return _build_phase_result(name, question, w, lab, predicted, 1 / len(np.unique(w.y[lab])) + MAX_ABOVE_CHANCE)
 
 
 def _probe_phase_from_levels(w: LeakageWindows, lab: NDArray[np.bool_]) -> LeakageResult:
     name, question = "phase-from-levels", "The phase, from the cumulative totals that are no channels."
-    said = predict_classes_out_of_fold(w.levels, w.y, w.session[w.episode_index], lab)
-    if said is None:
+    predicted = predict_classes_out_of_fold(w.levels, w.y, w.session[w.episode_index], lab)
+    if predicted is None:
         return _build_unanswered(name, question, "macro-F1", "fewer than five sessions")
-    return _build_phase_result(name, question, w, lab, said, None)
+    return _build_phase_result(name, question, w, lab, predicted, None)
 
 
 def _build_phase_result(
-    name: str, question: str, w: LeakageWindows, rows: NDArray[np.bool_], said: NDArray[np.int64], limit: float | None
+    name: str,
+    question: str,
+    w: LeakageWindows,
+    rows: NDArray[np.bool_],
+    predicted: NDArray[np.int64],
+    limit: float | None,
 ) -> LeakageResult:
-    score, chance = compute_macro_f1_and_chance(w.y[rows], said[rows])
+    score, chance = compute_macro_f1_and_chance(w.y[rows], predicted[rows])
     words = f"{int(rows.sum()):,} windows of {len(np.unique(w.episode_index[rows]))} lab episodes"
     return LeakageResult(
         name=name, question=question, value=score, unit="macro-F1", chance=chance, limit=limit, words=words
-    )  # fmt: skip
+    )
 
 
 def _probe_time_from_features(w: LeakageWindows, lab: NDArray[np.bool_]) -> LeakageResult:
@@ -255,8 +280,8 @@ def _probe_time_from_features(w: LeakageWindows, lab: NDArray[np.bool_]) -> Leak
 def _find_idle_rows(w: LeakageWindows) -> NDArray[np.bool_]:
     """Mark the windows of idle episodes that are no later than a lab episode lasts.
 
-    No phase is learnt later; and of one soak episode of ten minutes nothing that learnt from shorter ones tells the hour,
-    which hides how well it is told of all others.
+    No phase is learnt from later windows. A model of shorter episodes cannot place a soak episode of ten minutes in
+    time, which would hide how well it places all others.
     """
     lab = w.length_s[w.role == "lab"]
     longest = float(lab.max()) if len(lab) else np.inf
@@ -265,19 +290,21 @@ def _find_idle_rows(w: LeakageWindows) -> NDArray[np.bool_]:
 
 
 def _probe_time_from_later_features(w: LeakageWindows, lab: NDArray[np.bool_]) -> LeakageResult:
-    """Ask again without the step that begins every episode: the guest clears its scratch folder and syncs."""
+    """Probe without the first step of every episode: the guest clears its scratch folder and syncs."""
     return _probe_time(
-        w, _find_idle_rows(w) & (w.t_s > STARTUP_S), "elapsed-time-from-idle-later",
+        w,
+        _find_idle_rows(w) & (w.t_s > STARTUP_S),
+        "elapsed-time-from-idle-later",
         f"The same, of windows whose middle is later than {STARTUP_S:g} s.",
-    )  # fmt: skip
+    )
 
 
 def _probe_time(w: LeakageWindows, idle: NDArray[np.bool_], name: str, question: str) -> LeakageResult:
     episodes = np.unique(w.episode_index[idle])
     if len(episodes) < MIN_GROUPS:
         return _build_unanswered(name, question, "rank correlation", f"{len(episodes)} idle episodes")
-    said = predict_values_out_of_fold(w.x[idle], w.t_s[idle], w.episode_index[idle])
-    value = float(compute_spearman(said[:, None], w.t_s[idle])[0])
+    predicted = predict_values_out_of_fold(w.x[idle], w.t_s[idle], w.episode_index[idle])
+    value = float(compute_spearman(predicted[:, None], w.t_s[idle])[0])
     words = f"{int(idle.sum()):,} windows of {len(episodes)} idle episodes"
     if value >= MAX_IDLE_CORRELATION:
         drift = _correlate_within_episodes(w, idle)
@@ -290,7 +317,7 @@ def _probe_time(w: LeakageWindows, idle: NDArray[np.bool_], name: str, question:
 
 
 def _correlate_within_episodes(w: LeakageWindows, idle: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Give each feature's mean rank correlation with the time inside idle episodes."""
+    """Compute each feature's mean rank correlation with time within idle episodes, ``(f,)``."""
     found = [
         compute_spearman(w.x[rows], w.t_s[rows])
         for rows in (idle & (w.episode_index == e) for e in np.unique(w.episode_index[idle]))
@@ -306,27 +333,37 @@ def _probe_time_from_one_feature(w: LeakageWindows, lab: NDArray[np.bool_]) -> L
     found = np.abs(compute_spearman(w.x[idle], w.t_s[idle]))
     best = int(np.argmax(found))
     return LeakageResult(
-        name=name, question=question, value=float(found[best]), unit="rank correlation", chance=0.0, limit=MAX_SINGLE_FEATURE,
+        name=name,
+        question=question,
+        value=float(found[best]),
+        unit="rank correlation",
+        chance=0.0,
+        limit=MAX_SINGLE_FEATURE,
         words=f"the strongest of {len(w.names)} is {w.names[best]}",
-    )  # fmt: skip
+    )
 
 
 def _probe_host_from_features(w: LeakageWindows, lab: NDArray[np.bool_]) -> LeakageResult:
     name, question = "host-from-features", "On which host a window was recorded, from all features."
     hosts, codes = np.unique(w.host, return_inverse=True)
-    said = (
+    predicted = (
         predict_classes_out_of_fold(w.x, codes[w.episode_index], w.session[w.episode_index], lab)
         if len(hosts) > 1
         else None
     )
-    if said is None:
+    if predicted is None:
         return _build_unanswered(name, question, "accuracy", "one host, or fewer than five sessions")
     truth = codes[w.episode_index][lab]
-    value = float(np.mean(said[lab] == truth))
+    value = float(np.mean(predicted[lab] == truth))
     return LeakageResult(
-        name=name, question=question, value=value, unit="accuracy", chance=float(np.bincount(truth).max() / len(truth)),
-        limit=None, words=f"{len(hosts)} hosts; chance is always naming the most frequent one",
-    )  # fmt: skip
+        name=name,
+        question=question,
+        value=value,
+        unit="accuracy",
+        chance=float(np.bincount(truth).max() / len(truth)),
+        limit=None,
+        words=f"{len(hosts)} hosts; chance is always naming the most frequent one",
+    )
 
 
 def _probe_host_from_one_feature(w: LeakageWindows, lab: NDArray[np.bool_]) -> LeakageResult:
@@ -341,13 +378,21 @@ def _probe_host_from_one_feature(w: LeakageWindows, lab: NDArray[np.bool_]) -> L
     each = [_score_single_feature(w.x[lab, i], truth[lab], fold[lab], len(hosts)) for i in range(w.x.shape[1])]
     best = int(np.argmax(each))
     return LeakageResult(
-        name=name, question=question, value=each[best], unit="balanced accuracy", chance=1 / len(hosts),
-        limit=MAX_SINGLE_FEATURE, words=f"the strongest of {len(w.names)} is {w.names[best]}",
-    )  # fmt: skip
+        name=name,
+        question=question,
+        value=each[best],
+        unit="balanced accuracy",
+        chance=1 / len(hosts),
+        limit=MAX_SINGLE_FEATURE,
+        words=f"the strongest of {len(w.names)} is {w.names[best]}",
+    )
 
 
 def _score_single_feature(x: Float32Array, truth: NDArray[np.int64], fold: NDArray[np.int64], k: int) -> float:
-    """Score the best guess from one feature, cut into cells of equal frequency; a missing value is a cell too."""
+    """Compute the balanced accuracy of the best guess from one feature ``(n,)``.
+
+    The feature is cut into bins of equal frequency; a missing value is a bin too.
+    """
     hit, total = np.zeros(k), np.zeros(k)
     for number in range(N_FOLDS):
         test = fold == number
@@ -375,15 +420,20 @@ def _probe_length_against_profile(w: LeakageWindows, lab: NDArray[np.bool_]) -> 
     rng = np.random.default_rng(0)
     drawn = np.array([_compute_eta_squared(length, rng.permutation(codes)) for _ in range(N_PERMUTATIONS)])
     p = (1 + int((drawn >= value).sum())) / (N_PERMUTATIONS + 1)
-    # The limit is what chance passes in one corpus of a hundred.
+    # Chance exceeds the limit in one corpus of a hundred.
     return LeakageResult(
-        name=name, question=question, value=value, unit="share of variance", chance=float(drawn.mean()),
-        limit=float(np.quantile(drawn, 1 - PERMUTATION_ALPHA)), words=f"{len(length)} lab episodes, permutation p = {p:.2f}",
-    )  # fmt: skip
+        name=name,
+        question=question,
+        value=value,
+        unit="share of variance",
+        chance=float(drawn.mean()),
+        limit=float(np.quantile(drawn, 1 - PERMUTATION_ALPHA)),
+        words=f"{len(length)} lab episodes, permutation p = {p:.2f}",
+    )
 
 
 def _compute_eta_squared(values: NDArray[np.float64], codes: NDArray[np.int64]) -> float:
-    """Give eta squared: the share of the variance that lies between groups."""
+    """Compute eta squared, the share of the variance between groups, from ``(n,)`` values and group codes."""
     count = np.bincount(codes)
     means = np.bincount(codes, values) / np.maximum(count, 1)
     return float((count * (means - values.mean()) ** 2).sum() / ((values - values.mean()) ** 2).sum())
@@ -395,22 +445,27 @@ def _probe_neighbour_from_wait(w: LeakageWindows, lab: NDArray[np.bool_]) -> Lea
     other = _find_neighbour_windows(w)
     rows = lab & (other >= 0)
     beside = np.where(other >= 0, w.y[np.maximum(other, 0)], 0)
-    said = (
+    predicted = (
         predict_classes_out_of_fold(w.x[:, columns], beside, w.session[w.episode_index], rows)
         if columns and rows.any()
         else None
     )
-    if said is None:
+    if predicted is None:
         return _build_unanswered(name, question, "macro-F1", "too few sessions of two")
-    score, chance = compute_macro_f1_and_chance(beside[rows], said[rows])
+    score, chance = compute_macro_f1_and_chance(beside[rows], predicted[rows])
     return LeakageResult(
-        name=name, question=question, value=score, unit="macro-F1", chance=chance, limit=None,
+        name=name,
+        question=question,
+        value=score,
+        unit="macro-F1",
+        chance=chance,
+        limit=None,
         words=f"{int(rows.sum()):,} windows of {len(np.unique(w.episode_index[rows]))} episodes that had a neighbour",
-    )  # fmt: skip
+    )
 
 
 def _find_neighbour_windows(w: LeakageWindows) -> NDArray[np.int64]:
-    """Give for each window the neighbour's window whose middle is nearest, at most half a stride away; else −1."""
+    """Return the index of the neighbour's nearest window within half a stride, ``(n,)``; −1 without."""
     reach_ns = BIN_NS * STRIDE_BINS // 2
     found = np.full(len(w.y), -1)
     for session in np.unique(w.session):
@@ -449,7 +504,7 @@ LEAKAGE_PROBES: Mapping[str, Callable[[LeakageWindows, NDArray[np.bool_]], Leaka
 
 
 def render_leakage(leaks: Sequence[LeakageResult]) -> list[tuple[str, str, str, str]]:
-    """Give a table's rows: question, figure, limit or chance, words."""
+    """Render table rows: question, figure, limit or chance, details."""
     rows = []
     for leak in leaks:
         figure = "—" if np.isnan(leak.value) else f"{leak.value:.2f} {leak.unit}"
@@ -461,15 +516,15 @@ def render_leakage(leaks: Sequence[LeakageResult]) -> list[tuple[str, str, str, 
 
 LEAK_CHECK_PREFIX = "leak-"
 LEAKAGE_CHANNEL_SET = "realistic"
-MAX_EPISODES = 600  # of a larger store a sample by session is asked: the questions need no more
+MAX_EPISODES = 600  # a larger store is sampled by session: the probes need no more
 _IDLE_SAMPLE = "idle"
 
 
 def read_leakage_windows(run: Path) -> LeakageWindows:
-    """Read the windows of a swept run's usable episodes, of a large store's those of a sample.
+    """Read the windows of a run's usable episodes; a large store is sampled.
 
     Raises:
-        RunError: If it has no verdicts or no grids, or not one usable window.
+        RunError: If the run has no validation results, no bins, or no usable window.
     """
     usable = {(v.host_id, v.episode_id) for v in read_index(run / VALIDATION_FILE) if v.status in USABLE_STATUSES}
     grids = open_bins(run / BINS_DIR)
@@ -487,10 +542,10 @@ def _sample_rows(rows: list[BinIndexRow]) -> list[BinIndexRow]:
 
 
 def _build_leakage_windows(grids: MappedBins, rows: list[BinIndexRow]) -> LeakageWindows:
-    """Cut episodes into windows of known phase.
+    """Build the windows of known phase.
 
     Raises:
-        RunError: If there is not one.
+        RunError: If there is none.
     """
     known = np.repeat(build_channel_mask(LEAKAGE_CHANNEL_SET), len(STATS))
     x, levels, y, t_s, t_ns, of = [], [], [], [], [], []
@@ -508,10 +563,14 @@ def _build_leakage_windows(grids: MappedBins, rows: list[BinIndexRow]) -> Leakag
         of.append(np.full(int(is_known.sum()), len(kept), np.int64))
         kept.append(row)
     if not kept:
-        raise RunError("no usable episode of this run has a window of known phase; there is nothing to ask for leaks")
+        raise RunError("no usable episode of this run has a window of known phase; leakage cannot be probed")
     return LeakageWindows(
-        x=np.concatenate(x), levels=np.concatenate(levels), y=np.concatenate(y), t_s=np.concatenate(t_s),
-        t_ns=np.concatenate(t_ns), episode_index=np.concatenate(of),
+        x=np.concatenate(x),
+        levels=np.concatenate(levels),
+        y=np.concatenate(y),
+        t_s=np.concatenate(t_s),
+        t_ns=np.concatenate(t_ns),
+        episode_index=np.concatenate(of),
         names=tuple(name for name, is_in in zip(feature_names(), known, strict=True) if is_in),
         host=np.array([row.host_id for row in kept]),
         session=np.array([f"{row.host_id}/{row.session}" for row in kept]),
@@ -519,11 +578,11 @@ def _build_leakage_windows(grids: MappedBins, rows: list[BinIndexRow]) -> Leakag
         role=np.array([str(row.role) for row in kept]),
         is_idle=np.array([row.sample_kind is SampleKind.BENIGN and row.sample_name == _IDLE_SAMPLE for row in kept]),
         length_s=np.array([row.n_bins * BIN_NS / 1e9 for row in kept]),
-    )  # fmt: skip
+    )
 
 
 def _compute_level_means(levels: np.ndarray, w: int) -> np.ndarray:
-    """Give the mean of each level over each window, ``(w, l)``; NaN where it was never known."""
+    """Compute the mean of each level over each window, ``(n_bins, l)`` → ``(w, l)``; NaN where never known."""
     total, count = np.zeros((w, len(LEVEL_CHANNELS))), np.zeros((w, len(LEVEL_CHANNELS)))
     for row in range(WINDOW_BINS):
         part = levels[row : row + STRIDE_BINS * w : STRIDE_BINS][:w]
@@ -534,7 +593,7 @@ def _compute_level_means(levels: np.ndarray, w: int) -> np.ndarray:
 
 
 def check_leakage(run: Path) -> tuple[AuditCheck, ...]:
-    """Make a check of every question; one without a limit is kept whatever its figure, which stands in its words."""
+    """Check every leakage probe; a probe without a limit is kept whatever its figure."""
     try:
         leaks = probe_leakage(read_leakage_windows(run))
     except RunError as exc:

@@ -1,4 +1,4 @@
-"""Checkpoints and predictions: made again from train and validation alone, and held against what the run has."""
+"""Checks of checkpoints and predictions: retraining, predicting again, and training on permuted labels."""
 
 from __future__ import annotations
 
@@ -38,45 +38,47 @@ PREDICTIONS_PROMISE = (
 _EXPERIMENT_COLUMNS = ("recipe", "fold", "threat", "model", "table", "seed")
 _GROUP_COLUMNS = (*_EXPERIMENT_COLUMNS, "part", "filter")
 _PREDICTION_COLUMNS = ("episode_id", "t_center_ns", "y_true", "y_pred", *PROBABILITY_COLUMNS)
-PROBABILITY_TOLERANCE = (
-    1e-3  # of a probability; the same bits are expected on the same machine, other CPUs sum in another order
-)
+# In a probability: one machine gives the same bits, but other CPUs sum in another order.
+PROBABILITY_TOLERANCE = 1e-3
 
 
 def choose_experiments(run: Path) -> tuple[Experiment, ...]:
-    """Choose one finished cell of each model and table: of a recipe that tests and does not leak, realistic if there is one."""
+    """Choose one finished experiment per model and input, of a recipe that tests and does not leak.
+
+    The channel set `realistic` is preferred.
+    """
     first: dict[tuple[str, str], Experiment] = {}
-    cells = find_finished_experiments(run, compute_run_digests(run))
-    for cell in sorted(cells, key=lambda cell: (cell.threat != "realistic", cell)):
-        row = find_recipe(cell.recipe)
+    experiments = find_finished_experiments(run, compute_run_digests(run))
+    for experiment in sorted(experiments, key=lambda experiment: (experiment.threat != "realistic", experiment)):
+        row = find_recipe(experiment.recipe)
         if row.tests and not row.leaky:
-            first.setdefault((cell.model, cell.table), cell)
+            first.setdefault((experiment.model, experiment.table), experiment)
     return tuple(first.values())
 
 
-def check_retrained(run: Path, cells: Sequence[Experiment]) -> AuditCheck:
-    """Train some cells again and compare what both say of validation A and of the test set."""
+def check_retrained(run: Path, experiments: Sequence[Experiment]) -> AuditCheck:
+    """Train some experiments again and compare both models' predictions on validation A and on the test set."""
     faults: list[str] = []
-    for cell in cells:
+    for experiment in experiments:
         with collect_refusals(faults):
-            faults += _find_retrain_faults(run, cell)
-    if not cells:
+            faults += _find_retrain_faults(run, experiment)
+    if not experiments:
         return build_untested_check(RETRAIN_CHECK, RETRAIN_PROMISE, "the run has no finished cell")
     return build_check(
-        RETRAIN_CHECK, RETRAIN_PROMISE, faults, looked_at=_describe_checked(cells, "cells trained again")
+        RETRAIN_CHECK, RETRAIN_PROMISE, faults, looked_at=_describe_checked(experiments, "cells trained again")
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MergedPredictions:
-    """The merged predictions, and which rows are whose: looked up once, for the grid has thousands of cells and filters."""
+    """The merged predictions, indexed once by experiment, part and filter: a full grid has thousands of each."""
 
     table: Any
     rows_by_group: Mapping[tuple[object, ...], Any]
 
     @classmethod
     def from_table(cls, table: Any) -> MergedPredictions:
-        """Find the rows of each cell, part and filter."""
+        """Index the rows of each experiment, part and filter."""
         import pyarrow as pa
 
         numbered = table.select(list(_GROUP_COLUMNS)).append_column("row", pa.array(np.arange(table.num_rows)))
@@ -89,38 +91,38 @@ class MergedPredictions:
         )
 
     def experiment_keys(self) -> set[tuple[object, ...]]:
-        """Name the cells that have rows."""
+        """Return the keys of the experiments with rows."""
         return {key[: len(_EXPERIMENT_COLUMNS)] for key in self.rows_by_group}
 
-    def select_rows(self, cell: Experiment, part: str, name: str) -> Any:
-        """Give the rows of a cell's part and filter."""
-        found = self.rows_by_group.get((*_build_experiment_key(cell), part, name))
+    def select_rows(self, experiment: Experiment, part: str, name: str) -> Any:
+        """Return the rows of an experiment, part and filter."""
+        found = self.rows_by_group.get((*_build_experiment_key(experiment), part, name))
         return self.table.slice(0, 0) if found is None else self.table.take(found.values)
 
 
 def check_predictions(run: Path) -> AuditCheck:
-    """Ask every checkpoint again, and hold its answers against the merged predictions.
+    """Predict with every checkpoint again and compare with the merged predictions.
 
-    A cell of a model whose code is not here can be neither asked nor accused: then the promise is untested.
+    An experiment whose model code cannot be imported is skipped; the promise is then untested.
     """
     faults: list[str] = []
-    cells: list[Experiment] = []
+    experiments: list[Experiment] = []
     absent: set[str] = set()
     with collect_refusals(faults):
-        told = MergedPredictions.from_table(read_predictions(run / PREDICTIONS_FILE))
-        cells = list(find_finished_experiments(run, compute_run_digests(run)))
-        known = {_build_experiment_key(cell) for cell in cells}
-        for key in sorted(told.experiment_keys() - known, key=str):
+        merged = MergedPredictions.from_table(read_predictions(run / PREDICTIONS_FILE))
+        experiments = list(find_finished_experiments(run, compute_run_digests(run)))
+        known = {_build_experiment_key(experiment) for experiment in experiments}
+        for key in sorted(merged.experiment_keys() - known, key=str):
             if words := _describe_import_error(run, key):
                 absent.add(words)
             else:
                 faults.append(f"{'/'.join(map(str, key))} has predictions and no checkpoint")
-        for cell in cells:
+        for experiment in experiments:
             with collect_refusals(faults):
-                faults += _find_prediction_faults(run, cell, told)
-    if not cells and not faults:
+                faults += _find_prediction_faults(run, experiment, merged)
+    if not experiments and not faults:
         return build_untested_check(PREDICTIONS_CHECK, PREDICTIONS_PROMISE, "the run has no finished cell")
-    looked_at = _describe_checked(cells, "checkpoints asked again")
+    looked_at = _describe_checked(experiments, "checkpoints asked again")
     if absent and not faults:
         return build_untested_check(
             PREDICTIONS_CHECK, PREDICTIONS_PROMISE, f"{looked_at}, but {'; '.join(sorted(absent))}"
@@ -128,33 +130,33 @@ def check_predictions(run: Path) -> AuditCheck:
     return build_check(PREDICTIONS_CHECK, PREDICTIONS_PROMISE, faults, looked_at=looked_at)
 
 
-def _describe_import_error(run: Path, key: tuple[object, ...]) -> str:
-    """Say why a trained cell's model cannot be had here; empty if it can, or if nothing was trained."""
+def _describe_import_error(run: Path, key: tuple[object, ...]) -> str | None:
+    """Return why a trained experiment's model cannot be imported; None if it can, or if nothing was trained."""
     named = dict(zip(_EXPERIMENT_COLUMNS, key, strict=True))
-    cell = msgspec.convert(named, Experiment)
-    if not (cell.folder(run) / EXPERIMENT_FILE).is_file():
-        return ""
+    experiment = msgspec.convert(named, Experiment)
+    if not (experiment.folder(run) / EXPERIMENT_FILE).is_file():
+        return None
     try:
-        registry.load_model_class(cell.model)
+        registry.load_model_class(experiment.model)
     except UsageError as error:
         return str(error)
-    return ""
+    return None
 
 
-def _describe_checked(cells: Sequence[Experiment], done: str) -> str:
-    """Say how many cells were looked at, and of how many only the windows: those whose weights nobody can load."""
-    asked = sum(map(_is_loadable, cells))
-    kept_none = len(cells) - asked
+def _describe_checked(experiments: Sequence[Experiment], done: str) -> str:
+    """Describe how many experiments were checked, and of how many only the windows, their weights not loadable."""
+    asked = sum(map(_is_loadable, experiments))
+    kept_none = len(experiments) - asked
     return f"{asked} {done}" + (f", of {kept_none} without weights the windows compared" if kept_none else "")
 
 
-def _is_loadable(cell: Experiment) -> bool:
-    """Whether its checkpoint can be loaded: one of a model that was given as module:Class never is."""
-    return ":" not in cell.model and registry.find_model(cell.model).persist == "exact"
+def _is_loadable(experiment: Experiment) -> bool:
+    """Return whether a checkpoint can be loaded; one of a model given as module:Class never is."""
+    return ":" not in experiment.model and registry.find_model(experiment.model).persist == "exact"
 
 
-def _find_retrain_faults(run: Path, cell: Experiment) -> Iterator[str]:
-    sets, folder = read_experiment_data(run, cell), cell.folder(run)
+def _find_retrain_faults(run: Path, experiment: Experiment) -> Iterator[str]:
+    sets, folder = read_experiment_data(run, experiment), experiment.folder(run)
     header, _ = checkpoint.read_checkpoint(folder)
     expected = {"train": sets.train, "val_a": sets.val_a, "val_b": sets.val_b}
     if header.filter is not None:
@@ -163,9 +165,9 @@ def _find_retrain_faults(run: Path, cell: Experiment) -> Iterator[str]:
         if header.trained_on.get(part) != windows.examples.sha256():
             yield f"{folder}: its {part} windows are not those of its fold"
             return
-    if not _is_loadable(cell):
+    if not _is_loadable(experiment):
         return  # scored by the process that fitted it: there is nothing to hold a second fit against
-    model = registry.create(cell.model, seed=header.seed, settings=header.config)
+    model = registry.create(experiment.model, seed=header.seed, settings=header.config)
     fit_model(model, sets)
     stored = registry.load(folder)
     if not _is_same_postprocessing(model, stored):
@@ -189,7 +191,7 @@ def _is_same_history(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, S
 
 
 def _is_same_postprocessing(ours: PhaseModel, theirs: PhaseModel) -> bool:
-    """Whether filter and alarm are the same but for what another CPU's sums may change."""
+    """Return whether filter and alarm are equal within what the sums of another CPU may change."""
     if ours.alarm.keys() != theirs.alarm.keys() or (ours.filter is None) is not (theirs.filter is None):
         return False
     one, other = ours.filter, theirs.filter
@@ -204,18 +206,20 @@ def _is_same_postprocessing(ours: PhaseModel, theirs: PhaseModel) -> bool:
     )
 
 
-def _find_prediction_faults(run: Path, cell: Experiment, told: MergedPredictions) -> Iterator[str]:
-    """Hold the rows of each filter against what the checkpoint says of the same windows."""
+def _find_prediction_faults(run: Path, experiment: Experiment, merged: MergedPredictions) -> Iterator[str]:
+    """Compare the rows of each filter with the checkpoint's predictions on the same windows."""
     sets, where, folder = (
-        read_experiment_data(run, cell),
-        "/".join(map(str, _build_experiment_key(cell))),
-        cell.folder(run),
+        read_experiment_data(run, experiment),
+        "/".join(map(str, _build_experiment_key(experiment))),
+        experiment.folder(run),
     )
-    part = _choose_checked_part(cell)
+    part = _choose_checked_part(experiment)
     asked = sets.test if part == "test" else sets.val_b  # `deploy` tests nothing
-    own = set(read_fold(run, cell.recipe, cell.fold).ids(SplitPart.TEST if part == "test" else SplitPart.VAL_B))
+    own = set(
+        read_fold(run, experiment.recipe, experiment.fold).ids(SplitPart.TEST if part == "test" else SplitPart.VAL_B)
+    )
     answers: dict[str, NDArray[np.float64] | None] = {SMOOTHING_NONE: None}
-    if _is_loadable(cell):
+    if _is_loadable(experiment):
         answers[SMOOTHING_NONE] = registry.load(folder).predict_proba(asked.inputs)
     smooth, track = checkpoint.read_header(folder).filter, asked.label_sequence
     if smooth is not None:
@@ -228,45 +232,43 @@ def _find_prediction_faults(run: Path, cell: Experiment, told: MergedPredictions
             p = answers[SMOOTHING_NONE]
             answers[name] = None if p is None else one.run(p, track.episode_index, track.t_center_ns)
     for name, p in answers.items():
-        words = _describe_row_fault(told.select_rows(cell, part, name), asked, p, own)
+        words = _describe_row_fault(merged.select_rows(experiment, part, name), asked, p, own)
         if words:
             yield f"{where}, filter {name}: {words}"
 
 
-def _describe_row_fault(rows: Any, asked: WindowSet, answer: NDArray[np.float64] | None, own: set[str]) -> str:
-    """Say what is wrong with the rows of some windows; empty where nothing is."""
-    told = [f"{e} {t}" for e, t in zip(rows["episode_id"].to_pylist(), rows["t_center_ns"].to_pylist(), strict=True)]
+def _describe_row_fault(rows: Any, asked: WindowSet, answer: NDArray[np.float64] | None, own: set[str]) -> str | None:
+    """Return what is wrong with the rows of some windows, or None."""
+    present = [f"{e} {t}" for e, t in zip(rows["episode_id"].to_pylist(), rows["t_center_ns"].to_pylist(), strict=True)]
     ids = [asked.windows.episodes[i].episode_id for i in asked.windows.episode_index]
     wanted = [f"{e} {t}" for e, t in zip(ids, asked.windows.t_center_ns.tolist(), strict=True)]
-    if sorted(told) != sorted(wanted):
+    if sorted(present) != sorted(wanted):
         outside = set(rows["episode_id"].to_pylist()) - own
         return f"episode {min(outside)} is not in its set" if outside else "not each window once"
-    place = {key: i for i, key in enumerate(told)}
+    place = {key: i for i, key in enumerate(present)}
     order = np.array([place[key] for key in wanted], np.intp)
-    said = _stack_probabilities(rows)[order]
+    predicted = _stack_probabilities(rows)[order]
     if not np.array_equal(rows["y_true"].to_numpy().astype(np.int64)[order], asked.y):
         return "truth in the predictions is not that of the features"
-    if not np.array_equal(rows["y_pred"].to_numpy().astype(np.int64)[order], said.argmax(axis=1)):
+    if not np.array_equal(rows["y_pred"].to_numpy().astype(np.int64)[order], predicted.argmax(axis=1)):
         return "a decision is not the likeliest phase of its row"
-    gap = 0.0 if answer is None or not len(said) else float(np.abs(answer - said).max())
-    return (
-        ""
-        if gap <= PROBABILITY_TOLERANCE
-        else f"its checkpoint says otherwise, by {gap:.3f}; the predictions were edited"
-    )
+    gap = 0.0 if answer is None or not len(predicted) else float(np.abs(answer - predicted).max())
+    if gap > PROBABILITY_TOLERANCE:
+        return f"its checkpoint says otherwise, by {gap:.3f}; the predictions were edited"
+    return None
 
 
-def _choose_checked_part(cell: Experiment) -> str:
-    """Name the part whose predictions are held against the checkpoint."""
-    return "test" if find_recipe(cell.recipe).tests else "val_b"
+def _choose_checked_part(experiment: Experiment) -> str:
+    """Return the part whose predictions are compared with the checkpoint."""
+    return "test" if find_recipe(experiment.recipe).tests else "val_b"
 
 
 def _stack_probabilities(rows: Any) -> NDArray[np.float64]:
     return np.column_stack([rows[name].to_numpy().astype(np.float64) for name in PROBABILITY_COLUMNS])
 
 
-def _build_experiment_key(cell: Experiment) -> tuple[object, ...]:
-    return (*cell.keys().values(), cell.seed)
+def _build_experiment_key(experiment: Experiment) -> tuple[object, ...]:
+    return (*experiment.keys().values(), experiment.seed)
 
 
 PERMUTATION_CHECK = "shuffled-labels"
@@ -275,7 +277,9 @@ PERMUTATION_MODEL, PERMUTATION_RECIPE, PERMUTATION_CHANNEL_SET = "gbt", "held_ou
 MAX_ABOVE_GUESS = 0.05  # above stratified random, for the upper end of the interval (DESIGN section 9)
 N_GUESSES = 200  # stratified random answers, averaged
 N_RESAMPLES = 2_000
-MAX_PERMUTATIONS = 2  # one permutation is lucky in one clean run of fifty (measured); a leak is there in every one
+MAX_PERMUTATIONS = (
+    2  # in one clean run of fifty one permutation scores above chance (measured); a leak shows in every one
+)
 
 PermutationPredictions = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], list[str], list[str]]
 
@@ -283,15 +287,15 @@ PermutationPredictions = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.
 def check_permuted_labels(
     run: Path, *, seed: int = 0, answers: Callable[[Path, np.random.Generator], PermutationPredictions] | None = None
 ) -> AuditCheck:
-    """Train on permuted labels over all folds of the headline's recipe, and score what they say of the test sets.
+    """Train on permuted labels over all folds of the headline's recipe, and score the test predictions.
 
-    A run is accused only where every one of TURNS permutations scores above chance; the second is made if need be.
+    The promise is broken only if every one of `MAX_PERMUTATIONS` permutations scores above chance.
 
     Args:
         run: The run.
-        seed: Of the permutations.
-        answers: Gives truth, decision and train's class shares of every test window, its host and session; trains, if
-            left out.
+        seed: Seed of the permutations.
+        answers: Returns truth, decision, training class shares, host and session of every test window; trains by
+            default.
     """
     ask = answers or _predict_with_permuted_labels
     faults: list[str] = []
@@ -303,8 +307,11 @@ def check_permuted_labels(
     with collect_refusals(faults):
         rng = np.random.default_rng([seed, int.from_bytes(b"shuffled", "big")])
         for _ in range(MAX_PERMUTATIONS):
-            truth, said, chance, hosts, sessions = ask(run, rng)
-            high, guess = _compute_upper_bound(truth, said, hosts, sessions), _compute_guess_score(truth, chance, rng)
+            truth, predicted, chance, hosts, sessions = ask(run, rng)
+            high, guess = (
+                _compute_upper_bound(truth, predicted, hosts, sessions),
+                _compute_guess_score(truth, chance, rng),
+            )
             looked += f"{', then ' if looked else ''}macro-F1 up to {high:.2f}, stratified random {guess:.2f}"
             if high <= guess + MAX_ABOVE_GUESS:
                 break
@@ -314,7 +321,7 @@ def check_permuted_labels(
 
 
 def _predict_with_permuted_labels(run: Path, rng: np.random.Generator) -> PermutationPredictions:
-    """Give truth, decision and train's class shares of every test window, with its host and session."""
+    """Return truth and decision ``(n,)``, training class shares ``(n, 5)``, hosts and sessions of test windows."""
     truths, decisions, shares = [], [], []
     hosts: list[str] = []
     sessions: list[str] = []
@@ -338,12 +345,12 @@ def _predict_with_permuted_labels(run: Path, rng: np.random.Generator) -> Permut
 
 
 def _compute_upper_bound(
-    truth: NDArray[np.int64], said: NDArray[np.int64], hosts: list[str], sessions: list[str]
+    truth: NDArray[np.int64], predicted: NDArray[np.int64], hosts: list[str], sessions: list[str]
 ) -> float:
-    """Give the upper end of the interval; the point where there are too few sessions for one."""
+    """Compute the upper end of the macro-F1 interval; the point estimate with too few sessions."""
     clusters = bootstrap.build_clusters(hosts, sessions)
     classes = tuple(int(c) for c in np.unique(truth))
-    counts = bootstrap.count_confusions(clusters, truth, said)
+    counts = bootstrap.count_confusions(clusters, truth, predicted)
     k = metrics.N_CLASSES
     weights = bootstrap.draw_weights(clusters, truth, classes=classes, resamples=N_RESAMPLES, seed=0)
     if weights is None:
@@ -353,7 +360,7 @@ def _compute_upper_bound(
 
 
 def _compute_guess_score(truth: NDArray[np.int64], shares: NDArray[np.float64], rng: np.random.Generator) -> float:
-    """Give the mean macro-F1 of guesses drawn with train's class shares."""
+    """Compute the mean macro-F1 of guesses drawn with the training class shares."""
     classes = tuple(int(c) for c in np.unique(truth))
     cumulative = shares.cumsum(axis=1)
     scores = []

@@ -1,4 +1,4 @@
-"""Audit a finished run: make again what can be made again, check what was claimed, write `audit_v1.json`."""
+"""Audit a finished run: rebuild what can be rebuilt, check every promise, write `audit_v1.json`."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ RECIPES_WITHOUT_TEST = ("deploy",)
 
 
 def check_rebuild(run: Path, copy: Path, files: tuple[str, ...]) -> AuditCheck:
-    """Hold the run's files against those that were made again.
+    """Compare the run's files with rebuilt ones.
 
     Args:
         run: The run.
-        copy: The folder where the stages before training were made again from the same store.
-        files: Their names, the splits aside.
+        copy: The folder in which the stages before training were rebuilt from the same store.
+        files: Their names, without the splits.
     """
     faults: list[str] = []
     with collect_refusals(faults):
@@ -61,11 +61,11 @@ def check_rebuild(run: Path, copy: Path, files: tuple[str, ...]) -> AuditCheck:
 
 
 def check_disjoint(run: Path, episodes_from: Path) -> AuditCheck:
-    """Check each fold's claims on episodes as the bundles tell them.
+    """Check the claims of each fold on the episodes in the bundles.
 
     Args:
-        run: Whose splits are looked at.
-        episodes_from: A run whose verdicts and features were made from the bundles.
+        run: The run whose splits are checked.
+        episodes_from: A run whose validation and features were built from the bundles.
     """
     faults: list[str] = []
     looked: list[str] = []
@@ -93,7 +93,7 @@ def check_disjoint(run: Path, episodes_from: Path) -> AuditCheck:
 
 
 def _find_unusable_digests(episodes: Sequence[SplitEpisode], aside: Sequence[SetAsideEpisode]) -> frozenset[int]:
-    """Return the digests that tell nothing among the episodes that a split uses."""
+    """Return the digests that are uninformative among the episodes that a split uses."""
     odd = {a.episode_id for a in aside if not a.recipes}
     return find_uninformative_digests(
         e for e in episodes if e.role is EpisodeRole.LAB and e.phases and e.episode_id not in odd
@@ -112,9 +112,9 @@ def audit_run(
 
     Args:
         run: A run with predictions and metrics, held by the caller's lock.
-        remake: Does the stages before training from the run's store into a folder; None when the store is gone.
-        files: What these stages write, the splits aside.
-        tell: Called as (check, how many are done, of how many).
+        remake: Rebuilds the stages before training from the run's store into a folder; None without the store.
+        files: The files that these stages write, without the splits.
+        tell: Called with the check's name, the number of finished steps, and their total.
 
     Raises:
         RunError: If there is nothing to audit.
@@ -143,7 +143,7 @@ def audit_run(
 
 
 def read_audit(run: Path) -> AuditReport | None:
-    """Read the run's audit; None if there is none, or it was of other predictions or metrics.
+    """Read the run's audit; None without one, or if it is of other predictions or metrics.
 
     Raises:
         RunError: If the file is not an audit.
@@ -157,7 +157,7 @@ def read_audit(run: Path) -> AuditReport | None:
 
 
 def check_metrics(run: Path) -> AuditCheck:
-    """Score the predictions again and hold the bytes against `metrics_v2.json`."""
+    """Score the predictions again and compare the bytes with `metrics_v2.json`."""
     faults: list[str] = []
     with collect_refusals(faults):
         if not has_metrics(run):

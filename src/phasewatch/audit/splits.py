@@ -1,4 +1,4 @@
-"""What each recipe claims, checked on a finished fold by a road of its own: nothing of `splits.build` is used."""
+"""Checks of finished folds against what their recipe claims, independent of the code that built them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,12 @@ def find_fold_faults(fold: Fold, episodes: Mapping[str, SplitEpisode], crowded: 
     tested = [episodes[i] for i in fold.ids(SplitPart.TEST)]
     learnt = [episodes[i] for part in TRAINING_PARTS for i in fold.ids(part)]
     found = [*_find_shared(tested, learnt, "session", lambda e: f"{e.host_id}/{e.session}")]
-    found += _find_shared([e for e in tested if e.plan_seed], [e for e in learnt if e.plan_seed], "plan seed",
-                     lambda e: f"{e.host_id}/{e.plan_seed}")  # fmt: skip
+    found += _find_shared(
+        [e for e in tested if e.plan_seed],
+        [e for e in learnt if e.plan_seed],
+        "plan seed",
+        lambda e: f"{e.host_id}/{e.plan_seed}",
+    )
     found += _find_near_duplicates(tested, learnt, crowded)
     found += _find_shared_sessions(fold, episodes)
     for claim in RECIPE_CLAIMS.get(fold.recipe, ()):

@@ -1,1 +1,1 @@
-"""Predictions come in; numbers with their intervals over sessions, and the one headline, go out. Nothing is fitted here."""
+"""Evaluation: predictions to metrics with session-bootstrap intervals, calibration, alarms and importance."""

@@ -1,4 +1,4 @@
-"""Intervals over sessions: one integer weight matrix, resampled within hosts, shared by all models, classes and pairs."""
+"""Session bootstrap: one integer weight matrix, resampled within hosts, shared by all models, classes and pairs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from phasewatch.metrics import N_CLASSES
 
 N_RESAMPLES = 10_000
 CONFIDENCE_LEVEL = 0.95
-FEW_CLUSTERS = 40  # below this an interval is shown with a warning
-MIN_CLUSTERS = 5  # below this there is none
-MIN_HOSTS = 20  # below this nothing is said of the spread between hosts but points, worst and range
+FEW_CLUSTERS = 40  # with fewer sessions an interval is shown with a warning
+MIN_CLUSTERS = 5  # with fewer sessions there is no interval
+MIN_HOSTS = 20  # with fewer hosts the spread between hosts has no interval
 _CHUNK_SIZE = 500  # resamples drawn and multiplied at once: bounds memory, and fixes the order of draws
 _MAX_ROUNDS = 100
 _SAMPLE_STEP = 16  # of the values that are ranked, every such one bounds where a tail begins
@@ -27,7 +27,7 @@ _SAMPLE_STEP = 16  # of the values that are ranked, every such one bounds where 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SessionClusters:
-    """The units that are resampled: sessions, each of one host.
+    """The units of the bootstrap: ``C`` sessions, each of one host.
 
     Attributes:
         cluster_index: ``(n,)`` cluster of each window.
@@ -43,7 +43,12 @@ class SessionClusters:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ResampleWeights:
-    """How often each resample took each cluster, ``(B, C)``; `redrawn` resamples had lost a class and were drawn anew."""
+    """The weights of ``B`` resamples of ``C`` clusters.
+
+    Attributes:
+        counts: ``(B, C)`` how often each resample drew each cluster.
+        redrawn: Number of draws that lost a class and were drawn again.
+    """
 
     counts: NDArray[np.uint16]
     redrawn: int
@@ -64,14 +69,14 @@ def build_clusters(hosts: Sequence[str], sessions: Sequence[str]) -> SessionClus
 
 
 def count_confusions(clusters: SessionClusters, y_true: NDArray[np.integer], y_pred: NDArray[np.integer]) -> FloatArray:
-    """Count each cluster's confusion, ``(C, 25)``, truth-major."""
+    """Count the confusion matrix of each cluster, ``(C, 25)``, truth-major, from ``(n,)`` truth and decisions."""
     cells = N_CLASSES * N_CLASSES
     flat = clusters.cluster_index * cells + np.asarray(y_true, np.int64) * N_CLASSES + np.asarray(y_pred, np.int64)
     return np.bincount(flat, minlength=len(clusters) * cells).reshape(len(clusters), cells).astype(np.float64)
 
 
 def sum_by_cluster(clusters: SessionClusters, columns: FloatArray) -> FloatArray:
-    """Sum the windows' numbers by cluster, ``(n, m)`` → ``(C, m)``."""
+    """Sum columns of windows by cluster, ``(n, m)`` → ``(C, m)``."""
     size = len(clusters)
     return np.column_stack(
         [np.bincount(clusters.cluster_index, weights=column, minlength=size) for column in columns.T]
@@ -81,17 +86,17 @@ def sum_by_cluster(clusters: SessionClusters, columns: FloatArray) -> FloatArray
 def draw_weights(
     clusters: SessionClusters, y_true: NDArray[np.integer], *, classes: Sequence[int], resamples: int, seed: int
 ) -> ResampleWeights | None:
-    """Draw the weight matrix that everything over these windows shares.
+    """Draw the weight matrix that all scores over these windows share.
 
     Args:
-        clusters: What is resampled, with replacement, within each host.
-        y_true: ``(n,)`` truth; a resample without a window of each class of K is drawn again and counted.
-        classes: K, fixed before.
+        clusters: Sessions, resampled with replacement within each host.
+        y_true: ``(n,)`` truth; a resample that lacks a class of K is drawn again and counted.
+        classes: K.
         resamples: B.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Returns:
-        None when there are fewer than `MIN_CLUSTERS` clusters, or hardly a resample keeps all of K.
+        The weights, or None with fewer than `MIN_CLUSTERS` clusters or if almost no resample keeps all of K.
     """
     if len(clusters) < MIN_CLUSTERS:
         return None
@@ -101,12 +106,14 @@ def draw_weights(
     )
 
 
-@lru_cache(maxsize=8)  # the boards of a run stand on few sets of windows; each set's matrix is drawn once
+@lru_cache(maxsize=8)  # a run has few distinct sets of windows; each set's matrix is drawn once
 def _draw_weights_cached(
-    of: bytes, host: bytes, y: bytes, classes: tuple[int, ...], resamples: int, seed: int
+    cluster_bytes: bytes, host_bytes: bytes, y_bytes: bytes, classes: tuple[int, ...], resamples: int, seed: int
 ) -> ResampleWeights | None:
-    clusters = SessionClusters(cluster_index=np.frombuffer(of, np.int64), host_index=np.frombuffer(host, np.int64))
-    y_true = np.frombuffer(y, np.int64)
+    clusters = SessionClusters(
+        cluster_index=np.frombuffer(cluster_bytes, np.int64), host_index=np.frombuffer(host_bytes, np.int64)
+    )
+    y_true = np.frombuffer(y_bytes, np.int64)
     has = np.zeros((len(clusters), len(classes)), np.float32)
     for i, c in enumerate(classes):
         has[np.unique(clusters.cluster_index[y_true == c]), i] = 1.0
@@ -131,7 +138,7 @@ def _draw_weights_cached(
 
 
 def resample(weights: ResampleWeights, counts: FloatArray) -> FloatArray:
-    """Give the summed counts of every resample, ``(C, m)`` → ``(B, m)``; one call with many columns is the cheap way.
+    """Sum the cluster counts of every resample, ``(C, m)`` → ``(B, m)``; one call with many columns is cheapest.
 
     Whole numbers whose sums stay below 2^24 are multiplied in float32, which is then exact and twice as fast.
     """
@@ -150,9 +157,9 @@ def resample(weights: ResampleWeights, counts: FloatArray) -> FloatArray:
 
 
 def compute_interval(values: FloatArray, tail: float = (1 - CONFIDENCE_LEVEL) / 2) -> tuple[float, float]:
-    """Give the percentile interval of the resampled values, leaving the share `tail` out on either side.
+    """Compute the percentile interval of ``(B,)`` resampled values, leaving out the share `tail` on either side.
 
-    It is numpy's `percentile`, which for two ends takes eight times as long.
+    Equals numpy's `percentile`, which takes eight times as long for two ends.
     """
     last, sample = len(values) - 1, np.sort(values[::_SAMPLE_STEP])
     ends = []
@@ -164,9 +171,9 @@ def compute_interval(values: FloatArray, tail: float = (1 - CONFIDENCE_LEVEL) / 
 
 
 def _find_adjacent_ranks(values: FloatArray, sample: FloatArray, rank: int) -> tuple[float, float]:
-    """Give the values at a rank and at the next one, both of the sorted values.
+    """Return the sorted values at a rank and at the next one.
 
-    A thin sorted sample bounds the tail that holds them, so that only the tail is ranked: a quarter of the time.
+    A sorted subsample bounds the tail that holds them, so only the tail is ranked: a quarter of the time.
     """
     last = len(values) - 1
     is_low = 2 * rank < last
@@ -185,10 +192,10 @@ def _find_adjacent_ranks(values: FloatArray, sample: FloatArray, rank: int) -> t
 
 @lru_cache(maxsize=1024)
 def compute_tail_share(sessions: int, hosts: int) -> float:
-    """Give the share to leave out on either side so that few sessions do not make an interval too narrow (ADR 0016).
+    """Return the share to leave out on either side so that few sessions do not narrow an interval (ADR 0016).
 
-    Resampling n sessions of a host has (n − 1)/n of the variance that drawing new ones would have, and few sessions
-    know their own spread badly. Source: Hesterberg 2015, "expanded percentile interval", with sessions − hosts degrees
+    Resampling n sessions of a host has (n − 1)/n of the variance of drawing new ones, and few sessions estimate their
+    own spread badly. Source: Hesterberg 2015, "expanded percentile interval", with sessions − hosts degrees
     of freedom.
     """
     from scipy.special import ndtr, stdtrit
@@ -215,11 +222,11 @@ def explain_missing_interval(sessions: int, hosts: int) -> MetricNote | None:
 
 
 def compute_paired_p_value(differences: FloatArray, sessions: int, hosts: int) -> float:
-    """Compute the two-sided p-value of "no difference" from the resampled differences, by the interval's own Student's t.
+    """Compute the two-sided p-value of "no difference" from resampled differences.
 
     The share of resamples on the far side of 0 is turned into a normal quantile, which is then judged by Student's t
-    with sessions − hosts degrees of freedom. It is the inverse of `compute_tail_share`: a p below 0.05 never stands beside an
-    interval that holds 0.
+    with sessions − hosts degrees of freedom. This is the inverse of `compute_tail_share`: p is never below 0.05 for an
+    interval that contains 0.
 
     Args:
         differences: ``(B,)`` differences of one measure, a resample each.
@@ -240,7 +247,7 @@ def compute_paired_p_value(differences: FloatArray, sessions: int, hosts: int) -
 
 
 def adjust_p_values(p_values: Sequence[float | None]) -> tuple[float | None, ...]:
-    """Correct the p-values of one family; None is a comparison that was not tested, and belongs to no family.
+    """Correct the p-values of one family; None marks a comparison outside the family.
 
     Source: Holm 1979, step-down.
     """

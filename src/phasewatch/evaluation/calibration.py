@@ -1,4 +1,4 @@
-"""Whether probabilities mean what they say: reliability by bin, how often decisions flip, and what abstaining would leave."""
+"""Metric rows of calibration: reliability by confidence bin, label changes per minute, abstention."""
 
 from __future__ import annotations
 
@@ -26,59 +26,67 @@ from phasewatch.evaluation.scoring import (
 )
 from phasewatch.types import STRIDE_NS
 
-DECIDED_SHARE = 0.9  # of validation B's windows are decided; the threshold that does that is then used on the test
+DECIDED_SHARE = 0.9  # share of validation B's windows that the abstention threshold decides
 STRIDES_PER_MINUTE = 60e9 / STRIDE_NS
 _NO_CONSECUTIVE_NOTE = MetricNote(code=NoteCode.NO_CONSECUTIVE_WINDOWS, text="no two consecutive windows")
 _NO_DECISION_NOTE = MetricNote(code=NoteCode.NO_DECIDED_WINDOWS, text="no window is decided")
 
 
-def build_calibration_rows(place: MetricKey, scope: ScoringSet) -> Iterator[MetricRow]:
-    """Give reliability by bin of confidence, and flips per minute, of each model and of the truth."""
+def build_calibration_rows(key: MetricKey, scope: ScoringSet) -> Iterator[MetricRow]:
+    """Yield reliability by confidence bin and label changes per minute, of each model and of the truth."""
     counts, kept = scope.counts(), select_resamples(scope)
     pairs = _mark_consecutive_windows(scope)
-    yield _build_label_change_row(place, scope, kept, [scope.windows.y_true], pairs, None)
-    for model, answers in scope.predictions.group_by_model().items():
-        yield _build_label_change_row(place, scope, kept, [a.y_pred for a in answers], pairs, model)
-        by_cluster = [bootstrap.sum_by_cluster(scope.clusters, _build_reliability_columns(scope, a)) for a in answers]
+    yield _build_label_change_row(key, scope, kept, [scope.windows.y_true], pairs, None)
+    for model, outputs in scope.predictions.group_by_model().items():
+        yield _build_label_change_row(key, scope, kept, [a.y_pred for a in outputs], pairs, model)
+        by_cluster = [bootstrap.sum_by_cluster(scope.clusters, _build_reliability_columns(scope, a)) for a in outputs]
         drawn = resample_counts(scope, kept, by_cluster)
         n = metrics.ECE_BINS
         total = np.mean([s.sum(axis=0) for s in by_cluster], axis=0)
         for b in np.flatnonzero(total[2 * n :] > 0):
-            # Pooled over seeds, as the value is: a resample in which one seed has no such window still tells something.
+            # Pooled over seeds, as the value is: a resample in which one seed has no such window still counts.
             pooled = None if drawn is None else np.sum(drawn, axis=0)
             draws = None if pooled is None else _divide_or_nan(pooled[:, n + b], pooled[:, 2 * n + b])
             ends = _build_defined_interval(draws, kept, "most resamples have no window of this confidence")
-            yield place.row(
-                metric="reliability", model=model, seed="mean", bin=round(float(total[b] / total[2 * n + b]), 10),
-                value=float(total[n + b] / total[2 * n + b]), **ends,
+            yield key.row(
+                metric="reliability",
+                model=model,
+                seed="mean",
+                bin=round(float(total[b] / total[2 * n + b]), 10),
+                value=float(total[n + b] / total[2 * n + b]),
+                **ends,
                 **{**counts, "n_windows": round(float(total[2 * n + b]))},
-            )  # fmt: skip
+            )
 
 
-def _build_reliability_columns(scope: ScoringSet, answer: ModelOutput) -> FloatArray:
-    """Give each window's confidence, whether it was right, and 1, in its bin's columns, ``(n, 45)``."""
-    p, n = answer.probabilities, metrics.ECE_BINS
+def _build_reliability_columns(scope: ScoringSet, output: ModelOutput) -> FloatArray:
+    """Build each window's confidence, correctness and 1, in the columns of its bin, ``(n, 45)``."""
+    p, n = output.probabilities, metrics.ECE_BINS
     columns = np.zeros((len(p), 3 * n))
-    at, of = np.arange(len(p)), metrics.ece_bin(p)
-    columns[at, of] = p.max(axis=1)
-    columns[at, n + of] = answer.y_pred == scope.windows.y_true
-    columns[at, 2 * n + of] = 1.0
+    rows, bins = np.arange(len(p)), metrics.ece_bin(p)
+    columns[rows, bins] = p.max(axis=1)
+    columns[rows, n + bins] = output.y_pred == scope.windows.y_true
+    columns[rows, 2 * n + bins] = 1.0
     return columns
 
 
 def _mark_consecutive_windows(scope: ScoringSet) -> NDArray[np.bool_]:
-    """Mark the windows that come one stride after the one before, of the same episode."""
-    shown = scope.windows
-    follows = np.zeros(len(shown), np.bool_)
-    same = shown.episode_id[1:] == shown.episode_id[:-1]
-    follows[1:] = same.astype(np.bool_) & (np.diff(shown.t_center_ns) == STRIDE_NS)
+    """Mark the windows one stride after their predecessor in the same episode, ``(n,)``."""
+    windows = scope.windows
+    follows = np.zeros(len(windows), np.bool_)
+    same = windows.episode_id[1:] == windows.episode_id[:-1]
+    follows[1:] = same.astype(np.bool_) & (np.diff(windows.t_center_ns) == STRIDE_NS)
     return follows
 
 
 def _build_label_change_row(
-    place: MetricKey, scope: ScoringSet, kept: ResampleSelection, decisions: Sequence[NDArray[np.int64]],
-    pairs: NDArray[np.bool_], model: str | None,
-) -> MetricRow:  # fmt: skip
+    key: MetricKey,
+    scope: ScoringSet,
+    kept: ResampleSelection,
+    decisions: Sequence[NDArray[np.int64]],
+    pairs: NDArray[np.bool_],
+    model: str | None,
+) -> MetricRow:
     columns = []
     for decided in decisions:
         changed = np.zeros(len(decided))
@@ -96,28 +104,33 @@ def _build_label_change_row(
     value = float(STRIDES_PER_MINUTE * np.mean(values))
     metric = "label_changes_per_minute" if model else "true_flips_per_minute"
     if np.isnan(value):
-        return place.row(
+        return key.row(
             metric=metric, model=model, value=None, note=_NO_CONSECUTIVE_NOTE, unit="1/min", **scope.counts()
         )
-    return place.row(
-        metric=metric, model=model, seed="mean" if model else None, value=value, unit="1/min",
-        **_build_defined_interval(draws, kept, "in most resamples no two windows stand in a row"), **scope.counts(),
-    )  # fmt: skip
+    return key.row(
+        metric=metric,
+        model=model,
+        seed="mean" if model else None,
+        value=value,
+        unit="1/min",
+        **_build_defined_interval(draws, kept, "most resamples have no two consecutive windows"),
+        **scope.counts(),
+    )
 
 
 def build_abstention_rows(
-    place: MetricKey, scope: ScoringSet, thresholds: Mapping[tuple[str, int], FloatArray]
+    key: MetricKey, scope: ScoringSet, thresholds: Mapping[tuple[str, int], FloatArray]
 ) -> Iterator[MetricRow]:
-    """Give what share of windows each model would leave undecided, and how often it is right with and without.
+    """Yield the abstention rate of each model, and its accuracy with and without abstention.
 
     Args:
-        place: Of the rows.
+        key: Key of the rows.
         scope: The test windows.
-        thresholds: (model, seed) → ``(n,)`` for each window the least confidence that its fold's model decides at.
+        thresholds: (model, seed) → ``(n,)`` lowest confidence at which the fold's model decides a window.
     """
     counts, kept = scope.counts(), select_resamples(scope)
-    for model, answers in scope.predictions.group_by_model().items():
-        own = [a for a in answers if (a.model, a.seed) in thresholds]
+    for model, outputs in scope.predictions.group_by_model().items():
+        own = [a for a in outputs if (a.model, a.seed) in thresholds]
         if not own:
             continue
         columns = []
@@ -136,17 +149,26 @@ def build_abstention_rows(
             )
             value = float(np.mean(values))
             if np.isnan(value):
-                yield place.row(metric=metric, model=model, seed="mean", value=None, note=_NO_DECISION_NOTE, **counts)
+                yield key.row(metric=metric, model=model, seed="mean", value=None, note=_NO_DECISION_NOTE, **counts)
                 continue
-            ends = _build_defined_interval(draws, kept, "in most resamples a seed decides no window")
-            yield place.row(metric=metric, model=model, seed="mean", value=value, **ends, **counts)
+            ends = _build_defined_interval(draws, kept, "in most resamples one seed decides no window")
+            yield key.row(metric=metric, model=model, seed="mean", value=value, **ends, **counts)
 
 
 def compute_confidence_thresholds(
-    joined: PredictionSet, board: PredictionGroup, val_b: PredictionGroup | None
+    joined: PredictionSet, group: PredictionGroup, val_b: PredictionGroup | None
 ) -> dict[tuple[str, int], FloatArray]:
-    """Give each test window the confidence below which its fold's model keeps silent; models without validation B are left out."""
-    firsts = {s.fold: s for s in reversed(board.predictions)}
+    """Compute the confidence below which the model of each window's fold abstains.
+
+    Args:
+        joined: Pooled test windows.
+        group: The group that they were pooled from.
+        val_b: The predictions of validation B; models without are left out.
+
+    Returns:
+        (model, seed) → ``(n,)`` thresholds.
+    """
+    firsts = {s.fold: s for s in reversed(group.predictions)}
     fold_of = {key: fold for fold, s in firsts.items() for key in s.windows.window_ids()}
     folds = [fold_of[key] for key in joined.windows.window_ids()]
     found: dict[tuple[str, int], FloatArray] = {}

@@ -1,4 +1,4 @@
-"""One model in two places: paired gaps between recipes, threat models, tables and filters, over the windows that both tested."""
+"""Paired gaps of one model between recipes, channel sets, inputs and smoothings, over the windows that both tested."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from phasewatch.types import SourceKind
 
 AGENT_ON, AGENT_OFF = "on", "off"
 SPLIT_PROTOCOLS = ("random_windows", "in_distribution", "held_out_sample", "held_out_host", "held_out_both")
-PROTOCOL_SETTING = ("realistic", "raw", NO_FILTER)  # threat model, table and filter of the inflation meter
+PROTOCOL_SETTING = ("realistic", "raw", NO_FILTER)  # channel set, input and smoothing of the split comparison
 _FIRST_SIDE, _SECOND_SIDE = "one", "other"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GapFamily:
-    """A family of gaps, corrected together.
+    """A family of gaps whose p-values are corrected together.
 
     Attributes:
-        name: Of the metric: ``macro_f1_<name>_gap``; `compared_to` is then another recipe, threat model, table or filter.
-        pairs: Boards whose gap, first less second, is asked for, and the agent of the episodes.
+        name: The middle of the metric ``macro_f1_<name>_gap``.
+        pairs: Two prediction groups, the gap being first minus second, and the agent state of the episodes.
     """
 
     name: str
@@ -51,63 +51,63 @@ class GapFamily:
 
 
 def needs_agent(threat: str) -> bool:
-    """Whether a threat model has a channel that only the guest's agent gives."""
+    """Return whether a channel set has a channel that only the guest agent provides."""
     return any(on and c.source is SourceKind.GUEST for c, on in zip(CHANNELS, build_channel_mask(threat), strict=True))
 
 
 def choose_agent_state(threat: str) -> str:
-    """Say on which episodes a threat model is scored first: where the agent ran if it needs it, else where it did not."""
+    """Return the agent state of the episodes that a channel set is scored on: ``on`` if it needs the agent."""
     return AGENT_ON if needs_agent(threat) else AGENT_OFF
 
 
-def _build_gap_families(boards: Sequence[PredictionGroup]) -> Iterator[GapFamily]:
-    """List the gaps that a reader asks for, as far as the boards are there."""
-    at = {b.key: b for b in boards}
+def _build_gap_families(groups: Sequence[PredictionGroup]) -> Iterator[GapFamily]:
+    """Yield the families of gaps, as far as their groups exist."""
+    at = {b.key: b for b in groups}
 
-    def board(recipe: str, threat: str, table: str, filter_: str = NO_FILTER) -> PredictionGroup | None:
+    def find_group(recipe: str, threat: str, table: str, filter_: str = NO_FILTER) -> PredictionGroup | None:
         return at.get((recipe, threat, table, filter_))
 
-    metered = [b for b in (board(recipe, *PROTOCOL_SETTING) for recipe in SPLIT_PROTOCOLS) if b is not None]
-    yield GapFamily(name="recipe", pairs=tuple((a, b, AGENT_OFF) for a, b in combinations(metered, 2)))
-    for recipe, threat, table in sorted({b.key[:3] for b in boards}):
-        here = board(recipe, threat, table)
-        if here is None:
+    protocols = [b for b in (find_group(recipe, *PROTOCOL_SETTING) for recipe in SPLIT_PROTOCOLS) if b is not None]
+    yield GapFamily(name="recipe", pairs=tuple((a, b, AGENT_OFF) for a, b in combinations(protocols, 2)))
+    for recipe, threat, table in sorted({b.key[:3] for b in groups}):
+        group = find_group(recipe, threat, table)
+        if group is None:
             continue
         agent = choose_agent_state(threat)
         if threat == PROTOCOL_SETTING[0]:
             pairs = []
             for other, on in (("oracle", AGENT_ON), ("portable", AGENT_OFF)):
-                if (there := board(recipe, other, table)) is not None:
-                    pairs.append((there, here, on))
+                if (other_group := find_group(recipe, other, table)) is not None:
+                    pairs.append((other_group, group, on))
             yield GapFamily(name="threat", pairs=tuple(pairs))
-            yield GapFamily(name="sensor", pairs=tuple(_pair_source_subsets(recipe, table, board)))
-        if table != "raw" and (plain := board(recipe, threat, "raw")) is not None:
-            yield GapFamily(name="table", pairs=((here, plain, agent),))
-        filters = [b for b in (board(recipe, threat, table, f) for f in ("phase", "schedule")) if b is not None]
-        yield GapFamily(name="filter", pairs=tuple((a, b, agent) for a, b in combinations([*filters, here], 2)))
+            yield GapFamily(name="sensor", pairs=tuple(_pair_source_subsets(recipe, table, find_group)))
+        if table != "raw" and (plain := find_group(recipe, threat, "raw")) is not None:
+            yield GapFamily(name="table", pairs=((group, plain, agent),))
+        filters = [b for b in (find_group(recipe, threat, table, f) for f in ("phase", "schedule")) if b is not None]
+        yield GapFamily(name="filter", pairs=tuple((a, b, agent) for a, b in combinations([*filters, group], 2)))
 
 
 def _pair_source_subsets(
-    recipe: str, table: str, board: Callable[..., PredictionGroup | None]
+    recipe: str, table: str, find_group: Callable[..., PredictionGroup | None]
 ) -> Iterator[tuple[PredictionGroup, PredictionGroup, str | None]]:
-    """Hold each subset of sources against all four, and those without the agent against all that the host has."""
+    """Yield each subset of sources with all four, and those without the agent with all host-side sources."""
     subsets = list_source_subsets()
     for agent, full in ((AGENT_ON, subsets[-1]), (AGENT_OFF, PROTOCOL_SETTING[0])):
-        whole = board(recipe, full, table)
+        whole = find_group(recipe, full, table)
         for name in subsets:
             same = (
                 PROTOCOL_SETTING[0] if build_channel_mask(name) == build_channel_mask(PROTOCOL_SETTING[0]) else name
             )  # all of the host's is trained once
-            part = board(recipe, name, table) or board(recipe, same, table)
+            part = find_group(recipe, name, table) or find_group(recipe, same, table)
             if whole is None or part is None or part is whole or (agent == AGENT_OFF and needs_agent(name)):
                 continue
             yield part, whole, agent
 
 
-def build_comparison_rows(boards: Sequence[PredictionGroup], rules: EvaluationSettings) -> list[MetricRow]:
+def build_comparison_rows(groups: Sequence[PredictionGroup], rules: EvaluationSettings) -> list[MetricRow]:
     """Compute the paired gaps of all families, seeds averaged inside each resample, p by Holm over the family."""
     rows: list[MetricRow] = []
-    for kind in _build_gap_families(boards):
+    for kind in _build_gap_families(groups):
         found = [gap for pair in kind.pairs for gap in _build_pair_rows(kind.name, *pair, rules)]
         for metric in ("macro_f1", "macro_f1_3class"):
             own = select_rows(found, f"{metric}_{kind.name}_gap")

@@ -1,4 +1,4 @@
-"""Metric rows of detection: delay, miss rate, false alarms per VM-hour, impact before the alarm, curves over budgets."""
+"""Metric rows of detection: delay, miss rate, false alarms per VM-hour, impact before the alarm, budget curves."""
 
 from __future__ import annotations
 

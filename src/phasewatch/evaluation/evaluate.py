@@ -1,4 +1,4 @@
-"""Read predictions, score every board of them, write `metrics_v2.json`."""
+"""Score the predictions of a run and write `metrics_v2.json`."""
 
 from __future__ import annotations
 
@@ -54,71 +54,75 @@ _FOLD_MEAN_NOTE = MetricNote(code=NoteCode.MEAN_OVER_FOLDS, text="mean over fold
 
 
 def build_training_rows(
-    run: Path, boards: Sequence[PredictionGroup], val_b: PredictionGroup | None, place: HeadlineKey
+    run: Path, groups: Sequence[PredictionGroup], val_b: PredictionGroup | None, headline: HeadlineKey
 ) -> Iterator[MetricRow]:
-    """Return the windows that each model learnt from, and the validation score by which the headline's model is chosen.
+    """Yield each model's number of training windows, and the validation score that chooses the headline's model.
 
-    A run without checkpoints (predictions that came from elsewhere) has no such row.
+    A run without checkpoints (predictions from elsewhere) has no such rows.
 
     Args:
         run: The run.
-        boards: Test predictions.
-        val_b: The predictions of validation B where the headline stands. Validation A stopped the training of some
-            models, which therefore look better on it than they are.
-        place: Where the headline stands.
+        groups: Test predictions.
+        val_b: The headline's predictions on validation B. Validation A stopped the training of some models, which
+            therefore score too high on it.
+        headline: The headline's key.
     """
-    for board in boards:
-        if board.filter != NO_FILTER:
+    for group in groups:
+        if group.filter != NO_FILTER:
             continue
-        where = MetricKey(
-            recipe=board.recipe,
+        key = MetricKey(
+            recipe=group.recipe,
             fold="pooled",
-            channel_set=board.threat,
-            input=board.table,
+            channel_set=group.threat,
+            input=group.table,
             smoothing=NO_FILTER,
             agent=None,
         )
-        is_headline = (board.recipe, board.threat, board.table) == (place.recipe, place.channel_set, place.input)
-        for model in dict.fromkeys(s.model for s in board.predictions):
-            own = [s for s in board.predictions if s.model == model]
-            cells = [
+        is_headline = (group.recipe, group.threat, group.table) == (
+            headline.recipe,
+            headline.channel_set,
+            headline.input,
+        )
+        for model in dict.fromkeys(s.model for s in group.predictions):
+            own = [s for s in group.predictions if s.model == model]
+            experiments = [
                 Experiment(
-                    recipe=board.recipe, fold=s.fold, threat=board.threat, model=model, table=board.table, seed=s.seed
+                    recipe=group.recipe, fold=s.fold, threat=group.threat, model=model, table=group.table, seed=s.seed
                 )
                 for s in own
             ]
-            headers = [_read_header_if_any(run, cell) for cell in cells]
+            headers = [_read_header_if_any(run, experiment) for experiment in experiments]
             sizes = [h.trained_with["train"] for h in headers if h is not None and "train" in h.trained_with]
-            if len(sizes) != len(cells):
+            if len(sizes) != len(experiments):
                 continue
-            yield where.row(
+            yield key.row(
                 metric="train_windows", model=model, value=float(np.mean(sizes)), unit="windows", note=_FOLD_MEAN_NOTE
             )
             first = min(s.seed for s in own)
-            whole = sorted(s.fold for s in own if s.seed == first) == board.folds
+            whole = sorted(s.fold for s in own if s.seed == first) == group.folds
             if is_headline and whole and model not in registry.BASELINE_MODELS and val_b is not None:
                 scores = {
                     s.fold: _compute_macro_f1(s) for s in val_b.predictions if (s.model, s.seed) == (model, first)
                 }
-                if sorted(scores) == board.folds:
-                    value = float(np.mean([scores[fold] for fold in board.folds]))
-                    yield where.row(metric=SELECTION_METRIC, model=model, seed=first, value=value, note=_FOLD_MEAN_NOTE)
+                if sorted(scores) == group.folds:
+                    value = float(np.mean([scores[fold] for fold in group.folds]))
+                    yield key.row(metric=SELECTION_METRIC, model=model, seed=first, value=value, note=_FOLD_MEAN_NOTE)
 
 
-def _read_header_if_any(run: Path, cell: Experiment) -> checkpoint.CheckpointHeader | None:
+def _read_header_if_any(run: Path, experiment: Experiment) -> checkpoint.CheckpointHeader | None:
     try:
-        return checkpoint.read_header(cell.folder(run))
+        return checkpoint.read_header(experiment.folder(run))
     except PhasewatchError:
         return None
 
 
-def _compute_macro_f1(said: ModelPredictions) -> float:
-    return float(macro_f1(confusion_counts(said.windows.y_true, said.output.y_pred)))
+def _compute_macro_f1(predictions: ModelPredictions) -> float:
+    return float(macro_f1(confusion_counts(predictions.windows.y_true, predictions.output.y_pred)))
 
 
-AGENT_STATES = ("off", "on", None)  # null = both
-POOLED_FOLD = "pooled"
-SCHEDULE_FILTER = "schedule"  # a reference row: its filter has no emissions, so no alarm of it means anything
+_AGENT_STATES = ("off", "on", None)  # None = both
+_POOLED_FOLD = "pooled"
+_SCHEDULE_FILTER = "schedule"  # a reference without observations, so its alarms mean nothing
 
 
 def evaluate_run(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -> MetricTable:
@@ -131,9 +135,9 @@ def evaluate_run(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -> M
 def compute_metrics(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -> MetricTable:
     """Score the test predictions of a run.
 
-    A board pools the folds of a recipe, or is one fold. Models stand on a board together only if they answered for
-    exactly its windows: who was trained on one fold alone is compared on that fold alone. What cannot be scored
-    (predictions of another split, probabilities that are no numbers) is said in a note, and the rest is scored.
+    Models are compared on exactly the same windows: the pooled folds of a recipe, or one fold. A model that was trained
+    on one fold is compared on that fold only. Predictions that cannot be scored (of another split, or with broken
+    probabilities) get a note, and the rest is scored.
 
     Raises:
         RunError: If there are no test predictions, or two models saw other truths for the same window.
@@ -152,17 +156,17 @@ def compute_metrics(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -
         digests[BINS_INDEX_PATH] = file_sha256(index)
     rows: list[MetricRow] = []
     with _limit_threads():
-        boards = list(parse_prediction_groups(table, folds))
-        if not boards:
+        groups = list(parse_prediction_groups(table, folds))
+        if not groups:
             raise RunError(f"{path}: no test rows; train a recipe that holds something out")
         val_b = {b.key: b for b in parse_prediction_groups(table, {}, part="val_b")}
-        for board in boards:
-            rows += _score_group(board, val_b.get(board.key), rules)
-        rows += comparisons.build_comparison_rows(boards, rules)
-        rows += _score_alarms(boards, val_b, table, read_timelines(run), rules)
+        for group in groups:
+            rows += _score_group(group, val_b.get(group.key), rules)
+        rows += comparisons.build_comparison_rows(groups, rules)
+        rows += _score_alarms(groups, val_b, table, read_timelines(run), rules)
         home = HeadlineKey()
         rows += build_training_rows(
-            run, boards, val_b.get((home.recipe, home.channel_set, home.input, NO_FILTER)), home
+            run, groups, val_b.get((home.recipe, home.channel_set, home.input, NO_FILTER)), home
         )
         rows += build_importance_rows(run, select_headline(rows), rules)
     return MetricTable(inputs={PREDICTIONS_FILE: file_sha256(path), **digests}, metrics=tuple(rows))
@@ -170,10 +174,10 @@ def compute_metrics(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -
 
 @contextmanager
 def _limit_threads() -> Iterator[None]:
-    """Multiply with one thread: the products are small, and on a busy machine idle BLAS threads cost ten times the work."""
+    """Limit BLAS to one thread: products are small, and idle threads cost ten times the work on a busy machine."""
     try:
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-    except ImportError:  # comes with scikit-learn; without it numbers are the same, only later
+    except ImportError:  # comes with scikit-learn; without it the numbers are the same, but slower
         yield
         return
     with threadpool_limits(1):
@@ -186,93 +190,95 @@ def _read_folds(run: Path) -> tuple[dict[tuple[str, str], Fold], dict[str, str]]
     return {(fold.recipe, fold.fold): fold for fold in read_all_folds(run)}, digests
 
 
-def _score_group(board: PredictionGroup, val_b: PredictionGroup | None, rules: EvaluationSettings) -> list[MetricRow]:
-    """Score the models that answered for all folds together, then those of each fold; then say what could not be."""
+def _score_group(group: PredictionGroup, val_b: PredictionGroup | None, rules: EvaluationSettings) -> list[MetricRow]:
+    """Score the models of all pooled folds, then those of each fold; then note what could not be scored."""
     rows: list[MetricRow] = []
     keys = {
-        "recipe": board.recipe,
-        "channel_set": board.threat,
-        "input": board.table,
-        "smoothing": board.filter,
+        "recipe": group.recipe,
+        "channel_set": group.threat,
+        "input": group.table,
+        "smoothing": group.filter,
     }
-    own = comparisons.choose_agent_state(board.threat)
-    for agent in AGENT_STATES:
-        # By profile, host and sample where the threat model is at home, or the numbers of a full grid are too many.
+    own = comparisons.choose_agent_state(group.threat)
+    for agent in _AGENT_STATES:
+        # By profile, host and sample only on the channel set's own agent state: a full grid has too many rows.
         rows += _score_folds(
-            board, board.folds, MetricKey(**keys, fold=POOLED_FOLD, agent=agent), rules, parts=agent == own
+            group, group.folds, MetricKey(**keys, fold=_POOLED_FOLD, agent=agent), rules, parts=agent == own
         )
-    if board.filter == NO_FILTER and board.recipe == HeadlineKey().recipe:
-        for fold in board.folds:
-            rows += _score_folds(board, [fold], MetricKey(**keys, fold=fold, agent=own), rules, parts=False)
-    place = MetricKey(**keys, fold=POOLED_FOLD, agent=None)
-    if (joined := board.pool()) is not None and (chosen := joined.select_agent(own)) is not None:
+    if group.filter == NO_FILTER and group.recipe == HeadlineKey().recipe:
+        for fold in group.folds:
+            rows += _score_folds(group, [fold], MetricKey(**keys, fold=fold, agent=own), rules, parts=False)
+    key = MetricKey(**keys, fold=_POOLED_FOLD, agent=None)
+    if (joined := group.pool()) is not None and (chosen := joined.select_agent(own)) is not None:
         scope = build_scoring_set(chosen, rules)
-        rows += build_calibration_rows(place.with_agent(own), scope)
-        if board.filter == NO_FILTER:
+        rows += build_calibration_rows(key.with_agent(own), scope)
+        if group.filter == NO_FILTER:
             rows += build_abstention_rows(
-                place.with_agent(own), scope, compute_confidence_thresholds(chosen, board, val_b)
+                key.with_agent(own), scope, compute_confidence_thresholds(chosen, group, val_b)
             )
     rows += [
-        place.row(metric="note", model=None, note=MetricNote(code=NoteCode.NOT_SCORED, text=text))
-        for text in board.refused
+        key.row(metric="note", model=None, note=MetricNote(code=NoteCode.NOT_SCORED, text=text))
+        for text in group.refused
     ]
     return rows
 
 
 def _score_folds(
-    board: PredictionGroup, folds: Sequence[str], place: MetricKey, rules: EvaluationSettings, *, parts: bool
+    group: PredictionGroup, folds: Sequence[str], key: MetricKey, rules: EvaluationSettings, *, parts: bool
 ) -> list[MetricRow]:
-    joined = board.pool(folds)
-    chosen = joined.select_agent(place.agent) if joined is not None else None
+    joined = group.pool(folds)
+    chosen = joined.select_agent(key.agent) if joined is not None else None
     if chosen is None:
         return []
-    parts = parts and board.filter == NO_FILTER
-    details = place.fold == POOLED_FOLD and (parts or place.agent != AGENT_STATES[1])
-    return build_leaderboard_rows(place, chosen, rules, parts=parts, details=details)
+    parts = parts and group.filter == NO_FILTER
+    details = key.fold == _POOLED_FOLD and (parts or key.agent != _AGENT_STATES[1])
+    return build_leaderboard_rows(key, chosen, rules, parts=parts, details=details)
 
 
 def _score_alarms(
-    boards: Sequence[PredictionGroup],
+    groups: Sequence[PredictionGroup],
     val_b: Mapping[tuple[str, str, str, str], PredictionGroup],
     table: Any,
-    recorded: Mapping[str, EpisodeTimeline],
+    timelines: Mapping[str, EpisodeTimeline],
     rules: EvaluationSettings,
 ) -> list[MetricRow]:
-    """Take the operator's view on the boards that hold out a host; those that need the agent on its episodes."""
+    """Build the alarm rows of the recipes that hold out a host, on the agent state of each channel set."""
     rows: list[MetricRow] = []
-    wanted = [b for b in boards if b.recipe in alarms.ALARM_RECIPES and b.filter != SCHEDULE_FILTER]
+    alarm_groups = [b for b in groups if b.recipe in alarms.ALARM_RECIPES and b.filter != _SCHEDULE_FILTER]
     soak = (
-        {b.key: b for b in parse_prediction_groups(_filter_recipes(table, wanted), {}, part="soak")} if recorded else {}
+        {b.key: b for b in parse_prediction_groups(_filter_recipes(table, alarm_groups), {}, part="soak")}
+        if timelines
+        else {}
     )
-    for board in wanted:
-        place = MetricKey(
-            recipe=board.recipe,
-            fold=POOLED_FOLD,
-            channel_set=board.threat,
-            input=board.table,
-            smoothing=board.filter,
+    for group in alarm_groups:
+        key = MetricKey(
+            recipe=group.recipe,
+            fold=_POOLED_FOLD,
+            channel_set=group.threat,
+            input=group.table,
+            smoothing=group.filter,
             agent=None,
         )
-        if not recorded:
+        if not timelines:
             text = "no delay and no false alarms: the run has no bins with labels"
             note = MetricNote(code=NoteCode.NO_ALARM_METRICS, text=text)
-            rows.append(place.row(metric="note", model=None, note=note))
+            rows.append(key.row(metric="note", model=None, note=note))
             continue
-        parts = alarms.PredictionParts(test=board, val_b=val_b.get(board.key), soak=soak.get(board.key))
-        rows += build_alarm_rows(parts, recorded, rules, agent=comparisons.choose_agent_state(board.threat))
+        parts = alarms.PredictionParts(test=group, val_b=val_b.get(group.key), soak=soak.get(group.key))
+        rows += build_alarm_rows(parts, timelines, rules, agent=comparisons.choose_agent_state(group.threat))
     return rows
 
 
-def _filter_recipes(table: Any, boards: Sequence[PredictionGroup]) -> Any:
-    """Keep the rows of these boards: soak stands in every cell, and a full grid has thousands."""
+def _filter_recipes(table: Any, groups: Sequence[PredictionGroup]) -> Any:
+    """Select the rows of these recipes: each of a full grid's thousands of experiments has soak rows."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    return table.filter(pc.is_in(table["recipe"], pa.array(sorted({b.recipe for b in boards}), pa.string())))
+    return table.filter(pc.is_in(table["recipe"], pa.array(sorted({b.recipe for b in groups}), pa.string())))
 
 
 def read_timelines(run: Path) -> dict[str, EpisodeTimeline]:
-    """Read label spans and the rates of damage from the run's grids; nothing where there are none."""
+    """Read label spans and impact rates from the run's bins; empty without bins."""
     folder = run / BINS_DIR
     if not (run / BINS_INDEX_PATH).is_file():
         return {}
@@ -281,7 +287,10 @@ def read_timelines(run: Path) -> dict[str, EpisodeTimeline]:
     columns = [names.index(name) for _, name, _ in IMPACT_METRICS]
     return {
         row.episode_id: EpisodeTimeline(
-            spans=row.spans, t0_ns=row.t0_ns, rates=grids.episode_bins(row)[:, columns], group=compute_sample_group(row.profile, row.sample_name),
+            spans=row.spans,
+            t0_ns=row.t0_ns,
+            rates=grids.episode_bins(row)[:, columns],
+            group=compute_sample_group(row.profile, row.sample_name),
         )
         for row in index_rows_by_id(grids).values()
-    }  # fmt: skip
+    }

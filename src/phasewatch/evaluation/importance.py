@@ -1,4 +1,4 @@
-"""What a model looks at: a channel's worth on the held-out set by permuting it, and the channels behind one decision."""
+"""Permutation importance of channels on held-out windows, and the channels behind a single decision."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ N_TOP_CHANNELS = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelContribution:
-    """One channel behind a decision.
+    """The contribution of one channel to a decision.
 
     Attributes:
-        value: Its mean over the window, in `unit`; None where nothing was known.
-        drop: How much less likely the decided phase is when the channel says nothing.
+        value: Mean over the window, in `unit`; None where nothing is known.
+        drop: Decrease of the decided phase's probability when the channel is unknown.
     """
 
     channel: str
@@ -60,10 +60,10 @@ class ChannelContribution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecisionExplanation:
-    """What was decided of one window, and the channels that it hangs on most, first the heaviest.
+    """The decision on one window and the channels that contribute most, largest first.
 
     Attributes:
-        at_s: The window's middle, seconds since the first label; None where nobody said.
+        at_s: Centre of the window, seconds since the first label; None if it is not known.
     """
 
     decided: str
@@ -73,37 +73,39 @@ class DecisionExplanation:
     at_s: float | None = None
 
 
-def build_importance_rows(run: Path, place: HeadlineKey, rules: EvaluationSettings) -> Iterator[MetricRow]:
-    """Give for each channel how much macro-F1 is lost on the held-out windows when it is permuted within its fold.
+def build_importance_rows(run: Path, headline: HeadlineKey, rules: EvaluationSettings) -> Iterator[MetricRow]:
+    """Yield for each channel the macro-F1 lost on held-out windows when it is permuted within its fold.
 
     Args:
-        run: A run with the checkpoints of the place's model over all folds of its recipe.
-        place: Whose.
+        run: A run with the checkpoints of the model on all folds of its recipe.
+        headline: Model, recipe, channel set, input and agent state.
         rules: How intervals are drawn.
     """
-    where = MetricKey(
-        recipe=place.recipe,
+    key = MetricKey(
+        recipe=headline.recipe,
         fold="pooled",
-        channel_set=place.channel_set,
-        input=place.input,
+        channel_set=headline.channel_set,
+        input=headline.input,
         smoothing=NO_FILTER,
-        agent=place.agent,
+        agent=headline.agent,
     )
     try:
-        said = [_predict_permuted(run, place, fold) for fold in read_folds(run, place.recipe)]
-    except PhasewatchError:  # its words name folders, which are no part of a number
-        text = f"no channel importance: the checkpoint of {place.model} cannot be loaded for every fold"
-        yield where.row(metric="note", model=place.model, note=MetricNote(code=NoteCode.NO_IMPORTANCE, text=text))
+        folds = [_predict_permuted(run, headline, fold) for fold in read_folds(run, headline.recipe)]
+    except PhasewatchError:  # its message names folders, which must not enter the metrics
+        text = f"no channel importance: the checkpoint of {headline.model} cannot be loaded for every fold"
+        yield key.row(metric="note", model=headline.model, note=MetricNote(code=NoteCode.NO_IMPORTANCE, text=text))
         return
-    said = [one for one in said if len(one[0])]
-    if not said:
+    folds = [one for one in folds if len(one[0])]
+    if not folds:
         return
-    shown = EvaluationWindows.concatenate([windows for windows, _ in said])
+    windows = EvaluationWindows.concatenate([windows for windows, _ in folds])
     channels = [
-        name for name in dict.fromkeys(name for _, answers in said for name, _ in answers) if name != UNPERMUTED
+        name
+        for name in dict.fromkeys(name for _, predictions in folds for name, _ in predictions)
+        if name != UNPERMUTED
     ]
     rows = [
-        _compute_importance_row(where, channel, shown, [answers for _, answers in said], place, rules)
+        _compute_importance_row(key, channel, windows, [predictions for _, predictions in folds], headline, rules)
         for channel in channels
     ]
     for row, p_holm in zip(rows, bootstrap.adjust_p_values([row.p for row in rows]), strict=True):
@@ -111,32 +113,34 @@ def build_importance_rows(run: Path, place: HeadlineKey, rules: EvaluationSettin
 
 
 def _compute_importance_row(
-    where: MetricKey,
+    key: MetricKey,
     channel: str,
-    shown: EvaluationWindows,
-    said: Sequence[Mapping[tuple[str, int], NDArray[np.int64]]],
-    place: HeadlineKey,
+    windows: EvaluationWindows,
+    folds: Sequence[Mapping[tuple[str, int], NDArray[np.int64]]],
+    headline: HeadlineKey,
     rules: EvaluationSettings,
 ) -> MetricRow:
-    """Compute what permuting one channel costs, over all folds' test windows."""
+    """Compute the macro-F1 lost by permuting one channel, over the test windows of all folds."""
     keys = [(UNPERMUTED, 0), *((channel, r) for r in range(N_PERMUTATIONS))]
     outputs = tuple(
         ModelOutput(
-            model=name, seed=seed, probabilities=np.zeros((0, len(PHASES))),
-            y_pred=np.concatenate([own[name, seed] for own in said]),
+            model=name,
+            seed=seed,
+            probabilities=np.zeros((0, len(PHASES))),
+            y_pred=np.concatenate([own[name, seed] for own in folds]),
         )
         for name, seed in keys
-    )  # fmt: skip
-    scope = build_scoring_set(PredictionSet(windows=shown, outputs=outputs), rules)
+    )
+    scope = build_scoring_set(PredictionSet(windows=windows, outputs=outputs), rules)
     kept = select_resamples(scope)
     scored = score_models(scope, kept)
     (whole,), permuted = scored[UNPERMUTED], scored[channel]
     lost = whole.point.macro_f1 - np.mean([s.point.macro_f1 for s in permuted])
     after = mean_over_seeds([None if s.draws is None else s.draws.macro_f1 for s in permuted])
     draws = None if after is None or whole.draws is None else whole.draws.macro_f1 - after
-    return where.row(
+    return key.row(
         metric="macro_f1_permuted_gap",
-        model=place.model,
+        model=headline.model,
         seed="mean",
         compared_to=channel,
         value=float(lost),
@@ -148,38 +152,47 @@ def _compute_importance_row(
 
 
 def _predict_permuted(
-    run: Path, place: HeadlineKey, fold: Fold
+    run: Path, headline: HeadlineKey, fold: Fold
 ) -> tuple[EvaluationWindows, dict[tuple[str, int], NDArray[np.int64]]]:
-    """Ask one fold's model of its test windows as they are, and with each channel permuted over them."""
-    cell = Experiment(
-        recipe=place.recipe, fold=fold.fold, threat=place.channel_set, model=place.model, table=place.input
+    """Predict a fold's test windows as they are, and with each channel permuted over them.
+
+    Returns:
+        The windows, and (channel or `UNPERMUTED`, repeat) → ``(n,)`` decided phase codes.
+    """
+    experiment = Experiment(
+        recipe=headline.recipe, fold=fold.fold, threat=headline.channel_set, model=headline.model, table=headline.input
     )
-    model, sets = _load_experiment(run, cell)
-    test = sets.test.take(sets.test.windows.mark_episodes(lambda e: e.agent is (place.agent == "on")))
+    model, sets = _load_experiment(run, experiment)
+    test = sets.test.take(sets.test.windows.mark_episodes(lambda e: e.agent is (headline.agent == "on")))
     of = [test.windows.episodes[i] for i in test.windows.episode_index]
     texts = {
-        "episode_id": [e.episode_id for e in of], "session": [e.session for e in of], "host_id": [e.host_id for e in of],
-        "profile": [e.profile for e in of], "sample_name": [e.sample_name for e in of],
-        "origin": [str(e.origin) for e in of], "agent": [place.agent] * len(of),
-    }  # fmt: skip
-    shown = EvaluationWindows(
+        "episode_id": [e.episode_id for e in of],
+        "session": [e.session for e in of],
+        "host_id": [e.host_id for e in of],
+        "profile": [e.profile for e in of],
+        "sample_name": [e.sample_name for e in of],
+        "origin": [str(e.origin) for e in of],
+        "agent": [headline.agent] * len(of),
+    }
+    windows = EvaluationWindows(
         **{name: np.array(values, dtype=object) for name, values in texts.items()},
-        t_center_ns=test.windows.t_center_ns, y_true=test.y,
-    )  # fmt: skip
+        t_center_ns=test.windows.t_center_ns,
+        y_true=test.y,
+    )
     if not len(test):
-        return shown, {}
-    answers = {(UNPERMUTED, 0): model.predict(test.inputs)}
+        return windows, {}
+    predictions = {(UNPERMUTED, 0): model.predict(test.inputs)}
     for channel, columns in _group_columns_by_channel(test.inputs).items():
         for repeat in range(N_PERMUTATIONS):
             rng = _build_rng(channel, repeat)
             x = test.x.copy()
             x[:, columns] = x[rng.permutation(len(x))][:, columns]
-            answers[channel, repeat] = model.predict(ModelInputs(x=x, spec=test.inputs.spec))
-    return shown, answers
+            predictions[channel, repeat] = model.predict(ModelInputs(x=x, spec=test.inputs.spec))
+    return windows, predictions
 
 
-def _load_experiment(run: Path, cell: Experiment) -> tuple[PhaseModel, FoldData]:
-    return registry.load(cell.folder(run)), read_experiment_data(run, cell)
+def _load_experiment(run: Path, experiment: Experiment) -> tuple[PhaseModel, FoldData]:
+    return registry.load(experiment.folder(run)), read_experiment_data(run, experiment)
 
 
 def _build_rng(channel: str, repeat: int) -> np.random.Generator:
@@ -187,7 +200,7 @@ def _build_rng(channel: str, repeat: int) -> np.random.Generator:
 
 
 def _group_columns_by_channel(inputs: ModelInputs) -> dict[str, list[int]]:
-    """Give each channel's columns: the five stats of a table, the one row of a tensor."""
+    """Return the columns of each channel: five statistics in a table, one row in a tensor."""
     found: dict[str, list[int]] = {}
     for i, name in enumerate(inputs.spec.names):
         channel = name if inputs.spec.kind is InputKind.TENSOR else name.rpartition(".")[0]
@@ -195,25 +208,26 @@ def _group_columns_by_channel(inputs: ModelInputs) -> dict[str, list[int]]:
     return found
 
 
-def explain_decision(run: Path, cell: Experiment, episode_id: str, at_s: float) -> DecisionExplanation:
-    """Say which channels a cell's decision on one test window hangs on.
+def explain_decision(run: Path, experiment: Experiment, episode_id: str, at_s: float) -> DecisionExplanation:
+    """Explain an experiment's decision on one test window.
 
     Args:
         run: The run.
-        cell: Whose decision.
-        episode_id: A test episode of the cell's fold.
-        at_s: Seconds since the first label; the window whose middle is nearest is taken.
+        experiment: The experiment.
+        episode_id: A test episode of the experiment's fold.
+        at_s: Seconds since the first label; the window with the nearest centre is used.
 
     Raises:
         RunError: If the fold does not test that episode.
     """
-    model, sets = _load_experiment(run, cell)
-    mine = sets.test.windows.mark_episodes(lambda e: e.episode_id == episode_id)
-    if not mine.any():
+    model, sets = _load_experiment(run, experiment)
+    in_episode = sets.test.windows.mark_episodes(lambda e: e.episode_id == episode_id)
+    if not in_episode.any():
         raise RunError(
-            f"{cell.recipe}, fold {cell.fold}: does not test episode {episode_id}; name one of its {len(sets.test.windows.episodes)} episodes"
+            f"{experiment.recipe}, fold {experiment.fold}: does not test episode {episode_id}; "
+            f"name one of its {len(sets.test.windows.episodes)} episodes"
         )
-    test = sets.test.take(mine)
+    test = sets.test.take(in_episode)
     nearest = int(np.abs(test.windows.t_center_s - at_s).argmin())
     one = ModelInputs(x=test.x[nearest : nearest + 1], spec=test.inputs.spec)
     return replace(explain_window(model, one, int(test.y[nearest])), at_s=float(test.windows.t_center_s[nearest]))
@@ -222,13 +236,13 @@ def explain_decision(run: Path, cell: Experiment, episode_id: str, at_s: float) 
 def explain_window(
     model: PhaseModel, inputs: ModelInputs, truth: int, *, top: int = N_TOP_CHANNELS
 ) -> DecisionExplanation:
-    """Take each channel's word away in turn, as if it had not been known, and see what that does to the decision.
+    """Explain a decision by setting each channel to unknown in turn.
 
     Args:
-        model: Any.
+        model: Any model.
         inputs: One window.
-        truth: Its phase code.
-        top: So many channels.
+        truth: Its true phase code.
+        top: Number of channels to return.
     """
     columns = _group_columns_by_channel(inputs)
     x = np.repeat(inputs.x, 1 + len(columns), axis=0)
@@ -241,18 +255,23 @@ def explain_window(
     names = list(columns)
     order = sorted(range(len(names)), key=lambda i: (-drops[i], names[i]))[:top]
     return DecisionExplanation(
-        decided=str(PHASES[decided]), probability=float(p[0, decided]), truth=str(PHASES[truth]),
+        decided=str(PHASES[decided]),
+        probability=float(p[0, decided]),
+        truth=str(PHASES[truth]),
         reasons=tuple(
             ChannelContribution(
-                channel=names[i], value=_compute_channel_mean(inputs, columns[names[i]]), unit=units.get(names[i], "1"), drop=float(drops[i])
+                channel=names[i],
+                value=_compute_channel_mean(inputs, columns[names[i]]),
+                unit=units.get(names[i], "1"),
+                drop=float(drops[i]),
             )
             for i in order
         ),
-    )  # fmt: skip
+    )
 
 
 def _compute_channel_mean(inputs: ModelInputs, columns: Sequence[int]) -> float | None:
-    """Give a channel's mean over the window: of a table the first of its stats, of a tensor the mean of what is known."""
+    """Return a channel's mean over the window: the first statistic of a table, the mean of a tensor's known bins."""
     own = np.asarray(inputs.x[0, list(columns)], np.float64).ravel()
     if inputs.spec.kind is InputKind.TABLE:
         return float(own[0]) if np.isfinite(own[0]) else None

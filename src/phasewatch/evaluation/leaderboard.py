@@ -1,4 +1,4 @@
-"""All numbers over one set of test windows: the models side by side, by class, profile, host and sample, and their gaps."""
+"""Metric rows of one set of test windows: models side by side, by class, profile, host and sample, and gaps."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ _COUNT_NOTE = MetricNote(code=NoteCode.COUNT, text="a count")
 _UNTESTED_NOTE = MetricNote(code=NoteCode.NO_TEST_WINDOWS, text="no test window")
 
 
-def build_detail_rows(place: MetricKey, scope: ScoringSet) -> Iterator[MetricRow]:
-    """Give support, confusion and calibration over all windows of the board."""
+def build_detail_rows(key: MetricKey, scope: ScoringSet) -> Iterator[MetricRow]:
+    """Yield support, confusion matrix and calibration errors over all windows of the set."""
     counts, kept = scope.counts(), select_resamples(scope)
     support = np.bincount(scope.windows.y_true, minlength=len(PHASES))
     for code, phase in enumerate(PHASES):
-        yield place.row(
+        yield key.row(
             metric="support",
             model=None,
             phase=str(phase),
@@ -65,18 +65,25 @@ def build_detail_rows(place: MetricKey, scope: ScoringSet) -> Iterator[MetricRow
             note=_COUNT_NOTE,
             **counts,
         )
-    for model, answers in scope.predictions.group_by_model().items():
-        mean = np.mean([metrics.confusion_counts(scope.windows.y_true, a.y_pred) for a in answers], axis=0)
+    for model, outputs in scope.predictions.group_by_model().items():
+        mean = np.mean([metrics.confusion_counts(scope.windows.y_true, a.y_pred) for a in outputs], axis=0)
         for truth, decided in np.ndindex(mean.shape):
-            yield place.row(
-                metric="confusion", model=model, seed="mean", phase=str(PHASES[truth]), bin=float(decided),
-                value=float(mean[truth, decided]), unit="windows", note=_COUNT_NOTE, **counts,
-            )  # fmt: skip
-        by_cluster = [bootstrap.sum_by_cluster(scope.clusters, _compute_calibration_terms(scope, a)) for a in answers]
+            yield key.row(
+                metric="confusion",
+                model=model,
+                seed="mean",
+                phase=str(PHASES[truth]),
+                bin=float(decided),
+                value=float(mean[truth, decided]),
+                unit="windows",
+                note=_COUNT_NOTE,
+                **counts,
+            )
+        by_cluster = [bootstrap.sum_by_cluster(scope.clusters, _compute_calibration_terms(scope, a)) for a in outputs]
         drawn = resample_counts(scope, kept, by_cluster)
         points = [s.sum(axis=0, keepdims=True) for s in by_cluster]
         plain = float(np.mean([_compute_ece(p) for p in points]))
-        yield place.row(metric="ece", model=model, seed="mean", value=plain, note=_ECE_NOTE, **counts)
+        yield key.row(metric="ece", model=model, seed="mean", value=plain, note=_ECE_NOTE, **counts)
         debiased: ValueColumns = {"value": None, "note": kept.note}
         if drawn is not None:
             own = [
@@ -84,24 +91,22 @@ def build_detail_rows(place: MetricKey, scope: ScoringSet) -> Iterator[MetricRow
                 for p, d in zip(points, drawn, strict=True)
             ]
             debiased = {"value": float(np.mean(own)), "note": _DEBIASED_ECE_NOTE}
-        yield place.row(metric="ece_debiased", model=model, seed="mean", **debiased, **counts)
+        yield key.row(metric="ece_debiased", model=model, seed="mean", **debiased, **counts)
         for metric, measure in (
             ("confidence_less_accuracy", _compute_confidence_less_accuracy),
             ("brier", _compute_brier),
         ):
             value = float(np.mean([measure(p) for p in points]))
             draws = None if drawn is None else mean_over_seeds([measure(d) for d in drawn])
-            yield place.row(
-                metric=metric, model=model, seed="mean", value=value, **build_interval(draws, kept), **counts
-            )
+            yield key.row(metric=metric, model=model, seed="mean", value=value, **build_interval(draws, kept), **counts)
 
 
-def _compute_calibration_terms(scope: ScoringSet, answer: ModelOutput) -> FloatArray:
+def _compute_calibration_terms(scope: ScoringSet, output: ModelOutput) -> FloatArray:
     """Return the columns that calibration errors and Brier score are sums of, ``(n, 37)``.
 
     Gaps in 15 bins of equal width, gaps and windows in 10 bins of equal mass, squared distance, one.
     """
-    y, p = scope.windows.y_true, answer.probabilities
+    y, p = scope.windows.y_true, output.probabilities
     bins = metrics.equal_mass_bin(p)
     gaps = metrics.calibration_gap_terms(p, y, bins, metrics.EQUAL_MASS_BINS)
     windows = np.eye(metrics.EQUAL_MASS_BINS)[bins]
@@ -131,24 +136,24 @@ def _compute_brier(columns: FloatArray) -> FloatArray:
 
 
 def build_note_rows(
-    place: MetricKey, scope: ScoringSet, rules: EvaluationSettings, rows: Sequence[MetricRow]
+    key: MetricKey, scope: ScoringSet, rules: EvaluationSettings, rows: Sequence[MetricRow]
 ) -> list[MetricRow]:
-    """Say in words what a reader of the numbers must know: too few sessions, nothing above the clock, what is untested."""
+    """Build remarks: untested profiles and phases, origins, few sessions, models not above elapsed time."""
     counts = scope.counts()
 
     def build_remark(code: NoteCode, text: str, **columns: object) -> MetricRow:
         note = MetricNote(code=code, text=text)
-        return place.row(metric="note", note=note, **{"model": None, **counts, **columns})
+        return key.row(metric="note", note=note, **{"model": None, **counts, **columns})
 
     notes = [
-        place.row(
+        key.row(
             metric="untested_profile", model=None, profile=p, value=0.0, unit="windows", note=_UNTESTED_NOTE, **counts
         )
         for p in rules.profiles
         if p not in set(scope.windows.profile)
     ]
     notes += [
-        place.row(
+        key.row(
             metric="untested_phase",
             model=None,
             phase=str(p),
@@ -163,9 +168,7 @@ def build_note_rows(
     for origin in sorted(set(scope.windows.origin)):
         episodes = len(set(scope.windows.episode_id[scope.windows.origin == origin]))
         note = MetricNote(code=NoteCode.from_origin(origin), text=str(origin))
-        notes.append(
-            place.row(metric="origin", model=None, value=float(episodes), unit="episodes", note=note, **counts)
-        )
+        notes.append(key.row(metric="origin", model=None, value=float(episodes), unit="episodes", note=note, **counts))
     sessions = counts["n_sessions"]
     if sessions < bootstrap.FEW_CLUSTERS:
         text = f"only {sessions} sessions: an interval over fewer than {bootstrap.FEW_CLUSTERS} is a rough one"
@@ -185,7 +188,10 @@ def build_note_rows(
 
 
 def _orient_gap(row: MetricRow) -> MetricRow:
-    """Count a gap from the model's side: one of the user's own stands behind the baselines, so its row counts from the clock."""
+    """Orient a gap from the model's side.
+
+    A user's own model is listed after the baselines, so its row has elapsed time first.
+    """
     if row.compared_to == ELAPSED_TIME or row.value is None:
         return row
     low, high = (None, None) if row.low is None or row.high is None else (-row.high, -row.low)
@@ -205,7 +211,7 @@ MACRO_METRICS = ("macro_f1", "macro_f1_3class")
 
 
 def build_leaderboard_rows(
-    place: MetricKey,
+    key: MetricKey,
     predictions: PredictionSet,
     rules: EvaluationSettings,
     *,
@@ -215,29 +221,29 @@ def build_leaderboard_rows(
     """Build all rows of one set of test windows.
 
     Args:
-        place: Recipe, fold, channel set, input, smoothing and agent of the windows.
+        key: Recipe, fold, channel set, input, smoothing and agent of the windows.
         predictions: At least one window.
         rules: Registered profiles, and how intervals are drawn.
         parts: Also build rows by profile, host and sample, and the spread between hosts.
         details: Also build rows of support, confusion and calibration.
     """
     whole = build_scoring_set(predictions, rules)
-    rows = list(_build_score_rows(place, whole, rules, {}))
+    rows = list(_build_score_rows(key, whole, rules, {}))
     if details:
-        rows += build_detail_rows(place, whole)
+        rows += build_detail_rows(key, whole)
     if parts:
         for name in ("profile", "host_id", "sample_name"):
-            rows += _build_group_rows(place, whole, rules, name)
-        rows += _build_host_profile_rows(place, whole, rules)
-        rows += _build_host_spread_rows(place, whole, rules, rows)
-    rows += build_note_rows(place, whole, rules, rows)
+            rows += _build_group_rows(key, whole, rules, name)
+        rows += _build_host_profile_rows(key, whole, rules)
+        rows += _build_host_spread_rows(key, whole, rules, rows)
+    rows += build_note_rows(key, whole, rules, rows)
     return rows
 
 
 def _build_host_spread_rows(
-    place: MetricKey, whole: ScoringSet, rules: EvaluationSettings, rows: Sequence[MetricRow]
+    key: MetricKey, whole: ScoringSet, rules: EvaluationSettings, rows: Sequence[MetricRow]
 ) -> Iterator[MetricRow]:
-    """Give the mean over hosts, the worst one and how far they are apart; an interval only from `MIN_HOSTS` hosts on."""
+    """Yield mean over hosts, worst host and range of hosts; an interval only from `MIN_HOSTS` hosts on."""
     counts = {**whole.counts(), **count_profiles(whole, rules)}
     for model in whole.predictions.group_by_model():
         own = [r for r in select_rows(rows, "macro_f1", model=model, profile=None, phase=None) if r.host_id]
@@ -249,7 +255,7 @@ def _build_host_spread_rows(
             low, high = bootstrap.compute_interval(rng.choice(values, (rules.resamples, len(own))).mean(axis=1))
             ends = {"low": low, "high": high}
         worst = own[int(values.argmin())]
-        yield place.row(
+        yield key.row(
             metric="macro_f1_mean_of_hosts",
             model=model,
             seed="mean",
@@ -257,7 +263,7 @@ def _build_host_spread_rows(
             **ends,
             **counts,
         )
-        yield place.row(
+        yield key.row(
             metric="macro_f1_worst_host",
             model=model,
             seed="mean",
@@ -267,7 +273,7 @@ def _build_host_spread_rows(
             note=MetricNote(code=NoteCode.HOST_NAME, text=f"on {worst.host_id}"),
             **counts,
         )
-        yield place.row(
+        yield key.row(
             metric="macro_f1_range_of_hosts",
             model=model,
             seed="mean",
@@ -277,30 +283,30 @@ def _build_host_spread_rows(
         )
 
 
-def _build_group_rows(place: MetricKey, whole: ScoringSet, rules: EvaluationSettings, name: str) -> Iterator[MetricRow]:
+def _build_group_rows(key: MetricKey, whole: ScoringSet, rules: EvaluationSettings, name: str) -> Iterator[MetricRow]:
     labels: NDArray[np.object_] = getattr(whole.windows, name)
     if name == "sample_name":  # sample names are unique within a profile only
         for profile, sample in sorted(set(zip(whole.windows.profile, labels, strict=True))):
             part = whole.select((whole.windows.profile == profile) & (labels == sample))
-            yield from _build_score_rows(place, part, rules, {"profile": profile, "sample_name": sample})
+            yield from _build_score_rows(key, part, rules, {"profile": profile, "sample_name": sample})
         return
     for label in sorted(set(labels)):
         part = whole.select(labels == label)
-        yield from _build_score_rows(place, part, rules, {name: label})
+        yield from _build_score_rows(key, part, rules, {name: label})
 
 
-def _build_host_profile_rows(place: MetricKey, whole: ScoringSet, rules: EvaluationSettings) -> Iterator[MetricRow]:
-    """Give the scores of each host and profile together, where both were tested."""
+def _build_host_profile_rows(key: MetricKey, whole: ScoringSet, rules: EvaluationSettings) -> Iterator[MetricRow]:
+    """Yield the scores of each pair of host and profile that was tested."""
     hosts, profiles = whole.windows.host_id, whole.windows.profile
     for host, profile in sorted(set(zip(hosts, profiles, strict=True))):
         part = whole.select((hosts == host) & (profiles == profile))
-        yield from _build_score_rows(place, part, rules, {"host_id": host, "profile": profile})
+        yield from _build_score_rows(key, part, rules, {"host_id": host, "profile": profile})
 
 
 def _build_score_rows(
-    place: MetricKey, scope: ScoringSet, rules: EvaluationSettings, where: Mapping[str, str]
+    key: MetricKey, scope: ScoringSet, rules: EvaluationSettings, where: Mapping[str, str]
 ) -> list[MetricRow]:
-    """Give macro-F1, three-state macro-F1 and F1 by class of each model, for its seeds and their mean; then the gaps."""
+    """Build macro-F1, three-state macro-F1 and F1 by class of each model, per seed and mean; then the gaps."""
     kept = select_resamples(scope)
     scored = score_models(scope, kept)
     counts = scope.counts()
@@ -311,13 +317,13 @@ def _build_score_rows(
             points, draws = _collect_scores(seeds, metric)
             if not where:
                 rows += [
-                    place.row(
+                    key.row(
                         metric=metric, model=model, seed=s.seed, value=float(v), **build_interval(d, kept), **covered
                     )
                     for s, v, d in zip(seeds, points, draws, strict=True)
                 ]
             rows.append(
-                place.row(
+                key.row(
                     metric=metric,
                     model=model,
                     seed="mean",
@@ -328,28 +334,34 @@ def _build_score_rows(
                 )
             )
         if len(where) > 1:
-            continue  # a class of one host's one profile, or of one sample, is a handful of windows
+            continue  # one class of one host and profile, or of one sample, has only a few windows
         points, draws = _collect_scores(seeds, "f1")
         for c in scope.classes:
             of_class = mean_over_seeds([None if d is None else d[:, c] for d in draws])
             rows.append(
-                place.row(
-                    metric="f1", model=model, seed="mean", phase=str(PHASES[c]),
-                    value=float(np.mean([v[c] for v in points])), **build_interval(of_class, kept), **where, **counts,
+                key.row(
+                    metric="f1",
+                    model=model,
+                    seed="mean",
+                    phase=str(PHASES[c]),
+                    value=float(np.mean([v[c] for v in points])),
+                    **build_interval(of_class, kept),
+                    **where,
+                    **counts,
                 )
-            )  # fmt: skip
-    return rows if where else rows + _build_model_gap_rows(place, scored, kept, covered)
+            )
+    return rows if where else rows + _build_model_gap_rows(key, scored, kept, covered)
 
 
 def _build_model_gap_rows(
-    place: MetricKey,
+    key: MetricKey,
     scored: Mapping[str, Sequence[BootstrapScores]],
     kept: ResampleSelection,
     counts: Mapping[str, int],
 ) -> list[MetricRow]:
-    """Compute the paired gap of each two models, seeds averaged inside each resample.
+    """Compute the paired gap of every two models, seeds averaged within each resample.
 
-    Holm's family holds the gaps of a model: two baselines have a p-value of their own, and correct nobody else's.
+    Holm's family is the gaps with at least one model that is not a baseline; two baselines keep their own p-value.
     """
     rows: list[MetricRow] = []
     for metric in MACRO_METRICS:
@@ -360,11 +372,18 @@ def _build_model_gap_rows(
         family = [None if set(pair) <= set(BASELINE_MODELS) else p for pair, p in zip(pairs, p_values, strict=True)]
         for (one, other), d, p, p_holm in zip(pairs, gaps, p_values, bootstrap.adjust_p_values(family), strict=True):
             rows.append(
-                place.row(
-                    metric=f"{metric}_gap", model=one, compared_to=other, seed="mean",
-                    value=means[one][0] - means[other][0], p=p, p_holm=p_holm, **build_interval(d, kept), **counts,
+                key.row(
+                    metric=f"{metric}_gap",
+                    model=one,
+                    compared_to=other,
+                    seed="mean",
+                    value=means[one][0] - means[other][0],
+                    p=p,
+                    p_holm=p_holm,
+                    **build_interval(d, kept),
+                    **counts,
                 )
-            )  # fmt: skip
+            )
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The metric table of a run, `metrics_v2.json`: one flat row per number, its note codes, and the headline drawn from it."""
+"""The metric table of a run, `metrics_v2.json`: one flat row per number, note codes, and the headline."""
 
 from __future__ import annotations
 

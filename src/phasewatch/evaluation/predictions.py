@@ -97,8 +97,8 @@ class PredictionGroup:
             others = EvaluationWindows.concatenate([s.windows for s in parts])
             if not windows.is_same_as(others):
                 raise RunError(
-                    f"{PREDICTIONS_FILE}: {parts[0].model} (seed {parts[0].seed}) and {complete[0][0].model} were scored "
-                    f"on different windows of {self.recipe}; train them again on the same features"
+                    f"{PREDICTIONS_FILE}: {parts[0].model} (seed {parts[0].seed}) and {complete[0][0].model} were "
+                    f"scored on different windows of {self.recipe}; train them again on the same features"
                 )
         order = np.lexsort((windows.t_center_ns, windows.episode_id.astype(str), windows.host_id.astype(str)))
         outputs = tuple(
@@ -130,7 +130,8 @@ def parse_prediction_groups(
     for keys, group_rows in rows.groups(_GROUP_COLUMNS, np.arange(len(rows))):
         accepted, refused = [], []
         experiments = list(rows.groups(_EXPERIMENT_COLUMNS, group_rows))
-        for experiment, at in sorted(experiments, key=lambda e: (order.get(e[0]["model"], len(order)), *e[0].values())):
+        experiments.sort(key=lambda e: (order.get(e[0]["model"], len(order)), *e[0].values()))
+        for experiment, at in experiments:
             one = rows.read_predictions(experiment, at)
             fold = folds.get((keys["recipe"], experiment["fold"])) if part == "test" else None
             fault = explain_rejection(one, fold)

@@ -1,4 +1,4 @@
-"""Finds in the flat rows of `metrics_v2.json` the ones that the page speaks of."""
+"""Queries on metric rows for the report and the dashboard: leaderboard, best score, confusion matrix, gaps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from phasewatch.models.registry import BASELINE_MODELS
 from phasewatch.training.predictions import NO_FILTER
 from phasewatch.types import PHASES
 
-# What stands for a group (a host, a profile), best first: the first one that has rows is shown.
+# Metrics of a group (a host, a profile), most preferred first: the first one with rows is shown.
 GROUP_METRICS = ("macro_f1", "f1", "accuracy", "balanced_accuracy", "recall")
 METRIC_LABELS = {
     "macro_f1": "macro-F1 of phase",
@@ -33,7 +33,7 @@ METRIC_LABELS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaderboardEntry:
-    """One line of the leaderboard."""
+    """One entry of the leaderboard: a model with one channel set."""
 
     model: str
     threat: str
@@ -42,7 +42,7 @@ class LeaderboardEntry:
 
     @property
     def label(self) -> str:
-        """Model and threat model, as the picture spells them."""
+        """Model and channel set, as figures show them; the default channel set is left out."""
         return (
             f"{render_model_name(self.model)} · {self.threat}"
             if self.threat != DEFAULT_HEADLINE.channel_set
@@ -52,7 +52,7 @@ class LeaderboardEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ElapsedTimeGap:
-    """How far a model stands above elapsed time, on the same windows."""
+    """Paired gap of macro-F1 between a model and elapsed time on the same windows."""
 
     value: float
     low: float | None
@@ -60,12 +60,12 @@ class ElapsedTimeGap:
 
 
 def render_model_name(key: str) -> str:
-    """Give a model's name on the page; a baseline says that it is one."""
+    """Render a model's name; a baseline is marked."""
     return f"{key.replace('_', ' ')} (baseline)" if key in BASELINE_MODELS else key
 
 
 def select_recipe_rows(rows: Sequence[MetricRow]) -> tuple[MetricRow, ...]:
-    """Keep the rows of the headline's recipe, table and filter that are no gap, no curve and no single fold."""
+    """Select the pooled scores of the headline's recipe, input and smoothing, without gaps and curves."""
     return tuple(r for r in rows if _is_recipe_row(r) and r.compared_to is None and r.bin is None)
 
 
@@ -79,7 +79,7 @@ def find_score(
     profile: str | None = None,
     host_id: str | None = None,
 ) -> MetricRow | None:
-    """Find the one row of a number: of the episodes that its mask is scored on, the mean over seeds before one seed."""
+    """Find the row of a score: on the agent state of its channel set, the mean over seeds before a single seed."""
     found = [
         r
         for r in rows
@@ -94,29 +94,29 @@ def find_score(
 
 
 def find_headline_model(rows: Sequence[MetricRow], all_rows: Sequence[MetricRow] = ()) -> str | None:
-    """Name the model that the page is about: the headline's, else the first that is no baseline, else none."""
+    """Return the headline's model if it was scored, else the first that is not a baseline, else None."""
     models = sorted({r.model for r in rows if r.model and r.metric == "macro_f1" and r.model not in BASELINE_MODELS})
     wanted = select_headline(all_rows).model
     return wanted if wanted in models else next(iter(models), None)
 
 
 def find_overall_row(rows: Sequence[MetricRow], base: str, **where: object) -> MetricRow | None:
-    """Give the first such row over all phases, profiles, hosts and samples, its seeds averaged if it has some."""
+    """Return the first matching row over all phases, profiles, hosts and samples, a mean over seeds first."""
     found = select_rows(rows, base, overall=True, **where)
     return next((r for r in found if not isinstance(r.seed, int)), next(iter(found), None))
 
 
 def select_headline_rows(rows: Sequence[MetricRow]) -> tuple[MetricRow, ...]:
-    """Keep the rows of the headline's recipe, threat model, table, filter and agent, gaps and curves included."""
+    """Select the rows of the headline's recipe, channel set, input, smoothing and agent, with gaps and curves."""
     return tuple(r for r in rows if _is_headline_row(r))
 
 
 def build_leaderboard(rows: Sequence[MetricRow], *, n_hosts: int | None = None) -> tuple[LeaderboardEntry, ...]:
-    """List all models and threat models with an overall score, best first, those without a number last.
+    """Build the leaderboard of all models and channel sets with an overall score, best first, nulls last.
 
     Args:
-        rows: Of one recipe.
-        n_hosts: Leave out who was tested on fewer hosts: the mean of other machines is no rival.
+        rows: Rows of one recipe.
+        n_hosts: Leave out models that were tested on fewer hosts: their mean is not comparable.
     """
     pairs = {
         (r.model, r.channel_set)
@@ -139,7 +139,7 @@ def build_leaderboard(rows: Sequence[MetricRow], *, n_hosts: int | None = None) 
 
 
 def choose_group_metric(rows: Sequence[MetricRow], *, model: str, by: Sequence[str]) -> str | None:
-    """Name the metric that stands for groups by these keys (`profile`, `host_id`, `phase`), or None without any row."""
+    """Return the preferred metric with rows grouped by these columns (`profile`, `host_id`, `phase`), or None."""
     keys = ("phase", "profile", "host_id", "sample_name")
     have = {
         r.metric for r in rows if r.model == model and all((getattr(r, key) is not None) == (key in by) for key in keys)
@@ -148,7 +148,7 @@ def choose_group_metric(rows: Sequence[MetricRow], *, model: str, by: Sequence[s
 
 
 def find_elapsed_time_gap(rows: Sequence[MetricRow], model: str) -> ElapsedTimeGap | None:
-    """Find the paired gap between a model and elapsed time, whichever of the two the row counts from."""
+    """Find the paired gap between a model and elapsed time, in either direction."""
     for r in rows:
         if r.metric == "macro_f1_gap" and r.value is not None and _is_headline_row(r):
             if (r.model, r.compared_to) == (model, ELAPSED_TIME):
@@ -160,7 +160,7 @@ def find_elapsed_time_gap(rows: Sequence[MetricRow], model: str) -> ElapsedTimeG
 
 
 def build_confusion_matrix(rows: Sequence[MetricRow], *, model: str) -> ConfusionMatrix | None:
-    """Collect the counts of truth × decision over the union of labels; agent off before both."""
+    """Build the confusion matrix of a model over the union of labels; episodes without agent are preferred."""
     own = [
         r
         for r in rows
@@ -179,7 +179,7 @@ def build_confusion_matrix(rows: Sequence[MetricRow], *, model: str) -> Confusio
 
 
 def collect_notes(rows: Sequence[MetricRow]) -> tuple[str, ...]:
-    """Give what the evaluation itself has to say of the headline's numbers."""
+    """Return the remarks on the headline's numbers and on predictions that were not scored, without duplicates."""
     return tuple(
         dict.fromkeys(
             r.note
@@ -190,9 +190,10 @@ def collect_notes(rows: Sequence[MetricRow]) -> tuple[str, ...]:
 
 
 def is_above_elapsed_time(model: MetricRow | None, clock: MetricRow | None, gap: ElapsedTimeGap | None) -> bool | None:
-    """Say whether the model beats elapsed time: the paired gap decides where there is one, else the two intervals.
+    """Return whether a model is above elapsed time, by the paired gap if there is one, else by both intervals.
 
-    None means that it cannot be said: a number or an interval is missing.
+    Returns:
+        None if a number or an interval is missing.
     """
     if gap is not None and gap.low is not None:
         return gap.low > 0
