@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 BOUNDARY = {
     "bundle/archive.py": ["tests/bundle"],
     "bundle/rows.py": ["tests/bundle"],
-    "transfer/receiver.py": ["tests/store/test_receiver.py"],
+    "transfer/receiver.py": ["tests/transfer/test_receiver.py"],
     "models/checkpoint.py": ["tests/models/test_checkpoint.py"],
 }
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from phasewatch.splits import SetAsideEpisode
     from phasewatch.training.train import FailedExperiment
-    from phasewatch.validate.verdict import BundleVerdict
 
 
 EXIT_CODES_HELP = "Exit codes: 0 done, 1 findings, 2 usage, 3 bad or absent data, 4 does not fit, 5 the machine."
@@ -216,21 +215,6 @@ def show_progress(*, quiet: bool = False) -> Iterator[Callable[[str, int, int, s
                 bar.console.print(f"{stage:<9} {escape_for_terminal(words)}", soft_wrap=True)
 
         yield tell
-
-
-def build_sweep_progress(
-    stage: str, tell: Callable[[str, int, int, str], None]
-) -> Callable[[int, int, BundleVerdict], None]:
-    """Tell of a sweep: rate, time left, errors by reason, and the bundle."""
-    from phasewatch.validate.sweep import SweepTally
-
-    tally = SweepTally(time.monotonic())
-
-    def heard(done: int, total: int, verdict: BundleVerdict) -> None:
-        tally.add(verdict)
-        tell(stage, done, total, tally.render_status(total, time.monotonic()))
-
-    return heard
 
 
 P = ParamSpec("P")

@@ -150,7 +150,7 @@ def validate(
     stages.check_folders(settings)
     atomic.make_folder(out)
     with atomic.lock(out), common.show_progress(quiet=as_json) as tell:
-        summary = stages.validate(settings, full=full, tell=common.build_sweep_progress("validate", tell))
+        summary = stages.validate(settings, full=full, progress=stages.CallbackProgress(tell))
     stage: dict[str, Any] = dict(summary.stage)
     counts = [(str(status), str(stage[str(status)])) for status in BundleStatus]
     reasons = sorted(stage["reasons"].items(), key=lambda pair: -pair[1])[:12]
@@ -230,7 +230,7 @@ def features(
     with atomic.lock(folder):
         if run is None and not (folder / BINS_INDEX_PATH).is_file():
             with common.show_progress(quiet=as_json) as tell:
-                stages.sweep_usable(settings, validation, tell=common.build_sweep_progress("grid", tell))
+                stages.sweep_usable(settings, validation, progress=stages.CallbackProgress(tell))
         count = stages.build_features(settings)
     words = f"{count.windows:,} windows of {count.episodes:,} episodes"
     path = folder / FEATURES_FILE

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
     import httpx
 
+    from phasewatch.progress import Progress
     from phasewatch.store.quota import ReceiverLimits
-    from phasewatch.transfer.shipper import ReportShipment, ShipmentSummary
+    from phasewatch.transfer.shipper import ShipmentSummary
 
 
 def register(app: typer.Typer) -> None:
@@ -121,10 +122,12 @@ def ship(
     import asyncio
     from dataclasses import asdict
 
+    from phasewatch.pipeline.stages import CallbackProgress
+
     with common.show_progress(quiet=as_json) as tell:
         shipped: ShipmentSummary = asyncio.run(
             _run_shipper(outbox, _build_client(to, ca=ca, plain_http=plain_http), tokens, watch=watch, parallel=parallel,
-                  patience_s=0.0 if watch else patience, tell=lambda n, total, words: tell("ship", n, total, words))
+                  patience_s=0.0 if watch else patience, progress=CallbackProgress(tell))
         )  # fmt: skip
     lines = [f"refused: {path}: {why}" for path, why in shipped.refused]
     lines += [f"blocked: {host_id}: {why}" for host_id, why in shipped.blocked.items()]
@@ -148,7 +151,7 @@ async def _run_shipper(
     watch: bool,
     parallel: int,
     patience_s: float,
-    tell: ReportShipment,
+    progress: Progress,
 ) -> ShipmentSummary:
     import asyncio
     import signal
@@ -158,7 +161,7 @@ async def _run_shipper(
 
     known = {token.host_id: token.plain for token in read_tokens(tokens) if token.plain is not None}
     async with client:
-        shipper = BundleShipper(outbox, client, known, parallel=parallel, patience_s=patience_s, tell=tell)
+        shipper = BundleShipper(outbox, client, known, parallel=parallel, patience_s=patience_s, progress=progress)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, shipper.stop)

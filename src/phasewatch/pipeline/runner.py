@@ -39,8 +39,6 @@ from phasewatch.splits import SetAsideEpisode
 from phasewatch.store.base import StoreLocation, parse_store_location
 from phasewatch.training.grids import HEADLINE_RECIPE
 from phasewatch.training.train import FailedExperiment, TrainingError
-from phasewatch.validate.sweep import SweepTally
-from phasewatch.validate.verdict import BundleVerdict
 
 TRAIN_STAGE = "train"
 StageProgress = Callable[[str, int, int, str], None]  # stage, done, in all, words
@@ -180,13 +178,7 @@ def build_stages(
         return lambda: names
 
     def validate() -> str:
-        tally = SweepTally(time.monotonic())
-
-        def heard(done: int, total: int, verdict: BundleVerdict) -> None:
-            tally.add(verdict)
-            say("validate", done, total, tally.render_status(total, time.monotonic()))
-
-        summary = stages.validate(settings, tell=heard)
+        summary = stages.validate(settings, progress=stages.CallbackProgress(say))
         s = summary.stage
         return ", ".join(f"{s[name]} {name}" for name in ("accepted", "degraded", "rejected", "errored"))
 

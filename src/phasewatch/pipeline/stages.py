@@ -40,6 +40,7 @@ from phasewatch.features.schema import schema_hash
 from phasewatch.features.tables import FeatureCount, ParallelSettings, write_feature_tables
 from phasewatch.models.registry import BASELINE_MODELS, find_model, find_source_file
 from phasewatch.parallel.pool import map_ordered
+from phasewatch.progress import NO_PROGRESS, Progress
 from phasewatch.report.html import write_report
 from phasewatch.splits import SPLIT_RECIPES, Fold, SplitPart, find_recipe
 from phasewatch.store.base import StoreItem, StoreLocation, check_store, has_bundle, open_store
@@ -57,7 +58,6 @@ from phasewatch.training.train import TrainReport, find_best_net, train_experime
 from phasewatch.validate.index import read_index, read_statuses, render_accounting
 from phasewatch.validate.sweep import (
     BundleMapper,
-    SweepProgress,
     SweepSummary,
     render_item_path,
     sample_stratified,
@@ -152,14 +152,25 @@ def check_folders(settings: RunSettings) -> None:
         raise UsageError(f"--out {settings.run}: holds bundles, so it is a store; a run has a folder of its own")
 
 
-def validate(settings: RunSettings, *, full: bool = False, tell: SweepProgress | None = None) -> SweepSummary:
+class CallbackProgress:
+    """Progress that is passed on to a function of (task, done, total, detail)."""
+
+    def __init__(self, tell: Callable[[str, int, int, str], None]) -> None:
+        self._tell = tell
+
+    def update(self, task: str, done: int, total: int, detail: str = "") -> None:
+        """Pass the update on."""
+        self._tell(task, done, total, detail)
+
+
+def validate(settings: RunSettings, *, full: bool = False, progress: Progress = NO_PROGRESS) -> SweepSummary:
     """Sweep the store into the run."""
     _copy_custom_channels(settings.run)
     choose = None
     if settings.limit:
         choose = _build_chooser(settings)
     return sweep(
-        settings.store, settings.run, workers=settings.workers, full=full, choose=choose, tell=tell,
+        settings.store, settings.run, workers=settings.workers, full=full, choose=choose, progress=progress,
         mapper=_choose_mapper(settings),
     )  # fmt: skip
 
@@ -205,7 +216,7 @@ def _build_chooser(settings: RunSettings) -> Callable[[Sequence[StoreItem]], Seq
     return choose
 
 
-def sweep_usable(settings: RunSettings, index: Path, *, tell: SweepProgress | None = None) -> SweepSummary:
+def sweep_usable(settings: RunSettings, index: Path, *, progress: Progress = NO_PROGRESS) -> SweepSummary:
     """Sweep into the run only those bundles that an index calls usable."""
     usable = {v.path for v in read_index(index) if v.status in USABLE_STATUSES}
     narrow = _build_chooser(settings) if settings.limit else None
@@ -215,7 +226,7 @@ def sweep_usable(settings: RunSettings, index: Path, *, tell: SweepProgress | No
         return narrow(listed) if narrow else listed
 
     return sweep(
-        settings.store, settings.run, workers=settings.workers, choose=choose, tell=tell, mapper=_choose_mapper(settings),
+        settings.store, settings.run, workers=settings.workers, choose=choose, progress=progress, task="bins", mapper=_choose_mapper(settings),
         prior=index,
     )  # fmt: skip
 
