@@ -53,5 +53,5 @@ def test_a_threat_model_chooses_at_least_one_channel(name: str) -> None:
 
 
 def test_an_unknown_threat_model_is_told_the_nearest() -> None:
-    with pytest.raises(UsageError, match="no threat model 'realsitic'; did you mean realistic"):
+    with pytest.raises(UsageError, match="no channel set 'realsitic'; did you mean realistic"):
         build_channel_mask("realsitic")

@@ -1,4 +1,4 @@
-"""The types of arrays in signatures; shapes are in the docstrings."""
+"""Types of the arrays in signatures; docstrings give the shapes."""
 
 from __future__ import annotations
 

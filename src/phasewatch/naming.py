@@ -1,4 +1,4 @@
-"""Ids made of names that people give: safe as folder, key and column, and two names stay two."""
+"""Ids derived from names that people choose: valid as folder, key and column, and distinct for distinct names."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ import hashlib
 import re
 from collections.abc import Collection
 
-RESERVED_HOST_IDS = frozenset({"sent", "refused"})  # folders of a shipper in an outbox, where host ids are folders too
+__all__ = ["RESERVED_HOST_IDS", "make_host_id", "make_profile_name"]
+
+RESERVED_HOST_IDS = frozenset({"sent", "refused"})  # folders of a shipper in an outbox, beside those of the hosts
 _DIGEST_CHARS = 8
 
 
 def make_host_id(name: str, *, fallback: str = "vm", taken: Collection[str] = (), identity: str = "") -> str:
-    """Return the host id of a name: the name itself where it can be one, else what is left of it and a digest.
+    """Return the host id of a name: the name itself if it is a valid id, or else its valid part and a digest.
 
-    Letters of other scripts, capitals, blanks and whatever goes beyond 63 characters are lost on the way; the digest of
-    the whole name keeps apart what only differs in them.
+    Capitals, blanks, letters of other scripts and everything after 63 characters are dropped; the digest of the whole
+    name distinguishes names that differ only in these.
 
     Args:
-        name: As people gave it.
-        fallback: What stands before the digest where nothing is left.
-        taken: Ids that others have: one of these gets a digest too.
-        identity: What the digest is of, where there is something better than the name.
+        name: A name that a person chose.
+        fallback: The part before the digest if no character of the name is valid.
+        taken: Ids in use; a name among them gets a digest too.
+        identity: Text to digest instead of the name.
 
-    >>> host_id_of("web-01")
+    >>> make_host_id("web-01")
     'web-01'
-    >>> host_id_of("Web 01")
+    >>> make_host_id("Web 01")
     'web-01-ad63fded'
     """
     return _make_id(
@@ -33,9 +35,9 @@ def make_host_id(name: str, *, fallback: str = "vm", taken: Collection[str] = ()
 
 
 def make_profile_name(name: str) -> str:
-    """Return the profile name of a file's stem, by the same rule; it has 31 characters, and no dots.
+    """Return the profile name of a file's stem by the rule of `make_host_id`: at most 31 characters, no dots.
 
-    >>> profile_name_of("miner-2"), profile_name_of("My Bot_2.0")
+    >>> make_profile_name("miner-2"), make_profile_name("My Bot_2.0")
     ('miner-2', 'my-bot-2-0-515f3032')
     """
     return _make_id(name, "a-z0-9-", longest=31, fallback="own", taken=(), identity="")

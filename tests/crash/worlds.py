@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx
 from tests.factories.bundles import episode
+from tests.factories.receivers import IDS, TOKENS, Desk
 from tests.factories.stores import put
 from tests.factories.synthetic_runs import World, write_run
-from tests.store.desks import IDS, TOKENS, Desk
 
 from phasewatch import atomic
 from phasewatch.dataset import write_splits

@@ -12,7 +12,9 @@ from phasewatch.validate import checks
 
 def findings(whole: Episode) -> tuple[BundleFinding, ...]:
     """Run the gates on an episode that went through a file."""
-    return checks.check_episode(unpack_bundle(pack_bundle(whole.manifest, members_of(whole), level=1), file="x"))
+    return checks.find_episode_problems(
+        unpack_bundle(pack_bundle(whole.manifest, members_of(whole), level=1), file="x")
+    )
 
 
 def codes(whole: Episode) -> set[str]:

@@ -119,7 +119,7 @@ def test_a_source_that_false_clock_pairs_move_away_from_its_labels_is_rejected()
 
     rebased, _ = rebase_episode(lagging(ClockBase.BOOTTIME))
 
-    assert "row-clock:netflow" in {f.code for f in checks.check_episode(rebased)}
+    assert "row-clock:netflow" in {f.code for f in checks.find_episode_problems(rebased)}
 
 
 LACKING = {

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from tests.factories.bundles import episode, marks, replace_manifest
+from tests.factories.progress import Killed, RecordedProgress
 from tests.factories.stores import put
 
 from phasewatch.artifacts import VALIDATION_FILE
@@ -132,18 +132,6 @@ def test_an_old_sweep_that_went_by_the_path_is_no_evidence(tmp_path: Path) -> No
     assert {v.status for v in said(store, run, full=True).values()} == {BundleStatus.REJECTED}
 
 
-class Killed(BaseException):
-    """Ends a sweep as a signal would."""
-
-
-def killed_at(bundle: int) -> Callable[[int, int, BundleVerdict], None]:
-    def tell(done: int, total: int, verdict: BundleVerdict) -> None:
-        if done == bundle:
-            raise Killed
-
-    return tell
-
-
 @pytest.mark.parametrize("thief", [THIEVES["a host whose name sorts first"], THIEVES["a host whose name sorts last"]])
 def test_a_sweep_that_was_killed_in_between_gives_nobody_a_start(thief: Episode, tmp_path: Path) -> None:
     store = tmp_path / "store"
@@ -151,7 +139,7 @@ def test_a_sweep_that_was_killed_in_between_gives_nobody_a_start(thief: Episode,
         put(store, whole)
     said(store, tmp_path / "whole")
     with pytest.raises(Killed):
-        sweep(store, tmp_path / "run", workers=1, part=1, tell=killed_at(2))
+        sweep(store, tmp_path / "run", workers=1, part=1, progress=RecordedProgress(killed_at=2))
 
     said(store, tmp_path / "run")
 

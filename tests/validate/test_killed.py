@@ -25,10 +25,11 @@ SWEEP = (
     "import sys\n"
     "from pathlib import Path\n"
     "from phasewatch.validate.sweep import sweep\n"
-    "def tell(done, of, verdict):\n"
-    "    print(done, flush=True)\n"
+    "class Printed:\n"
+    "    def update(self, task, done, total, detail=''):\n"
+    "        print(done, flush=True)\n"
     "if __name__ == '__main__':\n"
-    "    sweep(Path(sys.argv[1]), Path(sys.argv[2]), workers=int(sys.argv[3]), part=8, tell=tell)\n"
+    "    sweep(Path(sys.argv[1]), Path(sys.argv[2]), workers=int(sys.argv[3]), part=8, progress=Printed())\n"
 )
 
 
@@ -38,7 +39,7 @@ class Deaths:
 
     Attributes:
         hit: How many were killed before they had ended.
-        late: How many of those had told of every bundle, and were writing their products.
+        late: How many of those had reported every bundle and were writing their results.
         whole: How many times a run was brought to its end by a sweep that nobody killed.
         unlike: How many of those gave other bytes than a sweep that never was killed.
     """
@@ -49,14 +50,14 @@ class Deaths:
     unlike: int = 0
 
 
-def sweep_until(told: int, script: Path, store: Path, run: Path, *, workers: int) -> subprocess.Popen[str]:
-    """Start a sweep, and come back when it has told of so many bundles, or ended."""
+def sweep_until(reported: int, script: Path, store: Path, run: Path, *, workers: int) -> subprocess.Popen[str]:
+    """Start a sweep; return when it has reported so many bundles, or ended."""
     sweeping = subprocess.Popen(
         [sys.executable, str(script), str(store), str(run), str(workers)],
         stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert sweeping.stdout is not None
-    for _ in range(told):
+    for _ in range(reported):
         if not sweeping.stdout.readline():
             break
     return sweeping
@@ -70,12 +71,12 @@ def kill_again_and_again(folder: Path, *, kills: int, seed: int, whole_group: bo
     script, run, deaths = folder / "sweep.py", folder / "run", Deaths()
     script.write_text(SWEEP)
     for number in range(kills):
-        told = rng.choice((BUNDLES, rng.randrange(BUNDLES)))
-        sweeping = sweep_until(told, script, store, run, workers=1 + number % 2)
+        reported = rng.choice((BUNDLES, rng.randrange(BUNDLES)))
+        sweeping = sweep_until(reported, script, store, run, workers=1 + number % 2)
         time.sleep(rng.uniform(0, 0.03))
         if sweeping.poll() is None:
             deaths.hit += 1
-            deaths.late += told == BUNDLES
+            deaths.late += reported == BUNDLES
             if whole_group:
                 os.killpg(sweeping.pid, signal.SIGKILL)
             else:

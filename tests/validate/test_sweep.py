@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from tests.factories.bundles import episode, replace_manifest
+from tests.factories.progress import Killed, RecordedProgress
 from tests.factories.stores import put, put_bytes, write_store
 
 from phasewatch.artifacts import ACCOUNTING_FILE, VALIDATION_FILE
@@ -25,7 +26,6 @@ from phasewatch.types import BundleStatus, SourceKind
 from phasewatch.validate.index import is_balanced, read_index, write_index
 from phasewatch.validate.resume import SWEEP_PARTS_DIR, SWEEP_STATE_FILE
 from phasewatch.validate.sweep import sample_stratified, sweep
-from phasewatch.validate.verdict import BundleVerdict
 
 SHORT = (100.0, 104.0)
 
@@ -92,25 +92,13 @@ def test_a_new_bundle_is_read_and_the_others_are_not(tmp_path: Path) -> None:
     assert afresh.kept == 0
 
 
-class Killed(BaseException):
-    """Ends a sweep as a signal would: nothing catches it."""
-
-
-def killed_at(bundle: int) -> Callable[[int, int, BundleVerdict], None]:
-    def tell(done: int, total: int, verdict: BundleVerdict) -> None:
-        if done == bundle:
-            raise Killed
-
-    return tell
-
-
 def test_a_sweep_that_died_leaves_the_old_products_whole_and_vouched_for(faulty: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     sweep(faulty, run, workers=1)
     before = products(run)
 
     with pytest.raises(Killed):
-        sweep(faulty, run, workers=1, full=True, tell=killed_at(12))
+        sweep(faulty, run, workers=1, full=True, progress=RecordedProgress(killed_at=12))
 
     assert products(run) == before
     assert sweep(faulty, run, workers=1).kept > 20
@@ -120,9 +108,9 @@ def test_a_sweep_that_died_takes_up_where_it_stood(faulty: Path, tmp_path: Path)
     sweep(faulty, tmp_path / "whole", workers=1)
     run = tmp_path / "run"
     with pytest.raises(Killed):
-        sweep(faulty, run, workers=1, part=5, tell=killed_at(12))
+        sweep(faulty, run, workers=1, part=5, progress=RecordedProgress(killed_at=12))
     with pytest.raises(Killed):
-        sweep(faulty, run, workers=1, part=5, tell=killed_at(23))
+        sweep(faulty, run, workers=1, part=5, progress=RecordedProgress(killed_at=23))
 
     last = sweep(faulty, run, workers=1, part=5)
 
@@ -134,7 +122,7 @@ def test_a_sweep_that_died_takes_up_where_it_stood(faulty: Path, tmp_path: Path)
 def test_a_part_that_is_not_whole_or_of_another_version_is_read_again(faulty: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(Killed):
-        sweep(faulty, run, workers=1, part=5, tell=killed_at(16))
+        sweep(faulty, run, workers=1, part=5, progress=RecordedProgress(killed_at=16))
     first, second, third = sorted((run / SWEEP_PARTS_DIR).iterdir())
     (first / "grids" / "grids.npy").write_bytes(b"")
     (second / SWEEP_STATE_FILE).write_text(
@@ -152,7 +140,7 @@ def test_a_part_that_is_not_whole_or_of_another_version_is_read_again(faulty: Pa
 def test_a_bundle_that_changed_since_the_kill_is_read_again(tmp_path: Path) -> None:
     store, run = write_store(tmp_path / "store", hosts=1, sessions=3), tmp_path / "run"
     with pytest.raises(Killed):
-        sweep(store, run, workers=1, part=2, tell=killed_at(5))
+        sweep(store, run, workers=1, part=2, progress=RecordedProgress(killed_at=5))
     put_bytes(min(store.glob("*/*.zst")), b"other bytes")
 
     last = sweep(store, run, workers=1)
@@ -169,7 +157,7 @@ def test_rot_that_a_full_sweep_found_is_not_forgotten_when_it_is_killed(tmp_path
     rotten.write_bytes(bytes(before.st_size))
     os.utime(rotten, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(Killed):
-        sweep(store, run, workers=1, full=True, part=1, tell=killed_at(3))
+        sweep(store, run, workers=1, full=True, part=1, progress=RecordedProgress(killed_at=3))
 
     last = sweep(store, run, workers=1)
 

@@ -1,1 +1,1 @@
-"""From readings at any time to one row of 46 numbers every half second: stamps re-based, bins made, grids kept on disk."""
+"""Binning: rebased readings become one row of 46 channel values every half second, in memory and on disk."""

@@ -1,4 +1,4 @@
-"""Ticks to bins: one row of 46 channels (and 13 levels beside them) every half second, exact and causal."""
+"""Compute bins from readings: one row of 46 channels and 13 levels every half second, causal and bit-exact."""
 
 from __future__ import annotations
 
@@ -22,9 +22,17 @@ _KIND_ORDER = (ChannelKind.RATE, ChannelKind.DELTA, ChannelKind.RATIO, ChannelKi
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ColumnPlan:
-    """One column to be made: its place among all columns (levels after channels), kind, raw columns, scale and range.
+    """How one column of the bins is computed.
 
-    Compared by identity: the standard ones are made once, and hashing a few hundred per episode would cost.
+    It is compared by identity: standard plans are built once, and hashing hundreds per episode would be slow.
+
+    Attributes:
+        row: Place among all columns; levels come after channels.
+        kind: How readings become a value.
+        columns: Indices of the raw columns.
+        scale: Factor from the raw unit to the channel's unit.
+        is_float: Whether a raw column is float64.
+        range: Valid range of the value.
     """
 
     row: int
@@ -40,9 +48,9 @@ class ColumnBlock:
     """Columns of one kind and number type that are computed together.
 
     Attributes:
-        kind: Of all of them.
-        start, stop: Their rows in the group's result.
-        columns: Raw columns, one tuple for each field of the kind (two for a ratio).
+        kind: Their kind.
+        start, stop: Their rows in the result of the group.
+        columns: Indices of the raw columns, one tuple for each field of the kind (two for a ratio).
         scales: ``(k, 1)`` float64.
     """
 
@@ -58,10 +66,10 @@ class ColumnGroup:
     """Columns of one source that share their readings.
 
     Attributes:
-        blocks: The work, kind by kind.
-        rows: ``(k,)`` place of each result row among all columns.
-        n_spanning: How many of the rows span from reading to reading (rates, changes, ratios); these come first.
-        minimum, maximum: ``(k, 1)`` float64: a value outside of them is no measurement.
+        blocks: The columns by kind.
+        rows: ``(k,)`` intp, place of each result row among all columns.
+        n_spanning: Number of rows that span from reading to reading (rates, deltas, ratios); these come first.
+        minimum, maximum: ``(k, 1)`` float64, valid range of each row.
     """
 
     blocks: tuple[ColumnBlock, ...]
@@ -72,7 +80,7 @@ class ColumnGroup:
 
 
 def _build_column_plans(source: SourceKind, tables: Sequence[Sequence[ChannelSpec]]) -> tuple[ColumnPlan, ...]:
-    """Give the units of one source, over the tables laid end to end."""
+    """Return the plans of one source over some tables of channels, one after the other."""
     raw = {spec.field: (i, spec.type == "float") for i, spec in enumerate(list_raw_fields(source))}
     return tuple(
         ColumnPlan(
@@ -90,20 +98,20 @@ def _build_column_plans(source: SourceKind, tables: Sequence[Sequence[ChannelSpe
 
 @cache
 def build_standard_plans(source: SourceKind) -> tuple[ColumnPlan, ...]:
-    """Give the units of one source for the registered channels and levels."""
+    """Return the plans of one source for the registered channels and levels."""
     return _build_column_plans(source, (CHANNELS, LEVEL_CHANNELS))
 
 
 @cache
 def build_standard_group(source: SourceKind) -> ColumnGroup:
-    """Give the group of a source whose every field is there in every row."""
+    """Return the group of a source in which every row has every field."""
     return build_column_group(build_standard_plans(source))
 
 
 @lru_cache(maxsize=256)
-def build_column_group(units: tuple[ColumnPlan, ...]) -> ColumnGroup:
-    """Sort units that share their readings into blocks."""
-    ordered = sorted(units, key=lambda u: (_KIND_ORDER.index(u.kind), u.is_float))
+def build_column_group(plans: tuple[ColumnPlan, ...]) -> ColumnGroup:
+    """Group the plans of columns that share their readings into blocks."""
+    ordered = sorted(plans, key=lambda u: (_KIND_ORDER.index(u.kind), u.is_float))
     blocks: list[ColumnBlock] = []
     start = 0
     while start < len(ordered):
@@ -134,8 +142,11 @@ CANONICAL_NAN_BITS = np.uint32(0x7FC00000)
 def count_time_breaks(t_mono_ns: IntArray) -> IntArray | None:
     """Count, up to each reading, the steps that no rate may cross: longer than 2.5 s, or not forward in time.
 
+    Args:
+        t_mono_ns: ``(m,)`` int64.
+
     Returns:
-        ``(m,)`` running count, so that a span is whole when its two ends have the same; None when there is no break.
+        ``(m,)`` int64 running counts; a span is unbroken if they are equal at its ends. None without breaks.
     """
     delta = t_mono_ns[1:] - t_mono_ns[:-1]
     broken = (delta <= 0) | (delta > STALE_NS)
@@ -146,38 +157,49 @@ def count_resets(values: NumericArray) -> IntArray | None:
     """Count, up to each reading, the falls of each counter.
 
     Args:
-        values: ``(k, m)``, a counter a row.
+        values: ``(k, m)``, one counter per row.
 
     Returns:
-        ``(k, m)`` running counts; None when no counter ever fell.
+        ``(k, m)`` int64 running counts; None if no counter fell.
     """
     fell = values[:, 1:] < values[:, :-1]
     return _compute_running_counts(fell) if fell.any() else None
 
 
 def _compute_running_counts(steps: BoolArray) -> IntArray:
-    """Turn flags of steps into running counts at readings; the first reading has none behind it."""
+    """Return ``(..., m)`` int64 running counts at readings from ``(..., m − 1)`` bool flags of the steps."""
     counts = np.zeros((*steps.shape[:-1], steps.shape[-1] + 1), np.int64)
     np.cumsum(steps, axis=-1, out=counts[..., 1:])
     return counts
 
 
 def has_step_between(counts: IntArray, first: IntArray, last: IntArray) -> BoolArray:
-    """Say of each span whether a counted step lies inside it."""
-    found: BoolArray = counts[..., last] != counts[..., first]
-    return found
+    """Return whether a counted step lies inside each span.
+
+    Args:
+        counts: ``(..., m)`` int64 running counts.
+        first, last: ``(b,)`` indices of the readings at the ends.
+
+    Returns:
+        ``(..., b)`` bool.
+    """
+    has_step: BoolArray = counts[..., last] != counts[..., first]
+    return has_step
 
 
 def compute_rates(
     values: NumericArray, scales: FloatArray, seconds: FloatArray, first: IntArray, last: IntArray
 ) -> FloatArray:
-    """Change per second over each span.
+    """Compute the change per second over each span.
 
     Args:
-        values: ``(k, m)`` a counter or level a row.
-        scales: ``(k, 1)`` from raw to the channel's unit.
-        seconds: ``(b,)`` monotonic time of each span; 0 where there is no span (the caller makes that NaN).
-        first, last: ``(b,)`` indices of readings.
+        values: ``(k, m)``, one counter or level per row.
+        scales: ``(k, 1)`` float64, factors to the channel's unit.
+        seconds: ``(b,)`` float64, monotonic time of each span; 0 without a span (the caller replaces it by NaN).
+        first, last: ``(b,)`` indices of the readings at the ends.
+
+    Returns:
+        ``(k, b)`` float64.
     """
     # Integers are subtracted before they become float64: a counter may need more than its 53 bits.
     change = np.subtract(values.take(last, axis=1), values.take(first, axis=1)).astype(np.float64)
@@ -189,7 +211,16 @@ def compute_rates(
 def compute_ratios(
     above: NumericArray, below: NumericArray, scales: FloatArray, first: IntArray, last: IntArray
 ) -> FloatArray:
-    """One counter's change over another's; 0 where the second stood still."""
+    """Compute the change of one counter over that of another, 0 where the second did not change.
+
+    Args:
+        above, below: ``(k, m)``, one counter per row.
+        scales: ``(k, 1)`` float64.
+        first, last: ``(b,)`` indices of the readings at the ends.
+
+    Returns:
+        ``(k, b)`` float64.
+    """
     top = np.subtract(above.take(last, axis=1), above.take(first, axis=1)).astype(np.float64)
     bottom = np.subtract(below.take(last, axis=1), below.take(first, axis=1)).astype(np.float64)
     top *= scales
@@ -201,7 +232,16 @@ def compute_ratios(
 
 
 def compute_means(values: NumericArray, scales: FloatArray, first: IntArray, last: IntArray) -> FloatArray:
-    """Mean of the readings after ``first`` up to ``last``, summed from left to right."""
+    """Compute the mean of the readings after ``first`` up to ``last``, summed from left to right.
+
+    Args:
+        values: ``(k, m)``, one field per row.
+        scales: ``(k, 1)`` float64.
+        first, last: ``(b,)`` indices of readings.
+
+    Returns:
+        ``(k, b)`` float64.
+    """
     count = last - first
     total = values.take(np.minimum(first + 1, last), axis=1).astype(np.float64)
     most = int(count.max(initial=1))
@@ -215,7 +255,7 @@ def compute_means(values: NumericArray, scales: FloatArray, first: IntArray, las
 
 
 def compute_maxima(values: NumericArray, scales: FloatArray, first: IntArray, last: IntArray) -> FloatArray:
-    """Largest of the readings after ``first`` up to ``last``."""
+    """Compute the maximum of the readings after ``first`` up to ``last``; arguments as in `compute_means`."""
     count = last - first
     top = values.take(np.minimum(first + 1, last), axis=1)
     for step in range(2, int(count.max(initial=1)) + 1):
@@ -226,8 +266,8 @@ def compute_maxima(values: NumericArray, scales: FloatArray, first: IntArray, la
 
 
 def to_float32(values: FloatArray) -> NDArray[np.float32]:
-    """Store as float32 in one spelling: no negative zero, and one NaN (0x7fc00000)."""
-    with np.errstate(over="ignore"):  # what is out of range was blanked before; a warning would help nobody
+    """Convert ``(n, c)`` float64 to float32 with a single form of zero (positive) and of NaN (0x7fc00000)."""
+    with np.errstate(over="ignore"):  # values out of range are NaN already
         stored = values.astype(np.float32, order="C")
     stored += np.float32(0.0)
     unknown = np.isnan(stored)
@@ -235,9 +275,9 @@ def to_float32(values: FloatArray) -> NDArray[np.float32]:
     return stored
 
 
-FLAG_CLOCK_STEP = 1  # bin and window flag
-FLAG_LATE = 2
-FLAG_MIXED = 4
+FLAG_CLOCK_STEP = 1  # a clock step touches the bin or window
+FLAG_LATE = 2  # a reading came too late to count
+FLAG_MIXED = 4  # the window holds several phases
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -245,11 +285,12 @@ class EpisodeBins:
     """The bins of one episode.
 
     Attributes:
-        bins: ``(n, 46)`` float32 in the order of CHANNELS, each column in its unit; NaN where nothing can be said. Never
-            infinite: a value outside its channel's range is NaN.
-        levels: ``(n, 13)`` float32 in the order of LEVELS; for the levels-only baseline and the leak checks alone.
+        bins: ``(n, 46)`` float32 in the order of `CHANNELS`, each column in its unit; NaN where unknown or outside the
+            range of the channel, never infinite.
+        levels: ``(n, 13)`` float32 in the order of `LEVEL_CHANNELS`; only for the levels-only baseline and the leakage
+            checks.
         flags: ``(n,)`` uint8; 1 where a clock step touches the bin.
-        findings: What had to be said about the clocks.
+        findings: Findings on the clocks.
     """
 
     bins: NDArray[np.float32]
@@ -260,12 +301,12 @@ class EpisodeBins:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GroupReadings:
-    """The readings that some channels of one source share, in order.
+    """The readings that some channels of one source share, by time.
 
     Attributes:
         t_wall_ns, t_mono_ns: ``(m,)`` int64.
-        columns: The source's raw columns.
-        kept: ``(m,)`` rows of the columns that are readings of these channels; None where all are.
+        columns: The raw columns of the source, one ``(n,)`` array each.
+        kept: ``(m,)`` intp, rows of the columns that are readings of these channels; None if all are.
     """
 
     t_wall_ns: IntArray
@@ -274,13 +315,13 @@ class GroupReadings:
     kept: NDArray[np.intp] | None
 
     def stack(self, columns: tuple[int, ...]) -> NumericArray:
-        """Give some raw columns as rows, ``(k, m)``."""
+        """Return some raw columns as the rows of a ``(k, m)`` array."""
         values = np.array([self.columns[c] for c in columns])
         return values if self.kept is None else values.take(self.kept, axis=1)
 
 
 def bin_episode(episode: Episode) -> EpisodeBins:
-    """Put the wall stamps right and make the bins.
+    """Rebase an episode and compute its bins.
 
     Source: DESIGN.md, section 4.
     """
@@ -289,18 +330,22 @@ def bin_episode(episode: Episode) -> EpisodeBins:
 
 
 def bin_rebased_episode(episode: Episode, findings: tuple[BundleFinding, ...]) -> EpisodeBins:
-    """Make the bins of an episode that `rebase_episode` gave, with the findings that it gave.
+    """Compute the bins of a rebased episode.
 
-    Bin i ends at t0 + (i + 1) · 0.5 s and depends on nothing stamped after that.
+    Bin ``i`` ends at t0 + (i + 1) · 0.5 s and does not depend on later readings.
+
+    Args:
+        episode: The episode from `rebase_episode`.
+        findings: The findings from `rebase_episode`.
     """
     n = episode.n_bins
     edges = episode.t0_ns + BIN_NS * np.arange(n + 1, dtype=np.int64)
     values = np.full((len(CHANNELS) + len(LEVEL_CHANNELS), n), np.nan)
-    # Spans that do not exist divide by zero until they are blanked, and a gauge may exceed float32.
+    # Absent spans divide by zero before they become NaN, and a gauge may exceed float32.
     with np.errstate(all="ignore"):
         for readings in episode.rows.values():
-            for group, own in iter_reading_groups(sort_readings(readings)):
-                _fill_group(values, group, own, edges)
+            for group, shared in iter_reading_groups(sort_readings(readings)):
+                _fill_group(values, group, shared, edges)
     return EpisodeBins(
         bins=to_float32(values[: len(CHANNELS)].T),
         levels=to_float32(values[len(CHANNELS) :].T),
@@ -310,22 +355,27 @@ def bin_rebased_episode(episode: Episode, findings: tuple[BundleFinding, ...]) -
 
 
 def sort_readings(readings: SourceRows) -> SourceRows:
-    """Give the readings by (t_wall, seq); equal ones stay as they stood."""
+    """Return the readings sorted by (t_wall_ns, seq); the sort is stable."""
     wall, seq = readings.t_wall_ns, readings.seq
     later = wall[1:] > wall[:-1]
     if later.all() or (later | ((wall[1:] == wall[:-1]) & (seq[1:] >= seq[:-1]))).all():
         return readings
     order = np.lexsort((seq, wall))
     return replace(
-        readings, t_wall_ns=wall[order], t_mono_ns=readings.t_mono_ns[order], seq=seq[order],
-        columns=tuple(column[order] for column in readings.columns), present=readings.present[order],
-    )  # fmt: skip
+        readings,
+        t_wall_ns=wall[order],
+        t_mono_ns=readings.t_mono_ns[order],
+        seq=seq[order],
+        columns=tuple(column[order] for column in readings.columns),
+        present=readings.present[order],
+    )
 
 
 def iter_reading_groups(rows: SourceRows) -> Iterator[tuple[ColumnGroup, GroupReadings]]:
-    """Sort a source's channels by which of its rows are readings of them: those where no field of theirs is null.
+    """Yield the channels of a source in groups that share their readings.
 
-    Mostly every field is there in every row, and one group holds all.
+    A row is a reading of a channel if none of the channel's fields is null. Mostly no field is null, and there is one
+    group.
     """
     if not len(rows):
         return
@@ -335,13 +385,13 @@ def iter_reading_groups(rows: SourceRows) -> Iterator[tuple[ColumnGroup, GroupRe
         return
     patterns: dict[bytes, list[ColumnPlan]] = {}
     by_field = rows.present.T.copy()
-    spelled = [mask.tobytes() for mask in by_field]
-    for unit in build_standard_plans(rows.source):
-        head, *more = unit.columns
-        pattern = spelled[head]
-        if more and spelled[more[0]] != pattern:
+    masks = [mask.tobytes() for mask in by_field]
+    for plan in build_standard_plans(rows.source):
+        head, *more = plan.columns
+        pattern = masks[head]
+        if more and masks[more[0]] != pattern:
             pattern = (by_field[head] & by_field[more[0]]).tobytes()
-        patterns.setdefault(pattern, []).append(unit)
+        patterns.setdefault(pattern, []).append(plan)
     for pattern, members in patterns.items():
         kept = np.flatnonzero(np.frombuffer(pattern, np.bool_))
         if len(kept) == len(rows):
@@ -356,26 +406,26 @@ def iter_reading_groups(rows: SourceRows) -> Iterator[tuple[ColumnGroup, GroupRe
 
 
 def _fill_group(values: FloatArray, group: ColumnGroup, readings: GroupReadings, edges: IntArray) -> None:
-    """Make the bins of one group.
+    """Compute the bins of one group.
 
     Args:
-        values: ``(channels, n)``, written in place.
-        group: What to make.
-        readings: Those of the group, in order.
-        edges: ``(n + 1,)`` ends of the bins in ns; the first is t0, where the unstored bin before all others ends.
+        values: ``(channels, n)`` float64, written in place.
+        group: The columns.
+        readings: Their readings, by time.
+        edges: ``(n + 1,)`` int64, ends of the bins in ns; the first is t0, the end of a bin that is not stored.
     """
     newest = np.searchsorted(readings.t_wall_ns, edges, side="right") - 1
-    begin = int(np.searchsorted(newest, 0))  # bins before the first reading stay unknown
+    begin = int(np.searchsorted(newest, 0))  # bins before the first reading stay NaN
     if begin == len(edges):
         return
     last = newest[begin:]
     first = np.empty_like(last)
     first[1:] = last[:-1]
-    # The bin that ends at t0 spans from the reading before its own; a later first bin has none before it (−1).
+    # The bin that ends at t0 spans from the reading before its own. A later first bin has no reading before it (−1).
     first[0] = last[0] - 1 if begin == 0 else -1
     is_new = first != last
     made = compute_span_values(group, readings, first[is_new], last[is_new])
-    held = np.cumsum(is_new) - 1  # a bin without a reading of its own repeats the one before
+    held = np.cumsum(is_new) - 1  # a bin without a reading repeats the bin before
     stale = edges[begin:] - readings.t_wall_ns[last] > STALE_NS
     skip = 1 if begin == 0 else 0
     spread = made.take(held[skip:], axis=1) if len(made[0]) != len(held) else made[:, skip:]
@@ -388,16 +438,16 @@ def compute_span_values(group: ColumnGroup, readings: GroupReadings, first: IntA
     """Compute the value of each span, for every column of a group.
 
     Args:
-        group: What to compute.
-        readings: Those of the group, in order.
-        first: ``(b,)`` index of the reading of the bin before, −1 where there is none.
-        last: ``(b,)`` index of the bin's own newest reading.
+        group: The columns.
+        readings: Their readings, by time.
+        first: ``(b,)`` index of the newest reading of the bin before, −1 without one.
+        last: ``(b,)`` index of the newest reading of the bin.
 
     Returns:
         ``(k, b)`` float64 in the order of ``group.rows``.
     """
     result = np.empty((len(group.rows), len(last)))
-    start = np.maximum(first, 0)  # without a reading before, the span starts at the first one in the bin
+    start = np.maximum(first, 0)  # without a reading before, the span starts at the first one of all
     lost = start == last
     seconds = (readings.t_mono_ns[last] - readings.t_mono_ns[start]).astype(np.float64) / 1e9
     breaks = count_time_breaks(readings.t_mono_ns)
@@ -421,14 +471,14 @@ def compute_span_values(group: ColumnGroup, readings: GroupReadings, first: IntA
                     out[has_step_between(falls, start, last)] = np.nan
     if lost.any():
         result[: group.n_spanning, lost] = np.nan
-    absurd = (result < group.minimum) | (result > group.maximum)
-    if absurd.any():  # infinite, or more than any machine can do: a broken or forged reading, not a measurement
-        result[absurd] = np.nan
+    impossible = (result < group.minimum) | (result > group.maximum)
+    if impossible.any():  # infinite, or more than any machine can do: a broken or forged reading
+        result[impossible] = np.nan
     return result
 
 
 def _compute_bin_flags(episode: Episode, findings: tuple[BundleFinding, ...]) -> NDArray[np.uint8]:
-    """Mark the bins that a clock step touches."""
+    """Return ``(n,)`` uint8 flags: `FLAG_CLOCK_STEP` for bins that a clock step touches."""
     flags = np.zeros(episode.n_bins, np.uint8)
     if not any(finding.code == "clock-step" for finding in findings):
         return flags

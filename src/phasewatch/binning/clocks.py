@@ -1,4 +1,4 @@
-"""Put every source's wall stamps into Unix time, and find the moments at which that clock stepped."""
+"""Convert every source's wall stamps to Unix time, and find the steps of that clock."""
 
 from __future__ import annotations
 
@@ -13,24 +13,33 @@ from phasewatch.bundle.model import ClockMetadata, Episode, SourceRows
 from phasewatch.bundle.problems import BundleFinding
 from phasewatch.types import BundleStatus, ClockBase, SourceKind
 
-LABEL_MARGIN_NS = 60_000_000_000  # a stamp this far outside the labels is taken in another clock
-MIN_CLOCK_STEP_NS = 250_000_000  # wall against monotonic clock between two readings: more is a step
-SAME_CLOCK_TOLERANCE_NS = 1_000_000  # two clocks that agree this well are one; pairs are read microseconds apart
+__all__ = [
+    "LABEL_MARGIN_NS",
+    "MIN_CLOCK_STEP_NS",
+    "ClockPair",
+    "find_clock_steps",
+    "rebase_episode",
+    "rebase_stamp",
+]
+
+LABEL_MARGIN_NS = 60_000_000_000  # stamps farther outside the labels are in another clock
+MIN_CLOCK_STEP_NS = 250_000_000  # between wall and monotonic clock from one reading to the next
+SAME_CLOCK_TOLERANCE_NS = 1_000_000  # clocks that agree within it count as one; pairs are read µs apart
 _INT64_MAX = 2**63 - 1
 
 ClockPair = tuple[tuple[int, int], tuple[int, int]]
 
 
 def rebase_episode(episode: Episode) -> tuple[Episode, tuple[BundleFinding, ...]]:
-    """Give the episode with every wall stamp in Unix time, and what had to be said about its clocks.
+    """Convert the wall stamps of an episode to Unix time.
 
-    A source whose declared base is another clock is re-based by that clock's pair, without a word. One that says
-    ``unix`` and is not (fewer than half of its rows within a minute of the labels) is re-based by the only clock that
-    puts 95 % of them there (clocks that agree to a millisecond are one). A source for which neither can be done is missing from the result. In the result every
-    base is ``unix``.
+    A source whose declared base is another clock is rebased by that clock's pair, without a finding. A source that
+    claims ``unix`` with fewer than half of its rows within a minute of the labels is rebased by the only clock that
+    places 95 % of them there; clocks that agree to 1 ms count as one. A source that cannot be rebased is left out.
 
     Returns:
-        The episode, and findings ``clock-base-repaired:<source>``, ``clock-base:<source>`` and ``clock-step``.
+        The episode, in which every base is ``unix``, and the findings ``clock-base-repaired:<source>``,
+        ``clock-base:<source>`` and ``clock-step``.
 
     Source: DESIGN.md, section 4, "Re-basing".
     """
@@ -47,7 +56,7 @@ def rebase_episode(episode: Episode) -> tuple[Episode, tuple[BundleFinding, ...]
             else:
                 findings.append(
                     _build_missing_finding(
-                        source, f"the stamps are in {base}, and no pair relates that clock to Unix time"
+                        source, f"the stamps are in {base}, but no pair relates that clock to Unix time"
                     )
                 )
             continue
@@ -56,10 +65,10 @@ def rebase_episode(episode: Episode) -> tuple[Episode, tuple[BundleFinding, ...]
             rows[source] = readings
             continue
         is_changed = True
-        found = _find_fitting_clocks(readings, clocks, episode)
-        if len(found) == 1:
-            clock, rows[source] = found[0]
-            words = f"the stamps claim Unix time and are in {clock}; re-based"
+        fitting = _find_fitting_clocks(readings, clocks, episode)
+        if len(fitting) == 1:
+            clock, rows[source] = fitting[0]
+            words = f"the stamps claim Unix time but are in {clock}; rebased"
             findings.append(
                 BundleFinding(
                     code=f"clock-base-repaired:{source}",
@@ -69,7 +78,7 @@ def rebase_episode(episode: Episode) -> tuple[Episode, tuple[BundleFinding, ...]
                 )
             )
         else:
-            why = "no clock puts them there" if not found else f"{' and '.join(c for c, _ in found)} would both fit"
+            why = "no clock fits" if not fitting else f"{' and '.join(c for c, _ in fitting)} both fit"
             findings.append(
                 _build_missing_finding(source, f"most stamps lie more than 60 s outside the labels, and {why}")
             )
@@ -80,33 +89,31 @@ def rebase_episode(episode: Episode) -> tuple[Episode, tuple[BundleFinding, ...]
 
 
 def rebase_stamp(c_ns: int, pair: ClockPair) -> int:
-    """Turn one reading of a clock into Unix time, on the line through its two pairs.
+    """Convert one reading of a clock to Unix time in ns, on the line through its two pairs.
 
-    Plain integers on purpose: the product needs about 120 bits.
+    It computes with Python integers, because the product needs about 120 bits.
     """
     (c0, u0), (c1, u1) = pair
     return u0 + (c_ns - c0) * (u1 - u0) // (c1 - c0)
 
 
 def _rebase_readings(readings: SourceRows, pair: ClockPair) -> SourceRows:
-    """Give the readings with their wall stamps turned from a clock into Unix time.
+    """Return the readings with wall stamps converted from a clock to Unix time.
 
-    A stamp that lands outside [0, 2^63) is garbage whatever clock it is in; it is held at the bound, far outside any
-    episode, so that int64 differences cannot overflow.
+    Stamps are clipped to [0, 2^63), so that int64 differences cannot overflow; valid stamps are far inside.
     """
     stamps = [min(max(rebase_stamp(c, pair), 0), _INT64_MAX) for c in readings.t_wall_ns.tolist()]
     return replace(readings, t_wall_ns=np.array(stamps, np.int64))
 
 
 def find_clock_steps(episode: Episode) -> NDArray[np.int64]:
-    """Find where the wall clock stepped against the monotonic one by more than 250 ms between two readings of a source.
+    """Find steps of the wall clock against the monotonic one of more than 250 ms between two readings of a source.
 
     Args:
-        episode: Re-based.
+        episode: The rebased episode.
 
     Returns:
-        ``(k, 2)`` int64: first and last wall stamp (ns) that each step touches. A step back touches the time that
-        passes twice.
+        ``(k, 2)`` int64: first and last wall stamp of each step in ns. A step back spans the time that passes twice.
     """
     spans: list[NDArray[np.int64]] = []
     for readings in episode.rows.values():
@@ -114,10 +121,10 @@ def find_clock_steps(episode: Episode) -> NDArray[np.int64]:
         offset = wall - mono
         if not len(offset) or int(offset.max()) - int(offset.min()) <= MIN_CLOCK_STEP_NS:
             continue
-        if (mono[1:] < mono[:-1]).any():  # rows arrived out of order; a step is between neighbours in time
+        if (mono[1:] < mono[:-1]).any():  # rows are out of order; steps are between neighbours in time
             order = np.lexsort((readings.seq, mono))
             wall, mono = wall[order], mono[order]
-        # In float64, for garbage stamps would overflow int64; below 104 days it is exact all the same.
+        # float64, because invalid stamps would overflow int64; it is exact below 104 days.
         jumps = np.flatnonzero(np.abs(np.diff(wall).astype(np.float64) - np.diff(mono)) > MIN_CLOCK_STEP_NS)
         if len(jumps):
             both = np.stack((wall[jumps], wall[jumps + 1]), axis=1)
@@ -126,7 +133,12 @@ def find_clock_steps(episode: Episode) -> NDArray[np.int64]:
 
 
 def _count_near_labels(t_wall_ns: NDArray[np.int64], episode: Episode) -> int:
-    """Count the stamps within a minute of the labels."""
+    """Return the number of stamps within a minute of the labels.
+
+    Args:
+        t_wall_ns: ``(n,)`` int64.
+        episode: The episode with the labels.
+    """
     low, high = episode.t0_ns - LABEL_MARGIN_NS, episode.t_end_ns + LABEL_MARGIN_NS
     return int(np.count_nonzero((t_wall_ns >= low) & (t_wall_ns <= high)))
 
@@ -134,10 +146,10 @@ def _count_near_labels(t_wall_ns: NDArray[np.int64], episode: Episode) -> int:
 def _find_fitting_clocks(
     readings: SourceRows, clocks: ClockMetadata, episode: Episode
 ) -> Sequence[tuple[ClockBase, SourceRows]]:
-    """Give each clock that puts at least 95 % of the rows where the labels are, with the rows so stamped.
+    """Return each clock that places at least 95 % of the rows near the labels, with the rebased rows.
 
-    Clocks that put every row within a millisecond of each other are one: on a machine that never slept, boot time and
-    monotonic time are. The monotonic one then stands for both.
+    Clocks that place every row within 1 ms of each other count as one, as boot time and monotonic time do on a machine
+    that never slept; the monotonic clock is returned for both.
     """
     fitting: list[tuple[ClockBase, SourceRows]] = []
     for clock in sorted(clocks.pairs, reverse=True):
@@ -150,13 +162,13 @@ def _find_fitting_clocks(
 
 
 def _build_missing_finding(source: SourceKind, words: str) -> BundleFinding:
-    """Say that a source is lost; without `proc` nothing can be said of the VM at all."""
+    """Return the finding on a source that cannot be rebased; without proc the bundle is rejected."""
     severity = BundleStatus.REJECTED if source is SourceKind.PROC else BundleStatus.DEGRADED
     return BundleFinding(code=f"clock-base:{source}", severity=severity, place=f"{source}.jsonl", words=words)
 
 
 def _find_step_findings(episode: Episode) -> tuple[BundleFinding, ...]:
-    """Say once that the clock stepped, however many sources saw it."""
+    """Return one finding if the clock stepped, however many sources show it."""
     steps = find_clock_steps(episode)
     if not len(steps):
         return ()

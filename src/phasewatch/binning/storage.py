@@ -1,4 +1,4 @@
-"""The grids of a run on disk: `grids.npy` and `levels.npy`, time-major and mapped, and `index.parquet` that says whose rows are where."""
+"""The bins of a run on disk: two time-major arrays for memory mapping, and an index of the episodes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from phasewatch.bundle.model import Episode
 from phasewatch.channels import CHANNELS, LEVEL_CHANNELS, ChannelSpec
 from phasewatch.errors import RunError
 from phasewatch.identity import find_contested_ids
-from phasewatch.parquet import find_footer_fault
+from phasewatch.parquet import check_footer
 from phasewatch.types import BIN_NS, EpisodeOrigin, EpisodeRole, Phase, SampleKind
 
 if TYPE_CHECKING:
@@ -30,20 +30,19 @@ if TYPE_CHECKING:
 
 _HEADER_BYTES = 128
 _ROW_GROUP_SIZE = 10_000
-_RELEASE_ROWS = 500  # episodes copied before their pages are given back
+_RELEASE_ROWS = 500  # episodes copied before their pages are released
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BinIndexRow:
-    """Where one episode's bins lie, who it is, and its labels.
+    """The place of one episode's bins, its metadata and its labels; further attributes are those of the manifest.
 
     Attributes:
-        offset: First row in both maps.
+        offset: First row in both arrays.
         n_bins: Number of rows.
-        t0_ns: Wall stamp at which the first bin begins.
-        spans: (phase, start, end) on the wall clock, ns.
-        flagged: Bins whose flags are not zero, and those flags.
-        The rest is the manifest's.
+        t0_ns: Wall stamp of the start of the first bin.
+        spans: Tuples (phase, start, end) by the wall clock, in ns.
+        flagged: Tuples (bin, flags) of the bins with flags.
     """
 
     episode_id: str
@@ -72,22 +71,33 @@ class BinIndexRow:
         return flags
 
 
-def build_index_row(episode: Episode, grid: EpisodeBins) -> BinIndexRow:
-    """Say who an episode is, as the index keeps it; the offset is the writer's to fill in."""
+def build_index_row(episode: Episode, binned: EpisodeBins) -> BinIndexRow:
+    """Return the index row of an episode; the writer fills in the offset."""
     m, ends = episode.manifest, [mark.t_wall_ns for mark in episode.marks[1:]]
     return BinIndexRow(
-        episode_id=m.episode_id, host_id=m.host.host_id, offset=0, n_bins=len(grid.bins), t0_ns=episode.t0_ns,
-        profile=m.profile, sample_name=m.sample_name, sample_kind=m.sample_kind, origin=m.origin, role=m.role,
-        session=m.session, agent=m.agent, arch=m.host.arch, accel=m.host.accel,
+        episode_id=m.episode_id,
+        host_id=m.host.host_id,
+        offset=0,
+        n_bins=len(binned.bins),
+        t0_ns=episode.t0_ns,
+        profile=m.profile,
+        sample_name=m.sample_name,
+        sample_kind=m.sample_kind,
+        origin=m.origin,
+        role=m.role,
+        session=m.session,
+        agent=m.agent,
+        arch=m.host.arch,
+        accel=m.host.accel,
         spans=tuple(
             (mark.phase, mark.t_wall_ns, end) for mark, end in zip(episode.marks, ends, strict=False) if mark.phase
         ),
-        flagged=tuple((int(i), int(grid.flags[i])) for i in np.flatnonzero(grid.flags)),
-    )  # fmt: skip
+        flagged=tuple((int(i), int(binned.flags[i])) for i in np.flatnonzero(binned.flags)),
+    )
 
 
 class BinWriter:
-    """Takes episodes in the order (host_id, episode_id) and streams their bins; made by `write_bins`."""
+    """Writes episodes in the order of (host_id, episode_id); created by `write_bins`."""
 
     def __init__(self, bins: BinaryIO, levels: BinaryIO, index: Any) -> None:
         self._bins, self._levels, self._index = bins, levels, index
@@ -99,14 +109,19 @@ class BinWriter:
     def add(self, row: BinIndexRow, bins: NDArray[np.float32], levels: NDArray[np.float32]) -> None:
         """Append one episode.
 
+        Args:
+            row: Its index row.
+            bins: ``(n_bins, 46)`` float32.
+            levels: ``(n_bins, 13)`` float32.
+
         Raises:
-            ValueError: If it does not come after the one before, or the arrays do not fit the row.
+            ValueError: If the episode is out of order, or the arrays do not match the row.
         """
         key = (row.host_id, row.episode_id)
         if key <= self._last:
             raise ValueError(f"episode {'/'.join(key)} must come after {'/'.join(self._last)}")
         if bins.shape != (row.n_bins, len(CHANNELS)) or levels.shape != (row.n_bins, len(LEVEL_CHANNELS)):
-            raise ValueError(f"{row.n_bins} bins, and arrays of {bins.shape} and {levels.shape}")
+            raise ValueError(f"{row.n_bins} bins, but arrays of {bins.shape} and {levels.shape}")
         self._bins.write(np.ascontiguousarray(bins, "<f4").tobytes())
         self._levels.write(np.ascontiguousarray(levels, "<f4").tobytes())
         fields = {name: getattr(row, name) for name in row.__dataclass_fields__}
@@ -118,7 +133,7 @@ class BinWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Hand the index rows held so far to the file."""
+        """Write the pending index rows to the file."""
         if self._rows:
             self._index.write_table(_build_table(self._rows))
             self._rows = []
@@ -126,17 +141,17 @@ class BinWriter:
 
 @contextmanager
 def write_bins(folder: Path, *, inputs: Mapping[str, str] | None = None) -> Iterator[BinWriter]:
-    """Write the three files of a folder; they appear when the block ends well, the index last.
+    """Yield a writer of the three files of a folder; they are published when the block succeeds, the index last.
 
     Args:
-        folder: Made if it is not there.
-        inputs: Name → sha256 of what the grids were made from; kept in the index.
+        folder: Created if it does not exist.
+        inputs: SHA-256 by name of the files that the bins were made from; stored in the index.
     """
     import pyarrow.parquet as pq
 
     make_folder(folder)
     with ExitStack() as stack:
-        # Left in reverse order: the index vouches for the maps, so it is entered first and published last.
+        # The stack unwinds in reverse order: the index is entered first and published last.
         index_file = stack.enter_context(open_atomic(folder / BINS_INDEX_FILE))
         bins = stack.enter_context(open_atomic(folder / BINS_FILE))
         levels = stack.enter_context(open_atomic(folder / LEVELS_FILE))
@@ -144,19 +159,19 @@ def write_bins(folder: Path, *, inputs: Mapping[str, str] | None = None) -> Iter
             file.write(_render_npy_header(0, width))
         schema = _build_schema()
         index = pq.ParquetWriter(index_file, schema, compression="zstd", compression_level=1, write_statistics=False)
-        made = BinWriter(bins, levels, index)
-        yield made
-        made.flush()
-        totals = {"n_bins": made.n_bins, "n_episodes": made.n_episodes, "inputs": dict(inputs or {})}
+        writer = BinWriter(bins, levels, index)
+        yield writer
+        writer.flush()
+        totals = {"n_bins": writer.n_bins, "n_episodes": writer.n_episodes, "inputs": dict(inputs or {})}
         index.add_key_value_metadata({"phasewatch.grids": json.dumps(totals, sort_keys=True)})
         index.close()
         for file, width in ((bins, len(CHANNELS)), (levels, len(LEVEL_CHANNELS))):
             file.seek(0)
-            file.write(_render_npy_header(made.n_bins, width))
+            file.write(_render_npy_header(writer.n_bins, width))
 
 
 def _render_npy_header(n: int, width: int) -> bytes:
-    """Write the head of a .npy file (version 1.0), always 128 bytes long so that it can be filled in afterwards."""
+    """Return the header of a float32 .npy file (version 1.0), always 128 bytes long so that it can be replaced."""
     text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({n}, {width}), }}"
     return (
         b"\x93NUMPY\x01\x00"
@@ -168,14 +183,14 @@ def _render_npy_header(n: int, width: int) -> bytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MappedBins:
-    """The grids of a run, mapped into memory: nothing is read before it is used.
+    """The bins of a run, mapped into memory.
 
     Attributes:
-        bins: ``(N, 46)`` float32, all episodes end to end.
+        folder: Their folder.
+        bins: ``(N, 46)`` float32, all episodes one after the other.
         levels: ``(N, 13)`` float32, likewise.
-        rows: One per episode, in order of (host_id, episode_id).
-        inputs: Name → sha256 of what they were made from.
-        folder: Where they lie.
+        rows: One per episode, in the order of (host_id, episode_id).
+        inputs: SHA-256 by name of the files that they were made from.
     """
 
     folder: Path
@@ -185,38 +200,37 @@ class MappedBins:
     inputs: Mapping[str, str]
 
     def episode_bins(self, row: BinIndexRow) -> NDArray[np.float32]:
-        """Give one episode's ``(n_bins, 46)`` view."""
+        """Return a view of one episode's bins, ``(n_bins, 46)`` float32."""
         return self.bins[row.offset : row.offset + row.n_bins]
 
     def release_pages(self) -> None:
-        """Give back the pages of both maps; see `release_pages`."""
+        """Release the memory pages of both arrays; see `release_pages`."""
         release_pages(self.bins)
         release_pages(self.levels)
 
     def episode_levels(self, row: BinIndexRow) -> NDArray[np.float32]:
-        """Give one episode's ``(n_bins, 13)`` view."""
+        """Return a view of one episode's levels, ``(n_bins, 13)`` float32."""
         return self.levels[row.offset : row.offset + row.n_bins]
 
 
-def index_rows_by_id(grids: MappedBins) -> dict[str, BinIndexRow]:
-    """Return each episode's row; of an id that several hosts hold, the row of the host that keeps it, if one does."""
-    taken = find_contested_ids((row.host_id, row.episode_id) for row in grids.rows)
-    return {row.episode_id: row for row in grids.rows if (row.host_id, row.episode_id) not in taken}
+def index_rows_by_id(mapped: MappedBins) -> dict[str, BinIndexRow]:
+    """Return the row of each episode; of a contested id, the row of its owner, if any (`identity.pick_owner`)."""
+    contested = find_contested_ids((row.host_id, row.episode_id) for row in mapped.rows)
+    return {row.episode_id: row for row in mapped.rows if (row.host_id, row.episode_id) not in contested}
 
 
 def open_bins(folder: Path) -> MappedBins:
-    """Map the grids of a run and read their index.
+    """Map the bins of a run into memory and read their index.
 
     Raises:
-        RunError: If a file is missing, or they do not belong together.
+        RunError: If a file is missing or malformed, or the files do not match each other.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         parquet = pq.ParquetFile(folder / BINS_INDEX_FILE)
-        if words := find_footer_fault(parquet.metadata, (folder / BINS_INDEX_FILE).stat().st_size):
-            raise ValueError(words)
+        check_footer(parquet.metadata, (folder / BINS_INDEX_FILE).stat().st_size)
         totals = json.loads((parquet.metadata.metadata or {})[b"phasewatch.grids"])
         table = parquet.read()
         rows = tuple(_parse_table(table))
@@ -232,37 +246,46 @@ def open_bins(folder: Path) -> MappedBins:
         or sum(row.n_bins for row in rows) != n
     ):
         raise RunError(
-            f"{folder}: the index speaks of {n:,} bins of {len(CHANNELS)} channels, the maps hold {bins.shape} and "
-            f"{levels.shape}; make the grids anew with `phasewatch validate STORE --out RUN`"
+            f"{folder}: the index lists {n:,} bins of {len(CHANNELS)} channels, the arrays are {bins.shape} and "
+            f"{levels.shape}; make them again with `phasewatch validate STORE --out RUN`"
         )
     return MappedBins(folder=folder, bins=bins, levels=levels, rows=rows, inputs=inputs)
 
 
 def remove_episodes(folder: Path, gone: Set[tuple[str, str]]) -> None:
-    """Write the grids of a folder anew without some episodes, (host_id, episode_id) each, as if they had never been added."""
+    """Rewrite the bins of a folder without some episodes.
+
+    Args:
+        folder: The folder of the bins.
+        gone: (host_id, episode_id) of the episodes to remove.
+    """
     old = open_bins(folder)
-    with write_bins(folder, inputs=old.inputs) as grids:
+    with write_bins(folder, inputs=old.inputs) as writer:
         for number, row in enumerate(old.rows, 1):
             if (row.host_id, row.episode_id) not in gone:
-                grids.add(row, old.episode_bins(row), old.episode_levels(row))
+                writer.add(row, old.episode_bins(row), old.episode_levels(row))
             if number % _RELEASE_ROWS == 0:
                 old.release_pages()
 
 
 def map_bins(folder: Path) -> NDArray[np.float32]:
-    """Map the bins of a run alone, ``(N, 46)``: what a worker needs of them beside its rows."""
+    """Map only the bins of a run, ``(N, 46)`` float32, for worker processes that have their index rows."""
     return _map_npy(folder / BINS_FILE)
 
 
 def release_pages(mapped: NDArray[np.float32]) -> None:
-    """Give back the pages of a map that were read so far: who streams a large run calls it now and then."""
-    pages = getattr(mapped, "_mmap", None)  # None where a file without rows was read instead
+    """Release the pages of a mapped array that were read so far; call it from time to time while streaming.
+
+    Args:
+        mapped: ``(n, c)`` float32.
+    """
+    pages = getattr(mapped, "_mmap", None)  # None if the file has no rows and was read instead
     if pages is not None:
         pages.madvise(mmap.MADV_DONTNEED)
 
 
 def _map_npy(path: Path) -> NDArray[np.float32]:
-    """Map a .npy file; one without rows cannot be mapped and is read."""
+    """Map a .npy file of shape ``(n, c)`` float32; one without rows cannot be mapped and is read."""
     with path.open("rb") as file:
         head = io.BytesIO(file.read(_HEADER_BYTES))
     np.lib.format.read_magic(head)
@@ -275,7 +298,7 @@ _TEXT_COLUMNS = ("profile", "sample_name", "sample_kind", "origin", "role", "ses
 
 
 def _build_schema() -> pa.Schema:
-    """Give the index's columns."""
+    """Return the columns of the index."""
     import pyarrow as pa
 
     columns = [("episode_id", pa.string()), ("host_id", pa.string()), ("offset", pa.int64()), ("n_bins", pa.int32())]
@@ -286,7 +309,7 @@ def _build_schema() -> pa.Schema:
 
 
 def _build_table(rows: Sequence[BinIndexRow]) -> pa.Table:
-    """Turn index rows into columns."""
+    """Convert index rows to a table."""
     import pyarrow as pa
 
     columns: dict[str, list[Any]] = {
@@ -303,7 +326,7 @@ def _build_table(rows: Sequence[BinIndexRow]) -> pa.Table:
 
 
 def _parse_table(table: pa.Table) -> Iterator[BinIndexRow]:
-    """Turn columns into index rows."""
+    """Yield the index rows of a table."""
     columns = {name: table.column(name).to_pylist() for name in table.column_names}
     for i in range(table.num_rows):
         at = {name: values[i] for name, values in columns.items()}
@@ -311,23 +334,33 @@ def _parse_table(table: pa.Table) -> Iterator[BinIndexRow]:
             raise ValueError(f"bins of {at['bin_ns']} ns, not {BIN_NS}")
         spans = zip(at["span_phase"], at["span_start_ns"], at["span_end_ns"], strict=True)
         yield BinIndexRow(
-            episode_id=at["episode_id"], host_id=at["host_id"], offset=at["offset"], n_bins=at["n_bins"],
-            t0_ns=at["t0_ns"], profile=at["profile"], sample_name=at["sample_name"],
-            sample_kind=SampleKind(at["sample_kind"]), origin=EpisodeOrigin(at["origin"]), role=EpisodeRole(at["role"]),
-            session=at["session"], agent=at["agent"], arch=at["arch"], accel=at["accel"],
+            episode_id=at["episode_id"],
+            host_id=at["host_id"],
+            offset=at["offset"],
+            n_bins=at["n_bins"],
+            t0_ns=at["t0_ns"],
+            profile=at["profile"],
+            sample_name=at["sample_name"],
+            sample_kind=SampleKind(at["sample_kind"]),
+            origin=EpisodeOrigin(at["origin"]),
+            role=EpisodeRole(at["role"]),
+            session=at["session"],
+            agent=at["agent"],
+            arch=at["arch"],
+            accel=at["accel"],
             spans=tuple((Phase(phase), start, end) for phase, start, end in spans),
             flagged=tuple(zip(at["flagged_bin"], at["flagged_flags"], strict=True)),
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChannelSummary:
-    """What one channel took, over all bins of all episodes, in its unit.
+    """The values of one channel over all bins of some episodes, in its unit.
 
     Attributes:
-        known_share: Share of bins that have a value.
-        varying_share: Share of the episodes that know it in which it is not constant.
-        low, median, p95, high: NaN where no bin knows it.
+        known_share: Share of the bins with a value.
+        varying_share: Share of the episodes with values in which it is not constant.
+        low, median, p95, high: Minimum, median, 95 % quantile and maximum; NaN without values.
     """
 
     channel: ChannelSpec
@@ -340,31 +373,35 @@ class ChannelSummary:
 
     @property
     def is_constant(self) -> bool:
-        """Whether it never changed, or was never known."""
+        """Whether it never changed, or has no values."""
         return not self.low < self.high
 
 
 def summarise_channels(
     episodes: Sequence[NDArray[np.float32]], channels: Sequence[ChannelSpec] = CHANNELS
 ) -> tuple[ChannelSummary, ...]:
-    """Look at every channel over some episodes.
+    """Summarise every channel over some episodes.
 
     Args:
-        episodes: Each ``(n_bins, c)``, NaN where nothing was known.
-        channels: What the columns are.
+        episodes: One ``(n_bins, c)`` float32 array each, NaN where unknown.
+        channels: The channels of the columns.
     """
     bins = np.concatenate([np.asarray(e) for e in episodes]) if episodes else np.zeros((0, len(channels)), np.float32)
-    found = []
+    summaries = []
     for i, channel in enumerate(channels):
         column = bins[:, i]
         values = column[np.isfinite(column)].astype(np.float64)
         spans = [np.ptp(known) for e in episodes if len(known := e[:, i][np.isfinite(e[:, i])])]
         low, median, p95, high = np.quantile(values, (0, 0.5, 0.95, 1)) if len(values) else [np.nan] * 4
-        found.append(
+        summaries.append(
             ChannelSummary(
-                channel=channel, known_share=len(values) / max(1, len(column)),
+                channel=channel,
+                known_share=len(values) / max(1, len(column)),
                 varying_share=float(np.mean(np.array(spans) > 0)) if spans else 0.0,
-                low=float(low), median=float(median), p95=float(p95), high=float(high),
+                low=float(low),
+                median=float(median),
+                p95=float(p95),
+                high=float(high),
             )
-        )  # fmt: skip
-    return tuple(found)
+        )
+    return tuple(summaries)

@@ -1,4 +1,4 @@
-"""Bins as they come: the same spans and the same bits as `align`, made one by one while the readings arrive."""
+"""Compute bins one by one while readings arrive; they are bit-identical to those of `align`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from phasewatch.bundle.model import SourceRows
 from phasewatch.channels import CHANNELS, LEVEL_CHANNELS, list_raw_fields
 from phasewatch.types import BIN_NS, STALE_NS, WINDOW_BINS, SourceKind
 
-LATENESS_NS = 1_000_000_000  # a bin is closed that long after its end, whatever is missing
-MAX_FLAGGED_BINS = 7200  # bins that one clock step may flag: an hour
-FLAG_HISTORY_BINS = (
-    2 * WINDOW_BINS
-)  # bins back to which flags are kept: a late reading flags windows to come, not those gone
+__all__ = ["LATENESS_NS", "ClosedBin", "ReadingRow", "StreamBinner"]
+
+LATENESS_NS = 1_000_000_000  # a bin is closed this long after its end, even if readings are missing
+MAX_FLAGGED_BINS = 7200  # maximum that one clock step flags: one hour
+FLAG_HISTORY_BINS = 2 * WINDOW_BINS  # flags of older bins are dropped; a late reading flags later windows only
 _INT64_LIMIT = 2**63
 
-ReadingRow = Sequence[int | float | None]  # t_wall_ns, t_mono_ns, seq, then the source's raw fields in the order of RAW
+ReadingRow = Sequence[int | float | None]  # t_wall_ns, t_mono_ns, seq, then the raw fields in their order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -31,9 +31,9 @@ class ClosedBin:
     """One closed bin.
 
     Attributes:
-        number: From t0 on, 0 first.
+        number: Number of the bin; the one that starts at t0 is 0.
         end_ns: Wall stamp of its end.
-        values: ``(46,)`` float32 in the order of CHANNELS, NaN where nothing can be said.
+        values: ``(46,)`` float32 in the order of `CHANNELS`, NaN where unknown.
     """
 
     number: int
@@ -42,18 +42,18 @@ class ClosedBin:
 
     @property
     def n_finite(self) -> int:
-        """How many channels it knows."""
+        """Number of channels with a value."""
         return int(np.isfinite(self.values).sum())
 
 
 class StreamBinner:
-    """Closes bin after bin by the clock; readings may come in any order and any portions until their bin is closed.
+    """Closes bins by the clock; readings may arrive in any order until their bin is closed.
 
-    A reading that comes later is counted, left out, and flags the bins that it may have changed. Memory is bounded: of
-    what is behind the last closed bin only the newest reading of each channel is kept.
+    A later reading is counted and left out, and the bins that it would have changed are flagged. Memory is bounded:
+    before the last closed bin, only the newest reading of each channel is kept.
 
     Args:
-        t0_ns: Wall stamp at which the first bin begins. Readings before it open the first spans.
+        t0_ns: Wall stamp of the start of the first bin. Earlier readings open the first spans.
 
     Source: DESIGN.md, section 4, "Bin" and "Live".
     """
@@ -61,7 +61,7 @@ class StreamBinner:
     def __init__(self, t0_ns: int) -> None:
         self.t0_ns = t0_ns
         self.n_late = 0
-        self._next = -1  # the bin that ends at t0 is made first, and not given
+        self._next = -1  # the bin that ends at t0 is computed first and not returned
         self._rows: dict[SourceKind, list[tuple[int | float | None, ...]]] = {}
         self._held = np.full(len(CHANNELS) + len(LEVEL_CHANNELS), np.nan)
         self._flags: dict[int, int] = {}
@@ -69,19 +69,22 @@ class StreamBinner:
 
     @property
     def next_close_ns(self) -> int:
-        """Wall time from which on the next bin may be closed."""
+        """Wall stamp from which on the next bin may be closed, in ns."""
         return self._bin_end_ns(max(self._next, 0)) + LATENESS_NS
 
     def add(self, source: SourceKind, row: ReadingRow) -> bool:
-        """Take one reading; False if it came too late to count.
+        """Add one reading.
 
-        A number that 64 bits or a finite fraction cannot hold is no reading of its field.
+        A number that int64 or a finite float64 cannot hold counts as null.
+
+        Returns:
+            False if it came too late to count.
         """
         wall, mono = int(row[0] or 0), int(row[1] or 0)
         self._detect_clock_step(source, wall, mono)
         if wall <= self._bin_end_ns(self._next - 1) and self._next >= 0:
             self.n_late += 1
-            # Its increment goes to the next reading, whose value a bin may repeat: 2.5 s each, at most.
+            # The next reading includes its increment, and a bin may repeat that value: at most 2.5 s each.
             self._flag_bins(wall - 1, wall + 2 * STALE_NS, FLAG_LATE)
             return False
         kept = tuple(None if value is None or not -_INT64_LIMIT <= value < _INT64_LIMIT else value for value in row)
@@ -89,9 +92,9 @@ class StreamBinner:
         return True
 
     def close_until(self, now_ns: int) -> list[ClosedBin]:
-        """Close every bin that ended at least a second before `now_ns`, oldest first.
+        """Close and return every bin that ended at least 1 s before `now_ns`, oldest first.
 
-        Their flags, and those of the two windows before them, are there until the next call.
+        Their flags, and those of the two windows before them, are kept until the next call.
         """
         closed = []
         for gone in [number for number in self._flags if number < self._next - FLAG_HISTORY_BINS]:
@@ -104,17 +107,17 @@ class StreamBinner:
         return closed
 
     def combine_flags(self, first: int, count: int) -> int:
-        """Give the flags of some bins together."""
-        together = 0
+        """Return the combined flags of `count` bins from number `first` on."""
+        combined = 0
         for number in range(first, first + count):
-            together |= self._flags.get(number, 0)
-        return together
+            combined |= self._flags.get(number, 0)
+        return combined
 
     def _bin_end_ns(self, number: int) -> int:
         return self.t0_ns + (number + 1) * BIN_NS
 
     def _close(self) -> NDArray[np.float32]:
-        """Make the next bin from what is there, and let go of what no later bin can need."""
+        """Return the next bin, ``(46,)`` float32, and drop the readings that later bins do not need."""
         end_ns = self._bin_end_ns(self._next)
         before_ns = None if self._next < 0 else end_ns - BIN_NS
         now = np.full(len(self._held), np.nan)
@@ -129,22 +132,35 @@ class StreamBinner:
             return align.to_float32(now[: len(CHANNELS)])
 
     def _fill(self, now: NDArray[np.float64], seen: SourceRows, end_ns: int, before_ns: int | None) -> set[int]:
-        """Make one source's channels; gives the places of the readings that the next bin starts from."""
+        """Compute the channels of one source.
+
+        Args:
+            now: ``(59,)`` float64, channels and levels of the bin, written in place.
+            seen: Readings up to the end of the bin.
+            end_ns: End of the bin.
+            before_ns: End of the bin before; None for the bin that ends at t0.
+
+        Returns:
+            The indices of the readings from which the next bin starts.
+        """
         newest: set[int] = set()
-        for group, own in iter_reading_groups(sort_readings(seen)):
-            last = len(own.t_wall_ns) - 1
+        for group, shared in iter_reading_groups(sort_readings(seen)):
+            last = len(shared.t_wall_ns) - 1
             # The bin that ends at t0 spans from the reading before its own.
-            first = last - 1 if before_ns is None else int(np.searchsorted(own.t_wall_ns, before_ns, side="right")) - 1
+            if before_ns is None:
+                first = last - 1
+            else:
+                first = int(np.searchsorted(shared.t_wall_ns, before_ns, side="right")) - 1
             if first != last:
-                made = compute_span_values(group, own, np.array([first]), np.array([last]))
-                self._held[group.rows] = made[:, 0]
-            if end_ns - int(own.t_wall_ns[last]) <= STALE_NS:
+                values = compute_span_values(group, shared, np.array([first]), np.array([last]))
+                self._held[group.rows] = values[:, 0]
+            if end_ns - int(shared.t_wall_ns[last]) <= STALE_NS:
                 now[group.rows] = self._held[group.rows]
-            newest.add(last if own.kept is None else int(own.kept[last]))
+            newest.add(last if shared.kept is None else int(shared.kept[last]))
         return newest
 
     def _detect_clock_step(self, source: SourceKind, wall: int, mono: int) -> None:
-        """Flag what lies between two readings of a source between which the wall clock stepped."""
+        """Flag the bins between two readings of a source if the wall clock stepped between them."""
         before = self._newest.get(source)
         if before is None or mono >= before[1]:
             self._newest[source] = wall, mono
@@ -163,7 +179,7 @@ def _row_sort_key(row: tuple[int | float | None, ...]) -> tuple[int, int]:
 
 
 def _build_source_rows(source: SourceKind, rows: Sequence[tuple[int | float | None, ...]]) -> SourceRows:
-    """Turn rows into columns; null is 0 and not present."""
+    """Convert rows to columns; null becomes 0 and is not present."""
     specs = list_raw_fields(source)
     wall, mono, seq, *values = zip(*rows, strict=True)
     if len(values) != len(specs):

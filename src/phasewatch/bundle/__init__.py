@@ -1,1 +1,1 @@
-"""One run of one VM: its values in memory, its rows as JSON lines, its file as a bounded, deterministic `.tar.zst`."""
+"""The bundle format: one episode as a deterministic `.tar.zst` file, and its data model."""

@@ -1,4 +1,4 @@
-"""The file of an episode: `pack_bundle` makes the one spelling of its content, `unpack_bundle` reads it within bounds and trusts nothing."""
+"""Pack and unpack the file of an episode; unpacking trusts nothing and obeys the limits of `bundle.limits`."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _ENCODER = msgspec.json.Encoder(order="deterministic")
 
 
 def pack_bundle(manifest: Manifest, members: Mapping[str, bytes], *, level: int = 15) -> bytes:
-    """Make the bundle of an episode; the same content always gives the same bytes.
+    """Return the bytes of a bundle; equal content gives equal bytes.
 
     Args:
-        manifest: What the episode is; its ``members`` are filled in here.
-        members: Name → content of ``labels.jsonl`` and of each source that has rows.
-        level: Of zstd, 1 to 19: 15 from the recorder, 3 from the simulator.
+        manifest: The manifest; its ``members`` are filled in here.
+        members: Content by name, of ``labels.jsonl`` and of each source with rows.
+        level: Level of zstd, 1 to 19; the recorder uses 15, the simulator 3.
 
     Raises:
-        BundleError: If the manifest breaks a rule, so that `unpack_bundle` would refuse the result.
+        BundleError: If the manifest breaks a rule of the format.
         ValueError: If a member is unknown.
     """
     if unknown := sorted(set(members) - set(MEMBER_FILES[1:])):
@@ -60,14 +60,14 @@ def pack_bundle(manifest: Manifest, members: Mapping[str, bytes], *, level: int 
 
 
 def unpack_bundle(data: bytes, *, file: str) -> Episode:
-    """Read a bundle: every bound, digest and rule of the format, in one pass, never touching a path.
+    """Decode a bundle and check every limit, digest and rule of the format; nothing is extracted to a path.
 
     Args:
-        data: The bytes of the ``.tar.zst``.
-        file: What errors call it.
+        data: The bytes of the ``.tar.zst`` file.
+        file: Name of the bundle in errors.
 
     Raises:
-        BundleError: At the first departure; the code stands in `episode.findings.CODES`.
+        BundleError: At the first violation; `bundle.problems` explains its code.
     """
     members = unpack_members(data, file=file)
     manifest = decode_manifest(bytes(members[MANIFEST_FILE]), file=file)
@@ -87,10 +87,14 @@ def unpack_bundle(data: bytes, *, file: str) -> Episode:
 
 
 def unpack_manifest(data: bytes, *, file: str = "") -> Manifest:
-    """Read a bundle's manifest alone, from the file's first few KiB; the rest is neither decompressed nor vouched for.
+    """Decode only the manifest, from the first few KiB of a bundle; the rest is neither decompressed nor checked.
+
+    Args:
+        data: The bytes of the ``.tar.zst`` file, or its beginning.
+        file: Name of the bundle in errors.
 
     Raises:
-        BundleError: If the file does not begin as a bundle, or the manifest breaks a rule.
+        BundleError: If the file does not begin like a bundle, or the manifest breaks a rule.
     """
     start = decompress_start(data, limits.MAX_MANIFEST_BYTES + 1024, file=file)
     members = split_members(start, file=file, only_first=True)
@@ -102,10 +106,17 @@ def unpack_manifest(data: bytes, *, file: str = "") -> Manifest:
 
 
 def unpack_members(data: bytes, *, file: str) -> dict[str, memoryview]:
-    """Decompress a bundle and cut it into its members, without looking into them.
+    """Decompress a bundle and split it into its members, without decoding them.
+
+    Args:
+        data: The bytes of the ``.tar.zst`` file.
+        file: Name of the bundle in errors.
+
+    Returns:
+        Views of the contents, by member name.
 
     Raises:
-        BundleError: If it is no bundle, or over a bound.
+        BundleError: If it is not a bundle, or exceeds a limit.
     """
     members = split_members(decompress_frame(data, file=file), file=file)
     for name in (MANIFEST_FILE, LABELS_FILE):
@@ -115,7 +126,7 @@ def unpack_members(data: bytes, *, file: str) -> dict[str, memoryview]:
 
 
 def _check_members(manifest: Manifest, members: Mapping[str, memoryview], *, file: str) -> None:
-    """Hold the members against what the manifest says of them."""
+    """Compare the members with the list in the manifest."""
 
     def refuse(code: str, words: str, member: str) -> BundleError:
         return BundleError(code=code, words=words, file=file, member=member)
@@ -137,7 +148,7 @@ def _check_members(manifest: Manifest, members: Mapping[str, memoryview], *, fil
 
 
 def _check_rows(manifest: Manifest, source: SourceKind, rows: int, *, file: str) -> None:
-    """Hold the number of a source's rows against what the manifest says of it."""
+    """Compare the number of a source's rows with the manifest."""
 
     def refuse(code: str, words: str) -> BundleError:
         return BundleError(code=code, words=words, file=file, member=f"{source}.jsonl")

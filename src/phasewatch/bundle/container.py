@@ -1,9 +1,12 @@
-"""The tar inside a bundle: plain ustar files with fixed headers, written and walked by hand in 512-byte blocks."""
+"""The container of a bundle: one zstd frame around a tar of plain ustar files with fixed headers.
+
+Both are parsed here, block by block, because general libraries accept more than the format allows.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -11,43 +14,73 @@ from phasewatch.bundle import limits
 from phasewatch.errors import BundleError
 from phasewatch.types import SourceKind
 
+__all__ = [
+    "LABELS_FILE",
+    "MANIFEST_FILE",
+    "MEMBER_FILES",
+    "compress_frame",
+    "decompress_frame",
+    "decompress_start",
+    "find_member_source",
+    "join_members",
+    "split_members",
+]
+
 MANIFEST_FILE = "manifest.json"
 LABELS_FILE = "labels.jsonl"
-MEMBER_FILES = (
-    MANIFEST_FILE,
-    LABELS_FILE,
-    *(f"{source}.jsonl" for source in SourceKind),
-)  # in the order in which they stand
+MEMBER_FILES = (MANIFEST_FILE, LABELS_FILE, *(f"{source}.jsonl" for source in SourceKind))  # in this order
 
 _TAR_BLOCK_BYTES = 512
 _ZERO_BLOCK = bytes(_TAR_BLOCK_BYTES)
-_MTIME = 1_000_000_000  # fixed, and late enough that tar does not call it implausible
+_MTIME = 1_000_000_000  # fixed, and late enough that tar does not warn of an implausible time
 _TYPE_NAMES = {
-    b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"5": "a folder", b"6": "a pipe",
-    b"x": "a PAX extension", b"g": "a PAX extension", b"L": "a GNU long name", b"K": "a GNU long link",
-    b"S": "a GNU sparse file", b"\0": "an old-style file",
-}  # fmt: skip
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a device",
+    b"4": "a device",
+    b"5": "a folder",
+    b"6": "a pipe",
+    b"x": "a PAX extension",
+    b"g": "a PAX extension",
+    b"L": "a GNU long name",
+    b"K": "a GNU long link",
+    b"S": "a GNU sparse file",
+    b"\0": "an old-style file",
+}
 
 
 def find_member_source(name: str) -> SourceKind | None:
-    """Give the source whose rows a member holds; None for manifest and labels."""
+    """Return the source whose rows a member holds; None for the manifest and the labels."""
     return None if name in (MANIFEST_FILE, LABELS_FILE) else SourceKind(name.removesuffix(".jsonl"))
 
 
 @lru_cache(maxsize=4096)
 def _build_tar_header(name: str, size: int) -> bytes:
-    """Spell the one header that this format has for a member."""
+    """Return the only valid header of a member of this name and size."""
     fields = (
-        name.encode().ljust(100, b"\0"), b"0000644\0", b"0000000\0", b"0000000\0", b"%011o\0" % size,
-        b"%011o\0" % _MTIME, b" " * 8, b"0", bytes(100), b"ustar\x0000", bytes(32), bytes(32), b"0000000\0",
-        b"0000000\0", bytes(155), bytes(12),
-    )  # fmt: skip
+        name.encode().ljust(100, b"\0"),
+        b"0000644\0",  # mode
+        b"0000000\0",  # owner
+        b"0000000\0",  # group
+        b"%011o\0" % size,
+        b"%011o\0" % _MTIME,
+        b" " * 8,  # checksum, filled in below
+        b"0",  # a plain file
+        bytes(100),  # link name
+        b"ustar\x0000",
+        bytes(32),  # owner name
+        bytes(32),  # group name
+        b"0000000\0",  # device
+        b"0000000\0",
+        bytes(155),  # prefix
+        bytes(12),
+    )
     block = b"".join(fields)
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]
 
 
 def join_members(members: Mapping[str, bytes]) -> bytes:
-    """Write the tar; the caller hands the members in order."""
+    """Return the tar of the members, which must be in the order of `MEMBER_FILES`."""
     pieces: list[bytes] = []
     for name, content in members.items():
         pieces += (_build_tar_header(name, len(content)), content, bytes(-len(content) % _TAR_BLOCK_BYTES))
@@ -55,22 +88,25 @@ def join_members(members: Mapping[str, bytes]) -> bytes:
 
 
 def split_members(tar: bytes, *, file: str, only_first: bool = False) -> dict[str, memoryview]:
-    """Walk the tar and give each member's content, as views into it.
+    """Split a tar into its members.
 
     Args:
         tar: The decompressed frame; with ``only_first`` its beginning is enough.
-        file: What errors call the bundle.
+        file: Name of the bundle in errors.
         only_first: Stop after the first member.
 
+    Returns:
+        Views of the contents, by member name.
+
     Raises:
-        BundleError: At anything but the format's members, plain, in order, each once, closed by zeros.
+        BundleError: If it holds anything but the members of the format, in order, each once, and the closing zeros.
     """
 
     def refuse(code: str, words: str, member: str = "") -> BundleError:
         return BundleError(code=code, words=words, file=file, member=member)
 
     view = memoryview(tar)
-    found: dict[str, memoryview] = {}
+    members: dict[str, memoryview] = {}
     at = 0
     while True:
         block = tar[at : at + _TAR_BLOCK_BYTES]
@@ -79,16 +115,16 @@ def split_members(tar: bytes, *, file: str, only_first: bool = False) -> dict[st
         if block == _ZERO_BLOCK:
             break
         name, size = _parse_tar_header(block, refuse)
-        if name in found:
+        if name in members:
             raise refuse("member-twice", "the tar holds it twice", name)
-        if found and MEMBER_FILES.index(name) < MEMBER_FILES.index(next(reversed(found))):
-            raise refuse("member-order", f"stands after {next(reversed(found))}", name)
+        if members and MEMBER_FILES.index(name) < MEMBER_FILES.index(next(reversed(members))):
+            raise refuse("member-order", f"it comes after {next(reversed(members))}", name)
         at += _TAR_BLOCK_BYTES
         if at + size > len(tar):
-            raise refuse("tar-truncated", f"{size:,} bytes announced, {len(tar) - at:,} there", name)
-        found[name] = view[at : at + size]
+            raise refuse("tar-truncated", f"{size:,} bytes announced, {len(tar) - at:,} found", name)
+        members[name] = view[at : at + size]
         if only_first:
-            return found
+            return members
         at += size
         padding = -size % _TAR_BLOCK_BYTES
         if tar[at : at + padding].strip(b"\0"):
@@ -98,12 +134,11 @@ def split_members(tar: bytes, *, file: str, only_first: bool = False) -> dict[st
         raise refuse("tar-truncated", "the second of the two closing blocks is missing")
     if tar[at:].strip(b"\0"):
         raise refuse("tar-trailing", "bytes other than zero after the tar's end")
-    return found
+    return members
 
 
-def _parse_tar_header(block: bytes, refuse: object) -> tuple[str, int]:
-    """Read one header and hold it against the only one that a member of this name and size may have."""
-    assert callable(refuse)
+def _parse_tar_header(block: bytes, refuse: Callable[..., BundleError]) -> tuple[str, int]:
+    """Return the name and size in a header, which must be the only valid one for them."""
     try:
         checksum = int(block[148:156].strip(b" \0"), 8)
     except ValueError:
@@ -139,10 +174,10 @@ _WINDOW_LOG = limits.MAX_ZSTD_WINDOW_BYTES.bit_length() - 1
 
 
 def compress_frame(content: bytes, *, level: int) -> bytes:
-    """Compress into one frame that states its content's size and carries a checksum.
+    """Compress into one zstd frame with the content's size and a checksum.
 
     Raises:
-        ValueError: If the level would need a larger window than readers take, or the content is over its bound.
+        ValueError: If the level is not 1 to 19, or the content exceeds its limit.
     """
     if not 1 <= level <= 19:
         raise ValueError(f"zstd level {level}; bundles use 1 to 19")
@@ -158,10 +193,10 @@ def compress_frame(content: bytes, *, level: int) -> bytes:
 
 
 def _check_frame_header(data: bytes, *, file: str) -> int | None:
-    """Check the frame's header (RFC 8878, section 3.1.1.1) and give the content's size, if it says so.
+    """Check the header of a zstd frame (RFC 8878, section 3.1.1.1) and return the size in it, if any.
 
     Raises:
-        BundleError: If this is no frame that a bundle may be.
+        BundleError: If the header is not valid in a bundle.
     """
 
     def refuse(code: str, words: str) -> BundleError:
@@ -172,7 +207,7 @@ def _check_frame_header(data: bytes, *, file: str) -> int | None:
     if len(data) > limits.MAX_COMPRESSED_BYTES:
         raise refuse("compressed-size", f"{len(data):,} bytes; at most {limits.MAX_COMPRESSED_BYTES:,} are allowed")
     if len(data) >= 4 and data[0] & 0xF0 == 0x50 and data[1:4] == b"\x2a\x4d\x18":
-        raise refuse("zstd-skippable", "a skippable frame stands before the data")
+        raise refuse("zstd-skippable", "a skippable frame comes before the data")
     if data[:4] != _ZSTD_MAGIC:
         short = len(data) < 4 and _ZSTD_MAGIC.startswith(data)
         raise refuse(
@@ -212,29 +247,29 @@ def _check_frame_header(data: bytes, *, file: str) -> int | None:
 
 
 def _build_decompressor() -> ZstdDecompressor:
-    # A new one each time: shared between threads it reports corruption in good data (measured).
+    # A new one for each call: one that is shared between threads reports corruption in good data (measured).
     return ZstdDecompressor(options={DecompressionParameter.window_log_max: _WINDOW_LOG})
 
 
 def decompress_frame(data: bytes, *, file: str) -> bytes:
-    """Decompress the one frame that a bundle is.
+    """Decompress the single zstd frame of a bundle.
 
     Raises:
-        BundleError: If it is damaged, cut, followed by anything, or larger than the bound.
+        BundleError: If it is damaged, truncated, followed by other bytes, or too large.
     """
     size = _check_frame_header(data, file=file)
     most = limits.MAX_DECOMPRESSED_BYTES if size is None else size
-    machine = _build_decompressor()
+    decompressor = _build_decompressor()
     try:
-        content = machine.decompress(data, max_length=most + 1)
+        content = decompressor.decompress(data, max_length=most + 1)
     except ZstdError as exc:
         raise BundleError(code="zstd-corrupt", words=str(exc)[:120], file=file) from None
     if len(content) > most:
         raise BundleError(code="decompressed-size", words=f"more than {most:,} bytes come out", file=file)
-    if not machine.eof:
+    if not decompressor.eof:
         raise BundleError(code="zstd-truncated", words=f"the frame goes on after {len(data):,} bytes", file=file)
-    if machine.unused_data:
-        tail = machine.unused_data
+    if decompressor.unused_data:
+        tail = decompressor.unused_data
         is_skippable = len(tail) >= 4 and tail[0] & 0xF0 == 0x50 and tail[1:4] == b"\x2a\x4d\x18"
         code = "zstd-skippable" if is_skippable else "zstd-trailing"
         raise BundleError(code=code, words=f"{len(tail):,} bytes follow the frame", file=file)
@@ -242,7 +277,7 @@ def decompress_frame(data: bytes, *, file: str) -> bytes:
 
 
 def decompress_start(data: bytes, most: int, *, file: str) -> bytes:
-    """Decompress no more than the first ``most`` bytes.
+    """Decompress at most ``most`` bytes of the beginning.
 
     Raises:
         BundleError: If the header is not a bundle's, or the start is damaged.

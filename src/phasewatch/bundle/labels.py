@@ -1,4 +1,4 @@
-"""The phase marks of an episode: `labels.jsonl` ⇄ marks, with every rule about their order, span and words."""
+"""Encode and decode `labels.jsonl`, the phase marks of an episode, with the rules on their order and span."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from phasewatch.bundle.rows import count_lines
 from phasewatch.errors import BundleError
 from phasewatch.types import Phase
 
+__all__ = ["decode_labels", "encode_labels"]
+
 _END_PHASE = "end"
 
 
@@ -32,7 +34,7 @@ _DECODER = msgspec.json.Decoder(_LabelRow)
 
 
 def encode_labels(marks: Sequence[LabelMark]) -> bytes:
-    """Spell the marks as JSON lines; the last one, whose phase is None, becomes the ``end`` row."""
+    """Return the marks as JSON lines; the last mark, whose phase is None, becomes the ``end`` row."""
     rows = [_LabelRow(m.t_wall_ns, m.t_mono_ns, _END_PHASE if m.phase is None else str(m.phase)) for m in marks]
     return _ENCODER.encode_lines(rows)
 
@@ -41,12 +43,12 @@ def decode_labels(data: bytes, *, duration_s: float, file: str) -> tuple[LabelMa
     """Parse `labels.jsonl`.
 
     Args:
-        data: The member.
-        duration_s: What the manifest says; the labels must agree to a millisecond.
-        file: What errors call the bundle.
+        data: The content of the member.
+        duration_s: Duration in the manifest; the labels must agree to 1 ms.
+        file: Name of the bundle in errors.
 
     Raises:
-        BundleError: At the first line that departs from the format or breaks a rule.
+        BundleError: At the first line that breaks a rule of the format.
     """
 
     def refuse(code: str, words: str, line: int = 0) -> BundleError:
@@ -83,18 +85,22 @@ def decode_labels(data: bytes, *, duration_s: float, file: str) -> tuple[LabelMa
 
 
 def _parse_mark(row: _LabelRow, line: int, n: int, refuse: Any) -> LabelMark:
-    """Check one row by itself."""
+    """Return the mark of one row.
+
+    Raises:
+        BundleError: If its stamps or its phase are invalid.
+    """
     if not limits.MIN_STAMP_NS <= row.t_wall_ns <= limits.MAX_STAMP_NS:
         raise refuse("label-stamp", "t_wall_ns is not Unix nanoseconds of 2006 to 2116", line)
     if not 0 <= row.t_mono_ns <= limits.INT64_MAX:
         raise refuse("label-stamp", "t_mono_ns is negative or beyond 64 bits", line)
     if row.phase == _END_PHASE:
         if line != n:
-            raise refuse("label-end", "`end` stands before the last row", line)
+            raise refuse("label-end", "`end` comes before the last row", line)
         return LabelMark(t_wall_ns=row.t_wall_ns, t_mono_ns=row.t_mono_ns, phase=None)
     try:
         phase = Phase(row.phase)
     except ValueError:
-        words = f"{row.phase[:40]!r} is no phase; phases are {', '.join(Phase)}"
+        words = f"{row.phase[:40]!r} is not a phase; phases are {', '.join(Phase)}"
         raise refuse("label-phase", words, line) from None
     return LabelMark(t_wall_ns=row.t_wall_ns, t_mono_ns=row.t_mono_ns, phase=phase)

@@ -1,4 +1,4 @@
-"""The manifest of an episode: strict JSON to a typed value, and the rules that types alone cannot say."""
+"""Decode the manifest of an episode from strict JSON, and check the rules that types cannot express."""
 
 from __future__ import annotations
 
@@ -17,16 +17,22 @@ from phasewatch.channels import list_raw_fields
 from phasewatch.errors import BundleError
 from phasewatch.types import EPISODE_ID_PATTERN, HOST_ID_PATTERN, SourceKind
 
+__all__ = ["check_manifest", "decode_manifest"]
+
 _DECODER = msgspec.json.Decoder(Manifest)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAY_BE_EMPTY = frozenset({"background", "disk", "nic", "cpu", "guest_kernel", "recorder", "hypervisor"})
 
 
 def decode_manifest(data: bytes, *, file: str) -> Manifest:
-    """Parse `manifest.json`: no key twice, none unknown, none missing, each of its type.
+    """Parse `manifest.json`: no duplicate, unknown or missing keys, and each value of its type.
+
+    Args:
+        data: The content of the member.
+        file: Name of the bundle in errors.
 
     Raises:
-        BundleError: If it departs from the format.
+        BundleError: If it is malformed.
     """
 
     def refuse(code: str, words: str) -> BundleError:
@@ -41,9 +47,9 @@ def decode_manifest(data: bytes, *, file: str) -> Manifest:
     except BundleError as exc:
         code = "manifest-key-twice" if exc.code == "key-twice" else "manifest-json"
         raise refuse(code, exc.words) from None
-    found = plain.get("format") if isinstance(plain, dict) else None
-    if isinstance(found, str) and found != BUNDLE_FORMAT:
-        raise refuse("manifest-format", f"the format is {found[:60]!r}; this reader knows {BUNDLE_FORMAT!r}")
+    name = plain.get("format") if isinstance(plain, dict) else None
+    if isinstance(name, str) and name != BUNDLE_FORMAT:
+        raise refuse("manifest-format", f"the format is {name[:60]!r}; this reader knows {BUNDLE_FORMAT!r}")
     try:
         return _DECODER.decode(data)
     except (msgspec.DecodeError, RecursionError, OverflowError) as exc:
@@ -51,10 +57,14 @@ def decode_manifest(data: bytes, *, file: str) -> Manifest:
 
 
 def check_manifest(manifest: Manifest, *, file: str) -> None:
-    """Hold a manifest against the rules of section 2.
+    """Check the rules on a manifest (DESIGN.md, section 2).
+
+    Args:
+        manifest: The manifest.
+        file: Name of the bundle in errors.
 
     Raises:
-        BundleError: At the first rule that it breaks.
+        BundleError: At the first violation.
     """
     for code, words in _find_violations(manifest):
         raise BundleError(code=code, words=words, file=file, member=MANIFEST_FILE)
@@ -66,7 +76,7 @@ def _find_violations(m: Manifest) -> Iterator[tuple[str, str]]:
     if bad := _find_bad_value(msgspec.to_builtins(m), ""):
         yield bad
     if not EPISODE_ID_PATTERN.fullmatch(m.episode_id):
-        yield "manifest-id", f"episode_id {m.episode_id!r} is no UUIDv7"
+        yield "manifest-id", f"episode_id {m.episode_id!r} is not a UUIDv7"
     if not HOST_ID_PATTERN.fullmatch(m.host.host_id):
         yield "manifest-id", f"host_id {m.host.host_id!r} does not match {HOST_ID_PATTERN.pattern}"
     for neighbour in m.neighbours:
@@ -78,7 +88,7 @@ def _find_violations(m: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _find_bad_value(value: Any, key: str) -> tuple[str, str] | None:
-    """Walk every string, number and list, however deep, to the first that breaks a rule."""
+    """Return code and text of the first string, number or list, at any depth, that breaks a rule; None without one."""
     if isinstance(value, str):
         if not value and key not in _MAY_BE_EMPTY:
             return "manifest-string", f"{key} is empty"
@@ -137,17 +147,19 @@ def _find_source_violations(m: Manifest) -> Iterator[tuple[str, str]]:
         yield "manifest-schema", f"members does not list {LABELS_FILE}"
     for name, member in m.members.items():
         if name not in MEMBER_FILES or name == MANIFEST_FILE:
-            yield "manifest-schema", f"members lists {name[:60]!r}, which no bundle holds"
+            yield "manifest-schema", f"members lists {name[:60]!r}, which is not a member of the format"
         elif member.bytes < 0 or member.rows < 0 or not _SHA256.fullmatch(member.sha256):
-            yield "manifest-schema", f"members says no size, count and digest of {name}"
+            yield "manifest-schema", f"members has no valid size, count and digest of {name}"
         elif (owner := find_member_source(name)) is not None:
             tables: tuple[tuple[str, Container[SourceKind]], ...] = (
-                ("fields", m.fields), ("nominal_hz", m.nominal_hz), ("rows_emitted", m.rows_emitted),
+                ("fields", m.fields),
+                ("nominal_hz", m.nominal_hz),
+                ("rows_emitted", m.rows_emitted),
                 ("clocks.base", m.clocks.base),
-            )  # fmt: skip
+            )
             for key, table in tables:
                 if owner not in table:
-                    yield "manifest-source", f"{key} says nothing of {owner}, which has rows"
+                    yield "manifest-source", f"{key} lacks {owner}, which has rows"
 
 
 def _find_clock_violations(m: Manifest) -> Iterator[tuple[str, str]]:

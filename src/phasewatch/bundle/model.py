@@ -1,4 +1,4 @@
-"""What an episode is in memory: a manifest, phase marks, and the rows of each source as columns."""
+"""The data model of an episode: manifest, phase marks, and the rows of each source as columns."""
 
 from __future__ import annotations
 
@@ -11,11 +11,23 @@ from numpy.typing import NDArray
 
 from phasewatch.types import BIN_NS, ClockBase, EpisodeOrigin, EpisodeRole, Phase, SampleKind, SourceKind
 
+__all__ = [
+    "BUNDLE_FORMAT",
+    "BundleMember",
+    "ClockMetadata",
+    "Episode",
+    "HostMetadata",
+    "LabelMark",
+    "Manifest",
+    "RecordingMetadata",
+    "SourceRows",
+]
+
 BUNDLE_FORMAT = "phasewatch-episode/1"
 
 
 class HostMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where an episode was recorded: hardware, hypervisor and the VM's shape."""
+    """The host and the VM of an episode: hardware, hypervisor and the VM's configuration."""
 
     host_id: str
     arch: str
@@ -32,14 +44,19 @@ class HostMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class ClockMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """In which clock each source's wall stamps are, and how the host's clocks read together at start and end (ns)."""
+    """The clock of each source's wall stamps, and readings of the host's clocks.
+
+    Attributes:
+        base: Clock of the wall stamps, by source.
+        pairs: By clock: (its reading, Unix time) in ns, at the start and at the end.
+    """
 
     base: dict[SourceKind, ClockBase]
     pairs: dict[ClockBase, tuple[tuple[int, int], tuple[int, int]]]
 
 
 class BundleMember(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Size, digest and number of lines of one file of the bundle."""
+    """Size, SHA-256 and number of lines of one member of the bundle."""
 
     bytes: int
     sha256: str
@@ -47,14 +64,15 @@ class BundleMember(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class RecordingMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the recorder drove this run; nothing in it is ever a feature.
+    """How the recorder ran an episode; none of it is a feature.
 
     Attributes:
-        boot_s, settle_s: Seconds to the guest's first word, and from there to the first label.
-        pinning: Core of each vCPU, empty when unpinned.
-        knobs: The intensities drawn for this episode.
-        background: The benign load that ran beside the profile, or empty.
-        absent: Channel → why this host cannot give it.
+        boot_s: Time from the start of QEMU to the guest's first message.
+        settle_s: Time from there to the first label.
+        pinning: Core of each vCPU; empty if they are not pinned.
+        knobs: Intensities that were drawn for the episode.
+        background: Benign load that ran beside the profile; empty without one.
+        absent: Reason by channel that this host does not have.
     """
 
     boot_s: float
@@ -66,7 +84,7 @@ class RecordingMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`manifest.json`, DESIGN section 2. `members` is filled by `episode.bundle.pack`; `recording` is null when simulated."""
+    """`manifest.json` (docs/formats/bundle.md). `pack_bundle` fills in `members`; `recording` is null if simulated."""
 
     format: str
     episode_id: str
@@ -94,7 +112,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelMark:
-    """The moment (host clock, ns) at which the guest acknowledged that a phase began; phase None marks the end."""
+    """The start of a phase: when the guest acknowledged it, by the host's clocks in ns; phase None marks the end."""
 
     t_wall_ns: int
     t_mono_ns: int
@@ -106,10 +124,10 @@ class SourceRows:
     """The rows of one source as columns, in file order.
 
     Attributes:
-        fields: Raw fields in the order of RAW.
+        fields: Raw fields, in the order of `channels.RAW_FIELDS`.
         t_wall_ns, t_mono_ns, seq: ``(n,)`` int64.
-        columns: One ``(n,)`` array per field, int64 or float64 as RAW says; 0 where the row said null.
-        present: ``(n, len(fields))`` bool; False where the row said null (no reading of that field).
+        columns: One ``(n,)`` array per field, int64 or float64; 0 where the row is null.
+        present: ``(n, len(fields))`` bool; False where the row is null (no reading of that field).
     """
 
     source: SourceKind
@@ -126,7 +144,7 @@ class SourceRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Episode:
-    """One decoded bundle. `marks` ends with the mark whose phase is None; a source that has no member is not in `rows`."""
+    """One decoded bundle. The phase of the last mark is None; `rows` lacks sources without a member."""
 
     manifest: Manifest
     marks: tuple[LabelMark, ...]
@@ -134,15 +152,15 @@ class Episode:
 
     @property
     def t0_ns(self) -> int:
-        """Wall stamp of the first label: where the first bin begins."""
+        """Wall stamp of the first label, where the first bin begins, in ns."""
         return self.marks[0].t_wall_ns
 
     @property
     def t_end_ns(self) -> int:
-        """Wall stamp of the `end` row."""
+        """Wall stamp of the end mark, in ns."""
         return self.marks[-1].t_wall_ns
 
     @property
     def n_bins(self) -> int:
-        """Whole bins between the two."""
+        """Number of complete bins between the two."""
         return (self.t_end_ns - self.t0_ns) // BIN_NS

@@ -1,4 +1,4 @@
-"""What can be said against a bundle while it is read: one table of codes, from which `--explain` derives."""
+"""Findings on a bundle: their types, the codes of the reader, and strict JSON parsing that names the faulty line."""
 
 from __future__ import annotations
 
@@ -15,18 +15,29 @@ from phasewatch.bundle import limits
 from phasewatch.errors import BundleError
 from phasewatch.types import BundleStatus, SourceKind
 
+__all__ = [
+    "FINDING_CODES",
+    "BundleFinding",
+    "CheckIssue",
+    "FindingSpec",
+    "Severity",
+    "find_malformed_line",
+    "find_severity",
+    "parse_strict_json",
+]
+
 Severity = BundleStatus | Literal["note"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleFinding:
-    """One thing that a check has to say of an episode.
+    """A problem that was found in a bundle.
 
     Attributes:
-        code: Stable, in kebab-case, with the source behind a colon where one is meant (``silence:qmp``).
-        severity: What it makes of the bundle; a note changes nothing.
-        place: File, member and line, as far as they are known.
-        words: What was found, and what was expected.
+        code: Stable kebab-case code, followed by a colon and the source if it concerns one (``silence:qmp``).
+        severity: The status that it gives the bundle; a note changes nothing.
+        place: File, member and line, as far as known.
+        words: What was found and what was expected.
     """
 
     code: str
@@ -37,7 +48,7 @@ class BundleFinding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FindingSpec:
-    """What a code means: how it is judged, and why, in one sentence."""
+    """The severity and the meaning of a code."""
 
     code: str
     severity: Severity
@@ -45,24 +56,23 @@ class FindingSpec:
 
 
 def _parse_specs(severity: BundleStatus, rows: str) -> tuple[FindingSpec, ...]:
-    """Read `code about…` lines."""
+    """Parse lines of ``code about``."""
     parted = (line.split(None, 1) for line in rows.strip().splitlines())
     return tuple(FindingSpec(code=code, severity=severity, about=about) for code, about in parted)
 
 
-# Errored: the bytes could not be read, or would have cost more than a bound allows.
-# Rejected: they could be read, and break a rule.
+# Errored: the bytes cannot be read, or would exceed a limit. Rejected: they can be read and break a rule.
 _FINDING_SPECS = (
     *_parse_specs(
         BundleStatus.ERRORED,
         """
-bundle-unreadable      The file or its receipt could not be opened or read; the next sweep tries again.
-bundle-missing         A receipt stands in the store, and the bundle that it vouches for is gone.
+bundle-unreadable      The file or its receipt could not be opened or read; the next validation tries again.
+bundle-missing         The store holds a receipt, but its bundle is gone.
 compressed-size        The file is empty or larger than 16 MiB.
 zstd-magic             The file does not begin as a zstd frame.
 zstd-skippable         The file holds a skippable frame; a bundle is one frame of data.
 zstd-header            The frame's header is cut off or uses bits that the format reserves.
-zstd-checksum-flag     The frame carries no checksum, so damage could not be told from data.
+zstd-checksum-flag     The frame has no checksum, so damage could not be detected.
 zstd-dictionary        The frame needs a dictionary; bundles use none.
 zstd-window            The frame asks for a window larger than 8 MiB.
 zstd-corrupt           The frame cannot be decompressed, or its checksum does not match.
@@ -86,14 +96,14 @@ labels-many            There are more than 64 labels.
         """
 member-unknown         The tar holds a file that the format does not know.
 member-twice           The tar holds a file twice.
-member-order           The tar's files stand in another order than the format's.
+member-order           The tar's files are not in the order of the format.
 member-missing         The manifest or the labels are missing, or a member that the manifest lists.
 member-unlisted        The tar holds a source's rows that the manifest does not list.
 member-bytes           A member's size differs from the manifest's.
 member-sha256          A member's digest differs from the manifest's.
 member-rows            A member's number of lines differs from the manifest's.
 manifest-json          The manifest is not JSON, or not text.
-manifest-key-twice     A key of the manifest stands twice in one object.
+manifest-key-twice     A key of the manifest is repeated in one object.
 manifest-schema        A key of the manifest is unknown, missing or of the wrong type.
 manifest-format        The manifest names another format than phasewatch-episode/1.
 manifest-id            An id in the manifest is malformed.
@@ -101,26 +111,26 @@ manifest-string        A string is empty where it must not be, too long, or not 
 manifest-range         A number of the manifest is outside its range, or a list too long.
 manifest-source        A source with rows lacks its fields, rate, count or clock in the manifest.
 manifest-fields        The listed row keys are not raw fields of their source, in their order, each once.
-manifest-agent         The agent was off, and yet the guest reported.
-manifest-rows          More rows arrived than the sampler says that it emitted.
+manifest-agent         The agent was off, but the guest reported.
+manifest-rows          More rows arrived than the sampler emitted.
 clock-pair             A pair of clock readings does not move forward, or drifts by more than 1 %.
 text-encoding          A member holds a byte-order mark, a NUL or a byte that is not ASCII.
 text-last-newline      A member's last line has no newline.
 text-blank-line        A member holds a blank line.
 row-json               A line is not one JSON object.
-row-key-twice          A key stands twice in one row.
+row-key-twice          A key is repeated in one row.
 row-key-unknown        A row has a key that the manifest's fields do not name.
 row-key-missing        A row lacks a key that the manifest's fields name.
-row-key-order          A row's keys stand in another order than the manifest's fields.
-row-type               A value is of the wrong type: a truth, text or fraction where a whole number belongs, null for a stamp.
+row-key-order          A row's keys are not in the order of the manifest's fields.
+row-type               A value has the wrong type: text or a fraction for a whole number, or null for a stamp.
 row-non-finite         A value is NaN or infinite, or too large for a 64-bit float.
 row-int64              A whole number does not fit into 64 bits.
-row-form               A row holds spaces or another spelling than the format's.
+row-form               A row has spaces, or numbers in another form than that of the format.
 row-stamp              A row's stamp is negative.
-label-phase            A label names no phase that the vocabulary knows.
+label-phase            A label names an unknown phase.
 label-order            A label's stamps do not strictly increase.
 label-end              The last label is not `end`, an earlier one is, or there is no phase before it.
-label-stamp            A label's wall stamp is no Unix time in nanoseconds, or its monotonic stamp is negative.
+label-stamp            A label's wall stamp is not Unix time in nanoseconds, or its monotonic stamp is negative.
 label-span             The labels span less than 1 s or more than 1 h.
 label-duration         The manifest's duration differs from the labels' by more than 1 ms.
 """,
@@ -131,7 +141,7 @@ FINDING_CODES: dict[str, FindingSpec] = {spec.code: spec for spec in _FINDING_SP
 
 
 def find_severity(code: str) -> Severity:
-    """Give a code's severity; what stands behind a colon is its source."""
+    """Return the severity of a code; a source after a colon is ignored."""
     return FINDING_CODES[code.partition(":")[0]].severity
 
 
@@ -139,11 +149,11 @@ _VALUE_PATTERN = r'(?:null|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?|"[ !#-\[\
 
 
 class _DuplicateKeyError(Exception):
-    """A key stands twice in one object."""
+    """A key is repeated in one object."""
 
 
 class _NonFiniteNumberError(Exception):
-    """A number that JSON does not know."""
+    """A number that JSON does not have: NaN or an infinity."""
 
 
 def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -159,15 +169,15 @@ def _reject_constant(name: str) -> Any:
 
 
 def parse_strict_json(text: bytes) -> Any:
-    """Parse JSON and refuse what parsers usually let pass.
+    """Parse JSON and refuse repeated keys and numbers that are not finite.
 
     Raises:
-        BundleError: Code ``key-twice``, ``non-finite`` or ``json``; the caller knows the place.
+        BundleError: Code ``key-twice``, ``non-finite`` or ``json``, without a place.
     """
     try:
         return json.loads(text, object_pairs_hook=_build_object, parse_constant=_reject_constant)
     except _DuplicateKeyError as exc:
-        raise BundleError(code="key-twice", words=f"the key {str(exc)[:60]!r} stands twice") from None
+        raise BundleError(code="key-twice", words=f"the key {str(exc)[:60]!r} is repeated") from None
     except _NonFiniteNumberError as exc:
         raise BundleError(code="non-finite", words=f"{exc} is not a finite number") from None
     except (ValueError, RecursionError) as exc:
@@ -177,18 +187,18 @@ def parse_strict_json(text: bytes) -> Any:
 def find_malformed_line(
     data: bytes, decoder: msgspec.json.Decoder[Any], keys: Sequence[str], *, file: str, member: str, hint: str
 ) -> BundleError | None:
-    """Find the first line that departs from the format.
+    """Find the first line that breaks the format.
 
     Args:
-        data: The member; every line ends with a newline.
-        decoder: The typed row.
-        keys: Every key of a row, in order.
-        file: What errors call the bundle.
-        member: What they call the member.
-        hint: What the fast decoder said; used when no single line can be blamed.
+        data: The content of the member; every line ends with a newline.
+        decoder: The decoder of one row.
+        keys: The keys of a row, in order.
+        file: Name of the bundle in errors.
+        member: Name of the member in errors.
+        hint: Error of the decoder for all lines; used if no single line is at fault.
 
     Returns:
-        The refusal; None if each line is well formed and only spells a number in its own way (``1e-5``), which is allowed.
+        The error; None if every line is well formed and only a number has another valid form (``1e-5``).
     """
     form = re.compile((r"\{" + ",".join(f'"{re.escape(key)}":{_VALUE_PATTERN}' for key in keys) + r"\}").encode())
     for number, line in enumerate(data[:-1].split(b"\n"), 1):
@@ -207,7 +217,7 @@ def find_malformed_line(
 
 
 def _classify_line_error(line: bytes, keys: Sequence[str], hint: str) -> tuple[str, str]:
-    """Say what is wrong with one line, in the order in which a reader would want to know."""
+    """Return the code and the text of the most basic error of one line."""
     try:
         value = parse_strict_json(line)
     except BundleError as exc:
@@ -216,7 +226,7 @@ def _classify_line_error(line: bytes, keys: Sequence[str], hint: str) -> tuple[s
         return "row-json", f"a line holds a {type(value).__name__}, not an object"
     for name in value:
         if name not in keys:
-            return "row-key-unknown", f"the key {name[:60]!r} is none of the manifest's fields"
+            return "row-key-unknown", f"the key {name[:60]!r} is not among the manifest's fields"
     for name in keys:
         if name not in value:
             return "row-key-missing", f"the key {name!r} is missing"
@@ -228,18 +238,18 @@ def _classify_line_error(line: bytes, keys: Sequence[str], hint: str) -> tuple[s
     if hint:
         return "row-type", hint[:160]
     if list(value) != list(keys):
-        return "row-key-order", "the keys stand in another order than the manifest's fields"
-    return "row-form", "not spelled as the format does: no spaces, plain numbers"
+        return "row-key-order", "the keys are not in the order of the manifest's fields"
+    return "row-form", "the line has spaces, or numbers in another form than that of the format"
 
 
 @dataclass(frozen=True, slots=True)
 class CheckIssue:
-    """One thing that a check has to say of an episode.
+    """A problem that a check found in an episode; `validate.checks` turns it into a finding.
 
     Attributes:
-        code: A key of `gates.GATES`, without a source.
-        words: What was found, and what was expected.
-        source: Whose rows it is about; None if it is about no single source.
+        code: A key of `validate.checks.CHECK_CODES`, without a source.
+        words: What was found and what was expected.
+        source: The source that it concerns, if any.
         place: The member; by default that of the source.
     """
 

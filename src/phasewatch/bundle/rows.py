@@ -1,4 +1,4 @@
-"""The rows of one source: values to JSON lines, and JSON lines back to columns, every departure refused by code and line."""
+"""Encode and decode the rows of one source: JSON lines on one side, columns on the other."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from phasewatch.channels import list_raw_fields
 from phasewatch.errors import BundleError
 from phasewatch.types import SourceKind
 
+__all__ = ["STAMP_FIELDS", "count_lines", "decode_rows", "encode_columns", "encode_rows"]
+
 STAMP_FIELDS = ("t_wall_ns", "t_mono_ns", "seq")
 
 _ENCODER = msgspec.json.Encoder()
@@ -28,16 +30,16 @@ _ENCODER = msgspec.json.Encoder()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _RowCodec:
-    """The typed row of one source's fields, made once."""
+    """The row type and decoder of some fields of a source."""
 
     row: type[msgspec.Struct]
     decoder: msgspec.json.Decoder[Any]
-    is_float: tuple[bool, ...]  # per field, stamps not among them
+    is_float: tuple[bool, ...]  # by field, without the stamps
 
 
 @lru_cache(maxsize=64)
 def _build_codec(source: SourceKind, fields: tuple[str, ...]) -> _RowCodec:
-    """Derive the typed row from RAW: stamps are whole numbers, every field may be null."""
+    """Return the codec of some fields: stamps are whole numbers, and every field may be null."""
     types = {spec.field: spec.type for spec in list_raw_fields(source)}
     columns: list[tuple[str, Any]] = [(name, int) for name in STAMP_FIELDS]
     columns += [(name, float | None if types[name] == "float" else int | None) for name in fields]
@@ -48,14 +50,15 @@ def _build_codec(source: SourceKind, fields: tuple[str, ...]) -> _RowCodec:
 
 
 def encode_rows(source: SourceKind, rows: Iterable[Sequence[int | float | None]]) -> bytes:
-    """Spell rows as JSON lines in the one form that the format knows: fixed key order, no spaces, newline after each.
+    """Return rows as JSON lines in the only form of the format: fixed order of keys, no spaces.
 
     Args:
-        source: Whose rows.
-        rows: Each ``(t_wall_ns, t_mono_ns, seq, *values)``, the values in the order of RAW; None where nothing was read.
+        source: The source.
+        rows: Tuples ``(t_wall_ns, t_mono_ns, seq, *values)``, the values in the order of the raw fields; None means no
+            reading.
 
     Raises:
-        ValueError: If a row has another number of values, or a value that JSON or int64 cannot hold.
+        ValueError: If a row has the wrong number of values, or a value that JSON or int64 cannot hold.
     """
     specs = list_raw_fields(source)
     codec = _build_codec(source, tuple(spec.field for spec in specs))
@@ -71,10 +74,10 @@ def encode_rows(source: SourceKind, rows: Iterable[Sequence[int | float | None]]
 
 
 def encode_columns(rows: SourceRows) -> bytes:
-    """Spell columns as JSON lines: what `decode_rows` reads back as the same columns.
+    """Return columns as JSON lines; `decode_rows` is the inverse.
 
     Raises:
-        ValueError: If the columns are not those of RAW, or a fraction is not finite.
+        ValueError: If the columns are not the raw fields of the source, or a value is not finite.
     """
     specs = list_raw_fields(rows.source)
     if rows.fields != tuple(spec.field for spec in specs):
@@ -93,7 +96,11 @@ def encode_columns(rows: SourceRows) -> bytes:
 
 
 def _convert_to_json_number(value: Any, to_float: bool) -> int | float | None:
-    """Turn a value into what JSON spells exactly: a 64-bit whole number, a finite fraction, or null."""
+    """Return a value that JSON holds exactly: a 64-bit whole number, a finite fraction, or None.
+
+    Raises:
+        ValueError: If it is neither.
+    """
     if value is None:
         return None
     if to_float:
@@ -110,13 +117,13 @@ def decode_rows(source: SourceKind, fields: Sequence[str], data: bytes, *, file:
     """Parse the lines of one source into columns.
 
     Args:
-        source: Whose rows; each raw field of it becomes a column, those that ``fields`` lacks with nothing present.
-        fields: The manifest's keys for it, after the stamps: raw fields in their order.
-        data: The member, as it stands in the bundle.
-        file: What errors call the bundle.
+        source: The source; each of its raw fields becomes a column, without any reading if ``fields`` lacks it.
+        fields: The raw fields in the manifest, in their order.
+        data: The content of the member.
+        file: Name of the bundle in errors.
 
     Raises:
-        BundleError: At the first line that departs from the format.
+        BundleError: At the first line that breaks the format.
     """
     member = f"{source}.jsonl"
     codec = _build_codec(source, tuple(fields))
@@ -128,14 +135,13 @@ def decode_rows(source: SourceKind, fields: Sequence[str], data: bytes, *, file:
             rows = codec.decoder.decode_lines(data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             hint = str(exc)
-    # msgspec keeps the last of two equal keys, takes keys in any order and skips blanks. Only a file in the one right
-    # form comes back from the encoder as it was, so this one comparison stands for all those checks, and for those of
-    # the text: lines in that form are short, plain and whole.
+    # msgspec keeps the last of equal keys, accepts keys in any order and skips blanks. Only a file in the right form
+    # is equal to its re-encoded rows, so this comparison replaces those checks, and those of the text.
     if hint or len(rows) != n or _ENCODER.encode_lines(rows) != data:
         count_lines(data, file=file, member=member, most=limits.MAX_SOURCE_ROWS, too_many="rows-many")
-        blame = find_malformed_line(data, codec.decoder, (*STAMP_FIELDS, *fields), file=file, member=member, hint=hint)
-        if blame is not None:
-            raise blame
+        error = find_malformed_line(data, codec.decoder, (*STAMP_FIELDS, *fields), file=file, member=member, hint=hint)
+        if error is not None:
+            raise error
     try:
         return _build_columns(source, tuple(fields), codec, rows)
     except OverflowError:
@@ -145,7 +151,18 @@ def decode_rows(source: SourceKind, fields: Sequence[str], data: bytes, *, file:
 
 
 def count_lines(data: bytes, *, file: str, member: str, most: int, too_many: str) -> int:
-    """Count the lines of a member, and refuse it if its text could cost more than the bounds allow, or isn't plain."""
+    """Return the number of lines of a member after checking its text.
+
+    Args:
+        data: The content of the member.
+        file: Name of the bundle in errors.
+        member: Name of the member in errors.
+        most: Maximum number of lines.
+        too_many: Code of the error for more lines.
+
+    Raises:
+        BundleError: If there are too many or too long lines, or the text is not plain ASCII lines.
+    """
 
     def refuse(code: str, words: str, line: int = 0) -> BundleError:
         return BundleError(code=code, words=words, file=file, member=member, line=line)
@@ -153,30 +170,27 @@ def count_lines(data: bytes, *, file: str, member: str, most: int, too_many: str
     if not data:
         return 0
     n = data.count(b"\n")
-    if n > most:  # before the array: of a member of newlines alone it is eight times as large as the member
+    if n > most:  # before the array below, which is eight times as large as a member of newlines
         raise refuse(too_many, f"{n:,} lines; at most {most:,} are allowed")
     ends = np.flatnonzero(np.frombuffer(data, np.uint8) == 10)
     lengths = np.diff(ends, prepend=-1)
     tail = len(data) - (int(ends[-1]) + 1 if len(ends) else 0)
     if max(int(lengths.max(initial=0)), tail) > limits.MAX_ROW_LINE_BYTES:
-        at = (
-            int(np.argmax(lengths > limits.MAX_ROW_LINE_BYTES)) + 1
-            if (lengths > limits.MAX_ROW_LINE_BYTES).any()
-            else len(ends) + 1
-        )
+        is_long = lengths > limits.MAX_ROW_LINE_BYTES
+        at = int(np.argmax(is_long)) + 1 if is_long.any() else len(ends) + 1
         raise refuse("line-size", f"a line is longer than {limits.MAX_ROW_LINE_BYTES:,} bytes", at)
     if not data.isascii() or b"\0" in data:
         at = next(i for i, line in enumerate(data.split(b"\n"), 1) if not line.isascii() or b"\0" in line)
         raise refuse("text-encoding", "a byte-order mark, a NUL or a byte that is not ASCII", at)
     if tail:
-        raise refuse("text-last-newline", "the last line has no newline; was the member cut?", len(ends) + 1)
+        raise refuse("text-last-newline", "the last line has no newline; the member may be truncated", len(ends) + 1)
     if (lengths == 1).any() or data.isspace():
         raise refuse("text-blank-line", "a blank line", int(np.argmax(lengths == 1)) + 1)
     return len(ends)
 
 
 class _ColumnValueError(Exception):
-    """A value that a column cannot take."""
+    """A value that a column cannot hold."""
 
     def __init__(self, code: str, words: str, line: int) -> None:
         self.code, self.words, self.line = code, words, line
@@ -184,7 +198,7 @@ class _ColumnValueError(Exception):
 
 
 def _build_columns(source: SourceKind, fields: tuple[str, ...], codec: _RowCodec, rows: list[Any]) -> SourceRows:
-    """Turn typed rows into arrays; the common case (whole numbers, no null) goes through one `fromiter`."""
+    """Convert typed rows to arrays; the common case (whole numbers, no null) uses one `fromiter`."""
     n, k = len(rows), len(STAMP_FIELDS) + len(fields)
     ints: NDArray[np.int64] | None = None
     array: NDArray[Any]
@@ -202,13 +216,11 @@ def _build_columns(source: SourceKind, fields: tuple[str, ...], codec: _RowCodec
     else:
         listed = list(zip(*map(astuple, rows), strict=True)) if n else [()] * k
         is_float = (False,) * len(STAMP_FIELDS) + codec.is_float
-        whole: list[Any] = []  # the columns of whole numbers, made at once: twice as fast as one by one
+        whole: list[Any] = []  # columns of whole numbers, converted together: twice as fast
         values = [np.empty(0)] * k
         for i, column in enumerate(listed):
             if is_float[i]:
-                array = np.array(
-                    column, np.float64
-                )  # a null becomes NaN, which JSON cannot spell; an infinity was blamed before
+                array = np.array(column, np.float64)  # null becomes NaN, which JSON does not have
                 unknown = np.isnan(array)
                 if unknown.any():
                     present[:, i - 3] = ~unknown
@@ -228,14 +240,19 @@ def _build_columns(source: SourceKind, fields: tuple[str, ...], codec: _RowCodec
             raise _ColumnValueError("row-stamp", f"{name} is negative", int(np.argmax(stamp < 0)) + 1)
     return _add_missing_fields(
         SourceRows(
-            source=source, fields=fields, t_wall_ns=stamps[0], t_mono_ns=stamps[1], seq=stamps[2],
-            columns=tuple(values), present=present,
+            source=source,
+            fields=fields,
+            t_wall_ns=stamps[0],
+            t_mono_ns=stamps[1],
+            seq=stamps[2],
+            columns=tuple(values),
+            present=present,
         )
-    )  # fmt: skip
+    )
 
 
 def _add_missing_fields(rows: SourceRows) -> SourceRows:
-    """Give every raw field its column, also those that an older recorder did not know: nothing present."""
+    """Add columns without readings for the raw fields that an older recorder did not have."""
     specs = list_raw_fields(rows.source)
     if len(rows.fields) == len(specs):
         return rows
@@ -250,13 +267,18 @@ def _add_missing_fields(rows: SourceRows) -> SourceRows:
             columns.append(rows.columns[i])
             present[:, j] = rows.present[:, i]
     return SourceRows(
-        source=rows.source, fields=tuple(spec.field for spec in specs), t_wall_ns=rows.t_wall_ns,
-        t_mono_ns=rows.t_mono_ns, seq=rows.seq, columns=tuple(columns), present=present,
-    )  # fmt: skip
+        source=rows.source,
+        fields=tuple(spec.field for spec in specs),
+        t_wall_ns=rows.t_wall_ns,
+        t_mono_ns=rows.t_mono_ns,
+        seq=rows.seq,
+        columns=tuple(columns),
+        present=present,
+    )
 
 
 def _build_overflow_error(rows: list[Any], *, file: str, member: str) -> BundleError:
-    """Find the whole number that no 64-bit integer holds; there is one, or numpy would not have seen an overflow."""
+    """Return the error for the first number beyond 64 bits; numpy has found that there is one."""
     line, name = next(
         (line, name)
         for line, row in enumerate(rows, 1)

@@ -19,7 +19,6 @@ from phasewatch.artifacts import PREDICTIONS_FILE
 from phasewatch.cli import common
 from phasewatch.cli.folders import BUNDLED_MODEL_FILE, check_run_folder, find_bundled_corpus
 from phasewatch.cli.options import Episodes, RunFolder, Speed, TokenFile
-from phasewatch.cli.streams import escape_for_terminal
 from phasewatch.dashboard.auth import TOKEN_VARIABLE, AccessControl, ensure_token, find_token_path, read_token
 from phasewatch.errors import RunError, UsageError
 from phasewatch.events import demo

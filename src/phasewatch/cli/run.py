@@ -10,8 +10,7 @@ from typing import Annotated
 import typer
 
 from phasewatch import atomic
-from phasewatch.artifacts import METRICS_FILE
-from phasewatch.artifacts import AUDIT_FILE
+from phasewatch.artifacts import AUDIT_FILE, METRICS_FILE
 from phasewatch.cli import common
 from phasewatch.cli.folders import check_run_folder, find_bundled_corpus
 from phasewatch.cli.options import (

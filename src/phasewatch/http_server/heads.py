@@ -1,8 +1,10 @@
-"""Refuse request heads that two programs could read in two ways, before a parser that forgives reads them."""
+"""Refuse ambiguous HTTP request heads before a tolerant parser reads them."""
 
 from __future__ import annotations
 
 import re
+
+__all__ = ["MAX_HEADER_LINES", "MAX_HEAD_BYTES", "find_head_fault"]
 
 MAX_HEAD_BYTES = 16 << 10
 MAX_HEADER_LINES = 100
@@ -17,13 +19,13 @@ _FRAMING_FIELDS = frozenset({b"content-length", b"transfer-encoding"})
 
 
 def find_head_fault(data: bytes) -> str | None:
-    """Return why a request head is refused, or None if it is sound or not yet complete.
+    """Return why a request head is refused; None if it is valid or not yet complete.
 
-    RFC 9112 lets a server repair some of these heads. Behind a proxy that repairs them in another way, the rest of such a
-    request is read as a request of its own (request smuggling), so none of them is repaired here.
+    RFC 9112 allows servers to repair some of these heads. Behind a proxy that repairs them differently, the rest of
+    such a request would be read as another request (request smuggling), so none is repaired.
 
     Args:
-        data: What was received since the last request, the head first.
+        data: The bytes since the last request, the head first.
     """
     end = _HEAD_END.search(data)
     head = data[: end.end()] if end else data

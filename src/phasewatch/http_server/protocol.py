@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 with strict heads and bounded patience; uvicorn itself bounds only the pause between two requests."""
+"""uvicorn's HTTP/1.1 with strict request heads and time limits; uvicorn itself limits only pauses between requests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _RESERVED_FILES = 64  # descriptors that a server needs beside its connections
 
 
 class StrictConnection(h11.Connection):
-    """h11's state machine, which forgives heads that `find_head_fault` does not."""
+    """h11's state machine, with the stricter `find_head_fault`."""
 
     fault = "this is not HTTP/1.1"
 
@@ -48,16 +48,16 @@ class StrictConnection(h11.Connection):
 
 
 class ConnectionMonitor:
-    """A table of connections with a clock, which cuts those whose time is up."""
+    """A table of connections with a clock; it disconnects those that exceed a time limit."""
 
     def __init__(self, limits: ConnectionLimits, *, clock_s: Callable[[], float] = time.monotonic) -> None:
-        """Begin without connections."""
+        """Start without connections."""
         self.table = ConnectionTable(limits)
         self.limits, self.clock_s = limits, clock_s
         self._timer: asyncio.TimerHandle | None = None
 
     def open(self, peer: Any, transport: asyncio.Transport, stage: ConnectionStage) -> ConnectionEntry | None:
-        """Enter a new connection, see `ConnectionTable.open`; it is looked at now and then from here on."""
+        """Add a new connection, see `ConnectionTable.open`, and check it from now on."""
         name = transport.get_extra_info("peername")
         address = str(name[0]) if isinstance(name, tuple) else ""
         entry = self.table.open(peer, address, stage, now_s=self.clock_s())
@@ -76,16 +76,16 @@ class ConnectionMonitor:
 
 
 class BoundedProtocol(H11Protocol):
-    """One connection that is cut when it says, takes or holds too little for too long."""
+    """One connection; it is disconnected when it exceeds a time limit."""
 
     def __init__(self, *args: Any, keeper: ConnectionMonitor, **options: Any) -> None:
         super().__init__(*args, **options)
         self.conn = StrictConnection(h11.SERVER, MAX_HEAD_BYTES)
         self.entry: ConnectionEntry | None = None
         self._monitor = keeper
-        self._is_draining = False  # answered for the last time: what still comes is thrown away
+        self._is_draining = False  # the last response was sent; further bytes are discarded
         self._drained = 0
-        self._early_data = bytearray()  # came with the end of a TLS handshake, before its connection was handed over
+        self._early_data = bytearray()  # received with the end of a TLS handshake, before `connection_made`
         loaded = self.app
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -95,12 +95,12 @@ class BoundedProtocol(H11Protocol):
         self.app = app
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Enter the table of connections, or close."""
+        """Add the connection to the table, or close it."""
         super().connection_made(transport)
         if self.entry is None:
             self.entry = self._monitor.open(self, transport, ConnectionStage.HEAD)
         else:
-            self.entry.peer = self  # its TLS handshake held the place until now
+            self.entry.peer = self  # its TLS handshake had the place until now
         if self.entry is None:
             self.abort()
         elif self._early_data:
@@ -108,12 +108,12 @@ class BoundedProtocol(H11Protocol):
             self.data_received(early)
 
     def set_owner(self, owner: str) -> None:
-        """Note that this client showed a valid token."""
+        """Record the owner of the valid token that was shown."""
         if self.entry is not None:
             self._monitor.table.set_owner(self.entry, owner)
 
     def abort(self) -> None:
-        """Cut the connection; nothing that waits to be sent is sent."""
+        """Close the connection at once; pending data is not sent."""
         self.transport.abort()
 
     def find_stage(self) -> ConnectionStage:
@@ -129,7 +129,7 @@ class BoundedProtocol(H11Protocol):
         return ConnectionStage.HEAD if self.cycle is None or self.conn.trailing_data[0] else ConnectionStage.IDLE
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, unless the client has had its last answer."""
+        """Parse received bytes, unless the last response was sent."""
         if self.transport is None:
             self._early_data += data
             return
@@ -143,11 +143,11 @@ class BoundedProtocol(H11Protocol):
         self._note_stage()
 
     def on_response_complete(self) -> None:
-        """Go on to the next request, or end where the connection is not to be used again."""
+        """Continue with the next request, or close a connection that must not be used again."""
         if self.entry is not None:
             self.entry.requests += 1
             is_spent = self._monitor.table.is_exhausted(self.entry, now_s=self._monitor.clock_s())
-            # Where a chunked body ends is a matter of opinion among HTTP servers; nothing that follows one is read.
+            # HTTP servers disagree on where a chunked body ends, so nothing after one is read.
             if is_spent or any(name == b"transfer-encoding" for name, _ in self.headers):
                 self._drain()
         self._drained = 0
@@ -155,29 +155,31 @@ class BoundedProtocol(H11Protocol):
         self._note_stage()
 
     def handle_events(self) -> None:
-        """Handle what was parsed, unless the client has had its last answer."""
+        """Handle parsed events, unless the last response was sent."""
         if not self._is_draining:
             super().handle_events()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is not HTTP, and end the connection."""
+        """Refuse a malformed request and close the connection."""
         connection = cast(StrictConnection, self.conn)
         body = (json.dumps({"status": 400, "detail": connection.fault}) + "\n").encode()
         headers = [
-            *self.server_state.default_headers, (b"content-type", b"application/problem+json"),
-            (b"content-length", b"%d" % len(body)), (b"connection", b"close"),
-        ]  # fmt: skip
+            *self.server_state.default_headers,
+            (b"content-type", b"application/problem+json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"connection", b"close"),
+        ]
         answer = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
         try:
             for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        except h11.LocalProtocolError:  # another answer is already on its way
+        except h11.LocalProtocolError:  # another response has begun
             self.abort()
             return
         self._drain()
 
     def _drain(self) -> None:
-        """End our side, and let the client finish: closed at once, it could lose the answer."""
+        """Close our side and let the client finish; an immediate close could lose the response."""
         self._is_draining = True
         self._drained = 0
         if self.transport.can_write_eof() and not self.transport.is_closing():
@@ -190,29 +192,29 @@ class BoundedProtocol(H11Protocol):
         """Close the transport."""
 
     def pause_writing(self) -> None:
-        """Note that the client takes nothing of its answer for now."""
+        """Record that the client does not read its response."""
         super().pause_writing()
         if self.entry is not None:
             self.entry.blocked_since_s = self._monitor.clock_s()
 
     def resume_writing(self) -> None:
-        """Note that the client went on."""
+        """Record that the client reads again."""
         super().resume_writing()
         if self.entry is not None:
             self.entry.blocked_since_s = None
 
     def shutdown(self) -> None:
-        """Begin an orderly end."""
+        """Start an orderly shutdown."""
         if self._is_draining:
             self.transport.close()
         else:
             super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Release the place."""
+        """Remove the connection from the table."""
         if self.entry is not None:
             self._monitor.table.close(self.entry)
-        if self.transport is not None:  # else its TLS handshake failed
+        if self.transport is not None:  # otherwise its TLS handshake failed
             super().connection_lost(exc)
 
     def _note_stage(self) -> None:
@@ -222,7 +224,7 @@ class BoundedProtocol(H11Protocol):
 
 
 class TlsHandshake(asyncio.Protocol):
-    """A connection in its TLS handshake. It has a place in the table: asyncio alone lets any number wait a minute each."""
+    """A connection in its TLS handshake, with a place in the table; asyncio does not limit their number."""
 
     def __init__(self, make: Callable[[], BoundedProtocol], keeper: ConnectionMonitor, context: ssl.SSLContext) -> None:
         self._make_protocol, self._monitor, self._context = make, keeper, context
@@ -231,7 +233,7 @@ class TlsHandshake(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Enter the table of connections, then begin the handshake."""
+        """Add the connection to the table, then start the handshake."""
         self._transport = cast(asyncio.Transport, transport)
         self._entry = self._monitor.open(self, self._transport, ConnectionStage.HANDSHAKE)
         if self._entry is None:
@@ -240,7 +242,7 @@ class TlsHandshake(asyncio.Protocol):
         self._task = asyncio.get_running_loop().create_task(self._handshake(self._transport, self._entry))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Release the place."""
+        """Remove the connection from the table."""
         if self._entry is not None:
             self._monitor.table.close(self._entry)
 
@@ -249,7 +251,7 @@ class TlsHandshake(asyncio.Protocol):
         return ConnectionStage.HANDSHAKE
 
     def abort(self) -> None:
-        """Cut the connection."""
+        """Close the connection at once."""
         if self._transport is not None:
             self._transport.abort()
 
@@ -259,10 +261,14 @@ class TlsHandshake(asyncio.Protocol):
         limits = self._monitor.limits
         try:
             secured = await asyncio.get_running_loop().start_tls(
-                transport, inner, self._context, server_side=True, ssl_handshake_timeout=limits.handshake_s,
+                transport,
+                inner,
+                self._context,
+                server_side=True,
+                ssl_handshake_timeout=limits.handshake_s,
                 ssl_shutdown_timeout=limits.drain_s,
-            )  # fmt: skip
-        except OSError:  # no TLS, none that is supported, too slow, or gone
+            )
+        except OSError:  # no TLS, no supported version, too slow, or closed
             secured = None
         if secured is None:
             self._monitor.table.close(held)
@@ -272,8 +278,8 @@ class TlsHandshake(asyncio.Protocol):
 
 
 def install_protocol(config: uvicorn.Config, keeper: ConnectionMonitor) -> None:
-    """Have a loaded uvicorn configuration serve each connection by `BoundedProtocol`."""
-    context, config.ssl = config.ssl, None  # the handshake is ours
+    """Make a loaded uvicorn configuration use `BoundedProtocol` for each connection."""
+    context, config.ssl = config.ssl, None  # the handshake is done by TlsHandshake
 
     def make(**options: Any) -> asyncio.Protocol:
         inner = partial(BoundedProtocol, keeper=keeper, **options)
@@ -283,7 +289,7 @@ def install_protocol(config: uvicorn.Config, keeper: ConnectionMonitor) -> None:
 
 
 def fit_to_file_limit(limits: ConnectionLimits) -> ConnectionLimits:
-    """Return the limits with no more connections than this process may have open files."""
+    """Return the limits with at most as many connections as the process may open files."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft - _RESERVED_FILES >= limits.connections:
         return limits

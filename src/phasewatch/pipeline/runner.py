@@ -25,6 +25,7 @@ from phasewatch import atomic
 from phasewatch._version import __version__
 from phasewatch.artifacts import (
     ACCOUNTING_FILE,
+    AUDIT_FILE,
     BINS_INDEX_PATH,
     BINS_PATHS,
     FEATURE_FILES,
@@ -33,7 +34,6 @@ from phasewatch.artifacts import (
     REPORT_FILE,
     VALIDATION_FILE,
 )
-from phasewatch.artifacts import AUDIT_FILE
 from phasewatch.dataset.split_files import RecipeResult, read_split_index
 from phasewatch.errors import RunError, SplitError, StoreError, UsageError
 from phasewatch.evaluation.evaluate import read_metrics

@@ -1,4 +1,4 @@
-"""A store in a folder: `<host_id>/<episode_id>.tar.zst`, beside each its receipt; written once, walked in one order."""
+"""A store in a folder: `<host_id>/<episode_id>.tar.zst`, each with a receipt beside it."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from phasewatch.types import EPISODE_ID_PATTERN, HOST_ID_PATTERN, EpisodeId, Hos
 
 @contextmanager
 def hold_path(path: Path) -> Iterator[None]:
-    """Hold a path alone on this machine; the hold ends with the process, however that ends.
+    """Hold an exclusive lock on a path on this machine; it ends with the process at the latest.
 
-    Held by an abstract socket address (Linux), which lies on no disk; elsewhere nothing is held.
+    The lock is an abstract socket address (Linux), so it survives an unmounted disk; elsewhere there is no lock.
 
     Raises:
-        BusyError: If another process (or another block of this one) holds the path.
+        BusyError: If another process or another block of this process holds the path.
     """
     if sys.platform != "linux":
         yield
         return
     with ExitStack() as stack:
-        for each in sorted({path.absolute(), path.resolve()}):  # a link may be turned to another disk
+        for each in sorted({path.absolute(), path.resolve()}):  # a link may be redirected
             holder = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
             try:
                 holder.bind(_socket_name(each))
@@ -47,7 +47,7 @@ def hold_path(path: Path) -> Iterator[None]:
 
 
 def _socket_name(path: Path) -> bytes:
-    """Name a path: containers that share a network have roots of their own, and the same path there is another place."""
+    """Return the socket address of a path; it includes the root, because containers can share a network."""
     root = Path("/").stat()
     return b"\0phasewatch/" + sha256(f"{root.st_dev}:{root.st_ino}:".encode() + os.fsencode(path)).hexdigest().encode()
 
@@ -57,28 +57,28 @@ RECEIPT_SUFFIX = ".sha256"
 STATUS_SUFFIX = ".status.json"
 MALFORMED_RECEIPT = "malformed"
 UNREADABLE_RECEIPT = "unreadable"
-INVALID_RECEIPTS = frozenset({None, MALFORMED_RECEIPT, UNREADABLE_RECEIPT})  # receipts that vouch for nothing
-SENT_FOLDER, REFUSED_FOLDER = "sent", "refused"  # where a shipper moves the bundles of an outbox
-FILE_SYSTEM_FOLDERS = frozenset({"lost+found", "System Volume Information", "$RECYCLE.BIN"})  # no folder of any host
-INCOMING_FOLDER = ".incoming"  # where a receiver's unfinished bundles lie, so that a restart knows whose they were
+INVALID_RECEIPTS = frozenset({None, MALFORMED_RECEIPT, UNREADABLE_RECEIPT})  # without a digest
+SENT_FOLDER, REFUSED_FOLDER = "sent", "refused"  # folders of an outbox for shipped bundles
+FILE_SYSTEM_FOLDERS = frozenset({"lost+found", "System Volume Information", "$RECYCLE.BIN"})  # not folders of hosts
+INCOMING_FOLDER = ".incoming"  # folder of a receiver's unfinished bundles, which a restart removes
 
 _RECEIPT_LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\n/]+)\n?")
 MAX_RECEIPT_BYTES = 1024
-MAX_STATUS_BYTES = 64 << 10  # of admission's word on a bundle, at most
+MAX_STATUS_BYTES = 64 << 10  # of the receiver's verdict on a bundle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreItem:
-    """One thing that lies where a bundle should be.
+    """A file or object that lies where a bundle should be.
 
     Attributes:
-        path: Relative to the store, with forward slashes.
-        host_id, episode_id: What the place says; None where folder or file name is not of the format.
-        bytes: Its size; 0 if a receipt stands alone.
-        mtime_ns: When it was last written, Unix ns.
-        receipt: The digest that its receipt vouches for, None without one, ``malformed`` if it is none, ``unreadable`` if
-            it could not be got at: that says nothing of the bundle.
-        is_missing: A receipt stands here, and its bundle is gone.
+        path: Path in the store, with forward slashes.
+        host_id, episode_id: From the path; None if they are malformed.
+        bytes: Its size; 0 if there is only a receipt.
+        mtime_ns: Time of the last write, Unix ns.
+        receipt: SHA-256 in its receipt; None without one, ``malformed`` if it has none, ``unreadable`` if the receipt
+            could not be read, which says nothing about the bundle.
+        is_missing: There is a receipt, but no bundle.
     """
 
     path: str
@@ -94,24 +94,25 @@ class DiskStore:
     """A store in a folder of this machine."""
 
     def __init__(self, path: Path | str, *, durable: bool = True) -> None:
-        """Name the store; nothing is touched yet.
+        """Remember the folder, without accessing it.
 
         Args:
             path: The store's folder.
-            durable: Wait for the medium at each `put`; the simulator does not, what it makes can be made again.
+            durable: Wait for the medium at each `put`; the simulator does not, because its episodes can be repeated.
         """
         self.path = Path(path)
         self._durable = durable
-        self._synced_folders: set[Path] = set()  # folders of hosts whose names the disk has
+        self._synced_folders: set[Path] = set()  # folders of hosts whose names are on the disk
         self._lock_identity: tuple[int, int] | None = None  # device and inode of the lock that a receiver holds
 
     def put(self, host_id: str, episode_id: str, data: bytes) -> Path:
         """Store a bundle, then its receipt.
 
-        Putting the same bytes again completes what a crash left half done.
+        Storing the same bytes again completes what a crash interrupted.
 
         Raises:
-            StoreError: If the ids are malformed; a TakenError, if other bytes already stand under them.
+            StoreError: If the ids are malformed.
+            IdConflictError: If the store holds other bytes under them.
         """
         incoming = self._begin_bundle(host_id, episode_id, folder=None)
         try:
@@ -122,10 +123,11 @@ class DiskStore:
         return incoming.target
 
     def receive(self, host_id: str, episode_id: str) -> _LocalIncoming:
-        """Begin a bundle in the receiver's own folder; see `Store`.
+        """Begin to write a bundle in the receiver's folder; see `BundleStore`.
 
         Raises:
-            StoreError: If the ids are malformed; a LostStoreError, if the store is not in its place.
+            StoreError: If the ids are malformed.
+            StoreReplacedError: If the store is not in its place.
         """
         self.check_location()
         return self._begin_bundle(host_id, episode_id, folder=self.path / INCOMING_FOLDER)
@@ -135,16 +137,16 @@ class DiskStore:
         if not target.parent.is_dir():
             make_folder(target.parent)
         elif self._durable and target.parent not in self._synced_folders:
-            atomic.sync_folder(self.path)  # whoever made it may have died, or failed, before the disk had its name
+            atomic.sync_folder(self.path)  # its creator may have died before its name was on the disk
         self._synced_folders.add(target.parent)
         return _LocalIncoming(target, durable=self._durable, folder=folder)
 
     @contextmanager
     def receiving(self) -> Iterator[None]:
-        """Hold the store for one receiver, and remove what an earlier one left half done.
+        """Lock the store for one receiver, and remove the unfinished bundles of an earlier one.
 
         Raises:
-            BusyError: If another receiver holds it.
+            BusyError: If another receiver holds the lock.
         """
         with hold_path(self.path), atomic.lock(self.path / INCOMING_FOLDER):
             atomic.sweep_temporaries(self.path / INCOMING_FOLDER)
@@ -155,51 +157,51 @@ class DiskStore:
                 self._lock_identity = None
 
     def check_location(self) -> None:
-        """Check that the store is still the one that `receiving` holds; see `Store`.
+        """Check that the store is still the one that `receiving` holds; see `BundleStore`.
 
-        The lock is open as long as it is held, so no other file has its inode meanwhile.
+        The lock file is open while it is held, so no other file has its inode.
 
         Raises:
-            LostStoreError: If it is gone, or another folder stands in its place.
+            StoreReplacedError: If it is gone, or another folder is in its place.
         """
         if self._lock_identity is not None and self._find_lock() != self._lock_identity:
             raise StoreReplacedError(
-                f"{self.path}: not the folder that this receiver opened; mount its disk again, or start the receiver anew"
+                f"{self.path}: not the folder that this receiver opened; mount its disk again, or restart the receiver"
             )
 
     def _find_lock(self) -> tuple[int, int] | None:
         try:
-            found = atomic.lock_path(self.path / INCOMING_FOLDER).stat()
+            status = atomic.lock_path(self.path / INCOMING_FOLDER).stat()
         except OSError:
             return None
-        return found.st_dev, found.st_ino
+        return status.st_dev, status.st_ino
 
     def remove_leftovers(self, *, older_than_s: float) -> int:
-        """Remove unfinished writes of that age, wherever they lie; their writers are dead, or hang for good."""
-        swept = 0
+        """Remove unfinished files of that age in all folders, and return their number."""
+        removed = 0
         for folder in (self.path, self.path / INCOMING_FOLDER, *self._list_host_folders()):
-            with suppress(OSError):  # one folder that cannot be read or written leaves the others to be tidied
-                swept += atomic.sweep_temporaries(folder, older_than_s=older_than_s)
-        return swept
+            with suppress(OSError):  # continue with the other folders
+                removed += atomic.sweep_temporaries(folder, older_than_s=older_than_s)
+        return removed
 
     def find(self, host_id: str, episode_id: str) -> StoreItem | None:
-        """Give what stands under an id; None if neither bundle nor receipt does."""
+        """Return the bundle or receipt with an id; None if there is neither."""
         target = self.path / host_id / f"{episode_id}{BUNDLE_SUFFIX}"
         item = self.describe_item(target)
         return item if item.receipt is not None or target.exists() else None
 
     def write_status(self, host_id: str, episode_id: str, text: bytes) -> None:
-        """Write what admission said of a bundle beside it."""
+        """Write the receiver's verdict on a bundle beside it."""
         self.check_location()
         target = self._build_path(host_id, episode_id).with_name(f"{episode_id}{STATUS_SUFFIX}")
         _write_in_folder(target, text, durable=self._durable, folder=self.path / INCOMING_FOLDER)
 
     def has_status(self, host_id: str, episode_id: str) -> bool:
-        """Whether admission's word on a bundle stands beside it."""
+        """Whether the receiver's verdict on a bundle is stored."""
         return (self.path / host_id / f"{episode_id}{STATUS_SUFFIX}").is_file()
 
     def read_status(self, host_id: str, episode_id: str) -> bytes | None:
-        """Read admission's word on a bundle; None if there is none, or it cannot be read."""
+        """Read the receiver's verdict on a bundle; None if there is no readable one."""
         try:
             with (self.path / host_id / f"{episode_id}{STATUS_SUFFIX}").open("rb") as file:
                 return file.read(MAX_STATUS_BYTES)
@@ -207,34 +209,34 @@ class DiskStore:
             return None
 
     def free_bytes(self) -> int:
-        """Give the room on the store's disk that is free to this user, in bytes."""
+        """Return the space on the store's disk that is free to this user, in bytes."""
         return shutil.disk_usage(self.path).free
 
     def free_files(self) -> FreeFiles | None:
-        """Return how many more files the store's disk can hold; None where its file system sets no bound."""
-        found = os.statvfs(self.path)
-        return FreeFiles(free=found.f_favail, total=found.f_files) if found.f_files else None
+        """Return how many more files the store's disk can hold; None if its file system has no limit."""
+        status = os.statvfs(self.path)
+        return FreeFiles(free=status.f_favail, total=status.f_files) if status.f_files else None
 
     def list_arrivals(self, host_id: str) -> list[tuple[float, int]]:
-        """Give when (Unix seconds) each bundle of a host came, and its size in bytes."""
-        found = []
+        """Return arrival time (Unix seconds) and size (bytes) of each bundle of a host."""
+        arrivals = []
         with suppress(FileNotFoundError), os.scandir(self.path / host_id) as entries:
             for entry in entries:
                 if entry.name.endswith(BUNDLE_SUFFIX):
-                    seen = entry.stat(follow_symlinks=False)
-                    found.append((seen.st_mtime, seen.st_size))
-        return found
+                    status = entry.stat(follow_symlinks=False)
+                    arrivals.append((status.st_mtime, status.st_size))
+        return arrivals
 
     def _build_path(self, host_id: str, episode_id: str) -> Path:
         check_ids(host_id, episode_id, store=str(self.path))
         return self.path / host_id / f"{episode_id}{BUNDLE_SUFFIX}"
 
     def walk(self) -> Iterator[StoreItem]:
-        """Give everything that lies where a bundle should be, by folder, then by file name.
+        """Yield everything that lies where a bundle should be, by folder, then by file name.
 
-        Files of a wrong name are given too, so that the caller can count them; so are receipts whose bundle is gone,
-        and a folder that cannot be read: it is one item, which fails when it is read. Receipts themselves, hidden files,
-        unfinished writes (see `temporaries`) and what belongs to the file system are not.
+        This includes files with wrong names, so that the caller can count them, receipts whose bundle is gone, and
+        unreadable folders (one item, which fails when it is read). It excludes other receipts, hidden files, unfinished
+        files (see `list_temporaries`) and folders of the file system.
 
         Raises:
             StoreError: If there is no such folder.
@@ -242,7 +244,7 @@ class DiskStore:
         for entry in self._list_entries():
             try:
                 names = _list_names(entry.path) if entry.is_dir() else None
-            except OSError:  # another user's folder, a link to itself: counted, and the walk goes on
+            except OSError:  # such as another user's folder, or a link to itself
                 yield _describe_item(entry.name, Path(entry.path), host=entry.name, has_receipt=False)
                 continue
             if names is None:
@@ -258,36 +260,36 @@ class DiskStore:
                 )
 
     def describe_item(self, path: Path) -> StoreItem:
-        """Give one thing ``<store>/<folder>/<name>`` as `walk` would, without looking at the rest of the store."""
+        """Return the item of ``<store>/<folder>/<name>`` as `walk` does, without listing the store."""
         has_receipt = path.with_name(path.name + RECEIPT_SUFFIX).exists()
         return _describe_item(f"{path.parent.name}/{path.name}", path, host=path.parent.name, has_receipt=has_receipt)
 
     def list_temporaries(self) -> tuple[str, ...]:
-        """Give the unfinished writes that lie in the store's folders, so that they can be reported.
+        """Return the unfinished files in the store's folders.
 
         Raises:
             StoreError: If there is no such folder.
         """
-        found: list[str] = []
+        names: list[str] = []
         for folder in (*self._list_host_folders(), self.path / INCOMING_FOLDER):
-            with suppress(OSError):  # what cannot be read is an item of `walk`
-                found += [f"{folder.name}/{name}" for name in sorted(_list_names(folder)) if is_temporary(name)]
-        return tuple(found)
+            with suppress(OSError):  # `walk` yields unreadable folders
+                names += [f"{folder.name}/{name}" for name in sorted(_list_names(folder)) if is_temporary(name)]
+        return tuple(names)
 
     def _list_host_folders(self) -> list[Path]:
-        """Return the folders that hosts may have, readable or not."""
-        found = []
+        """Return the folders of hosts, readable or not."""
+        folders = []
         for entry in self._list_entries():
             with suppress(OSError):
                 if entry.is_dir():
-                    found.append(Path(entry.path))
-        return found
+                    folders.append(Path(entry.path))
+        return folders
 
     def read(self, item: StoreItem) -> bytes:
-        """Read one bundle, never more than a bundle may hold.
+        """Read one bundle, at most as many bytes as a bundle may have.
 
         Raises:
-            BundleError: If it is gone, no plain file, too large or cannot be read.
+            BundleError: If it is gone, not a regular file, too large or unreadable.
         """
 
         def refuse(code: str, words: str) -> BundleError:
@@ -304,7 +306,7 @@ class DiskStore:
                     raise refuse("compressed-size", words)
                 return file.read(limits.MAX_COMPRESSED_BYTES + 1)
         except FileNotFoundError:
-            raise refuse("bundle-missing", "the bundle is gone" if item.is_missing else "it is not there") from None
+            raise refuse("bundle-missing", "the bundle is gone" if item.is_missing else "it does not exist") from None
         except OSError as exc:
             raise refuse("bundle-unreadable", exc.strerror or str(exc)) from None
 
@@ -314,14 +316,14 @@ class DiskStore:
                 shown = (e for e in entries if not e.name.startswith(".") and e.name not in FILE_SYSTEM_FOLDERS)
                 return sorted(shown, key=lambda e: e.name)
         except (FileNotFoundError, NotADirectoryError):
-            words = "there is no such folder; make one with `phasewatch simulate --out` or `phasewatch record`"
-            raise StoreError(f"{self.path}: {words}, or check the path") from None
+            remedy = "make one with `phasewatch simulate --out` or `phasewatch record`, or check the path"
+            raise StoreError(f"{self.path}: there is no such folder; {remedy}") from None
         except OSError as exc:
             raise StoreError(f"{self.path}: {exc.strerror}; the store must be readable") from exc
 
 
 class _LocalIncoming:
-    """A bundle on its way into a folder; see `phasewatch.store.base.IncomingBundle`."""
+    """A bundle that is being written to a folder; see `phasewatch.store.base.IncomingBundle`."""
 
     def __init__(self, target: Path, *, durable: bool, folder: Path | None) -> None:
         self.target = target
@@ -329,26 +331,26 @@ class _LocalIncoming:
         self._file = atomic.AtomicFile(target, folder=folder)
 
     def write(self, data: bytes) -> None:
-        """Take the next bytes."""
+        """Append bytes."""
         self._file.file.write(data)
 
     def content(self) -> bytes:
-        """Give all bytes written so far."""
+        """Return all bytes written so far."""
         return self._file.content()
 
     def publish(self, digest: str) -> bool:
-        """Put the bundle, then its receipt; give whether it is new."""
+        """Store the bundle, then its receipt; return whether the bundle is new."""
         try:
             self._file.publish(durable=self._durable, new=True)
             is_new = True
         except FileExistsError:
             if _file_sha256(self.target) != digest:
                 raise IdConflictError(
-                    f"{self.target}: other bytes already stand under this id; bundles are written once"
+                    f"{self.target}: the store holds other bytes under this id; bundles are never replaced"
                 ) from None
             is_new = False
             if self._durable:
-                atomic.sync_file(self.target)  # whoever wrote it may have died before the disk had it
+                atomic.sync_file(self.target)  # its writer may have died before it was on the disk
         receipt = self.target.with_name(self.target.name + RECEIPT_SUFFIX)
         line = render_receipt(digest, self.target.name)
         if is_new or _read_receipt(self.target) != digest:
@@ -358,7 +360,7 @@ class _LocalIncoming:
         return is_new
 
     def drop(self) -> None:
-        """Forget what was not published."""
+        """Remove what was not published."""
         self._file.drop()
 
 
@@ -378,17 +380,17 @@ def _list_names(folder: Path | str) -> set[str]:
 
 
 def check_ids(host_id: str, episode_id: str, *, store: str) -> None:
-    """Refuse ids that are not of the format, and so could lead elsewhere.
+    """Raise if an id is malformed; it could otherwise lead to another path.
 
     Raises:
-        StoreError: If one is not.
+        StoreError: If it is.
     """
     if not HOST_ID_PATTERN.fullmatch(host_id) or not EPISODE_ID_PATTERN.fullmatch(episode_id):
-        raise StoreError(f"{store}: {host_id!r}/{episode_id!r} is no host_id/episode_id of a bundle")
+        raise StoreError(f"{store}: {host_id!r}/{episode_id!r} is not a valid host_id/episode_id")
 
 
 def list_bundle_names(names: Set[str]) -> list[str]:
-    """Give, in order, the names in a host's folder that stand for a bundle: not its receipt, status or hidden files."""
+    """Return the sorted bundle names in a host's folder, without receipts, verdicts and hidden files."""
     shown = {name for name in names if not name.startswith(".")}
     bundles = {name for name in shown if not name.endswith(RECEIPT_SUFFIX) and not _is_status(name)}
     alone = {name.removesuffix(RECEIPT_SUFFIX) for name in shown if name.endswith(BUNDLE_SUFFIX + RECEIPT_SUFFIX)}
@@ -400,31 +402,31 @@ def _is_status(name: str) -> bool:
 
 
 def render_receipt(digest: str, name: str) -> bytes:
-    """Spell a receipt as `sha256sum` does, so that ``sha256sum -c`` checks it."""
+    """Return a receipt in the format of `sha256sum`, so that ``sha256sum -c`` can check it."""
     return f"{digest}  {name}\n".encode()
 
 
 def _describe_item(relative: str, path: Path, *, host: str | None, has_receipt: bool) -> StoreItem:
-    """Describe one thing in the store; what cannot even be looked at is described as empty and fails when read."""
+    """Return the item of a path; one without access has size 0 and fails when it is read."""
     stem = path.name.removesuffix(BUNDLE_SUFFIX)
     is_named = path.name.endswith(BUNDLE_SUFFIX) and EPISODE_ID_PATTERN.fullmatch(stem) is not None
     try:
-        found, is_missing = path.stat(), False
+        status, is_missing = path.stat(), False
     except OSError:
-        found, is_missing = None, has_receipt
+        status, is_missing = None, has_receipt
     return StoreItem(
         path=relative,
         host_id=HostId(host) if host is not None and HOST_ID_PATTERN.fullmatch(host) else None,
         episode_id=EpisodeId(stem) if is_named else None,
-        bytes=found.st_size if found else 0,
-        mtime_ns=found.st_mtime_ns if found else 0,
+        bytes=status.st_size if status else 0,
+        mtime_ns=status.st_mtime_ns if status else 0,
         receipt=_read_receipt(path) if has_receipt else None,
         is_missing=is_missing,
     )
 
 
 def _read_receipt(path: Path) -> str:
-    """Read the digest that a receipt vouches for."""
+    """Read the digest in a receipt; see `StoreItem.receipt`."""
     try:
         with atomic.open_regular(path.with_name(path.name + RECEIPT_SUFFIX)) as file:
             return parse_receipt(file.read(MAX_RECEIPT_BYTES), path.name)
@@ -433,6 +435,6 @@ def _read_receipt(path: Path) -> str:
 
 
 def parse_receipt(text: bytes, name: str) -> str:
-    """Give the digest that a receipt vouches for; ``malformed`` if it is none, or another file's."""
+    """Return the digest in a receipt; ``malformed`` if it has none, or names another file."""
     line = _RECEIPT_LINE.fullmatch(text.decode("ascii", "replace"))
     return line[1] if line and line[2] == name else MALFORMED_RECEIPT

@@ -1,4 +1,4 @@
-"""How much may come in: what is promised to uploads under way, each host's quota, and the floor of free space and files."""
+"""Limits of a receiver: reservations of running uploads, quotas of hosts, and minimum free space and files."""
 
 from __future__ import annotations
 
@@ -9,12 +9,21 @@ from dataclasses import dataclass
 
 from phasewatch.bundle import limits
 
-QUOTA_PERIOD_S = 86_400.0
-MIN_CHARGE_BYTES = 8 << 10  # what the least bundle takes of a disk: its own block, and its receipt's
-MAX_FILES_PER_UPLOAD = 4  # that an upload makes at most: bundle, receipt, word on it, the folder of its host
+__all__ = [
+    "MIN_CHARGE_BYTES",
+    "QUOTA_PERIOD_S",
+    "FreeFiles",
+    "QuotaRefusal",
+    "ReceiverLimits",
+    "UploadQuota",
+]
 
-_QUOTA_SLOTS = 1440  # a quota is remembered in so many pieces, whatever the number of bundles
-_REFUSED_BURST, _REFUSED_S = 64.0, 10.0  # bundles of one host that are read and refused: at once, and one each so often
+QUOTA_PERIOD_S = 86_400.0
+MIN_CHARGE_BYTES = 8 << 10  # disk space of the smallest bundle: its block and that of its receipt
+MAX_FILES_PER_UPLOAD = 4  # bundle, receipt, verdict, and the folder of the host
+
+_QUOTA_SLOTS = 1440  # time slots of a quota, whatever the number of bundles
+_REFUSED_BURST, _REFUSED_S = 64.0, 10.0  # refused bundles per host: at once, then one per interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,19 +36,20 @@ class FreeFiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReceiverLimits:
-    """What a receiver takes.
+    """The limits of a receiver.
 
     Attributes:
-        max_bundle_bytes: Of one bundle.
-        min_bundle_bytes: Of one bundle; nothing shorter is a frame.
-        quota_bytes: New bytes of one host within `quota_s`, each bundle at least `MIN_CHARGE_BYTES`; 0 sets no bound.
-        quota_bundles: New bundles of one host within `quota_s`; 0 sets no bound.
-        min_free_bytes: Free space that uploads never use up.
-        min_free_files: Free files (inodes) that uploads never use up; on a small disk a twentieth of all, if that is less.
-        in_flight, in_flight_per_host: Uploads at a time.
-        read_timeout_s: How long a body may say nothing.
-        min_bytes_per_s: A body slower than this on the whole is cut.
-        grace_s: What every body has on top of that, and a stopping receiver gives to what is under way.
+        max_bundle_bytes: Maximum size of a bundle.
+        min_bundle_bytes: Minimum size of a bundle.
+        quota_bytes: New bytes per host within `quota_s`, at least `MIN_CHARGE_BYTES` per bundle; 0 means no limit.
+        quota_bundles: New bundles per host within `quota_s`; 0 means no limit.
+        quota_s: Period of the quotas.
+        min_free_bytes: Free space that uploads leave.
+        min_free_files: Free files (inodes) that uploads leave; at most a twentieth of all files of the disk.
+        in_flight, in_flight_per_host: Maximum number of parallel uploads.
+        read_timeout_s: Maximum pause within a body.
+        min_bytes_per_s: Minimum mean rate of a body.
+        grace_s: Additional time of every body, and time for running uploads when the receiver stops.
     """
 
     max_bundle_bytes: int = limits.MAX_COMPRESSED_BYTES
@@ -56,22 +66,22 @@ class ReceiverLimits:
     grace_s: float = 30.0
 
     def compute_deadline_s(self, size: int) -> float:
-        """Give how long a body of a size may take in all."""
+        """Return the maximum duration of a body of a size in bytes."""
         return self.grace_s + size / self.min_bytes_per_s
 
     def has_room(self, free_bytes: int | None, files: FreeFiles | None) -> bool:
-        """Whether a disk is above both floors; None stands for what nobody can tell."""
+        """Whether a disk has the minimum of free space and files; None means unknown."""
         has_bytes = free_bytes is None or free_bytes >= self.min_free_bytes
         return has_bytes and (files is None or files.free >= self.compute_min_free_files(files))
 
     def compute_min_free_files(self, files: FreeFiles) -> int:
-        """Return how many files of a disk stay free."""
+        """Return the minimum number of free files on a disk."""
         return min(self.min_free_files, files.total // 20)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuotaRefusal:
-    """Why an upload cannot begin: the status to answer with, the words, and when to ask again."""
+    """Why an upload cannot begin: HTTP status, reason, and time until the next attempt."""
 
     status: int
     words: str
@@ -80,7 +90,7 @@ class QuotaRefusal:
 
 @dataclass(slots=True)
 class _QuotaSlot:
-    """What came within one piece of a quota's time."""
+    """Bundles and bytes of one time slot of a quota."""
 
     began_s: float
     last_s: float
@@ -89,29 +99,31 @@ class _QuotaSlot:
 
 
 class UploadQuota:
-    """The reservations of one receiver; each `reserve` that went well is followed by one `release`."""
+    """The reservations of one receiver; every successful `reserve` is followed by one `release`."""
 
     def __init__(self, bounds: ReceiverLimits) -> None:
-        """Begin with nothing reserved."""
+        """Start without reservations."""
         self._bounds = bounds
         self._reserved: Counter[str] = Counter()
         self._uploads: Counter[str] = Counter()
         self._recent: dict[str, deque[_QuotaSlot]] = {}
-        self._refused: dict[str, tuple[float, float]] = {}  # what is left of a host's refusals, and as of when
+        self._refused: dict[str, tuple[float, float]] = {}  # remaining refusals of a host, and the time of that count
 
     @property
     def in_flight(self) -> int:
-        """How many uploads are under way."""
+        """Number of running uploads."""
         return self._uploads.total()
 
     def needs_history(self, host_id: str) -> bool:
-        """Whether a host's quota needs what it sent before this process began."""
+        """Whether a host's quota needs the bundles that it sent before this process started."""
         return bool(self._bounds.quota_bytes or self._bounds.quota_bundles) and host_id not in self._recent
 
     def load_history(self, host_id: str, held: Iterable[tuple[float, int]]) -> None:
-        """Take in when (Unix seconds) each bundle of a host came, and its size: so a quota outlives the process.
+        """Load the earlier bundles of a host, so that its quota survives a restart; later calls do nothing.
 
-        Once: of two uploads that looked at the same time, the later one may not know what the other stored since.
+        Args:
+            host_id: The host.
+            held: Arrival time (Unix seconds) and size (bytes) of each bundle.
         """
         if host_id not in self._recent:
             self._recent[host_id] = deque()
@@ -128,34 +140,37 @@ class UploadQuota:
         files: FreeFiles | None = None,
         is_known: bool = False,
     ) -> QuotaRefusal | None:
-        """Reserve room for an upload, before its body; say why not where there is none.
+        """Reserve space for an upload before its body is read.
 
         Args:
-            host_id: Whose quota pays.
-            size: The body's, in bytes.
+            host_id: The host whose quota is charged.
+            size: Size of the body in bytes.
             now_s: Unix seconds.
-            free_bytes: On the store's disk; None if nobody can tell.
-            files: The same of files.
-            is_known: The store has these very bytes under this id: they come again, and cost no quota.
+            free_bytes: Free space of the store's disk; None if unknown.
+            files: Free files of the store's disk; None if unknown.
+            is_known: The store holds the same bytes under this id, so they cost no quota.
+
+        Returns:
+            The reason against the upload; None if the space is reserved.
         """
         bounds, charge = self._bounds, _compute_charge(size)
         if self.in_flight >= bounds.in_flight:
-            return QuotaRefusal(status=503, words=f"{bounds.in_flight} uploads are under way", retry_after_s=2)
+            return QuotaRefusal(status=503, words=f"{bounds.in_flight} uploads are running", retry_after_s=2)
         if self._uploads[host_id] >= bounds.in_flight_per_host:
-            words = f"{bounds.in_flight_per_host} uploads of this host are under way"
+            words = f"{bounds.in_flight_per_host} uploads of this host are running"
             return QuotaRefusal(status=429, words=words, retry_after_s=2)
         refusal = None if is_known else self._over_quota(host_id, charge, now_s)
         refusal = refusal or self._over_refusals(host_id, now_s)
         if refusal:
             return refusal
         if free_bytes is not None and free_bytes - self._reserved.total() - charge < bounds.min_free_bytes:
-            words = f"no room: {free_bytes:,} bytes are free, {bounds.min_free_bytes:,} stay so"
+            words = f"no room: {free_bytes:,} bytes are free, {bounds.min_free_bytes:,} must stay free"
             return QuotaRefusal(status=507, words=words, retry_after_s=60)
-        if files is not None and files.free - (
-            self.in_flight + 1
-        ) * MAX_FILES_PER_UPLOAD < bounds.compute_min_free_files(files):
-            words = f"no room: {files.free:,} more files (inodes) are free, {bounds.compute_min_free_files(files):,} stay so"
-            return QuotaRefusal(status=507, words=words, retry_after_s=60)
+        if files is not None:
+            least, planned = bounds.compute_min_free_files(files), (self.in_flight + 1) * MAX_FILES_PER_UPLOAD
+            if files.free - planned < least:
+                words = f"no room: {files.free:,} files (inodes) are free, {least:,} must stay free"
+                return QuotaRefusal(status=507, words=words, retry_after_s=60)
         self._uploads[host_id] += 1
         self._reserved[host_id] += charge
         return None
@@ -164,11 +179,11 @@ class UploadQuota:
         """End an upload.
 
         Args:
-            host_id: As in `take`.
-            size: As in `take`.
-            stored_s: When its bundle was stored as a new one, None if it was not.
-            refused_s: When its bundle was read whole and refused for what it is: that is charged as if it were stored,
-                for it cost as much work; None if it was not.
+            host_id: As in `reserve`.
+            size: As in `reserve`.
+            stored_s: When the bundle was stored as a new one; None if it was not.
+            refused_s: When the bundle was read completely and refused for its content; None if it was not. It is
+                charged like a stored one, because it cost as much work.
         """
         self._uploads[host_id] -= 1
         self._reserved[host_id] -= _compute_charge(size)
@@ -212,10 +227,10 @@ class UploadQuota:
         left = self._refusals_left(host_id, now_s) - self._uploads[host_id] * (host_id in self._refused)
         if left >= 1:
             return None
-        words = f"too many bundles of this host were refused; one more is looked at every {_REFUSED_S:g} s"
+        words = f"too many bundles of this host were refused; one more is accepted every {_REFUSED_S:g} s"
         return QuotaRefusal(status=429, words=words, retry_after_s=max(1, math.ceil((1 - left) * _REFUSED_S)))
 
 
 def _compute_charge(size: int) -> int:
-    """Return the bytes that a bundle of a size costs its host's quota."""
+    """Return the charge of a bundle of a size to its host's quota, in bytes."""
     return max(size, MIN_CHARGE_BYTES)

@@ -1,4 +1,4 @@
-"""A store in an object store (`s3://bucket/prefix`): the same keys as a folder's paths, each put only if absent."""
+"""A store in a bucket (`s3://bucket/prefix`): the keys are the paths of a folder, and each is put only if absent."""
 
 from __future__ import annotations
 
@@ -38,34 +38,34 @@ if TYPE_CHECKING:
     from obstore import ObjectMeta
     from obstore.store import ClientConfig, RetryConfig
 
-_PARALLEL_RECEIPTS = 16  # receipts are fetched side by side: one after the other, a store of thousands takes minutes
+_PARALLEL_RECEIPTS = 16  # parallel requests; one at a time, a store of thousands takes minutes
 _RETRIES: RetryConfig = {"max_retries": 4}
-# obstore cannot be told to ignore the environment's proxies (ADR 0051); a proxy of our own takes their place, and every
-# host is excluded from it: `*` covers names, the networks cover addresses.
+# obstore cannot ignore the proxies of the environment (ADR 0051). This proxy replaces them, and every host is excluded
+# from it: `*` covers names, the networks cover addresses.
 _NO_PROXY: ClientConfig = {"proxy_url": "http://127.0.0.1:9", "proxy_excludes": "*,0.0.0.0/0,::/0"}
 
 
 class ObjectStore:
     """A store in a bucket; credentials, region and endpoint come from the usual ``AWS_…`` variables.
 
-    A put of one key is whole or not there, and durable when it is answered, so there are no temporaries.
+    A put is atomic and durable once it is acknowledged, so there are no temporary files.
     """
 
     def __init__(self, uri: str) -> None:
-        """Name the store; nothing is asked yet.
+        """Remember the URI, without accessing the bucket.
 
         Args:
             uri: ``s3://bucket/prefix``.
 
         Raises:
-            StoreError: If the URI has no bucket.
+            StoreError: If the URI names no bucket.
         """
         self.uri = uri.rstrip("/")
         if not urlsplit(self.uri).netloc:
-            raise StoreError(f"{uri}: no bucket is named; write s3://bucket/prefix")
+            raise StoreError(f"{uri}: the URI names no bucket; write s3://bucket/prefix")
 
     def __reduce__(self) -> tuple[object, ...]:
-        return ObjectStore, (self.uri,)  # a worker makes a client of its own
+        return ObjectStore, (self.uri,)  # a worker process creates its own client
 
     @cached_property
     def _client(self) -> Any:
@@ -77,10 +77,11 @@ class ObjectStore:
             return S3Store.from_url(self.uri, client_options=options, retry_config=_RETRIES)
 
     def put(self, host_id: str, episode_id: str, data: bytes) -> str:
-        """Store a bundle, then its receipt; give its key.
+        """Store a bundle, then its receipt; return its key.
 
         Raises:
-            StoreError: If the ids are malformed; a TakenError, if other bytes already stand under them.
+            StoreError: If the ids are malformed.
+            IdConflictError: If the store holds other bytes under them.
         """
         incoming = self.receive(host_id, episode_id)
         incoming.write(data)
@@ -88,20 +89,20 @@ class ObjectStore:
         return incoming.key
 
     def receive(self, host_id: str, episode_id: str) -> _ObjectIncoming:
-        """Begin a bundle; it is held in memory until it is published, at most `limits.COMPRESSED_BYTES`."""
+        """Begin to write a bundle; it is held in memory, at most `limits.MAX_COMPRESSED_BYTES`, until published."""
         check_ids(host_id, episode_id, store=self.uri)
         return _ObjectIncoming(self, f"{host_id}/{episode_id}{BUNDLE_SUFFIX}")
 
     def receiving(self) -> AbstractContextManager[None]:
-        """Need no lock: a key is put whole, and only if it is absent."""
+        """Do nothing: no lock is needed, because a put is atomic and only creates absent keys."""
         return nullcontext()
 
     def remove_leftovers(self, *, older_than_s: float) -> int:
-        """Find nothing: what was not published was never there."""
+        """Return 0: there are no unfinished objects."""
         return 0
 
     def walk(self) -> Iterator[StoreItem]:
-        """Give everything that lies where a bundle should be, by folder, then by name, as `DiskStore.walk` does.
+        """Yield everything that lies where a bundle should be, as `DiskStore.walk` does.
 
         Raises:
             StoreError: If the bucket cannot be listed.
@@ -110,7 +111,7 @@ class ObjectStore:
             yield from threads.map(lambda each: self._describe_item(*each), self._list_bundle_keys())
 
     def _list_bundle_keys(self) -> Iterator[tuple[str, ObjectMeta | None, bool]]:
-        """Give, in a folder's order, each key where a bundle should be: what is listed of it, whether a receipt is."""
+        """Yield each key where a bundle should be, its metadata if it exists, and whether it has a receipt."""
         tree: dict[str, dict[str, ObjectMeta | None]] = defaultdict(dict)
         for meta in self._list(""):
             top, _, rest = meta["path"].partition("/")
@@ -125,21 +126,21 @@ class ObjectStore:
                 yield f"{top}/{name}", names.get(name), name + RECEIPT_SUFFIX in names
 
     def find(self, host_id: str, episode_id: str) -> StoreItem | None:
-        """Give what stands under an id; None if neither bundle nor receipt does."""
+        """Return the bundle or receipt with an id; None if there is neither."""
         key = f"{host_id}/{episode_id}{BUNDLE_SUFFIX}"
         meta, receipt = self._head(key), self._head(key + RECEIPT_SUFFIX)
         return self._describe_item(key, meta, receipt is not None) if meta or receipt else None
 
     def read(self, item: StoreItem) -> bytes:
-        """Read one bundle, never more than a bundle may hold.
+        """Read one bundle, at most as many bytes as a bundle may have.
 
         Raises:
-            BundleError: If it is gone, too large or cannot be read.
+            BundleError: If it is gone, too large or unreadable.
         """
         try:
             return self._get(item.path, limits.MAX_COMPRESSED_BYTES)
         except FileNotFoundError:
-            words = "the bundle is gone" if item.is_missing else "it is not there"
+            words = "the bundle is gone" if item.is_missing else "it does not exist"
             raise BundleError(code="bundle-missing", words=words, file=item.path) from None
         except _ObjectTooLargeError as large:
             words = f"{large.size:,} bytes; at most {limits.MAX_COMPRESSED_BYTES:,} are allowed"
@@ -148,34 +149,34 @@ class ObjectStore:
             raise BundleError(code="bundle-unreadable", words=str(error), file=item.path) from None
 
     def write_status(self, host_id: str, episode_id: str, text: bytes) -> None:
-        """Write what admission said of a bundle beside it."""
+        """Write the receiver's verdict on a bundle beside it."""
         check_ids(host_id, episode_id, store=self.uri)
         self.put_key(f"{host_id}/{episode_id}{STATUS_SUFFIX}", text)
 
     def has_status(self, host_id: str, episode_id: str) -> bool:
-        """Whether admission's word on a bundle stands beside it."""
+        """Whether the receiver's verdict on a bundle is stored."""
         return self._head(f"{host_id}/{episode_id}{STATUS_SUFFIX}") is not None
 
     def read_status(self, host_id: str, episode_id: str) -> bytes | None:
-        """Read admission's word on a bundle; None if there is none, or it cannot be read."""
+        """Read the receiver's verdict on a bundle; None if there is no readable one."""
         try:
             return self._get(f"{host_id}/{episode_id}{STATUS_SUFFIX}", MAX_STATUS_BYTES)
         except (FileNotFoundError, StoreError, _ObjectTooLargeError):
             return None
 
     def free_bytes(self) -> None:
-        """Say that nobody can say: a bucket has no size."""
+        """Return None: buckets have no free-space limit."""
         return
 
     def free_files(self) -> None:
-        """Return None: a bucket holds any number of objects."""
+        """Return None: buckets have no limit of objects."""
         return
 
     def check_location(self) -> None:
-        """Do nothing: a bucket's name always leads to the same bucket."""
+        """Do nothing: a bucket's name always refers to the same bucket."""
 
     def list_arrivals(self, host_id: str) -> list[tuple[float, int]]:
-        """Give when (Unix seconds) each bundle of a host came, and its size in bytes."""
+        """Return arrival time (Unix seconds) and size (bytes) of each bundle of a host."""
         return [
             (meta["last_modified"].timestamp(), meta["size"])
             for meta in self._list(host_id)
@@ -183,7 +184,7 @@ class ObjectStore:
         ]
 
     def put_key(self, key: str, data: bytes, *, new: bool = False) -> bool:
-        """Put one object whole; with ``new`` only if it is absent. Give whether it was put."""
+        """Put one object, with ``new`` only if it is absent; return whether it was put."""
         import obstore
 
         with self._convert_errors():
@@ -196,7 +197,7 @@ class ObjectStore:
         return True
 
     def put_file(self, key: str, path: Path) -> None:
-        """Put a file of any size, in pieces; it appears whole."""
+        """Put a file of any size; the object appears complete."""
         import obstore
 
         with self._convert_errors():
@@ -206,15 +207,15 @@ class ObjectStore:
                 raise StoreError(f"{self.uri}: there is no such bucket; make it, or check the name") from exc
 
     def remove_key(self, key: str) -> None:
-        """Remove an object; one that is not there is as good as removed."""
+        """Remove an object if it exists."""
         import obstore
 
-        if self._head(key) is not None:  # who may not delete can still put where nothing stands
+        if self._head(key) is not None:  # without the permission to delete, new keys can still be put
             with self._convert_errors():
                 obstore.delete(self._client, key)
 
     def get_receipt(self, key: str) -> str | None:
-        """Give the digest that a key's receipt vouches for, None without one; see `StoreItem` for what is no digest."""
+        """Return the digest in a key's receipt, None without one; see `StoreItem.receipt`."""
         try:
             return parse_receipt(self._get(key + RECEIPT_SUFFIX, MAX_RECEIPT_BYTES), key.rpartition("/")[2])
         except FileNotFoundError:
@@ -225,17 +226,17 @@ class ObjectStore:
             return UNREADABLE_RECEIPT
 
     def get(self, key: str) -> bytes:
-        """Read one object of a bundle's size."""
+        """Read one object of at most the size of a bundle."""
         return self._get(key, limits.MAX_COMPRESSED_BYTES)
 
     def _get(self, key: str, limit: int) -> bytes:
         import obstore
 
         with self._convert_errors():
-            answer = obstore.get(self._client, key)
-            if answer.meta["size"] > limit:
-                raise _ObjectTooLargeError(answer.meta["size"])
-            return bytes(answer.bytes())
+            result = obstore.get(self._client, key)
+            if result.meta["size"] > limit:
+                raise _ObjectTooLargeError(result.meta["size"])
+            return bytes(result.bytes())
 
     def _head(self, key: str) -> ObjectMeta | None:
         import obstore
@@ -253,12 +254,12 @@ class ObjectStore:
             try:
                 listed = [meta for page in obstore.list(self._client, prefix or None) for meta in page]
             except obstore.exceptions.InvalidPathError:
-                # One key such as `a//b` or `./c`, which consoles and sync tools leave, ends the whole listing.
+                # A key such as `a//b` or `./c`, which consoles and sync tools create, fails the whole listing.
                 listed = self._list_all_keys(prefix)
         yield from listed
 
     def _list_all_keys(self, prefix: str) -> list[ObjectMeta]:
-        """List all keys, also those that are no path, by pyarrow's client."""
+        """List all keys with pyarrow's client, which accepts keys that are not paths."""
         from pyarrow.fs import FileSelector, FileType, S3FileSystem
 
         endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL", ""))
@@ -276,12 +277,15 @@ class ObjectStore:
         found = files.get_file_info(FileSelector(below, recursive=True, allow_not_found=True))
         return [
             {
-                "path": info.path.removeprefix(base).removeprefix("/"), "size": info.size, "last_modified": info.mtime,
-                "e_tag": None, "version": None,
+                "path": info.path.removeprefix(base).removeprefix("/"),
+                "size": info.size,
+                "last_modified": info.mtime,
+                "e_tag": None,
+                "version": None,
             }
             for info in sorted(found, key=lambda each: each.path)
             if info.type == FileType.File
-        ]  # fmt: skip
+        ]
 
     def _describe_item(self, key: str, meta: ObjectMeta | None, has_receipt: bool) -> StoreItem:
         host, _, name = key.rpartition("/")
@@ -299,7 +303,7 @@ class ObjectStore:
 
     @contextmanager
     def _convert_errors(self) -> Iterator[None]:
-        """Turn the library's errors into one clear line; what is not there stays a FileNotFoundError."""
+        """Convert the library's errors to StoreError; a missing object stays a FileNotFoundError."""
         import obstore
 
         try:
@@ -314,7 +318,7 @@ class ObjectStore:
 
 
 class _ObjectTooLargeError(Exception):
-    """An object is larger than what it stands for may be."""
+    """An object is larger than allowed."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -322,31 +326,31 @@ class _ObjectTooLargeError(Exception):
 
 
 class _ObjectIncoming:
-    """A bundle on its way into a bucket; see `phasewatch.store.base.IncomingBundle`."""
+    """A bundle that is being written to a bucket; see `phasewatch.store.base.IncomingBundle`."""
 
     def __init__(self, store: ObjectStore, key: str) -> None:
         self.key = key
         self._store, self._buffer = store, bytearray()
 
     def write(self, data: bytes) -> None:
-        """Take the next bytes."""
+        """Append bytes."""
         self._buffer += data
 
     def content(self) -> bytes:
-        """Give all bytes written so far."""
+        """Return all bytes written so far."""
         return bytes(self._buffer)
 
     def publish(self, digest: str) -> bool:
-        """Put the bundle, then its receipt; give whether it is new."""
+        """Store the bundle, then its receipt; return whether the bundle is new."""
         is_new = self._store.put_key(self.key, bytes(self._buffer), new=True)
         if not is_new and sha256(self._store.get(self.key)).hexdigest() != digest:
             raise IdConflictError(
-                f"{self._store.uri}/{self.key}: other bytes already stand under this id; bundles are written once"
+                f"{self._store.uri}/{self.key}: the store holds other bytes under this id; bundles are never replaced"
             )
         if is_new or self._store.get_receipt(self.key) != digest:
             self._store.put_key(self.key + RECEIPT_SUFFIX, render_receipt(digest, self.key.rpartition("/")[2]))
         return is_new
 
     def drop(self) -> None:
-        """Forget it."""
+        """Discard what was not published."""
         self._buffer.clear()

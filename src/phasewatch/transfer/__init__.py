@@ -1,1 +1,1 @@
-"""transfer."""
+"""Transfer: upload bundles over HTTP, receive them, and validate them on arrival."""

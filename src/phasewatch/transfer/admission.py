@@ -1,4 +1,4 @@
-"""Who looks at what arrives: a function handed in judges bundles a few at a time, beside the receiver's own work."""
+"""Validate bundles on arrival, a few at a time, beside the work of the receiver."""
 
 from __future__ import annotations
 
@@ -24,14 +24,23 @@ from phasewatch.validate.verdict import (
     validate_bundle,
 )
 
-_MAX_HELD_BUNDLES = 8  # bundles held in memory for judging
+__all__ = [
+    "AdmissionQueue",
+    "AdmissionVerdict",
+    "ArrivalValidator",
+    "BundleArrival",
+    "CheckArrivals",
+    "validate_arrivals",
+]
+
+_MAX_HELD_BUNDLES = 8  # in memory at a time
 _MAX_HELD_BUNDLES_PER_HOST = 4
-_MAX_BATCHES = 2  # batches at a time
+_MAX_BATCHES = 2  # parallel batches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleArrival:
-    """A bundle that came, and what its sender says it is."""
+    """A bundle that arrived, with the ids and the SHA-256 that its sender claims."""
 
     host_id: str
     episode_id: str
@@ -41,13 +50,13 @@ class BundleArrival:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdmissionVerdict:
-    """What is said of a bundle on its arrival.
+    """The verdict on a bundle on its arrival.
 
     Attributes:
         status: ``accepted``, ``degraded``, ``rejected`` or ``errored``.
-        reasons: Codes, worst first.
-        detail: The worst one's place and words.
-        telemetry_sha256: Of all its rows without their stamps, so that a copy is known; empty if it could not be read.
+        reasons: Codes of the findings, worst first.
+        detail: Place and text of the worst finding.
+        telemetry_sha256: Digest of the readings without stamps, to find copies; empty if the bundle is unreadable.
     """
 
     status: str
@@ -56,44 +65,49 @@ class AdmissionVerdict:
     telemetry_sha256: str = ""
 
     def render(self, *, digest: str) -> bytes:
-        """Spell it as the file that stands beside the bundle."""
-        said = {"status": self.status, "reasons": list(self.reasons), "detail": self.detail, "sha256": digest}
+        """Return the content of the status file that is stored beside the bundle.
+
+        Args:
+            digest: SHA-256 of the bundle, in hex.
+        """
+        content = {"status": self.status, "reasons": list(self.reasons), "detail": self.detail, "sha256": digest}
         if self.telemetry_sha256:
-            said["telemetry_sha256"] = self.telemetry_sha256
-        return (json.dumps(said, indent=1, sort_keys=True) + "\n").encode()
+            content["telemetry_sha256"] = self.telemetry_sha256
+        return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
-CheckArrivals = Callable[
-    [Sequence[BundleArrival]], Iterable[AdmissionVerdict]
-]  # in the arrivals' order; what hangs or dies is its to name
+# Yields the verdicts in the order of the arrivals, also on bundles whose validation hangs or dies.
+CheckArrivals = Callable[[Sequence[BundleArrival]], Iterable[AdmissionVerdict]]
 
 
 class AdmissionQueue:
-    """Collects what waits to be judged, so that one start of the judge serves all of a host that came meanwhile.
+    """Collects bundles that wait for validation, and validates those of one host in batches.
 
-    Hosts take turns: a host has at most half of the places and one batch at a time, so that its bundles, however slow to
-    judge, hold up nobody else's.
+    A host has at most half of the places and one batch at a time, so that its slow bundles do not delay other hosts.
     """
 
     def __init__(self, judge: CheckArrivals) -> None:
         self._check_arrivals = judge
-        self._waiting: dict[
-            str, list[tuple[BundleArrival, asyncio.Future[AdmissionVerdict]]]
-        ] = {}  # by host, who waits longest first
+        # By host, the host that waits longest first.
+        self._waiting: dict[str, list[tuple[BundleArrival, asyncio.Future[AdmissionVerdict]]]] = {}
         self._places = asyncio.Semaphore(_MAX_HELD_BUNDLES)
-        self._host_places: dict[str, tuple[asyncio.Semaphore, int]] = {}  # and how many hold or wait for one
+        self._host_places: dict[str, tuple[asyncio.Semaphore, int]] = {}  # and the number of its users
         self._working: dict[str, asyncio.Task[None]] = {}
 
     @property
     def waiting(self) -> int:
-        """How many bundles wait for a judge to be free."""
+        """Number of bundles that wait for validation."""
         return sum(map(len, self._waiting.values()))
 
     async def check_bundle(self, host_id: str, arrive: Callable[[], BundleArrival]) -> AdmissionVerdict:
-        """Judge one bundle of a host; it is read when its turn has come.
+        """Validate one bundle of a host.
+
+        Args:
+            host_id: The host.
+            arrive: Reads the bundle; called when it is the bundle's turn.
 
         Raises:
-            Exception: What the judge raised.
+            Exception: The error of the validation.
         """
         async with self._host_place(host_id), self._places:
             arrival = await asyncio.to_thread(arrive)
@@ -117,7 +131,7 @@ class AdmissionQueue:
                 del self._host_places[host_id]
 
     def _start_batches(self) -> None:
-        """Begin batches while judges are free."""
+        """Start batches while there are free places."""
         for host_id in [each for each in self._waiting if each not in self._working]:
             if len(self._working) >= _MAX_BATCHES:
                 return
@@ -132,14 +146,14 @@ class AdmissionQueue:
             self._start_batches()
 
     async def _check_batch(self, batch: Sequence[tuple[BundleArrival, asyncio.Future[AdmissionVerdict]]]) -> None:
-        """Judge a batch; whoever went away meanwhile is passed over, and the others get their answers."""
+        """Validate a batch and set the results of the uploads that still wait."""
         loop = asyncio.get_running_loop()
         answers = [answer for _, answer in batch]
 
         def work() -> None:
-            judgements = self._check_arrivals([arrival for arrival, _ in batch])
-            for answer, judgement in zip(answers, judgements, strict=True):
-                loop.call_soon_threadsafe(_set_result, answer, judgement)
+            verdicts = self._check_arrivals([arrival for arrival, _ in batch])
+            for answer, verdict in zip(answers, verdicts, strict=True):
+                loop.call_soon_threadsafe(_set_result, answer, verdict)
 
         try:
             await asyncio.to_thread(work)
@@ -149,34 +163,34 @@ class AdmissionQueue:
                     answer.set_exception(exc)
 
 
-def _set_result(answer: asyncio.Future[AdmissionVerdict], judgement: AdmissionVerdict) -> None:
+def _set_result(answer: asyncio.Future[AdmissionVerdict], verdict: AdmissionVerdict) -> None:
     if not answer.done():  # its upload may have been cancelled
-        answer.set_result(judgement)
+        answer.set_result(verdict)
 
 
 class ArrivalValidator:
-    """Judges bundles in their order, as a sweep would, and refuses telemetry that another one brought before.
+    """Validates bundles in their order and rejects telemetry that arrived before with another bundle.
 
-    What came before is known from the words that stand beside the bundles of the store, and from this process's own. A
-    bundle that came before admission was turned on is not known; the next sweep finds its copies.
+    Earlier telemetry is known from the status files in the store and from this process. Bundles stored without
+    validation are not known; the validation of the store finds their copies.
     """
 
     def __init__(self, store: BundleStore) -> None:
-        """Set up; the store is read when the first bundle comes."""
+        """Remember the store; its status files are read when the first bundle arrives."""
         self._store = store
-        self._reading = threading.Lock()  # batches of two hosts are judged side by side
-        self._first_owner: dict[str, str] | None = None  # telemetry → host/episode that brought it first
+        self._reading = threading.Lock()  # batches of two hosts run in parallel
+        self._first_owner: dict[str, str] | None = None  # by telemetry digest: host/episode of the first bundle
 
     def __call__(self, arrivals: Sequence[BundleArrival]) -> Iterator[AdmissionVerdict]:
-        """Judge some bundles; see `store.admission.Judge`."""
+        """Yield the verdicts on some bundles; see `CheckArrivals`."""
         first = self._load_first_owners()
-        for arrival, judgement in zip(arrivals, validate_arrivals(arrivals), strict=True):
+        for arrival, verdict in zip(arrivals, validate_arrivals(arrivals), strict=True):
             name = f"{arrival.host_id}/{arrival.episode_id}"
-            if judgement.status not in USABLE_STATUSES or not judgement.telemetry_sha256:
-                yield judgement
+            if verdict.status not in USABLE_STATUSES or not verdict.telemetry_sha256:
+                yield verdict
                 continue
-            owner = first.setdefault(judgement.telemetry_sha256, name)
-            yield judgement if owner == name else _reject_duplicate(judgement, name, owner)
+            owner = first.setdefault(verdict.telemetry_sha256, name)
+            yield verdict if owner == name else _reject_duplicate(verdict, name, owner)
 
     def _load_first_owners(self) -> dict[str, str]:
         with self._reading:
@@ -191,14 +205,15 @@ class ArrivalValidator:
             if text is None:
                 continue
             with suppress(ValueError, KeyError, TypeError):
-                said = json.loads(text)
-                if said["status"] in USABLE_STATUSES and said["sha256"] == item.receipt and said["telemetry_sha256"]:
-                    first.setdefault(str(said["telemetry_sha256"]), f"{item.host_id}/{item.episode_id}")
+                status = json.loads(text)
+                digest = status["telemetry_sha256"]
+                if status["status"] in USABLE_STATUSES and status["sha256"] == item.receipt and digest:
+                    first.setdefault(str(digest), f"{item.host_id}/{item.episode_id}")
         return first
 
 
 def validate_arrivals(arrivals: Sequence[BundleArrival]) -> Iterator[AdmissionVerdict]:
-    """Judge bundles in their order, as a sweep would, each by itself; `ArrivalValidator` also finds copies."""
+    """Yield the verdicts on bundles in their order, each by itself; `ArrivalValidator` also finds copies."""
     workers = min(2, len(arrivals))
     for arrival, result in zip(
         arrivals, map_ordered(_validate_arrival, arrivals, workers=workers, timeout_s=BUNDLE_TIMEOUT_S), strict=True
@@ -206,33 +221,37 @@ def validate_arrivals(arrivals: Sequence[BundleArrival]) -> Iterator[AdmissionVe
         if result.value is not None:
             yield result.value
         else:
-            yield _build_judgement(
+            yield _build_admission_verdict(
                 build_unreadable_verdict(_build_location(arrival), "worker-lost", result.error or "", len(arrival.data))
             )
 
 
 def _validate_arrival(arrival: BundleArrival) -> AdmissionVerdict:
-    """Judge one bundle; runs in a worker."""
-    return _build_judgement(validate_bundle(arrival.data, _build_location(arrival)).verdict)
+    """Validate one bundle; runs in a worker process."""
+    return _build_admission_verdict(validate_bundle(arrival.data, _build_location(arrival)).verdict)
 
 
-def _build_judgement(verdict: BundleVerdict) -> AdmissionVerdict:
+def _build_admission_verdict(verdict: BundleVerdict) -> AdmissionVerdict:
     return AdmissionVerdict(
-        status=str(verdict.status), reasons=verdict.reasons, detail=verdict.detail,
+        status=str(verdict.status),
+        reasons=verdict.reasons,
+        detail=verdict.detail,
         telemetry_sha256=verdict.telemetry_sha256,
-    )  # fmt: skip
+    )
 
 
-def _reject_duplicate(judgement: AdmissionVerdict, name: str, owner: str) -> AdmissionVerdict:
-    """Reject the newcomer. Its labels are not held against the owner's: the sweep does that, which has both."""
+def _reject_duplicate(verdict: AdmissionVerdict, name: str, owner: str) -> AdmissionVerdict:
+    """Return the rejection of a later bundle; only the validation of the store compares the labels of both."""
     is_foreign = name.partition("/")[0] != owner.partition("/")[0]
     codes = (CONTESTED_CODE, DUPLICATE_CODE) if is_foreign else (DUPLICATE_CODE,)
     words = f"{name}{BUNDLE_SUFFIX}: the same telemetry as {owner}" + (", under another host" if is_foreign else "")
-    reasons = (*codes, *(code for code in judgement.reasons if code not in codes))
+    reasons = (*codes, *(code for code in verdict.reasons if code not in codes))
     return AdmissionVerdict(
-        status=str(BundleStatus.REJECTED), reasons=reasons, detail=f"{words}; that one came before",
-        telemetry_sha256=judgement.telemetry_sha256,
-    )  # fmt: skip
+        status=str(BundleStatus.REJECTED),
+        reasons=reasons,
+        detail=f"{words}; that one came before",
+        telemetry_sha256=verdict.telemetry_sha256,
+    )
 
 
 def _build_location(arrival: BundleArrival) -> BundleLocation:

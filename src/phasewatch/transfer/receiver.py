@@ -1,4 +1,4 @@
-"""The receiver's answers: a bundle is acknowledged when it, its receipt and their folder are on the disk, never before."""
+"""Receive bundles over HTTP; one is acknowledged only when it and its receipt are on the disk."""
 
 from __future__ import annotations
 
@@ -34,13 +34,16 @@ from phasewatch.types import EPISODE_ID_PATTERN, HOST_ID_PATTERN
 
 
 class BufferedUpload:
-    """Begins an `IncomingBundle` when there is something to write; most bundles need one step on the disk, not four."""
+    """Buffers an upload, and opens an `IncomingBundle` only when the buffer is full or published.
+
+    Most bundles fit in the buffer, and need one disk operation instead of four.
+    """
 
     def __init__(self, begin: Callable[[], IncomingBundle]) -> None:
-        """Hold nothing yet.
+        """Start with an empty buffer.
 
         Args:
-            begin: Opens the unfinished file.
+            begin: Opens the unfinished bundle.
         """
         self.buffer = bytearray()
         self._begin = begin
@@ -48,11 +51,11 @@ class BufferedUpload:
 
     @property
     def is_begun(self) -> bool:
-        """Whether there is an unfinished file to be dropped."""
+        """Whether there is an unfinished bundle to drop."""
         return self._incoming is not None
 
     def flush(self) -> IncomingBundle:
-        """Write what is held."""
+        """Write the buffer to the unfinished bundle, and return that."""
         if self._incoming is None:
             self._incoming = self._begin()
         self._incoming.write(bytes(self.buffer))
@@ -60,18 +63,18 @@ class BufferedUpload:
         return self._incoming
 
     def content(self) -> bytes:
-        """Give all bytes taken so far."""
+        """Return all bytes of the upload so far."""
         return bytes(self.buffer) if self._incoming is None else self.flush().content()
 
     def publish(self, digest: str) -> bool:
-        """Publish the bundle with its receipt, see `IncomingBundle.publish`; then there is nothing left to drop."""
+        """Publish the bundle with its receipt; see `IncomingBundle.publish`."""
         is_new = self.flush().publish(digest)
         if is_new:
             self._incoming = None
         return is_new
 
     def drop(self) -> None:
-        """Remove the unfinished file."""
+        """Remove the unfinished bundle, if any."""
         if self._incoming is not None:
             self._incoming.drop()
             self._incoming = None
@@ -81,32 +84,33 @@ _SHA256_FIELD = re.compile(r"\s*sha-256=:([A-Za-z0-9+/]{43}=):\s*(?:;.*)?")
 
 
 def render_content_digest(digest: str) -> str:
-    """Spell a sha256, given in hex."""
+    """Return the Content-Digest header (RFC 9530) of a SHA-256 in hex."""
     return f"sha-256=:{base64.b64encode(bytes.fromhex(digest)).decode()}:"
 
 
 def parse_content_digest(fields: Sequence[str]) -> str | None:
-    """Give the one sha256 of the header's fields, in hex; None if there is none or several. Other algorithms are passed over."""
-    found = [match[1] for field in ",".join(fields).split(",") if (match := _SHA256_FIELD.fullmatch(field))]
-    return base64.b64decode(found[0]).hex() if len(found) == 1 else None
+    """Return the SHA-256 in Content-Digest headers, in hex; None without exactly one."""
+    digests = [match[1] for field in ",".join(fields).split(",") if (match := _SHA256_FIELD.fullmatch(field))]
+    return base64.b64decode(digests[0]).hex() if len(digests) == 1 else None
 
 
 EPISODE_ROUTE = "/v1/episodes/{host_id}/{episode_id}"
-# The stored bundle's digest, spelled as in Content-Digest: the answer to a HEAD has no body to carry it.
+# Digest of the stored bundle, in the form of Content-Digest, for responses to HEAD, which have no body.
 RECEIPT_HEADER = "Phasewatch-Receipt"
 CLEANUP_INTERVAL_S = 600.0
-LEFTOVER_AGE_S = 86_400.0  # an unfinished write of that age has no living writer
-CLIENT_CLOSED_STATUS = 499  # the client went away; only the log sees it
+LEFTOVER_AGE_S = 86_400.0  # older unfinished files have no running writer
+CLIENT_CLOSED_STATUS = 499  # the client closed the connection; only logged
 
+_CONFLICT = "the store holds other bytes under this id"
 _PIECE_BYTES = 256 << 10
 _THREADS = 16  # fsync waits for the disk, not for a core
 
 T = TypeVar("T")
-LogRequest = Callable[[dict[str, Any]], None]
+RequestLogger = Callable[[dict[str, Any]], None]  # receives one record per request
 
 
 class _UploadRefusedError(Exception):
-    """An answer that is not yes."""
+    """An upload is refused."""
 
     def __init__(self, status: int, words: str, **headers: str) -> None:
         self.status, self.words, self.headers = status, words, headers
@@ -114,12 +118,12 @@ class _UploadRefusedError(Exception):
 
 
 class _BadBundleError(_UploadRefusedError):
-    """A bundle that was read whole and is refused for what it is; its host pays for it."""
+    """A bundle was read completely and refused for its content; its host is charged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _StoreState:
-    """What the store holds as an upload begins."""
+    """The state of the store at the start of an upload."""
 
     item: StoreItem | None
     free: int | None
@@ -128,7 +132,7 @@ class _StoreState:
 
 
 class BundleReceiver:
-    """Takes bundles over HTTP into a store; `app` is what a server runs."""
+    """Receives bundles over HTTP into a store; `app` is its ASGI application."""
 
     def __init__(
         self,
@@ -136,21 +140,21 @@ class BundleReceiver:
         tokens: Sequence[HostToken],
         *,
         bounds: ReceiverLimits,
-        log: LogRequest,
+        log: RequestLogger,
         judge: CheckArrivals | None = None,
         refuse: frozenset[str] = frozenset(),
         tidy_s: float = CLEANUP_INTERVAL_S,
     ) -> None:
-        """Set up; nothing is touched yet.
+        """Prepare the application, without accessing the store.
 
         Args:
-            store: Where bundles go; the caller holds it by `BundleStore.receiving`.
-            tokens: Who may send.
-            bounds: How much.
-            log: Takes one record a request; it never holds a token or a body.
-            judge: Looks at each bundle before it is stored; None stores unseen.
-            refuse: Statuses that are answered 422 and not stored; others are kept, as evidence.
-            tidy_s: How often to look for what killed writers left.
+            store: The store, which the caller holds by `BundleStore.receiving`.
+            tokens: Tokens of the hosts.
+            bounds: Limits.
+            log: Receives one record per request, without tokens and bodies.
+            judge: Validates each bundle before it is stored; None stores without validation.
+            refuse: Statuses that are answered with 422 and not stored; others are stored as evidence.
+            tidy_s: Interval of the search for files of killed writers.
         """
         self._store, self._tokens, self._bounds, self._log = store, tokens, bounds, log
         self._admission = AdmissionQueue(judge) if judge else None
@@ -168,11 +172,11 @@ class BundleReceiver:
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """Look for old leftovers now and then, as long as the server runs."""
+        """Remove old unfinished files from time to time while the server runs."""
 
         async def tidy() -> None:
             while True:
-                with suppress(OSError, PhasewatchError):  # uploads will meet the same fault, and say so
+                with suppress(OSError, PhasewatchError):  # uploads report the same error
                     await self._run_in_thread(partial(self._store.remove_leftovers, older_than_s=LEFTOVER_AGE_S))
                 await asyncio.sleep(self._tidy_s)
 
@@ -182,7 +186,7 @@ class BundleReceiver:
         self._threads.shutdown()
 
     async def _run_in_thread(self, work: Callable[[], T]) -> T:
-        """Do something that waits for the disk. Cancelled, wait until it is done: its file must not be dropped under it."""
+        """Run disk work in a thread; if cancelled, wait until it is done, because it uses the unfinished file."""
         job = asyncio.get_running_loop().run_in_executor(self._threads, work)
         try:
             return await asyncio.shield(job)
@@ -191,7 +195,7 @@ class BundleReceiver:
             raise
 
     def _log_requests(self, app: ASGIApp) -> ASGIApp:
-        """Write one record a request: who, what, how it ended; no header, no query, no body."""
+        """Return an application that logs one record per request, without headers, query and body."""
 
         async def logged(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] != "http":
@@ -210,38 +214,38 @@ class BundleReceiver:
             finally:
                 client = scope.get("client") or ("", 0)
                 head = {"client": client[0], "method": scope["method"], "path": scope["path"][:200]}
-                with suppress(OSError):  # a log that cannot be written stops no upload
+                with suppress(OSError):  # a failing log stops no upload
                     self._log({**head, **note, "ms": round((time.monotonic() - began_s) * 1e3, 1)})
 
         return logged
 
     async def _handle_episode(self, request: Request) -> Response:
-        """Answer for one episode, to its own host alone; whatever goes wrong becomes an answer too."""
+        """Answer a request for one episode, for its own host only; errors become responses."""
         try:
             host_id, episode_id = request.path_params["host_id"], request.path_params["episode_id"]
             if not HOST_ID_PATTERN.fullmatch(host_id) or not EPISODE_ID_PATTERN.fullmatch(episode_id):
-                raise _UploadRefusedError(404, "no host_id/episode_id of a bundle")
+                raise _UploadRefusedError(404, "not a valid host_id/episode_id")
             sender = find_host(self._tokens, request.headers.get("authorization", ""))
             if sender is None:
                 raise _UploadRefusedError(401, "no token, or an unknown one", **{"WWW-Authenticate": "Bearer"})
             request.scope["phasewatch"]["host"] = sender
             set_connection_owner(request.scope, sender)
             if sender != host_id:
-                raise _UploadRefusedError(403, "this token writes another host")
+                raise _UploadRefusedError(403, "this token is for another host")
             answer = self._handle_put if request.method == "PUT" else self._handle_get
             return await answer(request, host_id, episode_id)
         except _UploadRefusedError as refused:
             return _problem_response(request, refused)
         except IdConflictError:
-            return _problem_response(request, _UploadRefusedError(409, "other bytes already stand under this id"))
+            return _problem_response(request, _UploadRefusedError(409, _CONFLICT))
         except StoreReplacedError as error:
             request.scope["phasewatch"]["detail"] = str(error)
             return _problem_response(
                 request, _UploadRefusedError(503, "the store's disk is not in its place", **{"Retry-After": "60"})
             )
         except ClientDisconnect:
-            request.scope["phasewatch"]["why"] = "the client went away"
-            return Response(status_code=CLIENT_CLOSED_STATUS)  # nobody reads it
+            request.scope["phasewatch"]["why"] = "the client closed the connection"
+            return Response(status_code=CLIENT_CLOSED_STATUS)  # only logged
         except OSError as exc:
             if exc.errno in DISK_FULL_ERRNOS:
                 return _problem_response(
@@ -253,12 +257,12 @@ class BundleReceiver:
             return _problem_response(request, _UploadRefusedError(500, "the store failed"))
 
     async def _handle_health(self, request: Request) -> Response:
-        if self._health_check is None:  # whoever asks meanwhile shares the answer: the disk is asked once
+        if self._health_check is None:  # parallel requests share one access to the disk
             self._health_check = asyncio.ensure_future(self._run_in_thread(self._check_store))
             self._health_check.add_done_callback(lambda looked: setattr(self, "_health_check", None))
         status = await asyncio.shield(self._health_check)
-        said = {"status": status, "in_flight": self._quota.in_flight}
-        return JSONResponse(said, status_code=200 if status == "ok" else 503)
+        content = {"status": status, "in_flight": self._quota.in_flight}
+        return JSONResponse(content, status_code=200 if status == "ok" else 503)
 
     def _check_store(self) -> str:
         try:
@@ -293,7 +297,7 @@ class BundleReceiver:
         seen = await self._run_in_thread(look)
         item = seen.item
         if item and item.receipt not in INVALID_RECEIPTS | {digest}:
-            raise _UploadRefusedError(409, "other bytes already stand under this id")
+            raise _UploadRefusedError(409, _CONFLICT)
         if size < self._bounds.min_bundle_bytes:
             raise _UploadRefusedError(
                 400, f"no bundle has {size:,} bytes; the least has {self._bounds.min_bundle_bytes:,}"
@@ -301,9 +305,13 @@ class BundleReceiver:
         if must_learn:
             self._quota.load_history(host_id, seen.held)
         refusal = self._quota.reserve(
-            host_id, size, now_s=time.time(), free_bytes=seen.free, files=seen.files,
+            host_id,
+            size,
+            now_s=time.time(),
+            free_bytes=seen.free,
+            files=seen.files,
             is_known=item is not None and not item.is_missing and item.receipt == digest,
-        )  # fmt: skip
+        )
         if refusal:
             raise _UploadRefusedError(refusal.status, refusal.words, **{"Retry-After": str(refusal.retry_after_s)})
         stored_s = refused_s = None
@@ -318,24 +326,24 @@ class BundleReceiver:
         return _receipt_response(201 if is_new else 200, digest, episode_id)
 
     async def _store_body(self, request: Request, host_id: str, episode_id: str, size: int, digest: str) -> bool:
-        """Stream a body aside, verify it, and publish it; give whether the bundle is new."""
+        """Read a body, verify it and publish it; return whether the bundle is new."""
         upload = BufferedUpload(partial(self._store.receive, host_id, episode_id))
         try:
             if await self._read_body(request, upload, size) != digest:
-                raise _BadBundleError(400, "the body's sha256 is not the one that Content-Digest tells")
-            judgement = await self._check_bundle(upload, host_id, episode_id, digest)
-            if judgement and judgement.status in self._refused_statuses:
-                request.scope["phasewatch"]["judged"] = judgement.status
-                raise _BadBundleError(422, f"{judgement.status}: {', '.join(judgement.reasons)}: {judgement.detail}")
+                raise _BadBundleError(400, "the SHA-256 of the body differs from Content-Digest")
+            verdict = await self._check_bundle(upload, host_id, episode_id, digest)
+            if verdict and verdict.status in self._refused_statuses:
+                request.scope["phasewatch"]["judged"] = verdict.status
+                raise _BadBundleError(422, f"{verdict.status}: {', '.join(verdict.reasons)}: {verdict.detail}")
 
             def publish() -> bool:
                 self._store.check_location()
                 return upload.publish(digest)
 
             is_new = await self._run_in_thread(publish)
-            if judgement:
-                request.scope["phasewatch"]["judged"] = judgement.status
-                text = judgement.render(digest=digest)
+            if verdict:
+                request.scope["phasewatch"]["judged"] = verdict.status
+                text = verdict.render(digest=digest)
                 await self._run_in_thread(partial(self._store.write_status, host_id, episode_id, text))
             return is_new
         finally:
@@ -347,7 +355,11 @@ class BundleReceiver:
             return await anext(body, b"")
 
     async def _read_body(self, request: Request, upload: BufferedUpload, size: int) -> str:
-        """Take the body as it comes and give its sha256; too much, too little and too slow are refused."""
+        """Read the body into the upload and return its SHA-256 in hex.
+
+        Raises:
+            _UploadRefusedError: If the body is too long, too short or too slow.
+        """
         hasher, taken = sha256(), 0
         note = request.scope["phasewatch"]
         body = request.stream()
@@ -371,7 +383,7 @@ class BundleReceiver:
     async def _check_bundle(
         self, upload: BufferedUpload, host_id: str, episode_id: str, digest: str
     ) -> AdmissionVerdict | None:
-        """Have a bundle judged that was not yet."""
+        """Return the verdict on a bundle; None without validation, or if the store has a verdict."""
         if self._admission is None or await self._run_in_thread(partial(self._store.has_status, host_id, episode_id)):
             return None
         return await self._admission.check_bundle(
@@ -380,7 +392,11 @@ class BundleReceiver:
 
 
 def _read_length(request: Request, most: int) -> int:
-    """Read how long the body will be."""
+    """Return the Content-Length of a request in bytes.
+
+    Raises:
+        _UploadRefusedError: If it is missing, malformed or too large.
+    """
     text = request.headers.get("content-length", "")
     if not text.isdecimal() or not text.isascii():
         raise _UploadRefusedError(411, "a Content-Length is needed")
@@ -390,9 +406,13 @@ def _read_length(request: Request, most: int) -> int:
 
 
 def _read_digest(request: Request) -> str:
-    """Read the sha256 that the sender vouches for, in hex."""
+    """Return the SHA-256 in the Content-Digest of a request, in hex.
+
+    Raises:
+        _UploadRefusedError: If there is not exactly one, or the body is encoded.
+    """
     if request.headers.get("content-encoding", "identity") != "identity":
-        raise _UploadRefusedError(415, "a bundle comes as it is, without Content-Encoding")
+        raise _UploadRefusedError(415, "Content-Encoding is not supported; send the bundle as it is")
     digest = parse_content_digest(request.headers.getlist("content-digest"))
     if digest is None:
         raise _UploadRefusedError(400, "a Content-Digest with one sha-256=:BASE64: is needed (RFC 9530)")
@@ -405,15 +425,15 @@ def _receipt_response(status: int, digest: str, episode_id: str) -> Response:
 
 
 def _problem_response(request: Request, refused: _UploadRefusedError) -> Response:
-    """Answer no, in the form of RFC 9457."""
+    """Return an error response in the form of RFC 9457."""
     request.scope["phasewatch"]["why"] = refused.words
     text = json.dumps({"status": refused.status, "detail": refused.words}) + "\n"
     return Response(text, refused.status, refused.headers, media_type="application/problem+json")
 
 
 async def _handle_http_error(request: Request, exc: Exception) -> Response:
-    """Answer what no route takes: an unknown path, or a method that it does not have."""
-    refusal = cast(HTTPException, exc)  # it is registered for no other kind
+    """Return the response for an unknown path or method."""
+    refusal = cast(HTTPException, exc)  # registered for this type only
     headers = dict(refusal.headers or {})
     if "Allow" in headers:
         headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))  # from a set

@@ -1,9 +1,10 @@
-"""The shipper: bundles of an outbox go to a receiver, and leave the outbox only with a receipt for their very bytes."""
+"""Upload the bundles of an outbox to a receiver; a bundle leaves the outbox only with a receipt for its bytes."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import time
 from collections import Counter, defaultdict
@@ -19,6 +20,7 @@ import httpx
 
 from phasewatch import atomic
 from phasewatch.errors import BundleError, StoreError
+from phasewatch.progress import NO_PROGRESS, Progress
 from phasewatch.store.local import (
     MAX_RECEIPT_BYTES,
     RECEIPT_SUFFIX,
@@ -32,11 +34,23 @@ from phasewatch.store.local import (
 )
 from phasewatch.transfer.receiver import render_content_digest
 
+__all__ = [
+    "HTTP_TIMEOUT",
+    "REASON_SUFFIX",
+    "BundleShipper",
+    "ShipmentSummary",
+    "UploadOutcome",
+    "classify_status",
+    "parse_retry_after",
+]
+
+logger = logging.getLogger(__name__)
+
 REASON_SUFFIX = ".reason.json"
 POLL_S = 2.0
 MIN_RETRY_WAIT_S, MAX_RETRY_WAIT_S = 0.5, 60.0
-MIN_BLOCKED_WAIT_S, MAX_BLOCKED_WAIT_S = 2.0, 300.0  # between two tries of a host whose token or address is wrong
-MAX_RETRY_AFTER_S = 86_400.0  # that a receiver's Retry-After is heeded
+MIN_BLOCKED_WAIT_S, MAX_BLOCKED_WAIT_S = 2.0, 300.0  # between attempts of a host whose token or address is wrong
+MAX_RETRY_AFTER_S = 86_400.0  # maximum of a Retry-After that is obeyed
 HTTP_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 
 _PIECE_BYTES = 64 << 10
@@ -44,17 +58,17 @@ _MAX_ANSWER_BYTES = 64 << 10
 
 
 class UploadOutcome(Enum):
-    """What an answer means for a bundle."""
+    """The outcome of an upload."""
 
-    ACKNOWLEDGED = "kept"  # acknowledged, if the receipt names its bytes
-    REFUSED = "poison"  # no other try can go better: out of the way, with the reason
-    BLOCKED = "blocked"  # nothing is wrong with the bundle, but with the token or the address
+    ACKNOWLEDGED = "kept"  # stored, if the receipt names the bundle's bytes
+    REFUSED = "poison"  # refused for good; the bundle is moved away with the reason
+    BLOCKED = "blocked"  # the token or the address is wrong, not the bundle
     RETRY = "again"
-    REMOVED = "gone"  # somebody took it out of the outbox
+    REMOVED = "gone"  # somebody removed it from the outbox
 
 
 def classify_status(status: int) -> UploadOutcome:
-    """Read an answer's status."""
+    """Return what an HTTP status means for a bundle."""
     if status in (200, 201):
         return UploadOutcome.ACKNOWLEDGED
     if status in (408, 425, 429) or status >= 500:
@@ -66,15 +80,15 @@ def classify_status(status: int) -> UploadOutcome:
 
 @dataclass(slots=True)
 class ShipmentSummary:
-    """What became of an outbox.
+    """The result of shipping an outbox.
 
     Attributes:
-        sent, sent_bytes: Acknowledged, now in ``sent/``.
-        refused: Path and reason of each that went to ``refused/``.
-        blocked: Host and reason of each whose token or address is wrong; its bundles stay.
-        left: Paths of bundles that stay in the outbox.
-        strange: Paths of what lies there and is no bundle's name.
-        last_trouble: Why the last try that has to be made again failed.
+        sent, sent_bytes: Number and bytes of the acknowledged bundles, now in ``sent/``.
+        refused: Path and reason of each bundle that was moved to ``refused/``.
+        blocked: Reason by host whose token or address is wrong; its bundles stay in the outbox.
+        left: Paths of the bundles that are still in the outbox.
+        strange: Paths of files that are not named as bundles.
+        last_trouble: Reason of the last failed attempt that will be repeated.
     """
 
     sent: int = 0
@@ -86,12 +100,15 @@ class ShipmentSummary:
     last_trouble: str = ""
 
 
-ReportShipment = Callable[[int, int, str], None]  # done, known so far, words
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostBlock:
-    """A host whose token or address is wrong: what was said, how often, and until when it is not tried again."""
+    """A host whose token or address is wrong.
+
+    Attributes:
+        words: The receiver's reason.
+        tries: Number of attempts so far.
+        until_s: When the next attempt may be made.
+    """
 
     words: str
     tries: int
@@ -99,7 +116,7 @@ class HostBlock:
 
 
 class BundleShipper:
-    """Ships one outbox; made for one `run`."""
+    """Uploads one outbox; an object serves one call of `run`."""
 
     def __init__(
         self,
@@ -109,44 +126,47 @@ class BundleShipper:
         *,
         parallel: int = 4,
         patience_s: float = 0.0,
-        tell: ReportShipment | None = None,
+        progress: Progress = NO_PROGRESS,
         rng: random.Random | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Set up.
+        """Prepare the upload.
 
         Args:
             outbox: A store's folder, as a recorder writes it.
-            client: Whose base URL is the receiver's.
-            tokens: host_id → token.
-            parallel: Uploads at a time.
-            patience_s: Give up when nothing was acknowledged for so long; 0 never does.
-            tell: Hears of progress.
-            rng: Spreads the waiting times.
+            client: HTTP client with the receiver's URL as its base.
+            tokens: Token by host id.
+            parallel: Number of parallel uploads.
+            patience_s: Give up if nothing was acknowledged for this time; 0 never gives up.
+            progress: Progress of the task ``ship``.
+            rng: Randomises the waiting times.
             sleep, now_s: The clock.
         """
         self._outbox, self._client, self._tokens = outbox, client, tokens
         self._parallel, self._patience_s = parallel, patience_s
-        self._report = tell or (lambda done, total, words: None)
+        self._progress = progress
         self._rng, self._sleep, self._now_s = rng or random.Random(), sleep, now_s
         self._stop = asyncio.Event()
         self._last_progress_s = now_s()
         self._known = 0
         self._is_watching = False
-        self._tries: Counter[str] = Counter()  # by path, of what is still to be shipped
+        self._tries: Counter[str] = Counter()  # by path of the bundles that are not shipped yet
         self._blocks: dict[str, HostBlock] = {}
-        self._resume_s: dict[str, float] = {}  # by host: when its receiver wants to be asked again
+        self._resume_s: dict[str, float] = {}  # by host: when the receiver allows the next attempt
         self._first_upload_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._authenticated_hosts: set[str] = set()  # hosts whose token was good
+        self._authenticated_hosts: set[str] = set()  # hosts whose token was accepted
         self.summary = ShipmentSummary()
 
     def stop(self) -> None:
-        """Finish what is being uploaded, then end."""
+        """Finish the running uploads, then end."""
         self._stop.set()
 
     async def run(self, *, watch: bool = False) -> ShipmentSummary:
-        """Ship what lies in the outbox; with `watch`, also what comes, until told to stop.
+        """Upload the bundles of the outbox.
+
+        Args:
+            watch: Go on with new bundles until `stop`.
 
         Raises:
             StoreError: If there is no outbox.
@@ -168,13 +188,13 @@ class BundleShipper:
         return self.summary
 
     def _clean(self) -> None:
-        """Remove what a killed shipper left half written."""
+        """Remove the temporary files of a killed shipper."""
         for folder in (self._outbox / SENT_FOLDER, self._outbox / REFUSED_FOLDER):
             if folder.is_dir():
                 DiskStore(folder).remove_leftovers(older_than_s=0)
 
     def _scan(self) -> list[StoreItem]:
-        """List what is to be shipped, and finish what a kill left between two steps."""
+        """Return the bundles to upload; finish moves that a kill interrupted."""
         found: list[StoreItem] = []
         self.summary.strange = []
         for item in DiskStore(self._outbox).walk():
@@ -206,7 +226,7 @@ class BundleShipper:
                     continue
                 wait_s = self._shortest_wait_s(waiting)
                 if self._is_watching or 0 < self._patience_s < self._now_s() + wait_s - self._last_progress_s:
-                    return  # others may have come meanwhile; or the wait is longer than the patience that is left
+                    return  # there may be new bundles; or the wait is longer than the remaining patience
                 await self._pause(wait_s)
 
         async with asyncio.TaskGroup() as group:
@@ -214,7 +234,7 @@ class BundleShipper:
                 group.create_task(work())
 
     def _next_item(self, waiting: list[StoreItem]) -> StoreItem | None:
-        """Return the next bundle of a host that may be asked now: one that has to wait holds up no other."""
+        """Return the next bundle of a host that need not wait, or None."""
         now_s = self._now_s()
         for at in range(len(waiting) - 1, -1, -1):
             if self._resume_s.get(str(waiting[at].host_id), 0.0) <= now_s:
@@ -230,28 +250,28 @@ class BundleShipper:
         return self._stop.is_set() or is_late
 
     async def _ship(self, item: StoreItem, waiting: list[StoreItem]) -> None:
-        """Try one bundle until its fate is known, it has to wait for its host's turn, or there is no more time for it."""
+        """Try to upload one bundle until its outcome is final, its host has to wait, or the time is up."""
         host_id = str(item.host_id)
         while host_id not in self.summary.blocked:
             is_first, tries = item.path not in self._tries, min(self._tries[item.path], 16)
             self._tries[item.path] += 1
             try:
-                fate, words, wait_s = await self._upload_in_turn(item, is_first=is_first)
+                outcome, words, wait_s = await self._upload_in_turn(item, is_first=is_first)
             except (httpx.HTTPError, OSError) as exc:
-                fate, words, wait_s = UploadOutcome.RETRY, str(exc) or type(exc).__name__, 0.0
-            if fate is UploadOutcome.BLOCKED:
+                outcome, words, wait_s = UploadOutcome.RETRY, str(exc) or type(exc).__name__, 0.0
+            if outcome is UploadOutcome.BLOCKED:
                 self._block_host(item, words, wait_s)
                 return
-            self._count_outcome(item, fate, words)
-            self._report(self.summary.sent + len(self.summary.refused), self._known, f"{item.path} {words}")
-            if fate is not UploadOutcome.RETRY:
+            self._count_outcome(item, outcome, words)
+            self._report(f"{item.path} {words}")
+            if outcome is not UploadOutcome.RETRY:
                 del self._tries[item.path]
                 return
             self.summary.last_trouble = words
-            # Spread at random: shippers that a dead receiver cut at one moment must not come back at one moment.
+            # Random, so that shippers that lost their receiver at the same time do not return at the same time.
             longest_s = min(MAX_RETRY_WAIT_S, MIN_RETRY_WAIT_S * 2**tries)
             pause_s = max(wait_s, self._rng.uniform(0, longest_s))
-            if wait_s > 0:  # what is asked of one bundle goes for its host
+            if wait_s > 0:  # a Retry-After for one bundle holds for its host
                 self._resume_s[host_id] = self._now_s() + pause_s
                 waiting.insert(0, item)
                 return
@@ -259,19 +279,19 @@ class BundleShipper:
             if self._is_over():
                 return
 
-    def _count_outcome(self, item: StoreItem, fate: UploadOutcome, words: str) -> None:
-        if fate is UploadOutcome.ACKNOWLEDGED:
+    def _count_outcome(self, item: StoreItem, outcome: UploadOutcome, words: str) -> None:
+        if outcome is UploadOutcome.ACKNOWLEDGED:
             self.summary.sent += 1
             self.summary.sent_bytes += item.bytes
-        if fate is UploadOutcome.REFUSED:
+        if outcome is UploadOutcome.REFUSED:
             self.summary.refused.append((item.path, words))
-        if fate in (UploadOutcome.ACKNOWLEDGED, UploadOutcome.REFUSED):
+        if outcome in (UploadOutcome.ACKNOWLEDGED, UploadOutcome.REFUSED):
             self._last_progress_s = self._now_s()
             self._authenticated_hosts.add(str(item.host_id))
             self._blocks.pop(str(item.host_id), None)
 
     def _block_host(self, item: StoreItem, words: str, wait_s: float) -> None:
-        """Leave a host alone for a while, longer each time; it is told once, and again only in other words."""
+        """Pause a host, longer each time; the user is warned once for each reason."""
         host_id = str(item.host_id)
         if host_id in self.summary.blocked:
             return
@@ -282,10 +302,13 @@ class BundleShipper:
         self._authenticated_hosts.discard(host_id)
         self.summary.blocked[host_id] = words
         if before is None or before.words != words:
-            self._report(self.summary.sent + len(self.summary.refused), self._known, f"{item.path} {words}")
+            logger.warning("%s is blocked: %s", host_id, words)
+
+    def _report(self, detail: str) -> None:
+        self._progress.update("ship", self.summary.sent + len(self.summary.refused), self._known, detail)
 
     async def _upload_in_turn(self, item: StoreItem, *, is_first: bool) -> tuple[UploadOutcome, str, float]:
-        """Offer a bundle once; until a host's token has proved good, one bundle of it at a time."""
+        """Try to upload a bundle once; one at a time per host until its token was accepted."""
         host_id = str(item.host_id)
         if host_id in self._authenticated_hosts:
             return await self._upload(item, is_first=is_first)
@@ -295,7 +318,7 @@ class BundleShipper:
             return await self._upload(item, is_first=is_first)
 
     async def _pause(self, seconds: float) -> None:
-        """Sleep, but not through a stop."""
+        """Sleep until the time is over or `stop` is called."""
         sleeping = asyncio.ensure_future(self._sleep(seconds))
         stopping = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait({sleeping, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -303,7 +326,7 @@ class BundleShipper:
             task.cancel()
 
     async def _upload(self, item: StoreItem, *, is_first: bool) -> tuple[UploadOutcome, str, float]:
-        """Offer a bundle once; give its fate, the words for it, and how long the receiver asks to wait."""
+        """Try to upload a bundle once; return the outcome, its reason, and the receiver's Retry-After in seconds."""
         token = self._tokens.get(str(item.host_id))
         if token is None:
             return (
@@ -316,7 +339,7 @@ class BundleShipper:
         except BundleError as error:
             if error.code == "bundle-missing":
                 return await asyncio.to_thread(self._find_moved, item)
-            if error.code == "bundle-unreadable":  # a disk or a permission: nothing is known against the bundle
+            if error.code == "bundle-unreadable":  # a problem of the disk or of permissions, not of the bundle
                 return UploadOutcome.RETRY, error.words, 0.0
             return await asyncio.to_thread(self._move_to_refused, item, error.code, error.words)
         if item.receipt == UNREADABLE_RECEIPT:
@@ -327,11 +350,11 @@ class BundleShipper:
                 self._move_to_refused,
                 item,
                 "receipt",
-                "its bytes are not those that its receipt in the outbox vouches for",
+                "its SHA-256 differs from that in its receipt in the outbox",
             )
         url = f"/v1/episodes/{item.host_id}/{item.episode_id}"
         headers = {"Authorization": f"Bearer {token}"}
-        if not is_first:  # the last answer may have been lost on the way
+        if not is_first:  # the last response may have been lost
             status, text, _ = await self._send_request("GET", url, headers)
             if status == 200 and self._is_receipt_for(text, item, digest):
                 return await asyncio.to_thread(self._move_to_sent, item, digest)
@@ -339,20 +362,20 @@ class BundleShipper:
                 return UploadOutcome.BLOCKED, f"{status} {_parse_detail(text)}".strip(), 0.0
         length = {"Content-Length": str(len(data)), "Content-Digest": render_content_digest(digest)}
         status, text, wait_s = await self._send_request("PUT", url, headers | length, data)
-        fate = classify_status(status)
-        if fate is UploadOutcome.ACKNOWLEDGED:
+        outcome = classify_status(status)
+        if outcome is UploadOutcome.ACKNOWLEDGED:
             if self._is_receipt_for(text, item, digest):
                 return await asyncio.to_thread(self._move_to_sent, item, digest)
             return UploadOutcome.RETRY, "the receiver's receipt names other bytes", wait_s
         words = f"{status} {_parse_detail(text)}".strip()
-        if fate is UploadOutcome.REFUSED:
+        if outcome is UploadOutcome.REFUSED:
             return await asyncio.to_thread(self._move_to_refused, item, str(status), words)
-        return fate, words, wait_s
+        return outcome, words, wait_s
 
     async def _send_request(
         self, method: str, url: str, headers: Mapping[str, str], data: bytes | None = None
     ) -> tuple[int, bytes, float]:
-        """Ask the receiver; give status, the answer's beginning, and the seconds of its Retry-After."""
+        """Send a request; return the status, the first bytes of the response, and its Retry-After in seconds."""
         content = _split_body(data) if data is not None else None
         async with self._client.stream(
             method, url, headers=headers, content=content, follow_redirects=False
@@ -368,7 +391,7 @@ class BundleShipper:
         return parse_receipt(text, item.path.partition("/")[2]) == digest
 
     def _move_to_sent(self, item: StoreItem, digest: str) -> tuple[UploadOutcome, str, float]:
-        """Move an acknowledged bundle to ``sent/``; after a kill between any two steps it is shipped again, or done."""
+        """Move an acknowledged bundle to ``sent/``; after a kill in between, it is uploaded again or already moved."""
         source, target = self._outbox / item.path, self._outbox / SENT_FOLDER / item.path
         atomic.make_folder(target.parent)
         atomic.write_atomic(target.with_name(target.name + RECEIPT_SUFFIX), render_receipt(digest, target.name))
@@ -377,22 +400,24 @@ class BundleShipper:
         return UploadOutcome.ACKNOWLEDGED, "sent", 0.0
 
     def _find_moved(self, item: StoreItem) -> tuple[UploadOutcome, str, float]:
-        """Say where a bundle is that is no longer in the outbox: an earlier try failed after it had been moved."""
-        for place, fate in ((SENT_FOLDER, UploadOutcome.ACKNOWLEDGED), (REFUSED_FOLDER, UploadOutcome.REFUSED)):
-            if (self._outbox / place / item.path).exists():
+        """Return the outcome of a bundle that left the outbox; an earlier attempt may have failed after the move."""
+        for folder, outcome in ((SENT_FOLDER, UploadOutcome.ACKNOWLEDGED), (REFUSED_FOLDER, UploadOutcome.REFUSED)):
+            if (self._outbox / folder / item.path).exists():
                 atomic.remove(self._outbox / (item.path + RECEIPT_SUFFIX))
-                return fate, place, 0.0
-        return UploadOutcome.REMOVED, "it was taken away", 0.0
+                return outcome, folder, 0.0
+        return UploadOutcome.REMOVED, "it was removed", 0.0
 
     def _move_to_refused(self, item: StoreItem, code: str, words: str) -> tuple[UploadOutcome, str, float]:
-        """Move a bundle that nobody will take to ``refused/``, its reason and its receipt first."""
+        """Move a refused bundle to ``refused/``, its reason and its receipt first."""
         source, target = self._outbox / item.path, self._outbox / REFUSED_FOLDER / item.path
         receipt = source.with_name(source.name + RECEIPT_SUFFIX)
         atomic.make_folder(target.parent)
         reason = json.dumps({"code": code, "detail": words}, indent=1) + "\n"
         atomic.write_atomic(target.with_name(target.name + REASON_SUFFIX), reason.encode())
         if item.receipt is not None:
-            with receipt.open("rb") as file:  # a copy: without its receipt, a kill here would have rotten bytes sent
+            with receipt.open(
+                "rb"
+            ) as file:  # a copy: after a kill here, the original still protects against sending damaged bytes
                 atomic.write_atomic(target.with_name(target.name + RECEIPT_SUFFIX), file.read(MAX_RECEIPT_BYTES))
         atomic.move(source, target)
         atomic.remove(receipt)
@@ -400,9 +425,9 @@ class BundleShipper:
 
 
 def parse_retry_after(headers: Mapping[str, str]) -> float:
-    """Return the seconds for which a receiver wants not to be asked: 0 if it says nothing that can be understood.
+    """Return the seconds of a Retry-After header; 0 if it is absent or malformed.
 
-    A date counts from the answer's own: the two machines' clocks may differ.
+    A date is relative to the response's Date header, because the clocks of the two machines may differ.
     """
     text = headers.get("retry-after", "").strip()
     if text.isascii() and text.isdecimal():
@@ -415,13 +440,13 @@ def parse_retry_after(headers: Mapping[str, str]) -> float:
 
 
 async def _split_body(data: bytes) -> AsyncIterator[bytes]:
-    """Cut a body up: the client's time-out is for a piece, and a slow line needs longer for all of it."""
+    """Yield a body in pieces; the client's time-out holds per piece, and a slow line needs longer for the whole."""
     for at in range(0, len(data), _PIECE_BYTES):
         yield data[at : at + _PIECE_BYTES]
 
 
 def _parse_detail(text: bytes) -> str:
-    """Give the words of a refusal; whoever answered may be no receiver at all."""
+    """Return the reason in a refusal; the server may not be a receiver."""
     with suppress(ValueError, TypeError, KeyError, RecursionError):
         return str(json.loads(text)["detail"])[:300]
     return text[:80].decode("ascii", "replace").strip()

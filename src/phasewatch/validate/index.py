@@ -1,4 +1,4 @@
-"""The index of a store on disk: `validation_v1.parquet`, one row per thing that lies where a bundle should be."""
+"""The index of a store, `validation_v1.parquet` (one verdict per bundle), and the data accounting of the validation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from phasewatch.atomic import write_atomic
 from phasewatch.errors import RunError
-from phasewatch.parquet import find_footer_fault
+from phasewatch.parquet import check_footer
 from phasewatch.types import PHASES, BundleStatus, SourceKind
 from phasewatch.validate.copies import EpisodeKey, PriorVerdict
 from phasewatch.validate.verdict import USABLE_STATUSES, BundleVerdict
@@ -20,12 +20,38 @@ from phasewatch.validate.verdict import USABLE_STATUSES, BundleVerdict
 if TYPE_CHECKING:
     import pyarrow as pa
 
+__all__ = [
+    "build_accounting",
+    "is_balanced",
+    "read_index",
+    "read_prior_verdicts",
+    "read_statuses",
+    "render_accounting",
+    "write_index",
+]
 
 _TEXT_COLUMNS = ("profile", "sample_name", "sample_kind", "origin", "role", "session")
+# Columns whose values are fields of a verdict as they are.
+_PLAIN_COLUMNS = (
+    "path",
+    "episode_id",
+    "host_id",
+    *_TEXT_COLUMNS,
+    "plan_seed",
+    "agent",
+    "detail",
+    "sha256",
+    "telemetry_sha256",
+    "bytes",
+    "started_wall_ns",
+    "duration_s",
+    "duplicate_of",
+    "flags",
+)
 
 
 def write_index(path: Path, verdicts: Sequence[BundleVerdict]) -> None:
-    """Write the verdicts in their order: same verdicts, same bytes."""
+    """Write the verdicts in their order; equal verdicts give equal bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -36,7 +62,7 @@ def write_index(path: Path, verdicts: Sequence[BundleVerdict]) -> None:
 
 
 def read_index(path: Path) -> tuple[BundleVerdict, ...]:
-    """Read the verdicts back.
+    """Read the verdicts of an index.
 
     Raises:
         RunError: If the file is absent or not an index.
@@ -46,14 +72,11 @@ def read_index(path: Path) -> tuple[BundleVerdict, ...]:
 
     try:
         with pq.ParquetFile(path) as file:
-            if words := find_footer_fault(file.metadata, path.stat().st_size):
-                raise ValueError(words)
-            if file.schema_arrow.names not in (
-                _build_schema().names,
-                _build_schema().names[:-1],
-            ):  # an older one has no neighbours
-                raise ValueError("its columns are not an index's")
-            # A little at a time: as a dict of its own each, the rows of a large index would take more than the verdicts.
+            check_footer(file.metadata, path.stat().st_size)
+            names = _build_schema().names
+            if file.schema_arrow.names not in (names, names[:-1]):  # an older index has no neighbours
+                raise ValueError("its columns are not those of an index")
+            # In batches, because the rows of a large index take more memory as dicts than as verdicts.
             batches = file.iter_batches(batch_size=1_000, use_threads=False)
             return tuple(_parse_row(row) for batch in batches for row in batch.to_pylist())
     except (OSError, ValueError, KeyError, TypeError, MemoryError, pa.ArrowException) as exc:
@@ -61,7 +84,7 @@ def read_index(path: Path) -> tuple[BundleVerdict, ...]:
 
 
 def read_statuses(path: Path) -> dict[tuple[str, str], BundleStatus]:
-    """Read (host_id, episode_id) → status of the usable bundles, and nothing else: a large index holds much.
+    """Read the status of the usable bundles by (host_id, episode_id), without the other columns.
 
     Raises:
         RunError: If the file is absent or not an index.
@@ -71,8 +94,7 @@ def read_statuses(path: Path) -> dict[tuple[str, str], BundleStatus]:
 
     try:
         with pq.ParquetFile(path) as file:
-            if words := find_footer_fault(file.metadata, path.stat().st_size):
-                raise ValueError(words)
+            check_footer(file.metadata, path.stat().st_size)
             table = file.read(columns=["host_id", "episode_id", "status"])
         columns = [table.column(name).to_pylist() for name in ("host_id", "episode_id", "status")]
         rows = [(host, episode, BundleStatus(status)) for host, episode, status in zip(*columns, strict=True)]
@@ -82,15 +104,14 @@ def read_statuses(path: Path) -> dict[tuple[str, str], BundleStatus]:
 
 
 def read_prior_verdicts(path: Path) -> dict[EpisodeKey, PriorVerdict]:
-    """Read what an earlier sweep said of each bundle; nothing if there was none, or its index cannot be read."""
+    """Read the verdicts of an earlier validation; empty if there is no readable index."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     names = ["host_id", "episode_id", "status", "sha256", "reasons"]
     try:
         with pq.ParquetFile(path) as file:
-            if find_footer_fault(file.metadata, path.stat().st_size):
-                return {}
+            check_footer(file.metadata, path.stat().st_size)
             table = file.read(columns=names)
         columns = [table.column(name).to_pylist() for name in names]
         return {
@@ -102,8 +123,8 @@ def read_prior_verdicts(path: Path) -> dict[EpisodeKey, PriorVerdict]:
 
 
 def _build_read_error(path: Path, exc: Exception) -> RunError:
-    found = f"no readable index ({exc})" if path.exists() else "absent"
-    return RunError(f"{path}: {found}; make it with `phasewatch validate STORE --out RUN`")
+    problem = f"no readable index ({exc})" if path.exists() else "absent"
+    return RunError(f"{path}: {problem}; make it with `phasewatch validate STORE --out RUN`")
 
 
 def _build_schema() -> pa.Schema:
@@ -111,24 +132,34 @@ def _build_schema() -> pa.Schema:
 
     return pa.schema(
         [
-            ("path", pa.string()), ("episode_id", pa.string()), ("host_id", pa.string()),
+            ("path", pa.string()),
+            ("episode_id", pa.string()),
+            ("host_id", pa.string()),
             *((name, pa.string()) for name in _TEXT_COLUMNS),
-            ("plan_seed", pa.int64()), ("agent", pa.bool_()), ("status", pa.string()), ("reasons", pa.list_(pa.string())),
-            ("detail", pa.string()), ("sha256", pa.string()), ("telemetry_sha256", pa.string()),
-            ("proc_sketch", pa.list_(pa.uint64())), ("bytes", pa.int64()), ("started_wall_ns", pa.int64()),
+            ("plan_seed", pa.int64()),
+            ("agent", pa.bool_()),
+            ("status", pa.string()),
+            ("reasons", pa.list_(pa.string())),
+            ("detail", pa.string()),
+            ("sha256", pa.string()),
+            ("telemetry_sha256", pa.string()),
+            ("proc_sketch", pa.list_(pa.uint64())),
+            ("bytes", pa.int64()),
+            ("started_wall_ns", pa.int64()),
             ("duration_s", pa.float64()),
-            *((f"rows_{source}", pa.int64()) for source in SourceKind), *((f"lost_{source}", pa.int64()) for source in SourceKind),
+            *((f"rows_{source}", pa.int64()) for source in SourceKind),
+            *((f"lost_{source}", pa.int64()) for source in SourceKind),
             *((f"s_{phase}", pa.float64()) for phase in PHASES),
-            ("vcpu_wait", pa.float64()), ("duplicate_of", pa.string()), ("flags", pa.uint8()),
+            ("vcpu_wait", pa.float64()),
+            ("duplicate_of", pa.string()),
+            ("flags", pa.uint8()),
             ("neighbours", pa.list_(pa.string())),
         ]
-    )  # fmt: skip
+    )
 
 
 def _build_columns(verdicts: Sequence[BundleVerdict]) -> dict[str, list[Any]]:
-    plain = ("path", "episode_id", "host_id", *_TEXT_COLUMNS, "plan_seed", "agent", "detail", "sha256", "telemetry_sha256",
-             "bytes", "started_wall_ns", "duration_s", "duplicate_of", "flags")  # fmt: skip
-    columns: dict[str, list[Any]] = {name: [getattr(v, name) for v in verdicts] for name in plain}
+    columns: dict[str, list[Any]] = {name: [getattr(v, name) for v in verdicts] for name in _PLAIN_COLUMNS}
     columns["status"] = [str(v.status) for v in verdicts]
     columns["reasons"] = [list(v.reasons) for v in verdicts]
     columns["proc_sketch"] = [list(v.proc_sketch) for v in verdicts]
@@ -144,21 +175,24 @@ def _build_columns(verdicts: Sequence[BundleVerdict]) -> dict[str, list[Any]]:
 
 def _parse_row(row: dict[str, Any]) -> BundleVerdict:
     return BundleVerdict(
-        **{name: row[name] for name in ("path", "episode_id", "host_id", *_TEXT_COLUMNS, "plan_seed", "agent", "detail", "sha256",
-                                        "telemetry_sha256", "bytes", "started_wall_ns", "duration_s", "duplicate_of", "flags")},
-        status=BundleStatus(row["status"]), reasons=tuple(row["reasons"]), proc_sketch=tuple(row["proc_sketch"]),
+        **{name: row[name] for name in _PLAIN_COLUMNS},
+        status=BundleStatus(row["status"]),
+        reasons=tuple(row["reasons"]),
+        proc_sketch=tuple(row["proc_sketch"]),
         neighbours=tuple(row.get("neighbours") or ()),
         vcpu_wait=math.nan if row["vcpu_wait"] is None else row["vcpu_wait"],
-        rows=tuple(row[f"rows_{source}"] for source in SourceKind), lost=tuple(row[f"lost_{source}"] for source in SourceKind),
+        rows=tuple(row[f"rows_{source}"] for source in SourceKind),
+        lost=tuple(row[f"lost_{source}"] for source in SourceKind),
         seconds=tuple(row[f"s_{phase}"] for phase in PHASES),
-    )  # fmt: skip
+    )
 
 
 def build_accounting(verdicts: Sequence[BundleVerdict]) -> dict[str, Any]:
-    """Give the ledger's entry of the validation stage.
+    """Return the data accounting of the validation: what came in, what is used, and what was lost for which reason.
 
-    Rows in = rows emitted by the samplers, as far as a readable manifest tells; used = rows of usable bundles whose
-    source was usable too; lost = by reason. ``rows_in = rows_used + sum(rows_lost)``.
+    ``rows_in`` counts the rows that the samplers emitted, as far as manifests are readable. ``rows_used`` counts those
+    of usable sources of usable bundles. ``rows_lost`` counts the others by reason, so that
+    ``rows_in = rows_used + sum(rows_lost)``.
     """
     statuses = Counter(v.status for v in verdicts)
     rows_in = rows_used = 0
@@ -193,11 +227,11 @@ def build_accounting(verdicts: Sequence[BundleVerdict]) -> dict[str, Any]:
 
 
 def is_balanced(stage: dict[str, Any]) -> bool:
-    """Tell whether the entry adds up."""
+    """Whether the accounting of a stage adds up."""
     bundles = bool(stage["in"] == sum(stage[str(status)] for status in BundleStatus))
     return bundles and bool(stage["rows_in"] == stage["rows_used"] + sum(stage["rows_lost"].values()))
 
 
 def render_accounting(stages: dict[str, dict[str, Any]]) -> bytes:
-    """Spell `ledger.json`."""
+    """Render the content of `ledger.json`."""
     return (json.dumps({"stages": stages}, indent=1) + "\n").encode()

@@ -1,4 +1,4 @@
-"""What a long sweep has read so far, in parts beside the run: a kill costs the last part, not the sweep."""
+"""Resume a validation: results are saved in parts, so that a killed process repeats only its last part."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from phasewatch.errors import RunError
 from phasewatch.validate.index import read_index, write_index
 from phasewatch.validate.verdict import USABLE_STATUSES, BundleVerdict, SweepResult
 
-SWEEP_STATE_FILE = ".sweep.json"  # what was seen when; not a product: it holds times
+SWEEP_STATE_FILE = ".sweep.json"  # signatures of the validated bundles; not a result, because it holds times
 SWEEP_PARTS_DIR = ".sweep"
-PART_SIZE = 500  # bundles a part; about 45 MB of grids
+PART_SIZE = 500  # bundles per part; about 45 MB of bins
 
-TRANSIENT_CODES = frozenset({"worker-lost", "bundle-unreadable"})  # what may be gone when it is tried again
+TRANSIENT_CODES = frozenset({"worker-lost", "bundle-unreadable"})  # findings that may disappear at the next attempt
 
-BundleSignature = list[object]  # size, time and receipt of a bundle: if none of them changed, it is not read again
+BundleSignature = list[object]  # size, time and receipt of a bundle; it is read again if one of them changed
 
 
 class SweepCache:
-    """What earlier sweeps found, as far as the same version made it and its files belong together."""
+    """Results of earlier validations by the same version."""
 
     def __init__(self) -> None:
         self.signatures: dict[str, BundleSignature] = {}
@@ -33,64 +33,64 @@ class SweepCache:
         self._read = 0
 
     def add(self, folder: Path, version: str) -> None:
-        """Take over what a folder holds; nothing, if anything is odd about it."""
+        """Load the results in a folder; nothing if its files are incomplete or of another version."""
         with suppress(OSError, ValueError, KeyError, TypeError, RunError):
             state = json.loads((folder / SWEEP_STATE_FILE).read_bytes())
             if state["version"] != version:
                 return
-            grids = open_bins(folder / BINS_DIR)
-            rows = {(row.host_id, row.episode_id): row for row in grids.rows}
+            mapped = open_bins(folder / BINS_DIR)
+            rows = {(row.host_id, row.episode_id): row for row in mapped.rows}
             verdicts = {v.path: v for v in read_index(folder / VALIDATION_FILE)}
             for path, verdict in verdicts.items():
                 if (row := rows.get((verdict.host_id, verdict.episode_id))) and verdict.status in USABLE_STATUSES:
-                    self._rows[path] = grids, row
+                    self._rows[path] = mapped, row
             self._verdicts |= verdicts
-            self.signatures |= {path: looks for path, looks in dict(state["items"]).items() if path in verdicts}
+            self.signatures |= {path: seen for path, seen in dict(state["items"]).items() if path in verdicts}
 
     def find_verdicts(self, paths: Sequence[str]) -> tuple[BundleVerdict, ...] | None:
-        """Give the verdicts on exactly these, in this order; None if others were found, or one that may pass."""
+        """Return the verdicts on exactly these bundles in this order; None if others are held, or one is transient."""
         if list(self._verdicts) != list(paths):
             return None
-        found = tuple(self._verdicts.values())
-        return None if any(TRANSIENT_CODES & set(v.reasons) for v in found if v.reasons) else found
+        verdicts = tuple(self._verdicts.values())
+        return None if any(TRANSIENT_CODES & set(v.reasons) for v in verdicts if v.reasons) else verdicts
 
     def is_final(self, path: str) -> bool:
-        """Whether the same bundle would be judged the same: a copy hangs on its original, a lost worker on the day."""
+        """Whether an unchanged bundle gets the same verdict again: not for copies and transient errors."""
         verdict = self._verdicts[path]
         return not verdict.duplicate_of and TRANSIENT_CODES.isdisjoint(verdict.reasons)
 
     def load_result(self, path: str) -> SweepResult:
-        """Give what was found."""
+        """Return the result on one bundle."""
         verdict = self._verdicts[path]
         if path not in self._rows:
             return SweepResult(verdict=verdict, row=None, bins=None, levels=None)
-        grids, row = self._rows[path]
+        mapped, row = self._rows[path]
         self._read += 1
         if self._read % PART_SIZE == 0:
-            grids.release_pages()
-        return SweepResult(verdict=verdict, row=row, bins=grids.episode_bins(row), levels=grids.episode_levels(row))
+            mapped.release_pages()
+        return SweepResult(verdict=verdict, row=row, bins=mapped.episode_bins(row), levels=mapped.episode_levels(row))
 
 
 class SweepCheckpoint:
-    """Takes what a sweep reads, and puts it down every so often."""
+    """Saves the results of a running validation in parts."""
 
     def __init__(self, run: Path, version: str, *, size: int = PART_SIZE) -> None:
         self._folder, self._version, self._size = run / SWEEP_PARTS_DIR, version, size
         self._held: list[tuple[SweepResult, BundleSignature]] = []
 
-    def restore_into(self, taken: SweepCache) -> None:
-        """Add what a killed sweep left, the newest last."""
+    def restore_into(self, cache: SweepCache) -> None:
+        """Add the parts that a killed validation left, the newest last."""
         for part in self._list_parts():
-            taken.add(part, self._version)
+            cache.add(part, self._version)
 
-    def add(self, swept: SweepResult, looks: BundleSignature) -> None:
-        """Hold one more; what is held is written when it is a part's worth."""
-        self._held.append((swept, looks))
+    def add(self, result: SweepResult, signature: BundleSignature) -> None:
+        """Add one result; a part is written when it is full."""
+        self._held.append((result, signature))
         if len(self._held) >= self._size:
             self._write()
 
     def clear(self) -> None:
-        """Remove them: the run's own files stand, or what they hold is not wanted."""
+        """Remove all parts."""
         self._held = []
         if self._folder.is_dir():
             atomic.remove_folder(self._folder)
@@ -101,15 +101,15 @@ class SweepCheckpoint:
     def _write(self) -> None:
         part = self._folder / f"{len(self._list_parts()):05d}"
         atomic.make_folder(part)
-        write_index(part / VALIDATION_FILE, [swept.verdict for swept, _ in self._held])
-        with write_bins(part / BINS_DIR) as grids:
-            for swept, _ in self._held:
-                if swept.row is not None and swept.bins is not None and swept.levels is not None:
-                    grids.add(swept.row, swept.bins, swept.levels)
-        write_sweep_state(part, self._version, {swept.verdict.path: looks for swept, looks in self._held})
+        write_index(part / VALIDATION_FILE, [result.verdict for result, _ in self._held])
+        with write_bins(part / BINS_DIR) as writer:
+            for result, _ in self._held:
+                if result.row is not None and result.bins is not None and result.levels is not None:
+                    writer.add(result.row, result.bins, result.levels)
+        write_sweep_state(part, self._version, {result.verdict.path: seen for result, seen in self._held})
         self._held = []
 
 
-def write_sweep_state(folder: Path, version: str, looks: dict[str, BundleSignature]) -> None:
-    """Say which bundles the files of a folder were made from; written last, it vouches for them."""
-    atomic.write_atomic(folder / SWEEP_STATE_FILE, json.dumps({"version": version, "items": looks}).encode())
+def write_sweep_state(folder: Path, version: str, signatures: dict[str, BundleSignature]) -> None:
+    """Write which bundles the files of a folder were made from; written last, so that they are complete."""
+    atomic.write_atomic(folder / SWEEP_STATE_FILE, json.dumps({"version": version, "items": signatures}).encode())

@@ -1,4 +1,4 @@
-"""What is said of one thing in the store: a row of the index, made from bytes without touching the world."""
+"""Validate one bundle: from its bytes to a verdict, which is a row of the index, and to bins."""
 
 from __future__ import annotations
 
@@ -24,8 +24,20 @@ from phasewatch.types import PHASES, BundleStatus, Phase, SourceKind
 from phasewatch.validate import checks
 from phasewatch.validate.readings import FieldNulls, count_nulls, drop_impossible
 
+__all__ = [
+    "USABLE_STATUSES",
+    "BundleCheck",
+    "BundleLocation",
+    "BundleVerdict",
+    "SweepResult",
+    "build_unreadable_verdict",
+    "proc_sketch",
+    "telemetry_sha256",
+    "validate_bundle",
+]
+
 SKETCH_SIZE = 64
-MIN_DISTINCT_SHARE = 0.5  # of a field's increments; one that repeats itself more tells no machine from another
+MIN_DISTINCT_SHARE = 0.5  # of a field's increments; a more regular field does not distinguish machines
 
 HashArray = NDArray[np.uint64]
 
@@ -37,7 +49,7 @@ _GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def telemetry_sha256(episode: Episode) -> str:
-    """Digest all rows of all sources without stamps and numbers: equal for a copy under another id."""
+    """Return the SHA-256 of all readings without stamps and sequence numbers, equal for copies under other ids."""
     digest = sha256()
     for source in SourceKind:
         readings = episode.rows.get(source)
@@ -51,22 +63,22 @@ def telemetry_sha256(episode: Episode) -> str:
 
 
 def proc_sketch(episode: Episode) -> tuple[int, ...]:
-    """Return the 64 smallest digests of two successive increments of a CPU time of proc.
+    """Return a sketch of the CPU times of proc: the 64 smallest digests of two successive increments.
 
-    Two episodes that share half of the smaller sketch are near-duplicates (a bottom-k sketch of Jaccard similarity;
-    Broder 1997). Counters are totals since QEMU started: their rows differ altogether when a constant is added, their
-    increments do not. Each CPU time is digested by itself, so that noise on one does not hide a copy. They are counted
-    in nanoseconds, so that two machines hardly ever agree twice in a row; where they were not read, or are too regular,
-    the increments of all fields together stand in.
+    Episodes that share half of the smaller sketch are near-duplicates (a bottom-k sketch of the Jaccard similarity;
+    Broder 1997). Increments are digested because the counters are totals since the start of QEMU, and a copy may add a
+    constant. Each CPU time is digested separately, so that noise on one does not hide a copy. The unit is ns, so two
+    machines hardly ever agree twice in a row. If the CPU times were not read or are too regular, the increments of all
+    fields are digested together.
 
-    The digest mixes 64-bit words (splitmix64's finaliser), fast and not against an adversary.
+    The digest is splitmix64's finaliser: fast, but not safe against an adversary.
     """
     readings = episode.rows.get(SourceKind.PROC)
     if readings is None or len(readings) < 3:
         return ()
     columns, present = readings.columns, readings.present
     mono = readings.t_mono_ns
-    if (mono[1:] < mono[:-1]).any():  # rows in another order are the same rows
+    if (mono[1:] < mono[:-1]).any():  # reordered rows are the same rows
         order = np.lexsort((readings.seq, mono))
         columns, present = tuple(column[order] for column in columns), present[order]
     digests = []
@@ -81,12 +93,12 @@ def proc_sketch(episode: Episode) -> tuple[int, ...]:
         digests.append(_digest_pairs(steps[varied].view(np.uint64), steps[varied] != 0, fields[varied] + 1))
     if not any(map(len, digests)):
         digests = [_digest_rows(columns, present)]
-    found: list[int] = np.unique(np.concatenate(digests))[:SKETCH_SIZE].tolist()
-    return tuple(found)
+    sketch: list[int] = np.unique(np.concatenate(digests))[:SKETCH_SIZE].tolist()
+    return tuple(sketch)
 
 
 def _group_by_presence(present: NDArray[np.bool_]) -> Iterator[NDArray[np.intp]]:
-    """Group the columns of ``(n, k)`` that are present in the same rows; mostly that is one group."""
+    """Yield the columns of ``(n, k)`` bool that are equal, as arrays of indices; mostly there is one group."""
     groups: dict[bytes, list[int]] = {}
     for i, read in enumerate(present.T):
         groups.setdefault(read.tobytes(), []).append(i)
@@ -94,7 +106,12 @@ def _group_by_presence(present: NDArray[np.bool_]) -> Iterator[NDArray[np.intp]]
 
 
 def _digest_rows(columns: Sequence[NumericArray], present: NDArray[np.bool_]) -> HashArray:
-    """Digest the increments of all fields that move, row by row, two at a time."""
+    """Return ``(m,)`` uint64 digests of two successive increments of all fields that change.
+
+    Args:
+        columns: One ``(n,)`` array per field.
+        present: ``(n, fields)`` bool.
+    """
     read = present.any(axis=1)
     kept = [column[read] for column in columns]
     moving = [column.view(np.uint64) for column in kept if len(column) > 2 and bool((column != column[0]).any())]
@@ -108,12 +125,12 @@ def _digest_rows(columns: Sequence[NumericArray], present: NDArray[np.bool_]) ->
 
 
 def _digest_pairs(steps: HashArray, moved: NDArray[np.bool_], salts: NDArray[np.intp]) -> HashArray:
-    """Digest each step with the next one of its row, where both moved.
+    """Return ``(d,)`` uint64 digests of each increment with the next one of its row, where both are not zero.
 
     Args:
-        steps: ``(k, m)``.
-        moved: ``(k, m)``.
-        salts: ``(k,)``, one for each row.
+        steps: ``(k, m)`` uint64 increments.
+        moved: ``(k, m)`` bool, whether the increment is not zero.
+        salts: ``(k,)``, one per row.
     """
     first = _mix_splitmix64(steps[:, :-1] ^ salts[:, None].astype(np.uint64)) + _GOLDEN_GAMMA
     found: HashArray = _mix_splitmix64(first ^ steps[:, 1:])[moved[:, 1:] & moved[:, :-1]]
@@ -131,7 +148,13 @@ USABLE_STATUSES = (BundleStatus.ACCEPTED, BundleStatus.DEGRADED)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleLocation:
-    """Where a bundle lies, and what its receipt vouches for (None without one)."""
+    """The place of a bundle in a store.
+
+    Attributes:
+        path: Path in the store, for messages and the index.
+        host_id, episode_id: From the path; None if malformed.
+        receipt: SHA-256 in its receipt; None without one. See `store.local` for malformed and unreadable ones.
+    """
 
     path: str
     host_id: str | None
@@ -141,12 +164,16 @@ class BundleLocation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BundleVerdict:
-    """One row of `validation_v1.parquet`. Texts are empty and numbers 0 where the bundle could not be read so far.
+    """One row of `validation_v1.parquet`; texts are empty and numbers 0 where the bundle could not be read.
 
     Attributes:
-        reasons: Codes, worst first; `detail` is the worst one's place and words.
-        rows, lost: Per source, in the order of Source: rows in the bundle, and rows that never arrived.
-        seconds: Per phase, in the order of PHASES.
+        reasons: Codes of the findings, worst first.
+        detail: Place and text of the worst finding.
+        rows, lost: By source in the order of `SourceKind`: rows in the bundle, and rows that did not arrive.
+        seconds: Labelled time by phase in the order of `PHASES`.
+        vcpu_wait: Mean waiting time of the vCPUs in cores; NaN if unknown.
+        duplicate_of: ``host_id/episode_id`` of the bundle with the same telemetry; empty without one.
+        flags: All bin flags combined.
     """
 
     path: str
@@ -180,11 +207,13 @@ class BundleVerdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BundleCheck:
-    """A verdict, and the episode and its grid where the bundle is usable.
+    """The result of `validate_bundle`.
 
     Attributes:
-        findings: All that was found, worst first.
-        nulls: How often each field of each source was null; empty where the bundle could not be read whole.
+        episode: The rebased episode; None if the bundle is not usable.
+        binned: Its bins; None if the bundle is not usable.
+        findings: All findings, worst first.
+        nulls: Nulls by source and field, if they were requested and the bundle could be read.
     """
 
     verdict: BundleVerdict
@@ -196,7 +225,14 @@ class BundleCheck:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SweepResult:
-    """One bundle's verdict with its grid where it is usable; what crosses from a worker."""
+    """The result of a worker: a bundle's verdict, and its bins if it is usable.
+
+    Attributes:
+        row: Index row of the bins.
+        bins: ``(n, 46)`` float32.
+        levels: ``(n, 13)`` float32.
+        seconds: Time that reading and checking took.
+    """
 
     verdict: BundleVerdict
     row: BinIndexRow | None
@@ -206,13 +242,19 @@ class SweepResult:
 
 
 def validate_bundle(data: bytes, place: BundleLocation, *, counts_nulls: bool = False) -> BundleCheck:
-    """Verify, decode, gate and grid one bundle, reading its bytes once; count the nulls of each field if asked to."""
+    """Decode, check and bin one bundle.
+
+    Args:
+        data: The bytes of the bundle.
+        place: Its place in the store.
+        counts_nulls: Count the nulls of each field, too.
+    """
     digest = sha256(data).hexdigest()
     findings: list[BundleFinding] = []
     if place.receipt is None:
-        findings.append(checks.build_finding("no-receipt", "no receipt stands beside it", place=place.path))
+        findings.append(checks.build_finding("no-receipt", "there is no receipt", place=place.path))
     elif place.receipt == UNREADABLE_RECEIPT:
-        words = "its receipt could not be read; mend the store's disk, permissions or network, and sweep again"
+        words = "its receipt could not be read; check the store's disk, permissions or network, and validate again"
         findings.append(
             BundleFinding(code="bundle-unreadable", severity=BundleStatus.ERRORED, place=place.path, words=words)
         )
@@ -230,20 +272,24 @@ def validate_bundle(data: bytes, place: BundleLocation, *, counts_nulls: bool = 
             binned=None,
             findings=_sort_findings(findings),
         )
-    findings += checks.check_identity(episode, host_id=place.host_id, episode_id=place.episode_id)
+    findings += checks.find_identity_mismatch(episode, host_id=place.host_id, episode_id=place.episode_id)
     rebased, clock_findings = rebase_episode(episode)
-    findings += [*clock_findings, *checks.check_episode(rebased)]
+    findings += [*clock_findings, *checks.find_episode_problems(rebased)]
     status = checks.compute_status(findings)
-    grid = bin_rebased_episode(drop_impossible(rebased), clock_findings) if status in USABLE_STATUSES else None
-    verdict = _build_verdict(rebased, digest, len(data), place, findings, flags=_combine_bin_flags(grid))
+    binned = bin_rebased_episode(drop_impossible(rebased), clock_findings) if status in USABLE_STATUSES else None
+    verdict = _build_verdict(rebased, digest, len(data), place, findings, flags=_combine_bin_flags(binned))
     nulls = count_nulls(rebased) if counts_nulls else {}
     return BundleCheck(
-        verdict=verdict, episode=rebased if grid else None, binned=grid, findings=_sort_findings(findings), nulls=nulls
+        verdict=verdict,
+        episode=rebased if binned else None,
+        binned=binned,
+        findings=_sort_findings(findings),
+        nulls=nulls,
     )
 
 
 def build_unreadable_verdict(place: BundleLocation, code: str, words: str, size: int) -> BundleVerdict:
-    """Give the verdict on what could not even be read: a lost worker, a missing file."""
+    """Return the verdict on a bundle that could not be read at all, such as a missing file or a lost worker."""
     spec = checks.describe_code(code)
     severity = spec.severity if spec else BundleStatus.ERRORED
     return _build_refused_verdict(
@@ -251,18 +297,18 @@ def build_unreadable_verdict(place: BundleLocation, code: str, words: str, size:
     )
 
 
-def _combine_bin_flags(grid: EpisodeBins | None) -> int:
-    return int(grid.flags.max(initial=0)) if grid is not None else 0
+def _combine_bin_flags(binned: EpisodeBins | None) -> int:
+    return int(binned.flags.max(initial=0)) if binned is not None else 0
 
 
 def _sort_findings(findings: Sequence[BundleFinding]) -> tuple[BundleFinding, ...]:
-    """Sort findings, the worst first; of equal ones the first found."""
+    """Sort findings, the worst first; equal ones keep their order."""
     order = ["note", *map(str, BundleStatus)]
     return tuple(sorted(findings, key=lambda f: -order.index(str(f.severity))))
 
 
 def _summarise_findings(path: str, findings: Sequence[BundleFinding]) -> tuple[BundleStatus, tuple[str, ...], str]:
-    """Give status, codes (worst first, each once) and the worst finding's place and words."""
+    """Return the status, the codes (worst first, each once), and place and text of the worst finding."""
     ranked = _sort_findings(findings)
     codes = tuple(dict.fromkeys(f.code for f in ranked))
     place = ranked[0].place if ranked else ""
@@ -274,7 +320,7 @@ def _summarise_findings(path: str, findings: Sequence[BundleFinding]) -> tuple[B
 def _build_refused_verdict(
     data: bytes, digest: str, place: BundleLocation, findings: Sequence[BundleFinding], size: int | None = None
 ) -> BundleVerdict:
-    """Judge a bundle that could not be read whole, with what its manifest says where that is readable."""
+    """Return the verdict on a bundle that could not be decoded, with the facts of its manifest if that is readable."""
     manifest: Manifest | None = None
     if data:
         try:
@@ -286,17 +332,30 @@ def _build_refused_verdict(
         path=place.path,
         episode_id=place.episode_id or (manifest.episode_id if manifest else ""),
         host_id=place.host_id or (manifest.host.host_id if manifest else ""),
-        profile=manifest.profile if manifest else "", sample_name=manifest.sample_name if manifest else "",
-        sample_kind=str(manifest.sample_kind) if manifest else "", origin=str(manifest.origin) if manifest else "",
-        role=str(manifest.role) if manifest else "", session=manifest.session if manifest else "",
-        plan_seed=manifest.plan_seed if manifest else 0, agent=manifest.agent if manifest else False,
-        status=status, reasons=codes, detail=detail, sha256=digest, telemetry_sha256="", proc_sketch=(),
+        profile=manifest.profile if manifest else "",
+        sample_name=manifest.sample_name if manifest else "",
+        sample_kind=str(manifest.sample_kind) if manifest else "",
+        origin=str(manifest.origin) if manifest else "",
+        role=str(manifest.role) if manifest else "",
+        session=manifest.session if manifest else "",
+        plan_seed=manifest.plan_seed if manifest else 0,
+        agent=manifest.agent if manifest else False,
+        status=status,
+        reasons=codes,
+        detail=detail,
+        sha256=digest,
+        telemetry_sha256="",
+        proc_sketch=(),
         bytes=len(data) if size is None else size,
         started_wall_ns=manifest.started_wall_ns if manifest else 0,
         duration_s=manifest.duration_s if manifest else 0.0,
-        rows=_count_rows(manifest), lost=_count_lost_rows(manifest), seconds=(0.0,) * len(PHASES),
-        vcpu_wait=math.nan, duplicate_of="", flags=0,
-    )  # fmt: skip
+        rows=_count_rows(manifest),
+        lost=_count_lost_rows(manifest),
+        seconds=(0.0,) * len(PHASES),
+        vcpu_wait=math.nan,
+        duplicate_of="",
+        flags=0,
+    )
 
 
 def _build_verdict(
@@ -305,31 +364,50 @@ def _build_verdict(
     manifest = episode.manifest
     status, codes, detail = _summarise_findings(place.path, findings)
     return BundleVerdict(
-        path=place.path, episode_id=place.episode_id or manifest.episode_id, host_id=place.host_id or manifest.host.host_id,
-        profile=manifest.profile, sample_name=manifest.sample_name, sample_kind=str(manifest.sample_kind),
-        origin=str(manifest.origin), role=str(manifest.role), session=manifest.session, plan_seed=manifest.plan_seed,
-        agent=manifest.agent, status=status, reasons=codes, detail=detail, sha256=digest,
-        telemetry_sha256=telemetry_sha256(episode), proc_sketch=proc_sketch(episode), bytes=size,
-        started_wall_ns=manifest.started_wall_ns, duration_s=manifest.duration_s,
-        rows=_count_rows(manifest), lost=_count_lost_rows(manifest), seconds=_sum_phase_seconds(episode),
-        vcpu_wait=checks.compute_vcpu_wait_cores(episode), duplicate_of="", flags=flags, neighbours=manifest.neighbours,
-    )  # fmt: skip
+        path=place.path,
+        episode_id=place.episode_id or manifest.episode_id,
+        host_id=place.host_id or manifest.host.host_id,
+        profile=manifest.profile,
+        sample_name=manifest.sample_name,
+        sample_kind=str(manifest.sample_kind),
+        origin=str(manifest.origin),
+        role=str(manifest.role),
+        session=manifest.session,
+        plan_seed=manifest.plan_seed,
+        agent=manifest.agent,
+        status=status,
+        reasons=codes,
+        detail=detail,
+        sha256=digest,
+        telemetry_sha256=telemetry_sha256(episode),
+        proc_sketch=proc_sketch(episode),
+        bytes=size,
+        started_wall_ns=manifest.started_wall_ns,
+        duration_s=manifest.duration_s,
+        rows=_count_rows(manifest),
+        lost=_count_lost_rows(manifest),
+        seconds=_sum_phase_seconds(episode),
+        vcpu_wait=checks.compute_vcpu_wait_cores(episode),
+        duplicate_of="",
+        flags=flags,
+        neighbours=manifest.neighbours,
+    )
 
 
 def _count_rows(manifest: Manifest | None) -> tuple[int, ...]:
-    """Give the rows of each source that the manifest lists; 0 where it could not be read."""
+    """Return the rows of each source that the manifest lists; 0 without a manifest."""
     listed = manifest.members if manifest else {}
     return tuple(listed[f"{s}.jsonl"].rows if f"{s}.jsonl" in listed else 0 for s in SourceKind)
 
 
 def _count_lost_rows(manifest: Manifest | None) -> tuple[int, ...]:
-    """Give the rows of each source that its sampler emitted and the manifest does not list."""
+    """Return the rows of each source that were emitted and are not listed; 0 without a manifest."""
     lost = checks.count_lost_rows(manifest) if manifest else {}
     return tuple(lost.get(s, 0) for s in SourceKind)
 
 
 def _sum_phase_seconds(episode: Episode) -> tuple[float, ...]:
-    """Sum the seconds of each phase."""
+    """Return the labelled seconds of each phase, in the order of `PHASES`."""
     sums: dict[Phase, int] = dict.fromkeys(PHASES, 0)
     for mark, following in zip(episode.marks, episode.marks[1:], strict=False):
         if mark.phase in sums:

@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from tests.store.desks import IDS, ROOMY, TOKENS, Desk, headers_of, path_of, piece, scope_of
+from tests.factories.receivers import IDS, ROOMY, TOKENS, Desk, headers_of, path_of, piece, scope_of
 
 from phasewatch import atomic
 from phasewatch.errors import BusyError, MachineError, StoreReplacedError
@@ -182,7 +182,7 @@ def test_a_client_that_goes_away_leaves_nothing_but_a_line_in_the_log(desk: Desk
 
     assert list(desk.store.walk()) == []
     assert desk.store.temporaries() == ()  # type: ignore[attr-defined]
-    assert [(record["status"], record["why"]) for record in desk.log] == [(499, "the client went away")]
+    assert [(record["status"], record["why"]) for record in desk.log] == [(499, "the client closed the connection")]
 
 
 @pytest.mark.parametrize(

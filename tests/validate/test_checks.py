@@ -39,7 +39,7 @@ def every(whole: Episode, source: SourceKind, keep: int, of: int) -> Episode:
 
 
 def codes(whole: Episode) -> set[str]:
-    return {found.code for found in checks.check_episode(listed(whole))}
+    return {found.code for found in checks.find_episode_problems(listed(whole))}
 
 
 def listed(whole: Episode) -> Episode:
@@ -126,8 +126,8 @@ def test_an_idle_card_is_a_note_and_a_frozen_proc_a_fault() -> None:
         source: replace(r, columns=tuple(np.full_like(c, c[0]) for c in r.columns)) for source, r in whole.rows.items()
     }
 
-    card = checks.check_episode(listed(with_rows(whole, frozen[SourceKind.NETFLOW])))
-    proc = checks.check_episode(listed(with_rows(whole, frozen[SourceKind.PROC])))
+    card = checks.find_episode_problems(listed(with_rows(whole, frozen[SourceKind.NETFLOW])))
+    proc = checks.find_episode_problems(listed(with_rows(whole, frozen[SourceKind.PROC])))
 
     assert [(f.code, f.severity) for f in card] == [("constant:netflow", "note")]
     assert checks.compute_status(card) is BundleStatus.ACCEPTED
@@ -148,9 +148,9 @@ def test_the_manifest_must_name_the_place_in_which_it_lies() -> None:
     whole = bare(rows(SourceKind.PROC, [0.5, 1.0]))
     told = whole.manifest
 
-    assert checks.check_identity(whole, host_id=told.host.host_id, episode_id=told.episode_id) == ()
+    assert checks.find_identity_mismatch(whole, host_id=told.host.host_id, episode_id=told.episode_id) == ()
     for host_id, episode_id in ((told.host.host_id, None), (None, told.episode_id), ("h2", told.episode_id)):
-        (found,) = checks.check_identity(whole, host_id=host_id, episode_id=episode_id)
+        (found,) = checks.find_identity_mismatch(whole, host_id=host_id, episode_id=episode_id)
         assert (found.code, found.severity) == ("identity", BundleStatus.REJECTED)
 
 

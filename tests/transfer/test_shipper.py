@@ -12,7 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.store.desks import IDS, TOKENS, Desk, headers_of, path_of
+from tests.factories.progress import RecordedProgress
+from tests.factories.receivers import IDS, TOKENS, Desk, headers_of, path_of
 
 from phasewatch import atomic
 from phasewatch.errors import BusyError, StoreError
@@ -80,14 +81,14 @@ def ship(
 
 
 def test_all_of_an_outbox_goes_to_the_store_and_then_to_sent(outbox: Path, tmp_path: Path) -> None:
-    before, told = names(outbox), []
+    before, progress = names(outbox), RecordedProgress()
 
-    done = ship(outbox, Desk(tmp_path / "store"), tell=lambda n, total, words: told.append((n, total)))
+    done = ship(outbox, Desk(tmp_path / "store"), progress=progress)
 
     assert (done.sent, done.refused, done.left, done.blocked) == (5, [], [], {})
     assert names(outbox) == [f"sent/{name}" for name in before]
     assert names(tmp_path / "store") == before
-    assert told[-1] == (5, 5)
+    assert progress.updates[-1][:3] == ("ship", 5, 5)
     assert ship(outbox, Desk(tmp_path / "store")).sent == 0
 
 
@@ -109,7 +110,7 @@ def test_a_poisoned_bundle_goes_to_refused_with_the_reason(outbox: Path, tmp_pat
     done = ship(outbox, desk)
 
     assert done.sent == 4
-    assert done.refused == [(f"pc-a/{IDS[1]}.tar.zst", "409 other bytes already stand under this id")]
+    assert done.refused == [(f"pc-a/{IDS[1]}.tar.zst", "409 the store holds other bytes under this id")]
     reason = outbox / "refused" / "pc-a" / f"{IDS[1]}.tar.zst.reason.json"
     assert json.loads(reason.read_text())["code"] == "409"
     assert (reason.with_name(f"{IDS[1]}.tar.zst")).read_bytes() == DATA + b"1"
@@ -302,8 +303,7 @@ def test_a_recorder_is_followed_until_told_to_stop(outbox: Path, tmp_path: Path)
 
     async def run() -> ShipmentSummary:
         async with desk.client() as client:
-            shipper = BundleShipper(outbox, client, TOKENS, tell=lambda n, total, words: heard.append(words))
-            heard: list[str] = []
+            shipper = BundleShipper(outbox, client, TOKENS)
             task = asyncio.create_task(shipper.run(watch=True))
             await until(lambda: shipper.summary.sent == 5)
             await asyncio.to_thread(DiskStore(outbox).put, "pc-a", IDS[20], DATA)
@@ -324,10 +324,9 @@ async def until(claim: Callable[[], bool]) -> None:
     raise AssertionError("it never came true")
 
 
-def watch_for(outbox: Path, answer: Answer, seconds: float) -> tuple[BundleShipper, list[str], list[str]]:
-    """Follow an outbox for so long by its own clock; give the shipper, the requests, and what was told."""
+def watch_for(outbox: Path, answer: Answer, seconds: float) -> tuple[BundleShipper, list[str]]:
+    """Follow an outbox for some time by a fake clock; return the shipper and the requests."""
     asked: list[str] = []
-    told: list[str] = []
 
     def note(request: httpx.Request) -> httpx.Response:
         asked.append(f"{request.method} {request.url}")
@@ -345,25 +344,27 @@ def watch_for(outbox: Path, answer: Answer, seconds: float) -> tuple[BundleShipp
                 await asyncio.sleep(0)
 
             shipper = BundleShipper(
-                outbox, client, TOKENS, tell=lambda n, total, words: told.append(words), rng=random.Random(0),
+                outbox, client, TOKENS, rng=random.Random(0),
                 sleep=poll, now_s=lambda: now_s,
             )  # fmt: skip
             await shipper.run(watch=True)
             return shipper
 
     until_s = seconds
-    return asyncio.run(run()), asked, told
+    return asyncio.run(run()), asked
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 405, 302, 307])
-def test_a_wrong_token_or_address_is_tried_less_and_less_often_and_told_once(outbox: Path, status: int) -> None:
+def test_a_wrong_token_or_address_is_retried_more_rarely_and_reported_once(
+    outbox: Path, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
     before = names(outbox)
     location = {"Location": "http://elsewhere.example/"}
 
-    shipper, asked, told = watch_for(outbox, lambda request: reply(status, **location), 3600.0)
+    shipper, asked = watch_for(outbox, lambda request: reply(status, **location), 3600.0)
 
     assert 2 < len(asked) < 100
-    assert len(told) == 2
+    assert len(caplog.records) == 2
     assert [name for name in names(outbox) if name != "sent/.lock"] == before
     assert not any("elsewhere" in each for each in asked)
     assert len(shipper.summary.left) == 5
@@ -380,13 +381,13 @@ def test_a_token_that_becomes_good_again_ships_everything(outbox: Path) -> None:
             return reply(404)
         return reply(201, render_receipt(sha256(request.read()).hexdigest(), name))
 
-    shipper, _, _ = watch_for(outbox, answer, 600.0)
+    shipper, _ = watch_for(outbox, answer, 600.0)
 
     assert (shipper.summary.sent, shipper.summary.blocked) == (5, {})
 
 
 def test_a_receiver_that_asks_for_an_hour_is_not_asked_within_it(outbox: Path) -> None:
-    _, asked, _ = watch_for(outbox, lambda request: reply(429, **{"Retry-After": "3600"}), 3000.0)
+    _, asked = watch_for(outbox, lambda request: reply(429, **{"Retry-After": "3600"}), 3000.0)
 
     assert len(asked) <= 2 * 4
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
+from tests.factories.receivers import IDS, ROOMY, TOKENS, Desk, headers_of, path_of
 from tests.requirements import need_program
-from tests.store.desks import IDS, ROOMY, TOKENS, Desk, headers_of, path_of
 
 from phasewatch.errors import MachineError, UsageError
 from phasewatch.http_server.connections import ConnectionLimits
@@ -315,7 +315,7 @@ def test_what_is_no_http_is_refused_and_harms_nobody(port: int) -> None:
         ("0.0.0.0:8470", {}, "in the clear"),
         ("192.0.2.1:8470", {}, "in the clear"),
         ("store.example:8470", {}, "in the clear"),
-        ("127.0.0.1:8470", {"cert": Path("x")}, "belong together"),
+        ("127.0.0.1:8470", {"cert": Path("x")}, "need each other"),
     ],
 )
 def test_a_place_to_listen_is_checked_before_a_token_can_cross_a_network(

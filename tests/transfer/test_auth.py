@@ -59,7 +59,7 @@ def test_a_file_that_others_can_reach_is_refused(tmp_path: Path, mode: int) -> N
         ("pc-a:", "1 to 256 printable"),
         ("pc-a: sha256:secret", "not 64 hex digits"),
         ("pc-a: secret-1\npc-b: secret-1", "another line again"),
-        ("# nothing", "no token in it"),
+        ("# nothing", "it has no token"),
         ("pc-a: secret-ü", "not plain ASCII"),
     ],
 )

@@ -38,7 +38,7 @@ def test_the_same_bytes_may_come_again_and_other_bytes_may_not(tmp_path: Path) -
     path = store.put("pc-a", IDS[0], b"data")
 
     assert store.put("pc-a", IDS[0], b"data") == path
-    with pytest.raises(StoreError, match="other bytes already stand under this id"):
+    with pytest.raises(StoreError, match="the store holds other bytes under this id"):
         store.put("pc-a", IDS[0], b"DATA")
     assert path.read_bytes() == b"data"
 
@@ -56,7 +56,7 @@ def test_putting_again_finishes_what_a_crash_left_without_a_receipt(tmp_path: Pa
     ("host_id", "episode_id"), [("../x", IDS[0]), ("a", "../x"), ("a", "7"), ("A", IDS[0]), ("", IDS[0])]
 )
 def test_ids_that_could_lead_elsewhere_are_refused(tmp_path: Path, host_id: str, episode_id: str) -> None:
-    with pytest.raises(StoreError, match="is no host_id/episode_id"):
+    with pytest.raises(StoreError, match="is not a valid host_id/episode_id"):
         DiskStore(tmp_path).put(host_id, episode_id, b"data")
 
 

@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from tests.factories.bundles import episode, episode_id, members_of
-from tests.store.desks import Desk, headers_of
+from tests.factories.receivers import Desk, headers_of
 
 from phasewatch.bundle.archive import pack_bundle, unpack_members
 from phasewatch.bundle.container import compress_frame, join_members
