@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -54,14 +53,13 @@ from phasewatch.training.train import TrainReport, find_best_net, train_experime
 from phasewatch.validate.index import read_index, read_statuses, render_accounting
 from phasewatch.validate.sweep import (
     BundleMapper,
-    SweepProgress,
     SweepSummary,
-    SweepTally,
     render_item_path,
+    report_sweep,
     sample_stratified,
     sweep,
 )
-from phasewatch.validate.verdict import USABLE_STATUSES, BundleVerdict
+from phasewatch.validate.verdict import USABLE_STATUSES
 
 __all__ = [
     "EXPERIMENT_GRIDS",
@@ -188,20 +186,9 @@ def validate(settings: RunSettings, *, force: bool = False, progress: Progress =
         workers=settings.workers,
         full=force,
         choose=_build_chooser(settings) if settings.limit else None,
-        tell=_report_sweep(progress, "validate"),
+        tell=report_sweep(progress, "validate"),
         mapper=_choose_mapper(settings),
     )
-
-
-def _report_sweep(progress: Progress, task: str) -> SweepProgress:
-    """Return a callback of `sweep` that reports rate, time left and errors by reason."""
-    tally = SweepTally(time.monotonic())
-
-    def report(done: int, total: int, verdict: BundleVerdict) -> None:
-        tally.add(verdict)
-        progress.update(task, done, total, tally.render_status(total, time.monotonic()))
-
-    return report
 
 
 def _copy_custom_channels(run: Path) -> None:
@@ -265,7 +252,7 @@ def sweep_usable(settings: RunSettings, index: Path, *, progress: Progress = NO_
         settings.run,
         workers=settings.workers,
         choose=choose,
-        tell=_report_sweep(progress, "bins"),
+        tell=report_sweep(progress, "bins"),
         mapper=_choose_mapper(settings),
         prior=index,
     )

@@ -18,6 +18,7 @@ from phasewatch.binning.storage import build_index_row, remove_episodes, write_b
 from phasewatch.channels import get_custom_channels_digest
 from phasewatch.errors import BundleError, RunError, escape_unprintable
 from phasewatch.parallel.pool import ItemResult, map_ordered
+from phasewatch.progress import Progress
 from phasewatch.store.base import BundleStore, StoreItem, StoreLocation, check_store, open_store
 from phasewatch.store.local import BUNDLE_SUFFIX
 from phasewatch.types import BundleStatus
@@ -48,6 +49,7 @@ __all__ = [
     "SweepSummary",
     "read_bundle",
     "render_item_path",
+    "report_sweep",
     "sweep",
 ]
 
@@ -322,6 +324,22 @@ class SweepTally:
         top = ", ".join(f"{code} {n:,}" for code, n in self._reasons.most_common(3))
         wrong = f"; {', '.join(found)}{f' ({top})' if top else ''}" if found else ""
         return f"{rate:,.0f}/s, {_format_duration(left_s)} left{wrong}"
+
+
+def report_sweep(progress: Progress, task: str) -> SweepProgress:
+    """Return a callback for `sweep` that reports the rate, the time left and the errors by reason.
+
+    Args:
+        progress: Receives the reports.
+        task: Name of the task in them.
+    """
+    tally = SweepTally(time.monotonic())
+
+    def report(done: int, total: int, verdict: BundleVerdict) -> None:
+        tally.add(verdict)
+        progress.update(task, done, total, tally.render_status(total, time.monotonic()))
+
+    return report
 
 
 def _format_duration(seconds: float) -> str:
