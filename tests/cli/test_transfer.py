@@ -68,7 +68,7 @@ def test_a_wrong_call_of_receive_fails_before_the_port_is_bound(
 def test_ship_refuses_clear_text_to_another_machine(phasewatch: Call, tokens: Path, tmp_path: Path, url: str) -> None:
     done = phasewatch("ship", "--outbox", tmp_path, "--to", url, "--tokens", tokens)
 
-    assert (done.code, "in the clear" in done.err) == (2, True)
+    assert (done.code, "in clear text" in done.err) == (2, True)
 
 
 @pytest.mark.parametrize("url", ["store", "ftp://x", "http://", "https://[::"])
