@@ -144,13 +144,13 @@ def test_training_depends_on_channel_sets_and_on_the_code_of_user_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = tmp_path / "my_guess.py"
-    code.write_text("from phasewatch.models.baselines import Majority as Guess")
+    code.write_text("from phasewatch.models.baselines import MajorityBaseline as Guess")
     monkeypatch.syspath_prepend(tmp_path)
     models = ("my_guess:Guess",)
     before = inputs(tmp_path, "train", models=models)
 
     assert inputs(tmp_path, "train", models=models, channel_sets=("proc+tap",)) != before
-    code.write_text("from phasewatch.models.baselines import Stratified as Guess")
+    code.write_text("from phasewatch.models.baselines import StratifiedBaseline as Guess")
     assert inputs(tmp_path, "train", models=models) != before
 
 
@@ -197,8 +197,8 @@ def test_a_run_without_settings_has_the_defaults(tmp_path: Path) -> None:
 def test_a_failing_model_stops_no_other_and_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run_own.py").write_text(
         "from pathlib import Path\n"
-        "from phasewatch.models.baselines import Majority\n"
-        "class Later(Majority):\n"
+        "from phasewatch.models.baselines import MajorityBaseline\n"
+        "class Later(MajorityBaseline):\n"
         "    key = 'later'\n"
         "    def _fit(self, train, val):\n"
         "        if not Path(__file__).with_name('ready').exists():\n"

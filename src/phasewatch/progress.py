@@ -1,4 +1,4 @@
-"""How long tasks report how far they are; messages for people go through `logging` instead."""
+"""The protocol by which long tasks report progress; messages for people go through `logging`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["NO_PROGRESS", "NoProgress", "Progress"]
 
 
 class Progress(Protocol):
-    """Receives the progress of long tasks; `cli` draws it, tests record it."""
+    """Receives the progress of long tasks; the command line draws it, tests record it."""
 
     def update(self, task: str, done: int, total: int, detail: str = "") -> None:
         """Report that `done` of `total` items of a task are finished.
@@ -16,13 +16,13 @@ class Progress(Protocol):
         Args:
             task: The task's name, such as ``train``.
             done: Finished items.
-            total: Items in all; 0 where nobody knows yet.
-            detail: The item that was finished last, in words.
+            total: Number of items; 0 if unknown.
+            detail: One line for people, such as the last item or the rate.
         """
 
 
 class NoProgress:
-    """Progress that nobody looks at."""
+    """A `Progress` that does nothing."""
 
     def update(self, task: str, done: int, total: int, detail: str = "") -> None:
         """Do nothing."""

@@ -86,7 +86,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str, str]] = {
 
 
 @pytest.mark.parametrize("case", SPOILT.values(), ids=SPOILT)
-def test_a_spoilt_bundle_is_judged_and_the_sweep_goes_on(
+def test_validate_reports_a_damaged_bundle_and_continues(
     case: tuple[Callable[[Path], object], str, str], tmp_path: Path
 ) -> None:
     spoil, status, reason = case
@@ -98,7 +98,7 @@ def test_a_spoilt_bundle_is_judged_and_the_sweep_goes_on(
     assert reason in result["reasons"]  # type: ignore[operator]
 
 
-def test_one_good_among_nine_broken_is_used(tmp_path: Path) -> None:
+def test_one_valid_bundle_among_nine_broken_ones_is_used(tmp_path: Path) -> None:
     store = tmp_path / "store"
     put(store, episode(number=1))
     for number in range(2, 11):
@@ -112,7 +112,7 @@ def test_one_good_among_nine_broken_is_used(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["result"]["episodes"] == 1
 
 
-def test_a_name_that_is_no_text_does_not_stop_the_sweep(tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_utf8_does_not_stop_validate(tmp_path: Path) -> None:
     store = tmp_path / "store"
     put(store, episode())
 
@@ -124,7 +124,7 @@ def test_a_name_that_is_no_text_does_not_stop_the_sweep(tmp_path: Path) -> None:
     assert (result["in"], result["accepted"]) == (2, 1)
 
 
-def test_a_name_that_would_steer_the_terminal_is_spelled_out(tmp_path: Path) -> None:
+def test_control_characters_of_a_file_name_are_escaped(tmp_path: Path) -> None:
     store = tmp_path / "store"
     put(store, episode())
     (store / "h1" / "\x1b[2Jgone.tar.zst").write_bytes(b"x")
@@ -213,7 +213,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("args", "code", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_is_told_in_words_with_its_exit_code(
+def test_a_wrong_call_prints_one_error_and_its_exit_code(
     args: tuple[str, ...], code: int, words: str, tmp_path: Path
 ) -> None:
     (tmp_path / "store").mkdir()
@@ -228,7 +228,7 @@ def test_what_cannot_be_is_told_in_words_with_its_exit_code(
     assert code == 2 or len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_run_that_another_process_holds_is_left_alone(tmp_path: Path) -> None:
+def test_a_locked_run_is_not_changed(tmp_path: Path) -> None:
     from phasewatch.atomic import lock
 
     put(tmp_path / "store", episode())
@@ -239,7 +239,7 @@ def test_a_run_that_another_process_holds_is_left_alone(tmp_path: Path) -> None:
     assert "another process" in done.stderr
 
 
-def test_one_host_cannot_be_held_out_and_the_line_says_so(tmp_path: Path) -> None:
+def test_split_reports_that_one_host_cannot_be_held_out(tmp_path: Path) -> None:
     write_store(tmp_path / "store", hosts=1)
 
     done = phasewatch("run", tmp_path / "store", "--out", tmp_path / "run", "--workers", 1)
@@ -251,7 +251,7 @@ def test_one_host_cannot_be_held_out_and_the_line_says_so(tmp_path: Path) -> Non
     assert "held_out_sample" in (tmp_path / "run" / "splits_v1.json").read_text()
 
 
-def test_findings_fail_a_validation_only_where_that_was_asked_for(tmp_path: Path) -> None:
+def test_validate_fails_on_findings_only_with_fail_on_or_a_budget(tmp_path: Path) -> None:
     store, run = tmp_path / "store", tmp_path / "run"
     put_bytes(put(store, episode()), b"x")
     base = ("validate", store, "--out", run, "--workers", 1)
@@ -263,7 +263,7 @@ def test_findings_fail_a_validation_only_where_that_was_asked_for(tmp_path: Path
     assert phasewatch(*base, "--fail-on", "awful").exit_code == 2
 
 
-def test_a_spoilt_bundle_can_be_looked_at(tmp_path: Path) -> None:
+def test_inspect_shows_a_damaged_bundle(tmp_path: Path) -> None:
     path = put_bytes(put(tmp_path / "store", episode()), b"hello")
 
     done = phasewatch("inspect", path)
@@ -273,7 +273,7 @@ def test_a_spoilt_bundle_can_be_looked_at(tmp_path: Path) -> None:
     assert "profile    unknown: no manifest" in done.stdout
 
 
-def test_what_is_replaced_is_read_again(tmp_path: Path) -> None:
+def test_validate_reads_a_replaced_bundle_again(tmp_path: Path) -> None:
     store, run = tmp_path / "store", tmp_path / "run"
     path = put(store, episode())
     before = validated(store, run)
@@ -284,7 +284,7 @@ def test_what_is_replaced_is_read_again(tmp_path: Path) -> None:
     assert (before["accepted"], after["accepted"], after["errored"]) == (1, 0, 1)
 
 
-def test_rot_that_leaves_size_and_time_is_found_by_a_full_read(tmp_path: Path) -> None:
+def test_validate_force_finds_damage_that_keeps_size_and_time(tmp_path: Path) -> None:
     store, run = tmp_path / "store", tmp_path / "run"
     path = put(store, episode())
     stamp = path.stat()
@@ -301,7 +301,7 @@ def test_rot_that_leaves_size_and_time_is_found_by_a_full_read(tmp_path: Path) -
     assert json.loads(done.stdout)["result"]["accepted"] == 0
 
 
-def test_a_copy_is_rejected_and_names_its_original(tmp_path: Path) -> None:
+def test_a_copied_bundle_is_rejected_with_the_name_of_the_original(tmp_path: Path) -> None:
     store, run = tmp_path / "store", tmp_path / "run"
     first = episode(number=1)
     put(store, first)

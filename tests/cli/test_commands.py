@@ -53,7 +53,7 @@ def test_a_misspelt_command_is_corrected(phasewatch: Call) -> None:
     assert "Did you mean 'simulate'?" in phasewatch("simulat").err
 
 
-def test_the_version_is_said(phasewatch: Call) -> None:
+def test_version_is_printed(phasewatch: Call) -> None:
     assert phasewatch("--version").out == "phasewatch 0.1.0\n"
 
 
@@ -83,7 +83,7 @@ def test_an_option_without_its_partner_is_refused_not_ignored(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_channels_are_listed_in_order_with_every_field(phasewatch: Call) -> None:
+def test_channels_lists_every_field_in_order(phasewatch: Call) -> None:
     rows = json.loads(phasewatch("channels", "--json").out)["result"]["channels"]
 
     assert [row["name"] for row in rows] == [c.name for c in CHANNELS]
@@ -92,7 +92,7 @@ def test_channels_are_listed_in_order_with_every_field(phasewatch: Call) -> None
     assert {"fields", "scale", "unit", "trust", "accel", "arch", "semantics", "about", "reads"} <= set(rows[0])
 
 
-def test_channels_come_with_what_was_seen_in_a_store(phasewatch: Call, store: Path) -> None:
+def test_channels_corpus_lists_observed_ranges(phasewatch: Call, store: Path) -> None:
     said = phasewatch("channels", "--corpus", "--store", store)
     told = phasewatch("channels", "--corpus", "--store", store, "--json")
 
@@ -102,7 +102,7 @@ def test_channels_come_with_what_was_seen_in_a_store(phasewatch: Call, store: Pa
     assert json.loads(told.out)["result"]["channels"][0]["observed"]["known"] > 0.9
 
 
-def test_a_dry_run_shows_the_plan_and_what_the_clock_alone_would_score(phasewatch: Call, tmp_path: Path) -> None:
+def test_record_dry_run_prints_the_plan_and_the_score_of_elapsed_time(phasewatch: Call, tmp_path: Path) -> None:
     said = phasewatch("record", "--plan", "smoke", "--out", tmp_path / "s", "--dry-run")
 
     assert said.code == 0
@@ -110,14 +110,14 @@ def test_a_dry_run_shows_the_plan_and_what_the_clock_alone_would_score(phasewatc
     assert not (tmp_path / "s").exists()
 
 
-def test_a_plan_that_nobody_knows_is_named_with_those_that_are_known(phasewatch: Call, tmp_path: Path) -> None:
+def test_an_unknown_plan_is_refused_with_the_known_plans(phasewatch: Call, tmp_path: Path) -> None:
     said = phasewatch("record", "--plan", "lab-v9", "--out", tmp_path / "s")
 
     assert said.code == 3
     assert "lab-v1, smoke" in said.err
 
 
-def test_simulated_episodes_come_with_the_truth_beside_them(phasewatch: Call, tmp_path: Path) -> None:
+def test_simulate_writes_a_ground_truth_file(phasewatch: Call, tmp_path: Path) -> None:
     said = phasewatch("simulate", "--hosts", "2", "--episodes", "4", "--out", tmp_path / "s", "--workers", "1")
 
     assert said.code == 0
@@ -125,7 +125,7 @@ def test_simulated_episodes_come_with_the_truth_beside_them(phasewatch: Call, tm
     assert len((tmp_path / "s.truth.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_bundle_is_shown_with_labels_rows_and_a_picture(phasewatch: Call, store: Path) -> None:
+def test_inspect_prints_labels_rows_and_sparklines(phasewatch: Call, store: Path) -> None:
     said = phasewatch("inspect", bundles(store)[0])
 
     assert said.code == 0
@@ -133,13 +133,13 @@ def test_a_bundle_is_shown_with_labels_rows_and_a_picture(phasewatch: Call, stor
     assert any(line.startswith("proc.vcpu_run ") for line in said.lines)
 
 
-def test_a_picture_spells_out_what_a_terminal_would_obey() -> None:
+def test_control_characters_are_escaped() -> None:
     from phasewatch.cli.streams import escape_for_terminal
 
     assert escape_for_terminal("a\x1b[2Jb") == "a\\x1b[2Jb"
 
 
-def test_validate_tells_statuses_reasons_and_where_the_index_lies(
+def test_validate_prints_statuses_reasons_and_the_path_of_the_index(
     phasewatch: Call, store: Path, tmp_path: Path
 ) -> None:
     said = phasewatch("validate", store, "--out", tmp_path / "r", "--json")
@@ -150,14 +150,12 @@ def test_validate_tells_statuses_reasons_and_where_the_index_lies(
     assert result["index"] == str(tmp_path / "r" / "validation_v1.parquet")
 
 
-def test_a_code_is_explained(phasewatch: Call) -> None:
+def test_validate_explains_a_code(phasewatch: Call) -> None:
     assert "silent for more than 10 s" in phasewatch("validate", "--explain", "missing:qmp").out
     assert phasewatch("validate", "--explain", "receipt").out.startswith("receipt (rejected): ")
 
 
-def test_a_run_that_cannot_be_split_says_what_is_missing_and_reports_the_rest(
-    phasewatch: Call, one: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_cannot_be_split_is_reported(phasewatch: Call, one: Path, tmp_path: Path) -> None:
     said = phasewatch("run", one, "--out", tmp_path / "r")
 
     assert said.code == 4
@@ -165,7 +163,7 @@ def test_a_run_that_cannot_be_split_says_what_is_missing_and_reports_the_rest(
     assert (tmp_path / "r" / "report.html").is_file()
 
 
-def test_features_can_be_spelled_out(phasewatch: Call, store: Path, tmp_path: Path) -> None:
+def test_features_works_without_a_run(phasewatch: Call, store: Path, tmp_path: Path) -> None:
     phasewatch("validate", store, "--out", tmp_path / "v")
 
     said = phasewatch(
@@ -178,7 +176,7 @@ def test_features_can_be_spelled_out(phasewatch: Call, store: Path, tmp_path: Pa
     assert said.lines[-2].endswith("windows of 3 episodes")
 
 
-def test_a_run_that_is_not_there_is_bad_data(phasewatch: Call, tmp_path: Path) -> None:
+def test_a_missing_run_is_an_error(phasewatch: Call, tmp_path: Path) -> None:
     for command in ("features", "split", "train", "evaluate", "audit", "report"):
         said = phasewatch(command, tmp_path / "nowhere")
 
@@ -187,7 +185,7 @@ def test_a_run_that_is_not_there_is_bad_data(phasewatch: Call, tmp_path: Path) -
         assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_run_that_another_process_holds_is_refused(phasewatch: Call, store: Path, tmp_path: Path) -> None:
+def test_validate_refuses_a_locked_run(phasewatch: Call, store: Path, tmp_path: Path) -> None:
     from phasewatch import atomic
 
     with atomic.lock(tmp_path / "r"):
@@ -197,7 +195,7 @@ def test_a_run_that_another_process_holds_is_refused(phasewatch: Call, store: Pa
     assert "another process" in said.err
 
 
-def test_without_the_bundled_model_the_line_names_the_option_that_gives_another(
+def test_a_missing_bundled_model_is_an_error_that_names_the_option(
     phasewatch: Call, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PHASEWATCH_CORPUS", raising=False)
@@ -209,7 +207,7 @@ def test_without_the_bundled_model_the_line_names_the_option_that_gives_another(
     assert "name one with --model" in said.err
 
 
-def test_without_the_bundled_corpus_the_demo_says_how_to_give_one(
+def test_a_missing_bundled_corpus_is_an_error_that_names_the_variable(
     phasewatch: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PHASEWATCH_CORPUS", str(tmp_path / "nowhere"))

@@ -20,7 +20,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return playable(tmp_path_factory.mktemp("show") / "run")
 
 
-def test_events_go_to_a_pipe_or_whole_to_a_file(phasewatch: Call, run: Path, tmp_path: Path) -> None:
+def test_publish_writes_events_to_stdout_or_to_a_file(phasewatch: Call, run: Path, tmp_path: Path) -> None:
     piped = phasewatch("publish", "metrics", run)
     filed = phasewatch("publish", "replay", run, "--to", tmp_path / "events.jsonl", "--json")
 
@@ -46,7 +46,7 @@ def test_events_go_to_a_pipe_or_whole_to_a_file(phasewatch: Call, run: Path, tmp
         pytest.param(["dashboard", "RUN", "--port", "99999"], 2, "65535", id="no such port"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_one_line_with_its_code(
+def test_a_wrong_call_of_publish_or_dashboard_is_one_line_with_its_code(
     phasewatch: Call, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], code: int, said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -60,7 +60,7 @@ def test_what_cannot_be_is_one_line_with_its_code(
     assert done.out == ""
 
 
-def test_a_demonstration_without_run_and_model_says_what_is_missing(
+def test_demo_live_without_run_and_model_is_an_error(
     phasewatch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "lab-v1").mkdir()

@@ -54,7 +54,9 @@ ON_A_RUN = [
 
 
 @pytest.mark.parametrize("command", ON_A_RUN, ids=lambda command: " ".join(command[:3]))
-def test_a_folder_that_is_no_run_is_refused_and_left_alone(command: list[str], folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_refused_and_not_changed(
+    command: list[str], folder: Path, tmp_path: Path
+) -> None:
     before = contents(tmp_path)
 
     done = phasewatch(*(a.replace("FOLDER", str(folder)).replace("OUT", str(tmp_path / "out")) for a in command))
@@ -75,7 +77,7 @@ ON_A_STORE = [
 
 @pytest.mark.parametrize("folder", ["documents", "nothing", "code"], indirect=True)
 @pytest.mark.parametrize("command", ON_A_STORE, ids=lambda command: command[0])
-def test_a_folder_without_a_bundle_is_no_store(command: list[str], folder: Path, tmp_path: Path) -> None:
+def test_a_folder_without_bundles_is_refused_as_a_store(command: list[str], folder: Path, tmp_path: Path) -> None:
     from phasewatch.cli.folders import find_bundled_model
 
     before = contents(tmp_path)

@@ -44,7 +44,7 @@ def cell(run: Path, threat: str) -> Path:
     return run / "models" / RECIPE / FOLD / threat / "gbt" / "raw-s0"
 
 
-def test_export_says_how_near_the_export_is_and_where_it_lies(phasewatch: Run, run: Path, tmp_path: Path) -> None:
+def test_export_prints_the_parity_and_the_path(phasewatch: Run, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.zip"
     said = phasewatch("export", run, "--recipe", RECIPE, "--fold", FOLD, "--out", out)
 
@@ -53,7 +53,7 @@ def test_export_says_how_near_the_export_is_and_where_it_lies(phasewatch: Run, r
     assert "gbt, realistic and proc" in said.lines[-2]
 
 
-def test_export_answers_in_json(phasewatch: Run, run: Path, tmp_path: Path) -> None:
+def test_export_prints_json(phasewatch: Run, run: Path, tmp_path: Path) -> None:
     said = phasewatch(
         "export",
         run,
@@ -72,7 +72,7 @@ def test_export_answers_in_json(phasewatch: Run, run: Path, tmp_path: Path) -> N
     assert json.loads(said.out)["result"]["parity"] <= 1e-5
 
 
-def test_predict_scores_a_store_and_names_what_it_could_not_read(
+def test_predict_lists_bundles_that_it_could_not_read(
     phasewatch: Run, run: Path, edge: Path, store: Path, tmp_path: Path
 ) -> None:
     import shutil
@@ -94,7 +94,7 @@ def test_predict_scores_a_store_and_names_what_it_could_not_read(
     assert {row["alarm"] for row in table if row["filter"] == "none"} == {None}
 
 
-def test_a_checkpoint_and_its_edge_bundle_say_the_same_of_recorded_bundles(
+def test_a_checkpoint_and_its_edge_bundle_predict_the_same(
     phasewatch: Run, run: Path, edge: Path, tmp_path: Path
 ) -> None:
     corpus = Path(__file__).parents[2] / "corpus" / "lab-v1"
@@ -111,7 +111,7 @@ def test_a_checkpoint_and_its_edge_bundle_say_the_same_of_recorded_bundles(
         assert (a["t_center_ns"], a["y_true"]) == (b["t_center_ns"], b["y_true"])
 
 
-def test_a_window_of_two_phases_is_flagged_in_what_is_predicted_as_in_a_run(
+def test_predict_flags_windows_of_two_phases_as_a_run_does(
     phasewatch: Run, edge: Path, store: Path, tmp_path: Path
 ) -> None:
     phasewatch("predict", store, "--model", edge, "--out", tmp_path / "said.parquet")
@@ -121,7 +121,7 @@ def test_a_window_of_two_phases_is_flagged_in_what_is_predicted_as_in_a_run(
     assert all(bool(row["flags"] & FLAG_MIXED) is (row["purity"] < 1) for row in table)
 
 
-def test_a_run_without_a_deployed_model_says_what_to_train(
+def test_a_run_without_a_deploy_model_is_an_error_that_names_the_remedy(
     phasewatch: Run, run: Path, store: Path, tmp_path: Path
 ) -> None:
     said = phasewatch("predict", store, "--model", run, "--out", tmp_path / "x.parquet")
@@ -141,7 +141,7 @@ def test_a_run_without_a_deployed_model_says_what_to_train(
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("command", ["watch", "baseline"])
-def test_a_machine_that_is_not_there_is_one_line_and_a_code(
+def test_an_unknown_vm_is_one_line_with_its_code(
     phasewatch: Run, tmp_path: Path, command: str, arguments: tuple[str, ...], code: int, words: str
 ) -> None:
     more = ("--out", tmp_path / "host.json") if command == "baseline" else ()
@@ -153,7 +153,7 @@ def test_a_machine_that_is_not_there_is_one_line_and_a_code(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_machines_that_run_are_listed(phasewatch: Run) -> None:
+def test_watch_list_lists_the_running_vms(phasewatch: Run) -> None:
     assert phasewatch("watch", "--list").code == 0
     assert "machines" in json.loads(phasewatch("watch", "--list", "--json").out)["result"]
 
@@ -188,7 +188,7 @@ def wait_for_attachment(qemu: FakeQemu) -> None:
         time.sleep(0.05)
 
 
-def test_a_watch_tells_events_as_lines_and_its_result_last(pretender: Any, edge: Path) -> None:
+def test_watch_json_prints_event_lines_and_the_result_last(pretender: Any, edge: Path) -> None:
     done = watched(pretender, "--model", edge, "--seconds", "13.5", "--json")
 
     lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -201,9 +201,7 @@ def test_a_watch_tells_events_as_lines_and_its_result_last(pretender: Any, edge:
     assert pretender[1].interval == 7
 
 
-def test_a_reader_that_had_enough_ends_the_watch_and_what_was_read_is_saved(
-    pretender: Any, edge: Path, tmp_path: Path
-) -> None:
+def test_a_closed_pipe_ends_the_watch_and_readings_are_saved(pretender: Any, edge: Path, tmp_path: Path) -> None:
     child, qemu = pretender
     command = [sys.executable, "-m", "phasewatch", "watch", "--pid", str(child.pid), "--model", str(edge), "--json"]
     with subprocess.Popen(
@@ -220,7 +218,7 @@ def test_a_reader_that_had_enough_ends_the_watch_and_what_was_read_is_saved(
     assert qemu.objects == {}
 
 
-def test_a_terminal_that_goes_away_ends_the_watch_in_order(pretender: Any, edge: Path, tmp_path: Path) -> None:
+def test_a_hangup_ends_the_watch_cleanly(pretender: Any, edge: Path, tmp_path: Path) -> None:
     child, qemu = pretender
     command = ["env", "--default-signal=HUP", sys.executable, "-m", "phasewatch", "watch"]  # under nohup it is ignored
     command += ["--pid", str(child.pid), "--model", str(edge), "--json", "--save", str(tmp_path / "kept")]
@@ -237,7 +235,7 @@ def test_a_terminal_that_goes_away_ends_the_watch_in_order(pretender: Any, edge:
     assert qemu.objects == {}
 
 
-def test_a_clean_day_is_measured_to_its_end(pretender: Any, phasewatch: Run, tmp_path: Path) -> None:
+def test_baseline_measures_for_the_given_time(pretender: Any, phasewatch: Run, tmp_path: Path) -> None:
     child, qemu = pretender
     out = tmp_path / "host.json"
     said = phasewatch("baseline", "--pid", child.pid, "--minutes", "0.2", "--out", out, "--json")
@@ -251,9 +249,7 @@ def test_a_clean_day_is_measured_to_its_end(pretender: Any, phasewatch: Run, tmp
 
 
 @pytest.mark.parametrize(("ended", "after_s"), [("Ctrl-C", 3), ("the VM is gone", 14)])
-def test_a_clean_day_that_was_cut_short_is_none_and_leaves_the_one_before(
-    pretender: Any, tmp_path: Path, ended: str, after_s: float
-) -> None:
+def test_an_interrupted_baseline_keeps_the_old_file(pretender: Any, tmp_path: Path, ended: str, after_s: float) -> None:
     child, qemu = pretender
     out = tmp_path / "host.json"
     out.write_text("of last week")
@@ -271,9 +267,7 @@ def test_a_clean_day_that_was_cut_short_is_none_and_leaves_the_one_before(
     assert out.read_text() == "of last week"
 
 
-def test_a_reader_that_stands_still_stops_neither_the_watch_nor_its_end(
-    pretender: Any, edge: Path, tmp_path: Path
-) -> None:
+def test_a_stalled_reader_blocks_neither_the_watch_nor_its_end(pretender: Any, edge: Path, tmp_path: Path) -> None:
     child, qemu = pretender
     command = [sys.executable, "-m", "phasewatch", "watch", "--pid", str(child.pid), "--model", str(edge), "--json"]
     reader, writer = os.pipe()
@@ -291,7 +285,7 @@ def test_a_reader_that_stands_still_stops_neither_the_watch_nor_its_end(
     assert qemu.objects == {}
 
 
-def test_two_interrupts_while_the_monitor_hangs_still_leave_the_machine_as_it_was(pretender: Any, edge: Path) -> None:
+def test_two_interrupts_while_the_monitor_hangs_still_restore_the_vm(pretender: Any, edge: Path) -> None:
     child, qemu = pretender
     command = [sys.executable, "-m", "phasewatch", "watch", "--pid", str(child.pid), "--model", str(edge), "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watcher:
@@ -312,7 +306,7 @@ def test_two_interrupts_while_the_monitor_hangs_still_leave_the_machine_as_it_wa
     assert qemu.interval == 7
 
 
-def test_watching_with_an_edge_bundle_loads_no_trainer_and_stays_small(pretender: Any, edge: Path) -> None:
+def test_watch_with_an_edge_bundle_loads_no_training_packages_and_stays_small(pretender: Any, edge: Path) -> None:
     code = (
         "import sys\n"
         "from phasewatch.cli import app\n"
@@ -343,7 +337,7 @@ def test_watching_with_an_edge_bundle_loads_no_trainer_and_stays_small(pretender
     assert int(peak_kib) < 150 * 1024
 
 
-def test_an_oracle_is_refused_and_the_vm_left_alone(pretender: Any, run: Path) -> None:
+def test_watch_refuses_an_oracle_model_and_does_not_touch_the_vm(pretender: Any, run: Path) -> None:
     done = watched(pretender, "--model", cell(run, "oracle"))
 
     assert done.returncode == 4
@@ -352,7 +346,7 @@ def test_an_oracle_is_refused_and_the_vm_left_alone(pretender: Any, run: Path) -
     assert pretender[1].interval == 7
 
 
-def test_a_vm_that_gives_too_little_is_told_what_to_train(pretender: Any, run: Path) -> None:
+def test_watch_names_the_channel_set_to_train_when_channels_are_missing(pretender: Any, run: Path) -> None:
     pretender[1].accel = "kvm"
     done = watched(pretender, "--model", cell(run, "realistic"))
 
@@ -361,7 +355,7 @@ def test_a_vm_that_gives_too_little_is_told_what_to_train(pretender: Any, run: P
     assert "--channels portable" in done.stderr
 
 
-def test_on_an_accelerator_that_training_never_saw_every_output_says_so(pretender: Any, edge: Path) -> None:
+def test_every_output_warns_about_an_accelerator_unknown_to_training(pretender: Any, edge: Path) -> None:
     pretender[1].accel = "kvm"
     done = watched(pretender, "--model", edge, "--seconds", "13.5", "--json")
 
@@ -374,7 +368,9 @@ def test_on_an_accelerator_that_training_never_saw_every_output_says_so(pretende
 
 
 @pytest.mark.parametrize("kind", ["no socket", "mute"])
-def test_a_named_door_that_does_not_open_is_one_line(pretender: Any, edge: Path, tmp_path: Path, kind: str) -> None:
+def test_a_given_qmp_socket_that_does_not_answer_is_one_line(
+    pretender: Any, edge: Path, tmp_path: Path, kind: str
+) -> None:
     door = tmp_path / "other.sock"
     with socket.socket(socket.AF_UNIX) as listener:
         if kind == "mute":
@@ -388,7 +384,7 @@ def test_a_named_door_that_does_not_open_is_one_line(pretender: Any, edge: Path,
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_clean_day_for_a_model_of_raw_numbers_does_not_fit(pretender: Any, edge: Path, tmp_path: Path) -> None:
+def test_a_baseline_for_a_model_of_raw_input_is_refused(pretender: Any, edge: Path, tmp_path: Path) -> None:
     (tmp_path / "host.json").write_text('{"format":"phasewatch-commission/1","host_id":"h","bins":1,"channels":[]}')
     done = watched(pretender, "--model", edge, "--baseline", tmp_path / "host.json")
 
@@ -417,10 +413,10 @@ def two_outputs(monkeypatch: pytest.MonkeyPatch, *, is_only: bool, lines: int) -
         return text.read().splitlines()
 
 
-def test_a_reader_who_left_ends_a_watch_that_nobody_else_hears_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_pipe_ends_a_watch_without_webhook(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BrokenPipeError):
         two_outputs(monkeypatch, is_only=True, lines=20)
 
 
-def test_a_reader_who_left_ends_no_watch_whose_alarms_go_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_pipe_does_not_end_a_watch_with_webhook(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(two_outputs(monkeypatch, is_only=False, lines=20)) == 2  # once when it happened, once how much was lost

@@ -25,7 +25,7 @@ Call = Callable[..., Said]
 COMMAND = (sys.executable, "-m", "phasewatch")
 
 
-def test_json_is_one_document_and_nothing_else(phasewatch: Call, store: Path, tmp_path: Path) -> None:
+def test_json_prints_one_document_and_nothing_else(phasewatch: Call, store: Path, tmp_path: Path) -> None:
     for arguments in (
         ("channels",), ("doctor",), ("inspect", next(store.glob("*/*.tar.zst"))), ("validate", "--explain", "rate"),
         ("simulate", "--hosts", "1", "--episodes", "1", "--workers", "1", "--out", tmp_path / "s"),
@@ -37,7 +37,7 @@ def test_json_is_one_document_and_nothing_else(phasewatch: Call, store: Path, tm
         assert list(json.loads(said.out)) == ["result"]
 
 
-def test_what_is_not_known_is_null_in_json(phasewatch: Call, tmp_path: Path) -> None:
+def test_nan_is_null_in_json(phasewatch: Call, tmp_path: Path) -> None:
     put(tmp_path / "store", with_rows(episode(), without=[SourceKind.NETFLOW]))
 
     said = phasewatch("channels", "--corpus", "--store", tmp_path / "store", "--json")
@@ -58,14 +58,14 @@ def test_what_is_not_known_is_null_in_json(phasewatch: Call, tmp_path: Path) -> 
     assert seen["proc.cpu_user"]["median"] is not None
 
 
-def test_the_last_line_says_where_the_result_lies(phasewatch: Call, store: Path, tmp_path: Path) -> None:
+def test_the_last_line_is_the_path_of_the_result(phasewatch: Call, store: Path, tmp_path: Path) -> None:
     said = phasewatch("validate", store, "--out", tmp_path / "r", "--workers", "1")
 
     assert Path(said.lines[-1]).is_file()
     assert any(line.startswith("slowest: ") for line in said.lines)
 
 
-def test_a_limit_takes_so_many_and_always_the_same(phasewatch: Call, store: Path, tmp_path: Path) -> None:
+def test_limit_selects_the_same_sample_each_time(phasewatch: Call, store: Path, tmp_path: Path) -> None:
     for run in ("a", "b"):
         phasewatch("validate", store, "--out", tmp_path / run, "--workers", "1", "--limit", "4")
 
@@ -75,7 +75,7 @@ def test_a_limit_takes_so_many_and_always_the_same(phasewatch: Call, store: Path
     assert json.loads(said.out)["result"]["in"] == 4
 
 
-def test_help_needs_no_package_that_is_slow_to_load() -> None:
+def test_help_is_fast() -> None:
     began_s = time.process_time()
     children = os.times().children_user + os.times().children_system
     subprocess.run([*COMMAND, "--help"], check=True, capture_output=True)
@@ -103,7 +103,7 @@ def test_an_interrupt_ends_quietly_with_130(store: Path, tmp_path: Path) -> None
     assert "Traceback" not in out + err
 
 
-def test_a_reader_that_had_enough_is_no_error() -> None:
+def test_a_closed_pipe_is_not_an_error() -> None:
     process = subprocess.Popen([*COMMAND, "channels"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -115,7 +115,7 @@ def test_a_reader_that_had_enough_is_no_error() -> None:
     assert err == b""
 
 
-def test_a_full_disk_is_one_line_and_the_machine_s_fault(
+def test_a_full_disk_is_one_line_with_exit_code_5(
     phasewatch: Call, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(settings: RunSettings, **_: object) -> runner.PipelineResult:
@@ -129,7 +129,7 @@ def test_a_full_disk_is_one_line_and_the_machine_s_fault(
     assert said.err.splitlines()[-1].startswith(f"error: {tmp_path}/r/grids.npy: No space left on device")
 
 
-def test_an_error_s_words_cannot_steer_the_terminal(
+def test_control_characters_of_an_error_are_escaped(
     phasewatch: Call, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(settings: RunSettings, **_: object) -> runner.PipelineResult:

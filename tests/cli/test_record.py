@@ -28,7 +28,7 @@ def profile_file(tmp_path: Path) -> Path:
     return tmp_path / "log-wiper.toml"
 
 
-def test_a_dry_run_of_an_own_profile_shows_its_episodes(phasewatch: Call, tmp_path: Path, profile_file: Path) -> None:
+def test_dry_run_of_a_custom_profile_lists_its_episodes(phasewatch: Call, tmp_path: Path, profile_file: Path) -> None:
     done = phasewatch("record", "--profile-file", profile_file, "--out", tmp_path / "s", "--dry-run", "--json")
     result = json.loads(done.out)["result"]
 
@@ -60,7 +60,7 @@ def test_an_unknown_key_is_bad_data_and_names_the_nearest(phasewatch: Call, tmp_
         pytest.param(["--plan", "smoke", "--accel", "hvf"], 2, "kvm or tcg", id="an accelerator of elsewhere"),
     ],
 )
-def test_what_cannot_be_recorded_is_one_line_and_makes_no_store(
+def test_a_wrong_call_of_record_is_one_line_and_makes_no_store(
     phasewatch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, says: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -77,14 +77,14 @@ def test_what_cannot_be_recorded_is_one_line_and_makes_no_store(
     [("--host-id", "mine"), ("--machine", "q35"), ("--machine", "pc"), ("--mem", "2048"), ("--mem", "1024"),
      ("--vcpus", "1"), ("--boot-deadline", "300")],
 )  # fmt: skip
-def test_what_shapes_an_image_is_refused_without_one(phasewatch: Call, tmp_path: Path, option: str, value: str) -> None:
+def test_image_options_need_an_image(phasewatch: Call, tmp_path: Path, option: str, value: str) -> None:
     done = phasewatch("record", "--plan", "smoke", "--dry-run", "--out", tmp_path / "s", option, value)
 
     assert done.code == 2
     assert f"{option} needs --image; add it, or leave out {option}" in done.err
 
 
-def test_an_image_is_booted_as_the_options_say_or_as_their_help_does(
+def test_an_image_boots_with_the_given_or_default_options(
     phasewatch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = tmp_path / "disk.qcow2"
@@ -104,7 +104,7 @@ def test_an_image_is_booted_as_the_options_say_or_as_their_help_does(
     ]  # fmt: skip
 
 
-def test_without_qemu_nothing_is_made(phasewatch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_without_qemu_makes_nothing(phasewatch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
 
     done = phasewatch("record", "--plan", "smoke", "--out", tmp_path / "s")
@@ -115,7 +115,7 @@ def test_without_qemu_nothing_is_made(phasewatch: Call, tmp_path: Path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_store_that_another_recorder_holds_is_left_alone(phasewatch: Call, tmp_path: Path) -> None:
+def test_a_locked_store_is_not_changed(phasewatch: Call, tmp_path: Path) -> None:
     need_program("qemu-system-x86_64", "qemu-system-x86")
     store = tmp_path / "s"
     store.mkdir()

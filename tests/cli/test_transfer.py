@@ -34,7 +34,7 @@ def tokens(tmp_path: Path) -> Path:
     return path
 
 
-def test_hashes_are_printed_and_the_file_is_left_alone(phasewatch: Call, tokens: Path) -> None:
+def test_hash_tokens_prints_hashes_and_keeps_the_file(phasewatch: Call, tokens: Path) -> None:
     before = tokens.read_bytes()
 
     done = phasewatch("receive", "--tokens", tokens, "--hash-tokens")
@@ -54,7 +54,7 @@ def test_hashes_are_printed_and_the_file_is_left_alone(phasewatch: Call, tokens:
         (("--store", "ftp://x"), 3, "s3://bucket/prefix"),
     ],
 )
-def test_what_cannot_be_received_is_said_before_a_port_is_taken(
+def test_a_wrong_call_of_receive_fails_before_the_port_is_bound(
     phasewatch: Call, tokens: Path, options: tuple[str, ...], code: int, words: str
 ) -> None:
     done = phasewatch("receive", "--tokens", tokens, *options)
@@ -65,16 +65,14 @@ def test_what_cannot_be_received_is_said_before_a_port_is_taken(
 @pytest.mark.parametrize(
     "url", ["http://192.0.2.1:8470", "http://store.example", "http://[2001:db8::1]:1"], ids=["address", "name", "IPv6"]
 )
-def test_a_token_is_not_sent_in_the_clear_to_another_machine(
-    phasewatch: Call, tokens: Path, tmp_path: Path, url: str
-) -> None:
+def test_ship_refuses_clear_text_to_another_machine(phasewatch: Call, tokens: Path, tmp_path: Path, url: str) -> None:
     done = phasewatch("ship", "--outbox", tmp_path, "--to", url, "--tokens", tokens)
 
-    assert (done.code, "in the clear" in done.err) == (2, True)
+    assert (done.code, "in clear text" in done.err) == (2, True)
 
 
 @pytest.mark.parametrize("url", ["store", "ftp://x", "http://", "https://[::"])
-def test_what_is_no_address_is_said(phasewatch: Call, tokens: Path, tmp_path: Path, url: str) -> None:
+def test_ship_refuses_an_invalid_url(phasewatch: Call, tokens: Path, tmp_path: Path, url: str) -> None:
     done = phasewatch("ship", "--outbox", tmp_path, "--to", url, "--tokens", tokens)
 
     assert (done.code, "a URL such as https://store.example:8470 is needed" in done.err) == (2, True)
@@ -95,18 +93,18 @@ def test_nobody_listening_is_exit_5_and_a_missing_token_exit_3(phasewatch: Call,
 
 
 @pytest.mark.parametrize(("text", "size"), [("0", 0), ("500MB", 500_000_000), ("2GiB", 2 << 30), ("1 kb", 1000)])
-def test_sizes_are_read(text: str, size: int) -> None:
+def test_sizes_are_parsed(text: str, size: int) -> None:
     assert _parse_bytes("--quota", text) == size
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1.5GB", "GB", "1XB"])
-def test_what_is_no_size_is_said(text: str) -> None:
+def test_an_invalid_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--quota"):
         _parse_bytes("--quota", text)
 
 
 @pytest.mark.parametrize("how", ["closed", "a pipe that nobody reads", "a pipe whose reader is gone"])
-def test_a_receiver_goes_on_where_nobody_can_read_its_log(tokens: Path, tmp_path: Path, how: str) -> None:
+def test_receive_continues_when_its_log_cannot_be_written(tokens: Path, tmp_path: Path, how: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

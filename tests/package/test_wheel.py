@@ -92,7 +92,7 @@ def test_the_recordings_are_found_where_the_variable_says(tmp_path: Path, monkey
     monkeypatch.setenv("PHASEWATCH_CORPUS", str(ROOT / "corpus" / "lab-v1"))
     assert find_bundled_corpus() == ROOT / "corpus" / "lab-v1"
     monkeypatch.setenv("PHASEWATCH_CORPUS", str(tmp_path / "none"))
-    with pytest.raises(StoreError, match="PHASEWATCH_CORPUS names this folder, and it is not there"):
+    with pytest.raises(StoreError, match="PHASEWATCH_CORPUS names this folder, and it does not exist"):
         find_bundled_corpus()
 
 

@@ -71,7 +71,7 @@ def ship(
             known,
             parallel=parallel,
             patience_s=0.0 if watch else give_up_after,
-            tell=lambda n, total, detail: progress.update("ship", n, total, detail),
+            progress=progress,
         )
         shipped = asyncio.run(_run_shipper(shipper, client, watch=watch))
     lines = [f"refused: {path}: {reason}" for path, reason in shipped.refused]
