@@ -134,8 +134,8 @@ def _build_sample_block(told: ReportContext) -> ReportBlock:
     ranked = sorted(found, key=lambda r: (r.value or 0.0, r.profile or "", r.sample_name or ""))
     table = build_metric_table([(f"{r.profile}, {r.sample_name}", "macro-F1", r) for r in ranked])
     sentences = (
-        f"Macro-F1 of {told.model} by sample, lowest score first. Each sample has only a few episodes, so single scores "
-        "are uncertain.",
+        f"Macro-F1 of {told.model} by sample, lowest score first. Each sample has only a few episodes, so single "
+        "scores are uncertain.",
     )
     return replace(base, sentences=sentences, table=table)
 

@@ -100,8 +100,8 @@ def describe_protocol_scores(rows: Sequence[MetricRow]) -> str | None:
 
 def describe_inversion(rows: Sequence[MetricRow]) -> str | None:
     """Explain a score on random episodes below the score on unseen hosts; return None if it is not below."""
-    dealt, host = _find_protocol_score(rows, IN_DISTRIBUTION), _find_protocol_score(rows, _HELD_OUT_HOST)
-    if dealt is None or host is None or dealt.value is None or host.value is None or dealt.value >= host.value:
+    random, host = _find_protocol_score(rows, IN_DISTRIBUTION), _find_protocol_score(rows, _HELD_OUT_HOST)
+    if random is None or host is None or random.value is None or host.value is None or random.value >= host.value:
         return None
     sizes = [_find_train_size(rows, recipe) for recipe in (IN_DISTRIBUTION, _HELD_OUT_HOST)]
     size = " after training on as many windows" if all(sizes) and abs(sizes[0] - sizes[1]) < 0.05 * sizes[1] else ""
@@ -136,8 +136,8 @@ def build_protocol_section(told: ReportContext) -> ReportSection:
         command=TRAIN_ALL_COMMAND if absent else EVALUATE_COMMAND,
     )
     lead = (
-        "A score depends on the split. Splits that share windows, hosts or samples between training and test leak "
-        "information and overestimate the performance on a new machine."
+        "A score depends on the split. Windows of one episode in training and test leak information. Shared hosts or "
+        "samples make the test easier than a new machine with new malware."
     )
     return ReportSection(key="inflation", title="Leakage: score by split protocol", lead=lead, blocks=(block,))
 
