@@ -10,13 +10,39 @@ from numpy.typing import ArrayLike, NDArray
 from phasewatch.arrays import FloatArray
 from phasewatch.types import PHASES, Phase
 
+__all__ = [
+    "ECE_BINS",
+    "EQUAL_MASS_BINS",
+    "N_CLASSES",
+    "STATES",
+    "STATE_BY_PHASE",
+    "apply_temperature",
+    "brier_score",
+    "brier_terms",
+    "calibration_gap_terms",
+    "classes_present",
+    "compute_f1_from_terms",
+    "confusion_counts",
+    "debiased_rms",
+    "ece",
+    "ece_bin",
+    "ece_terms",
+    "equal_mass_bin",
+    "f1_per_class",
+    "f1_terms",
+    "list_states_of_classes",
+    "log_loss",
+    "macro_f1",
+    "merge_into_three_states",
+]
+
 N_CLASSES = len(PHASES)
 ECE_BINS = 15
 EQUAL_MASS_BINS = 10  # of equal numbers of windows, for the debiased calibration error
 STATES = ("quiet", "infecting", "active")
 STATE_BY_PHASE = tuple({Phase.INFECTING: 1, Phase.ACTIVE: 2}.get(p, 0) for p in PHASES)
 # Smaller probabilities count as this in a log loss: a class without training data gives a finite loss.
-MIN_LOG_LOSS_PROBABILITY = 1e-15
+_MIN_LOG_LOSS_PROBABILITY = 1e-15
 
 
 def confusion_counts(
@@ -210,11 +236,11 @@ def brier_score(probabilities: NDArray[np.floating], y_true: NDArray[np.integer]
 def log_loss(probabilities: NDArray[np.floating], y_true: NDArray[np.integer]) -> float:
     """Compute the mean negative log probability of the truth in nats, from ``(n, k)`` and ``(n,)``.
 
-    Probabilities below `MIN_LOG_LOSS_PROBABILITY` count as it.
+    Probabilities below `_MIN_LOG_LOSS_PROBABILITY` count as it.
     """
     p = np.asarray(probabilities, np.float64)
     of_truth = p[np.arange(len(p)), np.asarray(y_true, np.int64)]
-    return float(-np.log(np.maximum(of_truth, MIN_LOG_LOSS_PROBABILITY)).mean())
+    return float(-np.log(np.maximum(of_truth, _MIN_LOG_LOSS_PROBABILITY)).mean())
 
 
 def apply_temperature(probabilities: NDArray[np.floating], temperature: float) -> NDArray[np.float64]:

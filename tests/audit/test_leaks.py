@@ -10,7 +10,8 @@ import pytest
 from tools.datasheet_tables import compute_separations
 
 from phasewatch.audit.checks import CheckOutcome
-from phasewatch.audit.leakage import LeakageResult, LeakageWindows, check_leakage, probe_leakage, render_leakage
+from phasewatch.audit.leakage import LeakageResult, LeakageWindows, probe_leakage, render_leakage
+from phasewatch.audit.run import check_leakage
 from phasewatch.simulate import simulate
 from phasewatch.types import Phase
 from phasewatch.validate.sweep import sweep

@@ -10,8 +10,20 @@ import msgspec
 
 from phasewatch.errors import PhasewatchError, RunError
 
+__all__ = [
+    "REPORT_ONLY_SUFFIX",
+    "AuditCheck",
+    "AuditReport",
+    "CheckOutcome",
+    "build_check",
+    "build_untested_check",
+    "collect_refusals",
+    "parse_audit",
+    "render_audit",
+]
+
 REPORT_ONLY_SUFFIX = "Reported, without a limit."  # ends the promise of a figure without a limit
-MAX_SHOWN_FAULTS = 3  # faults that a check lists; the rest is counted
+_MAX_SHOWN_FAULTS = 3  # faults that a check lists; the rest is counted
 
 
 class CheckOutcome(StrEnum):
@@ -77,9 +89,9 @@ def build_check(name: str, promise: str, faults: Iterable[str], *, looked_at: st
     found = list(faults)
     if not found:
         return AuditCheck(name=name, promise=promise, fate=CheckOutcome.KEPT, words=looked_at)
-    more = f" (and {len(found) - MAX_SHOWN_FAULTS} more)" if len(found) > MAX_SHOWN_FAULTS else ""
+    more = f" (and {len(found) - _MAX_SHOWN_FAULTS} more)" if len(found) > _MAX_SHOWN_FAULTS else ""
     return AuditCheck(
-        name=name, promise=promise, fate=CheckOutcome.BROKEN, words="; ".join(found[:MAX_SHOWN_FAULTS]) + more
+        name=name, promise=promise, fate=CheckOutcome.BROKEN, words="; ".join(found[:_MAX_SHOWN_FAULTS]) + more
     )
 
 

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from phasewatch.arrays import Float32Array
 from phasewatch.artifacts import BINS_DIR, VALIDATION_FILE
-from phasewatch.audit.checks import REPORT_ONLY_SUFFIX, AuditCheck, CheckOutcome, build_check, build_untested_check
 from phasewatch.binning.storage import BinIndexRow, MappedBins, open_bins
 from phasewatch.channels import LEVEL_CHANNELS, build_channel_mask
 from phasewatch.errors import RunError
@@ -30,9 +29,17 @@ from phasewatch.types import BIN_NS, STRIDE_BINS, WINDOW_BINS, SampleKind
 from phasewatch.validate.index import read_index
 from phasewatch.validate.verdict import USABLE_STATUSES
 
-N_FOLDS = 5
+__all__ = [
+    "LeakageResult",
+    "LeakageWindows",
+    "probe_leakage",
+    "read_leakage_windows",
+    "render_leakage",
+]
+
+_N_FOLDS = 5
 # Up to this many episodes each is left out by itself: their assignment to five folds moves a figure by 0.1.
-MAX_LEAVE_ONE_OUT = 30
+_MAX_LEAVE_ONE_OUT = 30
 
 _PROBE_ROUNDS = 40
 _PROBE_TREE_PARAMS = {
@@ -46,7 +53,7 @@ _PROBE_TREE_PARAMS = {
 }
 
 
-def assign_group_folds(groups: NDArray[np.str_], k: int) -> NDArray[np.int64]:
+def _assign_group_folds(groups: NDArray[np.str_], k: int) -> NDArray[np.int64]:
     """Assign groups to k folds: each, by descending size and then name, to the smallest fold.
 
     Args:
@@ -65,16 +72,16 @@ def assign_group_folds(groups: NDArray[np.str_], k: int) -> NDArray[np.int64]:
 
 
 def _iterate_group_folds(
-    groups: NDArray[np.str_], rows: NDArray[np.bool_], k: int = N_FOLDS
+    groups: NDArray[np.str_], rows: NDArray[np.bool_], k: int = _N_FOLDS
 ) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
     """Yield ``(n,)`` train and test masks of each fold; groups stay together, and both lie within `rows`."""
     fold = np.full(len(groups), -1)
-    fold[rows] = assign_group_folds(groups[rows], k)
+    fold[rows] = _assign_group_folds(groups[rows], k)
     for number in range(k):
         yield rows & (fold != number), fold == number
 
 
-def predict_classes_out_of_fold(
+def _predict_classes_out_of_fold(
     x: Float32Array, y: NDArray[np.int64], groups: NDArray[np.str_], rows: NDArray[np.bool_]
 ) -> NDArray[np.int64] | None:
     """Predict the class of every row by trees that saw none of its session.
@@ -90,7 +97,7 @@ def predict_classes_out_of_fold(
     """
     import xgboost as xgb
 
-    if len(np.unique(groups[rows])) < N_FOLDS or len(np.unique(y[rows])) < 2:
+    if len(np.unique(groups[rows])) < _N_FOLDS or len(np.unique(y[rows])) < 2:
         return None
     k = int(y[rows].max()) + 1
     predicted = np.full(len(y), -1)
@@ -108,14 +115,14 @@ def predict_classes_out_of_fold(
     return predicted
 
 
-def predict_values_out_of_fold(
+def _predict_values_out_of_fold(
     x: Float32Array, t: NDArray[np.float64], episode: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Predict the number ``t`` ``(n,)`` of every row of ``x`` ``(n, f)`` by trees that saw none of its episode."""
     import xgboost as xgb
 
     predicted = np.zeros(len(t))
-    k = min(MAX_LEAVE_ONE_OUT, len(np.unique(episode)))
+    k = min(_MAX_LEAVE_ONE_OUT, len(np.unique(episode)))
     for train, test in _iterate_group_folds(episode.astype(str), np.ones(len(t), np.bool_), k):
         if train.any() and test.any():
             data = xgb.QuantileDMatrix(x[train], label=t[train], max_bin=32, nthread=1)
@@ -126,7 +133,7 @@ def predict_values_out_of_fold(
     return predicted
 
 
-def compute_macro_f1_and_chance(truth: NDArray[np.int64], predicted: NDArray[np.int64]) -> tuple[float, float]:
+def _compute_macro_f1_and_chance(truth: NDArray[np.int64], predicted: NDArray[np.int64]) -> tuple[float, float]:
     """Compute macro-F1 of ``(n,)`` predictions, and of guesses drawn with the shares of the classes."""
     confusion = confusion_counts(truth, predicted)
     share = confusion.sum(axis=1) / max(1, len(truth))
@@ -135,7 +142,7 @@ def compute_macro_f1_and_chance(truth: NDArray[np.int64], predicted: NDArray[np.
     return float(macro_f1(confusion, classes)), float(np.mean(share[list(classes)]))
 
 
-def compute_spearman(x: NDArray[np.floating], t: NDArray[np.float64]) -> NDArray[np.float64]:
+def _compute_spearman(x: NDArray[np.floating], t: NDArray[np.float64]) -> NDArray[np.float64]:
     """Compute the rank correlation of each column of ``(n, f)`` with ``(n,)`` over finite rows; 0 if constant.
 
     Source: Spearman 1904.
@@ -151,15 +158,15 @@ def compute_spearman(x: NDArray[np.floating], t: NDArray[np.float64]) -> NDArray
     return found
 
 
-MAX_ABOVE_CHANCE = 0.10  # in macro-F1, for elapsed time: 0.30 with five phases (a plan's own limit is 0.25)
-MAX_IDLE_CORRELATION = 0.20  # above it suspect features are named
-STARTUP_S = 12.5  # two windows: the guest's work at the first label has ended
-MAX_SINGLE_FEATURE = 0.95  # limit for one feature alone on host or elapsed time (DESIGN section 9, "Audit")
-N_QUANTILE_BINS = 32  # of a feature that is probed alone
-N_PERMUTATIONS = 999
-PERMUTATION_ALPHA = 0.01
-MAX_SUSPECTS = 5
-MIN_GROUPS = 3  # fewer sessions, hosts or episodes leave a probe without result
+_MAX_ABOVE_CHANCE = 0.10  # in macro-F1, for elapsed time: 0.30 with five phases (a plan's own limit is 0.25)
+_MAX_IDLE_CORRELATION = 0.20  # above it suspect features are named
+_STARTUP_S = 12.5  # two windows: the guest's work at the first label has ended
+_MAX_SINGLE_FEATURE = 0.95  # limit for one feature alone on host or elapsed time (DESIGN section 9, "Audit")
+_N_QUANTILE_BINS = 32  # of a feature that is probed alone
+_N_PERMUTATIONS = 999
+_PERMUTATION_ALPHA = 0.01
+_MAX_SUSPECTS = 5
+_MIN_GROUPS = 3  # fewer sessions, hosts or episodes leave a probe without result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -225,7 +232,7 @@ class LeakageResult:
 def probe_leakage(windows: LeakageWindows, only: Collection[str] = ()) -> tuple[LeakageResult, ...]:
     """Run every leakage probe, or only the named ones, in a fixed order."""
     lab = windows.role[windows.episode_index] == "lab"
-    return tuple(probe(windows, lab) for name, probe in LEAKAGE_PROBES.items() if not only or name in only)
+    return tuple(probe(windows, lab) for name, probe in _LEAKAGE_PROBES.items() if not only or name in only)
 
 
 def _probe_phase_from_time(w: LeakageWindows, lab: NDArray[np.bool_]) -> LeakageResult:
@@ -237,21 +244,21 @@ def _probe_phase_from_time(w: LeakageWindows, lab: NDArray[np.bool_]) -> Leakage
     def part(rows: NDArray[np.bool_]) -> LabelledExamples:
         return LabelledExamples(inputs=ModelInputs(x=w.t_s[rows, None].astype(np.float32), spec=spec), y=w.y[rows])
 
-    fold = assign_group_folds(w.session[w.episode_index], N_FOLDS)
+    fold = _assign_group_folds(w.session[w.episode_index], _N_FOLDS)
     predicted = np.full(len(w.y), -1)
-    for number in range(N_FOLDS):
-        test, val = lab & (fold == number), lab & (fold == (number + 1) % N_FOLDS)
+    for number in range(_N_FOLDS):
+        test, val = lab & (fold == number), lab & (fold == (number + 1) % _N_FOLDS)
         train = lab & ~test & ~val
         if not (test.any() and val.any() and train.any()):
             return _build_unanswered(name, question, "macro-F1", "fewer than five sessions")
         model = registry.create("elapsed_time").fit(part(train), part(val))
         predicted[test] = model.predict(part(test).inputs)
-    return _build_phase_result(name, question, w, lab, predicted, 1 / len(np.unique(w.y[lab])) + MAX_ABOVE_CHANCE)
+    return _build_phase_result(name, question, w, lab, predicted, 1 / len(np.unique(w.y[lab])) + _MAX_ABOVE_CHANCE)
 
 
 def _probe_phase_from_levels(w: LeakageWindows, lab: NDArray[np.bool_]) -> LeakageResult:
     name, question = "phase-from-levels", "The phase, from the cumulative totals that are no channels."
-    predicted = predict_classes_out_of_fold(w.levels, w.y, w.session[w.episode_index], lab)
+    predicted = _predict_classes_out_of_fold(w.levels, w.y, w.session[w.episode_index], lab)
     if predicted is None:
         return _build_unanswered(name, question, "macro-F1", "fewer than five sessions")
     return _build_phase_result(name, question, w, lab, predicted, None)
@@ -265,7 +272,7 @@ def _build_phase_result(
     predicted: NDArray[np.int64],
     limit: float | None,
 ) -> LeakageResult:
-    score, chance = compute_macro_f1_and_chance(w.y[rows], predicted[rows])
+    score, chance = _compute_macro_f1_and_chance(w.y[rows], predicted[rows])
     words = f"{int(rows.sum()):,} windows of {len(np.unique(w.episode_index[rows]))} lab episodes"
     return LeakageResult(
         name=name, question=question, value=score, unit="macro-F1", chance=chance, limit=limit, words=words
@@ -293,24 +300,24 @@ def _probe_time_from_later_features(w: LeakageWindows, lab: NDArray[np.bool_]) -
     """Probe without the first step of every episode: the guest clears its scratch folder and syncs."""
     return _probe_time(
         w,
-        _find_idle_rows(w) & (w.t_s > STARTUP_S),
+        _find_idle_rows(w) & (w.t_s > _STARTUP_S),
         "elapsed-time-from-idle-later",
-        f"The same, of windows whose middle is later than {STARTUP_S:g} s.",
+        f"The same, of windows whose middle is later than {_STARTUP_S:g} s.",
     )
 
 
 def _probe_time(w: LeakageWindows, idle: NDArray[np.bool_], name: str, question: str) -> LeakageResult:
     episodes = np.unique(w.episode_index[idle])
-    if len(episodes) < MIN_GROUPS:
+    if len(episodes) < _MIN_GROUPS:
         return _build_unanswered(name, question, "rank correlation", f"{len(episodes)} idle episodes")
-    predicted = predict_values_out_of_fold(w.x[idle], w.t_s[idle], w.episode_index[idle])
-    value = float(compute_spearman(predicted[:, None], w.t_s[idle])[0])
+    predicted = _predict_values_out_of_fold(w.x[idle], w.t_s[idle], w.episode_index[idle])
+    value = float(_compute_spearman(predicted[:, None], w.t_s[idle])[0])
     words = f"{int(idle.sum()):,} windows of {len(episodes)} idle episodes"
-    if value >= MAX_IDLE_CORRELATION:
+    if value >= _MAX_IDLE_CORRELATION:
         drift = _correlate_within_episodes(w, idle)
-        order = np.argsort(-np.abs(drift), kind="stable")[:MAX_SUSPECTS]
+        order = np.argsort(-np.abs(drift), kind="stable")[:_MAX_SUSPECTS]
         named = ", ".join(f"{w.names[i]} {drift[i]:+.2f}" for i in order)
-        words += f"; above {MAX_IDLE_CORRELATION:.2f}, so the suspects, by rank correlation within episodes: {named}"
+        words += f"; above {_MAX_IDLE_CORRELATION:.2f}, so the suspects, by rank correlation within episodes: {named}"
     return LeakageResult(
         name=name, question=question, value=value, unit="rank correlation", chance=0.0, limit=None, words=words
     )
@@ -319,7 +326,7 @@ def _probe_time(w: LeakageWindows, idle: NDArray[np.bool_], name: str, question:
 def _correlate_within_episodes(w: LeakageWindows, idle: NDArray[np.bool_]) -> NDArray[np.float64]:
     """Compute each feature's mean rank correlation with time within idle episodes, ``(f,)``."""
     found = [
-        compute_spearman(w.x[rows], w.t_s[rows])
+        _compute_spearman(w.x[rows], w.t_s[rows])
         for rows in (idle & (w.episode_index == e) for e in np.unique(w.episode_index[idle]))
     ]
     return np.asarray(np.mean(found, axis=0), np.float64)
@@ -328,9 +335,9 @@ def _correlate_within_episodes(w: LeakageWindows, idle: NDArray[np.bool_]) -> ND
 def _probe_time_from_one_feature(w: LeakageWindows, lab: NDArray[np.bool_]) -> LeakageResult:
     name, question = "elapsed-time-from-one-feature", "How late it is in a benign idle episode, from any one feature."
     idle = _find_idle_rows(w)
-    if len(np.unique(w.episode_index[idle])) < MIN_GROUPS:
-        return _build_unanswered(name, question, "rank correlation", "too few idle episodes", MAX_SINGLE_FEATURE)
-    found = np.abs(compute_spearman(w.x[idle], w.t_s[idle]))
+    if len(np.unique(w.episode_index[idle])) < _MIN_GROUPS:
+        return _build_unanswered(name, question, "rank correlation", "too few idle episodes", _MAX_SINGLE_FEATURE)
+    found = np.abs(_compute_spearman(w.x[idle], w.t_s[idle]))
     best = int(np.argmax(found))
     return LeakageResult(
         name=name,
@@ -338,7 +345,7 @@ def _probe_time_from_one_feature(w: LeakageWindows, lab: NDArray[np.bool_]) -> L
         value=float(found[best]),
         unit="rank correlation",
         chance=0.0,
-        limit=MAX_SINGLE_FEATURE,
+        limit=_MAX_SINGLE_FEATURE,
         words=f"the strongest of {len(w.names)} is {w.names[best]}",
     )
 
@@ -347,7 +354,7 @@ def _probe_host_from_features(w: LeakageWindows, lab: NDArray[np.bool_]) -> Leak
     name, question = "host-from-features", "On which host a window was recorded, from all features."
     hosts, codes = np.unique(w.host, return_inverse=True)
     predicted = (
-        predict_classes_out_of_fold(w.x, codes[w.episode_index], w.session[w.episode_index], lab)
+        _predict_classes_out_of_fold(w.x, codes[w.episode_index], w.session[w.episode_index], lab)
         if len(hosts) > 1
         else None
     )
@@ -369,10 +376,10 @@ def _probe_host_from_features(w: LeakageWindows, lab: NDArray[np.bool_]) -> Leak
 def _probe_host_from_one_feature(w: LeakageWindows, lab: NDArray[np.bool_]) -> LeakageResult:
     name, question = "host-from-one-feature", "On which host a window was recorded, from any one feature."
     hosts, codes = np.unique(w.host, return_inverse=True)
-    fold = assign_group_folds(w.session[w.episode_index], N_FOLDS)
-    if len(hosts) < 2 or not all((lab & (fold == number)).any() for number in range(N_FOLDS)):
+    fold = _assign_group_folds(w.session[w.episode_index], _N_FOLDS)
+    if len(hosts) < 2 or not all((lab & (fold == number)).any() for number in range(_N_FOLDS)):
         return _build_unanswered(
-            name, question, "balanced accuracy", "one host, or fewer than five sessions", MAX_SINGLE_FEATURE
+            name, question, "balanced accuracy", "one host, or fewer than five sessions", _MAX_SINGLE_FEATURE
         )
     truth = codes[w.episode_index]
     each = [_score_single_feature(w.x[lab, i], truth[lab], fold[lab], len(hosts)) for i in range(w.x.shape[1])]
@@ -383,7 +390,7 @@ def _probe_host_from_one_feature(w: LeakageWindows, lab: NDArray[np.bool_]) -> L
         value=each[best],
         unit="balanced accuracy",
         chance=1 / len(hosts),
-        limit=MAX_SINGLE_FEATURE,
+        limit=_MAX_SINGLE_FEATURE,
         words=f"the strongest of {len(w.names)} is {w.names[best]}",
     )
 
@@ -394,14 +401,14 @@ def _score_single_feature(x: Float32Array, truth: NDArray[np.int64], fold: NDArr
     The feature is cut into bins of equal frequency; a missing value is a bin too.
     """
     hit, total = np.zeros(k), np.zeros(k)
-    for number in range(N_FOLDS):
+    for number in range(_N_FOLDS):
         test = fold == number
         known = x[~test & np.isfinite(x)]
         edges = (
-            np.unique(np.quantile(known, np.linspace(0, 1, N_QUANTILE_BINS + 1)[1:-1])) if len(known) else np.zeros(0)
+            np.unique(np.quantile(known, np.linspace(0, 1, _N_QUANTILE_BINS + 1)[1:-1])) if len(known) else np.zeros(0)
         )
-        cell = np.where(np.isfinite(x), np.searchsorted(edges, x), N_QUANTILE_BINS)
-        counts = np.zeros((N_QUANTILE_BINS + 1, k))
+        cell = np.where(np.isfinite(x), np.searchsorted(edges, x), _N_QUANTILE_BINS)
+        counts = np.zeros((_N_QUANTILE_BINS + 1, k))
         np.add.at(counts, (cell[~test], truth[~test]), 1.0)
         answer = (counts / np.maximum(counts.sum(axis=0), 1)).argmax(axis=1)
         np.add.at(hit, truth[test], answer[cell[test]] == truth[test])
@@ -418,8 +425,8 @@ def _probe_length_against_profile(w: LeakageWindows, lab: NDArray[np.bool_]) -> 
         return _build_unanswered(name, question, "share of variance", "one profile, or one length")
     value = _compute_eta_squared(length, codes)
     rng = np.random.default_rng(0)
-    drawn = np.array([_compute_eta_squared(length, rng.permutation(codes)) for _ in range(N_PERMUTATIONS)])
-    p = (1 + int((drawn >= value).sum())) / (N_PERMUTATIONS + 1)
+    drawn = np.array([_compute_eta_squared(length, rng.permutation(codes)) for _ in range(_N_PERMUTATIONS)])
+    p = (1 + int((drawn >= value).sum())) / (_N_PERMUTATIONS + 1)
     # Chance exceeds the limit in one corpus of a hundred.
     return LeakageResult(
         name=name,
@@ -427,7 +434,7 @@ def _probe_length_against_profile(w: LeakageWindows, lab: NDArray[np.bool_]) -> 
         value=value,
         unit="share of variance",
         chance=float(drawn.mean()),
-        limit=float(np.quantile(drawn, 1 - PERMUTATION_ALPHA)),
+        limit=float(np.quantile(drawn, 1 - _PERMUTATION_ALPHA)),
         words=f"{len(length)} lab episodes, permutation p = {p:.2f}",
     )
 
@@ -446,13 +453,13 @@ def _probe_neighbour_from_wait(w: LeakageWindows, lab: NDArray[np.bool_]) -> Lea
     rows = lab & (other >= 0)
     beside = np.where(other >= 0, w.y[np.maximum(other, 0)], 0)
     predicted = (
-        predict_classes_out_of_fold(w.x[:, columns], beside, w.session[w.episode_index], rows)
+        _predict_classes_out_of_fold(w.x[:, columns], beside, w.session[w.episode_index], rows)
         if columns and rows.any()
         else None
     )
     if predicted is None:
         return _build_unanswered(name, question, "macro-F1", "too few sessions of two")
-    score, chance = compute_macro_f1_and_chance(beside[rows], predicted[rows])
+    score, chance = _compute_macro_f1_and_chance(beside[rows], predicted[rows])
     return LeakageResult(
         name=name,
         question=question,
@@ -490,7 +497,7 @@ def _build_unanswered(name: str, question: str, unit: str, why: str, limit: floa
     )
 
 
-LEAKAGE_PROBES: Mapping[str, Callable[[LeakageWindows, NDArray[np.bool_]], LeakageResult]] = {
+_LEAKAGE_PROBES: Mapping[str, Callable[[LeakageWindows, NDArray[np.bool_]], LeakageResult]] = {
     "phase-from-elapsed-time": _probe_phase_from_time,
     "phase-from-levels": _probe_phase_from_levels,
     "elapsed-time-from-idle": _probe_time_from_features,
@@ -514,9 +521,8 @@ def render_leakage(leaks: Sequence[LeakageResult]) -> list[tuple[str, str, str, 
     return rows
 
 
-LEAK_CHECK_PREFIX = "leak-"
-LEAKAGE_CHANNEL_SET = "realistic"
-MAX_EPISODES = 600  # a larger store is sampled by session: the probes need no more
+_LEAKAGE_CHANNEL_SET = "realistic"
+_MAX_EPISODES = 600  # a larger store is sampled by session: the probes need no more
 _IDLE_SAMPLE = "idle"
 
 
@@ -534,10 +540,10 @@ def read_leakage_windows(run: Path) -> LeakageWindows:
 
 
 def _sample_rows(rows: list[BinIndexRow]) -> list[BinIndexRow]:
-    if len(rows) <= MAX_EPISODES:
+    if len(rows) <= _MAX_EPISODES:
         return rows
     by_hash = sorted(rows, key=lambda row: (sha256(row.session.encode()).digest(), row.episode_id))
-    kept = {row.session for row in by_hash[:MAX_EPISODES]}
+    kept = {row.session for row in by_hash[:_MAX_EPISODES]}
     return [row for row in rows if row.session in kept]
 
 
@@ -547,7 +553,7 @@ def _build_leakage_windows(grids: MappedBins, rows: list[BinIndexRow]) -> Leakag
     Raises:
         RunError: If there is none.
     """
-    known = np.repeat(build_channel_mask(LEAKAGE_CHANNEL_SET), len(STATS))
+    known = np.repeat(build_channel_mask(_LEAKAGE_CHANNEL_SET), len(STATS))
     x, levels, y, t_s, t_ns, of = [], [], [], [], [], []
     kept: list[BinIndexRow] = []
     for row in rows:
@@ -590,26 +596,3 @@ def _compute_level_means(levels: np.ndarray, w: int) -> np.ndarray:
         total += np.where(is_known, part, 0.0)
         count += is_known
     return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0).astype(np.float32)
-
-
-def check_leakage(run: Path) -> tuple[AuditCheck, ...]:
-    """Check every leakage probe; a probe without a limit is kept whatever its figure."""
-    try:
-        leaks = probe_leakage(read_leakage_windows(run))
-    except RunError as exc:
-        return (
-            build_untested_check(f"{LEAK_CHECK_PREFIX}checks", "Nothing but the telemetry tells the phase.", str(exc)),
-        )
-    return tuple(_build_leakage_check(leak) for leak in leaks)
-
-
-def _build_leakage_check(leak: LeakageResult) -> AuditCheck:
-    name, asked = LEAK_CHECK_PREFIX + leak.name, leak.question
-    if np.isnan(leak.value):
-        return build_untested_check(name, asked, leak.words)
-    chance = f", chance {leak.chance:.2f}" if leak.chance is not None else ""
-    found = f"{leak.value:.2f} {leak.unit}{chance}; {leak.words}"
-    if leak.limit is None:
-        return AuditCheck(name=name, promise=f"{asked} {REPORT_ONLY_SUFFIX}", fate=CheckOutcome.KEPT, words=found)
-    promise = f"{asked} At most {leak.limit:.2f}."
-    return build_check(name, promise, [found] if leak.exceeds_limit else [], looked_at=found)

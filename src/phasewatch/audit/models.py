@@ -26,20 +26,29 @@ from phasewatch.training.experiment import Experiment
 from phasewatch.training.predictions import PROBABILITY_COLUMNS, read_predictions
 from phasewatch.training.train import compute_run_digests, find_finished_experiments, fit_model, read_experiment_data
 
-RETRAIN_CHECK = "trained-on-train-only"
-RETRAIN_PROMISE = (
+__all__ = [
+    "N_RESAMPLES",
+    "PermutationPredictions",
+    "check_permuted_labels",
+    "check_predictions",
+    "check_retrained",
+    "choose_experiments",
+]
+
+_RETRAIN_CHECK = "trained-on-train-only"
+_RETRAIN_PROMISE = (
     "A model trained again on train and validation alone says the same: nothing else was fitted, scaled, stopped or "
     "calibrated on."
 )
-PREDICTIONS_CHECK = "predictions"
-PREDICTIONS_PROMISE = (
+_PREDICTIONS_CHECK = "predictions"
+_PREDICTIONS_PROMISE = (
     "Each prediction is what the checkpoint says of a window of its fold's test set, each window once."
 )
 _EXPERIMENT_COLUMNS = ("recipe", "fold", "threat", "model", "table", "seed")
 _GROUP_COLUMNS = (*_EXPERIMENT_COLUMNS, "part", "filter")
 _PREDICTION_COLUMNS = ("episode_id", "t_center_ns", "y_true", "y_pred", *PROBABILITY_COLUMNS)
 # In a probability: one machine gives the same bits, but other CPUs sum in another order.
-PROBABILITY_TOLERANCE = 1e-3
+_PROBABILITY_TOLERANCE = 1e-3
 
 
 def choose_experiments(run: Path) -> tuple[Experiment, ...]:
@@ -63,21 +72,21 @@ def check_retrained(run: Path, experiments: Sequence[Experiment]) -> AuditCheck:
         with collect_refusals(faults):
             faults += _find_retrain_faults(run, experiment)
     if not experiments:
-        return build_untested_check(RETRAIN_CHECK, RETRAIN_PROMISE, "the run has no finished cell")
+        return build_untested_check(_RETRAIN_CHECK, _RETRAIN_PROMISE, "the run has no finished cell")
     return build_check(
-        RETRAIN_CHECK, RETRAIN_PROMISE, faults, looked_at=_describe_checked(experiments, "cells trained again")
+        _RETRAIN_CHECK, _RETRAIN_PROMISE, faults, looked_at=_describe_checked(experiments, "cells trained again")
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class MergedPredictions:
+class _MergedPredictions:
     """The merged predictions, indexed once by experiment, part and filter: a full grid has thousands of each."""
 
     table: Any
     rows_by_group: Mapping[tuple[object, ...], Any]
 
     @classmethod
-    def from_table(cls, table: Any) -> MergedPredictions:
+    def from_table(cls, table: Any) -> _MergedPredictions:
         """Index the rows of each experiment, part and filter."""
         import pyarrow as pa
 
@@ -109,7 +118,7 @@ def check_predictions(run: Path) -> AuditCheck:
     experiments: list[Experiment] = []
     absent: set[str] = set()
     with collect_refusals(faults):
-        merged = MergedPredictions.from_table(read_predictions(run / PREDICTIONS_FILE))
+        merged = _MergedPredictions.from_table(read_predictions(run / PREDICTIONS_FILE))
         experiments = list(find_finished_experiments(run, compute_run_digests(run)))
         known = {_build_experiment_key(experiment) for experiment in experiments}
         for key in sorted(merged.experiment_keys() - known, key=str):
@@ -121,13 +130,13 @@ def check_predictions(run: Path) -> AuditCheck:
             with collect_refusals(faults):
                 faults += _find_prediction_faults(run, experiment, merged)
     if not experiments and not faults:
-        return build_untested_check(PREDICTIONS_CHECK, PREDICTIONS_PROMISE, "the run has no finished cell")
+        return build_untested_check(_PREDICTIONS_CHECK, _PREDICTIONS_PROMISE, "the run has no finished cell")
     looked_at = _describe_checked(experiments, "checkpoints asked again")
     if absent and not faults:
         return build_untested_check(
-            PREDICTIONS_CHECK, PREDICTIONS_PROMISE, f"{looked_at}, but {'; '.join(sorted(absent))}"
+            _PREDICTIONS_CHECK, _PREDICTIONS_PROMISE, f"{looked_at}, but {'; '.join(sorted(absent))}"
         )
-    return build_check(PREDICTIONS_CHECK, PREDICTIONS_PROMISE, faults, looked_at=looked_at)
+    return build_check(_PREDICTIONS_CHECK, _PREDICTIONS_PROMISE, faults, looked_at=looked_at)
 
 
 def _describe_import_error(run: Path, key: tuple[object, ...]) -> str | None:
@@ -178,14 +187,14 @@ def _find_retrain_faults(run: Path, experiment: Experiment) -> Iterator[str]:
         if not len(windows):
             continue
         gap = float(np.abs(model.predict_proba(windows.inputs) - stored.predict_proba(windows.inputs)).max())
-        if not gap <= PROBABILITY_TOLERANCE:
+        if not gap <= _PROBABILITY_TOLERANCE:
             yield f"{folder}: trained again it differs by {gap:.3f} on {part}; it was fitted on something else"
 
 
 def _is_same_history(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> bool:
     return ours.keys() == theirs.keys() and all(
         len(ours[name]) == len(theirs[name])
-        and np.allclose(ours[name], theirs[name], rtol=PROBABILITY_TOLERANCE, atol=PROBABILITY_TOLERANCE)
+        and np.allclose(ours[name], theirs[name], rtol=_PROBABILITY_TOLERANCE, atol=_PROBABILITY_TOLERANCE)
         for name in ours
     )
 
@@ -201,12 +210,12 @@ def _is_same_postprocessing(ours: PhaseModel, theirs: PhaseModel) -> bool:
         or (
             one.kappa == other.kappa
             and np.allclose(one.transitions, other.transitions)
-            and np.allclose(one.prior, other.prior, atol=PROBABILITY_TOLERANCE)
+            and np.allclose(one.prior, other.prior, atol=_PROBABILITY_TOLERANCE)
         )
     )
 
 
-def _find_prediction_faults(run: Path, experiment: Experiment, merged: MergedPredictions) -> Iterator[str]:
+def _find_prediction_faults(run: Path, experiment: Experiment, merged: _MergedPredictions) -> Iterator[str]:
     """Compare the rows of each filter with the checkpoint's predictions on the same windows."""
     sets, where, folder = (
         read_experiment_data(run, experiment),
@@ -253,7 +262,7 @@ def _describe_row_fault(rows: Any, asked: WindowSet, answer: NDArray[np.float64]
     if not np.array_equal(rows["y_pred"].to_numpy().astype(np.int64)[order], predicted.argmax(axis=1)):
         return "a decision is not the likeliest phase of its row"
     gap = 0.0 if answer is None or not len(predicted) else float(np.abs(answer - predicted).max())
-    if gap > PROBABILITY_TOLERANCE:
+    if gap > _PROBABILITY_TOLERANCE:
         return f"its checkpoint says otherwise, by {gap:.3f}; the predictions were edited"
     return None
 
@@ -271,13 +280,13 @@ def _build_experiment_key(experiment: Experiment) -> tuple[object, ...]:
     return (*experiment.keys().values(), experiment.seed)
 
 
-PERMUTATION_CHECK = "shuffled-labels"
-PERMUTATION_PROMISE = "Trained on labels permuted over the training windows, gbt scores no more than chance."
-PERMUTATION_MODEL, PERMUTATION_RECIPE, PERMUTATION_CHANNEL_SET = "gbt", "held_out_host", "realistic"
-MAX_ABOVE_GUESS = 0.05  # above stratified random, for the upper end of the interval (DESIGN section 9)
-N_GUESSES = 200  # stratified random answers, averaged
+_PERMUTATION_CHECK = "shuffled-labels"
+_PERMUTATION_PROMISE = "Trained on labels permuted over the training windows, gbt scores no more than chance."
+_PERMUTATION_MODEL, _PERMUTATION_RECIPE, _PERMUTATION_CHANNEL_SET = "gbt", "held_out_host", "realistic"
+_MAX_ABOVE_GUESS = 0.05  # above stratified random, for the upper end of the interval (DESIGN section 9)
+_N_GUESSES = 200  # stratified random answers, averaged
 N_RESAMPLES = 2_000
-MAX_PERMUTATIONS = (
+_MAX_PERMUTATIONS = (
     2  # in one clean run of fifty one permutation scores above chance (measured); a leak shows in every one
 )
 
@@ -289,7 +298,7 @@ def check_permuted_labels(
 ) -> AuditCheck:
     """Train on permuted labels over all folds of the headline's recipe, and score the test predictions.
 
-    The promise is broken only if every one of `MAX_PERMUTATIONS` permutations scores above chance.
+    The promise is broken only if every one of `_MAX_PERMUTATIONS` permutations scores above chance.
 
     Args:
         run: The run.
@@ -299,25 +308,25 @@ def check_permuted_labels(
     """
     ask = answers or _predict_with_permuted_labels
     faults: list[str] = []
-    if not list_split_paths(run, PERMUTATION_RECIPE):
+    if not list_split_paths(run, _PERMUTATION_RECIPE):
         return build_untested_check(
-            PERMUTATION_CHECK, PERMUTATION_PROMISE, f"the run has no fold of {PERMUTATION_RECIPE}"
+            _PERMUTATION_CHECK, _PERMUTATION_PROMISE, f"the run has no fold of {_PERMUTATION_RECIPE}"
         )
     looked = ""
     with collect_refusals(faults):
         rng = np.random.default_rng([seed, int.from_bytes(b"shuffled", "big")])
-        for _ in range(MAX_PERMUTATIONS):
+        for _ in range(_MAX_PERMUTATIONS):
             truth, predicted, chance, hosts, sessions = ask(run, rng)
             high, guess = (
                 _compute_upper_bound(truth, predicted, hosts, sessions),
                 _compute_guess_score(truth, chance, rng),
             )
             looked += f"{', then ' if looked else ''}macro-F1 up to {high:.2f}, stratified random {guess:.2f}"
-            if high <= guess + MAX_ABOVE_GUESS:
+            if high <= guess + _MAX_ABOVE_GUESS:
                 break
         else:
             faults.append(f"{looked}: something other than the labels tells the phase")
-    return build_check(PERMUTATION_CHECK, PERMUTATION_PROMISE, faults, looked_at=looked)
+    return build_check(_PERMUTATION_CHECK, _PERMUTATION_PROMISE, faults, looked_at=looked)
 
 
 def _predict_with_permuted_labels(run: Path, rng: np.random.Generator) -> PermutationPredictions:
@@ -325,15 +334,15 @@ def _predict_with_permuted_labels(run: Path, rng: np.random.Generator) -> Permut
     truths, decisions, shares = [], [], []
     hosts: list[str] = []
     sessions: list[str] = []
-    for fold in read_folds(run, PERMUTATION_RECIPE):
+    for fold in read_folds(run, _PERMUTATION_RECIPE):
         sets = load(
-            run, PERMUTATION_RECIPE, fold.fold, PERMUTATION_CHANNEL_SET, registry.find_model(PERMUTATION_MODEL).kind
+            run, _PERMUTATION_RECIPE, fold.fold, _PERMUTATION_CHANNEL_SET, registry.find_model(_PERMUTATION_MODEL).kind
         )
 
         def permuted(examples: LabelledExamples) -> LabelledExamples:
             return LabelledExamples(inputs=examples.inputs, y=rng.permutation(examples.y))
 
-        model = registry.create(PERMUTATION_MODEL).fit(permuted(sets.train.examples), permuted(sets.val_a.examples))
+        model = registry.create(_PERMUTATION_MODEL).fit(permuted(sets.train.examples), permuted(sets.val_a.examples))
         truths.append(sets.test.y)
         decisions.append(model.predict(sets.test.inputs))
         prior = np.bincount(sets.train.y, minlength=metrics.N_CLASSES) / max(len(sets.train), 1)
@@ -364,7 +373,7 @@ def _compute_guess_score(truth: NDArray[np.int64], shares: NDArray[np.float64], 
     classes = tuple(int(c) for c in np.unique(truth))
     cumulative = shares.cumsum(axis=1)
     scores = []
-    for _ in range(N_GUESSES):
+    for _ in range(_N_GUESSES):
         drawn = (rng.random(len(truth))[:, None] > cumulative).sum(axis=1).clip(0, metrics.N_CLASSES - 1)
         scores.append(float(metrics.macro_f1(metrics.confusion_counts(truth, drawn), classes)))
     return float(np.mean(scores))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,15 +17,17 @@ from phasewatch.artifacts import (
     list_split_paths,
 )
 from phasewatch.audit.checks import (
+    REPORT_ONLY_SUFFIX,
     AuditCheck,
     AuditReport,
+    CheckOutcome,
     build_check,
     build_untested_check,
     collect_refusals,
     parse_audit,
     render_audit,
 )
-from phasewatch.audit.leakage import check_leakage
+from phasewatch.audit.leakage import LeakageResult, probe_leakage, read_leakage_windows
 from phasewatch.audit.models import check_permuted_labels, check_predictions, check_retrained, choose_experiments
 from phasewatch.audit.splits import find_fold_faults, find_partition_faults, find_uninformative_digests
 from phasewatch.dataset import file_sha256
@@ -35,14 +38,23 @@ from phasewatch.evaluation.metric_table import has_metrics, read_metrics, render
 from phasewatch.splits import SetAsideEpisode, SplitEpisode, recipes
 from phasewatch.types import EpisodeRole
 
-REBUILD_CHECK = "remade-from-bundles"
-REBUILD_PROMISE = "Verdicts, grids, features and splits are what the bundles give, byte for byte."
-DISJOINT_CHECK = "disjoint"
-DISJOINT_PROMISE = "No host, sample, session, time, plan or near-duplicate that a recipe holds out was learnt from."
-RECIPES_WITHOUT_TEST = ("deploy",)
+__all__ = [
+    "AuditProgress",
+    "audit_run",
+    "check_disjoint",
+    "check_leakage",
+    "check_metrics",
+    "read_audit",
+]
+
+_REBUILD_CHECK = "remade-from-bundles"
+_REBUILD_PROMISE = "Verdicts, grids, features and splits are what the bundles give, byte for byte."
+_DISJOINT_CHECK = "disjoint"
+_DISJOINT_PROMISE = "No host, sample, session, time, plan or near-duplicate that a recipe holds out was learnt from."
+_RECIPES_WITHOUT_TEST = ("deploy",)
 
 
-def check_rebuild(run: Path, copy: Path, files: tuple[str, ...]) -> AuditCheck:
+def _check_rebuild(run: Path, copy: Path, files: tuple[str, ...]) -> AuditCheck:
     """Compare the run's files with rebuilt ones.
 
     Args:
@@ -57,7 +69,9 @@ def check_rebuild(run: Path, copy: Path, files: tuple[str, ...]) -> AuditCheck:
             ours, theirs = ((f / name) for f in (run, copy))
             if not ours.is_file() or not theirs.is_file() or file_sha256(ours) != file_sha256(theirs):
                 faults.append(f"{name} is not what the bundles give")
-    return build_check(REBUILD_CHECK, REBUILD_PROMISE, faults, looked_at=f"{len(files) + len(splits)} files made again")
+    return build_check(
+        _REBUILD_CHECK, _REBUILD_PROMISE, faults, looked_at=f"{len(files) + len(splits)} files made again"
+    )
 
 
 def check_disjoint(run: Path, episodes_from: Path) -> AuditCheck:
@@ -79,7 +93,7 @@ def check_disjoint(run: Path, episodes_from: Path) -> AuditCheck:
         odd = [a for a in index.set_aside if a.episode_id in episodes and episodes[a.episode_id].host_id == a.host_id]
         crowded = _find_unusable_digests(found, odd)
         for recipe in recipes.SPLIT_RECIPES:
-            if recipe.leaky or recipe.name in RECIPES_WITHOUT_TEST or not list_split_paths(run, recipe.name):
+            if recipe.leaky or recipe.name in _RECIPES_WITHOUT_TEST or not list_split_paths(run, recipe.name):
                 continue
             folds = read_folds(run, recipe.name)
             looked.append(f"{len(folds)} folds of {recipe.name}")
@@ -88,8 +102,8 @@ def check_disjoint(run: Path, episodes_from: Path) -> AuditCheck:
             for fold in folds:
                 faults += find_fold_faults(fold, episodes, crowded)
     if not looked and not faults:
-        return build_untested_check(DISJOINT_CHECK, DISJOINT_PROMISE, "the run has no split that holds something out")
-    return build_check(DISJOINT_CHECK, DISJOINT_PROMISE, faults, looked_at=", ".join(looked))
+        return build_untested_check(_DISJOINT_CHECK, _DISJOINT_PROMISE, "the run has no split that holds something out")
+    return build_check(_DISJOINT_CHECK, _DISJOINT_PROMISE, faults, looked_at=", ".join(looked))
 
 
 def _find_unusable_digests(episodes: Sequence[SplitEpisode], aside: Sequence[SetAsideEpisode]) -> frozenset[int]:
@@ -100,8 +114,9 @@ def _find_unusable_digests(episodes: Sequence[SplitEpisode], aside: Sequence[Set
     )
 
 
-METRICS_CHECK = "metrics"
-METRICS_PROMISE = "Each number is what the predictions give."
+_LEAKAGE_PREFIX = "leak-"
+_METRICS_CHECK = "metrics"
+_METRICS_PROMISE = "Each number is what the predictions give."
 AuditProgress = Callable[[str, int, int], None]
 
 
@@ -161,12 +176,35 @@ def check_metrics(run: Path) -> AuditCheck:
     faults: list[str] = []
     with collect_refusals(faults):
         if not has_metrics(run):
-            return build_untested_check(METRICS_CHECK, METRICS_PROMISE, "the run is not scored yet")
+            return build_untested_check(_METRICS_CHECK, _METRICS_PROMISE, "the run is not scored yet")
         if read_metrics(run).inputs.get(PREDICTIONS_FILE) != file_sha256(run / PREDICTIONS_FILE):
             faults.append(f"{METRICS_FILE} was made from other predictions")
         elif render_metrics(compute_metrics(run)) != (run / METRICS_FILE).read_bytes():
             faults.append(f"{METRICS_FILE} is not what {PREDICTIONS_FILE} gives")
-    return build_check(METRICS_CHECK, METRICS_PROMISE, faults, looked_at="every number scored again")
+    return build_check(_METRICS_CHECK, _METRICS_PROMISE, faults, looked_at="every number scored again")
+
+
+def check_leakage(run: Path) -> tuple[AuditCheck, ...]:
+    """Check every leakage probe; a probe without a limit is kept whatever its figure."""
+    try:
+        leaks = probe_leakage(read_leakage_windows(run))
+    except RunError as exc:
+        return (
+            build_untested_check(f"{_LEAKAGE_PREFIX}checks", "Nothing but the telemetry tells the phase.", str(exc)),
+        )
+    return tuple(_build_leakage_check(leak) for leak in leaks)
+
+
+def _build_leakage_check(leak: LeakageResult) -> AuditCheck:
+    name, asked = _LEAKAGE_PREFIX + leak.name, leak.question
+    if math.isnan(leak.value):
+        return build_untested_check(name, asked, leak.words)
+    chance = f", chance {leak.chance:.2f}" if leak.chance is not None else ""
+    found = f"{leak.value:.2f} {leak.unit}{chance}; {leak.words}"
+    if leak.limit is None:
+        return AuditCheck(name=name, promise=f"{asked} {REPORT_ONLY_SUFFIX}", fate=CheckOutcome.KEPT, words=found)
+    promise = f"{asked} At most {leak.limit:.2f}."
+    return build_check(name, promise, [found] if leak.exceeds_limit else [], looked_at=found)
 
 
 def _check_against_bundles(
@@ -177,9 +215,9 @@ def _check_against_bundles(
         with collect_refusals(faults):
             remake(copy)
     if faults:
-        broken = build_check(REBUILD_CHECK, REBUILD_PROMISE, faults, looked_at="")
-        return broken, build_untested_check(DISJOINT_CHECK, DISJOINT_PROMISE, "the bundles could not be read again")
+        broken = build_check(_REBUILD_CHECK, _REBUILD_PROMISE, faults, looked_at="")
+        return broken, build_untested_check(_DISJOINT_CHECK, _DISJOINT_PROMISE, "the bundles could not be read again")
     if remake is None:
         why = "the run's store is not there"
-        return build_untested_check(REBUILD_CHECK, REBUILD_PROMISE, why), check_disjoint(run, run)
-    return check_rebuild(run, copy, files), check_disjoint(run, copy)
+        return build_untested_check(_REBUILD_CHECK, _REBUILD_PROMISE, why), check_disjoint(run, run)
+    return _check_rebuild(run, copy, files), check_disjoint(run, copy)

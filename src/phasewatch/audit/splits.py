@@ -9,7 +9,13 @@ from phasewatch.splits import Fold, SplitEpisode, SplitPart
 from phasewatch.splits.fold import TRAINING_PARTS, SplitEpisodes
 from phasewatch.types import EpisodeRole
 
-MAX_DIGEST_HOLDERS = 16
+__all__ = [
+    "find_fold_faults",
+    "find_partition_faults",
+    "find_uninformative_digests",
+]
+
+_MAX_DIGEST_HOLDERS = 16
 
 
 def find_fold_faults(fold: Fold, episodes: Mapping[str, SplitEpisode], crowded: Set[int] = frozenset()) -> list[str]:
@@ -34,7 +40,7 @@ def find_fold_faults(fold: Fold, episodes: Mapping[str, SplitEpisode], crowded: 
     )
     found += _find_near_duplicates(tested, learnt, crowded)
     found += _find_shared_sessions(fold, episodes)
-    for claim in RECIPE_CLAIMS.get(fold.recipe, ()):
+    for claim in _RECIPE_CLAIMS.get(fold.recipe, ()):
         found += claim(tested, learnt)
     return [f"{where}: {words}" for words in found]
 
@@ -49,7 +55,7 @@ def find_partition_faults(
         episodes: Every episode of the run by id.
         set_aside: Those that the recipe does without, by name.
     """
-    if not folds or folds[0].recipe not in PARTITION_RECIPES:
+    if not folds or folds[0].recipe not in _PARTITION_RECIPES:
         return []
     tested = Counter(i for fold in folds for i in fold.ids(SplitPart.TEST))
     wanted = sorted(e.episode_id for e in episodes.values() if e.role is EpisodeRole.LAB and e.phases)
@@ -89,7 +95,7 @@ def _find_near_duplicates(tested: SplitEpisodes, learnt: SplitEpisodes, crowded:
 def find_uninformative_digests(episodes: Iterable[SplitEpisode]) -> frozenset[int]:
     """Return the digests that more than MAX_HOLDERS different sketches hold; they tell nothing about two of them."""
     count = Counter(digest for sketch in {frozenset(e.proc_sketch) for e in episodes} for digest in sketch)
-    return frozenset(digest for digest, n in count.items() if n > MAX_DIGEST_HOLDERS)
+    return frozenset(digest for digest, n in count.items() if n > _MAX_DIGEST_HOLDERS)
 
 
 def _find_shared_sessions(fold: Fold, episodes: Mapping[str, SplitEpisode]) -> Iterator[str]:
@@ -121,8 +127,8 @@ def _find_shared_profiles(tested: SplitEpisodes, learnt: SplitEpisodes) -> Itera
     return _find_shared(tested, learnt, "profile", lambda e: e.profile)
 
 
-PARTITION_RECIPES = ("held_out_host", "held_out_sample", "held_out_both", "in_distribution")
-RECIPE_CLAIMS: dict[str, tuple[Callable[[SplitEpisodes, SplitEpisodes], Iterator[str]], ...]] = {
+_PARTITION_RECIPES = ("held_out_host", "held_out_sample", "held_out_both", "in_distribution")
+_RECIPE_CLAIMS: dict[str, tuple[Callable[[SplitEpisodes, SplitEpisodes], Iterator[str]], ...]] = {
     "held_out_host": (_find_shared_hosts,),
     "held_out_sample": (_find_shared_groups,),
     "held_out_both": (_find_shared_hosts, _find_shared_groups),

@@ -15,10 +15,29 @@ from phasewatch.arrays import FloatArray
 from phasewatch.evaluation.metric_table import MetricNote, NoteCode
 from phasewatch.metrics import N_CLASSES
 
+__all__ = [
+    "CONFIDENCE_LEVEL",
+    "FEW_CLUSTERS",
+    "MIN_HOSTS",
+    "N_RESAMPLES",
+    "ResampleWeights",
+    "SessionClusters",
+    "adjust_p_values",
+    "build_clusters",
+    "compute_interval",
+    "compute_paired_p_value",
+    "compute_tail_share",
+    "count_confusions",
+    "draw_weights",
+    "explain_missing_interval",
+    "resample",
+    "sum_by_cluster",
+]
+
 N_RESAMPLES = 10_000
 CONFIDENCE_LEVEL = 0.95
 FEW_CLUSTERS = 40  # with fewer sessions an interval is shown with a warning
-MIN_CLUSTERS = 5  # with fewer sessions there is no interval
+_MIN_CLUSTERS = 5  # with fewer sessions there is no interval
 MIN_HOSTS = 20  # with fewer hosts the spread between hosts has no interval
 _CHUNK_SIZE = 500  # resamples drawn and multiplied at once: bounds memory, and fixes the order of draws
 _MAX_ROUNDS = 100
@@ -96,9 +115,9 @@ def draw_weights(
         seed: Seed of the draws.
 
     Returns:
-        The weights, or None with fewer than `MIN_CLUSTERS` clusters or if almost no resample keeps all of K.
+        The weights, or None with fewer than `_MIN_CLUSTERS` clusters or if almost no resample keeps all of K.
     """
-    if len(clusters) < MIN_CLUSTERS:
+    if len(clusters) < _MIN_CLUSTERS:
         return None
     y = np.ascontiguousarray(y_true, np.int64)
     return _draw_weights_cached(
@@ -209,14 +228,14 @@ def explain_missing_interval(sessions: int, hosts: int) -> MetricNote | None:
 
     A host's only session is in every resample, so only sessions beyond one per host count.
     """
-    if sessions < MIN_CLUSTERS:
-        text = f"{sessions} session{'s' * (sessions != 1)}, an interval needs {MIN_CLUSTERS}"
+    if sessions < _MIN_CLUSTERS:
+        text = f"{sessions} session{'s' * (sessions != 1)}, an interval needs {_MIN_CLUSTERS}"
         return MetricNote(code=NoteCode.TOO_FEW_SESSIONS, text=text)
     if sessions == hosts:
         text = f"one session per host ({hosts}), nothing to resample within hosts"
         return MetricNote(code=NoteCode.ONE_SESSION_PER_HOST, text=text)
-    if sessions - hosts < MIN_CLUSTERS - 1:
-        text = f"{sessions} sessions of {hosts} hosts, an interval needs {MIN_CLUSTERS - 1} more sessions than hosts"
+    if sessions - hosts < _MIN_CLUSTERS - 1:
+        text = f"{sessions} sessions of {hosts} hosts, an interval needs {_MIN_CLUSTERS - 1} more sessions than hosts"
         return MetricNote(code=NoteCode.TOO_FEW_SESSIONS_PER_HOST, text=text)
     return None
 

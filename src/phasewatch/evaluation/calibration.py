@@ -26,8 +26,15 @@ from phasewatch.evaluation.scoring import (
 )
 from phasewatch.types import STRIDE_NS
 
+__all__ = [
+    "DECIDED_SHARE",
+    "build_abstention_rows",
+    "build_calibration_rows",
+    "compute_confidence_thresholds",
+]
+
 DECIDED_SHARE = 0.9  # share of validation B's windows that the abstention threshold decides
-STRIDES_PER_MINUTE = 60e9 / STRIDE_NS
+_STRIDES_PER_MINUTE = 60e9 / STRIDE_NS
 _NO_CONSECUTIVE_NOTE = MetricNote(code=NoteCode.NO_CONSECUTIVE_WINDOWS, text="no two consecutive windows")
 _NO_DECISION_NOTE = MetricNote(code=NoteCode.NO_DECIDED_WINDOWS, text="no window is decided")
 
@@ -98,10 +105,10 @@ def _build_label_change_row(
     draws = (
         None
         if drawn is None
-        else mean_over_seeds([STRIDES_PER_MINUTE * _divide_or_nan(d[:, 0], d[:, 1]) for d in drawn])
+        else mean_over_seeds([_STRIDES_PER_MINUTE * _divide_or_nan(d[:, 0], d[:, 1]) for d in drawn])
     )
     values = [_divide_or_nan(c[:, 0].sum(keepdims=True), c[:, 1].sum(keepdims=True))[0] for c in columns]
-    value = float(STRIDES_PER_MINUTE * np.mean(values))
+    value = float(_STRIDES_PER_MINUTE * np.mean(values))
     metric = "label_changes_per_minute" if model else "true_flips_per_minute"
     if np.isnan(value):
         return key.row(

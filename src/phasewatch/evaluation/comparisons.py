@@ -31,14 +31,21 @@ from phasewatch.evaluation.scoring import (
 from phasewatch.training.predictions import NO_FILTER
 from phasewatch.types import SourceKind
 
+__all__ = [
+    "SPLIT_PROTOCOLS",
+    "build_comparison_rows",
+    "choose_agent_state",
+    "needs_agent",
+]
+
 AGENT_ON, AGENT_OFF = "on", "off"
 SPLIT_PROTOCOLS = ("random_windows", "in_distribution", "held_out_sample", "held_out_host", "held_out_both")
-PROTOCOL_SETTING = ("realistic", "raw", NO_FILTER)  # channel set, input and smoothing of the split comparison
+_PROTOCOL_SETTING = ("realistic", "raw", NO_FILTER)  # channel set, input and smoothing of the split comparison
 _FIRST_SIDE, _SECOND_SIDE = "one", "other"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GapFamily:
+class _GapFamily:
     """A family of gaps whose p-values are corrected together.
 
     Attributes:
@@ -60,31 +67,31 @@ def choose_agent_state(threat: str) -> str:
     return AGENT_ON if needs_agent(threat) else AGENT_OFF
 
 
-def _build_gap_families(groups: Sequence[PredictionGroup]) -> Iterator[GapFamily]:
+def _build_gap_families(groups: Sequence[PredictionGroup]) -> Iterator[_GapFamily]:
     """Yield the families of gaps, as far as their groups exist."""
     at = {b.key: b for b in groups}
 
     def find_group(recipe: str, threat: str, table: str, filter_: str = NO_FILTER) -> PredictionGroup | None:
         return at.get((recipe, threat, table, filter_))
 
-    protocols = [b for b in (find_group(recipe, *PROTOCOL_SETTING) for recipe in SPLIT_PROTOCOLS) if b is not None]
-    yield GapFamily(name="recipe", pairs=tuple((a, b, AGENT_OFF) for a, b in combinations(protocols, 2)))
+    protocols = [b for b in (find_group(recipe, *_PROTOCOL_SETTING) for recipe in SPLIT_PROTOCOLS) if b is not None]
+    yield _GapFamily(name="recipe", pairs=tuple((a, b, AGENT_OFF) for a, b in combinations(protocols, 2)))
     for recipe, threat, table in sorted({b.key[:3] for b in groups}):
         group = find_group(recipe, threat, table)
         if group is None:
             continue
         agent = choose_agent_state(threat)
-        if threat == PROTOCOL_SETTING[0]:
+        if threat == _PROTOCOL_SETTING[0]:
             pairs = []
             for other, on in (("oracle", AGENT_ON), ("portable", AGENT_OFF)):
                 if (other_group := find_group(recipe, other, table)) is not None:
                     pairs.append((other_group, group, on))
-            yield GapFamily(name="threat", pairs=tuple(pairs))
-            yield GapFamily(name="sensor", pairs=tuple(_pair_source_subsets(recipe, table, find_group)))
+            yield _GapFamily(name="threat", pairs=tuple(pairs))
+            yield _GapFamily(name="sensor", pairs=tuple(_pair_source_subsets(recipe, table, find_group)))
         if table != "raw" and (plain := find_group(recipe, threat, "raw")) is not None:
-            yield GapFamily(name="table", pairs=((group, plain, agent),))
+            yield _GapFamily(name="table", pairs=((group, plain, agent),))
         filters = [b for b in (find_group(recipe, threat, table, f) for f in ("phase", "schedule")) if b is not None]
-        yield GapFamily(name="filter", pairs=tuple((a, b, agent) for a, b in combinations([*filters, group], 2)))
+        yield _GapFamily(name="filter", pairs=tuple((a, b, agent) for a, b in combinations([*filters, group], 2)))
 
 
 def _pair_source_subsets(
@@ -92,11 +99,11 @@ def _pair_source_subsets(
 ) -> Iterator[tuple[PredictionGroup, PredictionGroup, str | None]]:
     """Yield each subset of sources with all four, and those without the agent with all host-side sources."""
     subsets = list_source_subsets()
-    for agent, full in ((AGENT_ON, subsets[-1]), (AGENT_OFF, PROTOCOL_SETTING[0])):
+    for agent, full in ((AGENT_ON, subsets[-1]), (AGENT_OFF, _PROTOCOL_SETTING[0])):
         whole = find_group(recipe, full, table)
         for name in subsets:
             same = (
-                PROTOCOL_SETTING[0] if build_channel_mask(name) == build_channel_mask(PROTOCOL_SETTING[0]) else name
+                _PROTOCOL_SETTING[0] if build_channel_mask(name) == build_channel_mask(_PROTOCOL_SETTING[0]) else name
             )  # all of the host's is trained once
             part = find_group(recipe, name, table) or find_group(recipe, same, table)
             if whole is None or part is None or part is whole or (agent == AGENT_OFF and needs_agent(name)):

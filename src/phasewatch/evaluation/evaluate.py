@@ -53,7 +53,7 @@ __all__ = ["evaluate_run", "read_metrics", "render_headline"]
 _FOLD_MEAN_NOTE = MetricNote(code=NoteCode.MEAN_OVER_FOLDS, text="mean over folds")
 
 
-def build_training_rows(
+def _build_training_rows(
     run: Path, groups: Sequence[PredictionGroup], val_b: PredictionGroup | None, headline: HeadlineKey
 ) -> Iterator[MetricRow]:
     """Yield each model's number of training windows, and the validation score that chooses the headline's model.
@@ -165,7 +165,7 @@ def compute_metrics(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -
         rows += comparisons.build_comparison_rows(groups, rules)
         rows += _score_alarms(groups, val_b, table, read_timelines(run), rules)
         home = HeadlineKey()
-        rows += build_training_rows(
+        rows += _build_training_rows(
             run, groups, val_b.get((home.recipe, home.channel_set, home.input, NO_FILTER)), home
         )
         rows += build_importance_rows(run, select_headline(rows), rules)

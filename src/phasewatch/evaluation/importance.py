@@ -38,9 +38,18 @@ from phasewatch.training.predictions import NO_FILTER
 from phasewatch.training.train import read_experiment_data
 from phasewatch.types import PHASES
 
+__all__ = [
+    "N_PERMUTATIONS",
+    "ChannelContribution",
+    "DecisionExplanation",
+    "build_importance_rows",
+    "explain_decision",
+    "explain_window",
+]
+
 N_PERMUTATIONS = 3  # permutations of a channel, averaged
-UNPERMUTED = "whole"
-N_TOP_CHANNELS = 5
+_UNPERMUTED = "whole"
+_N_TOP_CHANNELS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +111,7 @@ def build_importance_rows(run: Path, headline: HeadlineKey, rules: EvaluationSet
     channels = [
         name
         for name in dict.fromkeys(name for _, predictions in folds for name, _ in predictions)
-        if name != UNPERMUTED
+        if name != _UNPERMUTED
     ]
     rows = [
         _compute_importance_row(key, channel, windows, [predictions for _, predictions in folds], headline, rules)
@@ -121,7 +130,7 @@ def _compute_importance_row(
     rules: EvaluationSettings,
 ) -> MetricRow:
     """Compute the macro-F1 lost by permuting one channel, over the test windows of all folds."""
-    keys = [(UNPERMUTED, 0), *((channel, r) for r in range(N_PERMUTATIONS))]
+    keys = [(_UNPERMUTED, 0), *((channel, r) for r in range(N_PERMUTATIONS))]
     outputs = tuple(
         ModelOutput(
             model=name,
@@ -134,7 +143,7 @@ def _compute_importance_row(
     scope = build_scoring_set(PredictionSet(windows=windows, outputs=outputs), rules)
     kept = select_resamples(scope)
     scored = score_models(scope, kept)
-    (whole,), permuted = scored[UNPERMUTED], scored[channel]
+    (whole,), permuted = scored[_UNPERMUTED], scored[channel]
     lost = whole.point.macro_f1 - np.mean([s.point.macro_f1 for s in permuted])
     after = mean_over_seeds([None if s.draws is None else s.draws.macro_f1 for s in permuted])
     draws = None if after is None or whole.draws is None else whole.draws.macro_f1 - after
@@ -157,7 +166,7 @@ def _predict_permuted(
     """Predict a fold's test windows as they are, and with each channel permuted over them.
 
     Returns:
-        The windows, and (channel or `UNPERMUTED`, repeat) → ``(n,)`` decided phase codes.
+        The windows, and (channel or `_UNPERMUTED`, repeat) → ``(n,)`` decided phase codes.
     """
     experiment = Experiment(
         recipe=headline.recipe, fold=fold.fold, threat=headline.channel_set, model=headline.model, table=headline.input
@@ -181,7 +190,7 @@ def _predict_permuted(
     )
     if not len(test):
         return windows, {}
-    predictions = {(UNPERMUTED, 0): model.predict(test.inputs)}
+    predictions = {(_UNPERMUTED, 0): model.predict(test.inputs)}
     for channel, columns in _group_columns_by_channel(test.inputs).items():
         for repeat in range(N_PERMUTATIONS):
             rng = _build_rng(channel, repeat)
@@ -234,7 +243,7 @@ def explain_decision(run: Path, experiment: Experiment, episode_id: str, at_s: f
 
 
 def explain_window(
-    model: PhaseModel, inputs: ModelInputs, truth: int, *, top: int = N_TOP_CHANNELS
+    model: PhaseModel, inputs: ModelInputs, truth: int, *, top: int = _N_TOP_CHANNELS
 ) -> DecisionExplanation:
     """Explain a decision by setting each channel to unknown in turn.
 

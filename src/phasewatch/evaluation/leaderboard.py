@@ -35,6 +35,11 @@ from phasewatch.evaluation.scoring import (
 from phasewatch.models.registry import BASELINE_MODELS
 from phasewatch.types import PHASES
 
+__all__ = [
+    "ELAPSED_TIME",
+    "build_leaderboard_rows",
+]
+
 ELAPSED_TIME = "elapsed_time"
 _ECE_COLUMNS = slice(0, metrics.ECE_BINS)
 _MASS_GAP_COLUMNS = slice(metrics.ECE_BINS, metrics.ECE_BINS + metrics.EQUAL_MASS_BINS)
@@ -51,7 +56,7 @@ _COUNT_NOTE = MetricNote(code=NoteCode.COUNT, text="a count")
 _UNTESTED_NOTE = MetricNote(code=NoteCode.NO_TEST_WINDOWS, text="no test window")
 
 
-def build_detail_rows(key: MetricKey, scope: ScoringSet) -> Iterator[MetricRow]:
+def _build_detail_rows(key: MetricKey, scope: ScoringSet) -> Iterator[MetricRow]:
     """Yield support, confusion matrix and calibration errors over all windows of the set."""
     counts, kept = scope.counts(), select_resamples(scope)
     support = np.bincount(scope.windows.y_true, minlength=len(PHASES))
@@ -135,7 +140,7 @@ def _compute_brier(columns: FloatArray) -> FloatArray:
     return score
 
 
-def build_note_rows(
+def _build_note_rows(
     key: MetricKey, scope: ScoringSet, rules: EvaluationSettings, rows: Sequence[MetricRow]
 ) -> list[MetricRow]:
     """Build remarks: untested profiles and phases, origins, few sessions, models not above elapsed time."""
@@ -207,7 +212,7 @@ def _render_elapsed_time_note(gap: MetricRow) -> str:
     return f"{gap.model} is not above elapsed time alone: gap {gap.value:+.2f} ([{gap.low:+.2f}, {gap.high:+.2f}])"
 
 
-MACRO_METRICS = ("macro_f1", "macro_f1_3class")
+_MACRO_METRICS = ("macro_f1", "macro_f1_3class")
 
 
 def build_leaderboard_rows(
@@ -230,13 +235,13 @@ def build_leaderboard_rows(
     whole = build_scoring_set(predictions, rules)
     rows = list(_build_score_rows(key, whole, rules, {}))
     if details:
-        rows += build_detail_rows(key, whole)
+        rows += _build_detail_rows(key, whole)
     if parts:
         for name in ("profile", "host_id", "sample_name"):
             rows += _build_group_rows(key, whole, rules, name)
         rows += _build_host_profile_rows(key, whole, rules)
         rows += _build_host_spread_rows(key, whole, rules, rows)
-    rows += build_note_rows(key, whole, rules, rows)
+    rows += _build_note_rows(key, whole, rules, rows)
     return rows
 
 
@@ -313,7 +318,7 @@ def _build_score_rows(
     covered = {**counts, **count_profiles(scope, rules)}
     rows: list[MetricRow] = []
     for model, seeds in scored.items():
-        for metric in MACRO_METRICS:
+        for metric in _MACRO_METRICS:
             points, draws = _collect_scores(seeds, metric)
             if not where:
                 rows += [
@@ -364,7 +369,7 @@ def _build_model_gap_rows(
     Holm's family is the gaps with at least one model that is not a baseline; two baselines keep their own p-value.
     """
     rows: list[MetricRow] = []
-    for metric in MACRO_METRICS:
+    for metric in _MACRO_METRICS:
         means = {model: _average_seed_scores(seeds, metric) for model, seeds in scored.items()}
         pairs = list(combinations(means, 2))
         gaps = [_subtract_draws(means[one][1], means[other][1]) for one, other in pairs]

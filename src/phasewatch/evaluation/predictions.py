@@ -17,7 +17,12 @@ from phasewatch.splits import Fold, SplitPart
 from phasewatch.training.predictions import PROBABILITY_COLUMNS
 from phasewatch.types import PHASES
 
-__all__ = ["ModelPredictions", "PredictionGroup", "explain_rejection", "parse_prediction_groups"]
+__all__ = [
+    "ModelPredictions",
+    "PredictionGroup",
+    "parse_prediction_groups",
+]
+
 
 _GROUP_COLUMNS = ("recipe", "threat", "table", "filter")
 _EXPERIMENT_COLUMNS = ("model", "seed", "fold")
@@ -134,7 +139,7 @@ def parse_prediction_groups(
         for experiment, at in experiments:
             one = rows.read_predictions(experiment, at)
             fold = folds.get((keys["recipe"], experiment["fold"])) if part == "test" else None
-            fault = explain_rejection(one, fold)
+            fault = _explain_rejection(one, fold)
             if fault is None:
                 accepted.append(one)
             else:
@@ -206,7 +211,7 @@ class _PredictionColumns:
         )
 
 
-def explain_rejection(predictions: ModelPredictions, fold: Fold | None) -> str | None:
+def _explain_rejection(predictions: ModelPredictions, fold: Fold | None) -> str | None:
     """Return why predictions cannot be scored, or None where they can.
 
     Args:

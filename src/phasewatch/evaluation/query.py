@@ -19,8 +19,26 @@ from phasewatch.models.registry import BASELINE_MODELS
 from phasewatch.training.predictions import NO_FILTER
 from phasewatch.types import PHASES
 
+__all__ = [
+    "METRIC_LABELS",
+    "ElapsedTimeGap",
+    "LeaderboardEntry",
+    "build_confusion_matrix",
+    "build_leaderboard",
+    "choose_group_metric",
+    "collect_notes",
+    "find_elapsed_time_gap",
+    "find_headline_model",
+    "find_overall_row",
+    "find_score",
+    "is_above_elapsed_time",
+    "render_model_name",
+    "select_headline_rows",
+    "select_recipe_rows",
+]
+
 # Metrics of a group (a host, a profile), most preferred first: the first one with rows is shown.
-GROUP_METRICS = ("macro_f1", "f1", "accuracy", "balanced_accuracy", "recall")
+_GROUP_METRICS = ("macro_f1", "f1", "accuracy", "balanced_accuracy", "recall")
 METRIC_LABELS = {
     "macro_f1": "macro-F1 of phase",
     "macro_f1_3class": "macro-F1 of 3 states",
@@ -144,7 +162,7 @@ def choose_group_metric(rows: Sequence[MetricRow], *, model: str, by: Sequence[s
     have = {
         r.metric for r in rows if r.model == model and all((getattr(r, key) is not None) == (key in by) for key in keys)
     }
-    return next((m for m in GROUP_METRICS if m in have), None)
+    return next((m for m in _GROUP_METRICS if m in have), None)
 
 
 def find_elapsed_time_gap(rows: Sequence[MetricRow], model: str) -> ElapsedTimeGap | None:

@@ -15,6 +15,29 @@ from phasewatch.evaluation import bootstrap
 from phasewatch.evaluation.bootstrap import ResampleWeights, SessionClusters
 from phasewatch.evaluation.metric_table import MetricNote, MetricRow, NoteCode
 
+__all__ = [
+    "BootstrapScores",
+    "EvaluationSettings",
+    "EvaluationWindows",
+    "F1Scores",
+    "IntervalColumns",
+    "MetricKey",
+    "ModelOutput",
+    "PredictionSet",
+    "ResampleSelection",
+    "ScoringSet",
+    "ValueColumns",
+    "build_interval",
+    "build_scoring_set",
+    "compute_gap_p_value",
+    "compute_score_terms",
+    "count_profiles",
+    "mean_over_seeds",
+    "resample_counts",
+    "score_models",
+    "select_resamples",
+]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EvaluationWindows:
