@@ -89,7 +89,7 @@ def predict(
             parse_store_location(source),
             scorer,
             out,
-            progress=SimpleNamespace(update=tell),  # type: ignore[arg-type]
+            progress=SimpleNamespace(update=tell),
         )
     for path, why in done.failed:
         typer.echo(common.escape_for_terminal(f"{path}: not scored: {why}"), err=True)

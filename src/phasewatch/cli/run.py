@@ -75,7 +75,7 @@ def train(
         threats=common.parse_names(threats), trials=tune,
     )  # fmt: skip
     with atomic.lock(common.check_run_folder(run)), common.show_progress(quiet=as_json) as tell:
-        done = stages.train(settings, progress=SimpleNamespace(update=tell))  # type: ignore[arg-type]
+        done = stages.train(settings, progress=SimpleNamespace(update=tell))
     result = {
         "trained": len(done.trained), "kept": len(done.kept), "rows": done.rows, "predictions": str(done.path), "trials": tune,
         "failed": common.describe_failures(done.failed),

@@ -204,7 +204,7 @@ def build_stages(
         return f"{folds} folds of {recipes} recipes{words}"
 
     def train() -> str:
-        done = stages.train(settings, progress=SimpleNamespace(update=say))  # type: ignore[arg-type]
+        done = stages.train(settings, progress=SimpleNamespace(update=say))
         if done.failed and not done.merged:
             raise TrainingError(done.failed)
         if on_failed is not None:
