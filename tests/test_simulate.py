@@ -329,7 +329,7 @@ def test_store_may_be_the_current_folder(tmp_path: Path, monkeypatch: pytest.Mon
         ({"hosts": 5}, "--hosts 5 --episodes 2: at least one host"),
         ({"faults": 1.5}, "--faults 1.5: a share"),
         ({"between_s": (0.5, 2.0)}, "--seconds 0.5 2: the shortest"),
-        ({"between_s": (59.0, 80.0), "faults": 0.5}, "--faults 0.5 --seconds 59 80: .* 60 s and more"),
+        ({"between_s": (59.0, 80.0), "faults": 0.5}, "--faults 0.5 --seconds 59 80: .* 60 s or more"),
         ({"days": math.nan}, "--days nan"),
         ({"days": 1e9}, r"--days 1e\+09: 0 to 36500"),
         ({"days": 3650.0}, "--drift 0.05 --days 3650: a host would drift by 26.1, at most 3"),

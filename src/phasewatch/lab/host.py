@@ -137,12 +137,10 @@ def kernel_boots_on_kvm(kernel: Path, arch: str, *, initrd: Path | None = None) 
     console = "ttyAMA0" if arch == "aarch64" else "ttyS0"
     with tempfile.TemporaryDirectory(prefix="phasewatch-kvm-") as folder:
         serial = Path(folder, "console")
-        command = [
-            f"qemu-system-{arch}", *machine, "-accel", "kvm", "-cpu", "host", "-m", "192", "-nodefaults",
-            "-display", "none", "-no-reboot", "-serial", f"file:{serial}", "-kernel", str(kernel),
-            *(["-initrd", str(initrd)] if initrd else []),
-            "-append", f"console={console} panic=-1 rdinit=/bin/busybox -- poweroff -f",
-        ]  # fmt: skip
+        command = [f"qemu-system-{arch}", *machine, "-accel", "kvm", "-cpu", "host", "-m", "192", "-nodefaults"]
+        command += ["-display", "none", "-no-reboot", "-serial", f"file:{serial}", "-kernel", str(kernel)]
+        command += ["-initrd", str(initrd)] if initrd else []
+        command += ["-append", f"console={console} panic=-1 rdinit=/bin/busybox -- poweroff -f"]
         try:
             done = subprocess.run(
                 command,
