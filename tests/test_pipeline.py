@@ -117,7 +117,7 @@ def test_the_run_of_another_store_is_not_overwritten_but_a_store_may_move(
     shutil.copytree(store, here)
     settings = RunSettings(store=here, run=run, models=QUICK, recipes=RECIPES)
 
-    with pytest.raises(UsageError, match=r"holds a run of .*; give this one a folder of its own"):
+    with pytest.raises(UsageError, match=r"holds a run of .*; name another folder"):
         runner.run_pipeline(settings)
     kept = json.loads((run / "run.json").read_text())["configuration"]["store"]
     (run / "run.json").write_text((run / "run.json").read_text().replace(kept, str(there)))  # which is not there

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -216,3 +218,23 @@ def test_a_missing_bundled_corpus_is_an_error_that_names_the_variable(
 
     assert said.code == 3
     assert "PHASEWATCH_CORPUS" in said.err
+
+
+def test_commands_load_without_the_extras_that_they_do_not_need() -> None:
+    probe = (
+        "import sys\n"
+        "from phasewatch.cli.groups import COMMANDS, load_command\n"
+        "extras = {'torch', 'xgboost', 'sklearn', 'scipy', 'plotly', 'onnx', 'onnxruntime', 'starlette', 'uvicorn', 'qemu'}\n"
+        "sys.modules.update(dict.fromkeys(extras))\n"
+        "failed = []\n"
+        "for name in COMMANDS:\n"
+        "    try:\n"
+        "        load_command(name)\n"
+        "    except ModuleNotFoundError:\n"
+        "        failed.append(name)\n"
+        "print(*failed)\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+
+    assert done.stdout.split() == ["ship", "receive"]  # the transfer protocol needs starlette

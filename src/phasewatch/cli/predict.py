@@ -15,7 +15,6 @@ from phasewatch.cli.options import AsJson, ChannelSets, ModelPath, RunFolder
 from phasewatch.cli.progress import show_progress
 from phasewatch.cli.streams import escape_for_terminal
 from phasewatch.evaluation.metric_table import HeadlineKey, parse_metrics, render_headline
-from phasewatch.inference.export import ExportRequest, export_run
 from phasewatch.inference.model_selection import find_models
 from phasewatch.inference.offline import choose_offline_model
 from phasewatch.inference.offline import predict as predict_store
@@ -40,6 +39,8 @@ def export(
 
     Example: phasewatch export runs/mine --out edge.zip
     """
+    from phasewatch.inference.export import ExportRequest, export_run  # needs the extra `train`; `predict` does not
+
     check_run_folder(run)
     path = run / METRICS_FILE
     metrics = parse_metrics(path.read_bytes(), file=str(path)) if path.is_file() else None

@@ -63,7 +63,10 @@ def train(
     recipes: Annotated[str, typer.Option(help="Only these recipes, separated by commas; `all`: the full grid.")] = "",
     models: _Models = "",
     add_model: Annotated[
-        list[str], typer.Option(metavar="MODULE:CLASS", help="Your own model, trained alone unless --models is given; repeatable.")
+        list[str],
+        typer.Option(
+            metavar="MODULE:CLASS", help="Your own model, trained alone unless --models is given; repeatable."
+        ),
     ] = [],  # noqa: B006  typer copies it
     channels: Annotated[
         str, typer.Option("--channels", help="Train these channel sets instead (gbt on deploy by default).")
