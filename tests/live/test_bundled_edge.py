@@ -80,7 +80,7 @@ def test_an_arm_machine_lacks_what_no_arm_machine_has() -> None:
 
 
 def test_a_machine_that_gives_nothing_is_told_so() -> None:
-    with pytest.raises(MismatchError, match="too little for any registered mask"):
+    with pytest.raises(MismatchError, match="too few channels for any registered channel set"):
         choose_model(find_models(EDGE), names_of("tap"), arch="x86_64")
 
 

@@ -180,7 +180,7 @@ def _count_hosts(episodes: SplitEpisodes, recipe: str) -> int:
     if count < 3:
         raise SplitError(
             f"{recipe}: makes one fold for each host, with one fold for the test set and one for validation, so it "
-            f"needs 3 hosts and found {count}; record on more hosts"
+            f"needs 3 hosts and found {count}; record on 3 hosts or more"
         )
     return count
 
