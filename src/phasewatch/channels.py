@@ -30,6 +30,7 @@ __all__ = [
     "CUSTOM_CHANNEL_KEYS",
     "CUSTOM_FIELD_KEYS",
     "LEVEL_CHANNELS",
+    "MAX_CHANNELS_FILE_BYTES",
     "RAW_FIELDS",
     "ChannelSpec",
     "CustomChannels",

@@ -17,6 +17,19 @@ from phasewatch.bundle.problems import BundleFinding
 from phasewatch.channels import CHANNELS, LEVEL_CHANNELS, ChannelSpec, list_raw_fields
 from phasewatch.types import BIN_NS, STALE_NS, ChannelKind, SourceKind
 
+__all__ = [
+    "FLAG_CLOCK_STEP",
+    "FLAG_LATE",
+    "FLAG_MIXED",
+    "EpisodeBins",
+    "bin_episode",
+    "bin_rebased_episode",
+    "compute_span_values",
+    "iter_reading_groups",
+    "sort_readings",
+    "to_float32",
+]
+
 _KIND_ORDER = (ChannelKind.RATE, ChannelKind.DELTA, ChannelKind.RATIO, ChannelKind.GAUGE, ChannelKind.COUNT)
 
 
@@ -97,19 +110,19 @@ def _build_column_plans(source: SourceKind, tables: Sequence[Sequence[ChannelSpe
 
 
 @cache
-def build_standard_plans(source: SourceKind) -> tuple[ColumnPlan, ...]:
+def _build_standard_plans(source: SourceKind) -> tuple[ColumnPlan, ...]:
     """Return the plans of one source for the registered channels and levels."""
     return _build_column_plans(source, (CHANNELS, LEVEL_CHANNELS))
 
 
 @cache
-def build_standard_group(source: SourceKind) -> ColumnGroup:
+def _build_standard_group(source: SourceKind) -> ColumnGroup:
     """Return the group of a source in which every row has every field."""
-    return build_column_group(build_standard_plans(source))
+    return _build_column_group(_build_standard_plans(source))
 
 
 @lru_cache(maxsize=256)
-def build_column_group(plans: tuple[ColumnPlan, ...]) -> ColumnGroup:
+def _build_column_group(plans: tuple[ColumnPlan, ...]) -> ColumnGroup:
     """Group the plans of columns that share their readings into blocks."""
     ordered = sorted(plans, key=lambda u: (_KIND_ORDER.index(u.kind), u.is_float))
     blocks: list[ColumnBlock] = []
@@ -136,10 +149,10 @@ def build_column_group(plans: tuple[ColumnPlan, ...]) -> ColumnGroup:
     )
 
 
-CANONICAL_NAN_BITS = np.uint32(0x7FC00000)
+_CANONICAL_NAN_BITS = np.uint32(0x7FC00000)
 
 
-def count_time_breaks(t_mono_ns: IntArray) -> IntArray | None:
+def _count_time_breaks(t_mono_ns: IntArray) -> IntArray | None:
     """Count, up to each reading, the steps that no rate may cross: longer than 2.5 s, or not forward in time.
 
     Args:
@@ -153,7 +166,7 @@ def count_time_breaks(t_mono_ns: IntArray) -> IntArray | None:
     return _compute_running_counts(broken) if broken.any() else None
 
 
-def count_resets(values: NumericArray) -> IntArray | None:
+def _count_resets(values: NumericArray) -> IntArray | None:
     """Count, up to each reading, the falls of each counter.
 
     Args:
@@ -173,7 +186,7 @@ def _compute_running_counts(steps: BoolArray) -> IntArray:
     return counts
 
 
-def has_step_between(counts: IntArray, first: IntArray, last: IntArray) -> BoolArray:
+def _has_step_between(counts: IntArray, first: IntArray, last: IntArray) -> BoolArray:
     """Return whether a counted step lies inside each span.
 
     Args:
@@ -187,7 +200,7 @@ def has_step_between(counts: IntArray, first: IntArray, last: IntArray) -> BoolA
     return has_step
 
 
-def compute_rates(
+def _compute_rates(
     values: NumericArray, scales: FloatArray, seconds: FloatArray, first: IntArray, last: IntArray
 ) -> FloatArray:
     """Compute the change per second over each span.
@@ -208,7 +221,7 @@ def compute_rates(
     return change
 
 
-def compute_ratios(
+def _compute_ratios(
     above: NumericArray, below: NumericArray, scales: FloatArray, first: IntArray, last: IntArray
 ) -> FloatArray:
     """Compute the change of one counter over that of another, 0 where the second did not change.
@@ -231,7 +244,7 @@ def compute_ratios(
     return top
 
 
-def compute_means(values: NumericArray, scales: FloatArray, first: IntArray, last: IntArray) -> FloatArray:
+def _compute_means(values: NumericArray, scales: FloatArray, first: IntArray, last: IntArray) -> FloatArray:
     """Compute the mean of the readings after ``first`` up to ``last``, summed from left to right.
 
     Args:
@@ -254,8 +267,8 @@ def compute_means(values: NumericArray, scales: FloatArray, first: IntArray, las
     return total
 
 
-def compute_maxima(values: NumericArray, scales: FloatArray, first: IntArray, last: IntArray) -> FloatArray:
-    """Compute the maximum of the readings after ``first`` up to ``last``; arguments as in `compute_means`."""
+def _compute_maxima(values: NumericArray, scales: FloatArray, first: IntArray, last: IntArray) -> FloatArray:
+    """Compute the maximum of the readings after ``first`` up to ``last``; arguments as in `_compute_means`."""
     count = last - first
     top = values.take(np.minimum(first + 1, last), axis=1)
     for step in range(2, int(count.max(initial=1)) + 1):
@@ -271,7 +284,7 @@ def to_float32(values: FloatArray) -> NDArray[np.float32]:
         stored = values.astype(np.float32, order="C")
     stored += np.float32(0.0)
     unknown = np.isnan(stored)
-    stored.view(np.uint32)[unknown] = CANONICAL_NAN_BITS
+    stored.view(np.uint32)[unknown] = _CANONICAL_NAN_BITS
     return stored
 
 
@@ -381,12 +394,12 @@ def iter_reading_groups(rows: SourceRows) -> Iterator[tuple[ColumnGroup, GroupRe
         return
     everything = GroupReadings(t_wall_ns=rows.t_wall_ns, t_mono_ns=rows.t_mono_ns, columns=rows.columns, kept=None)
     if rows.present.all():
-        yield build_standard_group(rows.source), everything
+        yield _build_standard_group(rows.source), everything
         return
     patterns: dict[bytes, list[ColumnPlan]] = {}
     by_field = rows.present.T.copy()
     masks = [mask.tobytes() for mask in by_field]
-    for plan in build_standard_plans(rows.source):
+    for plan in _build_standard_plans(rows.source):
         head, *more = plan.columns
         pattern = masks[head]
         if more and masks[more[0]] != pattern:
@@ -395,10 +408,10 @@ def iter_reading_groups(rows: SourceRows) -> Iterator[tuple[ColumnGroup, GroupRe
     for pattern, members in patterns.items():
         kept = np.flatnonzero(np.frombuffer(pattern, np.bool_))
         if len(kept) == len(rows):
-            yield build_column_group(tuple(members)), everything
+            yield _build_column_group(tuple(members)), everything
         elif len(kept):
             yield (
-                build_column_group(tuple(members)),
+                _build_column_group(tuple(members)),
                 GroupReadings(
                     t_wall_ns=rows.t_wall_ns[kept], t_mono_ns=rows.t_mono_ns[kept], columns=rows.columns, kept=kept
                 ),
@@ -450,25 +463,25 @@ def compute_span_values(group: ColumnGroup, readings: GroupReadings, first: IntA
     start = np.maximum(first, 0)  # without a reading before, the span starts at the first one of all
     lost = start == last
     seconds = (readings.t_mono_ns[last] - readings.t_mono_ns[start]).astype(np.float64) / 1e9
-    breaks = count_time_breaks(readings.t_mono_ns)
+    breaks = _count_time_breaks(readings.t_mono_ns)
     if breaks is not None:
-        lost |= has_step_between(breaks, start, last)
+        lost |= _has_step_between(breaks, start, last)
     for block in group.blocks:
         stacked = [readings.stack(columns) for columns in block.columns]
         out = result[block.start : block.stop]
         if block.kind is ChannelKind.GAUGE:
-            out[:] = compute_means(stacked[0], block.scales, first, last)
+            out[:] = _compute_means(stacked[0], block.scales, first, last)
         elif block.kind is ChannelKind.COUNT:
-            out[:] = compute_maxima(stacked[0], block.scales, first, last)
+            out[:] = _compute_maxima(stacked[0], block.scales, first, last)
         elif block.kind is ChannelKind.RATIO:
-            out[:] = compute_ratios(stacked[0], stacked[1], block.scales, start, last)
+            out[:] = _compute_ratios(stacked[0], stacked[1], block.scales, start, last)
         else:
-            out[:] = compute_rates(stacked[0], block.scales, seconds, start, last)
+            out[:] = _compute_rates(stacked[0], block.scales, seconds, start, last)
         if block.kind in (ChannelKind.RATE, ChannelKind.RATIO):
             for values in stacked:
-                falls = count_resets(values)
+                falls = _count_resets(values)
                 if falls is not None:
-                    out[has_step_between(falls, start, last)] = np.nan
+                    out[_has_step_between(falls, start, last)] = np.nan
     if lost.any():
         result[: group.n_spanning, lost] = np.nan
     impossible = (result < group.minimum) | (result > group.maximum)

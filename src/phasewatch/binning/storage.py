@@ -28,6 +28,20 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+__all__ = [
+    "BinIndexRow",
+    "ChannelSummary",
+    "MappedBins",
+    "build_index_row",
+    "index_rows_by_id",
+    "map_bins",
+    "open_bins",
+    "release_pages",
+    "remove_episodes",
+    "summarise_channels",
+    "write_bins",
+]
+
 _HEADER_BYTES = 128
 _ROW_GROUP_SIZE = 10_000
 _RELEASE_ROWS = 500  # episodes copied before their pages are released

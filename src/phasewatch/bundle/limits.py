@@ -2,6 +2,29 @@
 
 from __future__ import annotations
 
+__all__ = [
+    "DURATION_TOLERANCE_S",
+    "INT64_MAX",
+    "INT64_MIN",
+    "MAX_CLOCK_DRIFT",
+    "MAX_COMPRESSED_BYTES",
+    "MAX_DECOMPRESSED_BYTES",
+    "MAX_LABELLED_NS",
+    "MAX_LABEL_ROWS",
+    "MAX_LIST_ITEMS",
+    "MAX_MANIFEST_BYTES",
+    "MAX_NOMINAL_HZ",
+    "MAX_ROWS_EMITTED",
+    "MAX_ROW_LINE_BYTES",
+    "MAX_SOURCE_ROWS",
+    "MAX_STAMP_NS",
+    "MAX_STRING_CHARS",
+    "MAX_ZSTD_WINDOW_BYTES",
+    "MIN_LABELLED_NS",
+    "MIN_STAMP_NS",
+    "MIN_ZSTD_FRAME_BYTES",
+]
+
 MAX_COMPRESSED_BYTES = 16 << 20
 MIN_ZSTD_FRAME_BYTES = 9  # magic number, smallest frame header, header of one empty block
 MAX_DECOMPRESSED_BYTES = 32 << 20

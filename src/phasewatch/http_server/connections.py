@@ -9,7 +9,17 @@ from enum import StrEnum
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, Protocol
 
-SCOPE_KEY = "phasewatch.connection"
+__all__ = [
+    "ConnectionEntry",
+    "ConnectionLimits",
+    "ConnectionStage",
+    "ConnectionTable",
+    "attach_connection",
+    "find_address_group",
+    "set_connection_owner",
+]
+
+_SCOPE_KEY = "phasewatch.connection"
 _SITE_BITS = 64  # one customer has a whole IPv6 /64
 
 
@@ -213,11 +223,11 @@ class ConnectionHandle(Protocol):
 
 def attach_connection(scope: MutableMapping[str, Any], connection: ConnectionHandle) -> None:
     """Add a connection to the ASGI scope of a request."""
-    scope[SCOPE_KEY] = connection
+    scope[_SCOPE_KEY] = connection
 
 
 def set_connection_owner(scope: Mapping[str, Any], owner: str) -> None:
     """Record the owner of a request's connection; do nothing if the scope has no connection."""
-    connection: ConnectionHandle | None = scope.get(SCOPE_KEY)
+    connection: ConnectionHandle | None = scope.get(_SCOPE_KEY)
     if connection is not None:
         connection.set_owner(owner)

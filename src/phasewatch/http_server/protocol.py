@@ -25,6 +25,12 @@ from phasewatch.http_server.connections import (
 )
 from phasewatch.http_server.heads import MAX_HEAD_BYTES, find_head_fault
 
+__all__ = [
+    "ConnectionMonitor",
+    "fit_to_file_limit",
+    "install_protocol",
+]
+
 _RESERVED_FILES = 64  # descriptors that a server needs beside its connections
 
 

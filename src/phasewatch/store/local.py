@@ -21,9 +21,29 @@ from phasewatch.errors import BundleError, BusyError, IdConflictError, StoreErro
 from phasewatch.store.quota import FreeFiles
 from phasewatch.types import EPISODE_ID_PATTERN, HOST_ID_PATTERN, EpisodeId, HostId
 
+__all__ = [
+    "BUNDLE_SUFFIX",
+    "FILE_SYSTEM_FOLDERS",
+    "INVALID_RECEIPTS",
+    "MALFORMED_RECEIPT",
+    "MAX_RECEIPT_BYTES",
+    "MAX_STATUS_BYTES",
+    "RECEIPT_SUFFIX",
+    "REFUSED_FOLDER",
+    "SENT_FOLDER",
+    "STATUS_SUFFIX",
+    "UNREADABLE_RECEIPT",
+    "DiskStore",
+    "StoreItem",
+    "check_ids",
+    "list_bundle_names",
+    "parse_receipt",
+    "render_receipt",
+]
+
 
 @contextmanager
-def hold_path(path: Path) -> Iterator[None]:
+def _hold_path(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a path on this machine; it ends with the process at the latest.
 
     The lock is an abstract socket address (Linux), so it survives an unmounted disk; elsewhere there is no lock.
@@ -60,7 +80,7 @@ UNREADABLE_RECEIPT = "unreadable"
 INVALID_RECEIPTS = frozenset({None, MALFORMED_RECEIPT, UNREADABLE_RECEIPT})  # without a digest
 SENT_FOLDER, REFUSED_FOLDER = "sent", "refused"  # folders of an outbox for shipped bundles
 FILE_SYSTEM_FOLDERS = frozenset({"lost+found", "System Volume Information", "$RECYCLE.BIN"})  # not folders of hosts
-INCOMING_FOLDER = ".incoming"  # folder of a receiver's unfinished bundles, which a restart removes
+_INCOMING_FOLDER = ".incoming"  # folder of a receiver's unfinished bundles, which a restart removes
 
 _RECEIPT_LINE = re.compile(r"([0-9a-f]{64}) [ *]([^\n/]+)\n?")
 MAX_RECEIPT_BYTES = 1024
@@ -130,7 +150,7 @@ class DiskStore:
             StoreReplacedError: If the store is not in its place.
         """
         self.check_location()
-        return self._begin_bundle(host_id, episode_id, folder=self.path / INCOMING_FOLDER)
+        return self._begin_bundle(host_id, episode_id, folder=self.path / _INCOMING_FOLDER)
 
     def _begin_bundle(self, host_id: str, episode_id: str, *, folder: Path | None) -> _LocalIncoming:
         target = self._build_path(host_id, episode_id)
@@ -148,8 +168,8 @@ class DiskStore:
         Raises:
             BusyError: If another receiver holds the lock.
         """
-        with hold_path(self.path), atomic.lock(self.path / INCOMING_FOLDER):
-            atomic.sweep_temporaries(self.path / INCOMING_FOLDER)
+        with _hold_path(self.path), atomic.lock(self.path / _INCOMING_FOLDER):
+            atomic.sweep_temporaries(self.path / _INCOMING_FOLDER)
             self._lock_identity = self._find_lock()
             try:
                 yield
@@ -171,7 +191,7 @@ class DiskStore:
 
     def _find_lock(self) -> tuple[int, int] | None:
         try:
-            status = atomic.lock_path(self.path / INCOMING_FOLDER).stat()
+            status = atomic.lock_path(self.path / _INCOMING_FOLDER).stat()
         except OSError:
             return None
         return status.st_dev, status.st_ino
@@ -179,7 +199,7 @@ class DiskStore:
     def remove_leftovers(self, *, older_than_s: float) -> int:
         """Remove unfinished files of that age in all folders, and return their number."""
         removed = 0
-        for folder in (self.path, self.path / INCOMING_FOLDER, *self._list_host_folders()):
+        for folder in (self.path, self.path / _INCOMING_FOLDER, *self._list_host_folders()):
             with suppress(OSError):  # continue with the other folders
                 removed += atomic.sweep_temporaries(folder, older_than_s=older_than_s)
         return removed
@@ -194,7 +214,7 @@ class DiskStore:
         """Write the receiver's verdict on a bundle beside it."""
         self.check_location()
         target = self._build_path(host_id, episode_id).with_name(f"{episode_id}{STATUS_SUFFIX}")
-        _write_in_folder(target, text, durable=self._durable, folder=self.path / INCOMING_FOLDER)
+        _write_in_folder(target, text, durable=self._durable, folder=self.path / _INCOMING_FOLDER)
 
     def has_status(self, host_id: str, episode_id: str) -> bool:
         """Whether the receiver's verdict on a bundle is stored."""
@@ -271,7 +291,7 @@ class DiskStore:
             StoreError: If there is no such folder.
         """
         names: list[str] = []
-        for folder in (*self._list_host_folders(), self.path / INCOMING_FOLDER):
+        for folder in (*self._list_host_folders(), self.path / _INCOMING_FOLDER):
             with suppress(OSError):  # `walk` yields unreadable folders
                 names += [f"{folder.name}/{name}" for name in sorted(_list_names(folder)) if is_temporary(name)]
         return tuple(names)

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from obstore import ObjectMeta
     from obstore.store import ClientConfig, RetryConfig
 
+__all__ = [
+    "ObjectStore",
+]
+
 _PARALLEL_RECEIPTS = 16  # parallel requests; one at a time, a store of thousands takes minutes
 _RETRIES: RetryConfig = {"max_retries": 4}
 # obstore cannot ignore the proxies of the environment (ADR 0051). This proxy replaces them, and every host is excluded

@@ -32,8 +32,14 @@ from phasewatch.transfer.admission import AdmissionQueue, AdmissionVerdict, Bund
 from phasewatch.transfer.auth import HostToken, find_host
 from phasewatch.types import EPISODE_ID_PATTERN, HOST_ID_PATTERN
 
+__all__ = [
+    "RECEIPT_HEADER",
+    "BundleReceiver",
+    "render_content_digest",
+]
 
-class BufferedUpload:
+
+class _BufferedUpload:
     """Buffers an upload, and opens an `IncomingBundle` only when the buffer is full or published.
 
     Most bundles fit in the buffer, and need one disk operation instead of four.
@@ -88,18 +94,18 @@ def render_content_digest(digest: str) -> str:
     return f"sha-256=:{base64.b64encode(bytes.fromhex(digest)).decode()}:"
 
 
-def parse_content_digest(fields: Sequence[str]) -> str | None:
+def _parse_content_digest(fields: Sequence[str]) -> str | None:
     """Return the SHA-256 in Content-Digest headers, in hex; None without exactly one."""
     digests = [match[1] for field in ",".join(fields).split(",") if (match := _SHA256_FIELD.fullmatch(field))]
     return base64.b64decode(digests[0]).hex() if len(digests) == 1 else None
 
 
-EPISODE_ROUTE = "/v1/episodes/{host_id}/{episode_id}"
+_EPISODE_ROUTE = "/v1/episodes/{host_id}/{episode_id}"
 # Digest of the stored bundle, in the form of Content-Digest, for responses to HEAD, which have no body.
 RECEIPT_HEADER = "Phasewatch-Receipt"
-CLEANUP_INTERVAL_S = 600.0
-LEFTOVER_AGE_S = 86_400.0  # older unfinished files have no running writer
-CLIENT_CLOSED_STATUS = 499  # the client closed the connection; only logged
+_CLEANUP_INTERVAL_S = 600.0
+_LEFTOVER_AGE_S = 86_400.0  # older unfinished files have no running writer
+_CLIENT_CLOSED_STATUS = 499  # the client closed the connection; only logged
 
 _CONFLICT = "the store holds other bytes under this id"
 _PIECE_BYTES = 256 << 10
@@ -143,7 +149,7 @@ class BundleReceiver:
         log: RequestLogger,
         judge: CheckArrivals | None = None,
         refuse: frozenset[str] = frozenset(),
-        tidy_s: float = CLEANUP_INTERVAL_S,
+        tidy_s: float = _CLEANUP_INTERVAL_S,
     ) -> None:
         """Prepare the application, without accessing the store.
 
@@ -163,7 +169,7 @@ class BundleReceiver:
         self._health_check: asyncio.Future[str] | None = None
         self._threads = ThreadPoolExecutor(_THREADS)
         routes = [
-            Route(EPISODE_ROUTE, self._handle_episode, methods=["GET", "PUT"]),
+            Route(_EPISODE_ROUTE, self._handle_episode, methods=["GET", "PUT"]),
             Route("/healthz", self._handle_health, methods=["GET", "HEAD"]),
         ]
         app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={HTTPException: _handle_http_error})
@@ -177,7 +183,7 @@ class BundleReceiver:
         async def tidy() -> None:
             while True:
                 with suppress(OSError, PhasewatchError):  # uploads report the same error
-                    await self._run_in_thread(partial(self._store.remove_leftovers, older_than_s=LEFTOVER_AGE_S))
+                    await self._run_in_thread(partial(self._store.remove_leftovers, older_than_s=_LEFTOVER_AGE_S))
                 await asyncio.sleep(self._tidy_s)
 
         task = asyncio.create_task(tidy())
@@ -201,7 +207,7 @@ class BundleReceiver:
             if scope["type"] != "http":
                 await app(scope, receive, send)
                 return
-            began_s, note = time.monotonic(), {"status": CLIENT_CLOSED_STATUS}
+            began_s, note = time.monotonic(), {"status": _CLIENT_CLOSED_STATUS}
             scope["phasewatch"] = note
 
             async def sent(message: Message) -> None:
@@ -245,7 +251,7 @@ class BundleReceiver:
             )
         except ClientDisconnect:
             request.scope["phasewatch"]["why"] = "the client closed the connection"
-            return Response(status_code=CLIENT_CLOSED_STATUS)  # only logged
+            return Response(status_code=_CLIENT_CLOSED_STATUS)  # only logged
         except OSError as exc:
             if exc.errno in DISK_FULL_ERRNOS:
                 return _problem_response(
@@ -327,7 +333,7 @@ class BundleReceiver:
 
     async def _store_body(self, request: Request, host_id: str, episode_id: str, size: int, digest: str) -> bool:
         """Read a body, verify it and publish it; return whether the bundle is new."""
-        upload = BufferedUpload(partial(self._store.receive, host_id, episode_id))
+        upload = _BufferedUpload(partial(self._store.receive, host_id, episode_id))
         try:
             if await self._read_body(request, upload, size) != digest:
                 raise _BadBundleError(400, "the SHA-256 of the body differs from Content-Digest")
@@ -354,7 +360,7 @@ class BundleReceiver:
         async with asyncio.timeout(self._bounds.read_timeout_s):
             return await anext(body, b"")
 
-    async def _read_body(self, request: Request, upload: BufferedUpload, size: int) -> str:
+    async def _read_body(self, request: Request, upload: _BufferedUpload, size: int) -> str:
         """Read the body into the upload and return its SHA-256 in hex.
 
         Raises:
@@ -381,7 +387,7 @@ class BundleReceiver:
         return hasher.hexdigest()
 
     async def _check_bundle(
-        self, upload: BufferedUpload, host_id: str, episode_id: str, digest: str
+        self, upload: _BufferedUpload, host_id: str, episode_id: str, digest: str
     ) -> AdmissionVerdict | None:
         """Return the verdict on a bundle; None without validation, or if the store has a verdict."""
         if self._admission is None or await self._run_in_thread(partial(self._store.has_status, host_id, episode_id)):
@@ -413,7 +419,7 @@ def _read_digest(request: Request) -> str:
     """
     if request.headers.get("content-encoding", "identity") != "identity":
         raise _UploadRefusedError(415, "Content-Encoding is not supported; send the bundle as it is")
-    digest = parse_content_digest(request.headers.getlist("content-digest"))
+    digest = _parse_content_digest(request.headers.getlist("content-digest"))
     if digest is None:
         raise _UploadRefusedError(400, "a Content-Digest with one sha-256=:BASE64: is needed (RFC 9530)")
     return digest

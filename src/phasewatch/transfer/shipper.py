@@ -36,6 +36,8 @@ from phasewatch.transfer.receiver import render_content_digest
 
 __all__ = [
     "HTTP_TIMEOUT",
+    "MAX_RETRY_WAIT_S",
+    "MIN_RETRY_WAIT_S",
     "REASON_SUFFIX",
     "BundleShipper",
     "ShipmentSummary",

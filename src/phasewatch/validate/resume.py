@@ -14,11 +14,21 @@ from phasewatch.errors import RunError
 from phasewatch.validate.index import read_index, write_index
 from phasewatch.validate.verdict import USABLE_STATUSES, BundleVerdict, SweepResult
 
+__all__ = [
+    "PART_SIZE",
+    "SWEEP_PARTS_DIR",
+    "SWEEP_STATE_FILE",
+    "BundleSignature",
+    "SweepCache",
+    "SweepCheckpoint",
+    "write_sweep_state",
+]
+
 SWEEP_STATE_FILE = ".sweep.json"  # signatures of the validated bundles; not a result, because it holds times
 SWEEP_PARTS_DIR = ".sweep"
 PART_SIZE = 500  # bundles per part; about 45 MB of bins
 
-TRANSIENT_CODES = frozenset({"worker-lost", "bundle-unreadable"})  # findings that may disappear at the next attempt
+_TRANSIENT_CODES = frozenset({"worker-lost", "bundle-unreadable"})  # findings that may disappear at the next attempt
 
 BundleSignature = list[object]  # size, time and receipt of a bundle; it is read again if one of them changed
 
@@ -52,12 +62,12 @@ class SweepCache:
         if list(self._verdicts) != list(paths):
             return None
         verdicts = tuple(self._verdicts.values())
-        return None if any(TRANSIENT_CODES & set(v.reasons) for v in verdicts if v.reasons) else verdicts
+        return None if any(_TRANSIENT_CODES & set(v.reasons) for v in verdicts if v.reasons) else verdicts
 
     def is_final(self, path: str) -> bool:
         """Whether an unchanged bundle gets the same verdict again: not for copies and transient errors."""
         verdict = self._verdicts[path]
-        return not verdict.duplicate_of and TRANSIENT_CODES.isdisjoint(verdict.reasons)
+        return not verdict.duplicate_of and _TRANSIENT_CODES.isdisjoint(verdict.reasons)
 
     def load_result(self, path: str) -> SweepResult:
         """Return the result on one bundle."""

@@ -44,6 +44,7 @@ from phasewatch.validate.verdict import (
 
 __all__ = [
     "BUNDLE_TIMEOUT_S",
+    "SWEEP_VERSION",
     "BundleMapper",
     "SweepSummary",
     "read_bundle",

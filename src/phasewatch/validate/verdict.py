@@ -25,6 +25,7 @@ from phasewatch.validate import checks
 from phasewatch.validate.readings import FieldNulls, count_nulls, drop_impossible
 
 __all__ = [
+    "SKETCH_SIZE",
     "USABLE_STATUSES",
     "BundleCheck",
     "BundleLocation",
