@@ -92,8 +92,13 @@ def test_a_channel_of_ones_own_goes_the_whole_way(extra: Path, store: Path, tmp_
     assert grids.shape[1] == 47
     assert schema["feature_names"][-5:] == [f"proc.fds_delta.{s}" for s in ("mean", "std", "p50", "p95", "slope")]
     assert schema["channels"][-1] == {
-        "name": "fds_delta", "source": "proc", "kind": "delta", "unit": "1/s", "trust": "host", "in_deployment": True,
-    }  # fmt: skip
+        "name": "fds_delta",
+        "source": "proc",
+        "kind": "delta",
+        "unit": "1/s",
+        "trust": "host",
+        "in_deployment": True,
+    }
     assert schema["in_deployment_mask"][-5:] == [True] * 5
     assert schema["schema_hash"] != schema_hash()
     assert table.num_columns == 12 + 47 * 5

@@ -153,5 +153,6 @@ def build_uuid7(unix_ms: int, random: bytes) -> EpisodeId:
     text = f"{value:032x}"
     return EpisodeId("-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:])))
 
+
 CHANNELS_VARIABLE = "PHASEWATCH_CUSTOM_CHANNELS"  # path of the custom channels' file; worker processes inherit it
 CHANNELS_FILE = "channels.toml"  # the copy of that file in a run

@@ -66,12 +66,16 @@ def test_a_bin_knows_nothing_after_its_end() -> None:
     for cut_s in (0.5, 3.0, 7.5, 11.5):
         until = {
             source: replace(
-                r, t_wall_ns=r.t_wall_ns[kept], t_mono_ns=r.t_mono_ns[kept], seq=r.seq[kept],
-                columns=tuple(c[kept] for c in r.columns), present=r.present[kept],
+                r,
+                t_wall_ns=r.t_wall_ns[kept],
+                t_mono_ns=r.t_mono_ns[kept],
+                seq=r.seq[kept],
+                columns=tuple(c[kept] for c in r.columns),
+                present=r.present[kept],
             )
             for source, r in whole.rows.items()
             for kept in [r.t_wall_ns <= T0 + round(cut_s * S)]
-        }  # fmt: skip
+        }
         n = int(cut_s * 2)
 
         assert np.array_equal(
@@ -170,9 +174,7 @@ def test_a_span_in_which_monotonic_time_does_not_pass_is_unknown(mono_s: list[fl
 
 
 def test_a_ratio_is_one_change_over_the_other_and_zero_where_the_second_stood_still() -> None:
-    r = rows(
-        SourceKind.QMP, [-0.25, 0.25, 0.75, 1.25], blk_wr_ns=[0, 6_000_000, 6_000_000, 1], blk_wr_ops=[0, 3, 3, 4]
-    )  # fmt: skip
+    r = rows(SourceKind.QMP, [-0.25, 0.25, 0.75, 1.25], blk_wr_ns=[0, 6_000_000, 6_000_000, 1], blk_wr_ops=[0, 3, 3, 4])
 
     assert column(bare(r, seconds=1.5), "qmp.blk_wr_lat") == [np.float32(0.002), 0.0, None]
 

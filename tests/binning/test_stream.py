@@ -123,9 +123,11 @@ def test_live_equals_offline_on_a_thousand_schedules(soak_row: Callable[..., Non
     run()
 
     soak_row(
-        "Live equals offline, bit for bit", schedules=len(taken), **{"latest reading, ms": round(max(taken) / 1e6)},
+        "Live equals offline, bit for bit",
+        schedules=len(taken),
+        **{"latest reading, ms": round(max(taken) / 1e6)},
         different=0,
-    )  # fmt: skip
+    )
 
 
 def test_a_grid_put_aside_and_taken_up_again_goes_on_with_the_same_bits() -> None:
@@ -150,13 +152,17 @@ def test_a_watcher_begun_anew_is_an_episode_that_begins_later() -> None:
         marks=(replace(whole.marks[0], t_wall_ns=t0_ns), *(m for m in whole.marks if m.t_wall_ns > t0_ns)),
         rows={
             source: replace(
-                r, t_wall_ns=r.t_wall_ns[kept], t_mono_ns=r.t_mono_ns[kept], seq=r.seq[kept],
-                columns=tuple(c[kept] for c in r.columns), present=r.present[kept],
+                r,
+                t_wall_ns=r.t_wall_ns[kept],
+                t_mono_ns=r.t_mono_ns[kept],
+                seq=r.seq[kept],
+                columns=tuple(c[kept] for c in r.columns),
+                present=r.present[kept],
             )
             for source, r in whole.rows.items()
             for kept in [r.t_wall_ns > t0_ns - 400_000_000]
         },
-    )  # fmt: skip
+    )
     offline = bin_episode(later).bins
 
     live = play(StreamBinner(t0_ns), since, t0_ns + len(offline) * BIN_NS)

@@ -28,15 +28,58 @@ from phasewatch.types import BundleStatus
 from phasewatch.validate.verdict import BundleLocation, validate_bundle
 
 NUMBERS = (
-    b"0", b"-0", b"-1", b"1e999", b"-1e999", b"NaN", b"Infinity", b"9223372036854775807", b"9223372036854775808",
-    b"-9223372036854775809", b"1" * 400, b"0.1", b"1e-5", b"1E5", b"00", b"+1", b".5", b"5.", b"null", b"true", b'"7"',
-    b"[]", b"{}", b"4611686018427387904", b"1" + b"0" * 18,
-)  # fmt: skip
+    b"0",
+    b"-0",
+    b"-1",
+    b"1e999",
+    b"-1e999",
+    b"NaN",
+    b"Infinity",
+    b"9223372036854775807",
+    b"9223372036854775808",
+    b"-9223372036854775809",
+    b"1" * 400,
+    b"0.1",
+    b"1e-5",
+    b"1E5",
+    b"00",
+    b"+1",
+    b".5",
+    b"5.",
+    b"null",
+    b"true",
+    b'"7"',
+    b"[]",
+    b"{}",
+    b"4611686018427387904",
+    b"1" + b"0" * 18,
+)
 TOKENS = (
-    b"\0", b"\xef\xbb\xbf", b"\xc3", b"\xff\xfe", b"\r\n", b"\n\n", b" ", b"\t", b",", b"}", b"{", b'"', b"\\", b"\\u0000",
-    b"[" * 300, b'{"a":' * 200, b"/*x*/", b'"seq":0,', b'"__proto__":1,', b"\x1b[2J", b"../../etc/passwd", b"\n",
-    b"x" * 5000, b"\xe2\x80\xae",
-)  # fmt: skip
+    b"\0",
+    b"\xef\xbb\xbf",
+    b"\xc3",
+    b"\xff\xfe",
+    b"\r\n",
+    b"\n\n",
+    b" ",
+    b"\t",
+    b",",
+    b"}",
+    b"{",
+    b'"',
+    b"\\",
+    b"\\u0000",
+    b"[" * 300,
+    b'{"a":' * 200,
+    b"/*x*/",
+    b'"seq":0,',
+    b'"__proto__":1,',
+    b"\x1b[2J",
+    b"../../etc/passwd",
+    b"\n",
+    b"x" * 5000,
+    b"\xe2\x80\xae",
+)
 
 
 def bases() -> tuple[tuple[str, bytes], ...]:
@@ -142,9 +185,11 @@ def main(seed: int, count: int) -> dict[str, object]:
         except BundleError as error:
             found, code = None, error.code
         place = BundleLocation(
-            path="mutant", host_id=sound.manifest.host.host_id, episode_id=sound.manifest.episode_id,
+            path="mutant",
+            host_id=sound.manifest.host.host_id,
+            episode_id=sound.manifest.episode_id,
             receipt=sha256(data).hexdigest(),
-        )  # fmt: skip
+        )
         judged = validate_bundle(mutant, place).verdict
         slowest_s = max(slowest_s, time.process_time() - began)
         fates[f"{kind}: {code or 'read'}"] += 1

@@ -24,8 +24,11 @@ ROOT = Path(__file__).parents[2]
 def mutate(seed: int, count: int) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.bundle.mutants", str(seed), str(count)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(json.loads(done.stdout))
 
@@ -46,9 +49,14 @@ def test_of_two_thousand_mutants_none_crashes_hangs_swells_or_lies() -> None:
 def test_of_fifty_thousand_mutants_none_crashes_hangs_swells_or_lies(seed: int, soak_row: Callable[..., None]) -> None:
     said = mutate(seed=seed, count=10_000)
     soak_row(
-        "Mutants of bundles", seed=seed, mutants=said["count"], kinds_of_fate=len(said["fates"]), wrong=len(said["wrong"]),
-        slowest_cpu_s=round(said["slowest_cpu_s"], 3), peak_MiB=round(said["peak_mib"]),
-    )  # fmt: skip
+        "Mutants of bundles",
+        seed=seed,
+        mutants=said["count"],
+        kinds_of_fate=len(said["fates"]),
+        wrong=len(said["wrong"]),
+        slowest_cpu_s=round(said["slowest_cpu_s"], 3),
+        peak_MiB=round(said["peak_mib"]),
+    )
 
     hold(said)
 

@@ -72,7 +72,11 @@ MEMBER_CASES = [
     case("row-key-unknown", in_member(PROC, b'"threads"', b'"thread"'), "a misspelled key"),
     case("row-key-missing", in_member(PROC, b'"seq":0,', b""), "a missing stamp"),
     case("row-key-missing", in_member(PROC, b',"threads":1402', b""), "a missing field", "small:proc.jsonl:3"),
-    case("row-key-order", in_member(PROC, b'"seq":0,"cpu_user_ns":0', b'"cpu_user_ns":0,"seq":0'), "keys in another order"),
+    case(
+        "row-key-order",
+        in_member(PROC, b'"seq":0,"cpu_user_ns":0', b'"cpu_user_ns":0,"seq":0'),
+        "keys in another order",
+    ),
     case("row-stamp", in_member(PROC, b'"t_mono_ns":5000000000', b'"t_mono_ns":-5000000000'), "a negative stamp"),
     case("line-size", in_member(PROC, b"{", b"{" + b" " * 4096), "a line of more than 4 KiB"),
     case("rows-many", lambda m: listed({**m, PROC: m[PROC].splitlines(True)[0] * 20_001}), "20,001 rows"),
@@ -80,17 +84,25 @@ MEMBER_CASES = [
     case("text-encoding", in_member(PROC, b"{", b"\xef\xbb\xbf{"), "a byte-order mark", "small:proc.jsonl:1"),
     case("text-encoding", in_member(PROC, b"}\n{", b"}\n\0{"), "a NUL", "small:proc.jsonl:2"),
     case("text-encoding", in_member(PROC, b'"seq"', '"séq"'.encode()), "a letter that is not ASCII"),
-    case("text-last-newline", lambda m: listed({**m, PROC: m[PROC][:-1]}), "no newline at the end", "small:proc.jsonl:4"),
+    case(
+        "text-last-newline", lambda m: listed({**m, PROC: m[PROC][:-1]}), "no newline at the end", "small:proc.jsonl:4"
+    ),
     case("text-last-newline", lambda m: listed({**m, PROC: m[PROC][:-30]}), "the last row is cut"),
     case("text-blank-line", in_member(PROC, b"}\n{", b"}\n\n{"), "a blank line", "small:proc.jsonl:2"),
     case("text-blank-line", lambda m: listed({**m, PROC: b"\n" + m[PROC]}), "a blank first line"),
     case("row-json", lambda m: listed({**m, PROC: m[PROC] + b"  \n"}), "a line of spaces"),
     # labels
-    case("label-phase", in_member(LABELS, b'"armed"', b'"zombie"'), "a phase that nobody knows", "small:labels.jsonl:2"),
+    case(
+        "label-phase", in_member(LABELS, b'"armed"', b'"zombie"'), "a phase that nobody knows", "small:labels.jsonl:2"
+    ),
     case("label-phase", in_member(LABELS, b'"armed"', b'"Armed"'), "a phase in capitals"),
     case("row-type", in_member(LABELS, b'"armed"', b"1"), "a number for a phase"),
-    case("row-key-twice", in_member(LABELS, b'"phase":"armed"', b'"phase":"armed","phase":"clean"'), "two phases at once"),
-    case("label-order", in_member(LABELS, str(T0 + 1_500_000_000).encode(), str(T0).encode()), "two labels at one time"),
+    case(
+        "row-key-twice", in_member(LABELS, b'"phase":"armed"', b'"phase":"armed","phase":"clean"'), "two phases at once"
+    ),
+    case(
+        "label-order", in_member(LABELS, str(T0 + 1_500_000_000).encode(), str(T0).encode()), "two labels at one time"
+    ),
     case("label-order", in_member(LABELS, str(M0 + 1_500_000_000).encode(), b"1"), "monotonic time going backwards"),
     case("label-end", in_member(LABELS, b'"end"', b'"clean"'), "no end", "small:labels.jsonl:3"),
     case("label-end", in_member(LABELS, b'"armed"', b'"end"'), "two ends", "small:labels.jsonl:2"),
@@ -98,7 +110,11 @@ MEMBER_CASES = [
     case("label-end", lambda m: listed({**m, LABELS: b""}), "no labels"),
     case("label-stamp", in_member(LABELS, str(T0).encode(), b"1760000000"), "a stamp in seconds"),
     case("label-stamp", in_member(LABELS, str(M0).encode(), b"-1"), "a negative monotonic stamp"),
-    case("label-span", in_member(LABELS, str(T0 + 2_000_000_000).encode(), str(T0 + 3601 * 10**9).encode()), "over an hour"),
+    case(
+        "label-span",
+        in_member(LABELS, str(T0 + 2_000_000_000).encode(), str(T0 + 3601 * 10**9).encode()),
+        "over an hour",
+    ),
     case("label-duration", with_manifest(duration_s=2.002), "2 ms more in the manifest", "small:labels.jsonl:3"),
     case("labels-many", lambda m: listed({**m, LABELS: m[LABELS].splitlines(True)[0] * 65}), "65 labels"),
     # manifest
@@ -130,10 +146,23 @@ MEMBER_CASES = [
     case("manifest-fields", with_manifest(fields={"proc": ["cpu_sys_ns", "cpu_user_ns"]}), "fields in another order"),
     case("manifest-fields", with_manifest(fields={"proc": ["cpu_user_ns", "colour"]}), "a field that RAW lacks"),
     case("manifest-rows", with_manifest(rows_emitted={"proc": 3}), "more rows than were emitted"),
-    case("clock-pair", with_manifest(clocks={"base": {"proc": "unix"}, "pairs": {"guest": [[1, 1], [1, 2]]}}), "a clock that stands"),
-    case("clock-pair", with_manifest(clocks={"base": {"proc": "unix"}, "pairs": {"guest": [[0, 0], [100, 102]]}}), "2 % of drift"),
+    case(
+        "clock-pair",
+        with_manifest(clocks={"base": {"proc": "unix"}, "pairs": {"guest": [[1, 1], [1, 2]]}}),
+        "a clock that stands",
+    ),
+    case(
+        "clock-pair",
+        with_manifest(clocks={"base": {"proc": "unix"}, "pairs": {"guest": [[0, 0], [100, 102]]}}),
+        "2 % of drift",
+    ),
     # members
-    case("member-sha256", lambda m: {**m, PROC: m[PROC].replace(b'"seq":0', b'"seq":9')}, "a digit altered", "small:proc.jsonl"),
+    case(
+        "member-sha256",
+        lambda m: {**m, PROC: m[PROC].replace(b'"seq":0', b'"seq":9')},
+        "a digit altered",
+        "small:proc.jsonl",
+    ),
     case("member-bytes", lambda m: {**m, PROC: m[PROC] + b"{}\n"}, "a member grew"),
     case("member-rows", in_manifest(b'"rows":3', b'"rows":4'), "another number of labels", "small:labels.jsonl"),
     case("member-rows", in_manifest(b'"rows":4', b'"rows":5'), "another number of lines", "small:proc.jsonl"),
@@ -145,7 +174,7 @@ MEMBER_CASES = [
     case("member-unknown", lambda m: {**m, "../../etc/cron.d/x": b"* * * * * root id\n"}, "a path that climbs out"),
     case("member-order", lambda m: dict(reversed(m.items())), "members in another order"),
     case("tar-size", lambda m: {**m, MANIFEST: b" " * (limits.MAX_MANIFEST_BYTES + 1)}, "a manifest over 256 KiB"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("code", "change", "place"), MEMBER_CASES)
@@ -244,7 +273,7 @@ BYTE_CASES = [
     ("tar-size", frame(edited(TAR, 124, b"99999999999")), "a size that is not octal"),
     ("tar-size", frame(edited(TAR, 124, b"\x80" + bytes(11))), "a binary size"),
     ("tar-padding", frame(TAR.replace(b"}\n\0", b"}\n!", 1)), "something in the padding"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("code", "data"), [pytest.param(c, d, id=name) for c, d, name in BYTE_CASES])

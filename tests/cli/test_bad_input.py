@@ -52,37 +52,54 @@ def _turned(labels: bytes) -> bytes:
 SPOILT: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "not a bundle": (lambda s: put_bytes(put(s, episode()), b"hello, I am a text file\n"), "errored", "zstd-magic"),
     "truncated": (
-        lambda s: put_bytes(p := put(s, episode()), p.read_bytes()[:-500]), "errored", "zstd-truncated",
+        lambda s: put_bytes(p := put(s, episode()), p.read_bytes()[:-500]),
+        "errored",
+        "zstd-truncated",
     ),
     "empty": (lambda s: put_bytes(put(s, episode()), b""), "errored", "compressed-size"),
     "the receipt of another file": (
         lambda s: (p := put(s, episode())).with_name(p.name + RECEIPT_SUFFIX).write_text(f"{'0' * 64}  {p.name}\n"),
-        "rejected", "receipt",
+        "rejected",
+        "receipt",
     ),
     "an unknown member": (
-        lambda s: put_members(s, episode(), lambda m: {**m, "notes.txt": b"hi\n"}), "rejected", "member-unknown",
+        lambda s: put_members(s, episode(), lambda m: {**m, "notes.txt": b"hi\n"}),
+        "rejected",
+        "member-unknown",
     ),
     "a member that is not what the manifest says": (
-        lambda s: put_members(s, episode(), _relabelled(b"active", b"clean ")), "rejected", "member-sha256",
+        lambda s: put_members(s, episode(), _relabelled(b"active", b"clean ")),
+        "rejected",
+        "member-sha256",
     ),
     "an unknown phase": (
-        lambda s: _marked(s, lambda labels: labels.replace(b'"active"', b'"zombie"')), "rejected", "label-phase",
+        lambda s: _marked(s, lambda labels: labels.replace(b'"active"', b'"zombie"')),
+        "rejected",
+        "label-phase",
     ),
     "labels whose time goes backwards": (lambda s: _marked(s, _turned), "rejected", "label-order"),
     "no proc at all": (
-        lambda s: put(s, with_rows(episode(), without=[SourceKind.PROC])), "rejected", "rows:proc",
+        lambda s: put(s, with_rows(episode(), without=[SourceKind.PROC])),
+        "rejected",
+        "rows:proc",
     ),
     "no netflow": (
-        lambda s: put(s, with_rows(episode(), without=[SourceKind.NETFLOW])), "degraded", "missing:netflow",
+        lambda s: put(s, with_rows(episode(), without=[SourceKind.NETFLOW])),
+        "degraded",
+        "missing:netflow",
     ),
     "no receipt": (
-        lambda s: (p := put(s, episode())).with_name(p.name + RECEIPT_SUFFIX).unlink(), "degraded", "no-receipt",
+        lambda s: (p := put(s, episode())).with_name(p.name + RECEIPT_SUFFIX).unlink(),
+        "degraded",
+        "no-receipt",
     ),
     "a receipt whose bundle is gone": (lambda s: put(s, episode()).unlink(), "errored", "bundle-missing"),
     "another file name": (
-        lambda s: (p := put(s, episode())).rename(p.with_name("first.tar.zst")), "rejected", "identity",
+        lambda s: (p := put(s, episode())).rename(p.with_name("first.tar.zst")),
+        "rejected",
+        "identity",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", SPOILT.values(), ids=SPOILT)

@@ -169,9 +169,19 @@ def test_features_works_without_a_run(phasewatch: Call, store: Path, tmp_path: P
     phasewatch("validate", store, "--out", tmp_path / "v")
 
     said = phasewatch(
-        "features", "--validation", tmp_path / "v" / "validation_v1.parquet", "--store", store,
-        "--out-dir", tmp_path / "f", "--workers", "1", "--limit", "3", "--no-include-degraded",
-    )  # fmt: skip
+        "features",
+        "--validation",
+        tmp_path / "v" / "validation_v1.parquet",
+        "--store",
+        store,
+        "--out-dir",
+        tmp_path / "f",
+        "--workers",
+        "1",
+        "--limit",
+        "3",
+        "--no-include-degraded",
+    )
 
     assert said.code == 0
     assert said.lines[-1] == str(tmp_path / "f" / "features_window_v1.parquet")

@@ -35,17 +35,28 @@ def test_publish_writes_events_to_stdout_or_to_a_file(phasewatch: Call, run: Pat
     [
         pytest.param(["publish", "rumours", "RUN"], 2, "rumours", id="no such producer"),
         pytest.param(["publish", "metrics", "nowhere"], 3, "nowhere: there is no such run", id="no run"),
-        pytest.param(["publish", "replay", "RUN", "--episode", "x"], 3, "no test predictions of episode x", id="no such episode"),
-        pytest.param(["publish", "replay", "RUN", "--model", "cnn"], 3, "no test predictions by cnn", id="no such model"),
+        pytest.param(
+            ["publish", "replay", "RUN", "--episode", "x"], 3, "no test predictions of episode x", id="no such episode"
+        ),
+        pytest.param(
+            ["publish", "replay", "RUN", "--model", "cnn"], 3, "no test predictions by cnn", id="no such model"
+        ),
         pytest.param(["publish", "perf", "RUN"], 3, "no checkpoint, run or edge bundle is here", id="no checkpoint"),
         pytest.param(["publish", "metrics", "RUN", "--json"], 2, "name a file", id="two things on one output"),
-        pytest.param(["publish", "metrics", "RUN", "--to", "http://127.0.0.1:9", "--token-file", "none"], 5, "none: no token here", id="no token"),
+        pytest.param(
+            ["publish", "metrics", "RUN", "--to", "http://127.0.0.1:9", "--token-file", "none"],
+            5,
+            "none: no token here",
+            id="no token",
+        ),
         pytest.param(["dashboard"], 2, "a run to play", id="nothing to show"),
         pytest.param(["dashboard", "nowhere"], 3, "nowhere: there is no such run", id="no run to show"),
-        pytest.param(["dashboard", "RUN", "--episode", "x"], 3, "no test predictions of episode x", id="no such episode to show"),
+        pytest.param(
+            ["dashboard", "RUN", "--episode", "x"], 3, "no test predictions of episode x", id="no such episode to show"
+        ),
         pytest.param(["dashboard", "RUN", "--port", "99999"], 2, "65535", id="no such port"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_call_of_publish_or_dashboard_is_one_line_with_its_code(
     phasewatch: Call, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], code: int, said: str
 ) -> None:

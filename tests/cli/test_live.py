@@ -139,7 +139,7 @@ def test_a_run_without_a_deploy_model_is_an_error_that_names_the_remedy(
         pytest.param(("--qmp", "/nonexistent"), 5, "no running machine has it", id="no such socket"),
         pytest.param((), 2, "say which machine: --pid N", id="nothing said"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("command", ["watch", "baseline"])
 def test_an_unknown_vm_is_one_line_with_its_code(
     phasewatch: Run, tmp_path: Path, command: str, arguments: tuple[str, ...], code: int, words: str
@@ -165,9 +165,18 @@ def pretender(tmp_path: Path) -> Any:
     qemu.symlink_to(sys.executable)
     door = tmp_path / "q.sock"
     child = subprocess.Popen(
-        [str(qemu), "-c", "print(flush=True); input()", "-name", f"pretender-{os.getpid()}", "-qmp", f"unix:{door},server=on"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
+        [
+            str(qemu),
+            "-c",
+            "print(flush=True); input()",
+            "-name",
+            f"pretender-{os.getpid()}",
+            "-qmp",
+            f"unix:{door},server=on",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     assert child.stdout is not None
     child.stdout.readline()
     with FakeQemu(door, tids=(child.pid,)) as fake:

@@ -74,9 +74,16 @@ def test_a_wrong_call_of_record_is_one_line_and_makes_no_store(
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--host-id", "mine"), ("--machine", "q35"), ("--machine", "pc"), ("--mem", "2048"), ("--mem", "1024"),
-     ("--vcpus", "1"), ("--boot-deadline", "300")],
-)  # fmt: skip
+    [
+        ("--host-id", "mine"),
+        ("--machine", "q35"),
+        ("--machine", "pc"),
+        ("--mem", "2048"),
+        ("--mem", "1024"),
+        ("--vcpus", "1"),
+        ("--boot-deadline", "300"),
+    ],
+)
 def test_image_options_need_an_image(phasewatch: Call, tmp_path: Path, option: str, value: str) -> None:
     done = phasewatch("record", "--plan", "smoke", "--dry-run", "--out", tmp_path / "s", option, value)
 
@@ -97,11 +104,26 @@ def test_an_image_boots_with_the_given_or_default_options(
 
     monkeypatch.setattr(campaign, "record_plan", keep)
     phasewatch("record", "--image", disk, "--out", tmp_path / "s")
-    phasewatch("record", "--image", disk, "--out", tmp_path / "s", "--machine", "q35", "--mem", "2048", "--vcpus", "2", "--boot-deadline", "60")  # fmt: skip
+    phasewatch(
+        "record",
+        "--image",
+        disk,
+        "--out",
+        tmp_path / "s",
+        "--machine",
+        "q35",
+        "--mem",
+        "2048",
+        "--vcpus",
+        "2",
+        "--boot-deadline",
+        "60",
+    )
 
     assert [(o.shape.host_id, o.shape.machine, o.shape.mem_mib, o.shape.vcpus, o.boot.deadline_s) for o in shapes] == [
-        ("disk", "pc", 1024, 1, 300.0), ("disk", "q35", 2048, 2, 60.0),
-    ]  # fmt: skip
+        ("disk", "pc", 1024, 1, 300.0),
+        ("disk", "q35", 2048, 2, 60.0),
+    ]
 
 
 def test_record_without_qemu_makes_nothing(phasewatch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,9 +30,11 @@ def judge(whole: Episode, members: dict[str, bytes], *, keep_pairs: bool) -> tup
     clocks = whole.manifest.clocks if keep_pairs else msgspec.structs.replace(whole.manifest.clocks, pairs={})
     data = pack_bundle(msgspec.structs.replace(whole.manifest, clocks=clocks), members, level=3)
     place = BundleLocation(
-        path="spoilt", host_id=whole.manifest.host.host_id, episode_id=whole.manifest.episode_id,
+        path="spoilt",
+        host_id=whole.manifest.host.host_id,
+        episode_id=whole.manifest.episode_id,
         receipt=sha256(data).hexdigest(),
-    )  # fmt: skip
+    )
     return place, data
 
 

@@ -62,7 +62,9 @@ class Seen:
     left_behind: int
 
 
-def assert_whole(make: Callable[[Path], Work], folder: Path, calls: list[str], products: dict[str, str], point: tuple[int, str]) -> Seen:  # fmt: skip
+def assert_whole(
+    make: Callable[[Path], Work], folder: Path, calls: list[str], products: dict[str, str], point: tuple[int, str]
+) -> Seen:
     at, fault = point
     work, died = disturb(make, folder / f"{at}-{fault}", at, fault)
     where = f"{fault} at call {at}, {calls[at]}"
@@ -92,10 +94,14 @@ def test_whatever_fails_at_any_point_a_restart_makes_it_whole(
     seen = [assert_whole(make, tmp_path, calls, products, point) for point in points]
     faults = Counter(fault for _, fault in points)
     soak_row(
-        "Crash anywhere: at each point nothing acknowledged was lost and nothing torn", writer=world, calls=len(calls), points=len(points), died=sum(s.died for s in seen),
+        "Crash anywhere: at each point nothing acknowledged was lost and nothing torn",
+        writer=world,
+        calls=len(calls),
+        points=len(points),
+        died=sum(s.died for s in seen),
         **{fault: faults[fault] for fault in WRITING},
         **{"products of other bytes": sum(s.unlike for s in seen), "left behind": sum(s.left_behind for s in seen)},
-    )  # fmt: skip
+    )
 
 
 def test_there_are_at_least_three_hundred_points_and_every_kind_of_call_is_among_them(tmp_path: Path) -> None:
@@ -103,8 +109,16 @@ def test_there_are_at_least_three_hundred_points_and_every_kind_of_call_is_among
 
     assert sum(len(points_of(each)) for each in calls) >= 300
     assert {call for each in calls for call in each} == {
-        "open", "write", "fsync", "close", "rename", "link", "unlink", "mkdir", "rmdir",
-    }  # fmt: skip
+        "open",
+        "write",
+        "fsync",
+        "close",
+        "rename",
+        "link",
+        "unlink",
+        "mkdir",
+        "rmdir",
+    }
 
 
 def test_a_writer_that_forgets_an_fsync_is_found_out(tmp_path: Path) -> None:

@@ -49,8 +49,19 @@ class Life:
         self._process: asyncio.subprocess.Process | None = None
 
     async def begin(self) -> None:
-        command = ["-m", "phasewatch", "receive", "--store", self.store, "--tokens", self._tokens, "--min-free", "0",
-                   "--listen", f"127.0.0.1:{self.port}"]  # fmt: skip
+        command = [
+            "-m",
+            "phasewatch",
+            "receive",
+            "--store",
+            self.store,
+            "--tokens",
+            self._tokens,
+            "--min-free",
+            "0",
+            "--listen",
+            f"127.0.0.1:{self.port}",
+        ]
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, *map(str, command), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
         )
@@ -193,14 +204,25 @@ async def storm(folder: Path, *, shippers: int, cuts: int, kills: int, each: int
     found = {item.path: item for item in DiskStore(life.store).walk()}
     left = [p for p in life.store.rglob("*") if is_temporary(p.name)]
     lost = [path for path in truth if path not in found]
-    corrupt = [path for path, item in found.items() if item.receipt != truth.get(path) or digest_of(life.store / path) != truth.get(path)]  # fmt: skip
+    corrupt = [
+        path
+        for path, item in found.items()
+        if item.receipt != truth.get(path) or digest_of(life.store / path) != truth.get(path)
+    ]
     assert (lost, corrupt, left) == ([], [], [])
     assert Timed.longest_s <= STUCK_S
     return {
-        "shippers": shippers, "bundles": len(truth), "cuts": line.cuts, "kills": life.kills, "lost": len(lost),
-        "corrupt": len(corrupt), "left behind": len(left), "longest request, s": round(Timed.longest_s, 1),
-        "largest receiver, MiB": life.most_bytes >> 20, "seconds": round(time.monotonic() - began_s),
-    }  # fmt: skip
+        "shippers": shippers,
+        "bundles": len(truth),
+        "cuts": line.cuts,
+        "kills": life.kills,
+        "lost": len(lost),
+        "corrupt": len(corrupt),
+        "left behind": len(left),
+        "longest request, s": round(Timed.longest_s, 1),
+        "largest receiver, MiB": life.most_bytes >> 20,
+        "seconds": round(time.monotonic() - began_s),
+    }
 
 
 def digest_of(path: Path) -> str:
@@ -269,24 +291,36 @@ def test_a_store_filled_through_kills_validates_to_the_same_bytes_as_what_was_re
 
     life = asyncio.run(asyncio.wait_for(run(), 600))
     # repr, because a NaN is not equal to itself. What the outbox itself refuses (a receipt that disowns its bundle) is not sent; the rest is the same to the byte.
-    refused = {p.relative_to(tmp_path / "outboxes").parts[0] + "/" + p.name for p in (tmp_path / "outboxes").rglob("refused/*/*.tar.zst")}  # fmt: skip
+    refused = {
+        p.relative_to(tmp_path / "outboxes").parts[0] + "/" + p.name
+        for p in (tmp_path / "outboxes").rglob("refused/*/*.tar.zst")
+    }
     for path in refused:
         write_atomic(life.store / path, (made / path).read_bytes())
         write_atomic(life.store / f"{path}.sha256", (made / f"{path}.sha256").read_bytes())
     received = sweep(life.store, tmp_path / "after", workers=2)
     unlike = [
-        (a, b) for a, b in zip(recorded.verdicts, received.verdicts, strict=True)
+        (a, b)
+        for a, b in zip(recorded.verdicts, received.verdicts, strict=True)
         if repr(a) != repr(b) and set(a.reasons) - set(b.reasons) != {"no-receipt"}
-    ]  # fmt: skip
+    ]
     assert life.kills >= 5
     assert unlike == []
-    assert (tmp_path / "before" / "grids" / "grids.npy").read_bytes() == (tmp_path / "after" / "grids" / "grids.npy").read_bytes()  # fmt: skip
+    assert (tmp_path / "before" / "grids" / "grids.npy").read_bytes() == (
+        tmp_path / "after" / "grids" / "grids.npy"
+    ).read_bytes()
     assert (tmp_path / "after" / VALIDATION_FILE).is_file()
     soak_row(
-        "Killed every two seconds, then validated", shippers=3, recorded=len(recorded.verdicts),
-        **{"refused by the outbox": len(refused), "received": len(received.verdicts) - len(refused), "kills": life.kills,
-           "verdicts unlike the recorded store's": len(unlike)},
-    )  # fmt: skip
+        "Killed every two seconds, then validated",
+        shippers=3,
+        recorded=len(recorded.verdicts),
+        **{
+            "refused by the outbox": len(refused),
+            "received": len(received.verdicts) - len(refused),
+            "kills": life.kills,
+            "verdicts unlike the recorded store's": len(unlike),
+        },
+    )
 
 
 @pytest.mark.soak
@@ -338,10 +372,15 @@ def test_durable_bundles_per_second_against_a_bare_loop_and_memory_that_stays_fl
     received, loops, sizes = asyncio.run(measure())
     ratio = statistics.median(r / b for r, b in zip(received, loops, strict=True))
     soak_row(
-        "Durable bundles", bundles=rounds * each,
-        **{"received, 1/s": round(statistics.median(received)), "bare loop, 1/s": round(statistics.median(loops)),
-           "ratio, median of 5 turns": round(ratio, 2), "RSS after 400, MiB": sizes[0] >> 20,
-           "RSS at the end, MiB": sizes[-1] >> 20},
-    )  # fmt: skip
+        "Durable bundles",
+        bundles=rounds * each,
+        **{
+            "received, 1/s": round(statistics.median(received)),
+            "bare loop, 1/s": round(statistics.median(loops)),
+            "ratio, median of 5 turns": round(ratio, 2),
+            "RSS after 400, MiB": sizes[0] >> 20,
+            "RSS at the end, MiB": sizes[-1] >> 20,
+        },
+    )
     assert ratio >= 0.5
     assert sizes[-1] <= sizes[0] * 1.1 + (4 << 20)

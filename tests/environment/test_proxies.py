@@ -109,12 +109,25 @@ def list_bucket(url: str, folder: Path) -> None:
             list(open_store("s3://bucket/prefix").walk())
 
 
-@pytest.mark.parametrize("value", ["http://127.0.0.1:{port}", "127.0.0.1:{port}", "socks5://127.0.0.1:{port}", "socks://127.0.0.1:{port}", "http://user:word@[::1"])  # fmt: skip
+@pytest.mark.parametrize(
+    "value",
+    [
+        "http://127.0.0.1:{port}",
+        "127.0.0.1:{port}",
+        "socks5://127.0.0.1:{port}",
+        "socks://127.0.0.1:{port}",
+        "http://user:word@[::1",
+    ],
+)
 @pytest.mark.parametrize("call", [ship, post_event, post_alarm, list_bucket])
 def test_a_request_to_this_machine_passes_no_proxy(
-    call: Callable[[str, Path], None], value: str, target: Listener, proxy: Listener, outbox: Path,
+    call: Callable[[str, Path], None],
+    value: str,
+    target: Listener,
+    proxy: Listener,
+    outbox: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.setattr("phasewatch.live.outputs.WEBHOOK_RETRY_S", 0.001)
@@ -147,9 +160,10 @@ def test_the_dashboards_token_is_not_sent_in_the_clear_to_another_machine(url: s
 
 def test_this_machine_and_tls_are_not_in_the_clear() -> None:
     assert not [
-        url for url in ("http://127.0.0.1:1", "http://localhost", "http://[::1]:9", "https://x", "nonsense", "http://[::")
+        url
+        for url in ("http://127.0.0.1:1", "http://localhost", "http://[::1]:9", "https://x", "nonsense", "http://[::")
         if is_clear_text(url)
-    ]  # fmt: skip
+    ]
 
 
 def test_one_module_makes_every_http_client() -> None:
@@ -157,8 +171,9 @@ def test_one_module_makes_every_http_client() -> None:
         path.name
         for path in SRC.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("httpx.")
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).startswith("httpx.")
         and not ast.unparse(node.func).endswith((".URL", ".Timeout"))
-    }  # fmt: skip
+    }
 
     assert makers == {"http_client.py"}

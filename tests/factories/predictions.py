@@ -59,14 +59,30 @@ def make_tables(shape: Shape) -> list[pa.Table]:
                         p = p.astype(np.float32)
                         rows.append(
                             {
-                                "recipe": shape.recipe, "fold": f"host-{h}", "threat": shape.threat, "model": model,
-                                "table": shape.table, "filter": shape.filter, "seed": seed, "part": "test", "role": "lab",
-                                "agent": shape.agents[s % len(shape.agents)], "episode_id": f"e{h}{s}", "session": f"s{s}",
-                                "host_id": f"host-{h}", "profile": ("benign", *MALICIOUS[:2])[s % 3], "sample_name": "x",
-                                "sample_kind": "emulated", "origin": shape.origin, "t_center_ns": w, "purity": 1.0,
-                                "flags": 0, "y_true": int(truth[s, w]), "y_pred": int(p.argmax()),
+                                "recipe": shape.recipe,
+                                "fold": f"host-{h}",
+                                "threat": shape.threat,
+                                "model": model,
+                                "table": shape.table,
+                                "filter": shape.filter,
+                                "seed": seed,
+                                "part": "test",
+                                "role": "lab",
+                                "agent": shape.agents[s % len(shape.agents)],
+                                "episode_id": f"e{h}{s}",
+                                "session": f"s{s}",
+                                "host_id": f"host-{h}",
+                                "profile": ("benign", *MALICIOUS[:2])[s % 3],
+                                "sample_name": "x",
+                                "sample_kind": "emulated",
+                                "origin": shape.origin,
+                                "t_center_ns": w,
+                                "purity": 1.0,
+                                "flags": 0,
+                                "y_true": int(truth[s, w]),
+                                "y_pred": int(p.argmax()),
                                 **dict(zip(PROBABILITY_COLUMNS, p.tolist(), strict=True)),
                             }
-                        )  # fmt: skip
+                        )
                 tables.append(pa.Table.from_pylist(rows, schema=build_predictions_schema()))
     return tables

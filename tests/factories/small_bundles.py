@@ -34,22 +34,45 @@ def proc_rows(n: int = 4) -> list[list[int]]:
 
 def manifest(**changes: object) -> Manifest:
     base = Manifest(
-        format=BUNDLE_FORMAT, episode_id=EPISODE_ID,
+        format=BUNDLE_FORMAT,
+        episode_id=EPISODE_ID,
         host=HostMetadata(
-            host_id="pc-a", arch="x86_64", accel="tcg", machine="pc", cpu="qemu64", vcpus=1, mem_mib=256, disk="virtio",
-            nic="virtio", hypervisor="QEMU 7.2", guest_kernel="6.1", recorder="test",
+            host_id="pc-a",
+            arch="x86_64",
+            accel="tcg",
+            machine="pc",
+            cpu="qemu64",
+            vcpus=1,
+            mem_mib=256,
+            disk="virtio",
+            nic="virtio",
+            hypervisor="QEMU 7.2",
+            guest_kernel="6.1",
+            recorder="test",
         ),
-        profile="benign", sample_name="idle", sample_kind=SampleKind.BENIGN, origin=EpisodeOrigin.SIMULATED, role=EpisodeRole.LAB,
-        started_wall_ns=T0, duration_s=2.0, session="s-1", neighbours=(), plan_seed=7,
-        plan=((Phase.CLEAN, 1.5), (Phase.ARMED, 0.5)), agent=False, nominal_hz={SourceKind.PROC: 2.0},
-        rows_emitted={SourceKind.PROC: 4}, channels_available=("proc.cpu_user",),
+        profile="benign",
+        sample_name="idle",
+        sample_kind=SampleKind.BENIGN,
+        origin=EpisodeOrigin.SIMULATED,
+        role=EpisodeRole.LAB,
+        started_wall_ns=T0,
+        duration_s=2.0,
+        session="s-1",
+        neighbours=(),
+        plan_seed=7,
+        plan=((Phase.CLEAN, 1.5), (Phase.ARMED, 0.5)),
+        agent=False,
+        nominal_hz={SourceKind.PROC: 2.0},
+        rows_emitted={SourceKind.PROC: 4},
+        channels_available=("proc.cpu_user",),
         fields={SourceKind.PROC: tuple(spec.field for spec in list_raw_fields(SourceKind.PROC))},
         clocks=ClockMetadata(
             base={SourceKind.PROC: ClockBase.UNIX},
             pairs={ClockBase.MONOTONIC: ((M0, T0), (M0 + 2_000_000_000, T0 + 2_000_000_000))},
         ),
-        recording=None, members={},
-    )  # fmt: skip
+        recording=None,
+        members={},
+    )
     return msgspec.structs.replace(base, **changes)
 
 

@@ -11,16 +11,33 @@ LASTS_S = 100.0
 
 
 def episode(
-    number: int, host: str, profile: str = "benign", *, group: int = 0, session: str | None = None, role: EpisodeRole = EpisodeRole.LAB,
-    plan_seed: int | None = None, sketch: tuple[int, ...] | None = None, phases: tuple[Phase, ...] = PHASES,
+    number: int,
+    host: str,
+    profile: str = "benign",
+    *,
+    group: int = 0,
+    session: str | None = None,
+    role: EpisodeRole = EpisodeRole.LAB,
+    plan_seed: int | None = None,
+    sketch: tuple[int, ...] | None = None,
+    phases: tuple[Phase, ...] = PHASES,
     started_ns: int | None = None,
-) -> SplitEpisode:  # fmt: skip
+) -> SplitEpisode:
     return SplitEpisode(
-        episode_id=f"e{number:03}", host_id=host, profile=profile, sample_name=f"sample-{group}", sample_group=group,
-        session=session or f"s{number:03}", role=role, agent=False, plan_seed=1000 + number if plan_seed is None else plan_seed,
+        episode_id=f"e{number:03}",
+        host_id=host,
+        profile=profile,
+        sample_name=f"sample-{group}",
+        sample_group=group,
+        session=session or f"s{number:03}",
+        role=role,
+        agent=False,
+        plan_seed=1000 + number if plan_seed is None else plan_seed,
         proc_sketch=tuple(range(100 * number, 100 * number + 8)) if sketch is None else sketch,
-        started_wall_ns=number * GAP_NS if started_ns is None else started_ns, phases=phases, duration_s=LASTS_S,
-    )  # fmt: skip
+        started_wall_ns=number * GAP_NS if started_ns is None else started_ns,
+        phases=phases,
+        duration_s=LASTS_S,
+    )
 
 
 def corpus(hosts: int = 4, sessions: int = 12) -> list[SplitEpisode]:

@@ -25,8 +25,17 @@ STAMP = 1_795_510_800_000_000_000
 GOLDEN: dict[str, tuple[EventData, str]] = {
     "telemetry": (
         TelemetryEvent(
-            vm="web-1", host="pc", origin="live", t0_ns=STAMP, bin_s=0.5, channels=("proc.cpu_user", "qmp.jit_tb"),
-            values=((0.25, None),), flags=(0,), masked=("qmp.jit_tb",), late_rows=1, lateness_s=0.5,
+            vm="web-1",
+            host="pc",
+            origin="live",
+            t0_ns=STAMP,
+            bin_s=0.5,
+            channels=("proc.cpu_user", "qmp.jit_tb"),
+            values=((0.25, None),),
+            flags=(0,),
+            masked=("qmp.jit_tb",),
+            late_rows=1,
+            lateness_s=0.5,
         ),
         '{"v":1,"type":"telemetry","id":"e-1","t_wall_ns":1795510800000000000,"run":"demo","data":{"vm":"web-1","host":"pc",'
         '"origin":"live","t0_ns":1795510800000000000,"bin_s":0.5,"channels":["proc.cpu_user","qmp.jit_tb"],'
@@ -34,8 +43,17 @@ GOLDEN: dict[str, tuple[EventData, str]] = {
     ),
     "phase": (
         PhaseEvent(
-            vm="web-1", t_start_ns=STAMP, t_end_ns=STAMP + 10**10, p=(0.125, 0.125, 0.25, 0.5, 0.0), decision="active",
-            alarm=True, alarm_since_ns=STAMP, threshold=0.5, model="gbt", threat="realistic", latency_ms=4.0,
+            vm="web-1",
+            t_start_ns=STAMP,
+            t_end_ns=STAMP + 10**10,
+            p=(0.125, 0.125, 0.25, 0.5, 0.0),
+            decision="active",
+            alarm=True,
+            alarm_since_ns=STAMP,
+            threshold=0.5,
+            model="gbt",
+            threat="realistic",
+            latency_ms=4.0,
         ),
         '{"v":1,"type":"phase","id":"e-1","t_wall_ns":1795510800000000000,"run":"demo","data":{"vm":"web-1","host":null,'
         '"t_start_ns":1795510800000000000,"t_end_ns":1795510810000000000,"p":[0.125,0.125,0.25,0.5,0.0],'
@@ -44,9 +62,19 @@ GOLDEN: dict[str, tuple[EventData, str]] = {
     ),
     "score": (
         ScoreEvent(
-            metric="macro_f1", tested=5, registered=6, recipe="held_out_host", headline="macro-F1 0.50", inflation_of="gbt",
-            rows=(ScoreRow(model="gbt", threat="realistic", table="raw", agent="off", value=0.5, low=0.4, high=0.6, n_hosts=3),),
-            inflation=(SplitProtocolScore(recipe="random_windows", value=0.75),), notes=("one machine",),
+            metric="macro_f1",
+            tested=5,
+            registered=6,
+            recipe="held_out_host",
+            headline="macro-F1 0.50",
+            inflation_of="gbt",
+            rows=(
+                ScoreRow(
+                    model="gbt", threat="realistic", table="raw", agent="off", value=0.5, low=0.4, high=0.6, n_hosts=3
+                ),
+            ),
+            inflation=(SplitProtocolScore(recipe="random_windows", value=0.75),),
+            notes=("one machine",),
         ),
         '{"v":1,"type":"score","id":"e-1","t_wall_ns":1795510800000000000,"run":"demo","data":{"metric":"macro_f1","tested":5,'
         '"registered":6,"recipe":"held_out_host","rows":[{"model":"gbt","threat":"realistic","table":"raw","agent":"off","value":0.5,'
@@ -56,8 +84,15 @@ GOLDEN: dict[str, tuple[EventData, str]] = {
     ),
     "confusion": (
         ConfusionEvent(
-            model="gbt", recipe="held_out_host", threat="realistic", table="raw", agent="off",
-            labels=("clean", "active"), counts=((3.0, 1.0), (0.0, 2.0)), n_episodes=2, n_hosts=1,
+            model="gbt",
+            recipe="held_out_host",
+            threat="realistic",
+            table="raw",
+            agent="off",
+            labels=("clean", "active"),
+            counts=((3.0, 1.0), (0.0, 2.0)),
+            n_episodes=2,
+            n_hosts=1,
         ),
         '{"v":1,"type":"confusion","id":"e-1","t_wall_ns":1795510800000000000,"run":"demo","data":{"model":"gbt",'
         '"recipe":"held_out_host","threat":"realistic","table":"raw","agent":"off","labels":["clean","active"],'
@@ -65,8 +100,17 @@ GOLDEN: dict[str, tuple[EventData, str]] = {
     ),
     "perf": (
         PerfEvent(
-            process="watch", vm="web-1", measured_s=10.0, windows=2, windows_per_s=0.2, latency_edges_ms=(1.0, 2.0),
-            latency_counts=(0, 2, 0), p50_ms=1.5, p99_ms=1.5, rss_bytes=1_000_000, cpu_cores=0.125,
+            process="watch",
+            vm="web-1",
+            measured_s=10.0,
+            windows=2,
+            windows_per_s=0.2,
+            latency_edges_ms=(1.0, 2.0),
+            latency_counts=(0, 2, 0),
+            p50_ms=1.5,
+            p99_ms=1.5,
+            rss_bytes=1_000_000,
+            cpu_cores=0.125,
         ),
         '{"v":1,"type":"perf","id":"e-1","t_wall_ns":1795510800000000000,"run":"demo","data":{"process":"watch","vm":"web-1",'
         '"measured_s":10.0,"windows":2,"windows_per_s":0.2,"latency_edges_ms":[1.0,2.0],"latency_counts":[0,2,0],'
@@ -74,8 +118,13 @@ GOLDEN: dict[str, tuple[EventData, str]] = {
     ),
     "profile": (
         ProfileTableEvent(
-            metric="macro_f1", recipe="held_out_host", threat="realistic", model="gbt", profiles=("benign",),
-            hosts=("pc", "q35"), cells=((ProfileCell(value=0.5, n_windows=30, n_episodes=1), None),),
+            metric="macro_f1",
+            recipe="held_out_host",
+            threat="realistic",
+            model="gbt",
+            profiles=("benign",),
+            hosts=("pc", "q35"),
+            cells=((ProfileCell(value=0.5, n_windows=30, n_episodes=1), None),),
             untested_profiles=("exfil-drip",),
         ),
         '{"v":1,"type":"profile","id":"e-1","t_wall_ns":1795510800000000000,"run":"demo","data":{"metric":"macro_f1",'
@@ -83,7 +132,7 @@ GOLDEN: dict[str, tuple[EventData, str]] = {
         '"cells":[[{"value":0.5,"low":null,"high":null,"why":null,"n_windows":30,"n_episodes":1},null]],'
         '"untested_profiles":["exfil-drip"]}}',
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", GOLDEN)

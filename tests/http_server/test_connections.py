@@ -161,10 +161,13 @@ def test_a_table_without_any_stranger_refuses() -> None:
 @pytest.mark.parametrize(
     ("stage", "patience_s"),
     [
-        (ConnectionStage.HANDSHAKE, LIMITS.handshake_s), (ConnectionStage.HEAD, LIMITS.head_s), (ConnectionStage.IDLE, LIMITS.idle_s),
-        (ConnectionStage.DRAIN, LIMITS.drain_s), (ConnectionStage.CLOSING, LIMITS.drain_s),
+        (ConnectionStage.HANDSHAKE, LIMITS.handshake_s),
+        (ConnectionStage.HEAD, LIMITS.head_s),
+        (ConnectionStage.IDLE, LIMITS.idle_s),
+        (ConnectionStage.DRAIN, LIMITS.drain_s),
+        (ConnectionStage.CLOSING, LIMITS.drain_s),
     ],
-)  # fmt: skip
+)
 def test_a_stranger_has_little_time_in_each_stage(stage: ConnectionStage, patience_s: float) -> None:
     server = Server()
     entry = server.connect()

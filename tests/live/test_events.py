@@ -62,7 +62,9 @@ def test_a_hostile_name_is_replaced_wherever_it_stands() -> None:
         pytest.param(b"\xff\xfe", "malformed", id="no JSON"),
         pytest.param(b'{"v":1}', "missing required field `type`", id="no type"),
         pytest.param(enveloped(v=2), "version 2 is not supported; expected 1", id="another version"),
-        pytest.param(enveloped(type="rumour"), "unknown type 'rumour'; expected one of telemetry, phase", id="unknown type"),
+        pytest.param(
+            enveloped(type="rumour"), "unknown type 'rumour'; expected one of telemetry, phase", id="unknown type"
+        ),
         pytest.param(enveloped(extra=1), "unknown field `extra`", id="an unknown field"),
         pytest.param(enveloped(t_wall_ns=-1), "t_wall_ns", id="a stamp below zero"),
         pytest.param(enveloped(id="i" * 5000), "length <= 4096", id="a name without end"),

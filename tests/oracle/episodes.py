@@ -59,15 +59,23 @@ def source_rows(draw: st.DrawFn, source: SourceKind) -> SourceRows:
         elif kind < 0.6:
             present[:, f] = [rng.random() >= p_null for _ in range(n)]
     rows = SourceRows(
-        source=source, fields=tuple(spec.field for spec in list_raw_fields(source)),
-        t_wall_ns=np.array([T0 + t * MS for t in at_ms], np.int64), t_mono_ns=np.array([MONO0 + t * MS for t in mono_ms], np.int64),
-        seq=np.arange(n, dtype=np.int64), columns=tuple(columns), present=present,
-    )  # fmt: skip
+        source=source,
+        fields=tuple(spec.field for spec in list_raw_fields(source)),
+        t_wall_ns=np.array([T0 + t * MS for t in at_ms], np.int64),
+        t_mono_ns=np.array([MONO0 + t * MS for t in mono_ms], np.int64),
+        seq=np.arange(n, dtype=np.int64),
+        columns=tuple(columns),
+        present=present,
+    )
     picked = np.array(list(order), np.intp)
     return replace(
-        rows, t_wall_ns=rows.t_wall_ns[picked], t_mono_ns=rows.t_mono_ns[picked], seq=rows.seq[picked],
-        columns=tuple(c[picked] for c in rows.columns), present=rows.present[picked],
-    )  # fmt: skip
+        rows,
+        t_wall_ns=rows.t_wall_ns[picked],
+        t_mono_ns=rows.t_mono_ns[picked],
+        seq=rows.seq[picked],
+        columns=tuple(c[picked] for c in rows.columns),
+        present=rows.present[picked],
+    )
 
 
 @st.composite

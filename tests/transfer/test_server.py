@@ -338,8 +338,21 @@ def start(tmp_path: Path, *options: str | Path) -> tuple[subprocess.Popen[str], 
     tokens = tmp_path / "tokens"
     tokens.write_text(TOKENS_TEXT)
     tokens.chmod(0o600)
-    command = [sys.executable, "-m", "phasewatch", "receive", "--store", tmp_path / "store", "--tokens", tokens,
-               "--listen", "127.0.0.1:0", "--min-free", "0", *options]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "phasewatch",
+        "receive",
+        "--store",
+        tmp_path / "store",
+        "--tokens",
+        tokens,
+        "--listen",
+        "127.0.0.1:0",
+        "--min-free",
+        "0",
+        *options,
+    ]
     process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     line = process.stderr.readline()
@@ -381,10 +394,29 @@ def pems(tmp_path: Path) -> dict[str, Path]:
     openssl = need_program("openssl", "openssl")
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     subprocess.run(
-        [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key,
-         "-out", cert, "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            openssl,
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-keyout",
+            key,
+            "-out",
+            cert,
+            "-days",
+            "2",
+            "-subj",
+            "/CN=localhost",
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
+        ],
+        check=True,
+        capture_output=True,
+    )
     return {"cert": cert, "key": key}
 
 
@@ -418,8 +450,20 @@ def test_over_tls_a_shipper_that_knows_the_certificate_is_served(tmp_path: Path,
     outbox = tmp_path / "outbox" / "pc-a" / f"{IDS[0]}.tar.zst"
     outbox.parent.mkdir(parents=True)
     outbox.write_bytes(DATA)
-    command = [sys.executable, "-m", "phasewatch", "ship", "--outbox", tmp_path / "outbox", "--to", url,
-               "--tokens", tmp_path / "tokens", "--give-up-after", "1"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "phasewatch",
+        "ship",
+        "--outbox",
+        tmp_path / "outbox",
+        "--to",
+        url,
+        "--tokens",
+        tmp_path / "tokens",
+        "--give-up-after",
+        "1",
+    ]
 
     strange = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=60)
     known = subprocess.run([str(c) for c in [*command, "--ca", cert]], capture_output=True, text=True, timeout=60)

@@ -72,9 +72,15 @@ def ship(
     async def run() -> ShipmentSummary:
         async with httpx.AsyncClient(transport=transport, base_url="http://store") as client:
             shipper = BundleShipper(
-                outbox, client, TOKENS, patience_s=patience_s, rng=random.Random(0), sleep=clock.sleep,
-                now_s=clock.now_s, **options,  # type: ignore[arg-type]
-            )  # fmt: skip
+                outbox,
+                client,
+                TOKENS,
+                patience_s=patience_s,
+                rng=random.Random(0),
+                sleep=clock.sleep,
+                now_s=clock.now_s,
+                **options,  # type: ignore[arg-type]
+            )
             return await shipper.run()
 
     return asyncio.run(run())
@@ -95,10 +101,12 @@ def test_all_of_an_outbox_goes_to_the_store_and_then_to_sent(outbox: Path, tmp_p
 @pytest.mark.parametrize(
     ("statuses", "fate"),
     [
-        ((200, 201), UploadOutcome.ACKNOWLEDGED), ((400, 409, 411, 413, 415, 418, 422, 431), UploadOutcome.REFUSED),
-        ((408, 425, 429, 500, 502, 503, 504, 507), UploadOutcome.RETRY), ((401, 403, 404, 405, 302, 204), UploadOutcome.BLOCKED),
+        ((200, 201), UploadOutcome.ACKNOWLEDGED),
+        ((400, 409, 411, 413, 415, 418, 422, 431), UploadOutcome.REFUSED),
+        ((408, 425, 429, 500, 502, 503, 504, 507), UploadOutcome.RETRY),
+        ((401, 403, 404, 405, 302, 204), UploadOutcome.BLOCKED),
     ],
-)  # fmt: skip
+)
 def test_an_answer_says_what_becomes_of_the_bundle(statuses: tuple[int, ...], fate: UploadOutcome) -> None:
     assert {classify_status(status) for status in statuses} == {fate}
 
@@ -286,8 +294,11 @@ def test_strange_things_are_told_and_left_alone(outbox: Path, tmp_path: Path) ->
 
     assert done.sent == 5
     assert sorted(done.strange) == [
-        "Wrong Host/x.tar.zst", f"pc-a/{IDS[8]}.tar.zst", "pc-a/notes.txt", f"sent/{IDS[7]}.tar.zst",
-    ]  # fmt: skip
+        "Wrong Host/x.tar.zst",
+        f"pc-a/{IDS[8]}.tar.zst",
+        "pc-a/notes.txt",
+        f"sent/{IDS[7]}.tar.zst",
+    ]
     assert (outbox / "pc-a" / "notes.txt").exists()
 
 
@@ -344,9 +355,13 @@ def watch_for(outbox: Path, answer: Answer, seconds: float) -> tuple[BundleShipp
                 await asyncio.sleep(0)
 
             shipper = BundleShipper(
-                outbox, client, TOKENS, rng=random.Random(0),
-                sleep=poll, now_s=lambda: now_s,
-            )  # fmt: skip
+                outbox,
+                client,
+                TOKENS,
+                rng=random.Random(0),
+                sleep=poll,
+                now_s=lambda: now_s,
+            )
             await shipper.run(watch=True)
             return shipper
 
@@ -408,14 +423,18 @@ def test_a_host_that_has_to_wait_holds_up_no_other(outbox: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("headers", "seconds"),
     [
-        ({"retry-after": "7"}, 7.0), ({"retry-after": "9" * 400}, 86_400.0), ({"retry-after": "-7"}, 0.0),
-        ({"retry-after": "soon"}, 0.0), ({}, 0.0), ({"retry-after": "٣"}, 0.0),
+        ({"retry-after": "7"}, 7.0),
+        ({"retry-after": "9" * 400}, 86_400.0),
+        ({"retry-after": "-7"}, 0.0),
+        ({"retry-after": "soon"}, 0.0),
+        ({}, 0.0),
+        ({"retry-after": "٣"}, 0.0),
         ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT", "date": "Wed, 21 Oct 2015 07:27:00 GMT"}, 60.0),
         ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT", "date": "Wed, 21 Oct 2015 07:29:00 GMT"}, 0.0),
         ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
         ({"retry-after": "Wed, 21 Oct 2015 07:28:00", "date": "Wed, 21 Oct 2015 07:27:00 GMT"}, 0.0),
     ],
-)  # fmt: skip
+)
 def test_retry_after_is_seconds_or_a_date(headers: dict[str, str], seconds: float) -> None:
     assert parse_retry_after(headers) == seconds
 

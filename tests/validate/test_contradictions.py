@@ -65,9 +65,13 @@ def with_mono(*at_ns: int) -> Episode:
 def thin(readings: SourceRows, keep: int) -> SourceRows:
     some = slice(None, None, keep)
     return replace(
-        readings, t_wall_ns=readings.t_wall_ns[some], t_mono_ns=readings.t_mono_ns[some], seq=readings.seq[some],
-        columns=tuple(column[some] for column in readings.columns), present=readings.present[some],
-    )  # fmt: skip
+        readings,
+        t_wall_ns=readings.t_wall_ns[some],
+        t_mono_ns=readings.t_mono_ns[some],
+        seq=readings.seq[some],
+        columns=tuple(column[some] for column in readings.columns),
+        present=readings.present[some],
+    )
 
 
 def test_an_episode_without_contradictions_has_none() -> None:
@@ -76,7 +80,10 @@ def test_an_episode_without_contradictions_has_none() -> None:
 
 
 FALSE = {
-    "a benign profile with malicious phases": (with_manifest(profile="benign", sample_kind=SampleKind.BENIGN), "kind-phases"),
+    "a benign profile with malicious phases": (
+        with_manifest(profile="benign", sample_kind=SampleKind.BENIGN),
+        "kind-phases",
+    ),
     "a benign kind with malicious phases": (with_manifest(sample_kind=SampleKind.BENIGN), "kind-phases"),
     "a clean day with malicious phases": (with_manifest(role=EpisodeRole.COMMISSION), "role-phases"),
     "a soak with malicious phases": (with_manifest(role=EpisodeRole.SOAK), "role-phases"),
@@ -90,10 +97,19 @@ FALSE = {
     "labels of 0, 1, 2 and 3 ns beside 40 s": (with_mono(0, 1, 2, 3), "label-clock"),
     "one label of another time": (with_mono(MONO0, MONO0 + 20 * S, MONO0 + 25 * S, MONO0 + 40 * S), "label-clock"),
     "labels of another boot": (with_mono(*(mark.t_mono_ns + 3600 * S for mark in WHOLE.marks)), "label-clock"),
-    "a source half a minute late": (of_source(SourceKind.NETFLOW, lambda r: replace(r, t_wall_ns=r.t_wall_ns + 30 * S)), "row-clock:netflow"),
-    "rows whose seconds are shorter": (of_source(SourceKind.QMP, lambda r: replace(r, t_mono_ns=MONO0 + (r.t_mono_ns - MONO0) * 6 // 10)), "row-clock:qmp"),
-    "more rows than could be emitted": (with_manifest(rows_emitted={**WHOLE.manifest.rows_emitted, SourceKind.PROC: 10**6}), "emitted:proc"),
-}  # fmt: skip
+    "a source half a minute late": (
+        of_source(SourceKind.NETFLOW, lambda r: replace(r, t_wall_ns=r.t_wall_ns + 30 * S)),
+        "row-clock:netflow",
+    ),
+    "rows whose seconds are shorter": (
+        of_source(SourceKind.QMP, lambda r: replace(r, t_mono_ns=MONO0 + (r.t_mono_ns - MONO0) * 6 // 10)),
+        "row-clock:qmp",
+    ),
+    "more rows than could be emitted": (
+        with_manifest(rows_emitted={**WHOLE.manifest.rows_emitted, SourceKind.PROC: 10**6}),
+        "emitted:proc",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", FALSE.values(), ids=FALSE)
@@ -131,7 +147,10 @@ LACKING = {
         ),
         {"nominal-hz:qmp", "missing:qmp"},
     ),
-    "a promise of next to nothing": (with_manifest(nominal_hz=dict.fromkeys(SourceKind, 1e-9)), {f"nominal-hz:{s}" for s in SourceKind}),
+    "a promise of next to nothing": (
+        with_manifest(nominal_hz=dict.fromkeys(SourceKind, 1e-9)),
+        {f"nominal-hz:{s}" for s in SourceKind},
+    ),
     "an honest source of one row a second": (
         replace_manifest(
             of_source(SourceKind.QMP, lambda r: thin(r, 2)),
@@ -140,40 +159,89 @@ LACKING = {
         ),
         {"rate:qmp"},
     ),
-    "one number for every row": (each_source(lambda r: replace(r, seq=np.full_like(r.seq, -5))), {f"sequence:{s}" for s in SourceKind}),
-    "numbers that run backwards": (of_source(SourceKind.PROC, lambda r: replace(r, seq=r.seq[::-1].copy())), {"sequence:proc"}),
-    "one number twice": (of_source(SourceKind.PROC, lambda r: replace(r, seq=np.maximum(r.seq - 1, 0))), {"sequence:proc"}),
-    "a clock that stands still": (of_source(SourceKind.QMP, lambda r: replace(r, t_mono_ns=np.where(np.arange(len(r)) == 9, r.t_mono_ns[8], r.t_mono_ns))), {"sequence:qmp"}),
-    "made-up channels": (with_manifest(channels_available=(*WHOLE.manifest.channels_available, "proc.telepathy")), {"channels"}),
-    "made-up channels alone": (with_manifest(channels_available=("proc.telepathy",)), {"channels", *(f"channels:{s}" for s in SourceKind)}),
+    "one number for every row": (
+        each_source(lambda r: replace(r, seq=np.full_like(r.seq, -5))),
+        {f"sequence:{s}" for s in SourceKind},
+    ),
+    "numbers that run backwards": (
+        of_source(SourceKind.PROC, lambda r: replace(r, seq=r.seq[::-1].copy())),
+        {"sequence:proc"},
+    ),
+    "one number twice": (
+        of_source(SourceKind.PROC, lambda r: replace(r, seq=np.maximum(r.seq - 1, 0))),
+        {"sequence:proc"},
+    ),
+    "a clock that stands still": (
+        of_source(
+            SourceKind.QMP,
+            lambda r: replace(r, t_mono_ns=np.where(np.arange(len(r)) == 9, r.t_mono_ns[8], r.t_mono_ns)),
+        ),
+        {"sequence:qmp"},
+    ),
+    "made-up channels": (
+        with_manifest(channels_available=(*WHOLE.manifest.channels_available, "proc.telepathy")),
+        {"channels"},
+    ),
+    "made-up channels alone": (
+        with_manifest(channels_available=("proc.telepathy",)),
+        {"channels", *(f"channels:{s}" for s in SourceKind)},
+    ),
     "no channels, and all of them read": (with_manifest(channels_available=()), {f"channels:{s}" for s in SourceKind}),
     "the guest's channels of an agent that was off": (
-        replace_manifest(
-            episode(PHASES, agent=False), channels_available=tuple(c.full_name for c in CHANNELS)
-        ),
+        replace_manifest(episode(PHASES, agent=False), channels_available=tuple(c.full_name for c in CHANNELS)),
         {"channels:guest"},
     ),
     "a channel that is there and absent": (
-        with_manifest(origin=EpisodeOrigin.RECORDED, recording=msgspec.structs.replace(RECORDING, absent={"proc.cpu_user": "x"})),
+        with_manifest(
+            origin=EpisodeOrigin.RECORDED, recording=msgspec.structs.replace(RECORDING, absent={"proc.cpu_user": "x"})
+        ),
         {"channels"},
     ),
-    "a benign profile that is an emulation": (replace_manifest(CALM, profile="benign", sample_kind=SampleKind.EMULATED), {"kind"}),
+    "a benign profile that is an emulation": (
+        replace_manifest(CALM, profile="benign", sample_kind=SampleKind.EMULATED),
+        {"kind"},
+    ),
     "a malicious profile that is benign": (replace_manifest(CALM, sample_kind=SampleKind.BENIGN), {"kind"}),
     "phases that nobody planned": (with_manifest(plan=((Phase.CLEAN, 40.0),)), {"plan"}),
-    "phases in another order": (with_manifest(plan=((Phase.ACTIVE, 20.0), (Phase.INFECTING, 10.0), (Phase.CLEAN, 10.0))), {"plan"}),
-    "a row of last week": (of_source(SourceKind.PROC, lambda r: replace(r, t_wall_ns=r.t_wall_ns - (np.arange(len(r)) == 0) * 604_800 * S, t_mono_ns=r.t_mono_ns)), {"stray:proc", "clock-step"}),
-    "a counter that falls": (of_source(SourceKind.PROC, field("io_rchar_bytes", lambda c: np.where(np.arange(len(c)) > 40, c - c[40], c))), {"reset:proc"}),
-    "a counter that leaps": (of_source(SourceKind.PROC, field("io_rchar_bytes", lambda c: np.where(np.arange(len(c)) > 40, c + 2**61, c))), {"range:proc"}),
+    "phases in another order": (
+        with_manifest(plan=((Phase.ACTIVE, 20.0), (Phase.INFECTING, 10.0), (Phase.CLEAN, 10.0))),
+        {"plan"},
+    ),
+    "a row of last week": (
+        of_source(
+            SourceKind.PROC,
+            lambda r: replace(r, t_wall_ns=r.t_wall_ns - (np.arange(len(r)) == 0) * 604_800 * S, t_mono_ns=r.t_mono_ns),
+        ),
+        {"stray:proc", "clock-step"},
+    ),
+    "a counter that falls": (
+        of_source(SourceKind.PROC, field("io_rchar_bytes", lambda c: np.where(np.arange(len(c)) > 40, c - c[40], c))),
+        {"reset:proc"},
+    ),
+    "a counter that leaps": (
+        of_source(SourceKind.PROC, field("io_rchar_bytes", lambda c: np.where(np.arange(len(c)) > 40, c + 2**61, c))),
+        {"range:proc"},
+    ),
     "a share above 1": (of_source(SourceKind.QMP, field("vcpu_busy", lambda c: c + 1.0)), {"range:qmp"}),
-    "a share below 0": (of_source(SourceKind.QMP, field("vcpu_user", lambda c: np.where(np.arange(len(c)) == 40, -0.1, c))), {"range:qmp"}),
-    "more cores than the machine has": (of_source(SourceKind.PROC, field("vcpu_run_ns", lambda c: c * 8)), {"host-facts"}),
-    "more memory than the machine has": (of_source(SourceKind.QMP, field("bal_free_bytes", lambda c: c + 2**30)), {"host-facts"}),
+    "a share below 0": (
+        of_source(SourceKind.QMP, field("vcpu_user", lambda c: np.where(np.arange(len(c)) == 40, -0.1, c))),
+        {"range:qmp"},
+    ),
+    "more cores than the machine has": (
+        of_source(SourceKind.PROC, field("vcpu_run_ns", lambda c: c * 8)),
+        {"host-facts"},
+    ),
+    "more memory than the machine has": (
+        of_source(SourceKind.QMP, field("bal_free_bytes", lambda c: c + 2**30)),
+        {"host-facts"},
+    ),
     "what only TCG counts, under KVM": (with_host(accel="kvm"), {"host-facts"}),
     "what only x86 shows, on an arm": (with_host(arch="aarch64"), {"host-facts"}),
     "pins for other vCPUs": (
-        with_manifest(origin=EpisodeOrigin.RECORDED, recording=msgspec.structs.replace(RECORDING, pinning=(1, 2, 3))), {"host-facts"},
+        with_manifest(origin=EpisodeOrigin.RECORDED, recording=msgspec.structs.replace(RECORDING, pinning=(1, 2, 3))),
+        {"host-facts"},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", LACKING.values(), ids=LACKING)
@@ -201,12 +269,15 @@ INNOCENT = {
         episode((*PHASES, ("dormant", 5.0))), plan=tuple((Phase(p), s) for p, s in PHASES)
     ),
     "an episode of unknown phase": replace_manifest(
-        episode((("unknown", 40.0),)), profile="unknown", sample_kind=SampleKind.LIVE, origin=EpisodeOrigin.RECORDED,
+        episode((("unknown", 40.0),)),
+        profile="unknown",
+        sample_kind=SampleKind.LIVE,
+        origin=EpisodeOrigin.RECORDED,
         recording=RECORDING,
     ),
     "a start while the machine booted": with_manifest(started_wall_ns=T0 - 300 * S),
     "an id made long after the recording": with_manifest(episode_id=build_uuid7(T0 // 10**6 + 10**10, bytes(10))),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("whole", INNOCENT.values(), ids=INNOCENT)
@@ -229,10 +300,14 @@ def test_a_step_of_the_clock_that_labels_and_rows_both_saw_contradicts_nothing()
 def test_rows_in_another_order_than_they_were_taken_are_put_right() -> None:
     turned = each_source(
         lambda r: replace(
-            r, t_wall_ns=r.t_wall_ns[::-1].copy(), t_mono_ns=r.t_mono_ns[::-1].copy(), seq=r.seq[::-1].copy(),
-            columns=tuple(c[::-1].copy() for c in r.columns), present=r.present[::-1].copy(),
+            r,
+            t_wall_ns=r.t_wall_ns[::-1].copy(),
+            t_mono_ns=r.t_mono_ns[::-1].copy(),
+            seq=r.seq[::-1].copy(),
+            columns=tuple(c[::-1].copy() for c in r.columns),
+            present=r.present[::-1].copy(),
         )
-    )  # fmt: skip
+    )
 
     assert codes(turned) == set()
 

@@ -54,8 +54,10 @@ def sweep_until(reported: int, script: Path, store: Path, run: Path, *, workers:
     """Start a sweep; return when it has reported so many bundles, or ended."""
     sweeping = subprocess.Popen(
         [sys.executable, str(script), str(store), str(run), str(workers)],
-        stdout=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     assert sweeping.stdout is not None
     for _ in range(reported):
         if not sweeping.stdout.readline():
@@ -108,9 +110,13 @@ def test_a_sweep_killed_two_hundred_times_ends_with_the_same_bytes(
 ) -> None:
     deaths = kill_again_and_again(tmp_path, kills=200, seed=7, whole_group=whole_group)
     soak_row(
-        "Sweeps killed with -9", killed="workers and all" if whole_group else "the parent alone", kills=deaths.hit,
-        while_the_products_were_written=deaths.late, runs_brought_to_their_end=deaths.whole, of_other_bytes=deaths.unlike,
-    )  # fmt: skip
+        "Sweeps killed with -9",
+        killed="workers and all" if whole_group else "the parent alone",
+        kills=deaths.hit,
+        while_the_products_were_written=deaths.late,
+        runs_brought_to_their_end=deaths.whole,
+        of_other_bytes=deaths.unlike,
+    )
 
     assert deaths.unlike == 0
     assert deaths.hit > 100

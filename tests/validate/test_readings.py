@@ -90,7 +90,10 @@ PARTLY = {
 
 
 @pytest.mark.parametrize("when", PARTLY.values(), ids=PARTLY)
-@pytest.mark.parametrize(("source", "field"), [(SourceKind.QMP, "blk_wr_ops"), (SourceKind.PROC, "main_vcs"), (SourceKind.NETFLOW, "dst_ips")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("source", "field"),
+    [(SourceKind.QMP, "blk_wr_ops"), (SourceKind.PROC, "main_vcs"), (SourceKind.NETFLOW, "dst_ips")],
+)
 def test_a_field_that_is_partly_null_degrades_with_its_numbers(
     source: SourceKind, field: str, when: Callable[[np.ndarray], np.ndarray]
 ) -> None:

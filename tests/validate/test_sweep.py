@@ -51,8 +51,12 @@ def test_any_number_of_workers_gives_the_same_bytes(faulty: Path, tmp_path: Path
 
     assert products(tmp_path / "one") == products(tmp_path / "two")
     assert set(products(tmp_path / "one")) == {
-        VALIDATION_FILE, ACCOUNTING_FILE, "grids/grids.npy", "grids/levels.npy", "grids/index.parquet",
-    }  # fmt: skip
+        VALIDATION_FILE,
+        ACCOUNTING_FILE,
+        "grids/grids.npy",
+        "grids/levels.npy",
+        "grids/index.parquet",
+    }
 
 
 def test_an_unchanged_store_is_not_read_again_and_gives_the_same_bytes(faulty: Path, tmp_path: Path) -> None:

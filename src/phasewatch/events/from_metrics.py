@@ -36,11 +36,17 @@ def build_metric_events(metrics: MetricTable) -> tuple[EventData, ...]:
         of = query.find_score(rows, "macro_f1", model=model)
         found.append(
             ConfusionEvent(
-                model=model, recipe=DEFAULT_HEADLINE.recipe, threat=DEFAULT_HEADLINE.channel_set, table=DEFAULT_HEADLINE.input, agent=of.agent if of else None,
-                labels=matrix.labels, counts=matrix.counts, n_episodes=of.n_episodes if of else 0,
+                model=model,
+                recipe=DEFAULT_HEADLINE.recipe,
+                threat=DEFAULT_HEADLINE.channel_set,
+                table=DEFAULT_HEADLINE.input,
+                agent=of.agent if of else None,
+                labels=matrix.labels,
+                counts=matrix.counts,
+                n_episodes=of.n_episodes if of else 0,
                 n_hosts=of.n_hosts if of else 0,
             )
-        )  # fmt: skip
+        )
     return tuple(found)
 
 
@@ -56,22 +62,35 @@ def _build_score_event(metrics: MetricTable, rows: Sequence[MetricRow]) -> Score
     lead = next((r for r in ranked if r.channel_set == DEFAULT_HEADLINE.channel_set), ranked[0] if ranked else None)
     model = query.find_headline_model(rows)
     return ScoreEvent(
-        metric="macro_f1", tested=(lead.n_profiles_tested or 0) if lead else 0, registered=(lead.n_profiles or 0) if lead else 0, recipe=DEFAULT_HEADLINE.recipe,
+        metric="macro_f1",
+        tested=(lead.n_profiles_tested or 0) if lead else 0,
+        registered=(lead.n_profiles or 0) if lead else 0,
+        recipe=DEFAULT_HEADLINE.recipe,
         rows=tuple(_build_score_row(r, lead, metrics.metrics) for r in ranked[:200]),
-        inflation=_build_split_scores(metrics.metrics, model) if model else (), inflation_of=model,
+        inflation=_build_split_scores(metrics.metrics, model) if model else (),
+        inflation_of=model,
         headline=render_headline(metrics)[:_MAX_NOTE_CHARS],
         notes=tuple(note[:_MAX_NOTE_CHARS] for note in query.collect_notes(metrics.metrics)[:_MAX_NOTES]),
-    )  # fmt: skip
+    )
 
 
 def _build_score_row(row: MetricRow, lead: MetricRow | None, rows: Sequence[MetricRow]) -> ScoreRow:
     return ScoreRow(
-        model=str(row.model), threat=row.channel_set, table=row.input, agent=row.agent, value=float(row.value or 0.0),
-        low=row.low, high=row.high, why=row.note if row.low is None else None,
-        is_baseline=row.model in BASELINE_MODELS, p_holm=_find_p_value(row, lead, rows), n_episodes=row.n_episodes,
-        n_sessions=row.n_sessions, n_hosts=row.n_hosts,
+        model=str(row.model),
+        threat=row.channel_set,
+        table=row.input,
+        agent=row.agent,
+        value=float(row.value or 0.0),
+        low=row.low,
+        high=row.high,
+        why=row.note if row.low is None else None,
+        is_baseline=row.model in BASELINE_MODELS,
+        p_holm=_find_p_value(row, lead, rows),
+        n_episodes=row.n_episodes,
+        n_sessions=row.n_sessions,
+        n_hosts=row.n_hosts,
         seeds=max(1, sum(_is_same_series(r, row) and isinstance(r.seed, int) for r in rows)),
-    )  # fmt: skip
+    )
 
 
 def _find_p_value(row: MetricRow, lead: MetricRow | None, rows: Sequence[MetricRow]) -> float | None:

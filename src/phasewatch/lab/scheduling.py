@@ -84,9 +84,7 @@ def build_schedule(demands: Sequence[HostDemand], *, benign_share: float) -> tup
         demand.host_id: _choose_profile_groups(demand, benign_share=benign_share, turn=turn)
         for turn, demand in enumerate(demands)
     }
-    total = _count_margins(
-        (demand.host_id, each, n) for demand in demands for each, n in left[demand.host_id].items()
-    )
+    total = _count_margins((demand.host_id, each, n) for demand in demands for each, n in left[demand.host_id].items())
     done: Counter[tuple[object, ...]] = Counter()
     order = []
     while any(left.values()):

@@ -130,7 +130,9 @@ def _connect_cluster(workers: int, address: str) -> Iterator[Any]:
     except Exception as exc:  # Ray raises bare ones when a node does not come up
         where = address or "this machine"
         reason = str(exc).partition("\n")[0]
-        raise MachineError(f"no Ray cluster on {where}: {reason}; check --ray-address, or leave out --engine ray") from exc
+        raise MachineError(
+            f"no Ray cluster on {where}: {reason}; check --ray-address, or leave out --engine ray"
+        ) from exc
     try:
         yield ray
     finally:

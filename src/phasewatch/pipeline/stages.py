@@ -190,7 +190,6 @@ def validate(settings: RunSettings, *, force: bool = False, progress: Progress =
     )
 
 
-
 def _copy_custom_channels(run: Path) -> None:
     """Copy the custom channels into the run, for later stages and for readers."""
     if CUSTOM_CHANNELS.text:

@@ -125,9 +125,16 @@ def _describe_host_spread(told: ReportContext) -> tuple[str, ...]:
 def _build_sample_block(told: ReportContext) -> ReportBlock:
     """List the score of every sample with its profile, because sample names are unique within a profile only."""
     found = [
-        r for r in select_rows(told.rows, "macro_f1", model=told.model, channel_set=DEFAULT_HEADLINE.channel_set, agent=DEFAULT_HEADLINE.agent)
+        r
+        for r in select_rows(
+            told.rows,
+            "macro_f1",
+            model=told.model,
+            channel_set=DEFAULT_HEADLINE.channel_set,
+            agent=DEFAULT_HEADLINE.agent,
+        )
         if r.sample_name is not None
-    ]  # fmt: skip
+    ]
     base = ReportBlock(key="by-sample", title="By sample", command=EVALUATE_COMMAND)
     if not found:
         return replace(base, absent=NO_METRICS)

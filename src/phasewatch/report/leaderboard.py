@@ -190,9 +190,12 @@ def _build_gap_mark(row: MetricRow, model: str) -> charts.ScoreMark:
 def _build_comparison_block(told: ReportContext, kind: str, title: str) -> ReportBlock:
     """Build the block on the paired differences of one model between two channel sets, inputs or filters."""
     rows = [
-        r for r in select_rows(told.all_rows, f"macro_f1_{kind}_gap", recipe=DEFAULT_HEADLINE.recipe)
-        if r.value is not None and (r.channel_set == DEFAULT_HEADLINE.channel_set or kind == "threat") and (r.input == DEFAULT_HEADLINE.input or kind == "table")
-    ]  # fmt: skip
+        r
+        for r in select_rows(told.all_rows, f"macro_f1_{kind}_gap", recipe=DEFAULT_HEADLINE.recipe)
+        if r.value is not None
+        and (r.channel_set == DEFAULT_HEADLINE.channel_set or kind == "threat")
+        and (r.input == DEFAULT_HEADLINE.input or kind == "table")
+    ]
     base = ReportBlock(key=f"gap-{kind}", title=title, command=EVALUATE_COMMAND)
     if not rows:
         return replace(base, absent=f"No comparison: {NOT_TRAINED}.", command=TRAIN_ALL_COMMAND)
