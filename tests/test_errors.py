@@ -1,4 +1,5 @@
-"""Every error that a user can meet: drawn in the tree, worded in a test, one line with its exit code on the command line."""
+"""Every error that a user can meet: drawn in the tree, worded in a test, one line with its exit code on the command
+line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Channels of a user's own pass through registry, bundles, grid, features, schema and hash; a wrong file is refused by row."""
+"""Channels of a user's own pass through registry, bundles, grid, features, schema and hash; a wrong file is refused
+by row."""
 
 from __future__ import annotations
 

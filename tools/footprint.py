@@ -16,7 +16,7 @@ import msgspec
 from phasewatch import atomic
 from phasewatch.binning.storage import open_bins
 from phasewatch.bundle.archive import unpack_manifest
-from phasewatch.cli.record import ProgressBar
+from phasewatch.cli.progress import show_progress
 from phasewatch.lab.campaign import RecordingOptions, default_cache, record_plan
 from phasewatch.store.local import DiskStore
 from phasewatch.validate.sweep import sweep
@@ -37,9 +37,9 @@ def main(arguments: Sequence[str]) -> int:
     corpus = Path(arguments[0]) if arguments else CORPUS
     with tempfile.TemporaryDirectory(prefix="phasewatch-footprint-") as folder:
         store, run = Path(folder) / "store", Path(folder) / "run"
-        with ProgressBar() as bar:
+        with show_progress() as progress:
             options = RecordingOptions(cache=default_cache())
-            done = record_plan(build_footprint_sessions(HOST, PAIRS), store=store, options=options, progress=bar)
+            done = record_plan(build_footprint_sessions(HOST, PAIRS), store=store, options=options, progress=progress)
         if done.failed:
             print("\n".join(done.failed), file=sys.stderr)
             return 1

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 __all__ = ["__version__", "load"]
 
-# onnxruntime reads it when it is loaded, by phasewatch, by torch's exporter or by a program that uses phasewatch. Without
+# onnxruntime reads it when it is loaded, by phasewatch, by torch's exporter or by a program that uses phasewatch.
+# Without
 # it, version 1.29 and later write a device id to the home folder and look up their vendor's host every ten seconds.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 

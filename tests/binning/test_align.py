@@ -1,4 +1,5 @@
-"""What a bin is: which readings it spans, when it repeats, when it knows nothing, and that it never knows the future."""
+"""What a bin is: which readings it spans, when it repeats, when it knows nothing, and that it never knows the
+future."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Live equals offline: whatever the portions, the order within lateness and the restarts, bins are the batch's bit for bit."""
+"""Live equals offline: whatever the portions, the order within lateness and the restarts, bins are the batch's bit
+for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Bundles of a few KiB that were made to cost: each is refused with its code before it costs a second or a large memory."""
+"""Bundles of a few KiB that were made to cost: each is refused with its code before it costs a second or a large
+memory."""
 
 from __future__ import annotations
 

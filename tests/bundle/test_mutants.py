@@ -1,4 +1,5 @@
-"""Whatever is done to a bundle: no crash, no hang, bounded memory, and nothing read as something else without a word."""
+"""Whatever is done to a bundle: no crash, no hang, bounded memory, and nothing read as something else without a
+word."""
 
 from __future__ import annotations
 

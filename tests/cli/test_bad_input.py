@@ -1,4 +1,5 @@
-"""Whatever lies where a bundle should be: one clear line, the right exit code, and the good ones are used all the same."""
+"""Whatever lies where a bundle should be: one clear line, the right exit code, and the good ones are used all the
+same."""
 
 from __future__ import annotations
 

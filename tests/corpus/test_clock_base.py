@@ -1,4 +1,5 @@
-"""The fault that once dropped a whole source without a word, on real telemetry: the card's rows on the monotonic clock."""
+"""The fault that once dropped a whole source without a word, on real telemetry: the card's rows on the monotonic
+clock."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ NETFLOW = [i for i, channel in enumerate(CHANNELS) if channel.source is SourceKi
 
 
 def judge(whole: Episode, members: dict[str, bytes], *, keep_pairs: bool) -> tuple[BundleLocation, bytes]:
-    """Pack an episode whose netflow rows carry the monotonic clock where the wall's belongs, and still say Unix time."""
+    """Pack an episode whose netflow rows carry monotonic time but claim Unix time."""
     rows = whole.rows[SourceKind.NETFLOW]
     members["netflow.jsonl"] = encode_columns(replace(rows, t_wall_ns=rows.t_mono_ns))
     clocks = whole.manifest.clocks if keep_pairs else msgspec.structs.replace(whole.manifest.clocks, pairs={})

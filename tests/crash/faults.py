@@ -1,4 +1,5 @@
-"""A disk that fails at the n-th call: every open, write, fsync, close, rename, link, unlink, mkdir and rmdir of `atomic` is one."""
+"""A disk that fails at the n-th call: every open, write, fsync, close, rename, link, unlink, mkdir and rmdir of
+`atomic` is one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A fault at any system call of any writer: nothing acknowledged is lost, nothing is torn, a restart makes the same bytes."""
+"""A fault at any system call of any writer: nothing acknowledged is lost, nothing is torn, a restart makes the same
+bytes."""
 
 from __future__ import annotations
 

@@ -290,7 +290,8 @@ def test_a_store_filled_through_kills_validates_to_the_same_bytes_as_what_was_re
         return life
 
     life = asyncio.run(asyncio.wait_for(run(), 600))
-    # repr, because a NaN is not equal to itself. What the outbox itself refuses (a receipt that disowns its bundle) is not sent; the rest is the same to the byte.
+    # repr, because a NaN is not equal to itself. What the outbox itself refuses (a receipt that disowns its bundle)
+    # is not sent; the rest is the same to the byte.
     refused = {
         p.relative_to(tmp_path / "outboxes").parts[0] + "/" + p.name
         for p in (tmp_path / "outboxes").rglob("refused/*/*.tar.zst")

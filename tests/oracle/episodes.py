@@ -1,4 +1,5 @@
-"""Odd episodes for the oracle, drawn by hypothesis: jitter, gaps, resets, nulls, missing sources, wrong clocks, big counters."""
+"""Odd episodes for the oracle, drawn by hypothesis: jitter, gaps, resets, nulls, missing sources, wrong clocks, big
+counters."""
 
 from __future__ import annotations
 

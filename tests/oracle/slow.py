@@ -1,4 +1,5 @@
-"""The contract of bins, windows and stats once more, in plain Python: slow, obvious, written from the text and not from the code.
+"""The contract of bins, windows and stats once more, in plain Python: slow, obvious, written from the text and not
+from the code.
 
 Only ints, floats, lists and loops. Every number that is stored as float32 is given as its 32 bits.
 """
@@ -118,7 +119,7 @@ def near(r: Reading, episode: Episode) -> bool:
 
 
 def steps_of(readings: dict[SourceKind, list[Reading]]) -> list[tuple[int, int]]:
-    """Find the clock steps: neighbours in monotonic time between which wall time passed more than 250 ms differently."""
+    """Find clock steps: neighbours whose wall and monotonic intervals differ by more than 250 ms."""
     steps = []
     for rows in readings.values():
         ordered = sorted(rows, key=lambda r: (r.t_mono, r.seq))

@@ -1,4 +1,5 @@
-"""The fast binner and the plain reading of the contract agree to the last bit, on whatever episode hypothesis can think of."""
+"""The fast binner and the plain reading of the contract agree to the last bit, on whatever episode hypothesis can
+think of."""
 
 from __future__ import annotations
 

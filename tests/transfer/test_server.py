@@ -1,4 +1,5 @@
-"""The receiver on a real socket: its patience, 100-continue, bounds on heads and refused bodies, TLS, an orderly end."""
+"""The receiver on a real socket: its patience, 100-continue, bounds on heads and refused bodies, TLS, an orderly
+end."""
 
 from __future__ import annotations
 

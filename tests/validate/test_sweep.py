@@ -1,4 +1,5 @@
-"""A sweep: every bundle judged, every row accounted for, the same bytes from any number of workers, nothing read twice."""
+"""A sweep: every bundle judged, every row accounted for, the same bytes from any number of workers, nothing read
+twice."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from phasewatch.errors import PlanError, UsageError
 from phasewatch.lab import campaign
 from phasewatch.lab.custom_workload import (
     CustomMachine,
+    CustomMachineOptions,
     CustomWorkload,
     build_custom_sessions,
     build_unscripted_workload,
@@ -134,7 +135,7 @@ _MACHINE_OPTIONS = {
 def _read_machine(image: Path | None, driver: Path | None, shape: dict[str, Any]) -> CustomMachine | None:
     for option, name in _MACHINE_OPTIONS.items():
         common.check_option_pair(option, "--image", alone=name in shape and image is None)
-    return read_custom_machine(image, driver, **shape) if image is not None else None
+    return read_custom_machine(image, driver, CustomMachineOptions(**shape)) if image is not None else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

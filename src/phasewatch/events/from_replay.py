@@ -317,7 +317,8 @@ def _read_prediction_table(run: Path, choice: ReplaySelection) -> Any:
     filters, seeds = np.asarray(table.column("filter").to_pylist()), table.column("seed").to_numpy()
     if not len(seeds):
         raise RunError(
-            f"{path}: no test predictions by {_render_selection(choice)}; choose another --model, --channels or --recipe"
+            f"{path}: no test predictions by {_render_selection(choice)}; "
+            "choose another --model, --channels or --recipe"
         )
     kind = SMOOTHING_PHASE if SMOOTHING_PHASE in filters else SMOOTHING_NONE
     keep = filters == kind
