@@ -83,7 +83,7 @@ HOST_SOURCES = (SourceKind.PROC, SourceKind.QMP, SourceKind.NETFLOW)
 
 
 class ChannelKind(StrEnum):
-    """How the readings of a bin become its value (DESIGN.md, section 4, "Bin")."""
+    """How the readings of a bin become its value (docs/formats/run.md)."""
 
     RATE = "rate"  # increase of a counter per second
     DELTA = "delta"  # change of a level per second

@@ -161,7 +161,7 @@ def _compute_spearman(x: NDArray[np.floating], t: NDArray[np.float64]) -> NDArra
 _MAX_ABOVE_CHANCE = 0.10  # in macro-F1, for elapsed time: 0.30 with five phases (a plan's own limit is 0.25)
 _MAX_IDLE_CORRELATION = 0.20  # above it suspect features are named
 _STARTUP_S = 12.5  # two windows: the guest's work at the first label has ended
-_MAX_SINGLE_FEATURE = 0.95  # limit for one feature alone on host or elapsed time (DESIGN section 9, "Audit")
+_MAX_SINGLE_FEATURE = 0.95  # limit for one feature alone on host or elapsed time
 _N_QUANTILE_BINS = 32  # of a feature that is probed alone
 _N_PERMUTATIONS = 999
 _PERMUTATION_ALPHA = 0.01

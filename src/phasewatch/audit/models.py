@@ -283,7 +283,7 @@ def _build_experiment_key(experiment: Experiment) -> tuple[object, ...]:
 _PERMUTATION_CHECK = "shuffled-labels"
 _PERMUTATION_PROMISE = "Trained on labels permuted over the training windows, gbt scores no more than chance."
 _PERMUTATION_MODEL, _PERMUTATION_RECIPE, _PERMUTATION_CHANNEL_SET = "gbt", "held_out_host", "realistic"
-_MAX_ABOVE_GUESS = 0.05  # above stratified random, for the upper end of the interval (DESIGN section 9)
+_MAX_ABOVE_GUESS = 0.05  # above stratified random, for the upper end of the interval
 _N_GUESSES = 200  # stratified random answers, averaged
 N_RESAMPLES = 2_000
 _MAX_PERMUTATIONS = (

@@ -336,7 +336,7 @@ class GroupReadings:
 def bin_episode(episode: Episode) -> EpisodeBins:
     """Rebase an episode and compute its bins.
 
-    Source: DESIGN.md, section 4.
+    Source: docs/formats/run.md.
     """
     rebased, findings = rebase_episode(episode)
     return bin_rebased_episode(rebased, findings)

@@ -41,7 +41,7 @@ def rebase_episode(episode: Episode) -> tuple[Episode, tuple[BundleFinding, ...]
         The episode, in which every base is ``unix``, and the findings ``clock-base-repaired:<source>``,
         ``clock-base:<source>`` and ``clock-step``.
 
-    Source: DESIGN.md, section 4, "Re-basing".
+    Source: docs/formats/run.md.
     """
     clocks = episode.manifest.clocks
     rows: dict[SourceKind, SourceRows] = {}

@@ -55,7 +55,7 @@ class StreamBinner:
     Args:
         t0_ns: Wall stamp of the start of the first bin. Earlier readings open the first spans.
 
-    Source: DESIGN.md, section 4, "Bin" and "Live".
+    Source: docs/formats/run.md.
     """
 
     def __init__(self, t0_ns: int) -> None:

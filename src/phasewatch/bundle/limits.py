@@ -1,4 +1,4 @@
-"""The limits of a bundle (DESIGN.md, section 2); each is checked before memory is allocated."""
+"""The limits of a bundle (docs/formats/bundle.md); each is checked before memory is allocated."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def decode_manifest(data: bytes, *, file: str) -> Manifest:
 
 
 def check_manifest(manifest: Manifest, *, file: str) -> None:
-    """Check the rules on a manifest (DESIGN.md, section 2).
+    """Check the rules on a manifest (docs/formats/bundle.md).
 
     Args:
         manifest: The manifest.

@@ -170,7 +170,7 @@ class MetricTable(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadlineKey:
-    """The recipe, channel set, model, input and agent state of the headline (DESIGN section 9)."""
+    """The recipe, channel set, model, input and agent state of the headline."""
 
     recipe: str = "held_out_host"
     channel_set: str = "realistic"
@@ -243,7 +243,7 @@ def select_headline(metrics: Sequence[MetricRow]) -> HeadlineKey:
 
 
 def render_headline(metrics: MetricTable, key: HeadlineKey | None = None) -> str:
-    """Render the line that a run is quoted by (DESIGN section 16), or the reason why it has none."""
+    """Render the line that a run is quoted by, or the reason why it has none."""
     key = select_headline(metrics.metrics) if key is None else key
     five = _find_headline_row(metrics, key, "macro_f1", key.model)
     three = _find_headline_row(metrics, key, "macro_f1_3class", key.model)

@@ -28,7 +28,7 @@ _LENGTH_S = 31  # an odd number of half windows, so that the last bins are in no
 def behaviour_fingerprint() -> str:
     """Return the sha256 over bins, window stats and episode stats of the golden episodes, as little-endian float32.
 
-    Source: DESIGN.md, section 4, "Behaviour fingerprint".
+    Source: docs/formats/run.md.
     """
     digest = hashlib.sha256()
     for _, episode in build_golden_episodes():

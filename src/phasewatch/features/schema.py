@@ -43,7 +43,7 @@ def deployment_mask(channels: Sequence[ChannelSpec] = CHANNELS) -> tuple[bool, .
 def schema_hash(channels: Sequence[ChannelSpec] = CHANNELS) -> str:
     """Return the sha256 of everything that determines the meaning of the columns.
 
-    Source: DESIGN.md, section 4, "Schema hash".
+    Source: docs/formats/run.md.
     """
     return _compute_standard_hash() if channels is CHANNELS else _compute_hash(channels)
 
@@ -86,7 +86,7 @@ def _render_canonical_json(value: Any) -> str:
 
 
 def render_schema(behaviour_fingerprint: str, channels: Sequence[ChannelSpec] = CHANNELS) -> str:
-    """Render `feature_schema_v1.json` (DESIGN section 5)."""
+    """Render `feature_schema_v1.json`."""
     content = {
         "version": FEATURE_SCHEMA_VERSION,
         "phases": [str(phase) for phase in PHASES],

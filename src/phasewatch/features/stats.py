@@ -37,7 +37,7 @@ def window_stats(bins: Float32Array) -> Float32Array:
         ``(w, c, 5)`` float32 in the order of `STATS`. The slope is a least-squares slope per second. A channel with
         fewer than ten finite bins in a window has five NaN.
 
-    Source: DESIGN.md, section 4, "Stats".
+    Source: docs/formats/run.md.
     """
     n, c = bins.shape
     w = 0 if n < WINDOW_BINS else (n - WINDOW_BINS) // STRIDE_BINS + 1

@@ -57,7 +57,7 @@ __all__ = [
     "parse_plan",
 ]
 
-MAX_ELAPSED_TIME_F1 = 0.25  # above it, elapsed time alone predicts the phase too well (DESIGN, section 2)
+MAX_ELAPSED_TIME_F1 = 0.25  # above it, elapsed time alone predicts the phase too well
 MALICIOUS_PROFILES = tuple(row.name for row in PROFILES if row.name != BENIGN_PROFILE)
 _PLAN_NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
 _MAX_DURATION_S = 3600.0  # of an episode

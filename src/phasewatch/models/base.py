@@ -56,7 +56,7 @@ class InputKind(StrEnum):
 
 
 class InputVariant(StrEnum):
-    """The transform of the values before a model sees them (DESIGN section 8)."""
+    """The transform of the values before a model sees them."""
 
     RAW = "raw"
     CONTEXT = "context"
@@ -70,7 +70,7 @@ class InputSpec:
     Attributes:
         names: Column names of a table, or channel names of a tensor, in order.
         mask: Name of the channel set that chose the columns.
-        schema_hash, behaviour_fingerprint: Digests of the feature table's code (DESIGN section 4).
+        schema_hash, behaviour_fingerprint: Digests of the feature table's code.
         table: Transform of the values.
         floors: Channel → its smallest scale, from train; only for values relative to a host's baseline.
     """

@@ -25,7 +25,7 @@ TREES_FILE = "model.ubj"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GbtConfig:
-    """Settings of the trees; depth and bins from DESIGN section 16; rate, rounds and patience from ADR 12."""
+    """Settings of the trees; depth and bins are fixed; rate, rounds and patience from ADR 12."""
 
     rounds: Annotated[int, Meta(ge=1, le=MAX_TREES // N_CLASSES)] = 150
     patience: Annotated[int, Meta(ge=1, le=10_000)] = 15

@@ -98,7 +98,7 @@ class RunSettings:
         limit: Size of a stratified sample of the store; 0 takes all bundles.
         include_degraded: Whether episodes with missing or repaired data are used.
         seed: Random seed of samples and models.
-        grid: ``short`` (DESIGN section 16) or ``full`` (every recipe and model; seeds, tables and channel sets of the
+        grid: ``short`` or ``full`` (every recipe and model; seeds, tables and channel sets of the
             best model).
         models: Models of the grid to train, or models that a user adds; empty takes all of the grid.
         recipes: Recipes of the grid to train; empty takes all of the grid.

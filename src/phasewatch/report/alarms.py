@@ -27,7 +27,7 @@ _IMPACT_LABELS = {
 }
 
 
-def build_alarm_section(told: ReportContext) -> ReportSection:
+def build_alarm_section(context: ReportContext) -> ReportSection:
     """Build the section from the alarm metrics of the headline's model."""
     lead = (
         "An alarm is raised when p(infecting) + p(active) exceeds a threshold in two of three consecutive windows. "
@@ -38,26 +38,26 @@ def build_alarm_section(told: ReportContext) -> ReportSection:
         key="rings",
         title="Detection delay and false alarms",
         lead=lead,
-        blocks=(_build_alarm_block(told), _build_budget_block(told), _build_impact_block(told)),
+        blocks=(_build_alarm_block(context), _build_budget_block(context), _build_impact_block(context)),
     )
 
 
-def _select_rows(told: ReportContext, recipe: str, filter_: str = NO_FILTER) -> tuple[MetricRow, ...]:
+def _select_rows(context: ReportContext, recipe: str, filter_: str = NO_FILTER) -> tuple[MetricRow, ...]:
     home = DEFAULT_HEADLINE
     return select_rows(
-        told.all_rows, recipe=recipe, fold="pooled", channel_set=home.channel_set, input=home.input,
-        smoothing=filter_, model=told.model,
+        context.all_rows, recipe=recipe, fold="pooled", channel_set=home.channel_set, input=home.input,
+        smoothing=filter_, model=context.model,
     )  # fmt: skip
 
 
-def _build_alarm_block(told: ReportContext) -> ReportBlock:
+def _build_alarm_block(context: ReportContext) -> ReportBlock:
     base = ReportBlock(
         key="operator", title="Delay, misses and false alarms", command=EVALUATE_COMMAND, absent=_NO_ALARM_METRICS
     )
     body, sentences = [], []
     for recipe, words in _RECIPE_LABELS.items():
         for filter_, filtered in ((NO_FILTER, ""), ("phase", ", with phase filter")):
-            own = _select_rows(told, recipe, filter_)
+            own = _select_rows(context, recipe, filter_)
             delay = query.find_overall_row(own, "delay_s")
             if delay is None:
                 continue
@@ -126,11 +126,11 @@ def _render_seconds(row: MetricRow) -> str:
     return f"[{row.low:.0f} s, {row.high:.0f} s]" if row.low is not None and row.high is not None else f"({row.note})"
 
 
-def _build_budget_block(told: ReportContext) -> ReportBlock:
+def _build_budget_block(context: ReportContext) -> ReportBlock:
     base = ReportBlock(
         key="delay-curve", title="Delay against false-alarm budget", command=EVALUATE_COMMAND, absent=_NO_ALARM_METRICS
     )
-    own = _select_rows(told, DEFAULT_HEADLINE.recipe)
+    own = _select_rows(context, DEFAULT_HEADLINE.recipe)
     points = [r for r in select_rows(own, "delay_s_at_budget") if r.bin is not None]
     if not points:
         return base
@@ -174,7 +174,7 @@ def _build_budget_block(told: ReportContext) -> ReportBlock:
             "The budget is the rate allowed on validation data; the table shows the rate measured on the test hosts.",
         ),
         figure=charts.draw_curve(
-            lines, x="budget: false alarms per quiet VM-hour", y="median delay, s", origin=told.origin
+            lines, x="budget: false alarms per quiet VM-hour", y="median delay, s", origin=context.origin
         ),
         table=ReportTable(
             columns=("budget", "profile", "median delay", "miss rate", "measured false alarms per VM-hour", "episodes"),
@@ -188,11 +188,11 @@ def _render_optional(row: MetricRow | None, form: str) -> str:
     return "–" if row is None or row.value is None else form.format(row.value)
 
 
-def _build_impact_block(told: ReportContext) -> ReportBlock:
+def _build_impact_block(context: ReportContext) -> ReportBlock:
     base = ReportBlock(
         key="damage", title="Impact before detection", command=EVALUATE_COMMAND, absent=_NO_ALARM_METRICS
     )
-    own = _select_rows(told, DEFAULT_HEADLINE.recipe)
+    own = _select_rows(context, DEFAULT_HEADLINE.recipe)
     found = [
         (name, unit, row)
         for name, _, unit in IMPACT_METRICS

@@ -30,29 +30,31 @@ _FILTER_LABELS = (
 _HELD_OUT_PROFILE = "held_out_profile"
 
 
-def build_calibration_section(told: ReportContext) -> ReportSection:
+def build_calibration_section(context: ReportContext) -> ReportSection:
     """Build the section from the calibration metrics of the headline's model."""
     lead = (
         "Probabilities are calibrated by temperature scaling on validation data. All numbers below are measured on "
         "test episodes."
     )
-    blocks = (_build_reliability_block(told), _build_label_change_block(told), _build_abstention_block(told))
+    blocks = (_build_reliability_block(context), _build_label_change_block(context), _build_abstention_block(context))
     return ReportSection(key="trust", title="Calibration", lead=lead, blocks=blocks)
 
 
 def _select_rows(
-    told: ReportContext, *, recipe: str = DEFAULT_HEADLINE.recipe, filter_: str = NO_FILTER
+    context: ReportContext, *, recipe: str = DEFAULT_HEADLINE.recipe, filter_: str = NO_FILTER
 ) -> tuple[MetricRow, ...]:
     home = DEFAULT_HEADLINE
     return select_rows(
-        told.all_rows, recipe=recipe, fold="pooled", channel_set=home.channel_set, input=home.input,
+        context.all_rows, recipe=recipe, fold="pooled", channel_set=home.channel_set, input=home.input,
         smoothing=filter_, agent=home.agent,
     )  # fmt: skip
 
 
-def _build_reliability_block(told: ReportContext) -> ReportBlock:
-    rows = _select_rows(told)
-    found = [r for r in select_rows(rows, "reliability", model=told.model) if r.bin is not None and r.value is not None]
+def _build_reliability_block(context: ReportContext) -> ReportBlock:
+    rows = _select_rows(context)
+    found = [
+        r for r in select_rows(rows, "reliability", model=context.model) if r.bin is not None and r.value is not None
+    ]
     base = ReportBlock(key="reliability", title="Reliability diagram", absent=NO_METRICS, command=EVALUATE_COMMAND)
     if not found:
         return base
@@ -71,7 +73,7 @@ def _build_reliability_block(told: ReportContext) -> ReportBlock:
         ("confidence_less_accuracy", "mean confidence minus accuracy"),
         ("brier", "Brier score"),
     )
-    overall = [(words, metric, query.find_overall_row(rows, metric, model=told.model)) for metric, words in pairs]
+    overall = [(words, metric, query.find_overall_row(rows, metric, model=context.model)) for metric, words in pairs]
     scores = [
         f"{words[0].upper()}{words[1:]}: {row.value:.3f} {_render_three_decimals(row)}."
         for words, _, row in overall
@@ -86,7 +88,7 @@ def _build_reliability_block(told: ReportContext) -> ReportBlock:
             "Marks below the dashed line mean overconfidence.",
             *scores,
         ),
-        figure=charts.draw_reliability(marks, [float(r.bin or 0.0) for r in found], origin=told.origin),
+        figure=charts.draw_reliability(marks, [float(r.bin or 0.0) for r in found], origin=context.origin),
         table=ReportTable(
             columns=("confidence", "accuracy", "95 % interval", "windows"),
             numeric=(True, True, False, True),
@@ -101,16 +103,16 @@ def _render_three_decimals(row: MetricRow) -> str:
     return f"[{row.low:.3f}, {row.high:.3f}]"
 
 
-def _build_label_change_block(told: ReportContext) -> ReportBlock:
+def _build_label_change_block(context: ReportContext) -> ReportBlock:
     base = ReportBlock(key="flips", title="Prediction stability", command=TRAIN_ALL_COMMAND)
     body = []
-    truth = query.find_overall_row(_select_rows(told), "true_flips_per_minute")
+    truth = query.find_overall_row(_select_rows(context), "true_flips_per_minute")
     if truth is not None and truth.value is not None:
         body.append(("true phases", f"{truth.value:.2f}", render_interval(truth), "–"))
     for filter_, words in _FILTER_LABELS:
-        own = _select_rows(told, filter_=filter_)
+        own = _select_rows(context, filter_=filter_)
         row, score = (
-            query.find_overall_row(own, m, model=told.model) for m in ("label_changes_per_minute", "macro_f1")
+            query.find_overall_row(own, m, model=context.model) for m in ("label_changes_per_minute", "macro_f1")
         )
         if row is None or row.value is None:
             body.append((words, "–", NOT_TRAINED, "–"))
@@ -134,13 +136,13 @@ def _build_label_change_block(told: ReportContext) -> ReportBlock:
     )
 
 
-def _build_abstention_block(told: ReportContext) -> ReportBlock:
+def _build_abstention_block(context: ReportContext) -> ReportBlock:
     base = ReportBlock(key="unseen-profile", title="Abstention and unseen profiles", command=TRAIN_ALL_COMMAND)
     body: list[tuple[str, str, MetricRow | None]] = []
     has_unseen_profile = False
     for recipe, words in ((DEFAULT_HEADLINE.recipe, "unseen host"), (_HELD_OUT_PROFILE, "unseen profile")):
-        rows: Sequence[MetricRow] = _select_rows(told, recipe=recipe)
-        model = told.model if any(r.model == told.model for r in rows) else DEFAULT_HEADLINE.model
+        rows: Sequence[MetricRow] = _select_rows(context, recipe=recipe)
+        model = context.model if any(r.model == context.model for r in rows) else DEFAULT_HEADLINE.model
         for metric, name in _ABSTENTION_METRICS:
             row = query.find_overall_row(rows, metric, model=model)
             if row is not None:

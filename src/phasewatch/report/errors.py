@@ -53,40 +53,40 @@ class ReportContext:
     origin: str
 
 
-def build_error_section(told: ReportContext, folds: Sequence[Fold]) -> ReportSection:
+def build_error_section(context: ReportContext, folds: Sequence[Fold]) -> ReportSection:
     """Build the section from the rows and test windows of the headline's model."""
     labels = [str(p) for p in PHASES]
-    blocks = [_build_group_block(told, "class", "By phase", "phase", labels)]
-    profiles, hosts = _find_group_names(told, "profile"), _find_group_names(told, "host_id")
-    blocks.append(_build_group_block(told, "profile", "By profile", "profile", profiles))
-    blocks.append(_build_group_block(told, "host", "By host", "host_id", hosts))
-    blocks += [_build_sample_block(told), _build_host_profile_block(told, folds)]
-    blocks.append(_build_confusion_block(told))
-    if told.windows is None:
+    blocks = [_build_group_block(context, "class", "By phase", "phase", labels)]
+    profiles, hosts = _find_group_names(context, "profile"), _find_group_names(context, "host_id")
+    blocks.append(_build_group_block(context, "profile", "By profile", "profile", profiles))
+    blocks.append(_build_group_block(context, "host", "By host", "host_id", hosts))
+    blocks += [_build_sample_block(context), _build_host_profile_block(context, folds)]
+    blocks.append(_build_confusion_block(context))
+    if context.windows is None:
         blocks.append(ReportBlock(key="ribbons", title="Three episodes", absent=_NO_WINDOWS, command=EVALUATE_COMMAND))
     else:
-        blocks += [_build_ribbon_block(told, told.windows, shown) for shown in choose_episodes(told.windows)]
+        blocks += [_build_ribbon_block(context, context.windows, shown) for shown in choose_episodes(context.windows)]
     return ReportSection(key="fails", title="Error analysis", blocks=tuple(blocks))
 
 
-def _find_group_names(told: ReportContext, key: str) -> list[str]:
+def _find_group_names(context: ReportContext, key: str) -> list[str]:
     """Return the groups that have rows, sorted, with the profiles that the evaluation lists as untested."""
-    own = {str(getattr(r, key)) for r in told.rows if r.model == told.model and getattr(r, key) is not None}
-    untested = {r.profile for r in told.rows if key == "profile" and r.metric == "untested_profile" and r.profile}
+    own = {str(getattr(r, key)) for r in context.rows if r.model == context.model and getattr(r, key) is not None}
+    untested = {r.profile for r in context.rows if key == "profile" and r.metric == "untested_profile" and r.profile}
     return sorted(own | untested)
 
 
-def _build_group_block(told: ReportContext, key: str, title: str, field: str, names: list[str]) -> ReportBlock:
-    metric = query.choose_group_metric(told.rows, model=told.model, by=(field,)) if told.model else None
+def _build_group_block(context: ReportContext, key: str, title: str, field: str, names: list[str]) -> ReportBlock:
+    metric = query.choose_group_metric(context.rows, model=context.model, by=(field,)) if context.model else None
     base = ReportBlock(key=f"by-{key}", title=title, command=EVALUATE_COMMAND)
-    if told.model is None or metric is None:
+    if context.model is None or metric is None:
         return replace(base, absent=NO_METRICS)
     words = query.METRIC_LABELS[metric]
-    own = [(n, query.find_score(told.rows, metric, model=told.model, **{field: n})) for n in names]
+    own = [(n, query.find_score(context.rows, metric, model=context.model, **{field: n})) for n in names]
     series, table = [], []
-    for model in (told.model, ELAPSED_TIME):
-        found = [(n, query.find_score(told.rows, metric, model=model, **{field: n})) for n in names]
-        if model == told.model or any(row is not None for _, row in found):
+    for model in (context.model, ELAPSED_TIME):
+        found = [(n, query.find_score(context.rows, metric, model=model, **{field: n})) for n in names]
+        if model == context.model or any(row is not None for _, row in found):
             series.append(
                 charts.ScoreSeries(
                     name=query.render_model_name(model), scores=tuple(build_score_mark(n, row) for n, row in found)
@@ -96,22 +96,22 @@ def _build_group_block(told: ReportContext, key: str, title: str, field: str, na
     return replace(
         base,
         sentences=(
-            f"{words[0].upper()}{words[1:]} of {told.model} on unseen hosts, with the elapsed-time baseline.",
+            f"{words[0].upper()}{words[1:]} of {context.model} on unseen hosts, with the elapsed-time baseline.",
             *((_CLASSES_NOTE,) if metric == "macro_f1" else ()),
             *_describe_range(words, own),
-            *(_describe_host_spread(told) if field == "host_id" else ()),
+            *(_describe_host_spread(context) if field == "host_id" else ()),
         ),
-        figure=charts.draw_intervals(series, title=words, origin=told.origin),
+        figure=charts.draw_intervals(series, title=words, origin=context.origin),
         table=build_metric_table(table),
     )
 
 
-def _describe_host_spread(told: ReportContext) -> tuple[str, ...]:
+def _describe_host_spread(context: ReportContext) -> tuple[str, ...]:
     """Describe the mean over hosts; without an interval (fewer than twenty hosts) give the reason."""
     row = query.find_overall_row(
-        told.rows,
+        context.rows,
         "macro_f1_mean_of_hosts",
-        model=told.model,
+        model=context.model,
         channel_set=DEFAULT_HEADLINE.channel_set,
         agent=DEFAULT_HEADLINE.agent,
     )
@@ -122,14 +122,14 @@ def _describe_host_spread(told: ReportContext) -> tuple[str, ...]:
     return (f"No interval for the variance between hosts: {row.note}.",)
 
 
-def _build_sample_block(told: ReportContext) -> ReportBlock:
+def _build_sample_block(context: ReportContext) -> ReportBlock:
     """List the score of every sample with its profile, because sample names are unique within a profile only."""
     found = [
         r
         for r in select_rows(
-            told.rows,
+            context.rows,
             "macro_f1",
-            model=told.model,
+            model=context.model,
             channel_set=DEFAULT_HEADLINE.channel_set,
             agent=DEFAULT_HEADLINE.agent,
         )
@@ -141,7 +141,7 @@ def _build_sample_block(told: ReportContext) -> ReportBlock:
     ranked = sorted(found, key=lambda r: (r.value or 0.0, r.profile or "", r.sample_name or ""))
     table = build_metric_table([(f"{r.profile}, {r.sample_name}", "macro-F1", r) for r in ranked])
     sentences = (
-        f"Macro-F1 of {told.model} by sample, lowest score first. Each sample has only a few episodes, so single "
+        f"Macro-F1 of {context.model} by sample, lowest score first. Each sample has only a few episodes, so single "
         "scores are uncertain.",
     )
     return replace(base, sentences=sentences, table=table)
@@ -161,10 +161,14 @@ def _describe_range(words: str, found: list[tuple[str, MetricRow | None]]) -> tu
     return tuple(sentences)
 
 
-def _build_host_profile_block(told: ReportContext, folds: Sequence[Fold]) -> ReportBlock:
+def _build_host_profile_block(context: ReportContext, folds: Sequence[Fold]) -> ReportBlock:
     base = ReportBlock(key="host-profile", title="Host × profile", command=EVALUATE_COMMAND)
-    tested = told.windows.count_episodes() if told.windows is not None else {}
-    metric = query.choose_group_metric(told.rows, model=told.model, by=("host_id", "profile")) if told.model else None
+    tested = context.windows.count_episodes() if context.windows is not None else {}
+    metric = (
+        query.choose_group_metric(context.rows, model=context.model, by=("host_id", "profile"))
+        if context.model
+        else None
+    )
     absent = {p for fold in folds for p in fold.untested_profiles}
     known = {(c.host_id, c.profile) for fold in folds for c in fold.coverage}
     hosts = sorted({h for h, _ in tested} | {h for h, _ in known})
@@ -173,9 +177,9 @@ def _build_host_profile_block(told: ReportContext, folds: Sequence[Fold]) -> Rep
         return replace(base, absent=_NO_WINDOWS)
 
     def row(host: str, profile: str) -> MetricRow | None:
-        if told.model is None or metric is None:
+        if context.model is None or metric is None:
             return None
-        return query.find_score(told.rows, metric, model=told.model, host_id=host, profile=profile)
+        return query.find_score(context.rows, metric, model=context.model, host_id=host, profile=profile)
 
     cells = tuple(
         charts.HeatMapCell(
@@ -204,16 +208,16 @@ def _build_host_profile_block(told: ReportContext, folds: Sequence[Fold]) -> Rep
             if metric
             else f"{METRICS_FILE} has no score per cell; the shade shows the number of test episodes.",
         ),
-        figure=charts.draw_heat_map(cells, hosts=hosts, profiles=profiles, title=words, origin=told.origin),
+        figure=charts.draw_heat_map(cells, hosts=hosts, profiles=profiles, title=words, origin=context.origin),
         table=ReportTable(
             columns=("host", "profile", "episodes", words), numeric=(False, False, True, True), rows=body
         ),
     )
 
 
-def _build_confusion_block(told: ReportContext) -> ReportBlock:
+def _build_confusion_block(context: ReportContext) -> ReportBlock:
     base = ReportBlock(key="confusion", title="Confusion matrix", absent=NO_METRICS, command=EVALUATE_COMMAND)
-    matrix = query.build_confusion_matrix(told.all_rows, model=told.model) if told.model else None
+    matrix = query.build_confusion_matrix(context.all_rows, model=context.model) if context.model else None
     if matrix is None:
         return base
 
@@ -229,11 +233,11 @@ def _build_confusion_block(told: ReportContext) -> ReportBlock:
         base,
         absent="",
         sentences=(
-            f"Number of test windows of {told.model} by true phase (rows) and predicted phase (columns), averaged over "
+            f"Number of test windows of {context.model} by true phase (rows) and predicted phase (columns), averaged over "
             f"seeds; {sum(map(sum, matrix.counts)):,.0f} windows in total.",
             *_describe_worst_confusion(matrix),
         ),
-        figure=charts.draw_confusion(matrix, origin=told.origin),
+        figure=charts.draw_confusion(matrix, origin=context.origin),
         table=ReportTable(columns=columns, numeric=(False, *(True,) * (len(columns) - 1)), rows=rows),
     )
 
@@ -251,7 +255,7 @@ def _describe_worst_confusion(matrix: ConfusionMatrix) -> tuple[str, ...]:
     return (f"Most frequent error: {n:,.0f} of {total:,.0f} windows of {truth} predicted as {decided}.",)
 
 
-def _build_ribbon_block(told: ReportContext, windows: HeadlineWindows, shown: EpisodeRibbon) -> ReportBlock:
+def _build_ribbon_block(context: ReportContext, windows: HeadlineWindows, shown: EpisodeRibbon) -> ReportBlock:
     names = [str(p) for p in PHASES]
     body = tuple((f"{w.t_s:.0f}", names[w.truth], names[w.decided], *(f"{v:.2f}" for v in w.p)) for w in shown.windows)
     return ReportBlock(
@@ -263,7 +267,7 @@ def _build_ribbon_block(told: ReportContext, windows: HeadlineWindows, shown: Ep
             "Top: true and predicted phase; opacity shows the probability. Bottom: probability of each phase (darker "
             "is higher), with a line at the true phase.",
         ),
-        figure=charts.draw_ribbon(shown.windows, stride_s=STRIDE_S, origin=told.origin),
+        figure=charts.draw_ribbon(shown.windows, stride_s=STRIDE_S, origin=context.origin),
         table=ReportTable(
             columns=("seconds", "true phase", "predicted", *(f"p({n})" for n in names)),
             numeric=(True, False, False, *(True,) * len(names)),

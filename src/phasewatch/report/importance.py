@@ -38,19 +38,19 @@ _SOURCE_REQUIREMENTS = {
 }
 
 
-def build_importance_section(told: ReportContext, bundles: BundleCounts | None) -> ReportSection:
+def build_importance_section(context: ReportContext, bundles: BundleCounts | None) -> ReportSection:
     """Build the section from the metrics of all channel sets and the row counts of the bundles."""
-    blocks = (_build_sensor_block(told), _build_cost_block(bundles), _build_channel_block(told))
+    blocks = (_build_sensor_block(context), _build_cost_block(bundles), _build_channel_block(context))
     return ReportSection(key="looks", title="Importance", blocks=blocks)
 
 
-def _build_sensor_block(told: ReportContext) -> ReportBlock:
+def _build_sensor_block(context: ReportContext) -> ReportBlock:
     base = ReportBlock(key="sensors", title="Ablation by source", command=TRAIN_ALL_COMMAND)
     found: list[tuple[str, MetricRow]] = []
     absent = []
     own = [
         r
-        for r in told.all_rows
+        for r in context.all_rows
         if (r.recipe, r.fold, r.input, r.smoothing)
         == (DEFAULT_HEADLINE.recipe, "pooled", DEFAULT_HEADLINE.input, NO_FILTER)
     ]
@@ -107,7 +107,7 @@ def _build_sensor_block(told: ReportContext) -> ReportBlock:
     return replace(
         base,
         sentences=tuple(sentences),
-        figure=charts.draw_intervals((series,), title="macro-F1", origin=told.origin),
+        figure=charts.draw_intervals((series,), title="macro-F1", origin=context.origin),
         table=ReportTable(
             columns=("sources", "macro-F1", "95 % interval", "difference to all four", "needs the agent"),
             numeric=(False, True, False, False, False),
@@ -151,15 +151,15 @@ def _build_cost_block(bundles: BundleCounts | None) -> ReportBlock:
     )
 
 
-def _build_channel_block(told: ReportContext) -> ReportBlock:
+def _build_channel_block(context: ReportContext) -> ReportBlock:
     base = ReportBlock(key="channels", title="Permutation importance", command=EVALUATE_COMMAND)
     rows = [
         r
-        for r in select_rows(query.select_headline_rows(told.all_rows), "macro_f1_permuted_gap")
+        for r in select_rows(query.select_headline_rows(context.all_rows), "macro_f1_permuted_gap")
         if r.value is not None
     ]
     if not rows:
-        notes = [r.note for r in select_rows(told.all_rows, "note", code=NoteCode.NO_IMPORTANCE) if r.note]
+        notes = [r.note for r in select_rows(context.all_rows, "note", code=NoteCode.NO_IMPORTANCE) if r.note]
         return replace(base, absent=(notes or [NO_METRICS])[0])
     ranked = sorted(rows, key=lambda r: (-(r.value or 0.0), r.compared_to or ""))
     clear = [r for r in ranked if r.low is not None and r.low > 0]
@@ -185,7 +185,7 @@ def _build_channel_block(told: ReportContext) -> ReportBlock:
             f"multiple comparisons: about {len(rows) * (1 - CONFIDENCE_LEVEL) / 2:.1f} would be above 0 by chance.",
             "Channels behind one prediction: `phasewatch explain RUN EPISODE --at SECONDS`.",
         ),
-        figure=charts.draw_intervals((series,), title="decrease of macro-F1", origin=told.origin, is_gap=True),
+        figure=charts.draw_intervals((series,), title="decrease of macro-F1", origin=context.origin, is_gap=True),
         table=ReportTable(
             columns=("channel", "decrease of macro-F1", "95 % interval"), numeric=(False, True, False), rows=body
         ),

@@ -32,27 +32,27 @@ _COMPARISON_TITLES = {
 }
 
 
-def build_leaderboard_section(told: ReportContext) -> ReportSection:
+def build_leaderboard_section(context: ReportContext) -> ReportSection:
     """Build the section from the rows of the headline's split."""
     lead = (
         "95 % intervals come from a bootstrap over sessions within hosts; episodes that ran at the same time form one "
         "session. The intervals cover these hosts, samples and seeds. They do not cover the variance between hosts."
     )
-    points = tuple(f"{words[0].upper()}{words[1:]}." for words in query.collect_notes(told.all_rows))
-    blocks = [_build_leaderboard_block(told), _build_single_host_block(told), _build_pairwise_block(told)]
-    blocks += [_build_comparison_block(told, kind, title) for kind, title in _COMPARISON_TITLES.items()]
+    points = tuple(f"{words[0].upper()}{words[1:]}." for words in query.collect_notes(context.all_rows))
+    blocks = [_build_leaderboard_block(context), _build_single_host_block(context), _build_pairwise_block(context)]
+    blocks += [_build_comparison_block(context, kind, title) for kind, title in _COMPARISON_TITLES.items()]
     return ReportSection(key="sure", title="Model comparison", lead=lead, points=points, blocks=tuple(blocks))
 
 
-def _build_leaderboard_block(told: ReportContext) -> ReportBlock:
-    n_hosts = max((r.n_hosts for r in told.rows if r.metric == "macro_f1"), default=0)
-    board = query.build_leaderboard(told.rows, n_hosts=n_hosts)
+def _build_leaderboard_block(context: ReportContext) -> ReportBlock:
+    n_hosts = max((r.n_hosts for r in context.rows if r.metric == "macro_f1"), default=0)
+    board = query.build_leaderboard(context.rows, n_hosts=n_hosts)
     absent = [key for key in BASELINE_MODELS if not any(c.model == key for c in board)]
     sentences = [
         "Macro-F1 of each model on hosts that are not in its training set. Each episode is tested once; folds are "
         "pooled.",
         "Models should clearly exceed the baselines that use no telemetry. Whiskers are 95 % intervals.",
-        *_describe_elapsed_time(told),
+        *_describe_elapsed_time(context),
     ]
     if absent:
         names = join_words([query.render_model_name(a) for a in absent])
@@ -61,7 +61,7 @@ def _build_leaderboard_block(told: ReportContext) -> ReportBlock:
         key="leaderboard",
         title="Leaderboard",
         sentences=tuple(sentences),
-        figure=charts.draw_intervals(_build_score_series(board), title="macro-F1", origin=told.origin)
+        figure=charts.draw_intervals(_build_score_series(board), title="macro-F1", origin=context.origin)
         if board
         else None,
         absent="" if board else NO_METRICS,
@@ -87,13 +87,13 @@ def _build_score_table(board: Sequence[query.LeaderboardEntry]) -> ReportTable:
     )
 
 
-def _describe_elapsed_time(told: ReportContext) -> tuple[str, ...]:
+def _describe_elapsed_time(context: ReportContext) -> tuple[str, ...]:
     """List the models that are not above the elapsed-time baseline, and those without an interval of the difference."""
-    own = query.select_headline_rows(told.all_rows)
+    own = query.select_headline_rows(context.all_rows)
     names = list(
         dict.fromkeys(r.model for r in select_rows(own, "note", code=NoteCode.NOT_ABOVE_ELAPSED_TIME) if r.model)
     )
-    gaps = {name: query.find_elapsed_time_gap(told.all_rows, name) for name in names}
+    gaps = {name: query.find_elapsed_time_gap(context.all_rows, name) for name in names}
     unsure = [name for name, gap in gaps.items() if gap is not None and gap.low is None]
     below = [name for name in names if name not in unsure]
     sentences = []
@@ -104,14 +104,16 @@ def _describe_elapsed_time(told: ReportContext) -> tuple[str, ...]:
     return tuple(sentences)
 
 
-def _build_single_host_block(told: ReportContext) -> ReportBlock:
+def _build_single_host_block(context: ReportContext) -> ReportBlock:
     """Compare the models that were not tested on every host with all others, on the host with most of them."""
     base = ReportBlock(key="one-host", title="All models on one host", command=EVALUATE_COMMAND)
-    most = max((r.n_hosts for r in told.rows if r.metric == "macro_f1"), default=0)
-    whole = {(r.model, r.channel_set) for r in told.rows if r.metric == "macro_f1" and r.n_hosts >= most}
+    most = max((r.n_hosts for r in context.rows if r.metric == "macro_f1"), default=0)
+    whole = {(r.model, r.channel_set) for r in context.rows if r.metric == "macro_f1" and r.n_hosts >= most}
     at = (DEFAULT_HEADLINE.recipe, DEFAULT_HEADLINE.input, NO_FILTER)
     own = [
-        r for r in told.all_rows if (r.recipe, r.input, r.smoothing) == at and r.compared_to is None and r.bin is None
+        r
+        for r in context.all_rows
+        if (r.recipe, r.input, r.smoothing) == at and r.compared_to is None and r.bin is None
     ]
     by_fold: dict[str, list[MetricRow]] = {}
     for r in own:
@@ -132,18 +134,18 @@ def _build_single_host_block(told: ReportContext) -> ReportBlock:
             "Some models were trained for the fold of this host only. One host has too few episodes for a ranking.",
             "The channel set oracle is scored on episodes with the guest agent, the others on episodes without it.",
         ),
-        figure=charts.draw_intervals(_build_score_series(board), title="macro-F1", origin=told.origin),
+        figure=charts.draw_intervals(_build_score_series(board), title="macro-F1", origin=context.origin),
         table=_build_score_table(board),
     )
 
 
-def _build_pairwise_block(told: ReportContext) -> ReportBlock:
+def _build_pairwise_block(context: ReportContext) -> ReportBlock:
     base = ReportBlock(key="significance", title="Pairwise tests", command=EVALUATE_COMMAND)
-    own = [r for r in select_rows(query.select_headline_rows(told.all_rows), "macro_f1_gap") if r.value is not None]
-    if told.model is None or not own:
+    own = [r for r in select_rows(query.select_headline_rows(context.all_rows), "macro_f1_gap") if r.value is not None]
+    if context.model is None or not own:
         return replace(base, absent="No test: this run has no two models with scores on the same windows.")
-    marks = tuple(_build_gap_mark(r, told.model) for r in own if told.model in (r.model, r.compared_to))
-    series = (charts.ScoreSeries(name=f"{told.model} minus the other model", scores=marks),)
+    marks = tuple(_build_gap_mark(r, context.model) for r in own if context.model in (r.model, r.compared_to))
+    series = (charts.ScoreSeries(name=f"{context.model} minus the other model", scores=marks),)
     body = tuple(
         (
             f"{r.model} − {r.compared_to}",
@@ -165,7 +167,7 @@ def _build_pairwise_block(told: ReportContext) -> ReportBlock:
             "Pairs of baselines are not tested.",
         ),
         figure=charts.draw_intervals(
-            series, title=f"macro-F1 of {told.model} minus the other model", origin=told.origin, is_gap=True
+            series, title=f"macro-F1 of {context.model} minus the other model", origin=context.origin, is_gap=True
         )
         if marks
         else None,
@@ -187,11 +189,11 @@ def _build_gap_mark(row: MetricRow, model: str) -> charts.ScoreMark:
     return charts.ScoreMark(label=query.render_model_name(str(other)), value=value, low=low, high=high, words=words)
 
 
-def _build_comparison_block(told: ReportContext, kind: str, title: str) -> ReportBlock:
+def _build_comparison_block(context: ReportContext, kind: str, title: str) -> ReportBlock:
     """Build the block on the paired differences of one model between two channel sets, inputs or filters."""
     rows = [
         r
-        for r in select_rows(told.all_rows, f"macro_f1_{kind}_gap", recipe=DEFAULT_HEADLINE.recipe)
+        for r in select_rows(context.all_rows, f"macro_f1_{kind}_gap", recipe=DEFAULT_HEADLINE.recipe)
         if r.value is not None
         and (r.channel_set == DEFAULT_HEADLINE.channel_set or kind == "threat")
         and (r.input == DEFAULT_HEADLINE.input or kind == "table")
@@ -224,7 +226,7 @@ def _build_comparison_block(told: ReportContext, kind: str, title: str) -> Repor
             "Paired differences of macro-F1 on the windows that both variants were tested on. Values above 0 favour "
             "the first variant.",
         ),
-        figure=charts.draw_intervals((series,), title="difference of macro-F1", origin=told.origin, is_gap=True),
+        figure=charts.draw_intervals((series,), title="difference of macro-F1", origin=context.origin, is_gap=True),
         table=ReportTable(
             columns=("difference", "macro-F1", "95 % interval", "p", "p (Holm)", "episodes with", "episodes", "hosts"),
             numeric=(False, True, False, True, True, False, True, True),

@@ -81,8 +81,6 @@ def describe_protocol_scores(rows: Sequence[MetricRow]) -> str | None:
 
     Returns:
         The sentence, or None if the run lacks the score on unseen hosts or the score of the easier split.
-
-    Source: DESIGN.md, section 9, "Inflation meter".
     """
     by = {recipe: _find_protocol_score(rows, recipe) for recipe in _PROTOCOL_LABELS}
     easier = _RANDOM_WINDOWS if by[_RANDOM_WINDOWS] is not None else IN_DISTRIBUTION
@@ -112,9 +110,9 @@ def describe_inversion(rows: Sequence[MetricRow]) -> str | None:
     )
 
 
-def build_protocol_section(told: ReportContext) -> ReportSection:
+def build_protocol_section(context: ReportContext) -> ReportSection:
     """Build the section from the rows of all split recipes."""
-    rows = told.all_rows
+    rows = context.all_rows
     found = {recipe: _find_protocol_score(rows, recipe) for recipe in _PROTOCOL_LABELS}
     absent = [_PROTOCOL_LABELS[r][0] for r, row in found.items() if row is None]
     sentences = [
@@ -129,7 +127,7 @@ def build_protocol_section(told: ReportContext) -> ReportSection:
         key="inflation",
         title="Score by split protocol",
         sentences=tuple(sentences),
-        figure=_draw_protocol_scores(told, found) if any(found.values()) else None,
+        figure=_draw_protocol_scores(context, found) if any(found.values()) else None,
         absent="" if any(found.values()) else "No split protocol of this comparison was trained in this run.",
         table=_build_protocol_table(rows, found),
         is_table_open=True,
@@ -142,17 +140,17 @@ def build_protocol_section(told: ReportContext) -> ReportSection:
     return ReportSection(key="inflation", title="Leakage: score by split protocol", lead=lead, blocks=(block,))
 
 
-def _draw_protocol_scores(told: ReportContext, found: dict[str, MetricRow | None]) -> PlotlyFigure:
+def _draw_protocol_scores(context: ReportContext, found: dict[str, MetricRow | None]) -> PlotlyFigure:
     series = tuple(
         charts.ScoreSeries(
             name=name,
             scores=tuple(
-                build_score_mark(_PROTOCOL_LABELS[r][0], _find_protocol_score(told.all_rows, r, base)) for r in found
+                build_score_mark(_PROTOCOL_LABELS[r][0], _find_protocol_score(context.all_rows, r, base)) for r in found
             ),
         )
         for base, name in (("macro_f1", "five phases"), ("macro_f1_3class", "three states"))
     )
-    return charts.draw_intervals(series, title="macro-F1", origin=told.origin)
+    return charts.draw_intervals(series, title="macro-F1", origin=context.origin)
 
 
 def _build_protocol_table(rows: Sequence[MetricRow], found: dict[str, MetricRow | None]) -> ReportTable:
@@ -218,22 +216,22 @@ def build_page(evidence: ReportData) -> ReportPage:
     if evidence.predictions is not None:
         windows = select_headline_windows(evidence.predictions, model or DEFAULT_HEADLINE.model)
     origin = describe_origin(windows, evidence.bundles)
-    told = ReportContext(rows=rows, all_rows=all_rows, model=model, windows=windows, origin=origin)
+    context = ReportContext(rows=rows, all_rows=all_rows, model=model, windows=windows, origin=origin)
     audit = evidence.audit
     is_broken = audit is not None and not audit.passes
     line = render_headline(evidence.metrics) if evidence.metrics else ""
     return ReportPage(
         origin=origin,
-        claim=_build_failed_audit_claim(audit) if audit is not None and is_broken else _build_claim(told, line),
+        claim=_build_failed_audit_claim(audit) if audit is not None and is_broken else _build_claim(context, line),
         notices=(*_describe_simulation(origin), *evidence.notes, *(() if audit is not None else (NOT_AUDITED,))),
         sections=(
-            build_protocol_section(told),
-            build_leaderboard_section(told),
-            build_error_section(told, evidence.folds),
-            build_alarm_section(told),
-            build_calibration_section(told),
-            build_importance_section(told, evidence.bundles),
-            build_coverage_section(evidence, told.windows, origin),
+            build_protocol_section(context),
+            build_leaderboard_section(context),
+            build_error_section(context, evidence.folds),
+            build_alarm_section(context),
+            build_calibration_section(context),
+            build_importance_section(context, evidence.bundles),
+            build_coverage_section(evidence, context.windows, origin),
             build_reproducibility_section(evidence),
         ),
     )
@@ -255,18 +253,18 @@ def _describe_simulation(origin: str) -> tuple[str, ...]:
     )
 
 
-def _build_claim(told: ReportContext, line: str) -> HeadlineClaim:
-    if told.model is None:
+def _build_claim(context: ReportContext, line: str) -> HeadlineClaim:
+    if context.model is None:
         recipe = DEFAULT_HEADLINE.recipe.replace("_", " ")
         words = f"No score: {METRICS_FILE} holds no macro-F1 of a model for the split {recipe}."
         return HeadlineClaim(
             words=words, line=line, tiles=(), verdict="`phasewatch evaluate RUN` computes it.", holds=False
         )
     five, three, clock, majority = (
-        query.find_score(told.rows, base, model=model)
+        query.find_score(context.rows, base, model=model)
         for base, model in (
-            ("macro_f1", told.model),
-            ("macro_f1_3class", told.model),
+            ("macro_f1", context.model),
+            ("macro_f1_3class", context.model),
             ("macro_f1", ELAPSED_TIME),
             ("macro_f1", "majority"),
         )
@@ -276,7 +274,7 @@ def _build_claim(told: ReportContext, line: str) -> HeadlineClaim:
             name=name, value=render_number(row.value), interval=render_interval(row), about=about, is_reference=beside
         )
         for row, name, about, beside in (
-            (five, "five phases", f"macro-F1 of {told.model} on unseen hosts", False),
+            (five, "five phases", f"macro-F1 of {context.model} on unseen hosts", False),
             (three, "three states", "macro-F1; quiet (clean, armed, dormant), infecting, active", False),
             (
                 clock,
@@ -288,10 +286,10 @@ def _build_claim(told: ReportContext, line: str) -> HeadlineClaim:
         )
         if row is not None
     )
-    gap = query.find_elapsed_time_gap(told.all_rows, told.model)
+    gap = query.find_elapsed_time_gap(context.all_rows, context.model)
     above = query.is_above_elapsed_time(five, clock, gap)
     return HeadlineClaim(
-        words=describe_protocol_scores(told.all_rows) or _describe_score(told.model, five),
+        words=describe_protocol_scores(context.all_rows) or _describe_score(context.model, five),
         line=line,
         tiles=tiles,
         verdict=_describe_verdict(above, clock, gap),

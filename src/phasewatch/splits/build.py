@@ -111,7 +111,7 @@ def _collect_plan_seeds(episodes: Sequence[SplitEpisode]) -> set[tuple[str, int]
     return {(e.host_id, e.plan_seed) for e in episodes if e.plan_seed != NO_SEED}
 
 
-_VALIDATION_SHARE = 0.15  # of the other sessions, if no host can be spared (DESIGN section 7)
+_VALIDATION_SHARE = 0.15  # of the other sessions, if no host can be spared
 DRIFT_DAYS = 7  # a store of a shorter span shows no drift
 _DAY_NS = 86_400 * 10**9
 

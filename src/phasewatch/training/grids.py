@@ -43,7 +43,7 @@ N_EXTRA_SEEDS = 2  # after the first
 
 
 def build_short_grid(folds: FoldsByRecipe, *, seed: int = 0) -> tuple[Experiment, ...]:
-    """Build the short grid (DESIGN section 16): one seed, raw values.
+    """Build the short grid: one seed, raw values.
 
     It has `gbt` on every recipe of the comparison of split protocols, all six models with both channel sets on the
     fold with the most test profiles, and the baselines on the recipe of the headline.
