@@ -17,7 +17,7 @@ import pytest
 from tests.factories.stores import write_store
 from tests.factories.trained_runs import write_trained_run
 
-from phasewatch.audit.checks import AUDIT_FILE
+from phasewatch.artifacts import AUDIT_FILE
 from phasewatch.errors import RunError, StoreError, UsageError
 from phasewatch.evaluation.evaluate import evaluate_run
 from phasewatch.pipeline import runner

@@ -116,7 +116,14 @@ def test_untrained_baselines_are_listed() -> None:
 
 
 def test_models_not_above_elapsed_time_are_listed() -> None:
-    below = row("note", "gbt", None, compared_to="elapsed_time", note="gbt is not above elapsed time alone: gap +0.01")
+    below = row(
+        "note",
+        "gbt",
+        None,
+        compared_to="elapsed_time",
+        note="gbt is not above elapsed time alone: gap +0.01",
+        code=NoteCode.NOT_ABOVE_ELAPSED_TIME,
+    )
 
     sentences = block(page_of([GBT, CLOCK, below]), "leaderboard").sentences
 

@@ -68,7 +68,7 @@ def test_a_bundle_that_is_not_in_the_bucket_is_one_clear_line(new_bucket: Callab
         done = CliRunner().invoke(app, command)
 
         assert done.exit_code == 3
-        assert f"{name}: there is no such bundle" in done.stderr
+        assert name in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["s3", "a folder"])
@@ -122,7 +122,13 @@ def test_publishing_over_an_older_run_that_is_cut_leaves_no_last_word_to_vouch_f
 def test_a_published_run_names_no_folder_and_no_machine_of_its_maker(store: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    told = {"store": store, "run": "/home/alice/runs/a", "address": "ray://head.example:10001", "limit": 3}
+    told = {
+        "store": store,
+        "run": "/home/alice/runs/a",
+        "ray_address": "ray://head.example:10001",
+        "address": "ray://old",
+        "limit": 3,
+    }
     notes = {"configuration": told, "host": {"machine": "x86_64", "name": "alices-laptop"}, "stages": {}}
     (run / "run.json").write_text(json.dumps(notes))
 

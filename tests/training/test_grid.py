@@ -135,7 +135,7 @@ def test_a_grid_is_narrowed_by_models_and_recipes(run: Path) -> None:
     [
         ({"models": ("gtb",)}, "did you mean gbt"),
         ({"recipes": ("held_out_hosts",)}, "did you mean held_out_host"),
-        ({"models": ("cnn",), "recipes": ("held_out_sample",)}, "no cell of cnn, held_out_sample"),
+        ({"models": ("cnn",), "recipes": ("held_out_sample",)}, "no experiment of cnn, held_out_sample"),
         ({"grid": "wide"}, "no grid 'wide'"),
     ],
 )

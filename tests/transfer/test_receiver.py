@@ -141,7 +141,7 @@ def test_what_cannot_be_taken_is_refused_in_words_and_leaves_nothing(
     assert answer.json()["status"] == status
     assert answer.json()["detail"]
     assert list(desk.store.walk()) == []
-    assert desk.store.temporaries() == ()  # type: ignore[attr-defined]
+    assert desk.store.list_temporaries() == ()  # type: ignore[attr-defined]
     assert [record["status"] for record in desk.log] == [status]
 
 
@@ -168,7 +168,7 @@ def test_a_server_that_hands_on_more_than_was_announced_is_cut(desk: Desk) -> No
     sent = desk.feed(scope, [piece(b"12345"), piece(b"678901")])
 
     assert sent[0]["status"] == 413
-    assert desk.store.temporaries() == ()  # type: ignore[attr-defined]
+    assert desk.store.list_temporaries() == ()  # type: ignore[attr-defined]
 
 
 def test_a_body_that_ends_early_is_refused(desk: Desk) -> None:
@@ -181,7 +181,7 @@ def test_a_client_that_goes_away_leaves_nothing_but_a_line_in_the_log(desk: Desk
     desk.feed(scope_of(**headers_of(DATA), **{"Content-Length": "10"}), [piece(b"12345")])
 
     assert list(desk.store.walk()) == []
-    assert desk.store.temporaries() == ()  # type: ignore[attr-defined]
+    assert desk.store.list_temporaries() == ()  # type: ignore[attr-defined]
     assert [(record["status"], record["why"]) for record in desk.log] == [(499, "the client closed the connection")]
 
 
@@ -200,7 +200,7 @@ def test_a_slow_body_is_timed_out(tmp_path: Path, bounds: object, messages: list
 
     assert sent[0]["status"] == 408
     assert (b"connection", b"close") in sent[0]["headers"]
-    assert desk.store.temporaries() == ()  # type: ignore[attr-defined]
+    assert desk.store.list_temporaries() == ()  # type: ignore[attr-defined]
 
 
 class Slow(atomic.DiskOperations):
@@ -240,7 +240,7 @@ def test_a_body_whose_time_is_up_while_the_disk_writes_it_is_dropped_only_then(t
 
     assert sent[0]["status"] == 408
     assert disk.done == ["open", "write", "close"]
-    assert desk.store.temporaries() == ()  # type: ignore[attr-defined]
+    assert desk.store.list_temporaries() == ()  # type: ignore[attr-defined]
 
 
 def test_no_room_is_said_before_the_body(tmp_path: Path) -> None:
@@ -417,7 +417,7 @@ def test_a_judge_that_cannot_work_loses_nothing_and_acknowledges_nothing(tmp_pat
 
     assert desk.put(DATA).status_code == 500
     assert list(desk.store.walk()) == []
-    assert desk.store.temporaries() == ()  # type: ignore[attr-defined]
+    assert desk.store.list_temporaries() == ()  # type: ignore[attr-defined]
 
 
 def test_bundles_that_come_together_are_judged_together(tmp_path: Path) -> None:
@@ -462,7 +462,7 @@ def test_old_leftovers_go_while_it_runs_and_a_fault_in_that_stops_nothing(tmp_pa
     looked = 0
 
     class Shaky(DiskStore):
-        def tidy(self, *, older_than_s: float) -> int:
+        def remove_leftovers(self, *, older_than_s: float) -> int:
             nonlocal looked
             looked += 1
             if looked == 1:

@@ -313,9 +313,9 @@ def test_what_is_no_http_is_refused_and_harms_nobody(port: int) -> None:
         ("8470", {}, "HOST:PORT is needed"),
         ("host:port", {}, "HOST:PORT is needed"),
         ("127.0.0.1:99999", {}, "HOST:PORT is needed"),
-        ("0.0.0.0:8470", {}, "in the clear"),
-        ("192.0.2.1:8470", {}, "in the clear"),
-        ("store.example:8470", {}, "in the clear"),
+        ("0.0.0.0:8470", {}, "unencrypted"),
+        ("192.0.2.1:8470", {}, "unencrypted"),
+        ("store.example:8470", {}, "unencrypted"),
         ("127.0.0.1:8470", {"cert": Path("x")}, "need each other"),
     ],
 )

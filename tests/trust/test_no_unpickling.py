@@ -64,33 +64,34 @@ import sys
 from pathlib import Path
 store, run, corpus = map(Path, sys.argv[1:4])
 from phasewatch.dataset import load, read_fold
-from phasewatch.bundle.archive import peek, unpack
+from phasewatch.bundle.archive import unpack_bundle, unpack_manifest
 from phasewatch.features.schema import schema_hash
-from phasewatch.binning.storage import open_grids
+from phasewatch.binning.storage import open_bins
 from phasewatch.models import registry
 from phasewatch.store.local import DiskStore
-from phasewatch.training.predictions import PREDICTIONS, read_table
-from phasewatch.validate.index import INDEX, read_index
+from phasewatch.training.predictions import read_predictions
+from phasewatch.artifacts import PREDICTIONS_FILE, VALIDATION_FILE
+from phasewatch.validate.index import read_index
 seen = 0
 for place in (store, corpus):
     for item in list(DiskStore(place).walk())[:5]:
         data = DiskStore(place).read(item)
-        peek(data, file=item.path)
-        unpack(data, file=item.path)
+        unpack_manifest(data, file=item.path)
+        unpack_bundle(data, file=item.path)
         seen += 1
-read_index(store.parent / 'swept' / INDEX)
-open_grids(store.parent / 'swept' / 'grids')
-open_grids(run / 'grids')
+read_index(store.parent / 'swept' / VALIDATION_FILE)
+open_bins(store.parent / 'swept' / 'grids')
+open_bins(run / 'grids')
 read_fold(run, 'held_out_host', 'host-0')
 for folder in sorted(run.glob('models/**/checkpoint.json')):
     model = registry.load(folder.parent)
-    sets = load(run, 'held_out_host', 'host-0', 'realistic', registry.row_of(model.key).kind)
+    sets = load(run, 'held_out_host', 'host-0', 'realistic', registry.find_model(model.key).kind)
     model.predict_proba(sets.test.inputs)
     seen += 1
 for folder in sorted((run / 'alone').iterdir()):
     registry.load(folder)
     seen += 1
-read_table(run / PREDICTIONS)
+read_predictions(run / PREDICTIONS_FILE)
 print('loaded', seen)
 """
 

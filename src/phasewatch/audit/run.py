@@ -35,11 +35,11 @@ from phasewatch.dataset.split_files import read_folds, read_split_episodes, read
 from phasewatch.errors import RunError
 from phasewatch.evaluation.evaluate import compute_metrics
 from phasewatch.evaluation.metric_table import has_metrics, read_metrics, render_metrics
+from phasewatch.progress import NO_PROGRESS, Progress
 from phasewatch.splits import SetAsideEpisode, SplitEpisode, recipes
 from phasewatch.types import EpisodeRole
 
 __all__ = [
-    "AuditProgress",
     "audit_run",
     "check_disjoint",
     "check_leakage",
@@ -117,11 +117,10 @@ def _find_unusable_digests(episodes: Sequence[SplitEpisode], aside: Sequence[Set
 _LEAKAGE_PREFIX = "leak-"
 _METRICS_CHECK = "metrics"
 _METRICS_PROMISE = "Each number is what the predictions give."
-AuditProgress = Callable[[str, int, int], None]
 
 
 def audit_run(
-    run: Path, *, remake: Callable[[Path], None] | None, files: tuple[str, ...], tell: AuditProgress | None = None
+    run: Path, *, remake: Callable[[Path], None] | None, files: tuple[str, ...], progress: Progress = NO_PROGRESS
 ) -> AuditReport:
     """Check every promise of a run and write `audit_v1.json`.
 
@@ -129,7 +128,7 @@ def audit_run(
         run: A run with predictions and metrics, held by the caller's lock.
         remake: Rebuilds the stages before training from the run's store into a folder; None without the store.
         files: The files that these stages write, without the splits.
-        tell: Called with the check's name, the number of finished steps, and their total.
+        progress: Progress of the task ``audit``; the detail is the name of the finished check.
 
     Raises:
         RunError: If there is nothing to audit.
@@ -149,8 +148,7 @@ def audit_run(
         checks: list[AuditCheck] = []
         for number, step in enumerate(steps, 1):
             checks += step()
-            if tell is not None:
-                tell(checks[-1].name, number, len(steps))
+            progress.update("audit", number, len(steps), checks[-1].name)
     names = [name for name in (PREDICTIONS_FILE, METRICS_FILE) if (run / name).is_file()]
     audit = AuditReport(inputs={name: file_sha256(run / name) for name in names}, checks=tuple(checks))
     atomic.write_atomic(run / AUDIT_FILE, render_audit(audit))

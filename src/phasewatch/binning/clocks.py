@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 LABEL_MARGIN_NS = 60_000_000_000  # stamps farther outside the labels are in another clock
-MIN_CLOCK_STEP_NS = 250_000_000  # between wall and monotonic clock from one reading to the next
+MIN_CLOCK_STEP_NS = 250_000_000  # smallest change of wall minus monotonic time that counts as a step
 SAME_CLOCK_TOLERANCE_NS = 1_000_000  # clocks that agree within it count as one; pairs are read µs apart
 _INT64_MAX = 2**63 - 1
 
@@ -33,9 +33,9 @@ ClockPair = tuple[tuple[int, int], tuple[int, int]]
 def rebase_episode(episode: Episode) -> tuple[Episode, tuple[BundleFinding, ...]]:
     """Convert the wall stamps of an episode to Unix time.
 
-    A source whose declared base is another clock is rebased by that clock's pair, without a finding. A source that
-    claims ``unix`` with fewer than half of its rows within a minute of the labels is rebased by the only clock that
-    places 95 % of them there; clocks that agree to 1 ms count as one. A source that cannot be rebased is left out.
+    A source that declares another clock is rebased by that clock's pair, without a finding. A source that claims
+    ``unix``, but has most stamps more than a minute outside the labels, is rebased by the only clock that fits
+    (`_find_fitting_clocks`). A source that cannot be rebased is left out.
 
     Returns:
         The episode, in which every base is ``unix``, and the findings ``clock-base-repaired:<source>``,
@@ -113,7 +113,8 @@ def find_clock_steps(episode: Episode) -> NDArray[np.int64]:
         episode: The rebased episode.
 
     Returns:
-        ``(k, 2)`` int64: first and last wall stamp of each step in ns. A step back spans the time that passes twice.
+        ``(k, 2)`` int64: first and last wall stamp of each step in ns. For a step back, the span
+        is the time that occurs twice.
     """
     spans: list[NDArray[np.int64]] = []
     for readings in episode.rows.values():

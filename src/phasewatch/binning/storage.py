@@ -111,7 +111,7 @@ def build_index_row(episode: Episode, binned: EpisodeBins) -> BinIndexRow:
 
 
 class BinWriter:
-    """Writes episodes in the order of (host_id, episode_id); created by `write_bins`."""
+    """Write episodes in the order of (host_id, episode_id); `write_bins` creates the writer."""
 
     def __init__(self, bins: BinaryIO, levels: BinaryIO, index: Any) -> None:
         self._bins, self._levels, self._index = bins, levels, index
@@ -125,8 +125,8 @@ class BinWriter:
 
         Args:
             row: Its index row.
-            bins: ``(n_bins, 46)`` float32.
-            levels: ``(n_bins, 13)`` float32.
+            bins: ``(n_bins, n_channels)`` float32.
+            levels: ``(n_bins, n_level_channels)`` float32.
 
         Raises:
             ValueError: If the episode is out of order, or the arrays do not match the row.
@@ -201,8 +201,8 @@ class MappedBins:
 
     Attributes:
         folder: Their folder.
-        bins: ``(N, 46)`` float32, all episodes one after the other.
-        levels: ``(N, 13)`` float32, likewise.
+        bins: ``(N, n_channels)`` float32, all episodes one after the other.
+        levels: ``(N, n_level_channels)`` float32, likewise.
         rows: One per episode, in the order of (host_id, episode_id).
         inputs: SHA-256 by name of the files that they were made from.
     """
@@ -214,7 +214,7 @@ class MappedBins:
     inputs: Mapping[str, str]
 
     def episode_bins(self, row: BinIndexRow) -> NDArray[np.float32]:
-        """Return a view of one episode's bins, ``(n_bins, 46)`` float32."""
+        """Return a view of one episode's bins, ``(n_bins, n_channels)`` float32."""
         return self.bins[row.offset : row.offset + row.n_bins]
 
     def release_pages(self) -> None:
@@ -223,12 +223,12 @@ class MappedBins:
         release_pages(self.levels)
 
     def episode_levels(self, row: BinIndexRow) -> NDArray[np.float32]:
-        """Return a view of one episode's levels, ``(n_bins, 13)`` float32."""
+        """Return a view of one episode's levels, ``(n_bins, n_level_channels)`` float32."""
         return self.levels[row.offset : row.offset + row.n_bins]
 
 
 def index_rows_by_id(mapped: MappedBins) -> dict[str, BinIndexRow]:
-    """Return the row of each episode; of a contested id, the row of its owner, if any (`identity.pick_owner`)."""
+    """Return the row of each episode; if several hosts claim an id, the owner's row, if any (`identity.pick_owner`)."""
     contested = find_contested_ids((row.host_id, row.episode_id) for row in mapped.rows)
     return {row.episode_id: row for row in mapped.rows if (row.host_id, row.episode_id) not in contested}
 
@@ -252,7 +252,7 @@ def open_bins(folder: Path) -> MappedBins:
         n, inputs = int(totals["n_bins"]), totals["inputs"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError, pa.ArrowException) as exc:
         raise RunError(
-            f"{folder}: no readable grids here ({exc}); make them with `phasewatch validate STORE --out RUN`"
+            f"{folder}: no readable bins here ({exc}); make them with `phasewatch validate STORE --out RUN`"
         ) from exc
     if (
         bins.shape != (n, len(CHANNELS))
@@ -283,7 +283,7 @@ def remove_episodes(folder: Path, gone: Set[tuple[str, str]]) -> None:
 
 
 def map_bins(folder: Path) -> NDArray[np.float32]:
-    """Map only the bins of a run, ``(N, 46)`` float32, for worker processes that have their index rows."""
+    """Map only the bins of a run, ``(N, n_channels)`` float32, for worker processes that have their index rows."""
     return _map_npy(folder / BINS_FILE)
 
 

@@ -34,7 +34,8 @@ class BundleFinding:
     """A problem that was found in a bundle.
 
     Attributes:
-        code: Stable kebab-case code, followed by a colon and the source if it concerns one (``silence:qmp``).
+        code: Stable kebab-case code, followed by a colon and the source if it concerns one
+            (``silence:qmp``, a code of `validate.checks`).
         severity: The status that it gives the bundle; a note changes nothing.
         place: File, member and line, as far as known.
         words: What was found and what was expected.
@@ -83,7 +84,7 @@ tar-truncated          The tar ends inside a member or before its two closing bl
 tar-checksum           A member's header does not match its own checksum.
 tar-kind               A member is not a plain ustar file: a link, folder, device, sparse file or PAX or GNU extension.
 tar-header             A member's header is not the one that this format writes (mode 0644, owner 0, fixed time).
-tar-size               A member's size is not a number, or over its bound.
+tar-size               A member's size is not a number, or over its limit.
 tar-padding            The bytes between a member's end and the next block are not zero.
 tar-trailing           Something follows the tar's end.
 line-size              A line is longer than 4 KiB.
@@ -141,7 +142,11 @@ FINDING_CODES: dict[str, FindingSpec] = {spec.code: spec for spec in _FINDING_SP
 
 
 def find_severity(code: str) -> Severity:
-    """Return the severity of a code; a source after a colon is ignored."""
+    """Return the severity of a code of the reader; a source after a colon is ignored.
+
+    Raises:
+        KeyError: If `FINDING_CODES` does not have the code. It has no codes of `validate.checks`, such as ``silence``.
+    """
     return FINDING_CODES[code.partition(":")[0]].severity
 
 
@@ -169,7 +174,7 @@ def _reject_constant(name: str) -> Any:
 
 
 def parse_strict_json(text: bytes) -> Any:
-    """Parse JSON and refuse repeated keys and numbers that are not finite.
+    """Parse JSON and refuse repeated keys and the literals NaN and Infinity; ``1e999`` is parsed as infinite.
 
     Raises:
         BundleError: Code ``key-twice``, ``non-finite`` or ``json``, without a place.

@@ -26,6 +26,7 @@ Exit codes:
   3  missing or invalid data
   4  the data, the model or the VM do not fit together
   5  the machine: missing packages or programs, full disk, busy folder
+  130  interrupted (Ctrl-C)
 
 `phasewatch COMMAND --help` shows the options of a command. -v and -q are also accepted after the command."""
 
@@ -53,7 +54,10 @@ def _phasewatch(
         False, "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
-    """Detect malware phases in a virtual machine from outside, and measure how well it works."""
+    """Detect malware phases in a virtual machine from outside, and measure how well it works.
+
+    Start with `phasewatch doctor` or `phasewatch demo`.
+    """
     configure_logging(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
 
 

@@ -52,7 +52,7 @@ def print_result(result: Mapping[str, Any], *, as_json: bool, lines: Sequence[st
     Args:
         result: The JSON document's ``result``; NaN and infinite numbers become null.
         as_json: Whether to print the document instead of the lines.
-        lines: The same for people; the last line names the file that was written.
+        lines: The same as lines of text for people.
     """
     if as_json:
         typer.echo(json.dumps({"result": _without_nan(result)}, indent=1, sort_keys=True, default=str))
@@ -70,22 +70,22 @@ def _without_nan(value: Any) -> Any:
 
 
 def parse_names(text: str) -> tuple[str, ...]:
-    """Parse names separated by commas; spaces and empty names are dropped."""
+    """Parse names separated by commas; spaces around names and empty names are dropped."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def check_option_pair(option: str, partner: str, *, alone: bool) -> None:
+def check_option_pair(option: str, partner: str, *, is_partner_missing: bool) -> None:
     """Refuse an option that has no effect without another one.
 
     Args:
         option: The option.
         partner: The option or argument that it needs.
-        alone: Whether `option` was given without `partner`.
+        is_partner_missing: Whether `option` was given without `partner`.
 
     Raises:
-        UsageError: If it is alone.
+        UsageError: If `is_partner_missing`.
     """
-    if alone:
+    if is_partner_missing:
         raise UsageError(f"{option} needs {partner}; add it, or leave out {option}")
 
 
@@ -139,7 +139,7 @@ def render_table(rows: Sequence[Sequence[str]]) -> list[str]:
 def select_custom_channels(arguments: Sequence[str]) -> None:
     """Set the environment variable of the custom channels, before `phasewatch.channels` is imported.
 
-    The file is that of ``--custom-channels``, or the one that a run among the arguments was made with.
+    The file is that of ``--custom-channels``, or the one stored in a run folder that an argument names.
 
     Args:
         arguments: The words after the command's name.

@@ -75,8 +75,10 @@ def dashboard(
     if run is None and not no_produce and not watch:
         raise UsageError("name a run to play, --watch NAME, or --no-produce to show what others publish")
     played = None if no_produce else run
-    common.check_option_pair("--episode", "a run that is played", alone=bool(episode) and played is None)
-    common.check_option_pair("--speed", "a run that is played", alone=speed != _DEFAULT_SPEED and played is None)
+    common.check_option_pair("--episode", "a run that is played", is_partner_missing=bool(episode) and played is None)
+    common.check_option_pair(
+        "--speed", "a run that is played", is_partner_missing=speed != _DEFAULT_SPEED and played is None
+    )
     if run is not None:
         check_run_folder(run)
     for machine in watch:

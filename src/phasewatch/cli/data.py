@@ -67,7 +67,9 @@ def validate(
         raise UsageError("validate needs a store and a run: phasewatch validate STORE --out RUN")
     if fail_on and fail_on not in list(BundleStatus):
         raise UsageError(f"--fail-on {fail_on}: expected one of {', '.join(BundleStatus)}")
-    common.check_option_pair("--ray-address", "--engine ray", alone=bool(ray_address) and engine == "local")
+    common.check_option_pair(
+        "--ray-address", "--engine ray", is_partner_missing=bool(ray_address) and engine == "local"
+    )
     settings = stages.RunSettings(
         store=parse_store_location(store), run=out, workers=workers, limit=limit, engine=engine, ray_address=ray_address
     )

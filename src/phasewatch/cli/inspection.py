@@ -40,7 +40,7 @@ def channels(
 
     Example: phasewatch channels --corpus
     """
-    common.check_option_pair("--store", "--corpus", alone=store is not None and not corpus)
+    common.check_option_pair("--store", "--corpus", is_partner_missing=store is not None and not corpus)
     listed: list[dict[str, object]] = [asdict(c) | {"in_deployment": c.in_deployment} for c in CHANNELS]
     if not corpus:
         rows = [

@@ -79,7 +79,11 @@ def watch(
     model: ModelPath = None,
     channels: Annotated[
         str,
-        typer.Option("--channels", metavar="NAME", help="Channel set of the model; default: the largest that fits."),
+        typer.Option(
+            "--channels",
+            metavar="NAME",
+            help="Channel set of the model; default: the largest that fits. For channels see `phasewatch channels`.",
+        ),
     ] = "",
     baseline: Annotated[
         Path | None, typer.Option("--baseline", metavar="FILE", help="Baseline of the VM, from `phasewatch baseline`.")
@@ -93,8 +97,9 @@ def watch(
 ) -> None:
     """Watch a running VM and print its phases and alarms.
 
-    Works with QEMU and libvirt, from outside: nothing runs in the guest. Alarms are JSON lines. Ctrl-C ends the watch
-    and leaves the VM as it was; so does kill -9.
+    One of --name, --pid and --qmp is needed. Works with QEMU and libvirt, from outside: nothing runs in the guest.
+    Alarms are JSON lines. Ctrl-C ends the watch and leaves the VM as it was. A cleanup process restores the VM even
+    after kill -9.
 
     Example: phasewatch watch --name web01
     """

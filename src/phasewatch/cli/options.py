@@ -36,10 +36,13 @@ CustomChannels = Annotated[
     Path | None,
     typer.Option("--custom-channels", metavar="TOML", help="TOML file with additional channels; kept in the run."),
 ]
-Engine = Annotated[str, typer.Option(help="Where bundles are read: `local` processes or `ray`.")]
+Engine = Annotated[str, typer.Option(help="How bundles are processed: in `local` processes or with `ray`.")]
 Episodes = Annotated[list[str], typer.Option(help="Episode to replay; may be repeated.")]
 IncludeDegraded = Annotated[bool, typer.Option(help="Use episodes with missing or repaired data.")]
-Limit = Annotated[int, typer.Option(min=0, help="Size of a stratified, seeded sample of the bundles; 0 takes all.")]
+Limit = Annotated[
+    int,
+    typer.Option(min=0, help="Use only N bundles, chosen at random but evenly over hosts and profiles; 0 takes all."),
+]
 ModelPath = Annotated[
     Path | None, typer.Option(help="Checkpoint, run (its deploy model) or edge bundle; default: the bundled model.")
 ]

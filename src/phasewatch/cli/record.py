@@ -81,7 +81,7 @@ def record(
         raise UsageError(f"--accel {accel}: expected kvm or tcg")
     if role and role not in list(EpisodeRole):
         raise UsageError(f"--role {role}: expected one of {', '.join(EpisodeRole)}")
-    common.check_option_pair("--driver", "--image", alone=driver is not None and image is None)
+    common.check_option_pair("--driver", "--image", is_partner_missing=driver is not None and image is None)
     shape = {"host_id": host_id or None, "machine": machine, "mem_mib": mem, "vcpus": vcpus, "boot_s": boot_deadline}
     own = _read_machine(image, driver, {name: value for name, value in shape.items() if value is not None})
     task = _build_task(plan, profile_file, own, default_name=(driver or image or Path()).stem)
@@ -134,7 +134,7 @@ _MACHINE_OPTIONS = {
 
 def _read_machine(image: Path | None, driver: Path | None, shape: dict[str, Any]) -> CustomMachine | None:
     for option, name in _MACHINE_OPTIONS.items():
-        common.check_option_pair(option, "--image", alone=name in shape and image is None)
+        common.check_option_pair(option, "--image", is_partner_missing=name in shape and image is None)
     return read_custom_machine(image, driver, CustomMachineOptions(**shape)) if image is not None else None
 
 
@@ -233,7 +233,7 @@ def simulate(
 
     Example: phasewatch simulate --hosts 4 --episodes 80 --faults 0.1 --out simulated
     """
-    common.check_option_pair("--fault-kinds", "--faults", alone=bool(fault_kinds) and faults == 0)
+    common.check_option_pair("--fault-kinds", "--faults", is_partner_missing=bool(fault_kinds) and faults == 0)
     knobs = SimulationSettings(
         host_effect=host_effect,
         episode_effect=episode_effect,

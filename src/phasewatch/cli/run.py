@@ -193,7 +193,9 @@ def run(
 
     Example: phasewatch run my-store --out runs/mine
     """
-    common.check_option_pair("--ray-address", "--engine ray", alone=bool(ray_address) and engine == "local")
+    common.check_option_pair(
+        "--ray-address", "--engine ray", is_partner_missing=bool(ray_address) and engine == "local"
+    )
     settings = RunSettings(
         store=parse_store_location(store) if store else find_bundled_corpus(),
         run=out,
@@ -222,7 +224,7 @@ def demo(
 
     Example: phasewatch demo
     """
-    common.check_option_pair("--port", "--live", alone=port is not None and not live)
+    common.check_option_pair("--port", "--live", is_partner_missing=port is not None and not live)
     if live:
         from phasewatch.cli.dashboard import DEFAULT_PORT, show_demo  # needs the extra `serve`
 

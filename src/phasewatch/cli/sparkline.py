@@ -10,7 +10,7 @@ import numpy as np
 from phasewatch.binning.align import EpisodeBins
 from phasewatch.bundle.model import Episode
 from phasewatch.channels import CHANNELS
-from phasewatch.types import BIN_NS
+from phasewatch.types import BIN_NS, Phase
 
 __all__ = ["render_sparklines"]
 
@@ -28,17 +28,26 @@ _DRAWN_CHANNELS = (
 )
 _BAR_CHARACTERS = " ▁▂▃▄▅▆▇█"
 _WIDTH = 72  # characters
+_PHASE_LETTERS = {
+    Phase.CLEAN: "c",
+    Phase.ARMED: "r",
+    Phase.INFECTING: "i",
+    Phase.ACTIVE: "a",
+    Phase.DORMANT: "d",
+    Phase.UNKNOWN: "?",
+}
 
 
 def render_sparklines(episode: Episode, binned: EpisodeBins) -> list[str]:
-    """Return the sparklines of the channels that are drawn, below the first letters of the phases.
+    """Return a line with the phases, then a sparkline for each of ten fixed channels.
 
     Args:
         episode: The episode.
         binned: Its bins, ``(n, c)`` float32.
 
     Returns:
-        Lines of at largest 72 columns of data. A column is the largest of its bins; ``?`` is unknown.
+        Lines with at most 72 characters of data each. In a channel's line, each character shows the maximum of its
+        bins, relative to the channel's maximum; ``?`` is unknown. The line of the phases ends with their legend.
     """
     n = len(binned.bins)
     edges = np.linspace(0, n, min(_WIDTH, n) + 1).astype(int)
@@ -46,8 +55,9 @@ def render_sparklines(episode: Episode, binned: EpisodeBins) -> list[str]:
     for start in edges[:-1]:
         at_ns = episode.t0_ns + int(start) * BIN_NS
         phase = next((m.phase for m in reversed(episode.marks) if m.phase and m.t_wall_ns <= at_ns), None)
-        letters.append(str(phase)[0] if phase else "?")
-    lines = [f"{'phase':<22}{''.join(letters)}"]
+        letters.append(_PHASE_LETTERS[phase or Phase.UNKNOWN])
+    legend = ", ".join(f"{letter} {phase}" for phase, letter in _PHASE_LETTERS.items())
+    lines = [f"{'phase':<22}{''.join(letters)}  {legend}"]
     names = [c.full_name for c in CHANNELS]
     for name in _DRAWN_CHANNELS:
         column = binned.bins[:, names.index(name)]

@@ -51,14 +51,15 @@ def ship(
         Path | None, typer.Option(help="PEM certificate of the receiver, if it is not publicly signed.")
     ] = None,
     plain_http: Annotated[
-        bool, typer.Option("--plain-http", help="Allow http:// to another machine; the token is readable.")
+        bool,
+        typer.Option("--plain-http", help="Allow http:// to another machine; the token can be read on the network."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Send recorded bundles to a receiver.
 
-    Acknowledged bundles move to sent/, permanently rejected ones to refused/. Exit code 1 if bundles were refused, 3
-    if a host was blocked, 5 if bundles are left.
+    Acknowledged bundles move to sent/, permanently rejected ones to refused/. Exit code 3 if a host was blocked;
+    otherwise 5 if bundles are left (never with --watch); otherwise 1 if bundles were refused.
 
     Example: phasewatch ship --outbox outbox --to https://store.example:8470 --tokens tokens.txt
     """
@@ -262,7 +263,7 @@ def _parse_bytes(option: str, text: str) -> int:
 
 
 def _parse_refused_statuses(refuse: str, *, check: bool) -> frozenset[str]:
-    common.check_option_pair("--refuse", "--check", alone=bool(refuse) and not check)
+    common.check_option_pair("--refuse", "--check", is_partner_missing=bool(refuse) and not check)
     if not refuse:
         return frozenset()
     if refuse not in (BundleStatus.REJECTED, BundleStatus.ERRORED):

@@ -46,7 +46,7 @@ def ensure_token(path: Path) -> str:
     """Read the token, or create one if the file does not exist.
 
     Raises:
-        MachineError: If the file cannot be created, is readable by others, or holds no token.
+        MachineError: If the file cannot be created, is open to other users, or holds no token.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -69,7 +69,7 @@ def read_token(path: Path) -> str:
     """Read the token that a dashboard on this machine created.
 
     Raises:
-        MachineError: If the file does not exist, is readable by others, or holds no token.
+        MachineError: If the file does not exist, is open to other users, or holds no token.
     """
     try:
         with path.open("rb") as file:
@@ -79,7 +79,7 @@ def read_token(path: Path) -> str:
             f"{path}: there is no token; start `phasewatch dashboard` once, or set {TOKEN_VARIABLE}"
         ) from exc
     if mode & 0o077:
-        raise MachineError(f"{path}: readable by others (mode {mode:o}); `chmod 600 {path}`, or delete it")
+        raise MachineError(f"{path}: open to other users (mode {mode:o}); `chmod 600 {path}`, or delete it")
     token = text.decode("ascii", "replace").strip()
     if not (16 <= len(token) <= _MAX_TOKEN_CHARS and token.isascii() and token.isprintable()):
         raise MachineError(f"{path}: holds no token; delete it, and the next start creates one")
@@ -147,7 +147,11 @@ class AccessControl:
     is_open: bool = False
 
     def find_refusal(self, request: AccessRequest) -> AccessRefusal | None:
-        """Return the refusal of a request, or None if it is allowed."""
+        """Return the refusal of a request, or None if it is allowed.
+
+        GET and HEAD need the cookie and ignore a bearer token; every other method needs the token and ignores the
+        cookie.
+        """
         if not _LOCAL_HOST_PATTERN.fullmatch(request.host):
             # DNS rebinding: a page of a foreign host name that resolves to this address must not read ours.
             return AccessRefusal(status=421, message="this dashboard only answers requests for 127.0.0.1 and localhost")
@@ -167,7 +171,7 @@ class AccessControl:
         )
 
     def is_login(self, request: AccessRequest) -> bool:
-        """Return whether the request is for the start address with the right token."""
+        """Return whether the request is ``GET /?token=…`` with the right token."""
         given = parse_qs(request.query).get("token", [""])[0] if len(request.query) < 4096 else ""
         return request.method == "GET" and request.path == "/" and bool(given) and is_same_secret(given, self.token)
 
@@ -180,8 +184,8 @@ class AccessControl:
     def has_cookie(self, header: str) -> bool:
         """Return whether a Cookie header has the viewer's cookie.
 
-        All programs on this machine share the header, whatever their port. `http.cookies` is not used, because it drops
-        the whole header if one foreign value is malformed.
+        Browsers send one host's cookies to every port, so the header may hold those of other programs. `http.cookies`
+        is not used, because it drops the whole header if one foreign value is malformed.
         """
         expected = compute_cookie(self.token)
         pairs = (part.strip().partition("=") for part in header.split(";"))

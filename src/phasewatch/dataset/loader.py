@@ -68,7 +68,8 @@ def build_context_names(names: Sequence[str]) -> tuple[str, ...]:
 def add_context(windows: EpisodeWindows, x: NDArray[np.float32]) -> NDArray[np.float32]:
     """Append the stats of the earlier windows to each window's own.
 
-    The earliest window of an episode stands in for missing ones, so that their absence carries no information.
+    The earliest window of an unbroken run of windows stands in for missing ones, so that their absence carries no
+    information.
 
     Args:
         windows: The windows, in the order (episode, time).
@@ -91,11 +92,14 @@ def add_context(windows: EpisodeWindows, x: NDArray[np.float32]) -> NDArray[np.f
 
 
 def check_host_channels(names: Sequence[str], threat: str) -> None:
-    """Raise UsageError if a channel set has a channel that the guest reports, whose baseline cannot be trusted.
+    """Check that no channel is reported by the guest, because its baseline could not be trusted.
 
     Args:
         names: Columns or channels of the channel set.
         threat: Name of the channel set, for the message.
+
+    Raises:
+        UsageError: If the guest reports a channel.
     """
     guests = {c.full_name for c in CHANNELS if c.trust is ChannelTrust.GUEST}
     if reported := [n for n in names if n in guests or n.rpartition(".")[0] in guests]:
@@ -191,7 +195,8 @@ def load(
         fold: Name of one of its folds; for `held_out_host` a host.
         threat: Name of a channel set (`channels.build_channel_mask`).
         kind: ``table`` (five stats of each channel) or ``tensor`` (channels by time, from the bins); for baselines
-            ``elapsed`` (seconds since the first label), ``levels`` (cumulative totals) or ``host`` (host number).
+            ``elapsed`` (seconds since the first label), ``levels`` (cumulative totals) or ``host`` (24 bits of the
+            hash of the host id, as a number).
         table: ``raw``, ``context`` (with the stats of two earlier windows) or ``commissioned`` (relative to the host's
             baseline).
 
@@ -309,7 +314,8 @@ def read_windows(
         threat: Name of a channel set (`channels.build_channel_mask`).
         kind: Input to read.
         only: Episodes of role `lab` to read; None reads all. Soak episodes are always read, baseline episodes never.
-        table: With ``context`` the earlier windows are read too; ``commissioned`` is read raw.
+        table: With ``context`` the earlier windows are read too. ``commissioned`` is read unscaled; call
+            `apply_baseline`.
 
     Raises:
         RunError: If a file of the run is absent or invalid, or no window matches.
@@ -350,7 +356,7 @@ def read_windows(
 
 
 def _hash_host_id(host_id: str) -> int:
-    """Return a host's number: 24 bits of its hash, which float32 represents exactly."""
+    """Return 24 bits of the hash of a host id as a number, which float32 represents exactly."""
     return int.from_bytes(hashlib.sha256(host_id.encode()).digest()[:3], "big")
 
 

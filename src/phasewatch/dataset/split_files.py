@@ -89,7 +89,7 @@ def write_all_splits(run: Path, recipes: Iterable[str]) -> SplitIndex:
     names = [row.name for row in SPLIT_RECIPES if row.name in asked or list_split_paths(run, row.name)]
     given = prepare_split(read_split_episodes(run))
     built: list[RecipeResult] = []
-    aside: list[SetAsideEpisode] = [*given.set_aside, *_list_duplicate_ids(run)]
+    aside: list[SetAsideEpisode] = [*given.set_aside, *_read_set_aside_duplicates(run)]
     for name in names:
         try:
             made = _write_recipe(run, name, given)
@@ -107,7 +107,7 @@ def write_all_splits(run: Path, recipes: Iterable[str]) -> SplitIndex:
     return index
 
 
-def _list_duplicate_ids(run: Path) -> list[SetAsideEpisode]:
+def _read_set_aside_duplicates(run: Path) -> list[SetAsideEpisode]:
     return [
         SetAsideEpisode(host_id=e.host_id, episode_id=e.episode_id, profile=e.profile, code=SetAsideCode.ID_TAKEN)
         for e in read_duplicate_id_episodes(run)
@@ -154,6 +154,7 @@ def write_splits(run: Path, recipe: str) -> tuple[Fold, ...]:
 
     Raises:
         SplitError: If the recipe cannot be built from these episodes.
+        UsageError: If the recipe is unknown.
     """
     return _write_recipe(run, recipe, prepare_split(read_split_episodes(run))).folds
 
@@ -193,6 +194,7 @@ def read_folds(run: Path, recipe: str) -> tuple[Fold, ...]:
 
     Raises:
         RunError: If there is none, or a file is not a fold.
+        UsageError: If the recipe is unknown.
     """
     find_recipe(recipe)
     folds = read_all_folds(run, recipe)

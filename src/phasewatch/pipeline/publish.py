@@ -16,7 +16,7 @@ from phasewatch.store.s3 import ObjectStore
 __all__ = ["publish_run"]
 
 _LAST_FILE = "run.json"
-_PRIVATE_KEYS = frozenset({"run", "ray_address"})
+_PRIVATE_KEYS = frozenset({"run", "ray_address", "address"})  # `address`: of runs before 0.3
 
 
 def publish_run(run: Path, uri: str) -> int:

@@ -105,7 +105,7 @@ class RunSettings:
         channel_sets: Channel sets to train instead of the grid's, for `gbt` on `deploy` unless models or recipes are
             named.
         trials: Settings to try for each experiment on its early-stopping part; 0 takes the defaults.
-        engine: Where bundles are read, ``local`` or ``ray``; the results are the same bytes.
+        engine: How bundles are processed, ``local`` or ``ray``; the results are the same bytes.
         ray_address: Address of a running Ray cluster; empty starts one on this machine.
     """
 
@@ -464,7 +464,7 @@ def audit(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> AuditRe
         settings.run,
         remake=rebuild if has_store else None,
         files=(VALIDATION_FILE, *BINS_PATHS, *FEATURE_FILES),
-        tell=lambda name, done, total: progress.update("audit", done, total, name),
+        progress=progress,
     )
 
 

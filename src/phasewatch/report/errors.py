@@ -233,8 +233,8 @@ def _build_confusion_block(context: ReportContext) -> ReportBlock:
         base,
         absent="",
         sentences=(
-            f"Number of test windows of {context.model} by true phase (rows) and predicted phase (columns), averaged over "
-            f"seeds; {sum(map(sum, matrix.counts)):,.0f} windows in total.",
+            f"Number of test windows of {context.model} by true phase (rows) and predicted phase (columns), averaged "
+            f"over seeds; {sum(map(sum, matrix.counts)):,.0f} windows in total.",
             *_describe_worst_confusion(matrix),
         ),
         figure=charts.draw_confusion(matrix, origin=context.origin),
