@@ -189,9 +189,7 @@ def test_a_file_without_end_is_not_read() -> None:
     [
         pytest.param('kind = "delta"', 'kind = "gauge"\n#', "", id="a gauge of a gauge is one"),
         pytest.param('nature = "gauge"', 'nature = "counter"', "made of a gauge", id="a total as a level"),
-        pytest.param(
-            'fields = ["fds"]', 'fields = ["nothing"]', "which is no raw field", id="a field that is not there"
-        ),
+        pytest.param('fields = ["fds"]', 'fields = ["nothing"]', "no raw field", id="a field that is not there"),
         pytest.param('name = "fds_delta"', 'name = "cpu_user"', "is listed twice", id="a name that is taken"),
     ],
 )

@@ -17,7 +17,7 @@ import pytest
 from tests.factories.stores import write_store
 from tests.factories.trained_runs import write_trained_run
 
-from phasewatch.artifacts import AUDIT_FILE
+from phasewatch.artifacts import AUDIT_FILE, METRICS_FILE
 from phasewatch.errors import RunError, StoreError, UsageError
 from phasewatch.evaluation.evaluate import evaluate_run
 from phasewatch.pipeline import runner
@@ -78,7 +78,7 @@ def test_pipeline_run_again_keeps_every_stage(store: Path, done: runner.Pipeline
 @pytest.mark.slow
 def test_only_the_stage_of_a_lost_product_runs_again(store: Path, done: runner.PipelineResult) -> None:
     before = products(done.run)
-    (done.run / "metrics_v1.json").unlink()
+    (done.run / METRICS_FILE).unlink()
 
     again = runner.run_pipeline(RunSettings(store=store, run=done.run, models=QUICK, recipes=RECIPES))
 
