@@ -139,9 +139,9 @@ def render(numbers: Mapping[str, Any]) -> str:
             lines.append(f"| {label} | {' | '.join(row)} |")
     notes = [
         f"{ALARM_ROWS[recipe].lower()}, {ALARM_METRICS[metric].partition(', ')[2]}: {cell['note']}"
-        for recipe, cells in numbers["alarms"].items()
-        for metric, cell in cells.items()
-        if cell["note"] and metric in ALARM_METRICS
+        for recipe in ALARM_ROWS
+        for metric in ALARM_METRICS
+        if (cell := numbers["alarms"].get(recipe, {}).get(metric)) and cell["note"]
     ]
     lines += [
         "",
