@@ -56,7 +56,8 @@ def ours(
     gaps = [a.macro_f1 - b.macro_f1 for a, b in combinations(values, 2)]
     for gap in gaps:
         bootstrap.compute_interval(gap)
-    return values, len(bootstrap.adjust_p_values([bootstrap.compute_paired_p_value(gap) for gap in gaps]))
+    p_values = [bootstrap.compute_paired_p_value(gap, SESSIONS, HOSTS) for gap in gaps]
+    return values, len(bootstrap.adjust_p_values(p_values))
 
 
 def measure(*, resamples: int = 10_000, models: int = 12, looped: int = 20, repeats: int = 3) -> Part:

@@ -102,14 +102,14 @@ def play(
         factory = QemuFactory(options=options, scratch=tmp_path, clock=HostClock())
         vm = factory(find_host_shape("pc"), 0, ())
         assert isinstance(vm, QemuVm)
-        base = vm._start.image.base_disk
+        base = vm._settings.image.base_disk
         digest = hashlib.sha256(base.read_bytes()).hexdigest()
         try:
             await vm.boot()
             found = [await deeds_of(vm, *each, seconds=seconds, middling=middling) for each in samples]
             await vm.send("poweroff")
             await asyncio.wait_for(vm.wait_exited(), 60)
-            assert top_folders(vm._start.folder / "disk.qcow2", tmp_path / "disk.raw") <= FOLDERS
+            assert top_folders(vm._settings.folder / "disk.qcow2", tmp_path / "disk.raw") <= FOLDERS
             assert hashlib.sha256(base.read_bytes()).hexdigest() == digest, "the documents' disk itself was written to"
             return found
         finally:
