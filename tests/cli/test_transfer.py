@@ -47,7 +47,7 @@ def test_hash_tokens_prints_hashes_and_keeps_the_file(phasewatch: Call, tokens: 
     ("options", "code", "words"),
     [
         ((), 2, "needs a --store"),
-        (("--store", "S", "--listen", "0.0.0.0:1"), 2, "in the clear"),
+        (("--store", "S", "--listen", "0.0.0.0:1"), 2, "unencrypted"),
         (("--store", "S", "--refuse", "errored"), 2, "needs --check"),
         (("--store", "S", "--check", "--refuse", "degraded"), 2, "rejected or errored"),
         (("--store", "S", "--quota", "lots"), 2, "500MB or 2GiB"),
