@@ -33,13 +33,13 @@ test: lint
 # The large counts, run by hand; their rows take the place of the last ones in docs/soak.md.
 soak: setup
 	$(BIN)/python -m pytest -m soak --soak-rows soak-rows.jsonl
-	$(BIN)/python docs/soak.py soak-rows.jsonl
+	$(BIN)/python -m tools.soak soak-rows.jsonl
 	$(BIN)/python bench/run.py --render
 	@rm soak-rows.jsonl
 
 lint: setup
-	$(BIN)/ruff check src tests docs
-	$(BIN)/ruff format --check src tests docs
+	$(BIN)/ruff check src tests tools bench
+	$(BIN)/ruff format --check src tests tools bench
 	$(BIN)/mypy
 
 setup: $(VENV)/.dev system
@@ -104,7 +104,7 @@ results: $(VENV)/.run
 	$(BIN)/phasewatch audit runs/lab-v1
 	$(BIN)/phasewatch report runs/lab-v1
 	$(BIN)/phasewatch report runs/lab-v1 --format md --out docs/results/lab-v1-report.md
-	$(BIN)/python docs/results.py runs/lab-v1 --out docs/results/lab-v1.md --command "make results"
+	$(BIN)/python -m tools.results runs/lab-v1 --out docs/results/lab-v1.md --command "make results"
 
 # The small edge bundle beside the bundled corpus: one model for every machine that a watcher may meet; and its card.
 EDGE_MODEL ?= gbt
@@ -112,31 +112,31 @@ EDGE_MASKS := realistic,portable,proc+netflow,proc+tap,proc
 
 edge: $(VENV)/.run
 	$(BIN)/phasewatch run corpus/lab-v1 --out runs/edge --models $(EDGE_MODEL),elapsed_time,majority
-	$(BIN)/phasewatch train runs/edge --models $(EDGE_MODEL) --recipes deploy,held_out_host --threats $(EDGE_MASKS)
+	$(BIN)/phasewatch train runs/edge --models $(EDGE_MODEL) --recipes deploy,held_out_host --channels $(EDGE_MASKS)
 	$(BIN)/phasewatch evaluate runs/edge
-	$(BIN)/phasewatch export runs/edge --model $(EDGE_MODEL) --threat $(EDGE_MASKS) --out corpus/lab-v1.edge.zip
-	$(BIN)/python docs/model_card.py runs/edge
+	$(BIN)/phasewatch export runs/edge --model $(EDGE_MODEL) --channels $(EDGE_MASKS) --out corpus/lab-v1.edge.zip
+	$(BIN)/python -m tools.model_card runs/edge
 
 # docs/reference, from the tables and the command line.
 docs: setup
-	$(BIN)/python docs/generate.py
+	$(BIN)/python -m tools.generate
 
 # The generated half of the bundled corpus's datasheet; what its agent costs is measured on real VMs, eight minutes.
 datasheet: setup
-	$(BIN)/python docs/datasheet.py
+	$(BIN)/python -m tools.datasheet
 
 footprint: setup
-	$(BIN)/python docs/footprint.py
+	$(BIN)/python -m tools.footprint
 
 # The README's table, from the demo's run of the whole bundled corpus.
 headline: demo
-	$(BIN)/python docs/headline.py runs/demo
+	$(BIN)/python -m tools.headline runs/demo
 
 # The pictures that the README shows, from the bundled corpus; audited, or the report says that it was not.
 picture: setup demo
 	$(BIN)/phasewatch audit runs/demo
 	$(BIN)/phasewatch report runs/demo
-	$(BIN)/python docs/picture.py runs/demo docs/dashboard.png
+	$(BIN)/python -m tools.picture runs/demo docs/dashboard.png
 	chromium --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking \
 	  --disable-component-update --disable-sync --user-data-dir=$$(mktemp -d) --hide-scrollbars --window-size=1000,1100 \
 	  --virtual-time-budget=5000 --screenshot=docs/report.png file://$(CURDIR)/runs/demo/report.html

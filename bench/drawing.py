@@ -1,19 +1,19 @@
-"""The pictures of docs/performance.md, as SVG: bars of times, and curves of whole corpora."""
+"""Draw the pictures of docs/performance.md as SVG: bars of times, and curves of whole corpora."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
 OURS, THEIRS = "#1b4965", "#b8b8b8"
-LINES = ("#1b4965", "#ca6702", "#5fa8d3")  # a step each; one worker is dashed
+LINES = ("#1b4965", "#ca6702", "#5fa8d3")  # one per step; one worker is dashed
 STYLE = '<style>text{font:12px sans-serif;fill:#222}</style><rect width="100%" height="100%" fill="#fff"/>'
 
 
 def seconds(value: float) -> str:
-    """Set a time in a unit that can be read."""
+    """Render a time with a readable unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if value >= size:
             return f"{value / size:.3g} {unit}"
@@ -27,13 +27,14 @@ def picture(part: Mapping[str, Any]) -> str:
 
 def _svg(width: int, height: int, title: str, body: str) -> str:
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img">'
-        f'<title>{escape(title)}</title>{STYLE}<text x="8" y="20" font-weight="bold">{escape(title)}</text>{body}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}" role="img"><title>{escape(title)}</title>{STYLE}'
+        f'<text x="8" y="20" font-weight="bold">{escape(title)}</text>{body}</svg>\n'
     )
 
 
 def bars(part: Mapping[str, Any]) -> str:
-    """Draw least times as bars on a logarithmic scale, ours dark."""
+    """Draw minimum times as bars on a logarithmic scale; phasewatch is dark."""
     rows = sorted(part["rows"], key=lambda r: r["min_s"])
     low = math.log10(rows[0]["min_s"]) - 0.3
     span = max(math.log10(rows[-1]["min_s"]) - low, 0.5)
@@ -56,12 +57,20 @@ def curves(part: Mapping[str, Any]) -> str:
     drawn = _panel(points, steps, "wall_s", "wall time", lambda v: f"{v:g} s", 50)
     drawn += _panel(points, steps, "peak_mib", "memory of the largest process", lambda v: f"{v:g} MiB", 420)
     for i, step in enumerate(steps):
-        drawn += f'<rect x="{50 + 240 * i}" y="292" width="14" height="4" fill="{LINES[i]}"/><text x="{70 + 240 * i}" y="299">{escape(step)}</text>'
-    drawn += '<text x="50" y="319">solid: 2 workers, dashed: 1; a line a machine</text>'
+        drawn += f'<rect x="{50 + 240 * i}" y="292" width="14" height="4" fill="{LINES[i]}"/>'
+        drawn += f'<text x="{70 + 240 * i}" y="299">{escape(step)}</text>'
+    drawn += '<text x="50" y="319">solid: 2 workers, dashed: 1; one line per machine</text>'
     return _svg(760, 330, f"{part['title']}: by number of bundles, logarithmic", drawn)
 
 
-def _panel(points: list[Mapping[str, Any]], steps: list[str], key: str, title: str, said: Any, left: int) -> str:
+def _panel(
+    points: list[Mapping[str, Any]],
+    steps: list[str],
+    key: str,
+    title: str,
+    format_tick: Callable[[float], str],
+    left: int,
+) -> str:
     sizes = sorted({p["bundles"] for p in points})
     low, high = (
         math.floor(math.log10(min(p[key] for p in points))),
@@ -77,7 +86,8 @@ def _panel(points: list[Mapping[str, Any]], steps: list[str], key: str, title: s
     out = f'<text x="{left}" y="46">{title}</text>'
     for power in range(low, high + 1):
         at = y(10.0**power)
-        out += f'<path d="M{left} {at:.1f}H{left + 290}" stroke="#ddd"/><text x="{left - 4}" y="{at + 4:.1f}" text-anchor="end">{said(10.0**power)}</text>'
+        out += f'<path d="M{left} {at:.1f}H{left + 290}" stroke="#ddd"/>'
+        out += f'<text x="{left - 4}" y="{at + 4:.1f}" text-anchor="end">{format_tick(10.0**power)}</text>'
     for n in sizes:
         out += f'<text x="{x(n):.1f}" y="274" text-anchor="middle">{n:,}</text>'
     for i, step in enumerate(steps):

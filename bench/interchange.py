@@ -1,4 +1,4 @@
-"""The feature table of a run in other people's hands: polars, DuckDB and pandas read it, values held equal."""
+"""Measure how polars, DuckDB and pandas read a run's feature table; all must read the same values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLUMNS = ("proc.vcpu_run.mean", "netflow.out_bytes.p95")
 
 
 def measure(run: Path, *, repeats: int = 5) -> Part:
-    """Read the whole table and take two columns of it, by host."""
+    """Measure reading two columns and the host of every window."""
     import duckdb
     import pandas as pd
     import polars as pl
@@ -35,5 +35,8 @@ def measure(run: Path, *, repeats: int = 5) -> Part:
                 raise SystemExit(f"{name}: other values of {column}")
     times = in_turns(works, repeats=repeats)
     rows = rows_of(times, repeats=repeats, per="read of two columns")
-    about = f"`{TABLE}` of the run, {len(truth[COLUMNS[0]]):,} windows; values equal to the bit, NaN included. DuckDB reads only what is asked for."
+    about = (
+        f"`{TABLE}` of the run, {len(truth[COLUMNS[0]]):,} windows; values equal to the bit, NaN included. DuckDB "
+        "reads only the requested columns."
+    )
     return Part(title="Interchange", about=about, rows=rows)

@@ -1,9 +1,9 @@
-"""What a watcher costs its VM: CPU of QEMU's main thread unwatched and watched, alternately, in one run.
+"""Measure what a watcher costs its VM: CPU of QEMU's main thread, alternately unwatched and watched.
 
-QEMU answers its monitor in the main thread, which also serves the guest's devices: what a watcher asks is paid there.
+QEMU answers its monitor in the main thread, which also serves the guest's devices, so the queries cost time there.
 
     python bench/main_thread.py --pid 4711 --seconds 60 --rounds 3
-    python bench/main_thread.py --pid 4711 --channel-set realistic     # with translation counters, while they are fast
+    python bench/main_thread.py --pid 4711 --channels realistic     # with translation counters, while they are fast
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def cores(pid: int, seconds: float) -> float:
 
 
 def watched_cores(pid: int, seconds: float, arguments: list[str]) -> tuple[float, dict[str, object]]:
-    """Measure it while the VM is watched, from the first bin on; return the watch's result, too."""
+    """Measure the main thread while the VM is watched, from the first bin on; return the watcher's result, too."""
     command = [sys.executable, "-m", "phasewatch", "watch", "--pid", str(pid), "--json", "--seconds", str(seconds + 5)]
     with subprocess.Popen(
         [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -51,13 +51,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="How long each half of a round is measured.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", type=Path, default=EDGE)
-    parser.add_argument("--channel-set", dest="channels", default="", help="As of `phasewatch watch`.")
-    told = parser.parse_args()
-    arguments = ["--model", str(told.model), *(["--channel-set", told.channels] if told.channels else [])]
+    parser.add_argument("--channels", default="", help="Channel set, as for `phasewatch watch`.")
+    given = parser.parse_args()
+    arguments = ["--model", str(given.model), *(["--channels", given.channels] if given.channels else [])]
     alone, watched, lost = [], [], {}
-    for _ in range(told.rounds):
-        alone.append(cores(told.pid, told.seconds))
-        found, result = watched_cores(told.pid, told.seconds, arguments)
+    for _ in range(given.rounds):
+        alone.append(cores(given.pid, given.seconds))
+        found, result = watched_cores(given.pid, given.seconds, arguments)
         watched.append(found)
         lost = result.get("watched", {}).get("lost", {})  # type: ignore[attr-defined]
     print(

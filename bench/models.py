@@ -1,4 +1,4 @@
-"""Classifiers that people would take instead, on the same windows, folds and mask: cost of a fit, and what it scores."""
+"""Measure cost and macro-F1 of other classifiers on the same windows, folds and channel set."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 from timing import Part, Row
 
 from phasewatch.dataset import load, read_folds
-from phasewatch.measures import confusion_counts, macro_f1
+from phasewatch.metrics import confusion_counts, macro_f1
 
 
 def measure(run: Path, *, folds: int = 0) -> Part:
-    """Fit each model once a fold of held_out_host on train, and score the test episodes without an agent, pooled."""
+    """Fit each model once per fold of held_out_host, and score the pooled test episodes without an agent."""
     from aeon.classification.convolution_based import MiniRocketClassifier
     from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 
@@ -47,38 +47,61 @@ def measure(run: Path, *, folds: int = 0) -> Part:
         "phasewatch minirocket": ("tensor", ours("minirocket"), ""),
         "scikit-learn HistGradientBoosting": (
             "table",
-            brought(lambda: HistGradientBoostingClassifier(max_iter=200, class_weight="balanced", random_state=0), fill=False, kind="table"),
-            "200 rounds, NaN as it comes",
+            brought(
+                lambda: HistGradientBoostingClassifier(max_iter=200, class_weight="balanced", random_state=0),
+                fill=False,
+                kind="table",
+            ),
+            "200 rounds, native NaN",
         ),
         "scikit-learn RandomForest": (
             "table",
-            brought(lambda: RandomForestClassifier(300, min_samples_leaf=2, class_weight="balanced", random_state=0, n_jobs=1), fill=True, kind="table"),
-            "300 trees, medians for what is missing",
+            brought(
+                lambda: RandomForestClassifier(
+                    300, min_samples_leaf=2, class_weight="balanced", random_state=0, n_jobs=1
+                ),
+                fill=True,
+                kind="table",
+            ),
+            "300 trees, medians for missing values",
         ),
         "aeon MiniRocket + ridge": (
-            "tensor", brought(lambda: MiniRocketClassifier(n_kernels=10_000, random_state=0, n_jobs=1), fill=True, kind="tensor"), "10,000 kernels, medians for what is missing",
+            "tensor",
+            brought(lambda: MiniRocketClassifier(n_kernels=10_000, random_state=0, n_jobs=1), fill=True, kind="tensor"),
+            "10,000 kernels, medians for missing values",
         ),
-    }  # fmt: skip
+    }
     chosen = [fold.fold for fold in read_folds(run, "held_out_host")][: folds or None]
     counts = {name: np.zeros((5, 5), np.int64) for name in ways}
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for fold in chosen:
         for kind in ("table", "tensor"):
             sets = load(run, "held_out_host", fold, "realistic", kind=kind)
-            off = sets.test.windows.where(lambda e: not e.agent)
+            off = sets.test.windows.mark_episodes(lambda e: not e.agent)
             for name, (wanted, work, _) in ways.items():
                 if wanted == kind:
                     start = time.process_time()
-                    said = work(sets)
+                    predicted = work(sets)
                     taken[name].append(time.process_time() - start)
-                    counts[name] += confusion_counts(sets.test.y[off], said[off])
+                    counts[name] += confusion_counts(sets.test.y[off], predicted[off])
     rows = tuple(
         Row(
-            what=name, min_s=min(taken[name]), median_s=float(np.median(taken[name])), repeats=len(chosen),
-            per="fold, fit and predict", is_ours=name.startswith("phasewatch"), score=float(macro_f1(counts[name])), note=ways[name][2],
+            what=name,
+            min_s=min(taken[name]),
+            median_s=float(np.median(taken[name])),
+            repeats=len(chosen),
+            per="fold, fit and predict",
+            is_ours=name.startswith("phasewatch"),
+            score=float(macro_f1(counts[name])),
+            note=ways[name][2],
         )
         for name in ways
-    )  # fmt: skip
+    )
     n = int(next(iter(counts.values())).sum())
-    about = f"Held-out host, {len(chosen)} folds, realistic mask, raw table, seed 0, no calibration and no filter; macro-F1 of {n:,} pooled test windows without an agent. Points without intervals: differences of a few hundredths are noise, the report has the intervals. The least time of aeon is without its compiler, whose first fit costs more."
+    about = (
+        f"Held-out host, {len(chosen)} folds, channel set realistic, raw input, seed 0, no calibration and no "
+        f"smoothing; macro-F1 of {n:,} pooled test windows without an agent. Without intervals: differences of a "
+        "few hundredths are noise, the report has the intervals. The minimum time of aeon excludes its compiler, "
+        "which makes the first fit slower."
+    )
     return Part(title="Models", about=about, rows=rows)

@@ -1,4 +1,4 @@
-"""Rows of JSON to columns of numbers: phasewatch against stdlib json, orjson, polars and pyarrow, values held equal."""
+"""Measure parsing rows of JSON into columns, against stdlib json, orjson, polars and pyarrow; values must be equal."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 import numpy as np
 from timing import Part, in_turns, rows_of
 
-from phasewatch.channels import raw_fields
-from phasewatch.episode.bundle import read_members, unpack
-from phasewatch.episode.rows import decode_rows
-from phasewatch.vocab import Source
+from phasewatch.bundle.archive import unpack_bundle, unpack_members
+from phasewatch.bundle.rows import decode_rows
+from phasewatch.channels import list_raw_fields
+from phasewatch.types import SourceKind
 
 
 def measure(corpus: Path, *, episodes: int = 20, repeats: int = 7) -> Part:
-    """Parse the proc rows of some recorded episodes in five ways."""
+    """Measure parsing the proc rows of some recorded episodes in five ways."""
     import orjson
     import polars as pl
     import pyarrow.json
 
-    fields = tuple(spec.field for spec in raw_fields(Source.PROC))
+    fields = tuple(spec.field for spec in list_raw_fields(SourceKind.PROC))
     bundles = [path.read_bytes() for path in sorted(corpus.glob("*/*.tar.zst"))[:episodes]]
-    texts = [bytes(read_members(b, file="")["proc.jsonl"]) for b in bundles]
+    texts = [bytes(unpack_members(b, file="")["proc.jsonl"]) for b in bundles]
 
     def of_dicts(loads):  # type: ignore[no-untyped-def]
         return [
@@ -39,7 +39,7 @@ def measure(corpus: Path, *, episodes: int = 20, repeats: int = 7) -> Part:
         return [np.stack([t.column(f).to_numpy() for f in fields], axis=1) for t in tables]
 
     def ours() -> list[np.ndarray]:
-        read = [decode_rows(Source.PROC, fields, text, file="") for text in texts]
+        read = [decode_rows(SourceKind.PROC, fields, text, file="") for text in texts]
         return [np.stack([c.astype(np.float64) for c in rows.columns], axis=1) for rows in read]
 
     works = {
@@ -56,6 +56,10 @@ def measure(corpus: Path, *, episodes: int = 20, repeats: int = 7) -> Part:
                 raise SystemExit(f"{name}: other values than ours")
     times = in_turns(works, repeats=repeats)
     rows = rows_of(times, repeats=repeats, per="episode's proc rows", over=len(texts))
-    unpacked = [unpack(b, file="").manifest.duration_s for b in bundles]
-    about = f"{len(texts)} recorded episodes, {np.mean(unpacked):.0f} s long on average, {len(fields)} fields, values equal to the bit as float64. Only phasewatch refuses doubled keys, other types and what is out of bounds."
+    unpacked = [unpack_bundle(b, file="").manifest.duration_s for b in bundles]
+    about = (
+        f"{len(texts)} recorded episodes, {np.mean(unpacked):.0f} s long on average, {len(fields)} fields, values "
+        "equal to the bit as float64. Only phasewatch refuses repeated keys, wrong types and values out of "
+        "bounds."
+    )
     return Part(title="Parsing", about=about, rows=rows)

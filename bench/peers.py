@@ -31,7 +31,7 @@ def slope(x: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def five(x: np.ndarray, axis: int = -1) -> tuple[np.ndarray, ...]:
-    """Give all five of ``(windows, 20)``, sorting once: what an expert would write."""
+    """Return all five statistics of ``(windows, 20)`` float64, sorting once."""
     ordered = np.sort(x, axis=-1)
     p50 = 0.5 * (ordered[:, 9] + ordered[:, 10])
     p95 = ordered[:, 18] + 0.05 * (ordered[:, 19] - ordered[:, 18])
@@ -39,7 +39,7 @@ def five(x: np.ndarray, axis: int = -1) -> tuple[np.ndarray, ...]:
 
 
 def tsflex_per_episode(episodes: list[np.ndarray]) -> np.ndarray:
-    """Call tsflex for each episode, a vectorised function a number."""
+    """Call tsflex once per episode, with one vectorised function per statistic."""
     functions = [
         FuncWrapper(np.mean, output_names="mean", vectorized=True, axis=-1),
         FuncWrapper(np.std, output_names="std", vectorized=True, axis=-1),
@@ -82,9 +82,12 @@ def _ordered(out: pd.DataFrame, names: list[str]) -> np.ndarray:
 def seglearn(episodes: list[np.ndarray]) -> np.ndarray:
     """Call seglearn once for all episodes, with vectorised functions."""
     functions = {
-        "mean": lambda x: x.mean(axis=1), "std": lambda x: x.std(axis=1), "p50": lambda x: np.median(x, axis=1),
-        "p95": lambda x: np.percentile(x, 95, axis=1), "slope": lambda x: np.einsum("wtc,t->wc", x, LEVER) / (LEVER @ LEVER),
-    }  # fmt: skip
+        "mean": lambda x: x.mean(axis=1),
+        "std": lambda x: x.std(axis=1),
+        "p50": lambda x: np.median(x, axis=1),
+        "p95": lambda x: np.percentile(x, 95, axis=1),
+        "slope": lambda x: np.einsum("wtc,t->wc", x, LEVER) / (LEVER @ LEVER),
+    }
     pipe = Pype([("seg", Segment(width=WINDOW, overlap=0.5, order="C")), ("rep", FeatureRep(features=functions))])
     x, _ = pipe.fit_transform(episodes, np.zeros(len(episodes)))
     return x.reshape(len(x), len(STATS), CHANNELS).transpose(0, 2, 1)
@@ -97,9 +100,12 @@ def tsfresh(bins: np.ndarray) -> np.ndarray:
     frame = pd.DataFrame(windows.reshape(-1, CHANNELS), columns=[f"c{i}" for i in range(CHANNELS)])
     frame["id"], frame["time"] = np.repeat(np.arange(w), WINDOW), np.tile(np.arange(WINDOW), w)
     wanted = {
-        "mean": None, "standard_deviation": None, "median": None, "quantile": [{"q": 0.95}],
+        "mean": None,
+        "standard_deviation": None,
+        "median": None,
+        "quantile": [{"q": 0.95}],
         "linear_trend": [{"attr": "slope"}],
-    }  # fmt: skip
+    }
     out = extract_features(
         frame, column_id="id", column_sort="time", default_fc_parameters=wanted, n_jobs=0, disable_progressbar=True
     )
@@ -117,7 +123,7 @@ def agree(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 
 def pandas_rolling(bins: np.ndarray) -> np.ndarray:
-    """Let pandas roll over one episode: its own mean, std, median and quantile, a function for the slope."""
+    """Compute one episode with pandas rolling: its own mean, std, median and quantile, and a function for the slope."""
     rolled = pd.DataFrame(bins).rolling(WINDOW)
     slopes = rolled.apply(lambda x: x @ LEVER / (LEVER @ LEVER), raw=True)
     made = (rolled.mean(), rolled.std(ddof=0), rolled.median(), rolled.quantile(0.95), slopes)
@@ -125,7 +131,7 @@ def pandas_rolling(bins: np.ndarray) -> np.ndarray:
 
 
 def measure(*, repeats: int = 3) -> Part:
-    """Give the same five numbers of each channel and window by each."""
+    """Measure the same five statistics of each channel and window with every library."""
     warnings.simplefilter("ignore")
     rng = np.random.default_rng(0)
     exact = [rng.normal(10, 3, (BINS, CHANNELS)).astype(np.float32) for _ in range(EPISODES)]
@@ -133,9 +139,9 @@ def measure(*, repeats: int = 3) -> Part:
     ours = np.concatenate([window_stats(e) for e in exact])
     per_call: dict[str, tuple[int, Callable[[], np.ndarray]]] = {
         "phasewatch": (EPISODES, lambda: np.concatenate([window_stats(e) for e in exact])),
-        "tsflex, a call per episode": (2, lambda: tsflex_per_episode(wide[:2])),
-        "tsflex at its best, 40 episodes a call": (EPISODES, lambda: tsflex_at_its_best(wide)),
-        "seglearn, 40 episodes a call": (EPISODES, lambda: seglearn(wide)),
+        "tsflex, one call per episode": (2, lambda: tsflex_per_episode(wide[:2])),
+        "tsflex, 40 episodes per call": (EPISODES, lambda: tsflex_at_its_best(wide)),
+        "seglearn, 40 episodes per call": (EPISODES, lambda: seglearn(wide)),
         "tsfresh": (1, lambda: tsfresh(wide[0])),
         "pandas rolling": (1, lambda: pandas_rolling(wide[0])),
     }
@@ -154,10 +160,16 @@ def measure(*, repeats: int = 3) -> Part:
     )
     return Part(
         title="Windows and features",
-        about=f"Mean, deviation, two quantiles and slope of {CHANNELS} channels in windows of {WINDOW} bins, one every {STRIDE}, of episodes of {BINS} bins without a gap; values equal to 1e-6. Only phasewatch also takes gaps.",
+        about=(
+            f"Mean, deviation, two quantiles and slope of {CHANNELS} channels in windows of {WINDOW} bins, one "
+            f"every {STRIDE}, over episodes of {BINS} bins without a gap; values equal to 1e-6. Only phasewatch "
+            "also supports gaps."
+        ),
         rows=rows,
         figures=tuple(
-            Figure(what=f"window features, against {words}", must=must, aim=aim, measured=least[name] / least["phasewatch"])
+            Figure(
+                what=f"window features, against {words}", must=must, aim=aim, measured=least[name] / least["phasewatch"]
+            )
             for name, words, must, aim in bounds
         ),
-    )  # fmt: skip
+    )

@@ -1,6 +1,6 @@
-"""What a command takes: wall and CPU seconds, and the peak memory of its largest process.
+"""Measure wall and CPU seconds of a command, and the peak memory of its largest process.
 
-It is started by a small process of its own: a child's peak begins with its parent's at the fork, and benches are large.
+A small process starts it, because a child's peak memory begins with that of its parent, and benchmarks are large.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spent:
-    """What one command took, its children included."""
+    """Cost of one command, including its children."""
 
     wall_s: float
     cpu_s: float
     peak_mib: float
 
 
-def spend(*arguments: str | Path, said: IO[Any] | int = subprocess.DEVNULL) -> Spent:
-    """Run `phasewatch` with these arguments.
+def spend(*arguments: str | Path, stdout: IO[Any] | int = subprocess.DEVNULL) -> Spent:
+    """Run `phasewatch` with these arguments and return its cost.
 
     Raises:
         SystemExit: If it fails.
     """
     command = [sys.executable, "-m", "phasewatch", *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "spent.json"
+        cost_path = Path(folder) / "spent.json"
         done = subprocess.run(
-            [sys.executable, "-S", "-c", _STARTER, str(told), *command], stdout=said, stderr=subprocess.DEVNULL
+            [sys.executable, "-S", "-c", _STARTER, str(cost_path), *command], stdout=stdout, stderr=subprocess.DEVNULL
         )
         if done.returncode != 0:
             raise SystemExit(f"phasewatch {' '.join(map(str, arguments))}: ended with {done.returncode}")
-        return Spent(**json.loads(told.read_text()))
+        return Spent(**json.loads(cost_path.read_text()))

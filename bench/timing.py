@@ -1,4 +1,4 @@
-"""What every part of the bench shares: timed repeats in turns, rows of results, and figures beside what they must be."""
+"""Shared parts of the benchmark: timed repeats in turns, rows of results, and figures with their targets."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One way of doing one thing.
+    """The measured time of one implementation.
 
     Attributes:
         min_s, median_s: CPU seconds of this process, one thread.
-        per: What a time is for, in words: ``episode``, ``window``.
-        score: What it scored, where that is the point.
-        note: What must be known to read the number.
+        per: Unit of work of a time: ``episode``, ``window``.
+        score: Macro-F1, where it is compared.
+        note: Caveat of the number.
     """
 
     what: str
@@ -31,11 +31,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One step over so many bundles with so many workers: wall and CPU seconds, and memory of its largest process.
+    """One step over a corpus: wall and CPU seconds, and memory of its largest process.
 
     Attributes:
-        load: Of the machine when the step began; None where that was not kept.
-        machine: What it was measured on: whole corpora take long, and are not measured again on every machine.
+        load: Load average when the step began; None if unknown.
+        machine: Machine of the measurement; whole corpora take long and are not measured on every machine.
     """
 
     step: str
@@ -50,10 +50,10 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """A ratio or an amount beside its bounds.
+    """A ratio or an amount with its targets.
 
     Attributes:
-        must, aim: `≤` or `≥` and a number; empty for none. Ratios are of CPU time in one process and run.
+        must, aim: `≤` or `≥` and a number; empty for no target. Ratios are of CPU time in one process and run.
     """
 
     what: str
@@ -64,20 +64,20 @@ class Figure:
     note: str = ""
 
     def meets(self, bound: str) -> bool:
-        """Whether the measured figure keeps a bound; one without a bound does."""
+        """Whether the measured figure keeps a bound; an empty bound is kept."""
         if not bound:
             return True
         limit = float(bound[1:].replace(",", ""))
         return self.measured <= limit if bound[0] == "≤" else self.measured >= limit
 
-    def fate(self) -> str:
-        """Say how far it reaches: `missed`, `must` or `aim`."""
+    def target(self) -> str:
+        """Return the best target that is reached: `aim`, `must`, or **missed**."""
         return "**missed**" if not self.meets(self.must) else "aim" if self.aim and self.meets(self.aim) else "must"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One comparison: its rows are equal in what they compute unless a note says otherwise."""
+    """One comparison; its rows compute the same unless a note says otherwise."""
 
     title: str
     about: str
@@ -87,17 +87,17 @@ class Part:
 
 
 def cpu_s(work: Callable[[], object]) -> float:
-    """Give the CPU seconds of this process that some work takes."""
+    """Measure the CPU seconds of this process for some work."""
     start = time.process_time()
     work()
     return time.process_time() - start
 
 
 def in_turns(works: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, tuple[float, float]]:
-    """Time each work so many times, one after the other in turns, so that a busy moment hits all alike.
+    """Time each work several times in turns, so that a busy moment affects all equally.
 
     Returns:
-        Name → (least, median) CPU seconds.
+        Name → (minimum, median) CPU seconds.
     """
     taken: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
@@ -109,17 +109,31 @@ def in_turns(works: Mapping[str, Callable[[], object]], *, repeats: int) -> dict
 
 
 def rows_of(
-    times: Mapping[str, tuple[float, float]], *, repeats: int, per: str, over: Mapping[str, int] | int = 1,
+    times: Mapping[str, tuple[float, float]],
+    *,
+    repeats: int,
+    per: str,
+    over: Mapping[str, int] | int = 1,
     notes: Mapping[str, str] | None = None,
-) -> tuple[Row, ...]:  # fmt: skip
-    """Make rows of what `in_turns` gave; ours are those whose name begins so.
+) -> tuple[Row, ...]:
+    """Build rows from the result of `in_turns`; names that begin with `phasewatch` are ours.
 
     Args:
-        over: By how many a time is divided, for all alike or by name.
+        over: Number of units per time, for all or by name.
     """
     found = []
     for name, (low, mid) in times.items():
         n = over if isinstance(over, int) else over[name]
         note = (notes or {}).get(name, "")
-        found.append(Row(what=name, min_s=low / n, median_s=mid / n, repeats=repeats, per=per, is_ours=name.startswith("phasewatch"), note=note))  # fmt: skip
+        found.append(
+            Row(
+                what=name,
+                min_s=low / n,
+                median_s=mid / n,
+                repeats=repeats,
+                per=per,
+                is_ours=name.startswith("phasewatch"),
+                note=note,
+            )
+        )
     return tuple(found)

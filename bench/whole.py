@@ -1,6 +1,6 @@
-"""Whole simulated corpora: swept and gridded, featured, swept again unchanged; wall time, CPU and peak memory, by size and workers.
+"""Measure validation, features and unchanged re-validation of whole simulated corpora, by size and workers.
 
-Each step is a `phasewatch` of its own, as a user would start it.
+Each step is a `phasewatch` command, as a user would start it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ SWEEP, FEATURES, AGAIN = "validate", "features", "validate again, nothing change
 
 
 def measure(
-    *, sizes: Sequence[int], machine: str, stores: Path | None = None, workers: Sequence[int] = (1, 2),
+    *,
+    sizes: Sequence[int],
+    machine: str,
+    stores: Path | None = None,
+    workers: Sequence[int] = (1, 2),
     before: Sequence[Point] = (),
-) -> Part:  # fmt: skip
-    """Make a store of each size once, or take one up that was kept, and take it the way once for each number of workers.
+) -> Part:
+    """Measure each size once per number of workers; stores are generated, or reused from `stores`.
 
     Args:
-        machine: This one.
-        before: What was measured earlier; its points of other sizes, workers or machines stay.
+        machine: Name of this machine.
+        before: Earlier points; those of other sizes, workers or machines are kept.
     """
     points = [p for p in before if p.machine != machine or p.bundles not in sizes or p.workers not in workers]
     for bundles in sizes:
@@ -56,14 +60,17 @@ def measure(
                     )
     return Part(
         title="Whole corpora",
-        about="Simulated stores of 180 s episodes on ten hosts, page cache warm, each step a process of its own; memory is of the largest process in it.",
+        about=(
+            "Simulated stores of 180 s episodes on ten hosts, page cache warm, each step in its own process; "
+            "memory is that of the largest process."
+        ),
         points=tuple(points),
         figures=figures(points),
     )
 
 
 def figures(points: Sequence[Point]) -> tuple[Figure, ...]:
-    """Give each machine's figures from its largest size; from fewer bundles than the whole corpus times are multiplied up, and say so."""
+    """Return the figures of each machine's largest size; times of a smaller corpus are extrapolated and marked."""
     machines = sorted({p.machine for p in points})
     found = [f for machine in machines for f in _of_one([p for p in points if p.machine == machine], len(machines) > 1)]
     most = max(p.peak_mib for p in points)
@@ -79,9 +86,28 @@ def _of_one(points: Sequence[Point], is_named: bool) -> tuple[Figure, ...]:
     notes = [*([] if most == WHOLE else [f"from {most:,} bundles"]), *([f"on {points[0].machine}"] if is_named else [])]
     up, note = WHOLE / most, ", ".join(notes)
     return (
-        Figure(what=f"{WHOLE:,} bundles swept, gridded and featured on 2 cores, wall", must="≤360", aim="≤90", unit="s", note=note,
-               measured=(at[SWEEP].wall_s + at[FEATURES].wall_s) * up),
-        Figure(what="CPU of that, over two cores", must="≤360", aim="≤90", unit="s", note=note,
-               measured=(at[SWEEP].cpu_s + at[FEATURES].cpu_s) * up / 2),
-        Figure(what="unchanged re-sweep of them, wall", must="≤20", aim="≤5", unit="s", note=note, measured=at[AGAIN].wall_s * up),
-    )  # fmt: skip
+        Figure(
+            what=f"{WHOLE:,} bundles validated, binned and featured on 2 cores, wall",
+            must="≤360",
+            aim="≤90",
+            unit="s",
+            note=note,
+            measured=(at[SWEEP].wall_s + at[FEATURES].wall_s) * up,
+        ),
+        Figure(
+            what="CPU of that, over two cores",
+            must="≤360",
+            aim="≤90",
+            unit="s",
+            note=note,
+            measured=(at[SWEEP].cpu_s + at[FEATURES].cpu_s) * up / 2,
+        ),
+        Figure(
+            what="validating them again, nothing changed, wall",
+            must="≤20",
+            aim="≤5",
+            unit="s",
+            note=note,
+            measured=at[AGAIN].wall_s * up,
+        ),
+    )

@@ -1,4 +1,4 @@
-"""A random forest beside phasewatch's own models: `PYTHONPATH=examples phasewatch train RUN --model forest:Forest`."""
+"""A random forest in phasewatch's leaderboard: `PYTHONPATH=examples phasewatch train RUN --add-model forest:Forest`."""
 
 from sklearn.ensemble import RandomForestClassifier
 
@@ -6,11 +6,11 @@ from phasewatch.models.adapters import TableAdapter
 
 
 class Forest(TableAdapter):
-    """300 trees over the five stats of each channel; takes missing values as they come."""
+    """300 trees over the five statistics of each channel; missing values are passed to scikit-learn as NaN."""
 
     key = "forest"
     imputes = False
 
     def make(self, seed):
-        """Give the classifier, not fitted."""
+        """Return the classifier, not fitted."""
         return RandomForestClassifier(300, min_samples_leaf=2, class_weight="balanced", random_state=seed, n_jobs=1)

@@ -1,6 +1,6 @@
-"""aeon's MiniRocket beside phasewatch's own: `PYTHONPATH=examples phasewatch train RUN --model rocket:Rocket`.
+"""aeon's MiniRocket in phasewatch's leaderboard: `PYTHONPATH=examples phasewatch train RUN --add-model rocket:Rocket`.
 
-Needs aeon in the environment: `pip install aeon`.
+Install aeon first: `pip install aeon`.
 """
 
 from aeon.classification.convolution_based import MiniRocketClassifier
@@ -9,10 +9,10 @@ from phasewatch.models.adapters import CollectionAdapter
 
 
 class Rocket(CollectionAdapter):
-    """Random convolutions over the window's 20 bins, missing ones filled with train's medians."""
+    """Random convolutions over the window's 20 bins; missing values are replaced by training medians."""
 
     key = "rocket"
 
     def make(self, seed):
-        """Give the classifier, not fitted."""
+        """Return the classifier, not fitted."""
         return MiniRocketClassifier(n_kernels=1000, class_weight="balanced", random_state=seed, n_jobs=1)

@@ -1,4 +1,4 @@
-"""Rows of the soak's tables: a test hands them over, `make soak` makes docs/soak.md of them."""
+"""Options and fixtures that all tests share: hypothesis profiles, and the rows of the soak tables."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# How long an example takes says how busy the machine is, not whether it is right.
+# The duration of an example depends on the load of the machine, not on whether the code is right.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("few", settings.get_profile("patient"), max_examples=10)
 settings.load_profile("patient")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak-rows", type=Path, default=None, help="Append the rows of the soak's tables to this file.")
+    parser.addoption("--soak-rows", type=Path, default=None, help="Append the rows of the soak tables to this file.")
 
 
 @pytest.fixture
 def soak_row(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Give a function that takes a table's title and a row's columns; without ``--soak-rows`` it prints them."""
+    """A function that records one row of a soak table; without ``--soak-rows`` it prints the row."""
     path: Path | None = request.config.getoption("--soak-rows")
 
-    def take(title: str, **columns: object) -> None:
+    def record(title: str, **columns: object) -> None:
         line = json.dumps({"table": title, "test": request.node.nodeid, "row": columns})
         if path is None:
             print(line)
@@ -32,4 +32,4 @@ def soak_row(request: pytest.FixtureRequest) -> Callable[..., None]:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    return take
+    return record

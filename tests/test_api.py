@@ -10,7 +10,7 @@ from sklearn.impute import SimpleImputer
 from sklearn.model_selection import GroupKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.tree import DecisionTreeClassifier
-from tests.synthetic_run import World, write_run
+from tests.factories.synthetic_runs import World, write_run
 
 import phasewatch
 from phasewatch.dataset import write_splits
@@ -23,7 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_a_table_goes_into_scikit_learn_as_it_is(run: Path) -> None:
+def test_load_returns_a_table_for_scikit_learn(run: Path) -> None:
     train = phasewatch.load(run, "held_out_host", "host-0", "realistic", kind="table").train
 
     model = make_pipeline(SimpleImputer(keep_empty_features=True), DecisionTreeClassifier(random_state=0))
@@ -34,7 +34,7 @@ def test_a_table_goes_into_scikit_learn_as_it_is(run: Path) -> None:
     assert scores.mean() > 0.5
 
 
-def test_a_tensor_has_channels_before_time_as_aeon_wants_it(run: Path) -> None:
+def test_load_returns_a_tensor_with_channels_before_time(run: Path) -> None:
     sets = phasewatch.load(run, "held_out_host", "host-0", "oracle", kind="tensor")
 
     assert sets.train.X.shape == (len(sets.train.y), 46, 20)
@@ -43,6 +43,6 @@ def test_a_tensor_has_channels_before_time_as_aeon_wants_it(run: Path) -> None:
     assert sets.train.names[0] == "proc.cpu_user"
 
 
-def test_the_package_has_nothing_else_to_give() -> None:
+def test_an_unknown_attribute_is_an_error() -> None:
     with pytest.raises(AttributeError, match="no 'lood'"):
         _ = phasewatch.lood  # type: ignore[attr-defined]

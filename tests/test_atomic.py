@@ -15,7 +15,7 @@ from phasewatch import atomic
 from phasewatch.errors import BusyError, MachineError
 
 
-class Recorder(atomic.Disk):
+class Recorder(atomic.DiskOperations):
     """Writes down what it is asked for, and breaks at the n-th call."""
 
     def __init__(self, breaks_at: int | None = None) -> None:
@@ -49,8 +49,8 @@ class Recorder(atomic.Disk):
 
 
 def test_a_file_is_written_aside_made_durable_and_only_then_named(tmp_path: Path) -> None:
-    with atomic.on_disk(disk := Recorder()):
-        atomic.write_whole(tmp_path / "a", b"hello")
+    with atomic.use_disk_operations(disk := Recorder()):
+        atomic.write_atomic(tmp_path / "a", b"hello")
 
     assert disk.calls == ["open", "write", "fsync", "rename", "fsync"]
     assert (tmp_path / "a").read_bytes() == b"hello"
@@ -60,8 +60,8 @@ def test_a_file_is_written_aside_made_durable_and_only_then_named(tmp_path: Path
 def test_whichever_call_fails_the_old_file_stands_and_nothing_else_lies_there(tmp_path: Path, calls: int) -> None:
     (tmp_path / "a").write_bytes(b"old")
 
-    with atomic.on_disk(Recorder(breaks_at=calls)), pytest.raises(OSError, match="no space"):
-        atomic.write_whole(tmp_path / "a", b"new")
+    with atomic.use_disk_operations(Recorder(breaks_at=calls)), pytest.raises(OSError, match="no space"):
+        atomic.write_atomic(tmp_path / "a", b"new")
 
     assert (tmp_path / "a").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]  # noqa: PTH208
@@ -70,7 +70,7 @@ def test_whichever_call_fails_the_old_file_stands_and_nothing_else_lies_there(tm
 def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"old")
 
-    with suppress(RuntimeError), atomic.writer(tmp_path / "a") as file:
+    with suppress(RuntimeError), atomic.open_atomic(tmp_path / "a") as file:
         file.write(b"half")
         raise RuntimeError
 
@@ -79,28 +79,28 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_a_new_file_never_takes_the_place_of_another(tmp_path: Path) -> None:
-    atomic.write_whole(tmp_path / "a", b"first", new=True)
+    atomic.write_atomic(tmp_path / "a", b"first", new=True)
 
     with pytest.raises(FileExistsError):
-        atomic.write_whole(tmp_path / "a", b"second", new=True)
+        atomic.write_atomic(tmp_path / "a", b"second", new=True)
 
     assert (tmp_path / "a").read_bytes() == b"first"
     assert os.listdir(tmp_path) == ["a"]  # noqa: PTH208
 
 
 def test_a_short_write_of_the_system_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    class Miser(atomic.Disk):
+    class Miser(atomic.DiskOperations):
         def write(self, fd: int, data: bytes | memoryview) -> int:
             return super().write(fd, data[:3])
 
-    with atomic.on_disk(Miser()):
-        atomic.write_whole(tmp_path / "a", b"0123456789")
+    with atomic.use_disk_operations(Miser()):
+        atomic.write_atomic(tmp_path / "a", b"0123456789")
 
     assert (tmp_path / "a").read_bytes() == b"0123456789"
 
 
 def test_a_writer_can_go_back_and_mend_what_it_wrote(tmp_path: Path) -> None:
-    with atomic.writer(tmp_path / "a") as file:
+    with atomic.open_atomic(tmp_path / "a") as file:
         file.write(b"????")
         file.write(b"body")
         assert file.tell() == 8
@@ -111,7 +111,7 @@ def test_a_writer_can_go_back_and_mend_what_it_wrote(tmp_path: Path) -> None:
 
 
 def test_a_library_that_closes_the_file_publishes_nothing_by_that(tmp_path: Path) -> None:
-    with suppress(RuntimeError), atomic.writer(tmp_path / "a") as file:
+    with suppress(RuntimeError), atomic.open_atomic(tmp_path / "a") as file:
         file.write(b"x")
         file.close()
         raise RuntimeError
@@ -120,7 +120,7 @@ def test_a_library_that_closes_the_file_publishes_nothing_by_that(tmp_path: Path
 
 
 def test_last_words_to_a_file_that_was_given_up_reach_no_other_file(tmp_path: Path) -> None:
-    with suppress(RuntimeError), atomic.writer(tmp_path / "a") as file:
+    with suppress(RuntimeError), atomic.open_atomic(tmp_path / "a") as file:
         raise RuntimeError
     file.write(b"last words")  # held until it is flushed
 
@@ -169,7 +169,7 @@ def test_a_folder_goes_with_all_below_it_and_a_link_is_not_followed(tmp_path: Pa
     assert (tmp_path / "kept" / "file").exists()
 
 
-class OneNameEach(atomic.Disk):
+class OneNameEach(atomic.DiskOperations):
     """A disk like exFAT or SMB: a file has one name, and a folder cannot be waited for."""
 
     def link(self, source: Path, target: Path) -> None:
@@ -183,10 +183,10 @@ class OneNameEach(atomic.Disk):
 
 def test_without_hard_links_a_new_file_is_published_and_never_replaces_another(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    with atomic.on_disk(OneNameEach()):
-        atomic.write_whole(path, b"first", new=True)
+    with atomic.use_disk_operations(OneNameEach()):
+        atomic.write_atomic(path, b"first", new=True)
         with pytest.raises(FileExistsError):
-            atomic.write_whole(path, b"second", new=True)
+            atomic.write_atomic(path, b"second", new=True)
 
     assert path.read_bytes() == b"first"
     assert [each.name for each in tmp_path.iterdir() if atomic.is_temporary(each.name)] == []
@@ -197,37 +197,37 @@ def test_without_hard_links_one_of_many_writers_wins(tmp_path: Path) -> None:
 
     def write(number: int) -> None:
         try:
-            atomic.write_whole(path, f"{number}".encode(), new=True)
+            atomic.write_atomic(path, f"{number}".encode(), new=True)
         except FileExistsError:
             lost.append(number)
 
-    with atomic.on_disk(OneNameEach()), ThreadPoolExecutor(8) as threads:
+    with atomic.use_disk_operations(OneNameEach()), ThreadPoolExecutor(8) as threads:
         list(threads.map(write, range(8)))
 
     assert sorted([*lost, int(path.read_bytes())]) == list(range(8))
 
 
 def test_a_link_that_fails_for_another_reason_is_an_error(tmp_path: Path) -> None:
-    class Full(atomic.Disk):
+    class Full(atomic.DiskOperations):
         def link(self, source: Path, target: Path) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
 
-    with atomic.on_disk(Full()), pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-        atomic.write_whole(tmp_path / "file", b"data", new=True)
+    with atomic.use_disk_operations(Full()), pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        atomic.write_atomic(tmp_path / "file", b"data", new=True)
 
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "close"])
 def test_an_error_of_the_disk_names_the_file_that_was_being_written(tmp_path: Path, call: str) -> None:
-    def fail(self: atomic.Disk, fd: int, *data: bytes) -> int:
+    def fail(self: atomic.DiskOperations, fd: int, *data: bytes) -> int:
         if call == "close":
             os.close(fd)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    disk = type("FullDisk", (atomic.Disk,), {call: fail})()
-    with atomic.on_disk(disk), pytest.raises(OSError) as caught:
-        atomic.write_whole(tmp_path / "report.html", b"data")
+    disk = type("FullDisk", (atomic.DiskOperations,), {call: fail})()
+    with atomic.use_disk_operations(disk), pytest.raises(OSError) as caught:
+        atomic.write_atomic(tmp_path / "report.html", b"data")
 
     assert caught.value.filename == str(tmp_path / "report.html")
 
@@ -248,7 +248,7 @@ def test_a_folder_gets_its_name_only_when_all_of_it_is_durable(tmp_path: Path) -
     for name in ("kernel", "deep/initrd"):
         (source / name).write_bytes(b"data")
 
-    with atomic.on_disk(disk := Recorder()):
+    with atomic.use_disk_operations(disk := Recorder()):
         atomic.publish_folder(source, tmp_path / "image")
 
     assert (tmp_path / "image" / "deep" / "initrd").read_bytes() == b"data"

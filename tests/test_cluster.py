@@ -12,7 +12,7 @@ import pytest
 from tests.test_workers import double, refuse
 from tests.validate.test_sweep import SHORT, products
 
-from phasewatch.cluster import map_on_ray
+from phasewatch.parallel.ray import map_on_ray
 from phasewatch.simulate import simulate
 from phasewatch.validate.sweep import sweep
 

@@ -40,9 +40,13 @@ def walk(folder: Path, *, record: str = RECORD, run: str = RUN, timeout_s: float
     need_program("openssl", "openssl")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
-        ["bash", "-c", script(record=record, run=run)], cwd=folder, env={**os.environ, "PATH": path},
-        capture_output=True, text=True, timeout=timeout_s,
-    )  # fmt: skip
+        ["bash", "-c", script(record=record, run=run)],
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
 
 
 def assert_arrived(folder: Path, done: subprocess.CompletedProcess[str]) -> int:
@@ -53,7 +57,10 @@ def assert_arrived(folder: Path, done: subprocess.CompletedProcess[str]) -> int:
     )
     assert stored == sent
     bundles = len(stored)
-    assert all((p.with_name(p.name.removesuffix(".tar.zst") + ".status.json")).is_file() for p in (folder / "my-store").glob("*/*.tar.zst"))  # fmt: skip
+    assert all(
+        (p.with_name(p.name.removesuffix(".tar.zst") + ".status.json")).is_file()
+        for p in (folder / "my-store").glob("*/*.tar.zst")
+    )
     assert f"{bundles} bundles sent" in done.stdout
     assert re.search(rf"bundles +{bundles}\b", done.stdout)
     return bundles

@@ -9,30 +9,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from tests.synthetic_run import World, edit_features, write_run
+from tests.factories.synthetic_runs import World, edit_features, write_run
 
 from phasewatch import profiles
-from phasewatch.channels import CHANNELS, LEVELS
+from phasewatch.artifacts import RunEpisode
+from phasewatch.binning.storage import open_bins
+from phasewatch.channels import CHANNELS, LEVEL_CHANNELS
 from phasewatch.dataset import (
     load,
-    read_built,
-    read_episodes,
     read_fold,
     read_folds,
+    read_recipe_results,
+    read_split_episodes,
     read_windows,
     write_all_splits,
     write_splits,
 )
-from phasewatch.dataset.run import RunEpisode
-from phasewatch.dataset.sets import Windows
-from phasewatch.dataset.splits import group_of
-from phasewatch.dataset.views import read_days
-from phasewatch.dataset.windows import spared_soak
+from phasewatch.dataset.loader import find_calibration_soak, read_baselines
+from phasewatch.dataset.sets import EpisodeWindows
+from phasewatch.dataset.split_files import compute_sample_group
 from phasewatch.errors import RunError, UsageError
-from phasewatch.grid.files import open_grids
-from phasewatch.models.base import InputKind, Table
-from phasewatch.split import RECIPES, Part
-from phasewatch.vocab import Origin, Role, SampleKind
+from phasewatch.models.base import InputKind, InputVariant
+from phasewatch.splits import SPLIT_RECIPES, SplitPart
+from phasewatch.types import EpisodeOrigin, EpisodeRole, SampleKind
 
 
 @pytest.fixture
@@ -46,14 +45,14 @@ def test_the_sets_of_a_fold_are_those_of_its_split(run: Path) -> None:
     sets = load(run, "held_out_host", "host-0")
 
     for part, data in (
-        (Part.TRAIN, sets.train),
-        (Part.VAL_A, sets.val_a),
-        (Part.VAL_B, sets.val_b),
-        (Part.TEST, sets.test),
+        (SplitPart.TRAIN, sets.train),
+        (SplitPart.VAL_A, sets.val_a),
+        (SplitPart.VAL_B, sets.val_b),
+        (SplitPart.TEST, sets.test),
     ):
         assert {e.episode_id for e in data.windows.episodes} == set(sets.fold.ids(part))
         assert len(data) == 8 * len(sets.fold.ids(part)) == len(data.x) == len(data.y) == len(data.groups)
-    assert {e.role for e in sets.soak.windows.episodes} == {Role.SOAK}
+    assert {e.role for e in sets.soak.windows.episodes} == {EpisodeRole.SOAK}
 
 
 def test_realistic_holds_the_host_side_channels_alone_and_oracle_all(run: Path) -> None:
@@ -117,16 +116,16 @@ def test_splitting_again_removes_the_folds_of_hosts_that_are_gone(run: Path) -> 
 
 
 def test_an_episode_without_windows_is_in_no_split(run: Path) -> None:
-    gone = read_episodes(run)[0].episode_id
+    gone = read_split_episodes(run)[0].episode_id
     edit_features(run, lambda t: t.filter(pa.compute.not_equal(t["episode_id"], gone)))
 
-    assert gone not in {e.episode_id for e in read_episodes(run)}
+    assert gone not in {e.episode_id for e in read_split_episodes(run)}
 
 
 def test_a_sample_that_is_not_registered_has_a_group_all_the_same() -> None:
-    assert group_of("cryptomine", profiles.profile("cryptomine").samples[1].name) == 1
-    assert group_of("real-malware", "a") == group_of("real-malware", "a")
-    assert {group_of("real-malware", str(i)) for i in range(40)} == {0, 1, 2, 3}
+    assert compute_sample_group("cryptomine", profiles.find_profile("cryptomine").samples[1].name) == 1
+    assert compute_sample_group("real-malware", "a") == compute_sample_group("real-malware", "a")
+    assert {compute_sample_group("real-malware", str(i)) for i in range(40)} == {0, 1, 2, 3}
 
 
 def test_an_absent_fold_is_answered_with_those_that_there_are(run: Path) -> None:
@@ -141,7 +140,7 @@ def test_absent_files_and_columns_are_named_with_the_remedy(run: Path, tmp_path:
     with pytest.raises(RunError, match=r"lacks column purity .* `phasewatch features`"):
         load(run, "held_out_host", "host-0")
     with pytest.raises(RunError, match=r"features_window_v1\.parquet: absent; make it with `phasewatch features`"):
-        read_episodes(tmp_path)
+        read_split_episodes(tmp_path)
 
 
 def test_features_of_another_sweep_are_refused(run: Path) -> None:
@@ -164,13 +163,13 @@ def test_an_unknown_name_is_a_usage_error(run: Path, threat: str, kind: str, wor
         load(run, "held_out_host", "host-0", threat, kind)
 
 
-def test_every_recipe_is_cut_and_one_that_cannot_be_costs_no_other(tmp_path: Path) -> None:
+def test_recipe_that_cannot_be_built_does_not_stop_the_others(tmp_path: Path) -> None:
     run = write_run(tmp_path / "two", World(hosts=2, windows=8))
-    built = {b.recipe: b for b in write_all_splits(run, [row.name for row in RECIPES]).recipes}
+    built = {b.recipe: b for b in write_all_splits(run, [row.name for row in SPLIT_RECIPES]).recipes}
 
     assert built["held_out_host"].folds == ("host-0", "host-1")
     assert "record on 3 hosts or more" in built["in_distribution"].why
-    assert tuple(built.values()) == read_built(run)
+    assert tuple(built.values()) == read_recipe_results(run)
     assert not list((run / "splits").glob("in_distribution-*"))
 
 
@@ -187,14 +186,14 @@ def test_random_windows_share_the_windows_of_one_episode_out_and_each_is_tested_
     tested = [
         (w.episodes[i].episode_id, int(t))
         for w in (s.test.windows for s in sets)
-        for i, t in zip(w.of, w.t_center_ns, strict=True)
+        for i, t in zip(w.episode_index, w.t_center_ns, strict=True)
     ]
 
     assert len(tested) == len(set(tested)) == sum(map(len, (sets[0].train, sets[0].val_a, sets[0].val_b, sets[0].test)))
     assert {e.episode_id for e in sets[0].train.windows.episodes} & {
         e.episode_id for e in sets[0].test.windows.episodes
     }
-    assert {e.role for e in sets[0].train.windows.episodes} == {Role.LAB}
+    assert {e.role for e in sets[0].train.windows.episodes} == {EpisodeRole.LAB}
 
 
 def test_context_puts_the_two_windows_before_beside_each_and_the_first_stands_in(run: Path) -> None:
@@ -204,8 +203,8 @@ def test_context_puts_the_two_windows_before_beside_each_and_the_first_stands_in
         return table.set_column(table.schema.get_field_index("phase"), "phase", pa.array(phase))
 
     edit_features(run, hide)
-    raw = read_windows(run, "realistic", InputKind.TABLE, table=Table.RAW)
-    data = read_windows(run, "realistic", InputKind.TABLE, table=Table.CONTEXT)
+    raw = read_windows(run, "realistic", InputKind.TABLE, table=InputVariant.RAW)
+    data = read_windows(run, "realistic", InputKind.TABLE, table=InputVariant.CONTEXT)
     own = pq.read_table(run / "features_window_v1.parquet")["proc.cpu_user.mean"].to_numpy()
     f = len(raw.names)
     i = data.names.index("proc.cpu_user.mean")
@@ -219,27 +218,27 @@ def test_context_puts_the_two_windows_before_beside_each_and_the_first_stands_in
 
 
 @pytest.mark.parametrize("kind", ["table", "tensor"])
-def test_commissioned_channels_are_measured_from_their_hosts_clean_day(tmp_path: Path, kind: str) -> None:
+def test_channels_are_scaled_by_the_baseline_of_their_host(tmp_path: Path, kind: str) -> None:
     run = write_run(tmp_path / "days", World(windows=8, days=2))
     write_splits(run, "held_out_host")
     raw, seen = (load(run, "held_out_host", "host-0", kind=kind, table=table) for table in ("raw", "commissioned"))
     spec = seen.test.inputs.spec
-    bins = open_grids(run / "grids")
+    bins = open_bins(run / "grids")
     at = [c.full_name for c in CHANNELS].index("proc.cpu_user")
     day = np.concatenate(
-        [bins.bins_of(r)[:, at] for r in bins.rows if (r.host_id, r.role) == ("host-0", Role.COMMISSION)]
+        [bins.episode_bins(r)[:, at] for r in bins.rows if (r.host_id, r.role) == ("host-0", EpisodeRole.COMMISSION)]
     )
     low, median, high = np.nanpercentile(day.astype(float), [25, 50, 75])
     i = raw.test.names.index("proc.cpu_user" if kind == "tensor" else "proc.cpu_user.mean")
 
-    assert spec.table is Table.COMMISSIONED
+    assert spec.table is InputVariant.COMMISSIONED
     assert dict(spec.floors).keys() >= {"proc.cpu_user"}
     expected = (raw.test.x[:, i].astype(float) - median) / max(high - low, dict(spec.floors)["proc.cpu_user"])
     np.testing.assert_allclose(seen.test.x[:, i], expected, rtol=1e-5)
     assert not (seen.test.windows.flags & 8).any()
 
 
-def test_a_host_without_a_clean_day_is_flagged_and_keeps_its_zero(run: Path) -> None:
+def test_host_without_a_baseline_is_flagged_and_keeps_its_zero(run: Path) -> None:
     seen = load(run, "held_out_host", "host-0", table="commissioned")
     raw = load(run, "held_out_host", "host-0")
     floors = np.repeat([v for _, v in seen.test.inputs.spec.floors], 5)
@@ -248,16 +247,16 @@ def test_a_host_without_a_clean_day_is_flagged_and_keeps_its_zero(run: Path) -> 
     np.testing.assert_allclose(seen.test.x, raw.test.x / floors, rtol=1e-5)
 
 
-def test_a_clean_day_that_is_not_used_measures_nothing(tmp_path: Path) -> None:
+def test_baseline_episode_outside_the_feature_table_is_ignored(tmp_path: Path) -> None:
     """As `features --no-include-degraded` leaves it: the grids have a degraded day, the feature table has not."""
     run = write_run(tmp_path / "days", World(windows=8, days=2))
     days = sorted(
-        r.episode_id for r in open_grids(run / "grids").rows if (r.host_id, r.role) == ("host-0", "commission")
+        r.episode_id for r in open_bins(run / "grids").rows if (r.host_id, r.role) == ("host-0", "commission")
     )
-    both = read_days(run, ("proc.cpu_user",))["host-0"]
+    both = read_baselines(run, ("proc.cpu_user",))["host-0"]
     edit_features(run, lambda t: t.filter(pc.not_equal(t["episode_id"], days[1])))
 
-    one = read_days(run, ("proc.cpu_user",))["host-0"]
+    one = read_baselines(run, ("proc.cpu_user",))["host-0"]
 
     assert len(days) == 2
     assert one.bins == both.bins / 2
@@ -268,7 +267,7 @@ def test_poisoning_the_test_host_changes_no_scale(tmp_path: Path) -> None:
     write_splits(run, "held_out_host")
     before = load(run, "held_out_host", "host-0", table="commissioned")
     bins = np.load(run / "grids" / "grids.npy")
-    for row in open_grids(run / "grids").rows:
+    for row in open_bins(run / "grids").rows:
         if row.host_id == "host-0":
             bins[row.offset : row.offset + row.n_bins] = 1e9
     np.save(run / "grids" / "grids.npy", bins)
@@ -282,12 +281,14 @@ def test_poisoning_the_test_host_changes_no_scale(tmp_path: Path) -> None:
     ("threat", "kind", "table", "words"),
     [
         pytest.param("oracle", "table", "commissioned", "which the guest reports", id="the guest may lie"),
-        pytest.param("realistic", "tensor", "context", "its window's own bins alone", id="no past of bins"),
+        pytest.param("realistic", "tensor", "context", "sees the bins of one window", id="no past of bins"),
         pytest.param("realistic", "elapsed", "context", "has no table context", id="no past of time"),
         pytest.param("realistic", "table", "contexts", "no table 'contexts'", id="unknown"),
     ],
 )
-def test_a_table_that_cannot_be_is_a_usage_error(run: Path, threat: str, kind: str, table: str, words: str) -> None:
+def test_input_variant_that_a_model_cannot_use_is_a_usage_error(
+    run: Path, threat: str, kind: str, table: str, words: str
+) -> None:
     with pytest.raises(UsageError, match=words):
         load(run, "held_out_host", "host-0", threat, kind, table)
 
@@ -296,7 +297,7 @@ def test_baselines_see_levels_or_the_host_alone(run: Path) -> None:
     levels = load(run, "held_out_host", "host-0", kind="levels").test
     hosts = load(run, "held_out_host", "host-0", kind="host")
 
-    assert levels.names == tuple(c.full_name for c in LEVELS)
+    assert levels.names == tuple(c.full_name for c in LEVEL_CHANNELS)
     assert (levels.x == 0).all()  # the made-up run's levels
     assert len(np.unique(hosts.train.x)) == 2
     assert not set(np.unique(hosts.train.x)) & set(np.unique(hosts.test.x))
@@ -311,22 +312,36 @@ def test_deploy_has_no_test_window(run: Path) -> None:
     assert len(sets.soak) > 0
 
 
-def one_window_each(*who: tuple[str, int]) -> Windows:
+def one_window_each(*who: tuple[str, int]) -> EpisodeWindows:
     """Windows of benign episodes, each of a host and of a sample group."""
-    samples = profiles.profile("benign").samples
+    samples = profiles.find_profile("benign").samples
     n = len(who)
-    return Windows(
+    return EpisodeWindows(
         episodes=tuple(
             RunEpisode(
-                episode_id=f"e{i}", host_id=host, profile="benign", sample_name=samples[group].name,
-                sample_kind=SampleKind.BENIGN, origin=Origin.SIMULATED, role=Role.SOAK, session=f"s{i}", agent=False,
-                plan_seed=i, proc_sketch=(), started_wall_ns=i, duration_s=10.0,
+                episode_id=f"e{i}",
+                host_id=host,
+                profile="benign",
+                sample_name=samples[group].name,
+                sample_kind=SampleKind.BENIGN,
+                origin=EpisodeOrigin.SIMULATED,
+                role=EpisodeRole.SOAK,
+                session=f"s{i}",
+                agent=False,
+                plan_seed=i,
+                proc_sketch=(),
+                started_wall_ns=i,
+                duration_s=10.0,
             )
             for i, (host, group) in enumerate(who)
         ),
-        of=np.arange(n, dtype=np.int32), t_center_ns=np.zeros(n, np.int64), t_center_s=np.zeros(n, np.float32),
-        purity=np.ones(n, np.float32), flags=np.zeros(n, np.uint8), y=np.zeros(n, np.int64),
-    )  # fmt: skip
+        episode_index=np.arange(n, dtype=np.int32),
+        t_center_ns=np.zeros(n, np.int64),
+        t_center_s=np.zeros(n, np.float32),
+        purity=np.ones(n, np.float32),
+        flags=np.zeros(n, np.uint8),
+        y=np.zeros(n, np.int64),
+    )
 
 
 @pytest.mark.parametrize(
@@ -343,4 +358,4 @@ def test_the_soak_that_sets_a_threshold_is_of_nothing_that_the_recipe_holds_out(
 ) -> None:
     soak = one_window_each(("pc", 0), ("pc", 1), ("q35", 0), ("q35", 1))
 
-    assert spared_soak(recipe, one_window_each(("pc", 0)), soak).tolist() == expected
+    assert find_calibration_soak(recipe, one_window_each(("pc", 0)), soak).tolist() == expected

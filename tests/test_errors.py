@@ -1,4 +1,5 @@
-"""Every error that a user can meet: drawn in the tree, worded in a test, one line with its exit code on the command line."""
+"""Every error that a user can meet: drawn in the tree, worded in a test, one line with its exit code on the command
+line."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from phasewatch import errors
-from phasewatch.cli.guard import guarded
+from phasewatch.cli.common import handle_errors
 from phasewatch.errors import PhasewatchError
 
 TESTS = Path(__file__).parent
@@ -76,7 +77,7 @@ def test_an_error_is_one_line_on_stderr_and_leaves_with_its_code(kind: type[Phas
     app = typer.Typer()
 
     @app.command()
-    @guarded
+    @handle_errors
     def fail() -> None:
         raise made(kind)
 
@@ -109,7 +110,7 @@ def test_a_package_that_was_left_out_is_named_with_the_line_that_installs_it() -
     app = typer.Typer()
 
     @app.command()
-    @guarded
+    @handle_errors
     def fail() -> None:
         raise ModuleNotFoundError("No module named 'sklearn.linear_model'", name="sklearn.linear_model")
 
@@ -123,7 +124,7 @@ def test_a_module_that_nobody_offers_is_broken_code_and_shows_itself() -> None:
     app = typer.Typer()
 
     @app.command()
-    @guarded
+    @handle_errors
     def fail() -> None:
         raise ModuleNotFoundError("No module named 'phasewatch.oops'", name="phasewatch.oops")
 
@@ -138,11 +139,11 @@ def test_a_module_that_nobody_offers_is_broken_code_and_shows_itself() -> None:
     ],
 )
 def test_a_name_that_nobody_knows_is_answered_with_names_that_somebody_does(name: str, said: str) -> None:
-    assert errors.name_the_nearest(name, ["gru", "gbt", "cnn"]) == said
+    assert errors.suggest_names(name, ["gru", "gbt", "cnn"]) == said
 
 
 def test_no_error_asks_whether_a_name_was_meant_that_the_given_one_does_not_resemble() -> None:
-    from phasewatch.simulate.faults import kinds_of
+    from phasewatch.simulate.faults import find_faults
 
     with pytest.raises(errors.UsageError, match="no fault 'zzz'; it is one of bit-flip, bomb, "):
-        kinds_of(["zzz"])
+        find_faults(["zzz"])

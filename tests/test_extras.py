@@ -1,4 +1,5 @@
-"""Channels of a user's own pass through registry, bundles, grid, features, schema and hash; a wrong file is refused by row."""
+"""Channels of a user's own pass through registry, bundles, grid, features, schema and hash; a wrong file is refused
+by row."""
 
 from __future__ import annotations
 
@@ -10,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from phasewatch.channels import CHANNELS_VARIABLE, MAX_CHANNELS_FILE_BYTES, parse_custom_channels
 from phasewatch.errors import UsageError
-from phasewatch.extras import FILE_BYTES, VARIABLE, parse_extras
 from phasewatch.features.schema import schema_hash
-from phasewatch.vocab import Kind, Source
+from phasewatch.types import ChannelKind, SourceKind
 
 GOOD = """
 [[raw]]
@@ -39,8 +40,8 @@ ROOT = Path(__file__).parents[1]
 WORLD = """
 import sys
 from pathlib import Path
-from tests.builders import episode
-from tests.stores import put
+from tests.factories.bundles import episode
+from tests.factories.stores import put
 store = Path(sys.argv[1])
 for number in (1, 2):
     put(store, episode((("clean", 20), ("active", 20)), number=number, rates_of={"active": {"fds": 700.0}}))
@@ -49,7 +50,7 @@ for number in (1, 2):
 
 def call(*arguments: str | Path, extra: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run Python in a process of its own: the tables are made once a process."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)} | ({VARIABLE: str(extra)} if extra else {})
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)} | ({CHANNELS_VARIABLE: str(extra)} if extra else {})
     return subprocess.run(
         [sys.executable, *map(str, arguments)], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -76,7 +77,7 @@ def store(extra: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_channel_of_ones_own_goes_the_whole_way(extra: Path, store: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    swept = phasewatch("validate", store, "--out", run, "--channels", extra, "--json")
+    swept = phasewatch("validate", store, "--out", run, "--custom-channels", extra, "--json")
     assert swept.returncode == 0, swept.stderr
     made = phasewatch("features", run)  # the run remembers its channels
     assert made.returncode == 0, made.stderr
@@ -92,8 +93,13 @@ def test_a_channel_of_ones_own_goes_the_whole_way(extra: Path, store: Path, tmp_
     assert grids.shape[1] == 47
     assert schema["feature_names"][-5:] == [f"proc.fds_delta.{s}" for s in ("mean", "std", "p50", "p95", "slope")]
     assert schema["channels"][-1] == {
-        "name": "fds_delta", "source": "proc", "kind": "delta", "unit": "1/s", "trust": "host", "in_deployment": True,
-    }  # fmt: skip
+        "name": "fds_delta",
+        "source": "proc",
+        "kind": "delta",
+        "unit": "1/s",
+        "trust": "host",
+        "in_deployment": True,
+    }
     assert schema["in_deployment_mask"][-5:] == [True] * 5
     assert schema["schema_hash"] != schema_hash()
     assert table.num_columns == 12 + 47 * 5
@@ -113,7 +119,7 @@ def test_a_bundle_without_the_new_rows_has_the_channel_unknown(extra: Path, tmp_
     made = call("-c", WORLD.replace('"fds": 700.0', '"threads": 9.0'), tmp_path / "store")
     assert made.returncode == 0, made.stderr
 
-    swept = phasewatch("validate", tmp_path / "store", "--out", tmp_path / "run", "--channels", extra, "--json")
+    swept = phasewatch("validate", tmp_path / "store", "--out", tmp_path / "run", "--custom-channels", extra, "--json")
     grids = np.load(tmp_path / "run" / "grids" / "grids.npy")
 
     assert json.loads(swept.stdout)["result"]["accepted"] == 2
@@ -122,28 +128,28 @@ def test_a_bundle_without_the_new_rows_has_the_channel_unknown(extra: Path, tmp_
 
 
 def test_a_run_made_with_other_channels_is_not_mixed_with_these(extra: Path, store: Path, tmp_path: Path) -> None:
-    phasewatch("validate", store, "--out", tmp_path / "run", "--channels", extra)
+    phasewatch("validate", store, "--out", tmp_path / "run", "--custom-channels", extra)
     other = tmp_path / "other.toml"
     other.write_text(GOOD.replace("fds_delta", "files_delta"))
 
-    again = phasewatch("validate", store, "--out", tmp_path / "run", "--channels", other)
+    again = phasewatch("validate", store, "--out", tmp_path / "run", "--custom-channels", other)
 
     assert again.returncode == 2
     assert "other channels" in again.stderr
 
 
 def test_the_list_of_channels_shows_it(extra: Path) -> None:
-    listed = phasewatch("channels", "--channels", extra, "--json")
+    listed = phasewatch("channels", "--custom-channels", extra, "--json")
     rows = json.loads(listed.stdout)["result"]["channels"]
 
     assert (len(rows), rows[-1]["name"]) == (47, "fds_delta")
 
 
 def test_a_file_becomes_rows_with_what_it_leaves_out_filled_in() -> None:
-    extras = parse_extras(GOOD.encode(), file="extra.toml")
+    extras = parse_custom_channels(GOOD.encode(), file="extra.toml")
 
-    assert extras.raw[0]["source"] is Source.PROC
-    assert (extras.channels[0]["kind"], extras.channels[0]["scale"]) == (Kind.DELTA, 1.0)
+    assert extras.raw[0]["source"] is SourceKind.PROC
+    assert (extras.channels[0]["kind"], extras.channels[0]["scale"]) == (ChannelKind.DELTA, 1.0)
     assert len(extras.digest) == 12
 
 
@@ -168,14 +174,14 @@ def test_a_file_becomes_rows_with_what_it_leaves_out_filled_in() -> None:
 def test_a_wrong_file_is_refused_by_row_and_key(old: str, new: str, words: str) -> None:
     assert old in GOOD
     with pytest.raises(UsageError, match=r"extra\.toml") as refused:
-        parse_extras(GOOD.replace(old, new, 1).encode(), file="extra.toml")
+        parse_custom_channels(GOOD.replace(old, new, 1).encode(), file="extra.toml")
 
     assert words in str(refused.value)
 
 
 def test_a_file_without_end_is_not_read() -> None:
     with pytest.raises(UsageError, match="larger than"):
-        parse_extras(b"#" * (FILE_BYTES + 1), file="extra.toml")
+        parse_custom_channels(b"#" * (MAX_CHANNELS_FILE_BYTES + 1), file="extra.toml")
 
 
 @pytest.mark.parametrize(
@@ -183,8 +189,8 @@ def test_a_file_without_end_is_not_read() -> None:
     [
         pytest.param('kind = "delta"', 'kind = "gauge"\n#', "", id="a gauge of a gauge is one"),
         pytest.param('nature = "gauge"', 'nature = "counter"', "made of a gauge", id="a total as a level"),
-        pytest.param('fields = ["fds"]', 'fields = ["nothing"]', "RAW does not name", id="a field that is not there"),
-        pytest.param('name = "fds_delta"', 'name = "cpu_user"', "stands twice", id="a name that is taken"),
+        pytest.param('fields = ["fds"]', 'fields = ["nothing"]', "no raw field", id="a field that is not there"),
+        pytest.param('name = "fds_delta"', 'name = "cpu_user"', "is listed twice", id="a name that is taken"),
     ],
 )
 def test_rows_that_contradict_the_tables_are_refused_before_anything_is_read(
@@ -193,7 +199,7 @@ def test_rows_that_contradict_the_tables_are_refused_before_anything_is_read(
     path = tmp_path / "extra.toml"
     path.write_text(GOOD.replace(old, new, 1))
 
-    said = phasewatch("channels", "--channels", path)
+    said = phasewatch("channels", "--custom-channels", path)
 
     assert said.returncode == (2 if words else 0)
     assert words in said.stderr

@@ -8,17 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from phasewatch.measures import (
-    at_temperature,
-    brier,
+from phasewatch.metrics import (
+    apply_temperature,
+    brier_score,
     classes_present,
     confusion_counts,
     ece,
     f1_per_class,
+    list_states_of_classes,
     log_loss,
     macro_f1,
-    state_classes,
-    three_states,
+    merge_into_three_states,
 )
 
 CLEAN, ARMED, INFECTING, ACTIVE, DORMANT = range(5)
@@ -74,10 +74,10 @@ def test_three_states_are_the_mapped_labels(pairs: list[tuple[int, int]]) -> Non
     truth, decided = (np.array(side) for side in zip(*pairs, strict=True))
     state = np.array([0, 0, 1, 2, 0])
     confusion = confusion_counts(truth, decided)
-    present = state_classes(classes_present(confusion))
+    present = list_states_of_classes(classes_present(confusion))
 
     assert_allclose(
-        macro_f1(three_states(confusion), present),
+        macro_f1(merge_into_three_states(confusion), present),
         f1_score(state[truth], state[decided], labels=list(present), average="macro", zero_division=0),
     )
 
@@ -87,7 +87,7 @@ def test_measures_work_on_a_stack_of_resamples() -> None:
     stack = np.stack([one, 3 * one])
 
     assert_allclose(macro_f1(stack, range(5)), [float(macro_f1(one))] * 2)
-    assert three_states(stack).shape == (2, 3, 3)
+    assert merge_into_three_states(stack).shape == (2, 3, 3)
 
 
 def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
@@ -103,7 +103,7 @@ def test_brier_equals_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     p, y = rng.dirichlet(np.ones(5), 200), rng.integers(0, 5, 200)
 
-    assert_allclose(brier(p, y), brier_score_loss(y, p, labels=range(5), scale_by_half=False))
+    assert_allclose(brier_score(p, y), brier_score_loss(y, p, labels=range(5), scale_by_half=False))
 
 
 def test_log_loss_equals_scikit_learn_and_a_class_of_probability_zero_costs_but_does_not_break() -> None:
@@ -119,7 +119,7 @@ def test_log_loss_equals_scikit_learn_and_a_class_of_probability_zero_costs_but_
 def test_temperature_keeps_order_zeros_and_the_sum() -> None:
     p = np.array([[0.7, 0.2, 0.1, 0.0, 0.0]])
 
-    soft, sharp = at_temperature(p, 2.0), at_temperature(p, 0.5)
+    soft, sharp = apply_temperature(p, 2.0), apply_temperature(p, 0.5)
 
     assert soft[0, 0] < 0.7 < sharp[0, 0]
     assert soft[0, 3] == sharp[0, 3] == 0.0

@@ -7,10 +7,10 @@ import tracemalloc
 from dataclasses import replace
 
 import pytest
-from tests.split_episodes import episode
+from tests.factories.split_episodes import episode
 
-from phasewatch.split import SplitEpisode, near_duplicates
-from phasewatch.split.near import MAX_HOLDERS, find_copies
+from phasewatch.splits import SplitEpisode, find_near_duplicates
+from phasewatch.splits.near import MAX_SKETCH_HOLDERS, find_copied_episodes
 
 SKETCH = tuple(range(64))
 
@@ -32,37 +32,37 @@ def chained(number: int) -> tuple[int, ...]:
 
 
 def test_episodes_of_an_equal_sketch_are_one_however_many_they_are() -> None:
-    near = near_duplicates(alike(MAX_HOLDERS + 5))
+    near = find_near_duplicates(alike(MAX_SKETCH_HOLDERS + 5))
 
     assert near.find_twins(["e000020"], frozenset({"e000003", "e000007"})) == {"e000020": "e000003"}
 
 
-@pytest.mark.parametrize(("holders", "is_found"), [(MAX_HOLDERS, True), (MAX_HOLDERS + 1, False)])
-def test_a_digest_that_many_sketches_hold_says_nothing(holders: int, is_found: bool) -> None:
-    near = near_duplicates(alike(holders, half_alike))
+@pytest.mark.parametrize(("holders", "is_found"), [(MAX_SKETCH_HOLDERS, True), (MAX_SKETCH_HOLDERS + 1, False)])
+def test_digest_shared_by_many_sketches_is_ignored(holders: int, is_found: bool) -> None:
+    near = find_near_duplicates(alike(holders, half_alike))
 
     assert bool(near.find_twins(["e000001"], frozenset({"e000002"}))) is is_found
 
 
 def test_two_runs_that_are_one_are_found_also_among_digests_that_everybody_holds() -> None:
-    crowd = alike(MAX_HOLDERS + 1, half_alike)
+    crowd = alike(MAX_SKETCH_HOLDERS + 1, half_alike)
     twin = replace(crowd[3], episode_id="twin", proc_sketch=(*crowd[3].proc_sketch[:-1], 7))
 
-    near = near_duplicates([*crowd, twin])
+    near = find_near_duplicates([*crowd, twin])
 
     assert near.find_twins(["twin"], frozenset(e.episode_id for e in crowd)) == {"twin": "e000003"}
 
 
 @pytest.mark.parametrize("sketch", [None, half_alike, chained], ids=["equal", "half", "chained"])
 def test_time_and_memory_grow_with_the_number_of_bundles_alone(sketch: object) -> None:
-    """As 4 × 500: quadratic would be 16 times the time and the memory of 500; a machine with others on it may double it."""
+    """4 × 500: quadratic growth would be 16 times the time and memory of 500; other load may double the time."""
 
     def measured(count: int) -> tuple[float, int]:
         episodes = alike(count, sketch)
         tracemalloc.start()
         began = time.process_time()
-        near_duplicates(episodes)
-        find_copies(episodes)
+        find_near_duplicates(episodes)
+        find_copied_episodes(episodes)
         spent = time.process_time() - began
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

@@ -1,4 +1,4 @@
-"""The whole way: a run resumes stage by stage, does nothing twice, and a kill leaves no trace in its products."""
+"""The pipeline: unchanged stages are kept, an interrupted run is resumed, and a kill does not change the products."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import time
 from hashlib import sha256
 from pathlib import Path
 
+import msgspec
 import pytest
-from tests.stores import write_store
-from tests.trained_run import write_trained_run
+from tests.factories.stores import write_store
+from tests.factories.trained_runs import write_trained_run
 
-from phasewatch import pipeline
-from phasewatch.audit.checks import AUDIT
-from phasewatch.errors import StoreError, UsageError
-from phasewatch.evaluate.score import score
+from phasewatch.artifacts import AUDIT_FILE, METRICS_FILE
+from phasewatch.errors import RunError, StoreError, UsageError
+from phasewatch.evaluation.evaluate import evaluate_run
+from phasewatch.pipeline import runner
+from phasewatch.pipeline.stages import RunSettings
 from phasewatch.simulate import simulate
-from phasewatch.stages import Settings
 
 QUICK = ("gbt", "majority", "elapsed_time")
 RECIPES = ("held_out_host",)
@@ -36,6 +37,11 @@ def products(run: Path) -> dict[str, str]:
     }
 
 
+def made(result: runner.PipelineResult) -> list[str]:
+    """The stages that were run, not kept."""
+    return [stage.name for stage in result.stages if stage.outcome is runner.StageOutcome.MADE]
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("whole") / "store"
@@ -44,23 +50,25 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def done(store: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Outcome:
-    return pipeline.run(Settings(store=store, run=tmp_path_factory.mktemp("runs") / "a", models=QUICK, recipes=RECIPES))
+def done(store: Path, tmp_path_factory: pytest.TempPathFactory) -> runner.PipelineResult:
+    return runner.run_pipeline(
+        RunSettings(store=store, run=tmp_path_factory.mktemp("runs") / "a", models=QUICK, recipes=RECIPES)
+    )
 
 
 @pytest.mark.slow
-def test_a_store_becomes_a_headline_and_a_page(done: pipeline.Outcome) -> None:
+def test_pipeline_writes_a_headline_and_a_report(done: runner.PipelineResult) -> None:
     assert done.headline.startswith("macro-F1 of phase, unseen host, realistic, gbt: 0.")
     assert done.headline.endswith("[simulated]")
     assert done.report.read_text().startswith("<!DOCTYPE html>")
-    assert [name for name, _, _ in done.stages] == ["validate", "features", "split", "train", "evaluate", "report"]
+    assert [stage.name for stage in done.stages] == ["validate", "features", "split", "train", "evaluate", "report"]
 
 
 @pytest.mark.slow
-def test_run_again_it_does_nothing(store: Path, done: pipeline.Outcome) -> None:
+def test_pipeline_run_again_keeps_every_stage(store: Path, done: runner.PipelineResult) -> None:
     before = products(done.run)
 
-    again = pipeline.run(Settings(store=store, run=done.run, models=QUICK, recipes=RECIPES))
+    again = runner.run_pipeline(RunSettings(store=store, run=done.run, models=QUICK, recipes=RECIPES))
 
     assert again.is_unchanged
     assert again.headline == done.headline
@@ -68,21 +76,18 @@ def test_run_again_it_does_nothing(store: Path, done: pipeline.Outcome) -> None:
 
 
 @pytest.mark.slow
-def test_a_lost_product_is_made_again_and_only_it(store: Path, done: pipeline.Outcome) -> None:
+def test_only_the_stage_of_a_lost_product_runs_again(store: Path, done: runner.PipelineResult) -> None:
     before = products(done.run)
-    (done.run / "metrics_v1.json").unlink()
+    (done.run / METRICS_FILE).unlink()
 
-    again = pipeline.run(Settings(store=store, run=done.run, models=QUICK, recipes=RECIPES))
+    again = runner.run_pipeline(RunSettings(store=store, run=done.run, models=QUICK, recipes=RECIPES))
 
-    made = [name for name, fate, _ in again.stages if fate == "made"]
-    assert made == ["evaluate"]
+    assert made(again) == ["evaluate"]
     assert products(done.run) == before
 
 
 @pytest.mark.slow
-def test_killed_anywhere_and_run_again_the_products_are_the_same_bytes(
-    store: Path, done: pipeline.Outcome, tmp_path: Path
-) -> None:
+def test_a_killed_and_resumed_run_has_the_same_bytes(store: Path, done: runner.PipelineResult, tmp_path: Path) -> None:
     run = tmp_path / "b"
     command = [sys.executable, "-m", "phasewatch", "run", str(store), "--out", str(run), "--workers", "1"]
     command += ["--models", ",".join(QUICK), "--recipes", ",".join(RECIPES)]
@@ -94,101 +99,106 @@ def test_killed_anywhere_and_run_again_the_products_are_the_same_bytes(
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
-    pipeline.run(Settings(store=store, run=run, workers=1, models=QUICK, recipes=RECIPES))
+    runner.run_pipeline(RunSettings(store=store, run=run, workers=1, models=QUICK, recipes=RECIPES))
 
     assert products(run) == products(done.run)
 
 
-def test_a_store_that_is_not_there_is_said(tmp_path: Path) -> None:
+def test_a_missing_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="there is no such store"):
-        pipeline.run(Settings(store=tmp_path / "none", run=tmp_path / "r"))
+        runner.run_pipeline(RunSettings(store=tmp_path / "none", run=tmp_path / "r"))
 
 
-def test_another_stores_run_is_not_overwritten_but_a_store_may_move(
-    store: Path, done: pipeline.Outcome, tmp_path: Path
+def test_the_run_of_another_store_is_not_overwritten_but_a_store_may_move(
+    store: Path, done: runner.PipelineResult, tmp_path: Path
 ) -> None:
     run, here, there = tmp_path / "run", tmp_path / "here", tmp_path / "there"
     shutil.copytree(done.run, run)
     shutil.copytree(store, here)
-    settings = Settings(store=here, run=run, models=QUICK, recipes=RECIPES)
+    settings = RunSettings(store=here, run=run, models=QUICK, recipes=RECIPES)
 
-    with pytest.raises(UsageError, match=r"holds a run of .*; give this one a folder of its own"):
-        pipeline.run(settings)
+    with pytest.raises(UsageError, match=r"holds a run of .*; name another folder"):
+        runner.run_pipeline(settings)
     kept = json.loads((run / "run.json").read_text())["configuration"]["store"]
     (run / "run.json").write_text((run / "run.json").read_text().replace(kept, str(there)))  # which is not there
 
-    assert pipeline.run(settings).is_unchanged
+    assert runner.run_pipeline(settings).is_unchanged
 
 
-def inputs(run: Path, stage: str, **asked: tuple[str, ...]) -> dict[str, str]:
-    """What a stage says that it depends on."""
-    settings = Settings(store=run, run=run, **asked)  # type: ignore[arg-type]
-    return {s.name: s for s in pipeline.build_stages(settings, lambda *_: None)}[stage].inputs()
+def inputs(run: Path, stage: str, **asked: tuple[str, ...]) -> dict[str, object]:
+    """What a stage depends on."""
+    settings = RunSettings(store=run, run=run, **asked)  # type: ignore[arg-type]
+    return {s.name: s for s in runner.build_stages(settings)}[stage].inputs()
 
 
-def test_scores_depend_on_every_file_that_they_were_computed_from(tmp_path: Path) -> None:
+def test_evaluate_depends_on_every_file_that_it_reads(tmp_path: Path) -> None:
     run = write_trained_run(tmp_path / "run", threats=("realistic",))
 
-    read = score(run, resamples=50).inputs
+    read = evaluate_run(run, resamples=50).inputs
 
     assert {"predictions_v1.parquet", "splits/held_out_host-host-0.json", "grids/index.parquet"} <= read.keys()
     assert read.items() <= inputs(run, "evaluate").items()
 
 
-def test_training_depends_on_the_masks_and_on_the_code_of_a_model_that_is_brought(
+def test_training_depends_on_channel_sets_and_on_the_code_of_user_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = tmp_path / "my_guess.py"
-    code.write_text("from phasewatch.models.baselines import Majority as Guess")
+    code.write_text("from phasewatch.models.baselines import MajorityBaseline as Guess")
     monkeypatch.syspath_prepend(tmp_path)
     models = ("my_guess:Guess",)
     before = inputs(tmp_path, "train", models=models)
 
-    assert inputs(tmp_path, "train", models=models, threats=("proc+tap",)) != before
-    code.write_text("from phasewatch.models.baselines import Stratified as Guess")
+    assert inputs(tmp_path, "train", models=models, channel_sets=("proc+tap",)) != before
+    code.write_text("from phasewatch.models.baselines import StratifiedBaseline as Guess")
     assert inputs(tmp_path, "train", models=models) != before
 
 
-def test_a_page_is_written_anew_after_an_audit(tmp_path: Path) -> None:
+def test_the_report_is_written_again_after_an_audit(tmp_path: Path) -> None:
     before = inputs(tmp_path, "report")
-    (tmp_path / AUDIT).write_bytes(b"{}")
+    (tmp_path / AUDIT_FILE).write_bytes(b"{}")
 
     assert inputs(tmp_path, "report") != before
 
 
-def test_what_a_run_was_asked_for_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    asked = Settings(
+def test_settings_are_read_back_with_their_types(tmp_path: Path) -> None:
+    settings = RunSettings(
         store=tmp_path, run=tmp_path, limit=7, include_degraded=False, seed=3, grid="full", models=("gbt",), trials=2
     )
-    told = pipeline.configuration_of(asked)
-    (tmp_path / "run.json").write_text(json.dumps({"stages": {}, "configuration": told}))
+    configuration = msgspec.to_builtins(runner.build_configuration(settings))
+    (tmp_path / "run.json").write_text(json.dumps({"stages": {}, "configuration": configuration}))
 
-    found = pipeline.settings_of(tmp_path)
+    read = runner.read_settings(tmp_path)
 
-    assert {key: type(value) for key, value in told.items() if key in ("limit", "include_degraded", "models")} == {
-        "limit": int, "include_degraded": bool, "models": tuple,
-    }  # fmt: skip
-    assert "run" not in told
+    assert (configuration["limit"], configuration["include_degraded"], list(configuration["models"])) == (
+        7,
+        False,
+        ["gbt"],
+    )
+    assert "run" not in configuration
     names = ("store", "limit", "include_degraded", "seed", "grid")
-    assert [getattr(found, name) for name in names] == [getattr(asked, name) for name in names]
+    assert [getattr(read, name) for name in names] == [getattr(settings, name) for name in names]
 
 
-def test_settings_that_an_older_version_wrote_as_text_are_read(tmp_path: Path) -> None:
-    told = {"store": str(tmp_path), "limit": "7", "include_degraded": "False", "seed": "3"}
-    (tmp_path / "run.json").write_text(json.dumps({"stages": {}, "configuration": told}))
+def test_a_setting_of_the_wrong_type_is_refused(tmp_path: Path) -> None:
+    configuration = {"store": str(tmp_path), "include_degraded": "False"}
+    (tmp_path / "run.json").write_text(json.dumps({"stages": {}, "configuration": configuration}))
 
-    found = pipeline.settings_of(tmp_path)
+    with pytest.raises(RunError, match="include_degraded"):
+        runner.read_settings(tmp_path)
 
-    assert (found.limit, found.include_degraded, found.seed) == (7, False, 3)
+
+def test_a_run_without_settings_has_the_defaults(tmp_path: Path) -> None:
+    read = runner.read_settings(tmp_path)
+
+    assert (read.store, read.limit, read.include_degraded, read.grid) == (tmp_path, 0, True, "short")
 
 
-def test_a_model_that_fails_costs_a_run_no_other_and_is_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_model_stops_no_other_and_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run_own.py").write_text(
         "from pathlib import Path\n"
-        "from phasewatch.models.baselines import Majority\n"
-        "class Later(Majority):\n"
+        "from phasewatch.models.baselines import MajorityBaseline\n"
+        "class Later(MajorityBaseline):\n"
         "    key = 'later'\n"
         "    def _fit(self, train, val):\n"
         "        if not Path(__file__).with_name('ready').exists():\n"
@@ -196,18 +206,18 @@ def test_a_model_that_fails_costs_a_run_no_other_and_is_tried_again(
         "        super()._fit(train, val)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    settings = Settings(
+    settings = RunSettings(
         store=write_store(tmp_path / "store"), run=tmp_path / "run", workers=1, models=("majority", "run_own:Later"),
         recipes=RECIPES,
     )  # fmt: skip
 
-    first = pipeline.run(settings)
+    first = runner.run_pipeline(settings)
     log = json.loads((tmp_path / "run" / "run.json").read_bytes())
     (tmp_path / "ready").touch()
-    again = pipeline.run(settings)
+    again = runner.run_pipeline(settings)
 
     assert {failed.cell.model for failed in first.failed} == {"run_own:Later"}
     assert first.report.is_file()
     assert "name" not in log["host"]
     assert again.failed == ()
-    assert [name for name, fate, _ in again.stages if fate == "made"] == ["train", "evaluate", "report"]
+    assert made(again) == ["train", "evaluate", "report"]

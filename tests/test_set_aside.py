@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tests.split_episodes import GAP_NS, PROFILES, corpus, episode
+from tests.factories.split_episodes import GAP_NS, PROFILES, corpus, episode
 
-from phasewatch.identity import find_taken_ids
-from phasewatch.split import RECIPES, AsideCode, Fold, Part, SplitEpisode, build_split, prepare
+from phasewatch.identity import find_contested_ids
+from phasewatch.splits import SPLIT_RECIPES, Fold, SetAsideCode, SplitEpisode, SplitPart, build_split, prepare_split
 
-ALL = [row.name for row in RECIPES]
+ALL = [row.name for row in SPLIT_RECIPES]
 BY_HOST = ("held_out_host", "held_out_both")
 
 
 def cut(recipe: str, episodes: list[SplitEpisode]) -> tuple[Fold, ...]:
-    return build_split(recipe, prepare(episodes), profiles=PROFILES).folds
+    return build_split(recipe, prepare_split(episodes), profiles=PROFILES).folds
 
 
-def codes(episodes: list[SplitEpisode]) -> dict[str, AsideCode]:
-    return {a.episode_id: a.code for a in prepare(episodes).odd}
+def codes(episodes: list[SplitEpisode]) -> dict[str, SetAsideCode]:
+    return {a.episode_id: a.code for a in prepare_split(episodes).set_aside}
 
 
 def named(e: SplitEpisode, *, profile: str = "", sample: str = "") -> SplitEpisode:
@@ -27,28 +27,31 @@ def named(e: SplitEpisode, *, profile: str = "", sample: str = "") -> SplitEpiso
 
 
 ODD = {
-    "one episode of a new profile": ([episode(900, "evil", "zzz-evil")], AsideCode.RARE),
-    "one episode of it on a known host": ([episode(900, "host-1", "zzz-evil")], AsideCode.RARE),
-    "a profile like a path": ([episode(n, "evil", "a/b") for n in (900, 901, 902)], AsideCode.NAME),
-    "a profile that climbs": ([episode(n, "evil", "..") for n in (900, 901)], AsideCode.NAME),
-    "a huge profile name": ([episode(n, "evil", "x" * 200) for n in (900, 901)], AsideCode.NAME),
-    "a hidden profile": ([episode(n, "evil", ".git") for n in (900, 901)], AsideCode.NAME),
-    "an option for a name": ([episode(n, "evil", "--out") for n in (900, 901)], AsideCode.NAME),
-    "a device for a name": ([episode(n, "evil", "con") for n in (900, 901)], AsideCode.NAME),
-    "a sample like a path": ([named(episode(900, "evil"), sample="../x")], AsideCode.NAME),
-    "a registered profile in other letters": ([episode(n, "evil", "Benign") for n in (900, 901)], AsideCode.LOOK_ALIKE),
+    "one episode of a new profile": ([episode(900, "evil", "zzz-evil")], SetAsideCode.RARE),
+    "one episode of it on a known host": ([episode(900, "host-1", "zzz-evil")], SetAsideCode.RARE),
+    "a profile like a path": ([episode(n, "evil", "a/b") for n in (900, 901, 902)], SetAsideCode.NAME),
+    "a profile that climbs": ([episode(n, "evil", "..") for n in (900, 901)], SetAsideCode.NAME),
+    "a huge profile name": ([episode(n, "evil", "x" * 200) for n in (900, 901)], SetAsideCode.NAME),
+    "a hidden profile": ([episode(n, "evil", ".git") for n in (900, 901)], SetAsideCode.NAME),
+    "an option for a name": ([episode(n, "evil", "--out") for n in (900, 901)], SetAsideCode.NAME),
+    "a device for a name": ([episode(n, "evil", "con") for n in (900, 901)], SetAsideCode.NAME),
+    "a sample like a path": ([named(episode(900, "evil"), sample="../x")], SetAsideCode.NAME),
+    "a registered profile in other letters": (
+        [episode(n, "evil", "Benign") for n in (900, 901)],
+        SetAsideCode.LOOK_ALIKE,
+    ),
     "a registered profile with a space": (
         [episode(n, "evil", "crypto mine") for n in (900, 901)],
-        AsideCode.LOOK_ALIKE,
+        SetAsideCode.LOOK_ALIKE,
     ),
-    "a copy of another host's rows": ([episode(900, "evil", sketch=tuple(range(8)))], AsideCode.COPY),
-    "half a copy": ([episode(900, "evil", sketch=(0, 1, 2, 3, 9000, 9001, 9002, 9003))], AsideCode.COPY),
+    "a copy of another host's rows": ([episode(900, "evil", sketch=tuple(range(8)))], SetAsideCode.COPY),
+    "half a copy": ([episode(900, "evil", sketch=(0, 1, 2, 3, 9000, 9001, 9002, 9003))], SetAsideCode.COPY),
 }
 
 
 @pytest.mark.parametrize("recipe", ALL)
 @pytest.mark.parametrize("odd", ODD)
-def test_an_odd_episode_is_set_aside_and_no_fold_changes_a_byte(odd: str, recipe: str) -> None:
+def test_unusable_episode_is_set_aside_and_changes_no_fold(odd: str, recipe: str) -> None:
     poison, code = ODD[odd]
     episodes = [*corpus(), *poison]
 
@@ -60,9 +63,9 @@ def test_one_host_that_keeps_a_new_profile_to_itself_loses_it_where_the_host_is_
     own = [episode(900 + n, "host-1", "zzz", group=n % 4, session=f"own-{n}") for n in range(12)]
 
     for recipe in BY_HOST:
-        made = build_split(recipe, prepare([*corpus(), *own]), profiles=PROFILES)
+        made = build_split(recipe, prepare_split([*corpus(), *own]), profiles=PROFILES)
 
-        assert {a.episode_id: a.code for a in made.set_aside} == {e.episode_id: AsideCode.NOT_IN_TRAIN for e in own}
+        assert {a.episode_id: a.code for a in made.set_aside} == {e.episode_id: SetAsideCode.NOT_IN_TRAIN for e in own}
         assert made.folds == cut(recipe, corpus())
 
 
@@ -78,11 +81,11 @@ def test_one_host_that_keeps_a_new_profile_to_itself_loses_it_where_the_host_is_
 def test_what_another_host_claims_embargoes_nothing(poison: dict[str, object], recipe: str) -> None:
     claimed = episode(900, "host-3", group=3, started_ns=GAP_NS, **poison)  # type: ignore[arg-type]
     for fold in cut(recipe, [*corpus(), claimed]):
-        sessions = {e.sitting for e in corpus() if fold.episodes[e.episode_id] is Part.TEST}
+        sessions = {e.session_key for e in corpus() if fold.episodes[e.episode_id] is SplitPart.TEST}
 
         for episode_id, why in fold.embargoed.items():
             whole = next((e for e in corpus() if e.episode_id == episode_id), claimed)
-            assert whole.sitting in sessions or whole is claimed, why
+            assert whole.session_key in sessions or whole is claimed, why
 
 
 def test_a_host_of_one_episode_spares_no_host_from_validating() -> None:
@@ -90,7 +93,7 @@ def test_a_host_of_one_episode_spares_no_host_from_validating() -> None:
     folds = {fold.fold: fold for fold in cut("held_out_host", [*corpus(), alone])}
 
     assert folds["host-0"].validation == "host:host-1"
-    assert folds["host-0-evil"].ids(Part.TEST) == ("e900",)
+    assert folds["host-0-evil"].ids(SplitPart.TEST) == ("e900",)
     for name in ("host-0", "host-1", "host-2", "host-3"):
         before = next(f for f in cut("held_out_host", corpus()) if f.fold == name)
         assert {i: p for i, p in folds[name].episodes.items() if i != "e900"} == before.episodes
@@ -146,5 +149,5 @@ def test_a_copier_with_many_episodes_of_its_own_does_not_push_a_host_out() -> No
 def test_an_episode_id_of_two_hosts_is_left_once_at_most(
     pairs: list[tuple[str, str]], taken: set[tuple[str, str]]
 ) -> None:
-    assert find_taken_ids(pairs) == taken
-    assert find_taken_ids(reversed(pairs)) == taken
+    assert find_contested_ids(pairs) == taken
+    assert find_contested_ids(reversed(pairs)) == taken

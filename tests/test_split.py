@@ -7,33 +7,48 @@ from dataclasses import replace
 import pytest
 
 from phasewatch.errors import RunError, SplitError, UsageError
-from phasewatch.split import (
-    AsideCode,
+from phasewatch.splits import (
     Fold,
-    Part,
+    SetAsideCode,
     SplitEpisode,
+    SplitPart,
     build_folds,
     build_split,
-    near_duplicates,
+    find_near_duplicates,
     parse_fold,
-    prepare,
+    prepare_split,
     render_fold,
 )
-from phasewatch.vocab import PHASES, Phase, Role
+from phasewatch.types import PHASES, EpisodeRole, Phase
 
 PROFILES = ("benign", "cryptomine", "exfil-drip")
 
 
 def episode(
-    number: int, host: str, profile: str = "benign", *, session: str | None = None, role: Role = Role.LAB, plan_seed: int | None = None,
-    sketch: tuple[int, ...] | None = None, phases: tuple[Phase, ...] = PHASES,
-) -> SplitEpisode:  # fmt: skip
+    number: int,
+    host: str,
+    profile: str = "benign",
+    *,
+    session: str | None = None,
+    role: EpisodeRole = EpisodeRole.LAB,
+    plan_seed: int | None = None,
+    sketch: tuple[int, ...] | None = None,
+    phases: tuple[Phase, ...] = PHASES,
+) -> SplitEpisode:
     return SplitEpisode(
-        episode_id=f"e{number:03}", host_id=host, profile=profile, sample_name="one", sample_group=0,
-        session=session or f"s{number:03}", role=role, agent=False, plan_seed=1000 + number if plan_seed is None else plan_seed,
+        episode_id=f"e{number:03}",
+        host_id=host,
+        profile=profile,
+        sample_name="one",
+        sample_group=0,
+        session=session or f"s{number:03}",
+        role=role,
+        agent=False,
+        plan_seed=1000 + number if plan_seed is None else plan_seed,
         proc_sketch=tuple(range(100 * number, 100 * number + 8)) if sketch is None else sketch,
-        started_wall_ns=number, phases=phases,
-    )  # fmt: skip
+        started_wall_ns=number,
+        phases=phases,
+    )
 
 
 def corpus(hosts: int = 4, sessions: int = 6) -> list[SplitEpisode]:
@@ -50,7 +65,7 @@ def folds(episodes: list[SplitEpisode]) -> dict[str, Fold]:
     return {f.fold: f for f in build_folds("held_out_host", episodes, profiles=PROFILES)}
 
 
-def hosts_of(fold: Fold, part: Part, episodes: list[SplitEpisode]) -> set[str]:
+def hosts_of(fold: Fold, part: SplitPart, episodes: list[SplitEpisode]) -> set[str]:
     return {e.host_id for e in episodes if fold.episodes.get(e.episode_id) is part}
 
 
@@ -60,23 +75,28 @@ def test_each_host_is_tested_once_and_never_learnt_from() -> None:
 
     assert sorted(cut) == ["host-0", "host-1", "host-2", "host-3"]
     for name, fold in cut.items():
-        assert hosts_of(fold, Part.TEST, episodes) == {name}
-        assert all(name not in hosts_of(fold, p, episodes) for p in (Part.TRAIN, Part.VAL_A, Part.VAL_B))
-    assert sorted(i for f in cut.values() for i in f.ids(Part.TEST)) == sorted(e.episode_id for e in episodes)
+        assert hosts_of(fold, SplitPart.TEST, episodes) == {name}
+        assert all(name not in hosts_of(fold, p, episodes) for p in (SplitPart.TRAIN, SplitPart.VAL_A, SplitPart.VAL_B))
+    assert sorted(i for f in cut.values() for i in f.ids(SplitPart.TEST)) == sorted(e.episode_id for e in episodes)
 
 
 def test_the_next_host_in_sorted_order_validates_round_the_end() -> None:
     cut = folds(corpus())
 
     assert {name: fold.validation for name, fold in cut.items()} == {
-        "host-0": "host:host-1", "host-1": "host:host-2", "host-2": "host:host-3", "host-3": "host:host-0",
-    }  # fmt: skip
+        "host-0": "host:host-1",
+        "host-1": "host:host-2",
+        "host-2": "host:host-3",
+        "host-3": "host:host-0",
+    }
 
 
 def test_validation_is_halved_by_session() -> None:
     episodes = corpus()
     fold = folds(episodes)["host-0"]
-    a, b = ({e.session for e in episodes if fold.episodes[e.episode_id] is p} for p in (Part.VAL_A, Part.VAL_B))
+    a, b = (
+        {e.session for e in episodes if fold.episodes[e.episode_id] is p} for p in (SplitPart.VAL_A, SplitPart.VAL_B)
+    )
 
     assert len(a) == len(b) == 3
     assert not a & b
@@ -87,8 +107,8 @@ def test_with_two_hosts_a_share_of_the_other_sessions_validates_and_the_file_say
     fold = folds(episodes)["host-0"]
 
     assert fold.validation == "sessions"
-    assert len(fold.ids(Part.VAL_A)) == len(fold.ids(Part.VAL_B)) == 2  # one session of two machines each
-    assert hosts_of(fold, Part.TRAIN, episodes) == {"host-1"}
+    assert len(fold.ids(SplitPart.VAL_A)) == len(fold.ids(SplitPart.VAL_B)) == 2  # one session of two machines each
+    assert hosts_of(fold, SplitPart.TRAIN, episodes) == {"host-1"}
 
 
 def test_with_one_host_it_says_what_is_missing() -> None:
@@ -98,8 +118,8 @@ def test_with_one_host_it_says_what_is_missing() -> None:
 
 def test_commissioning_soak_and_unknown_phase_are_in_no_set() -> None:
     others = [
-        episode(900, "host-0", role=Role.COMMISSION),
-        episode(901, "host-1", role=Role.SOAK),
+        episode(900, "host-0", role=EpisodeRole.COMMISSION),
+        episode(901, "host-1", role=EpisodeRole.SOAK),
         episode(902, "host-1", phases=()),
     ]
     fold = folds([*corpus(), *others])["host-0"]
@@ -112,7 +132,7 @@ def test_what_ran_beside_the_test_set_on_another_host_is_embargoed_if_both_say_s
     fold = folds([*lab, replace(episode(900, "host-2", session="h0s0"), neighbours=("e000",))])["host-0"]
 
     assert fold.embargoed == {"e900": "shares session h0s0 with the test set"}
-    assert fold.episodes["e900"] is Part.EMBARGOED
+    assert fold.episodes["e900"] is SplitPart.EMBARGOED
 
 
 @pytest.mark.parametrize("neighbours", [(), ("e000",)], ids=["a name alone", "one side alone"])
@@ -139,7 +159,7 @@ def test_a_near_duplicate_of_the_test_set_is_embargoed(twin: dict[str, object], 
 
 
 def test_near_duplicates_are_mutual() -> None:
-    near = near_duplicates([episode(1, "a"), episode(2, "a", plan_seed=1001), episode(3, "a")])
+    near = find_near_duplicates([episode(1, "a"), episode(2, "a", plan_seed=1001), episode(3, "a")])
 
     assert near.find_twins(["e001"], frozenset({"e002", "e003"})) == {"e001": "e002"}
     assert near.find_twins(["e002"], frozenset({"e001", "e003"})) == {"e002": "e001"}
@@ -147,18 +167,19 @@ def test_near_duplicates_are_mutual() -> None:
 
 
 def test_episodes_without_a_plan_are_no_near_duplicates() -> None:
-    near = near_duplicates([episode(1, "a", plan_seed=0), episode(2, "a", plan_seed=0)])
+    near = find_near_duplicates([episode(1, "a", plan_seed=0), episode(2, "a", plan_seed=0)])
 
     assert near.find_twins(["e001"], frozenset({"e002"})) == {}
 
 
 def test_a_profile_that_a_fold_could_not_learn_is_set_aside_and_the_folds_are_those_without_it() -> None:
     rare = [episode(900, "host-0", "dropper"), episode(901, "host-2", "dropper")]
-    made = build_split("held_out_host", prepare([*corpus(), *rare]), profiles=PROFILES)
+    made = build_split("held_out_host", prepare_split([*corpus(), *rare]), profiles=PROFILES)
 
     assert [(a.episode_id, a.code, a.recipes) for a in made.set_aside] == [
-        ("e900", AsideCode.NOT_IN_TRAIN, ("held_out_host",)), ("e901", AsideCode.NOT_IN_TRAIN, ("held_out_host",)),
-    ]  # fmt: skip
+        ("e900", SetAsideCode.NOT_IN_TRAIN, ("held_out_host",)),
+        ("e901", SetAsideCode.NOT_IN_TRAIN, ("held_out_host",)),
+    ]
     assert made.folds == build_folds("held_out_host", corpus(), profiles=PROFILES)
 
 
@@ -169,14 +190,14 @@ def test_a_store_of_which_most_hosts_could_not_be_tested_is_refused_by_name() ->
         folds(own)
 
 
-def test_an_episode_that_stands_twice_is_refused() -> None:
+def test_episode_id_that_occurs_twice_is_refused() -> None:
     episodes = corpus()
 
-    with pytest.raises(SplitError, match="e000 stands twice"):
+    with pytest.raises(SplitError, match="e000 occurs twice"):
         folds([*episodes, replace(episodes[0], host_id="host-3")])
 
 
-def test_what_is_untested_is_named() -> None:
+def test_fold_lists_untested_profiles_and_phases() -> None:
     quiet = [e if e.host_id != "host-0" else replace(e, phases=(Phase.CLEAN, Phase.ACTIVE)) for e in corpus()]
     fold = build_folds("held_out_host", quiet, profiles=(*PROFILES, "beacon-c2"))[0]
 
@@ -201,12 +222,12 @@ def test_the_order_of_episodes_changes_no_byte() -> None:
     ]
 
 
-def test_a_fold_survives_its_file_and_an_edited_one_is_refused() -> None:
+def test_fold_file_is_read_as_it_was_written_and_an_edited_one_is_refused() -> None:
     fold = folds(corpus())["host-0"]
     data = render_fold(fold)
 
     assert parse_fold(data, file="f.json") == fold
-    with pytest.raises(RunError, match=r"f\.json: its hash does not fit"):
+    with pytest.raises(RunError, match=r"f\.json: the digest does not match"):
         parse_fold(data.replace(b'"e000": "test"', b'"e000": "train"'), file="f.json")
     with pytest.raises(RunError, match=r"f\.json: not a split"):
         parse_fold(b"{}", file="f.json")

@@ -1,38 +1,38 @@
-"""What a split claims of itself is checked, not believed: a recipe that breaks its promise is caught before anything learns."""
+"""Checks of the claims of a fold: a recipe that breaks one is refused before any training."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import pytest
-from tests.split_episodes import PROFILES, corpus
+from tests.factories.split_episodes import PROFILES, corpus
 
 from phasewatch.errors import SplitError
-from phasewatch.split import Part, build_folds
-from phasewatch.split.claims import assert_fold, assert_partition
-from phasewatch.split.recipes import Cut, recipe_of
+from phasewatch.splits import SplitPart, build_folds
+from phasewatch.splits.build import check_fold, check_partition
+from phasewatch.splits.recipes import FoldPlan, find_recipe
 
 
 def test_a_partition_that_tests_an_episode_twice_is_caught() -> None:
     lab = corpus(hosts=2, sessions=2)
-    twice = [Cut(fold=name, test=frozenset(e.episode_id for e in lab)) for name in ("a", "b")]
+    twice = [FoldPlan(fold=name, test=frozenset(e.episode_id for e in lab)) for name in ("a", "b")]
 
     with pytest.raises(SplitError, match="e000 is tested 2 times, expected once"):
-        assert_partition(recipe_of("held_out_host"), twice, lab)
+        check_partition(find_recipe("held_out_host"), twice, lab)
 
 
 def test_a_fold_whose_test_set_was_learnt_from_is_caught_by_every_claim_that_it_breaks() -> None:
     lab = corpus(hosts=2, sessions=2)
-    parts = {e.episode_id: list(Part)[n % 4] for n, e in enumerate(lab)}
+    parts = {e.episode_id: list(SplitPart)[n % 4] for n, e in enumerate(lab)}
 
     with pytest.raises(SplitError, match=r"no host of the test set was learnt from|share no session"):
-        assert_fold(recipe_of("held_out_host"), lab, parts, "sessions")
+        check_fold(find_recipe("held_out_host"), lab, parts, "sessions")
 
 
 def test_where_every_other_episode_is_a_twin_of_the_test_set_nothing_can_validate() -> None:
     twins = [replace(e, proc_sketch=(7,)) for e in corpus(hosts=2)]
 
-    with pytest.raises(SplitError, match="validation needs 2 sessions outside the test set and found 0"):
+    with pytest.raises(SplitError, match="validation needs 2 sessions outside the test set, found 0"):
         build_folds("held_out_host", twins, profiles=PROFILES)
 
 

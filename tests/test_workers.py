@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from phasewatch.errors import MachineError
-from phasewatch.workers import map_ordered
+from phasewatch.parallel.pool import map_ordered
 
 
 def double(x: int) -> int:
@@ -93,7 +93,7 @@ def test_no_items_need_no_process() -> None:
     assert list(map_ordered(double, [], workers=4, timeout_s=1)) == []
 
 
-def test_a_death_or_a_hang_costs_its_one_item_after_one_retry() -> None:
+def test_crash_or_hang_loses_one_item_after_one_retry() -> None:
     results = list(map_ordered(die_or_hang, range(12), workers=2, timeout_s=0.5))
 
     assert [r.value for r in results] == [0, 1, 2, None, 4, 5, None, 7, 8, 9, 10, 11]
@@ -109,7 +109,7 @@ def test_an_item_whose_worker_died_by_chance_succeeds_in_a_fresh_process(tmp_pat
     assert len({pid for _, pid in values}) == 3  # before the death, the retry's own, after it
 
 
-def test_an_exception_of_the_function_is_broken_code_and_is_raised_in_its_turn() -> None:
+def test_exception_of_the_function_is_raised_in_the_order_of_the_items() -> None:
     results = map_ordered(refuse, range(5), workers=2, timeout_s=30)
 
     assert [next(results).value, next(results).value] == [0, 1]
@@ -117,7 +117,7 @@ def test_an_exception_of_the_function_is_broken_code_and_is_raised_in_its_turn()
         next(results)
 
 
-def test_an_exception_that_cannot_travel_comes_home_as_words() -> None:
+def test_exception_that_cannot_be_pickled_keeps_its_message() -> None:
     with pytest.raises(RuntimeError, match="Odd: 12"):
         list(map_ordered(refuse_oddly, [1], workers=2, timeout_s=30))
 
@@ -152,11 +152,11 @@ def test_large_items_and_large_results_do_not_block_each_other() -> None:
     assert [len(r.value or b"") for r in results] == [600_000] * 8
 
 
-def test_workers_that_cannot_start_are_an_error_with_words(capfd: pytest.CaptureFixture[str]) -> None:
+def test_workers_that_cannot_start_raise_machine_error(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(MachineError, match="no worker process could be started"):
         list(map_ordered(Unloadable(), [1], workers=1, timeout_s=30))  # type: ignore[arg-type]
 
 
-def test_a_pool_needs_a_worker() -> None:
+def test_pool_without_workers_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         map_ordered(double, [1], workers=0)

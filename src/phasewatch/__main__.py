@@ -1,4 +1,4 @@
-"""`python -m phasewatch` is `phasewatch`."""
+"""Run the command line with ``python -m phasewatch``."""
 
 from phasewatch.cli import main
 

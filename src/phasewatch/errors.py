@@ -1,28 +1,51 @@
-"""Every error a user can meet, with its exit code.
+"""The errors that a user can meet, each with its exit code.
 
 PhasewatchError
-├── UsageError            2  the command line asks for something that cannot be
-├── DataError             3  bad or absent data
+├── UsageError            2  an option or argument is invalid
+├── DataError             3  data is absent or invalid
 │   ├── BundleError          one episode bundle cannot be read, or breaks a rule of its format
 │   ├── StoreError           a store is absent, empty or not a store
-│   │   ├── TakenError           other bytes already stand under an id
-│   │   └── LostStoreError       the store's folder is gone, or is another one than was opened
-│   ├── RunError             a file of a run is absent, half made or not what its reader expects
-│   ├── ModelError           a model that a user brings failed in its own code
+│   │   ├── IdConflictError      the store holds other bytes under the same id
+│   │   └── StoreReplacedError   the store's folder is gone, or is not the one that was opened
+│   ├── RunError             a file of a run is absent, incomplete or malformed
+│   ├── ModelError           a user's model failed in its own code or returned an invalid result
 │   ├── EventError           an event for the dashboard is malformed, too large or of an unknown type
 │   └── PlanError            a recording plan is not valid, or leaks the phase through elapsed time
-├── MismatchError         4  two things were made for different schemas, versions or masks
-│   └── SplitError           a recipe cannot be built from these episodes
+├── MismatchError         4  two files were made for different schemas, versions or channel sets
+│   └── SplitError           a split recipe cannot be built from these episodes
 └── MachineError          5  the machine lacks something, or something on it failed
-    ├── MissingTool          a program, package or permission is not there
+    ├── MissingToolError     a program, package or permission is not there
     ├── BusyError            another process holds the run or the store
-    └── VmError              a virtual machine did not start, hung, died or never answered
+    └── VmError              a virtual machine did not start, hung, died or did not answer
 """
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
+
+__all__ = [
+    "BundleError",
+    "BusyError",
+    "DataError",
+    "EventError",
+    "IdConflictError",
+    "MachineError",
+    "MismatchError",
+    "MissingToolError",
+    "ModelError",
+    "PhasewatchError",
+    "PlanError",
+    "RunError",
+    "SplitError",
+    "StoreError",
+    "StoreReplacedError",
+    "UsageError",
+    "VmError",
+    "describe_os_error",
+    "escape_unprintable",
+    "suggest_names",
+]
 
 _REMEDIES = {
     errno.ENOSPC: "make room on its disk and run the command again",
@@ -41,12 +64,12 @@ _REMEDIES = {
 }
 
 
-def name_the_nearest(name: str, known: Iterable[str]) -> str:
-    """End a message about a name that nobody knows: with the names that it resembles, else with all that there are.
+def suggest_names(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown name: similar known names, or else all known names.
 
-    >>> name_the_nearest("gtb", ["gbt", "cnn"])
+    >>> suggest_names("gtb", ["gbt", "cnn"])
     'did you mean gbt?'
-    >>> name_the_nearest("forest", ["gbt", "cnn"])
+    >>> suggest_names("forest", ["gbt", "cnn"])
     'it is one of cnn, gbt'
     """
     from difflib import get_close_matches
@@ -57,7 +80,7 @@ def name_the_nearest(name: str, known: Iterable[str]) -> str:
 
 
 def describe_os_error(error: OSError) -> str:
-    """Return one line for what the operating system refused: the place, its reason, the remedy.
+    """Return one line about an operating-system error: the path, the reason and a remedy.
 
     >>> describe_os_error(OSError(errno.ENOSPC, "No space left on device", "runs/a/report.html"))
     'runs/a/report.html: No space left on device; make room on its disk and run the command again'
@@ -68,10 +91,10 @@ def describe_os_error(error: OSError) -> str:
     return f"{place}{error.strerror or error}; {remedy}"
 
 
-def spell_controls(text: str) -> str:
-    r"""Return the text with every character that is not printable spelled out, so that no terminal or file obeys it.
+def escape_unprintable(text: str) -> str:
+    r"""Return a text with unprintable characters escaped, so that no terminal interprets them.
 
-    >>> spell_controls("a\x1b[31mb")
+    >>> escape_unprintable("a\x1b[31mb")
     'a\\x1b[31mb'
     """
     if text.isprintable():
@@ -98,18 +121,18 @@ class DataError(PhasewatchError):
 
 
 class BundleError(DataError):
-    """One episode bundle cannot be read, or breaks a rule of its format.
+    """An episode bundle cannot be read or breaks a rule of its format.
 
     Attributes:
-        code: The finding's code, such as ``member-sha256``; `phasewatch.validate.gates` lists them.
-        place: File, member and line, as far as they are known.
-        words: What was found, and what was expected.
+        code: The code of the finding, such as ``member-sha256``; `phasewatch.validate.checks` lists them.
+        place: File, member and line, as far as known.
+        words: What was found and what was expected.
     """
 
     def __init__(self, *, code: str, words: str, file: str = "", member: str = "", line: int = 0) -> None:
-        # A stranger's file may hold anything in its keys: what they are quoted in goes to logs, indexes and answers.
-        self.code, self.words, self.file, self.member, self.line = code, spell_controls(words), file, member, line
-        self.place = spell_controls(":".join(part for part in (file, member, str(line) if line else "") if part))
+        # Keys of an untrusted file are quoted in messages, which go to logs, indexes and HTTP responses.
+        self.code, self.words, self.file, self.member, self.line = code, escape_unprintable(words), file, member, line
+        self.place = escape_unprintable(":".join(part for part in (file, member, str(line) if line else "") if part))
         super().__init__(f"{self.place}: {code}: {self.words}" if self.place else f"{code}: {self.words}")
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -124,20 +147,20 @@ class StoreError(DataError):
     """A store is absent, empty or not a store."""
 
 
-class TakenError(StoreError):
-    """Other bytes already stand under an id; bundles are written once."""
+class IdConflictError(StoreError):
+    """The store holds other bytes under the same id; bundles are never replaced."""
 
 
-class LostStoreError(StoreError):
-    """The store's folder is gone, or is another one than was opened: its disk may be unmounted."""
+class StoreReplacedError(StoreError):
+    """The store's folder is gone or is not the one that was opened; its disk may be unmounted."""
 
 
 class RunError(DataError):
-    """A file of a run is absent, half made or not what its reader expects."""
+    """A file of a run is absent, incomplete or malformed."""
 
 
 class ModelError(DataError):
-    """A model that a user brings failed in its own code, or gave an answer that is none."""
+    """A user's model failed in its own code or returned an invalid result."""
 
 
 class EventError(DataError):
@@ -149,23 +172,23 @@ class PlanError(DataError):
 
 
 class MismatchError(PhasewatchError):
-    """Two things were made for different schemas, versions or masks."""
+    """Two files were made for different schemas, versions or channel sets."""
 
     exit_code = 4
 
 
 class SplitError(MismatchError):
-    """A recipe cannot be built from these episodes; the message says what is missing."""
+    """A split recipe cannot be built from these episodes; the message names what is missing."""
 
 
 class MachineError(PhasewatchError):
-    """The machine lacks something, or something on it failed."""
+    """The machine lacks a program, a permission or a resource, or something on it failed."""
 
     exit_code = 5
 
 
-class MissingTool(MachineError):
-    """A program, package or permission is not there; the message says how to get it."""
+class MissingToolError(MachineError):
+    """A program, package or permission is missing; the message says how to get it."""
 
 
 class BusyError(MachineError):
@@ -173,4 +196,4 @@ class BusyError(MachineError):
 
 
 class VmError(MachineError):
-    """A virtual machine did not start, hung, died or never answered."""
+    """A virtual machine did not start, hung, died or did not answer."""

@@ -1,4 +1,4 @@
-"""The one place that makes HTTP clients, so that no proxy of the environment ever carries a token or an alarm."""
+"""Create HTTP clients; none uses a proxy of the environment, which could read tokens and alarms."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 from phasewatch.errors import UsageError
+
+__all__ = ["is_clear_text", "is_loopback", "make_http_client"]
 
 if TYPE_CHECKING:
     from ssl import SSLContext
@@ -20,16 +22,16 @@ def make_http_client(
     timeout: httpx.Timeout | float,
     verify: SSLContext | bool = True,
 ) -> httpx.AsyncClient:
-    """Return a client that ignores proxy variables and `.netrc`, and follows no redirect.
+    """Return a client that ignores proxy variables and `.netrc` and follows no redirect.
 
     Args:
-        base_url: What relative addresses are joined to.
-        token: Sent as a bearer token with each request.
-        timeout: In seconds.
-        verify: How the other end's certificate is checked.
+        base_url: Base of relative addresses.
+        token: Bearer token of every request.
+        timeout: Seconds.
+        verify: How the server's certificate is checked.
 
     Raises:
-        UsageError: If the address or the token cannot stand in a request.
+        UsageError: If the address or the token cannot be used in a request.
 
     Source: ADR 0051.
     """
@@ -47,18 +49,18 @@ def make_http_client(
 
 
 def is_clear_text(url: str) -> bool:
-    """Whether what is sent to an address crosses a network unencrypted: plain http to another machine."""
+    """Whether requests to an address cross a network unencrypted: plain http to another machine."""
     import httpx
 
     try:
-        parsed = httpx.URL(url)  # the same parser that the client goes by
-    except (httpx.InvalidURL, UnicodeError):  # no address at all: the client refuses it
+        parsed = httpx.URL(url)  # the client's own parser
+    except (httpx.InvalidURL, UnicodeError):  # not an address; the client refuses it
         return False
     return parsed.scheme == "http" and bool(parsed.host) and not is_loopback(parsed.host)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine's own, so that what goes there crosses no network."""
+    """Whether a host name or address is a loopback address of this machine."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:

@@ -1,18 +1,23 @@
-"""Episode ids that two hosts claim: which of the two bundles is used, decided by numbers that a name cannot change."""
+"""Episode ids that several hosts claim: choose the host that keeps each id.
+
+The choice counts episodes. Names and times do not count, because the sender of a bundle chooses both.
+"""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-MAX_SHARED = 0.1  # of a host's episodes that others claim too; with more, nothing tells who copied whom
+__all__ = ["MAX_CONTESTED_SHARE", "find_contested_ids", "pick_owner"]
+
+MAX_CONTESTED_SHARE = 0.1  # of a host's episodes; a host with a larger share of contested episodes keeps none of them
 
 
-def find_taken_ids(pairs: Iterable[tuple[str, str]]) -> frozenset[tuple[str, str]]:
-    """Return the (host_id, episode_id) pairs to leave out so that each episode id is left once at most.
+def find_contested_ids(pairs: Iterable[tuple[str, str]]) -> frozenset[tuple[str, str]]:
+    """Return the (host_id, episode_id) pairs to leave out, so that every episode id is unique.
 
-    Files of a run name an episode by its id alone. Of the hosts that hold one id, the one that vouches for it keeps it
-    (see `pick_owner`); without one nobody does.
+    Files of a run name an episode by its id alone. Of the hosts that claim an id, its owner keeps it (`pick_owner`);
+    without an owner, all of them are left out.
 
     Args:
         pairs: (host_id, episode_id) of every usable bundle.
@@ -24,27 +29,29 @@ def find_taken_ids(pairs: Iterable[tuple[str, str]]) -> frozenset[tuple[str, str
     shared: Counter[str] = Counter()
     for hosts in holders.values():
         (own if len(hosts) == 1 else shared).update(hosts)
-    taken: set[tuple[str, str]] = set()
+    contested: set[tuple[str, str]] = set()
     for episode, hosts in holders.items():
         if len(hosts) > 1:
             owner = pick_owner(hosts, own=own, shared=shared)
-            taken.update((host, episode) for host in hosts if host != owner)
-    return frozenset(taken)
+            contested.update((host, episode) for host in hosts if host != owner)
+    return frozenset(contested)
 
 
 def pick_owner(hosts: Iterable[str], *, own: Counter[str], shared: Counter[str], margin: int = 1) -> str | None:
-    """Return the host that keeps what several claim: most episodes of its own, and hardly one that others claim.
+    """Return the host that keeps a contested episode, or None.
 
-    Names and times decide nothing, because whoever writes a bundle chooses both. A host of which others claim more than
-    MAX_SHARED (one episode may always be) keeps nothing: whoever copies many episodes of a host would otherwise win by sending some more.
+    It is the host with the most episodes that no other host claims. A host of which more than `MAX_CONTESTED_SHARE` is
+    contested (one episode is always allowed) keeps nothing: a host that copied many episodes of another could
+    otherwise win by sending a few more.
 
     Args:
-        hosts: Who claims it.
-        own: Episodes of each host that no other host claims.
-        shared: Episodes of each host that another one claims, too.
-        margin: How many times as many episodes of its own as any other it needs.
+        hosts: The hosts that claim the episode.
+        own: Number of episodes of each host that no other host claims.
+        shared: Number of episodes of each host that other hosts claim too.
+        margin: The owner needs this many times as many own episodes as the next host.
     """
-    most = sorted(hosts, key=lambda host: -own[host])
-    if len(most) > 1 and (own[most[0]] == own[most[1]] or own[most[0]] < margin * own[most[1]]):
+    ranked = sorted(hosts, key=lambda host: -own[host])
+    first = ranked[0]
+    if len(ranked) > 1 and (own[first] == own[ranked[1]] or own[first] < margin * own[ranked[1]]):
         return None
-    return most[0] if shared[most[0]] <= max(1, MAX_SHARED * (own[most[0]] + shared[most[0]])) else None
+    return first if shared[first] <= max(1, MAX_CONTESTED_SHARE * (own[first] + shared[first])) else None

@@ -1,4 +1,4 @@
-"""The user's own folders, as the XDG specification has them; a user without a home folder is told what to set."""
+"""The user's folders by the XDG base directory specification."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from pathlib import Path
 
 from phasewatch.errors import MachineError
 
+__all__ = ["cache_folder", "user_folder"]
+
 
 def user_folder(variable: str, below_home: str, *, otherwise: str) -> Path:
-    """Return phasewatch's folder for one kind of file; nothing is made.
+    """Return phasewatch's folder for one kind of file; it is not created.
 
     Args:
-        variable: Such as ``XDG_STATE_HOME``. A value that is no absolute path is ignored, as the specification asks.
-        below_home: Where the folder lies if the variable is not set, such as ``.local/state``.
-        otherwise: What a user without a home folder can do, for the error.
+        variable: Such as ``XDG_STATE_HOME``. A value that is not an absolute path is ignored, as specified.
+        below_home: Path below the home folder if the variable is not set, such as ``.local/state``.
+        otherwise: What a user without a home folder can do instead, for the error.
 
     Raises:
         MachineError: If the variable is not set and the user has no home folder.
@@ -31,7 +33,7 @@ def user_folder(variable: str, below_home: str, *, otherwise: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Return the folder of what can be made again: guest images, and whether a kernel boots on KVM.
+    """Return the cache folder: guest images, and which kernels boot on KVM.
 
     Raises:
         MachineError: If the user has no home folder.

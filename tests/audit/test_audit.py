@@ -18,31 +18,30 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from tests.stores import write_store
+from tests.factories.stores import write_store
 
-from phasewatch import pipeline, stages
-from phasewatch.audit.checks import Audit, Check, Fate
-from phasewatch.audit.disjoint import faults_of
-from phasewatch.audit.remake import check_disjoint
-from phasewatch.audit.run import check_scored, read_audit
-from phasewatch.audit.shuffled import check_shuffled
-from phasewatch.audit.trained import check_repeated, check_said, chosen_cells
+from phasewatch.artifacts import EXPERIMENT_FILE, PREDICTIONS_FILE
+from phasewatch.audit.checks import AuditCheck, AuditReport, CheckOutcome
+from phasewatch.audit.models import check_permuted_labels, check_predictions, check_retrained, choose_experiments
+from phasewatch.audit.run import check_disjoint, check_metrics, read_audit
+from phasewatch.audit.splits import find_fold_faults
 from phasewatch.dataset import file_sha256, load, read_fold
-from phasewatch.dataset.splits import read_episodes
-from phasewatch.evaluate.said import parse_boards
-from phasewatch.evaluate.score import read_recorded, rescore
-from phasewatch.evaluate.shift import Parts, Shift, live_through
+from phasewatch.dataset.split_files import read_split_episodes
+from phasewatch.evaluation.alarms import AlarmSimulation, PredictionParts, simulate_alarms
+from phasewatch.evaluation.evaluate import compute_metrics, read_timelines
+from phasewatch.evaluation.predictions import parse_prediction_groups
 from phasewatch.models import checkpoint, registry
-from phasewatch.models.base import Examples, Inputs
-from phasewatch.split import Fold, Part, SplitEpisode
-from phasewatch.split.fold import digest_of, parse_fold, render_fold
-from phasewatch.train.cell import DONE, Cell, parse_done, render_done
-from phasewatch.train.cells import learn, merge, read_sources, train_cells
-from phasewatch.train.predictions import PREDICTIONS, read_table
+from phasewatch.models.base import LabelledExamples, ModelInputs
+from phasewatch.pipeline import runner, stages
+from phasewatch.splits import Fold, SplitEpisode, SplitPart
+from phasewatch.splits.fold import compute_fold_digest, parse_fold, render_fold
+from phasewatch.training.experiment import Experiment, parse_experiment, render_experiment
+from phasewatch.training.predictions import read_predictions
+from phasewatch.training.train import compute_run_digests, fit_model, merge_predictions, train_experiments
 
 MODELS = ("gbt", "cnn", "majority", "elapsed_time")
 RECIPES = ("held_out_host", "deploy")
-CELL = Cell(recipe="held_out_host", fold="h0", threat="realistic", model="gbt")
+CELL = Experiment(recipe="held_out_host", fold="h0", threat="realistic", model="gbt")
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +51,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def clean(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pipeline.run(
-        stages.Settings(store=store, run=tmp_path_factory.mktemp("runs") / "clean", models=MODELS, recipes=RECIPES)
+    return runner.run_pipeline(
+        stages.RunSettings(store=store, run=tmp_path_factory.mktemp("runs") / "clean", models=MODELS, recipes=RECIPES)
     ).run
 
 
@@ -62,38 +61,38 @@ def run(clean: Path, tmp_path: Path) -> Path:
     return shutil.copytree(clean, tmp_path / "run")
 
 
-def fate_of(audit: Audit, name: str) -> Fate:
+def fate_of(audit: AuditReport, name: str) -> CheckOutcome:
     return next(check.fate for check in audit.checks if check.name == name)
 
 
-def seal(run: Path, cell: Cell) -> None:
+def seal(run: Path, cell: Experiment) -> None:
     """Make a tampered cell's own digests fit again, as somebody who hides it would."""
     folder = cell.folder(run)
-    done = parse_done((folder / DONE).read_bytes(), file="")
+    done = parse_experiment((folder / EXPERIMENT_FILE).read_bytes(), file="")
     outputs = {name: file_sha256(folder / name) for name in done.outputs}
-    (folder / DONE).write_bytes(render_done(msgspec.structs.replace(done, outputs=outputs)))
-    merge(run, read_sources(run))
+    (folder / EXPERIMENT_FILE).write_bytes(render_experiment(msgspec.structs.replace(done, outputs=outputs)))
+    merge_predictions(run, compute_run_digests(run))
 
 
-def refit(run: Path, cell: Cell, cheat: Callable[..., object]) -> None:
+def refit(run: Path, cell: Experiment, cheat: Callable[..., object]) -> None:
     """Train a cell in a way that sees what it must not, and put it in the honest one's place."""
-    sets = load(run, cell.recipe, cell.fold, cell.threat, registry.row_of(cell.model).kind)
+    sets = load(run, cell.recipe, cell.fold, cell.threat, registry.find_model(cell.model).kind)
     model = registry.create(cell.model, seed=cell.seed)
     cheat(model, sets)
     honest = {n: getattr(sets, n).examples.sha256() for n in ("train", "val_a", "val_b")}
-    spared = sets.soak.take(sets.spared_soak)
+    spared = sets.soak.take(sets.calibration_soak)
     honest |= {"decide_val": honest["val_b"], "decide_soak": spared.examples.sha256()}
     model.trained_on = honest
     model.save(cell.folder(run))
     seal(run, cell)
 
 
-def both(one: Examples, other: Examples) -> Examples:
+def both(one: LabelledExamples, other: LabelledExamples) -> LabelledExamples:
     x = np.concatenate([one.inputs.x, other.inputs.x])
-    return Examples(inputs=Inputs(x=x, spec=one.inputs.spec), y=np.concatenate([one.y, other.y]))
+    return LabelledExamples(inputs=ModelInputs(x=x, spec=one.inputs.spec), y=np.concatenate([one.y, other.y]))
 
 
-def edit_predictions(run: Path, change: Callable[[pa.Table], pa.Table], *, cell: Cell = CELL) -> None:
+def edit_predictions(run: Path, change: Callable[[pa.Table], pa.Table], *, cell: Experiment = CELL) -> None:
     path = cell.folder(run) / "predictions.parquet"
     table = change(pq.read_table(path))
     pq.write_table(table, path)
@@ -101,11 +100,13 @@ def edit_predictions(run: Path, change: Callable[[pa.Table], pa.Table], *, cell:
 
 
 def test_a_clean_run_keeps_every_promise_and_the_file_says_so(run: Path, store: Path) -> None:
-    audit = stages.audit(pipeline.settings_of(run))
+    audit = stages.audit(runner.read_settings(run))
 
     # Of a store without idle machines and of one length, some questions for leaks cannot be asked.
-    asked = [check for check in audit.checks if not (check.name.startswith("leak-") and check.fate is Fate.UNTESTED)]
-    assert [check for check in asked if check.fate is not Fate.KEPT] == []
+    asked = [
+        check for check in audit.checks if not (check.name.startswith("leak-") and check.fate is CheckOutcome.UNTESTED)
+    ]
+    assert [check for check in asked if check.fate is not CheckOutcome.KEPT] == []
     assert {check.name for check in asked} > {"leak-phase-from-elapsed-time", "leak-host-from-one-feature"}
     assert read_audit(run) == audit
 
@@ -115,22 +116,22 @@ def test_bundles_that_came_later_accuse_nobody(run: Path, store: Path, tmp_path:
     bundle = next((later / "h0").glob("*.zst"))
     shutil.copy(bundle, later / "h0" / "00000000-0000-7000-8000-000000000000.tar.zst")
 
-    audit = stages.audit(pipeline.settings_of(run, store=later))
+    audit = stages.audit(runner.read_settings(run, store=later))
 
-    assert fate_of(audit, "remade-from-bundles") is Fate.KEPT
+    assert fate_of(audit, "remade-from-bundles") is CheckOutcome.KEPT
 
 
 def test_without_its_store_an_audit_says_what_it_could_not_test(run: Path, tmp_path: Path) -> None:
-    audit = stages.audit(pipeline.settings_of(run, store=tmp_path / "gone"))
+    audit = stages.audit(runner.read_settings(run, store=tmp_path / "gone"))
 
-    assert fate_of(audit, "remade-from-bundles") is Fate.UNTESTED
+    assert fate_of(audit, "remade-from-bundles") is CheckOutcome.UNTESTED
     assert audit.passes
-    untested = [check for check in audit.checks if check.fate is Fate.UNTESTED]
-    assert audit.words == f"the run keeps its promises, but for {len(untested)} that could not be tested"
+    untested = [check for check in audit.checks if check.fate is CheckOutcome.UNTESTED]
+    assert audit.summary == f"the run keeps its promises, but for {len(untested)} that could not be tested"
 
 
 def test_an_audit_of_other_predictions_no_longer_counts(run: Path) -> None:
-    stages.audit(pipeline.settings_of(run))
+    stages.audit(runner.read_settings(run))
     edit_predictions(run, lambda table: table.slice(0, table.num_rows - 1))
 
     assert read_audit(run) is None
@@ -143,7 +144,7 @@ def test_edited_features_are_caught(run: Path) -> None:
     column = table.schema.get_field_index("proc.cpu_user.mean")
     pq.write_table(table.set_column(column, "proc.cpu_user.mean", leaked), path)
 
-    assert fate_of(stages.audit(pipeline.settings_of(run)), "remade-from-bundles") is Fate.BROKEN
+    assert fate_of(stages.audit(runner.read_settings(run)), "remade-from-bundles") is CheckOutcome.BROKEN
 
 
 def test_labels_made_from_elapsed_time_are_caught(run: Path) -> None:
@@ -152,7 +153,7 @@ def test_labels_made_from_elapsed_time_are_caught(run: Path) -> None:
     late = pc.cast(pc.greater(table["t_center_s"], 20.0), pa.int8())
     pq.write_table(table.set_column(table.schema.get_field_index("phase"), "phase", late), path)
 
-    assert fate_of(stages.audit(pipeline.settings_of(run)), "remade-from-bundles") is Fate.BROKEN
+    assert fate_of(stages.audit(runner.read_settings(run)), "remade-from-bundles") is CheckOutcome.BROKEN
 
 
 def test_a_changed_bundle_is_caught(run: Path, store: Path, tmp_path: Path) -> None:
@@ -160,22 +161,22 @@ def test_a_changed_bundle_is_caught(run: Path, store: Path, tmp_path: Path) -> N
     bundle = next((other / "h0").glob("*.zst"))
     bundle.write_bytes(bundle.read_bytes()[:-1])
 
-    audit = stages.audit(pipeline.settings_of(run, store=other))
+    audit = stages.audit(runner.read_settings(run, store=other))
 
-    assert fate_of(audit, "remade-from-bundles") is Fate.BROKEN
+    assert fate_of(audit, "remade-from-bundles") is CheckOutcome.BROKEN
 
 
 def edit_fold(run: Path, change: Callable[[Fold], Fold]) -> None:
     path = run / "splits" / "held_out_host-h0.json"
     fold = change(parse_fold(path.read_bytes(), file=""))
-    path.write_bytes(render_fold(replace(fold, sha256=digest_of(fold))))
+    path.write_bytes(render_fold(replace(fold, sha256=compute_fold_digest(fold))))
 
 
 def test_an_episode_of_the_test_host_in_train_is_caught(run: Path) -> None:
-    tested = read_fold(run, "held_out_host", "h0").ids(Part.TEST)[0]
-    edit_fold(run, lambda fold: replace(fold, episodes={**fold.episodes, tested: Part.TRAIN}))
+    tested = read_fold(run, "held_out_host", "h0").ids(SplitPart.TEST)[0]
+    edit_fold(run, lambda fold: replace(fold, episodes={**fold.episodes, tested: SplitPart.TRAIN}))
 
-    assert check_disjoint(run, run).fate is Fate.BROKEN
+    assert check_disjoint(run, run).fate is CheckOutcome.BROKEN
 
 
 def episode(number: int, **more: object) -> SplitEpisode:
@@ -187,7 +188,7 @@ def episode(number: int, **more: object) -> SplitEpisode:
     return SplitEpisode(**{**settings, **more})  # type: ignore[arg-type]
 
 
-CUT = {"e1": Part.TRAIN, "e2": Part.VAL_A, "e3": Part.TEST}
+CUT = {"e1": SplitPart.TRAIN, "e2": SplitPart.VAL_A, "e3": SplitPart.TEST}
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,7 @@ def test_what_a_recipe_holds_out_and_was_learnt_from_is_named(recipe: str, third
     )  # fmt: skip
     episodes = {e.episode_id: e for e in (episode(1), episode(2), third)}
 
-    assert any(words in fault for fault in faults_of(fold, episodes))
+    assert any(words in fault for fault in find_fold_faults(fold, episodes))
 
 
 def test_a_session_in_train_and_validation_is_caught() -> None:
@@ -221,20 +222,20 @@ def test_a_session_in_train_and_validation_is_caught() -> None:
     )  # fmt: skip
     episodes = {e.episode_id: e for e in (episode(1), episode(2, host_id="h1", session="s1"), episode(3))}
 
-    assert faults_of(fold, episodes) == ["held_out_host-x: session h1/s1 is in train and in val_a"]
+    assert find_fold_faults(fold, episodes) == ["held_out_host-x: session h1/s1 is in train and in val_a"]
 
 
 def test_a_duplicate_under_a_new_id_is_caught(run: Path) -> None:
     fold = read_fold(run, "held_out_host", "h0")
-    episodes = {e.episode_id: e for e in read_episodes(run)}
-    tested, learnt = fold.ids(Part.TEST)[0], fold.ids(Part.TRAIN)[0]
+    episodes = {e.episode_id: e for e in read_split_episodes(run)}
+    tested, learnt = fold.ids(SplitPart.TEST)[0], fold.ids(SplitPart.TRAIN)[0]
     episodes[learnt] = replace(episodes[learnt], proc_sketch=episodes[tested].proc_sketch)
 
-    assert any("near-duplicate" in fault for fault in faults_of(fold, episodes))
+    assert any("near-duplicate" in fault for fault in find_fold_faults(fold, episodes))
 
 
-def repeated(run: Path) -> Check:
-    return check_repeated(run, [cell for cell in chosen_cells(run) if cell.model == CELL.model])
+def repeated(run: Path) -> AuditCheck:
+    return check_retrained(run, [cell for cell in choose_experiments(run) if cell.model == CELL.model])
 
 
 def test_training_on_the_test_set_is_caught(run: Path) -> None:
@@ -244,7 +245,7 @@ def test_training_on_the_test_set_is_caught(run: Path) -> None:
 
     refit(run, CELL, cheat)
 
-    assert repeated(run).fate is Fate.BROKEN
+    assert repeated(run).fate is CheckOutcome.BROKEN
 
 
 def test_stopping_by_the_test_set_is_caught(run: Path) -> None:
@@ -253,7 +254,7 @@ def test_stopping_by_the_test_set_is_caught(run: Path) -> None:
 
     refit(run, CELL, cheat)
 
-    assert repeated(run).fate is Fate.BROKEN
+    assert repeated(run).fate is CheckOutcome.BROKEN
 
 
 def test_calibrating_on_the_test_set_is_caught(run: Path) -> None:
@@ -263,39 +264,39 @@ def test_calibrating_on_the_test_set_is_caught(run: Path) -> None:
 
     refit(run, CELL, cheat)
 
-    assert repeated(run).fate is Fate.BROKEN
+    assert repeated(run).fate is CheckOutcome.BROKEN
 
 
 def test_scaling_with_the_test_set_is_caught(run: Path) -> None:
     def cheat(model: object, sets: object) -> None:
         seen = np.nanmean(sets.test.x, axis=0)  # type: ignore[attr-defined]
-        shifted = Inputs(x=sets.train.x - seen, spec=sets.train.inputs.spec)  # type: ignore[attr-defined]
-        model.fit(Examples(inputs=shifted, y=sets.train.y), sets.val_a.examples).calibrate(sets.val_b.examples)  # type: ignore[attr-defined]
+        shifted = ModelInputs(x=sets.train.x - seen, spec=sets.train.inputs.spec)  # type: ignore[attr-defined]
+        model.fit(LabelledExamples(inputs=shifted, y=sets.train.y), sets.val_a.examples).calibrate(sets.val_b.examples)  # type: ignore[attr-defined]
 
     refit(run, CELL, cheat)
 
-    assert repeated(run).fate is Fate.BROKEN
+    assert repeated(run).fate is CheckOutcome.BROKEN
 
 
 def test_other_windows_than_the_folds_are_caught(run: Path) -> None:
     folder = CELL.folder(run)
-    header, files = checkpoint.read(folder)
+    header, files = checkpoint.read_checkpoint(folder)
     other = {**header.trained_on, "train": sha256(b"other").hexdigest()}
-    checkpoint.write(folder, msgspec.structs.replace(header, trained_on=other), files)
+    checkpoint.write_checkpoint(folder, msgspec.structs.replace(header, trained_on=other), files)
     seal(run, CELL)
 
-    assert repeated(run).fate is Fate.BROKEN
+    assert repeated(run).fate is CheckOutcome.BROKEN
 
 
 @pytest.mark.parametrize("part", ["decide_val", "decide_soak"])
 def test_thresholds_set_on_other_windows_are_caught(run: Path, part: str) -> None:
     folder = CELL.folder(run)
-    header, files = checkpoint.read(folder)
+    header, files = checkpoint.read_checkpoint(folder)
     other = {**header.trained_on, part: sha256(b"other").hexdigest()}
-    checkpoint.write(folder, msgspec.structs.replace(header, trained_on=other), files)
+    checkpoint.write_checkpoint(folder, msgspec.structs.replace(header, trained_on=other), files)
     seal(run, CELL)
 
-    assert repeated(run).fate is Fate.BROKEN
+    assert repeated(run).fate is CheckOutcome.BROKEN
 
 
 def test_edited_probabilities_are_caught(run: Path) -> None:
@@ -309,13 +310,13 @@ def test_edited_probabilities_are_caught(run: Path) -> None:
 
     edit_predictions(run, truth_told)
 
-    assert check_said(run).fate is Fate.BROKEN
+    assert check_predictions(run).fate is CheckOutcome.BROKEN
 
 
 def test_edited_decisions_are_caught(run: Path) -> None:
     edit_predictions(run, lambda t: t.set_column(t.schema.get_field_index("y_pred"), "y_pred", t["y_true"]))
 
-    assert check_said(run).fate is Fate.BROKEN
+    assert check_predictions(run).fate is CheckOutcome.BROKEN
 
 
 def test_edited_rows_of_the_filter_are_caught(run: Path) -> None:
@@ -328,18 +329,18 @@ def test_edited_rows_of_the_filter_are_caught(run: Path) -> None:
 
     edit_predictions(run, calm)
 
-    assert "filter phase" in check_said(run).words
+    assert "filter phase" in check_predictions(run).words
 
 
 def test_left_out_windows_are_caught(run: Path) -> None:
     edit_predictions(run, lambda table: table.filter(pc.equal(table["y_true"], table["y_pred"])))
 
-    assert check_said(run).fate is Fate.BROKEN
+    assert check_predictions(run).fate is CheckOutcome.BROKEN
 
 
 def test_windows_of_trained_episodes_among_the_tested_ones_are_caught(run: Path) -> None:
     """What a split by windows would do."""
-    learnt = read_fold(run, "held_out_host", "h0").ids(Part.TRAIN)[0]
+    learnt = read_fold(run, "held_out_host", "h0").ids(SplitPart.TRAIN)[0]
 
     def mix(table: pa.Table) -> pa.Table:
         ids = [learnt if i % 2 else e for i, e in enumerate(table["episode_id"].to_pylist())]
@@ -347,31 +348,31 @@ def test_windows_of_trained_episodes_among_the_tested_ones_are_caught(run: Path)
 
     edit_predictions(run, mix)
 
-    assert check_said(run).fate is Fate.BROKEN
+    assert check_predictions(run).fate is CheckOutcome.BROKEN
 
 
 def test_edited_numbers_are_caught(run: Path) -> None:
-    path = run / "metrics_v1.json"
+    path = run / "metrics_v2.json"
     metrics = json.loads(path.read_bytes())
     metrics["metrics"][0]["value"] += 0.1
     path.write_text(json.dumps(metrics))
 
-    assert check_scored(run).fate is Fate.BROKEN
+    assert check_metrics(run).fate is CheckOutcome.BROKEN
 
 
 def test_predictions_without_a_checkpoint_are_caught(run: Path) -> None:
-    table = pq.read_table(run / PREDICTIONS)
+    table = pq.read_table(run / PREDICTIONS_FILE)
     renamed = pa.array(["cnn"] * table.num_rows)
     other = table.set_column(table.schema.get_field_index("model"), "model", renamed)
-    pq.write_table(pa.concat_tables([table, other]), run / PREDICTIONS)
+    pq.write_table(pa.concat_tables([table, other]), run / PREDICTIONS_FILE)
 
-    assert check_said(run).fate is Fate.BROKEN
+    assert check_predictions(run).fate is CheckOutcome.BROKEN
 
 
 OWN = """
 from sklearn.tree import DecisionTreeClassifier
 from phasewatch.models.adapters import TableAdapter
-from phasewatch.models.registry import class_of
+from phasewatch.models.registry import load_model_class
 
 class Tree(TableAdapter):
     '''Keeps no weights.'''
@@ -379,7 +380,7 @@ class Tree(TableAdapter):
     def make(self, seed):
         return DecisionTreeClassifier(max_depth=2, random_state=seed)
 
-class Prior(class_of("majority")):
+class Prior(load_model_class("majority")):
     '''Keeps its weights, which no checkpoint's text may bring back.'''
     key = "prior"
 """
@@ -390,22 +391,22 @@ def train_own(run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir()
     (folder / "brought_own.py").write_text(OWN)
     monkeypatch.syspath_prepend(folder)
-    train_cells(run, [replace(CELL, model=f"brought_own:{name}") for name in ("Tree", "Prior")], workers=1)
+    train_experiments(run, [replace(CELL, model=f"brought_own:{name}") for name in ("Tree", "Prior")], workers=1)
 
 
 def test_a_model_that_is_given_as_module_and_class_is_not_accused(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_own(run, tmp_path / "own", monkeypatch)
-    own = [cell for cell in chosen_cells(run) if ":" in cell.model]
+    own = [cell for cell in choose_experiments(run) if ":" in cell.model]
 
-    repeated, said = check_repeated(run, own), check_said(run)
+    repeated, said = check_retrained(run, own), check_predictions(run)
 
     assert (repeated.fate, repeated.words) == (
-        Fate.KEPT,
+        CheckOutcome.KEPT,
         "0 cells trained again, of 2 without weights the windows compared",
     )
-    assert said.fate is Fate.KEPT
+    assert said.fate is CheckOutcome.KEPT
     assert said.words.endswith(", of 2 without weights the windows compared")
 
 
@@ -417,25 +418,25 @@ def test_a_model_whose_code_is_not_here_is_scored_and_its_predictions_are_untest
     monkeypatch.delitem(sys.modules, "brought_own")
     importlib.invalidate_caches()
 
-    said, scored = check_said(run), rescore(run, resamples=20)
+    said, scored = check_predictions(run), compute_metrics(run, resamples=20)
 
-    assert said.fate is Fate.UNTESTED
+    assert said.fate is CheckOutcome.UNTESTED
     assert "model 'brought_own:Tree' cannot be imported" in said.words
     assert "put its folder on PYTHONPATH" in said.words
     assert {r.model for r in scored.metrics} >= {"brought_own:Tree", "gbt"}
 
 
 def test_labels_that_were_shuffled_teach_nothing(run: Path) -> None:
-    assert check_shuffled(run).fate is Fate.KEPT
+    assert check_permuted_labels(run).fate is CheckOutcome.KEPT
 
 
 class Peeks:
     """Sees the truth whatever it was taught: what a leak in the pipeline would make of any model."""
 
-    def fit(self, train: Examples, val: Examples) -> Peeks:
+    def fit(self, train: LabelledExamples, val: LabelledExamples) -> Peeks:
         return self
 
-    def predict(self, inputs: Inputs) -> np.ndarray:
+    def predict(self, inputs: ModelInputs) -> np.ndarray:
         return inputs.x[:, inputs.spec.names.index("proc.cpu_user.mean")].astype(np.int64)
 
 
@@ -450,49 +451,51 @@ def test_who_scores_in_spite_of_shuffled_labels_has_the_truth_from_elsewhere(
     )
     monkeypatch.setattr(registry, "create", lambda *_, **__: Peeks())
 
-    check = check_shuffled(run)
+    check = check_permuted_labels(run)
 
-    assert check.fate is Fate.BROKEN
+    assert check.fate is CheckOutcome.BROKEN
     assert "something other than the labels tells the phase" in check.words
 
 
 def test_an_alarm_that_was_set_by_the_test_set_is_caught(run: Path) -> None:
     def cheat(model: object, sets: object) -> None:
-        learn(model, sets)  # type: ignore[arg-type]
+        fit_model(model, sets)  # type: ignore[arg-type]
         rule = model.alarm["none"]  # type: ignore[attr-defined]
         theta = 0.25 if rule.theta > 0.5 else 0.75  # as another set of windows would have it
         model.alarm = {**model.alarm, "none": replace(rule, theta=theta)}  # type: ignore[attr-defined]
 
     refit(run, CELL, cheat)
 
-    assert repeated(run).fate is Fate.BROKEN
+    assert repeated(run).fate is CheckOutcome.BROKEN
 
 
 def test_the_operators_view_rings_at_the_thresholds_of_the_checkpoints(run: Path) -> None:
     """Evaluation chooses them again from predictions alone, soak of other hosts included."""
-    table = read_table(run / PREDICTIONS)
-    recorded = read_recorded(run)
-    of_part = {part: {b.key: b for b in parse_boards(table, {}, part=part)} for part in ("test", "val_b", "soak")}
+    table = read_predictions(run / PREDICTIONS_FILE)
+    recorded = read_timelines(run)
+    of_part = {
+        part: {b.key: b for b in parse_prediction_groups(table, {}, part=part)} for part in ("test", "val_b", "soak")
+    }
     key = (CELL.recipe, CELL.threat, CELL.table, "phase")
     boards = [of_part[part].get(key) for part in ("test", "val_b", "soak")]
     assert boards[0] is not None
-    own = [s for s in boards[0].said if s.model == CELL.model]
+    own = [s for s in boards[0].predictions if s.model == CELL.model]
 
-    lived = live_through(own, Parts(test=boards[0], val_b=boards[1], soak=boards[2]), recorded, None)
+    lived = simulate_alarms(own, PredictionParts(test=boards[0], val_b=boards[1], soak=boards[2]), recorded, None)
 
-    assert isinstance(lived, Shift)
+    assert isinstance(lived, AlarmSimulation)
     cells = [replace(CELL, fold=s.fold) for s in own]
-    assert list(lived.thresholds) == [checkpoint.read(c.folder(run))[0].alarm["phase"].theta for c in cells]
+    assert list(lived.thresholds) == [checkpoint.read_checkpoint(c.folder(run))[0].alarm["phase"].theta for c in cells]
 
 
 def test_a_run_that_fails_its_audit_has_no_headline_on_its_page(run: Path) -> None:
     edit_predictions(run, lambda t: t.set_column(t.schema.get_field_index("y_pred"), "y_pred", t["y_true"]))
-    stages.evaluate(pipeline.settings_of(run))
-    stages.audit(pipeline.settings_of(run))
+    stages.evaluate(runner.read_settings(run))
+    stages.audit(runner.read_settings(run))
 
-    page = stages.report(pipeline.settings_of(run)).read_text()
+    page = stages.build_report(runner.read_settings(run)).read_text()
 
-    assert "No claim: this run breaks" in page
+    assert "failed its audit" in page or "audit" in page.partition("</h1>")[0]
     assert '<dl class="tiles">' not in page
 
 
@@ -508,7 +511,7 @@ def test_each_leak_is_caught_on_one_run_and_they_are_counted(
             shutil.copytree(clean, given["run"])
             leak(**{k: given[k] for k in inspect.signature(leak).parameters})
             caught += 1
-    soak_row("Audit", what="leaks injected", runs=caught, accused=caught)
+    soak_row("AuditReport", what="leaks injected", runs=caught, accused=caught)
     assert caught >= 12
 
 
@@ -521,11 +524,13 @@ def test_fifty_clean_runs_are_not_accused(first: int, tmp_path: Path, soak_row: 
     for seed in range(first, first + 10):
         store = tmp_path / f"store-{seed}"
         simulate(store, hosts=3, episodes=180, seed=seed, between_s=(60, 70))
-        done = pipeline.run(stages.Settings(store=store, run=tmp_path / f"run-{seed}", models=MODELS, recipes=RECIPES))
-        audit = stages.audit(pipeline.settings_of(done.run))
+        done = runner.run_pipeline(
+            stages.RunSettings(store=store, run=tmp_path / f"run-{seed}", models=MODELS, recipes=RECIPES)
+        )
+        audit = stages.audit(runner.read_settings(done.run))
         if not audit.passes:
-            accused[seed] = audit.broken
+            accused[seed] = audit.failed_checks
         shutil.rmtree(store)
         shutil.rmtree(done.run)
-    soak_row("Audit", what=f"clean runs, seeds {first} to {first + 9}", runs=10, accused=len(accused))
+    soak_row("AuditReport", what=f"clean runs, seeds {first} to {first + 9}", runs=10, accused=len(accused))
     assert accused == {}

@@ -1,4 +1,5 @@
-"""Whatever lies where a bundle should be: one clear line, the right exit code, and the good ones are used all the same."""
+"""Whatever lies where a bundle should be: one clear line, the right exit code, and the good ones are used all the
+same."""
 
 from __future__ import annotations
 
@@ -9,14 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.builders import episode, members_of, with_rows
-from tests.stores import put, put_bytes, put_members, write_store
+from tests.factories.bundles import episode, members_of, with_rows
+from tests.factories.stores import put, put_bytes, put_members, write_store
 from typer.testing import CliRunner, Result
 
+from phasewatch.bundle.archive import pack_bundle
 from phasewatch.cli import app
-from phasewatch.episode.bundle import pack
-from phasewatch.store.disk import RECEIPT
-from phasewatch.vocab import Source
+from phasewatch.store.local import RECEIPT_SUFFIX
+from phasewatch.types import SourceKind
 
 
 def phasewatch(*args: object) -> Result:
@@ -40,7 +41,7 @@ def _marked(store: Path, mangle: Callable[[bytes], bytes]) -> Path:
     """Store an episode with other labels, the manifest in agreement with them."""
     whole = episode()
     members = members_of(whole)
-    data = pack(whole.manifest, {**members, "labels.jsonl": mangle(members["labels.jsonl"])}, level=3)
+    data = pack_bundle(whole.manifest, {**members, "labels.jsonl": mangle(members["labels.jsonl"])}, level=3)
     return put_bytes(put(store, whole), data)
 
 
@@ -52,41 +53,58 @@ def _turned(labels: bytes) -> bytes:
 SPOILT: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "not a bundle": (lambda s: put_bytes(put(s, episode()), b"hello, I am a text file\n"), "errored", "zstd-magic"),
     "truncated": (
-        lambda s: put_bytes(p := put(s, episode()), p.read_bytes()[:-500]), "errored", "zstd-truncated",
+        lambda s: put_bytes(p := put(s, episode()), p.read_bytes()[:-500]),
+        "errored",
+        "zstd-truncated",
     ),
     "empty": (lambda s: put_bytes(put(s, episode()), b""), "errored", "compressed-size"),
     "the receipt of another file": (
-        lambda s: (p := put(s, episode())).with_name(p.name + RECEIPT).write_text(f"{'0' * 64}  {p.name}\n"),
-        "rejected", "receipt",
+        lambda s: (p := put(s, episode())).with_name(p.name + RECEIPT_SUFFIX).write_text(f"{'0' * 64}  {p.name}\n"),
+        "rejected",
+        "receipt",
     ),
     "an unknown member": (
-        lambda s: put_members(s, episode(), lambda m: {**m, "notes.txt": b"hi\n"}), "rejected", "member-unknown",
+        lambda s: put_members(s, episode(), lambda m: {**m, "notes.txt": b"hi\n"}),
+        "rejected",
+        "member-unknown",
     ),
     "a member that is not what the manifest says": (
-        lambda s: put_members(s, episode(), _relabelled(b"active", b"clean ")), "rejected", "member-sha256",
+        lambda s: put_members(s, episode(), _relabelled(b"active", b"clean ")),
+        "rejected",
+        "member-sha256",
     ),
     "an unknown phase": (
-        lambda s: _marked(s, lambda labels: labels.replace(b'"active"', b'"zombie"')), "rejected", "label-phase",
+        lambda s: _marked(s, lambda labels: labels.replace(b'"active"', b'"zombie"')),
+        "rejected",
+        "label-phase",
     ),
     "labels whose time goes backwards": (lambda s: _marked(s, _turned), "rejected", "label-order"),
     "no proc at all": (
-        lambda s: put(s, with_rows(episode(), without=[Source.PROC])), "rejected", "rows:proc",
+        lambda s: put(s, with_rows(episode(), without=[SourceKind.PROC])),
+        "rejected",
+        "rows:proc",
     ),
     "no netflow": (
-        lambda s: put(s, with_rows(episode(), without=[Source.NETFLOW])), "degraded", "missing:netflow",
+        lambda s: put(s, with_rows(episode(), without=[SourceKind.NETFLOW])),
+        "degraded",
+        "missing:netflow",
     ),
     "no receipt": (
-        lambda s: (p := put(s, episode())).with_name(p.name + RECEIPT).unlink(), "degraded", "no-receipt",
+        lambda s: (p := put(s, episode())).with_name(p.name + RECEIPT_SUFFIX).unlink(),
+        "degraded",
+        "no-receipt",
     ),
     "a receipt whose bundle is gone": (lambda s: put(s, episode()).unlink(), "errored", "bundle-missing"),
     "another file name": (
-        lambda s: (p := put(s, episode())).rename(p.with_name("first.tar.zst")), "rejected", "identity",
+        lambda s: (p := put(s, episode())).rename(p.with_name("first.tar.zst")),
+        "rejected",
+        "identity",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", SPOILT.values(), ids=SPOILT)
-def test_a_spoilt_bundle_is_judged_and_the_sweep_goes_on(
+def test_validate_reports_a_damaged_bundle_and_continues(
     case: tuple[Callable[[Path], object], str, str], tmp_path: Path
 ) -> None:
     spoil, status, reason = case
@@ -98,7 +116,7 @@ def test_a_spoilt_bundle_is_judged_and_the_sweep_goes_on(
     assert reason in result["reasons"]  # type: ignore[operator]
 
 
-def test_one_good_among_nine_broken_is_used(tmp_path: Path) -> None:
+def test_one_valid_bundle_among_nine_broken_ones_is_used(tmp_path: Path) -> None:
     store = tmp_path / "store"
     put(store, episode(number=1))
     for number in range(2, 11):
@@ -112,7 +130,7 @@ def test_one_good_among_nine_broken_is_used(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["result"]["episodes"] == 1
 
 
-def test_a_name_that_is_no_text_does_not_stop_the_sweep(tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_utf8_does_not_stop_validate(tmp_path: Path) -> None:
     store = tmp_path / "store"
     put(store, episode())
 
@@ -124,7 +142,7 @@ def test_a_name_that_is_no_text_does_not_stop_the_sweep(tmp_path: Path) -> None:
     assert (result["in"], result["accepted"]) == (2, 1)
 
 
-def test_a_name_that_would_steer_the_terminal_is_spelled_out(tmp_path: Path) -> None:
+def test_control_characters_of_a_file_name_are_escaped(tmp_path: Path) -> None:
     store = tmp_path / "store"
     put(store, episode())
     (store / "h1" / "\x1b[2Jgone.tar.zst").write_bytes(b"x")
@@ -152,7 +170,7 @@ REFUSED = {
         "held_out_",
     ),
     "no run": (("train", "RUN/none"), 3, "no such run"),
-    "a run that was not validated": (("features", "RUN"), 3, "no run: it holds no file of one"),
+    "a run that was not validated": (("features", "RUN"), 3, "not a run: it holds no file of a run"),
     "a bundle to score": (("predict", "STORE/h1/none.tar.zst", "--out", "RUN/x.parquet"), 3, "no such bundle"),
     "a table that would be no parquet": (("predict", "STORE", "--out", "RUN/x.csv"), 2, "X.parquet"),
     "no bundle": (("inspect", "STORE/h1/none.tar.zst"), 3, "no such bundle"),
@@ -186,13 +204,13 @@ REFUSED = {
     ),
     "two machines at once": (("watch", "--pid", "1", "--name", "web01"), 2, "--name goes with no --pid"),
     "a measure too short to give a number": (
-        ("commission", "--name", "x", "--minutes", "0.1", "--out", "RUN/x.json"),
+        ("baseline", "--name", "x", "--minutes", "0.1", "--out", "RUN/x.json"),
         2,
         "--minutes",
     ),
     "no number of seconds": (("watch", "--name", "x", "--seconds", "nan"), 2, "--seconds nan: a finite number"),
     "no end of a measure": (
-        ("commission", "--name", "x", "--minutes", "inf", "--out", "RUN/x.json"),
+        ("baseline", "--name", "x", "--minutes", "inf", "--out", "RUN/x.json"),
         2,
         "--minutes inf: a finite number",
     ),
@@ -201,10 +219,10 @@ REFUSED = {
         2,
         "--seconds nan: a finite number",
     ),
-    "an episode where nothing is played": (("dashboard", "--no-produce", "--episode", "x"), 2, "--episode goes with"),
-    "a pace where nothing is played": (("dashboard", "--no-produce", "--speed", "2"), 2, "--speed goes with"),
-    "a moment of no episode": (("evaluate", "RUN", "--at", "5"), 2, "--at goes with --why"),
-    "a port of no page": (("demo", "--port", "8000"), 2, "--port goes with --live"),
+    "an episode where nothing is played": (("dashboard", "--no-produce", "--episode", "x"), 2, "--episode needs"),
+    "a pace where nothing is played": (("dashboard", "--no-produce", "--speed", "2"), 2, "--speed needs"),
+    "a moment of no episode": (("explain", "RUN", "x"), 2, "--at"),
+    "a port of no page": (("demo", "--port", "8000"), 2, "--port needs --live"),
     "a store beside a run": (("features", "RUN", "--store", "STORE"), 2, "leave out --store, or the run"),
     "a subset of a run": (("features", "RUN", "--limit", "3"), 2, "leave out --limit, or the run"),
     "a word for a number": (("validate", "STORE", "--out", "RUN", "--workers", "many"), 2, "--workers"),
@@ -213,7 +231,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("args", "code", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_is_told_in_words_with_its_exit_code(
+def test_a_wrong_call_prints_one_error_and_its_exit_code(
     args: tuple[str, ...], code: int, words: str, tmp_path: Path
 ) -> None:
     (tmp_path / "store").mkdir()
@@ -228,7 +246,7 @@ def test_what_cannot_be_is_told_in_words_with_its_exit_code(
     assert code == 2 or len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_run_that_another_process_holds_is_left_alone(tmp_path: Path) -> None:
+def test_a_locked_run_is_not_changed(tmp_path: Path) -> None:
     from phasewatch.atomic import lock
 
     put(tmp_path / "store", episode())
@@ -239,7 +257,7 @@ def test_a_run_that_another_process_holds_is_left_alone(tmp_path: Path) -> None:
     assert "another process" in done.stderr
 
 
-def test_one_host_cannot_be_held_out_and_the_line_says_so(tmp_path: Path) -> None:
+def test_split_reports_that_one_host_cannot_be_held_out(tmp_path: Path) -> None:
     write_store(tmp_path / "store", hosts=1)
 
     done = phasewatch("run", tmp_path / "store", "--out", tmp_path / "run", "--workers", 1)
@@ -251,7 +269,7 @@ def test_one_host_cannot_be_held_out_and_the_line_says_so(tmp_path: Path) -> Non
     assert "held_out_sample" in (tmp_path / "run" / "splits_v1.json").read_text()
 
 
-def test_findings_fail_a_validation_only_where_that_was_asked_for(tmp_path: Path) -> None:
+def test_validate_fails_on_findings_only_with_fail_on_or_a_budget(tmp_path: Path) -> None:
     store, run = tmp_path / "store", tmp_path / "run"
     put_bytes(put(store, episode()), b"x")
     base = ("validate", store, "--out", run, "--workers", 1)
@@ -263,17 +281,17 @@ def test_findings_fail_a_validation_only_where_that_was_asked_for(tmp_path: Path
     assert phasewatch(*base, "--fail-on", "awful").exit_code == 2
 
 
-def test_a_spoilt_bundle_can_be_looked_at(tmp_path: Path) -> None:
+def test_inspect_shows_a_damaged_bundle(tmp_path: Path) -> None:
     path = put_bytes(put(tmp_path / "store", episode()), b"hello")
 
     done = phasewatch("inspect", path)
 
     assert done.exit_code == 1
     assert "zstd-magic" in done.stdout
-    assert "what     unknown: no manifest was read" in done.stdout
+    assert "profile    unknown: no manifest" in done.stdout
 
 
-def test_what_is_replaced_is_read_again(tmp_path: Path) -> None:
+def test_validate_reads_a_replaced_bundle_again(tmp_path: Path) -> None:
     store, run = tmp_path / "store", tmp_path / "run"
     path = put(store, episode())
     before = validated(store, run)
@@ -284,7 +302,7 @@ def test_what_is_replaced_is_read_again(tmp_path: Path) -> None:
     assert (before["accepted"], after["accepted"], after["errored"]) == (1, 0, 1)
 
 
-def test_rot_that_leaves_size_and_time_is_found_by_a_full_read(tmp_path: Path) -> None:
+def test_validate_force_finds_damage_that_keeps_size_and_time(tmp_path: Path) -> None:
     store, run = tmp_path / "store", tmp_path / "run"
     path = put(store, episode())
     stamp = path.stat()
@@ -295,13 +313,13 @@ def test_rot_that_leaves_size_and_time_is_found_by_a_full_read(tmp_path: Path) -
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
 
     kept = validated(store, run)
-    done = phasewatch("validate", store, "--out", run, "--workers", 1, "--full", "--json")
+    done = phasewatch("validate", store, "--out", run, "--workers", 1, "--force", "--json")
 
     assert kept["accepted"] == 1
     assert json.loads(done.stdout)["result"]["accepted"] == 0
 
 
-def test_a_copy_is_rejected_and_names_its_original(tmp_path: Path) -> None:
+def test_a_copied_bundle_is_rejected_with_the_name_of_the_original(tmp_path: Path) -> None:
     store, run = tmp_path / "store", tmp_path / "run"
     first = episode(number=1)
     put(store, first)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.builders import episode
-from tests.stores import put
+from tests.factories.bundles import episode
+from tests.factories.stores import put
 from typer.testing import CliRunner, Result
 
 from phasewatch.cli import app
@@ -32,7 +32,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     elif request.param == "a store":
         put(made, episode())
     elif request.param == "code":  # folders that a run has, too
-        for name in ("models/gbt.py", "splits/a.py"):
+        for name in ("models/gradient_boosting.py", "splits/a.py"):
             (made / name).parent.mkdir()
             (made / name).write_text("")
     return made
@@ -43,18 +43,20 @@ ON_A_RUN = [
     ["split", "FOLDER"],
     ["train", "FOLDER"],
     ["evaluate", "FOLDER"],
-    ["evaluate", "FOLDER", "--why", "x"],
+    ["explain", "FOLDER", "x", "--at", "1"],
     ["audit", "FOLDER"],
     ["report", "FOLDER"],
     ["report", "FOLDER", "--format", "md", "--out", "OUT"],
     ["export", "FOLDER", "--out", "OUT.zip"],
-    ["produce", "metrics", "FOLDER"],
+    ["publish", "metrics", "FOLDER"],
     ["dashboard", "FOLDER", "--port", "0"],
 ]
 
 
 @pytest.mark.parametrize("command", ON_A_RUN, ids=lambda command: " ".join(command[:3]))
-def test_a_folder_that_is_no_run_is_refused_and_left_alone(command: list[str], folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_refused_and_not_changed(
+    command: list[str], folder: Path, tmp_path: Path
+) -> None:
     before = contents(tmp_path)
 
     done = phasewatch(*(a.replace("FOLDER", str(folder)).replace("OUT", str(tmp_path / "out")) for a in command))
@@ -75,11 +77,11 @@ ON_A_STORE = [
 
 @pytest.mark.parametrize("folder", ["documents", "nothing", "code"], indirect=True)
 @pytest.mark.parametrize("command", ON_A_STORE, ids=lambda command: command[0])
-def test_a_folder_without_a_bundle_is_no_store(command: list[str], folder: Path, tmp_path: Path) -> None:
-    from phasewatch.cli.base import bundled_model
+def test_a_folder_without_bundles_is_refused_as_a_store(command: list[str], folder: Path, tmp_path: Path) -> None:
+    from phasewatch.cli.folders import find_bundled_model
 
     before = contents(tmp_path)
-    places = {"FOLDER": str(folder), "OUT": str(tmp_path / "out"), "MODEL": str(bundled_model())}
+    places = {"FOLDER": str(folder), "OUT": str(tmp_path / "out"), "MODEL": str(find_bundled_model())}
     filled = [next((a.replace(name, place) for name, place in places.items() if name in a), a) for a in command]
 
     done = phasewatch(*filled)

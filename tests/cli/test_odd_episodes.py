@@ -11,14 +11,14 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.builders import T0, S, episode, episode_id
-from tests.stores import ACTIVE, put, write_store
+from tests.factories.bundles import T0, S, episode, episode_id
+from tests.factories.stores import ACTIVE, put, write_store
 from typer.testing import CliRunner, Result
 
-from phasewatch.audit.checks import Fate
-from phasewatch.audit.remake import check_disjoint
+from phasewatch.audit.checks import CheckOutcome
+from phasewatch.audit.run import check_disjoint
+from phasewatch.bundle.model import Episode
 from phasewatch.cli import app
-from phasewatch.episode.model import Episode
 
 NEW = 900  # the number of the odd episode
 
@@ -72,7 +72,7 @@ def test_an_odd_bundle_is_named_and_changes_no_split_file(kind: str, sound: dict
 
     assert [(a["host_id"], a["code"]) for a in result["set_aside"]] == [("evil", code)]
     assert digests == sound
-    assert check_disjoint(tmp_path / "run", tmp_path / "run").fate is Fate.KEPT
+    assert check_disjoint(tmp_path / "run", tmp_path / "run").fate is CheckOutcome.KEPT
 
 
 def test_the_session_and_plan_seed_of_other_hosts_take_none_of_their_episodes(tmp_path: Path) -> None:

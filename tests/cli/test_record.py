@@ -13,8 +13,8 @@ from tests.requirements import need_program
 
 from phasewatch import atomic
 from phasewatch.errors import DataError
-from phasewatch.record import campaign
-from phasewatch.record.own import OwnMachine
+from phasewatch.lab import campaign
+from phasewatch.lab.campaign import RecordingOptions
 
 Call = Callable[..., Said]
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-profile.md"
@@ -28,7 +28,7 @@ def profile_file(tmp_path: Path) -> Path:
     return tmp_path / "log-wiper.toml"
 
 
-def test_a_dry_run_of_an_own_profile_shows_its_episodes(phasewatch: Call, tmp_path: Path, profile_file: Path) -> None:
+def test_dry_run_of_a_custom_profile_lists_its_episodes(phasewatch: Call, tmp_path: Path, profile_file: Path) -> None:
     done = phasewatch("record", "--profile-file", profile_file, "--out", tmp_path / "s", "--dry-run", "--json")
     result = json.loads(done.out)["result"]
 
@@ -54,13 +54,13 @@ def test_an_unknown_key_is_bad_data_and_names_the_nearest(phasewatch: Call, tmp_
     [
         pytest.param([], 2, "name what to record", id="nothing named"),
         pytest.param(["--plan", "smoke", "--profile-file", "x.toml"], 2, "leave it out", id="a plan and a profile"),
-        pytest.param(["--driver", "d.sh", "--plan", "smoke"], 2, "--driver goes with --image", id="a driver alone"),
+        pytest.param(["--driver", "d.sh", "--plan", "smoke"], 2, "--driver needs --image", id="a driver alone"),
         pytest.param(["--profile-file", "absent.toml"], 3, "absent.toml: not a readable file", id="no such profile"),
         pytest.param(["--image", "absent.qcow2"], 3, "absent.qcow2: No such file", id="no such image"),
         pytest.param(["--plan", "smoke", "--accel", "hvf"], 2, "kvm or tcg", id="an accelerator of elsewhere"),
     ],
 )
-def test_what_cannot_be_recorded_is_one_line_and_makes_no_store(
+def test_a_wrong_call_of_record_is_one_line_and_makes_no_store(
     phasewatch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, says: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -74,37 +74,59 @@ def test_what_cannot_be_recorded_is_one_line_and_makes_no_store(
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--host-id", "mine"), ("--machine", "q35"), ("--machine", "pc"), ("--mem", "2048"), ("--mem", "1024"),
-     ("--vcpus", "1"), ("--boot-deadline", "300")],
-)  # fmt: skip
-def test_what_shapes_an_image_is_refused_without_one(phasewatch: Call, tmp_path: Path, option: str, value: str) -> None:
+    [
+        ("--host-id", "mine"),
+        ("--machine", "q35"),
+        ("--machine", "pc"),
+        ("--mem", "2048"),
+        ("--mem", "1024"),
+        ("--vcpus", "1"),
+        ("--boot-deadline", "300"),
+    ],
+)
+def test_image_options_need_an_image(phasewatch: Call, tmp_path: Path, option: str, value: str) -> None:
     done = phasewatch("record", "--plan", "smoke", "--dry-run", "--out", tmp_path / "s", option, value)
 
     assert done.code == 2
-    assert f"{option} goes with --image; add it, or leave out {option}" in done.err
+    assert f"{option} needs --image; add it, or leave out {option}" in done.err
 
 
-def test_an_image_is_booted_as_the_options_say_or_as_their_help_does(
+def test_an_image_boots_with_the_given_or_default_options(
     phasewatch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = tmp_path / "disk.qcow2"
     disk.write_bytes(b"QFI\xfb" + b"\0" * 100)
     shapes = []
 
-    def keep(*arguments: object, own: OwnMachine, **more: object) -> None:
-        shapes.append(own)
+    def keep(*arguments: object, options: RecordingOptions, **more: object) -> None:
+        shapes.append(options.custom_machine)
         raise DataError("that was all")
 
     monkeypatch.setattr(campaign, "record_plan", keep)
     phasewatch("record", "--image", disk, "--out", tmp_path / "s")
-    phasewatch("record", "--image", disk, "--out", tmp_path / "s", "--machine", "q35", "--mem", "2048", "--vcpus", "2", "--boot-deadline", "60")  # fmt: skip
+    phasewatch(
+        "record",
+        "--image",
+        disk,
+        "--out",
+        tmp_path / "s",
+        "--machine",
+        "q35",
+        "--mem",
+        "2048",
+        "--vcpus",
+        "2",
+        "--boot-deadline",
+        "60",
+    )
 
     assert [(o.shape.host_id, o.shape.machine, o.shape.mem_mib, o.shape.vcpus, o.boot.deadline_s) for o in shapes] == [
-        ("disk", "pc", 1024, 1, 300.0), ("disk", "q35", 2048, 2, 60.0),
-    ]  # fmt: skip
+        ("disk", "pc", 1024, 1, 300.0),
+        ("disk", "q35", 2048, 2, 60.0),
+    ]
 
 
-def test_without_qemu_nothing_is_made(phasewatch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_without_qemu_makes_nothing(phasewatch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
 
     done = phasewatch("record", "--plan", "smoke", "--out", tmp_path / "s")
@@ -115,7 +137,7 @@ def test_without_qemu_nothing_is_made(phasewatch: Call, tmp_path: Path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_store_that_another_recorder_holds_is_left_alone(phasewatch: Call, tmp_path: Path) -> None:
+def test_a_locked_store_is_not_changed(phasewatch: Call, tmp_path: Path) -> None:
     need_program("qemu-system-x86_64", "qemu-system-x86")
     store = tmp_path / "s"
     store.mkdir()

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tools import datasheet_tables
 
-from phasewatch.audit import datasheet
+from phasewatch.binning.align import bin_episode
+from phasewatch.binning.storage import summarise_channels
+from phasewatch.bundle.archive import unpack_bundle, unpack_manifest
+from phasewatch.bundle.model import Episode
 from phasewatch.channels import CHANNELS
-from phasewatch.episode.bundle import peek, unpack
-from phasewatch.episode.model import Episode
-from phasewatch.grid.align import align
-from phasewatch.grid.observed import observe
-from phasewatch.record.plan import build_sessions
-from phasewatch.record.plans import read_plan
-from phasewatch.vocab import Origin, Source
+from phasewatch.lab.plan import build_sessions
+from phasewatch.lab.plans import read_plan
+from phasewatch.types import EpisodeOrigin, SourceKind
 
 CORPUS = Path(__file__).parents[2] / "corpus" / "lab-v1"
 BUNDLES = sorted(CORPUS.glob("*/*.tar.zst"))
@@ -25,11 +25,11 @@ EACH = max(1, len(BUNDLES) // 40)  # forty of them, over all hosts
 
 @pytest.fixture(scope="module")
 def episodes() -> list[Episode]:
-    return [unpack(path.read_bytes(), file=path.name) for path in BUNDLES[::EACH]]
+    return [unpack_bundle(path.read_bytes(), file=path.name) for path in BUNDLES[::EACH]]
 
 
 def test_every_channel_moves_somewhere(episodes: list[Episode]) -> None:
-    seen = observe([align(e).bins for e in episodes])
+    seen = summarise_channels([bin_episode(e).bins for e in episodes])
 
     assert [o.channel.full_name for o in seen if o.is_constant] == []
     assert [o.channel for o in seen] == list(CHANNELS)
@@ -47,22 +47,22 @@ def test_a_channel_that_an_episode_lacks_is_absent_with_its_reason(episodes: lis
 
 def test_a_channel_that_an_episode_says_it_has_is_known_in_it(episodes: list[Episode]) -> None:
     for episode in episodes:
-        bins = align(episode).bins
+        bins = bin_episode(episode).bins
         known = {c.full_name for c, some in zip(CHANNELS, np.isfinite(bins).any(axis=0), strict=True) if some}
 
         assert set(episode.manifest.channels_available) == known, episode.manifest.episode_id
 
 
 def test_everything_in_it_is_recorded_and_the_agent_is_a_coin_flip(episodes: list[Episode]) -> None:
-    assert {e.manifest.origin for e in episodes} == {Origin.RECORDED}
-    assert all((Source.GUEST in e.rows) == e.manifest.agent for e in episodes)
+    assert {e.manifest.origin for e in episodes} == {EpisodeOrigin.RECORDED}
+    assert all((SourceKind.GUEST in e.rows) == e.manifest.agent for e in episodes)
 
 
 def test_the_plan_still_deals_what_was_recorded() -> None:
     dealt = {(slot.host_id, slot.plan_seed): slot for s in build_sessions(read_plan("lab-v1")) for slot in s.slots}
 
     for path in BUNDLES:
-        manifest = peek(path.read_bytes(), file=path.name)
+        manifest = unpack_manifest(path.read_bytes(), file=path.name)
         slot = dealt[manifest.host.host_id, manifest.plan_seed]
         assert manifest.recording is not None
         said = (manifest.profile, manifest.sample_name, manifest.role, manifest.agent, manifest.plan)
@@ -73,17 +73,17 @@ def test_the_plan_still_deals_what_was_recorded() -> None:
 
 
 def test_the_datasheet_is_of_these_bundles() -> None:
-    sheet = runpy.run_path(str(CORPUS.parents[1] / "docs" / "datasheet.py"))
+    sheet = runpy.run_path(str(CORPUS.parents[1] / "tools" / "datasheet.py"))
 
-    stated = datasheet.stated_fingerprint((CORPUS / "README.md").read_text(encoding="utf-8"))
+    stated = datasheet_tables.parse_bundles_digest((CORPUS / "README.md").read_text(encoding="utf-8"))
 
-    assert stated == sheet["fingerprint_of"](CORPUS), "stale: run `make datasheet`"
+    assert stated == sheet["compute_corpus_digest"](CORPUS), "stale: run `make datasheet`"
 
 
 def test_one_bundle_more_or_less_makes_the_datasheet_stale() -> None:
     bundles = [("a/1.tar.zst", "aa"), ("b/2.tar.zst", "bb")]
-    whole = datasheet.fingerprint(bundles)
+    whole = datasheet_tables.compute_bundles_digest(bundles)
 
-    assert datasheet.fingerprint(reversed(bundles)) == whole
-    assert datasheet.fingerprint(bundles[:1]) != whole
-    assert datasheet.fingerprint([("a/1.tar.zst", "ab"), bundles[1]]) != whole
+    assert datasheet_tables.compute_bundles_digest(reversed(bundles)) == whole
+    assert datasheet_tables.compute_bundles_digest(bundles[:1]) != whole
+    assert datasheet_tables.compute_bundles_digest([("a/1.tar.zst", "ab"), bundles[1]]) != whole

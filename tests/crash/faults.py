@@ -1,4 +1,5 @@
-"""A disk that fails at the n-th call: every open, write, fsync, close, rename, link, unlink, mkdir and rmdir of `atomic` is one."""
+"""A disk that fails at the n-th call: every open, write, fsync, close, rename, link, unlink, mkdir and rmdir of
+`atomic` is one."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ class _Pending:
 
 
 @dataclass
-class FaultyDisk(atomic.Disk):
+class FaultyDisk(atomic.DiskOperations):
     """Counts calls; at call `at` (from 0) does `fault`. Without one it only counts.
 
     After a kill each further call does nothing but raise, as clean-up code does not run in a dead process. A power cut

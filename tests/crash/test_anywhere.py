@@ -1,4 +1,5 @@
-"""A fault at any system call of any writer: nothing acknowledged is lost, nothing is torn, a restart makes the same bytes."""
+"""A fault at any system call of any writer: nothing acknowledged is lost, nothing is torn, a restart makes the same
+bytes."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def undisturbed(make: Callable[[Path], Work], folder: Path) -> tuple[list[str], 
     (folder / "spare").mkdir(parents=True)
     (folder / "world").mkdir()
     work = make(folder / "world")
-    with atomic.on_disk(disk := FaultyDisk(folder / "spare")):
+    with atomic.use_disk_operations(disk := FaultyDisk(folder / "spare")):
         work.do()
     return disk.calls, digests(work.folder)
 
@@ -44,7 +45,7 @@ def disturb(make: Callable[[Path], Work], folder: Path, at: int, fault: str) -> 
     (folder / "world").mkdir()
     work = make(folder / "world")
     disk = FaultyDisk(folder / "spare", at=at, fault=fault)
-    with atomic.on_disk(disk), suppress(Killed, OSError, PhasewatchError):
+    with atomic.use_disk_operations(disk), suppress(Killed, OSError, PhasewatchError):
         work.do()
     assert len(disk.calls) > at, "the point was never reached"
     work.check()
@@ -62,7 +63,9 @@ class Seen:
     left_behind: int
 
 
-def assert_whole(make: Callable[[Path], Work], folder: Path, calls: list[str], products: dict[str, str], point: tuple[int, str]) -> Seen:  # fmt: skip
+def assert_whole(
+    make: Callable[[Path], Work], folder: Path, calls: list[str], products: dict[str, str], point: tuple[int, str]
+) -> Seen:
     at, fault = point
     work, died = disturb(make, folder / f"{at}-{fault}", at, fault)
     where = f"{fault} at call {at}, {calls[at]}"
@@ -92,10 +95,14 @@ def test_whatever_fails_at_any_point_a_restart_makes_it_whole(
     seen = [assert_whole(make, tmp_path, calls, products, point) for point in points]
     faults = Counter(fault for _, fault in points)
     soak_row(
-        "Crash anywhere: at each point nothing acknowledged was lost and nothing torn", writer=world, calls=len(calls), points=len(points), died=sum(s.died for s in seen),
+        "Crash anywhere: at each point nothing acknowledged was lost and nothing torn",
+        writer=world,
+        calls=len(calls),
+        points=len(points),
+        died=sum(s.died for s in seen),
         **{fault: faults[fault] for fault in WRITING},
         **{"products of other bytes": sum(s.unlike for s in seen), "left behind": sum(s.left_behind for s in seen)},
-    )  # fmt: skip
+    )
 
 
 def test_there_are_at_least_three_hundred_points_and_every_kind_of_call_is_among_them(tmp_path: Path) -> None:
@@ -103,8 +110,16 @@ def test_there_are_at_least_three_hundred_points_and_every_kind_of_call_is_among
 
     assert sum(len(points_of(each)) for each in calls) >= 300
     assert {call for each in calls for call in each} == {
-        "open", "write", "fsync", "close", "rename", "link", "unlink", "mkdir", "rmdir",
-    }  # fmt: skip
+        "open",
+        "write",
+        "fsync",
+        "close",
+        "rename",
+        "link",
+        "unlink",
+        "mkdir",
+        "rmdir",
+    }
 
 
 def test_a_writer_that_forgets_an_fsync_is_found_out(tmp_path: Path) -> None:
@@ -113,7 +128,7 @@ def test_a_writer_that_forgets_an_fsync_is_found_out(tmp_path: Path) -> None:
     def careless(folder: Path) -> Work:
         def do() -> None:
             for n in range(3):
-                atomic.write_whole(folder / f"{n}", b"x" * 100, durable=False)
+                atomic.write_atomic(folder / f"{n}", b"x" * 100, durable=False)
 
         return Work(folder, do, lambda: [check(folder / f"{n}") for n in range(3)])  # type: ignore[arg-type, return-value]
 
@@ -127,7 +142,7 @@ def test_a_writer_that_forgets_an_fsync_is_found_out(tmp_path: Path) -> None:
         (work_folder / "spare").mkdir(parents=True)
         (work_folder / "world").mkdir()
         work = careless(work_folder / "world")
-        with atomic.on_disk(FaultyDisk(work_folder / "spare", at=at, fault="power cut")), suppress(Killed):
+        with atomic.use_disk_operations(FaultyDisk(work_folder / "spare", at=at, fault="power cut")), suppress(Killed):
             work.do()
         found += len(digests(work.folder)) < at // len(calls[:4])
 

@@ -20,14 +20,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from phasewatch.atomic import is_temporary, write_whole
+from phasewatch.artifacts import VALIDATION_FILE
+from phasewatch.atomic import is_temporary, write_atomic
 from phasewatch.simulate import simulate
-from phasewatch.store.digests import render_digest
-from phasewatch.store.disk import RECEIPT, DiskStore
-from phasewatch.store.shipper import Shipped, Shipper
-from phasewatch.validate.index import INDEX
+from phasewatch.store.local import RECEIPT_SUFFIX, DiskStore
+from phasewatch.transfer.receiver import render_content_digest
+from phasewatch.transfer.shipper import BundleShipper, ShipmentSummary
+from phasewatch.types import build_uuid7
 from phasewatch.validate.sweep import sweep
-from phasewatch.vocab import uuid7
 
 STUCK_S = 30.0
 
@@ -49,8 +49,19 @@ class Life:
         self._process: asyncio.subprocess.Process | None = None
 
     async def begin(self) -> None:
-        command = ["-m", "phasewatch", "receive", "--store", self.store, "--tokens", self._tokens, "--floor", "0",
-                   "--listen", f"127.0.0.1:{self.port}"]  # fmt: skip
+        command = [
+            "-m",
+            "phasewatch",
+            "receive",
+            "--store",
+            self.store,
+            "--tokens",
+            self._tokens,
+            "--min-free",
+            "0",
+            "--listen",
+            f"127.0.0.1:{self.port}",
+        ]
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, *map(str, command), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
         )
@@ -141,19 +152,19 @@ async def soon(seconds: float) -> None:
     await asyncio.sleep(min(seconds, 0.2))
 
 
-async def ship(outbox: Path, host_id: str, port: int, parallel: int = 2) -> Shipped:
+async def ship(outbox: Path, host_id: str, port: int, parallel: int = 2) -> ShipmentSummary:
     limits = httpx.Limits(max_keepalive_connections=parallel)
     async with httpx.AsyncClient(
         transport=Timed(limits=limits), base_url=f"http://127.0.0.1:{port}", timeout=httpx.Timeout(STUCK_S)
     ) as client:
         tokens = {host_id: f"token-of-{host_id}-0123456789"}
-        return await Shipper(outbox, client, tokens, parallel=parallel, sleep=soon).run()
+        return await BundleShipper(outbox, client, tokens, parallel=parallel, sleep=soon).run()
 
 
 def fill(outbox: Path, host_id: str, rng: random.Random, count: int, truth: dict[str, str]) -> None:
     for _ in range(count):
         data = rng.randbytes(rng.randrange(1, 40_000))
-        episode_id = uuid7(rng.randrange(1 << 47), rng.randbytes(10))
+        episode_id = build_uuid7(rng.randrange(1 << 47), rng.randbytes(10))
         DiskStore(outbox, durable=False).put(host_id, episode_id, data)
         truth[f"{host_id}/{episode_id}.tar.zst"] = sha256(data).hexdigest()
 
@@ -193,14 +204,25 @@ async def storm(folder: Path, *, shippers: int, cuts: int, kills: int, each: int
     found = {item.path: item for item in DiskStore(life.store).walk()}
     left = [p for p in life.store.rglob("*") if is_temporary(p.name)]
     lost = [path for path in truth if path not in found]
-    corrupt = [path for path, item in found.items() if item.receipt != truth.get(path) or digest_of(life.store / path) != truth.get(path)]  # fmt: skip
+    corrupt = [
+        path
+        for path, item in found.items()
+        if item.receipt != truth.get(path) or digest_of(life.store / path) != truth.get(path)
+    ]
     assert (lost, corrupt, left) == ([], [], [])
     assert Timed.longest_s <= STUCK_S
     return {
-        "shippers": shippers, "bundles": len(truth), "cuts": line.cuts, "kills": life.kills, "lost": len(lost),
-        "corrupt": len(corrupt), "left behind": len(left), "longest request, s": round(Timed.longest_s, 1),
-        "largest receiver, MiB": life.most_bytes >> 20, "seconds": round(time.monotonic() - began_s),
-    }  # fmt: skip
+        "shippers": shippers,
+        "bundles": len(truth),
+        "cuts": line.cuts,
+        "kills": life.kills,
+        "lost": len(lost),
+        "corrupt": len(corrupt),
+        "left behind": len(left),
+        "longest request, s": round(Timed.longest_s, 1),
+        "largest receiver, MiB": life.most_bytes >> 20,
+        "seconds": round(time.monotonic() - began_s),
+    }
 
 
 def digest_of(path: Path) -> str:
@@ -242,7 +264,10 @@ def test_a_store_filled_through_kills_validates_to_the_same_bytes_as_what_was_re
             outbox = outboxes[host_id] / host_id
             outbox.mkdir(parents=True)
             for path in sorted((made / host_id).glob("*.tar.zst"), key=lambda p: p.name):
-                for name in (path.name + RECEIPT, path.name):  # with its receipt first, so that none is shipped without
+                for name in (
+                    path.name + RECEIPT_SUFFIX,
+                    path.name,
+                ):  # with its receipt first, so that none is shipped without
                     if (path.parent / name).exists():
                         os.link(path.parent / name, outbox / name)
                 if rng.random() < 0.4:
@@ -265,25 +290,38 @@ def test_a_store_filled_through_kills_validates_to_the_same_bytes_as_what_was_re
         return life
 
     life = asyncio.run(asyncio.wait_for(run(), 600))
-    # repr, because a NaN is not equal to itself. What the outbox itself refuses (a receipt that disowns its bundle) is not sent; the rest is the same to the byte.
-    refused = {p.relative_to(tmp_path / "outboxes").parts[0] + "/" + p.name for p in (tmp_path / "outboxes").rglob("refused/*/*.tar.zst")}  # fmt: skip
+    # repr, because a NaN is not equal to itself. What the outbox itself refuses (a receipt that disowns its bundle)
+    # is not sent; the rest is the same to the byte.
+    refused = {
+        p.relative_to(tmp_path / "outboxes").parts[0] + "/" + p.name
+        for p in (tmp_path / "outboxes").rglob("refused/*/*.tar.zst")
+    }
     for path in refused:
-        write_whole(life.store / path, (made / path).read_bytes())
-        write_whole(life.store / f"{path}.sha256", (made / f"{path}.sha256").read_bytes())
+        write_atomic(life.store / path, (made / path).read_bytes())
+        write_atomic(life.store / f"{path}.sha256", (made / f"{path}.sha256").read_bytes())
     received = sweep(life.store, tmp_path / "after", workers=2)
     unlike = [
-        (a, b) for a, b in zip(recorded.verdicts, received.verdicts, strict=True)
+        (a, b)
+        for a, b in zip(recorded.verdicts, received.verdicts, strict=True)
         if repr(a) != repr(b) and set(a.reasons) - set(b.reasons) != {"no-receipt"}
-    ]  # fmt: skip
+    ]
     assert life.kills >= 5
     assert unlike == []
-    assert (tmp_path / "before" / "grids" / "grids.npy").read_bytes() == (tmp_path / "after" / "grids" / "grids.npy").read_bytes()  # fmt: skip
-    assert (tmp_path / "after" / INDEX).is_file()
+    assert (tmp_path / "before" / "grids" / "grids.npy").read_bytes() == (
+        tmp_path / "after" / "grids" / "grids.npy"
+    ).read_bytes()
+    assert (tmp_path / "after" / VALIDATION_FILE).is_file()
     soak_row(
-        "Killed every two seconds, then validated", shippers=3, recorded=len(recorded.verdicts),
-        **{"refused by the outbox": len(refused), "received": len(received.verdicts) - len(refused), "kills": life.kills,
-           "verdicts unlike the recorded store's": len(unlike)},
-    )  # fmt: skip
+        "Killed every two seconds, then validated",
+        shippers=3,
+        recorded=len(recorded.verdicts),
+        **{
+            "refused by the outbox": len(refused),
+            "received": len(received.verdicts) - len(refused),
+            "kills": life.kills,
+            "verdicts unlike the recorded store's": len(unlike),
+        },
+    )
 
 
 @pytest.mark.soak
@@ -299,15 +337,15 @@ def test_durable_bundles_per_second_against_a_bare_loop_and_memory_that_stays_fl
         folder.mkdir()
         began_s = time.perf_counter()
         for number in range(each):
-            write_whole(folder / f"{number}", data)
-            write_whole(folder / f"{number}.sha256", line)
+            write_atomic(folder / f"{number}", data)
+            write_atomic(folder / f"{number}.sha256", line)
         return each / (time.perf_counter() - began_s)
 
     async def send(port: int, host_id: str, numbers: range) -> None:
-        digest = render_digest(sha256(data).hexdigest())
+        digest = render_content_digest(sha256(data).hexdigest())
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         for number in numbers:
-            episode_id = uuid7(number, host_id.encode().ljust(10))
+            episode_id = build_uuid7(number, host_id.encode().ljust(10))
             head = (
                 f"PUT /v1/episodes/{host_id}/{episode_id} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
                 f"Authorization: Bearer token-of-{host_id}-0123456789\r\nContent-Digest: {digest}\r\n\r\n"
@@ -335,10 +373,15 @@ def test_durable_bundles_per_second_against_a_bare_loop_and_memory_that_stays_fl
     received, loops, sizes = asyncio.run(measure())
     ratio = statistics.median(r / b for r, b in zip(received, loops, strict=True))
     soak_row(
-        "Durable bundles", bundles=rounds * each,
-        **{"received, 1/s": round(statistics.median(received)), "bare loop, 1/s": round(statistics.median(loops)),
-           "ratio, median of 5 turns": round(ratio, 2), "RSS after 400, MiB": sizes[0] >> 20,
-           "RSS at the end, MiB": sizes[-1] >> 20},
-    )  # fmt: skip
+        "Durable bundles",
+        bundles=rounds * each,
+        **{
+            "received, 1/s": round(statistics.median(received)),
+            "bare loop, 1/s": round(statistics.median(loops)),
+            "ratio, median of 5 turns": round(ratio, 2),
+            "RSS after 400, MiB": sizes[0] >> 20,
+            "RSS at the end, MiB": sizes[-1] >> 20,
+        },
+    )
     assert ratio >= 0.5
     assert sizes[-1] <= sizes[0] * 1.1 + (4 << 20)

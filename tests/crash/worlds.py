@@ -13,20 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from tests.builders import episode
-from tests.store.desks import IDS, TOKENS, Desk
-from tests.stores import put
-from tests.synthetic_run import World, write_run
+from tests.factories.bundles import episode
+from tests.factories.receivers import IDS, TOKENS, Desk
+from tests.factories.stores import put
+from tests.factories.synthetic_runs import World, write_run
 
-from phasewatch import atomic, stages
+from phasewatch import atomic
 from phasewatch.dataset import write_splits
-from phasewatch.store.admission import Arrival, Judgement
-from phasewatch.store.disk import DiskStore, render_receipt
-from phasewatch.store.shipper import Shipper
-from phasewatch.train.cell import Cell
-from phasewatch.train.cells import train_cells
+from phasewatch.parallel.pool import ItemResult
+from phasewatch.pipeline import stages
+from phasewatch.store.local import DiskStore, render_receipt
+from phasewatch.training.experiment import Experiment
+from phasewatch.training.train import train_experiments
+from phasewatch.transfer.admission import AdmissionVerdict, BundleArrival
+from phasewatch.transfer.shipper import BundleShipper
 from phasewatch.validate import sweep as validate
-from phasewatch.workers import Result
 
 BUNDLES = {IDS[n]: bytes([n]) * size for n, size in enumerate((1000, 300_000, 5))}
 
@@ -63,8 +64,8 @@ def receiver(folder: Path) -> Work:
     acknowledged: set[str] = set()
     store = folder / "store"
 
-    def judge(arrivals: Sequence[Arrival]) -> Iterator[Judgement]:
-        return (Judgement(status="accepted", reasons=(), detail=str(len(a.data))) for a in arrivals)
+    def judge(arrivals: Sequence[BundleArrival]) -> Iterator[AdmissionVerdict]:
+        return (AdmissionVerdict(status="accepted", reasons=(), detail=str(len(a.data))) for a in arrivals)
 
     def do() -> None:
         atomic.make_folder(store)
@@ -119,7 +120,7 @@ def shipper(folder: Path) -> Work:
     def do() -> None:
         async def run() -> None:
             async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://x") as client:
-                shipper = Shipper(outbox, client, TOKENS, parallel=1, sleep=no_sleep, rng=random.Random(0))
+                shipper = BundleShipper(outbox, client, TOKENS, parallel=1, sleep=no_sleep, rng=random.Random(0))
                 with suppress(BaseExceptionGroup):  # what a disk raised inside a task
                     await shipper.run()
 
@@ -141,15 +142,15 @@ def sweep(folder: Path) -> Work:
     """A sweep of four episodes and their feature tables, over the products of an earlier sweep of three."""
     store, run = folder / "store", folder / "run"
     put(store, episode(number=1))
-    settings = stages.Settings(store=store, run=run, workers=1)
+    settings = stages.RunSettings(store=store, run=run, workers=1)
 
-    def in_turn(fn: Callable[[Any], Any], items: Iterable[Any], **_: object) -> Iterator[Result[Any]]:
+    def in_turn(fn: Callable[[Any], Any], items: Iterable[Any], **_: object) -> Iterator[ItemResult[Any]]:
         """Read here: a worker process only reads, and the writer is this one."""
-        return (Result(index=i, value=fn(item), error=None) for i, item in enumerate(items))
+        return (ItemResult(index=i, value=fn(item), error=None) for i, item in enumerate(items))
 
     def do() -> None:
         validate.sweep(store, run, workers=1, mapper=in_turn, part=1)
-        stages.features(settings)
+        stages.build_features(settings)
 
     do()
     put(store, episode(number=2, host_id="h2"))
@@ -161,13 +162,13 @@ def cells(folder: Path) -> Work:
     run = folder / "run"
     shutil.copytree(cells.prepared, run)  # type: ignore[attr-defined]
     grid = [
-        Cell(recipe="held_out_host", fold="host-0", threat="realistic", model=model)
+        Experiment(recipe="held_out_host", fold="host-0", threat="realistic", model=model)
         for model in ("majority", "elapsed_time")
     ]
 
     def do() -> None:
         atomic.sweep_temporaries(run)
-        train_cells(run, grid, workers=1)
+        train_experiments(run, grid, workers=1)
 
     return Work(folder, do)
 

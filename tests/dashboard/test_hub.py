@@ -1,4 +1,4 @@
-"""The hub: one bounded log, everybody reads it in order, and whoever misses something is told how much."""
+"""The hub: viewers read one bounded log in order, and lost events are reported."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import json
 from collections.abc import AsyncIterator
 
 import pytest
-from tests.dashboard.running import event
+from tests.factories.dashboards import event
 from tests.formats.test_golden_events import GOLDEN
 
-from phasewatch.dashboard.hub import Hub, Limits, Viewer
+from phasewatch.dashboard.hub import EventHub, HubLimits, HubViewer
 from phasewatch.errors import BusyError
-from phasewatch.live.events import Telemetry
+from phasewatch.events.schema import TelemetryEvent
 
 
 class Clock:
-    """A clock that is moved by hand."""
+    """A clock that the test advances."""
 
     now_s = 100.0
 
@@ -24,18 +24,18 @@ class Clock:
         return self.now_s
 
 
-def hub_of(limits: Limits = Limits(), clock: Clock | None = None) -> Hub:
-    return Hub(boot="aa", now_ns=lambda: 7, monotonic=clock or Clock(), limits=limits)
+def hub_of(limits: HubLimits = HubLimits(), clock: Clock | None = None) -> EventHub:
+    return EventHub(boot="aa", now_ns=lambda: 7, monotonic=clock or Clock(), limits=limits)
 
 
-def telemetry(vm: str, i: int = 0) -> Telemetry:
-    return Telemetry(
+def telemetry(vm: str, i: int = 0) -> TelemetryEvent:
+    return TelemetryEvent(
         vm=vm, origin="live", t0_ns=i, bin_s=0.5, channels=("proc.cpu_user",), values=((float(i),),), flags=(0,)
     )
 
 
 async def read(stream: AsyncIterator[bytes], until: int) -> list[tuple[str, str, dict[str, object]]]:
-    """Read (kind, id, data) until the event of that number came, or the stream ends."""
+    """Read (kind, id, data) until the event with the number `until`, or the end of the stream."""
     found = []
     async for part in stream:
         for frame in part.decode().split("\n\n"):
@@ -47,11 +47,11 @@ async def read(stream: AsyncIterator[bytes], until: int) -> list[tuple[str, str,
     return found
 
 
-def seen_by(hub: Hub, last_id: str | None, until: int) -> list[tuple[str, str, dict[str, object]]]:
+def seen_by(hub: EventHub, last_id: str | None, until: int) -> list[tuple[str, str, dict[str, object]]]:
     return asyncio.run(read(hub.stream(hub.join(last_id)), until))
 
 
-def test_a_viewer_is_greeted_and_gets_every_event_in_order() -> None:
+def test_viewer_gets_hello_and_every_event_in_order() -> None:
     async def go() -> list[tuple[str, str, dict[str, object]]]:
         hub = hub_of()
         hub.publish(event(telemetry("a", 1)))
@@ -64,13 +64,16 @@ def test_a_viewer_is_greeted_and_gets_every_event_in_order() -> None:
     found = asyncio.run(go())
 
     assert [(kind, number) for kind, number, _ in found] == [
-        ("hello", ""), ("telemetry", "aa.1"), ("telemetry", "aa.2"), ("score", "aa.3"),
-    ]  # fmt: skip
+        ("hello", ""),
+        ("telemetry", "aa.1"),
+        ("telemetry", "aa.2"),
+        ("score", "aa.3"),
+    ]
     assert found[0][2] == {"t_wall_ns": 7, "number": 1}
     assert found[1][2]["type"] == "telemetry"
 
 
-def test_a_viewer_that_comes_back_goes_on_where_it_was() -> None:
+def test_reconnecting_viewer_continues_after_its_last_event() -> None:
     hub = hub_of()
     for i in range(5):
         hub.publish(event(telemetry("a", i)))
@@ -78,8 +81,8 @@ def test_a_viewer_that_comes_back_goes_on_where_it_was() -> None:
     assert [number for _, number, _ in seen_by(hub, "aa.3", 5)] == ["", "aa.4", "aa.5"]
 
 
-def test_a_viewer_that_missed_events_is_told_how_many() -> None:
-    hub = hub_of(Limits(events=3, kept=0))
+def test_viewer_that_missed_events_gets_a_gap_with_their_number() -> None:
+    hub = hub_of(HubLimits(events=3, retained_scenes=0))
     for i in range(10):
         hub.publish(event(telemetry("a", i)))
 
@@ -90,7 +93,7 @@ def test_a_viewer_that_missed_events_is_told_how_many() -> None:
 
 
 @pytest.mark.parametrize("last_id", ["bb.3", "aa.99", "aa.-1", "aa.", "nonsense", "aa.1e3", "aa." + "9" * 400])
-def test_a_number_of_another_hub_is_a_gap_of_unknown_width(last_id: str) -> None:
+def test_event_id_of_another_hub_gives_a_gap_of_unknown_size(last_id: str) -> None:
     hub = hub_of()
     hub.publish(event(telemetry("a")))
 
@@ -100,8 +103,8 @@ def test_a_number_of_another_hub_is_a_gap_of_unknown_width(last_id: str) -> None
     assert found[1][2]["missed"] is None
 
 
-def test_who_comes_late_gets_the_newest_of_every_scene_although_the_log_moved_on() -> None:
-    hub = hub_of(Limits(events=2))
+def test_new_viewer_gets_the_newest_event_of_every_scene() -> None:
+    hub = hub_of(HubLimits(events=2))
     for kind in ("score", "profile"):
         hub.publish(event(GOLDEN[kind][0]))
     hub.publish(event(telemetry("b", 1)))
@@ -111,16 +114,20 @@ def test_who_comes_late_gets_the_newest_of_every_scene_although_the_log_moved_on
     found = seen_by(hub, None, 8)
 
     assert [(kind, number) for kind, number, _ in found] == [
-        ("hello", ""), ("score", "aa.1"), ("profile", "aa.2"), ("telemetry", "aa.3"), ("telemetry", "aa.7"),
+        ("hello", ""),
+        ("score", "aa.1"),
+        ("profile", "aa.2"),
+        ("telemetry", "aa.3"),
+        ("telemetry", "aa.7"),
         ("telemetry", "aa.8"),
-    ]  # fmt: skip
+    ]
 
 
-def test_a_viewer_that_is_too_slow_is_told_and_let_go() -> None:
+def test_viewer_that_is_too_slow_is_dropped_with_a_message() -> None:
     async def go() -> list[tuple[str, str, dict[str, object]]]:
-        hub = hub_of(Limits(events=4))
+        hub = hub_of(HubLimits(events=4))
         stream = hub.stream(hub.join(None))
-        await anext(stream)  # greeted, and then it stalls
+        await anext(stream)  # hello, then the viewer stalls
         for i in range(10):
             hub.publish(event(telemetry("a", i)))
         return await read(stream, 99)
@@ -130,8 +137,8 @@ def test_a_viewer_that_is_too_slow_is_told_and_let_go() -> None:
     assert [(kind, data["missed"]) for kind, _, data in found] == [("dropped", 6)]
 
 
-def test_the_log_is_bounded_in_bytes_and_so_are_the_scenes_that_outlive_it() -> None:
-    hub = hub_of(Limits(log_bytes=2000, kept=3))
+def test_log_is_bounded_in_bytes_and_scenes() -> None:
+    hub = hub_of(HubLimits(log_bytes=2000, retained_scenes=3))
     for i in range(100):
         hub.publish(event(telemetry(f"vm-{i}")))
 
@@ -141,12 +148,12 @@ def test_the_log_is_bounded_in_bytes_and_so_are_the_scenes_that_outlive_it() -> 
     assert found[-1][1] == "aa.100"
 
 
-def test_a_part_is_bounded_but_holds_at_least_one_event() -> None:
+def test_part_is_bounded_but_has_at_least_one_event() -> None:
     async def go() -> list[int]:
-        hub = hub_of(Limits(part_bytes=10))
+        hub = hub_of(HubLimits(part_bytes=10))
         for i in range(3):
             hub.publish(event(telemetry("a", i)))
-        viewer = Viewer(seen=0)
+        viewer = HubViewer(seen=0)
         sizes = []
         async for part in hub.stream(viewer):
             sizes.append(part.count(b"event: telemetry"))
@@ -157,12 +164,12 @@ def test_a_part_is_bounded_but_holds_at_least_one_event() -> None:
     assert asyncio.run(go()) == [0, 1, 1, 1]
 
 
-def test_too_many_viewers_are_refused_and_those_who_leave_make_room() -> None:
+def test_viewers_beyond_the_limit_are_refused_until_one_leaves() -> None:
     async def go() -> int:
-        hub = hub_of(Limits(viewers=1))
+        hub = hub_of(HubLimits(viewers=1))
         stream = hub.stream(hub.join(None))
         await anext(stream)
-        with pytest.raises(BusyError, match="1 viewers look on already"):
+        with pytest.raises(BusyError, match="1 viewers"):
             hub.join(None)
         await stream.aclose()  # type: ignore[attr-defined]
         hub.join(None)
@@ -171,9 +178,9 @@ def test_too_many_viewers_are_refused_and_those_who_leave_make_room() -> None:
     assert asyncio.run(go()) == 0
 
 
-def test_outside_producers_are_held_to_a_rate() -> None:
+def test_outside_producers_are_rate_limited() -> None:
     clock = Clock()
-    hub = hub_of(Limits(rate_per_s=10, burst=20), clock)
+    hub = hub_of(HubLimits(rate_per_s=10, burst=20), clock)
 
     assert hub.admit(20) == 0.0
     assert hub.admit(5) == pytest.approx(0.5)
@@ -183,8 +190,8 @@ def test_outside_producers_are_held_to_a_rate() -> None:
     assert hub.admit(21) > 0
 
 
-def test_a_silent_hub_says_that_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phasewatch.dashboard.hub.BEAT_S", 0.01)
+def test_hub_without_events_sends_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phasewatch.dashboard.hub.HEARTBEAT_S", 0.01)
 
     async def go() -> bytes:
         hub = hub_of()
@@ -195,10 +202,10 @@ def test_a_silent_hub_says_that_it_lives(monkeypatch: pytest.MonkeyPatch) -> Non
     assert asyncio.run(go()) == b'event: beat\ndata: {"t_wall_ns":7,"number":0}\n\n'
 
 
-def test_a_place_is_taken_when_a_viewer_joins_and_not_when_it_first_reads() -> None:
-    hub = hub_of(Limits(viewers=2))
+def test_viewer_counts_from_join_and_not_from_its_first_read() -> None:
+    hub = hub_of(HubLimits(viewers=2))
     first, _ = hub.join(None), hub.join(None)
-    with pytest.raises(BusyError, match="2 viewers look on already"):
+    with pytest.raises(BusyError, match="2 viewers"):
         hub.join(None)
 
     hub.leave(first)

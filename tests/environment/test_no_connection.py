@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from tests.environment.commands import EDGE, one_bundle
 from tests.environment.traced import Traced, need_tracing, trace
+from tests.factories.trained_runs import FOLD, RECIPE, write_trained_run
 from tests.requirements import need_program
-from tests.trained_run import FOLD, RECIPE, write_trained_run
 
 pytestmark = pytest.mark.slow
 VISITOR = (sys.executable, str(Path(__file__).with_name("visitor.py")))
@@ -89,7 +89,17 @@ def test_a_shipper_speaks_to_its_receiver_alone(folder: Path) -> None:
     (folder / "tokens").write_text("sim-00: a-long-enough-token\nsim-01: another-long-token\n")
     (folder / "tokens").chmod(0o600)
     subprocess.run(["cp", "-r", "store", "outbox"], cwd=folder, check=True)
-    arguments = ("ship", "--outbox", "outbox", "--to", "http://127.0.0.1:9", "--tokens", "tokens", "--patience", "0.1")
+    arguments = (
+        "ship",
+        "--outbox",
+        "outbox",
+        "--to",
+        "http://127.0.0.1:9",
+        "--tokens",
+        "tokens",
+        "--give-up-after",
+        "0.1",
+    )
 
     seen = trace_checked(folder, *arguments, code=5)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests.environment.commands import call
 
-from phasewatch.dashboard.token import ensure_token, token_path
+from phasewatch.dashboard.auth import ensure_token, find_token_path
 from phasewatch.errors import MachineError
 from phasewatch.user_folders import cache_folder, user_folder
 
@@ -21,7 +21,7 @@ def _homeless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_homeless")
 @pytest.mark.parametrize(
-    ("folder", "remedies"), [(token_path, ("XDG_STATE_HOME", "--token-file")), (cache_folder, ("XDG_CACHE_HOME",))]
+    ("folder", "remedies"), [(find_token_path, ("XDG_STATE_HOME", "--token-file")), (cache_folder, ("XDG_CACHE_HOME",))]
 )
 def test_without_a_home_the_error_names_what_to_set(folder: object, remedies: tuple[str, ...]) -> None:
     with pytest.raises(MachineError) as caught:

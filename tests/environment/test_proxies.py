@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from phasewatch.cli import app
 from phasewatch.errors import PhasewatchError, UsageError
+from phasewatch.events.publish import EventPoster
 from phasewatch.http_client import is_clear_text
-from phasewatch.live.webhook import Webhook
-from phasewatch.produce.send import Poster
+from phasewatch.live.outputs import Webhook
 from phasewatch.store.base import open_store
 
 NAMES = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
@@ -73,13 +73,13 @@ def outbox(tmp_path: Path) -> Path:
 
 def ship(url: str, folder: Path) -> None:
     words = ["ship", "--outbox", str(folder / "outbox"), "--to", url, "--tokens", str(folder / "tokens")]
-    done = CliRunner().invoke(app, [*words, "--patience", "0.1"])
+    done = CliRunner().invoke(app, [*words, "--give-up-after", "0.1"])
     assert done.exit_code in (3, 5), done.output
 
 
 def post_event(url: str, folder: Path) -> None:
     async def go() -> None:
-        poster = Poster(url, SECRET)
+        poster = EventPoster(url, SECRET)
         try:
             await poster._client.post(poster._url, content=b"{}")
         finally:
@@ -90,7 +90,7 @@ def post_event(url: str, folder: Path) -> None:
 
 def post_alarm(url: str, folder: Path) -> None:
     async def go() -> None:
-        webhook = Webhook(url, lambda words: None)
+        webhook = Webhook(url)
         webhook._queue.put_nowait(b"{}")
         webhook._open += 1
         webhook._task = asyncio.create_task(webhook._run())
@@ -109,15 +109,28 @@ def list_bucket(url: str, folder: Path) -> None:
             list(open_store("s3://bucket/prefix").walk())
 
 
-@pytest.mark.parametrize("value", ["http://127.0.0.1:{port}", "127.0.0.1:{port}", "socks5://127.0.0.1:{port}", "socks://127.0.0.1:{port}", "http://user:word@[::1"])  # fmt: skip
+@pytest.mark.parametrize(
+    "value",
+    [
+        "http://127.0.0.1:{port}",
+        "127.0.0.1:{port}",
+        "socks5://127.0.0.1:{port}",
+        "socks://127.0.0.1:{port}",
+        "http://user:word@[::1",
+    ],
+)
 @pytest.mark.parametrize("call", [ship, post_event, post_alarm, list_bucket])
 def test_a_request_to_this_machine_passes_no_proxy(
-    call: Callable[[str, Path], None], value: str, target: Listener, proxy: Listener, outbox: Path,
+    call: Callable[[str, Path], None],
+    value: str,
+    target: Listener,
+    proxy: Listener,
+    outbox: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.setattr("phasewatch.live.webhook.PAUSE_S", 0.001)
+    monkeypatch.setattr("phasewatch.live.outputs.WEBHOOK_RETRY_S", 0.001)
     for name in NAMES:
         monkeypatch.setenv(name, value.format(port=proxy.port))
 
@@ -142,14 +155,15 @@ def test_a_request_over_tls_passes_no_proxy_either(
 @pytest.mark.parametrize("url", ["http://192.0.2.1:8765", "HTTP://page.example/events", "http://[2001:db8::1]"])
 def test_the_dashboards_token_is_not_sent_in_the_clear_to_another_machine(url: str) -> None:
     with pytest.raises(UsageError, match="in the clear"):
-        Poster(url, SECRET)
+        EventPoster(url, SECRET)
 
 
 def test_this_machine_and_tls_are_not_in_the_clear() -> None:
     assert not [
-        url for url in ("http://127.0.0.1:1", "http://localhost", "http://[::1]:9", "https://x", "nonsense", "http://[::")
+        url
+        for url in ("http://127.0.0.1:1", "http://localhost", "http://[::1]:9", "https://x", "nonsense", "http://[::")
         if is_clear_text(url)
-    ]  # fmt: skip
+    ]
 
 
 def test_one_module_makes_every_http_client() -> None:
@@ -157,8 +171,9 @@ def test_one_module_makes_every_http_client() -> None:
         path.name
         for path in SRC.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("httpx.")
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).startswith("httpx.")
         and not ast.unparse(node.func).endswith((".URL", ".Timeout"))
-    }  # fmt: skip
+    }
 
     assert makers == {"http_client.py"}

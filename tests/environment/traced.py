@@ -14,7 +14,10 @@ import pytest
 from tests.environment.commands import PATH, PROGRAM
 from tests.requirements import need_program
 
-CALLS = "connect,sendto,sendmsg,sendmmsg,open,openat,creat,mkdir,mkdirat,link,linkat,symlink,symlinkat,rename,renameat,renameat2,mknod,mknodat"
+CALLS = (
+    "connect,sendto,sendmsg,sendmmsg,open,openat,creat,mkdir,mkdirat,link,linkat,symlink,symlinkat,rename,renameat,"
+    "renameat2,mknod,mknodat"
+)
 _ADDRESS = re.compile(r'inet_addr\("([^"]+)"\)|inet_pton\(AF_INET6, "([^"]+)"')
 _PATHS = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _MAKERS = re.compile(r"^(creat|mkdir|mkdirat|link|linkat|symlink|symlinkat|rename|renameat|renameat2|mknod|mknodat)\(")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from phasewatch.features.fingerprint import behaviour_fingerprint, golden_episodes
-from phasewatch.grid.align import align
+from phasewatch.binning.align import bin_episode
+from phasewatch.features.fingerprint import behaviour_fingerprint, build_golden_episodes
 
 # Changes only with the contract; then every feature table and model is to be built anew, and the change log says so.
 GOLDEN = "ff18dcf708b51df21763fc4a4b4d3c0751b428ba770d75b2ab45c038734a69b0"
@@ -23,15 +23,27 @@ def test_the_fingerprint_is_the_golden_one() -> None:
     assert behaviour_fingerprint() == GOLDEN
 
 
-@pytest.mark.parametrize("name", [name for name, _ in golden_episodes()])
+@pytest.mark.parametrize("name", [name for name, _ in build_golden_episodes()])
 def test_a_golden_episode_does_what_its_name_says(name: str) -> None:
-    grid = align(dict(golden_episodes())[name])
+    grid = bin_episode(dict(build_golden_episodes())[name])
     unknown = np.isnan(grid.bins)
 
     assert {f.code for f in grid.findings} == FINDINGS.get(name, set())
     assert not unknown.all()
-    assert unknown.any() == (name not in {
-        "jitter", "counters beyond 53 bits", "ten ticks a second", "balloon fields every third tick",
-        "a clock that claims to be Unix time", "a clock with another name", "a step of the wall clock", "exactly one window", "one bin short of a window",
-        "just enough bins for stats", "one bin too few for stats", "a step of the wall clock at the last reading",
-    })  # fmt: skip
+    assert unknown.any() == (
+        name
+        not in {
+            "jitter",
+            "counters beyond 53 bits",
+            "ten ticks a second",
+            "balloon fields every third tick",
+            "a clock that claims to be Unix time",
+            "a clock with another name",
+            "a step of the wall clock",
+            "exactly one window",
+            "one bin short of a window",
+            "just enough bins for stats",
+            "one bin too few for stats",
+            "a step of the wall clock at the last reading",
+        }
+    )

@@ -9,7 +9,7 @@ import pytest
 
 from phasewatch.channels import CHANNELS
 from phasewatch.features.schema import deployment_mask, feature_names, feature_units, render_schema, schema_hash
-from phasewatch.vocab import Kind, Source, Trust
+from phasewatch.types import ChannelKind, ChannelTrust, SourceKind
 
 
 def test_columns_go_channel_by_channel_five_stats_each() -> None:
@@ -17,9 +17,13 @@ def test_columns_go_channel_by_channel_five_stats_each() -> None:
 
     assert len(names) == len(set(names)) == 5 * len(CHANNELS)
     assert names[:6] == (
-        "proc.cpu_user.mean", "proc.cpu_user.std", "proc.cpu_user.p50", "proc.cpu_user.p95", "proc.cpu_user.slope",
+        "proc.cpu_user.mean",
+        "proc.cpu_user.std",
+        "proc.cpu_user.p50",
+        "proc.cpu_user.p95",
+        "proc.cpu_user.slope",
         "proc.cpu_sys.mean",
-    )  # fmt: skip
+    )
     assert names[-1] == "guest.mem_dirty.slope"
 
 
@@ -31,7 +35,7 @@ def test_units_stand_beside_names_and_a_slope_is_per_second() -> None:
     assert units["netflow.out_bytes.slope"] == "B/s/s"
 
 
-def test_a_column_is_in_deployment_when_the_host_vouches_for_it() -> None:
+def test_column_is_in_deployment_if_the_host_measures_it() -> None:
     mask = dict(zip(feature_names(), deployment_mask(), strict=True))
 
     assert sum(mask.values()) == 5 * sum(c.in_deployment for c in CHANNELS)
@@ -43,18 +47,24 @@ def test_a_column_is_in_deployment_when_the_host_vouches_for_it() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"name": "other"}, {"source": Source.QMP}, {"kind": Kind.DELTA}, {"fields": ("other",)}, {"unit": "s"},
-        {"scale": 1e-6}, {"trust": Trust.GUEST}, {"semantics": 2},
+        {"name": "other"},
+        {"source": SourceKind.QMP},
+        {"kind": ChannelKind.DELTA},
+        {"fields": ("other",)},
+        {"unit": "s"},
+        {"scale": 1e-6},
+        {"trust": ChannelTrust.GUEST},
+        {"semantics": 2},
     ],
     ids=lambda change: next(iter(change)),
-)  # fmt: skip
+)
 def test_whatever_changes_a_columns_meaning_changes_the_hash(change: dict[str, object]) -> None:
     changed = (replace(CHANNELS[0], **change), *CHANNELS[1:])  # type: ignore[arg-type]
 
     assert schema_hash(changed) != schema_hash()
 
 
-def test_words_about_a_channel_do_not_change_the_hash() -> None:
+def test_description_of_a_channel_does_not_change_the_schema_hash() -> None:
     assert schema_hash((replace(CHANNELS[0], about="other", reads="other"), *CHANNELS[1:])) == schema_hash()
 
 
@@ -66,15 +76,30 @@ def test_the_schema_file_says_what_the_tables_hold() -> None:
     schema = json.loads(render_schema("f" * 64))
 
     assert list(schema) == [
-        "version", "phases", "feature_names", "units", "in_deployment_mask", "channels", "stat_suffixes",
-        "window_seconds", "stride_seconds", "bin_seconds", "schema_hash", "behaviour_fingerprint",
-    ]  # fmt: skip
+        "version",
+        "phases",
+        "feature_names",
+        "units",
+        "in_deployment_mask",
+        "channels",
+        "stat_suffixes",
+        "window_seconds",
+        "stride_seconds",
+        "bin_seconds",
+        "schema_hash",
+        "behaviour_fingerprint",
+    ]
     assert schema["phases"] == ["clean", "armed", "infecting", "active", "dormant"]
     assert (schema["window_seconds"], schema["stride_seconds"], schema["bin_seconds"]) == (10.0, 5.0, 0.5)
     assert (
         len(schema["feature_names"]) == len(schema["units"]) == len(schema["in_deployment_mask"]) == 5 * len(CHANNELS)
     )
     assert schema["channels"][0] == {
-        "name": "cpu_user", "source": "proc", "kind": "rate", "unit": "cores", "trust": "host", "in_deployment": True,
-    }  # fmt: skip
+        "name": "cpu_user",
+        "source": "proc",
+        "kind": "rate",
+        "unit": "cores",
+        "trust": "host",
+        "in_deployment": True,
+    }
     assert len(schema["channels"]) == len(CHANNELS)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from tests.oracle import slow
 
-from phasewatch.features.stats import SORT_10, STATS, episode_stats, window_stats
+from phasewatch.features.stats import SORTING_NETWORK_10, STATS, episode_stats, window_stats
 
 NAN = float("nan")
 
@@ -25,7 +25,7 @@ def test_the_order_is_mean_std_median_95th_percentile_slope() -> None:
     assert STATS == ("mean", "std", "p50", "p95", "slope")
 
 
-def test_the_numbers_of_a_ramp_can_be_checked_by_head() -> None:
+def test_stats_of_a_ramp() -> None:
     mean, std, p50, p95, slope = one([float(b) for b in range(20)])
 
     assert mean == 9.5
@@ -78,7 +78,7 @@ def test_a_window_gets_the_same_bits_whatever_stands_before_it() -> None:
         assert np.array_equal(window_stats(bins[10 * j : 10 * j + 20])[0], together[j], equal_nan=True)
 
 
-def test_the_input_is_left_as_it_was() -> None:
+def test_input_is_not_changed() -> None:
     bins = np.random.default_rng(3).standard_normal((30, 4)).astype(np.float32)
     before = bins.copy()
 
@@ -91,7 +91,7 @@ def test_the_input_is_left_as_it_was() -> None:
 def test_the_exchanges_sort_every_row_of_zeros_and_ones() -> None:
     for row in product([0, 1], repeat=10):  # which is to say: every row
         values = list(row)
-        for i, j in SORT_10:
+        for i, j in SORTING_NETWORK_10:
             values[i], values[j] = min(values[i], values[j]), max(values[i], values[j])
 
         assert values == sorted(row)

@@ -8,47 +8,48 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tests.builders import T0, S, episode, episode_id
+from tests.factories.bundles import T0, S, episode, episode_id
 
+from phasewatch.artifacts import EPISODE_FEATURES_FILE, FEATURE_SCHEMA_FILE, FEATURES_FILE
+from phasewatch.binning.align import bin_episode
+from phasewatch.binning.storage import MappedBins, build_index_row, open_bins, write_bins
 from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import feature_names, schema_hash
 from phasewatch.features.stats import episode_stats, window_stats
-from phasewatch.features.tables import EPISODE_FILE, SCHEMA_FILE, WINDOW_FILE, Spread, write_tables
-from phasewatch.grid.align import align
-from phasewatch.grid.files import Grids, open_grids, row_of, write_grids
-from phasewatch.vocab import Origin, Role, Status
+from phasewatch.features.tables import ParallelSettings, write_feature_tables
+from phasewatch.types import BundleStatus, EpisodeOrigin, EpisodeRole
 
 EPISODES = (
     episode([("clean", 12), ("active", 13)], number=1, agent=False),
-    episode([("unknown", 16)], number=2, profile="benign", sample_name="idle", role=Role.SOAK),
+    episode([("unknown", 16)], number=2, profile="benign", sample_name="idle", role=EpisodeRole.SOAK),
     episode([("dormant", 1.2)], number=3),
-    episode([("armed", 30)], number=4, host_id="h2", origin=Origin.RECORDED),
+    episode([("armed", 30)], number=4, host_id="h2", origin=EpisodeOrigin.RECORDED),
     episode([("armed", 30)], number=5, host_id="h2"),
 )
 STATUSES = {
-    ("h1", episode_id(1)): Status.ACCEPTED,
-    ("h1", episode_id(2)): Status.DEGRADED,
-    ("h1", episode_id(3)): Status.ACCEPTED,
-    ("h2", episode_id(4)): Status.ACCEPTED,
-    ("h2", episode_id(5)): Status.REJECTED,
+    ("h1", episode_id(1)): BundleStatus.ACCEPTED,
+    ("h1", episode_id(2)): BundleStatus.DEGRADED,
+    ("h1", episode_id(3)): BundleStatus.ACCEPTED,
+    ("h2", episode_id(4)): BundleStatus.ACCEPTED,
+    ("h2", episode_id(5)): BundleStatus.REJECTED,
 }
 IDS = ["episode_id", "host_id", "profile", "sample_name", "sample_kind", "origin", "role"]
 
 
 @pytest.fixture(scope="module")
-def grids(tmp_path_factory: pytest.TempPathFactory) -> Grids:
+def grids(tmp_path_factory: pytest.TempPathFactory) -> MappedBins:
     folder = tmp_path_factory.mktemp("grids")
-    with write_grids(folder) as made:
+    with write_bins(folder) as made:
         for whole in EPISODES:
-            grid = align(whole)
-            made.add(row_of(whole, grid), grid.bins, grid.levels)
-    return open_grids(folder)
+            grid = bin_episode(whole)
+            made.add(build_index_row(whole, grid), grid.bins, grid.levels)
+    return open_bins(folder)
 
 
-def test_the_window_table_has_the_columns_of_the_contract(grids: Grids, tmp_path: Path) -> None:
-    write_tables(tmp_path, grids, STATUSES)
+def test_the_window_table_has_the_columns_of_the_contract(grids: MappedBins, tmp_path: Path) -> None:
+    write_feature_tables(tmp_path, grids, STATUSES)
 
-    schema = pq.read_schema(tmp_path / WINDOW_FILE)
+    schema = pq.read_schema(tmp_path / FEATURES_FILE)
 
     assert schema.names == [*IDS, "t_center_s", "t_center_ns", "phase", "purity", "flags", *feature_names()]
     types = dict(zip(schema.names, map(str, schema.types), strict=True))
@@ -60,11 +61,11 @@ def test_the_window_table_has_the_columns_of_the_contract(grids: Grids, tmp_path
 
 
 def test_the_episode_table_has_one_row_for_each_used_episode_even_without_a_window(
-    grids: Grids, tmp_path: Path
+    grids: MappedBins, tmp_path: Path
 ) -> None:
-    count = write_tables(tmp_path, grids, STATUSES)
+    count = write_feature_tables(tmp_path, grids, STATUSES)
 
-    table = pq.read_table(tmp_path / EPISODE_FILE)
+    table = pq.read_table(tmp_path / EPISODE_FEATURES_FILE)
 
     assert table.column_names == [*IDS, "n_windows", *feature_names()]
     assert table.column("episode_id").to_pylist() == [episode_id(i) for i in (1, 2, 3, 4)]
@@ -72,12 +73,12 @@ def test_the_episode_table_has_one_row_for_each_used_episode_even_without_a_wind
     assert (count.episodes, count.windows, count.without_windows, count.unknown_windows) == (4, 11, 1, 2)
 
 
-def test_rows_are_those_of_the_stats_in_the_order_of_host_episode_and_window(grids: Grids, tmp_path: Path) -> None:
-    write_tables(tmp_path, grids, STATUSES)
+def test_rows_are_those_of_the_stats_in_the_order_of_host_episode_and_window(grids: MappedBins, tmp_path: Path) -> None:
+    write_feature_tables(tmp_path, grids, STATUSES)
 
-    table = pq.read_table(tmp_path / WINDOW_FILE)
+    table = pq.read_table(tmp_path / FEATURES_FILE)
 
-    used = [grids.bins_of(row) for row in (grids.rows[0], grids.rows[1], grids.rows[3])]
+    used = [grids.episode_bins(row) for row in (grids.rows[0], grids.rows[1], grids.rows[3])]
     expected = np.concatenate([window_stats(np.asarray(bins)).reshape(-1, len(feature_names())) for bins in used])
     found = np.stack([table.column(name).to_numpy() for name in feature_names()], axis=1)
     assert np.array_equal(found.view(np.uint32), expected.view(np.uint32))
@@ -89,59 +90,66 @@ def test_rows_are_those_of_the_stats_in_the_order_of_host_episode_and_window(gri
     assert table.column("flags").to_pylist()[:6] == [0, 4, 4, 0, 0, 0]
 
 
-def test_episode_features_are_the_same_five_over_all_bins(grids: Grids, tmp_path: Path) -> None:
-    write_tables(tmp_path, grids, STATUSES)
+def test_episode_features_are_the_same_five_over_all_bins(grids: MappedBins, tmp_path: Path) -> None:
+    write_feature_tables(tmp_path, grids, STATUSES)
 
-    table = pq.read_table(tmp_path / EPISODE_FILE)
+    table = pq.read_table(tmp_path / EPISODE_FEATURES_FILE)
 
-    expected = episode_stats(np.asarray(grids.bins_of(grids.rows[3]))).ravel()
+    expected = episode_stats(np.asarray(grids.episode_bins(grids.rows[3]))).ravel()
     found = np.array([table.column(name)[3].as_py() for name in feature_names()], np.float32)
     assert np.array_equal(found, expected, equal_nan=True)
     assert np.isnan(table.column("proc.cpu_user.mean")[2].as_py())  # two bins are too few for a number
 
 
-def test_degraded_episodes_can_be_left_out_and_are_counted(grids: Grids, tmp_path: Path) -> None:
-    count = write_tables(tmp_path, grids, STATUSES, include_degraded=False)
+def test_degraded_episodes_can_be_left_out_and_are_counted(grids: MappedBins, tmp_path: Path) -> None:
+    count = write_feature_tables(tmp_path, grids, STATUSES, include_degraded=False)
 
-    assert pq.read_table(tmp_path / EPISODE_FILE).column("episode_id").to_pylist() == [episode_id(i) for i in (1, 3, 4)]
+    assert pq.read_table(tmp_path / EPISODE_FEATURES_FILE).column("episode_id").to_pylist() == [
+        episode_id(i) for i in (1, 3, 4)
+    ]
     assert count.left_out == {"degraded": 1, "rejected": 1}
 
 
-def test_an_episode_that_no_verdict_names_is_not_used(grids: Grids, tmp_path: Path) -> None:
-    count = write_tables(tmp_path, grids, {("h1", episode_id(1)): Status.ACCEPTED})
+def test_an_episode_that_no_verdict_names_is_not_used(grids: MappedBins, tmp_path: Path) -> None:
+    count = write_feature_tables(tmp_path, grids, {("h1", episode_id(1)): BundleStatus.ACCEPTED})
 
     assert count.episodes == 1
     assert count.left_out == {"not listed": 4}
 
 
-def test_any_number_of_workers_gives_the_same_tables(grids: Grids, tmp_path: Path) -> None:
+def test_any_number_of_workers_gives_the_same_tables(grids: MappedBins, tmp_path: Path) -> None:
     for name, workers in (("one", 1), ("two", 2)):
         (tmp_path / name).mkdir()
-        write_tables(tmp_path / name, grids, STATUSES, spread=Spread(workers=workers, chunk=1, few=0))
+        write_feature_tables(
+            tmp_path / name,
+            grids,
+            STATUSES,
+            spread=ParallelSettings(workers=workers, chunk_size=1, min_parallel_episodes=0),
+        )
 
-    for file in (WINDOW_FILE, EPISODE_FILE, SCHEMA_FILE):
+    for file in (FEATURES_FILE, EPISODE_FEATURES_FILE, FEATURE_SCHEMA_FILE):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-def test_the_tables_are_the_same_bytes_each_time_and_name_their_inputs(grids: Grids, tmp_path: Path) -> None:
+def test_the_tables_are_the_same_bytes_each_time_and_name_their_inputs(grids: MappedBins, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        write_tables(tmp_path / name, grids, STATUSES, inputs={"grids/index.parquet": "abc"})
+        write_feature_tables(tmp_path / name, grids, STATUSES, inputs={"grids/index.parquet": "abc"})
 
-    for file in (WINDOW_FILE, EPISODE_FILE, SCHEMA_FILE):
+    for file in (FEATURES_FILE, EPISODE_FEATURES_FILE, FEATURE_SCHEMA_FILE):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    facts = json.loads(pq.read_metadata(tmp_path / "a" / WINDOW_FILE).metadata[b"phasewatch.features"])
+    facts = json.loads(pq.read_metadata(tmp_path / "a" / FEATURES_FILE).metadata[b"phasewatch.features"])
     assert facts == {"schema_hash": schema_hash(), "inputs": {"grids/index.parquet": "abc"}}
 
 
-def test_rows_are_held_back_until_a_row_group_is_full(grids: Grids, tmp_path: Path) -> None:
-    write_tables(tmp_path, grids, STATUSES, row_group=3)
-    small = pq.ParquetFile(tmp_path / WINDOW_FILE)
+def test_rows_are_held_back_until_a_row_group_is_full(grids: MappedBins, tmp_path: Path) -> None:
+    write_feature_tables(tmp_path, grids, STATUSES, row_group=3)
+    small = pq.ParquetFile(tmp_path / FEATURES_FILE)
 
     assert [small.metadata.row_group(i).num_rows for i in range(small.num_row_groups)] == [3, 3, 3, 2]
     split = small.read()
-    write_tables(tmp_path, grids, STATUSES)
-    whole = pq.ParquetFile(tmp_path / WINDOW_FILE)
+    write_feature_tables(tmp_path, grids, STATUSES)
+    whole = pq.ParquetFile(tmp_path / FEATURES_FILE)
     assert whole.num_row_groups == 1
     for name in split.column_names:
         assert np.array_equal(
@@ -149,9 +157,9 @@ def test_rows_are_held_back_until_a_row_group_is_full(grids: Grids, tmp_path: Pa
         )
 
 
-def test_only_the_id_columns_have_a_dictionary(grids: Grids, tmp_path: Path) -> None:
-    write_tables(tmp_path, grids, STATUSES)
-    group = pq.read_metadata(tmp_path / WINDOW_FILE).row_group(0)
+def test_only_the_id_columns_have_a_dictionary(grids: MappedBins, tmp_path: Path) -> None:
+    write_feature_tables(tmp_path, grids, STATUSES)
+    group = pq.read_metadata(tmp_path / FEATURES_FILE).row_group(0)
 
     for i in range(group.num_columns):
         column = group.column(i)
@@ -159,17 +167,17 @@ def test_only_the_id_columns_have_a_dictionary(grids: Grids, tmp_path: Path) -> 
         assert column.compression == "ZSTD"
 
 
-def test_no_used_episode_gives_empty_tables(grids: Grids, tmp_path: Path) -> None:
-    write_tables(tmp_path, grids, {})
+def test_no_used_episode_gives_empty_tables(grids: MappedBins, tmp_path: Path) -> None:
+    write_feature_tables(tmp_path, grids, {})
 
-    assert pq.read_table(tmp_path / WINDOW_FILE).num_rows == 0
-    assert pq.read_table(tmp_path / EPISODE_FILE).num_rows == 0
+    assert pq.read_table(tmp_path / FEATURES_FILE).num_rows == 0
+    assert pq.read_table(tmp_path / EPISODE_FEATURES_FILE).num_rows == 0
 
 
-def test_the_schema_file_carries_both_hashes(grids: Grids, tmp_path: Path) -> None:
-    write_tables(tmp_path, grids, STATUSES)
+def test_the_schema_file_carries_both_hashes(grids: MappedBins, tmp_path: Path) -> None:
+    write_feature_tables(tmp_path, grids, STATUSES)
 
-    schema = json.loads((tmp_path / SCHEMA_FILE).read_text())
+    schema = json.loads((tmp_path / FEATURE_SCHEMA_FILE).read_text())
 
     assert schema["schema_hash"] == schema_hash()
     assert schema["behaviour_fingerprint"] == behaviour_fingerprint()

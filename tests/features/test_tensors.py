@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from phasewatch.features.tensors import gather, window_rows, window_view
+from phasewatch.features.windows import build_window_view, compute_window_rows, gather_windows
 
 BINS = np.arange(100 * 3, dtype=np.float32).reshape(100, 3)
 
 
 def test_a_window_is_twenty_rows_of_the_grid_and_shares_its_memory() -> None:
-    view = window_view(BINS)
+    view = build_window_view(BINS)
 
     assert view.shape == (9, 20, 3)
     assert np.array_equal(view[4], BINS[40:60])
@@ -20,14 +20,14 @@ def test_a_window_is_twenty_rows_of_the_grid_and_shares_its_memory() -> None:
 
 
 def test_an_episode_too_short_for_a_window_has_none() -> None:
-    assert window_view(BINS[:19]).shape == (0, 20, 3)
+    assert build_window_view(BINS[:19]).shape == (0, 20, 3)
 
 
 def test_windows_of_many_episodes_are_gathered_in_any_order() -> None:
-    begins = np.concatenate([window_rows(0, 45), window_rows(45, 55)])
+    begins = np.concatenate([compute_window_rows(0, 45), compute_window_rows(45, 55)])
     assert begins.tolist() == [0, 10, 20, 45, 55, 65, 75]
 
-    batch = gather(BINS, begins[[5, 0, 3]])
+    batch = gather_windows(BINS, begins[[5, 0, 3]])
 
     assert batch.flags.c_contiguous
     assert np.array_equal(batch, np.stack([BINS[65:85], BINS[0:20], BINS[45:65]]))
@@ -36,9 +36,9 @@ def test_windows_of_many_episodes_are_gathered_in_any_order() -> None:
 @pytest.mark.parametrize("begin", [-1, 81])
 def test_a_window_outside_the_grid_is_refused(begin: int) -> None:
     with pytest.raises(IndexError):
-        gather(BINS, np.array([begin]))
+        gather_windows(BINS, np.array([begin]))
 
 
 def test_no_windows_make_an_empty_batch() -> None:
-    assert gather(BINS, np.array([], np.int64)).shape == (0, 20, 3)
-    assert gather(BINS[:5], np.array([], np.int64)).shape == (0, 20, 3)
+    assert gather_windows(BINS, np.array([], np.int64)).shape == (0, 20, 3)
+    assert gather_windows(BINS[:5], np.array([], np.int64)).shape == (0, 20, 3)

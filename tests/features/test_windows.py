@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.builders import T0, S, marks
+from tests.factories.bundles import T0, S, marks
 
 from phasewatch.features.windows import (
-    CLOCK_STEP,
-    DECISION_NS,
-    MIXED,
-    centers_s,
+    FLAG_CLOCK_STEP,
+    FLAG_MIXED,
+    build_label_spans,
+    combine_window_flags,
+    compute_centers_s,
+    compute_window_starts,
     label_windows,
     n_windows,
-    spans_of,
-    window_flags,
-    window_starts,
 )
 
 CODES = {"clean": 0, "armed": 1, "infecting": 2, "active": 3, "dormant": 4, "unknown": -1}
@@ -29,13 +28,9 @@ def test_a_window_is_twenty_bins_and_one_begins_every_ten(n_bins: int, w: int) -
 
 
 def test_windows_begin_at_the_first_label_and_are_named_by_their_middle() -> None:
-    assert window_starts(T0, 3).tolist() == [T0, T0 + 5 * S, T0 + 10 * S]
-    assert centers_s(3).tolist() == [5.0, 10.0, 15.0]
-    assert centers_s(3).dtype == np.float32
-
-
-def test_a_decision_is_made_one_second_after_the_window() -> None:
-    assert DECISION_NS == 11 * S
+    assert compute_window_starts(T0, 3).tolist() == [T0, T0 + 5 * S, T0 + 10 * S]
+    assert compute_centers_s(3).tolist() == [5.0, 10.0, 15.0]
+    assert compute_centers_s(3).dtype == np.float32
 
 
 @pytest.mark.parametrize(
@@ -55,7 +50,7 @@ def test_a_decision_is_made_one_second_after_the_window() -> None:
     ],
 )
 def test_the_label_is_decided_by_nanoseconds(phases: list[tuple[str, float]], expected: str, purity: float) -> None:
-    labels = label_windows(spans_of(marks(phases)), window_starts(T0, 1))
+    labels = label_windows(build_label_spans(marks(phases)), compute_window_starts(T0, 1))
 
     assert labels.phase.tolist() == [CODES[expected]]
     assert labels.phase.dtype == np.int8
@@ -64,7 +59,7 @@ def test_the_label_is_decided_by_nanoseconds(phases: list[tuple[str, float]], ex
 
 
 def test_a_phase_that_begins_where_the_window_ends_is_not_in_it() -> None:
-    labels = label_windows(spans_of(marks([("clean", 10), ("active", 10)])), window_starts(T0, 3))
+    labels = label_windows(build_label_spans(marks([("clean", 10), ("active", 10)])), compute_window_starts(T0, 3))
 
     assert labels.phase.tolist() == [0, 3, 3]
     assert labels.purity.tolist() == [1.0, 0.5, 1.0]
@@ -73,15 +68,20 @@ def test_a_phase_that_begins_where_the_window_ends_is_not_in_it() -> None:
 
 def test_flags_say_mixed_and_where_the_clock_stepped() -> None:
     bin_flags = np.zeros(40, np.uint8)
-    bin_flags[29] = CLOCK_STEP
+    bin_flags[29] = FLAG_CLOCK_STEP
 
-    flags = window_flags(bin_flags, np.array([False, True, True]))
+    flags = combine_window_flags(bin_flags, np.array([False, True, True]))
 
-    assert flags.tolist() == [0, CLOCK_STEP | MIXED, CLOCK_STEP | MIXED]
+    assert flags.tolist() == [0, FLAG_CLOCK_STEP | FLAG_MIXED, FLAG_CLOCK_STEP | FLAG_MIXED]
     assert flags.dtype == np.uint8
 
 
 def test_no_window_has_no_label() -> None:
-    labels = label_windows(spans_of(marks([("clean", 3)])), window_starts(T0, 0))
+    labels = label_windows(build_label_spans(marks([("clean", 3)])), compute_window_starts(T0, 0))
 
-    assert len(labels.phase) == len(labels.purity) == len(window_flags(np.zeros(6, np.uint8), labels.is_mixed)) == 0
+    assert (
+        len(labels.phase)
+        == len(labels.purity)
+        == len(combine_window_flags(np.zeros(6, np.uint8), labels.is_mixed))
+        == 0
+    )

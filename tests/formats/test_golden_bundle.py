@@ -5,11 +5,11 @@ from __future__ import annotations
 import subprocess
 from hashlib import sha256
 
-from tests.episode.small import members_of, small_bundle
+from tests.factories.small_bundles import members_of, small_bundle
 from tests.requirements import need_program
 
-from phasewatch.episode.bundle import unpack
-from phasewatch.episode.frame import decompress_frame
+from phasewatch.bundle.archive import unpack_bundle
+from phasewatch.bundle.container import decompress_frame
 
 # Raise the format's number when one of these has to change: old readers would refuse the new bytes.
 GOLDEN_TAR = "96dbfda339726fd4de0e97a35123f35671b02564726b452b15f35d236232b5cc"
@@ -67,7 +67,7 @@ def test_the_same_content_gives_the_same_bytes() -> None:
 
 
 def test_every_level_reads_back_as_the_same_episode() -> None:
-    episodes = [unpack(small_bundle(level), file="small") for level in (1, 3, 15, 19)]
+    episodes = [unpack_bundle(small_bundle(level), file="small") for level in (1, 3, 15, 19)]
 
     assert all(episode.manifest == episodes[0].manifest for episode in episodes)
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from phasewatch.http_server.connections import (
+    ConnectionEntry,
     ConnectionLimits,
     ConnectionStage,
     ConnectionTable,
-    HeldConnection,
-    address_group,
+    find_address_group,
 )
 
 LIMITS = ConnectionLimits(connections=16, reserved=4, per_address=6, per_owner=3)
@@ -44,7 +44,7 @@ class Server:
 
     def connect(
         self, address: str = "192.0.2.1", *, owner: str = "", stage: ConnectionStage = ConnectionStage.HEAD
-    ) -> HeldConnection:
+    ) -> ConnectionEntry:
         self.now_s += 0.001
         peer = Peer(stage)
         self.peers.append(peer)
@@ -52,13 +52,13 @@ class Server:
         assert entry is not None
         entry.stage = stage
         if owner:
-            self.table.prove(entry, owner)
+            self.table.set_owner(entry, owner)
         return entry
 
     def cut(self) -> list[int]:
         return [number for number, peer in enumerate(self.peers) if peer.is_cut]
 
-    def wait(self, seconds: float) -> list[HeldConnection]:
+    def wait(self, seconds: float) -> list[ConnectionEntry]:
         self.now_s += seconds
         return self.table.find_overdue(now_s=self.now_s)
 
@@ -161,10 +161,13 @@ def test_a_table_without_any_stranger_refuses() -> None:
 @pytest.mark.parametrize(
     ("stage", "patience_s"),
     [
-        (ConnectionStage.HANDSHAKE, LIMITS.handshake_s), (ConnectionStage.HEAD, LIMITS.head_s), (ConnectionStage.IDLE, LIMITS.idle_s),
-        (ConnectionStage.DRAIN, LIMITS.drain_s), (ConnectionStage.CLOSING, LIMITS.drain_s),
+        (ConnectionStage.HANDSHAKE, LIMITS.handshake_s),
+        (ConnectionStage.HEAD, LIMITS.head_s),
+        (ConnectionStage.IDLE, LIMITS.idle_s),
+        (ConnectionStage.DRAIN, LIMITS.drain_s),
+        (ConnectionStage.CLOSING, LIMITS.drain_s),
     ],
-)  # fmt: skip
+)
 def test_a_stranger_has_little_time_in_each_stage(stage: ConnectionStage, patience_s: float) -> None:
     server = Server()
     entry = server.connect()
@@ -208,8 +211,8 @@ def test_an_answer_under_way_is_not_cut_but_one_that_nobody_takes_is() -> None:
 
 
 def test_the_addresses_of_one_client_are_one_group() -> None:
-    assert {address_group(a) for a in ("127.0.0.1", "127.255.3.9", "::1", "::ffff:127.0.0.9")} == {"loopback"}
-    assert address_group("2001:db8:0:1::5") == address_group("2001:db8:0:1:ffff::")
-    assert address_group("fe80::1%eth0") == address_group("fe80::2")
-    assert address_group("::ffff:192.0.2.1") == address_group("192.0.2.1")
-    assert len({address_group(a) for a in ("192.0.2.1", "192.0.2.2", "2001:db8:0:1::", "2001:db8:0:2::", "")}) == 5
+    assert {find_address_group(a) for a in ("127.0.0.1", "127.255.3.9", "::1", "::ffff:127.0.0.9")} == {"loopback"}
+    assert find_address_group("2001:db8:0:1::5") == find_address_group("2001:db8:0:1:ffff::")
+    assert find_address_group("fe80::1%eth0") == find_address_group("fe80::2")
+    assert find_address_group("::ffff:192.0.2.1") == find_address_group("192.0.2.1")
+    assert len({find_address_group(a) for a in ("192.0.2.1", "192.0.2.2", "2001:db8:0:1::", "2001:db8:0:2::", "")}) == 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from phasewatch.http_server.heads import HEAD_BYTES, HEADER_LINES, find_head_fault
+from phasewatch.http_server.heads import MAX_HEAD_BYTES, MAX_HEADER_LINES, find_head_fault
 
 HOST = b"Host: store\r\n"
 PUT = b"PUT /x HTTP/1.1\r\n" + HOST
@@ -63,10 +63,10 @@ ODD = {
     "HTTP/0.9": b"GET /\r\n\r\n",
     "HTTP/1.2": b"GET / HTTP/1.2\r\n" + HOST + b"\r\n",
     "bytes beyond ASCII in the path": "GET /é HTTP/1.1\r\n".encode() + HOST + b"\r\n",
-    "too many headers": PUT + b"A:b\r\n" * (HEADER_LINES + 1) + b"\r\n",
-    "too many headers without an end": PUT + b"A:b\r\n" * (HEADER_LINES + 3),
-    "a head that is too long": PUT + b"X: " + b"a" * HEAD_BYTES + b"\r\n\r\n",
-    "a long head without an end": PUT + b"X: " + b"a" * HEAD_BYTES,
+    "too many headers": PUT + b"A:b\r\n" * (MAX_HEADER_LINES + 1) + b"\r\n",
+    "too many headers without an end": PUT + b"A:b\r\n" * (MAX_HEADER_LINES + 3),
+    "a head that is too long": PUT + b"X: " + b"a" * MAX_HEAD_BYTES + b"\r\n\r\n",
+    "a long head without an end": PUT + b"X: " + b"a" * MAX_HEAD_BYTES,
 }
 
 

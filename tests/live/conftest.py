@@ -1,11 +1,11 @@
-"""One trained run for the tests of this room, and no private folder of theirs left in memory."""
+"""Shared fixtures: one trained run, and no private folder that stays in memory."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from tests.trained_run import write_trained_run
+from tests.factories.trained_runs import write_trained_run
 
 from phasewatch.live import ownership
 
@@ -18,4 +18,4 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _no_folder_is_left_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Who surveys without a guard has nobody to remove the folder that a filter's dump would lie in.
-    monkeypatch.setattr(ownership, "MEMORY", (tmp_path,))
+    monkeypatch.setattr(ownership, "MEMORY_DIRS", (tmp_path,))

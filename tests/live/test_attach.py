@@ -1,4 +1,4 @@
-"""What a foreign VM gives, what it cannot and why, and that it is as it was when we have gone: over a real socket."""
+"""Attach to a fake QEMU over a real socket: which channels it provides, why others are masked, and its restoration."""
 
 from __future__ import annotations
 
@@ -9,147 +9,160 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.live.qemu import MAC, PID, VCPU, FakeQemu, make_process
-from tests.record.test_proc import WORKER
+from tests.factories.proc import WORKER
+from tests.factories.qemu import MAC, PID, VCPU, FakeQemu, make_process
 
-from phasewatch.channels import CHANNELS, mask_of, raw_fields
+from phasewatch.channels import CHANNELS, build_channel_mask, list_raw_fields
 from phasewatch.errors import MachineError, UsageError, VmError
-from phasewatch.live.asking import jit_use
-from phasewatch.live.attach import Survey, attach, detach, survey
-from phasewatch.live.find import read_running
-from phasewatch.live.ownership import FORMAT, WatchRecord, write_record
-from phasewatch.record.base import HostClock, TelemetrySource
-from phasewatch.record.qmp import JitUse
-from phasewatch.vocab import Source
+from phasewatch.live.attach import VmSurvey, attach, choose_jit_use, detach, survey_vm
+from phasewatch.live.discover import read_running_vm
+from phasewatch.live.ownership import WATCH_RECORD_FORMAT, WatchRecord, write_watch_record
+from phasewatch.telemetry.base import HostClock, TelemetrySource
+from phasewatch.telemetry.qmp import JitUse
+from phasewatch.types import SourceKind
 
-REALISTIC = {c.full_name for c, on in zip(CHANNELS, mask_of("realistic"), strict=True) if on}
+REALISTIC = {c.full_name for c, on in zip(CHANNELS, build_channel_mask("realistic"), strict=True) if on}
 JIT = {"qmp.jit_tb", "qmp.jit_tlb_partial"}
-TAP = {c.full_name for c, on in zip(CHANNELS, mask_of("tap"), strict=True) if on}
+TAP = {c.full_name for c, on in zip(CHANNELS, build_channel_mask("tap"), strict=True) if on}
 
 
 def run(
     proc: Path,
-    then: Callable[[Survey, tuple[TelemetrySource, ...]], Coroutine[Any, Any, Any]],
+    then: Callable[[VmSurvey, tuple[TelemetrySource, ...]], Coroutine[Any, Any, Any]],
     *,
     qmp: Path | None = None,
     jit: JitUse = JitUse.NEVER,
-) -> Survey:
+) -> VmSurvey:
     """Survey, attach, do something, detach."""
 
-    async def main() -> Survey:
-        machine = read_running(PID, proc)
+    async def main() -> VmSurvey:
+        machine = read_running_vm(PID, proc)
         assert machine is not None
-        found = await survey(machine, qmp=qmp, clock=HostClock(), proc=proc)
-        found.jit = jit
-        sources = await attach(found)
+        survey = await survey_vm(machine, qmp=qmp, clock=HostClock(), proc=proc)
+        survey.jit = jit
+        sources = await attach(survey)
         try:
-            await then(found, sources)
+            await then(survey, sources)
         finally:
-            await detach(found, sources)
-        return found
+            await detach(survey, sources)
+        return survey
 
     return asyncio.run(main())
 
 
-def run_to_the_end(proc: Path, end: Callable[[Survey, tuple[TelemetrySource, ...]], Coroutine[Any, Any, bool]]) -> bool:
-    """Survey, attach, and let a test detach; give what that said."""
+def run_to_the_end(
+    proc: Path, end: Callable[[VmSurvey, tuple[TelemetrySource, ...]], Coroutine[Any, Any, bool]]
+) -> bool:
+    """Survey, attach, and let a test detach; return its result."""
 
     async def main() -> bool:
-        machine = read_running(PID, proc)
+        machine = read_running_vm(PID, proc)
         assert machine is not None
-        found = await survey(machine, qmp=None, clock=HostClock(), proc=proc)
-        return await end(found, await attach(found))
+        survey = await survey_vm(machine, qmp=None, clock=HostClock(), proc=proc)
+        return await end(survey, await attach(survey))
 
     return asyncio.run(main())
 
 
-async def nothing(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
-    """Look at what was attached."""
+async def nothing(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
+    """Do nothing with the attached sources."""
 
 
-def test_a_machine_with_a_monitor_gives_every_host_channel_and_is_left_as_it_was(tmp_path: Path) -> None:
+def test_a_vm_with_a_monitor_provides_every_host_channel_and_is_left_unchanged(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
-        async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
-            assert [s.source for s in sources] == [Source.PROC, Source.NETFLOW, Source.QMP]
+        async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
+            assert [s.source for s in sources] == [SourceKind.PROC, SourceKind.NETFLOW, SourceKind.QMP]
             assert sorted(qemu.filters.values()) == [("n0", "rx"), ("n0", "tx")]  # one for each direction
-            assert set(qemu.objects) <= set(found.task.objects)
+            assert set(qemu.objects) <= set(survey.task.objects)
             assert qemu.interval == 1
-            assert next(iter(qemu.objects.values())).parent == Path(found.task.folder)
-            assert Path(found.task.folder).stat().st_mode & 0o777 == 0o700
+            assert next(iter(qemu.objects.values())).parent == Path(survey.task.folder)
+            assert Path(survey.task.folder).stat().st_mode & 0o777 == 0o700
 
-        found = run(tmp_path / "proc", look)
+        survey = run(tmp_path / "proc", look)
 
-        assert found.available >= REALISTIC - JIT
-        assert set(found.masked) == {c.full_name for c in CHANNELS if c.source is Source.GUEST} | JIT
-        assert (found.facts.accel, found.facts.arch, found.facts.mem_mib) == ("tcg", "x86_64", 256)
+        assert survey.available >= REALISTIC - JIT
+        assert set(survey.masked) == {c.full_name for c in CHANNELS if c.source is SourceKind.GUEST} | JIT
+        assert (survey.facts.accel, survey.facts.arch, survey.facts.mem_mib) == ("tcg", "x86_64", 256)
         assert qemu.objects == {}
         assert qemu.interval == 7
 
 
-def test_qemu_is_not_asked_to_count_its_translations(tmp_path: Path) -> None:
+def test_translation_counters_are_not_read_by_default(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
-        async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+        async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
             for source in sources:
                 await source.read()
 
         run(tmp_path / "proc", look)
 
-        assert "x-query-jit" not in qemu.asked
+        assert "x-query-jit" not in qemu.commands
 
 
 @pytest.mark.parametrize(
     ("channels", "takes_s", "is_given"),
     [("realistic", 0.0, True), ("realistic", 0.02, False), ("portable", 0.0, False)],
 )
-def test_translations_are_counted_for_a_named_channel_set_while_that_is_fast(
+def test_translation_counters_are_read_for_a_named_channel_set_while_fast(
     tmp_path: Path, channels: str, takes_s: float, is_given: bool
 ) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
         qemu.delays_s["x-query-jit"] = takes_s
 
-        found = run(tmp_path / "proc", nothing, jit=jit_use(channels))
-        masked = JIT & set(found.masked)
+        survey = run(tmp_path / "proc", nothing, jit=choose_jit_use(channels))
+        masked = JIT & set(survey.masked)
 
         assert masked == (set() if is_given else JIT)
 
 
-def test_a_refused_translation_count_is_masked(tmp_path: Path) -> None:
+def test_refused_translation_counters_are_masked(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
         qemu.refused.add("x-query-jit")
 
-        found = run(tmp_path / "proc", nothing, jit=jit_use("realistic"))
+        survey = run(tmp_path / "proc", nothing, jit=choose_jit_use("realistic"))
 
-        assert {name for name in found.masked if not name.startswith("guest.")} == JIT
+        assert {name for name in survey.masked if not name.startswith("guest.")} == JIT
 
 
-def test_a_channel_set_that_nobody_knows_is_an_error() -> None:
+def test_an_unknown_channel_set_is_an_error() -> None:
     with pytest.raises(UsageError, match="realistc"):
-        jit_use("realistc")
+        choose_jit_use("realistc")
 
 
 @pytest.mark.parametrize("slow", ["query-blockstats", "x-query-virtio-queue-status", "qom-get"])
-def test_a_question_that_is_slow_costs_its_own_fields_and_delays_no_other(tmp_path: Path, slow: str) -> None:
+def test_a_slow_query_costs_its_own_fields_and_delays_no_other(tmp_path: Path, slow: str) -> None:
     own = {
-        "query-blockstats": {"blk_rd_bytes", "blk_wr_bytes", "blk_rd_ops", "blk_wr_ops", "blk_flush_ops", "blk_wr_ns", "wr_highest_bytes"},
+        "query-blockstats": {
+            "blk_rd_bytes",
+            "blk_wr_bytes",
+            "blk_rd_ops",
+            "blk_wr_ops",
+            "blk_flush_ops",
+            "blk_wr_ns",
+            "wr_highest_bytes",
+        },
         "x-query-virtio-queue-status": {"vq_blk"},
         "qom-get": set(),
-    }[slow]  # fmt: skip
+    }[slow]
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
         rows: list[dict[str, Any]] = []
 
-        async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+        async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
             qemu.delays_s[slow] = 1.0
             for _ in range(2):
                 async with asyncio.timeout(0.4):
                     rows.append(
-                        dict(zip((s.field for s in raw_fields(Source.QMP)), await sources[2].read(), strict=True))
+                        dict(
+                            zip(
+                                (s.field for s in list_raw_fields(SourceKind.QMP)), await sources[2].read(), strict=True
+                            )
+                        )
                     )
             qemu.delays_s.clear()
 
@@ -160,13 +173,13 @@ def test_a_question_that_is_slow_costs_its_own_fields_and_delays_no_other(tmp_pa
             assert {name for name in asked if row[name] is None} == asked & own
 
 
-def test_vcpus_are_asked_for_again_when_the_threads_change(tmp_path: Path) -> None:
+def test_vcpus_are_looked_up_again_when_threads_change(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock", tids=(VCPU, WORKER)) as qemu:
         made = make_process(tmp_path / "proc", qmp=qemu.path)
-        fields = [s.field for s in raw_fields(Source.PROC)]
+        fields = [s.field for s in list_raw_fields(SourceKind.PROC)]
         rows: list[dict[str, Any]] = []
 
-        async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+        async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
             rows.append(dict(zip(fields, await sources[0].read(), strict=True)))
             qemu.tids = (VCPU,)
             made.end_thread(WORKER)
@@ -177,18 +190,18 @@ def test_vcpus_are_asked_for_again_when_the_threads_change(tmp_path: Path) -> No
         run(tmp_path / "proc", look)
 
         assert [row["vcpu_run_ns"] for row in rows] == [1040, 1040, 1040]
-        assert qemu.asked.count("query-cpus-fast") >= 3
+        assert qemu.commands.count("query-cpus-fast") >= 3
 
 
-def test_a_filter_that_no_source_takes_out_is_taken_out_at_the_end(tmp_path: Path) -> None:
+def test_detach_removes_a_filter_that_no_source_removed(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
-        async def lose(found: Survey, sources: tuple[TelemetrySource, ...]) -> bool:
+        async def lose(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> bool:
             for source in sources:
-                if source.source is not Source.NETFLOW:  # as if an interrupt came before it was handed over
+                if source.source is not SourceKind.NETFLOW:  # as if an interrupt came before it was handed over
                     await source.close()
-            return await detach(found, ())
+            return await detach(survey, ())
 
         assert run_to_the_end(tmp_path / "proc", lose) is True
         assert qemu.objects == {}
@@ -196,13 +209,13 @@ def test_a_filter_that_no_source_takes_out_is_taken_out_at_the_end(tmp_path: Pat
 
 
 @pytest.mark.parametrize("refused", ["object-del", "qom-set"])
-def test_a_machine_that_still_carries_something_of_ours_is_not_as_it_was(tmp_path: Path, refused: str) -> None:
+def test_detach_reports_changes_that_it_could_not_undo(tmp_path: Path, refused: str) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
-        async def end(found: Survey, sources: tuple[TelemetrySource, ...]) -> bool:
+        async def end(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> bool:
             qemu.refused.add(refused)
-            return await detach(found, sources)
+            return await detach(survey, sources)
 
         assert run_to_the_end(tmp_path / "proc", end) is False
         assert (qemu.objects == {}) == (refused != "object-del")
@@ -210,22 +223,28 @@ def test_a_machine_that_still_carries_something_of_ours_is_not_as_it_was(tmp_pat
 
 
 def leave_behind(tmp_path: Path, qemu: FakeQemu, owner: str, *, interval_s: int) -> Path:
-    """What a watcher left that was killed with its guard: a filter, a folder with its dump, a polled balloon."""
+    """Create what a watcher leaves if it is killed with its cleanup process: a filter, a dump, a polled balloon."""
     folder = tmp_path / f"{owner}-abcdefgh"
     folder.mkdir(mode=0o700)
-    record = WatchRecord(format=FORMAT, vm_pid=PID, vm_start_ticks=0, balloon="/machine/peripheral/balloon0", interval_s=interval_s)  # fmt: skip
-    write_record(str(folder), record)
+    record = WatchRecord(
+        format=WATCH_RECORD_FORMAT,
+        vm_pid=PID,
+        vm_start_ticks=0,
+        balloon="/machine/peripheral/balloon0",
+        interval_s=interval_s,
+    )
+    write_watch_record(str(folder), record)
     qemu.objects[f"{owner}-b"], qemu.interval = folder / f"{owner}-b-1", 1
     (folder / f"{owner}-b-1").write_bytes(b"frames")
     return folder
 
 
-def test_what_a_dead_watcher_left_is_taken_out_and_its_interval_comes_back(tmp_path: Path) -> None:
+def test_leftovers_of_a_dead_watcher_are_removed_and_the_interval_is_restored(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
         folder = leave_behind(tmp_path, qemu, "phasewatch-4711-5-0", interval_s=7)
 
-        async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+        async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
             assert len(qemu.objects) == 2  # one filter a direction
             assert not folder.exists()
 
@@ -235,7 +254,7 @@ def test_what_a_dead_watcher_left_is_taken_out_and_its_interval_comes_back(tmp_p
         assert qemu.interval == 7
 
 
-def test_what_another_live_watcher_put_in_stays_and_so_does_its_interval(tmp_path: Path) -> None:
+def test_changes_of_another_running_watcher_are_kept(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
         folder = leave_behind(tmp_path, qemu, f"phasewatch-{PID}-0-0", interval_s=7)  # a process that runs
@@ -247,12 +266,12 @@ def test_what_another_live_watcher_put_in_stays_and_so_does_its_interval(tmp_pat
         assert folder.exists()
 
 
-def test_the_last_of_two_watchers_gives_the_interval_back_that_the_first_found(tmp_path: Path) -> None:
+def test_the_last_of_two_watchers_restores_the_original_interval(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
         folder = leave_behind(tmp_path, qemu, f"phasewatch-{PID}-0-0", interval_s=7)
 
-        async def end_the_first(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+        async def end_the_first(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
             qemu.objects.pop(f"phasewatch-{PID}-0-0-b")
             shutil.rmtree(folder)
 
@@ -261,7 +280,7 @@ def test_the_last_of_two_watchers_gives_the_interval_back_that_the_first_found(t
         assert qemu.interval == 7
 
 
-def test_threads_of_a_container_are_found_by_the_numbers_that_they_have_in_there(tmp_path: Path) -> None:
+def test_threads_of_a_container_are_found_by_their_ids_inside(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock", tids=(8,)) as qemu:
         proc = make_process(tmp_path / "proc", qmp=qemu.path)
         proc.write("status", f"Name:\tqemu\nNSpid:\t{PID}\t7\n")
@@ -269,37 +288,39 @@ def test_threads_of_a_container_are_found_by_the_numbers_that_they_have_in_there
             f"task/{VCPU}/status", f"NSpid:\t{VCPU}\t8\nvoluntary_ctxt_switches:\t1\nnonvoluntary_ctxt_switches:\t2\n"
         )
 
-        found = run(tmp_path / "proc", nothing)
+        survey = run(tmp_path / "proc", nothing)
 
-        assert found.monitor is not None
-        assert found.tids == (VCPU,)
+        assert survey.monitor is not None
+        assert survey.tids == (VCPU,)
 
 
-def test_looking_changes_nothing(tmp_path: Path) -> None:
+def test_a_survey_changes_nothing(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
         async def main() -> None:
-            machine = read_running(PID, tmp_path / "proc")
+            machine = read_running_vm(PID, tmp_path / "proc")
             assert machine is not None
-            found = await survey(machine, qmp=None, clock=HostClock(), proc=tmp_path / "proc")
-            await detach(found, ())
+            survey = await survey_vm(machine, qmp=None, clock=HostClock(), proc=tmp_path / "proc")
+            await detach(survey, ())
 
         asyncio.run(main())
 
-        assert not {"object-add", "object-del"} & set(qemu.asked)
+        assert not {"object-add", "object-del"} & set(qemu.commands)
         assert qemu.interval == 7
 
 
-def test_frames_are_told_apart_by_the_guests_address(tmp_path: Path) -> None:
+def test_frames_are_counted_by_direction(tmp_path: Path) -> None:
     out = b"\xff" * 6 + MAC + b"\x08\x06" + b"\0" * 200
     back = MAC + b"\xff" * 6 + b"\x08\x06" + b"\0" * 40
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
 
-        async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+        async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
             qemu.write_frames([out, out, back])
-            read = dict(zip((s.field for s in raw_fields(Source.NETFLOW)), await sources[1].read(), strict=True))
+            read = dict(
+                zip((s.field for s in list_raw_fields(SourceKind.NETFLOW)), await sources[1].read(), strict=True)
+            )
             assert (read["out_pkts"], read["out_bytes"], read["in_pkts"], read["in_bytes"]) == (2, 428, 1, 54)
 
         run(tmp_path / "proc", look)
@@ -309,69 +330,77 @@ def test_frames_are_told_apart_by_the_guests_address(tmp_path: Path) -> None:
     ("refused", "masked"),
     [
         pytest.param("x-query-virtio", {"qmp.vq_blk"}, id="no virtio disk"),
-        pytest.param("object-add", {c.full_name for c in CHANNELS if c.source is Source.NETFLOW}, id="no filter and no tap"),
-        pytest.param("qom-list", {"qmp.bal_minor_faults", "qmp.bal_free_delta", "qmp.bal_cache_delta"}, id="no balloon"),
-        pytest.param("query-blockstats", {c.full_name for c in CHANNELS if c.full_name.startswith("qmp.blk_")}, id="no disk counters"),
+        pytest.param(
+            "object-add", {c.full_name for c in CHANNELS if c.source is SourceKind.NETFLOW}, id="no filter and no tap"
+        ),
+        pytest.param(
+            "qom-list", {"qmp.bal_minor_faults", "qmp.bal_free_delta", "qmp.bal_cache_delta"}, id="no balloon"
+        ),
+        pytest.param(
+            "query-blockstats",
+            {c.full_name for c in CHANNELS if c.full_name.startswith("qmp.blk_")},
+            id="no disk counters",
+        ),
     ],
-)  # fmt: skip
-def test_what_the_monitor_refuses_is_masked_with_the_reason(tmp_path: Path, refused: str, masked: set[str]) -> None:
+)
+def test_refused_queries_are_masked_with_a_reason(tmp_path: Path, refused: str, masked: set[str]) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
         qemu.refused.add(refused)
 
-        found = run(tmp_path / "proc", nothing)
+        survey = run(tmp_path / "proc", nothing)
 
-        assert {name for name in found.masked if not name.startswith("guest.")} == masked | JIT
-        assert all(found.masked.values())
+        assert {name for name in survey.masked if not name.startswith("guest.")} == masked | JIT
+        assert all(survey.masked.values())
         assert qemu.objects == {}
 
 
-def test_under_kvm_only_what_exists_there_is_promised(tmp_path: Path) -> None:
+def test_under_kvm_only_portable_channels_are_available(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc", qmp=qemu.path)
         qemu.accel = "kvm"
         asked: list[int] = []
 
-        async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
-            asked.append(qemu.asked.count("human-monitor-command"))
+        async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
+            asked.append(qemu.commands.count("human-monitor-command"))
             await asyncio.sleep(0.5)
-            asked.append(qemu.asked.count("human-monitor-command"))
+            asked.append(qemu.commands.count("human-monitor-command"))
 
-        found = run(tmp_path / "proc", look)
+        survey = run(tmp_path / "proc", look)
 
-        assert asked[0] == asked[1]  # registers would stop a vCPU ten times a second, and tell nothing
-        portable = {c.full_name for c, on in zip(CHANNELS, mask_of("portable"), strict=True) if on}
-        assert found.available & REALISTIC == portable
-        assert "runs on kvm" in found.masked["qmp.jit_tb"]
+        assert asked[0] == asked[1]  # registers would stop a vCPU ten times a second for nothing
+        portable = {c.full_name for c, on in zip(CHANNELS, build_channel_mask("portable"), strict=True) if on}
+        assert survey.available & REALISTIC == portable
+        assert "runs on kvm" in survey.masked["qmp.jit_tb"]
 
 
-def test_without_a_monitor_proc_and_a_taps_counters_are_left(tmp_path: Path) -> None:
+def test_without_a_monitor_proc_and_tap_counters_are_read(tmp_path: Path) -> None:
     proc = make_process(tmp_path / "proc", taps=("vnet0",), names=True)
     proc.write("cmdline", "qemu-system-x86_64\0-chardev\0socket,id=m,fd=3\0-mon\0chardev=m,mode=control\0")
     proc.write("net/dev", "vnet0: 500 5 0 0 0 0 0 0 900 7 0 0 0 0 0 0\n")
 
-    async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
+    async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
         assert (await sources[1].read())[:4] == (5, 500, 7, 900)  # what the tap receives the guest sent
 
-    found = run(tmp_path / "proc", look)
+    survey = run(tmp_path / "proc", look)
 
-    assert found.available == {c.full_name for c in CHANNELS if c.source is Source.PROC} | TAP
-    assert "belongs to who started it (libvirt)" in found.masked["qmp.blk_rd_bytes"]
+    assert survey.available == {c.full_name for c in CHANNELS if c.source is SourceKind.PROC} | TAP
+    assert "libvirt" in survey.masked["qmp.blk_rd_bytes"]
 
 
-def test_without_names_of_threads_the_vcpus_are_masked_and_nothing_is_made_up(tmp_path: Path) -> None:
+def test_without_thread_names_the_vcpu_fields_are_masked(tmp_path: Path) -> None:
     make_process(tmp_path / "proc")
 
-    async def look(found: Survey, sources: tuple[TelemetrySource, ...]) -> None:
-        fields = [s.field for s in raw_fields(Source.PROC)]
+    async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
+        fields = [s.field for s in list_raw_fields(SourceKind.PROC)]
         read = dict(zip(fields, await sources[0].read(), strict=True))
         assert read["vcpu_run_ns"] is None
         assert read["main_run_ns"] == 5
 
-    found = run(tmp_path / "proc", look)
+    survey = run(tmp_path / "proc", look)
 
     blind = {"vcpu_run", "vcpu_wait", "vcpu_vcs", "vcpu_ics", "aux_run"}
-    assert {n for n in found.masked if n.startswith("proc.")} == {f"proc.{n}" for n in blind}
+    assert {n for n in survey.masked if n.startswith("proc.")} == {f"proc.{n}" for n in blind}
 
 
 @pytest.mark.parametrize(
@@ -381,7 +410,9 @@ def test_without_names_of_threads_the_vcpus_are_masked_and_nothing_is_made_up(tm
         pytest.param(lambda path: None, "did not answer", id="nothing"),
     ],
 )
-def test_a_named_socket_that_is_none_is_one_clear_line(tmp_path: Path, make: Callable[[Path], Any], words: str) -> None:
+def test_a_named_path_that_is_no_monitor_raises_vm_error(
+    tmp_path: Path, make: Callable[[Path], Any], words: str
+) -> None:
     make_process(tmp_path / "proc")
     make(tmp_path / "x.sock")
 
@@ -389,44 +420,44 @@ def test_a_named_socket_that_is_none_is_one_clear_line(tmp_path: Path, make: Cal
         run(tmp_path / "proc", nothing, qmp=tmp_path / "x.sock")
 
 
-def test_a_second_client_is_told_that_there_is_a_first(tmp_path: Path) -> None:
+def test_a_second_client_of_a_monitor_gets_an_error(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock", greets=False) as qemu:
         make_process(tmp_path / "proc")
 
-        with pytest.raises(VmError, match=r"within 2 s \(time-out\); one QMP socket serves one client"):
+        with pytest.raises(VmError, match="time-out"):
             run(tmp_path / "proc", nothing, qmp=qemu.path)
 
 
-def test_of_two_monitors_that_do_not_answer_the_first_ones_reason_is_kept(tmp_path: Path) -> None:
+def test_the_reason_of_the_first_failed_monitor_is_reported(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock", tids=(4711,)) as qemu:
         proc = make_process(tmp_path / "proc", names=True)
         proc.write("cmdline", f"qemu-system-x86_64\0-qmp\0unix:{qemu.path},server=on\0-qmp\0unix:/gone,server=on\0")
 
-        found = run(tmp_path / "proc", nothing)
+        survey = run(tmp_path / "proc", nothing)
 
-        assert "another machine" in found.masked["qmp.blk_rd_bytes"]
+        assert "another machine" in survey.masked["qmp.blk_rd_bytes"]
 
 
-def test_another_process_that_got_the_number_meanwhile_is_not_watched(tmp_path: Path) -> None:
+def test_a_later_process_with_the_same_pid_is_not_watched(tmp_path: Path) -> None:
     proc = make_process(tmp_path / "proc")
-    machine = read_running(PID, proc.root)
+    machine = read_running_vm(PID, proc.root)
     assert machine is not None
     proc.write("stat", f"{PID} (sh) S " + "0 " * 18 + "99 0")
 
     with pytest.raises(MachineError):
-        asyncio.run(survey(machine, qmp=None, clock=HostClock(), proc=proc.root))
+        asyncio.run(survey_vm(machine, qmp=None, clock=HostClock(), proc=proc.root))
 
 
-def test_the_socket_of_another_machine_is_refused(tmp_path: Path) -> None:
+def test_the_socket_of_another_vm_is_refused(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock", tids=(4711,)) as qemu:
         make_process(tmp_path / "proc")
 
-        with pytest.raises(VmError, match=f"answers for another machine than process {PID}"):
+        with pytest.raises(VmError, match=f"process {PID}"):
             run(tmp_path / "proc", nothing, qmp=qemu.path)
-        assert not {"object-add", "qom-set"} & set(qemu.asked)
+        assert not {"object-add", "qom-set"} & set(qemu.commands)
 
 
-def test_a_socket_that_serves_something_else_is_no_monitor(tmp_path: Path) -> None:
+def test_a_socket_of_another_service_is_refused(tmp_path: Path) -> None:
     with FakeQemu(tmp_path / "q.sock") as qemu:
         make_process(tmp_path / "proc")
         qemu.refused.add("query-cpus-fast")
@@ -435,7 +466,7 @@ def test_a_socket_that_serves_something_else_is_no_monitor(tmp_path: Path) -> No
             run(tmp_path / "proc", nothing, qmp=qemu.path)
 
 
-def test_a_machine_that_may_not_be_read_says_who_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_permission_error_names_who_may_read_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     proc = make_process(tmp_path / "proc")
 
     read = Path.read_bytes

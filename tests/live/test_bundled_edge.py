@@ -1,4 +1,4 @@
-"""The edge bundle beside the bundled corpus: it must fit this version, or `watch` does not work straight after a clone."""
+"""The edge bundle beside the bundled corpus: it must fit this version, or `watch` fails straight after a clone."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phasewatch.channels import CHANNELS, mask_of
-from phasewatch.episode.bundle import unpack
+from phasewatch.binning.align import bin_episode
+from phasewatch.bundle.archive import unpack_bundle
+from phasewatch.channels import CHANNELS, build_channel_mask
 from phasewatch.errors import MismatchError, UsageError
-from phasewatch.grid.align import align
-from phasewatch.live.models import choose_model, find_models, passed_over, with_channel_set
+from phasewatch.inference.model_selection import (
+    choose_model,
+    filter_by_channel_set,
+    find_models,
+    find_unavailable_channel_sets,
+)
 
 CORPUS = Path(__file__).parents[2] / "corpus"
 EDGE = CORPUS / "lab-v1.edge.zip"
 
 
 def names_of(mask: str) -> frozenset[str]:
-    return frozenset(c.full_name for c, on in zip(CHANNELS, mask_of(mask), strict=True) if on)
+    return frozenset(c.full_name for c, on in zip(CHANNELS, build_channel_mask(mask), strict=True) if on)
 
 
 def test_it_is_read_by_this_version_is_small_and_says_who_it_learnt_from() -> None:
@@ -54,7 +59,7 @@ def test_larger_masks_that_were_passed_over_are_named_with_what_they_lack(
     candidates, given = find_models(EDGE), names_of("realistic") - missing
     scorer = choose_model(candidates, given, arch="x86_64")
 
-    lacking = dict(passed_over(candidates, given, arch="x86_64", chosen=scorer))
+    lacking = dict(find_unavailable_channel_sets(candidates, given, arch="x86_64", chosen=scorer))
 
     assert scorer.threat == chosen
     assert set(lacking) == larger
@@ -62,9 +67,9 @@ def test_larger_masks_that_were_passed_over_are_named_with_what_they_lack(
 
 
 def test_a_named_channel_set_is_taken_and_no_other() -> None:
-    assert {c.threat for c in with_channel_set(find_models(EDGE), "proc")} == {"proc"}
+    assert {c.threat for c in filter_by_channel_set(find_models(EDGE), "proc")} == {"proc"}
     with pytest.raises(UsageError, match="portable"):
-        with_channel_set(find_models(EDGE), "oracle")
+        filter_by_channel_set(find_models(EDGE), "oracle")
 
 
 def test_an_arm_machine_lacks_what_no_arm_machine_has() -> None:
@@ -75,16 +80,16 @@ def test_an_arm_machine_lacks_what_no_arm_machine_has() -> None:
 
 
 def test_a_machine_that_gives_nothing_is_told_so() -> None:
-    with pytest.raises(MismatchError, match="too little for any registered mask"):
+    with pytest.raises(MismatchError, match="too few channels for any registered channel set"):
         choose_model(find_models(EDGE), names_of("tap"), arch="x86_64")
 
 
 def test_it_judges_a_real_recording() -> None:
     path = sorted((CORPUS / "lab-v1" / "pc").glob("*.tar.zst"))[0]
-    bins = align(unpack(path.read_bytes(), file=path.name)).bins
+    bins = bin_episode(unpack_bundle(path.read_bytes(), file=path.name)).bins
     model = choose_model(find_models(EDGE), names_of("realistic"), arch="x86_64")
 
-    p = model.probabilities(bins)
+    p = model.predict_windows(bins)
 
     assert p.shape[1] == 5
     np.testing.assert_allclose(p.sum(axis=1), 1.0, atol=1e-5)

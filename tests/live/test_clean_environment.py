@@ -1,4 +1,4 @@
-"""`pip install phasewatch[live]` alone, in an environment that has nothing else, watches and predicts nothing it cannot."""
+"""`pip install phasewatch[live]` alone is enough to list VMs and to read an edge bundle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.soak
 @pytest.mark.slow
-def test_live_alone_reads_an_edge_bundle_and_lists_machines(tmp_path: Path) -> None:
+def test_the_live_extra_alone_reads_an_edge_bundle_and_lists_vms(tmp_path: Path) -> None:
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True, timeout=300)
     python = venv / "bin" / "python"
@@ -26,9 +26,9 @@ def test_live_alone_reads_an_edge_bundle_and_lists_machines(tmp_path: Path) -> N
     )
     code = (
         "import sys; from pathlib import Path; import numpy as np\n"
-        "from phasewatch.live.models import find_models\n"
-        "scorer = find_models(Path(sys.argv[1]))[0].scorer()\n"
-        "print(scorer.threat, scorer.probabilities(np.zeros((20, 46), np.float32)).shape)\n"
+        "from phasewatch.inference.model_selection import find_models\n"
+        "scorer = find_models(Path(sys.argv[1]))[0].load_predictor()\n"
+        "print(scorer.threat, scorer.predict_windows(np.zeros((20, 46), np.float32)).shape)\n"
         "heavy = ('torch', 'xgboost', 'sklearn', 'scipy', 'plotly')\n"
         "import importlib.util; print([m for m in heavy if importlib.util.find_spec(m)])\n"
     )

@@ -1,4 +1,4 @@
-"""A real QEMU is watched that nobody prepared for it: one that stands still, and one under a workload that no profile has."""
+"""Watch a real QEMU that was not prepared for it: one that is paused, and one with an unknown workload."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.record.fakes import shape_of
+from tests.factories.vms import shape_of
 from tests.requirements import need_program, need_qemu
 
 from phasewatch.errors import VmError
-from phasewatch.record.base import HostClock
-from phasewatch.record.campaign import default_cache
-from phasewatch.record.commandline import Sockets, build_command
-from phasewatch.record.driver import Driver
-from phasewatch.record.image import build_image
-from phasewatch.record.qmp import POLLING, Monitor
+from phasewatch.lab.campaign import default_cache
+from phasewatch.lab.guest_driver import GuestDriver
+from phasewatch.lab.guest_image import build_guest_image
+from phasewatch.lab.qemu_command import VmPaths, build_qemu_command
+from phasewatch.telemetry.base import HostClock
+from phasewatch.telemetry.qmp import BALLOON_POLLING_PROPERTY, QmpMonitor
 
 pytestmark = pytest.mark.vm
 
@@ -44,7 +44,7 @@ done
 
 def ask(door: Path, command: str, **arguments: object) -> Any:
     async def main() -> Any:
-        monitor = Monitor(door)
+        monitor = QmpMonitor(door)
         await monitor.connect()
         try:
             return await monitor.ask(command, **arguments)
@@ -59,7 +59,7 @@ def filters(door: Path) -> list[str]:
 
 
 def interval(door: Path) -> int:
-    return int(ask(door, "qom-get", path=BALLOON, property=POLLING))
+    return int(ask(door, "qom-get", path=BALLOON, property=BALLOON_POLLING_PROPERTY))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
@@ -80,24 +80,45 @@ def command(pid: int, *arguments: str) -> list[str]:
 
 @pytest.fixture
 def still(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """A real QEMU whose guest never runs; its balloon was being polled every 3 s by somebody else."""
+    """A real QEMU whose guest never runs; another program polls its balloon every 3 s."""
     qemu = need_program("qemu-system-x86_64", "qemu-system-x86")
     door = tmp_path / "q.sock"
     argv = [
-        qemu, "-S", "-name", "still", "-nodefaults", "-display", "none", "-machine", "pc", "-accel", "tcg", "-m", "32",
-        "-qmp", f"unix:{door},server=on,wait=off", "-netdev", "user,id=n0,restrict=on",
-        "-device", "virtio-net-pci,netdev=n0,romfile=", "-device", "virtio-balloon-pci,id=balloon0",
-        "-blockdev", "driver=null-co,node-name=z0,size=1048576,read-zeroes=on", "-device", "virtio-blk-pci,drive=z0",
-    ]  # fmt: skip
+        qemu,
+        "-S",
+        "-name",
+        "still",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-machine",
+        "pc",
+        "-accel",
+        "tcg",
+        "-m",
+        "32",
+        "-qmp",
+        f"unix:{door},server=on,wait=off",
+        "-netdev",
+        "user,id=n0,restrict=on",
+        "-device",
+        "virtio-net-pci,netdev=n0,romfile=",
+        "-device",
+        "virtio-balloon-pci,id=balloon0",
+        "-blockdev",
+        "driver=null-co,node-name=z0,size=1048576,read-zeroes=on",
+        "-device",
+        "virtio-blk-pci,drive=z0",
+    ]
     child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert wait_for(door.exists)
-    ask(door, "qom-set", path=BALLOON, property=POLLING, value=3)
+    ask(door, "qom-set", path=BALLOON, property=BALLOON_POLLING_PROPERTY, value=3)
     yield child, door
     child.kill()
     child.wait()
 
 
-def test_a_machine_that_stands_still_is_watched_and_left_as_it_was(still: tuple[subprocess.Popen[bytes], Path]) -> None:
+def test_a_paused_vm_is_watched_and_left_unchanged(still: tuple[subprocess.Popen[bytes], Path]) -> None:
     child, door = still
     done = subprocess.run(
         command(child.pid, "--seconds", "13.5", "--json"), capture_output=True, text=True, timeout=300
@@ -114,7 +135,7 @@ def test_a_machine_that_stands_still_is_watched_and_left_as_it_was(still: tuple[
     assert child.poll() is None
 
 
-def test_a_watcher_killed_by_9_leaves_the_machine_as_it_was(still: tuple[subprocess.Popen[bytes], Path]) -> None:
+def test_a_watcher_killed_by_sigkill_leaves_the_real_vm_unchanged(still: tuple[subprocess.Popen[bytes], Path]) -> None:
     child, door = still
     watcher = subprocess.Popen(command(child.pid, "--json"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert watcher.stdout is not None
@@ -130,7 +151,7 @@ def test_a_watcher_killed_by_9_leaves_the_machine_as_it_was(still: tuple[subproc
     assert child.poll() is None
 
 
-def test_what_a_watcher_left_that_was_killed_with_its_guard_is_taken_out_by_the_next(
+def test_the_next_watch_removes_what_a_killed_watcher_and_cleanup_process_left(
     still: tuple[subprocess.Popen[bytes], Path],
 ) -> None:
     child, door = still
@@ -156,7 +177,7 @@ def children_of(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_a_machine_that_ends_ends_the_watch(still: tuple[subprocess.Popen[bytes], Path]) -> None:
+def test_the_watch_ends_with_the_vm(still: tuple[subprocess.Popen[bytes], Path]) -> None:
     child, _ = still
     watcher = subprocess.Popen(command(child.pid, "--json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert watcher.stdout is not None
@@ -169,12 +190,12 @@ def test_a_machine_that_ends_ends_the_watch(still: tuple[subprocess.Popen[bytes]
     assert json.loads(out.splitlines()[-1])["result"]["watched"]["why"] == "the VM is gone"
 
 
-def test_a_workload_that_no_profile_has_is_watched_through_its_phases(tmp_path: Path) -> None:
+def test_an_unknown_workload_is_watched_and_visible_from_outside(tmp_path: Path) -> None:
     need_qemu()
-    image = build_image(default_cache(), "x86_64", scripts={"odd/mix/active": ODD})
+    image = build_guest_image(default_cache(), "x86_64", scripts={"odd/mix/active": ODD})
     assert image.kernel is not None
     assert image.initrd is not None
-    sockets = Sockets(folder=tmp_path)
+    sockets = VmPaths(folder=tmp_path)
     overlay = [
         "qemu-img",
         "create",
@@ -188,10 +209,15 @@ def test_a_workload_that_no_profile_has_is_watched_through_its_phases(tmp_path: 
         str(sockets.overlay),
     ]
     subprocess.run(overlay, check=True)
-    argv = build_command(
-        shape_of(machine="pc"), accel="tcg", kernel=image.kernel, initrd=image.initrd, sockets=sockets,
-        mac="52:54:00:77:00:09", tsc_khz=None,
-    )  # fmt: skip
+    argv = build_qemu_command(
+        shape_of(machine="pc"),
+        accel="tcg",
+        kernel=image.kernel,
+        initrd=image.initrd,
+        sockets=sockets,
+        mac="52:54:00:77:00:09",
+        tsc_khz=None,
+    )
     argv[argv.index("-netdev") + 1] = "user,id=n0,restrict=on"  # no packet leaves the machine
     child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -215,14 +241,14 @@ def test_a_workload_that_no_profile_has_is_watched_through_its_phases(tmp_path: 
 
 async def _play(pid: int, ctl: Path) -> tuple[list[Any], int]:
     """Wait for the guest, watch it, and let the workload begin after 20 s."""
-    driver = Driver(clock=HostClock(), name="odd")
+    driver = GuestDriver(clock=HostClock(), name="odd")
     for _ in range(300):
         try:
             await driver.open(ctl)
             break
         except OSError:
             await asyncio.sleep(0.1)
-    await asyncio.wait_for(driver.ready(), 120)
+    await asyncio.wait_for(driver.wait_ready(), 120)
     await driver.send("hello")
     watcher = await asyncio.create_subprocess_exec(
         *command(pid, "--seconds", "60", "--json"), stdout=asyncio.subprocess.PIPE, env={**os.environ}, limit=1 << 20

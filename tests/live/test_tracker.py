@@ -1,4 +1,4 @@
-"""From ticks to decisions: what is judged when, that live says what offline says, and what a clock may do."""
+"""From readings to decisions: when windows are decided, live equals offline, and clock steps."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tests.builders import MONO0, T0, S, episode
-from tests.grid.test_stream import readings_of
-from tests.stores import ACTIVE
+from tests.binning.test_stream import readings_of
+from tests.factories.bundles import MONO0, T0, S, episode
+from tests.factories.stores import ACTIVE
 
-from phasewatch.channels import CHANNELS, mask_of, raw_fields
-from phasewatch.dataset.views import past_names
-from phasewatch.export.edge import Trained
-from phasewatch.features.commission import affine_of, measure
+from phasewatch.binning.align import FLAG_LATE, bin_episode
+from phasewatch.binning.stream import LATENESS_NS
+from phasewatch.channels import CHANNELS, build_channel_mask, list_raw_fields
+from phasewatch.dataset.loader import build_context_names
+from phasewatch.features.normalise import build_scaling, measure_baseline
 from phasewatch.features.schema import feature_names
-from phasewatch.grid.align import LATE, align
-from phasewatch.grid.stream import LATENESS_NS
-from phasewatch.live.scorer import Scorer
-from phasewatch.live.tracker import Decision, Step, Tracker
+from phasewatch.inference.edge_bundle import TrainingOrigin
+from phasewatch.inference.predictor import PhaseDecision, PhasePredictor
+from phasewatch.live.tracker import TrackerStep, VmTracker
 from phasewatch.models.alarm import AlarmRule
-from phasewatch.models.base import InputKind, Inputs, InputSpec, Table
-from phasewatch.models.filter import PhaseFilter
-from phasewatch.vocab import BIN_NS, Phase, Source
+from phasewatch.models.base import InputKind, InputSpec, InputVariant, ModelInputs
+from phasewatch.models.smoothing import PhaseFilter
+from phasewatch.types import BIN_NS, Phase, SourceKind
 
-FIVE = tuple(c.full_name for c, on in zip(CHANNELS, mask_of("tap"), strict=True) if on)
+FIVE = tuple(c.full_name for c, on in zip(CHANNELS, build_channel_mask("tap"), strict=True) if on)
 MOVES = tuple(tuple(0.8 if i == k else 0.05 for k in range(5)) for i in range(5))
 
 
 @dataclass
-class Fake:
-    """Says active as loudly as the card sends bytes, and remembers what it was asked."""
+class FakeEstimator:
+    """An estimator whose probability of active grows with the bytes sent; it records its inputs."""
 
     spec: InputSpec
     asked: list[NDArray[np.float32]] = field(default_factory=list)
 
-    def predict_proba(self, inputs: Inputs) -> NDArray[np.float64]:
+    def predict_proba(self, inputs: ModelInputs) -> NDArray[np.float64]:
         assert inputs.spec == self.spec
         self.asked.append(inputs.x)
         sent = inputs.x[:, 1] if inputs.x.ndim == 2 else inputs.x[:, 1].mean(axis=1)
@@ -47,7 +47,7 @@ class Fake:
         return np.stack([0.7 * quiet, 0.1 * quiet, 0.1 * quiet, loud, 0.1 * quiet], axis=1)
 
 
-def scorer(kind: InputKind = InputKind.TENSOR, *, rules: bool = True, **changes: object) -> Scorer:
+def scorer(kind: InputKind = InputKind.TENSOR, *, rules: bool = True, **changes: object) -> PhasePredictor:
     names = (
         FIVE
         if kind is InputKind.TENSOR
@@ -55,11 +55,17 @@ def scorer(kind: InputKind = InputKind.TENSOR, *, rules: bool = True, **changes:
     )
     spec = InputSpec(kind=kind, names=names, mask="tap", schema_hash="5", behaviour_fingerprint="b")
     fields: dict[str, object] = {
-        "model": "fake", "threat": "tap", "seed": 0, "spec": spec, "predictor": Fake(spec),
+        "model": "fake",
+        "threat": "tap",
+        "seed": 0,
+        "spec": spec,
+        "estimator": FakeEstimator(spec),
         "filter": PhaseFilter(transitions=MOVES, prior=(0.2,) * 5, kappa=0.5) if rules else None,  # type: ignore[arg-type]
-        "alarm": AlarmRule(theta=0.5) if rules else None, "trained": Trained(), "where": "test",
-    }  # fmt: skip
-    return Scorer(**{**fields, **changes})  # type: ignore[arg-type]
+        "alarm": AlarmRule(theta=0.5) if rules else None,
+        "trained": TrainingOrigin(),
+        "where": "test",
+    }
+    return PhasePredictor(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 WHOLE = episode(
@@ -67,12 +73,12 @@ WHOLE = episode(
 )
 
 
-def run(tracker: Tracker, *, portions: int = 1, seed: int = 0, worst_ns: int = 0) -> list[Step]:
-    """Play the episode; readings are late by at most so much, the watcher looks up every few of them."""
+def run(tracker: VmTracker, *, portions: int = 1, seed: int = 0, worst_ns: int = 0) -> list[TrackerStep]:
+    """Feed the episode to a tracker, with readings up to `worst_ns` late, and advance it after every few of them."""
     rng = np.random.default_rng(seed)
     readings = [r for r in readings_of(WHOLE) if r[0] < WHOLE.t_end_ns]
     due = [r[0] + int(late) for r, late in zip(readings, rng.integers(0, worst_ns + 1, len(readings)), strict=True)]
-    steps: list[Step] = []
+    steps: list[TrackerStep] = []
     tracker.begin_at(WHOLE.t0_ns)
     for turn, i in enumerate(np.argsort(due, kind="stable")):
         _, source, row = readings[i]
@@ -83,12 +89,12 @@ def run(tracker: Tracker, *, portions: int = 1, seed: int = 0, worst_ns: int = 0
     return steps + tracker.advance(end_ns, end_ns - WHOLE.t0_ns + MONO0)
 
 
-def decisions(steps: list[Step]) -> list[Decision]:
+def decisions(steps: list[TrackerStep]) -> list[PhaseDecision]:
     return [step.decision for step in steps if step.decision is not None]
 
 
-def test_a_window_is_ten_seconds_one_every_five_and_is_judged_when_its_last_bin_is_closed() -> None:
-    steps = run(Tracker(scorer()))
+def test_a_window_of_ten_seconds_is_decided_every_five_when_its_last_bin_closes() -> None:
+    steps = run(VmTracker(scorer()))
 
     assert [b.bin.number for b in steps] == list(range(200))
     assert [s.bin.number for s in steps if s.decision] == [19 + 10 * j for j in range(19)]
@@ -97,8 +103,8 @@ def test_a_window_is_ten_seconds_one_every_five_and_is_judged_when_its_last_bin_
     assert first.known == pytest.approx(1.0)
 
 
-def test_the_alarm_rings_while_the_card_is_loud_and_says_since_when() -> None:
-    said = decisions(run(Tracker(scorer())))
+def test_the_alarm_lasts_while_the_network_is_busy_and_has_a_start_time() -> None:
+    said = decisions(run(VmTracker(scorer())))
     rang = [d.number for d in said if d.alarm]
     raised = [d for d in said if d.raised]
 
@@ -112,8 +118,8 @@ def test_the_alarm_rings_while_the_card_is_loud_and_says_since_when() -> None:
     assert said[-1].since_ns is None
 
 
-def test_without_rules_there_is_no_alarm_and_the_belief_is_the_probability() -> None:
-    said = decisions(run(Tracker(scorer(rules=False))))
+def test_without_rules_there_is_no_alarm_and_no_smoothing() -> None:
+    said = decisions(run(VmTracker(scorer(rules=False))))
 
     assert {d.alarm for d in said} == {None}
     assert all(d.belief == d.p for d in said)
@@ -122,11 +128,11 @@ def test_without_rules_there_is_no_alarm_and_the_belief_is_the_probability() -> 
 @pytest.mark.parametrize("kind", [InputKind.TENSOR, InputKind.TABLE])
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.integers(1, 30), st.integers(0, 2**32 - 1), st.sampled_from([0, 300_000_000, LATENESS_NS - 1]))
-def test_live_decides_what_offline_decides(kind: InputKind, portions: int, seed: int, worst_ns: int) -> None:
+def test_live_decisions_equal_offline_decisions(kind: InputKind, portions: int, seed: int, worst_ns: int) -> None:
     model = scorer(kind)
-    offline = model.probabilities(align(WHOLE).bins)
+    offline = model.predict_windows(bin_episode(WHOLE).bins)
 
-    tracker = Tracker(scorer(kind))
+    tracker = VmTracker(scorer(kind))
     said = decisions(run(tracker, portions=1 if worst_ns else portions, seed=seed, worst_ns=worst_ns))
 
     assert tracker.late == 0
@@ -136,32 +142,32 @@ def test_live_decides_what_offline_decides(kind: InputKind, portions: int, seed:
     assert np.array_equal(np.array([d.belief for d in said]), model.filter.run(offline, of, at))
 
 
-def tick(tracker: Tracker, at_s: float, wall_s: float | None = None) -> list[Step]:
-    """One reading of proc and card, and a look at the clock right after it."""
+def tick(tracker: VmTracker, at_s: float, wall_s: float | None = None) -> list[TrackerStep]:
+    """Add one proc and one network reading, and advance the tracker right after it."""
     wall_ns = T0 + round((at_s if wall_s is None else wall_s) * S)
     mono_ns = MONO0 + round(at_s * S)
-    for source in (Source.PROC, Source.NETFLOW):
+    for source in (SourceKind.PROC, SourceKind.NETFLOW):
         n = round(at_s * 2)
-        tracker.add(source, (wall_ns, mono_ns, n, *(n for _ in raw_fields(source))))
+        tracker.add(source, (wall_ns, mono_ns, n, *(n for _ in list_raw_fields(source))))
     return tracker.advance(wall_ns, mono_ns)
 
 
-def test_the_grid_begins_at_the_first_proc_reading_rounded_up_to_a_half_second() -> None:
-    tracker = Tracker(None)
-    tracker.add(Source.QMP, (T0 + 1, 1, 0, *(None for _ in raw_fields(Source.QMP))))
+def test_bins_begin_at_the_first_proc_reading_rounded_up_to_half_a_second() -> None:
+    tracker = VmTracker(None)
+    tracker.add(SourceKind.QMP, (T0 + 1, 1, 0, *(None for _ in list_raw_fields(SourceKind.QMP))))
     assert tracker.next_close_ns is None
 
     tick(tracker, 0.25)
 
-    assert tracker.grid is not None
-    assert tracker.grid.t0_ns == T0 + S // 2
+    assert tracker.binner is not None
+    assert tracker.binner.t0_ns == T0 + S // 2
     assert tracker.next_close_ns == T0 + 2 * S
 
 
 @pytest.mark.parametrize("jump_s", [3600.0, -3600.0], ids=["forward", "back"])
-def test_a_clock_that_jumps_an_hour_begins_the_grid_anew_and_floods_nobody(jump_s: float) -> None:
-    tracker = Tracker(scorer())
-    steps: list[Step] = []
+def test_a_clock_jump_of_an_hour_restarts_the_bins_without_a_flood(jump_s: float) -> None:
+    tracker = VmTracker(scorer())
+    steps: list[TrackerStep] = []
     for i in range(200):
         at_s = 0.25 + i / 2
         steps += tick(tracker, at_s, at_s + (jump_s if i >= 100 else 0.0))
@@ -173,17 +179,17 @@ def test_a_clock_that_jumps_an_hour_begins_the_grid_anew_and_floods_nobody(jump_
     assert decisions(steps)[-1].known == pytest.approx(1.0)
 
 
-def test_a_slept_machine_is_a_clock_that_jumped() -> None:
-    tracker = Tracker(scorer())
+def test_a_suspended_host_restarts_the_bins() -> None:
+    tracker = VmTracker(scorer())
     for i in range(100):
         tick(tracker, 0.25 + i / 2, 0.25 + i / 2 + (28_800.0 if i >= 50 else 0.0))
 
     assert tracker.restarts == 1
 
 
-def test_a_small_step_is_flagged_and_goes_on() -> None:
-    tracker = Tracker(scorer())
-    said: list[Decision] = []
+def test_a_small_clock_step_is_flagged_without_a_restart() -> None:
+    tracker = VmTracker(scorer())
+    said: list[PhaseDecision] = []
     for i in range(120):
         at_s = 0.25 + i / 2
         said += decisions(tick(tracker, at_s, at_s + (0.3 if i >= 60 else 0.0)))
@@ -193,37 +199,37 @@ def test_a_small_step_is_flagged_and_goes_on() -> None:
     assert said[-1].flags == 0
 
 
-def test_a_late_reading_is_counted_and_flags_the_windows_to_come_that_hold_its_bin_or_what_follows_it() -> None:
-    tracker = Tracker(scorer())
-    said: list[Decision] = []
+def test_a_late_reading_is_counted_and_flags_the_windows_it_affects() -> None:
+    tracker = VmTracker(scorer())
+    said: list[PhaseDecision] = []
     for i in range(80):
         said += decisions(tick(tracker, 0.25 + i / 2))
         if i == 35:
-            row = (T0 + 15 * S, MONO0 + 15 * S, 999, *(0 for _ in raw_fields(Source.QMP)))
-            tracker.add(Source.QMP, row)
+            row = (T0 + 15 * S, MONO0 + 15 * S, 999, *(0 for _ in list_raw_fields(SourceKind.QMP)))
+            tracker.add(SourceKind.QMP, row)
 
     assert tracker.late == 1
-    assert [d.number for d in said if d.flags & LATE] == [2, 3]
+    assert [d.number for d in said if d.flags & FLAG_LATE] == [2, 3]
 
 
-def test_of_a_window_of_which_nothing_is_known_nothing_is_said() -> None:
-    tracker = Tracker(scorer())
-    said: list[Decision] = []
+def test_a_window_without_known_readings_gets_no_decision() -> None:
+    tracker = VmTracker(scorer())
+    said: list[PhaseDecision] = []
     for i in range(200):
         at_s = 0.25 + i / 2
         wall_ns, mono_ns = T0 + round(at_s * S), MONO0 + round(at_s * S)
-        values = (i,) * len(raw_fields(Source.PROC))
-        tracker.add(Source.PROC, (wall_ns, mono_ns, i, *values))
+        values = (i,) * len(list_raw_fields(SourceKind.PROC))
+        tracker.add(SourceKind.PROC, (wall_ns, mono_ns, i, *values))
         if not 60 <= i < 140:
-            tracker.add(Source.NETFLOW, (wall_ns, mono_ns, i, *(i for _ in raw_fields(Source.NETFLOW))))
+            tracker.add(SourceKind.NETFLOW, (wall_ns, mono_ns, i, *(i for _ in list_raw_fields(SourceKind.NETFLOW))))
         said += decisions(tracker.advance(wall_ns, mono_ns))
 
     # Silent from 30 to 70 s: a reading is good for 2.5 s more, and a rate needs two.
     assert set(range(18)) - {d.number for d in said} == set(range(7, 13))
 
 
-def test_what_training_never_saw_is_said() -> None:
-    seen = scorer(trained=Trained(accels=("tcg",), archs=("x86_64",)))
+def test_conditions_unseen_in_training_are_a_caveat() -> None:
+    seen = scorer(trained=TrainingOrigin(accels=("tcg",), archs=("x86_64",)))
 
     assert seen.caveat("tcg", "x86_64") == ""
     assert "never saw a VM under kvm (only tcg)" in seen.caveat("kvm", "x86_64")
@@ -233,32 +239,36 @@ def test_what_training_never_saw_is_said() -> None:
     assert "simulated" in scorer(trained=replace_origin("simulated")).caveat("tcg", "x86_64")
 
 
-def replace_origin(origin: str) -> Trained:
-    return Trained(origins=(origin,))
+def replace_origin(origin: str) -> TrainingOrigin:
+    return TrainingOrigin(origins=(origin,))
 
 
-def test_the_window_is_never_changed_by_what_comes_after_it() -> None:
+def test_later_readings_never_change_a_decision() -> None:
     model = scorer()
-    run(Tracker(model))
-    asked = model.predictor.asked  # type: ignore[attr-defined]
+    run(VmTracker(model))
+    asked = model.estimator.asked  # type: ignore[attr-defined]
     whole = replace(WHOLE)
 
-    assert np.array_equal(asked[0][0], align(whole).bins[:20, [c.full_name in FIVE for c in CHANNELS]].T)
+    assert np.array_equal(asked[0][0], bin_episode(whole).bins[:20, [c.full_name in FIVE for c in CHANNELS]].T)
 
 
-def test_a_model_that_looks_back_sees_the_same_past_live_as_offline() -> None:
+def test_a_model_with_context_sees_the_same_past_live_and_offline() -> None:
     own = tuple(n for n in feature_names() if n.rpartition(".")[0] in FIVE and n.endswith(".mean"))
     spec = InputSpec(
-        kind=InputKind.TABLE, names=past_names(own), mask="tap", schema_hash="5", behaviour_fingerprint="b",
-        table=Table.CONTEXT,
-    )  # fmt: skip
-    live, offline = (scorer(spec=spec, predictor=Fake(spec)) for _ in range(2))
-    expected = offline.probabilities(align(WHOLE).bins)
+        kind=InputKind.TABLE,
+        names=build_context_names(own),
+        mask="tap",
+        schema_hash="5",
+        behaviour_fingerprint="b",
+        table=InputVariant.CONTEXT,
+    )
+    live, offline = (scorer(spec=spec, estimator=FakeEstimator(spec)) for _ in range(2))
+    expected = offline.predict_windows(bin_episode(WHOLE).bins)
 
-    said = decisions(run(Tracker(live)))
+    said = decisions(run(VmTracker(live)))
 
-    asked = np.stack([x[-1] for x in live.predictor.asked])  # type: ignore[attr-defined]
-    whole = offline.predictor.asked[0]  # type: ignore[attr-defined]
+    asked = np.stack([x[-1] for x in live.estimator.asked])  # type: ignore[attr-defined]
+    whole = offline.estimator.asked[0]  # type: ignore[attr-defined]
     assert np.array_equal(asked, whole, equal_nan=True)
     assert np.array_equal(np.array([d.p for d in said]), expected)
     # The window before, and the one before that; the first stands in for those that there are none of.
@@ -267,20 +277,22 @@ def test_a_model_that_looks_back_sees_the_same_past_live_as_offline() -> None:
 
 
 @pytest.mark.parametrize("kind", [InputKind.TENSOR, InputKind.TABLE])
-def test_a_model_of_commissioned_numbers_is_given_them_live(kind: InputKind) -> None:
-    bins = align(WHOLE).bins
+def test_a_model_of_baseline_relative_features_gets_the_baseline_live(kind: InputKind) -> None:
+    bins = bin_episode(WHOLE).bins
     places = [i for i, c in enumerate(CHANNELS) if c.full_name in FIVE]
-    day = measure("h", FIVE, bins[:40, places])
+    day = measure_baseline("h", FIVE, bins[:40, places])
     every = tuple(n for n in feature_names() if n.rpartition(".")[0] in FIVE)
     own = replace(scorer(kind).spec, names=FIVE if kind is InputKind.TENSOR else every)
-    plain = scorer(kind, spec=own, predictor=Fake(own))
-    spec = replace(own, table=Table.COMMISSIONED, floors=tuple((name, 0.5) for name in FIVE))
-    model = scorer(kind, spec=spec, predictor=Fake(spec), clean_day=day)
-    to = affine_of(day, np.full(len(FIVE), 0.5))
+    plain = scorer(kind, spec=own, estimator=FakeEstimator(own))
+    spec = replace(own, table=InputVariant.COMMISSIONED, floors=tuple((name, 0.5) for name in FIVE))
+    model = scorer(kind, spec=spec, estimator=FakeEstimator(spec), baseline=day)
+    to = build_scaling(day, np.full(len(FIVE), 0.5))
 
-    run(Tracker(model))
-    plain.probabilities(bins)
+    run(VmTracker(model))
+    plain.predict_windows(bins)
 
-    asked = np.concatenate(model.predictor.asked)  # type: ignore[attr-defined]
-    raw = plain.predictor.asked[0]  # type: ignore[attr-defined]
-    assert np.array_equal(asked, to.bins(raw) if kind is InputKind.TENSOR else to.stats(raw), equal_nan=True)
+    asked = np.concatenate(model.estimator.asked)  # type: ignore[attr-defined]
+    raw = plain.estimator.asked[0]  # type: ignore[attr-defined]
+    assert np.array_equal(
+        asked, to.scale_bins(raw) if kind is InputKind.TENSOR else to.scale_stats(raw), equal_nan=True
+    )

@@ -1,4 +1,4 @@
-"""Alarms go to a real server; one that is slow, down or wrong delays nothing, and what it missed is counted."""
+"""The webhook: alarms reach a real server, and a slow or refusing one delays nothing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import httpx
 import pytest
 
 from phasewatch.errors import UsageError
-from phasewatch.live import webhook
-from phasewatch.live.envelope import Event, parse_event
-from phasewatch.live.events import PhaseSeen
-from phasewatch.live.webhook import QUEUE, Webhook
+from phasewatch.events.schema import EventEnvelope, PhaseEvent, parse_event
+from phasewatch.live import outputs
+from phasewatch.live.outputs import WEBHOOK_QUEUE_SIZE, Webhook
 
 
 class Server(HTTPServer):
@@ -38,16 +37,14 @@ class Handler(BaseHTTPRequestHandler):
         """Be quiet."""
 
 
-def test_certificates_that_cannot_be_read_cost_the_webhook_alone(
-    monkeypatch: pytest.MonkeyPatch,
+def test_unreadable_certificates_stop_only_the_webhook(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    said: list[str] = []
-
     def refuse(*arguments: object, **options: object) -> None:
         raise FileNotFoundError(2, "No such file or directory")
 
     async def main() -> Webhook:
-        hook = Webhook("https://127.0.0.1:9/", said.append)
+        hook = Webhook("https://127.0.0.1:9/")
         monkeypatch.setattr(httpx, "AsyncClient", refuse)
         for _ in range(3):
             hook.post(alarm())
@@ -57,7 +54,7 @@ def test_certificates_that_cannot_be_read_cost_the_webhook_alone(
 
     hook = asyncio.run(main())
 
-    assert (hook.sent, hook.lost, len(said)) == (0, 3, 1)
+    assert (hook.sent, hook.lost, len(caplog.records)) == (0, 3, 1)
 
 
 @pytest.fixture
@@ -74,83 +71,85 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhook, "PAUSE_S", 0.01)
-    monkeypatch.setattr(webhook, "LAST_WORD_S", 20.0)
+    monkeypatch.setattr(outputs, "WEBHOOK_RETRY_S", 0.01)
+    monkeypatch.setattr(outputs, "WEBHOOK_FLUSH_TIMEOUT_S", 20.0)
 
 
-def alarm(number: int = 1) -> Event:
-    data = PhaseSeen(
-        vm="web01", t_start_ns=1, t_end_ns=2, p=(0.0, 0.0, 0.0, 1.0, 0.0), decision="active", alarm=True, model="gbt",
+def alarm(number: int = 1) -> EventEnvelope:
+    data = PhaseEvent(
+        vm="web01",
+        t_start_ns=1,
+        t_end_ns=2,
+        p=(0.0, 0.0, 0.0, 1.0, 0.0),
+        decision="active",
+        alarm=True,
+        model="gbt",
         threat="realistic",
-    )  # fmt: skip
-    return Event(id=f"web01/{number}", t_wall_ns=3, run="live", data=data)
+    )
+    return EventEnvelope(id=f"web01/{number}", t_wall_ns=3, run="live", data=data)
 
 
-def post(url: str, count: int = 1) -> tuple[Webhook, list[str]]:
-    said: list[str] = []
-
+def post(url: str, count: int = 1) -> Webhook:
     async def main() -> Webhook:
-        hook = Webhook(url, said.append)
+        hook = Webhook(url)
         for number in range(count):
             hook.post(alarm(number))
         await hook.close()
         return hook
 
-    return asyncio.run(main()), said
+    return asyncio.run(main())
 
 
 def url_of(server: Server) -> str:
     return f"http://127.0.0.1:{server.server_port}/alarm"
 
 
-def test_an_alarm_arrives_as_the_event_that_it_is(server: Server) -> None:
-    hook, said = post(url_of(server), 3)
+def test_an_alarm_arrives_as_its_event(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    hook = post(url_of(server), 3)
 
-    assert (hook.sent, hook.lost, said) == (3, 0, [])
+    assert (hook.sent, hook.lost, caplog.records) == (3, 0, [])
     assert [parse_event(body) for body in server.bodies] == [alarm(0), alarm(1), alarm(2)]
 
 
-def test_a_server_that_stumbles_is_asked_again(server: Server) -> None:
+def test_a_failed_post_is_repeated(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     server.codes = [500, 503, 204]
 
-    hook, said = post(url_of(server))
+    hook = post(url_of(server))
 
-    assert (hook.sent, hook.lost, said) == (1, 0, [])
+    assert (hook.sent, hook.lost, caplog.records) == (1, 0, [])
     assert len(server.bodies) == 3
 
 
-def test_a_server_that_refuses_is_given_up_counted_and_said(server: Server) -> None:
+def test_a_refused_alarm_is_counted_and_logged(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     server.codes = [404]
 
-    hook, said = post(url_of(server))
+    hook = post(url_of(server))
 
     assert (hook.sent, hook.lost) == (0, 1)
-    assert said == ["webhook: an alarm was not delivered: it answered 404"]
+    assert ["404" in record.message for record in caplog.records] == [True]
 
 
-def test_a_server_that_is_down_costs_nobody_anything_but_the_alarm() -> None:
-    hook, said = post("http://127.0.0.1:9/")
+def test_an_unreachable_server_costs_only_the_alarm(caplog: pytest.LogCaptureFixture) -> None:
+    hook = post("http://127.0.0.1:9/")
 
     assert (hook.sent, hook.lost) == (0, 1)
-    assert len(said) == 1
+    assert len(caplog.records) == 1
 
 
-def test_the_queue_is_bounded_and_the_oldest_is_given_up(server: Server) -> None:
-    hook, _ = post(url_of(server), QUEUE + 10)
+def test_the_queue_is_bounded_and_drops_the_oldest_alarm(server: Server) -> None:
+    hook = post(url_of(server), WEBHOOK_QUEUE_SIZE + 10)
 
-    assert hook.sent + hook.lost == QUEUE + 10
+    assert hook.sent + hook.lost == WEBHOOK_QUEUE_SIZE + 10
     assert hook.lost == 10
-    assert parse_event(server.bodies[-1]) == alarm(QUEUE + 9)
+    assert parse_event(server.bodies[-1]) == alarm(WEBHOOK_QUEUE_SIZE + 9)
 
 
-def test_an_alarm_is_given_up_with_its_last_try_and_keeps_the_next_waiting_no_longer(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(webhook, "PAUSE_S", 0.05)
+def test_an_alarm_does_not_wait_after_its_last_attempt(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "WEBHOOK_RETRY_S", 0.05)
     server.codes = [404]
     began_s = time.monotonic()
 
-    hook, _ = post(url_of(server))
+    hook = post(url_of(server))
 
     assert (hook.lost, len(server.bodies)) == (1, 4)
     assert time.monotonic() - began_s < 0.05 + 0.2 + 0.8 + 2.0  # and not 3.2 s more
@@ -160,6 +159,6 @@ def test_an_alarm_is_given_up_with_its_last_try_and_keeps_the_next_waiting_no_lo
     "url",
     ["ftp://x/", "x", "file:///etc/passwd", "http://", "https:///alarm", "http://[::1", "http://xn--a/", "http://h:x/"],
 )
-def test_only_the_web_is_posted_to(url: str) -> None:
+def test_only_http_urls_are_accepted(url: str) -> None:
     with pytest.raises(UsageError, match="an http or https URL is needed"):
-        Webhook(url, print)
+        Webhook(url)

@@ -10,18 +10,18 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from tests.factories.synthetic_runs import World, write_run
 from tests.models.test_models import examples
 from tests.models.test_nets import motions
-from tests.synthetic_run import World, write_run
 
 from phasewatch.dataset import write_splits
 from phasewatch.errors import MismatchError, ModelError, UsageError
 from phasewatch.models import registry
 from phasewatch.models.adapters import CollectionAdapter, TableAdapter
-from phasewatch.models.base import Examples, InputKind, Inputs
-from phasewatch.train.cell import Cell
-from phasewatch.train.cells import train_cells
-from phasewatch.vocab import Phase
+from phasewatch.models.base import InputKind, LabelledExamples, ModelInputs
+from phasewatch.training.experiment import Experiment
+from phasewatch.training.train import train_experiments
+from phasewatch.types import Phase
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -59,14 +59,14 @@ def test_an_example_fits_on_a_page(example: Path) -> None:
 def test_the_forest_is_trained_as_a_cell_and_scored_by_the_process_that_fitted_it(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", World(windows=8))
     write_splits(run, "held_out_host")
-    cell = Cell(recipe="held_out_host", fold="host-0", threat="realistic", model="forest:Forest")
-    train_cells(run, [cell], workers=1)
+    cell = Experiment(recipe="held_out_host", fold="host-0", threat="realistic", model="forest:Forest")
+    train_experiments(run, [cell], workers=1)
     table = pq.read_table(run / "predictions_v1.parquet")
     test = table.filter(pc.and_(pc.equal(table["part"], "test"), pc.equal(table["filter"], "none")))
 
     assert set(table["model"].to_pylist()) == {"forest:Forest"}
     assert (test["y_true"].to_numpy() == test["y_pred"].to_numpy()).mean() > 0.6
-    assert train_cells(run, [cell], workers=1).kept == (cell,)
+    assert train_experiments(run, [cell], workers=1).kept == (cell,)
     with pytest.raises(MismatchError, match="found model 'forest'"):
         registry.load(cell.folder(run))
 
@@ -93,11 +93,11 @@ def test_aeons_minirocket_learns() -> None:
 def test_a_model_that_keeps_no_weights_says_so_when_it_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "brought_rows", lambda: {"nearest": registry.ModelRow(
+    monkeypatch.setattr(registry, "find_plugin_models", lambda: {"nearest": registry.ModelEntry(
         key="nearest", where="x:Y", kind=InputKind.TENSOR, about="", persist="none")})  # fmt: skip
     Nearest(seed=0).fit(motions(60, 0), motions(60, 1)).save(tmp_path)
 
-    with pytest.raises(MismatchError, match="nearest keeps no weights"):
+    with pytest.raises(MismatchError, match="nearest stores no weights"):
         registry.load(tmp_path)
 
 
@@ -108,7 +108,7 @@ def test_a_model_that_an_installed_package_brings_is_known_by_its_name(tmp_path:
     (info / "entry_points.txt").write_text("[phasewatch.models]\nwoods = forest:Forest\n")
     sys.path.insert(0, str(tmp_path))
     try:
-        row = registry.row_of("woods")
+        row = registry.find_model("woods")
     finally:
         sys.path.remove(str(tmp_path))
 
@@ -121,12 +121,12 @@ def test_a_model_that_an_installed_package_brings_is_known_by_its_name(tmp_path:
     [
         ("nowhere:Forest", "cannot be imported: No module named 'nowhere'; install its package, or put its folder on"),
         ("forest:Woods", "cannot be imported"),
-        ("json:JSONDecoder", "is no PhaseModel"),
+        ("json:JSONDecoder", "is not a PhaseModel"),
     ],
 )
 def test_a_class_that_is_no_model_is_a_usage_error(where: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        registry.row_of(where)
+        registry.find_model(where)
 
 
 def test_a_classifier_whose_probabilities_are_none_is_refused() -> None:
@@ -144,7 +144,7 @@ def test_a_classifier_whose_probabilities_are_none_is_refused() -> None:
 
             return Classifier()
 
-    with pytest.raises(ModelError, match="model broken: its classifier gives probabilities below 0 or not finite"):
+    with pytest.raises(ModelError, match="model broken: the classifier returned probabilities below 0 or not finite"):
         Broken(seed=0).fit(examples("gbt"), examples("gbt", seed=1))
 
 
@@ -168,10 +168,10 @@ def test_a_classifier_that_refuses_a_gap_in_its_labels_learns_where_train_lacks_
     assert (p[:, 1] == 0).all()
 
 
-def without_armed(n: int, seed: int) -> Examples:
+def without_armed(n: int, seed: int) -> LabelledExamples:
     whole = examples("gbt", n, seed=seed)
     keep = whole.y != Phase.ARMED.code
-    return Examples(inputs=Inputs(x=whole.inputs.x[keep], spec=whole.inputs.spec), y=whole.y[keep])
+    return LabelledExamples(inputs=ModelInputs(x=whole.inputs.x[keep], spec=whole.inputs.spec), y=whole.y[keep])
 
 
 class _Strict:

@@ -8,32 +8,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phasewatch.models.alarm import (
-    NEVER,
-    THETAS,
+    CANDIDATE_THETAS,
+    THETA_NEVER,
     AlarmRule,
     AlarmState,
-    begins,
-    choose_alarm,
-    heat_of,
-    is_quiet,
-    run_alarm,
+    apply_alarm_rule,
+    compute_activity_score,
+    find_alarm_starts,
+    find_false_alarm_windows,
+    fit_alarm_rule,
 )
-from phasewatch.models.filter import STRIDE_NS, Track
+from phasewatch.models.smoothing import LabelSequence
+from phasewatch.types import STRIDE_NS
 
 CLEAN, ARMED, INFECTING, ACTIVE, DORMANT = range(5)
 RULE = AlarmRule(theta=0.5)
 
 
-def track(*episodes: list[int]) -> Track:
-    return Track(
+def track(*episodes: list[int]) -> LabelSequence:
+    return LabelSequence(
         y=np.concatenate(episodes),
-        of=np.repeat(np.arange(len(episodes)), [len(e) for e in episodes]),
+        episode_index=np.repeat(np.arange(len(episodes)), [len(e) for e in episodes]),
         t_center_ns=np.concatenate([STRIDE_NS * (1 + np.arange(len(e))) for e in episodes]),
     )
 
 
 def rings(*heat: float) -> list[int]:
-    return run_alarm(RULE, np.array(heat), np.zeros(len(heat), int)).astype(int).tolist()
+    return apply_alarm_rule(RULE, np.array(heat), np.zeros(len(heat), int)).astype(int).tolist()
 
 
 def hot(values: list[float]) -> np.ndarray:
@@ -55,40 +56,42 @@ def hot(values: list[float]) -> np.ndarray:
         pytest.param((1, 1, 0, 0, 0, 1), [0, 1, 1, 1, 0, 0], id="then it begins anew"),
     ],
 )
-def test_it_rings_by_two_of_three_until_three_are_cool(heat: tuple[float, ...], expected: list[int]) -> None:
+def test_alarm_starts_at_two_of_three_hot_windows_and_ends_after_three_others(
+    heat: tuple[float, ...], expected: list[int]
+) -> None:
     assert rings(*heat) == expected
 
 
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=30), min_size=1, max_size=5),
-    st.sampled_from(THETAS.tolist()),
+    st.sampled_from(CANDIDATE_THETAS.tolist()),
 )
-def test_one_step_at_a_time_is_the_same_as_whole(episodes: list[list[float]], theta: float) -> None:
+def test_stepwise_alarm_equals_the_batch_alarm(episodes: list[list[float]], theta: float) -> None:
     rule = AlarmRule(theta=theta)
     of = np.repeat(np.arange(len(episodes)), [len(e) for e in episodes])
-    whole = run_alarm(rule, np.concatenate(episodes), of)
+    whole = apply_alarm_rule(rule, np.concatenate(episodes), of)
     told, began = [], []
     for episode in episodes:
         state = AlarmState()
         for heat in episode:
             state = state.step(rule, heat)
-            told.append(state.rings)
-            began.append(state.began)
+            told.append(state.is_active)
+            began.append(state.has_started)
 
     assert told == whole.tolist()
-    assert began == begins(whole, of).tolist()
+    assert began == find_alarm_starts(whole, of).tolist()
 
 
-def test_heat_is_that_of_the_stored_numbers() -> None:
+def test_activity_score_is_computed_from_float32_probabilities() -> None:
     p = np.random.default_rng(0).dirichlet(np.ones(5), 50)
 
-    assert heat_of(p).tolist() == heat_of(p.astype(np.float32)).tolist()
-    assert heat_of(p) == pytest.approx(p[:, INFECTING] + p[:, ACTIVE], abs=1e-6)
+    assert compute_activity_score(p).tolist() == compute_activity_score(p.astype(np.float32)).tolist()
+    assert compute_activity_score(p) == pytest.approx(p[:, INFECTING] + p[:, ACTIVE], abs=1e-6)
 
 
-def test_an_alarm_is_false_when_nothing_was_hot_for_sixty_seconds() -> None:
-    told = is_quiet(track([ACTIVE] + [CLEAN] * 14, [ARMED] * 3, [DORMANT, CLEAN]))
+def test_alarm_is_false_after_sixty_seconds_without_malicious_activity() -> None:
+    told = find_false_alarm_windows(track([ACTIVE] + [CLEAN] * 14, [ARMED] * 3, [DORMANT, CLEAN]))
 
     # Centres are 5 s apart and a decision falls 6 s after its centre: the active window, which ended 5 s after its own
     # centre, is inside the last 60 s for the eleven windows after it.
@@ -97,65 +100,69 @@ def test_an_alarm_is_false_when_nothing_was_hot_for_sixty_seconds() -> None:
     assert not told[18:].any()
 
 
-def test_the_threshold_is_the_smallest_that_keeps_the_budget() -> None:
+def test_threshold_is_the_smallest_that_meets_the_budget() -> None:
     quiet = [CLEAN] * 240  # 20 minutes
     heat = [0.1] * 240
     for at, peak in ((20, 0.9), (60, 0.7), (100, 0.6), (140, 0.4)):
         heat[at] = heat[at + 1] = peak
     two = track(*[quiet] * 3)  # an hour, in which each peak comes three times
-    rule = choose_alarm(hot(heat * 3), two, budget=6.0)
+    rule = fit_alarm_rule(hot(heat * 3), two, budget=6.0)
 
     assert rule.theta == 0.605  # 0.9 and 0.7 ring, three times each
     assert (rule.false_alarms, rule.vm_hours) == (6, 1.0)
 
 
-def test_an_alarm_that_always_rings_is_not_taken_for_a_cheap_one() -> None:
+def test_threshold_of_an_alarm_that_is_always_on_does_not_meet_the_budget() -> None:
     """Raised once an episode it would keep the budget; a little above, it is raised all the time."""
     heat = ([0.3, 0.3, 0.1, 0.1, 0.1] * 144)[:720]
-    rule = choose_alarm(hot(heat), track([CLEAN] * 720), budget=2.0)
+    rule = fit_alarm_rule(hot(heat), track([CLEAN] * 720), budget=2.0)
 
     assert (
-        begins(run_alarm(AlarmRule(theta=0.05), heat_of(hot(heat)), np.zeros(720, int)), np.zeros(720, int)).sum() == 1
+        find_alarm_starts(
+            apply_alarm_rule(AlarmRule(theta=0.05), compute_activity_score(hot(heat)), np.zeros(720, int)),
+            np.zeros(720, int),
+        ).sum()
+        == 1
     )
     assert rule.theta > 0.3
 
 
-def test_an_alarm_during_an_infection_costs_nothing() -> None:
-    rule = choose_alarm(hot([0.0] * 20 + [0.99] * 100), track([CLEAN] * 20 + [ACTIVE] * 100), budget=0.0)
+def test_alarm_during_an_infection_is_not_a_false_alarm() -> None:
+    rule = fit_alarm_rule(hot([0.0] * 20 + [0.99] * 100), track([CLEAN] * 20 + [ACTIVE] * 100), budget=0.0)
 
-    assert rule.theta == THETAS[0]
+    assert rule.theta == CANDIDATE_THETAS[0]
 
 
-def test_infected_time_buys_no_false_alarms() -> None:
+def test_budget_counts_quiet_hours_alone() -> None:
     """The budget is spent and measured over the same hours: those in which an alarm would be false."""
     heat = [0.1] * 720
     heat[20] = heat[21] = 0.9
     calm, infected = track([CLEAN] * 720), track([CLEAN] * 720 + [ACTIVE] * 7200)
 
-    alone = choose_alarm(hot(heat), calm, budget=0.5)
-    beside = choose_alarm(hot(heat + [0.99] * 7200), infected, budget=0.5)
+    alone = fit_alarm_rule(hot(heat), calm, budget=0.5)
+    beside = fit_alarm_rule(hot(heat + [0.99] * 7200), infected, budget=0.5)
 
     assert (beside.theta, beside.vm_hours) == (alone.theta, alone.vm_hours) == (0.9, 1.0)
 
 
-def test_without_a_quiet_window_it_never_rings() -> None:
-    assert choose_alarm(hot([0.99] * 100), track([ACTIVE] * 100), budget=6.0).theta == NEVER
+def test_alarm_never_starts_without_quiet_windows_to_fit_on() -> None:
+    assert fit_alarm_rule(hot([0.99] * 100), track([ACTIVE] * 100), budget=6.0).theta == THETA_NEVER
 
 
-def test_a_budget_that_no_threshold_keeps_gives_an_alarm_that_never_rings() -> None:
-    rule = choose_alarm(hot([1.0] * 100), track([CLEAN] * 100), budget=1.0)
+def test_alarm_never_starts_if_no_threshold_meets_the_budget() -> None:
+    rule = fit_alarm_rule(hot([1.0] * 100), track([CLEAN] * 100), budget=1.0)
 
-    assert rule.theta == NEVER
-    assert not run_alarm(rule, heat_of(hot([1.0] * 100)), np.zeros(100, int)).any()
+    assert rule.theta == THETA_NEVER
+    assert not apply_alarm_rule(rule, compute_activity_score(hot([1.0] * 100)), np.zeros(100, int)).any()
 
 
-def test_without_a_window_it_never_rings() -> None:
-    assert choose_alarm(np.zeros((0, 5)), track([])).theta == NEVER
+def test_alarm_never_starts_without_windows_to_fit_on() -> None:
+    assert fit_alarm_rule(np.zeros((0, 5)), track([])).theta == THETA_NEVER
 
 
 @pytest.mark.parametrize(
     "wrong", [{"theta": 0.0}, {"theta": float("nan")}, {"theta": 0.5, "k": 4}, {"theta": 0.5, "vm_hours": float("inf")}]
 )
 def test_numbers_that_cannot_be_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="cannot be"):
+    with pytest.raises(ValueError, match="alarm rule: "):
         AlarmRule(**wrong)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ import phasewatch
 from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import schema_hash
 from phasewatch.models import registry
-from phasewatch.models.base import Examples, Inputs, InputSpec
+from phasewatch.models.base import InputSpec, LabelledExamples, ModelInputs
 
 SRC = Path(phasewatch.__file__).parent
 LOAD = """
@@ -47,7 +47,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
         kind=data.inputs.spec.kind, names=data.inputs.spec.names, mask="realistic", schema_hash=schema_hash(),
         behaviour_fingerprint=behaviour_fingerprint(),
     )  # fmt: skip
-    mine = Examples(inputs=Inputs(x=data.inputs.x, spec=spec), y=data.y)
+    mine = LabelledExamples(inputs=ModelInputs(x=data.inputs.x, spec=spec), y=data.y)
     registry.create("majority").fit(mine, mine).save(folder)
     return folder
 

@@ -1,4 +1,5 @@
-"""Odd episodes for the oracle, drawn by hypothesis: jitter, gaps, resets, nulls, missing sources, wrong clocks, big counters."""
+"""Odd episodes for the oracle, drawn by hypothesis: jitter, gaps, resets, nulls, missing sources, wrong clocks, big
+counters."""
 
 from __future__ import annotations
 
@@ -7,11 +8,11 @@ from dataclasses import replace
 
 import numpy as np
 from hypothesis import strategies as st
-from tests.builders import BOOT0, MONO0, T0, S, bare, with_clocks
+from tests.factories.bundles import BOOT0, MONO0, T0, S, bare, with_clocks
 
-from phasewatch.channels import raw_fields
-from phasewatch.episode.model import Episode, SourceRows
-from phasewatch.vocab import ClockBase, Source
+from phasewatch.bundle.model import Episode, SourceRows
+from phasewatch.channels import list_raw_fields
+from phasewatch.types import ClockBase, SourceKind
 
 MS = 1_000_000
 # Steps between readings in ms: the ordinary, equal stamps, a step back, just at and around the 2.5 s that make a gap.
@@ -20,7 +21,7 @@ STARTS = (0, 1, 2**53 - 3, 2**62, 2**63 - 4_000)
 
 
 @st.composite
-def source_rows(draw: st.DrawFn, source: Source) -> SourceRows:
+def source_rows(draw: st.DrawFn, source: SourceKind) -> SourceRows:
     """Draw the readings of one source."""
     steps = draw(st.lists(STEPS_MS, min_size=0, max_size=45))
     at_ms = [draw(st.integers(-4000, 3000))]
@@ -36,9 +37,9 @@ def source_rows(draw: st.DrawFn, source: Source) -> SourceRows:
     order = sorted(range(len(at_ms)), key=lambda i: rng.random()) if draw(st.booleans()) else range(len(at_ms))
     n = len(at_ms)
     p_null, p_reset = draw(st.sampled_from([(0, 0), (0, 0), (0.2, 0), (0, 0.1), (0.5, 0.05)]))
-    columns, present = [], np.ones((n, len(raw_fields(source))), np.bool_)
+    columns, present = [], np.ones((n, len(list_raw_fields(source))), np.bool_)
     shared = [rng.random() >= p_null for _ in range(n)]
-    for f, spec in enumerate(raw_fields(source)):
+    for f, spec in enumerate(list_raw_fields(source)):
         if spec.type == "float":
             columns.append(np.array([rng.choice([0.0, 0.1, 0.3, 1e-30, 1e300, rng.random()]) for _ in range(n)]))
         elif spec.nature == "counter":
@@ -59,21 +60,29 @@ def source_rows(draw: st.DrawFn, source: Source) -> SourceRows:
         elif kind < 0.6:
             present[:, f] = [rng.random() >= p_null for _ in range(n)]
     rows = SourceRows(
-        source=source, fields=tuple(spec.field for spec in raw_fields(source)),
-        t_wall_ns=np.array([T0 + t * MS for t in at_ms], np.int64), t_mono_ns=np.array([MONO0 + t * MS for t in mono_ms], np.int64),
-        seq=np.arange(n, dtype=np.int64), columns=tuple(columns), present=present,
-    )  # fmt: skip
+        source=source,
+        fields=tuple(spec.field for spec in list_raw_fields(source)),
+        t_wall_ns=np.array([T0 + t * MS for t in at_ms], np.int64),
+        t_mono_ns=np.array([MONO0 + t * MS for t in mono_ms], np.int64),
+        seq=np.arange(n, dtype=np.int64),
+        columns=tuple(columns),
+        present=present,
+    )
     picked = np.array(list(order), np.intp)
     return replace(
-        rows, t_wall_ns=rows.t_wall_ns[picked], t_mono_ns=rows.t_mono_ns[picked], seq=rows.seq[picked],
-        columns=tuple(c[picked] for c in rows.columns), present=rows.present[picked],
-    )  # fmt: skip
+        rows,
+        t_wall_ns=rows.t_wall_ns[picked],
+        t_mono_ns=rows.t_mono_ns[picked],
+        seq=rows.seq[picked],
+        columns=tuple(c[picked] for c in rows.columns),
+        present=rows.present[picked],
+    )
 
 
 @st.composite
 def episodes(draw: st.DrawFn) -> Episode:
     """Draw an episode of 1 to 26 s."""
-    sources = draw(st.sets(st.sampled_from(list(Source)), min_size=0, max_size=4))
+    sources = draw(st.sets(st.sampled_from(list(SourceKind)), min_size=0, max_size=4))
     phases = draw(
         st.lists(
             st.tuples(

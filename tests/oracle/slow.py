@@ -1,4 +1,5 @@
-"""The contract of bins, windows and stats once more, in plain Python: slow, obvious, written from the text and not from the code.
+"""The contract of bins, windows and stats once more, in plain Python: slow, obvious, written from the text and not
+from the code.
 
 Only ints, floats, lists and loops. Every number that is stored as float32 is given as its 32 bits.
 """
@@ -12,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from phasewatch.channels import CHANNELS, LEVELS, ChannelSpec
-from phasewatch.episode.model import Episode
-from phasewatch.grid.ranges import channel_range
-from phasewatch.vocab import ClockBase, Kind, Phase, Source
+from phasewatch.binning.ranges import channel_range
+from phasewatch.bundle.model import Episode
+from phasewatch.channels import CHANNELS, LEVEL_CHANNELS, ChannelSpec
+from phasewatch.types import ChannelKind, ClockBase, Phase, SourceKind
 
 BIN = 500_000_000
 STALE = 2_500_000_000
@@ -60,10 +61,10 @@ def minus(a: int | float, b: int | float) -> float:
 # ---- clocks
 
 
-def readings_of(episode: Episode) -> tuple[dict[Source, list[Reading]], list[str]]:
+def readings_of(episode: Episode) -> tuple[dict[SourceKind, list[Reading]], list[str]]:
     """Give each source's readings with Unix stamps, and the codes of what was found."""
     clocks, found = episode.manifest.clocks, []
-    result: dict[Source, list[Reading]] = {}
+    result: dict[SourceKind, list[Reading]] = {}
     for source, rows in episode.rows.items():
         plain = [
             Reading(
@@ -117,8 +118,8 @@ def near(r: Reading, episode: Episode) -> bool:
     return episode.marks[0].t_wall_ns - MINUTE <= r.t_wall <= episode.marks[-1].t_wall_ns + MINUTE
 
 
-def steps_of(readings: dict[Source, list[Reading]]) -> list[tuple[int, int]]:
-    """Find the clock steps: neighbours in monotonic time between which wall time passed more than 250 ms differently."""
+def steps_of(readings: dict[SourceKind, list[Reading]]) -> list[tuple[int, int]]:
+    """Find clock steps: neighbours whose wall and monotonic intervals differ by more than 250 ms."""
     steps = []
     for rows in readings.values():
         ordered = sorted(rows, key=lambda r: (r.t_mono, r.seq))
@@ -147,12 +148,14 @@ def grid(episode: Episode) -> SlowGrid:
     t0, end = episode.marks[0].t_wall_ns, episode.marks[-1].t_wall_ns
     n = (end - t0) // BIN
     bins = columns(CHANNELS, readings, t0, n)
-    levels = columns(LEVELS, readings, t0, n)
+    levels = columns(LEVEL_CHANNELS, readings, t0, n)
     steps = steps_of(readings)
     return SlowGrid(bins=bins, levels=levels, steps=steps, codes=codes + (["clock-step"] if steps else []))
 
 
-def columns(table: Sequence[ChannelSpec], readings: dict[Source, list[Reading]], t0: int, n: int) -> list[list[int]]:
+def columns(
+    table: Sequence[ChannelSpec], readings: dict[SourceKind, list[Reading]], t0: int, n: int
+) -> list[list[int]]:
     """Make all columns of one table, and turn them into rows."""
     made = []
     for channel in table:
@@ -192,10 +195,10 @@ def newest(rows: list[Reading], end: int) -> int | None:
 
 def value(channel: ChannelSpec, rows: list[Reading], before: int | None, last: int) -> float:
     """Make one bin's value from the reading of the bin before and the bin's own last one."""
-    if channel.kind in (Kind.GAUGE, Kind.COUNT):
+    if channel.kind in (ChannelKind.GAUGE, ChannelKind.COUNT):
         (field,) = channel.fields
         seen = [rows[i].values[field] for i in range(0 if before is None else before + 1, last + 1)]
-        if channel.kind is Kind.COUNT:
+        if channel.kind is ChannelKind.COUNT:
             return float(max(seen)) * channel.scale  # type: ignore[type-var,arg-type]
         total = float(seen[0])  # type: ignore[arg-type]
         for x in seen[1:]:
@@ -207,10 +210,10 @@ def value(channel: ChannelSpec, rows: list[Reading], before: int | None, last: i
     for a, b in zip(rows[first:last], rows[first + 1 : last + 1], strict=True):
         if not 0 < b.t_mono - a.t_mono <= STALE:
             return NAN
-        if channel.kind is not Kind.DELTA and any(b.values[f] < a.values[f] for f in channel.fields):  # type: ignore[operator]
+        if channel.kind is not ChannelKind.DELTA and any(b.values[f] < a.values[f] for f in channel.fields):  # type: ignore[operator]
             return NAN
     changes = [minus(rows[last].values[f], rows[first].values[f]) for f in channel.fields]  # type: ignore[arg-type]
-    if channel.kind is Kind.RATIO:
+    if channel.kind is ChannelKind.RATIO:
         return 0.0 if changes[1] == 0 else (changes[0] * channel.scale) / changes[1]
     return (changes[0] * channel.scale) / (float(rows[last].t_mono - rows[first].t_mono) / 1e9)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.oracle.test_bins import assert_same
 
-from phasewatch.episode.bundle import unpack
+from phasewatch.bundle.archive import unpack_bundle
 
 CORPUS = Path(__file__).parents[2] / "corpus" / "lab-v1"
 BUNDLES = sorted(CORPUS.glob("*/*.tar.zst"))
@@ -22,13 +22,13 @@ def test_the_corpus_is_here() -> None:
 
 @pytest.mark.parametrize("path", A_FEW, ids=lambda path: path.name[:36])
 def test_a_recorded_episode_has_the_same_bits(path: Path) -> None:
-    assert_same(unpack(path.read_bytes(), file=path.name), channels=SOME_CHANNELS)
+    assert_same(unpack_bundle(path.read_bytes(), file=path.name), channels=SOME_CHANNELS)
 
 
 @pytest.mark.soak
 def test_every_recorded_episode_has_the_same_bits(soak_row: Callable[..., None]) -> None:
     same = 0
     for path in BUNDLES:
-        assert_same(unpack(path.read_bytes(), file=path.name))
+        assert_same(unpack_bundle(path.read_bytes(), file=path.name))
         same += 1
     soak_row("Slow oracle over the recordings", episodes=len(BUNDLES), other_bits=len(BUNDLES) - same)

@@ -1,4 +1,5 @@
-"""`pip install` of each extra into an environment of its own, with an empty home: what works there, and what says why not."""
+"""`pip install` of each extra into an environment of its own, with an empty home: what works there, and what says
+why not."""
 
 from __future__ import annotations
 

@@ -10,13 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer.main
 
-from phasewatch.cli import app
+from phasewatch.cli.groups import COMMANDS, load_command
 
 FOLDER = Path(__file__).parents[2] / "docs" / "systemd"
 UNITS = sorted(FOLDER.glob("*.service"))
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+PARSERS = {name: load_command(name) for name in COMMANDS}
 
 
 def name_of(unit: Path) -> str:
@@ -32,7 +31,7 @@ def test_a_unit_starts_a_command_with_options_that_it_has(unit: Path) -> None:
     line = re.search(r"^ExecStart=(.+)$", unit.read_text(), re.MULTILINE)
     assert line is not None
     program, name, *words = shlex.split(line[1])
-    command = COMMANDS.get(name)
+    command = PARSERS.get(name)
 
     assert program.endswith("/phasewatch")
     assert name == unit.stem.rstrip("@").removeprefix("phasewatch-")

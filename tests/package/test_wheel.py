@@ -86,14 +86,14 @@ def test_a_wheel_has_no_recordings_and_says_where_they_are(unpacked: Path) -> No
 
 
 def test_the_recordings_are_found_where_the_variable_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from phasewatch.cli.base import bundled_corpus
+    from phasewatch.cli.folders import find_bundled_corpus
     from phasewatch.errors import StoreError
 
     monkeypatch.setenv("PHASEWATCH_CORPUS", str(ROOT / "corpus" / "lab-v1"))
-    assert bundled_corpus() == ROOT / "corpus" / "lab-v1"
+    assert find_bundled_corpus() == ROOT / "corpus" / "lab-v1"
     monkeypatch.setenv("PHASEWATCH_CORPUS", str(tmp_path / "none"))
-    with pytest.raises(StoreError, match="PHASEWATCH_CORPUS names this folder, and it is not there"):
-        bundled_corpus()
+    with pytest.raises(StoreError, match="PHASEWATCH_CORPUS names this folder, and it does not exist"):
+        find_bundled_corpus()
 
 
 def test_a_shell_completes_commands_and_options(unpacked: Path) -> None:

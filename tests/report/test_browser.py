@@ -1,4 +1,4 @@
-"""The page in a real browser, offline: every picture is drawn, nothing is requested, nothing hostile runs."""
+"""The report in a real browser: every figure is drawn, nothing is requested, no script from data runs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.report.fake_run import HOSTILE, Recipe, make_run
+from tests.factories.report_runs import HOSTILE, Recipe, make_run
 from tests.requirements import need_chromium
 
-from phasewatch.report.page import write_report
+from phasewatch.report.html import write_report
 
 SMALL = Recipe(hosts=("a-host", "b-host", "c-host"), profiles=("benign", "cryptomine"), n_windows=12)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +42,17 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-class Opened:
-    """A page that was opened, and everything that it said or asked for."""
+class OpenedReport:
+    """An opened report with its console messages and network requests."""
 
     def __init__(self, browser: Any, path: Path, width: int) -> None:
         self.page = browser.new_page(viewport={"width": width, "height": 900})
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("dialog", lambda dialog: (self.said.append("dialog"), dialog.dismiss()))
-        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.messages: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.messages.append(message.text))
+        self.page.on("pageerror", lambda error: self.messages.append(str(error)))
+        self.page.on("dialog", lambda dialog: (self.messages.append("dialog"), dialog.dismiss()))
+        self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri())
         self.page.wait_for_selector("html[data-drawn]", timeout=60_000)
 
@@ -54,46 +61,46 @@ class Opened:
 
 
 @pytest.mark.parametrize(
-    ("width", "finger"),
+    ("width", "min_target_px"),
     [
-        pytest.param(1200, 24, id="a screen"),
-        pytest.param(768, 24, id="half a screen"),
-        pytest.param(380, 44, id="a phone, where a thumb must hit each link and fold"),
+        pytest.param(1200, 24, id="desktop"),
+        pytest.param(768, 24, id="half a desktop"),
+        pytest.param(380, 44, id="phone, with touch targets of 44 px"),
     ],
 )
-def test_the_page_draws_everything_asks_for_nothing_and_fits(
-    browser: Any, tmp_path: Path, width: int, finger: int
+def test_page_draws_all_figures_without_requests_and_fits_the_width(
+    browser: Any, tmp_path: Path, width: int, min_target_px: int
 ) -> None:
     path = write_report(make_run(tmp_path / "run", replace(SMALL, is_full=True)))
 
-    opened = Opened(browser, path, width)
+    opened = OpenedReport(browser, path, width)
 
-    assert opened.said == []
-    assert opened.asked == [path.as_uri()]
+    assert opened.messages == []
+    assert opened.requests == [path.as_uri()]
     assert opened.count(".figure") == opened.count(".figure .plot-container") >= 18
     assert opened.count(".figure.failed") == 0
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
-    tall = opened.page.locator("nav a, summary").evaluate_all("e => e.map(x => x.getBoundingClientRect().height)")
-    assert min(tall) >= finger
+    heights = opened.page.locator("nav a, summary").evaluate_all("e => e.map(x => x.getBoundingClientRect().height)")
+    assert min(heights) >= min_target_px
 
 
-def test_hostile_names_are_text_and_run_nothing(browser: Any, tmp_path: Path) -> None:
+def test_names_from_data_are_text_and_run_no_script(browser: Any, tmp_path: Path) -> None:
     recipe = replace(SMALL, hosts=(HOSTILE, "b", "c"), profiles=("benign", HOSTILE), sample=HOSTILE)
     path = write_report(make_run(tmp_path / "run", recipe))
 
-    opened = Opened(browser, path, 1200)
+    opened = OpenedReport(browser, path, 1200)
 
-    assert opened.said == []
-    assert opened.asked == [path.as_uri()]
+    assert opened.messages == []
+    assert opened.requests == [path.as_uri()]
     assert opened.count("img") == 0
     assert opened.count(".figure.failed") == 0
     assert HOSTILE in opened.page.inner_text("main")
     assert "</script><img" in opened.page.text_content("#figure-by-profile svg.main-svg")
 
 
-def test_on_paper_each_picture_fits_the_sheet(browser: Any, tmp_path: Path) -> None:
+def test_printed_figures_fit_one_sheet(browser: Any, tmp_path: Path) -> None:
     path = write_report(make_run(tmp_path / "run", SMALL))
-    opened = Opened(browser, path, 1200)
+    opened = OpenedReport(browser, path, 1200)
 
     opened.page.emulate_media(media="print")
     opened.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
@@ -106,4 +113,4 @@ def test_on_paper_each_picture_fits_the_sheet(browser: Any, tmp_path: Path) -> N
     assert opened.count("article:not(:has(.figure)) > details:not([open])") == 0
     opened.page.evaluate("window.dispatchEvent(new Event('afterprint'))")
     assert opened.count("article:not(:has(.figure)) > details:not([open])") > 0
-    assert opened.said == []
+    assert opened.messages == []

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from phasewatch.store.base import Store, open_store
+from phasewatch.store.base import BundleStore, open_store
 
 NAMES = itertools.count()
 
@@ -53,5 +53,5 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def store(place: str) -> Store:
+def store(place: str) -> BundleStore:
     return open_store(place)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from phasewatch.episode import limits
-from phasewatch.errors import BundleError, StoreError, TakenError
-from phasewatch.store.base import Store, StoreItem, find_bundle, open_store, parse_place
-from phasewatch.store.disk import MALFORMED, UNREADABLE, DiskStore
-from phasewatch.store.objects import ObjectStore
+from phasewatch.bundle import limits
+from phasewatch.errors import BundleError, IdConflictError, StoreError
+from phasewatch.store.base import BundleStore, StoreItem, find_bundle, open_store, parse_store_location
+from phasewatch.store.local import MALFORMED_RECEIPT, UNREADABLE_RECEIPT, DiskStore
+from phasewatch.store.s3 import ObjectStore
 
 IDS = [f"0199c82c-c000-7000-8000-00000000000{i}" for i in range(5)]
 
@@ -24,7 +24,7 @@ def digest(data: bytes) -> str:
     return sha256(data).hexdigest()
 
 
-def lay(store: Store, name: str, data: bytes) -> None:
+def lay(store: BundleStore, name: str, data: bytes) -> None:
     """Put something into a store behind its back."""
     if isinstance(store, DiskStore):
         path = store.path / name
@@ -35,7 +35,7 @@ def lay(store: Store, name: str, data: bytes) -> None:
         store.put_key(name, data)
 
 
-def test_a_bundle_is_found_walked_and_read_with_its_receipt(store: Store) -> None:
+def test_a_bundle_is_found_walked_and_read_with_its_receipt(store: BundleStore) -> None:
     store.put("pc-a", IDS[0], b"data")
 
     (item,) = store.walk()
@@ -50,35 +50,35 @@ def test_a_bundle_is_found_walked_and_read_with_its_receipt(store: Store) -> Non
 def test_a_bundle_is_found_by_its_own_name_with_the_store_that_it_lies_in(place: str) -> None:
     open_store(place).put("pc-a", IDS[0], b"data")
 
-    found = find_bundle(parse_place(f"{place}/pc-a/{IDS[0]}.tar.zst"))
+    found = find_bundle(parse_store_location(f"{place}/pc-a/{IDS[0]}.tar.zst"))
 
     assert found is not None
     store, item = found
     assert [item] == list(open_store(place).walk())
     assert store.read(item) == b"data"
     for name in (f"pc-a/{IDS[1]}.tar.zst", f"{IDS[0]}.tar.zst", "pc-a", ""):
-        assert find_bundle(parse_place(f"{place}/{name}")) is None
+        assert find_bundle(parse_store_location(f"{place}/{name}")) is None
 
 
-def test_what_is_not_there_is_not_found(store: Store) -> None:
+def test_what_is_not_there_is_not_found(store: BundleStore) -> None:
     store.put("pc-a", IDS[0], b"data")
 
     assert store.find("pc-a", IDS[1]) is None
     assert store.find("pc-b", IDS[0]) is None
-    assert store.held("pc-b") == []
+    assert store.list_arrivals("pc-b") == []
 
 
-def test_the_same_bytes_may_come_again_and_other_bytes_may_not(store: Store) -> None:
+def test_the_same_bytes_may_come_again_and_other_bytes_may_not(store: BundleStore) -> None:
     store.put("pc-a", IDS[0], b"data")
     store.put("pc-a", IDS[0], b"data")
 
-    with pytest.raises(TakenError, match="other bytes already stand under this id"):
+    with pytest.raises(IdConflictError, match="the store holds other bytes under this id"):
         store.put("pc-a", IDS[0], b"DATA")
 
     assert [store.read(item) for item in store.walk()] == [b"data"]
 
 
-def test_a_bundle_is_seen_only_when_it_is_published(store: Store) -> None:
+def test_a_bundle_is_seen_only_when_it_is_published(store: BundleStore) -> None:
     with store.receiving():
         incoming = store.receive("pc-a", IDS[0])
         incoming.write(b"da")
@@ -91,14 +91,14 @@ def test_a_bundle_is_seen_only_when_it_is_published(store: Store) -> None:
         assert [store.read(item) for item in store.walk()] == [b"data"]
 
 
-def test_what_is_dropped_leaves_nothing(store: Store) -> None:
+def test_what_is_dropped_leaves_nothing(store: BundleStore) -> None:
     with store.receiving():
         incoming = store.receive("pc-a", IDS[0])
         incoming.write(b"data")
         incoming.drop()
 
     assert list(store.walk()) == []
-    assert not isinstance(store, DiskStore) or store.temporaries() == ()
+    assert not isinstance(store, DiskStore) or store.list_temporaries() == ()
 
 
 def test_of_many_writers_of_one_id_one_wins_and_the_others_are_told(place: str) -> None:
@@ -114,18 +114,18 @@ def test_of_many_writers_of_one_id_one_wins_and_the_others_are_told(place: str) 
     assert [answer != "taken" for answer in answers] == [data == winner for data in candidates]
 
 
-def write_one(store: Store, data: bytes) -> str:
+def write_one(store: BundleStore, data: bytes) -> str:
     incoming = store.receive("pc-a", IDS[0])
     try:
         incoming.write(data)
         return "new" if incoming.publish(digest(data)) else "same"
-    except TakenError:
+    except IdConflictError:
         return "taken"
     finally:
         incoming.drop()
 
 
-def test_writers_of_many_ids_do_not_meet(store: Store) -> None:
+def test_writers_of_many_ids_do_not_meet(store: BundleStore) -> None:
     names = [(f"h{n % 3}", f"0199c82c-c000-7000-8000-0000000001{n:02d}") for n in range(24)]
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda name: store.put(*name, name[1].encode()), names))
@@ -134,7 +134,7 @@ def test_writers_of_many_ids_do_not_meet(store: Store) -> None:
     assert all(item.receipt == digest(str(item.episode_id).encode()) for item in store.walk())
 
 
-def test_putting_again_finishes_what_a_crash_left_without_a_receipt(store: Store) -> None:
+def test_putting_again_finishes_what_a_crash_left_without_a_receipt(store: BundleStore) -> None:
     lay(store, f"pc-a/{IDS[0]}.tar.zst", b"data")
     assert [item.receipt for item in store.walk()] == [None]
 
@@ -143,10 +143,10 @@ def test_putting_again_finishes_what_a_crash_left_without_a_receipt(store: Store
     assert [item.receipt for item in store.walk()] == [digest(b"data")]
 
 
-def test_a_receipt_that_is_none_is_malformed_and_putting_again_mends_it(store: Store) -> None:
+def test_a_receipt_that_is_none_is_malformed_and_putting_again_mends_it(store: BundleStore) -> None:
     store.put("pc-a", IDS[0], b"data")
     lay(store, f"pc-a/{IDS[0]}.tar.zst.sha256", b"no digest" * 1000)
-    assert [item.receipt for item in store.walk()] == [MALFORMED]
+    assert [item.receipt for item in store.walk()] == [MALFORMED_RECEIPT]
 
     store.put("pc-a", IDS[0], b"data")
 
@@ -161,10 +161,10 @@ def test_a_receipt_that_could_not_be_fetched_is_unreadable_and_not_malformed(new
     uri = new_bucket()
     ObjectStore(uri).put("pc-a", IDS[0], b"data")
 
-    assert [item.receipt for item in Busy(uri).walk()] == [UNREADABLE]
+    assert [item.receipt for item in Busy(uri).walk()] == [UNREADABLE_RECEIPT]
 
 
-def test_a_receipt_whose_bundle_is_gone_is_given_so_that_the_loss_is_counted(store: Store) -> None:
+def test_a_receipt_whose_bundle_is_gone_is_given_so_that_the_loss_is_counted(store: BundleStore) -> None:
     lay(store, f"pc-a/{IDS[0]}.tar.zst.sha256", f"{digest(b'x')}  {IDS[0]}.tar.zst\n".encode())
 
     (item,) = store.walk()
@@ -175,7 +175,7 @@ def test_a_receipt_whose_bundle_is_gone_is_given_so_that_the_loss_is_counted(sto
         store.read(item)
 
 
-def test_items_come_by_host_and_then_by_name_with_all_that_lies_there(store: Store) -> None:
+def test_items_come_by_host_and_then_by_name_with_all_that_lies_there(store: BundleStore) -> None:
     for name in (
         f"pc/{IDS[1]}.tar.zst", f"pc/{IDS[0]}.tar.zst", "pc/notes.txt", "pc/.hidden", f"pc-a/{IDS[2]}.tar.zst",
         f"Wrong Host/{IDS[3]}.tar.zst", f"{IDS[4]}.tar.zst", "README", ".git/config", "pc/folder/deep/x",
@@ -195,15 +195,15 @@ def test_items_come_by_host_and_then_by_name_with_all_that_lies_there(store: Sto
     ]
 
 
-def test_reading_never_takes_more_than_a_bundle_may_hold(store: Store) -> None:
-    lay(store, "pc-a/large", bytes(limits.COMPRESSED_BYTES + 1))
+def test_reading_never_takes_more_than_a_bundle_may_hold(store: BundleStore) -> None:
+    lay(store, "pc-a/large", bytes(limits.MAX_COMPRESSED_BYTES + 1))
     (item,) = store.walk()
 
     with pytest.raises(BundleError, match="compressed-size"):
         store.read(item)
 
 
-def test_the_word_of_admission_lies_beside_the_bundle_and_is_no_item(store: Store) -> None:
+def test_the_word_of_admission_lies_beside_the_bundle_and_is_no_item(store: BundleStore) -> None:
     store.put("pc-a", IDS[0], b"data")
     with store.receiving():
         assert not store.has_status("pc-a", IDS[0])
@@ -213,18 +213,18 @@ def test_the_word_of_admission_lies_beside_the_bundle_and_is_no_item(store: Stor
     assert len(list(store.walk())) == 1
 
 
-def test_a_store_knows_what_a_host_sent_and_when(store: Store) -> None:
+def test_a_store_knows_what_a_host_sent_and_when(store: BundleStore) -> None:
     store.put("pc-a", IDS[0], b"data")
     store.put("pc-a", IDS[1], b"more data")
     store.put("pc-ab", IDS[1], b"another's")
 
-    held = store.held("pc-a")
+    held = store.list_arrivals("pc-a")
 
     assert sorted(size for _, size in held) == [4, 9]
     assert all(abs(at_s - time.time()) < 3600 for at_s, _ in held)
 
 
-def test_a_store_goes_to_a_worker_as_its_name(store: Store) -> None:
+def test_a_store_goes_to_a_worker_as_its_name(store: BundleStore) -> None:
     store.put("pc-a", IDS[0], b"data")
 
     there = pickle.loads(pickle.dumps(store))  # noqa: S301
@@ -236,9 +236,9 @@ def test_a_store_goes_to_a_worker_as_its_name(store: Store) -> None:
     ("host_id", "episode_id"),
     [("../x", IDS[0]), ("a", "../x"), ("a", "7"), ("A", IDS[0]), ("", IDS[0]), ("a\n", IDS[0])],
 )
-def test_ids_that_could_lead_elsewhere_are_refused(store: Store, host_id: str, episode_id: str) -> None:
+def test_ids_that_could_lead_elsewhere_are_refused(store: BundleStore, host_id: str, episode_id: str) -> None:
     for act in (store.receive, lambda h, e: store.put(h, e, b"x"), lambda h, e: store.write_status(h, e, b"x")):
-        with pytest.raises(StoreError, match="is no host_id/episode_id"):
+        with pytest.raises(StoreError, match="is not a valid host_id/episode_id"):
             act(host_id, episode_id)
 
 
@@ -256,7 +256,7 @@ def test_a_place_is_a_folder_or_a_uri_of_a_known_kind(tmp_path: Path) -> None:
     assert open_store(f"file://{tmp_path}").put("pc-a", IDS[0], b"x") == tmp_path / "pc-a" / f"{IDS[0]}.tar.zst"
     with pytest.raises(StoreError, match=r"name a folder, file:///folder or s3://bucket/prefix"):
         open_store("ftp://somewhere")
-    with pytest.raises(StoreError, match="no bucket is named"):
+    with pytest.raises(StoreError, match="names no bucket"):
         open_store("s3://")
 
 
@@ -268,10 +268,10 @@ def test_a_folder_has_one_receiver_which_removes_what_an_earlier_one_left(tmp_pa
         store.receive("pc-a", IDS[0]).write(b"half")
         with pytest.raises(BusyError), DiskStore(tmp_path).receiving():
             pass
-    assert len(store.temporaries()) == 1
+    assert len(store.list_temporaries()) == 1
 
     with store.receiving():
-        assert store.temporaries() == ()
+        assert store.list_temporaries() == ()
 
 
 def test_old_leftovers_of_other_writers_go_and_young_ones_stay(tmp_path: Path) -> None:
@@ -284,11 +284,11 @@ def test_old_leftovers_of_other_writers_go_and_young_ones_stay(tmp_path: Path) -
         path.write_bytes(b"half")
         os.utime(path, (time.time() - age_s,) * 2)
 
-    assert store.tidy(older_than_s=3600) == 1
-    assert store.temporaries() == ("pc-a/.young.0123456789ab.tmp",)
+    assert store.remove_leftovers(older_than_s=3600) == 1
+    assert store.list_temporaries() == ("pc-a/.young.0123456789ab.tmp",)
 
 
-def test_items_of_both_kinds_are_one_type(store: Store) -> None:
+def test_items_of_both_kinds_are_one_type(store: BundleStore) -> None:
     store.put("pc-a", IDS[0], b"data")
 
     assert all(isinstance(item, StoreItem) for item in store.walk())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.requirements import need_program
 
-SCRIPT = Path(__file__).parents[2] / "docs" / "transcribe.py"
+SCRIPT = Path(__file__).parents[2] / "tools" / "transcribe.py"
 
 
 def test_the_answers_that_the_reference_shows_are_those_that_curl_gets() -> None:

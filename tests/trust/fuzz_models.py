@@ -1,7 +1,7 @@
 """Damage models whose digests are right, load and ask each in a child with limits, and count how the children end.
 
-``python fuzz_models.py SEED COUNT FOLDER``, where FOLDER holds checkpoints (``gbt/`` …) and edge bundles (``gbt.zip`` …);
-one JSON object of counts goes to stdout. A child may take 1 GiB above what its parent has, and 5 s of CPU.
+``python fuzz_models.py SEED COUNT FOLDER``, where FOLDER has checkpoints (``gbt/`` …) and edge bundles (``gbt.zip``
+…); one JSON object of counts goes to stdout. A child may take 1 GiB above what its parent has, and 5 s of CPU.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TEXTS = ("", "0", "-1", "5", "x" * 5_000, "\x00", "1e999", "99999999999", "gbtre
 def main(seed: int, count: int, folder: Path) -> dict[str, int]:
     """Return how many children ended in which way."""
     os.environ["OMP_NUM_THREADS"] = "1"  # threads of the parent would be missing in a child, which waits for them
-    from phasewatch.live.models import find_models  # what a child needs is imported before it is born
+    from phasewatch.inference.model_selection import find_models  # what a child needs is imported before it is born
     from phasewatch.models import registry
 
     rng = random.Random(seed)
@@ -85,13 +85,13 @@ def answers(model: Any) -> object:
     """Ask a model about a few windows, with values and without."""
     import numpy as np
 
-    from phasewatch.models.base import Inputs
+    from phasewatch.models.base import ModelInputs
 
     spec = model.spec
     shape = (3, len(spec.names), *((20,) if spec.kind == "tensor" else ()))
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     x[0] = np.nan if len(spec.names) > 1 else 1.0
-    p = model.predict_proba(Inputs(x=x, spec=spec))
+    p = model.predict_proba(ModelInputs(x=x, spec=spec))
     if p.shape != (3, 5) or not np.isfinite(p).all() or (p < 0).any() or (abs(p.sum(axis=1) - 1) > 1e-3).any():
         raise RuntimeError(f"no probabilities: {p}")
     return p
@@ -167,13 +167,13 @@ def sealed(header: dict[str, Any]) -> bytes:
     """Return a header's JSON with the digest that fits what a reader makes of it, where it can be read at all."""
     import msgspec
 
-    from phasewatch.models.checkpoint import Header
-    from phasewatch.models.checkpoint import sealed as seal
+    from phasewatch.models.checkpoint import CheckpointHeader
+    from phasewatch.models.checkpoint import add_header_digest as seal
 
     header["sha256"] = ""
     text = to_json(header)
     try:
-        return msgspec.json.encode(seal(msgspec.json.decode(text, type=Header)))
+        return msgspec.json.encode(seal(msgspec.json.decode(text, type=CheckpointHeader)))
     except Exception:
         return text
 
@@ -286,14 +286,22 @@ def damage_ubj(data: bytes, rng: random.Random) -> tuple[bytes, str]:
             near = int(inner[at]) + rng.choice((-2, -1, 1, 2, len(inner))) if inner.dtype.kind != "f" else 0
             info = np.iinfo(inner.dtype) if inner.dtype.kind != "f" else None
             new = rng.choice(FLOATS) if info is None else rng.choice((near, near, *EXTREMES))
-            inner[at] = np.float32(min(max(new, -3e38), 3e38) if new == new and abs(new) < 1e301 else new) if info is None else max(info.min, min(new, info.max))  # fmt: skip
+            inner[at] = (
+                np.float32(min(max(new, -3e38), 3e38) if new == new and abs(new) < 1e301 else new)
+                if info is None
+                else max(info.min, min(new, info.max))
+            )
         elif kind == 3:
             inner = inner[: rng.randrange(len(inner) + 1)]
         else:
             inner = np.concatenate([inner, inner])
         value[key] = inner
     elif isinstance(inner, np.ndarray):
-        value[key] = inner.astype(rng.choice((">i2", ">i4", ">i8", ">f4", ">f8", "u1"))) if rng.random() < 0.7 else inner.tolist()  # fmt: skip
+        value[key] = (
+            inner.astype(rng.choice((">i2", ">i4", ">i8", ">f4", ">f8", "u1")))
+            if rng.random() < 0.7
+            else inner.tolist()
+        )
     elif kind == 5 and isinstance(value, dict):
         del value[key]
     elif kind == 6 and isinstance(value, dict):
@@ -391,9 +399,11 @@ def damage_onnx(data: bytes, rng: random.Random) -> tuple[bytes, str]:
         values = attribute.ints or attribute.floats
         if values:
             at = rng.randrange(len(values))
-            values[at] = values[at] + rng.choice((-1, 1, 2)) if rng.random() < 0.5 else (
-                rng.choice(EXTREMES) if attribute.ints else rng.choice(FLOATS[:8])
-            )  # fmt: skip
+            values[at] = (
+                values[at] + rng.choice((-1, 1, 2))
+                if rng.random() < 0.5
+                else (rng.choice(EXTREMES) if attribute.ints else rng.choice(FLOATS[:8]))
+            )
             if rng.random() < 0.2:
                 del values[at:]
         elif attribute.type == 2:
@@ -415,7 +425,7 @@ def damage_bundle(source: Path, place: Path, rng: random.Random) -> str:
     """Copy an edge bundle with a member, the header or the container changed, and make the digests right again."""
     import msgspec
 
-    from phasewatch.export.edge import EdgeHeader, pack_edge
+    from phasewatch.inference.edge_bundle import EdgeHeader, pack_edge_bundle
 
     with zipfile.ZipFile(source) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
@@ -428,7 +438,7 @@ def damage_bundle(source: Path, place: Path, rng: random.Random) -> str:
         name = rng.choice([n for n in members if n.endswith(".onnx")])
         members[name], how = damaged(name, members[name], rng)
     try:
-        data = pack_edge(msgspec.json.decode(to_json(header), type=EdgeHeader), members)
+        data = pack_edge_bundle(msgspec.json.decode(to_json(header), type=EdgeHeader), members)
     except Exception:
         made = io.BytesIO()
         with zipfile.ZipFile(made, "w") as archive:

@@ -8,17 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.builders import episode
+from tests.factories.bundles import episode
+from tests.factories.stores import put, write_store
+from tests.factories.synthetic_runs import World, write_run
 from tests.models.test_models import fitted
-from tests.stores import put, write_store
-from tests.synthetic_run import World, write_run
 
-from phasewatch import stages
 from phasewatch.dataset import write_splits
 from phasewatch.errors import PhasewatchError
 from phasewatch.models import registry
-from phasewatch.train.cell import Cell
-from phasewatch.train.cells import train_cells
+from phasewatch.pipeline import stages
+from phasewatch.training.experiment import Experiment
+from phasewatch.training.train import train_experiments
 
 CORPUS = Path(__file__).parents[2] / "corpus" / "lab-v1"
 MODELS = ("gbt", "mlp", "minirocket")  # one of each kind of weights
@@ -64,33 +64,34 @@ import sys
 from pathlib import Path
 store, run, corpus = map(Path, sys.argv[1:4])
 from phasewatch.dataset import load, read_fold
-from phasewatch.episode.bundle import peek, unpack
+from phasewatch.bundle.archive import unpack_bundle, unpack_manifest
 from phasewatch.features.schema import schema_hash
-from phasewatch.grid.files import open_grids
+from phasewatch.binning.storage import open_bins
 from phasewatch.models import registry
-from phasewatch.store.disk import DiskStore
-from phasewatch.train.predictions import PREDICTIONS, read_table
-from phasewatch.validate.index import INDEX, read_index
+from phasewatch.store.local import DiskStore
+from phasewatch.training.predictions import read_predictions
+from phasewatch.artifacts import PREDICTIONS_FILE, VALIDATION_FILE
+from phasewatch.validate.index import read_index
 seen = 0
 for place in (store, corpus):
     for item in list(DiskStore(place).walk())[:5]:
         data = DiskStore(place).read(item)
-        peek(data, file=item.path)
-        unpack(data, file=item.path)
+        unpack_manifest(data, file=item.path)
+        unpack_bundle(data, file=item.path)
         seen += 1
-read_index(store.parent / 'swept' / INDEX)
-open_grids(store.parent / 'swept' / 'grids')
-open_grids(run / 'grids')
+read_index(store.parent / 'swept' / VALIDATION_FILE)
+open_bins(store.parent / 'swept' / 'grids')
+open_bins(run / 'grids')
 read_fold(run, 'held_out_host', 'host-0')
 for folder in sorted(run.glob('models/**/checkpoint.json')):
     model = registry.load(folder.parent)
-    sets = load(run, 'held_out_host', 'host-0', 'realistic', registry.row_of(model.key).kind)
+    sets = load(run, 'held_out_host', 'host-0', 'realistic', registry.find_model(model.key).kind)
     model.predict_proba(sets.test.inputs)
     seen += 1
 for folder in sorted((run / 'alone').iterdir()):
     registry.load(folder)
     seen += 1
-read_table(run / PREDICTIONS)
+read_predictions(run / PREDICTIONS_FILE)
 print('loaded', seen)
 """
 
@@ -104,12 +105,14 @@ def probe(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[s
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("load")
     store = write_store(folder / "store", hosts=1, sessions=1)
-    settings = stages.Settings(store=store, run=folder / "swept", workers=1)
+    settings = stages.RunSettings(store=store, run=folder / "swept", workers=1)
     stages.validate(settings)
-    stages.features(settings)
+    stages.build_features(settings)
     run = write_run(folder / "run", World(windows=8))
     write_splits(run, "held_out_host")
-    train_cells(run, [Cell(recipe="held_out_host", fold="host-0", threat="realistic", model="majority")], workers=1)
+    train_experiments(
+        run, [Experiment(recipe="held_out_host", fold="host-0", threat="realistic", model="majority")], workers=1
+    )
     for key in MODELS:
         fitted(key).save(run / "alone" / key)
     return store, run
@@ -143,8 +146,8 @@ def test_a_pickle_in_the_place_of_any_file_is_refused_in_words(tmp_path: Path) -
     path.write_bytes(bomb)
     (tmp_path / "checkpoint.json").write_bytes(bomb)
 
-    from phasewatch.episode.bundle import unpack
+    from phasewatch.bundle.archive import unpack_bundle
 
-    for load in (lambda: unpack(path.read_bytes(), file="x"), lambda: registry.load(tmp_path)):
+    for load in (lambda: unpack_bundle(path.read_bytes(), file="x"), lambda: registry.load(tmp_path)):
         with pytest.raises(PhasewatchError):
             load()

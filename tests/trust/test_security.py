@@ -1,4 +1,4 @@
-"""SECURITY.md says nothing that no test holds."""
+"""Every promise in SECURITY.md is linked to a test that exists, and every dependency is pinned."""
 
 from __future__ import annotations
 
@@ -7,28 +7,30 @@ import re
 import tomllib
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
-CLAIMS = [line for line in TEXT.split("\n## Who may lie")[1].splitlines() if line.startswith("- ")]
-LINKS = sorted(set(re.findall(r"\[test\]\(([^)]+)\)", TEXT)))
-# What an attacker can do is no promise, and has no test.
-ADMISSIONS = ("It **can** send", "It **can** give wrong answers", "A stranger without a token can")
+SECURITY = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+# A line that says what an attacker **can** do is no promise, and needs no test.
+ADMISSION = "**can**"
 
 
-@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim[2:50])
-def test_every_claim_is_linked_to_its_test(claim: str) -> None:
-    assert "[test](" in claim or claim.removeprefix("- ").startswith(ADMISSIONS)
+def test_every_promise_is_linked_to_a_test() -> None:
+    claims = [line for line in SECURITY.partition("\n## ")[2].splitlines() if line.startswith("- ")]
+
+    assert len(claims) > 30
+    assert [claim for claim in claims if "[test](" not in claim and ADMISSION not in claim] == []
 
 
-@pytest.mark.parametrize("link", LINKS)
-def test_every_link_leads_to_a_test_that_is_there(link: str) -> None:
-    file, _, name = link.partition("#")
+def test_every_link_leads_to_a_test_that_exists() -> None:
+    missing = []
+    for link in sorted(set(re.findall(r"\[test\]\(([^)]+)\)", SECURITY))):
+        file, _, name = link.partition("#")
+        path = ROOT / file
+        tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
+        tests = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")}
+        if not tests or (name and name not in tests):
+            missing.append(link)
 
-    functions = {n.name for n in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(n, ast.FunctionDef)}
-    assert name in functions or not name
-    assert any(function.startswith("test_") for function in functions)
+    assert missing == []
 
 
 def test_every_dependency_is_pinned() -> None:
@@ -36,11 +38,11 @@ def test_every_dependency_is_pinned() -> None:
     wanted = [
         *project["project"]["dependencies"],
         *(d for ds in project["project"]["optional-dependencies"].values() for d in ds),
+        *(d for group in project["dependency-groups"].values() for d in group if isinstance(d, str)),
     ]
-    wanted += [d for group in project["dependency-groups"].values() for d in group if isinstance(d, str)]
     names = {re.split(r"[\[<>=!; ]", d)[0].lower().replace("_", "-").replace(".", "-") for d in wanted}
     lines = [line.partition(";")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
 
-    assert all("==" in line for line in lines if line)
+    assert [line for line in lines if line and "==" not in line] == []
     pinned = {line.partition("==")[0].lower().replace("_", "-").replace(".", "-") for line in lines}
     assert names - pinned <= {"xgboost", "phasewatch"}, "xgboost is for macOS alone, where nothing is pinned"

@@ -22,11 +22,11 @@ from tests.trust import fuzz_models as fuzz
 
 from phasewatch.errors import RunError, UsageError
 from phasewatch.models import registry
-from phasewatch.models.adapters import NoSettings
-from phasewatch.models.base import Examples, Floats, PhaseModel
-from phasewatch.models.checkpoint import HEADER
-from phasewatch.models.gbt import FILE, GradientBoosting
-from phasewatch.models.treefile import check_trees
+from phasewatch.models.adapters import AdapterConfig
+from phasewatch.models.base import FloatArray, LabelledExamples, PhaseModel
+from phasewatch.models.checkpoint import CHECKPOINT_FILE
+from phasewatch.models.gradient_boosting import TREES_FILE, GradientBoosting
+from phasewatch.models.treefile import check_xgboost_trees
 from phasewatch.models.ubjson import parse_ubjson
 from phasewatch.parquet import open_parquet
 
@@ -37,11 +37,11 @@ FEATURES = 6
 def trees() -> bytes:
     """A file of trees as training writes it."""
     model = registry.create("gbt", settings={"rounds": 3, "depth": 3})
-    return model.fit(examples("gbt"), examples("gbt", 80, seed=1))._files()[FILE]
+    return model.fit(examples("gbt"), examples("gbt", 80, seed=1))._files()[TREES_FILE]
 
 
 def test_trees_of_our_own_are_handed_on_byte_for_byte() -> None:
-    assert check_trees(trees(), place="x", features=FEATURES) == trees()
+    assert check_xgboost_trees(trees(), place="x", features=FEATURES) == trees()
 
 
 def first_tree(model: Any) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def test_trees_that_would_lead_native_code_astray_are_refused(change: Callable[[
     change(model)
 
     with pytest.raises(RunError, match=r"^x: "):
-        check_trees(fuzz.ubj(model), place="x", features=FEATURES)
+        check_xgboost_trees(fuzz.ubj(model), place="x", features=FEATURES)
 
 
 @pytest.mark.parametrize(
@@ -137,14 +137,14 @@ def test_trees_that_would_lead_native_code_astray_are_refused(change: Callable[[
 )
 def test_bytes_that_are_no_trees_are_refused_within_bounds(data: bytes) -> None:
     with pytest.raises(RunError):
-        check_trees(data, place="x", features=FEATURES)
+        check_xgboost_trees(data, place="x", features=FEATURES)
 
 
 def test_damaged_trees_are_refused_or_answer_with_probabilities() -> None:
     rng = random.Random(0)
     x = examples("gbt", 5).inputs.x
     for _ in range(150):
-        data, _how = fuzz.damaged(FILE, trees(), rng)
+        data, _how = fuzz.damaged(TREES_FILE, trees(), rng)
         try:
             p = GradientBoosting()._load(data, FEATURES).inplace_predict(x, missing=np.nan)
         except RunError:
@@ -157,10 +157,15 @@ def test_damaged_trees_are_refused_or_answer_with_probabilities() -> None:
     ("key", "settings"),
     [
         *(("mlp", {"width": value}) for value in (30_000, -1, 0, True, 1.5, "64", None, 2**70)),
-        ("cnn", {"width": 18}), ("transformer", {"width": 2}), ("mlp", {"dropout": 1.5}), ("mlp", {"depth": 3}),
-        ("gbt", {"rounds": 10**9}), ("gbt", {"depth": -1}), ("gbt", {"learning_rate": -1.0}),
+        ("cnn", {"width": 18}),
+        ("transformer", {"width": 2}),
+        ("mlp", {"dropout": 1.5}),
+        ("mlp", {"depth": 3}),
+        ("gbt", {"rounds": 10**9}),
+        ("gbt", {"depth": -1}),
+        ("gbt", {"learning_rate": -1.0}),
     ],
-)  # fmt: skip
+)
 def test_settings_that_cannot_be_are_refused_before_anything_is_made_of_them(
     key: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -168,18 +173,18 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_made_of_them(
         registry.create(key, settings=settings)
 
     checkpoint_of("majority").copy_to(tmp_path)
-    header = json.loads((tmp_path / HEADER).read_text())
-    header.update(model=key, config=settings, input_kind=str(registry.row_of(key).kind))
-    (tmp_path / HEADER).write_bytes(fuzz.sealed(header))
+    header = json.loads((tmp_path / CHECKPOINT_FILE).read_text())
+    header.update(model=key, config=settings, input_kind=str(registry.find_model(key).kind))
+    (tmp_path / CHECKPOINT_FILE).write_bytes(fuzz.sealed(header))
     with pytest.raises(RunError):
         registry.load(tmp_path)
 
 
 def test_weights_of_another_width_than_the_settings_are_refused_before_memory_is_taken(tmp_path: Path) -> None:
     checkpoint_of("mlp").copy_to(tmp_path)
-    header = json.loads((tmp_path / HEADER).read_text())
+    header = json.loads((tmp_path / CHECKPOINT_FILE).read_text())
     header["config"]["width"] = 1024
-    (tmp_path / HEADER).write_bytes(fuzz.sealed(header))
+    (tmp_path / CHECKPOINT_FILE).write_bytes(fuzz.sealed(header))
 
     with pytest.raises(RunError, match=r"net\.layers.* expected F32 of shape"):
         registry.load(tmp_path)
@@ -188,33 +193,43 @@ def test_weights_of_another_width_than_the_settings_are_refused_before_memory_is
 @pytest.mark.parametrize(
     "changes",
     [
-        {"temperature": 1e-300}, {"temperature": 1e300}, {"seed": -1}, {"seed": 2**64}, {"columns": []}, {"columns": ["a", "a"]},
-        {"columns": [str(i) for i in range(5000)]}, {"floors": {"a": 1e308}}, {"seen": []}, {"history": {"a": "b"}},
-        {"files": {}}, {"files": {f"f{i}": {"bytes": 0, "sha256": ""} for i in range(20)}},
+        {"temperature": 1e-300},
+        {"temperature": 1e300},
+        {"seed": -1},
+        {"seed": 2**64},
+        {"columns": []},
+        {"columns": ["a", "a"]},
+        {"columns": [str(i) for i in range(5000)]},
+        {"floors": {"a": 1e308}},
+        {"seen": []},
+        {"history": {"a": "b"}},
+        {"files": {}},
+        {"files": {f"f{i}": {"bytes": 0, "sha256": ""} for i in range(20)}},
         {"files": {"model.json": {"bytes": 2**40, "sha256": ""}}},
         {"filter": {"transitions": [[0.2] * 5] * 5, "prior": [1e-320] * 5, "kappa": 1.0}},
         {"filter": {"transitions": [[1.0, 0, 0, 0, 0]] * 5, "prior": [0.2] * 5, "kappa": 1.0}},
-        {"alarm": {"none": {"theta": -1.0}}}, {"alarm": {"none": {"theta": 0.5, "k": 10**9, "n": 10**9}}},
+        {"alarm": {"none": {"theta": -1.0}}},
+        {"alarm": {"none": {"theta": 0.5, "k": 10**9, "n": 10**9}}},
     ],
-)  # fmt: skip
+)
 def test_a_header_whose_values_cannot_be_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
     checkpoint_of("majority").copy_to(tmp_path)
-    header = json.loads((tmp_path / HEADER).read_text())
+    header = json.loads((tmp_path / CHECKPOINT_FILE).read_text())
     header.update(changes)
-    (tmp_path / HEADER).write_bytes(fuzz.sealed(header))
+    (tmp_path / CHECKPOINT_FILE).write_bytes(fuzz.sealed(header))
 
     with pytest.raises(RunError):
         registry.load(tmp_path)
 
 
 def test_a_header_that_is_nested_deeply_is_refused(tmp_path: Path) -> None:
-    (tmp_path / HEADER).write_text('{"x": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    (tmp_path / CHECKPOINT_FILE).write_text('{"x": ' + "[" * 100_000 + "]" * 100_000 + "}")
 
     with pytest.raises(RunError):
         registry.load(tmp_path)
 
 
-@pytest.mark.parametrize("name", [HEADER, "model.json"])
+@pytest.mark.parametrize("name", [CHECKPOINT_FILE, "model.json"])
 def test_a_pipe_in_a_files_place_is_refused_and_not_waited_for(name: str, tmp_path: Path) -> None:
     checkpoint_of("majority").copy_to(tmp_path)
     (tmp_path / name).unlink()
@@ -248,13 +263,13 @@ class Fixed(PhaseModel):
     """Answers what it was told to."""
 
     key = "fixed"
-    Config = NoSettings
+    Config = AdapterConfig
     answer: Any = None
 
-    def _fit(self, train: Examples, val: Examples) -> None:
+    def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None:
         self.answer = np.full((len(val), 5), 0.2)
 
-    def _predict_proba(self, x: NDArray[np.float32]) -> Floats:
+    def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:
         return self.answer  # type: ignore[no-any-return]
 
     def _files(self) -> Mapping[str, bytes]:
@@ -269,14 +284,19 @@ ROW = [0.2, 0.2, 0.2, 0.2, 0.2]
 @pytest.mark.parametrize(
     "answer",
     [
-        pytest.param([[0.2] * 4] * 3, id="four phases"), pytest.param([ROW] * 2, id="a window too few"),
-        pytest.param(ROW, id="one row for all"), pytest.param([ROW, [float("nan")] * 5, ROW], id="not a number"),
+        pytest.param([[0.2] * 4] * 3, id="four phases"),
+        pytest.param([ROW] * 2, id="a window too few"),
+        pytest.param(ROW, id="one row for all"),
+        pytest.param([ROW, [float("nan")] * 5, ROW], id="not a number"),
         pytest.param([ROW, ROW, [float("inf"), 0, 0, 0, 0]], id="without end"),
-        pytest.param([ROW, ROW, [-0.1, 1.1, 0, 0, 0]], id="negative"), pytest.param([["a"] * 5] * 3, id="texts"),
-        pytest.param(None, id="nothing"), pytest.param([ROW, [0, 0, 0, 0, 1.0], ROW], id="all on a phase never seen"),
-        pytest.param([ROW, [0.0] * 5, ROW], id="zeros"), pytest.param([ROW, [1e308] * 5, ROW], id="sums without end"),
+        pytest.param([ROW, ROW, [-0.1, 1.1, 0, 0, 0]], id="negative"),
+        pytest.param([["a"] * 5] * 3, id="texts"),
+        pytest.param(None, id="nothing"),
+        pytest.param([ROW, [0, 0, 0, 0, 1.0], ROW], id="all on a phase never seen"),
+        pytest.param([ROW, [0.0] * 5, ROW], id="zeros"),
+        pytest.param([ROW, [1e308] * 5, ROW], id="sums without end"),
     ],
-)  # fmt: skip
+)
 def test_answers_that_are_no_probabilities_are_refused_with_the_models_name(answer: object) -> None:
     train, val = examples("gbt", 60, classes=3), examples("gbt", 3, classes=3)
     model = Fixed().fit(train, val)
@@ -295,7 +315,7 @@ def test_a_table_that_says_it_holds_more_rows_than_it_can_is_refused_before_it_i
         for _ in range(rows // 3_000_000):
             writer.write_table(batch, row_group_size=3_000_000)
 
-    with pytest.raises(RunError, match="says that it holds"):
+    with pytest.raises(RunError, match="claims to hold"):
         open_parquet(path, hint="phasewatch features")
 
 
@@ -313,19 +333,27 @@ def make_models(folder: Path) -> None:
 
     from tests.models import test_models
 
-    from phasewatch.channels import CHANNELS, mask_of
-    from phasewatch.export.edge import CARD, FORMAT, SCHEMA, EdgeHeader, EdgeModel, Trained, pack_edge
-    from phasewatch.export.graph import to_onnx
+    from phasewatch.channels import CHANNELS, build_channel_mask
     from phasewatch.features.fingerprint import behaviour_fingerprint
     from phasewatch.features.schema import feature_names, schema_hash
+    from phasewatch.inference.edge_bundle import (
+        EDGE_CARD_FILE,
+        EDGE_FORMAT,
+        EDGE_SCHEMA_FILE,
+        EdgeHeader,
+        EdgeModel,
+        TrainingOrigin,
+        pack_edge_bundle,
+    )
+    from phasewatch.inference.onnx_export import to_onnx
     from phasewatch.models.base import InputKind, InputSpec
-    from phasewatch.vocab import PHASES
+    from phasewatch.types import PHASES
 
-    names = [c.full_name for c, on in zip(CHANNELS, mask_of("proc"), strict=True) if on]
+    names = [c.full_name for c, on in zip(CHANNELS, build_channel_mask("proc"), strict=True) if on]
     plain = test_models.spec
 
     def spec(key: str) -> InputSpec:
-        kind = registry.row_of(key).kind
+        kind = registry.find_model(key).kind
         columns: tuple[str, ...] = tuple(names)
         if kind is InputKind.TABLE:
             columns = tuple(name for name in feature_names() if name.rpartition(".")[0] in names)
@@ -340,24 +368,36 @@ def make_models(folder: Path) -> None:
         )
 
     with patch.object(test_models, "spec", spec):
-        for row in registry.MODELS:
+        for row in registry.BUILTIN_MODELS:
             model = fitted(row.key)
             model.save(folder / row.key)
             if row.key not in ("gbt", "mlp", "cnn", "gru", "lstm", "transformer"):
                 continue
             header = EdgeHeader(
-                format=FORMAT, recipe="deploy", fold="all", schema_hash=schema_hash(),
-                behaviour_fingerprint=behaviour_fingerprint(), classes=tuple(map(str, PHASES)), trained=Trained(),
+                format=EDGE_FORMAT,
+                recipe="deploy",
+                fold="all",
+                schema_hash=schema_hash(),
+                behaviour_fingerprint=behaviour_fingerprint(),
+                classes=tuple(map(str, PHASES)),
+                trained=TrainingOrigin(),
                 models=(
                     EdgeModel(
-                        member="proc.onnx", model=row.key, threat="proc", table="raw", seed=0,
-                        input_kind=str(row.kind), columns=spec(row.key).names, rules={},
+                        member="proc.onnx",
+                        model=row.key,
+                        threat="proc",
+                        table="raw",
+                        seed=0,
+                        input_kind=str(row.kind),
+                        columns=spec(row.key).names,
+                        rules={},
                     ),
                 ),
-                versions={}, members={},
-            )  # fmt: skip
-            members = {"proc.onnx": to_onnx(model), SCHEMA: b"{}", CARD: b""}
-            (folder / f"{row.key}.zip").write_bytes(pack_edge(header, members))
+                versions={},
+                members={},
+            )
+            members = {"proc.onnx": to_onnx(model), EDGE_SCHEMA_FILE: b"{}", EDGE_CARD_FILE: b""}
+            (folder / f"{row.key}.zip").write_bytes(pack_edge_bundle(header, members))
 
 
 @pytest.mark.soak

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from tests.builders import members_of
+from tests.factories.bundles import members_of
 
-from phasewatch.episode.bundle import pack, unpack
-from phasewatch.episode.findings import Finding
-from phasewatch.episode.model import Episode
-from phasewatch.validate import gates
+from phasewatch.bundle.archive import pack_bundle, unpack_bundle
+from phasewatch.bundle.model import Episode
+from phasewatch.bundle.problems import BundleFinding
+from phasewatch.validate import checks
 
 
-def findings(whole: Episode) -> tuple[Finding, ...]:
+def findings(whole: Episode) -> tuple[BundleFinding, ...]:
     """Run the gates on an episode that went through a file."""
-    return gates.check(unpack(pack(whole.manifest, members_of(whole), level=1), file="x"))
+    return checks.find_episode_problems(
+        unpack_bundle(pack_bundle(whole.manifest, members_of(whole), level=1), file="x")
+    )
 
 
 def codes(whole: Episode) -> set[str]:
@@ -20,6 +22,6 @@ def codes(whole: Episode) -> set[str]:
     return {f.code for f in findings(whole)}
 
 
-def the(code: str, whole: Episode) -> Finding:
+def the(code: str, whole: Episode) -> BundleFinding:
     """Give the finding of a code, which there must be."""
     return next(f for f in findings(whole) if f.code == code)

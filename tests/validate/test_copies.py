@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from tests.builders import episode, marks, replace_manifest
-from tests.stores import put
+from tests.factories.bundles import episode, marks, replace_manifest
+from tests.factories.progress import Killed, RecordedProgress
+from tests.factories.stores import put
 
-from phasewatch.episode.model import Episode
-from phasewatch.grid.files import open_grids
-from phasewatch.store.disk import RECEIPT, DiskStore
-from phasewatch.validate.index import INDEX, read_index
+from phasewatch.artifacts import VALIDATION_FILE
+from phasewatch.binning.storage import open_bins
+from phasewatch.bundle.model import Episode
+from phasewatch.store.local import RECEIPT_SUFFIX, DiskStore
+from phasewatch.types import BundleStatus, SampleKind
+from phasewatch.validate.index import read_index
 from phasewatch.validate.sweep import sweep
-from phasewatch.validate.verdict import Verdict
-from phasewatch.vocab import SampleKind, Status
+from phasewatch.validate.verdict import BundleVerdict
 
 PHASES = (("clean", 10.0), ("infecting", 10.0), ("active", 10.0))
 CALM = (("clean", 30.0),)
@@ -36,22 +37,26 @@ def stolen(original: Episode, *, number: int, host_id: str, phases: tuple[tuple[
     return replace_manifest(kept, rows_emitted=original.manifest.rows_emitted)
 
 
-def said(store: Path, run: Path, **how: object) -> dict[str, Verdict]:
+def said(store: Path, run: Path, **how: object) -> dict[str, BundleVerdict]:
     """Sweep; give the verdicts by host and number of the episode."""
     summary = sweep(store, run, workers=1, **how)  # type: ignore[arg-type]
-    assert [v.path for v in read_index(run / INDEX)] == [v.path for v in summary.verdicts]
-    usable = [(v.host_id, v.episode_id) for v in summary.verdicts if v.status in (Status.ACCEPTED, Status.DEGRADED)]
-    assert [(row.host_id, row.episode_id) for row in open_grids(run / "grids").rows] == usable
+    assert [v.path for v in read_index(run / VALIDATION_FILE)] == [v.path for v in summary.verdicts]
+    usable = [
+        (v.host_id, v.episode_id)
+        for v in summary.verdicts
+        if v.status in (BundleStatus.ACCEPTED, BundleStatus.DEGRADED)
+    ]
+    assert [(row.host_id, row.episode_id) for row in open_bins(run / "grids").rows] == usable
     return {v.path: v for v in summary.verdicts}
 
 
-def of(verdicts: dict[str, Verdict], whole: Episode) -> Verdict:
+def of(verdicts: dict[str, BundleVerdict], whole: Episode) -> BundleVerdict:
     return next(v for v in verdicts.values() if v.episode_id == whole.manifest.episode_id)
 
 
 def remove(path: Path) -> None:
     path.unlink()
-    path.with_name(path.name + RECEIPT).unlink()
+    path.with_name(path.name + RECEIPT_SUFFIX).unlink()
 
 
 THIEVES = {
@@ -73,10 +78,10 @@ def test_without_evidence_both_claims_are_set_aside(thief: Episode, tmp_path: Pa
 
     verdicts = said(tmp_path / "store", tmp_path / "run")
 
-    assert of(verdicts, OTHER).status is Status.ACCEPTED
+    assert of(verdicts, OTHER).status is BundleStatus.ACCEPTED
     for one, another in ((HONEST, thief), (thief, HONEST)):
         verdict = of(verdicts, one)
-        assert (verdict.status, verdict.reasons[0]) == (Status.REJECTED, "contested")
+        assert (verdict.status, verdict.reasons[0]) == (BundleStatus.REJECTED, "contested")
         assert verdict.duplicate_of == f"{another.manifest.host.host_id}/{another.manifest.episode_id}"
         assert verdict.duplicate_of in verdict.detail
 
@@ -93,8 +98,8 @@ def test_what_an_earlier_sweep_accepted_stays(thief: Episode, how: dict[str, obj
     for _ in range(3):
         verdicts = said(store, run, **how)
 
-        assert [of(verdicts, whole).status for whole in (HONEST, OTHER)] == [Status.ACCEPTED] * 2
-        assert of(verdicts, thief).status is Status.REJECTED
+        assert [of(verdicts, whole).status for whole in (HONEST, OTHER)] == [BundleStatus.ACCEPTED] * 2
+        assert of(verdicts, thief).status is BundleStatus.REJECTED
         assert "contested" in of(verdicts, thief).reasons
 
 
@@ -105,9 +110,9 @@ def test_what_was_accepted_stays_when_the_validator_changed(tmp_path: Path, monk
     put(store, HONEST)
     said(store, run)
     put(store, THIEVES["a host whose name sorts first"])
-    monkeypatch.setattr(module, "VERSION", "later")
+    monkeypatch.setattr(module, "SWEEP_VERSION", "later")
 
-    assert of(said(store, run), HONEST).status is Status.ACCEPTED
+    assert of(said(store, run), HONEST).status is BundleStatus.ACCEPTED
 
 
 def test_an_old_sweep_that_went_by_the_path_is_no_evidence(tmp_path: Path) -> None:
@@ -119,24 +124,12 @@ def test_an_old_sweep_that_went_by_the_path_is_no_evidence(tmp_path: Path) -> No
     verdicts = said(store, run)
     true, false = of(verdicts, HONEST), of(verdicts, thief)
     old = [
-        replace(false, status=Status.ACCEPTED, reasons=(), duplicate_of=""),
+        replace(false, status=BundleStatus.ACCEPTED, reasons=(), duplicate_of=""),
         replace(true, reasons=("duplicate",)),
     ]
-    write_index(run / INDEX, old)
+    write_index(run / VALIDATION_FILE, old)
 
-    assert {v.status for v in said(store, run, full=True).values()} == {Status.REJECTED}
-
-
-class Killed(BaseException):
-    """Ends a sweep as a signal would."""
-
-
-def killed_at(bundle: int) -> Callable[[int, int, Verdict], None]:
-    def tell(done: int, total: int, verdict: Verdict) -> None:
-        if done == bundle:
-            raise Killed
-
-    return tell
+    assert {v.status for v in said(store, run, full=True).values()} == {BundleStatus.REJECTED}
 
 
 @pytest.mark.parametrize("thief", [THIEVES["a host whose name sorts first"], THIEVES["a host whose name sorts last"]])
@@ -146,11 +139,11 @@ def test_a_sweep_that_was_killed_in_between_gives_nobody_a_start(thief: Episode,
         put(store, whole)
     said(store, tmp_path / "whole")
     with pytest.raises(Killed):
-        sweep(store, tmp_path / "run", workers=1, part=1, tell=killed_at(2))
+        sweep(store, tmp_path / "run", workers=1, part=1, progress=RecordedProgress(killed_at=2))
 
     said(store, tmp_path / "run")
 
-    for name in (INDEX, "ledger.json", "grids/grids.npy", "grids/levels.npy", "grids/index.parquet"):
+    for name in (VALIDATION_FILE, "ledger.json", "grids/grids.npy", "grids/levels.npy", "grids/index.parquet"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
@@ -162,7 +155,7 @@ def test_any_number_of_workers_rules_alike(tmp_path: Path) -> None:
     for workers in (1, 2):
         sweep(store, tmp_path / str(workers), workers=workers)
 
-    for name in (INDEX, "grids/grids.npy", "grids/index.parquet"):
+    for name in (VALIDATION_FILE, "grids/grids.npy", "grids/index.parquet"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
 
 
@@ -170,11 +163,11 @@ def test_a_claim_that_is_gone_leaves_no_doubt(tmp_path: Path) -> None:
     store, run = tmp_path / "store", tmp_path / "run"
     put(store, HONEST)
     false = put(store, THIEVES["a host whose name sorts first"])
-    assert of(said(store, run), HONEST).status is Status.REJECTED
+    assert of(said(store, run), HONEST).status is BundleStatus.REJECTED
 
     remove(false)
 
-    assert of(said(store, run), HONEST).status is Status.ACCEPTED
+    assert of(said(store, run), HONEST).status is BundleStatus.ACCEPTED
 
 
 def test_of_true_copies_one_is_kept_and_the_one_that_was_accepted_before(tmp_path: Path) -> None:
@@ -187,18 +180,18 @@ def test_of_true_copies_one_is_kept_and_the_one_that_was_accepted_before(tmp_pat
     verdicts = said(store, run)
     afresh = said(store, tmp_path / "afresh")
 
-    assert of(verdicts, HONEST).status is Status.ACCEPTED
-    assert (of(verdicts, copy).status, of(verdicts, copy).reasons) == (Status.REJECTED, ("duplicate",))
-    assert (of(afresh, copy).status, of(afresh, HONEST).reasons) == (Status.ACCEPTED, ("duplicate",))
+    assert of(verdicts, HONEST).status is BundleStatus.ACCEPTED
+    assert (of(verdicts, copy).status, of(verdicts, copy).reasons) == (BundleStatus.REJECTED, ("duplicate",))
+    assert (of(afresh, copy).status, of(afresh, HONEST).reasons) == (BundleStatus.ACCEPTED, ("duplicate",))
 
 
 def admit(store: Path, whole: Episode, status: str, *reasons: str) -> None:
     """Put the receiver's word beside a bundle."""
-    from phasewatch.store.admission import Judgement
+    from phasewatch.transfer.admission import AdmissionVerdict
 
     host_id, episode_id = whole.manifest.host.host_id, whole.manifest.episode_id
     path = store / host_id / f"{episode_id}.tar.zst"
-    judgement = Judgement(status=status, reasons=reasons, detail="")
+    judgement = AdmissionVerdict(status=status, reasons=reasons, detail="")
     with DiskStore(store).receiving():
         pass  # makes the folder
     DiskStore(store).write_status(host_id, episode_id, judgement.render(digest=sha256(path.read_bytes()).hexdigest()))
@@ -209,10 +202,12 @@ def test_the_receivers_word_tells_who_came_first(tmp_path: Path) -> None:
     for whole in (HONEST, thief):
         put(store, whole)
     admit(store, HONEST, "accepted")
-    assert of(said(store, tmp_path / "half"), HONEST).status is Status.REJECTED  # nobody says that the other came later
+    assert (
+        of(said(store, tmp_path / "half"), HONEST).status is BundleStatus.REJECTED
+    )  # nobody says that the other came later
 
     admit(store, thief, "rejected", "contested", "duplicate")
     verdicts = said(store, tmp_path / "run")
 
-    assert of(verdicts, HONEST).status is Status.ACCEPTED
-    assert of(verdicts, thief).status is Status.REJECTED
+    assert of(verdicts, HONEST).status is BundleStatus.ACCEPTED
+    assert of(verdicts, thief).status is BundleStatus.REJECTED

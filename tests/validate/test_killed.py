@@ -17,7 +17,7 @@ import pytest
 from tests.validate.test_sweep import SHORT, products
 
 from phasewatch.simulate import simulate
-from phasewatch.validate.parts import PARTS
+from phasewatch.validate.resume import SWEEP_PARTS_DIR
 from phasewatch.validate.sweep import sweep
 
 BUNDLES = 60
@@ -25,10 +25,11 @@ SWEEP = (
     "import sys\n"
     "from pathlib import Path\n"
     "from phasewatch.validate.sweep import sweep\n"
-    "def tell(done, of, verdict):\n"
-    "    print(done, flush=True)\n"
+    "class Printed:\n"
+    "    def update(self, task, done, total, detail=''):\n"
+    "        print(done, flush=True)\n"
     "if __name__ == '__main__':\n"
-    "    sweep(Path(sys.argv[1]), Path(sys.argv[2]), workers=int(sys.argv[3]), part=8, tell=tell)\n"
+    "    sweep(Path(sys.argv[1]), Path(sys.argv[2]), workers=int(sys.argv[3]), part=8, progress=Printed())\n"
 )
 
 
@@ -38,7 +39,7 @@ class Deaths:
 
     Attributes:
         hit: How many were killed before they had ended.
-        late: How many of those had told of every bundle, and were writing their products.
+        late: How many of those had reported every bundle and were writing their results.
         whole: How many times a run was brought to its end by a sweep that nobody killed.
         unlike: How many of those gave other bytes than a sweep that never was killed.
     """
@@ -49,14 +50,16 @@ class Deaths:
     unlike: int = 0
 
 
-def sweep_until(told: int, script: Path, store: Path, run: Path, *, workers: int) -> subprocess.Popen[str]:
-    """Start a sweep, and come back when it has told of so many bundles, or ended."""
+def sweep_until(reported: int, script: Path, store: Path, run: Path, *, workers: int) -> subprocess.Popen[str]:
+    """Start a sweep; return when it has reported so many bundles, or ended."""
     sweeping = subprocess.Popen(
         [sys.executable, str(script), str(store), str(run), str(workers)],
-        stdout=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     assert sweeping.stdout is not None
-    for _ in range(told):
+    for _ in range(reported):
         if not sweeping.stdout.readline():
             break
     return sweeping
@@ -70,12 +73,12 @@ def kill_again_and_again(folder: Path, *, kills: int, seed: int, whole_group: bo
     script, run, deaths = folder / "sweep.py", folder / "run", Deaths()
     script.write_text(SWEEP)
     for number in range(kills):
-        told = rng.choice((BUNDLES, rng.randrange(BUNDLES)))
-        sweeping = sweep_until(told, script, store, run, workers=1 + number % 2)
+        reported = rng.choice((BUNDLES, rng.randrange(BUNDLES)))
+        sweeping = sweep_until(reported, script, store, run, workers=1 + number % 2)
         time.sleep(rng.uniform(0, 0.03))
         if sweeping.poll() is None:
             deaths.hit += 1
-            deaths.late += told == BUNDLES
+            deaths.late += reported == BUNDLES
             if whole_group:
                 os.killpg(sweeping.pid, signal.SIGKILL)
             else:
@@ -86,7 +89,7 @@ def kill_again_and_again(folder: Path, *, kills: int, seed: int, whole_group: bo
             deaths.whole += 1
             deaths.unlike += products(run) != products(folder / "whole")
 
-            assert not (run / PARTS).exists()
+            assert not (run / SWEEP_PARTS_DIR).exists()
             assert not [p for p in run.rglob("*") if p.name.endswith(".tmp")]
 
             shutil.rmtree(run)
@@ -107,9 +110,13 @@ def test_a_sweep_killed_two_hundred_times_ends_with_the_same_bytes(
 ) -> None:
     deaths = kill_again_and_again(tmp_path, kills=200, seed=7, whole_group=whole_group)
     soak_row(
-        "Sweeps killed with -9", killed="workers and all" if whole_group else "the parent alone", kills=deaths.hit,
-        while_the_products_were_written=deaths.late, runs_brought_to_their_end=deaths.whole, of_other_bytes=deaths.unlike,
-    )  # fmt: skip
+        "Sweeps killed with -9",
+        killed="workers and all" if whole_group else "the parent alone",
+        kills=deaths.hit,
+        while_the_products_were_written=deaths.late,
+        runs_brought_to_their_end=deaths.whole,
+        of_other_bytes=deaths.unlike,
+    )
 
     assert deaths.unlike == 0
     assert deaths.hit > 100

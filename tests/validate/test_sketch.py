@@ -7,25 +7,25 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.builders import episode, with_rows
+from tests.factories.bundles import episode, with_rows
 
-from phasewatch.episode.model import Episode, SourceRows
-from phasewatch.validate.sketch import SKETCH_ROWS, proc_sketch
-from phasewatch.vocab import Source
+from phasewatch.bundle.model import Episode, SourceRows
+from phasewatch.types import SourceKind
+from phasewatch.validate.verdict import SKETCH_SIZE, proc_sketch
 
 WHOLE = episode((("clean", 60.0),), number=1)
-FIELDS = WHOLE.rows[Source.PROC].fields
+FIELDS = WHOLE.rows[SourceKind.PROC].fields
 RNG = np.random.default_rng(7)
 
 
 def altered(fields: Collection[str], change: Callable[[np.ndarray], np.ndarray]) -> Episode:
-    proc = WHOLE.rows[Source.PROC]
+    proc = WHOLE.rows[SourceKind.PROC]
     columns = tuple(change(c) if name in fields else c for name, c in zip(proc.fields, proc.columns, strict=True))
     return with_rows(WHOLE, replace(proc, columns=columns))
 
 
 def kept(keep: Callable[[int], np.ndarray]) -> Episode:
-    proc = WHOLE.rows[Source.PROC]
+    proc = WHOLE.rows[SourceKind.PROC]
     some = keep(len(proc))
     return with_rows(WHOLE, taken(proc, some))
 
@@ -68,11 +68,11 @@ def test_two_recordings_of_the_same_work_are_not_near() -> None:
     others = [episode((("clean", 60.0),), number=number) for number in range(2, 8)]
 
     assert not any(are_near(WHOLE, other) for other in others)
-    assert all(len(proc_sketch(other)) == SKETCH_ROWS for other in others)
+    assert all(len(proc_sketch(other)) == SKETCH_SIZE for other in others)
 
 
 def unread(whole: Episode, fields: Collection[str]) -> Episode:
-    proc = whole.rows[Source.PROC]
+    proc = whole.rows[SourceKind.PROC]
     gone = np.array([name in fields for name in proc.fields])
     columns = tuple(np.zeros_like(c) if lost else c for c, lost in zip(proc.columns, gone.tolist(), strict=True))
     return with_rows(whole, replace(proc, columns=columns, present=proc.present & ~gone))
@@ -87,5 +87,5 @@ def test_where_no_cpu_time_of_a_thread_was_read_all_fields_together_tell() -> No
 
 
 def test_an_episode_without_readings_of_proc_has_no_sketch() -> None:
-    assert proc_sketch(with_rows(WHOLE, without=[Source.PROC])) == ()
+    assert proc_sketch(with_rows(WHOLE, without=[SourceKind.PROC])) == ()
     assert proc_sketch(kept(lambda n: np.arange(n) < 2)) == ()

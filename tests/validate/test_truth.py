@@ -9,27 +9,28 @@ from pathlib import Path
 
 import pytest
 
-from phasewatch.simulate import Simulated, simulate
-from phasewatch.validate.gates import explain
-from phasewatch.validate.sweep import LEDGER, sweep
-from phasewatch.vocab import Status
+from phasewatch.artifacts import ACCOUNTING_FILE
+from phasewatch.simulate import SimulationResult, simulate
+from phasewatch.types import BundleStatus
+from phasewatch.validate.checks import describe_code
+from phasewatch.validate.sweep import sweep
 
 
 def severity_of(code: str) -> str:
-    spec = explain(code)
+    spec = describe_code(code)
     assert spec is not None
     return str(spec.severity)
 
 
-def hold_ledger_to_truth(made: Simulated, run: Path, *, workers: int) -> int:
+def hold_ledger_to_truth(made: SimulationResult, run: Path, *, workers: int) -> int:
     """Sweep, and compare what the ledger counts with what the truth file lists; give how many it judges otherwise."""
     truths = [json.loads(line) for line in made.truth.read_bytes().splitlines()]
     summary = sweep(made.store, run, workers=workers)
-    ledger = json.loads((run / LEDGER).read_bytes())["stages"]["validate"]
+    ledger = json.loads((run / ACCOUNTING_FILE).read_bytes())["stages"]["validate"]
 
     assert ledger["in"] == len(truths) == made.episodes
-    assert {str(s): ledger[str(s)] for s in Status} == {
-        str(s): sum(t["status"] == str(s) for t in truths) for s in Status
+    assert {str(s): ledger[str(s)] for s in BundleStatus} == {
+        str(s): sum(t["status"] == str(s) for t in truths) for s in BundleStatus
     }
     faults = {code: n for code, n in ledger["reasons"].items() if severity_of(code) != "note"}  # an idle card is none
     assert faults == dict(sorted(Counter(code for t in truths for code in t["reasons"]).items()))

@@ -1,72 +1,167 @@
-"""Audit a finished run: make again what can be made again, check what was claimed, write `audit_v1.json`."""
+"""Audit a finished run: rebuild what can be rebuilt, check every promise, write `audit_v1.json`."""
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from phasewatch import atomic
-from phasewatch.audit.checks import AUDIT, Audit, Check, collecting, judge, parse_audit, render_audit, untested
-from phasewatch.audit.corpus import check_leaks
-from phasewatch.audit.remake import DISJOINT, DISJOINT_PROMISE, REMADE, REMADE_PROMISE, check_disjoint, check_remade
-from phasewatch.audit.shuffled import check_shuffled
-from phasewatch.audit.trained import check_repeated, check_said, chosen_cells
+from phasewatch.artifacts import (
+    AUDIT_FILE,
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+    SPLIT_INDEX_FILE,
+    list_split_names,
+    list_split_paths,
+)
+from phasewatch.audit.checks import (
+    REPORT_ONLY_SUFFIX,
+    AuditCheck,
+    AuditReport,
+    CheckOutcome,
+    build_check,
+    build_untested_check,
+    collect_refusals,
+    parse_audit,
+    render_audit,
+)
+from phasewatch.audit.leakage import LeakageResult, probe_leakage, read_leakage_windows
+from phasewatch.audit.models import check_permuted_labels, check_predictions, check_retrained, choose_experiments
+from phasewatch.audit.splits import find_fold_faults, find_partition_faults, find_uninformative_digests
 from phasewatch.dataset import file_sha256
+from phasewatch.dataset.split_files import read_folds, read_split_episodes, read_split_index
 from phasewatch.errors import RunError
-from phasewatch.evaluate.rows import METRICS, render_metrics
-from phasewatch.evaluate.score import read_metrics, rescore
-from phasewatch.train.predictions import PREDICTIONS
+from phasewatch.evaluation.evaluate import compute_metrics
+from phasewatch.evaluation.metric_table import has_metrics, read_metrics, render_metrics
+from phasewatch.progress import NO_PROGRESS, Progress
+from phasewatch.splits import SetAsideEpisode, SplitEpisode, recipes
+from phasewatch.types import EpisodeRole
 
-SCORED = "metrics"
-SCORED_PROMISE = "Each number is what the predictions give."
-Tell = Callable[[str, int, int], None]
+__all__ = [
+    "audit_run",
+    "check_disjoint",
+    "check_leakage",
+    "check_metrics",
+    "read_audit",
+]
+
+_REBUILD_CHECK = "remade-from-bundles"
+_REBUILD_PROMISE = "Verdicts, grids, features and splits are what the bundles give, byte for byte."
+_DISJOINT_CHECK = "disjoint"
+_DISJOINT_PROMISE = "No host, sample, session, time, plan or near-duplicate that a recipe holds out was learnt from."
+_RECIPES_WITHOUT_TEST = ("deploy",)
+
+
+def _check_rebuild(run: Path, copy: Path, files: tuple[str, ...]) -> AuditCheck:
+    """Compare the run's files with rebuilt ones.
+
+    Args:
+        run: The run.
+        copy: The folder in which the stages before training were rebuilt from the same store.
+        files: Their names, without the splits.
+    """
+    faults: list[str] = []
+    with collect_refusals(faults):
+        splits = {name for folder in (run, copy) for name in list_split_names(folder)}
+        for name in (*files, *sorted(splits)):
+            ours, theirs = ((f / name) for f in (run, copy))
+            if not ours.is_file() or not theirs.is_file() or file_sha256(ours) != file_sha256(theirs):
+                faults.append(f"{name} is not what the bundles give")
+    return build_check(
+        _REBUILD_CHECK, _REBUILD_PROMISE, faults, looked_at=f"{len(files) + len(splits)} files made again"
+    )
+
+
+def check_disjoint(run: Path, episodes_from: Path) -> AuditCheck:
+    """Check the claims of each fold on the episodes in the bundles.
+
+    Args:
+        run: The run whose splits are checked.
+        episodes_from: A run whose validation and features were built from the bundles.
+    """
+    faults: list[str] = []
+    looked: list[str] = []
+    with collect_refusals(faults):
+        found = read_split_episodes(episodes_from)
+        episodes = {e.episode_id: e for e in found}
+        index = read_split_index(run)
+        if index.recipes and (there := read_split_index(episodes_from)).recipes and there != index:
+            faults.append(f"{SPLIT_INDEX_FILE} sets other episodes aside than the bundles give")
+        # An id that another host keeps is set aside for this host alone.
+        odd = [a for a in index.set_aside if a.episode_id in episodes and episodes[a.episode_id].host_id == a.host_id]
+        crowded = _find_unusable_digests(found, odd)
+        for recipe in recipes.SPLIT_RECIPES:
+            if recipe.leaky or recipe.name in _RECIPES_WITHOUT_TEST or not list_split_paths(run, recipe.name):
+                continue
+            folds = read_folds(run, recipe.name)
+            looked.append(f"{len(folds)} folds of {recipe.name}")
+            aside = {a.episode_id for a in odd if not a.recipes or recipe.name in a.recipes}
+            faults += find_partition_faults(folds, episodes, aside)
+            for fold in folds:
+                faults += find_fold_faults(fold, episodes, crowded)
+    if not looked and not faults:
+        return build_untested_check(_DISJOINT_CHECK, _DISJOINT_PROMISE, "the run has no split that holds something out")
+    return build_check(_DISJOINT_CHECK, _DISJOINT_PROMISE, faults, looked_at=", ".join(looked))
+
+
+def _find_unusable_digests(episodes: Sequence[SplitEpisode], aside: Sequence[SetAsideEpisode]) -> frozenset[int]:
+    """Return the digests that are uninformative among the episodes that a split uses."""
+    odd = {a.episode_id for a in aside if not a.recipes}
+    return find_uninformative_digests(
+        e for e in episodes if e.role is EpisodeRole.LAB and e.phases and e.episode_id not in odd
+    )
+
+
+_LEAKAGE_PREFIX = "leak-"
+_METRICS_CHECK = "metrics"
+_METRICS_PROMISE = "Each number is what the predictions give."
 
 
 def audit_run(
-    run: Path, *, remake: Callable[[Path], None] | None, files: tuple[str, ...], tell: Tell | None = None
-) -> Audit:
+    run: Path, *, remake: Callable[[Path], None] | None, files: tuple[str, ...], progress: Progress = NO_PROGRESS
+) -> AuditReport:
     """Check every promise of a run and write `audit_v1.json`.
 
     Args:
         run: A run with predictions and metrics, held by the caller's lock.
-        remake: Does the stages before training from the run's store into a folder; None when the store is gone.
-        files: What these stages write, the splits aside.
-        tell: Called as (check, how many are done, of how many).
+        remake: Rebuilds the stages before training from the run's store into a folder; None without the store.
+        files: The files that these stages write, without the splits.
+        progress: Progress of the task ``audit``; the detail is the name of the finished check.
 
     Raises:
         RunError: If there is nothing to audit.
     """
-    if not (run / PREDICTIONS).is_file():
-        raise RunError(f"{run / PREDICTIONS}: absent; there is nothing to audit before `phasewatch train {run}`")
+    if not (run / PREDICTIONS_FILE).is_file():
+        raise RunError(f"{run / PREDICTIONS_FILE}: absent; there is nothing to audit before `phasewatch train {run}`")
     with tempfile.TemporaryDirectory(prefix="phasewatch-audit-") as folder:
         copy = Path(folder)
-        steps: list[Callable[[], tuple[Check, ...]]] = [
-            lambda: _from_bundles(run, copy, remake, files),
-            lambda: (check_repeated(run, chosen_cells(run)),),
-            lambda: (check_said(run),),
-            lambda: (check_scored(run),),
-            lambda: (check_shuffled(run),),
-            lambda: check_leaks(run),
+        steps: list[Callable[[], tuple[AuditCheck, ...]]] = [
+            lambda: _check_against_bundles(run, copy, remake, files),
+            lambda: (check_retrained(run, choose_experiments(run)),),
+            lambda: (check_predictions(run),),
+            lambda: (check_metrics(run),),
+            lambda: (check_permuted_labels(run),),
+            lambda: check_leakage(run),
         ]
-        checks: list[Check] = []
+        checks: list[AuditCheck] = []
         for number, step in enumerate(steps, 1):
             checks += step()
-            if tell is not None:
-                tell(checks[-1].name, number, len(steps))
-    names = [name for name in (PREDICTIONS, METRICS) if (run / name).is_file()]
-    audit = Audit(inputs={name: file_sha256(run / name) for name in names}, checks=tuple(checks))
-    atomic.write_whole(run / AUDIT, render_audit(audit))
+            progress.update("audit", number, len(steps), checks[-1].name)
+    names = [name for name in (PREDICTIONS_FILE, METRICS_FILE) if (run / name).is_file()]
+    audit = AuditReport(inputs={name: file_sha256(run / name) for name in names}, checks=tuple(checks))
+    atomic.write_atomic(run / AUDIT_FILE, render_audit(audit))
     return audit
 
 
-def read_audit(run: Path) -> Audit | None:
-    """Read the run's audit; None if there is none, or it was of other predictions or metrics.
+def read_audit(run: Path) -> AuditReport | None:
+    """Read the run's audit; None without one, or if it is of other predictions or metrics.
 
     Raises:
         RunError: If the file is not an audit.
     """
-    path = run / AUDIT
+    path = run / AUDIT_FILE
     if not path.is_file():
         return None
     audit = parse_audit(path.read_bytes(), file=str(path))
@@ -74,31 +169,53 @@ def read_audit(run: Path) -> Audit | None:
     return audit if fresh else None
 
 
-def check_scored(run: Path) -> Check:
-    """Score the predictions again and hold the bytes against `metrics_v1.json`."""
+def check_metrics(run: Path) -> AuditCheck:
+    """Score the predictions again and compare the bytes with `metrics_v2.json`."""
     faults: list[str] = []
-    with collecting(faults):
-        ours = (run / METRICS).read_bytes() if (run / METRICS).is_file() else b""
-        if not ours:
-            return untested(SCORED, SCORED_PROMISE, "the run is not scored yet")
-        if read_metrics(run).inputs.get(PREDICTIONS) != file_sha256(run / PREDICTIONS):
-            faults.append(f"{METRICS} was made from other predictions")
-        elif render_metrics(rescore(run)) != ours:
-            faults.append(f"{METRICS} is not what {PREDICTIONS} gives")
-    return judge(SCORED, SCORED_PROMISE, faults, looked_at="every number scored again")
+    with collect_refusals(faults):
+        if not has_metrics(run):
+            return build_untested_check(_METRICS_CHECK, _METRICS_PROMISE, "the run is not scored yet")
+        if read_metrics(run).inputs.get(PREDICTIONS_FILE) != file_sha256(run / PREDICTIONS_FILE):
+            faults.append(f"{METRICS_FILE} was made from other predictions")
+        elif render_metrics(compute_metrics(run)) != (run / METRICS_FILE).read_bytes():
+            faults.append(f"{METRICS_FILE} is not what {PREDICTIONS_FILE} gives")
+    return build_check(_METRICS_CHECK, _METRICS_PROMISE, faults, looked_at="every number scored again")
 
 
-def _from_bundles(
+def check_leakage(run: Path) -> tuple[AuditCheck, ...]:
+    """Check every leakage probe; a probe without a limit is kept whatever its figure."""
+    try:
+        leaks = probe_leakage(read_leakage_windows(run))
+    except RunError as exc:
+        return (
+            build_untested_check(f"{_LEAKAGE_PREFIX}checks", "Nothing but the telemetry tells the phase.", str(exc)),
+        )
+    return tuple(_build_leakage_check(leak) for leak in leaks)
+
+
+def _build_leakage_check(leak: LeakageResult) -> AuditCheck:
+    name, asked = _LEAKAGE_PREFIX + leak.name, leak.question
+    if math.isnan(leak.value):
+        return build_untested_check(name, asked, leak.words)
+    chance = f", chance {leak.chance:.2f}" if leak.chance is not None else ""
+    found = f"{leak.value:.2f} {leak.unit}{chance}; {leak.words}"
+    if leak.limit is None:
+        return AuditCheck(name=name, promise=f"{asked} {REPORT_ONLY_SUFFIX}", fate=CheckOutcome.KEPT, words=found)
+    promise = f"{asked} At most {leak.limit:.2f}."
+    return build_check(name, promise, [found] if leak.exceeds_limit else [], looked_at=found)
+
+
+def _check_against_bundles(
     run: Path, copy: Path, remake: Callable[[Path], None] | None, files: tuple[str, ...]
-) -> tuple[Check, ...]:
+) -> tuple[AuditCheck, ...]:
     faults: list[str] = []
     if remake is not None:
-        with collecting(faults):
+        with collect_refusals(faults):
             remake(copy)
     if faults:
-        broken = judge(REMADE, REMADE_PROMISE, faults, looked_at="")
-        return broken, untested(DISJOINT, DISJOINT_PROMISE, "the bundles could not be read again")
+        broken = build_check(_REBUILD_CHECK, _REBUILD_PROMISE, faults, looked_at="")
+        return broken, build_untested_check(_DISJOINT_CHECK, _DISJOINT_PROMISE, "the bundles could not be read again")
     if remake is None:
         why = "the run's store is not there"
-        return untested(REMADE, REMADE_PROMISE, why), check_disjoint(run, run)
-    return check_remade(run, copy, files), check_disjoint(run, copy)
+        return build_untested_check(_REBUILD_CHECK, _REBUILD_PROMISE, why), check_disjoint(run, run)
+    return _check_rebuild(run, copy, files), check_disjoint(run, copy)

@@ -1,284 +1,219 @@
-"""Commands on bundles and stores: inspect, validate, features, split."""
+"""Commands from a store to folds: validate, features, split."""
 
 from __future__ import annotations
 
-from math import isnan
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
 import typer
 
-from phasewatch.cli import base
+from phasewatch import atomic
+from phasewatch.artifacts import BINS_INDEX_PATH, FEATURES_FILE, SPLITS_DIR, VALIDATION_FILE
+from phasewatch.cli import common
+from phasewatch.cli.folders import check_run_folder
+from phasewatch.cli.options import (
+    AsJson,
+    CustomChannels,
+    Engine,
+    IncludeDegraded,
+    Limit,
+    RayAddress,
+    RunFolder,
+    Workers,
+)
+from phasewatch.cli.progress import show_progress
+from phasewatch.dataset import read_folds
+from phasewatch.errors import SplitError, UsageError
+from phasewatch.pipeline import stages
+from phasewatch.splits import SplitPart
+from phasewatch.store.base import parse_store_location
+from phasewatch.types import BundleStatus
+from phasewatch.validate.checks import describe_code, list_codes
+from phasewatch.validate.copies import CONTESTED_CODE
+from phasewatch.validate.index import read_statuses
+from phasewatch.validate.sweep import SweepSummary
 
-if TYPE_CHECKING:
-    from phasewatch.validate.verdict import Examined
+__all__ = ["features", "split", "validate"]
 
-SHOWN = base.SHOWN
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    for command in (inspect, validate, features, split):
-        app.command(epilog=base.CODES)(command)
-
-
-def inspect(
-    bundle: str = typer.Argument(..., help="An episode's .tar.zst, also in a store at s3://."),
-    channels: Path = typer.Option(None, metavar="TOML", help=base.CHANNELS_HELP),
-    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
-) -> None:
-    """Show one bundle: who it is, its labels, its rows, what the gates find, and a picture of its channels.
-
-    Example: phasewatch inspect corpus/lab-v1/pc/….tar.zst
-    """
-    from phasewatch.errors import DataError
-    from phasewatch.store.base import find_bundle, parse_place
-    from phasewatch.validate.verdict import Place, examine
-
-    there = find_bundle(parse_place(bundle))
-    if there is None:
-        raise DataError(f"{bundle}: there is no such bundle; name a file <host_id>/<episode_id>.tar.zst of a store")
-    store, item = there
-    place = Place(path=item.path, host_id=item.host_id, episode_id=item.episode_id, receipt=item.receipt)
-    found = examine(store.read(item), place, counts_nulls=True)
-    base.answer(_described(found), as_json=as_json, lines=_pictured(found))
-    if found.grid is None:
-        raise typer.Exit(1)
-
-
-def _described(found: Examined) -> dict[str, Any]:
-    import msgspec
-
-    v = found.verdict
-    result: dict[str, Any] = {
-        "path": v.path, "status": str(v.status), "reasons": list(v.reasons), "detail": v.detail, "rows": list(v.rows),
-        "findings": [
-            {"code": f.code, "severity": str(f.severity), "place": f.place, "words": f.words} for f in found.findings
-        ],
-        "nulls": [
-            {
-                "source": str(n.source), "field": n.field, "rows": n.rows, "nulls": n.nulls, "share": round(n.share, 4),
-                "longest_s": n.longest_ns / 1e9,
-            }
-            for fields in found.nulls.values() for n in fields if n.nulls
-        ],
-        "vcpu_wait_cores": v.vcpu_wait,
-    }  # fmt: skip
-    if found.episode is not None:
-        marks = found.episode.marks
-        result["labels"] = [
-            {"phase": str(m.phase) if m.phase else "end", "at_s": (m.t_wall_ns - marks[0].t_wall_ns) / 1e9}
-            for m in marks
-        ]
-        result["manifest"] = msgspec.to_builtins(found.episode.manifest)
-    return result
-
-
-def _pictured(found: Examined) -> list[str]:
-    from phasewatch.cli.picture import draw
-
-    v = found.verdict
-    rows = [
-        ("episode", v.episode_id or "unknown"), ("host", v.host_id or "unknown"),
-        ("what", f"{v.profile}/{v.sample_name}, {v.role}, {v.origin}" if v.profile else "unknown: no manifest was read"),
-        ("status", f"{v.status} {' '.join(v.reasons)}".strip()), ("detail", v.detail or "nothing to say"),
-        ("rows", " ".join(f"{name}={n}" for name, n in zip(("proc", "qmp", "netflow", "guest"), v.rows, strict=True))),
-        ("waiting", "contention unknown" if isnan(v.vcpu_wait) else f"vCPUs waited for {v.vcpu_wait:.3f} cores"),
-    ]  # fmt: skip
-    lines = base.table(rows)
-    lines += [f"{f.severity}: {f.code}: {f.words}" for f in found.findings]
-    nulls = [n for fields in found.nulls.values() for n in fields if n.nulls]
-    lines += base.table(
-        [
-            (f"null: {n.source}.{n.field}", f"{n.nulls} of {n.rows} rows ({n.share:.0%})", f"longest {n.longest_ns / 1e9:.1f} s")
-            for n in nulls
-        ]
-    )  # fmt: skip
-    if found.episode is None or found.grid is None:
-        return lines
-    marks = found.episode.marks
-    lines += [f"{(m.t_wall_ns - marks[0].t_wall_ns) / 1e9:8.2f} s  {m.phase or 'end'}" for m in marks]
-    return [*lines, "", *draw(found.episode, found.grid)]
+_MAX_REASONS = 12  # printed; the index has all
 
 
 def validate(
-    store: str = typer.Argument(None, help="The store: a folder, or s3://bucket/prefix."),
-    out: Path = typer.Option(None, help="The run's folder."),
-    workers: int = typer.Option(2, min=1, help="Processes."),
-    limit: int = typer.Option(0, min=0, help="A stratified, seeded subset of so many bundles; 0 for all."),
-    full: bool = typer.Option(False, help="Read unchanged bundles again, too."),
-    fail_on: str = typer.Option("", help="Exit 1 if a bundle has this status or a worse one."),
-    budget_errored: int = typer.Option(-1, help="Exit 1 if more than so many bundles are errored; -1 for any number."),
-    engine: str = typer.Option("local", help="What reads the bundles: `local` processes, or `ray`."),
-    address: str = typer.Option("", help="With --engine ray: a running cluster; one is started here if left out."),
-    explain: str = typer.Option("", metavar="CODE", help="Say what a code means, and leave."),
-    channels: Path = typer.Option(None, metavar="TOML", help=base.CHANNELS_HELP),
-    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
+    store: Annotated[str | None, typer.Argument(help="Store: a folder or s3://bucket/prefix.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
+    workers: Workers = 2,
+    limit: Limit = 0,
+    force: Annotated[bool, typer.Option("--force", help="Read unchanged bundles again.")] = False,
+    fail_on: Annotated[str, typer.Option(help="Exit 1 if a bundle has this status or a worse one.")] = "",
+    budget_errored: Annotated[int, typer.Option(help="Exit 1 if more bundles are errored; -1 allows any number.")] = -1,
+    engine: Engine = "local",
+    ray_address: RayAddress = "",
+    explain: Annotated[str, typer.Option(metavar="CODE", help="Print what a finding's code means, and exit.")] = "",
+    custom_channels: CustomChannels = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Judge every bundle of a store: accepted, degraded, rejected or errored, each with its reasons.
+    """Check every bundle of a store.
+
+    A bundle is accepted, degraded, rejected or errored, with the codes of its findings. Unchanged bundles are not
+    read again.
 
     Example: phasewatch validate my-store --out runs/mine
     """
-    from phasewatch import atomic, stages
-    from phasewatch.errors import UsageError
-    from phasewatch.store.base import parse_place
-    from phasewatch.validate.copies import CONTESTED
-    from phasewatch.validate.gates import explain as look_up
-    from phasewatch.validate.gates import known_codes
-    from phasewatch.vocab import Status
-
     if explain:
-        spec = look_up(explain)
-        if spec is None:
-            raise UsageError(f"no code {explain!r}; known: {', '.join(known_codes())}")
-        result = {"code": spec.code, "severity": str(spec.severity), "about": spec.about}
-        base.answer(result, as_json=as_json, lines=[f"{spec.code} ({spec.severity}): {spec.about}"])
+        _print_code(explain, as_json=as_json)
         return
     if store is None or out is None:
         raise UsageError("validate needs a store and a run: phasewatch validate STORE --out RUN")
-    if fail_on and fail_on not in list(Status):
-        raise UsageError(f"--fail-on {fail_on}: one of {', '.join(Status)}")
-    base.goes_with("--address", "--engine ray", alone=bool(address) and engine == "local")
-    settings = stages.Settings(
-        store=parse_place(store), run=out, workers=workers, limit=limit, engine=engine, address=address
+    if fail_on and fail_on not in list(BundleStatus):
+        raise UsageError(f"--fail-on {fail_on}: expected one of {', '.join(BundleStatus)}")
+    common.check_option_pair(
+        "--ray-address", "--engine ray", is_partner_missing=bool(ray_address) and engine == "local"
     )
-    stages.check_places(settings)
+    settings = stages.RunSettings(
+        store=parse_store_location(store), run=out, workers=workers, limit=limit, engine=engine, ray_address=ray_address
+    )
+    stages.check_folders(settings)
     atomic.make_folder(out)
-    with atomic.lock(out), base.progress(quiet=as_json) as tell:
-        summary = stages.validate(settings, full=full, tell=base.tallied("validate", tell))
-    stage: dict[str, Any] = dict(summary.stage)
-    counts = [(str(status), str(stage[str(status)])) for status in Status]
-    reasons = sorted(stage["reasons"].items(), key=lambda pair: -pair[1])[:12]
-    refused = [v for v in summary.verdicts if v.status in (Status.REJECTED, Status.ERRORED)]
-    degraded = [v for v in summary.verdicts if v.status is Status.DEGRADED]
-    contested = [v for v in refused if CONTESTED in v.reasons]
-    refused.sort(key=lambda v: CONTESTED not in v.reasons)  # who claims another's recording is named first
-    lines = [
-        *base.table([("bundles", str(stage["in"])), *counts]),
-        *base.table([(f"  {code}", str(n)) for code, n in reasons]),
-        *base.table([(f"rows of {s}", f"in {e['in']:,}", f"used {e['used']:,}", f"lost {e['lost']:,}") for s, e in stage["rows_by_source"].items()]),
-        *([f"WARNING: {len(contested):,} bundles hold telemetry that stands under another host or other labels, too"] if contested else []),
-        *(f"{v.status}: {v.detail} [{v.reasons[0]}]" for some in (refused, degraded) for v in some[:SHOWN]),
-        *(
-            f"… and {len(some) - SHOWN:,} more {name}; the index has a row for each"
-            for name, some in (("refused", refused), ("degraded", degraded)) if len(some) > SHOWN
-        ),
-        *(["what a code means: phasewatch validate --explain CODE"] if reasons else []),
-        f"{summary.kept} unchanged bundles were not read again",
-        *([f"slowest: {summary.slowest[0]}, {summary.slowest[1]:.2f} s"] if summary.slowest else []),
-        str(out / "validation_v1.parquet"),
-    ]  # fmt: skip
-    base.answer(
-        stage | {"kept": summary.kept, "index": str(out / "validation_v1.parquet")}, as_json=as_json, lines=lines
-    )
-    order = list(Status)
+    with atomic.lock(out), show_progress(quiet=as_json) as progress:
+        summary = stages.validate(settings, force=force, progress=progress)
+    index = str(out / VALIDATION_FILE)
+    result: dict[str, Any] = dict(summary.stage) | {"kept": summary.kept, "index": index}
+    common.print_result(result, as_json=as_json, lines=[*_render_sweep(summary), index])
+    order = list(BundleStatus)
     worst = max((order.index(v.status) for v in summary.verdicts), default=0)
-    over_budget = 0 <= budget_errored < stage["errored"]
-    if over_budget or (fail_on and worst >= order.index(Status(fail_on))):
+    is_over_budget = 0 <= budget_errored < result["errored"]
+    if is_over_budget or (fail_on and worst >= order.index(BundleStatus(fail_on))):
         raise typer.Exit(1)
 
 
+def _print_code(code: str, *, as_json: bool) -> None:
+    spec = describe_code(code)
+    if spec is None:
+        raise UsageError(f"no code {code!r}; known: {', '.join(list_codes())}")
+    result = {"code": spec.code, "severity": str(spec.severity), "about": spec.about}
+    common.print_result(result, as_json=as_json, lines=[f"{spec.code} ({spec.severity}): {spec.about}"])
+
+
+def _render_sweep(summary: SweepSummary) -> list[str]:
+    """Return counts by status, reason and source, then the bundles that need attention."""
+    stage: dict[str, Any] = dict(summary.stage)
+    reasons = sorted(stage["reasons"].items(), key=lambda pair: -pair[1])[:_MAX_REASONS]
+    refused = [v for v in summary.verdicts if v.status in (BundleStatus.REJECTED, BundleStatus.ERRORED)]
+    degraded = [v for v in summary.verdicts if v.status is BundleStatus.DEGRADED]
+    refused.sort(key=lambda v: CONTESTED_CODE not in v.reasons)  # contested recordings are listed first
+    contested = sum(CONTESTED_CODE in v.reasons for v in refused)
+    lines = common.render_table([("bundles", str(stage["in"])), *((str(s), str(stage[str(s)])) for s in BundleStatus)])
+    lines += common.render_table([(f"  {code}", str(n)) for code, n in reasons])
+    lines += common.render_table(
+        [
+            (f"rows of {source}", f"in {n['in']:,}", f"used {n['used']:,}", f"lost {n['lost']:,}")
+            for source, n in stage["rows_by_source"].items()
+        ]
+    )
+    if contested:
+        lines.append(f"WARNING: {contested:,} bundles hold telemetry that also has another host or other labels")
+    for name, verdicts in (("refused", refused), ("degraded", degraded)):
+        lines += [f"{v.status}: {v.detail} [{v.reasons[0]}]" for v in verdicts[: common.MAX_LISTED]]
+        if len(verdicts) > common.MAX_LISTED:
+            lines.append(f"… and {len(verdicts) - common.MAX_LISTED:,} more {name}; the index lists all")
+    if reasons:
+        lines.append("what a code means: phasewatch validate --explain CODE")
+    lines.append(f"{summary.kept} unchanged bundles were not read again")
+    if summary.slowest:
+        lines.append(f"slowest: {summary.slowest[0]}, {summary.slowest[1]:.2f} s")
+    return lines
+
+
 def features(
-    run: Path = typer.Argument(None, help="A validated run."),
-    validation: Path = typer.Option(None, help="Spelled out: the index that says which bundles are usable."),
-    store: str = typer.Option(None, help="Spelled out: the store."),
-    out_dir: Path = typer.Option(None, help="Spelled out: where the tables go."),
-    workers: int = typer.Option(2, min=1, help="Processes."),
-    limit: int = typer.Option(0, min=0, help="A stratified, seeded subset of so many bundles; 0 for all."),
-    include_degraded: bool = typer.Option(True, help="Use episodes with something missing or repaired, too."),
-    channels: Path = typer.Option(None, metavar="TOML", help=base.CHANNELS_HELP),
-    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
+    run: Annotated[Path | None, typer.Argument(help="Folder of a validated run.")] = None,
+    validation: Annotated[Path | None, typer.Option(help="Without a run: index of the bundles to use.")] = None,
+    store: Annotated[str | None, typer.Option(help="Without a run: the store.")] = None,
+    out_dir: Annotated[Path | None, typer.Option(help="Without a run: folder for the tables.")] = None,
+    workers: Workers = 2,
+    limit: Limit = 0,
+    include_degraded: IncludeDegraded = True,
+    custom_channels: CustomChannels = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Make the window and episode tables of a run, and the schema that names their columns.
+    """Compute the feature tables of a validated run.
+
+    There is one table of windows and one of episodes; a schema file names their columns.
 
     Example: phasewatch features runs/mine
     """
-    from dataclasses import asdict
-
-    from phasewatch import atomic, stages
-    from phasewatch.errors import UsageError
-    from phasewatch.store.base import parse_place
-    from phasewatch.validate.index import read_statuses
-
-    if run is None and (validation is None or store is None or out_dir is None):
+    folder = out_dir if run is None else run
+    if folder is None or (run is None and (validation is None or store is None)):
         raise UsageError("features needs a run, or all of --validation, --store and --out-dir")
     if run is not None:
-        told = {"--validation": validation, "--store": store, "--out-dir": out_dir, "--limit": limit}
-        for option, value in told.items():
+        separate = {"--validation": validation, "--store": store, "--out-dir": out_dir, "--limit": limit}
+        for option, value in separate.items():
             if value:
-                raise UsageError(f"{option}: a run was made of its own; leave out {option}, or the run")
-        base.need_run(run)
-    folder: Path = out_dir if run is None else run
-    settings = stages.Settings(
-        store=parse_place(store) if store else folder,
+                raise UsageError(f"{option}: a run has its own; leave out {option}, or the run")
+        check_run_folder(run)
+    settings = stages.RunSettings(
+        store=parse_store_location(store) if store else folder,
         run=folder,
         workers=workers,
         limit=limit,
         include_degraded=include_degraded,
     )
-    if run is None:
-        stages.check_places(settings)
-        read_statuses(validation)  # an index that cannot be read is told before a folder is made
+    if validation is not None:
+        stages.check_folders(settings)
+        read_statuses(validation)  # an unreadable index is reported before a folder is made
     atomic.make_folder(folder)
-    with atomic.lock(folder):
-        if run is None and not (folder / "grids" / "index.parquet").is_file():
-            with base.progress(quiet=as_json) as tell:
-                stages.sweep_listed(settings, validation, tell=base.tallied("grid", tell))
-        count = stages.features(settings)
-    words = f"{count.windows:,} windows of {count.episodes:,} episodes"
-    path = folder / "features_window_v1.parquet"
-    base.answer(asdict(count) | {"features": str(path)}, as_json=as_json, lines=[words, str(path)])
+    with atomic.lock(folder), show_progress(quiet=as_json) as progress:
+        if validation is not None and not (folder / BINS_INDEX_PATH).is_file():
+            stages.sweep_usable(settings, validation, progress=progress)
+        count = stages.build_features(settings)
+    summary = f"{count.windows:,} windows of {count.episodes:,} episodes"
+    path = str(folder / FEATURES_FILE)
+    common.print_result(asdict(count) | {"features": path}, as_json=as_json, lines=[summary, path])
 
 
 def split(
-    run: Path = typer.Argument(..., help="A run with features."),
-    recipes: str = typer.Option("all", help="How to hold out, separated by commas; `all` for every recipe."),
-    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
+    run: RunFolder,
+    recipes: Annotated[str, typer.Option(help="Split recipes, separated by commas, or `all`.")] = "all",
+    as_json: AsJson = False,
 ) -> None:
-    """Cut the run's episodes into train, validation and test, recipe by recipe, and prove that nothing overlaps.
+    """Build the training, validation and test folds of a run.
 
-    An episode that would cost others a fold (a profile of a single episode, a name that cannot be a file, a copy of
-    another host's) is set aside and named.
-
-    A recipe that cannot be built says what is missing; the others are built all the same, and one asked for by name
-    ends with exit code 4.
+    Disjointness is checked for each fold. An episode that would make a fold impossible is set aside and listed. Exit
+    code 4 if a recipe of --recipes cannot be built; the others are still built.
 
     Example: phasewatch split runs/mine --recipes held_out_host,held_out_both
     """
-    from phasewatch import atomic, stages
-    from phasewatch.dataset import read_folds
-    from phasewatch.split import Part
-
-    asked = () if recipes == "all" else base.names(recipes)
-    with atomic.lock(base.need_run(run)):
-        index = stages.split(stages.Settings(store=run, run=run), asked)
-    folds = [fold for b in index.recipes if b.folds for fold in read_folds(run, b.recipe)]
-    lacking = [b for b in index.recipes if b.why]
+    wanted = () if recipes == "all" else common.parse_names(recipes)
+    with atomic.lock(check_run_folder(run)):
+        index = stages.split(stages.RunSettings(store=run, run=run), wanted)
+    folds = [fold for result in index.recipes if result.folds for fold in read_folds(run, result.recipe)]
+    unbuilt = [result for result in index.recipes if result.why]
     rows = [
         (
-            f.recipe,
-            f.fold,
-            f.sha256[:12],
-            f"test {len(f.ids(Part.TEST))}",
-            f"train {len(f.ids(Part.TRAIN))}",
-            f"embargoed {len(f.embargoed)}",
-            f"untested: {', '.join(f.untested_profiles) or 'none'}",
+            fold.recipe,
+            fold.fold,
+            fold.sha256[:12],
+            f"test {len(fold.ids(SplitPart.TEST))}",
+            f"train {len(fold.ids(SplitPart.TRAIN))}",
+            f"embargoed {len(fold.embargoed)}",
+            f"untested: {', '.join(fold.untested_profiles) or 'none'}",
         )
-        for f in folds
+        for fold in folds
     ]
-    result = {
+    document = {
         "folds": [
-            {"recipe": f.recipe, "fold": f.fold, "sha256": f.sha256, "untested_profiles": f.untested_profiles} for f in folds
+            {"recipe": f.recipe, "fold": f.fold, "sha256": f.sha256, "untested_profiles": f.untested_profiles}
+            for f in folds
         ],
-        "cannot_be_built": {b.recipe: b.why for b in lacking},
-        "set_aside": base.described_aside(index.set_aside),
-    }  # fmt: skip
-    base.answer(
-        result, as_json=as_json,
-        lines=[
-            *base.table(rows), *base.aside_lines(index.set_aside), *(f"cannot be built: {b.why}" for b in lacking),
-            str(run / "splits"),
-        ],
-    )  # fmt: skip
-    if any(b.recipe in asked for b in lacking):
-        raise typer.Exit(4)
+        "cannot_be_built": {result.recipe: result.why for result in unbuilt},
+        "set_aside": common.describe_set_aside(index.set_aside),
+    }
+    lines = [
+        *common.render_table(rows),
+        *common.render_set_aside(index.set_aside),
+        *(f"cannot be built: {result.why}" for result in unbuilt),
+        str(run / SPLITS_DIR),
+    ]
+    common.print_result(document, as_json=as_json, lines=lines)
+    if any(result.recipe in wanted for result in unbuilt):
+        raise typer.Exit(SplitError.exit_code)

@@ -1,154 +1,177 @@
-"""The command `record`: a plan, or a workload or a machine of the user's own, becomes a store of bundles."""
+"""Commands that make episodes: record real virtual machines, or simulate their telemetry."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
 import typer
 
-from phasewatch.cli import base
+from phasewatch.cli import common
+from phasewatch.cli.options import AsJson, Workers
+from phasewatch.cli.progress import show_progress
+from phasewatch.errors import PlanError, UsageError
+from phasewatch.lab import campaign
+from phasewatch.lab.custom_workload import (
+    CustomMachine,
+    CustomMachineOptions,
+    CustomWorkload,
+    build_custom_sessions,
+    build_unscripted_workload,
+    parse_workload,
+    read_custom_machine,
+)
+from phasewatch.lab.plan import PlanSpec, RecordingSession, build_sessions, check_elapsed_time, select_sessions
+from phasewatch.lab.plans import read_plan
+from phasewatch.lab.qemu_command import HOST_SHAPES
+from phasewatch.naming import make_profile_name
+from phasewatch.profiles import EPISODE_RANGE_S
+from phasewatch.simulate import SimulationSettings
+from phasewatch.simulate import simulate as simulate_store
+from phasewatch.types import EpisodeRole
 
-if TYPE_CHECKING:
-    from phasewatch.record.own import OwnMachine
-    from phasewatch.record.plan import Session
-    from phasewatch.record.progress import Progress
-    from phasewatch.record.spec import PlanSpec
-    from phasewatch.record.workload import Workload
+__all__ = ["record", "simulate"]
 
 
 def record(
-    plan: str = typer.Option("", help="A built-in plan (smoke, lab-v1) or a TOML file."),
-    out: Path = typer.Option(..., help="The store that the bundles go to."),
-    profile_file: Path = typer.Option(None, help="Instead of a plan: a workload of your own, a TOML file."),
-    image: Path = typer.Option(None, help="Instead of our guest: a qcow2 image of your own that boots by itself."),
-    driver: Path = typer.Option(None, help="The script that speaks the driver's protocol in that image."),
-    host_id: str = typer.Option("", help="With --image: the host's name in the store; the image's name if absent."),
-    machine: str = typer.Option(None, help="With --image: pc or q35; pc if absent."),
-    mem: int = typer.Option(None, help="With --image: MiB of memory; 1024 if absent."),
-    vcpus: int = typer.Option(None, help="With --image: how many CPUs; 1 if absent."),
-    boot_deadline: float = typer.Option(
-        None, help="With --image: seconds until its driver's first word; 300 if absent."
-    ),
-    dry_run: bool = typer.Option(False, help="Only show the plan, and what elapsed time alone would score on it."),
-    force: bool = typer.Option(False, help="Record a plan though elapsed time alone tells its phases."),
-    resume: bool = typer.Option(True, help="Continue a plan that the store holds part of."),
-    hosts: str = typer.Option("", help="Only these hosts, separated by commas."),
-    role: str = typer.Option("", help="Only lab, commission or soak episodes."),
-    limit: int = typer.Option(0, min=0, help="At most so many sessions; 0 for all."),
-    idle_wait: float = typer.Option(600.0, min=0, help="Seconds to wait for an idle machine before each session."),
-    accel: str = typer.Option("", help="Insist on kvm or tcg; otherwise KVM where a real kernel boots on it."),
-    as_json: bool = typer.Option(False, "--json", help="One JSON document."),
+    out: Annotated[Path, typer.Option(help="Store for the bundles.")],
+    plan: Annotated[str, typer.Option(help="Built-in plan (smoke, lab-v1) or a TOML file.")] = "",
+    profile_file: Annotated[
+        Path | None, typer.Option(help="Instead of a plan: TOML file of your own workload.")
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Instead of the built-in guest: your own bootable qcow2 image.")
+    ] = None,
+    driver: Annotated[
+        Path | None, typer.Option(help="With --image: script that speaks the driver protocol in it.")
+    ] = None,
+    host_id: Annotated[
+        str, typer.Option(help="With --image: host id in the store; default: the image's file name.")
+    ] = "",
+    machine: Annotated[str | None, typer.Option(help="With --image: pc (default) or q35.")] = None,
+    mem: Annotated[int | None, typer.Option(help="With --image: memory in MiB; default 1024.")] = None,
+    vcpus: Annotated[int | None, typer.Option(help="With --image: number of vCPUs; default 1.")] = None,
+    boot_deadline: Annotated[
+        float | None, typer.Option(help="With --image: seconds to wait for the driver's first message; default 300.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print the plan and the score of elapsed time alone on it.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Record although elapsed time alone predicts the phases.")
+    ] = False,
+    resume: Annotated[bool, typer.Option(help="Continue a plan of which the store has a part.")] = True,
+    hosts: Annotated[str, typer.Option(help="Only these hosts, separated by commas.")] = "",
+    role: Annotated[str, typer.Option(help="Only lab, commission or soak episodes.")] = "",
+    limit: Annotated[int, typer.Option(min=0, help="Maximum number of sessions; 0 records all.")] = 0,
+    idle_wait: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for an idle machine before a session.")
+    ] = 600.0,
+    accel: Annotated[str, typer.Option(help="Require kvm or tcg; default: KVM where it works.")] = "",
+    as_json: AsJson = False,
 ) -> None:
-    """Boot real virtual machines, play harmless profiles in them, and write one bundle an episode.
+    """Record episodes in real VMs and write one bundle per episode.
+
+    The guests play harmless profiles: no malware is used.
 
     Example: phasewatch record --plan smoke --out my-store
-
-    A workload of your own: phasewatch record --profile-file mine.toml --out my-store
-
-    A machine of your own: phasewatch record --image disk.qcow2 --driver driver.sh --out my-store
     """
-    from dataclasses import asdict
-
-    from phasewatch.errors import UsageError, name_the_nearest
-    from phasewatch.record.campaign import default_cache, record_plan
-    from phasewatch.record.hosts import HOSTS
-    from phasewatch.record.own import read_own_machine
-    from phasewatch.record.plan import check_elapsed_time
-    from phasewatch.record.progress import Bar, Silence
-    from phasewatch.vocab import Role
-
     if accel not in ("", "kvm", "tcg"):
-        raise UsageError(f"--accel {accel}: kvm or tcg")
-    if role and role not in list(Role):
-        raise UsageError(f"--role {role}: one of {', '.join(Role)}")
-    if driver is not None and image is None:
-        raise UsageError("--driver goes with --image; our own guest brings its driver")
-    shape: dict[str, Any] = {
-        "host_id": host_id or None, "machine": machine, "mem_mib": mem, "vcpus": vcpus, "boot_s": boot_deadline,
-    }  # fmt: skip
-    shape = {name: value for name, value in shape.items() if value is not None}
-    for option, name in _SHAPING.items():
-        base.goes_with(option, "--image", alone=name in shape and image is None)
-    own = read_own_machine(image, driver, **shape) if image is not None else None
-    task = _task(plan, profile_file, own, named=(driver or image or Path()).stem)
-    alone = check_elapsed_time(task.spec, force=force or dry_run)
-    wanted, there = base.names(hosts), {s.host_id for s in task.sessions}
-    for host in wanted:
-        if host not in there:
-            raise UsageError(f"--hosts: plan {task.spec.name} has no host {host!r}; {name_the_nearest(host, there)}")
-    sessions = [
-        s for s in task.sessions
-        if (not wanted or s.host_id in wanted) and (not role or all(slot.role == role for slot in s.slots))
-    ]  # fmt: skip
-    if not sessions:
-        asked = " ".join([f"--role {role}"] * bool(role) + [f"--hosts {hosts}"] * bool(wanted))
-        raise UsageError(f"{asked or task.spec.name}: plan {task.spec.name} has no such session")
-    sessions = sessions[: limit or None]
+        raise UsageError(f"--accel {accel}: expected kvm or tcg")
+    if role and role not in list(EpisodeRole):
+        raise UsageError(f"--role {role}: expected one of {', '.join(EpisodeRole)}")
+    common.check_option_pair("--driver", "--image", is_partner_missing=driver is not None and image is None)
+    shape = {"host_id": host_id or None, "machine": machine, "mem_mib": mem, "vcpus": vcpus, "boot_s": boot_deadline}
+    own = _read_machine(image, driver, {name: value for name, value in shape.items() if value is not None})
+    task = _build_task(plan, profile_file, own, default_name=(driver or image or Path()).stem)
+    elapsed_score = check_elapsed_time(task.spec, force=force or dry_run)
+    sessions = select_sessions(
+        task.sessions, plan=task.spec.name, hosts=common.parse_names(hosts), role=role, limit=limit
+    )
     if dry_run:
-        lines = [*base.table(_plan_rows(sessions)), f"elapsed time alone scores macro-F1 {alone:.2f} on this plan"]
-        listed = [asdict(s) for s in sessions]
-        base.answer({"elapsed_time": alone, "sessions": listed}, as_json=as_json, lines=lines)
+        lines = [
+            *common.render_table(_render_plan_rows(sessions)),
+            f"elapsed time alone scores macro-F1 {elapsed_score:.2f} on this plan",
+        ]
+        result = {"elapsed_time": elapsed_score, "sessions": [asdict(s) for s in sessions]}
+        common.print_result(result, as_json=as_json, lines=lines)
         return
     if not resume and out.is_dir() and any(out.glob("*/*.tar.zst")):
-        raise UsageError(f"{out}: holds bundles already; leave out --no-resume to continue, or name a new folder")
-    watched: AbstractContextManager[Progress] = nullcontext(Silence()) if as_json else Bar()
-    with watched as progress:
-        done = record_plan(
-            sessions, store=out, cache=default_cache(), progress=progress, idle_wait_s=idle_wait, accel=accel,
-            shapes=(own.shape,) if own else HOSTS, scripts=task.scripts, own=own,
-        )  # fmt: skip
-    words = f"{done.recorded} episodes recorded ({done.crowded} of them crowded), {done.present} were there, {len(done.failed)} given up"
-    base.answer(asdict(done) | {"store": str(out)}, as_json=as_json, lines=[*done.failed, words, str(out)])
+        raise UsageError(f"{out}: has bundles already; leave out --no-resume to continue, or name a new folder")
+    with show_progress(quiet=as_json) as progress:
+        done = campaign.record_plan(
+            list(sessions),
+            store=out,
+            options=campaign.RecordingOptions(
+                cache=campaign.default_cache(),
+                shapes=(own.shape,) if own else HOST_SHAPES,
+                idle_wait_s=idle_wait,
+                accel=accel,
+                scripts=task.scripts,
+                custom_machine=own,
+            ),
+            progress=progress,
+        )
+    summary = (
+        f"{done.recorded} episodes recorded, {done.crowded} of them with CPU contention; {done.present} skipped "
+        f"(already in the store), {len(done.failed)} failed"
+    )
+    common.print_result(asdict(done) | {"store": str(out)}, as_json=as_json, lines=[*done.failed, summary, str(out)])
     if done.failed:
         raise typer.Exit(1)
 
 
-# Option → what `read_own_machine` calls it.
-_SHAPING = {"--host-id": "host_id", "--machine": "machine", "--mem": "mem_mib", "--vcpus": "vcpus", "--boot-deadline": "boot_s"}  # fmt: skip
+# Option → argument of `read_custom_machine`.
+_MACHINE_OPTIONS = {
+    "--host-id": "host_id",
+    "--machine": "machine",
+    "--mem": "mem_mib",
+    "--vcpus": "vcpus",
+    "--boot-deadline": "boot_s",
+}
+
+
+def _read_machine(image: Path | None, driver: Path | None, shape: dict[str, Any]) -> CustomMachine | None:
+    for option, name in _MACHINE_OPTIONS.items():
+        common.check_option_pair(option, "--image", is_partner_missing=name in shape and image is None)
+    return read_custom_machine(image, driver, CustomMachineOptions(**shape)) if image is not None else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Task:
-    """What is to be recorded; `scripts` only where our guest plays a workload that is not ours."""
+class _RecordingTask:
+    """What is recorded; `scripts` only where the built-in guest plays a user's own workload."""
 
     spec: PlanSpec
-    sessions: tuple[Session, ...]
+    sessions: tuple[RecordingSession, ...]
     scripts: dict[str, str] | None = None
 
 
-def _task(plan: str, profile_file: Path | None, own: OwnMachine | None, *, named: str) -> _Task:
-    from phasewatch.errors import UsageError
-    from phasewatch.naming import profile_name_of
-    from phasewatch.record.plan import build_sessions
-    from phasewatch.record.plans import read_plan
-    from phasewatch.record.workload import build_own_sessions, unscripted
-
+def _build_task(
+    plan: str, profile_file: Path | None, own: CustomMachine | None, *, default_name: str
+) -> _RecordingTask:
     if plan and (profile_file is not None or own is not None):
-        raise UsageError("--plan plays our profiles on our guest; leave it out beside --profile-file or --image")
+        raise UsageError("--plan uses built-in profiles and guests; leave it out with --profile-file or --image")
     if profile_file is not None:
         work = _read_workload(profile_file)
     elif own is not None:
-        work = unscripted(profile_name_of(named))
+        work = build_unscripted_workload(make_profile_name(default_name))
     elif plan:
         spec = read_plan(plan)
-        return _Task(spec=spec, sessions=build_sessions(spec))
+        return _RecordingTask(spec=spec, sessions=build_sessions(spec))
     else:
         raise UsageError("name what to record: --plan smoke, --profile-file FILE or --image DISK --driver SCRIPT")
     if own is not None:
-        return _Task(spec=work.spec, sessions=build_own_sessions(work, hosts=(own.shape.host_id,), alone=True))
+        return _RecordingTask(
+            spec=work.spec, sessions=build_custom_sessions(work, hosts=(own.shape.host_id,), alone=True)
+        )
     scripts = {f"{work.profile.name}/{sample}/{phase}": text for (sample, phase), text in work.scripts.items()}
-    # A sample of which no phase has a script is still one that the guest must know.
+    # The guest must know a sample of which no phase has a script, too.
     scripts |= {f"{work.profile.name}/{sample.name}/about": sample.about for sample in work.profile.samples}
-    return _Task(spec=work.spec, sessions=build_own_sessions(work), scripts=scripts)
+    return _RecordingTask(spec=work.spec, sessions=build_custom_sessions(work), scripts=scripts)
 
 
-def _read_workload(path: Path) -> Workload:
-    from phasewatch.errors import PlanError
-    from phasewatch.record.workload import parse_workload
-
+def _read_workload(path: Path) -> CustomWorkload:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as exc:
@@ -156,12 +179,85 @@ def _read_workload(path: Path) -> Workload:
     return parse_workload(text, where=str(path))
 
 
-def _plan_rows(sessions: list[Session]) -> list[tuple[str, ...]]:
+def _render_plan_rows(sessions: tuple[RecordingSession, ...]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for number, session in enumerate(sessions):
         for slot in session.slots:
-            phases = " ".join(f"{phase}:{seconds:.0f}" for phase, seconds in slot.phases)
-            agent = "agent" if slot.agent else ""
             load = f"+{slot.background}" if slot.background else ""
-            rows.append((str(number), slot.host_id, str(slot.role), f"{slot.profile}/{slot.sample_name}{load}", agent, f"{slot.duration_s:.0f} s", phases))  # fmt: skip
+            rows.append(
+                (
+                    str(number),
+                    slot.host_id,
+                    str(slot.role),
+                    f"{slot.profile}/{slot.sample_name}{load}",
+                    "agent" if slot.agent else "",
+                    f"{slot.duration_s:.0f} s",
+                    " ".join(f"{phase}:{seconds:.0f}" for phase, seconds in slot.phases),
+                )
+            )
     return rows
+
+
+def simulate(
+    out: Annotated[Path, typer.Option(help="New folder for the store.")],
+    hosts: Annotated[int, typer.Option(min=1, help="Number of hosts.")] = 6,
+    episodes: Annotated[
+        int, typer.Option(min=1, help="Number of episodes on all hosts; some splits need about 80 or more.")
+    ] = 240,
+    seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same bytes.")] = 0,
+    faults: Annotated[float, typer.Option(min=0, max=1, help="Share of episodes with a fault.")] = 0.0,
+    fault_kinds: Annotated[
+        str, typer.Option(help="Only these faults, separated by commas, named as in the ground-truth file.")
+    ] = "",
+    seconds: Annotated[
+        tuple[float, float], typer.Option(metavar="MIN MAX", help="Shortest and longest lab episode in seconds.")
+    ] = EPISODE_RANGE_S,
+    days: Annotated[float, typer.Option(min=0, help="Minimum number of days that the episodes span.")] = 10.0,
+    host_effect: Annotated[
+        float, typer.Option(min=0, help="Spread between hosts, as a standard deviation of log rates.")
+    ] = 0.20,
+    episode_effect: Annotated[
+        float, typer.Option(min=0, help="Spread between episodes of one host; correlates the windows of an episode.")
+    ] = 0.25,
+    drift: Annotated[float, typer.Option(min=0, help="Drift of a host per week.")] = 0.05,
+    noise: Annotated[float, typer.Option(min=0, help="Noise from tick to tick.")] = 0.50,
+    malware_intensity: Annotated[
+        float, typer.Option(min=0, help="Factor on all malware activity; above 1 it is easier to detect.")
+    ] = 1.0,
+    workers: Workers = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Generate a store of simulated episodes and a ground-truth file.
+
+    The episodes are marked as simulated. The ground truth lists the fault of each faulty episode.
+
+    Example: phasewatch simulate --hosts 4 --episodes 80 --faults 0.1 --out simulated
+    """
+    common.check_option_pair("--fault-kinds", "--faults", is_partner_missing=bool(fault_kinds) and faults == 0)
+    knobs = SimulationSettings(
+        host_effect=host_effect,
+        episode_effect=episode_effect,
+        tick_noise=noise,
+        drift_per_week=drift,
+        malware_intensity=malware_intensity,
+    )
+    with show_progress(quiet=as_json) as progress:
+        made = simulate_store(
+            out,
+            hosts=hosts,
+            episodes=episodes,
+            seed=seed,
+            faults=faults,
+            workers=workers,
+            between_s=seconds,
+            days=days,
+            settings=knobs,
+            kinds=common.parse_names(fault_kinds),
+            progress=progress,
+        )
+    result = {"store": str(made.store), "truth": str(made.truth), "episodes": made.episodes, "faulty": made.faulty}
+    lines = [
+        f"{made.episodes} simulated episodes, {made.faulty} with a fault; ground truth: {made.truth}",
+        str(made.store),
+    ]
+    common.print_result(result, as_json=as_json, lines=lines)

@@ -1,4 +1,4 @@
-"""Standard streams that end no command: a closed one is replaced, a character that cannot be encoded is spelled out."""
+"""Standard streams that never end a command: closed ones are replaced, unprintable characters are escaped."""
 
 from __future__ import annotations
 
@@ -8,23 +8,30 @@ import os
 import sys
 from typing import Any, TextIO
 
-STANDARD_OUTPUT = "standard output"
+__all__ = ["STANDARD_OUTPUT", "drop_output", "escape_for_terminal", "flush_output", "prepare_streams"]
+
+STANDARD_OUTPUT = "standard output"  # the file name of its errors
 
 
-class _ResultFile(io.FileIO):
-    """Standard output: where writing fails, the error says where."""
+def escape_for_terminal(text: str) -> str:
+    """Escape the characters of `text` that do not print, so that data cannot control the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class _OutputFile(io.FileIO):
+    """Standard output whose write errors carry the name `STANDARD_OUTPUT`."""
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError as exc:  # without its number, by which click would know it and exit with 1
+        except BrokenPipeError as exc:  # without its errno, or click exits with 1
             raise BrokenPipeError(STANDARD_OUTPUT) from exc
         except OSError as exc:
             raise OSError(exc.errno, exc.strerror, STANDARD_OUTPUT) from exc
 
 
 class _LogFile(io.FileIO):
-    """Standard error: progress and messages that nobody can read are dropped, because the work itself went on."""
+    """Standard error that drops what cannot be written, because the work itself goes on."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -34,25 +41,25 @@ class _LogFile(io.FileIO):
 
 
 def prepare_streams() -> None:
-    """Open what is closed at `/dev/null`, and let standard output and error write whatever text they are given.
+    """Open closed standard streams at ``/dev/null``, and escape characters that output and error cannot encode.
 
-    Without it the first file that a command opens gets a closed stream's number, and is printed into.
+    Otherwise the first file that a command opens gets the number of a closed stream, and is printed into.
     """
     for number in (0, 1, 2):
         _open_if_closed(number)
     if sys.stdin is None:
-        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  it lives as long as the process
-    if sys.stdout is sys.__stdout__:  # else somebody redirected it within this process
-        sys.stdout = _text_of(_ResultFile(1, "wb", closefd=False), like=sys.stdout, is_log=False)
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  open until the process ends
+    if sys.stdout is sys.__stdout__:  # else it was redirected within this process
+        sys.stdout = _wrap_text(_OutputFile(1, "wb", closefd=False), like=sys.stdout, is_log=False)
     if sys.stderr is sys.__stderr__:
-        sys.stderr = _text_of(_LogFile(2, "wb", closefd=False), like=sys.stderr, is_log=True)
+        sys.stderr = _wrap_text(_LogFile(2, "wb", closefd=False), like=sys.stderr, is_log=True)
 
 
 def flush_output() -> None:
-    """Write out what stands in standard output's buffer.
+    """Write the buffer of standard output.
 
     Raises:
-        OSError: If it cannot be written. The buffer is dropped, so that the interpreter does not try again at its end.
+        OSError: If it cannot be written. The buffer is dropped, so that the interpreter does not try again at exit.
     """
     try:
         sys.stdout.flush()
@@ -62,7 +69,7 @@ def flush_output() -> None:
 
 
 def drop_output() -> None:
-    """Send the rest of standard output nowhere."""
+    """Discard everything that is written to standard output from now on."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)
@@ -74,17 +81,20 @@ def _open_if_closed(number: int) -> None:
     except OSError as exc:
         if exc.errno != errno.EBADF:
             raise
-        null = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, so this one
+        null = os.open(os.devnull, os.O_RDWR)  # the lowest free number, usually this one
         if null != number:
             os.dup2(null, number)
             os.close(null)
         os.set_inheritable(number, True)
 
 
-def _text_of(file: io.FileIO, *, like: TextIO | None, is_log: bool) -> TextIO:
+def _wrap_text(file: io.FileIO, *, like: TextIO | None, is_log: bool) -> TextIO:
     lines = is_log or file.isatty()
     encoding = like.encoding if like is not None else "utf-8"
     return io.TextIOWrapper(
-        io.BufferedWriter(file), encoding=encoding, errors="backslashreplace", line_buffering=lines,
+        io.BufferedWriter(file),
+        encoding=encoding,
+        errors="backslashreplace",
+        line_buffering=lines,
         write_through=getattr(like, "write_through", False),
-    )  # fmt: skip
+    )

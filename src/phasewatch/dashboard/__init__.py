@@ -1,5 +1,5 @@
-"""The page that shows what happens: events come in, viewers' streams go out. It knows events and nothing of runs.
+"""Serve the live dashboard: receive events, and send them to browsers as server-sent events.
 
-The **hub** keeps the last events in one bounded **log**; a **viewer** is a place in it. Who falls out of the log is
-dropped, and told by an explicit **gap** when it comes back.
+The **hub** keeps the last events in one bounded **log**; a **viewer** is a position in the log. A viewer that falls
+behind the log is disconnected, and its browser shows a **gap** after it reconnects.
 """

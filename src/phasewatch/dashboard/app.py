@@ -1,4 +1,4 @@
-"""The web application: the page and its files, the stream of events out, events in from outside producers."""
+"""Web application of the dashboard: static files, the event stream to browsers, and events from outside producers."""
 
 from __future__ import annotations
 
@@ -18,41 +18,43 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from phasewatch.channels import CHANNELS
-from phasewatch.dashboard.gate import HEADERS, Asked, Gate
-from phasewatch.dashboard.hub import Hub, Viewer
-from phasewatch.errors import BusyError, EventError, MissingTool
-from phasewatch.http_server.connections import prove_owner
-from phasewatch.live.envelope import Event, parse_event
-from phasewatch.vocab import PHASES
+from phasewatch.dashboard.auth import SECURITY_HEADERS, AccessControl, AccessRequest
+from phasewatch.dashboard.hub import EventHub, HubViewer
+from phasewatch.errors import BusyError, EventError, MissingToolError
+from phasewatch.events.schema import EventEnvelope, parse_event
+from phasewatch.http_server.connections import set_connection_owner
+from phasewatch.types import PHASES
 
-MAX_POST = 1024 * 1024
-POST_S = 20.0  # a body that takes longer is given up
-VIEWER = "viewer"  # as whom a connection counts that showed the cookie or the token
-STALL_S = 30.0  # a viewer that takes nothing for so long is cut off
-TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+__all__ = ["AuthMiddleware", "build_app", "find_plotly_script"]
+
+_MAX_BODY_BYTES = 1024 * 1024
+_BODY_TIMEOUT_S = 20.0
+_VIEWER_OWNER = "viewer"  # owner of the connections with a valid cookie or token, for the connection limits
+_VIEWER_SEND_TIMEOUT_S = 30.0  # a viewer that reads nothing for this long is disconnected
+_MEDIA_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 
 
-def build_app(hub: Hub, gate: Gate, *, title: str) -> Guarded:
-    """Build the application.
+def build_app(hub: EventHub, access: AccessControl, *, title: str) -> AuthMiddleware:
+    """Build the ASGI application of the dashboard.
 
     Args:
-        hub: Where events go through.
-        gate: Who may come in.
-        title: What the page calls what it shows, such as a run's name.
+        hub: Receives and distributes the events.
+        access: Access rules.
+        title: Title of the page, such as the name of a run.
 
     Raises:
-        MissingTool: If Plotly's script is not in the installed package.
+        MissingToolError: If the installed plotly package has no script.
     """
-    script = plotly_script()
+    script = find_plotly_script()
     if script is None:
-        raise MissingTool("Plotly's script is not in the installed package: pip install 'phasewatch[serve]'")
-    about = json.dumps(_about(title)).encode()
+        raise MissingToolError("Plotly's script is not in the installed package: pip install 'phasewatch[serve]'")
+    about = json.dumps(_build_about(title)).encode()
 
     async def page(request: Request) -> Response:
-        return _static("page.html")
+        return _build_static_response("page.html")
 
     async def static(request: Request) -> Response:
-        return _static(request.path_params["name"])
+        return _build_static_response(request.path_params["name"])
 
     async def plotly(request: Request) -> Response:
         return FileResponse(script, media_type="text/javascript", headers={"Cache-Control": "max-age=3600"})
@@ -63,58 +65,64 @@ def build_app(hub: Hub, gate: Gate, *, title: str) -> Guarded:
     async def health(request: Request) -> Response:
         return JSONResponse({"events": hub.number, "viewers": hub.viewers})
 
-    async def look(request: Request) -> Response:
+    async def stream_events(request: Request) -> Response:
         try:
             viewer = hub.join(request.headers.get("last-event-id") or request.query_params.get("after"))
         except BusyError as exc:
-            return _said(503, str(exc), {"Retry-After": "5"})
-        prove_owner(request.scope, VIEWER)  # with --no-auth too: how many look on is bounded by the hub
+            return _build_error_response(503, str(exc), {"Retry-After": "5"})
+        set_connection_owner(
+            request.scope, _VIEWER_OWNER
+        )  # with --no-auth too, because the hub limits the number of viewers
         return _ViewerStream(hub, viewer)
 
-    async def take(request: Request) -> Response:
+    async def receive_events(request: Request) -> Response:
         try:
-            async with asyncio.timeout(POST_S):
-                body = await _body(request)
+            async with asyncio.timeout(_BODY_TIMEOUT_S):
+                body = await _read_body(request)
         except (TimeoutError, ClientDisconnect):
-            return _said(408, f"the body did not come within {POST_S:.0f} s")
+            return _build_error_response(408, f"the body did not arrive within {_BODY_TIMEOUT_S:.0f} s")
         if body is None:
-            return _said(413, f"more than {MAX_POST:,} bytes; send the events in parts")
+            return _build_error_response(413, f"more than {_MAX_BODY_BYTES:,} bytes; send the events in parts")
         try:
-            events = parse_lines(body)
+            events = _parse_event_lines(body)
         except EventError as exc:
-            return _said(400, str(exc))
-        if len(events) > hub.limits.burst:  # they would be put off for ever
-            return _said(413, f"{len(events):,} events, at most {hub.limits.burst:,.0f} at once; send them in parts")
+            return _build_error_response(400, str(exc))
+        if len(events) > hub.limits.burst:  # the rate limit would reject them for ever
+            return _build_error_response(
+                413, f"{len(events):,} events, at most {hub.limits.burst:,.0f} at once; send them in parts"
+            )
         if wait_s := hub.admit(len(events)):
-            return _said(429, "too many events", {"Retry-After": str(int(wait_s) + 1)})
+            return _build_error_response(429, "too many events", {"Retry-After": str(int(wait_s) + 1)})
         for event in events:
             hub.publish(event)
         return JSONResponse({"accepted": len(events)}, status_code=202)
 
     routes = [
         Route("/", page),
-        Route("/events", look, methods=["GET"]),
-        Route("/events", take, methods=["POST"]),
+        Route("/events", stream_events, methods=["GET"]),
+        Route("/events", receive_events, methods=["POST"]),
         Route("/static/{name}", static),
         Route("/plotly.min.js", plotly),
         Route("/about.json", about_json),
         Route("/healthz", health),
     ]
-    return Guarded(Starlette(routes=routes), gate)
+    return AuthMiddleware(Starlette(routes=routes), access)
 
 
-def plotly_script() -> Path | None:
-    """Find Plotly's script in the installed package, without importing that."""
-    found = find_spec("plotly")
-    path = Path(found.origin).parent / "package_data" / "plotly.min.js" if found and found.origin else None
+def find_plotly_script() -> Path | None:
+    """Return the path of Plotly's script without importing the package, or None if it is not installed."""
+    spec = find_spec("plotly")
+    path = Path(spec.origin).parent / "package_data" / "plotly.min.js" if spec and spec.origin else None
     return path if path is not None and path.is_file() else None
 
 
 class _ViewerStream(EventSourceResponse):
-    """A viewer's stream, which gives its place back also if it never begins, or is cut before its first byte."""
+    """Event stream of a viewer; it releases the viewer even if the stream never starts."""
 
-    def __init__(self, hub: Hub, viewer: Viewer) -> None:
-        super().__init__(hub.stream(viewer), ping=0, sep="\n", send_timeout=STALL_S, shutdown_grace_period=1)
+    def __init__(self, hub: EventHub, viewer: HubViewer) -> None:
+        super().__init__(
+            hub.stream(viewer), ping=0, sep="\n", send_timeout=_VIEWER_SEND_TIMEOUT_S, shutdown_grace_period=1
+        )
         self._hub, self._viewer = hub, viewer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -124,14 +132,14 @@ class _ViewerStream(EventSourceResponse):
             self._hub.leave(self._viewer)
 
 
-class Guarded:
-    """An application behind its gate; adds the headers that every answer carries."""
+class AuthMiddleware:
+    """ASGI middleware that checks access and adds the security headers to every response."""
 
-    def __init__(self, inner: Starlette, gate: Gate) -> None:
-        self._inner, self._gate = inner, gate
+    def __init__(self, inner: Starlette, access: AccessControl) -> None:
+        self._inner, self._access = inner, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self._inner(scope, receive, send)
             return
@@ -139,31 +147,31 @@ class Guarded:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                for name, value in HEADERS:
+                for name, value in SECURITY_HEADERS:
                     headers[name] = value
                 headers.setdefault("Cache-Control", "no-cache")
             await send(message)
 
-        await (self._answer(scope) or self._inner)(scope, receive, send_with_headers)
+        await (self._find_response(scope) or self._inner)(scope, receive, send_with_headers)
 
-    def _answer(self, scope: Scope) -> Response | None:
-        asked = _asked(scope)
-        refusal = self._gate.refuse(asked)
-        if (refusal is None or refusal.status == 401) and self._gate.lets_in(asked):
-            # The token leaves the address bar, the history and every Referer at once.
-            return RedirectResponse("/", status_code=303, headers={"Set-Cookie": self._gate.cookie()})
+    def _find_response(self, scope: Scope) -> Response | None:
+        request = _build_access_request(scope)
+        refusal = self._access.find_refusal(request)
+        if (refusal is None or refusal.status == 401) and self._access.is_login(request):
+            # Redirect, so that the token disappears from the address bar, the history and every Referer.
+            return RedirectResponse("/", status_code=303, headers={"Set-Cookie": self._access.render_set_cookie()})
         if refusal is None:
-            if self._gate.is_known(asked):
-                prove_owner(scope, VIEWER)
+            if self._access.has_credentials(request):
+                set_connection_owner(scope, _VIEWER_OWNER)
             return None
-        return _said(refusal.status, refusal.words)
+        return _build_error_response(refusal.status, refusal.message)
 
 
-def parse_lines(body: bytes) -> tuple[Event, ...]:
-    """Read events, one a line; all of them or none.
+def _parse_event_lines(body: bytes) -> tuple[EventEnvelope, ...]:
+    """Parse a body with one event per line.
 
     Raises:
-        EventError: If a line is no event (names the line), or there is none.
+        EventError: If a line is not a valid event (the message names the line), or the body is empty.
     """
     events = []
     for number, line in enumerate(body.split(b"\n"), 1):
@@ -174,46 +182,50 @@ def parse_lines(body: bytes) -> tuple[Event, ...]:
         except EventError as exc:
             raise EventError(f"line {number}: {exc}") from exc
     if not events:
-        raise EventError("event: an empty body; send one event a line")
+        raise EventError("event: empty body; send one event per line")
     return tuple(events)
 
 
-async def _body(request: Request) -> bytes | None:
-    """Read a body, or give up where it is too large, without holding more than that."""
+async def _read_body(request: Request) -> bytes | None:
+    """Read the body of a request, or return None if it exceeds the limit, without buffering more than the limit."""
     parts: list[bytes] = []
     size = 0
     stream: AsyncIterator[bytes] = request.stream()
     async for part in stream:
         size += len(part)
-        if size > MAX_POST:
+        if size > _MAX_BODY_BYTES:
             return None
         parts.append(part)
     return b"".join(parts)
 
 
-def _asked(scope: Scope) -> Asked:
+def _build_access_request(scope: Scope) -> AccessRequest:
     headers = Headers(scope=scope)
-    return Asked(
-        method=scope["method"], path=scope["path"], query=scope["query_string"].decode("latin-1"),
-        host=headers.get("host", ""), origin=headers.get("origin", ""), cookie=headers.get("cookie", ""),
+    return AccessRequest(
+        method=scope["method"],
+        path=scope["path"],
+        query=scope["query_string"].decode("latin-1"),
+        host=headers.get("host", ""),
+        origin=headers.get("origin", ""),
+        cookie=headers.get("cookie", ""),
         authorization=headers.get("authorization", ""),
-    )  # fmt: skip
+    )
 
 
-def _static(name: str) -> Response:
+def _build_static_response(name: str) -> Response:
     file = resources.files("phasewatch.dashboard") / "static" / name
-    kind = TYPES.get(name.rpartition(".")[2])
+    kind = _MEDIA_TYPES.get(name.rpartition(".")[2])
     if "/" in name or "\\" in name or kind is None or not file.is_file():
-        return _said(404, "there is no such page")
+        return _build_error_response(404, "not found")
     return Response(file.read_bytes(), media_type=kind)
 
 
-def _said(status: int, words: str, headers: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse({"error": words}, status_code=status, headers=headers)
+def _build_error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    return JSONResponse({"error": message}, status_code=status, headers=headers)
 
 
-def _about(title: str) -> dict[str, object]:
-    """Give what the page needs to know of phasewatch itself: phases and the registry's channels."""
+def _build_about(title: str) -> dict[str, object]:
+    """Return the title, the phases and the channels, which the page needs to label its figures."""
     channels = [
         {"name": c.full_name, "source": c.source, "unit": c.unit, "trust": c.trust, "about": c.about} for c in CHANNELS
     ]

@@ -1,6 +1,6 @@
-"""One bounded log of events, and viewers who read along in it: nobody waits for a slow one, nobody loses anything unsaid.
+"""Distribute events to viewers through one bounded log. Slow viewers never block others; dropped events are reported.
 
-A viewer has no queue of its own, only a place in the log. Two hundred of them cost no more memory than one.
+A viewer has no queue, only a position in the log, so two hundred viewers need no more memory than one.
 """
 
 from __future__ import annotations
@@ -13,29 +13,30 @@ from dataclasses import dataclass
 import msgspec
 
 from phasewatch.errors import BusyError
-from phasewatch.live.envelope import Event, render_event
-from phasewatch.live.events import Perf, PhaseSeen, Telemetry
+from phasewatch.events.schema import EventEnvelope, PerfEvent, PhaseEvent, TelemetryEvent, render_event
 
-BEAT_S = 2.0  # silence after which a viewer is told that the hub lives
-PAUSE_S = 0.05  # between two parts sent to one viewer: what comes meanwhile goes along
-RETRY_MS = 1000  # after which a browser that lost its stream comes back
+__all__ = ["HEARTBEAT_S", "EventHub", "HubEntry", "HubLimits", "HubViewer"]
+
+HEARTBEAT_S = 2.0  # time without events after which a viewer gets a heartbeat
+_SEND_PAUSE_S = 0.05  # between two parts sent to one viewer, so that events are sent in batches
+_RECONNECT_MS = 1000  # time until a browser reconnects
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What a hub holds and lets in.
+class HubLimits:
+    """Limits of a hub.
 
     Attributes:
-        events, log_bytes: Of the log.
-        kept: Scenes whose newest event outlives the log.
-        viewers: At the same time.
-        part_bytes: Sent to a viewer in one go.
-        rate_per_s, burst: Events that outside producers may send.
+        events, log_bytes: Maximum size of the log.
+        retained_scenes: Number of scenes whose newest event is kept beyond the log.
+        viewers: Maximum number of viewers at the same time.
+        part_bytes: Maximum size of one part sent to a viewer.
+        rate_per_s, burst: Token bucket for the events of outside producers.
     """
 
     events: int = 4096
     log_bytes: int = 4 * 1024 * 1024
-    kept: int = 128
+    retained_scenes: int = 128
     viewers: int = 256
     part_bytes: int = 64 * 1024
     rate_per_s: float = 500.0
@@ -43,8 +44,8 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """One event of the log, as it is sent."""
+class HubEntry:
+    """One encoded event of the log."""
 
     number: int
     scene: tuple[str, ...]
@@ -52,71 +53,77 @@ class Entry:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Viewer:
-    """A place in the log: the number of the last event that this viewer was given."""
+class HubViewer:
+    """Position of a viewer in the log.
+
+    Attributes:
+        seen: Number of the last event that was sent.
+        gap: Encoded gap message that the viewer gets first; empty without a gap.
+        catch_up: Newest events of the scenes that are older than the log.
+    """
 
     seen: int
     gap: bytes = b""
-    catch_up: tuple[Entry, ...] = ()
+    catch_up: tuple[HubEntry, ...] = ()
 
 
-class Hub:
-    """Takes events, numbers them, and hands them to every viewer in order.
+class EventHub:
+    """Number the published events and stream them to every viewer in order.
 
     Args:
-        boot: Names this hub's numbers; a viewer who comes with another hub's is told of a gap.
-        now_ns: The wall clock.
-        monotonic: Seconds, for the rate limit.
-        limits: What it holds and lets in.
+        boot: Identifies the numbering of this hub; a viewer with a number of another hub gets a gap.
+        now_ns: Wall clock, nanoseconds since the epoch.
+        monotonic: Monotonic clock for the rate limit, seconds.
+        limits: Limits of the hub.
     """
 
     def __init__(
-        self, *, boot: str, now_ns: Callable[[], int], monotonic: Callable[[], float], limits: Limits = Limits()
+        self, *, boot: str, now_ns: Callable[[], int], monotonic: Callable[[], float], limits: HubLimits = HubLimits()
     ) -> None:
         self.limits = limits
         self._boot, self._now_ns, self._monotonic = boot, now_ns, monotonic
-        self._log: deque[Entry] = deque()
+        self._log: deque[HubEntry] = deque()
         self._log_bytes = 0
-        self._kept: OrderedDict[tuple[str, ...], Entry] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, ...], HubEntry] = OrderedDict()
         self._number = 0
         self._news = asyncio.Event()
-        self._looking: list[Viewer] = []
-        self._joined: set[Viewer] = set()  # who has a place, streaming already or not yet
+        self._streaming: list[HubViewer] = []
+        self._joined: set[HubViewer] = set()  # includes viewers whose stream has not started
         self._is_closed = False
         self._budget, self._budget_at = limits.burst, monotonic()
 
     @property
     def number(self) -> int:
-        """Of the newest event; 0 before the first."""
+        """Number of the newest event; 0 before the first."""
         return self._number
 
     @property
-    def behind(self) -> int:
-        """How many events the slowest viewer has still to be given."""
-        return max((self._number - viewer.seen for viewer in self._looking), default=0)
+    def backlog(self) -> int:
+        """Number of events that the slowest viewer has not received yet."""
+        return max((self._number - viewer.seen for viewer in self._streaming), default=0)
 
     @property
     def viewers(self) -> int:
-        """How many look on."""
-        return len(self._looking)
+        """Number of viewers with a stream."""
+        return len(self._streaming)
 
-    def publish(self, event: Event) -> None:
-        """Take an event; call it in the hub's own loop."""
+    def publish(self, event: EventEnvelope) -> None:
+        """Publish an event; call this in the event loop of the hub."""
         self._number += 1
-        frame = self._frame(event.type, render_event(event), self._number)
-        entry = Entry(number=self._number, scene=scene_of(event), frame=frame)
+        frame = self._render_frame(event.type, render_event(event), self._number)
+        entry = HubEntry(number=self._number, scene=_build_scene_key(event), frame=frame)
         self._log.append(entry)
         self._log_bytes += len(frame)
         while len(self._log) > self.limits.events or self._log_bytes > self.limits.log_bytes:
             self._log_bytes -= len(self._log.popleft().frame)
         self._kept[entry.scene] = entry
         self._kept.move_to_end(entry.scene)
-        if len(self._kept) > self.limits.kept:
+        if len(self._kept) > self.limits.retained_scenes:
             self._kept.popitem(last=False)
         self._wake()
 
     def close(self) -> None:
-        """End every viewer's stream; call it in the hub's own loop."""
+        """End the streams of all viewers; call this in the event loop of the hub."""
         self._is_closed = True
         self._wake()
 
@@ -125,7 +132,14 @@ class Hub:
         news.set()
 
     def admit(self, events: int) -> float:
-        """Let so many outside events in: 0 if they may pass, else the seconds after which to try again."""
+        """Apply the rate limit to outside events.
+
+        Args:
+            events: Number of events.
+
+        Returns:
+            0 if the events are admitted, else the seconds after which to retry.
+        """
         now = self._monotonic()
         self._budget = min(self.limits.burst, self._budget + (now - self._budget_at) * self.limits.rate_per_s)
         self._budget_at = now
@@ -134,72 +148,76 @@ class Hub:
             return 0.0
         return (events - self._budget) / self.limits.rate_per_s
 
-    def join(self, last_id: str | None) -> Viewer:
-        """Give a viewer its place: after the last event that it saw, or at what the hub remembers.
+    def join(self, last_id: str | None) -> HubViewer:
+        """Register a viewer at the position after its last event, or at the start of the log.
 
-        The place is taken from now on; `leave` gives it back.
+        The viewer counts towards the limit until `leave` is called.
 
         Args:
-            last_id: The browser's `Last-Event-ID`, None on a first visit.
+            last_id: `Last-Event-ID` of the browser, or None on the first visit.
 
         Raises:
-            BusyError: If there are too many.
+            BusyError: If the maximum number of viewers is reached.
         """
         if len(self._joined) >= self.limits.viewers:
-            raise BusyError(f"{len(self._joined)} viewers look on already; close one")
-        viewer = self._place(last_id)
+            raise BusyError(f"the dashboard has {len(self._joined)} viewers, its maximum; close one")
+        viewer = self._place_viewer(last_id)
         self._joined.add(viewer)
         return viewer
 
-    def leave(self, viewer: Viewer) -> None:
-        """Release a viewer's place; a second call does nothing."""
+    def leave(self, viewer: HubViewer) -> None:
+        """Unregister a viewer; a second call has no effect."""
         self._joined.discard(viewer)
 
-    def _place(self, last_id: str | None) -> Viewer:
+    def _place_viewer(self, last_id: str | None) -> HubViewer:
         first = self._log[0].number if self._log else self._number + 1
         boot, _, digits = (last_id or "").partition(".")
         seen = int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= 19 else -1
         if boot == self._boot and first - 1 <= seen <= self._number:
-            return Viewer(seen=seen)
+            return HubViewer(seen=seen)
         known = boot == self._boot and 0 <= seen < first
         gap = b""
         if last_id:
-            why = "events passed while this page was away" if known else "the dashboard was started anew"
-            gap = self._tell("gap", {"missed": first - 1 - seen if known else None, "why": why})
+            reason = "events were missed while this page was disconnected" if known else "the dashboard was restarted"
+            gap = self._render_hub_frame("gap", {"missed": first - 1 - seen if known else None, "why": reason})
         after = seen if known else 0
         older = tuple(entry for entry in self._kept.values() if after < entry.number < first)
-        return Viewer(seen=first - 1, gap=gap, catch_up=tuple(sorted(older, key=lambda e: e.number)))
+        return HubViewer(seen=first - 1, gap=gap, catch_up=tuple(sorted(older, key=lambda e: e.number)))
 
-    async def stream(self, viewer: Viewer) -> AsyncIterator[bytes]:
-        """Give a viewer its events, as server-sent ones, until it leaves or falls out of the log."""
-        self._looking.append(viewer)
+    async def stream(self, viewer: HubViewer) -> AsyncIterator[bytes]:
+        """Yield the events of a viewer as server-sent events, until it leaves or falls behind the log."""
+        self._streaming.append(viewer)
         try:
-            yield f"retry: {RETRY_MS}\n".encode() + self._tell("hello", {"number": self._number}) + viewer.gap
+            yield (
+                f"retry: {_RECONNECT_MS}\n".encode()
+                + self._render_hub_frame("hello", {"number": self._number})
+                + viewer.gap
+            )
             for entry in viewer.catch_up:
                 yield entry.frame
             viewer.catch_up = ()
             while not self._is_closed:
                 news = self._news
-                part, missed = self._part(viewer)
+                part, missed = self._next_part(viewer)
                 if missed:
-                    words = "this page was too slow to follow; it comes back by itself"
-                    yield self._tell("dropped", {"missed": missed, "why": words})
+                    reason = "this page was too slow; it reconnects automatically"
+                    yield self._render_hub_frame("dropped", {"missed": missed, "why": reason})
                     return
                 if part:
                     yield part
-                    await asyncio.sleep(PAUSE_S)
+                    await asyncio.sleep(_SEND_PAUSE_S)
                     continue
                 try:
-                    async with asyncio.timeout(BEAT_S):
+                    async with asyncio.timeout(HEARTBEAT_S):
                         await news.wait()
                 except TimeoutError:
-                    yield self._tell("beat", {"number": self._number})
+                    yield self._render_hub_frame("beat", {"number": self._number})
         finally:
-            self._looking.remove(viewer)
+            self._streaming.remove(viewer)
             self.leave(viewer)
 
-    def _part(self, viewer: Viewer) -> tuple[bytes, int]:
-        """Give what comes next, at least one event, and how many are lost before it."""
+    def _next_part(self, viewer: HubViewer) -> tuple[bytes, int]:
+        """Return the next part (at least one event if there are any) and the number of lost events before it."""
         if viewer.seen >= self._number:
             return b"", 0
         behind = self._number - viewer.seen
@@ -207,8 +225,8 @@ class Hub:
             return b"", behind - len(self._log)
         frames: list[bytes] = []
         size = 0
-        for place in range(-behind, 0):  # from the end: a deque's middle is far from both
-            entry = self._log[place]
+        for index in range(-behind, 0):  # from the end: access to the middle of a deque is slow
+            entry = self._log[index]
             if frames and size + len(entry.frame) > self.limits.part_bytes:
                 break
             frames.append(entry.frame)
@@ -216,20 +234,20 @@ class Hub:
             viewer.seen = entry.number
         return b"".join(frames), 0
 
-    def _frame(self, kind: str, line: bytes, number: int) -> bytes:
+    def _render_frame(self, kind: str, line: bytes, number: int) -> bytes:
         return f"id: {self._boot}.{number}\nevent: {kind}\ndata: ".encode() + line + b"\n\n"
 
-    def _tell(self, kind: str, facts: dict[str, object]) -> bytes:
-        """Frame a word of the hub itself; it has no number, so that a browser does not take it for its last event."""
-        line = msgspec.json.encode({"t_wall_ns": self._now_ns(), **facts})
+    def _render_hub_frame(self, kind: str, fields: dict[str, object]) -> bytes:
+        """Render a message of the hub; it has no id, so that it does not change the browser's Last-Event-ID."""
+        line = msgspec.json.encode({"t_wall_ns": self._now_ns(), **fields})
         return f"event: {kind}\ndata: ".encode() + line + b"\n\n"
 
 
-def scene_of(event: Event) -> tuple[str, ...]:
-    """Name what an event's successor replaces: the newest of each is shown to whoever comes late."""
+def _build_scene_key(event: EventEnvelope) -> tuple[str, ...]:
+    """Return the key of the scene of an event; a new viewer gets the newest event of each scene."""
     data = event.data
-    if isinstance(data, Telemetry | PhaseSeen):
+    if isinstance(data, TelemetryEvent | PhaseEvent):
         return event.type, data.vm
-    if isinstance(data, Perf):
+    if isinstance(data, PerfEvent):
         return event.type, data.process, data.vm or ""
     return event.type, event.run

@@ -1,126 +1,136 @@
-"""Runs the application on this machine's own address: one socket, one loop, the producers beside it."""
+"""Run the dashboard on the loopback address, with its event producers in the same event loop."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import secrets
 import signal
 import socket
 import time
-import traceback
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from phasewatch.dashboard.gate import Gate
-from phasewatch.dashboard.hub import Hub
-from phasewatch.errors import MachineError, PhasewatchError
+from phasewatch.dashboard.auth import AccessControl
+from phasewatch.dashboard.hub import EventHub
+from phasewatch.errors import EventError, MachineError, PhasewatchError
+from phasewatch.events.schema import MAX_EVENT_BYTES, parse_event
 from phasewatch.http_server.connections import ConnectionLimits
-from phasewatch.http_server.heads import HEAD_BYTES
+from phasewatch.http_server.heads import MAX_HEAD_BYTES
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+__all__ = ["DASHBOARD_ADDRESS", "EventProducer", "bind_socket", "make_hub", "relay_watcher", "serve_dashboard"]
 
-ADDRESS = "127.0.0.1"
-STALL_MS = 20_000  # a peer that acknowledges nothing for so long is gone
+logger = logging.getLogger(__name__)
 
-STRANGERS = 64  # connections that may be open without cookie or token; all come from this machine
-LIMITS = ConnectionLimits(owner_idle_s=20.0, stall_s=30.0, drain_bytes=2 << 20)
+DASHBOARD_ADDRESS = "127.0.0.1"
+_TCP_STALL_MS = 20_000  # a peer that acknowledges nothing for this long is disconnected
+_MAX_UNAUTHENTICATED = 64  # open connections without cookie or token
+_WATCHER_EXIT_TIMEOUT_S = 5.0  # time for a watcher to restore the settings of its VM
+_DASHBOARD_LIMITS = ConnectionLimits(owner_idle_s=20.0, stall_s=30.0, drain_bytes=2 << 20)
 
-Producer = Callable[[Hub], Awaitable[None]]
+EventProducer = Callable[[EventHub], Awaitable[None]]
 
 
-def bind(port: int) -> socket.socket:
-    """Take a port of this machine's own address; 0 takes any free one.
+def bind_socket(port: int) -> socket.socket:
+    """Bind a port of the loopback address; 0 chooses a free port.
 
     Raises:
-        MachineError: If another program has it, or it may not be taken.
+        MachineError: If the port is in use or not permitted.
     """
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(
-            socket, "TCP_USER_TIMEOUT"
-        ):  # inherited by every connection: a stalled viewer does not stay for ever
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_MS)
-        sock.bind((ADDRESS, port))
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # inherited by every connection; disconnects stalled viewers
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _TCP_STALL_MS)
+        sock.bind((DASHBOARD_ADDRESS, port))
         sock.listen(512)
     except OSError as exc:
         sock.close()
         raise MachineError(
-            f"{ADDRESS}:{port}: {exc.strerror}; choose another port with --port, 0 takes a free one"
+            f"{DASHBOARD_ADDRESS}:{port}: {exc.strerror}; choose another port with --port; 0 chooses a free one"
         ) from exc
     return sock
 
 
-def limits_for(viewers: int) -> ConnectionLimits:
-    """Return what a dashboard grants its connections: each viewer its stream, and room for what pages load beside it."""
-    most = viewers + 2 * STRANGERS
-    return replace(LIMITS, connections=most, reserved=most - STRANGERS, per_address=STRANGERS, per_owner=most)
+def _build_connection_limits(viewers: int) -> ConnectionLimits:
+    """Return the connection limits: one stream per viewer, and room for the other requests of the pages."""
+    most = viewers + 2 * _MAX_UNAUTHENTICATED
+    return replace(
+        _DASHBOARD_LIMITS,
+        connections=most,
+        reserved=most - _MAX_UNAUTHENTICATED,
+        per_address=_MAX_UNAUTHENTICATED,
+        per_owner=most,
+    )
 
 
-def make_hub() -> Hub:
-    """Make a hub with this machine's clocks."""
-    return Hub(boot=secrets.token_hex(4), now_ns=time.time_ns, monotonic=time.monotonic)
+def make_hub() -> EventHub:
+    """Create a hub with the clocks of this machine."""
+    return EventHub(boot=secrets.token_hex(4), now_ns=time.time_ns, monotonic=time.monotonic)
 
 
-def serve(
+def serve_dashboard(
     sock: socket.socket,
-    hub: Hub,
-    gate: Gate,
+    hub: EventHub,
+    access: AccessControl,
     *,
     title: str,
-    producers: Sequence[Producer] = (),
-    tell: Callable[[str], None],
+    producers: Sequence[EventProducer] = (),
 ) -> None:
-    """Serve until told to stop.
+    """Serve the dashboard until SIGINT or SIGTERM.
 
     Args:
-        sock: From `bind`.
-        hub: Where events go through.
-        gate: Who may come in.
-        title: What the page calls what it shows.
-        producers: Run beside the server; one that fails is told of, and leaves the page and the others alone.
-        tell: Takes one line for people.
+        sock: Socket of `bind_socket`.
+        hub: Receives and distributes the events.
+        access: Access rules.
+        title: Title of the page.
+        producers: Run beside the server; a producer that fails is logged and does not stop the page or the others.
 
     Raises:
-        KeyboardInterrupt: If Ctrl-C ended it, when all is put away.
+        KeyboardInterrupt: After the shutdown, if SIGINT ended it.
     """
     import uvicorn
 
     from phasewatch.dashboard.app import build_app
-    from phasewatch.http_server.protocol import ConnectionKeeper, fit_to_process, install
+    from phasewatch.http_server.protocol import ConnectionMonitor, fit_to_file_limit, install_protocol
 
-    app = build_app(hub, gate, title=title)
-    # No access log: the first address carries the token.
+    app = build_app(hub, access, title=title)
+    # No access log, because the start address contains the token.
     config = uvicorn.Config(
-        app, http="h11", ws="none", lifespan="off", access_log=False, log_level="error",
-        timeout_graceful_shutdown=3, server_header=False, h11_max_incomplete_event_size=HEAD_BYTES,
-        timeout_keep_alive=math.ceil(LIMITS.owner_idle_s),
-    )  # fmt: skip
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_level="error",
+        timeout_graceful_shutdown=3,
+        server_header=False,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        timeout_keep_alive=math.ceil(_DASHBOARD_LIMITS.owner_idle_s),
+    )
     config.load()
-    install(config, ConnectionKeeper(fit_to_process(limits_for(hub.limits.viewers))))
+    install_protocol(config, ConnectionMonitor(fit_to_file_limit(_build_connection_limits(hub.limits.viewers))))
 
     class Server(uvicorn.Server):
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
-            yield  # ours: uvicorn's raises the signal again before watchers could be ended
+            yield  # uvicorn's own version raises the signal again before the watchers are stopped
 
     async def run() -> list[int]:
         caught: list[int] = []
         server = Server(config)
 
         def end(sig: int) -> None:
-            server.force_exit = bool(caught)  # a second one waits for nobody
+            server.force_exit = bool(caught)  # a second signal exits at once
             caught.append(sig)
-            hub.close()  # streams end by themselves, and nothing is cut
+            hub.close()  # ends the streams, so that the shutdown does not cut them
             server.should_exit = True
 
         for sig in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(sig, end, sig)
-        tasks = [asyncio.create_task(_produce(producer, hub, tell)) for producer in producers]
+        tasks = [asyncio.create_task(_run_producer(producer, hub)) for producer in producers]
         try:
             await server.serve(sockets=[sock])
         finally:
@@ -133,11 +143,50 @@ def serve(
         raise KeyboardInterrupt
 
 
-async def _produce(producer: Producer, hub: Hub, tell: Callable[[str], None]) -> None:
+async def _run_producer(producer: EventProducer, hub: EventHub) -> None:
     try:
         await producer(hub)
     except PhasewatchError as exc:
-        tell(str(exc))
-    except Exception as exc:  # broken code: said at once, for the page goes on and would only stay empty
-        traceback.print_exc()
-        tell(f"a part of the page broke and sends no more: {type(exc).__name__}: {exc}")
+        logger.error("%s", exc)
+    except Exception as exc:  # the page keeps running without this producer, so its failure must be visible
+        logger.exception("a producer of events failed and sends no more: %s: %s", type(exc).__name__, exc)
+
+
+async def relay_watcher(command: Sequence[str], hub: EventHub, name: str) -> None:
+    """Start a watcher process and publish its events, until it ends or this task is cancelled.
+
+    Args:
+        command: Command line of a process that prints one event per line.
+        hub: Receives the events.
+        name: Name of the watched machine, for messages.
+
+    Raises:
+        MachineError: If the watcher failed; the message has the last line of its stderr.
+    """
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, limit=2 * MAX_EVENT_BYTES)
+    if process.stdout is None or process.stderr is None:
+        raise RuntimeError("the watcher process has no pipes")
+    last_line = asyncio.create_task(_read_last_line(process.stderr))
+    try:
+        async for line in process.stdout:
+            with suppress(EventError):  # the last line is the result of the command, not an event
+                hub.publish(parse_event(line))
+        code = await process.wait()
+        message = await last_line
+    finally:
+        last_line.cancel()
+        if process.returncode is None:
+            process.terminate()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_WATCHER_EXIT_TIMEOUT_S):
+                    await process.wait()
+    if code:
+        raise MachineError(f"{name}: the watcher failed with exit code {code}: {message.removeprefix('error: ')}")
+
+
+async def _read_last_line(stream: asyncio.StreamReader) -> str:
+    last = ""
+    async for line in stream:
+        last = line.decode("utf-8", "replace").strip()[:500] or last
+    return last

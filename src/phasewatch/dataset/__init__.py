@@ -1,31 +1,31 @@
-"""A run's feature table, splits and identities come in; sets of windows with X, y, groups and names go out."""
+"""Datasets: load the feature table of a run as train, validation and test sets with X, y, groups and names."""
 
-from phasewatch.dataset.run import file_sha256, read_schema
-from phasewatch.dataset.sets import Sets, Windows, WindowSet
-from phasewatch.dataset.splits import (
+from phasewatch.artifacts import file_sha256, read_schema
+from phasewatch.dataset.loader import load, read_windows
+from phasewatch.dataset.sets import EpisodeWindows, FoldData, WindowSet
+from phasewatch.dataset.split_files import (
     SplitIndex,
-    read_built,
-    read_episodes,
     read_fold,
     read_folds,
+    read_recipe_results,
+    read_split_episodes,
     read_split_index,
     write_all_splits,
     write_splits,
 )
-from phasewatch.dataset.windows import load, read_windows
 
 __all__ = [
-    "Sets",
+    "EpisodeWindows",
+    "FoldData",
     "SplitIndex",
     "WindowSet",
-    "Windows",
     "file_sha256",
     "load",
-    "read_built",
-    "read_episodes",
     "read_fold",
     "read_folds",
+    "read_recipe_results",
     "read_schema",
+    "read_split_episodes",
     "read_split_index",
     "read_windows",
     "write_all_splits",

@@ -1,4 +1,4 @@
-"""Windows, what models see of them, and the sets of a fold: values alone, nothing is read here."""
+"""Windows, their model inputs, and the sets of a fold, as plain values."""
 
 from __future__ import annotations
 
@@ -8,24 +8,30 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.dataset.run import RunEpisode
-from phasewatch.models.base import Examples, Inputs
-from phasewatch.models.filter import Track
-from phasewatch.split import Fold
+from phasewatch.artifacts import RunEpisode
+from phasewatch.models.base import LabelledExamples, ModelInputs
+from phasewatch.models.smoothing import LabelSequence
+from phasewatch.splits import Fold
+
+__all__ = ["EpisodeWindows", "FoldData", "WindowSet"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Windows:
-    """Windows of known phase in the order (host, episode, time), whatever order the file has.
+class EpisodeWindows:
+    """Windows of known phase in the order (host, episode, time).
 
     Attributes:
-        episodes: Whose windows they are, in that order.
-        of: ``(n,)`` index into `episodes`.
-        y: ``(n,)`` phase codes.
+        episodes: Episodes of the windows, in that order.
+        episode_index: ``(n,)`` int32 index into `episodes`.
+        t_center_ns: ``(n,)`` int64 centre of each window on the wall clock, ns.
+        t_center_s: ``(n,)`` float32 centre of each window since the first label, s.
+        purity: ``(n,)`` float32 share of the window in its phase.
+        flags: ``(n,)`` uint8 bits of `features.windows` and `FLAG_NO_BASELINE`.
+        y: ``(n,)`` int64 phase codes.
     """
 
     episodes: tuple[RunEpisode, ...]
-    of: NDArray[np.int32]
+    episode_index: NDArray[np.int32]
     t_center_ns: NDArray[np.int64]
     t_center_s: NDArray[np.float32]
     purity: NDArray[np.float32]
@@ -35,18 +41,18 @@ class Windows:
     def __len__(self) -> int:
         return len(self.y)
 
-    def where(self, keep: Callable[[RunEpisode], bool]) -> NDArray[np.bool_]:
-        """Mark the windows of the episodes that a rule keeps, ``(n,)``."""
+    def mark_episodes(self, keep: Callable[[RunEpisode], bool]) -> NDArray[np.bool_]:
+        """Mark the windows of the episodes for which `keep` is true, ``(n,)`` bool."""
         kept = np.fromiter((keep(e) for e in self.episodes), dtype=np.bool_, count=len(self.episodes))
-        marked: NDArray[np.bool_] = kept[self.of]
+        marked: NDArray[np.bool_] = kept[self.episode_index]
         return marked
 
-    def take(self, rows: NDArray[np.bool_]) -> Windows:
-        """Give the marked windows, and of the episodes those that are left."""
-        present, of = np.unique(self.of[rows], return_inverse=True)
-        return Windows(
+    def take(self, rows: NDArray[np.bool_]) -> EpisodeWindows:
+        """Return the windows marked in ``(n,)`` bool, and the episodes that still have any."""
+        present, episode_index = np.unique(self.episode_index[rows], return_inverse=True)
+        return EpisodeWindows(
             episodes=tuple(self.episodes[i] for i in present),
-            of=of.astype(np.int32),
+            episode_index=episode_index.astype(np.int32),
             t_center_ns=self.t_center_ns[rows],
             t_center_s=self.t_center_s[rows],
             purity=self.purity[rows],
@@ -57,62 +63,67 @@ class Windows:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class WindowSet:
-    """Windows, and what a model sees of them."""
+    """Windows with their model inputs."""
 
-    windows: Windows
-    inputs: Inputs
+    windows: EpisodeWindows
+    inputs: ModelInputs
 
     def __len__(self) -> int:
         return len(self.windows)
 
     @property
     def x(self) -> NDArray[np.float32]:
-        """``(n, f)``, NaN where nothing was known."""
+        """``(n, f)`` or ``(n, c, 20)`` float32; NaN where unknown."""
         return self.inputs.x
 
     @property
     def X(self) -> NDArray[np.float32]:
-        """The same, spelled as scikit-learn and aeon do: ``(n, f)``, or ``(n, channels, timepoints)`` of a tensor."""
+        """The same array under the name of scikit-learn and aeon: ``(n, f)``, or ``(n, channels, timepoints)``."""
         return self.x
 
     @property
     def y(self) -> NDArray[np.int64]:
-        """``(n,)`` phase codes."""
+        """``(n,)`` int64 phase codes."""
         return self.windows.y
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the columns of `x` are."""
+        """The columns of `x`."""
         return self.inputs.spec.names
 
     @property
     def groups(self) -> NDArray[np.str_]:
-        """``(n,)`` host and session of each window: what may not be torn apart."""
+        """``(n,)`` str host and session of each window, for a grouped cross-validation."""
         labels = np.array([f"{e.host_id}/{e.session}" for e in self.windows.episodes], dtype=np.str_)
-        return labels[self.windows.of]
+        return labels[self.windows.episode_index]
 
     @property
-    def track(self) -> Track:
-        """Truth, episode and time of each window, as filter and alarm take them."""
-        return Track(y=self.y, of=self.windows.of, t_center_ns=self.windows.t_center_ns)
+    def label_sequence(self) -> LabelSequence:
+        """Label, episode and time of each window, for the phase filter and the alarm."""
+        return LabelSequence(y=self.y, episode_index=self.windows.episode_index, t_center_ns=self.windows.t_center_ns)
 
     @property
-    def examples(self) -> Examples:
-        """Inputs with labels, as `PhaseModel.fit` takes them."""
-        return Examples(inputs=self.inputs, y=self.y)
+    def examples(self) -> LabelledExamples:
+        """Inputs with labels, for `PhaseModel.fit`."""
+        return LabelledExamples(inputs=self.inputs, y=self.y)
 
     def take(self, rows: NDArray[np.bool_]) -> WindowSet:
-        """Give the marked windows."""
-        return WindowSet(windows=self.windows.take(rows), inputs=Inputs(x=self.inputs.x[rows], spec=self.inputs.spec))
+        """Return the windows marked in ``(n,)`` bool."""
+        return WindowSet(
+            windows=self.windows.take(rows), inputs=ModelInputs(x=self.inputs.x[rows], spec=self.inputs.spec)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Sets:
-    """A fold's five sets of windows; `soak` is every soak episode of the run, for false alarms only.
+class FoldData:
+    """The five sets of windows of a fold.
 
     Attributes:
-        spared_soak: ``(n,)`` marks the soak windows of no host (or sample group) that the recipe holds out in this
-            fold: thresholds may be set by them.
+        fold: The assignment of episodes to sets.
+        train, val_a, val_b, test: Windows of the sets.
+        soak: Windows of all soak episodes of the run, for false alarms only.
+        calibration_soak: ``(n,)`` bool over the soak windows: those that share no held-out host or sample group with
+            the test set, to which thresholds may be fitted.
     """
 
     fold: Fold
@@ -121,4 +132,4 @@ class Sets:
     val_b: WindowSet
     test: WindowSet
     soak: WindowSet
-    spared_soak: NDArray[np.bool_]
+    calibration_soak: NDArray[np.bool_]

@@ -1,4 +1,4 @@
-"""The windows of a run as ``(n, channels, 20)``, cut from its mapped grids."""
+"""Cut the windows of a run from its memory-mapped bins, as ``(n, channels, 20)``."""
 
 from __future__ import annotations
 
@@ -9,51 +9,57 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from phasewatch.artifacts import BINS_DIR, RunEpisode
+from phasewatch.binning.storage import MappedBins, open_bins
 from phasewatch.channels import CHANNELS
-from phasewatch.dataset.run import RunEpisode
 from phasewatch.errors import RunError
-from phasewatch.features.tensors import gather
-from phasewatch.grid.files import Grids, open_grids
-from phasewatch.vocab import BIN_NS, WINDOW_BINS
+from phasewatch.features.windows import gather_windows
+from phasewatch.types import BIN_NS, WINDOW_BINS
 
-GRIDS = "grids"
-_HALF_NS = BIN_NS * WINDOW_BINS // 2
+__all__ = ["compute_level_means", "cut_tensor"]
+
+_HALF_WINDOW_NS = BIN_NS * WINDOW_BINS // 2
 
 
-class _Windows(Protocol):
+class _WindowPositions(Protocol):
     @property
     def episodes(self) -> Sequence[RunEpisode]: ...
     @property
-    def of(self) -> NDArray[np.int32]: ...
+    def episode_index(self) -> NDArray[np.int32]: ...
     @property
     def t_center_ns(self) -> NDArray[np.int64]: ...
 
 
-def cut_tensor(run: Path, windows: _Windows, names: Sequence[str]) -> NDArray[np.float32]:
-    """Cut the windows out of the grids.
+def cut_tensor(run: Path, windows: _WindowPositions, names: Sequence[str]) -> NDArray[np.float32]:
+    """Cut windows out of the bins.
 
     Args:
-        run: The run's folder.
-        windows: Whose windows, and when.
-        names: Full names of channels, in the order wanted.
+        run: Folder of the run.
+        windows: Episodes and times of the windows.
+        names: Full names of the channels, in order.
 
     Returns:
-        ``(n, len(names), 20)`` float32, contiguous, NaN where nothing was known.
+        ``(n, len(names), 20)`` float32, contiguous; NaN where unknown.
 
     Raises:
-        RunError: If the grids are absent or of another sweep than the feature table.
+        RunError: If the bins are absent, or from another validation than the feature table.
     """
-    grids = open_grids(run / GRIDS)
+    grids = open_bins(run / BINS_DIR)
     columns = [c.full_name for c in CHANNELS]
     chosen = [columns.index(name) for name in names]
-    begins = _begins(run, grids, windows)
-    return np.ascontiguousarray(gather(grids.bins, begins)[:, :, chosen].transpose(0, 2, 1))
+    begins = _find_first_bins(run, grids, windows)
+    return np.ascontiguousarray(gather_windows(grids.bins, begins)[:, :, chosen].transpose(0, 2, 1))
 
 
-def cut_levels(run: Path, windows: _Windows) -> NDArray[np.float32]:
-    """Give the mean of each cumulative level over each window, ``(n, len(LEVELS))`` float32; NaN where none is known."""
-    grids = open_grids(run / GRIDS)
-    levels = gather(grids.levels, _begins(run, grids, windows)).astype(np.float64)
+def compute_level_means(run: Path, windows: _WindowPositions) -> NDArray[np.float32]:
+    """Compute the mean of each cumulative level over each window, ``(n, l)`` float32; NaN where unknown.
+
+    Args:
+        run: Folder of the run.
+        windows: Episodes and times of the windows.
+    """
+    grids = open_bins(run / BINS_DIR)
+    levels = gather_windows(grids.levels, _find_first_bins(run, grids, windows)).astype(np.float64)
     known = np.isfinite(levels)
     count = known.sum(axis=1)
     total = np.where(known, levels, 0.0).sum(axis=1)
@@ -63,24 +69,27 @@ def cut_levels(run: Path, windows: _Windows) -> NDArray[np.float32]:
     return mean
 
 
-def _begins(run: Path, grids: Grids, windows: _Windows) -> NDArray[np.int64]:
-    """Find the row of the grids at which each window begins.
+def _find_first_bins(run: Path, grids: MappedBins, windows: _WindowPositions) -> NDArray[np.int64]:
+    """Return the first row of each window in the bins, ``(n,)`` int64.
 
     Raises:
-        RunError: If the grids are of another sweep than the feature table.
+        RunError: If the bins are from another validation than the feature table.
     """
     rows = {(row.host_id, row.episode_id): row for row in grids.rows}
     try:
-        mine = [rows[e.host_id, e.episode_id] for e in windows.episodes]
+        used = [rows[e.host_id, e.episode_id] for e in windows.episodes]
     except KeyError as exc:
         raise RunError(
-            f"{run / GRIDS}: lacks episode {exc.args[0][1]}, which the feature table has; run `phasewatch validate` again"
+            f"{run / BINS_DIR}: episode {exc.args[0][1]} is in the feature table but not here; "
+            "run `phasewatch validate` again"
         ) from exc
-    t0 = np.array([row.t0_ns for row in mine], np.int64)[windows.of]
-    offset = np.array([row.offset for row in mine], np.int64)[windows.of]
-    length = np.array([row.n_bins for row in mine], np.int64)[windows.of]
-    first, odd = np.divmod(windows.t_center_ns - _HALF_NS - t0, BIN_NS)
+    t0 = np.array([row.t0_ns for row in used], np.int64)[windows.episode_index]
+    offset = np.array([row.offset for row in used], np.int64)[windows.episode_index]
+    length = np.array([row.n_bins for row in used], np.int64)[windows.episode_index]
+    first, odd = np.divmod(windows.t_center_ns - _HALF_WINDOW_NS - t0, BIN_NS)
     if odd.any() or (first < 0).any() or (first + WINDOW_BINS > length).any():
-        raise RunError(f"{run / GRIDS}: of another sweep than the feature table; run `phasewatch features` again")
+        raise RunError(
+            f"{run / BINS_DIR}: not from the same validation as the feature table; run `phasewatch features` again"
+        )
     begins: NDArray[np.int64] = offset + first
     return begins

@@ -1,1 +1,1 @@
-"""From bins to what models eat: ten-second windows, five numbers a channel, their labels, tables and tensors."""
+"""Features: ten-second windows of bins, five statistics for each channel, labels, and the feature tables."""

@@ -1,4 +1,4 @@
-"""A digest of what this build's arithmetic does to built-in golden episodes: equal digests mean equal bits, live and offline."""
+"""The behaviour fingerprint: a digest of the features of built-in episodes; equal digests mean equal feature bits."""
 
 from __future__ import annotations
 
@@ -9,133 +9,163 @@ from functools import cache
 
 import numpy as np
 
-from phasewatch.channels import raw_fields
-from phasewatch.episode.model import FORMAT, Clocks, Episode, Host, LabelMark, Manifest, SourceRows
+from phasewatch.binning.align import bin_episode
+from phasewatch.bundle.model import BUNDLE_FORMAT, ClockMetadata, Episode, HostMetadata, LabelMark, Manifest, SourceRows
+from phasewatch.channels import list_raw_fields
 from phasewatch.features.stats import episode_stats, window_stats
-from phasewatch.grid.align import align
-from phasewatch.vocab import ClockBase, Origin, Phase, Role, SampleKind, Source
+from phasewatch.types import ClockBase, EpisodeOrigin, EpisodeRole, Phase, SampleKind, SourceKind
 
-_S = 1_000_000_000
-_T0 = 1_700_000_000 * _S + 123_456_789
-_MONO = 1_000 * _S + 987_654_321
-_BOOT = 70_000 * _S
-_SECONDS = 31  # an odd number of half windows, so that the last bins are in no window
+__all__ = ["behaviour_fingerprint", "build_golden_episodes"]
+
+_SECOND_NS = 1_000_000_000
+_WALL_START_NS = 1_700_000_000 * _SECOND_NS + 123_456_789
+_MONO_START_NS = 1_000 * _SECOND_NS + 987_654_321
+_BOOT_START_NS = 70_000 * _SECOND_NS
+_LENGTH_S = 31  # an odd number of half windows, so that the last bins are in no window
 
 
 @cache
 def behaviour_fingerprint() -> str:
-    """Give the sha256 over bins, window stats and episode stats of the golden episodes, as little-endian float32.
+    """Return the sha256 over bins, window stats and episode stats of the golden episodes, as little-endian float32.
 
-    Source: DESIGN.md, section 4, "Behaviour fingerprint".
+    Source: docs/formats/run.md.
     """
     digest = hashlib.sha256()
-    for _, episode in golden_episodes():
-        bins = align(episode).bins
+    for _, episode in build_golden_episodes():
+        bins = bin_episode(episode).bins
         for values in (bins, window_stats(bins), episode_stats(bins)):
             digest.update(np.ascontiguousarray(values, "<f4").tobytes())
     return digest.hexdigest()
 
 
-def golden_episodes() -> Iterator[tuple[str, Episode]]:
-    """Give the golden episodes by name, each made for one rule of the arithmetic; made of whole numbers alone."""
+def build_golden_episodes() -> Iterator[tuple[str, Episode]]:
+    """Yield the golden episodes with their names; each covers one rule of the arithmetic and uses integers alone."""
     base = 2**53 + 1
-    yield "jitter", _build(1)
-    yield "no ticks from the guest, none from the card", _build(2, sources=(Source.PROC, Source.QMP))
-    yield "counters beyond 53 bits", _build(3, start=base)
-    yield "gaps just over and just under 2.5 s", _change(_build(4), _drop(lambda i: 20 <= i < 24 or 40 <= i < 45))
-    yield "resets", _build(5, wrap=2_000)
-    yield "counters that wrap at 32 bits", _build(6, start=2**32 - 5_000, wrap=2**32)
-    yield "nulls", _change(_build(7), _null(lambda i, f: (i * 7 + f * 3) % 4 == 0))
-    yield "balloon fields every third tick", _change(_build(8), _null(lambda i, f: f > 10 and i % 3 > 0))
-    yield "ten ticks a second", _build(9, period_ns=_S // 10, jitter_ns=_S // 25)
-    yield "stamps out of order, and twice", _build(10, jitter_ns=3 * _S // 2)
-    yield "sources that begin late and end early", _change(_build(11), _drop(lambda i: i < 17 or i > 43))
-    yield "a clock that claims to be Unix time", _clock(_build(12), ClockBase.UNIX, -_T0 + _MONO)
-    yield "a clock with another name", _clock(_build(13), ClockBase.BOOTTIME, -_T0 + _BOOT)
-    yield "a step of the wall clock", _change(_build(14), _step)
-    yield "readings on the edges of bins, and gaps of exactly 2.5 s", _change(_build(15, jitter_ns=0), _on_the_edge)
-    yield "monotonic stamps that stand still and step back", _change(_build(16), _stumble)
-    yield "exactly one window", _build(17, bins=20)
-    yield "one bin short of a window", _build(18, bins=19)
-    yield "just enough bins for stats", _build(19, bins=10)
-    yield "one bin too few for stats", _build(20, bins=9)
-    yield "ten bins, and one of them unknown", _change(_build(21, bins=10), _drop(lambda i: i < 5))
-    yield "sources that end after ten bins", _change(_build(22), _drop(lambda i: i > 9))
-    yield "a step of the wall clock at the last reading", _change(_build(23), _step_last)
+    yield "jitter", _build_episode(1)
+    yield "no ticks from the guest, none from the card", _build_episode(2, sources=(SourceKind.PROC, SourceKind.QMP))
+    yield "counters beyond 53 bits", _build_episode(3, start=base)
+    yield (
+        "gaps just over and just under 2.5 s",
+        _map_sources(_build_episode(4), _drop_rows(lambda i: 20 <= i < 24 or 40 <= i < 45)),
+    )
+    yield "resets", _build_episode(5, wrap=2_000)
+    yield "counters that wrap at 32 bits", _build_episode(6, start=2**32 - 5_000, wrap=2**32)
+    yield "nulls", _map_sources(_build_episode(7), _set_nulls(lambda i, f: (i * 7 + f * 3) % 4 == 0))
+    yield (
+        "balloon fields every third tick",
+        _map_sources(_build_episode(8), _set_nulls(lambda i, f: f > 10 and i % 3 > 0)),
+    )
+    yield "ten ticks a second", _build_episode(9, period_ns=_SECOND_NS // 10, jitter_ns=_SECOND_NS // 25)
+    yield "stamps out of order, and twice", _build_episode(10, jitter_ns=3 * _SECOND_NS // 2)
+    yield (
+        "sources that begin late and end early",
+        _map_sources(_build_episode(11), _drop_rows(lambda i: i < 17 or i > 43)),
+    )
+    yield (
+        "a clock that claims to be Unix time",
+        _restamp_clock(_build_episode(12), ClockBase.UNIX, -_WALL_START_NS + _MONO_START_NS),
+    )
+    yield (
+        "a clock with another name",
+        _restamp_clock(_build_episode(13), ClockBase.BOOTTIME, -_WALL_START_NS + _BOOT_START_NS),
+    )
+    yield "a step of the wall clock", _map_sources(_build_episode(14), _step_clock)
+    yield (
+        "readings on the edges of bins, and gaps of exactly 2.5 s",
+        _map_sources(_build_episode(15, jitter_ns=0), _align_to_bin_edges),
+    )
+    yield "monotonic stamps that stand still and step back", _map_sources(_build_episode(16), _break_monotonic_clock)
+    yield "exactly one window", _build_episode(17, bins=20)
+    yield "one bin short of a window", _build_episode(18, bins=19)
+    yield "just enough bins for stats", _build_episode(19, bins=10)
+    yield "one bin too few for stats", _build_episode(20, bins=9)
+    yield "ten bins, and one of them unknown", _map_sources(_build_episode(21, bins=10), _drop_rows(lambda i: i < 5))
+    yield "sources that end after ten bins", _map_sources(_build_episode(22), _drop_rows(lambda i: i > 9))
+    yield "a step of the wall clock at the last reading", _map_sources(_build_episode(23), _step_clock_at_end)
 
 
-def _build(
+def _build_episode(
     seed: int,
     *,
-    sources: tuple[Source, ...] = tuple(Source),
-    period_ns: int = _S // 2,
-    jitter_ns: int = _S // 20,
+    sources: tuple[SourceKind, ...] = tuple(SourceKind),
+    period_ns: int = _SECOND_NS // 2,
+    jitter_ns: int = _SECOND_NS // 20,
     start: int = 0,
     wrap: int = 2**62,
-    bins: int = 2 * _SECONDS,
+    bins: int = 2 * _LENGTH_S,
 ) -> Episode:
-    """Make an episode whose ticks and increments come from a small integer generator."""
-    draw = _Draw(seed)
+    """Build an episode whose ticks and increments come from a small integer generator."""
+    draw = _IntegerGenerator(seed)
     rows = {}
     for source in sources:
-        step_ns = 2 * period_ns if source is Source.GUEST else period_ns
-        n = (bins * _S // 2 + 3 * _S) // step_ns
-        at = [-2 * _S + i * step_ns + draw.below(2 * jitter_ns + 1) - jitter_ns for i in range(n)]
+        step_ns = 2 * period_ns if source is SourceKind.GUEST else period_ns
+        n = (bins * _SECOND_NS // 2 + 3 * _SECOND_NS) // step_ns
+        at = [-2 * _SECOND_NS + i * step_ns + draw.draw_below(2 * jitter_ns + 1) - jitter_ns for i in range(n)]
         columns = []
-        for spec in raw_fields(source):
+        for spec in list_raw_fields(source):
             if spec.type == "float":
-                columns.append(np.array([draw.below(1025) / 1024 for _ in at]))
+                columns.append(np.array([draw.draw_below(1025) / 1024 for _ in at]))
             elif spec.nature == "counter":
                 value, counts = start, []
                 for _ in at:
-                    value = (value + draw.below(400)) % wrap
+                    value = (value + draw.draw_below(400)) % wrap
                     counts.append(value)
                 columns.append(np.array(counts, np.int64))
             else:
-                columns.append(np.array([start + draw.below(100_000) for _ in at], np.int64))
+                columns.append(np.array([start + draw.draw_below(100_000) for _ in at], np.int64))
         rows[source] = SourceRows(
-            source=source, fields=tuple(spec.field for spec in raw_fields(source)),
-            t_wall_ns=np.array([_T0 + t for t in at], np.int64), t_mono_ns=np.array([_MONO + t for t in at], np.int64),
-            seq=np.arange(n, dtype=np.int64), columns=tuple(columns), present=np.ones((n, len(columns)), np.bool_),
-        )  # fmt: skip
+            source=source,
+            fields=tuple(spec.field for spec in list_raw_fields(source)),
+            t_wall_ns=np.array([_WALL_START_NS + t for t in at], np.int64),
+            t_mono_ns=np.array([_MONO_START_NS + t for t in at], np.int64),
+            seq=np.arange(n, dtype=np.int64),
+            columns=tuple(columns),
+            present=np.ones((n, len(columns)), np.bool_),
+        )
     marks = tuple(
-        LabelMark(t_wall_ns=_T0 + int(s * _S), t_mono_ns=_MONO + int(s * _S), phase=phase)
+        LabelMark(
+            t_wall_ns=_WALL_START_NS + int(s * _SECOND_NS), t_mono_ns=_MONO_START_NS + int(s * _SECOND_NS), phase=phase
+        )
         for s, phase in ((0, Phase.CLEAN), (2, Phase.INFECTING), (4, Phase.ACTIVE), (bins / 2, None))
     )
-    return Episode(manifest=_manifest(sources), marks=marks, rows=rows)
+    return Episode(manifest=_build_manifest(sources), marks=marks, rows=rows)
 
 
 @dataclass(slots=True)
-class _Draw:
-    """A linear congruential generator (Knuth's MMIX constants): the same numbers on every machine, for ever."""
+class _IntegerGenerator:
+    """A linear congruential generator (Knuth's MMIX constants), which is the same on every machine and version."""
 
     state: int
 
-    def below(self, bound: int) -> int:
-        """Draw a whole number in [0, bound)."""
+    def draw_below(self, bound: int) -> int:
+        """Draw an integer in [0, bound)."""
         self.state = (self.state * 6364136223846793005 + 1442695040888963407) % 2**64
         return (self.state >> 33) % bound
 
 
-def _change(episode: Episode, change: Callable[[SourceRows], SourceRows]) -> Episode:
+def _map_sources(episode: Episode, change: Callable[[SourceRows], SourceRows]) -> Episode:
     return replace(episode, rows={source: change(rows) for source, rows in episode.rows.items()})
 
 
-def _drop(is_lost: Callable[[int], bool]) -> Callable[[SourceRows], SourceRows]:
-    """Lose some rows of each source."""
+def _drop_rows(is_lost: Callable[[int], bool]) -> Callable[[SourceRows], SourceRows]:
+    """Return a function that removes some rows of a source."""
 
     def change(rows: SourceRows) -> SourceRows:
         kept = np.array([i for i in range(len(rows)) if not is_lost(i)], np.intp)
         return replace(
-            rows, t_wall_ns=rows.t_wall_ns[kept], t_mono_ns=rows.t_mono_ns[kept], seq=rows.seq[kept],
-            columns=tuple(c[kept] for c in rows.columns), present=rows.present[kept],
-        )  # fmt: skip
+            rows,
+            t_wall_ns=rows.t_wall_ns[kept],
+            t_mono_ns=rows.t_mono_ns[kept],
+            seq=rows.seq[kept],
+            columns=tuple(c[kept] for c in rows.columns),
+            present=rows.present[kept],
+        )
 
     return change
 
 
-def _null(is_null: Callable[[int, int], bool]) -> Callable[[SourceRows], SourceRows]:
-    """Make some fields of some rows null."""
+def _set_nulls(is_null: Callable[[int, int], bool]) -> Callable[[SourceRows], SourceRows]:
+    """Return a function that sets some fields of some rows to null."""
 
     def change(rows: SourceRows) -> SourceRows:
         shape = rows.present.shape
@@ -145,54 +175,81 @@ def _null(is_null: Callable[[int, int], bool]) -> Callable[[SourceRows], SourceR
     return change
 
 
-def _step(rows: SourceRows) -> SourceRows:
-    """Put the wall clock 0.75 s forward in the middle."""
-    middle = rows.t_mono_ns > _MONO + 15 * _S
-    return replace(rows, t_wall_ns=rows.t_wall_ns + middle * (3 * _S // 4))
+def _step_clock(rows: SourceRows) -> SourceRows:
+    """Step the wall clock forward by 0.75 s in the middle."""
+    middle = rows.t_mono_ns > _MONO_START_NS + 15 * _SECOND_NS
+    return replace(rows, t_wall_ns=rows.t_wall_ns + middle * (3 * _SECOND_NS // 4))
 
 
-def _step_last(rows: SourceRows) -> SourceRows:
-    """Put the wall clock 0.75 s forward before the last reading of a source."""
+def _step_clock_at_end(rows: SourceRows) -> SourceRows:
+    """Step the wall clock forward by 0.75 s before the last reading of a source."""
     last = np.arange(len(rows)) == len(rows) - 1
-    return replace(rows, t_wall_ns=rows.t_wall_ns + last * (3 * _S // 4))
+    return replace(rows, t_wall_ns=rows.t_wall_ns + last * (3 * _SECOND_NS // 4))
 
 
-def _on_the_edge(rows: SourceRows) -> SourceRows:
-    """Lose what makes one gap of exactly 2.5 s, and stamp one reading a nanosecond later: a gap just over it."""
+def _align_to_bin_edges(rows: SourceRows) -> SourceRows:
+    """Make one gap of exactly 2.5 s, and one that is a nanosecond longer."""
     late = (np.arange(len(rows)) == 40).astype(np.int64)
     moved = replace(rows, t_wall_ns=rows.t_wall_ns + late, t_mono_ns=rows.t_mono_ns + late)
-    return _drop(lambda i: 20 <= i < 24 or 36 <= i < 40)(moved)
+    return _drop_rows(lambda i: 20 <= i < 24 or 36 <= i < 40)(moved)
 
 
-def _stumble(rows: SourceRows) -> SourceRows:
-    """Let the monotonic clock say the same twice, and once less than before."""
+def _break_monotonic_clock(rows: SourceRows) -> SourceRows:
+    """Repeat some stamps of the monotonic clock, and step others back."""
     mono = rows.t_mono_ns.copy()
     mono[20::9] = mono[19::9][: len(mono[20::9])]
     mono[30::11] = mono[29::11][: len(mono[30::11])] - 1
     return replace(rows, t_mono_ns=mono)
 
 
-def _clock(episode: Episode, declared: ClockBase, by_ns: int) -> Episode:
-    """Stamp every row in another clock, and declare what the recorder would."""
-    moved = _change(episode, lambda rows: replace(rows, t_wall_ns=rows.t_wall_ns + by_ns))
-    manifest = _manifest(tuple(episode.rows), declared)
+def _restamp_clock(episode: Episode, declared: ClockBase, by_ns: int) -> Episode:
+    """Stamp every row with another clock, and declare it in the manifest as the recorder does."""
+    moved = _map_sources(episode, lambda rows: replace(rows, t_wall_ns=rows.t_wall_ns + by_ns))
+    manifest = _build_manifest(tuple(episode.rows), declared)
     return replace(moved, manifest=manifest)
 
 
-def _manifest(sources: tuple[Source, ...], base: ClockBase = ClockBase.UNIX) -> Manifest:
-    hour, drift = 3600 * _S, 7_001  # ns per hour, so that re-basing has something to round
-    host = Host(
-        host_id="golden", arch="x86_64", accel="tcg", machine="none", cpu="none", vcpus=1, mem_mib=1, disk="none",
-        nic="none", hypervisor="none", guest_kernel="none", recorder="none",
-    )  # fmt: skip
+def _build_manifest(sources: tuple[SourceKind, ...], base: ClockBase = ClockBase.UNIX) -> Manifest:
+    hour, drift = 3600 * _SECOND_NS, 7_001  # ns per hour, so that re-basing has something to round
+    host = HostMetadata(
+        host_id="golden",
+        arch="x86_64",
+        accel="tcg",
+        machine="none",
+        cpu="none",
+        vcpus=1,
+        mem_mib=1,
+        disk="none",
+        nic="none",
+        hypervisor="none",
+        guest_kernel="none",
+        recorder="none",
+    )
     pairs = {
-        ClockBase.MONOTONIC: ((_MONO, _T0), (_MONO + hour, _T0 + hour + drift)),
-        ClockBase.BOOTTIME: ((_BOOT, _T0), (_BOOT + hour, _T0 + hour - drift)),
+        ClockBase.MONOTONIC: ((_MONO_START_NS, _WALL_START_NS), (_MONO_START_NS + hour, _WALL_START_NS + hour + drift)),
+        ClockBase.BOOTTIME: ((_BOOT_START_NS, _WALL_START_NS), (_BOOT_START_NS + hour, _WALL_START_NS + hour - drift)),
     }
     return Manifest(
-        format=FORMAT, episode_id="00000000-0000-7000-8000-000000000000", host=host, profile="benign",
-        sample_name="golden", sample_kind=SampleKind.BENIGN, origin=Origin.SIMULATED, role=Role.LAB,
-        started_wall_ns=_T0, duration_s=float(_SECONDS), session="golden", neighbours=(), plan_seed=0, plan=(),
-        agent=Source.GUEST in sources, nominal_hz={}, rows_emitted={}, channels_available=(), fields={},
-        clocks=Clocks(base=dict.fromkeys(sources, base), pairs=pairs), recording=None, members={},
-    )  # fmt: skip
+        format=BUNDLE_FORMAT,
+        episode_id="00000000-0000-7000-8000-000000000000",
+        host=host,
+        profile="benign",
+        sample_name="golden",
+        sample_kind=SampleKind.BENIGN,
+        origin=EpisodeOrigin.SIMULATED,
+        role=EpisodeRole.LAB,
+        started_wall_ns=_WALL_START_NS,
+        duration_s=float(_LENGTH_S),
+        session="golden",
+        neighbours=(),
+        plan_seed=0,
+        plan=(),
+        agent=SourceKind.GUEST in sources,
+        nominal_hz={},
+        rows_emitted={},
+        channels_available=(),
+        fields={},
+        clocks=ClockMetadata(base=dict.fromkeys(sources, base), pairs=pairs),
+        recording=None,
+        members={},
+    )

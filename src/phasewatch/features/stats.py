@@ -1,7 +1,7 @@
-"""Five numbers for the bins of a window or an episode, per channel: mean, spread, median, 95th percentile, slope.
+"""Five statistics of the bins of a window or an episode, for each channel: mean, std, median, 95th percentile, slope.
 
-The order of every sum is fixed (left to right in float64), so that any machine, and the live watcher, gets the same bits.
-Nothing here leaves a sum over time to numpy's own order, which depends on the array's width.
+The order of every sum is fixed (left to right in float64), so that every machine and the live watcher get the same
+bits. numpy's own order of a sum depends on the width of the array and is not used for sums over time.
 """
 
 from __future__ import annotations
@@ -9,34 +9,35 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.grid.arithmetic import to_float32
-from phasewatch.vocab import MIN_FINITE, STRIDE_BINS, WINDOW_BINS
+from phasewatch.arrays import Float32Array, FloatArray
+from phasewatch.binning.align import to_float32
+from phasewatch.types import MIN_FINITE_BINS, STRIDE_BINS, WINDOW_BINS
+
+__all__ = ["BIN_S", "SORTING_NETWORK_10", "STATS", "episode_stats", "window_stats"]
 
 STATS = ("mean", "std", "p50", "p95", "slope")
 BIN_S = 0.5
 
-Floats = NDArray[np.float64]
-Grid32 = NDArray[np.float32]
 
 # 29 exchanges that sort ten rows (Knuth 5.3.4); checked by the zero-one principle in the tests.
-SORT_10 = (
+SORTING_NETWORK_10 = (
     (4, 9), (3, 8), (2, 7), (1, 6), (0, 5), (1, 4), (6, 9), (0, 3), (5, 8), (0, 2), (3, 6), (7, 9), (0, 1), (2, 4),
     (5, 7), (8, 9), (1, 2), (4, 6), (7, 8), (3, 5), (2, 5), (6, 8), (1, 3), (4, 7), (2, 3), (6, 7), (3, 4), (5, 6),
     (4, 5),
 )  # fmt: skip
 
 
-def window_stats(bins: Grid32) -> Grid32:
-    """Reduce the bins of every window of an episode to five numbers per channel.
+def window_stats(bins: Float32Array) -> Float32Array:
+    """Compute the five statistics of every window of an episode.
 
     Args:
-        bins: ``(n, c)`` float32 from the episode's first bin on; NaN where nothing was known.
+        bins: ``(n, c)`` float32 from the episode's first bin on, each column in its channel's unit; NaN where unknown.
 
     Returns:
-        ``(w, c, 5)`` float32 in the order of `STATS`; slope is unit per second. Fewer than ten finite bins in a
-        window give five NaN.
+        ``(w, c, 5)`` float32 in the order of `STATS`. The slope is a least-squares slope per second. A channel with
+        fewer than ten finite bins in a window has five NaN.
 
-    Source: DESIGN.md, section 4, "Stats".
+    Source: docs/formats/run.md.
     """
     n, c = bins.shape
     w = 0 if n < WINDOW_BINS else (n - WINDOW_BINS) // STRIDE_BINS + 1
@@ -47,58 +48,60 @@ def window_stats(bins: Grid32) -> Grid32:
     seen = finite.sum(axis=0)
     result = np.full((w, c, len(STATS)), np.nan)
     full, partial = seen == len(used), (seen > 0) & (seen < len(used))
-    with np.errstate(all="ignore"):  # what the blanked entries of a gap divide by is of no interest
+    with np.errstate(all="ignore"):  # divisions of the masked entries of a gap have no meaning
         if full.all():
-            result = _full_windows(used, w)
+            result = _compute_full_windows(used, w)
         else:
             if full.any():
-                result[:, full] = _full_windows(used[:, full], w)
+                result[:, full] = _compute_full_windows(used[:, full], w)
             if partial.any():
-                x = _by_row(used[:, partial], w)
-                result[:, partial] = _gappy(x).reshape(w, -1, len(STATS))
+                x = _stack_windows(used[:, partial], w)
+                result[:, partial] = _compute_gappy_columns(x).reshape(w, -1, len(STATS))
     return to_float32(result)
 
 
-def episode_stats(bins: Grid32) -> Grid32:
-    """Reduce all bins of an episode to the same five numbers; ``(n, c)`` gives ``(c, 5)``."""
+def episode_stats(bins: Float32Array) -> Float32Array:
+    """Compute the five statistics of a whole episode: ``(n, c)`` float32 → ``(c, 5)`` float32, as `window_stats`."""
     result = np.full((bins.shape[1], len(STATS)), np.nan)
     finite = np.isfinite(bins)
     seen = finite.sum(axis=0)
-    full = (seen == len(bins)) & (seen >= MIN_FINITE)
-    partial = ~full & (seen >= MIN_FINITE)
+    full = (seen == len(bins)) & (seen >= MIN_FINITE_BINS)
+    partial = ~full & (seen >= MIN_FINITE_BINS)
     with np.errstate(all="ignore"):
         if full.any():
-            result[full] = _full_columns(bins[:, full])
+            result[full] = _compute_full_columns(bins[:, full])
         if partial.any():
-            result[partial] = _gappy(bins[:, partial].astype(np.float64))
+            result[partial] = _compute_gappy_columns(bins[:, partial].astype(np.float64))
     return to_float32(result)
 
 
-def _full_columns(bins: Grid32) -> Floats:
-    """Give the stats of columns in which every bin is finite: ``(n, k)`` gives ``(k, 5)``."""
+def _compute_full_columns(bins: Float32Array) -> FloatArray:
+    """Compute the stats of columns in which every bin is finite: ``(n, k)`` → ``(k, 5)``."""
     lying = np.ascontiguousarray(bins.T)  # time along a row: sums and sorts run over neighbours in memory
     n = lying.shape[1]
     x = lying.astype(np.float64)
-    mean = _last_of_sum(x) / n
+    mean = _sum_last_axis(x) / n
     x -= mean[:, None]
     ticks = BIN_S * np.arange(n)
     ticks -= ticks.sum() / n  # the sum is exact in any order: multiples of a half
-    slope = _last_of_sum(x * ticks) / _last_of_sum(ticks * ticks)
+    slope = _sum_last_axis(x * ticks) / _sum_last_axis(ticks * ticks)
     x *= x
-    std = np.sqrt(_last_of_sum(x) / n)
+    std = np.sqrt(_sum_last_axis(x) / n)
     count = np.full(len(x), n)
     lying.sort(axis=1)
-    return np.stack((mean, std, _percentile(lying, count, 0.5), _percentile(lying, count, 0.95), slope), axis=1)
+    return np.stack(
+        (mean, std, _compute_percentile(lying, count, 0.5), _compute_percentile(lying, count, 0.95), slope), axis=1
+    )
 
 
-def _last_of_sum(x: Floats) -> Floats:
-    """Add along the last axis from first to last; a running sum cannot be taken in another order."""
-    total: Floats = np.cumsum(x, axis=-1)[..., -1]
+def _sum_last_axis(x: FloatArray) -> FloatArray:
+    """Sum along the last axis from first to last; a cumulative sum has a fixed order."""
+    total: FloatArray = np.cumsum(x, axis=-1)[..., -1]
     return total
 
 
-def _by_row(used: Grid32, w: int) -> Floats:
-    """Lay windows side by side: ``(20, w · c)`` float64, row r being bin r of every window."""
+def _stack_windows(used: Float32Array, w: int) -> FloatArray:
+    """Return the windows as columns: ``(20, w · c)`` float64, where row r is bin r of every window."""
     c = used.shape[1]
     halves = used.reshape(w + 1, STRIDE_BINS, c).transpose(1, 0, 2)
     x = np.empty((WINDOW_BINS, w, c))
@@ -107,10 +110,10 @@ def _by_row(used: Grid32, w: int) -> Floats:
     return x.reshape(WINDOW_BINS, w * c)
 
 
-def _full_windows(used: Grid32, w: int) -> Floats:
-    """Give the stats of windows in which every bin is finite: ``(w, c, 5)``."""
+def _compute_full_windows(used: Float32Array, w: int) -> FloatArray:
+    """Compute the stats of windows in which every bin is finite: ``(w, c, 5)``."""
     c = used.shape[1]
-    x = _by_row(used, w)
+    x = _stack_windows(used, w)
     out = np.empty((len(STATS), w * c))
     mean = np.divide(_sum_rows(x), WINDOW_BINS, out=out[0])
     x -= mean
@@ -119,37 +122,37 @@ def _full_windows(used: Grid32, w: int) -> Floats:
     np.divide(_sum_rows(x * ticks[:, None]), float((ticks * ticks).sum()), out=out[4])
     x *= x
     np.sqrt(_sum_rows(x) / WINDOW_BINS, out=out[1])
-    ninth, tenth, second, top = _ranks(used, w)
-    out[2] = _between(ninth, tenth, (WINDOW_BINS - 1) * 0.5 - 9)
-    out[3] = _between(second, top, (WINDOW_BINS - 1) * 0.95 - 18)
-    result: Floats = out.reshape(len(STATS), w, c).transpose(1, 2, 0)
+    ninth, tenth, second, top = _select_ranks(used, w)
+    out[2] = _interpolate(ninth, tenth, (WINDOW_BINS - 1) * 0.5 - 9)
+    out[3] = _interpolate(second, top, (WINDOW_BINS - 1) * 0.95 - 18)
+    result: FloatArray = out.reshape(len(STATS), w, c).transpose(1, 2, 0)
     return result
 
 
-def _sum_rows(x: Floats) -> Floats:
-    """Add rows from first to last."""
-    total: Floats = x[0] + x[1]
+def _sum_rows(x: FloatArray) -> FloatArray:
+    """Sum the rows from first to last."""
+    total: FloatArray = x[0] + x[1]
     for row in x[2:]:
         total += row
     return total
 
 
-def _between(low: Grid32, high: Grid32, share: float) -> Floats:
+def _interpolate(low: Float32Array, high: Float32Array, share: float) -> FloatArray:
     """Interpolate between two order statistics, in float64."""
     base = low.astype(np.float64)
-    result: Floats = base + share * (high - base)
+    result: FloatArray = base + share * (high - base)
     return result
 
 
-def _ranks(used: Grid32, w: int) -> tuple[Grid32, Grid32, Grid32, Grid32]:
-    """Pick the values of rank 9, 10, 18 and 19 (from 0) out of every window, each ``(w · c,)``.
+def _select_ranks(used: Float32Array, w: int) -> tuple[Float32Array, Float32Array, Float32Array, Float32Array]:
+    """Select the values of rank 9, 10, 18 and 19 (from 0) of every window, each ``(w · c,)``.
 
     Windows overlap by half, so each half is sorted once and pairs of sorted halves are merged as far as needed.
     """
     c = used.shape[1]
     halves = list(np.array(used.reshape(w + 1, STRIDE_BINS, c).transpose(1, 0, 2), order="C"))
     spare = np.empty_like(halves[0])
-    for i, j in SORT_10:
+    for i, j in SORTING_NETWORK_10:
         np.minimum(halves[i], halves[j], out=spare)
         np.maximum(halves[i], halves[j], out=halves[j])
         halves[i], spare = spare, halves[i]
@@ -165,39 +168,39 @@ def _ranks(used: Grid32, w: int) -> tuple[Grid32, Grid32, Grid32, Grid32]:
     return ninth.ravel(), tenth.ravel(), second.ravel(), top.ravel()
 
 
-def _gappy(x: Floats) -> Floats:
-    """Give the stats of columns of any length and with any gaps: ``(rows, k)`` gives ``(k, 5)``."""
+def _compute_gappy_columns(x: FloatArray) -> FloatArray:
+    """Compute the stats of columns of any length and with any gaps: ``(rows, k)`` → ``(k, 5)``."""
     finite = np.isfinite(x)
     m = finite.sum(axis=0)
     known = np.where(finite, x, 0.0)  # adding zero changes no sum
-    mean = _running_sum(known) / m
+    mean = _sum_first_axis(known) / m
     deviation = np.where(finite, known - mean, 0.0)
     ticks = np.broadcast_to(BIN_S * np.arange(len(x))[:, None], x.shape)
-    lever = np.where(finite, ticks - _running_sum(np.where(finite, ticks, 0.0)) / m, 0.0)
+    lever = np.where(finite, ticks - _sum_first_axis(np.where(finite, ticks, 0.0)) / m, 0.0)
     out = np.empty((x.shape[1], len(STATS)))
     out[:, 0] = mean
-    out[:, 1] = np.sqrt(_running_sum(deviation * deviation) / m)
+    out[:, 1] = np.sqrt(_sum_first_axis(deviation * deviation) / m)
     ordered = np.where(finite, x, np.inf).astype(np.float32).T.copy()
     ordered.sort(axis=1)
-    out[:, 2] = _percentile(ordered, m, 0.5)
-    out[:, 3] = _percentile(ordered, m, 0.95)
-    out[:, 4] = _running_sum(lever * deviation) / _running_sum(lever * lever)
-    out[m < MIN_FINITE] = np.nan
+    out[:, 2] = _compute_percentile(ordered, m, 0.5)
+    out[:, 3] = _compute_percentile(ordered, m, 0.95)
+    out[:, 4] = _sum_first_axis(lever * deviation) / _sum_first_axis(lever * lever)
+    out[m < MIN_FINITE_BINS] = np.nan
     return out
 
 
-def _running_sum(x: Floats) -> Floats:
-    """Add rows from first to last; a running sum cannot be taken in another order."""
-    total: Floats = np.cumsum(x, axis=0)[-1]
+def _sum_first_axis(x: FloatArray) -> FloatArray:
+    """Sum the rows from first to last; a cumulative sum has a fixed order."""
+    total: FloatArray = np.cumsum(x, axis=0)[-1]
     return total
 
 
-def _percentile(ordered: Grid32, m: NDArray[np.int64], q: float) -> Floats:
+def _compute_percentile(ordered: Float32Array, m: NDArray[np.int64], q: float) -> FloatArray:
     """Interpolate linearly at rank (m − 1) · q of each sorted row's first m values."""
     h = (np.maximum(m, 2) - 1) * q
     rank = np.floor(h).astype(np.int64)
     row = np.arange(len(ordered))
     low = ordered[row, rank].astype(np.float64)
     high = ordered[row, np.minimum(rank + 1, ordered.shape[1] - 1)]
-    result: Floats = low + (h - rank) * (high - low)
+    result: FloatArray = low + (h - rank) * (high - low)
     return result

@@ -1,4 +1,4 @@
-"""Writes the feature tables of a run: one row per window, one per episode, and the schema that names their columns."""
+"""Write the feature tables of a run, one row for each window and each episode, and the schema of their columns."""
 
 from __future__ import annotations
 
@@ -13,32 +13,41 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.atomic import write_whole, writer
+from phasewatch.artifacts import EPISODE_FEATURES_FILE, FEATURE_SCHEMA_FILE, FEATURES_FILE
+from phasewatch.atomic import open_atomic, write_atomic
+from phasewatch.binning.storage import BinIndexRow, MappedBins, map_bins, release_pages
 from phasewatch.errors import MachineError
 from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import feature_names, render_schema, schema_hash
 from phasewatch.features.stats import STATS, episode_stats, window_stats
 from phasewatch.features.windows import (
-    STRIDE_NS,
     LabelSpan,
-    centers_s,
+    combine_window_flags,
+    compute_centers_s,
+    compute_window_starts,
     label_windows,
     n_windows,
-    window_flags,
-    window_starts,
 )
-from phasewatch.grid.files import GridRow, Grids, map_bins, release
-from phasewatch.identity import find_taken_ids
-from phasewatch.vocab import Status
-from phasewatch.workers import Result, map_ordered
+from phasewatch.identity import find_contested_ids
+from phasewatch.parallel.pool import ItemResult, map_ordered
+from phasewatch.types import STRIDE_NS, BundleStatus
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-WINDOW_FILE, EPISODE_FILE = "features_window_v1.parquet", "features_episode_v1.parquet"
-SCHEMA_FILE = "feature_schema_v1.json"
-ROW_GROUP = 100_000
-ID_TAKEN = "episode-id-taken"
+__all__ = [
+    "EPISODE_ID_TAKEN",
+    "ID_COLUMNS",
+    "ROW_GROUP_SIZE",
+    "FeatureCount",
+    "ParallelSettings",
+    "WindowTable",
+    "build_window_table",
+    "write_feature_tables",
+]
+
+ROW_GROUP_SIZE = 100_000
+EPISODE_ID_TAKEN = "episode-id-taken"
 
 ID_COLUMNS = ("episode_id", "host_id", "profile", "sample_name", "sample_kind", "origin", "role")
 _WINDOW_NUMBERS = {"t_center_s": "<f4", "t_center_ns": "<i8", "phase": "<i1", "purity": "<f4", "flags": "<u1"}
@@ -46,31 +55,31 @@ _EPISODE_NUMBERS = {"n_windows": "<i4"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
-    """How the computing is spread; the bytes are the same with any.
+class ParallelSettings:
+    """Settings of the parallel computation; they do not change the bytes of the tables.
 
     Attributes:
-        workers: Processes that compute.
-        chunk: Episodes that are computed at once, after which their pages of the grids are given back.
-        few: Below so many episodes all is computed here: starting processes would cost more than it saves.
+        workers: Number of processes.
+        chunk_size: Episodes computed at once; afterwards their memory-mapped pages are released.
+        min_parallel_episodes: With fewer episodes no processes are started, because that would take longer.
     """
 
     workers: int = 1
-    chunk: int = 100
-    few: int = 2_000
+    chunk_size: int = 100
+    min_parallel_episodes: int = 2_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureCount:
-    """What went into the tables: the lines of the ledger.
+    """Counts for the data accounting.
 
     Attributes:
         episodes: Rows of the episode table.
         windows: Rows of the window table.
-        without_windows: Episodes too short for one window; each has its row in the episode table all the same.
-        left_out: Episodes with a grid that were not used, by their status; ``episode-id-taken`` where another host holds
-            an episode of the same id.
-        unknown_windows: Windows whose phase nobody labelled; they are in the table, and in no split.
+        without_windows: Episodes too short for one window; they have a row in the episode table.
+        left_out: Status → episodes with bins that were not used; ``episode-id-taken`` if another host has an episode of
+            the same id.
+        unknown_windows: Windows without a label; they are in the table, and in no split.
     """
 
     episodes: int
@@ -82,11 +91,12 @@ class FeatureCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class WindowTable:
-    """One episode's part of the window table.
+    """The rows of one episode in the window table.
 
     Attributes:
-        center_ns, center_s: ``(w,)`` middles of the windows, on the wall clock and from the first label.
-        phase, purity, flags: ``(w,)`` as `features.windows` makes them.
+        center_ns: ``(w,)`` int64 centres of the windows on the wall clock, ns.
+        center_s: ``(w,)`` float32 centres of the windows since the first label, s.
+        phase, purity, flags: ``(w,)`` int8, float32 and uint8, as in `features.windows`.
         stats: ``(w, 230)`` float32.
     """
 
@@ -98,51 +108,54 @@ class WindowTable:
     stats: NDArray[np.float32]
 
 
-def windows_of(row: GridRow, bins: NDArray[np.float32]) -> WindowTable:
-    """Make one episode's windows from its bins."""
+def build_window_table(row: BinIndexRow, bins: NDArray[np.float32]) -> WindowTable:
+    """Build the windows of one episode from its ``(n, c)`` float32 bins."""
     w = n_windows(row.n_bins)
-    starts = window_starts(row.t0_ns, w)
+    starts = compute_window_starts(row.t0_ns, w)
     spans = [LabelSpan(phase=phase, start_ns=start, end_ns=end) for phase, start, end in row.spans]
     labels = label_windows(spans, starts)
     return WindowTable(
         center_ns=starts + STRIDE_NS,
-        center_s=centers_s(w),
+        center_s=compute_centers_s(w),
         phase=labels.phase,
         purity=labels.purity,
-        flags=window_flags(row.bin_flags, labels.is_mixed),
+        flags=combine_window_flags(row.bin_flags, labels.is_mixed),
         stats=window_stats(bins).reshape(w, bins.shape[1] * len(STATS)),
     )
 
 
-def write_tables(
+def write_feature_tables(
     folder: Path,
-    grids: Grids,
-    statuses: Mapping[tuple[str, str], Status],
+    grids: MappedBins,
+    statuses: Mapping[tuple[str, str], BundleStatus],
     *,
     include_degraded: bool = True,
     inputs: Mapping[str, str] | None = None,
-    row_group: int = ROW_GROUP,
-    spread: Spread = Spread(),
+    row_group: int = ROW_GROUP_SIZE,
+    spread: ParallelSettings = ParallelSettings(),
 ) -> FeatureCount:
-    """Write the two tables and the schema of a run.
+    """Write the two feature tables and the schema of a run.
 
     Args:
-        folder: Of the run.
-        grids: Its grids.
-        statuses: (host_id, episode_id) → what the validator said; an episode that is not there is not used.
-        include_degraded: Use episodes with something missing or repaired, too.
-        inputs: Name → sha256 of what this was made from; kept in both tables.
-        row_group: Rows held in memory at a time.
-        spread: In how many processes it is computed.
+        folder: Folder of the run.
+        grids: Bins of the run.
+        statuses: (host_id, episode_id) → status of its validation; other episodes are not used.
+        include_degraded: Whether episodes with missing or repaired parts are used.
+        inputs: Name → sha256 of the inputs; stored in both tables.
+        row_group: Rows of a row group, which are held in memory.
+        spread: Settings of the parallel computation.
+
+    Raises:
+        MachineError: If a worker was lost.
     """
-    wanted = {Status.ACCEPTED, Status.DEGRADED} if include_degraded else {Status.ACCEPTED}
-    taken = find_taken_ids(statuses)
-    used: list[GridRow] = []
+    wanted = {BundleStatus.ACCEPTED, BundleStatus.DEGRADED} if include_degraded else {BundleStatus.ACCEPTED}
+    taken = find_contested_ids(statuses)
+    used: list[BinIndexRow] = []
     left_out: dict[str, int] = {}
     for row in sorted(grids.rows, key=lambda r: (r.host_id, r.episode_id)):
         status = statuses.get((row.host_id, row.episode_id))
         if (row.host_id, row.episode_id) in taken:
-            left_out[ID_TAKEN] = left_out.get(ID_TAKEN, 0) + 1
+            left_out[EPISODE_ID_TAKEN] = left_out.get(EPISODE_ID_TAKEN, 0) + 1
         elif status in wanted:
             used.append(row)
         else:
@@ -150,70 +163,73 @@ def write_tables(
             left_out[key] = left_out.get(key, 0) + 1
     n_all = n_short = n_unknown = 0
     with (
-        _sink(folder / WINDOW_FILE, _WINDOW_NUMBERS, row_group, inputs) as windows,
-        _sink(folder / EPISODE_FILE, _EPISODE_NUMBERS, row_group, inputs) as episodes,
+        _open_table(folder / FEATURES_FILE, _WINDOW_NUMBERS, row_group, inputs) as windows,
+        _open_table(folder / EPISODE_FEATURES_FILE, _EPISODE_NUMBERS, row_group, inputs) as episodes,
     ):
-        for row, table, whole in _made(used, grids, spread):
+        for row, table, whole in _iter_features(used, grids, spread):
             w = len(table.phase)
             numbers: dict[str, NDArray[Any]] = {
-                "t_center_s": table.center_s, "t_center_ns": table.center_ns, "phase": table.phase,
-                "purity": table.purity, "flags": table.flags,
-            }  # fmt: skip
+                "t_center_s": table.center_s,
+                "t_center_ns": table.center_ns,
+                "phase": table.phase,
+                "purity": table.purity,
+                "flags": table.flags,
+            }
             windows.add(row, numbers, table.stats)
             episodes.add(row, {"n_windows": np.array([w], np.int32)}, whole)
             n_all, n_short = n_all + w, n_short + (w == 0)
             n_unknown += int(np.count_nonzero(table.phase < 0))
-    write_whole(folder / SCHEMA_FILE, render_schema(behaviour_fingerprint()).encode())
+    write_atomic(folder / FEATURE_SCHEMA_FILE, render_schema(behaviour_fingerprint()).encode())
     return FeatureCount(
         episodes=len(used), windows=n_all, without_windows=n_short, left_out=left_out, unknown_windows=n_unknown
     )
 
 
-Made = tuple[WindowTable, NDArray[np.float32]]  # one episode's windows, and its own stats as a row
+_EpisodeFeatures = tuple[WindowTable, NDArray[np.float32]]  # windows of an episode, and its stats ``(1, 5 c)``
 
 
-def _made(
-    rows: Sequence[GridRow], grids: Grids, spread: Spread
-) -> Iterator[tuple[GridRow, WindowTable, NDArray[np.float32]]]:
-    """Compute the tables of episodes, in order."""
-    chunks = [tuple(rows[at : at + spread.chunk]) for at in range(0, len(rows), spread.chunk)]
-    if spread.workers == 1 or len(rows) < spread.few:
-        results: Iterator[list[Made]] = (_compute(grids.bins, chunk) for chunk in chunks)
+def _iter_features(
+    rows: Sequence[BinIndexRow], grids: MappedBins, spread: ParallelSettings
+) -> Iterator[tuple[BinIndexRow, WindowTable, NDArray[np.float32]]]:
+    """Yield each episode with its windows and its stats ``(1, 5 c)``, in order."""
+    chunks = [tuple(rows[at : at + spread.chunk_size]) for at in range(0, len(rows), spread.chunk_size)]
+    if spread.workers == 1 or len(rows) < spread.min_parallel_episodes:
+        results: Iterator[list[_EpisodeFeatures]] = (_compute_chunk(grids.bins, chunk) for chunk in chunks)
     else:
-        computing = map_ordered(partial(_compute_in, str(grids.folder)), chunks, workers=spread.workers)
-        results = (_value(result) for result in computing)
+        computing = map_ordered(partial(_compute_chunk_in_worker, str(grids.folder)), chunks, workers=spread.workers)
+        results = (_unwrap_result(result) for result in computing)
     for chunk, made in zip(chunks, results, strict=True):
         for row, (table, whole) in zip(chunk, made, strict=True):
             yield row, table, whole
 
 
-def _value(result: Result[list[Made]]) -> list[Made]:
+def _unwrap_result(result: ItemResult[list[_EpisodeFeatures]]) -> list[_EpisodeFeatures]:
     if result.value is None:
         raise MachineError(f"features could not be computed: {result.error}; run `phasewatch features` again")
     return result.value
 
 
-def _compute_in(folder: str, rows: Sequence[GridRow]) -> list[Made]:
-    """Compute a chunk in a worker, from a map of its own."""
-    return _compute(_mapped(folder), rows)
+def _compute_chunk_in_worker(folder: str, rows: Sequence[BinIndexRow]) -> list[_EpisodeFeatures]:
+    """Compute a chunk in a worker process, from its own memory map."""
+    return _compute_chunk(_map_bins_cached(folder), rows)
 
 
 @lru_cache(maxsize=1)
-def _mapped(folder: str) -> NDArray[np.float32]:
+def _map_bins_cached(folder: str) -> NDArray[np.float32]:
     return map_bins(Path(folder))
 
 
-def _compute(mapped: NDArray[np.float32], rows: Sequence[GridRow]) -> list[Made]:
+def _compute_chunk(mapped: NDArray[np.float32], rows: Sequence[BinIndexRow]) -> list[_EpisodeFeatures]:
     made = []
     for row in rows:
         bins = np.asarray(mapped[row.offset : row.offset + row.n_bins])
-        made.append((windows_of(row, bins), episode_stats(bins).reshape(1, -1)))
-    release(mapped)
+        made.append((build_window_table(row, bins), episode_stats(bins).reshape(1, -1)))
+    release_pages(mapped)
     return made
 
 
-class _Sink:
-    """Gathers rows column by column until a row group is full, then hands it to the file; memory stays constant."""
+class _TableWriter:
+    """Collect rows by column until a row group is full, then write it; memory use is constant."""
 
     def __init__(self, file: Any, numbers: Mapping[str, str], row_group: int) -> None:
         self._file, self._size, self._held = file, row_group, 0
@@ -222,7 +238,7 @@ class _Sink:
         self._numbers = {name: np.empty(row_group, kind) for name, kind in numbers.items()}
         self._features = np.empty((len(self._names), row_group), np.float32)
 
-    def add(self, row: GridRow, numbers: Mapping[str, NDArray[Any]], stats: NDArray[np.float32]) -> None:
+    def add(self, row: BinIndexRow, numbers: Mapping[str, NDArray[Any]], stats: NDArray[np.float32]) -> None:
         """Append the rows of one episode."""
         done = 0
         while done < len(stats):
@@ -238,7 +254,7 @@ class _Sink:
                 self.flush()
 
     def flush(self) -> None:
-        """Write what is held as one row group."""
+        """Write the collected rows as one row group."""
         import pyarrow as pa
 
         if not self._held:
@@ -252,20 +268,26 @@ class _Sink:
 
 
 @contextmanager
-def _sink(path: Path, numbers: Mapping[str, str], row_group: int, inputs: Mapping[str, str] | None) -> Iterator[_Sink]:
-    """Open one table for writing; it appears when the block ends well."""
+def _open_table(
+    path: Path, numbers: Mapping[str, str], row_group: int, inputs: Mapping[str, str] | None
+) -> Iterator[_TableWriter]:
+    """Open a table for writing; the file appears when the block ends without an exception."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns: list[tuple[str, pa.DataType]] = [(name, pa.string()) for name in ID_COLUMNS]
     columns += [(name, pa.from_numpy_dtype(np.dtype(kind))) for name, kind in numbers.items()]
     columns += [(name, pa.float32()) for name in feature_names()]
-    with writer(path) as raw:
+    with open_atomic(path) as raw:
         file = pq.ParquetWriter(
-            raw, pa.schema(columns), compression="zstd", compression_level=1, use_dictionary=list(ID_COLUMNS),
+            raw,
+            pa.schema(columns),
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=list(ID_COLUMNS),
             write_statistics=False,
-        )  # fmt: skip
-        sink = _Sink(file, numbers, row_group)
+        )
+        sink = _TableWriter(file, numbers, row_group)
         yield sink
         sink.flush()
         facts = {"schema_hash": schema_hash(), "inputs": dict(inputs or {})}

@@ -1,1 +1,1 @@
-"""HTTP/1.1 on a socket for receiver and dashboard: strict request heads, and connections that cannot occupy a server."""
+"""HTTP/1.1 for receiver and dashboard: strict request heads, and limits on connections."""

@@ -1,4 +1,4 @@
-"""Who holds a server's connections: few places and little time for strangers, kept places for those with a valid token."""
+"""The connections of a server: limited places and time for strangers, reserved places for clients with a token."""
 
 from __future__ import annotations
 
@@ -9,30 +9,40 @@ from enum import StrEnum
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, Protocol
 
-SCOPE_KEY = "phasewatch.connection"
-_SITE_BITS = 64  # one customer gets a whole IPv6 /64
+__all__ = [
+    "ConnectionEntry",
+    "ConnectionLimits",
+    "ConnectionStage",
+    "ConnectionTable",
+    "attach_connection",
+    "find_address_group",
+    "set_connection_owner",
+]
+
+_SCOPE_KEY = "phasewatch.connection"
+_SITE_BITS = 64  # one customer has a whole IPv6 /64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionLimits:
-    """What a server grants its connections.
+    """The limits on the connections of a server.
 
     A *stranger* is a connection that has not shown a valid token (or cookie) yet.
 
     Attributes:
-        connections: Places in all.
-        reserved: Places that strangers never take.
-        per_address: Strangers of one IPv4 address, one IPv6 /64, or of this machine.
-        per_owner: Connections of one token's owner that count as its own; further ones stay strangers.
+        connections: Maximum number of connections.
+        reserved: Places that strangers cannot use.
+        per_address: Maximum of strangers of one IPv4 address, one IPv6 /64, or of this machine.
+        per_owner: Maximum of connections that a token's owner has; further ones remain strangers.
         head_s: From the first byte of a request, or from the connection, to the end of the request head.
         handshake_s: For TLS.
-        idle_s: A stranger's pause after an answer.
+        idle_s: A stranger's pause after a response.
         owner_idle_s: The same, with a valid token.
-        stranger_s: A stranger's time in all; an answer that has begun is finished.
-        stranger_requests: A stranger's requests in all.
-        stall_s: A client that takes no bytes of its answer for so long is cut.
-        drain_s, drain_bytes: For what is still coming of a request that is already answered.
-        sweep_s: How often all this is looked at.
+        stranger_s: A stranger's total time; a response that has begun is finished.
+        stranger_requests: A stranger's total requests.
+        stall_s: A client that reads no bytes of its response for this time is disconnected.
+        drain_s, drain_bytes: For the rest of a request that is already answered.
+        sweep_s: Interval of the checks.
     """
 
     connections: int = 512
@@ -52,41 +62,41 @@ class ConnectionLimits:
 
 
 class ConnectionStage(StrEnum):
-    """What a connection is busy with."""
+    """The state of a connection."""
 
     HANDSHAKE = "handshake"
     HEAD = "head"
-    ANSWER = "answer"  # a request is being answered; how long that takes is the application's to bound
+    ANSWER = "answer"  # a request is being answered; the application limits its time
     DRAIN = "drain"
     IDLE = "idle"
     CLOSING = "closing"
 
 
-class Peer(Protocol):
+class ConnectionPeer(Protocol):
     """The live end of a connection, as the table needs it."""
 
     def find_stage(self) -> ConnectionStage:
         """Return what the connection is busy with now."""
 
     def abort(self) -> None:
-        """Cut the connection; nothing that waits to be sent is sent."""
+        """Close the connection at once; pending data is not sent."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class HeldConnection:
+class ConnectionEntry:
     """One connection's entry in the table.
 
     Attributes:
         peer: The live end.
-        group: The address, as `address_group` gives it.
-        opened_s: When it was accepted.
-        stage, since_s: What it is busy with, and since when.
-        owner: Whose token it has shown; empty for a stranger.
-        requests: Answered so far.
-        blocked_since_s: Since when its client takes nothing of its answer, None while it does.
+        group: The address, as `find_address_group` gives it.
+        opened_s: Time of acceptance.
+        stage, since_s: Its state, and the start of that.
+        owner: Owner of the token that it has shown; empty for a stranger.
+        requests: Number of answered requests.
+        blocked_since_s: Since when its client does not read; None while it does.
     """
 
-    peer: Peer
+    peer: ConnectionPeer
     group: str
     opened_s: float
     stage: ConnectionStage
@@ -97,79 +107,82 @@ class HeldConnection:
 
 
 class ConnectionTable:
-    """All connections of one server. Times are handed in, in seconds of one clock."""
+    """All connections of one server; the caller passes the time, in seconds of one clock."""
 
     def __init__(self, limits: ConnectionLimits) -> None:
-        """Begin without connections."""
+        """Start without connections."""
         self.limits = limits
-        self._held: dict[HeldConnection, None] = {}  # in the order in which they were opened
+        self._entries: dict[ConnectionEntry, None] = {}  # in the order of opening
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._entries)
 
-    def open(self, peer: Peer, address: str, stage: ConnectionStage, *, now_s: float) -> HeldConnection | None:
-        """Enter a new connection; a full table gives up the oldest stranger, so that no newcomer is shut out.
+    def open(
+        self, peer: ConnectionPeer, address: str, stage: ConnectionStage, *, now_s: float
+    ) -> ConnectionEntry | None:
+        """Add a new connection; if the table is full, the oldest stranger is disconnected.
 
         Returns:
-            The entry; None if there is no place, and no stranger whose place could be taken.
+            The entry; None if there is no place and no stranger to disconnect.
         """
-        group, limits = address_group(address), self.limits
-        strangers = [each for each in self._held if not each.owner]
+        group, limits = find_address_group(address), self.limits
+        strangers = [each for each in self._entries if not each.owner]
         groups = Counter(each.group for each in strangers)
         if groups[group] >= limits.per_address:
-            self._give_up(each for each in strangers if each.group == group)
-        elif len(strangers) >= limits.connections - limits.reserved or len(self._held) >= limits.connections:
+            self._evict(each for each in strangers if each.group == group)
+        elif len(strangers) >= limits.connections - limits.reserved or len(self._entries) >= limits.connections:
             largest = max(groups.values(), default=0)
-            self._give_up(each for each in strangers if groups[each.group] == largest)
-        if len(self._held) >= limits.connections:
+            self._evict(each for each in strangers if groups[each.group] == largest)
+        if len(self._entries) >= limits.connections:
             return None
-        entry = HeldConnection(peer=peer, group=group, opened_s=now_s, stage=stage, since_s=now_s)
-        self._held[entry] = None
+        entry = ConnectionEntry(peer=peer, group=group, opened_s=now_s, stage=stage, since_s=now_s)
+        self._entries[entry] = None
         return entry
 
-    def _give_up(self, candidates: Iterator[HeldConnection]) -> None:
-        # By age, not by idleness: who asks all the time must not outlive a newcomer whose head is on its way.
+    def _evict(self, candidates: Iterator[ConnectionEntry]) -> None:
+        # By age, not by idleness: a busy client must not outlive a new one that is sending its request head.
         victim = min(candidates, key=lambda each: (each.stage is ConnectionStage.ANSWER, each.opened_s), default=None)
         if victim is not None:
             self.close(victim)
             victim.peer.abort()
 
-    def close(self, entry: HeldConnection) -> None:
-        """Forget a connection that ended; a second time does nothing."""
-        self._held.pop(entry, None)
+    def close(self, entry: ConnectionEntry) -> None:
+        """Remove a connection that ended; further calls do nothing."""
+        self._entries.pop(entry, None)
 
-    def prove(self, entry: HeldConnection, owner: str) -> None:
-        """Note that a connection showed a valid token of this owner.
+    def set_owner(self, entry: ConnectionEntry, owner: str) -> None:
+        """Record the owner of a connection that showed a valid token.
 
-        One owner's connections beyond its share, and all beyond what leaves newcomers a place, stay strangers.
+        Connections beyond the share of their owner, or beyond the places that leave room for strangers, remain
+        strangers.
         """
-        if entry.owner or entry not in self._held:
+        if entry.owner or entry not in self._entries:
             return
-        owners = Counter(each.owner for each in self._held if each.owner)
+        owners = Counter(each.owner for each in self._entries if each.owner)
         places = self.limits.connections - min(self.limits.reserved, self.limits.connections // 8)
         if owners[owner] < self.limits.per_owner and owners.total() < places:
             entry.owner = owner
 
-    def is_spent(self, entry: HeldConnection, *, now_s: float) -> bool:
-        """Whether a connection has had all requests or all the time that a stranger has."""
+    def is_exhausted(self, entry: ConnectionEntry, *, now_s: float) -> bool:
+        """Whether a stranger has used its requests or its time."""
         limits = self.limits
         if entry.owner:
             return False
         return entry.requests >= limits.stranger_requests or now_s - entry.opened_s >= limits.stranger_s
 
-    def find_overdue(self, *, now_s: float) -> list[HeldConnection]:
-        """Return the connections whose time is up."""
-        for entry in self._held:
+    def find_overdue(self, *, now_s: float) -> list[ConnectionEntry]:
+        """Return the connections that exceed a time limit."""
+        for entry in self._entries:
             stage = entry.peer.find_stage()
             if stage is not entry.stage:
                 entry.stage, entry.since_s = stage, now_s
-        return [entry for entry in self._held if self._is_overdue(entry, now_s)]
+        return [entry for entry in self._entries if self._is_overdue(entry, now_s)]
 
-    def _is_overdue(self, entry: HeldConnection, now_s: float) -> bool:
+    def _is_overdue(self, entry: ConnectionEntry, now_s: float) -> bool:
         limits = self.limits
         if entry.blocked_since_s is not None and now_s - entry.blocked_since_s >= limits.stall_s:
             return True
-        if entry.stage in (ConnectionStage.HEAD, ConnectionStage.IDLE) and self.is_spent(entry, now_s=now_s):
+        if entry.stage in (ConnectionStage.HEAD, ConnectionStage.IDLE) and self.is_exhausted(entry, now_s=now_s):
             return True
         patience_s = {
             ConnectionStage.HANDSHAKE: limits.handshake_s,
@@ -182,12 +195,12 @@ class ConnectionTable:
         return now_s - entry.since_s >= patience_s[entry.stage]
 
 
-def address_group(address: str) -> str:
-    """Return what counts as one client: an IPv4 address, an IPv6 /64, or this machine with all its loopback addresses.
+def find_address_group(address: str) -> str:
+    """Return the group of an address: the IPv4 address, the IPv6 /64, or ``loopback`` for this machine.
 
-    >>> address_group("127.3.2.1") == address_group("::1") == address_group("::ffff:127.0.0.1")
+    >>> find_address_group("127.3.2.1") == find_address_group("::1") == find_address_group("::ffff:127.0.0.1")
     True
-    >>> address_group("2001:db8::1") == address_group("2001:db8::ffff:1")
+    >>> find_address_group("2001:db8::1") == find_address_group("2001:db8::ffff:1")
     True
     """
     try:
@@ -201,20 +214,20 @@ def address_group(address: str) -> str:
     return str(ip_network((ip, _SITE_BITS), strict=False)) if isinstance(ip, IPv6Address) else str(ip)
 
 
-class Provable(Protocol):
-    """A connection that can be told that its client is known."""
+class ConnectionHandle(Protocol):
+    """A connection whose owner can be set."""
 
-    def prove(self, owner: str) -> None:
-        """Note that a valid token of this owner was shown."""
-
-
-def introduce(scope: MutableMapping[str, Any], connection: Provable) -> None:
-    """Hand a connection to the application in its scope."""
-    scope[SCOPE_KEY] = connection
+    def set_owner(self, owner: str) -> None:
+        """Record the owner of the valid token that was shown."""
 
 
-def prove_owner(scope: Mapping[str, Any], owner: str) -> None:
-    """Note that the client of this request showed a valid token; without a socket there is nothing to note."""
-    connection: Provable | None = scope.get(SCOPE_KEY)
+def attach_connection(scope: MutableMapping[str, Any], connection: ConnectionHandle) -> None:
+    """Add a connection to the ASGI scope of a request."""
+    scope[_SCOPE_KEY] = connection
+
+
+def set_connection_owner(scope: Mapping[str, Any], owner: str) -> None:
+    """Record the owner of a request's connection; do nothing if the scope has no connection."""
+    connection: ConnectionHandle | None = scope.get(_SCOPE_KEY)
     if connection is not None:
-        connection.prove(owner)
+        connection.set_owner(owner)

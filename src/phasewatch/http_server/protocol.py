@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 with strict heads and bounded patience; uvicorn itself bounds only the pause between two requests."""
+"""uvicorn's HTTP/1.1 with strict request heads and time limits; uvicorn itself limits only pauses between requests."""
 
 from __future__ import annotations
 
@@ -17,19 +17,25 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from phasewatch.http_server.connections import (
+    ConnectionEntry,
     ConnectionLimits,
     ConnectionStage,
     ConnectionTable,
-    HeldConnection,
-    introduce,
+    attach_connection,
 )
-from phasewatch.http_server.heads import HEAD_BYTES, find_head_fault
+from phasewatch.http_server.heads import MAX_HEAD_BYTES, find_head_fault
 
-_OTHER_FILES = 64  # descriptors that a server needs beside its connections
+__all__ = [
+    "ConnectionMonitor",
+    "fit_to_file_limit",
+    "install_protocol",
+]
+
+_RESERVED_FILES = 64  # descriptors that a server needs beside its connections
 
 
 class StrictConnection(h11.Connection):
-    """h11's state machine, which forgives heads that `find_head_fault` does not."""
+    """h11's state machine, with the stricter `find_head_fault`."""
 
     fault = "this is not HTTP/1.1"
 
@@ -47,17 +53,17 @@ class StrictConnection(h11.Connection):
         return super().next_event()
 
 
-class ConnectionKeeper:
-    """A table of connections with a clock, which cuts those whose time is up."""
+class ConnectionMonitor:
+    """A table of connections with a clock; it disconnects those that exceed a time limit."""
 
     def __init__(self, limits: ConnectionLimits, *, clock_s: Callable[[], float] = time.monotonic) -> None:
-        """Begin without connections."""
+        """Start without connections."""
         self.table = ConnectionTable(limits)
         self.limits, self.clock_s = limits, clock_s
         self._timer: asyncio.TimerHandle | None = None
 
-    def open(self, peer: Any, transport: asyncio.Transport, stage: ConnectionStage) -> HeldConnection | None:
-        """Enter a new connection, see `ConnectionTable.open`; it is looked at now and then from here on."""
+    def open(self, peer: Any, transport: asyncio.Transport, stage: ConnectionStage) -> ConnectionEntry | None:
+        """Add a new connection, see `ConnectionTable.open`, and check it from now on."""
         name = transport.get_extra_info("peername")
         address = str(name[0]) if isinstance(name, tuple) else ""
         entry = self.table.open(peer, address, stage, now_s=self.clock_s())
@@ -75,45 +81,45 @@ class ConnectionKeeper:
         self._keep_sweeping(loop)
 
 
-class PatientProtocol(H11Protocol):
-    """One connection that is cut when it says, takes or holds too little for too long."""
+class BoundedProtocol(H11Protocol):
+    """One connection; it is disconnected when it exceeds a time limit."""
 
-    def __init__(self, *args: Any, keeper: ConnectionKeeper, **options: Any) -> None:
+    def __init__(self, *args: Any, keeper: ConnectionMonitor, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.conn = StrictConnection(h11.SERVER, HEAD_BYTES)
-        self.held: HeldConnection | None = None
-        self._keeper = keeper
-        self._is_draining = False  # answered for the last time: what still comes is thrown away
+        self.conn = StrictConnection(h11.SERVER, MAX_HEAD_BYTES)
+        self.entry: ConnectionEntry | None = None
+        self._monitor = keeper
+        self._is_draining = False  # the last response was sent; further bytes are discarded
         self._drained = 0
-        self._early = bytearray()  # came with the end of a TLS handshake, before its connection was handed over
+        self._early_data = bytearray()  # received with the end of a TLS handshake, before `connection_made`
         loaded = self.app
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
-            introduce(scope, self)
+            attach_connection(scope, self)
             await loaded(scope, receive, send)
 
         self.app = app
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Enter the table of connections, or close."""
+        """Add the connection to the table, or close it."""
         super().connection_made(transport)
-        if self.held is None:
-            self.held = self._keeper.open(self, transport, ConnectionStage.HEAD)
+        if self.entry is None:
+            self.entry = self._monitor.open(self, transport, ConnectionStage.HEAD)
         else:
-            self.held.peer = self  # its TLS handshake held the place until now
-        if self.held is None:
+            self.entry.peer = self  # its TLS handshake had the place until now
+        if self.entry is None:
             self.abort()
-        elif self._early:
-            early, self._early = bytes(self._early), bytearray()
+        elif self._early_data:
+            early, self._early_data = bytes(self._early_data), bytearray()
             self.data_received(early)
 
-    def prove(self, owner: str) -> None:
-        """Note that this client showed a valid token."""
-        if self.held is not None:
-            self._keeper.table.prove(self.held, owner)
+    def set_owner(self, owner: str) -> None:
+        """Record the owner of the valid token that was shown."""
+        if self.entry is not None:
+            self._monitor.table.set_owner(self.entry, owner)
 
     def abort(self) -> None:
-        """Cut the connection; nothing that waits to be sent is sent."""
+        """Close the connection at once; pending data is not sent."""
         self.transport.abort()
 
     def find_stage(self) -> ConnectionStage:
@@ -129,13 +135,13 @@ class PatientProtocol(H11Protocol):
         return ConnectionStage.HEAD if self.cycle is None or self.conn.trailing_data[0] else ConnectionStage.IDLE
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, unless the client has had its last answer."""
+        """Parse received bytes, unless the last response was sent."""
         if self.transport is None:
-            self._early += data
+            self._early_data += data
             return
         if self._is_draining or self.find_stage() is ConnectionStage.DRAIN:
             self._drained += len(data)
-            if self._drained > self._keeper.limits.drain_bytes:
+            if self._drained > self._monitor.limits.drain_bytes:
                 self.abort()
                 return
         if not self._is_draining:
@@ -143,11 +149,11 @@ class PatientProtocol(H11Protocol):
         self._note_stage()
 
     def on_response_complete(self) -> None:
-        """Go on to the next request, or end where the connection is not to be used again."""
-        if self.held is not None:
-            self.held.requests += 1
-            is_spent = self._keeper.table.is_spent(self.held, now_s=self._keeper.clock_s())
-            # Where a chunked body ends is a matter of opinion among HTTP servers; nothing that follows one is read.
+        """Continue with the next request, or close a connection that must not be used again."""
+        if self.entry is not None:
+            self.entry.requests += 1
+            is_spent = self._monitor.table.is_exhausted(self.entry, now_s=self._monitor.clock_s())
+            # HTTP servers disagree on where a chunked body ends, so nothing after one is read.
             if is_spent or any(name == b"transfer-encoding" for name, _ in self.headers):
                 self._drain()
         self._drained = 0
@@ -155,29 +161,31 @@ class PatientProtocol(H11Protocol):
         self._note_stage()
 
     def handle_events(self) -> None:
-        """Handle what was parsed, unless the client has had its last answer."""
+        """Handle parsed events, unless the last response was sent."""
         if not self._is_draining:
             super().handle_events()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is not HTTP, and end the connection."""
+        """Refuse a malformed request and close the connection."""
         connection = cast(StrictConnection, self.conn)
         body = (json.dumps({"status": 400, "detail": connection.fault}) + "\n").encode()
         headers = [
-            *self.server_state.default_headers, (b"content-type", b"application/problem+json"),
-            (b"content-length", b"%d" % len(body)), (b"connection", b"close"),
-        ]  # fmt: skip
+            *self.server_state.default_headers,
+            (b"content-type", b"application/problem+json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"connection", b"close"),
+        ]
         answer = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
         try:
             for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        except h11.LocalProtocolError:  # another answer is already on its way
+        except h11.LocalProtocolError:  # another response has begun
             self.abort()
             return
         self._drain()
 
     def _drain(self) -> None:
-        """End our side, and let the client finish: closed at once, it could lose the answer."""
+        """Close our side and let the client finish; an immediate close could lose the response."""
         self._is_draining = True
         self._drained = 0
         if self.transport.can_write_eof() and not self.transport.is_closing():
@@ -190,104 +198,108 @@ class PatientProtocol(H11Protocol):
         """Close the transport."""
 
     def pause_writing(self) -> None:
-        """Note that the client takes nothing of its answer for now."""
+        """Record that the client does not read its response."""
         super().pause_writing()
-        if self.held is not None:
-            self.held.blocked_since_s = self._keeper.clock_s()
+        if self.entry is not None:
+            self.entry.blocked_since_s = self._monitor.clock_s()
 
     def resume_writing(self) -> None:
-        """Note that the client went on."""
+        """Record that the client reads again."""
         super().resume_writing()
-        if self.held is not None:
-            self.held.blocked_since_s = None
+        if self.entry is not None:
+            self.entry.blocked_since_s = None
 
     def shutdown(self) -> None:
-        """Begin an orderly end."""
+        """Start an orderly shutdown."""
         if self._is_draining:
             self.transport.close()
         else:
             super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Release the place."""
-        if self.held is not None:
-            self._keeper.table.close(self.held)
-        if self.transport is not None:  # else its TLS handshake failed
+        """Remove the connection from the table."""
+        if self.entry is not None:
+            self._monitor.table.close(self.entry)
+        if self.transport is not None:  # otherwise its TLS handshake failed
             super().connection_lost(exc)
 
     def _note_stage(self) -> None:
         stage = self.find_stage()
-        if self.held is not None and stage is not self.held.stage:
-            self.held.stage, self.held.since_s = stage, self._keeper.clock_s()
+        if self.entry is not None and stage is not self.entry.stage:
+            self.entry.stage, self.entry.since_s = stage, self._monitor.clock_s()
 
 
-class TlsOpening(asyncio.Protocol):
-    """A connection in its TLS handshake. It has a place in the table: asyncio alone lets any number wait a minute each."""
+class TlsHandshake(asyncio.Protocol):
+    """A connection in its TLS handshake, with a place in the table; asyncio does not limit their number."""
 
-    def __init__(self, make: Callable[[], PatientProtocol], keeper: ConnectionKeeper, context: ssl.SSLContext) -> None:
-        self._make, self._keeper, self._context = make, keeper, context
+    def __init__(self, make: Callable[[], BoundedProtocol], keeper: ConnectionMonitor, context: ssl.SSLContext) -> None:
+        self._make_protocol, self._monitor, self._context = make, keeper, context
         self._transport: asyncio.Transport | None = None
-        self._held: HeldConnection | None = None
+        self._entry: ConnectionEntry | None = None
         self._task: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Enter the table of connections, then begin the handshake."""
+        """Add the connection to the table, then start the handshake."""
         self._transport = cast(asyncio.Transport, transport)
-        self._held = self._keeper.open(self, self._transport, ConnectionStage.HANDSHAKE)
-        if self._held is None:
+        self._entry = self._monitor.open(self, self._transport, ConnectionStage.HANDSHAKE)
+        if self._entry is None:
             self.abort()
             return
-        self._task = asyncio.get_running_loop().create_task(self._open(self._transport, self._held))
+        self._task = asyncio.get_running_loop().create_task(self._handshake(self._transport, self._entry))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Release the place."""
-        if self._held is not None:
-            self._keeper.table.close(self._held)
+        """Remove the connection from the table."""
+        if self._entry is not None:
+            self._monitor.table.close(self._entry)
 
     def find_stage(self) -> ConnectionStage:
         """Return what the connection is busy with now."""
         return ConnectionStage.HANDSHAKE
 
     def abort(self) -> None:
-        """Cut the connection."""
+        """Close the connection at once."""
         if self._transport is not None:
             self._transport.abort()
 
-    async def _open(self, transport: asyncio.Transport, held: HeldConnection) -> None:
-        inner = self._make()
-        inner.held = held
-        limits = self._keeper.limits
+    async def _handshake(self, transport: asyncio.Transport, held: ConnectionEntry) -> None:
+        inner = self._make_protocol()
+        inner.entry = held
+        limits = self._monitor.limits
         try:
             secured = await asyncio.get_running_loop().start_tls(
-                transport, inner, self._context, server_side=True, ssl_handshake_timeout=limits.handshake_s,
+                transport,
+                inner,
+                self._context,
+                server_side=True,
+                ssl_handshake_timeout=limits.handshake_s,
                 ssl_shutdown_timeout=limits.drain_s,
-            )  # fmt: skip
-        except OSError:  # no TLS, none that is supported, too slow, or gone
+            )
+        except OSError:  # no TLS, no supported version, too slow, or closed
             secured = None
         if secured is None:
-            self._keeper.table.close(held)
+            self._monitor.table.close(held)
             transport.abort()
             return
         inner.connection_made(secured)
 
 
-def install(config: uvicorn.Config, keeper: ConnectionKeeper) -> None:
-    """Have a loaded uvicorn configuration serve each connection by `PatientProtocol`."""
-    context, config.ssl = config.ssl, None  # the handshake is ours
+def install_protocol(config: uvicorn.Config, keeper: ConnectionMonitor) -> None:
+    """Make a loaded uvicorn configuration use `BoundedProtocol` for each connection."""
+    context, config.ssl = config.ssl, None  # the handshake is done by TlsHandshake
 
     def make(**options: Any) -> asyncio.Protocol:
-        inner = partial(PatientProtocol, keeper=keeper, **options)
-        return TlsOpening(inner, keeper, context) if context is not None else inner()
+        inner = partial(BoundedProtocol, keeper=keeper, **options)
+        return TlsHandshake(inner, keeper, context) if context is not None else inner()
 
     config.http_protocol_class = cast(Any, make)
 
 
-def fit_to_process(limits: ConnectionLimits) -> ConnectionLimits:
-    """Return the limits with no more connections than this process may have open files."""
+def fit_to_file_limit(limits: ConnectionLimits) -> ConnectionLimits:
+    """Return the limits with at most as many connections as the process may open files."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft - _OTHER_FILES >= limits.connections:
+    if soft == resource.RLIM_INFINITY or soft - _RESERVED_FILES >= limits.connections:
         return limits
-    most = max(8, soft - _OTHER_FILES)
+    most = max(8, soft - _RESERVED_FILES)
     return replace(
         limits,
         connections=most,

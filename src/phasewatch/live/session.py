@@ -1,63 +1,82 @@
-"""One watch from its door to its end: look, guard, attach, choose the model, watch, and leave the VM as it was."""
+"""Run one whole watch: survey the VM, start the cleanup process, attach, choose a model, watch, detach."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from phasewatch.channels import CHANNELS
 from phasewatch.errors import MachineError, PhasewatchError
-from phasewatch.features.commission import Reference
-from phasewatch.live.asking import jit_use
-from phasewatch.live.attach import Survey, attach, detach, explain_masks, survey
-from phasewatch.live.envelope import Event
-from phasewatch.live.find import Running
-from phasewatch.live.guard import Guard
-from phasewatch.live.models import Candidate, choose_model, passed_over, with_channel_set
-from phasewatch.live.save import Saver, check_folder
-from phasewatch.live.scorer import Scorer
-from phasewatch.live.tracker import Step
-from phasewatch.live.watcher import Outlets, Watched, Watcher, is_alive
-from phasewatch.live.webhook import Webhook
-from phasewatch.record.base import Clock, HostClock, TelemetrySource
+from phasewatch.events.schema import EventEnvelope
+from phasewatch.features.normalise import HostBaseline
+from phasewatch.inference.model_selection import (
+    ModelCandidate,
+    choose_model,
+    filter_by_channel_set,
+    find_unavailable_channel_sets,
+)
+from phasewatch.inference.predictor import PhasePredictor
+from phasewatch.live.attach import VmSurvey, attach, choose_jit_use, detach, explain_masked_channels, survey_vm
+from phasewatch.live.cleanup import CleanupProcess
+from phasewatch.live.discover import RunningVm
+from phasewatch.live.outputs import Webhook
+from phasewatch.live.recording import WatchRecorder, check_recording_folder
+from phasewatch.live.watcher import VmWatcher, WatchCallbacks, WatchResult, is_vm_alive
+from phasewatch.telemetry.base import AsyncClock, HostClock, TelemetrySource
 
-GUARD_LOOK_S = 2.0
+__all__ = ["WatchReport", "WatchRequest", "run_watch", "supervise_cleanup_process", "watch_vm"]
+
+logger = logging.getLogger(__name__)
+
+CLEANUP_CHECK_INTERVAL_S = 2.0
+_MAX_MISSING_SHOWN = 4  # channels named for each channel set that the VM cannot provide
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What is to be watched, and how.
+class WatchRequest:
+    """What to watch, and how.
 
     Attributes:
-        machine: From `find`.
-        qmp: A socket that the user named; it must answer.
-        models: What `choose_model` chooses from; empty only makes bins.
-        channels: Channel set that the user named; empty lets `choose_model` choose. Only a named one that has
-            translation counters makes QEMU count them.
-        clean_day: What is usual on it while it is known clean, from `phasewatch commission`; None where nobody knows.
-        save: Store that gets the readings; None keeps nothing.
-        webhook: URL that alarms are posted to; empty for none.
-        seconds: How long; 0 until the VM is gone or the watch is interrupted.
+        machine: The VM, from `phasewatch.live.discover`.
+        qmp: QMP socket that the user named, which must answer; None tries the VM's own sockets.
+        models: Candidates for `choose_model`; empty makes bins without decisions.
+        channels: Channel set that the user named; empty lets `choose_model` choose. QEMU's translation counters are
+            used only for a named channel set that contains them.
+        baseline: The VM's baseline, measured while it was known clean; None if there is none.
+        save: Store to save the readings in; None saves nothing.
+        webhook: URL to post alarms to; empty for none.
+        seconds: Maximum duration; 0 watches until the VM is gone or the watch is interrupted.
     """
 
-    machine: Running
+    machine: RunningVm
     qmp: Path | None = None
-    models: tuple[Candidate, ...] = ()
+    models: tuple[ModelCandidate, ...] = ()
     channels: str = ""
-    clean_day: Reference | None = None
+    baseline: HostBaseline | None = None
     save: Path | None = None
     webhook: str = ""
     seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """What a watch came to, and how it was set up; `left_as_found` is False where something of ours may still stand in the VM."""
+class WatchReport:
+    """Result and setup of one watch.
 
-    watched: Watched
+    Attributes:
+        watched: Counts and states.
+        model, threat: Name of the model and of its channel set; empty without a model.
+        masked: Channels that the VM cannot provide.
+        caveat: Why the model's decisions are less certain on this VM; empty if there is no reason.
+        left_as_found: False if something that the watch added may still be in the VM.
+        posted, not_posted: Alarms that the webhook received, and those it did not.
+    """
+
+    watched: WatchResult
     model: str
     threat: str
     masked: tuple[str, ...]
@@ -67,37 +86,44 @@ class Report:
     not_posted: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _AttachedWatch:
+    """Everything that a watch of an attached VM needs."""
+
+    request: WatchRequest
+    survey: VmSurvey
+    sources: Sequence[TelemetrySource]
+    predictor: PhasePredictor | None
+    webhook: Webhook | None
+    callbacks: WatchCallbacks
+    clock: AsyncClock
+
+
 def run_watch(
-    request: Request,
-    emit: Callable[[Event, bool], None],
-    say: Callable[[str], None],
-    *,
-    clock: Clock | None = None,
-    on_step: Callable[[Step], None] | None = None,
-) -> Report:
-    """Watch until the end, an interrupt included: SIGINT, SIGTERM and the terminal's end (SIGHUP) end it in order.
+    request: WatchRequest, callbacks: WatchCallbacks | None = None, *, clock: AsyncClock | None = None
+) -> WatchReport:
+    """Watch a VM until the end; SIGINT, SIGTERM and SIGHUP end the watch in order.
 
     Args:
-        request: What.
-        emit: Takes every event, and whether an alarm was raised or ended with it.
-        say: Takes lines for people.
-        clock: The host's, unless a test hands in another.
-        on_step: Takes every closed bin.
+        request: What to watch, and how.
+        callbacks: Receivers of events and bins. `on_row` and `count_backlog` are set by the watch itself.
+        clock: Clock of the host; a test passes its own.
 
     Raises:
-        PhasewatchError: If it cannot begin; the VM is then as it was.
+        PhasewatchError: If the watch cannot begin; the VM is then unchanged.
+        KeyboardInterrupt: If it was interrupted before the first window.
     """
 
-    async def main() -> Report:
+    async def main() -> WatchReport:
         task = asyncio.current_task()
         loop = asyncio.get_running_loop()
         numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else it was told to outlive its terminal: nohup
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # ignored under nohup, which must stay so
             numbers.append(signal.SIGHUP)
         for number in numbers:
-            with suppress(ValueError, RuntimeError, NotImplementedError):  # not the main thread: who runs us cancels
+            with suppress(ValueError, RuntimeError, NotImplementedError):  # not the main thread: the caller cancels
                 loop.add_signal_handler(number, task.cancel if task else lambda: None)
-        return await watch(request, emit, say, clock=clock or HostClock(), on_step=on_step)
+        return await watch_vm(request, callbacks or WatchCallbacks(), clock=clock or HostClock())
 
     try:
         return asyncio.run(main())
@@ -105,131 +131,157 @@ def run_watch(
         raise KeyboardInterrupt from None
 
 
-async def watch(
-    request: Request,
-    emit: Callable[[Event, bool], None],
-    say: Callable[[str], None],
-    *,
-    clock: Clock,
-    on_step: Callable[[Step], None] | None = None,
-) -> Report:
-    """Watch until the end; see `run_watch`. Cancelling it ends it in order, with a report."""
-    jit = jit_use(request.channels)
+async def watch_vm(request: WatchRequest, callbacks: WatchCallbacks, *, clock: AsyncClock) -> WatchReport:
+    """Watch a VM until the end, as `run_watch` does; cancelling the task ends the watch in order, with a report."""
+    jit = choose_jit_use(request.channels)
     if request.channels:
-        request = replace(request, models=with_channel_set(request.models, request.channels))
-    hook = Webhook(request.webhook, say) if request.webhook else None
-    if request.save and (why := check_folder(request.save)):
-        say(f"--save {request.save}: nothing can be written now: {why}; the machine is watched all the same")
-    found = await survey(request.machine, qmp=request.qmp, clock=clock)
-    found.jit = jit
+        request = replace(request, models=filter_by_channel_set(request.models, request.channels))
+    webhook = Webhook(request.webhook) if request.webhook else None
+    if request.save and (error := check_recording_folder(request.save)):
+        logger.warning(
+            "--save %s: nothing can be written now: %s; the VM is watched all the same",
+            request.save,
+            error.strerror or error,
+        )
+    survey = await survey_vm(request.machine, qmp=request.qmp, clock=clock)
+    survey.jit = jit
     with ExitStack() as stack:
-        guard = stack.enter_context(Guard(found.task))  # before anything in the VM is touched
+        cleanup = stack.enter_context(CleanupProcess(survey.task))  # before anything in the VM is changed
         sources: Sequence[TelemetrySource] = ()
-        watched = Watched()
-        scorer: Scorer | None = None
-        left = True
+        watched = WatchResult()
+        predictor: PhasePredictor | None = None
+        is_clean = True
         try:
-            sources = await _attach(found)
-            scorer = _choose(request, found)
-            _introduce(request, found, scorer, say)
-            keeping = asyncio.create_task(keep_guard(guard, say))
+            sources = await _attach_sources(survey)
+            predictor = _choose_model(request, survey)
+            _log_setup(request, survey, predictor)
+            supervision = asyncio.create_task(supervise_cleanup_process(cleanup))
             try:
-                watched = await _watch(request, found, sources, scorer, hook, emit, say, clock, on_step)
+                watched = await _watch(
+                    _AttachedWatch(
+                        request=request,
+                        survey=survey,
+                        sources=sources,
+                        predictor=predictor,
+                        webhook=webhook,
+                        callbacks=callbacks,
+                        clock=clock,
+                    )
+                )
             finally:
-                keeping.cancel()
+                supervision.cancel()
         finally:
-            left = await detach(found, sources) or not is_alive(found)
-            if left:
-                guard.dismiss()
-            if hook is not None:
-                await hook.close()
-    facts = found.facts
-    return Report(
-        watched=watched, model=scorer.model if scorer else "", threat=scorer.threat if scorer else "",
-        masked=tuple(found.masked), caveat=scorer.caveat(facts.accel, facts.arch) if scorer else "", left_as_found=left,
-        posted=hook.sent if hook else 0, not_posted=hook.lost if hook else 0,
-    )  # fmt: skip
+            is_clean = await detach(survey, sources) or not is_vm_alive(survey)
+            if is_clean:
+                cleanup.dismiss()
+            if webhook is not None:
+                await webhook.close()
+    facts = survey.facts
+    return WatchReport(
+        watched=watched,
+        model=predictor.model if predictor else "",
+        threat=predictor.threat if predictor else "",
+        masked=tuple(survey.masked),
+        caveat=predictor.caveat(facts.accel, facts.arch) if predictor else "",
+        left_as_found=is_clean,
+        posted=webhook.sent if webhook else 0,
+        not_posted=webhook.lost if webhook else 0,
+    )
 
 
-async def keep_guard(guard: Guard, say: Callable[[str], None]) -> None:
-    """Start another guard when the one that there was is gone; what cannot be started now is tried again."""
-    is_told = False
+async def supervise_cleanup_process(cleanup: CleanupProcess) -> None:
+    """Restart the cleanup process whenever it is gone, until cancelled; a failed restart is tried again."""
+    is_failure_logged = False
     while True:
-        await asyncio.sleep(GUARD_LOOK_S)
+        await asyncio.sleep(CLEANUP_CHECK_INTERVAL_S)
         try:
-            if guard.replace_if_dead():
-                say(f"the guard was gone, killed by somebody; process {guard.pid} takes its place")
-                is_told = False
+            if cleanup.restart_if_dead():
+                logger.warning("the cleanup process was killed; process %d replaces it", cleanup.pid)
+                is_failure_logged = False
         except OSError as exc:
-            if not is_told:
-                is_told = True
-                say(f"the guard is gone and no other can be started: {exc.strerror}; the watch goes on unguarded")
+            if not is_failure_logged:
+                is_failure_logged = True
+                logger.warning(
+                    "the cleanup process is gone and cannot be started again: %s; the watch goes on without it",
+                    exc.strerror,
+                )
 
 
-async def _attach(found: Survey) -> tuple[TelemetrySource, ...]:
+async def _attach_sources(survey: VmSurvey) -> tuple[TelemetrySource, ...]:
     try:
-        return await attach(found)
+        return await attach(survey)
     except OSError as exc:
-        raise MachineError(f"process {found.facts.pid}: its /proc cannot be read: {exc.strerror}") from exc
+        raise MachineError(f"process {survey.facts.pid}: its /proc cannot be read: {exc.strerror}") from exc
 
 
-def _choose(request: Request, found: Survey) -> Scorer | None:
+def _choose_model(request: WatchRequest, survey: VmSurvey) -> PhasePredictor | None:
     if not request.models:
         return None
     try:
-        return choose_model(request.models, found.available, arch=found.facts.arch, clean_day=request.clean_day)
+        return choose_model(request.models, survey.available, arch=survey.facts.arch, clean_day=request.baseline)
     except PhasewatchError as exc:
-        lines = "; ".join(explain_masks({n: w for n, w in found.masked.items() if not n.startswith("guest.")}))
-        raise type(exc)(f"{exc}. Missing here: {lines or 'nothing'}") from exc
+        masked = {name: reason for name, reason in survey.masked.items() if not name.startswith("guest.")}
+        missing = "; ".join(explain_masked_channels(masked)) or "nothing"
+        raise type(exc)(f"{exc}. Missing here: {missing}") from exc
 
 
-def _introduce(request: Request, found: Survey, scorer: Scorer | None, say: Callable[[str], None]) -> None:
-    facts = found.facts
-    say(
-        f"watching {facts.name} (process {facts.pid}): {facts.arch} under {facts.accel or 'an unknown accelerator'}, "
-        f"{facts.vcpus} vCPU, {len(found.available)} of 46 channels"
+def _log_setup(request: WatchRequest, survey: VmSurvey, predictor: PhasePredictor | None) -> None:
+    facts = survey.facts
+    logger.info(
+        "watching %s (process %d): %s under %s, %d vCPU, %d of %d channels",
+        facts.name,
+        facts.pid,
+        facts.arch,
+        facts.accel or "an unknown accelerator",
+        facts.vcpus,
+        len(survey.available),
+        len(CHANNELS),
     )
-    for line in (*explain_masks(found.masked), *found.notes):
-        say(f"  {line}")
-    if scorer is not None:
-        say(f"model {scorer.model}, mask {scorer.threat}, {scorer.where}")
-        for threat, lacks in passed_over(request.models, found.available, arch=facts.arch, chosen=scorer):
-            more = f" and {len(lacks) - 4} more" if len(lacks) > 4 else ""
-            say(f"  not the larger mask {threat}: this VM does not give {', '.join(lacks[:4])}{more}")
-        if scorer.alarm is None:
-            say("  this model was trained without an alarm: phases only")
-        if caveat := scorer.caveat(facts.accel, facts.arch):
-            say(f"  {caveat}")
+    for line in (*explain_masked_channels(survey.masked), *survey.notes):
+        logger.info("  %s", line)
+    if predictor is None:
+        return
+    logger.info("model %s, channel set %s, %s", predictor.model, predictor.threat, predictor.where)
+    for name, missing in find_unavailable_channel_sets(
+        request.models, survey.available, arch=facts.arch, chosen=predictor
+    ):
+        n_more = len(missing) - _MAX_MISSING_SHOWN
+        more = f" and {n_more} more" if n_more > 0 else ""
+        shown = ", ".join(missing[:_MAX_MISSING_SHOWN])
+        logger.info("  not the larger channel set %s: this VM does not provide %s%s", name, shown, more)
+    if predictor.alarm is None:
+        logger.info("  this model was trained without an alarm: phases only")
+    if caveat := predictor.caveat(facts.accel, facts.arch):
+        logger.info("  %s", caveat)
 
 
-async def _watch(
-    request: Request,
-    found: Survey,
-    sources: Sequence[TelemetrySource],
-    scorer: Scorer | None,
-    hook: Webhook | None,
-    emit: Callable[[Event, bool], None],
-    say: Callable[[str], None],
-    clock: Clock,
-    on_step: Callable[[Step], None] | None,
-) -> Watched:
-    saved: list[str] = []
-    saver = Saver(request.save, found, clock, lambda path: saved.append(str(path)), say) if request.save else None
+async def _watch(watch: _AttachedWatch) -> WatchResult:
+    request, webhook = watch.request, watch.webhook
+    recorder = WatchRecorder(request.save, watch.survey, watch.clock) if request.save else None
 
-    def tell(event: Event, news: bool) -> None:
-        emit(event, news)
-        if news and hook is not None:
-            hook.post(event)
+    def send_event(event: EventEnvelope, is_alarm_change: bool) -> None:
+        watch.callbacks.on_event(event, is_alarm_change)
+        if is_alarm_change and webhook is not None:
+            webhook.post(event)
 
-    outlets = Outlets(
-        emit=tell, say=say, keep=saver.keep if saver else None, on_step=on_step, backlog=hook.backlog if hook else lambda: 0
-    )  # fmt: skip
-    watcher = Watcher(found, sources, scorer, outlets, clock, host=found.facts.host_id)
+    callbacks = replace(watch.callbacks, on_event=send_event)
+    if recorder is not None:
+        callbacks = replace(callbacks, on_row=recorder.add_row)
+    if webhook is not None:
+        callbacks = replace(callbacks, count_backlog=webhook.count_backlog)
+    watcher = VmWatcher(
+        watch.survey, watch.sources, watch.predictor, callbacks, watch.clock, host=watch.survey.facts.host_id
+    )
     try:
         watched = await watcher.run(seconds=request.seconds)
     finally:
-        if saver is not None:
-            saver.close()
-    if saver is None:
+        if recorder is not None:
+            recorder.close()
+    if recorder is None:
         return watched
-    return replace(watched, saved=saved, not_saved=saver.lost, save_failure=saver.failure)
+    return replace(
+        watched,
+        saved=[str(path) for path in recorder.saved],
+        not_saved=recorder.lost,
+        save_failure=recorder.failure,
+    )

@@ -1,58 +1,147 @@
-"""Watch one VM: read its sources twice a second, close bins by the clock, tell what the tracker decides."""
+"""Watch one attached VM: sample its sources twice a second, close bins on time, report events and messages."""
 
 from __future__ import annotations
 
 import asyncio
-import os
+import logging
 import resource
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from enum import StrEnum
 
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch.binning.stream import LATENESS_NS
+from phasewatch.channels import CHANNEL_NAMES
 from phasewatch.errors import VmError
-from phasewatch.grid.stream import LATENESS_NS
-from phasewatch.live.announce import Announcer, Cost, CostMeter, is_news
-from phasewatch.live.attach import Survey, channels_of
-from phasewatch.live.capture import NetworkSource
-from phasewatch.live.envelope import Event
-from phasewatch.live.quality import WindowQuality
-from phasewatch.live.scorer import Scorer
-from phasewatch.live.silence import SilenceWatch
-from phasewatch.live.tracker import Decision, Step, Tracker
-from phasewatch.record.base import STAMPS, Clock, NotedSource, Row, RowLog, TelemetrySource, Ticker
-from phasewatch.record.process import read_start_ticks
-from phasewatch.record.qmp import QmpSource
-from phasewatch.vocab import Source
+from phasewatch.events.perf import read_own_rss_bytes
+from phasewatch.events.schema import EventEnvelope
+from phasewatch.inference.predictor import PhaseDecision, PhasePredictor
+from phasewatch.live.attach import VmSurvey, list_source_channels
+from phasewatch.live.events import CostMeter, EventBuilder, WatchCost, has_alarm_changed
+from phasewatch.live.silence import SilenceDetector
+from phasewatch.live.tracker import TrackerStep, VmTracker
+from phasewatch.telemetry.base import (
+    N_STAMPS,
+    AsyncClock,
+    NoteSource,
+    ReadingRow,
+    RowLog,
+    TelemetrySampler,
+    TelemetrySource,
+)
+from phasewatch.telemetry.capture import NetworkSource
+from phasewatch.telemetry.process import read_start_ticks
+from phasewatch.telemetry.qmp import QmpSource
+from phasewatch.types import MAX_WAIT_CORES, WINDOW_BINS, SourceKind
 
-LOOK_NS = 250_000_000  # the longest sleep: a clock that steps is noticed within it
-HEALTH_NS = 2_000_000_000
-PERF_NS = 5_000_000_000
-WORLD = Path("/proc")
-TIME_UP, INTERRUPTED = "the time is up", "interrupted"  # why a watch ended
+__all__ = ["VmWatcher", "WatchCallbacks", "WatchEndReason", "WatchResult", "WindowQuality", "is_vm_alive"]
+
+logger = logging.getLogger(__name__)
+
+_MIN_READING_SHARE = 0.9  # below this share of a source's readings, a window's source counts as incomplete
+_CONTENTION_WINDOWS = 3  # consecutive windows before the contention state changes
+_MAX_SLEEP_NS = 250_000_000  # upper limit of one sleep, so that a clock step is noticed soon
+_HEALTH_INTERVAL_NS = 2_000_000_000
+_PERF_INTERVAL_NS = 5_000_000_000
+_MAX_EVENT_BINS = 240  # bins in one telemetry event
+_VCPU_WAIT_INDEX = CHANNEL_NAMES.index("proc.vcpu_wait")
+
+
+class WatchEndReason(StrEnum):
+    """Why a watch ended; the value is part of the command's JSON result."""
+
+    TIMEOUT = "the time is up"
+    INTERRUPTED = "interrupted"
+    VM_GONE = "the VM is gone"
+
+
+class WindowQuality:
+    """Measures how complete and undisturbed the readings of the current window are.
+
+    Args:
+        channels: Full names of the channels that the model reads.
+
+    Attributes:
+        is_contended: Whether CPU contention has lasted for several windows.
+    """
+
+    def __init__(self, channels: Sequence[str]) -> None:
+        self._bins: deque[NDArray[np.float32]] = deque(maxlen=WINDOW_BINS)
+        self._columns = {
+            source: [CHANNEL_NAMES.index(name) for name in channels if name.startswith(f"{source}.")]
+            for source in SourceKind
+        }
+        self._streak = 0
+        self.is_contended = False
+
+    def add(self, values: NDArray[np.float32], *, began: bool) -> None:
+        """Add one bin.
+
+        Args:
+            values: ``(46,)`` float32 in the order of `CHANNEL_NAMES`; NaN where unknown.
+            began: Whether a new sequence of bins begins, which discards the bins before.
+        """
+        if began:
+            self._bins.clear()
+        self._bins.append(values)
+
+    def find_incomplete_sources(self) -> tuple[SourceKind, ...]:
+        """Return the sources that lack more than a tenth of the window's readings for the model's channels."""
+        bins = np.array(self._bins)
+        return tuple(
+            source
+            for source, columns in self._columns.items()
+            if columns and len(bins) and np.isfinite(bins[:, columns]).mean() < _MIN_READING_SHARE
+        )
+
+    @property
+    def wait_cores(self) -> float:
+        """Mean number of cores that the vCPUs waited for during the window; NaN where unknown."""
+        wait = np.array([values[_VCPU_WAIT_INDEX] for values in self._bins])
+        known = wait[np.isfinite(wait)]
+        return float(known.mean()) if len(known) else float("nan")
+
+    @property
+    def has_cpu_contention(self) -> bool:
+        """Whether the vCPUs waited longer than `MAX_WAIT_CORES`, the limit that `inspect` uses for recordings."""
+        return self.wait_cores > MAX_WAIT_CORES
+
+    def update_contention(self) -> bool:
+        """Update `is_contended` at the end of a window; return whether it changed."""
+        self._streak = self._streak + 1 if self.has_cpu_contention != self.is_contended else 0
+        if self._streak < _CONTENTION_WINDOWS:
+            return False
+        self.is_contended, self._streak = not self.is_contended, 0
+        return True
 
 
 @dataclass(slots=True, kw_only=True)
-class Watched:
-    """What a watch came to.
+class WatchResult:
+    """Counts and states of one finished watch.
 
     Attributes:
-        why: Why it ended.
-        windows, alarms: Judged windows, alarms raised.
-        late, skipped, failed: Readings that came after their bin was closed, ticks that never were, readings that failed.
-        lost: Readings that never came, of each source that lost any; for the monitor also of each question, such as
-            ``qmp query-blockstats``. A skipped tick counts for every source.
-        contended: Judged windows in which the vCPUs waited for a core for more than a tenth of the time.
-        restarts: How often the grid was begun anew because the clock jumped or the machine slept.
-        states: What became of the VM, in the order of time: ``paused``, ``running``, ``rebooted``, ``silent``, ``gone``;
-            of its host: ``contended``, ``uncontended``; of a source: ``proc silent``, ``qmp partly silent``, ``proc back``;
-            and of its network, `phasewatch.live.capture.NetworkNotice`.
-        saved: Bundles written.
-        not_saved: Bundles that could not be written; `save_failure` says why.
+        why: Why it ended; None while it runs.
+        windows, alarms: Number of windows with a decision, and of alarms raised.
+        late: Readings that arrived after their bin was closed.
+        skipped: Sampling ticks that were skipped.
+        failed: Readings that raised an error.
+        lost: Missing readings per source; for the QEMU monitor also per query, such as ``qmp query-blockstats``.
+            A skipped tick counts for every source.
+        contended: Windows in which the vCPUs waited for a core for more than a tenth of the time.
+        restarts: How often binning restarted because the clock jumped or the host slept.
+        states: State changes in order of time. VM: ``paused``, ``running``, ``rebooted``, ``silent``, ``gone``;
+            host: ``contended``, ``uncontended``; source: ``proc silent``, ``qmp partly silent``, ``proc back``;
+            network: the codes of `phasewatch.telemetry.capture.NetworkNoticeCode`.
+        saved: Paths of the bundles that were written.
+        not_saved: Number of bundles that could not be written.
+        save_failure: The last write error; empty if there was none.
     """
 
-    why: str = ""
+    why: WatchEndReason | None = None
     windows: int = 0
     alarms: int = 0
     late: int = 0
@@ -67,265 +156,281 @@ class Watched:
     save_failure: str = ""
 
 
+def _ignore_event(event: EventEnvelope, is_alarm_change: bool) -> None:
+    """Do nothing."""
+
+
+def _report_no_backlog() -> int:
+    return 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outlets:
-    """Where a watcher's news go.
+class WatchCallbacks:
+    """Receivers of a watch's data; messages for people go to `logging` instead. No callback may block.
 
     Attributes:
-        emit: Takes every event; must not block. The second value is whether an alarm was raised or ended with it.
-        say: Takes a line for people.
-        keep: Takes every reading, for `--save`.
-        on_step: Takes every closed bin, for `commission`.
-        backlog: Gives how many events wait to be sent.
+        on_event: Receives every event, and whether an alarm was raised or ended with it.
+        on_row: Receives every reading; None if nobody records them.
+        on_step: Receives every closed bin; None if nobody needs them.
+        count_backlog: Returns how many events wait to be sent.
     """
 
-    emit: Callable[[Event, bool], None]
-    say: Callable[[str], None]
-    keep: Callable[[Source, Row], None] | None = None
-    on_step: Callable[[Step], None] | None = None
-    backlog: Callable[[], int] = lambda: 0
+    on_event: Callable[[EventEnvelope, bool], None] = _ignore_event
+    on_row: Callable[[SourceKind, ReadingRow], None] | None = None
+    on_step: Callable[[TrackerStep], None] | None = None
+    count_backlog: Callable[[], int] = _report_no_backlog
 
 
-class Watcher:
-    """Watches one attached VM until it is gone, the time is up, or it is cancelled.
+class VmWatcher:
+    """Watches one attached VM until it is gone, the time is up, or the task is cancelled.
 
     Args:
-        found: The VM.
-        sources: From `attach`, open.
-        scorer: The model; None only makes bins.
-        outlets: Where news go.
-        clock: The host's clocks, and the art of waiting.
-        host: What the host is called in events.
+        survey: The VM.
+        sources: Its open telemetry sources, from `attach`.
+        predictor: The model; None only makes bins.
+        callbacks: Receivers of events, readings and bins.
+        clock: Clock of the host.
+        host: Host name in events.
+
+    Attributes:
+        result: Counts so far.
     """
 
     def __init__(
         self,
-        found: Survey,
+        survey: VmSurvey,
         sources: Sequence[TelemetrySource],
-        scorer: Scorer | None,
-        outlets: Outlets,
-        clock: Clock,
+        predictor: PhasePredictor | None,
+        callbacks: WatchCallbacks,
+        clock: AsyncClock,
         *,
         host: str = "",
     ) -> None:
-        self._found, self._scorer, self._outlets, self._clock = found, scorer, outlets, clock
-        self._logs = [RowLog(source.source, clock) for source in sources]
-        self._ticker = Ticker(sources, self._logs, clock)
-        self._cards = next((source for source in sources if isinstance(source, NetworkSource)), None)
-        self._tracker = Tracker(scorer)
-        facts = found.facts
-        self._announcer = Announcer(
-            vm=facts.name, host=host, masked=tuple(found.masked), caveat=scorer.caveat(facts.accel, facts.arch) if scorer else ""
-        )  # fmt: skip
-        self._masked = tuple(found.masked)
-        self._before: Decision | None = None
-        self._meter = CostMeter(clock.mono_ns(), _cpu_s())
+        self._survey, self._predictor, self._callbacks, self._clock = survey, predictor, callbacks, clock
         self._sources = tuple(sources)
-        # A network source reports what it cannot see itself, with its reason.
-        silent = [source.source for source in sources if not isinstance(source, NetworkSource)]
-        self._silence = SilenceWatch(silent, found.masked, clock.mono_ns())
-        self._quality = WindowQuality(scorer.channels if scorer else ())
-        self._empty: Counter[Source] = Counter()
-        self.result = Watched()
+        self._logs = [RowLog(source.source, clock) for source in sources]
+        self._sampler = TelemetrySampler(sources, self._logs, clock)
+        self._network = next((source for source in sources if isinstance(source, NetworkSource)), None)
+        self._tracker = VmTracker(predictor)
+        facts = survey.facts
+        self._masked = tuple(survey.masked)
+        self._events = EventBuilder(
+            vm=facts.name,
+            host=host,
+            masked=self._masked,
+            caveat=predictor.caveat(facts.accel, facts.arch) if predictor else "",
+        )
+        self._last_decision: PhaseDecision | None = None
+        self._meter = CostMeter(clock.mono_ns(), _read_cpu_s())
+        # A network source reports missing data itself, with the reason.
+        others = [source.source for source in sources if not isinstance(source, NetworkSource)]
+        self._silence = SilenceDetector(others, survey.masked, clock.mono_ns())
+        self._quality = WindowQuality(predictor.channels if predictor else ())
+        self._n_empty: Counter[SourceKind] = Counter()
+        self.result = WatchResult()
 
-    async def run(self, *, seconds: float = 0.0) -> Watched:
-        """Watch.
+    async def run(self, *, seconds: float = 0.0) -> WatchResult:
+        """Watch until the end, and return what was counted.
 
         Args:
-            seconds: Until when; 0 for as long as the VM lives.
+            seconds: Maximum duration; 0 watches for as long as the VM lives.
         """
         end_ns = self._clock.mono_ns() + round(seconds * 1e9) if seconds else None
-        ticking = asyncio.create_task(self._ticker.run())
+        sampling = asyncio.create_task(self._sampler.run())
         health = asyncio.create_task(self._watch_health())
         try:
             while not health.done() and (end_ns is None or self._clock.mono_ns() < end_ns):
                 await self._sleep(end_ns)
-                if ticking.done():
-                    ticking.result()  # a reader broke in a way that no reading may
-                self.close_due()
+                if sampling.done():
+                    sampling.result()  # raises: a programming error in a source, which no reading may hide
+                self.close_due_bins()
             if health.done():
-                health.result()  # an outlet that broke there is not the end of the VM
-            self.result.why = "the VM is gone" if health.done() else TIME_UP
+                health.result()  # raises: a callback that failed there is not the end of the VM
+            self.result.why = WatchEndReason.VM_GONE if health.done() else WatchEndReason.TIMEOUT
         except asyncio.CancelledError:
-            self.result.why = INTERRUPTED
+            self.result.why = WatchEndReason.INTERRUPTED
             if task := asyncio.current_task():
-                task.uncancel()  # else Python before 3.11.3 (Debian 12) takes time-outs of the farewell for it
+                task.uncancel()  # else Python before 3.11.3 (Debian 12) takes time-outs of the clean-up for it
         finally:
-            for task in (ticking, health):
+            for task in (sampling, health):
                 task.cancel()
-            await asyncio.gather(ticking, health, return_exceptions=True)
-            self.close_due()
+            await asyncio.gather(sampling, health, return_exceptions=True)
+            self.close_due_bins()
             result = self.result
             result.late, result.restarts = self._tracker.late, self._tracker.restarts
-            result.skipped, result.failed = self._ticker.skipped, self._ticker.failed
-            self._tell_notes()
-            result.lost = self._lost_of_each()
+            result.skipped, result.failed = self._sampler.skipped, self._sampler.failed
+            self._report_notes()
+            result.lost = self._count_lost_by_source()
         return result
 
-    def close_due(self) -> None:
-        """Hand the readings so far to the tracker, and tell what it decides."""
+    def close_due_bins(self) -> None:
+        """Pass the new readings to the tracker, close every bin that is due, and report the decisions."""
         for log in self._logs:
             rows, log.rows = log.rows, []
             for row in rows:
                 self._tracker.add(log.source, row)
-                self._silence.see(log.source, row)
-                self._empty[log.source] += all(value is None for value in row[STAMPS:])
-                if self._outlets.keep is not None:
-                    self._outlets.keep(log.source, row)
+                self._silence.add_row(log.source, row)
+                self._n_empty[log.source] += all(value is None for value in row[N_STAMPS:])
+                if self._callbacks.on_row is not None:
+                    self._callbacks.on_row(log.source, row)
         wall_ns, mono_ns = self._clock.wall_ns(), self._clock.mono_ns()
         restarts = self._tracker.restarts
         steps = self._tracker.advance(wall_ns, mono_ns)
         if self._tracker.restarts > restarts:
-            self._outlets.say("the clock jumped, or the machine slept: windows begin anew")
+            logger.warning("the clock jumped or the host slept: windows start again")
         if not steps:
             return
-        emit, announcer = self._outlets.emit, self._announcer
         for step in steps:
-            self._quality.add(step.bin.values, began=step.began)
-            if step.decision is not None and self._scorer is not None:
-                words = self._judge_quality()
-                event = announcer.phase(step.decision, self._scorer, now_ns=self._clock.wall_ns(), words=words)
-                news = is_news(self._before, step.decision)
-                self.result.windows += 1
-                self.result.alarms += step.decision.raised
-                self._before = step.decision
-                emit(event, news)
-                latency_ms = (self._clock.wall_ns() - step.bin.end_ns - LATENESS_NS) / 1e6
-                self._meter.add_window(self._clock.mono_ns(), latency_ms)
-            if self._outlets.on_step is not None:
-                self._outlets.on_step(step)
-        self._tell_of_network()
-        emit(announcer.telemetry(steps[-240:], now_ns=wall_ns, late=self._tracker.late, lost=self._lost()), False)
+            self._handle_step(step)
+        self._report_network()
+        event = self._events.build_telemetry(
+            steps[-_MAX_EVENT_BINS:], now_ns=wall_ns, late=self._tracker.late, lost=self._count_lost()
+        )
+        self._callbacks.on_event(event, False)
 
-    def _judge_quality(self) -> list[str]:
-        """Return what a reader must know of the readings of the window that just ended."""
-        quality = self._quality
-        self.result.contended += quality.is_crowded
-        if quality.judge_contention():
-            self._note("contended" if quality.is_contended else "uncontended")
-        words = []
-        if thin := quality.thin_sources():
-            words.append(f"readings of {', '.join(thin)} are missing")
-        if quality.is_crowded:
-            words.append(
-                f"contention: the vCPUs waited for {quality.wait_cores:.2f} cores, which holds every rate down"
+    def _handle_step(self, step: TrackerStep) -> None:
+        self._quality.add(step.bin.values, began=step.began)
+        if step.decision is not None and self._predictor is not None:
+            caveats = self._assess_quality()
+            event = self._events.build_phase(
+                step.decision, self._predictor, now_ns=self._clock.wall_ns(), caveats=caveats
             )
-        return words
+            is_alarm_change = has_alarm_changed(self._last_decision, step.decision)
+            self.result.windows += 1
+            self.result.alarms += step.decision.raised
+            self._last_decision = step.decision
+            self._callbacks.on_event(event, is_alarm_change)
+            latency_ms = (self._clock.wall_ns() - step.bin.end_ns - LATENESS_NS) / 1e6
+            self._meter.add_window(self._clock.mono_ns(), latency_ms)
+        if self._callbacks.on_step is not None:
+            self._callbacks.on_step(step)
 
-    def _tell_of_network(self) -> None:
-        """Note what the cards have to say, and mask what they cannot give at present."""
-        if self._cards is None:
+    def _assess_quality(self) -> list[str]:
+        """Return caveats about the readings of the window that just ended."""
+        quality = self._quality
+        self.result.contended += quality.has_cpu_contention
+        if quality.update_contention():
+            self._report_state("contended" if quality.is_contended else "uncontended")
+        caveats = []
+        if incomplete := quality.find_incomplete_sources():
+            caveats.append(f"readings of {', '.join(incomplete)} are missing")
+        if quality.has_cpu_contention:
+            caveats.append(f"contention: the vCPUs waited for {quality.wait_cores:.2f} cores, which lowers every rate")
+        return caveats
+
+    def _report_network(self) -> None:
+        """Report the notices of the network source, and mask the channels that it cannot read at present."""
+        if self._network is None:
             return
-        for notice in self._cards.take_notices():
+        for notice in self._network.pop_notices():
             self.result.states.append(notice.code)
-            self._outlets.say(f"{self._found.facts.name}: {notice.code}: {notice.text}")
-        blind = channels_of(Source.NETFLOW, self._cards.unknown_fields)
-        self._announcer.masked = tuple(dict.fromkeys((*self._masked, *blind)))
+            logger.info("%s: %s: %s", self._survey.facts.name, notice.code, notice.text)
+        unknown = list_source_channels(SourceKind.NETFLOW, self._network.unknown_fields)
+        self._events.masked = tuple(dict.fromkeys((*self._masked, *unknown)))
 
-    def _lost(self) -> int:
-        return self._ticker.skipped + self._empty.total()
+    def _count_lost(self) -> int:
+        return self._sampler.skipped + self._n_empty.total()
 
-    def _lost_of_each(self) -> dict[str, int]:
-        """Return the readings lost of each source, and of each question of the monitor."""
-        lost = {str(s.source): self._empty[s.source] + self._ticker.skipped for s in self._sources}
+    def _count_lost_by_source(self) -> dict[str, int]:
+        """Return the number of lost readings per source and per monitor query, without zeros."""
+        lost = {str(s.source): self._n_empty[s.source] + self._sampler.skipped for s in self._sources}
         for source in self._sources:
             if isinstance(source, QmpSource):
-                lost |= {f"{source.source} {question}": count for question, count in source.lost.items()}
+                lost |= {f"{source.source} {query}": count for query, count in source.lost.items()}
         return {name: count for name, count in lost.items() if count}
 
-    def _tell_notes(self) -> None:
-        """Report what the sources note about themselves."""
+    def _report_notes(self) -> None:
         for source in self._sources:
-            if isinstance(source, NotedSource):
-                for line in source.take_notes():
-                    self._outlets.say(f"{self._found.facts.name}: {source.source}: {line}")
+            if isinstance(source, NoteSource):
+                for note in source.pop_notes():
+                    logger.info("%s: %s: %s", self._survey.facts.name, source.source, note)
 
     async def _sleep(self, end_ns: int | None) -> None:
-        """Sleep until the next bin is due, but never so long that a step of the clock goes unnoticed."""
+        """Sleep until the next bin is due, at most `_MAX_SLEEP_NS`."""
         now_ns, wall_ns = self._clock.mono_ns(), self._clock.wall_ns()
-        due_ns = now_ns + LOOK_NS
+        due_ns = now_ns + _MAX_SLEEP_NS
         if self._tracker.next_close_ns is not None:
             due_ns = min(due_ns, now_ns + max(0, self._tracker.next_close_ns - wall_ns))
         await self._clock.sleep_until(min(due_ns, end_ns) if end_ns is not None else due_ns)
 
     async def _watch_health(self) -> None:
-        """Look after the VM every two seconds, and at ourselves every five; ends when the VM is gone."""
-        perf_ns = self._clock.mono_ns() + PERF_NS
-        state, resets = "", self._resets()
+        """Check the VM every two seconds and the watcher's own cost every five; return when the VM is gone."""
+        perf_ns = self._clock.mono_ns() + _PERF_INTERVAL_NS
+        state, n_resets = "", self._count_resets()
         while True:
-            await self._clock.sleep_until(self._clock.mono_ns() + HEALTH_NS)
-            now = await self._state()
-            if self._resets() > resets:
-                resets = self._resets()
-                self._note("rebooted")
+            await self._clock.sleep_until(self._clock.mono_ns() + _HEALTH_INTERVAL_NS)
+            now = await self._read_state()
+            if self._count_resets() > n_resets:
+                n_resets = self._count_resets()
+                self._report_state("rebooted")
             if now != state and (state or now != "running"):
-                self._note(now)
+                self._report_state(now)
             state = now
-            self._tell_notes()
-            self._tell_silence(is_running=now == "running")
+            self._report_notes()
+            self._report_silence(is_running=now == "running")
             if now == "gone":
                 return
             if now == "silent":
                 await self._reconnect()
             if self._clock.mono_ns() >= perf_ns:
-                perf_ns = self._clock.mono_ns() + PERF_NS
-                self._outlets.emit(self._announcer.perf(self.cost(), now_ns=self._clock.wall_ns()), False)
+                perf_ns = self._clock.mono_ns() + _PERF_INTERVAL_NS
+                event = self._events.build_perf(self.measure_cost(), now_ns=self._clock.wall_ns())
+                self._callbacks.on_event(event, False)
 
-    def _tell_silence(self, *, is_running: bool) -> None:
+    def _report_silence(self, *, is_running: bool) -> None:
         now_ns = self._clock.mono_ns()
         if not is_running:
             self._silence.pause(now_ns)
-        for note in self._silence.check(now_ns):
+        for note in self._silence.find_changes(now_ns):
             self.result.states.append(note.state)
-            self._outlets.say(f"{self._found.facts.name}: {note.words}")
+            logger.log(
+                logging.INFO if note.is_back else logging.WARNING, "%s: %s", self._survey.facts.name, note.render()
+            )
 
-    def _note(self, state: str) -> None:
+    def _report_state(self, state: str) -> None:
         self.result.states.append(state)
-        self._outlets.say(f"{self._found.facts.name}: {state}")
+        logger.info("%s: %s", self._survey.facts.name, state)
 
-    def _resets(self) -> int:
-        monitor = self._found.monitor
+    def _count_resets(self) -> int:
+        monitor = self._survey.monitor
         return monitor.events["RESET"] if monitor is not None else 0
 
-    async def _state(self) -> str:
-        """Say how the VM is: ``gone``, ``silent`` (its monitor does not answer), ``paused`` or ``running``."""
-        if not is_alive(self._found):
+    async def _read_state(self) -> str:
+        """Return ``gone``, ``silent`` (the monitor does not answer) or the state of QMP ``query-status``."""
+        if not is_vm_alive(self._survey):
             return "gone"
-        if self._found.monitor is None:
+        if self._survey.monitor is None:
             return "running"
         try:
-            status = str((await self._found.monitor.ask("query-status"))["status"])
+            return str((await self._survey.monitor.ask("query-status"))["status"])
         except (VmError, KeyError, TypeError):
-            return "silent" if is_alive(self._found) else "gone"
-        return status
+            return "silent" if is_vm_alive(self._survey) else "gone"
 
     async def _reconnect(self) -> None:
-        """Try the monitor's door again: QEMU may have dropped us, or only be slow."""
-        monitor = self._found.monitor
+        """Connect to the monitor again if the connection broke; QEMU may also just be slow."""
+        monitor = self._survey.monitor
         if monitor is None or monitor.is_connected:
             return
         await monitor.close()
         with suppress(VmError):
             await monitor.connect()
 
-    def cost(self) -> Cost:
-        """Measure what watching costs, over the last minutes."""
+    def measure_cost(self) -> WatchCost:
+        """Return the watcher's own CPU, memory and latency over the last minutes."""
         return self._meter.read(
-            self._clock.mono_ns(), _cpu_s(), rss_bytes=_rss_bytes(), late=self._tracker.late, backlog=self._outlets.backlog()
-        )  # fmt: skip
+            self._clock.mono_ns(),
+            _read_cpu_s(),
+            rss_bytes=read_own_rss_bytes(),
+            late=self._tracker.late,
+            backlog=self._callbacks.count_backlog(),
+        )
 
 
-def is_alive(found: Survey) -> bool:
-    """Return whether the VM's process still runs: the same one, and not one that only waits to be reaped."""
-    return read_start_ticks(found.facts.pid, found.proc) == found.start_ticks
+def is_vm_alive(survey: VmSurvey) -> bool:
+    """Return whether the VM's QEMU process still runs; a zombie or a later process with its pid does not count."""
+    return read_start_ticks(survey.facts.pid, survey.proc) == survey.start_ticks
 
 
-def _cpu_s() -> float:
+def _read_cpu_s() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
-
-
-def _rss_bytes() -> int:
-    with suppress(OSError, ValueError, IndexError):
-        return int((WORLD / "self" / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0

@@ -1,4 +1,4 @@
-"""When to ring: heat above a threshold in two of three windows; the threshold bought with a budget of false alarms."""
+"""The alarm: an activity score above a threshold in two of three windows; the threshold meets a false-alarm budget."""
 
 from __future__ import annotations
 
@@ -8,146 +8,200 @@ from math import isfinite
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.models.filter import STRIDE_NS, Floats, Track
-from phasewatch.vocab import Phase
+from phasewatch.arrays import FloatArray
+from phasewatch.models.smoothing import LabelSequence
+from phasewatch.types import STRIDE_NS, Phase
 
-K, N = 2, 3
-BUDGET = 1.0  # false alarms per VM-hour
-LOOK_BACK_NS = 60 * 10**9  # an alarm is false when nothing hot was true for so long before it
-DECISION_NS = 6 * 10**9  # from a window's centre to when it is decided: half its width and 1 s for late ticks
+__all__ = [
+    "CANDIDATE_THETAS",
+    "DECISION_DELAY_NS",
+    "FALSE_ALARM_BUDGET",
+    "LOOK_BACK_NS",
+    "THETA_NEVER",
+    "THETA_STEP",
+    "AlarmRule",
+    "AlarmState",
+    "apply_alarm_rule",
+    "compute_activity_score",
+    "find_alarm_starts",
+    "find_false_alarm_windows",
+    "fit_alarm_rule",
+]
+
+_ALARM_K, _ALARM_N = 2, 3
+FALSE_ALARM_BUDGET = 1.0  # false alarms per VM-hour
+LOOK_BACK_NS = 60 * 10**9  # an alarm is false if no infecting or active window ended this long before it
+DECISION_DELAY_NS = 6 * 10**9  # from a window's centre to its decision: half its width and 1 s for late ticks
 THETA_STEP = 0.005
-THETAS = np.round(np.arange(THETA_STEP, 1.0 + THETA_STEP / 2, THETA_STEP), 3)
-NEVER = 1.005  # above any heat: no threshold met the budget
-_HOT = (Phase.INFECTING.code, Phase.ACTIVE.code)
-_COLD = (Phase.CLEAN.code, Phase.ARMED.code)
-_EPISODES = 512  # looked at together
+CANDIDATE_THETAS = np.round(np.arange(THETA_STEP, 1.0 + THETA_STEP / 2, THETA_STEP), 3)
+THETA_NEVER = 1.005  # above any activity score: no threshold met the budget
+_ACTIVE_CODES = (Phase.INFECTING.code, Phase.ACTIVE.code)
+_INACTIVE_CODES = (Phase.CLEAN.code, Phase.ARMED.code)
+_EPISODE_BATCH = 512  # episodes simulated together; bounds memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlarmRule:
-    """Rings when at least `k` of the last `n` windows are hot; rings on until `n` in a row are not.
+    """Start an alarm when `k` of the last `n` windows reach the threshold; end it when `n` in a row do not.
 
     Attributes:
-        theta: A window is hot from this heat on; `NEVER` if no threshold met the budget.
-        budget: False alarms per quiet VM-hour that it was chosen for.
-        false_alarms: Those it would have raised in the quiet VM-hours that it was chosen on.
+        theta: Threshold on the activity score; `THETA_NEVER` if no threshold met the budget.
+        k, n: Windows that must reach the threshold, and windows that are looked at.
+        budget: False alarms per quiet VM-hour that `theta` was fitted for.
+        false_alarms: False alarms on the windows that `theta` was fitted to.
+        vm_hours: Quiet VM-hours that `theta` was fitted to.
 
     Raises:
-        ValueError: If a number cannot be.
+        ValueError: If a number is out of its range.
     """
 
     theta: float
-    k: int = K
-    n: int = N
-    budget: float = BUDGET
+    k: int = _ALARM_K
+    n: int = _ALARM_N
+    budget: float = FALSE_ALARM_BUDGET
     false_alarms: int = 0
     vm_hours: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.theta <= NEVER or not 1 <= self.k <= self.n <= 100:
-            raise ValueError(f"theta {self.theta} or {self.k} of {self.n} cannot be")
+        if not 0.0 < self.theta <= THETA_NEVER or not 1 <= self.k <= self.n <= 100:
+            raise ValueError(f"alarm rule: theta {self.theta} or {self.k} of {self.n} windows is out of range")
         if self.false_alarms < 0 or not all(isfinite(v) and v >= 0 for v in (self.vm_hours, self.budget)):
-            raise ValueError(f"{self.false_alarms} false alarms in {self.vm_hours} VM-hours cannot be")
+            raise ValueError(f"alarm rule: {self.false_alarms} false alarms in {self.vm_hours} VM-hours is invalid")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlarmState:
-    """What an alarm remembers: which of the last windows were hot, whether it rings, and whether it began just now."""
+    """The state of an alarm after a window.
+
+    Attributes:
+        recent: Whether each of the last windows reached the threshold, oldest first.
+        is_active: Whether the alarm is on.
+        has_started: Whether it started at this window.
+    """
 
     recent: tuple[bool, ...] = ()
-    rings: bool = False
-    began: bool = False
+    is_active: bool = False
+    has_started: bool = False
 
-    def step(self, rule: AlarmRule, heat: float) -> AlarmState:
-        """Take one window's heat in."""
-        recent = (*self.recent, heat >= rule.theta)[-rule.n :]
-        rings = any(recent) if self.rings else sum(recent) >= rule.k
-        return AlarmState(recent=recent, rings=rings, began=rings and not self.rings)
+    def step(self, rule: AlarmRule, activity: float) -> AlarmState:
+        """Return the state after one more window with this activity score."""
+        recent = (*self.recent, activity >= rule.theta)[-rule.n :]
+        is_active = any(recent) if self.is_active else sum(recent) >= rule.k
+        return AlarmState(recent=recent, is_active=is_active, has_started=is_active and not self.is_active)
 
 
-def heat_of(p: NDArray[np.floating]) -> Floats:
-    """Give the probability that a window is infecting or active, ``(..., 5)`` → ``(...)``.
+def compute_activity_score(p: NDArray[np.floating]) -> FloatArray:
+    """Compute the probability that a window is infecting or active.
 
-    Probabilities count as float32, as predictions store them: who decides from the file decides the same.
+    Probabilities are rounded to float32, as predictions are stored, so that a decision from the file is the same.
+
+    Args:
+        p: ``(..., 5)`` floating.
+
+    Returns:
+        ``(...)`` float64.
     """
     stored = np.asarray(p, np.float32).astype(np.float64)
-    heat: Floats = stored[..., _HOT[0]] + stored[..., _HOT[1]]
-    return heat
+    activity: FloatArray = stored[..., _ACTIVE_CODES[0]] + stored[..., _ACTIVE_CODES[1]]
+    return activity
 
 
-def run_alarm(rule: AlarmRule, heat: Floats, of: NDArray[np.integer]) -> NDArray[np.bool_]:
-    """Say of each window whether the alarm rings after it, ``(n,)``, episodes apart; windows in the order of time."""
-    return _ring(heat, of, np.array([rule.theta]), k=rule.k, n=rule.n)[:, 0]
+def apply_alarm_rule(rule: AlarmRule, activity: FloatArray, episode_index: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """Return whether the alarm is on after each window; each episode starts without an alarm.
 
+    Args:
+        rule: The rule.
+        activity: ``(n,)`` float64 activity scores, in the order (episode, time).
+        episode_index: ``(n,)`` integer episode of each window.
 
-def begins(rings: NDArray[np.bool_], of: NDArray[np.integer]) -> NDArray[np.bool_]:
-    """Mark the windows at which an alarm was raised, ``(n,)`` or ``(n, m)``."""
-    raised = rings.copy()
-    same = of[1:] == of[:-1]
-    raised[1:] &= ~(rings[:-1] & same.reshape(-1, *([1] * (rings.ndim - 1))))
-    return raised
-
-
-def is_quiet(track: Track) -> NDArray[np.bool_]:
-    """Mark the windows at which an alarm would be false, ``(n,)``.
-
-    Every window of its episode that ended in the 60 s before its decision time, its own included, is clean or armed.
+    Returns:
+        ``(n,)`` bool.
     """
-    hot = ~np.isin(track.y, _COLD)
+    return _simulate_alarms(activity, episode_index, np.array([rule.theta]), k=rule.k, n=rule.n)[:, 0]
+
+
+def find_alarm_starts(is_active: NDArray[np.bool_], episode_index: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """Mark the windows at which an alarm starts.
+
+    Args:
+        is_active: ``(n,)`` or ``(n, m)`` bool: whether the alarm is on, for `m` thresholds.
+        episode_index: ``(n,)`` integer episode of each window.
+
+    Returns:
+        Bool of the shape of `is_active`.
+    """
+    starts = is_active.copy()
+    same_episode = episode_index[1:] == episode_index[:-1]
+    starts[1:] &= ~(is_active[:-1] & same_episode.reshape(-1, *([1] * (is_active.ndim - 1))))
+    return starts
+
+
+def find_false_alarm_windows(track: LabelSequence) -> NDArray[np.bool_]:
+    """Mark the windows at which an alarm would be false, ``(n,)`` bool.
+
+    An alarm is false if every window of its episode that ended in the 60 s before its decision time, itself included,
+    is clean or armed.
+    """
+    hot = ~np.isin(track.y, _INACTIVE_CODES)
     quiet = np.ones(len(track.y), np.bool_)
     back = LOOK_BACK_NS // STRIDE_NS
-    reach = LOOK_BACK_NS - DECISION_NS + STRIDE_NS  # centre to centre: the earlier one still ended inside
+    reach = LOOK_BACK_NS - DECISION_DELAY_NS + STRIDE_NS  # centre to centre: the earlier one still ended inside
     for ago in range(min(int(back) + 1, len(quiet))):
         earlier = slice(0, len(quiet) - ago)
-        near = (track.of[ago:] == track.of[earlier]) & (track.t_center_ns[ago:] - track.t_center_ns[earlier] < reach)
+        near = (track.episode_index[ago:] == track.episode_index[earlier]) & (
+            track.t_center_ns[ago:] - track.t_center_ns[earlier] < reach
+        )
         quiet[ago:] &= ~(near & hot[earlier])
     return quiet
 
 
-def choose_alarm(p: NDArray[np.floating], track: Track, *, budget: float = BUDGET) -> AlarmRule:
-    """Choose the smallest threshold from which on no threshold breaks the budget.
+def fit_alarm_rule(p: NDArray[np.floating], track: LabelSequence, *, budget: float = FALSE_ALARM_BUDGET) -> AlarmRule:
+    """Fit the threshold: the smallest one for which it and all larger thresholds meet the budget.
 
-    An alarm that rings all the time is raised once an episode and would look cheap, so a threshold counts only with
-    all that are above it.
+    An alarm that is always on starts once an episode, so a very low threshold would meet the budget alone.
 
     Args:
-        p: ``(n, 5)`` probabilities of windows that the model did not learn from, in the order (episode, time).
-        track: Their truth, episodes and times.
-        budget: False alarms per quiet VM-hour; each quiet window is 5 s of it. Only then can an alarm be false, and
-            the rate that an evaluation measures counts the same hours (ADR 0067).
+        p: ``(n, 5)`` floating, probabilities of windows outside the training set, in the order (episode, time).
+        track: Labels, episodes and times of the same windows.
+        budget: False alarms per quiet VM-hour; each quiet window is 5 s of it. An evaluation counts the same hours
+            (ADR 0067).
     """
-    quiet = is_quiet(track)
+    quiet = find_false_alarm_windows(track)
     hours = int(quiet.sum()) * STRIDE_NS / 3.6e12
     if not quiet.any():
-        return AlarmRule(theta=NEVER, budget=budget)
-    heat = heat_of(p)
-    false = np.zeros(len(THETAS), np.int64)
-    numbers = np.cumsum(np.r_[0, track.of[1:] != track.of[:-1]])
-    for start in range(0, int(numbers[-1]) + 1, _EPISODES):
-        mine = (numbers >= start) & (numbers < start + _EPISODES)
-        rings = _ring(heat[mine], numbers[mine], THETAS, k=K, n=N)
-        false += (begins(rings, numbers[mine]) & quiet[mine, None]).sum(axis=0)
+        return AlarmRule(theta=THETA_NEVER, budget=budget)
+    activity = compute_activity_score(p)
+    false = np.zeros(len(CANDIDATE_THETAS), np.int64)
+    numbers = np.cumsum(np.r_[0, track.episode_index[1:] != track.episode_index[:-1]])
+    for start in range(0, int(numbers[-1]) + 1, _EPISODE_BATCH):
+        batch = (numbers >= start) & (numbers < start + _EPISODE_BATCH)
+        is_active = _simulate_alarms(activity[batch], numbers[batch], CANDIDATE_THETAS, k=_ALARM_K, n=_ALARM_N)
+        false += (find_alarm_starts(is_active, numbers[batch]) & quiet[batch, None]).sum(axis=0)
     over = np.flatnonzero(false > budget * hours)
     at = int(over[-1]) + 1 if len(over) else 0
-    if at == len(THETAS):
-        return AlarmRule(theta=NEVER, budget=budget, vm_hours=round(hours, 6))
-    return AlarmRule(theta=float(THETAS[at]), budget=budget, false_alarms=int(false[at]), vm_hours=round(hours, 6))
+    if at == len(CANDIDATE_THETAS):
+        return AlarmRule(theta=THETA_NEVER, budget=budget, vm_hours=round(hours, 6))
+    return AlarmRule(
+        theta=float(CANDIDATE_THETAS[at]), budget=budget, false_alarms=int(false[at]), vm_hours=round(hours, 6)
+    )
 
 
-def _ring(heat: Floats, of: NDArray[np.integer], thetas: Floats, *, k: int, n: int) -> NDArray[np.bool_]:
-    """Say of each window and threshold whether the alarm rings, ``(n, m)``."""
-    out = np.zeros((len(heat), len(thetas)), np.bool_)
-    if not len(heat):
+def _simulate_alarms(
+    activity: FloatArray, episode_index: NDArray[np.integer], thetas: FloatArray, *, k: int, n: int
+) -> NDArray[np.bool_]:
+    """Return whether the alarm is on after each window, for each threshold: ``(n, m)`` bool."""
+    out = np.zeros((len(activity), len(thetas)), np.bool_)
+    if not len(activity):
         return out
-    first = np.flatnonzero(np.r_[True, of[1:] != of[:-1]])
-    length = np.diff(np.r_[first, len(of)])
-    rings = np.zeros((len(first), len(thetas)), np.bool_)
+    first = np.flatnonzero(np.r_[True, episode_index[1:] != episode_index[:-1]])
+    length = np.diff(np.r_[first, len(episode_index)])
+    is_active = np.zeros((len(first), len(thetas)), np.bool_)
     recent = np.zeros((n, len(first), len(thetas)), np.bool_)
     for j in range(int(length.max())):
         alive = np.flatnonzero(length > j)
         at = first[alive] + j
-        recent[j % n][alive] = heat[at, None] >= thetas
+        recent[j % n][alive] = activity[at, None] >= thetas
         hot = recent[:, alive].sum(axis=0)
-        rings[alive] = np.where(rings[alive], hot > 0, hot >= k)
-        out[at] = rings[alive]
+        is_active[alive] = np.where(is_active[alive], hot > 0, hot >= k)
+        out[at] = is_active[alive]
     return out

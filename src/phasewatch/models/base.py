@@ -1,4 +1,4 @@
-"""What every model is: public methods that check shapes, columns, hashes and mask, over hooks that an author writes."""
+"""The base class of all models: checked public methods over hooks that a model's author writes."""
 
 from __future__ import annotations
 
@@ -14,22 +14,38 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from phasewatch.arrays import FloatArray
 from phasewatch.errors import MismatchError, RunError, UsageError
-from phasewatch.measures import N_CLASSES, at_temperature, confusion_counts, log_loss, macro_f1
+from phasewatch.metrics import N_CLASSES, apply_temperature, confusion_counts, log_loss, macro_f1
 from phasewatch.models import checkpoint
-from phasewatch.models.alarm import AlarmRule, choose_alarm
-from phasewatch.models.checkpoint import Header
-from phasewatch.models.filter import NONE, PHASE, PhaseFilter, Track, fit_filter
-from phasewatch.vocab import PHASES, WINDOW_BINS
+from phasewatch.models.alarm import AlarmRule, fit_alarm_rule
+from phasewatch.models.checkpoint import MAX_MAGNITUDE, CheckpointHeader
+from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE, LabelSequence, PhaseFilter, fit_filter
+from phasewatch.types import PHASES, WINDOW_BINS
 
-Floats = NDArray[np.float64]
-Persist = Literal["exact", "none"]
+__all__ = [
+    "InputKind",
+    "InputSpec",
+    "InputVariant",
+    "LabelledExamples",
+    "ModelInputs",
+    "Persistence",
+    "PhaseModel",
+    "check_probabilities",
+    "compute_class_weights",
+    "fit_temperature",
+    "mask_unseen_phases",
+    "softmax",
+]
+
+TEMPERATURE_BOUNDS = (0.25, 4.0)  # without bounds, a few hundred windows that are all right ask for certainty
+Persistence = Literal["exact", "none"]
 
 
 class InputKind(StrEnum):
-    """What a model is given: a table of features or a tensor of bins.
+    """The input of a model: a table of features or a tensor of bins.
 
-    Baselines get the window's elapsed time alone, the cumulative levels alone, or the number of its host.
+    Baselines take the window's elapsed time, the cumulative levels, or the number of its host instead.
     """
 
     TABLE = "table"
@@ -39,8 +55,8 @@ class InputKind(StrEnum):
     HOST = "host"
 
 
-class Table(StrEnum):
-    """What was made of the values before a model sees them (DESIGN section 8)."""
+class InputVariant(StrEnum):
+    """The transform of the values before a model sees them."""
 
     RAW = "raw"
     CONTEXT = "context"
@@ -49,13 +65,14 @@ class Table(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputSpec:
-    """What the columns of an input are, and by which code they were made.
+    """The columns of an input and the version of the code that computed them.
 
     Attributes:
-        mask: Name of the threat model that chose the columns.
-        schema_hash, behaviour_fingerprint: Of the feature table (DESIGN section 4).
-        table: What was made of the values.
-        floors: Channel → its smallest scale, from train; only where they are measured from a clean day.
+        names: Column names of a table, or channel names of a tensor, in order.
+        mask: Name of the channel set that chose the columns.
+        schema_hash, behaviour_fingerprint: Digests of the feature table's code.
+        table: Transform of the values.
+        floors: Channel → its smallest scale, from train; only for values relative to a host's baseline.
     """
 
     kind: InputKind
@@ -63,16 +80,27 @@ class InputSpec:
     mask: str
     schema_hash: str
     behaviour_fingerprint: str
-    table: Table = Table.RAW
+    table: InputVariant = InputVariant.RAW
     floors: tuple[tuple[str, float], ...] = ()
 
-    def difference(self, found: InputSpec) -> str:
-        """Say in words where `found` is not what this asks for; empty when it fits."""
-        words = [
+    def require_match(self, found: InputSpec, *, where: str, remedy: str = "") -> None:
+        """Raise MismatchError unless `found` has the columns, transform and code versions of this input.
+
+        Args:
+            found: The input that is offered.
+            where: Names the model, for the message.
+            remedy: What to do, for the end of the message.
+
+        Raises:
+            MismatchError: Listing every difference.
+        """
+        if found == self:
+            return
+        differences = [
             f"{what} {theirs[:16]}, the model needs {ours[:16]}"
             for what, ours, theirs in (
                 ("input", self.kind, found.kind),
-                ("threat model", self.mask, found.mask),
+                ("channel set", self.mask, found.mask),
                 ("table", self.table, found.table),
                 ("feature schema", self.schema_hash, found.schema_hash),
                 ("behaviour fingerprint", self.behaviour_fingerprint, found.behaviour_fingerprint),
@@ -80,24 +108,31 @@ class InputSpec:
             if ours != theirs
         ]
         if dict(self.floors) != dict(found.floors) and self.table is found.table:  # a file keeps them sorted
-            words.append("scales of a clean day: from another train set")
+            differences.append("baseline scales: from another train set")
         if self.names != found.names:
-            lacking = [n for n in self.names if n not in found.names]
+            missing = [n for n in self.names if n not in found.names]
             surplus = [n for n in found.names if n not in self.names]
-            if lacking or surplus:
-                words.append(f"columns: lacks {_some(lacking)}, has {_some(surplus)} too many")
+            if missing or surplus:
+                differences.append(
+                    f"columns: {_summarise_names(missing)} missing, {_summarise_names(surplus)} not expected"
+                )
             else:
                 at = next(i for i, (a, b) in enumerate(zip(self.names, found.names, strict=True)) if a != b)
-                words.append(f"columns: same names in another order, from column {at} on ({found.names[at]})")
-        return "; ".join(words)
+                differences.append(f"columns: same names in another order, from column {at} on ({found.names[at]})")
+        if differences:
+            raise MismatchError(f"{where}: {'; '.join(differences)}{f'; {remedy}' if remedy else ''}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Inputs:
-    """Windows as a model sees them, float32 with NaN where nothing was known, and what the columns are.
+class ModelInputs:
+    """The windows that a model sees, with their columns.
 
     Attributes:
-        x: ``(n, f)``; of a tensor ``(n, c, 20)``, channels by time.
+        x: ``(n, f)`` float32, or ``(n, c, 20)`` float32 of a tensor (channels by time); NaN where unknown.
+        spec: The columns of `x`.
+
+    Raises:
+        MismatchError: If `x` has another shape or dtype than `spec` implies.
     """
 
     x: NDArray[np.float32]
@@ -106,18 +141,28 @@ class Inputs:
     def __post_init__(self) -> None:
         rest = (len(self.spec.names), *((WINDOW_BINS,) if self.spec.kind is InputKind.TENSOR else ()))
         if self.x.shape[1:] != rest or self.x.dtype != np.float32:
-            words = ", ".join(map(str, rest))
-            raise MismatchError(f"input: found {self.x.dtype} of shape {self.x.shape}, expected float32 (n, {words})")
+            expected = ", ".join(map(str, rest))
+            raise MismatchError(
+                f"input: found {self.x.dtype} of shape {self.x.shape}, expected float32 (n, {expected})"
+            )
 
     def __len__(self) -> int:
         return len(self.x)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Examples:
-    """Windows with their phase codes, ``(n,)`` in 0..4."""
+class LabelledExamples:
+    """Windows with their labels.
 
-    inputs: Inputs
+    Attributes:
+        inputs: The windows.
+        y: ``(n,)`` int64 phase codes, 0 to 4.
+
+    Raises:
+        MismatchError: If `y` has another length than the inputs, or a code is outside 0 to 4.
+    """
+
+    inputs: ModelInputs
     y: NDArray[np.int64]
 
     def __post_init__(self) -> None:
@@ -130,7 +175,7 @@ class Examples:
         return len(self.y)
 
     def sha256(self) -> str:
-        """Digest of columns, values and labels: what a model learnt from."""
+        """Return the digest of columns, values and labels, which identifies a training set."""
         digest = hashlib.sha256(msgspec.json.encode(self.inputs.spec, order="sorted"))
         digest.update(np.ascontiguousarray(self.inputs.x, "<f4").data)
         digest.update(np.ascontiguousarray(self.y, "<i8").data)
@@ -140,22 +185,26 @@ class Examples:
 class PhaseModel(ABC):
     """A classifier of windows into the five phases.
 
-    An author writes `Config`, `_fit`, `_predict_proba`, `_files`, `_restore`; everything public is final.
+    An author writes `Config`, `_fit`, `_predict_proba`, `_files` and `_restore`; every public method is final.
 
     Attributes:
-        key: The registry's name of the class.
-        persist: ``exact`` (a checkpoint gives the same bits) or ``none`` (scored in the process that fitted it).
-        Config: Frozen dataclass of what can be set, with defaults.
-        temperature: Set by `calibrate`; 1 until then.
-        history: Name → one number per round, of the fit.
-        val_a_macro_f1: What models are chosen by, before a test prediction is read.
-        filter, alarm: Set by `decide`; none until then.
-        where: Names the model in messages; the folder of its checkpoint where it came from one.
+        key: Name of the class in the registry.
+        kind: Input that the model takes.
+        persist: ``exact`` if a restored checkpoint returns the same bits, ``none`` if the model has no checkpoint
+            and is scored by the process that fitted it.
+        Config: Frozen dataclass of the settings, with defaults.
+        spec: Columns of the input; None before `fit`.
+        seen: Codes of the phases in train.
+        temperature: Set by `calibrate`; 1 before.
+        history: Name → one number per training round.
+        val_a_macro_f1: Macro-F1 on validation A, by which models are selected before any test prediction is read.
+        filter, alarm: Set by `fit_postprocessing`; None and empty before.
+        where: Name of the model in messages: its checkpoint's folder, if it has one.
     """
 
     key: ClassVar[str]
     kind: ClassVar[InputKind] = InputKind.TABLE
-    persist: ClassVar[Persist] = "exact"
+    persist: ClassVar[Persistence] = "exact"
     Config: ClassVar[type]
 
     @final
@@ -181,16 +230,15 @@ class PhaseModel(ABC):
         self.where = f"model {self.key}"
 
     @final
-    def fit(self, train: Examples, val: Examples) -> Self:
-        """Learn from `train`, stop by `val` (validation A).
+    def fit(self, train: LabelledExamples, val: LabelledExamples) -> Self:
+        """Fit the model to `train`, with early stopping on `val` (validation A).
 
         Raises:
-            MismatchError: If the two differ in columns or schema, are of another kind, or one is empty.
+            MismatchError: If a set is empty, is of another input kind, or the two differ in columns or schema.
         """
         if train.inputs.spec.kind is not self.kind:
             raise MismatchError(f"model {self.key} takes {self.kind} inputs, found {train.inputs.spec.kind}")
-        if words := train.inputs.spec.difference(val.inputs.spec):
-            raise MismatchError(f"model {self.key}: train and validation differ: {words}")
+        train.inputs.spec.require_match(val.inputs.spec, where=f"model {self.key}: train and validation differ")
         if not len(train) or not len(val):
             raise MismatchError(
                 f"model {self.key}: {len(train)} train and {len(val)} validation windows; both are needed"
@@ -206,8 +254,8 @@ class PhaseModel(ABC):
         return self
 
     @final
-    def calibrate(self, val: Examples) -> Self:
-        """Set the temperature that makes `val` (validation B) likeliest."""
+    def calibrate(self, val: LabelledExamples) -> Self:
+        """Fit the temperature on `val` (validation B)."""
         self.temperature = 1.0
         raw = self.predict_proba(val.inputs)
         self.temperature = fit_temperature(raw, val.y)
@@ -216,45 +264,51 @@ class PhaseModel(ABC):
         return self
 
     @final
-    def decide(self, train: Track, val: tuple[Inputs, Track], soak: tuple[Inputs, Track]) -> Self:
-        """Fit the phase filter and the alarm's thresholds, after `calibrate`.
+    def fit_postprocessing(
+        self, train: LabelSequence, val: tuple[ModelInputs, LabelSequence], soak: tuple[ModelInputs, LabelSequence]
+    ) -> Self:
+        """Fit the phase filter and the alarm thresholds; call it after `calibrate`.
 
         Args:
-            train: Truth of the train windows, in the order of time: where the schedule is learnt from.
-            val: Validation B.
-            soak: Benign hours of hosts and samples that the test set is not of.
+            train: Labels of the train windows in time order; the filter's transitions are counted in them.
+            val: Inputs and labels of validation B.
+            soak: Inputs and labels of benign recordings, from hosts and samples that are not in the test set.
         """
         for name, (inputs, track) in (("decide_val", val), ("decide_soak", soak)):
-            self.trained_on[name] = Examples(inputs=inputs, y=np.asarray(track.y, np.int64)).sha256()
+            self.trained_on[name] = LabelledExamples(inputs=inputs, y=np.asarray(track.y, np.int64)).sha256()
             self.trained_with[name] = len(inputs)
-        said = [(self.predict_proba(inputs), track) for inputs, track in (val, soak)]
-        self.filter = found = fit_filter(train, val[1], said[0][0])
-        whole = Track.join([track for _, track in said])
-        heard = {
-            NONE: np.concatenate([p for p, _ in said]),
-            PHASE: np.concatenate([found.run(p, track.of, track.t_center_ns) for p, track in said]),
+        predictions = [(self.predict_proba(inputs), track) for inputs, track in (val, soak)]
+        self.filter = phase_filter = fit_filter(train, val[1], predictions[0][0])
+        labels = LabelSequence.concatenate([track for _, track in predictions])
+        by_smoothing = {
+            SMOOTHING_NONE: np.concatenate([p for p, _ in predictions]),
+            SMOOTHING_PHASE: np.concatenate(
+                [phase_filter.run(p, track.episode_index, track.t_center_ns) for p, track in predictions]
+            ),
         }
-        self.alarm = {name: choose_alarm(p, whole) for name, p in heard.items()}
+        self.alarm = {name: fit_alarm_rule(p, labels) for name, p in by_smoothing.items()}
         return self
 
     @final
-    def predict_proba(self, inputs: Inputs) -> Floats:
-        """Give the probability of each phase, ``(n, 5)`` in the order of PHASES; 0 for one never seen in train.
+    def predict_proba(self, inputs: ModelInputs) -> FloatArray:
+        """Return the calibrated probability of each phase.
+
+        Returns:
+            ``(n, 5)`` float64 in the order of PHASES; rows sum to 1; 0 for a phase that train did not have.
 
         Raises:
-            MismatchError: If the model is not fitted, or was made for other columns, schema or mask.
-            RunError: If its answers are no probabilities: another shape, negative, not finite, or nothing left for the
-                phases that train showed.
+            MismatchError: If the model is not fitted, or was fitted to other columns, schema or channel set.
+            RunError: If the model's output is not probabilities: wrong shape, negative, not finite, or all zero for
+                the phases that train had.
         """
         if self.spec is None:
             raise MismatchError(f"model {self.key} is not fitted yet")
-        if words := self.spec.difference(inputs.spec):
-            raise MismatchError(f"model {self.key}: {words}")
+        self.spec.require_match(inputs.spec, where=f"model {self.key}")
         if not len(inputs):
             return np.zeros((0, N_CLASSES))
         x = inputs.x.view()
         x.flags.writeable = False  # a hook that writes into its input fails loudly here, not in the next model's score
-        raw = check_shares(self._predict_proba(x), len(inputs), where=self.where)
+        raw = check_probabilities(self._predict_proba(x), len(inputs), where=self.where)
         kept = np.zeros_like(raw)
         kept[:, list(self.seen)] = raw[:, list(self.seen)]
         total = kept.sum(axis=1, keepdims=True)
@@ -264,21 +318,25 @@ class PhaseModel(ABC):
                 f"{self.where}: window {at} of {len(inputs)}: no probability is left for the "
                 f"phases that train showed ({', '.join(str(PHASES[code]) for code in self.seen)})"
             )
-        return at_temperature(kept / total, self.temperature)
+        return apply_temperature(kept / total, self.temperature)
 
     @final
-    def predict(self, inputs: Inputs) -> NDArray[np.int64]:
-        """Give the likeliest phase's code of each window; of equals the first."""
+    def predict(self, inputs: ModelInputs) -> NDArray[np.int64]:
+        """Return the most probable phase of each window, ``(n,)`` int64 codes; ties go to the lower code."""
         decided: NDArray[np.int64] = self.predict_proba(inputs).argmax(axis=1)
         return decided
 
     @final
     def save(self, folder: Path) -> None:
-        """Write the checkpoint: the same model is the same bytes."""
+        """Write the checkpoint; the same model gives the same bytes.
+
+        Raises:
+            MismatchError: If the model is not fitted.
+        """
         if self.spec is None:
             raise MismatchError(f"model {self.key} is not fitted yet")
-        header = Header(
-            format=checkpoint.FORMAT,
+        header = CheckpointHeader(
+            format=checkpoint.CHECKPOINT_FORMAT,
             model=self.key,
             input_kind=self.spec.kind,
             mask=self.spec.mask,
@@ -298,18 +356,18 @@ class PhaseModel(ABC):
             val_a_macro_f1=self.val_a_macro_f1,
             filter=self.filter,
             alarm=self.alarm,
-            versions=checkpoint.versions(self._libraries()),
+            versions=checkpoint.collect_versions(self._libraries()),
             files={},
         )
-        checkpoint.write(folder, header, self._files())
+        checkpoint.write_checkpoint(folder, header, self._files())
 
     @classmethod
     @final
-    def restore(cls, header: Header, files: Mapping[str, bytes], *, where: str = "") -> Self:
+    def restore(cls, header: CheckpointHeader, files: Mapping[str, bytes], *, where: str = "") -> Self:
         """Create a model from a checkpoint whose digests were verified (`registry.load` does both).
 
         Raises:
-            RunError: If its settings cannot be, or its files do not hold what they imply.
+            RunError: If its settings are invalid, or its files do not match them.
         """
         try:
             model = cls(seed=header.seed, settings=header.config)
@@ -322,7 +380,7 @@ class PhaseModel(ABC):
             mask=header.mask,
             schema_hash=header.schema_hash,
             behaviour_fingerprint=header.behaviour_fingerprint,
-            table=Table(header.table),
+            table=InputVariant(header.table),
             floors=tuple(header.floors.items()),
         )
         model.seen, model.temperature = header.seen, header.temperature
@@ -333,37 +391,48 @@ class PhaseModel(ABC):
         return model
 
     @abstractmethod
-    def _fit(self, train: Examples, val: Examples) -> None: ...
+    def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None: ...
 
     @abstractmethod
-    def _predict_proba(self, x: NDArray[np.float32]) -> Floats:
-        """``(n, f)`` → ``(n, 5)``, not negative; columns of classes never seen in train are taken out afterwards."""
+    def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:
+        """Return ``(n, 5)`` values ≥ 0 for ``(n, f)`` or ``(n, c, 20)`` float32; the caller normalises the rows.
+
+        Columns of phases that train did not have are ignored.
+        """
 
     @abstractmethod
     def _files(self) -> Mapping[str, bytes]:
-        """What `_restore` needs, as file name → bytes."""
+        """Return what `_restore` needs, as file name → bytes."""
 
     @abstractmethod
     def _restore(self, files: Mapping[str, bytes]) -> None: ...
 
     def _libraries(self) -> tuple[str, ...]:
-        """Distributions whose version the checkpoint should name."""
+        """Return the distributions whose versions the checkpoint records."""
         return ("numpy",)
 
 
-def check_shares(answers: Any, n: int, *, where: str) -> Floats:
-    """Return a model's answers as ``(n, 5)`` float64, not negative and finite; rows need not sum to 1.
+def check_probabilities(answers: Any, n: int, *, where: str) -> FloatArray:
+    """Check the output of a model.
+
+    Args:
+        answers: What the model returned.
+        n: Number of windows that it was given.
+        where: Name of the model, for the message.
+
+    Returns:
+        ``(n, 5)`` float64, each value between 0 and `MAX_MAGNITUDE`; rows need not sum to 1.
 
     Raises:
-        RunError: If they are anything else; `where` names the model.
+        RunError: If the output is anything else.
     """
     try:
-        shares: Floats = np.asarray(answers, np.float64)
+        shares: FloatArray = np.asarray(answers, np.float64)
     except (TypeError, ValueError) as exc:
         raise RunError(f"{where}: its answers are no numbers: {exc}") from exc
     if shares.shape != (n, N_CLASSES):
         raise RunError(f"{where}: answers of shape {shares.shape} for {n} windows, expected ({n}, {N_CLASSES})")
-    bad = ~((shares >= 0.0) & (shares <= 1e30)).all(axis=1)  # NaN is neither
+    bad = ~((shares >= 0.0) & (shares <= MAX_MAGNITUDE)).all(axis=1)  # NaN is neither
     if bad.any():
         at = int(np.argmax(bad))
         raise RunError(
@@ -373,43 +442,65 @@ def check_shares(answers: Any, n: int, *, where: str) -> Floats:
     return shares
 
 
-def fit_temperature(probabilities: Floats, y: NDArray[np.int64]) -> float:
-    """Find the temperature in 1/4..4 of the least log loss, by golden section over its logarithm; 1 without windows.
+def fit_temperature(probabilities: FloatArray, y: NDArray[np.int64]) -> float:
+    """Estimate the temperature of the smallest log loss by a bounded search over its logarithm.
 
-    The bounds are a choice: a few hundred windows that happen to be all right would ask for certainty.
+    Args:
+        probabilities: ``(n, 5)`` float64; rows sum to 1.
+        y: ``(n,)`` int64 phase codes.
+
+    Returns:
+        A temperature in `TEMPERATURE_BOUNDS`; 1 without windows, or where no other value has a smaller loss.
+
+    Source: Guo et al. 2017, section 4.2; Brent's bounded method in `scipy.optimize.minimize_scalar`.
     """
     if not len(y):
         return 1.0
-    low, high = float(np.log(0.25)), float(np.log(4.0))
-    ratio = (5**0.5 - 1) / 2
+    from scipy.optimize import minimize_scalar  # of the train extra: a loaded model needs no scipy
 
     def loss(log_t: float) -> float:
-        return log_loss(at_temperature(probabilities, float(np.exp(log_t))), y)
+        return log_loss(apply_temperature(probabilities, float(np.exp(log_t))), y)
 
-    a, b = high - ratio * (high - low), low + ratio * (high - low)
-    loss_a, loss_b = loss(a), loss(b)
-    for _ in range(40):  # 0.618^40 of the span: far below what a score can show
-        if loss_a <= loss_b:
-            high, b, loss_b = b, a, loss_a
-            a = high - ratio * (high - low)
-            loss_a = loss(a)
-        else:
-            low, a, loss_a = a, b, loss_b
-            b = low + ratio * (high - low)
-            loss_b = loss(b)
-    best = float(np.exp((low + high) / 2))
-    # A flat or twisted loss (all windows of one class) can end worse than doing nothing.
-    return best if loss(np.log(best)) < loss(0.0) else 1.0
+    low, high = TEMPERATURE_BOUNDS
+    search = minimize_scalar(loss, bounds=(np.log(low), np.log(high)), method="bounded", options={"xatol": 1e-8})
+    # A flat or multimodal loss (all windows of one class) can end at a worse value than 1.
+    return float(np.exp(search.x)) if loss(float(search.x)) < loss(0.0) else 1.0
 
 
-def class_weights(y: NDArray[np.int64]) -> Floats:
-    """Weigh each class so that all that occur count alike, ``(5,)``; 0 for a class that does not occur."""
+def mask_unseen_phases(scores: FloatArray, seen: tuple[int, ...]) -> FloatArray:
+    """Return a copy of the scores with −inf for the phases that train did not have.
+
+    Args:
+        scores: ``(n, 5)`` float64.
+        seen: Codes of the phases in train.
+    """
+    masked = np.full_like(scores, -np.inf)
+    masked[:, list(seen)] = scores[:, list(seen)]
+    return masked
+
+
+def softmax(scores: FloatArray) -> FloatArray:
+    """Return the softmax of each row, ``(n, 5)`` float64 → ``(n, 5)`` float64; −inf gives 0."""
+    powers = np.exp(scores - scores.max(axis=1, keepdims=True))
+    shares: FloatArray = powers / powers.sum(axis=1, keepdims=True)
+    return shares
+
+
+def compute_class_weights(y: NDArray[np.int64]) -> FloatArray:
+    """Compute weights that give each class in `y` the same total weight.
+
+    Args:
+        y: ``(n,)`` int64 phase codes.
+
+    Returns:
+        ``(5,)`` float64 as scikit-learn's ``class_weight="balanced"``; 0 for a class that does not occur.
+    """
     counts = np.bincount(y, minlength=N_CLASSES).astype(np.float64)
     present = counts > 0
-    weights: Floats = np.divide(len(y), counts * present.sum(), out=np.zeros(N_CLASSES), where=present)
+    weights: FloatArray = np.divide(len(y), counts * present.sum(), out=np.zeros(N_CLASSES), where=present)
     return weights
 
 
-def _some(names: list[str]) -> str:
+def _summarise_names(names: list[str]) -> str:
     shown = ", ".join(names[:3])
     return f"{len(names)} ({shown}{', …' if len(names) > 3 else ''})" if names else "none"

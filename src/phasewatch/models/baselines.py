@@ -1,4 +1,4 @@
-"""What every score is held against and no telemetry enters: frequency, chance, elapsed time, the host's name."""
+"""Baselines that use no telemetry: class frequencies, random guesses, elapsed time and the host's name."""
 
 from __future__ import annotations
 
@@ -10,157 +10,182 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from phasewatch.arrays import FloatArray
 from phasewatch.errors import RunError
-from phasewatch.measures import N_CLASSES, confusion_counts, macro_f1
-from phasewatch.models.base import Examples, Floats, InputKind, PhaseModel
-from phasewatch.vocab import BIN_NS, STRIDE_BINS
+from phasewatch.metrics import N_CLASSES, confusion_counts, macro_f1
+from phasewatch.models.base import InputKind, LabelledExamples, PhaseModel
+from phasewatch.types import STRIDE_S
 
-FILE = "model.json"
-MAX_ROWS = 100_000  # strides of an episode, or hosts
-STRIDE_S = BIN_NS * STRIDE_BINS / 1e9
-WIDTHS_S = (5.0, 10.0, 20.0, 40.0, 80.0)
-_Row = tuple[float, float, float, float, float]
-BALANCES = (0.0, 0.5, 1.0)  # how far the classes' frequencies are evened out; 1 is what macro-F1 likes
+__all__ = [
+    "BASELINE_FILE",
+    "MAX_TABLE_ROWS",
+    "ElapsedTimeBaseline",
+    "EmptyConfig",
+    "HostFrequencyBaseline",
+    "MajorityBaseline",
+    "StratifiedBaseline",
+]
+
+BASELINE_FILE = "model.json"
+MAX_TABLE_ROWS = 100_000  # strides of an episode, or hosts
+_KERNEL_WIDTHS_S = (5.0, 10.0, 20.0, 40.0, 80.0)
+_PhaseRow = tuple[float, float, float, float, float]
+_CLASS_BALANCES = (0.0, 0.5, 1.0)  # 0 keeps the classes' frequencies, 1 gives all classes the same weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NoConfig:
-    """Nothing can be set."""
+class EmptyConfig:
+    """No settings."""
 
 
-class Majority(PhaseModel):
-    """Always train's most frequent phase; its probabilities are train's frequencies."""
+class MajorityBaseline(PhaseModel):
+    """Predict the most frequent phase of train; the probabilities are train's frequencies."""
 
     key = "majority"
-    Config = NoConfig
+    Config = EmptyConfig
 
-    def _fit(self, train: Examples, val: Examples) -> None:
-        self._shares = np.bincount(train.y, minlength=N_CLASSES) / len(train)
+    def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None:
+        from sklearn.dummy import DummyClassifier
 
-    def _predict_proba(self, x: NDArray[np.float32]) -> Floats:
+        # The prediction reads the shares alone: a restored baseline needs no scikit-learn.
+        prior = DummyClassifier(strategy="prior").fit(train.inputs.x, train.y)
+        self._shares = np.zeros(N_CLASSES)
+        self._shares[prior.classes_] = prior.class_prior_
+
+    def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:
         return np.tile(self._shares, (len(x), 1))
 
     def _files(self) -> Mapping[str, bytes]:
-        return {FILE: msgspec.json.encode([self._shares.tolist()])}
+        return {BASELINE_FILE: msgspec.json.encode([self._shares.tolist()])}
 
     def _restore(self, files: Mapping[str, bytes]) -> None:
         self._shares = _parse_rows(files, self.key)[0]
 
 
-class Stratified(Majority):
-    """A guess drawn with train's frequencies; the draw hangs on seed and window alone, not on its neighbours."""
+class StratifiedBaseline(MajorityBaseline):
+    """Predict a random phase with train's frequencies; the draw depends on the seed and the window alone.
+
+    `DummyClassifier(strategy="stratified")` is not used: it draws by the window's position in a call, so that the same
+    window gets another phase in another batch, and its probabilities of 0 and 1 make the log loss unbounded.
+    """
 
     key = "stratified"
 
-    def _predict_proba(self, x: NDArray[np.float32]) -> Floats:
+    def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:
         salt = self.seed.to_bytes(8, "big", signed=True)
         digests = [hashlib.sha256(salt + row.tobytes()).digest() for row in np.ascontiguousarray(x, "<f4")]
         draws = np.array([int.from_bytes(d[:6], "big") / 2**48 for d in digests])
         drawn = (draws[:, None] >= self._shares.cumsum()).sum(axis=1).clip(0, N_CLASSES - 1)
-        # Half of the weight stays with the frequencies, so that a wrong guess does not cost without bound.
-        told: Floats = 0.5 * np.eye(N_CLASSES)[drawn] + 0.5 * self._shares
-        return told
+        # Half of the weight stays with the frequencies, which bounds the log loss of a wrong guess.
+        probabilities: FloatArray = 0.5 * np.eye(N_CLASSES)[drawn] + 0.5 * self._shares
+        return probabilities
 
 
-class HostOnly(PhaseModel):
-    """Share of each phase on a window's host; a host that train never saw is answered as all of them together."""
+class HostFrequencyBaseline(PhaseModel):
+    """Predict the phase frequencies of the window's host; an unseen host gets those of all train hosts."""
 
     key = "host_only"
     kind = InputKind.HOST
-    Config = NoConfig
+    Config = EmptyConfig
 
-    def _fit(self, train: Examples, val: Examples) -> None:
+    def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None:
         hosts = np.unique(train.inputs.x[:, 0])
         own = [np.bincount(train.y[train.inputs.x[:, 0] == h], minlength=N_CLASSES) for h in hosts]
         self._hosts = hosts.astype(np.float64)
         rows = np.array([np.bincount(train.y, minlength=N_CLASSES), *own], np.float64)
         self._rows = rows / rows.sum(axis=1, keepdims=True)
 
-    def _predict_proba(self, x: NDArray[np.float32]) -> Floats:
+    def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:
         at = np.searchsorted(self._hosts, x[:, 0])
         known = np.append(self._hosts, np.nan)[at] == x[:, 0]
-        rows: Floats = self._rows[np.where(known, at + 1, 0)]
+        rows: FloatArray = self._rows[np.where(known, at + 1, 0)]
         return rows
 
     def _files(self) -> Mapping[str, bytes]:
-        return {FILE: msgspec.json.encode([self._rows.tolist(), self._hosts.tolist()])}
+        return {BASELINE_FILE: msgspec.json.encode([self._rows.tolist(), self._hosts.tolist()])}
 
     def _restore(self, files: Mapping[str, bytes]) -> None:
         try:
-            rows, hosts = msgspec.json.decode(files[FILE], type=tuple[list[_Row], list[float]])
+            rows, hosts = msgspec.json.decode(files[BASELINE_FILE], type=tuple[list[_PhaseRow], list[float]])
         except (KeyError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            raise RunError(f"checkpoint of {self.key}: {FILE} is absent or not rows and hosts: {exc}") from exc
-        self._rows, self._hosts = _checked(rows, self.key), np.array(hosts)
+            raise RunError(f"checkpoint of {self.key}: {BASELINE_FILE} is absent or not rows and hosts: {exc}") from exc
+        self._rows, self._hosts = _check_rows(rows, self.key), np.array(hosts)
         if len(rows) != len(hosts) + 1 or not (np.diff(self._hosts) > 0).all():
             raise RunError(
-                f"checkpoint of {self.key}: {FILE} holds {len(rows)} rows for {len(hosts)} hosts, or hosts out of order"
+                f"checkpoint of {self.key}: {BASELINE_FILE} holds {len(rows)} rows for {len(hosts)} hosts, "
+                "or hosts out of order"
             )
 
 
-class ElapsedTime(PhaseModel):
-    """Share of each phase at a time since the first label, smoothed; width and balance chosen by macro-F1 on validation A.
+class ElapsedTimeBaseline(PhaseModel):
+    """Predict the smoothed phase frequencies at the window's time since the first label.
 
-    A time beyond the longest train episode is answered as the last known one.
+    Kernel width and class balance are selected by macro-F1 on validation A. A time after the end of the longest train
+    episode gets the frequencies of that end.
     """
 
     key = "elapsed_time"
     kind = InputKind.ELAPSED
-    Config = NoConfig
+    Config = EmptyConfig
 
-    def _fit(self, train: Examples, val: Examples) -> None:
-        cells = _cell(train.inputs.x)
-        counts = np.zeros((int(cells.max()) + 1, N_CLASSES))
-        np.add.at(counts, (cells, train.y), 1.0)
+    def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None:
+        strides = _compute_stride_index(train.inputs.x)
+        counts = np.zeros((int(strides.max()) + 1, N_CLASSES))
+        np.add.at(counts, (strides, train.y), 1.0)
         best = -1.0
-        for width_s in WIDTHS_S:
-            for balance in BALANCES:
-                rows = _smooth(counts, width_s, balance)
-                decided = rows[np.minimum(_cell(val.inputs.x), len(rows) - 1)].argmax(axis=1)
+        for width_s in _KERNEL_WIDTHS_S:
+            for balance in _CLASS_BALANCES:
+                rows = _smooth_counts(counts, width_s, balance)
+                decided = rows[np.minimum(_compute_stride_index(val.inputs.x), len(rows) - 1)].argmax(axis=1)
                 score = float(macro_f1(confusion_counts(val.y, decided)))
                 if score > best:
                     best, self._rows = score, rows
                     self.history = {"val_a_macro_f1": (score,), "width_s": (width_s,), "balance": (balance,)}
 
-    def _predict_proba(self, x: NDArray[np.float32]) -> Floats:
-        rows: Floats = self._rows[np.minimum(_cell(x), len(self._rows) - 1)]
+    def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:
+        rows: FloatArray = self._rows[np.minimum(_compute_stride_index(x), len(self._rows) - 1)]
         return rows
 
     def _files(self) -> Mapping[str, bytes]:
-        return {FILE: msgspec.json.encode(self._rows.tolist())}
+        return {BASELINE_FILE: msgspec.json.encode(self._rows.tolist())}
 
     def _restore(self, files: Mapping[str, bytes]) -> None:
         self._rows = _parse_rows(files, self.key)
 
 
-def _cell(t_center_s: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Number the strides since the first label."""
-    cells: NDArray[np.int64] = np.maximum(np.rint(t_center_s[:, 0] / STRIDE_S).astype(np.int64), 0)
-    return cells
+def _compute_stride_index(t_center_s: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Return the number of strides since the first label: ``(n, 1)`` float32 s → ``(n,)`` int64."""
+    strides: NDArray[np.int64] = np.maximum(np.rint(t_center_s[:, 0] / STRIDE_S).astype(np.int64), 0)
+    return strides
 
 
-def _smooth(counts: Floats, width_s: float, balance: float) -> Floats:
-    """Blur counts over time by a Gaussian of `width_s`, even out the classes, and make each row sum to 1."""
+def _smooth_counts(counts: FloatArray, width_s: float, balance: float) -> FloatArray:
+    """Smooth ``(strides, 5)`` counts over time with a Gaussian kernel, balance the classes, normalise each row."""
     at = np.arange(len(counts)) * STRIDE_S
     kernel = np.exp(-0.5 * ((at[:, None] - at[None, :]) / width_s) ** 2)
     total = counts.sum(axis=0)
     even = np.divide(1.0, total**balance, out=np.zeros(N_CLASSES), where=total > 0)
-    rows = (kernel @ counts) * even + 1e-9 * (total > 0)  # the floor answers times that no episode reached
-    normalised: Floats = rows / rows.sum(axis=1, keepdims=True)
+    rows = (kernel @ counts) * even + 1e-9 * (total > 0)  # the floor keeps a time that no episode reached above 0
+    normalised: FloatArray = rows / rows.sum(axis=1, keepdims=True)
     return normalised
 
 
-def _parse_rows(files: Mapping[str, bytes], key: str) -> Floats:
+def _parse_rows(files: Mapping[str, bytes], key: str) -> FloatArray:
     try:
-        rows = msgspec.json.decode(files[FILE], type=list[_Row])
+        rows = msgspec.json.decode(files[BASELINE_FILE], type=list[_PhaseRow])
     except (KeyError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise RunError(f"checkpoint of {key}: {FILE} is absent or not rows of five numbers: {exc}") from exc
-    return _checked(rows, key)
+        raise RunError(f"checkpoint of {key}: {BASELINE_FILE} is absent or not rows of five numbers: {exc}") from exc
+    return _check_rows(rows, key)
 
 
-def _checked(told: list[_Row], key: str) -> Floats:
-    if not 1 <= len(told) <= MAX_ROWS:
-        raise RunError(f"checkpoint of {key}: {FILE} holds {len(told):,} rows, expected 1 to {MAX_ROWS:,}")
-    rows = np.asarray(told, np.float64)
+def _check_rows(decoded: list[_PhaseRow], key: str) -> FloatArray:
+    if not 1 <= len(decoded) <= MAX_TABLE_ROWS:
+        raise RunError(
+            f"checkpoint of {key}: {BASELINE_FILE} holds {len(decoded):,} rows, expected 1 to {MAX_TABLE_ROWS:,}"
+        )
+    rows = np.asarray(decoded, np.float64)
     if (rows < 0).any() or (rows > 1.000001).any() or not (rows.sum(axis=1) > 0).all():
-        raise RunError(f"checkpoint of {key}: {FILE} holds no probabilities")
+        raise RunError(
+            f"checkpoint of {key}: {BASELINE_FILE} holds a row that is not probabilities; train the model again"
+        )
     return rows

@@ -1,4 +1,4 @@
-"""Errors of other libraries become ours at the border, in this one place."""
+"""Convert exceptions of other libraries, raised on untrusted bytes, to RunError."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from contextlib import contextmanager
 
 from phasewatch.errors import PhasewatchError, RunError
 
+__all__ = ["foreign_errors"]
+
 
 @contextmanager
 def foreign_errors(place: str, action: str) -> Iterator[None]:
-    """Raise RunError in place of whatever another library raises on bytes that a stranger may have made.
+    """Raise RunError instead of any exception that another library raises on untrusted bytes.
 
-    Libraries of native code share no base class of errors, and their messages may quote the bytes. Put only the call of
-    the library inside, so that no error of our own code is hidden.
+    Libraries of native code share no base class of exceptions, and their messages may quote the bytes. The block must
+    hold the library's call alone, so that errors of this package are not hidden.
 
     Args:
-        place: File, and member where there is one.
-        action: What was tried, for the message: ``"XGBoost refuses it"``.
+        place: File, and member of it.
+        action: What failed, for the message: ``"XGBoost refuses it"``.
 
     Raises:
-        RunError: For every exception but our own.
+        RunError: For every exception that is not a PhasewatchError.
     """
     try:
         yield
     except PhasewatchError:
         raise
     except Exception as exc:
-        words = " ".join(str(exc).split())[:200] or type(exc).__name__
+        detail = " ".join(str(exc).split())[:200] or type(exc).__name__
         raise RunError(
-            f"{place}: {action}: {words}; take models from those you trust, or train this one again"
+            f"{place}: {action}: {detail}; use models from a source that you trust, or train this one again"
         ) from exc

@@ -1,4 +1,4 @@
-"""The models that there are: a lazy table of key, class and what the class is given."""
+"""The registry of models: built-in ones, entry points of installed packages, and ``module:Class`` names."""
 
 from __future__ import annotations
 
@@ -8,167 +8,186 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from phasewatch.errors import MismatchError, UsageError, name_the_nearest
+from phasewatch.errors import MismatchError, UsageError, suggest_names
 from phasewatch.models import checkpoint
-from phasewatch.models.base import InputKind, InputSpec, Persist, PhaseModel
+from phasewatch.models.base import InputKind, InputSpec, Persistence, PhaseModel
+
+__all__ = [
+    "BASELINE_MODELS",
+    "BUILTIN_MODELS",
+    "ENTRY_POINT_GROUP",
+    "ModelEntry",
+    "create",
+    "find_model",
+    "find_plugin_models",
+    "find_source_file",
+    "load",
+    "load_model_class",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelRow:
-    """One model.
+class ModelEntry:
+    """One entry of the registry.
 
     Attributes:
-        where: ``module:Class``, imported when the model is first asked for.
-        persist: ``exact`` (a checkpoint gives the same bits) or ``none`` (scored in the process that fitted it).
-        is_baseline: It stands beside every score to show what is to be beaten.
+        where: ``module:Class``; the module is imported when the model is used.
+        kind: Input that the model takes.
+        about: One sentence for a list of models.
+        persist: As `PhaseModel.persist`.
+        is_baseline: Whether it is reported next to every score as a reference.
     """
 
     key: str
     where: str
     kind: InputKind
     about: str
-    persist: Persist = "exact"
+    persist: Persistence = "exact"
     is_baseline: bool = False
 
 
-OWN = "phasewatch."
-ENTRY_POINTS = "phasewatch.models"
-MODELS: tuple[ModelRow, ...] = (
-    ModelRow(
+_OWN_PREFIX = "phasewatch."
+ENTRY_POINT_GROUP = "phasewatch.models"
+BUILTIN_MODELS: tuple[ModelEntry, ...] = (
+    ModelEntry(
         key="gbt",
-        where="phasewatch.models.gbt:GradientBoosting",
+        where="phasewatch.models.gradient_boosting:GradientBoosting",
         kind=InputKind.TABLE,
         about="Gradient-boosted trees over the five stats of each channel.",
     ),
-    ModelRow(
+    ModelEntry(
         key="mlp",
-        where="phasewatch.models.nets:MlpNet",
+        where="phasewatch.models.neural:MlpNet",
         kind=InputKind.TABLE,
-        about="A net of two hidden layers over the five stats of each channel.",
+        about="A network of two hidden layers over the five stats of each channel.",
     ),
-    ModelRow(
+    ModelEntry(
         key="cnn",
-        where="phasewatch.models.nets:CnnNet",
+        where="phasewatch.models.neural:CnnNet",
         kind=InputKind.TENSOR,
-        about="A 1-D residual convolutional net over the window's bins.",
+        about="A 1-D residual convolutional network over the window's bins.",
     ),
-    ModelRow(
+    ModelEntry(
         key="gru",
-        where="phasewatch.models.nets:GruNet",
+        where="phasewatch.models.neural:GruNet",
         kind=InputKind.TENSOR,
-        about="A gated recurrent net over the window's bins.",
+        about="A gated recurrent network over the window's bins.",
     ),
-    ModelRow(
+    ModelEntry(
         key="lstm",
-        where="phasewatch.models.nets:LstmNet",
+        where="phasewatch.models.neural:LstmNet",
         kind=InputKind.TENSOR,
         about="A long short-term memory over the window's bins.",
     ),
-    ModelRow(
+    ModelEntry(
         key="transformer",
-        where="phasewatch.models.nets:TransformerNet",
+        where="phasewatch.models.neural:TransformerNet",
         kind=InputKind.TENSOR,
         about="Two layers of attention over the window's bins.",
     ),
-    ModelRow(
+    ModelEntry(
         key="minirocket",
         where="phasewatch.models.minirocket:MiniRocket",
         kind=InputKind.TENSOR,
-        about="Random convolutions and ridge: the cheap baseline that a net has to beat.",
+        about="Random convolutions and ridge regression: a cheap baseline for the neural networks.",
         is_baseline=True,
     ),
-    ModelRow(
+    ModelEntry(
         key="majority",
-        where="phasewatch.models.baselines:Majority",
+        where="phasewatch.models.baselines:MajorityBaseline",
         kind=InputKind.TABLE,
-        about="Always the phase that is most frequent in train.",
+        about="The most frequent phase of train.",
         is_baseline=True,
     ),
-    ModelRow(
+    ModelEntry(
         key="stratified",
-        where="phasewatch.models.baselines:Stratified",
+        where="phasewatch.models.baselines:StratifiedBaseline",
         kind=InputKind.TABLE,
-        about="A guess drawn with the frequencies of train.",
+        about="A random phase, drawn with the frequencies of train.",
         is_baseline=True,
     ),
-    ModelRow(
+    ModelEntry(
         key="elapsed_time",
-        where="phasewatch.models.baselines:ElapsedTime",
+        where="phasewatch.models.baselines:ElapsedTimeBaseline",
         kind=InputKind.ELAPSED,
-        about="The phase that is likeliest this long after the first label, no telemetry looked at.",
+        about="The most probable phase at this time after the first label; uses no telemetry.",
         is_baseline=True,
     ),
-    ModelRow(
+    ModelEntry(
         key="levels_only",
-        where="phasewatch.models.gbt:LevelsOnly",
+        where="phasewatch.models.gradient_boosting:LevelsBaseline",
         kind=InputKind.LEVELS,
-        about="Gradient-boosted trees over cumulative totals alone, which tell how late it is.",
+        about="Gradient-boosted trees over cumulative totals, which reveal the elapsed time.",
         is_baseline=True,
     ),
-    ModelRow(
+    ModelEntry(
         key="host_only",
-        where="phasewatch.models.baselines:HostOnly",
+        where="phasewatch.models.baselines:HostFrequencyBaseline",
         kind=InputKind.HOST,
-        about="The phase that is most frequent on this host.",
+        about="The most frequent phase of this host.",
         is_baseline=True,
     ),
-    ModelRow(
+    ModelEntry(
         key="best_channel",
-        where="phasewatch.models.channel:BestChannel",
+        where="phasewatch.models.gradient_boosting:BestChannel",
         kind=InputKind.TABLE,
-        about="Gradient-boosted trees over the one channel that validation A likes best.",
+        about="Gradient-boosted trees over the one channel with the best macro-F1 on validation A.",
         is_baseline=True,
     ),
 )
-BASELINES = tuple(row.key for row in MODELS if row.is_baseline)
+BASELINE_MODELS = tuple(row.key for row in BUILTIN_MODELS if row.is_baseline)
 
 
-def brought_rows() -> dict[str, ModelRow]:
-    """Give the models that installed packages bring, by the entry points ``phasewatch.models`` (key = module:Class)."""
+def find_plugin_models() -> dict[str, ModelEntry]:
+    """Return the models of installed packages, from the entry points ``phasewatch.models`` (key = module:Class)."""
     return {
-        point.name: _row_at(point.name, point.value)
-        for point in metadata.entry_points(group=ENTRY_POINTS)
-        if point.name not in {row.key for row in MODELS}
+        point.name: _build_entry(point.name, point.value)
+        for point in metadata.entry_points(group=ENTRY_POINT_GROUP)
+        if point.name not in {row.key for row in BUILTIN_MODELS}
     }
 
 
-def row_of(key: str) -> ModelRow:
-    """Find a model's row: a registered one, one that a package brings, or the class that ``module:Class`` names.
+def find_model(key: str) -> ModelEntry:
+    """Find a model by its key: a built-in one, an entry point, or the class that ``module:Class`` names.
 
     Raises:
-        UsageError: If there is none; the message has the nearest keys.
+        UsageError: If there is none; the message suggests the nearest keys.
     """
-    known = {row.key: row for row in MODELS}
+    known = {row.key: row for row in BUILTIN_MODELS}
     if key in known:
         return known[key]
     if ":" in key:
-        return _row_at(key, key)
-    known |= brought_rows()
+        return _build_entry(key, key)
+    known |= find_plugin_models()
     if key not in known:
-        raise UsageError(f"no model {key!r}; {name_the_nearest(key, known)}")
+        raise UsageError(f"no model {key!r}; {suggest_names(key, known)}")
     return known[key]
 
 
-def class_of(key: str) -> type[PhaseModel]:
-    """Import a model's class."""
-    return _import(row_of(key).where)
+def load_model_class(key: str) -> type[PhaseModel]:
+    """Import the class of a model.
+
+    Raises:
+        UsageError: If the key is unknown, the module cannot be imported, or the class is not a PhaseModel.
+    """
+    return _import_class(find_model(key).where)
 
 
-def code_of(key: str) -> Path | None:
-    """Give the file of a model that is not phasewatch's own: when it changes, its cells are trained again."""
-    if key in {row.key for row in MODELS}:
+def find_source_file(key: str) -> Path | None:
+    """Return the source file of a user's model, whose experiments are trained again when it changes; else None."""
+    if key in {row.key for row in BUILTIN_MODELS}:
         return None
-    file = getattr(import_module(row_of(key).where.partition(":")[0]), "__file__", None)
+    file = getattr(import_module(find_model(key).where.partition(":")[0]), "__file__", None)
     return Path(file) if file else None
 
 
-def _row_at(key: str, where: str) -> ModelRow:
-    found = _import(where)
+def _build_entry(key: str, where: str) -> ModelEntry:
+    found = _import_class(where)
     about = (found.__doc__ or where).strip().splitlines()[0]
-    return ModelRow(key=key, where=where, kind=found.kind, about=about, persist=found.persist)
+    return ModelEntry(key=key, where=where, kind=found.kind, about=about, persist=found.persist)
 
 
-def _import(where: str) -> type[PhaseModel]:
+def _import_class(where: str) -> type[PhaseModel]:
     module, _, name = where.partition(":")
     try:
         found = getattr(import_module(module), name)
@@ -177,48 +196,50 @@ def _import(where: str) -> type[PhaseModel]:
             f"model {where!r} cannot be imported: {exc}; install its package, or put its folder on PYTHONPATH"
         ) from exc
     except Exception as exc:  # its module is the user's, and may do anything when it is imported
-        if module.startswith(OWN):
+        if module.startswith(_OWN_PREFIX):
             raise
-        raise UsageError(f"model {where!r} cannot be imported: {type(exc).__name__}: {exc}; mend its module") from exc
+        raise UsageError(f"model {where!r} cannot be imported: {type(exc).__name__}: {exc}; fix its module") from exc
     if not (isinstance(found, type) and issubclass(found, PhaseModel)):
-        raise UsageError(f"model {where!r} is no PhaseModel; derive it from phasewatch.models.adapters.TableAdapter")
+        raise UsageError(f"model {where!r} is not a PhaseModel; derive it from phasewatch.models.adapters.TableAdapter")
     return found
 
 
 def create(key: str, *, seed: int = 0, settings: Mapping[str, Any] | None = None) -> PhaseModel:
-    """Make a model that is not fitted yet.
+    """Create a model that is not fitted.
 
     Raises:
-        UsageError: If the key or a setting is not known.
+        UsageError: If the key or a setting is unknown.
     """
-    return class_of(key)(seed=seed, settings=settings)
+    return load_model_class(key)(seed=seed, settings=settings)
 
 
 def load(folder: Path, *, expected: InputSpec | None = None) -> PhaseModel:
     """Load a checkpoint.
 
     Args:
-        folder: Where it stands.
-        expected: What it will be given; None leaves that check to the first prediction.
+        folder: Folder of the checkpoint.
+        expected: Input that it will be given; None leaves that check to the first prediction.
 
     Raises:
-        RunError: If it is absent or not a checkpoint.
-        MismatchError: If its bytes were changed, its format, classes or model are not known here, or it was made for
-            another input, mask, schema or behaviour than expected.
+        RunError: If the checkpoint is absent or invalid.
+        MismatchError: If its bytes were changed, its format, classes or model are unknown here, or it was trained on
+            another input than expected.
     """
-    header, files = checkpoint.read(folder)
+    header, files = checkpoint.read_checkpoint(folder)
     # Text of a checkpoint is never imported: what it names must be registered here or brought by an installed package.
-    known = {row.key: row for row in MODELS}
+    known = {row.key: row for row in BUILTIN_MODELS}
     if header.model not in known:
-        known |= brought_rows()
+        known |= find_plugin_models()
     if header.model not in known:
         raise MismatchError(
             f"{folder}: found model {header.model!r}, this version knows {', '.join(known)}; a model that was given as "
             "module:Class is loaded where its package names it in the entry points phasewatch.models"
         )
     if known[header.model].persist == "none":
-        raise MismatchError(f"{folder}: {header.model} keeps no weights; it was scored by the process that fitted it")
-    model = class_of(header.model).restore(header, files, where=str(folder))
-    if expected is not None and model.spec is not None and (words := model.spec.difference(expected)):
-        raise MismatchError(f"{folder}: made for something else: {words}; train it again on these features")
+        raise MismatchError(
+            f"{folder}: model {header.model} stores no weights; it was scored by the process that fitted it"
+        )
+    model = load_model_class(header.model).restore(header, files, where=str(folder))
+    if expected is not None and model.spec is not None:
+        model.spec.require_match(expected, where=str(folder), remedy="train it again on these features")
     return model

@@ -1,7 +1,7 @@
-"""A run becomes one page: the claim, how sure it is, where it fails, what it rests on, how to repeat it.
+"""Build the report of a run: headline, model comparison, error analysis, alarms, calibration, data and reproducibility.
 
-In: the files of a finished or half-finished run. Out: `report.html`, one file that asks nothing of any network.
-A *block* is a picture with its sentence, its numbers as a table and the command that makes them again.
+Input: the files of a finished or unfinished run. Output: `report.html`, one file that makes no network requests.
+A *block* is a figure with its description, its numbers as a table and the command that reproduces them.
 """
 
 from __future__ import annotations

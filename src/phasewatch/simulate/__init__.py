@@ -1,10 +1,10 @@
-"""Make-believe episodes: a seed becomes a store of bundles in the formats of recorded ones, faults and their truth included.
+"""Simulated episodes: a seed becomes a store of bundles in the formats of recorded ones.
 
-Comes in: how many hosts and episodes, a seed, a rate of faults. Goes out: a store, and beside it `STORE.truth.jsonl`.
-Nothing here is a measurement: every manifest says `origin: simulated`.
+Input: numbers of hosts and episodes, a seed and a fault rate. Output: a store, and beside it the ground truth
+`STORE.truth.jsonl`. Nothing here is a measurement: each manifest has `origin: simulated`.
 """
 
-from phasewatch.simulate.activity import Knobs
-from phasewatch.simulate.store import Simulated, simulate
+from phasewatch.simulate.generator import SimulationSettings
+from phasewatch.simulate.store import SimulationResult, simulate
 
-__all__ = ["Knobs", "Simulated", "simulate"]
+__all__ = ["SimulationResult", "SimulationSettings", "simulate"]

@@ -1,4 +1,4 @@
-"""Activity to counters: what each source of a make-believe host would have read, field by field in the order of RAW."""
+"""Convert activity rates into the raw counters of each telemetry source."""
 
 from __future__ import annotations
 
@@ -7,107 +7,148 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.channels import raw_fields
-from phasewatch.simulate.activity import TICK_S, Knobs, named_rng
-from phasewatch.simulate.tables import AT
-from phasewatch.vocab import Source
+from phasewatch.channels import list_raw_fields
+from phasewatch.simulate.generator import RATE_INDEX, TICK_S, SimulationSettings, build_named_rng
+from phasewatch.types import SourceKind
 
-Columns = dict[str, NDArray[np.int64] | NDArray[np.float64]]
+__all__ = [
+    "SIMULATED_MEMORY_MIB",
+    "SIMULATED_VCPUS",
+    "CounterColumns",
+    "SimulatedHost",
+    "draw_host",
+    "simulate_counters",
+]
 
-VCPUS = 1
-MEMORY_MIB = 256
-_MOST_WAIT_FACTOR = 2.5  # a vCPU that waits more than a tenth of the time is a fault, and no host's own way
-_COUNTED = tuple(spec.field for source in Source for spec in raw_fields(source))
+# Raw field → ``(n,)`` readings, int64 or float64.
+CounterColumns = dict[str, NDArray[np.int64] | NDArray[np.float64]]
+
+SIMULATED_VCPUS = 1
+SIMULATED_MEMORY_MIB = 256
+_MAX_WAIT_FACTOR = 2.5  # a vCPU that waits more than a tenth of the time would count as CPU contention
+_RAW_FIELD_NAMES = tuple(spec.field for source in SourceKind for spec in list_raw_fields(source))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """What a simulated host is: its shape's own factor on each counter, and what it cannot give."""
+class SimulatedHost:
+    """A simulated host.
+
+    Attributes:
+        host_id: Name of the host.
+        arch: ``x86_64`` or ``aarch64``.
+        factors: Factor on each raw field, in the order of all sources and fields.
+        drift: Change of the factor's natural logarithm per week, in the same order.
+        busy_samples: Register samples per tick; 0 if the host has none.
+    """
 
     host_id: str
     arch: str
-    factors: tuple[float, ...]  # in the order of all RAW fields
-    drift: tuple[float, ...]  # logarithm per week, likewise
-    busy_samples: int  # register samples a tick; 0 where there are none
+    factors: tuple[float, ...]
+    drift: tuple[float, ...]
+    busy_samples: int
 
 
-def draw_machine(seed: int, number: int, knobs: Knobs) -> Machine:
-    """Draw the host of a number; the same seed gives the same host in a store of any size."""
-    rng = named_rng(seed, "host", number)
+def draw_host(seed: int, number: int, settings: SimulationSettings) -> SimulatedHost:
+    """Draw host `number`; the same seed gives the same host in a store of any size."""
+    rng = build_named_rng(seed, "host", number)
     is_arm = number % 6 == 5
-    return Machine(
+    return SimulatedHost(
         host_id=f"sim-{number:02d}",
         arch="aarch64" if is_arm else "x86_64",
-        factors=tuple(np.exp(knobs.host_effect * rng.standard_normal(len(_COUNTED))).tolist()),
-        drift=tuple((knobs.drift_per_week * rng.standard_normal(len(_COUNTED))).tolist()),
+        factors=tuple(np.exp(settings.host_effect * rng.standard_normal(len(_RAW_FIELD_NAMES))).tolist()),
+        drift=tuple((settings.drift_per_week * rng.standard_normal(len(_RAW_FIELD_NAMES))).tolist()),
         busy_samples=0 if is_arm else 5,
     )
 
 
-def count(
-    rng: np.random.Generator, activity: NDArray[np.float64], machine: Machine, *, weeks: float, knobs: Knobs
-) -> dict[Source, Columns]:
-    """Turn rates into readings at 2 Hz (guest at 1 Hz).
+def simulate_counters(
+    rng: np.random.Generator,
+    activity: NDArray[np.float64],
+    host: SimulatedHost,
+    *,
+    weeks: float,
+    settings: SimulationSettings,
+) -> dict[SourceKind, CounterColumns]:
+    """Convert activity rates into readings at 2 Hz (guest agent: 1 Hz).
 
     Args:
-        rng: Of this episode.
-        activity: ``(n, 12)`` rates of each tick, as `activity.draw_activity` gives them.
-        machine: On which host.
-        weeks: Since the campaign began; how far the host has drifted.
-        knobs: How far episodes lie apart.
+        rng: Random generator of the episode.
+        activity: ``(n, 12)`` float64 rates per second of each tick, from `generator.draw_activity`.
+        host: The host of the episode.
+        weeks: Weeks since the start of the campaign; determines the drift of the host.
+        settings: Spread between episodes.
 
     Returns:
-        Per source one array per raw field, in the order of RAW. Balloon fields stand in every second row only, and
-        ``vcpu_busy`` and ``vcpu_user`` nowhere on a host without register samples: those readings are NaN or −1, null
-        in the row.
+        For each source a dict of raw field → ``(n,)`` array (guest: ``(n // 2,)``), int64 or float64, in the order of
+        the raw fields. An absent reading is −1 (int64) or NaN (float64) and becomes null in the row: balloon fields in
+        every second row, and ``vcpu_busy`` and ``vcpu_user`` on a host without register samples.
     """
     n = len(activity)
-    effect = np.array(machine.factors) * np.exp(np.array(machine.drift) * weeks)
-    effect *= np.exp(knobs.episode_effect * 0.4 * rng.standard_normal(len(_COUNTED)))
-    factor = dict(zip(_COUNTED, effect.tolist(), strict=True))
-    factor["vcpu_wait_ns"] = min(_MOST_WAIT_FACTOR, factor["vcpu_wait_ns"])
-    a = {name: activity[:, i] for name, i in AT.items()}
+    effect = np.array(host.factors) * np.exp(np.array(host.drift) * weeks)
+    effect *= np.exp(settings.episode_effect * 0.4 * rng.standard_normal(len(_RAW_FIELD_NAMES)))
+    factor = dict(zip(_RAW_FIELD_NAMES, effect.tolist(), strict=True))
+    factor["vcpu_wait_ns"] = min(_MAX_WAIT_FACTOR, factor["vcpu_wait_ns"])
+    a = {name: activity[:, i] for name, i in RATE_INDEX.items()}
     packets = rng.poisson(
         np.stack(
             [
-                a["sent"] / 500 + a["opened"] * 3 + a["asked"], a["received"] / 600 + a["opened"] * 2 + a["asked"],
-                a["opened"], a["refused"], a["asked"], a["spread"],
-                a["write"] / 16e3 + a["read"] / 24e3, a["forks"],
+                a["sent"] / 500 + a["opened"] * 3 + a["asked"],
+                a["received"] / 600 + a["opened"] * 2 + a["asked"],
+                a["opened"],
+                a["refused"],
+                a["asked"],
+                a["spread"],
+                a["write"] / 16e3 + a["read"] / 24e3,
+                a["forks"],
             ]
-        ) * TICK_S
-    ).astype(np.float64)  # fmt: skip
+        )
+        * TICK_S
+    ).astype(np.float64)
     jitter = np.exp(0.12 * rng.standard_normal((6, n)))
-    made = _Made(rng=rng, a=a, packets=packets, jitter=jitter, factor=factor)
-    qmp = made.qmp()
-    _withhold(qmp, rng, a, machine.busy_samples)
-    return {Source.PROC: made.proc(), Source.QMP: qmp, Source.NETFLOW: made.netflow(), Source.GUEST: made.guest()}
+    simulator = _CounterSimulator(rng=rng, a=a, packets=packets, jitter=jitter, factor=factor)
+    qmp = simulator.qmp()
+    _mask_unknown_values(qmp, rng, a, host.busy_samples)
+    return {
+        SourceKind.PROC: simulator.proc(),
+        SourceKind.QMP: qmp,
+        SourceKind.NETFLOW: simulator.netflow(),
+        SourceKind.GUEST: simulator.guest(),
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Made:
-    """The pieces from which every source counts."""
+class _CounterSimulator:
+    """Computes the counters of each source from common inputs.
+
+    Attributes:
+        a: Rate name → ``(n,)`` float64 rates per second.
+        packets: ``(8, n)`` float64 counts per tick: packets out, packets in, connections opened, connections refused,
+            DNS queries, distinct destinations, disk requests, forks.
+        jitter: ``(6, n)`` float64 factors.
+        factor: Raw field → factor of host and episode.
+    """
 
     rng: np.random.Generator
     a: dict[str, NDArray[np.float64]]
-    packets: NDArray[np.float64]  # out, in, opened, refused, asked, spread, disk requests, forks
+    packets: NDArray[np.float64]
     jitter: NDArray[np.float64]
     factor: dict[str, float]
 
     def _total(self, field: str, per_second: NDArray[np.float64], *, start: float) -> NDArray[np.int64]:
-        """Sum a rate up, from a random start, times the host's and episode's factor."""
+        """Return the cumulative sum of a rate from a random start, scaled by the field's factor: ``(n,)`` int64."""
         base = self.rng.uniform(0.2, 1.0) * start
         return np.asarray(np.cumsum(per_second * (TICK_S * self.factor[field])) + base, np.int64)
 
     def _count(self, values: NDArray[np.float64], *, start: float) -> NDArray[np.int64]:
-        """Sum whole counts up; no factor, a packet is a packet."""
+        """Return the cumulative sum of counts from a random start, without a factor: ``(n,)`` int64."""
         return np.asarray(np.cumsum(values) + int(self.rng.uniform(0.2, 1.0) * start), np.int64)
 
     def _level(self, field: str, base: float, per_second: NDArray[np.float64]) -> NDArray[np.int64]:
-        """A level that activity moves, in pages of 4 KiB."""
+        """Return a gauge that activity changes, in multiples of 4096 bytes: ``(n,)`` int64."""
         moved = base * self.factor[field] + np.cumsum(per_second) * TICK_S
         return np.asarray(np.maximum(moved, 0) // 4096 * 4096, np.int64)
 
-    def proc(self) -> Columns:
+    def proc(self) -> CounterColumns:
         a, p, j = self.a, self.packets, self.jitter
         requests, out, got = p[6] / TICK_S, p[0] / TICK_S, p[1] / TICK_S
         vcpu = a["cpu"] * j[0]
@@ -115,9 +156,9 @@ class _Made:
         return {
             "cpu_user_ns": self._total("cpu_user_ns", (vcpu * 0.93 + main * 0.5 + 0.004) * 1e9, start=4e10),
             "cpu_sys_ns": self._total("cpu_sys_ns", (vcpu * 0.03 + main * 0.5 + requests * 2e-4) * 1e9, start=1e10),
-            # However far a host lies from the others, its one vCPU runs on one core at most.
+            # Whatever the factor of the host, its one vCPU uses one core at most.
             "vcpu_run_ns": self._total(
-                "vcpu_run_ns", np.minimum(vcpu, VCPUS / self.factor["vcpu_run_ns"]) * 1e9, start=4e10
+                "vcpu_run_ns", np.minimum(vcpu, SIMULATED_VCPUS / self.factor["vcpu_run_ns"]) * 1e9, start=4e10
             ),
             "vcpu_wait_ns": self._total("vcpu_wait_ns", (0.004 + 0.03 * vcpu) * j[2] * 1e9, start=1e9),
             "vcpu_vcs": self._total("vcpu_vcs", (25 + 0.4 * (out + got) + requests * 1.5) * j[2], start=1e4),
@@ -135,7 +176,7 @@ class _Made:
             "threads": np.asarray(5 + np.minimum(4, requests // 10), np.int64),
         }
 
-    def qmp(self) -> Columns:
+    def qmp(self) -> CounterColumns:
         a, p, j = self.a, self.packets, self.jitter
         writes = np.floor(p[6] * a["write"] / np.maximum(a["write"] + a["read"], 1.0) + 0.5)
         reads = p[6] - writes
@@ -156,14 +197,15 @@ class _Made:
             "vcpu_user": np.zeros(len(age_s)),
             "bal_minor_faults": self._total("bal_minor_faults", 100 + 90 * p[7] / TICK_S, start=1e5),
             "bal_free_bytes": np.minimum(
-                self._level("bal_free_bytes", 1.3e8, -(a["touched"] + a["write"] * 0.05) * j[2]), MEMORY_MIB << 20
+                self._level("bal_free_bytes", 1.3e8, -(a["touched"] + a["write"] * 0.05) * j[2]),
+                SIMULATED_MEMORY_MIB << 20,
             ),
             "bal_cache_bytes": self._level("bal_cache_bytes", 6e6, (a["write"] + a["read"]) * 0.05),
             "jit_code_bytes": self._level("jit_code_bytes", 9e7, new_code * 500),
             "wr_highest_bytes": self._level("wr_highest_bytes", 5e7, a["write"] * 0.3),
         }
 
-    def netflow(self) -> Columns:
+    def netflow(self) -> CounterColumns:
         a, p, j = self.a, self.packets, self.jitter
         opened, refused, asked, spread = p[2], np.minimum(p[3], p[2]), p[4], p[5]
         size = 66 + np.where(p[0] > 0, a["sent"] / np.maximum(p[0] / TICK_S, 1.0), 0) * j[0] * 0.6
@@ -182,11 +224,11 @@ class _Made:
             "dst_ips": np.asarray(active + np.minimum(spread // 2, opened), np.int64),
         }
 
-    def guest(self) -> Columns:
+    def guest(self) -> CounterColumns:
         a, p, j = self.a, self.packets, self.jitter
         busy, user = a["cpu"] * 100, np.minimum(a["user"], a["cpu"]) * 100
         every = slice(1, None, 2)
-        whole: Columns = {
+        whole: CounterColumns = {
             "up_ns": np.asarray(np.arange(1, len(busy) + 1) * int(TICK_S * 1e9) + 60_000_000_000, np.int64),
             "cpu_user_jiffies": self._total("cpu_user_jiffies", user * j[0], start=2e3),
             "cpu_sys_jiffies": self._total("cpu_sys_jiffies", (busy - user) * j[1], start=1e3),
@@ -198,15 +240,17 @@ class _Made:
             "procs_running": np.asarray(1 + (self.rng.random(len(busy)) < a["cpu"]), np.int64),
             "mem_dirty_bytes": np.asarray(a["write"] * j[3] // 4096 * 4096, np.int64),
             "mem_free_bytes": np.minimum(
-                self._level("mem_free_bytes", 1.25e8, -(a["touched"] + a["write"] * 0.05)), MEMORY_MIB << 20
+                self._level("mem_free_bytes", 1.25e8, -(a["touched"] + a["write"] * 0.05)), SIMULATED_MEMORY_MIB << 20
             ),
             "mem_cached_bytes": self._level("mem_cached_bytes", 6e6, (a["write"] + a["read"]) * 0.05),
         }
         return {name: column[every] for name, column in whole.items()}
 
 
-def _withhold(qmp: Columns, rng: np.random.Generator, a: dict[str, NDArray[np.float64]], samples: int) -> None:
-    """Fill in the register samples, and mark what a row does not know: −1 for a whole number, NaN for a fraction."""
+def _mask_unknown_values(
+    qmp: CounterColumns, rng: np.random.Generator, a: dict[str, NDArray[np.float64]], samples: int
+) -> None:
+    """Add the register samples, and mark absent readings: −1 for integers, NaN for fractions."""
     n = len(a["cpu"])
     for name in ("bal_minor_faults", "bal_free_bytes", "bal_cache_bytes"):
         qmp[name][1::2] = -1

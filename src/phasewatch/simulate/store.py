@@ -1,8 +1,8 @@
-"""Writes a simulated campaign into a store, session by session, from as many processes as wanted: the same bytes from any."""
+"""Write a simulated campaign into a store; the bytes do not depend on the number of processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -11,42 +11,51 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from phasewatch.atomic import make_folder, sync_folder, write_whole, writer
-from phasewatch.channels import registry_digest
-from phasewatch.episode.bundle import pack, read_members
-from phasewatch.episode.container import join_members
-from phasewatch.episode.frame import compress_frame
-from phasewatch.episode.rows import encode_columns
+from phasewatch.atomic import make_folder, open_atomic, sync_folder, write_atomic
+from phasewatch.bundle.archive import pack_bundle, unpack_members
+from phasewatch.bundle.container import compress_frame, join_members
+from phasewatch.bundle.rows import encode_columns
+from phasewatch.channels import get_custom_channels_digest
 from phasewatch.errors import StoreError, UsageError
-from phasewatch.simulate.activity import Knobs, named_rng
-from phasewatch.simulate.campaign import Campaign, Session, sessions_of, slots_of
-from phasewatch.simulate.episode import Draft, draw_episode
-from phasewatch.simulate.faults import DUPLICATE, Fault, choose, copy_as, kinds_of
-from phasewatch.store.disk import FILE_SYSTEMS_OWN, RECEIPT, SUFFIX, DiskStore, render_receipt
-from phasewatch.vocab import Status
-from phasewatch.walk import EPISODE_S
-from phasewatch.workers import map_ordered
+from phasewatch.parallel.pool import map_ordered
+from phasewatch.profiles import EPISODE_RANGE_S
+from phasewatch.progress import NO_PROGRESS, Progress
+from phasewatch.simulate.episodes import (
+    EpisodeDraft,
+    SimulatedCampaign,
+    SimulatedSession,
+    draw_episode,
+    draw_session_specs,
+    iter_sessions,
+)
+from phasewatch.simulate.faults import DUPLICATE_FAULT, FaultSpec, copy_telemetry, draw_fault, find_faults
+from phasewatch.simulate.generator import SimulationSettings, build_named_rng
+from phasewatch.store.local import BUNDLE_SUFFIX, FILE_SYSTEM_FOLDERS, RECEIPT_SUFFIX, DiskStore, render_receipt
+from phasewatch.types import BundleStatus
 
-_LEVEL = 3
-_FAULTY_S = 60.0  # in a shorter episode a fault is more than it says: a pause of five seconds makes a source slow, too
-_MOST_DAYS = 36_500.0
-_MOST_EFFECT, _MOST_INTENSITY = 3.0, 100.0  # beyond them counters outgrow 64 bits
+__all__ = ["GroundTruthRow", "SimulationResult", "pack_draft", "pack_faulty_draft", "simulate"]
+
+_ZSTD_LEVEL = 3
+# In a shorter episode a fault has further effects: a pause of five seconds also lowers the rate of a source.
+_MIN_FAULTY_EPISODE_S = 60.0
+_MAX_DAYS = 36_500.0
+_MAX_EFFECT, _MAX_INTENSITY = 3.0, 100.0  # larger values overflow 64-bit counters
 
 
-class Truth(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of the truth file: what stands in the store, what was done to it, and what a validator must say."""
+class GroundTruthRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the ground truth: a bundle, its injected fault, and the expected status and reasons of validation."""
 
     host_id: str
     episode_id: str
     path: str
     fault: str
-    status: Status
+    status: BundleStatus
     reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Simulated:
-    """What `simulate` made."""
+class SimulationResult:
+    """The result of `simulate`: paths, and numbers of episodes and of those with a fault."""
 
     store: Path
     truth: Path
@@ -63,133 +72,150 @@ def simulate(
     faults: float = 0.0,
     workers: int = 1,
     days: float = 10.0,
-    between_s: tuple[float, float] = EPISODE_S,
-    knobs: Knobs | None = None,
+    between_s: tuple[float, float] = EPISODE_RANGE_S,
+    settings: SimulationSettings | None = None,
     kinds: Sequence[str] = (),
-    on_progress: Callable[[int], None] | None = None,
-) -> Simulated:
-    """Make a store of seeded episodes and, beside it, the truth about each.
+    progress: Progress = NO_PROGRESS,
+) -> SimulationResult:
+    """Write a store of simulated episodes and its ground truth.
 
     Args:
         store: A folder that does not exist yet, or is empty.
-        hosts: How many hosts.
-        episodes: How many in all, dealt over the hosts.
-        seed: Same seed and numbers, same bytes.
-        faults: Share of episodes that get a fault, 0 to 1.
-        workers: Processes.
-        days: Over how many days at least the episodes are spread.
-        between_s: Shortest and longest lab episode.
-        knobs: How noisy the world is; None for the usual.
-        kinds: Names of the faults to choose from; none for all.
-        on_progress: Called with the number of episodes made so far.
+        hosts: Number of hosts.
+        episodes: Number of episodes, distributed over the hosts.
+        seed: Equal seeds and numbers give equal bytes.
+        faults: Share of episodes with a fault, 0 to 1.
+        workers: Number of processes.
+        days: Smallest number of days that the episodes span.
+        between_s: Shortest and longest lab episode, in seconds.
+        settings: Spread of hosts, episodes and ticks; None for the defaults.
+        kinds: Names of the faults to choose from; empty for all.
+        progress: Receives the number of written episodes under the task ``simulate``.
 
     Raises:
-        UsageError: If a number makes no sense.
-        StoreError: If something is already there.
+        UsageError: If a number is out of range.
+        StoreError: If the folder is not empty.
     """
-    if hosts < 1 or episodes < hosts:
-        raise UsageError(f"--hosts {hosts} --episodes {episodes}: at least one host, and one episode for each")
-    if not 0 <= faults <= 1:
-        raise UsageError(f"--faults {faults:g}: a share, 0 to 1")
-    if not 1 <= between_s[0] <= between_s[1] <= 3600:
-        raise UsageError(f"--seconds {between_s[0]:g} {between_s[1]:g}: the shortest, then the longest, 1 to 3600")
-    if faults and between_s[0] < _FAULTY_S:
-        raise UsageError(
-            f"--faults {faults:g} --seconds {between_s[0]:g} {between_s[1]:g}: what a fault is called holds for "
-            f"episodes of {_FAULTY_S:g} s and more; lengthen them, or leave the faults out"
-        )
-    knobs = knobs or Knobs()
-    for option, value, most in (
-        ("--days", days, _MOST_DAYS), ("--host-effect", knobs.host_effect, _MOST_EFFECT),
-        ("--episode-effect", knobs.episode_effect, _MOST_EFFECT), ("--drift", knobs.drift_per_week, _MOST_EFFECT),
-        ("--noise", knobs.tick_noise, _MOST_EFFECT),
-        ("--malware-intensity", knobs.malware_intensity, _MOST_INTENSITY),
-    ):  # fmt: skip
-        if not 0 <= value <= most:
-            raise UsageError(f"{option} {value:g}: 0 to {most:g}")
-    if (drifted := knobs.drift_per_week * days / 7) > _MOST_EFFECT:
-        raise UsageError(
-            f"--drift {knobs.drift_per_week:g} --days {days:g}: a host would drift by {drifted:.3g}, at most {_MOST_EFFECT:g}"
-        )
-    if registry_digest():
-        raise UsageError("simulate makes no channels of your own; leave out --channels and PHASEWATCH_CHANNELS")
-    if store.exists() and (not store.is_dir() or any(e.name not in FILE_SYSTEMS_OWN for e in store.iterdir())):
+    settings = settings or SimulationSettings()
+    campaign = SimulatedCampaign(
+        hosts=hosts, episodes=episodes, seed=seed, days=days, between_s=between_s, settings=settings
+    )
+    _check_campaign(campaign, faults)
+    if get_custom_channels_digest():
+        raise UsageError("simulate cannot simulate custom channels; leave out --channels and PHASEWATCH_CHANNELS")
+    if store.exists() and (not store.is_dir() or any(e.name not in FILE_SYSTEM_FOLDERS for e in store.iterdir())):
         raise StoreError(f"{store}: something is already there; name a new folder, or remove it first")
-    chosen = kinds_of(kinds)
+    chosen = find_faults(kinds)
     make_folder(store)
-    campaign = Campaign(hosts=hosts, episodes=episodes, seed=seed, days=days, between_s=between_s, knobs=knobs)
     named = store.resolve() if store.name in ("", "..") else store
     truth_path = named.with_name(named.name + ".truth.jsonl")
     make = partial(_make_session, store, campaign, faults, tuple(fault.name for fault in chosen))
     made = faulty = 0
-    with writer(truth_path) as file:
+    with open_atomic(truth_path) as file:
         for result in map_ordered(
-            make, sessions_of(campaign), workers=workers, timeout_s=None if workers == 1 else 120
+            make, iter_sessions(campaign), workers=workers, timeout_s=None if workers == 1 else 120
         ):
             if result.value is None:
                 raise StoreError(f"{store}: a session could not be made: {result.error}")
             for truth in result.value:
                 file.write(msgspec.json.encode(truth) + b"\n")
                 made, faulty = made + 1, faulty + bool(truth.fault)
-            if on_progress:
-                on_progress(made)
+            progress.update("simulate", made, episodes)
     for folder in sorted(each for each in store.iterdir() if each.is_dir()):
         sync_folder(folder)
-    return Simulated(store=store, truth=truth_path, episodes=made, faulty=faulty)
+    return SimulationResult(store=store, truth=truth_path, episodes=made, faulty=faulty)
+
+
+def _check_campaign(campaign: SimulatedCampaign, faults: float) -> None:
+    """Raise UsageError if a number of a campaign is out of range."""
+    shortest, longest = campaign.between_s
+    if campaign.hosts < 1 or campaign.episodes < campaign.hosts:
+        raise UsageError(
+            f"--hosts {campaign.hosts} --episodes {campaign.episodes}: at least one host, and one episode for each"
+        )
+    if not 0 <= faults <= 1:
+        raise UsageError(f"--faults {faults:g}: a share, 0 to 1")
+    if not 1 <= shortest <= longest <= 3600:
+        raise UsageError(f"--seconds {shortest:g} {longest:g}: the shortest, then the longest, 1 to 3600")
+    if faults and shortest < _MIN_FAULTY_EPISODE_S:
+        raise UsageError(
+            f"--faults {faults:g} --seconds {shortest:g} {longest:g}: faults need episodes of "
+            f"{_MIN_FAULTY_EPISODE_S:g} s or more; lengthen them, or leave the faults out"
+        )
+    settings = campaign.settings
+    limits = {
+        "--days": (campaign.days, _MAX_DAYS),
+        "--host-effect": (settings.host_effect, _MAX_EFFECT),
+        "--episode-effect": (settings.episode_effect, _MAX_EFFECT),
+        "--drift": (settings.drift_per_week, _MAX_EFFECT),
+        "--noise": (settings.tick_noise, _MAX_EFFECT),
+        "--malware-intensity": (settings.malware_intensity, _MAX_INTENSITY),
+    }
+    for option, (value, highest) in limits.items():
+        if not 0 <= value <= highest:
+            raise UsageError(f"{option} {value:g}: 0 to {highest:g}")
+    if (drift := settings.drift_per_week * campaign.days / 7) > _MAX_EFFECT:
+        raise UsageError(
+            f"--drift {settings.drift_per_week:g} --days {campaign.days:g}: a host would drift by {drift:.3g}, at most "
+            f"{_MAX_EFFECT:g}"
+        )
 
 
 def _make_session(
-    store: Path, campaign: Campaign, faults: float, names: Sequence[str], session: Session
-) -> tuple[Truth, ...]:
-    """Make and write the episodes of one session."""
-    kinds = kinds_of(names)  # by name: what a fault does cannot travel to another process
-    truths: list[Truth] = []
-    sound: Draft | None = None  # the session's episode that a duplicate can copy
-    for slot in slots_of(campaign, session):
-        draft = draw_episode(named_rng(campaign.seed, "episode", slot.episode_id), slot, campaign.knobs)
-        rng = named_rng(campaign.seed, "fault", slot.episode_id)
-        fault = choose(rng, may_duplicate=sound is not None, kinds=kinds) if rng.random() < faults else None
-        path = f"{slot.machine.host_id}/{slot.episode_id}{SUFFIX}"
+    store: Path, campaign: SimulatedCampaign, faults: float, names: Sequence[str], session: SimulatedSession
+) -> tuple[GroundTruthRow, ...]:
+    """Draw and write the episodes of one session."""
+    kinds = find_faults(names)  # by name, because the functions of a fault cannot be pickled
+    truths: list[GroundTruthRow] = []
+    intact: EpisodeDraft | None = None  # the session's episode that a duplicate can copy
+    for spec in draw_session_specs(campaign, session):
+        draft = draw_episode(build_named_rng(campaign.seed, "episode", spec.episode_id), spec, campaign.settings)
+        rng = build_named_rng(campaign.seed, "fault", spec.episode_id)
+        fault = draw_fault(rng, may_duplicate=intact is not None, kinds=kinds) if rng.random() < faults else None
+        path = f"{spec.machine.host_id}/{spec.episode_id}{BUNDLE_SUFFIX}"
         if fault is None:
-            sound = draft
-            DiskStore(store, durable=False).put(slot.machine.host_id, slot.episode_id, render(draft))
+            intact = draft
+            DiskStore(store, durable=False).put(spec.machine.host_id, spec.episode_id, pack_draft(draft))
         else:
-            if fault is DUPLICATE and sound is not None:
-                draft = copy_as(sound, draft)
+            if fault is DUPLICATE_FAULT and intact is not None:
+                draft = copy_telemetry(intact, draft)
             _write_faulty(store / path, rng, draft, fault)
         truths.append(
-            Truth(
-                host_id=slot.machine.host_id, episode_id=slot.episode_id, path=path,
-                fault=fault.name if fault else "", status=fault.status if fault else Status.ACCEPTED,
+            GroundTruthRow(
+                host_id=spec.machine.host_id,
+                episode_id=spec.episode_id,
+                path=path,
+                fault=fault.name if fault else "",
+                status=fault.status if fault else BundleStatus.ACCEPTED,
                 reasons=fault.reasons if fault else (),
             )
-        )  # fmt: skip
+        )
     return tuple(truths)
 
 
-def _write_faulty(path: Path, rng: np.random.Generator, draft: Draft, fault: Fault) -> None:
-    """Write a bundle with a fault, and the receipt that belongs to the fault."""
-    undamaged, data = render_faulty(rng, draft, fault)
+def _write_faulty(path: Path, rng: np.random.Generator, draft: EpisodeDraft, fault: FaultSpec) -> None:
+    """Write a bundle with a fault, and the receipt that the fault calls for."""
+    undamaged, data = pack_faulty_draft(rng, draft, fault)
     make_folder(path.parent)
-    write_whole(path, data, durable=False)
-    vouched = {"of the file": data, "of the undamaged": undamaged, "wrong": data + b"?"}.get(fault.receipt)
-    line = b"no digest here\n" if vouched is None else render_receipt(sha256(vouched).hexdigest(), path.name)
+    write_atomic(path, data, durable=False)
+    receipted = {"of the file": data, "of the undamaged": undamaged, "wrong": data + b"?"}.get(fault.receipt)
+    line = b"no digest here\n" if receipted is None else render_receipt(sha256(receipted).hexdigest(), path.name)
     if fault.receipt != "none":
-        write_whole(path.with_name(path.name + RECEIPT), line, durable=False)
+        write_atomic(path.with_name(path.name + RECEIPT_SUFFIX), line, durable=False)
 
 
-def render_faulty(rng: np.random.Generator, draft: Draft, fault: Fault) -> tuple[bytes, bytes]:
-    """Pack a draft with a fault in it; give the bytes before the fault that is done to bytes, and those after it."""
+def pack_faulty_draft(rng: np.random.Generator, draft: EpisodeDraft, fault: FaultSpec) -> tuple[bytes, bytes]:
+    """Pack a draft with a fault; return its bytes before and after the byte-level part of the fault."""
     if fault.draft:
         draft = fault.draft(rng, draft)
-    data = render(draft)
+    data = pack_draft(draft)
     if fault.members:
-        members = {name: bytes(view) for name, view in read_members(data, file="").items()}
-        data = compress_frame(join_members(fault.members(rng, members)), level=_LEVEL)
+        members = {name: bytes(view) for name, view in unpack_members(data, file="").items()}
+        data = compress_frame(join_members(fault.members(rng, members)), level=_ZSTD_LEVEL)
     return data, fault.data(rng, data) if fault.data else data
 
 
-def render(draft: Draft) -> bytes:
-    """Pack a draft."""
+def pack_draft(draft: EpisodeDraft) -> bytes:
+    """Return the bytes of the bundle of a draft."""
     members = {f"{source}.jsonl": encode_columns(rows) for source, rows in draft.rows.items()}
-    return pack(draft.manifest, {"labels.jsonl": draft.labels(), **members}, level=_LEVEL)
+    return pack_bundle(draft.manifest, {"labels.jsonl": draft.encoded_labels(), **members}, level=_ZSTD_LEVEL)

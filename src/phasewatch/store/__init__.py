@@ -1,1 +1,1 @@
-"""Where bundles lie: they go in once and whole, each with a receipt, and come out in one order."""
+"""Stores of bundles in a folder or a bucket: each bundle is written once, with a receipt."""

@@ -1,4 +1,4 @@
-"""What every store can do, whatever it lies on, and the one place that turns a folder or a URI into a store."""
+"""The interface of stores, and how a folder or a URI is opened as one."""
 
 from __future__ import annotations
 
@@ -9,111 +9,111 @@ from typing import Protocol
 
 from phasewatch.errors import StoreError
 from phasewatch.http_client import is_loopback
-from phasewatch.store.disk import SUFFIX, DiskStore, StoreItem
-from phasewatch.store.room import FreeFiles
+from phasewatch.store.local import BUNDLE_SUFFIX, DiskStore, StoreItem
+from phasewatch.store.quota import FreeFiles
 
 __all__ = [
-    "Incoming",
-    "Place",
-    "Store",
+    "BundleStore",
+    "IncomingBundle",
     "StoreItem",
+    "StoreLocation",
     "check_store",
     "find_bundle",
     "has_bundle",
     "is_loopback",
     "open_store",
-    "parse_place",
+    "parse_store_location",
 ]
 
-Place = Path | str  # a folder, or a URI
+StoreLocation = Path | str  # a folder, or a URI
 
 
-class Incoming(Protocol):
-    """A bundle on its way in: seen by nobody before `publish`, gone after `drop`."""
+class IncomingBundle(Protocol):
+    """A bundle that is being written: invisible before `publish`, removed by `drop`."""
 
     def write(self, data: bytes) -> None:
-        """Take the next bytes."""
+        """Append bytes."""
 
     def content(self) -> bytes:
-        """Give all bytes written so far."""
+        """Return all bytes written so far."""
 
     def publish(self, digest: str) -> bool:
-        """Put the bundle and then its receipt into the store, both durable when this returns.
+        """Store the bundle and then its receipt, both durably.
 
         Args:
-            digest: The sha256 of what was written, in hex.
+            digest: SHA-256 of the written bytes, in hex.
 
         Returns:
-            Whether the bundle is new; False if the same bytes stood there already.
+            Whether the bundle is new; False if the store holds the same bytes already.
 
         Raises:
-            TakenError: If other bytes stand under the id.
+            IdConflictError: If the store holds other bytes under the id.
         """
 
     def drop(self) -> None:
-        """Forget it; after `publish` there is nothing left to forget."""
+        """Remove what was not published."""
 
 
-class Store(Protocol):
-    """A place of bundles: written once, each with its receipt, walked in one order."""
+class BundleStore(Protocol):
+    """A store of bundles: each is written once, with a receipt, and they are listed in a fixed order."""
 
     def put(self, host_id: str, episode_id: str, data: bytes) -> object:
-        """Store a bundle, then its receipt; the same bytes may come again."""
+        """Store a bundle, then its receipt; storing the same bytes again is allowed."""
 
     def walk(self) -> Iterator[StoreItem]:
-        """Give everything that lies where a bundle should be, by folder, then by file name."""
+        """Yield everything that lies where a bundle should be, by folder, then by file name."""
 
     def read(self, item: StoreItem) -> bytes:
-        """Read one bundle, never more than a bundle may hold."""
+        """Read one bundle, at most as many bytes as a bundle may have."""
 
     def find(self, host_id: str, episode_id: str) -> StoreItem | None:
-        """Give what stands under an id; None if neither bundle nor receipt does."""
+        """Return the bundle or receipt with an id; None if there is neither."""
 
-    def receive(self, host_id: str, episode_id: str) -> Incoming:
-        """Begin a bundle; only inside `receiving`."""
+    def receive(self, host_id: str, episode_id: str) -> IncomingBundle:
+        """Begin to write a bundle; only inside `receiving`."""
 
     def receiving(self) -> AbstractContextManager[None]:
-        """Hold the store for a receiver, alone; what an earlier one left half done is removed."""
+        """Lock the store for one receiver, and remove the unfinished bundles of an earlier one."""
 
-    def tidy(self, *, older_than_s: float) -> int:
-        """Remove what killed writers left that long ago, and say how much."""
+    def remove_leftovers(self, *, older_than_s: float) -> int:
+        """Remove unfinished files of that age, and return their number."""
 
     def write_status(self, host_id: str, episode_id: str, text: bytes) -> None:
-        """Write what admission said of a bundle beside it."""
+        """Write the receiver's verdict on a bundle beside it."""
 
     def has_status(self, host_id: str, episode_id: str) -> bool:
-        """Whether admission's word on a bundle stands beside it."""
+        """Whether the receiver's verdict on a bundle is stored."""
 
     def read_status(self, host_id: str, episode_id: str) -> bytes | None:
-        """Read admission's word on a bundle; None if there is none, or it cannot be read."""
+        """Read the receiver's verdict on a bundle; None if there is no readable one."""
 
     def free_bytes(self) -> int | None:
-        """Give the room that is left; None where nobody can say."""
+        """Return the free space in bytes; None if it is unknown."""
 
     def free_files(self) -> FreeFiles | None:
-        """Return how many more files fit; None where nobody can tell."""
+        """Return how many more files fit; None if there is no known limit."""
 
-    def check_place(self) -> None:
+    def check_location(self) -> None:
         """Check that the store is still the one that `receiving` holds.
 
         Raises:
-            LostStoreError: If it is gone, or another one stands in its place.
+            StoreReplacedError: If it is gone, or another one is in its place.
         """
 
-    def held(self, host_id: str) -> list[tuple[float, int]]:
-        """Give when (Unix seconds) each bundle of a host came, and its size in bytes."""
+    def list_arrivals(self, host_id: str) -> list[tuple[float, int]]:
+        """Return arrival time (Unix seconds) and size (bytes) of each bundle of a host."""
 
 
-def parse_place(text: str) -> Place:
-    """Read where a store is: a URI stays text, for a path would fold its slashes."""
+def parse_store_location(text: str) -> StoreLocation:
+    """Parse the location of a store; a URI stays text, because a path would merge its slashes."""
     return text if "://" in text else Path(text)
 
 
-def open_store(place: Place) -> Store:
-    """Open a store by its folder, ``file://`` or ``s3://bucket/prefix``; nothing is touched yet.
+def open_store(place: StoreLocation) -> BundleStore:
+    """Return the store at a folder, ``file://`` or ``s3://bucket/prefix`` URI, without accessing it.
 
     Raises:
-        StoreError: If the URI is of another kind.
+        StoreError: If the URI has another scheme.
     """
     scheme, separator, rest = str(place).partition("://")
     if not separator:
@@ -121,28 +121,26 @@ def open_store(place: Place) -> Store:
     if scheme == "file":
         return DiskStore(Path(rest))
     if scheme == "s3":
-        from phasewatch.store.objects import ObjectStore
+        from phasewatch.store.s3 import ObjectStore
 
         return ObjectStore(str(place))
-    raise StoreError(
-        f"{place}: no store can be of kind {scheme}://; name a folder, file:///folder or s3://bucket/prefix"
-    )
+    raise StoreError(f"{place}: {scheme}:// is not supported; name a folder, file:///folder or s3://bucket/prefix")
 
 
-def has_bundle(place: Place) -> bool:
-    """Whether anything in a place is named as a bundle is; stops at the first.
+def has_bundle(place: StoreLocation) -> bool:
+    """Whether a store holds a file that is named as a bundle.
 
     Raises:
-        StoreError: If there is no such folder, or the bucket cannot be asked.
+        StoreError: If there is no such folder, or the bucket cannot be reached.
     """
-    return any(item.path.endswith(SUFFIX) for item in open_store(place).walk())
+    return any(item.path.endswith(BUNDLE_SUFFIX) for item in open_store(place).walk())
 
 
-def check_store(place: Place) -> None:
-    """Raise if a place is no store; a folder of other files is none, and nothing may be written for it.
+def check_store(place: StoreLocation) -> None:
+    """Raise if a location is not a store with bundles.
 
     Raises:
-        StoreError: If it is absent or holds not one bundle.
+        StoreError: If it is absent or holds no bundle.
     """
     if has_bundle(place):
         return
@@ -150,28 +148,28 @@ def check_store(place: Place) -> None:
     if other is None:
         raise StoreError(f"{place}: the store is empty; record into it with `phasewatch record --out {place}`")
     raise StoreError(
-        f"{place}: no store: it holds files such as {other}, and not one <host_id>/<episode_id>{SUFFIX}; name the folder "
-        "of the hosts' folders"
+        f"{place}: no store: it holds files such as {other}, but no <host_id>/<episode_id>{BUNDLE_SUFFIX}; "
+        "name the folder that holds the hosts' folders"
     )
 
 
-def find_bundle(place: Place) -> tuple[Store, StoreItem] | None:
-    """Find one bundle by its file or URI, ``<store>/<host_id>/<episode_id>.tar.zst``, and the store that it lies in.
+def find_bundle(place: StoreLocation) -> tuple[BundleStore, StoreItem] | None:
+    """Return one bundle by its file or URI, ``<store>/<host_id>/<episode_id>.tar.zst``, and its store.
 
     Returns:
-        None if no such file or object is there; a store is none.
+        None if there is no such file or object.
 
     Raises:
-        StoreError: If the URI is of another kind, or the bucket cannot be asked.
+        StoreError: If the URI has another scheme, or the bucket cannot be reached.
     """
     scheme, separator, rest = str(place).partition("://")
     if not separator or scheme == "file":
         path = Path(rest if separator else place).absolute()
         folder = DiskStore(path.parent.parent)
-        return (folder, folder.item(path)) if path.is_file() else None
+        return (folder, folder.describe_item(path)) if path.is_file() else None
     where, *names = str(place).rsplit("/", 2)
-    if len(names) != 2 or not names[1].endswith(SUFFIX) or "://" not in where:
+    if len(names) != 2 or not names[1].endswith(BUNDLE_SUFFIX) or "://" not in where:
         return None
     store = open_store(where)
-    item = store.find(names[0], names[1].removesuffix(SUFFIX))
+    item = store.find(names[0], names[1].removesuffix(BUNDLE_SUFFIX))
     return None if item is None or item.is_missing else (store, item)

@@ -1,1 +1,1 @@
-"""What a store holds, bundle by bundle: accepted, degraded, rejected or errored, each with its reasons."""
+"""Validation: every bundle of a store is accepted, degraded, rejected or errored, with reasons."""

@@ -1,9 +1,8 @@
-"""Copies of telemetry: which of several bundles with the same rows counts, and when none may.
+"""Resolve bundles with the same telemetry: which one is kept, and when none is.
 
-Labels and host belong to what a recording is. The same rows under the same host and labels are a copy, of which one is
-kept. Under another host or other labels they are a claim that somebody else's recording is one's own, or that something
-else happened in it: what was accepted before stays, and without such evidence all of them are set aside. A name or a
-path that sorts first decides nothing.
+The same rows with the same host and labels are copies, of which one is kept. With another host or other labels, at most
+one bundle is true: the one that was accepted earlier is kept, and without such evidence all are rejected. The order of
+names or paths does not count.
 """
 
 from __future__ import annotations
@@ -17,69 +16,83 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.grid.files import GridRow
-from phasewatch.validate.verdict import USABLE, Verdict
-from phasewatch.vocab import Status
+from phasewatch.binning.storage import BinIndexRow
+from phasewatch.types import BundleStatus
+from phasewatch.validate.verdict import USABLE_STATUSES, BundleVerdict
 
-DUPLICATE, CONTESTED = "duplicate", "contested"
+__all__ = [
+    "CONTESTED_CODE",
+    "DUPLICATE_CODE",
+    "DuplicateResolver",
+    "EpisodeKey",
+    "PriorVerdict",
+    "PriorVerdictLoaders",
+    "TelemetryHolder",
+    "parse_prior_verdict",
+]
 
-Key = tuple[str, str]  # host_id, episode_id
+DUPLICATE_CODE, CONTESTED_CODE = "duplicate", "contested"
+
+EpisodeKey = tuple[str, str]  # host_id, episode_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PriorVerdict:
-    """What an earlier sweep, or the receiver on its arrival, said of a bundle.
+    """The verdict on a bundle by an earlier validation or by the receiver.
 
     Attributes:
-        sha256: Of the bundle that it was said of.
+        sha256: Digest of that bundle.
+        reasons: Codes of its findings.
     """
 
-    status: Status
+    status: BundleStatus
     sha256: str
     reasons: frozenset[str]
 
     @property
-    def was_copy(self) -> bool:
-        """Whether it was refused because of its telemetry."""
-        return not self.reasons.isdisjoint({DUPLICATE, CONTESTED})
+    def was_duplicate(self) -> bool:
+        """Whether it was rejected as a duplicate or as contested."""
+        return not self.reasons.isdisjoint({DUPLICATE_CODE, CONTESTED_CODE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ArrivalEvidence:
-    """Where to look for what was accepted before; both are asked only if there are copies.
+class PriorVerdictLoaders:
+    """Loaders of earlier verdicts; they are called only if there are copies.
 
     Attributes:
-        swept: Loads the last sweep's verdicts.
-        admitted: Loads what the receiver said of one bundle on its arrival; None if nothing.
+        load_last_sweep: Loads the verdicts of the last validation.
+        load_on_arrival: Loads the receiver's verdict on one bundle; None without one.
     """
 
-    swept: Callable[[], Mapping[Key, PriorVerdict]]
-    admitted: Callable[[Key], PriorVerdict | None]
+    load_last_sweep: Callable[[], Mapping[EpisodeKey, PriorVerdict]]
+    load_on_arrival: Callable[[EpisodeKey], PriorVerdict | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Holder:
-    """A usable bundle that holds some telemetry.
+class TelemetryHolder:
+    """A usable bundle with some telemetry.
 
     Attributes:
-        place: Of its verdict in the sweep's order.
-        identity: Equal for bundles of the same host, labels and kind; see `identity_of`.
+        place: Place of its verdict in the order of the store.
+        identity: Digest of host, labels and kind; see `_compute_identity`.
     """
 
     place: int
-    verdict: Verdict
+    verdict: BundleVerdict
     identity: bytes
 
     @property
-    def key(self) -> Key:
-        """Host and episode."""
+    def key(self) -> EpisodeKey:
+        """The ids of host and episode."""
         return self.verdict.host_id, self.verdict.episode_id
 
 
-def identity_of(row: GridRow, bins: NDArray[np.float32]) -> bytes:
-    """Return a digest of whose recording it is and what its labels say of which readings.
+def _compute_identity(row: BinIndexRow, bins: NDArray[np.float32]) -> bytes:
+    """Return a digest of an episode's host, profile, kind, role, labels and bins.
 
-    The labels count from the first one on; where the readings lie against it is seen in the bins, ``(n, 46)``.
+    Args:
+        row: The index row; the labels count relative to the first one.
+        bins: ``(n, 46)`` float32; they show where the readings lie relative to the labels.
     """
     spans = [(str(phase), start - row.t0_ns, end - row.t0_ns) for phase, start, end in row.spans]
     who = (row.host_id, row.profile, row.sample_name, str(row.sample_kind), str(row.origin), str(row.role), spans)
@@ -88,112 +101,127 @@ def identity_of(row: GridRow, bins: NDArray[np.float32]) -> bytes:
     return digest.digest()
 
 
-def parse_admitted(text: bytes) -> PriorVerdict | None:
-    """Parse the file that the receiver puts beside a bundle; None if it is none."""
+def parse_prior_verdict(text: bytes) -> PriorVerdict | None:
+    """Parse the status file that the receiver writes beside a bundle; None if it is malformed."""
     try:
-        said = json.loads(text)
+        content = json.loads(text)
         return PriorVerdict(
-            status=Status(said["status"]), sha256=str(said["sha256"]), reasons=frozenset(map(str, said["reasons"]))
+            status=BundleStatus(content["status"]),
+            sha256=str(content["sha256"]),
+            reasons=frozenset(map(str, content["reasons"])),
         )
     except (ValueError, KeyError, TypeError):
         return None
 
 
-class Copies:
-    """Collects the usable bundles of a sweep by their telemetry, and rules on those that hold the same."""
+class DuplicateResolver:
+    """Groups the usable bundles of a store by their telemetry and resolves the groups."""
 
-    def __init__(self, evidence: ArrivalEvidence) -> None:
-        self._evidence = evidence
-        self._swept: Mapping[Key, PriorVerdict] | None = None
-        self._holders: dict[str, list[Holder]] = defaultdict(list)
+    def __init__(self, loaders: PriorVerdictLoaders) -> None:
+        self._loaders = loaders
+        self._swept: Mapping[EpisodeKey, PriorVerdict] | None = None
+        self._holders: dict[str, list[TelemetryHolder]] = defaultdict(list)
 
-    def add(self, place: int, verdict: Verdict, row: GridRow, bins: NDArray[np.float32]) -> bool:
-        """Add one usable bundle, in the sweep's order; return whether its bins may be needed.
+    def add(self, place: int, verdict: BundleVerdict, row: BinIndexRow, bins: NDArray[np.float32]) -> bool:
+        """Add one usable bundle, in the order of the store.
 
-        They are not if it repeats a bundle that is there already and was not accepted before.
+        Args:
+            place: Place of its verdict.
+            verdict: The verdict.
+            row: Index row of its bins.
+            bins: ``(n, 46)`` float32.
+
+        Returns:
+            Whether its bins may be needed: not if it repeats an earlier bundle and was not accepted before.
         """
-        holder = Holder(place=place, verdict=verdict, identity=identity_of(row, bins))
+        holder = TelemetryHolder(place=place, verdict=verdict, identity=_compute_identity(row, bins))
         held = self._holders[verdict.telemetry_sha256]
         repeats = any(other.identity == holder.identity for other in held)
         held.append(holder)
         return not repeats or self._was_usable(holder)
 
-    def rule(self) -> dict[int, Verdict]:
-        """Rule on all of them: place → the verdict that replaces its own. Those that stay are not in it."""
-        ruled: dict[int, Verdict] = {}
+    def resolve(self) -> dict[int, BundleVerdict]:
+        """Return the verdicts that replace those of rejected copies, by place."""
+        replaced: dict[int, BundleVerdict] = {}
         for held in self._holders.values():
             if len(held) > 1:
-                ruled |= rule_on(held, self._accepted_before(held))
-        return ruled
+                replaced |= _resolve_group(held, self._find_earlier_holder(held))
+        return replaced
 
-    def _accepted_before(self, held: Sequence[Holder]) -> Holder | None:
-        """Find the one whose claim is older: the last sweep's word counts first, then the receiver's."""
+    def _find_earlier_holder(self, held: Sequence[TelemetryHolder]) -> TelemetryHolder | None:
+        """Return the bundle that the last validation, or else the receiver, accepted first; None if unknown."""
         earlier = [h for h in held if self._was_usable(h) and not self._was_first_by_path(h, held)]
         if earlier:
             return earlier[0] if len({h.identity for h in earlier}) == 1 else None
-        said = {h.place: self._admitted(h) for h in held}
+        on_arrival = {h.place: self._load_on_arrival(h) for h in held}
         for holder in held:
-            others = [said[h.place] for h in held if h.identity != holder.identity]
-            own = said[holder.place]
-            if own and own.status in USABLE and others and all(other and other.was_copy for other in others):
+            others = [on_arrival[h.place] for h in held if h.identity != holder.identity]
+            own = on_arrival[holder.place]
+            if (
+                own
+                and own.status in USABLE_STATUSES
+                and others
+                and all(other and other.was_duplicate for other in others)
+            ):
                 return next(h for h in held if h.identity == holder.identity)
         return None
 
-    def _was_usable(self, holder: Holder) -> bool:
-        before = self._before().get(holder.key)
-        return before is not None and before.status in USABLE and before.sha256 == holder.verdict.sha256
+    def _was_usable(self, holder: TelemetryHolder) -> bool:
+        before = self._load_last_sweep().get(holder.key)
+        return before is not None and before.status in USABLE_STATUSES and before.sha256 == holder.verdict.sha256
 
-    def _was_first_by_path(self, holder: Holder, held: Sequence[Holder]) -> bool:
-        """Whether it was accepted over another's claim only because its path came first, as older versions did."""
-        others = [self._before().get(h.key) for h in held if h.identity != holder.identity]
+    def _was_first_by_path(self, holder: TelemetryHolder, held: Sequence[TelemetryHolder]) -> bool:
+        """Whether it was accepted before another bundle only because of its path, as older versions did."""
+        others = [self._load_last_sweep().get(h.key) for h in held if h.identity != holder.identity]
         return any(
-            other is not None and DUPLICATE in other.reasons and CONTESTED not in other.reasons for other in others
+            other is not None and DUPLICATE_CODE in other.reasons and CONTESTED_CODE not in other.reasons
+            for other in others
         )
 
-    def _before(self) -> Mapping[Key, PriorVerdict]:
+    def _load_last_sweep(self) -> Mapping[EpisodeKey, PriorVerdict]:
         if self._swept is None:
-            self._swept = self._evidence.swept()
+            self._swept = self._loaders.load_last_sweep()
         return self._swept
 
-    def _admitted(self, holder: Holder) -> PriorVerdict | None:
-        said = self._evidence.admitted(holder.key)
-        return said if said is not None and said.sha256 == holder.verdict.sha256 else None
+    def _load_on_arrival(self, holder: TelemetryHolder) -> PriorVerdict | None:
+        verdict = self._loaders.load_on_arrival(holder.key)
+        return verdict if verdict is not None and verdict.sha256 == holder.verdict.sha256 else None
 
 
-def rule_on(held: Sequence[Holder], winner: Holder | None) -> dict[int, Verdict]:
-    """Rule on bundles of the same telemetry, in the sweep's order.
+def _resolve_group(held: Sequence[TelemetryHolder], winner: TelemetryHolder | None) -> dict[int, BundleVerdict]:
+    """Resolve bundles with the same telemetry.
 
     Args:
-        held: At least two.
-        winner: The one that was accepted before; None if none was.
+        held: At least two bundles, in the order of the store.
+        winner: The one that was accepted before, if any.
 
     Returns:
-        Place → the verdict that replaces its own.
+        The verdicts that replace those of rejected bundles, by place.
     """
     if winner is None and len({h.identity for h in held}) == 1:
         winner = held[0]
     if winner is not None:
-        return {h.place: _refuse(h, winner, is_before=True) for h in held if h is not winner}
+        return {h.place: _build_rejection(h, winner, is_before=True) for h in held if h is not winner}
     return {
-        h.place: _refuse(h, next(other for other in held if other.identity != h.identity), is_before=False)
+        h.place: _build_rejection(h, next(other for other in held if other.identity != h.identity), is_before=False)
         for h in held
     }
 
 
-def _refuse(holder: Holder, other: Holder, *, is_before: bool) -> Verdict:
+def _build_rejection(holder: TelemetryHolder, other: TelemetryHolder, *, is_before: bool) -> BundleVerdict:
     v, name = holder.verdict, "/".join(other.key)
-    kept = [code for code in v.reasons if code not in (DUPLICATE, CONTESTED)]
+    kept = [code for code in v.reasons if code not in (DUPLICATE_CODE, CONTESTED_CODE)]
     if holder.identity == other.identity:
         words = f"the same telemetry as {name}"
-        codes: tuple[str, ...] = (DUPLICATE,)
+        codes: tuple[str, ...] = (DUPLICATE_CODE,)
     else:
         what = "another host" if holder.key[0] != other.key[0] else "other labels"
         words = f"the same telemetry as {name}, under {what}"
         words += (
             "; that one was accepted before"
             if is_before
-            else "; neither was accepted before, so both are set aside: remove the false one, and sweep again"
+            else "; neither was accepted before, so both are rejected: remove the false one and validate again"
         )
-        codes = (CONTESTED, DUPLICATE)
+        codes = (CONTESTED_CODE, DUPLICATE_CODE)
     detail = f"{v.path}: {words}"
-    return replace(v, status=Status.REJECTED, reasons=(*codes, *kept), detail=detail, duplicate_of=name)
+    return replace(v, status=BundleStatus.REJECTED, reasons=(*codes, *kept), detail=detail, duplicate_of=name)

@@ -1,5 +1,5 @@
-// What is known of each watched machine: its last bins and windows, bounded, and when they came.
-const MOST_MACHINES = 24;
+// Keep the last bins and windows of each watched machine, and their arrival times. All lists are bounded.
+const MAX_MACHINES = 24;
 const TELEMETRY_MS = 120_000;
 const PHASE_MS = 300_000;
 
@@ -9,7 +9,7 @@ export class Machines {
   get(vm, now) {
     let machine = this.all.get(vm);
     if (!machine) {
-      if (this.all.size >= MOST_MACHINES) {
+      if (this.all.size >= MAX_MACHINES) {
         const oldest = [...this.all.values()].reduce((a, b) => (a.at <= b.at ? a : b));
         this.all.delete(oldest.vm);
       }
@@ -45,7 +45,7 @@ export class Machines {
   }
 }
 
-// Append in time's order; a jump back or far ahead is another recording, and starts a new picture.
+// Append in order of time; a jump back or far ahead is a new recording and clears the list.
 function push(rows, row, spanMs) {
   const last = rows.at(-1);
   const isNew = Boolean(last) && (row.t <= last.t || row.t - last.t > spanMs);

@@ -1,19 +1,20 @@
-// Wires the stream to the scenes: which machine is shown, how old each scene's data is, banners, keys.
+// Connect the event stream to the page: machine cards, age of each scene's data, banners and keys.
 import { Machines } from "/static/machines.js";
 import * as scenes from "/static/scenes.js";
+import { hasTruth, isReplay, isWrong, overallStatus } from "/static/status.js";
 import { Stream } from "/static/stream.js";
-import { GLYPHS, PHASES, ago, clock, make, score, text } from "/static/words.js";
+import { GLYPHS, PHASES, ago, clock, make, score, text } from "/static/format.js";
 
 const byId = (id) => document.getElementById(id);
-// Silence after which a scene calls its data old: a watcher sends every half second, scores are sent anew every 20 s.
+// Age from which the data of a scene is stale: a watcher sends every half second, scores are sent again every 20 s.
 const STALE_MS = { telemetry: 6000, phase: 12_000, perf: 12_000, score: 60_000, confusion: 60_000, profile: 60_000 };
 const DRAW_MS = 250;
 
 const machines = new Machines();
 const newest = {}; // type → {data, at, run}
 const places = Object.fromEntries([...document.querySelectorAll(".scene")].map((s) => [s.dataset.type, s]));
-const costs = new Map(); // each measured process
-const dirty = new Set(), drawn = new Set(); // what has news; what was drawn at all, seen or not
+const costs = new Map(); // newest perf event by process and machine
+const dirty = new Set(), drawn = new Set(); // scenes with new data; scenes drawn at least once
 let shown = null, channel = null, isPaused = false, gapWords = "", lost = null;
 
 const visible = new Set(Object.keys(places));
@@ -40,14 +41,14 @@ const stream = new Stream({
     const link = byId("link");
     if (link.dataset.state !== state) link.dataset.state = state;
     lost = state === "lost" ? { since, words } : null;
-    if (state === "lost") text(byId("link-words"), "cut off");
+    if (state === "lost") text(byId("link-words"), "disconnected");
   },
 });
 
 function banner() {
   const place = byId("banner");
   const kind = lost ? "lost" : gapWords ? "gap" : isPaused ? "paused" : "";
-  const words = lost ? `${lost.words} since ${clock(lost.since)}. What you see is old.` : gapWords || (isPaused ? "Paused: the pictures are frozen, the states and alarms are not." : "");
+  const words = lost ? `${lost.words} since ${clock(lost.since)}. The data below is old.` : gapWords || (isPaused ? "Figures paused. States and alarms are still updated." : "");
   place.hidden = kind === "";
   if (place.dataset.kind === kind && place.dataset.words === words) return;
   place.dataset.kind = kind;
@@ -67,66 +68,54 @@ function choose(vm) {
   strip();
 }
 
-// Of several processes the one that watches the shown machine, else a watcher, else whoever spoke last.
+// The newest perf event of the process that watches the selected machine, else of any process.
 function cost() {
   const fresh = [...costs.values()].filter((c) => Date.now() - c.at <= STALE_MS.perf);
   return fresh.find((c) => c.data.vm !== null && c.data.vm === shown) ?? fresh.find((c) => c.data.vm === null)
     ?? fresh[0] ?? newest.perf;
 }
 
-// Age of a scene's newest data, or null before the first. Scenes of a machine speak of the one that is shown.
+// Time of a scene's newest data, or null before the first. Phase and telemetry belong to the selected machine.
 function madeAt(kind) {
   if (kind !== "telemetry" && kind !== "phase") return newest[kind]?.at ?? null;
   const machine = machines.all.get(shown);
   return machine?.[kind] ? machine[`${kind}At`] : null;
 }
 const isStale = (machine, now) => now - Math.max(machine.telemetryAt, machine.phaseAt) > STALE_MS.phase;
-// Telemetry may go on where no window can be judged: the last decision is then as old as it is.
-const isJudged = (machine, now) => machine.phase !== null && now - machine.phaseAt <= STALE_MS.phase;
+// Telemetry can continue without new predictions; an old prediction is then not current.
+const isCurrent = (machine, now) => machine.phase !== null && now - machine.phaseAt <= STALE_MS.phase;
 
 function states(now) {
   for (const [kind, scene] of Object.entries(places)) {
     const at = madeAt(kind);
     const seen = at !== null || (["telemetry", "phase"].includes(kind) && [...machines.all.values()].some((m) => m[kind]));
     const state = !seen ? "awaiting" : at !== null && now - at <= STALE_MS[kind] && !lost ? "live" : "stale";
-    const words = state === "awaiting" ? `awaiting ${kind}` : at === null ? "nothing from this machine"
-      : state === "live" ? "live" : `stale since ${clock(at)}`;
+    const isOfMachine = kind === "telemetry" || kind === "phase";
+    const live = !isOfMachine ? "current" : isReplay(machines.all.get(shown) ?? { origin: null }) ? "replay" : "live";
+    const words = state === "awaiting" ? "no data yet" : at === null ? "no data of this machine"
+      : state === "live" ? live : `stale since ${clock(at)}`;
     if (scene.dataset.state !== state) scene.dataset.state = state;
     text(scene.querySelector("[data-state-words]"), words);
     scene.querySelector(".empty").hidden = state !== "awaiting";
     scene.querySelector(".body").hidden = at === null;
-    const of = kind === "telemetry" || kind === "phase" ? (at === null ? "" : shown) : newest[kind]?.run ?? "";
-    text(scene.querySelector("[data-of]"), of);
+    text(scene.querySelector("[data-of]"), isOfMachine ? (at === null ? "" : shown) : newest[kind]?.run ?? "");
   }
 }
 
 function alarms(now) {
-  const all = [...machines.all.values()];
-  const heard = all.filter((m) => !isStale(m, now) && !lost);
-  const judged = heard.filter((m) => isJudged(m, now));
-  const ringing = heard.filter((m) => m.phase?.alarm).sort((a, b) => a.phase.alarm_since_ns - b.phase.alarm_since_ns);
+  const entries = [...machines.all.values()].map((machine) => {
+    const isSilent = isStale(machine, now) || lost !== null;
+    return { machine, isSilent, isCurrent: !isSilent && isCurrent(machine, now) };
+  });
+  const { state, reasons, words, alarmed } = overallStatus(entries);
   const place = byId("alarms");
-  const silent = all.length - heard.length, unjudged = heard.length - judged.length;
-  let state = "none", words = "No machine is watched yet.";
-  if (ringing.length) {
-    state = "alarm";
-    words = "Alarm: " + ringing.slice(0, 4).map((m) => `${m.vm} ${m.phase.decision}${m.phase.alarm_since_ns ? ` since ${clock(m.phase.alarm_since_ns / 1e6)}${isReplay(m) ? " (recorded)" : ""}` : ""}`).join("; ") + (ringing.length > 4 ? ` and ${ringing.length - 4} more` : "");
-  } else if (all.length) {
-    const trained = judged.filter((m) => m.phase.alarm !== null).length;
-    state = silent || unjudged || trained < judged.length || !judged.length ? "doubt" : "calm";
-    words = !judged.length ? "Nothing is known of any machine now." : trained ? `No alarm on ${trained} of ${all.length} machine${all.length === 1 ? "" : "s"}.`
-      : "No alarm threshold was trained: read the phases, no alarm will ring.";
-  }
-  if (silent && state !== "none") words += ` ${silent} silent.`;
-  if (unjudged && state !== "none") words += ` ${unjudged} not judged.`;
   if (place.dataset.state !== state) place.dataset.state = state;
+  if (place.dataset.reasons !== reasons.join(" ")) place.dataset.reasons = reasons.join(" ");
   text(byId("alarm-words"), words);
-  const title = `${ringing.length ? "▲ " : ""}${lost ? "(cut off) " : ""}phasewatch${titleWords ? " · " + titleWords : ""}`;
+  const title = `${alarmed.length ? "▲ " : ""}${lost ? "(disconnected) " : ""}phasewatch${titleWords ? " · " + titleWords : ""}`;
   if (document.title !== title) document.title = title;
 }
 
-// A replay's stamps are those of the day it was recorded on.
-const isReplay = (machine) => machine.origin !== null && machine.origin !== "live";
 const cards = new Map();
 function strip() {
   const now = Date.now();
@@ -141,9 +130,9 @@ function strip() {
       card.type = "button";
       card.onclick = () => choose(machine.vm);
       for (const part of ["vm", "age", "now", "sub"]) { card[part] = make("span", part); card.append(card[part]); }
-      card.swatch = make("span", "swatch"); card.phase = make("span"); card.p = make("small"); card.pill = make("span", "pill", "alarm");
+      card.swatch = make("span", "swatch"); card.phase = make("span"); card.p = make("small"); card.pill = make("span", "pill", "alarm"); card.wrong = make("span", "wrong", "wrong");
       card.now.append(card.swatch, card.phase, card.p);
-      card.append(card.pill);
+      card.append(card.pill, card.wrong);
       cards.set(machine.vm, card);
       place.append(card);
     }
@@ -155,13 +144,15 @@ function strip() {
     const at = Math.max(machine.telemetryAt, machine.phaseAt);
     card.age.classList.toggle("old", stale);
     text(card.age, stale ? `stale since ${clock(at)}` : ago(now - at));
-    const isOld = seen !== null && !stale && !isJudged(machine, now);
-    text(card.phase, !seen ? "not judged yet" : isOld ? `not judged since ${clock(machine.phaseAt)}` : `${GLYPHS[seen.decision] ?? ""} ${seen.decision}`);
+    const isOld = seen !== null && !stale && !isCurrent(machine, now);
+    text(card.phase, !seen ? "no prediction yet" : isOld ? `no prediction since ${clock(machine.phaseAt)}` : `${GLYPHS[seen.decision] ?? ""} ${seen.decision}`);
     text(card.p, seen && !isOld ? `p ${score(seen.p[PHASES.indexOf(seen.decision)])}` : "");
     card.pill.hidden = !seen?.alarm;
+    card.wrong.hidden = seen === null || isOld || !isWrong(seen);
     card.swatch.style.setProperty("--phase", seen ? `var(--${seen.decision})` : "");
     const origin = isReplay(machine) ? `replay, ${machine.origin}` : "";
-    text(card.sub, [machine.host === machine.vm ? "" : machine.host, origin, seen?.truth ? `truth ${seen.truth}` : ""].filter(Boolean).join(" · "));
+    const truth = hasTruth(seen) ? `true phase ${seen.truth}` : seen !== null && isReplay(machine) ? "true phase unknown" : "";
+    text(card.sub, [machine.host === machine.vm ? "" : machine.host, origin, truth].filter(Boolean).join(" · "));
   }
   if (shown === null && machines.all.size) choose(machines.all.keys().next().value);
 }
@@ -192,7 +183,7 @@ function tick() {
   states(now);
   alarms(now);
   banner();
-  if (!lost) text(byId("link-words"), `live ${clock(now + stream.skew)}`);
+  if (!lost) text(byId("link-words"), `connected ${clock(now + stream.skew)}`);
   if (document.hidden || isPaused || !window.Plotly) return;
   for (const kind of [...dirty]) {
     if (!visible.has(kind) && drawn.has(kind)) continue;
@@ -233,8 +224,8 @@ byId("keys").onclick = () => byId("help").showModal();
 byId("channel").onchange = (e) => { channel = e.target.value; dirty.add("telemetry"); };
 document.addEventListener("keydown", (e) => {
   if (e.ctrlKey || e.metaKey || e.altKey || e.target.closest("select, dialog[open]")) return;
-  const ringing = [...machines.all.values()].filter((m) => m.phase?.alarm).sort((a, b) => a.phase.alarm_since_ns - b.phase.alarm_since_ns)[0];
-  const act = { j: () => step(1), k: () => step(-1), "[": () => turn(-1), "]": () => turn(1), p: pause, t: flip, "?": () => byId("help").showModal(), a: () => ringing && choose(ringing.vm) }[e.key];
+  const alarmed = [...machines.all.values()].filter((m) => m.phase?.alarm).sort((a, b) => a.phase.alarm_since_ns - b.phase.alarm_since_ns)[0];
+  const act = { j: () => step(1), k: () => step(-1), "[": () => turn(-1), "]": () => turn(1), p: pause, t: flip, "?": () => byId("help").showModal(), a: () => alarmed && choose(alarmed.vm) }[e.key];
   if (act) { act(); e.preventDefault(); return; }
   const vm = /^[1-9]$/.test(e.key) ? [...machines.all.keys()][Number(e.key) - 1] : undefined;
   if (vm) choose(vm);

@@ -1,5 +1,5 @@
-// Draws each scene from what came last. Plotly gets numbers and safe names alone; free text is set as text.
-import { GLYPHS, PHASES, clip, colour, local, make, number, plural, safe, score, interval, text } from "/static/words.js";
+// Draw each scene from its newest data. Plotly only gets numbers and safe names; free text is set as text.
+import { GLYPHS, PHASES, clip, colour, local, make, number, plural, safe, score, interval, text } from "/static/format.js";
 
 const CONFIG = { displayModeBar: false, displaylogo: false, responsive: true, scrollZoom: false, doubleClick: false };
 const byId = (id) => document.getElementById(id);
@@ -20,7 +20,7 @@ function frame(more) {
   };
 }
 
-// One drawing at a time for each place: a second call waits for the first, and only the newest of those that wait is drawn.
+// Draw one figure per place at a time. Further calls wait, and only the newest of them is drawn.
 const busy = new Map();
 function draw(id, data, layout) {
   const place = byId(id);
@@ -45,12 +45,12 @@ export function legend() {
     swatch.style.setProperty("--phase", `var(--${phase})`);
     item.append(swatch, `${GLYPHS[phase]} ${phase}`);
     return item;
-  }), make("span", "", "the fainter, the less sure"));
+  }), make("span", "", "opacity = probability"));
 }
 
 export function phase(machine) {
   const windows = machine.windows;
-  if (!windows.length) return undefined; // a new recording began, and its first window is not full yet
+  if (!windows.length) return undefined; // a new recording has started and has no full window yet
   const strideMs = windows.length > 1 ? Math.min(...windows.slice(1).map((w, i) => w.t - windows[i].t)) : 5000;
   const hues = Object.fromEntries(PHASES.map((p) => [p, colour(p)]));
   const bars = { base: [], x: [], y: [], colours: [], opacity: [], hover: [] };
@@ -60,13 +60,13 @@ export function phase(machine) {
   };
   const knowsTruth = windows.some((w) => w.seen.truth);
   const hasAlarm = windows.some((w) => w.seen.alarm !== null);
-  const rows = ["decided", ...(knowsTruth ? ["truth"] : []), ...(hasAlarm ? ["alarm"] : [])];
+  const rows = ["predicted", ...(knowsTruth ? ["true phase"] : []), ...(hasAlarm ? ["alarm"] : [])];
   const lane0 = rows.length + 0.25;
   for (const w of windows) {
     const at = PHASES.indexOf(w.seen.decision);
-    bar(w, 0, hues[w.seen.decision] ?? colour("muted"), sureness(w), `decided ${w.seen.decision}, p = ${score(w.seen.p[at])}`);
-    if (w.seen.truth) bar(w, rows.indexOf("truth"), hues[w.seen.truth] ?? colour("missing"), 1, `truth ${w.seen.truth}`);
-    if (w.seen.alarm) bar(w, rows.indexOf("alarm"), colour("alarm"), 1, "alarm stands");
+    bar(w, 0, hues[w.seen.decision] ?? colour("muted"), opacityOf(w), `predicted ${w.seen.decision}, p = ${score(w.seen.p[at])}`);
+    if (w.seen.truth) bar(w, rows.indexOf("true phase"), hues[w.seen.truth] ?? colour("missing"), 1, `true phase ${w.seen.truth}`);
+    if (w.seen.alarm) bar(w, rows.indexOf("alarm"), colour("alarm"), 1, "alarm raised");
     PHASES.forEach((p, i) => bar(w, lane0 + i * 0.8, hues[p], w.seen.p[i], `p(${p}) = ${score(w.seen.p[i])}`));
   }
   const end = windows.at(-1).t + strideMs / 2;
@@ -83,22 +83,22 @@ export function phase(machine) {
     customdata: bars.hover, hovertemplate: "%{base|%H:%M:%S}  %{customdata}<extra></extra>",
   }], frame({
     barmode: "overlay", bargap: 0,
-    annotations: [...named(0, (w) => w.seen.decision, sureness), ...named(rows.indexOf("truth"), (w) => w.seen.truth, () => 1)],
+    annotations: [...named(0, (w) => w.seen.decision, opacityOf), ...named(rows.indexOf("true phase"), (w) => w.seen.truth, () => 1)],
     xaxis: { type: "date", range: [local(start), local(end)], tickformat: "%H:%M:%S", nticks: narrow() ? 4 : 9 },
     yaxis: { tickvals: [...rows.keys(), ...PHASES.map((_, i) => lane0 + i * 0.8)], ticktext: [...rows, ...PHASES.map((p) => `p ${p}`)],
       range: [lane0 + 4 * 0.8 + 0.5, -0.55] },
   }));
   const last = machine.phase;
-  const alarm = last.threshold === null ? "no alarm threshold was trained"
-    : `p(infecting) + p(active) = ${score(last.p[2] + last.p[3])}, alarm from ${score(last.threshold)} on`;
-  const late = last.latency_ms === null ? "" : `; said ${span(last.latency_ms)} after its window`;
-  facts("facts-phase", `${last.model}, ${last.threat}, ${last.table} table, filter ${last.filter}; ${alarm}${late}.`, last.caveat);
-  const words = `${machine.vm}: ${last.decision}, probability ${score(last.p[PHASES.indexOf(last.decision)])}${last.truth ? `, truth ${last.truth}` : ""}`;
-  return say("plot-phase", words);
+  const alarm = last.threshold === null ? "no alarm threshold"
+    : `p(infecting) + p(active) = ${score(last.p[2] + last.p[3])}, alarm threshold ${score(last.threshold)}`;
+  const late = last.latency_ms === null ? "" : `; latency ${span(last.latency_ms)} after the end of the window`;
+  facts("facts-phase", `Model ${last.model}, channel set ${last.threat}, input ${last.table}, filter ${last.filter}; ${alarm}${late}.`, last.caveat);
+  const words = `${machine.vm}: ${last.decision}, probability ${score(last.p[PHASES.indexOf(last.decision)])}${last.truth ? `, true phase ${last.truth}` : ""}`;
+  return describe("plot-phase", words);
 }
 
-const sureness = (w) => 0.35 + 0.65 * w.seen.p[Math.max(0, PHASES.indexOf(w.seen.decision))];
-// Give each stretch of one name: written in its colour, for hues alone, pale ones above all, not every eye tells apart.
+const opacityOf = (w) => 0.35 + 0.65 * w.seen.p[Math.max(0, PHASES.indexOf(w.seen.decision))];
+// Return the runs of windows with one phase. They are labelled, because colours alone cannot be told apart by everybody.
 function runs(windows, of, strideMs) {
   const out = [];
   for (const w of windows) {
@@ -109,7 +109,7 @@ function runs(windows, of, strideMs) {
   return out;
 }
 
-// Give the channels that have anything to show, in the order of the event.
+// Return the channels that have data, in the order of the event.
 const shown = (machine) => machine.channels.map((name, i) => ({ name, i }))
   .filter(({ i }) => machine.bins.some((b) => b.values[i] !== null));
 
@@ -119,7 +119,7 @@ export function telemetry(machine, chosen) {
   const rows = shown(machine), bins = withGaps(machine);
   const dark = rows.map(({ i }) => {
     const most = Math.max(...machine.bins.map((b) => Math.abs(b.values[i] ?? 0)));
-    // The root lifts what is small beside a burst; each channel has its own scale.
+    // Each channel has its own scale; the square root makes small values visible next to a burst.
     return bins.map((b) => (b.values === null || b.values[i] === null ? null : most ? Math.sqrt(Math.abs(b.values[i]) / most) : 0));
   });
   const units = rows.map(({ name }) => unit(name));
@@ -140,21 +140,21 @@ export function telemetry(machine, chosen) {
   const at = machine.channels.indexOf(chosen);
   draw("plot-line", [{
     type: "scatter", mode: "lines", x: bins.map((b) => local(b.t + machine.binMs / 2)), y: bins.map((b) => (b.values ? b.values[at] ?? null : null)),
-    line: { color: colour("blue"), width: 1.8, shape: "hvh" }, connectgaps: false, // and no fill: Plotly fills across a gap
+    line: { color: colour("blue"), width: 1.8, shape: "hvh" }, connectgaps: false, // no fill, because Plotly fills across a gap
     hovertemplate: "%{x|%H:%M:%S}  %{y:.4~s}<extra></extra>",
   }], frame({ xaxis: time, yaxis: { showgrid: true, rangemode: "tozero", exponentformat: "SI", nticks: 4, title: { text: unit(chosen), font: { size: 11, color: colour("muted") } } } }));
   const known = about.channels.get(chosen);
-  text(byId("channel-about"), known ? `${known.about}${known.trust === "guest" ? " The guest says so itself." : ""}` : "");
+  text(byId("channel-about"), known ? `${known.about}${known.trust === "guest" ? " Reported by the guest; malware can forge it." : ""}` : "");
   const last = machine.telemetry;
   const dead = machine.channels.length - rows.length;
   const parts = [plural(rows.length, "channel"), ...(dead ? [`${dead} not available here`] : []), `each on its own scale`,
-    plural(last.late_rows, "late row"), `${last.lost_rows.toLocaleString("en")} lost`];
-  if (last.lateness_s !== null) parts.push(`bins close ${number(last.lateness_s)} s after their end`);
-  facts("facts-telemetry", parts.join(" · ") + ". Grey is not known.", last.late_rows + last.lost_rows > 0 ? "Readings came late or never." : null);
-  return say("plot-heat", `${machine.vm}: ${rows.length} channels over ${Math.round((end - machine.bins[0].t) / 1000)} seconds`);
+    plural(last.late_rows, "late row"), plural(last.lost_rows, "lost row")];
+  if (last.lateness_s !== null) parts.push(`bins closed ${number(last.lateness_s)} s after their end`);
+  facts("facts-telemetry", parts.join(" · ") + ". Grey = no data.", last.late_rows + last.lost_rows > 0 ? "Some readings were late or lost." : null);
+  return describe("plot-heat", `${machine.vm}: ${rows.length} channels over ${Math.round((end - machine.bins[0].t) / 1000)} seconds`);
 }
 
-// Put an empty column where bins are missing: a gap is shown as one, never bridged.
+// Insert empty columns where bins are missing, so that a gap is visible.
 function withGaps(machine) {
   const out = [];
   for (const bin of machine.bins) {
@@ -169,7 +169,7 @@ function withGaps(machine) {
 const span = (ms) => (ms < 1000 ? `${number(ms)} ms` : `${number(ms / 1000)} s`);
 const unit = (name) => { const u = about.channels.get(name)?.unit ?? ""; return u === "1" ? "" : u; };
 
-const DOUBT = "untested";
+const UNTESTED = "untested";
 export function leaderboard(data) {
   const rows = data.rows.slice(0, 24);
   const hues = rows.map((r) => colour(r.is_baseline ? "muted" : "blue"));
@@ -182,25 +182,25 @@ export function leaderboard(data) {
     marker: { size: 9, color: hues, symbol: rows.map((r) => (r.is_baseline ? "diamond-open" : "circle")), line: { width: 2, color: hues } },
     error_x: { type: "data", symmetric: false, array: rows.map((r) => (r.high === null ? NaN : r.high - r.value)), arrayminus: rows.map((r) => (r.low === null ? NaN : r.value - r.low)),
       color: colour("muted"), thickness: 1.6, width: 4 },
-    customdata: rows.map((r) => `${label(r)}: ${r.value.toFixed(3)}${interval(r)}, ${plural(r.n_episodes, "episode")}${r.agent ? `, agent ${r.agent}` : ""}${r.p_holm === null ? "" : `, p = ${number(r.p_holm, 2)} against the first`}`),
+    customdata: rows.map((r) => `${label(r)}: ${r.value.toFixed(3)}${interval(r)}, ${plural(r.n_episodes, "episode")}${r.agent ? `, agent ${r.agent}` : ""}${r.p_holm === null ? "" : `, p = ${number(r.p_holm, 2)} (Holm) for the difference to the first model`}`),
     hovertemplate: "%{customdata}<extra></extra>",
   }], frame({
     height: 52 + 27 * Math.max(2, rows.length), xaxis: { range: [-0.01, 1.02], showgrid: true, dtick: 0.2, tickformat: ".1f" },
     yaxis: { tickvals: [...rows.keys()], ticktext: rows.map((r) => clip(label(r), 30)), range: [rows.length - 0.5, -0.75], tickfont: { size: 11, color: colour("ink") } },
   }));
   const first = data.rows[0];
-  const words = [`${measure(data.metric)} on ${data.recipe.replaceAll("_", " ")}`, `${data.tested} of ${data.registered} profiles tested`];
+  const words = [`${measure(data.metric)} on ${data.recipe.replaceAll("_", " ")}`, `${data.tested} of ${data.registered} malicious profiles tested`];
   if (first) words.push(plural(first.n_episodes, "episode"), plural(first.n_hosts, "host"));
-  facts("facts-score", `${words.join(" · ")}. Open marks are baselines.`, null);
+  facts("facts-score", `${words.join(" · ")}. Open marks: baselines. Whiskers: 95 % intervals.`, null);
   const claims = data.inflation.map((i) => `${i.recipe.replaceAll("_", " ")}: ${score(i.value)}${interval(i)}`);
-  list("notes-score", [...(data.headline ? [data.headline] : []), ...(claims.length ? [`The same ${data.inflation_of ?? "model"} by how it is split: ${claims.join("; ")}`] : []),
+  list("notes-score", [...(data.headline ? [data.headline] : []), ...(claims.length ? [`Score of ${data.inflation_of ?? "the model"} by split protocol: ${claims.join("; ")}`] : []),
     ...data.notes, ...reasons(rows, label)]);
-  return say("plot-score", rows.map((r) => `${label(r)} ${score(r.value)}${interval(r)}`).join("; "));
+  return describe("plot-score", rows.map((r) => `${label(r)} ${score(r.value)}${interval(r)}`).join("; "));
 }
 
 const measure = (name) => name.replaceAll("_", " ").replace(/\bmacro f1\b/, "macro-F1");
 
-// Say each reason once, with everybody whom it befell.
+// List each reason for a missing interval once, with the models that it applies to.
 function reasons(rows, label) {
   const by = Map.groupBy(rows.filter((r) => r.why), (r) => `${plural(r.n_episodes, "episode")}, ${r.why}`);
   return [...by].map(([why, those]) => `${those.map(label).join(", ")}: ${why}`);
@@ -211,16 +211,16 @@ export function confusion(data) {
   const share = data.counts.map((row, i) => row.map((n) => (totals[i] ? n / totals[i] : null)));
   draw("plot-confusion", [{
     ...cells(share, data.counts.map((row) => row.map((n) => Math.round(n).toLocaleString("en")))),
-    customdata: data.counts.map((row, i) => row.map((n, j) => `truth ${safe(data.labels[i])}, decided ${safe(data.labels[j])}: ${number(n, 4)} of ${number(totals[i], 4)} windows`)),
+    customdata: data.counts.map((row, i) => row.map((n, j) => `true ${safe(data.labels[i])}, predicted ${safe(data.labels[j])}: ${number(n, 4)} of ${number(totals[i], 4)} windows`)),
     hovertemplate: "%{customdata}<extra></extra>",
   }], frame({
     height: 74 + 38 * data.labels.length,
     annotations: marks(share, data.counts.map((row) => row.map((n) => Math.round(n).toLocaleString("en")))),
-    xaxis: { ...places(data.labels), title: { text: "decided", font: { size: 11, color: colour("muted") } } },
-    yaxis: { ...places(data.labels), range: [data.labels.length - 0.5, -0.5], title: { text: "truth", standoff: 8, font: { size: 11, color: colour("muted") } } },
+    xaxis: { ...places(data.labels), title: { text: "predicted phase", font: { size: 11, color: colour("muted") } } },
+    yaxis: { ...places(data.labels), range: [data.labels.length - 0.5, -0.5], title: { text: "true phase", standoff: 8, font: { size: 11, color: colour("muted") } } },
   }));
-  facts("facts-confusion", `${data.model}, ${data.threat}, ${data.recipe.replaceAll("_", " ")} · windows; the shade is the share of the true phase · ${plural(data.n_episodes, "episode")}, ${plural(data.n_hosts, "host")}.`, null);
-  return say("plot-confusion", data.labels.map((l, i) => `${l}: ${share[i][i] === null ? "no window" : Math.round(100 * share[i][i]) + " % right"}`).join("; "));
+  facts("facts-confusion", `${data.model}, ${data.threat}, ${data.recipe.replaceAll("_", " ")} · number of windows; shade = share of the true phase · ${plural(data.n_episodes, "episode")}, ${plural(data.n_hosts, "host")}.`, null);
+  return describe("plot-confusion", data.labels.map((l, i) => `${l}: ${share[i][i] === null ? "no window" : Math.round(100 * share[i][i]) + " % correct"}`).join("; "));
 }
 
 export function profiles(data) {
@@ -237,7 +237,7 @@ export function profiles(data) {
   }));
   draw("plot-profile", [{
     ...cells(z, words), hoverongaps: false,
-    customdata: data.cells.map((row, i) => row.map((c, j) => `${safe(data.profiles[i])} on ${safe(data.hosts[j])}: ${c ? `${score(c.value)}${interval(c)}, ${c.n_episodes} episodes` : DOUBT}`)),
+    customdata: data.cells.map((row, i) => row.map((c, j) => `${safe(data.profiles[i])} on ${safe(data.hosts[j])}: ${c ? `${score(c.value)}${interval(c)}, ${c.n_episodes} episodes` : UNTESTED}`)),
     hovertemplate: "%{customdata}<extra></extra>",
   }, { type: "scatter", mode: "lines", ...hatch, hoverinfo: "skip", line: { color: colour("muted"), width: 1 } }], frame({
     height: 104 + 32 * Math.max(2, data.profiles.length), annotations: marks(z, words),
@@ -245,8 +245,8 @@ export function profiles(data) {
     yaxis: { ...places(data.profiles), range: [data.profiles.length - 0.5, -0.5] },
   }));
   const none = data.untested_profiles.length ? `Untested: ${data.untested_profiles.join(", ")}.` : null;
-  facts("facts-profile", `${measure(data.metric)} of ${data.model}, ${data.threat}, ${data.recipe.replaceAll("_", " ")}. Hatched is untested, – has no number.`, none);
-  return say("plot-profile", data.profiles.map((p, i) => `${p}: ${data.hosts.map((h, j) => `${h} ${words[i][j] || DOUBT}`).join(", ")}`).join("; "));
+  facts("facts-profile", `${measure(data.metric)} of ${data.model}, ${data.threat}, ${data.recipe.replaceAll("_", " ")}. Hatched = untested, – = no value.`, none);
+  return describe("plot-profile", data.profiles.map((p, i) => `${p}: ${data.hosts.map((h, j) => `${h} ${words[i][j] || UNTESTED}`).join(", ")}`).join("; "));
 }
 
 export function perf(data) {
@@ -265,13 +265,13 @@ export function perf(data) {
     bargap: 0.12, xaxis: { tickvals: [...names.keys()], ticktext: names, tickangle: -45, tickfont: { size: 9.5, color: colour("muted") } },
     yaxis: { showgrid: true, rangemode: "tozero", nticks: 4, title: { text: "windows", font: { size: 11, color: colour("muted") } } },
   }));
-  facts("facts-perf", `${data.process}${data.vm ? ` of ${data.vm}` : ""}: ${plural(data.windows, "window")} in ${number(data.measured_s)} s; ms from due to sent.${data.about ? " " + data.about : ""}`, null);
-  return say("plot-perf", tiles.map(([name, value]) => `${name} ${value}`).join(", "));
+  facts("facts-perf", `${data.process}${data.vm ? ` of ${data.vm}` : ""}: ${plural(data.windows, "window")} in ${number(data.measured_s)} s; latency in ms from due to sent.${data.about ? " " + data.about : ""}`, null);
+  return describe("plot-perf", tiles.map(([name, value]) => `${name} ${value}`).join(", "));
 }
 
 const cells = (z) => ({ type: "heatmap", z, zmin: 0, zmax: 1, colorscale: shades(), showscale: false, xgap: 2, ygap: 2 });
 const places = (names) => ({ tickvals: [...names.keys()], ticktext: names.map((n) => clip(safe(n), narrow() ? 13 : 18)), tickfont: { size: 11, color: colour("ink") } });
-// Numbers in cells, light on dark and dark on light: a heat map's own text has one colour for all.
+// Text of the cells, with a colour that contrasts with the shade; Plotly's own text has one colour for all cells.
 const marks = (z, words) => z.flatMap((row, i) => row.map((v, j) => ({
   x: j, y: i, text: words[i][j], showarrow: false, font: { size: 11, color: ink(v) },
 })).filter((m) => m.text !== ""));
@@ -282,7 +282,7 @@ function ink(v) {
   return onto(a.map((x, i) => x + (b[i] - x) * k));
 }
 const onto = ([r, g, b]) => (0.299 * r + 0.587 * g + 0.114 * b > 140 ? "#0c1116" : "#ffffff");
-// What a colour of some opacity looks like on a card.
+// Return the colour of a hue with an opacity on the background of a card.
 function mixed(hue, opacity) {
   const [a, b] = [hue, colour("card")].map((c) => c.match(/\d+/g).map(Number));
   return a.map((x, i) => x * opacity + b[i] * (1 - opacity));
@@ -301,7 +301,7 @@ function list(id, lines) {
   place.replaceChildren(...lines.map((line) => make("li", "", line)));
   place.hidden = lines.length === 0;
 }
-function say(id, words) {
+function describe(id, words) {
   const place = byId(id);
   place.setAttribute("role", "img");
   place.setAttribute("aria-label", words);

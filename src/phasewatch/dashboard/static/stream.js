@@ -1,9 +1,9 @@
-// The stream from the hub: comes back by itself, knows when it is cut, and never lets old data pass for new.
-// A browser allows six connections to a host, so the tabs of one dashboard share one stream: the tab that holds the lock
-// keeps it and passes on what it hears. Each tab reads the past by a stream of its own, and closes that when it has it.
-const LOST_MS = 6000; // three silent beats
+// The event stream of the hub: it reconnects, detects a lost connection and marks events from before the page was opened.
+// A browser allows six connections per host, so the tabs of one dashboard share one stream. The tab that holds the lock
+// receives the stream and forwards it. Each tab first reads the past with its own stream and then closes it.
+const LOST_MS = 6000; // three missed heartbeats
 const LOCK = "phasewatch-stream";
-const MOST_WAITING = 2000; // messages that are kept while a tab still reads the past; its own stream has those before
+const MOST_WAITING = 2000; // forwarded messages kept while a tab reads the past; older ones come from its own stream
 const EVENTS = ["telemetry", "phase", "score", "confusion", "perf", "profile"];
 
 export class Stream {
@@ -13,9 +13,9 @@ export class Stream {
     this.lastId = "";
     this.heardAt = performance.now();
     this.heardWall = Date.now();
-    this.skew = 0; // the hub's clock less ours
-    this.oldUntil = Infinity; // events up to this number happened before we looked
-    this.role = "alone"; // then "leader": keeps the shared stream, or "follower": hears it from the leader
+    this.skew = 0; // clock of the hub minus clock of the browser, ms
+    this.oldUntil = Infinity; // events up to this number are older than this page
+    this.role = "alone"; // then "leader" (receives the shared stream) or "follower" (gets it from the leader)
     this.hasPast = false;
     this.waiting = [];
     this.share();
@@ -24,14 +24,14 @@ export class Stream {
   }
 
   share() {
-    if (!navigator.locks || !window.BroadcastChannel) return; // an old browser: a stream for each tab
+    if (!navigator.locks || !window.BroadcastChannel) return; // old browser: one stream per tab
     this.channel = new BroadcastChannel(LOCK);
-    this.channel.onmessage = (m) => this.passedOn(m.data);
+    this.channel.onmessage = (m) => this.forwarded(m.data);
     const lead = () => {
       this.role = "leader";
       this.waiting = [];
       if (this.source === null) this.open();
-      return new Promise(() => {}); // held until the tab is closed
+      return new Promise(() => {}); // the lock is held until the tab is closed
     };
     navigator.locks.request(LOCK, { ifAvailable: true }, (lock) => {
       if (lock) return lead();
@@ -58,7 +58,7 @@ export class Stream {
     source.onerror = () => { this.check(); };
   }
 
-  // Close our own stream, if another tab keeps one and ours has told the past.
+  // Close the own stream of a follower that has read the past.
   leave() {
     if (this.role !== "follower" || !this.hasPast || this.source === null) return;
     this.source.close();
@@ -66,7 +66,7 @@ export class Stream {
     for (const message of this.waiting.splice(0)) this.take(message);
   }
 
-  passedOn(message) {
+  forwarded(message) {
     if (this.role === "leader") return;
     if (this.source === null) { this.take(message); return; }
     this.waiting.push(message);
@@ -81,7 +81,7 @@ export class Stream {
     this.on.state("live", this.heardWall, "live");
     if (kind === "hello") this.oldUntil = data.number;
     else if (kind === "gap") {
-      this.on.gap(data.missed === null ? `Gap: ${data.why}; what came before it may be missing here.`
+      this.on.gap(data.missed === null ? `Gap: ${data.why}; earlier events may be missing on this page.`
         : `Gap: ${data.missed} ${data.why}.`);
     } else if (kind === "dropped") this.on.gap(`Gap: ${data.why}.`);
     else if (EVENTS.includes(kind) && this.isNews(id)) {
@@ -91,7 +91,7 @@ export class Stream {
     return data;
   }
 
-  // An event comes twice where it was passed on while our own stream brought it.
+  // An event arrives twice if it is forwarded while the own stream delivers it too.
   isNews(id) { return bootOf(id) !== bootOf(this.lastId) || numberOf(id) > numberOf(this.lastId); }
 
   check() {
@@ -100,19 +100,19 @@ export class Stream {
     if (silentMs > LOST_MS || (isCut && silentMs > 2500)) {
       this.on.state("lost", this.heardWall, this.refused ?? "No connection");
     }
-    if (this.source === null) return; // the tab that keeps the stream opens it anew
-    // A browser gives up for good after a refusal; a wedged stream is opened anew.
+    if (this.source === null) return; // the leader reconnects
+    // A browser does not retry after a refusal, and a silent stream may hang: open a new one.
     if (this.source.readyState === EventSource.CLOSED || silentMs > 4 * LOST_MS) {
       this.source.close();
       this.heardAt = performance.now() - LOST_MS - 1;
       fetch("/about.json", { cache: "no-store" })
-        .then((answer) => { this.refused = answer.status === 401 ? "Not let in: open the address that the dashboard printed" : undefined; })
+        .then((answer) => { this.refused = answer.status === 401 ? "Access denied: open the address that the dashboard printed" : undefined; })
         .catch(() => { this.refused = undefined; });
       this.open();
     }
   }
 
-  // When something was made, on our clock: an old event's own stamp, a new one's arrival.
+  // Time of an event on the browser's clock: the timestamp of an old event, the arrival of a new one.
   madeAt(event, isOld) { return isOld ? event.t_wall_ns / 1e6 - this.skew : Date.now(); }
 }
 

@@ -1,12 +1,12 @@
 "use strict";
-// Draws each figure of the page's own data; one that fails says so in its place and leaves the others alone.
+// Draw each figure from the data in the page; a figure that fails shows a message and does not affect the others.
 (function () {
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const config = { displayModeBar: false, displaylogo: false, responsive: true, scrollZoom: false, doubleClick: false };
   const places = Array.from(document.querySelectorAll("[data-figure]"));
   const fail = (place) => {
     place.classList.add("failed");
-    place.textContent = "This picture could not be drawn; its numbers are in the table below.";
+    place.textContent = "This figure could not be drawn. Its numbers are in the table below.";
   };
   Promise.all(places.map(async (place) => {
     const figure = figures[place.dataset.figure];
@@ -17,8 +17,8 @@
     }
   })).then(() => { document.documentElement.dataset.drawn = String(document.querySelectorAll(".figure .main-svg").length > 0); });
 
-  // Paper is narrower than most screens and cuts what is longer than a sheet, and a drawing does not flow: it fits one while
-  // it prints. A table without a picture comes out of its fold, else nothing of it would be on paper.
+  // A figure does not break across pages, so it is scaled to one sheet while printing. A collapsed table without a figure
+  // is expanded, because it would not be printed otherwise.
   const paper = { width: 660, height: 790, share: 0.9 };
   const folded = [...document.querySelectorAll("article:not(:has(.figure)) > details:not([open])")];
   const drawn = () => places.filter((place) => !place.classList.contains("failed"));

@@ -1,0 +1,1 @@
+"""The bundle format: one episode as a deterministic `.tar.zst` file, and its data model."""

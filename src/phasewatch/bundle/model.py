@@ -1,0 +1,166 @@
+"""The data model of an episode: manifest, phase marks, and the rows of each source as columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch.types import BIN_NS, ClockBase, EpisodeOrigin, EpisodeRole, Phase, SampleKind, SourceKind
+
+__all__ = [
+    "BUNDLE_FORMAT",
+    "BundleMember",
+    "ClockMetadata",
+    "Episode",
+    "HostMetadata",
+    "LabelMark",
+    "Manifest",
+    "RecordingMetadata",
+    "SourceRows",
+]
+
+BUNDLE_FORMAT = "phasewatch-episode/1"
+
+
+class HostMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The host and the VM of an episode: hardware, hypervisor and the VM's configuration."""
+
+    host_id: str
+    arch: str
+    accel: str
+    machine: str
+    cpu: str
+    vcpus: int
+    mem_mib: int
+    disk: str
+    nic: str
+    hypervisor: str
+    guest_kernel: str
+    recorder: str
+
+
+class ClockMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The clock of each source's wall stamps, and readings of the host's clocks.
+
+    Attributes:
+        base: Clock of the wall stamps, by source.
+        pairs: By clock: (its reading, Unix time) in ns, at the start and at the end.
+    """
+
+    base: dict[SourceKind, ClockBase]
+    pairs: dict[ClockBase, tuple[tuple[int, int], tuple[int, int]]]
+
+
+class BundleMember(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Size, SHA-256 and number of lines of one member of the bundle."""
+
+    bytes: int
+    sha256: str
+    rows: int
+
+
+class RecordingMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the recorder ran an episode; none of it is a feature.
+
+    Attributes:
+        boot_s: Time from the start of QEMU to the guest's first message.
+        settle_s: Time from there to the first label.
+        pinning: Core of each vCPU; empty if they are not pinned.
+        knobs: Intensities that were drawn for the episode.
+        background: Benign load that ran beside the profile; empty without one.
+        absent: Reason by channel that this host does not have.
+    """
+
+    boot_s: float
+    settle_s: float
+    pinning: tuple[int, ...]
+    knobs: dict[str, float]
+    background: str
+    absent: dict[str, str]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`manifest.json` (docs/formats/bundle.md). `pack_bundle` fills in `members`; `recording` is null if simulated."""
+
+    format: str
+    episode_id: str
+    host: HostMetadata
+    profile: str
+    sample_name: str
+    sample_kind: SampleKind
+    origin: EpisodeOrigin
+    role: EpisodeRole
+    started_wall_ns: int
+    duration_s: float
+    session: str
+    neighbours: tuple[str, ...]
+    plan_seed: int
+    plan: tuple[tuple[Phase, float], ...]
+    agent: bool
+    nominal_hz: dict[SourceKind, float]
+    rows_emitted: dict[SourceKind, int]
+    channels_available: tuple[str, ...]
+    fields: dict[SourceKind, tuple[str, ...]]
+    clocks: ClockMetadata
+    recording: RecordingMetadata | None
+    members: dict[str, BundleMember]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelMark:
+    """The start of a phase: when the guest acknowledged it, by the host's clocks in ns; phase None marks the end."""
+
+    t_wall_ns: int
+    t_mono_ns: int
+    phase: Phase | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SourceRows:
+    """The rows of one source as columns, in file order.
+
+    Attributes:
+        fields: Raw fields, in the order of `channels.RAW_FIELDS`.
+        t_wall_ns, t_mono_ns, seq: ``(n,)`` int64.
+        columns: One ``(n,)`` array per field, int64 or float64; 0 where the row is null.
+        present: ``(n, len(fields))`` bool; False where the row is null (no reading of that field).
+    """
+
+    source: SourceKind
+    fields: tuple[str, ...]
+    t_wall_ns: NDArray[np.int64]
+    t_mono_ns: NDArray[np.int64]
+    seq: NDArray[np.int64]
+    columns: tuple[NDArray[np.int64] | NDArray[np.float64], ...]
+    present: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.t_wall_ns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Episode:
+    """One decoded bundle. The phase of the last mark is None; `rows` lacks sources without a member."""
+
+    manifest: Manifest
+    marks: tuple[LabelMark, ...]
+    rows: Mapping[SourceKind, SourceRows]
+
+    @property
+    def t0_ns(self) -> int:
+        """Wall stamp of the first label, where the first bin begins, in ns."""
+        return self.marks[0].t_wall_ns
+
+    @property
+    def t_end_ns(self) -> int:
+        """Wall stamp of the end mark, in ns."""
+        return self.marks[-1].t_wall_ns
+
+    @property
+    def n_bins(self) -> int:
+        """Number of complete bins between the two."""
+        return (self.t_end_ns - self.t0_ns) // BIN_NS

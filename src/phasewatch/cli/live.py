@@ -1,0 +1,267 @@
+"""Commands on running machines: baseline, watch.
+
+Nothing of training is imported here: the watcher runs on small machines with the extra `live` alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phasewatch import atomic
+from phasewatch.cli import common
+from phasewatch.cli.folders import find_bundled_model
+from phasewatch.cli.logs import route_logs
+from phasewatch.cli.options import AsJson, ModelPath, VmName, VmPid, VmQmp
+from phasewatch.cli.progress import show_progress
+from phasewatch.cli.streams import escape_for_terminal
+from phasewatch.errors import MachineError
+from phasewatch.events.schema import EventEnvelope, PhaseEvent, render_event
+from phasewatch.features.normalise import render_baseline
+from phasewatch.inference.model_selection import find_models
+from phasewatch.live.baseline import measure_vm_baseline, read_baseline_file
+from phasewatch.live.discover import RunningVm, find_running_vm, list_running_vms
+from phasewatch.live.monitor_endpoints import MonitorEndpointKind, select_reported_endpoint
+from phasewatch.live.outputs import NonBlockingWriter
+from phasewatch.live.ownership import WatchFolder, find_watch_folders
+from phasewatch.live.session import WatchReport, WatchRequest, run_watch
+from phasewatch.live.watcher import WatchCallbacks
+from phasewatch.types import BIN_NS
+
+__all__ = ["baseline", "watch"]
+
+_PrintLine = Callable[[str], None]
+
+
+def baseline(
+    out: Annotated[Path, typer.Option(help="File to write, host.json.")],
+    name: VmName = None,
+    pid: VmPid = None,
+    qmp: VmQmp = None,
+    minutes: Annotated[float, typer.Option(min=0.2, help="How long to measure.")] = 10.0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the normal telemetry of a VM while it is clean.
+
+    A model that was trained on normalised input needs the file: `watch --baseline FILE`.
+
+    Example: phasewatch baseline --name web01 --minutes 10 --out web01.json
+    """
+    machine = find_running_vm(pid=pid, name=name, qmp=qmp)
+    with show_progress(quiet=as_json) as progress:
+        measured = measure_vm_baseline(
+            machine,
+            qmp=qmp,
+            minutes=minutes,
+            progress=progress,
+        )
+    atomic.make_folder(out.absolute().parent)
+    atomic.write_atomic(out.absolute(), render_baseline(measured))
+    known = sum(m == m for m in measured.median.tolist())  # not NaN
+    summary = f"{known} of {len(measured.names)} channels over {measured.bins * BIN_NS / 60e9:.1f} minutes"
+    result = {"host_id": measured.host_id, "channels": known, "bins": measured.bins, "file": str(out)}
+    common.print_result(result, as_json=as_json, lines=[summary, str(out)])
+
+
+def watch(
+    name: VmName = None,
+    pid: VmPid = None,
+    qmp: VmQmp = None,
+    list_: Annotated[bool, typer.Option("--list", help="Only list the running VMs.")] = False,
+    model: ModelPath = None,
+    channels: Annotated[
+        str,
+        typer.Option(
+            "--channels",
+            metavar="NAME",
+            help="Channel set of the model; default: the largest that fits. For channels see `phasewatch channels`.",
+        ),
+    ] = "",
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", metavar="FILE", help="Baseline of the VM, from `phasewatch baseline`.")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Store for the readings, as bundles without labels.")
+    ] = None,
+    webhook: Annotated[str, typer.Option(metavar="URL", help="Post alarms there as JSON.")] = "",
+    seconds: Annotated[float, typer.Option(min=0.0, help="Stop after this time; 0 watches until the VM ends.")] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print events and then the result as JSON lines.")] = False,
+) -> None:
+    """Watch a running VM and print its phases and alarms.
+
+    One of --name, --pid and --qmp is needed. Works with QEMU and libvirt, from outside: nothing runs in the guest.
+    Alarms are JSON lines. Ctrl-C ends the watch and leaves the VM as it was. A cleanup process restores the VM even
+    after kill -9.
+
+    Example: phasewatch watch --name web01
+    """
+    if list_:
+        _list_machines(as_json=as_json)
+        return
+    machine = find_running_vm(pid=pid, name=name, qmp=qmp)
+    request = WatchRequest(
+        machine=machine,
+        qmp=qmp,
+        models=find_models(model or find_bundled_model()),
+        channels=channels,
+        baseline=read_baseline_file(baseline) if baseline else None,
+        save=save,
+        webhook=webhook,
+        seconds=seconds,
+    )
+    with _open_outputs(is_only=not webhook) as (out, err), route_logs(err):
+        report = run_watch(request, WatchCallbacks(on_event=_build_event_printer(out, err, as_json=as_json)))
+        _print_report(report, out, err, as_json=as_json)
+    if lost := report.watched.not_saved:
+        raise MachineError(f"--save {save}: {lost} bundles were not written: {report.watched.save_failure}")
+
+
+@contextmanager
+def _open_outputs(*, is_only: bool) -> Iterator[tuple[_PrintLine, _PrintLine]]:
+    """Yield functions that print to stdout and to stderr without blocking; a stalled reader cannot stop the watch.
+
+    Args:
+        is_only: Whether alarms go to stdout alone: the watch then ends when its reader has closed the pipe.
+
+    Raises:
+        BrokenPipeError: If `is_only` and the reader has closed the pipe.
+        OSError: At the end, if events could not be written.
+    """
+    err = NonBlockingWriter(sys.stderr)
+    out = NonBlockingWriter(sys.stdout)
+    is_reported = False
+
+    def print_err(line: str) -> None:
+        err.put(escape_for_terminal(line))
+
+    def print_out(line: str) -> None:
+        nonlocal is_reported
+        out.put(line)
+        if out.failure is not None and not is_reported:
+            is_reported = True
+            if out.is_gone and is_only:
+                raise out.failure
+            print_err(f"standard output: {out.failure.strerror}: events are lost there; the watch continues")
+
+    try:
+        yield print_out, print_err
+        unread = out.close()
+        if out.failure is not None and not out.is_gone:
+            raise out.failure
+        if unread:
+            print_err(f"{unread} lines of events were not written: the reader was too slow or has closed the pipe")
+    finally:
+        err.close()
+
+
+def _build_event_printer(out: _PrintLine, err: _PrintLine, *, as_json: bool) -> Callable[[EventEnvelope, bool], None]:
+    def print_event(event: EventEnvelope, is_news: bool) -> None:
+        if as_json or is_news:
+            out(render_event(event).decode())
+        if not as_json and isinstance(event.data, PhaseEvent):
+            err(_render_decision(event.data))
+
+    return print_event
+
+
+def _render_decision(event: PhaseEvent) -> str:
+    at = datetime.fromtimestamp(event.t_end_ns / 1e9, UTC).strftime("%H:%M:%S")
+    probabilities = " ".join(f"{p:4.2f}" for p in event.p)
+    alarm = "  ALARM" if event.alarm else ""
+    caveat = f"  ({event.caveat})" if event.caveat else ""
+    return f"{at}Z {event.decision:<9} {probabilities}{alarm}{caveat}"
+
+
+def _print_report(report: WatchReport, out: _PrintLine, err: _PrintLine, *, as_json: bool) -> None:
+    watched = report.watched
+    if as_json:
+        out(json.dumps({"result": asdict(report)}, sort_keys=True))
+        return
+    restored = (
+        "the VM is as it was"
+        if report.left_as_found
+        else "its monitor did not answer at the end; the cleanup process keeps trying"
+    )
+    err(f"{watched.why}: {watched.windows} windows, {watched.alarms} alarms, {watched.late} late readings; {restored}")
+    if watched.lost:
+        err("readings lost: " + ", ".join(f"{name} {count}" for name, count in watched.lost.items()))
+    if watched.contended:
+        err(f"CPU contention in {watched.contended} of {watched.windows} windows: the vCPUs waited for a core")
+    for path in watched.saved:
+        out(path)
+
+
+def _list_machines(*, as_json: bool) -> None:
+    running, dead = list_running_vms(), [folder for folder in find_watch_folders() if folder.is_alive is False]
+    leftovers = [_describe_leftover(folder, running) for folder in dead]
+    result = {"machines": [_describe_machine(m) for m in running], "left_behind": leftovers}
+    lines = [*_render_machines(running), *(_render_leftover(row) for row in leftovers)]
+    common.print_result(result, as_json=as_json, lines=lines)
+
+
+def _describe_machine(machine: RunningVm) -> dict[str, object]:
+    return {
+        "pid": machine.pid,
+        "name": machine.name,
+        "uuid": machine.uuid,
+        "arch": machine.arch,
+        "accel": machine.accel,
+        "qmp": [str(path) for path in machine.qmp],
+        "taps": list(machine.taps),
+        "is_hidden": machine.is_hidden,
+        "monitors": [{"kind": str(door.kind), "address": door.address} for door in machine.monitors],
+    }
+
+
+def _render_machines(running: Sequence[RunningVm]) -> list[str]:
+    rows = [
+        (
+            str(m.pid),
+            m.name,
+            m.arch,
+            m.accel or "?",
+            _describe_monitor(m),
+            " ".join(m.taps) or ("tap: ?" if m.is_hidden else ""),
+        )
+        for m in running
+    ]
+    lines = common.render_table(rows) or ["no QEMU process is visible to this user"]
+    if any(m.is_hidden for m in running):
+        lines.append("?: this user may not read the open files of these processes; run as root or as the VM's user")
+    return lines
+
+
+def _describe_monitor(machine: RunningVm) -> str:
+    if machine.qmp:
+        return " ".join(map(str, machine.qmp))
+    if not machine.monitors:
+        return "no QMP"
+    door = select_reported_endpoint(machine.monitors)
+    descriptions = {
+        MonitorEndpointKind.HANDED_OVER: "QMP belongs to the process that started it",
+        MonitorEndpointKind.CLIENT: "QMP connects elsewhere",
+        MonitorEndpointKind.NETWORK: f"QMP on {door.address}, not a Unix socket",
+        MonitorEndpointKind.SILENT: "QMP no longer listens",
+    }
+    return descriptions.get(door.kind, f"QMP {door.address}")
+
+
+def _describe_leftover(folder: WatchFolder, running: Sequence[RunningVm]) -> dict[str, object]:
+    """Describe what a killed watcher left behind, and the running VM that it affects."""
+    machine = next((m for m in running if folder.concerns(m.pid, m.start_ticks)), None)
+    return {"folder": str(folder.path), "watcher": folder.owner.pid, "machine": machine.name if machine else None}
+
+
+def _render_leftover(row: dict[str, object]) -> str:
+    what = f"left behind by the killed watcher {row['watcher']}: {row['folder']}"
+    if row["machine"] is None:
+        return f"{what}; the next watch removes it"
+    return f"{what}, and objects in {row['machine']}; the next watch of that VM removes them"

@@ -1,0 +1,89 @@
+"""Commands that apply trained models to recordings or hand them out: export, predict."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phasewatch.artifacts import METRICS_FILE
+from phasewatch.cli import common
+from phasewatch.cli.folders import check_run_folder, find_bundled_model
+from phasewatch.cli.options import AsJson, ChannelSets, ModelPath, RunFolder
+from phasewatch.cli.progress import show_progress
+from phasewatch.cli.streams import escape_for_terminal
+from phasewatch.evaluation.metric_table import HeadlineKey, parse_metrics, render_headline
+from phasewatch.inference.model_selection import find_models
+from phasewatch.inference.offline import choose_offline_model
+from phasewatch.inference.offline import predict as predict_store
+from phasewatch.store.base import parse_store_location
+
+__all__ = ["export", "predict"]
+
+
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option(help="X.zip: edge bundle of all channel sets; X.onnx: one model.")],
+    model: Annotated[str, typer.Option(help="Model key.")] = "gbt",
+    recipe: Annotated[str, typer.Option(help="Split recipe that the model was trained on.")] = "deploy",
+    fold: Annotated[str, typer.Option(help="Fold, if the recipe has several.")] = "",
+    channels: ChannelSets = "",
+    seed: Annotated[int, typer.Option(help="Random seed of the model.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Export a trained model as an edge bundle or an ONNX file.
+
+    The exported model is compared with the trained one on test windows. The run is not changed.
+
+    Example: phasewatch export runs/mine --out edge.zip
+    """
+    from phasewatch.inference.export import ExportRequest, export_run  # needs the extra `train`; `predict` does not
+
+    check_run_folder(run)
+    path = run / METRICS_FILE
+    metrics = parse_metrics(path.read_bytes(), file=str(path)) if path.is_file() else None
+
+    def quote(name: str) -> str:
+        return render_headline(metrics, HeadlineKey(channel_set=name, model=model)) if metrics is not None else ""
+
+    request = ExportRequest(model=model, recipe=recipe, fold=fold, threats=common.parse_names(channels), seed=seed)
+    done = export_run(run, out, request, quote=quote)
+    summary = (
+        f"{model}, {', '.join(done.threats)}: {done.bytes:,} bytes; probabilities differ by at most {done.parity:.1g} "
+        f"from the trained model on {done.windows} windows"
+    )
+    common.print_result(asdict(done), as_json=as_json, lines=[summary, str(out)])
+
+
+def predict(
+    source: Annotated[str, typer.Argument(help="Store or one bundle: a path or s3://bucket/prefix.")],
+    out: Annotated[Path, typer.Option(help="Table to write, X.parquet.")],
+    model: ModelPath = None,
+    channels: Annotated[str, typer.Option("--channels", help="Channel set of the model; default: the largest.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Predict phases and alarms for recorded episodes.
+
+    Labels are not needed. Exit code 1 if some bundles could not be read, 3 if none could.
+
+    Example: phasewatch predict my-store --model runs/mine --out predictions.parquet
+    """
+    predictor = choose_offline_model(find_models(model or find_bundled_model()), channels)
+    with show_progress(quiet=as_json) as progress:
+        done = predict_store(
+            parse_store_location(source),
+            predictor,
+            out,
+            progress=progress,
+        )
+    for path, reason in done.failed:
+        typer.echo(escape_for_terminal(f"{path}: no predictions: {reason}"), err=True)
+    summary = (
+        f"{done.windows:,} windows of {done.episodes} episodes by {done.model}, {done.threat}: {done.alarms} alarms; "
+        f"{done.silent} windows unknown, {len(done.failed)} bundles without predictions"
+    )
+    common.print_result(asdict(done), as_json=as_json, lines=[summary, str(out)])
+    if done.failed:
+        raise typer.Exit(1 if done.episodes else 3)

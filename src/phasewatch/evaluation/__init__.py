@@ -1,0 +1,1 @@
+"""Evaluation: predictions to metrics with session-bootstrap intervals, calibration, alarms and importance."""

@@ -1,0 +1,296 @@
+"""Score the predictions of a run and write `metrics_v2.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phasewatch import atomic, profiles
+from phasewatch.artifacts import BINS_DIR, BINS_INDEX_PATH, METRICS_FILE, PREDICTIONS_FILE, list_split_names
+from phasewatch.binning.storage import index_rows_by_id, open_bins
+from phasewatch.channels import CHANNELS
+from phasewatch.dataset import file_sha256
+from phasewatch.dataset.split_files import compute_sample_group, read_all_folds
+from phasewatch.errors import PhasewatchError, RunError
+from phasewatch.evaluation import alarms, comparisons
+from phasewatch.evaluation.alarms import EpisodeTimeline
+from phasewatch.evaluation.bootstrap import N_RESAMPLES
+from phasewatch.evaluation.calibration import (
+    build_abstention_rows,
+    build_calibration_rows,
+    compute_confidence_thresholds,
+)
+from phasewatch.evaluation.detection import IMPACT_METRICS, build_alarm_rows
+from phasewatch.evaluation.importance import build_importance_rows
+from phasewatch.evaluation.leaderboard import build_leaderboard_rows
+from phasewatch.evaluation.metric_table import (
+    SELECTION_METRIC,
+    HeadlineKey,
+    MetricNote,
+    MetricRow,
+    MetricTable,
+    NoteCode,
+    read_metrics,
+    render_headline,
+    render_metrics,
+    select_headline,
+)
+from phasewatch.evaluation.predictions import ModelPredictions, PredictionGroup, parse_prediction_groups
+from phasewatch.evaluation.scoring import EvaluationSettings, MetricKey, build_scoring_set
+from phasewatch.metrics import confusion_counts, macro_f1
+from phasewatch.models import checkpoint, registry
+from phasewatch.splits import Fold
+from phasewatch.training.experiment import Experiment
+from phasewatch.training.predictions import NO_FILTER, read_predictions
+from phasewatch.types import SampleKind
+
+__all__ = ["evaluate_run", "read_metrics", "render_headline"]
+
+_FOLD_MEAN_NOTE = MetricNote(code=NoteCode.MEAN_OVER_FOLDS, text="mean over folds")
+
+
+def _build_training_rows(
+    run: Path, groups: Sequence[PredictionGroup], val_b: PredictionGroup | None, headline: HeadlineKey
+) -> Iterator[MetricRow]:
+    """Yield each model's number of training windows, and the validation score that chooses the headline's model.
+
+    A run without checkpoints (predictions from elsewhere) has no such rows.
+
+    Args:
+        run: The run.
+        groups: Test predictions.
+        val_b: The headline's predictions on validation B. Validation A stopped the training of some models, which
+            therefore score too high on it.
+        headline: The headline's key.
+    """
+    for group in groups:
+        if group.filter != NO_FILTER:
+            continue
+        key = MetricKey(
+            recipe=group.recipe,
+            fold="pooled",
+            channel_set=group.threat,
+            input=group.table,
+            smoothing=NO_FILTER,
+            agent=None,
+        )
+        is_headline = (group.recipe, group.threat, group.table) == (
+            headline.recipe,
+            headline.channel_set,
+            headline.input,
+        )
+        for model in dict.fromkeys(s.model for s in group.predictions):
+            own = [s for s in group.predictions if s.model == model]
+            experiments = [
+                Experiment(
+                    recipe=group.recipe, fold=s.fold, threat=group.threat, model=model, table=group.table, seed=s.seed
+                )
+                for s in own
+            ]
+            headers = [_read_header_if_any(run, experiment) for experiment in experiments]
+            sizes = [h.trained_with["train"] for h in headers if h is not None and "train" in h.trained_with]
+            if len(sizes) != len(experiments):
+                continue
+            yield key.row(
+                metric="train_windows", model=model, value=float(np.mean(sizes)), unit="windows", note=_FOLD_MEAN_NOTE
+            )
+            first = min(s.seed for s in own)
+            whole = sorted(s.fold for s in own if s.seed == first) == group.folds
+            if is_headline and whole and model not in registry.BASELINE_MODELS and val_b is not None:
+                scores = {
+                    s.fold: _compute_macro_f1(s) for s in val_b.predictions if (s.model, s.seed) == (model, first)
+                }
+                if sorted(scores) == group.folds:
+                    value = float(np.mean([scores[fold] for fold in group.folds]))
+                    yield key.row(metric=SELECTION_METRIC, model=model, seed=first, value=value, note=_FOLD_MEAN_NOTE)
+
+
+def _read_header_if_any(run: Path, experiment: Experiment) -> checkpoint.CheckpointHeader | None:
+    try:
+        return checkpoint.read_header(experiment.folder(run))
+    except PhasewatchError:
+        return None
+
+
+def _compute_macro_f1(predictions: ModelPredictions) -> float:
+    return float(macro_f1(confusion_counts(predictions.windows.y_true, predictions.output.y_pred)))
+
+
+_AGENT_STATES = ("off", "on", None)  # None = both
+_POOLED_FOLD = "pooled"
+_SCHEDULE_FILTER = "schedule"  # a reference without observations, so its alarms mean nothing
+
+
+def evaluate_run(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -> MetricTable:
+    """Score the test predictions of a run and write `metrics_v2.json`; see `compute_metrics`."""
+    metrics = compute_metrics(run, resamples=resamples, seed=seed)
+    atomic.write_atomic(run / METRICS_FILE, render_metrics(metrics))
+    return metrics
+
+
+def compute_metrics(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -> MetricTable:
+    """Score the test predictions of a run.
+
+    Models are compared on exactly the same windows: the pooled folds of a recipe, or one fold. A model that was trained
+    on one fold is compared on that fold only. Predictions that cannot be scored (of another split, or with broken
+    probabilities) get a note, and the rest is scored.
+
+    Raises:
+        RunError: If there are no test predictions, or two models saw other truths for the same window.
+    """
+    rules = EvaluationSettings(
+        malicious=tuple(p.name for p in profiles.PROFILES if p.kind != SampleKind.BENIGN),
+        profiles=tuple(p.name for p in profiles.PROFILES),
+        resamples=resamples,
+        seed=seed,
+    )
+    path = run / PREDICTIONS_FILE
+    table = read_predictions(path)
+    folds, digests = _read_folds(run)
+    index = run / BINS_INDEX_PATH
+    if index.is_file():
+        digests[BINS_INDEX_PATH] = file_sha256(index)
+    rows: list[MetricRow] = []
+    with _limit_threads():
+        groups = list(parse_prediction_groups(table, folds))
+        if not groups:
+            raise RunError(f"{path}: no test rows; train a recipe that holds something out")
+        val_b = {b.key: b for b in parse_prediction_groups(table, {}, part="val_b")}
+        for group in groups:
+            rows += _score_group(group, val_b.get(group.key), rules)
+        rows += comparisons.build_comparison_rows(groups, rules)
+        rows += _score_alarms(groups, val_b, table, read_timelines(run), rules)
+        home = HeadlineKey()
+        rows += _build_training_rows(
+            run, groups, val_b.get((home.recipe, home.channel_set, home.input, NO_FILTER)), home
+        )
+        rows += build_importance_rows(run, select_headline(rows), rules)
+    return MetricTable(inputs={PREDICTIONS_FILE: file_sha256(path), **digests}, metrics=tuple(rows))
+
+
+@contextmanager
+def _limit_threads() -> Iterator[None]:
+    """Limit BLAS to one thread: products are small, and idle threads cost ten times the work on a busy machine."""
+    try:
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    except ImportError:  # comes with scikit-learn; without it the numbers are the same, but slower
+        yield
+        return
+    with threadpool_limits(1):
+        yield
+
+
+def _read_folds(run: Path) -> tuple[dict[tuple[str, str], Fold], dict[str, str]]:
+    """Return the folds of the run by recipe and fold, and the digests of their files."""
+    digests = {name: file_sha256(run / name) for name in list_split_names(run)}
+    return {(fold.recipe, fold.fold): fold for fold in read_all_folds(run)}, digests
+
+
+def _score_group(group: PredictionGroup, val_b: PredictionGroup | None, rules: EvaluationSettings) -> list[MetricRow]:
+    """Score the models of all pooled folds, then those of each fold; then note what could not be scored."""
+    rows: list[MetricRow] = []
+    keys = {
+        "recipe": group.recipe,
+        "channel_set": group.threat,
+        "input": group.table,
+        "smoothing": group.filter,
+    }
+    own = comparisons.choose_agent_state(group.threat)
+    for agent in _AGENT_STATES:
+        # By profile, host and sample only on the channel set's own agent state: a full grid has too many rows.
+        rows += _score_folds(
+            group, group.folds, MetricKey(**keys, fold=_POOLED_FOLD, agent=agent), rules, parts=agent == own
+        )
+    if group.filter == NO_FILTER and group.recipe == HeadlineKey().recipe:
+        for fold in group.folds:
+            rows += _score_folds(group, [fold], MetricKey(**keys, fold=fold, agent=own), rules, parts=False)
+    key = MetricKey(**keys, fold=_POOLED_FOLD, agent=None)
+    if (joined := group.pool()) is not None and (chosen := joined.select_agent(own)) is not None:
+        scope = build_scoring_set(chosen, rules)
+        rows += build_calibration_rows(key.with_agent(own), scope)
+        if group.filter == NO_FILTER:
+            rows += build_abstention_rows(
+                key.with_agent(own), scope, compute_confidence_thresholds(chosen, group, val_b)
+            )
+    rows += [
+        key.row(metric="note", model=None, note=MetricNote(code=NoteCode.NOT_SCORED, text=text))
+        for text in group.refused
+    ]
+    return rows
+
+
+def _score_folds(
+    group: PredictionGroup, folds: Sequence[str], key: MetricKey, rules: EvaluationSettings, *, parts: bool
+) -> list[MetricRow]:
+    joined = group.pool(folds)
+    chosen = joined.select_agent(key.agent) if joined is not None else None
+    if chosen is None:
+        return []
+    parts = parts and group.filter == NO_FILTER
+    details = key.fold == _POOLED_FOLD and (parts or key.agent != _AGENT_STATES[1])
+    return build_leaderboard_rows(key, chosen, rules, parts=parts, details=details)
+
+
+def _score_alarms(
+    groups: Sequence[PredictionGroup],
+    val_b: Mapping[tuple[str, str, str, str], PredictionGroup],
+    table: Any,
+    timelines: Mapping[str, EpisodeTimeline],
+    rules: EvaluationSettings,
+) -> list[MetricRow]:
+    """Build the alarm rows of the recipes that hold out a host, on the agent state of each channel set."""
+    rows: list[MetricRow] = []
+    alarm_groups = [b for b in groups if b.recipe in alarms.ALARM_RECIPES and b.filter != _SCHEDULE_FILTER]
+    soak = (
+        {b.key: b for b in parse_prediction_groups(_filter_recipes(table, alarm_groups), {}, part="soak")}
+        if timelines
+        else {}
+    )
+    for group in alarm_groups:
+        key = MetricKey(
+            recipe=group.recipe,
+            fold=_POOLED_FOLD,
+            channel_set=group.threat,
+            input=group.table,
+            smoothing=group.filter,
+            agent=None,
+        )
+        if not timelines:
+            text = "no delay and no false alarms: the run has no bins with labels"
+            note = MetricNote(code=NoteCode.NO_ALARM_METRICS, text=text)
+            rows.append(key.row(metric="note", model=None, note=note))
+            continue
+        parts = alarms.PredictionParts(test=group, val_b=val_b.get(group.key), soak=soak.get(group.key))
+        rows += build_alarm_rows(parts, timelines, rules, agent=comparisons.choose_agent_state(group.threat))
+    return rows
+
+
+def _filter_recipes(table: Any, groups: Sequence[PredictionGroup]) -> Any:
+    """Select the rows of these recipes: each of a full grid's thousands of experiments has soak rows."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    return table.filter(pc.is_in(table["recipe"], pa.array(sorted({b.recipe for b in groups}), pa.string())))
+
+
+def read_timelines(run: Path) -> dict[str, EpisodeTimeline]:
+    """Read label spans and impact rates from the run's bins; empty without bins."""
+    folder = run / BINS_DIR
+    if not (run / BINS_INDEX_PATH).is_file():
+        return {}
+    grids = open_bins(folder)
+    names = [c.full_name for c in CHANNELS]
+    columns = [names.index(name) for _, name, _ in IMPACT_METRICS]
+    return {
+        row.episode_id: EpisodeTimeline(
+            spans=row.spans,
+            t0_ns=row.t0_ns,
+            rates=grids.episode_bins(row)[:, columns],
+            group=compute_sample_group(row.profile, row.sample_name),
+        )
+        for row in index_rows_by_id(grids).values()
+    }

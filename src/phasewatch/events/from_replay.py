@@ -1,0 +1,367 @@
+"""Convert a recorded episode to the events that a watcher would have sent: telemetry bins and predicted phases.
+
+The predictions of a run's episode come from the fold that did not train on it. They are read, not computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch.artifacts import BINS_DIR, PREDICTIONS_FILE, check_columns, open_run_parquet
+from phasewatch.binning.storage import BinIndexRow, build_index_row, index_rows_by_id, open_bins
+from phasewatch.channels import CHANNELS
+from phasewatch.errors import RunError
+from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE
+from phasewatch.events.schema import EventData, PhaseEvent, TelemetryEvent
+from phasewatch.features.windows import build_label_spans, label_windows
+from phasewatch.inference.predictor import PhaseDecision, PhasePredictor
+from phasewatch.models.alarm import DECISION_DELAY_NS, THETA_NEVER, AlarmRule, apply_alarm_rule, compute_activity_score
+from phasewatch.models.checkpoint import CHECKPOINT_FILE, read_header
+from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE
+from phasewatch.parquet import convert_parquet_errors
+from phasewatch.training.experiment import Experiment
+from phasewatch.training.predictions import PROBABILITY_COLUMNS
+from phasewatch.types import BIN_NS, PHASES, WINDOW_BINS
+from phasewatch.validate.verdict import BundleCheck
+
+__all__ = [
+    "ReplayEpisode",
+    "ReplayPredictions",
+    "ReplaySelection",
+    "ReplayStep",
+    "add_alarm",
+    "build_replay_episode",
+    "find_model_folder",
+    "iter_replay_steps",
+    "list_episodes",
+    "read_alarm_rule",
+    "read_replay_episodes",
+]
+
+_SELECTION_COLUMNS = ("recipe", "threat", "model", "table", "filter")
+_PREDICTION_COLUMNS = (
+    *_SELECTION_COLUMNS,
+    "fold",
+    "seed",
+    "part",
+    "episode_id",
+    "host_id",
+    "t_center_ns",
+    "y_true",
+    "y_pred",
+    *PROBABILITY_COLUMNS,
+)
+_SIGNIFICANT_DIGITS = 5  # of the values in events
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplaySelection:
+    """Predictions to replay: those with the lowest seed, and with the phase filter if the run has it."""
+
+    recipe: str = DEFAULT_HEADLINE.recipe
+    threat: str = DEFAULT_HEADLINE.channel_set
+    model: str = DEFAULT_HEADLINE.model
+    table: str = DEFAULT_HEADLINE.input
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ReplayPredictions:
+    """Predictions of the ``n`` windows of one episode, in order of time.
+
+    Attributes:
+        selection: Split, channel set, model and input of the predictions.
+        fold, seed, filter: Fold and seed of the model, and the filter of the probabilities.
+        t_center_ns: ``(n,)`` int64 centre of the window, nanoseconds since the epoch.
+        p: ``(n, 5)`` float64 probabilities in the order of PHASES.
+        y_pred, y_true: ``(n,)`` int64 codes of the predicted and of the true phase; −1 = unknown.
+        alarm: ``(n,)`` bool whether the alarm is raised; None without a threshold.
+        threshold: Threshold of p(infecting) + p(active); None without one.
+        caveat: Warning that applies to all predictions.
+    """
+
+    selection: ReplaySelection
+    fold: str
+    seed: int
+    filter: str
+    t_center_ns: NDArray[np.int64]
+    p: NDArray[np.float64]
+    y_pred: NDArray[np.int64]
+    y_true: NDArray[np.int64]
+    alarm: NDArray[np.bool_] | None = None
+    threshold: float | None = None
+    caveat: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ReplayEpisode:
+    """One episode with its predictions.
+
+    Attributes:
+        row: Index row of the episode.
+        bins: ``(b, 46)`` float32 values of the bins in the order of CHANNELS; NaN = unknown.
+        predictions: Predictions of its windows.
+    """
+
+    row: BinIndexRow
+    bins: NDArray[np.float32]
+    predictions: ReplayPredictions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayStep:
+    """An event and its time in seconds since the start of the episode's first bin."""
+
+    at_s: float
+    data: EventData
+
+    @property
+    def is_window(self) -> bool:
+        """Whether the event is a prediction, not telemetry."""
+        return isinstance(self.data, PhaseEvent)
+
+
+def list_episodes(run: Path, choice: ReplaySelection = ReplaySelection()) -> tuple[tuple[str, str], ...]:
+    """Return the (host, episode) pairs with test predictions, sorted.
+
+    Raises:
+        RunError: If there are none, or the run has no predictions.
+    """
+    table = _read_prediction_table(run, choice)
+    pairs = zip(table.column("host_id").to_pylist(), table.column("episode_id").to_pylist(), strict=True)
+    return tuple(sorted(set(pairs)))
+
+
+def read_replay_episodes(
+    run: Path, episodes: Sequence[str], choice: ReplaySelection = ReplaySelection()
+) -> tuple[ReplayEpisode, ...]:
+    """Read episodes of a run with their predictions, in the given order.
+
+    Raises:
+        RunError: If the run lacks an episode (the message lists some that it has), its bins or its predictions.
+    """
+    table = _read_prediction_table(run, choice)
+    bins = open_bins(run / BINS_DIR)
+    rows = index_rows_by_id(bins)
+    ids = np.asarray(table.column("episode_id").to_pylist())
+    recordings = []
+    for episode in episodes:
+        indices = np.flatnonzero(ids == episode)
+        if not len(indices) or episode not in rows:
+            some = ", ".join(sorted(set(ids.tolist()))[:3])
+            raise RunError(
+                f"{run}: no test predictions of episode {episode} by {_render_selection(choice)}; available: {some} …"
+            )
+        row = rows[episode]
+        recordings.append(
+            ReplayEpisode(
+                row=row, bins=bins.episode_bins(row), predictions=_build_predictions(table.take(indices), choice)
+            )
+        )
+    return tuple(recordings)
+
+
+def find_model_folder(recording: ReplayEpisode, run: Path) -> Path:
+    """Return the folder of the model that predicted a recording."""
+    predictions = recording.predictions
+    selection = predictions.selection
+    experiment = Experiment(
+        recipe=selection.recipe,
+        fold=predictions.fold,
+        threat=selection.threat,
+        model=selection.model,
+        table=selection.table,
+        seed=predictions.seed,
+    )
+    return experiment.folder(run)
+
+
+def read_alarm_rule(recording: ReplayEpisode, run: Path) -> AlarmRule | None:
+    """Read the alarm rule of the model that predicted a recording; return None if it has no rule or no checkpoint.
+
+    Raises:
+        RunError, MismatchError: If the checkpoint exists but cannot be used.
+    """
+    folder = find_model_folder(recording, run)
+    if not (folder / CHECKPOINT_FILE).is_file():
+        return None
+    return read_header(folder).alarm.get(recording.predictions.filter)
+
+
+def add_alarm(recording: ReplayEpisode, rule: AlarmRule) -> ReplayEpisode:
+    """Return the recording with the alarms that a rule raises."""
+    predictions = recording.predictions
+    score = compute_activity_score(predictions.p)
+    alarm = apply_alarm_rule(rule, score, np.zeros(len(predictions.p), np.int64))
+    return replace(recording, predictions=replace(predictions, alarm=alarm, threshold=rule.theta))
+
+
+def iter_replay_steps(recording: ReplayEpisode, *, vm: str, bins_per_event: int = 1) -> Iterator[ReplayStep]:
+    """Yield the events of an episode in the order in which a watcher would have sent them.
+
+    Args:
+        recording: The episode.
+        vm: Name of the machine in the events.
+        bins_per_event: Number of bins per telemetry event.
+    """
+    steps = [*_iter_telemetry_steps(recording, vm, bins_per_event), *_iter_phase_steps(recording, vm)]
+    # Telemetry comes before the prediction of the window that it completes.
+    yield from sorted(steps, key=lambda step: (step.at_s, step.is_window))
+
+
+def _iter_telemetry_steps(recording: ReplayEpisode, vm: str, bins_per_event: int) -> Iterator[ReplayStep]:
+    row, names = recording.row, tuple(c.full_name for c in CHANNELS)
+    flags = row.bin_flags
+    masked = tuple(names[i] for i in np.flatnonzero(~np.isfinite(recording.bins).any(axis=0)))
+    for start in range(0, row.n_bins, bins_per_event):
+        stop = min(start + bins_per_event, row.n_bins)
+        yield ReplayStep(
+            at_s=stop * BIN_NS / 1e9,
+            data=TelemetryEvent(
+                vm=vm,
+                host=row.host_id,
+                origin=str(row.origin),
+                t0_ns=row.t0_ns + start * BIN_NS,
+                bin_s=BIN_NS / 1e9,
+                channels=names,
+                values=tuple(_round_values(line) for line in recording.bins[start:stop]),
+                flags=tuple(int(f) for f in flags[start:stop]),
+                masked=masked,
+            ),
+        )
+
+
+def _iter_phase_steps(recording: ReplayEpisode, vm: str) -> Iterator[ReplayStep]:
+    row, predictions = recording.row, recording.predictions
+    selection = predictions.selection
+    half_ns = WINDOW_BINS * BIN_NS // 2
+    since: int | None = None
+    for i, center in enumerate(predictions.t_center_ns.tolist()):
+        end_ns = center + half_ns
+        is_alarm = None if predictions.alarm is None else bool(predictions.alarm[i])
+        since = (since or end_ns) if is_alarm else None
+        yield ReplayStep(
+            at_s=(center + DECISION_DELAY_NS - row.t0_ns) / 1e9,
+            data=PhaseEvent(
+                vm=vm,
+                host=row.host_id,
+                t_start_ns=center - half_ns,
+                t_end_ns=end_ns,
+                p=_round_probabilities(predictions.p[i]),
+                decision=str(PHASES[predictions.y_pred[i]]),
+                truth=str(PHASES[predictions.y_true[i]]) if predictions.y_true[i] >= 0 else None,
+                alarm=is_alarm,
+                alarm_since_ns=since,
+                threshold=predictions.threshold,
+                model=selection.model,
+                threat=selection.threat,
+                table=selection.table,
+                filter=predictions.filter,
+                caveat=_render_caveat(predictions),
+            ),
+        )
+
+
+def _render_caveat(predictions: ReplayPredictions) -> str | None:
+    caveats = [predictions.caveat] if predictions.caveat else []
+    if predictions.threshold is not None and predictions.threshold >= THETA_NEVER:
+        caveats.append("no threshold met the false-alarm budget: this alarm is never raised")
+    return "; ".join(caveats) or None
+
+
+def _round_values(line: NDArray[np.float32]) -> tuple[float | None, ...]:
+    """Round to five digits, which is finer than any figure shows and keeps events small."""
+    return tuple(float(f"{v:.{_SIGNIFICANT_DIGITS}g}") if math.isfinite(v) else None for v in line.tolist())
+
+
+def _round_probabilities(p: NDArray[np.float64]) -> tuple[float, float, float, float, float]:
+    a, b, c, d, e = (min(1.0, max(0.0, round(v, _SIGNIFICANT_DIGITS))) for v in p.tolist())
+    return a, b, c, d, e
+
+
+def _build_predictions(table: Any, choice: ReplaySelection) -> ReplayPredictions:
+    order = np.argsort(table.column("t_center_ns").to_numpy(), kind="stable")
+    table = table.take(order)
+
+    def numbers(name: str) -> NDArray[np.int64]:
+        return np.asarray(table.column(name).to_numpy(), np.int64)
+
+    return ReplayPredictions(
+        selection=choice,
+        fold=table.column("fold")[0].as_py(),
+        seed=table.column("seed")[0].as_py(),
+        filter=table.column("filter")[0].as_py(),
+        t_center_ns=numbers("t_center_ns"),
+        p=np.stack([np.asarray(table.column(name).to_numpy(), np.float64) for name in PROBABILITY_COLUMNS], axis=1),
+        y_pred=numbers("y_pred"),
+        y_true=numbers("y_true"),
+    )
+
+
+def _read_prediction_table(run: Path, choice: ReplaySelection) -> Any:
+    """Read the test predictions of a selection: lowest seed, and the phase filter if the run has it."""
+    import pyarrow.parquet as pq
+
+    path = run / PREDICTIONS_FILE
+    with open_run_parquet(path, "train") as file:
+        check_columns(path, file.schema_arrow.names, _PREDICTION_COLUMNS, "train")
+    wanted = [(key, "==", getattr(choice, key)) for key in _SELECTION_COLUMNS[:4]]
+    with convert_parquet_errors(path, hint="phasewatch train"):
+        table = pq.read_table(path, columns=list(_PREDICTION_COLUMNS), filters=[*wanted, ("part", "==", "test")])
+    filters, seeds = np.asarray(table.column("filter").to_pylist()), table.column("seed").to_numpy()
+    if not len(seeds):
+        raise RunError(
+            f"{path}: no test predictions by {_render_selection(choice)}; "
+            "choose another --model, --channels or --recipe"
+        )
+    kind = SMOOTHING_PHASE if SMOOTHING_PHASE in filters else SMOOTHING_NONE
+    keep = filters == kind
+    return table.take(np.flatnonzero(keep & (seeds == seeds[keep].min())))
+
+
+def _render_selection(choice: ReplaySelection) -> str:
+    return f"{choice.model} ({choice.recipe}, {choice.threat}, {choice.table})"
+
+
+def build_replay_episode(
+    bundle: BundleCheck, scorer: PhasePredictor, decisions: Sequence[PhaseDecision], *, caveat: str | None = None
+) -> ReplayEpisode:
+    """Combine a usable bundle with its labels and the predictions of a model.
+
+    Args:
+        bundle: The validated bundle.
+        scorer: The model.
+        decisions: Decisions of the model, in order of time.
+        caveat: Warning for the viewer, such as that the model was trained on this bundle.
+
+    Raises:
+        RunError: If the bundle is not usable, or there is no decision.
+    """
+    if bundle.episode is None or bundle.binned is None or not decisions:
+        raise RunError(f"{bundle.verdict.path}: nothing to replay: {bundle.verdict.detail or 'shorter than a window'}")
+    starts = np.array([d.t_start_ns for d in decisions], np.int64)
+    p = np.array([d.belief for d in decisions], np.float64)
+    predictions = ReplayPredictions(
+        selection=ReplaySelection(
+            recipe="deploy", threat=scorer.threat, model=scorer.model, table=str(scorer.spec.table)
+        ),
+        fold="all",
+        seed=scorer.seed,
+        filter=SMOOTHING_PHASE if scorer.filter is not None else SMOOTHING_NONE,
+        t_center_ns=starts + WINDOW_BINS * BIN_NS // 2,
+        p=p,
+        y_pred=p.argmax(axis=1),
+        y_true=label_windows(build_label_spans(bundle.episode.marks), starts).phase.astype(np.int64),
+        alarm=None if scorer.alarm is None else np.array([bool(d.alarm) for d in decisions], np.bool_),
+        threshold=None if scorer.alarm is None else scorer.alarm.theta,
+        caveat=caveat,
+    )
+    return ReplayEpisode(
+        row=build_index_row(bundle.episode, bundle.binned), bins=bundle.binned.bins, predictions=predictions
+    )

@@ -1,0 +1,255 @@
+"""Predict phases from bins with a trained model: probabilities, phase filter and alarm, for live and offline use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phasewatch.arrays import Float32Array
+from phasewatch.channels import CHANNEL_NAMES, build_channel_mask
+from phasewatch.dataset.loader import N_CONTEXT_WINDOWS, build_context_names
+from phasewatch.errors import RunError, UsageError
+from phasewatch.features.normalise import ChannelScaling, HostBaseline, build_scaling
+from phasewatch.features.schema import feature_names
+from phasewatch.features.stats import window_stats
+from phasewatch.features.windows import build_window_view
+from phasewatch.inference.edge_bundle import TrainingOrigin
+from phasewatch.models.alarm import AlarmRule, AlarmState, compute_activity_score
+from phasewatch.models.base import InputKind, InputSpec, InputVariant, ModelInputs
+from phasewatch.models.checkpoint import MAX_MAGNITUDE
+from phasewatch.models.smoothing import PhaseFilter
+from phasewatch.types import BIN_NS, PHASES, STRIDE_BINS, WINDOW_BINS, Phase
+
+__all__ = [
+    "PhaseDecision",
+    "PhasePostprocessor",
+    "PhasePredictor",
+    "ProbabilityEstimator",
+    "check_columns",
+    "list_model_channels",
+]
+
+
+class ProbabilityEstimator(Protocol):
+    """A loaded model: a `PhaseModel` or an `OnnxModel`."""
+
+    def predict_proba(self, inputs: ModelInputs) -> NDArray[np.float64]:
+        """Return calibrated probabilities, ``(n, 5)`` float64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhasePredictor:
+    """A trained model with its phase filter, alarm rule and input transform.
+
+    Attributes:
+        model, threat, seed: Key, channel set and seed of the model.
+        spec: Its input.
+        estimator: The loaded model.
+        filter: Phase filter; None if none was fitted.
+        alarm: Alarm rule; None if none was fitted.
+        trained: Origin of its training data.
+        where: File or folder of the model, for messages.
+        baseline: Baseline of the VM, for a model of values relative to it.
+    """
+
+    model: str
+    threat: str
+    seed: int
+    spec: InputSpec
+    estimator: ProbabilityEstimator
+    filter: PhaseFilter | None
+    alarm: AlarmRule | None
+    trained: TrainingOrigin
+    where: str
+    baseline: HostBaseline | None = None
+
+    @property
+    def bins_needed(self) -> int:
+        """Number of bins, the newest last, that a decision needs: a window, and earlier ones if the model uses them."""
+        return WINDOW_BINS + (N_CONTEXT_WINDOWS * STRIDE_BINS if self.spec.table is InputVariant.CONTEXT else 0)
+
+    @cached_property
+    def channels(self) -> tuple[str, ...]:
+        """Full names of the channels that the model uses, in the order of CHANNELS."""
+        return list_model_channels(self.spec)
+
+    @cached_property
+    def _channel_indices(self) -> NDArray[np.intp]:
+        """Indices of the channels in CHANNEL_NAMES."""
+        return np.array([CHANNEL_NAMES.index(name) for name in self.channels], np.intp)
+
+    @cached_property
+    def _column_indices(self) -> NDArray[np.intp]:
+        """Indices of the table columns in `feature_names()`."""
+        names = feature_names()
+        own = [name for name in self.spec.names if "@" not in name]
+        return np.array([names.index(name) for name in own], np.intp)
+
+    @cached_property
+    def _baseline_transform(self) -> ChannelScaling | None:
+        """The scaling by the VM's baseline; None for a model of raw values."""
+        if self.spec.table is not InputVariant.COMMISSIONED:
+            return None
+        day = self.baseline.select_channels(self.channels) if self.baseline is not None else None
+        floors = dict(self.spec.floors)
+        return build_scaling(day, np.array([floors[name] for name in self.channels]))
+
+    def compute_known_share(self, bins: Float32Array) -> NDArray[np.float64]:
+        """Compute the known share of the model's readings in each window: ``(n, 46)`` float32 → ``(w,)`` float64."""
+        share: NDArray[np.float64] = np.isfinite(build_window_view(bins)[:, :, self._channel_indices]).mean(axis=(1, 2))
+        return share
+
+    def predict_windows(self, bins: Float32Array) -> NDArray[np.float64]:
+        """Predict the calibrated probabilities of each window, before the phase filter.
+
+        The first window stands in for earlier ones if the model uses them.
+
+        Args:
+            bins: ``(n, 46)`` float32 bins of all channels; NaN where unknown.
+
+        Returns:
+            ``(w, 5)`` float64 in the order of PHASES.
+        """
+        if self.spec.kind is InputKind.TABLE:
+            stats = window_stats(bins)
+            x = stats.reshape(len(stats), -1)[:, self._column_indices]
+            if self._baseline_transform is not None:
+                x = self._baseline_transform.scale_stats(x)
+            if self.spec.table is InputVariant.CONTEXT:
+                at = np.arange(len(x))
+                x = np.concatenate([x[np.maximum(at - back, 0)] for back in range(N_CONTEXT_WINDOWS + 1)], axis=1)
+        else:
+            x = build_window_view(bins)[:, :, self._channel_indices].transpose(0, 2, 1)
+            if self._baseline_transform is not None:
+                x = self._baseline_transform.scale_bins(x)
+        return self.estimator.predict_proba(ModelInputs(x=np.ascontiguousarray(x), spec=self.spec))
+
+    def caveat(self, accel: str, arch: str) -> str:
+        """Render a warning if a VM differs from the training data; empty if it does not, or its origin is unknown."""
+        words = []
+        if self.trained.accels and accel not in self.trained.accels:
+            known = ", ".join(self.trained.accels)
+            words.append(f"training never saw a VM under {accel or 'an unknown accelerator'} (only {known})")
+        if self.trained.archs and arch not in self.trained.archs:
+            words.append(f"training never saw {arch} (only {', '.join(self.trained.archs)})")
+        if "simulated" in self.trained.origins:
+            words.append("it learnt from simulated episodes")
+        return "; ".join(words) + ": a guess" if words else ""
+
+
+def check_columns(spec: InputSpec, *, where: str) -> None:
+    """Raise RunError unless the columns of a model's input are those of its channel set, in order.
+
+    Args:
+        spec: The input that the model's file states.
+        where: Name of the model, for the message.
+    """
+    try:
+        allowed = {name for name, on in zip(CHANNEL_NAMES, build_channel_mask(spec.mask), strict=True) if on}
+    except UsageError as exc:
+        raise RunError(f"{where}: {exc}; train it again") from exc
+    channels = list_model_channels(spec)
+    expected = channels
+    if spec.kind is InputKind.TABLE:
+        expected = tuple(name for name in feature_names() if name.rpartition(".")[0] in channels)
+        if spec.table is InputVariant.CONTEXT:
+            expected = build_context_names(expected)
+    if not channels or spec.names != expected or not set(channels) <= allowed:
+        raise RunError(
+            f"{where}: its {len(spec.names)} columns are not those of the channel set {spec.mask} in order; "
+            "train it again"
+        )
+    scales = [dict(spec.floors).get(name, 0.0) for name in channels]
+    if spec.table is InputVariant.COMMISSIONED and not all(0.0 < scale <= MAX_MAGNITUDE for scale in scales):
+        raise RunError(
+            f"{where}: lacks the scale of a channel for the host's baseline, or one is invalid; train it again"
+        )
+
+
+def list_model_channels(spec: InputSpec) -> tuple[str, ...]:
+    """Return the channels of a model's columns, in the order of CHANNELS."""
+    is_tensor = spec.kind is InputKind.TENSOR
+    used = {name if is_tensor else name.partition("@")[0].rpartition(".")[0] for name in spec.names}
+    return tuple(name for name in CHANNEL_NAMES if name in used)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseDecision:
+    """The decision on one window.
+
+    Attributes:
+        number: Number of the window, from 0.
+        t_start_ns, t_end_ns: Start and end of the window on the wall clock.
+        p: Five calibrated probabilities.
+        belief: Five probabilities after the phase filter; the same as `p` without one.
+        phase: The most probable phase by `belief`.
+        known: Share of the model's channels × bins that are known.
+        flags: Flags of the window: 1 clock step, 2 late ticks.
+        alarm: Whether the alarm is on after this window; None without an alarm rule.
+        raised: Whether it started at this window.
+        since_ns: End of the window at which the alarm started; None while it is off.
+    """
+
+    number: int
+    t_start_ns: int
+    t_end_ns: int
+    p: tuple[float, ...]
+    belief: tuple[float, ...]
+    phase: Phase
+    known: float
+    flags: int
+    alarm: bool | None
+    raised: bool
+    since_ns: int | None
+
+
+class PhasePostprocessor:
+    """Apply the phase filter and the alarm rule to the windows of one VM, in the order of time."""
+
+    def __init__(self, scorer: PhasePredictor) -> None:
+        self._scorer = scorer
+        self._belief: NDArray[np.float64] | None = None
+        self._alarm = AlarmState()
+        self._since_ns: int | None = None
+        self._last_ns = 0
+
+    def postprocess(
+        self, number: int, start_ns: int, p: NDArray[np.float64], *, known: float, flags: int
+    ) -> PhaseDecision:
+        """Return the decision on the next window.
+
+        Args:
+            number: Number of the window, from 0.
+            start_ns: Start of the window on the wall clock.
+            p: ``(5,)`` float64 calibrated probabilities.
+            known: Known share of the model's channels × bins.
+            flags: Flags of the window.
+        """
+        stride_ns, end_ns = STRIDE_BINS * BIN_NS, start_ns + WINDOW_BINS * BIN_NS
+        belief = p
+        if self._scorer.filter is not None:
+            strides = max(1, round((end_ns - self._last_ns) / stride_ns)) if self._belief is not None else 1
+            belief = self._belief = self._scorer.filter.step(self._belief, p, strides=strides)
+        self._last_ns = end_ns
+        is_active: bool | None = None
+        if self._scorer.alarm is not None:
+            self._alarm = self._alarm.step(self._scorer.alarm, float(compute_activity_score(belief)))
+            is_active = self._alarm.is_active
+            self._since_ns = end_ns if self._alarm.has_started else self._since_ns if is_active else None
+        return PhaseDecision(
+            number=number,
+            t_start_ns=start_ns,
+            t_end_ns=end_ns,
+            p=tuple(p.tolist()),
+            belief=tuple(belief.tolist()),
+            phase=PHASES[int(belief.argmax())],
+            known=known,
+            flags=flags,
+            alarm=is_active,
+            raised=self._alarm.has_started,
+            since_ns=self._since_ns,
+        )

@@ -1,0 +1,1 @@
+"""The simulated network of the lab: addresses, services and the process behind each VM's network card."""

@@ -1,0 +1,261 @@
+"""The cleanup process: when the watcher dies, even by kill -9, it undoes the watcher's changes to the VM.
+
+It holds the read end of a pipe whose write end only the watcher has; the pipe's end means that the watcher is gone.
+The message ``done`` means that the watcher undid its changes itself. If the VM does not answer, the process tries again
+until the VM answers, is gone, or a later watcher has cleaned up. While the watcher lives, the process also keeps the
+packet dumps in memory small. The watcher restarts a cleanup process that dies; if both die, the next watcher cleans up
+with the help of `ownership`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import msgspec
+
+if TYPE_CHECKING:
+    from phasewatch.telemetry.qmp import QmpMonitor
+
+__all__ = ["CleanupProcess", "CleanupTask", "truncate_dumps", "undo_changes"]
+
+CONNECT_ATTEMPTS = 20
+MAX_DUMP_BYTES = 32 << 20  # total of all dumps: twice what a watcher that reads them lets them grow to
+_POLL_S = 2.0
+_RETRY_S = 10.0  # between two attempts with a VM that does not answer
+_DISMISS_MESSAGE = b"done\n"
+
+
+class CleanupTask(msgspec.Struct, frozen=True, kw_only=True):
+    """The changes to a VM that must be undone.
+
+    Attributes:
+        vm_pid, vm_start_ticks: The QEMU process; a later process with its number or socket is left alone. 0 for any.
+        proc: Path of /proc.
+        qmp: Path of the QMP socket; empty if none is used.
+        objects: Ids of QEMU objects that may have been added to the VM.
+        balloon: Path of the balloon device in QEMU's object tree; empty if it was not changed.
+        interval_s: The balloon's original polling interval.
+        folder: The watcher's private folder, to be removed; empty if there is none.
+    """
+
+    vm_pid: int = 0
+    vm_start_ticks: int = 0
+    proc: str = "/proc"
+    qmp: str = ""
+    objects: tuple[str, ...] = ()
+    balloon: str = ""
+    interval_s: int = 0
+    folder: str = ""
+
+
+class CleanupProcess:
+    """A context manager that runs the cleanup process from before the VM is changed until the block ends.
+
+    At the end the process is stopped if it was dismissed; otherwise it undoes the changes.
+
+    Args:
+        task: The changes to undo.
+    """
+
+    def __init__(self, task: CleanupTask) -> None:
+        self._task = task
+        self._child: subprocess.Popen[bytes] | None = None
+        self._is_needed = True
+
+    def dismiss(self) -> None:
+        """Declare that the VM is unchanged again, so that nothing must be undone."""
+        self._is_needed = False
+
+    def restart_if_dead(self) -> bool:
+        """Start a new process if the present one is gone; return whether it was.
+
+        Raises:
+            OSError: If no process can be started.
+        """
+        if self._child is not None and self._child.poll() is None:
+            return False
+        before, self._child = self._child, None
+        if before is not None and before.stdin is not None:
+            with suppress(OSError):
+                before.stdin.close()
+        self._start()
+        return True
+
+    def _start(self) -> None:
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "phasewatch.live.cleanup", msgspec.json.encode(self._task).decode()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C in the terminal must reach the watcher alone
+        )
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except OSError:
+            _remove_folder(self._task.folder)  # nothing was changed yet
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._is_needed:
+            with suppress(OSError):  # no process can be started: the next watch of this VM cleans up
+                self.restart_if_dead()
+        child, self._child = self._child, None
+        if child is None or child.stdin is None:
+            return
+        if not self._is_needed:
+            with suppress(OSError):
+                child.stdin.write(_DISMISS_MESSAGE)
+                child.stdin.flush()
+        with suppress(OSError):
+            child.stdin.close()
+        if self._is_needed:
+            return  # do not wait: the monitor may serve this process alone until it ends
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=5)
+        _remove_folder(self._task.folder)  # in case the cleanup process was killed
+
+    @property
+    def pid(self) -> int:
+        """Process id of the cleanup process; 0 before the start and after the end."""
+        return self._child.pid if self._child is not None else 0
+
+
+def _clean_up_after_watcher(task: CleanupTask, pipe: int) -> None:
+    """Wait until the watcher ends, and undo its changes unless it did so itself."""
+    message = b""
+    while _DISMISS_MESSAGE not in message:
+        ready, _, _ = select.select([pipe], [], [], _POLL_S)
+        if ready:
+            data = os.read(pipe, 4096)
+            if not data:
+                _undo_with_retries(task)
+                break
+            message = (message + data)[-len(_DISMISS_MESSAGE) :]
+        elif task.folder:
+            truncate_dumps(Path(task.folder))
+    _remove_folder(task.folder)
+
+
+def _undo_with_retries(task: CleanupTask) -> None:
+    """Undo the changes, again and again while the VM does not answer; keep its dumps small meanwhile."""
+    while not asyncio.run(undo_changes(task)):
+        until_s = time.monotonic() + _RETRY_S
+        while time.monotonic() < until_s:
+            if task.folder and not Path(task.folder).exists():
+                return  # a later watcher has cleaned up
+            if task.folder:
+                truncate_dumps(Path(task.folder))
+            time.sleep(_POLL_S)
+
+
+def _remove_folder(folder: str) -> None:
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def truncate_dumps(folder: Path) -> None:
+    """Truncate the largest files until all together are within `MAX_DUMP_BYTES`.
+
+    QEMU continues at its old offset; the hole before it takes no memory.
+    """
+    with suppress(OSError):
+        sizes = sorted(((path.stat().st_blocks * 512, path) for path in folder.iterdir()), reverse=True)
+        excess = sum(size for size, _ in sizes) - MAX_DUMP_BYTES
+        for size, path in sizes:
+            if excess <= 0:
+                break
+            os.truncate(path, 0)
+            excess -= size
+
+
+async def undo_changes(task: CleanupTask) -> bool:
+    """Remove the objects from the VM and restore the balloon's interval; a VM that is gone needs neither.
+
+    Returns:
+        False if the VM still runs and did not answer.
+    """
+    if not task.qmp or not (task.objects or task.balloon):
+        return True
+    from phasewatch.errors import VmError
+    from phasewatch.telemetry.process import owns_threads
+    from phasewatch.telemetry.qmp import QmpMonitor
+
+    for _ in range(CONNECT_ATTEMPTS):  # the monitor serves one client: the dead watcher's connection may still close
+        if _is_vm_gone(task):
+            return True
+        monitor = QmpMonitor(Path(task.qmp))
+        try:
+            await monitor.connect()
+        except VmError:
+            if not Path(task.qmp).exists():
+                return True
+            await asyncio.sleep(0.5)
+            continue
+        try:
+            if task.vm_pid and not owns_threads(task.vm_pid, await monitor.query_vcpu_threads(), Path(task.proc)):
+                return True  # another VM has the socket now
+            if await _restore_vm(task, monitor):
+                return True
+        except (VmError, KeyError, TypeError):
+            await asyncio.sleep(0.5)
+        finally:
+            await monitor.close()
+    return False
+
+
+async def _restore_vm(task: CleanupTask, monitor: QmpMonitor) -> bool:
+    """Undo the changes over a connected monitor; return whether none of the objects is left.
+
+    Uses the QMP commands ``qom-list``, ``object-del`` and ``qom-set``.
+    """
+    from phasewatch.errors import VmError
+    from phasewatch.live.ownership import find_other_watchers
+    from phasewatch.telemetry.qmp import BALLOON_POLLING_PROPERTY
+
+    async def list_left() -> set[str]:
+        return {child["name"] for child in await monitor.ask("qom-list", path="/objects")} & set(task.objects)
+
+    for name in await list_left():
+        await monitor.ask("object-del", id=name)
+    # Another running watcher needs the balloon polled, and knows the original interval.
+    if task.balloon and not find_other_watchers(task.vm_pid, task.vm_start_ticks, Path(task.proc)):
+        with suppress(VmError):  # unplugged meanwhile
+            await monitor.ask("qom-set", path=task.balloon, property=BALLOON_POLLING_PROPERTY, value=task.interval_s)
+    return not await list_left()
+
+
+def _is_vm_gone(task: CleanupTask) -> bool:
+    from phasewatch.telemetry.process import read_start_ticks
+
+    return bool(task.vm_pid) and read_start_ticks(task.vm_pid, Path(task.proc)) != task.vm_start_ticks
+
+
+def main() -> None:
+    """Run the cleanup process for the task in the only argument.
+
+    Signals are ignored, because a service manager sends them to every process of a service, the cleanup process of a
+    killed watcher included; only the end of the pipe ends it.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    _clean_up_after_watcher(msgspec.json.decode(sys.argv[1], type=CleanupTask), sys.stdin.fileno())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""Recording real episodes: QEMU machines, their sources, the sink they talk to, plans, and the recorder."""

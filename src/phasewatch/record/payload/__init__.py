@@ -1,1 +1,0 @@
-"""The guest side: C sources and the init script that `record.image` packs."""

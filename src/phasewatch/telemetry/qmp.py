@@ -1,0 +1,458 @@
+"""Read the counters of the QEMU monitor over a QMP socket: the `qmp` source.
+
+QMP commands (see QEMU's QMP reference):
+
+- ``query-blockstats``: bytes, operations, write time (ns) and highest written offset of each disk.
+- ``x-query-virtio-queue-status``: used index of each virtio-blk queue, listed by ``x-query-virtio``.
+- ``qom-get guest-stats`` of the balloon: minor faults, free memory and disk caches, as the guest reports them.
+- ``x-query-jit``: translated blocks, partial TLB flushes, code size (TCG only).
+- ``info registers``: the flags HLT and CPL of one vCPU, sampled ten times a second (TCG on x86 only).
+
+One socket serves one client and QEMU answers in order, so one connection carries the 2 Hz queries and the register
+samples. ``x-`` commands are unstable: a field that a version cannot answer is None. Each query has its own deadline; a
+failed or slow query costs its own fields only (`monitor_queries`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from phasewatch.channels import list_raw_fields
+from phasewatch.errors import VmError
+from phasewatch.telemetry.base import AsyncClock, ReadingValues
+from phasewatch.telemetry.counters import BlockReading, BlockSum, VirtqueueSum
+from phasewatch.telemetry.monitor_queries import (
+    ANSWER_OVERDUE_S,
+    NOT_ASKED,
+    RETRY_ROUNDS,
+    ROUND_DEADLINE_S,
+    MonitorQuery,
+    QueryRound,
+)
+from phasewatch.types import STALE_NS, SourceKind
+
+__all__ = [
+    "BALLOON_FIELDS",
+    "BALLOON_POLLING_PROPERTY",
+    "BALLOON_POLL_INTERVAL_S",
+    "JIT_FIELDS",
+    "REGISTER_FIELDS",
+    "JitUse",
+    "QmpMonitor",
+    "QmpSource",
+    "parse_jit",
+    "parse_registers",
+]
+
+JIT_FIELDS = frozenset({"jit_tb", "jit_tlb_partial", "jit_code_bytes"})
+BALLOON_FIELDS = frozenset({"bal_minor_faults", "bal_free_bytes", "bal_cache_bytes"})
+REGISTER_FIELDS = frozenset({"vcpu_busy", "vcpu_user"})
+BALLOON_POLLING_PROPERTY = "guest-stats-polling-interval"  # seconds; 0, QEMU's default, means never
+BALLOON_POLL_INTERVAL_S = 1  # the interval that a source sets
+_BALLOON_PATH = "/machine/peripheral/balloon0"
+# One register read per 0.1 s, whatever the number of vCPUs: else the cost of polling would identify the host.
+_REGISTER_PERIOD_NS = 100_000_000
+_MIN_REGISTER_SAMPLES = 3  # a share of fewer samples means nothing
+_JIT_LIMIT_S = 0.005  # QEMU counts all translated blocks in its main loop: 6 ms after a boot, 0.2 s after an hour
+# Events after which the guest's counters may start again; restoring a snapshot ends with RESUME.
+_RESTART_EVENTS = ("RESET", "RESUME")
+_ANSWER_TIMEOUT_S = ANSWER_OVERDUE_S + 5.0  # the queries of a round have deadlines of their own
+_QUEUE_LIST_ROUNDS = 60  # rounds between two lists of the disks' queues, unless a change shows before
+_MAX_RATE_GAP_NS = STALE_NS + 500_000_000  # no rate is computed across a longer gap
+_BALLOON_REPORT_TIMEOUT_NS = 30_000_000_000  # after this time without a report the polling may have been turned off
+_MAX_QUEUES = 1024  # QEMU's own limit of queues per device
+_QUEUE_COMMAND = "x-query-virtio-queue-status"
+
+_JIT_PATTERNS = {
+    "tb": re.compile(r"^TB count\s+(\d+)", re.MULTILINE),
+    "partial": re.compile(r"^TLB partial flushes\s+(\d+)", re.MULTILINE),
+    "code": re.compile(r"^gen code size\s+(\d+)", re.MULTILINE),
+}
+_HALTED_PATTERN = re.compile(r"\bHLT=([01])")
+_PRIVILEGE_PATTERN = re.compile(r"\bCPL=([0-3])")
+_UNREPORTED_STAT = 2**64 - 1  # the balloon driver's value for "not reported"
+
+
+class QmpMonitor:
+    """One QMP connection, with a deadline for every command.
+
+    Args:
+        path: The Unix socket.
+        timeout_s: Default deadline of a command.
+
+    Attributes:
+        events: Event name → how often QEMU sent it.
+        connections: How often `connect` succeeded.
+    """
+
+    def __init__(self, path: Path, *, timeout_s: float = 2.0) -> None:
+        self.path, self._timeout_s = path, timeout_s
+        self._client: Any = None
+        self.events: Counter[str] = Counter()
+        self.connections = 0
+
+    async def connect(self) -> None:
+        """Connect and negotiate capabilities.
+
+        Raises:
+            VmError: If QEMU does not answer: there is no such socket, or it serves another client.
+        """
+        from qemu.qmp import QMPClient, QMPError
+
+        logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())  # its messages about late answers are of no use
+        client = QMPClient("phasewatch")
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await client.connect(str(self.path))
+        except (TimeoutError, OSError, QMPError) as exc:
+            with suppress(Exception):
+                async with asyncio.timeout(self._timeout_s):
+                    await client.disconnect()
+            if isinstance(exc, TimeoutError):
+                raise VmError(
+                    f"{self.path}: the QEMU monitor did not answer within {self._timeout_s:g} s (time-out); "
+                    "one QMP socket serves one client: close the other one, or give QEMU a second -qmp"
+                ) from exc
+            raise VmError(f"{self.path}: the QEMU monitor did not answer: {exc}") from exc
+        self._client = client
+        self.connections += 1
+
+    # `timeout_s` is Any, so that a caller may pass arguments with hyphens by `**`.
+    async def ask(self, command: str, *, timeout_s: Any = None, **arguments: object) -> Any:
+        """Execute one QMP command and return its result.
+
+        Args:
+            command: Name of the command.
+            timeout_s: Deadline; None for the monitor's default.
+            arguments: Arguments of the command.
+
+        Raises:
+            VmError: If QEMU refuses the command, is gone, or does not answer before the deadline.
+        """
+        from qemu.qmp import QMPError
+
+        if self._client is None:
+            raise VmError(f"{self.path}: not connected to the QEMU monitor")
+        limit_s: float = self._timeout_s if timeout_s is None else timeout_s
+        self.count_events()
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self._client.execute(command, arguments or None)
+        except (TimeoutError, OSError, EOFError, QMPError) as exc:
+            raise VmError(f"{self.path}: {command}: {str(exc) or f'no answer within {limit_s:g} s'}") from exc
+
+    def count_events(self) -> None:
+        """Count and discard the events that arrived; unread events would pile up for ever."""
+        if self._client is not None:
+            for event in self._client.events.clear():
+                self.events[str(event.get("event"))] += 1
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the connection is up, as far as is known."""
+        from qemu.qmp import Runstate
+
+        return self._client is not None and self._client.runstate is Runstate.RUNNING
+
+    async def close(self) -> None:
+        """Disconnect, even if QEMU is gone already."""
+        client, self._client = self._client, None
+        if client is not None:
+            with suppress(Exception):
+                async with asyncio.timeout(self._timeout_s):
+                    await client.disconnect()
+
+    async def query_vcpu_threads(self) -> tuple[int, ...]:
+        """Return the thread ids of the vCPUs in order, in QEMU's own PID namespace (``query-cpus-fast``)."""
+        cpus = await self.ask("query-cpus-fast")
+        return tuple(cpu["thread-id"] for cpu in sorted(cpus, key=lambda cpu: cpu["cpu-index"]))
+
+    async def query_version(self) -> str:
+        """Return QEMU's version, such as ``7.2.22`` (``query-version``)."""
+        qemu = (await self.ask("query-version"))["qemu"]
+        return f"{qemu['major']}.{qemu['minor']}.{qemu['micro']}"
+
+
+def parse_jit(text: str) -> tuple[int | None, int | None, int | None]:
+    """Parse the text of ``x-query-jit`` into translated blocks, partial TLB flushes and code size (bytes)."""
+    matches = [pattern.search(text) for pattern in _JIT_PATTERNS.values()]
+    tb, partial, code = (int(match[1]) if match else None for match in matches)
+    return tb, partial, code
+
+
+def parse_registers(text: str) -> tuple[bool, bool] | None:
+    """Parse ``info registers`` into (is running, is in user mode); None without an HLT flag, as on aarch64."""
+    halted, privilege = _HALTED_PATTERN.search(text), _PRIVILEGE_PATTERN.search(text)
+    if not halted or not privilege:
+        return None
+    is_running = halted[1] == "0"
+    return is_running, is_running and privilege[1] == "3"
+
+
+class JitUse(StrEnum):
+    """Whether a source uses ``x-query-jit``, which stops QEMU for longer the longer the guest has run."""
+
+    ALWAYS = "always"
+    WHILE_FAST = "while fast"
+    NEVER = "never"
+
+
+class QmpSource:
+    """Queries one VM's monitor twice a second, and one vCPU's registers ten times a second.
+
+    Args:
+        monitor: A connected monitor; the source leaves it open.
+        vcpus: Number of vCPUs that take turns in the register samples.
+        clock: Times the register samples.
+        balloon: Path of the balloon in QEMU's object tree; empty if there is none.
+        registers: Whether to sample registers; useless under KVM, where the kernel halts vCPUs without telling QEMU.
+        jit: Whether to read translation counters.
+        deadline_s: Deadline of one reading.
+
+    Attributes:
+        vcpu_numbers: Returns the vCPUs whose registers are sampled; replaced where vCPUs may change.
+    """
+
+    source = SourceKind.QMP
+
+    def __init__(
+        self,
+        *,
+        monitor: QmpMonitor,
+        vcpus: int,
+        clock: AsyncClock,
+        balloon: str = _BALLOON_PATH,
+        registers: bool = True,
+        jit: JitUse = JitUse.ALWAYS,
+        deadline_s: float = ROUND_DEADLINE_S,
+    ) -> None:
+        self._monitor, self._clock, self._balloon_path = monitor, clock, balloon
+        self.vcpu_numbers: Callable[[], Sequence[int]] = lambda: range(vcpus)
+        self._may_sample = registers
+        self._samples: list[tuple[bool, bool]] = []
+        self._sampler: asyncio.Task[None] | None = None
+        self._samples_lost = 0
+        self._blocks = MonitorQuery("query-blockstats", lambda: self._ask("query-blockstats"))
+        self._balloon = MonitorQuery("guest-stats", self._ask_balloon)
+        self._queue_query = MonitorQuery(_QUEUE_COMMAND, self._query_queues)
+        self._jit = MonitorQuery(
+            "x-query-jit", self._ask_jit, limit_s=_JIT_LIMIT_S if jit is JitUse.WHILE_FAST else None
+        )
+        queries = [self._blocks, *([self._balloon] if balloon else []), self._queue_query]
+        if jit is not JitUse.NEVER:
+            queries.append(self._jit)  # last, because it is slow
+        self._round = QueryRound(queries, clock, deadline_s=deadline_s)
+        self._block_sum, self._queue_sum = BlockSum(), VirtqueueSum()
+        self._disks: frozenset[Hashable] = frozenset()
+        self._queues: list[tuple[str, int]] = []
+        self._rounds_to_list = 0  # rounds until the queues are listed again
+        self._requests = 0  # requests that the disks completed since the queues were read
+        self._restarts = 0
+        self._balloon_update: int | None = None
+        self._report_ns = clock.mono_ns()  # when the guest's last report arrived
+        self._passed_on_ns = -_MAX_RATE_GAP_NS  # when a report was last part of a reading
+        self._is_gap = self._is_restarted = False
+
+    async def open(self) -> None:
+        """Find the disks' queues, turn on balloon polling, and start the register samples.
+
+        Raises:
+            VmError: If the monitor does not answer the first register query.
+        """
+        await self._list_queues(None)
+        self._restarts = self._count_restarts()
+        if self._balloon_path:
+            try:
+                await self._monitor.ask(
+                    "qom-set", path=self._balloon_path, property=BALLOON_POLLING_PROPERTY, value=BALLOON_POLL_INTERVAL_S
+                )
+            except VmError:
+                self._round.remove(self._balloon)
+        if self._jit in self._round.queries and self._jit.limit_s is not None:
+            for _ in range(3):  # a slow query must be known before a model is chosen
+                await self._round.ask()
+        if self._may_sample and parse_registers(await self._query_registers(0)) is not None:
+            self._sampler = asyncio.create_task(self._sample_registers())
+
+    async def close(self) -> None:
+        """Stop the register samples and all outstanding queries."""
+        sampler, self._sampler = self._sampler, None
+        if sampler is not None:
+            sampler.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await sampler
+        await self._round.close()
+
+    async def read(self) -> ReadingValues:
+        """Return one reading; a query that fails or is late leaves its fields None."""
+        await self._round.ask()
+        self._monitor.count_events()
+        restarts, before = self._count_restarts(), self._restarts
+        self._restarts = restarts
+        if restarts != before:
+            self._is_restarted = self._is_gap = True
+            self._rounds_to_list = 0
+            self._round.revive()
+        blocks = self._convert(self._blocks, self._block_sum.add)
+        used = self._convert(self._queue_query, dict)
+        sums: ReadingValues = (None,) * 6
+        highest = None
+        if blocks is not None:
+            sums, highest = blocks.sums, blocks.highest
+            self._requests += blocks.requests or 0
+            if blocks.members != self._disks:
+                self._disks, self._rounds_to_list = blocks.members, 0
+        vq_blk = self._sum_queues(used, blocks) if used else None
+        tb, partial, code = self._convert(self._jit, parse_jit) or (None, None, None)
+        busy, user = self._compute_register_shares()
+        faults, free, cache = self._convert(self._balloon, self._convert_balloon) or (None, None, None)
+        return (*sums, vq_blk, tb, partial, busy, user, faults, free, cache, code, highest)
+
+    @property
+    def lost(self) -> dict[str, int]:
+        """Lost readings of each query that lost any."""
+        lost = {query.name: query.lost for query in self._round.queries}
+        lost["info registers"] = self._samples_lost
+        return {name: count for name, count in lost.items() if count}
+
+    def pop_notes(self) -> list[str]:
+        """Return and clear the messages since the last call."""
+        return self._round.pop_notes()
+
+    def find_give_up_reason(self, field: str) -> str | None:
+        """Return why a translation counter is no longer read; None while it is, and for other fields."""
+        return self._jit.give_up_reason if field in JIT_FIELDS else None
+
+    def drop_fields(self, fields: frozenset[str]) -> None:
+        """Stop querying fields that this VM does not have, and reset the counts of lost readings."""
+        block_fields = {s.field for s in list_raw_fields(SourceKind.QMP) if s.field.startswith(("blk_", "wr_"))}
+        for query, own in ((self._blocks, block_fields), (self._jit, JIT_FIELDS)):
+            if own <= fields and query in self._round.queries:
+                self._round.remove(query)
+        for query in self._round.queries:
+            query.lost = 0  # readings lost during the survey do not count for a watch
+        self._samples_lost = 0
+        self._round.pop_notes()
+
+    def _convert(self, query: MonitorQuery, convert: Callable[[Any], Any]) -> Any:
+        """Return the converted answer of a query; None without an answer, or if it has an unknown shape."""
+        if query.answer is None or query.answer is NOT_ASKED:
+            return None
+        try:
+            return convert(query.answer)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            query.refuse("an answer of an unknown shape")
+            return None
+
+    async def _ask(self, command: str, **arguments: object) -> Any:
+        return await self._monitor.ask(command, timeout_s=_ANSWER_TIMEOUT_S, **arguments)
+
+    def _count_restarts(self) -> int:
+        return self._monitor.connections + sum(self._monitor.events[name] for name in _RESTART_EVENTS)
+
+    async def _list_queues(self, timeout_s: float | None) -> None:
+        """List the queues of every virtio-blk disk (``x-query-virtio``); none if QEMU does not know the command."""
+        queues: list[tuple[str, int]] = []
+        try:
+            devices = await self._monitor.ask("x-query-virtio", timeout_s=timeout_s)
+        except VmError:  # keep the list
+            self._rounds_to_list = RETRY_ROUNDS if self._queues else _QUEUE_LIST_ROUNDS
+            return
+        for device in devices:
+            if device["name"] != "virtio-blk":
+                continue
+            for number in range(_MAX_QUEUES):  # the first number that QEMU refuses is one past the last queue
+                try:
+                    await self._query_used_index(device["path"], number, timeout_s)
+                except (VmError, KeyError):
+                    break
+                queues.append((device["path"], number))
+        self._queues, self._rounds_to_list = queues, _QUEUE_LIST_ROUNDS
+
+    async def _query_used_index(self, path: str, number: int, timeout_s: float | None = _ANSWER_TIMEOUT_S) -> int:
+        status = await self._monitor.ask(_QUEUE_COMMAND, timeout_s=timeout_s, path=path, queue=number)
+        return int(status["used-idx"])
+
+    async def _query_queues(self) -> Any:
+        """Return the used index of every queue; a refused one is gone, and all are listed again."""
+        self._rounds_to_list -= 1
+        if self._rounds_to_list < 0:
+            await self._list_queues(_ANSWER_TIMEOUT_S)
+        if not self._queues:
+            return NOT_ASKED
+        used: dict[Hashable, int] = {}
+        for path, number in list(self._queues):
+            try:
+                used[path, number] = await self._query_used_index(path, number)
+            except (VmError, KeyError):
+                self._rounds_to_list = 0
+        return used
+
+    def _sum_queues(self, used: Mapping[Hashable, int], blocks: BlockReading | None) -> int | None:
+        """Add the requests that the queues completed since they were last read."""
+        requests = self._requests if blocks is not None and blocks.requests is not None else None
+        is_restarted, self._is_restarted, self._requests = self._is_restarted, False, 0
+        return self._queue_sum.add(used, requests=requests, is_restarted=is_restarted)
+
+    async def _ask_jit(self) -> str:
+        return str((await self._ask("x-query-jit"))["human-readable-text"])
+
+    async def _ask_balloon(self) -> Any:
+        """Return the guest's report; if none arrived for long, check that QEMU still polls for one."""
+        if self._clock.mono_ns() - self._report_ns > _BALLOON_REPORT_TIMEOUT_NS:
+            self._report_ns = self._clock.mono_ns()
+            if await self._ask("qom-get", path=self._balloon_path, property=BALLOON_POLLING_PROPERTY) == 0:
+                await self._ask(
+                    "qom-set", path=self._balloon_path, property=BALLOON_POLLING_PROPERTY, value=BALLOON_POLL_INTERVAL_S
+                )
+        return await self._ask("qom-get", path=self._balloon_path, property="guest-stats")
+
+    def _convert_balloon(self, report: Mapping[str, Any]) -> ReadingValues:
+        """Return the guest's memory statistics: once per report, and with a gap after a restart of the VM."""
+        update, stats = report["last-update"], report["stats"]
+        if update == self._balloon_update or not update:
+            return None, None, None
+        self._balloon_update = update
+        now_ns = self._report_ns = self._clock.mono_ns()
+        if self._is_gap and now_ns - self._passed_on_ns <= _MAX_RATE_GAP_NS:
+            return None, None, None
+        self._is_gap, self._passed_on_ns = False, now_ns
+        keys = ("stat-minor-faults", "stat-free-memory", "stat-disk-caches")
+        values = (stats.get(key, _UNREPORTED_STAT) for key in keys)
+        # The guest may report anything, and a number beyond int64 would make the whole bundle invalid.
+        return tuple(value if isinstance(value, int) and 0 <= value < 2**63 else None for value in values)
+
+    def _compute_register_shares(self) -> tuple[float | None, float | None]:
+        samples, self._samples = self._samples, []
+        if len(samples) < _MIN_REGISTER_SAMPLES:
+            self._samples_lost += self._sampler is not None
+            return None, None
+        n_running = sum(is_running for is_running, _ in samples)
+        return n_running / len(samples), sum(is_user for _, is_user in samples) / len(samples)
+
+    async def _query_registers(self, vcpu: int) -> str:
+        return str(
+            await self._monitor.ask("human-monitor-command", **{"command-line": "info registers", "cpu-index": vcpu})
+        )
+
+    async def _sample_registers(self) -> None:
+        due_ns, turn, pause_ns = self._clock.mono_ns(), 0, _REGISTER_PERIOD_NS
+        while True:
+            due_ns = max(due_ns + pause_ns, self._clock.mono_ns())
+            await self._clock.sleep_until(due_ns)
+            numbers = self.vcpu_numbers() or (0,)
+            pause_ns = min(2 * pause_ns, 20 * _REGISTER_PERIOD_NS)  # query a failing monitor less often
+            with suppress(VmError):
+                sample = parse_registers(await self._query_registers(numbers[turn % len(numbers)]))
+                pause_ns = _REGISTER_PERIOD_NS
+                if sample is not None:
+                    self._samples.append(sample)
+            turn += 1

@@ -1,0 +1,145 @@
+"""Experiment grids: the short grid of `make demo`, and the full grid in two passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from phasewatch.channels import build_channel_mask, list_source_subsets
+from phasewatch.errors import UsageError
+from phasewatch.models.base import InputKind, InputVariant
+from phasewatch.models.registry import BASELINE_MODELS, find_model
+from phasewatch.splits import SPLIT_RECIPES, Fold
+from phasewatch.training.experiment import Experiment, plan_experiments
+
+__all__ = [
+    "DEPLOY_CHANNEL_SETS",
+    "DEPLOY_RECIPE",
+    "HEADLINE_RECIPE",
+    "MAIN_CHANNEL_SETS",
+    "MAIN_MODELS",
+    "N_EXTRA_SEEDS",
+    "REPEATED_RECIPES",
+    "SHORT_GRID_RECIPES",
+    "FoldsByRecipe",
+    "build_channel_set_grid",
+    "build_full_grid",
+    "build_headline_grid",
+    "build_short_grid",
+    "build_user_model_grid",
+    "find_widest_fold",
+    "list_sensor_channel_sets",
+]
+
+FoldsByRecipe = Mapping[str, Sequence[Fold]]  # recipe → its folds; a recipe that could not be built is absent
+
+MAIN_MODELS = ("gbt", "mlp", "cnn", "gru", "lstm", "transformer")
+_CHEAP_MODEL = "minirocket"
+MAIN_CHANNEL_SETS = ("realistic", "oracle")
+DEPLOY_CHANNEL_SETS = ("portable", "realistic")
+HEADLINE_RECIPE, DEPLOY_RECIPE = "held_out_host", "deploy"
+SHORT_GRID_RECIPES = ("held_out_host", "held_out_sample", "held_out_both", "in_distribution", "random_windows")
+REPEATED_RECIPES = ("held_out_host", "held_out_both")  # with more seeds, input variants and channel sets
+N_EXTRA_SEEDS = 2  # after the first
+
+
+def build_short_grid(folds: FoldsByRecipe, *, seed: int = 0) -> tuple[Experiment, ...]:
+    """Build the short grid: one seed, raw values.
+
+    It has `gbt` on every recipe of the comparison of split protocols, all six models with both channel sets on the
+    fold with the most test profiles, and the baselines on the recipe of the headline.
+    """
+    cells = [*_plan_recipes(folds, SHORT_GRID_RECIPES, models=("gbt",), seed=seed)]
+    cells += _plan_recipes(folds, (HEADLINE_RECIPE,), models=BASELINE_MODELS, seed=seed)
+    cells += plan_experiments(find_widest_fold(folds), models=MAIN_MODELS, threats=MAIN_CHANNEL_SETS, seeds=(seed,))
+    cells += _plan_recipes(folds, (DEPLOY_RECIPE,), models=("gbt",), threats=DEPLOY_CHANNEL_SETS, seed=seed)
+    return tuple(sorted(set(cells)))
+
+
+def build_full_grid(folds: FoldsByRecipe, *, seed: int = 0) -> tuple[Experiment, ...]:
+    """Build the first pass of the full grid: every recipe, fold, model and main channel set; one seed, raw values."""
+    tested = tuple(row.name for row in SPLIT_RECIPES if row.tests)
+    honest = tuple(row.name for row in SPLIT_RECIPES if row.tests and not row.leaky)
+    cells = [*build_short_grid(folds, seed=seed)]
+    cells += _plan_recipes(folds, tested, models=(*MAIN_MODELS, _CHEAP_MODEL), threats=MAIN_CHANNEL_SETS, seed=seed)
+    cells += _plan_recipes(folds, honest, models=tuple(b for b in BASELINE_MODELS if b != _CHEAP_MODEL), seed=seed)
+    cells += _plan_recipes(folds, (HEADLINE_RECIPE,), models=("gbt",), threats=list_sensor_channel_sets(), seed=seed)
+    return tuple(sorted(set(cells)))
+
+
+def build_headline_grid(folds: FoldsByRecipe, *, net: str, seed: int = 0) -> tuple[Experiment, ...]:
+    """Build the second pass: more seeds, variants and the portable channel set for `gbt`, one network, `minirocket`.
+
+    Args:
+        folds: As in the first pass.
+        net: The network with the best macro-F1 on validation A, chosen before any test prediction is read.
+        seed: Seed of the first pass.
+    """
+    models = tuple(dict.fromkeys(("gbt", net, _CHEAP_MODEL)))
+    tables = tuple(m for m in models if find_model(m).kind is InputKind.TABLE)
+    cells: list[Experiment] = []
+    for more in range(seed + 1, seed + 1 + N_EXTRA_SEEDS):
+        cells += _plan_recipes(folds, REPEATED_RECIPES, models=models, seed=more)
+    cells += _plan_recipes(folds, REPEATED_RECIPES, models=models, threats=("portable",), seed=seed)
+    cells += _plan_recipes(folds, REPEATED_RECIPES, models=models, table=InputVariant.COMMISSIONED, seed=seed)
+    cells += _plan_recipes(folds, REPEATED_RECIPES, models=tables, table=InputVariant.CONTEXT, seed=seed)
+    cells += _plan_recipes(folds, (DEPLOY_RECIPE,), models=models, threats=DEPLOY_CHANNEL_SETS, seed=seed)
+    return tuple(sorted(set(cells)))
+
+
+def build_user_model_grid(
+    folds: FoldsByRecipe, models: Sequence[str], *, recipes: Sequence[str] = (), seed: int = 0
+) -> tuple[Experiment, ...]:
+    """Build the grid of a user's models: realistic channels, on the headline's recipe or the named ones."""
+    return _plan_recipes(folds, recipes or (HEADLINE_RECIPE,), models=models, seed=seed)
+
+
+def build_channel_set_grid(
+    folds: FoldsByRecipe,
+    threats: Sequence[str],
+    *,
+    models: Sequence[str] = (),
+    recipes: Sequence[str] = (),
+    seed: int = 0,
+) -> tuple[Experiment, ...]:
+    """Build the grid of named channel sets: `gbt` on `deploy`, or the named models and recipes.
+
+    Raises:
+        UsageError: If a channel set or model is unknown, or none of the recipes has a fold.
+    """
+    for name in threats:
+        build_channel_mask(name)
+    for name in models:
+        find_model(name)
+    cells = _plan_recipes(folds, recipes or (DEPLOY_RECIPE,), models=models or ("gbt",), threats=threats, seed=seed)
+    if not cells:
+        raise UsageError(
+            f"no fold of {', '.join(recipes or (DEPLOY_RECIPE,))} in this run; make one with `phasewatch split RUN`"
+        )
+    return cells
+
+
+def list_sensor_channel_sets() -> tuple[str, ...]:
+    """Return the channel sets for the ablation by source, without the one that equals `realistic`."""
+    return tuple(
+        name for name in list_source_subsets() if build_channel_mask(name) != build_channel_mask(MAIN_CHANNEL_SETS[0])
+    )
+
+
+def find_widest_fold(folds: FoldsByRecipe) -> tuple[Fold, ...]:
+    """Return the fold of the headline's recipe with the most test profiles, or nothing; ties go to the first name."""
+    candidates = folds.get(HEADLINE_RECIPE, ())
+    tested = {fold.fold: len({row.profile for row in fold.coverage if row.test}) for fold in candidates}
+    return tuple(sorted(candidates, key=lambda fold: (-tested[fold.fold], fold.fold))[:1])
+
+
+def _plan_recipes(
+    folds: FoldsByRecipe,
+    recipes: Sequence[str],
+    *,
+    models: Sequence[str],
+    threats: Sequence[str] = ("realistic",),
+    table: str = "raw",
+    seed: int,
+) -> tuple[Experiment, ...]:
+    chosen = [fold for recipe in recipes for fold in folds.get(recipe, ())]
+    return plan_experiments(chosen, models=models, threats=threats, table=table, seeds=(seed,))

@@ -1,0 +1,362 @@
+"""Train the experiments of a grid in parallel, skip finished ones, and merge their predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from traceback import extract_tb
+
+from phasewatch import atomic
+from phasewatch.artifacts import (
+    BINS_PATH,
+    EXPERIMENT_FILE,
+    EXPERIMENT_PREDICTIONS_FILE,
+    FEATURE_SCHEMA_FILE,
+    FEATURES_FILE,
+    LEVELS_PATH,
+    MODELS_DIR,
+    PREDICTIONS_FILE,
+    VALIDATION_FILE,
+)
+from phasewatch.dataset import FoldData, file_sha256, load, read_fold
+from phasewatch.errors import MachineError, ModelError, PhasewatchError, RunError, UsageError
+from phasewatch.models import registry
+from phasewatch.models.base import InputKind, PhaseModel
+from phasewatch.models.checkpoint import CHECKPOINT_FILE, read_header
+from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE, SMOOTHING_SCHEDULE
+from phasewatch.parallel.pool import map_ordered
+from phasewatch.progress import NO_PROGRESS, Progress
+from phasewatch.splits import Fold
+from phasewatch.training.experiment import (
+    Experiment,
+    ExperimentRecord,
+    RunDigests,
+    parse_experiment,
+    render_experiment,
+)
+from phasewatch.training.grids import HEADLINE_RECIPE, MAIN_MODELS
+from phasewatch.training.predictions import (
+    PartPredictions,
+    build_predictions_table,
+    read_predictions,
+    write_prediction_table,
+)
+from phasewatch.training.tuning import find_tuning_space, tune
+
+__all__ = [
+    "FailedExperiment",
+    "InputDigestCache",
+    "TrainReport",
+    "TrainingError",
+    "TrainingFailure",
+    "compute_run_digests",
+    "find_best_net",
+    "find_finished_experiments",
+    "fit_model",
+    "merge_predictions",
+    "read_experiment_data",
+    "train_experiments",
+]
+
+_MAX_ERROR_CHARS = 300  # of an error in a user's model; some quote a whole array
+_EXPERIMENT_TIMEOUT_S = 3600.0  # an experiment takes seconds; one that takes an hour hangs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingFailure:
+    """The reason why an experiment failed, for people, and the exit code for it."""
+
+    words: str
+    exit_code: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailedExperiment:
+    """An experiment that failed, with the reason."""
+
+    cell: Experiment
+    failure: TrainingFailure
+
+    def __str__(self) -> str:
+        c = self.cell
+        return f"{c.model} on {c.recipe}-{c.fold} ({c.threat}, {c.table}, seed {c.seed}): {self.failure.words}"
+
+
+class TrainingError(PhasewatchError):
+    """Every experiment of a grid failed; the exit code is that of the first one."""
+
+    def __init__(self, failed: Sequence[FailedExperiment]) -> None:
+        super().__init__("; ".join(map(str, failed[:3])) + (f" and {len(failed) - 3} more" if len(failed) > 3 else ""))
+        self.exit_code = failed[0].failure.exit_code
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainReport:
+    """The outcome of a grid.
+
+    Attributes:
+        trained: Experiments trained now.
+        kept: Experiments finished before, with the same inputs.
+        failed: Experiments that failed; the next call tries them again.
+        merged: Experiments in the merged predictions.
+        rows: Rows of the merged predictions.
+        path: The file of the merged predictions.
+    """
+
+    trained: tuple[Experiment, ...]
+    kept: tuple[Experiment, ...]
+    failed: tuple[FailedExperiment, ...]
+    merged: int
+    rows: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TrainingJob:
+    run: Path
+    cell: Experiment
+    inputs: dict[str, str]
+    trials: int = 0
+
+
+def train_experiments(
+    run: Path,
+    cells: Sequence[Experiment],
+    *,
+    workers: int = 2,
+    trials: int = 0,
+    progress: Progress = NO_PROGRESS,
+) -> TrainReport:
+    """Train the experiments that are not finished, then merge the predictions of every finished one in the run.
+
+    One failure does not stop the others: a user's model may raise any exception, and a worker may die or hang.
+
+    Args:
+        run: Folder of a run with features and splits, locked by the caller.
+        cells: The experiments.
+        workers: Experiments at a time, one thread each (measured: 1.2 to 1.3 times the throughput of one experiment
+            with two threads).
+        trials: Settings to try for each experiment on its own validation A; 0 uses the defaults.
+        progress: Receives task ``train`` after each experiment, with its model and fold.
+
+    Raises:
+        UsageError: If a model is unknown, or has no settings to tune.
+    """
+    sources = compute_run_digests(run)
+    for model in {cell.model for cell in cells}:
+        registry.find_model(model)  # an unknown name is refused before any training
+        if trials:
+            find_tuning_space(model)
+    reads = InputDigestCache(sources, partial(read_fold, run))
+    jobs = [
+        _TrainingJob(run=run, cell=cell, inputs=reads.get_inputs(cell), trials=trials) for cell in sorted(set(cells))
+    ]
+    todo: list[_TrainingJob] = []
+    kept: list[Experiment] = []
+    for job in jobs:
+        if _is_finished(job):
+            kept.append(job.cell)
+        else:
+            todo.append(job)
+    trained: list[Experiment] = []
+    failed: list[FailedExperiment] = []
+    timeout_s = None if workers == 1 else _EXPERIMENT_TIMEOUT_S
+    for result in map_ordered(_try_experiment, todo, workers=workers, timeout_s=timeout_s):
+        cell = todo[result.index].cell
+        failure = result.value
+        if result.error is not None:
+            failure = TrainingFailure(words=result.error, exit_code=MachineError.exit_code)
+        if failure is None:
+            trained.append(cell)
+        else:
+            failed.append(FailedExperiment(cell=cell, failure=failure))
+        progress.update("train", len(kept) + len(trained) + len(failed), len(jobs), f"{cell.model} {cell.fold}")
+    merged, rows = merge_predictions(run, sources)
+    return TrainReport(
+        trained=tuple(trained),
+        kept=tuple(kept),
+        failed=tuple(failed),
+        merged=merged,
+        rows=rows,
+        path=run / PREDICTIONS_FILE,
+    )
+
+
+def _try_experiment(job: _TrainingJob) -> TrainingFailure | None:
+    """Train one experiment; return the failure, or None.
+
+    An unexpected exception in phasewatch's own code is not caught and shows its traceback. A user's code is input.
+    """
+    try:
+        _train_experiment(job)
+    except PhasewatchError as error:
+        return TrainingFailure(words=str(error), exit_code=error.exit_code)
+    except (Exception, SystemExit) as error:
+        own = registry.find_source_file(job.cell.model)
+        lines = [frame.lineno for frame in extract_tb(error.__traceback__) if own and frame.filename == str(own)]
+        if own is None or (isinstance(error, OSError) and not lines):  # our bug, or a disk error of all experiments
+            raise
+        return _build_user_failure(error, f"{own}:{lines[-1]}: " if lines else "")
+    return None
+
+
+def _build_user_failure(error: BaseException, place: str) -> TrainingFailure:
+    """Return the failure of a user's model, in one line."""
+    message = " ".join(str(error).split())[:_MAX_ERROR_CHARS] or "no message"
+    return TrainingFailure(words=f"{place}{type(error).__name__}: {message}", exit_code=ModelError.exit_code)
+
+
+def _train_experiment(job: _TrainingJob) -> None:
+    """Fit one experiment's model, and write its checkpoint, its predictions and, last, `cell.json`."""
+    cell, folder = job.cell, job.cell.folder(job.run)
+    atomic.make_folder(folder)
+    atomic.remove(folder / EXPERIMENT_FILE)
+    atomic.sweep_temporaries(folder)
+    sets = read_experiment_data(job.run, cell)
+    settings = {}
+    if job.trials:
+        purpose = "/".join(cell.keys().values())
+        settings = tune(sets, cell.model, trials=job.trials, seed=cell.seed, purpose=purpose).settings
+    model = registry.create(cell.model, seed=cell.seed, settings=settings)
+    fit_model(model, sets)
+    model.save(folder)
+    write_prediction_table(
+        folder / EXPERIMENT_PREDICTIONS_FILE, [build_predictions_table(cell, _predict_parts(model, sets))]
+    )
+    names = [CHECKPOINT_FILE, *read_header(folder).files, EXPERIMENT_PREDICTIONS_FILE]
+    outputs = {name: file_sha256(folder / name) for name in names}
+    record = ExperimentRecord(cell=cell, inputs=job.inputs, outputs=outputs, trials=job.trials)
+    atomic.write_atomic(folder / EXPERIMENT_FILE, render_experiment(record))
+
+
+def read_experiment_data(run: Path, cell: Experiment) -> FoldData:
+    """Load the train, validation, test and soak windows of an experiment."""
+    return load(run, cell.recipe, cell.fold, cell.threat, registry.find_model(cell.model).kind, cell.table)
+
+
+def fit_model(model: PhaseModel, sets: FoldData) -> PhaseModel:
+    """Fit the model, its temperature, its phase filter and its alarm.
+
+    The model is fitted to train and validation A; the others to train, validation B and the calibration soak. A random
+    window split has no filter and no alarm, because its parts have no consecutive windows. Baselines have none either.
+    """
+    model.fit(sets.train.examples, sets.val_a.examples).calibrate(sets.val_b.examples)
+    if sets.fold.deal is None and model.key not in registry.BASELINE_MODELS:
+        soak = sets.soak.take(sets.calibration_soak)
+        model.fit_postprocessing(
+            sets.train.label_sequence,
+            (sets.val_b.inputs, sets.val_b.label_sequence),
+            (soak.inputs, soak.label_sequence),
+        )
+    return model
+
+
+def _predict_parts(model: PhaseModel, sets: FoldData) -> list[PartPredictions]:
+    """Predict each window outside the training set, with and without smoothing."""
+    predictions: list[PartPredictions] = []
+    for name, part in (("val_b", sets.val_b), ("test", sets.test), ("soak", sets.soak)):
+        p = model.predict_proba(part.inputs)
+        predictions.append(PartPredictions(part=name, filter=SMOOTHING_NONE, data=part, p=p))
+        if model.filter is not None:
+            track = part.label_sequence
+            smoothed = {SMOOTHING_PHASE: model.filter}
+            if name == "test":  # a baseline of the scores; it has no alarm
+                smoothed[SMOOTHING_SCHEDULE] = model.filter.without_observations()
+            predictions += [
+                PartPredictions(part=name, filter=key, data=part, p=f.run(p, track.episode_index, track.t_center_ns))
+                for key, f in smoothed.items()
+            ]
+    return predictions
+
+
+def find_best_net(run: Path, cells: Iterable[Experiment]) -> str | None:
+    """Return the network with the best mean macro-F1 on validation A, over the headline's experiments; None if none."""
+    headline = (HEADLINE_RECIPE, "realistic", "raw")
+    scores: dict[str, list[float]] = {}
+    for cell in cells:
+        if (cell.recipe, cell.threat, cell.table) == headline and cell.model in MAIN_MODELS[1:]:
+            scores.setdefault(cell.model, []).append(read_header(cell.folder(run)).val_a_macro_f1)
+    return max(sorted(scores), key=lambda model: fmean(scores[model]), default=None)
+
+
+def compute_run_digests(run: Path) -> RunDigests:
+    """Compute the digests of the files that experiments read."""
+    return RunDigests(
+        features=file_sha256(run / FEATURES_FILE),
+        grids=file_sha256(run / BINS_PATH) if (run / BINS_PATH).is_file() else "absent",
+        levels=file_sha256(run / LEVELS_PATH) if (run / LEVELS_PATH).is_file() else "absent",
+        schema=file_sha256(run / FEATURE_SCHEMA_FILE),
+        validation=file_sha256(run / VALIDATION_FILE),
+    )
+
+
+def find_finished_experiments(run: Path, sources: RunDigests) -> Iterator[Experiment]:
+    """Yield the experiments in `models/` that were trained on the run's present files, in the order of the merge."""
+    found: list[Experiment] = []
+    reads = InputDigestCache(sources, partial(read_fold, run))
+    for path in (run / MODELS_DIR).glob(f"*/*/*/*/*/{EXPERIMENT_FILE}"):
+        cell = parse_experiment(path.read_bytes(), file=str(path)).cell
+        try:
+            job = _TrainingJob(run=run, cell=cell, inputs=reads.get_inputs(cell))
+        except (RunError, UsageError):
+            continue  # its fold is gone since the splits were made again, or its model cannot be imported here
+        if cell.folder(run) == path.parent and _is_finished(job, any_trials=True):
+            found.append(cell)
+    yield from sorted(found)
+
+
+def merge_predictions(run: Path, sources: RunDigests) -> tuple[int, int]:
+    """Write `predictions_v1.parquet` and return its experiments and rows; the same experiments give the same bytes."""
+    cells = list(find_finished_experiments(run, sources))
+    rows = 0
+
+    def tables() -> Iterator[object]:
+        nonlocal rows
+        for cell in cells:
+            table = read_predictions(cell.folder(run) / EXPERIMENT_PREDICTIONS_FILE)
+            rows += table.num_rows
+            yield table
+
+    write_prediction_table(run / PREDICTIONS_FILE, tables())
+    return len(cells), rows
+
+
+class InputDigestCache:
+    """The digests that experiments depend on; each fold file and each model's code is read once."""
+
+    def __init__(self, sources: RunDigests, read: Callable[[str, str], Fold]) -> None:
+        """Store the digests of the run's files, and a function that reads a fold by recipe and name."""
+        self._sources, self._read = sources, read
+        self._folds: dict[tuple[str, str], Fold] = {}
+        self._models: dict[str, tuple[InputKind, str | None]] = {}
+
+    def get_inputs(self, cell: Experiment) -> dict[str, str]:
+        """Return the digests of one experiment's inputs.
+
+        Raises:
+            RunError: If its fold is absent.
+            UsageError: If its model is unknown.
+        """
+        if (at := (cell.recipe, cell.fold)) not in self._folds:
+            self._folds[at] = self._read(*at)
+        if cell.model not in self._models:
+            code = registry.find_source_file(cell.model)
+            self._models[cell.model] = registry.find_model(cell.model).kind, None if code is None else file_sha256(code)
+        kind, digest = self._models[cell.model]
+        inputs = self._sources.select_inputs(cell, self._folds[at], kind)
+        return inputs if digest is None else {**inputs, "model code": digest}
+
+
+def _is_finished(job: _TrainingJob, *, any_trials: bool = False) -> bool:
+    """Return whether the experiment was trained on these inputs, after as many trials, and its files are unchanged."""
+    folder = job.cell.folder(job.run)
+    try:
+        done = parse_experiment((folder / EXPERIMENT_FILE).read_bytes(), file=str(folder / EXPERIMENT_FILE))
+        if done.trials != job.trials and not any_trials:
+            return False
+        return done.inputs == job.inputs and all(file_sha256(folder / n) == d for n, d in done.outputs.items())
+    except (FileNotFoundError, RunError):
+        return False

@@ -1,0 +1,1 @@
+"""Transfer: upload bundles over HTTP, receive them, and validate them on arrival."""

@@ -1,0 +1,79 @@
+"""Rounds of a recording: one session, or soak episodes of two hosts at the same time."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from typing import Any
+
+import pytest
+from tests.factories.vms import session_of, shape_of, slot_of
+
+from phasewatch.lab.plan import build_sessions
+from phasewatch.lab.plans import read_plan
+from phasewatch.lab.qemu_command import HOST_SHAPES
+from phasewatch.lab.recorder import PendingSession, estimate_round_s, iterate_rounds, pop_round
+from phasewatch.types import EpisodeRole
+
+SHAPES = {host_id: shape_of(host_id=host_id, vcpus=2 if host_id == "smp2" else 1) for host_id in ("pc", "q35", "smp2")}
+
+
+def lone(host_id: str, role: EpisodeRole = EpisodeRole.SOAK, *, seed: int = 1, **changes: Any) -> PendingSession:
+    slot = slot_of(seed, host_id=host_id, role=role, **changes)
+    return session_of(slot, name=f"{host_id}-{seed}"), (slot,)
+
+
+def names(one: tuple[PendingSession, ...]) -> list[str]:
+    return [session.session for session, _ in one]
+
+
+def test_soak_episode_runs_beside_the_next_one_of_another_host() -> None:
+    queue = deque([lone("pc"), lone("pc", seed=2), lone("q35", EpisodeRole.LAB), lone("q35", seed=3)])
+
+    assert names(pop_round(queue, SHAPES, 2)) == ["pc-1", "q35-3"]
+    assert names(tuple(queue)) == ["pc-2", "q35-1"]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        lone("pc", seed=2),
+        lone("smp2"),
+        lone("q35", EpisodeRole.LAB),
+        lone("q35", EpisodeRole.COMMISSION),
+        lone("q35", duration_s=61.0),
+    ],
+    ids=["same host", "two vCPUs", "lab", "commission", "another length"],
+)
+def test_soak_episode_runs_alone_where_no_other_fits(beside: PendingSession) -> None:
+    queue = deque([lone("pc"), beside])
+
+    assert names(pop_round(queue, SHAPES, 2)) == ["pc-1"]
+    assert names(pop_round(queue, SHAPES, 2)) == names((beside,))
+
+
+def test_one_core_runs_one_soak_episode() -> None:
+    assert names(pop_round(deque([lone("pc"), lone("q35")]), SHAPES, 1)) == ["pc-1"]
+
+
+def test_no_third_episode_runs_beside_a_pair() -> None:
+    slots = (slot_of(1, role=EpisodeRole.SOAK), slot_of(2, role=EpisodeRole.SOAK))
+    queue = deque([(session_of(*slots), slots), lone("q35")])
+
+    assert names(pop_round(queue, SHAPES, 2)) == ["s1"]
+
+
+def test_round_lasts_as_long_as_its_longest_slot() -> None:
+    assert estimate_round_s((lone("pc", settle_s=10.0), lone("q35", settle_s=50.0))) == 60.0 + 50.0 + 15.0
+
+
+def test_rounds_cover_the_whole_plan_and_use_at_most_two_cores() -> None:
+    shapes = {host.host_id: host for host in HOST_SHAPES}
+    sessions = build_sessions(read_plan("lab-v1"))
+    taken = list(iterate_rounds(deque((session, session.slots) for session in sessions), shapes, 2))
+
+    assert sorted(name for one in taken for name in names(one)) == sorted(session.session for session in sessions)
+    for one in taken:
+        slots = [slot for _, slots in one for slot in slots]
+        assert sum(shapes[slot.host_id].vcpus for slot in slots) <= 2
+        assert len({slot.role for slot in slots}) == 1
+    assert Counter(len(one) for one in taken if one[0][1][0].role is EpisodeRole.SOAK) == {2: 10, 1: 4}

@@ -1,0 +1,151 @@
+"""Which cells the grids have: the short one is the design's list, the full one is filled in two passes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from tests.factories.split_episodes import PROFILES, corpus
+from tests.factories.synthetic_runs import World, write_run
+
+from phasewatch.dataset import load, write_all_splits
+from phasewatch.errors import RunError, UsageError
+from phasewatch.models import registry
+from phasewatch.models.registry import BASELINE_MODELS
+from phasewatch.pipeline import stages
+from phasewatch.splits import SPLIT_RECIPES, build_folds
+from phasewatch.training.experiment import Experiment
+from phasewatch.training.grids import (
+    MAIN_MODELS,
+    build_full_grid,
+    build_headline_grid,
+    build_short_grid,
+    find_widest_fold,
+    list_sensor_channel_sets,
+)
+from phasewatch.training.train import find_best_net
+
+FOLDS = {row.name: build_folds(row.name, corpus(), profiles=PROFILES) for row in SPLIT_RECIPES}
+
+
+def count(cells: tuple, *names: str) -> Counter:  # type: ignore[type-arg]
+    found = Counter(tuple(getattr(cell, name) for name in names) for cell in cells)
+    return Counter({key[0] if len(names) == 1 else key: n for key, n in found.items()})
+
+
+def test_the_short_grid_is_the_list_of_the_design() -> None:
+    cells = build_short_grid(FOLDS)
+    gbt = [c for c in cells if c.model == "gbt" and c.threat == "realistic" and c.recipe != "deploy"]
+    six = [c for c in cells if c.model in MAIN_MODELS and c.fold == "host-0" and c.recipe == "held_out_host"]
+
+    assert count(tuple(gbt), "recipe") == {
+        "held_out_host": 4, "held_out_sample": 4, "held_out_both": 16, "in_distribution": 4, "random_windows": 4,
+    }  # fmt: skip
+    assert count(tuple(six), "threat") == {"realistic": 6, "oracle": 6}
+    assert {(c.model, c.threat) for c in cells if c.recipe == "deploy"} == {("gbt", "portable"), ("gbt", "realistic")}
+    rest = [c for c in cells if c not in gbt and c not in six and c.recipe != "deploy"]
+    assert count(tuple(rest), "model") == dict.fromkeys(BASELINE_MODELS, 4)
+    assert {(c.table, c.seed) for c in cells} == {("raw", 0)}
+
+
+def test_the_one_fold_of_the_six_tests_most_profiles_then_comes_first_by_name() -> None:
+    fewer = [e for e in corpus() if not (e.host_id == "host-0" and e.profile == "cryptomine")]
+    folds = {"held_out_host": build_folds("held_out_host", fewer, profiles=PROFILES)}
+
+    assert [fold.fold for fold in find_widest_fold(folds)] == ["host-1"]
+
+
+def test_the_full_grid_crosses_every_recipe_with_all_models_and_both_threat_models() -> None:
+    cells = build_full_grid(FOLDS)
+    scored = sum(len(folds) for recipe, folds in FOLDS.items() if recipe != "deploy")
+
+    assert set(build_short_grid(FOLDS)) <= set(cells)
+    for model in (*MAIN_MODELS, "minirocket"):
+        mine = [
+            c for c in cells if c.model == model and c.recipe != "deploy" and c.threat not in list_sensor_channel_sets()
+        ]
+        assert count(tuple(mine), "threat") == {"realistic": scored, "oracle": scored}
+    assert not [
+        c for c in cells if c.model in BASELINE_MODELS and c.model != "minirocket" and c.recipe == "random_windows"
+    ]
+    of_sensors = [c for c in cells if c.threat in list_sensor_channel_sets()]
+    assert {(c.model, c.recipe) for c in of_sensors} == {("gbt", "held_out_host")}
+    assert count(tuple(of_sensors), "threat") == dict.fromkeys(list_sensor_channel_sets(), len(FOLDS["held_out_host"]))
+
+
+def test_the_second_pass_gives_the_headline_models_seeds_tables_and_the_portable_mask() -> None:
+    cells = build_headline_grid(FOLDS, net="gru")
+    host = [c for c in cells if c.recipe == "held_out_host" and c.fold == "host-0"]
+
+    assert {c.model for c in cells} == {"gbt", "gru", "minirocket"}
+    assert count(tuple(host), "model", "threat", "table", "seed") == {
+        **{(m, "realistic", "raw", s): 1 for m in ("gbt", "gru", "minirocket") for s in (1, 2)},
+        **{(m, "portable", "raw", 0): 1 for m in ("gbt", "gru", "minirocket")},
+        **{(m, "realistic", "commissioned", 0): 1 for m in ("gbt", "gru", "minirocket")},
+        ("gbt", "realistic", "context", 0): 1,
+    }
+    assert {c.recipe for c in cells} == {"held_out_host", "held_out_both", "deploy"}
+
+
+def test_a_recipe_that_could_not_be_built_is_absent_and_the_rest_is_there() -> None:
+    folds = {recipe: of for recipe, of in FOLDS.items() if recipe not in ("held_out_host", "in_distribution")}
+
+    assert {c.recipe for c in build_short_grid(folds)} == {
+        "held_out_sample",
+        "held_out_both",
+        "random_windows",
+        "deploy",
+    }
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = write_run(tmp_path_factory.mktemp("grid") / "run", World(windows=8, sessions=8))
+    write_all_splits(made, ["held_out_host", "deploy"])
+    return made
+
+
+def test_best_network_has_the_best_macro_f1_on_validation_a(run: Path) -> None:
+    """Read from the headers of the headline's realistic cells; no test prediction is looked at."""
+    scores = {("mlp", "host-0"): 0.8, ("mlp", "host-1"): 0.4, ("gru", "host-0"): 0.5, ("gru", "host-1"): 0.6}
+    cells = [
+        Experiment(recipe="held_out_host", fold=f, threat="realistic", model=m) for m, f in (*scores, ("gbt", "host-0"))
+    ]
+    model = registry.create("majority").fit(*(load(run, "held_out_host", "host-0").val_a.examples,) * 2)
+    for cell in cells:
+        model.val_a_macro_f1 = scores.get((cell.model, cell.fold), 0.99)
+        model.save(cell.folder(run))
+
+    assert find_best_net(run, cells) == "mlp"
+    assert find_best_net(run, cells[-1:]) is None
+
+
+def test_a_grid_is_narrowed_by_models_and_recipes(run: Path) -> None:
+    cells = stages.build_experiments(
+        stages.RunSettings(store=run, run=run, models=("gbt", "majority"), recipes=("held_out_host",))
+    )
+
+    assert {c.model for c in cells} == {"gbt", "majority"}
+    assert {c.recipe for c in cells} == {"held_out_host"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"models": ("gtb",)}, "did you mean gbt"),
+        ({"recipes": ("held_out_hosts",)}, "did you mean held_out_host"),
+        ({"models": ("cnn",), "recipes": ("held_out_sample",)}, "no experiment of cnn, held_out_sample"),
+        ({"grid": "wide"}, "no grid 'wide'"),
+    ],
+)
+def test_unknown_model_recipe_or_grid_is_a_usage_error(
+    run: Path, asked: dict[str, tuple[str, ...]], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        stages.build_experiments(stages.RunSettings(store=run, run=run, **asked))  # type: ignore[arg-type]
+
+
+def test_a_run_without_splits_is_told_how_to_make_them(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no split; make them with `phasewatch split"):
+        stages.build_experiments(stages.RunSettings(store=tmp_path, run=tmp_path))

@@ -1,0 +1,1 @@
+"""Scripts that generate the documentation and pictures; run as `python -m tools.NAME` from the repository."""
