@@ -9,7 +9,7 @@ import pytest
 
 
 def need_program(program: str, package: str) -> str:
-    """Give the program's path, or skip (fail in CI) with the line that installs it."""
+    """Return the program's path, or skip (fail in CI) with the line that installs it."""
     found = shutil.which(program)
     if found is None:
         words = f"needs {program}: apt-get install --no-install-recommends {package}"
@@ -20,12 +20,12 @@ def need_program(program: str, package: str) -> str:
 
 
 def need_qemu() -> str:
-    """Give the path of the x86 emulator and make sure that the rest of what a recording needs is there."""
+    """Return the path of the x86 emulator and make sure that the rest of what a recording needs is there."""
     for program, package in (("qemu-img", "qemu-utils"), ("cpio", "cpio"), ("mke2fs", "e2fsprogs"), ("gcc", "gcc")):
         need_program(program, package)
     return need_program("qemu-system-x86_64", "qemu-system-x86")
 
 
 def need_chromium() -> str:
-    """Give the path of the distribution's browser."""
+    """Return the path of the distribution's browser."""
     return need_program("chromium", "chromium")

@@ -25,7 +25,7 @@ WAIT = "for _ in $(seq 300); do curl -sf --noproxy '*' http://{at}/healthz && br
 
 
 def script(*, record: str, run: str) -> str:
-    """Give the page's commands as one script, on a free port, stopping at the first that fails."""
+    """Return the page's commands as one script, on a free port, stopping at the first that fails."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         at = f"127.0.0.1:{probe.getsockname()[1]}"
     text = "".join(re.findall(r"```sh\n(.*?)```", PAGE.read_text(), flags=re.S))
@@ -67,7 +67,7 @@ def assert_arrived(folder: Path, done: subprocess.CompletedProcess[str]) -> int:
 
 
 def recorded(hosts: Sequence[str], profiles: Sequence[str], many: int) -> list[Path]:
-    """Give so many lab bundles of each kind from each host, as the corpus' index knows them."""
+    """Return so many lab bundles of each kind from each host, as the corpus' index knows them."""
     rows = pq.read_table(CORPUS / "validation_v1.parquet", columns=["path", "host_id", "profile", "role"]).to_pylist()
     kinds = product(hosts, profiles)
     return [

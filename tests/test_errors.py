@@ -27,7 +27,7 @@ ELSEWHERE = {
 
 
 def asked_for_with_words() -> Iterator[str]:
-    """Give the name of each class that some test expects with `pytest.raises(Kind, match=...)`."""
+    """Return the name of each class that some test expects with `pytest.raises(Kind, match=...)`."""
     for path in TESTS.rglob("test_*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if (
@@ -39,7 +39,7 @@ def asked_for_with_words() -> Iterator[str]:
 
 
 def made(kind: type[PhasewatchError]) -> PhasewatchError:
-    """Make one, as it is made where it is raised."""
+    """Build one, as it is made where it is raised."""
     if kind is errors.BundleError:
         return errors.BundleError(code="row-json", words="not an object", file="a.tar.zst", member="proc.jsonl", line=3)
     return kind("here: found this, expected that; do so")

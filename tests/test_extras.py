@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from phasewatch.channels import CHANNELS_VARIABLE, MAX_CHANNELS_FILE_BYTES, parse_custom_channels
+from phasewatch.channels import MAX_CHANNELS_FILE_BYTES, parse_custom_channels
 from phasewatch.errors import UsageError
 from phasewatch.features.schema import schema_hash
-from phasewatch.types import ChannelKind, SourceKind
+from phasewatch.types import CHANNELS_VARIABLE, ChannelKind, SourceKind
 
 GOOD = """
 [[raw]]

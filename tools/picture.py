@@ -1,4 +1,4 @@
-"""Take a picture of a run's dashboard during replay: `python -m tools.picture RUN OUT.png [WIDTH [light|dark]]`."""
+"""Save a picture of a run's dashboard during replay: `python -m tools.picture RUN OUT.png [WIDTH [light|dark]]`."""
 
 from __future__ import annotations
 

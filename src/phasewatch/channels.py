@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phasewatch.errors import UsageError, suggest_names
-from phasewatch.types import CHANNELS_FILE as CHANNELS_FILE
 from phasewatch.types import CHANNELS_VARIABLE, ChannelKind, ChannelTrust, SourceKind
 
 __all__ = [
     "CHANNELS",
-    "CHANNELS_VARIABLE",
     "CHANNEL_NAMES",
     "CUSTOM_CHANNELS",
     "CUSTOM_CHANNEL_KEYS",

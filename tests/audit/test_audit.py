@@ -66,7 +66,7 @@ def fate_of(audit: AuditReport, name: str) -> CheckOutcome:
 
 
 def seal(run: Path, cell: Experiment) -> None:
-    """Make a tampered cell's own digests fit again, as somebody who hides it would."""
+    """Build a tampered cell's own digests fit again, as somebody who hides it would."""
     folder = cell.folder(run)
     done = parse_experiment((folder / EXPERIMENT_FILE).read_bytes(), file="")
     outputs = {name: file_sha256(folder / name) for name in done.outputs}

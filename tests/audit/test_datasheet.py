@@ -38,7 +38,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> tuple[BundleVerdict, .
 
 
 def cells(page: str, *head: str) -> list[str]:
-    """Give the cells of the table row that begins with these."""
+    """Return the cells of the table row that begins with these."""
     rows = [
         [cell.strip() for cell in line.strip("|").split(" | ")] for line in page.splitlines() if line.startswith("|")
     ]

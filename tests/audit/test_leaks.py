@@ -21,7 +21,7 @@ NAMES = ("proc.vcpu_wait.mean", "proc.vcpu_wait.std", "a", "b", "c")
 
 
 def corpus(seed: int = 0) -> LeakageWindows:
-    """Give 24 episodes of 20 windows in sessions of two on three hosts, whose features say nothing at all."""
+    """Return 24 episodes of 20 windows in sessions of two on three hosts, whose features say nothing at all."""
     rng = np.random.default_rng(seed)
     n = EPISODES * LONG
     of = np.repeat(np.arange(EPISODES), LONG)

@@ -19,7 +19,7 @@ NAN = float("nan")
 
 
 def column(whole: Episode, name: str) -> list[float]:
-    """Give one channel's bins, NaN as None so that lists compare."""
+    """Return one channel's bins, NaN as None so that lists compare."""
     at = [c.full_name for c in CHANNELS].index(name)
     return plain(bin_episode(whole).bins[:, at])
 

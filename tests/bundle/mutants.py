@@ -83,7 +83,7 @@ TOKENS = (
 
 
 def bases() -> tuple[tuple[str, bytes], ...]:
-    """Give the sound bundles that mutants are made of: a tiny one, and one with every source."""
+    """Return the sound bundles that mutants are made of: a tiny one, and one with every source."""
     whole = episode((("clean", 3.0), ("active", 3.0)), number=1)
     return ("small", small_bundle()), ("whole", pack_bundle(whole.manifest, rows_of(whole), level=3))
 
@@ -167,7 +167,7 @@ def _same_row(ours: dict[str, object], theirs: dict[str, object]) -> bool:
 
 
 def main(seed: int, count: int) -> dict[str, object]:
-    """Make mutants and judge each."""
+    """Build mutants and judge each."""
     rng = random.Random(seed)
     originals = [(data, members_of(data), unpack_bundle(data, file=name)) for name, data in bases()]
     fates: Counter[str] = Counter()

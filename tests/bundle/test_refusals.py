@@ -39,7 +39,7 @@ def case(code: str, change: Change, name: str, place: str = "") -> object:
 
 
 def first_row(change: bytes) -> Change:
-    """Put text before the value of the first row's first field."""
+    """Write text before the value of the first row's first field."""
     return in_member(PROC, b'"cpu_user_ns":0', b'"cpu_user_ns":' + change)
 
 

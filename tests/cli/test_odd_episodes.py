@@ -36,7 +36,7 @@ def odd_episode(host_id: str = "evil", profile: str = "cryptomine", **changes: A
 
 
 def split_files(store: Path, run: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Take a store to its splits; give the files' digests and the command's result."""
+    """Build the splits of a store; return the files' digests and the command's result."""
     for command in (("validate", store, "--out", run, "--workers", 1), ("features", run, "--workers", 1)):
         done = phasewatch(*command)
         assert done.exit_code == 0, done.stderr

@@ -72,7 +72,7 @@ class FaultyDisk(atomic.DiskOperations):
         raise Killed
 
     def _lose(self) -> None:
-        """Take back what no fsync vouches for."""
+        """Undo what no fsync vouches for."""
         for path in self._unsynced.values():
             with suppress(OSError):
                 os.truncate(path, 0)
@@ -88,7 +88,7 @@ class FaultyDisk(atomic.DiskOperations):
                         os.truncate(path, 0)
 
     def _keep(self, path: Path) -> Path:
-        """Give a file another name, so that it can come back."""
+        """Return a file another name, so that it can come back."""
         self._kept += 1
         kept = self.spare / f"{self._kept}"
         kept.hardlink_to(path)
@@ -112,7 +112,7 @@ class FaultyDisk(atomic.DiskOperations):
             return written
 
     def fsync(self, fd: int) -> None:
-        """Make durable, in the model; the real medium is not waited for."""
+        """Build durable, in the model; the real medium is not waited for."""
         with self._lock:
             self._enter("fsync")
             self._unsynced.pop(fd, None)

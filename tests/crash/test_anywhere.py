@@ -26,7 +26,7 @@ def _prepared(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def undisturbed(make: Callable[[Path], Work], folder: Path) -> tuple[list[str], dict[str, str]]:
-    """Give the calls that a world makes, and its products."""
+    """Return the calls that a world makes, and its products."""
     (folder / "spare").mkdir(parents=True)
     (folder / "world").mkdir()
     work = make(folder / "world")

@@ -174,7 +174,7 @@ def cells(folder: Path) -> Work:
 
 
 def prepare_cells(folder: Path) -> None:
-    """Make the run whose cells are trained, once."""
+    """Build the run whose cells are trained, once."""
     run = write_run(folder / "prepared", World(windows=8))
     write_splits(run, "held_out_host")
     cells.prepared = run  # type: ignore[attr-defined]

@@ -81,7 +81,7 @@ def shares(episodes: int) -> NDArray[np.int64]:
 
 
 def true_score(episodes: int) -> float:
-    """Give what is to be covered: the score over very many sessions, hosts in the corpus's proportions."""
+    """Return what is to be covered: the score over very many sessions, hosts in the corpus's proportions."""
     _, _, truth, decided = corpus(np.random.default_rng(123), shares(episodes) * (60_000 // episodes))
     clusters = SessionClusters(cluster_index=np.zeros(len(truth), np.int64), host_index=np.zeros(1, np.int64))
     return float(macro_f1(count_confusions(clusters, truth, decided).reshape(5, 5), range(CLASSES)))

@@ -29,7 +29,7 @@ PARTITION = bytes((0x80, 0, 2, 0, 0x83, 0xFF, 0xFF, 0xFF)) + (2048).to_bytes(4, 
 
 
 def build_own_disk(work: Path) -> Path:
-    """Make `disk.qcow2` in a folder."""
+    """Build `disk.qcow2` in a folder."""
     cache = default_cache()
     kernel_package = guest_image._find_kernel_package(cache, "x86_64")
     trees = {name: work / name for name in (kernel_package, "busybox-static", "grub-pc-bin", "grub-common")}
@@ -63,7 +63,7 @@ def build_own_disk(work: Path) -> Path:
 
 
 def _join(work: Path, trees: dict[str, Path], boot: Path) -> None:
-    """Put boot sector, GRUB and partition end to end."""
+    """Write boot sector, GRUB and partition end to end."""
     grub = trees["grub-pc-bin"] / "usr/lib/grub/i386-pc"
     (work / "early.cfg").write_text(
         "linux (hd0,msdos1)/vmlinuz console=ttyS0 panic=-1 ipv6.disable=1\ninitrd (hd0,msdos1)/initrd.gz\nboot\n"

@@ -91,7 +91,7 @@ def seal(members: Members) -> bytes:
 
 
 def listed(members: Members) -> dict[str, bytes]:
-    """Make the manifest agree with the members' sizes and digests, by text; other errors of the manifest stay."""
+    """Build the manifest agree with the members' sizes and digests, by text; other errors of the manifest stay."""
     plain = msgspec.json.decode(members["manifest.json"])
     plain["members"] = {
         name: {"bytes": len(content), "sha256": sha256(content).hexdigest(), "rows": content.count(b"\n")}

@@ -23,7 +23,7 @@ def put(store: Path, whole: Episode) -> Path:
 
 
 def put_bytes(path: Path, data: bytes) -> Path:
-    """Put other bytes in place of a bundle, with the receipt that fits them."""
+    """Write other bytes in place of a bundle, with the receipt that fits them."""
     path.write_bytes(data)
     path.with_name(path.name + RECEIPT_SUFFIX).write_bytes(render_receipt(sha256(data).hexdigest(), path.name))
     return path

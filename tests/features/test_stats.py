@@ -17,7 +17,7 @@ NAN = float("nan")
 
 
 def one(values: list[float]) -> list[float]:
-    """Give the five numbers of one channel's window."""
+    """Return the five numbers of one channel's window."""
     return window_stats(np.array(values, np.float32)[:, None])[0, 0].tolist()
 
 

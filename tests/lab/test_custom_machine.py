@@ -155,7 +155,7 @@ def test_cloud_init_starts_the_driver() -> None:
 
 
 def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Put a program in QEMU's place."""
+    """Write a program in QEMU's place."""
     program = folder / "qemu-system-x86_64"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)

@@ -229,7 +229,7 @@ def test_header_with_an_invalid_value_is_refused(
 
 
 def resealed(text: str) -> str:
-    """Make an edited header's own digest fit again, as somebody who hides it would."""
+    """Build an edited header's own digest fit again, as somebody who hides it would."""
     fields = json.loads(text)
     fields["sha256"] = ""
     fields["sha256"] = sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -49,7 +49,7 @@ def number(stored: int) -> float:
 
 
 def int64(x: int) -> int:
-    """Keep the 64 bits of a whole number, as int64 arithmetic does."""
+    """Return the low 64 bits of a whole number, as int64 arithmetic does."""
     return (x + 2**63) % 2**64 - 2**63
 
 
@@ -62,7 +62,7 @@ def minus(a: int | float, b: int | float) -> float:
 
 
 def readings_of(episode: Episode) -> tuple[dict[SourceKind, list[Reading]], list[str]]:
-    """Give each source's readings with Unix stamps, and the codes of what was found."""
+    """Return each source's readings with Unix stamps, and the codes of what was found."""
     clocks, found = episode.manifest.clocks, []
     result: dict[SourceKind, list[Reading]] = {}
     for source, rows in episode.rows.items():
@@ -114,7 +114,7 @@ def in_unix(r: Reading, pair: tuple[tuple[int, int], tuple[int, int]]) -> Readin
 
 
 def near(r: Reading, episode: Episode) -> bool:
-    """Say whether a reading is within a minute of the labels."""
+    """Return whether a reading is within a minute of the labels."""
     return episode.marks[0].t_wall_ns - MINUTE <= r.t_wall <= episode.marks[-1].t_wall_ns + MINUTE
 
 
@@ -143,7 +143,7 @@ class SlowGrid:
 
 
 def grid(episode: Episode) -> SlowGrid:
-    """Make the bins of an episode, channel by channel and bin by bin."""
+    """Compute the bins of an episode, channel by channel and bin by bin."""
     readings, codes = readings_of(episode)
     t0, end = episode.marks[0].t_wall_ns, episode.marks[-1].t_wall_ns
     n = (end - t0) // BIN
@@ -156,7 +156,7 @@ def grid(episode: Episode) -> SlowGrid:
 def columns(
     table: Sequence[ChannelSpec], readings: dict[SourceKind, list[Reading]], t0: int, n: int
 ) -> list[list[int]]:
-    """Make all columns of one table, and turn them into rows."""
+    """Build all columns of one table, and turn them into rows."""
     made = []
     for channel in table:
         rows = [r for r in readings.get(channel.source, []) if all(r.values.get(f) is not None for f in channel.fields)]
@@ -166,7 +166,7 @@ def columns(
 
 
 def column(channel: ChannelSpec, rows: list[Reading], t0: int, n: int) -> list[float]:
-    """Make one channel's bins; the one that ends at t0 comes first and is dropped."""
+    """Compute one channel's bins; the one that ends at t0 comes first and is dropped."""
     ends = [t0 + i * BIN for i in range(n + 1)]
     values: list[float] = []
     for i, end in enumerate(ends):
@@ -194,7 +194,7 @@ def newest(rows: list[Reading], end: int) -> int | None:
 
 
 def value(channel: ChannelSpec, rows: list[Reading], before: int | None, last: int) -> float:
-    """Make one bin's value from the reading of the bin before and the bin's own last one."""
+    """Compute one bin's value from the reading of the bin before and the bin's own last one."""
     if channel.kind in (ChannelKind.GAUGE, ChannelKind.COUNT):
         (field,) = channel.fields
         seen = [rows[i].values[field] for i in range(0 if before is None else before + 1, last + 1)]
@@ -230,7 +230,7 @@ def n_windows(n: int) -> int:
 
 
 def stats(stored: Sequence[int]) -> list[int]:
-    """Give mean, std, p50, p95 and slope of bins (as bits), as bits."""
+    """Return mean, std, p50, p95 and slope of bins (as bits), as bits."""
     pairs = [(b, number(x)) for b, x in enumerate(stored) if math.isfinite(number(x))]
     m = len(pairs)
     if m < 10:
@@ -262,7 +262,7 @@ def stats(stored: Sequence[int]) -> list[int]:
 
 
 def label(episode: Episode, j: int) -> tuple[int, int, bool]:
-    """Give the j-th window's phase code, purity (as bits) and whether it is mixed, nanosecond by span."""
+    """Return the j-th window's phase code, purity (as bits) and whether it is mixed, nanosecond by span."""
     start = episode.marks[0].t_wall_ns + j * 5_000_000_000
     held: dict[Phase, int] = {}
     began: dict[Phase, int] = {}
@@ -276,7 +276,7 @@ def label(episode: Episode, j: int) -> tuple[int, int, bool]:
 
 
 def flags(episode: Episode, slow: SlowGrid, j: int) -> int:
-    """Give the j-th window's flags: 1 when a clock step touches it, 4 when it is mixed."""
+    """Return the j-th window's flags: 1 when a clock step touches it, 4 when it is mixed."""
     start = episode.marks[0].t_wall_ns + j * 5_000_000_000
     stepped = any(low < start + WINDOW and high >= start for low, high in slow.steps)
     return (1 if stepped else 0) | (4 if label(episode, j)[2] else 0)

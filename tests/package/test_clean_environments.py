@@ -44,13 +44,13 @@ class Place:
         return {"packages": len(list(site.glob("*.dist-info"))), "MiB": round(size / 2**20)}
 
     def has(self, module: str) -> bool:
-        """Say whether a module can be found there."""
+        """Return whether a module can be found there."""
         probe = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
         return subprocess.run([str(self.python), "-c", probe], check=False).returncode == 0
 
 
 def install(folder: Path, what: str) -> Place:
-    """Make an environment with nothing but what is asked for, by pip's own resolver rules and our pins."""
+    """Build an environment with nothing but what is asked for, by pip's own resolver rules and our pins."""
     uv = Path(sys.executable).with_name("uv")
     (folder / "home").mkdir(parents=True)
     subprocess.run([str(uv), "venv", "-q", "--python", sys.executable, str(folder / "venv")], check=True)

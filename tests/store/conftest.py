@@ -29,7 +29,7 @@ def s3_endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def new_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
-    """Give the URIs of fresh, empty places in a bucket; the variables that lead there are set."""
+    """Return the URIs of fresh, empty places in a bucket; the variables that lead there are set."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")

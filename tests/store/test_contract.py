@@ -25,7 +25,7 @@ def digest(data: bytes) -> str:
 
 
 def lay(store: BundleStore, name: str, data: bytes) -> None:
-    """Put something into a store behind its back."""
+    """Write something into a store behind its back."""
     if isinstance(store, DiskStore):
         path = store.path / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -391,7 +391,7 @@ def test_an_orderly_end_finishes_what_is_in_flight(tmp_path: Path) -> None:
 
 @pytest.fixture
 def pems(tmp_path: Path) -> dict[str, Path]:
-    """Make a certificate and its key for this machine."""
+    """Build a certificate and its key for this machine."""
     openssl = need_program("openssl", "openssl")
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     subprocess.run(

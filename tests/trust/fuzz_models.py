@@ -98,7 +98,7 @@ def answers(model: Any) -> object:
 
 
 def in_a_child(ask: Callable[[Path], object], place: Path) -> str:
-    """Say how it ends: refused, answered, traceback, memory, cpu or signal."""
+    """Return how it ends: refused, answered, traceback, memory, cpu or signal."""
     child = os.fork()
     if not child:
         quiet = os.open(os.devnull, os.O_WRONLY)

@@ -18,10 +18,10 @@ def findings(whole: Episode) -> tuple[BundleFinding, ...]:
 
 
 def codes(whole: Episode) -> set[str]:
-    """Give the codes alone."""
+    """Return the codes alone."""
     return {f.code for f in findings(whole)}
 
 
 def the(code: str, whole: Episode) -> BundleFinding:
-    """Give the finding of a code, which there must be."""
+    """Return the finding of a code, which there must be."""
     return next(f for f in findings(whole) if f.code == code)

@@ -27,7 +27,7 @@ OTHER = episode(PHASES, number=6, host_id="pc")
 
 
 def stolen(original: Episode, *, number: int, host_id: str, phases: tuple[tuple[str, float], ...] = CALM) -> Episode:
-    """Give the telemetry of an episode under another id, host and labels: all is clean, and the profile benign."""
+    """Return the telemetry of an episode under another id, host and labels: all is clean, and the profile benign."""
     made = episode(phases, number=number, host_id=host_id).manifest
     if phases == CALM:
         import msgspec
@@ -186,7 +186,7 @@ def test_of_true_copies_one_is_kept_and_the_one_that_was_accepted_before(tmp_pat
 
 
 def admit(store: Path, whole: Episode, status: str, *reasons: str) -> None:
-    """Put the receiver's word beside a bundle."""
+    """Write the receiver's word beside a bundle."""
     from phasewatch.transfer.admission import AdmissionVerdict
 
     host_id, episode_id = whole.manifest.host.host_id, whole.manifest.episode_id

@@ -188,7 +188,7 @@ def _step_clock_at_end(rows: SourceRows) -> SourceRows:
 
 
 def _align_to_bin_edges(rows: SourceRows) -> SourceRows:
-    """Make one gap of exactly 2.5 s, and one that is a nanosecond longer."""
+    """Insert one gap of exactly 2.5 s, and one that is a nanosecond longer."""
     late = (np.arange(len(rows)) == 40).astype(np.int64)
     moved = replace(rows, t_wall_ns=rows.t_wall_ns + late, t_mono_ns=rows.t_mono_ns + late)
     return _drop_rows(lambda i: 20 <= i < 24 or 36 <= i < 40)(moved)

@@ -284,7 +284,7 @@ class TlsHandshake(asyncio.Protocol):
 
 
 def install_protocol(config: uvicorn.Config, keeper: ConnectionMonitor) -> None:
-    """Make a loaded uvicorn configuration use `BoundedProtocol` for each connection."""
+    """Set `BoundedProtocol` as the connection class of a loaded uvicorn configuration."""
     context, config.ssl = config.ssl, None  # the handshake is done by TlsHandshake
 
     def make(**options: Any) -> asyncio.Protocol:

@@ -41,9 +41,21 @@ __all__ = [
 
 PREDICT_PART = "predict"
 _TEXT_COLUMNS = (
-    "threat", "model", "table", "filter", "part", "role", "agent", "episode_id", "session", "host_id", "profile",
-    "sample_name", "sample_kind", "origin",
-)  # fmt: skip
+    "threat",
+    "model",
+    "table",
+    "filter",
+    "part",
+    "role",
+    "agent",
+    "episode_id",
+    "session",
+    "host_id",
+    "profile",
+    "sample_name",
+    "sample_kind",
+    "origin",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

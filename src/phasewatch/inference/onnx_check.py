@@ -34,9 +34,17 @@ __all__ = [
 MAX_ONNX_TREE_NODES = 2**19
 _TREE_OPERATOR = ("ai.onnx.ml", "TreeEnsembleClassifier")
 _INT_ATTRIBUTES = (
-    "nodes_treeids", "nodes_nodeids", "nodes_featureids", "nodes_truenodeids", "nodes_falsenodeids",
-    "nodes_missing_value_tracks_true", "class_treeids", "class_nodeids", "class_ids", "classlabels_int64s",
-)  # fmt: skip
+    "nodes_treeids",
+    "nodes_nodeids",
+    "nodes_featureids",
+    "nodes_truenodeids",
+    "nodes_falsenodeids",
+    "nodes_missing_value_tracks_true",
+    "class_treeids",
+    "class_nodeids",
+    "class_ids",
+    "classlabels_int64s",
+)
 _FLOAT_ATTRIBUTES = ("nodes_values", "class_weights", "base_values")
 _OTHER_ATTRIBUTES = ("nodes_modes", "post_transform")
 
@@ -127,25 +135,31 @@ _DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype("<f4"), 7: np.dtype("<i8"), 11:
 
 _V, _B, _F = WireType.VARINT, WireType.BYTES, WireType.FIXED32
 _MODEL = MessageShape(
-    "model", {1: _V, 2: _B, 3: _B, 4: _B, 5: _V, 6: _B, 7: _B}, {8: _B},
+    "model",
+    {1: _V, 2: _B, 3: _B, 4: _B, 5: _V, 6: _B, 7: _B},
+    {8: _B},
     {20: "it brings training steps of its own", 25: "it brings functions of its own"},
-)  # fmt: skip
+)
 _OPSET = MessageShape("operator set", {1: _B, 2: _V})
 _GRAPH = MessageShape("graph", {2: _B, 10: _B}, {1: _B, 5: _B, 11: _B, 12: _B})
 _NODE = MessageShape("operator", {3: _B, 4: _B, 6: _B, 7: _B}, {1: _B, 2: _B, 5: _B})
 _TENSOR = MessageShape(
-    "tensor", {2: _V, 8: _B, 9: _B, 12: _B}, {1: _V},
+    "tensor",
+    {2: _V, 8: _B, 9: _B, 12: _B},
+    {1: _V},
     dict.fromkeys((13, 14), "its weights lie in another file"),
-)  # fmt: skip
+)
 _VALUE = MessageShape("value", {1: _B, 2: _B, 3: _B})
 _TYPE = MessageShape("type", {1: _B})
 _TENSOR_TYPE = MessageShape("tensor type", {1: _V, 2: _B})
 _SHAPE = MessageShape("shape", {}, {1: _B})
 _DIMENSION = MessageShape("dimension", {1: _V, 2: _B})
 _ATTRIBUTE = MessageShape(
-    "attribute", {1: _B, 2: _F, 3: _V, 4: _B, 13: _B, 20: _V}, {},
+    "attribute",
+    {1: _B, 2: _F, 3: _V, 4: _B, 13: _B, 20: _V},
+    {},
     dict.fromkeys((6, 11), "an operator holds a graph of its own"),
-)  # fmt: skip
+)
 _KIND_FLOAT, _KIND_INT, _KIND_TEXT, _KIND_FLOATS, _KIND_INTS, _KIND_TEXTS = 1, 2, 3, 6, 7, 8
 _LIST_KINDS = {7: _KIND_FLOATS, 8: _KIND_INTS, 9: _KIND_TEXTS}
 

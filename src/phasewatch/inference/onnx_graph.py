@@ -38,9 +38,27 @@ MAX_WINDOW_PRODUCTS = 2**30  # multiplications for each window
 _FLOAT_TYPES = (ONNX_FLOAT, ONNX_DOUBLE)
 
 _COMMON_OPERATORS = frozenset(
-    {"Abs", "Add", "And", "Cast", "Clip", "Concat", "Div", "Gemm", "IsInf", "IsNaN", "Log", "Mul", "Not", "Sign",
-     "Softmax", "Sqrt", "Where", "Gelu"}
-)  # fmt: skip
+    {
+        "Abs",
+        "Add",
+        "And",
+        "Cast",
+        "Clip",
+        "Concat",
+        "Div",
+        "Gemm",
+        "IsInf",
+        "IsNaN",
+        "Log",
+        "Mul",
+        "Not",
+        "Sign",
+        "Softmax",
+        "Sqrt",
+        "Where",
+        "Gelu",
+    }
+)
 _RECURRENT_OPERATORS = _COMMON_OPERATORS | frozenset(
     {"Shape", "Transpose", "MatMul", "Expand", "Slice", "Reshape", "ReduceMean", "Gather"}
 )

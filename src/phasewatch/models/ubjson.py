@@ -28,9 +28,14 @@ MAX_UBJSON_TEXT_BYTES = 1_024
 _INT64_STRUCT = struct.Struct(">q")
 _INTEGER_SIZES = {b"i": 1, b"U": 1, b"I": 2, b"l": 4, b"L": 8}
 _ARRAY_DTYPES: Mapping[bytes, np.dtype[Any]] = {
-    b"i": np.dtype("i1"), b"U": np.dtype("u1"), b"I": np.dtype(">i2"), b"l": np.dtype(">i4"), b"L": np.dtype(">i8"),
-    b"d": np.dtype(">f4"), b"D": np.dtype(">f8"),
-}  # fmt: skip
+    b"i": np.dtype("i1"),
+    b"U": np.dtype("u1"),
+    b"I": np.dtype(">i2"),
+    b"l": np.dtype(">i4"),
+    b"L": np.dtype(">i8"),
+    b"d": np.dtype(">f4"),
+    b"D": np.dtype(">f8"),
+}
 
 
 def parse_ubjson(data: bytes) -> Any:

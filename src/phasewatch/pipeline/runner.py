@@ -39,7 +39,7 @@ from phasewatch.errors import RunError, SplitError, StoreError, UsageError
 from phasewatch.evaluation.evaluate import read_metrics
 from phasewatch.evaluation.metric_table import render_headline
 from phasewatch.pipeline import stages
-from phasewatch.pipeline.stages import RunSettings, compute_digests
+from phasewatch.pipeline.stages import RunOptions, RunSettings, compute_digests
 from phasewatch.progress import NO_PROGRESS, Progress
 from phasewatch.splits import SetAsideEpisode
 from phasewatch.store.base import StoreLocation, parse_store_location
@@ -132,25 +132,14 @@ class PipelineResult:
         return all(stage.outcome is StageOutcome.KEPT for stage in self.stages)
 
 
-class RunConfiguration(msgspec.Struct, frozen=True, kw_only=True):
-    """The settings of a run as ``run.json`` holds them; the fields of `RunSettings` without the folder.
+class RunConfiguration(RunOptions, frozen=True, kw_only=True):
+    """The configuration in ``run.json``.
 
     Attributes:
         store: Where the bundles were; None in the published copy of a run.
     """
 
     store: str | None = None
-    workers: int = 2
-    limit: int = 0
-    include_degraded: bool = True
-    seed: int = 0
-    grid: str = "short"
-    models: tuple[str, ...] = ()
-    recipes: tuple[str, ...] = ()
-    channel_sets: tuple[str, ...] = ()
-    trials: int = 0
-    engine: str = "local"
-    ray_address: str = ""
 
 
 def run_pipeline(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> PipelineResult:
@@ -244,7 +233,7 @@ def build_configuration(settings: RunSettings) -> RunConfiguration:
     """Return the settings as they are written to ``run.json``; without the run's folder, where that file is."""
     return RunConfiguration(
         store=str(settings.store),
-        **{name: getattr(settings, name) for name in RunConfiguration.__struct_fields__ if name != "store"},
+        **{name: getattr(settings, name) for name in RunOptions.__struct_fields__},
     )
 
 

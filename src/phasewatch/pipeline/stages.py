@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+
+import msgspec
 
 from phasewatch import atomic
 from phasewatch._version import __version__
 from phasewatch.artifacts import (
     ACCOUNTING_FILE,
     BINS_PATHS,
+    CHANNELS_FILE,
     FEATURE_FILES,
     SPLIT_INDEX_FILE,
     VALIDATION_FILE,
@@ -24,7 +27,7 @@ from phasewatch.audit.checks import AuditReport
 from phasewatch.audit.run import audit_run
 from phasewatch.binning.storage import open_bins
 from phasewatch.bundle.archive import unpack_manifest
-from phasewatch.channels import CHANNELS_FILE, CUSTOM_CHANNELS, build_channel_mask
+from phasewatch.channels import CUSTOM_CHANNELS, build_channel_mask
 from phasewatch.dataset.split_files import SplitIndex, read_folds, read_recipe_results, write_all_splits
 from phasewatch.errors import BundleError, RunError, SplitError, UsageError
 from phasewatch.evaluation.evaluate import evaluate_run, read_metrics
@@ -63,6 +66,7 @@ from phasewatch.validate.verdict import USABLE_STATUSES
 __all__ = [
     "EXPERIMENT_GRIDS",
     "SWEEP_ENGINES",
+    "RunOptions",
     "RunSettings",
     "audit",
     "build_experiments",
@@ -87,13 +91,10 @@ EXPERIMENT_GRIDS = ("short", "full")
 SWEEP_ENGINES = ("local", "ray")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunSettings:
-    """The settings of a run.
+class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run is made with, whatever its store and folder; ``run.json`` keeps it.
 
     Attributes:
-        store: Store of the bundles.
-        run: Folder of the run.
         workers: Number of processes.
         limit: Size of a stratified sample of the store; 0 takes all bundles.
         include_degraded: Whether episodes with missing or repaired data are used.
@@ -109,8 +110,6 @@ class RunSettings:
         ray_address: Address of a running Ray cluster; empty starts one on this machine.
     """
 
-    store: StoreLocation
-    run: Path
     workers: int = 2
     limit: int = 0
     include_degraded: bool = True
@@ -122,6 +121,18 @@ class RunSettings:
     trials: int = 0
     engine: str = "local"
     ray_address: str = ""
+
+
+class RunSettings(RunOptions, frozen=True, kw_only=True):
+    """The settings of a run.
+
+    Attributes:
+        store: Store of the bundles.
+        run: Folder of the run.
+    """
+
+    store: StoreLocation
+    run: Path
 
 
 def code_version() -> str:
@@ -455,7 +466,7 @@ def audit(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> AuditRe
             choose=lambda items: [item for item in items if render_item_path(item) in listed],
             prior=settings.run / VALIDATION_FILE,
         )
-        build_features(replace(settings, run=folder))
+        build_features(msgspec.structs.replace(settings, run=folder))
         recipes = {result.recipe for result in read_recipe_results(settings.run)}
         write_all_splits(folder, recipes | {fold.recipe for fold in _read_fold_files(settings.run)})
 

@@ -45,9 +45,14 @@ def build_alarm_section(context: ReportContext) -> ReportSection:
 def _select_rows(context: ReportContext, recipe: str, filter_: str = NO_FILTER) -> tuple[MetricRow, ...]:
     home = DEFAULT_HEADLINE
     return select_rows(
-        context.all_rows, recipe=recipe, fold="pooled", channel_set=home.channel_set, input=home.input,
-        smoothing=filter_, model=context.model,
-    )  # fmt: skip
+        context.all_rows,
+        recipe=recipe,
+        fold="pooled",
+        channel_set=home.channel_set,
+        input=home.input,
+        smoothing=filter_,
+        model=context.model,
+    )
 
 
 def _build_alarm_block(context: ReportContext) -> ReportBlock:

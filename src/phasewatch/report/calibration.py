@@ -45,9 +45,14 @@ def _select_rows(
 ) -> tuple[MetricRow, ...]:
     home = DEFAULT_HEADLINE
     return select_rows(
-        context.all_rows, recipe=recipe, fold="pooled", channel_set=home.channel_set, input=home.input,
-        smoothing=filter_, agent=home.agent,
-    )  # fmt: skip
+        context.all_rows,
+        recipe=recipe,
+        fold="pooled",
+        channel_set=home.channel_set,
+        input=home.input,
+        smoothing=filter_,
+        agent=home.agent,
+    )
 
 
 def _build_reliability_block(context: ReportContext) -> ReportBlock:

@@ -176,7 +176,7 @@ def _drop_source(source: SourceKind) -> _DraftInjector:
 
 
 def _select_rows(draft: EpisodeDraft, source: SourceKind, mask: NDArray[np.bool_], *, is_lost: bool) -> EpisodeDraft:
-    """Keep the rows of a mask, ``(n,)`` bool. The others were lost after emission (`is_lost`), or never emitted."""
+    """Select the rows of a mask, ``(n,)`` bool; the others were lost after emission (`is_lost`) or never emitted."""
     rows = draft.rows[source]
     kept = replace(
         rows,
@@ -262,7 +262,7 @@ def step_clock(rng: np.random.Generator, draft: EpisodeDraft) -> EpisodeDraft:
 
 
 def _add_cpu_contention(rng: np.random.Generator, draft: EpisodeDraft) -> EpisodeDraft:
-    """Let the vCPU wait for a core for 0.3 s more in each second."""
+    """Add 0.3 s per second to the time that the vCPU waited for a core."""
     rows = draft.rows[SourceKind.PROC]
     i = rows.fields.index("vcpu_wait_ns")
     waited = rows.columns[i] + (rows.t_mono_ns - rows.t_mono_ns[0]) * 3 // 10

@@ -188,7 +188,7 @@ class ObjectStore:
         ]
 
     def put_key(self, key: str, data: bytes, *, new: bool = False) -> bool:
-        """Put one object, with ``new`` only if it is absent; return whether it was put."""
+        """Write one object, with ``new`` only if it is absent; return whether it was written."""
         import obstore
 
         with self._convert_errors():
@@ -201,7 +201,7 @@ class ObjectStore:
         return True
 
     def put_file(self, key: str, path: Path) -> None:
-        """Put a file of any size; the object appears complete."""
+        """Upload a file of any size; the object appears complete."""
         import obstore
 
         with self._convert_errors():

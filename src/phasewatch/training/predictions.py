@@ -31,9 +31,23 @@ __all__ = [
 NO_FILTER = SMOOTHING_NONE
 PROBABILITY_COLUMNS = tuple(f"p_{phase}" for phase in PHASES)
 _TEXT_COLUMNS = (
-    "recipe", "fold", "threat", "model", "table", "filter", "part", "role", "agent", "episode_id", "session", "host_id",
-    "profile", "sample_name", "sample_kind", "origin",
-)  # fmt: skip
+    "recipe",
+    "fold",
+    "threat",
+    "model",
+    "table",
+    "filter",
+    "part",
+    "role",
+    "agent",
+    "episode_id",
+    "session",
+    "host_id",
+    "profile",
+    "sample_name",
+    "sample_kind",
+    "origin",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
