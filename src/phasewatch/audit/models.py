@@ -176,8 +176,7 @@ def _find_retrain_faults(run: Path, experiment: Experiment) -> Iterator[str]:
             return
     if not _is_loadable(experiment):
         return  # scored by the process that fitted it: there is nothing to hold a second fit against
-    model = registry.create(experiment.model, seed=header.seed, settings=header.config)
-    fit_model(model, sets)
+    model = fit_model(registry.create(experiment.model, seed=header.seed, settings=header.config), sets).model
     stored = registry.load(folder)
     if not _is_same_postprocessing(model, stored):
         yield f"{folder}: trained again its filter or alarm differs; it was set by something else"
@@ -223,9 +222,11 @@ def _find_prediction_faults(run: Path, experiment: Experiment, merged: _MergedPr
         experiment.folder(run),
     )
     part = _choose_checked_part(experiment)
-    asked = sets.test if part == "test" else sets.val_b  # `deploy` tests nothing
-    own = set(
-        read_fold(run, experiment.recipe, experiment.fold).ids(SplitPart.TEST if part == "test" else SplitPart.VAL_B)
+    asked = sets.test if part == "test" else sets.soak  # `deploy` tests nothing
+    own = (
+        set(read_fold(run, experiment.recipe, experiment.fold).ids(SplitPart.TEST))
+        if part == "test"
+        else {episode.episode_id for episode in asked.windows.episodes}
     )
     answers: dict[str, NDArray[np.float64] | None] = {SMOOTHING_NONE: None}
     if _is_loadable(experiment):
@@ -269,7 +270,7 @@ def _describe_row_fault(rows: Any, asked: WindowSet, answer: NDArray[np.float64]
 
 def _choose_checked_part(experiment: Experiment) -> str:
     """Return the part whose predictions are compared with the checkpoint."""
-    return "test" if find_recipe(experiment.recipe).tests else "val_b"
+    return "test" if find_recipe(experiment.recipe).tests else "soak"
 
 
 def _stack_probabilities(rows: Any) -> NDArray[np.float64]:

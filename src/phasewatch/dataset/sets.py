@@ -124,6 +124,7 @@ class FoldData:
         soak: Windows of all soak episodes of the run, for false alarms only.
         calibration_soak: ``(n,)`` bool over the soak windows: those that share no held-out host or sample group with
             the test set, to which thresholds may be fitted.
+        extra: More train windows, made from those of train, such as spliced counterfactuals; None if there are none.
     """
 
     fold: Fold
@@ -133,3 +134,4 @@ class FoldData:
     test: WindowSet
     soak: WindowSet
     calibration_soak: NDArray[np.bool_]
+    extra: LabelledExamples | None = None

@@ -45,7 +45,7 @@ _INT_ATTRIBUTES = (
     "class_ids",
     "classlabels_int64s",
 )
-_FLOAT_ATTRIBUTES = ("nodes_values", "class_weights", "base_values")
+_FLOAT_ATTRIBUTES = ("nodes_values", "class_weights")
 _OTHER_ATTRIBUTES = ("nodes_modes", "post_transform")
 
 
@@ -69,9 +69,9 @@ def check_onnx_trees(nodes: Sequence[OnnxNode], features: int) -> None:
     ints = {name: _check_array(attributes, name, np.dtype(np.int64)) for name in _INT_ATTRIBUTES}
     floats = {name: _check_array(attributes, name, np.dtype("<f4")) for name in _FLOAT_ATTRIBUTES}
     modes = _check_array(attributes, "nodes_modes", np.dtype(object))
-    if attributes["post_transform"] != b"SOFTMAX":
-        raise ValueError("trees: their sums are not made shares by SOFTMAX")
-    if ints["classlabels_int64s"].tolist() != list(range(N_CLASSES)) or len(floats["base_values"]) != N_CLASSES:
+    if attributes["post_transform"] != b"NONE":
+        raise ValueError("trees: their sums are changed by the operator")
+    if ints["classlabels_int64s"].tolist() != list(range(N_CLASSES)):
         raise ValueError(f"trees: not of {N_CLASSES} classes")
     for name, values in floats.items():
         if not (np.abs(values) <= MAX_MAGNITUDE).all():
@@ -98,8 +98,8 @@ def _check_nodes(ints: dict[str, IntArray], modes: NDArray[Any], size: int, feat
     if (tree != np.repeat(np.arange(len(starts)), sizes)).any() or (own != np.arange(size) - start).any():
         raise ValueError("trees: nodes are not numbered from 0, tree by tree")
     leaf = modes == b"LEAF"
-    if not (leaf | (modes == b"BRANCH_LT")).all():
-        raise ValueError("trees: a node that is neither a leaf nor a test for 'less than'")
+    if not (leaf | (modes == b"BRANCH_LEQ")).all():
+        raise ValueError("trees: a node that is neither a leaf nor a test for 'at most'")
     column, tracks = ints["nodes_featureids"], ints["nodes_missing_value_tracks_true"]
     if not ((column >= 0) & (column < features)).all() or not np.isin(tracks, (0, 1)).all():
         raise ValueError(f"trees: a column outside 0 to {features - 1}")

@@ -23,19 +23,19 @@ from phasewatch.metrics import N_CLASSES
 from phasewatch.models.base import InputKind, ModelInputs, PhaseModel
 from phasewatch.models.gradient_boosting import GradientBoosting
 from phasewatch.models.neural import SCALER_LIMIT, NeuralNetModel
+from phasewatch.models.trees import TreeArrays
 from phasewatch.parallel.pool import set_environment
-from phasewatch.types import WINDOW_BINS
 
 __all__ = ["MAX_PARITY_ERROR", "check_parity", "run_onnx", "to_onnx"]
 
 MAX_PARITY_ERROR = 1e-5
-_TREES_OPSET = 15  # the newest that onnxmltools supports for trees
+_TREES_OPSET, _TREES_ML_OPSET, _TREES_IR_VERSION = 15, 3, 8
 
 
 def to_onnx(model: PhaseModel) -> bytes:
     """Convert a fitted model to ONNX; the same model gives the same bytes.
 
-    The graph's input is ``x``, float32 ``(n, f)`` or ``(n, c, 20)``, its output ``probabilities``, float32 ``(n, 5)``.
+    The graph's input is ``x``, float32 ``(n, f)`` or ``(n, c, t)``, its output ``probabilities``, float32 ``(n, 5)``.
 
     Raises:
         UsageError: If the model cannot be exported, such as a baseline.
@@ -45,12 +45,10 @@ def to_onnx(model: PhaseModel) -> bytes:
     elif isinstance(model, GradientBoosting) and model.kind is InputKind.TABLE:  # of levels it is a baseline
         proto = _build_tree_graph(model)
     else:
-        raise UsageError(f"model {model.key} cannot be exported; gbt, mlp, cnn, gru, lstm and transformer can")
+        raise UsageError(f"model {model.key} cannot be exported; gbt, mlp, cnn, gru, lstm, transformer and tcn can")
     _strip_metadata(proto, model.key)
     data = bytes(proto.SerializeToString(deterministic=True))
-    names = model.spec.names if model.spec else ()
-    time = (WINDOW_BINS,) if model.kind is InputKind.TENSOR else ()
-    check_onnx(data, file=model.key, model=model.key, shape=(len(names), *time))
+    check_onnx(data, file=model.key, model=model.key, shape=model.spec.window_shape if model.spec else ())
     return data
 
 
@@ -112,8 +110,7 @@ def _build_net_graph(model: NeuralNetModel) -> Any:
             scores = self.net(torch.cat([scaled.float(), missing.float()], dim=1)).double() + self.never
             return torch.softmax(scores / model.temperature, dim=1).float()
 
-    names = model.spec.names if model.spec else ()
-    shape = (2, len(names), *((WINDOW_BINS,) if model.kind == "tensor" else ()))
+    shape = (2, *(model.spec.window_shape if model.spec else ()))
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)  # it would warn that torchvision is not installed
@@ -147,44 +144,78 @@ def _redirect_torch_cache() -> Iterator[None]:
 
 
 def _build_tree_graph(model: GradientBoosting) -> Any:
-    """Convert the trees, and append the computation of `predict_proba` on their output."""
+    """Write the trees as one operator, and the computation of `predict_proba` on their sums.
+
+    The tests are exact: thresholds and inputs are float32. Sums are float32 in the operator.
+    """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
-    from onnxmltools.convert import convert_xgboost
-    from onnxmltools.convert.common.data_types import FloatTensorType
 
-    n = len(model.spec.names) if model.spec else 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trees = convert_xgboost(
-            model.booster, initial_types=[(ONNX_INPUT, FloatTensorType([None, n]))], target_opset=_TREES_OPSET
-        )
-    graph = trees.graph
-    shares = next(out.name for out in graph.output if "prob" in out.name)
-    if shares == ONNX_OUTPUT:
-        for node in graph.node:
-            node.output[:] = ["shares" if name == ONNX_OUTPUT else name for name in node.output]
-        shares = "shares"
-    kept = np.array([float(code in model.seen) for code in range(N_CLASSES)])
-    graph.initializer.extend(
-        [numpy_helper.from_array(kept, "kept"), numpy_helper.from_array(np.array(model.temperature), "temperature")]
-    )
-    graph.node.extend(
+    shape = model.spec.window_shape if model.spec else ()
+    never = np.array([0.0 if code in model.seen else -np.inf for code in range(N_CLASSES)])
+    graph = helper.make_graph(
         [
-            helper.make_node("Cast", [shares], ["shares64"], to=TensorProto.DOUBLE),
-            helper.make_node("Mul", ["shares64", "kept"], ["seen"]),
-            helper.make_node("Log", ["seen"], ["logs"]),  # log 0 = −inf is meant
-            helper.make_node("Div", ["logs", "temperature"], ["tempered"]),
+            helper.make_node(
+                "TreeEnsembleClassifier",
+                [ONNX_INPUT],
+                ["label", "sums"],
+                domain="ai.onnx.ml",
+                **_list_tree_attributes(model.trees),
+            ),
+            helper.make_node("Cast", ["sums"], ["sums64"], to=TensorProto.DOUBLE),
+            helper.make_node("Add", ["sums64", "never"], ["seen"]),
+            helper.make_node("Div", ["seen", "temperature"], ["tempered"]),
             helper.make_node("Softmax", ["tempered"], ["soft"], axis=1),
             helper.make_node("Cast", ["soft"], [ONNX_OUTPUT], to=TensorProto.FLOAT),
-        ]
+        ],
+        model.key,
+        [helper.make_tensor_value_info(ONNX_INPUT, TensorProto.FLOAT, [None, *shape])],
+        [helper.make_tensor_value_info(ONNX_OUTPUT, TensorProto.FLOAT, [None, N_CLASSES])],
+        [numpy_helper.from_array(never, "never"), numpy_helper.from_array(np.array(model.temperature), "temperature")],
     )
-    del graph.output[:]
-    graph.output.append(helper.make_tensor_value_info(ONNX_OUTPUT, TensorProto.FLOAT, [None, N_CLASSES]))
-    if all(opset.domain for opset in trees.opset_import):
-        trees.opset_import.append(helper.make_opsetid("", _TREES_OPSET))
-    onnx.checker.check_model(trees, full_check=True)
-    return trees
+    opsets = [helper.make_opsetid("", _TREES_OPSET), helper.make_opsetid("ai.onnx.ml", _TREES_ML_OPSET)]
+    whole = helper.make_model(graph, opset_imports=opsets, ir_version=_TREES_IR_VERSION, producer_name="phasewatch")
+    onnx.checker.check_model(whole, full_check=True)
+    return whole
+
+
+def _list_tree_attributes(trees: TreeArrays) -> dict[str, Any]:
+    """Return the attributes of the operator; in each tree the leaves follow the tests."""
+    capacity = trees.leaf.shape[1]
+    n_tests = trees.size.astype(np.int64)[:, None] - 1
+    place = np.arange(2 * capacity - 1)
+    kept = place < 2 * n_tests + 1
+    is_test = kept & (place < n_tests)
+    is_leaf = kept & ~is_test
+    tree, own = np.broadcast_to(np.arange(len(n_tests))[:, None], kept.shape), np.broadcast_to(place, kept.shape)
+
+    def spread(values: NDArray[Any], where: NDArray[np.bool_]) -> NDArray[Any]:
+        """Return the values of the tests or of the leaves in the order of the nodes, 0 elsewhere."""
+        whole = np.zeros(kept.shape, values.dtype)
+        whole[where] = values[np.arange(values.shape[1]) < where.sum(axis=1, keepdims=True)]
+        return whole[kept]
+
+    def number(child: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Return the node of each child: a test keeps its number, a leaf follows the tests."""
+        found = np.where(child >= 0, child, n_tests - 1 - child)
+        return spread(found.astype(np.int64), is_test)
+
+    return {
+        "nodes_treeids": tree[kept],
+        "nodes_nodeids": own[kept],
+        "nodes_featureids": spread(trees.feature.astype(np.int64), is_test),
+        "nodes_values": spread(trees.threshold, is_test),
+        "nodes_modes": np.where(is_test[kept], "BRANCH_LEQ", "LEAF").tolist(),
+        "nodes_truenodeids": number(trees.left),
+        "nodes_falsenodeids": number(trees.right),
+        "nodes_missing_value_tracks_true": spread(trees.nan_left.astype(np.int64), is_test),
+        "class_treeids": tree[is_leaf],
+        "class_nodeids": own[is_leaf],
+        "class_ids": tree[is_leaf] % N_CLASSES,
+        "class_weights": spread(trees.leaf.astype(np.float32), is_leaf)[is_leaf[kept]],
+        "classlabels_int64s": np.arange(N_CLASSES),
+        "post_transform": "NONE",
+    }
 
 
 def _strip_metadata(proto: Any, name: str) -> None:

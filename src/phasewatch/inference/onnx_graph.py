@@ -36,6 +36,7 @@ ONNX_BATCH = 64
 MAX_GRAPH_ELEMENTS = 2**26
 MAX_WINDOW_PRODUCTS = 2**30  # multiplications for each window
 _FLOAT_TYPES = (ONNX_FLOAT, ONNX_DOUBLE)
+_MAX_DILATION = 64
 
 _COMMON_OPERATORS = frozenset(
     {
@@ -64,13 +65,15 @@ _RECURRENT_OPERATORS = _COMMON_OPERATORS | frozenset(
 )
 ALLOWED_OPERATORS: Mapping[str, frozenset[tuple[str, str]]] = {
     "gbt": frozenset(
-        {("ai.onnx.ml", "TreeEnsembleClassifier"), *(("", name) for name in ("Cast", "Mul", "Log", "Div", "Softmax"))}
+        {("ai.onnx.ml", "TreeEnsembleClassifier"), *(("", name) for name in ("Cast", "Add", "Div", "Softmax"))}
     ),
     **{
         key: frozenset(("", name) for name in names)
         for key, names in {
             "mlp": _COMMON_OPERATORS,
             "cnn": _COMMON_OPERATORS | {"Conv", "InstanceNormalization", "Reshape", "Shape", "ReduceMean", "ReduceMax"},
+            "tcn": _COMMON_OPERATORS
+            | {"Conv", "InstanceNormalization", "Reshape", "Shape", "Slice", "ReduceMean", "ReduceMax"},
             "gru": _RECURRENT_OPERATORS | {"GRU"},
             "lstm": _RECURRENT_OPERATORS | {"LSTM"},
             "transformer": _COMMON_OPERATORS
@@ -330,10 +333,14 @@ def _infer_conv(op: _OperatorShape) -> list[OnnxTensor]:
     if len(x.shape) != 3 or len(w.shape) != 3 or x.shape[1] != w.shape[1] or b.shape != w.shape[:1]:
         raise op.build_error("inputs that do not fit")
     width, pads = w.shape[2], op.ints("pads")
-    if op.ints("strides") != [1] or op.ints("dilations") != [1] or op.ints("kernel_shape") != [width]:
+    dilations = op.ints("dilations")
+    if op.ints("strides") != [1] or op.ints("kernel_shape") != [width]:
         raise op.build_error("steps or a kernel that no export has")
-    length = x.shape[2] + sum(pads) - width + 1
-    if len(pads) != 2 or not all(0 <= pad < width for pad in pads) or length < 1:
+    if len(dilations) != 1 or not 1 <= dilations[0] <= _MAX_DILATION:
+        raise op.build_error("a dilation that no export has")
+    reach = dilations[0] * (width - 1)
+    length = x.shape[2] + sum(pads) - reach
+    if len(pads) != 2 or not all(0 <= pad <= reach for pad in pads) or length < 1:
         raise op.build_error("edges that no export has")
     op.products = x.shape[0] * length * prod(w.shape)
     return [OnnxTensor(type=x.type, shape=(x.shape[0], w.shape[0], length))]
@@ -379,9 +386,11 @@ def _infer_shape(op: _OperatorShape) -> list[OnnxTensor]:
 
 
 def _infer_slice(op: _OperatorShape) -> list[OnnxTensor]:
-    x, *rest = op.inputs(3, 4)
+    x, *rest = op.inputs(3, 5)
     starts, ends = (op.constant(t) for t in rest[:2])
-    axes = op.constant(rest[2]) if len(rest) == 3 else list(range(len(starts)))
+    axes = op.constant(rest[2]) if len(rest) >= 3 else list(range(len(starts)))
+    if len(rest) == 4 and op.constant(rest[3]) != [1]:
+        raise op.build_error("a step other than 1")
     if not len(starts) == len(ends) == len(axes) == 1 or not x.shape:
         raise op.build_error("more than one cut")
     axis = op.axis(axes[0], len(x.shape))

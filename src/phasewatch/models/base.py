@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -21,7 +21,7 @@ from phasewatch.models import checkpoint
 from phasewatch.models.alarm import AlarmRule, fit_alarm_rule
 from phasewatch.models.checkpoint import MAX_MAGNITUDE, CheckpointHeader
 from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE, LabelSequence, PhaseFilter, fit_filter
-from phasewatch.types import PHASES, WINDOW_BINS
+from phasewatch.types import CONTEXT_BINS, PHASES, WINDOW_BINS
 
 __all__ = [
     "InputKind",
@@ -83,6 +83,16 @@ class InputSpec:
     table: InputVariant = InputVariant.RAW
     floors: tuple[tuple[str, float], ...] = ()
 
+    @property
+    def n_bins(self) -> int:
+        """Number of bins of a tensor: those of a window, or `CONTEXT_BINS` with history."""
+        return CONTEXT_BINS if self.table is InputVariant.CONTEXT else WINDOW_BINS
+
+    @property
+    def window_shape(self) -> tuple[int, ...]:
+        """Shape of one window: ``(f,)`` of a table, ``(c, n_bins)`` of a tensor."""
+        return (len(self.names), *((self.n_bins,) if self.kind is InputKind.TENSOR else ()))
+
     def require_match(self, found: InputSpec, *, where: str, remedy: str = "") -> None:
         """Raise MismatchError unless `found` has the columns, transform and code versions of this input.
 
@@ -128,7 +138,7 @@ class ModelInputs:
     """The windows that a model sees, with their columns.
 
     Attributes:
-        x: ``(n, f)`` float32, or ``(n, c, 20)`` float32 of a tensor (channels by time); NaN where unknown.
+        x: ``(n, f)`` float32, or ``(n, c, n_bins)`` float32 of a tensor (channels by time); NaN where unknown.
         spec: The columns of `x`.
 
     Raises:
@@ -139,7 +149,7 @@ class ModelInputs:
     spec: InputSpec
 
     def __post_init__(self) -> None:
-        rest = (len(self.spec.names), *((WINDOW_BINS,) if self.spec.kind is InputKind.TENSOR else ()))
+        rest = self.spec.window_shape
         if self.x.shape[1:] != rest or self.x.dtype != np.float32:
             expected = ", ".join(map(str, rest))
             raise MismatchError(
@@ -181,11 +191,29 @@ class LabelledExamples:
         digest.update(np.ascontiguousarray(self.y, "<i8").data)
         return digest.hexdigest()
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[LabelledExamples]) -> LabelledExamples:
+        """Return the windows of several sets with the same columns, one set after the other.
+
+        Raises:
+            MismatchError: If the columns differ.
+        """
+        first = parts[0].inputs.spec
+        for part in parts[1:]:
+            first.require_match(part.inputs.spec, where="examples: sets differ")
+        x = np.concatenate([part.inputs.x for part in parts])
+        return cls(inputs=ModelInputs(x=x, spec=first), y=np.concatenate([part.y for part in parts]))
+
 
 class PhaseModel(ABC):
     """A classifier of windows into the five phases.
 
-    An author writes `Config`, `_fit`, `_predict_proba`, `_files` and `_restore`; every public method is final.
+    It is fitted twice. `fit` trains on train and may choose settings on validation A; this *selection model* answers
+    for validation A and B, windows that it never saw, and so sets the temperature and the alarms. `refit` then trains
+    the *final model* on all three sets with what was chosen; it predicts the test windows and is saved (ADR 74).
+
+    An author writes `Config`, `_fit`, `_predict_proba`, `_files` and `_restore`, and `_refit` if `_fit` chooses
+    something on validation A; every public method is final.
 
     Attributes:
         key: Name of the class in the registry.
@@ -194,10 +222,11 @@ class PhaseModel(ABC):
             and is scored by the process that fitted it.
         Config: Frozen dataclass of the settings, with defaults.
         spec: Columns of the input; None before `fit`.
-        seen: Codes of the phases in train.
+        seen: Codes of the phases in the training set.
         temperature: Set by `calibrate`; 1 before.
-        history: Name → one number per training round.
-        val_a_macro_f1: Macro-F1 on validation A, by which models are selected before any test prediction is read.
+        history: Name → one number per training round of the selection model.
+        val_a_macro_f1: Macro-F1 of the selection model on validation A, by which models are selected before any test
+            prediction is read.
         filter, alarm: Set by `fit_postprocessing`; None and empty before.
         where: Name of the model in messages: its checkpoint's folder, if it has one.
     """
@@ -230,11 +259,16 @@ class PhaseModel(ABC):
         self.where = f"model {self.key}"
 
     @final
-    def fit(self, train: LabelledExamples, val: LabelledExamples) -> Self:
-        """Fit the model to `train`, with early stopping on `val` (validation A).
+    def fit(self, train: LabelledExamples, val: LabelledExamples, *, extra: LabelledExamples | None = None) -> Self:
+        """Fit the selection model to `train`; what it chooses, it chooses on `val` (validation A).
+
+        Args:
+            train: Train windows.
+            val: Windows of validation A.
+            extra: More train windows, made from those of train, such as spliced counterfactuals.
 
         Raises:
-            MismatchError: If a set is empty, is of another input kind, or the two differ in columns or schema.
+            MismatchError: If a set is empty, is of another input kind, or the sets differ in columns or schema.
         """
         if train.inputs.spec.kind is not self.kind:
             raise MismatchError(f"model {self.key} takes {self.kind} inputs, found {train.inputs.spec.kind}")
@@ -243,15 +277,45 @@ class PhaseModel(ABC):
             raise MismatchError(
                 f"model {self.key}: {len(train)} train and {len(val)} validation windows; both are needed"
             )
-        self.spec = train.inputs.spec
-        self.seen = tuple(int(c) for c in np.unique(train.y))
-        self.trained_on = {"train": train.sha256(), "val_a": val.sha256()}
-        self.trained_with = {"train": len(train), "val_a": len(val)}
+        parts = {"train": train, **({} if extra is None else {"extra": extra})}
+        examples = LabelledExamples.concatenate(tuple(parts.values())) if extra is not None else train
+        self.trained_on, self.trained_with = {}, {}
+        for name, part in {**parts, "val_a": val}.items():
+            self.record_training(name, part)
         self.temperature, self.history = 1.0, {}
         self.filter, self.alarm = None, {}
-        self._fit(train, val)
+        self._start(examples)
+        self._fit(examples, val)
         self.val_a_macro_f1 = round(float(macro_f1(confusion_counts(val.y, self.predict(val.inputs)))), 6)
         return self
+
+    @final
+    def refit(self, parts: Sequence[LabelledExamples]) -> Self:
+        """Fit the final model to all parts together, with what `fit` chose; the temperature stays.
+
+        Args:
+            parts: Train, further train windows, validation A and B.
+
+        Raises:
+            MismatchError: If the model is not fitted, or the parts differ in columns from what it was fitted to.
+        """
+        if self.spec is None:
+            raise MismatchError(f"model {self.key} is not fitted yet")
+        everything = LabelledExamples.concatenate(parts)
+        self.spec.require_match(everything.inputs.spec, where=f"model {self.key}: the sets differ")
+        self.record_training("refit", everything)
+        self._start(everything)
+        self._refit(everything)
+        return self
+
+    @final
+    def record_training(self, part: str, examples: LabelledExamples) -> None:
+        """Record digest and number of the windows that something was fitted to, under the name of their part."""
+        self.trained_on[part], self.trained_with[part] = examples.sha256(), len(examples)
+
+    def _start(self, examples: LabelledExamples) -> None:
+        self.spec = examples.inputs.spec
+        self.seen = tuple(int(c) for c in np.unique(examples.y))
 
     @final
     def calibrate(self, val: LabelledExamples) -> Self:
@@ -259,31 +323,27 @@ class PhaseModel(ABC):
         self.temperature = 1.0
         raw = self.predict_proba(val.inputs)
         self.temperature = fit_temperature(raw, val.y)
-        self.trained_on["val_b"] = val.sha256()
-        self.trained_with["val_b"] = len(val)
+        self.record_training("val_b", val)
         return self
 
     @final
     def fit_postprocessing(
-        self, train: LabelSequence, val: tuple[ModelInputs, LabelSequence], soak: tuple[ModelInputs, LabelSequence]
+        self, train: LabelSequence, val: tuple[FloatArray, LabelSequence], soak: tuple[FloatArray, LabelSequence]
     ) -> Self:
-        """Fit the phase filter and the alarm thresholds; call it after `calibrate`.
+        """Fit the phase filter and the alarm thresholds; call it after `refit`.
 
         Args:
             train: Labels of the train windows in time order; the filter's transitions are counted in them.
-            val: Inputs and labels of validation B.
-            soak: Inputs and labels of benign recordings, from hosts and samples that are not in the test set.
+            val: ``(n, 5)`` probabilities of the selection model on validation B, and the labels.
+            soak: ``(m, 5)`` probabilities of the final model on benign recordings from hosts and samples that are not
+                in the test set, and the labels.
         """
-        for name, (inputs, track) in (("decide_val", val), ("decide_soak", soak)):
-            self.trained_on[name] = LabelledExamples(inputs=inputs, y=np.asarray(track.y, np.int64)).sha256()
-            self.trained_with[name] = len(inputs)
-        predictions = [(self.predict_proba(inputs), track) for inputs, track in (val, soak)]
-        self.filter = phase_filter = fit_filter(train, val[1], predictions[0][0])
-        labels = LabelSequence.concatenate([track for _, track in predictions])
+        self.filter = phase_filter = fit_filter(train, val[1], val[0])
+        labels = LabelSequence.concatenate([val[1], soak[1]])
         by_smoothing = {
-            SMOOTHING_NONE: np.concatenate([p for p, _ in predictions]),
+            SMOOTHING_NONE: np.concatenate([val[0], soak[0]]),
             SMOOTHING_PHASE: np.concatenate(
-                [phase_filter.run(p, track.episode_index, track.t_center_ns) for p, track in predictions]
+                [phase_filter.run(p, track.episode_index, track.t_center_ns) for p, track in (val, soak)]
             ),
         }
         self.alarm = {name: fit_alarm_rule(p, labels) for name, p in by_smoothing.items()}
@@ -391,7 +451,15 @@ class PhaseModel(ABC):
         return model
 
     @abstractmethod
-    def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None: ...
+    def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None:
+        """Fit to `train`; `val` (validation A) may choose settings, such as the number of epochs."""
+
+    def _refit(self, everything: LabelledExamples) -> None:
+        """Fit to train, validation A and B with the settings that `_fit` chose; no set is left to choose on.
+
+        By default `_fit` is called with `everything` in both places. Override it if `_fit` chooses something.
+        """
+        self._fit(everything, everything)
 
     @abstractmethod
     def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:

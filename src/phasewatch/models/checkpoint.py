@@ -240,7 +240,7 @@ def _read_bounded(path: Path, limit: int) -> bytes:
 
 MAX_WEIGHTS_HEADER_BYTES = 2**20
 MAX_MAGNITUDE = 1e30  # of a number in a file: sums of such numbers stay finite in float32
-_DTYPE_BYTES = {"F32": 4, "F64": 8}
+_DTYPE_BYTES = {"F32": 4, "F64": 8, "I32": 4, "U8": 1}
 
 ExpectedArrays = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -266,7 +266,7 @@ def unpack_weights(
     Args:
         files: Files of a checkpoint, name → bytes.
         name: Name of the safetensors file.
-        expected: Array name → dtype (``F32`` or ``F64``) and shape, as the model's settings imply them.
+        expected: Array name → dtype (a key of `_DTYPE_BYTES`) and shape, as the model's settings imply them.
         model: Key of the model, for messages.
 
     Raises:

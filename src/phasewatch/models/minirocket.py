@@ -1,4 +1,4 @@
-"""MiniRocket with a ridge classifier: a cheap baseline for the neural networks over the bins.
+"""MiniRocket with a ridge classifier over the bins.
 
 Source: Dempster, Schmidt, Webb, "MiniRocket: a very fast (almost) deterministic transform", KDD 2021. 84 kernels of
 length 9 with weights −1 and 2, dilations that fit a window of 20 bins, and the proportion of positive values above
@@ -61,6 +61,27 @@ class MiniRocket(PhaseModel):
     Config = MiniRocketConfig
 
     def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None:
+        scaled = self._fit_features(train)
+        watched = self._standardise(self._transform(self._scale(val.inputs.x)))
+        self._coef, self._intercept = np.zeros((N_CLASSES, _N_FEATURES)), np.zeros(N_CLASSES)
+        best = -1.0
+        scores = []
+        for coef, intercept in _fit_ridge(scaled, train.y, _RIDGE_PENALTIES):
+            decided = mask_unseen_phases(watched @ coef.T + intercept, self.seen)
+            score = float(macro_f1(confusion_counts(val.y, decided.argmax(axis=1))))
+            scores.append(round(score, 6))
+            if score > best:
+                best, self._coef, self._intercept = score, coef, intercept
+        self.history = {"val_a_macro_f1": tuple(scores)}
+
+    def _refit(self, everything: LabelledExamples) -> None:
+        """Fit with the penalty that was best on validation A."""
+        penalty = _RIDGE_PENALTIES[int(np.argmax(self.history["val_a_macro_f1"]))]
+        scaled = self._fit_features(everything)
+        ((self._coef, self._intercept),) = _fit_ridge(scaled, everything.y, (penalty,))
+
+    def _fit_features(self, train: LabelledExamples) -> FloatArray:
+        """Draw the channels, fit scales and biases, and return the standardised features of the windows."""
         rng = np.random.default_rng(self.seed)
         self._scaler = AsinhScaler.fit(train.inputs.x)
         self._chosen = _draw_channels(len(train.inputs.spec.names), rng)
@@ -72,17 +93,7 @@ class MiniRocket(PhaseModel):
         features = self._transform(x)
         self._mean = features.mean(axis=0)
         self._spread = features.std(axis=0) + 1e-8
-        scaled, watched = self._standardise(features), self._standardise(self._transform(self._scale(val.inputs.x)))
-        self._coef, self._intercept = np.zeros((N_CLASSES, _N_FEATURES)), np.zeros(N_CLASSES)
-        best = -1.0
-        scores = []
-        for coef, intercept in _fit_ridge(scaled, train.y, _RIDGE_PENALTIES):
-            decided = mask_unseen_phases(watched @ coef.T + intercept, self.seen)
-            score = float(macro_f1(confusion_counts(val.y, decided.argmax(axis=1))))
-            scores.append(round(score, 6))
-            if score > best:
-                best, self._coef, self._intercept = score, coef, intercept
-        self.history = {"val_a_macro_f1": tuple(scores)}
+        return self._standardise(features)
 
     def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:
         features = self._standardise(self._transform(self._scale(x)))

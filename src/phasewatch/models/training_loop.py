@@ -25,7 +25,7 @@ _MAX_GRADIENT_NORM = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """Training settings; the same for all five networks except the epochs (ADR 45).
+    """Training settings; the same for all networks except the epochs (ADR 45).
 
     Attributes:
         epochs: Largest number of epochs.
@@ -83,24 +83,24 @@ def make_reproducible(seed: int) -> Iterator[None]:
 def fit_net(
     net: nn.Module,
     train: LabelledArrays,
-    val: LabelledArrays,
+    val: LabelledArrays | None,
     *,
     weights: NDArray[np.float64],
     config: TrainConfig,
     seed: int,
 ) -> dict[str, tuple[float, ...]]:
-    """Train a network in place and leave it with the weights of its best epoch on validation A.
+    """Train a network in place, and leave it with the weights of its best epoch on validation A.
 
     Args:
         net: The network, with weights initialised by the caller.
         train: Train windows.
-        val: Windows of validation A.
+        val: Windows of validation A; None trains for all epochs and keeps the last weights.
         weights: ``(5,)`` float64 class weights in the loss; 0 for a class that train does not have.
         config: Training settings.
         seed: Seed of the shuffling and of the hidden channels.
 
     Returns:
-        ``train_loss`` and ``val_a_macro_f1`` → one number per epoch.
+        ``train_loss``, and with `val` also ``val_a_macro_f1`` → one number per epoch.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net.to(device)
@@ -137,16 +137,19 @@ def fit_net(
             guard.step(optimiser)
             guard.update()
             total += float(loss.detach()) * len(rows)
-        score = _compute_val_score(net, val)
         losses.append(round(total / len(x), 6))
+        if val is None:
+            continue
+        score = _compute_val_score(net, val)
         scores.append(round(score, 6))
         if score > best:
             best, best_at, kept = score, epoch, copy.deepcopy(net.state_dict())
         elif epoch - best_at >= config.patience:
             break
-    net.load_state_dict(kept)
+    if val is not None:
+        net.load_state_dict(kept)
     net.to("cpu")
-    return {"train_loss": tuple(losses), "val_a_macro_f1": tuple(scores)}
+    return {"train_loss": tuple(losses), **({} if val is None else {"val_a_macro_f1": tuple(scores)})}
 
 
 def compute_scores(net: nn.Module, x: NDArray[np.float32]) -> NDArray[np.float64]:

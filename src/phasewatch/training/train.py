@@ -10,6 +10,7 @@ from statistics import fmean
 from traceback import extract_tb
 
 from phasewatch import atomic
+from phasewatch.arrays import FloatArray
 from phasewatch.artifacts import (
     BINS_PATH,
     EXPERIMENT_FILE,
@@ -48,6 +49,7 @@ from phasewatch.training.tuning import find_tuning_space, tune
 
 __all__ = [
     "FailedExperiment",
+    "FittedModel",
     "InputDigestCache",
     "TrainReport",
     "TrainingError",
@@ -55,8 +57,10 @@ __all__ = [
     "compute_run_digests",
     "find_best_net",
     "find_finished_experiments",
+    "fit_and_predict",
     "fit_model",
     "merge_predictions",
+    "predict_parts",
     "read_experiment_data",
     "train_experiments",
 ]
@@ -221,11 +225,9 @@ def _train_experiment(job: _TrainingJob) -> None:
         purpose = "/".join(cell.keys().values())
         settings = tune(sets, cell.model, trials=job.trials, seed=cell.seed, purpose=purpose).settings
     model = registry.create(cell.model, seed=cell.seed, settings=settings)
-    fit_model(model, sets)
-    model.save(folder)
-    write_prediction_table(
-        folder / EXPERIMENT_PREDICTIONS_FILE, [build_predictions_table(cell, _predict_parts(model, sets))]
-    )
+    fitted, parts = fit_and_predict(model, sets)
+    fitted.save(folder)
+    write_prediction_table(folder / EXPERIMENT_PREDICTIONS_FILE, [build_predictions_table(cell, parts)])
     names = [CHECKPOINT_FILE, *read_header(folder).files, EXPERIMENT_PREDICTIONS_FILE]
     outputs = {name: file_sha256(folder / name) for name in names}
     record = ExperimentRecord(cell=cell, inputs=job.inputs, outputs=outputs, trials=job.trials)
@@ -237,28 +239,60 @@ def read_experiment_data(run: Path, cell: Experiment) -> FoldData:
     return load(run, cell.recipe, cell.fold, cell.threat, registry.find_model(cell.model).kind, cell.table)
 
 
-def fit_model(model: PhaseModel, sets: FoldData) -> PhaseModel:
-    """Fit the model, its temperature, its phase filter and its alarm.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FittedModel:
+    """A model after both fits.
 
-    The model is fitted to train and validation A; the others to train, validation B and the calibration soak. A random
-    window split has no filter and no alarm, because its parts have no consecutive windows. Baselines have none either.
+    Attributes:
+        model: The final model.
+        val_b: ``(n, 5)`` float64 probabilities of the selection model on validation B, which the final model has seen.
     """
-    model.fit(sets.train.examples, sets.val_a.examples).calibrate(sets.val_b.examples)
-    if sets.fold.deal is None and model.key not in registry.BASELINE_MODELS:
+
+    model: PhaseModel
+    val_b: FloatArray
+
+
+def fit_model(model: PhaseModel, sets: FoldData) -> FittedModel:
+    """Fit the selection model, then the final model with its phase filter and its alarm.
+
+    The selection model is fitted to train, with validation A for what it chooses; its probabilities on validation B
+    set the temperature. The final model is fitted to all three sets. Filter and alarm are fitted to the selection
+    model's probabilities on validation B and the final model's on the calibration soak: neither model was fitted to
+    these windows. A random window split has no filter and no alarm, because its parts have no consecutive windows.
+    A baseline is fitted once, to train, and has neither.
+    """
+    train, val_a, val_b = sets.train.examples, sets.val_a.examples, sets.val_b.examples
+    model.fit(train, val_a, extra=sets.extra).calibrate(val_b)
+    selected = model.predict_proba(val_b.inputs)
+    if model.key in registry.BASELINE_MODELS:
+        return FittedModel(model=model, val_b=selected)
+    model.refit([train, *([] if sets.extra is None else [sets.extra]), val_a, val_b])
+    if sets.fold.deal is None:
         soak = sets.soak.take(sets.calibration_soak)
+        model.record_training("decide_val", val_b)
+        model.record_training("decide_soak", soak.examples)
         model.fit_postprocessing(
             sets.train.label_sequence,
-            (sets.val_b.inputs, sets.val_b.label_sequence),
-            (soak.inputs, soak.label_sequence),
+            (selected, sets.val_b.label_sequence),
+            (model.predict_proba(soak.inputs), soak.label_sequence),
         )
-    return model
+    return FittedModel(model=model, val_b=selected)
 
 
-def _predict_parts(model: PhaseModel, sets: FoldData) -> list[PartPredictions]:
-    """Predict each window outside the training set, with and without smoothing."""
-    predictions: list[PartPredictions] = []
+def fit_and_predict(model: PhaseModel, sets: FoldData) -> tuple[PhaseModel, list[PartPredictions]]:
+    """Fit a model on a fold; return the final model and its predictions, as the run's table holds them.
+
+    Part `val_b` comes from the selection model, every other part from the final model.
+    """
+    fitted = fit_model(model, sets)
+    return fitted.model, predict_parts(fitted, sets)
+
+
+def predict_parts(fitted: FittedModel, sets: FoldData) -> list[PartPredictions]:
+    """Return the predictions of each window outside the training set, with and without smoothing."""
+    model, predictions = fitted.model, list[PartPredictions]()
     for name, part in (("val_b", sets.val_b), ("test", sets.test), ("soak", sets.soak)):
-        p = model.predict_proba(part.inputs)
+        p = fitted.val_b if name == "val_b" else model.predict_proba(part.inputs)
         predictions.append(PartPredictions(part=name, filter=SMOOTHING_NONE, data=part, p=p))
         if model.filter is not None:
             track = part.label_sequence
