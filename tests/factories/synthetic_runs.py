@@ -23,7 +23,10 @@ WINDOW_NS = 5_000_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """How large the run is, and how well its features tell the phase (0: not at all)."""
+    """How large the run is, and how well its features tell the phase (0: not at all).
+
+    With more than one sample of each profile, samples can be held out, too.
+    """
 
     hosts: int = 4
     sessions: int = 6
@@ -31,6 +34,7 @@ class World:
     soaks: int = 1
     days: int = 0
     signal: float = 2.0
+    samples: int = 1
     seed: int = 0
 
 
@@ -48,8 +52,9 @@ def write_run(run: Path, world: World = World()) -> Path:
             role = "lab" if not is_soak else "soak" if s < world.sessions + world.soaks else "commission"
             session_shift = rng.normal(scale=0.5, size=len(NAMES))
             pair = (PROFILES[0],) if is_soak else (PROFILES[0], PROFILES[1 + s % 2])
-            for i, (profile, sample) in enumerate(pair):
+            for i, (profile, first) in enumerate(pair):
                 number = len(verdicts)
+                sample = first if role == "commission" else _choose_sample(profile, s // 2 % world.samples)
                 verdict = {
                     "episode_id": f"e{number:04}", "host_id": f"host-{h}", "profile": profile, "sample_name": sample,
                     "sample_kind": "benign" if profile == "benign" else "emulated", "origin": "simulated",
@@ -88,6 +93,10 @@ def write_run(run: Path, world: World = World()) -> Path:
     }  # fmt: skip
     (run / "feature_schema_v1.json").write_text(json.dumps(schema))
     return run
+
+
+def _choose_sample(profile: str, place: int) -> str:
+    return profiles.find_profile(profile).samples[place].name
 
 
 def _write_grids(run: Path, verdicts: list[dict[str, object]], ids: list[object], x: np.ndarray) -> None:

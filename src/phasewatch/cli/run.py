@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from phasewatch import atomic
@@ -129,7 +130,7 @@ def audit(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a run: rebuild, retrain, shuffle labels, rescore.
+    """Check a run: rebuild, retrain, shuffle labels, rescore, look for shortcuts.
 
     Exit code 1 if a check fails.
 
@@ -142,7 +143,8 @@ def audit(
     rows = common.render_table([[c.outcome_label, c.name, c.words] for c in done.checks])
     result = {
         "passes": done.passes,
-        "checks": [{field: str(getattr(c, field)) for field in c.__struct_fields__} for c in done.checks],
+        "withdraws_five_phases": done.withdraws_five_phases,
+        "checks": [msgspec.to_builtins(c) for c in done.checks],
         "audit": path,
     }
     common.print_result(result, as_json=as_json, lines=[*rows, done.summary, path])

@@ -475,8 +475,17 @@ def audit(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> AuditRe
         settings.run,
         remake=rebuild if has_store else None,
         files=(VALIDATION_FILE, *BINS_PATHS, *FEATURE_FILES),
+        left_out=_list_left_out(settings) if has_store else None,
+        limit=settings.limit,
         progress=progress,
     )
+
+
+def _list_left_out(settings: RunSettings) -> tuple[str, ...]:
+    """Return the paths of the store's bundles that the run does not list; no bundle is read."""
+    listed = {v.path for v in read_index(settings.run / VALIDATION_FILE)}
+    paths = (render_item_path(item) for item in open_store(settings.store).walk())
+    return tuple(path for path in paths if path not in listed)
 
 
 def _read_fold_files(run: Path) -> list[Fold]:

@@ -11,13 +11,12 @@ from phasewatch.evaluation.leaderboard import ELAPSED_TIME
 from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow, render_headline
 from phasewatch.report import charts
 from phasewatch.report.alarms import build_alarm_section
+from phasewatch.report.audit import describe_audit, describe_failed_audit
 from phasewatch.report.calibration import build_calibration_section
 from phasewatch.report.charts import PlotlyFigure
 from phasewatch.report.coverage import (
-    NOT_AUDITED,
     build_coverage_section,
     build_reproducibility_section,
-    describe_failed_audit,
 )
 from phasewatch.report.data import ReportData, describe_origin, select_headline_windows
 from phasewatch.report.errors import EVALUATE_COMMAND, ReportContext, build_error_section
@@ -223,7 +222,7 @@ def build_page(evidence: ReportData) -> ReportPage:
     return ReportPage(
         origin=origin,
         claim=_build_failed_audit_claim(audit) if audit is not None and is_broken else _build_claim(context, line),
-        notices=(*_describe_simulation(origin), *evidence.notes, *(() if audit is not None else (NOT_AUDITED,))),
+        notices=(*_describe_simulation(origin), *evidence.notes, *describe_audit(audit)),
         sections=(
             build_protocol_section(context),
             build_leaderboard_section(context),

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 from traceback import extract_tb
+from typing import Any
 
 from phasewatch import atomic
 from phasewatch.arrays import FloatArray
@@ -63,6 +64,7 @@ __all__ = [
     "predict_parts",
     "read_experiment_data",
     "train_experiments",
+    "tune_experiment",
 ]
 
 _MAX_ERROR_CHARS = 300  # of an error in a user's model; some quote a whole array
@@ -220,10 +222,7 @@ def _train_experiment(job: _TrainingJob) -> None:
     atomic.remove(folder / EXPERIMENT_FILE)
     atomic.sweep_temporaries(folder)
     sets = read_experiment_data(job.run, cell)
-    settings = {}
-    if job.trials:
-        purpose = "/".join(cell.keys().values())
-        settings = tune(sets, cell.model, trials=job.trials, seed=cell.seed, purpose=purpose).settings
+    settings = tune_experiment(sets, cell, trials=job.trials) if job.trials else {}
     model = registry.create(cell.model, seed=cell.seed, settings=settings)
     fitted, parts = fit_and_predict(model, sets)
     fitted.save(folder)
@@ -237,6 +236,12 @@ def _train_experiment(job: _TrainingJob) -> None:
 def read_experiment_data(run: Path, cell: Experiment) -> FoldData:
     """Load the train, validation, test and soak windows of an experiment."""
     return load(run, cell.recipe, cell.fold, cell.threat, registry.find_model(cell.model).kind, cell.table)
+
+
+def tune_experiment(sets: FoldData, cell: Experiment, *, trials: int) -> dict[str, Any]:
+    """Return the settings that the experiment chooses on its own validation A, of so many trials."""
+    purpose = "/".join(cell.keys().values())
+    return dict(tune(sets, cell.model, trials=trials, seed=cell.seed, purpose=purpose).settings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
