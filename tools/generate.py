@@ -78,8 +78,8 @@ def features_page() -> str:
         ["`burst.*` over 60 s", f"the {len(derived.BURST_FEATURES)} burst columns"],
     ]
     return (
-        "# Features\n\nThe columns of a window of 20 bins (10 s). A channel set has a column if it has all its channels."
-        "\n\n"
+        "# Features\n\nThe columns of a window of 20 bins (10 s). A channel set has a column if it has "
+        "all its channels.\n\n"
         "## Statistics\n\n"
         f"Five columns of each [channel](channels.md), `CHANNEL.STAT`: {', '.join(map(code, stats.STATS))}. "
         "They use the known bins; with fewer than ten of the 20 they are NaN. "
@@ -90,8 +90,8 @@ def features_page() -> str:
         + table(["column", "unit", "formula", "channels"], rows)
         + "\n## Context columns\n\n"
         f"The input `context` has up to {len(context.CONTEXT_FEATURES)} columns more. They are computed from the bins "
-        "and are in no table. `@30s`, `@60s` and `@120s` end with the window; where the episode is shorter, what there is "
-        "counts. `@-1` and `@-2` are the windows that began 5 and 10 s before, or the first one. "
+        "and are in no table. `@30s`, `@60s` and `@120s` end with the window; where the episode is shorter, "
+        "what there is counts. `@-1` and `@-2` are the windows that began 5 and 10 s before, or the first one. "
         "No column counts from the start.\n\n" + table(["columns", "of"], history)
     )
 

@@ -25,6 +25,7 @@ from phasewatch.artifacts import (
 from phasewatch.binning.storage import open_bins
 from phasewatch.channels import CHANNELS, LEVEL_CHANNELS, build_channel_mask
 from phasewatch.dataset.sets import EpisodeWindows, FoldData, WindowSet
+from phasewatch.dataset.splices import build_spliced_examples, build_splices
 from phasewatch.dataset.split_files import compute_sample_group, read_fold
 from phasewatch.dataset.tensors import compute_bin_inputs, compute_level_means, cut_tensor
 from phasewatch.errors import RunError, UsageError
@@ -182,15 +183,19 @@ def load(
         return windows.take(lab & (window_parts == p))
 
     soak = windows.take(windows.windows.mark_episodes(lambda e: e.role is EpisodeRole.SOAK))
-    test = part(SplitPart.TEST)
+    test, train = part(SplitPart.TEST), part(SplitPart.TRAIN)
+    extra = None
+    if table == InputVariant.CONTEXT and window_parts is None:  # windows dealt at random share their episodes
+        extra = build_spliced_examples(build_splices(run, train.windows.episodes), train.inputs.spec)
     sets = FoldData(
         fold=assignment,
-        train=part(SplitPart.TRAIN),
+        train=train,
         val_a=part(SplitPart.VAL_A),
         val_b=part(SplitPart.VAL_B),
         test=test,
         soak=soak,
         calibration_soak=find_calibration_soak(recipe, test.windows, soak.windows),
+        extra=extra,
     )
     return apply_baseline(run, sets) if table == InputVariant.COMMISSIONED else sets
 
