@@ -73,7 +73,7 @@ class WindowSet:
 
     @property
     def x(self) -> NDArray[np.float32]:
-        """``(n, f)`` or ``(n, c, 20)`` float32; NaN where unknown."""
+        """``(n, f)`` or ``(n, c, t)`` float32; NaN where unknown."""
         return self.inputs.x
 
     @property
@@ -124,7 +124,7 @@ class FoldData:
         soak: Windows of all soak episodes of the run, for false alarms only.
         calibration_soak: ``(n,)`` bool over the soak windows: those that share no held-out host or sample group with
             the test set, to which thresholds may be fitted.
-        extra: More train windows, made from those of train, such as spliced counterfactuals; None if there are none.
+        extra: Further examples for training, from spliced episodes of the train set; None if the input has no context.
     """
 
     fold: Fold

@@ -48,12 +48,12 @@ def to_onnx(model: PhaseModel) -> bytes:
         raise UsageError(f"model {model.key} cannot be exported; gbt, mlp, cnn, gru, lstm, transformer and tcn can")
     _strip_metadata(proto, model.key)
     data = bytes(proto.SerializeToString(deterministic=True))
-    check_onnx(data, file=model.key, model=model.key, shape=model.spec.window_shape if model.spec else ())
+    check_onnx(data, file=model.key, model=model.key, shape=model.spec.shape if model.spec else (0,))
     return data
 
 
 def run_onnx(data: bytes, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Run a graph on one thread: ``(n, f)`` or ``(n, c, 20)`` float32 → ``(n, 5)`` float32 probabilities."""
+    """Run a graph on one thread: ``(n, f)`` or ``(n, c, t)`` float32 → ``(n, 5)`` float32 probabilities."""
     result: NDArray[np.float32] = open_session(data).run([ONNX_OUTPUT], {ONNX_INPUT: x})[0]
     return result
 
@@ -110,7 +110,7 @@ def _build_net_graph(model: NeuralNetModel) -> Any:
             scores = self.net(torch.cat([scaled.float(), missing.float()], dim=1)).double() + self.never
             return torch.softmax(scores / model.temperature, dim=1).float()
 
-    shape = (2, *(model.spec.window_shape if model.spec else ()))
+    shape = (2, *(model.spec.shape if model.spec else (0,)))
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)  # it would warn that torchvision is not installed
@@ -151,7 +151,7 @@ def _build_tree_graph(model: GradientBoosting) -> Any:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    shape = model.spec.window_shape if model.spec else ()
+    shape = model.spec.shape if model.spec else ()
     never = np.array([0.0 if code in model.seen else -np.inf for code in range(N_CLASSES)])
     graph = helper.make_graph(
         [
