@@ -60,7 +60,7 @@ def examples(key: str, n: int = 200, *, classes: int = 5, seed: int = 0) -> Labe
     elif s.kind is InputKind.ELAPSED:
         x = (5.0 * (4 * y + rng.integers(1, 5, n)))[:, None].astype(np.float32)
     else:
-        x = rng.normal(size=(n, *s.window_shape)).astype(np.float32)
+        x = rng.normal(size=(n, *s.shape)).astype(np.float32)
         x[:, 0] += (2 * y).reshape(-1, *([1] * (x.ndim - 2)))
         x[rng.random(x.shape) < 0.05] = np.nan
     return LabelledExamples(inputs=ModelInputs(x=x, spec=s), y=y)

@@ -24,6 +24,7 @@ from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE, LabelSe
 from phasewatch.types import CONTEXT_BINS, PHASES, WINDOW_BINS
 
 __all__ = [
+    "BASELINE_WEIGHT",
     "InputKind",
     "InputSpec",
     "InputVariant",
@@ -38,6 +39,7 @@ __all__ = [
     "softmax",
 ]
 
+BASELINE_WEIGHT = 0.5  # of a phase: idle clean machines are called clean at no cost in three states (ADR 82)
 TEMPERATURE_BOUNDS = (0.25, 4.0)  # without bounds, a few hundred windows that are all right ask for certainty
 Persistence = Literal["exact", "none"]
 
@@ -166,17 +168,22 @@ class LabelledExamples:
     Attributes:
         inputs: The windows.
         y: ``(n,)`` int64 phase codes, 0 to 4.
+        is_baseline: ``(n,)`` bool: windows of baseline episodes, in which the machine is known clean and idle; None if
+            there are none.
 
     Raises:
-        MismatchError: If `y` has another length than the inputs, or a code is outside 0 to 4.
+        MismatchError: If `y` or `is_baseline` has another length than the inputs, or a code is outside 0 to 4.
     """
 
     inputs: ModelInputs
     y: NDArray[np.int64]
+    is_baseline: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         if self.y.shape != (len(self.inputs),):
             raise MismatchError(f"examples: {self.y.shape} labels for {len(self.inputs)} windows")
+        if self.is_baseline is not None and self.is_baseline.shape != self.y.shape:
+            raise MismatchError(f"examples: {self.is_baseline.shape} baseline marks for {len(self.inputs)} windows")
         if self.y.size and (self.y.min() < 0 or self.y.max() >= N_CLASSES):
             raise MismatchError(f"examples: labels {self.y.min()}..{self.y.max()}, expected 0..{N_CLASSES - 1}")
 
@@ -188,6 +195,8 @@ class LabelledExamples:
         digest = hashlib.sha256(msgspec.json.encode(self.inputs.spec, order="sorted"))
         digest.update(np.ascontiguousarray(self.inputs.x, "<f4").data)
         digest.update(np.ascontiguousarray(self.y, "<i8").data)
+        if self.is_baseline is not None:
+            digest.update(np.ascontiguousarray(self.is_baseline).data)
         return digest.hexdigest()
 
     @classmethod
@@ -201,7 +210,29 @@ class LabelledExamples:
         for part in parts[1:]:
             first.require_match(part.inputs.spec, where="examples: sets differ")
         x = np.concatenate([part.inputs.x for part in parts])
-        return cls(inputs=ModelInputs(x=x, spec=first), y=np.concatenate([part.y for part in parts]))
+        marks = None
+        if any(part.is_baseline is not None for part in parts):
+            marks = np.concatenate(
+                [np.zeros(len(part), np.bool_) if part.is_baseline is None else part.is_baseline for part in parts]
+            )
+        y = np.concatenate([part.y for part in parts])
+        return cls(inputs=ModelInputs(x=x, spec=first), y=y, is_baseline=marks)
+
+    def compute_weights(self) -> FloatArray:
+        """Compute the training weight of each window, ``(n,)`` float64.
+
+        The labelled windows of each phase have the same total weight (`compute_class_weights`). The baseline windows
+        together have `BASELINE_WEIGHT` of that: an idle clean machine is a case of its own, however many were recorded.
+        """
+        labelled = np.ones(len(self), np.bool_) if self.is_baseline is None else ~self.is_baseline
+        if not labelled.any():
+            return np.ones(len(self))
+        by_phase = compute_class_weights(self.y[labelled])
+        weights = by_phase[self.y]
+        if not labelled.all():
+            of_a_phase = labelled.sum() / np.count_nonzero(by_phase)
+            weights[~labelled] = BASELINE_WEIGHT * of_a_phase / np.count_nonzero(~labelled)
+        return weights
 
 
 class PhaseModel(ABC):

@@ -21,7 +21,6 @@ from phasewatch.models.base import (
     LabelledExamples,
     ModelInputs,
     PhaseModel,
-    compute_class_weights,
     mask_unseen_phases,
     softmax,
 )
@@ -99,8 +98,7 @@ class GradientBoosting(PhaseModel):
             "feature_pre_filter": False,
             "verbose": -1,
         }
-        weights = compute_class_weights(train.y)[train.y]
-        data = lgb.Dataset(train.inputs.x, train.y, weight=weights, params=params)
+        data = lgb.Dataset(train.inputs.x, train.y, weight=train.compute_weights(), params=params)
         booster = lgb.train(params, data, c.rounds)
         text = booster.model_to_string(num_iteration=-1)
         self._evaluator = TreeEvaluator(parse_lightgbm_text(text, rounds=c.rounds, leaves=c.leaves))
@@ -203,7 +201,9 @@ def _select_columns(part: LabelledExamples, columns: list[int]) -> LabelledExamp
     spec = part.inputs.spec
     names = tuple(spec.names[i] for i in columns)
     x = np.ascontiguousarray(part.inputs.x[:, columns])
-    return LabelledExamples(inputs=ModelInputs(x=x, spec=replace(spec, names=names)), y=part.y)
+    return LabelledExamples(
+        inputs=ModelInputs(x=x, spec=replace(spec, names=names)), y=part.y, is_baseline=part.is_baseline
+    )
 
 
 def _compute_val_macro_f1(model: PhaseModel, val: LabelledExamples) -> float:

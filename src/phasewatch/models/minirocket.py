@@ -24,7 +24,6 @@ from phasewatch.models.base import (
     InputKind,
     LabelledExamples,
     PhaseModel,
-    compute_class_weights,
     mask_unseen_phases,
     softmax,
 )
@@ -66,7 +65,7 @@ class MiniRocket(PhaseModel):
         self._coef, self._intercept = np.zeros((N_CLASSES, _N_FEATURES)), np.zeros(N_CLASSES)
         best = -1.0
         scores = []
-        for coef, intercept in _fit_ridge(scaled, train.y, _RIDGE_PENALTIES):
+        for coef, intercept in _fit_ridge(scaled, train, _RIDGE_PENALTIES):
             decided = mask_unseen_phases(watched @ coef.T + intercept, self.seen)
             score = float(macro_f1(confusion_counts(val.y, decided.argmax(axis=1))))
             scores.append(round(score, 6))
@@ -78,7 +77,7 @@ class MiniRocket(PhaseModel):
         """Fit with the penalty that was best on validation A."""
         penalty = _RIDGE_PENALTIES[int(np.argmax(self.history["val_a_macro_f1"]))]
         scaled = self._fit_features(everything)
-        ((self._coef, self._intercept),) = _fit_ridge(scaled, everything.y, (penalty,))
+        ((self._coef, self._intercept),) = _fit_ridge(scaled, everything, (penalty,))
 
     def _fit_features(self, train: LabelledExamples) -> FloatArray:
         """Draw the channels, fit scales and biases, and return the standardised features of the windows."""
@@ -181,7 +180,7 @@ def _convolve(x: FloatArray, chosen: NDArray[np.bool_]) -> Iterator[FloatArray]:
 
 
 def _fit_ridge(
-    features: FloatArray, y: NDArray[np.int64], penalties: tuple[float, ...]
+    features: FloatArray, examples: LabelledExamples, penalties: tuple[float, ...]
 ) -> Iterator[tuple[FloatArray, FloatArray]]:
     """Yield coefficients ``(5, f)`` and intercepts ``(5,)`` for each penalty, from normal equations computed once.
 
@@ -190,10 +189,10 @@ def _fit_ridge(
 
     Args:
         features: ``(n, f)`` float64.
-        y: ``(n,)`` int64 phase codes.
+        examples: The windows, whose labels and weights are used.
         penalties: Ridge penalties.
     """
-    weight = compute_class_weights(y)[y]
+    y, weight = examples.y, examples.compute_weights()
     share = weight / weight.sum()
     targets = np.where(np.eye(N_CLASSES)[y] > 0, 1.0, -1.0)
     middle, level = share @ features, share @ targets

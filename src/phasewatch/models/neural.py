@@ -21,7 +21,6 @@ from phasewatch.models.base import (
     InputKind,
     LabelledExamples,
     PhaseModel,
-    compute_class_weights,
     mask_unseen_phases,
     softmax,
 )
@@ -172,11 +171,11 @@ class NeuralNetModel(PhaseModel):
         self, train: LabelledExamples, val: LabelledExamples | None, config: NetConfig
     ) -> dict[str, tuple[float, ...]]:
         self._scaler = AsinhScaler.fit(train.inputs.x)
-        own = LabelledArrays(self._scaler.apply(train.inputs.x), train.y)
+        own = LabelledArrays(self._scaler.apply(train.inputs.x), train.y, train.compute_weights())
         other = None if val is None else LabelledArrays(self._scaler.apply(val.inputs.x), val.y)
         with make_reproducible(self.seed):
             self._net = self._build_net()
-            return fit_net(self._net, own, other, weights=compute_class_weights(train.y), config=config, seed=self.seed)
+            return fit_net(self._net, own, other, config=config, seed=self.seed)
 
     def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:
         with make_reproducible(self.seed):

@@ -55,10 +55,12 @@ class LabelledArrays:
     Attributes:
         x: ``(n, 2f)`` or ``(n, 2c, t)`` float32.
         y: ``(n,)`` int64 phase codes.
+        weights: ``(n,)`` float64 weights in the loss; None for windows that are not trained on.
     """
 
     x: NDArray[np.float32]
     y: NDArray[np.int64]
+    weights: NDArray[np.float64] | None = None
 
 
 @contextmanager
@@ -85,7 +87,6 @@ def fit_net(
     train: LabelledArrays,
     val: LabelledArrays | None,
     *,
-    weights: NDArray[np.float64],
     config: TrainConfig,
     seed: int,
 ) -> dict[str, tuple[float, ...]]:
@@ -93,9 +94,8 @@ def fit_net(
 
     Args:
         net: The network, with weights initialised by the caller.
-        train: Train windows.
+        train: Train windows with their weights; without, all weigh the same.
         val: Windows of validation A; None trains for all epochs and keeps the last weights.
-        weights: ``(5,)`` float64 class weights in the loss; 0 for a class that train does not have.
         config: Training settings.
         seed: Seed of the shuffling and of the hidden channels.
 
@@ -105,7 +105,9 @@ def fit_net(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net.to(device)
     x, y = torch.from_numpy(train.x).to(device), torch.from_numpy(train.y).to(device)
-    loss_of = nn.CrossEntropyLoss(weight=torch.from_numpy(weights.astype(np.float32)).to(device))
+    weights = np.ones(len(train.y)) if train.weights is None else train.weights
+    w = torch.from_numpy(weights.astype(np.float32)).to(device)
+    loss_of = nn.CrossEntropyLoss(reduction="none")
     learnt = list(net.parameters())  # once: walking the modules again costs each step of the mlp a twentieth (measured)
     optimiser = torch.optim.AdamW(learnt, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     batches = math.ceil(len(x) / config.batch)
@@ -128,9 +130,11 @@ def fit_net(
             step += 1
             optimiser.zero_grad(set_to_none=True)
             with torch.autocast(device.type, dtype=half, enabled=config.mixed):
-                loss = loss_of(
+                losses_of_rows = loss_of(
                     net(_hide_channels(x.index_select(0, rows), config.hide, shuffle)), y.index_select(0, rows)
                 )
+                w_of_rows = w.index_select(0, rows)
+                loss = (losses_of_rows * w_of_rows).sum() / w_of_rows.sum()
             guard.scale(loss).backward()
             guard.unscale_(optimiser)
             nn.utils.clip_grad_norm_(learnt, _MAX_GRADIENT_NORM)
