@@ -29,6 +29,7 @@ from phasewatch.dataset.loader import find_calibration_soak, read_baselines
 from phasewatch.dataset.sets import EpisodeWindows
 from phasewatch.dataset.split_files import compute_sample_group
 from phasewatch.errors import RunError, UsageError
+from phasewatch.features.context import CONTEXT_FEATURES
 from phasewatch.features.derived import DERIVED_FEATURES
 from phasewatch.features.inputs import compute_inputs
 from phasewatch.features.schema import list_column_channels
@@ -223,7 +224,7 @@ def test_context_of_a_real_table_has_the_same_bits_in_its_own_columns(tmp_path: 
     data = read_windows(run, "realistic", InputKind.TABLE, table=InputVariant.CONTEXT)
 
     assert data.names[: len(raw.names)] == raw.names
-    assert len(data.names) == len(raw.names) + 444
+    assert len(data.names) == len(raw.names) + len(CONTEXT_FEATURES)
     assert data.x[:, : len(raw.names)].tobytes() == raw.x.tobytes()
     assert np.array_equal(data.y, raw.y)
 
