@@ -75,7 +75,7 @@ def write_run(run: Path, world: World = World()) -> Path:
                     rows["flags"].append(0)
     run.mkdir(parents=True, exist_ok=True)
     x = np.concatenate(blocks)
-    _write_grids(run, verdicts, rows["episode_id"], x)
+    _write_grids(run, verdicts, rows["episode_id"], rows["phase"], x)
     columns = {n: pa.array(rows[n], t) for n, t in _columns().items()}
     features = {n: pa.array(x[:, i]) for i, n in enumerate(NAMES)}
     pq.write_table(pa.table({**columns, **features}), run / "features_window_v1.parquet", row_group_size=500)
@@ -90,12 +90,20 @@ def write_run(run: Path, world: World = World()) -> Path:
     return run
 
 
-def _write_grids(run: Path, verdicts: list[dict[str, object]], ids: list[object], x: np.ndarray) -> None:
-    """Write bins of which each channel's level is about the window's mean of the table."""
+def _write_grids(
+    run: Path, verdicts: list[dict[str, object]], ids: list[object], phases: list[object], x: np.ndarray
+) -> None:
+    """Write bins of which each channel's level is about the window's mean of the table, with the phases as spans."""
     means = x[:, [i for i, name in enumerate(NAMES) if name.endswith(".mean")]]
     with write_bins(run / "grids") as grids:
         for verdict in sorted(verdicts, key=lambda v: (v["host_id"], v["episode_id"])):
-            of = means[[i for i, e in enumerate(ids) if e == verdict["episode_id"]]]
+            own = [i for i, e in enumerate(ids) if e == verdict["episode_id"]]
+            of, t0_ns = means[own], int(verdict["started_wall_ns"])  # type: ignore[call-overload]
+            starts = [t0_ns + WINDOW_NS * w for w in range(len(own))]
+            spans = tuple(
+                (PHASES[phases[i]], start, start + WINDOW_NS * (2 if i == own[-1] else 1))  # type: ignore[index]
+                for i, start in zip(own, starts, strict=True)
+            )
             bins = np.repeat(np.concatenate([of, of[-1:]]), STRIDE_BINS, axis=0).astype(np.float32)
             keys = (
                 "episode_id",
@@ -109,8 +117,8 @@ def _write_grids(run: Path, verdicts: list[dict[str, object]], ids: list[object]
                 "agent",
             )
             row = BinIndexRow(
-                **{key: verdict[key] for key in keys}, offset=0, n_bins=len(bins), t0_ns=verdict["started_wall_ns"],
-                arch="x86_64", accel="tcg", spans=(), flagged=(),
+                **{key: verdict[key] for key in keys}, offset=0, n_bins=len(bins), t0_ns=t0_ns,
+                arch="x86_64", accel="tcg", spans=spans, flagged=(),
             )  # type: ignore[arg-type]  # fmt: skip
             grids.add(row, bins, np.zeros((len(bins), len(LEVEL_CHANNELS)), np.float32))
 

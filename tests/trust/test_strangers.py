@@ -30,6 +30,8 @@ from phasewatch.models.treefile import check_xgboost_trees
 from phasewatch.models.ubjson import parse_ubjson
 from phasewatch.parquet import open_parquet
 
+RULE = {"kind": "infection", "stride_s": 1, "theta": 0.5, "k": 3, "n": 4}
+
 FEATURES = 6
 
 
@@ -208,8 +210,12 @@ def test_weights_of_another_width_than_the_settings_are_refused_before_memory_is
         {"files": {"model.json": {"bytes": 2**40, "sha256": ""}}},
         {"filter": {"transitions": [[0.2] * 5] * 5, "prior": [1e-320] * 5, "kappa": 1.0}},
         {"filter": {"transitions": [[1.0, 0, 0, 0, 0]] * 5, "prior": [0.2] * 5, "kappa": 1.0}},
-        {"alarm": {"none": {"theta": -1.0}}},
-        {"alarm": {"none": {"theta": 0.5, "k": 10**9, "n": 10**9}}},
+        {"alarms": [{**RULE, "theta": -1.0}]},
+        {"alarms": [{**RULE, "k": 10**9, "n": 10**9}]},
+        {"alarms": [{**RULE, "stride_s": 0}]},
+        {"alarms": [{**RULE, "kind": "theft"}]},
+        {"alarms": [RULE, RULE]},
+        {"alarms": {"none": RULE}},
     ],
 )
 def test_a_header_whose_values_cannot_be_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from phasewatch.artifacts import (
     BINS_DIR,
+    BINS_PATH,
     FEATURES_FILE,
     FeatureSchema,
     RunEpisode,
@@ -222,6 +223,7 @@ def load(
 
     soak = windows.take(windows.windows.mark_episodes(lambda e: e.role is EpisodeRole.SOAK))
     test = part(SplitPart.TEST)
+    has_live = window_parts is None and kind in (InputKind.TABLE, InputKind.TENSOR) and (run / BINS_PATH).is_file()
     sets = FoldData(
         fold=assignment,
         train=part(SplitPart.TRAIN),
@@ -230,6 +232,7 @@ def load(
         test=test,
         soak=soak,
         calibration_soak=find_calibration_soak(recipe, test.windows, soak.windows),
+        run=run if has_live else None,
     )
     return apply_baseline(run, sets) if table == InputVariant.COMMISSIONED else sets
 
