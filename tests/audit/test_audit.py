@@ -139,7 +139,7 @@ def test_an_audit_of_other_predictions_no_longer_counts(run: Path) -> None:
 
 
 def test_edited_features_are_caught(run: Path) -> None:
-    path = run / "features_window_v1.parquet"
+    path = run / "features_window_v2.parquet"
     table = pq.read_table(path)
     leaked = pa.array(table["phase"].to_numpy().astype(np.float32))
     column = table.schema.get_field_index("proc.cpu_user.mean")
@@ -149,7 +149,7 @@ def test_edited_features_are_caught(run: Path) -> None:
 
 
 def test_labels_made_from_elapsed_time_are_caught(run: Path) -> None:
-    path = run / "features_window_v1.parquet"
+    path = run / "features_window_v2.parquet"
     table = pq.read_table(path)
     late = pc.cast(pc.greater(table["t_center_s"], 20.0), pa.int8())
     pq.write_table(table.set_column(table.schema.get_field_index("phase"), "phase", late), path)
@@ -444,7 +444,7 @@ class Peeks:
 def test_who_scores_in_spite_of_shuffled_labels_has_the_truth_from_elsewhere(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = run / "features_window_v1.parquet"
+    path = run / "features_window_v2.parquet"
     table = pq.read_table(path)
     leaked = pa.array(table["phase"].to_numpy().astype(np.float32))
     pq.write_table(

@@ -355,7 +355,7 @@ def test_changed_train_windows_change_the_checkpoint(run: Path) -> None:
 def test_the_order_of_rows_changes_no_byte_of_a_checkpoint_or_prediction(run: Path) -> None:
     before = {m: checkpoint(run, m) for m in KEYS}
     predictions = (run / PREDICTIONS_FILE).read_bytes()
-    order = np.random.default_rng(0).permutation(pq.read_metadata(run / "features_window_v1.parquet").num_rows)
+    order = np.random.default_rng(0).permutation(pq.read_metadata(run / "features_window_v2.parquet").num_rows)
     edit_features(run, lambda t: t.take(pa.array(order)))
 
     assert len(train_experiments(run, cells(), workers=1).trained) == len(KEYS)

@@ -341,7 +341,7 @@ def make_models(folder: Path) -> None:
 
     from phasewatch.channels import CHANNELS, build_channel_mask
     from phasewatch.features.fingerprint import behaviour_fingerprint
-    from phasewatch.features.schema import feature_names, schema_hash
+    from phasewatch.features.schema import feature_names, list_channel_columns, schema_hash
     from phasewatch.inference.edge_bundle import (
         EDGE_CARD_FILE,
         EDGE_FORMAT,
@@ -362,7 +362,7 @@ def make_models(folder: Path) -> None:
         kind = registry.find_model(key).kind
         columns: tuple[str, ...] = tuple(names)
         if kind is InputKind.TABLE:
-            columns = tuple(name for name in feature_names() if name.rpartition(".")[0] in names)
+            columns = list_channel_columns(feature_names(), names)
         elif kind in (InputKind.ELAPSED, InputKind.HOST):
             columns = plain(key).names
         return InputSpec(

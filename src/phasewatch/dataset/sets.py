@@ -79,7 +79,7 @@ class WindowSet:
 
     @property
     def x(self) -> NDArray[np.float32]:
-        """``(n, f)`` or ``(n, c, 20)`` float32; NaN where unknown."""
+        """``(n, f)`` or ``(n, c, t)`` float32; NaN where unknown."""
         return self.inputs.x
 
     @property
@@ -131,6 +131,7 @@ class FoldData:
         calibration_soak: ``(n,)`` bool over the soak windows: those that share no held-out host or sample group with
             the test set, to which thresholds may be fitted.
         run: Folder of the run, for the windows of every second; None if there are none.
+        extra: Further examples for training, from spliced episodes of the train set; None if the input has no context.
     """
 
     fold: Fold
@@ -141,3 +142,4 @@ class FoldData:
     soak: WindowSet
     calibration_soak: NDArray[np.bool_]
     run: Path | None = None
+    extra: LabelledExamples | None = None

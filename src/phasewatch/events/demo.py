@@ -200,8 +200,9 @@ async def predict_on_schedule(
         first = (center_ns - half_ns - row.t0_ns) // BIN_NS
         due_s = start_s + (center_ns + DECISION_DELAY_NS - row.t0_ns) / 1e9 / speed
         await asyncio.sleep(max(0.0, due_s - time.monotonic()))
-        bins = recording.bins[: first + WINDOW_BINS]
-        p, known = scorer.predict_newest(bins), scorer.compute_known_share(bins[-WINDOW_BINS:])[0]
+        end = first + WINDOW_BINS
+        p = scorer.predict_newest(recording.bins[max(0, end - scorer.bins_needed) : end])
+        known = scorer.compute_known_share(recording.bins[first:end])[0]
         postprocessor.postprocess(number, center_ns - half_ns, p, known=float(known), flags=0)
         meter.add_window((time.monotonic() - due_s) * 1000)
         if tick is not None:

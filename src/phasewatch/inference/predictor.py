@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from phasewatch.arrays import Float32Array
 from phasewatch.channels import CHANNEL_NAMES, build_channel_mask
-from phasewatch.dataset.loader import N_CONTEXT_WINDOWS, build_context_names
 from phasewatch.errors import RunError, UsageError
-from phasewatch.features.inputs import compute_inputs
+from phasewatch.features.inputs import compute_inputs, list_input_channels, list_table_columns
 from phasewatch.features.normalise import ChannelScaling, HostBaseline, build_scaling
 from phasewatch.features.schema import feature_names
 from phasewatch.features.windows import build_window_view
@@ -70,7 +69,7 @@ class PhasePredictor:
     @property
     def bins_needed(self) -> int:
         """Number of bins, the newest last, that a decision needs: a window, and earlier ones if the model uses them."""
-        return WINDOW_BINS + (N_CONTEXT_WINDOWS * STRIDE_BINS if self.spec.table is InputVariant.CONTEXT else 0)
+        return self.spec.n_bins
 
     @cached_property
     def channels(self) -> tuple[str, ...]:
@@ -97,39 +96,36 @@ class PhasePredictor:
 
     def compute_known_share(self, bins: Float32Array, stride_bins: int = STRIDE_BINS) -> NDArray[np.float64]:
         """Compute the known share of the model's readings in each window: ``(n, 46)`` float32 → ``(w,)`` float64."""
-        windows = build_window_view(bins, stride_bins)
-        share: NDArray[np.float64] = np.isfinite(windows[:, :, self._channel_indices]).mean(axis=(1, 2))
+        windows = build_window_view(bins, stride_bins)[:, :, self._channel_indices]
+        share: NDArray[np.float64] = np.isfinite(windows).mean(axis=(1, 2))
         return share
 
     def predict_windows(self, bins: Float32Array, stride_bins: int = STRIDE_BINS) -> NDArray[np.float64]:
         """Predict the calibrated probabilities of each window, before the phase filter.
 
-        The earliest bins stand in for earlier ones if the model uses them.
-
         Args:
-            bins: ``(n, 46)`` float32 bins of all channels; NaN where unknown.
+            bins: ``(n, 46)`` float32 bins of all channels from the first bin of the episode on; NaN where unknown.
             stride_bins: Bins from one window's start to the next.
 
         Returns:
-            ``(w, 5)`` float64 in the order of PHASES.
+            ``(w, 5)`` float64 in the order of PHASES. A window has the same probabilities at every stride.
         """
         x = compute_inputs(bins, self.spec, stride_bins=stride_bins, scaling=self._baseline_transform)
         return self.estimator.predict_proba(ModelInputs(x=x, spec=self.spec))
 
     def predict_newest(self, bins: Float32Array) -> NDArray[np.float64]:
-        """Predict the window that ends with the newest bin; the bits are those of `predict_windows`.
+        """Predict the calibrated probabilities of the window that ends with the last bin, as `predict_windows`.
 
         Args:
-            bins: ``(n, 46)`` float32, at least a window; more than `bins_needed` bins change nothing.
+            bins: ``(n, 46)`` float32; the last `bins_needed` are used, or all since the start of the episode if there
+                are fewer.
 
         Returns:
-            ``(5,)`` float64.
+            ``(5,)`` float64 in the order of PHASES.
         """
-        bins = bins[-self.bins_needed :]
-        bins = bins[(len(bins) - WINDOW_BINS) % STRIDE_BINS :]
-        x = compute_inputs(bins, self.spec, scaling=self._baseline_transform)[-1:]
-        p: NDArray[np.float64] = self.estimator.predict_proba(ModelInputs(x=x, spec=self.spec))[0]
-        return p
+        x = compute_inputs(bins, self.spec, scaling=self._baseline_transform, newest_only=True)
+        newest: NDArray[np.float64] = self.estimator.predict_proba(ModelInputs(x=x, spec=self.spec))[0]
+        return newest
 
     def caveat(self, accel: str, arch: str) -> str:
         """Render a warning if a VM differs from the training data; empty if it does not, or its origin is unknown."""
@@ -158,9 +154,7 @@ def check_columns(spec: InputSpec, *, where: str) -> None:
     channels = list_model_channels(spec)
     expected = channels
     if spec.kind is InputKind.TABLE:
-        expected = tuple(name for name in feature_names() if name.rpartition(".")[0] in channels)
-        if spec.table is InputVariant.CONTEXT:
-            expected = build_context_names(expected)
+        expected = list_table_columns(feature_names(), channels, spec.table)
     if not channels or spec.names != expected or not set(channels) <= allowed:
         raise RunError(
             f"{where}: its {len(spec.names)} columns are not those of the channel set {spec.mask} in order; "
@@ -175,9 +169,7 @@ def check_columns(spec: InputSpec, *, where: str) -> None:
 
 def list_model_channels(spec: InputSpec) -> tuple[str, ...]:
     """Return the channels of a model's columns, in the order of CHANNELS."""
-    is_tensor = spec.kind is InputKind.TENSOR
-    used = {name if is_tensor else name.partition("@")[0].rpartition(".")[0] for name in spec.names}
-    return tuple(name for name in CHANNEL_NAMES if name in used)
+    return list_input_channels(spec.kind, spec.names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

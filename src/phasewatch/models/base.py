@@ -21,7 +21,7 @@ from phasewatch.models import checkpoint
 from phasewatch.models.alarm import LIVE_STRIDE_S, RULE_STRIDE_S, AlarmKind, AlarmRule, fit_alarm_rule
 from phasewatch.models.checkpoint import MAX_MAGNITUDE, CheckpointHeader
 from phasewatch.models.smoothing import LabelSequence, PhaseFilter, fit_filter
-from phasewatch.types import PHASES, WINDOW_BINS
+from phasewatch.types import CONTEXT_BINS, PHASES, WINDOW_BINS
 
 __all__ = [
     "InputKind",
@@ -58,11 +58,11 @@ class InputKind(StrEnum):
 
 
 class InputVariant(StrEnum):
-    """The transform of the values before a model sees them."""
+    """What a model sees of a window."""
 
-    RAW = "raw"
-    CONTEXT = "context"
-    COMMISSIONED = "commissioned"
+    RAW = "raw"  # the window's own ten seconds
+    CONTEXT = "context"  # also up to two minutes before; never the time since the start
+    COMMISSIONED = "commissioned"  # values relative to the host's baseline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +84,16 @@ class InputSpec:
     behaviour_fingerprint: str
     table: InputVariant = InputVariant.RAW
     floors: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def n_bins(self) -> int:
+        """Number of bins, the newest last, that one window of the input needs: 20, or 240 with context."""
+        return CONTEXT_BINS if self.table is InputVariant.CONTEXT else WINDOW_BINS
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one window: ``(f,)`` of a table, ``(c, n_bins)`` of a tensor."""
+        return (len(self.names), self.n_bins) if self.kind is InputKind.TENSOR else (len(self.names),)
 
     def require_match(self, found: InputSpec, *, where: str, remedy: str = "") -> None:
         """Raise MismatchError unless `found` has the columns, transform and code versions of this input.
@@ -130,7 +140,7 @@ class ModelInputs:
     """The windows that a model sees, with their columns.
 
     Attributes:
-        x: ``(n, f)`` float32, or ``(n, c, 20)`` float32 of a tensor (channels by time); NaN where unknown.
+        x: ``(n, f)`` float32, or ``(n, c, spec.n_bins)`` float32 of a tensor (channels by time); NaN where unknown.
         spec: The columns of `x`.
 
     Raises:
@@ -141,9 +151,8 @@ class ModelInputs:
     spec: InputSpec
 
     def __post_init__(self) -> None:
-        rest = (len(self.spec.names), *((WINDOW_BINS,) if self.spec.kind is InputKind.TENSOR else ()))
-        if self.x.shape[1:] != rest or self.x.dtype != np.float32:
-            expected = ", ".join(map(str, rest))
+        if self.x.shape[1:] != self.spec.shape or self.x.dtype != np.float32:
+            expected = ", ".join(map(str, self.spec.shape))
             raise MismatchError(
                 f"input: found {self.x.dtype} of shape {self.x.shape}, expected float32 (n, {expected})"
             )
@@ -446,7 +455,7 @@ class PhaseModel(ABC):
 
     @abstractmethod
     def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:
-        """Return ``(n, 5)`` values ≥ 0 for ``(n, f)`` or ``(n, c, 20)`` float32; the caller normalises the rows.
+        """Return ``(n, 5)`` values ≥ 0 for ``(n, *spec.shape)`` float32; the caller normalises the rows.
 
         Columns of phases that train did not have are ignored.
         """
