@@ -32,6 +32,7 @@ from phasewatch.evaluation.alarms import AlarmSimulation, PredictionParts, simul
 from phasewatch.evaluation.evaluate import compute_metrics, read_timelines
 from phasewatch.evaluation.predictions import parse_prediction_groups
 from phasewatch.models import checkpoint, registry
+from phasewatch.models.alarm import AlarmKind, find_alarm_rule
 from phasewatch.models.base import LabelledExamples, ModelInputs, PhaseModel
 from phasewatch.pipeline import runner, stages
 from phasewatch.splits import Fold, SplitEpisode, SplitPart
@@ -248,7 +249,7 @@ def test_other_windows_than_the_folds_are_caught(run: Path) -> None:
     assert repeated(run).fate is CheckOutcome.BROKEN
 
 
-@pytest.mark.parametrize("part", ["decide_val", "decide_soak"])
+@pytest.mark.parametrize("part", ["decide_val", "decide_soak", "decide_val_1s", "decide_soak_1s"])
 def test_thresholds_set_on_other_windows_are_caught(run: Path, part: str) -> None:
     folder = CELL.folder(run)
     header, files = checkpoint.read_checkpoint(folder)
@@ -420,9 +421,9 @@ def test_who_scores_in_spite_of_shuffled_labels_has_the_truth_from_elsewhere(
 def test_an_alarm_that_was_set_by_the_test_set_is_caught(run: Path) -> None:
     def cheat(model: PhaseModel, sets: FoldData) -> FittedModel:
         fitted = fit_model(model, sets)
-        rule = fitted.model.alarm["none"]
+        rule, *others = fitted.model.alarms
         theta = 0.25 if rule.theta > 0.5 else 0.75  # as another set of windows would have it
-        fitted.model.alarm = {**fitted.model.alarm, "none": replace(rule, theta=theta)}
+        fitted.model.alarms = (replace(rule, theta=theta), *others)
         return fitted
 
     refit(run, CELL, cheat)
@@ -437,7 +438,7 @@ def test_the_operators_view_rings_at_the_thresholds_of_the_checkpoints(run: Path
     of_part = {
         part: {b.key: b for b in parse_prediction_groups(table, {}, part=part)} for part in ("test", "val_b", "soak")
     }
-    key = (CELL.recipe, CELL.threat, CELL.table, "phase")
+    key = (CELL.recipe, CELL.threat, CELL.table, "none")
     boards = [of_part[part].get(key) for part in ("test", "val_b", "soak")]
     assert boards[0] is not None
     own = [s for s in boards[0].predictions if s.model == CELL.model]
@@ -446,7 +447,9 @@ def test_the_operators_view_rings_at_the_thresholds_of_the_checkpoints(run: Path
 
     assert isinstance(lived, AlarmSimulation)
     cells = [replace(CELL, fold=s.fold) for s in own]
-    assert list(lived.thresholds) == [checkpoint.read_checkpoint(c.folder(run))[0].alarm["phase"].theta for c in cells]
+    headers = [checkpoint.read_checkpoint(c.folder(run))[0] for c in cells]
+    rules = [find_alarm_rule(header.alarms, AlarmKind.ACTIVITY, 5) for header in headers]
+    assert list(lived.thresholds) == [rule.theta for rule in rules if rule is not None]
 
 
 def test_a_run_that_fails_its_audit_has_no_headline_on_its_page(run: Path) -> None:

@@ -14,10 +14,11 @@ from phasewatch.evaluation.alarms import (
     mark_quiet_times,
     sum_rates,
 )
+from phasewatch.models.alarm import AlarmKind, AlarmRule
 from phasewatch.types import Phase
 
 S = 10**9
-ONE = (0.5,)
+ONE = (AlarmRule(kind=AlarmKind.ACTIVITY, stride_s=5, theta=0.5, k=2, n=3),)
 C, A, N, X, D = Phase.CLEAN, Phase.ARMED, Phase.INFECTING, Phase.ACTIVE, Phase.DORMANT
 
 

@@ -28,6 +28,8 @@ from phasewatch.models.base import FloatArray, LabelledExamples, PhaseModel
 from phasewatch.models.checkpoint import CHECKPOINT_FILE, WEIGHTS_FILE, pack_weights
 from phasewatch.parquet import open_parquet
 
+RULE = {"kind": "infection", "stride_s": 1, "theta": 0.5, "k": 3, "n": 4}
+
 FEATURES = 6
 SMALL_TREES = {"rounds": 3, "leaves": 6}
 
@@ -150,8 +152,12 @@ def test_weights_of_another_width_than_the_settings_are_refused_before_memory_is
         {"files": {"model.json": {"bytes": 2**40, "sha256": ""}}},
         {"filter": {"transitions": [[0.2] * 5] * 5, "prior": [1e-320] * 5, "kappa": 1.0}},
         {"filter": {"transitions": [[1.0, 0, 0, 0, 0]] * 5, "prior": [0.2] * 5, "kappa": 1.0}},
-        {"alarm": {"none": {"theta": -1.0}}},
-        {"alarm": {"none": {"theta": 0.5, "k": 10**9, "n": 10**9}}},
+        {"alarms": [{**RULE, "theta": -1.0}]},
+        {"alarms": [{**RULE, "k": 10**9, "n": 10**9}]},
+        {"alarms": [{**RULE, "stride_s": 0}]},
+        {"alarms": [{**RULE, "kind": "theft"}]},
+        {"alarms": [RULE, RULE]},
+        {"alarms": {"none": RULE}},
     ],
 )
 def test_a_header_whose_values_cannot_be_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:

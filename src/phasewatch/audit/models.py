@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from phasewatch import metrics
 from phasewatch.artifacts import EXPERIMENT_FILE, PREDICTIONS_FILE, list_split_paths
 from phasewatch.audit.checks import AuditCheck, AuditSubject, build_check, build_untested_check, collect_refusals
-from phasewatch.dataset import FoldData, WindowSet, load, read_folds
+from phasewatch.dataset import EpisodeWindows, FoldData, load, read_folds
+from phasewatch.dataset.live_windows import compute_live_digest, list_live_windows
 from phasewatch.errors import UsageError
 from phasewatch.evaluation import bootstrap
 from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, HeadlineKey, has_metrics, read_metrics, select_headline
@@ -25,7 +26,8 @@ from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE
 from phasewatch.splits import find_recipe
 from phasewatch.training.experiment import Experiment, ExperimentRecord, parse_experiment
 from phasewatch.training.grids import REPEATED_RECIPES
-from phasewatch.training.predictions import PROBABILITY_COLUMNS, PartPredictions, read_predictions
+from phasewatch.training.live_scores import has_live_parts, predict_live_windows
+from phasewatch.training.predictions import PROBABILITY_COLUMNS, PredictionPart, read_predictions
 from phasewatch.training.train import (
     FittedModel,
     compute_run_digests,
@@ -55,14 +57,18 @@ _RETRAIN_PROMISE = (
 _PREDICTIONS_CHECK = "predictions"
 _PREDICTIONS_PROMISE = (
     "Each experiment learnt from the windows of its fold with the settings of its record, and each of its predictions "
-    "of test and soak is what its checkpoint says of that window alone, each window once."
+    "of test and soak is what its checkpoint says of that window alone, each window once. Windows of every second are "
+    "predicted again in three episodes of each part."
 )
-_VALIDATION_PART = "val_b"  # predicted before the last fit, so that a checkpoint cannot say it again; retraining can
+# Predicted by the selection model, which no checkpoint keeps; retraining says it again.
+_SELECTION_PARTS = (PredictionPart.VAL_B, PredictionPart.VAL_B_LIVE)
+_LIVE_PARTS = (PredictionPart.VAL_B_LIVE, PredictionPart.TEST_LIVE, PredictionPart.SOAK_LIVE)
 _EXPERIMENT_COLUMNS = ("recipe", "fold", "threat", "model", "table", "seed")
 _GROUP_COLUMNS = (*_EXPERIMENT_COLUMNS, "part", "filter")
 _PREDICTION_COLUMNS = ("episode_id", "t_center_ns", "y_true", "y_pred", *PROBABILITY_COLUMNS)
 # In a probability: one machine gives the same bits, but other CPUs sum in another order.
 _PROBABILITY_TOLERANCE = 1e-3
+_N_LIVE_EPISODES = 3  # whose windows of every second each checkpoint is asked again
 
 
 def read_headline_key(run: Path) -> HeadlineKey:
@@ -250,13 +256,18 @@ def _find_learning_faults(run: Path, experiment: Experiment, sets: FoldData) -> 
     """Compare what a checkpoint says that it learnt from, and with which settings, with its fold and its record."""
     folder = experiment.folder(run)
     header = checkpoint.read_header(folder)
-    expected = _list_training_sets(experiment, sets)
+    expected = {part: examples.sha256() for part, examples in _list_training_sets(experiment, sets).items()}
     if header.filter is not None:
-        expected |= {"decide_val": sets.val_b.examples, "decide_soak": sets.soak.take(sets.calibration_soak).examples}
+        soak = sets.soak.take(sets.calibration_soak)
+        expected |= {"decide_val": expected["val_b"], "decide_soak": soak.examples.sha256()}
+        if sets.run is not None:
+            for part, windows in (("decide_val_1s", sets.val_b), ("decide_soak_1s", soak)):
+                live = list_live_windows(run, windows.windows.episodes)
+                expected[part] = compute_live_digest(run, live, sets.train.inputs.spec)
     if strange := sorted(header.trained_on.keys() - expected.keys()):
         yield f"{folder}: it learnt from {strange[0]} windows, which its fold does not have"
-    for part, examples in expected.items():
-        if header.trained_on.get(part) != examples.sha256():
+    for part, digest in expected.items():
+        if header.trained_on.get(part) != digest:
             yield f"{folder}: its {part} windows are not those of its fold"
             return
     if (header.mask, header.table, header.seed) != (experiment.threat, experiment.table, experiment.seed):
@@ -315,9 +326,9 @@ def _find_retrain_faults(run: Path, experiment: Experiment, merged: MergedPredic
         if not gap <= _PROBABILITY_TOLERANCE:
             yield f"{folder}: trained again it differs by {gap:.3f} on {part}; it was fitted on something else"
     for one in parts:
-        if one.part.startswith(_VALIDATION_PART):
+        if one.part in (*_SELECTION_PARTS, *_LIVE_PARTS):
             rows = merged.select_rows(experiment, one.part, one.filter)
-            if words := _describe_row_fault(rows, one.data, one.p, "trained again the model"):
+            if words := _describe_row_fault(rows, one.windows, one.p, "trained again the model"):
                 yield f"{folder}, {one.part}, filter {one.filter}: {words}"
 
 
@@ -330,11 +341,12 @@ def _is_same_history(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, S
 
 
 def _is_same_postprocessing(ours: PhaseModel, theirs: PhaseModel) -> bool:
-    """Return whether filter and alarm are equal within what the sums of another CPU may change."""
-    if ours.alarm.keys() != theirs.alarm.keys() or (ours.filter is None) is not (theirs.filter is None):
+    """Return whether filter and alarms are equal within what the sums of another CPU may change."""
+    rules = [{(rule.kind, rule.stride_s, rule.k, rule.n): rule.theta for rule in m.alarms} for m in (ours, theirs)]
+    if rules[0].keys() != rules[1].keys() or (ours.filter is None) is not (theirs.filter is None):
         return False
     one, other = ours.filter, theirs.filter
-    return all(abs(ours.alarm[n].theta - theirs.alarm[n].theta) <= 2 * THETA_STEP for n in ours.alarm) and (
+    return all(abs(rules[0][key] - rules[1][key]) <= 2 * THETA_STEP for key in rules[0]) and (
         one is None
         or other is None
         or (
@@ -349,50 +361,83 @@ def _find_prediction_faults(run: Path, experiment: Experiment, merged: MergedPre
     """Compare the rows of each part and filter with the checkpoint's predictions on the same windows."""
     sets, where = read_experiment_data(run, experiment), "/".join(map(str, _build_experiment_key(experiment)))
     yield from _find_learning_faults(run, experiment, sets)
-    asked: dict[tuple[str, str], tuple[WindowSet, NDArray[np.float64] | None]] = {}
-    if _is_loadable(experiment):
-        model = registry.load(experiment.folder(run))
-        # The selection model is gone; what stands in its place here is not compared.
+    asked: dict[tuple[str, str], tuple[EpisodeWindows, NDArray[np.float64] | None]] = {}
+    model = registry.load(experiment.folder(run)) if _is_loadable(experiment) else None
+    if model is not None:
+        # What stands in the place of the selection model's answers is not compared.
         unknown = np.full((len(sets.val_b), metrics.N_CLASSES), 1.0 / metrics.N_CLASSES)
-        parts = predict_parts(FittedModel(model=model, val_b=unknown), sets)
-        yield from _find_batch_faults(where, model, parts)
-        for one in parts:
-            is_validation = one.part.startswith(_VALIDATION_PART)
-            asked[one.part, one.filter] = one.data, None if is_validation else one.p
+        for one in predict_parts(FittedModel(model=model, val_b=unknown), sets):
+            asked[one.part, one.filter] = one.windows, None if one.part in _SELECTION_PARTS else one.p
+        yield from _find_batch_faults(where, model, sets, asked)
     else:
         smoothing = [SMOOTHING_NONE]
         if checkpoint.read_header(experiment.folder(run)).filter is not None:
             smoothing.append(SMOOTHING_PHASE)
         for part, windows in (("val_b", sets.val_b), ("test", sets.test), ("soak", sets.soak)):
-            asked |= {(part, name): (windows, None) for name in smoothing}
-    for (part, name), (windows, answer) in asked.items():
-        if words := _describe_row_fault(merged.select_rows(experiment, part, name), windows, answer):
+            asked |= {(part, name): (windows.windows, None) for name in smoothing}
+    if checkpoint.read_header(experiment.folder(run)).filter is not None and sets.run is not None:
+        asked |= _list_live_answers(run, model, sets)
+    for (part, name), (answered, answer) in asked.items():
+        if words := _describe_row_fault(merged.select_rows(experiment, part, name), answered, answer):
             yield f"{where}, {part}, filter {name}: {words}"
-    if _is_loadable(experiment) and (strange := sorted(merged.list_parts(experiment) - asked.keys())):
+    if model is not None and (strange := sorted(merged.list_parts(experiment) - asked.keys())):
         yield f"{where}: has predictions of {strange[0][0]}, filter {strange[0][1]}, which its fold does not have"
 
 
-def _find_batch_faults(where: str, model: PhaseModel, parts: Sequence[PartPredictions]) -> Iterator[str]:
+def _list_live_answers(
+    run: Path, model: PhaseModel | None, sets: FoldData
+) -> dict[tuple[str, str], tuple[EpisodeWindows, NDArray[np.float64] | None]]:
+    """Return the windows of every second that a fold must have, with the answers for a few episodes of each part."""
+    if not has_live_parts(sets):
+        return {}
+    found: dict[tuple[str, str], tuple[EpisodeWindows, NDArray[np.float64] | None]] = {}
+    for part, windows in zip(_LIVE_PARTS, (sets.val_b, sets.test, sets.soak), strict=True):
+        live = list_live_windows(run, windows.windows.episodes)
+        if len(live):
+            answer = None
+            if model is not None and part not in _SELECTION_PARTS:
+                answer = _predict_sampled_episodes(model, sets, live)
+            found[part, SMOOTHING_NONE] = live, answer
+    return found
+
+
+def _predict_sampled_episodes(model: PhaseModel, sets: FoldData, windows: EpisodeWindows) -> NDArray[np.float64]:
+    """Predict the windows of a few episodes, evenly spaced among them, ``(n, 5)``; NaN for the others."""
+    answer = np.full((len(windows), metrics.N_CLASSES), np.nan)
+    count = len(windows.episodes)
+    for number in np.unique(np.linspace(0, count - 1, min(count, _N_LIVE_EPISODES)).round().astype(np.int64)):
+        scores = predict_live_windows(model, sets, [windows.episodes[number]])
+        if scores is not None:
+            answer[windows.episode_index == number] = scores.p
+    return answer
+
+
+def _find_batch_faults(
+    where: str,
+    model: PhaseModel,
+    sets: FoldData,
+    asked: Mapping[tuple[str, str], tuple[EpisodeWindows, NDArray[np.float64] | None]],
+) -> Iterator[str]:
     """Find answers that depend on the other windows of a batch: ask in halves, the last window first."""
-    for one in parts:
-        if one.filter != SMOOTHING_NONE or one.part.startswith(_VALIDATION_PART) or len(one.data) < 2:
-            continue
-        x, half = one.data.x[::-1], len(one.data) // 2
-        inputs = (ModelInputs(x=np.ascontiguousarray(part), spec=one.data.inputs.spec) for part in (x[:half], x[half:]))
-        again = np.concatenate([model.predict_proba(part) for part in inputs])[::-1]
-        gap = float(np.abs(again - one.p).max())
-        if not gap <= _PROBABILITY_TOLERANCE:
-            yield f"{where}, {one.part}: asked in halves it differs by {gap:.3f}; it reads more than the window itself"
+    part, inputs = ("test", sets.test.inputs) if len(sets.test) else ("soak", sets.soak.inputs)
+    _, answer = asked[part, SMOOTHING_NONE]
+    if answer is None or len(inputs) < 2:
         return
+    x, half = inputs.x[::-1], len(inputs) // 2
+    halves = (ModelInputs(x=np.ascontiguousarray(rows), spec=inputs.spec) for rows in (x[:half], x[half:]))
+    again = np.concatenate([model.predict_proba(rows) for rows in halves])[::-1]
+    gap = float(np.abs(again - answer).max())
+    if not gap <= _PROBABILITY_TOLERANCE:
+        yield f"{where}, {part}: asked in halves it differs by {gap:.3f}; it reads more than the window itself"
 
 
 def _describe_row_fault(
-    rows: Any, asked: WindowSet, answer: NDArray[np.float64] | None, who: str = "its checkpoint"
+    rows: Any, asked: EpisodeWindows, answer: NDArray[np.float64] | None, who: str = "its checkpoint"
 ) -> str | None:
-    """Return what is wrong with the rows of some windows, or None."""
+    """Return what is wrong with the rows of some windows, or None; an answer of NaN is not compared."""
     present = [f"{e} {t}" for e, t in zip(rows["episode_id"].to_pylist(), rows["t_center_ns"].to_pylist(), strict=True)]
-    ids = [asked.windows.episodes[i].episode_id for i in asked.windows.episode_index]
-    wanted = [f"{e} {t}" for e, t in zip(ids, asked.windows.t_center_ns.tolist(), strict=True)]
+    ids = [asked.episodes[i].episode_id for i in asked.episode_index]
+    wanted = [f"{e} {t}" for e, t in zip(ids, asked.t_center_ns.tolist(), strict=True)]
     if sorted(present) != sorted(wanted):
         outside = set(rows["episode_id"].to_pylist()) - set(ids)
         return f"episode {min(outside)} is not in its set" if outside else "not each window once"
@@ -403,7 +448,7 @@ def _describe_row_fault(
         return "truth in the predictions is not that of the features"
     if not np.array_equal(rows["y_pred"].to_numpy().astype(np.int64)[order], predicted.argmax(axis=1)):
         return "a decision is not the likeliest phase of its row"
-    gap = 0.0 if answer is None or not len(predicted) else float(np.abs(answer - predicted).max())
+    gap = 0.0 if answer is None or not len(predicted) else float(np.nanmax(np.abs(answer - predicted)))
     if not gap <= _PROBABILITY_TOLERANCE:
         return f"{who} says otherwise, by {gap:.3f}; the predictions were edited"
     return None

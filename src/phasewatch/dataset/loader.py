@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from phasewatch.artifacts import (
     BINS_DIR,
+    BINS_PATH,
     FEATURES_FILE,
     FeatureSchema,
     RunEpisode,
@@ -184,6 +185,7 @@ def load(
 
     soak = windows.take(windows.windows.mark_episodes(lambda e: e.role is EpisodeRole.SOAK))
     test, train = part(SplitPart.TEST), part(SplitPart.TRAIN)
+    has_live = window_parts is None and kind in (InputKind.TABLE, InputKind.TENSOR) and (run / BINS_PATH).is_file()
     extra = None
     if table == InputVariant.CONTEXT and window_parts is None:  # windows dealt at random share their episodes
         extra = build_spliced_examples(build_splices(run, train.windows.episodes), train.inputs.spec)
@@ -195,6 +197,7 @@ def load(
         test=test,
         soak=soak,
         calibration_soak=find_calibration_soak(recipe, test.windows, soak.windows),
+        run=run if has_live else None,
         extra=extra,
     )
     return apply_baseline(run, sets) if table == InputVariant.COMMISSIONED else sets

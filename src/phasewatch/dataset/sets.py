@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,11 @@ class EpisodeWindows:
         kept = np.fromiter((keep(e) for e in self.episodes), dtype=np.bool_, count=len(self.episodes))
         marked: NDArray[np.bool_] = kept[self.episode_index]
         return marked
+
+    @property
+    def label_sequence(self) -> LabelSequence:
+        """Label, episode and time of each window, for the phase filter and the alarms."""
+        return LabelSequence(y=self.y, episode_index=self.episode_index, t_center_ns=self.t_center_ns)
 
     def take(self, rows: NDArray[np.bool_]) -> EpisodeWindows:
         """Return the windows marked in ``(n,)`` bool, and the episodes that still have any."""
@@ -99,8 +105,8 @@ class WindowSet:
 
     @property
     def label_sequence(self) -> LabelSequence:
-        """Label, episode and time of each window, for the phase filter and the alarm."""
-        return LabelSequence(y=self.y, episode_index=self.windows.episode_index, t_center_ns=self.windows.t_center_ns)
+        """Label, episode and time of each window, for the phase filter and the alarms."""
+        return self.windows.label_sequence
 
     @property
     def examples(self) -> LabelledExamples:
@@ -124,6 +130,7 @@ class FoldData:
         soak: Windows of all soak episodes of the run, for false alarms only.
         calibration_soak: ``(n,)`` bool over the soak windows: those that share no held-out host or sample group with
             the test set, to which thresholds may be fitted.
+        run: Folder of the run, for the windows of every second; None if there are none.
         extra: Further examples for training, from spliced episodes of the train set; None if the input has no context.
     """
 
@@ -134,4 +141,5 @@ class FoldData:
     test: WindowSet
     soak: WindowSet
     calibration_soak: NDArray[np.bool_]
+    run: Path | None = None
     extra: LabelledExamples | None = None

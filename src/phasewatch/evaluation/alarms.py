@@ -15,18 +15,20 @@ from phasewatch.models.alarm import (
     DECISION_DELAY_NS,
     FALSE_ALARM_BUDGET,
     LOOK_BACK_NS,
+    RULE_STRIDE_S,
+    AlarmKind,
     AlarmRule,
     apply_alarm_rule,
-    compute_activity_score,
+    compute_alarm_score,
+    compute_detection_delays,
     find_alarm_starts,
-    fit_alarm_rule,
+    fit_alarm_rules,
 )
 from phasewatch.models.smoothing import LabelSequence
 from phasewatch.types import BIN_NS, STRIDE_BINS, Phase
 
 __all__ = [
     "ALARM_BUDGETS",
-    "ALARM_RECIPES",
     "AlarmOutcome",
     "AlarmSimulation",
     "ConcatenatedEpisodes",
@@ -44,7 +46,6 @@ __all__ = [
 ]
 
 ALARM_BUDGETS = (0.25, 0.5, 1.0, 2.0, 3.0, 6.0)  # false alarms per VM-hour that an operator might allow
-ALARM_RECIPES = ("held_out_host", "held_out_both")  # in the second the benign kind is new too
 _ONSET_PHASES = (Phase.INFECTING, Phase.ACTIVE)
 _QUIET_PHASES = (Phase.CLEAN, Phase.ARMED)
 _EXPOSURE_PER_WINDOW_S = BIN_NS * STRIDE_BINS / 1e9  # of one decision time
@@ -82,7 +83,7 @@ class ConcatenatedEpisodes:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AlarmOutcome:
-    """The alarms of ``E`` episodes at ``T`` thresholds, ``(T, E)``.
+    """The alarms of ``E`` episodes with ``T`` rules, ``(T, E)``.
 
     Attributes:
         false_alarms: Number of alarms that started in quiet time.
@@ -221,9 +222,10 @@ def concatenate_episodes(
     """
     decided = [t_center_ns + DECISION_DELAY_NS for _, t_center_ns, _ in episodes]
     onsets = [find_onset(spans) for spans, _, _ in episodes]
+    scores = [compute_alarm_score(p, AlarmKind.ACTIVITY) for _, _, p in episodes]
     quiet = [mark_quiet_times(spans, at_ns) for (spans, _, _), at_ns in zip(episodes, decided, strict=True)]
     return ConcatenatedEpisodes(
-        activity_score=np.concatenate([np.zeros(0), *(compute_activity_score(p) for _, _, p in episodes)]),
+        activity_score=np.concatenate([np.zeros(0), *scores]),
         episode_index=np.repeat(np.arange(len(episodes)), [len(t) for t in decided]),
         decided_ns=np.concatenate([np.zeros(0, np.int64), *decided]),
         quiet=np.concatenate([np.zeros(0, np.bool_), *quiet]),
@@ -231,18 +233,16 @@ def concatenate_episodes(
     )
 
 
-def compute_alarm_outcome(episodes: ConcatenatedEpisodes, thresholds: Sequence[float]) -> AlarmOutcome:
-    """Count false alarms and measure detection delays at each threshold."""
-    false_alarms = np.zeros((len(thresholds), len(episodes)), np.int64)
-    delay_s = np.full((len(thresholds), len(episodes)), np.inf)
+def compute_alarm_outcome(episodes: ConcatenatedEpisodes, rules: Sequence[AlarmRule]) -> AlarmOutcome:
+    """Count false alarms and measure detection delays with each rule."""
+    false_alarms = np.zeros((len(rules), len(episodes)), np.int64)
+    delay_s = np.full((len(rules), len(episodes)), np.inf)
     index = episodes.episode_index
-    onset_ns = episodes.onset_ns[index]
-    for i, theta in enumerate(thresholds):
-        is_active = apply_alarm_rule(AlarmRule(theta=theta), episodes.activity_score, index)
+    for i, rule in enumerate(rules):
+        is_active = apply_alarm_rule(rule, episodes.activity_score, index)
         starts = find_alarm_starts(is_active, index)
         false_alarms[i] = np.bincount(index, starts & episodes.quiet, len(episodes))
-        counts = is_active & (onset_ns >= 0) & (episodes.decided_ns >= onset_ns)
-        np.minimum.at(delay_s[i], index[counts], (episodes.decided_ns - onset_ns)[counts] / 1e9)
+        delay_s[i] = compute_detection_delays(rule.kind, is_active, index, episodes.decided_ns, episodes.onset_ns)
     return AlarmOutcome(false_alarms=false_alarms, delay_s=delay_s)
 
 
@@ -292,8 +292,8 @@ def simulate_alarms(
         if not known:
             text = f"fold {fold.fold} has no validation B and no soak of other hosts to set a threshold by"
             return MetricNote(code=NoteCode.NO_ALARM_METRICS, text=text)
-        at_budget = _choose_thresholds(known, budgets)
-        thresholds.append(at_budget[budgets.index(FALSE_ALARM_BUDGET)])
+        at_budget = _choose_rules(known, budgets)
+        thresholds.append(at_budget[budgets.index(FALSE_ALARM_BUDGET)].theta)
         tests.append(_simulate_episodes(_build_episodes(fold, timelines, agent), at_budget))
         own_soak = [e for e in soak if held_out.is_own(e, timelines)]
         soaks.append(_simulate_episodes(own_soak, at_budget))
@@ -326,15 +326,15 @@ class _HeldOut:
         return episode.host_id not in self.hosts and not (self.both and timelines[episode.id].group in self.groups)
 
 
-def _choose_thresholds(episodes: Sequence[EpisodePredictions], budgets: Sequence[float]) -> tuple[float, ...]:
-    """Choose the threshold of each budget as training does."""
+def _choose_rules(episodes: Sequence[EpisodePredictions], budgets: Sequence[float]) -> tuple[AlarmRule, ...]:
+    """Choose the rule of each budget as training does."""
     labels = LabelSequence(
         y=np.concatenate([e.y for e in episodes]),
         episode_index=np.repeat(np.arange(len(episodes)), [len(e.y) for e in episodes]),
         t_center_ns=np.concatenate([e.t_center_ns for e in episodes]),
     )
     p = np.concatenate([e.probabilities for e in episodes])
-    return tuple(fit_alarm_rule(p, labels, budget=budget).theta for budget in budgets)
+    return fit_alarm_rules(p, labels, kind=AlarmKind.ACTIVITY, stride_s=RULE_STRIDE_S, budgets=budgets)
 
 
 def _find_counterpart(group: PredictionGroup | None, fold: ModelPredictions) -> ModelPredictions | None:
@@ -371,9 +371,9 @@ def _build_episodes(
     return episodes
 
 
-def _simulate_episodes(episodes: Sequence[EpisodePredictions], thresholds: Sequence[float]) -> EpisodeOutcomes:
+def _simulate_episodes(episodes: Sequence[EpisodePredictions], rules: Sequence[AlarmRule]) -> EpisodeOutcomes:
     together = concatenate_episodes([(e.spans, e.t_center_ns, e.probabilities) for e in episodes])
-    outcome = compute_alarm_outcome(together, thresholds)
+    outcome = compute_alarm_outcome(together, rules)
     return EpisodeOutcomes(
         episodes=tuple(episodes),
         onset_ns=together.onset_ns,

@@ -43,7 +43,7 @@ from phasewatch.evaluation.predictions import ModelPredictions, PredictionGroup,
 from phasewatch.evaluation.scoring import EvaluationSettings, MetricKey, build_scoring_set
 from phasewatch.metrics import confusion_counts, macro_f1
 from phasewatch.models import checkpoint, registry
-from phasewatch.splits import Fold
+from phasewatch.splits import ALARM_RECIPES, Fold
 from phasewatch.training.experiment import Experiment
 from phasewatch.training.predictions import NO_FILTER, read_predictions
 from phasewatch.types import SampleKind
@@ -244,7 +244,7 @@ def _score_alarms(
 ) -> list[MetricRow]:
     """Build the alarm rows of the recipes that hold out a host, on the agent state of each channel set."""
     rows: list[MetricRow] = []
-    alarm_groups = [b for b in groups if b.recipe in alarms.ALARM_RECIPES and b.filter != _SCHEDULE_FILTER]
+    alarm_groups = [b for b in groups if b.recipe in ALARM_RECIPES and b.filter != _SCHEDULE_FILTER]
     soak = (
         {b.key: b for b in parse_prediction_groups(_filter_recipes(table, alarm_groups), {}, part="soak")}
         if timelines

@@ -15,11 +15,11 @@ from phasewatch.events.from_metrics import build_metric_events, build_profile_ev
 from phasewatch.events.from_replay import (
     ReplayEpisode,
     ReplaySelection,
-    add_alarm,
+    add_alarms,
     find_model_folder,
     iter_replay_steps,
     list_episodes,
-    read_alarm_rule,
+    read_alarm_rules,
     read_replay_episodes,
 )
 from phasewatch.events.perf import ProcessMeter
@@ -103,8 +103,7 @@ def read_demo_episodes(config: DemoConfig) -> tuple[ReplayEpisode, ...]:
     wanted = config.episodes or tuple(episode for _, episode in list_episodes(config.run, config.choice))
     episodes = []
     for recording in read_replay_episodes(config.run, wanted, config.choice):
-        rule = read_alarm_rule(recording, config.run)
-        episodes.append(recording if rule is None else add_alarm(recording, rule))
+        episodes.append(add_alarms(recording, read_alarm_rules(recording, config.run)))
     return tuple(sorted(episodes, key=lambda r: (-len(set(r.predictions.y_true.tolist())), r.row.episode_id)))
 
 

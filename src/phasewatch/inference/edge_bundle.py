@@ -28,7 +28,7 @@ from phasewatch.models.alarm import AlarmRule
 from phasewatch.models.base import InputKind, InputSpec, InputVariant, ModelInputs, check_probabilities
 from phasewatch.models.checkpoint import CheckpointHeader, FileEntry
 from phasewatch.models.foreign import foreign_errors
-from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE, PhaseFilter
+from phasewatch.models.smoothing import PhaseFilter
 from phasewatch.types import PHASES
 
 __all__ = [
@@ -55,7 +55,7 @@ __all__ = [
     "render_rules",
 ]
 
-EDGE_FORMAT = "phasewatch-edge/1"
+EDGE_FORMAT = "phasewatch-edge/2"
 EDGE_HEADER_FILE, EDGE_SCHEMA_FILE, EDGE_CARD_FILE = "edge.json", "feature_schema_v2.json", "card.md"
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a .zip can store
 
@@ -79,7 +79,7 @@ class EdgeModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         threat: Channel set that chose its columns.
         columns: Columns of its input, in order.
         table, floors: Transform of the values, and the smallest scale of each channel for the host's baseline.
-        rules: Phase filter and alarm rule of its checkpoint.
+        rules: Phase filter and alarm rules of its checkpoint.
     """
 
     member: str
@@ -385,17 +385,23 @@ class OnnxModel:
 
 
 class PostprocessingRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Phase filter and alarm rule; None if none was fitted."""
+    """Phase filter, None if none was fitted, and alarm rules: at most one of each kind at each stride.
+
+    Raises:
+        ValueError: If two rules have the same kind and stride.
+    """
 
     filter: PhaseFilter | None = None
-    alarm: AlarmRule | None = None
+    alarms: tuple[AlarmRule, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len({(rule.kind, rule.stride_s) for rule in self.alarms}) != len(self.alarms):
+            raise ValueError("alarms: two rules of one kind and stride")
 
 
 def extract_rules(header: CheckpointHeader) -> PostprocessingRules:
-    """Return the rules of a checkpoint; the alarm rule is that of the filtered probabilities, if there is a filter."""
-    return PostprocessingRules(
-        filter=header.filter, alarm=header.alarm.get(SMOOTHING_NONE if header.filter is None else SMOOTHING_PHASE)
-    )
+    """Return the rules of a checkpoint."""
+    return PostprocessingRules(filter=header.filter, alarms=header.alarms)
 
 
 def render_rules(rules: PostprocessingRules) -> dict[str, Any]:

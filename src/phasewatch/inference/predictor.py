@@ -17,11 +17,11 @@ from phasewatch.features.normalise import ChannelScaling, HostBaseline, build_sc
 from phasewatch.features.schema import feature_names
 from phasewatch.features.windows import build_window_view
 from phasewatch.inference.edge_bundle import TrainingOrigin
-from phasewatch.models.alarm import AlarmRule, AlarmState, compute_activity_score
+from phasewatch.models.alarm import AlarmKind, AlarmRule, AlarmState, compute_alarm_score, find_alarm_rule
 from phasewatch.models.base import InputKind, InputSpec, InputVariant, ModelInputs
 from phasewatch.models.checkpoint import MAX_MAGNITUDE
 from phasewatch.models.smoothing import PhaseFilter
-from phasewatch.types import BIN_NS, PHASES, STRIDE_BINS, WINDOW_BINS, Phase
+from phasewatch.types import BIN_NS, LIVE_STRIDE_BINS, PHASES, STRIDE_BINS, STRIDE_NS, WINDOW_BINS, Phase
 
 __all__ = [
     "PhaseDecision",
@@ -42,14 +42,14 @@ class ProbabilityEstimator(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PhasePredictor:
-    """A trained model with its phase filter, alarm rule and input transform.
+    """A trained model with its phase filter, alarm rules and input transform.
 
     Attributes:
         model, threat, seed: Key, channel set and seed of the model.
         spec: Its input.
         estimator: The loaded model.
-        filter: Phase filter; None if none was fitted.
-        alarm: Alarm rule; None if none was fitted.
+        filter: Phase filter of the displayed phase; None shows the phase of the window alone.
+        alarms: Alarm rules of each kind and stride; empty if none were fitted.
         trained: Origin of its training data.
         where: File or folder of the model, for messages.
         baseline: Baseline of the VM, for a model of values relative to it.
@@ -61,7 +61,7 @@ class PhasePredictor:
     spec: InputSpec
     estimator: ProbabilityEstimator
     filter: PhaseFilter | None
-    alarm: AlarmRule | None
+    alarms: tuple[AlarmRule, ...]
     trained: TrainingOrigin
     where: str
     baseline: HostBaseline | None = None
@@ -89,6 +89,10 @@ class PhasePredictor:
         day = self.baseline.select_channels(self.channels) if self.baseline is not None else None
         floors = dict(self.spec.floors)
         return build_scaling(day, np.array([floors[name] for name in self.channels]))
+
+    def find_rule(self, kind: AlarmKind, stride_bins: int) -> AlarmRule | None:
+        """Return the rule of an alarm for windows at a stride; None if none was fitted."""
+        return find_alarm_rule(self.alarms, kind, stride_bins * BIN_NS // 10**9)
 
     def compute_known_share(self, bins: Float32Array, stride_bins: int = STRIDE_BINS) -> NDArray[np.float64]:
         """Compute the known share of the model's readings in each window: ``(n, 46)`` float32 → ``(w,)`` float64."""
@@ -175,14 +179,15 @@ class PhaseDecision:
     Attributes:
         number: Number of the window, from 0.
         t_start_ns, t_end_ns: Start and end of the window on the wall clock.
-        p: Five calibrated probabilities.
+        p: Five calibrated probabilities, from which the alarms are decided.
         belief: Five probabilities after the phase filter; the same as `p` without one.
         phase: The most probable phase by `belief`.
         known: Share of the model's channels × bins that are known.
         flags: Flags of the window: 1 clock step, 2 late ticks.
-        alarm: Whether the alarm is on after this window; None without an alarm rule.
+        alarm: Whether the infection alarm is on after this window; None without a rule.
         raised: Whether it started at this window.
-        since_ns: End of the window at which the alarm started; None while it is off.
+        since_ns: End of the window at which it started; None while it is off.
+        activity_alarm, activity_raised, activity_since_ns: The same of the activity alarm.
     """
 
     number: int
@@ -196,17 +201,26 @@ class PhaseDecision:
     alarm: bool | None
     raised: bool
     since_ns: int | None
+    activity_alarm: bool | None
+    activity_raised: bool
+    activity_since_ns: int | None
 
 
 class PhasePostprocessor:
-    """Apply the phase filter and the alarm rule to the windows of one VM, in the order of time."""
+    """Apply the phase filter and the alarm rules to the windows of one VM, in the order of time.
 
-    def __init__(self, scorer: PhasePredictor) -> None:
-        self._scorer = scorer
-        self._belief: NDArray[np.float64] | None = None
-        self._alarm = AlarmState()
-        self._since_ns: int | None = None
-        self._last_ns = 0
+    At a stride below 5 s there is one chain of beliefs for each offset within 5 s, so that each advances by the stride
+    that the filter was fitted to.
+
+    Args:
+        scorer: The model.
+        stride_bins: Bins from one window's start to the next.
+    """
+
+    def __init__(self, scorer: PhasePredictor, *, stride_bins: int = LIVE_STRIDE_BINS) -> None:
+        self._filter = scorer.filter
+        self._chains = [_BeliefChain() for _ in range(STRIDE_BINS // stride_bins)]
+        self._alarms = {kind: _AlarmTrack(kind, scorer.find_rule(kind, stride_bins)) for kind in AlarmKind}
 
     def postprocess(
         self, number: int, start_ns: int, p: NDArray[np.float64], *, known: float, flags: int
@@ -220,17 +234,11 @@ class PhasePostprocessor:
             known: Known share of the model's channels × bins.
             flags: Flags of the window.
         """
-        stride_ns, end_ns = STRIDE_BINS * BIN_NS, start_ns + WINDOW_BINS * BIN_NS
-        belief = p
-        if self._scorer.filter is not None:
-            strides = max(1, round((end_ns - self._last_ns) / stride_ns)) if self._belief is not None else 1
-            belief = self._belief = self._scorer.filter.step(self._belief, p, strides=strides)
-        self._last_ns = end_ns
-        is_active: bool | None = None
-        if self._scorer.alarm is not None:
-            self._alarm = self._alarm.step(self._scorer.alarm, float(compute_activity_score(belief)))
-            is_active = self._alarm.is_active
-            self._since_ns = end_ns if self._alarm.has_started else self._since_ns if is_active else None
+        end_ns = start_ns + WINDOW_BINS * BIN_NS
+        belief = p if self._filter is None else self._chains[number % len(self._chains)].step(self._filter, p, end_ns)
+        for track in self._alarms.values():
+            track.step(p, end_ns)
+        infection, activity = self._alarms[AlarmKind.INFECTION], self._alarms[AlarmKind.ACTIVITY]
         return PhaseDecision(
             number=number,
             t_start_ns=start_ns,
@@ -240,7 +248,44 @@ class PhasePostprocessor:
             phase=PHASES[int(belief.argmax())],
             known=known,
             flags=flags,
-            alarm=is_active,
-            raised=self._alarm.has_started,
-            since_ns=self._since_ns,
+            alarm=infection.is_active,
+            raised=infection.state.has_started,
+            since_ns=infection.since_ns,
+            activity_alarm=activity.is_active,
+            activity_raised=activity.state.has_started,
+            activity_since_ns=activity.since_ns,
         )
+
+
+class _BeliefChain:
+    """The belief of the windows at one offset within 5 s."""
+
+    def __init__(self) -> None:
+        self._belief: NDArray[np.float64] | None = None
+        self._last_ns = 0
+
+    def step(self, phase_filter: PhaseFilter, p: NDArray[np.float64], end_ns: int) -> NDArray[np.float64]:
+        """Return the belief after the window that ends at `end_ns`."""
+        strides = max(1, round((end_ns - self._last_ns) / STRIDE_NS)) if self._belief is not None else 1
+        self._belief, self._last_ns = phase_filter.step(self._belief, p, strides=strides), end_ns
+        return self._belief
+
+
+class _AlarmTrack:
+    """The state of one alarm; without a rule it stays off."""
+
+    def __init__(self, kind: AlarmKind, rule: AlarmRule | None) -> None:
+        self._kind, self._rule = kind, rule
+        self.state = AlarmState()
+        self.since_ns: int | None = None
+
+    @property
+    def is_active(self) -> bool | None:
+        return None if self._rule is None else self.state.is_active
+
+    def step(self, p: NDArray[np.float64], end_ns: int) -> None:
+        """Update the state with the window that ends at `end_ns`."""
+        if self._rule is None:
+            return
+        self.state = self.state.step(self._rule, float(compute_alarm_score(p, self._kind)))
+        self.since_ns = end_ns if self.state.has_started else self.since_ns if self.state.is_active else None

@@ -18,9 +18,9 @@ from phasewatch.arrays import FloatArray
 from phasewatch.errors import MismatchError, RunError, UsageError
 from phasewatch.metrics import N_CLASSES, apply_temperature, confusion_counts, log_loss, macro_f1
 from phasewatch.models import checkpoint
-from phasewatch.models.alarm import AlarmRule, fit_alarm_rule
+from phasewatch.models.alarm import LIVE_STRIDE_S, RULE_STRIDE_S, AlarmKind, AlarmRule, fit_alarm_rule
 from phasewatch.models.checkpoint import MAX_MAGNITUDE, CheckpointHeader
-from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE, LabelSequence, PhaseFilter, fit_filter
+from phasewatch.models.smoothing import LabelSequence, PhaseFilter, fit_filter
 from phasewatch.types import CONTEXT_BINS, PHASES, WINDOW_BINS
 
 __all__ = [
@@ -32,6 +32,8 @@ __all__ = [
     "ModelInputs",
     "Persistence",
     "PhaseModel",
+    "PostprocessingData",
+    "ScoredWindows",
     "check_probabilities",
     "compute_class_weights",
     "fit_temperature",
@@ -235,6 +237,63 @@ class LabelledExamples:
         return weights
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ScoredWindows:
+    """Labelled windows with the probabilities of a model that was not trained on them.
+
+    Attributes:
+        labels: Labels, episodes and times of ``n`` windows, in the order (episode, time).
+        p: ``(n, 5)`` float64 calibrated probabilities.
+        sha256: Digest of the windows, for `PhaseModel.trained_on`.
+
+    Raises:
+        MismatchError: If the lengths differ.
+    """
+
+    labels: LabelSequence
+    p: FloatArray
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.p.shape != (len(self.labels.y), N_CLASSES):
+            raise MismatchError(f"scored windows: {len(self.labels.y)} labels, probabilities of shape {self.p.shape}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PostprocessingData:
+    """What the phase filter and the alarms are fitted to.
+
+    Attributes:
+        train: Labels of the train windows in time order; the filter's transitions are counted in them.
+        val_b, soak: Windows every five seconds of validation B, and of benign recordings whose hosts and samples are
+            not in the test set.
+        val_b_live, soak_live: The windows of every second of the same episodes; None fits no alarm at that stride.
+    """
+
+    train: LabelSequence
+    val_b: ScoredWindows
+    soak: ScoredWindows
+    val_b_live: ScoredWindows | None = None
+    soak_live: ScoredWindows | None = None
+
+    def list_parts(self) -> dict[str, ScoredWindows]:
+        """Return the windows by their names in `PhaseModel.trained_on`."""
+        parts = {
+            "decide_val": self.val_b,
+            "decide_soak": self.soak,
+            "decide_val_1s": self.val_b_live,
+            "decide_soak_1s": self.soak_live,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def list_strides(self) -> dict[int, tuple[ScoredWindows, ScoredWindows]]:
+        """Return validation B and soak by their stride in seconds."""
+        strides = {RULE_STRIDE_S: (self.val_b, self.soak)}
+        if self.val_b_live is not None and self.soak_live is not None:
+            strides[LIVE_STRIDE_S] = (self.val_b_live, self.soak_live)
+        return strides
+
+
 class PhaseModel(ABC):
     """A classifier of windows into the five phases.
 
@@ -257,7 +316,7 @@ class PhaseModel(ABC):
         history: Name → one number per training round of the selection model.
         val_a_macro_f1: Macro-F1 of the selection model on validation A, by which models are selected before any test
             prediction is read.
-        filter, alarm: Set by `fit_postprocessing`; None and empty before.
+        filter, alarms: Set by `fit_postprocessing`; None and empty before.
         where: Name of the model in messages: its checkpoint's folder, if it has one.
     """
 
@@ -285,7 +344,7 @@ class PhaseModel(ABC):
         self.trained_with: dict[str, int] = {}
         self.val_a_macro_f1 = 0.0
         self.filter: PhaseFilter | None = None
-        self.alarm: dict[str, AlarmRule] = {}
+        self.alarms: tuple[AlarmRule, ...] = ()
         self.where = f"model {self.key}"
 
     @final
@@ -313,7 +372,7 @@ class PhaseModel(ABC):
         for name, part in {**parts, "val_a": val}.items():
             self.record_training(name, part)
         self.temperature, self.history = 1.0, {}
-        self.filter, self.alarm = None, {}
+        self.filter, self.alarms = None, ()
         self._start(examples)
         self._fit(examples, val)
         self.val_a_macro_f1 = round(float(macro_f1(confusion_counts(val.y, self.predict(val.inputs)))), 6)
@@ -357,26 +416,21 @@ class PhaseModel(ABC):
         return self
 
     @final
-    def fit_postprocessing(
-        self, train: LabelSequence, val: tuple[FloatArray, LabelSequence], soak: tuple[FloatArray, LabelSequence]
-    ) -> Self:
-        """Fit the phase filter and the alarm thresholds; call it after `refit`.
+    def fit_postprocessing(self, data: PostprocessingData) -> Self:
+        """Fit the phase filter, and both alarms at each stride; call it after `calibrate`.
 
-        Args:
-            train: Labels of the train windows in time order; the filter's transitions are counted in them.
-            val: ``(n, 5)`` probabilities of the selection model on validation B, and the labels.
-            soak: ``(m, 5)`` probabilities of the final model on benign recordings from hosts and samples that are not
-                in the test set, and the labels.
+        The alarms use unsmoothed probabilities; the filter changes the displayed phase alone.
         """
-        self.filter = phase_filter = fit_filter(train, val[1], val[0])
-        labels = LabelSequence.concatenate([val[1], soak[1]])
-        by_smoothing = {
-            SMOOTHING_NONE: np.concatenate([val[0], soak[0]]),
-            SMOOTHING_PHASE: np.concatenate(
-                [phase_filter.run(p, track.episode_index, track.t_center_ns) for p, track in (val, soak)]
-            ),
-        }
-        self.alarm = {name: fit_alarm_rule(p, labels) for name, p in by_smoothing.items()}
+        for name, part in data.list_parts().items():
+            self.trained_on[name] = part.sha256
+            self.trained_with[name] = len(part.p)
+        self.filter = fit_filter(data.train, data.val_b.labels, data.val_b.p)
+        rules: list[AlarmRule] = []
+        for stride_s, parts in data.list_strides().items():
+            p = np.concatenate([part.p for part in parts])
+            labels = LabelSequence.concatenate([part.labels for part in parts])
+            rules += [fit_alarm_rule(p, labels, kind=kind, stride_s=stride_s) for kind in AlarmKind]
+        self.alarms = tuple(rules)
         return self
 
     @final
@@ -445,7 +499,7 @@ class PhaseModel(ABC):
             trained_with=self.trained_with,
             val_a_macro_f1=self.val_a_macro_f1,
             filter=self.filter,
-            alarm=self.alarm,
+            alarms=self.alarms,
             versions=checkpoint.collect_versions(self._libraries()),
             files={},
         )
@@ -475,7 +529,7 @@ class PhaseModel(ABC):
         )
         model.seen, model.temperature = header.seen, header.temperature
         model.history, model.trained_on = dict(header.history), dict(header.trained_on)
-        model.filter, model.alarm, model.trained_with = header.filter, dict(header.alarm), dict(header.trained_with)
+        model.filter, model.alarms, model.trained_with = header.filter, header.alarms, dict(header.trained_with)
         model.val_a_macro_f1 = header.val_a_macro_f1
         model._restore(files)
         return model

@@ -26,7 +26,7 @@ from phasewatch.artifacts import (
 from phasewatch.dataset import FoldData, file_sha256, load, read_fold
 from phasewatch.errors import MachineError, ModelError, PhasewatchError, RunError, UsageError
 from phasewatch.models import registry
-from phasewatch.models.base import InputKind, PhaseModel
+from phasewatch.models.base import InputKind, PhaseModel, PostprocessingData
 from phasewatch.models.checkpoint import CHECKPOINT_FILE, read_header
 from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE, SMOOTHING_SCHEDULE
 from phasewatch.parallel.pool import map_ordered
@@ -40,8 +40,16 @@ from phasewatch.training.experiment import (
     render_experiment,
 )
 from phasewatch.training.grids import HEADLINE_RECIPE, MAIN_MODELS
+from phasewatch.training.live_scores import (
+    LiveScores,
+    has_live_parts,
+    predict_live_windows,
+    score_live_windows,
+    score_windows,
+)
 from phasewatch.training.predictions import (
     PartPredictions,
+    PredictionPart,
     build_predictions_table,
     read_predictions,
     write_prediction_table,
@@ -246,69 +254,104 @@ def tune_experiment(sets: FoldData, cell: Experiment, *, trials: int) -> dict[st
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FittedModel:
-    """A model after both fits.
+    """A model after both fits, with its predictions of windows outside the training set.
 
     Attributes:
         model: The final model.
         val_b: ``(n, 5)`` float64 probabilities of the selection model on validation B, which the final model has seen.
+        val_b_live: The same for the windows of every second; None for a model without alarms, or without bins.
+        soak_live: Predictions of the final model for every second of all soak episodes; None likewise.
     """
 
     model: PhaseModel
     val_b: FloatArray
+    val_b_live: LiveScores | None = None
+    soak_live: LiveScores | None = None
 
 
 def fit_model(model: PhaseModel, sets: FoldData) -> FittedModel:
-    """Fit the selection model, then the final model with its phase filter and its alarm.
+    """Fit the selection model, then the final model with its phase filter and its alarms.
 
     The selection model is fitted to train, with validation A for what it chooses; its probabilities on validation B
-    set the temperature. The final model is fitted to all three sets. Filter and alarm are fitted to the selection
+    set the temperature. The final model is fitted to all three sets. Filter and alarms are fitted to the selection
     model's probabilities on validation B and the final model's on the calibration soak: neither model was fitted to
-    these windows. A random window split has no filter and no alarm, because its parts have no consecutive windows.
-    A baseline is fitted once, to train, and has neither.
+    these windows. A random window split has neither filter nor alarms, because its parts have no consecutive windows.
+    A baseline is fitted once, to train, and has neither. The windows of baseline episodes of the hosts that a model
+    may see join its training set as clean ones.
     """
     train, val_a, val_b = sets.train.examples, sets.val_a.examples, sets.val_b.examples
-    model.fit(train, val_a, extra=sets.extra).calibrate(val_b)
+    is_baseline_model = model.key in registry.BASELINE_MODELS
+    model.fit(train, val_a, extra=None if is_baseline_model else sets.build_extra(sets.train)).calibrate(val_b)
     selected = model.predict_proba(val_b.inputs)
-    if model.key in registry.BASELINE_MODELS:
+    if is_baseline_model:
         return FittedModel(model=model, val_b=selected)
-    model.refit([train, *([] if sets.extra is None else [sets.extra]), val_a, val_b])
-    if sets.fold.deal is None:
-        soak = sets.soak.take(sets.calibration_soak)
-        model.record_training("decide_val", val_b)
-        model.record_training("decide_soak", soak.examples)
-        model.fit_postprocessing(
-            sets.train.label_sequence,
-            (selected, sets.val_b.label_sequence),
-            (model.predict_proba(soak.inputs), soak.label_sequence),
+    has_alarms = sets.fold.deal is None
+    val_b_live = predict_live_windows(model, sets, sets.val_b.windows.episodes) if has_alarms else None
+    extra = sets.build_extra(sets.train, sets.val_a, sets.val_b)
+    model.refit([train, *([] if extra is None else [extra]), val_a, val_b])
+    if not has_alarms:
+        return FittedModel(model=model, val_b=selected)
+    soak = sets.soak.take(sets.calibration_soak)
+    soak_live = predict_live_windows(model, sets, sets.soak.windows.episodes)
+    model.fit_postprocessing(
+        PostprocessingData(
+            train=sets.train.label_sequence,
+            val_b=score_windows(sets.val_b, selected),
+            soak=score_windows(soak, model.predict_proba(soak.inputs)),
+            val_b_live=score_live_windows(sets, val_b_live),
+            soak_live=score_live_windows(sets, soak_live, only=soak.windows.episodes),
         )
-    return FittedModel(model=model, val_b=selected)
+    )
+    return FittedModel(model=model, val_b=selected, val_b_live=val_b_live, soak_live=soak_live)
 
 
 def fit_and_predict(model: PhaseModel, sets: FoldData) -> tuple[PhaseModel, list[PartPredictions]]:
     """Fit a model on a fold; return the final model and its predictions, as the run's table holds them.
 
-    Part `val_b` comes from the selection model, every other part from the final model.
+    Validation B is predicted by the selection model, every other part by the final model.
     """
     fitted = fit_model(model, sets)
     return fitted.model, predict_parts(fitted, sets)
 
 
 def predict_parts(fitted: FittedModel, sets: FoldData) -> list[PartPredictions]:
-    """Return the predictions of each window outside the training set, with and without smoothing."""
+    """Predict each window outside the training set, with and without smoothing, and then those of every second."""
     model, predictions = fitted.model, list[PartPredictions]()
-    for name, part in (("val_b", sets.val_b), ("test", sets.test), ("soak", sets.soak)):
-        p = fitted.val_b if name == "val_b" else model.predict_proba(part.inputs)
-        predictions.append(PartPredictions(part=name, filter=SMOOTHING_NONE, data=part, p=p))
+    for name, part in (
+        (PredictionPart.VAL_B, sets.val_b),
+        (PredictionPart.TEST, sets.test),
+        (PredictionPart.SOAK, sets.soak),
+    ):
+        windows = part.windows
+        p = fitted.val_b if name is PredictionPart.VAL_B else model.predict_proba(part.inputs)
+        predictions.append(PartPredictions(part=name, filter=SMOOTHING_NONE, windows=windows, p=p))
         if model.filter is not None:
-            track = part.label_sequence
             smoothed = {SMOOTHING_PHASE: model.filter}
-            if name == "test":  # a baseline of the scores; it has no alarm
+            if name is PredictionPart.TEST:  # a baseline of the scores; it has no alarm
                 smoothed[SMOOTHING_SCHEDULE] = model.filter.without_observations()
             predictions += [
-                PartPredictions(part=name, filter=key, data=part, p=f.run(p, track.episode_index, track.t_center_ns))
+                PartPredictions(
+                    part=name, filter=key, windows=windows, p=f.run(p, windows.episode_index, windows.t_center_ns)
+                )
                 for key, f in smoothed.items()
             ]
-    return predictions
+    return predictions + _predict_live_parts(fitted, sets)
+
+
+def _predict_live_parts(fitted: FittedModel, sets: FoldData) -> list[PartPredictions]:
+    """Predict the windows of every second; their alarms use unsmoothed probabilities, so no other are stored."""
+    if fitted.val_b_live is None or not has_live_parts(sets):
+        return []
+    scores = {
+        PredictionPart.VAL_B_LIVE: fitted.val_b_live,
+        PredictionPart.TEST_LIVE: predict_live_windows(fitted.model, sets, sets.test.windows.episodes),
+        PredictionPart.SOAK_LIVE: fitted.soak_live,
+    }
+    return [
+        PartPredictions(part=part, filter=SMOOTHING_NONE, windows=score.windows, p=score.p)
+        for part, score in scores.items()
+        if score is not None and len(score.windows)
+    ]
 
 
 def find_best_net(run: Path, cells: Iterable[Experiment]) -> str | None:
