@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from tests.factories.predictions import MALICIOUS, SKILL, Shape, write_predictions
 
-from phasewatch.artifacts import OLD_METRICS_FILE, PREDICTIONS_FILE
+from phasewatch.artifacts import OLD_METRICS_FILES, PREDICTIONS_FILE
 from phasewatch.errors import RunError
 from phasewatch.evaluation.bootstrap import compute_paired_p_value
 from phasewatch.evaluation.evaluate import evaluate_run, read_metrics
@@ -282,12 +282,12 @@ def test_the_same_predictions_give_the_same_bytes_in_any_order(
     write_prediction_table(tmp_path / PREDICTIONS_FILE, [table.take(pa.array(order))])
 
     assert evaluate_run(tmp_path, resamples=500).metrics == metrics.metrics
-    assert (run / "metrics_v2.json").read_bytes() == render_metrics(evaluate_run(run, resamples=500))
+    assert (run / "metrics_v3.json").read_bytes() == render_metrics(evaluate_run(run, resamples=500))
 
 
 def test_the_file_names_its_inputs_and_every_row_has_every_field(scored: tuple[MetricTable, pa.Table, Path]) -> None:
     metrics, _, run = scored
-    raw = msgspec.json.decode((run / "metrics_v2.json").read_bytes())
+    raw = msgspec.json.decode((run / "metrics_v3.json").read_bytes())
 
     assert list(raw) == ["inputs", "metrics"]
     assert list(raw["inputs"]) == [PREDICTIONS_FILE]
@@ -328,15 +328,16 @@ def test_the_file_names_its_inputs_and_every_row_has_every_field(scored: tuple[M
 def test_a_file_that_is_no_metrics_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"m\.json: not a metrics file"):
         parse_metrics(b"{}", file="m.json")
-    with pytest.raises(RunError, match=r"metrics_v2\.json: absent; make it with `phasewatch evaluate"):
+    with pytest.raises(RunError, match=r"metrics_v3\.json: absent; make it with `phasewatch evaluate"):
         read_metrics(tmp_path)
 
 
-def test_a_run_with_only_the_old_metrics_file_is_refused_with_the_command_that_helps(tmp_path: Path) -> None:
-    (tmp_path / OLD_METRICS_FILE).write_bytes(b"{}")
+@pytest.mark.parametrize("name", OLD_METRICS_FILES)
+def test_a_run_with_only_an_old_metrics_file_is_refused_with_the_command_that_helps(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"{}")
 
     assert has_metrics(tmp_path)
-    with pytest.raises(RunError, match=r"older version, expected metrics_v2\.json; make it with `phasewatch evaluate"):
+    with pytest.raises(RunError, match=r"older version, expected metrics_v3\.json; make it with `phasewatch evaluate"):
         read_metrics(tmp_path)
 
 

@@ -116,7 +116,7 @@ class WindowSet:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FoldData:
-    """The five sets of windows of a fold.
+    """The sets of windows of a fold.
 
     Attributes:
         fold: The assignment of episodes to sets.
@@ -124,6 +124,8 @@ class FoldData:
         soak: Windows of all soak episodes of the run, for false alarms only.
         calibration_soak: ``(n,)`` bool over the soak windows: those that share no held-out host or sample group with
             the test set, to which thresholds may be fitted.
+        idle: Windows of the baseline episodes of hosts that are in the test set alone; None without any. They ask
+            whether a clean machine that runs no load is called clean.
     """
 
     fold: Fold
@@ -133,3 +135,4 @@ class FoldData:
     test: WindowSet
     soak: WindowSet
     calibration_soak: NDArray[np.bool_]
+    idle: WindowSet | None = None

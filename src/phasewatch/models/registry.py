@@ -89,8 +89,7 @@ BUILTIN_MODELS: tuple[ModelEntry, ...] = (
         key="minirocket",
         where="phasewatch.models.minirocket:MiniRocket",
         kind=InputKind.TENSOR,
-        about="Random convolutions and ridge regression: a cheap baseline for the neural networks.",
-        is_baseline=True,
+        about="Random convolutions and ridge regression over the window's bins.",
     ),
     ModelEntry(
         key="majority",
@@ -111,6 +110,20 @@ BUILTIN_MODELS: tuple[ModelEntry, ...] = (
         where="phasewatch.models.baselines:ElapsedTimeBaseline",
         kind=InputKind.ELAPSED,
         about="The most probable phase at this time after the first label; uses no telemetry.",
+        is_baseline=True,
+    ),
+    ModelEntry(
+        key="load_only",
+        where="phasewatch.models.baselines:LoadBaseline",
+        kind=InputKind.LOAD,
+        about="The most probable phase given whether a benign load runs in the episode; uses no telemetry.",
+        is_baseline=True,
+    ),
+    ModelEntry(
+        key="duration_only",
+        where="phasewatch.models.baselines:DurationBaseline",
+        kind=InputKind.DURATION,
+        about="The most probable phase given for how long the CPU has been busy or idle.",
         is_baseline=True,
     ),
     ModelEntry(

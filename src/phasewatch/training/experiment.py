@@ -86,7 +86,7 @@ class RunDigests:
 
     def select_inputs(self, experiment: Experiment, fold: Fold, kind: InputKind) -> dict[str, str]:
         """Return the digests that an experiment depends on; when one changes, it is trained again."""
-        reads_bins = kind is InputKind.TENSOR or experiment.table == InputVariant.COMMISSIONED
+        reads_bins = kind in (InputKind.TENSOR, InputKind.DURATION) or experiment.table == InputVariant.COMMISSIONED
         return {
             **({"grids": self.grids} if reads_bins else {}),
             **({"levels": self.levels} if kind is InputKind.LEVELS else {}),

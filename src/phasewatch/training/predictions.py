@@ -19,6 +19,7 @@ from phasewatch.training.experiment import Experiment
 from phasewatch.types import PHASES
 
 __all__ = [
+    "IDLE_PART",
     "NO_FILTER",
     "PROBABILITY_COLUMNS",
     "PartPredictions",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 NO_FILTER = SMOOTHING_NONE
+IDLE_PART = "idle"  # baseline episodes of the hosts that the fold holds out
 PROBABILITY_COLUMNS = tuple(f"p_{phase}" for phase in PHASES)
 _TEXT_COLUMNS = (
     "recipe",
@@ -55,7 +57,7 @@ class PartPredictions:
     """A model's predictions of the windows of one part.
 
     Attributes:
-        part: Name of the part: ``val_b``, ``test`` or ``soak``.
+        part: Name of the part: ``val_b``, ``test``, ``soak`` or ``idle``.
         filter: Smoothing of the probabilities (`SMOOTHING_NONE`, `SMOOTHING_PHASE`, `SMOOTHING_SCHEDULE`).
         data: The windows.
         p: ``(n, 5)`` float64 probabilities.

@@ -39,6 +39,7 @@ from phasewatch.training.experiment import (
 )
 from phasewatch.training.grids import HEADLINE_RECIPE, MAIN_MODELS
 from phasewatch.training.predictions import (
+    IDLE_PART,
     PartPredictions,
     build_predictions_table,
     read_predictions,
@@ -255,7 +256,10 @@ def fit_model(model: PhaseModel, sets: FoldData) -> PhaseModel:
 
 
 def _predict_parts(model: PhaseModel, sets: FoldData) -> list[PartPredictions]:
-    """Predict each window outside the training set, with and without smoothing."""
+    """Predict each window outside the training set, with and without smoothing.
+
+    Models that are not baselines also predict the idle windows of unseen hosts.
+    """
     predictions: list[PartPredictions] = []
     for name, part in (("val_b", sets.val_b), ("test", sets.test), ("soak", sets.soak)):
         p = model.predict_proba(part.inputs)
@@ -269,6 +273,9 @@ def _predict_parts(model: PhaseModel, sets: FoldData) -> list[PartPredictions]:
                 PartPredictions(part=name, filter=key, data=part, p=f.run(p, track.episode_index, track.t_center_ns))
                 for key, f in smoothed.items()
             ]
+    if sets.idle is not None and model.key not in registry.BASELINE_MODELS:
+        p = model.predict_proba(sets.idle.inputs)
+        predictions.append(PartPredictions(part=IDLE_PART, filter=SMOOTHING_NONE, data=sets.idle, p=p))
     return predictions
 
 
