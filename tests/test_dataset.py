@@ -29,9 +29,13 @@ from phasewatch.dataset.loader import find_calibration_soak, read_baselines
 from phasewatch.dataset.sets import EpisodeWindows
 from phasewatch.dataset.split_files import compute_sample_group
 from phasewatch.errors import RunError, UsageError
+from phasewatch.features.derived import DERIVED_FEATURES
+from phasewatch.features.inputs import compute_inputs
+from phasewatch.features.schema import list_column_channels
+from phasewatch.features.tables import write_feature_tables
 from phasewatch.models.base import InputKind, InputVariant
 from phasewatch.splits import SPLIT_RECIPES, SplitPart
-from phasewatch.types import EpisodeOrigin, EpisodeRole, SampleKind
+from phasewatch.types import BundleStatus, EpisodeOrigin, EpisodeRole, SampleKind
 
 
 @pytest.fixture
@@ -59,14 +63,14 @@ def test_realistic_holds_the_host_side_channels_alone_and_oracle_all(run: Path) 
     names = load(run, "held_out_host", "host-0", "realistic").train.names
     trusted = {c.full_name for c in CHANNELS if c.in_deployment}
 
-    assert len(names) == 5 * len(trusted)
-    assert {n.rpartition(".")[0] for n in names} == trusted
-    assert load(run, "held_out_host", "host-0", "oracle").train.x.shape[1] == 5 * len(CHANNELS)
+    assert len(names) == 5 * len(trusted) + len(DERIVED_FEATURES)
+    assert {channel for n in names for channel in list_column_channels(n)} == trusted
+    assert load(run, "held_out_host", "host-0", "oracle").train.x.shape[1] == 5 * len(CHANNELS) + len(DERIVED_FEATURES)
 
 
 def test_values_labels_and_gaps_are_those_of_the_file(run: Path) -> None:
     data = read_windows(run, "realistic", InputKind.TABLE)
-    table = pq.read_table(run / "features_window_v1.parquet")
+    table = pq.read_table(run / "features_window_v2.parquet")
 
     assert data.x.dtype == np.float32
     assert data.x.tobytes() == np.column_stack([table[n].to_numpy() for n in data.names]).tobytes()
@@ -87,7 +91,7 @@ def test_groups_name_host_and_session(run: Path) -> None:
 
 def test_the_order_of_the_file_changes_nothing(run: Path) -> None:
     before = load(run, "held_out_host", "host-0").train
-    order = np.random.default_rng(0).permutation(pq.read_metadata(run / "features_window_v1.parquet").num_rows)
+    order = np.random.default_rng(0).permutation(pq.read_metadata(run / "features_window_v2.parquet").num_rows)
     edit_features(run, lambda t: t.take(pa.array(order)))
     after = load(run, "held_out_host", "host-0").train
 
@@ -139,7 +143,7 @@ def test_absent_files_and_columns_are_named_with_the_remedy(run: Path, tmp_path:
     edit_features(run, lambda t: t.drop_columns(["purity"]))
     with pytest.raises(RunError, match=r"lacks column purity .* `phasewatch features`"):
         load(run, "held_out_host", "host-0")
-    with pytest.raises(RunError, match=r"features_window_v1\.parquet: absent; make it with `phasewatch features`"):
+    with pytest.raises(RunError, match=r"features_window_v2\.parquet: absent; make it with `phasewatch features`"):
         read_split_episodes(tmp_path)
 
 
@@ -196,25 +200,42 @@ def test_random_windows_share_the_windows_of_one_episode_out_and_each_is_tested_
     assert {e.role for e in sets[0].train.windows.episodes} == {EpisodeRole.LAB}
 
 
-def test_context_puts_the_two_windows_before_beside_each_and_the_first_stands_in(run: Path) -> None:
-    def hide(table: pa.Table) -> pa.Table:  # a window of unknown phase is in no set, and still is a past
-        phase = table["phase"].to_numpy().copy()
-        phase[5] = -1
-        return table.set_column(table.schema.get_field_index("phase"), "phase", pa.array(phase))
-
-    edit_features(run, hide)
-    raw = read_windows(run, "realistic", InputKind.TABLE, table=InputVariant.RAW)
+def test_context_is_computed_from_the_bins_of_the_episode_up_to_each_window(run: Path) -> None:
     data = read_windows(run, "realistic", InputKind.TABLE, table=InputVariant.CONTEXT)
-    own = pq.read_table(run / "features_window_v1.parquet")["proc.cpu_user.mean"].to_numpy()
-    f = len(raw.names)
-    i = data.names.index("proc.cpu_user.mean")
+    bins = open_bins(run / "grids")
+    rows = {row.episode_id: row for row in bins.rows}
 
-    assert data.names[f : f + 1] == (f"{raw.names[0]}@-1",)
-    assert np.array_equal(data.x[:, :f], raw.x, equal_nan=True)
-    assert np.array_equal(data.x[:4, f + i], own[[0, 0, 1, 2]], equal_nan=True)
-    assert np.array_equal(data.x[:4, 2 * f + i], own[[0, 0, 0, 1]], equal_nan=True)
-    assert np.array_equal(data.x[5:7, f + i], own[[5, 6]], equal_nan=True)  # row 5 is gone, so row 6 stands there
-    assert np.array_equal(data.x[7:9, f + i], own[[8, 8]], equal_nan=True)  # the next episode begins anew
+    assert "netflow.in_bytes.max@120s" in data.names
+    assert "burst.cpu_share@60s" in data.names
+    for number in (0, len(data.windows.episodes) - 1):
+        own = data.windows.episode_index == number
+        row = rows[data.windows.episodes[number].episode_id]
+        expected = compute_inputs(np.asarray(bins.episode_bins(row)), data.inputs.spec)
+        assert np.array_equal(data.x[own], expected, equal_nan=True)
+
+
+def test_context_of_a_real_table_has_the_same_bits_in_its_own_columns(tmp_path: Path) -> None:
+    """The table's columns and those computed from the bins are one computation."""
+    run = write_run(tmp_path / "run", World(windows=8, hosts=2))
+    statuses = {(row.host_id, row.episode_id): BundleStatus.ACCEPTED for row in open_bins(run / "grids").rows}
+    write_feature_tables(run, open_bins(run / "grids"), statuses)
+    raw = read_windows(run, "realistic", InputKind.TABLE)
+    data = read_windows(run, "realistic", InputKind.TABLE, table=InputVariant.CONTEXT)
+
+    assert data.names[: len(raw.names)] == raw.names
+    assert len(data.names) == len(raw.names) + 444
+    assert data.x[:, : len(raw.names)].tobytes() == raw.x.tobytes()
+    assert np.array_equal(data.y, raw.y)
+
+
+def test_context_of_a_tensor_is_two_minutes_that_end_with_the_window(run: Path) -> None:
+    raw = read_windows(run, "realistic", InputKind.TENSOR)
+    data = read_windows(run, "realistic", InputKind.TENSOR, table=InputVariant.CONTEXT)
+
+    assert data.x.shape == (len(raw), len(raw.names), 240)
+    assert np.array_equal(data.x[:, :, -20:], raw.x, equal_nan=True)
+    first = np.flatnonzero(np.diff(data.windows.episode_index, prepend=-1))
+    assert np.array_equal(data.x[first][:, :, :220], np.repeat(raw.x[first][:, :, :1], 220, axis=2), equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", ["table", "tensor"])
@@ -244,7 +265,8 @@ def test_host_without_a_baseline_is_flagged_and_keeps_its_zero(run: Path) -> Non
     floors = np.repeat([v for _, v in seen.test.inputs.spec.floors], 5)
 
     assert (seen.test.windows.flags & 8).all()
-    np.testing.assert_allclose(seen.test.x, raw.test.x / floors, rtol=1e-5)
+    assert seen.test.names == raw.test.names[: len(floors)]  # a ratio of channels has no baseline
+    np.testing.assert_allclose(seen.test.x, raw.test.x[:, : len(floors)] / floors, rtol=1e-5)
 
 
 def test_baseline_episode_outside_the_feature_table_is_ignored(tmp_path: Path) -> None:
@@ -281,7 +303,6 @@ def test_poisoning_the_test_host_changes_no_scale(tmp_path: Path) -> None:
     ("threat", "kind", "table", "words"),
     [
         pytest.param("oracle", "table", "commissioned", "which the guest reports", id="the guest may lie"),
-        pytest.param("realistic", "tensor", "context", "sees the bins of one window", id="no past of bins"),
         pytest.param("realistic", "elapsed", "context", "has no table context", id="no past of time"),
         pytest.param("realistic", "table", "contexts", "no table 'contexts'", id="unknown"),
     ],

@@ -85,9 +85,9 @@ def test_a_channel_of_ones_own_goes_the_whole_way(extra: Path, store: Path, tmp_
     import numpy as np
     import pyarrow.parquet as pq
 
-    schema = json.loads((run / "feature_schema_v1.json").read_text())
+    schema = json.loads((run / "feature_schema_v2.json").read_text())
     grids = np.load(run / "grids" / "grids.npy")
-    table = pq.read_table(run / "features_window_v1.parquet")
+    table = pq.read_table(run / "features_window_v2.parquet")
 
     assert json.loads(swept.stdout)["result"]["accepted"] == 2
     assert grids.shape[1] == 47

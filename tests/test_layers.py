@@ -137,7 +137,6 @@ WORLD = {
 
 # Modules with fewer than 110 lines and one importer; each stands for the reason given.
 SMALL = {
-    "dataset.tensors": "windows cut from the mapped bins, apart from the feature table",
     "bundle.labels": "a member of the bundle format, as rows and manifest are",
     "cli.sparkline": "needs numpy, which `--help` may not load",
     "live.baseline": "the recording of a baseline, started by one command",

@@ -86,9 +86,9 @@ BINS_FILE, LEVELS_FILE, BINS_INDEX_FILE = "grids.npy", "levels.npy", "index.parq
 BINS_PATH, LEVELS_PATH, BINS_INDEX_PATH = (f"{BINS_DIR}/{name}" for name in (BINS_FILE, LEVELS_FILE, BINS_INDEX_FILE))
 BINS_PATHS = (BINS_PATH, LEVELS_PATH, BINS_INDEX_PATH)
 
-FEATURES_FILE = "features_window_v1.parquet"
+FEATURES_FILE = "features_window_v2.parquet"
 EPISODE_FEATURES_FILE = "features_episode_v1.parquet"
-FEATURE_SCHEMA_FILE = "feature_schema_v1.json"
+FEATURE_SCHEMA_FILE = "feature_schema_v2.json"
 FEATURE_FILES = (FEATURES_FILE, EPISODE_FEATURES_FILE, FEATURE_SCHEMA_FILE)
 VALIDATION_FILE = "validation_v1.parquet"
 SPLITS_DIR = "splits"
@@ -131,7 +131,7 @@ _NEIGHBOURS_COLUMN, _BACKGROUND_COLUMN = "neighbours", "background"
 
 
 class FeatureSchema(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of `feature_schema_v1.json` that readers use."""
+    """The fields of `feature_schema_v2.json` that readers use."""
 
     phases: tuple[str, ...]
     feature_names: tuple[str, ...]

@@ -31,6 +31,7 @@ from phasewatch.evaluation.alarms import AlarmSimulation, PredictionParts, simul
 from phasewatch.evaluation.evaluate import compute_metrics, read_timelines
 from phasewatch.evaluation.predictions import parse_prediction_groups
 from phasewatch.models import checkpoint, registry
+from phasewatch.models.alarm import AlarmKind, find_alarm_rule
 from phasewatch.models.base import LabelledExamples, ModelInputs
 from phasewatch.pipeline import runner, stages
 from phasewatch.splits import Fold, SplitEpisode, SplitPart
@@ -82,7 +83,7 @@ def refit(run: Path, cell: Experiment, cheat: Callable[..., object]) -> None:
     honest = {n: getattr(sets, n).examples.sha256() for n in ("train", "val_a", "val_b")}
     spared = sets.soak.take(sets.calibration_soak)
     honest |= {"decide_val": honest["val_b"], "decide_soak": spared.examples.sha256()}
-    model.trained_on = honest
+    model.trained_on = {**model.trained_on, **honest}
     model.save(cell.folder(run))
     seal(run, cell)
 
@@ -138,7 +139,7 @@ def test_an_audit_of_other_predictions_no_longer_counts(run: Path) -> None:
 
 
 def test_edited_features_are_caught(run: Path) -> None:
-    path = run / "features_window_v1.parquet"
+    path = run / "features_window_v2.parquet"
     table = pq.read_table(path)
     leaked = pa.array(table["phase"].to_numpy().astype(np.float32))
     column = table.schema.get_field_index("proc.cpu_user.mean")
@@ -148,7 +149,7 @@ def test_edited_features_are_caught(run: Path) -> None:
 
 
 def test_labels_made_from_elapsed_time_are_caught(run: Path) -> None:
-    path = run / "features_window_v1.parquet"
+    path = run / "features_window_v2.parquet"
     table = pq.read_table(path)
     late = pc.cast(pc.greater(table["t_center_s"], 20.0), pa.int8())
     pq.write_table(table.set_column(table.schema.get_field_index("phase"), "phase", late), path)
@@ -288,7 +289,7 @@ def test_other_windows_than_the_folds_are_caught(run: Path) -> None:
     assert repeated(run).fate is CheckOutcome.BROKEN
 
 
-@pytest.mark.parametrize("part", ["decide_val", "decide_soak"])
+@pytest.mark.parametrize("part", ["decide_val", "decide_soak", "decide_val_1s", "decide_soak_1s"])
 def test_thresholds_set_on_other_windows_are_caught(run: Path, part: str) -> None:
     folder = CELL.folder(run)
     header, files = checkpoint.read_checkpoint(folder)
@@ -352,7 +353,7 @@ def test_windows_of_trained_episodes_among_the_tested_ones_are_caught(run: Path)
 
 
 def test_edited_numbers_are_caught(run: Path) -> None:
-    path = run / "metrics_v2.json"
+    path = run / "metrics_v3.json"
     metrics = json.loads(path.read_bytes())
     metrics["metrics"][0]["value"] += 0.1
     path.write_text(json.dumps(metrics))
@@ -443,7 +444,7 @@ class Peeks:
 def test_who_scores_in_spite_of_shuffled_labels_has_the_truth_from_elsewhere(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = run / "features_window_v1.parquet"
+    path = run / "features_window_v2.parquet"
     table = pq.read_table(path)
     leaked = pa.array(table["phase"].to_numpy().astype(np.float32))
     pq.write_table(
@@ -460,9 +461,9 @@ def test_who_scores_in_spite_of_shuffled_labels_has_the_truth_from_elsewhere(
 def test_an_alarm_that_was_set_by_the_test_set_is_caught(run: Path) -> None:
     def cheat(model: object, sets: object) -> None:
         fit_model(model, sets)  # type: ignore[arg-type]
-        rule = model.alarm["none"]  # type: ignore[attr-defined]
+        rule, *others = model.alarms  # type: ignore[attr-defined]
         theta = 0.25 if rule.theta > 0.5 else 0.75  # as another set of windows would have it
-        model.alarm = {**model.alarm, "none": replace(rule, theta=theta)}  # type: ignore[attr-defined]
+        model.alarms = (replace(rule, theta=theta), *others)  # type: ignore[attr-defined]
 
     refit(run, CELL, cheat)
 
@@ -476,7 +477,7 @@ def test_the_operators_view_rings_at_the_thresholds_of_the_checkpoints(run: Path
     of_part = {
         part: {b.key: b for b in parse_prediction_groups(table, {}, part=part)} for part in ("test", "val_b", "soak")
     }
-    key = (CELL.recipe, CELL.threat, CELL.table, "phase")
+    key = (CELL.recipe, CELL.threat, CELL.table, "none")
     boards = [of_part[part].get(key) for part in ("test", "val_b", "soak")]
     assert boards[0] is not None
     own = [s for s in boards[0].predictions if s.model == CELL.model]
@@ -485,7 +486,9 @@ def test_the_operators_view_rings_at_the_thresholds_of_the_checkpoints(run: Path
 
     assert isinstance(lived, AlarmSimulation)
     cells = [replace(CELL, fold=s.fold) for s in own]
-    assert list(lived.thresholds) == [checkpoint.read_checkpoint(c.folder(run))[0].alarm["phase"].theta for c in cells]
+    headers = [checkpoint.read_checkpoint(c.folder(run))[0] for c in cells]
+    rules = [find_alarm_rule(header.alarms, AlarmKind.ACTIVITY, 5) for header in headers]
+    assert list(lived.thresholds) == [rule.theta for rule in rules if rule is not None]
 
 
 def test_a_run_that_fails_its_audit_has_no_headline_on_its_page(run: Path) -> None:

@@ -184,7 +184,7 @@ def test_features_works_without_a_run(phasewatch: Call, store: Path, tmp_path: P
     )
 
     assert said.code == 0
-    assert said.lines[-1] == str(tmp_path / "f" / "features_window_v1.parquet")
+    assert said.lines[-1] == str(tmp_path / "f" / "features_window_v2.parquet")
     assert said.lines[-2].endswith("windows of 3 episodes")
 
 

@@ -15,13 +15,13 @@ from phasewatch.artifacts import OLD_METRICS_FILES, PREDICTIONS_FILE
 from phasewatch.errors import RunError
 from phasewatch.evaluation.bootstrap import compute_paired_p_value
 from phasewatch.evaluation.evaluate import evaluate_run, read_metrics
+from phasewatch.evaluation.headline import build_headline, render_headline
 from phasewatch.evaluation.metric_table import (
     MetricRow,
     MetricTable,
     NoteCode,
     has_metrics,
     parse_metrics,
-    render_headline,
     render_metrics,
 )
 from phasewatch.training.predictions import PROBABILITY_COLUMNS, write_prediction_table
@@ -218,30 +218,33 @@ def test_the_headline_has_its_form(scored: tuple[MetricTable, pa.Table, Path]) -
     number = r"0\.\d\d \[0\.\d\d, 0\.\d\d\]"
 
     assert re.fullmatch(
-        rf"macro-F1 of phase, unseen host, realistic, gbt: {number}; 3 states {number}; elapsed time alone 0\.\d\d "
-        r"\(9 episodes, 3 hosts, 2 of 6 profiles tested, 1 seed\)",
-        render_headline(scored[0]),
+        r"infections alarmed within 30 s, unseen host \(unseen host and sample not tested\): untested at untested "
+        rf"false alarms per VM-hour; macro-F1 3 classes {number}, 5 phases {number}; a new host \d\.\d\d to \d\.\d\d; "
+        r"idle called clean untested; time alone 0\.\d\d, load alone untested "
+        r"\(9 episodes, 3 hosts, 2 of 6 profiles, 1 seed\)",
+        render_headline(build_headline(scored[0])),
     )
 
 
 def test_the_headline_says_that_episodes_are_simulated_and_counts_seeds(tmp_path: Path) -> None:
     write_predictions(tmp_path, Shape(origin="simulated", seeds=(0, 1)))
 
-    assert render_headline(evaluate_run(tmp_path, resamples=100)).endswith("2 seeds) [simulated]")
+    assert render_headline(build_headline(evaluate_run(tmp_path, resamples=100))).endswith("2 seeds) [simulated]")
 
 
 def test_without_a_test_episode_whose_agent_is_off_there_is_no_number(tmp_path: Path) -> None:
     write_predictions(tmp_path, Shape(agents=("on",)))
 
-    assert render_headline(evaluate_run(tmp_path, resamples=100)).endswith(
-        "gbt: untested, no test episode with the agent off"
-    )
+    headline = build_headline(evaluate_run(tmp_path, resamples=100))
+
+    assert headline.macro_f1.value is None
+    assert "5 phases untested" in render_headline(headline)
 
 
 def test_with_too_few_sessions_the_headline_says_why_there_is_no_interval(tmp_path: Path) -> None:
     write_predictions(tmp_path, Shape(hosts=2, sessions=2, agents=("off",)))
 
-    assert "[no interval: 4 sessions, an interval needs 5]" in render_headline(evaluate_run(tmp_path, resamples=100))
+    assert "[no interval: 4 sessions, an interval needs 5]" in render_headline(build_headline(evaluate_run(tmp_path, resamples=100)))
 
 
 def test_seeds_are_averaged(tmp_path: Path) -> None:

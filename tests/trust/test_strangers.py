@@ -30,6 +30,8 @@ from phasewatch.models.treefile import check_xgboost_trees
 from phasewatch.models.ubjson import parse_ubjson
 from phasewatch.parquet import open_parquet
 
+RULE = {"kind": "infection", "stride_s": 1, "theta": 0.5, "k": 3, "n": 4}
+
 FEATURES = 6
 
 
@@ -208,8 +210,12 @@ def test_weights_of_another_width_than_the_settings_are_refused_before_memory_is
         {"files": {"model.json": {"bytes": 2**40, "sha256": ""}}},
         {"filter": {"transitions": [[0.2] * 5] * 5, "prior": [1e-320] * 5, "kappa": 1.0}},
         {"filter": {"transitions": [[1.0, 0, 0, 0, 0]] * 5, "prior": [0.2] * 5, "kappa": 1.0}},
-        {"alarm": {"none": {"theta": -1.0}}},
-        {"alarm": {"none": {"theta": 0.5, "k": 10**9, "n": 10**9}}},
+        {"alarms": [{**RULE, "theta": -1.0}]},
+        {"alarms": [{**RULE, "k": 10**9, "n": 10**9}]},
+        {"alarms": [{**RULE, "stride_s": 0}]},
+        {"alarms": [{**RULE, "kind": "theft"}]},
+        {"alarms": [RULE, RULE]},
+        {"alarms": {"none": RULE}},
     ],
 )
 def test_a_header_whose_values_cannot_be_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
@@ -335,7 +341,7 @@ def make_models(folder: Path) -> None:
 
     from phasewatch.channels import CHANNELS, build_channel_mask
     from phasewatch.features.fingerprint import behaviour_fingerprint
-    from phasewatch.features.schema import feature_names, schema_hash
+    from phasewatch.features.schema import feature_names, list_channel_columns, schema_hash
     from phasewatch.inference.edge_bundle import (
         EDGE_CARD_FILE,
         EDGE_FORMAT,
@@ -356,8 +362,8 @@ def make_models(folder: Path) -> None:
         kind = registry.find_model(key).kind
         columns: tuple[str, ...] = tuple(names)
         if kind is InputKind.TABLE:
-            columns = tuple(name for name in feature_names() if name.rpartition(".")[0] in names)
-        elif kind in (InputKind.ELAPSED, InputKind.HOST):
+            columns = list_channel_columns(feature_names(), names)
+        elif kind in (InputKind.ELAPSED, InputKind.HOST, InputKind.LOAD):
             columns = plain(key).names
         return InputSpec(
             kind=kind,

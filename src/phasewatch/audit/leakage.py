@@ -19,7 +19,7 @@ from phasewatch.artifacts import BINS_DIR, VALIDATION_FILE
 from phasewatch.binning.storage import BinIndexRow, MappedBins, open_bins
 from phasewatch.channels import LEVEL_CHANNELS, build_channel_mask
 from phasewatch.errors import RunError
-from phasewatch.features.schema import feature_names
+from phasewatch.features.schema import stat_names
 from phasewatch.features.stats import STATS
 from phasewatch.features.tables import build_window_table
 from phasewatch.metrics import confusion_counts, macro_f1
@@ -577,7 +577,7 @@ def _build_leakage_windows(grids: MappedBins, rows: list[BinIndexRow]) -> Leakag
         t_s=np.concatenate(t_s),
         t_ns=np.concatenate(t_ns),
         episode_index=np.concatenate(of),
-        names=tuple(name for name, is_in in zip(feature_names(), known, strict=True) if is_in),
+        names=tuple(name for name, is_in in zip(stat_names(), known, strict=True) if is_in),
         host=np.array([row.host_id for row in kept]),
         session=np.array([f"{row.host_id}/{row.session}" for row in kept]),
         profile=np.array([row.profile for row in kept]),

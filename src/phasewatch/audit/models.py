@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from phasewatch import metrics
 from phasewatch.artifacts import EXPERIMENT_FILE, PREDICTIONS_FILE, list_split_paths
 from phasewatch.audit.checks import AuditCheck, build_check, build_untested_check, collect_refusals
-from phasewatch.dataset import WindowSet, load, read_fold, read_folds
+from phasewatch.dataset import EpisodeWindows, FoldData, load, read_fold, read_folds
+from phasewatch.dataset.live_windows import compute_live_digest, list_live_windows
 from phasewatch.errors import UsageError
 from phasewatch.evaluation import bootstrap
 from phasewatch.models import checkpoint, registry
@@ -23,7 +24,8 @@ from phasewatch.models.base import LabelledExamples, PhaseModel
 from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE, SMOOTHING_SCHEDULE
 from phasewatch.splits import SplitPart, find_recipe
 from phasewatch.training.experiment import Experiment
-from phasewatch.training.predictions import PROBABILITY_COLUMNS, read_predictions
+from phasewatch.training.live_scores import has_live_parts, predict_live_windows
+from phasewatch.training.predictions import PROBABILITY_COLUMNS, PredictionPart, read_predictions
 from phasewatch.training.train import compute_run_digests, find_finished_experiments, fit_model, read_experiment_data
 
 __all__ = [
@@ -42,13 +44,15 @@ _RETRAIN_PROMISE = (
 )
 _PREDICTIONS_CHECK = "predictions"
 _PREDICTIONS_PROMISE = (
-    "Each prediction is what the checkpoint says of a window of its fold's test set, each window once."
+    "Each prediction is what the checkpoint says of a window of its fold's test set, each window once. "
+    "Windows of every second are predicted again in three episodes of each fold."
 )
 _EXPERIMENT_COLUMNS = ("recipe", "fold", "threat", "model", "table", "seed")
 _GROUP_COLUMNS = (*_EXPERIMENT_COLUMNS, "part", "filter")
 _PREDICTION_COLUMNS = ("episode_id", "t_center_ns", "y_true", "y_pred", *PROBABILITY_COLUMNS)
 # In a probability: one machine gives the same bits, but other CPUs sum in another order.
 _PROBABILITY_TOLERANCE = 1e-3
+_N_LIVE_EPISODES = 3  # whose windows of every second each checkpoint is asked again
 
 
 def choose_experiments(run: Path) -> tuple[Experiment, ...]:
@@ -168,16 +172,21 @@ def _find_retrain_faults(run: Path, experiment: Experiment) -> Iterator[str]:
     sets, folder = read_experiment_data(run, experiment), experiment.folder(run)
     header, _ = checkpoint.read_checkpoint(folder)
     expected = {"train": sets.train, "val_a": sets.val_a, "val_b": sets.val_b}
+    soak = sets.soak.take(sets.calibration_soak)
     if header.filter is not None:
-        expected |= {"decide_val": sets.val_b, "decide_soak": sets.soak.take(sets.calibration_soak)}
-    for part, windows in expected.items():
-        if header.trained_on.get(part) != windows.examples.sha256():
+        expected |= {"decide_val": sets.val_b, "decide_soak": soak}
+    digests = {part: windows.examples.sha256() for part, windows in expected.items()}
+    if header.filter is not None and sets.run is not None:
+        for part, windows in (("decide_val_1s", sets.val_b), ("decide_soak_1s", soak)):
+            live = list_live_windows(run, windows.windows.episodes)
+            digests[part] = compute_live_digest(run, live, sets.train.inputs.spec)
+    for part, digest in digests.items():
+        if header.trained_on.get(part) != digest:
             yield f"{folder}: its {part} windows are not those of its fold"
             return
     if not _is_loadable(experiment):
         return  # scored by the process that fitted it: there is nothing to hold a second fit against
-    model = registry.create(experiment.model, seed=header.seed, settings=header.config)
-    fit_model(model, sets)
+    model = fit_model(registry.create(experiment.model, seed=header.seed, settings=header.config), sets).model
     stored = registry.load(folder)
     if not _is_same_postprocessing(model, stored):
         yield f"{folder}: trained again its filter or alarm differs; it was set by something else"
@@ -200,11 +209,12 @@ def _is_same_history(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, S
 
 
 def _is_same_postprocessing(ours: PhaseModel, theirs: PhaseModel) -> bool:
-    """Return whether filter and alarm are equal within what the sums of another CPU may change."""
-    if ours.alarm.keys() != theirs.alarm.keys() or (ours.filter is None) is not (theirs.filter is None):
+    """Return whether filter and alarms are equal within what the sums of another CPU may change."""
+    rules = [{(rule.kind, rule.stride_s, rule.k, rule.n): rule.theta for rule in m.alarms} for m in (ours, theirs)]
+    if rules[0].keys() != rules[1].keys() or (ours.filter is None) is not (theirs.filter is None):
         return False
     one, other = ours.filter, theirs.filter
-    return all(abs(ours.alarm[n].theta - theirs.alarm[n].theta) <= 2 * THETA_STEP for n in ours.alarm) and (
+    return all(abs(rules[0][key] - rules[1][key]) <= 2 * THETA_STEP for key in rules[0]) and (
         one is None
         or other is None
         or (
@@ -223,13 +233,14 @@ def _find_prediction_faults(run: Path, experiment: Experiment, merged: _MergedPr
         experiment.folder(run),
     )
     part = _choose_checked_part(experiment)
+    model = registry.load(folder) if _is_loadable(experiment) else None
     asked = sets.test if part == "test" else sets.val_b  # `deploy` tests nothing
     own = set(
         read_fold(run, experiment.recipe, experiment.fold).ids(SplitPart.TEST if part == "test" else SplitPart.VAL_B)
     )
     answers: dict[str, NDArray[np.float64] | None] = {SMOOTHING_NONE: None}
-    if _is_loadable(experiment):
-        answers[SMOOTHING_NONE] = registry.load(folder).predict_proba(asked.inputs)
+    if model is not None:
+        answers[SMOOTHING_NONE] = model.predict_proba(asked.inputs)
     smooth, track = checkpoint.read_header(folder).filter, asked.label_sequence
     if smooth is not None:
         filters = (
@@ -241,16 +252,35 @@ def _find_prediction_faults(run: Path, experiment: Experiment, merged: _MergedPr
             p = answers[SMOOTHING_NONE]
             answers[name] = None if p is None else one.run(p, track.episode_index, track.t_center_ns)
     for name, p in answers.items():
-        words = _describe_row_fault(merged.select_rows(experiment, part, name), asked, p, own)
+        words = _describe_row_fault(merged.select_rows(experiment, part, name), asked.windows, p, own)
         if words:
             yield f"{where}, filter {name}: {words}"
+    if smooth is not None and sets.run is not None and has_live_parts(sets):
+        live_part = PredictionPart(f"{part}_1s")
+        live = list_live_windows(run, asked.windows.episodes)
+        answer = None if model is None else _predict_sampled_episodes(model, sets, live)
+        if words := _describe_row_fault(merged.select_rows(experiment, live_part, SMOOTHING_NONE), live, answer, own):
+            yield f"{where}, every second: {words}"
 
 
-def _describe_row_fault(rows: Any, asked: WindowSet, answer: NDArray[np.float64] | None, own: set[str]) -> str | None:
-    """Return what is wrong with the rows of some windows, or None."""
+def _predict_sampled_episodes(model: PhaseModel, sets: FoldData, windows: EpisodeWindows) -> NDArray[np.float64]:
+    """Predict the windows of a few episodes, evenly spaced among them, ``(n, 5)``; NaN for the others."""
+    answer = np.full((len(windows), metrics.N_CLASSES), np.nan)
+    count = len(windows.episodes)
+    for number in np.unique(np.linspace(0, count - 1, min(count, _N_LIVE_EPISODES)).round().astype(np.int64)):
+        scores = predict_live_windows(model, sets, [windows.episodes[number]])
+        if scores is not None:
+            answer[windows.episode_index == number] = scores.p
+    return answer
+
+
+def _describe_row_fault(
+    rows: Any, asked: EpisodeWindows, answer: NDArray[np.float64] | None, own: set[str]
+) -> str | None:
+    """Return what is wrong with the rows of some windows, or None; an answer of NaN is not compared."""
     present = [f"{e} {t}" for e, t in zip(rows["episode_id"].to_pylist(), rows["t_center_ns"].to_pylist(), strict=True)]
-    ids = [asked.windows.episodes[i].episode_id for i in asked.windows.episode_index]
-    wanted = [f"{e} {t}" for e, t in zip(ids, asked.windows.t_center_ns.tolist(), strict=True)]
+    ids = [asked.episodes[i].episode_id for i in asked.episode_index]
+    wanted = [f"{e} {t}" for e, t in zip(ids, asked.t_center_ns.tolist(), strict=True)]
     if sorted(present) != sorted(wanted):
         outside = set(rows["episode_id"].to_pylist()) - own
         return f"episode {min(outside)} is not in its set" if outside else "not each window once"
@@ -261,15 +291,15 @@ def _describe_row_fault(rows: Any, asked: WindowSet, answer: NDArray[np.float64]
         return "truth in the predictions is not that of the features"
     if not np.array_equal(rows["y_pred"].to_numpy().astype(np.int64)[order], predicted.argmax(axis=1)):
         return "a decision is not the likeliest phase of its row"
-    gap = 0.0 if answer is None or not len(predicted) else float(np.abs(answer - predicted).max())
+    gap = 0.0 if answer is None or not len(predicted) else float(np.nanmax(np.abs(answer - predicted)))
     if gap > _PROBABILITY_TOLERANCE:
         return f"its checkpoint says otherwise, by {gap:.3f}; the predictions were edited"
     return None
 
 
-def _choose_checked_part(experiment: Experiment) -> str:
+def _choose_checked_part(experiment: Experiment) -> PredictionPart:
     """Return the part whose predictions are compared with the checkpoint."""
-    return "test" if find_recipe(experiment.recipe).tests else "val_b"
+    return PredictionPart.TEST if find_recipe(experiment.recipe).tests else PredictionPart.VAL_B
 
 
 def _stack_probabilities(rows: Any) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,11 @@ class EpisodeWindows:
         marked: NDArray[np.bool_] = kept[self.episode_index]
         return marked
 
+    @property
+    def label_sequence(self) -> LabelSequence:
+        """Label, episode and time of each window, for the phase filter and the alarms."""
+        return LabelSequence(y=self.y, episode_index=self.episode_index, t_center_ns=self.t_center_ns)
+
     def take(self, rows: NDArray[np.bool_]) -> EpisodeWindows:
         """Return the windows marked in ``(n,)`` bool, and the episodes that still have any."""
         present, episode_index = np.unique(self.episode_index[rows], return_inverse=True)
@@ -73,7 +79,7 @@ class WindowSet:
 
     @property
     def x(self) -> NDArray[np.float32]:
-        """``(n, f)`` or ``(n, c, 20)`` float32; NaN where unknown."""
+        """``(n, f)`` or ``(n, c, t)`` float32; NaN where unknown."""
         return self.inputs.x
 
     @property
@@ -99,8 +105,8 @@ class WindowSet:
 
     @property
     def label_sequence(self) -> LabelSequence:
-        """Label, episode and time of each window, for the phase filter and the alarm."""
-        return LabelSequence(y=self.y, episode_index=self.windows.episode_index, t_center_ns=self.windows.t_center_ns)
+        """Label, episode and time of each window, for the phase filter and the alarms."""
+        return self.windows.label_sequence
 
     @property
     def examples(self) -> LabelledExamples:
@@ -126,6 +132,8 @@ class FoldData:
             the test set, to which thresholds may be fitted.
         idle: Windows of the baseline episodes of hosts that are in the test set alone; None without any. They ask
             whether a clean machine that runs no load is called clean.
+        run: Folder of the run, for the windows of every second; None if there are none.
+        extra: Further examples for training, from spliced episodes of the train set; None if the input has no context.
     """
 
     fold: Fold
@@ -136,3 +144,5 @@ class FoldData:
     soak: WindowSet
     calibration_soak: NDArray[np.bool_]
     idle: WindowSet | None = None
+    run: Path | None = None
+    extra: LabelledExamples | None = None

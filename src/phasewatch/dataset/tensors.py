@@ -1,4 +1,4 @@
-"""Cut the windows of a run from its memory-mapped bins, as ``(n, channels, 20)``."""
+"""Cut the windows of a run from its memory-mapped bins, or compute the inputs of models from them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from phasewatch.artifacts import BINS_DIR, RunEpisode
 from phasewatch.binning.storage import MappedBins, open_bins
 from phasewatch.channels import CHANNELS
 from phasewatch.errors import RunError
+from phasewatch.features.inputs import compute_inputs
 from phasewatch.features.windows import gather_windows
-from phasewatch.types import BIN_NS, STRIDE_NS, WINDOW_BINS
+from phasewatch.models.base import InputSpec
+from phasewatch.types import BIN_NS, STRIDE_BINS, STRIDE_NS, WINDOW_BINS
 
-__all__ = ["LOAD_HISTORY_WINDOWS", "compute_level_means", "compute_load_history", "cut_tensor"]
+__all__ = ["LOAD_HISTORY_WINDOWS", "compute_bin_inputs", "compute_level_means", "compute_load_history", "cut_tensor"]
 
 LOAD_HISTORY_WINDOWS = 48  # four minutes: longer than any load of a lab episode
 _CPU_CHANNEL = "proc.vcpu_run"
@@ -52,6 +54,40 @@ def cut_tensor(run: Path, windows: _WindowPositions, names: Sequence[str]) -> ND
     chosen = [columns.index(name) for name in names]
     begins = _find_first_bins(run, grids, windows)
     return np.ascontiguousarray(gather_windows(grids.bins, begins)[:, :, chosen].transpose(0, 2, 1))
+
+
+def compute_bin_inputs(
+    run: Path, windows: _WindowPositions, spec: InputSpec, stride_bins: int = STRIDE_BINS
+) -> NDArray[np.float32]:
+    """Compute the input of a model for windows, from all bins of their episodes up to each.
+
+    Args:
+        run: Folder of the run.
+        windows: Episodes and times of the windows; the windows of an episode stand together.
+        spec: A table or tensor input without a baseline.
+        stride_bins: Bins between the starts of windows; each window starts at a multiple.
+
+    Returns:
+        ``(n, *spec.shape)`` float32; NaN where unknown.
+
+    Raises:
+        RunError: If the bins are absent, or from another validation than the feature table.
+    """
+    mapped = open_bins(run / BINS_DIR)
+    begins = _find_first_bins(run, mapped, windows)
+    rows = {(row.host_id, row.episode_id): row for row in mapped.rows}
+    x = np.empty((len(begins), *spec.shape), np.float32)
+    for number, episode in enumerate(windows.episodes):
+        own = np.flatnonzero(windows.episode_index == number)
+        row = rows[episode.host_id, episode.episode_id]
+        at, odd = np.divmod(begins[own] - row.offset, stride_bins)
+        if odd.any():
+            raise RunError(
+                f"{run / BINS_DIR}: a window of episode {row.episode_id} does not start at a multiple of "
+                f"{stride_bins} bins; run `phasewatch features` again"
+            )
+        x[own] = compute_inputs(np.asarray(mapped.episode_bins(row)), spec, stride_bins=stride_bins)[at]
+    return x
 
 
 def compute_level_means(run: Path, windows: _WindowPositions) -> NDArray[np.float32]:

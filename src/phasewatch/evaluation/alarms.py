@@ -29,7 +29,6 @@ from phasewatch.types import BIN_NS, Phase
 
 __all__ = [
     "ALARM_BUDGETS",
-    "ALARM_RECIPES",
     "AlarmOutcome",
     "AlarmSimulation",
     "ConcatenatedEpisodes",
@@ -47,7 +46,6 @@ __all__ = [
 ]
 
 ALARM_BUDGETS = (0.25, 0.5, 1.0, 2.0, 3.0, 6.0)  # false alarms per VM-hour that an operator might allow
-ALARM_RECIPES = ("held_out_host", "held_out_both")  # in the second the benign kind is new too
 _QUIET_PHASES = (Phase.CLEAN, Phase.ARMED)
 
 PhaseSpans = Sequence[tuple[Phase, int, int]]  # (phase, start, end), nanoseconds on the wall clock, in order

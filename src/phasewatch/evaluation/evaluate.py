@@ -56,9 +56,9 @@ from phasewatch.evaluation.scoring import EvaluationSettings, MetricKey, build_s
 from phasewatch.metrics import confusion_counts, macro_f1
 from phasewatch.models import checkpoint, registry
 from phasewatch.models.alarm import LIVE_STRIDE_S, RULE_STRIDE_S
-from phasewatch.splits import Fold
+from phasewatch.splits import ALARM_RECIPES, Fold
 from phasewatch.training.experiment import Experiment
-from phasewatch.training.predictions import IDLE_PART, NO_FILTER, read_predictions
+from phasewatch.training.predictions import NO_FILTER, PredictionPart, read_predictions
 from phasewatch.types import SampleKind
 
 __all__ = ["evaluate_run", "read_metrics", "render_headline"]
@@ -255,7 +255,7 @@ def _score_group(
             rows += build_abstention_rows(
                 key.with_agent(own), scope, compute_confidence_thresholds(chosen, group, val_b)
             )
-        if group.filter == NO_FILTER and group.recipe in alarms.ALARM_RECIPES:
+        if group.filter == NO_FILTER and group.recipe in ALARM_RECIPES:
             rows += build_ranking_rows(key.with_agent(own), scope)
             rows += build_load_rows(key.with_agent(own), scope, episodes)
     rows += [
@@ -287,7 +287,7 @@ def _score_alarms(
 
     Alarms use unsmoothed probabilities, at the stride of a live watcher where the run has it, and at that of training.
     """
-    alarm_groups = [b for b in groups if b.recipe in alarms.ALARM_RECIPES and b.filter == NO_FILTER]
+    alarm_groups = [b for b in groups if b.recipe in ALARM_RECIPES and b.filter == NO_FILTER]
     if not timelines:
         text = "no delay and no false alarms: the run has no bins with labels"
         note = MetricNote(code=NoteCode.NO_ALARM_METRICS, text=text)
@@ -318,9 +318,12 @@ def _score_idle(
     groups: Sequence[PredictionGroup], table: Any, episodes: Mapping[str, RunEpisode], rules: EvaluationSettings
 ) -> list[MetricRow]:
     """Build the rows on idle clean machines of the recipes that hold out a host."""
-    chosen = [b for b in groups if b.recipe in alarms.ALARM_RECIPES and b.filter == NO_FILTER]
+    chosen = [b for b in groups if b.recipe in ALARM_RECIPES and b.filter == NO_FILTER]
     own = _filter_groups(table, chosen)
-    parts = [{b.key: b for b in parse_prediction_groups(own, {}, part=part)} for part in ("soak", IDLE_PART)]
+    parts = [
+        {b.key: b for b in parse_prediction_groups(own, {}, part=part)}
+        for part in (PredictionPart.SOAK, PredictionPart.IDLE)
+    ]
     rows: list[MetricRow] = []
     for group in chosen:
         others = [found for part in parts if (found := part.get(group.key)) is not None]

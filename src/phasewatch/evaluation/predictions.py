@@ -14,7 +14,7 @@ from phasewatch.errors import RunError
 from phasewatch.evaluation.scoring import EvaluationWindows, MetricKey, ModelOutput, PredictionSet
 from phasewatch.models import registry
 from phasewatch.splits import Fold, SplitPart
-from phasewatch.training.predictions import PROBABILITY_COLUMNS
+from phasewatch.training.predictions import PROBABILITY_COLUMNS, PredictionPart
 from phasewatch.types import PHASES
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 
-_TEST_PARTS = ("test", "test_1s")
+_TEST_PARTS = (PredictionPart.TEST, PredictionPart.TEST_LIVE)
 _GROUP_COLUMNS = ("recipe", "threat", "table", "filter")
 _EXPERIMENT_COLUMNS = ("model", "seed", "fold")
 _EPISODE_COLUMNS = ("episode_id", "session", "host_id", "profile", "sample_name", "origin", "agent")

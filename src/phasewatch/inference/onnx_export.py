@@ -24,7 +24,6 @@ from phasewatch.models.base import InputKind, ModelInputs, PhaseModel
 from phasewatch.models.gradient_boosting import GradientBoosting
 from phasewatch.models.neural import SCALER_LIMIT, NeuralNetModel
 from phasewatch.parallel.pool import set_environment
-from phasewatch.types import WINDOW_BINS
 
 __all__ = ["MAX_PARITY_ERROR", "check_parity", "run_onnx", "to_onnx"]
 
@@ -35,7 +34,7 @@ _TREES_OPSET = 15  # the newest that onnxmltools supports for trees
 def to_onnx(model: PhaseModel) -> bytes:
     """Convert a fitted model to ONNX; the same model gives the same bytes.
 
-    The graph's input is ``x``, float32 ``(n, f)`` or ``(n, c, 20)``, its output ``probabilities``, float32 ``(n, 5)``.
+    The graph's input is ``x``, float32 ``(n, f)`` or ``(n, c, t)``, its output ``probabilities``, float32 ``(n, 5)``.
 
     Raises:
         UsageError: If the model cannot be exported, such as a baseline.
@@ -48,14 +47,12 @@ def to_onnx(model: PhaseModel) -> bytes:
         raise UsageError(f"model {model.key} cannot be exported; gbt, mlp, cnn, gru, lstm and transformer can")
     _strip_metadata(proto, model.key)
     data = bytes(proto.SerializeToString(deterministic=True))
-    names = model.spec.names if model.spec else ()
-    time = (WINDOW_BINS,) if model.kind is InputKind.TENSOR else ()
-    check_onnx(data, file=model.key, model=model.key, shape=(len(names), *time))
+    check_onnx(data, file=model.key, model=model.key, shape=model.spec.shape if model.spec else (0,))
     return data
 
 
 def run_onnx(data: bytes, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Run a graph on one thread: ``(n, f)`` or ``(n, c, 20)`` float32 → ``(n, 5)`` float32 probabilities."""
+    """Run a graph on one thread: ``(n, f)`` or ``(n, c, t)`` float32 → ``(n, 5)`` float32 probabilities."""
     result: NDArray[np.float32] = open_session(data).run([ONNX_OUTPUT], {ONNX_INPUT: x})[0]
     return result
 
@@ -112,8 +109,7 @@ def _build_net_graph(model: NeuralNetModel) -> Any:
             scores = self.net(torch.cat([scaled.float(), missing.float()], dim=1)).double() + self.never
             return torch.softmax(scores / model.temperature, dim=1).float()
 
-    names = model.spec.names if model.spec else ()
-    shape = (2, len(names), *((WINDOW_BINS,) if model.kind == "tensor" else ()))
+    shape = (2, *(model.spec.shape if model.spec else (0,)))
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)  # it would warn that torchvision is not installed

@@ -18,10 +18,10 @@ from phasewatch.arrays import FloatArray
 from phasewatch.errors import MismatchError, RunError, UsageError
 from phasewatch.metrics import N_CLASSES, apply_temperature, confusion_counts, log_loss, macro_f1
 from phasewatch.models import checkpoint
-from phasewatch.models.alarm import AlarmRule, fit_alarm_rule
+from phasewatch.models.alarm import LIVE_STRIDE_S, RULE_STRIDE_S, AlarmKind, AlarmRule, fit_alarm_rule
 from phasewatch.models.checkpoint import MAX_MAGNITUDE, CheckpointHeader
-from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE, LabelSequence, PhaseFilter, fit_filter
-from phasewatch.types import PHASES, WINDOW_BINS
+from phasewatch.models.smoothing import LabelSequence, PhaseFilter, fit_filter
+from phasewatch.types import CONTEXT_BINS, PHASES, WINDOW_BINS
 
 __all__ = [
     "InputKind",
@@ -31,6 +31,8 @@ __all__ = [
     "ModelInputs",
     "Persistence",
     "PhaseModel",
+    "PostprocessingData",
+    "ScoredWindows",
     "check_probabilities",
     "compute_class_weights",
     "fit_temperature",
@@ -59,11 +61,11 @@ class InputKind(StrEnum):
 
 
 class InputVariant(StrEnum):
-    """The transform of the values before a model sees them."""
+    """What a model sees of a window."""
 
-    RAW = "raw"
-    CONTEXT = "context"
-    COMMISSIONED = "commissioned"
+    RAW = "raw"  # the window's own ten seconds
+    CONTEXT = "context"  # also up to two minutes before; never the time since the start
+    COMMISSIONED = "commissioned"  # values relative to the host's baseline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +87,16 @@ class InputSpec:
     behaviour_fingerprint: str
     table: InputVariant = InputVariant.RAW
     floors: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def n_bins(self) -> int:
+        """Number of bins, the newest last, that one window of the input needs: 20, or 240 with context."""
+        return CONTEXT_BINS if self.table is InputVariant.CONTEXT else WINDOW_BINS
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one window: ``(f,)`` of a table, ``(c, n_bins)`` of a tensor."""
+        return (len(self.names), self.n_bins) if self.kind is InputKind.TENSOR else (len(self.names),)
 
     def require_match(self, found: InputSpec, *, where: str, remedy: str = "") -> None:
         """Raise MismatchError unless `found` has the columns, transform and code versions of this input.
@@ -131,7 +143,7 @@ class ModelInputs:
     """The windows that a model sees, with their columns.
 
     Attributes:
-        x: ``(n, f)`` float32, or ``(n, c, 20)`` float32 of a tensor (channels by time); NaN where unknown.
+        x: ``(n, f)`` float32, or ``(n, c, spec.n_bins)`` float32 of a tensor (channels by time); NaN where unknown.
         spec: The columns of `x`.
 
     Raises:
@@ -142,9 +154,8 @@ class ModelInputs:
     spec: InputSpec
 
     def __post_init__(self) -> None:
-        rest = (len(self.spec.names), *((WINDOW_BINS,) if self.spec.kind is InputKind.TENSOR else ()))
-        if self.x.shape[1:] != rest or self.x.dtype != np.float32:
-            expected = ", ".join(map(str, rest))
+        if self.x.shape[1:] != self.spec.shape or self.x.dtype != np.float32:
+            expected = ", ".join(map(str, self.spec.shape))
             raise MismatchError(
                 f"input: found {self.x.dtype} of shape {self.x.shape}, expected float32 (n, {expected})"
             )
@@ -185,6 +196,63 @@ class LabelledExamples:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ScoredWindows:
+    """Labelled windows with the probabilities of a model that was not trained on them.
+
+    Attributes:
+        labels: Labels, episodes and times of ``n`` windows, in the order (episode, time).
+        p: ``(n, 5)`` float64 calibrated probabilities.
+        sha256: Digest of the windows, for `PhaseModel.trained_on`.
+
+    Raises:
+        MismatchError: If the lengths differ.
+    """
+
+    labels: LabelSequence
+    p: FloatArray
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.p.shape != (len(self.labels.y), N_CLASSES):
+            raise MismatchError(f"scored windows: {len(self.labels.y)} labels, probabilities of shape {self.p.shape}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PostprocessingData:
+    """What the phase filter and the alarms are fitted to.
+
+    Attributes:
+        train: Labels of the train windows in time order; the filter's transitions are counted in them.
+        val_b, soak: Windows every five seconds of validation B, and of benign recordings whose hosts and samples are
+            not in the test set.
+        val_b_live, soak_live: The windows of every second of the same episodes; None fits no alarm at that stride.
+    """
+
+    train: LabelSequence
+    val_b: ScoredWindows
+    soak: ScoredWindows
+    val_b_live: ScoredWindows | None = None
+    soak_live: ScoredWindows | None = None
+
+    def list_parts(self) -> dict[str, ScoredWindows]:
+        """Return the windows by their names in `PhaseModel.trained_on`."""
+        parts = {
+            "decide_val": self.val_b,
+            "decide_soak": self.soak,
+            "decide_val_1s": self.val_b_live,
+            "decide_soak_1s": self.soak_live,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def list_strides(self) -> dict[int, tuple[ScoredWindows, ScoredWindows]]:
+        """Return validation B and soak by their stride in seconds."""
+        strides = {RULE_STRIDE_S: (self.val_b, self.soak)}
+        if self.val_b_live is not None and self.soak_live is not None:
+            strides[LIVE_STRIDE_S] = (self.val_b_live, self.soak_live)
+        return strides
+
+
 class PhaseModel(ABC):
     """A classifier of windows into the five phases.
 
@@ -201,7 +269,7 @@ class PhaseModel(ABC):
         temperature: Set by `calibrate`; 1 before.
         history: Name → one number per training round.
         val_a_macro_f1: Macro-F1 on validation A, by which models are selected before any test prediction is read.
-        filter, alarm: Set by `fit_postprocessing`; None and empty before.
+        filter, alarms: Set by `fit_postprocessing`; None and empty before.
         where: Name of the model in messages: its checkpoint's folder, if it has one.
     """
 
@@ -229,7 +297,7 @@ class PhaseModel(ABC):
         self.trained_with: dict[str, int] = {}
         self.val_a_macro_f1 = 0.0
         self.filter: PhaseFilter | None = None
-        self.alarm: dict[str, AlarmRule] = {}
+        self.alarms: tuple[AlarmRule, ...] = ()
         self.where = f"model {self.key}"
 
     @final
@@ -251,7 +319,7 @@ class PhaseModel(ABC):
         self.trained_on = {"train": train.sha256(), "val_a": val.sha256()}
         self.trained_with = {"train": len(train), "val_a": len(val)}
         self.temperature, self.history = 1.0, {}
-        self.filter, self.alarm = None, {}
+        self.filter, self.alarms = None, ()
         self._fit(train, val)
         self.val_a_macro_f1 = round(float(macro_f1(confusion_counts(val.y, self.predict(val.inputs)))), 6)
         return self
@@ -267,29 +335,21 @@ class PhaseModel(ABC):
         return self
 
     @final
-    def fit_postprocessing(
-        self, train: LabelSequence, val: tuple[ModelInputs, LabelSequence], soak: tuple[ModelInputs, LabelSequence]
-    ) -> Self:
-        """Fit the phase filter and the alarm thresholds; call it after `calibrate`.
+    def fit_postprocessing(self, data: PostprocessingData) -> Self:
+        """Fit the phase filter, and both alarms at each stride; call it after `calibrate`.
 
-        Args:
-            train: Labels of the train windows in time order; the filter's transitions are counted in them.
-            val: Inputs and labels of validation B.
-            soak: Inputs and labels of benign recordings, from hosts and samples that are not in the test set.
+        The alarms use unsmoothed probabilities; the filter changes the displayed phase alone.
         """
-        for name, (inputs, track) in (("decide_val", val), ("decide_soak", soak)):
-            self.trained_on[name] = LabelledExamples(inputs=inputs, y=np.asarray(track.y, np.int64)).sha256()
-            self.trained_with[name] = len(inputs)
-        predictions = [(self.predict_proba(inputs), track) for inputs, track in (val, soak)]
-        self.filter = phase_filter = fit_filter(train, val[1], predictions[0][0])
-        labels = LabelSequence.concatenate([track for _, track in predictions])
-        by_smoothing = {
-            SMOOTHING_NONE: np.concatenate([p for p, _ in predictions]),
-            SMOOTHING_PHASE: np.concatenate(
-                [phase_filter.run(p, track.episode_index, track.t_center_ns) for p, track in predictions]
-            ),
-        }
-        self.alarm = {name: fit_alarm_rule(p, labels) for name, p in by_smoothing.items()}
+        for name, part in data.list_parts().items():
+            self.trained_on[name] = part.sha256
+            self.trained_with[name] = len(part.p)
+        self.filter = fit_filter(data.train, data.val_b.labels, data.val_b.p)
+        rules: list[AlarmRule] = []
+        for stride_s, parts in data.list_strides().items():
+            p = np.concatenate([part.p for part in parts])
+            labels = LabelSequence.concatenate([part.labels for part in parts])
+            rules += [fit_alarm_rule(p, labels, kind=kind, stride_s=stride_s) for kind in AlarmKind]
+        self.alarms = tuple(rules)
         return self
 
     @final
@@ -358,7 +418,7 @@ class PhaseModel(ABC):
             trained_with=self.trained_with,
             val_a_macro_f1=self.val_a_macro_f1,
             filter=self.filter,
-            alarm=self.alarm,
+            alarms=self.alarms,
             versions=checkpoint.collect_versions(self._libraries()),
             files={},
         )
@@ -388,7 +448,7 @@ class PhaseModel(ABC):
         )
         model.seen, model.temperature = header.seen, header.temperature
         model.history, model.trained_on = dict(header.history), dict(header.trained_on)
-        model.filter, model.alarm, model.trained_with = header.filter, dict(header.alarm), dict(header.trained_with)
+        model.filter, model.alarms, model.trained_with = header.filter, header.alarms, dict(header.trained_with)
         model.val_a_macro_f1 = header.val_a_macro_f1
         model._restore(files)
         return model
@@ -398,7 +458,7 @@ class PhaseModel(ABC):
 
     @abstractmethod
     def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:
-        """Return ``(n, 5)`` values ≥ 0 for ``(n, f)`` or ``(n, c, 20)`` float32; the caller normalises the rows.
+        """Return ``(n, 5)`` values ≥ 0 for ``(n, *spec.shape)`` float32; the caller normalises the rows.
 
         Columns of phases that train did not have are ignored.
         """

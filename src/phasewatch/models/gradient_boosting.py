@@ -12,6 +12,7 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from phasewatch.arrays import FloatArray
+from phasewatch.channels import CHANNEL_NAMES
 from phasewatch.errors import RunError
 from phasewatch.metrics import N_CLASSES, confusion_counts, macro_f1
 from phasewatch.models.base import InputKind, LabelledExamples, ModelInputs, PhaseModel, compute_class_weights
@@ -137,7 +138,7 @@ class BestChannel(PhaseModel):
 
     def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None:
         names = train.inputs.spec.names
-        channels = tuple(dict.fromkeys(name.rpartition(".")[0] for name in names))
+        channels = tuple(dict.fromkeys(filter(None, map(_find_stat_channel, names))))
         scores = []
         for channel in channels:
             own, other = (_select_columns(part, _find_channel_columns(names, channel)) for part in (train, val))
@@ -180,7 +181,13 @@ class BestChannel(PhaseModel):
 
 
 def _find_channel_columns(names: tuple[str, ...], channel: str) -> list[int]:
-    return [i for i, name in enumerate(names) if name.rpartition(".")[0] == channel]
+    return [i for i, name in enumerate(names) if channel and _find_stat_channel(name) == channel]
+
+
+def _find_stat_channel(column: str) -> str:
+    """Return the channel of one of its own five statistics; empty for a derived or context column."""
+    channel = column.rpartition(".")[0]
+    return channel if channel in CHANNEL_NAMES and "@" not in column else ""
 
 
 def _select_columns(part: LabelledExamples, columns: list[int]) -> LabelledExamples:

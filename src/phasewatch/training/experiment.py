@@ -11,7 +11,7 @@ import msgspec
 from phasewatch._version import __version__
 from phasewatch.artifacts import MODELS_DIR
 from phasewatch.errors import RunError
-from phasewatch.models.base import InputKind, InputVariant
+from phasewatch.models.base import InputKind
 from phasewatch.splits import Fold
 
 __all__ = [
@@ -86,7 +86,8 @@ class RunDigests:
 
     def select_inputs(self, experiment: Experiment, fold: Fold, kind: InputKind) -> dict[str, str]:
         """Return the digests that an experiment depends on; when one changes, it is trained again."""
-        reads_bins = kind in (InputKind.TENSOR, InputKind.DURATION) or experiment.table == InputVariant.COMMISSIONED
+        # The windows of every second, and the load history, come from the bins.
+        reads_bins = kind in (InputKind.TABLE, InputKind.TENSOR, InputKind.DURATION)
         return {
             **({"grids": self.grids} if reads_bins else {}),
             **({"levels": self.levels} if kind is InputKind.LEVELS else {}),

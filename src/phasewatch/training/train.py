@@ -10,6 +10,7 @@ from statistics import fmean
 from traceback import extract_tb
 
 from phasewatch import atomic
+from phasewatch.arrays import FloatArray
 from phasewatch.artifacts import (
     BINS_PATH,
     EXPERIMENT_FILE,
@@ -24,7 +25,7 @@ from phasewatch.artifacts import (
 from phasewatch.dataset import FoldData, file_sha256, load, read_fold
 from phasewatch.errors import MachineError, ModelError, PhasewatchError, RunError, UsageError
 from phasewatch.models import registry
-from phasewatch.models.base import InputKind, PhaseModel
+from phasewatch.models.base import InputKind, PhaseModel, PostprocessingData
 from phasewatch.models.checkpoint import CHECKPOINT_FILE, read_header
 from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE, SMOOTHING_SCHEDULE
 from phasewatch.parallel.pool import map_ordered
@@ -38,9 +39,16 @@ from phasewatch.training.experiment import (
     render_experiment,
 )
 from phasewatch.training.grids import HEADLINE_RECIPE, MAIN_MODELS
+from phasewatch.training.live_scores import (
+    LiveScores,
+    has_live_parts,
+    predict_live_windows,
+    score_live_windows,
+    score_windows,
+)
 from phasewatch.training.predictions import (
-    IDLE_PART,
     PartPredictions,
+    PredictionPart,
     build_predictions_table,
     read_predictions,
     write_prediction_table,
@@ -49,6 +57,7 @@ from phasewatch.training.tuning import find_tuning_space, tune
 
 __all__ = [
     "FailedExperiment",
+    "FittedModel",
     "InputDigestCache",
     "TrainReport",
     "TrainingError",
@@ -56,8 +65,10 @@ __all__ = [
     "compute_run_digests",
     "find_best_net",
     "find_finished_experiments",
+    "fit_and_predict",
     "fit_model",
     "merge_predictions",
+    "predict_parts",
     "read_experiment_data",
     "train_experiments",
 ]
@@ -222,11 +233,9 @@ def _train_experiment(job: _TrainingJob) -> None:
         purpose = "/".join(cell.keys().values())
         settings = tune(sets, cell.model, trials=job.trials, seed=cell.seed, purpose=purpose).settings
     model = registry.create(cell.model, seed=cell.seed, settings=settings)
-    fit_model(model, sets)
-    model.save(folder)
-    write_prediction_table(
-        folder / EXPERIMENT_PREDICTIONS_FILE, [build_predictions_table(cell, _predict_parts(model, sets))]
-    )
+    fitted, parts = fit_and_predict(model, sets)
+    fitted.save(folder)
+    write_prediction_table(folder / EXPERIMENT_PREDICTIONS_FILE, [build_predictions_table(cell, parts)])
     names = [CHECKPOINT_FILE, *read_header(folder).files, EXPERIMENT_PREDICTIONS_FILE]
     outputs = {name: file_sha256(folder / name) for name in names}
     record = ExperimentRecord(cell=cell, inputs=job.inputs, outputs=outputs, trials=job.trials)
@@ -238,45 +247,100 @@ def read_experiment_data(run: Path, cell: Experiment) -> FoldData:
     return load(run, cell.recipe, cell.fold, cell.threat, registry.find_model(cell.model).kind, cell.table)
 
 
-def fit_model(model: PhaseModel, sets: FoldData) -> PhaseModel:
-    """Fit the model, its temperature, its phase filter and its alarm.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FittedModel:
+    """A fitted model with its predictions of windows outside the training set.
+
+    Attributes:
+        model: The model.
+        val_b: ``(n, 5)`` float64 probabilities on validation B.
+        val_b_live, soak_live: Predictions of every second of validation B and of all soak episodes; None for a model
+            without alarms, or without bins.
+    """
+
+    model: PhaseModel
+    val_b: FloatArray
+    val_b_live: LiveScores | None = None
+    soak_live: LiveScores | None = None
+
+
+def fit_model(model: PhaseModel, sets: FoldData) -> FittedModel:
+    """Fit the model, its temperature, its phase filter and its alarms.
 
     The model is fitted to train and validation A; the others to train, validation B and the calibration soak. A random
     window split has no filter and no alarm, because its parts have no consecutive windows. Baselines have none either.
     """
     model.fit(sets.train.examples, sets.val_a.examples).calibrate(sets.val_b.examples)
-    if sets.fold.deal is None and model.key not in registry.BASELINE_MODELS:
-        soak = sets.soak.take(sets.calibration_soak)
-        model.fit_postprocessing(
-            sets.train.label_sequence,
-            (sets.val_b.inputs, sets.val_b.label_sequence),
-            (soak.inputs, soak.label_sequence),
+    val_b = model.predict_proba(sets.val_b.inputs)
+    if sets.fold.deal is not None or model.key in registry.BASELINE_MODELS:
+        return FittedModel(model=model, val_b=val_b)
+    val_b_live = predict_live_windows(model, sets, sets.val_b.windows.episodes)
+    soak = sets.soak.take(sets.calibration_soak)
+    soak_live = predict_live_windows(model, sets, sets.soak.windows.episodes)
+    model.fit_postprocessing(
+        PostprocessingData(
+            train=sets.train.label_sequence,
+            val_b=score_windows(sets.val_b, val_b),
+            soak=score_windows(soak, model.predict_proba(soak.inputs)),
+            val_b_live=score_live_windows(sets, val_b_live),
+            soak_live=score_live_windows(sets, soak_live, only=soak.windows.episodes),
         )
-    return model
+    )
+    return FittedModel(model=model, val_b=val_b, val_b_live=val_b_live, soak_live=soak_live)
 
 
-def _predict_parts(model: PhaseModel, sets: FoldData) -> list[PartPredictions]:
-    """Predict each window outside the training set, with and without smoothing.
+def fit_and_predict(model: PhaseModel, sets: FoldData) -> tuple[PhaseModel, list[PartPredictions]]:
+    """Fit a model on a fold; return it with its predictions, as the run's table holds them."""
+    fitted = fit_model(model, sets)
+    return fitted.model, predict_parts(fitted, sets)
+
+
+def predict_parts(fitted: FittedModel, sets: FoldData) -> list[PartPredictions]:
+    """Predict each window outside the training set, with and without smoothing, and then those of every second.
 
     Models that are not baselines also predict the idle windows of unseen hosts.
     """
-    predictions: list[PartPredictions] = []
-    for name, part in (("val_b", sets.val_b), ("test", sets.test), ("soak", sets.soak)):
-        p = model.predict_proba(part.inputs)
-        predictions.append(PartPredictions(part=name, filter=SMOOTHING_NONE, data=part, p=p))
+    model, predictions = fitted.model, list[PartPredictions]()
+    for name, part in (
+        (PredictionPart.VAL_B, sets.val_b),
+        (PredictionPart.TEST, sets.test),
+        (PredictionPart.SOAK, sets.soak),
+    ):
+        windows = part.windows
+        p = fitted.val_b if name is PredictionPart.VAL_B else model.predict_proba(part.inputs)
+        predictions.append(PartPredictions(part=name, filter=SMOOTHING_NONE, windows=windows, p=p))
         if model.filter is not None:
-            track = part.label_sequence
             smoothed = {SMOOTHING_PHASE: model.filter}
-            if name == "test":  # a baseline of the scores; it has no alarm
+            if name is PredictionPart.TEST:  # a baseline of the scores; it has no alarm
                 smoothed[SMOOTHING_SCHEDULE] = model.filter.without_observations()
             predictions += [
-                PartPredictions(part=name, filter=key, data=part, p=f.run(p, track.episode_index, track.t_center_ns))
+                PartPredictions(
+                    part=name, filter=key, windows=windows, p=f.run(p, windows.episode_index, windows.t_center_ns)
+                )
                 for key, f in smoothed.items()
             ]
     if sets.idle is not None and model.key not in registry.BASELINE_MODELS:
         p = model.predict_proba(sets.idle.inputs)
-        predictions.append(PartPredictions(part=IDLE_PART, filter=SMOOTHING_NONE, data=sets.idle, p=p))
-    return predictions
+        predictions.append(
+            PartPredictions(part=PredictionPart.IDLE, filter=SMOOTHING_NONE, windows=sets.idle.windows, p=p)
+        )
+    return predictions + _predict_live_parts(fitted, sets)
+
+
+def _predict_live_parts(fitted: FittedModel, sets: FoldData) -> list[PartPredictions]:
+    """Predict the windows of every second; their alarms use unsmoothed probabilities, so no other are stored."""
+    if fitted.val_b_live is None or not has_live_parts(sets):
+        return []
+    scores = {
+        PredictionPart.VAL_B_LIVE: fitted.val_b_live,
+        PredictionPart.TEST_LIVE: predict_live_windows(fitted.model, sets, sets.test.windows.episodes),
+        PredictionPart.SOAK_LIVE: fitted.soak_live,
+    }
+    return [
+        PartPredictions(part=part, filter=SMOOTHING_NONE, windows=score.windows, p=score.p)
+        for part, score in scores.items()
+        if score is not None and len(score.windows)
+    ]
 
 
 def find_best_net(run: Path, cells: Iterable[Experiment]) -> str | None:
