@@ -58,7 +58,8 @@ def done(store: Path, tmp_path_factory: pytest.TempPathFactory) -> runner.Pipeli
 
 @pytest.mark.slow
 def test_pipeline_writes_a_headline_and_a_report(done: runner.PipelineResult) -> None:
-    assert done.headline.startswith("macro-F1 of phase, unseen host, realistic, gbt: 0.")
+    assert done.headline == render_headline(read_headline(done.run))
+    assert done.headline.startswith("infections alarmed within 30 s, unseen host")
     assert done.headline.endswith("[simulated]")
     assert done.report.read_text().startswith("<!DOCTYPE html>")
     assert [stage.name for stage in done.stages] == ["validate", "features", "split", "train", "evaluate", "report"]

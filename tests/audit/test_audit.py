@@ -313,7 +313,7 @@ def test_windows_of_trained_episodes_among_the_tested_ones_are_caught(run: Path)
 
 
 def test_edited_numbers_are_caught(run: Path) -> None:
-    path = run / "metrics_v2.json"
+    path = run / "metrics_v3.json"
     metrics = json.loads(path.read_bytes())
     metrics["metrics"][0]["value"] += 0.1
     path.write_text(json.dumps(metrics))

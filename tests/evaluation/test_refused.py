@@ -12,7 +12,8 @@ from tests.factories.predictions import Shape, write_predictions
 
 from phasewatch.artifacts import PREDICTIONS_FILE
 from phasewatch.evaluation.evaluate import evaluate_run
-from phasewatch.evaluation.metric_table import MetricRow, MetricTable, NoteCode, render_headline
+from phasewatch.evaluation.headline import build_headline, render_headline
+from phasewatch.evaluation.metric_table import MetricRow, MetricTable, NoteCode
 from phasewatch.splits import Fold, SplitPart, render_fold
 from phasewatch.splits.fold import compute_fold_digest
 from phasewatch.training.predictions import write_prediction_table
@@ -44,7 +45,7 @@ def test_a_model_whose_probabilities_are_no_numbers_is_not_scored_and_the_others
     assert reason.startswith("gbt (seed 0, fold host-0) is not scored: 15 of 90 windows")
     assert not scores(metrics, "gbt")
     assert scores(metrics, "elapsed_time")
-    assert "untested" in render_headline(metrics)
+    assert "untested" in render_headline(build_headline(metrics))
 
 
 @pytest.mark.parametrize(
@@ -127,13 +128,13 @@ def test_predictions_of_another_split_are_not_scored(tmp_path: Path, tested: ran
     [
         pytest.param(Shape(hosts=1, sessions=1, agents=("off",)), "[no interval: 1 session,", id="one episode"),
         pytest.param(Shape(hosts=1, sessions=8, agents=("off",)), "8 episodes, 1 host", id="one host"),
-        pytest.param(Shape(phases=2), "3 states", id="classes never seen"),
+        pytest.param(Shape(phases=2), "3 classes 0.", id="classes never seen"),
     ],
 )
 def test_a_poor_run_is_scored_as_far_as_it_goes(tmp_path: Path, shape: Shape, says: str) -> None:
     write_predictions(tmp_path, shape)
 
-    assert says in render_headline(evaluate_run(tmp_path, resamples=50))
+    assert says in render_headline(build_headline(evaluate_run(tmp_path, resamples=50)))
 
 
 def test_without_benign_episodes_their_profile_is_untested_by_name(tmp_path: Path) -> None:

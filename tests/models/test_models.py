@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, int]] = {
 def spec(key: str, f: int = 6) -> InputSpec:
     kind = registry.find_model(key).kind
     ending = ".mean" if kind is InputKind.TABLE else ""
-    alone = {InputKind.ELAPSED: ("t_center_s",), InputKind.HOST: ("host_id",)}
+    alone = {InputKind.ELAPSED: ("t_center_s",), InputKind.HOST: ("host_id",), InputKind.LOAD: ("has_load",)}
     names = alone.get(kind) or tuple(f"proc.channel_{i}{ending}" for i in range(f))
     return InputSpec(
         kind=kind,
@@ -57,6 +57,8 @@ def examples(key: str, n: int = 200, *, classes: int = 5, seed: int = 0) -> Labe
     s = spec(key)
     if s.kind is InputKind.HOST:
         x = (100 + y + 5 * rng.integers(0, 2, n))[:, None].astype(np.float32)
+    elif s.kind is InputKind.LOAD:
+        x = rng.integers(0, 3, n)[:, None].astype(np.float32)
     elif s.kind is InputKind.ELAPSED:
         x = (5.0 * (4 * y + rng.integers(1, 5, n)))[:, None].astype(np.float32)
     else:

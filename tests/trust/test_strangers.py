@@ -305,7 +305,7 @@ def make_models(folder: Path) -> None:
         columns: tuple[str, ...] = tuple(names)
         if kind is InputKind.TABLE:
             columns = list_channel_columns(feature_names(), names)
-        elif kind in (InputKind.ELAPSED, InputKind.HOST):
+        elif kind in (InputKind.ELAPSED, InputKind.HOST, InputKind.LOAD):
             columns = plain(key).names
         return InputSpec(
             kind=kind,

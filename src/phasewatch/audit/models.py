@@ -281,10 +281,14 @@ def _find_learning_faults(run: Path, experiment: Experiment, sets: FoldData) -> 
 
 def _list_training_sets(experiment: Experiment, sets: FoldData) -> dict[str, LabelledExamples]:
     """Return the windows that `fit_model` may show a model, by the names under which it records their digests."""
-    parts = {"train": sets.train.examples, **({} if sets.extra is None else {"extra": sets.extra})}
-    parts |= {"val_a": sets.val_a.examples, "val_b": sets.val_b.examples}
+    parts = {"train": sets.train.examples, "val_a": sets.val_a.examples, "val_b": sets.val_b.examples}
     if experiment.model not in registry.BASELINE_MODELS:
-        parts["refit"] = LabelledExamples.concatenate(tuple(parts.values()))
+        train, *validation = parts.values()
+        if (extra := sets.build_extra(sets.train)) is not None:
+            parts["extra"] = extra
+        refit_extra = sets.build_extra(sets.train, sets.val_a, sets.val_b)
+        added = [] if refit_extra is None else [refit_extra]
+        parts["refit"] = LabelledExamples.concatenate([train, *added, *validation])
     return parts
 
 

@@ -15,7 +15,8 @@ from phasewatch.cli.folders import check_run_folder, find_bundled_model
 from phasewatch.cli.options import AsJson, ChannelSets, ModelPath, RunFolder, Smoothing, SmoothingOption
 from phasewatch.cli.progress import show_progress
 from phasewatch.cli.streams import escape_for_terminal
-from phasewatch.evaluation.metric_table import HeadlineKey, parse_metrics, render_headline
+from phasewatch.evaluation.headline import build_headline, render_headline
+from phasewatch.evaluation.metric_table import HeadlineKey, parse_metrics
 from phasewatch.inference.model_selection import find_models
 from phasewatch.inference.offline import choose_offline_model
 from phasewatch.inference.offline import predict as predict_store
@@ -55,7 +56,8 @@ def export(
     metrics = parse_metrics(path.read_bytes(), file=str(path)) if path.is_file() else None
 
     def quote(name: str) -> str:
-        return render_headline(metrics, HeadlineKey(channel_set=name, model=model)) if metrics is not None else ""
+        key = HeadlineKey(channel_set=name, model=model)
+        return render_headline(build_headline(metrics, key)) if metrics is not None else ""
 
     request = ExportRequest(model=model, recipe=recipe, fold=fold, threats=common.parse_names(channels), seed=seed)
     done = export_run(run, out, request, quote=quote)

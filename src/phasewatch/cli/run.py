@@ -28,7 +28,7 @@ from phasewatch.cli.options import (
 )
 from phasewatch.cli.progress import show_progress
 from phasewatch.errors import SplitError
-from phasewatch.evaluation.metric_table import render_headline
+from phasewatch.evaluation.headline import render_headline
 from phasewatch.pipeline import runner, stages
 from phasewatch.pipeline.publish import publish_run
 from phasewatch.pipeline.stages import RunSettings
@@ -117,8 +117,10 @@ def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
     Example: phasewatch evaluate runs/mine
     """
     with atomic.lock(check_run_folder(run)):
-        metrics = stages.evaluate(RunSettings(store=run, run=run))
-    path, headline = str(run / METRICS_FILE), render_headline(metrics)
+        settings = runner.read_settings(run)
+        metrics = stages.evaluate(settings)
+        headline = render_headline(stages.read_run_headline(settings))
+    path = str(run / METRICS_FILE)
     result = {"headline": headline, "numbers": len(metrics.metrics), "metrics": path}
     common.print_result(result, as_json=as_json, lines=[headline, path])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,13 @@ from phasewatch.channels import CHANNELS, LEVEL_CHANNELS, build_channel_mask
 from phasewatch.dataset.sets import EpisodeWindows, FoldData, WindowSet
 from phasewatch.dataset.splices import build_spliced_examples, build_splices
 from phasewatch.dataset.split_files import compute_sample_group, read_fold
-from phasewatch.dataset.tensors import compute_bin_inputs, compute_level_means, cut_tensor
+from phasewatch.dataset.tensors import (
+    LOAD_HISTORY_WINDOWS,
+    compute_bin_inputs,
+    compute_level_means,
+    compute_load_history,
+    cut_tensor,
+)
 from phasewatch.errors import RunError, UsageError
 from phasewatch.features.inputs import list_input_channels, list_table_columns
 from phasewatch.features.normalise import (
@@ -40,6 +46,7 @@ from phasewatch.features.normalise import (
 )
 from phasewatch.features.schema import list_column_channels
 from phasewatch.models.base import InputKind, InputSpec, InputVariant, ModelInputs
+from phasewatch.models.baselines import LOAD_UNKNOWN
 from phasewatch.splits import Fold, SplitPart, assign_random_windows, find_recipe
 from phasewatch.types import ChannelTrust, EpisodeRole
 
@@ -47,6 +54,7 @@ __all__ = [
     "ELAPSED_COLUMN",
     "FLAG_NO_BASELINE",
     "HOST_COLUMN",
+    "LOAD_COLUMN",
     "apply_baseline",
     "build_input_spec",
     "check_host_channels",
@@ -143,7 +151,8 @@ def _find_unmeasured(x: NDArray[np.float32], scaling: ChannelScaling) -> NDArray
     return np.asarray((known & scaling.is_missing).any(axis=1), np.bool_)
 
 
-ELAPSED_COLUMN, HOST_COLUMN = "t_center_s", "host_id"
+ELAPSED_COLUMN, HOST_COLUMN, LOAD_COLUMN = "t_center_s", "host_id", "has_load"
+_DURATION_COLUMNS = tuple(f"cpu@-{back}" for back in range(LOAD_HISTORY_WINDOWS))
 _WINDOW_COLUMNS = ("t_center_s", "t_center_ns", "phase", "purity", "flags")
 
 
@@ -158,8 +167,9 @@ def load(
         fold: Name of one of its folds; for `held_out_host` a host.
         threat: Name of a channel set (`channels.build_channel_mask`).
         kind: ``table`` (statistics and derived columns) or ``tensor`` (channels by time, from the bins); for baselines
-            ``elapsed`` (seconds since the first label), ``levels`` (cumulative totals) or ``host`` (24 bits of the
-            hash of the host id, as a number).
+            ``elapsed`` (seconds since the first label), ``levels`` (cumulative totals), ``host`` (24 bits of the hash
+            of the host id, as a number), ``load`` (whether a benign load runs in the episode: 0, 1, or 2 for unknown)
+            or ``duration`` (CPU use of the window and of those before it).
         table: ``raw``, ``context`` (with up to two minutes before each window; train has `extra` examples made of
             spliced episodes) or ``commissioned`` (relative to the host's baseline).
 
@@ -185,6 +195,10 @@ def load(
 
     soak = windows.take(windows.windows.mark_episodes(lambda e: e.role is EpisodeRole.SOAK))
     test, train = part(SplitPart.TEST), part(SplitPart.TRAIN)
+    val_a, val_b = part(SplitPart.VAL_A), part(SplitPart.VAL_B)
+    known_hosts = {e.host_id for p in (train, val_a, val_b) for e in p.windows.episodes}
+    new_hosts = {e.host_id for e in test.windows.episodes} - known_hosts
+    variant = InputVariant(table)
     has_live = window_parts is None and kind in (InputKind.TABLE, InputKind.TENSOR) and (run / BINS_PATH).is_file()
     extra = None
     if table == InputVariant.CONTEXT and window_parts is None:  # windows dealt at random share their episodes
@@ -192,15 +206,35 @@ def load(
     sets = FoldData(
         fold=assignment,
         train=train,
-        val_a=part(SplitPart.VAL_A),
-        val_b=part(SplitPart.VAL_B),
+        val_a=val_a,
+        val_b=val_b,
         test=test,
         soak=soak,
         calibration_soak=find_calibration_soak(recipe, test.windows, soak.windows),
+        baseline=_read_idle_windows(run, threat, InputKind(kind), variant, known_hosts),
+        idle=_read_idle_windows(run, threat, InputKind(kind), variant, new_hosts),
         run=run if has_live else None,
         extra=extra,
     )
     return apply_baseline(run, sets) if table == InputVariant.COMMISSIONED else sets
+
+
+def _read_idle_windows(
+    run: Path, threat: str, kind: InputKind, table: InputVariant, hosts: Set[str]
+) -> WindowSet | None:
+    """Read the windows of the baseline episodes of some hosts: clean machines that run no load; None without any.
+
+    There are none for the variant ``commissioned``, which is scaled by the same episodes.
+    """
+    if kind not in (InputKind.TABLE, InputKind.TENSOR) or table is InputVariant.COMMISSIONED or not hosts:
+        return None
+    columns = read_columns(run / FEATURES_FILE, ("episode_id", "host_id", "role", "phase"), "features").to_pydict()
+    ids = {
+        episode_id
+        for episode_id, host, role, phase in zip(*columns.values(), strict=True)
+        if role == EpisodeRole.COMMISSION and host in hosts and phase >= 0
+    }
+    return read_windows(run, threat, kind, only=ids, table=table, is_baseline=True) if ids else None
 
 
 def find_calibration_soak(recipe: str, test: EpisodeWindows, soak: EpisodeWindows) -> NDArray[np.bool_]:
@@ -248,6 +282,10 @@ def build_input_spec(
         names = (ELAPSED_COLUMN,)
     elif kind is InputKind.HOST:
         names = (HOST_COLUMN,)
+    elif kind is InputKind.LOAD:
+        names = (LOAD_COLUMN,)
+    elif kind is InputKind.DURATION:
+        names = _DURATION_COLUMNS
     elif kind is InputKind.LEVELS:
         names = tuple(c.full_name for c in LEVEL_CHANNELS)
     elif kind is InputKind.TENSOR:
@@ -271,6 +309,7 @@ def read_windows(
     *,
     only: Iterable[str] | None = None,
     table: InputVariant = InputVariant.RAW,
+    is_baseline: bool = False,
 ) -> WindowSet:
     """Read the windows of known phase for one channel set.
 
@@ -279,6 +318,7 @@ def read_windows(
         threat: Name of a channel set (`channels.build_channel_mask`).
         kind: Input to read.
         only: Episodes of role `lab` to read; None reads all. Soak episodes are always read, baseline episodes never.
+        is_baseline: Read the baseline episodes among `only`, and no others.
         table: ``context`` is computed from the bins. ``commissioned`` is read unscaled; call `apply_baseline`.
 
     Raises:
@@ -294,7 +334,7 @@ def read_windows(
     with open_run_parquet(path, "features") as file:
         check_columns(path, file.schema_arrow.names, ("episode_id", "role", *_WINDOW_COLUMNS, *features), "features")
         for group in range(file.num_row_groups):
-            if (block := _read_block(file, group, features, wanted)) is not None:
+            if (block := _read_block(file, group, features, wanted, is_baseline=is_baseline)) is not None:
                 blocks.append(block)
     if not blocks:
         raise RunError(
@@ -309,6 +349,11 @@ def read_windows(
         x = compute_level_means(run, windows)
     elif kind is InputKind.ELAPSED:
         x = windows.t_center_s[:, None].copy()
+    elif kind is InputKind.LOAD:
+        codes = np.array([LOAD_UNKNOWN if e.has_load is None else e.has_load for e in windows.episodes], np.float32)
+        x = codes[windows.episode_index][:, None]
+    elif kind is InputKind.DURATION:
+        x = compute_load_history(run, windows)
     elif kind is InputKind.HOST:
         numbers = np.array([_hash_host_id(e.host_id) for e in windows.episodes], np.float32)
         x = numbers[windows.episode_index][:, None]
@@ -329,12 +374,14 @@ class _WindowBlock:
     x: NDArray[np.float32]
 
 
-def _read_block(file: Any, group: int, features: Sequence[str], wanted: set[str] | None) -> _WindowBlock | None:
+def _read_block(
+    file: Any, group: int, features: Sequence[str], wanted: set[str] | None, *, is_baseline: bool
+) -> _WindowBlock | None:
     head = file.read_row_group(group, columns=["episode_id", "role", *_WINDOW_COLUMNS])
     episode = np.asarray(head["episode_id"].to_pylist(), dtype=object)
     role = np.asarray(head["role"].to_pylist(), dtype=object)
     phase = head["phase"].to_numpy()
-    keep = (phase >= 0) & (role != EpisodeRole.COMMISSION)
+    keep = (phase >= 0) & ((role == EpisodeRole.COMMISSION) == is_baseline)
     if wanted is not None:
         keep &= np.fromiter(
             (r == EpisodeRole.SOAK or e in wanted for e, r in zip(episode, role, strict=True)), np.bool_, len(role)

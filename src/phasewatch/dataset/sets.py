@@ -122,7 +122,7 @@ class WindowSet:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FoldData:
-    """The five sets of windows of a fold.
+    """The sets of windows of a fold.
 
     Attributes:
         fold: The assignment of episodes to sets.
@@ -130,6 +130,10 @@ class FoldData:
         soak: Windows of all soak episodes of the run, for false alarms only.
         calibration_soak: ``(n,)`` bool over the soak windows: those that share no held-out host or sample group with
             the test set, to which thresholds may be fitted.
+        baseline: Windows of the baseline episodes of hosts that are in train or validation: the machine is known clean
+            and runs no load; None without any.
+        idle: Windows of the baseline episodes of hosts that are in the test set alone; None without any. They ask
+            whether a clean machine that runs no load is called clean.
         run: Folder of the run, for the windows of every second; None if there are none.
         extra: Further examples for training, from spliced episodes of the train set; None if the input has no context.
     """
@@ -141,5 +145,25 @@ class FoldData:
     test: WindowSet
     soak: WindowSet
     calibration_soak: NDArray[np.bool_]
+    baseline: WindowSet | None = None
+    idle: WindowSet | None = None
     run: Path | None = None
     extra: LabelledExamples | None = None
+
+    def build_extra(self, *parts: WindowSet) -> LabelledExamples | None:
+        """Return what joins the training set beside some parts: `extra`, and the baseline windows of their hosts.
+
+        Args:
+            parts: The sets of the fold that a model is fitted to.
+
+        Returns:
+            The examples; None if there are none.
+        """
+        found = [] if self.extra is None else [self.extra]
+        if self.baseline is not None:
+            hosts = {e.host_id for part in parts for e in part.windows.episodes}
+            own = self.baseline.take(self.baseline.windows.mark_episodes(lambda e: e.host_id in hosts))
+            if len(own):
+                marks = np.ones(len(own), np.bool_)
+                found.append(LabelledExamples(inputs=own.inputs, y=own.y, is_baseline=marks))
+        return LabelledExamples.concatenate(found) if found else None

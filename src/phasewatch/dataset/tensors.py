@@ -18,9 +18,19 @@ from phasewatch.errors import RunError
 from phasewatch.features.inputs import compute_inputs
 from phasewatch.features.windows import gather_windows
 from phasewatch.models.base import InputKind, InputSpec, InputVariant
-from phasewatch.types import BIN_NS, STRIDE_BINS, WINDOW_BINS
+from phasewatch.types import BIN_NS, STRIDE_BINS, STRIDE_NS, WINDOW_BINS
 
-__all__ = ["compute_bin_inputs", "compute_episode_inputs", "compute_level_means", "cut_tensor"]
+__all__ = [
+    "LOAD_HISTORY_WINDOWS",
+    "compute_bin_inputs",
+    "compute_episode_inputs",
+    "compute_level_means",
+    "compute_load_history",
+    "cut_tensor",
+]
+
+LOAD_HISTORY_WINDOWS = 48  # four minutes: longer than any load of a lab episode
+_CPU_CHANNEL = "proc.vcpu_run"
 
 _HALF_WINDOW_NS = BIN_NS * WINDOW_BINS // 2
 _MAX_KEPT_BYTES = 128 * 2**20
@@ -128,6 +138,34 @@ def compute_level_means(run: Path, windows: _WindowPositions) -> NDArray[np.floa
         np.float32
     )
     return mean
+
+
+def compute_load_history(run: Path, windows: _WindowPositions) -> NDArray[np.float32]:
+    """Compute the mean CPU use of each window and of the windows before it, for the baseline `duration_only`.
+
+    Args:
+        run: Folder of the run.
+        windows: Episodes and times of the windows, in the order (episode, time).
+
+    Returns:
+        ``(n, LOAD_HISTORY_WINDOWS)`` float32 cores, the latest window first; NaN where unknown, before the episode's
+        first window and before a gap.
+    """
+    bins = cut_tensor(run, windows, (_CPU_CHANNEL,))[:, 0]
+    known = np.isfinite(bins)
+    count = known.sum(axis=1)
+    mean = np.divide(
+        np.where(known, bins, 0.0).sum(axis=1, dtype=np.float64), count, out=np.full(len(bins), np.nan), where=count > 0
+    )
+    follows = np.zeros(len(bins), np.bool_)
+    follows[1:] = (np.diff(windows.episode_index) == 0) & (np.diff(windows.t_center_ns) == STRIDE_NS)
+    history = np.full((len(bins), LOAD_HISTORY_WINDOWS), np.nan, np.float32)
+    at, unbroken = np.arange(len(bins)), np.ones(len(bins), np.bool_)
+    for back in range(LOAD_HISTORY_WINDOWS):
+        history[unbroken, back] = mean[at[unbroken]]
+        unbroken = unbroken & follows[at]
+        at = np.maximum(at - 1, 0)
+    return history
 
 
 def _find_first_bins(run: Path, grids: MappedBins, windows: _WindowPositions) -> NDArray[np.int64]:

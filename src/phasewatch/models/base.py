@@ -49,7 +49,8 @@ Persistence = Literal["exact", "none"]
 class InputKind(StrEnum):
     """The input of a model: a table of features or a tensor of bins.
 
-    Baselines take the window's elapsed time, the cumulative levels, or the number of its host instead.
+    Baselines take the window's elapsed time, the cumulative levels, the number of its host, whether a load runs in its
+    episode, or the CPU use of its episode so far instead.
     """
 
     TABLE = "table"
@@ -57,6 +58,8 @@ class InputKind(StrEnum):
     ELAPSED = "elapsed"
     LEVELS = "levels"
     HOST = "host"
+    LOAD = "load"
+    DURATION = "duration"
 
 
 class InputVariant(StrEnum):

@@ -84,7 +84,7 @@ class CheckpointHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     format: str
     model: str
-    input_kind: Annotated[str, msgspec.Meta(pattern="^(table|tensor|elapsed|levels|host)$")]
+    input_kind: Annotated[str, msgspec.Meta(pattern="^(table|tensor|elapsed|levels|host|load|duration)$")]
     mask: str
     columns: tuple[str, ...]
     schema_hash: str

@@ -129,6 +129,20 @@ BUILTIN_MODELS: tuple[ModelEntry, ...] = (
         is_baseline=True,
     ),
     ModelEntry(
+        key="load_only",
+        where="phasewatch.models.baselines:LoadBaseline",
+        kind=InputKind.LOAD,
+        about="The most probable phase given whether a benign load runs in the episode; uses no telemetry.",
+        is_baseline=True,
+    ),
+    ModelEntry(
+        key="duration_only",
+        where="phasewatch.models.baselines:DurationBaseline",
+        kind=InputKind.DURATION,
+        about="The most probable phase given for how long the CPU has been busy or idle.",
+        is_baseline=True,
+    ),
+    ModelEntry(
         key="levels_only",
         where="phasewatch.models.gradient_boosting:LevelsBaseline",
         kind=InputKind.LEVELS,

@@ -19,6 +19,7 @@ from phasewatch.artifacts import (
     BINS_PATHS,
     CHANNELS_FILE,
     FEATURE_FILES,
+    HEADLINE_FILE,
     SPLIT_INDEX_FILE,
     VALIDATION_FILE,
     file_sha256,
@@ -31,6 +32,7 @@ from phasewatch.channels import CUSTOM_CHANNELS, build_channel_mask
 from phasewatch.dataset.split_files import SplitIndex, read_folds, read_recipe_results, write_all_splits
 from phasewatch.errors import BundleError, RunError, SplitError, UsageError
 from phasewatch.evaluation.evaluate import evaluate_run, read_metrics
+from phasewatch.evaluation.headline import Headline, build_headline, read_headline, write_headline
 from phasewatch.evaluation.importance import DecisionExplanation, explain_decision
 from phasewatch.evaluation.metric_table import MetricTable, select_headline
 from phasewatch.features.fingerprint import behaviour_fingerprint
@@ -421,8 +423,22 @@ def train(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> TrainRe
 
 
 def evaluate(settings: RunSettings) -> MetricTable:
-    """Compute the metrics of the predictions and write them into the run."""
-    return evaluate_run(settings.run)
+    """Compute the metrics of the predictions and write them and the headline into the run."""
+    return evaluate_run(settings.run, corpus=_name_store(settings))
+
+
+def read_run_headline(settings: RunSettings) -> Headline:
+    """Read the headline of an evaluated run; build it from the metrics if its file is absent."""
+    if not (settings.run / HEADLINE_FILE).is_file():
+        write_headline(settings.run, build_headline(read_metrics(settings.run), corpus=_name_store(settings)))
+    return read_headline(settings.run)
+
+
+def _name_store(settings: RunSettings) -> str | None:
+    """Return the last part of the store's place; None for a run that was made without its store."""
+    if settings.store == settings.run:
+        return None
+    return str(settings.store).rstrip("/").rpartition("/")[2]
 
 
 def explain(run: Path, episode_id: str, at_s: float) -> DecisionExplanation:

@@ -86,7 +86,8 @@ class RunDigests:
 
     def select_inputs(self, experiment: Experiment, fold: Fold, kind: InputKind) -> dict[str, str]:
         """Return the digests that an experiment depends on; when one changes, it is trained again."""
-        reads_bins = kind in (InputKind.TABLE, InputKind.TENSOR)  # the windows of every second come from them
+        # The windows of every second, and the load history, come from the bins.
+        reads_bins = kind in (InputKind.TABLE, InputKind.TENSOR, InputKind.DURATION)
         return {
             **({"grids": self.grids} if reads_bins else {}),
             **({"levels": self.levels} if kind is InputKind.LEVELS else {}),

@@ -14,6 +14,8 @@ from phasewatch.training.experiment import Experiment, plan_experiments
 __all__ = [
     "DEPLOY_CHANNEL_SETS",
     "DEPLOY_RECIPE",
+    "HARDEST_RECIPE",
+    "HEADLINE_BASELINES",
     "HEADLINE_RECIPE",
     "MAIN_CHANNEL_SETS",
     "MAIN_MODELS",
@@ -36,7 +38,8 @@ MAIN_MODELS = ("gbt", "mlp", "cnn", "gru", "lstm", "transformer")
 _CHEAP_MODEL = "minirocket"
 MAIN_CHANNEL_SETS = ("realistic", "oracle")
 DEPLOY_CHANNEL_SETS = ("portable", "realistic")
-HEADLINE_RECIPE, DEPLOY_RECIPE = "held_out_host", "deploy"
+HEADLINE_RECIPE, HARDEST_RECIPE, DEPLOY_RECIPE = "held_out_host", "held_out_both", "deploy"
+HEADLINE_BASELINES = ("elapsed_time", "load_only")
 SHORT_GRID_RECIPES = ("held_out_host", "held_out_sample", "held_out_both", "in_distribution", "random_windows")
 REPEATED_RECIPES = ("held_out_host", "held_out_both")  # with more seeds, input variants and channel sets
 N_EXTRA_SEEDS = 2  # after the first
@@ -46,10 +49,12 @@ def build_short_grid(folds: FoldsByRecipe, *, seed: int = 0) -> tuple[Experiment
     """Build the short grid: one seed, raw values.
 
     It has `gbt` on every recipe of the comparison of split protocols, all six models with both channel sets on the
-    fold with the most test profiles, and the baselines on the recipe of the headline.
+    fold with the most test profiles, MiniRocket and the baselines on unseen hosts, and the two baselines that the
+    headline quotes on unseen hosts and samples.
     """
     cells = [*_plan_recipes(folds, SHORT_GRID_RECIPES, models=("gbt",), seed=seed)]
-    cells += _plan_recipes(folds, (HEADLINE_RECIPE,), models=BASELINE_MODELS, seed=seed)
+    cells += _plan_recipes(folds, (HEADLINE_RECIPE,), models=(*BASELINE_MODELS, _CHEAP_MODEL), seed=seed)
+    cells += _plan_recipes(folds, (HARDEST_RECIPE,), models=HEADLINE_BASELINES, seed=seed)
     cells += plan_experiments(find_widest_fold(folds), models=MAIN_MODELS, threats=MAIN_CHANNEL_SETS, seeds=(seed,))
     cells += _plan_recipes(folds, (DEPLOY_RECIPE,), models=("gbt",), threats=DEPLOY_CHANNEL_SETS, seed=seed)
     return tuple(sorted(set(cells)))
@@ -61,7 +66,7 @@ def build_full_grid(folds: FoldsByRecipe, *, seed: int = 0) -> tuple[Experiment,
     honest = tuple(row.name for row in SPLIT_RECIPES if row.tests and not row.leaky)
     cells = [*build_short_grid(folds, seed=seed)]
     cells += _plan_recipes(folds, tested, models=(*MAIN_MODELS, _CHEAP_MODEL), threats=MAIN_CHANNEL_SETS, seed=seed)
-    cells += _plan_recipes(folds, honest, models=tuple(b for b in BASELINE_MODELS if b != _CHEAP_MODEL), seed=seed)
+    cells += _plan_recipes(folds, honest, models=BASELINE_MODELS, seed=seed)
     cells += _plan_recipes(folds, (HEADLINE_RECIPE,), models=("gbt",), threats=list_sensor_channel_sets(), seed=seed)
     return tuple(sorted(set(cells)))
 

@@ -53,11 +53,15 @@ _TEXT_COLUMNS = (
 
 
 class PredictionPart(StrEnum):
-    """The values of the column `part`: windows every five seconds, or every second (``_1s``)."""
+    """The values of the column `part`: windows every five seconds, or every second (``_1s``).
+
+    `IDLE` holds the baseline episodes of the hosts that the fold holds out: clean machines that run no load.
+    """
 
     VAL_B = "val_b"
     TEST = "test"
     SOAK = "soak"
+    IDLE = "idle"
     VAL_B_LIVE = "val_b_1s"
     TEST_LIVE = "test_1s"
     SOAK_LIVE = "soak_1s"

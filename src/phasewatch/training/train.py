@@ -315,7 +315,10 @@ def fit_and_predict(model: PhaseModel, sets: FoldData) -> tuple[PhaseModel, list
 
 
 def predict_parts(fitted: FittedModel, sets: FoldData) -> list[PartPredictions]:
-    """Predict each window outside the training set, with and without smoothing, and then those of every second."""
+    """Predict each window outside the training set, with and without smoothing, and then those of every second.
+
+    Models that are not baselines also predict the idle windows of unseen hosts.
+    """
     model, predictions = fitted.model, list[PartPredictions]()
     for name, part in (
         (PredictionPart.VAL_B, sets.val_b),
@@ -335,6 +338,11 @@ def predict_parts(fitted: FittedModel, sets: FoldData) -> list[PartPredictions]:
                 )
                 for key, f in smoothed.items()
             ]
+    if sets.idle is not None and model.key not in registry.BASELINE_MODELS:
+        p = model.predict_proba(sets.idle.inputs)
+        predictions.append(
+            PartPredictions(part=PredictionPart.IDLE, filter=SMOOTHING_NONE, windows=sets.idle.windows, p=p)
+        )
     return predictions + _predict_live_parts(fitted, sets)
 
 
