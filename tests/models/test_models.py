@@ -375,6 +375,24 @@ def test_seeds_of_gbt_are_different_models() -> None:
     assert np.abs(p[0] - p[1]).max() > 0.01
 
 
+def test_best_channel_sees_the_statistics_of_one_channel_and_no_derived_column() -> None:
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 5, 200)
+    names = ("proc.a.mean", "proc.a.std", "ratio.x", "proc.b.mean", "burst.y", "proc.a.mean@60s")
+    s = replace(spec("best_channel"), names=names)
+    x = rng.normal(size=(200, 6)).astype(np.float32)
+    x[:, [2, 4, 5]] = y[:, None]  # columns that tell the phase and are not of one channel's own window
+    x[:, 0] += 2 * y
+    data = LabelledExamples(inputs=ModelInputs(x=x, spec=s), y=y)
+    model = registry.create("best_channel").fit(data, data)
+    before = model.predict_proba(data.inputs)
+
+    x = x.copy()
+    x[:, 2:] = np.nan
+
+    assert np.array_equal(model.predict_proba(ModelInputs(x=x, spec=s)), before)
+
+
 def test_majority_predicts_the_most_frequent_phase_of_train() -> None:
     y = np.array([3] * 120 + [0] * 80)
     data = LabelledExamples(inputs=examples("majority").inputs, y=y)

@@ -12,7 +12,6 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from phasewatch.arrays import FloatArray
-from phasewatch.channels import CHANNEL_NAMES
 from phasewatch.errors import RunError
 from phasewatch.metrics import N_CLASSES, confusion_counts, macro_f1
 from phasewatch.models import checkpoint
@@ -33,6 +32,7 @@ from phasewatch.models.trees import (
     list_expected_arrays,
     parse_lightgbm_text,
 )
+from phasewatch.types import SourceKind
 
 __all__ = ["CHANNEL_FILE", "BestChannel", "GbtConfig", "GradientBoosting", "LevelsBaseline"]
 
@@ -133,6 +133,7 @@ class LevelsBaseline(GradientBoosting):
 
 
 CHANNEL_FILE = "channel.json"
+_SOURCES = frozenset(SourceKind)
 _TRIAL_SETTINGS: Mapping[str, float] = {"rounds": 15, "columns": 1.0}  # enough to rank channels, at little cost
 
 
@@ -193,8 +194,8 @@ def _find_channel_columns(names: tuple[str, ...], channel: str) -> list[int]:
 
 def _find_stat_channel(column: str) -> str:
     """Return the channel of one of its own five statistics; empty for a derived or context column."""
-    channel = column.rpartition(".")[0]
-    return channel if channel in CHANNEL_NAMES and "@" not in column else ""
+    source, _, rest = column.partition(".")
+    return column.rpartition(".")[0] if source in _SOURCES and "." in rest and "@" not in rest else ""
 
 
 def _select_columns(part: LabelledExamples, columns: list[int]) -> LabelledExamples:
