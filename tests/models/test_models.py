@@ -206,7 +206,7 @@ def test_changed_bytes_are_refused_before_a_parser_sees_them(key: str, tmp_path:
     ("old", "new", "error", "words"),
     [
         pytest.param(
-            '"phasewatch-checkpoint/1"', '"phasewatch-checkpoint/2"', MismatchError, "found format", id="format"
+            '"phasewatch-checkpoint/2"', '"phasewatch-checkpoint/1"', MismatchError, "found format", id="format"
         ),
         pytest.param(
             '"gbt"', '"os.system"', MismatchError, "found model 'os.system'", id="a model that is not registered"
