@@ -165,7 +165,9 @@ def apply_alarm_rule(rule: AlarmRule, score: FloatArray, episode_index: NDArray[
     Returns:
         ``(n,)`` bool.
     """
-    return _simulate_alarms(score, _find_first_windows(episode_index), np.array([rule.theta]), k=rule.k, n=rule.n)[0]
+    first = _find_first_windows(episode_index)
+    is_active: NDArray[np.bool_] = _simulate_alarms(score, first, np.array([rule.theta]), k=rule.k, n=rule.n)[0]
+    return is_active
 
 
 def find_alarm_starts(is_active: NDArray[np.bool_], episode_index: NDArray[np.integer]) -> NDArray[np.bool_]:
