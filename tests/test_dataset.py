@@ -28,7 +28,9 @@ from phasewatch.dataset import (
 from phasewatch.dataset.loader import find_calibration_soak, read_baselines
 from phasewatch.dataset.sets import EpisodeWindows
 from phasewatch.dataset.split_files import compute_sample_group
+from phasewatch.dataset.tensors import compute_episode_inputs
 from phasewatch.errors import RunError, UsageError
+from phasewatch.features.context import CONTEXT_FEATURES
 from phasewatch.features.derived import DERIVED_FEATURES
 from phasewatch.features.inputs import compute_inputs
 from phasewatch.features.schema import list_column_channels
@@ -223,9 +225,22 @@ def test_context_of_a_real_table_has_the_same_bits_in_its_own_columns(tmp_path: 
     data = read_windows(run, "realistic", InputKind.TABLE, table=InputVariant.CONTEXT)
 
     assert data.names[: len(raw.names)] == raw.names
-    assert len(data.names) == len(raw.names) + 444
+    assert len(data.names) == len(raw.names) + len(CONTEXT_FEATURES)
     assert data.x[:, : len(raw.names)].tobytes() == raw.x.tobytes()
     assert np.array_equal(data.y, raw.y)
+
+
+def test_inputs_that_were_kept_are_those_of_the_bins_and_not_of_the_place(run: Path) -> None:
+    spec = read_windows(run, "realistic", InputKind.TABLE, table=InputVariant.CONTEXT).inputs.spec
+    bins = np.random.default_rng(0).random((60, len(CHANNELS))).astype(np.float32)
+    first = compute_episode_inputs(bins, spec).copy()
+    bins[3, :] += 1.0
+
+    for _ in range(2):
+        assert np.array_equal(compute_episode_inputs(bins, spec), compute_inputs(bins, spec))
+        assert not compute_episode_inputs(bins, spec).flags.writeable
+    assert not np.array_equal(compute_episode_inputs(bins, spec), first)
+    assert len(compute_episode_inputs(bins, spec, 2)) == 21
 
 
 def test_context_of_a_tensor_is_two_minutes_that_end_with_the_window(run: Path) -> None:

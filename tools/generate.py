@@ -75,7 +75,7 @@ def features_page() -> str:
             ", ".join(map(code, context.CONTEXT_CHANNELS)),
         ],
         ["`ratio.*` over 60 and 120 s", f"the {len(derived.RATIO_FEATURES)} ratios"],
-        ["`burst.*` over 60 s", f"the {len(derived.BURST_FEATURES)} burst columns"],
+        ["`burst.*` over 60 s", "the burst columns but for `*_starts` and `*_length`, which would tell the time"],
     ]
     return (
         "# Features\n\nThe columns of a window of 20 bins (10 s). A channel set has a column if it has "

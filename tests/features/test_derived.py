@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from tests.factories.bins import build_busy_bins, same_bits
 
 from phasewatch.channels import CHANNEL_NAMES, CHANNELS
 from phasewatch.features.derived import DERIVED_FEATURES, RATIO_FEATURES, derive_history, derived_features
@@ -115,20 +116,6 @@ def read_slowly(window: np.ndarray) -> dict[str, float]:
         if any(sum(map(math.isfinite, values(name))) < 10 for name in feature.channels):
             found[feature.name] = NAN
     return found
-
-
-def build_busy_bins(n: int, seed: int, *, gaps: float = 0.0) -> np.ndarray:
-    """Build bins with bursts: each channel is 0 in most bins and large in some."""
-    rng = np.random.default_rng(seed)
-    level = 10.0 ** rng.integers(-1, 6, len(CHANNELS))
-    bins = (rng.random((n, len(CHANNELS))) * level * (rng.random((n, len(CHANNELS))) < 0.4)).astype(np.float32)
-    bins[:, CHANNEL_NAMES.index("proc.vcpu_run")] = rng.random(n)
-    bins[rng.random(bins.shape) < gaps] = np.nan
-    return bins
-
-
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
 def test_names_are_unique_and_every_column_says_what_it_needs() -> None:

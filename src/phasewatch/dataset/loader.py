@@ -166,7 +166,7 @@ def load(
         recipe: Name of a split recipe (`splits.SPLIT_RECIPES`).
         fold: Name of one of its folds; for `held_out_host` a host.
         threat: Name of a channel set (`channels.build_channel_mask`).
-        kind: ``table`` (five stats of each channel) or ``tensor`` (channels by time, from the bins); for baselines
+        kind: ``table`` (statistics and derived columns) or ``tensor`` (channels by time, from the bins); for baselines
             ``elapsed`` (seconds since the first label), ``levels`` (cumulative totals), ``host`` (24 bits of the hash
             of the host id, as a number), ``load`` (whether a benign load runs in the episode: 0, 1, or 2 for unknown)
             or ``duration`` (CPU use of the window and of those before it).

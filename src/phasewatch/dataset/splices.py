@@ -17,7 +17,7 @@ import numpy as np
 from phasewatch.arrays import Float32Array
 from phasewatch.artifacts import BINS_DIR, FEATURES_FILE, RunEpisode, read_columns
 from phasewatch.binning.storage import BinIndexRow, MappedBins, open_bins
-from phasewatch.features.inputs import compute_inputs
+from phasewatch.dataset.tensors import compute_episode_inputs
 from phasewatch.features.windows import LabelSpan, compute_window_starts, label_windows
 from phasewatch.models.base import InputSpec, LabelledExamples, ModelInputs
 from phasewatch.profiles import IDLE_SAMPLE
@@ -105,7 +105,7 @@ def build_spliced_examples(
     """
     x, y = [np.empty((0, *spec.shape), np.float32)], [np.empty(0, np.int64)]
     for splice in splices:
-        inputs = compute_inputs(splice.bins, spec, stride_bins=stride_bins)
+        inputs = compute_episode_inputs(splice.bins, spec, stride_bins)
         labels = label_windows(splice.spans, compute_window_starts(0, len(inputs), stride_bins))
         x.append(inputs)
         y.append(labels.phase.astype(np.int64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -9,21 +10,31 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from phasewatch.arrays import Float32Array
 from phasewatch.artifacts import BINS_DIR, RunEpisode
 from phasewatch.binning.storage import MappedBins, open_bins
 from phasewatch.channels import CHANNELS
 from phasewatch.errors import RunError
 from phasewatch.features.inputs import compute_inputs
 from phasewatch.features.windows import gather_windows
-from phasewatch.models.base import InputSpec
+from phasewatch.models.base import InputKind, InputSpec, InputVariant
 from phasewatch.types import BIN_NS, STRIDE_BINS, STRIDE_NS, WINDOW_BINS
 
-__all__ = ["LOAD_HISTORY_WINDOWS", "compute_bin_inputs", "compute_level_means", "compute_load_history", "cut_tensor"]
+__all__ = [
+    "LOAD_HISTORY_WINDOWS",
+    "compute_bin_inputs",
+    "compute_episode_inputs",
+    "compute_level_means",
+    "compute_load_history",
+    "cut_tensor",
+]
 
 LOAD_HISTORY_WINDOWS = 48  # four minutes: longer than any load of a lab episode
 _CPU_CHANNEL = "proc.vcpu_run"
 
 _HALF_WINDOW_NS = BIN_NS * WINDOW_BINS // 2
+_MAX_KEPT_BYTES = 128 * 2**20
+_kept_inputs: dict[tuple[bytes, tuple[int, ...], tuple[str, ...], int], Float32Array] = {}  # the oldest first
 
 
 class _WindowPositions(Protocol):
@@ -86,7 +97,28 @@ def compute_bin_inputs(
                 f"{run / BINS_DIR}: a window of episode {row.episode_id} does not start at a multiple of "
                 f"{stride_bins} bins; run `phasewatch features` again"
             )
-        x[own] = compute_inputs(np.asarray(mapped.episode_bins(row)), spec, stride_bins=stride_bins)[at]
+        x[own] = compute_episode_inputs(np.asarray(mapped.episode_bins(row)), spec, stride_bins)[at]
+    return x
+
+
+def compute_episode_inputs(bins: Float32Array, spec: InputSpec, stride_bins: int = STRIDE_BINS) -> Float32Array:
+    """Compute the input of a model for every window of an episode, as `features.inputs.compute_inputs`.
+
+    The folds of a recipe share most episodes, and a table with context costs some milliseconds an episode. So the
+    newest ones are kept, by the digest of their bins.
+
+    Returns:
+        ``(w, *spec.shape)`` float32, read-only.
+    """
+    if spec.kind is not InputKind.TABLE or spec.table is not InputVariant.CONTEXT:
+        return compute_inputs(bins, spec, stride_bins=stride_bins)
+    key = (hashlib.sha256(np.ascontiguousarray(bins).data).digest(), bins.shape, spec.names, stride_bins)
+    if (x := _kept_inputs.pop(key, None)) is None:
+        x = compute_inputs(bins, spec, stride_bins=stride_bins)
+        x.flags.writeable = False
+    _kept_inputs[key] = x
+    while sum(kept.nbytes for kept in _kept_inputs.values()) > _MAX_KEPT_BYTES:
+        del _kept_inputs[next(iter(_kept_inputs))]
     return x
 
 

@@ -35,6 +35,8 @@ _DERIVED_HORIZON = 120
 _STATS = ("mean", "std", "max")
 _EARLIER_STATS = ("mean", "max")
 _N_EARLIER = 2  # windows that began 5 and 10 s before
+# Activity that lasts through the whole history has one start and the length of the history, which would tell the time.
+_DERIVED = tuple(i for i, f in enumerate(DERIVED_FEATURES) if not f.name.endswith(("_starts", "_length")))
 _COLUMNS = np.array([CHANNEL_NAMES.index(name) for name in CONTEXT_CHANNELS], np.intp)
 
 
@@ -64,8 +66,8 @@ CONTEXT_FEATURES = (
     ),
     *(
         ContextFeature(name=f"{feature.name}@{_in_seconds(horizon)}", channels=feature.channels)
-        for features, horizon in ((DERIVED_FEATURES, _DERIVED_HORIZON), (RATIO_FEATURES, CONTEXT_BINS))
-        for feature in features
+        for places, horizon in ((_DERIVED, _DERIVED_HORIZON), (range(len(RATIO_FEATURES)), CONTEXT_BINS))
+        for feature in (DERIVED_FEATURES[i] for i in places)
     ),
     *(
         ContextFeature(name=f"{channel}.{stat}@-{back}", channels=(channel,))
@@ -106,7 +108,7 @@ def context_features(bins: Float32Array, stride_bins: int = STRIDE_BINS, *, newe
     x[~known] = 0.0
     parts = (
         to_float32(_compute_history(x, known, begins)),
-        derive_history([bins], _DERIVED_HORIZON, stride_bins, newest_only=newest_only),
+        derive_history([bins], _DERIVED_HORIZON, stride_bins, newest_only=newest_only)[:, _DERIVED],
         derive_history([bins], CONTEXT_BINS, stride_bins, with_bursts=False, newest_only=newest_only),
         to_float32(_compute_earlier(x, known, begins)),
     )

@@ -85,7 +85,7 @@ def compute_inputs(
     plan = _plan_columns(spec.names)
     own = bins[-WINDOW_BINS:] if newest_only else bins
     stats = window_stats(own[:, plan.channels], stride_bins)
-    parts = [stats.reshape(len(stats), stats.shape[1] * stats.shape[2])[:, plan.stats]]
+    parts = [stats.reshape(len(stats), len(plan.channels) * len(STATS))[:, plan.stats]]
     if len(plan.derived):
         parts.append(derive_history([own], WINDOW_BINS, stride_bins)[:, plan.derived])
     if len(plan.context):
