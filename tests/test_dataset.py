@@ -339,6 +339,49 @@ def test_baselines_see_levels_or_the_host_alone(run: Path) -> None:
     assert not set(np.unique(hosts.train.x)) & set(np.unique(hosts.test.x))
 
 
+def test_load_baseline_sees_whether_a_load_runs_and_unknown_where_the_index_does_not_say(run: Path) -> None:
+    path = run / "validation_v1.parquet"
+    index = pq.read_table(path)
+    unknown = load(run, "held_out_host", "host-0", kind="load").train
+    names = index.column_names
+    table = index if "background" not in names else index.drop_columns(["background"])
+    loads = ["compile" if i % 2 else "" for i in range(len(index))]
+    pq.write_table(table.append_column("background", pa.array(loads)), path)
+    known = load(run, "held_out_host", "host-0", kind="load").train
+
+    is_malicious = np.array([e.profile != "benign" for e in known.windows.episodes])[known.windows.episode_index]
+    assert set(unknown.x[is_malicious, 0].tolist()) == {2.0}
+    assert set(known.x[is_malicious, 0].tolist()) == {0.0, 1.0}
+    codes = np.array([float(bool(e.has_load)) for e in known.windows.episodes])[known.windows.episode_index]
+    assert known.x[:, 0].tolist() == codes.tolist()
+
+
+def test_duration_baseline_sees_the_cpu_use_of_the_episode_so_far(run: Path) -> None:
+    data = load(run, "held_out_host", "host-0", kind="duration").test
+    bins = read_windows(run, "realistic", InputKind.TENSOR, only={e.episode_id for e in data.windows.episodes})
+    lab = bins.take(bins.windows.mark_episodes(lambda e: e.role is EpisodeRole.LAB))
+    cpu = np.nanmean(lab.x[:, lab.names.index("proc.vcpu_run")], axis=1)
+
+    for first in np.flatnonzero(np.r_[True, np.diff(data.windows.episode_index) != 0]):
+        for j in range(8):
+            np.testing.assert_allclose(data.x[first + j, : j + 1], cpu[first : first + j + 1][::-1], rtol=1e-6)
+            assert np.isnan(data.x[first + j, j + 1 :]).all()
+
+
+def test_idle_windows_are_baseline_episodes_of_the_hosts_that_only_the_test_set_has(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "days", World(windows=8, days=2))
+    write_splits(run, "held_out_host")
+    held_out = load(run, "held_out_host", "host-0").idle
+
+    assert held_out is not None
+    assert {(e.role, e.host_id) for e in held_out.windows.episodes} == {(EpisodeRole.COMMISSION, "host-0")}
+    write_splits(run, "in_distribution")
+    fold = read_folds(run, "in_distribution")[0].fold
+    assert load(run, "in_distribution", fold).idle is None
+    assert load(run, "held_out_host", "host-0", kind="elapsed").idle is None
+    assert load(run, "held_out_host", "host-0", table="commissioned").idle is None
+
+
 def test_deploy_has_no_test_window(run: Path) -> None:
     write_splits(run, "deploy")
     sets = load(run, "deploy", "all")

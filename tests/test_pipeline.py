@@ -20,6 +20,7 @@ from tests.factories.trained_runs import write_trained_run
 from phasewatch.artifacts import AUDIT_FILE, METRICS_FILE
 from phasewatch.errors import RunError, StoreError, UsageError
 from phasewatch.evaluation.evaluate import evaluate_run
+from phasewatch.evaluation.headline import read_headline, render_headline
 from phasewatch.pipeline import runner
 from phasewatch.pipeline.stages import RunSettings
 from phasewatch.simulate import simulate

@@ -431,25 +431,30 @@ def test_an_alarm_that_was_set_by_the_test_set_is_caught(run: Path) -> None:
     assert repeated(run).fate is CheckOutcome.BROKEN
 
 
-def test_the_operators_view_rings_at_the_thresholds_of_the_checkpoints(run: Path) -> None:
+@pytest.mark.parametrize(("stride_s", "ending"), [(5, ""), (1, "_1s")])
+@pytest.mark.parametrize("kind", AlarmKind)
+def test_the_operators_view_rings_by_the_rules_of_the_checkpoints(
+    run: Path, kind: AlarmKind, stride_s: int, ending: str
+) -> None:
     """Evaluation chooses them again from predictions alone, soak of other hosts included."""
     table = read_predictions(run / PREDICTIONS_FILE)
     recorded = read_timelines(run)
     of_part = {
-        part: {b.key: b for b in parse_prediction_groups(table, {}, part=part)} for part in ("test", "val_b", "soak")
+        part: {b.key: b for b in parse_prediction_groups(table, {}, part=f"{part}{ending}")}
+        for part in ("test", "val_b", "soak")
     }
     key = (CELL.recipe, CELL.threat, CELL.table, "none")
-    boards = [of_part[part].get(key) for part in ("test", "val_b", "soak")]
-    assert boards[0] is not None
-    own = [s for s in boards[0].predictions if s.model == CELL.model]
+    test, val_b, soak = (of_part[part].get(key) for part in ("test", "val_b", "soak"))
+    assert test is not None
+    own = [s for s in test.predictions if s.model == CELL.model]
+    parts = PredictionParts(test=test, val_b=val_b, soak=soak, stride_s=stride_s)
 
-    lived = simulate_alarms(own, PredictionParts(test=boards[0], val_b=boards[1], soak=boards[2]), recorded, None)
+    lived = simulate_alarms(own, parts, recorded, kind=kind, agent=None)
 
     assert isinstance(lived, AlarmSimulation)
     cells = [replace(CELL, fold=s.fold) for s in own]
     headers = [checkpoint.read_checkpoint(c.folder(run))[0] for c in cells]
-    rules = [find_alarm_rule(header.alarms, AlarmKind.ACTIVITY, 5) for header in headers]
-    assert list(lived.thresholds) == [rule.theta for rule in rules if rule is not None]
+    assert list(lived.rules) == [find_alarm_rule(header.alarms, kind, stride_s) for header in headers]
 
 
 def test_a_run_that_fails_its_audit_has_no_headline_on_its_page(run: Path) -> None:

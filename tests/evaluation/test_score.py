@@ -244,7 +244,9 @@ def test_without_a_test_episode_whose_agent_is_off_there_is_no_number(tmp_path: 
 def test_with_too_few_sessions_the_headline_says_why_there_is_no_interval(tmp_path: Path) -> None:
     write_predictions(tmp_path, Shape(hosts=2, sessions=2, agents=("off",)))
 
-    assert "[no interval: 4 sessions, an interval needs 5]" in render_headline(build_headline(evaluate_run(tmp_path, resamples=100)))
+    assert "[no interval: 4 sessions, an interval needs 5]" in render_headline(
+        build_headline(evaluate_run(tmp_path, resamples=100))
+    )
 
 
 def test_seeds_are_averaged(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from phasewatch.pipeline import stages
 from phasewatch.splits import SPLIT_RECIPES, build_folds
 from phasewatch.training.experiment import Experiment
 from phasewatch.training.grids import (
+    HEADLINE_BASELINES,
     MAIN_MODELS,
     build_full_grid,
     build_headline_grid,
@@ -45,7 +46,8 @@ def test_the_short_grid_is_the_list_of_the_design() -> None:
     assert count(tuple(six), "threat") == {"realistic": 6, "oracle": 6}
     assert {(c.model, c.threat) for c in cells if c.recipe == "deploy"} == {("gbt", "portable"), ("gbt", "realistic")}
     rest = [c for c in cells if c not in gbt and c not in six and c.recipe != "deploy"]
-    assert count(tuple(rest), "model") == dict.fromkeys(BASELINE_MODELS, 4)
+    both = dict.fromkeys(HEADLINE_BASELINES, 16)  # on unseen hosts and samples too
+    assert count(tuple(rest), "model") == {m: 4 + both.get(m, 0) for m in (*BASELINE_MODELS, "minirocket")}
     assert {(c.table, c.seed) for c in cells} == {("raw", 0)}
 
 
@@ -66,9 +68,7 @@ def test_the_full_grid_crosses_every_recipe_with_all_models_and_both_threat_mode
             c for c in cells if c.model == model and c.recipe != "deploy" and c.threat not in list_sensor_channel_sets()
         ]
         assert count(tuple(mine), "threat") == {"realistic": scored, "oracle": scored}
-    assert not [
-        c for c in cells if c.model in BASELINE_MODELS and c.recipe == "random_windows"
-    ]
+    assert not [c for c in cells if c.model in BASELINE_MODELS and c.recipe == "random_windows"]
     of_sensors = [c for c in cells if c.threat in list_sensor_channel_sets()]
     assert {(c.model, c.recipe) for c in of_sensors} == {("gbt", "held_out_host")}
     assert count(tuple(of_sensors), "threat") == dict.fromkeys(list_sensor_channel_sets(), len(FOLDS["held_out_host"]))
