@@ -28,6 +28,7 @@ from phasewatch.dataset import load, read_folds, write_all_splits
 from phasewatch.models import checkpoint, registry
 from phasewatch.models.base import PhaseModel
 from phasewatch.training.experiment import Experiment, plan_experiments
+from phasewatch.training.live_scores import predict_live_windows
 from phasewatch.training.train import FittedModel, compute_run_digests, fit_model, merge_predictions, train_experiments
 
 RECIPES = ("held_out_host", "held_out_both")
@@ -99,7 +100,9 @@ def test_stopping_calibration_and_alarm_on_the_test_host_are_caught(run: Path, c
 def test_the_checkpoint_of_deploy_in_a_fold_is_caught_without_training(run: Path, cell: Experiment) -> None:
     deploy = registry.load(replace(cell, recipe="deploy", fold="all").folder(run))
     sets = load(run, cell.recipe, cell.fold)
-    put_model(run, cell, FittedModel(model=deploy, val_b=deploy.predict_proba(sets.val_b.inputs)), sets)
+    live = [predict_live_windows(deploy, sets, part.windows.episodes) for part in (sets.val_b, sets.soak)]
+    val_b = deploy.predict_proba(sets.val_b.inputs)
+    put_model(run, cell, FittedModel(model=deploy, val_b=val_b, val_b_live=live[0], soak_live=live[1]), sets)
 
     check = check_predictions(run)
 

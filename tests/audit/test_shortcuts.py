@@ -17,7 +17,7 @@ from phasewatch.audit.shortcut_checks import (
     list_subjects,
 )
 from phasewatch.audit.shortcuts import (
-    ScoredWindows,
+    AnsweredWindows,
     SpliceGroup,
     Stratum,
     compute_auc,
@@ -58,7 +58,7 @@ def one_hot(codes: np.ndarray, sure: float = 0.8) -> np.ndarray:
     return p
 
 
-def spliced(decide: Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]) -> ScoredWindows:
+def spliced(decide: Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]) -> AnsweredWindows:
     """Return real and counterfactual windows, decided by a rule that sees how long a load has lasted, and its content.
 
     The content is 1 where an activity runs, told with noise.
@@ -72,7 +72,7 @@ def spliced(decide: Callable[[np.ndarray, np.ndarray, np.random.Generator], np.n
                 n, active = len(since_s), IS_ACTIVE[group]
                 content = np.full(n, float(active)) + rng.normal(scale=0.6) + rng.normal(scale=0.3, size=n)
                 parts.append(
-                    ScoredWindows(
+                    AnsweredWindows(
                         host=np.full(n, f"h{host}", object),
                         session=np.full(n, f"s{session}", object),
                         episode=np.full(n, f"e{host}{session}{active:d}", object),
@@ -81,7 +81,7 @@ def spliced(decide: Callable[[np.ndarray, np.ndarray, np.random.Generator], np.n
                         group=np.full(n, str(group), object),
                     )
                 )
-    return ScoredWindows.concatenate(parts)
+    return AnsweredWindows.concatenate(parts)
 
 
 def reads_duration(since_s: np.ndarray, content: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -174,7 +174,7 @@ def test_the_interval_of_the_area_is_that_of_a_bootstrap_by_hand() -> None:
     assert row.high == pytest.approx(np.percentile(areas, 97.5), abs=0.03)
 
 
-def episodes_under_load(rng: np.random.Generator) -> tuple[ScoredWindows, dict[str, np.ndarray]]:
+def episodes_under_load(rng: np.random.Generator) -> tuple[AnsweredWindows, dict[str, np.ndarray]]:
     """Return windows of clean and malicious episodes with and without a load, and what each kind of model decides."""
     parts, decided = [], {"honest": [], "load": [], "time": []}
     for host in range(HOSTS):
@@ -184,7 +184,7 @@ def episodes_under_load(rng: np.random.Generator) -> tuple[ScoredWindows, dict[s
                     n = 20
                     y = rng.integers(0, 5, 4).repeat(5) if malicious else np.zeros(n, np.int64)
                     parts.append(
-                        ScoredWindows(
+                        AnsweredWindows(
                             host=np.full(n, f"h{host}", object),
                             session=np.full(n, f"s{session}", object),
                             episode=np.full(n, f"e{host}{session}{malicious:d}{has_load:d}", object),
@@ -197,7 +197,7 @@ def episodes_under_load(rng: np.random.Generator) -> tuple[ScoredWindows, dict[s
                     decided["honest"].append(np.where(wrong, rng.integers(0, 5, n), y))
                     decided["load"].append(np.full(n, CLEAN if has_load else ARMED))
                     decided["time"].append(np.full(n, CLEAN))
-    return ScoredWindows.concatenate(parts), {name: np.concatenate(parts) for name, parts in decided.items()}
+    return AnsweredWindows.concatenate(parts), {name: np.concatenate(parts) for name, parts in decided.items()}
 
 
 def test_a_model_that_reads_only_whether_a_load_runs_is_not_above_the_rule_that_does() -> None:
@@ -225,10 +225,10 @@ def test_an_honest_model_is_above_every_rule_in_every_stratum() -> None:
     }
 
 
-def idle_windows(decided: int) -> ScoredWindows:
+def idle_windows(decided: int) -> AnsweredWindows:
     n = HOSTS * SESSIONS * 10
     at = np.arange(n) // 10
-    return ScoredWindows(
+    return AnsweredWindows(
         host=np.array([f"h{i // SESSIONS}" for i in at], object),
         session=np.array([f"s{i % SESSIONS}" for i in at], object),
         episode=np.array([f"e{i}" for i in at], object),
@@ -253,7 +253,7 @@ def test_idle_machines_are_to_be_called_quiet_and_clean(decided: int, quiet: boo
 
 
 def run_predictions(
-    parts: dict[tuple[str, str, str], ScoredWindows], *, recipe: str = "held_out_host"
+    parts: dict[tuple[str, str, str], AnsweredWindows], *, recipe: str = "held_out_host"
 ) -> RunPredictions:
     """Return predictions by model, input and part, all of one fold a host."""
     texts: dict[str, list[object]] = {
@@ -287,8 +287,8 @@ def run_predictions(
     )
 
 
-def with_p(windows: ScoredWindows, p: np.ndarray) -> ScoredWindows:
-    return ScoredWindows(
+def with_p(windows: AnsweredWindows, p: np.ndarray) -> AnsweredWindows:
+    return AnsweredWindows(
         **{n: p if n == "p" else getattr(windows, n) for n in ("host", "session", "episode", "y", "p", "group")}
     )
 
@@ -309,7 +309,7 @@ def check_of(decide: Callable[..., np.ndarray], model: str = "gbt") -> AuditChec
     ids = zip(windows.episode.tolist(), windows.host.tolist(), windows.session.tolist(), strict=True)
     episodes = {i: run_episode(i, host, session) for i, host, session in ids}
 
-    def answers(experiment: Experiment, asked: object) -> ScoredWindows:
+    def answers(experiment: Experiment, asked: object) -> AnsweredWindows:
         return counterfactual.select(counterfactual.host == experiment.fold)
 
     return build_splice_check(run_predictions({(model, "raw", "test"): real}), episodes, KEY, answers)
@@ -337,7 +337,7 @@ def test_another_model_that_reads_duration_is_shown_and_takes_no_headline() -> N
     assert "gru (raw) fail" in check.words
 
 
-def load_check(decided: np.ndarray, windows: ScoredWindows, *, knows_load: bool) -> AuditCheck:
+def load_check(decided: np.ndarray, windows: AnsweredWindows, *, knows_load: bool) -> AuditCheck:
     always_clean = np.zeros(len(windows), np.int64)
     of_model = {
         "gbt": decided,

@@ -14,6 +14,7 @@ from phasewatch.artifacts import EXPERIMENT_FILE, EXPERIMENT_PREDICTIONS_FILE
 from phasewatch.dataset import FoldData, file_sha256, load
 from phasewatch.models import checkpoint, registry
 from phasewatch.training.experiment import Experiment, parse_experiment, render_experiment
+from phasewatch.training.live_scores import predict_live_windows
 from phasewatch.training.predictions import build_predictions_table, write_prediction_table
 from phasewatch.training.train import FittedModel, compute_run_digests, merge_predictions, predict_parts
 
@@ -33,10 +34,11 @@ def refit(run: Path, cell: Experiment, cheat: Callable[..., FittedModel]) -> Non
     honest = dict(checkpoint.read_header(cell.folder(run)).trained_on)
     fitted = cheat(registry.create(cell.model, seed=cell.seed), sets)
     fitted.model.trained_on = honest
-    # Of the windows on which it stopped there may be more or fewer than of those that it claims.
+    # It may have stopped on other windows than those that it claims.
     n = len(sets.val_b)
     val_b = fitted.val_b if len(fitted.val_b) == n else fitted.model.predict_proba(sets.val_b.inputs)
-    put_model(run, cell, replace(fitted, val_b=val_b), sets)
+    live = predict_live_windows(fitted.model, sets, sets.val_b.windows.episodes)
+    put_model(run, cell, replace(fitted, val_b=val_b, val_b_live=live), sets)
 
 
 def put_model(run: Path, cell: Experiment, fitted: FittedModel, sets: FoldData) -> None:

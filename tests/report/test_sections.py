@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 from tests.report.test_summary import CLOCK, GBT, THREE, row
 
-from phasewatch.audit.checks import REPORT_ONLY_SUFFIX, AuditCheck, AuditReport, CheckOutcome
+from phasewatch.audit.checks import REPORT_ONLY_SUFFIX, AuditCheck, AuditReport, AuditRow, CheckOutcome, LimitKind
 from phasewatch.evaluation.metric_table import SELECTION_METRIC, MetricRow, MetricTable, NoteCode
-from phasewatch.report.coverage import NOT_AUDITED
+from phasewatch.report.audit import NOT_AUDITED
 from phasewatch.report.data import BundleCounts, ReportData
 from phasewatch.report.layout import ReportBlock, ReportPage
 from phasewatch.report.leaderboard import NOT_TRAINED
@@ -336,6 +336,39 @@ def test_audit_check_without_a_limit_does_not_count_as_passed() -> None:
     assert found.sentences[0] == "Audit checks: 1 passed, 0 failed and 0 not run."
     assert found.table is not None
     assert [r[0] for r in found.table.rows] == ["passed", "reported"]
+
+
+def idle_row(model: str, clean: float, *, is_headline: bool = False) -> AuditRow:
+    return AuditRow(
+        recipe="held_out_host", channel_set="realistic", model=model, input="raw", metric="idle_called_clean",
+        is_headline=is_headline, value=clean, low=clean - 0.05, high=clean + 0.05, limit=0.85,
+        limit_kind=LimitKind.AT_LEAST, holds=clean >= 0.85,
+    )  # fmt: skip
+
+
+def shortcut_audit(*rows: AuditRow) -> AuditReport:
+    check = AuditCheck(name="idle", promise="Idle machines are quiet.", fate=CheckOutcome.KEPT, words="", rows=rows)
+    return AuditReport(inputs={}, checks=(check,))
+
+
+def test_report_has_the_shortcut_checks_of_every_model_in_one_table() -> None:
+    page = page_of([GBT], audit=shortcut_audit(idle_row("gbt", 0.91, is_headline=True), idle_row("gru", 0.60)))
+
+    table = block(page, "shortcuts").table
+    assert table is not None
+    place = table.columns.index("idle called clean")
+    assert [(row[0], row[place], row[-1]) for row in table.rows] == [
+        ("gbt (headline)", "0.91 [0.86, 0.96]", "none"),
+        ("gru", "0.60 [0.55, 0.65]", "idle_called_clean"),
+    ]
+    assert page.notices == ()
+
+
+def test_report_says_that_five_phases_are_withdrawn() -> None:
+    page = page_of([GBT], audit=shortcut_audit(idle_row("gbt", 0.40, is_headline=True)))
+
+    assert len(page.notices) == 1
+    assert "five-phase scores are withdrawn" in page.notices[0]
 
 
 def test_page_without_an_audit_has_a_notice() -> None:

@@ -11,23 +11,24 @@ from numpy.typing import NDArray
 
 from phasewatch.arrays import Float32Array
 from phasewatch.artifacts import RunEpisode
-from phasewatch.audit.shortcuts import ScoredWindows, SpliceGroup
+from phasewatch.audit.shortcuts import AnsweredWindows, SpliceGroup
 from phasewatch.dataset.loader import read_baselines
-from phasewatch.dataset.splices import SplicedEpisode, build_splices
+from phasewatch.dataset.splices import SplicedEpisode, SpliceKind, build_splices
 from phasewatch.errors import UsageError
 from phasewatch.features.inputs import compute_inputs
 from phasewatch.features.normalise import ChannelScaling, build_scaling
+from phasewatch.features.windows import WINDOW_NS, compute_window_starts, n_windows
 from phasewatch.models import registry
 from phasewatch.models.base import InputSpec, InputVariant, ModelInputs
 from phasewatch.training.experiment import Experiment
-from phasewatch.types import BIN_NS, STRIDE_BINS, WINDOW_BINS, Phase
+from phasewatch.types import Phase
 
 __all__ = ["CounterfactualPredictor", "find_inner_windows"]
 
 _GROUPS = {
-    "short_load": (SpliceGroup.SHORT_LOAD, Phase.CLEAN),
-    "long_activity": (SpliceGroup.LONG_ACTIVITY, Phase.ACTIVE),
-    "short_activity": (SpliceGroup.SHORT_ACTIVITY, Phase.ACTIVE),
+    SpliceKind.SHORT_LOAD: (SpliceGroup.SHORT_LOAD, Phase.CLEAN),
+    SpliceKind.LONG_ACTIVITY: (SpliceGroup.LONG_ACTIVITY, Phase.ACTIVE),
+    SpliceKind.SHORT_ACTIVITY: (SpliceGroup.SHORT_ACTIVITY, Phase.ACTIVE),
 }
 
 
@@ -42,7 +43,7 @@ class CounterfactualPredictor:
     _splices: dict[str, tuple[SplicedEpisode, ...]] = field(default_factory=dict)
     _inputs: dict[InputSpec, dict[str, Float32Array]] = field(default_factory=dict)
 
-    def __call__(self, experiment: Experiment, episodes: Sequence[RunEpisode]) -> ScoredWindows | None:
+    def __call__(self, experiment: Experiment, episodes: Sequence[RunEpisode]) -> AnsweredWindows | None:
         """Return the windows that lie wholly in the load or activity of each splice; None where there are none.
 
         Args:
@@ -73,13 +74,13 @@ class CounterfactualPredictor:
         def column(values: Sequence[object]) -> NDArray[np.object_]:
             return np.array(values, dtype=object)[of]
 
-        return ScoredWindows(
+        return AnsweredWindows(
             host=column([s.source.host_id for s in splices]),
             session=column([s.source.session for s in splices]),
             episode=column([s.source.episode_id for s in splices]),
-            y=np.array([_GROUPS[str(s.kind)][1].code for s in splices], np.int64)[of],
+            y=np.array([_GROUPS[s.kind][1].code for s in splices], np.int64)[of],
             p=model.predict_proba(ModelInputs(x=x, spec=model.spec)),
-            group=column([str(_GROUPS[str(s.kind)][0]) for s in splices]),
+            group=column([str(_GROUPS[s.kind][0]) for s in splices]),
         )
 
     def _build(self, episodes: Sequence[RunEpisode]) -> list[SplicedEpisode]:
@@ -114,9 +115,6 @@ def find_inner_windows(splice: SplicedEpisode) -> NDArray[np.intp]:
     """Return the indices of the windows that lie wholly in the middle segment of a splice."""
     span = splice.spans[len(splice.spans) // 2]
     t0_ns = splice.spans[0].start_ns
-    n = max(0, (len(splice.bins) - WINDOW_BINS) // STRIDE_BINS + 1)
-    starts = t0_ns + BIN_NS * STRIDE_BINS * np.arange(n, dtype=np.int64)
-    inside: NDArray[np.intp] = np.flatnonzero(
-        (starts >= span.start_ns) & (starts + BIN_NS * WINDOW_BINS <= span.end_ns)
-    )
+    starts = compute_window_starts(t0_ns, n_windows(len(splice.bins)))
+    inside: NDArray[np.intp] = np.flatnonzero((starts >= span.start_ns) & (starts + WINDOW_NS <= span.end_ns))
     return inside

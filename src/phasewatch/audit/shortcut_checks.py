@@ -20,7 +20,7 @@ from phasewatch.audit.shortcuts import (
     MAX_RECALL_DROP,
     MIN_IDLE_CLEAN,
     MIN_IDLE_QUIET,
-    ScoredWindows,
+    AnsweredWindows,
     SpliceGroup,
     Stratum,
     measure_idle,
@@ -89,7 +89,7 @@ _RECIPES = REPEATED_RECIPES[::-1]  # that hold out a host; the harder one first
 _PURE = 1.0  # purity of a window that lies in one phase
 
 # Returns the output for the counterfactual windows of some test episodes, or None where the model cannot be asked.
-SpliceAnswers = Callable[[Experiment, Sequence[RunEpisode]], "ScoredWindows | None"]
+SpliceAnswers = Callable[[Experiment, Sequence[RunEpisode]], "AnsweredWindows | None"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -165,10 +165,10 @@ class RunPredictions:
         kept: NDArray[np.intp] = at[np.fromiter((pair in pairs for pair in of), np.bool_, len(at))]
         return kept
 
-    def take(self, at: NDArray[np.intp], group: NDArray[np.object_] | None = None) -> ScoredWindows:
+    def take(self, at: NDArray[np.intp], group: NDArray[np.object_] | None = None) -> AnsweredWindows:
         """Return the windows of some rows, in their order."""
         empty = np.full(len(at), "", dtype=object)
-        return ScoredWindows(
+        return AnsweredWindows(
             host=self.texts["host_id"][at],
             session=self.texts["session"][at],
             episode=self.texts["episode_id"][at],
@@ -221,7 +221,7 @@ def check_shortcuts(run: Path, key: HeadlineKey, answers: SpliceAnswers) -> tupl
     try:
         predictions = RunPredictions.from_table(read_predictions(run / PREDICTIONS_FILE), key.channel_set)
         episodes = {e.episode_id: e for e in read_run_episodes(run, only=predictions.list_episodes("test"))}
-        checks[LOAD_CHECK] = build_load_check(predictions, {i: _has_load(e) for i, e in episodes.items()}, key)
+        checks[LOAD_CHECK] = build_load_check(predictions, {i: e.has_load for i, e in episodes.items()}, key)
         checks[IDLE_CHECK] = build_idle_check(predictions, key)
         checks[SPLICE_CHECK] = build_splice_check(predictions, episodes, key, answers)
     except RunError as error:
@@ -281,12 +281,6 @@ def _list_strata(loads: Mapping[str, bool | None], episode_ids: NDArray[np.objec
     return np.array([names[loads[i]] for i in episode_ids], dtype=object)
 
 
-def _has_load(episode: RunEpisode) -> bool | None:
-    """Return whether a benign load ran in an episode; None if the run does not know."""
-    found: bool | None = getattr(episode, "has_load", None)
-    return found
-
-
 def _align_baselines(
     predictions: RunPredictions, subject: AuditSubject, windows: NDArray[np.intp]
 ) -> tuple[dict[str, list[NDArray[np.int64]]], list[str]]:
@@ -342,7 +336,7 @@ def build_splice_check(
         at = at[predictions.seed[at] == predictions.seed[at].min()]
         parts = list(_score_splices(predictions, at, subject, episodes, answers))
         if parts:
-            rows += measure_splices(subject, ScoredWindows.concatenate(parts), is_headline=_is_headline(subject, key))
+            rows += measure_splices(subject, AnsweredWindows.concatenate(parts), is_headline=_is_headline(subject, key))
     reasons = [] if any(row.is_headline for row in rows) else ["no counterfactual could be built, or no model be asked"]
     return _conclude(SPLICE_CHECK, _SPLICE_PROMISE, rows, reasons, _describe_splices)
 
@@ -353,7 +347,7 @@ def _score_splices(
     subject: AuditSubject,
     episodes: Mapping[str, RunEpisode],
     answers: SpliceAnswers,
-) -> Iterator[ScoredWindows]:
+) -> Iterator[AnsweredWindows]:
     """Yield the counterfactual windows of each fold, and the real windows of the episodes that they were made of."""
     for fold in sorted(set(predictions.texts["fold"][at].tolist())):
         rows = at[predictions.texts["fold"][at] == fold]
@@ -373,7 +367,7 @@ def _score_splices(
         yield _select_real(predictions, rows, spliced)
 
 
-def _select_real(predictions: RunPredictions, rows: NDArray[np.intp], spliced: ScoredWindows) -> ScoredWindows:
+def _select_real(predictions: RunPredictions, rows: NDArray[np.intp], spliced: AnsweredWindows) -> AnsweredWindows:
     """Select the pure windows of the same activity and load in the episodes that counterfactuals were made of."""
     group = np.full(len(rows), "", dtype=object)
     ids, is_pure = predictions.texts["episode_id"][rows], predictions.purity[rows] >= _PURE

@@ -24,7 +24,7 @@ __all__ = [
     "MAX_RECALL_DROP",
     "MIN_IDLE_CLEAN",
     "MIN_IDLE_QUIET",
-    "ScoredWindows",
+    "AnsweredWindows",
     "SpliceGroup",
     "Stratum",
     "compute_auc",
@@ -59,7 +59,7 @@ class Stratum(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ScoredWindows:
+class AnsweredWindows:
     """Windows with a model's output; every array is ``(n, ...)``.
 
     Attributes:
@@ -85,12 +85,12 @@ class ScoredWindows:
         code: NDArray[np.int64] = self.p.argmax(axis=1)
         return code
 
-    def select(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> ScoredWindows:
+    def select(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> AnsweredWindows:
         """Return the windows that a boolean mask or indices select."""
-        return ScoredWindows(**{name: getattr(self, name)[rows] for name in self.__slots__})
+        return AnsweredWindows(**{name: getattr(self, name)[rows] for name in self.__slots__})
 
     @classmethod
-    def concatenate(cls, parts: Sequence[ScoredWindows]) -> ScoredWindows:
+    def concatenate(cls, parts: Sequence[AnsweredWindows]) -> AnsweredWindows:
         """Concatenate windows; at least one part."""
         return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in cls.__slots__})
 
@@ -112,7 +112,7 @@ class _Resamples:
     counts: Mapping[str, int]
 
     @classmethod
-    def draw(cls, windows: ScoredWindows, classes: Sequence[int]) -> _Resamples:
+    def draw(cls, windows: AnsweredWindows, classes: Sequence[int]) -> _Resamples:
         clusters = bootstrap.build_clusters(windows.host.tolist(), windows.session.tolist())
         sessions, hosts = len(clusters), len(np.unique(clusters.host_index))
         missing = bootstrap.explain_missing_interval(sessions, hosts)
@@ -243,7 +243,7 @@ def _count_wins(
     return wins
 
 
-def measure_splices(subject: AuditSubject, windows: ScoredWindows, *, is_headline: bool) -> tuple[AuditRow, ...]:
+def measure_splices(subject: AuditSubject, windows: AnsweredWindows, *, is_headline: bool) -> tuple[AuditRow, ...]:
     """Compare a model's output on real windows with its output on counterfactual ones.
 
     Three numbers, each real, counterfactual and their difference: the AUC of p(active) of active against busy benign
@@ -283,7 +283,7 @@ def measure_splices(subject: AuditSubject, windows: ScoredWindows, *, is_headlin
     )
 
 
-def measure_idle(subject: AuditSubject, windows: ScoredWindows, *, is_headline: bool) -> tuple[AuditRow, ...]:
+def measure_idle(subject: AuditSubject, windows: AnsweredWindows, *, is_headline: bool) -> tuple[AuditRow, ...]:
     """Measure the shares of idle clean windows that a model calls quiet (neither infecting nor active) and clean."""
     drawn = _Resamples.draw(windows, (_CLEAN,))
     every = np.ones(len(windows), np.bool_)
@@ -305,7 +305,7 @@ def measure_idle(subject: AuditSubject, windows: ScoredWindows, *, is_headline: 
 
 def measure_load_gaps(
     subject: AuditSubject,
-    windows: ScoredWindows,
+    windows: AnsweredWindows,
     decided: Sequence[NDArray[np.int64]],
     baselines: Mapping[str, Sequence[NDArray[np.int64]]],
     *,
@@ -351,7 +351,7 @@ def measure_load_gaps(
 
 def _score_decisions(
     drawn: _Resamples,
-    windows: ScoredWindows,
+    windows: AnsweredWindows,
     decided: Sequence[NDArray[np.int64]],
     classes: tuple[int, ...],
     *,

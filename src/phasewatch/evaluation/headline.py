@@ -92,10 +92,13 @@ class HeadlineVerdict(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         passes: Whether no check failed.
         failed: Names of the checks that failed.
+        withdraws_five_phases: Whether the five-phase scores are withdrawn: too few windows of idle clean machines are
+            called clean, so armed and dormant cannot be told from clean.
     """
 
     passes: bool
     failed: tuple[str, ...] = ()
+    withdraws_five_phases: bool = False
 
 
 class Headline(HeadlineBlock, frozen=True, kw_only=True):
@@ -175,10 +178,13 @@ def render_headline(headline: Headline, verdict: HeadlineVerdict | None = None) 
             _render_count(h.n_seeds, "seed"),
         )
     )
+    five = _render_number(h.macro_f1)
+    if verdict is not None and verdict.withdraws_five_phases:
+        five = "withdrawn (armed and dormant cannot be told from clean idle machines)"
     parts = (
         f"infections alarmed within {HEADLINE_TIME_S} s, {where}: {_render_number(h.infection_recall_30s)} at "
         f"{_render_number(h.false_alarms_per_vm_hour)} false alarms per VM-hour",
-        f"macro-F1 3 classes {_render_number(h.macro_f1_3class)}, 5 phases {_render_number(h.macro_f1)}",
+        f"macro-F1 3 classes {_render_number(h.macro_f1_3class)}, 5 phases {five}",
         f"a new host {new}",
         f"idle called clean {_render_value(h.idle_called_clean)}",
         f"time alone {_render_value(h.time_only)}, load alone {_render_value(h.load_only)} ({counts})",

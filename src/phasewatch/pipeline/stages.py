@@ -32,7 +32,7 @@ from phasewatch.channels import CUSTOM_CHANNELS, build_channel_mask
 from phasewatch.dataset.split_files import SplitIndex, read_folds, read_recipe_results, write_all_splits
 from phasewatch.errors import BundleError, RunError, SplitError, UsageError
 from phasewatch.evaluation.evaluate import evaluate_run, read_metrics
-from phasewatch.evaluation.headline import Headline, build_headline, read_headline, write_headline
+from phasewatch.evaluation.headline import Headline, HeadlineVerdict, build_headline, read_headline, write_headline
 from phasewatch.evaluation.importance import DecisionExplanation, explain_decision
 from phasewatch.evaluation.metric_table import MetricTable, select_headline
 from phasewatch.features.fingerprint import behaviour_fingerprint
@@ -465,7 +465,7 @@ def explain(run: Path, episode_id: str, at_s: float) -> DecisionExplanation:
 
 
 def audit(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> AuditReport:
-    """Check a run; without its store, only what needs no bundles.
+    """Check a run, and write the verdict into its headline; without its store, only what needs no bundles.
 
     Args:
         settings: The run's settings.
@@ -487,7 +487,7 @@ def audit(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> AuditRe
         write_all_splits(folder, recipes | {fold.recipe for fold in _read_fold_files(settings.run)})
 
     has_store = isinstance(settings.store, str) or (settings.store.is_dir() and settings.store != settings.run)
-    return audit_run(
+    report = audit_run(
         settings.run,
         remake=rebuild if has_store else None,
         files=(VALIDATION_FILE, *BINS_PATHS, *FEATURE_FILES),
@@ -495,6 +495,14 @@ def audit(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> AuditRe
         limit=settings.limit,
         progress=progress,
     )
+    verdict = HeadlineVerdict(
+        passes=report.passes,
+        failed=tuple(check.name for check in report.failed_checks),
+        withdraws_five_phases=report.withdraws_five_phases,
+    )
+    with suppress(RunError):  # a run that is not scored has no headline; the audit reports broken metrics
+        write_headline(settings.run, msgspec.structs.replace(read_run_headline(settings), audit=verdict))
+    return report
 
 
 def _list_left_out(settings: RunSettings) -> tuple[str, ...]:
