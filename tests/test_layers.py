@@ -247,7 +247,7 @@ def test_help_loads_nothing_heavy() -> None:
     heavy = {
         "numpy",
         "torch",
-        "xgboost",
+        "lightgbm",
         "sklearn",
         "scipy",
         "pyarrow",
