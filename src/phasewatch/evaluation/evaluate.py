@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 
 from phasewatch import atomic, profiles
-from phasewatch.artifacts import BINS_DIR, BINS_INDEX_PATH, METRICS_FILE, PREDICTIONS_FILE, list_split_names
+from phasewatch.artifacts import (
+    BINS_DIR,
+    BINS_INDEX_PATH,
+    EXPERIMENT_FILE,
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+    list_split_names,
+)
 from phasewatch.binning.storage import index_rows_by_id, open_bins
 from phasewatch.channels import CHANNELS
 from phasewatch.dataset import file_sha256
@@ -41,10 +48,11 @@ from phasewatch.evaluation.metric_table import (
 )
 from phasewatch.evaluation.predictions import ModelPredictions, PredictionGroup, parse_prediction_groups
 from phasewatch.evaluation.scoring import EvaluationSettings, MetricKey, build_scoring_set
+from phasewatch.evaluation.selection import build_selection_rows
 from phasewatch.metrics import confusion_counts, macro_f1
 from phasewatch.models import checkpoint, registry
 from phasewatch.splits import Fold
-from phasewatch.training.experiment import Experiment
+from phasewatch.training.experiment import Experiment, parse_experiment
 from phasewatch.training.predictions import NO_FILTER, read_predictions
 from phasewatch.types import SampleKind
 
@@ -109,6 +117,20 @@ def _build_training_rows(
                     yield key.row(metric=SELECTION_METRIC, model=model, seed=first, value=value, note=_FOLD_MEAN_NOTE)
 
 
+def _read_trials(run: Path, groups: Sequence[PredictionGroup]) -> dict[tuple[str, str, str], int]:
+    """Return recipe, model and input variant → number of settings tried, of the experiments that tried any."""
+    found: dict[tuple[str, str, str], int] = {}
+    for group in groups:
+        for s in group.predictions:
+            cell = Experiment(
+                recipe=group.recipe, fold=s.fold, threat=group.threat, model=s.model, table=group.table, seed=s.seed
+            )
+            path = cell.folder(run) / EXPERIMENT_FILE
+            if path.is_file() and (trials := parse_experiment(path.read_bytes(), file=str(path)).trials):
+                found[group.recipe, s.model, group.table] = trials
+    return found
+
+
 def _read_header_if_any(run: Path, experiment: Experiment) -> checkpoint.CheckpointHeader | None:
     try:
         return checkpoint.read_header(experiment.folder(run))
@@ -168,6 +190,7 @@ def compute_metrics(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -
         rows += _build_training_rows(
             run, groups, val_b.get((home.recipe, home.channel_set, home.input, NO_FILTER)), home
         )
+        rows += build_selection_rows(groups, val_b, _read_trials(run, groups))
         rows += build_importance_rows(run, select_headline(rows), rules)
     return MetricTable(inputs={PREDICTIONS_FILE: file_sha256(path), **digests}, metrics=tuple(rows))
 
