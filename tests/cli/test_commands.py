@@ -234,7 +234,7 @@ def test_commands_load_without_the_extras_that_they_do_not_need() -> None:
     probe = (
         "import sys\n"
         "from phasewatch.cli.groups import COMMANDS, load_command\n"
-        "extras = {'torch', 'xgboost', 'sklearn', 'scipy', 'plotly', 'onnx', 'onnxruntime', 'starlette', "
+        "extras = {'torch', 'lightgbm', 'sklearn', 'scipy', 'plotly', 'onnx', 'onnxruntime', 'starlette', "
         "'uvicorn', 'qemu'}\n"
         "sys.modules.update(dict.fromkeys(extras))\n"
         "failed = []\n"

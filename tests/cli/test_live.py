@@ -345,7 +345,7 @@ def test_watch_with_an_edge_bundle_loads_no_training_packages_and_stays_small(pr
         "    app(sys.argv[1:], prog_name='phasewatch', standalone_mode=False)\n"
         "except SystemExit:\n"
         "    pass\n"
-        "heavy = {'torch','xgboost','sklearn','scipy','pyarrow','plotly','pandas','onnx','onnxmltools','numba','ray'}\n"
+        "heavy = {'torch','lightgbm','sklearn','scipy','pyarrow','plotly','pandas','onnx','skl2onnx','numba','ray'}\n"
         "peak = int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
         "sys.stderr.write('\\n%s %d\\n' % (sorted(heavy & {m.split('.')[0] for m in sys.modules}), peak))\n"
     )

@@ -13,18 +13,27 @@ import pyarrow.parquet as pq
 import pytest
 from tests.factories.synthetic_runs import World, edit_features, write_run
 
-from phasewatch.artifacts import PREDICTIONS_FILE
+from phasewatch.artifacts import EXPERIMENT_PREDICTIONS_FILE, PREDICTIONS_FILE
 from phasewatch.binning.storage import open_bins
 from phasewatch.dataset import load, read_fold, write_splits
 from phasewatch.dataset.live_windows import compute_live_digest, iter_live_windows, list_live_windows
 from phasewatch.errors import UsageError
 from phasewatch.models import registry
+<<<<<<< HEAD
 from phasewatch.models.alarm import AlarmKind, find_false_alarm_windows, fit_alarm_rule
+=======
+from phasewatch.models.alarm import find_false_alarm_windows, fit_alarm_rule
+from phasewatch.models.base import LabelledExamples
+>>>>>>> detector/train
 from phasewatch.models.checkpoint import read_header
 from phasewatch.models.smoothing import LabelSequence, fit_filter
 from phasewatch.splits import SplitPart
 from phasewatch.training.experiment import Experiment, plan_experiments
+<<<<<<< HEAD
 from phasewatch.training.predictions import PROBABILITY_COLUMNS, PredictionPart, build_predictions_schema
+=======
+from phasewatch.training.predictions import PROBABILITY_COLUMNS, build_predictions_schema, read_predictions
+>>>>>>> detector/train
 from phasewatch.training.train import train_experiments
 
 FOLD = "host-0"
@@ -104,8 +113,8 @@ def test_experiment_writes_a_checkpoint_and_predictions(trained: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == [
         "cell.json",
         "checkpoint.json",
-        "model.ubj",
         "predictions.parquet",
+        "weights.safetensors",
     ]
 
 
@@ -189,11 +198,13 @@ def test_filter_and_alarm_are_fitted_on_validation_b_and_never_on_what_stopped_t
     header = read_header(cells(("gbt",))[0].folder(trained))
     model, sets = registry.load(cells(("gbt",))[0].folder(trained)), load(trained, "held_out_host", FOLD)
     spared = sets.soak.take(sets.calibration_soak)
-    said = [model.predict_proba(part.inputs) for part in (sets.val_b, spared)]
+    chosen = registry.create("gbt", settings=header.config).fit(sets.train.examples, sets.val_a.examples)
+    selection = chosen.calibrate(sets.val_b.examples)
+    said = [selection.predict_proba(sets.val_b.inputs), model.predict_proba(spared.inputs)]
 
     assert header.filter == fit_filter(sets.train.label_sequence, sets.val_b.label_sequence, said[0])
     assert header.filter != fit_filter(
-        sets.train.label_sequence, sets.val_a.label_sequence, model.predict_proba(sets.val_a.inputs)
+        sets.train.label_sequence, sets.val_a.label_sequence, selection.predict_proba(sets.val_a.inputs)
     )
     heard = LabelSequence.concatenate([sets.val_b.label_sequence, spared.label_sequence])
     assert header.alarms[:2] == tuple(
@@ -233,6 +244,20 @@ def test_predictions_have_the_windows_of_every_second_of_models_with_alarms(trai
         for model in ("gbt", "cnn")
         for part, windows in parts.items()
     }
+
+
+def test_validation_rows_are_the_selection_models_and_test_rows_the_final_models(trained: Path) -> None:
+    (cell,) = cells(("gbt",))
+    sets, final = load(trained, "held_out_host", FOLD), registry.load(cell.folder(trained))
+    chosen = registry.create("gbt").fit(sets.train.examples, sets.val_a.examples).calibrate(sets.val_b.examples)
+    table = read_predictions(cell.folder(trained) / EXPERIMENT_PREDICTIONS_FILE)
+
+    for part, model, windows in (("val_b", chosen, sets.val_b), ("test", final, sets.test)):
+        rows = table.filter((pc.field("part") == part) & (pc.field("filter") == "none"))
+        stored = np.column_stack([rows[name].to_numpy() for name in PROBABILITY_COLUMNS])
+        assert np.abs(stored - model.predict_proba(windows.inputs)).max() < 1e-6
+    parts = [sets.train.examples, sets.val_a.examples, sets.val_b.examples]
+    assert final.trained_on["refit"] == LabelledExamples.concatenate(parts).sha256()
 
 
 def test_soak_of_the_test_host_is_not_used_for_thresholds(trained: Path) -> None:

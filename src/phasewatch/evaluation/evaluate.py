@@ -13,6 +13,7 @@ from phasewatch import atomic, profiles
 from phasewatch.artifacts import (
     BINS_DIR,
     BINS_INDEX_PATH,
+    EXPERIMENT_FILE,
     METRICS_FILE,
     PREDICTIONS_FILE,
     VALIDATION_FILE,
@@ -53,11 +54,12 @@ from phasewatch.evaluation.metric_table import (
 from phasewatch.evaluation.predictions import ModelPredictions, PredictionGroup, parse_prediction_groups
 from phasewatch.evaluation.ranking import build_ranking_rows
 from phasewatch.evaluation.scoring import EvaluationSettings, MetricKey, build_scoring_set
+from phasewatch.evaluation.selection import build_selection_rows
 from phasewatch.metrics import confusion_counts, macro_f1
 from phasewatch.models import checkpoint, registry
 from phasewatch.models.alarm import LIVE_STRIDE_S, RULE_STRIDE_S
 from phasewatch.splits import ALARM_RECIPES, Fold
-from phasewatch.training.experiment import Experiment
+from phasewatch.training.experiment import Experiment, parse_experiment
 from phasewatch.training.predictions import NO_FILTER, PredictionPart, read_predictions
 from phasewatch.types import SampleKind
 
@@ -125,6 +127,20 @@ def _build_training_rows(
                     yield key.row(metric=SELECTION_METRIC, model=model, seed=first, value=value, note=_FOLD_MEAN_NOTE)
 
 
+def _read_trials(run: Path, groups: Sequence[PredictionGroup]) -> dict[tuple[str, str, str], int]:
+    """Return recipe, model and input variant → number of settings tried, of the experiments that tried any."""
+    found: dict[tuple[str, str, str], int] = {}
+    for group in groups:
+        for s in group.predictions:
+            cell = Experiment(
+                recipe=group.recipe, fold=s.fold, threat=group.threat, model=s.model, table=group.table, seed=s.seed
+            )
+            path = cell.folder(run) / EXPERIMENT_FILE
+            if path.is_file() and (trials := parse_experiment(path.read_bytes(), file=str(path)).trials):
+                found[group.recipe, s.model, group.table] = trials
+    return found
+
+
 def _read_header_if_any(run: Path, experiment: Experiment) -> checkpoint.CheckpointHeader | None:
     try:
         return checkpoint.read_header(experiment.folder(run))
@@ -187,7 +203,11 @@ def compute_metrics(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -
         rows += comparisons.build_comparison_rows(groups, rules)
         rows += _score_alarms(groups, table, read_timelines(run), rules)
         rows += _score_idle(groups, table, episodes, rules)
-        rows += _build_training_rows(run, groups, val_b, HeadlineKey())
+        home = HeadlineKey()
+        rows += _build_training_rows(
+            run, groups, val_b.get((home.recipe, home.channel_set, home.input, NO_FILTER)), home
+        )
+        rows += build_selection_rows(groups, val_b, _read_trials(run, groups))
         rows += build_importance_rows(run, select_headline(rows), rules)
     return MetricTable(inputs={PREDICTIONS_FILE: file_sha256(path), **digests}, metrics=tuple(rows))
 

@@ -37,7 +37,7 @@ __all__ = [
     "find_unavailable_channel_sets",
 ]
 
-_MODEL_PREFERENCE = ("gbt", "cnn", "gru", "transformer", "lstm", "mlp")
+_MODEL_PREFERENCE = ("gbt", "tcn", "cnn", "gru", "transformer", "lstm", "mlp")  # where no run says which is best
 _SUGGESTED_CHANNEL_SETS = ("realistic", "portable", "proc+netflow", "proc+tap", "proc+qmp", "proc")
 _QEMU_ARCHS = {"x86": "x86_64"}
 _GUEST_CHANNELS = {c.full_name for c in CHANNELS if c.source is SourceKind.GUEST}

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.errors import MismatchError, UsageError
+from phasewatch.errors import MismatchError, RunError, UsageError
 from phasewatch.inference.onnx_check import ONNX_INPUT, ONNX_OUTPUT, check_onnx
 from phasewatch.inference.onnx_session import open_session
+from phasewatch.inference.sklearn_export import build_sklearn_graph
 from phasewatch.metrics import N_CLASSES
+from phasewatch.models.adapters import TableAdapter
 from phasewatch.models.base import InputKind, ModelInputs, PhaseModel
 from phasewatch.models.gradient_boosting import GradientBoosting
 from phasewatch.models.neural import SCALER_LIMIT, NeuralNetModel
@@ -44,11 +46,23 @@ def to_onnx(model: PhaseModel) -> bytes:
         proto = _build_net_graph(model)
     elif isinstance(model, GradientBoosting) and model.kind is InputKind.TABLE:  # of levels it is a baseline
         proto = _build_tree_graph(model)
+    elif isinstance(model, TableAdapter):
+        proto = build_sklearn_graph(model)
+    elif (module := model.torch_module()) is not None:
+        proto = _build_module_graph(model, module)
     else:
-        raise UsageError(f"model {model.key} cannot be exported; gbt, mlp, cnn, gru, lstm, transformer and tcn can")
+        raise UsageError(
+            f"model {model.key} cannot be exported; gbt, mlp, cnn, gru, lstm, transformer, tcn, scikit-learn "
+            "classifiers of a TableAdapter, and models with a torch_module can"
+        )
     _strip_metadata(proto, model.key)
     data = bytes(proto.SerializeToString(deterministic=True))
-    check_onnx(data, file=model.key, model=model.key, shape=model.spec.shape if model.spec else (0,))
+    try:
+        check_onnx(data, file=model.key, model=model.key, shape=model.spec.shape if model.spec else (0,))
+    except RunError as exc:
+        if isinstance(model, NeuralNetModel | GradientBoosting):
+            raise
+        raise UsageError(f"model {model.key} cannot be exported, because a watcher would refuse it: {exc}") from exc
     return data
 
 
@@ -96,7 +110,7 @@ def _build_net_graph(model: NeuralNetModel) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.net = model.net
-            ending = [1] * (len(shape) - 2)
+            ending = [1] * (len(model.spec.shape) - 1 if model.spec else 0)
             self.register_buffer("size", torch.from_numpy(model.scaler.size).reshape(-1, *ending))
             never = [0.0 if code in model.seen else -np.inf for code in range(N_CLASSES)]
             self.register_buffer("never", torch.tensor(never, dtype=torch.float64))
@@ -110,7 +124,44 @@ def _build_net_graph(model: NeuralNetModel) -> Any:
             scores = self.net(torch.cat([scaled.float(), missing.float()], dim=1)).double() + self.never
             return torch.softmax(scores / model.temperature, dim=1).float()
 
-    shape = (2, *(model.spec.shape if model.spec else (0,)))
+    return _trace(model, Whole().eval())
+
+
+def _build_module_graph(model: PhaseModel, module: Any) -> Any:
+    """Trace a user's torch module with the phases of train and the temperature.
+
+    Raises:
+        UsageError: If torch cannot convert the module.
+    """
+    import torch
+
+    class Tempered(torch.nn.Module):
+        """The computation of `PhaseModel.predict_proba` on the shares of the module."""
+
+        never: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+            never = [0.0 if code in model.seen else -np.inf for code in range(N_CLASSES)]
+            self.register_buffer("never", torch.tensor(never, dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logs = torch.log(self.module(x).double()) + self.never
+            return torch.softmax(logs / model.temperature, dim=1).float()
+
+    try:
+        return _trace(model, Tempered().eval())
+    except Exception as exc:  # the module is a user's: torch raises errors of many classes for what it cannot convert
+        words = " ".join(str(exc).split())[:200] or type(exc).__name__
+        raise UsageError(f"model {model.key} cannot be exported: torch does not convert its module: {words}") from exc
+
+
+def _trace(model: PhaseModel, whole: Any) -> Any:
+    """Trace a torch module from raw windows to probabilities."""
+    import torch
+
+    shape = (2, *(model.spec.shape if model.spec else ()))
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)  # it would warn that torchvision is not installed
@@ -118,7 +169,7 @@ def _build_net_graph(model: NeuralNetModel) -> Any:
         with warnings.catch_warnings(), _redirect_torch_cache():
             warnings.simplefilter("ignore")  # deprecations inside torch
             program = torch.onnx.export(
-                Whole().eval(),
+                whole,
                 (torch.zeros(shape),),
                 dynamo=True,
                 input_names=[ONNX_INPUT],

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from phasewatch.inference.onnx_trees import check_onnx_trees
 from phasewatch.metrics import N_CLASSES
+from phasewatch.models.checkpoint import MAX_MAGNITUDE
 
 __all__ = [
     "ALLOWED_OPERATORS",
@@ -25,6 +27,7 @@ __all__ = [
     "ONNX_DOUBLE",
     "ONNX_FLOAT",
     "ONNX_INT64",
+    "USER_OPERATORS",
     "OnnxNode",
     "OnnxTensor",
     "check_graph",
@@ -81,6 +84,13 @@ ALLOWED_OPERATORS: Mapping[str, frozenset[tuple[str, str]]] = {
         }.items()
     },
 }
+_TABLE_OPERATORS = frozenset({"TreeEnsembleClassifier", "Scaler", "LinearClassifier", "Normalizer"})
+# A user's model may consist of every operator that any model has, and of those of a few classifiers.
+USER_OPERATORS = frozenset().union(
+    *ALLOWED_OPERATORS.values(),
+    {("", name) for name in ("Exp", "Identity", "Neg", "Relu", "Sigmoid", "Sub", "Tanh")},
+    {("ai.onnx.ml", name) for name in _TABLE_OPERATORS},
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,16 +125,14 @@ def check_graph(
     Args:
         nodes: Operators in order.
         constants: Constants by name.
-        model: Key of the model.
-        shape: Shape of one window: ``(f,)`` or ``(c, 20)``.
+        model: Key of the model; one that is not built in is a user's.
+        shape: Shape of one window: ``(f,)`` or ``(c, t)``.
 
     Raises:
         ValueError: If an operator or attribute is not the exporter's, an input is missing, a shape does not fit, the
             output is not five numbers for each window, or the graph would use too much memory or time.
     """
-    allowed = ALLOWED_OPERATORS.get(model)
-    if allowed is None:
-        raise ValueError(f"model {model[:40]!r} is not one that is exported")
+    allowed = ALLOWED_OPERATORS.get(model, USER_OPERATORS)
     for node in nodes:
         if node.type not in allowed:
             domain, name = node.type
@@ -208,6 +216,16 @@ class _OperatorShape:
         if not isinstance(value, np.ndarray) or value.dtype != np.int64 or len(value) > 8:
             raise self.build_error(f"attribute {name} is no short list of whole numbers")
         return [int(v) for v in value]
+
+    def numbers(self, name: str) -> NDArray[np.float32]:
+        """Return an attribute that is a list of finite numbers."""
+        self._unread.discard(name)
+        value = self.node.attributes.get(name)
+        if not isinstance(value, np.ndarray) or value.dtype != np.dtype("<f4"):
+            raise self.build_error(f"attribute {name} is no list of numbers")
+        if not (np.abs(value) <= MAX_MAGNITUDE).all():
+            raise self.build_error(f"attribute {name} holds a number that is not finite or above {MAX_MAGNITUDE:g}")
+        return value
 
     def constant(self, tensor: OnnxTensor, *, rank: int = 1) -> list[int]:
         """Return the whole numbers of an input that are known before it runs."""
@@ -471,15 +489,60 @@ def _build_recurrent_rule(gates: int, states: int) -> Callable[[_OperatorShape],
 
 def _infer_trees(op: _OperatorShape) -> list[OnnxTensor]:
     (x,) = op.floats(1)
-    op._unread.clear()  # `onnx_check.check_onnx_trees` checks the attributes
-    if x.type != ONNX_FLOAT or len(x.shape) != 2 or op.node.inputs != ("x",):
-        raise op.build_error("an input that is not the windows")
-    return [OnnxTensor(type=ONNX_INT64, shape=x.shape[:1]), OnnxTensor(type=ONNX_FLOAT, shape=(x.shape[0], N_CLASSES))]
+    if x.type != ONNX_FLOAT or len(x.shape) != 2:
+        raise op.build_error("an input that is no table of float32")
+    op._unread.clear()
+    classes = check_onnx_trees(op.node.attributes, x.shape[1])
+    # At most the nodes of all trees for each window.
+    op.products = x.shape[0] * len(op.node.attributes["nodes_values"])
+    return _build_classifier_outputs(x, classes)
+
+
+def _build_classifier_outputs(x: OnnxTensor, classes: int) -> list[OnnxTensor]:
+    """Return the labels, which nothing reads, and one score for each class."""
+    n = x.shape[0]
+    return [OnnxTensor(type=ONNX_INT64, shape=(n,)), OnnxTensor(type=ONNX_FLOAT, shape=(n, classes))]
+
+
+def _infer_scaler(op: _OperatorShape) -> list[OnnxTensor]:
+    (x,) = op.floats(1)
+    if (
+        x.type != ONNX_FLOAT
+        or len(x.shape) != 2
+        or any(len(op.numbers(name)) not in (1, x.shape[1]) for name in ("offset", "scale"))
+    ):
+        raise op.build_error("not one offset and scale for each column of a table")
+    return [OnnxTensor(type=x.type, shape=x.shape)]
+
+
+def _infer_linear_classifier(op: _OperatorShape) -> list[OnnxTensor]:
+    (x,) = op.floats(1)
+    op.attribute("multi_class", (0, 1), 0)
+    op.attribute("post_transform", (b"NONE", b"SOFTMAX", b"LOGISTIC"), b"NONE")
+    labels = op.ints("classlabels_ints")
+    if x.type != ONNX_FLOAT or len(x.shape) != 2 or not 2 <= len(labels) <= N_CLASSES:
+        raise op.build_error("an input that is no table, or another number of classes")
+    classes, width = len(labels), x.shape[1]
+    if labels != list(range(classes)) or (len(op.numbers("coefficients")), len(op.numbers("intercepts"))) != (
+        classes * width,
+        classes,
+    ):
+        raise op.build_error("coefficients that do not fit")
+    op.products = prod(x.shape) * classes
+    return _build_classifier_outputs(x, classes)
+
+
+def _infer_normalizer(op: _OperatorShape) -> list[OnnxTensor]:
+    (x,) = op.floats(1)
+    op.attribute("norm", (b"L1", b"L2", b"MAX"))
+    if x.type != ONNX_FLOAT or len(x.shape) != 2:
+        raise op.build_error("an input that is no table of float32")
+    return [OnnxTensor(type=x.type, shape=x.shape)]
 
 
 _SHAPE_RULES: Mapping[str, Callable[[_OperatorShape], list[OnnxTensor]]] = {
-    **dict.fromkeys(("Abs", "Sign", "Sqrt", "Log"), _infer_unary),
-    **dict.fromkeys(("Add", "Mul", "Div"), _infer_binary),
+    **dict.fromkeys(("Abs", "Exp", "Identity", "Log", "Neg", "Relu", "Sigmoid", "Sign", "Sqrt", "Tanh"), _infer_unary),
+    **dict.fromkeys(("Add", "Mul", "Div", "Sub"), _infer_binary),
     **dict.fromkeys(("IsInf", "IsNaN"), _infer_predicate),
     **dict.fromkeys(("And", "Not"), _infer_logic),
     **dict.fromkeys(("ReduceMean", "ReduceMax"), _infer_reduce),
@@ -503,4 +566,7 @@ _SHAPE_RULES: Mapping[str, Callable[[_OperatorShape], list[OnnxTensor]]] = {
     "GRU": _build_recurrent_rule(3, 1),
     "LSTM": _build_recurrent_rule(4, 2),
     "TreeEnsembleClassifier": _infer_trees,
+    "Scaler": _infer_scaler,
+    "LinearClassifier": _infer_linear_classifier,
+    "Normalizer": _infer_normalizer,
 }

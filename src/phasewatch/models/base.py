@@ -562,6 +562,14 @@ class PhaseModel(ABC):
     @abstractmethod
     def _restore(self, files: Mapping[str, bytes]) -> None: ...
 
+    def torch_module(self) -> Any:
+        """Return the fitted model as a torch module, for `phasewatch export`; None if it is not one.
+
+        Its input is float32 ``(n, f)`` or ``(n, c, t)`` with NaN where unknown, its output ``(n, 5)`` shares ≥ 0, as of
+        `_predict_proba`.
+        """
+        return None
+
     def _libraries(self) -> tuple[str, ...]:
         """Return the distributions whose versions the checkpoint records."""
         return ("numpy",)

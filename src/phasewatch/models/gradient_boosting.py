@@ -30,6 +30,7 @@ from phasewatch.models.trees import (
     TreeArrays,
     TreeEvaluator,
     list_expected_arrays,
+    load_lightgbm,
     parse_lightgbm_text,
 )
 from phasewatch.types import SourceKind
@@ -76,8 +77,7 @@ class GradientBoosting(PhaseModel):
         return self._evaluator.trees
 
     def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None:
-        import lightgbm as lgb
-
+        lgb = load_lightgbm()
         c: GbtConfig = self.config
         params = {
             "objective": "multiclass",

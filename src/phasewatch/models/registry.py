@@ -266,7 +266,8 @@ def load(folder: Path, *, expected: InputSpec | None = None) -> PhaseModel:
         )
     if known[header.model].persist == "none":
         raise MismatchError(
-            f"{folder}: model {header.model} stores no weights; it was scored by the process that fitted it"
+            f"{folder}: model {header.model} stores no weights; export it with "
+            "`phasewatch export RUN --model MODEL --out X.zip` and use that file"
         )
     model = load_model_class(header.model).restore(header, files, where=str(folder))
     if expected is not None and model.spec is not None:

@@ -16,10 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.arrays import Float32Array, FloatArray
+from phasewatch.errors import MissingToolError
 from phasewatch.metrics import N_CLASSES
 from phasewatch.models.checkpoint import MAX_MAGNITUDE, ExpectedArrays
 
-__all__ = ["MAX_LEAVES", "MAX_ROUNDS", "TreeArrays", "TreeEvaluator", "list_expected_arrays", "parse_lightgbm_text"]
+__all__ = [
+    "MAX_LEAVES",
+    "MAX_ROUNDS",
+    "TreeArrays",
+    "TreeEvaluator",
+    "list_expected_arrays",
+    "load_lightgbm",
+    "parse_lightgbm_text",
+]
 
 MAX_ROUNDS = 1_000
 MAX_LEAVES = 64  # of a tree: its leaves fit one 64-bit word
@@ -197,7 +206,23 @@ class TreeEvaluator:
 
 def _find_first_leaf(gone: NDArray[Any]) -> NDArray[np.intp]:
     """Return the place of the lowest bit that is 0."""
-    return np.bitwise_count(gone & ~(gone + gone.dtype.type(1))).astype(np.intp)
+    place: NDArray[np.intp] = np.bitwise_count(gone & ~(gone + gone.dtype.type(1))).astype(np.intp)
+    return place
+
+
+def load_lightgbm() -> Any:
+    """Import LightGBM, whose library needs the OpenMP library of the system.
+
+    Raises:
+        MissingToolError: If that library is absent.
+    """
+    try:
+        import lightgbm
+    except OSError as exc:
+        raise MissingToolError(
+            f"LightGBM cannot be loaded: {exc}; install libgomp1 (apt-get install libgomp1)"
+        ) from exc
+    return lightgbm
 
 
 def parse_lightgbm_text(text: str, *, rounds: int, leaves: int) -> TreeArrays:

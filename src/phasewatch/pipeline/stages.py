@@ -38,7 +38,7 @@ from phasewatch.evaluation.metric_table import MetricTable, select_headline
 from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import schema_hash
 from phasewatch.features.tables import FeatureCount, ParallelSettings, write_feature_tables
-from phasewatch.models.registry import BASELINE_MODELS, find_model, find_source_file
+from phasewatch.models.registry import find_model, find_source_file
 from phasewatch.parallel.pool import map_ordered
 from phasewatch.progress import NO_PROGRESS, Progress
 from phasewatch.report.html import write_report
@@ -46,15 +46,15 @@ from phasewatch.splits import SPLIT_RECIPES, Fold, SplitPart, find_recipe, parse
 from phasewatch.store.base import StoreItem, StoreLocation, check_store, has_bundle, open_store
 from phasewatch.training.experiment import Experiment
 from phasewatch.training.grids import (
+    GRID_MODELS,
     HEADLINE_RECIPE,
-    MAIN_MODELS,
     build_channel_set_grid,
     build_full_grid,
     build_headline_grid,
     build_short_grid,
     build_user_model_grid,
 )
-from phasewatch.training.train import TrainReport, find_best_net, train_experiments
+from phasewatch.training.train import TrainReport, find_best_models, train_experiments
 from phasewatch.validate.index import read_index, read_statuses, render_accounting
 from phasewatch.validate.sweep import (
     BundleMapper,
@@ -361,8 +361,7 @@ def build_experiments(settings: RunSettings) -> tuple[Experiment, ...]:
         return build_channel_set_grid(
             folds, settings.channel_sets, models=settings.models, recipes=settings.recipes, seed=settings.seed
         )
-    built_in = (*MAIN_MODELS, *BASELINE_MODELS)
-    added = [model for model in settings.models if find_model(model).key not in built_in]
+    added = [model for model in settings.models if find_model(model).key not in GRID_MODELS]
     experiments = (build_full_grid if settings.grid == "full" else build_short_grid)(folds, seed=settings.seed)
     chosen = _filter_experiments(
         settings, (*experiments, *build_user_model_grid(folds, added, recipes=settings.recipes, seed=settings.seed))
@@ -390,7 +389,7 @@ def _filter_experiments(settings: RunSettings, experiments: Sequence[Experiment]
 def train(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> TrainReport:
     """Train the experiments of the grid that are not finished.
 
-    Of the full grid, the second pass trains more seeds, tables and channel sets of the best net of the first.
+    Of the full grid, the second pass trains more seeds, variants and channel sets of the best two models of the first.
 
     Args:
         settings: The run's settings.
@@ -406,10 +405,10 @@ def train(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> TrainRe
     first = train_all(experiments)
     failed = {f.cell for f in first.failed}
     usable = [e for e in experiments if e not in failed]
-    net = find_best_net(settings.run, usable) if settings.grid == "full" else None
-    if net is None:
+    best = find_best_models(settings.run, usable) if settings.grid == "full" else ()
+    if not best:
         return first
-    more = build_headline_grid(_read_all_folds(settings.run), net=net, seed=settings.seed)
+    more = build_headline_grid(_read_all_folds(settings.run), best=best, seed=settings.seed)
     if not (added := set(_filter_experiments(settings, more)) - set(experiments)):
         return first
     second = train_all((*usable, *sorted(added)))

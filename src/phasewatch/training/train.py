@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from phasewatch.artifacts import (
 )
 from phasewatch.dataset import FoldData, file_sha256, load, read_fold
 from phasewatch.errors import MachineError, ModelError, PhasewatchError, RunError, UsageError
+from phasewatch.metrics import confusion_counts, macro_f1, merge_into_three_states
 from phasewatch.models import registry
 from phasewatch.models.base import InputKind, PhaseModel, PostprocessingData
 from phasewatch.models.checkpoint import CHECKPOINT_FILE, read_header
@@ -39,7 +40,7 @@ from phasewatch.training.experiment import (
     parse_experiment,
     render_experiment,
 )
-from phasewatch.training.grids import HEADLINE_RECIPE, MAIN_MODELS
+from phasewatch.training.grids import HARDEST_RECIPE, HEADLINE_RECIPE, N_BEST_MODELS
 from phasewatch.training.live_scores import (
     LiveScores,
     has_live_parts,
@@ -64,7 +65,7 @@ __all__ = [
     "TrainingError",
     "TrainingFailure",
     "compute_run_digests",
-    "find_best_net",
+    "find_best_models",
     "find_finished_experiments",
     "fit_and_predict",
     "fit_model",
@@ -362,14 +363,31 @@ def _predict_live_parts(fitted: FittedModel, sets: FoldData) -> list[PartPredict
     ]
 
 
-def find_best_net(run: Path, cells: Iterable[Experiment]) -> str | None:
-    """Return the network with the best mean macro-F1 on validation A, over the headline's experiments; None if none."""
-    headline = (HEADLINE_RECIPE, "realistic", "raw")
-    scores: dict[str, list[float]] = {}
-    for cell in cells:
-        if (cell.recipe, cell.threat, cell.table) == headline and cell.model in MAIN_MODELS[1:]:
-            scores.setdefault(cell.model, []).append(read_header(cell.folder(run)).val_a_macro_f1)
-    return max(sorted(scores), key=lambda model: fmean(scores[model]), default=None)
+def find_best_models(run: Path, cells: Sequence[Experiment], *, n: int = N_BEST_MODELS) -> tuple[tuple[str, str], ...]:
+    """Return model and input variant of the `n` best on unseen hosts and samples, by validation alone.
+
+    The score is three-state macro-F1 on validation B, the mean over the folds of the hardest recipe that was trained.
+    Only those that were trained on as many folds as any other are compared.
+    """
+    scores: dict[tuple[str, str], list[float]] = {}
+    for recipe in (HARDEST_RECIPE, HEADLINE_RECIPE):
+        for cell in cells:
+            if (cell.recipe, cell.threat) == (recipe, "realistic") and cell.model not in registry.BASELINE_MODELS:
+                scores.setdefault((cell.model, cell.table), []).append(_score_val_b(run, cell))
+        if scores:
+            break
+    whole = max(map(len, scores.values()), default=0)
+    means = {key: fmean(found) for key, found in scores.items() if len(found) == whole}
+    return tuple(sorted(means, key=lambda key: (-means[key], key))[:n])
+
+
+def _score_val_b(run: Path, cell: Experiment) -> float:
+    from pyarrow.compute import field
+
+    table = read_predictions(cell.folder(run) / EXPERIMENT_PREDICTIONS_FILE)
+    rows = table.filter((field("part") == "val_b") & (field("filter") == SMOOTHING_NONE))
+    confusion = confusion_counts(rows["y_true"].to_numpy(), rows["y_pred"].to_numpy())
+    return float(macro_f1(merge_into_three_states(confusion)))
 
 
 def compute_run_digests(run: Path) -> RunDigests:
