@@ -19,21 +19,18 @@ from phasewatch.dataset import load, read_fold, write_splits
 from phasewatch.dataset.live_windows import compute_live_digest, iter_live_windows, list_live_windows
 from phasewatch.errors import UsageError
 from phasewatch.models import registry
-<<<<<<< HEAD
 from phasewatch.models.alarm import AlarmKind, find_false_alarm_windows, fit_alarm_rule
-=======
-from phasewatch.models.alarm import find_false_alarm_windows, fit_alarm_rule
 from phasewatch.models.base import LabelledExamples
->>>>>>> detector/train
 from phasewatch.models.checkpoint import read_header
 from phasewatch.models.smoothing import LabelSequence, fit_filter
 from phasewatch.splits import SplitPart
 from phasewatch.training.experiment import Experiment, plan_experiments
-<<<<<<< HEAD
-from phasewatch.training.predictions import PROBABILITY_COLUMNS, PredictionPart, build_predictions_schema
-=======
-from phasewatch.training.predictions import PROBABILITY_COLUMNS, build_predictions_schema, read_predictions
->>>>>>> detector/train
+from phasewatch.training.predictions import (
+    PROBABILITY_COLUMNS,
+    PredictionPart,
+    build_predictions_schema,
+    read_predictions,
+)
 from phasewatch.training.train import train_experiments
 
 FOLD = "host-0"

@@ -50,14 +50,9 @@ def test_the_short_grid_is_the_list_of_the_design() -> None:
     }  # fmt: skip
     assert count(tuple(five), "threat") == {"realistic": 5, "oracle": 1}
     assert {(c.model, c.threat) for c in cells if c.recipe == "deploy"} == {("gbt", "portable"), ("gbt", "realistic")}
-<<<<<<< HEAD
-    rest = [c for c in cells if c not in gbt and c not in six and c.recipe != "deploy"]
-    both = dict.fromkeys(HEADLINE_BASELINES, 16)  # on unseen hosts and samples too
-    assert count(tuple(rest), "model") == {m: 4 + both.get(m, 0) for m in (*BASELINE_MODELS, "minirocket")}
-=======
     rest = [c for c in cells if c not in gbt and c not in five and c.recipe != "deploy"]
-    assert count(tuple(rest), "model") == dict.fromkeys(BASELINE_MODELS, 4)
->>>>>>> detector/train
+    both = dict.fromkeys(HEADLINE_BASELINES, 16)  # on unseen hosts and samples too
+    assert count(tuple(rest), "model") == {m: 4 + both.get(m, 0) for m in BASELINE_MODELS}
     assert {(c.table, c.seed) for c in cells} == {("raw", 0)}
 
 
@@ -84,10 +79,7 @@ def test_the_full_grid_crosses_every_recipe_with_all_models_and_both_threat_mode
         ]
         assert count(tuple(mine), "threat") == {"realistic": scored, "oracle": scored}
     assert not [c for c in cells if c.model in BASELINE_MODELS and c.recipe == "random_windows"]
-<<<<<<< HEAD
-=======
     assert {(c.model, c.threat) for c in cells if c.table == "context"} == {("gbt", "realistic"), ("tcn", "realistic")}
->>>>>>> detector/train
     of_sensors = [c for c in cells if c.threat in list_sensor_channel_sets()]
     assert {(c.model, c.recipe) for c in of_sensors} == {("gbt", "held_out_host")}
     assert count(tuple(of_sensors), "threat") == dict.fromkeys(list_sensor_channel_sets(), len(FOLDS["held_out_host"]))

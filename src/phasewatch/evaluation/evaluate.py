@@ -203,10 +203,7 @@ def compute_metrics(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -
         rows += comparisons.build_comparison_rows(groups, rules)
         rows += _score_alarms(groups, table, read_timelines(run), rules)
         rows += _score_idle(groups, table, episodes, rules)
-        home = HeadlineKey()
-        rows += _build_training_rows(
-            run, groups, val_b.get((home.recipe, home.channel_set, home.input, NO_FILTER)), home
-        )
+        rows += _build_training_rows(run, groups, val_b, HeadlineKey())
         rows += build_selection_rows(groups, val_b, _read_trials(run, groups))
         rows += build_importance_rows(run, select_headline(rows), rules)
     return MetricTable(inputs={PREDICTIONS_FILE: file_sha256(path), **digests}, metrics=tuple(rows))

@@ -36,7 +36,7 @@ def build_sklearn_graph(model: TableAdapter) -> Any:
             "CalibratedClassifierCV around it where skl2onnx converts that"
         )
     inner = _convert(model)
-    shape = model.spec.window_shape if model.spec else ()
+    shape = model.spec.shape if model.spec else ()
     renamed = {ONNX_INPUT: "phasewatch.filled", ONNX_OUTPUT: "phasewatch.shares"}
     nodes = _keep_needed_nodes(inner.graph.node, _SHARES)
     for node in nodes:

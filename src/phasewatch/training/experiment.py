@@ -11,7 +11,7 @@ import msgspec
 from phasewatch._version import __version__
 from phasewatch.artifacts import MODELS_DIR
 from phasewatch.errors import RunError
-from phasewatch.models.base import InputKind, InputVariant
+from phasewatch.models.base import InputKind
 from phasewatch.models.registry import find_model
 from phasewatch.splits import Fold
 
