@@ -91,7 +91,9 @@ def test_a_channel_of_ones_own_goes_the_whole_way(extra: Path, store: Path, tmp_
 
     assert json.loads(swept.stdout)["result"]["accepted"] == 2
     assert grids.shape[1] == 47
-    assert schema["feature_names"][-5:] == [f"proc.fds_delta.{s}" for s in ("mean", "std", "p50", "p95", "slope")]
+    assert schema["feature_names"][46 * 5 : 47 * 5] == [
+        f"proc.fds_delta.{s}" for s in ("mean", "std", "p50", "p95", "slope")
+    ]
     assert schema["channels"][-1] == {
         "name": "fds_delta",
         "source": "proc",
@@ -102,7 +104,7 @@ def test_a_channel_of_ones_own_goes_the_whole_way(extra: Path, store: Path, tmp_
     }
     assert schema["in_deployment_mask"][-5:] == [True] * 5
     assert schema["schema_hash"] != schema_hash()
-    assert table.num_columns == 12 + 47 * 5
+    assert table.num_columns == 12 + 47 * 5 + 83
     assert np.isfinite(grids[:, 46]).all()
     assert (run / "channels.toml").read_text() == GOOD
 

@@ -94,7 +94,7 @@ def test_page_has_the_headline_and_all_sections(page: str) -> None:
 def test_coverage_counts_benign_profiles_and_the_headline_does_not(page: str) -> None:
     words = words_of(page)
 
-    assert "2 of 6 profiles tested, 1 seed)" in words
+    assert "2 of 6 profiles, 1 seed)" in words
     assert "3 of 7 profiles tested, including benign ones" in words
 
 
