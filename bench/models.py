@@ -13,7 +13,8 @@ from timing import Part, Row
 
 from phasewatch.dataset import load, read_folds
 from phasewatch.metrics import confusion_counts, macro_f1
-from phasewatch.models.base import LabelledExamples, compute_class_weights
+from phasewatch.models.base import LabelledExamples
+from phasewatch.models.probabilities import compute_class_weights
 
 
 def measure(run: Path, *, folds: int = 0) -> Part:

@@ -16,16 +16,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from phasewatch.errors import MismatchError, RunError, UsageError
 from phasewatch.metrics import log_loss
 from phasewatch.models import registry
-from phasewatch.models.base import (
-    InputKind,
-    InputSpec,
-    InputVariant,
-    LabelledExamples,
-    ModelInputs,
-    compute_class_weights,
-    fit_temperature,
-)
+from phasewatch.models.base import InputKind, InputSpec, InputVariant, LabelledExamples, ModelInputs
 from phasewatch.models.checkpoint import CHECKPOINT_FILE, read_header
+from phasewatch.models.probabilities import compute_class_weights, fit_temperature
 
 KEYS = [row.key for row in registry.BUILTIN_MODELS if row.persist == "exact"]
 NETS = ("mlp", "cnn", "gru", "lstm", "transformer", "tcn")

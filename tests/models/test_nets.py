@@ -10,9 +10,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from phasewatch.errors import RunError
 from phasewatch.models import checkpoint, registry
-from phasewatch.models.base import InputKind, InputSpec, LabelledExamples, ModelInputs, compute_class_weights
+from phasewatch.models.base import InputKind, InputSpec, LabelledExamples, ModelInputs
 from phasewatch.models.minirocket import _fit_ridge
 from phasewatch.models.neural import SCALER_LIMIT, AsinhScaler
+from phasewatch.models.probabilities import compute_class_weights
 from phasewatch.types import WINDOW_BINS
 
 NETS = ("cnn", "gru", "lstm", "transformer")

@@ -25,9 +25,10 @@ from phasewatch.inference.onnx_check import MAX_ONNX_BYTES, ONNX_INPUT, ONNX_OUT
 from phasewatch.inference.onnx_graph import ONNX_BATCH
 from phasewatch.inference.onnx_session import open_session
 from phasewatch.models.alarm import AlarmRule
-from phasewatch.models.base import InputKind, InputSpec, InputVariant, ModelInputs, check_probabilities
+from phasewatch.models.base import InputKind, InputSpec, InputVariant, ModelInputs
 from phasewatch.models.checkpoint import CheckpointHeader, FileEntry
 from phasewatch.models.foreign import foreign_errors
+from phasewatch.models.probabilities import check_probabilities
 from phasewatch.models.smoothing import PhaseFilter
 from phasewatch.types import PHASES
 

@@ -15,15 +15,9 @@ from phasewatch.arrays import FloatArray
 from phasewatch.errors import RunError
 from phasewatch.metrics import N_CLASSES, confusion_counts, macro_f1
 from phasewatch.models import checkpoint
-from phasewatch.models.base import (
-    InputKind,
-    LabelledExamples,
-    ModelInputs,
-    PhaseModel,
-    mask_unseen_phases,
-    softmax,
-)
+from phasewatch.models.base import InputKind, LabelledExamples, ModelInputs, PhaseModel
 from phasewatch.models.checkpoint import WEIGHTS_FILE
+from phasewatch.models.probabilities import mask_unseen_phases, softmax
 from phasewatch.models.trees import (
     MAX_LEAVES,
     MAX_ROUNDS,

@@ -20,15 +20,10 @@ from phasewatch.arrays import FloatArray
 from phasewatch.errors import RunError
 from phasewatch.metrics import N_CLASSES, confusion_counts, macro_f1
 from phasewatch.models import checkpoint
-from phasewatch.models.base import (
-    InputKind,
-    LabelledExamples,
-    PhaseModel,
-    mask_unseen_phases,
-    softmax,
-)
+from phasewatch.models.base import InputKind, LabelledExamples, PhaseModel
 from phasewatch.models.checkpoint import WEIGHTS_FILE
 from phasewatch.models.neural import AsinhScaler
+from phasewatch.models.probabilities import mask_unseen_phases, softmax
 
 __all__ = ["BIASES_PER_KERNEL", "DILATIONS", "KERNELS", "MiniRocket", "MiniRocketConfig"]
 

@@ -15,7 +15,7 @@ from msgspec import Meta
 from phasewatch.arrays import FloatArray
 from phasewatch.errors import UsageError
 from phasewatch.models.adapters import CollectionAdapter
-from phasewatch.models.base import softmax
+from phasewatch.models.probabilities import softmax
 
 __all__ = ["MultiRocket", "MultiRocketConfig"]
 

@@ -17,15 +17,10 @@ from phasewatch.arrays import Float32Array, FloatArray
 from phasewatch.errors import RunError
 from phasewatch.metrics import N_CLASSES
 from phasewatch.models import checkpoint
-from phasewatch.models.base import (
-    InputKind,
-    LabelledExamples,
-    PhaseModel,
-    mask_unseen_phases,
-    softmax,
-)
+from phasewatch.models.base import InputKind, LabelledExamples, PhaseModel
 from phasewatch.models.checkpoint import WEIGHTS_FILE
 from phasewatch.models.foreign import foreign_errors
+from phasewatch.models.probabilities import mask_unseen_phases, softmax
 from phasewatch.models.training_loop import LabelledArrays, TrainConfig, compute_scores, fit_net, make_reproducible
 from phasewatch.types import WINDOW_BINS
 
