@@ -7,7 +7,7 @@ EXTRAS     := train,live,serve
 
 # What the tests need from the system: real VMs, the guest image's compiler, a real browser.
 SYSTEM := qemu-system-x86 qemu-system-arm qemu-utils busybox-static cpio e2fsprogs gcc libc6-dev \
-          gcc-aarch64-linux-gnu libc6-dev-arm64-cross chromium zstd curl openssl strace iproute2 libgomp1
+          gcc-aarch64-linux-gnu libc6-dev-arm64-cross chromium zstd curl openssl strace iproute2
 
 # uv reads neither pip.conf nor PIP_FIND_LINKS: a wheel folder that pip knows is passed on. Where it holds torch, that
 # CPU wheel is taken; elsewhere PyTorch's own CPU index, because the default build drags in gigabytes of CUDA.
@@ -20,7 +20,7 @@ UV         := $(BIN)/uv pip install --python $(BIN)/python -c constraints.txt $(
 export OMP_WAIT_POLICY = PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: openmp bench-features demo test soak lint setup system picture headline results bench docs datasheet edge footprint lock clean
+.PHONY: bench-features demo test soak lint setup system picture headline results bench docs datasheet edge footprint lock clean
 
 demo: $(VENV)/.run
 	@$(BIN)/phasewatch demo
@@ -49,15 +49,7 @@ $(BIN)/uv:
 	@$(PY) -m venv $(VENV)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv==$(UV_VERSION)
 
-# LightGBM needs the OpenMP library of the system, which a bare Debian lacks.
-openmp:
-	@if command -v ldconfig >/dev/null && ! ldconfig -p | grep -q 'libgomp\.so\.1'; then \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libgomp1 >/dev/null; \
-	  else echo "LightGBM needs libgomp1; as root: apt-get install libgomp1" >&2; fi; \
-	fi
-
-$(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/uv openmp
+$(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/uv
 	@echo "installing phasewatch and what it needs to train, watch and serve" >&2
 	@$(UV) -e '.[$(EXTRAS)]'
 	@touch $@

@@ -8,6 +8,8 @@ import pytest
 from numpy.testing import assert_array_equal
 from numpy.typing import NDArray
 
+from phasewatch.errors import MissingToolError
+from phasewatch.models import trees
 from phasewatch.models.trees import TreeArrays, TreeEvaluator, parse_lightgbm_text
 
 FEATURES = 12
@@ -91,3 +93,29 @@ def test_rounds_that_training_did_not_need_add_nothing() -> None:
         array[: len(trees.size)] = getattr(trees, name)
 
     assert_array_equal(TreeEvaluator(longer).compute_scores(x), TreeEvaluator(trees).compute_scores(x))
+
+
+def test_lightgbm_finds_torchs_openmp_library_where_the_system_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+
+    def load(name: str) -> object:
+        if not loaded:
+            raise OSError("libgomp.so.1: cannot open shared object file")
+        return name
+
+    monkeypatch.setattr(trees, "import_module", load)
+    monkeypatch.setattr(trees.ctypes, "CDLL", loaded.append)
+
+    assert trees.load_lightgbm() == "lightgbm"
+    assert loaded[0].endswith("torch/lib/libgomp.so.1")
+
+
+def test_lightgbm_without_any_openmp_library_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> object:
+        raise OSError("libgomp.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(trees, "import_module", fail)
+    monkeypatch.setattr(trees.ctypes, "CDLL", fail)
+
+    with pytest.raises(MissingToolError, match="libgomp1"):
+        trees.load_lightgbm()

@@ -8,8 +8,13 @@ in the first leaf that is left.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -32,6 +37,7 @@ __all__ = [
 
 MAX_ROUNDS = 1_000
 MAX_LEAVES = 64  # of a tree: its leaves fit one 64-bit word
+_OPENMP_LIBRARY = "libgomp.so.1"
 _FEW_WINDOWS = 64  # up to here it is faster to evaluate all trees at once for each window (measured)
 _CHUNK = 8_192  # windows; bounds the memory
 _CATEGORICAL, _DEFAULT_LEFT, _MISSING_TYPE, _NAN_IS_MISSING = 1, 2, 12, 8  # bits of LightGBM's decision_type
@@ -211,18 +217,22 @@ def _find_first_leaf(gone: NDArray[Any]) -> NDArray[np.intp]:
 
 
 def load_lightgbm() -> Any:
-    """Import LightGBM, whose library needs the OpenMP library of the system.
+    """Import LightGBM, which links to the system's OpenMP library; where there is none, that of torch serves.
 
     Raises:
-        MissingToolError: If that library is absent.
+        MissingToolError: If neither library is there.
     """
     try:
-        import lightgbm
+        return import_module("lightgbm")
     except OSError as exc:
+        found = find_spec("torch")  # not imported: only its folder is of interest
+        for folder in (found.submodule_search_locations if found is not None else None) or ():
+            with suppress(OSError):
+                ctypes.CDLL(str(Path(folder) / "lib" / _OPENMP_LIBRARY))
+                return import_module("lightgbm")
         raise MissingToolError(
-            f"LightGBM cannot be loaded: {exc}; install libgomp1 (apt-get install libgomp1)"
+            f"LightGBM cannot be loaded: {exc}; install its OpenMP library: apt-get install libgomp1"
         ) from exc
-    return lightgbm
 
 
 def parse_lightgbm_text(text: str, *, rounds: int, leaves: int) -> TreeArrays:
