@@ -148,7 +148,8 @@ def render(numbers: Mapping[str, Any]) -> str:
         "recorded episodes. Brackets are 95 % intervals over sessions.",
         *(
             f"Windows of idle clean machines called clean, {ALARM_ROWS[recipe].lower()}: {render_number(cell)}."
-            for recipe, cell in numbers["idle"].items()
+            for recipe in ALARM_ROWS
+            if (cell := numbers["idle"].get(recipe))
         ),
         "",
         f"| Alarm | Tested on | {' | '.join(ALARM_METRICS.values())} |",
@@ -175,7 +176,7 @@ def render(numbers: Mapping[str, Any]) -> str:
         "Alarms decide every second. Each threshold was fitted for 0.25 false alarms per VM-hour on other hosts. "
         "Onsets count where 30 s (announced) or 16 s (missed, delay) were recorded after them. "
         f"Sample sizes: {'; '.join(notes) or 'none recorded'}.",
-        "Reproduce both tables with `make headline`.",
+        "Reproduce these tables with `make headline`.",
         "",
         END,
     ]
