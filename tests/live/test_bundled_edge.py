@@ -30,7 +30,7 @@ def names_of(mask: str) -> frozenset[str]:
 def test_it_is_read_by_this_version_is_small_and_says_who_it_learnt_from() -> None:
     candidates = find_models(EDGE)  # a stale schema or behaviour is refused here: remake it with `make edge`
 
-    assert EDGE.stat().st_size < 4 << 20
+    assert EDGE.stat().st_size < 6 << 20  # five models of 1,000 trees
     assert {c.threat for c in candidates} >= {"realistic", "portable", "proc"}
     assert candidates[0].trained.accels == ("tcg",)
     assert candidates[0].trained.origins == ("recorded",)
