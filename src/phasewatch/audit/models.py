@@ -26,7 +26,7 @@ from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE
 from phasewatch.splits import find_recipe
 from phasewatch.training.experiment import Experiment, ExperimentRecord, parse_experiment
 from phasewatch.training.grids import REPEATED_RECIPES
-from phasewatch.training.live_scores import has_live_parts, predict_live_windows
+from phasewatch.training.live_scores import has_live_alarms, has_live_parts, predict_live_windows
 from phasewatch.training.predictions import PROBABILITY_COLUMNS, PredictionPart, read_predictions
 from phasewatch.training.train import (
     FittedModel,
@@ -260,7 +260,7 @@ def _find_learning_faults(run: Path, experiment: Experiment, sets: FoldData) -> 
     if header.filter is not None:
         soak = sets.soak.take(sets.calibration_soak)
         expected |= {"decide_val": expected["val_b"], "decide_soak": soak.examples.sha256()}
-        if sets.run is not None:
+        if has_live_alarms(sets):
             for part, windows in (("decide_val_1s", sets.val_b), ("decide_soak_1s", soak)):
                 live = list_live_windows(run, windows.windows.episodes)
                 expected[part] = compute_live_digest(run, live, sets.train.inputs.spec)

@@ -200,7 +200,7 @@ def read_audit(run: Path) -> AuditReport | None:
 
 
 def check_metrics(run: Path) -> AuditCheck:
-    """Score the predictions again and compare the bytes with `metrics_v2.json`."""
+    """Score the predictions again and compare the bytes with `metrics_v3.json`."""
     faults: list[str] = []
     with collect_refusals(faults):
         if not has_metrics(run):

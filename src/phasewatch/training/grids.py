@@ -39,7 +39,7 @@ __all__ = [
 FoldsByRecipe = Mapping[str, Sequence[Fold]]  # recipe → its folds; a recipe that could not be built is absent
 
 MAIN_MODELS = ("gbt", "mlp", "cnn", "gru", "lstm", "transformer")
-SHORT_GRID_MODELS = ("gbt", "mlp", "cnn", "gru", "minirocket")  # two fits of each: the dearest nets are left out
+SHORT_GRID_MODELS = ("gbt", "mlp", "cnn", "minirocket")  # two fits of each: the dearest nets are left out
 CONTEXT_MODELS = ("gbt", "tcn")
 _CHEAP_MODEL = "minirocket"
 GRID_MODELS = (*MAIN_MODELS, _CHEAP_MODEL, *BASELINE_MODELS)  # every other model is trained only if it is named
