@@ -29,7 +29,12 @@ from phasewatch.training.grids import (
     find_widest_fold,
     list_sensor_channel_sets,
 )
-from phasewatch.training.predictions import PartPredictions, build_predictions_table, write_prediction_table
+from phasewatch.training.predictions import (
+    PartPredictions,
+    PredictionPart,
+    build_predictions_table,
+    write_prediction_table,
+)
 from phasewatch.training.train import find_best_models
 
 FOLDS = {row.name: build_folds(row.name, corpus(), profiles=PROFILES) for row in SPLIT_RECIPES}
@@ -133,8 +138,8 @@ def test_best_models_are_chosen_by_validation_b_on_unseen_hosts_and_samples(run:
     for model, (val_b, test) in shares.items():
         cell = Experiment(recipe="held_out_both", fold="host-0", threat="realistic", model=model)
         parts = [
-            PartPredictions(part=part, filter="none", data=windows, p=p)
-            for part, p in (("val_b", val_b), ("test", test))
+            PartPredictions(part=part, filter="none", windows=windows.windows, p=p)
+            for part, p in ((PredictionPart.VAL_B, val_b), (PredictionPart.TEST, test))
         ]
         cell.folder(run).mkdir(parents=True)
         write_prediction_table(cell.folder(run) / EXPERIMENT_PREDICTIONS_FILE, [build_predictions_table(cell, parts)])
