@@ -39,7 +39,7 @@ def build_predictor(kind: InputKind, table: InputVariant) -> PhasePredictor:
     names = CHOSEN if kind is InputKind.TENSOR else list_table_columns(feature_names(), CHOSEN, table)
     spec = InputSpec(kind=kind, names=names, mask=CHANNEL_SET, schema_hash="s", behaviour_fingerprint="b", table=table)
     return PhasePredictor(
-        model="fake", threat=CHANNEL_SET, seed=0, spec=spec, estimator=HashingEstimator(), filter=None, alarm=None,
+        model="fake", threat=CHANNEL_SET, seed=0, spec=spec, estimator=HashingEstimator(), filter=None, alarms=(),
         trained=TrainingOrigin(), where="test",
     )  # fmt: skip
 

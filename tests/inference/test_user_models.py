@@ -224,7 +224,7 @@ def test_a_users_model_is_exported_from_its_run_and_can_be_watched(run: Path, tm
     (candidate,) = find_models(tmp_path / "own.zip")
     predictor = candidate.load_predictor()
     assert done.parity <= MAX_PARITY_ERROR
-    assert (predictor.model, predictor.alarm is not None) == (name, True)
+    assert (predictor.model, bool(predictor.alarms)) == (name, True)
     p = predictor.predict_windows(np.ones((40, 46), np.float32))
     assert p.shape == (3, 5)
     assert_allclose(p.sum(axis=1), 1.0, atol=1e-5)

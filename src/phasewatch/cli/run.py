@@ -132,7 +132,7 @@ def audit(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a run: rebuild, retrain, shuffle labels, rescore, look for shortcuts.
+    """Check a run: rebuild, retrain, rescore, look for shortcuts.
 
     Exit code 1 if a check fails.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow
+from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricNote, MetricRow, NoteCode
 from phasewatch.evaluation.predictions import ModelPredictions, PredictionGroup
 from phasewatch.evaluation.scoring import MetricKey
 from phasewatch.metrics import confusion_counts, macro_f1, merge_into_three_states
@@ -15,6 +15,9 @@ from phasewatch.models.registry import BASELINE_MODELS
 from phasewatch.training.predictions import NO_FILTER
 
 __all__ = ["build_selection_rows"]
+
+_COUNT_NOTE = MetricNote(code=NoteCode.COUNT, text="a count")
+_ONE_CHOICE_NOTE = MetricNote(code=NoteCode.COUNT, text="one choice on half of the hosts, so it has no interval")
 
 GroupKey = tuple[str, str, str, str]  # recipe, channel set, input, smoothing
 
@@ -58,7 +61,7 @@ def build_selection_rows(
         )
         tried = {(s.model, g.table, s.seed) for g in own for s in g.predictions if s.model not in BASELINE_MODELS}
         count = sum(max(1, trials.get((recipe, model, table), 1)) for model, table, _ in tried)
-        yield key.row(metric="variants_tried", model=None, value=float(count), unit="variants")
+        yield key.row(metric="variants_tried", model=None, value=float(count), unit="variants", note=_COUNT_NOTE)
         yield from _build_confirmation_rows(key, list(_find_candidates(own, val_b_groups)))
 
 
@@ -91,7 +94,9 @@ def _build_confirmation_rows(key: MetricKey, candidates: Sequence[_Candidate]) -
     for number, (half, other) in enumerate((halves, halves[::-1])):
         best = max(candidates, key=lambda c: (np.mean([_score([c.val_b[fold]]) for fold in sorted(half)]), c.model))
         value = _score([best.test[fold] for fold in sorted(other)])
-        yield key.row(metric="selection_confirmed", model=best.model, bin=float(number), value=value)
+        yield key.row(
+            metric="selection_confirmed", model=best.model, bin=float(number), value=value, note=_ONE_CHOICE_NOTE
+        )
 
 
 def _score(parts: Iterable[ModelPredictions]) -> float:
