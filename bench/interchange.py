@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from timing import Part, in_turns, rows_of
 
-TABLE = "features_window_v1.parquet"
+TABLE = "features_window_v2.parquet"
 COLUMNS = ("proc.vcpu_run.mean", "netflow.out_bytes.p95")
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from timing import Part, Row, in_turns, rows_of
 
 from phasewatch.models import registry
-from phasewatch.models.base import InputKind, InputSpec, LabelledExamples, ModelInputs, compute_class_weights
+from phasewatch.models.base import InputKind, InputSpec, LabelledExamples, ModelInputs
+from phasewatch.models.probabilities import compute_class_weights
 
 CHANNELS, WINDOWS = 35, 2000
 

@@ -6,7 +6,7 @@ from phasewatch.models.adapters import TableAdapter
 
 
 class Forest(TableAdapter):
-    """300 trees over the five statistics of each channel; missing values are passed to scikit-learn as NaN."""
+    """300 trees over the columns of a window; missing values are passed to scikit-learn as NaN."""
 
     key = "forest"
     imputes = False

@@ -29,7 +29,7 @@ def test_load_returns_a_table_for_scikit_learn(run: Path) -> None:
     model = make_pipeline(SimpleImputer(keep_empty_features=True), DecisionTreeClassifier(random_state=0))
     scores = cross_val_score(model, train.X, train.y, groups=train.groups, cv=GroupKFold(2))
 
-    assert train.X.shape == (len(train.y), len(train.names)) == (len(train.groups), 35 * 5)
+    assert train.X.shape == (len(train.y), len(train.names)) == (len(train.groups), 35 * 5 + 83)
     assert train.names[0] == "proc.cpu_user.mean"
     assert scores.mean() > 0.5
 

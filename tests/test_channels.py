@@ -11,7 +11,7 @@ from phasewatch.errors import UsageError
 from phasewatch.features.schema import schema_hash
 from phasewatch.types import SourceKind
 
-GOLDEN_HASH = "0725cf07ab6416794160616b6e897e65cf43259b4d2e34f8f8931d8ee9e9dd12"
+GOLDEN_HASH = "7165986bc7c3a214895575027f79c837dd9c64b24c3d3d86040c6f24b1ebcd2b"
 
 
 def test_there_are_46_channels_of_four_sources() -> None:

@@ -28,10 +28,16 @@ from phasewatch.dataset import (
 from phasewatch.dataset.loader import find_calibration_soak, read_baselines
 from phasewatch.dataset.sets import EpisodeWindows
 from phasewatch.dataset.split_files import compute_sample_group
+from phasewatch.dataset.tensors import compute_episode_inputs
 from phasewatch.errors import RunError, UsageError
+from phasewatch.features.context import CONTEXT_FEATURES
+from phasewatch.features.derived import DERIVED_FEATURES
+from phasewatch.features.inputs import compute_inputs
+from phasewatch.features.schema import list_column_channels
+from phasewatch.features.tables import write_feature_tables
 from phasewatch.models.base import InputKind, InputVariant
 from phasewatch.splits import SPLIT_RECIPES, SplitPart
-from phasewatch.types import EpisodeOrigin, EpisodeRole, SampleKind
+from phasewatch.types import BundleStatus, EpisodeOrigin, EpisodeRole, SampleKind
 
 
 @pytest.fixture
@@ -59,14 +65,14 @@ def test_realistic_holds_the_host_side_channels_alone_and_oracle_all(run: Path) 
     names = load(run, "held_out_host", "host-0", "realistic").train.names
     trusted = {c.full_name for c in CHANNELS if c.in_deployment}
 
-    assert len(names) == 5 * len(trusted)
-    assert {n.rpartition(".")[0] for n in names} == trusted
-    assert load(run, "held_out_host", "host-0", "oracle").train.x.shape[1] == 5 * len(CHANNELS)
+    assert len(names) == 5 * len(trusted) + len(DERIVED_FEATURES)
+    assert {channel for n in names for channel in list_column_channels(n)} == trusted
+    assert load(run, "held_out_host", "host-0", "oracle").train.x.shape[1] == 5 * len(CHANNELS) + len(DERIVED_FEATURES)
 
 
 def test_values_labels_and_gaps_are_those_of_the_file(run: Path) -> None:
     data = read_windows(run, "realistic", InputKind.TABLE)
-    table = pq.read_table(run / "features_window_v1.parquet")
+    table = pq.read_table(run / "features_window_v2.parquet")
 
     assert data.x.dtype == np.float32
     assert data.x.tobytes() == np.column_stack([table[n].to_numpy() for n in data.names]).tobytes()
@@ -87,7 +93,7 @@ def test_groups_name_host_and_session(run: Path) -> None:
 
 def test_the_order_of_the_file_changes_nothing(run: Path) -> None:
     before = load(run, "held_out_host", "host-0").train
-    order = np.random.default_rng(0).permutation(pq.read_metadata(run / "features_window_v1.parquet").num_rows)
+    order = np.random.default_rng(0).permutation(pq.read_metadata(run / "features_window_v2.parquet").num_rows)
     edit_features(run, lambda t: t.take(pa.array(order)))
     after = load(run, "held_out_host", "host-0").train
 
@@ -139,7 +145,7 @@ def test_absent_files_and_columns_are_named_with_the_remedy(run: Path, tmp_path:
     edit_features(run, lambda t: t.drop_columns(["purity"]))
     with pytest.raises(RunError, match=r"lacks column purity .* `phasewatch features`"):
         load(run, "held_out_host", "host-0")
-    with pytest.raises(RunError, match=r"features_window_v1\.parquet: absent; make it with `phasewatch features`"):
+    with pytest.raises(RunError, match=r"features_window_v2\.parquet: absent; make it with `phasewatch features`"):
         read_split_episodes(tmp_path)
 
 
@@ -196,25 +202,55 @@ def test_random_windows_share_the_windows_of_one_episode_out_and_each_is_tested_
     assert {e.role for e in sets[0].train.windows.episodes} == {EpisodeRole.LAB}
 
 
-def test_context_puts_the_two_windows_before_beside_each_and_the_first_stands_in(run: Path) -> None:
-    def hide(table: pa.Table) -> pa.Table:  # a window of unknown phase is in no set, and still is a past
-        phase = table["phase"].to_numpy().copy()
-        phase[5] = -1
-        return table.set_column(table.schema.get_field_index("phase"), "phase", pa.array(phase))
-
-    edit_features(run, hide)
-    raw = read_windows(run, "realistic", InputKind.TABLE, table=InputVariant.RAW)
+def test_context_is_computed_from_the_bins_of_the_episode_up_to_each_window(run: Path) -> None:
     data = read_windows(run, "realistic", InputKind.TABLE, table=InputVariant.CONTEXT)
-    own = pq.read_table(run / "features_window_v1.parquet")["proc.cpu_user.mean"].to_numpy()
-    f = len(raw.names)
-    i = data.names.index("proc.cpu_user.mean")
+    bins = open_bins(run / "grids")
+    rows = {row.episode_id: row for row in bins.rows}
 
-    assert data.names[f : f + 1] == (f"{raw.names[0]}@-1",)
-    assert np.array_equal(data.x[:, :f], raw.x, equal_nan=True)
-    assert np.array_equal(data.x[:4, f + i], own[[0, 0, 1, 2]], equal_nan=True)
-    assert np.array_equal(data.x[:4, 2 * f + i], own[[0, 0, 0, 1]], equal_nan=True)
-    assert np.array_equal(data.x[5:7, f + i], own[[5, 6]], equal_nan=True)  # row 5 is gone, so row 6 stands there
-    assert np.array_equal(data.x[7:9, f + i], own[[8, 8]], equal_nan=True)  # the next episode begins anew
+    assert "netflow.in_bytes.max@120s" in data.names
+    assert "burst.cpu_share@60s" in data.names
+    for number in (0, len(data.windows.episodes) - 1):
+        own = data.windows.episode_index == number
+        row = rows[data.windows.episodes[number].episode_id]
+        expected = compute_inputs(np.asarray(bins.episode_bins(row)), data.inputs.spec)
+        assert np.array_equal(data.x[own], expected, equal_nan=True)
+
+
+def test_context_of_a_real_table_has_the_same_bits_in_its_own_columns(tmp_path: Path) -> None:
+    """The table's columns and those computed from the bins are one computation."""
+    run = write_run(tmp_path / "run", World(windows=8, hosts=2))
+    statuses = {(row.host_id, row.episode_id): BundleStatus.ACCEPTED for row in open_bins(run / "grids").rows}
+    write_feature_tables(run, open_bins(run / "grids"), statuses)
+    raw = read_windows(run, "realistic", InputKind.TABLE)
+    data = read_windows(run, "realistic", InputKind.TABLE, table=InputVariant.CONTEXT)
+
+    assert data.names[: len(raw.names)] == raw.names
+    assert len(data.names) == len(raw.names) + len(CONTEXT_FEATURES)
+    assert data.x[:, : len(raw.names)].tobytes() == raw.x.tobytes()
+    assert np.array_equal(data.y, raw.y)
+
+
+def test_inputs_that_were_kept_are_those_of_the_bins_and_not_of_the_place(run: Path) -> None:
+    spec = read_windows(run, "realistic", InputKind.TABLE, table=InputVariant.CONTEXT).inputs.spec
+    bins = np.random.default_rng(0).random((60, len(CHANNELS))).astype(np.float32)
+    first = compute_episode_inputs(bins, spec).copy()
+    bins[3, :] += 1.0
+
+    for _ in range(2):
+        assert np.array_equal(compute_episode_inputs(bins, spec), compute_inputs(bins, spec))
+        assert not compute_episode_inputs(bins, spec).flags.writeable
+    assert not np.array_equal(compute_episode_inputs(bins, spec), first)
+    assert len(compute_episode_inputs(bins, spec, 2)) == 21
+
+
+def test_context_of_a_tensor_is_two_minutes_that_end_with_the_window(run: Path) -> None:
+    raw = read_windows(run, "realistic", InputKind.TENSOR)
+    data = read_windows(run, "realistic", InputKind.TENSOR, table=InputVariant.CONTEXT)
+
+    assert data.x.shape == (len(raw), len(raw.names), 240)
+    assert np.array_equal(data.x[:, :, -20:], raw.x, equal_nan=True)
+    first = np.flatnonzero(np.diff(data.windows.episode_index, prepend=-1))
+    assert np.array_equal(data.x[first][:, :, :220], np.repeat(raw.x[first][:, :, :1], 220, axis=2), equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", ["table", "tensor"])
@@ -244,7 +280,8 @@ def test_host_without_a_baseline_is_flagged_and_keeps_its_zero(run: Path) -> Non
     floors = np.repeat([v for _, v in seen.test.inputs.spec.floors], 5)
 
     assert (seen.test.windows.flags & 8).all()
-    np.testing.assert_allclose(seen.test.x, raw.test.x / floors, rtol=1e-5)
+    assert seen.test.names == raw.test.names[: len(floors)]  # a ratio of channels has no baseline
+    np.testing.assert_allclose(seen.test.x, raw.test.x[:, : len(floors)] / floors, rtol=1e-5)
 
 
 def test_baseline_episode_outside_the_feature_table_is_ignored(tmp_path: Path) -> None:
@@ -281,7 +318,6 @@ def test_poisoning_the_test_host_changes_no_scale(tmp_path: Path) -> None:
     ("threat", "kind", "table", "words"),
     [
         pytest.param("oracle", "table", "commissioned", "which the guest reports", id="the guest may lie"),
-        pytest.param("realistic", "tensor", "context", "sees the bins of one window", id="no past of bins"),
         pytest.param("realistic", "elapsed", "context", "has no table context", id="no past of time"),
         pytest.param("realistic", "table", "contexts", "no table 'contexts'", id="unknown"),
     ],
@@ -301,6 +337,49 @@ def test_baselines_see_levels_or_the_host_alone(run: Path) -> None:
     assert (levels.x == 0).all()  # the made-up run's levels
     assert len(np.unique(hosts.train.x)) == 2
     assert not set(np.unique(hosts.train.x)) & set(np.unique(hosts.test.x))
+
+
+def test_load_baseline_sees_whether_a_load_runs_and_unknown_where_the_index_does_not_say(run: Path) -> None:
+    path = run / "validation_v1.parquet"
+    index = pq.read_table(path)
+    unknown = load(run, "held_out_host", "host-0", kind="load").train
+    names = index.column_names
+    table = index if "background" not in names else index.drop_columns(["background"])
+    loads = ["compile" if i % 2 else "" for i in range(len(index))]
+    pq.write_table(table.append_column("background", pa.array(loads)), path)
+    known = load(run, "held_out_host", "host-0", kind="load").train
+
+    is_malicious = np.array([e.profile != "benign" for e in known.windows.episodes])[known.windows.episode_index]
+    assert set(unknown.x[is_malicious, 0].tolist()) == {2.0}
+    assert set(known.x[is_malicious, 0].tolist()) == {0.0, 1.0}
+    codes = np.array([float(bool(e.has_load)) for e in known.windows.episodes])[known.windows.episode_index]
+    assert known.x[:, 0].tolist() == codes.tolist()
+
+
+def test_duration_baseline_sees_the_cpu_use_of_the_episode_so_far(run: Path) -> None:
+    data = load(run, "held_out_host", "host-0", kind="duration").test
+    bins = read_windows(run, "realistic", InputKind.TENSOR, only={e.episode_id for e in data.windows.episodes})
+    lab = bins.take(bins.windows.mark_episodes(lambda e: e.role is EpisodeRole.LAB))
+    cpu = np.nanmean(lab.x[:, lab.names.index("proc.vcpu_run")], axis=1)
+
+    for first in np.flatnonzero(np.r_[True, np.diff(data.windows.episode_index) != 0]):
+        for j in range(8):
+            np.testing.assert_allclose(data.x[first + j, : j + 1], cpu[first : first + j + 1][::-1], rtol=1e-6)
+            assert np.isnan(data.x[first + j, j + 1 :]).all()
+
+
+def test_idle_windows_are_baseline_episodes_of_the_hosts_that_only_the_test_set_has(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "days", World(windows=8, days=2))
+    write_splits(run, "held_out_host")
+    held_out = load(run, "held_out_host", "host-0").idle
+
+    assert held_out is not None
+    assert {(e.role, e.host_id) for e in held_out.windows.episodes} == {(EpisodeRole.COMMISSION, "host-0")}
+    write_splits(run, "in_distribution")
+    fold = read_folds(run, "in_distribution")[0].fold
+    assert load(run, "in_distribution", fold).idle is None
+    assert load(run, "held_out_host", "host-0", kind="elapsed").idle is None
+    assert load(run, "held_out_host", "host-0", table="commissioned").idle is None
 
 
 def test_deploy_has_no_test_window(run: Path) -> None:

@@ -29,7 +29,7 @@ def test_every_required_distribution_is_listed() -> None:
     [
         ("torch.nn.functional", "train"),
         ("sklearn", "train"),
-        ("xgboost", "train"),
+        ("lightgbm", "train"),
         ("onnxruntime", "live"),
         ("qemu.qmp", "live"),
         ("sse_starlette", "serve"),

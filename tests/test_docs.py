@@ -100,7 +100,7 @@ def test_the_tour_names_existing_files_and_every_package() -> None:
 def test_the_run_page_lists_every_file_and_column() -> None:
     page = (DOCS / "formats" / "run.md").read_text(encoding="utf-8")
     files = {value for name, value in vars(artifacts).items() if name.endswith("_FILE")}
-    files -= {artifacts.BINS_FILE, artifacts.LEVELS_FILE, artifacts.BINS_INDEX_FILE, artifacts.OLD_METRICS_FILE}
+    files -= {artifacts.BINS_FILE, artifacts.LEVELS_FILE, artifacts.BINS_INDEX_FILE, *artifacts.OLD_METRICS_FILES}
     files |= {*artifacts.FEATURE_FILES, *artifacts.BINS_PATHS}
     columns = {*predictions.build_predictions_schema().names, *offline.build_prediction_schema().names}
 

@@ -85,13 +85,15 @@ def test_a_channel_of_ones_own_goes_the_whole_way(extra: Path, store: Path, tmp_
     import numpy as np
     import pyarrow.parquet as pq
 
-    schema = json.loads((run / "feature_schema_v1.json").read_text())
+    schema = json.loads((run / "feature_schema_v2.json").read_text())
     grids = np.load(run / "grids" / "grids.npy")
-    table = pq.read_table(run / "features_window_v1.parquet")
+    table = pq.read_table(run / "features_window_v2.parquet")
 
     assert json.loads(swept.stdout)["result"]["accepted"] == 2
     assert grids.shape[1] == 47
-    assert schema["feature_names"][-5:] == [f"proc.fds_delta.{s}" for s in ("mean", "std", "p50", "p95", "slope")]
+    assert schema["feature_names"][46 * 5 : 47 * 5] == [
+        f"proc.fds_delta.{s}" for s in ("mean", "std", "p50", "p95", "slope")
+    ]
     assert schema["channels"][-1] == {
         "name": "fds_delta",
         "source": "proc",
@@ -102,7 +104,7 @@ def test_a_channel_of_ones_own_goes_the_whole_way(extra: Path, store: Path, tmp_
     }
     assert schema["in_deployment_mask"][-5:] == [True] * 5
     assert schema["schema_hash"] != schema_hash()
-    assert table.num_columns == 12 + 47 * 5
+    assert table.num_columns == 12 + 47 * 5 + 83
     assert np.isfinite(grids[:, 46]).all()
     assert (run / "channels.toml").read_text() == GOOD
 

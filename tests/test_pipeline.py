@@ -20,6 +20,7 @@ from tests.factories.trained_runs import write_trained_run
 from phasewatch.artifacts import AUDIT_FILE, METRICS_FILE
 from phasewatch.errors import RunError, StoreError, UsageError
 from phasewatch.evaluation.evaluate import evaluate_run
+from phasewatch.evaluation.headline import read_headline, render_headline
 from phasewatch.pipeline import runner
 from phasewatch.pipeline.stages import RunSettings
 from phasewatch.simulate import simulate
@@ -58,7 +59,8 @@ def done(store: Path, tmp_path_factory: pytest.TempPathFactory) -> runner.Pipeli
 
 @pytest.mark.slow
 def test_pipeline_writes_a_headline_and_a_report(done: runner.PipelineResult) -> None:
-    assert done.headline.startswith("macro-F1 of phase, unseen host, realistic, gbt: 0.")
+    assert done.headline == render_headline(read_headline(done.run))
+    assert done.headline.startswith("infections alarmed within 30 s, unseen host")
     assert done.headline.endswith("[simulated]")
     assert done.report.read_text().startswith("<!DOCTYPE html>")
     assert [stage.name for stage in done.stages] == ["validate", "features", "split", "train", "evaluate", "report"]

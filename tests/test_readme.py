@@ -117,7 +117,7 @@ def test_commands_work_in_a_fresh_clone(fresh_clone: FreshClone) -> None:
         if line.startswith("phasewatch watch") or "train runs/demo" in line or line == "phasewatch doctor":
             fresh_clone.run(line)
 
-    assert headline.startswith("macro-F1 of phase, unseen host, realistic, gbt: 0.")
+    assert headline.startswith("infections alarmed within 30 s, unseen host and sample: ")
     assert (fresh_clone.path / report).is_file()
 
 
@@ -130,5 +130,5 @@ def test_recording_works_in_a_fresh_clone(fresh_clone: FreshClone) -> None:
     fresh_clone.run("phasewatch record --plan smoke --out my-store")
     headline, report = fresh_clone.run("phasewatch run my-store --out runs/mine").strip().splitlines()[-2:]
 
-    assert headline.startswith("macro-F1 of phase, unseen host, realistic, gbt: ")
+    assert headline.startswith("infections alarmed within 30 s, unseen host")
     assert (fresh_clone.path / report).is_file()

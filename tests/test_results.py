@@ -73,7 +73,6 @@ def test_other_models_are_compared_with_the_model_of_the_headline(run: Path, tmp
 
     page = render_page(other, tmp_path / "lab.md")
 
-    assert "realistic, cnn: " in page
     assert "| cnn − elapsed_time |" in page
 
 

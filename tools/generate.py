@@ -19,6 +19,7 @@ from phasewatch import channels, errors, profiles
 from phasewatch.cli import app
 from phasewatch.cli.groups import COMMANDS
 from phasewatch.events import schema
+from phasewatch.features import context, derived, stats
 from phasewatch.validate import checks
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
@@ -62,6 +63,36 @@ def channels_page() -> str:
         + "\n## Levels\n\nCumulative totals show elapsed time, not activity. They are no channels; "
         "only the levels-only baseline and the leakage checks read them.\n\n"
         + table(["level", "unit", "what it is"], levels)
+    )
+
+
+def features_page() -> str:
+    """Render the columns of the feature table and the context columns."""
+    rows = [[code(f.name), f.unit, f.formula, ", ".join(map(code, f.channels))] for f in derived.DERIVED_FEATURES]
+    history = [
+        [
+            "`mean`, `std`, `max` over 30, 60 and 120 s; `mean`, `max` of the two windows before",
+            ", ".join(map(code, context.CONTEXT_CHANNELS)),
+        ],
+        ["`ratio.*` over 60 and 120 s", f"the {len(derived.RATIO_FEATURES)} ratios"],
+        ["`burst.*` over 60 s", "the burst columns but for `*_starts` and `*_length`, which would tell the time"],
+    ]
+    return (
+        "# Features\n\nThe columns of a window of 20 bins (10 s). A channel set has a column if it has "
+        "all its channels.\n\n"
+        "## Statistics\n\n"
+        f"Five columns of each [channel](channels.md), `CHANNEL.STAT`: {', '.join(map(code, stats.STATS))}. "
+        "They use the known bins; with fewer than ten of the 20 they are NaN. "
+        "A slope is in the channel's unit per second.\n\n"
+        "## Derived columns\n\n"
+        "A mean is over the known bins. In `burst.*` an unknown bin counts as 0. "
+        "A column is NaN if one of its channels has fewer than ten known bins.\n\n"
+        + table(["column", "unit", "formula", "channels"], rows)
+        + "\n## Context columns\n\n"
+        f"The input `context` has up to {len(context.CONTEXT_FEATURES)} columns more. They are computed from the bins "
+        "and are in no table. `@30s`, `@60s` and `@120s` end with the window; where the episode is shorter, "
+        "what there is counts. `@-1` and `@-2` are the windows that began 5 and 10 s before, or the first one. "
+        "No column counts from the start.\n\n" + table(["columns", "of"], history)
     )
 
 
@@ -201,6 +232,7 @@ def commands_page() -> str:
 
 PAGES = {
     "channels.md": channels_page,
+    "features.md": features_page,
     "profiles.md": profiles_page,
     "errors.md": errors_page,
     "commands.md": commands_page,

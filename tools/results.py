@@ -13,7 +13,8 @@ import msgspec
 
 from phasewatch.artifacts import PREDICTIONS_FILE, SPLITS_DIR
 from phasewatch.evaluation.evaluate import read_metrics
-from phasewatch.evaluation.metric_table import MetricRow, MetricTable, render_headline, select_headline
+from phasewatch.evaluation.headline import build_headline, render_headline
+from phasewatch.evaluation.metric_table import HEADLINE_RECIPES, MetricRow, MetricTable, select_headline
 from phasewatch.models import registry
 from phasewatch.report.summary import IN_DISTRIBUTION, describe_inversion
 from phasewatch.splits import SPLIT_RECIPES, Recipe, parse_fold
@@ -47,14 +48,14 @@ def render(metrics: MetricTable, notes: Mapping[str, Sequence[str]], *, title: s
         f"# {title}",
         f"Generated from one run, no number is typed in; its `{PREDICTIONS_FILE}` has sha256 `{digest}`.",
         f"```\n{command}\n```",
-        f"**{render_headline(metrics)}**",
+        f"**{render_headline(build_headline(metrics))}**",
         "Intervals are 95 %, over sessions resampled within hosts; they cover these hosts, samples and seeds. "
         "`realistic` and `portable` are scored on test episodes without the guest's agent, `oracle` on those with it. "
         "Baselines are in italics.",
     ]
     parts += [_render_recipe(recipe, notes.get(recipe.name, ()), metrics, rows) for recipe in SPLIT_RECIPES]
     parts += [_render_pairwise_tests(rows, select_headline(metrics.metrics).model)]
-    parts += [_render_variants(rows), _render_seeds(rows), _render_notes(rows)]
+    parts += [_render_operator_metrics(rows), _render_variants(rows), _render_seeds(rows), _render_notes(rows)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -131,6 +132,42 @@ def _render_pairwise_tests(rows: Sequence[MetricRow], model: str) -> str:
         "## Pairwise tests\n\nPaired over the same sessions, `held_out_host`, `realistic`; Holm over all pairs.\n\n"
         + table([["pair", "difference of macro-F1", "p", "p (Holm)"], *body])
     )
+
+
+# Metric → column of the table of operator metrics.
+OPERATOR_COLUMNS = {
+    "infection_recall_30s": "infections announced within 30 s",
+    "infection_miss_rate": "missed",
+    "infection_delay_s": "median delay, s",
+    "infection_soak_false_alarms_per_vm_hour": "false alarms per VM-hour, soak",
+    "activity_recall_30s": "activity announced within 30 s",
+    "activity_soak_false_alarms_per_vm_hour": "its false alarms, soak",
+    "idle_called_clean": "idle called clean",
+    "macro_f1_3class_with_load": "3 states with load",
+    "macro_f1_3class_without_load": "3 states without",
+    "macro_f1_3class_new_host": "3 states, a new host",
+}
+
+
+def _render_operator_metrics(rows: Sequence[MetricRow]) -> str:
+    """Render alarms every second, idle machines and load strata of each model on unseen hosts and samples."""
+    parts = []
+    for recipe in HEADLINE_RECIPES:
+        own = [r for r in rows if _scored_on(r) == (recipe, "pooled", "realistic", "off") and is_whole(r)]
+        found: dict[str, dict[str, MetricRow]] = {}
+        for r in own:
+            if r.metric in OPERATOR_COLUMNS and r.model and r.bin is None and r.seed == "mean":
+                found.setdefault(r.model, {})[r.metric] = r
+        body = [
+            [f"*{model}*" if model in registry.BASELINE_MODELS else model]
+            + [render_interval(cells.get(metric)) for metric in OPERATOR_COLUMNS]
+            for model, cells in sorted(found.items(), key=lambda item: _rank(item[0]))
+            if model not in registry.BASELINE_MODELS
+        ]
+        if body:
+            parts.append(f"`{recipe}`, `realistic`:\n\n" + table([["model", *OPERATOR_COLUMNS.values()], *body]))
+    about = "Alarms decide every second; a column is empty where a model has no predictions every second."
+    return f"## Alarms, idle machines, load\n\n{about}\n\n" + "\n\n".join(parts) if parts else ""
 
 
 def _render_variants(rows: Sequence[MetricRow]) -> str:

@@ -17,7 +17,16 @@ import msgspec
 from phasewatch import parquet
 from phasewatch.errors import RunError
 from phasewatch.identity import find_contested_ids
-from phasewatch.types import CHANNELS_FILE, PHASES, BundleStatus, EpisodeOrigin, EpisodeRole, SampleKind
+from phasewatch.profiles import IDLE_SAMPLE
+from phasewatch.types import (
+    BENIGN_PROFILE,
+    CHANNELS_FILE,
+    PHASES,
+    BundleStatus,
+    EpisodeOrigin,
+    EpisodeRole,
+    SampleKind,
+)
 
 __all__ = [
     "ACCOUNTING_FILE",
@@ -35,6 +44,7 @@ __all__ = [
     "FEATURES_FILE",
     "FEATURE_FILES",
     "FEATURE_SCHEMA_FILE",
+    "HEADLINE_FILE",
     "LEVELS_FILE",
     "LEVELS_PATH",
     "METRICS_FILE",
@@ -66,8 +76,9 @@ AUDIT_FILE = "audit_v1.json"
 
 SPLIT_INDEX_FILE = "splits_v1.json"
 PREDICTIONS_FILE = "predictions_v1.parquet"
-METRICS_FILE = "metrics_v2.json"
-OLD_METRICS_FILE = "metrics_v1.json"  # of versions that hid coverage in metric names; not read any more
+METRICS_FILE = "metrics_v3.json"
+OLD_METRICS_FILES = ("metrics_v2.json", "metrics_v1.json")  # their names mean other things; not read any more
+HEADLINE_FILE = "headline.json"
 REPORT_FILE = "report.html"
 
 BINS_DIR = "grids"
@@ -75,9 +86,9 @@ BINS_FILE, LEVELS_FILE, BINS_INDEX_FILE = "grids.npy", "levels.npy", "index.parq
 BINS_PATH, LEVELS_PATH, BINS_INDEX_PATH = (f"{BINS_DIR}/{name}" for name in (BINS_FILE, LEVELS_FILE, BINS_INDEX_FILE))
 BINS_PATHS = (BINS_PATH, LEVELS_PATH, BINS_INDEX_PATH)
 
-FEATURES_FILE = "features_window_v1.parquet"
+FEATURES_FILE = "features_window_v2.parquet"
 EPISODE_FEATURES_FILE = "features_episode_v1.parquet"
-FEATURE_SCHEMA_FILE = "feature_schema_v1.json"
+FEATURE_SCHEMA_FILE = "feature_schema_v2.json"
 FEATURE_FILES = (FEATURES_FILE, EPISODE_FEATURES_FILE, FEATURE_SCHEMA_FILE)
 VALIDATION_FILE = "validation_v1.parquet"
 SPLITS_DIR = "splits"
@@ -115,11 +126,12 @@ _VERDICT_COLUMNS = (
     "started_wall_ns",
     "duration_s",
 )
-_NEIGHBOURS_COLUMN = "neighbours"  # absent from an index of version 0.2 and before
+# Absent from older indexes.
+_NEIGHBOURS_COLUMN, _BACKGROUND_COLUMN = "neighbours", "background"
 
 
 class FeatureSchema(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of `feature_schema_v1.json` that readers use."""
+    """The fields of `feature_schema_v2.json` that readers use."""
 
     phases: tuple[str, ...]
     feature_names: tuple[str, ...]
@@ -138,6 +150,7 @@ class RunEpisode:
         started_wall_ns: Start of the recording, Unix nanoseconds.
         duration_s: Labelled time.
         neighbours: Ids of the episodes that were recorded at the same time on the same host.
+        background: Benign load that ran beside a malicious profile; empty without one, None if it is unknown.
     """
 
     episode_id: str
@@ -154,6 +167,19 @@ class RunEpisode:
     started_wall_ns: int
     duration_s: float
     neighbours: tuple[str, ...] = ()
+    background: str | None = None
+
+    @property
+    def has_load(self) -> bool | None:
+        """Whether a benign load ran in the episode; None if it is unknown."""
+        if self.profile == BENIGN_PROFILE:
+            return self.sample_name != IDLE_SAMPLE
+        return None if self.background is None else bool(self.background)
+
+    @property
+    def is_idle_clean(self) -> bool:
+        """Whether the VM was clean and ran no load in the whole episode."""
+        return self.profile == BENIGN_PROFILE and self.sample_name == IDLE_SAMPLE
 
 
 def read_run_episodes(run: Path, *, only: Iterable[str]) -> tuple[RunEpisode, ...]:
@@ -204,7 +230,7 @@ def _read_usable_rows(path: Path) -> list[dict[str, Any]]:
     with open_run_parquet(path, "validate") as file:
         names = file.schema_arrow.names
         check_columns(path, names, _VERDICT_COLUMNS, "validate")
-        optional = [_NEIGHBOURS_COLUMN] if _NEIGHBOURS_COLUMN in names else []
+        optional = [name for name in (_NEIGHBOURS_COLUMN, _BACKGROUND_COLUMN) if name in names]
         rows = file.read(columns=[*_VERDICT_COLUMNS, *optional]).to_pylist()
     return [row for row in rows if row["status"] in (BundleStatus.ACCEPTED, BundleStatus.DEGRADED)]
 
@@ -312,6 +338,7 @@ def _parse_run_episode(row: Mapping[str, Any], path: Path) -> RunEpisode:
             started_wall_ns=int(row["started_wall_ns"]),
             duration_s=float(row["duration_s"]),
             neighbours=tuple(row.get(_NEIGHBOURS_COLUMN) or ()),
+            background=row.get(_BACKGROUND_COLUMN),
         )
     raise RunError(
         f"{path}: the row of episode {row['episode_id']} has an invalid value; run `phasewatch validate` again"

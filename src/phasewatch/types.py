@@ -9,9 +9,11 @@ from typing import NewType
 __all__ = [
     "BENIGN_PROFILE",
     "BIN_NS",
+    "CONTEXT_BINS",
     "EPISODE_ID_PATTERN",
     "HOST_ID_PATTERN",
     "HOST_SOURCES",
+    "LIVE_STRIDE_BINS",
     "MAX_WAIT_CORES",
     "MIN_FINITE_BINS",
     "PHASES",
@@ -43,6 +45,8 @@ WINDOW_BINS = 20
 STRIDE_BINS = 10
 STRIDE_NS = BIN_NS * STRIDE_BINS
 STRIDE_S = BIN_NS * STRIDE_BINS / 1e9
+LIVE_STRIDE_BINS = 2  # live windows begin every second; training windows every five
+CONTEXT_BINS = 240  # two minutes: the longest history of a context input
 MAX_WAIT_CORES = 0.10  # mean vCPU waiting time, in cores; above it an episode is degraded and recorded once more
 BENIGN_PROFILE = "benign"  # the only profile that is not malicious
 MIN_FINITE_BINS = 10  # with fewer finite bins in a window, its statistics are NaN

@@ -19,25 +19,28 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from tests.factories.stores import write_store
+from tests.factories.tampered_runs import edit_predictions, refit, seal
 
-from phasewatch.artifacts import EXPERIMENT_FILE, PREDICTIONS_FILE
+from phasewatch.artifacts import PREDICTIONS_FILE
 from phasewatch.audit.checks import AuditCheck, AuditReport, CheckOutcome
 from phasewatch.audit.models import check_permuted_labels, check_predictions, check_retrained, choose_experiments
 from phasewatch.audit.run import check_disjoint, check_metrics, read_audit
 from phasewatch.audit.splits import find_fold_faults
-from phasewatch.dataset import file_sha256, load, read_fold
+from phasewatch.dataset import FoldData, read_fold
 from phasewatch.dataset.split_files import read_split_episodes
 from phasewatch.evaluation.alarms import AlarmSimulation, PredictionParts, simulate_alarms
 from phasewatch.evaluation.evaluate import compute_metrics, read_timelines
+from phasewatch.evaluation.headline import HeadlineVerdict, read_headline, render_headline
 from phasewatch.evaluation.predictions import parse_prediction_groups
 from phasewatch.models import checkpoint, registry
-from phasewatch.models.base import LabelledExamples, ModelInputs
+from phasewatch.models.alarm import AlarmKind, find_alarm_rule
+from phasewatch.models.base import LabelledExamples, ModelInputs, PhaseModel
 from phasewatch.pipeline import runner, stages
 from phasewatch.splits import Fold, SplitEpisode, SplitPart
 from phasewatch.splits.fold import compute_fold_digest, parse_fold, render_fold
-from phasewatch.training.experiment import Experiment, parse_experiment, render_experiment
+from phasewatch.training.experiment import Experiment
 from phasewatch.training.predictions import read_predictions
-from phasewatch.training.train import compute_run_digests, fit_model, merge_predictions, train_experiments
+from phasewatch.training.train import FittedModel, fit_model, train_experiments
 
 MODELS = ("gbt", "cnn", "majority", "elapsed_time")
 RECIPES = ("held_out_host", "deploy")
@@ -65,50 +68,20 @@ def fate_of(audit: AuditReport, name: str) -> CheckOutcome:
     return next(check.fate for check in audit.checks if check.name == name)
 
 
-def seal(run: Path, cell: Experiment) -> None:
-    """Build a tampered cell's own digests fit again, as somebody who hides it would."""
-    folder = cell.folder(run)
-    done = parse_experiment((folder / EXPERIMENT_FILE).read_bytes(), file="")
-    outputs = {name: file_sha256(folder / name) for name in done.outputs}
-    (folder / EXPERIMENT_FILE).write_bytes(render_experiment(msgspec.structs.replace(done, outputs=outputs)))
-    merge_predictions(run, compute_run_digests(run))
-
-
-def refit(run: Path, cell: Experiment, cheat: Callable[..., object]) -> None:
-    """Train a cell in a way that sees what it must not, and put it in the honest one's place."""
-    sets = load(run, cell.recipe, cell.fold, cell.threat, registry.find_model(cell.model).kind)
-    model = registry.create(cell.model, seed=cell.seed)
-    cheat(model, sets)
-    honest = {n: getattr(sets, n).examples.sha256() for n in ("train", "val_a", "val_b")}
-    spared = sets.soak.take(sets.calibration_soak)
-    honest |= {"decide_val": honest["val_b"], "decide_soak": spared.examples.sha256()}
-    model.trained_on = honest
-    model.save(cell.folder(run))
-    seal(run, cell)
-
-
-def both(one: LabelledExamples, other: LabelledExamples) -> LabelledExamples:
-    x = np.concatenate([one.inputs.x, other.inputs.x])
-    return LabelledExamples(inputs=ModelInputs(x=x, spec=one.inputs.spec), y=np.concatenate([one.y, other.y]))
-
-
-def edit_predictions(run: Path, change: Callable[[pa.Table], pa.Table], *, cell: Experiment = CELL) -> None:
-    path = cell.folder(run) / "predictions.parquet"
-    table = change(pq.read_table(path))
-    pq.write_table(table, path)
-    seal(run, cell)
-
-
 def test_a_clean_run_keeps_every_promise_and_the_file_says_so(run: Path, store: Path) -> None:
     audit = stages.audit(runner.read_settings(run))
 
-    # Of a store without idle machines and of one length, some questions for leaks cannot be asked.
+    # Of a store without idle machines and of one length, some questions for leaks and shortcuts cannot be asked.
+    may_be_untested = ("leak-", "splices", "load", "idle")
     asked = [
-        check for check in audit.checks if not (check.name.startswith("leak-") and check.fate is CheckOutcome.UNTESTED)
+        check
+        for check in audit.checks
+        if not (check.name.startswith(may_be_untested) and check.fate is CheckOutcome.UNTESTED)
     ]
     assert [check for check in asked if check.fate is not CheckOutcome.KEPT] == []
     assert {check.name for check in asked} > {"leak-phase-from-elapsed-time", "leak-host-from-one-feature"}
     assert read_audit(run) == audit
+    assert read_headline(run).audit == HeadlineVerdict(passes=True)
 
 
 def test_bundles_that_came_later_accuse_nobody(run: Path, store: Path, tmp_path: Path) -> None:
@@ -132,13 +105,13 @@ def test_without_its_store_an_audit_says_what_it_could_not_test(run: Path, tmp_p
 
 def test_an_audit_of_other_predictions_no_longer_counts(run: Path) -> None:
     stages.audit(runner.read_settings(run))
-    edit_predictions(run, lambda table: table.slice(0, table.num_rows - 1))
+    edit_predictions(run, CELL, lambda table: table.slice(0, table.num_rows - 1))
 
     assert read_audit(run) is None
 
 
 def test_edited_features_are_caught(run: Path) -> None:
-    path = run / "features_window_v1.parquet"
+    path = run / "features_window_v2.parquet"
     table = pq.read_table(path)
     leaked = pa.array(table["phase"].to_numpy().astype(np.float32))
     column = table.schema.get_field_index("proc.cpu_user.mean")
@@ -148,7 +121,7 @@ def test_edited_features_are_caught(run: Path) -> None:
 
 
 def test_labels_made_from_elapsed_time_are_caught(run: Path) -> None:
-    path = run / "features_window_v1.parquet"
+    path = run / "features_window_v2.parquet"
     table = pq.read_table(path)
     late = pc.cast(pc.greater(table["t_center_s"], 20.0), pa.int8())
     pq.write_table(table.set_column(table.schema.get_field_index("phase"), "phase", late), path)
@@ -239,28 +212,22 @@ def repeated(run: Path) -> AuditCheck:
 
 
 def test_training_on_the_test_set_is_caught(run: Path) -> None:
-    def cheat(model: object, sets: object) -> None:
-        everything = both(sets.train.examples, sets.test.examples)  # type: ignore[attr-defined]
-        model.fit(everything, sets.val_a.examples).calibrate(sets.val_b.examples)  # type: ignore[attr-defined]
-
-    refit(run, CELL, cheat)
+    refit(run, CELL, lambda model, sets: fit_model(model, replace(sets, extra=sets.test.examples)))
 
     assert repeated(run).fate is CheckOutcome.BROKEN
 
 
-def test_stopping_by_the_test_set_is_caught(run: Path) -> None:
-    def cheat(model: object, sets: object) -> None:
-        model.fit(sets.train.examples, sets.test.examples).calibrate(sets.val_b.examples)  # type: ignore[attr-defined]
-
-    refit(run, CELL, cheat)
+def test_choosing_by_the_test_set_is_caught(run: Path) -> None:
+    refit(run, CELL, lambda model, sets: fit_model(model, replace(sets, val_a=sets.test)))
 
     assert repeated(run).fate is CheckOutcome.BROKEN
 
 
 def test_calibrating_on_the_test_set_is_caught(run: Path) -> None:
-    def cheat(model: object, sets: object) -> None:
-        model.fit(sets.train.examples, sets.val_a.examples).calibrate(sets.test.examples)  # type: ignore[attr-defined]
-        model.temperature *= 1.5  # type: ignore[attr-defined]
+    def cheat(model: PhaseModel, sets: FoldData) -> FittedModel:
+        fitted = fit_model(model, replace(sets, val_b=sets.test))
+        fitted.model.temperature *= 1.5
+        return fitted
 
     refit(run, CELL, cheat)
 
@@ -268,10 +235,9 @@ def test_calibrating_on_the_test_set_is_caught(run: Path) -> None:
 
 
 def test_scaling_with_the_test_set_is_caught(run: Path) -> None:
-    def cheat(model: object, sets: object) -> None:
-        seen = np.nanmean(sets.test.x, axis=0)  # type: ignore[attr-defined]
-        shifted = ModelInputs(x=sets.train.x - seen, spec=sets.train.inputs.spec)  # type: ignore[attr-defined]
-        model.fit(LabelledExamples(inputs=shifted, y=sets.train.y), sets.val_a.examples).calibrate(sets.val_b.examples)  # type: ignore[attr-defined]
+    def cheat(model: PhaseModel, sets: FoldData) -> FittedModel:
+        shifted = ModelInputs(x=sets.train.x - np.nanmean(sets.test.x, axis=0), spec=sets.train.inputs.spec)
+        return fit_model(model, replace(sets, train=replace(sets.train, inputs=shifted)))
 
     refit(run, CELL, cheat)
 
@@ -288,7 +254,7 @@ def test_other_windows_than_the_folds_are_caught(run: Path) -> None:
     assert repeated(run).fate is CheckOutcome.BROKEN
 
 
-@pytest.mark.parametrize("part", ["decide_val", "decide_soak"])
+@pytest.mark.parametrize("part", ["decide_val", "decide_soak", "decide_val_1s", "decide_soak_1s"])
 def test_thresholds_set_on_other_windows_are_caught(run: Path, part: str) -> None:
     folder = CELL.folder(run)
     header, files = checkpoint.read_checkpoint(folder)
@@ -308,13 +274,13 @@ def test_edited_probabilities_are_caught(run: Path) -> None:
             )
         return table.set_column(table.schema.get_field_index("y_pred"), "y_pred", table["y_true"])
 
-    edit_predictions(run, truth_told)
+    edit_predictions(run, CELL, truth_told)
 
     assert check_predictions(run).fate is CheckOutcome.BROKEN
 
 
 def test_edited_decisions_are_caught(run: Path) -> None:
-    edit_predictions(run, lambda t: t.set_column(t.schema.get_field_index("y_pred"), "y_pred", t["y_true"]))
+    edit_predictions(run, CELL, lambda t: t.set_column(t.schema.get_field_index("y_pred"), "y_pred", t["y_true"]))
 
     assert check_predictions(run).fate is CheckOutcome.BROKEN
 
@@ -327,13 +293,13 @@ def test_edited_rows_of_the_filter_are_caught(run: Path) -> None:
             table = table.set_column(table.schema.get_field_index(name), name, p)
         return table
 
-    edit_predictions(run, calm)
+    edit_predictions(run, CELL, calm)
 
     assert "filter phase" in check_predictions(run).words
 
 
 def test_left_out_windows_are_caught(run: Path) -> None:
-    edit_predictions(run, lambda table: table.filter(pc.equal(table["y_true"], table["y_pred"])))
+    edit_predictions(run, CELL, lambda table: table.filter(pc.equal(table["y_true"], table["y_pred"])))
 
     assert check_predictions(run).fate is CheckOutcome.BROKEN
 
@@ -346,13 +312,13 @@ def test_windows_of_trained_episodes_among_the_tested_ones_are_caught(run: Path)
         ids = [learnt if i % 2 else e for i, e in enumerate(table["episode_id"].to_pylist())]
         return table.set_column(table.schema.get_field_index("episode_id"), "episode_id", pa.array(ids))
 
-    edit_predictions(run, mix)
+    edit_predictions(run, CELL, mix)
 
     assert check_predictions(run).fate is CheckOutcome.BROKEN
 
 
 def test_edited_numbers_are_caught(run: Path) -> None:
-    path = run / "metrics_v2.json"
+    path = run / "metrics_v3.json"
     metrics = json.loads(path.read_bytes())
     metrics["metrics"][0]["value"] += 0.1
     path.write_text(json.dumps(metrics))
@@ -443,7 +409,7 @@ class Peeks:
 def test_who_scores_in_spite_of_shuffled_labels_has_the_truth_from_elsewhere(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = run / "features_window_v1.parquet"
+    path = run / "features_window_v2.parquet"
     table = pq.read_table(path)
     leaked = pa.array(table["phase"].to_numpy().astype(np.float32))
     pq.write_table(
@@ -458,41 +424,54 @@ def test_who_scores_in_spite_of_shuffled_labels_has_the_truth_from_elsewhere(
 
 
 def test_an_alarm_that_was_set_by_the_test_set_is_caught(run: Path) -> None:
-    def cheat(model: object, sets: object) -> None:
-        fit_model(model, sets)  # type: ignore[arg-type]
-        rule = model.alarm["none"]  # type: ignore[attr-defined]
+    def cheat(model: PhaseModel, sets: FoldData) -> FittedModel:
+        fitted = fit_model(model, sets)
+        rule, *others = fitted.model.alarms
         theta = 0.25 if rule.theta > 0.5 else 0.75  # as another set of windows would have it
-        model.alarm = {**model.alarm, "none": replace(rule, theta=theta)}  # type: ignore[attr-defined]
+        fitted.model.alarms = (replace(rule, theta=theta), *others)
+        return fitted
 
     refit(run, CELL, cheat)
 
     assert repeated(run).fate is CheckOutcome.BROKEN
 
 
-def test_the_operators_view_rings_at_the_thresholds_of_the_checkpoints(run: Path) -> None:
+@pytest.mark.parametrize(("stride_s", "ending"), [(5, ""), (1, "_1s")])
+@pytest.mark.parametrize("kind", AlarmKind)
+def test_the_operators_view_rings_by_the_rules_of_the_checkpoints(
+    run: Path, kind: AlarmKind, stride_s: int, ending: str
+) -> None:
     """Evaluation chooses them again from predictions alone, soak of other hosts included."""
     table = read_predictions(run / PREDICTIONS_FILE)
     recorded = read_timelines(run)
     of_part = {
-        part: {b.key: b for b in parse_prediction_groups(table, {}, part=part)} for part in ("test", "val_b", "soak")
+        part: {b.key: b for b in parse_prediction_groups(table, {}, part=f"{part}{ending}")}
+        for part in ("test", "val_b", "soak")
     }
-    key = (CELL.recipe, CELL.threat, CELL.table, "phase")
-    boards = [of_part[part].get(key) for part in ("test", "val_b", "soak")]
-    assert boards[0] is not None
-    own = [s for s in boards[0].predictions if s.model == CELL.model]
+    key = (CELL.recipe, CELL.threat, CELL.table, "none")
+    test, val_b, soak = (of_part[part].get(key) for part in ("test", "val_b", "soak"))
+    assert test is not None
+    own = [s for s in test.predictions if s.model == CELL.model]
+    parts = PredictionParts(test=test, val_b=val_b, soak=soak, stride_s=stride_s)
 
-    lived = simulate_alarms(own, PredictionParts(test=boards[0], val_b=boards[1], soak=boards[2]), recorded, None)
+    lived = simulate_alarms(own, parts, recorded, kind=kind, agent=None)
 
     assert isinstance(lived, AlarmSimulation)
     cells = [replace(CELL, fold=s.fold) for s in own]
-    assert list(lived.thresholds) == [checkpoint.read_checkpoint(c.folder(run))[0].alarm["phase"].theta for c in cells]
+    headers = [checkpoint.read_checkpoint(c.folder(run))[0] for c in cells]
+    assert list(lived.rules) == [find_alarm_rule(header.alarms, kind, stride_s) for header in headers]
 
 
 def test_a_run_that_fails_its_audit_has_no_headline_on_its_page(run: Path) -> None:
-    edit_predictions(run, lambda t: t.set_column(t.schema.get_field_index("y_pred"), "y_pred", t["y_true"]))
+    edit_predictions(run, CELL, lambda t: t.set_column(t.schema.get_field_index("y_pred"), "y_pred", t["y_true"]))
     stages.evaluate(runner.read_settings(run))
     stages.audit(runner.read_settings(run))
 
+    headline = read_headline(run)
+    assert headline.audit is not None
+    assert not headline.audit.passes
+    assert "predictions" in headline.audit.failed
+    assert render_headline(headline).startswith("no headline: ")
     page = stages.build_report(runner.read_settings(run)).read_text()
 
     assert "failed its audit" in page or "audit" in page.partition("</h1>")[0]

@@ -184,7 +184,7 @@ def test_features_works_without_a_run(phasewatch: Call, store: Path, tmp_path: P
     )
 
     assert said.code == 0
-    assert said.lines[-1] == str(tmp_path / "f" / "features_window_v1.parquet")
+    assert said.lines[-1] == str(tmp_path / "f" / "features_window_v2.parquet")
     assert said.lines[-2].endswith("windows of 3 episodes")
 
 
@@ -234,7 +234,7 @@ def test_commands_load_without_the_extras_that_they_do_not_need() -> None:
     probe = (
         "import sys\n"
         "from phasewatch.cli.groups import COMMANDS, load_command\n"
-        "extras = {'torch', 'xgboost', 'sklearn', 'scipy', 'plotly', 'onnx', 'onnxruntime', 'starlette', "
+        "extras = {'torch', 'lightgbm', 'sklearn', 'scipy', 'plotly', 'onnx', 'onnxruntime', 'starlette', "
         "'uvicorn', 'qemu'}\n"
         "sys.modules.update(dict.fromkeys(extras))\n"
         "failed = []\n"

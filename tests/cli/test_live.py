@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from tests.cli.conftest import Said
@@ -87,11 +88,32 @@ def test_predict_lists_bundles_that_it_could_not_read(
     assert said.code == 1
     assert spoilt.name in said.err
     assert said.lines[-1] == str(out)
-    assert {row["filter"] for row in table} == {"none", "phase"}
+    assert {row["filter"] for row in table} == {"none"}
     assert len({row["episode_id"] for row in table}) == len(list(mine.glob("*/*.tar.zst"))) - 1
     assert all(abs(sum(row[f"p_{p}"] for p in PHASES) - 1) < 1e-5 for row in table)
     assert {row["threat"] for row in table} == {"realistic"}
-    assert {row["alarm"] for row in table if row["filter"] == "none"} == {None}
+    assert {type(row[name]) for row in table for name in ("alarm", "activity_alarm")} == {bool}
+
+
+def test_predict_decides_every_second_or_every_five_and_shows_filtered_phases_on_request(
+    phasewatch: Run, run: Path, store: Path, tmp_path: Path
+) -> None:
+    bundle = sorted(store.glob("*/*.tar.zst"))[0]
+    model = cell(run, "realistic")
+    options = {"1": (), "5": ("--stride", "5"), "phase": ("--smoothing", "phase")}
+    tables = {}
+    for name, option in options.items():
+        assert phasewatch("predict", bundle, "--model", model, "--out", tmp_path / "x.parquet", *option).code == 0
+        tables[name] = pq.read_table(tmp_path / "x.parquet").to_pylist()
+    times = {name: sorted({row["t_center_ns"] for row in table}) for name, table in tables.items()}
+    p = {row["t_center_ns"]: [row[f"p_{phase}"] for phase in PHASES] for row in tables["1"]}
+
+    assert set(np.diff(times["1"])) == {10**9}
+    assert times["5"] == times["1"][::5]
+    assert all(p[row["t_center_ns"]] == [row[f"p_{phase}"] for phase in PHASES] for row in tables["5"])
+    assert {row["filter"] for row in tables["phase"]} == {"none", "phase"}
+    plain, smooth = ([r["alarm"] for r in tables["phase"] if r["filter"] == name] for name in ("none", "phase"))
+    assert plain == smooth == [row["alarm"] for row in tables["1"]]
 
 
 def test_a_checkpoint_and_its_edge_bundle_predict_the_same(
@@ -323,7 +345,7 @@ def test_watch_with_an_edge_bundle_loads_no_training_packages_and_stays_small(pr
         "    app(sys.argv[1:], prog_name='phasewatch', standalone_mode=False)\n"
         "except SystemExit:\n"
         "    pass\n"
-        "heavy = {'torch','xgboost','sklearn','scipy','pyarrow','plotly','pandas','onnx','onnxmltools','numba','ray'}\n"
+        "heavy = {'torch','lightgbm','sklearn','scipy','pyarrow','plotly','pandas','onnx','skl2onnx','numba','ray'}\n"
         "peak = int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
         "sys.stderr.write('\\n%s %d\\n' % (sorted(heavy & {m.split('.')[0] for m in sys.modules}), peak))\n"
     )

@@ -77,7 +77,7 @@ def test_a_body_of_events_is_accepted_as_a_whole_or_refused(running: Running) ->
     before = httpx.get(running.address + "healthz", trust_env=False).json()["events"]
 
     good = running.post(LINE, b"", LINE)
-    bad = running.post(LINE, b'{"v":1}', LINE)
+    bad = running.post(LINE, b'{"v":2}', LINE)
 
     assert (good.status_code, good.json()) == (202, {"accepted": 2})
     assert bad.status_code == 400

@@ -8,11 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from scipy.stats import t as student
 from tests.factories.predictions import Shape, write_predictions
 
 from phasewatch.artifacts import PREDICTIONS_FILE
 from phasewatch.evaluation.evaluate import evaluate_run
-from phasewatch.evaluation.metric_table import MetricRow, MetricTable, NoteCode, render_headline
+from phasewatch.evaluation.headline import build_headline, render_headline
+from phasewatch.evaluation.metric_table import MetricRow, MetricTable, NoteCode
 from phasewatch.splits import Fold, SplitPart, render_fold
 from phasewatch.splits.fold import compute_fold_digest
 from phasewatch.training.predictions import write_prediction_table
@@ -44,7 +46,7 @@ def test_a_model_whose_probabilities_are_no_numbers_is_not_scored_and_the_others
     assert reason.startswith("gbt (seed 0, fold host-0) is not scored: 15 of 90 windows")
     assert not scores(metrics, "gbt")
     assert scores(metrics, "elapsed_time")
-    assert "untested" in render_headline(metrics)
+    assert "untested" in render_headline(build_headline(metrics))
 
 
 @pytest.mark.parametrize(
@@ -127,13 +129,13 @@ def test_predictions_of_another_split_are_not_scored(tmp_path: Path, tested: ran
     [
         pytest.param(Shape(hosts=1, sessions=1, agents=("off",)), "[no interval: 1 session,", id="one episode"),
         pytest.param(Shape(hosts=1, sessions=8, agents=("off",)), "8 episodes, 1 host", id="one host"),
-        pytest.param(Shape(phases=2), "3 states", id="classes never seen"),
+        pytest.param(Shape(phases=2), "3 classes 0.", id="classes never seen"),
     ],
 )
 def test_a_poor_run_is_scored_as_far_as_it_goes(tmp_path: Path, shape: Shape, says: str) -> None:
     write_predictions(tmp_path, shape)
 
-    assert says in render_headline(evaluate_run(tmp_path, resamples=50))
+    assert says in render_headline(build_headline(evaluate_run(tmp_path, resamples=50)))
 
 
 def test_without_benign_episodes_their_profile_is_untested_by_name(tmp_path: Path) -> None:
@@ -145,7 +147,7 @@ def test_without_benign_episodes_their_profile_is_untested_by_name(tmp_path: Pat
     assert "benign" in {r.profile for r in metrics.metrics if r.metric == "untested_profile"}
 
 
-def test_how_hosts_differ_is_told_by_points_and_the_worst_but_by_no_interval(tmp_path: Path) -> None:
+def test_how_hosts_differ_is_told_by_points_the_worst_and_a_range_for_a_new_one(tmp_path: Path) -> None:
     write_predictions(tmp_path, Shape(agents=("off",)))
 
     metrics = evaluate_run(tmp_path, resamples=50)
@@ -153,16 +155,19 @@ def test_how_hosts_differ_is_told_by_points_and_the_worst_but_by_no_interval(tmp
     each = [r.value for r in scores(metrics, "gbt") if r.host_id and r.agent == "off" and r.profile is None]
 
     assert found["macro_f1_mean_of_hosts"].value == pytest.approx(np.mean(each))
-    assert found["macro_f1_mean_of_hosts"].low is None
-    assert found["macro_f1_mean_of_hosts"].note == "3 hosts, an interval between hosts needs 20"
+    mean, new = found["macro_f1_mean_of_hosts"], found["macro_f1_new_host"]
+    ends = student.interval(0.95, 2, np.mean(each), np.std(each, ddof=1) * np.sqrt(1 + 1 / 3))
+    assert (new.value, new.low, new.high) == pytest.approx((np.mean(each), max(0.0, ends[0]), min(1.0, ends[1])))
+    assert new.low <= mean.low <= mean.value <= mean.high <= new.high
     assert found["macro_f1_worst_host"].value == pytest.approx(min(each))
     assert found["macro_f1_range_of_hosts"].value == pytest.approx(max(each) - min(each))
 
 
-def test_from_twenty_hosts_on_there_is_an_interval_between_hosts(tmp_path: Path) -> None:
-    write_predictions(tmp_path, Shape(hosts=20, sessions=2, per_session=6, agents=("off",), skill=(("gbt", 0.8),)))
+def test_two_hosts_have_no_interval_between_hosts(tmp_path: Path) -> None:
+    write_predictions(tmp_path, Shape(hosts=2, sessions=6, agents=("off",)))
 
     metrics = evaluate_run(tmp_path, resamples=100)
-    (row,) = [r for r in metrics.metrics if r.metric == "macro_f1_mean_of_hosts" and r.agent == "off"]
+    names = {"macro_f1_mean_of_hosts", "macro_f1_new_host"}
+    codes = {r.code for r in metrics.metrics if r.metric in names and (r.model, r.agent) == ("gbt", "off")}
 
-    assert row.low < row.value < row.high
+    assert codes == {NoteCode.TOO_FEW_HOSTS}

@@ -11,17 +11,17 @@ import pyarrow as pa
 import pytest
 from tests.factories.predictions import MALICIOUS, SKILL, Shape, write_predictions
 
-from phasewatch.artifacts import OLD_METRICS_FILE, PREDICTIONS_FILE
+from phasewatch.artifacts import OLD_METRICS_FILES, PREDICTIONS_FILE
 from phasewatch.errors import RunError
 from phasewatch.evaluation.bootstrap import compute_paired_p_value
 from phasewatch.evaluation.evaluate import evaluate_run, read_metrics
+from phasewatch.evaluation.headline import build_headline, render_headline
 from phasewatch.evaluation.metric_table import (
     MetricRow,
     MetricTable,
     NoteCode,
     has_metrics,
     parse_metrics,
-    render_headline,
     render_metrics,
 )
 from phasewatch.training.predictions import PROBABILITY_COLUMNS, write_prediction_table
@@ -218,30 +218,35 @@ def test_the_headline_has_its_form(scored: tuple[MetricTable, pa.Table, Path]) -
     number = r"0\.\d\d \[0\.\d\d, 0\.\d\d\]"
 
     assert re.fullmatch(
-        rf"macro-F1 of phase, unseen host, realistic, gbt: {number}; 3 states {number}; elapsed time alone 0\.\d\d "
-        r"\(9 episodes, 3 hosts, 2 of 6 profiles tested, 1 seed\)",
-        render_headline(scored[0]),
+        r"infections alarmed within 30 s, unseen host \(unseen host and sample not tested\): untested at untested "
+        rf"false alarms per VM-hour; macro-F1 3 classes {number}, 5 phases {number}; a new host \d\.\d\d to \d\.\d\d; "
+        r"idle called clean untested; time alone 0\.\d\d, load alone untested "
+        r"\(9 episodes, 3 hosts, 2 of 6 profiles, 1 seed\)",
+        render_headline(build_headline(scored[0])),
     )
 
 
 def test_the_headline_says_that_episodes_are_simulated_and_counts_seeds(tmp_path: Path) -> None:
     write_predictions(tmp_path, Shape(origin="simulated", seeds=(0, 1)))
 
-    assert render_headline(evaluate_run(tmp_path, resamples=100)).endswith("2 seeds) [simulated]")
+    assert render_headline(build_headline(evaluate_run(tmp_path, resamples=100))).endswith("2 seeds) [simulated]")
 
 
 def test_without_a_test_episode_whose_agent_is_off_there_is_no_number(tmp_path: Path) -> None:
     write_predictions(tmp_path, Shape(agents=("on",)))
 
-    assert render_headline(evaluate_run(tmp_path, resamples=100)).endswith(
-        "gbt: untested, no test episode with the agent off"
-    )
+    headline = build_headline(evaluate_run(tmp_path, resamples=100))
+
+    assert headline.macro_f1.value is None
+    assert "5 phases untested" in render_headline(headline)
 
 
 def test_with_too_few_sessions_the_headline_says_why_there_is_no_interval(tmp_path: Path) -> None:
     write_predictions(tmp_path, Shape(hosts=2, sessions=2, agents=("off",)))
 
-    assert "[no interval: 4 sessions, an interval needs 5]" in render_headline(evaluate_run(tmp_path, resamples=100))
+    assert "[no interval: 4 sessions, an interval needs 5]" in render_headline(
+        build_headline(evaluate_run(tmp_path, resamples=100))
+    )
 
 
 def test_seeds_are_averaged(tmp_path: Path) -> None:
@@ -282,12 +287,12 @@ def test_the_same_predictions_give_the_same_bytes_in_any_order(
     write_prediction_table(tmp_path / PREDICTIONS_FILE, [table.take(pa.array(order))])
 
     assert evaluate_run(tmp_path, resamples=500).metrics == metrics.metrics
-    assert (run / "metrics_v2.json").read_bytes() == render_metrics(evaluate_run(run, resamples=500))
+    assert (run / "metrics_v3.json").read_bytes() == render_metrics(evaluate_run(run, resamples=500))
 
 
 def test_the_file_names_its_inputs_and_every_row_has_every_field(scored: tuple[MetricTable, pa.Table, Path]) -> None:
     metrics, _, run = scored
-    raw = msgspec.json.decode((run / "metrics_v2.json").read_bytes())
+    raw = msgspec.json.decode((run / "metrics_v3.json").read_bytes())
 
     assert list(raw) == ["inputs", "metrics"]
     assert list(raw["inputs"]) == [PREDICTIONS_FILE]
@@ -328,15 +333,16 @@ def test_the_file_names_its_inputs_and_every_row_has_every_field(scored: tuple[M
 def test_a_file_that_is_no_metrics_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"m\.json: not a metrics file"):
         parse_metrics(b"{}", file="m.json")
-    with pytest.raises(RunError, match=r"metrics_v2\.json: absent; make it with `phasewatch evaluate"):
+    with pytest.raises(RunError, match=r"metrics_v3\.json: absent; make it with `phasewatch evaluate"):
         read_metrics(tmp_path)
 
 
-def test_a_run_with_only_the_old_metrics_file_is_refused_with_the_command_that_helps(tmp_path: Path) -> None:
-    (tmp_path / OLD_METRICS_FILE).write_bytes(b"{}")
+@pytest.mark.parametrize("name", OLD_METRICS_FILES)
+def test_a_run_with_only_an_old_metrics_file_is_refused_with_the_command_that_helps(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"{}")
 
     assert has_metrics(tmp_path)
-    with pytest.raises(RunError, match=r"older version, expected metrics_v2\.json; make it with `phasewatch evaluate"):
+    with pytest.raises(RunError, match=r"older version, expected metrics_v3\.json; make it with `phasewatch evaluate"):
         read_metrics(tmp_path)
 
 

@@ -17,7 +17,7 @@ from phasewatch.events.schema import PhaseEvent
 from phasewatch.inference.edge_bundle import TrainingOrigin
 from phasewatch.inference.offline import predict_episode
 from phasewatch.inference.predictor import PhasePredictor
-from phasewatch.models.alarm import AlarmRule
+from phasewatch.models.alarm import AlarmKind, AlarmRule
 from phasewatch.models.base import InputKind, InputSpec, ModelInputs
 from phasewatch.simulate import simulate
 from phasewatch.store.local import DiskStore
@@ -54,7 +54,7 @@ def scorer() -> PhasePredictor:
         spec=spec,
         estimator=AlwaysActive(),
         filter=None,
-        alarm=AlarmRule(theta=0.5),
+        alarms=(AlarmRule(kind=AlarmKind.ACTIVITY, stride_s=1, theta=0.5, k=3, n=4),),
         trained=TrainingOrigin(),
         where="a test",
     )
@@ -68,7 +68,9 @@ def test_replay_has_true_phase_alarm_and_caveat(bundle: BundleCheck, scorer: Pha
 
     assert len(seen) == n_windows >= 11
     assert {s.decision for s in seen} == {"active"}
-    assert [s.alarm for s in seen[:3]] == [False, True, True]
+    assert {s.alarm for s in seen} == {None}
+    assert [s.activity_alarm for s in seen[:4]] == [False, False, True, True]
+    assert [s.alarm_changes for s in seen[:4]] == [(), (), ("activity",), ()]
     assert {s.caveat for s in seen} == {"trained on this bundle"}
     assert {s.truth for s in seen} <= {"clean", "armed", "infecting", "active", "dormant", None}
     assert (seen[0].model, seen[0].threat, seen[0].filter) == ("cnn", "realistic", "none")

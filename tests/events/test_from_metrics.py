@@ -7,7 +7,8 @@ from msgspec.structs import replace
 from tests.factories.report_runs import MALICIOUS, Recipe, make_run
 
 from phasewatch.evaluation.evaluate import read_metrics
-from phasewatch.evaluation.metric_table import MetricRow, MetricTable, render_headline
+from phasewatch.evaluation.headline import build_headline, render_headline
+from phasewatch.evaluation.metric_table import MetricRow, MetricTable
 from phasewatch.events.from_metrics import build_metric_events, build_profile_event
 from phasewatch.events.schema import ConfusionEvent, EventEnvelope, ScoreEvent, parse_event, render_event
 
@@ -31,7 +32,7 @@ def test_leaderboard_is_sorted_by_score_and_marks_baselines(metrics: MetricTable
     assert [r.value for r in score.rows] == sorted((r.value for r in score.rows), reverse=True)
     assert {r.model: r.is_baseline for r in score.rows} == {"gbt": False, "majority": True, "elapsed_time": True}
     assert (score.metric, score.tested, score.registered) == ("macro_f1", 4, 6)
-    assert score.headline == render_headline(metrics)
+    assert score.headline == render_headline(build_headline(metrics))
 
 
 def test_scores_on_fewer_hosts_come_last(metrics: MetricTable) -> None:

@@ -14,14 +14,14 @@ from phasewatch.errors import RunError
 from phasewatch.events.from_replay import (
     ReplayEpisode,
     ReplaySelection,
-    add_alarm,
+    add_alarms,
     iter_replay_steps,
     list_episodes,
-    read_alarm_rule,
+    read_alarm_rules,
     read_replay_episodes,
 )
 from phasewatch.events.schema import PhaseEvent, TelemetryEvent
-from phasewatch.models.alarm import THETA_NEVER, AlarmRule
+from phasewatch.models.alarm import THETA_NEVER, AlarmKind, AlarmRule
 
 FIRST = episodes_of(SMALL)[0]
 
@@ -83,21 +83,39 @@ def with_active_windows(recording: ReplayEpisode) -> ReplayEpisode:
     return replace(recording, predictions=replace(recording.predictions, p=p))
 
 
+def make_rule(kind: AlarmKind, theta: float, *, stride_s: int = 5) -> AlarmRule:
+    return AlarmRule(kind=kind, stride_s=stride_s, theta=theta, k=2, n=3)
+
+
 def test_alarm_follows_the_rule_of_the_model(recording: ReplayEpisode) -> None:
-    ringing = add_alarm(with_active_windows(recording), AlarmRule(theta=0.65))
+    ringing = add_alarms(with_active_windows(recording), [make_rule(AlarmKind.ACTIVITY, 0.65)])
 
     seen = [s.data for s in iter_replay_steps(ringing, vm="m") if isinstance(s.data, PhaseEvent)]
 
     # Two active windows of three raise the alarm, three quiet ones end it.
+    assert [s.activity_alarm for s in seen] == [False, False, True, True, True, False]
+    assert [s.activity_alarm_since_ns for s in seen] == [None, None, *[seen[2].t_end_ns] * 3, None]
+    assert [s.alarm_changes for s in seen] == [(), (), ("activity",), (), (), ("activity",)]
+    assert seen[0].activity_threshold == 0.65
+    assert {s.alarm for s in seen} == {None}
+
+
+def test_infection_alarm_follows_the_probability_of_infecting_alone(recording: ReplayEpisode) -> None:
+    rules = [make_rule(AlarmKind.INFECTION, 0.3), make_rule(AlarmKind.INFECTION, 0.1, stride_s=1)]
+    alarmed = add_alarms(with_active_windows(recording), rules)
+
+    seen = [s.data for s in iter_replay_steps(alarmed, vm="m") if isinstance(s.data, PhaseEvent)]
+
     assert [s.alarm for s in seen] == [False, False, True, True, True, False]
-    assert [s.alarm_since_ns for s in seen] == [None, None, *[seen[2].t_end_ns] * 3, None]
-    assert seen[0].threshold == 0.65
+    assert seen[0].threshold == 0.3
 
 
 def test_rule_that_never_raises_has_a_caveat(recording: ReplayEpisode) -> None:
     seen = next(
         s.data
-        for s in iter_replay_steps(add_alarm(with_active_windows(recording), AlarmRule(theta=THETA_NEVER)), vm="m")
+        for s in iter_replay_steps(
+            add_alarms(with_active_windows(recording), [make_rule(AlarmKind.INFECTION, THETA_NEVER)]), vm="m"
+        )
         if s.is_window
     )
 
@@ -107,7 +125,7 @@ def test_rule_that_never_raises_has_a_caveat(recording: ReplayEpisode) -> None:
 
 
 def test_alarm_is_unknown_without_a_checkpoint(recording: ReplayEpisode, run: Path) -> None:
-    assert read_alarm_rule(recording, run) is None
+    assert read_alarm_rules(recording, run) == ()
     assert next(s.data.alarm for s in iter_replay_steps(recording, vm="m") if isinstance(s.data, PhaseEvent)) is None
 
 

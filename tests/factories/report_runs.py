@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from phasewatch.evaluation.metric_table import MetricRow, MetricTable, render_metrics
+from phasewatch.evaluation.metric_table import MetricRow, MetricTable, NoteCode, render_metrics
 from phasewatch.features.schema import render_schema
 from phasewatch.splits import SplitEpisode, build_folds, render_fold
 from phasewatch.training.predictions import PROBABILITY_COLUMNS, build_predictions_schema
@@ -154,7 +154,7 @@ def write_metrics(folder: Path, *, is_full: bool, resamples: int = 200) -> None:
 
     metrics = compute_metrics(folder, resamples=resamples)
     rows = (*metrics.metrics, *(made_up_rows() if is_full else ()))
-    (folder / "metrics_v2.json").write_bytes(render_metrics(MetricTable(inputs=metrics.inputs, metrics=rows)))
+    (folder / "metrics_v3.json").write_bytes(render_metrics(MetricTable(inputs=metrics.inputs, metrics=rows)))
 
 
 def made_up_rows() -> Iterator[MetricRow]:
@@ -180,14 +180,34 @@ def made_up_rows() -> Iterator[MetricRow]:
     for recipe, value in (("random_windows", 0.9), ("in_distribution", 0.7), ("held_out_both", 0.4)):
         for metric in ("macro_f1", "macro_f1_3class"):
             yield row(metric, value, recipe=recipe, low=value - 0.05, high=value + 0.05)
-    for budget in (1.0, 6.0, 30.0):
-        for profile in (None, *MALICIOUS[:4]):
-            yield row("delay_s_at_budget", None if budget < 2 else 90 / budget, bin=budget, profile=profile, unit="s")
-            yield row("miss_rate_at_budget", 1 / budget, bin=budget, profile=profile)
-    yield row("delay_s", 14.0, low=9.0, high=30.0, unit="s")
-    yield row("miss_rate", 0.2, low=0.1, high=0.4)
-    yield row("false_alarms_per_vm_hour", 18.3, low=8.0, high=31.0, unit="1/h", note="13 in 0.71 VM-hours")
-    yield row("impact_bytes_written", 1.2e6, low=1e5, high=3e6, unit="B")
+    for kind in ("infection", "activity"):
+        for budget in (0.25, 1.0, 6.0):
+            yield row(f"{kind}_recall_30s_at_budget", 0.7 + budget / 20, bin=budget, low=0.5, high=1.0)
+            yield row(f"{kind}_delay_s_at_budget", None if budget < 1 else 30 / budget, bin=budget, unit="s")
+            yield row(f"{kind}_miss_rate_at_budget", 0.2 / (1 + budget), bin=budget)
+        yield row(f"{kind}_recall_30s", 0.8, low=0.6, high=0.9)
+        yield row(f"{kind}_chance_30s", 0.02, low=0.0, high=0.05)
+        yield row(f"{kind}_n_cut_short_30s", 2.0, unit="episodes", note="a count", code=NoteCode.COUNT)
+        yield row(f"{kind}_delay_s", 14.0, low=9.0, high=30.0, unit="s")
+        yield row(f"{kind}_miss_rate", 0.2, low=0.1, high=0.4)
+        for profile in MALICIOUS[:4]:
+            yield row(f"{kind}_recall_30s", 0.75, profile=profile, low=0.2, high=1.0)
+        yield row(f"{kind}_recall_30s", 0.9, phase="clean", low=0.6, high=1.0)
+        yield row(
+            f"{kind}_false_alarms_per_vm_hour",
+            18.3,
+            low=8.0,
+            high=31.0,
+            unit="1/h",
+            note="13 in 0.71 VM-hours",
+            code=NoteCode.FALSE_ALARM_COUNT,
+        )
+        yield row(f"{kind}_time_in_alarm", 0.03, low=0.01, high=0.05)
+        for days in (30.0, 1.0):
+            yield row(f"{kind}_precision_at_base_rate", 0.001 * 30 / days, low=0.0, high=0.1, bin=days)
+    yield row("infection_impact_bytes_written", 1.2e6, low=1e5, high=3e6, unit="B")
+    yield row("idle_called_clean", 0.86, low=0.7, high=0.95)
+    yield row("macro_f1_with_load", 0.4, low=0.3, high=0.5)
     for i, channel in enumerate(("proc.vcpu_run", "netflow.out_bytes", "qmp.blk_wr_ops")):
         yield row("macro_f1_permuted_gap", 0.1 / (i + 1), compared_to=channel, low=-0.01, high=0.2)
     for threat, value in (("proc", 0.3), ("proc+qmp", 0.4), ("proc+qmp+netflow+guest", 0.6)):
@@ -255,7 +275,7 @@ def write_ledger(folder: Path, n: int) -> None:
 
 
 def write_schema(folder: Path) -> None:
-    (folder / "feature_schema_v1.json").write_text(render_schema("cd" * 32))
+    (folder / "feature_schema_v2.json").write_text(render_schema("cd" * 32))
 
 
 def write_splits(folder: Path, recipe: Recipe, episodes: Sequence[FakeEpisode]) -> None:

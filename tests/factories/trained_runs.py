@@ -21,7 +21,7 @@ def write_trained_run(
 ) -> Path:
     """Write a run over the real columns and train some models for some masks on one fold."""
     write_run(run, World(windows=8, hosts=3, sessions=4, soaks=0))
-    (run / "feature_schema_v1.json").write_text(json.dumps(json.loads(render_schema(behaviour_fingerprint()))))
+    (run / "feature_schema_v2.json").write_text(json.dumps(json.loads(render_schema(behaviour_fingerprint()))))
     write_splits(run, RECIPE)
     cells = [Experiment(recipe=RECIPE, fold=FOLD, threat=threat, model=m) for m in models for threat in threats]
     train_experiments(run, cells, workers=1)

@@ -8,14 +8,26 @@ from dataclasses import replace
 import pytest
 
 from phasewatch.channels import CHANNELS
-from phasewatch.features.schema import deployment_mask, feature_names, feature_units, render_schema, schema_hash
+from phasewatch.features.derived import DERIVED_FEATURES
+from phasewatch.features.schema import (
+    deployment_mask,
+    feature_names,
+    feature_units,
+    list_channel_columns,
+    list_column_channels,
+    render_schema,
+    schema_hash,
+    stat_names,
+)
 from phasewatch.types import ChannelKind, ChannelTrust, SourceKind
 
 
-def test_columns_go_channel_by_channel_five_stats_each() -> None:
+def test_columns_go_channel_by_channel_five_stats_each_then_the_derived_columns() -> None:
     names = feature_names()
 
-    assert len(names) == len(set(names)) == 5 * len(CHANNELS)
+    assert len(names) == len(set(names)) == 5 * len(CHANNELS) + len(DERIVED_FEATURES)
+    assert names[: 5 * len(CHANNELS)] == stat_names()
+    assert names[5 * len(CHANNELS) :] == tuple(feature.name for feature in DERIVED_FEATURES)
     assert names[:6] == (
         "proc.cpu_user.mean",
         "proc.cpu_user.std",
@@ -24,7 +36,7 @@ def test_columns_go_channel_by_channel_five_stats_each() -> None:
         "proc.cpu_user.slope",
         "proc.cpu_sys.mean",
     )
-    assert names[-1] == "guest.mem_dirty.slope"
+    assert stat_names()[-1] == "guest.mem_dirty.slope"
 
 
 def test_units_stand_beside_names_and_a_slope_is_per_second() -> None:
@@ -33,12 +45,14 @@ def test_units_stand_beside_names_and_a_slope_is_per_second() -> None:
     assert units["proc.cpu_user.p95"] == "cores"
     assert units["proc.cpu_user.slope"] == "cores/s"
     assert units["netflow.out_bytes.slope"] == "B/s/s"
+    assert units["ratio.disk_write_size"] == "B"
 
 
 def test_column_is_in_deployment_if_the_host_measures_it() -> None:
     mask = dict(zip(feature_names(), deployment_mask(), strict=True))
 
-    assert sum(mask.values()) == 5 * sum(c.in_deployment for c in CHANNELS)
+    assert sum(mask[name] for name in stat_names()) == 5 * sum(c.in_deployment for c in CHANNELS)
+    assert all(mask[feature.name] for feature in DERIVED_FEATURES)
     assert mask["qmp.jit_tb.mean"]
     assert not mask["qmp.bal_free_delta.mean"]
     assert not mask["guest.ctxt.mean"]
@@ -72,6 +86,37 @@ def test_the_order_of_channels_is_part_of_the_hash() -> None:
     assert schema_hash((CHANNELS[1], CHANNELS[0], *CHANNELS[2:])) != schema_hash()
 
 
+@pytest.mark.parametrize(
+    ("column", "channels"),
+    [
+        ("proc.cpu_user.slope", ("proc.cpu_user",)),
+        ("ratio.disk_write_size", ("qmp.blk_wr_bytes", "qmp.blk_wr_ops")),
+        ("burst.cpu_and_sending", ("proc.vcpu_run", "netflow.out_pkts")),
+        ("burst.cpu_share@60s", ("proc.vcpu_run",)),
+        ("proc.vcpu_run.max@-2", ("proc.vcpu_run",)),
+        ("netflow.in_bytes.std@120s", ("netflow.in_bytes",)),
+    ],
+)
+def test_every_column_names_the_channels_that_it_needs(column: str, channels: tuple[str, ...]) -> None:
+    assert list_column_channels(column) == channels
+
+
+def test_a_channel_set_has_the_columns_whose_channels_it_has_all() -> None:
+    columns = ("qmp.blk_wr_ops.mean", "ratio.disk_write_size", "qmp.blk_wr_bytes.max@30s", "burst.disk_write_starts")
+
+    assert list_channel_columns(columns, ("qmp.blk_wr_bytes",)) == columns[2:]
+    assert list_channel_columns(columns, ("qmp.blk_wr_ops", "qmp.blk_wr_bytes")) == columns
+
+
+def test_channels_without_those_of_a_derived_column_do_not_have_it() -> None:
+    only = tuple(c for c in CHANNELS if c.source is SourceKind.PROC)
+
+    assert "burst.cpu_share" in feature_names(only)
+    assert "ratio.cpu_switches" in feature_names(only)
+    assert "ratio.disk_write_per_cpu" not in feature_names(only)
+    assert len(feature_names(only)) == len(feature_units(only)) == len(deployment_mask(only))
+
+
 def test_the_schema_file_says_what_the_tables_hold() -> None:
     schema = json.loads(render_schema("f" * 64))
 
@@ -83,6 +128,7 @@ def test_the_schema_file_says_what_the_tables_hold() -> None:
         "in_deployment_mask",
         "channels",
         "stat_suffixes",
+        "derived",
         "window_seconds",
         "stride_seconds",
         "bin_seconds",
@@ -91,9 +137,15 @@ def test_the_schema_file_says_what_the_tables_hold() -> None:
     ]
     assert schema["phases"] == ["clean", "armed", "infecting", "active", "dormant"]
     assert (schema["window_seconds"], schema["stride_seconds"], schema["bin_seconds"]) == (10.0, 5.0, 0.5)
-    assert (
-        len(schema["feature_names"]) == len(schema["units"]) == len(schema["in_deployment_mask"]) == 5 * len(CHANNELS)
-    )
+    assert len(schema["feature_names"]) == len(schema["units"]) == len(schema["in_deployment_mask"]) == 313
+    assert schema["version"] == 2
+    assert [row["name"] for row in schema["derived"]] == schema["feature_names"][5 * len(CHANNELS) :]
+    assert schema["derived"][0] == {
+        "name": "ratio.disk_write_size",
+        "unit": "B",
+        "formula": "mean(qmp.blk_wr_bytes) / (mean(qmp.blk_wr_ops) + 0.05)",
+        "channels": ["qmp.blk_wr_bytes", "qmp.blk_wr_ops"],
+    }
     assert schema["channels"][0] == {
         "name": "cpu_user",
         "source": "proc",

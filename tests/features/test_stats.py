@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as npst
 from tests.oracle import slow
 
 from phasewatch.features.stats import SORTING_NETWORK_10, STATS, episode_stats, window_stats
+from phasewatch.features.windows import n_windows
 
 NAN = float("nan")
 
@@ -76,6 +77,30 @@ def test_a_window_gets_the_same_bits_whatever_stands_before_it() -> None:
 
     for j in range(5):
         assert np.array_equal(window_stats(bins[10 * j : 10 * j + 20])[0], together[j], equal_nan=True)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 5, 10])
+@given(
+    bins=npst.arrays(
+        np.float32,
+        st.tuples(st.integers(0, 55), st.just(2)),
+        elements=st.one_of(st.just(np.nan), st.floats(width=32)),
+        fill=st.sampled_from([0.25, 7.0]),
+    )
+)
+def test_a_window_has_the_same_bits_at_every_stride(stride: int, bins: np.ndarray) -> None:
+    stats = window_stats(bins, stride)
+
+    assert stats.shape == (n_windows(len(bins), stride), 2, 5)
+    for j in range(len(stats)):
+        alone = window_stats(bins[stride * j : stride * j + 20])[0]
+        assert np.array_equal(stats[j].view(np.uint32), alone.view(np.uint32))
+
+
+@pytest.mark.parametrize("stride", [0, -2, 3, 4, 20])
+def test_a_stride_that_does_not_divide_half_a_window_is_refused(stride: int) -> None:
+    with pytest.raises(ValueError, match="stride"):
+        window_stats(np.zeros((40, 1), np.float32), stride)
 
 
 def test_input_is_not_changed() -> None:

@@ -13,8 +13,9 @@ from tests.factories.bundles import T0, S, episode, episode_id
 from phasewatch.artifacts import EPISODE_FEATURES_FILE, FEATURE_SCHEMA_FILE, FEATURES_FILE
 from phasewatch.binning.align import bin_episode
 from phasewatch.binning.storage import MappedBins, build_index_row, open_bins, write_bins
+from phasewatch.features.derived import derived_features
 from phasewatch.features.fingerprint import behaviour_fingerprint
-from phasewatch.features.schema import feature_names, schema_hash
+from phasewatch.features.schema import feature_names, schema_hash, stat_names
 from phasewatch.features.stats import episode_stats, window_stats
 from phasewatch.features.tables import ParallelSettings, write_feature_tables
 from phasewatch.types import BundleStatus, EpisodeOrigin, EpisodeRole
@@ -67,19 +68,22 @@ def test_the_episode_table_has_one_row_for_each_used_episode_even_without_a_wind
 
     table = pq.read_table(tmp_path / EPISODE_FEATURES_FILE)
 
-    assert table.column_names == [*IDS, "n_windows", *feature_names()]
+    assert table.column_names == [*IDS, "n_windows", *stat_names()]
     assert table.column("episode_id").to_pylist() == [episode_id(i) for i in (1, 2, 3, 4)]
     assert table.column("n_windows").to_pylist() == [4, 2, 0, 5]
     assert (count.episodes, count.windows, count.without_windows, count.unknown_windows) == (4, 11, 1, 2)
 
 
-def test_rows_are_those_of_the_stats_in_the_order_of_host_episode_and_window(grids: MappedBins, tmp_path: Path) -> None:
+def test_rows_are_stats_and_derived_columns_in_the_order_of_host_episode_and_window(
+    grids: MappedBins, tmp_path: Path
+) -> None:
     write_feature_tables(tmp_path, grids, STATUSES)
 
     table = pq.read_table(tmp_path / FEATURES_FILE)
 
-    used = [grids.episode_bins(row) for row in (grids.rows[0], grids.rows[1], grids.rows[3])]
-    expected = np.concatenate([window_stats(np.asarray(bins)).reshape(-1, len(feature_names())) for bins in used])
+    used = [np.asarray(grids.episode_bins(row)) for row in (grids.rows[0], grids.rows[1], grids.rows[3])]
+    stats = np.concatenate([window_stats(bins).reshape(-1, len(stat_names())) for bins in used])
+    expected = np.concatenate([stats, np.concatenate([derived_features(bins) for bins in used])], axis=1)
     found = np.stack([table.column(name).to_numpy() for name in feature_names()], axis=1)
     assert np.array_equal(found.view(np.uint32), expected.view(np.uint32))
     assert table.column("host_id").to_pylist() == ["h1"] * 6 + ["h2"] * 5
@@ -96,7 +100,7 @@ def test_episode_features_are_the_same_five_over_all_bins(grids: MappedBins, tmp
     table = pq.read_table(tmp_path / EPISODE_FEATURES_FILE)
 
     expected = episode_stats(np.asarray(grids.episode_bins(grids.rows[3]))).ravel()
-    found = np.array([table.column(name)[3].as_py() for name in feature_names()], np.float32)
+    found = np.array([table.column(name)[3].as_py() for name in stat_names()], np.float32)
     assert np.array_equal(found, expected, equal_nan=True)
     assert np.isnan(table.column("proc.cpu_user.mean")[2].as_py())  # two bins are too few for a number
 

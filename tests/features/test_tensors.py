@@ -19,6 +19,13 @@ def test_a_window_is_twenty_rows_of_the_grid_and_shares_its_memory() -> None:
     assert not view.flags.writeable
 
 
+def test_windows_of_one_second_apart_are_views_too() -> None:
+    view = build_window_view(BINS, 2)
+
+    assert view.shape == (41, 20, 3)
+    assert np.array_equal(view[7], BINS[14:34])
+
+
 def test_an_episode_too_short_for_a_window_has_none() -> None:
     assert build_window_view(BINS[:19]).shape == (0, 20, 3)
 

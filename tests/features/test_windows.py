@@ -16,6 +16,7 @@ from phasewatch.features.windows import (
     label_windows,
     n_windows,
 )
+from phasewatch.types import LIVE_STRIDE_BINS
 
 CODES = {"clean": 0, "armed": 1, "infecting": 2, "active": 3, "dormant": 4, "unknown": -1}
 
@@ -25,6 +26,13 @@ CODES = {"clean": 0, "armed": 1, "infecting": 2, "active": 3, "dormant": 4, "unk
 )
 def test_a_window_is_twenty_bins_and_one_begins_every_ten(n_bins: int, w: int) -> None:
     assert n_windows(n_bins) == w
+
+
+@pytest.mark.parametrize(("n_bins", "w"), [(0, 0), (19, 0), (20, 1), (21, 1), (22, 2), (360, 171)], ids=str)
+def test_live_windows_begin_every_second(n_bins: int, w: int) -> None:
+    assert n_windows(n_bins, LIVE_STRIDE_BINS) == w
+    assert compute_window_starts(T0, 3, LIVE_STRIDE_BINS).tolist() == [T0, T0 + S, T0 + 2 * S]
+    assert compute_centers_s(3, LIVE_STRIDE_BINS).tolist() == [5.0, 6.0, 7.0]
 
 
 def test_windows_begin_at_the_first_label_and_are_named_by_their_middle() -> None:
@@ -74,6 +82,15 @@ def test_flags_say_mixed_and_where_the_clock_stepped() -> None:
 
     assert flags.tolist() == [0, FLAG_CLOCK_STEP | FLAG_MIXED, FLAG_CLOCK_STEP | FLAG_MIXED]
     assert flags.dtype == np.uint8
+
+
+def test_flags_of_live_windows_are_those_of_their_own_bins() -> None:
+    bin_flags = np.zeros(24, np.uint8)
+    bin_flags[0] = bin_flags[23] = FLAG_CLOCK_STEP
+
+    flags = combine_window_flags(bin_flags, np.zeros(3, np.bool_), LIVE_STRIDE_BINS)
+
+    assert flags.tolist() == [FLAG_CLOCK_STEP, 0, FLAG_CLOCK_STEP]
 
 
 def test_no_window_has_no_label() -> None:

@@ -42,7 +42,7 @@ def test_an_edge_bundle_holds_every_mask_but_the_oracles_largest_first(run: Path
         header = json.loads(archive.read("edge.json"))
         card = archive.read("card.md").decode()
         assert archive.namelist() == [
-            "edge.json", "card.md", "feature_schema_v1.json", "portable.onnx", "realistic.onnx",
+            "edge.json", "card.md", "feature_schema_v2.json", "portable.onnx", "realistic.onnx",
         ]  # fmt: skip
     assert [m["threat"] for m in header["models"]] == ["realistic", "portable"]
     assert header["trained"] == json.loads(json.dumps(_fields(read_training_origin(run, RECIPE, FOLD))))

@@ -114,4 +114,4 @@ def test_checks_run_on_this_machine() -> None:
     names = [check.name for check in inspect_system()]
 
     assert len(names) == len(set(names))
-    assert {"python", "disk", "qemu-img", "kvm", "xgboost"} <= set(names)
+    assert {"python", "disk", "qemu-img", "kvm", "lightgbm"} <= set(names)

@@ -29,7 +29,7 @@ def test_the_live_extra_alone_reads_an_edge_bundle_and_lists_vms(tmp_path: Path)
         "from phasewatch.inference.model_selection import find_models\n"
         "scorer = find_models(Path(sys.argv[1]))[0].load_predictor()\n"
         "print(scorer.threat, scorer.predict_windows(np.zeros((20, 46), np.float32)).shape)\n"
-        "heavy = ('torch', 'xgboost', 'sklearn', 'scipy', 'plotly')\n"
+        "heavy = ('torch', 'lightgbm', 'sklearn', 'scipy', 'plotly')\n"
         "import importlib.util; print([m for m in heavy if importlib.util.find_spec(m)])\n"
     )
     edge = ROOT / "corpus" / "lab-v1.edge.zip"

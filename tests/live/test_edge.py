@@ -104,9 +104,9 @@ def test_a_model_out_of_the_bundle_says_what_the_checkpoint_says(bundle: bytes, 
             id="an edited header",
         ),
         pytest.param(
-            lambda d: remade(d, format="phasewatch-edge/2"),
+            lambda d: remade(d, format="phasewatch-edge/1"),
             MismatchError,
-            "this version reads 'phasewatch-edge/1'",
+            "this version reads 'phasewatch-edge/2'",
             id="another format",
         ),
         pytest.param(
@@ -129,7 +129,7 @@ def test_a_model_out_of_the_bundle_says_what_the_checkpoint_says(bundle: bytes, 
             id="a header that is too large",
         ),
         pytest.param(
-            lambda d: zipped([("edge.json", b'{"format":"phasewatch-edge/1"}')]),
+            lambda d: zipped([("edge.json", b'{"format":"phasewatch-edge/2"}')]),
             RunError,
             "missing required field",
             id="half a header",
@@ -181,5 +181,5 @@ def test_no_change_of_a_byte_is_accepted_as_another_bundle(bundle: bytes, seed: 
 def test_the_header_reads_as_json(bundle: bytes) -> None:
     header = json.loads(members_of(bundle)["edge.json"])
 
-    assert header["format"] == "phasewatch-edge/1"
+    assert header["format"] == "phasewatch-edge/2"
     assert header["models"][0]["columns"][0] == "proc.cpu_user.mean"

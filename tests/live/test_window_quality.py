@@ -28,17 +28,17 @@ def test_incomplete_sources_of_the_model_are_found() -> None:
     assert quality.find_incomplete_sources() == (SourceKind.QMP,)
 
 
-def test_contention_changes_after_three_windows() -> None:
+def test_contention_changes_after_eleven_windows_one_each_second() -> None:
     quality = WindowQuality(())
     told = []
-    for wait in (0.0, 0.3, 0.0, 0.3, 0.3, 0.3, 0.3, 0.0, 0.0, 0.0):
+    for wait in (0.0, *[0.3] * 10, 0.0, *[0.3] * 12, *[0.0] * 11):
         for _ in range(20):
             quality.add(bins(wait=wait), began=False)
         told.append((quality.update_contention(), quality.is_contended))
 
-    assert [i for i, (changed, _) in enumerate(told) if changed] == [5, 9]
-    assert told[5][1]
-    assert not told[9][1]
+    assert [i for i, (changed, _) in enumerate(told) if changed] == [22, 34]
+    assert told[22][1]
+    assert not told[34][1]
 
 
 def test_unknown_wait_times_are_no_contention() -> None:

@@ -218,3 +218,10 @@ def test_classes_that_are_neither_labels_nor_phases_are_refused_in_words(classes
 
     with pytest.raises(ModelError, match="model odd: its classes are"):
         Odd(seed=0).fit(without_armed(60, 0), without_armed(60, 1))
+
+
+def test_multirocket_without_aeon_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aeon", None)
+
+    with pytest.raises(UsageError, match=r"pip install 'phasewatch\[rocket\]'"):
+        registry.create("multirocket").fit(examples("cnn"), examples("cnn", 80, seed=1))

@@ -10,9 +10,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from phasewatch.errors import RunError
 from phasewatch.models import checkpoint, registry
-from phasewatch.models.base import InputKind, InputSpec, LabelledExamples, ModelInputs, compute_class_weights
+from phasewatch.models.base import InputKind, InputSpec, LabelledExamples, ModelInputs
 from phasewatch.models.minirocket import _fit_ridge
 from phasewatch.models.neural import SCALER_LIMIT, AsinhScaler
+from phasewatch.models.probabilities import compute_class_weights
 from phasewatch.types import WINDOW_BINS
 
 NETS = ("cnn", "gru", "lstm", "transformer")
@@ -198,7 +199,9 @@ def test_ridge_of_minirocket_equals_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(120, 30)), rng.integers(0, 4, 120)
     weight = compute_class_weights(y)[y]
-    for penalty, (coef, intercept) in zip((1.0, 100.0), _fit_ridge(x, y, (1.0, 100.0)), strict=True):
+    spec = InputSpec(kind=InputKind.TABLE, names=("a",), mask="realistic", schema_hash="s", behaviour_fingerprint="b")
+    examples = LabelledExamples(inputs=ModelInputs(x=np.zeros((120, 1), np.float32), spec=spec), y=y)
+    for penalty, (coef, intercept) in zip((1.0, 100.0), _fit_ridge(x, examples, (1.0, 100.0)), strict=True):
         theirs = Ridge(alpha=penalty).fit(x, np.where(np.eye(5)[y] > 0, 1.0, -1.0), sample_weight=weight)
 
         assert_allclose(coef, theirs.coef_, atol=1e-9)

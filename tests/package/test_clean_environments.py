@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CORPUS = ROOT / "corpus" / "lab-v1"
-HEAVY = ("torch", "xgboost", "sklearn", "scipy", "plotly", "onnxruntime", "starlette")
+HEAVY = ("torch", "lightgbm", "sklearn", "scipy", "plotly", "onnxruntime", "starlette")
 
 pytestmark = pytest.mark.soak
 
@@ -114,7 +114,7 @@ def test_live_brings_a_runtime_and_none_of_the_training(
 
     assert place.has("onnxruntime")
     assert place.has("qemu.qmp")
-    assert not [module for module in ("torch", "xgboost", "sklearn", "scipy", "plotly") if place.has(module)]
+    assert not [module for module in ("torch", "lightgbm", "sklearn", "scipy", "plotly") if place.has(module)]
     place.call("inspect", str(next(CORPUS.glob("*/*.tar.zst"))))
     soak_row("Clean environments", installed="[live]", **place.weight())
 
@@ -125,6 +125,6 @@ def test_serve_brings_a_server_and_none_of_the_training(
     place = install(tmp_path, f"{wheel}[serve]")
 
     assert place.has("starlette")
-    assert not [module for module in ("torch", "xgboost", "sklearn", "scipy", "onnxruntime") if place.has(module)]
+    assert not [module for module in ("torch", "lightgbm", "sklearn", "scipy", "onnxruntime") if place.has(module)]
     place.call("validate", str(CORPUS), "--out", "run")
     soak_row("Clean environments", installed="[serve]", **place.weight())

@@ -85,7 +85,7 @@ def test_page_makes_no_network_requests(page: str) -> None:
 def test_page_has_the_headline_and_all_sections(page: str) -> None:
     words = words_of(page)
 
-    assert "macro-F1 of phase, unseen host, realistic, gbt:" in words
+    assert "infections alarmed within 30 s, unseen host" in words
     assert "elapsed time alone" in words
     assert "Untested profiles: dropper-persist" in words
     assert re.findall(r'<section id="([^"]+)">', page) == SECTIONS
@@ -94,7 +94,7 @@ def test_page_has_the_headline_and_all_sections(page: str) -> None:
 def test_coverage_counts_benign_profiles_and_the_headline_does_not(page: str) -> None:
     words = words_of(page)
 
-    assert "2 of 6 profiles tested, 1 seed)" in words
+    assert "2 of 6 profiles, 1 seed)" in words
     assert "3 of 7 profiles tested, including benign ones" in words
 
 
@@ -243,7 +243,7 @@ def test_page_is_written_for_a_model_without_scores(tmp_path: Path, column: str,
 
 def test_without_metrics_no_performance_number_is_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", SMALL)
-    (run / "metrics_v2.json").unlink()
+    (run / "metrics_v3.json").unlink()
 
     text = text_of(run)
 
@@ -253,7 +253,7 @@ def test_without_metrics_no_performance_number_is_shown(tmp_path: Path) -> None:
 
 def test_heat_map_cell_shows_the_score_of_its_host_and_profile(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", SMALL)
-    document = json.loads((run / "metrics_v2.json").read_text())
+    document = json.loads((run / "metrics_v3.json").read_text())
     (row,) = (
         r
         for r in document["metrics"]
@@ -262,7 +262,7 @@ def test_heat_map_cell_shows_the_score_of_its_host_and_profile(tmp_path: Path) -
         and r["fold"] == "pooled"
     )
     row["value"] = 0.42
-    (run / "metrics_v2.json").write_text(json.dumps(document))
+    (run / "metrics_v3.json").write_text(json.dumps(document))
 
     cells = figures_of(text_of(run))["host-profile"]["data"][-1]  # type: ignore[index]
 
@@ -274,7 +274,7 @@ def test_metrics_of_other_predictions_are_reported_as_stale(tmp_path: Path) -> N
     table = pq.read_table(run / "predictions_v1.parquet")
     pq.write_table(table.slice(0, table.num_rows - 1), run / "predictions_v1.parquet")
 
-    assert "metrics_v2.json was computed from another version of predictions_v1.parquet" in text_of(run)
+    assert "metrics_v3.json was computed from another version of predictions_v1.parquet" in text_of(run)
 
 
 def test_metrics_of_other_splits_are_reported_as_stale(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_metrics_of_other_splits_are_reported_as_stale(tmp_path: Path) -> None:
     first, second, *_ = sorted((run / "splits").iterdir())
     first.write_bytes(second.read_bytes())
 
-    assert f"metrics_v2.json was computed from other versions of 1 split (first: splits/{first.name})" in text_of(run)
+    assert f"metrics_v3.json was computed from other versions of 1 split (first: splits/{first.name})" in text_of(run)
 
 
 def test_accounting_that_does_not_balance_is_reported(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 from tests.report.test_summary import CLOCK, GBT, THREE, row
 
-from phasewatch.audit.checks import REPORT_ONLY_SUFFIX, AuditCheck, AuditReport, CheckOutcome
+from phasewatch.audit.checks import REPORT_ONLY_SUFFIX, AuditCheck, AuditReport, AuditRow, CheckOutcome, LimitKind
 from phasewatch.evaluation.metric_table import SELECTION_METRIC, MetricRow, MetricTable, NoteCode
-from phasewatch.report.coverage import NOT_AUDITED
+from phasewatch.report.audit import NOT_AUDITED
 from phasewatch.report.data import BundleCounts, ReportData
 from phasewatch.report.layout import ReportBlock, ReportPage
 from phasewatch.report.leaderboard import NOT_TRAINED
@@ -112,7 +112,8 @@ def test_score_on_random_episodes_below_unseen_hosts_is_explained() -> None:
 def test_untrained_baselines_are_listed() -> None:
     board = block(page_of([GBT, CLOCK]), "leaderboard")
 
-    assert any(f"{NOT_TRAINED}: minirocket (baseline)" in s for s in board.sentences)
+    assert any(f"{NOT_TRAINED}: majority (baseline)" in s for s in board.sentences)
+    assert not any("minirocket" in s for s in board.sentences)
 
 
 def test_models_not_above_elapsed_time_are_listed() -> None:
@@ -172,36 +173,77 @@ def operator(metric: str, value: float | None, **more: object) -> MetricRow:
     return row(metric, "gbt", value, n_episodes=14, **more)
 
 
-def test_alarm_block_states_misses_delay_and_false_alarms() -> None:
+def test_alarm_block_lists_infections_first_and_quotes_false_alarms_and_base_rates() -> None:
     rows = [
-        operator("delay_s", 14.0, unit="s", low=9.8, high=22.9),
-        operator("miss_rate", 3 / 14, low=0.07, high=0.36),
+        operator("activity_miss_rate", 0.3, low=0.1, high=0.5),
+        operator("infection_recall_30s", 11 / 14, low=0.5, high=0.9),
+        operator("infection_miss_rate", 3 / 14, low=0.07, high=0.36),
+        operator("infection_delay_s", 14.0, unit="s", low=9.8, high=22.9),
         operator(
-            "false_alarms_per_vm_hour",
-            18.3,
-            low=7.9,
-            high=30.8,
+            "infection_soak_false_alarms_per_vm_hour",
+            0.25,
+            low=0.01,
+            high=1.4,
             unit="1/h",
-            note="13 in 0.71 VM-hours; nothing below 4.2 an hour is claimed",
+            note="1 in 3.97 VM-hours",
+            code=NoteCode.FALSE_ALARM_COUNT,
         ),
+        operator("infection_precision_at_base_rate", 0.004, bin=30.0, low=0.001, high=0.1),
     ]
 
-    misses, delay, false_alarms = block(page_of([GBT, *rows]), "operator").sentences
+    found = block(page_of([GBT, *rows]), "operator")
 
-    assert "3 of 14 episodes" in misses
-    assert "14 s after the onset [10 s, 23 s]" in delay
-    assert "18.3 [7.90, 30.80] per quiet VM-hour (13 in 0.71 VM-hours; " in false_alarms
+    assert found.table is not None
+    assert [r[0] for r in found.table.rows] == ["infection"] * 4 + ["activity"] * 2
+    announced, base_rate = found.sentences
+    assert "11 of 14 episodes" not in announced
+    assert "11 of 14 infections" in announced
+    assert "0.25 [0.01, 1.40]" in announced
+    assert "0.40% [0.10%, 10.00%]" in base_rate
 
 
-def test_budget_curve_has_a_gap_where_most_episodes_are_missed() -> None:
-    rows = [operator("delay_s_at_budget", v, bin=x) for x, v in ((1.0, None), (6.0, 20.0))]
+def test_numbers_of_the_training_stride_stand_in_and_are_marked() -> None:
+    found = block(page_of([GBT, operator("infection_miss_rate_at_5s", 0.2, low=0.1, high=0.4)]), "operator")
+
+    assert found.table is not None
+    assert any("training stride" in s for s in found.sentences)
+
+
+def test_budget_curve_has_a_line_per_alarm_and_the_rates_that_were_measured() -> None:
+    rows = [
+        operator(f"{kind}_recall_30s_at_budget", value, bin=budget, low=0.1, high=1.0)
+        for kind, budget, value in (("infection", 0.25, 0.8), ("infection", 6.0, 0.9), ("activity", 0.25, 0.5))
+    ]
+    rows.append(operator("infection_soak_false_alarms_per_vm_hour_at_budget", 0.5, bin=0.25, low=0.1, high=2.0))
 
     curve = block(page_of([GBT, *rows]), "delay-curve")
 
     assert curve.figure is not None
-    assert curve.figure["data"][0]["y"] == [None, 20.0]
+    assert [line["y"] for line in curve.figure["data"]] == [[0.8, 0.9], [0.5, None]]
     assert curve.table is not None
-    assert curve.table.rows[0][2] == "more than half missed"
+    assert curve.table.rows[0][5] == "0.50 [0.10, 2.00]"
+
+
+def test_precision_curve_has_a_line_per_ranking() -> None:
+    rows = [
+        operator(f"{name}_precision_curve", value, bin=recall)
+        for name in ("infecting", "hot")
+        for recall, value in ((0.5, 1.0), (1.0, 0.4))
+    ]
+
+    curve = block(page_of([GBT, *rows]), "precision-curve")
+
+    assert curve.figure is not None
+    assert [line["x"] for line in curve.figure["data"]] == [[0.5, 1.0], [0.5, 1.0]]
+
+
+def test_idle_machines_and_load_strata_have_their_own_block() -> None:
+    rows = [operator("idle_called_clean", 0.86, low=0.7, high=0.9), operator("macro_f1_with_load", 0.4)]
+
+    found = block(page_of([GBT, *rows]), "load")
+
+    assert found.table is not None
+    assert [r[2] for r in found.table.rows] == ["0.86 [0.70, 0.90]", "0.40"]
 
 
 def test_source_subset_shows_its_own_difference_to_all_four_sources() -> None:
@@ -294,6 +336,39 @@ def test_audit_check_without_a_limit_does_not_count_as_passed() -> None:
     assert found.sentences[0] == "Audit checks: 1 passed, 0 failed and 0 not run."
     assert found.table is not None
     assert [r[0] for r in found.table.rows] == ["passed", "reported"]
+
+
+def idle_row(model: str, clean: float, *, is_headline: bool = False) -> AuditRow:
+    return AuditRow(
+        recipe="held_out_host", channel_set="realistic", model=model, input="raw", metric="idle_called_clean",
+        is_headline=is_headline, value=clean, low=clean - 0.05, high=clean + 0.05, limit=0.85,
+        limit_kind=LimitKind.AT_LEAST, holds=clean >= 0.85,
+    )  # fmt: skip
+
+
+def shortcut_audit(*rows: AuditRow) -> AuditReport:
+    check = AuditCheck(name="idle", promise="Idle machines are quiet.", fate=CheckOutcome.KEPT, words="", rows=rows)
+    return AuditReport(inputs={}, checks=(check,))
+
+
+def test_report_has_the_shortcut_checks_of_every_model_in_one_table() -> None:
+    page = page_of([GBT], audit=shortcut_audit(idle_row("gbt", 0.91, is_headline=True), idle_row("gru", 0.60)))
+
+    table = block(page, "shortcuts").table
+    assert table is not None
+    place = table.columns.index("idle called clean")
+    assert [(row[0], row[place], row[-1]) for row in table.rows] == [
+        ("gbt (headline)", "0.91 [0.86, 0.96]", "none"),
+        ("gru", "0.60 [0.55, 0.65]", "idle_called_clean"),
+    ]
+    assert page.notices == ()
+
+
+def test_report_says_that_five_phases_are_withdrawn() -> None:
+    page = page_of([GBT], audit=shortcut_audit(idle_row("gbt", 0.40, is_headline=True)))
+
+    assert len(page.notices) == 1
+    assert "five-phase scores are withdrawn" in page.notices[0]
 
 
 def test_page_without_an_audit_has_a_notice() -> None:

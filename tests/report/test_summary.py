@@ -53,7 +53,7 @@ def test_headline_shows_the_score_and_the_time_only_baseline() -> None:
     claim = page_of([GBT, THREE, CLOCK]).claim
 
     assert "0.69 [0.64, 0.73]" in claim.words
-    assert "elapsed time alone 0.22" in claim.line
+    assert "time alone 0.22" in claim.line
     assert [(t.name, t.value, t.is_reference) for t in claim.tiles] == [
         ("five phases", "0.69", False),
         ("three states", "0.87", False),

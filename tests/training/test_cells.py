@@ -13,17 +13,24 @@ import pyarrow.parquet as pq
 import pytest
 from tests.factories.synthetic_runs import World, edit_features, write_run
 
-from phasewatch.artifacts import PREDICTIONS_FILE
+from phasewatch.artifacts import EXPERIMENT_PREDICTIONS_FILE, PREDICTIONS_FILE
 from phasewatch.binning.storage import open_bins
 from phasewatch.dataset import load, read_fold, write_splits
+from phasewatch.dataset.live_windows import compute_live_digest, iter_live_windows, list_live_windows
 from phasewatch.errors import UsageError
 from phasewatch.models import registry
-from phasewatch.models.alarm import find_false_alarm_windows, fit_alarm_rule
+from phasewatch.models.alarm import AlarmKind, find_false_alarm_windows, fit_alarm_rule
+from phasewatch.models.base import LabelledExamples
 from phasewatch.models.checkpoint import read_header
 from phasewatch.models.smoothing import LabelSequence, fit_filter
 from phasewatch.splits import SplitPart
 from phasewatch.training.experiment import Experiment, plan_experiments
-from phasewatch.training.predictions import PROBABILITY_COLUMNS, build_predictions_schema
+from phasewatch.training.predictions import (
+    PROBABILITY_COLUMNS,
+    PredictionPart,
+    build_predictions_schema,
+    read_predictions,
+)
 from phasewatch.training.train import train_experiments
 
 FOLD = "host-0"
@@ -103,8 +110,8 @@ def test_experiment_writes_a_checkpoint_and_predictions(trained: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == [
         "cell.json",
         "checkpoint.json",
-        "model.ubj",
         "predictions.parquet",
+        "weights.safetensors",
     ]
 
 
@@ -112,7 +119,8 @@ def test_predictions_have_the_columns_of_the_format_and_each_window_once(trained
     table = pq.read_table(trained / PREDICTIONS_FILE)
     sets = load(trained, "held_out_host", FOLD)
     once = len(sets.val_b) + len(sets.test) + len(sets.soak)
-    filters = table.group_by(["model", "filter"]).aggregate([([], "count_all")]).to_pylist()
+    every_five = table.filter(pc.is_in(table["part"], pa.array(["val_b", "test", "soak"])))
+    filters = every_five.group_by(["model", "filter"]).aggregate([([], "count_all")]).to_pylist()
 
     assert table.column_names == COLUMNS == build_predictions_schema().names
     assert {(row["model"], row["filter"]): row["count_all"] for row in filters} == {
@@ -133,7 +141,7 @@ def test_predictions_have_the_columns_of_the_format_and_each_window_once(trained
         ).as_py()
         == table.num_rows
     )
-    assert set(table["part"].to_pylist()) == {"val_b", "test", "soak"}
+    assert set(table["part"].to_pylist()) == set(PredictionPart) - {PredictionPart.IDLE}  # no baseline was recorded
     assert set(table["agent"].to_pylist()) == {"on", "off"}
 
 
@@ -171,14 +179,14 @@ def test_filtered_rows_and_thresholds_are_those_of_the_checkpoint(trained: Path)
     track = sets.test.label_sequence
 
     assert header.filter is not None
-    assert set(header.alarm) == {"none", "phase"}
+    assert [(rule.kind, rule.stride_s) for rule in header.alarms] == [(k, s) for s in (5, 1) for k in AlarmKind]
     smoothed = header.filter.run(plain, track.episode_index, track.t_center_ns).astype(np.float32)
     assert np.array_equal(smoothed[:, 0], stored["p_clean"].to_numpy())
     spared = sets.soak.take(sets.calibration_soak)
     quiet = int(
         find_false_alarm_windows(LabelSequence.concatenate([sets.val_b.label_sequence, spared.label_sequence])).sum()
     )
-    assert header.alarm["none"].vm_hours == pytest.approx(quiet * 5 / 3600, abs=1e-6)
+    assert header.alarms[0].vm_hours == pytest.approx(quiet * 5 / 3600, abs=1e-6)
     assert header.trained_on["decide_val"] == sets.val_b.examples.sha256()
     assert header.trained_on["decide_soak"] == spared.examples.sha256()
 
@@ -187,14 +195,66 @@ def test_filter_and_alarm_are_fitted_on_validation_b_and_never_on_what_stopped_t
     header = read_header(cells(("gbt",))[0].folder(trained))
     model, sets = registry.load(cells(("gbt",))[0].folder(trained)), load(trained, "held_out_host", FOLD)
     spared = sets.soak.take(sets.calibration_soak)
-    said = [model.predict_proba(part.inputs) for part in (sets.val_b, spared)]
+    chosen = registry.create("gbt", settings=header.config).fit(sets.train.examples, sets.val_a.examples)
+    selection = chosen.calibrate(sets.val_b.examples)
+    said = [selection.predict_proba(sets.val_b.inputs), model.predict_proba(spared.inputs)]
 
     assert header.filter == fit_filter(sets.train.label_sequence, sets.val_b.label_sequence, said[0])
     assert header.filter != fit_filter(
-        sets.train.label_sequence, sets.val_a.label_sequence, model.predict_proba(sets.val_a.inputs)
+        sets.train.label_sequence, sets.val_a.label_sequence, selection.predict_proba(sets.val_a.inputs)
     )
     heard = LabelSequence.concatenate([sets.val_b.label_sequence, spared.label_sequence])
-    assert header.alarm["none"] == fit_alarm_rule(np.concatenate(said), heard)
+    assert header.alarms[:2] == tuple(
+        fit_alarm_rule(np.concatenate(said), heard, kind=kind, stride_s=5) for kind in AlarmKind
+    )
+
+
+def test_alarms_of_every_second_are_fitted_to_the_same_episodes(trained: Path) -> None:
+    header = read_header(cells(("gbt",))[0].folder(trained))
+    model, sets = registry.load(cells(("gbt",))[0].folder(trained)), load(trained, "held_out_host", FOLD)
+    spared = sets.soak.take(sets.calibration_soak)
+    parts = [list_live_windows(trained, part.windows.episodes) for part in (sets.val_b, spared)]
+    p = [
+        model.predict_proba(one.inputs)
+        for part in parts
+        for one in iter_live_windows(trained, part, sets.train.inputs.spec)
+    ]
+    labels = LabelSequence.concatenate([part.label_sequence for part in parts])
+
+    assert header.alarms[2:] == tuple(
+        fit_alarm_rule(np.concatenate(p), labels, kind=kind, stride_s=1) for kind in AlarmKind
+    )
+    for name, part in zip(("decide_val_1s", "decide_soak_1s"), parts, strict=True):
+        assert header.trained_on[name] == compute_live_digest(trained, part, sets.train.inputs.spec)
+        assert header.trained_with[name] == len(part)
+
+
+def test_predictions_have_the_windows_of_every_second_of_models_with_alarms(trained: Path) -> None:
+    table = pq.read_table(trained / PREDICTIONS_FILE)
+    live = table.filter(pc.match_substring_regex(table["part"], "_1s$"))
+    sets = load(trained, "held_out_host", FOLD)
+    parts = {"val_b_1s": sets.val_b, "test_1s": sets.test, "soak_1s": sets.soak}
+    counts = live.group_by(["model", "part", "filter"]).aggregate([([], "count_all")]).to_pylist()
+
+    assert {(row["model"], row["part"], row["filter"]): row["count_all"] for row in counts} == {
+        (model, part, "none"): len(list_live_windows(trained, windows.windows.episodes))
+        for model in ("gbt", "cnn")
+        for part, windows in parts.items()
+    }
+
+
+def test_validation_rows_are_the_selection_models_and_test_rows_the_final_models(trained: Path) -> None:
+    (cell,) = cells(("gbt",))
+    sets, final = load(trained, "held_out_host", FOLD), registry.load(cell.folder(trained))
+    chosen = registry.create("gbt").fit(sets.train.examples, sets.val_a.examples).calibrate(sets.val_b.examples)
+    table = read_predictions(cell.folder(trained) / EXPERIMENT_PREDICTIONS_FILE)
+
+    for part, model, windows in (("val_b", chosen, sets.val_b), ("test", final, sets.test)):
+        rows = table.filter((pc.field("part") == part) & (pc.field("filter") == "none"))
+        stored = np.column_stack([rows[name].to_numpy() for name in PROBABILITY_COLUMNS])
+        assert np.abs(stored - model.predict_proba(windows.inputs)).max() < 1e-6
+    parts = [sets.train.examples, sets.val_a.examples, sets.val_b.examples]
+    assert final.trained_on["refit"] == LabelledExamples.concatenate(parts).sha256()
 
 
 def test_soak_of_the_test_host_is_not_used_for_thresholds(trained: Path) -> None:
@@ -317,7 +377,7 @@ def test_changed_train_windows_change_the_checkpoint(run: Path) -> None:
 def test_the_order_of_rows_changes_no_byte_of_a_checkpoint_or_prediction(run: Path) -> None:
     before = {m: checkpoint(run, m) for m in KEYS}
     predictions = (run / PREDICTIONS_FILE).read_bytes()
-    order = np.random.default_rng(0).permutation(pq.read_metadata(run / "features_window_v1.parquet").num_rows)
+    order = np.random.default_rng(0).permutation(pq.read_metadata(run / "features_window_v2.parquet").num_rows)
     edit_features(run, lambda t: t.take(pa.array(order)))
 
     assert len(train_experiments(run, cells(), workers=1).trained) == len(KEYS)

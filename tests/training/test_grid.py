@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tests.factories.split_episodes import PROFILES, corpus
 from tests.factories.synthetic_runs import World, write_run
 
+from phasewatch.artifacts import EXPERIMENT_PREDICTIONS_FILE
 from phasewatch.dataset import load, write_all_splits
 from phasewatch.errors import RunError, UsageError
-from phasewatch.models import registry
 from phasewatch.models.registry import BASELINE_MODELS
 from phasewatch.pipeline import stages
 from phasewatch.splits import SPLIT_RECIPES, build_folds
 from phasewatch.training.experiment import Experiment
 from phasewatch.training.grids import (
+    HEADLINE_BASELINES,
     MAIN_MODELS,
+    SHORT_GRID_MODELS,
     build_full_grid,
     build_headline_grid,
     build_short_grid,
+    build_user_model_grid,
     find_widest_fold,
     list_sensor_channel_sets,
 )
-from phasewatch.training.train import find_best_net
+from phasewatch.training.predictions import (
+    PartPredictions,
+    PredictionPart,
+    build_predictions_table,
+    write_prediction_table,
+)
+from phasewatch.training.train import find_best_models
 
 FOLDS = {row.name: build_folds(row.name, corpus(), profiles=PROFILES) for row in SPLIT_RECIPES}
 
@@ -37,15 +48,16 @@ def count(cells: tuple, *names: str) -> Counter:  # type: ignore[type-arg]
 def test_the_short_grid_is_the_list_of_the_design() -> None:
     cells = build_short_grid(FOLDS)
     gbt = [c for c in cells if c.model == "gbt" and c.threat == "realistic" and c.recipe != "deploy"]
-    six = [c for c in cells if c.model in MAIN_MODELS and c.fold == "host-0" and c.recipe == "held_out_host"]
+    few = [c for c in cells if c.model in SHORT_GRID_MODELS and c.fold == "host-0" and c.recipe == "held_out_host"]
 
     assert count(tuple(gbt), "recipe") == {
         "held_out_host": 4, "held_out_sample": 4, "held_out_both": 16, "in_distribution": 4, "random_windows": 4,
     }  # fmt: skip
-    assert count(tuple(six), "threat") == {"realistic": 6, "oracle": 6}
+    assert count(tuple(few), "threat") == {"realistic": 4, "oracle": 1}
     assert {(c.model, c.threat) for c in cells if c.recipe == "deploy"} == {("gbt", "portable"), ("gbt", "realistic")}
-    rest = [c for c in cells if c not in gbt and c not in six and c.recipe != "deploy"]
-    assert count(tuple(rest), "model") == dict.fromkeys(BASELINE_MODELS, 4)
+    rest = [c for c in cells if c not in gbt and c not in few and c.recipe != "deploy"]
+    both = dict.fromkeys(HEADLINE_BASELINES, 16)  # on unseen hosts and samples too
+    assert count(tuple(rest), "model") == {m: 4 + both.get(m, 0) for m in BASELINE_MODELS}
     assert {(c.table, c.seed) for c in cells} == {("raw", 0)}
 
 
@@ -63,29 +75,39 @@ def test_the_full_grid_crosses_every_recipe_with_all_models_and_both_threat_mode
     assert set(build_short_grid(FOLDS)) <= set(cells)
     for model in (*MAIN_MODELS, "minirocket"):
         mine = [
-            c for c in cells if c.model == model and c.recipe != "deploy" and c.threat not in list_sensor_channel_sets()
+            c
+            for c in cells
+            if c.model == model
+            and c.table == "raw"
+            and c.recipe != "deploy"
+            and c.threat not in list_sensor_channel_sets()
         ]
         assert count(tuple(mine), "threat") == {"realistic": scored, "oracle": scored}
-    assert not [
-        c for c in cells if c.model in BASELINE_MODELS and c.model != "minirocket" and c.recipe == "random_windows"
-    ]
+    assert not [c for c in cells if c.model in BASELINE_MODELS and c.recipe == "random_windows"]
+    assert {(c.model, c.threat) for c in cells if c.table == "context"} == {("gbt", "realistic"), ("tcn", "realistic")}
     of_sensors = [c for c in cells if c.threat in list_sensor_channel_sets()]
     assert {(c.model, c.recipe) for c in of_sensors} == {("gbt", "held_out_host")}
     assert count(tuple(of_sensors), "threat") == dict.fromkeys(list_sensor_channel_sets(), len(FOLDS["held_out_host"]))
 
 
-def test_the_second_pass_gives_the_headline_models_seeds_tables_and_the_portable_mask() -> None:
-    cells = build_headline_grid(FOLDS, net="gru")
+def test_the_second_pass_repeats_the_best_models_with_seeds_and_the_portable_channels() -> None:
+    cells = build_headline_grid(FOLDS, best=[("gru", "raw"), ("gbt", "context")])
     host = [c for c in cells if c.recipe == "held_out_host" and c.fold == "host-0"]
 
-    assert {c.model for c in cells} == {"gbt", "gru", "minirocket"}
     assert count(tuple(host), "model", "threat", "table", "seed") == {
-        **{(m, "realistic", "raw", s): 1 for m in ("gbt", "gru", "minirocket") for s in (1, 2)},
-        **{(m, "portable", "raw", 0): 1 for m in ("gbt", "gru", "minirocket")},
-        **{(m, "realistic", "commissioned", 0): 1 for m in ("gbt", "gru", "minirocket")},
-        ("gbt", "realistic", "context", 0): 1,
+        **{("gru", "realistic", "raw", s): 1 for s in (1, 2)},
+        **{("gbt", "realistic", "context", s): 1 for s in (1, 2)},
+        ("gru", "portable", "raw", 0): 1,
+        ("gbt", "portable", "context", 0): 1,
+        ("gru", "realistic", "commissioned", 0): 1,
     }
     assert {c.recipe for c in cells} == {"held_out_host", "held_out_both", "deploy"}
+
+
+def test_a_model_without_a_named_table_gets_the_variant_of_its_registry_entry() -> None:
+    cells = build_user_model_grid(FOLDS, ("tcn", "gbt"))
+
+    assert {(c.model, c.table) for c in cells} == {("tcn", "context"), ("gbt", "raw")}
 
 
 def test_a_recipe_that_could_not_be_built_is_absent_and_the_rest_is_there() -> None:
@@ -106,19 +128,25 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_best_network_has_the_best_macro_f1_on_validation_a(run: Path) -> None:
-    """Read from the headers of the headline's realistic cells; no test prediction is looked at."""
-    scores = {("mlp", "host-0"): 0.8, ("mlp", "host-1"): 0.4, ("gru", "host-0"): 0.5, ("gru", "host-1"): 0.6}
-    cells = [
-        Experiment(recipe="held_out_host", fold=f, threat="realistic", model=m) for m, f in (*scores, ("gbt", "host-0"))
-    ]
-    model = registry.create("majority").fit(*(load(run, "held_out_host", "host-0").val_a.examples,) * 2)
-    for cell in cells:
-        model.val_a_macro_f1 = scores.get((cell.model, cell.fold), 0.99)
-        model.save(cell.folder(run))
+def test_best_models_are_chosen_by_validation_b_on_unseen_hosts_and_samples(run: Path) -> None:
+    """The decisions of the test rows are all wrong for the best model, and are not looked at."""
+    windows = load(run, "held_out_host", "host-0").val_b
+    right = np.eye(5)[windows.y]
+    wrong = np.eye(5)[(windows.y + 2) % 5]
+    shares = {"gbt": (right, wrong), "cnn": (0.6 * right + 0.4 * wrong, right), "mlp": (wrong, right)}
+    cells = []
+    for model, (val_b, test) in shares.items():
+        cell = Experiment(recipe="held_out_both", fold="host-0", threat="realistic", model=model)
+        parts = [
+            PartPredictions(part=part, filter="none", windows=windows.windows, p=p)
+            for part, p in ((PredictionPart.VAL_B, val_b), (PredictionPart.TEST, test))
+        ]
+        cell.folder(run).mkdir(parents=True)
+        write_prediction_table(cell.folder(run) / EXPERIMENT_PREDICTIONS_FILE, [build_predictions_table(cell, parts)])
+        cells.append(cell)
 
-    assert find_best_net(run, cells) == "mlp"
-    assert find_best_net(run, cells[-1:]) is None
+    assert find_best_models(run, cells) == (("cnn", "raw"), ("gbt", "raw"))
+    assert find_best_models(run, [replace(cells[0], threat="oracle")]) == ()
 
 
 def test_a_grid_is_narrowed_by_models_and_recipes(run: Path) -> None:

@@ -189,8 +189,6 @@ def damaged(name: str, data: bytes, rng: random.Random) -> tuple[bytes, str]:
     if rng.random() < 0.2:
         return damage_bytes(data, rng)
     try:
-        if name.endswith(".ubj"):
-            return damage_ubj(data, rng)
         if name.endswith(".safetensors"):
             return damage_safetensors(data, rng)
         if name.endswith(".json"):
@@ -250,99 +248,6 @@ def damage_json(value: Any, rng: random.Random, keep: tuple[str, ...] = ()) -> s
         else:
             value[key] = rng.choice((*EXTREMES, 0.5, 1e-300, 1e300, 1e308, *TEXTS, None, True, {}, [1, "a"]))
         return f"{str(key)[:30]}, way {kind}"
-
-
-# --- trees
-
-
-def damage_ubj(data: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """Change values, types, sizes or keys of a file of trees."""
-    import numpy as np
-
-    from phasewatch.models.ubjson import parse_ubjson
-
-    if rng.random() < 0.2:  # the sizes that stand in the file
-        places = [i for i in range(len(data) - 10) if data[i : i + 2] == b"#L"]
-        at = rng.choice(places)
-        return data[: at + 2] + struct.pack(">q", rng.choice(EXTREMES)) + data[at + 10 :], "size"
-    top = parse_ubjson(data)
-    value = top
-    if rng.random() < 0.7:
-        value = rng.choice(top["learner"]["gradient_booster"]["model"]["trees"])
-    path = []
-    while True:
-        key: Any = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
-        path.append(str(key))
-        inner = value[key]
-        if isinstance(inner, dict | list) and len(inner) and rng.random() < 0.9:
-            value = inner
-            continue
-        break
-    kind = rng.randrange(8)
-    if isinstance(inner, np.ndarray) and kind < 5:
-        inner = inner.copy()
-        if len(inner) and kind < 3:
-            at = rng.randrange(len(inner))
-            near = int(inner[at]) + rng.choice((-2, -1, 1, 2, len(inner))) if inner.dtype.kind != "f" else 0
-            info = np.iinfo(inner.dtype) if inner.dtype.kind != "f" else None
-            new = rng.choice(FLOATS) if info is None else rng.choice((near, near, *EXTREMES))
-            inner[at] = (
-                np.float32(min(max(new, -3e38), 3e38) if new == new and abs(new) < 1e301 else new)
-                if info is None
-                else max(info.min, min(new, info.max))
-            )
-        elif kind == 3:
-            inner = inner[: rng.randrange(len(inner) + 1)]
-        else:
-            inner = np.concatenate([inner, inner])
-        value[key] = inner
-    elif isinstance(inner, np.ndarray):
-        value[key] = (
-            inner.astype(rng.choice((">i2", ">i4", ">i8", ">f4", ">f8", "u1")))
-            if rng.random() < 0.7
-            else inner.tolist()
-        )
-    elif kind == 5 and isinstance(value, dict):
-        del value[key]
-    elif kind == 6 and isinstance(value, dict):
-        value["x" * rng.choice((1, 300))] = inner
-    elif kind == 7:
-        value[key] = [inner] * rng.choice((0, 2, 3_000))
-    else:
-        value[key] = rng.choice((*EXTREMES, *TEXTS, [], {}, 0.5))
-    text = ubj(top)
-    if rng.random() < 0.05:
-        mark = text.index(b"L\x00\x00\x00\x00\x00\x00\x00\x07version")
-        text = text[:mark] + text[1:mark] + text[mark:]
-        return text, "keys twice"
-    return text, ".".join(path)
-
-
-def ubj(value: Any) -> bytes:
-    """Write any value, without a care."""
-    import numpy as np
-
-    if isinstance(value, dict):
-        return (
-            b"{"
-            + b"".join(b"L" + struct.pack(">q", len(k.encode())) + k.encode() + ubj(v) for k, v in value.items())
-            + b"}"
-        )
-    if isinstance(value, np.ndarray):
-        kind = {"i1": b"i", "u1": b"U", "i2": b"I", "i4": b"l", "i8": b"L", "f4": b"d", "f8": b"D"}[value.dtype.str[1:]]
-        return (
-            b"[$" + kind + b"#L" + struct.pack(">q", len(value)) + value.astype(value.dtype.newbyteorder(">")).tobytes()
-        )
-    if isinstance(value, list):
-        return b"[#L" + struct.pack(">q", len(value)) + b"".join(map(ubj, value))
-    if isinstance(value, str):
-        return b"SL" + struct.pack(">q", len(value.encode())) + value.encode()
-    if isinstance(value, float):
-        return b"d" + struct.pack(">f", value)
-    return b"L" + struct.pack(">q", max(-(2**63), min(value, 2**63 - 1)))
-
-
-# --- nets
 
 
 def damage_safetensors(data: bytes, rng: random.Random) -> tuple[bytes, str]:

@@ -45,4 +45,4 @@ def test_every_dependency_is_pinned() -> None:
 
     assert [line for line in lines if line and "==" not in line] == []
     pinned = {line.partition("==")[0].lower().replace("_", "-").replace(".", "-") for line in lines}
-    assert names - pinned <= {"xgboost", "phasewatch"}, "xgboost is for macOS alone, where nothing is pinned"
+    assert names - pinned <= {"aeon", "phasewatch"}, "aeon's compiler follows numpy late: it may not fix a version"

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import load as load_arrays
 from tests.models.test_models import examples, fitted
 from tests.trust import fuzz_models as fuzz
 
@@ -24,133 +25,76 @@ from phasewatch.errors import RunError, UsageError
 from phasewatch.models import registry
 from phasewatch.models.adapters import AdapterConfig
 from phasewatch.models.base import FloatArray, LabelledExamples, PhaseModel
-from phasewatch.models.checkpoint import CHECKPOINT_FILE
-from phasewatch.models.gradient_boosting import TREES_FILE, GradientBoosting
-from phasewatch.models.treefile import check_xgboost_trees
-from phasewatch.models.ubjson import parse_ubjson
+from phasewatch.models.checkpoint import CHECKPOINT_FILE, WEIGHTS_FILE, pack_weights
 from phasewatch.parquet import open_parquet
 
+RULE = {"kind": "infection", "stride_s": 1, "theta": 0.5, "k": 3, "n": 4}
+
 FEATURES = 6
+SMALL_TREES = {"rounds": 3, "leaves": 6}
 
 
 @cache
-def trees() -> bytes:
+def weights() -> bytes:
     """A file of trees as training writes it."""
-    model = registry.create("gbt", settings={"rounds": 3, "depth": 3})
-    return model.fit(examples("gbt"), examples("gbt", 80, seed=1))._files()[TREES_FILE]
+    model = registry.create("gbt", settings=SMALL_TREES)
+    return model.fit(examples("gbt"), examples("gbt", 80, seed=1))._files()[WEIGHTS_FILE]
 
 
-def test_trees_of_our_own_are_handed_on_byte_for_byte() -> None:
-    assert check_xgboost_trees(trees(), place="x", features=FEATURES) == trees()
+def restore(data: bytes) -> PhaseModel:
+    model = registry.create("gbt", settings=SMALL_TREES)
+    model.spec, model.seen = examples("gbt", 1).inputs.spec, (0, 1, 2, 3, 4)
+    model._restore({WEIGHTS_FILE: data})
+    return model
 
 
-def first_tree(model: Any) -> dict[str, Any]:
-    return model["learner"]["gradient_booster"]["model"]["trees"][0]  # type: ignore[no-any-return]
-
-
-def set_item(name: str, at: int, value: float) -> Callable[[Any], object]:
-    def change(model: Any) -> None:
-        tree = first_tree(model)
-        tree[name] = tree[name].copy()
-        tree[name][at] = value
+def set_item(name: str, at: tuple[int, ...], value: float) -> Callable[[dict[str, NDArray[Any]]], None]:
+    def change(arrays: dict[str, NDArray[Any]]) -> None:
+        arrays[name][at] = value
 
     return change
 
 
-def put(value: object, *path: str) -> Callable[[Any], object]:
-    def change(model: Any) -> None:
-        for name in path[:-1]:
-            model = model[name]
-        model[path[-1]] = value
-
-    return change
-
-
-def put_in_tree(name: str, value: object) -> Callable[[Any], object]:
-    return lambda model: first_tree(model).__setitem__(name, value)
-
-
-BOOSTER = ("learner", "gradient_booster")
-PARAMS = ("learner", "learner_model_param")
-EVIL_TREES: dict[str, Callable[[Any], object]] = {
-    "a child beyond its tree": set_item("left_children", 0, 10**6),
-    "a child before its parent": set_item("right_children", 1, 0),
-    "a child that is its parent": set_item("left_children", 0, 0),
-    "a negative child": set_item("left_children", 0, -7),
-    "one child alone": set_item("left_children", 0, -1),
-    "a node that two reach": set_item("right_children", 0, 1),
-    "a parent that is another": set_item("parents", 1, 2),
-    "a root with a parent": set_item("parents", 0, 0),
-    "a column that is not there": set_item("split_indices", 0, FEATURES),
-    "a negative column": set_item("split_indices", 0, -1),
-    "a split by categories": set_item("split_type", 0, 1),
-    "a threshold that is no number": set_item("split_conditions", 0, float("nan")),
-    "a weight without end": set_item("base_weights", 0, float("inf")),
-    "categories": put_in_tree("categories", np.zeros(3, ">i4")),
-    "an array that is cut": lambda model: first_tree(model).update(parents=first_tree(model)["parents"][:-1]),
-    "an array of another type": lambda m: first_tree(m).update(parents=first_tree(m)["parents"].astype(">i8")),
-    "an array of texts": put_in_tree("left_children", ["a"]),
-    "another number of nodes": put_in_tree("tree_param", {"num_nodes": "1000000"}),
-    "an empty tree": lambda m: first_tree(m).update(
-        {k: v[:0] for k, v in first_tree(m).items() if hasattr(v, "dtype")}
-    ),
-    "no trees": put([], *BOOSTER, "model", "trees"),
-    "trees of no class": put([9] * 15, *BOOSTER, "model", "tree_info"),
-    "rounds that are not there": put([0, 5, 10, 10**9], *BOOSTER, "model", "iteration_indptr"),
-    "another booster": put("dart", *BOOSTER, "name"),
-    "another number of classes": put("1000000", *PARAMS, "num_class"),
-    "another number of columns": put("7", *PARAMS, "num_feature"),
-    "a start that is no number": put("nan", *PARAMS, "base_score"),
-    "another objective": put({"name": "rank:ndcg"}, "learner", "objective"),
-    "names of columns": put(["a"], "learner", "feature_names"),
-    "a version of long ago": put([0, 9, 0], "version"),
-    "a key that no model has": put("x", "learner", "surprise"),
-    "categories of the whole": put({"enc": [1], "feature_segments": [], "sorted_idx": []}, *BOOSTER, "model", "cats"),
+EVIL_TREES: dict[str, Callable[[dict[str, NDArray[Any]]], None]] = {
+    "a child beyond its tree": set_item("left", (0, 0), 10**6),
+    "a leaf beyond its tree": set_item("left", (0, 0), -(10**6)),
+    "the smallest number as a child": set_item("left", (0, 0), -(2**31)),
+    "a child that is its parent": set_item("left", (0, 0), 0),
+    "a child before its parent": set_item("right", (0, 1), 0),
+    "a node that two reach": lambda arrays: arrays["left"].__setitem__((0, 0), arrays["right"][0, 0]),
+    "a column that is not there": set_item("feature", (0, 0), FEATURES),
+    "a negative column": set_item("feature", (0, 0), -1),
+    "a direction that is none": set_item("nan_left", (0, 0), 2),
+    "a threshold that is no number": set_item("threshold", (0, 0), float("nan")),
+    "a leaf without end": set_item("leaf", (0, 0), float("inf")),
+    "a tree of no leaf": set_item("size", (0,), 0),
+    "a tree of too many leaves": set_item("size", (0,), 100),
+    "a tree of fewer leaves than are reached": set_item("size", (0,), 2),
+    "an array that is cut": lambda arrays: arrays.update(feature=arrays["feature"][:-1]),
+    "an array of another type": lambda arrays: arrays.update(left=arrays["left"].astype(np.float64)),
+    "an array too few": lambda arrays: arrays.pop("size") is None,  # type: ignore[dict-item]
 }
 
 
 @pytest.mark.parametrize("change", EVIL_TREES.values(), ids=EVIL_TREES)
-def test_trees_that_would_lead_native_code_astray_are_refused(change: Callable[[Any], object]) -> None:
-    model = parse_ubjson(trees())
-    change(model)
+def test_trees_that_lead_astray_are_refused(change: Callable[[dict[str, NDArray[Any]]], None]) -> None:
+    arrays = {name: value.copy() for name, value in load_arrays(weights()).items()}
+    change(arrays)
 
-    with pytest.raises(RunError, match=r"^x: "):
-        check_xgboost_trees(fuzz.ubj(model), place="x", features=FEATURES)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        pytest.param(b"", id="nothing"),
-        pytest.param(b"[#L\x7f" + b"\xff" * 7, id="more values than there are bytes"),
-        pytest.param(b"[$d#L" + (2**40).to_bytes(8, "big"), id="a long array"),
-        pytest.param(b"[$d#L" + b"\xff" * 8, id="a negative count"),
-        pytest.param(b"[#U\x01" * 5000, id="deeply nested"),
-        pytest.param(b"[" * 5000, id="arrays without a count"),
-        pytest.param(b"{U\x01ai\x00U\x01ai\x00}", id="a key twice"),
-        pytest.param(b"{U\x01ai\x00", id="an object that never ends"),
-        pytest.param(b"SU\x02\xff\xff", id="a text that is none"),
-        pytest.param(b"[$Z#U\x01", id="an array of nothings"),
-        pytest.param(b"Hi\x03123", id="a number of any length"),
-        pytest.param(b"i\x00i", id="something behind the end"),
-    ],
-)
-def test_bytes_that_are_no_trees_are_refused_within_bounds(data: bytes) -> None:
-    with pytest.raises(RunError):
-        check_xgboost_trees(data, place="x", features=FEATURES)
+    with pytest.raises(RunError, match=r"^checkpoint of gbt: "):
+        restore(pack_weights(arrays))
 
 
 def test_damaged_trees_are_refused_or_answer_with_probabilities() -> None:
     rng = random.Random(0)
-    x = examples("gbt", 5).inputs.x
+    inputs = examples("gbt", 5).inputs
     for _ in range(150):
-        data, _how = fuzz.damaged(TREES_FILE, trees(), rng)
+        data, _how = fuzz.damaged(WEIGHTS_FILE, weights(), rng)
         try:
-            p = GradientBoosting()._load(data, FEATURES).inplace_predict(x, missing=np.nan)
+            model = restore(data)
         except RunError:
             continue
-        assert p.shape == (5, 5)
-        assert np.isfinite(p).all()
+        assert np.isfinite(model.predict_proba(inputs)).all()
 
 
 @pytest.mark.parametrize(
@@ -162,7 +106,7 @@ def test_damaged_trees_are_refused_or_answer_with_probabilities() -> None:
         ("mlp", {"dropout": 1.5}),
         ("mlp", {"depth": 3}),
         ("gbt", {"rounds": 10**9}),
-        ("gbt", {"depth": -1}),
+        ("gbt", {"leaves": 1}),
         ("gbt", {"learning_rate": -1.0}),
     ],
 )
@@ -208,8 +152,12 @@ def test_weights_of_another_width_than_the_settings_are_refused_before_memory_is
         {"files": {"model.json": {"bytes": 2**40, "sha256": ""}}},
         {"filter": {"transitions": [[0.2] * 5] * 5, "prior": [1e-320] * 5, "kappa": 1.0}},
         {"filter": {"transitions": [[1.0, 0, 0, 0, 0]] * 5, "prior": [0.2] * 5, "kappa": 1.0}},
-        {"alarm": {"none": {"theta": -1.0}}},
-        {"alarm": {"none": {"theta": 0.5, "k": 10**9, "n": 10**9}}},
+        {"alarms": [{**RULE, "theta": -1.0}]},
+        {"alarms": [{**RULE, "k": 10**9, "n": 10**9}]},
+        {"alarms": [{**RULE, "stride_s": 0}]},
+        {"alarms": [{**RULE, "kind": "theft"}]},
+        {"alarms": [RULE, RULE]},
+        {"alarms": {"none": RULE}},
     ],
 )
 def test_a_header_whose_values_cannot_be_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
@@ -335,7 +283,7 @@ def make_models(folder: Path) -> None:
 
     from phasewatch.channels import CHANNELS, build_channel_mask
     from phasewatch.features.fingerprint import behaviour_fingerprint
-    from phasewatch.features.schema import feature_names, schema_hash
+    from phasewatch.features.schema import feature_names, list_channel_columns, schema_hash
     from phasewatch.inference.edge_bundle import (
         EDGE_CARD_FILE,
         EDGE_FORMAT,
@@ -356,8 +304,8 @@ def make_models(folder: Path) -> None:
         kind = registry.find_model(key).kind
         columns: tuple[str, ...] = tuple(names)
         if kind is InputKind.TABLE:
-            columns = tuple(name for name in feature_names() if name.rpartition(".")[0] in names)
-        elif kind in (InputKind.ELAPSED, InputKind.HOST):
+            columns = list_channel_columns(feature_names(), names)
+        elif kind in (InputKind.ELAPSED, InputKind.HOST, InputKind.LOAD):
             columns = plain(key).names
         return InputSpec(
             kind=kind,

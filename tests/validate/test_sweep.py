@@ -301,6 +301,7 @@ def test_the_index_has_exactly_the_columns_of_the_contract(faulty: Path, tmp_pat
         "duplicate_of",
         "flags",
         "neighbours",
+        "background",
     ]
 
 

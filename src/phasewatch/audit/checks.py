@@ -11,10 +11,14 @@ import msgspec
 from phasewatch.errors import PhasewatchError, RunError
 
 __all__ = [
+    "IDLE_CLEAN_METRIC",
     "REPORT_ONLY_SUFFIX",
     "AuditCheck",
     "AuditReport",
+    "AuditRow",
+    "AuditSubject",
     "CheckOutcome",
+    "LimitKind",
     "build_check",
     "build_untested_check",
     "collect_refusals",
@@ -23,6 +27,7 @@ __all__ = [
 ]
 
 REPORT_ONLY_SUFFIX = "Reported, without a limit."  # ends the promise of a figure without a limit
+IDLE_CLEAN_METRIC = "idle_called_clean"  # below its limit, the five-phase scores of the headline are withdrawn
 _MAX_SHOWN_FAULTS = 3  # faults that a check lists; the rest is counted
 
 
@@ -34,6 +39,69 @@ class CheckOutcome(StrEnum):
     UNTESTED = "untested"
 
 
+class LimitKind(StrEnum):
+    """The side of a limit on which a number must lie."""
+
+    AT_LEAST = "at_least"
+    AT_MOST = "at_most"
+    ABOVE = "above"  # the lower end of the interval must lie above it
+
+
+class AuditSubject(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, order=True):
+    """The model whose predictions a row is about.
+
+    Attributes:
+        recipe: Split recipe whose test windows were used.
+        channel_set: Channel set of the model.
+        input: Input variant of the model.
+    """
+
+    recipe: str
+    channel_set: str
+    model: str
+    input: str
+
+
+class AuditRow(AuditSubject, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One number of an audit check, with its limit.
+
+    Attributes:
+        metric: Stable name in snake_case.
+        is_headline: Whether the row is about the model of the headline; only such rows decide a check.
+        compared_to: Baseline of a paired gap; the value is the model's score minus the baseline's.
+        stratum: ``with_load`` or ``without_load``; null for all windows.
+        value, low, high: The number and its interval by the session bootstrap; null where there is none.
+        limit, limit_kind: The limit, and on which side of it the number must lie; null for a number that is only
+            reported.
+        holds: Whether the limit is kept; null without a limit, or where the data cannot say.
+        note: Why there is no number or no verdict; null where there is one.
+    """
+
+    metric: str
+    is_headline: bool
+    compared_to: str | None = None
+    stratum: str | None = None
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    limit: float | None = None
+    limit_kind: LimitKind | None = None
+    holds: bool | None = None
+    n_windows: int = 0
+    n_episodes: int = 0
+    n_sessions: int = 0
+    n_hosts: int = 0
+    note: str | None = None
+
+    @property
+    def rendered_value(self) -> str:
+        """The number with its interval, for people."""
+        if self.value is None:
+            return "–"
+        interval = "" if self.low is None or self.high is None else f" [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.2f}{interval}"
+
+
 class AuditCheck(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The check of one promise.
 
@@ -41,12 +109,14 @@ class AuditCheck(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         name: Stable name in kebab-case.
         promise: What a reader may rely on if it is kept.
         words: What was checked, or the faults.
+        rows: The numbers of the check, one per model and metric; empty for a check without numbers by model.
     """
 
     name: str
     promise: str
     fate: CheckOutcome
     words: str
+    rows: tuple[AuditRow, ...] = ()
 
     @property
     def is_reported(self) -> bool:
@@ -74,6 +144,12 @@ class AuditReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def passes(self) -> bool:
         """Whether no promise is broken; untested ones do not count as broken."""
         return not self.failed_checks
+
+    @property
+    def withdraws_five_phases(self) -> bool:
+        """Whether the five-phase scores of the headline are withdrawn: its model does not call idle machines clean."""
+        rows = (row for check in self.checks for row in check.rows)
+        return any(row.metric == IDLE_CLEAN_METRIC and row.is_headline and row.holds is False for row in rows)
 
     @property
     def summary(self) -> str:

@@ -19,12 +19,13 @@ from phasewatch.artifacts import BINS_DIR, VALIDATION_FILE
 from phasewatch.binning.storage import BinIndexRow, MappedBins, open_bins
 from phasewatch.channels import LEVEL_CHANNELS, build_channel_mask
 from phasewatch.errors import RunError
-from phasewatch.features.schema import feature_names
+from phasewatch.features.schema import stat_names
 from phasewatch.features.stats import STATS
 from phasewatch.features.tables import build_window_table
 from phasewatch.metrics import confusion_counts, macro_f1
 from phasewatch.models import registry
 from phasewatch.models.base import InputKind, InputSpec, LabelledExamples, ModelInputs
+from phasewatch.models.trees import load_lightgbm
 from phasewatch.types import BIN_NS, STRIDE_BINS, WINDOW_BINS, SampleKind
 from phasewatch.validate.index import read_index
 from phasewatch.validate.verdict import USABLE_STATUSES
@@ -43,13 +44,18 @@ _MAX_LEAVE_ONE_OUT = 30
 
 _PROBE_ROUNDS = 40
 _PROBE_TREE_PARAMS = {
-    "tree_method": "hist",
     "max_depth": 3,
-    "max_bin": 32,
-    "eta": 0.2,
+    "num_leaves": 8,
+    "max_bin": 31,
+    "learning_rate": 0.2,
+    "min_data_in_leaf": 5,
+    "lambda_l2": 1.0,
     "seed": 0,
-    "nthread": 1,
-    "verbosity": 0,
+    "num_threads": 1,
+    "deterministic": True,
+    "force_col_wise": True,
+    "feature_pre_filter": False,
+    "verbose": -1,
 }
 
 
@@ -95,8 +101,7 @@ def _predict_classes_out_of_fold(
     Returns:
         ``(n,)`` classes, −1 outside `rows`; None with too few sessions or classes.
     """
-    import xgboost as xgb
-
+    lgb = load_lightgbm()
     if len(np.unique(groups[rows])) < _N_FOLDS or len(np.unique(y[rows])) < 2:
         return None
     k = int(y[rows].max()) + 1
@@ -104,14 +109,10 @@ def _predict_classes_out_of_fold(
     for train, test in _iterate_group_folds(groups, rows):
         count = np.bincount(y[train], minlength=k)
         weight = np.divide(1.0, count, out=np.zeros(k), where=count > 0) * len(y[train]) / max(1, (count > 0).sum())
-        data = xgb.QuantileDMatrix(x[train], label=y[train], weight=weight[y[train]], max_bin=32, nthread=1)
-        booster = xgb.train(
-            {**_PROBE_TREE_PARAMS, "objective": "multi:softprob", "num_class": k},
-            data,
-            num_boost_round=_PROBE_ROUNDS,
-            verbose_eval=False,
-        )
-        predicted[test] = np.asarray(booster.inplace_predict(x[test], missing=np.nan)).reshape(-1, k).argmax(axis=1)
+        params = {**_PROBE_TREE_PARAMS, "objective": "multiclass", "num_class": k}
+        data = lgb.Dataset(x[train], y[train], weight=weight[y[train]], params=params)
+        booster = lgb.train(params, data, _PROBE_ROUNDS)
+        predicted[test] = np.asarray(booster.predict(x[test], num_threads=1)).reshape(-1, k).argmax(axis=1)
     return predicted
 
 
@@ -119,17 +120,14 @@ def _predict_values_out_of_fold(
     x: Float32Array, t: NDArray[np.float64], episode: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Predict the number ``t`` ``(n,)`` of every row of ``x`` ``(n, f)`` by trees that saw none of its episode."""
-    import xgboost as xgb
-
+    lgb = load_lightgbm()
     predicted = np.zeros(len(t))
     k = min(_MAX_LEAVE_ONE_OUT, len(np.unique(episode)))
     for train, test in _iterate_group_folds(episode.astype(str), np.ones(len(t), np.bool_), k):
         if train.any() and test.any():
-            data = xgb.QuantileDMatrix(x[train], label=t[train], max_bin=32, nthread=1)
-            booster = xgb.train(
-                {**_PROBE_TREE_PARAMS, "objective": "reg:squarederror"}, data, num_boost_round=_PROBE_ROUNDS
-            )
-            predicted[test] = booster.inplace_predict(x[test], missing=np.nan)
+            params = {**_PROBE_TREE_PARAMS, "objective": "regression"}
+            booster = lgb.train(params, lgb.Dataset(x[train], t[train], params=params), _PROBE_ROUNDS)
+            predicted[test] = booster.predict(x[test], num_threads=1)
     return predicted
 
 
@@ -577,7 +575,7 @@ def _build_leakage_windows(grids: MappedBins, rows: list[BinIndexRow]) -> Leakag
         t_s=np.concatenate(t_s),
         t_ns=np.concatenate(t_ns),
         episode_index=np.concatenate(of),
-        names=tuple(name for name, is_in in zip(feature_names(), known, strict=True) if is_in),
+        names=tuple(name for name, is_in in zip(stat_names(), known, strict=True) if is_in),
         host=np.array([row.host_id for row in kept]),
         session=np.array([f"{row.host_id}/{row.session}" for row in kept]),
         profile=np.array([row.profile for row in kept]),

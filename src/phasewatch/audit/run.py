@@ -27,14 +27,24 @@ from phasewatch.audit.checks import (
     parse_audit,
     render_audit,
 )
+from phasewatch.audit.counterfactuals import CounterfactualPredictor
 from phasewatch.audit.leakage import LeakageResult, probe_leakage, read_leakage_windows
-from phasewatch.audit.models import check_permuted_labels, check_predictions, check_retrained, choose_experiments
+from phasewatch.audit.models import (
+    MergedPredictions,
+    check_permuted_labels,
+    check_predictions,
+    check_retrained,
+    choose_experiments,
+    read_headline_key,
+)
+from phasewatch.audit.omissions import check_answered, check_store_remainder, check_twins
+from phasewatch.audit.shortcut_checks import check_shortcuts
 from phasewatch.audit.splits import find_fold_faults, find_partition_faults, find_uninformative_digests
 from phasewatch.dataset import file_sha256
 from phasewatch.dataset.split_files import read_folds, read_split_episodes, read_split_index
 from phasewatch.errors import RunError
 from phasewatch.evaluation.evaluate import compute_metrics
-from phasewatch.evaluation.metric_table import has_metrics, read_metrics, render_metrics
+from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, HeadlineKey, has_metrics, read_metrics, render_metrics
 from phasewatch.progress import NO_PROGRESS, Progress
 from phasewatch.splits import SetAsideEpisode, SplitEpisode, recipes
 from phasewatch.types import EpisodeRole
@@ -120,7 +130,13 @@ _METRICS_PROMISE = "Each number is what the predictions give."
 
 
 def audit_run(
-    run: Path, *, remake: Callable[[Path], None] | None, files: tuple[str, ...], progress: Progress = NO_PROGRESS
+    run: Path,
+    *,
+    remake: Callable[[Path], None] | None,
+    files: tuple[str, ...],
+    left_out: tuple[str, ...] | None = None,
+    limit: int = 0,
+    progress: Progress = NO_PROGRESS,
 ) -> AuditReport:
     """Check every promise of a run and write `audit_v1.json`.
 
@@ -128,6 +144,8 @@ def audit_run(
         run: A run with predictions and metrics, held by the caller's lock.
         remake: Rebuilds the stages before training from the run's store into a folder; None without the store.
         files: The files that these stages write, without the splits.
+        left_out: Bundles of the store that the run does not list; None without the store.
+        limit: Size of the sample of the store that the run was asked to take; 0 for all bundles.
         progress: Progress of the task ``audit``; the detail is the name of the finished check.
 
     Raises:
@@ -135,13 +153,17 @@ def audit_run(
     """
     if not (run / PREDICTIONS_FILE).is_file():
         raise RunError(f"{run / PREDICTIONS_FILE}: absent; there is nothing to audit before `phasewatch train {run}`")
+    merged, key = MergedPredictions.read(run), _read_key(run)
     with tempfile.TemporaryDirectory(prefix="phasewatch-audit-") as folder:
         copy = Path(folder)
         steps: list[Callable[[], tuple[AuditCheck, ...]]] = [
-            lambda: _check_against_bundles(run, copy, remake, files),
-            lambda: (check_retrained(run, choose_experiments(run)),),
-            lambda: (check_predictions(run),),
+            lambda: (*_check_against_bundles(run, copy, remake, files), check_store_remainder(left_out, limit=limit)),
+            lambda: (check_twins(run),),
+            lambda: (check_answered(run, merged.list_answered(), key),),
+            lambda: (check_retrained(run, choose_experiments(run, key), merged),),
+            lambda: (check_predictions(run, merged),),
             lambda: (check_metrics(run),),
+            lambda: check_shortcuts(run, key, CounterfactualPredictor(run=run)),
             lambda: (check_permuted_labels(run),),
             lambda: check_leakage(run),
         ]
@@ -153,6 +175,14 @@ def audit_run(
     audit = AuditReport(inputs={name: file_sha256(run / name) for name in names}, checks=tuple(checks))
     atomic.write_atomic(run / AUDIT_FILE, render_audit(audit))
     return audit
+
+
+def _read_key(run: Path) -> HeadlineKey:
+    """Return the headline's key; the default where the metrics cannot be read, which the check of metrics reports."""
+    try:
+        return read_headline_key(run)
+    except RunError:
+        return DEFAULT_HEADLINE
 
 
 def read_audit(run: Path) -> AuditReport | None:
@@ -170,7 +200,7 @@ def read_audit(run: Path) -> AuditReport | None:
 
 
 def check_metrics(run: Path) -> AuditCheck:
-    """Score the predictions again and compare the bytes with `metrics_v2.json`."""
+    """Score the predictions again and compare the bytes with `metrics_v3.json`."""
     faults: list[str] = []
     with collect_refusals(faults):
         if not has_metrics(run):

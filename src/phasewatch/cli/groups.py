@@ -49,7 +49,7 @@ SECTIONS: Mapping[str, Mapping[str, CommandSpec]] = {
         "split": _spec("data", "Build the training, validation and test folds of a run."),
         "train": _spec("run", "Train the experiments of a run."),
         "evaluate": _spec("run", "Compute metrics with confidence intervals and baselines."),
-        "audit": _spec("run", "Check a run: rebuild, retrain, shuffle labels, rescore."),
+        "audit": _spec("run", "Check a run: rebuild, retrain, rescore, look for shortcuts."),
         "report": _spec("run", "Write the report of a run as HTML, Markdown or JSON."),
     },
     "Watch": {

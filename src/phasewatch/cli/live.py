@@ -20,7 +20,7 @@ from phasewatch import atomic
 from phasewatch.cli import common
 from phasewatch.cli.folders import find_bundled_model
 from phasewatch.cli.logs import route_logs
-from phasewatch.cli.options import AsJson, ModelPath, VmName, VmPid, VmQmp
+from phasewatch.cli.options import AsJson, ModelPath, Smoothing, SmoothingOption, VmName, VmPid, VmQmp
 from phasewatch.cli.progress import show_progress
 from phasewatch.cli.streams import escape_for_terminal
 from phasewatch.errors import MachineError
@@ -92,14 +92,15 @@ def watch(
         Path | None, typer.Option(metavar="DIR", help="Store for the readings, as bundles without labels.")
     ] = None,
     webhook: Annotated[str, typer.Option(metavar="URL", help="Post alarms there as JSON.")] = "",
+    smoothing: SmoothingOption = Smoothing.NONE,
     seconds: Annotated[float, typer.Option(min=0.0, help="Stop after this time; 0 watches until the VM ends.")] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print events and then the result as JSON lines.")] = False,
 ) -> None:
     """Watch a running VM and print its phases and alarms.
 
     One of --name, --pid and --qmp is needed. Works with QEMU and libvirt, from outside: nothing runs in the guest.
-    Alarms are JSON lines. Ctrl-C ends the watch and leaves the VM as it was. A cleanup process restores the VM even
-    after kill -9.
+    It decides every second. Alarms are JSON lines: infection alarms page, activity alarms inform. Ctrl-C ends the
+    watch and leaves the VM as it was. A cleanup process restores the VM even after kill -9.
 
     Example: phasewatch watch --name web01
     """
@@ -115,6 +116,7 @@ def watch(
         baseline=read_baseline_file(baseline) if baseline else None,
         save=save,
         webhook=webhook,
+        smoothing=smoothing,
         seconds=seconds,
     )
     with _open_outputs(is_only=not webhook) as (out, err), route_logs(err):
@@ -175,7 +177,7 @@ def _build_event_printer(out: _PrintLine, err: _PrintLine, *, as_json: bool) -> 
 def _render_decision(event: PhaseEvent) -> str:
     at = datetime.fromtimestamp(event.t_end_ns / 1e9, UTC).strftime("%H:%M:%S")
     probabilities = " ".join(f"{p:4.2f}" for p in event.p)
-    alarm = "  ALARM" if event.alarm else ""
+    alarm = ("  ALARM" if event.alarm else "") + ("  activity" if event.activity_alarm else "")
     caveat = f"  ({event.caveat})" if event.caveat else ""
     return f"{at}Z {event.decision:<9} {probabilities}{alarm}{caveat}"
 
@@ -190,7 +192,8 @@ def _print_report(report: WatchReport, out: _PrintLine, err: _PrintLine, *, as_j
         if report.left_as_found
         else "its monitor did not answer at the end; the cleanup process keeps trying"
     )
-    err(f"{watched.why}: {watched.windows} windows, {watched.alarms} alarms, {watched.late} late readings; {restored}")
+    alarms = f"{watched.alarms} infection alarms, {watched.activity_alarms} activity alarms"
+    err(f"{watched.why}: {watched.windows} windows, {alarms}, {watched.late} late readings; {restored}")
     if watched.lost:
         err("readings lost: " + ", ".join(f"{name} {count}" for name, count in watched.lost.items()))
     if watched.contended:

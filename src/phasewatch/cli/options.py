@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,8 @@ __all__ = [
     "RayAddress",
     "RunFolder",
     "RunOut",
+    "Smoothing",
+    "SmoothingOption",
     "Speed",
     "TokenFile",
     "VmName",
@@ -27,6 +30,14 @@ __all__ = [
     "VmQmp",
     "Workers",
 ]
+
+
+class Smoothing(StrEnum):
+    """The smoothing of displayed phases, by its name in `phasewatch.models.smoothing`."""
+
+    NONE = "none"
+    PHASE = "phase"
+
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 ChannelSets = Annotated[
@@ -54,6 +65,9 @@ RayAddress = Annotated[
 ]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of the run.")]
 RunOut = Annotated[Path, typer.Option(help="Folder of the run.")]
+SmoothingOption = Annotated[
+    Smoothing, typer.Option(help="Show phases of each window alone, or after the phase filter; alarms do not change.")
+]
 Speed = Annotated[float, typer.Option(min=0.1, max=1000, help="Playback speed (1 = real time).")]
 TokenFile = Annotated[Path | None, typer.Option(help="File with the dashboard's token; created on first start.")]
 VmName = Annotated[str | None, typer.Option(help="Name of the VM.")]

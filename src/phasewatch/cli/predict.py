@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,16 +12,25 @@ import typer
 from phasewatch.artifacts import METRICS_FILE
 from phasewatch.cli import common
 from phasewatch.cli.folders import check_run_folder, find_bundled_model
-from phasewatch.cli.options import AsJson, ChannelSets, ModelPath, RunFolder
+from phasewatch.cli.options import AsJson, ChannelSets, ModelPath, RunFolder, Smoothing, SmoothingOption
 from phasewatch.cli.progress import show_progress
 from phasewatch.cli.streams import escape_for_terminal
-from phasewatch.evaluation.metric_table import HeadlineKey, parse_metrics, render_headline
+from phasewatch.evaluation.headline import build_headline, render_headline
+from phasewatch.evaluation.metric_table import HeadlineKey, parse_metrics
 from phasewatch.inference.model_selection import find_models
 from phasewatch.inference.offline import choose_offline_model
 from phasewatch.inference.offline import predict as predict_store
 from phasewatch.store.base import parse_store_location
+from phasewatch.types import BIN_NS
 
 __all__ = ["export", "predict"]
+
+
+class Stride(StrEnum):
+    """Seconds from one window's start to the next."""
+
+    LIVE = "1"
+    TRAINING = "5"
 
 
 def export(
@@ -46,7 +56,8 @@ def export(
     metrics = parse_metrics(path.read_bytes(), file=str(path)) if path.is_file() else None
 
     def quote(name: str) -> str:
-        return render_headline(metrics, HeadlineKey(channel_set=name, model=model)) if metrics is not None else ""
+        key = HeadlineKey(channel_set=name, model=model)
+        return render_headline(build_headline(metrics, key)) if metrics is not None else ""
 
     request = ExportRequest(model=model, recipe=recipe, fold=fold, threats=common.parse_names(channels), seed=seed)
     done = export_run(run, out, request, quote=quote)
@@ -62,27 +73,32 @@ def predict(
     out: Annotated[Path, typer.Option(help="Table to write, X.parquet.")],
     model: ModelPath = None,
     channels: Annotated[str, typer.Option("--channels", help="Channel set of the model; default: the largest.")] = "",
+    stride: Annotated[Stride, typer.Option(help="Seconds from one window's start to the next.")] = Stride.LIVE,
+    smoothing: SmoothingOption = Smoothing.NONE,
     as_json: AsJson = False,
 ) -> None:
     """Predict phases and alarms for recorded episodes.
 
-    Labels are not needed. Exit code 1 if some bundles could not be read, 3 if none could.
+    Labels are not needed. The decisions are those of `watch`, one each second; `--stride 5` decides as a run's
+    predictions do. Exit code 1 if some bundles could not be read, 3 if none could.
 
     Example: phasewatch predict my-store --model runs/mine --out predictions.parquet
     """
-    predictor = choose_offline_model(find_models(model or find_bundled_model()), channels)
+    predictor = choose_offline_model(find_models(model or find_bundled_model()), channels, smoothing=smoothing)
     with show_progress(quiet=as_json) as progress:
         done = predict_store(
             parse_store_location(source),
             predictor,
             out,
+            stride_bins=int(stride) * 10**9 // BIN_NS,
             progress=progress,
         )
     for path, reason in done.failed:
         typer.echo(escape_for_terminal(f"{path}: no predictions: {reason}"), err=True)
     summary = (
-        f"{done.windows:,} windows of {done.episodes} episodes by {done.model}, {done.threat}: {done.alarms} alarms; "
-        f"{done.silent} windows unknown, {len(done.failed)} bundles without predictions"
+        f"{done.windows:,} windows of {done.episodes} episodes by {done.model}, {done.threat}: {done.alarms} infection "
+        f"and {done.activity_alarms} activity alarms; {done.silent} windows unknown, "
+        f"{len(done.failed)} bundles without predictions"
     )
     common.print_result(asdict(done), as_json=as_json, lines=[summary, str(out)])
     if done.failed:

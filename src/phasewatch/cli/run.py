@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from phasewatch import atomic
@@ -27,7 +28,7 @@ from phasewatch.cli.options import (
 )
 from phasewatch.cli.progress import show_progress
 from phasewatch.errors import SplitError
-from phasewatch.evaluation.metric_table import render_headline
+from phasewatch.evaluation.headline import render_headline
 from phasewatch.pipeline import runner, stages
 from phasewatch.pipeline.publish import publish_run
 from phasewatch.pipeline.stages import RunSettings
@@ -116,8 +117,10 @@ def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
     Example: phasewatch evaluate runs/mine
     """
     with atomic.lock(check_run_folder(run)):
-        metrics = stages.evaluate(RunSettings(store=run, run=run))
-    path, headline = str(run / METRICS_FILE), render_headline(metrics)
+        settings = runner.read_settings(run)
+        metrics = stages.evaluate(settings)
+        headline = render_headline(stages.read_run_headline(settings))
+    path = str(run / METRICS_FILE)
     result = {"headline": headline, "numbers": len(metrics.metrics), "metrics": path}
     common.print_result(result, as_json=as_json, lines=[headline, path])
 
@@ -129,7 +132,7 @@ def audit(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a run: rebuild, retrain, shuffle labels, rescore.
+    """Check a run: rebuild, retrain, rescore, look for shortcuts.
 
     Exit code 1 if a check fails.
 
@@ -142,7 +145,8 @@ def audit(
     rows = common.render_table([[c.outcome_label, c.name, c.words] for c in done.checks])
     result = {
         "passes": done.passes,
-        "checks": [{field: str(getattr(c, field)) for field in c.__struct_fields__} for c in done.checks],
+        "withdraws_five_phases": done.withdraws_five_phases,
+        "checks": [msgspec.to_builtins(c) for c in done.checks],
         "audit": path,
     }
     common.print_result(result, as_json=as_json, lines=[*rows, done.summary, path])

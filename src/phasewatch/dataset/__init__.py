@@ -3,6 +3,7 @@
 from phasewatch.artifacts import file_sha256, read_schema
 from phasewatch.dataset.loader import load, read_windows
 from phasewatch.dataset.sets import EpisodeWindows, FoldData, WindowSet
+from phasewatch.dataset.splices import SplicedEpisode, SpliceKind, build_spliced_examples, build_splices
 from phasewatch.dataset.split_files import (
     SplitIndex,
     read_fold,
@@ -17,8 +18,12 @@ from phasewatch.dataset.split_files import (
 __all__ = [
     "EpisodeWindows",
     "FoldData",
+    "SpliceKind",
+    "SplicedEpisode",
     "SplitIndex",
     "WindowSet",
+    "build_spliced_examples",
+    "build_splices",
     "file_sha256",
     "load",
     "read_fold",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from phasewatch.artifacts import (
     BINS_DIR,
+    BINS_PATH,
     FEATURES_FILE,
     FeatureSchema,
     RunEpisode,
@@ -25,9 +26,17 @@ from phasewatch.artifacts import (
 from phasewatch.binning.storage import open_bins
 from phasewatch.channels import CHANNELS, LEVEL_CHANNELS, build_channel_mask
 from phasewatch.dataset.sets import EpisodeWindows, FoldData, WindowSet
+from phasewatch.dataset.splices import build_spliced_examples, build_splices
 from phasewatch.dataset.split_files import compute_sample_group, read_fold
-from phasewatch.dataset.tensors import compute_level_means, cut_tensor
+from phasewatch.dataset.tensors import (
+    LOAD_HISTORY_WINDOWS,
+    compute_bin_inputs,
+    compute_level_means,
+    compute_load_history,
+    cut_tensor,
+)
 from phasewatch.errors import RunError, UsageError
+from phasewatch.features.inputs import list_input_channels, list_table_columns
 from phasewatch.features.normalise import (
     ChannelScaling,
     HostBaseline,
@@ -35,18 +44,18 @@ from phasewatch.features.normalise import (
     compute_scale_floors,
     measure_baseline,
 )
+from phasewatch.features.schema import list_column_channels
 from phasewatch.models.base import InputKind, InputSpec, InputVariant, ModelInputs
+from phasewatch.models.baselines import LOAD_UNKNOWN
 from phasewatch.splits import Fold, SplitPart, assign_random_windows, find_recipe
-from phasewatch.types import BIN_NS, STRIDE_BINS, ChannelTrust, EpisodeRole
+from phasewatch.types import ChannelTrust, EpisodeRole
 
 __all__ = [
     "ELAPSED_COLUMN",
     "FLAG_NO_BASELINE",
     "HOST_COLUMN",
-    "N_CONTEXT_WINDOWS",
-    "add_context",
+    "LOAD_COLUMN",
     "apply_baseline",
-    "build_context_names",
     "build_input_spec",
     "check_host_channels",
     "find_calibration_soak",
@@ -55,40 +64,7 @@ __all__ = [
     "read_windows",
 ]
 
-N_CONTEXT_WINDOWS = 2  # earlier windows in the variant `context`
 FLAG_NO_BASELINE = 8  # of a window: a channel has values, but its host's baseline has none
-_STRIDE_NS = BIN_NS * STRIDE_BINS
-
-
-def build_context_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the columns of a window and of earlier ones: ``proc.cpu_user.mean``, ``proc.cpu_user.mean@-1`` …"""
-    return (*names, *(f"{name}@-{back}" for back in range(1, N_CONTEXT_WINDOWS + 1) for name in names))
-
-
-def add_context(windows: EpisodeWindows, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Append the stats of the earlier windows to each window's own.
-
-    The earliest window of an unbroken run of windows stands in for missing ones, so that their absence carries no
-    information.
-
-    Args:
-        windows: The windows, in the order (episode, time).
-        x: ``(n, f)`` float32 stats.
-
-    Returns:
-        ``(n, f * (1 + N_CONTEXT_WINDOWS))`` float32.
-    """
-    before = np.arange(len(windows))
-    follows = np.zeros(len(windows), np.bool_)
-    follows[1:] = (windows.episode_index[1:] == windows.episode_index[:-1]) & (
-        np.diff(windows.t_center_ns) == _STRIDE_NS
-    )
-    before[follows] -= 1
-    at, parts = np.arange(len(windows)), [x]
-    for _ in range(N_CONTEXT_WINDOWS):
-        at = before[at]
-        parts.append(x[at])
-    return np.concatenate(parts, axis=1)
 
 
 def check_host_channels(names: Sequence[str], threat: str) -> None:
@@ -102,7 +78,7 @@ def check_host_channels(names: Sequence[str], threat: str) -> None:
         UsageError: If the guest reports a channel.
     """
     guests = {c.full_name for c in CHANNELS if c.trust is ChannelTrust.GUEST}
-    if reported := [n for n in names if n in guests or n.rpartition(".")[0] in guests]:
+    if reported := [n for n in names if n in guests or guests & set(list_column_channels(n))]:
         raise UsageError(
             f"table commissioned: channel set {threat!r} has {reported[0]}, which the guest reports; "
             "use a channel set of host channels only, such as realistic"
@@ -116,7 +92,7 @@ def apply_baseline(run: Path, sets: FoldData) -> FoldData:
     those of test hosts included, because a defender can record one while a VM is known clean.
     """
     spec = sets.train.inputs.spec
-    channels = _list_channels(spec.names, spec.kind)
+    channels = list_input_channels(spec.kind, spec.names)
     floors = compute_scale_floors(
         sets.train.x if spec.kind is InputKind.TENSOR else cut_tensor(run, sets.train.windows, channels)
     )
@@ -143,11 +119,6 @@ def apply_baseline(run: Path, sets: FoldData) -> FoldData:
         test=scale(sets.test),
         soak=scale(sets.soak),
     )
-
-
-def _list_channels(names: Sequence[str], kind: InputKind) -> tuple[str, ...]:
-    """Return the channels of a raw input's columns, in their order."""
-    return tuple(names) if kind is InputKind.TENSOR else tuple(dict.fromkeys(n.rpartition(".")[0] for n in names))
 
 
 def read_baselines(run: Path, channels: Sequence[str]) -> dict[str, HostBaseline]:
@@ -180,7 +151,8 @@ def _find_unmeasured(x: NDArray[np.float32], scaling: ChannelScaling) -> NDArray
     return np.asarray((known & scaling.is_missing).any(axis=1), np.bool_)
 
 
-ELAPSED_COLUMN, HOST_COLUMN = "t_center_s", "host_id"
+ELAPSED_COLUMN, HOST_COLUMN, LOAD_COLUMN = "t_center_s", "host_id", "has_load"
+_DURATION_COLUMNS = tuple(f"cpu@-{back}" for back in range(LOAD_HISTORY_WINDOWS))
 _WINDOW_COLUMNS = ("t_center_s", "t_center_ns", "phase", "purity", "flags")
 
 
@@ -194,11 +166,12 @@ def load(
         recipe: Name of a split recipe (`splits.SPLIT_RECIPES`).
         fold: Name of one of its folds; for `held_out_host` a host.
         threat: Name of a channel set (`channels.build_channel_mask`).
-        kind: ``table`` (five stats of each channel) or ``tensor`` (channels by time, from the bins); for baselines
-            ``elapsed`` (seconds since the first label), ``levels`` (cumulative totals) or ``host`` (24 bits of the
-            hash of the host id, as a number).
-        table: ``raw``, ``context`` (with the stats of two earlier windows) or ``commissioned`` (relative to the host's
-            baseline).
+        kind: ``table`` (statistics and derived columns) or ``tensor`` (channels by time, from the bins); for baselines
+            ``elapsed`` (seconds since the first label), ``levels`` (cumulative totals), ``host`` (24 bits of the hash
+            of the host id, as a number), ``load`` (whether a benign load runs in the episode: 0, 1, or 2 for unknown)
+            or ``duration`` (CPU use of the window and of those before it).
+        table: ``raw``, ``context`` (with up to two minutes before each window; train has `extra` examples made of
+            spliced episodes) or ``commissioned`` (relative to the host's baseline).
 
     Raises:
         RunError: If a file of the run is absent, invalid or edited.
@@ -221,17 +194,47 @@ def load(
         return windows.take(lab & (window_parts == p))
 
     soak = windows.take(windows.windows.mark_episodes(lambda e: e.role is EpisodeRole.SOAK))
-    test = part(SplitPart.TEST)
+    test, train = part(SplitPart.TEST), part(SplitPart.TRAIN)
+    val_a, val_b = part(SplitPart.VAL_A), part(SplitPart.VAL_B)
+    known_hosts = {e.host_id for p in (train, val_a, val_b) for e in p.windows.episodes}
+    new_hosts = {e.host_id for e in test.windows.episodes} - known_hosts
+    variant = InputVariant(table)
+    has_live = window_parts is None and kind in (InputKind.TABLE, InputKind.TENSOR) and (run / BINS_PATH).is_file()
+    extra = None
+    if table == InputVariant.CONTEXT and window_parts is None:  # windows dealt at random share their episodes
+        extra = build_spliced_examples(build_splices(run, train.windows.episodes), train.inputs.spec)
     sets = FoldData(
         fold=assignment,
-        train=part(SplitPart.TRAIN),
-        val_a=part(SplitPart.VAL_A),
-        val_b=part(SplitPart.VAL_B),
+        train=train,
+        val_a=val_a,
+        val_b=val_b,
         test=test,
         soak=soak,
         calibration_soak=find_calibration_soak(recipe, test.windows, soak.windows),
+        baseline=_read_idle_windows(run, threat, InputKind(kind), variant, known_hosts),
+        idle=_read_idle_windows(run, threat, InputKind(kind), variant, new_hosts),
+        run=run if has_live else None,
+        extra=extra,
     )
     return apply_baseline(run, sets) if table == InputVariant.COMMISSIONED else sets
+
+
+def _read_idle_windows(
+    run: Path, threat: str, kind: InputKind, table: InputVariant, hosts: Set[str]
+) -> WindowSet | None:
+    """Read the windows of the baseline episodes of some hosts: clean machines that run no load; None without any.
+
+    There are none for the variant ``commissioned``, which is scaled by the same episodes.
+    """
+    if kind not in (InputKind.TABLE, InputKind.TENSOR) or table is InputVariant.COMMISSIONED or not hosts:
+        return None
+    columns = read_columns(run / FEATURES_FILE, ("episode_id", "host_id", "role", "phase"), "features").to_pydict()
+    ids = {
+        episode_id
+        for episode_id, host, role, phase in zip(*columns.values(), strict=True)
+        if role == EpisodeRole.COMMISSION and host in hosts and phase >= 0
+    }
+    return read_windows(run, threat, kind, only=ids, table=table, is_baseline=True) if ids else None
 
 
 def find_calibration_soak(recipe: str, test: EpisodeWindows, soak: EpisodeWindows) -> NDArray[np.bool_]:
@@ -270,7 +273,7 @@ def build_input_spec(
         UsageError: If the channel set is unknown or has no column in this feature table, or the kind has no such table.
     """
     chosen = {c.full_name for c, on in zip(CHANNELS, build_channel_mask(threat), strict=True) if on}
-    names = tuple(n for n in schema.feature_names if n.rpartition(".")[0] in chosen)
+    names = list_table_columns(schema.feature_names, tuple(chosen), table)
     if not names:
         raise UsageError(f"channel set {threat!r} has no channel in this feature table")
     if table is not InputVariant.RAW and kind not in (InputKind.TABLE, InputKind.TENSOR):
@@ -279,16 +282,16 @@ def build_input_spec(
         names = (ELAPSED_COLUMN,)
     elif kind is InputKind.HOST:
         names = (HOST_COLUMN,)
+    elif kind is InputKind.LOAD:
+        names = (LOAD_COLUMN,)
+    elif kind is InputKind.DURATION:
+        names = _DURATION_COLUMNS
     elif kind is InputKind.LEVELS:
         names = tuple(c.full_name for c in LEVEL_CHANNELS)
     elif kind is InputKind.TENSOR:
         names = tuple(c.full_name for c in CHANNELS if c.full_name in chosen)
     if table is InputVariant.COMMISSIONED:
         check_host_channels(names, threat)
-    if table is InputVariant.CONTEXT:
-        if kind is InputKind.TENSOR:
-            raise UsageError("table context exists for stats only; a tensor model sees the bins of one window")
-        names = build_context_names(names)
     return InputSpec(
         kind=kind,
         names=names,
@@ -306,6 +309,7 @@ def read_windows(
     *,
     only: Iterable[str] | None = None,
     table: InputVariant = InputVariant.RAW,
+    is_baseline: bool = False,
 ) -> WindowSet:
     """Read the windows of known phase for one channel set.
 
@@ -314,8 +318,8 @@ def read_windows(
         threat: Name of a channel set (`channels.build_channel_mask`).
         kind: Input to read.
         only: Episodes of role `lab` to read; None reads all. Soak episodes are always read, baseline episodes never.
-        table: With ``context`` the earlier windows are read too. ``commissioned`` is read unscaled; call
-            `apply_baseline`.
+        is_baseline: Read the baseline episodes among `only`, and no others.
+        table: ``context`` is computed from the bins. ``commissioned`` is read unscaled; call `apply_baseline`.
 
     Raises:
         RunError: If a file of the run is absent or invalid, or no window matches.
@@ -323,16 +327,14 @@ def read_windows(
     """
     spec = build_input_spec(read_schema(run), threat, kind, table)
     has_past = table is InputVariant.CONTEXT
-    features = spec.names if kind is InputKind.TABLE else ()
-    if has_past:
-        features = tuple(name for name in features if "@" not in name)
+    features = spec.names if kind is InputKind.TABLE and not has_past else ()
     wanted = None if only is None else set(only)
     path = run / FEATURES_FILE
     blocks: list[_WindowBlock] = []
     with open_run_parquet(path, "features") as file:
         check_columns(path, file.schema_arrow.names, ("episode_id", "role", *_WINDOW_COLUMNS, *features), "features")
         for group in range(file.num_row_groups):
-            if (block := _read_block(file, group, features, wanted, unknown=has_past)) is not None:
+            if (block := _read_block(file, group, features, wanted, is_baseline=is_baseline)) is not None:
                 blocks.append(block)
     if not blocks:
         raise RunError(
@@ -340,15 +342,18 @@ def read_windows(
         )
     windows, x = _join_blocks(run, blocks)
     if has_past:
-        x = add_context(windows, x)
-        known = windows.y >= 0
-        windows, x = windows.take(known), x[known]
+        x = compute_bin_inputs(run, windows, spec)
     elif kind is InputKind.TENSOR:
         x = cut_tensor(run, windows, spec.names)
     elif kind is InputKind.LEVELS:
         x = compute_level_means(run, windows)
     elif kind is InputKind.ELAPSED:
         x = windows.t_center_s[:, None].copy()
+    elif kind is InputKind.LOAD:
+        codes = np.array([LOAD_UNKNOWN if e.has_load is None else e.has_load for e in windows.episodes], np.float32)
+        x = codes[windows.episode_index][:, None]
+    elif kind is InputKind.DURATION:
+        x = compute_load_history(run, windows)
     elif kind is InputKind.HOST:
         numbers = np.array([_hash_host_id(e.host_id) for e in windows.episodes], np.float32)
         x = numbers[windows.episode_index][:, None]
@@ -370,13 +375,13 @@ class _WindowBlock:
 
 
 def _read_block(
-    file: Any, group: int, features: Sequence[str], wanted: set[str] | None, *, unknown: bool
+    file: Any, group: int, features: Sequence[str], wanted: set[str] | None, *, is_baseline: bool
 ) -> _WindowBlock | None:
     head = file.read_row_group(group, columns=["episode_id", "role", *_WINDOW_COLUMNS])
     episode = np.asarray(head["episode_id"].to_pylist(), dtype=object)
     role = np.asarray(head["role"].to_pylist(), dtype=object)
     phase = head["phase"].to_numpy()
-    keep = ((phase >= 0) | unknown) & (role != EpisodeRole.COMMISSION)
+    keep = (phase >= 0) & ((role == EpisodeRole.COMMISSION) == is_baseline)
     if wanted is not None:
         keep &= np.fromiter(
             (r == EpisodeRole.SOAK or e in wanted for e, r in zip(episode, role, strict=True)), np.bool_, len(role)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,11 @@ class EpisodeWindows:
         marked: NDArray[np.bool_] = kept[self.episode_index]
         return marked
 
+    @property
+    def label_sequence(self) -> LabelSequence:
+        """Label, episode and time of each window, for the phase filter and the alarms."""
+        return LabelSequence(y=self.y, episode_index=self.episode_index, t_center_ns=self.t_center_ns)
+
     def take(self, rows: NDArray[np.bool_]) -> EpisodeWindows:
         """Return the windows marked in ``(n,)`` bool, and the episodes that still have any."""
         present, episode_index = np.unique(self.episode_index[rows], return_inverse=True)
@@ -73,7 +79,7 @@ class WindowSet:
 
     @property
     def x(self) -> NDArray[np.float32]:
-        """``(n, f)`` or ``(n, c, 20)`` float32; NaN where unknown."""
+        """``(n, f)`` or ``(n, c, t)`` float32; NaN where unknown."""
         return self.inputs.x
 
     @property
@@ -99,8 +105,8 @@ class WindowSet:
 
     @property
     def label_sequence(self) -> LabelSequence:
-        """Label, episode and time of each window, for the phase filter and the alarm."""
-        return LabelSequence(y=self.y, episode_index=self.windows.episode_index, t_center_ns=self.windows.t_center_ns)
+        """Label, episode and time of each window, for the phase filter and the alarms."""
+        return self.windows.label_sequence
 
     @property
     def examples(self) -> LabelledExamples:
@@ -116,7 +122,7 @@ class WindowSet:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FoldData:
-    """The five sets of windows of a fold.
+    """The sets of windows of a fold.
 
     Attributes:
         fold: The assignment of episodes to sets.
@@ -124,6 +130,12 @@ class FoldData:
         soak: Windows of all soak episodes of the run, for false alarms only.
         calibration_soak: ``(n,)`` bool over the soak windows: those that share no held-out host or sample group with
             the test set, to which thresholds may be fitted.
+        baseline: Windows of the baseline episodes of hosts that are in train or validation: the machine is known clean
+            and runs no load; None without any.
+        idle: Windows of the baseline episodes of hosts that are in the test set alone; None without any. They ask
+            whether a clean machine that runs no load is called clean.
+        run: Folder of the run, for the windows of every second; None if there are none.
+        extra: Further examples for training, from spliced episodes of the train set; None if the input has no context.
     """
 
     fold: Fold
@@ -133,3 +145,25 @@ class FoldData:
     test: WindowSet
     soak: WindowSet
     calibration_soak: NDArray[np.bool_]
+    baseline: WindowSet | None = None
+    idle: WindowSet | None = None
+    run: Path | None = None
+    extra: LabelledExamples | None = None
+
+    def build_extra(self, *parts: WindowSet) -> LabelledExamples | None:
+        """Return what joins the training set beside some parts: `extra`, and the baseline windows of their hosts.
+
+        Args:
+            parts: The sets of the fold that a model is fitted to.
+
+        Returns:
+            The examples; None if there are none.
+        """
+        found = [] if self.extra is None else [self.extra]
+        if self.baseline is not None:
+            hosts = {e.host_id for part in parts for e in part.windows.episodes}
+            own = self.baseline.take(self.baseline.windows.mark_episodes(lambda e: e.host_id in hosts))
+            if len(own):
+                marks = np.ones(len(own), np.bool_)
+                found.append(LabelledExamples(inputs=own.inputs, y=own.y, is_baseline=marks))
+        return LabelledExamples.concatenate(found) if found else None

@@ -1,7 +1,8 @@
-"""Cut the windows of a run from its memory-mapped bins, as ``(n, channels, 20)``."""
+"""Cut the windows of a run from its memory-mapped bins, or compute the inputs of models from them."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -9,16 +10,31 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from phasewatch.arrays import Float32Array
 from phasewatch.artifacts import BINS_DIR, RunEpisode
 from phasewatch.binning.storage import MappedBins, open_bins
 from phasewatch.channels import CHANNELS
 from phasewatch.errors import RunError
+from phasewatch.features.inputs import compute_inputs
 from phasewatch.features.windows import gather_windows
-from phasewatch.types import BIN_NS, WINDOW_BINS
+from phasewatch.models.base import InputKind, InputSpec, InputVariant
+from phasewatch.types import BIN_NS, STRIDE_BINS, STRIDE_NS, WINDOW_BINS
 
-__all__ = ["compute_level_means", "cut_tensor"]
+__all__ = [
+    "LOAD_HISTORY_WINDOWS",
+    "compute_bin_inputs",
+    "compute_episode_inputs",
+    "compute_level_means",
+    "compute_load_history",
+    "cut_tensor",
+]
+
+LOAD_HISTORY_WINDOWS = 48  # four minutes: longer than any load of a lab episode
+_CPU_CHANNEL = "proc.vcpu_run"
 
 _HALF_WINDOW_NS = BIN_NS * WINDOW_BINS // 2
+_MAX_KEPT_BYTES = 128 * 2**20
+_kept_inputs: dict[tuple[bytes, tuple[int, ...], tuple[str, ...], int], Float32Array] = {}  # the oldest first
 
 
 class _WindowPositions(Protocol):
@@ -51,6 +67,61 @@ def cut_tensor(run: Path, windows: _WindowPositions, names: Sequence[str]) -> ND
     return np.ascontiguousarray(gather_windows(grids.bins, begins)[:, :, chosen].transpose(0, 2, 1))
 
 
+def compute_bin_inputs(
+    run: Path, windows: _WindowPositions, spec: InputSpec, stride_bins: int = STRIDE_BINS
+) -> NDArray[np.float32]:
+    """Compute the input of a model for windows, from all bins of their episodes up to each.
+
+    Args:
+        run: Folder of the run.
+        windows: Episodes and times of the windows; the windows of an episode stand together.
+        spec: A table or tensor input without a baseline.
+        stride_bins: Bins between the starts of windows; each window starts at a multiple.
+
+    Returns:
+        ``(n, *spec.shape)`` float32; NaN where unknown.
+
+    Raises:
+        RunError: If the bins are absent, or from another validation than the feature table.
+    """
+    mapped = open_bins(run / BINS_DIR)
+    begins = _find_first_bins(run, mapped, windows)
+    rows = {(row.host_id, row.episode_id): row for row in mapped.rows}
+    x = np.empty((len(begins), *spec.shape), np.float32)
+    for number, episode in enumerate(windows.episodes):
+        own = np.flatnonzero(windows.episode_index == number)
+        row = rows[episode.host_id, episode.episode_id]
+        at, odd = np.divmod(begins[own] - row.offset, stride_bins)
+        if odd.any():
+            raise RunError(
+                f"{run / BINS_DIR}: a window of episode {row.episode_id} does not start at a multiple of "
+                f"{stride_bins} bins; run `phasewatch features` again"
+            )
+        x[own] = compute_episode_inputs(np.asarray(mapped.episode_bins(row)), spec, stride_bins)[at]
+    return x
+
+
+def compute_episode_inputs(bins: Float32Array, spec: InputSpec, stride_bins: int = STRIDE_BINS) -> Float32Array:
+    """Compute the input of a model for every window of an episode, as `features.inputs.compute_inputs`.
+
+    The folds of a recipe share most episodes, and a table with context costs some milliseconds an episode. So the
+    newest ones are kept, by the digest of their bins.
+
+    Returns:
+        ``(w, *spec.shape)`` float32, read-only.
+    """
+    if spec.kind is not InputKind.TABLE or spec.table is not InputVariant.CONTEXT:
+        return compute_inputs(bins, spec, stride_bins=stride_bins)
+    key = (hashlib.sha256(np.ascontiguousarray(bins).data).digest(), bins.shape, spec.names, stride_bins)
+    if (x := _kept_inputs.pop(key, None)) is None:
+        x = compute_inputs(bins, spec, stride_bins=stride_bins)
+        x.flags.writeable = False
+    _kept_inputs[key] = x
+    while sum(kept.nbytes for kept in _kept_inputs.values()) > _MAX_KEPT_BYTES:
+        del _kept_inputs[next(iter(_kept_inputs))]
+    return x
+
+
 def compute_level_means(run: Path, windows: _WindowPositions) -> NDArray[np.float32]:
     """Compute the mean of each cumulative level over each window, ``(n, l)`` float32; NaN where unknown.
 
@@ -67,6 +138,34 @@ def compute_level_means(run: Path, windows: _WindowPositions) -> NDArray[np.floa
         np.float32
     )
     return mean
+
+
+def compute_load_history(run: Path, windows: _WindowPositions) -> NDArray[np.float32]:
+    """Compute the mean CPU use of each window and of the windows before it, for the baseline `duration_only`.
+
+    Args:
+        run: Folder of the run.
+        windows: Episodes and times of the windows, in the order (episode, time).
+
+    Returns:
+        ``(n, LOAD_HISTORY_WINDOWS)`` float32 cores, the latest window first; NaN where unknown, before the episode's
+        first window and before a gap.
+    """
+    bins = cut_tensor(run, windows, (_CPU_CHANNEL,))[:, 0]
+    known = np.isfinite(bins)
+    count = known.sum(axis=1)
+    mean = np.divide(
+        np.where(known, bins, 0.0).sum(axis=1, dtype=np.float64), count, out=np.full(len(bins), np.nan), where=count > 0
+    )
+    follows = np.zeros(len(bins), np.bool_)
+    follows[1:] = (np.diff(windows.episode_index) == 0) & (np.diff(windows.t_center_ns) == STRIDE_NS)
+    history = np.full((len(bins), LOAD_HISTORY_WINDOWS), np.nan, np.float32)
+    at, unbroken = np.arange(len(bins)), np.ones(len(bins), np.bool_)
+    for back in range(LOAD_HISTORY_WINDOWS):
+        history[unbroken, back] = mean[at[unbroken]]
+        unbroken = unbroken & follows[at]
+        at = np.maximum(at - 1, 0)
+    return history
 
 
 def _find_first_bins(run: Path, grids: MappedBins, windows: _WindowPositions) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Alarm simulation: when a model's alarm starts on recorded episodes, how late it is, and how often it is false."""
+"""Alarm simulation: when a model's alarms start on recorded episodes, how late, and how often falsely."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from phasewatch.arrays import BoolArray, FloatArray
 from phasewatch.evaluation.metric_table import MetricNote, NoteCode
 from phasewatch.evaluation.predictions import ModelPredictions, PredictionGroup
 from phasewatch.models.alarm import (
+    ALARM_PHASES,
     DECISION_DELAY_NS,
     FALSE_ALARM_BUDGET,
     LOOK_BACK_NS,
+    AlarmKind,
     AlarmRule,
     apply_alarm_rule,
-    compute_activity_score,
+    compute_alarm_score,
+    compute_detection_delays,
     find_alarm_starts,
-    fit_alarm_rule,
+    fit_alarm_rules,
 )
 from phasewatch.models.smoothing import LabelSequence
-from phasewatch.types import BIN_NS, STRIDE_BINS, Phase
+from phasewatch.types import BIN_NS, Phase
 
 __all__ = [
     "ALARM_BUDGETS",
-    "ALARM_RECIPES",
     "AlarmOutcome",
     "AlarmSimulation",
     "ConcatenatedEpisodes",
@@ -44,52 +46,56 @@ __all__ = [
 ]
 
 ALARM_BUDGETS = (0.25, 0.5, 1.0, 2.0, 3.0, 6.0)  # false alarms per VM-hour that an operator might allow
-ALARM_RECIPES = ("held_out_host", "held_out_both")  # in the second the benign kind is new too
-_ONSET_PHASES = (Phase.INFECTING, Phase.ACTIVE)
 _QUIET_PHASES = (Phase.CLEAN, Phase.ARMED)
-_EXPOSURE_PER_WINDOW_S = BIN_NS * STRIDE_BINS / 1e9  # of one decision time
 
 PhaseSpans = Sequence[tuple[Phase, int, int]]  # (phase, start, end), nanoseconds on the wall clock, in order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ConcatenatedEpisodes:
-    """The windows of ``E`` episodes one after the other, as one model scored them: ``n`` windows.
+    """The windows of ``E`` episodes one after the other, as one model scored them for one alarm: ``n`` windows.
 
     Attributes:
-        activity_score: ``(n,)`` p(infecting) + p(active).
+        kind: The alarm.
+        stride_s: Seconds between two windows.
+        score: ``(n,)`` score of the alarm.
         episode_index: ``(n,)`` index of each window's episode, ascending.
         decided_ns: ``(n,)`` decision times on the wall clock.
         quiet: ``(n,)`` whether an alarm that starts then is false.
-        onset_ns: ``(E,)`` start of the first infecting, else of the first active; −1 without onset.
+        onset_ns: ``(E,)`` onset of what the alarm announces; −1 without onset.
+        recorded_s: ``(E,)`` seconds that were recorded after the onset; 0 without onset or without a later decision.
     """
 
-    activity_score: NDArray[np.float64]
+    kind: AlarmKind
+    stride_s: int
+    score: FloatArray
     episode_index: NDArray[np.int64]
     decided_ns: NDArray[np.int64]
     quiet: BoolArray
     onset_ns: NDArray[np.int64]
+    recorded_s: FloatArray
 
     def __len__(self) -> int:
         return len(self.onset_ns)
 
-    @property
-    def exposure_s(self) -> NDArray[np.float64]:
-        """Seconds in which an alarm would be false, ``(E,)``."""
-        windows = np.bincount(self.episode_index, self.quiet, len(self))
-        return np.asarray(windows * _EXPOSURE_PER_WINDOW_S, np.float64)
+    def sum_quiet_seconds(self, marked: BoolArray) -> FloatArray:
+        """Sum the quiet time of the marked windows ``(n,)`` by episode: ``(E,)`` s, one stride per window."""
+        windows = np.bincount(self.episode_index, self.quiet & marked, len(self))
+        return np.asarray(windows * float(self.stride_s), np.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AlarmOutcome:
-    """The alarms of ``E`` episodes at ``T`` thresholds, ``(T, E)``.
+    """The alarms of ``E`` episodes under ``T`` rules, ``(T, E)``.
 
     Attributes:
         false_alarms: Number of alarms that started in quiet time.
-        delay_s: Seconds from onset to the first decision time with an active alarm; inf without alarm or onset.
+        on_s: Seconds of quiet time with the alarm on.
+        delay_s: Seconds from onset to alarm (`models.alarm.compute_detection_delays`); inf without alarm or onset.
     """
 
     false_alarms: NDArray[np.int64]
+    on_s: NDArray[np.float64]
     delay_s: NDArray[np.float64]
 
 
@@ -111,11 +117,12 @@ class EpisodeTimeline:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PredictionParts:
-    """Predictions of one recipe, channel set, input and smoothing on test, validation B and soak."""
+    """Predictions of one recipe, channel set and input, one window every `stride_s`, without smoothing."""
 
     test: PredictionGroup
     val_b: PredictionGroup | None
     soak: PredictionGroup | None
+    stride_s: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -140,25 +147,29 @@ class EpisodePredictions:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EpisodeOutcomes:
-    """The alarms of ``E`` episodes, each at its fold's own thresholds for ``b`` budgets.
+    """The alarms of ``E`` episodes, each under its fold's own rules for ``b`` budgets.
 
     Attributes:
         onset_ns: ``(E,)`` onset on the wall clock; −1 without onset.
+        recorded_s: ``(E,)`` seconds that were recorded after the onset; 0 without.
         exposure_s: ``(E,)`` seconds in which an alarm would be false.
         false_alarms: ``(b, E)`` number of false alarms.
+        on_s: ``(b, E)`` seconds of quiet time with the alarm on.
         delay_s: ``(b, E)`` seconds from onset to alarm; inf without.
     """
 
     episodes: tuple[EpisodePredictions, ...]
     onset_ns: NDArray[np.int64]
+    recorded_s: FloatArray
     exposure_s: FloatArray
     false_alarms: NDArray[np.int64]
+    on_s: FloatArray
     delay_s: FloatArray
 
     @property
-    def has_onset(self) -> NDArray[np.bool_]:
+    def has_onset(self) -> BoolArray:
         """Whether each episode has an onset, ``(E,)``."""
-        marked: NDArray[np.bool_] = self.onset_ns >= 0
+        marked: BoolArray = self.onset_ns >= 0
         return marked
 
     @property
@@ -169,22 +180,22 @@ class EpisodeOutcomes:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AlarmSimulation:
-    """The alarms of one model and seed on all folds.
+    """One alarm of one model and seed on all folds.
 
     Attributes:
         budgets: False alarms per VM-hour, the first axis of both outcomes; `FALSE_ALARM_BUDGET` is one of them.
-        thresholds: The threshold of each fold at `FALSE_ALARM_BUDGET`.
+        rules: The rule of each fold at `FALSE_ALARM_BUDGET`.
     """
 
     test: EpisodeOutcomes
     soak: EpisodeOutcomes
     budgets: tuple[float, ...]
-    thresholds: tuple[float, ...]
+    rules: tuple[AlarmRule, ...]
 
 
-def find_onset(spans: PhaseSpans) -> int | None:
-    """Return the start of the first infecting span, else of the first active one; None without either."""
-    for phase in _ONSET_PHASES:
+def find_onset(spans: PhaseSpans, kind: AlarmKind) -> int | None:
+    """Return the start of the first infecting span, for `ACTIVITY` else of the first active one; None without."""
+    for phase in ALARM_PHASES[kind]:
         for span_phase, start, _ in spans:
             if span_phase is phase:
                 return start
@@ -212,38 +223,46 @@ def mark_quiet_times(spans: PhaseSpans, at_ns: NDArray[np.int64]) -> BoolArray:
 
 
 def concatenate_episodes(
-    episodes: Sequence[tuple[PhaseSpans, NDArray[np.int64], NDArray[np.floating]]],
+    episodes: Sequence[tuple[PhaseSpans, NDArray[np.int64], NDArray[np.floating]]], *, kind: AlarmKind, stride_s: int
 ) -> ConcatenatedEpisodes:
     """Concatenate episodes.
 
     Args:
         episodes: For each episode its label spans, ``(w,)`` window centres in order, ``(w, 5)`` probabilities.
+        kind: The alarm, which decides the score and the onset.
+        stride_s: Seconds between two windows.
     """
     decided = [t_center_ns + DECISION_DELAY_NS for _, t_center_ns, _ in episodes]
-    onsets = [find_onset(spans) for spans, _, _ in episodes]
+    onsets = [find_onset(spans, kind) for spans, _, _ in episodes]
     quiet = [mark_quiet_times(spans, at_ns) for (spans, _, _), at_ns in zip(episodes, decided, strict=True)]
+    recorded = [
+        0.0 if onset is None or not (at_ns >= onset).any() else (spans[-1][2] - onset) / 1e9
+        for (spans, _, _), at_ns, onset in zip(episodes, decided, onsets, strict=True)
+    ]
     return ConcatenatedEpisodes(
-        activity_score=np.concatenate([np.zeros(0), *(compute_activity_score(p) for _, _, p in episodes)]),
+        kind=kind,
+        stride_s=stride_s,
+        score=np.concatenate([np.zeros(0), *(compute_alarm_score(p, kind) for _, _, p in episodes)]),
         episode_index=np.repeat(np.arange(len(episodes)), [len(t) for t in decided]),
         decided_ns=np.concatenate([np.zeros(0, np.int64), *decided]),
         quiet=np.concatenate([np.zeros(0, np.bool_), *quiet]),
         onset_ns=np.array([-1 if onset is None else onset for onset in onsets], np.int64),
+        recorded_s=np.array(recorded, np.float64),
     )
 
 
-def compute_alarm_outcome(episodes: ConcatenatedEpisodes, thresholds: Sequence[float]) -> AlarmOutcome:
-    """Count false alarms and measure detection delays at each threshold."""
-    false_alarms = np.zeros((len(thresholds), len(episodes)), np.int64)
-    delay_s = np.full((len(thresholds), len(episodes)), np.inf)
+def compute_alarm_outcome(episodes: ConcatenatedEpisodes, rules: Sequence[AlarmRule]) -> AlarmOutcome:
+    """Count false alarms and their time, and measure detection delays, under each rule."""
+    shape = (len(rules), len(episodes))
+    false_alarms, on_s, delay_s = np.zeros(shape, np.int64), np.zeros(shape), np.full(shape, np.inf)
     index = episodes.episode_index
-    onset_ns = episodes.onset_ns[index]
-    for i, theta in enumerate(thresholds):
-        is_active = apply_alarm_rule(AlarmRule(theta=theta), episodes.activity_score, index)
+    for i, rule in enumerate(rules):
+        is_active = apply_alarm_rule(rule, episodes.score, index)
         starts = find_alarm_starts(is_active, index)
         false_alarms[i] = np.bincount(index, starts & episodes.quiet, len(episodes))
-        counts = is_active & (onset_ns >= 0) & (episodes.decided_ns >= onset_ns)
-        np.minimum.at(delay_s[i], index[counts], (episodes.decided_ns - onset_ns)[counts] / 1e9)
-    return AlarmOutcome(false_alarms=false_alarms, delay_s=delay_s)
+        on_s[i] = episodes.sum_quiet_seconds(is_active)
+        delay_s[i] = compute_detection_delays(episodes.kind, is_active, index, episodes.decided_ns, episodes.onset_ns)
+    return AlarmOutcome(false_alarms=false_alarms, on_s=on_s, delay_s=delay_s)
 
 
 def sum_rates(rates: NDArray[np.floating], t0_ns: int, begin_ns: int, end_ns: int) -> NDArray[np.float64]:
@@ -268,22 +287,25 @@ def simulate_alarms(
     folds: Sequence[ModelPredictions],
     parts: PredictionParts,
     timelines: Mapping[str, EpisodeTimeline],
+    *,
+    kind: AlarmKind,
     agent: str | None,
     budgets: tuple[float, ...] = ALARM_BUDGETS,
 ) -> AlarmSimulation | MetricNote:
-    """Choose each fold's thresholds on validation B and foreign soak, then simulate its test and its own soak.
+    """Fit each fold's rules on validation B and foreign soak, then simulate its test and its own soak.
 
     Args:
         folds: Test predictions of one model and seed, one per fold.
         parts: The groups that they belong to.
         timelines: Episode id → ground truth; an episode without is left out.
+        kind: The alarm.
         agent: Test episodes with the agent ``on`` or ``off``; None for both.
         budgets: False alarms per VM-hour; `FALSE_ALARM_BUDGET` is one of them.
 
     Returns:
         The simulation, or the note that explains why there is none.
     """
-    tests, soaks, thresholds = [], [], []
+    tests, soaks, rules = [], [], []
     for fold in folds:
         held_out = _HeldOut.from_fold(fold, timelines, both=parts.test.recipe == "held_out_both")
         soak = _build_episodes(_find_counterpart(parts.soak, fold), timelines)
@@ -292,8 +314,8 @@ def simulate_alarms(
         if not known:
             text = f"fold {fold.fold} has no validation B and no soak of other hosts to set a threshold by"
             return MetricNote(code=NoteCode.NO_ALARM_METRICS, text=text)
-        at_budget = _choose_thresholds(known, budgets)
-        thresholds.append(at_budget[budgets.index(FALSE_ALARM_BUDGET)])
+        at_budget = _fit_rules(known, kind, parts.stride_s, budgets)
+        rules.append(at_budget[budgets.index(FALSE_ALARM_BUDGET)])
         tests.append(_simulate_episodes(_build_episodes(fold, timelines, agent), at_budget))
         own_soak = [e for e in soak if held_out.is_own(e, timelines)]
         soaks.append(_simulate_episodes(own_soak, at_budget))
@@ -301,7 +323,7 @@ def simulate_alarms(
     if not test.episodes:
         text = "no test episode has label spans in the bins"
         return MetricNote(code=NoteCode.NO_ALARM_METRICS, text=text)
-    return AlarmSimulation(test=test, soak=_concatenate_outcomes(soaks), budgets=budgets, thresholds=tuple(thresholds))
+    return AlarmSimulation(test=test, soak=_concatenate_outcomes(soaks), budgets=budgets, rules=tuple(rules))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,15 +348,17 @@ class _HeldOut:
         return episode.host_id not in self.hosts and not (self.both and timelines[episode.id].group in self.groups)
 
 
-def _choose_thresholds(episodes: Sequence[EpisodePredictions], budgets: Sequence[float]) -> tuple[float, ...]:
-    """Choose the threshold of each budget as training does."""
+def _fit_rules(
+    episodes: Sequence[EpisodePredictions], kind: AlarmKind, stride_s: int, budgets: Sequence[float]
+) -> tuple[AlarmRule, ...]:
+    """Fit the rule of each budget as training does."""
     labels = LabelSequence(
         y=np.concatenate([e.y for e in episodes]),
         episode_index=np.repeat(np.arange(len(episodes)), [len(e.y) for e in episodes]),
         t_center_ns=np.concatenate([e.t_center_ns for e in episodes]),
     )
     p = np.concatenate([e.probabilities for e in episodes])
-    return tuple(fit_alarm_rule(p, labels, budget=budget).theta for budget in budgets)
+    return fit_alarm_rules(p, labels, kind=kind, stride_s=stride_s, budgets=budgets)
 
 
 def _find_counterpart(group: PredictionGroup | None, fold: ModelPredictions) -> ModelPredictions | None:
@@ -371,14 +395,18 @@ def _build_episodes(
     return episodes
 
 
-def _simulate_episodes(episodes: Sequence[EpisodePredictions], thresholds: Sequence[float]) -> EpisodeOutcomes:
-    together = concatenate_episodes([(e.spans, e.t_center_ns, e.probabilities) for e in episodes])
-    outcome = compute_alarm_outcome(together, thresholds)
+def _simulate_episodes(episodes: Sequence[EpisodePredictions], rules: Sequence[AlarmRule]) -> EpisodeOutcomes:
+    together = concatenate_episodes(
+        [(e.spans, e.t_center_ns, e.probabilities) for e in episodes], kind=rules[0].kind, stride_s=rules[0].stride_s
+    )
+    outcome = compute_alarm_outcome(together, rules)
     return EpisodeOutcomes(
         episodes=tuple(episodes),
         onset_ns=together.onset_ns,
-        exposure_s=together.exposure_s,
+        recorded_s=together.recorded_s,
+        exposure_s=together.sum_quiet_seconds(np.ones(len(together.score), np.bool_)),
         false_alarms=outcome.false_alarms,
+        on_s=outcome.on_s,
         delay_s=outcome.delay_s,
     )
 
@@ -387,7 +415,9 @@ def _concatenate_outcomes(parts: Sequence[EpisodeOutcomes]) -> EpisodeOutcomes:
     return EpisodeOutcomes(
         episodes=tuple(e for part in parts for e in part.episodes),
         onset_ns=np.concatenate([p.onset_ns for p in parts]),
+        recorded_s=np.concatenate([p.recorded_s for p in parts]),
         exposure_s=np.concatenate([p.exposure_s for p in parts]),
         false_alarms=np.concatenate([p.false_alarms for p in parts], axis=1),
+        on_s=np.concatenate([p.on_s for p in parts], axis=1),
         delay_s=np.concatenate([p.delay_s for p in parts], axis=1),
     )

@@ -1,16 +1,26 @@
-"""Metric rows of detection: delay, miss rate, false alarms per VM-hour, impact before the alarm, budget curves."""
+"""Metric rows of the two alarms: detection within 15, 30 and 60 s, misses, delay, false alarms, precision, impact."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from phasewatch.arrays import BoolArray, FloatArray
-from phasewatch.evaluation import bootstrap
+from phasewatch.arrays import BoolArray
+from phasewatch.evaluation.alarm_measures import (
+    EpisodeBootstrap,
+    FalseAlarmRate,
+    build_median_measure,
+    build_ratio_measure,
+    compute_binomial_interval,
+    compute_chance_recall,
+    compute_poisson_interval,
+    compute_precision,
+    measure_once,
+    unite_intervals,
+)
 from phasewatch.evaluation.alarms import (
     ALARM_BUDGETS,
     AlarmSimulation,
@@ -21,15 +31,20 @@ from phasewatch.evaluation.alarms import (
     sum_rates,
 )
 from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricNote, MetricRow, NoteCode
+from phasewatch.evaluation.predictions import ModelPredictions
 from phasewatch.evaluation.scoring import EvaluationSettings, IntervalColumns, MetricKey
-from phasewatch.models.alarm import FALSE_ALARM_BUDGET, THETA_NEVER
-from phasewatch.models.smoothing import SMOOTHING_NONE
+from phasewatch.models.alarm import FALSE_ALARM_BUDGET, LIVE_STRIDE_S, RULE_STRIDE_S, THETA_NEVER, AlarmKind
+from phasewatch.models.registry import BASELINE_MODELS
+from phasewatch.types import PHASES
 
 __all__ = [
+    "BASE_RATE_DAYS",
+    "DETECTION_TIMES_S",
+    "HEADLINE_TIME_S",
     "IMPACT_METRICS",
-    "FalseAlarmRate",
+    "MIN_RECORDED_S",
+    "STRIDE_SUFFIXES",
     "build_alarm_rows",
-    "compute_poisson_interval",
 ]
 
 # Metric, the channel whose rate is summed from onset to alarm, unit of the sum.
@@ -39,92 +54,99 @@ IMPACT_METRICS = (
     ("impact_new_flows", "netflow.new_flows", "flows"),
     ("impact_cpu_seconds", "proc.vcpu_run", "s"),
 )
+STRIDE_SUFFIXES = {LIVE_STRIDE_S: "", RULE_STRIDE_S: f"_at_{RULE_STRIDE_S}s"}  # stride in seconds → end of the names
+DETECTION_TIMES_S = (15, 30, 60)
+HEADLINE_TIME_S = 30  # the one of `DETECTION_TIMES_S` that the headline and the precision are about
+MIN_RECORDED_S = 16.0  # after the onset, for miss rate and delay: the slowest perfect alarm takes 16 s
+_MISSED_AFTER_S = float(DETECTION_TIMES_S[-1])  # an onset without an alarm for so long is missed
+BASE_RATE_DAYS = (30, 1)  # one infection per VM in so many days
 _RULE_OF_THREE = 3.0  # in H VM-hours no rate below 3/H per hour can be claimed: the rule of three
-_QUIET_TIME_NOTE = MetricNote(code=NoteCode.QUIET_TIME, text="quiet time observed: 5 s for each decision time")
 _NO_QUIET_TIME_NOTE = MetricNote(code=NoteCode.NO_QUIET_TIME, text="no quiet time was observed")
-_NO_ONSET_NOTE = MetricNote(code=NoteCode.NO_ONSET, text="no test episode has an onset")
+_NO_ONSET_NOTE = MetricNote(code=NoteCode.NO_ONSET, text="no test episode has an onset with so much recorded after it")
+_COUNT_NOTE = MetricNote(code=NoteCode.COUNT, text="a count")
 _MOSTLY_MISSED_NOTE = MetricNote(
     code=NoteCode.MOST_EPISODES_MISSED, text="more than half are missed, so there is no median"
 )
-_FOLD_MEAN_NOTE = MetricNote(code=NoteCode.MEAN_OVER_FOLDS, text="mean over folds")
-
-# ``(b, E)`` how often each resample drew each episode → ``(b,)`` the measure of each resample.
-_ResampleMeasure = Callable[[NDArray[np.uint16]], FloatArray]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FalseAlarmRate:
-    """False alarms per VM-hour, a mean over seeds, with two intervals.
-
-    Attributes:
-        count: Number of false alarms.
-        per_hour: False alarms per VM-hour.
-        poisson: The exact Poisson interval.
-        sessions: The interval of the session bootstrap, or the note that explains why there is none.
-    """
-
-    count: float
-    per_hour: float
-    poisson: IntervalColumns
-    sessions: IntervalColumns
-
-    @property
-    def union(self) -> IntervalColumns:
-        """The interval from the lower of the two low ends to the higher of the two high ends.
-
-        Neither alone is enough: Poisson's ignores sessions, and the session bootstrap cannot see beyond its sample.
-        """
-        low, high = self.sessions.get("low"), self.sessions.get("high")
-        if low is None or high is None:
-            return self.poisson
-        return {"low": min(self.poisson["low"], low), "high": max(self.poisson["high"], high)}
-
-
-def compute_poisson_interval(count: float) -> tuple[float, float]:
-    """Return the exact 95 % interval of a Poisson mean. Source: Garwood 1936, by the gamma distribution's quantiles."""
-    from scipy.special import gammaincinv
-
-    tail = (1 - bootstrap.CONFIDENCE_LEVEL) / 2
-    return (float(gammaincinv(count, tail)) if count else 0.0), float(gammaincinv(count + 1, 1 - tail))
+_NO_SPREAD_NOTE = MetricNote(code=NoteCode.NO_SPREAD, text="0 in every episode, so resampling episodes shows no spread")
 
 
 def build_alarm_rows(
-    parts: PredictionParts, timelines: Mapping[str, EpisodeTimeline], rules: EvaluationSettings, *, agent: str | None
+    strides: Sequence[PredictionParts],
+    timelines: Mapping[str, EpisodeTimeline],
+    rules: EvaluationSettings,
+    *,
+    agent: str | None,
 ) -> Iterator[MetricRow]:
-    """Yield the alarm metrics of every model that predicted all folds.
+    """Yield the alarm metrics of every model that predicted all folds, for both alarms.
 
     Args:
-        parts: Predictions on test, validation B and soak.
+        strides: Predictions of one recipe, channel set and input on test, validation B and soak, at each stride.
         timelines: Episode id → ground truth; an episode without is left out.
         rules: How intervals are drawn.
         agent: Test episodes with the agent ``on`` or ``off``; None for both.
     """
-    group, home = parts.test, DEFAULT_HEADLINE
-    key = group.build_metric_key(agent=agent)
-    is_home = group.key == (home.recipe, home.channel_set, home.input, SMOOTHING_NONE)
-    budgets = ALARM_BUDGETS if is_home else (FALSE_ALARM_BUDGET,)  # a curve for the headline, one point elsewhere
-    by_model: dict[str, list[AlarmSimulation]] = {}
+    complete = {parts.stride_s: _find_complete_models(parts) for parts in strides}
+    for parts in strides:
+        key = parts.test.build_metric_key(agent=agent)
+        is_home = (parts.test.threat, parts.test.table) == (DEFAULT_HEADLINE.channel_set, DEFAULT_HEADLINE.input)
+        for model in complete[parts.stride_s]:
+            is_detailed = is_home and model not in BASELINE_MODELS
+            budgets = ALARM_BUDGETS if is_detailed else (FALSE_ALARM_BUDGET,)  # a curve, or one point
+            for kind in AlarmKind:
+                builder = _AlarmRowBuilder(
+                    key=key, model=model, rules=rules, kind=kind, suffix=STRIDE_SUFFIXES[parts.stride_s]
+                )
+                simulations: list[AlarmSimulation] = []
+                for folds in complete[parts.stride_s][model]:
+                    found = simulate_alarms(folds, parts, timelines, kind=kind, agent=agent, budgets=budgets)
+                    if isinstance(found, AlarmSimulation):
+                        simulations.append(found)
+                    else:
+                        text = f"{model} has no {kind} alarm at {parts.stride_s} s: {found.text}"
+                        yield key.row(metric="note", model=model, note=MetricNote(code=found.code, text=text))
+                if simulations:
+                    yield from _build_model_rows(builder, simulations, timelines, is_detailed=is_detailed)
+    yield from _note_missing_live_models(strides, complete, agent)
+
+
+def _find_complete_models(parts: PredictionParts) -> dict[str, list[list[ModelPredictions]]]:
+    """Return the models that predicted all folds, each with the predictions of every seed."""
+    group = parts.test
+    models: dict[str, list[list[ModelPredictions]]] = {}
     for model, seed in dict.fromkeys((s.model, s.seed) for s in group.predictions):
         folds = [s for s in group.predictions if (s.model, s.seed) == (model, seed)]
-        if [s.fold for s in folds] != group.folds:
+        if [s.fold for s in folds] == group.folds:
+            models.setdefault(model, []).append(folds)
+    return models
+
+
+def _note_missing_live_models(
+    strides: Sequence[PredictionParts], complete: Mapping[int, Mapping[str, object]], agent: str | None
+) -> Iterator[MetricRow]:
+    """Yield a note for each model whose alarm could not be simulated at the stride of a live watcher."""
+    for parts in strides:
+        if parts.stride_s == LIVE_STRIDE_S or parts.test.threat != DEFAULT_HEADLINE.channel_set:
             continue
-        simulation = simulate_alarms(folds, parts, timelines, agent, budgets)
-        if isinstance(simulation, MetricNote):
-            text = f"{model} has no delay and no false alarms: {simulation.text}"
-            yield key.row(metric="note", model=model, note=MetricNote(code=simulation.code, text=text))
-        else:
-            by_model.setdefault(model, []).append(simulation)
-    for model, simulations in by_model.items():
-        yield from _build_model_rows(_AlarmRowBuilder(key=key, model=model, rules=rules), simulations, timelines)
+        for model in complete[parts.stride_s]:
+            if model in BASELINE_MODELS or model in complete.get(LIVE_STRIDE_S, {}):
+                continue
+            text = (
+                f"{model} has no alarm at the live stride of {LIVE_STRIDE_S} s: the run has no predictions at that "
+                f"stride; train it again. Its alarms at {parts.stride_s} s are shown"
+            )
+            note = MetricNote(code=NoteCode.NO_LIVE_PREDICTIONS, text=text)
+            yield parts.test.build_metric_key(agent=agent).row(metric="note", model=model, note=note)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _AlarmRowBuilder:
-    """Builds the rows of one model; `seeds` below are the outcomes of each of its seeds."""
+    """Builds the rows of one alarm of one model; `seeds` below are the outcomes of each of its seeds."""
 
     key: MetricKey
     model: str
     rules: EvaluationSettings
+    kind: AlarmKind
+    suffix: str
 
     def row(
         self,
@@ -139,7 +161,7 @@ class _AlarmRowBuilder:
         """Build a row over the kept episodes; an infinite value becomes null."""
         own = [e for e, kept in zip(outcomes.episodes, keep, strict=True) if kept]
         return self.key.row(
-            metric=metric,
+            metric=f"{self.kind}_{metric}{self.suffix}",
             model=self.model,
             seed="mean",
             value=None if value is None or not np.isfinite(value) else value,
@@ -151,162 +173,252 @@ class _AlarmRowBuilder:
             **columns,
         )
 
-    def build_interval(
-        self, outcomes: EpisodeOutcomes, keep: BoolArray, measures: Sequence[_ResampleMeasure]
-    ) -> IntervalColumns:
-        """Return the interval of a measure's mean over seeds, or the note that explains why it has none."""
-        episodes = outcomes.episodes
-        clusters = bootstrap.build_clusters([e.host_id for e in episodes], [e.session for e in episodes])
-        sessions = len(np.unique(clusters.cluster_index[keep]))
-        one_class = np.zeros(len(clusters.cluster_index), np.int64)
-        weights = bootstrap.draw_weights(
-            clusters, one_class, classes=(0,), resamples=self.rules.resamples, seed=self.rules.seed
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _EpisodeSet:
+    """The outcomes of each seed on the same episodes, with their resamples."""
+
+    builder: _AlarmRowBuilder
+    seeds: Sequence[EpisodeOutcomes]
+    resamples: EpisodeBootstrap
+
+    @classmethod
+    def build(cls, builder: _AlarmRowBuilder, seeds: Sequence[EpisodeOutcomes]) -> _EpisodeSet:
+        resamples = EpisodeBootstrap(outcomes=seeds[0], rules=builder.rules)
+        return cls(builder=builder, seeds=seeds, resamples=resamples)
+
+    @property
+    def first(self) -> EpisodeOutcomes:
+        return self.seeds[0]
+
+    @property
+    def every(self) -> BoolArray:
+        return np.ones(len(self.first.episodes), np.bool_)
+
+    def build_share_row(self, metric: str, keep: BoolArray, hits: Sequence[BoolArray], **columns: object) -> MetricRow:
+        """Build the share of the kept episodes that are hit, a mean over seeds.
+
+        Its interval is the union of Clopper and Pearson's and the session bootstrap's: a bootstrap of a share of 0 or
+        1 has no width.
+        """
+        n = int(keep.sum())
+        if not n:
+            return self.builder.row(metric, self.first, keep, None, note=_NO_ONSET_NOTE, **columns)
+        counts = [float((hit & keep).sum()) for hit in hits]
+        low, high = compute_binomial_interval(float(np.mean(counts)), n)
+        measures = [build_ratio_measure((hit & keep).astype(np.float64), keep.astype(np.float64)) for hit in hits]
+        sessions = self.resamples.build_interval(keep, measures)
+        ends = unite_intervals({"low": low, "high": high}, sessions)
+        value = float(np.mean(counts)) / n
+        return self.builder.row(
+            metric, self.first, keep, value, low=ends["low"], high=ends["high"], note=sessions.get("note"), **columns
         )
-        hosts = len(np.unique(clusters.host_index[clusters.cluster_index[keep]]))
-        if note := bootstrap.explain_missing_interval(sessions, hosts):
-            return {"note": note}
-        if weights is None:
-            text = "almost no resample can be drawn"
-            return {"note": MetricNote(code=NoteCode.RESAMPLES_LOSE_EPISODES, text=text)}
-        draws = np.mean([measure(weights.counts[:, clusters.cluster_index]) for measure in measures], axis=0)
-        draws = draws[~np.isnan(draws)]  # a resample without such an episode has no measure
-        if 2 * len(draws) < len(weights):
-            text = "most resamples draw no such episode"
-            return {"note": MetricNote(code=NoteCode.RESAMPLES_LOSE_EPISODES, text=text)}
-        # Never between a number and infinity: the ends are draws themselves.
-        tail = 100 * bootstrap.compute_tail_share(sessions, hosts)
-        low, high = (float(end) for end in np.percentile(draws, [tail, 100 - tail], method="inverted_cdf"))
-        if not np.isfinite(high):
-            text = f"from {low:.0f} up to never: in some resamples more than half are missed"
-            return {"note": MetricNote(code=NoteCode.UNBOUNDED_INTERVAL, text=text)}
-        return {"low": low, "high": high}
+
+    def compute_false_alarm_rate(self, at: int) -> FalseAlarmRate:
+        """Compute the rate of false alarms at one budget over the quiet hours of all episodes."""
+        hours = self.first.hours
+        count = float(np.mean([one.false_alarms[at].sum() for one in self.seeds]))
+        low, high = compute_poisson_interval(count)
+        measures = [build_ratio_measure(one.false_alarms[at] * 3600.0, one.exposure_s) for one in self.seeds]
+        return FalseAlarmRate(
+            count=count,
+            per_hour=count / hours,
+            poisson={"low": low / hours, "high": high / hours},
+            sessions=self.resamples.build_interval(self.every, measures),
+        )
+
+    def build_time_in_alarm_row(self, metric: str, at: int, **columns: object) -> MetricRow:
+        """Build the share of quiet time with the alarm on, a mean over seeds."""
+        measures = [build_ratio_measure(one.on_s[at], one.exposure_s) for one in self.seeds]
+        value = float(np.mean([measure_once(m, len(self.every)) for m in measures]))
+        ends: IntervalColumns = {"note": _NO_SPREAD_NOTE}
+        if value > 0:
+            ends = self.resamples.build_interval(self.every, measures)
+        return self.builder.row(metric, self.first, self.every, value, **ends, **columns)
 
 
 def _build_model_rows(
-    builder: _AlarmRowBuilder, simulations: Sequence[AlarmSimulation], timelines: Mapping[str, EpisodeTimeline]
+    builder: _AlarmRowBuilder,
+    simulations: Sequence[AlarmSimulation],
+    timelines: Mapping[str, EpisodeTimeline],
+    *,
+    is_detailed: bool,
 ) -> Iterator[MetricRow]:
-    tests, soaks = [s.test for s in simulations], [s.soak for s in simulations]
-    first = tests[0]
+    test = _EpisodeSet.build(builder, [s.test for s in simulations])
+    soak = _EpisodeSet.build(builder, [s.soak for s in simulations])
     at = simulations[0].budgets.index(FALSE_ALARM_BUDGET)
-    yield _build_threshold_row(builder, simulations)
-    yield from _build_false_alarm_rows(builder, "", tests, at)
-    if soaks[0].episodes:
-        yield from _build_false_alarm_rows(builder, "soak_", soaks, at)
-    profiles = sorted({e.profile for e, has_onset in zip(first.episodes, first.has_onset, strict=True) if has_onset})
-    for profile in (None, *profiles):
-        keep = first.has_onset & np.array([profile in (None, e.profile) for e in first.episodes], np.bool_)
-        yield from _build_detection_rows(builder, tests, keep, profile, at)
-        if len(simulations[0].budgets) > 1:
-            yield from _build_budget_rows(builder, tests, keep, profile)
-    for name, unit, amounts in _compute_impact(tests, timelines, at):
-        measures = [_build_median_measure(a) for a in amounts]
-        value = float(np.mean([_measure_once(m, len(a)) for m, a in zip(measures, amounts, strict=True)]))
-        ends = builder.build_interval(first, first.has_onset, measures)
-        yield builder.row(name, first, first.has_onset, value, unit=unit, **ends)
+    yield _build_threshold_row(test, simulations)
+    yield from _build_false_alarm_rows(test, "", at)
+    if soak.first.episodes:
+        yield from _build_false_alarm_rows(soak, "soak_", at)
+    yield from _build_recall_rows(test, at)
+    yield from _build_delay_rows(test, test.first.has_onset, at)
+    yield from _build_precision_rows(test, soak, at)
+    if is_detailed:
+        yield from _build_group_rows(test, at)
+        yield from _build_budget_rows(test, soak, simulations[0].budgets)
+    if is_detailed and builder.kind is AlarmKind.INFECTION:
+        yield from _build_impact_rows(test, timelines, at)
 
 
-def _build_threshold_row(builder: _AlarmRowBuilder, simulations: Sequence[AlarmSimulation]) -> MetricRow:
-    first = simulations[0].test
-    thresholds = [t for s in simulations for t in s.thresholds]
-    met = [t for t in thresholds if t < THETA_NEVER]
-    note = _FOLD_MEAN_NOTE
-    if len(met) < len(thresholds):
-        text = f"no threshold meets the budget in {len(thresholds) - len(met)} of {len(thresholds)} folds"
+def _build_threshold_row(test: _EpisodeSet, simulations: Sequence[AlarmSimulation]) -> MetricRow:
+    """Build the mean threshold over folds, with the rules that were chosen."""
+    rules = [rule for s in simulations for rule in s.rules]
+    met = [rule.theta for rule in rules if rule.theta < THETA_NEVER]
+    counts = {f"{r.k} of {r.n}": sum((o.k, o.n) == (r.k, r.n) for o in rules) for r in rules}
+    chosen = ", ".join(f"{rule} in {n}" for rule, n in sorted(counts.items()))
+    note = MetricNote(code=NoteCode.MEAN_OVER_FOLDS, text=f"mean over folds; windows: {chosen} of {len(rules)} folds")
+    if len(met) < len(rules):
+        text = f"no threshold meets the budget in {len(rules) - len(met)} of {len(rules)} folds"
         note = MetricNote(code=NoteCode.BUDGET_NOT_MET, text=text)
     value = float(np.mean(met)) if met else None
-    return builder.row("alarm_threshold", first, _mark_all(first), value, bin=FALSE_ALARM_BUDGET, note=note)
+    return test.builder.row("threshold", test.first, test.every, value, bin=FALSE_ALARM_BUDGET, note=note)
 
 
-def _mark_all(outcomes: EpisodeOutcomes) -> BoolArray:
-    return np.ones(len(outcomes.episodes), np.bool_)
-
-
-def _build_false_alarm_rows(
-    builder: _AlarmRowBuilder, prefix: str, seeds: Sequence[EpisodeOutcomes], at: int
-) -> Iterator[MetricRow]:
-    """Yield false alarms per VM-hour with the Poisson interval, the session bootstrap's, and the union of both."""
-    first, hours = seeds[0], seeds[0].hours
-    every = _mark_all(first)
-    name = f"{prefix}false_alarms_per_vm_hour"
-    yield builder.row(f"{prefix}vm_hours", first, every, hours, unit="h", note=_QUIET_TIME_NOTE)
+def _build_false_alarm_rows(own: _EpisodeSet, prefix: str, at: int) -> Iterator[MetricRow]:
+    """Yield quiet hours, false alarms per VM-hour with three intervals, and the share of time in alarm."""
+    builder, hours, name = own.builder, own.first.hours, f"{prefix}false_alarms_per_vm_hour"
+    text = f"quiet time observed: {_find_stride_s(builder)} s for each decision time"
+    note = MetricNote(code=NoteCode.QUIET_TIME, text=text)
+    yield builder.row(f"{prefix}vm_hours", own.first, own.every, hours, unit="h", note=note)
     if not hours:
-        yield builder.row(name, first, every, None, unit="1/h", note=_NO_QUIET_TIME_NOTE)
+        yield builder.row(name, own.first, own.every, None, unit="1/h", note=_NO_QUIET_TIME_NOTE)
         return
-    rate = _compute_false_alarm_rate(builder, seeds, at)
-    yield builder.row(f"{name}_poisson", first, every, rate.per_hour, unit="1/h", **rate.poisson)
-    yield builder.row(f"{name}_sessions", first, every, rate.per_hour, unit="1/h", **rate.sessions)
+    rate = own.compute_false_alarm_rate(at)
+    for kind, ends in (("_poisson", rate.poisson), ("_sessions", rate.sessions)):
+        yield builder.row(f"{name}{kind}", own.first, own.every, rate.per_hour, unit="1/h", **ends)
     text = f"{rate.count:g} in {hours:.2f} VM-hours; nothing below {_RULE_OF_THREE / hours:.1f} an hour is claimed"
     note = MetricNote(code=NoteCode.FALSE_ALARM_COUNT, text=text)
     ends = rate.union
-    yield builder.row(name, first, every, rate.per_hour, unit="1/h", low=ends["low"], high=ends["high"], note=note)
-
-
-def _compute_false_alarm_rate(builder: _AlarmRowBuilder, seeds: Sequence[EpisodeOutcomes], at: int) -> FalseAlarmRate:
-    """Compute the rate of false alarms at one budget over the quiet hours of all episodes."""
-    first, hours = seeds[0], seeds[0].hours
-    count = float(np.mean([one.false_alarms[at].sum() for one in seeds]))
-    low, high = compute_poisson_interval(count)
-    measures = [_build_ratio_measure(one.false_alarms[at] * 3600.0, one.exposure_s) for one in seeds]
-    return FalseAlarmRate(
-        count=count,
-        per_hour=count / hours,
-        poisson={"low": low / hours, "high": high / hours},
-        sessions=builder.build_interval(first, _mark_all(first), measures),
+    yield builder.row(
+        name, own.first, own.every, rate.per_hour, unit="1/h", low=ends["low"], high=ends["high"], note=note
     )
+    yield own.build_time_in_alarm_row(f"{prefix}time_in_alarm", at)
 
 
-def _build_detection_rows(
-    builder: _AlarmRowBuilder, seeds: Sequence[EpisodeOutcomes], keep: BoolArray, profile: str | None, at: int
-) -> Iterator[MetricRow]:
-    """Yield the median delay, a miss counting as infinite, and the miss rate."""
-    if not keep.any():
-        yield builder.row("delay_s", seeds[0], keep, None, unit="s", note=_NO_ONSET_NOTE, profile=profile)
-        return
-    yield from _build_delay_rows(builder, seeds, keep, at, "", {"profile": profile})
+def _find_stride_s(builder: _AlarmRowBuilder) -> int:
+    return next(stride_s for stride_s, suffix in STRIDE_SUFFIXES.items() if suffix == builder.suffix)
+
+
+def _mark_recorded(outcomes: EpisodeOutcomes, seconds: float) -> BoolArray:
+    """Mark the episodes with an onset after which so many seconds were recorded, ``(E,)``."""
+    return np.asarray(outcomes.has_onset & (outcomes.recorded_s >= seconds), np.bool_)
+
+
+def _build_recall_rows(test: _EpisodeSet, at: int) -> Iterator[MetricRow]:
+    """Yield the share of onsets announced in time, the share by chance, and the onsets that were cut short."""
+    builder, first = test.builder, test.first
+    rate = test.compute_false_alarm_rate(at) if first.hours else None
+    on = test.build_time_in_alarm_row("time_in_alarm", at) if first.hours else None
+    for within_s in DETECTION_TIMES_S:
+        keep = _mark_recorded(first, within_s)
+        yield _build_recall_row(test, keep, at, within_s)
+        cut = first.has_onset & ~keep
+        count = float(cut.sum())
+        yield builder.row(f"n_cut_short_{within_s}s", first, cut, count, unit="episodes", note=_COUNT_NOTE)
+        if rate is None or on is None or on.value is None:
+            yield builder.row(f"chance_{within_s}s", first, keep, None, note=_NO_QUIET_TIME_NOTE)
+            continue
+        low, high = rate.union["low"], rate.union["high"]
+        shares = (on.value, on.value if on.low is None else on.low, on.value if on.high is None else on.high)
+        value, low, high = (
+            compute_chance_recall(builder.kind, within_s, per_hour, share)
+            for per_hour, share in zip((rate.per_hour, low, high), shares, strict=True)
+        )
+        yield builder.row(f"chance_{within_s}s", first, keep, value, low=low, high=high)
+
+
+def _build_recall_row(
+    test: _EpisodeSet, keep: BoolArray, at: int, within_s: float, name: str = "", **columns: object
+) -> MetricRow:
+    hits = [np.asarray(one.delay_s[at] <= within_s, np.bool_) for one in test.seeds]
+    return test.build_share_row(name or f"recall_{within_s}s", keep, hits, **columns)
 
 
 def _build_delay_rows(
-    builder: _AlarmRowBuilder,
-    seeds: Sequence[EpisodeOutcomes],
-    keep: BoolArray,
-    at: int,
-    suffix: str,
-    where: Mapping[str, Any],
+    test: _EpisodeSet, chosen: BoolArray, at: int, ending: str = "", **columns: object
 ) -> Iterator[MetricRow]:
-    """Yield delay and miss rate of the kept episodes at one budget; `suffix` ends the metric names."""
-    first = seeds[0]
-    delays = [np.where(keep, one.delay_s[at], np.nan) for one in seeds]
-    value = float(np.mean([_measure_once(_build_median_measure(d), len(d)) for d in delays]))
+    """Yield miss rate and median delay, a miss counting as infinite, of the chosen episodes with an onset.
+
+    Only onsets after which `MIN_RECORDED_S` were recorded count. One without an alarm within 60 s is missed.
+    """
+    keep = chosen & _mark_recorded(test.first, MIN_RECORDED_S)
+    missed = [np.asarray(one.delay_s[at] > _MISSED_AFTER_S, np.bool_) for one in test.seeds]
+    yield test.build_share_row(f"miss_rate{ending}", keep, missed, **columns)
+    if not keep.any():
+        return
+    delays = [
+        np.where(keep, np.where(m, np.inf, one.delay_s[at]), np.nan) for one, m in zip(test.seeds, missed, strict=True)
+    ]
+    value = float(np.mean([measure_once(build_median_measure(d), len(d)) for d in delays]))
     ends: IntervalColumns = {"note": _MOSTLY_MISSED_NOTE}
     if np.isfinite(value):
-        ends = builder.build_interval(first, keep, [_build_median_measure(d) for d in delays])
-    yield builder.row(f"delay_s{suffix}", first, keep, value, unit="s", **where, **ends)
-    missed = [_build_ratio_measure(np.isinf(d).astype(np.float64), keep.astype(np.float64)) for d in delays]
-    share = float(np.mean([_measure_once(m, len(keep)) for m in missed]))
-    ends = builder.build_interval(first, keep, missed)
-    yield builder.row(f"miss_rate{suffix}", first, keep, share, **where, **ends)
+        ends = test.resamples.build_interval(keep, [build_median_measure(d) for d in delays])
+    yield test.builder.row(f"delay_s{ending}", test.first, keep, value, unit="s", **ends, **columns)
 
 
-def _build_budget_rows(
-    builder: _AlarmRowBuilder, seeds: Sequence[EpisodeOutcomes], keep: BoolArray, profile: str | None
-) -> Iterator[MetricRow]:
-    """Yield delay, miss rate and measured false alarms of each budget, each with its interval."""
-    first = seeds[0]
-    for i, budget in enumerate(ALARM_BUDGETS):
-        if keep.any():
-            yield from _build_delay_rows(builder, seeds, keep, i, "_at_budget", {"bin": budget, "profile": profile})
-        if profile is None and first.hours:
-            rate = _compute_false_alarm_rate(builder, seeds, i)
-            name = "false_alarms_per_vm_hour_at_budget"
-            yield builder.row(name, first, _mark_all(first), rate.per_hour, unit="1/h", bin=budget, **rate.union)
+def _build_precision_rows(test: _EpisodeSet, soak: _EpisodeSet, at: int) -> Iterator[MetricRow]:
+    """Yield the precision at each base rate; its ends combine the ends of recall and of false alarms."""
+    quiet, where = (soak, "soak") if soak.first.hours else (test, "test")
+    recall = _build_recall_row(test, _mark_recorded(test.first, HEADLINE_TIME_S), at, HEADLINE_TIME_S)
+    if not quiet.first.hours or recall.value is None or recall.low is None or recall.high is None:
+        return
+    rate = quiet.compute_false_alarm_rate(at)
+    for days in BASE_RATE_DAYS:
+        text = (
+            f"one infection per VM in {days} {'day' if days == 1 else 'days'}, announced within {HEADLINE_TIME_S} s, "
+            f"and the false alarms per VM-hour on {where}"
+        )
+        yield test.builder.row(
+            "precision_at_base_rate",
+            test.first,
+            _mark_recorded(test.first, HEADLINE_TIME_S),
+            compute_precision(recall.value, rate.per_hour, days=days),
+            low=compute_precision(recall.low, rate.union["high"], days=days),
+            high=compute_precision(recall.high, rate.union["low"], days=days),
+            bin=float(days),
+            note=MetricNote(code=NoteCode.BASE_RATE, text=text),
+        )
 
 
-def _compute_impact(
-    seeds: Sequence[EpisodeOutcomes], timelines: Mapping[str, EpisodeTimeline], at: int
-) -> Iterator[tuple[str, str, list[FloatArray]]]:
-    """Sum the impact from onset to alarm, ``(E,)`` per seed; to the last label for a miss, NaN without onset."""
+def _build_group_rows(test: _EpisodeSet, at: int) -> Iterator[MetricRow]:
+    """Yield recall, miss rate and delay by profile, and by the phase at the first label (column `class`)."""
+    first = test.first
+    profiles = sorted({e.profile for e, has in zip(first.episodes, first.has_onset, strict=True) if has})
+    starts = {e.spans[0][0] for e, has in zip(first.episodes, first.has_onset, strict=True) if has}
+    groups: list[tuple[dict[str, Any], BoolArray]] = [
+        ({"profile": name}, np.array([e.profile == name for e in first.episodes], np.bool_)) for name in profiles
+    ]
+    groups += [
+        ({"phase": str(phase)}, np.array([e.spans[0][0] is phase for e in first.episodes], np.bool_))
+        for phase in PHASES
+        if phase in starts
+    ]
+    for columns, chosen in groups:
+        keep = chosen & _mark_recorded(first, HEADLINE_TIME_S)
+        yield _build_recall_row(test, keep, at, HEADLINE_TIME_S, **columns)
+        yield from _build_delay_rows(test, chosen & first.has_onset, at, **columns)
+
+
+def _build_budget_rows(test: _EpisodeSet, soak: _EpisodeSet, budgets: Sequence[float]) -> Iterator[MetricRow]:
+    """Yield recall, miss rate, delay, false alarms and time in alarm of each budget, each with its interval."""
+    first = test.first
+    keep = _mark_recorded(first, HEADLINE_TIME_S)
+    for i, budget in enumerate(budgets):
+        yield _build_recall_row(test, keep, i, HEADLINE_TIME_S, f"recall_{HEADLINE_TIME_S}s_at_budget", bin=budget)
+        yield from _build_delay_rows(test, first.has_onset, i, "_at_budget", bin=budget)
+        for own, prefix in ((test, ""), (soak, "soak_")):
+            if own.first.hours:
+                rate = own.compute_false_alarm_rate(i)
+                name = f"{prefix}false_alarms_per_vm_hour_at_budget"
+                yield own.builder.row(name, own.first, own.every, rate.per_hour, unit="1/h", bin=budget, **rate.union)
+                yield own.build_time_in_alarm_row(f"{prefix}time_in_alarm_at_budget", i, bin=budget)
+
+
+def _build_impact_rows(test: _EpisodeSet, timelines: Mapping[str, EpisodeTimeline], at: int) -> Iterator[MetricRow]:
+    """Yield the median impact from onset to alarm; to the last label for a miss."""
     sums = []
-    for outcomes in seeds:
+    for outcomes in test.seeds:
         impact = np.full((len(outcomes.episodes), len(IMPACT_METRICS)), np.nan)
         for i, (e, onset, delay) in enumerate(
             zip(outcomes.episodes, outcomes.onset_ns, outcomes.delay_s[at], strict=True)
@@ -316,40 +428,10 @@ def _compute_impact(
                 end = timeline.spans[-1][2] if np.isinf(delay) else int(onset) + round(delay * 1e9)
                 impact[i] = sum_rates(timeline.rates, timeline.t0_ns, int(onset), end)
         sums.append(impact)
-    if any(np.isfinite(impact).any() for impact in sums):
-        for k, (name, _, unit) in enumerate(IMPACT_METRICS):
-            yield name, unit, [impact[:, k] for impact in sums]
-
-
-def _build_median_measure(values: FloatArray) -> _ResampleMeasure:
-    """Build the lower median of the values ``(E,)``, infinity included, NaN left out, each as often as drawn."""
-    known = np.flatnonzero(~np.isnan(values))
-    order = known[np.argsort(values[known], kind="stable")]
-
-    def measure(times: NDArray[np.uint16]) -> FloatArray:
-        if not len(order):
-            return np.full(len(times), np.nan)
-        reached = np.cumsum(times[:, order].astype(np.float64), axis=1)
-        total = reached[:, -1]
-        first = (reached >= total[:, None] / 2).argmax(axis=1)
-        medians: FloatArray = np.where(total > 0, values[order][first], np.nan)
-        return medians
-
-    return measure
-
-
-def _build_ratio_measure(above: FloatArray, below: FloatArray) -> _ResampleMeasure:
-    """Build the ratio of two sums over episodes, ``(E,)`` each, NaN where the lower sum is 0."""
-
-    def measure(times: NDArray[np.uint16]) -> FloatArray:
-        t = times.astype(np.float64)
-        over = t @ below
-        ratio: FloatArray = np.divide(t @ above, over, out=np.full(len(t), np.nan), where=over > 0)
-        return ratio
-
-    return measure
-
-
-def _measure_once(measure: _ResampleMeasure, n: int) -> float:
-    """Measure the `n` episodes as they are, each drawn once."""
-    return float(measure(np.ones((1, n), np.uint16))[0])
+    if not any(np.isfinite(impact).any() for impact in sums):
+        return
+    for k, (name, _, unit) in enumerate(IMPACT_METRICS):
+        measures = [build_median_measure(impact[:, k]) for impact in sums]
+        value = float(np.mean([measure_once(m, len(test.every)) for m in measures]))
+        ends = test.resamples.build_interval(test.first.has_onset, measures)
+        yield test.builder.row(name, test.first, test.first.has_onset, value, unit=unit, **ends)

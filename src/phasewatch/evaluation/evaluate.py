@@ -1,4 +1,4 @@
-"""Score the predictions of a run and write `metrics_v2.json`."""
+"""Score the predictions of a run and write `metrics_v3.json` and `headline.json`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 
 from phasewatch import atomic, profiles
-from phasewatch.artifacts import BINS_DIR, BINS_INDEX_PATH, METRICS_FILE, PREDICTIONS_FILE, list_split_names
+from phasewatch.artifacts import (
+    BINS_DIR,
+    BINS_INDEX_PATH,
+    EXPERIMENT_FILE,
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+    VALIDATION_FILE,
+    RunEpisode,
+    list_split_names,
+    read_run_episodes,
+)
 from phasewatch.binning.storage import index_rows_by_id, open_bins
 from phasewatch.channels import CHANNELS
 from phasewatch.dataset import file_sha256
@@ -25,9 +35,12 @@ from phasewatch.evaluation.calibration import (
     compute_confidence_thresholds,
 )
 from phasewatch.evaluation.detection import IMPACT_METRICS, build_alarm_rows
+from phasewatch.evaluation.headline import build_headline, render_headline, write_headline
+from phasewatch.evaluation.idle import build_idle_rows, build_load_rows
 from phasewatch.evaluation.importance import build_importance_rows
 from phasewatch.evaluation.leaderboard import build_leaderboard_rows
 from phasewatch.evaluation.metric_table import (
+    HEADLINE_RECIPES,
     SELECTION_METRIC,
     HeadlineKey,
     MetricNote,
@@ -35,17 +48,19 @@ from phasewatch.evaluation.metric_table import (
     MetricTable,
     NoteCode,
     read_metrics,
-    render_headline,
     render_metrics,
     select_headline,
 )
 from phasewatch.evaluation.predictions import ModelPredictions, PredictionGroup, parse_prediction_groups
+from phasewatch.evaluation.ranking import build_ranking_rows
 from phasewatch.evaluation.scoring import EvaluationSettings, MetricKey, build_scoring_set
+from phasewatch.evaluation.selection import build_selection_rows
 from phasewatch.metrics import confusion_counts, macro_f1
 from phasewatch.models import checkpoint, registry
-from phasewatch.splits import Fold
-from phasewatch.training.experiment import Experiment
-from phasewatch.training.predictions import NO_FILTER, read_predictions
+from phasewatch.models.alarm import LIVE_STRIDE_S, RULE_STRIDE_S
+from phasewatch.splits import ALARM_RECIPES, Fold
+from phasewatch.training.experiment import Experiment, parse_experiment
+from phasewatch.training.predictions import NO_FILTER, PredictionPart, read_predictions
 from phasewatch.types import SampleKind
 
 __all__ = ["evaluate_run", "read_metrics", "render_headline"]
@@ -54,18 +69,21 @@ _FOLD_MEAN_NOTE = MetricNote(code=NoteCode.MEAN_OVER_FOLDS, text="mean over fold
 
 
 def _build_training_rows(
-    run: Path, groups: Sequence[PredictionGroup], val_b: PredictionGroup | None, headline: HeadlineKey
+    run: Path,
+    groups: Sequence[PredictionGroup],
+    val_b_groups: Mapping[tuple[str, str, str, str], PredictionGroup],
+    headline: HeadlineKey,
 ) -> Iterator[MetricRow]:
-    """Yield each model's number of training windows, and the validation score that chooses the headline's model.
+    """Yield each model's number of training windows, and the validation scores that choose the headline's model.
 
     A run without checkpoints (predictions from elsewhere) has no such rows.
 
     Args:
         run: The run.
         groups: Test predictions.
-        val_b: The headline's predictions on validation B. Validation A stopped the training of some models, which
-            therefore score too high on it.
-        headline: The headline's key.
+        val_b_groups: Key of a group → its predictions on validation B. Validation A stopped the training of some
+            models, which therefore score too high on it.
+        headline: The headline's channel set and input.
     """
     for group in groups:
         if group.filter != NO_FILTER:
@@ -78,8 +96,8 @@ def _build_training_rows(
             smoothing=NO_FILTER,
             agent=None,
         )
-        is_headline = (group.recipe, group.threat, group.table) == (
-            headline.recipe,
+        val_b = val_b_groups.get(group.key)
+        is_headline = group.recipe in HEADLINE_RECIPES and (group.threat, group.table) == (
             headline.channel_set,
             headline.input,
         )
@@ -109,6 +127,20 @@ def _build_training_rows(
                     yield key.row(metric=SELECTION_METRIC, model=model, seed=first, value=value, note=_FOLD_MEAN_NOTE)
 
 
+def _read_trials(run: Path, groups: Sequence[PredictionGroup]) -> dict[tuple[str, str, str], int]:
+    """Return recipe, model and input variant → number of settings tried, of the experiments that tried any."""
+    found: dict[tuple[str, str, str], int] = {}
+    for group in groups:
+        for s in group.predictions:
+            cell = Experiment(
+                recipe=group.recipe, fold=s.fold, threat=group.threat, model=s.model, table=group.table, seed=s.seed
+            )
+            path = cell.folder(run) / EXPERIMENT_FILE
+            if path.is_file() and (trials := parse_experiment(path.read_bytes(), file=str(path)).trials):
+                found[group.recipe, s.model, group.table] = trials
+    return found
+
+
 def _read_header_if_any(run: Path, experiment: Experiment) -> checkpoint.CheckpointHeader | None:
     try:
         return checkpoint.read_header(experiment.folder(run))
@@ -122,13 +154,18 @@ def _compute_macro_f1(predictions: ModelPredictions) -> float:
 
 _AGENT_STATES = ("off", "on", None)  # None = both
 _POOLED_FOLD = "pooled"
-_SCHEDULE_FILTER = "schedule"  # a reference without observations, so its alarms mean nothing
+_STRIDE_ENDINGS = {LIVE_STRIDE_S: f"_{LIVE_STRIDE_S}s", RULE_STRIDE_S: ""}  # of the names of parts
 
 
-def evaluate_run(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -> MetricTable:
-    """Score the test predictions of a run and write `metrics_v2.json`; see `compute_metrics`."""
+def evaluate_run(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0, corpus: str | None = None) -> MetricTable:
+    """Score the test predictions of a run and write `metrics_v3.json` and `headline.json`; see `compute_metrics`.
+
+    Args:
+        corpus: Name of the store, for the headline.
+    """
     metrics = compute_metrics(run, resamples=resamples, seed=seed)
     atomic.write_atomic(run / METRICS_FILE, render_metrics(metrics))
+    write_headline(run, build_headline(metrics, corpus=corpus))
     return metrics
 
 
@@ -151,9 +188,10 @@ def compute_metrics(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -
     path = run / PREDICTIONS_FILE
     table = read_predictions(path)
     folds, digests = _read_folds(run)
-    index = run / BINS_INDEX_PATH
-    if index.is_file():
-        digests[BINS_INDEX_PATH] = file_sha256(index)
+    for name in (BINS_INDEX_PATH, VALIDATION_FILE):
+        if (run / name).is_file():
+            digests[name] = file_sha256(run / name)
+    episodes = _read_episodes(run, table)
     rows: list[MetricRow] = []
     with _limit_threads():
         groups = list(parse_prediction_groups(table, folds))
@@ -161,13 +199,12 @@ def compute_metrics(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -
             raise RunError(f"{path}: no test rows; train a recipe that holds something out")
         val_b = {b.key: b for b in parse_prediction_groups(table, {}, part="val_b")}
         for group in groups:
-            rows += _score_group(group, val_b.get(group.key), rules)
+            rows += _score_group(group, val_b.get(group.key), episodes, rules)
         rows += comparisons.build_comparison_rows(groups, rules)
-        rows += _score_alarms(groups, val_b, table, read_timelines(run), rules)
-        home = HeadlineKey()
-        rows += _build_training_rows(
-            run, groups, val_b.get((home.recipe, home.channel_set, home.input, NO_FILTER)), home
-        )
+        rows += _score_alarms(groups, table, read_timelines(run), rules)
+        rows += _score_idle(groups, table, episodes, rules)
+        rows += _build_training_rows(run, groups, val_b, HeadlineKey())
+        rows += build_selection_rows(groups, val_b, _read_trials(run, groups))
         rows += build_importance_rows(run, select_headline(rows), rules)
     return MetricTable(inputs={PREDICTIONS_FILE: file_sha256(path), **digests}, metrics=tuple(rows))
 
@@ -190,7 +227,26 @@ def _read_folds(run: Path) -> tuple[dict[tuple[str, str], Fold], dict[str, str]]
     return {(fold.recipe, fold.fold): fold for fold in read_all_folds(run)}, digests
 
 
-def _score_group(group: PredictionGroup, val_b: PredictionGroup | None, rules: EvaluationSettings) -> list[MetricRow]:
+def _read_episodes(run: Path, table: Any) -> dict[str, RunEpisode]:
+    """Read the metadata of the predicted episodes; empty if the run has no index of bundles, or another one.
+
+    Predictions can be scored without it. What needs it (idle machines, load) then has a note in place of a number.
+    """
+    if not (run / VALIDATION_FILE).is_file():
+        return {}
+    try:
+        found = read_run_episodes(run, only=set(table["episode_id"].unique().to_pylist()))
+    except RunError:
+        return {}
+    return {e.episode_id: e for e in found}
+
+
+def _score_group(
+    group: PredictionGroup,
+    val_b: PredictionGroup | None,
+    episodes: Mapping[str, RunEpisode],
+    rules: EvaluationSettings,
+) -> list[MetricRow]:
     """Score the models of all pooled folds, then those of each fold; then note what could not be scored."""
     rows: list[MetricRow] = []
     keys = {
@@ -216,6 +272,9 @@ def _score_group(group: PredictionGroup, val_b: PredictionGroup | None, rules: E
             rows += build_abstention_rows(
                 key.with_agent(own), scope, compute_confidence_thresholds(chosen, group, val_b)
             )
+        if group.filter == NO_FILTER and group.recipe in ALARM_RECIPES:
+            rows += build_ranking_rows(key.with_agent(own), scope)
+            rows += build_load_rows(key.with_agent(own), scope, episodes)
     rows += [
         key.row(metric="note", model=None, note=MetricNote(code=NoteCode.NOT_SCORED, text=text))
         for text in group.refused
@@ -237,44 +296,66 @@ def _score_folds(
 
 def _score_alarms(
     groups: Sequence[PredictionGroup],
-    val_b: Mapping[tuple[str, str, str, str], PredictionGroup],
     table: Any,
     timelines: Mapping[str, EpisodeTimeline],
     rules: EvaluationSettings,
 ) -> list[MetricRow]:
-    """Build the alarm rows of the recipes that hold out a host, on the agent state of each channel set."""
+    """Build the alarm rows of the recipes that hold out a host, on the agent state of each channel set.
+
+    Alarms use unsmoothed probabilities, at the stride of a live watcher where the run has it, and at that of training.
+    """
+    alarm_groups = [b for b in groups if b.recipe in ALARM_RECIPES and b.filter == NO_FILTER]
+    if not timelines:
+        text = "no delay and no false alarms: the run has no bins with labels"
+        note = MetricNote(code=NoteCode.NO_ALARM_METRICS, text=text)
+        return [group.build_metric_key().row(metric="note", model=None, note=note) for group in alarm_groups]
+    own = _filter_groups(table, alarm_groups)
+    parts = {
+        f"{part}{ending}": {b.key: b for b in parse_prediction_groups(own, {}, part=f"{part}{ending}")}
+        for part in ("test", "val_b", "soak")
+        for ending in _STRIDE_ENDINGS.values()
+    }
     rows: list[MetricRow] = []
-    alarm_groups = [b for b in groups if b.recipe in alarms.ALARM_RECIPES and b.filter != _SCHEDULE_FILTER]
-    soak = (
-        {b.key: b for b in parse_prediction_groups(_filter_recipes(table, alarm_groups), {}, part="soak")}
-        if timelines
-        else {}
-    )
     for group in alarm_groups:
-        key = MetricKey(
-            recipe=group.recipe,
-            fold=_POOLED_FOLD,
-            channel_set=group.threat,
-            input=group.table,
-            smoothing=group.filter,
-            agent=None,
-        )
-        if not timelines:
-            text = "no delay and no false alarms: the run has no bins with labels"
-            note = MetricNote(code=NoteCode.NO_ALARM_METRICS, text=text)
-            rows.append(key.row(metric="note", model=None, note=note))
-            continue
-        parts = alarms.PredictionParts(test=group, val_b=val_b.get(group.key), soak=soak.get(group.key))
-        rows += build_alarm_rows(parts, timelines, rules, agent=comparisons.choose_agent_state(group.threat))
+        strides = [
+            alarms.PredictionParts(
+                test=group if not ending else test,
+                val_b=parts[f"val_b{ending}"].get(group.key),
+                soak=parts[f"soak{ending}"].get(group.key),
+                stride_s=stride_s,
+            )
+            for stride_s, ending in _STRIDE_ENDINGS.items()
+            if (test := parts[f"test{ending}"].get(group.key)) is not None
+        ]
+        rows += build_alarm_rows(strides, timelines, rules, agent=comparisons.choose_agent_state(group.threat))
     return rows
 
 
-def _filter_recipes(table: Any, groups: Sequence[PredictionGroup]) -> Any:
-    """Select the rows of these recipes: each of a full grid's thousands of experiments has soak rows."""
+def _score_idle(
+    groups: Sequence[PredictionGroup], table: Any, episodes: Mapping[str, RunEpisode], rules: EvaluationSettings
+) -> list[MetricRow]:
+    """Build the rows on idle clean machines of the recipes that hold out a host."""
+    chosen = [b for b in groups if b.recipe in ALARM_RECIPES and b.filter == NO_FILTER]
+    own = _filter_groups(table, chosen)
+    parts = [
+        {b.key: b for b in parse_prediction_groups(own, {}, part=part)}
+        for part in (PredictionPart.SOAK, PredictionPart.IDLE)
+    ]
+    rows: list[MetricRow] = []
+    for group in chosen:
+        others = [found for part in parts if (found := part.get(group.key)) is not None]
+        agent = comparisons.choose_agent_state(group.threat)
+        rows += build_idle_rows(group, others, episodes, rules, agent=agent)
+    return rows
+
+
+def _filter_groups(table: Any, groups: Sequence[PredictionGroup]) -> Any:
+    """Select the unsmoothed rows of these recipes: each of a full grid's thousands of experiments has soak rows."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    return table.filter(pc.is_in(table["recipe"], pa.array(sorted({b.recipe for b in groups}), pa.string())))
+    recipes = pa.array(sorted({b.recipe for b in groups}), pa.string())
+    return table.filter(pc.and_(pc.is_in(table["recipe"], recipes), pc.equal(table["filter"], NO_FILTER)))
 
 
 def read_timelines(run: Path) -> dict[str, EpisodeTimeline]:

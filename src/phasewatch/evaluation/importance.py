@@ -30,6 +30,7 @@ from phasewatch.evaluation.scoring import (
     score_models,
     select_resamples,
 )
+from phasewatch.features.schema import list_column_channels
 from phasewatch.models import registry
 from phasewatch.models.base import InputKind, ModelInputs, PhaseModel
 from phasewatch.splits import Fold
@@ -209,11 +210,14 @@ def _build_rng(channel: str, repeat: int) -> np.random.Generator:
 
 
 def _group_columns_by_channel(inputs: ModelInputs) -> dict[str, list[int]]:
-    """Return the columns of each channel: five statistics in a table, one row in a tensor."""
+    """Return the columns of each channel: its row of a tensor, or its statistics and all that derives from it.
+
+    A column that is derived from several channels is in the group of each of them.
+    """
     found: dict[str, list[int]] = {}
     for i, name in enumerate(inputs.spec.names):
-        channel = name if inputs.spec.kind is InputKind.TENSOR else name.rpartition(".")[0]
-        found.setdefault(channel, []).append(i)
+        for channel in (name,) if inputs.spec.kind is InputKind.TENSOR else list_column_channels(name):
+            found.setdefault(channel, []).append(i)
     return found
 
 

@@ -37,10 +37,12 @@ from phasewatch.types import PHASES
 
 __all__ = [
     "ELAPSED_TIME",
+    "LOAD_ONLY",
     "build_leaderboard_rows",
+    "compute_host_interval",
 ]
 
-ELAPSED_TIME = "elapsed_time"
+ELAPSED_TIME, LOAD_ONLY = "elapsed_time", "load_only"
 _ECE_COLUMNS = slice(0, metrics.ECE_BINS)
 _MASS_GAP_COLUMNS = slice(metrics.ECE_BINS, metrics.ECE_BINS + metrics.EQUAL_MASS_BINS)
 _MASS_COUNT_COLUMNS = slice(_MASS_GAP_COLUMNS.stop, _MASS_GAP_COLUMNS.stop + metrics.EQUAL_MASS_BINS)
@@ -248,44 +250,63 @@ def build_leaderboard_rows(
 def _build_host_spread_rows(
     key: MetricKey, whole: ScoringSet, rules: EvaluationSettings, rows: Sequence[MetricRow]
 ) -> Iterator[MetricRow]:
-    """Yield mean over hosts, worst host and range of hosts; an interval only from `MIN_HOSTS` hosts on."""
+    """Yield the mean over hosts, the range for a new host, the worst host and the range of hosts."""
     counts = {**whole.counts(), **count_profiles(whole, rules)}
     for model in whole.predictions.group_by_model():
-        own = [r for r in select_rows(rows, "macro_f1", model=model, profile=None, phase=None) if r.host_id]
-        values = np.array([r.value for r in own])
-        few = f"{len(own)} hosts, an interval between hosts needs {bootstrap.MIN_HOSTS}"
-        ends: IntervalColumns = {"note": MetricNote(code=NoteCode.TOO_FEW_HOSTS, text=few)}
-        if len(own) >= bootstrap.MIN_HOSTS:
-            rng = np.random.default_rng([rules.seed, len(own)])
-            low, high = bootstrap.compute_interval(rng.choice(values, (rules.resamples, len(own))).mean(axis=1))
-            ends = {"low": low, "high": high}
-        worst = own[int(values.argmin())]
-        yield key.row(
-            metric="macro_f1_mean_of_hosts",
-            model=model,
-            seed="mean",
-            value=float(values.mean()),
-            **ends,
-            **counts,
-        )
-        yield key.row(
-            metric="macro_f1_worst_host",
-            model=model,
-            seed="mean",
-            value=worst.value,
-            low=worst.low,
-            high=worst.high,
-            note=MetricNote(code=NoteCode.HOST_NAME, text=f"on {worst.host_id}"),
-            **counts,
-        )
-        yield key.row(
-            metric="macro_f1_range_of_hosts",
-            model=model,
-            seed="mean",
-            value=float(np.ptp(values)),
-            note=MetricNote(code=NoteCode.HOST_RANGE, text=f"from {values.min():.2f} to {values.max():.2f}"),
-            **counts,
-        )
+        for metric in _MACRO_METRICS:
+            own = [r for r in select_rows(rows, metric, model=model, profile=None, phase=None) if r.host_id]
+            values = [float(r.value or 0.0) for r in own]
+            mean = float(np.mean(values))
+            for name, is_new_host in (("mean_of_hosts", False), ("new_host", True)):
+                ends = compute_host_interval(values, is_new_host=is_new_host)
+                yield key.row(metric=f"{metric}_{name}", model=model, seed="mean", value=mean, **ends, **counts)
+            if metric != _MACRO_METRICS[0]:
+                continue
+            worst = own[int(np.argmin(values))]
+            yield key.row(
+                metric="macro_f1_worst_host",
+                model=model,
+                seed="mean",
+                value=worst.value,
+                low=worst.low,
+                high=worst.high,
+                note=MetricNote(code=NoteCode.HOST_NAME, text=f"on {worst.host_id}"),
+                **counts,
+            )
+            yield key.row(
+                metric="macro_f1_range_of_hosts",
+                model=model,
+                seed="mean",
+                value=float(np.ptp(values)),
+                note=MetricNote(code=NoteCode.HOST_RANGE, text=f"from {min(values):.2f} to {max(values):.2f}"),
+                **counts,
+            )
+
+
+def compute_host_interval(values: Sequence[float], *, is_new_host: bool) -> IntervalColumns:
+    """Compute Student's t interval over the scores of hosts, cut to 0 … 1.
+
+    The scores share training data, so both intervals are lower bounds of the doubt (ADR 0080).
+
+    Args:
+        values: One score per host.
+        is_new_host: Return the prediction interval for the score of one more host, instead of the confidence interval
+            of the mean of all hosts.
+
+    Returns:
+        The interval, or the note that explains why there is none.
+
+    Source: Geisser 1993, "Predictive Inference", section 2.2.
+    """
+    from scipy.special import stdtrit
+
+    n = len(values)
+    if n < bootstrap.MIN_HOSTS:
+        text = f"{n} {'host' if n == 1 else 'hosts'}, an interval between hosts needs {bootstrap.MIN_HOSTS}"
+        return {"note": MetricNote(code=NoteCode.TOO_FEW_HOSTS, text=text)}
+    spread = float(np.std(values, ddof=1)) * np.sqrt(1.0 / n + is_new_host)
+    half, mean = float(stdtrit(n - 1, (1 + bootstrap.CONFIDENCE_LEVEL) / 2)) * spread, float(np.mean(values))
+    return {"low": max(0.0, mean - half), "high": min(1.0, mean + half)}
 
 
 def _build_group_rows(key: MetricKey, whole: ScoringSet, rules: EvaluationSettings, name: str) -> Iterator[MetricRow]:

@@ -1,4 +1,4 @@
-"""The metric table of a run, `metrics_v2.json`: one flat row per number, note codes, and the headline."""
+"""The metric table of a run, `metrics_v3.json`: one flat row per number, note codes, and the headline's key."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 
 import msgspec
 
-from phasewatch.artifacts import METRICS_FILE, OLD_METRICS_FILE
+from phasewatch.artifacts import METRICS_FILE, OLD_METRICS_FILES
 from phasewatch.errors import RunError
 from phasewatch.types import EpisodeOrigin
 
 __all__ = [
     "DEFAULT_HEADLINE",
+    "HEADLINE_RECIPES",
     "SELECTION_METRIC",
     "ConfusionMatrix",
     "HeadlineKey",
@@ -25,7 +26,6 @@ __all__ = [
     "has_metrics",
     "parse_metrics",
     "read_metrics",
-    "render_headline",
     "render_metrics",
     "select_headline",
     "select_rows",
@@ -47,6 +47,7 @@ class NoteCode(StrEnum):
     RESAMPLES_LOSE_EPISODES = "resamples_lose_episodes"
     RESAMPLES_LOSE_WINDOWS = "resamples_lose_windows"
     UNBOUNDED_INTERVAL = "unbounded_interval"
+    NO_SPREAD = "no_spread"
     BIASED_ESTIMATE = "biased_estimate"
     COUNT = "count"
     MEAN_OVER_FOLDS = "mean_over_folds"
@@ -58,11 +59,18 @@ class NoteCode(StrEnum):
     NO_QUIET_TIME = "no_quiet_time"
     MOST_EPISODES_MISSED = "most_episodes_missed"
     BUDGET_NOT_MET = "budget_not_met"
+    NO_IDLE_WINDOWS = "no_idle_windows"
+    UNKNOWN_LOAD = "unknown_load"
+    TOO_FEW_WINDOWS = "too_few_windows"
     # Details of a number.
     HOST_NAME = "host_name"
     HOST_RANGE = "host_range"
     QUIET_TIME = "quiet_time"
     FALSE_ALARM_COUNT = "false_alarm_count"
+    BASE_RATE = "base_rate"
+    CURVE_POINT = "curve_point"
+    OTHER_STRIDE = "other_stride"
+    OTHER_RECIPE = "other_recipe"
     RECORDED = "recorded"
     SIMULATED = "simulated"
     # Remarks, in rows of the metric `note`.
@@ -72,6 +80,7 @@ class NoteCode(StrEnum):
     NOT_SCORED = "not_scored"
     NO_IMPORTANCE = "no_importance"
     NO_ALARM_METRICS = "no_alarm_metrics"
+    NO_LIVE_PREDICTIONS = "no_live_predictions"
 
     @classmethod
     def from_origin(cls, origin: str) -> NoteCode:
@@ -158,7 +167,7 @@ def _matches(value: object, wanted: object) -> bool:
 
 
 class MetricTable(msgspec.Struct, frozen=True, kw_only=True):
-    """`metrics_v2.json`: the digests of the files it was computed from, and its rows."""
+    """`metrics_v3.json`: the digests of the files it was computed from, and its rows."""
 
     inputs: dict[str, str]
     metrics: tuple[MetricRow, ...]
@@ -180,6 +189,7 @@ class HeadlineKey:
 
 
 DEFAULT_HEADLINE = HeadlineKey()  # what the report and the dashboard are about
+HEADLINE_RECIPES = ("held_out_both", "held_out_host")  # the headline quotes the first that was tested
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,11 +221,11 @@ def parse_metrics(data: bytes, *, file: str) -> MetricTable:
 
 def has_metrics(run: Path) -> bool:
     """Return whether a run has been scored, by this version or by one whose file `read_metrics` refuses."""
-    return any((run / name).is_file() for name in (METRICS_FILE, OLD_METRICS_FILE))
+    return any((run / name).is_file() for name in (METRICS_FILE, *OLD_METRICS_FILES))
 
 
 def read_metrics(run: Path) -> MetricTable:
-    """Read a run's `metrics_v2.json`.
+    """Read a run's `metrics_v3.json`.
 
     Raises:
         RunError: If it is absent, broken, or the run has only the file of an older version.
@@ -223,73 +233,22 @@ def read_metrics(run: Path) -> MetricTable:
     path = run / METRICS_FILE
     if path.is_file():
         return parse_metrics(path.read_bytes(), file=str(path))
-    if (run / OLD_METRICS_FILE).is_file():
+    if old := next((run / name for name in OLD_METRICS_FILES if (run / name).is_file()), None):
         raise RunError(
-            f"{run / OLD_METRICS_FILE}: written by an older version, expected {METRICS_FILE}; "
-            f"make it with `phasewatch evaluate {run}`"
+            f"{old}: written by an older version, expected {METRICS_FILE}; make it with `phasewatch evaluate {run}`"
         )
     raise RunError(f"{path}: absent; make it with `phasewatch evaluate {run}`")
 
 
 def select_headline(metrics: Sequence[MetricRow]) -> HeadlineKey:
-    """Return the headline's key: its model scores best on validation B; `gbt` on a tie or without a choice."""
+    """Return the headline's key: its model scores best on validation B of the hardest recipe that was trained.
+
+    `gbt` wins a tie, and is chosen without a choice. The key's recipe is that of the leaderboard.
+    """
     home = DEFAULT_HEADLINE
-    rows = select_rows(metrics, SELECTION_METRIC, recipe=home.recipe, channel_set=home.channel_set, input=home.input)
-    rows = tuple(r for r in rows if r.model)
-    if not rows:
-        return home
-    best = max(rows, key=lambda r: (r.value or 0.0, r.model == home.model))
-    return replace(home, model=str(best.model))
-
-
-def render_headline(metrics: MetricTable, key: HeadlineKey | None = None) -> str:
-    """Render the line that a run is quoted by, or the reason why it has none."""
-    key = select_headline(metrics.metrics) if key is None else key
-    five = _find_headline_row(metrics, key, "macro_f1", key.model)
-    three = _find_headline_row(metrics, key, "macro_f1_3class", key.model)
-    time = _find_headline_row(metrics, key, "macro_f1", "elapsed_time")
-    opening = f"macro-F1 of phase, unseen host, {key.channel_set}, {key.model}: "
-    if five is None or three is None:
-        return opening + f"untested, no test episode with the agent {key.agent}"
-    seeds = sum(isinstance(r.seed, int) for r in _select_headline_rows(metrics, key, "macro_f1", key.model))
-    alone = "untested" if time is None or time.value is None else f"{time.value:.2f}"
-    counts = ", ".join(
-        (
-            _render_count(five.n_episodes, "episode"),
-            _render_count(five.n_hosts, "host"),
-            f"{five.n_profiles_tested} of {five.n_profiles} profiles tested",
-            _render_count(seeds, "seed"),
-        )
-    )
-    is_simulated = metrics.select("origin", profile=None, code=NoteCode.SIMULATED, recipe=key.recipe)
-    line = f"{opening}{_render_score(five)}; 3 states {_render_score(three)}; elapsed time alone {alone} ({counts})"
-    return line + " [simulated]" if is_simulated else line
-
-
-def _find_headline_row(metrics: MetricTable, key: HeadlineKey, metric: str, model: str) -> MetricRow | None:
-    return next((r for r in _select_headline_rows(metrics, key, metric, model) if r.seed == "mean"), None)
-
-
-def _select_headline_rows(metrics: MetricTable, key: HeadlineKey, metric: str, model: str) -> tuple[MetricRow, ...]:
-    return metrics.select(
-        metric,
-        overall=True,
-        recipe=key.recipe,
-        fold="pooled",
-        channel_set=key.channel_set,
-        input=key.input,
-        smoothing="none",
-        agent=key.agent,
-        model=model,
-        compared_to=None,
-    )
-
-
-def _render_score(row: MetricRow) -> str:
-    if row.low is None or row.high is None:
-        return f"{row.value:.2f} [no interval: {row.note}]"
-    return f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]"
-
-
-def _render_count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+    for recipe in HEADLINE_RECIPES:
+        rows = select_rows(metrics, SELECTION_METRIC, recipe=recipe, channel_set=home.channel_set, input=home.input)
+        if rows := tuple(r for r in rows if r.model):
+            best = max(rows, key=lambda r: (r.value or 0.0, r.model == home.model))
+            return replace(home, model=str(best.model))
+    return home

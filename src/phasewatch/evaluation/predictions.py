@@ -14,7 +14,7 @@ from phasewatch.errors import RunError
 from phasewatch.evaluation.scoring import EvaluationWindows, MetricKey, ModelOutput, PredictionSet
 from phasewatch.models import registry
 from phasewatch.splits import Fold, SplitPart
-from phasewatch.training.predictions import PROBABILITY_COLUMNS
+from phasewatch.training.predictions import PROBABILITY_COLUMNS, PredictionPart
 from phasewatch.types import PHASES
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 
+_TEST_PARTS = (PredictionPart.TEST, PredictionPart.TEST_LIVE)
 _GROUP_COLUMNS = ("recipe", "threat", "table", "filter")
 _EXPERIMENT_COLUMNS = ("model", "seed", "fold")
 _EPISODE_COLUMNS = ("episode_id", "session", "host_id", "profile", "sample_name", "origin", "agent")
@@ -126,7 +127,7 @@ def parse_prediction_groups(
     Args:
         table: An Arrow table in the format of `predictions_v1.parquet`.
         folds: (recipe, fold) → split, as far as the run has its file; test predictions of other episodes are refused.
-        part: ``test``, ``val_b`` or ``soak``.
+        part: ``test``, ``val_b``, ``soak`` or ``idle``; ``test_1s`` and so on for windows every second.
     """
     import pyarrow.compute as pc
 
@@ -138,7 +139,7 @@ def parse_prediction_groups(
         experiments.sort(key=lambda e: (order.get(e[0]["model"], len(order)), *e[0].values()))
         for experiment, at in experiments:
             one = rows.read_predictions(experiment, at)
-            fold = folds.get((keys["recipe"], experiment["fold"])) if part == "test" else None
+            fold = folds.get((keys["recipe"], experiment["fold"])) if part in _TEST_PARTS else None
             fault = _explain_rejection(one, fold)
             if fault is None:
                 accepted.append(one)

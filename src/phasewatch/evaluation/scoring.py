@@ -168,7 +168,7 @@ class MetricKey:
 
         Floats are rounded to ten decimals: below that the order of a sum shows, which differs between machines.
         """
-        rounded = {k: round(v, 10) + 0.0 if isinstance(v, float) else v for k, v in columns.items()}
+        rounded = {k: round(float(v), 10) + 0.0 if isinstance(v, float) else v for k, v in columns.items()}
         return MetricRow(
             recipe=self.recipe,
             fold=self.fold,

@@ -10,17 +10,16 @@ from itertools import cycle
 from pathlib import Path
 
 from phasewatch.artifacts import METRICS_FILE, file_sha256
-from phasewatch.dataset.loader import N_CONTEXT_WINDOWS
 from phasewatch.evaluation.evaluate import read_metrics
 from phasewatch.events.from_metrics import build_metric_events, build_profile_event
 from phasewatch.events.from_replay import (
     ReplayEpisode,
     ReplaySelection,
-    add_alarm,
+    add_alarms,
     find_model_folder,
     iter_replay_steps,
     list_episodes,
-    read_alarm_rule,
+    read_alarm_rules,
     read_replay_episodes,
 )
 from phasewatch.events.perf import ProcessMeter
@@ -29,7 +28,7 @@ from phasewatch.events.schema import EventData, EventEnvelope
 from phasewatch.inference.model_selection import find_models
 from phasewatch.inference.predictor import PhasePostprocessor, PhasePredictor
 from phasewatch.models.alarm import DECISION_DELAY_NS
-from phasewatch.types import BIN_NS, STRIDE_BINS, WINDOW_BINS
+from phasewatch.types import BIN_NS, WINDOW_BINS
 
 __all__ = [
     "DemoConfig",
@@ -104,8 +103,7 @@ def read_demo_episodes(config: DemoConfig) -> tuple[ReplayEpisode, ...]:
     wanted = config.episodes or tuple(episode for _, episode in list_episodes(config.run, config.choice))
     episodes = []
     for recording in read_replay_episodes(config.run, wanted, config.choice):
-        rule = read_alarm_rule(recording, config.run)
-        episodes.append(recording if rule is None else add_alarm(recording, rule))
+        episodes.append(add_alarms(recording, read_alarm_rules(recording, config.run)))
     return tuple(sorted(episodes, key=lambda r: (-len(set(r.predictions.y_true.tolist())), r.row.episode_id)))
 
 
@@ -202,8 +200,9 @@ async def predict_on_schedule(
         first = (center_ns - half_ns - row.t0_ns) // BIN_NS
         due_s = start_s + (center_ns + DECISION_DELAY_NS - row.t0_ns) / 1e9 / speed
         await asyncio.sleep(max(0.0, due_s - time.monotonic()))
-        bins = recording.bins[max(0, first - N_CONTEXT_WINDOWS * STRIDE_BINS) : first + WINDOW_BINS]
-        p, known = scorer.predict_windows(bins)[-1], scorer.compute_known_share(bins)[-1]
+        end = first + WINDOW_BINS
+        p = scorer.predict_newest(recording.bins[max(0, end - scorer.bins_needed) : end])
+        known = scorer.compute_known_share(recording.bins[first:end])[0]
         postprocessor.postprocess(number, center_ns - half_ns, p, known=float(known), flags=0)
         meter.add_window((time.monotonic() - due_s) * 1000)
         if tick is not None:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from phasewatch import profiles
 from phasewatch.evaluation import query
-from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow, MetricTable, render_headline, select_rows
+from phasewatch.evaluation.headline import build_headline, render_headline
+from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow, MetricTable, select_rows
 from phasewatch.events.schema import (
     ConfusionEvent,
     EventData,
@@ -69,7 +70,7 @@ def _build_score_event(metrics: MetricTable, rows: Sequence[MetricRow]) -> Score
         rows=tuple(_build_score_row(r, lead, metrics.metrics) for r in ranked[:200]),
         inflation=_build_split_scores(metrics.metrics, model) if model else (),
         inflation_of=model,
-        headline=render_headline(metrics)[:_MAX_NOTE_CHARS],
+        headline=render_headline(build_headline(metrics))[:_MAX_NOTE_CHARS],
         notes=tuple(note[:_MAX_NOTE_CHARS] for note in query.collect_notes(metrics.metrics)[:_MAX_NOTES]),
     )
 

@@ -6,8 +6,8 @@ The predictions of a run's episode come from the fold that did not train on it. 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +22,36 @@ from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE
 from phasewatch.events.schema import EventData, PhaseEvent, TelemetryEvent
 from phasewatch.features.windows import build_label_spans, label_windows
 from phasewatch.inference.predictor import PhaseDecision, PhasePredictor
-from phasewatch.models.alarm import DECISION_DELAY_NS, THETA_NEVER, AlarmRule, apply_alarm_rule, compute_activity_score
+from phasewatch.models.alarm import (
+    DECISION_DELAY_NS,
+    RULE_STRIDE_S,
+    THETA_NEVER,
+    AlarmKind,
+    AlarmRule,
+    apply_alarm_rule,
+    compute_alarm_score,
+    find_alarm_rule,
+)
 from phasewatch.models.checkpoint import CHECKPOINT_FILE, read_header
 from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE
 from phasewatch.parquet import convert_parquet_errors
 from phasewatch.training.experiment import Experiment
-from phasewatch.training.predictions import PROBABILITY_COLUMNS
-from phasewatch.types import BIN_NS, PHASES, WINDOW_BINS
+from phasewatch.training.predictions import PROBABILITY_COLUMNS, PredictionPart
+from phasewatch.types import BIN_NS, LIVE_STRIDE_BINS, PHASES, WINDOW_BINS
 from phasewatch.validate.verdict import BundleCheck
 
 __all__ = [
+    "ReplayAlarm",
     "ReplayEpisode",
     "ReplayPredictions",
     "ReplaySelection",
     "ReplayStep",
-    "add_alarm",
+    "add_alarms",
     "build_replay_episode",
     "find_model_folder",
     "iter_replay_steps",
     "list_episodes",
-    "read_alarm_rule",
+    "read_alarm_rules",
     "read_replay_episodes",
 ]
 
@@ -63,12 +73,25 @@ _SIGNIFICANT_DIGITS = 5  # of the values in events
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplaySelection:
-    """Predictions to replay: those with the lowest seed, and with the phase filter if the run has it."""
+    """Predictions to replay: those with the lowest seed, every five seconds, without the phase filter."""
 
     recipe: str = DEFAULT_HEADLINE.recipe
     threat: str = DEFAULT_HEADLINE.channel_set
     model: str = DEFAULT_HEADLINE.model
     table: str = DEFAULT_HEADLINE.input
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ReplayAlarm:
+    """One alarm over the ``n`` windows of one episode.
+
+    Attributes:
+        is_active: ``(n,)`` bool whether it is raised after each window.
+        threshold: Threshold of its score.
+    """
+
+    is_active: NDArray[np.bool_]
+    threshold: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -81,8 +104,7 @@ class ReplayPredictions:
         t_center_ns: ``(n,)`` int64 centre of the window, nanoseconds since the epoch.
         p: ``(n, 5)`` float64 probabilities in the order of PHASES.
         y_pred, y_true: ``(n,)`` int64 codes of the predicted and of the true phase; −1 = unknown.
-        alarm: ``(n,)`` bool whether the alarm is raised; None without a threshold.
-        threshold: Threshold of p(infecting) + p(active); None without one.
+        alarms: The alarms by kind; one without a rule is absent.
         caveat: Warning that applies to all predictions.
     """
 
@@ -94,8 +116,7 @@ class ReplayPredictions:
     p: NDArray[np.float64]
     y_pred: NDArray[np.int64]
     y_true: NDArray[np.int64]
-    alarm: NDArray[np.bool_] | None = None
-    threshold: float | None = None
+    alarms: Mapping[AlarmKind, ReplayAlarm] = field(default_factory=dict)
     caveat: str | None = None
 
 
@@ -182,24 +203,28 @@ def find_model_folder(recording: ReplayEpisode, run: Path) -> Path:
     return experiment.folder(run)
 
 
-def read_alarm_rule(recording: ReplayEpisode, run: Path) -> AlarmRule | None:
-    """Read the alarm rule of the model that predicted a recording; return None if it has no rule or no checkpoint.
+def read_alarm_rules(recording: ReplayEpisode, run: Path) -> tuple[AlarmRule, ...]:
+    """Read the alarm rules of the model that predicted a recording; return none if it has no rule or no checkpoint.
 
     Raises:
         RunError, MismatchError: If the checkpoint exists but cannot be used.
     """
     folder = find_model_folder(recording, run)
     if not (folder / CHECKPOINT_FILE).is_file():
-        return None
-    return read_header(folder).alarm.get(recording.predictions.filter)
+        return ()
+    return read_header(folder).alarms
 
 
-def add_alarm(recording: ReplayEpisode, rule: AlarmRule) -> ReplayEpisode:
-    """Return the recording with the alarms that a rule raises."""
+def add_alarms(recording: ReplayEpisode, rules: Sequence[AlarmRule]) -> ReplayEpisode:
+    """Return the recording, with windows every five seconds, with the alarms that the rules for them raise."""
     predictions = recording.predictions
-    score = compute_activity_score(predictions.p)
-    alarm = apply_alarm_rule(rule, score, np.zeros(len(predictions.p), np.int64))
-    return replace(recording, predictions=replace(predictions, alarm=alarm, threshold=rule.theta))
+    alarms = {}
+    for kind in AlarmKind:
+        if (rule := find_alarm_rule(rules, kind, RULE_STRIDE_S)) is not None:
+            score = compute_alarm_score(predictions.p, kind)
+            is_active = apply_alarm_rule(rule, score, np.zeros(len(score), np.int64))
+            alarms[kind] = ReplayAlarm(is_active=is_active, threshold=rule.theta)
+    return replace(recording, predictions=replace(predictions, alarms=alarms))
 
 
 def iter_replay_steps(recording: ReplayEpisode, *, vm: str, bins_per_event: int = 1) -> Iterator[ReplayStep]:
@@ -241,11 +266,11 @@ def _iter_phase_steps(recording: ReplayEpisode, vm: str) -> Iterator[ReplayStep]
     row, predictions = recording.row, recording.predictions
     selection = predictions.selection
     half_ns = WINDOW_BINS * BIN_NS // 2
-    since: int | None = None
+    states = {kind: _AlarmSpan(predictions.alarms.get(kind)) for kind in AlarmKind}
+    infection, activity = states[AlarmKind.INFECTION], states[AlarmKind.ACTIVITY]
     for i, center in enumerate(predictions.t_center_ns.tolist()):
         end_ns = center + half_ns
-        is_alarm = None if predictions.alarm is None else bool(predictions.alarm[i])
-        since = (since or end_ns) if is_alarm else None
+        changes = [kind for kind, state in states.items() if state.step(i, end_ns)]
         yield ReplayStep(
             at_s=(center + DECISION_DELAY_NS - row.t0_ns) / 1e9,
             data=PhaseEvent(
@@ -256,9 +281,13 @@ def _iter_phase_steps(recording: ReplayEpisode, vm: str) -> Iterator[ReplayStep]
                 p=_round_probabilities(predictions.p[i]),
                 decision=str(PHASES[predictions.y_pred[i]]),
                 truth=str(PHASES[predictions.y_true[i]]) if predictions.y_true[i] >= 0 else None,
-                alarm=is_alarm,
-                alarm_since_ns=since,
-                threshold=predictions.threshold,
+                alarm=infection.is_active,
+                alarm_since_ns=infection.since_ns,
+                threshold=infection.threshold,
+                activity_alarm=activity.is_active,
+                activity_alarm_since_ns=activity.since_ns,
+                activity_threshold=activity.threshold,
+                alarm_changes=tuple(str(kind) for kind in changes),
                 model=selection.model,
                 threat=selection.threat,
                 table=selection.table,
@@ -268,10 +297,32 @@ def _iter_phase_steps(recording: ReplayEpisode, vm: str) -> Iterator[ReplayStep]
         )
 
 
+class _AlarmSpan:
+    """The state of one alarm while its windows are replayed."""
+
+    def __init__(self, alarm: ReplayAlarm | None) -> None:
+        self._alarm = alarm
+        self.is_active: bool | None = None
+        self.since_ns: int | None = None
+
+    @property
+    def threshold(self) -> float | None:
+        return None if self._alarm is None else self._alarm.threshold
+
+    def step(self, i: int, end_ns: int) -> bool:
+        """Update the state with window `i`, which ends at `end_ns`; return whether the alarm was raised or ended."""
+        if self._alarm is None:
+            return False
+        was_active, self.is_active = bool(self.is_active), bool(self._alarm.is_active[i])
+        self.since_ns = (self.since_ns or end_ns) if self.is_active else None
+        return was_active != self.is_active
+
+
 def _render_caveat(predictions: ReplayPredictions) -> str | None:
     caveats = [predictions.caveat] if predictions.caveat else []
-    if predictions.threshold is not None and predictions.threshold >= THETA_NEVER:
-        caveats.append("no threshold met the false-alarm budget: this alarm is never raised")
+    never = [str(kind) for kind, alarm in predictions.alarms.items() if alarm.threshold >= THETA_NEVER]
+    if never:
+        caveats.append(f"no threshold met the false-alarm budget: {' and '.join(never)} alarms are never raised")
     return "; ".join(caveats) or None
 
 
@@ -305,24 +356,23 @@ def _build_predictions(table: Any, choice: ReplaySelection) -> ReplayPredictions
 
 
 def _read_prediction_table(run: Path, choice: ReplaySelection) -> Any:
-    """Read the test predictions of a selection: lowest seed, and the phase filter if the run has it."""
+    """Read the test predictions of a selection: lowest seed, without the phase filter."""
     import pyarrow.parquet as pq
 
     path = run / PREDICTIONS_FILE
     with open_run_parquet(path, "train") as file:
         check_columns(path, file.schema_arrow.names, _PREDICTION_COLUMNS, "train")
     wanted = [(key, "==", getattr(choice, key)) for key in _SELECTION_COLUMNS[:4]]
+    wanted += [("part", "==", str(PredictionPart.TEST)), ("filter", "==", SMOOTHING_NONE)]
     with convert_parquet_errors(path, hint="phasewatch train"):
-        table = pq.read_table(path, columns=list(_PREDICTION_COLUMNS), filters=[*wanted, ("part", "==", "test")])
-    filters, seeds = np.asarray(table.column("filter").to_pylist()), table.column("seed").to_numpy()
+        table = pq.read_table(path, columns=list(_PREDICTION_COLUMNS), filters=wanted)
+    seeds = table.column("seed").to_numpy()
     if not len(seeds):
         raise RunError(
             f"{path}: no test predictions by {_render_selection(choice)}; "
             "choose another --model, --channels or --recipe"
         )
-    kind = SMOOTHING_PHASE if SMOOTHING_PHASE in filters else SMOOTHING_NONE
-    keep = filters == kind
-    return table.take(np.flatnonzero(keep & (seeds == seeds[keep].min())))
+    return table.take(np.flatnonzero(seeds == seeds.min()))
 
 
 def _render_selection(choice: ReplaySelection) -> str:
@@ -337,7 +387,7 @@ def build_replay_episode(
     Args:
         bundle: The validated bundle.
         scorer: The model.
-        decisions: Decisions of the model, in order of time.
+        decisions: Decisions of the model, one each second, in order of time.
         caveat: Warning for the viewer, such as that the model was trained on this bundle.
 
     Raises:
@@ -347,6 +397,16 @@ def build_replay_episode(
         raise RunError(f"{bundle.verdict.path}: nothing to replay: {bundle.verdict.detail or 'shorter than a window'}")
     starts = np.array([d.t_start_ns for d in decisions], np.int64)
     p = np.array([d.belief for d in decisions], np.float64)
+    states = {
+        AlarmKind.INFECTION: [d.alarm for d in decisions],
+        AlarmKind.ACTIVITY: [d.activity_alarm for d in decisions],
+    }
+    rules = {kind: scorer.find_rule(kind, LIVE_STRIDE_BINS) for kind in AlarmKind}
+    alarms = {
+        kind: ReplayAlarm(is_active=np.array(states[kind], np.bool_), threshold=rule.theta)
+        for kind, rule in rules.items()
+        if rule is not None
+    }
     predictions = ReplayPredictions(
         selection=ReplaySelection(
             recipe="deploy", threat=scorer.threat, model=scorer.model, table=str(scorer.spec.table)
@@ -358,8 +418,7 @@ def build_replay_episode(
         p=p,
         y_pred=p.argmax(axis=1),
         y_true=label_windows(build_label_spans(bundle.episode.marks), starts).phase.astype(np.int64),
-        alarm=None if scorer.alarm is None else np.array([bool(d.alarm) for d in decisions], np.bool_),
-        threshold=None if scorer.alarm is None else scorer.alarm.theta,
+        alarms=alarms,
         caveat=caveat,
     )
     return ReplayEpisode(

@@ -143,15 +143,19 @@ class PhaseEvent(EventRecord, frozen=True, kw_only=True):
         p: Probabilities of clean, armed, infecting, active, dormant, after calibration and filter.
         decision: The predicted phase.
         truth: The true phase by the labels of the recording; None if unknown.
-        alarm: Whether the alarm is raised after this window; None without an alarm threshold.
-        alarm_since_ns: Time when the alarm was raised.
-        threshold: Alarm threshold of p(infecting) + p(active).
+        alarm: Whether the infection alarm is raised after this window; None without a threshold.
+        alarm_since_ns: Time when it was raised.
+        threshold: Its threshold of p(infecting), before the filter.
+        activity_alarm: Whether the activity alarm is raised after this window; None without a threshold.
+        activity_alarm_since_ns: Time when it was raised.
+        activity_threshold: Its threshold of p(infecting) + p(active), before the filter.
+        alarm_changes: Alarms that were raised or ended with this window: ``infection``, ``activity``.
         model, threat, table, filter: Model, channel set, input and filter, as in the predictions of a run.
         latency_ms: Milliseconds from the end of the window to this event; None in a replay.
         caveat: Warning for the viewer, such as an accelerator that is not in the training data.
     """
 
-    _name_fields = ("vm", "host", "decision", "truth", "model", "threat", "table", "filter")
+    _name_fields = ("vm", "host", "decision", "truth", "alarm_changes", "model", "threat", "table", "filter")
 
     vm: SafeName
     host: SafeName | None = None
@@ -163,6 +167,10 @@ class PhaseEvent(EventRecord, frozen=True, kw_only=True):
     alarm: bool | None = None
     alarm_since_ns: TimestampNs | None = None
     threshold: Annotated[float, _Meta(ge=0)] | None = None
+    activity_alarm: bool | None = None
+    activity_alarm_since_ns: TimestampNs | None = None
+    activity_threshold: Annotated[float, _Meta(ge=0)] | None = None
+    alarm_changes: Annotated[tuple[SafeName, ...], _Meta(max_length=2)] = ()
     model: SafeName
     threat: SafeName
     table: SafeName = "raw"
@@ -407,7 +415,7 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-EVENT_FORMAT_VERSION = 1
+EVENT_FORMAT_VERSION = 2  # 1: one alarm, of p(infecting) + p(active)
 MAX_EVENT_BYTES = 256 * 1024  # of one event
 _EVENT_TYPE_NAMES = {kind: name for name, kind in EVENT_TYPES.items()}
 

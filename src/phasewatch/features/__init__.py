@@ -1,1 +1,1 @@
-"""Features: ten-second windows of bins, five statistics for each channel, labels, and the feature tables."""
+"""Features: ten-second windows, their statistics, derived and context columns, labels, and the feature tables."""

@@ -12,6 +12,8 @@ import numpy as np
 from phasewatch.binning.align import bin_episode
 from phasewatch.bundle.model import BUNDLE_FORMAT, ClockMetadata, Episode, HostMetadata, LabelMark, Manifest, SourceRows
 from phasewatch.channels import list_raw_fields
+from phasewatch.features.context import context_features
+from phasewatch.features.derived import derived_features
 from phasewatch.features.stats import episode_stats, window_stats
 from phasewatch.types import ClockBase, EpisodeOrigin, EpisodeRole, Phase, SampleKind, SourceKind
 
@@ -26,14 +28,17 @@ _LENGTH_S = 31  # an odd number of half windows, so that the last bins are in no
 
 @cache
 def behaviour_fingerprint() -> str:
-    """Return the sha256 over bins, window stats and episode stats of the golden episodes, as little-endian float32.
+    """Return the sha256 over bins and features of the golden episodes, as little-endian float32.
+
+    For each episode: bins, statistics of the windows and of the episode, derived and context columns.
 
     Source: docs/formats/run.md.
     """
     digest = hashlib.sha256()
     for _, episode in build_golden_episodes():
         bins = bin_episode(episode).bins
-        for values in (bins, window_stats(bins), episode_stats(bins)):
+        columns = (window_stats(bins), episode_stats(bins), derived_features(bins), context_features(bins))
+        for values in (bins, *columns):
             digest.update(np.ascontiguousarray(values, "<f4").tobytes())
     return digest.hexdigest()
 

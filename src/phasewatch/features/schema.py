@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from typing import Any
 
 from phasewatch.bundle.model import BUNDLE_FORMAT
 from phasewatch.channels import CHANNELS, ChannelSpec
+from phasewatch.features.derived import DERIVED_FEATURES, DerivedFeature
 from phasewatch.features.stats import STATS
 from phasewatch.types import BIN_NS, MIN_FINITE_BINS, PHASES, STALE_NS, STRIDE_BINS, WINDOW_BINS
 
@@ -18,26 +19,59 @@ __all__ = [
     "deployment_mask",
     "feature_names",
     "feature_units",
+    "list_channel_columns",
+    "list_column_channels",
     "render_schema",
     "schema_hash",
+    "stat_names",
 ]
 
-FEATURE_SCHEMA_VERSION = 1
+FEATURE_SCHEMA_VERSION = 2
+_DERIVED_CHANNELS = {feature.name: feature.channels for feature in DERIVED_FEATURES}
+
+
+def stat_names(channels: Sequence[ChannelSpec] = CHANNELS) -> tuple[str, ...]:
+    """Return the statistics in order, five for each channel: ``proc.cpu_user.mean`` …"""
+    return tuple(f"{channel.full_name}.{stat}" for channel in channels for stat in STATS)
 
 
 def feature_names(channels: Sequence[ChannelSpec] = CHANNELS) -> tuple[str, ...]:
-    """Return the feature columns in order: five stats for each channel (``proc.cpu_user.mean`` …)."""
-    return tuple(f"{channel.full_name}.{stat}" for channel in channels for stat in STATS)
+    """Return the feature columns of a window in order: the statistics, then the derived columns."""
+    return (*stat_names(channels), *(feature.name for feature in _list_derived(channels)))
 
 
 def feature_units(channels: Sequence[ChannelSpec] = CHANNELS) -> tuple[str, ...]:
     """Return the unit of each column; a slope is in the channel's unit per second."""
-    return tuple(f"{channel.unit}/s" if stat == "slope" else channel.unit for channel in channels for stat in STATS)
+    stats = (f"{channel.unit}/s" if stat == "slope" else channel.unit for channel in channels for stat in STATS)
+    return (*stats, *(feature.unit for feature in _list_derived(channels)))
 
 
 def deployment_mask(channels: Sequence[ChannelSpec] = CHANNELS) -> tuple[bool, ...]:
     """Return whether each column is available to a defender without the guest's cooperation."""
-    return tuple(channel.in_deployment for channel in channels for _ in STATS)
+    deployed = {channel.full_name for channel in channels if channel.in_deployment}
+    return tuple(set(list_column_channels(name)) <= deployed for name in feature_names(channels))
+
+
+def list_column_channels(column: str) -> tuple[str, ...]:
+    """Return the full names of the channels that a column needs.
+
+    Args:
+        column: A statistic (``proc.cpu_user.mean``), a derived column (``ratio.net_out_size``), or a context column
+            (either of them with ``@`` and a time).
+    """
+    name = column.partition("@")[0]
+    return _DERIVED_CHANNELS.get(name) or (name.rpartition(".")[0],)
+
+
+def list_channel_columns(columns: Iterable[str], channels: Collection[str]) -> tuple[str, ...]:
+    """Return the columns that a set of channels has: those whose channels are all in it."""
+    return tuple(column for column in columns if set(list_column_channels(column)) <= set(channels))
+
+
+def _list_derived(channels: Sequence[ChannelSpec]) -> tuple[DerivedFeature, ...]:
+    """Return the derived columns that need no other channels."""
+    names = {channel.full_name for channel in channels}
+    return tuple(feature for feature in DERIVED_FEATURES if set(feature.channels) <= names)
 
 
 def schema_hash(channels: Sequence[ChannelSpec] = CHANNELS) -> str:
@@ -76,8 +110,16 @@ def _compute_hash(channels: Sequence[ChannelSpec]) -> str:
             }
             for c in channels
         ],
+        "derived": _render_derived(channels),
     }
     return hashlib.sha256(_render_canonical_json(meaning).encode()).hexdigest()
+
+
+def _render_derived(channels: Sequence[ChannelSpec]) -> list[dict[str, Any]]:
+    return [
+        {"name": f.name, "unit": f.unit, "formula": f.formula, "channels": list(f.channels)}
+        for f in _list_derived(channels)
+    ]
 
 
 def _render_canonical_json(value: Any) -> str:
@@ -86,7 +128,7 @@ def _render_canonical_json(value: Any) -> str:
 
 
 def render_schema(behaviour_fingerprint: str, channels: Sequence[ChannelSpec] = CHANNELS) -> str:
-    """Render `feature_schema_v1.json`."""
+    """Render `feature_schema_v2.json`."""
     content = {
         "version": FEATURE_SCHEMA_VERSION,
         "phases": [str(phase) for phase in PHASES],
@@ -105,6 +147,7 @@ def render_schema(behaviour_fingerprint: str, channels: Sequence[ChannelSpec] = 
             for c in channels
         ],
         "stat_suffixes": list(STATS),
+        "derived": _render_derived(channels),
         "window_seconds": WINDOW_BINS * BIN_NS / 1e9,
         "stride_seconds": STRIDE_BINS * BIN_NS / 1e9,
         "bin_seconds": BIN_NS / 1e9,

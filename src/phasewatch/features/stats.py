@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from phasewatch.arrays import Float32Array, FloatArray
 from phasewatch.binning.align import to_float32
+from phasewatch.features.windows import n_windows
 from phasewatch.types import MIN_FINITE_BINS, STRIDE_BINS, WINDOW_BINS
 
 __all__ = ["BIN_S", "SORTING_NETWORK_10", "STATS", "episode_stats", "window_stats"]
@@ -27,20 +28,39 @@ SORTING_NETWORK_10 = (
 )  # fmt: skip
 
 
-def window_stats(bins: Float32Array) -> Float32Array:
+def window_stats(bins: Float32Array, stride_bins: int = STRIDE_BINS) -> Float32Array:
     """Compute the five statistics of every window of an episode.
 
     Args:
         bins: ``(n, c)`` float32 from the episode's first bin on, each column in its channel's unit; NaN where unknown.
+        stride_bins: Bins from one window's start to the next; a divisor of `STRIDE_BINS`. A window has the same bits
+            at every stride.
 
     Returns:
         ``(w, c, 5)`` float32 in the order of `STATS`. The slope is a least-squares slope per second. A channel with
         fewer than ten finite bins in a window has five NaN.
 
+    Raises:
+        ValueError: If `stride_bins` does not divide `STRIDE_BINS`.
+
     Source: docs/formats/run.md.
     """
+    if stride_bins < 1 or STRIDE_BINS % stride_bins:
+        raise ValueError(f"a stride of {stride_bins} bins; it must divide {STRIDE_BINS}")
     n, c = bins.shape
-    w = 0 if n < WINDOW_BINS else (n - WINDOW_BINS) // STRIDE_BINS + 1
+    w = n_windows(n, stride_bins)
+    if stride_bins == STRIDE_BINS:
+        return _compute_half_overlapping(bins, w)
+    result = np.empty((w, c, len(STATS)), np.float32)
+    step = STRIDE_BINS // stride_bins  # every step-th window overlaps the one before by half
+    for first in range(min(step, w)):
+        result[first::step] = _compute_half_overlapping(bins[first * stride_bins :], len(result[first::step]))
+    return result
+
+
+def _compute_half_overlapping(bins: Float32Array, w: int) -> Float32Array:
+    """Compute the stats of the first `w` windows with a stride of half a window: ``(n, c)`` → ``(w, c, 5)``."""
+    c = bins.shape[1]
     if w == 0:
         return np.empty((0, c, len(STATS)), np.float32)
     used = bins[: (w + 1) * STRIDE_BINS]

@@ -1,4 +1,4 @@
-"""Ten-second windows with a stride of five seconds: their times, labels and flags."""
+"""Ten-second windows with a stride of five seconds (live: of one second): their times, labels and flags."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from phasewatch.arrays import Float32Array
 from phasewatch.binning.align import FLAG_CLOCK_STEP, FLAG_LATE, FLAG_MIXED
 from phasewatch.bundle.model import LabelMark
-from phasewatch.types import BIN_NS, STRIDE_BINS, STRIDE_NS, WINDOW_BINS, Phase
+from phasewatch.types import BIN_NS, STRIDE_BINS, WINDOW_BINS, Phase
 
 __all__ = [
     "FLAG_CLOCK_STEP",
@@ -60,19 +60,19 @@ class WindowLabels:
     is_mixed: NDArray[np.bool_]
 
 
-def n_windows(n_bins: int) -> int:
-    """Return the number of whole windows in `n_bins` bins."""
-    return 0 if n_bins < WINDOW_BINS else (n_bins - WINDOW_BINS) // STRIDE_BINS + 1
+def n_windows(n_bins: int, stride_bins: int = STRIDE_BINS) -> int:
+    """Return the number of whole windows in `n_bins` bins, one every `stride_bins` bins."""
+    return 0 if n_bins < WINDOW_BINS else (n_bins - WINDOW_BINS) // stride_bins + 1
 
 
-def compute_window_starts(t0_ns: int, w: int) -> NDArray[np.int64]:
+def compute_window_starts(t0_ns: int, w: int, stride_bins: int = STRIDE_BINS) -> NDArray[np.int64]:
     """Return the start of the first `w` windows on the wall clock, ``(w,)`` int64 ns; a centre is 5 s later."""
-    return t0_ns + STRIDE_NS * np.arange(w, dtype=np.int64)
+    return t0_ns + BIN_NS * stride_bins * np.arange(w, dtype=np.int64)
 
 
-def compute_centers_s(w: int) -> NDArray[np.float32]:
+def compute_centers_s(w: int, stride_bins: int = STRIDE_BINS) -> NDArray[np.float32]:
     """Return the centres of the first `w` windows since the first label, ``(w,)`` float32 s."""
-    return (5.0 * np.arange(w) + 5.0).astype(np.float32)
+    return (BIN_NS / 1e9 * stride_bins * np.arange(w) + WINDOW_NS / 2e9).astype(np.float32)
 
 
 def build_label_spans(marks: Sequence[LabelMark]) -> tuple[LabelSpan, ...]:
@@ -116,12 +116,15 @@ def label_windows(spans: Sequence[LabelSpan], starts_ns: NDArray[np.int64]) -> W
     )
 
 
-def combine_window_flags(bin_flags: NDArray[np.uint8], is_mixed: NDArray[np.bool_]) -> NDArray[np.uint8]:
+def combine_window_flags(
+    bin_flags: NDArray[np.uint8], is_mixed: NDArray[np.bool_], stride_bins: int = STRIDE_BINS
+) -> NDArray[np.uint8]:
     """Combine the flags of each window: those of its bins, and `FLAG_MIXED`.
 
     Args:
         bin_flags: ``(n,)`` uint8 flags of the bins.
         is_mixed: ``(w,)`` bool.
+        stride_bins: Bins from one window's start to the next.
 
     Returns:
         ``(w,)`` uint8.
@@ -130,16 +133,16 @@ def combine_window_flags(bin_flags: NDArray[np.uint8], is_mixed: NDArray[np.bool
     flags = np.where(is_mixed, np.uint8(FLAG_MIXED), np.uint8(0))
     if bin_flags.any():
         for row in range(WINDOW_BINS):
-            flags |= bin_flags[row : row + STRIDE_BINS * w : STRIDE_BINS][:w]
+            flags |= bin_flags[row : row + stride_bins * w : stride_bins][:w]
     return flags
 
 
-def build_window_view(bins: Float32Array) -> Float32Array:
+def build_window_view(bins: Float32Array, stride_bins: int = STRIDE_BINS) -> Float32Array:
     """Return the windows of one episode as ``(w, 20, c)`` float32, a read-only view of its ``(n, c)`` bins."""
     n, c = bins.shape
     if n_windows(n) == 0:
         return np.empty((0, WINDOW_BINS, c), np.float32)
-    view: Float32Array = sliding_window_view(bins, WINDOW_BINS, axis=0)[::STRIDE_BINS].transpose(0, 2, 1)
+    view: Float32Array = sliding_window_view(bins, WINDOW_BINS, axis=0)[::stride_bins].transpose(0, 2, 1)
     return view
 
 

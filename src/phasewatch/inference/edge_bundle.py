@@ -19,16 +19,18 @@ from numpy.typing import NDArray
 from phasewatch.atomic import read_regular
 from phasewatch.errors import MismatchError, MissingToolError, RunError, UsageError
 from phasewatch.features.fingerprint import behaviour_fingerprint
+from phasewatch.features.inputs import list_input_channels
 from phasewatch.features.schema import schema_hash
 from phasewatch.inference.onnx_check import MAX_ONNX_BYTES, ONNX_INPUT, ONNX_OUTPUT, check_onnx
 from phasewatch.inference.onnx_graph import ONNX_BATCH
 from phasewatch.inference.onnx_session import open_session
 from phasewatch.models.alarm import AlarmRule
-from phasewatch.models.base import InputKind, InputSpec, InputVariant, ModelInputs, check_probabilities
+from phasewatch.models.base import InputKind, InputSpec, InputVariant, ModelInputs
 from phasewatch.models.checkpoint import CheckpointHeader, FileEntry
 from phasewatch.models.foreign import foreign_errors
-from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE, PhaseFilter
-from phasewatch.types import PHASES, WINDOW_BINS
+from phasewatch.models.probabilities import check_probabilities
+from phasewatch.models.smoothing import PhaseFilter
+from phasewatch.types import PHASES
 
 __all__ = [
     "EDGE_CARD_FILE",
@@ -54,8 +56,8 @@ __all__ = [
     "render_rules",
 ]
 
-EDGE_FORMAT = "phasewatch-edge/1"
-EDGE_HEADER_FILE, EDGE_SCHEMA_FILE, EDGE_CARD_FILE = "edge.json", "feature_schema_v1.json", "card.md"
+EDGE_FORMAT = "phasewatch-edge/2"
+EDGE_HEADER_FILE, EDGE_SCHEMA_FILE, EDGE_CARD_FILE = "edge.json", "feature_schema_v2.json", "card.md"
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a .zip can store
 
 
@@ -78,7 +80,7 @@ class EdgeModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         threat: Channel set that chose its columns.
         columns: Columns of its input, in order.
         table, floors: Transform of the values, and the smallest scale of each channel for the host's baseline.
-        rules: Phase filter and alarm rule of its checkpoint.
+        rules: Phase filter and alarm rules of its checkpoint.
     """
 
     member: str
@@ -184,15 +186,7 @@ class EdgeBundle:
 
     def build_input_spec(self, model: EdgeModel) -> InputSpec:
         """Return the input of one of its models."""
-        return InputSpec(
-            kind=InputKind(model.input_kind),
-            names=model.columns,
-            mask=model.threat,
-            schema_hash=self.header.schema_hash,
-            behaviour_fingerprint=self.header.behaviour_fingerprint,
-            table=InputVariant(model.table),
-            floors=tuple(model.floors.items()),
-        )
+        return _build_input_spec(self.header, model)
 
 
 def read_edge_bundle(path: Path) -> EdgeBundle:
@@ -235,20 +229,27 @@ def parse_edge_bundle(data: bytes, *, file: str) -> EdgeBundle:
             raise RunError(
                 f"{file}: {model.member} is absent, or has an unknown input {model.input_kind[:20]!r}; {_EXPORT_HINT}"
             )
-        if model.table == InputVariant.COMMISSIONED and not _list_model_channels(model) <= model.floors.keys():
+        spec = _build_input_spec(header, model)
+        if spec.table is InputVariant.COMMISSIONED and not (
+            set(list_input_channels(spec.kind, spec.names)) <= model.floors.keys()
+        ):
             raise RunError(f"{file}: {model.member} lacks the scales for the host's baseline; {_EXPORT_HINT}")
-        time = (WINDOW_BINS,) if model.input_kind == InputKind.TENSOR else ()
-        check_onnx(
-            members[model.member], file=f"{file}: {model.member}", model=model.model, shape=(len(model.columns), *time)
-        )
+        check_onnx(members[model.member], file=f"{file}: {model.member}", model=model.model, shape=spec.shape)
         onnx[model.member] = members[model.member]
     card = members.get(EDGE_CARD_FILE, b"").decode("utf-8", "replace")
     return EdgeBundle(file=file, header=header, onnx=onnx, card=card)
 
 
-def _list_model_channels(model: EdgeModel) -> set[str]:
-    is_tensor = model.input_kind == InputKind.TENSOR
-    return {name if is_tensor else name.rpartition(".")[0] for name in model.columns}
+def _build_input_spec(header: EdgeHeader, model: EdgeModel) -> InputSpec:
+    return InputSpec(
+        kind=InputKind(model.input_kind),
+        names=model.columns,
+        mask=model.threat,
+        schema_hash=header.schema_hash,
+        behaviour_fingerprint=header.behaviour_fingerprint,
+        table=InputVariant(model.table),
+        floors=tuple(model.floors.items()),
+    )
 
 
 def _read_members(data: bytes, file: str) -> dict[str, bytes]:
@@ -359,7 +360,7 @@ class OnnxModel:
                 self._session = open_session(data)
             except ImportError as exc:
                 raise MissingToolError(f"{file}: onnxruntime is not installed; pip install 'phasewatch[live]'") from exc
-        self._run_session(np.full((1, *self._input_shape()), np.nan, np.float32))
+        self._run_session(np.full((1, *self.spec.shape), np.nan, np.float32))
 
     def predict_proba(self, inputs: ModelInputs) -> NDArray[np.float64]:
         """Return the calibrated probability of each phase, ``(n, 5)`` float64 in the order of PHASES.
@@ -383,23 +384,25 @@ class OnnxModel:
             raise RunError(f"{self._file}: its probabilities do not sum to 1; {_EXPORT_HINT}")
         return shares
 
-    def _input_shape(self) -> tuple[int, ...]:
-        width = len(self.spec.names)
-        return (width, WINDOW_BINS) if self.spec.kind is InputKind.TENSOR else (width,)
-
 
 class PostprocessingRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Phase filter and alarm rule; None if none was fitted."""
+    """Phase filter, None if none was fitted, and alarm rules: at most one of each kind at each stride.
+
+    Raises:
+        ValueError: If two rules have the same kind and stride.
+    """
 
     filter: PhaseFilter | None = None
-    alarm: AlarmRule | None = None
+    alarms: tuple[AlarmRule, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len({(rule.kind, rule.stride_s) for rule in self.alarms}) != len(self.alarms):
+            raise ValueError("alarms: two rules of one kind and stride")
 
 
 def extract_rules(header: CheckpointHeader) -> PostprocessingRules:
-    """Return the rules of a checkpoint; the alarm rule is that of the filtered probabilities, if there is a filter."""
-    return PostprocessingRules(
-        filter=header.filter, alarm=header.alarm.get(SMOOTHING_NONE if header.filter is None else SMOOTHING_PHASE)
-    )
+    """Return the rules of a checkpoint."""
+    return PostprocessingRules(filter=header.filter, alarms=header.alarms)
 
 
 def render_rules(rules: PostprocessingRules) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from phasewatch import atomic
-from phasewatch.artifacts import BINS_DIR, MODELS_DIR, read_run_episodes
+from phasewatch.artifacts import BINS_DIR, EXPERIMENT_PREDICTIONS_FILE, MODELS_DIR, read_run_episodes
 from phasewatch.artifacts import FEATURE_SCHEMA_FILE as RUN_SCHEMA
 from phasewatch.binning.storage import index_rows_by_id, open_bins
 from phasewatch.channels import build_channel_mask
@@ -27,13 +27,15 @@ from phasewatch.inference.edge_bundle import (
     pack_edge_bundle,
     render_rules,
 )
-from phasewatch.inference.onnx_export import check_parity, to_onnx
+from phasewatch.inference.onnx_export import MAX_PARITY_ERROR, check_parity, to_onnx
 from phasewatch.models import registry
 from phasewatch.models.base import ModelInputs, PhaseModel
-from phasewatch.models.checkpoint import CHECKPOINT_FILE, read_header
+from phasewatch.models.checkpoint import CHECKPOINT_FILE, read_checkpoint, read_header
 from phasewatch.splits import TRAINING_PARTS, SplitPart
 from phasewatch.training.experiment import Experiment
 from phasewatch.training.grids import DEPLOY_CHANNEL_SETS
+from phasewatch.training.predictions import PROBABILITY_COLUMNS, build_predictions_table, read_predictions
+from phasewatch.training.train import fit_and_predict, read_experiment_data
 
 __all__ = ["ExportRequest", "ExportResult", "export_run", "read_training_origin"]
 
@@ -106,7 +108,7 @@ def export_run(
     cells = _find_experiments(run, wanted, fold, one=out.suffix == ".onnx")
     graphs, worst, windows = [], 0.0, 0
     for cell in cells:
-        model = registry.load(cell.folder(run))
+        model = _load_model(run, cell)
         data = to_onnx(model)
         inputs = _sample_windows(run, cell, model)
         worst, windows = max(worst, check_parity(model, data, inputs)), windows + len(inputs)
@@ -148,9 +150,44 @@ def _find_experiments(run: Path, wanted: ExportRequest, fold: str, *, one: bool)
     return [cell(threat) for threat in sorted(chosen, key=lambda threat: (-sum(build_channel_mask(threat)), threat))]
 
 
+def _load_model(run: Path, cell: Experiment) -> PhaseModel:
+    """Load a trained model; one that stores no weights is fitted again, and must answer as it did.
+
+    The class of a ``module:Class`` model is imported, because the user named it in the request.
+
+    Raises:
+        RunError: If the checkpoint is invalid, or the second fit predicts something else than the run has.
+    """
+    folder = cell.folder(run)
+    if registry.find_model(cell.model).persist == "none":
+        return _fit_again(run, cell)
+    if ":" in cell.model:
+        header, files = read_checkpoint(folder)
+        return registry.load_model_class(cell.model).restore(header, files, where=str(folder))
+    return registry.load(folder)
+
+
+def _fit_again(run: Path, cell: Experiment) -> PhaseModel:
+    folder = cell.folder(run)
+    header = read_header(folder)
+    fresh = registry.create(cell.model, seed=cell.seed, settings=header.config)
+    model, parts = fit_and_predict(fresh, read_experiment_data(run, cell))
+    found, kept = (
+        np.column_stack([table[name].to_numpy() for name in PROBABILITY_COLUMNS])
+        for table in (build_predictions_table(cell, parts), read_predictions(folder / EXPERIMENT_PREDICTIONS_FILE))
+    )
+    if found.shape != kept.shape or not np.abs(found - kept).max(initial=0.0) <= MAX_PARITY_ERROR:
+        raise RunError(
+            f"{folder}: {cell.model} stores no weights, and fitted again it predicts something else than in the run; "
+            "make it depend on its seed alone (`random_state=seed`), train it again, then export it"
+        )
+    return model
+
+
 def _render_train_command(run: Path, model: str, recipe: str, threats: Sequence[str], seed: int) -> str:
     """Return the command that trains the missing experiments."""
-    line = f"phasewatch train {run} --models {model} --recipes {recipe} --channels {','.join(threats)}"
+    option = "--models" if model in {row.key for row in registry.BUILTIN_MODELS} else "--add-model"
+    line = f"phasewatch train {run} {option} {model} --recipes {recipe} --channels {','.join(threats)}"
     return f"{line} --seed {seed}" if seed else line
 
 

@@ -25,6 +25,7 @@ from phasewatch.inference.edge_bundle import (
 from phasewatch.inference.predictor import PhasePredictor, ProbabilityEstimator, check_columns, list_model_channels
 from phasewatch.models.base import InputKind, InputSpec, InputVariant
 from phasewatch.models.checkpoint import CHECKPOINT_FILE, CheckpointHeader, read_header
+from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE
 from phasewatch.training.grids import DEPLOY_RECIPE
 from phasewatch.types import SourceKind
 
@@ -36,7 +37,7 @@ __all__ = [
     "find_unavailable_channel_sets",
 ]
 
-_MODEL_PREFERENCE = ("gbt", "cnn", "gru", "transformer", "lstm", "mlp")
+_MODEL_PREFERENCE = ("gbt", "tcn", "cnn", "gru", "transformer", "lstm", "mlp")  # where no run says which is best
 _SUGGESTED_CHANNEL_SETS = ("realistic", "portable", "proc+netflow", "proc+tap", "proc+qmp", "proc")
 _QEMU_ARCHS = {"x86": "x86_64"}
 _GUEST_CHANNELS = {c.full_name for c in CHANNELS if c.source is SourceKind.GUEST}
@@ -50,7 +51,7 @@ class ModelCandidate:
     Attributes:
         model, threat, seed: Key, channel set and seed of the model.
         spec: Its input.
-        rules: Its phase filter and alarm rule.
+        rules: Its phase filter and alarm rules.
         trained: Origin of its training data.
         where: Its file or folder, for messages.
         load: Function that loads it.
@@ -65,16 +66,23 @@ class ModelCandidate:
     where: str
     load: Callable[[], ProbabilityEstimator]
 
-    def load_predictor(self, clean_day: HostBaseline | None = None) -> PhasePredictor:
-        """Load the model; `clean_day` is the VM's baseline, for a model of values relative to it."""
+    def load_predictor(
+        self, clean_day: HostBaseline | None = None, *, smoothing: str = SMOOTHING_NONE
+    ) -> PhasePredictor:
+        """Load the model.
+
+        Args:
+            clean_day: Baseline of the VM, for a model of values relative to it.
+            smoothing: `SMOOTHING_PHASE` shows the phase after the phase filter, if one was fitted.
+        """
         return PhasePredictor(
             model=self.model,
             threat=self.threat,
             seed=self.seed,
             spec=self.spec,
             estimator=self.load(),
-            filter=self.rules.filter,
-            alarm=self.rules.alarm,
+            filter=self.rules.filter if smoothing == SMOOTHING_PHASE else None,
+            alarms=self.rules.alarms,
             trained=self.trained,
             where=self.where,
             baseline=clean_day,
@@ -131,6 +139,7 @@ def choose_model(
     *,
     arch: str,
     clean_day: HostBaseline | None = None,
+    smoothing: str = SMOOTHING_NONE,
 ) -> PhasePredictor:
     """Load the model with the largest channel set that a VM has.
 
@@ -139,6 +148,7 @@ def choose_model(
         available: Full names of the VM's channels.
         arch: Architecture of the guest, as QEMU names it.
         clean_day: Baseline of the VM; with one, a model of values relative to a baseline is chosen.
+        smoothing: As in `ModelCandidate.load_predictor`.
 
     Raises:
         MismatchError: If no model fits, naming what each lacks and what to train. Models with channels that the guest
@@ -165,7 +175,7 @@ def choose_model(
         )
         where = candidates[0].where if candidates else "model"
         raise MismatchError(f"{where}: no model fits this VM: {'; '.join(dict.fromkeys(lines))}. {hint}")
-    return kept[0].load_predictor(clean_day)
+    return kept[0].load_predictor(clean_day, smoothing=smoothing)
 
 
 def find_unavailable_channel_sets(

@@ -27,7 +27,7 @@ from phasewatch.progress import NO_PROGRESS, Progress
 from phasewatch.store.base import BundleStore, StoreItem, StoreLocation, check_store, find_bundle, open_store
 from phasewatch.store.local import BUNDLE_SUFFIX
 from phasewatch.training.predictions import PROBABILITY_COLUMNS
-from phasewatch.types import BIN_NS, WINDOW_BINS
+from phasewatch.types import BIN_NS, LIVE_STRIDE_BINS, WINDOW_BINS
 from phasewatch.validate.verdict import BundleCheck, BundleLocation, validate_bundle
 
 __all__ = [
@@ -67,7 +67,7 @@ class PredictionSummary:
         model, threat: Key and channel set of the model.
         episodes, windows: Episodes and windows in the table.
         silent: Windows in which all of the model's channels are unknown; they have no row.
-        alarms: Alarms that started.
+        alarms, activity_alarms: Infection and activity alarms that started.
         failed: Bundles that could not be used, each with the reason.
     """
 
@@ -78,15 +78,19 @@ class PredictionSummary:
     windows: int
     silent: int
     alarms: int
+    activity_alarms: int
     failed: tuple[tuple[str, str], ...]
 
 
-def choose_offline_model(candidates: Sequence[ModelCandidate], threat: str = "") -> PhasePredictor:
+def choose_offline_model(
+    candidates: Sequence[ModelCandidate], threat: str = "", *, smoothing: str = SMOOTHING_NONE
+) -> PhasePredictor:
     """Load the model with the largest channel set, or with a named one; recordings may have the guest's channels.
 
     Args:
         candidates: Models, from `find_models`.
         threat: Channel set; empty for the largest.
+        smoothing: As in `ModelCandidate.load_predictor`.
 
     Raises:
         UsageError: If no model has the channel set.
@@ -101,11 +105,17 @@ def choose_offline_model(candidates: Sequence[ModelCandidate], threat: str = "")
         raise MismatchError(
             f"{fits[0].where}: was trained on values relative to each host's baseline; predict needs one of raw values"
         )
-    return min(plain, key=lambda c: (-len(list_model_channels(c.spec)), c.model != "gbt", c.seed)).load_predictor()
+    chosen = min(plain, key=lambda c: (-len(list_model_channels(c.spec)), c.model != "gbt", c.seed))
+    return chosen.load_predictor(smoothing=smoothing)
 
 
 def predict(
-    source: StoreLocation, scorer: PhasePredictor, out: Path, *, progress: Progress = NO_PROGRESS
+    source: StoreLocation,
+    scorer: PhasePredictor,
+    out: Path,
+    *,
+    stride_bins: int = LIVE_STRIDE_BINS,
+    progress: Progress = NO_PROGRESS,
 ) -> PredictionSummary:
     """Score every usable bundle of a store, or one bundle, and write the table atomically.
 
@@ -115,6 +125,7 @@ def predict(
         source: A store, or one ``.tar.zst``, as a path or a URI.
         scorer: Model, from `choose_offline_model`.
         out: The parquet file to write.
+        stride_bins: Bins from one window's start to the next.
         progress: Receives task ``predict`` after each bundle, with its path.
 
     Raises:
@@ -127,7 +138,7 @@ def predict(
         raise UsageError(f"--out {out}: the table is a parquet file; name it X.parquet")
     store, items = _find_bundles(source)
     failed: list[tuple[str, str]] = []
-    episodes = windows = silent = alarms = 0
+    episodes = windows = silent = alarms = activity_alarms = 0
     atomic.make_folder(out.absolute().parent)
     with atomic.open_atomic(out.absolute()) as file:
         with pq.ParquetWriter(
@@ -144,9 +155,10 @@ def predict(
                 if found.episode is None or found.binned is None:
                     failed.append((item.path, found.verdict.detail))
                     continue
-                decisions, n = predict_episode(found, scorer)
+                decisions, n = predict_episode(found, scorer, stride_bins=stride_bins)
                 episodes, windows, silent = episodes + 1, windows + len(decisions), silent + n - len(decisions)
                 alarms += sum(d.raised for d in decisions)
+                activity_alarms += sum(d.activity_raised for d in decisions)
                 for name, beliefs in ((SMOOTHING_NONE, False), (SMOOTHING_PHASE, True)):
                     if decisions and (not beliefs or scorer.filter is not None):
                         table.write_table(_build_rows(found, scorer, decisions, name, beliefs=beliefs))
@@ -158,11 +170,14 @@ def predict(
         windows=windows,
         silent=silent,
         alarms=alarms,
+        activity_alarms=activity_alarms,
         failed=tuple(failed),
     )
 
 
-def predict_episode(found: BundleCheck, scorer: PhasePredictor) -> tuple[list[PhaseDecision], int]:
+def predict_episode(
+    found: BundleCheck, scorer: PhasePredictor, *, stride_bins: int = LIVE_STRIDE_BINS
+) -> tuple[list[PhaseDecision], int]:
     """Return the decisions on an episode, as the live watcher makes them, and the number of its windows.
 
     A window in which all of the model's channels are unknown has no decision.
@@ -170,10 +185,10 @@ def predict_episode(found: BundleCheck, scorer: PhasePredictor) -> tuple[list[Ph
     if found.episode is None or found.binned is None:
         return [], 0
     bins = found.binned.bins
-    p, known = scorer.predict_windows(bins), scorer.compute_known_share(bins)
-    flags = combine_window_flags(found.binned.flags, np.zeros(len(p), np.bool_))
-    starts = compute_window_starts(found.episode.t0_ns, len(p))
-    postprocessor = PhasePostprocessor(scorer)
+    p, known = scorer.predict_windows(bins, stride_bins), scorer.compute_known_share(bins, stride_bins)
+    flags = combine_window_flags(found.binned.flags, np.zeros(len(p), np.bool_), stride_bins)
+    starts = compute_window_starts(found.episode.t0_ns, len(p), stride_bins)
+    postprocessor = PhasePostprocessor(scorer, stride_bins=stride_bins)
     decisions = [
         postprocessor.postprocess(j, int(starts[j]), p[j], known=float(known[j]), flags=int(flags[j]))
         for j in range(len(p))
@@ -183,7 +198,7 @@ def predict_episode(found: BundleCheck, scorer: PhasePredictor) -> tuple[list[Ph
 
 
 def build_prediction_schema() -> Any:
-    """Return the pyarrow schema: the columns of a run's predictions, the known share of the readings, and the alarm."""
+    """Return the pyarrow schema: a run's columns, the known share of the readings, and both alarms."""
     import pyarrow as pa
 
     return pa.schema(
@@ -191,7 +206,7 @@ def build_prediction_schema() -> Any:
         + [("seed", pa.int64()), ("t_center_ns", pa.int64()), ("purity", pa.float32()), ("flags", pa.uint8())]
         + [("y_true", pa.int8()), ("y_pred", pa.int8())]
         + [(name, pa.float32()) for name in PROBABILITY_COLUMNS]
-        + [("known", pa.float32()), ("alarm", pa.bool_())]
+        + [("known", pa.float32()), ("alarm", pa.bool_()), ("activity_alarm", pa.bool_())]
     )
 
 
@@ -238,7 +253,6 @@ def _build_rows(
         "origin": str(m.origin),
     }
     columns: dict[str, Any] = {key: pa.array([value] * len(decisions), pa.string()) for key, value in texts.items()}
-    has_alarm = beliefs == (scorer.filter is not None)
     is_mixed = np.where(labels.is_mixed, FLAG_MIXED, 0).astype(np.uint8)
     columns |= {
         "seed": pa.array([scorer.seed] * len(decisions), pa.int64()),
@@ -249,7 +263,8 @@ def _build_rows(
         "y_true": pa.array(labels.phase),
         "y_pred": pa.array(p.argmax(axis=1).astype(np.int8)),
         "known": pa.array([d.known for d in decisions], pa.float32()),
-        "alarm": pa.array([d.alarm if has_alarm else None for d in decisions], pa.bool_()),
+        "alarm": pa.array([d.alarm for d in decisions], pa.bool_()),
+        "activity_alarm": pa.array([d.activity_alarm for d in decisions], pa.bool_()),
     }
     columns |= {column: pa.array(_copy_column(p, i)) for i, column in enumerate(PROBABILITY_COLUMNS)}
     return pa.table({key: columns[key] for key in build_prediction_schema().names}, schema=build_prediction_schema())

@@ -15,117 +15,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch.arrays import IntArray
 from phasewatch.errors import RunError
 from phasewatch.inference.onnx_graph import ONNX_FLOAT, OnnxNode, OnnxTensor, check_graph
 from phasewatch.inference.protobuf import MessageShape, WireType, parse_message, parse_varints, read_varint
 from phasewatch.metrics import N_CLASSES
-from phasewatch.models.checkpoint import MAX_MAGNITUDE
 
 __all__ = [
     "MAX_ONNX_BYTES",
-    "MAX_ONNX_TREE_NODES",
     "ONNX_INPUT",
     "ONNX_OUTPUT",
     "check_onnx",
-    "check_onnx_trees",
 ]
 
-MAX_ONNX_TREE_NODES = 2**19
-_TREE_OPERATOR = ("ai.onnx.ml", "TreeEnsembleClassifier")
-_INT_ATTRIBUTES = (
-    "nodes_treeids",
-    "nodes_nodeids",
-    "nodes_featureids",
-    "nodes_truenodeids",
-    "nodes_falsenodeids",
-    "nodes_missing_value_tracks_true",
-    "class_treeids",
-    "class_nodeids",
-    "class_ids",
-    "classlabels_int64s",
-)
-_FLOAT_ATTRIBUTES = ("nodes_values", "class_weights", "base_values")
-_OTHER_ATTRIBUTES = ("nodes_modes", "post_transform")
-
-
-def check_onnx_trees(nodes: Sequence[OnnxNode], features: int) -> None:
-    """Check the attributes of the tree operator in a graph.
-
-    Args:
-        nodes: Operators of the graph.
-        features: Number of columns of the model's input.
-
-    Raises:
-        ValueError: Unless there is one such operator, with the exporter's attributes alone, nodes numbered from 0 in
-            each tree, children after their parents, valid columns, one weight for each leaf, and finite numbers.
-    """
-    found = [node for node in nodes if node.type == _TREE_OPERATOR]
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} operators of trees, expected one")
-    attributes = found[0].attributes
-    if odd := set(attributes) ^ {*_INT_ATTRIBUTES, *_FLOAT_ATTRIBUTES, *_OTHER_ATTRIBUTES}:
-        raise ValueError(f"trees: attribute {min(odd)[:40]!r} is absent, or not one of the exporter's")
-    ints = {name: _check_array(attributes, name, np.dtype(np.int64)) for name in _INT_ATTRIBUTES}
-    floats = {name: _check_array(attributes, name, np.dtype("<f4")) for name in _FLOAT_ATTRIBUTES}
-    modes = _check_array(attributes, "nodes_modes", np.dtype(object))
-    if attributes["post_transform"] != b"SOFTMAX":
-        raise ValueError("trees: their sums are not made shares by SOFTMAX")
-    if ints["classlabels_int64s"].tolist() != list(range(N_CLASSES)) or len(floats["base_values"]) != N_CLASSES:
-        raise ValueError(f"trees: not of {N_CLASSES} classes")
-    for name, values in floats.items():
-        if not (np.abs(values) <= MAX_MAGNITUDE).all():
-            raise ValueError(f"trees: {name} holds a number that is not finite or above {MAX_MAGNITUDE:g}")
-    _check_nodes(ints, modes, len(floats["nodes_values"]), features)
-    _check_leaves(ints, modes == b"LEAF", len(floats["class_weights"]))
-
-
-def _check_array(attributes: Any, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
-    value = attributes[name]
-    if not isinstance(value, np.ndarray) or value.dtype != dtype or not 1 <= len(value) <= MAX_ONNX_TREE_NODES:
-        raise ValueError(f"trees: {name} is no list of at most {MAX_ONNX_TREE_NODES:,} values of its type")
-    return value
-
-
-def _check_nodes(ints: dict[str, IntArray], modes: NDArray[Any], size: int, features: int) -> None:
-    names = [name for name in _INT_ATTRIBUTES if name.startswith("nodes_")]
-    if any(len(ints[name]) != size for name in names) or len(modes) != size:
-        raise ValueError("trees: lists of nodes of different lengths")
-    tree, own = ints["nodes_treeids"], ints["nodes_nodeids"]
-    starts = np.flatnonzero(np.r_[True, tree[1:] != tree[:-1]])
-    sizes = np.diff(np.r_[starts, size])
-    start = np.repeat(starts, sizes)
-    if (tree != np.repeat(np.arange(len(starts)), sizes)).any() or (own != np.arange(size) - start).any():
-        raise ValueError("trees: nodes are not numbered from 0, tree by tree")
-    leaf = modes == b"LEAF"
-    if not (leaf | (modes == b"BRANCH_LT")).all():
-        raise ValueError("trees: a node that is neither a leaf nor a test for 'less than'")
-    column, tracks = ints["nodes_featureids"], ints["nodes_missing_value_tracks_true"]
-    if not ((column >= 0) & (column < features)).all() or not np.isin(tracks, (0, 1)).all():
-        raise ValueError(f"trees: a column outside 0 to {features - 1}")
-    last = np.repeat(sizes, sizes)
-    yes, no = ints["nodes_truenodeids"], ints["nodes_falsenodeids"]
-    for child in (yes, no):
-        if not ((child > own) & (child < last))[~leaf].all() or child[leaf].any():
-            raise ValueError("trees: a child does not follow its parent in its tree")
-    reached = np.bincount(np.concatenate([(start + yes)[~leaf], (start + no)[~leaf]]), minlength=size)
-    if (reached != (own != 0)).any():
-        raise ValueError("trees: a node is not reached, or reached twice")
-
-
-def _check_leaves(ints: dict[str, IntArray], leaf: NDArray[np.bool_], size: int) -> None:
-    if any(len(ints[name]) != size for name in ("class_treeids", "class_nodeids", "class_ids")):
-        raise ValueError("trees: lists of leaves of different lengths")
-    if not ((ints["class_ids"] >= 0) & (ints["class_ids"] < N_CLASSES)).all():
-        raise ValueError(f"trees: a weight for a class outside 0 to {N_CLASSES - 1}")
-    theirs = np.stack([ints["class_treeids"], ints["class_nodeids"]])
-    ours = np.stack([ints["nodes_treeids"][leaf], ints["nodes_nodeids"][leaf]])
-    order = np.lexsort(theirs[::-1])
-    if theirs.shape != ours.shape or (theirs[:, order] != ours).any():
-        raise ValueError("trees: a leaf does not have one weight")
-
-
 ONNX_INPUT, ONNX_OUTPUT = "x", "probabilities"
+_TREES_MODEL = "gbt"
 MAX_ONNX_BYTES = 64 * 2**20
 MAX_GRAPH_NODES, MAX_INITIALIZERS, MAX_ATTRIBUTES, MAX_DIMENSIONS = 512, 512, 20, 6
 MAX_TENSOR_ELEMENTS = 16 * 2**20  # of one tensor
@@ -179,21 +82,33 @@ def check_onnx(data: bytes, *, file: str, model: str, shape: tuple[int, ...]) ->
     Args:
         data: Bytes of the file.
         file: Its name, for messages.
-        model: Key of the model, which determines the allowed operators.
-        shape: Shape of one window: ``(f,)`` or ``(c, 20)``.
+        model: Key of the model, which determines the allowed operators; a key that is not built in is a user's model.
+        shape: Shape of one window: ``(f,)`` or ``(c, t)``.
     """
     try:
         if len(data) > MAX_ONNX_BYTES:
             raise ValueError(f"{len(data):,} bytes, at most {MAX_ONNX_BYTES:,} are read")
         graph = _parse_onnx(data, shape)
-        if model == "gbt":
-            check_onnx_trees(graph.nodes, shape[0])
+        if model == _TREES_MODEL:
+            _check_own_trees(graph.nodes)
         check_graph(graph.nodes, graph.constants, model=model, shape=shape)
     except ValueError as exc:  # UnicodeDecodeError is one
         raise RunError(
             f"{file}: not a model that phasewatch exports: {exc}; "
             "export it again with `phasewatch export RUN --out X.zip`"
         ) from None
+
+
+def _check_own_trees(nodes: Sequence[OnnxNode]) -> None:
+    """Raise ValueError unless there is one operator of trees, of five classes, whose sums are left as they are."""
+    found = [node for node in nodes if node.type[1] == "TreeEnsembleClassifier"]
+    if len(found) != 1 or found[0].inputs != (ONNX_INPUT,):
+        raise ValueError(f"trees: {len(found)} operators, expected one of the windows")
+    labels = found[0].attributes.get("classlabels_int64s")
+    if found[0].attributes.get("post_transform") != b"NONE" or len(labels if labels is not None else ()) != N_CLASSES:
+        raise ValueError("trees: their sums are transformed, or not of five classes")
+    if extra := {"base_values", "nodes_hitrates"} & set(found[0].attributes):
+        raise ValueError(f"trees: attribute {min(extra)} is not one of the exporter's")
 
 
 def _parse_onnx(data: bytes, shape: tuple[int, ...]) -> OnnxGraph:

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from phasewatch.inference.onnx_trees import check_onnx_trees
 from phasewatch.metrics import N_CLASSES
+from phasewatch.models.checkpoint import MAX_MAGNITUDE
 
 __all__ = [
     "ALLOWED_OPERATORS",
@@ -25,6 +27,7 @@ __all__ = [
     "ONNX_DOUBLE",
     "ONNX_FLOAT",
     "ONNX_INT64",
+    "USER_OPERATORS",
     "OnnxNode",
     "OnnxTensor",
     "check_graph",
@@ -36,6 +39,7 @@ ONNX_BATCH = 64
 MAX_GRAPH_ELEMENTS = 2**26
 MAX_WINDOW_PRODUCTS = 2**30  # multiplications for each window
 _FLOAT_TYPES = (ONNX_FLOAT, ONNX_DOUBLE)
+_MAX_DILATION = 64
 
 _COMMON_OPERATORS = frozenset(
     {
@@ -64,13 +68,15 @@ _RECURRENT_OPERATORS = _COMMON_OPERATORS | frozenset(
 )
 ALLOWED_OPERATORS: Mapping[str, frozenset[tuple[str, str]]] = {
     "gbt": frozenset(
-        {("ai.onnx.ml", "TreeEnsembleClassifier"), *(("", name) for name in ("Cast", "Mul", "Log", "Div", "Softmax"))}
+        {("ai.onnx.ml", "TreeEnsembleClassifier"), *(("", name) for name in ("Cast", "Add", "Div", "Softmax"))}
     ),
     **{
         key: frozenset(("", name) for name in names)
         for key, names in {
             "mlp": _COMMON_OPERATORS,
             "cnn": _COMMON_OPERATORS | {"Conv", "InstanceNormalization", "Reshape", "Shape", "ReduceMean", "ReduceMax"},
+            "tcn": _COMMON_OPERATORS
+            | {"Conv", "InstanceNormalization", "Reshape", "Shape", "Slice", "ReduceMean", "ReduceMax"},
             "gru": _RECURRENT_OPERATORS | {"GRU"},
             "lstm": _RECURRENT_OPERATORS | {"LSTM"},
             "transformer": _COMMON_OPERATORS
@@ -78,6 +84,13 @@ ALLOWED_OPERATORS: Mapping[str, frozenset[tuple[str, str]]] = {
         }.items()
     },
 }
+_TABLE_OPERATORS = frozenset({"TreeEnsembleClassifier", "Scaler", "LinearClassifier", "Normalizer"})
+# A user's model may consist of every operator that any model has, and of those of a few classifiers.
+USER_OPERATORS = frozenset().union(
+    *ALLOWED_OPERATORS.values(),
+    {("", name) for name in ("Exp", "Identity", "Neg", "Relu", "Sigmoid", "Sub", "Tanh")},
+    {("ai.onnx.ml", name) for name in _TABLE_OPERATORS},
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,16 +125,14 @@ def check_graph(
     Args:
         nodes: Operators in order.
         constants: Constants by name.
-        model: Key of the model.
-        shape: Shape of one window: ``(f,)`` or ``(c, 20)``.
+        model: Key of the model; one that is not built in is a user's.
+        shape: Shape of one window: ``(f,)`` or ``(c, t)``.
 
     Raises:
         ValueError: If an operator or attribute is not the exporter's, an input is missing, a shape does not fit, the
             output is not five numbers for each window, or the graph would use too much memory or time.
     """
-    allowed = ALLOWED_OPERATORS.get(model)
-    if allowed is None:
-        raise ValueError(f"model {model[:40]!r} is not one that is exported")
+    allowed = ALLOWED_OPERATORS.get(model, USER_OPERATORS)
     for node in nodes:
         if node.type not in allowed:
             domain, name = node.type
@@ -205,6 +216,16 @@ class _OperatorShape:
         if not isinstance(value, np.ndarray) or value.dtype != np.int64 or len(value) > 8:
             raise self.build_error(f"attribute {name} is no short list of whole numbers")
         return [int(v) for v in value]
+
+    def numbers(self, name: str) -> NDArray[np.float32]:
+        """Return an attribute that is a list of finite numbers."""
+        self._unread.discard(name)
+        value = self.node.attributes.get(name)
+        if not isinstance(value, np.ndarray) or value.dtype != np.dtype("<f4"):
+            raise self.build_error(f"attribute {name} is no list of numbers")
+        if not (np.abs(value) <= MAX_MAGNITUDE).all():
+            raise self.build_error(f"attribute {name} holds a number that is not finite or above {MAX_MAGNITUDE:g}")
+        return value
 
     def constant(self, tensor: OnnxTensor, *, rank: int = 1) -> list[int]:
         """Return the whole numbers of an input that are known before it runs."""
@@ -330,10 +351,14 @@ def _infer_conv(op: _OperatorShape) -> list[OnnxTensor]:
     if len(x.shape) != 3 or len(w.shape) != 3 or x.shape[1] != w.shape[1] or b.shape != w.shape[:1]:
         raise op.build_error("inputs that do not fit")
     width, pads = w.shape[2], op.ints("pads")
-    if op.ints("strides") != [1] or op.ints("dilations") != [1] or op.ints("kernel_shape") != [width]:
+    dilations = op.ints("dilations")
+    if op.ints("strides") != [1] or op.ints("kernel_shape") != [width]:
         raise op.build_error("steps or a kernel that no export has")
-    length = x.shape[2] + sum(pads) - width + 1
-    if len(pads) != 2 or not all(0 <= pad < width for pad in pads) or length < 1:
+    if len(dilations) != 1 or not 1 <= dilations[0] <= _MAX_DILATION:
+        raise op.build_error("a dilation that no export has")
+    reach = dilations[0] * (width - 1)
+    length = x.shape[2] + sum(pads) - reach
+    if len(pads) != 2 or not all(0 <= pad <= reach for pad in pads) or length < 1:
         raise op.build_error("edges that no export has")
     op.products = x.shape[0] * length * prod(w.shape)
     return [OnnxTensor(type=x.type, shape=(x.shape[0], w.shape[0], length))]
@@ -379,9 +404,11 @@ def _infer_shape(op: _OperatorShape) -> list[OnnxTensor]:
 
 
 def _infer_slice(op: _OperatorShape) -> list[OnnxTensor]:
-    x, *rest = op.inputs(3, 4)
+    x, *rest = op.inputs(3, 5)
     starts, ends = (op.constant(t) for t in rest[:2])
-    axes = op.constant(rest[2]) if len(rest) == 3 else list(range(len(starts)))
+    axes = op.constant(rest[2]) if len(rest) >= 3 else list(range(len(starts)))
+    if len(rest) == 4 and op.constant(rest[3]) != [1]:
+        raise op.build_error("a step other than 1")
     if not len(starts) == len(ends) == len(axes) == 1 or not x.shape:
         raise op.build_error("more than one cut")
     axis = op.axis(axes[0], len(x.shape))
@@ -462,15 +489,60 @@ def _build_recurrent_rule(gates: int, states: int) -> Callable[[_OperatorShape],
 
 def _infer_trees(op: _OperatorShape) -> list[OnnxTensor]:
     (x,) = op.floats(1)
-    op._unread.clear()  # `onnx_check.check_onnx_trees` checks the attributes
-    if x.type != ONNX_FLOAT or len(x.shape) != 2 or op.node.inputs != ("x",):
-        raise op.build_error("an input that is not the windows")
-    return [OnnxTensor(type=ONNX_INT64, shape=x.shape[:1]), OnnxTensor(type=ONNX_FLOAT, shape=(x.shape[0], N_CLASSES))]
+    if x.type != ONNX_FLOAT or len(x.shape) != 2:
+        raise op.build_error("an input that is no table of float32")
+    op._unread.clear()
+    classes = check_onnx_trees(op.node.attributes, x.shape[1])
+    # At most the nodes of all trees for each window.
+    op.products = x.shape[0] * len(op.node.attributes["nodes_values"])
+    return _build_classifier_outputs(x, classes)
+
+
+def _build_classifier_outputs(x: OnnxTensor, classes: int) -> list[OnnxTensor]:
+    """Return the labels, which nothing reads, and one score for each class."""
+    n = x.shape[0]
+    return [OnnxTensor(type=ONNX_INT64, shape=(n,)), OnnxTensor(type=ONNX_FLOAT, shape=(n, classes))]
+
+
+def _infer_scaler(op: _OperatorShape) -> list[OnnxTensor]:
+    (x,) = op.floats(1)
+    if (
+        x.type != ONNX_FLOAT
+        or len(x.shape) != 2
+        or any(len(op.numbers(name)) not in (1, x.shape[1]) for name in ("offset", "scale"))
+    ):
+        raise op.build_error("not one offset and scale for each column of a table")
+    return [OnnxTensor(type=x.type, shape=x.shape)]
+
+
+def _infer_linear_classifier(op: _OperatorShape) -> list[OnnxTensor]:
+    (x,) = op.floats(1)
+    op.attribute("multi_class", (0, 1), 0)
+    op.attribute("post_transform", (b"NONE", b"SOFTMAX", b"LOGISTIC"), b"NONE")
+    labels = op.ints("classlabels_ints")
+    if x.type != ONNX_FLOAT or len(x.shape) != 2 or not 2 <= len(labels) <= N_CLASSES:
+        raise op.build_error("an input that is no table, or another number of classes")
+    classes, width = len(labels), x.shape[1]
+    if labels != list(range(classes)) or (len(op.numbers("coefficients")), len(op.numbers("intercepts"))) != (
+        classes * width,
+        classes,
+    ):
+        raise op.build_error("coefficients that do not fit")
+    op.products = prod(x.shape) * classes
+    return _build_classifier_outputs(x, classes)
+
+
+def _infer_normalizer(op: _OperatorShape) -> list[OnnxTensor]:
+    (x,) = op.floats(1)
+    op.attribute("norm", (b"L1", b"L2", b"MAX"))
+    if x.type != ONNX_FLOAT or len(x.shape) != 2:
+        raise op.build_error("an input that is no table of float32")
+    return [OnnxTensor(type=x.type, shape=x.shape)]
 
 
 _SHAPE_RULES: Mapping[str, Callable[[_OperatorShape], list[OnnxTensor]]] = {
-    **dict.fromkeys(("Abs", "Sign", "Sqrt", "Log"), _infer_unary),
-    **dict.fromkeys(("Add", "Mul", "Div"), _infer_binary),
+    **dict.fromkeys(("Abs", "Exp", "Identity", "Log", "Neg", "Relu", "Sigmoid", "Sign", "Sqrt", "Tanh"), _infer_unary),
+    **dict.fromkeys(("Add", "Mul", "Div", "Sub"), _infer_binary),
     **dict.fromkeys(("IsInf", "IsNaN"), _infer_predicate),
     **dict.fromkeys(("And", "Not"), _infer_logic),
     **dict.fromkeys(("ReduceMean", "ReduceMax"), _infer_reduce),
@@ -494,4 +566,7 @@ _SHAPE_RULES: Mapping[str, Callable[[_OperatorShape], list[OnnxTensor]]] = {
     "GRU": _build_recurrent_rule(3, 1),
     "LSTM": _build_recurrent_rule(4, 2),
     "TreeEnsembleClassifier": _infer_trees,
+    "Scaler": _infer_scaler,
+    "LinearClassifier": _infer_linear_classifier,
+    "Normalizer": _infer_normalizer,
 }

@@ -11,18 +11,17 @@ from numpy.typing import NDArray
 
 from phasewatch.arrays import Float32Array
 from phasewatch.channels import CHANNEL_NAMES, build_channel_mask
-from phasewatch.dataset.loader import N_CONTEXT_WINDOWS, build_context_names
 from phasewatch.errors import RunError, UsageError
+from phasewatch.features.inputs import compute_inputs, list_input_channels, list_table_columns
 from phasewatch.features.normalise import ChannelScaling, HostBaseline, build_scaling
 from phasewatch.features.schema import feature_names
-from phasewatch.features.stats import window_stats
 from phasewatch.features.windows import build_window_view
 from phasewatch.inference.edge_bundle import TrainingOrigin
-from phasewatch.models.alarm import AlarmRule, AlarmState, compute_activity_score
+from phasewatch.models.alarm import AlarmKind, AlarmRule, AlarmState, compute_alarm_score, find_alarm_rule
 from phasewatch.models.base import InputKind, InputSpec, InputVariant, ModelInputs
 from phasewatch.models.checkpoint import MAX_MAGNITUDE
 from phasewatch.models.smoothing import PhaseFilter
-from phasewatch.types import BIN_NS, PHASES, STRIDE_BINS, WINDOW_BINS, Phase
+from phasewatch.types import BIN_NS, LIVE_STRIDE_BINS, PHASES, STRIDE_BINS, STRIDE_NS, WINDOW_BINS, Phase
 
 __all__ = [
     "PhaseDecision",
@@ -43,14 +42,14 @@ class ProbabilityEstimator(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PhasePredictor:
-    """A trained model with its phase filter, alarm rule and input transform.
+    """A trained model with its phase filter, alarm rules and input transform.
 
     Attributes:
         model, threat, seed: Key, channel set and seed of the model.
         spec: Its input.
         estimator: The loaded model.
-        filter: Phase filter; None if none was fitted.
-        alarm: Alarm rule; None if none was fitted.
+        filter: Phase filter of the displayed phase; None shows the phase of the window alone.
+        alarms: Alarm rules of each kind and stride; empty if none were fitted.
         trained: Origin of its training data.
         where: File or folder of the model, for messages.
         baseline: Baseline of the VM, for a model of values relative to it.
@@ -62,7 +61,7 @@ class PhasePredictor:
     spec: InputSpec
     estimator: ProbabilityEstimator
     filter: PhaseFilter | None
-    alarm: AlarmRule | None
+    alarms: tuple[AlarmRule, ...]
     trained: TrainingOrigin
     where: str
     baseline: HostBaseline | None = None
@@ -70,7 +69,7 @@ class PhasePredictor:
     @property
     def bins_needed(self) -> int:
         """Number of bins, the newest last, that a decision needs: a window, and earlier ones if the model uses them."""
-        return WINDOW_BINS + (N_CONTEXT_WINDOWS * STRIDE_BINS if self.spec.table is InputVariant.CONTEXT else 0)
+        return self.spec.n_bins
 
     @cached_property
     def channels(self) -> tuple[str, ...]:
@@ -83,13 +82,6 @@ class PhasePredictor:
         return np.array([CHANNEL_NAMES.index(name) for name in self.channels], np.intp)
 
     @cached_property
-    def _column_indices(self) -> NDArray[np.intp]:
-        """Indices of the table columns in `feature_names()`."""
-        names = feature_names()
-        own = [name for name in self.spec.names if "@" not in name]
-        return np.array([names.index(name) for name in own], np.intp)
-
-    @cached_property
     def _baseline_transform(self) -> ChannelScaling | None:
         """The scaling by the VM's baseline; None for a model of raw values."""
         if self.spec.table is not InputVariant.COMMISSIONED:
@@ -98,35 +90,42 @@ class PhasePredictor:
         floors = dict(self.spec.floors)
         return build_scaling(day, np.array([floors[name] for name in self.channels]))
 
-    def compute_known_share(self, bins: Float32Array) -> NDArray[np.float64]:
+    def find_rule(self, kind: AlarmKind, stride_bins: int) -> AlarmRule | None:
+        """Return the rule of an alarm for windows at a stride; None if none was fitted."""
+        return find_alarm_rule(self.alarms, kind, stride_bins * BIN_NS // 10**9)
+
+    def compute_known_share(self, bins: Float32Array, stride_bins: int = STRIDE_BINS) -> NDArray[np.float64]:
         """Compute the known share of the model's readings in each window: ``(n, 46)`` float32 → ``(w,)`` float64."""
-        share: NDArray[np.float64] = np.isfinite(build_window_view(bins)[:, :, self._channel_indices]).mean(axis=(1, 2))
+        windows = build_window_view(bins, stride_bins)[:, :, self._channel_indices]
+        share: NDArray[np.float64] = np.isfinite(windows).mean(axis=(1, 2))
         return share
 
-    def predict_windows(self, bins: Float32Array) -> NDArray[np.float64]:
+    def predict_windows(self, bins: Float32Array, stride_bins: int = STRIDE_BINS) -> NDArray[np.float64]:
         """Predict the calibrated probabilities of each window, before the phase filter.
 
-        The first window stands in for earlier ones if the model uses them.
-
         Args:
-            bins: ``(n, 46)`` float32 bins of all channels; NaN where unknown.
+            bins: ``(n, 46)`` float32 bins of all channels from the first bin of the episode on; NaN where unknown.
+            stride_bins: Bins from one window's start to the next.
 
         Returns:
-            ``(w, 5)`` float64 in the order of PHASES.
+            ``(w, 5)`` float64 in the order of PHASES. A window has the same probabilities at every stride.
         """
-        if self.spec.kind is InputKind.TABLE:
-            stats = window_stats(bins)
-            x = stats.reshape(len(stats), -1)[:, self._column_indices]
-            if self._baseline_transform is not None:
-                x = self._baseline_transform.scale_stats(x)
-            if self.spec.table is InputVariant.CONTEXT:
-                at = np.arange(len(x))
-                x = np.concatenate([x[np.maximum(at - back, 0)] for back in range(N_CONTEXT_WINDOWS + 1)], axis=1)
-        else:
-            x = build_window_view(bins)[:, :, self._channel_indices].transpose(0, 2, 1)
-            if self._baseline_transform is not None:
-                x = self._baseline_transform.scale_bins(x)
-        return self.estimator.predict_proba(ModelInputs(x=np.ascontiguousarray(x), spec=self.spec))
+        x = compute_inputs(bins, self.spec, stride_bins=stride_bins, scaling=self._baseline_transform)
+        return self.estimator.predict_proba(ModelInputs(x=x, spec=self.spec))
+
+    def predict_newest(self, bins: Float32Array) -> NDArray[np.float64]:
+        """Predict the calibrated probabilities of the window that ends with the last bin, as `predict_windows`.
+
+        Args:
+            bins: ``(n, 46)`` float32; the last `bins_needed` are used, or all since the start of the episode if there
+                are fewer.
+
+        Returns:
+            ``(5,)`` float64 in the order of PHASES.
+        """
+        x = compute_inputs(bins, self.spec, scaling=self._baseline_transform, newest_only=True)
+        newest: NDArray[np.float64] = self.estimator.predict_proba(ModelInputs(x=x, spec=self.spec))[0]
+        return newest
 
     def caveat(self, accel: str, arch: str) -> str:
         """Render a warning if a VM differs from the training data; empty if it does not, or its origin is unknown."""
@@ -155,9 +154,7 @@ def check_columns(spec: InputSpec, *, where: str) -> None:
     channels = list_model_channels(spec)
     expected = channels
     if spec.kind is InputKind.TABLE:
-        expected = tuple(name for name in feature_names() if name.rpartition(".")[0] in channels)
-        if spec.table is InputVariant.CONTEXT:
-            expected = build_context_names(expected)
+        expected = list_table_columns(feature_names(), channels, spec.table)
     if not channels or spec.names != expected or not set(channels) <= allowed:
         raise RunError(
             f"{where}: its {len(spec.names)} columns are not those of the channel set {spec.mask} in order; "
@@ -172,9 +169,7 @@ def check_columns(spec: InputSpec, *, where: str) -> None:
 
 def list_model_channels(spec: InputSpec) -> tuple[str, ...]:
     """Return the channels of a model's columns, in the order of CHANNELS."""
-    is_tensor = spec.kind is InputKind.TENSOR
-    used = {name if is_tensor else name.partition("@")[0].rpartition(".")[0] for name in spec.names}
-    return tuple(name for name in CHANNEL_NAMES if name in used)
+    return list_input_channels(spec.kind, spec.names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,14 +179,15 @@ class PhaseDecision:
     Attributes:
         number: Number of the window, from 0.
         t_start_ns, t_end_ns: Start and end of the window on the wall clock.
-        p: Five calibrated probabilities.
+        p: Five calibrated probabilities, from which the alarms are decided.
         belief: Five probabilities after the phase filter; the same as `p` without one.
         phase: The most probable phase by `belief`.
         known: Share of the model's channels × bins that are known.
         flags: Flags of the window: 1 clock step, 2 late ticks.
-        alarm: Whether the alarm is on after this window; None without an alarm rule.
+        alarm: Whether the infection alarm is on after this window; None without a rule.
         raised: Whether it started at this window.
-        since_ns: End of the window at which the alarm started; None while it is off.
+        since_ns: End of the window at which it started; None while it is off.
+        activity_alarm, activity_raised, activity_since_ns: The same of the activity alarm.
     """
 
     number: int
@@ -205,17 +201,26 @@ class PhaseDecision:
     alarm: bool | None
     raised: bool
     since_ns: int | None
+    activity_alarm: bool | None
+    activity_raised: bool
+    activity_since_ns: int | None
 
 
 class PhasePostprocessor:
-    """Apply the phase filter and the alarm rule to the windows of one VM, in the order of time."""
+    """Apply the phase filter and the alarm rules to the windows of one VM, in the order of time.
 
-    def __init__(self, scorer: PhasePredictor) -> None:
-        self._scorer = scorer
-        self._belief: NDArray[np.float64] | None = None
-        self._alarm = AlarmState()
-        self._since_ns: int | None = None
-        self._last_ns = 0
+    At a stride below 5 s there is one chain of beliefs for each offset within 5 s, so that each advances by the stride
+    that the filter was fitted to.
+
+    Args:
+        scorer: The model.
+        stride_bins: Bins from one window's start to the next.
+    """
+
+    def __init__(self, scorer: PhasePredictor, *, stride_bins: int = LIVE_STRIDE_BINS) -> None:
+        self._filter = scorer.filter
+        self._chains = [_BeliefChain() for _ in range(STRIDE_BINS // stride_bins)]
+        self._alarms = {kind: _AlarmTrack(kind, scorer.find_rule(kind, stride_bins)) for kind in AlarmKind}
 
     def postprocess(
         self, number: int, start_ns: int, p: NDArray[np.float64], *, known: float, flags: int
@@ -229,17 +234,11 @@ class PhasePostprocessor:
             known: Known share of the model's channels × bins.
             flags: Flags of the window.
         """
-        stride_ns, end_ns = STRIDE_BINS * BIN_NS, start_ns + WINDOW_BINS * BIN_NS
-        belief = p
-        if self._scorer.filter is not None:
-            strides = max(1, round((end_ns - self._last_ns) / stride_ns)) if self._belief is not None else 1
-            belief = self._belief = self._scorer.filter.step(self._belief, p, strides=strides)
-        self._last_ns = end_ns
-        is_active: bool | None = None
-        if self._scorer.alarm is not None:
-            self._alarm = self._alarm.step(self._scorer.alarm, float(compute_activity_score(belief)))
-            is_active = self._alarm.is_active
-            self._since_ns = end_ns if self._alarm.has_started else self._since_ns if is_active else None
+        end_ns = start_ns + WINDOW_BINS * BIN_NS
+        belief = p if self._filter is None else self._chains[number % len(self._chains)].step(self._filter, p, end_ns)
+        for track in self._alarms.values():
+            track.step(p, end_ns)
+        infection, activity = self._alarms[AlarmKind.INFECTION], self._alarms[AlarmKind.ACTIVITY]
         return PhaseDecision(
             number=number,
             t_start_ns=start_ns,
@@ -249,7 +248,44 @@ class PhasePostprocessor:
             phase=PHASES[int(belief.argmax())],
             known=known,
             flags=flags,
-            alarm=is_active,
-            raised=self._alarm.has_started,
-            since_ns=self._since_ns,
+            alarm=infection.is_active,
+            raised=infection.state.has_started,
+            since_ns=infection.since_ns,
+            activity_alarm=activity.is_active,
+            activity_raised=activity.state.has_started,
+            activity_since_ns=activity.since_ns,
         )
+
+
+class _BeliefChain:
+    """The belief of the windows at one offset within 5 s."""
+
+    def __init__(self) -> None:
+        self._belief: NDArray[np.float64] | None = None
+        self._last_ns = 0
+
+    def step(self, phase_filter: PhaseFilter, p: NDArray[np.float64], end_ns: int) -> NDArray[np.float64]:
+        """Return the belief after the window that ends at `end_ns`."""
+        strides = max(1, round((end_ns - self._last_ns) / STRIDE_NS)) if self._belief is not None else 1
+        self._belief, self._last_ns = phase_filter.step(self._belief, p, strides=strides), end_ns
+        return self._belief
+
+
+class _AlarmTrack:
+    """The state of one alarm; without a rule it stays off."""
+
+    def __init__(self, kind: AlarmKind, rule: AlarmRule | None) -> None:
+        self._kind, self._rule = kind, rule
+        self.state = AlarmState()
+        self.since_ns: int | None = None
+
+    @property
+    def is_active(self) -> bool | None:
+        return None if self._rule is None else self.state.is_active
+
+    def step(self, p: NDArray[np.float64], end_ns: int) -> None:
+        """Update the state with the window that ends at `end_ns`."""
+        if self._rule is None:
+            return
+        self.state = self.state.step(self._rule, float(compute_alarm_score(p, self._kind)))
+        self.since_ns = end_ns if self.state.has_started else self.since_ns if self.state.is_active else None

@@ -11,9 +11,10 @@ from phasewatch.channels import CHANNEL_NAMES
 from phasewatch.events.schema import EventEnvelope, PerfEvent, PhaseEvent, TelemetryEvent
 from phasewatch.inference.predictor import PhaseDecision, PhasePredictor
 from phasewatch.live.tracker import TrackerStep
-from phasewatch.types import BIN_NS
+from phasewatch.models.alarm import AlarmKind
+from phasewatch.types import BIN_NS, LIVE_STRIDE_BINS
 
-__all__ = ["CostMeter", "EventBuilder", "WatchCost", "has_alarm_changed"]
+__all__ = ["CostMeter", "EventBuilder", "WatchCost", "find_alarm_changes"]
 
 _RUN_NAME = "live"
 _COST_WINDOW_NS = 300_000_000_000  # costs are measured over the last five minutes
@@ -64,7 +65,13 @@ class EventBuilder:
         return self._build_event(data, now_ns)
 
     def build_phase(
-        self, decision: PhaseDecision, predictor: PhasePredictor, *, now_ns: int, caveats: Sequence[str] = ()
+        self,
+        decision: PhaseDecision,
+        predictor: PhasePredictor,
+        *,
+        now_ns: int,
+        changes: Sequence[AlarmKind] = (),
+        caveats: Sequence[str] = (),
     ) -> EventEnvelope:
         """Build the event of a decision.
 
@@ -72,6 +79,7 @@ class EventBuilder:
             decision: Of one window.
             predictor: The model that made it.
             now_ns: Wall time.
+            changes: Alarms that were raised or ended with it, from `find_alarm_changes`.
             caveats: What limits the quality of this window's readings, in words.
         """
         caveats = [*([self.caveat] if self.caveat else []), *caveats]
@@ -89,7 +97,11 @@ class EventBuilder:
             decision=str(decision.phase),
             alarm=decision.alarm,
             alarm_since_ns=decision.since_ns,
-            threshold=predictor.alarm.theta if predictor.alarm else None,
+            threshold=_get_threshold(predictor, AlarmKind.INFECTION),
+            activity_alarm=decision.activity_alarm,
+            activity_alarm_since_ns=decision.activity_since_ns,
+            activity_threshold=_get_threshold(predictor, AlarmKind.ACTIVITY),
+            alarm_changes=tuple(str(kind) for kind in changes),
             model=predictor.model,
             threat=predictor.threat,
             table=str(predictor.spec.table),
@@ -189,9 +201,21 @@ def _compute_quantile(ordered: Sequence[float], q: float) -> float | None:
     return ordered[min(len(ordered) - 1, max(0, math.ceil(q * len(ordered)) - 1))] if ordered else None
 
 
-def has_alarm_changed(before: PhaseDecision | None, now: PhaseDecision) -> bool:
-    """Return whether an alarm was raised, or ended, with a decision."""
-    return now.raised or (before is not None and bool(before.alarm) and not now.alarm)
+def find_alarm_changes(before: PhaseDecision | None, now: PhaseDecision) -> tuple[AlarmKind, ...]:
+    """Return the alarms that were raised, or ended, with a decision."""
+    was = (False, False) if before is None else (bool(before.alarm), bool(before.activity_alarm))
+    return tuple(
+        kind
+        for kind, was_active, is_active in zip(
+            (AlarmKind.INFECTION, AlarmKind.ACTIVITY), was, (bool(now.alarm), bool(now.activity_alarm)), strict=True
+        )
+        if was_active != is_active
+    )
+
+
+def _get_threshold(predictor: PhasePredictor, kind: AlarmKind) -> float | None:
+    rule = predictor.find_rule(kind, LIVE_STRIDE_BINS)
+    return None if rule is None else rule.theta
 
 
 def _finite_or_none(value: float) -> float | None:

@@ -27,7 +27,10 @@ from phasewatch.live.discover import RunningVm
 from phasewatch.live.outputs import Webhook
 from phasewatch.live.recording import WatchRecorder, check_recording_folder
 from phasewatch.live.watcher import VmWatcher, WatchCallbacks, WatchResult, is_vm_alive
+from phasewatch.models.alarm import AlarmKind
+from phasewatch.models.smoothing import SMOOTHING_NONE
 from phasewatch.telemetry.base import AsyncClock, HostClock, TelemetrySource
+from phasewatch.types import LIVE_STRIDE_BINS
 
 __all__ = ["WatchReport", "WatchRequest", "run_watch", "supervise_cleanup_process", "watch_vm"]
 
@@ -50,6 +53,7 @@ class WatchRequest:
         baseline: The VM's baseline, measured while it was known clean; None if there is none.
         save: Store to save the readings in; None saves nothing.
         webhook: URL to post alarms to; empty for none.
+        smoothing: `SMOOTHING_PHASE` shows phases after the phase filter.
         seconds: Maximum duration; 0 watches until the VM is gone or the watch is interrupted.
     """
 
@@ -60,6 +64,7 @@ class WatchRequest:
     baseline: HostBaseline | None = None
     save: Path | None = None
     webhook: str = ""
+    smoothing: str = SMOOTHING_NONE
     seconds: float = 0.0
 
 
@@ -218,7 +223,13 @@ def _choose_model(request: WatchRequest, survey: VmSurvey) -> PhasePredictor | N
     if not request.models:
         return None
     try:
-        return choose_model(request.models, survey.available, arch=survey.facts.arch, clean_day=request.baseline)
+        return choose_model(
+            request.models,
+            survey.available,
+            arch=survey.facts.arch,
+            clean_day=request.baseline,
+            smoothing=request.smoothing,
+        )
     except PhasewatchError as exc:
         masked = {name: reason for name, reason in survey.masked.items() if not name.startswith("guest.")}
         missing = "; ".join(explain_masked_channels(masked)) or "nothing"
@@ -249,7 +260,7 @@ def _log_setup(request: WatchRequest, survey: VmSurvey, predictor: PhasePredicto
         more = f" and {n_more} more" if n_more > 0 else ""
         shown = ", ".join(missing[:_MAX_MISSING_SHOWN])
         logger.info("  not the larger channel set %s: this VM does not provide %s%s", name, shown, more)
-    if predictor.alarm is None:
+    if predictor.find_rule(AlarmKind.INFECTION, LIVE_STRIDE_BINS) is None:
         logger.info("  this model was trained without an alarm: phases only")
     if caveat := predictor.caveat(facts.accel, facts.arch):
         logger.info("  %s", caveat)

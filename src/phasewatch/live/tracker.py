@@ -1,16 +1,15 @@
-"""Turn the readings of one VM into bins, windows, smoothed phases and alarms (pure)."""
+"""Turn the readings of one VM into bins, windows, phases and alarms (pure)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from phasewatch.binning.stream import ClosedBin, ReadingRow, StreamBinner
 from phasewatch.channels import CHANNELS
 from phasewatch.inference.predictor import PhaseDecision, PhasePostprocessor, PhasePredictor
-from phasewatch.types import BIN_NS, STALE_NS, STRIDE_BINS, WINDOW_BINS, SourceKind
+from phasewatch.types import BIN_NS, LIVE_STRIDE_BINS, STALE_NS, WINDOW_BINS, SourceKind
 
 __all__ = ["TrackerStep", "VmTracker"]
 
@@ -37,19 +36,20 @@ class VmTracker:
 
     `add` accepts readings as they arrive, `advance` closes the bins that are due. The first bin begins at the first
     proc reading, rounded up to a whole half second. When the wall clock steps by more than 2.5 s, or the host slept,
-    a new sequence of bins begins; the phase smoother keeps its state.
+    a new sequence of bins begins; the phase filter and the alarms keep their state.
 
     Args:
         predictor: The model; None only makes bins.
+        stride_bins: Bins from one window's start to the next; the first window is decided when it is full.
 
     Attributes:
         binner: The present sequence of bins; None before the first proc reading.
         restarts: How often a new sequence began because of the clock.
     """
 
-    def __init__(self, predictor: PhasePredictor | None) -> None:
-        self._predictor = predictor
-        self._postprocessor = PhasePostprocessor(predictor) if predictor is not None else None
+    def __init__(self, predictor: PhasePredictor | None, *, stride_bins: int = LIVE_STRIDE_BINS) -> None:
+        self._predictor, self._stride_bins = predictor, stride_bins
+        self._postprocessor = PhasePostprocessor(predictor, stride_bins=stride_bins) if predictor is not None else None
         self._early: list[tuple[SourceKind, ReadingRow]] = []
         self._bins = np.empty((0, len(CHANNELS)), np.float32)
         self._n_kept = predictor.bins_needed if predictor is not None else WINDOW_BINS
@@ -93,10 +93,6 @@ class VmTracker:
             return []
         return [self._build_step(bin_) for bin_ in self.binner.close_until(wall_ns)]
 
-    def _aligned_bins(self) -> NDArray[np.float32]:
-        """Return the kept bins, ``(n, 46)`` float32, from the start of a window to the end of the newest window."""
-        return self._bins[(len(self._bins) - WINDOW_BINS) % STRIDE_BINS :]
-
     def _begin_bins(self, t0_ns: int) -> None:
         self.binner = StreamBinner(t0_ns)
         self._bins = self._bins[:0]
@@ -119,13 +115,14 @@ class VmTracker:
         decision = None
         first = bin_.number - (WINDOW_BINS - 1)
         flags = binner.combine_flags(first, WINDOW_BINS)
-        if self._predictor is not None and self._postprocessor is not None and first >= 0 and first % STRIDE_BINS == 0:
+        is_due = first >= 0 and first % self._stride_bins == 0
+        if self._predictor is not None and self._postprocessor is not None and is_due:
             known = float(self._predictor.compute_known_share(self._bins[-WINDOW_BINS:])[0])
             if known > 0.0:  # a window without any known reading gets no decision
                 decision = self._postprocessor.postprocess(
-                    first // STRIDE_BINS,
+                    first // self._stride_bins,
                     bin_.end_ns - WINDOW_BINS * BIN_NS,
-                    self._predictor.predict_windows(self._aligned_bins())[-1],
+                    self._predictor.predict_newest(self._bins),
                     known=known,
                     flags=flags,
                 )

@@ -21,7 +21,7 @@ from phasewatch.events.perf import read_own_rss_bytes
 from phasewatch.events.schema import EventEnvelope
 from phasewatch.inference.predictor import PhaseDecision, PhasePredictor
 from phasewatch.live.attach import VmSurvey, list_source_channels
-from phasewatch.live.events import CostMeter, EventBuilder, WatchCost, has_alarm_changed
+from phasewatch.live.events import CostMeter, EventBuilder, WatchCost, find_alarm_changes
 from phasewatch.live.silence import SilenceDetector
 from phasewatch.live.tracker import TrackerStep, VmTracker
 from phasewatch.telemetry.base import (
@@ -43,7 +43,7 @@ __all__ = ["VmWatcher", "WatchCallbacks", "WatchEndReason", "WatchResult", "Wind
 logger = logging.getLogger(__name__)
 
 _MIN_READING_SHARE = 0.9  # below this share of a source's readings, a window's source counts as incomplete
-_CONTENTION_WINDOWS = 3  # consecutive windows before the contention state changes
+_CONTENTION_WINDOWS = 11  # consecutive windows, one each second, before the contention state changes
 _MAX_SLEEP_NS = 250_000_000  # upper limit of one sleep, so that a clock step is noticed soon
 _HEALTH_INTERVAL_NS = 2_000_000_000
 _PERF_INTERVAL_NS = 5_000_000_000
@@ -125,7 +125,8 @@ class WatchResult:
 
     Attributes:
         why: Why it ended; None while it runs.
-        windows, alarms: Number of windows with a decision, and of alarms raised.
+        windows: Number of windows with a decision.
+        alarms, activity_alarms: Number of infection and of activity alarms raised.
         late: Readings that arrived after their bin was closed.
         skipped: Sampling ticks that were skipped.
         failed: Readings that raised an error.
@@ -144,6 +145,7 @@ class WatchResult:
     why: WatchEndReason | None = None
     windows: int = 0
     alarms: int = 0
+    activity_alarms: int = 0
     late: int = 0
     skipped: int = 0
     failed: int = 0
@@ -292,14 +294,15 @@ class VmWatcher:
         self._quality.add(step.bin.values, began=step.began)
         if step.decision is not None and self._predictor is not None:
             caveats = self._assess_quality()
+            changes = find_alarm_changes(self._last_decision, step.decision)
             event = self._events.build_phase(
-                step.decision, self._predictor, now_ns=self._clock.wall_ns(), caveats=caveats
+                step.decision, self._predictor, now_ns=self._clock.wall_ns(), changes=changes, caveats=caveats
             )
-            is_alarm_change = has_alarm_changed(self._last_decision, step.decision)
             self.result.windows += 1
             self.result.alarms += step.decision.raised
+            self.result.activity_alarms += step.decision.activity_raised
             self._last_decision = step.decision
-            self._callbacks.on_event(event, is_alarm_change)
+            self._callbacks.on_event(event, bool(changes))
             latency_ms = (self._clock.wall_ns() - step.bin.end_ns - LATENESS_NS) / 1e6
             self._meter.add_window(self._clock.mono_ns(), latency_ms)
         if self._callbacks.on_step is not None:

@@ -28,7 +28,9 @@ from phasewatch.metrics import N_CLASSES
 from phasewatch.models.base import InputKind, LabelledExamples, Persistence, PhaseModel
 from phasewatch.types import PHASES
 
-__all__ = ["AdapterConfig", "CollectionAdapter", "TableAdapter"]
+__all__ = ["SMALLEST_SHARE", "AdapterConfig", "CollectionAdapter", "TableAdapter"]
+
+SMALLEST_SHARE = 1e-6  # is added to the share of each phase in train
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +64,24 @@ class _AdapterBase(PhaseModel):
         x = train.inputs.x
         columns = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1)
         known = np.isfinite(columns)
-        self._fill = np.array([np.median(c[k]) if k.any() else 0.0 for c, k in zip(columns, known, strict=True)])
+        fill = [np.median(c[k]) if k.any() else 0.0 for c, k in zip(columns, known, strict=True)]
+        self._fill = np.array(fill, np.float32).astype(np.float64)  # as an exported graph has it
         self._classifier = self.make(self.seed)
         self._classifier.fit(self._impute(x), np.searchsorted(self.seen, train.y))
+
+    @property
+    def classifier(self) -> Any:
+        """The fitted classifier; `phasewatch export` converts it."""
+        return self._classifier
+
+    @property
+    def fill(self) -> FloatArray | None:
+        """``(f,)`` or ``(c,)`` values that stand in for missing ones; None if the classifier accepts NaN."""
+        return self._fill if self.imputes else None
+
+    def list_class_codes(self) -> tuple[int, ...]:
+        """Return the phase code of each column of the classifier's probabilities; -1 for one that is ignored."""
+        return tuple(self._map_classes(getattr(self._classifier, "classes_", range(len(self.seen)))).tolist())
 
     def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:
         probabilities = np.zeros((len(x), N_CLASSES))
@@ -89,7 +106,7 @@ class _AdapterBase(PhaseModel):
         if len(x) and not (np.isfinite(probabilities).all() and (probabilities >= 0).all()):
             raise ModelError(f"model {self.key}: the classifier returned probabilities below 0 or not finite")
         # A probability of exactly 0 would make the log loss of one error unbounded.
-        return probabilities + 1e-6 * np.isin(np.arange(N_CLASSES), self.seen)
+        return probabilities + SMALLEST_SHARE * np.isin(np.arange(N_CLASSES), self.seen)
 
     def _map_classes(self, classes: Any) -> NDArray[np.intp]:
         """Return the phase code of each class, with its shape; -1 for a class that train does not have.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -16,14 +16,16 @@ from numpy.typing import NDArray
 
 from phasewatch.arrays import FloatArray
 from phasewatch.errors import MismatchError, RunError, UsageError
-from phasewatch.metrics import N_CLASSES, apply_temperature, confusion_counts, log_loss, macro_f1
+from phasewatch.metrics import N_CLASSES, apply_temperature, confusion_counts, macro_f1
 from phasewatch.models import checkpoint
-from phasewatch.models.alarm import AlarmRule, fit_alarm_rule
-from phasewatch.models.checkpoint import MAX_MAGNITUDE, CheckpointHeader
-from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE, LabelSequence, PhaseFilter, fit_filter
-from phasewatch.types import PHASES, WINDOW_BINS
+from phasewatch.models.alarm import LIVE_STRIDE_S, RULE_STRIDE_S, AlarmKind, AlarmRule, fit_alarm_rule
+from phasewatch.models.checkpoint import CheckpointHeader
+from phasewatch.models.probabilities import check_probabilities, compute_class_weights, fit_temperature
+from phasewatch.models.smoothing import LabelSequence, PhaseFilter, fit_filter
+from phasewatch.types import CONTEXT_BINS, PHASES, WINDOW_BINS
 
 __all__ = [
+    "BASELINE_WEIGHT",
     "InputKind",
     "InputSpec",
     "InputVariant",
@@ -31,21 +33,19 @@ __all__ = [
     "ModelInputs",
     "Persistence",
     "PhaseModel",
-    "check_probabilities",
-    "compute_class_weights",
-    "fit_temperature",
-    "mask_unseen_phases",
-    "softmax",
+    "PostprocessingData",
+    "ScoredWindows",
 ]
 
-TEMPERATURE_BOUNDS = (0.25, 4.0)  # without bounds, a few hundred windows that are all right ask for certainty
+BASELINE_WEIGHT = 0.5  # of a phase: idle clean machines are called clean at no cost in three states (ADR 82)
 Persistence = Literal["exact", "none"]
 
 
 class InputKind(StrEnum):
     """The input of a model: a table of features or a tensor of bins.
 
-    Baselines take the window's elapsed time, the cumulative levels, or the number of its host instead.
+    Baselines take the window's elapsed time, the cumulative levels, the number of its host, whether a load runs in its
+    episode, or the CPU use of its episode so far instead.
     """
 
     TABLE = "table"
@@ -53,14 +53,16 @@ class InputKind(StrEnum):
     ELAPSED = "elapsed"
     LEVELS = "levels"
     HOST = "host"
+    LOAD = "load"
+    DURATION = "duration"
 
 
 class InputVariant(StrEnum):
-    """The transform of the values before a model sees them."""
+    """What a model sees of a window."""
 
-    RAW = "raw"
-    CONTEXT = "context"
-    COMMISSIONED = "commissioned"
+    RAW = "raw"  # the window's own ten seconds
+    CONTEXT = "context"  # also up to two minutes before; never the time since the start
+    COMMISSIONED = "commissioned"  # values relative to the host's baseline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +84,16 @@ class InputSpec:
     behaviour_fingerprint: str
     table: InputVariant = InputVariant.RAW
     floors: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def n_bins(self) -> int:
+        """Number of bins, the newest last, that one window of the input needs: 20, or 240 with context."""
+        return CONTEXT_BINS if self.table is InputVariant.CONTEXT else WINDOW_BINS
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one window: ``(f,)`` of a table, ``(c, n_bins)`` of a tensor."""
+        return (len(self.names), self.n_bins) if self.kind is InputKind.TENSOR else (len(self.names),)
 
     def require_match(self, found: InputSpec, *, where: str, remedy: str = "") -> None:
         """Raise MismatchError unless `found` has the columns, transform and code versions of this input.
@@ -128,7 +140,7 @@ class ModelInputs:
     """The windows that a model sees, with their columns.
 
     Attributes:
-        x: ``(n, f)`` float32, or ``(n, c, 20)`` float32 of a tensor (channels by time); NaN where unknown.
+        x: ``(n, f)`` float32, or ``(n, c, spec.n_bins)`` float32 of a tensor (channels by time); NaN where unknown.
         spec: The columns of `x`.
 
     Raises:
@@ -139,9 +151,8 @@ class ModelInputs:
     spec: InputSpec
 
     def __post_init__(self) -> None:
-        rest = (len(self.spec.names), *((WINDOW_BINS,) if self.spec.kind is InputKind.TENSOR else ()))
-        if self.x.shape[1:] != rest or self.x.dtype != np.float32:
-            expected = ", ".join(map(str, rest))
+        if self.x.shape[1:] != self.spec.shape or self.x.dtype != np.float32:
+            expected = ", ".join(map(str, self.spec.shape))
             raise MismatchError(
                 f"input: found {self.x.dtype} of shape {self.x.shape}, expected float32 (n, {expected})"
             )
@@ -157,17 +168,22 @@ class LabelledExamples:
     Attributes:
         inputs: The windows.
         y: ``(n,)`` int64 phase codes, 0 to 4.
+        is_baseline: ``(n,)`` bool: windows of baseline episodes, in which the machine is known clean and idle; None if
+            there are none.
 
     Raises:
-        MismatchError: If `y` has another length than the inputs, or a code is outside 0 to 4.
+        MismatchError: If `y` or `is_baseline` has another length than the inputs, or a code is outside 0 to 4.
     """
 
     inputs: ModelInputs
     y: NDArray[np.int64]
+    is_baseline: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         if self.y.shape != (len(self.inputs),):
             raise MismatchError(f"examples: {self.y.shape} labels for {len(self.inputs)} windows")
+        if self.is_baseline is not None and self.is_baseline.shape != self.y.shape:
+            raise MismatchError(f"examples: {self.is_baseline.shape} baseline marks for {len(self.inputs)} windows")
         if self.y.size and (self.y.min() < 0 or self.y.max() >= N_CLASSES):
             raise MismatchError(f"examples: labels {self.y.min()}..{self.y.max()}, expected 0..{N_CLASSES - 1}")
 
@@ -179,13 +195,112 @@ class LabelledExamples:
         digest = hashlib.sha256(msgspec.json.encode(self.inputs.spec, order="sorted"))
         digest.update(np.ascontiguousarray(self.inputs.x, "<f4").data)
         digest.update(np.ascontiguousarray(self.y, "<i8").data)
+        if self.is_baseline is not None:
+            digest.update(np.ascontiguousarray(self.is_baseline).data)
         return digest.hexdigest()
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[LabelledExamples]) -> LabelledExamples:
+        """Return the windows of several sets with the same columns, one set after the other.
+
+        Raises:
+            MismatchError: If the columns differ.
+        """
+        first = parts[0].inputs.spec
+        for part in parts[1:]:
+            first.require_match(part.inputs.spec, where="examples: sets differ")
+        x = np.concatenate([part.inputs.x for part in parts])
+        marks = None
+        if any(part.is_baseline is not None for part in parts):
+            marks = np.concatenate(
+                [np.zeros(len(part), np.bool_) if part.is_baseline is None else part.is_baseline for part in parts]
+            )
+        y = np.concatenate([part.y for part in parts])
+        return cls(inputs=ModelInputs(x=x, spec=first), y=y, is_baseline=marks)
+
+    def compute_weights(self) -> FloatArray:
+        """Compute the training weight of each window, ``(n,)`` float64.
+
+        The labelled windows of each phase have the same total weight (`compute_class_weights`). The baseline windows
+        together have `BASELINE_WEIGHT` of that: an idle clean machine is a case of its own, however many were recorded.
+        """
+        labelled = np.ones(len(self), np.bool_) if self.is_baseline is None else ~self.is_baseline
+        if not labelled.any():
+            return np.ones(len(self))
+        by_phase = compute_class_weights(self.y[labelled])
+        weights = by_phase[self.y]
+        if not labelled.all():
+            of_a_phase = labelled.sum() / np.count_nonzero(by_phase)
+            weights[~labelled] = BASELINE_WEIGHT * of_a_phase / np.count_nonzero(~labelled)
+        return weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ScoredWindows:
+    """Labelled windows with the probabilities of a model that was not trained on them.
+
+    Attributes:
+        labels: Labels, episodes and times of ``n`` windows, in the order (episode, time).
+        p: ``(n, 5)`` float64 calibrated probabilities.
+        sha256: Digest of the windows, for `PhaseModel.trained_on`.
+
+    Raises:
+        MismatchError: If the lengths differ.
+    """
+
+    labels: LabelSequence
+    p: FloatArray
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.p.shape != (len(self.labels.y), N_CLASSES):
+            raise MismatchError(f"scored windows: {len(self.labels.y)} labels, probabilities of shape {self.p.shape}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PostprocessingData:
+    """What the phase filter and the alarms are fitted to.
+
+    Attributes:
+        train: Labels of the train windows in time order; the filter's transitions are counted in them.
+        val_b, soak: Windows every five seconds of validation B, and of benign recordings whose hosts and samples are
+            not in the test set.
+        val_b_live, soak_live: The windows of every second of the same episodes; None fits no alarm at that stride.
+    """
+
+    train: LabelSequence
+    val_b: ScoredWindows
+    soak: ScoredWindows
+    val_b_live: ScoredWindows | None = None
+    soak_live: ScoredWindows | None = None
+
+    def list_parts(self) -> dict[str, ScoredWindows]:
+        """Return the windows by their names in `PhaseModel.trained_on`."""
+        parts = {
+            "decide_val": self.val_b,
+            "decide_soak": self.soak,
+            "decide_val_1s": self.val_b_live,
+            "decide_soak_1s": self.soak_live,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def list_strides(self) -> dict[int, tuple[ScoredWindows, ScoredWindows]]:
+        """Return validation B and soak by their stride in seconds."""
+        strides = {RULE_STRIDE_S: (self.val_b, self.soak)}
+        if self.val_b_live is not None and self.soak_live is not None:
+            strides[LIVE_STRIDE_S] = (self.val_b_live, self.soak_live)
+        return strides
 
 
 class PhaseModel(ABC):
     """A classifier of windows into the five phases.
 
-    An author writes `Config`, `_fit`, `_predict_proba`, `_files` and `_restore`; every public method is final.
+    It is fitted twice. `fit` trains on train and may choose settings on validation A; this *selection model* answers
+    for validation A and B, windows that it never saw, and so sets the temperature and the alarms. `refit` then trains
+    the *final model* on all three sets with what was chosen; it predicts the test windows and is saved (ADR 74).
+
+    An author writes `Config`, `_fit`, `_predict_proba`, `_files` and `_restore`, and `_refit` if `_fit` chooses
+    something on validation A; every public method is final.
 
     Attributes:
         key: Name of the class in the registry.
@@ -194,11 +309,12 @@ class PhaseModel(ABC):
             and is scored by the process that fitted it.
         Config: Frozen dataclass of the settings, with defaults.
         spec: Columns of the input; None before `fit`.
-        seen: Codes of the phases in train.
+        seen: Codes of the phases in the training set.
         temperature: Set by `calibrate`; 1 before.
-        history: Name → one number per training round.
-        val_a_macro_f1: Macro-F1 on validation A, by which models are selected before any test prediction is read.
-        filter, alarm: Set by `fit_postprocessing`; None and empty before.
+        history: Name → one number per training round of the selection model.
+        val_a_macro_f1: Macro-F1 of the selection model on validation A, by which models are selected before any test
+            prediction is read.
+        filter, alarms: Set by `fit_postprocessing`; None and empty before.
         where: Name of the model in messages: its checkpoint's folder, if it has one.
     """
 
@@ -226,15 +342,20 @@ class PhaseModel(ABC):
         self.trained_with: dict[str, int] = {}
         self.val_a_macro_f1 = 0.0
         self.filter: PhaseFilter | None = None
-        self.alarm: dict[str, AlarmRule] = {}
+        self.alarms: tuple[AlarmRule, ...] = ()
         self.where = f"model {self.key}"
 
     @final
-    def fit(self, train: LabelledExamples, val: LabelledExamples) -> Self:
-        """Fit the model to `train`, with early stopping on `val` (validation A).
+    def fit(self, train: LabelledExamples, val: LabelledExamples, *, extra: LabelledExamples | None = None) -> Self:
+        """Fit the selection model to `train`; what it chooses, it chooses on `val` (validation A).
+
+        Args:
+            train: Train windows.
+            val: Windows of validation A.
+            extra: More train windows, made from those of train, such as spliced counterfactuals.
 
         Raises:
-            MismatchError: If a set is empty, is of another input kind, or the two differ in columns or schema.
+            MismatchError: If a set is empty, is of another input kind, or the sets differ in columns or schema.
         """
         if train.inputs.spec.kind is not self.kind:
             raise MismatchError(f"model {self.key} takes {self.kind} inputs, found {train.inputs.spec.kind}")
@@ -243,15 +364,45 @@ class PhaseModel(ABC):
             raise MismatchError(
                 f"model {self.key}: {len(train)} train and {len(val)} validation windows; both are needed"
             )
-        self.spec = train.inputs.spec
-        self.seen = tuple(int(c) for c in np.unique(train.y))
-        self.trained_on = {"train": train.sha256(), "val_a": val.sha256()}
-        self.trained_with = {"train": len(train), "val_a": len(val)}
+        parts = {"train": train, **({} if extra is None else {"extra": extra})}
+        examples = LabelledExamples.concatenate(tuple(parts.values())) if extra is not None else train
+        self.trained_on, self.trained_with = {}, {}
+        for name, part in {**parts, "val_a": val}.items():
+            self.record_training(name, part)
         self.temperature, self.history = 1.0, {}
-        self.filter, self.alarm = None, {}
-        self._fit(train, val)
+        self.filter, self.alarms = None, ()
+        self._start(examples)
+        self._fit(examples, val)
         self.val_a_macro_f1 = round(float(macro_f1(confusion_counts(val.y, self.predict(val.inputs)))), 6)
         return self
+
+    @final
+    def refit(self, parts: Sequence[LabelledExamples]) -> Self:
+        """Fit the final model to all parts together, with what `fit` chose; the temperature stays.
+
+        Args:
+            parts: Train, further train windows, validation A and B.
+
+        Raises:
+            MismatchError: If the model is not fitted, or the parts differ in columns from what it was fitted to.
+        """
+        if self.spec is None:
+            raise MismatchError(f"model {self.key} is not fitted yet")
+        everything = LabelledExamples.concatenate(parts)
+        self.spec.require_match(everything.inputs.spec, where=f"model {self.key}: the sets differ")
+        self.record_training("refit", everything)
+        self._start(everything)
+        self._refit(everything)
+        return self
+
+    @final
+    def record_training(self, part: str, examples: LabelledExamples) -> None:
+        """Record digest and number of the windows that something was fitted to, under the name of their part."""
+        self.trained_on[part], self.trained_with[part] = examples.sha256(), len(examples)
+
+    def _start(self, examples: LabelledExamples) -> None:
+        self.spec = examples.inputs.spec
+        self.seen = tuple(int(c) for c in np.unique(examples.y))
 
     @final
     def calibrate(self, val: LabelledExamples) -> Self:
@@ -259,34 +410,25 @@ class PhaseModel(ABC):
         self.temperature = 1.0
         raw = self.predict_proba(val.inputs)
         self.temperature = fit_temperature(raw, val.y)
-        self.trained_on["val_b"] = val.sha256()
-        self.trained_with["val_b"] = len(val)
+        self.record_training("val_b", val)
         return self
 
     @final
-    def fit_postprocessing(
-        self, train: LabelSequence, val: tuple[ModelInputs, LabelSequence], soak: tuple[ModelInputs, LabelSequence]
-    ) -> Self:
-        """Fit the phase filter and the alarm thresholds; call it after `calibrate`.
+    def fit_postprocessing(self, data: PostprocessingData) -> Self:
+        """Fit the phase filter, and both alarms at each stride; call it after `calibrate`.
 
-        Args:
-            train: Labels of the train windows in time order; the filter's transitions are counted in them.
-            val: Inputs and labels of validation B.
-            soak: Inputs and labels of benign recordings, from hosts and samples that are not in the test set.
+        The alarms use unsmoothed probabilities; the filter changes the displayed phase alone.
         """
-        for name, (inputs, track) in (("decide_val", val), ("decide_soak", soak)):
-            self.trained_on[name] = LabelledExamples(inputs=inputs, y=np.asarray(track.y, np.int64)).sha256()
-            self.trained_with[name] = len(inputs)
-        predictions = [(self.predict_proba(inputs), track) for inputs, track in (val, soak)]
-        self.filter = phase_filter = fit_filter(train, val[1], predictions[0][0])
-        labels = LabelSequence.concatenate([track for _, track in predictions])
-        by_smoothing = {
-            SMOOTHING_NONE: np.concatenate([p for p, _ in predictions]),
-            SMOOTHING_PHASE: np.concatenate(
-                [phase_filter.run(p, track.episode_index, track.t_center_ns) for p, track in predictions]
-            ),
-        }
-        self.alarm = {name: fit_alarm_rule(p, labels) for name, p in by_smoothing.items()}
+        for name, part in data.list_parts().items():
+            self.trained_on[name] = part.sha256
+            self.trained_with[name] = len(part.p)
+        self.filter = fit_filter(data.train, data.val_b.labels, data.val_b.p)
+        rules: list[AlarmRule] = []
+        for stride_s, parts in data.list_strides().items():
+            p = np.concatenate([part.p for part in parts])
+            labels = LabelSequence.concatenate([part.labels for part in parts])
+            rules += [fit_alarm_rule(p, labels, kind=kind, stride_s=stride_s) for kind in AlarmKind]
+        self.alarms = tuple(rules)
         return self
 
     @final
@@ -355,7 +497,7 @@ class PhaseModel(ABC):
             trained_with=self.trained_with,
             val_a_macro_f1=self.val_a_macro_f1,
             filter=self.filter,
-            alarm=self.alarm,
+            alarms=self.alarms,
             versions=checkpoint.collect_versions(self._libraries()),
             files={},
         )
@@ -385,17 +527,25 @@ class PhaseModel(ABC):
         )
         model.seen, model.temperature = header.seen, header.temperature
         model.history, model.trained_on = dict(header.history), dict(header.trained_on)
-        model.filter, model.alarm, model.trained_with = header.filter, dict(header.alarm), dict(header.trained_with)
+        model.filter, model.alarms, model.trained_with = header.filter, header.alarms, dict(header.trained_with)
         model.val_a_macro_f1 = header.val_a_macro_f1
         model._restore(files)
         return model
 
     @abstractmethod
-    def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None: ...
+    def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None:
+        """Fit to `train`; `val` (validation A) may choose settings, such as the number of epochs."""
+
+    def _refit(self, everything: LabelledExamples) -> None:
+        """Fit to train, validation A and B with the settings that `_fit` chose; no set is left to choose on.
+
+        By default `_fit` is called with `everything` in both places. Override it if `_fit` chooses something.
+        """
+        self._fit(everything, everything)
 
     @abstractmethod
     def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:
-        """Return ``(n, 5)`` values ≥ 0 for ``(n, f)`` or ``(n, c, 20)`` float32; the caller normalises the rows.
+        """Return ``(n, 5)`` values ≥ 0 for ``(n, *spec.shape)`` float32; the caller normalises the rows.
 
         Columns of phases that train did not have are ignored.
         """
@@ -407,98 +557,17 @@ class PhaseModel(ABC):
     @abstractmethod
     def _restore(self, files: Mapping[str, bytes]) -> None: ...
 
+    def torch_module(self) -> Any:
+        """Return the fitted model as a torch module, for `phasewatch export`; None if it is not one.
+
+        Its input is float32 ``(n, f)`` or ``(n, c, t)`` with NaN where unknown, its output ``(n, 5)`` shares ≥ 0, as of
+        `_predict_proba`.
+        """
+        return None
+
     def _libraries(self) -> tuple[str, ...]:
         """Return the distributions whose versions the checkpoint records."""
         return ("numpy",)
-
-
-def check_probabilities(answers: Any, n: int, *, where: str) -> FloatArray:
-    """Check the output of a model.
-
-    Args:
-        answers: What the model returned.
-        n: Number of windows that it was given.
-        where: Name of the model, for the message.
-
-    Returns:
-        ``(n, 5)`` float64, each value between 0 and `MAX_MAGNITUDE`; rows need not sum to 1.
-
-    Raises:
-        RunError: If the output is anything else.
-    """
-    try:
-        shares: FloatArray = np.asarray(answers, np.float64)
-    except (TypeError, ValueError) as exc:
-        raise RunError(f"{where}: its answers are no numbers: {exc}") from exc
-    if shares.shape != (n, N_CLASSES):
-        raise RunError(f"{where}: answers of shape {shares.shape} for {n} windows, expected ({n}, {N_CLASSES})")
-    bad = ~((shares >= 0.0) & (shares <= MAX_MAGNITUDE)).all(axis=1)  # NaN is neither
-    if bad.any():
-        at = int(np.argmax(bad))
-        raise RunError(
-            f"{where}: window {at} of {n}: answers {', '.join(f'{v:g}' for v in shares[at])}, expected probabilities: "
-            "finite and not below 0"
-        )
-    return shares
-
-
-def fit_temperature(probabilities: FloatArray, y: NDArray[np.int64]) -> float:
-    """Estimate the temperature of the smallest log loss by a bounded search over its logarithm.
-
-    Args:
-        probabilities: ``(n, 5)`` float64; rows sum to 1.
-        y: ``(n,)`` int64 phase codes.
-
-    Returns:
-        A temperature in `TEMPERATURE_BOUNDS`; 1 without windows, or where no other value has a smaller loss.
-
-    Source: Guo et al. 2017, section 4.2; Brent's bounded method in `scipy.optimize.minimize_scalar`.
-    """
-    if not len(y):
-        return 1.0
-    from scipy.optimize import minimize_scalar  # of the train extra: a loaded model needs no scipy
-
-    def loss(log_t: float) -> float:
-        return log_loss(apply_temperature(probabilities, float(np.exp(log_t))), y)
-
-    low, high = TEMPERATURE_BOUNDS
-    search = minimize_scalar(loss, bounds=(np.log(low), np.log(high)), method="bounded", options={"xatol": 1e-8})
-    # A flat or multimodal loss (all windows of one class) can end at a worse value than 1.
-    return float(np.exp(search.x)) if loss(float(search.x)) < loss(0.0) else 1.0
-
-
-def mask_unseen_phases(scores: FloatArray, seen: tuple[int, ...]) -> FloatArray:
-    """Return a copy of the scores with −inf for the phases that train did not have.
-
-    Args:
-        scores: ``(n, 5)`` float64.
-        seen: Codes of the phases in train.
-    """
-    masked = np.full_like(scores, -np.inf)
-    masked[:, list(seen)] = scores[:, list(seen)]
-    return masked
-
-
-def softmax(scores: FloatArray) -> FloatArray:
-    """Return the softmax of each row, ``(n, 5)`` float64 → ``(n, 5)`` float64; −inf gives 0."""
-    powers = np.exp(scores - scores.max(axis=1, keepdims=True))
-    shares: FloatArray = powers / powers.sum(axis=1, keepdims=True)
-    return shares
-
-
-def compute_class_weights(y: NDArray[np.int64]) -> FloatArray:
-    """Compute weights that give each class in `y` the same total weight.
-
-    Args:
-        y: ``(n,)`` int64 phase codes.
-
-    Returns:
-        ``(5,)`` float64 as scikit-learn's ``class_weight="balanced"``; 0 for a class that does not occur.
-    """
-    counts = np.bincount(y, minlength=N_CLASSES).astype(np.float64)
-    present = counts > 0
-    weights: FloatArray = np.divide(len(y), counts * present.sum(), out=np.zeros(N_CLASSES), where=present)
-    return weights
 
 
 def _summarise_names(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Baselines that use no telemetry: class frequencies, random guesses, elapsed time and the host's name."""
+"""Baselines that know one thing: class frequencies, elapsed time, host, whether a load runs, or for how long."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from phasewatch.types import STRIDE_S
 
 __all__ = [
     "BASELINE_FILE",
+    "LOAD_UNKNOWN",
     "MAX_TABLE_ROWS",
+    "DurationBaseline",
     "ElapsedTimeBaseline",
     "EmptyConfig",
     "HostFrequencyBaseline",
+    "LoadBaseline",
     "MajorityBaseline",
     "StratifiedBaseline",
 ]
@@ -29,6 +32,9 @@ __all__ = [
 BASELINE_FILE = "model.json"
 MAX_TABLE_ROWS = 100_000  # strides of an episode, or hosts
 _KERNEL_WIDTHS_S = (5.0, 10.0, 20.0, 40.0, 80.0)
+LOAD_UNKNOWN = 2  # beside 0 (no load runs in the episode) and 1 (a load runs)
+_DURATION_EDGES = (2, 3, 5, 9, 17, 33)  # windows; durations of 1, 2, 3–4, 5–8, 9–16, 17–32 and more share a row
+_PSEUDO_WINDOWS = 5.0  # windows with train's frequencies that are added to each row of a table
 _PhaseRow = tuple[float, float, float, float, float]
 _CLASS_BALANCES = (0.0, 0.5, 1.0)  # 0 keeps the classes' frequencies, 1 gives all classes the same weight
 
@@ -151,6 +157,122 @@ class ElapsedTimeBaseline(PhaseModel):
 
     def _restore(self, files: Mapping[str, bytes]) -> None:
         self._rows = _parse_rows(files, self.key)
+
+
+class LoadBaseline(PhaseModel):
+    """Predict the smoothed phase frequencies of episodes with, without, and with unknown benign load.
+
+    A model that is not above it has learnt whether a load runs, not what the malware does.
+    """
+
+    key = "load_only"
+    kind = InputKind.LOAD
+    Config = EmptyConfig
+
+    def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None:
+        self._rows = _count_smoothed(_parse_load_codes(train.inputs.x), train.y, LOAD_UNKNOWN + 1)
+
+    def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:
+        rows: FloatArray = self._rows[_parse_load_codes(x)]
+        return rows
+
+    def _files(self) -> Mapping[str, bytes]:
+        return {BASELINE_FILE: msgspec.json.encode(self._rows.tolist())}
+
+    def _restore(self, files: Mapping[str, bytes]) -> None:
+        self._rows = _parse_rows(files, self.key)
+        if len(self._rows) != LOAD_UNKNOWN + 1:
+            raise RunError(
+                f"checkpoint of {self.key}: {BASELINE_FILE} holds {len(self._rows)} rows, expected {LOAD_UNKNOWN + 1}"
+            )
+
+
+class DurationBaseline(PhaseModel):
+    """Predict the smoothed phase frequencies of windows whose CPU state has lasted for as long.
+
+    The state is whether the CPU use exceeds a threshold, which is fixed on train without labels. Windows whose CPU use
+    is unknown share a row of their own. A model that is not above it has learnt how long loads last.
+    """
+
+    key = "duration_only"
+    kind = InputKind.DURATION
+    Config = EmptyConfig
+
+    def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None:
+        self._threshold = _compute_otsu_threshold(train.inputs.x[:, 0])
+        self._rows = _count_smoothed(self._categorise(train.inputs.x), train.y, _N_DURATION_ROWS)
+
+    def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:
+        rows: FloatArray = self._rows[self._categorise(x)]
+        return rows
+
+    def _categorise(self, x: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Return the row of each window, ``(n,)``: bins of durations without load, then with load, then unknown.
+
+        Args:
+            x: ``(n, h)`` float32 CPU use in cores of the window and of those before it, latest first; NaN where
+                unknown.
+        """
+        known, is_busy = np.isfinite(x), x > self._threshold
+        same = known & (is_busy == is_busy[:, :1])
+        duration = np.where(same.all(axis=1), x.shape[1], same.argmin(axis=1))
+        rows = np.searchsorted(_DURATION_EDGES, duration, side="right") + is_busy[:, 0] * (len(_DURATION_EDGES) + 1)
+        return np.where(known[:, 0], rows, _N_DURATION_ROWS - 1).astype(np.int64)
+
+    def _files(self) -> Mapping[str, bytes]:
+        return {BASELINE_FILE: msgspec.json.encode([self._rows.tolist(), self._threshold])}
+
+    def _restore(self, files: Mapping[str, bytes]) -> None:
+        try:
+            rows, threshold = msgspec.json.decode(files[BASELINE_FILE], type=tuple[list[_PhaseRow], float])
+        except (KeyError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            raise RunError(
+                f"checkpoint of {self.key}: {BASELINE_FILE} is absent or not rows and a threshold: {exc}"
+            ) from exc
+        self._rows, self._threshold = _check_rows(rows, self.key), threshold
+        if len(rows) != _N_DURATION_ROWS or not np.isfinite(threshold):
+            raise RunError(
+                f"checkpoint of {self.key}: {BASELINE_FILE} holds {len(rows)} rows and the threshold {threshold}, "
+                f"expected {_N_DURATION_ROWS} rows and a finite threshold"
+            )
+
+
+_N_DURATION_ROWS = 2 * (len(_DURATION_EDGES) + 1) + 1
+
+
+def _parse_load_codes(x: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Return the code of each window's episode, ``(n, 1)`` float32 → ``(n,)``; NaN and foreign numbers are unknown."""
+    codes = np.where(np.isfinite(x[:, 0]), x[:, 0], LOAD_UNKNOWN)
+    return np.where((codes == 0) | (codes == 1), codes, LOAD_UNKNOWN).astype(np.int64)
+
+
+def _count_smoothed(categories: NDArray[np.int64], y: NDArray[np.int64], n_rows: int) -> FloatArray:
+    """Return the phase frequencies of each category, ``(n_rows, 5)``, shrunk towards those of all windows.
+
+    A category without a window gets the frequencies of all windows.
+    """
+    counts = np.zeros((n_rows, N_CLASSES))
+    np.add.at(counts, (categories, y), 1.0)
+    overall = counts.sum(axis=0) / counts.sum()
+    rows = counts + _PSEUDO_WINDOWS * overall
+    normalised: FloatArray = rows / rows.sum(axis=1, keepdims=True)
+    return normalised
+
+
+def _compute_otsu_threshold(values: NDArray[np.float32]) -> float:
+    """Return the threshold that splits values into the two groups with the largest variance between them.
+
+    Unknown values are left out; 0 if fewer than two distinct values are known. Source: Otsu 1979.
+    """
+    known = np.sort(values[np.isfinite(values)].astype(np.float64))
+    if not len(known) or known[0] == known[-1]:
+        return 0.0
+    n_below = np.arange(1, len(known))
+    below = np.cumsum(known)[:-1] / n_below
+    above = (known.sum() - np.cumsum(known)[:-1]) / (len(known) - n_below)
+    between = n_below * (len(known) - n_below) * (above - below) ** 2
+    at = int(np.where(known[1:] > known[:-1], between, -1.0).argmax())
+    return float((known[at] + known[at + 1]) / 2)
 
 
 def _compute_stride_index(t_center_s: NDArray[np.float32]) -> NDArray[np.int64]:

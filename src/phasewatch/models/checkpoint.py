@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 WEIGHTS_FILE = "weights.safetensors"
-CHECKPOINT_FORMAT = "phasewatch-checkpoint/1"
+CHECKPOINT_FORMAT = "phasewatch-checkpoint/2"
 CHECKPOINT_FILE = "checkpoint.json"
 MAX_CHECKPOINT_HEADER_BYTES = 4 * 2**20
 MAX_CHECKPOINT_BYTES = 128 * 2**20
@@ -74,7 +74,7 @@ class CheckpointHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         seen: Codes of the phases in train; the others have probability 0.
         temperature: Temperature of the probabilities, fitted on validation B.
         filter: Phase filter, fitted on train and validation B; None for the random window split.
-        alarm: Smoothing (``none`` or ``phase``) → the alarm rule for its probabilities, fixed in training.
+        alarms: Alarm rules, at most one of each kind at each stride, fixed in training.
         trained_on: Part → digest of its windows and labels.
         trained_with: Part → number of windows.
         val_a_macro_f1: Macro-F1 on validation A, by which models are selected.
@@ -84,7 +84,7 @@ class CheckpointHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     format: str
     model: str
-    input_kind: Annotated[str, msgspec.Meta(pattern="^(table|tensor|elapsed|levels|host)$")]
+    input_kind: Annotated[str, msgspec.Meta(pattern="^(table|tensor|elapsed|levels|host|load|duration)$")]
     mask: str
     columns: tuple[str, ...]
     schema_hash: str
@@ -101,7 +101,7 @@ class CheckpointHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     table: Annotated[str, msgspec.Meta(pattern="^(raw|context|commissioned)$")] = "raw"
     floors: dict[str, float] = {}
     filter: PhaseFilter | None = None
-    alarm: dict[str, AlarmRule] = {}
+    alarms: tuple[AlarmRule, ...] = ()
     trained_with: dict[str, int] = {}
     val_a_macro_f1: float = 0.0
     sha256: str = ""
@@ -219,6 +219,8 @@ def _find_invalid_value(header: CheckpointHeader) -> str | None:
         return f"{len(header.columns)} columns, expected 1 to {MAX_COLUMNS} and each once"
     if not all(0.0 < scale <= MAX_MAGNITUDE for scale in header.floors.values()):
         return "floors with a scale that is not finite or not above 0"
+    if len({(rule.kind, rule.stride_s) for rule in header.alarms}) != len(header.alarms):
+        return "alarms with two rules of one kind and stride"
     return None
 
 
@@ -240,7 +242,7 @@ def _read_bounded(path: Path, limit: int) -> bytes:
 
 MAX_WEIGHTS_HEADER_BYTES = 2**20
 MAX_MAGNITUDE = 1e30  # of a number in a file: sums of such numbers stay finite in float32
-_DTYPE_BYTES = {"F32": 4, "F64": 8}
+_DTYPE_BYTES = {"F32": 4, "F64": 8, "I32": 4, "U8": 1}
 
 ExpectedArrays = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -266,7 +268,7 @@ def unpack_weights(
     Args:
         files: Files of a checkpoint, name → bytes.
         name: Name of the safetensors file.
-        expected: Array name → dtype (``F32`` or ``F64``) and shape, as the model's settings imply them.
+        expected: Array name → dtype (a key of `_DTYPE_BYTES`) and shape, as the model's settings imply them.
         model: Key of the model, for messages.
 
     Raises:

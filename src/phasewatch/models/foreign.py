@@ -19,7 +19,7 @@ def foreign_errors(place: str, action: str) -> Iterator[None]:
 
     Args:
         place: File, and member of it.
-        action: What failed, for the message: ``"XGBoost refuses it"``.
+        action: What failed, for the message: ``"torch refuses it"``.
 
     Raises:
         RunError: For every exception that is not a PhasewatchError.

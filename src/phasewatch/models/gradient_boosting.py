@@ -1,10 +1,10 @@
-"""Gradient-boosted trees (XGBoost) over a table of features, and two baselines that use them."""
+"""Gradient-boosted trees (LightGBM) over a table of features, and two baselines that use them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -14,108 +14,109 @@ from numpy.typing import NDArray
 from phasewatch.arrays import FloatArray
 from phasewatch.errors import RunError
 from phasewatch.metrics import N_CLASSES, confusion_counts, macro_f1
-from phasewatch.models.base import InputKind, LabelledExamples, ModelInputs, PhaseModel, compute_class_weights
-from phasewatch.models.foreign import foreign_errors
-from phasewatch.models.treefile import MAX_TREES, check_xgboost_trees
+from phasewatch.models import checkpoint
+from phasewatch.models.base import InputKind, LabelledExamples, ModelInputs, PhaseModel
+from phasewatch.models.checkpoint import WEIGHTS_FILE
+from phasewatch.models.probabilities import mask_unseen_phases, softmax
+from phasewatch.models.trees import (
+    MAX_LEAVES,
+    MAX_ROUNDS,
+    TreeArrays,
+    TreeEvaluator,
+    list_expected_arrays,
+    load_lightgbm,
+    parse_lightgbm_text,
+)
+from phasewatch.types import SourceKind
 
-__all__ = ["CHANNEL_FILE", "TREES_FILE", "BestChannel", "GbtConfig", "GradientBoosting", "LevelsBaseline"]
-
-TREES_FILE = "model.ubj"
+__all__ = ["CHANNEL_FILE", "BestChannel", "GbtConfig", "GradientBoosting", "LevelsBaseline"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GbtConfig:
-    """Settings of the trees; depth and bins are fixed; rate, rounds and patience from ADR 12."""
+    """Settings of the trees (ADR 74).
 
-    rounds: Annotated[int, Meta(ge=1, le=MAX_TREES // N_CLASSES)] = 150
-    patience: Annotated[int, Meta(ge=1, le=10_000)] = 15
-    depth: Annotated[int, Meta(ge=1, le=16)] = 4
-    bins: Annotated[int, Meta(ge=2, le=4096)] = 64
-    learning_rate: Annotated[float, Meta(gt=0.0, le=10.0)] = 0.15
-    min_child_weight: Annotated[float, Meta(ge=0.0, le=1e9)] = 2.0
-    l2: Annotated[float, Meta(ge=0.0, le=1e9)] = 1.0
+    Attributes:
+        rounds: Boosting rounds, one tree for each phase; none is cut by a validation set.
+        leaves: Largest number of leaves of a tree; trees grow leaf by leaf.
+        columns: Share of the columns that each tree may use.
+        rows: Share of the windows that each round draws.
+        min_leaf_windows: Smallest number of windows in a leaf.
+        l2: Penalty on the squared leaf scores.
+        bins: Largest number of distinct thresholds of a column.
+    """
+
+    rounds: Annotated[int, Meta(ge=1, le=MAX_ROUNDS)] = 200
+    leaves: Annotated[int, Meta(ge=2, le=MAX_LEAVES)] = 15
+    learning_rate: Annotated[float, Meta(gt=0.0, le=10.0)] = 0.08
+    columns: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.2
+    rows: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.8
+    min_leaf_windows: Annotated[int, Meta(ge=1, le=1_000_000)] = 20
+    l2: Annotated[float, Meta(ge=0.0, le=1e9)] = 5.0
+    bins: Annotated[int, Meta(ge=2, le=4096)] = 63
 
 
 class GradientBoosting(PhaseModel):
-    """XGBoost with `multi:softprob`, histogram method and balanced classes; NaN is a value of its own.
+    """LightGBM with balanced classes and a fixed number of rounds; each tree sees few columns; NaN is a value.
 
-    Training stops early by the log loss on validation A.
+    Training does not read validation A: stopping early on the windows of one host costs more than it saves (ADR 74).
     """
 
     key = "gbt"
     Config = GbtConfig
 
     @property
-    def booster(self) -> Any:
+    def trees(self) -> TreeArrays:
         """The fitted trees; `phasewatch export` converts them."""
-        return self._booster
+        return self._evaluator.trees
 
     def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None:
-        import xgboost as xgb
-
+        lgb = load_lightgbm()
         c: GbtConfig = self.config
-        weights = compute_class_weights(train.y)
-        # One thread: the order of the sums, and so every bit, is the same on any machine.
-        data = xgb.QuantileDMatrix(
-            train.inputs.x, label=train.y, weight=weights[train.y], max_bin=c.bins, missing=np.nan, nthread=1
-        )
-        # Windows of a phase that train does not have get weight 0: no round could improve them.
-        watched = xgb.QuantileDMatrix(
-            val.inputs.x, label=val.y, weight=weights[val.y], max_bin=c.bins, missing=np.nan, nthread=1, ref=data
-        )
-        can_stop = bool(weights[val.y].any())
-        log: dict[str, dict[str, list[float]]] = {}
-        booster = xgb.train(
-            {
-                "objective": "multi:softprob",
-                "num_class": N_CLASSES,
-                "tree_method": "hist",
-                "max_depth": c.depth,
-                "max_bin": c.bins,
-                "eta": c.learning_rate,
-                "min_child_weight": c.min_child_weight,
-                "lambda": c.l2,
-                "base_score": 0.5,
-                "eval_metric": "mlogloss",
-                "seed": self.seed,
-                "nthread": 1,
-                "verbosity": 0,
-            },
-            data,
-            num_boost_round=c.rounds,
-            evals=[(watched, "val_a")] if can_stop else [],
-            early_stopping_rounds=c.patience if can_stop else None,
-            evals_result=log,
-            verbose_eval=False,
-        )
-        if can_stop:
-            self.history = {"val_a_mlogloss": tuple(round(v, 6) for v in log["val_a"]["mlogloss"])}
-            booster = booster[: booster.best_iteration + 1]
-        self._booster: Any = booster
+        params = {
+            "objective": "multiclass",
+            "num_class": N_CLASSES,
+            "num_leaves": c.leaves,
+            "learning_rate": c.learning_rate,
+            "feature_fraction": c.columns,
+            "bagging_fraction": c.rows,
+            "bagging_freq": 1 if c.rows < 1.0 else 0,
+            "min_data_in_leaf": c.min_leaf_windows,
+            "lambda_l2": c.l2,
+            "max_bin": c.bins,
+            "seed": self.seed % 2**31,
+            # One thread, one algorithm: the order of the sums, and so every bit, is the same in each run.
+            "num_threads": 1,
+            "deterministic": True,
+            "force_col_wise": True,
+            "feature_pre_filter": False,
+            "verbose": -1,
+        }
+        data = lgb.Dataset(train.inputs.x, train.y, weight=train.compute_weights(), params=params)
+        booster = lgb.train(params, data, c.rounds)
+        text = booster.model_to_string(num_iteration=-1)
+        self._evaluator = TreeEvaluator(parse_lightgbm_text(text, rounds=c.rounds, leaves=c.leaves))
 
     def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:
-        return np.asarray(self._booster.inplace_predict(x, missing=np.nan), np.float64)
+        return softmax(mask_unseen_phases(self._evaluator.compute_scores(x), self.seen))
 
     def _files(self) -> Mapping[str, bytes]:
-        return {TREES_FILE: bytes(self._booster.save_raw("ubj"))}
+        return {WEIGHTS_FILE: checkpoint.pack_weights(self.trees.to_mapping())}
 
     def _restore(self, files: Mapping[str, bytes]) -> None:
-        if TREES_FILE not in files:
-            raise RunError(f"checkpoint of gbt: {TREES_FILE} is not among its files ({', '.join(files) or 'none'})")
-        features = len(self.spec.names) if self.spec else 0
-        self._booster = self._load(files[TREES_FILE], features)
-
-    def _load(self, data: bytes, features: int) -> Any:
-        """Load the trees of a file; XGBoost parses the output of `check_xgboost_trees`, never the file's own bytes."""
-        import xgboost as xgb
-
-        place = f"checkpoint of {self.key}: {TREES_FILE}"
-        checked = check_xgboost_trees(data, place=place, features=features)
-        with foreign_errors(place, "XGBoost refuses it"):
-            return xgb.Booster({"nthread": 1}, model_file=bytearray(checked))
+        expected = list_expected_arrays(self.config.rounds, self.config.leaves)
+        trees = TreeArrays(**checkpoint.unpack_weights(files, WEIGHTS_FILE, expected, model=self.key))
+        try:
+            trees.check(len(self.spec.names) if self.spec else 0)
+        except ValueError as exc:
+            raise RunError(
+                f"checkpoint of {self.key}: {WEIGHTS_FILE}: {exc}; it was not written by phasewatch, "
+                "train the model again"
+            ) from exc
+        self._evaluator = TreeEvaluator(trees)
 
     def _libraries(self) -> tuple[str, ...]:
-        return ("numpy", "xgboost", "xgboost-cpu")
+        return ("numpy", "lightgbm", "safetensors")
 
 
 class LevelsBaseline(GradientBoosting):
@@ -126,7 +127,8 @@ class LevelsBaseline(GradientBoosting):
 
 
 CHANNEL_FILE = "channel.json"
-_TRIAL_ROUNDS = 15  # enough to rank channels, a tenth of the cost
+_SOURCES = frozenset(SourceKind)
+_TRIAL_SETTINGS: Mapping[str, float] = {"rounds": 15, "columns": 1.0}  # enough to rank channels, at little cost
 
 
 class BestChannel(PhaseModel):
@@ -137,17 +139,17 @@ class BestChannel(PhaseModel):
 
     def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None:
         names = train.inputs.spec.names
-        channels = tuple(dict.fromkeys(name.rpartition(".")[0] for name in names))
+        channels = tuple(dict.fromkeys(filter(None, map(_find_stat_channel, names))))
         scores = []
         for channel in channels:
             own, other = (_select_columns(part, _find_channel_columns(names, channel)) for part in (train, val))
-            trial = GradientBoosting(seed=self.seed, settings={"rounds": _TRIAL_ROUNDS, "patience": _TRIAL_ROUNDS})
+            trial = GradientBoosting(seed=self.seed, settings=_TRIAL_SETTINGS)
             scores.append(_compute_val_macro_f1(trial.fit(own, other), other))
         self._channel = channels[int(np.argmax(scores))]
         own, other = (_select_columns(part, _find_channel_columns(names, self._channel)) for part in (train, val))
         settings = msgspec.to_builtins(self.config)
         self._model = GradientBoosting(seed=self.seed, settings=settings).fit(own, other)
-        self.history = {**self._model.history, "trial_val_a_macro_f1": tuple(round(s, 6) for s in scores)}
+        self.history = {"trial_val_a_macro_f1": tuple(round(s, 6) for s in scores)}
 
     def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:
         names = self.spec.names if self.spec else ()
@@ -173,21 +175,30 @@ class BestChannel(PhaseModel):
             if self.spec
             else None
         )
+        self._model.seen = self.seen
         self._model._restore(files)
 
     def _libraries(self) -> tuple[str, ...]:
-        return ("numpy", "xgboost", "xgboost-cpu")
+        return ("numpy", "lightgbm", "safetensors")
 
 
 def _find_channel_columns(names: tuple[str, ...], channel: str) -> list[int]:
-    return [i for i, name in enumerate(names) if name.rpartition(".")[0] == channel]
+    return [i for i, name in enumerate(names) if channel and _find_stat_channel(name) == channel]
+
+
+def _find_stat_channel(column: str) -> str:
+    """Return the channel of one of its own five statistics; empty for a derived or context column."""
+    source, _, rest = column.partition(".")
+    return column.rpartition(".")[0] if source in _SOURCES and "." in rest and "@" not in rest else ""
 
 
 def _select_columns(part: LabelledExamples, columns: list[int]) -> LabelledExamples:
     spec = part.inputs.spec
     names = tuple(spec.names[i] for i in columns)
     x = np.ascontiguousarray(part.inputs.x[:, columns])
-    return LabelledExamples(inputs=ModelInputs(x=x, spec=replace(spec, names=names)), y=part.y)
+    return LabelledExamples(
+        inputs=ModelInputs(x=x, spec=replace(spec, names=names)), y=part.y, is_baseline=part.is_baseline
+    )
 
 
 def _compute_val_macro_f1(model: PhaseModel, val: LabelledExamples) -> float:

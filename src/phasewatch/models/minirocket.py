@@ -1,4 +1,4 @@
-"""MiniRocket with a ridge classifier: a cheap baseline for the neural networks over the bins.
+"""MiniRocket with a ridge classifier over the bins.
 
 Source: Dempster, Schmidt, Webb, "MiniRocket: a very fast (almost) deterministic transform", KDD 2021. 84 kernels of
 length 9 with weights −1 and 2, dilations that fit a window of 20 bins, and the proportion of positive values above
@@ -20,16 +20,10 @@ from phasewatch.arrays import FloatArray
 from phasewatch.errors import RunError
 from phasewatch.metrics import N_CLASSES, confusion_counts, macro_f1
 from phasewatch.models import checkpoint
-from phasewatch.models.base import (
-    InputKind,
-    LabelledExamples,
-    PhaseModel,
-    compute_class_weights,
-    mask_unseen_phases,
-    softmax,
-)
+from phasewatch.models.base import InputKind, LabelledExamples, PhaseModel
 from phasewatch.models.checkpoint import WEIGHTS_FILE
 from phasewatch.models.neural import AsinhScaler
+from phasewatch.models.probabilities import mask_unseen_phases, softmax
 
 __all__ = ["BIASES_PER_KERNEL", "DILATIONS", "KERNELS", "MiniRocket", "MiniRocketConfig"]
 
@@ -61,6 +55,27 @@ class MiniRocket(PhaseModel):
     Config = MiniRocketConfig
 
     def _fit(self, train: LabelledExamples, val: LabelledExamples) -> None:
+        scaled = self._fit_features(train)
+        watched = self._standardise(self._transform(self._scale(val.inputs.x)))
+        self._coef, self._intercept = np.zeros((N_CLASSES, _N_FEATURES)), np.zeros(N_CLASSES)
+        best = -1.0
+        scores = []
+        for coef, intercept in _fit_ridge(scaled, train, _RIDGE_PENALTIES):
+            decided = mask_unseen_phases(watched @ coef.T + intercept, self.seen)
+            score = float(macro_f1(confusion_counts(val.y, decided.argmax(axis=1))))
+            scores.append(round(score, 6))
+            if score > best:
+                best, self._coef, self._intercept = score, coef, intercept
+        self.history = {"val_a_macro_f1": tuple(scores)}
+
+    def _refit(self, everything: LabelledExamples) -> None:
+        """Fit with the penalty that was best on validation A."""
+        penalty = _RIDGE_PENALTIES[int(np.argmax(self.history["val_a_macro_f1"]))]
+        scaled = self._fit_features(everything)
+        ((self._coef, self._intercept),) = _fit_ridge(scaled, everything, (penalty,))
+
+    def _fit_features(self, train: LabelledExamples) -> FloatArray:
+        """Draw the channels, fit scales and biases, and return the standardised features of the windows."""
         rng = np.random.default_rng(self.seed)
         self._scaler = AsinhScaler.fit(train.inputs.x)
         self._chosen = _draw_channels(len(train.inputs.spec.names), rng)
@@ -72,17 +87,7 @@ class MiniRocket(PhaseModel):
         features = self._transform(x)
         self._mean = features.mean(axis=0)
         self._spread = features.std(axis=0) + 1e-8
-        scaled, watched = self._standardise(features), self._standardise(self._transform(self._scale(val.inputs.x)))
-        self._coef, self._intercept = np.zeros((N_CLASSES, _N_FEATURES)), np.zeros(N_CLASSES)
-        best = -1.0
-        scores = []
-        for coef, intercept in _fit_ridge(scaled, train.y, _RIDGE_PENALTIES):
-            decided = mask_unseen_phases(watched @ coef.T + intercept, self.seen)
-            score = float(macro_f1(confusion_counts(val.y, decided.argmax(axis=1))))
-            scores.append(round(score, 6))
-            if score > best:
-                best, self._coef, self._intercept = score, coef, intercept
-        self.history = {"val_a_macro_f1": tuple(scores)}
+        return self._standardise(features)
 
     def _predict_proba(self, x: NDArray[np.float32]) -> FloatArray:
         features = self._standardise(self._transform(self._scale(x)))
@@ -170,7 +175,7 @@ def _convolve(x: FloatArray, chosen: NDArray[np.bool_]) -> Iterator[FloatArray]:
 
 
 def _fit_ridge(
-    features: FloatArray, y: NDArray[np.int64], penalties: tuple[float, ...]
+    features: FloatArray, examples: LabelledExamples, penalties: tuple[float, ...]
 ) -> Iterator[tuple[FloatArray, FloatArray]]:
     """Yield coefficients ``(5, f)`` and intercepts ``(5,)`` for each penalty, from normal equations computed once.
 
@@ -179,10 +184,10 @@ def _fit_ridge(
 
     Args:
         features: ``(n, f)`` float64.
-        y: ``(n,)`` int64 phase codes.
+        examples: The windows, whose labels and weights are used.
         penalties: Ridge penalties.
     """
-    weight = compute_class_weights(y)[y]
+    y, weight = examples.y, examples.compute_weights()
     share = weight / weight.sum()
     targets = np.where(np.eye(N_CLASSES)[y] > 0, 1.0, -1.0)
     middle, level = share @ features, share @ targets

@@ -10,7 +10,7 @@ from typing import Any
 
 from phasewatch.errors import MismatchError, UsageError, suggest_names
 from phasewatch.models import checkpoint
-from phasewatch.models.base import InputKind, InputSpec, Persistence, PhaseModel
+from phasewatch.models.base import InputKind, InputSpec, InputVariant, Persistence, PhaseModel
 
 __all__ = [
     "BASELINE_MODELS",
@@ -36,6 +36,7 @@ class ModelEntry:
         about: One sentence for a list of models.
         persist: As `PhaseModel.persist`.
         is_baseline: Whether it is reported next to every score as a reference.
+        variant: Transform of the input that the model is trained on if none is named.
     """
 
     key: str
@@ -44,6 +45,7 @@ class ModelEntry:
     about: str
     persist: Persistence = "exact"
     is_baseline: bool = False
+    variant: InputVariant = InputVariant.RAW
 
 
 _OWN_PREFIX = "phasewatch."
@@ -86,11 +88,24 @@ BUILTIN_MODELS: tuple[ModelEntry, ...] = (
         about="Two layers of attention over the window's bins.",
     ),
     ModelEntry(
+        key="tcn",
+        where="phasewatch.models.neural:TcnNet",
+        kind=InputKind.TENSOR,
+        about="A temporal convolutional network over the last two minutes of bins.",
+        variant=InputVariant.CONTEXT,
+    ),
+    ModelEntry(
         key="minirocket",
         where="phasewatch.models.minirocket:MiniRocket",
         kind=InputKind.TENSOR,
-        about="Random convolutions and ridge regression: a cheap baseline for the neural networks.",
-        is_baseline=True,
+        about="Random convolutions and ridge regression over the window's bins.",
+    ),
+    ModelEntry(
+        key="multirocket",
+        where="phasewatch.models.multirocket:MultiRocket",
+        kind=InputKind.TENSOR,
+        about="MultiRocket of the aeon library over the window's bins; needs the extra `rocket`.",
+        persist="none",
     ),
     ModelEntry(
         key="majority",
@@ -111,6 +126,20 @@ BUILTIN_MODELS: tuple[ModelEntry, ...] = (
         where="phasewatch.models.baselines:ElapsedTimeBaseline",
         kind=InputKind.ELAPSED,
         about="The most probable phase at this time after the first label; uses no telemetry.",
+        is_baseline=True,
+    ),
+    ModelEntry(
+        key="load_only",
+        where="phasewatch.models.baselines:LoadBaseline",
+        kind=InputKind.LOAD,
+        about="The most probable phase given whether a benign load runs in the episode; uses no telemetry.",
+        is_baseline=True,
+    ),
+    ModelEntry(
+        key="duration_only",
+        where="phasewatch.models.baselines:DurationBaseline",
+        kind=InputKind.DURATION,
+        about="The most probable phase given for how long the CPU has been busy or idle.",
         is_baseline=True,
     ),
     ModelEntry(
@@ -237,7 +266,8 @@ def load(folder: Path, *, expected: InputSpec | None = None) -> PhaseModel:
         )
     if known[header.model].persist == "none":
         raise MismatchError(
-            f"{folder}: model {header.model} stores no weights; it was scored by the process that fitted it"
+            f"{folder}: model {header.model} stores no weights; export it with "
+            "`phasewatch export RUN --model MODEL --out X.zip` and use that file"
         )
     model = load_model_class(header.model).restore(header, files, where=str(folder))
     if expected is not None and model.spec is not None:

@@ -25,7 +25,7 @@ _MAX_GRADIENT_NORM = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """Training settings; the same for all five networks except the epochs (ADR 45).
+    """Training settings; the same for all networks except the epochs (ADR 45).
 
     Attributes:
         epochs: Largest number of epochs.
@@ -55,10 +55,12 @@ class LabelledArrays:
     Attributes:
         x: ``(n, 2f)`` or ``(n, 2c, t)`` float32.
         y: ``(n,)`` int64 phase codes.
+        weights: ``(n,)`` float64 weights in the loss; None for windows that are not trained on.
     """
 
     x: NDArray[np.float32]
     y: NDArray[np.int64]
+    weights: NDArray[np.float64] | None = None
 
 
 @contextmanager
@@ -83,29 +85,29 @@ def make_reproducible(seed: int) -> Iterator[None]:
 def fit_net(
     net: nn.Module,
     train: LabelledArrays,
-    val: LabelledArrays,
+    val: LabelledArrays | None,
     *,
-    weights: NDArray[np.float64],
     config: TrainConfig,
     seed: int,
 ) -> dict[str, tuple[float, ...]]:
-    """Train a network in place and leave it with the weights of its best epoch on validation A.
+    """Train a network in place, and leave it with the weights of its best epoch on validation A.
 
     Args:
         net: The network, with weights initialised by the caller.
-        train: Train windows.
-        val: Windows of validation A.
-        weights: ``(5,)`` float64 class weights in the loss; 0 for a class that train does not have.
+        train: Train windows with their weights; without, all weigh the same.
+        val: Windows of validation A; None trains for all epochs and keeps the last weights.
         config: Training settings.
         seed: Seed of the shuffling and of the hidden channels.
 
     Returns:
-        ``train_loss`` and ``val_a_macro_f1`` → one number per epoch.
+        ``train_loss``, and with `val` also ``val_a_macro_f1`` → one number per epoch.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net.to(device)
     x, y = torch.from_numpy(train.x).to(device), torch.from_numpy(train.y).to(device)
-    loss_of = nn.CrossEntropyLoss(weight=torch.from_numpy(weights.astype(np.float32)).to(device))
+    weights = np.ones(len(train.y)) if train.weights is None else train.weights
+    w = torch.from_numpy(weights.astype(np.float32)).to(device)
+    loss_of = nn.CrossEntropyLoss(reduction="none")
     learnt = list(net.parameters())  # once: walking the modules again costs each step of the mlp a twentieth (measured)
     optimiser = torch.optim.AdamW(learnt, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     batches = math.ceil(len(x) / config.batch)
@@ -128,25 +130,30 @@ def fit_net(
             step += 1
             optimiser.zero_grad(set_to_none=True)
             with torch.autocast(device.type, dtype=half, enabled=config.mixed):
-                loss = loss_of(
+                losses_of_rows = loss_of(
                     net(_hide_channels(x.index_select(0, rows), config.hide, shuffle)), y.index_select(0, rows)
                 )
+                w_of_rows = w.index_select(0, rows)
+                loss = (losses_of_rows * w_of_rows).sum() / w_of_rows.sum()
             guard.scale(loss).backward()
             guard.unscale_(optimiser)
             nn.utils.clip_grad_norm_(learnt, _MAX_GRADIENT_NORM)
             guard.step(optimiser)
             guard.update()
             total += float(loss.detach()) * len(rows)
-        score = _compute_val_score(net, val)
         losses.append(round(total / len(x), 6))
+        if val is None:
+            continue
+        score = _compute_val_score(net, val)
         scores.append(round(score, 6))
         if score > best:
             best, best_at, kept = score, epoch, copy.deepcopy(net.state_dict())
         elif epoch - best_at >= config.patience:
             break
-    net.load_state_dict(kept)
+    if val is not None:
+        net.load_state_dict(kept)
     net.to("cpu")
-    return {"train_loss": tuple(losses), "val_a_macro_f1": tuple(scores)}
+    return {"train_loss": tuple(losses), **({} if val is None else {"val_a_macro_f1": tuple(scores)})}
 
 
 def compute_scores(net: nn.Module, x: NDArray[np.float32]) -> NDArray[np.float64]:

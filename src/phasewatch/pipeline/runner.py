@@ -36,8 +36,7 @@ from phasewatch.artifacts import (
 )
 from phasewatch.dataset.split_files import RecipeResult, read_split_index
 from phasewatch.errors import RunError, SplitError, StoreError, UsageError
-from phasewatch.evaluation.evaluate import read_metrics
-from phasewatch.evaluation.metric_table import render_headline
+from phasewatch.evaluation.headline import render_headline
 from phasewatch.pipeline import stages
 from phasewatch.pipeline.stages import RunOptions, RunSettings, compute_digests
 from phasewatch.progress import NO_PROGRESS, Progress
@@ -184,7 +183,7 @@ def run_pipeline(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> 
     return PipelineResult(
         run=settings.run,
         report=settings.run / REPORT_FILE,
-        headline=render_headline(read_metrics(settings.run)),
+        headline=render_headline(stages.read_run_headline(settings)),
         stages=tuple(results),
         unbuilt_recipes=tuple(b for b in index.recipes if b.why and b.recipe in wanted),
         set_aside=index.set_aside,
@@ -307,7 +306,7 @@ def build_stages(
         ),
         stage(
             "evaluate",
-            lambda: digests(PREDICTIONS_FILE, BINS_INDEX_PATH),
+            lambda: digests(PREDICTIONS_FILE, BINS_INDEX_PATH, VALIDATION_FILE),
             lambda: (METRICS_FILE,),
             lambda: f"{len(stages.evaluate(settings).metrics):,} metrics",
         ),
@@ -392,7 +391,7 @@ def _write_log(folder: Path, log: Mapping[str, Any]) -> None:
 
 def _collect_versions() -> dict[str, str]:
     versions = {"phasewatch": __version__, "python": platform.python_version()}
-    for package in ("numpy", "pyarrow", "xgboost-cpu", "scikit-learn", "plotly"):
+    for package in ("numpy", "pyarrow", "lightgbm", "scikit-learn", "plotly"):
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     checkout = Path(__file__).resolve().parents[3]

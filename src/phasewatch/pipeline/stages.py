@@ -19,6 +19,7 @@ from phasewatch.artifacts import (
     BINS_PATHS,
     CHANNELS_FILE,
     FEATURE_FILES,
+    HEADLINE_FILE,
     SPLIT_INDEX_FILE,
     VALIDATION_FILE,
     file_sha256,
@@ -31,12 +32,13 @@ from phasewatch.channels import CUSTOM_CHANNELS, build_channel_mask
 from phasewatch.dataset.split_files import SplitIndex, read_folds, read_recipe_results, write_all_splits
 from phasewatch.errors import BundleError, RunError, SplitError, UsageError
 from phasewatch.evaluation.evaluate import evaluate_run, read_metrics
+from phasewatch.evaluation.headline import Headline, HeadlineVerdict, build_headline, read_headline, write_headline
 from phasewatch.evaluation.importance import DecisionExplanation, explain_decision
 from phasewatch.evaluation.metric_table import MetricTable, select_headline
 from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import schema_hash
 from phasewatch.features.tables import FeatureCount, ParallelSettings, write_feature_tables
-from phasewatch.models.registry import BASELINE_MODELS, find_model, find_source_file
+from phasewatch.models.registry import find_model, find_source_file
 from phasewatch.parallel.pool import map_ordered
 from phasewatch.progress import NO_PROGRESS, Progress
 from phasewatch.report.html import write_report
@@ -44,15 +46,15 @@ from phasewatch.splits import SPLIT_RECIPES, Fold, SplitPart, find_recipe, parse
 from phasewatch.store.base import StoreItem, StoreLocation, check_store, has_bundle, open_store
 from phasewatch.training.experiment import Experiment
 from phasewatch.training.grids import (
+    GRID_MODELS,
     HEADLINE_RECIPE,
-    MAIN_MODELS,
     build_channel_set_grid,
     build_full_grid,
     build_headline_grid,
     build_short_grid,
     build_user_model_grid,
 )
-from phasewatch.training.train import TrainReport, find_best_net, train_experiments
+from phasewatch.training.train import TrainReport, find_best_models, train_experiments
 from phasewatch.validate.index import read_index, read_statuses, render_accounting
 from phasewatch.validate.sweep import (
     BundleMapper,
@@ -359,8 +361,7 @@ def build_experiments(settings: RunSettings) -> tuple[Experiment, ...]:
         return build_channel_set_grid(
             folds, settings.channel_sets, models=settings.models, recipes=settings.recipes, seed=settings.seed
         )
-    built_in = (*MAIN_MODELS, *BASELINE_MODELS)
-    added = [model for model in settings.models if find_model(model).key not in built_in]
+    added = [model for model in settings.models if find_model(model).key not in GRID_MODELS]
     experiments = (build_full_grid if settings.grid == "full" else build_short_grid)(folds, seed=settings.seed)
     chosen = _filter_experiments(
         settings, (*experiments, *build_user_model_grid(folds, added, recipes=settings.recipes, seed=settings.seed))
@@ -388,7 +389,7 @@ def _filter_experiments(settings: RunSettings, experiments: Sequence[Experiment]
 def train(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> TrainReport:
     """Train the experiments of the grid that are not finished.
 
-    Of the full grid, the second pass trains more seeds, tables and channel sets of the best net of the first.
+    Of the full grid, the second pass trains more seeds, variants and channel sets of the best two models of the first.
 
     Args:
         settings: The run's settings.
@@ -404,10 +405,10 @@ def train(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> TrainRe
     first = train_all(experiments)
     failed = {f.cell for f in first.failed}
     usable = [e for e in experiments if e not in failed]
-    net = find_best_net(settings.run, usable) if settings.grid == "full" else None
-    if net is None:
+    best = find_best_models(settings.run, usable) if settings.grid == "full" else ()
+    if not best:
         return first
-    more = build_headline_grid(_read_all_folds(settings.run), net=net, seed=settings.seed)
+    more = build_headline_grid(_read_all_folds(settings.run), best=best, seed=settings.seed)
     if not (added := set(_filter_experiments(settings, more)) - set(experiments)):
         return first
     second = train_all((*usable, *sorted(added)))
@@ -421,8 +422,22 @@ def train(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> TrainRe
 
 
 def evaluate(settings: RunSettings) -> MetricTable:
-    """Compute the metrics of the predictions and write them into the run."""
-    return evaluate_run(settings.run)
+    """Compute the metrics of the predictions and write them and the headline into the run."""
+    return evaluate_run(settings.run, corpus=_name_store(settings))
+
+
+def read_run_headline(settings: RunSettings) -> Headline:
+    """Read the headline of an evaluated run; build it from the metrics if its file is absent."""
+    if not (settings.run / HEADLINE_FILE).is_file():
+        write_headline(settings.run, build_headline(read_metrics(settings.run), corpus=_name_store(settings)))
+    return read_headline(settings.run)
+
+
+def _name_store(settings: RunSettings) -> str | None:
+    """Return the last part of the store's place; None for a run that was made without its store."""
+    if settings.store == settings.run:
+        return None
+    return str(settings.store).rstrip("/").rpartition("/")[2]
 
 
 def explain(run: Path, episode_id: str, at_s: float) -> DecisionExplanation:
@@ -449,7 +464,7 @@ def explain(run: Path, episode_id: str, at_s: float) -> DecisionExplanation:
 
 
 def audit(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> AuditReport:
-    """Check a run; without its store, only what needs no bundles.
+    """Check a run, and write the verdict into its headline; without its store, only what needs no bundles.
 
     Args:
         settings: The run's settings.
@@ -471,12 +486,29 @@ def audit(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> AuditRe
         write_all_splits(folder, recipes | {fold.recipe for fold in _read_fold_files(settings.run)})
 
     has_store = isinstance(settings.store, str) or (settings.store.is_dir() and settings.store != settings.run)
-    return audit_run(
+    report = audit_run(
         settings.run,
         remake=rebuild if has_store else None,
         files=(VALIDATION_FILE, *BINS_PATHS, *FEATURE_FILES),
+        left_out=_list_left_out(settings) if has_store else None,
+        limit=settings.limit,
         progress=progress,
     )
+    verdict = HeadlineVerdict(
+        passes=report.passes,
+        failed=tuple(check.name for check in report.failed_checks),
+        withdraws_five_phases=report.withdraws_five_phases,
+    )
+    with suppress(RunError):  # a run that is not scored has no headline; the audit reports broken metrics
+        write_headline(settings.run, msgspec.structs.replace(read_run_headline(settings), audit=verdict))
+    return report
+
+
+def _list_left_out(settings: RunSettings) -> tuple[str, ...]:
+    """Return the paths of the store's bundles that the run does not list; no bundle is read."""
+    listed = {v.path for v in read_index(settings.run / VALIDATION_FILE)}
+    paths = (render_item_path(item) for item in open_store(settings.store).walk())
+    return tuple(path for path in paths if path not in listed)
 
 
 def _read_fold_files(run: Path) -> list[Fold]:

@@ -293,8 +293,11 @@ def draw_intervals(series: Sequence[ScoreSeries], *, title: str, origin: str, is
     return {"data": data, "layout": layout}
 
 
-def draw_curve(lines: Sequence[CurveLine], *, x: str, y: str, origin: str) -> PlotlyFigure:
-    """Draw lines over a logarithmic abscissa; each line has its own symbol, dash and colour."""
+def draw_curve(lines: Sequence[CurveLine], *, x: str, y: str, origin: str, is_share: bool = False) -> PlotlyFigure:
+    """Draw lines, each with its own symbol, dash and colour.
+
+    The abscissa is logarithmic with a tick at each point; with `is_share` both axes run from 0 to 1.
+    """
     data = []
     for k, line in enumerate(lines):
         colour, symbol, dash = _LINE_STYLES[k % len(_LINE_STYLES)]
@@ -314,8 +317,12 @@ def draw_curve(lines: Sequence[CurveLine], *, x: str, y: str, origin: str) -> Pl
     layout = _build_layout(height=380, title=x, origin=origin)
     layout["margin"]["t"] = 30 + 20 * -(-len(lines) // 2)  # a phone screen fits two legend entries per line
     at = sorted({p for line in lines for p, _, _ in line.points})
-    layout["xaxis"] |= {"type": "log", "tickvals": at, "ticktext": [f"{p:g}" for p in at], "showgrid": True}
     layout["yaxis"] |= {"title": {"text": escape_text(y)}, "rangemode": "tozero", "showgrid": True}
+    if is_share:
+        for axis in ("xaxis", "yaxis"):
+            layout[axis] |= {"range": [0, 1.02], "showgrid": True, "dtick": 0.2}
+    else:
+        layout["xaxis"] |= {"type": "log", "tickvals": at, "ticktext": [f"{p:g}" for p in at], "showgrid": True}
     return {"data": data, "layout": layout}
 
 

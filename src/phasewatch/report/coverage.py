@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from phasewatch.artifacts import ACCOUNTING_FILE, FEATURE_SCHEMA_FILE, SPLIT_INDEX_FILE, VALIDATION_FILE
-from phasewatch.audit.checks import AuditReport, CheckOutcome
 from phasewatch.dataset import SplitIndex
 from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE
 from phasewatch.report import charts
+from phasewatch.report.audit import build_audit_blocks
 from phasewatch.report.data import (
     AccountingStage,
     BundleCounts,
@@ -23,55 +23,12 @@ from phasewatch.splits import Fold
 from phasewatch.splits.build import DRIFT_DAYS
 
 __all__ = [
-    "NOT_AUDITED",
     "build_coverage_section",
     "build_reproducibility_section",
-    "describe_failed_audit",
 ]
 
 _MAX_OPEN_ROWS = 12  # a longer table is collapsed when the page opens
 _VALIDATE_COMMAND = "phasewatch validate STORE --out RUN"
-_AUDIT_COMMAND = "phasewatch audit RUN && phasewatch report RUN"
-NOT_AUDITED = (
-    "This run has no valid audit: it was not audited, or its files changed since. `phasewatch audit RUN` checks it for "
-    "leakage and consistency."
-)
-_OUTCOME_LABELS = {CheckOutcome.KEPT: "passed", CheckOutcome.BROKEN: "failed", CheckOutcome.UNTESTED: "not run"}
-
-
-def _build_audit_block(audit: AuditReport | None) -> ReportBlock:
-    """List every audit check with its result and details; failed checks come first."""
-    base = ReportBlock(key="audit", title="Audit", command=_AUDIT_COMMAND)
-    if audit is None:
-        return replace(base, absent=NOT_AUDITED)
-    promises = [c for c in audit.checks if not c.is_reported]
-    counts = [f"{sum(c.fate is fate for c in promises)} {label}" for fate, label in _OUTCOME_LABELS.items()]
-    figures = len(audit.checks) - len(promises)
-    order = {CheckOutcome.BROKEN: 0, CheckOutcome.UNTESTED: 1, CheckOutcome.KEPT: 2}
-    checks = sorted(audit.checks, key=lambda c: (order[c.fate], c.is_reported))
-    return replace(
-        base,
-        sentences=(
-            f"Audit checks: {join_words(counts)}.",
-            "A check that could not run does not count as passed.",
-            *((f"{render_count(figures, 'check')} without a limit, reported for information.",) if figures else ()),
-        ),
-        table=ReportTable(
-            columns=("result", "check", "requirement", "details"),
-            numeric=(False, False, False, False),
-            rows=tuple(
-                ("reported" if c.is_reported else _OUTCOME_LABELS[c.fate], c.name, c.promise, c.words) for c in checks
-            ),
-        ),
-        is_table_open=True,
-    )
-
-
-def describe_failed_audit(audit: AuditReport) -> str:
-    """Render the headline of a run whose audit failed."""
-    broken = audit.failed_checks
-    names = join_words([check.name for check in broken])
-    return f"No score: this run failed {render_count(len(broken), 'audit check')} ({names})."
 
 
 def build_coverage_section(evidence: ReportData, windows: HeadlineWindows | None, origin: str) -> ReportSection:
@@ -85,7 +42,7 @@ def build_coverage_section(evidence: ReportData, windows: HeadlineWindows | None
             *_build_exclusion_blocks(evidence.splits),
             _build_accounting_block(evidence, origin),
             _build_reasons_block(evidence.bundles),
-            _build_audit_block(evidence.audit),
+            *build_audit_blocks(evidence.audit),
         ),
     )
 

@@ -238,7 +238,7 @@ def _compute_row_rates(usable: Sequence[Mapping[str, Any]]) -> Iterator[tuple[st
 
 
 def parse_schema(data: bytes) -> SchemaSummary:
-    """Parse the parts of `feature_schema_v1.json` that the report quotes.
+    """Parse the parts of `feature_schema_v2.json` that the report quotes.
 
     Raises:
         RunError: If the data is not a feature schema.

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from phasewatch.artifacts import METRICS_FILE
 from phasewatch.audit.checks import AuditReport
 from phasewatch.evaluation import query
-from phasewatch.evaluation.leaderboard import ELAPSED_TIME
-from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow, render_headline
+from phasewatch.evaluation.detection import HEADLINE_TIME_S
+from phasewatch.evaluation.headline import Headline, HeadlineBlock, build_headline, render_headline
+from phasewatch.evaluation.leaderboard import ELAPSED_TIME, LOAD_ONLY
+from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow
 from phasewatch.report import charts
 from phasewatch.report.alarms import build_alarm_section
+from phasewatch.report.audit import describe_audit, describe_failed_audit
 from phasewatch.report.calibration import build_calibration_section
 from phasewatch.report.charts import PlotlyFigure
 from phasewatch.report.coverage import (
-    NOT_AUDITED,
     build_coverage_section,
     build_reproducibility_section,
-    describe_failed_audit,
 )
 from phasewatch.report.data import ReportData, describe_origin, select_headline_windows
 from phasewatch.report.errors import EVALUATE_COMMAND, ReportContext, build_error_section
@@ -219,11 +220,12 @@ def build_page(evidence: ReportData) -> ReportPage:
     context = ReportContext(rows=rows, all_rows=all_rows, model=model, windows=windows, origin=origin)
     audit = evidence.audit
     is_broken = audit is not None and not audit.passes
-    line = render_headline(evidence.metrics) if evidence.metrics else ""
+    headline = build_headline(evidence.metrics) if evidence.metrics else None
+    claim = _build_failed_audit_claim(audit) if audit is not None and is_broken else _build_claim(context, headline)
     return ReportPage(
         origin=origin,
-        claim=_build_failed_audit_claim(audit) if audit is not None and is_broken else _build_claim(context, line),
-        notices=(*_describe_simulation(origin), *evidence.notes, *(() if audit is not None else (NOT_AUDITED,))),
+        claim=claim,
+        notices=(*_describe_simulation(origin), *evidence.notes, *describe_audit(audit)),
         sections=(
             build_protocol_section(context),
             build_leaderboard_section(context),
@@ -253,38 +255,73 @@ def _describe_simulation(origin: str) -> tuple[str, ...]:
     )
 
 
-def _build_claim(context: ReportContext, line: str) -> HeadlineClaim:
+def _build_operator_tiles(numbers: HeadlineBlock) -> tuple[HeadlineTile, ...]:
+    """Build the tiles of what an operator asks first, on unseen hosts; a number that was not measured has none."""
+    return tuple(
+        HeadlineTile(
+            name=name,
+            value=render_number(number.value),
+            interval=f"[{number.low:.2f}, {number.high:.2f}]"
+            if number.low is not None and number.high is not None
+            else f"no interval: {number.note}",
+            about=about,
+        )
+        for number, name, about in (
+            (
+                numbers.infection_recall_30s,
+                "infections announced",
+                f"share within {HEADLINE_TIME_S} s, on unseen hosts",
+            ),
+            (numbers.false_alarms_per_vm_hour, "false alarms per VM-hour", "of the infection alarm, on unseen hosts"),
+            (numbers.idle_called_clean, "idle called clean", "share of windows of idle clean machines"),
+        )
+        if number.value is not None
+    )
+
+
+def _build_claim(context: ReportContext, headline: Headline | None) -> HeadlineClaim:
+    line = render_headline(headline) if headline is not None else ""
     if context.model is None:
         recipe = DEFAULT_HEADLINE.recipe.replace("_", " ")
         words = f"No score: {METRICS_FILE} holds no macro-F1 of a model for the split {recipe}."
         return HeadlineClaim(
             words=words, line=line, tiles=(), verdict="`phasewatch evaluate RUN` computes it.", holds=False
         )
-    five, three, clock, majority = (
+    five, three, clock, majority, load = (
         query.find_score(context.rows, base, model=model)
         for base, model in (
             ("macro_f1", context.model),
             ("macro_f1_3class", context.model),
             ("macro_f1", ELAPSED_TIME),
             ("macro_f1", "majority"),
+            ("macro_f1", LOAD_ONLY),
         )
     )
-    tiles = tuple(
-        HeadlineTile(
-            name=name, value=render_number(row.value), interval=render_interval(row), about=about, is_reference=beside
-        )
-        for row, name, about, beside in (
-            (five, "five phases", f"macro-F1 of {context.model} on unseen hosts", False),
-            (three, "three states", "macro-F1; quiet (clean, armed, dormant), infecting, active", False),
-            (
-                clock,
-                "elapsed time alone",
-                "baseline without telemetry: phase predicted from the time since the start",
-                True,
-            ),
-            (majority, "majority class", "baseline: always the most frequent phase", True),
-        )
-        if row is not None
+    numbers = headline.unseen_host if headline is not None else None
+    tiles = (
+        *(_build_operator_tiles(numbers) if numbers is not None else ()),
+        *(
+            HeadlineTile(
+                name=name,
+                value=render_number(row.value),
+                interval=render_interval(row),
+                about=about,
+                is_reference=beside,
+            )
+            for row, name, about, beside in (
+                (five, "five phases", f"macro-F1 of {context.model} on unseen hosts", False),
+                (three, "three states", "macro-F1; quiet (clean, armed, dormant), infecting, active", False),
+                (
+                    clock,
+                    "elapsed time alone",
+                    "baseline without telemetry: phase predicted from the time since the start",
+                    True,
+                ),
+                (load, "load alone", "baseline without telemetry: phase predicted from whether a load runs", True),
+                (majority, "majority class", "baseline: always the most frequent phase", True),
+            )
+            if row is not None
+        ),
     )
     gap = query.find_elapsed_time_gap(context.all_rows, context.model)
     above = query.is_above_elapsed_time(five, clock, gap)

@@ -21,9 +21,10 @@ from phasewatch.splits.fold import (
     render_fold,
 )
 from phasewatch.splits.near import NearDuplicates, find_near_duplicates
-from phasewatch.splits.recipes import SPLIT_RECIPES, Recipe, find_recipe
+from phasewatch.splits.recipes import ALARM_RECIPES, SPLIT_RECIPES, Recipe, find_recipe
 
 __all__ = [
+    "ALARM_RECIPES",
     "SPLIT_RECIPES",
     "TRAINING_PARTS",
     "Fold",

@@ -12,6 +12,7 @@ from phasewatch.splits.fold import SplitEpisode, SplitEpisodes
 from phasewatch.types import BENIGN_PROFILE
 
 __all__ = [
+    "ALARM_RECIPES",
     "HELD_OUT_KEYS",
     "SPLIT_RECIPES",
     "TIME_TEST_SHARE",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 TIME_TEST_SHARE = 0.2  # of the episodes, in `held_out_time`
+ALARM_RECIPES = ("held_out_host", "held_out_both")  # that alarms are evaluated on; both hold out a host
 
 
 class ValidationScheme(StrEnum):

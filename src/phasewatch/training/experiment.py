@@ -11,7 +11,8 @@ import msgspec
 from phasewatch._version import __version__
 from phasewatch.artifacts import MODELS_DIR
 from phasewatch.errors import RunError
-from phasewatch.models.base import InputKind, InputVariant
+from phasewatch.models.base import InputKind
+from phasewatch.models.registry import find_model
 from phasewatch.splits import Fold
 
 __all__ = [
@@ -86,7 +87,8 @@ class RunDigests:
 
     def select_inputs(self, experiment: Experiment, fold: Fold, kind: InputKind) -> dict[str, str]:
         """Return the digests that an experiment depends on; when one changes, it is trained again."""
-        reads_bins = kind is InputKind.TENSOR or experiment.table == InputVariant.COMMISSIONED
+        # The windows of every second, and the load history, come from the bins.
+        reads_bins = kind in (InputKind.TABLE, InputKind.TENSOR, InputKind.DURATION)
         return {
             **({"grids": self.grids} if reads_bins else {}),
             **({"levels": self.levels} if kind is InputKind.LEVELS else {}),
@@ -103,13 +105,17 @@ def plan_experiments(
     *,
     models: Sequence[str],
     threats: Sequence[str] = ("realistic",),
-    table: str = "raw",
+    table: str | None = None,
     seeds: Sequence[int] = (0,),
 ) -> tuple[Experiment, ...]:
-    """Return every combination of folds, channel sets, models and seeds, in the order of the merged predictions."""
+    """Return every combination of folds, channel sets, models and seeds, in the order of the merged predictions.
+
+    Without a table, each model gets the input variant of its registry entry.
+    """
+    tables = {model: str(find_model(model).variant) if table is None else table for model in models}
     return tuple(
         sorted(
-            Experiment(recipe=fold.recipe, fold=fold.fold, threat=threat, model=model, table=table, seed=seed)
+            Experiment(recipe=fold.recipe, fold=fold.fold, threat=threat, model=model, table=tables[model], seed=seed)
             for fold in folds
             for threat in threats
             for model in models

@@ -6,19 +6,25 @@ from collections.abc import Mapping, Sequence
 
 from phasewatch.channels import build_channel_mask, list_source_subsets
 from phasewatch.errors import UsageError
-from phasewatch.models.base import InputKind, InputVariant
+from phasewatch.models.base import InputVariant
 from phasewatch.models.registry import BASELINE_MODELS, find_model
 from phasewatch.splits import SPLIT_RECIPES, Fold
 from phasewatch.training.experiment import Experiment, plan_experiments
 
 __all__ = [
+    "CONTEXT_MODELS",
     "DEPLOY_CHANNEL_SETS",
     "DEPLOY_RECIPE",
+    "GRID_MODELS",
+    "HARDEST_RECIPE",
+    "HEADLINE_BASELINES",
     "HEADLINE_RECIPE",
     "MAIN_CHANNEL_SETS",
     "MAIN_MODELS",
+    "N_BEST_MODELS",
     "N_EXTRA_SEEDS",
     "REPEATED_RECIPES",
+    "SHORT_GRID_MODELS",
     "SHORT_GRID_RECIPES",
     "FoldsByRecipe",
     "build_channel_set_grid",
@@ -33,56 +39,72 @@ __all__ = [
 FoldsByRecipe = Mapping[str, Sequence[Fold]]  # recipe → its folds; a recipe that could not be built is absent
 
 MAIN_MODELS = ("gbt", "mlp", "cnn", "gru", "lstm", "transformer")
+SHORT_GRID_MODELS = ("gbt", "mlp", "cnn", "minirocket")  # two fits of each: the dearest nets are left out
+CONTEXT_MODELS = ("gbt", "tcn")
 _CHEAP_MODEL = "minirocket"
+GRID_MODELS = (*MAIN_MODELS, _CHEAP_MODEL, *BASELINE_MODELS)  # every other model is trained only if it is named
 MAIN_CHANNEL_SETS = ("realistic", "oracle")
 DEPLOY_CHANNEL_SETS = ("portable", "realistic")
-HEADLINE_RECIPE, DEPLOY_RECIPE = "held_out_host", "deploy"
+HEADLINE_RECIPE, HARDEST_RECIPE, DEPLOY_RECIPE = "held_out_host", "held_out_both", "deploy"
+HEADLINE_BASELINES = ("elapsed_time", "load_only")
 SHORT_GRID_RECIPES = ("held_out_host", "held_out_sample", "held_out_both", "in_distribution", "random_windows")
 REPEATED_RECIPES = ("held_out_host", "held_out_both")  # with more seeds, input variants and channel sets
 N_EXTRA_SEEDS = 2  # after the first
+N_BEST_MODELS = 2  # of the second pass
 
 
 def build_short_grid(folds: FoldsByRecipe, *, seed: int = 0) -> tuple[Experiment, ...]:
     """Build the short grid: one seed, raw values.
 
-    It has `gbt` on every recipe of the comparison of split protocols, all six models with both channel sets on the
-    fold with the most test profiles, and the baselines on the recipe of the headline.
+    It has `gbt` on every recipe of the comparison of split protocols, one model of each family on the fold with the
+    most test profiles, `gbt` there with the guest's channels too, the baselines on the headline's recipe, and the two
+    that the headline quotes on unseen hosts and samples.
     """
     cells = [*_plan_recipes(folds, SHORT_GRID_RECIPES, models=("gbt",), seed=seed)]
     cells += _plan_recipes(folds, (HEADLINE_RECIPE,), models=BASELINE_MODELS, seed=seed)
-    cells += plan_experiments(find_widest_fold(folds), models=MAIN_MODELS, threats=MAIN_CHANNEL_SETS, seeds=(seed,))
+    cells += _plan_recipes(folds, (HARDEST_RECIPE,), models=HEADLINE_BASELINES, seed=seed)
+    widest = find_widest_fold(folds)
+    cells += plan_experiments(widest, models=SHORT_GRID_MODELS, seeds=(seed,))
+    cells += plan_experiments(widest, models=("gbt",), threats=MAIN_CHANNEL_SETS, seeds=(seed,))
     cells += _plan_recipes(folds, (DEPLOY_RECIPE,), models=("gbt",), threats=DEPLOY_CHANNEL_SETS, seed=seed)
     return tuple(sorted(set(cells)))
 
 
 def build_full_grid(folds: FoldsByRecipe, *, seed: int = 0) -> tuple[Experiment, ...]:
-    """Build the first pass of the full grid: every recipe, fold, model and main channel set; one seed, raw values."""
+    """Build the first pass of the full grid: one seed, every recipe, fold, model and main channel set on raw values.
+
+    The models of `CONTEXT_MODELS` are trained with context too, on every recipe without leaks.
+    """
     tested = tuple(row.name for row in SPLIT_RECIPES if row.tests)
     honest = tuple(row.name for row in SPLIT_RECIPES if row.tests and not row.leaky)
     cells = [*build_short_grid(folds, seed=seed)]
     cells += _plan_recipes(folds, tested, models=(*MAIN_MODELS, _CHEAP_MODEL), threats=MAIN_CHANNEL_SETS, seed=seed)
-    cells += _plan_recipes(folds, honest, models=tuple(b for b in BASELINE_MODELS if b != _CHEAP_MODEL), seed=seed)
+    cells += _plan_recipes(folds, honest, models=BASELINE_MODELS, seed=seed)
+    cells += _plan_recipes(folds, honest, models=CONTEXT_MODELS, table=InputVariant.CONTEXT, seed=seed)
     cells += _plan_recipes(folds, (HEADLINE_RECIPE,), models=("gbt",), threats=list_sensor_channel_sets(), seed=seed)
     return tuple(sorted(set(cells)))
 
 
-def build_headline_grid(folds: FoldsByRecipe, *, net: str, seed: int = 0) -> tuple[Experiment, ...]:
-    """Build the second pass: more seeds, variants and the portable channel set for `gbt`, one network, `minirocket`.
+def build_headline_grid(
+    folds: FoldsByRecipe, *, best: Sequence[tuple[str, str]], seed: int = 0
+) -> tuple[Experiment, ...]:
+    """Build the second pass: more seeds, values relative to a baseline, and the portable channels for the best models.
 
     Args:
         folds: As in the first pass.
-        net: The network with the best macro-F1 on validation A, chosen before any test prediction is read.
+        best: Model and input variant of each, chosen on validation B before any test prediction is read.
         seed: Seed of the first pass.
     """
-    models = tuple(dict.fromkeys(("gbt", net, _CHEAP_MODEL)))
-    tables = tuple(m for m in models if find_model(m).kind is InputKind.TABLE)
     cells: list[Experiment] = []
-    for more in range(seed + 1, seed + 1 + N_EXTRA_SEEDS):
-        cells += _plan_recipes(folds, REPEATED_RECIPES, models=models, seed=more)
-    cells += _plan_recipes(folds, REPEATED_RECIPES, models=models, threats=("portable",), seed=seed)
+    for model, table in best:
+        for more in range(seed + 1, seed + 1 + N_EXTRA_SEEDS):
+            cells += _plan_recipes(folds, REPEATED_RECIPES, models=(model,), table=table, seed=more)
+        cells += _plan_recipes(folds, REPEATED_RECIPES, models=(model,), threats=("portable",), table=table, seed=seed)
+        cells += _plan_recipes(
+            folds, (DEPLOY_RECIPE,), models=(model,), threats=DEPLOY_CHANNEL_SETS, table=table, seed=seed
+        )
+    models = tuple(dict.fromkeys(model for model, table in best if table == InputVariant.RAW))
     cells += _plan_recipes(folds, REPEATED_RECIPES, models=models, table=InputVariant.COMMISSIONED, seed=seed)
-    cells += _plan_recipes(folds, REPEATED_RECIPES, models=tables, table=InputVariant.CONTEXT, seed=seed)
-    cells += _plan_recipes(folds, (DEPLOY_RECIPE,), models=models, threats=DEPLOY_CHANNEL_SETS, seed=seed)
     return tuple(sorted(set(cells)))
 
 
@@ -138,7 +160,7 @@ def _plan_recipes(
     *,
     models: Sequence[str],
     threats: Sequence[str] = ("realistic",),
-    table: str = "raw",
+    table: str | None = None,
     seed: int,
 ) -> tuple[Experiment, ...]:
     chosen = [fold for recipe in recipes for fold in folds.get(recipe, ())]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from phasewatch import atomic
 from phasewatch.artifacts import check_columns, open_run_parquet
-from phasewatch.dataset import WindowSet
+from phasewatch.dataset import EpisodeWindows
 from phasewatch.models.smoothing import SMOOTHING_NONE
 from phasewatch.parquet import convert_parquet_errors
 from phasewatch.training.experiment import Experiment
@@ -22,6 +23,7 @@ __all__ = [
     "NO_FILTER",
     "PROBABILITY_COLUMNS",
     "PartPredictions",
+    "PredictionPart",
     "build_predictions_schema",
     "build_predictions_table",
     "read_predictions",
@@ -50,20 +52,35 @@ _TEXT_COLUMNS = (
 )
 
 
+class PredictionPart(StrEnum):
+    """The values of the column `part`: windows every five seconds, or every second (``_1s``).
+
+    `IDLE` holds the baseline episodes of the hosts that the fold holds out: clean machines that run no load.
+    """
+
+    VAL_B = "val_b"
+    TEST = "test"
+    SOAK = "soak"
+    IDLE = "idle"
+    VAL_B_LIVE = "val_b_1s"
+    TEST_LIVE = "test_1s"
+    SOAK_LIVE = "soak_1s"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PartPredictions:
     """A model's predictions of the windows of one part.
 
     Attributes:
-        part: Name of the part: ``val_b``, ``test`` or ``soak``.
+        part: The part.
         filter: Smoothing of the probabilities (`SMOOTHING_NONE`, `SMOOTHING_PHASE`, `SMOOTHING_SCHEDULE`).
-        data: The windows.
+        windows: The windows.
         p: ``(n, 5)`` float64 probabilities.
     """
 
-    part: str
+    part: PredictionPart
     filter: str
-    data: WindowSet
+    windows: EpisodeWindows
     p: NDArray[np.float64]
 
 
@@ -122,7 +139,7 @@ def _build_part(experiment: Experiment, predictions: PartPredictions) -> Any:
 
     # Rounded before the argmax, so that the decision can be recomputed from the file.
     p = predictions.p.astype(np.float32)
-    w = predictions.data.windows
+    w = predictions.windows
     episode_index = pa.array(w.episode_index, pa.int32())
 
     def constant(value: str) -> Any:
@@ -135,7 +152,7 @@ def _build_part(experiment: Experiment, predictions: PartPredictions) -> Any:
         **{n: constant(v) for n, v in experiment.keys().items()},
         "filter": constant(predictions.filter),
         "seed": pa.array(np.full(len(w), experiment.seed, np.int64)),
-        "part": constant(predictions.part),
+        "part": constant(str(predictions.part)),
         "role": of_episode([str(e.role) for e in w.episodes]),
         "agent": of_episode(["on" if e.agent else "off" for e in w.episodes]),
         "episode_id": of_episode([e.episode_id for e in w.episodes]),

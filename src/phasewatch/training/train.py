@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from traceback import extract_tb
+from typing import Any
 
 from phasewatch import atomic
+from phasewatch.arrays import FloatArray
 from phasewatch.artifacts import (
     BINS_PATH,
     EXPERIMENT_FILE,
@@ -23,8 +25,9 @@ from phasewatch.artifacts import (
 )
 from phasewatch.dataset import FoldData, file_sha256, load, read_fold
 from phasewatch.errors import MachineError, ModelError, PhasewatchError, RunError, UsageError
+from phasewatch.metrics import confusion_counts, macro_f1, merge_into_three_states
 from phasewatch.models import registry
-from phasewatch.models.base import InputKind, PhaseModel
+from phasewatch.models.base import InputKind, PhaseModel, PostprocessingData
 from phasewatch.models.checkpoint import CHECKPOINT_FILE, read_header
 from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE, SMOOTHING_SCHEDULE
 from phasewatch.parallel.pool import map_ordered
@@ -37,9 +40,17 @@ from phasewatch.training.experiment import (
     parse_experiment,
     render_experiment,
 )
-from phasewatch.training.grids import HEADLINE_RECIPE, MAIN_MODELS
+from phasewatch.training.grids import HARDEST_RECIPE, HEADLINE_RECIPE, N_BEST_MODELS
+from phasewatch.training.live_scores import (
+    LiveScores,
+    has_live_parts,
+    predict_live_windows,
+    score_live_windows,
+    score_windows,
+)
 from phasewatch.training.predictions import (
     PartPredictions,
+    PredictionPart,
     build_predictions_table,
     read_predictions,
     write_prediction_table,
@@ -48,17 +59,21 @@ from phasewatch.training.tuning import find_tuning_space, tune
 
 __all__ = [
     "FailedExperiment",
+    "FittedModel",
     "InputDigestCache",
     "TrainReport",
     "TrainingError",
     "TrainingFailure",
     "compute_run_digests",
-    "find_best_net",
+    "find_best_models",
     "find_finished_experiments",
+    "fit_and_predict",
     "fit_model",
     "merge_predictions",
+    "predict_parts",
     "read_experiment_data",
     "train_experiments",
+    "tune_experiment",
 ]
 
 _MAX_ERROR_CHARS = 300  # of an error in a user's model; some quote a whole array
@@ -216,16 +231,11 @@ def _train_experiment(job: _TrainingJob) -> None:
     atomic.remove(folder / EXPERIMENT_FILE)
     atomic.sweep_temporaries(folder)
     sets = read_experiment_data(job.run, cell)
-    settings = {}
-    if job.trials:
-        purpose = "/".join(cell.keys().values())
-        settings = tune(sets, cell.model, trials=job.trials, seed=cell.seed, purpose=purpose).settings
+    settings = tune_experiment(sets, cell, trials=job.trials) if job.trials else {}
     model = registry.create(cell.model, seed=cell.seed, settings=settings)
-    fit_model(model, sets)
-    model.save(folder)
-    write_prediction_table(
-        folder / EXPERIMENT_PREDICTIONS_FILE, [build_predictions_table(cell, _predict_parts(model, sets))]
-    )
+    fitted, parts = fit_and_predict(model, sets)
+    fitted.save(folder)
+    write_prediction_table(folder / EXPERIMENT_PREDICTIONS_FILE, [build_predictions_table(cell, parts)])
     names = [CHECKPOINT_FILE, *read_header(folder).files, EXPERIMENT_PREDICTIONS_FILE]
     outputs = {name: file_sha256(folder / name) for name in names}
     record = ExperimentRecord(cell=cell, inputs=job.inputs, outputs=outputs, trials=job.trials)
@@ -237,49 +247,147 @@ def read_experiment_data(run: Path, cell: Experiment) -> FoldData:
     return load(run, cell.recipe, cell.fold, cell.threat, registry.find_model(cell.model).kind, cell.table)
 
 
-def fit_model(model: PhaseModel, sets: FoldData) -> PhaseModel:
-    """Fit the model, its temperature, its phase filter and its alarm.
+def tune_experiment(sets: FoldData, cell: Experiment, *, trials: int) -> dict[str, Any]:
+    """Return the settings that the experiment chooses on its own validation A, of so many trials."""
+    purpose = "/".join(cell.keys().values())
+    return dict(tune(sets, cell.model, trials=trials, seed=cell.seed, purpose=purpose).settings)
 
-    The model is fitted to train and validation A; the others to train, validation B and the calibration soak. A random
-    window split has no filter and no alarm, because its parts have no consecutive windows. Baselines have none either.
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FittedModel:
+    """A model after both fits, with its predictions of windows outside the training set.
+
+    Attributes:
+        model: The final model.
+        val_b: ``(n, 5)`` float64 probabilities of the selection model on validation B, which the final model has seen.
+        val_b_live: The same for the windows of every second; None for a model without alarms, or without bins.
+        soak_live: Predictions of the final model for every second of all soak episodes; None likewise.
     """
-    model.fit(sets.train.examples, sets.val_a.examples).calibrate(sets.val_b.examples)
-    if sets.fold.deal is None and model.key not in registry.BASELINE_MODELS:
-        soak = sets.soak.take(sets.calibration_soak)
-        model.fit_postprocessing(
-            sets.train.label_sequence,
-            (sets.val_b.inputs, sets.val_b.label_sequence),
-            (soak.inputs, soak.label_sequence),
+
+    model: PhaseModel
+    val_b: FloatArray
+    val_b_live: LiveScores | None = None
+    soak_live: LiveScores | None = None
+
+
+def fit_model(model: PhaseModel, sets: FoldData) -> FittedModel:
+    """Fit the selection model, then the final model with its phase filter and its alarms.
+
+    The selection model is fitted to train, with validation A for what it chooses; its probabilities on validation B
+    set the temperature. The final model is fitted to all three sets. Filter and alarms are fitted to the selection
+    model's probabilities on validation B and the final model's on the calibration soak: neither model was fitted to
+    these windows. A random window split has neither filter nor alarms, because its parts have no consecutive windows.
+    A baseline is fitted once, to train, and has neither. The windows of baseline episodes of the hosts that a model
+    may see join its training set as clean ones.
+    """
+    train, val_a, val_b = sets.train.examples, sets.val_a.examples, sets.val_b.examples
+    is_baseline_model = model.key in registry.BASELINE_MODELS
+    model.fit(train, val_a, extra=None if is_baseline_model else sets.build_extra(sets.train)).calibrate(val_b)
+    selected = model.predict_proba(val_b.inputs)
+    if is_baseline_model:
+        return FittedModel(model=model, val_b=selected)
+    has_alarms = sets.fold.deal is None
+    val_b_live = predict_live_windows(model, sets, sets.val_b.windows.episodes) if has_alarms else None
+    extra = sets.build_extra(sets.train, sets.val_a, sets.val_b)
+    model.refit([train, *([] if extra is None else [extra]), val_a, val_b])
+    if not has_alarms:
+        return FittedModel(model=model, val_b=selected)
+    soak = sets.soak.take(sets.calibration_soak)
+    soak_live = predict_live_windows(model, sets, sets.soak.windows.episodes)
+    model.fit_postprocessing(
+        PostprocessingData(
+            train=sets.train.label_sequence,
+            val_b=score_windows(sets.val_b, selected),
+            soak=score_windows(soak, model.predict_proba(soak.inputs)),
+            val_b_live=score_live_windows(sets, val_b_live),
+            soak_live=score_live_windows(sets, soak_live, only=soak.windows.episodes),
         )
-    return model
+    )
+    return FittedModel(model=model, val_b=selected, val_b_live=val_b_live, soak_live=soak_live)
 
 
-def _predict_parts(model: PhaseModel, sets: FoldData) -> list[PartPredictions]:
-    """Predict each window outside the training set, with and without smoothing."""
-    predictions: list[PartPredictions] = []
-    for name, part in (("val_b", sets.val_b), ("test", sets.test), ("soak", sets.soak)):
-        p = model.predict_proba(part.inputs)
-        predictions.append(PartPredictions(part=name, filter=SMOOTHING_NONE, data=part, p=p))
+def fit_and_predict(model: PhaseModel, sets: FoldData) -> tuple[PhaseModel, list[PartPredictions]]:
+    """Fit a model on a fold; return the final model and its predictions, as the run's table holds them.
+
+    Validation B is predicted by the selection model, every other part by the final model.
+    """
+    fitted = fit_model(model, sets)
+    return fitted.model, predict_parts(fitted, sets)
+
+
+def predict_parts(fitted: FittedModel, sets: FoldData) -> list[PartPredictions]:
+    """Predict each window outside the training set, with and without smoothing, and then those of every second.
+
+    Models that are not baselines also predict the idle windows of unseen hosts.
+    """
+    model, predictions = fitted.model, list[PartPredictions]()
+    for name, part in (
+        (PredictionPart.VAL_B, sets.val_b),
+        (PredictionPart.TEST, sets.test),
+        (PredictionPart.SOAK, sets.soak),
+    ):
+        windows = part.windows
+        p = fitted.val_b if name is PredictionPart.VAL_B else model.predict_proba(part.inputs)
+        predictions.append(PartPredictions(part=name, filter=SMOOTHING_NONE, windows=windows, p=p))
         if model.filter is not None:
-            track = part.label_sequence
             smoothed = {SMOOTHING_PHASE: model.filter}
-            if name == "test":  # a baseline of the scores; it has no alarm
+            if name is PredictionPart.TEST:  # a baseline of the scores; it has no alarm
                 smoothed[SMOOTHING_SCHEDULE] = model.filter.without_observations()
             predictions += [
-                PartPredictions(part=name, filter=key, data=part, p=f.run(p, track.episode_index, track.t_center_ns))
+                PartPredictions(
+                    part=name, filter=key, windows=windows, p=f.run(p, windows.episode_index, windows.t_center_ns)
+                )
                 for key, f in smoothed.items()
             ]
-    return predictions
+    if sets.idle is not None and model.key not in registry.BASELINE_MODELS:
+        p = model.predict_proba(sets.idle.inputs)
+        predictions.append(
+            PartPredictions(part=PredictionPart.IDLE, filter=SMOOTHING_NONE, windows=sets.idle.windows, p=p)
+        )
+    return predictions + _predict_live_parts(fitted, sets)
 
 
-def find_best_net(run: Path, cells: Iterable[Experiment]) -> str | None:
-    """Return the network with the best mean macro-F1 on validation A, over the headline's experiments; None if none."""
-    headline = (HEADLINE_RECIPE, "realistic", "raw")
-    scores: dict[str, list[float]] = {}
-    for cell in cells:
-        if (cell.recipe, cell.threat, cell.table) == headline and cell.model in MAIN_MODELS[1:]:
-            scores.setdefault(cell.model, []).append(read_header(cell.folder(run)).val_a_macro_f1)
-    return max(sorted(scores), key=lambda model: fmean(scores[model]), default=None)
+def _predict_live_parts(fitted: FittedModel, sets: FoldData) -> list[PartPredictions]:
+    """Predict the windows of every second; their alarms use unsmoothed probabilities, so no other are stored."""
+    if fitted.val_b_live is None or not has_live_parts(sets):
+        return []
+    scores = {
+        PredictionPart.VAL_B_LIVE: fitted.val_b_live,
+        PredictionPart.TEST_LIVE: predict_live_windows(fitted.model, sets, sets.test.windows.episodes),
+        PredictionPart.SOAK_LIVE: fitted.soak_live,
+    }
+    return [
+        PartPredictions(part=part, filter=SMOOTHING_NONE, windows=score.windows, p=score.p)
+        for part, score in scores.items()
+        if score is not None and len(score.windows)
+    ]
+
+
+def find_best_models(run: Path, cells: Sequence[Experiment], *, n: int = N_BEST_MODELS) -> tuple[tuple[str, str], ...]:
+    """Return model and input variant of the `n` best on unseen hosts and samples, by validation alone.
+
+    The score is three-state macro-F1 on validation B, the mean over the folds of the hardest recipe that was trained.
+    Only those that were trained on as many folds as any other are compared.
+    """
+    scores: dict[tuple[str, str], list[float]] = {}
+    for recipe in (HARDEST_RECIPE, HEADLINE_RECIPE):
+        for cell in cells:
+            if (cell.recipe, cell.threat) == (recipe, "realistic") and cell.model not in registry.BASELINE_MODELS:
+                scores.setdefault((cell.model, cell.table), []).append(_score_val_b(run, cell))
+        if scores:
+            break
+    whole = max(map(len, scores.values()), default=0)
+    means = {key: fmean(found) for key, found in scores.items() if len(found) == whole}
+    return tuple(sorted(means, key=lambda key: (-means[key], key))[:n])
+
+
+def _score_val_b(run: Path, cell: Experiment) -> float:
+    from pyarrow.compute import field
+
+    table = read_predictions(cell.folder(run) / EXPERIMENT_PREDICTIONS_FILE)
+    rows = table.filter((field("part") == "val_b") & (field("filter") == SMOOTHING_NONE))
+    confusion = confusion_counts(rows["y_true"].to_numpy(), rows["y_pred"].to_numpy())
+    return float(macro_f1(merge_into_three_states(confusion)))
 
 
 def compute_run_digests(run: Path) -> RunDigests:

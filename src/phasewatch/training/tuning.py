@@ -42,12 +42,13 @@ _NET_SPACE = (
 )
 TUNING_SPACES: Mapping[str, tuple[TuningRange, ...]] = {
     "gbt": (
-        TuningRange(name="depth", choices=(3, 4, 5, 6)),
-        TuningRange(name="learning_rate", low=0.03, high=0.3),
-        TuningRange(name="min_child_weight", low=1.0, high=10.0),
-        TuningRange(name="l2", low=0.3, high=10.0),
+        TuningRange(name="leaves", choices=(8, 15, 31)),
+        TuningRange(name="rounds", choices=(100, 200, 400)),
+        TuningRange(name="columns", low=0.1, high=0.5),
+        TuningRange(name="min_leaf_windows", choices=(10, 20, 40)),
+        TuningRange(name="l2", low=0.5, high=20.0),
     ),
-    **dict.fromkeys(("mlp", "cnn", "gru", "lstm", "transformer"), _NET_SPACE),
+    **dict.fromkeys(("mlp", "cnn", "gru", "lstm", "transformer", "tcn"), _NET_SPACE),
 }
 
 
@@ -104,6 +105,7 @@ def tune(sets: FoldData, model: str, *, trials: int, seed: int, purpose: str) ->
         raise UsageError(f"{trials} trials: at least 1 is needed")
     results = []
     for settings in [{}, *draw_settings(model, n=trials - 1, seed=seed, purpose=purpose)]:
-        fitted = registry.create(model, seed=seed, settings=settings).fit(sets.train.examples, sets.val_a.examples)
+        fresh = registry.create(model, seed=seed, settings=settings)
+        fitted = fresh.fit(sets.train.examples, sets.val_a.examples, extra=sets.extra)
         results.append(TuningResult(settings=settings, val_a_macro_f1=fitted.val_a_macro_f1, trials=trials))
     return max(results, key=lambda result: result.val_a_macro_f1)  # the first of equals

@@ -74,7 +74,7 @@ def read_index(path: Path) -> tuple[BundleVerdict, ...]:
         with pq.ParquetFile(path) as file:
             check_footer(file.metadata, path.stat().st_size)
             names = _build_schema().names
-            if file.schema_arrow.names not in (names, names[:-1]):  # an older index has no neighbours
+            if file.schema_arrow.names not in (names, names[:-1], names[:-2]):  # older: no background, no neighbours
                 raise ValueError("its columns are not those of an index")
             # In batches, because the rows of a large index take more memory as dicts than as verdicts.
             batches = file.iter_batches(batch_size=1_000, use_threads=False)
@@ -154,6 +154,7 @@ def _build_schema() -> pa.Schema:
             ("duplicate_of", pa.string()),
             ("flags", pa.uint8()),
             ("neighbours", pa.list_(pa.string())),
+            ("background", pa.string()),
         ]
     )
 
@@ -164,6 +165,7 @@ def _build_columns(verdicts: Sequence[BundleVerdict]) -> dict[str, list[Any]]:
     columns["reasons"] = [list(v.reasons) for v in verdicts]
     columns["proc_sketch"] = [list(v.proc_sketch) for v in verdicts]
     columns["neighbours"] = [list(v.neighbours) for v in verdicts]
+    columns["background"] = [v.background for v in verdicts]
     columns["vcpu_wait"] = [None if math.isnan(v.vcpu_wait) else v.vcpu_wait for v in verdicts]
     for i, source in enumerate(SourceKind):
         columns[f"rows_{source}"] = [v.rows[i] for v in verdicts]
@@ -180,6 +182,7 @@ def _parse_row(row: dict[str, Any]) -> BundleVerdict:
         reasons=tuple(row["reasons"]),
         proc_sketch=tuple(row["proc_sketch"]),
         neighbours=tuple(row.get("neighbours") or ()),
+        background=row.get("background"),
         vcpu_wait=math.nan if row["vcpu_wait"] is None else row["vcpu_wait"],
         rows=tuple(row[f"rows_{source}"] for source in SourceKind),
         lost=tuple(row[f"lost_{source}"] for source in SourceKind),

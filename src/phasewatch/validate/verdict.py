@@ -175,6 +175,7 @@ class BundleVerdict:
         vcpu_wait: Mean waiting time of the vCPUs in cores; NaN if unknown.
         duplicate_of: ``host_id/episode_id`` of the bundle with the same telemetry; empty without one.
         flags: All bin flags combined.
+        background: Benign load that ran beside a malicious profile; empty without one, None if nothing recorded it.
     """
 
     path: str
@@ -204,6 +205,7 @@ class BundleVerdict:
     duplicate_of: str
     flags: int
     neighbours: tuple[str, ...] = ()
+    background: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -392,6 +394,7 @@ def _build_verdict(
         duplicate_of="",
         flags=flags,
         neighbours=manifest.neighbours,
+        background=None if manifest.recording is None else manifest.recording.background,
     )
 
 

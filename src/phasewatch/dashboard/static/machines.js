@@ -2,6 +2,7 @@
 const MAX_MACHINES = 24;
 const TELEMETRY_MS = 120_000;
 const PHASE_MS = 300_000;
+const MAX_WINDOWS = 120; // a watcher predicts every second; more bars would make the figure slow
 
 export class Machines {
   constructor() { this.all = new Map(); }
@@ -41,6 +42,7 @@ export class Machines {
     machine.phase = data;
     machine.phaseAt = at;
     push(machine.windows, { t: (data.t_start_ns + data.t_end_ns) / 2e6, seen: data }, PHASE_MS);
+    if (machine.windows.length > MAX_WINDOWS) machine.windows.shift();
     return machine;
   }
 }

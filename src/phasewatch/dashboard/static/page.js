@@ -130,9 +130,9 @@ function strip() {
       card.type = "button";
       card.onclick = () => choose(machine.vm);
       for (const part of ["vm", "age", "now", "sub"]) { card[part] = make("span", part); card.append(card[part]); }
-      card.swatch = make("span", "swatch"); card.phase = make("span"); card.p = make("small"); card.pill = make("span", "pill", "alarm"); card.wrong = make("span", "wrong", "wrong");
+      card.swatch = make("span", "swatch"); card.phase = make("span"); card.p = make("small"); card.pill = make("span", "pill", "alarm"); card.activity = make("span", "pill lesser", "activity"); card.wrong = make("span", "wrong", "wrong");
       card.now.append(card.swatch, card.phase, card.p);
-      card.append(card.pill, card.wrong);
+      card.append(card.pill, card.activity, card.wrong);
       cards.set(machine.vm, card);
       place.append(card);
     }
@@ -148,6 +148,7 @@ function strip() {
     text(card.phase, !seen ? "no prediction yet" : isOld ? `no prediction since ${clock(machine.phaseAt)}` : `${GLYPHS[seen.decision] ?? ""} ${seen.decision}`);
     text(card.p, seen && !isOld ? `p ${score(seen.p[PHASES.indexOf(seen.decision)])}` : "");
     card.pill.hidden = !seen?.alarm;
+    card.activity.hidden = !seen?.activity_alarm || Boolean(seen.alarm);
     card.wrong.hidden = seen === null || isOld || !isWrong(seen);
     card.swatch.style.setProperty("--phase", seen ? `var(--${seen.decision})` : "");
     const origin = isReplay(machine) ? `replay, ${machine.origin}` : "";

@@ -60,13 +60,15 @@ export function phase(machine) {
   };
   const knowsTruth = windows.some((w) => w.seen.truth);
   const hasAlarm = windows.some((w) => w.seen.alarm !== null);
-  const rows = ["predicted", ...(knowsTruth ? ["true phase"] : []), ...(hasAlarm ? ["alarm"] : [])];
+  const hasActivity = windows.some((w) => w.seen.activity_alarm !== null);
+  const rows = ["predicted", ...(knowsTruth ? ["true phase"] : []), ...(hasAlarm ? ["alarm"] : []), ...(hasActivity ? ["activity"] : [])];
   const lane0 = rows.length + 0.25;
   for (const w of windows) {
     const at = PHASES.indexOf(w.seen.decision);
     bar(w, 0, hues[w.seen.decision] ?? colour("muted"), opacityOf(w), `predicted ${w.seen.decision}, p = ${score(w.seen.p[at])}`);
     if (w.seen.truth) bar(w, rows.indexOf("true phase"), hues[w.seen.truth] ?? colour("missing"), 1, `true phase ${w.seen.truth}`);
-    if (w.seen.alarm) bar(w, rows.indexOf("alarm"), colour("alarm"), 1, "alarm raised");
+    if (w.seen.alarm) bar(w, rows.indexOf("alarm"), colour("alarm"), 1, "infection alarm raised");
+    if (w.seen.activity_alarm) bar(w, rows.indexOf("activity"), colour("warn"), 1, "activity alarm raised");
     PHASES.forEach((p, i) => bar(w, lane0 + i * 0.8, hues[p], w.seen.p[i], `p(${p}) = ${score(w.seen.p[i])}`));
   }
   const end = windows.at(-1).t + strideMs / 2;
@@ -90,7 +92,7 @@ export function phase(machine) {
   }));
   const last = machine.phase;
   const alarm = last.threshold === null ? "no alarm threshold"
-    : `p(infecting) + p(active) = ${score(last.p[2] + last.p[3])}, alarm threshold ${score(last.threshold)}`;
+    : `p(infecting) = ${score(last.p[2])}, infection alarm from ${score(last.threshold)}`;
   const late = last.latency_ms === null ? "" : `; latency ${span(last.latency_ms)} after the end of the window`;
   facts("facts-phase", `Model ${last.model}, channel set ${last.threat}, input ${last.table}, filter ${last.filter}; ${alarm}${late}.`, last.caveat);
   const words = `${machine.vm}: ${last.decision}, probability ${score(last.p[PHASES.indexOf(last.decision)])}${last.truth ? `, true phase ${last.truth}` : ""}`;

@@ -1,8 +1,8 @@
 // The overall status above the machine cards, computed from the state of all machines without touching the page.
 //
-// Green means: every machine has a current prediction, an alarm threshold and no alarm, and is predicted clean with
+// Green means: every machine has a current prediction, an alarm threshold and no alarm of either kind, and is predicted clean with
 // p(clean) of at least 0.5. A replay must match the labels of its recording too. Everything else is amber, or red
-// for an alarm, so that a missing or wrong prediction never looks like an all-clear.
+// for an infection alarm, so that a missing or wrong prediction never looks like an all-clear.
 import { PHASES, clock, plural } from "/static/format.js";
 
 const MIN_P_CLEAN = 0.5;
@@ -26,6 +26,7 @@ export function overallStatus(entries) {
     "silent": entries.length - heard.length,
     "no-prediction": heard.length - current.length,
     "no-threshold": current.filter((m) => m.phase.alarm === null).length,
+    "activity": quiet.filter((m) => m.phase.activity_alarm).length,
     "not-clean": quiet.filter((m) => !isClean(m.phase)).length,
     "wrong": current.filter((m) => isReplay(m) && isWrong(m.phase)).length,
     "truth-unknown": current.filter((m) => isReplay(m) && !hasTruth(m.phase)).length,
@@ -35,17 +36,18 @@ export function overallStatus(entries) {
   if (counts.silent) details.push(`${plural(counts.silent, "machine")} silent.`);
   if (counts["no-prediction"]) details.push(`${plural(counts["no-prediction"], "machine")} without a current prediction.`);
   if (counts["no-threshold"]) details.push(`${plural(counts["no-threshold"], "machine")} without an alarm threshold, which cannot raise alarms.`);
+  if (counts.activity) details.push(`Activity: ${named(quiet.filter((m) => m.phase.activity_alarm), (m) => m.vm)}.`);
   if (counts["not-clean"]) details.push(`Not clearly clean: ${named(quiet.filter((m) => !isClean(m.phase)), (m) => `${m.vm} ${m.phase.decision}`)}.`);
   if (counts.wrong) details.push(`Replay: ${counts.wrong} of ${plural(current.filter(isReplay).length, "prediction")} wrong.`);
   if (counts["truth-unknown"]) details.push(`Replay: true phase of ${plural(counts["truth-unknown"], "machine")} unknown.`);
   let state = reasons.length ? "doubt" : "calm", words;
   if (alarmed.length) {
     state = "alarm";
-    words = `Alarm: ${named(alarmed, describeAlarm)}.`;
+    words = `Infection alarm: ${named(alarmed, describeAlarm)}.`;
   } else if (!current.length) {
     words = "No current prediction for any machine.";
   } else {
-    words = `No alarm on ${current.length} of ${plural(entries.length, "machine")}.`;
+    words = `No infection alarm on ${current.length} of ${plural(entries.length, "machine")}.`;
   }
   return { state, reasons, words: [words, ...details].join(" "), alarmed };
 }
