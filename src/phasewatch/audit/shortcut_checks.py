@@ -42,7 +42,6 @@ __all__ = [
     "LOAD_CHECK",
     "SHORTCUT_BASELINES",
     "SPLICE_CHECK",
-    "SPLICE_KINDS",
     "RunPredictions",
     "SpliceAnswers",
     "build_idle_check",
@@ -54,7 +53,6 @@ __all__ = [
 
 SPLICE_CHECK, LOAD_CHECK, IDLE_CHECK = "splices", "load", "idle"
 SHORTCUT_BASELINES = ("load_only", "duration_only", "elapsed_time")
-SPLICE_KINDS = (SpliceGroup.SHORT_LOAD, SpliceGroup.LONG_ACTIVITY, SpliceGroup.SHORT_ACTIVITY)
 
 _SPLICE_PROMISE = (
     "The headline's model does not take what lasts for benign: with durations exchanged, the AUC of p(active) falls by "

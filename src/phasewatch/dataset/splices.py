@@ -154,7 +154,7 @@ def _surround(
     phase: Phase,
     idle: Sequence[BinIndexRow],
 ) -> SplicedEpisode:
-    """Put idle time of the same host before and after some bins."""
+    """Return an episode of some bins with idle time of the same host before and after them."""
     before = _cut_idle(mapped, episode, kind, "before", _BEFORE_BINS, idle)
     after = _cut_idle(mapped, episode, kind, "after", _AFTER_BINS, idle)
     lengths = [(Phase.CLEAN, len(before)), (phase, len(middle)), (Phase.CLEAN, len(after))]

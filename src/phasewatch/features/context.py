@@ -24,12 +24,33 @@ from phasewatch.types import BIN_NS, CONTEXT_BINS, MIN_FINITE_BINS, STRIDE_BINS,
 __all__ = ["CONTEXT_CHANNELS", "CONTEXT_FEATURES", "ContextFeature", "context_features", "list_context_columns"]
 
 CONTEXT_CHANNELS = (
-    "proc.vcpu_run", "proc.vcpu_vcs", "proc.io_wchar_net", "proc.io_write_bytes", "proc.rss_anon_delta",
-    "qmp.blk_wr_bytes", "qmp.blk_rd_bytes", "qmp.blk_wr_ops", "qmp.blk_rd_ops", "qmp.blk_flush_ops", "qmp.vq_blk",
-    "netflow.out_pkts", "netflow.out_bytes", "netflow.in_pkts", "netflow.in_bytes", "netflow.new_flows",
-    "netflow.syn_out", "netflow.rst_in", "netflow.dst_ports", "netflow.dst_ips", "netflow.dns_queries",
-    "proc.main_vcs", "qmp.jit_tb", "qmp.jit_tlb_partial", "proc.cpu_sys", "proc.aux_run",
-)  # fmt: skip
+    "proc.vcpu_run",
+    "proc.vcpu_vcs",
+    "proc.io_wchar_net",
+    "proc.io_write_bytes",
+    "proc.rss_anon_delta",
+    "qmp.blk_wr_bytes",
+    "qmp.blk_rd_bytes",
+    "qmp.blk_wr_ops",
+    "qmp.blk_rd_ops",
+    "qmp.blk_flush_ops",
+    "qmp.vq_blk",
+    "netflow.out_pkts",
+    "netflow.out_bytes",
+    "netflow.in_pkts",
+    "netflow.in_bytes",
+    "netflow.new_flows",
+    "netflow.syn_out",
+    "netflow.rst_in",
+    "netflow.dst_ports",
+    "netflow.dst_ips",
+    "netflow.dns_queries",
+    "proc.main_vcs",
+    "qmp.jit_tb",
+    "qmp.jit_tlb_partial",
+    "proc.cpu_sys",
+    "proc.aux_run",
+)
 _HORIZONS = (60, 120, CONTEXT_BINS)  # bins
 _DERIVED_HORIZON = 120
 _STATS = ("mean", "std", "max")

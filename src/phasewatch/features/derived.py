@@ -126,9 +126,17 @@ _CPU_ABOVE_10 = _Activity("cpu_above_10", "proc.vcpu_run", 0.1)
 _CPU_ABOVE_50 = _Activity("cpu_above_50", "proc.vcpu_run", 0.5)
 # The first five have columns of their starts, the first six but two columns of what they share.
 _ACTIVITIES = (
-    _SENDING, _CONNECTING, _RESOLVING, _WRITING, _CPU_BUSY, _DOWNLOADING, _READING, _UPLOADING, _CPU_ABOVE_10,
+    _SENDING,
+    _CONNECTING,
+    _RESOLVING,
+    _WRITING,
+    _CPU_BUSY,
+    _DOWNLOADING,
+    _READING,
+    _UPLOADING,
+    _CPU_ABOVE_10,
     _CPU_ABOVE_50,
-)  # fmt: skip
+)
 _N_STARTING = 5
 _COINCIDING = (_CPU_BUSY, _SENDING, _DOWNLOADING, _WRITING, _READING, _UPLOADING)
 _PAIRS = tuple((a, b) for i, a in enumerate(_COINCIDING) for b in _COINCIDING[i:])

@@ -32,6 +32,7 @@ from phasewatch.types import SourceKind
 __all__ = [
     "ModelCandidate",
     "choose_model",
+    "compute_preference",
     "filter_by_channel_set",
     "find_models",
     "find_unavailable_channel_sets",
@@ -155,7 +156,7 @@ def choose_model(
             reports never fit.
     """
     kept, lines = [], []
-    for candidate in sorted(candidates, key=_preference_key):
+    for candidate in sorted(candidates, key=compute_preference):
         lacks = candidate.find_missing_channels(available, arch)
         if any(name in _GUEST_CHANNELS for name in list_model_channels(candidate.spec)):
             lines.append(f"{candidate.threat} needs channels that the guest reports, which are not used on live VMs")
@@ -183,7 +184,7 @@ def find_unavailable_channel_sets(
 ) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Return the channel sets with more channels than the chosen one that a VM lacks, with the missing channels."""
     larger = [
-        c for c in sorted(candidates, key=_preference_key) if len(list_model_channels(c.spec)) > len(chosen.channels)
+        c for c in sorted(candidates, key=compute_preference) if len(list_model_channels(c.spec)) > len(chosen.channels)
     ]
     lacking = {c.threat: c.find_missing_channels(available, arch) for c in larger}
     return tuple((threat, lacks) for threat, lacks in lacking.items() if lacks and not _GUEST_CHANNELS & set(lacks))
@@ -211,9 +212,13 @@ def _suggest_channel_set(available: Collection[str]) -> str | None:
     return None
 
 
-def _preference_key(candidate: ModelCandidate) -> tuple[int, int, int, int]:
+def compute_preference(candidate: ModelCandidate) -> tuple[int, int, int, int]:
+    """Return the sort key of a candidate, the preferred one first: most channels, then model, input and seed.
+
+    Context comes last: only an audit of the run can tell whether such a model goes by the duration of activity.
+    """
     models = (*_MODEL_PREFERENCE, candidate.model)
-    tables = (InputVariant.COMMISSIONED, InputVariant.CONTEXT, InputVariant.RAW)
+    tables = (InputVariant.COMMISSIONED, InputVariant.RAW, InputVariant.CONTEXT)
     n_channels = len(list_model_channels(candidate.spec))
     return -n_channels, models.index(candidate.model), tables.index(candidate.spec.table), candidate.seed
 
@@ -275,15 +280,7 @@ def _build_input_spec(header: CheckpointHeader, folder: Path) -> InputSpec:
         raise MismatchError(
             f"{folder}: {header.model} is a baseline without telemetry (input {header.input_kind}); choose another"
         )
-    return InputSpec(
-        kind=InputKind(header.input_kind),
-        names=header.columns,
-        mask=header.mask,
-        schema_hash=header.schema_hash,
-        behaviour_fingerprint=header.behaviour_fingerprint,
-        table=InputVariant(header.table),
-        floors=tuple(header.floors.items()),
-    )
+    return InputSpec.from_header(header)
 
 
 def _parse_checkpoint_path(folder: Path) -> tuple[Path | None, str, str]:

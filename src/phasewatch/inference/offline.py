@@ -19,14 +19,14 @@ from phasewatch.features.windows import (
     compute_window_starts,
     label_windows,
 )
-from phasewatch.inference.model_selection import ModelCandidate
-from phasewatch.inference.predictor import PhaseDecision, PhasePostprocessor, PhasePredictor, list_model_channels
+from phasewatch.inference.model_selection import ModelCandidate, compute_preference
+from phasewatch.inference.predictor import PhaseDecision, PhasePostprocessor, PhasePredictor
 from phasewatch.models.base import InputVariant
 from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE
 from phasewatch.progress import NO_PROGRESS, Progress
 from phasewatch.store.base import BundleStore, StoreItem, StoreLocation, check_store, find_bundle, open_store
 from phasewatch.store.local import BUNDLE_SUFFIX
-from phasewatch.training.predictions import PROBABILITY_COLUMNS
+from phasewatch.training.predictions import PROBABILITY_COLUMNS, WINDOW_TEXT_COLUMNS
 from phasewatch.types import BIN_NS, LIVE_STRIDE_BINS, WINDOW_BINS
 from phasewatch.validate.verdict import BundleCheck, BundleLocation, validate_bundle
 
@@ -40,22 +40,6 @@ __all__ = [
 ]
 
 PREDICT_PART = "predict"
-_TEXT_COLUMNS = (
-    "threat",
-    "model",
-    "table",
-    "filter",
-    "part",
-    "role",
-    "agent",
-    "episode_id",
-    "session",
-    "host_id",
-    "profile",
-    "sample_name",
-    "sample_kind",
-    "origin",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,8 +89,7 @@ def choose_offline_model(
         raise MismatchError(
             f"{fits[0].where}: was trained on values relative to each host's baseline; predict needs one of raw values"
         )
-    chosen = min(plain, key=lambda c: (-len(list_model_channels(c.spec)), c.model != "gbt", c.seed))
-    return chosen.load_predictor(smoothing=smoothing)
+    return min(plain, key=compute_preference).load_predictor(smoothing=smoothing)
 
 
 def predict(
@@ -142,7 +125,11 @@ def predict(
     atomic.make_folder(out.absolute().parent)
     with atomic.open_atomic(out.absolute()) as file:
         with pq.ParquetWriter(
-            file, build_prediction_schema(), compression="zstd", compression_level=1, use_dictionary=list(_TEXT_COLUMNS)
+            file,
+            build_prediction_schema(),
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=list(WINDOW_TEXT_COLUMNS),
         ) as table:
             for number, item in enumerate(items, 1):
                 try:
@@ -202,7 +189,7 @@ def build_prediction_schema() -> Any:
     import pyarrow as pa
 
     return pa.schema(
-        [(name, pa.string()) for name in _TEXT_COLUMNS]
+        [(name, pa.string()) for name in WINDOW_TEXT_COLUMNS]
         + [("seed", pa.int64()), ("t_center_ns", pa.int64()), ("purity", pa.float32()), ("flags", pa.uint8())]
         + [("y_true", pa.int8()), ("y_pred", pa.int8())]
         + [(name, pa.float32()) for name in PROBABILITY_COLUMNS]

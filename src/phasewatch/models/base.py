@@ -85,6 +85,19 @@ class InputSpec:
     table: InputVariant = InputVariant.RAW
     floors: tuple[tuple[str, float], ...] = ()
 
+    @classmethod
+    def from_header(cls, header: CheckpointHeader) -> InputSpec:
+        """Return the input that a checkpoint states."""
+        return cls(
+            kind=InputKind(header.input_kind),
+            names=header.columns,
+            mask=header.mask,
+            schema_hash=header.schema_hash,
+            behaviour_fingerprint=header.behaviour_fingerprint,
+            table=InputVariant(header.table),
+            floors=tuple(header.floors.items()),
+        )
+
     @property
     def n_bins(self) -> int:
         """Number of bins, the newest last, that one window of the input needs: 20, or 240 with context."""
@@ -516,15 +529,7 @@ class PhaseModel(ABC):
         except UsageError as exc:
             raise RunError(f"{where or 'checkpoint'}: {exc}; the checkpoint was not made by phasewatch") from exc
         model.where = where or model.where
-        model.spec = InputSpec(
-            kind=InputKind(header.input_kind),
-            names=header.columns,
-            mask=header.mask,
-            schema_hash=header.schema_hash,
-            behaviour_fingerprint=header.behaviour_fingerprint,
-            table=InputVariant(header.table),
-            floors=tuple(header.floors.items()),
-        )
+        model.spec = InputSpec.from_header(header)
         model.seen, model.temperature = header.seen, header.temperature
         model.history, model.trained_on = dict(header.history), dict(header.trained_on)
         model.filter, model.alarms, model.trained_with = header.filter, header.alarms, dict(header.trained_with)

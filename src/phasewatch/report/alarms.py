@@ -164,7 +164,7 @@ def _render_ends(row: MetricRow, form: str) -> str:
 
 
 def _describe_infections(own: Sequence[MetricRow], where: str) -> list[str]:
-    """Say how many infections were announced, at which false alarms, and what an alarm of that rate is worth."""
+    """Return sentences on announced infections, false alarms and the precision that follows from them."""
     kind = AlarmKind.INFECTION
     recall = _find_row(own, kind, f"recall_{HEADLINE_TIME_S}s")
     false_rate = _find_row(own, kind, "soak_false_alarms_per_vm_hour") or _find_row(

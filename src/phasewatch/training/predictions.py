@@ -22,6 +22,7 @@ from phasewatch.types import PHASES
 __all__ = [
     "NO_FILTER",
     "PROBABILITY_COLUMNS",
+    "WINDOW_TEXT_COLUMNS",
     "PartPredictions",
     "PredictionPart",
     "build_predictions_schema",
@@ -32,9 +33,7 @@ __all__ = [
 
 NO_FILTER = SMOOTHING_NONE
 PROBABILITY_COLUMNS = tuple(f"p_{phase}" for phase in PHASES)
-_TEXT_COLUMNS = (
-    "recipe",
-    "fold",
+WINDOW_TEXT_COLUMNS = (
     "threat",
     "model",
     "table",
@@ -50,6 +49,7 @@ _TEXT_COLUMNS = (
     "sample_kind",
     "origin",
 )
+_TEXT_COLUMNS = ("recipe", "fold", *WINDOW_TEXT_COLUMNS)
 
 
 class PredictionPart(StrEnum):
