@@ -55,7 +55,7 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/uv
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(UV) -e '.[$(EXTRAS)]' --group dev
+	$(UV) --compile-bytecode -e '.[$(EXTRAS)]' --group dev
 	@touch $@
 
 # Installed only where that is possible (root, apt); otherwise the tests that need them are skipped and say so.

@@ -12,6 +12,9 @@ from pathlib import Path
 import msgspec
 
 from phasewatch.artifacts import PREDICTIONS_FILE, SPLITS_DIR
+from phasewatch.audit.checks import AuditReport, AuditRow
+from phasewatch.audit.run import read_audit
+from phasewatch.audit.shortcut_checks import IDLE_CHECK, LOAD_CHECK, SPLICE_CHECK
 from phasewatch.evaluation.evaluate import read_metrics
 from phasewatch.evaluation.headline import build_headline, render_headline
 from phasewatch.evaluation.metric_table import HEADLINE_RECIPES, MetricRow, MetricTable, select_headline
@@ -35,11 +38,19 @@ def read_split_notes(run: Path) -> dict[str, tuple[str, ...]]:
     return {recipe: tuple(texts) for recipe, texts in notes.items()}
 
 
-def render(metrics: MetricTable, notes: Mapping[str, Sequence[str]], *, title: str, command: str) -> str:
+def render(
+    metrics: MetricTable,
+    notes: Mapping[str, Sequence[str]],
+    audit: AuditReport | None = None,
+    *,
+    title: str,
+    command: str,
+) -> str:
     """Render the page.
 
     Args:
         notes: Split recipe → its caveats.
+        audit: The run's audit; None without one.
         command: The command that made the run.
     """
     rows = [r for r in metrics.metrics if r.fold == "pooled"]
@@ -55,7 +66,13 @@ def render(metrics: MetricTable, notes: Mapping[str, Sequence[str]], *, title: s
     ]
     parts += [_render_recipe(recipe, notes.get(recipe.name, ()), metrics, rows) for recipe in SPLIT_RECIPES]
     parts += [_render_pairwise_tests(rows, select_headline(metrics.metrics).model)]
-    parts += [_render_operator_metrics(rows), _render_variants(rows), _render_seeds(rows), _render_notes(rows)]
+    parts += [
+        _render_operator_metrics(rows),
+        _render_shortcuts(audit),
+        _render_variants(rows),
+        _render_seeds(rows),
+        _render_notes(rows),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -134,6 +151,46 @@ def _render_pairwise_tests(rows: Sequence[MetricRow], model: str) -> str:
     )
 
 
+# Check → (metric, stratum) → column of the table of shortcuts.
+SHORTCUT_COLUMNS = {
+    SPLICE_CHECK: {
+        ("splice_auc_change", None): "AUC of p(active): loss by exchanged durations",
+        ("splice_recall_change", None): "recall of long activity: loss",
+    },
+    LOAD_CHECK: {
+        ("macro_f1_gap", None): "above load alone",
+        ("macro_f1_3class_gap", "with_load"): "with a load (3 states)",
+        ("macro_f1_3class_gap", "without_load"): "without (3 states)",
+    },
+    IDLE_CHECK: {("idle_called_quiet", None): "idle called quiet", ("idle_called_clean", None): "called clean"},
+}
+_LOAD_BASELINE = "load_only"
+
+
+def _render_shortcuts(audit: AuditReport | None) -> str:
+    """Render what the audit asked every model: exchanged durations, loads, idle machines; a broken limit is bold."""
+    columns = [(name, at, title) for name, found in SHORTCUT_COLUMNS.items() for at, title in found.items()]
+    found: dict[tuple[str, str], dict[tuple[str, str, str | None], AuditRow]] = {}
+    for check in audit.checks if audit is not None else ():
+        for row in check.rows:
+            if row.compared_to in (None, _LOAD_BASELINE):
+                found.setdefault((row.model, row.input), {})[check.name, row.metric, row.stratum] = row
+    if not found:
+        return ""
+    body = [
+        [model, given, *(_render_audit_row(cells.get((name, *at))) for name, at, _ in columns)]
+        for (model, given), cells in sorted(found.items(), key=lambda item: (_rank(item[0][0]), item[0]))
+    ]
+    about = "From the audit of this run, on unseen hosts. A number beyond its limit is bold."
+    return f"## Shortcuts\n\n{about}\n\n" + table([["model", "input", *(title for _, _, title in columns)], *body])
+
+
+def _render_audit_row(row: AuditRow | None) -> str:
+    if row is None or row.value is None:
+        return ""
+    return f"**{row.rendered_value}**" if row.holds is False else row.rendered_value
+
+
 # Metric → column of the table of operator metrics.
 OPERATOR_COLUMNS = {
     "infection_recall_30s": "infections announced within 30 s",
@@ -183,10 +240,41 @@ def _render_variants(rows: Sequence[MetricRow]) -> str:
     ]
     if not variants:
         return ""
-    body = [[r.recipe, r.channel_set, str(r.model), r.input, r.smoothing, render_interval(r)] for r in variants]
-    about = "`schedule` uses no telemetry: it predicts from the order and length of the phases alone."
-    head = ["recipe", "channel set", "model", "input", "smoothing", "macro-F1"]
+    body = [
+        [r.recipe, r.channel_set, str(r.model), r.input, r.smoothing, render_interval(r)]
+        + [render_interval(_find_variant_gap(rows, r, metric), sign=True) for metric in ("macro_f1", "macro_f1_3class")]
+        for r in variants
+    ]
+    about = (
+        "`schedule` uses no telemetry: it predicts from the order and length of the phases alone. Gaps are paired over "
+        "the same sessions, against the same model without smoothing, on raw values and `realistic` channels."
+    )
+    head = ["recipe", "channel set", "model", "input", "smoothing", "macro-F1", "gap", "gap, 3 states"]
     return f"## Smoothing, inputs, channel sets\n\n{about}\n\n" + table([head, *body])
+
+
+def _find_variant_gap(rows: Sequence[MetricRow], variant: MetricRow, metric: str) -> MetricRow | None:
+    """Return the row of a variant's paired gap, of the kind in which it differs; None if it differs in two."""
+    kinds = {
+        "filter": (variant.smoothing != "none", "none"),
+        "table": (variant.input != "raw", "raw"),
+        "threat": (variant.channel_set != "realistic", "realistic"),
+    }
+    changed = [(kind, base) for kind, (differs, base) in kinds.items() if differs]
+    if len(changed) != 1:
+        return None
+    (kind, base) = changed[0]
+    return next(
+        (
+            r
+            for r in rows
+            if (r.metric, r.compared_to, r.seed, r.agent) == (f"{metric}_{kind}_gap", base, "mean", variant.agent)
+            and (r.recipe, r.channel_set, r.model, r.input, r.smoothing)
+            == (variant.recipe, variant.channel_set, variant.model, variant.input, variant.smoothing)
+            and is_whole(r, paired=True)
+        ),
+        None,
+    )
 
 
 def _render_seeds(rows: Sequence[MetricRow]) -> str:
@@ -261,7 +349,9 @@ def main() -> None:
     given = parser.parse_args()
     given.out.parent.mkdir(parents=True, exist_ok=True)
     metrics, notes = read_metrics(given.run), read_split_notes(given.run)
-    given.out.write_text(render(metrics, notes, title=given.title, command=given.command), encoding="utf-8")
+    given.out.write_text(
+        render(metrics, notes, read_audit(given.run), title=given.title, command=given.command), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

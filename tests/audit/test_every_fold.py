@@ -71,6 +71,18 @@ def test_a_clean_run_is_kept(run: Path) -> None:
     assert answered(run) is CheckOutcome.KEPT
 
 
+def test_faults_are_the_same_and_in_the_same_order_in_several_processes(run: Path) -> None:
+    for cell in choose_experiments(run)[:2]:
+        refit(run, cell, lambda model, sets: fit_model(model, replace(sets, extra=sets.test.examples)))
+
+    chosen = choose_experiments(run)[:3]
+    alone = check_retrained(run, chosen)
+
+    assert alone.fate is CheckOutcome.BROKEN
+    assert check_retrained(run, chosen, workers=2) == alone
+    assert check_predictions(run, workers=2) == check_predictions(run)
+
+
 def test_every_fold_of_the_headlines_model_is_trained_again(run: Path) -> None:
     chosen = choose_experiments(run)
 

@@ -23,6 +23,7 @@ from phasewatch.models import checkpoint, registry
 from phasewatch.models.alarm import THETA_STEP
 from phasewatch.models.base import LabelledExamples, ModelInputs, PhaseModel
 from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE
+from phasewatch.parallel.pool import map_ordered
 from phasewatch.splits import find_recipe
 from phasewatch.training.experiment import Experiment, ExperimentRecord, parse_experiment
 from phasewatch.training.grids import REPEATED_RECIPES
@@ -110,7 +111,7 @@ def _is_of_headline(experiment: Experiment, key: HeadlineKey) -> bool:
 
 
 def check_retrained(
-    run: Path, experiments: Sequence[Experiment], merged: MergedPredictions | None = None
+    run: Path, experiments: Sequence[Experiment], merged: MergedPredictions | None = None, *, workers: int = 1
 ) -> AuditCheck:
     """Train some experiments again and compare the models' predictions, and those of validation B in the run.
 
@@ -118,15 +119,14 @@ def check_retrained(
         run: The run.
         experiments: Finished experiments.
         merged: The run's predictions; read if None.
+        workers: Number of processes.
     """
     faults: list[str] = []
     if not experiments:
         return build_untested_check(_RETRAIN_CHECK, _RETRAIN_PROMISE, "the run has no finished cell")
     with collect_refusals(faults):
         answers = merged if merged is not None else MergedPredictions.read(run)
-        for experiment in experiments:
-            with collect_refusals(faults):
-                faults += _find_retrain_faults(run, experiment, answers)
+        faults += _collect_faults(_find_retrain_faults, run, experiments, answers, workers=workers)
     return build_check(
         _RETRAIN_CHECK, _RETRAIN_PROMISE, faults, looked_at=_describe_checked(experiments, "cells trained again")
     )
@@ -163,7 +163,7 @@ class MergedPredictions:
             parts.setdefault(tuple(experiment), set()).add((part, smoothing))
         return cls(
             table=table.select(list(_PREDICTION_COLUMNS)).combine_chunks(),
-            rows_by_group=dict(zip(keys, lists, strict=True)),
+            rows_by_group=dict(zip(keys, (one.values for one in lists), strict=True)),
             parts_by_experiment={key: frozenset(found) for key, found in parts.items()},
         )
 
@@ -187,13 +187,27 @@ class MergedPredictions:
                 found.setdefault(subject, set()).add(named["fold"])
         return found
 
+    def select_experiment(self, experiment: Experiment) -> MergedPredictions:
+        """Return the predictions of one experiment alone, which are small enough to send to another process."""
+        import pyarrow as pa
+
+        parts = sorted(self.list_parts(experiment))
+        tables = [self.select_rows(experiment, part, name) for part, name in parts]
+        ends = np.cumsum([0, *(table.num_rows for table in tables)])
+        key = _build_experiment_key(experiment)
+        return MergedPredictions(
+            table=pa.concat_tables([self.table.slice(0, 0), *tables]).combine_chunks(),
+            rows_by_group={(*key, *at): pa.array(np.arange(*ends[i : i + 2])) for i, at in enumerate(parts)},
+            parts_by_experiment={key: frozenset(parts)},
+        )
+
     def select_rows(self, experiment: Experiment, part: str, name: str) -> Any:
         """Return the rows of an experiment, part and filter."""
         found = self.rows_by_group.get((*_build_experiment_key(experiment), part, name))
-        return self.table.slice(0, 0) if found is None else self.table.take(found.values)
+        return self.table.slice(0, 0) if found is None else self.table.take(found)
 
 
-def check_predictions(run: Path, merged: MergedPredictions | None = None) -> AuditCheck:
+def check_predictions(run: Path, merged: MergedPredictions | None = None, *, workers: int = 1) -> AuditCheck:
     """Predict with every checkpoint again and compare with the merged predictions; compare what it learnt from.
 
     An experiment whose model code cannot be imported is skipped; the promise is then untested.
@@ -201,6 +215,7 @@ def check_predictions(run: Path, merged: MergedPredictions | None = None) -> Aud
     Args:
         run: The run.
         merged: The run's predictions; read if None.
+        workers: Number of processes.
     """
     faults: list[str] = []
     experiments: list[Experiment] = []
@@ -214,9 +229,7 @@ def check_predictions(run: Path, merged: MergedPredictions | None = None) -> Aud
                 absent.add(words)
             else:
                 faults.append(f"{'/'.join(map(str, key))} has predictions and no checkpoint")
-        for experiment in experiments:
-            with collect_refusals(faults):
-                faults += _find_prediction_faults(run, experiment, merged)
+        faults += _collect_faults(_find_prediction_faults, run, experiments, merged, workers=workers)
     if not experiments and not faults:
         return build_untested_check(_PREDICTIONS_CHECK, _PREDICTIONS_PROMISE, "the run has no finished cell")
     looked_at = _describe_checked(experiments, "checkpoints asked again")
@@ -225,6 +238,28 @@ def check_predictions(run: Path, merged: MergedPredictions | None = None) -> Aud
             _PREDICTIONS_CHECK, _PREDICTIONS_PROMISE, f"{looked_at}, but {'; '.join(sorted(absent))}"
         )
     return build_check(_PREDICTIONS_CHECK, _PREDICTIONS_PROMISE, faults, looked_at=looked_at)
+
+
+_FindFaults = Callable[[Path, Experiment, MergedPredictions], Iterator[str]]
+
+
+def _collect_faults(
+    find: _FindFaults, run: Path, experiments: Sequence[Experiment], merged: MergedPredictions, *, workers: int
+) -> list[str]:
+    """Return the faults of some experiments, in their order, whatever the number of processes."""
+    jobs = ((find, run, experiment, merged.select_experiment(experiment)) for experiment in experiments)
+    faults: list[str] = []
+    for result in map_ordered(_find_experiment_faults, jobs, workers=workers):
+        faults += [result.error] if result.error is not None else result.value or []
+    return faults
+
+
+def _find_experiment_faults(job: tuple[_FindFaults, Path, Experiment, MergedPredictions]) -> list[str]:
+    find, run, experiment, merged = job
+    faults: list[str] = []
+    with collect_refusals(faults):
+        faults += find(run, experiment, merged)
+    return faults
 
 
 def _describe_import_error(run: Path, key: tuple[object, ...]) -> str | None:

@@ -136,6 +136,7 @@ def audit_run(
     files: tuple[str, ...],
     left_out: tuple[str, ...] | None = None,
     limit: int = 0,
+    workers: int = 1,
     progress: Progress = NO_PROGRESS,
 ) -> AuditReport:
     """Check every promise of a run and write `audit_v1.json`.
@@ -146,6 +147,7 @@ def audit_run(
         files: The files that these stages write, without the splits.
         left_out: Bundles of the store that the run does not list; None without the store.
         limit: Size of the sample of the store that the run was asked to take; 0 for all bundles.
+        workers: Number of processes.
         progress: Progress of the task ``audit``; the detail is the name of the finished check.
 
     Raises:
@@ -160,8 +162,8 @@ def audit_run(
             lambda: (*_check_against_bundles(run, copy, remake, files), check_store_remainder(left_out, limit=limit)),
             lambda: (check_twins(run),),
             lambda: (check_answered(run, merged.list_answered(), key),),
-            lambda: (check_retrained(run, choose_experiments(run, key), merged),),
-            lambda: (check_predictions(run, merged),),
+            lambda: (check_retrained(run, choose_experiments(run, key), merged, workers=workers),),
+            lambda: (check_predictions(run, merged, workers=workers),),
             lambda: (check_metrics(run),),
             lambda: check_shortcuts(run, key, CounterfactualPredictor(run=run)),
             lambda: (check_permuted_labels(run),),

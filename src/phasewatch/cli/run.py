@@ -130,6 +130,7 @@ def audit(
     store: Annotated[
         str | None, typer.Option(help="Store of the run's bundles; default: where the run found them.")
     ] = None,
+    workers: Workers = 2,
     as_json: AsJson = False,
 ) -> None:
     """Check a run: rebuild, retrain, rescore, look for shortcuts.
@@ -138,7 +139,8 @@ def audit(
 
     Example: phasewatch audit runs/mine
     """
-    settings = runner.read_settings(check_run_folder(run), store=parse_store_location(store) if store else None)
+    stored = runner.read_settings(check_run_folder(run), store=parse_store_location(store) if store else None)
+    settings = msgspec.structs.replace(stored, workers=workers)
     with atomic.lock(run), show_progress(quiet=as_json) as progress:
         done = stages.audit(settings, progress=progress)
     path = str(run / AUDIT_FILE)

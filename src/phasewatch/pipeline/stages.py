@@ -492,6 +492,7 @@ def audit(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> AuditRe
         files=(VALIDATION_FILE, *BINS_PATHS, *FEATURE_FILES),
         left_out=_list_left_out(settings) if has_store else None,
         limit=settings.limit,
+        workers=settings.workers,
         progress=progress,
     )
     verdict = HeadlineVerdict(

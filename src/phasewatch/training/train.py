@@ -25,7 +25,7 @@ from phasewatch.artifacts import (
 )
 from phasewatch.dataset import FoldData, file_sha256, load, read_fold
 from phasewatch.errors import MachineError, ModelError, PhasewatchError, RunError, UsageError
-from phasewatch.metrics import confusion_counts, macro_f1, merge_into_three_states
+from phasewatch.metrics import confusion_counts, macro_f1
 from phasewatch.models import registry
 from phasewatch.models.base import InputKind, PhaseModel, PostprocessingData
 from phasewatch.models.checkpoint import CHECKPOINT_FILE, read_header
@@ -40,7 +40,7 @@ from phasewatch.training.experiment import (
     parse_experiment,
     render_experiment,
 )
-from phasewatch.training.grids import HARDEST_RECIPE, HEADLINE_RECIPE, N_BEST_MODELS
+from phasewatch.training.grids import HEADLINE_RECIPE, N_BEST_MODELS
 from phasewatch.training.live_scores import (
     LiveScores,
     has_live_parts,
@@ -364,18 +364,15 @@ def _predict_live_parts(fitted: FittedModel, sets: FoldData) -> list[PartPredict
 
 
 def find_best_models(run: Path, cells: Sequence[Experiment], *, n: int = N_BEST_MODELS) -> tuple[tuple[str, str], ...]:
-    """Return model and input variant of the `n` best on unseen hosts and samples, by validation alone.
+    """Return model and input variant of the `n` best on unseen hosts, by validation alone.
 
-    The score is three-state macro-F1 on validation B, the mean over the folds of the hardest recipe that was trained.
-    Only those that were trained on as many folds as any other are compared.
+    The score is macro-F1 over the five phases on validation B, the mean over the folds; the headline's model is chosen
+    by the same score. Only those that were trained on as many folds as any other are compared.
     """
     scores: dict[tuple[str, str], list[float]] = {}
-    for recipe in (HARDEST_RECIPE, HEADLINE_RECIPE):
-        for cell in cells:
-            if (cell.recipe, cell.threat) == (recipe, "realistic") and cell.model not in registry.BASELINE_MODELS:
-                scores.setdefault((cell.model, cell.table), []).append(_score_val_b(run, cell))
-        if scores:
-            break
+    for cell in cells:
+        if (cell.recipe, cell.threat) == (HEADLINE_RECIPE, "realistic") and cell.model not in registry.BASELINE_MODELS:
+            scores.setdefault((cell.model, cell.table), []).append(_score_val_b(run, cell))
     whole = max(map(len, scores.values()), default=0)
     means = {key: fmean(found) for key, found in scores.items() if len(found) == whole}
     return tuple(sorted(means, key=lambda key: (-means[key], key))[:n])
@@ -387,7 +384,7 @@ def _score_val_b(run: Path, cell: Experiment) -> float:
     table = read_predictions(cell.folder(run) / EXPERIMENT_PREDICTIONS_FILE)
     rows = table.filter((field("part") == "val_b") & (field("filter") == SMOOTHING_NONE))
     confusion = confusion_counts(rows["y_true"].to_numpy(), rows["y_pred"].to_numpy())
-    return float(macro_f1(merge_into_three_states(confusion)))
+    return float(macro_f1(confusion))
 
 
 def compute_run_digests(run: Path) -> RunDigests:

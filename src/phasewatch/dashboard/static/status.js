@@ -55,7 +55,7 @@ export function overallStatus(entries) {
 function describeAlarm(machine) {
   const { decision, alarm_since_ns: since, truth } = machine.phase;
   const notes = isReplay(machine) ? ` (recording${hasTruth(machine.phase) ? `, true phase ${truth}` : ""})` : "";
-  return `${machine.vm} ${decision}${since ? ` since ${clock(since / 1e6)}` : ""}${notes}`;
+  return `${machine.vm}${since ? ` since ${clock(since / 1e6)}` : ""}, now ${decision}${notes}`;
 }
 
 function named(machines, describe) {
