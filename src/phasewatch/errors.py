@@ -27,6 +27,7 @@ from collections.abc import Iterable
 __all__ = [
     "BundleError",
     "BusyError",
+    "CgroupError",
     "DataError",
     "EventError",
     "IdConflictError",
@@ -42,6 +43,7 @@ __all__ = [
     "StoreReplacedError",
     "UsageError",
     "VmError",
+    "WorkloadError",
     "describe_os_error",
     "escape_unprintable",
     "suggest_names",
@@ -191,9 +193,17 @@ class MissingToolError(MachineError):
     """A program, package or permission is missing; the message says how to get it."""
 
 
+class CgroupError(MachineError):
+    """A CPU quota cannot be set or read; the message says what is missing."""
+
+
 class BusyError(MachineError):
     """Another process holds the run or the store."""
 
 
 class VmError(MachineError):
     """A virtual machine did not start, hung, died or did not answer."""
+
+
+class WorkloadError(VmError):
+    """A workload in a virtual machine failed, so that its label would have no act; its episode is recorded again."""
