@@ -25,6 +25,7 @@ import errno
 from collections.abc import Iterable
 
 __all__ = [
+    "BootError",
     "BundleError",
     "BusyError",
     "CgroupError",
@@ -203,6 +204,10 @@ class BusyError(MachineError):
 
 class VmError(MachineError):
     """A virtual machine did not start, hung, died or did not answer."""
+
+
+class BootError(VmError):
+    """A virtual machine did not boot in any attempt."""
 
 
 class WorkloadError(VmError):

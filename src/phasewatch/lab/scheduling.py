@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations_with_replacement
 from math import ceil
 from typing import NamedTuple
@@ -103,10 +104,10 @@ def build_schedule(demands: Sequence[HostDemand], *, benign_share: float) -> tup
         )
         host_id, have = demand.host_id, left[demand.host_id]
 
-        def rate(groups: tuple[ProfileGroup, ...], host_id: str = host_id) -> float:
-            return _compute_imbalance(host_id, groups, done, total)
-
-        candidates = _list_candidates(have, demand.vms == 1) if demand.vms <= 2 else _grow_candidates(have, demand, rate)
+        rate = partial(_compute_imbalance, host_id, done=done, total=total)
+        candidates = (
+            _list_candidates(have, demand.vms == 1) if demand.vms <= 2 else _grow_candidates(have, demand.vms, rate)
+        )
         groups = min(candidates, key=rate)
         have -= Counter(groups)
         left[host_id] = +have
@@ -130,7 +131,7 @@ def _list_candidates(have: Counter[ProfileGroup], is_alone: bool) -> Iterator[tu
 
 
 def _grow_candidates(
-    have: Counter[ProfileGroup], demand: HostDemand, rate: Callable[[tuple[ProfileGroup, ...]], float]
+    have: Counter[ProfileGroup], vms: int, rate: Callable[[tuple[ProfileGroup, ...]], float]
 ) -> Iterator[tuple[ProfileGroup, ...]]:
     """Yield one possible next session for each sample group, grown by the episode that keeps the balance best.
 
@@ -141,7 +142,7 @@ def _grow_candidates(
         n_left = left.total()
         if not n_left:
             continue
-        size = ceil(n_left / ceil(n_left / demand.vms))
+        size = ceil(n_left / ceil(n_left / vms))
         grown: tuple[ProfileGroup, ...] = ()
         for _ in range(size):
             grown = min(((*grown, each) for each in sorted(+left)), key=rate)

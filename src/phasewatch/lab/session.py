@@ -13,13 +13,21 @@ from dataclasses import dataclass
 
 from phasewatch._version import __version__
 from phasewatch.bundle.archive import encode_labels, pack_bundle
-from phasewatch.bundle.model import BUNDLE_FORMAT, ClockMetadata, HostMetadata, LabelMark, Manifest, RecordingMetadata
+from phasewatch.bundle.model import (
+    BUNDLE_FORMAT,
+    ClockMetadata,
+    HostMetadata,
+    LabelEvidence,
+    LabelMark,
+    Manifest,
+    RecordingMetadata,
+)
 from phasewatch.bundle.rows import encode_rows
 from phasewatch.channels import CHANNELS, ChannelSpec, list_raw_fields
 from phasewatch.errors import VmError
 from phasewatch.lab.guest_driver import CommandAck
 from phasewatch.lab.plan import RecordingSlot
-from phasewatch.lab.qemu_command import HostShape
+from phasewatch.lab.qemu_command import HostShape, describe_shape
 from phasewatch.lab.vm import LabMachine, MachineFacts
 from phasewatch.telemetry.base import N_STAMPS, AsyncClock, RowLog, TelemetrySampler, TelemetrySource
 from phasewatch.telemetry.guest_agent import GUEST_NOMINAL_HZ as GUEST_HZ
@@ -50,6 +58,8 @@ class RecordedEpisode:
         settle_s: Seconds from the guest's ready message to the first label.
         late, skipped, failed: Numbers of sampler ticks (see `TelemetrySampler`).
         guest_bad: Number of agent lines that were refused or dropped.
+        evidence: What the guest answered to the command of each label.
+        throttled_s: Seconds between first label and end that the CPU quota stopped the VM; None without a quota.
     """
 
     facts: MachineFacts
@@ -61,6 +71,19 @@ class RecordedEpisode:
     skipped: int
     failed: int
     guest_bad: int
+    evidence: tuple[LabelEvidence, ...] = ()
+    throttled_s: float | None = None
+
+    @property
+    def contention(self) -> float | None:
+        """Mean number of vCPU threads that waited for a core which other work kept busy; None if it was not read.
+
+        The kernel counts the time that a quota stops a thread as waiting, so that time is taken off.
+        """
+        wait, length_ns = self.vcpu_wait, self.marks[-1].t_mono_ns - self.marks[0].t_mono_ns
+        if wait is None or self.throttled_s is None:
+            return wait
+        return max(0.0, wait - self.throttled_s * 1e9 / length_ns)
 
     @property
     def vcpu_wait(self) -> float | None:
@@ -155,6 +178,7 @@ class _EpisodeRun:
         sampler = TelemetrySampler([*sources], [logs[source.source] for source in sources], clock)
         first = _read_clocks(clock)
         sampling: asyncio.Task[None] | None = None
+        throttled_s: float | None = None
         try:
             for source in sources:
                 await self._open(source)
@@ -166,7 +190,10 @@ class _EpisodeRun:
             t0_ns = max(t0_ns, now_ns)
             t0_ns += -(clock.wall_ns() + t0_ns - now_ns) % _HALF_SECOND_NS
             await clock.sleep_until(t0_ns)
+            throttled_s = self._machine.read_throttled_s()
             await self._run_phases()
+            if throttled_s is not None:
+                throttled_s = round((self._machine.read_throttled_s() or 0.0) - throttled_s, 6)
         finally:
             if sampling is not None:
                 sampling.cancel()
@@ -186,6 +213,7 @@ class _EpisodeRun:
             skipped=sampler.skipped,
             failed=sampler.failed,
             guest_bad=guest.bad + guest.dropped if guest else 0,
+            throttled_s=throttled_s,
         )
 
     async def _prepare(self) -> None:
@@ -353,6 +381,9 @@ def _build_manifest(episode: RecordedEpisode, context: EpisodeContext) -> Manife
             knobs=dict(slot.knobs) | {f"background.{name}": value for name, value in slot.background_knobs},
             background=slot.background,
             absent=absent,
+            shape=describe_shape(shape),
+            image=shape.image,
+            throttled_s=episode.throttled_s,
         ),
         members={},
     )
