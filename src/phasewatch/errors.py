@@ -15,8 +15,11 @@ PhasewatchError
 │   └── SplitError           a split recipe cannot be built from these episodes
 └── MachineError          5  the machine lacks something, or something on it failed
     ├── MissingToolError     a program, package or permission is not there
+    ├── CgroupError          a CPU quota cannot be set or read
     ├── BusyError            another process holds the run or the store
     └── VmError              a virtual machine did not start, hung, died or did not answer
+        ├── BootError            it did not boot in any attempt
+        └── WorkloadError        a workload in it failed, so that its label would have no act
 """
 
 from __future__ import annotations

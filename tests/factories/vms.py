@@ -149,6 +149,7 @@ class FakeMachine:
         boot_error: Message of the error that `boot` raises.
         dies_at_s: Seconds from boot to the end of QEMU.
         mute: Verbs that are not acknowledged.
+        exit_code: Exit code of every work that ends by itself.
         throttled_cores: Seconds per second that its quota stops it; None without a quota.
         log: (second, command) of each command.
     """
@@ -160,6 +161,7 @@ class FakeMachine:
     mute: tuple[str, ...] = ()
     wait_cores: float = 0.0
     throttled_cores: float | None = None
+    exit_code: int = 0
     log: list[tuple[float, str]] = field(default_factory=list)
     stops: int = 0
     opened: list[FakeSource] = field(default_factory=list)
@@ -194,7 +196,7 @@ class FakeMachine:
         at_ns, (verb, *arguments) = self._commands[number]
         after_s = self.ends_after_s.get(arguments[0], 1e6) if verb == "phase" else 2.0
         await self.clock.sleep_until(at_ns + round(after_s * 1e9))
-        return 0
+        return self.exit_code
 
     def sources(self) -> tuple[FakeSource, ...]:
         self.opened = [

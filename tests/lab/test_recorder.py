@@ -25,7 +25,7 @@ from phasewatch import atomic
 from phasewatch.bundle.archive import unpack_bundle
 from phasewatch.bundle.model import Episode, LabelEvidence
 from phasewatch.channels import CHANNELS
-from phasewatch.errors import BusyError, CgroupError, MachineError, UsageError, VmError, WorkloadError
+from phasewatch.errors import BootError, BusyError, CgroupError, MachineError, UsageError, VmError, WorkloadError
 from phasewatch.lab import campaign, recorder
 from phasewatch.lab.campaign import QemuFactory, RecordingOptions, record_plan
 from phasewatch.lab.cgroup import CpuController
@@ -140,6 +140,16 @@ def test_failing_vm_is_stopped_and_reported(machine: FakeMachine, says: str) -> 
 
     assert machine.stops == 1
     assert not any(source.is_open for source in machine.opened)
+
+
+def test_preparation_that_fails_in_the_guest_is_a_failed_workload() -> None:
+    with pytest.raises(WorkloadError, match="warmup : ended with 3 in the guest"):
+        record_on(FakeMachine(FakeClock(), exit_code=3))
+
+
+def test_vm_that_does_not_boot_is_told_from_one_that_fails_later() -> None:
+    with pytest.raises(BootError, match="no word from the guest"):
+        record_on(FakeMachine(FakeClock(), boot_error="no word from the guest"))
 
 
 def test_stop_completes_although_the_recording_is_cancelled() -> None:

@@ -18,7 +18,7 @@ from tests.factories.monitors import FakeMonitor
 from tests.factories.vms import shape_of
 from tests.requirements import need_program
 
-from phasewatch.errors import UsageError, VmError
+from phasewatch.errors import BootError, UsageError
 from phasewatch.lab import process
 from phasewatch.lab.guest_image import GuestImage
 from phasewatch.lab.host import AcceleratorChoice, choose_accelerator, find_kvm_obstacle
@@ -178,7 +178,7 @@ def test_failed_start_is_explained_and_leaves_nothing(tmp_path: Path) -> None:
     need_program("qemu-system-x86_64", "qemu-system-x86")
     vm = QemuVm(start_of(tmp_path))
 
-    with pytest.raises(VmError, match=r"did not boot in 3 tries; try 1: QEMU ended with 1: .*absent"):
+    with pytest.raises(BootError, match=r"did not boot in 3 tries; try 1: QEMU ended with 1: .*absent"):
         asyncio.run(vm.boot())
 
     assert not (tmp_path / "vm").exists()

@@ -24,7 +24,7 @@ from phasewatch.bundle.model import (
 )
 from phasewatch.bundle.rows import encode_rows
 from phasewatch.channels import CHANNELS, ChannelSpec, list_raw_fields
-from phasewatch.errors import VmError
+from phasewatch.errors import VmError, WorkloadError
 from phasewatch.lab.guest_driver import CommandAck
 from phasewatch.lab.plan import RecordingSlot
 from phasewatch.lab.qemu_command import HostShape, describe_shape
@@ -284,7 +284,7 @@ class _EpisodeRun:
         ack = await self._machine.send(verb, *arguments)
         code = await self._machine.wait_finished(ack.id, timeout_s=_PREPARE_TIMEOUT_S)
         if code:
-            raise VmError(f"{self._slot.host_id}: {verb} {' '.join(arguments)}: ended with {code} in the guest")
+            raise WorkloadError(f"{self._slot.host_id}: {verb} {' '.join(arguments)}: ended with {code} in the guest")
 
     def _build_phase_arguments(self, phase: Phase) -> tuple[str, ...]:
         slot = self._slot

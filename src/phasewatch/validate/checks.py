@@ -138,7 +138,11 @@ _CODE_TABLE: tuple[tuple[str, Severity, str], ...] = (
         BundleStatus.DEGRADED,
         "Wall and monotonic clock moved apart by more than 250 ms; the windows across the step are flagged.",
     ),
-    ("contention", BundleStatus.DEGRADED, "The vCPUs waited for a core that other work used for more than a tenth of the time."),
+    (
+        "contention",
+        BundleStatus.DEGRADED,
+        "The vCPUs waited for a core that other work used for more than a tenth of the time.",
+    ),
     (
         "contention-unknown",
         "note",
@@ -311,7 +315,9 @@ def _find_contention(episode: Episode) -> list[BundleFinding]:
     if np.isnan(wait):
         return [build_finding("contention-unknown", "vcpu_wait_ns was not read twice", place=_PROC_FILE)]
     ran = compute_mean_cores(episode, "vcpu_run_ns") * (episode.t_end_ns - episode.t0_ns) / 1e9
-    if compute_mean_cores(episode, "vcpu_wait_ns") == 0 and ran > MIN_RUN_WITHOUT_WAIT_S:  # a kernel that does not count waiting reports 0
+    if (
+        compute_mean_cores(episode, "vcpu_wait_ns") == 0 and ran > MIN_RUN_WITHOUT_WAIT_S
+    ):  # a kernel that does not count waiting reports 0
         words = f"vcpu_wait_ns does not change while the vCPUs run for {ran:.1f} s"
         return [build_finding("contention-unknown", words, place=_PROC_FILE)]
     return []
