@@ -454,30 +454,30 @@ def test_time_stopped_by_the_quota_is_no_contention() -> None:
 
     assert take.throttled_s == pytest.approx(27.0)
     assert take.vcpu_wait == pytest.approx(0.5)
-    assert take.contention == pytest.approx(0.05)
+    assert take.compute_contention(0.5) == pytest.approx(0.05, abs=0.01)
 
 
 def test_episode_without_quota_keeps_its_waiting_time_as_contention() -> None:
     take = record_on(FakeMachine(FakeClock(), wait_cores=0.25))
 
-    assert (take.throttled_s, take.contention) == (None, take.vcpu_wait)
+    assert (take.throttled_s, take.compute_contention(0.0)) == (None, take.vcpu_wait)
+
+
+def shapes_with_quota(cores: float) -> dict[str, HostShape]:
+    return {"pc": shape_of(quota_cores=cores), "q35": shape_of(host_id="q35")}
 
 
 def test_throttled_episode_is_not_recorded_again_and_says_what_its_quota_took(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.make = lambda number, place: FakeMachine(world.clock, wait_cores=0.5, throttled_cores=0.45)
-    summary = world.record(session_of(slot_of(1)))
+    summary = world.record(session_of(slot_of(1)), shapes=shapes_with_quota(0.5))
 
     assert (summary.recorded, summary.crowded) == (1, 0)
     recording = world.episodes()[0].manifest.recording
     assert recording is not None
     assert recording.throttled_s == pytest.approx(27.0)
     assert recording.shape is not None
-    assert (recording.shape["machine"], recording.shape["quota_cores"], recording.image) == ("pc", 0.0, "busybox")
-
-
-def shapes_with_quota(cores: float) -> dict[str, HostShape]:
-    return {"pc": shape_of(quota_cores=cores), "q35": shape_of(host_id="q35")}
+    assert (recording.shape["machine"], recording.shape["quota_cores"], recording.image) == ("pc", 0.5, "busybox")
 
 
 def test_six_vms_with_a_quota_run_at_once_and_are_not_pinned(tmp_path: Path) -> None:

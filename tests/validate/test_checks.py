@@ -114,7 +114,14 @@ def test_vcpus_that_wait_for_more_than_a_tenth_of_a_core_degrade(cores: float, e
 def test_waiting_for_the_own_cpu_quota_is_no_contention(throttled_cores: float, expected: set[str]) -> None:
     whole = episode((("clean", SECONDS),), rates={"vcpu_wait_ns": 0.5e9}, noise=0.0)
     recording = RecordingMetadata(
-        boot_s=1.0, settle_s=1.0, pinning=(), knobs={}, background="", absent={}, throttled_s=throttled_cores * SECONDS
+        boot_s=1.0,
+        settle_s=1.0,
+        pinning=(),
+        knobs={},
+        background="",
+        absent={},
+        shape={"quota_cores": 0.9},
+        throttled_s=throttled_cores * SECONDS,
     )
 
     assert codes(replace_manifest(whole, recording=recording, origin=EpisodeOrigin.RECORDED)) == expected

@@ -95,7 +95,9 @@ if len({shape.host_id for shape in HOST_SHAPES}) != len(HOST_SHAPES) or not all(
 def describe_shape(shape: HostShape) -> dict[str, str | int | float]:
     """Return the facts of a shape for the manifest, by name; a fact without a value is left out."""
     facts: dict[str, str | int | float] = {
-        field.name: getattr(shape, field.name) for field in fields(shape) if field.name not in ("host_id", "about")
+        field.name: getattr(shape, field.name)
+        for field in fields(shape)
+        if field.name not in ("host_id", "about", "accel")
     }
     return {name: value for name, value in facts.items() if value != ""}
 

@@ -329,7 +329,7 @@ class PlanRecorder:
                 except BundleError as exc:
                     must_retry = self._may_retry(slot, exc)
                 else:
-                    must_retry = self._must_repeat(result, slot)
+                    must_retry = self._must_repeat(result, slot, shape)
             elif isinstance(result, VmError):
                 must_retry = self._may_retry(slot, result)
             else:
@@ -352,9 +352,9 @@ class PlanRecorder:
         totals.skipped += episode.skipped
         logger.info("%s", _describe_episode(episode, context, len(data)))
 
-    def _must_repeat(self, episode: RecordedEpisode, slot: RecordingSlot) -> bool:
+    def _must_repeat(self, episode: RecordedEpisode, slot: RecordingSlot, shape: HostShape) -> bool:
         """Count an episode with CPU contention; return whether its slot is recorded once more."""
-        wait = episode.contention
+        wait = episode.compute_contention(shape.quota_cores)
         if wait is None or wait <= MAX_WAIT_CORES:
             return False
         self._totals.crowded += 1
@@ -362,7 +362,7 @@ class PlanRecorder:
             return False
         self._totals.requeued.add(slot.plan_seed)
         logger.warning(
-            "%s: %s: its vCPUs waited %.2f cores' worth of time for a core that other work used; queued once more",
+            "%s: %s: other work took %.2f cores from its vCPUs; queued once more",
             slot.host_id,
             slot.sample_name,
             wait,
@@ -451,7 +451,7 @@ def _describe_round(current: RecordingRound) -> str:
 
 
 def _describe_episode(episode: RecordedEpisode, context: EpisodeContext, n_bytes: int) -> str:
-    slot, wait = context.slot, episode.contention
+    slot, wait = context.slot, episode.compute_contention(context.shape.quota_cores)
     rows = " ".join(f"{source}={log.emitted}" for source, log in episode.logs.items())
     rows += f" ({episode.guest_bad} of the agent's lines refused)" if episode.guest_bad else ""
     return (

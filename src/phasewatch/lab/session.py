@@ -11,8 +11,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from phasewatch._version import __version__
 from phasewatch.bundle.archive import encode_labels, pack_bundle
+from phasewatch.bundle.contention import compute_quota_contention
 from phasewatch.bundle.model import (
     BUNDLE_FORMAT,
     ClockMetadata,
@@ -75,28 +79,44 @@ class RecordedEpisode:
     throttled_s: float | None = None
 
     @property
-    def contention(self) -> float | None:
-        """Mean number of vCPU threads that waited for a core which other work kept busy; None if it was not read.
-
-        The kernel counts the time that a quota stops a thread as waiting, so that time is taken off.
-        """
-        wait, length_ns = self.vcpu_wait, self.marks[-1].t_mono_ns - self.marks[0].t_mono_ns
-        if wait is None or self.throttled_s is None:
-            return wait
-        return max(0.0, wait - self.throttled_s * 1e9 / length_ns)
-
-    @property
     def vcpu_wait(self) -> float | None:
         """Mean number of vCPU threads that waited for a core between first label and end; None if it was not read."""
-        column = N_STAMPS + [spec.field for spec in list_raw_fields(SourceKind.PROC)].index("vcpu_wait_ns")
-        t0_ns, end_ns = self.marks[0].t_mono_ns, self.marks[-1].t_mono_ns
-        rows = self.logs[SourceKind.PROC].rows
-        readings = [(row[1] or 0, row[column] or 0) for row in rows if row[column] is not None]
-        readings = [(t_mono_ns, waited_ns) for t_mono_ns, waited_ns in readings if t0_ns <= t_mono_ns <= end_ns]
+        readings = self._read_cpu_times("vcpu_wait_ns")
         if len(readings) < 2:
             return None
-        (first_ns, first), (last_ns, last) = readings[0], readings[-1]
-        return (last - first) / (last_ns - first_ns)
+        return float(readings[-1, 1] - readings[0, 1]) / float(readings[-1, 0] - readings[0, 0])
+
+    def compute_contention(self, quota_cores: float) -> float | None:
+        """Return the CPU time that other work took from the VM, in cores; None if it was not read.
+
+        Args:
+            quota_cores: Its CPU quota; without one (0), contention is `vcpu_wait`.
+        """
+        if not quota_cores or self.throttled_s is None:
+            return self.vcpu_wait
+        readings = self._read_cpu_times("vcpu_wait_ns", "vcpu_run_ns", "main_run_ns", "aux_run_ns")
+        if len(readings) < 2:
+            return None
+        return compute_quota_contention(
+            readings[:, 0],
+            readings[:, 1],
+            readings[:, 2:].sum(axis=1),
+            quota_cores=quota_cores,
+            throttled_s=self.throttled_s,
+        )
+
+    def _read_cpu_times(self, *fields: str) -> NDArray[np.float64]:
+        """Return the readings of proc between first label and end that have all fields.
+
+        Returns:
+            ``(n, 1 + len(fields))`` float64: monotonic time and the fields, in ns.
+        """
+        names = [spec.field for spec in list_raw_fields(SourceKind.PROC)]
+        columns = [1, *(N_STAMPS + names.index(name) for name in fields)]
+        t0_ns, end_ns = self.marks[0].t_mono_ns, self.marks[-1].t_mono_ns
+        rows = [[row[column] for column in columns] for row in self.logs[SourceKind.PROC].rows]
+        kept = [row for row in rows if None not in row and t0_ns <= (row[0] or 0) <= end_ns]
+        return np.array(kept, dtype=np.float64).reshape(-1, len(columns))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from phasewatch.arrays import IntArray
+from phasewatch.bundle.contention import compute_quota_contention
 from phasewatch.bundle.model import Episode, Manifest
 from phasewatch.bundle.problems import FINDING_CODES, BundleFinding, CheckIssue, FindingSpec, Severity
 from phasewatch.types import HOST_SOURCES, MAX_WAIT_CORES, STALE_NS, BundleStatus, SourceKind
@@ -141,7 +142,7 @@ _CODE_TABLE: tuple[tuple[str, Severity, str], ...] = (
     (
         "contention",
         BundleStatus.DEGRADED,
-        "The vCPUs waited for a core that other work used for more than a tenth of the time.",
+        "Other work kept the vCPUs waiting for a core for more than a tenth of the time.",
     ),
     (
         "contention-unknown",
@@ -296,15 +297,29 @@ def count_lost_rows(manifest: Manifest) -> Mapping[SourceKind, int]:
 
 
 def compute_vcpu_wait_cores(episode: Episode) -> float:
-    """Return the mean time that the vCPU threads waited for a core which other work used, in cores.
+    """Return the mean time that the vCPU threads waited for a core, in cores; NaN without two readings.
 
-    The kernel counts the time that a CPU quota stops a thread as waiting, so that time is taken off. NaN without two
-    readings.
+    Under a CPU quota, waiting counts only as far as other work can have caused it (`bundle.contention`).
     """
-    wait, recording = compute_mean_cores(episode, "vcpu_wait_ns"), episode.manifest.recording
-    if recording is None or recording.throttled_s is None:
-        return wait
-    return float(np.maximum(0.0, wait - recording.throttled_s * 1e9 / (episode.t_end_ns - episode.t0_ns)))
+    fields = ("vcpu_wait_ns", "vcpu_run_ns", "main_run_ns", "aux_run_ns")
+    recording, proc = episode.manifest.recording, episode.rows.get(SourceKind.PROC)
+    quota = (recording.shape or {}).get("quota_cores") if recording is not None else None
+    if recording is None or recording.throttled_s is None or not isinstance(quota, float) or quota <= 0:
+        return compute_mean_cores(episode, "vcpu_wait_ns")
+    if proc is None or not set(fields) <= set(proc.fields):
+        return compute_mean_cores(episode, "vcpu_wait_ns")
+    places = [proc.fields.index(field) for field in fields]
+    inside = (proc.t_wall_ns >= episode.t0_ns) & (proc.t_wall_ns <= episode.t_end_ns)
+    inside &= proc.present[:, places].all(axis=1)
+    order = np.flatnonzero(inside)[np.argsort(proc.t_mono_ns[inside], kind="stable")]
+    wait_ns, *used_ns = (proc.columns[place][order].astype(np.float64) for place in places)
+    return compute_quota_contention(
+        proc.t_mono_ns[order].astype(np.float64),
+        wait_ns,
+        np.sum(used_ns, axis=0),
+        quota_cores=quota,
+        throttled_s=recording.throttled_s,
+    )
 
 
 def _find_contention(episode: Episode) -> list[BundleFinding]:
