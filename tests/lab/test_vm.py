@@ -23,7 +23,7 @@ from phasewatch.lab import process
 from phasewatch.lab.guest_image import GuestImage
 from phasewatch.lab.host import AcceleratorChoice, choose_accelerator, find_kvm_obstacle
 from phasewatch.lab.qemu_command import HostShape, VmPaths, build_qemu_command
-from phasewatch.lab.vm import BOOT_RULES, BootRule, QemuVm, VmSettings, wait_with_notices
+from phasewatch.lab.vm import BOOT_RULES, BootRule, QemuVm, VmSettings, find_boot_rule, wait_with_notices
 from phasewatch.telemetry.base import HostClock
 from phasewatch.types import SourceKind
 
@@ -154,6 +154,12 @@ def image_fields(tmp_path: Path) -> dict[str, object]:
 def test_boot_deadline_doubles_after_every_second_attempt() -> None:
     assert list(BOOT_RULES["microvm"].deadlines_s()) == [15.0, 15.0, 30.0, 30.0, 60.0, 60.0]
     assert list(BootRule(deadline_s=300.0, tries=1).deadlines_s()) == [300.0]
+
+
+def test_vm_with_a_part_of_a_core_may_boot_for_longer() -> None:
+    assert find_boot_rule(shape_of()).deadline_s == 45.0
+    assert find_boot_rule(shape_of(quota_cores=0.25)).deadline_s == 180.0
+    assert find_boot_rule(shape_of(vcpus=2)).deadline_s == 45.0
 
 
 @pytest.mark.parametrize(("accelerator", "sampled"), [("tcg", True), ("kvm", False)])

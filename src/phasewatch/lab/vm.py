@@ -14,7 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +38,7 @@ __all__ = [
     "MachineFacts",
     "QemuVm",
     "VmSettings",
+    "find_boot_rule",
     "read_tsc_khz",
     "wait_with_notices",
 ]
@@ -66,6 +67,15 @@ class BootRule:
 
 # Measured: 2 to 4 s alone, 7 s with a neighbour. A microvm either comes within 5 s or hangs.
 BOOT_RULES = {"microvm": BootRule(deadline_s=15.0, tries=6), "": BootRule(deadline_s=45.0, tries=3)}
+
+
+def find_boot_rule(shape: HostShape) -> BootRule:
+    """Return the deadlines of a shape's boot.
+
+    A VM with a part of a core boots beside as many others as the cores hold, so its deadlines are that much longer.
+    """
+    rule = BOOT_RULES.get(shape.machine.partition(",")[0], BOOT_RULES[""])
+    return replace(rule, deadline_s=round(rule.deadline_s / min(1.0, shape.cores), 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +178,7 @@ class QemuVm:
         Raises:
             BootError: If no attempt succeeds; the message names the failure of each.
         """
-        rule = self._settings.boot or BOOT_RULES.get(self._settings.shape.machine.partition(",")[0], BOOT_RULES[""])
+        rule = self._settings.boot or find_boot_rule(self._settings.shape)
         failures: list[str] = []
         for number, deadline_s in enumerate(rule.deadlines_s(), start=1):
             try:
