@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections import Counter
 from importlib import resources
+from itertools import product
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.factories.vms import shape_of
+from tests.requirements import need_program
 
 from phasewatch.errors import PlanError, UsageError
-from phasewatch.lab.host_distribution import draw_host_shapes, load_host_distribution, parse_host_distribution
+from phasewatch.lab.host_distribution import (
+    DrawnMachine,
+    draw_host_shapes,
+    load_host_distribution,
+    parse_host_distribution,
+)
 from phasewatch.lab.qemu_command import HostShape, VmPaths, build_qemu_command, describe_shape
 from phasewatch.types import HOST_ID_PATTERN
 
@@ -142,3 +150,26 @@ def test_network_card_that_does_not_fit_the_machine_is_refused(machine: str) -> 
 
 def test_drawn_network_card_stands_in_the_command() -> None:
     assert any(part.startswith("vmxnet3,netdev=n0") for part in build_command(shape_of(nic="vmxnet3")))
+
+
+@pytest.mark.vm
+@pytest.mark.parametrize("machine", load_host_distribution().machines, ids=lambda machine: machine.machine)
+def test_qemu_accepts_every_cpu_and_network_card_of_a_machine(tmp_path: Path, machine: DrawnMachine) -> None:
+    need_program(f"qemu-system-{machine.arch}", "qemu-system-x86 qemu-system-arm")
+    need_program("qemu-img", "qemu-utils")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "disk.qcow2", "1M"], check=True)
+    for cpu, nic in [*product(machine.cpus, ["virtio-net"]), *product(machine.cpus[:1], machine.nics)]:
+        command = build_qemu_command(
+            shape_of(machine=machine.machine, arch=machine.arch, cpu=cpu, nic=nic, vcpus=2),
+            accel="tcg",
+            kernel=None,
+            initrd=None,
+            sockets=VmPaths(folder=tmp_path),
+            mac="52:54:00:77:00:02",
+            tsc_khz=None,
+        )
+        done = subprocess.run(
+            [*command, "-S", "-monitor", "stdio"], input="quit\n", capture_output=True, text=True, check=False
+        )
+
+        assert done.returncode == 0, done.stderr

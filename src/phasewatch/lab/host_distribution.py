@@ -17,7 +17,7 @@ from phasewatch.lab.qemu_command import HostShape
 from phasewatch.toml_config import parse_toml
 from phasewatch.types import HOST_ID_PATTERN
 
-__all__ = ["HostDistribution", "draw_host_shapes", "load_host_distribution", "parse_host_distribution"]
+__all__ = ["DrawnMachine", "HostDistribution", "draw_host_shapes", "load_host_distribution", "parse_host_distribution"]
 
 MAX_DRAWN_HOSTS = 100  # two digits in the id
 _MIN_DEBIAN_MEM_MIB = 384  # systemd and a database beside a page cache
@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 _SteppedRange = tuple[float, float, float]  # smallest, largest, step
 
 
-class _DrawnMachine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class DrawnMachine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A machine type, and what it can be combined with."""
 
     machine: Literal["pc", "q35", "microvm", "virt"]
@@ -65,7 +65,7 @@ class HostDistribution(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     iops: tuple[int, ...]
     data_mib: tuple[int, ...]
     ranges: _DrawnRanges
-    machines: tuple[_DrawnMachine, ...]
+    machines: tuple[DrawnMachine, ...]
 
 
 def parse_host_distribution(text: str, *, where: str) -> HostDistribution:
