@@ -77,6 +77,7 @@ IMPURE = {
     "http_server.protocol",
     "inference.onnx_export",
     "lab.campaign",
+    "lab.cgroup",
     "lab.guest_driver",
     "lab.guest_image",
     "lab.host",

@@ -43,13 +43,16 @@ def read_starts(corpus: Path, verdicts: Sequence[BundleVerdict]) -> list[Episode
     for verdict in verdicts:
         if verdict.status in USABLE_STATUSES:
             manifest = unpack_manifest((corpus / verdict.path).read_bytes(), file=verdict.path)
-            boot_s = manifest.recording.boot_s if manifest.recording else None
+            recording = manifest.recording
+            throttled_s = recording.throttled_s if recording else None
             found.append(
                 EpisodeStart(
                     host_id=verdict.host_id,
                     started_s=verdict.started_wall_ns / 1e9,
                     recorder=manifest.host.recorder,
-                    boot_s=boot_s,
+                    boot_s=recording.boot_s if recording else None,
+                    shape=recording.shape if recording else None,
+                    throttled_share=None if throttled_s is None else throttled_s / manifest.duration_s,
                 )
             )
     return found

@@ -87,12 +87,16 @@ class EpisodeStart:
         started_s: Seconds since 1970.
         recorder: ``host.recorder`` of its manifest.
         boot_s: Seconds until the guest's first message; None if nothing was booted.
+        shape: Facts of the host's shape; None in bundles of format version 1.
+        throttled_share: Share of the episode in which the CPU quota stopped the VM; None without a quota.
     """
 
     host_id: str
     started_s: float
     recorder: str
     boot_s: float | None
+    shape: Mapping[str, str | int | float] | None = None
+    throttled_share: float | None = None
 
 
 def _parse_processor(recorder: str) -> str:
@@ -127,6 +131,36 @@ def render_recording_sessions(
         of = [began.strftime("%Y-%m-%d %H:%M"), str(len(sitting)), _parse_processor(sitting[0].recorder)]
         rows.append([*of, *(f"{statistics.median(b):.1f}" if b else "·" for b in boots)])
     return ["from (UTC)", "episodes", "processor", *hosts], rows
+
+
+_SHAPE_COLUMNS = ("image", "machine", "cpu", "vcpus", "mem_mib", "quota_cores", "cache", "iops", "nic", "drawn")
+
+
+def render_shapes(starts: Sequence[EpisodeStart]) -> tuple[list[str], list[list[str]]]:
+    """Render a table's head and rows: the facts of each host's shape; no rows if no manifest has them."""
+    by_host: dict[str, list[EpisodeStart]] = {}
+    for start in starts:
+        if start.shape is not None:
+            by_host.setdefault(start.host_id, []).append(start)
+    rows = []
+    for host, mine in sorted(by_host.items()):
+        shape = mine[0].shape or {}
+        throttled = [start.throttled_share for start in mine if start.throttled_share is not None]
+        facts = [str(shape.get(name, "·")) for name in _SHAPE_COLUMNS]
+        rows.append([host, *facts, f"{statistics.median(throttled):.0%}" if throttled else "·"])
+    return ["host", *(name.replace("_", " ") for name in _SHAPE_COLUMNS), "throttled"], rows
+
+
+def _list_shape_section(starts: Sequence[EpisodeStart]) -> list[str]:
+    head, rows = render_shapes(starts)
+    if not rows:
+        return []
+    return [
+        "### Hosts",
+        "The shape of each host; `drawn` is distribution, seed and number of a drawn one. "
+        "Throttled is the median share of an episode in which the CPU quota stopped the VM.",
+        _render_table(head, rows),
+    ]
 
 
 FOOTPRINT_PLAN = "footprint"
@@ -288,6 +322,7 @@ def render_datasheet(
     parts = [
         f"<!-- of the bundles {digest} -->",
         _render_summary(verdicts),
+        *_list_shape_section(starts),
         "### Roles and hours",
         "Usable hours, and episodes in brackets.",
         _render_table(["role", *hosts, "all"], _build_role_rows(verdicts, hosts)),

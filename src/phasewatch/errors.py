@@ -15,8 +15,11 @@ PhasewatchError
 │   └── SplitError           a split recipe cannot be built from these episodes
 └── MachineError          5  the machine lacks something, or something on it failed
     ├── MissingToolError     a program, package or permission is not there
+    ├── CgroupError          a CPU quota cannot be set or read
     ├── BusyError            another process holds the run or the store
     └── VmError              a virtual machine did not start, hung, died or did not answer
+        ├── BootError            it did not boot in any attempt
+        └── WorkloadError        a workload in it failed, so that its label would have no act
 """
 
 from __future__ import annotations
@@ -25,8 +28,10 @@ import errno
 from collections.abc import Iterable
 
 __all__ = [
+    "BootError",
     "BundleError",
     "BusyError",
+    "CgroupError",
     "DataError",
     "EventError",
     "IdConflictError",
@@ -42,6 +47,7 @@ __all__ = [
     "StoreReplacedError",
     "UsageError",
     "VmError",
+    "WorkloadError",
     "describe_os_error",
     "escape_unprintable",
     "suggest_names",
@@ -191,9 +197,21 @@ class MissingToolError(MachineError):
     """A program, package or permission is missing; the message says how to get it."""
 
 
+class CgroupError(MachineError):
+    """A CPU quota cannot be set or read; the message says what is missing."""
+
+
 class BusyError(MachineError):
     """Another process holds the run or the store."""
 
 
 class VmError(MachineError):
     """A virtual machine did not start, hung, died or did not answer."""
+
+
+class BootError(VmError):
+    """A virtual machine did not boot in any attempt."""
+
+
+class WorkloadError(VmError):
+    """A workload in a virtual machine failed, so that its label would have no act; its episode is recorded again."""

@@ -9,10 +9,12 @@ from tools.datasheet_tables import (
     GENERATED_MARKER,
     AgentFootprint,
     ChannelCost,
+    EpisodeStart,
     PhaseSeparation,
     parse_bundles_digest,
     render_datasheet,
     render_page,
+    render_shapes,
 )
 
 from phasewatch.audit.leakage import LeakageResult
@@ -99,3 +101,31 @@ def test_only_what_stands_below_the_marker_is_replaced() -> None:
 def test_a_page_without_a_marker_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no line"):
         render_page("# By hand\n", "new\n")
+
+
+def start_of(
+    host_id: str, *, throttled: float | None = None, shape: dict[str, str | int | float] | None = None
+) -> EpisodeStart:
+    return EpisodeStart(
+        host_id=host_id, started_s=0.0, recorder="r", boot_s=1.0, shape=shape, throttled_share=throttled
+    )
+
+
+def test_each_drawn_host_is_listed_with_its_facts_and_its_median_throttled_share() -> None:
+    shape = {"machine": "q35", "quota_cores": 0.5, "image": "debian", "drawn": "v2/2/0"}
+    starts = [start_of("v2-00-q35", shape=shape, throttled=share) for share in (0.1, 0.2, 0.6)]
+    head, rows = render_shapes([*starts, start_of("old")])
+
+    (row,) = rows
+    listed = dict(zip(head, row, strict=True))
+    assert (listed["host"], listed["machine"], listed["quota cores"]) == ("v2-00-q35", "q35", "0.5")
+    assert (listed["image"], listed["drawn"], listed["throttled"]) == ("debian", "v2/2/0", "20%")
+
+
+def test_datasheet_of_bundles_without_shapes_has_no_table_of_hosts(verdicts: tuple[BundleVerdict, ...]) -> None:
+    pages = [
+        render_datasheet(verdicts, [], [], None, digest="d", starts=[start_of("a", shape=shape)])
+        for shape in (None, {"machine": "pc"})
+    ]
+
+    assert ["### Hosts" in page for page in pages] == [False, True]

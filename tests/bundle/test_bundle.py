@@ -17,7 +17,7 @@ from tests.factories.small_bundles import M0, MARKS, T0, manifest, members_of, p
 from phasewatch.bundle import limits
 from phasewatch.bundle.archive import encode_labels, pack_bundle, unpack_bundle, unpack_manifest
 from phasewatch.bundle.container import compress_frame, decompress_frame
-from phasewatch.bundle.model import Episode, LabelMark
+from phasewatch.bundle.model import Episode, LabelEvidence, LabelMark, RecordingMetadata
 from phasewatch.bundle.rows import encode_rows
 from phasewatch.channels import list_raw_fields
 from phasewatch.errors import BundleError
@@ -55,6 +55,31 @@ def episodes(draw: st.DrawFn) -> tuple[object, dict[str, bytes]]:
 def float_if(source: SourceKind) -> object:
     kinds = [spec.type for spec in list_raw_fields(source)]
     return lambda i, value: float(value) if kinds[i] == "float" else value
+
+
+def test_what_the_recorder_knows_of_an_episode_reads_back() -> None:
+    recording = RecordingMetadata(
+        boot_s=4.0,
+        settle_s=22.5,
+        pinning=(),
+        knobs={"rate": 2.5},
+        background="",
+        absent={},
+        load=(("web", T0 + 1, T0 + 2), ("backup", T0 + 1, T0 + 9)),
+        routine="pieces",
+        shape={"machine": "q35", "mem_mib": 512, "quota_cores": 0.5},
+        image="debian",
+        twin="compress",
+        evidence=(
+            LabelEvidence(phase=Phase.CLEAN, step="phase clean", ack_id=4, exit_code=None),
+            LabelEvidence(phase=Phase.ARMED, step="phase armed", ack_id=5, exit_code=0),
+        ),
+        throttled_s=1.25,
+    )
+
+    read = unpack_bundle(small_bundle(recording=recording), file="small").manifest.recording
+
+    assert read == recording
 
 
 def same(a: Episode, b: Episode) -> bool:
@@ -134,7 +159,7 @@ def test_every_flipped_bit_is_seen_by_the_reader_or_by_the_receipt() -> None:
             harmless += 1
             assert same(episode, whole), f"bit {bit} of byte {at} changed the content unseen"
 
-    assert harmless <= 16  # spare bits of the entropy coder's tables: the content is the same
+    assert harmless <= 32  # spare bits of the entropy coder's tables: the content is the same
 
 
 def test_every_flipped_bit_of_the_tar_but_for_words_of_the_manifest_is_refused() -> None:

@@ -26,6 +26,7 @@ from tests.factories.small_bundles import (
 from phasewatch.bundle import limits
 from phasewatch.bundle.archive import unpack_bundle, unpack_manifest
 from phasewatch.bundle.container import join_members
+from phasewatch.bundle.model import BUNDLE_FORMAT
 from phasewatch.bundle.problems import FINDING_CODES, find_severity
 from phasewatch.errors import BundleError
 from phasewatch.types import BundleStatus
@@ -41,6 +42,12 @@ def case(code: str, change: Change, name: str, place: str = "") -> object:
 def first_row(change: bytes) -> Change:
     """Write text before the value of the first row's first field."""
     return in_member(PROC, b'"cpu_user_ns":0', b'"cpu_user_ns":' + change)
+
+
+def with_recording(format_name: str = BUNDLE_FORMAT, **keys: object) -> Change:
+    """Set keys of the manifest's `recording`, whatever they hold."""
+    required = {"boot_s": 3.0, "settle_s": 20.0, "pinning": [], "knobs": {}, "background": "", "absent": {}}
+    return with_manifest(format=format_name, recording=required | keys)
 
 
 MEMBER_CASES = [
@@ -128,7 +135,14 @@ MEMBER_CASES = [
     case("manifest-schema", in_manifest(b'"plan_seed":7', b'"plan_seed":"7"'), "text for a number"),
     case("manifest-schema", in_manifest(b'"role":"lab"', b'"role":"home"'), "a role that nobody knows"),
     case("manifest-schema", in_manifest(b'"duration_s":2.0', b'"duration_s":1e999'), "an endless duration"),
-    case("manifest-format", in_manifest(b"episode/1", b"episode/2"), "a later format"),
+    case("manifest-format", in_manifest(b"episode/2", b"episode/9"), "a later format"),
+    case("manifest-schema", with_recording("phasewatch-episode/1", image="busybox"), "a newer key in an older format"),
+    case("manifest-schema", with_recording(shape={"quota_cores": [1]}), "a list as a fact of the host"),
+    case("manifest-schema", with_recording(evidence=[{"phase": "clean"}]), "evidence without its command"),
+    case("manifest-range", with_recording(throttled_s=-0.5), "a negative throttled time"),
+    case("manifest-range", with_recording(load=[["web", T0 + 1, T0 + 1]]), "a load without duration"),
+    case("manifest-range", with_recording(load=[["web", 1, 2]]), "a load that ran in 1970"),
+    case("manifest-string", with_recording(load=[["", T0, T0 + 1]]), "a load without a name"),
     case("manifest-id", with_manifest(episode_id="0199c82c-c000-4000-8000-000000000001"), "a UUID of version 4"),
     case("manifest-id", in_manifest(b'"host_id":"pc-a"', b'"host_id":"../a"'), "a host that climbs out"),
     case("manifest-id", in_manifest(b'"host_id":"pc-a"', b'"host_id":"Pc-a"'), "a host in capitals"),

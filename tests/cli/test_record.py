@@ -15,6 +15,7 @@ from phasewatch import atomic
 from phasewatch.errors import DataError
 from phasewatch.lab import campaign
 from phasewatch.lab.campaign import RecordingOptions
+from phasewatch.lab.recorder import RecordingSummary, SkipCode, SkippedHost
 
 Call = Callable[..., Said]
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-profile.md"
@@ -157,3 +158,39 @@ def test_a_misspelt_key_of_a_plan_names_the_nearest(phasewatch: Call, tmp_path: 
 
     assert done.code == 3
     assert "unknown field `lab_per_hots`; did you mean lab_per_host" in done.err
+
+
+def test_hosts_that_were_skipped_are_named_and_the_exit_code_is_1(
+    phasewatch: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[RecordingOptions] = []
+
+    def skip(*arguments: object, options: RecordingOptions, **more: object) -> RecordingSummary:
+        given.append(options)
+        skipped = SkippedHost(host_id="v2-01-q35", episodes=3, code=SkipCode.NO_QUOTA, reason="record as root")
+        return RecordingSummary(
+            recorded=2,
+            crowded=0,
+            present=0,
+            failed=(),
+            failed_workloads=1,
+            skipped_hosts=(skipped,),
+            episodes_per_hour=41.0,
+            late=0,
+            skipped=0,
+            recorder_cpu_s=1.0,
+            wall_s=2.0,
+        )
+
+    monkeypatch.setattr(campaign, "record_plan", skip)
+    (tmp_path / "p.toml").write_text(
+        'name = "p"\nseed = 1\nlab_per_host = 3\nparallel_vms = 6\n[drawn_hosts]\ncount = 3\nseed = 2\n'
+    )
+    done = phasewatch("record", "--plan", tmp_path / "p.toml", "--out", tmp_path / "s")
+    fewer = phasewatch("record", "--plan", tmp_path / "p.toml", "--out", tmp_path / "s", "--parallel", "4", "--json")
+
+    assert (done.code, fewer.code) == (1, 1)
+    assert "v2-01-q35: 3 episodes skipped (no-cpu-quota): record as root" in done.out
+    assert json.loads(fewer.out)["result"]["skipped_hosts"][0]["code"] == "no-cpu-quota"
+    assert [options.parallel_vms for options in given] == [6, 4]
+    assert [shape.host_id for shape in given[0].shapes] == ["v2-00-q35", "v2-01-q35", "v2-02-q35"]

@@ -76,9 +76,9 @@ def manifest(**changes: object) -> Manifest:
     return msgspec.structs.replace(base, **changes)
 
 
-def small_bundle(level: int = 15) -> bytes:
+def small_bundle(level: int = 15, **changes: object) -> bytes:
     members = {"labels.jsonl": encode_labels(MARKS), "proc.jsonl": encode_rows(SourceKind.PROC, proc_rows())}
-    return pack_bundle(manifest(), members, level=level)
+    return pack_bundle(manifest(**changes), members, level=level)
 
 
 def members_of(data: bytes) -> dict[str, bytes]:

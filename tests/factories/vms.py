@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from phasewatch.channels import list_raw_fields
-from phasewatch.errors import VmError
+from phasewatch.errors import BootError, VmError
 from phasewatch.lab.guest_driver import CommandAck
 from phasewatch.lab.plan import RecordingSession, RecordingSlot
 from phasewatch.lab.qemu_command import HostShape
@@ -149,6 +149,8 @@ class FakeMachine:
         boot_error: Message of the error that `boot` raises.
         dies_at_s: Seconds from boot to the end of QEMU.
         mute: Verbs that are not acknowledged.
+        exit_code: Exit code of every work that ends by itself.
+        throttled_cores: Seconds per second that its quota stops it; None without a quota.
         log: (second, command) of each command.
     """
 
@@ -158,6 +160,8 @@ class FakeMachine:
     dies_at_s: float | None = None
     mute: tuple[str, ...] = ()
     wait_cores: float = 0.0
+    throttled_cores: float | None = None
+    exit_code: int = 0
     log: list[tuple[float, str]] = field(default_factory=list)
     stops: int = 0
     opened: list[FakeSource] = field(default_factory=list)
@@ -166,7 +170,7 @@ class FakeMachine:
     async def boot(self) -> MachineFacts:
         await self.clock.sleep_until(self.clock.now_ns + 3_000_000_000)
         if self.boot_error:
-            raise VmError(self.boot_error)
+            raise BootError(self.boot_error)
         return MachineFacts(
             boot_s=3.0,
             booted_mono_ns=self.clock.now_ns,
@@ -192,7 +196,7 @@ class FakeMachine:
         at_ns, (verb, *arguments) = self._commands[number]
         after_s = self.ends_after_s.get(arguments[0], 1e6) if verb == "phase" else 2.0
         await self.clock.sleep_until(at_ns + round(after_s * 1e9))
-        return 0
+        return self.exit_code
 
     def sources(self) -> tuple[FakeSource, ...]:
         self.opened = [
@@ -203,6 +207,9 @@ class FakeMachine:
 
     def build_agent_reader(self, log: RowLog) -> FakeReader:
         return FakeReader(log)
+
+    def read_throttled_s(self) -> float | None:
+        return None if self.throttled_cores is None else self.throttled_cores * self.clock.now_ns / 1e9
 
     async def wait_exited(self) -> None:
         until_s = 1e7 if self.dies_at_s is None else self.dies_at_s

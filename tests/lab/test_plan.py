@@ -21,6 +21,7 @@ from phasewatch.lab.plan import (
     compute_slot_seed,
     compute_window_phases,
     estimate_elapsed_time_f1,
+    list_plan_hosts,
     parse_plan,
 )
 from phasewatch.lab.plans import list_plans, read_plan
@@ -336,3 +337,51 @@ def test_plan_may_have_no_lab_episodes() -> None:
     plan = parse_plan(SMALL.replace("lab_per_host = 8", "lab_per_host = 0"), where="p.toml")
 
     assert {slot.role for slot in slots(of=build_sessions(plan))} == {EpisodeRole.COMMISSION, EpisodeRole.SOAK}
+
+
+# ── Drawn hosts ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+DRAWN = SMALL.partition("[[hosts]]")[0] + "parallel_vms = 6\n[drawn_hosts]\ncount = 4\nseed = 2\n"
+
+
+def test_a_plan_of_drawn_hosts_records_every_one_of_them() -> None:
+    plan = parse_plan(DRAWN, where="drawn")
+    ids = [shape.host_id for shape, _ in list_plan_hosts(plan)]
+
+    assert ids == ["v2-00-q35", "v2-01-q35", "v2-02-q35", "v2-03-microvm"]
+    counts = Counter(slot.host_id for slot in slots(EpisodeRole.LAB, of=build_sessions(plan)))
+    assert counts == dict.fromkeys(ids, 8)
+
+
+def test_chosen_and_drawn_hosts_stand_in_one_plan() -> None:
+    plan = parse_plan(DRAWN + '[[hosts]]\nhost_id = "pc"\n', where="both")
+
+    assert [shape.host_id for shape, _ in list_plan_hosts(plan)][:2] == ["pc", "v2-00-q35"]
+
+
+def test_more_drawn_hosts_change_no_episode_of_the_others() -> None:
+    more = slots(of=build_sessions(parse_plan(DRAWN.replace("count = 4", "count = 8"), where="drawn")))
+    seeds = {(slot.host_id, slot.index): slot.plan_seed for slot in more}
+
+    for slot in slots(of=build_sessions(parse_plan(DRAWN, where="drawn"))):
+        assert seeds[slot.host_id, slot.index] == slot.plan_seed
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("parallel_vms = 6", "parallel_vms = 7", "parallel_vms: 7, expected 1 to 6"),
+        ("parallel_vms = 6", "parallel_vms = 0", "parallel_vms: 0"),
+        ("parallel_vms = 6", "session_cores = 0.0", "session_cores: 0"),
+        ("count = 4", "count = 0", "drawn_hosts: count 0"),
+        ("seed = 2", "seed = -2", "drawn_hosts: seed -2"),
+        ("seed = 2", 'seed = 2\nprofiles = ["benign"]', "v2-00-q35: expected malicious profiles"),
+        ("seed = 2", 'seed = 2\nprofiles = ["cryptomin"]', "cryptomin"),
+        ("[drawn_hosts]\ncount = 4\nseed = 2\n", "", "hosts: expected at least one"),
+    ],
+)
+def test_plan_of_drawn_hosts_with_a_wrong_value_is_refused(old: str, new: str, says: str) -> None:
+    assert old in DRAWN
+
+    with pytest.raises(PlanError, match=says):
+        parse_plan(DRAWN.replace(old, new), where="drawn")

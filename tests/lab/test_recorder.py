@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import resource
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.factories.vms import (
@@ -21,14 +23,16 @@ from tests.factories.vms import (
 
 from phasewatch import atomic
 from phasewatch.bundle.archive import unpack_bundle
-from phasewatch.bundle.model import Episode
+from phasewatch.bundle.model import Episode, LabelEvidence
 from phasewatch.channels import CHANNELS
-from phasewatch.errors import BusyError, MachineError, UsageError, VmError
+from phasewatch.errors import BootError, BusyError, CgroupError, MachineError, UsageError, VmError, WorkloadError
 from phasewatch.lab import campaign, recorder
-from phasewatch.lab.campaign import RecordingOptions, record_plan
+from phasewatch.lab.campaign import QemuFactory, RecordingOptions, record_plan
+from phasewatch.lab.cgroup import CpuController
 from phasewatch.lab.host import CpuUsage, parse_busy_cpu_s, wait_until_idle
 from phasewatch.lab.plan import RecordingSession
-from phasewatch.lab.recorder import PlanRecorder, RecordingSummary
+from phasewatch.lab.qemu_command import HostShape
+from phasewatch.lab.recorder import PlanRecorder, RecordingSummary, SkipCode
 from phasewatch.lab.session import LEAD_IN_S, RecordedEpisode, run_episode
 from phasewatch.store.local import DiskStore
 from phasewatch.telemetry.base import RowLog
@@ -138,6 +142,16 @@ def test_failing_vm_is_stopped_and_reported(machine: FakeMachine, says: str) -> 
     assert not any(source.is_open for source in machine.opened)
 
 
+def test_preparation_that_fails_in_the_guest_is_a_failed_workload() -> None:
+    with pytest.raises(WorkloadError, match="warmup : ended with 3 in the guest"):
+        record_on(FakeMachine(FakeClock(), exit_code=3))
+
+
+def test_vm_that_does_not_boot_is_told_from_one_that_fails_later() -> None:
+    with pytest.raises(BootError, match="no word from the guest"):
+        record_on(FakeMachine(FakeClock(), boot_error="no word from the guest"))
+
+
 def test_stop_completes_although_the_recording_is_cancelled() -> None:
     class Slow(FakeMachine):
         async def stop(self) -> None:
@@ -175,23 +189,33 @@ class World:
         self.store = DiskStore(tmp_path / "store")
         self.make = make or (lambda number, place: FakeMachine(self.clock))
         self.cores: list[tuple[int, ...]] = []
+        self.shape = ""
 
-    def machine(self, shape: object, place: int, cores: tuple[int, ...]) -> FakeMachine:
+    def machine(self, shape: HostShape, place: int, cores: tuple[int, ...]) -> FakeMachine:
+        self.shape = shape.host_id
         self.cores.append(cores)
         self.made += 1
         machine = self.make(self.made, place)
         machine.clock = self.clock
         return machine
 
-    def record(self, *sessions: RecordingSession, vcpus: int = 1, room: tuple[Path, ...] = ()) -> RecordingSummary:
+    def record(
+        self,
+        *sessions: RecordingSession,
+        vcpus: int = 1,
+        room: tuple[Path, ...] = (),
+        shapes: dict[str, HostShape] | None = None,
+        vms: int = 2,
+    ) -> RecordingSummary:
         work = PlanRecorder(
             store=self.store,
-            shapes={host: shape_of(host_id=host, vcpus=vcpus) for host in ("pc", "q35")},
+            shapes=shapes or {host: shape_of(host_id=host, vcpus=vcpus) for host in ("pc", "q35")},
             machines=self.machine,
             clock=self.clock,
             progress=self.progress,
             idle_wait_s=0.0,
             cores=(0, 1),
+            vms=vms,
             disk_folders=room,
         )
         return self.clock.run(work.record(sessions))
@@ -364,7 +388,7 @@ def test_progress_names_the_session_and_the_time_left(tmp_path: Path) -> None:
 
     assert world.progress.lines == [
         "[0/2] pc: cryptomine/throttled; 4 min left",
-        "[1/2] pc: cryptomine/throttled; 2 min left",
+        "[1/2] pc: cryptomine/throttled; 2 min left at 34 episodes an hour",
         "[2/2] ",
     ]
 
@@ -420,6 +444,151 @@ def test_cancelled_recording_stops_its_vms_and_writes_nothing(tmp_path: Path) ->
 
     assert [machine.stops for machine in machines] == [1, 1]
     assert not world.store.path.exists()
+
+
+# --- CPU quotas -----------------------------------------------------------------------------------------------------
+
+
+def test_time_stopped_by_the_quota_is_no_contention() -> None:
+    take = record_on(FakeMachine(FakeClock(), wait_cores=0.5, throttled_cores=0.45))
+
+    assert take.throttled_s == pytest.approx(27.0)
+    assert take.vcpu_wait == pytest.approx(0.5)
+    assert take.compute_contention(0.5) == pytest.approx(0.05, abs=0.01)
+
+
+def test_episode_without_quota_keeps_its_waiting_time_as_contention() -> None:
+    take = record_on(FakeMachine(FakeClock(), wait_cores=0.25))
+
+    assert (take.throttled_s, take.compute_contention(0.0)) == (None, take.vcpu_wait)
+
+
+def shapes_with_quota(cores: float) -> dict[str, HostShape]:
+    return {"pc": shape_of(quota_cores=cores), "q35": shape_of(host_id="q35")}
+
+
+def test_throttled_episode_is_not_recorded_again_and_says_what_its_quota_took(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.make = lambda number, place: FakeMachine(world.clock, wait_cores=0.5, throttled_cores=0.45)
+    summary = world.record(session_of(slot_of(1)), shapes=shapes_with_quota(0.5))
+
+    assert (summary.recorded, summary.crowded) == (1, 0)
+    recording = world.episodes()[0].manifest.recording
+    assert recording is not None
+    assert recording.throttled_s == pytest.approx(27.0)
+    assert recording.shape is not None
+    assert (recording.shape["machine"], recording.shape["quota_cores"], recording.image) == ("pc", 0.5, "busybox")
+
+
+def test_six_vms_with_a_quota_run_at_once_and_are_not_pinned(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    summary = world.record(session_of(*(slot_of(seed) for seed in range(1, 7))), shapes=shapes_with_quota(0.25), vms=6)
+
+    assert (summary.recorded, world.cores) == (6, [()] * 6)
+    assert {len(episode.manifest.neighbours) for episode in world.episodes()} == {5}
+
+
+def test_session_that_does_not_fit_is_recorded_in_parts_of_one_session(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.record(session_of(*(slot_of(seed) for seed in range(1, 5))), shapes=shapes_with_quota(0.8), vms=6)
+
+    manifests = [episode.manifest for episode in world.episodes()]
+    assert {(m.session, len(m.neighbours)) for m in manifests} == {("s1", 1)}
+    assert len(manifests) == 4
+
+
+# --- what fails -----------------------------------------------------------------------------------------------------
+
+
+def test_host_that_never_boots_is_given_up_and_the_others_are_recorded(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    dead = [session_of(slot_of(seed), name=f"pc-{seed}") for seed in range(1, 6)]
+    alive = session_of(slot_of(9, host_id="q35"), name="q35")
+
+    def make(number: int, place: int) -> FakeMachine:
+        return FakeMachine(world.clock, boot_error="no word from the guest" if world.shape == "pc" else "")
+
+    world.make = make
+    summary = world.record(*dead, alive)
+
+    (skipped,) = summary.skipped_hosts
+    assert (summary.recorded, skipped.host_id, skipped.code) == (1, "pc", SkipCode.NO_BOOT)
+    assert skipped.episodes == 5
+    assert "no word from the guest" in skipped.reason
+
+
+def test_host_that_boots_now_and_then_is_not_given_up(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.make = lambda number, place: FakeMachine(world.clock, boot_error="" if number in (3, 5) else "no word")
+    summary = world.record(session_of(slot_of(1), name="s1"), session_of(slot_of(2), name="s2"))
+
+    assert (summary.recorded, summary.skipped_hosts, summary.failed) == (2, (), ())
+
+
+def test_slot_whose_workload_failed_is_discarded_and_played_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path)
+    codes = iter((1, 0))
+
+    async def play(*arguments: Any) -> RecordedEpisode:
+        take = await run_episode(*arguments)
+        evidence = LabelEvidence(phase=Phase.ACTIVE, step="phase active", ack_id=9, exit_code=next(codes))
+        return replace(take, evidence=(evidence,))
+
+    monkeypatch.setattr(recorder, "run_episode", play)
+    summary = world.record(session_of(slot_of(1)))
+
+    assert (summary.recorded, summary.failed_workloads, summary.failed) == (1, 1, ())
+    assert len(world.episodes()) == 1
+
+
+def test_slot_whose_workload_always_fails_is_given_up_with_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*arguments: Any) -> RecordedEpisode:
+        raise WorkloadError("pc: phase active: ended with exit code 3 in the guest")
+
+    monkeypatch.setattr(recorder, "run_episode", fail)
+    summary = World(tmp_path).record(session_of(slot_of(1)))
+
+    assert (summary.recorded, summary.failed_workloads) == (0, 3)
+    assert summary.failed == (
+        "pc: cryptomine/throttled (seed 1): pc: phase active: ended with exit code 3 in the guest",
+    )
+
+
+def refuse_quotas() -> CpuController:
+    raise CgroupError("no CPU quota can be set; record as root")
+
+
+def test_a_shape_without_cgroup_rights_is_skipped_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[str] = []
+    monkeypatch.setattr(QemuFactory, "prepare", lambda self, shape: prepared.append(shape.host_id))
+    limited, free = shape_of(host_id="limited", quota_cores=0.5), shape_of(host_id="free")
+    sessions = [session_of(slot_of(1, host_id="limited"), slot_of(2, host_id="limited"))]
+    options = RecordingOptions(cache=tmp_path, shapes=(limited, free), open_controller=refuse_quotas)
+    summary = record_plan(sessions, store=tmp_path / "store", options=options)
+
+    (skipped,) = summary.skipped_hosts
+    assert (skipped.host_id, skipped.episodes, skipped.code) == ("limited", 2, SkipCode.NO_QUOTA)
+    assert "record as root" in skipped.reason
+    assert (summary.recorded, prepared) == (0, [])
+
+
+def test_hosts_are_skipped_if_their_debian_image_cannot_be_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: QemuFactory, shape: HostShape) -> None:
+        raise MachineError("debootstrap: no network; check the mirror")
+
+    monkeypatch.setattr(QemuFactory, "prepare", refuse)
+    shape = shape_of(host_id="deb", image="debian")
+    options = RecordingOptions(cache=tmp_path, shapes=(shape,))
+    summary = record_plan([session_of(slot_of(1, host_id="deb"))], store=tmp_path / "store", options=options)
+
+    (skipped,) = summary.skipped_hosts
+    assert (skipped.code, skipped.reason) == (SkipCode.NO_IMAGE, "debootstrap: no network; check the mirror")
 
 
 # --- an idle machine ------------------------------------------------------------------------------------------------

@@ -8,12 +8,21 @@ from typing import Any
 import pytest
 from tests.factories.vms import session_of, shape_of, slot_of
 
-from phasewatch.lab.plan import build_sessions
+from phasewatch.lab.plan import build_sessions, list_plan_hosts, parse_plan
 from phasewatch.lab.plans import read_plan
-from phasewatch.lab.qemu_command import HOST_SHAPES
+from phasewatch.lab.qemu_command import HOST_SHAPES, HostShape
 from phasewatch.lab.recorder import PendingSession, estimate_round_s, iterate_rounds, pop_round
 from phasewatch.types import EpisodeRole
 
+DRAWN = """
+name = "drawn"
+seed = 1
+parallel_vms = 6
+lab_per_host = 24
+[drawn_hosts]
+count = 16
+seed = 2
+"""
 SHAPES = {host_id: shape_of(host_id=host_id, vcpus=2 if host_id == "smp2" else 1) for host_id in ("pc", "q35", "smp2")}
 
 
@@ -77,3 +86,63 @@ def test_rounds_cover_the_whole_plan_and_use_at_most_two_cores() -> None:
         assert sum(shapes[slot.host_id].vcpus for slot in slots) <= 2
         assert len({slot.role for slot in slots}) == 1
     assert Counter(len(one) for one in taken if one[0][1][0].role is EpisodeRole.SOAK) == {2: 10, 1: 4}
+
+
+# --- CPU quotas -----------------------------------------------------------------------------------------------------
+
+
+def quota(host_id: str, cores: float, **changes: Any) -> dict[str, HostShape]:
+    return {host_id: shape_of(host_id=host_id, quota_cores=cores, **changes)}
+
+
+def lab(host_id: str, count: int) -> PendingSession:
+    slots = tuple(slot_of(seed, host_id=host_id) for seed in range(count))
+    return session_of(*slots, name=host_id), slots
+
+
+def take_sizes(pending: PendingSession, shapes: dict[str, HostShape], *, cores: int = 2, vms: int = 6) -> list[int]:
+    return [len(one[0][1]) for one in iterate_rounds(deque([pending]), shapes, cores, vms)]
+
+
+@pytest.mark.parametrize(
+    ("cores", "sizes"), [(0.25, [6]), (0.33, [6]), (0.4, [3, 3]), (0.5, [3, 3]), (0.7, [2, 2, 2]), (1.0, [2, 2, 2])]
+)
+def test_session_is_split_into_even_rounds_whose_quotas_fit_the_cores(cores: float, sizes: list[int]) -> None:
+    assert take_sizes(lab("a", 6), quota("a", cores)) == sizes
+
+
+def test_quota_above_the_machine_runs_one_vm_at_a_time() -> None:
+    assert take_sizes(lab("a", 2), quota("a", 1.5), cores=1) == [1, 1]
+
+
+def test_fewer_vms_at_a_time_split_a_session_further() -> None:
+    assert take_sizes(lab("a", 6), quota("a", 0.25), vms=2) == [2, 2, 2]
+
+
+def test_rest_of_a_split_session_comes_next_and_keeps_its_name() -> None:
+    queue = deque([lab("a", 3), lab("b", 1)])
+    shapes = quota("a", 1.0) | quota("b", 1.0)
+
+    assert [names(one) for one in iterate_rounds(queue, shapes, 2, 6)] == [["a"], ["a"], ["b"]]
+
+
+def test_soak_episodes_of_several_hosts_fill_the_cores_with_their_quotas() -> None:
+    shapes = quota("a", 0.5) | quota("b", 0.8) | quota("c", 0.9) | quota("d", 0.7)
+    queue = deque([lone(host_id) for host_id in "abcd"])
+
+    assert [names(one) for one in iterate_rounds(queue, shapes, 2, 6)] == [["a-1", "b-1", "d-1"], ["c-1"]]
+
+
+def test_every_session_of_a_drawn_plan_fits_two_cores() -> None:
+    plan = parse_plan(DRAWN, where="drawn")
+    shapes = {shape.host_id: shape for shape, _ in list_plan_hosts(plan)}
+    sessions = build_sessions(plan)
+
+    for session in sessions:
+        assert sum(shapes[slot.host_id].cores for slot in session.slots) <= 2
+        assert len(session.slots) <= 6
+        assert len({slot.group for slot in session.slots}) == 1
+    sizes = [len(session.slots) for session in sessions if session.slots[0].role is EpisodeRole.LAB]
+    assert max(sizes) > 2
+    taken = [slots for one in iterate_rounds(deque((s, s.slots) for s in sessions), shapes, 2, 6) for _, slots in one]
+    assert sum(map(len, taken)) == sum(len(session.slots) for session in sessions)

@@ -18,12 +18,12 @@ from tests.factories.monitors import FakeMonitor
 from tests.factories.vms import shape_of
 from tests.requirements import need_program
 
-from phasewatch.errors import UsageError, VmError
+from phasewatch.errors import BootError, UsageError
 from phasewatch.lab import process
 from phasewatch.lab.guest_image import GuestImage
 from phasewatch.lab.host import AcceleratorChoice, choose_accelerator, find_kvm_obstacle
 from phasewatch.lab.qemu_command import HostShape, VmPaths, build_qemu_command
-from phasewatch.lab.vm import BOOT_RULES, BootRule, QemuVm, VmSettings, wait_with_notices
+from phasewatch.lab.vm import BOOT_RULES, BootRule, QemuVm, VmSettings, find_boot_rule, wait_with_notices
 from phasewatch.telemetry.base import HostClock
 from phasewatch.types import SourceKind
 
@@ -156,6 +156,12 @@ def test_boot_deadline_doubles_after_every_second_attempt() -> None:
     assert list(BootRule(deadline_s=300.0, tries=1).deadlines_s()) == [300.0]
 
 
+def test_vm_with_a_part_of_a_core_may_boot_for_longer() -> None:
+    assert find_boot_rule(shape_of()).deadline_s == 45.0
+    assert find_boot_rule(shape_of(quota_cores=0.25)).deadline_s == 180.0
+    assert find_boot_rule(shape_of(vcpus=2)).deadline_s == 45.0
+
+
 @pytest.mark.parametrize(("accelerator", "sampled"), [("tcg", True), ("kvm", False)])
 def test_registers_are_sampled_only_under_tcg(tmp_path: Path, accelerator: str, sampled: bool) -> None:
     need_program("qemu-img", "qemu-utils")
@@ -178,7 +184,7 @@ def test_failed_start_is_explained_and_leaves_nothing(tmp_path: Path) -> None:
     need_program("qemu-system-x86_64", "qemu-system-x86")
     vm = QemuVm(start_of(tmp_path))
 
-    with pytest.raises(VmError, match=r"did not boot in 3 tries; try 1: QEMU ended with 1: .*absent"):
+    with pytest.raises(BootError, match=r"did not boot in 3 tries; try 1: QEMU ended with 1: .*absent"):
         asyncio.run(vm.boot())
 
     assert not (tmp_path / "vm").exists()

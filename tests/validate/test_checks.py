@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tests.factories.bundles import T0, S, bare, episode, replace_manifest, rows, with_rows
 
-from phasewatch.bundle.model import Episode, SourceRows
+from phasewatch.bundle.model import Episode, RecordingMetadata, SourceRows
 from phasewatch.bundle.problems import FINDING_CODES, BundleFinding
-from phasewatch.types import BundleStatus, SourceKind
+from phasewatch.types import BundleStatus, EpisodeOrigin, SourceKind
 from phasewatch.validate import checks
 
 SECONDS = 40.0
@@ -108,6 +108,23 @@ def test_vcpus_that_wait_for_more_than_a_tenth_of_a_core_degrade(cores: float, e
     whole = episode((("clean", SECONDS),), rates={"vcpu_wait_ns": cores * 1e9}, noise=0.0)
 
     assert codes(whole) == expected
+
+
+@pytest.mark.parametrize(("throttled_cores", "expected"), [(0.0, {"contention"}), (0.45, set()), (0.9, set())])
+def test_waiting_for_the_own_cpu_quota_is_no_contention(throttled_cores: float, expected: set[str]) -> None:
+    whole = episode((("clean", SECONDS),), rates={"vcpu_wait_ns": 0.5e9}, noise=0.0)
+    recording = RecordingMetadata(
+        boot_s=1.0,
+        settle_s=1.0,
+        pinning=(),
+        knobs={},
+        background="",
+        absent={},
+        shape={"quota_cores": 0.9},
+        throttled_s=throttled_cores * SECONDS,
+    )
+
+    assert codes(replace_manifest(whole, recording=recording, origin=EpisodeOrigin.RECORDED)) == expected
 
 
 def test_a_wait_that_no_64_bits_hold_is_contention_and_not_a_number_that_wrapped() -> None:

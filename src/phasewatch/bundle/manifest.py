@@ -11,7 +11,7 @@ import msgspec
 
 from phasewatch.bundle import limits
 from phasewatch.bundle.container import LABELS_FILE, MANIFEST_FILE, MEMBER_FILES, find_member_source
-from phasewatch.bundle.model import BUNDLE_FORMAT, Manifest
+from phasewatch.bundle.model import BUNDLE_FORMAT, KNOWN_BUNDLE_FORMATS, RECORDING_KEYS_2, Manifest, RecordingMetadata
 from phasewatch.bundle.problems import parse_strict_json
 from phasewatch.channels import list_raw_fields
 from phasewatch.errors import BundleError
@@ -48,8 +48,8 @@ def decode_manifest(data: bytes, *, file: str) -> Manifest:
         code = "manifest-key-twice" if exc.code == "key-twice" else "manifest-json"
         raise refuse(code, exc.words) from None
     name = plain.get("format") if isinstance(plain, dict) else None
-    if isinstance(name, str) and name != BUNDLE_FORMAT:
-        raise refuse("manifest-format", f"the format is {name[:60]!r}; this reader knows {BUNDLE_FORMAT!r}")
+    if isinstance(name, str) and name not in KNOWN_BUNDLE_FORMATS:
+        raise refuse("manifest-format", _describe_unknown_format(name))
     try:
         return _DECODER.decode(data)
     except (msgspec.DecodeError, RecursionError, OverflowError) as exc:
@@ -71,8 +71,8 @@ def check_manifest(manifest: Manifest, *, file: str) -> None:
 
 
 def _find_violations(m: Manifest) -> Iterator[tuple[str, str]]:
-    if m.format != BUNDLE_FORMAT:
-        yield "manifest-format", f"the format is {m.format[:60]!r}; this reader knows {BUNDLE_FORMAT!r}"
+    if m.format not in KNOWN_BUNDLE_FORMATS:
+        yield "manifest-format", _describe_unknown_format(m.format)
     if bad := _find_bad_value(msgspec.to_builtins(m), ""):
         yield bad
     if not EPISODE_ID_PATTERN.fullmatch(m.episode_id):
@@ -85,6 +85,12 @@ def _find_violations(m: Manifest) -> Iterator[tuple[str, str]]:
     yield from _find_range_violations(m)
     yield from _find_source_violations(m)
     yield from _find_clock_violations(m)
+    if m.recording is not None:
+        yield from _find_recording_violations(m.recording, m.format)
+
+
+def _describe_unknown_format(name: str) -> str:
+    return f"the format is {name[:60]!r}; this reader knows {' and '.join(KNOWN_BUNDLE_FORMATS)}"
 
 
 def _find_bad_value(value: Any, key: str) -> tuple[str, str] | None:
@@ -128,8 +134,21 @@ def _find_range_violations(m: Manifest) -> Iterator[tuple[str, str]]:
         yield "manifest-range", "a planned phase has a negative length"
     if len(set(m.channels_available)) != len(m.channels_available):
         yield "manifest-range", "channels_available names a channel twice"
-    if m.recording is not None and (m.recording.boot_s < 0 or m.recording.settle_s < 0):
+
+
+def _find_recording_violations(recording: RecordingMetadata, format_name: str) -> Iterator[tuple[str, str]]:
+    if recording.boot_s < 0 or recording.settle_s < 0:
         yield "manifest-range", "boot_s or settle_s is negative"
+    if recording.throttled_s is not None and recording.throttled_s < 0:
+        yield "manifest-range", "throttled_s is negative"
+    for kind, start_ns, end_ns in recording.load:
+        if not limits.MIN_STAMP_NS <= start_ns < end_ns <= limits.MAX_STAMP_NS:
+            yield "manifest-range", f"the load {kind} does not end after it starts, by Unix time in nanoseconds"
+    if format_name != BUNDLE_FORMAT:
+        given = msgspec.to_builtins(recording)
+        for key in RECORDING_KEYS_2:
+            if key in given:
+                yield "manifest-schema", f"recording has {key}, which {format_name} does not know"
 
 
 def _find_source_violations(m: Manifest) -> Iterator[tuple[str, str]]:

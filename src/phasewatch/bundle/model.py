@@ -13,17 +13,21 @@ from phasewatch.types import BIN_NS, ClockBase, EpisodeOrigin, EpisodeRole, Phas
 
 __all__ = [
     "BUNDLE_FORMAT",
+    "KNOWN_BUNDLE_FORMATS",
+    "RECORDING_KEYS_2",
     "BundleMember",
     "ClockMetadata",
     "Episode",
     "HostMetadata",
+    "LabelEvidence",
     "LabelMark",
     "Manifest",
     "RecordingMetadata",
     "SourceRows",
 ]
 
-BUNDLE_FORMAT = "phasewatch-episode/1"
+BUNDLE_FORMAT = "phasewatch-episode/2"  # what is written
+KNOWN_BUNDLE_FORMATS = ("phasewatch-episode/1", BUNDLE_FORMAT)  # what is read; version 1 lacks `RECORDING_KEYS_2`
 
 
 class HostMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -63,7 +67,23 @@ class BundleMember(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     rows: int
 
 
-class RecordingMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class LabelEvidence(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the guest answered to the command that began a label.
+
+    Attributes:
+        phase: Phase of the label.
+        step: The command as it was sent, without its knobs.
+        ack_id: Number of the command that the guest acknowledged.
+        exit_code: Exit status of its work; null if the work was still running when the label ended.
+    """
+
+    phase: Phase
+    step: str
+    ack_id: int
+    exit_code: int | None
+
+
+class RecordingMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """How the recorder ran an episode; none of it is a feature.
 
     Attributes:
@@ -71,8 +91,15 @@ class RecordingMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         settle_s: Time from there to the first label.
         pinning: Core of each vCPU; empty if they are not pinned.
         knobs: Intensities that were drawn for the episode.
-        background: Benign load that ran beside the profile; empty without one.
+        background: Benign load that ran beside the profile during the whole episode; empty without one.
         absent: Reason by channel that this host does not have.
+        load: (kind, start, end) of every benign load that ran, in the order of their starts; Unix time in ns.
+        routine: Infection routine of the sample; null without one.
+        shape: The drawn facts of the host, `quota_cores` among them; null in bundles of format version 1.
+        image: Guest image, `busybox` or `debian`; empty if it is not known.
+        twin: Benign kind that was declared to do the same as the sample; null without one.
+        evidence: Evidence of each label, in their order; empty if none was kept.
+        throttled_s: Time between first label and end that the CPU quota kept the VM from running; null without a quota.
     """
 
     boot_s: float
@@ -81,6 +108,16 @@ class RecordingMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     knobs: dict[str, float]
     background: str
     absent: dict[str, str]
+    load: tuple[tuple[str, int, int], ...] = ()
+    routine: str | None = None
+    shape: dict[str, str | int | float] | None = None
+    image: str = ""
+    twin: str | None = None
+    evidence: tuple[LabelEvidence, ...] = ()
+    throttled_s: float | None = None
+
+
+RECORDING_KEYS_2 = ("load", "routine", "shape", "image", "twin", "evidence", "throttled_s")  # since format version 2
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -106,7 +106,7 @@ member-rows            A member's number of lines differs from the manifest's.
 manifest-json          The manifest is not JSON, or not text.
 manifest-key-twice     A key of the manifest is repeated in one object.
 manifest-schema        A key of the manifest is unknown, missing or of the wrong type.
-manifest-format        The manifest names another format than phasewatch-episode/1.
+manifest-format        The manifest names a format that this reader does not know.
 manifest-id            An id in the manifest is malformed.
 manifest-string        A string is empty where it must not be, too long, or not printable ASCII.
 manifest-range         A number of the manifest is outside its range, or a list too long.

@@ -22,9 +22,16 @@ from phasewatch.lab.custom_workload import (
     parse_workload,
     read_custom_machine,
 )
-from phasewatch.lab.plan import PlanSpec, RecordingSession, build_sessions, check_elapsed_time, select_sessions
+from phasewatch.lab.plan import (
+    MAX_PARALLEL_VMS,
+    PlanSpec,
+    RecordingSession,
+    build_sessions,
+    check_elapsed_time,
+    list_plan_hosts,
+    select_sessions,
+)
 from phasewatch.lab.plans import read_plan
-from phasewatch.lab.qemu_command import HOST_SHAPES
 from phasewatch.naming import make_profile_name
 from phasewatch.profiles import EPISODE_RANGE_S
 from phasewatch.simulate import SimulationSettings
@@ -68,6 +75,9 @@ def record(
     idle_wait: Annotated[
         float, typer.Option(min=0, help="Seconds to wait for an idle machine before a session.")
     ] = 600.0,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, max=MAX_PARALLEL_VMS, help="VMs at a time; default: as the plan says.")
+    ] = None,
     accel: Annotated[str, typer.Option(help="Require kvm or tcg; default: KVM where it works.")] = "",
     as_json: AsJson = False,
 ) -> None:
@@ -105,20 +115,27 @@ def record(
             store=out,
             options=campaign.RecordingOptions(
                 cache=campaign.default_cache(),
-                shapes=(own.shape,) if own else HOST_SHAPES,
+                shapes=(own.shape,) if own else tuple(shape for shape, _ in list_plan_hosts(task.spec)),
                 idle_wait_s=idle_wait,
                 accel=accel,
                 scripts=task.scripts,
                 custom_machine=own,
+                parallel_vms=parallel or task.spec.parallel_vms,
             ),
             progress=progress,
         )
     summary = (
         f"{done.recorded} episodes recorded, {done.crowded} of them with CPU contention; {done.present} skipped "
-        f"(already in the store), {len(done.failed)} failed"
+        f"(already in the store), {len(done.failed)} failed; {done.episodes_per_hour:.0f} episodes an hour"
     )
-    common.print_result(asdict(done) | {"store": str(out)}, as_json=as_json, lines=[*done.failed, summary, str(out)])
-    if done.failed:
+    skipped = [
+        f"{host.host_id}: {host.episodes} episodes skipped ({host.code}): {host.reason}" for host in done.skipped_hosts
+    ]
+    lines = [*done.failed, *skipped, summary, str(out)]
+    if done.failed_workloads:
+        lines.insert(-2, f"{done.failed_workloads} attempts discarded because a workload failed in the guest")
+    common.print_result(asdict(done) | {"store": str(out)}, as_json=as_json, lines=lines)
+    if done.failed or done.skipped_hosts:
         raise typer.Exit(1)
 
 

@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from typing import Any
 
-from phasewatch.bundle.model import BUNDLE_FORMAT
 from phasewatch.channels import CHANNELS, ChannelSpec
 from phasewatch.features.derived import DERIVED_FEATURES, DerivedFeature
 from phasewatch.features.stats import STATS
@@ -27,6 +26,8 @@ __all__ = [
 ]
 
 FEATURE_SCHEMA_VERSION = 2
+# The bundle format that defined the readings. Format version 2 changed the manifest only, so columns mean the same.
+_READINGS_FORMAT = "phasewatch-episode/1"
 _DERIVED_CHANNELS = {feature.name: feature.channels for feature in DERIVED_FEATURES}
 
 
@@ -89,7 +90,7 @@ def _compute_standard_hash() -> str:
 
 def _compute_hash(channels: Sequence[ChannelSpec]) -> str:
     meaning = {
-        "format": BUNDLE_FORMAT,
+        "format": _READINGS_FORMAT,
         "phases": [str(phase) for phase in PHASES],
         "bin_ns": BIN_NS,
         "window_bins": WINDOW_BINS,

@@ -11,21 +11,23 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from phasewatch import atomic
-from phasewatch.errors import MachineError, UsageError
+from phasewatch.errors import CgroupError, MachineError, UsageError
 from phasewatch.lab import process
+from phasewatch.lab.cgroup import CpuController, open_cpu_controller
 from phasewatch.lab.custom_workload import CLOUD_INIT_META_DATA, CLOUD_INIT_USER_DATA, CustomMachine
 from phasewatch.lab.guest_image import DEFAULT_DATA_MIB, GuestImage, build_guest_image
 from phasewatch.lab.host import AcceleratorChoice, choose_accelerator, read_qemu_version
 from phasewatch.lab.plan import RecordingSession
 from phasewatch.lab.qemu_command import HOST_SHAPES, HostShape
-from phasewatch.lab.recorder import PlanRecorder, RecordingSummary
+from phasewatch.lab.recorder import PlanRecorder, RecordingSummary, SkipCode, SkippedHost
 from phasewatch.lab.vm import LabMachine, QemuVm, VmSettings, read_tsc_khz
 from phasewatch.progress import NO_PROGRESS, Progress
 from phasewatch.store.local import DiskStore
@@ -57,6 +59,8 @@ class RecordingOptions:
         accel: ``kvm`` or ``tcg`` to force an accelerator; empty chooses KVM where it works.
         scripts: ``profile/sample/phase`` → shell text of a custom workload.
         custom_machine: A custom machine that replaces the built-in guest image.
+        parallel_vms: Largest number of VMs at a time.
+        open_controller: Finds the place for CPU quotas; called if the plan has a host with one.
     """
 
     cache: Path
@@ -65,6 +69,8 @@ class RecordingOptions:
     accel: str = ""
     scripts: Mapping[str, str] | None = None
     custom_machine: CustomMachine | None = None
+    parallel_vms: int = 2
+    open_controller: Callable[[], CpuController] = open_cpu_controller
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,11 +81,13 @@ class QemuFactory:
         options: Cache, accelerator, custom workload and custom machine.
         scratch: Folder for overlays and sockets.
         clock: The clock of the host.
+        controller: Where the groups of VMs with a CPU quota are made; None if no shape has one.
     """
 
     options: RecordingOptions
     scratch: Path
     clock: AsyncClock
+    controller: CpuController | None = None
     _n_created: int = 0
     _images: dict[tuple[str, int], GuestImage] = field(default_factory=dict)
     _accelerators: dict[str, AcceleratorChoice] = field(default_factory=dict)
@@ -129,6 +137,8 @@ class QemuFactory:
                 clock=self.clock,
                 seed_files=_build_seed_files(custom),
                 boot=custom.boot if custom else None,
+                controller=self.controller,
+                group_number=self._n_created,
             )
         )
 
@@ -194,11 +204,14 @@ def record_plan(
     clock = HostClock()
     _make_cache(options.cache)
     store.mkdir(parents=True, exist_ok=True)
-    with exit_on_signals(), atomic.lock(store), process.create_scratch_folder(process.find_scratch_parent()) as scratch:
+    parent = process.find_scratch_parent()
+    with exit_on_signals(), atomic.lock(store), process.create_scratch_folder(parent) as scratch:
+        process.sweep_scratch_folders(parent)
         for folder in (store, *(store / host_id for host_id in sorted(shapes))):
             if folder.is_dir():  # only folders that bundles are written to; a receiver sweeps its own folder
                 atomic.sweep_temporaries(folder)
-        factory = QemuFactory(options=options, scratch=scratch, clock=clock)
+        controller, skipped = _open_controller(sessions, shapes, options)
+        factory = QemuFactory(options=options, scratch=scratch, clock=clock, controller=controller)
         if (custom := options.custom_machine) is not None:
             logger.info(
                 "%s: booting %s; its driver must send `ready` within %g s",
@@ -206,8 +219,9 @@ def record_plan(
                 custom.image.base_disk,
                 custom.boot.deadline_s,
             )
-        for host_id in dict.fromkeys(session.host_id for session in sessions):
-            factory.prepare(shapes[host_id])  # before the first VM, because building an image is a load too
+        hosts = dict.fromkeys(session.host_id for session in sessions)
+        skipped += _prepare_hosts(factory, [shapes[host_id] for host_id in hosts if host_id not in dict(skipped)])
+        left_out = dict(skipped)
         recorder = PlanRecorder(
             store=DiskStore(store),
             shapes=shapes,
@@ -216,9 +230,59 @@ def record_plan(
             progress=progress,
             idle_wait_s=options.idle_wait_s,
             cores=tuple(sorted(os.sched_getaffinity(0))),
+            vms=options.parallel_vms,
             disk_folders=(store, scratch),
         )
-        return asyncio.run(run_until_terminated(recorder.record(sessions)))
+        chosen = [session for session in sessions if session.host_id not in left_out]
+        summary = asyncio.run(run_until_terminated(recorder.record(chosen)))
+    return replace(summary, skipped_hosts=(*_list_skipped_hosts(sessions, left_out), *summary.skipped_hosts))
+
+
+# Host id → why none of its episodes can be recorded.
+_Obstacles = list[tuple[str, tuple[SkipCode, str]]]
+
+
+def _open_controller(
+    sessions: Sequence[RecordingSession], shapes: Mapping[str, HostShape], options: RecordingOptions
+) -> tuple[CpuController | None, _Obstacles]:
+    """Find the place for CPU quotas; without one, no host with a quota can be recorded."""
+    limited = [host_id for host_id in dict.fromkeys(s.host_id for s in sessions) if shapes[host_id].quota_cores]
+    if not limited:
+        return None, []
+    try:
+        return options.open_controller(), []
+    except CgroupError as exc:
+        logger.warning("%d hosts are skipped: %s", len(limited), exc)
+        return None, [(host_id, (SkipCode.NO_QUOTA, str(exc))) for host_id in limited]
+
+
+def _prepare_hosts(factory: QemuFactory, shapes: Sequence[HostShape]) -> _Obstacles:
+    """Build the images before the first VM, because building one is a load too.
+
+    Raises:
+        MachineError: If the busybox image cannot be built. Hosts with the Debian image are skipped instead, because it
+            needs root and a package mirror, which a campaign can do without.
+    """
+    obstacles: _Obstacles = []
+    for shape in shapes:
+        try:
+            factory.prepare(shape)
+        except MachineError as exc:
+            if shape.image != "debian":
+                raise
+            logger.warning("%s is skipped: %s", shape.host_id, exc)
+            obstacles.append((shape.host_id, (SkipCode.NO_IMAGE, str(exc))))
+    return obstacles
+
+
+def _list_skipped_hosts(
+    sessions: Sequence[RecordingSession], obstacles: Mapping[str, tuple[SkipCode, str]]
+) -> tuple[SkippedHost, ...]:
+    n_slots = Counter(session.host_id for session in sessions for _ in session.slots)
+    return tuple(
+        SkippedHost(host_id=host_id, episodes=n_slots[host_id], code=code, reason=reason)
+        for host_id, (code, reason) in obstacles.items()
+    )
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def build_cpio_archive(entries: Iterable[CpioEntry]) -> bytes:
 KERNEL_MODULES = (
     *("virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_mmio"),
     *("virtio_blk", "failover", "net_failover", "virtio_net", "virtio_console", "virtio_balloon", "virtio-rng"),
-    *("crc16", "mbcache", "jbd2", "crc32c_generic", "libcrc32c", "ext4"),
+    *("crc16", "mbcache", "jbd2", "crc32c_generic", "libcrc32c", "ext4", "vmxnet3", "overlay"),
 )
 _KERNEL_META_PACKAGES = {
     "x86_64": ("linux-image-cloud-amd64", "amd64"),

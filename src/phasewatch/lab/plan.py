@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.errors import PlanError, UsageError, suggest_names
-from phasewatch.lab.qemu_command import find_host_shape
+from phasewatch.lab.host_distribution import draw_host_shapes, load_host_distribution
+from phasewatch.lab.qemu_command import HostShape, find_host_shape
 from phasewatch.lab.scheduling import HostDemand, ProfileGroup, ScheduledSession, build_schedule
 from phasewatch.profiles import (
     EPISODE_RANGE_S,
@@ -39,6 +40,8 @@ from phasewatch.types import BENIGN_PROFILE, PHASES, EpisodeRole, Phase, SampleK
 __all__ = [
     "MALICIOUS_PROFILES",
     "MAX_ELAPSED_TIME_F1",
+    "MAX_PARALLEL_VMS",
+    "DrawnHosts",
     "PhaseWalk",
     "PlanHost",
     "PlanSpec",
@@ -54,6 +57,7 @@ __all__ = [
     "draw_log_uniform",
     "draw_phases",
     "estimate_elapsed_time_f1",
+    "list_plan_hosts",
     "parse_plan",
 ]
 
@@ -62,6 +66,7 @@ MALICIOUS_PROFILES = tuple(row.name for row in PROFILES if row.name != BENIGN_PR
 _PLAN_NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
 _MAX_DURATION_S = 3600.0  # of an episode
 _MIN_PHASE_S = 2.0
+MAX_PARALLEL_VMS = 6  # more was not measured
 _WINDOW_S, _STRIDE_S = 10.0, 5.0
 _N_SIMULATED_EPISODES = 1500  # for learning, and as many for scoring
 _SMOOTHING_WINDOWS = 1  # neighbouring windows on either side that are averaged
@@ -77,12 +82,23 @@ class PlanHost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     profiles: tuple[str, ...] = ()
 
 
+class DrawnHosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Hosts that are drawn at random from the declared distribution (`lab/hosts.toml`)."""
+
+    count: int
+    seed: int
+    profiles: tuple[str, ...] = ()
+
+
 class PlanSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A recording plan.
 
     Attributes:
         name, seed: With host and index they determine every draw; another seed gives another campaign.
-        hosts: The hosts, and the profiles that run on each.
+        hosts: Chosen hosts, and the profiles that run on each.
+        drawn_hosts: Hosts drawn at random, after the chosen ones.
+        parallel_vms: Largest number of VMs of a session; all are of one host and one sample group.
+        session_cores: Largest sum of their CPU quotas, in cores; a VM without a quota counts one for each vCPU.
         lab_per_host: Episodes per host for training and test.
         benign_share: Smallest benign share of them.
         busy_share: Share of the malicious ones that run beside a benign load.
@@ -98,7 +114,10 @@ class PlanSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     name: str
     seed: int
-    hosts: tuple[PlanHost, ...]
+    hosts: tuple[PlanHost, ...] = ()
+    drawn_hosts: DrawnHosts | None = None
+    parallel_vms: int = 2
+    session_cores: float = 2.0
     lab_per_host: int
     benign_share: float = 1 / 3
     busy_share: float = 1 / 3
@@ -141,14 +160,18 @@ def check_plan_spec(spec: PlanSpec) -> None:
     """
     if not _PLAN_NAME_PATTERN.fullmatch(spec.name):
         raise PlanError(f"name {spec.name!r}: expected 1 to 40 of the characters a-z, 0-9, dot, dash and underscore")
-    if not spec.hosts or len({host.host_id for host in spec.hosts}) != len(spec.hosts):
+    hosts = list_plan_hosts(spec)
+    if not hosts or len({shape.host_id for shape, _ in hosts}) != len(hosts):
         raise PlanError("hosts: expected at least one, and none twice")
-    for host in spec.hosts:
-        find_host_shape(host.host_id)
-        for name in host.profiles:
+    for shape, profiles in hosts:
+        for name in profiles:
             find_profile(name)
-        if BENIGN_PROFILE in host.profiles or len(set(host.profiles)) != len(host.profiles):
-            raise PlanError(f"hosts: {host.host_id}: expected malicious profiles, each once; benign always runs")
+        if BENIGN_PROFILE in profiles or len(set(profiles)) != len(profiles):
+            raise PlanError(f"hosts: {shape.host_id}: expected malicious profiles, each once; benign always runs")
+    if not 1 <= spec.parallel_vms <= MAX_PARALLEL_VMS:
+        raise PlanError(f"parallel_vms: {spec.parallel_vms}, expected 1 to {MAX_PARALLEL_VMS}")
+    if not spec.session_cores > 0:
+        raise PlanError(f"session_cores: {spec.session_cores:g}, expected more than 0")
     for key in ("lab_per_host", "commission_per_host", "soak_per_host"):
         if not 0 <= getattr(spec, key) <= 10_000:
             raise PlanError(f"{key}: {getattr(spec, key)}, expected 0 to 10000")
@@ -169,6 +192,24 @@ def check_plan_spec(spec: PlanSpec) -> None:
             raise PlanError(f"{key}: {getattr(spec, key)}, expected 1 to {_MAX_DURATION_S:g} seconds")
     if Phase.UNKNOWN in spec.order:
         raise PlanError("order: unknown is not a phase that can be recorded")
+
+
+def list_plan_hosts(spec: PlanSpec) -> tuple[tuple[HostShape, tuple[str, ...]], ...]:
+    """Return the shape and the profiles of each host of a plan; no profiles stand for all malicious ones.
+
+    Raises:
+        PlanError: If a chosen host does not exist, or the drawn ones have a count or seed out of range.
+    """
+    hosts = [(find_host_shape(host.host_id), host.profiles) for host in spec.hosts]
+    if (drawn := spec.drawn_hosts) is not None:
+        shapes = draw_host_shapes(load_host_distribution(), count=drawn.count, seed=drawn.seed)
+        hosts += [(shape, drawn.profiles) for shape in shapes]
+    return tuple(hosts)
+
+
+def _count_session_vms(spec: PlanSpec, shape: HostShape) -> int:
+    """Return the number of VMs of a shape that a session may hold."""
+    return max(1, min(spec.parallel_vms, int(spec.session_cores / shape.cores + 1e-9)))
 
 
 def compute_window_phases(walk: PhaseWalk) -> NDArray[np.int64]:
@@ -260,7 +301,7 @@ class RecordingSlot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordingSession:
-    """One or two slots of one host that are recorded at the same time; their samples belong to one group."""
+    """Up to six slots of one host that are recorded at the same time; their samples belong to one group."""
 
     session: str
     host_id: str
@@ -310,22 +351,24 @@ def select_sessions(
 
 def build_sessions(spec: PlanSpec) -> tuple[RecordingSession, ...]:
     """Build all sessions of a plan in recording order: known-clean episodes, then lab episodes mixed with soak."""
-    hosts = [(host.host_id, find_host_shape(host.host_id).is_alone) for host in spec.hosts]
+    plan_hosts = list_plan_hosts(spec)
+    hosts = [(shape.host_id, _count_session_vms(spec, shape)) for shape, _ in plan_hosts]
     demands = [
         HostDemand(
-            host_id=host.host_id,
+            host_id=shape.host_id,
             episodes=spec.lab_per_host,
-            profiles=host.profiles or MALICIOUS_PROFILES,
-            is_alone=find_host_shape(host.host_id).is_alone,
+            profiles=profiles or MALICIOUS_PROFILES,
+            vms=_count_session_vms(spec, shape),
         )
-        for host in spec.hosts
+        for shape, profiles in plan_hosts
     ]
-    builder = _SessionBuilder(spec)
-    for first in range(0, spec.commission_per_host, 2):
-        many = min(2, spec.commission_per_host - first)
-        for host_id, is_alone in hosts:
-            for chunk in [1] * many if is_alone else [many]:
-                builder.add(host_id, EpisodeRole.COMMISSION, [(BENIGN_PROFILE, IDLE_SAMPLE)] * chunk)
+    builder = _SessionBuilder(spec, images={shape.host_id: shape.image for shape, _ in plan_hosts})
+    most = max(vms for _, vms in hosts)
+    for first in range(0, spec.commission_per_host, most):
+        many = min(most, spec.commission_per_host - first)
+        for host_id, vms in hosts:
+            for done in range(0, many, vms):
+                builder.add(host_id, EpisodeRole.COMMISSION, [(BENIGN_PROFILE, IDLE_SAMPLE)] * min(vms, many - done))
     lab = build_schedule(demands, benign_share=spec.benign_share)
     soak = [(host_id, place, turn) for turn in range(spec.soak_per_host) for place, (host_id, _) in enumerate(hosts)]
     placed = 0
@@ -387,9 +430,10 @@ def draw_log_uniform(rng: np.random.Generator, between: tuple[float, float]) -> 
 class _SessionBuilder:
     """Turns profile groups into sessions of slots, and balances the use of samples and loads."""
 
-    def __init__(self, spec: PlanSpec) -> None:
+    def __init__(self, spec: PlanSpec, images: Mapping[str, str] | None = None) -> None:
         self.sessions: list[RecordingSession] = []
         self._spec = spec
+        self._images = images or {}
         self._index: Counter[str] = Counter()
         self._malicious: Counter[str] = Counter()
         self._used: Counter[tuple[str, ...]] = Counter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,7 @@ __all__ = [
     "HostShape",
     "VmPaths",
     "build_qemu_command",
+    "describe_shape",
     "find_host_shape",
 ]
 
@@ -34,6 +35,10 @@ class HostShape:
         arch: Architecture of the guest.
         data_mib: Size of the files on the data disk, in MiB.
         accel: ``any`` for KVM where a kernel boots on it, else TCG; ``tcg`` for a foreign architecture.
+        image: The guest image; ``debian`` needs x86_64, pc or q35, and 384 MiB of memory.
+        nic: Model of the network card. The guests have drivers for these two; vmxnet3 needs pc or q35.
+        quota_cores: CPU time that QEMU may use per second, in cores; 0 for no quota.
+        drawn: Distribution, seed and number of a drawn shape, as ``v2/2/3``; empty for a chosen one.
     """
 
     host_id: str
@@ -47,11 +52,20 @@ class HostShape:
     arch: Literal["x86_64", "aarch64"] = "x86_64"
     data_mib: int = 64
     accel: Literal["any", "tcg"] = "any"
+    image: Literal["busybox", "debian"] = "busybox"
+    nic: Literal["virtio-net", "vmxnet3"] = "virtio-net"
+    quota_cores: float = 0.0
+    drawn: str = ""
+
+    @property
+    def cores(self) -> float:
+        """Cores that it may keep busy: its quota, or one for each vCPU."""
+        return self.quota_cores or float(self.vcpus)
 
     @property
     def is_alone(self) -> bool:
         """Whether no second VM may run beside it, because its vCPUs use both cores of a session."""
-        return self.vcpus > 1
+        return self.cores > 1
 
 
 HOST_SHAPES: tuple[HostShape, ...] = (
@@ -78,6 +92,16 @@ if len({shape.host_id for shape in HOST_SHAPES}) != len(HOST_SHAPES) or not all(
     raise ValueError("HOST_SHAPES: a host_id is not unique or is malformed")
 
 
+def describe_shape(shape: HostShape) -> dict[str, str | int | float]:
+    """Return the facts of a shape for the manifest, by name; a fact without a value is left out."""
+    facts: dict[str, str | int | float] = {
+        field.name: getattr(shape, field.name)
+        for field in fields(shape)
+        if field.name not in ("host_id", "about", "accel")
+    }
+    return {name: value for name, value in facts.items() if value != ""}
+
+
 def find_host_shape(host_id: str) -> HostShape:
     """Return the host shape of a name.
 
@@ -90,6 +114,7 @@ def find_host_shape(host_id: str) -> HostShape:
     raise PlanError(f"no host {host_id!r}; {suggest_names(host_id, [shape.host_id for shape in HOST_SHAPES])}")
 
 
+_NIC_MODELS = ("virtio-net", "vmxnet3")
 # With PIT and PIC off, no guest booted under TCG. The other options are the machine's minimum.
 _MICROVM_MACHINE = "microvm,rtc=on,x-option-roms=off,pit=on,pic=on"
 # With IPv6, the router solicitations after boot would reveal the guest's age. `quiet` is absent because it hides hangs.
@@ -162,12 +187,18 @@ def build_qemu_command(
             ``cidata``.
 
     Raises:
-        UsageError: If the machine type is unknown.
+        UsageError: If the machine type is unknown, or the network card does not fit it.
     """
     machine = shape.machine.partition(",")[0]
     if machine not in ("pc", "q35", "microvm", "virt"):
         raise UsageError(f"host {shape.host_id}: no machine {machine!r}; known: pc, q35, microvm, virt")
     bus = "device" if machine == "microvm" else "pci"
+    if shape.nic not in _NIC_MODELS or (shape.nic != "virtio-net" and machine not in ("pc", "q35")):
+        raise UsageError(
+            f"host {shape.host_id}: no network card {shape.nic!r} on {machine}; "
+            "expected virtio-net, or vmxnet3 on pc or q35"
+        )
+    nic = f"virtio-net-{bus}" if shape.nic == "virtio-net" else shape.nic
     console = "ttyAMA0" if machine == "virt" else "ttyS0"
     line = f"console={console} {_KERNEL_COMMAND_LINE}"
     if machine == "microvm" and tsc_khz:
@@ -201,7 +232,7 @@ def build_qemu_command(
         "-device", f"virtio-blk-{bus},drive=d0,id=blk0" + (",bootindex=1" if kernel is None else ""),
         *seed_disk,  # after the data disk, which must be the first disk of the guest
         "-netdev", f"dgram,id=n0,local.type=unix,local.path={sockets.nic},remote.type=unix,remote.path={sockets.sink}",
-        "-device", f"virtio-net-{bus},netdev=n0,id=nic0,mac={mac}{rom}",
+        "-device", f"{nic},netdev=n0,id=nic0,mac={mac}{rom}",
         "-device", f"virtio-serial-{bus}",
         "-chardev", f"socket,id=ctl,path={sockets.ctl},server=on,wait=off",
         "-device", "virtserialport,chardev=ctl,name=ctl",

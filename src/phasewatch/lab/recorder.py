@@ -10,14 +10,16 @@ import asyncio
 import logging
 import os
 import shutil
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import StrEnum
+from math import ceil
 from pathlib import Path
 
 from phasewatch.bundle.archive import unpack_manifest
-from phasewatch.errors import BundleError, MachineError, VmError
+from phasewatch.errors import BootError, BundleError, MachineError, VmError, WorkloadError
 from phasewatch.lab.host import MAX_IDLE_LOAD_CORES, wait_until_idle
 from phasewatch.lab.plan import RecordingSession, RecordingSlot
 from phasewatch.lab.qemu_command import HostShape
@@ -35,6 +37,8 @@ __all__ = [
     "PlanRecorder",
     "RecordingRound",
     "RecordingSummary",
+    "SkipCode",
+    "SkippedHost",
     "estimate_round_s",
     "iterate_rounds",
     "pop_round",
@@ -44,7 +48,10 @@ logger = logging.getLogger(__name__)
 
 MIN_FREE_BYTES = 256 << 20
 _MAX_SLOT_RETRIES = 2  # further attempts at a slot whose VM failed
+_MAX_BOOT_FAILURES = 3  # rounds in a row in which no VM of a host booted; then the host is given up
 _ROUND_OVERHEAD_S = 15.0  # boot, idle check and packing of one round
+
+_ROUNDING_CORES = 1e-9
 
 # A session, and those of its slots that are not recorded yet.
 PendingSession = tuple[RecordingSession, tuple[RecordingSlot, ...]]
@@ -52,41 +59,82 @@ RecordingRound = tuple[PendingSession, ...]
 MachineFactory = Callable[[HostShape, int, tuple[int, ...]], LabMachine]  # shape, place in the round, cores to pin to
 
 
-def pop_round(queue: deque[PendingSession], shapes: Mapping[str, HostShape], cores: int) -> RecordingRound:
+class SkipCode(StrEnum):
+    """Why the episodes of a host were not recorded."""
+
+    NO_QUOTA = "no-cpu-quota"
+    NO_IMAGE = "no-guest-image"
+    NO_BOOT = "does-not-boot"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkippedHost:
+    """A host whose episodes were not recorded.
+
+    Attributes:
+        host_id: The host.
+        episodes: Number of its episodes that were left out.
+        code: The kind of obstacle.
+        reason: The obstacle, and what to do.
+    """
+
+    host_id: str
+    episodes: int
+    code: SkipCode
+    reason: str
+
+
+def pop_round(
+    queue: deque[PendingSession], shapes: Mapping[str, HostShape], cores: int, vms: int = 2
+) -> RecordingRound:
     """Remove the next round from the queue and return it.
 
-    A round is one session, except for soak episodes. A soak episode is a session of its own and keeps one core busy
-    for ten minutes, so the next soak episode of another host runs beside it. Both are benign, so neither reveals the
-    phase of the other; they remain two sessions.
+    A round is one session, or the part of it whose CPU quotas fit on the cores. Soak episodes are an exception: each is
+    a session of its own and lasts ten minutes, so soak episodes of other hosts run beside it. All are benign, so none
+    reveals the phase of another; they remain sessions of their own.
 
     Args:
-        queue: The sessions in their order, at least one. The returned sessions are removed from it.
+        queue: The sessions in their order, at least one. The returned slots are removed from it.
         shapes: Host id → shape.
         cores: Number of cores for vCPU threads.
+        vms: Largest number of VMs at a time.
     """
-    first = queue.popleft()
-    if not _is_lone_soak(first, shapes):
-        return (first,)
-    (slot,) = first[1]
-    free = cores - shapes[slot.host_id].vcpus
-    for place, other in enumerate(queue):
+    session, slots = queue.popleft()
+    shape = shapes[session.host_id]
+    if not _is_lone_soak((session, slots), shapes):
+        n_rounds = ceil(len(slots) / _count_fitting(shape, cores, vms))
+        size = ceil(len(slots) / n_rounds)
+        if slots[size:]:
+            queue.appendleft((session, slots[size:]))
+        return ((session, slots[:size]),)
+    chosen = [(session, slots)]
+    free = cores - shape.cores
+    for other in list(queue):
+        other_shape = shapes[other[0].host_id]
         if (
-            _is_lone_soak(other, shapes)
-            and other[0].host_id != slot.host_id
-            and other[1][0].duration_s == slot.duration_s
-            and shapes[other[0].host_id].vcpus <= free
+            len(chosen) < vms
+            and _is_lone_soak(other, shapes)
+            and other[0].host_id not in {each.host_id for each, _ in chosen}
+            and other[1][0].duration_s == slots[0].duration_s
+            and other_shape.cores <= free + _ROUNDING_CORES
         ):
-            del queue[place]
-            return first, other
-    return (first,)
+            queue.remove(other)
+            chosen.append(other)
+            free -= other_shape.cores
+    return tuple(chosen)
+
+
+def _count_fitting(shape: HostShape, cores: int, vms: int) -> int:
+    """Return how many VMs of a shape may run at a time. Without a quota, the plan alone decides."""
+    return max(1, min(vms, int(cores / shape.quota_cores + _ROUNDING_CORES)) if shape.quota_cores else vms)
 
 
 def iterate_rounds(
-    queue: deque[PendingSession], shapes: Mapping[str, HostShape], cores: int
+    queue: deque[PendingSession], shapes: Mapping[str, HostShape], cores: int, vms: int = 2
 ) -> Iterator[RecordingRound]:
     """Yield the rounds until the queue is empty."""
     while queue:
-        yield pop_round(queue, shapes, cores)
+        yield pop_round(queue, shapes, cores, vms)
 
 
 def estimate_round_s(sessions: RecordingRound) -> float:
@@ -105,9 +153,12 @@ class RecordingSummary:
 
     Attributes:
         recorded: Episodes written by this run.
-        crowded: Recorded episodes with CPU contention: their vCPUs waited too long for a core.
+        crowded: Recorded episodes with CPU contention: their vCPUs waited too long for a core that other work used.
         present: Slots that the store already held.
         failed: Abandoned slots, one line each, with the reason.
+        failed_workloads: Attempts that were discarded because a workload failed in the guest.
+        skipped_hosts: Hosts whose episodes were not recorded, with the reason.
+        episodes_per_hour: Recorded episodes per elapsed hour; 0 without an episode.
         late, skipped: Late and skipped sampler ticks over all episodes.
         recorder_cpu_s: CPU seconds of this process and of its ended children except QEMU.
         wall_s: Elapsed seconds.
@@ -117,6 +168,9 @@ class RecordingSummary:
     crowded: int
     present: int
     failed: tuple[str, ...]
+    failed_workloads: int
+    skipped_hosts: tuple[SkippedHost, ...]
+    episodes_per_hour: float
     late: int
     skipped: int
     recorder_cpu_s: float
@@ -132,6 +186,12 @@ class _RecordingTotals:
     failed: list[str] = field(default_factory=list)
     attempts: Counter[int] = field(default_factory=Counter)
     requeued: set[int] = field(default_factory=set)
+    failed_workloads: int = 0
+    boot_failures: Counter[str] = field(default_factory=Counter)
+    last_boot_error: dict[str, str] = field(default_factory=dict)
+    skipped_hosts: list[SkippedHost] = field(default_factory=list)
+    n_skipped: int = 0
+    planned_s: float = 0.0  # estimated duration of the finished rounds
 
 
 @dataclass(slots=True, kw_only=True)
@@ -145,6 +205,7 @@ class PlanRecorder:
         progress: Receives the number of finished slots under the task ``record``.
         idle_wait_s: Longest wait for an idle machine, in seconds. After it the session starts anyway, with a warning.
         cores: Cores for vCPU threads.
+        vms: Largest number of VMs at a time.
         disk_folders: Folders whose disks must have free space.
     """
 
@@ -155,6 +216,7 @@ class PlanRecorder:
     progress: Progress = NO_PROGRESS
     idle_wait_s: float = 600.0
     cores: tuple[int, ...] = ()
+    vms: int = 2
     disk_folders: tuple[Path, ...] = ()
     _totals: _RecordingTotals = field(default_factory=_RecordingTotals)
 
@@ -174,28 +236,60 @@ class PlanRecorder:
             if slots:
                 queue.append((session, slots))
         while queue:
-            rounds = iterate_rounds(queue.copy(), self.shapes, len(self.cores))
-            left_s = sum(estimate_round_s(each) for each in rounds)
-            current = pop_round(queue, self.shapes, len(self.cores))
+            passed_s = (self.clock.mono_ns() - began_ns) / 1e9
+            pace = self._describe_pace(queue, passed_s)
+            current = pop_round(queue, self.shapes, len(self.cores), self.vms)
             done = present + self._count_finished_slots()
-            self.progress.update("record", done, total, f"{_describe_round(current)}; {_render_time_left(left_s)}")
+            self.progress.update("record", done, total, f"{_describe_round(current)}; {pace}")
             queue.extend(await self._record_round(current))
+            self._totals.planned_s += estimate_round_s(current)
+            self._give_up_hosts(queue)
         self.progress.update("record", present + self._count_finished_slots(), total)
         totals = self._totals
+        wall_s = (self.clock.mono_ns() - began_ns) / 1e9
         return RecordingSummary(
             recorded=totals.recorded,
             crowded=totals.crowded,
             present=present,
             failed=tuple(totals.failed),
+            failed_workloads=totals.failed_workloads,
+            skipped_hosts=tuple(totals.skipped_hosts),
+            episodes_per_hour=round(totals.recorded / wall_s * 3600, 1) if totals.recorded else 0.0,
             late=totals.late,
             skipped=totals.skipped,
             recorder_cpu_s=sum(os.times()[:2]) - cpu_s,
-            wall_s=(self.clock.mono_ns() - began_ns) / 1e9,
+            wall_s=wall_s,
         )
 
     def _count_finished_slots(self) -> int:
         totals = self._totals
-        return totals.recorded - len(totals.requeued) + len(totals.failed)
+        return totals.recorded - len(totals.requeued) + len(totals.failed) + totals.n_skipped
+
+    def _describe_pace(self, queue: deque[PendingSession], passed_s: float) -> str:
+        """Return the time left and the rate so far as text; the estimate is scaled by how it fared so far."""
+        rounds = iterate_rounds(queue.copy(), self.shapes, len(self.cores), self.vms)
+        left_s = sum(estimate_round_s(each) for each in rounds)
+        if not self._totals.planned_s:
+            return _render_time_left(left_s)
+        left_s *= passed_s / self._totals.planned_s
+        return f"{_render_time_left(left_s)} at {self._totals.recorded / passed_s * 3600:.0f} episodes an hour"
+
+    def _give_up_hosts(self, queue: deque[PendingSession]) -> None:
+        """Remove the sessions of hosts that do not boot from the queue."""
+        totals = self._totals
+        for host_id, n_failures in totals.boot_failures.items():
+            pending = [each for each in queue if each[0].host_id == host_id]
+            if n_failures < _MAX_BOOT_FAILURES or not pending:
+                continue
+            for each in pending:
+                queue.remove(each)
+            n_slots = sum(len(slots) for _, slots in pending)
+            reason = f"no VM of it booted in {n_failures} rounds: {totals.last_boot_error[host_id]}"
+            totals.n_skipped += n_slots
+            totals.skipped_hosts.append(
+                SkippedHost(host_id=host_id, episodes=n_slots, code=SkipCode.NO_BOOT, reason=reason)
+            )
+            logger.warning("%s: given up with %d episodes: %s", host_id, n_slots, reason)
 
     async def _record_round(self, current: RecordingRound) -> list[PendingSession]:
         """Record the slots of a round at the same time, and return the sessions to queue again."""
@@ -205,12 +299,16 @@ class PlanRecorder:
         if load >= MAX_IDLE_LOAD_CORES:
             logger.warning("%s: other work keeps %.1f cores busy; recording beside it", names, load)
         planned = [(session, slot, self.shapes[session.host_id]) for session, slots in current for slot in slots]
-        pins = self._assign_cores([shape.vcpus for _, _, shape in planned])
+        pins = self._assign_cores([shape for _, _, shape in planned])
         machines = [self.machines(shape, place, pins[place]) for place, (_, _, shape) in enumerate(planned)]
         results = await asyncio.gather(
             *(run_episode(machine, slot, self.clock) for machine, (_, slot, _) in zip(machines, planned, strict=True)),
             return_exceptions=True,
         )
+        self._count_boot_failures([slot.host_id for _, slot, _ in planned], results)
+        results = [
+            _find_failed_work(slot, result) or result for (_, slot, _), result in zip(planned, results, strict=True)
+        ]
         ids = {
             slot.plan_seed: self._new_id()
             for (_, slot, _), result in zip(planned, results, strict=True)
@@ -231,7 +329,7 @@ class PlanRecorder:
                 except BundleError as exc:
                     must_retry = self._may_retry(slot, exc)
                 else:
-                    must_retry = self._must_repeat(result, slot)
+                    must_retry = self._must_repeat(result, slot, shape)
             elif isinstance(result, VmError):
                 must_retry = self._may_retry(slot, result)
             else:
@@ -254,9 +352,9 @@ class PlanRecorder:
         totals.skipped += episode.skipped
         logger.info("%s", _describe_episode(episode, context, len(data)))
 
-    def _must_repeat(self, episode: RecordedEpisode, slot: RecordingSlot) -> bool:
+    def _must_repeat(self, episode: RecordedEpisode, slot: RecordingSlot, shape: HostShape) -> bool:
         """Count an episode with CPU contention; return whether its slot is recorded once more."""
-        wait = episode.vcpu_wait
+        wait = episode.compute_contention(shape.quota_cores)
         if wait is None or wait <= MAX_WAIT_CORES:
             return False
         self._totals.crowded += 1
@@ -264,7 +362,7 @@ class PlanRecorder:
             return False
         self._totals.requeued.add(slot.plan_seed)
         logger.warning(
-            "%s: %s: its vCPUs waited %.2f cores' worth of time for a core; queued once more",
+            "%s: %s: other work took %.2f cores from its vCPUs; queued once more",
             slot.host_id,
             slot.sample_name,
             wait,
@@ -273,6 +371,7 @@ class PlanRecorder:
 
     def _may_retry(self, slot: RecordingSlot, error: VmError | BundleError) -> bool:
         self._totals.attempts[slot.plan_seed] += 1
+        self._totals.failed_workloads += isinstance(error, WorkloadError)
         if self._totals.attempts[slot.plan_seed] <= _MAX_SLOT_RETRIES:
             logger.warning("%s; tried again later", error)
             return True
@@ -294,8 +393,26 @@ class PlanRecorder:
                     recorded.add((manifest.host.host_id, manifest.plan_seed))
         return frozenset(recorded)
 
-    def _assign_cores(self, vcpus: Sequence[int]) -> list[tuple[int, ...]]:
-        """Return the cores of each VM of a round; empty for a VM that they do not suffice for."""
+    def _count_boot_failures(self, host_ids: Sequence[str], results: Sequence[RecordedEpisode | BaseException]) -> None:
+        """Count the rounds in a row in which no VM of a host booted."""
+        by_host: defaultdict[str, list[RecordedEpisode | BaseException]] = defaultdict(list)
+        for host_id, result in zip(host_ids, results, strict=True):
+            by_host[host_id].append(result)
+        for host_id, outcomes in by_host.items():
+            if all(isinstance(outcome, BootError) for outcome in outcomes):
+                self._totals.boot_failures[host_id] += 1
+                self._totals.last_boot_error[host_id] = str(outcomes[0])
+            else:
+                self._totals.boot_failures[host_id] = 0
+
+    def _assign_cores(self, shapes: Sequence[HostShape]) -> list[tuple[int, ...]]:
+        """Return the cores of each VM of a round; empty for a VM that they do not suffice for.
+
+        VMs with a quota are not pinned: the scheduler fits fractions of a core better than a fixed place.
+        """
+        if any(shape.quota_cores for shape in shapes):
+            return [()] * len(shapes)
+        vcpus = [shape.vcpus for shape in shapes]
         pins = []
         for place, count in enumerate(vcpus):
             first = sum(vcpus[:place])
@@ -316,6 +433,16 @@ class PlanRecorder:
         return build_uuid7(self.clock.wall_ns() // 1_000_000, os.urandom(10))
 
 
+def _find_failed_work(slot: RecordingSlot, result: RecordedEpisode | BaseException) -> WorkloadError | None:
+    """Return an error if a label of an episode has no act, because its work ended with a failure."""
+    if not isinstance(result, RecordedEpisode):
+        return None
+    for each in result.evidence:
+        if each.exit_code:
+            return WorkloadError(f"{slot.host_id}: {each.step}: ended with exit code {each.exit_code} in the guest")
+    return None
+
+
 def _describe_round(current: RecordingRound) -> str:
     return "; ".join(
         f"{session.host_id}: {', '.join(f'{slot.profile}/{slot.sample_name}' for slot in slots)}"
@@ -324,13 +451,14 @@ def _describe_round(current: RecordingRound) -> str:
 
 
 def _describe_episode(episode: RecordedEpisode, context: EpisodeContext, n_bytes: int) -> str:
-    slot, wait = context.slot, episode.vcpu_wait
+    slot, wait = context.slot, episode.compute_contention(context.shape.quota_cores)
     rows = " ".join(f"{source}={log.emitted}" for source, log in episode.logs.items())
     rows += f" ({episode.guest_bad} of the agent's lines refused)" if episode.guest_bad else ""
     return (
         f"{slot.host_id}/{context.episode_id} {slot.profile}/{slot.sample_name} {slot.role} {slot.duration_s:.0f} s, "
         f"boot {episode.facts.boot_s:.1f} s, settle {episode.settle_s:.0f} s, {rows}, late {episode.late}, "
-        f"skipped {episode.skipped}, failed {episode.failed}, wait {'?' if wait is None else f'{wait:.3f}'}, "
+        f"skipped {episode.skipped}, failed {episode.failed}, contention {'?' if wait is None else f'{wait:.3f}'}"
+        f"{'' if episode.throttled_s is None else f', throttled {episode.throttled_s:.1f} s'}, "
         f"{n_bytes // 1000} kB: {' '.join(str(mark.phase or 'end') for mark in episode.marks)}"
     )
 

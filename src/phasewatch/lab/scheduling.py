@@ -7,8 +7,9 @@ Nothing here does input or output.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations_with_replacement
 from math import ceil
 from typing import NamedTuple
@@ -30,12 +31,16 @@ class ProfileGroup(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostDemand:
-    """The episodes that one host records: a share of them benign, the rest distributed over `profiles`."""
+    """The episodes that one host records: a share of them benign, the rest distributed over `profiles`.
+
+    Attributes:
+        vms: Largest number of its VMs that may run at the same time.
+    """
 
     host_id: str
     episodes: int
     profiles: tuple[str, ...]
-    is_alone: bool
+    vms: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +69,15 @@ def _choose_profile_groups(demand: HostDemand, *, benign_share: float, turn: int
         lap, place = divmod(number, len(demand.profiles))
         chosen[ProfileGroup(demand.profiles[place], (lap + place + turn) % N_SAMPLE_GROUPS)] += 1
     sizes = [sum(n for each, n in chosen.items() if each.group == group) for group in range(N_SAMPLE_GROUPS)]
+    while benign and demand.vms > 2:
+        group = min(range(N_SAMPLE_GROUPS), key=lambda g: (sizes[g], (g + turn) % N_SAMPLE_GROUPS))
+        chosen[ProfileGroup(BENIGN_PROFILE, group)] += 1
+        sizes[group] += 1
+        benign -= 1
     while benign:
         # A group with an odd number leaves one episode alone. After that, two at a time in the smallest group.
         group = min(range(N_SAMPLE_GROUPS), key=lambda g: (sizes[g] % 2 == 0, sizes[g], (g + turn) % N_SAMPLE_GROUPS))
-        step = 1 if sizes[group] % 2 or demand.is_alone else min(2, benign)
+        step = 1 if sizes[group] % 2 or demand.vms == 1 else min(2, benign)
         chosen[ProfileGroup(BENIGN_PROFILE, group)] += step
         sizes[group] += step
         benign -= step
@@ -93,9 +103,12 @@ def build_schedule(demands: Sequence[HostDemand], *, benign_share: float) -> tup
             key=lambda demand: done[("host", demand.host_id)] / total[("host", demand.host_id)],
         )
         host_id, have = demand.host_id, left[demand.host_id]
-        groups = min(
-            _list_candidates(have, demand.is_alone), key=lambda some: _compute_imbalance(host_id, some, done, total)
+
+        rate = partial(_compute_imbalance, host_id, done=done, total=total)
+        candidates = (
+            _list_candidates(have, demand.vms == 1) if demand.vms <= 2 else _grow_candidates(have, demand.vms, rate)
         )
+        groups = min(candidates, key=rate)
         have -= Counter(groups)
         left[host_id] = +have
         done += _count_margins((host_id, each, 1) for each in groups)
@@ -115,6 +128,26 @@ def _list_candidates(have: Counter[ProfileGroup], is_alone: bool) -> Iterator[tu
         yield from ((each,) for each in groups)
     else:
         yield from pairs
+
+
+def _grow_candidates(
+    have: Counter[ProfileGroup], vms: int, rate: Callable[[tuple[ProfileGroup, ...]], float]
+) -> Iterator[tuple[ProfileGroup, ...]]:
+    """Yield one possible next session for each sample group, grown by the episode that keeps the balance best.
+
+    All combinations of six would be too many. The episodes of a group are spread evenly over its sessions.
+    """
+    for group in sorted({each.group for each in have}):
+        left = Counter({each: n for each, n in have.items() if each.group == group and n > 0})
+        n_left = left.total()
+        if not n_left:
+            continue
+        size = ceil(n_left / ceil(n_left / vms))
+        grown: tuple[ProfileGroup, ...] = ()
+        for _ in range(size):
+            grown = min(((*grown, each) for each in sorted(+left)), key=rate)
+            left[grown[-1]] -= 1
+        yield grown
 
 
 def _count_margins(counts: Iterator[tuple[str, ProfileGroup, int]]) -> Counter[tuple[object, ...]]:
@@ -145,7 +178,7 @@ def _compute_imbalance(
     total: Counter[tuple[object, ...]],
 ) -> float:
     """Return the weighted mean share done of the margins of these episodes, if they were recorded next."""
-    after, cost = done.copy(), 0.0 if len(set(groups)) == len(groups) else _DUPLICATE_PENALTY
+    after, cost = done.copy(), _DUPLICATE_PENALTY * (len(groups) - len(set(groups)))
     for episode in groups:
         for key, weight in _list_margin_keys(host_id, episode):
             after[key] += 1

@@ -11,15 +11,27 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from phasewatch._version import __version__
 from phasewatch.bundle.archive import encode_labels, pack_bundle
-from phasewatch.bundle.model import BUNDLE_FORMAT, ClockMetadata, HostMetadata, LabelMark, Manifest, RecordingMetadata
+from phasewatch.bundle.contention import compute_quota_contention
+from phasewatch.bundle.model import (
+    BUNDLE_FORMAT,
+    ClockMetadata,
+    HostMetadata,
+    LabelEvidence,
+    LabelMark,
+    Manifest,
+    RecordingMetadata,
+)
 from phasewatch.bundle.rows import encode_rows
 from phasewatch.channels import CHANNELS, ChannelSpec, list_raw_fields
-from phasewatch.errors import VmError
+from phasewatch.errors import VmError, WorkloadError
 from phasewatch.lab.guest_driver import CommandAck
 from phasewatch.lab.plan import RecordingSlot
-from phasewatch.lab.qemu_command import HostShape
+from phasewatch.lab.qemu_command import HostShape, describe_shape
 from phasewatch.lab.vm import LabMachine, MachineFacts
 from phasewatch.telemetry.base import N_STAMPS, AsyncClock, RowLog, TelemetrySampler, TelemetrySource
 from phasewatch.telemetry.guest_agent import GUEST_NOMINAL_HZ as GUEST_HZ
@@ -50,6 +62,8 @@ class RecordedEpisode:
         settle_s: Seconds from the guest's ready message to the first label.
         late, skipped, failed: Numbers of sampler ticks (see `TelemetrySampler`).
         guest_bad: Number of agent lines that were refused or dropped.
+        evidence: What the guest answered to the command of each label.
+        throttled_s: Seconds between first label and end that the CPU quota stopped the VM; None without a quota.
     """
 
     facts: MachineFacts
@@ -61,19 +75,48 @@ class RecordedEpisode:
     skipped: int
     failed: int
     guest_bad: int
+    evidence: tuple[LabelEvidence, ...] = ()
+    throttled_s: float | None = None
 
     @property
     def vcpu_wait(self) -> float | None:
         """Mean number of vCPU threads that waited for a core between first label and end; None if it was not read."""
-        column = N_STAMPS + [spec.field for spec in list_raw_fields(SourceKind.PROC)].index("vcpu_wait_ns")
-        t0_ns, end_ns = self.marks[0].t_mono_ns, self.marks[-1].t_mono_ns
-        rows = self.logs[SourceKind.PROC].rows
-        readings = [(row[1] or 0, row[column] or 0) for row in rows if row[column] is not None]
-        readings = [(t_mono_ns, waited_ns) for t_mono_ns, waited_ns in readings if t0_ns <= t_mono_ns <= end_ns]
+        readings = self._read_cpu_times("vcpu_wait_ns")
         if len(readings) < 2:
             return None
-        (first_ns, first), (last_ns, last) = readings[0], readings[-1]
-        return (last - first) / (last_ns - first_ns)
+        return float(readings[-1, 1] - readings[0, 1]) / float(readings[-1, 0] - readings[0, 0])
+
+    def compute_contention(self, quota_cores: float) -> float | None:
+        """Return the CPU time that other work took from the VM, in cores; None if it was not read.
+
+        Args:
+            quota_cores: Its CPU quota; without one (0), contention is `vcpu_wait`.
+        """
+        if not quota_cores or self.throttled_s is None:
+            return self.vcpu_wait
+        readings = self._read_cpu_times("vcpu_wait_ns", "vcpu_run_ns", "main_run_ns", "aux_run_ns")
+        if len(readings) < 2:
+            return None
+        return compute_quota_contention(
+            readings[:, 0],
+            readings[:, 1],
+            readings[:, 2:].sum(axis=1),
+            quota_cores=quota_cores,
+            throttled_s=self.throttled_s,
+        )
+
+    def _read_cpu_times(self, *fields: str) -> NDArray[np.float64]:
+        """Return the readings of proc between first label and end that have all fields.
+
+        Returns:
+            ``(n, 1 + len(fields))`` float64: monotonic time and the fields, in ns.
+        """
+        names = [spec.field for spec in list_raw_fields(SourceKind.PROC)]
+        columns = [1, *(N_STAMPS + names.index(name) for name in fields)]
+        t0_ns, end_ns = self.marks[0].t_mono_ns, self.marks[-1].t_mono_ns
+        rows = [[row[column] for column in columns] for row in self.logs[SourceKind.PROC].rows]
+        kept = [row for row in rows if None not in row and t0_ns <= (row[0] or 0) <= end_ns]
+        return np.array(kept, dtype=np.float64).reshape(-1, len(columns))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +198,7 @@ class _EpisodeRun:
         sampler = TelemetrySampler([*sources], [logs[source.source] for source in sources], clock)
         first = _read_clocks(clock)
         sampling: asyncio.Task[None] | None = None
+        throttled_s: float | None = None
         try:
             for source in sources:
                 await self._open(source)
@@ -166,7 +210,10 @@ class _EpisodeRun:
             t0_ns = max(t0_ns, now_ns)
             t0_ns += -(clock.wall_ns() + t0_ns - now_ns) % _HALF_SECOND_NS
             await clock.sleep_until(t0_ns)
+            throttled_s = self._machine.read_throttled_s()
             await self._run_phases()
+            if throttled_s is not None:
+                throttled_s = round((self._machine.read_throttled_s() or 0.0) - throttled_s, 6)
         finally:
             if sampling is not None:
                 sampling.cancel()
@@ -186,6 +233,7 @@ class _EpisodeRun:
             skipped=sampler.skipped,
             failed=sampler.failed,
             guest_bad=guest.bad + guest.dropped if guest else 0,
+            throttled_s=throttled_s,
         )
 
     async def _prepare(self) -> None:
@@ -256,7 +304,7 @@ class _EpisodeRun:
         ack = await self._machine.send(verb, *arguments)
         code = await self._machine.wait_finished(ack.id, timeout_s=_PREPARE_TIMEOUT_S)
         if code:
-            raise VmError(f"{self._slot.host_id}: {verb} {' '.join(arguments)}: ended with {code} in the guest")
+            raise WorkloadError(f"{self._slot.host_id}: {verb} {' '.join(arguments)}: ended with {code} in the guest")
 
     def _build_phase_arguments(self, phase: Phase) -> tuple[str, ...]:
         slot = self._slot
@@ -353,6 +401,9 @@ def _build_manifest(episode: RecordedEpisode, context: EpisodeContext) -> Manife
             knobs=dict(slot.knobs) | {f"background.{name}": value for name, value in slot.background_knobs},
             background=slot.background,
             absent=absent,
+            shape=describe_shape(shape),
+            image=shape.image,
+            throttled_s=episode.throttled_s,
         ),
         members={},
     )

@@ -14,12 +14,13 @@ import shutil
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from phasewatch.errors import VmError
+from phasewatch.errors import BootError, CgroupError, VmError
 from phasewatch.lab import process
+from phasewatch.lab.cgroup import CpuController, CpuGroup
 from phasewatch.lab.guest_driver import CommandAck, GuestDriver, ReadyMessage
 from phasewatch.lab.guest_image import GuestImage
 from phasewatch.lab.host import read_processor_name
@@ -37,6 +38,7 @@ __all__ = [
     "MachineFacts",
     "QemuVm",
     "VmSettings",
+    "find_boot_rule",
     "read_tsc_khz",
     "wait_with_notices",
 ]
@@ -65,6 +67,15 @@ class BootRule:
 
 # Measured: 2 to 4 s alone, 7 s with a neighbour. A microvm either comes within 5 s or hangs.
 BOOT_RULES = {"microvm": BootRule(deadline_s=15.0, tries=6), "": BootRule(deadline_s=45.0, tries=3)}
+
+
+def find_boot_rule(shape: HostShape) -> BootRule:
+    """Return the deadlines of a shape's boot.
+
+    A VM with a part of a core boots beside as many others as the cores hold, so its deadlines are that much longer.
+    """
+    rule = BOOT_RULES.get(shape.machine.partition(",")[0], BOOT_RULES[""])
+    return replace(rule, deadline_s=round(rule.deadline_s / min(1.0, shape.cores), 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +120,9 @@ class LabMachine(Protocol):
     def build_agent_reader(self, log: RowLog) -> GuestReader:
         """Return a reader of the guest agent, not yet open."""
 
+    def read_throttled_s(self) -> float | None:
+        """Return the seconds that its CPU quota has stopped the VM so far; None without a quota."""
+
     async def wait_exited(self) -> None:
         """Wait until the VM is no longer running."""
 
@@ -122,11 +136,13 @@ class VmSettings:
 
     Attributes:
         folder: A private folder for its overlay and sockets; created at boot, removed at stop.
-        number: 0 or 1, its place in the round.
+        number: Its place in the round, from 0.
         cores: The core of each vCPU; empty leaves the choice to the kernel.
         tsc_khz: TSC rate of the host in kHz, if known.
         seed_files: (name, content) of the files on the small seed disk of a custom image.
         boot: Deadlines of its boot; None selects the rule of its machine type.
+        controller: Where the group with its CPU quota is made; needed if the shape has a quota.
+        group_number: Number of that group, unique in this process.
     """
 
     shape: HostShape
@@ -139,6 +155,8 @@ class VmSettings:
     clock: AsyncClock
     seed_files: tuple[tuple[str, bytes], ...] = ()
     boot: BootRule | None = None
+    controller: CpuController | None = None
+    group_number: int = 1
 
 
 class QemuVm:
@@ -152,25 +170,26 @@ class QemuVm:
         self._monitor: QmpMonitor | None = None
         self._driver: GuestDriver | None = None
         self._tids: tuple[int, ...] = ()
+        self._group: CpuGroup | None = None
 
     async def boot(self) -> MachineFacts:
         """Start the VM, again if it hangs, and wait for the guest's ready message.
 
         Raises:
-            VmError: If no attempt succeeds; the message names the failure of each.
+            BootError: If no attempt succeeds; the message names the failure of each.
         """
-        rule = self._settings.boot or BOOT_RULES.get(self._settings.shape.machine.partition(",")[0], BOOT_RULES[""])
+        rule = self._settings.boot or find_boot_rule(self._settings.shape)
         failures: list[str] = []
         for number, deadline_s in enumerate(rule.deadlines_s(), start=1):
             try:
                 return await self._boot_once(deadline_s)
-            except (VmError, OSError) as exc:
+            except (VmError, CgroupError, OSError) as exc:
                 failures.append(f"try {number}: {await self._explain_failure(exc)}")
                 await self.stop()
             except BaseException:
                 await self.stop()
                 raise
-        raise VmError(
+        raise BootError(
             f"{self._name} did not boot in {rule.tries} {'try' if rule.tries == 1 else 'tries'}; " + "; ".join(failures)
         )
 
@@ -202,13 +221,24 @@ class QemuVm:
         """Return a reader of the guest agent's port."""
         return GuestReader(path=self._sockets().tel, log=log)
 
+    def read_throttled_s(self) -> float | None:
+        """Return the seconds that its CPU quota has stopped QEMU so far; None without a quota.
+
+        Raises:
+            VmError: If the counter cannot be read.
+        """
+        try:
+            return None if self._group is None else self._group.read_throttled_s()
+        except CgroupError as exc:
+            raise VmError(f"{self._name}: {exc}") from exc
+
     async def wait_exited(self) -> None:
         """Wait until QEMU is no longer running."""
         if self._qemu is not None:
             await self._qemu.wait()
 
     async def stop(self) -> None:
-        """Stop QEMU and the sink, and remove the folder with overlay and sockets."""
+        """Stop QEMU and the sink, and remove its CPU group and the folder with overlay and sockets."""
         if self._driver is not None:
             await self._driver.close()
         if self._qemu is not None:
@@ -217,7 +247,9 @@ class QemuVm:
             await self._monitor.close()
         if self._sink is not None:
             await asyncio.to_thread(self._sink.close)
-        self._driver = self._qemu = self._monitor = self._sink = None
+        if self._group is not None:
+            await asyncio.to_thread(self._group.remove)
+        self._driver = self._qemu = self._monitor = self._sink = self._group = None
         shutil.rmtree(self._settings.folder, ignore_errors=True)
 
     async def _boot_once(self, deadline_s: float) -> MachineFacts:
@@ -240,9 +272,12 @@ class QemuVm:
             tsc_khz=settings.tsc_khz,
             has_seed_disk=bool(settings.seed_files),
         )
+        self._group = self._create_group()
         began_ns = settings.clock.mono_ns()
         with (settings.folder / "qemu.log").open("wb") as log:
-            self._qemu = await process.start_process(command, log=log)
+            self._qemu = await process.start_process(
+                command, log=log, members_file=self._group.members_file if self._group else None
+            )
         self._driver = GuestDriver(clock=settings.clock, name=self._name)
         await self._connect_when_served(lambda: self._require_driver().open(sockets.ctl))
         self._monitor = QmpMonitor(sockets.qmp)
@@ -252,6 +287,8 @@ class QemuVm:
             os.sched_setaffinity(tid, {core})
         ready = await self._wait_ready(deadline_s)
         now_ns = settings.clock.mono_ns()
+        if self._group is not None:
+            self._group.limit(settings.shape.quota_cores)  # not before, because Debian would boot for minutes
         return MachineFacts(
             boot_s=round((now_ns - began_ns) / 1e9, 3),
             booted_mono_ns=now_ns,
@@ -260,10 +297,17 @@ class QemuVm:
             hypervisor=f"QEMU {await self._monitor.query_version()}",
             accel=settings.accel,
             processor=read_processor_name(settings.tsc_khz),
-            nic="virtio-net, dgram sink",
+            nic=f"{settings.shape.nic}, dgram sink",
             pinning=settings.cores[: len(self._tids)],
             qemu_pid=self._qemu.pid,
         )
+
+    def _create_group(self) -> CpuGroup | None:
+        if not self._settings.shape.quota_cores:
+            return None
+        if self._settings.controller is None:
+            raise VmError(f"{self._name}: it has a CPU quota, but no cgroup can be made for it")
+        return self._settings.controller.create_group(self._settings.group_number)
 
     async def _connect_when_served(self, connect: Callable[[], Awaitable[None]]) -> None:
         """Connect as soon as QEMU serves the socket. QEMU may also exit because of its command line."""

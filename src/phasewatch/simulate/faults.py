@@ -342,7 +342,7 @@ FAULTS: tuple[FaultSpec, ...] = (
     _rejected_fault("member-altered", "member-sha256", _alter_member),
     _rejected_fault("member-unknown", "member-unknown", lambda rng, members: {**members, "notes.txt": b"hello\n"}),
     _rejected_fault(
-        "future-format", "manifest-format", _replace_in_manifest(b"phasewatch-episode/1", b"phasewatch-episode/2")
+        "future-format", "manifest-format", _replace_in_manifest(b"phasewatch-episode/2", b"phasewatch-episode/9")
     ),
     _rejected_fault("unknown-phase", "label-phase", _set_unknown_phase),
     _rejected_fault("no-end", "label-end", _drop_end_label),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from phasewatch.arrays import IntArray
+from phasewatch.bundle.contention import compute_quota_contention
 from phasewatch.bundle.model import Episode, Manifest
 from phasewatch.bundle.problems import FINDING_CODES, BundleFinding, CheckIssue, FindingSpec, Severity
 from phasewatch.types import HOST_SOURCES, MAX_WAIT_CORES, STALE_NS, BundleStatus, SourceKind
@@ -138,7 +139,11 @@ _CODE_TABLE: tuple[tuple[str, Severity, str], ...] = (
         BundleStatus.DEGRADED,
         "Wall and monotonic clock moved apart by more than 250 ms; the windows across the step are flagged.",
     ),
-    ("contention", BundleStatus.DEGRADED, "The vCPUs waited for a core for more than a tenth of the time."),
+    (
+        "contention",
+        BundleStatus.DEGRADED,
+        "Other work kept the vCPUs waiting for a core for more than a tenth of the time.",
+    ),
     (
         "contention-unknown",
         "note",
@@ -292,8 +297,29 @@ def count_lost_rows(manifest: Manifest) -> Mapping[SourceKind, int]:
 
 
 def compute_vcpu_wait_cores(episode: Episode) -> float:
-    """Return the mean time that the vCPU threads waited for a core, in cores; NaN without two readings."""
-    return compute_mean_cores(episode, "vcpu_wait_ns")
+    """Return the mean time that the vCPU threads waited for a core, in cores; NaN without two readings.
+
+    Under a CPU quota, waiting counts only as far as other work can have caused it (`bundle.contention`).
+    """
+    fields = ("vcpu_wait_ns", "vcpu_run_ns", "main_run_ns", "aux_run_ns")
+    recording, proc = episode.manifest.recording, episode.rows.get(SourceKind.PROC)
+    quota = (recording.shape or {}).get("quota_cores") if recording is not None else None
+    if recording is None or recording.throttled_s is None or not isinstance(quota, float) or quota <= 0:
+        return compute_mean_cores(episode, "vcpu_wait_ns")
+    if proc is None or not set(fields) <= set(proc.fields):
+        return compute_mean_cores(episode, "vcpu_wait_ns")
+    places = [proc.fields.index(field) for field in fields]
+    inside = (proc.t_wall_ns >= episode.t0_ns) & (proc.t_wall_ns <= episode.t_end_ns)
+    inside &= proc.present[:, places].all(axis=1)
+    order = np.flatnonzero(inside)[np.argsort(proc.t_mono_ns[inside], kind="stable")]
+    wait_ns, *used_ns = (proc.columns[place][order].astype(np.float64) for place in places)
+    return compute_quota_contention(
+        proc.t_mono_ns[order].astype(np.float64),
+        wait_ns,
+        np.sum(used_ns, axis=0),
+        quota_cores=quota,
+        throttled_s=recording.throttled_s,
+    )
 
 
 def _find_contention(episode: Episode) -> list[BundleFinding]:
@@ -304,7 +330,9 @@ def _find_contention(episode: Episode) -> list[BundleFinding]:
     if np.isnan(wait):
         return [build_finding("contention-unknown", "vcpu_wait_ns was not read twice", place=_PROC_FILE)]
     ran = compute_mean_cores(episode, "vcpu_run_ns") * (episode.t_end_ns - episode.t0_ns) / 1e9
-    if wait == 0 and ran > MIN_RUN_WITHOUT_WAIT_S:  # a kernel that does not count waiting reports 0
+    if (
+        compute_mean_cores(episode, "vcpu_wait_ns") == 0 and ran > MIN_RUN_WITHOUT_WAIT_S
+    ):  # a kernel that does not count waiting reports 0
         words = f"vcpu_wait_ns does not change while the vCPUs run for {ran:.1f} s"
         return [build_finding("contention-unknown", words, place=_PROC_FILE)]
     return []

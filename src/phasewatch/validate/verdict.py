@@ -172,7 +172,7 @@ class BundleVerdict:
         detail: Place and text of the worst finding.
         rows, lost: By source in the order of `SourceKind`: rows in the bundle, and rows that did not arrive.
         seconds: Labelled time by phase in the order of `PHASES`.
-        vcpu_wait: Mean waiting time of the vCPUs in cores; NaN if unknown.
+        vcpu_wait: Mean time that the vCPUs waited for a core that other work used, in cores; NaN if unknown.
         duplicate_of: ``host_id/episode_id`` of the bundle with the same telemetry; empty without one.
         flags: All bin flags combined.
         background: Benign load that ran beside a malicious profile; empty without one, None if nothing recorded it.
