@@ -57,7 +57,7 @@ def test_unknown_architecture_is_an_error(tmp_path: Path) -> None:
 
 def test_missing_tool_error_has_the_install_command() -> None:
     with pytest.raises(MissingToolError, match="apt-get install --no-install-recommends some-package"):
-        guest_image._find_tool("no-such-program-here", "some-package")
+        debian_packages.find_tool("no-such-program-here", "some-package")
 
 
 @pytest.mark.vm

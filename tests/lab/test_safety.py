@@ -121,10 +121,10 @@ def play(
 def top_folders(overlay: Path, raw: Path) -> set[str]:
     """Read what lies at the root of a disk that nobody uses any more."""
     subprocess.run(["qemu-img", "convert", "-O", "raw", str(overlay), str(raw)], check=True)
-    check = guest_image._find_tool("e2fsck", "e2fsprogs")
+    check = debian_packages.find_tool("e2fsck", "e2fsprogs")
     repaired = subprocess.run([check, "-fy", str(raw)], capture_output=True, check=False)  # replays the journal
     assert repaired.returncode in (0, 1), repaired.stdout.decode()
-    debugfs = guest_image._find_tool("debugfs", "e2fsprogs")
+    debugfs = debian_packages.find_tool("debugfs", "e2fsprogs")
     listed = subprocess.run([debugfs, "-R", "ls -p /", str(raw)], capture_output=True, text=True, check=True).stdout
     raw.unlink()
     return {line.split("/")[5] for line in listed.splitlines() if line.count("/") >= 6} - {".", ".."}

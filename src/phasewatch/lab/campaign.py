@@ -21,6 +21,7 @@ from phasewatch import atomic
 from phasewatch.errors import MachineError, UsageError
 from phasewatch.lab import process
 from phasewatch.lab.custom_workload import CLOUD_INIT_META_DATA, CLOUD_INIT_USER_DATA, CustomMachine
+from phasewatch.lab.debian_image import build_debian_image
 from phasewatch.lab.guest_image import DEFAULT_DATA_MIB, GuestImage, build_guest_image
 from phasewatch.lab.host import AcceleratorChoice, choose_accelerator, read_qemu_version
 from phasewatch.lab.plan import RecordingSession
@@ -81,7 +82,7 @@ class QemuFactory:
     scratch: Path
     clock: AsyncClock
     _n_created: int = 0
-    _images: dict[tuple[str, int], GuestImage] = field(default_factory=dict)
+    _images: dict[tuple[str, str, int], GuestImage] = field(default_factory=dict)
     _accelerators: dict[str, AcceleratorChoice] = field(default_factory=dict)
     _tsc_khz: int | None = field(default_factory=read_tsc_khz)
 
@@ -90,14 +91,17 @@ class QemuFactory:
         custom, accel = self.options.custom_machine, self.options.accel
         if not accel:
             accel = "tcg" if shape.accel == "tcg" else self._find_accelerator(shape.arch, shape.data_mib)
-        return custom.image if custom else self._build_image(shape.arch, shape.data_mib), accel
+        return custom.image if custom else self._build_image(shape.image, shape.arch, shape.data_mib), accel
 
-    def _build_image(self, arch: str, data_mib: int) -> GuestImage:
-        key = arch, data_mib
+    def _build_image(self, image: str, arch: str, data_mib: int) -> GuestImage:
+        key = image, arch, data_mib
         if key not in self._images:
-            self._images[key] = build_guest_image(
-                self.options.cache, arch, data_mib=data_mib, scripts=self.options.scripts
-            )
+            if image == "debian":
+                self._images[key] = build_debian_image(self.options.cache, data_mib=data_mib)
+            else:
+                self._images[key] = build_guest_image(
+                    self.options.cache, arch, data_mib=data_mib, scripts=self.options.scripts
+                )
         return self._images[key]
 
     def _find_accelerator(self, arch: str, data_mib: int) -> str:
@@ -106,7 +110,7 @@ class QemuFactory:
                 arch=arch,
                 # The built-in guest proves KVM also for a custom machine, whose slow boot would look like a hang.
                 # A custom machine has no documents, so its data size is 0.
-                files=lambda: self._build_image(arch, data_mib or DEFAULT_DATA_MIB),
+                files=lambda: self._build_image("busybox", arch, data_mib or DEFAULT_DATA_MIB),
                 cache=self.options.cache,
                 qemu_version=read_qemu_version(arch),
             )
