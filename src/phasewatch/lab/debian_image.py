@@ -87,7 +87,7 @@ def build_debian_image(
         sources = {name: _guest_file(name).read_bytes() for name in GUEST_SOURCES if name != "init.sh"}
         payload = {f"phasewatch/kinds/{kind.name}": kind.read_bytes() for kind in list_debian_kinds()}
         payload |= {"init": _guest_file("debian/init.sh").read_bytes()}
-        payload |= {"phasewatch/lib.sh": _guest_file("debian/lib.sh").read_bytes()}
+        payload |= {f"phasewatch/{name}": _guest_file(f"debian/{name}").read_bytes() for name in ("lib.sh", "link.pl")}
         digest = _compute_digest(f"{kernel_package} {data_mib} {_SPARE_MIB}", packages, sources, payload)
         home = cache / f"debian-{digest[:16]}"
         if not home.exists():

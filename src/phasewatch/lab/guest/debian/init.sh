@@ -20,7 +20,7 @@ mkdir /ram/upper /ram/work
 mount -t overlay -o lowerdir=/rom,upperdir=/ram/upper,workdir=/ram/work root /root
 mount -t ext4 -o noatime /dev/vda /root/data
 mount -t tmpfs -o size=32m,mode=755,nosuid,nodev run /root/run
-mkdir -p /root/data/work /root/data/.cache /root/data/.local/home
+mkdir -p /root/run/lock /root/data/work /root/data/.cache /root/data/.local/home
 cp -a /phasewatch /root/run/phasewatch
 echo 500 > /proc/sys/vm/dirty_expire_centisecs
 echo 100 > /proc/sys/vm/dirty_writeback_centisecs

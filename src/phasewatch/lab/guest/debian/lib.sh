@@ -17,7 +17,10 @@ RANDOM=$((seed % 32768 < 0 ? -(seed % 32768) : seed % 32768))
 declare -A knob at
 for word in "$@"; do
   case $word in
-    at.*) word=${word#at.}; at[${word%%=*}]=${word#*=} ;;
+    at.*)
+      word=${word#at.}
+      at[${word%%=*}]=${word#*=}
+      ;;
     *) knob[${word%%=*}]=${word#*=} ;;
   esac
 done
@@ -45,6 +48,32 @@ address() { # ROLE: set host and port to the address that the episode's world gi
   local where=${at[$1]:-10.0.2.80:80}
   host=${where%:*} port=${where##*:}
 }
+
+look_up() { # ROLE: set host and port, and resolve the server's name now and then, as programs do
+  address "$1"
+  [ -z "${knob[name.$1]:-}" ] || ((RANDOM % 3)) || getent ahostsv4 "${knob[name.$1]}" >/dev/null
+}
+
+fetch() { # ROLE PATH FILE [KB_PER_S]: download; false if the server does not give it
+  look_up "$1"
+  case $port in
+    443 | 8443) timeout 60 perl /usr/lib/phasewatch/link.pl "$host" "$port" GET "$2" >"$3" ;;
+    *) curl -fsS --connect-timeout 5 -m 60 ${4:+--limit-rate "$4k"} -o "$3" "http://$host:$port$2" ;;
+  esac
+}
+
+upload() { # ROLE PATH FILE [KB_PER_S]: send a file; false if the server does not take it
+  look_up "$1"
+  case $port in
+    443 | 8443) timeout 60 perl /usr/lib/phasewatch/link.pl "$host" "$port" POST "$2" "$3" >/dev/null ;;
+    *) curl -fsS --connect-timeout 5 -m 60 ${4:+--limit-rate "$4k"} -o /dev/null -H 'Expect:' --data-binary "@$3" "http://$host:$port$2" ;;
+  esac
+}
+
+seconds=${knob[seconds]:-${knob[infect_s]:-15}}
+printf -v seconds_ms '%.0f' "${seconds}e3"
+begun_us=${EPOCHREALTIME/./}
+until_share() { pause_ms $((seconds_ms * $1 / 1000 - (${EPOCHREALTIME/./} - begun_us) / 1000)); } # PERMILLE of the phase
 
 fresh_work() { rm -rf "$work" && mkdir -p "$work" "$HOME" && cd "$work" || fail "no folder"; }
 
@@ -91,6 +120,10 @@ walk() { # STEP...: play the steps in random order until the host kills the kind
     pause_ms "$rest"
     if ((RANDOM % 10 == 0)); then between 1000 12000 && pause_ms "$drawn"; fi # people and schedulers pause
   done
+}
+
+pace() { # KB STARTED_US: rest so that the rate stays below rate_kbps
+  pause_ms $(($1 * 1000 / (rate_kbps > 0 ? rate_kbps : 1) - (${EPOCHREALTIME/./} - $2) / 1000))
 }
 
 size_kb() { moved_kb=$(($(stat -c %s -- "$@" | paste -sd+) >> 10)); }

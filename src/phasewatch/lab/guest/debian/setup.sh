@@ -13,10 +13,15 @@ for unit in apt-daily.timer apt-daily-upgrade.timer cron.service dpkg-db-backup.
   systemd-update-utmp-runlevel.service systemd-user-sessions.service proc-sys-fs-binfmt_misc.automount \
   dev-hugepages.mount dev-mqueue.mount sys-kernel-debug.mount sys-kernel-tracing.mount sys-kernel-config.mount \
   sys-fs-fuse-connections.mount kmod-static-nodes.service systemd-fsck-root.service systemd-hwdb-update.service \
-  systemd-modules-load.service systemd-firstboot.service systemd-sysusers.service systemd-boot-system-token.service; do
+  systemd-modules-load.service systemd-tmpfiles-setup.service systemd-tmpfiles-setup-dev.service \
+  vmtouch.service modprobe@.service systemd-firstboot.service systemd-sysusers.service systemd-boot-system-token.service; do
   ln -sf /dev/null "$root/etc/systemd/system/$unit"
 done
-mkdir -p "$root/etc/systemd/journald.conf.d"
+mkdir -p "$root/etc/systemd/system-generators" "$root/etc/systemd/system.conf.d" "$root/etc/systemd/journald.conf.d"
+for generator in "$root/usr/lib/systemd/system-generators/"*; do
+  ln -sf /dev/null "$root/etc/systemd/system-generators/${generator##*/}"
+done
+printf '[Manager]\nShowStatus=no\nLogLevel=warning\n' >"$root/etc/systemd/system.conf.d/lab.conf"
 printf '[Journal]\nStorage=volatile\nRuntimeMaxUse=4M\n' >"$root/etc/systemd/journald.conf.d/lab.conf"
 printf 'debian\n' >"$root/etc/hostname"
 printf '0123456789abcdef0123456789abcdef\n' >"$root/etc/machine-id"
@@ -48,6 +53,28 @@ UNIT
 mkdir -p "$root/etc/systemd/system/multi-user.target.wants"
 ln -sf ../phasewatch-driver.service "$root/etc/systemd/system/multi-user.target.wants/phasewatch-driver.service"
 ln -sf /lib/systemd/system/multi-user.target "$root/etc/systemd/system/default.target"
+
+# Exim delivers into one maildir; it takes no other configuration file without giving up its rights.
+cat >"$root/etc/exim4/exim4.conf" <<'EXIM'
+spool_directory = /data/work/mail-queue/spool
+log_file_path = /data/work/mail-queue/log/%slog
+primary_hostname = debian.example
+qualify_domain = debian.example
+host_lookup =
+begin routers
+all:
+  driver = accept
+  transport = box
+begin transports
+box:
+  driver = appendfile
+  directory = /data/work/mail-queue/mail/box
+  maildir_format
+  user = mail
+  group = mail
+begin retry
+* * F,1h,1m
+EXIM
 
 # A cluster that the kinds copy to the scratch disk: initdb takes half a minute in an emulated guest.
 chroot "$root" /bin/sh -c 'rm -rf /var/lib/postgresql/15 /etc/postgresql/15 && mkdir -p /var/lib/lab && chown postgres /var/lib/lab &&
