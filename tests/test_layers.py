@@ -77,6 +77,8 @@ IMPURE = {
     "http_server.protocol",
     "inference.onnx_export",
     "lab.campaign",
+    "lab.debian_image",
+    "lab.debian_packages",
     "lab.guest_driver",
     "lab.guest_image",
     "lab.host",

@@ -6,7 +6,7 @@ import gzip
 import subprocess
 from pathlib import Path
 
-from phasewatch.lab import guest_image
+from phasewatch.lab import debian_packages, guest_image
 from phasewatch.lab.campaign import default_cache
 from phasewatch.lab.guest_image import CpioEntry, build_cpio_archive
 
@@ -94,7 +94,8 @@ def _join(work: Path, trees: dict[str, Path], boot: Path) -> None:
     with partition.open("wb") as file:
         file.truncate(size)
     subprocess.run(
-        [debian_packages.find_tool("mke2fs", "e2fsprogs"), "-q", "-t", "ext2", "-d", str(boot), str(partition)], check=True
+        [debian_packages.find_tool("mke2fs", "e2fsprogs"), "-q", "-t", "ext2", "-d", str(boot), str(partition)],
+        check=True,
     )
     core = (work / "core.img").read_bytes()
     assert len(core) < MIB - 512

@@ -10,7 +10,7 @@ import pytest
 from tests.requirements import need_program, need_qemu
 
 from phasewatch.errors import MachineError, MissingToolError
-from phasewatch.lab import guest_image
+from phasewatch.lab import debian_packages, guest_image
 from phasewatch.lab.campaign import QemuFactory, RecordingOptions, default_cache
 from phasewatch.lab.guest_image import CpioEntry, build_cpio_archive
 from phasewatch.lab.qemu_command import find_host_shape

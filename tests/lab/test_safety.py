@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from tests.requirements import need_qemu
 
-from phasewatch.lab import guest_image
+from phasewatch.lab import debian_packages, guest_image
 from phasewatch.lab.campaign import QemuFactory, RecordingOptions, default_cache
 from phasewatch.lab.network.sink import SinkLog
 from phasewatch.lab.qemu_command import find_host_shape

@@ -11,10 +11,11 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 from phasewatch import atomic
@@ -34,8 +35,10 @@ from phasewatch.telemetry.base import AsyncClock, HostClock
 from phasewatch.user_folders import cache_folder
 
 __all__ = [
+    "IMAGE_BUILDERS",
     "QemuFactory",
     "RecordingOptions",
+    "build_image",
     "default_cache",
     "exit_on_signals",
     "record_plan",
@@ -145,6 +148,32 @@ def _build_seed_files(custom: CustomMachine | None) -> tuple[tuple[str, bytes], 
         ("user-data", CLOUD_INIT_USER_DATA.encode()),
         ("driver", custom.driver),
     )
+
+
+# Name of a guest image → function that builds it from a cache folder and the size of its documents in MiB.
+IMAGE_BUILDERS: Mapping[str, Callable[[Path, int], GuestImage]] = MappingProxyType(
+    {
+        "busybox": lambda cache, data_mib: build_guest_image(cache, "x86_64", data_mib=data_mib),
+        "debian": lambda cache, data_mib: build_debian_image(cache, data_mib=data_mib),
+    }
+)
+
+
+def build_image(name: str, *, data_mib: int = DEFAULT_DATA_MIB) -> GuestImage:
+    """Return a guest image from the default cache; build it at first use.
+
+    Args:
+        name: A key of `IMAGE_BUILDERS`.
+        data_mib: Size of the documents on the data disk, in MiB.
+
+    Raises:
+        MissingToolError: If a tool, a right or a package is missing.
+        MachineError: If a step of the build failed, or the disk is full.
+    """
+    cache = default_cache()
+    _make_cache(cache)
+    with exit_on_signals():
+        return IMAGE_BUILDERS[name](cache, data_mib)
 
 
 def default_cache() -> Path:

@@ -33,7 +33,14 @@ from phasewatch.lab.guest_image import (
 )
 from phasewatch.lab.process import die_with_parent
 
-__all__ = ["DEBIAN_CODENAME", "DebianTools", "build_debian_image", "list_debian_kinds", "parse_package_list"]
+__all__ = [
+    "DEBIAN_CODENAME",
+    "DebianTools",
+    "build_debian_image",
+    "find_debian_root",
+    "list_debian_kinds",
+    "parse_package_list",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +116,22 @@ def build_debian_image(
         )
 
 
+def find_debian_root(cache: Path) -> Path | None:
+    """Return the folder of the root disk if it is built, else None."""
+    home = _root_folder(cache)
+    return home if home.exists() else None
+
+
+def _root_folder(cache: Path) -> Path:
+    digest = hashlib.sha256(b"\0".join((DEBIAN_CODENAME.encode(), *_read_recipe()))).hexdigest()
+    return cache / f"debian-root-{digest[:16]}"
+
+
+def _read_recipe() -> tuple[bytes, bytes]:
+    """Return the list of packages and the setup script."""
+    return _guest_file("debian/packages.txt").read_bytes(), _guest_file("debian/setup.sh").read_bytes()
+
+
 def list_debian_kinds() -> list[Traversable]:
     """Return the programs of the Debian image that are workloads, by name."""
     return sorted(_guest_file("debian/kinds").iterdir(), key=lambda kind: kind.name)
@@ -140,11 +163,11 @@ def _compute_digest(words: str, packages: bytes, *parts: dict[str, bytes]) -> st
 
 def _provide_root(cache: Path, tools: DebianTools) -> Path:
     """Return the folder with the root disk and the list of its packages; build it at first use."""
-    package_list, setup = (_guest_file(f"debian/{name}").read_bytes() for name in ("packages.txt", "setup.sh"))
-    digest = hashlib.sha256(b"\0".join((DEBIAN_CODENAME.encode(), package_list, setup))).hexdigest()
-    home = cache / f"debian-root-{digest[:16]}"
-    if home.exists():
-        return home
+    known = find_debian_root(cache)
+    if known is not None:
+        return known
+    package_list, setup = _read_recipe()
+    home = _root_folder(cache)
     if tools.user_id != 0:
         raise MissingToolError(
             f"the Debian guest image is not in {cache} yet, and only root can build it: run `sudo phasewatch image "

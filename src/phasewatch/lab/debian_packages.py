@@ -21,6 +21,7 @@ __all__ = [
     "find_mirror",
     "find_tool",
     "run_command",
+    "select_mirror",
 ]
 
 _KERNEL_META_PACKAGES = {
@@ -45,6 +46,21 @@ def find_mirror(codename: str) -> DebianMirror:
     """
     fields = "$(REPO_URI)\t$(CODENAME)\t$(COMPONENT)\t$(ORIGIN)\t$(LABEL)"
     targets = run_command([find_tool("apt-get", "apt"), "indextargets", "--format", fields, "Created-By: Packages"])
+    uri = select_mirror(targets, codename)
+    proxy = run_command([find_tool("apt-config", "apt"), "dump", "--format", "%v%n", "Acquire::http::Proxy"]).strip()
+    return DebianMirror(uri=uri, proxy="" if proxy == "DIRECT" else proxy)
+
+
+def select_mirror(targets: str, codename: str) -> str:
+    """Return the first address of a Debian release's main packages.
+
+    Args:
+        targets: Output of ``apt-get indextargets``: address, codename, component, origin and label, between tabs.
+        codename: Such as ``bookworm``.
+
+    Raises:
+        MissingToolError: If there is none; the message has the remedy.
+    """
     wanted = [codename, "main", "Debian", "Debian"]
     uris = [uri for uri, *rest in (line.split("\t") for line in targets.splitlines()) if rest == wanted]
     if not uris:
@@ -52,8 +68,7 @@ def find_mirror(codename: str) -> DebianMirror:
             f"apt knows no mirror of Debian {codename}; add `deb MIRROR {codename} main` to /etc/apt/sources.list and "
             "run apt-get update"
         )
-    proxy = run_command([find_tool("apt-config", "apt"), "dump", "--format", "%v%n", "Acquire::http::Proxy"]).strip()
-    return DebianMirror(uri=uris[0], proxy="" if proxy == "DIRECT" else proxy)
+    return uris[0]
 
 
 def find_kernel_package(cache: Path, arch: str) -> str:

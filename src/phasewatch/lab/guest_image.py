@@ -159,9 +159,7 @@ def _build_image_files(
     make_data_disk(work, work / "out" / "data.qcow2", data_mib)
 
 
-def write_boot_files(
-    work: Path, cache: Path, arch: str, kernel_package: str, entries: Iterable[CpioEntry]
-) -> None:
+def write_boot_files(work: Path, cache: Path, arch: str, kernel_package: str, entries: Iterable[CpioEntry]) -> None:
     """Write the kernel, its release and an initramfs with busybox and the kernel's modules.
 
     Args:
