@@ -32,8 +32,14 @@ fail() { # REASON: end the kind; the host sees an exit status that is not 0
   exit 1
 }
 
-whole() { printf -v "$1" '%.0f' "${knob[$1]:-$2}"; }      # NAME DEFAULT: set a variable to a knob
-permille() { printf -v "$1" '%.0f' "${knob[$1]:-$2}e3"; } # the same, times 1000
+whole() { # NAME DEFAULT: set a variable to a knob, at least 1
+  printf -v "$1" '%.0f' "${knob[$1]:-$2}"
+  ((${!1} > 0)) || printf -v "$1" 1
+}
+permille() { # NAME DEFAULT: the same, times 1000
+  printf -v "$1" '%.0f' "${knob[$1]:-$2}e3"
+  ((${!1} > 0)) || printf -v "$1" 1
+}
 between() { drawn=$(($1 + (RANDOM << 15 | RANDOM) % ($2 - $1 + 1))); }
 permille duty 0.5
 
