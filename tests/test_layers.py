@@ -78,6 +78,8 @@ IMPURE = {
     "inference.onnx_export",
     "lab.campaign",
     "lab.cgroup",
+    "lab.debian_image",
+    "lab.debian_packages",
     "lab.guest_driver",
     "lab.guest_image",
     "lab.host",

@@ -6,7 +6,7 @@ import gzip
 import subprocess
 from pathlib import Path
 
-from phasewatch.lab import guest_image
+from phasewatch.lab import debian_packages, guest_image
 from phasewatch.lab.campaign import default_cache
 from phasewatch.lab.guest_image import CpioEntry, build_cpio_archive
 
@@ -31,10 +31,10 @@ PARTITION = bytes((0x80, 0, 2, 0, 0x83, 0xFF, 0xFF, 0xFF)) + (2048).to_bytes(4, 
 def build_own_disk(work: Path) -> Path:
     """Build `disk.qcow2` in a folder."""
     cache = default_cache()
-    kernel_package = guest_image._find_kernel_package(cache, "x86_64")
+    kernel_package = debian_packages.find_kernel_package(cache, "x86_64")
     trees = {name: work / name for name in (kernel_package, "busybox-static", "grub-pc-bin", "grub-common")}
     for name, tree in trees.items():
-        guest_image._extract_package(guest_image._fetch_package(cache, "x86_64", name), tree)
+        debian_packages.extract_package(debian_packages.fetch_package(cache, "x86_64", name), tree)
     boot = work / "boot"
     boot.mkdir()
     kernel = next((trees[kernel_package] / "boot").glob("vmlinuz-*"))
@@ -94,7 +94,8 @@ def _join(work: Path, trees: dict[str, Path], boot: Path) -> None:
     with partition.open("wb") as file:
         file.truncate(size)
     subprocess.run(
-        [guest_image._find_tool("mke2fs", "e2fsprogs"), "-q", "-t", "ext2", "-d", str(boot), str(partition)], check=True
+        [debian_packages.find_tool("mke2fs", "e2fsprogs"), "-q", "-t", "ext2", "-d", str(boot), str(partition)],
+        check=True,
     )
     core = (work / "core.img").read_bytes()
     assert len(core) < MIB - 512

@@ -10,7 +10,7 @@ import pytest
 from tests.requirements import need_program, need_qemu
 
 from phasewatch.errors import MachineError, MissingToolError
-from phasewatch.lab import guest_image
+from phasewatch.lab import debian_packages, guest_image
 from phasewatch.lab.campaign import QemuFactory, RecordingOptions, default_cache
 from phasewatch.lab.guest_image import CpioEntry, build_cpio_archive
 from phasewatch.lab.qemu_command import find_host_shape
@@ -57,7 +57,7 @@ def test_unknown_architecture_is_an_error(tmp_path: Path) -> None:
 
 def test_missing_tool_error_has_the_install_command() -> None:
     with pytest.raises(MissingToolError, match="apt-get install --no-install-recommends some-package"):
-        guest_image._find_tool("no-such-program-here", "some-package")
+        debian_packages.find_tool("no-such-program-here", "some-package")
 
 
 @pytest.mark.vm

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from tests.requirements import need_qemu
 
-from phasewatch.lab import guest_image
+from phasewatch.lab import debian_packages, guest_image
 from phasewatch.lab.campaign import QemuFactory, RecordingOptions, default_cache
 from phasewatch.lab.network.sink import SinkLog
 from phasewatch.lab.qemu_command import find_host_shape
@@ -121,10 +121,10 @@ def play(
 def top_folders(overlay: Path, raw: Path) -> set[str]:
     """Read what lies at the root of a disk that nobody uses any more."""
     subprocess.run(["qemu-img", "convert", "-O", "raw", str(overlay), str(raw)], check=True)
-    check = guest_image._find_tool("e2fsck", "e2fsprogs")
+    check = debian_packages.find_tool("e2fsck", "e2fsprogs")
     repaired = subprocess.run([check, "-fy", str(raw)], capture_output=True, check=False)  # replays the journal
     assert repaired.returncode in (0, 1), repaired.stdout.decode()
-    debugfs = guest_image._find_tool("debugfs", "e2fsprogs")
+    debugfs = debian_packages.find_tool("debugfs", "e2fsprogs")
     listed = subprocess.run([debugfs, "-R", "ls -p /", str(raw)], capture_output=True, text=True, check=True).stdout
     raw.unlink()
     return {line.split("/")[5] for line in listed.splitlines() if line.count("/") >= 6} - {".", ".."}
@@ -184,7 +184,7 @@ def test_processes_are_bounded_by_the_sources() -> None:
     forks = {name: len(re.findall(r"\bfork\(\)", body)) for name, body in text.items()}
 
     # base.c waits for each child; malware.c forks once per further core; driver.c once per role, killed with its group.
-    assert forks == {"base.c": 1, "net.c": 0, "malware.c": 1, "benign.c": 0, "agent.c": 0, "driver.c": 2}
+    assert forks == {"base.c": 1, "net.c": 0, "malware.c": 1, "benign.c": 0, "kinds.c": 0, "agent.c": 0, "driver.c": 2}
     assert "waitpid(child, &status, 0)" in text["base.c"]
     assert re.search(r"core > 1; core--\)[^\n]*\n\s*if \(fork\(\) == 0\)", text["malware.c"])
     assert not any(re.search(r"\b(system|popen|vfork|clone|daemon)\(", body) for body in text.values())

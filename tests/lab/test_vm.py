@@ -54,6 +54,28 @@ def test_pc_has_pci_devices_and_a_bounded_serial_console() -> None:
     assert "quiet" not in command
 
 
+def test_root_disk_is_read_only_and_comes_after_the_data_disk() -> None:
+    words = build_qemu_command(
+        shape_of(machine="q35"),
+        accel="tcg",
+        kernel=Path("K"),
+        initrd=Path("I"),
+        sockets=VmPaths(folder=Path("/d")),
+        mac="m",
+        tsc_khz=None,
+        root_disk=Path("/c/root.raw"),
+    )
+
+    assert "file=/c/root.raw,if=none,id=root0,format=raw,readonly=on" in words
+    assert words.index("virtio-blk-pci,drive=d0,id=blk0") < words.index("virtio-blk-pci,drive=root0,id=root_disk")
+
+
+def test_debian_gets_more_time_to_boot() -> None:
+    assert find_boot_rule(shape_of(image="debian")) == BOOT_RULES["debian"]
+    assert find_boot_rule(shape_of(machine="microvm")) == BOOT_RULES["microvm"]
+    assert find_boot_rule(shape_of()) == BOOT_RULES[""]
+
+
 def test_only_network_is_the_sink_socket() -> None:
     command = command_of(shape_of(machine="q35"))
 

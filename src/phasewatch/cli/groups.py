@@ -39,6 +39,7 @@ def _spec(module: str, summary: str) -> CommandSpec:
 SECTIONS: Mapping[str, Mapping[str, CommandSpec]] = {
     "Record": {
         "record": _spec("record", "Record episodes in real VMs and write one bundle per episode."),
+        "image": _spec("record", "Build a guest image now, so that recording needs no network."),
         "simulate": _spec("record", "Generate a store of simulated episodes and a ground-truth file."),
     },
     "Learn": {

@@ -11,7 +11,7 @@ import typer
 from phasewatch.cli import common
 from phasewatch.cli.options import AsJson, Workers
 from phasewatch.cli.progress import show_progress
-from phasewatch.errors import PlanError, UsageError
+from phasewatch.errors import PlanError, UsageError, suggest_names
 from phasewatch.lab import campaign
 from phasewatch.lab.custom_workload import (
     CustomMachine,
@@ -22,6 +22,7 @@ from phasewatch.lab.custom_workload import (
     parse_workload,
     read_custom_machine,
 )
+from phasewatch.lab.guest_image import DEFAULT_DATA_MIB
 from phasewatch.lab.plan import (
     MAX_PARALLEL_VMS,
     PlanSpec,
@@ -38,7 +39,7 @@ from phasewatch.simulate import SimulationSettings
 from phasewatch.simulate import simulate as simulate_store
 from phasewatch.types import EpisodeRole
 
-__all__ = ["record", "simulate"]
+__all__ = ["image", "record", "simulate"]
 
 
 def record(
@@ -213,6 +214,26 @@ def _render_plan_rows(sessions: tuple[RecordingSession, ...]) -> list[tuple[str,
                 )
             )
     return rows
+
+
+def image(
+    name: Annotated[str, typer.Argument(help="busybox or debian.")],
+    data: Annotated[
+        int, typer.Option(min=1, help="Size of the documents on its data disk, in MiB.")
+    ] = DEFAULT_DATA_MIB,
+    as_json: AsJson = False,
+) -> None:
+    """Build a guest image now, so that recording needs no network.
+
+    `record` builds a missing image by itself. The debian image needs root, debootstrap and 3 GB of free disk, once.
+
+    Example: phasewatch image debian
+    """
+    if name not in campaign.IMAGE_BUILDERS:
+        raise UsageError(f"no guest image {name!r}; {suggest_names(name, campaign.IMAGE_BUILDERS)}")
+    built = campaign.build_image(name, data_mib=data)
+    result = {name: str(value) for name, value in asdict(built).items() if value is not None}
+    common.print_result(result, as_json=as_json, lines=common.render_table(list(result.items())))
 
 
 def simulate(

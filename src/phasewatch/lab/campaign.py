@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 from phasewatch import atomic
@@ -23,6 +24,7 @@ from phasewatch.errors import CgroupError, MachineError, UsageError
 from phasewatch.lab import process
 from phasewatch.lab.cgroup import CpuController, open_cpu_controller
 from phasewatch.lab.custom_workload import CLOUD_INIT_META_DATA, CLOUD_INIT_USER_DATA, CustomMachine
+from phasewatch.lab.debian_image import build_debian_image
 from phasewatch.lab.guest_image import DEFAULT_DATA_MIB, GuestImage, build_guest_image
 from phasewatch.lab.host import AcceleratorChoice, choose_accelerator, read_qemu_version
 from phasewatch.lab.plan import RecordingSession
@@ -35,8 +37,10 @@ from phasewatch.telemetry.base import AsyncClock, HostClock
 from phasewatch.user_folders import cache_folder
 
 __all__ = [
+    "IMAGE_BUILDERS",
     "QemuFactory",
     "RecordingOptions",
+    "build_image",
     "default_cache",
     "exit_on_signals",
     "record_plan",
@@ -89,7 +93,7 @@ class QemuFactory:
     clock: AsyncClock
     controller: CpuController | None = None
     _n_created: int = 0
-    _images: dict[tuple[str, int], GuestImage] = field(default_factory=dict)
+    _images: dict[tuple[str, str, int], GuestImage] = field(default_factory=dict)
     _accelerators: dict[str, AcceleratorChoice] = field(default_factory=dict)
     _tsc_khz: int | None = field(default_factory=read_tsc_khz)
 
@@ -98,14 +102,17 @@ class QemuFactory:
         custom, accel = self.options.custom_machine, self.options.accel
         if not accel:
             accel = "tcg" if shape.accel == "tcg" else self._find_accelerator(shape.arch, shape.data_mib)
-        return custom.image if custom else self._build_image(shape.arch, shape.data_mib), accel
+        return custom.image if custom else self._build_image(shape.image, shape.arch, shape.data_mib), accel
 
-    def _build_image(self, arch: str, data_mib: int) -> GuestImage:
-        key = arch, data_mib
+    def _build_image(self, image: str, arch: str, data_mib: int) -> GuestImage:
+        key = image, arch, data_mib
         if key not in self._images:
-            self._images[key] = build_guest_image(
-                self.options.cache, arch, data_mib=data_mib, scripts=self.options.scripts
-            )
+            if image == "debian":
+                self._images[key] = build_debian_image(self.options.cache, data_mib=data_mib)
+            else:
+                self._images[key] = build_guest_image(
+                    self.options.cache, arch, data_mib=data_mib, scripts=self.options.scripts
+                )
         return self._images[key]
 
     def _find_accelerator(self, arch: str, data_mib: int) -> str:
@@ -114,7 +121,7 @@ class QemuFactory:
                 arch=arch,
                 # The built-in guest proves KVM also for a custom machine, whose slow boot would look like a hang.
                 # A custom machine has no documents, so its data size is 0.
-                files=lambda: self._build_image(arch, data_mib or DEFAULT_DATA_MIB),
+                files=lambda: self._build_image("busybox", arch, data_mib or DEFAULT_DATA_MIB),
                 cache=self.options.cache,
                 qemu_version=read_qemu_version(arch),
             )
@@ -151,6 +158,32 @@ def _build_seed_files(custom: CustomMachine | None) -> tuple[tuple[str, bytes], 
         ("user-data", CLOUD_INIT_USER_DATA.encode()),
         ("driver", custom.driver),
     )
+
+
+# Name of a guest image → function that builds it from a cache folder and the size of its documents in MiB.
+IMAGE_BUILDERS: Mapping[str, Callable[[Path, int], GuestImage]] = MappingProxyType(
+    {
+        "busybox": lambda cache, data_mib: build_guest_image(cache, "x86_64", data_mib=data_mib),
+        "debian": lambda cache, data_mib: build_debian_image(cache, data_mib=data_mib),
+    }
+)
+
+
+def build_image(name: str, *, data_mib: int = DEFAULT_DATA_MIB) -> GuestImage:
+    """Return a guest image from the default cache; build it at first use.
+
+    Args:
+        name: A key of `IMAGE_BUILDERS`.
+        data_mib: Size of the documents on the data disk, in MiB.
+
+    Raises:
+        MissingToolError: If a tool, a right or a package is missing.
+        MachineError: If a step of the build failed, or the disk is full.
+    """
+    cache = default_cache()
+    _make_cache(cache)
+    with exit_on_signals():
+        return IMAGE_BUILDERS[name](cache, data_mib)
 
 
 def default_cache() -> Path:

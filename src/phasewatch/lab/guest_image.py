@@ -10,9 +10,7 @@ import gzip
 import hashlib
 import os
 import random
-import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +18,13 @@ from importlib.resources import files
 from pathlib import Path, PurePosixPath
 
 from phasewatch import atomic
-from phasewatch.errors import MachineError, MissingToolError
+from phasewatch.lab.debian_packages import (
+    extract_package,
+    fetch_package,
+    find_kernel_package,
+    find_tool,
+    run_command,
+)
 
 __all__ = [
     "CUSTOM_GUEST_SOURCES",
@@ -31,6 +35,9 @@ __all__ = [
     "GuestImage",
     "build_cpio_archive",
     "build_guest_image",
+    "compile_guest",
+    "make_data_disk",
+    "write_boot_files",
 ]
 
 
@@ -62,15 +69,11 @@ KERNEL_MODULES = (
     *("virtio_blk", "failover", "net_failover", "virtio_net", "virtio_console", "virtio_balloon", "virtio-rng"),
     *("crc16", "mbcache", "jbd2", "crc32c_generic", "libcrc32c", "ext4", "vmxnet3", "overlay"),
 )
-_KERNEL_META_PACKAGES = {
-    "x86_64": ("linux-image-cloud-amd64", "amd64"),
-    "aarch64": ("linux-image-cloud-arm64", "arm64"),
-}
 _COMPILERS = {
     "x86_64": ("gcc", "gcc libc6-dev"),
     "aarch64": ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross"),
 }
-GUEST_SOURCES = ("guest.h", "base.c", "net.c", "malware.c", "benign.c", "agent.c", "driver.c", "init.sh")
+GUEST_SOURCES = ("guest.h", "base.c", "net.c", "malware.c", "benign.c", "kinds.c", "agent.c", "driver.c", "init.sh")
 # An image for a custom workload runs scripts instead of the built-in profiles.
 CUSTOM_GUEST_SOURCES = tuple("custom.c" if name == "malware.c" else name for name in GUEST_SOURCES)
 DEFAULT_DATA_MIB = 64
@@ -85,6 +88,7 @@ class GuestImage:
     Attributes:
         kernel, initrd: None for a custom machine, whose disk boots by itself.
         base_disk: The data disk; each episode gets an overlay of it.
+        root_disk: A raw disk with the guest's programs, shared and never written; None if the initramfs has them all.
         kernel_release: Release of the kernel; empty for a custom machine.
         digest: Hex SHA-256 over everything that the image was built from.
     """
@@ -94,6 +98,7 @@ class GuestImage:
     base_disk: Path
     kernel_release: str
     digest: str
+    root_disk: Path | None = None
 
 
 def build_guest_image(
@@ -114,7 +119,7 @@ def build_guest_image(
     """
     cache.mkdir(parents=True, exist_ok=True)
     with atomic.lock(cache, wait=True):
-        kernel_package = _find_kernel_package(cache, arch)
+        kernel_package = find_kernel_package(cache, arch)
         sources = GUEST_SOURCES if scripts is None else CUSTOM_GUEST_SOURCES
         payload = {name: files("phasewatch.lab.guest").joinpath(name).read_bytes() for name in sources}
         payload |= {_SCRIPTS_PREFIX + name: text.encode() for name, text in sorted((scripts or {}).items())}
@@ -135,7 +140,7 @@ def build_guest_image(
 
 
 def _compute_digest(arch: str, kernel_package: str, data_mib: int, payload: dict[str, bytes]) -> str:
-    h = hashlib.sha256(f"{arch} {kernel_package} {data_mib} {_DISK_SEED}".encode())
+    h = hashlib.sha256(f"{arch} {kernel_package} {data_mib} {_DISK_SEED} {' '.join(KERNEL_MODULES)}".encode())
     for name, text in payload.items():
         h.update(name.encode() + b"\0" + text)
     return h.hexdigest()
@@ -144,49 +149,69 @@ def _compute_digest(arch: str, kernel_package: str, data_mib: int, payload: dict
 def _build_image_files(
     work: Path, cache: Path, arch: str, kernel_package: str, data_mib: int, payload: dict[str, bytes]
 ) -> None:
+    scripts = {name: text for name, text in payload.items() if name.startswith(_SCRIPTS_PREFIX)}
+    folders = {str(parent) for name in scripts for parent in PurePosixPath(name).parents} - {"."}
+    entries = [CpioEntry(name="init", mode=0o100755, data=payload["init.sh"])]
+    entries += [CpioEntry(name="guest", mode=0o100755, data=compile_guest(work, arch, payload))]
+    entries += [CpioEntry(name=folder, mode=0o040755) for folder in sorted(folders)]
+    entries += [CpioEntry(name=name, mode=0o100644, data=text) for name, text in scripts.items()]
+    write_boot_files(work, cache, arch, kernel_package, entries)
+    make_data_disk(work, work / "out" / "data.qcow2", data_mib)
+
+
+def write_boot_files(work: Path, cache: Path, arch: str, kernel_package: str, entries: Iterable[CpioEntry]) -> None:
+    """Write the kernel, its release and an initramfs with busybox and the kernel's modules.
+
+    Args:
+        work: Folder of the build; the files ``kernel``, ``release`` and ``initrd.gz`` go to its folder ``out``.
+        cache: Folder that keeps packages.
+        arch: ``x86_64`` or ``aarch64``.
+        kernel_package: Name of the kernel's package.
+        entries: Further entries of the initramfs; one of them is ``init``.
+
+    Raises:
+        MachineError: If a package cannot be fetched or extracted.
+    """
     out = work / "out"
     out.mkdir()
     kernel_tree, busybox_tree = work / "kernel", work / "busybox"
-    _extract_package(_fetch_package(cache, arch, kernel_package), kernel_tree)
-    _extract_package(_fetch_package(cache, arch, "busybox-static"), busybox_tree)
+    extract_package(fetch_package(cache, arch, kernel_package), kernel_tree)
+    extract_package(fetch_package(cache, arch, "busybox-static"), busybox_tree)
     kernel = next((kernel_tree / "boot").glob("vmlinuz-*"))
     release = kernel.name.removeprefix("vmlinuz-")
     shutil.copyfile(kernel, out / "kernel")
     (out / "release").write_text(release + "\n")
     busybox = next(p for p in busybox_tree.rglob("busybox") if p.is_file() and os.access(p, os.X_OK))
     modules = {p.name: p for p in (kernel_tree / "lib/modules" / release).rglob("*.ko")}
-    entries = [
-        CpioEntry(name=folder, mode=0o040755)
-        for folder in ("bin", "data", "dev", "etc", "modules", "proc", "sys", "tmp")
-    ]
-    entries += [
-        CpioEntry(name="init", mode=0o100755, data=payload["init.sh"]),
-        CpioEntry(name="guest", mode=0o100755, data=_compile_guest(work, arch, payload)),
-        CpioEntry(name="bin/busybox", mode=0o100755, data=busybox.read_bytes()),
-    ]
+    folders = ("bin", "data", "dev", "etc", "modules", "proc", "sys", "tmp")
+    archive = [CpioEntry(name=folder, mode=0o040755) for folder in folders]
+    archive += [CpioEntry(name="bin/busybox", mode=0o100755, data=busybox.read_bytes()), *entries]
     for name in KERNEL_MODULES:
         if f"{name}.ko" in modules:
-            entries.append(CpioEntry(name=f"modules/{name}.ko", mode=0o100644, data=modules[f"{name}.ko"].read_bytes()))
-    scripts = {name: text for name, text in payload.items() if name.startswith(_SCRIPTS_PREFIX)}
-    folders = {str(parent) for name in scripts for parent in PurePosixPath(name).parents} - {"."}
-    entries += [CpioEntry(name=folder, mode=0o040755) for folder in sorted(folders)]
-    entries += [CpioEntry(name=name, mode=0o100644, data=text) for name, text in scripts.items()]
-    (out / "initrd.gz").write_bytes(gzip.compress(build_cpio_archive(entries), compresslevel=6, mtime=0))
-    _make_disk(work, out / "data.qcow2", data_mib)
+            archive.append(CpioEntry(name=f"modules/{name}.ko", mode=0o100644, data=modules[f"{name}.ko"].read_bytes()))
+    (out / "initrd.gz").write_bytes(gzip.compress(build_cpio_archive(archive), compresslevel=6, mtime=0))
 
 
-def _compile_guest(work: Path, arch: str, payload: dict[str, bytes]) -> bytes:
+def compile_guest(work: Path, arch: str, payload: Mapping[str, bytes]) -> bytes:
+    """Return the static guest program, compiled from the C files among the sources (name → bytes)."""
     compiler, packages = _COMPILERS[arch]
     sources = {name: text for name, text in payload.items() if not name.startswith(_SCRIPTS_PREFIX)}
     for name, text in sources.items():
         (work / name).write_bytes(text)
     c_files = [name for name in sources if name.endswith(".c")]
-    _run_command([_find_tool(compiler, packages), "-static", "-O2", "-s", "-o", "guest", *c_files, "-lm"], cwd=work)
+    run_command([find_tool(compiler, packages), "-static", "-O2", "-s", "-o", "guest", *c_files, "-lm"], cwd=work)
     return (work / "guest").read_bytes()
 
 
-def _make_disk(work: Path, target: Path, data_mib: int) -> None:
-    """Build an ext4 disk of documents: compressible text and incompressible data, of office-like sizes."""
+def make_data_disk(work: Path, target: Path, data_mib: int, *, spare_mib: int | None = None) -> None:
+    """Build an ext4 disk of documents: compressible text and incompressible data, of office-like sizes.
+
+    Args:
+        work: Folder of the build.
+        target: The qcow2 file.
+        data_mib: Size of the documents, in MiB.
+        spare_mib: Room for further files, in MiB; by default as much as the documents take, and 256.
+    """
     rng = random.Random(_DISK_SEED)
     docs = work / "disk" / "docs"
     words = [f"{w}{i}" for w in ("phase", "report", "ledger", "memo", "order", "draft", "table") for i in range(40)]
@@ -205,97 +230,9 @@ def _make_disk(work: Path, target: Path, data_mib: int) -> None:
         left, n = left - size, n + 1
     raw = work / "data.raw"
     with raw.open("wb") as disk:
-        disk.truncate((data_mib * 2 + 256) << 20)
-    mke2fs = _find_tool("mke2fs", "e2fsprogs")
+        disk.truncate((data_mib + (data_mib + 256 if spare_mib is None else spare_mib)) << 20)
+    mke2fs = find_tool("mke2fs", "e2fsprogs")
     extended = "root_owner=0:0,lazy_itable_init=0,lazy_journal_init=0"
     options = ["-q", "-t", "ext4", "-U", "clear", "-E", extended, "-O", "^metadata_csum", "-d", str(work / "disk")]
-    _run_command([mke2fs, *options, str(raw)])
-    _run_command([_find_tool("qemu-img", "qemu-utils"), "convert", "-f", "raw", "-O", "qcow2", str(raw), str(target)])
-
-
-# ---- Debian packages ----
-
-
-def _find_kernel_package(cache: Path, arch: str) -> str:
-    """Return the versioned package that the meta package of the cloud kernel depends on."""
-    if arch not in _KERNEL_META_PACKAGES:
-        raise MachineError(f"no guest image for architecture {arch!r}; known: {', '.join(_KERNEL_META_PACKAGES)}")
-    kept = sorted(cache.glob(f"linux-image-*-cloud-{_KERNEL_META_PACKAGES[arch][1]}_*.deb"))
-    if kept:  # one image for a whole campaign; empty the cache to get a newer kernel
-        return kept[-1].name.split("_")[0]
-    output = _run_command(
-        [_find_tool("apt-cache", "apt"), *_build_apt_options(cache, arch), "show", _KERNEL_META_PACKAGES[arch][0]]
-    )
-    match = re.search(r"^Depends:.*?(linux-image-\S+-cloud-\w+)", output, re.MULTILINE)
-    if match is None:
-        raise MissingToolError(f"apt does not know {_KERNEL_META_PACKAGES[arch][0]}; run apt-get update first")
-    return match.group(1)
-
-
-def _fetch_package(cache: Path, arch: str, package: str) -> Path:
-    debian_arch = _KERNEL_META_PACKAGES[arch][1]
-    kept = sorted(cache.glob(f"{package}_*_{debian_arch}.deb"))
-    if not kept:
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as folder:
-            Path(folder).chmod(0o755)
-            _run_command(
-                [_find_tool("apt-get", "apt"), *_build_apt_options(cache, arch), "-q", "download", package],
-                cwd=Path(folder),
-            )
-            for deb in Path(folder).glob("*.deb"):
-                atomic.sync_file(deb)
-                atomic.move(deb, cache / deb.name)
-        kept = sorted(cache.glob(f"{package}_*_{debian_arch}.deb"))
-        if not kept:
-            raise MissingToolError(f"apt-get download {package} brought nothing; run apt-get update first")
-    return kept[-1]
-
-
-def _build_apt_options(cache: Path, arch: str) -> list[str]:
-    """Return apt's options for an architecture; a foreign one gets private lists, the system's stay untouched."""
-    debian_arch = _KERNEL_META_PACKAGES[arch][1]
-    native = _run_command([_find_tool("dpkg", "dpkg"), "--print-architecture"]).strip()
-    options = ["-o", "APT::Sandbox::User=root"] if os.geteuid() == 0 else []
-    if debian_arch == native and _is_package_known(options, _KERNEL_META_PACKAGES[arch][0]):
-        return options
-    state = cache / f"apt-{debian_arch}"
-    for folder in ("lists/partial", "cache/archives/partial"):
-        (state / folder).mkdir(parents=True, exist_ok=True)
-    status = state / "status"
-    status.touch()
-    options += [
-        *("-o", f"Dir::State={state}"),
-        *("-o", f"Dir::State::status={status}"),
-        *("-o", f"Dir::Cache={state / 'cache'}"),
-        *("-o", f"APT::Architecture={debian_arch}"),
-        *("-o", f"APT::Architectures::={debian_arch}"),
-    ]
-    if not any((state / "lists").glob("*_Packages*")):
-        _run_command([_find_tool("apt-get", "apt"), *options, "-q", "update"])
-    return options
-
-
-def _is_package_known(options: list[str], package: str) -> bool:
-    done = subprocess.run([_find_tool("apt-cache", "apt"), *options, "show", package], capture_output=True, check=False)
-    return done.returncode == 0
-
-
-def _extract_package(deb: Path, into: Path) -> None:
-    _run_command([_find_tool("dpkg", "dpkg"), "-x", str(deb), str(into)])
-
-
-def _find_tool(program: str, packages: str) -> str:
-    path = shutil.which(program) or shutil.which(program, path="/usr/sbin:/sbin")
-    if path is None:
-        raise MissingToolError(f"{program} is not installed: apt-get install --no-install-recommends {packages}")
-    return path
-
-
-def _run_command(command: list[str], cwd: Path | None = None) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    if done.returncode:
-        output = (done.stderr or done.stdout).strip().splitlines()
-        raise MachineError(
-            f"{Path(command[0]).name} ended with {done.returncode}: {output[-1] if output else 'no output'}"
-        )
-    return done.stdout
+    run_command([mke2fs, *options, str(raw)])
+    run_command([find_tool("qemu-img", "qemu-utils"), "convert", "-f", "raw", "-O", "qcow2", str(raw), str(target)])

@@ -173,6 +173,7 @@ def build_qemu_command(
     mac: str,
     tsc_khz: int | None,
     has_seed_disk: bool = False,
+    root_disk: Path | None = None,
 ) -> list[str]:
     """Build the command that starts one VM.
 
@@ -185,6 +186,7 @@ def build_qemu_command(
         tsc_khz: TSC rate of the host. Without it, the kernel of a microvm hangs while calibrating in half of its boots.
         has_seed_disk: Whether the guest gets the folder `sockets.seed_folder` as a read-only FAT disk labelled
             ``cidata``.
+        root_disk: A raw disk with the guest's programs, attached read-only.
 
     Raises:
         UsageError: If the machine type is unknown, or the network card does not fit it.
@@ -218,6 +220,10 @@ def build_qemu_command(
             "-device",
             f"virtio-blk-{bus},drive=seed0,id=seed_disk",
         ]
+    root: list[str] = []
+    if root_disk is not None:
+        root = ["-drive", f"file={root_disk},if=none,id=root0,format=raw,readonly=on", "-device"]
+        root += [f"virtio-blk-{bus},drive=root0,id=root_disk"]
     return [
         f"qemu-system-{shape.arch}", "-name", f"{shape.host_id},debug-threads=on", "-no-user-config",
         "-nodefaults",
@@ -230,7 +236,8 @@ def build_qemu_command(
         "-qmp", f"unix:{sockets.qmp},server=on,wait=off",
         "-drive", drive,
         "-device", f"virtio-blk-{bus},drive=d0,id=blk0" + (",bootindex=1" if kernel is None else ""),
-        *seed_disk,  # after the data disk, which must be the first disk of the guest
+        *root,  # after the data disk, which must be the first disk of the guest
+        *seed_disk,
         "-netdev", f"dgram,id=n0,local.type=unix,local.path={sockets.nic},remote.type=unix,remote.path={sockets.sink}",
         "-device", f"{nic},netdev=n0,id=nic0,mac={mac}{rom}",
         "-device", f"virtio-serial-{bus}",
