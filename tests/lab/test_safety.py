@@ -184,7 +184,7 @@ def test_processes_are_bounded_by_the_sources() -> None:
     forks = {name: len(re.findall(r"\bfork\(\)", body)) for name, body in text.items()}
 
     # base.c waits for each child; malware.c forks once per further core; driver.c once per role, killed with its group.
-    assert forks == {"base.c": 1, "net.c": 0, "malware.c": 1, "benign.c": 0, "agent.c": 0, "driver.c": 2}
+    assert forks == {"base.c": 1, "net.c": 0, "malware.c": 1, "benign.c": 0, "kinds.c": 0, "agent.c": 0, "driver.c": 2}
     assert "waitpid(child, &status, 0)" in text["base.c"]
     assert re.search(r"core > 1; core--\)[^\n]*\n\s*if \(fork\(\) == 0\)", text["malware.c"])
     assert not any(re.search(r"\b(system|popen|vfork|clone|daemon)\(", body) for body in text.values())

@@ -21,6 +21,12 @@ double knob(const struct job *job, const char *name, double otherwise) {
     return otherwise;
 }
 
+const char *word(const struct job *job, const char *name, const char *otherwise) {
+    for (int i = 0; i < job->knobs; i++)
+        if (strcmp(job->knob[i].name, name) == 0) return job->knob[i].text;
+    return otherwise;
+}
+
 uint64_t now_ms(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);

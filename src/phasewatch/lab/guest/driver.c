@@ -74,9 +74,10 @@ static void parse(char *rest, struct job *job, const char *form) { /* form: p ph
     char *save = NULL;
     for (char *word = strtok_r(rest, " ", &save); word != NULL; word = strtok_r(NULL, " ", &save)) {
         char *equals = strchr(word, '=');
-        if (equals != NULL && job->knobs < 24) {
+        if (equals != NULL && job->knobs < MOST_KNOBS) {
             *equals = 0;
             snprintf(job->knob[job->knobs].name, sizeof job->knob[0].name, "%s", word);
+            snprintf(job->knob[job->knobs].text, sizeof job->knob[0].text, "%s", equals + 1);
             job->knob[job->knobs++].value = atof(equals + 1);
         } else if (*form) {
             if (*form == 'p') snprintf(job->phase, sizeof job->phase, "%s", word);
@@ -94,6 +95,17 @@ static void unblock(void) {
     sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
+static int find_kind(const struct job *job, char *name, size_t size) { /* a load: NAME; a step: PROFILE.SAMPLE.PHASE, or routine.NAME */
+    int is_benign = strcmp(job->profile, "benign") == 0;
+    if (strcmp(job->verb, "load") == 0 || (strcmp(job->verb, "phase") == 0 && is_benign)) snprintf(name, size, "%s", job->sample);
+    else if (strcmp(job->verb, "phase") != 0) return 0;
+    else {
+        snprintf(name, size, "%s.%s.%s", job->profile, job->sample, job->phase);
+        if (!has_kind(name) && strcmp(job->phase, "infecting") == 0) snprintf(name, size, "routine.%s", word(job, "routine", ""));
+    }
+    return has_kind(name);
+}
+
 static void start(enum role role, long id, const struct job *job) {
     stop(role);
     command_of[role] = id;
@@ -105,6 +117,8 @@ static void start(enum role role, long id, const struct job *job) {
     signal(SIGCHLD, SIG_DFL);
     unblock();
     seed_random(job->seed + (uint64_t)role);
+    char name[80];
+    if (find_kind(job, name, sizeof name)) { become_kind(job, name); _exit(126); }
     if (strcmp(job->verb, "phase") == 0) {
         if (strcmp(job->profile, "benign") == 0 && strcmp(job->phase, "clean") == 0) play_load(job, job->sample);
         play_phase(job);
@@ -118,11 +132,13 @@ static void start(enum role role, long id, const struct job *job) {
 static int is_known(const struct job *job) { /* unknown work is refused before the acknowledgement, because that becomes a label */
     static const char *const phases[] = {"clean", "armed", "infecting", "active", "dormant", NULL};
     int at = 0;
-    if (strcmp(job->verb, "load") == 0) return knows_load(job->sample);
+    char name[80];
+    if (strcmp(job->verb, "load") == 0) return has_kind(job->sample) || knows_load(job->sample);
     while (phases[at] != NULL && strcmp(phases[at], job->phase) != 0) at++;
     if (phases[at] == NULL) return 0;
-    if (strcmp(job->profile, "benign") == 0) return strcmp(job->phase, "clean") == 0 && knows_load(job->sample);
-    return knows_profile(job->profile, job->sample);
+    if (strcmp(job->profile, "benign") == 0) return strcmp(job->phase, "clean") == 0 && (has_kind(job->sample) || knows_load(job->sample));
+    snprintf(name, sizeof name, "%s.%s.active", job->profile, job->sample);
+    return has_kind(name) || knows_profile(job->profile, job->sample);
 }
 
 static void obey(char *line) {
@@ -179,7 +195,7 @@ int main(void) {
     sigaddset(&blocked, SIGCHLD);
     sigaction(SIGCHLD, &action, NULL);
     sigprocmask(SIG_BLOCK, &blocked, NULL); /* otherwise a child that ends just before the wait is reported a second late */
-    char ctl_path[64] = {0}, buffer[1024];
+    char ctl_path[64] = {0}, buffer[4096];
     struct utsname system;
     size_t have = 0;
     find_ports(ctl_path);

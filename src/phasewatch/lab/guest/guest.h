@@ -9,15 +9,22 @@
 #define CORPUS DATA "/docs"     /* the documents of a user */
 #define HOME DATA "/.cache/upd" /* the folder of an emulated profile */
 #define PAYLOAD HOME "/payload.bin"
+#define KINDS "/usr/lib/phasewatch/kinds"
+#define MOST_KNOBS 40
 
 struct job {                    /* one command of the host, parsed */
     char verb[16], phase[16], profile[32], sample[32];
     uint64_t seed;
     int knobs;
-    struct { char name[24]; double value; } knob[24];
+    struct { char name[24], text[32]; double value; } knob[MOST_KNOBS];
 };
 
 double knob(const struct job *job, const char *name, double otherwise);
+const char *word(const struct job *job, const char *name, const char *otherwise); /* a knob that is text */
+
+/* kinds.c: programs of the image at KINDS/NAME, which come before what is built in */
+int has_kind(const char *name);
+void become_kind(const struct job *job, const char *name); /* exec; returns only if that fails */
 
 /* base.c */
 uint64_t now_ms(void);
