@@ -398,8 +398,11 @@ def _build_sample_rows(verdicts: Sequence[BundleVerdict], hosts: Sequence[str]) 
         )
         return f"{count[BundleStatus.ACCEPTED]}{signs}" if some else "·"
 
-    known = [(row.name, sample.name) for row in PROFILES for sample in row.samples]
-    others = sorted({(v.profile, v.sample_name) for v in verdicts} - set(known))
+    present = {(v.profile, v.sample_name) for v in verdicts}
+    listed = [(row.name, sample) for row in PROFILES for sample in row.samples]
+    # A campaign of the first laboratory has no samples of the second.
+    known = [(name, one.name) for name, one in listed if one.since == 1 or (name, one.name) in present]
+    others = sorted(present - set(known))
     return [
         *_build_host_rows(verdicts, hosts, [*known, *others], lambda v: (v.profile, v.sample_name), cell),
         ["**all**", "", *(cell([v for v in verdicts if v.host_id == host]) for host in hosts), cell(verdicts)],

@@ -102,10 +102,16 @@ def profiles_page() -> str:
         "# Profiles\n\nEmulations: CPU, files on a throw-away disk, sockets to a local process. "
         "No malware, no exploit.\n"
         "Each episode draws its intensities log-uniformly from their ranges.\n"
+        "A twin is a workload of the other kind that looks alike from outside; metrics exist with and without twins.\n"
     ]
     for row in profiles.PROFILES:
         samples = [
-            [code(s.name), s.about, ranges(k for k in s.knobs if k not in profiles.COMMON_INTENSITIES)]
+            [
+                code(s.name),
+                s.about,
+                ranges(k for k in s.knobs if k not in profiles.COMMON_INTENSITIES),
+                f"{code(s.twin)}: {s.twin_reason}" if s.twin else "",
+            ]
             for s in row.samples
         ]
         bounds = row.bounds
@@ -113,10 +119,15 @@ def profiles_page() -> str:
         parts.append(
             f"\n## {row.name}\n\n{row.about}{attack}\n"
             f"Bounds: {bounds.written_bytes / 1e6:g} MB written, {bounds.sent_bytes / 1e6:g} MB sent, "
-            f"{bounds.processes} processes.\n\n" + table(["sample", "what it does", "intensities"], samples)
+            f"{bounds.processes} processes.\n\n" + table(["sample", "what it does", "intensities", "twin"], samples)
         )
     parts.append(
         f"\n## Shared by all malicious samples\n\nArrival, infection and rest: {ranges(profiles.COMMON_INTENSITIES)}.\n"
+    )
+    routines = [[code(row.name), row.about, str(row.group), ", ".join(row.attack)] for row in profiles.ROUTINES]
+    parts.append(
+        "\n## Infection routines\n\nThe samples of a sample group use only the routines of that group.\n\n"
+        + table(["routine", "what it does", "sample group", "ATT&CK"], routines)
     )
     return "".join(parts)
 

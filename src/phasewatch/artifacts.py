@@ -17,7 +17,7 @@ import msgspec
 from phasewatch import parquet
 from phasewatch.errors import RunError
 from phasewatch.identity import find_contested_ids
-from phasewatch.profiles import IDLE_SAMPLE
+from phasewatch.profiles import IDLE_SAMPLES
 from phasewatch.types import (
     BENIGN_PROFILE,
     CHANNELS_FILE,
@@ -173,13 +173,13 @@ class RunEpisode:
     def has_load(self) -> bool | None:
         """Whether a benign load ran in the episode; None if it is unknown."""
         if self.profile == BENIGN_PROFILE:
-            return self.sample_name != IDLE_SAMPLE
+            return self.sample_name not in IDLE_SAMPLES
         return None if self.background is None else bool(self.background)
 
     @property
     def is_idle_clean(self) -> bool:
         """Whether the VM was clean and ran no load in the whole episode."""
-        return self.profile == BENIGN_PROFILE and self.sample_name == IDLE_SAMPLE
+        return self.profile == BENIGN_PROFILE and self.sample_name in IDLE_SAMPLES
 
 
 def read_run_episodes(run: Path, *, only: Iterable[str]) -> tuple[RunEpisode, ...]:

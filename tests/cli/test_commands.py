@@ -108,7 +108,7 @@ def test_record_dry_run_prints_the_plan_and_the_score_of_elapsed_time(phasewatch
     said = phasewatch("record", "--plan", "smoke", "--out", tmp_path / "s", "--dry-run")
 
     assert said.code == 0
-    assert "elapsed time alone scores macro-F1 0." in said.lines[-1]
+    assert "macro-F1 of the phase from the time since the first label: 0." in said.lines[-1]
     assert not (tmp_path / "s").exists()
 
 
@@ -116,7 +116,7 @@ def test_an_unknown_plan_is_refused_with_the_known_plans(phasewatch: Call, tmp_p
     said = phasewatch("record", "--plan", "lab-v9", "--out", tmp_path / "s")
 
     assert said.code == 3
-    assert "lab-v1, smoke" in said.err
+    assert "lab-v1, lab-v2" in said.err
 
 
 def test_simulate_writes_a_ground_truth_file(phasewatch: Call, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from phasewatch.channels import list_raw_fields
 from phasewatch.errors import BootError, VmError
 from phasewatch.lab.guest_driver import CommandAck
+from phasewatch.lab.network.world import EpisodeWorld
 from phasewatch.lab.plan import RecordingSession, RecordingSlot
 from phasewatch.lab.qemu_command import HostShape
 from phasewatch.lab.vm import MachineFacts
@@ -43,8 +44,6 @@ def slot_of(seed: int = 1, **changes: Any) -> RecordingSlot:
         "phases": ((Phase.CLEAN, 20.0), (Phase.INFECTING, 20.0), (Phase.ACTIVE, 20.0)),
         "duration_s": 60.0,
         "settle_s": 40.0,
-        "background": "",
-        "background_knobs": (),
         "knobs": (("duty", 0.5),),
         "chatter_s": 10.0,
     }
@@ -145,7 +144,8 @@ class FakeMachine:
     """A VM that acknowledges every command.
 
     Attributes:
-        ends_after_s: Phase → seconds until its work ends by itself.
+        ends_after_s: Phase or load → seconds until its work ends by itself.
+        exit_codes: Phase or load → exit status of its work; 0 for all others.
         boot_error: Message of the error that `boot` raises.
         dies_at_s: Seconds from boot to the end of QEMU.
         mute: Verbs that are not acknowledged.
@@ -156,6 +156,7 @@ class FakeMachine:
 
     clock: FakeClock
     ends_after_s: dict[str, float] = field(default_factory=dict)
+    exit_codes: dict[str, int] = field(default_factory=dict)
     boot_error: str = ""
     dies_at_s: float | None = None
     mute: tuple[str, ...] = ()
@@ -164,6 +165,7 @@ class FakeMachine:
     exit_code: int = 0
     log: list[tuple[float, str]] = field(default_factory=list)
     stops: int = 0
+    worlds: list[EpisodeWorld] = field(default_factory=list)
     opened: list[FakeSource] = field(default_factory=list)
     _commands: dict[int, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
 
@@ -194,9 +196,12 @@ class FakeMachine:
 
     async def wait_finished(self, number: int, *, timeout_s: float) -> int:
         at_ns, (verb, *arguments) = self._commands[number]
-        after_s = self.ends_after_s.get(arguments[0], 1e6) if verb == "phase" else 2.0
+        after_s = self.ends_after_s.get(arguments[0], 1e6) if verb in ("phase", "load") else 2.0
         await self.clock.sleep_until(at_ns + round(after_s * 1e9))
-        return self.exit_code
+        return self.exit_codes.get(arguments[0], self.exit_code) if arguments else self.exit_code
+
+    async def set_world(self, world: EpisodeWorld) -> None:
+        self.worlds.append(world)
 
     def sources(self) -> tuple[FakeSource, ...]:
         self.opened = [

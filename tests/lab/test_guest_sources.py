@@ -11,7 +11,7 @@ import pytest
 from phasewatch.channels import list_raw_fields
 from phasewatch.lab.guest_image import GUEST_SOURCES
 from phasewatch.lab.network.addresses import is_lab_address
-from phasewatch.profiles import PROFILES
+from phasewatch.profiles import PROFILES, ROUTINES, STEP_KNOBS
 from phasewatch.types import SampleKind, SourceKind
 
 TEXT = {name: files("phasewatch.lab.guest").joinpath(name).read_text() for name in GUEST_SOURCES}
@@ -20,7 +20,9 @@ READ = set(re.findall(r'knob\(job, "(\w+)"', "".join(C.values())))
 
 
 def test_guest_reads_exactly_the_knobs_of_the_profile_table() -> None:
-    assert {knob.name for row in PROFILES for one in row.samples for knob in one.knobs} == READ
+    drawn = {knob.name for row in PROFILES for one in row.samples for knob in one.knobs if "busybox" in one.images}
+
+    assert drawn | set(STEP_KNOBS) == READ
 
 
 @pytest.mark.parametrize("row", [row for row in PROFILES if row.kind is SampleKind.EMULATED], ids=lambda row: row.name)
@@ -29,9 +31,20 @@ def test_every_profile_is_implemented_in_the_guest(row) -> None:  # type: ignore
 
 
 def test_every_benign_load_is_implemented_in_the_guest() -> None:
-    played = set(re.findall(r'is\(kind, "([\w-]+)"\)', C["benign.c"]))
+    played = set(re.findall(r'is\(kind, "([\w-]+)"\)', C["benign.c"] + C["loads.c"]))
 
-    assert played == {one.name for one in PROFILES[-1].samples} - {"idle"}
+    assert played == {one.name for one in PROFILES[-1].samples if "busybox" in one.images} - {"idle"}
+
+
+def test_every_sample_of_a_profile_is_known_to_the_guest() -> None:
+    for row in PROFILES[:-1]:
+        names = [one.name for one in row.samples if "busybox" in one.images]
+
+        assert f'{{"{row.name}", {", ".join(chr(34) + name + chr(34) for name in names)}}}' in C["malware.c"]
+
+
+def test_every_infection_routine_is_implemented_in_the_guest() -> None:
+    assert set(re.findall(r'is\(routine, "([\w-]+)"\)', C["routines.c"])) == {row.name for row in ROUTINES}
 
 
 def test_guest_sources_contain_only_addresses_of_the_sink() -> None:

@@ -13,17 +13,14 @@ import pytest
 from phasewatch.errors import PlanError
 from phasewatch.lab.plan import (
     MALICIOUS_PROFILES,
-    MAX_ELAPSED_TIME_F1,
     RecordingSession,
     RecordingSlot,
     build_sessions,
-    check_elapsed_time,
     compute_slot_seed,
-    compute_window_phases,
-    estimate_elapsed_time_f1,
     list_plan_hosts,
     parse_plan,
 )
+from phasewatch.lab.plan_checks import check_plan, compute_window_phases, estimate_elapsed_time_f1
 from phasewatch.lab.plans import list_plans, read_plan
 from phasewatch.lab.qemu_command import HOST_SHAPES, find_host_shape
 from phasewatch.profiles import PROFILES, TRANSITION_PROBABILITIES, find_sample_group
@@ -76,7 +73,7 @@ def test_every_profile_runs_on_every_host_except_one_pair() -> None:
 def test_samples_of_a_profile_are_recorded_equally_often() -> None:
     counts = Counter((slot.profile, slot.sample_name) for slot in slots(EpisodeRole.LAB))
 
-    assert set(counts) == {(row.name, sample.name) for row in PROFILES for sample in row.samples}
+    assert set(counts) == {(row.name, one.name) for row in PROFILES for one in row.samples if one.since == 1}
     for name in MALICIOUS_PROFILES:
         of_profile = [n for (profile, _), n in counts.items() if profile == name]
         assert max(of_profile) - min(of_profile) <= 2
@@ -228,8 +225,8 @@ def test_agent_is_independent_of_profile_and_first_phase() -> None:
 
 
 @pytest.mark.parametrize("name", list_plans())
-def test_elapsed_time_predicts_little_in_the_built_in_plans(name: str) -> None:
-    assert check_elapsed_time(read_plan(name)) <= MAX_ELAPSED_TIME_F1
+def test_baselines_of_the_built_in_plans_are_within_their_limits(name: str) -> None:
+    assert all(row.is_accepted for row in check_plan(read_plan(name)))
 
 
 ONE_WAY = SMALL.replace("[[hosts]]", 'order = ["clean", "armed", "infecting", "active", "dormant"]\n[[hosts]]', 1)
@@ -239,8 +236,8 @@ def test_fixed_phase_order_is_refused_unless_forced() -> None:
     plan = parse_plan(ONE_WAY, where="p.toml")
 
     with pytest.raises(PlanError, match="--force"):
-        check_elapsed_time(plan)
-    assert check_elapsed_time(plan, force=True) > 0.45
+        check_plan(plan)
+    assert check_plan(plan, force=True)[0].value > 0.45
 
 
 def test_fixed_phase_order_is_kept() -> None:
@@ -294,7 +291,7 @@ def test_smoke_plan_has_two_episodes_of_each_profile_on_each_host() -> None:
 
 
 def test_unknown_plan_error_lists_the_built_in_plans() -> None:
-    with pytest.raises(PlanError, match="lab-v1, smoke"):
+    with pytest.raises(PlanError, match="lab-v1, lab-v2"):
         read_plan("lab-v9")
 
 

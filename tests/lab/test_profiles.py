@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from ipaddress import ip_network
 from itertools import pairwise
 
@@ -12,13 +13,16 @@ from tests.lab.test_safety import EPISODE_S
 from phasewatch.errors import UsageError
 from phasewatch.lab.network.addresses import DNS_NET, LOCAL_NET, SCAN_NET
 from phasewatch.profiles import (
+    IDLE_SAMPLES,
     N_SAMPLE_GROUPS,
     PROFILES,
+    ROUTINES,
     WorkloadProfile,
     draw_intensities,
     find_profile,
     find_sample,
     find_sample_group,
+    list_samples,
 )
 from phasewatch.types import SampleKind
 
@@ -107,3 +111,61 @@ def test_unknown_name_is_refused_with_the_nearest() -> None:
         find_profile("criptomine")
     with pytest.raises(UsageError, match="throttled"):
         find_sample_group("cryptomine", "throtled")
+
+
+OLD_SAMPLES = {
+    "cryptomine": "full throttled bursty memory-hard",
+    "ransom-walk": "overwrite write-new-delete-old intermittent throttled",
+    "scan-and-dial": "sequential random low-and-slow one-port",
+    "beacon-c2": "fixed jittered dns-only long-poll",
+    "exfil-drip": "http-bulk small-posts dns-labels low-and-slow",
+    "dropper-persist": "fetch-unpack cron-like self-copy in-pieces",
+    "benign": "idle compile backup poller compress find-grep download upload hash database health-checks"
+    " package-install render log-rotate",
+}
+
+
+@pytest.mark.parametrize("profile", OLD_SAMPLES)
+def test_samples_of_version_1_keep_their_names_and_groups(profile: str) -> None:
+    names = OLD_SAMPLES[profile].split()
+
+    assert [find_sample_group(profile, name) for name in names] == [at % 4 for at in range(len(names))]
+    assert [one.name for one in find_profile(profile).samples if one.since == 1] == names
+
+
+def test_version_2_has_60_samples_40_benign_kinds_and_8_routines() -> None:
+    assert sum(len(row.samples) for row in MALICIOUS) >= 60
+    assert sum("busybox" in one.images for one in find_profile("benign").samples) >= 40
+    assert len(ROUTINES) >= 8
+    assert Counter(row.group for row in ROUTINES) == dict.fromkeys(range(4), 2)
+
+
+def test_each_sample_group_has_its_own_idle_form() -> None:
+    assert [find_sample_group("benign", name) for name in IDLE_SAMPLES] == [0, 1, 2, 3]
+
+
+def test_twins_exist_and_have_a_reason() -> None:
+    twins = [(one.twin, one.twin_reason) for row in MALICIOUS for one in row.samples if one.twin]
+
+    assert len(twins) >= 20
+    assert all(find_sample("benign", twin) and reason for twin, reason in twins)
+    for one in find_profile("benign").samples:
+        if one.twin:
+            profile, _, name = one.twin.partition("/")
+            assert find_sample(profile, name).twin == one.name
+
+
+def test_benign_volumes_cover_what_real_programs_read_and_write() -> None:
+    rates = [knob for one in find_profile("benign").samples for knob in one.knobs if knob.name == "rate_kbps"]
+
+    assert sum(knob.high >= 1000 for knob in rates) >= 10  # kB/s
+    assert max(knob.high for knob in rates) >= 4000
+
+
+def test_samples_of_an_image_are_listed_only_for_it() -> None:
+    for row in PROFILES:
+        for group in range(N_SAMPLE_GROUPS):
+            busybox = {one.name for one in list_samples(row.name, group, workloads=2)}
+            debian = {one.name for one in list_samples(row.name, group, workloads=2, image="debian")}
+            assert busybox <= debian
+            assert {one.name for one in list_samples(row.name, group)} <= busybox

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.factories.vms import (
     FakeClock,
@@ -30,10 +31,12 @@ from phasewatch.lab import campaign, recorder
 from phasewatch.lab.campaign import QemuFactory, RecordingOptions, record_plan
 from phasewatch.lab.cgroup import CpuController
 from phasewatch.lab.host import CpuUsage, parse_busy_cpu_s, wait_until_idle
+from phasewatch.lab.network.world import draw_world
 from phasewatch.lab.plan import RecordingSession
 from phasewatch.lab.qemu_command import HostShape
 from phasewatch.lab.recorder import PlanRecorder, RecordingSummary, SkipCode
 from phasewatch.lab.session import LEAD_IN_S, RecordedEpisode, run_episode
+from phasewatch.lab.walks import LoadSpan
 from phasewatch.store.local import DiskStore
 from phasewatch.telemetry.base import RowLog
 from phasewatch.types import EpisodeRole, Phase, SourceKind
@@ -87,9 +90,8 @@ def test_no_phase_starts_in_the_last_half_second() -> None:
 
 def test_guest_is_prepared_before_the_first_label() -> None:
     machine = FakeMachine(FakeClock())
-    record_on(
-        machine, phases=((Phase.DORMANT, 60.0),), background="compile", background_knobs=(("rate", 2.0),), agent=True
-    )
+    loads = (LoadSpan(kind="compile", start_s=0.0, end_s=60.0, knobs=(("rate", 2.0),)),)
+    record_on(machine, phases=((Phase.DORMANT, 60.0),), loads=loads, agent=True)
 
     commands = [command for _, command in machine.log]
     assert commands[:6] == [
@@ -101,6 +103,87 @@ def test_guest_is_prepared_before_the_first_label() -> None:
         "install dormant cryptomine throttled 1 duty=0.5",
     ]
     assert commands[6:] == ["phase dormant cryptomine throttled 1 duty=0.5", "hello"]
+
+
+WALK = (
+    LoadSpan(kind="compile", start_s=0.0, end_s=15.0, knobs=(("duty", 0.5),)),
+    LoadSpan(kind="idle", start_s=15.0, end_s=30.0),
+    LoadSpan(kind="backup", start_s=30.0, end_s=60.0),
+)
+
+
+def test_loads_start_at_their_times_beside_the_phases() -> None:
+    machine = FakeMachine(FakeClock())
+    take = record_on(machine, loads=WALK, cold=0.5)
+
+    t0_s = (take.marks[0].t_mono_ns) / 1e9
+    sent = [(round(at_s - t0_s, 1), command) for at_s, command in machine.log if command.startswith("load")]
+    assert sent[0][0] < 0
+    assert [(at_s, command) for at_s, command in sent[1:]] == [
+        (15.0, "load idle 2 cold=0.5"),
+        (30.0, "load backup 3 cold=0.5"),
+    ]
+    assert sent[0][1] == "load compile 1 duty=0.5 cold=0.5"
+    assert list_steps(take) == [("clean", 0), ("infecting", 20), ("active", 40), ("end", 60)]
+
+
+def test_loads_that_ran_are_remembered_without_the_idle_times() -> None:
+    take = record_on(FakeMachine(FakeClock()), loads=WALK)
+
+    t0_ns = take.marks[0].t_wall_ns
+    assert [(kind, (end - t0_ns) / 1e9) for kind, _, end in take.loads] == [("compile", 15.0), ("backup", 60.0)]
+    assert (take.loads[1][1] - t0_ns) / 1e9 == 30.0
+
+
+def test_load_of_a_benign_episode_of_version_1_is_its_sample() -> None:
+    benign = {"profile": "benign", "sample_name": "compile", "phases": ((Phase.CLEAN, 60.0),)}
+    take = record_on(FakeMachine(FakeClock()), **benign)
+
+    assert take.loads == (("compile", take.marks[0].t_wall_ns, take.marks[-1].t_wall_ns),)
+
+
+def test_guest_gets_the_servers_routine_and_forms_of_its_episode() -> None:
+    machine = FakeMachine(FakeClock())
+    world = draw_world(np.random.default_rng(1))
+    record_on(machine, world=world, routine="slow-drip", armed_form="dns", dormant_form="none", cold=0.25)
+
+    assert machine.worlds == [world]
+    (infecting,) = [command for _, command in machine.log if command.startswith("phase infecting")]
+    words = infecting.split()
+    assert {"seconds=20", "routine=slow-drip", "armed=dns", "dormant=none", "cold=0.25"} <= set(words)
+    assert f"at.c2={dict(world.addresses)['c2']}" in words
+    assert len(infecting) < 4000
+
+
+def test_every_label_has_the_step_the_acknowledgement_and_the_exit_status() -> None:
+    machine = FakeMachine(FakeClock(), ends_after_s={"infecting": 12.0})
+    take = record_on(machine)
+
+    assert [(each.phase, each.step, each.exit_code) for each in take.evidence] == [
+        (Phase.CLEAN, "phase clean cryptomine throttled", None),
+        (Phase.INFECTING, "phase infecting cryptomine throttled", 0),
+        (Phase.ACTIVE, "phase active cryptomine throttled", None),
+    ]
+    numbers = [number for number, (_, command) in enumerate(machine.log, 1) if command.startswith("phase")]
+    assert [each.ack_id for each in take.evidence] == numbers
+
+
+@pytest.mark.parametrize(
+    ("machine", "says"),
+    [
+        (FakeMachine(FakeClock(), ends_after_s={"active": 3.0}, exit_codes={"active": 3}), "phase active .* with 3"),
+        (FakeMachine(FakeClock(), ends_after_s={"infecting": 3.0}, exit_codes={"infecting": 126}), "infecting .* 126"),
+        (FakeMachine(FakeClock(), ends_after_s={"compile": 50.0}, exit_codes={"compile": 3}), "load compile.* with 3"),
+        (FakeMachine(FakeClock(), ends_after_s={"compile": 50.0}), "load compile.* with 0"),
+    ],
+    ids=["active fails", "infecting fails", "load fails", "load ends by itself"],
+)
+def test_workload_that_fails_fails_the_episode(machine: FakeMachine, says: str) -> None:
+    with pytest.raises(WorkloadError, match=says):
+        record_on(machine, loads=(LoadSpan(kind="compile", start_s=0.0, end_s=60.0),))
+
+    assert machine.stops == 1
+    assert not any(source.is_open for source in machine.opened)
 
 
 def test_first_label_is_at_a_whole_half_second_after_settling() -> None:
@@ -326,6 +409,29 @@ def test_episode_with_cpu_contention_is_kept_and_its_slot_recorded_once_more(tmp
     summary = world.record(session_of(slot_of(1)))
 
     assert (summary.recorded, summary.crowded) == (2, 2)
+
+
+def test_slot_whose_workload_failed_is_played_again(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    failing = {"ends_after_s": {"active": 3.0}, "exit_codes": {"active": 3}}
+    world.make = lambda number, place: FakeMachine(world.clock, **(failing if number == 1 else {}))  # type: ignore[arg-type]
+    summary = world.record(session_of(slot_of(1)))
+
+    assert (summary.recorded, summary.failed) == (1, ())
+    assert world.made == 2
+    assert len(world.episodes()) == 1
+
+
+def test_manifest_holds_loads_routine_twin_and_evidence(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.record(session_of(slot_of(1, loads=WALK, routine="memory-only", sample_name="full")))
+
+    recording = world.episodes()[0].manifest.recording
+    assert recording is not None
+    assert [kind for kind, _, _ in recording.load] == ["compile", "backup"]
+    assert (recording.routine, recording.twin, recording.background) == ("memory-only", "render", "compile")
+    assert [each.phase for each in recording.evidence] == [Phase.CLEAN, Phase.INFECTING, Phase.ACTIVE]
+    assert recording.knobs == {"duty": 0.5, "background.0.duty": 0.5}
 
 
 def test_vcpus_are_not_pinned_where_cores_do_not_suffice(tmp_path: Path) -> None:

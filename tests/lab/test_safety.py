@@ -13,15 +13,17 @@ from ipaddress import IPv4Address, ip_network
 from math import sqrt
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tests.requirements import need_qemu
 
 from phasewatch.lab import debian_packages, guest_image
 from phasewatch.lab.campaign import QemuFactory, RecordingOptions, default_cache
 from phasewatch.lab.network.sink import SinkLog
+from phasewatch.lab.network.world import draw_world, render_world_knobs
 from phasewatch.lab.qemu_command import find_host_shape
 from phasewatch.lab.vm import QemuVm
-from phasewatch.profiles import PROFILES, ProfileSample, SafetyBounds, WorkloadProfile
+from phasewatch.profiles import PROFILES, ROUTINES, ProfileSample, SafetyBounds, WorkloadProfile
 from phasewatch.telemetry.base import HostClock
 from phasewatch.telemetry.netflow import TrafficRow
 from phasewatch.types import SampleKind
@@ -29,6 +31,12 @@ from phasewatch.types import SampleKind
 EPISODE_S = 600.0  # what the bounds are for
 FOLDERS = {"docs", ".cache", ".local", "work", "messages", "lost+found"}
 BENIGN = SampleKind.BENIGN
+# A world in which every upload arrives, because this test looks for the highest volumes.
+WORLD = next(
+    world
+    for world in (draw_world(np.random.default_rng(seed)) for seed in range(1000))
+    if all(server.behaviour in ("accept", "tls") for server in world.servers)
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +77,8 @@ async def deeds_of(
 
     knobs = [f"{k.name}={sqrt(k.low * k.high) if middling else k.high:.6g}" for k in sample.knobs]
     phase = "clean" if profile.kind is BENIGN else "active"
-    words = (phase, profile.name, sample.name, "7", *knobs)
+    routine = [row.name for row in ROUTINES][profile.samples.index(sample) % len(ROUTINES)]
+    words = (phase, profile.name, sample.name, "7", *knobs, f"routine={routine}", *render_world_knobs(WORLD))
     before, before_log = await seen()
     if profile.kind is not BENIGN:
         installed = await vm.send("install", *words)
@@ -106,6 +115,7 @@ def play(
         digest = hashlib.sha256(base.read_bytes()).hexdigest()
         try:
             await vm.boot()
+            await vm.set_world(WORLD)
             found = [await deeds_of(vm, *each, seconds=seconds, middling=middling) for each in samples]
             await vm.send("poweroff")
             await asyncio.wait_for(vm.wait_exited(), 60)
@@ -171,7 +181,9 @@ def test_one_sample_of_each_profile_stays_inside_its_bounds(tmp_path: Path) -> N
 @pytest.mark.parametrize("row", PROFILES, ids=lambda row: row.name)
 def test_every_sample_stays_inside_its_bounds_at_its_highest_intensities(tmp_path: Path, row: WorkloadProfile) -> None:
     need_qemu()
-    for deeds in play(tmp_path, [(row, one) for one in row.samples], seconds=20.0, middling=False):
+    # The programs of another image are played in that image.
+    samples = [(row, one) for one in row.samples if "busybox" in one.images]
+    for deeds in play(tmp_path, samples, seconds=20.0, middling=False):
         assert_inside(deeds, row.bounds)
 
 
@@ -184,7 +196,7 @@ def test_processes_are_bounded_by_the_sources() -> None:
     forks = {name: len(re.findall(r"\bfork\(\)", body)) for name, body in text.items()}
 
     # base.c waits for each child; malware.c forks once per further core; driver.c once per role, killed with its group.
-    assert forks == {"base.c": 1, "net.c": 0, "malware.c": 1, "benign.c": 0, "kinds.c": 0, "agent.c": 0, "driver.c": 2}
+    assert {name: n for name, n in forks.items() if n} == {"base.c": 1, "malware.c": 1, "driver.c": 2}
     assert "waitpid(child, &status, 0)" in text["base.c"]
     assert re.search(r"core > 1; core--\)[^\n]*\n\s*if \(fork\(\) == 0\)", text["malware.c"])
     assert not any(re.search(r"\b(system|popen|vfork|clone|daemon)\(", body) for body in text.values())

@@ -26,6 +26,7 @@ from phasewatch.metrics import confusion_counts, macro_f1
 from phasewatch.models import registry
 from phasewatch.models.base import InputKind, InputSpec, LabelledExamples, ModelInputs
 from phasewatch.models.trees import load_lightgbm
+from phasewatch.profiles import IDLE_SAMPLES
 from phasewatch.types import BIN_NS, STRIDE_BINS, WINDOW_BINS, SampleKind
 from phasewatch.validate.index import read_index
 from phasewatch.validate.verdict import USABLE_STATUSES
@@ -521,7 +522,6 @@ def render_leakage(leaks: Sequence[LeakageResult]) -> list[tuple[str, str, str, 
 
 _LEAKAGE_CHANNEL_SET = "realistic"
 _MAX_EPISODES = 600  # a larger store is sampled by session: the probes need no more
-_IDLE_SAMPLE = "idle"
 
 
 def read_leakage_windows(run: Path) -> LeakageWindows:
@@ -580,7 +580,7 @@ def _build_leakage_windows(grids: MappedBins, rows: list[BinIndexRow]) -> Leakag
         session=np.array([f"{row.host_id}/{row.session}" for row in kept]),
         profile=np.array([row.profile for row in kept]),
         role=np.array([str(row.role) for row in kept]),
-        is_idle=np.array([row.sample_kind is SampleKind.BENIGN and row.sample_name == _IDLE_SAMPLE for row in kept]),
+        is_idle=np.array([row.sample_kind is SampleKind.BENIGN and row.sample_name in IDLE_SAMPLES for row in kept]),
         length_s=np.array([row.n_bins * BIN_NS / 1e9 for row in kept]),
     )
 

@@ -31,7 +31,7 @@ from phasewatch.errors import RunError
 from phasewatch.evaluation.metric_table import HeadlineKey
 from phasewatch.models.registry import BASELINE_MODELS
 from phasewatch.models.smoothing import SMOOTHING_NONE
-from phasewatch.profiles import IDLE_SAMPLE
+from phasewatch.profiles import IDLE_SAMPLES
 from phasewatch.training.experiment import Experiment
 from phasewatch.training.grids import REPEATED_RECIPES
 from phasewatch.training.predictions import PROBABILITY_COLUMNS, read_predictions
@@ -155,7 +155,7 @@ class RunPredictions:
             & (self.texts["model"] == subject.model)
             & (self.texts["table"] == subject.input)
         )
-        is_idle = (self.texts["profile"] == BENIGN_PROFILE) & (self.texts["sample_name"] == IDLE_SAMPLE)
+        is_idle = (self.texts["profile"] == BENIGN_PROFILE) & np.isin(self.texts["sample_name"], IDLE_SAMPLES)
         tested = own & (self.texts["part"] == "test")
         pairs = set(zip(self.texts["fold"][tested].tolist(), self.texts["host_id"][tested].tolist(), strict=True))
         at = np.flatnonzero(own & is_idle & (self.y == Phase.CLEAN.code))

@@ -28,11 +28,12 @@ from phasewatch.lab.plan import (
     PlanSpec,
     RecordingSession,
     build_sessions,
-    check_elapsed_time,
     list_plan_hosts,
     select_sessions,
 )
+from phasewatch.lab.plan_checks import PlanBaselines, check_plan, refuse_leaky_plan
 from phasewatch.lab.plans import read_plan
+from phasewatch.lab.walks import list_load_kinds
 from phasewatch.naming import make_profile_name
 from phasewatch.profiles import EPISODE_RANGE_S
 from phasewatch.simulate import SimulationSettings
@@ -44,7 +45,7 @@ __all__ = ["image", "record", "simulate"]
 
 def record(
     out: Annotated[Path, typer.Option(help="Store for the bundles.")],
-    plan: Annotated[str, typer.Option(help="Built-in plan (smoke, lab-v1) or a TOML file.")] = "",
+    plan: Annotated[str, typer.Option(help="Built-in plan (smoke, lab-v1, lab-v2, lab-v2-pilot) or a TOML file.")] = "",
     profile_file: Annotated[
         Path | None, typer.Option(help="Instead of a plan: TOML file of your own workload.")
     ] = None,
@@ -64,10 +65,13 @@ def record(
         float | None, typer.Option(help="With --image: seconds to wait for the driver's first message; default 300.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only print the plan and the score of elapsed time alone on it.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Only print the plan and its baselines: what time, load and durations alone tell."
+        ),
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Record although elapsed time alone predicts the phases.")
+        bool, typer.Option("--force", help="Record although a baseline of the plan is above its limit.")
     ] = False,
     resume: Annotated[bool, typer.Option(help="Continue a plan of which the store has a part.")] = True,
     hosts: Annotated[str, typer.Option(help="Only these hosts, separated by commas.")] = "",
@@ -96,17 +100,23 @@ def record(
     shape = {"host_id": host_id or None, "machine": machine, "mem_mib": mem, "vcpus": vcpus, "boot_s": boot_deadline}
     own = _read_machine(image, driver, {name: value for name, value in shape.items() if value is not None})
     task = _build_task(plan, profile_file, own, default_name=(driver or image or Path()).stem)
-    elapsed_score = check_elapsed_time(task.spec, force=force or dry_run)
+    baselines = check_plan(task.spec, task.sessions, force=force or dry_run)
     sessions = select_sessions(
         task.sessions, plan=task.spec.name, hosts=common.parse_names(hosts), role=role, limit=limit
     )
     if dry_run:
         lines = [
             *common.render_table(_render_plan_rows(sessions)),
-            f"elapsed time alone scores macro-F1 {elapsed_score:.2f} on this plan",
+            *_render_baselines(baselines),
         ]
-        result = {"elapsed_time": elapsed_score, "sessions": [asdict(s) for s in sessions]}
+        result = {
+            "elapsed_time": baselines[0].value,
+            "baselines": [asdict(row) for row in baselines],
+            "sessions": [asdict(s) for s in sessions],
+        }
         common.print_result(result, as_json=as_json, lines=lines)
+        if not force:
+            refuse_leaky_plan(task.spec, baselines)
         return
     if not resume and out.is_dir() and any(out.glob("*/*.tar.zst")):
         raise UsageError(f"{out}: has bundles already; leave out --no-resume to continue, or name a new folder")
@@ -201,7 +211,9 @@ def _render_plan_rows(sessions: tuple[RecordingSession, ...]) -> list[tuple[str,
     rows: list[tuple[str, ...]] = []
     for number, session in enumerate(sessions):
         for slot in session.slots:
-            load = f"+{slot.background}" if slot.background else ""
+            kinds = list_load_kinds(slot.loads)
+            load = f"+{','.join(kinds)}" if kinds else ""
+            load += f" by {slot.routine}" if slot.routine else ""
             rows.append(
                 (
                     str(number),
@@ -234,6 +246,15 @@ def image(
     built = campaign.build_image(name, data_mib=data)
     result = {name: str(value) for name, value in asdict(built).items() if value is not None}
     common.print_result(result, as_json=as_json, lines=common.render_table(list(result.items())))
+
+
+def _render_baselines(baselines: PlanBaselines) -> list[str]:
+    return [
+        f"{row.about}: {row.value:.2f}"
+        + (f" (the drawn episodes: {row.drawn:.2f})" if row.drawn is not None else "")
+        + f"; accepted {row.low:.2f} to {row.high:.2f}"
+        for row in baselines
+    ]
 
 
 def simulate(

@@ -20,7 +20,7 @@ from phasewatch.binning.storage import BinIndexRow, MappedBins, open_bins
 from phasewatch.dataset.tensors import compute_episode_inputs
 from phasewatch.features.windows import LabelSpan, compute_window_starts, label_windows
 from phasewatch.models.base import InputSpec, LabelledExamples, ModelInputs
-from phasewatch.profiles import IDLE_SAMPLE
+from phasewatch.profiles import IDLE_SAMPLES
 from phasewatch.types import BENIGN_PROFILE, BIN_NS, STRIDE_BINS, EpisodeRole, Phase
 
 __all__ = ["SpliceKind", "SplicedEpisode", "build_spliced_examples", "build_splices"]
@@ -117,7 +117,7 @@ def _splice_episode(
 ) -> Iterator[SplicedEpisode]:
     bins = np.asarray(mapped.episode_bins(row))
     if episode.profile == BENIGN_PROFILE:
-        if episode.sample_name != IDLE_SAMPLE and idle:
+        if episode.sample_name not in IDLE_SAMPLES and idle:
             kind = SpliceKind.SHORT_LOAD
             length = min(_draw(episode, kind, "length", *_LOAD_BINS), len(bins))
             start = _draw(episode, kind, "start", 0, len(bins) - length)

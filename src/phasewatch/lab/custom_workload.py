@@ -311,8 +311,6 @@ def _build_custom_slot(workload: CustomWorkload, host_id: str, index: int) -> Re
         duration_s=duration_s,
         phases=((Phase.CLEAN, duration_s),) if is_clean else draw_phases(spec, build_rng(seed, "walk"), duration_s),
         knobs=() if is_idle else tuple(draw_intensities(sample, build_rng(seed, "knobs")).items()),
-        background="",
-        background_knobs=(),
         chatter_s=round(draw_log_uniform(build_rng(seed, "chatter"), spec.chatter_s), 3),
     )
 

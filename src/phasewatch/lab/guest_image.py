@@ -73,7 +73,10 @@ _COMPILERS = {
     "x86_64": ("gcc", "gcc libc6-dev"),
     "aarch64": ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross"),
 }
-GUEST_SOURCES = ("guest.h", "base.c", "net.c", "malware.c", "benign.c", "kinds.c", "agent.c", "driver.c", "init.sh")
+GUEST_SOURCES = (
+    *("guest.h", "base.c", "net.c", "malware.c", "routines.c", "benign.c", "loads.c", "kinds.c", "agent.c", "driver.c"),
+    "init.sh",
+)
 # An image for a custom workload runs scripts instead of the built-in profiles.
 CUSTOM_GUEST_SOURCES = tuple("custom.c" if name == "malware.c" else name for name in GUEST_SOURCES)
 DEFAULT_DATA_MIB = 64

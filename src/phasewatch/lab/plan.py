@@ -1,4 +1,4 @@
-"""Recording plans: parse a plan, draw its sessions from its seed, and check that elapsed time does not reveal labels.
+"""Recording plans: parse a plan and draw its sessions from its seed.
 
 Nothing here does input or output.
 """
@@ -7,39 +7,52 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
-from hashlib import blake2b
 from math import exp, log
+from typing import Literal
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from phasewatch.errors import PlanError, UsageError, suggest_names
+from phasewatch.errors import PlanError, UsageError
 from phasewatch.lab.host_distribution import draw_host_shapes, load_host_distribution
+from phasewatch.lab.network.world import NO_WORLD, draw_world
 from phasewatch.lab.qemu_command import HostShape, find_host_shape
 from phasewatch.lab.scheduling import HostDemand, ProfileGroup, ScheduledSession, build_schedule
+from phasewatch.lab.slots import (
+    PhaseWalk,
+    PlanPart,
+    RecordingSession,
+    RecordingSlot,
+    build_rng,
+    compute_slot_seed,
+    select_part,
+    select_sessions,
+)
+from phasewatch.lab.walks import LoadSpan, draw_load_walk, list_load_kinds
 from phasewatch.profiles import (
     EPISODE_RANGE_S,
     IDLE_SAMPLE,
+    IDLE_SAMPLES,
     N_SAMPLE_GROUPS,
     PHASE_RANGE_S,
     PROFILES,
+    ContactForm,
     draw_episode_length,
     draw_intensities,
     draw_phase_walk,
     find_profile,
     find_sample,
     find_sample_group,
+    list_routines,
+    list_samples,
 )
 from phasewatch.toml_config import parse_toml
-from phasewatch.types import BENIGN_PROFILE, PHASES, EpisodeRole, Phase, SampleKind
+from phasewatch.types import BENIGN_PROFILE, EpisodeRole, Phase
 
 __all__ = [
     "MALICIOUS_PROFILES",
-    "MAX_ELAPSED_TIME_F1",
     "MAX_PARALLEL_VMS",
     "DrawnHosts",
     "PhaseWalk",
@@ -49,30 +62,25 @@ __all__ = [
     "RecordingSlot",
     "build_rng",
     "build_sessions",
-    "check_elapsed_time",
     "check_plan_spec",
-    "compute_elapsed_time_f1",
     "compute_slot_seed",
-    "compute_window_phases",
     "draw_log_uniform",
     "draw_phases",
-    "estimate_elapsed_time_f1",
     "list_plan_hosts",
     "parse_plan",
+    "select_sessions",
 ]
 
-MAX_ELAPSED_TIME_F1 = 0.25  # above it, elapsed time alone predicts the phase too well
 MALICIOUS_PROFILES = tuple(row.name for row in PROFILES if row.name != BENIGN_PROFILE)
 _PLAN_NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
 _MAX_DURATION_S = 3600.0  # of an episode
 _MIN_PHASE_S = 2.0
 MAX_PARALLEL_VMS = 6  # more was not measured
-_WINDOW_S, _STRIDE_S = 10.0, 5.0
-_N_SIMULATED_EPISODES = 1500  # for learning, and as many for scoring
-_SMOOTHING_WINDOWS = 1  # neighbouring windows on either side that are averaged
+# No episode ends sooner after an onset of infecting: an alarm needs 30 s, and acknowledgements take up to a second.
+AFTER_ONSET_S = 31.0
+_COLD_RANGE = (0.2, 1.0)  # share of reads that reach the disk
+_COIN_BLOCK_EPISODES = 2  # of each two episodes of a host, benign or malicious, busy_share × 2 run beside loads
 _LOAD_BLOCK_EPISODES = 3  # of each three malicious episodes of a host, busy_share × 3 run beside a load
-
-PhaseWalk = tuple[tuple[Phase, float], ...]  # (phase, seconds), in order
 
 
 class PlanHost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -101,15 +109,19 @@ class PlanSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         session_cores: Largest sum of their CPU quotas, in cores; a VM without a quota counts one for each vCPU.
         lab_per_host: Episodes per host for training and test.
         benign_share: Smallest benign share of them.
-        busy_share: Share of the malicious ones that run beside a benign load.
+        busy_share: Share of the malicious ones that run beside a benign load; with `workloads` 2, of all of them.
         agent_share: Probability that the guest agent is on.
         commission_per_host, commission_s: Number and length of the known-clean episodes: benign idle, agent off.
         soak_per_host, soak_s: Number and length of the long benign episodes: agent off, a different sample group each.
         settle_s: Shortest and longest time from boot to the first label, in seconds.
         episode_s, phase_s: Shortest and longest lab episode and phase, in seconds.
         chatter_s: Smallest and largest mean time between background events, in seconds.
+        workloads: Version of the workload table. Version 2 draws samples, routines, addresses and loads of the second
+            laboratory: phases and loads have log-uniform lengths, and benign episodes walk over kinds and idleness.
+        idle_share: With `workloads` 2, the probability that a span of a load walk is idle.
+        part: The part of the plan that is recorded; None for all of it.
         order: Phases in a fixed order instead of the random walk. This leaks the phase through elapsed time;
-            `check_elapsed_time` measures how much.
+            `plan_checks` measures how much.
     """
 
     name: str
@@ -130,7 +142,10 @@ class PlanSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     episode_s: tuple[float, float] = EPISODE_RANGE_S
     phase_s: tuple[float, float] = PHASE_RANGE_S
     chatter_s: tuple[float, float] = (6.0, 30.0)
+    workloads: Literal[1, 2] = 1
+    idle_share: float = 0.3
     order: tuple[Phase, ...] = ()
+    part: PlanPart | None = None
 
 
 def parse_plan(text: str, *, where: str) -> PlanSpec:
@@ -177,7 +192,7 @@ def check_plan_spec(spec: PlanSpec) -> None:
             raise PlanError(f"{key}: {getattr(spec, key)}, expected 0 to 10000")
     if not spec.lab_per_host + spec.commission_per_host + spec.soak_per_host:
         raise PlanError("lab_per_host, commission_per_host and soak_per_host are all 0: there is nothing to record")
-    for key in ("benign_share", "busy_share", "agent_share"):
+    for key in ("benign_share", "busy_share", "agent_share", "idle_share"):
         if not 0 <= getattr(spec, key) <= 1:
             raise PlanError(f"{key}: {getattr(spec, key)}, expected 0 to 1")
     shortest = {"settle_s": 0.0, "episode_s": 1.0, "phase_s": _MIN_PHASE_S, "chatter_s": 1.0}
@@ -212,143 +227,6 @@ def _count_session_vms(spec: PlanSpec, shape: HostShape) -> int:
     return max(1, min(spec.parallel_vms, int(spec.session_cores / shape.cores + 1e-9)))
 
 
-def compute_window_phases(walk: PhaseWalk) -> NDArray[np.int64]:
-    """Compute the phase of each 10 s window with a stride of 5 s.
-
-    Returns:
-        ``(n,)`` int64 phase codes: the phase with the largest share of the window; ties go to the later phase.
-    """
-    ends = np.cumsum([seconds for _, seconds in walk])
-    starts = ends - [seconds for _, seconds in walk]
-    count = int((ends[-1] - _WINDOW_S) // _STRIDE_S) + 1 if ends[-1] >= _WINDOW_S else 0
-    begins = np.arange(count)[:, None] * _STRIDE_S
-    inside = np.clip(np.minimum(ends, begins + _WINDOW_S) - np.maximum(starts, begins), 0, None)
-    codes = np.array([phase.code for phase, _ in walk])
-    share = np.stack([inside[:, codes == code].sum(axis=1) for code in range(len(PHASES))], axis=1).round(6)
-    last = np.stack(
-        [np.where((inside > 0) & (codes == code), starts, -1.0).max(axis=1) for code in range(len(PHASES))], axis=1
-    )
-    return np.lexsort((last, share), axis=1)[:, -1]
-
-
-def compute_elapsed_time_f1(draw: Callable[[np.random.Generator], PhaseWalk], rng: np.random.Generator) -> float:
-    """Score a classifier that knows only the time since the first label.
-
-    Args:
-        draw: Draws the phases of one episode.
-        rng: Random numbers for all draws.
-
-    Returns:
-        Macro-F1 over the five phases on unseen walks, the higher of plain and class-balanced voting.
-    """
-    train = [compute_window_phases(draw(rng)) for _ in range(_N_SIMULATED_EPISODES)]
-    test = [compute_window_phases(draw(rng)) for _ in range(_N_SIMULATED_EPISODES)]
-    length = max(len(codes) for codes in train + test)
-    votes = np.zeros((length + 2 * _SMOOTHING_WINDOWS, len(PHASES)))
-    for codes in train:
-        votes[_SMOOTHING_WINDOWS + np.arange(len(codes)), codes] += 1
-    smooth = np.stack([votes[shift : shift + length] for shift in range(2 * _SMOOTHING_WINDOWS + 1)]).sum(axis=0)
-    truth = np.concatenate(test)
-    window = np.concatenate([np.arange(len(codes)) for codes in test])
-    balanced = smooth / np.maximum(smooth.sum(axis=0), 1)
-    return max(_compute_macro_f1(truth, table.argmax(axis=1)[window]) for table in (smooth, balanced))
-
-
-def _compute_macro_f1(truth: NDArray[np.int64], predicted: NDArray[np.int64]) -> float:
-    scores = []
-    for code in range(len(PHASES)):
-        n_correct = int(((truth == code) & (predicted == code)).sum())
-        n_both = int((truth == code).sum() + (predicted == code).sum())
-        scores.append(2 * n_correct / n_both if n_both else 0.0)
-    return float(np.mean(scores))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordingSlot:
-    """One planned episode. Its identity is `plan_seed`, which is stored in the manifest.
-
-    Attributes:
-        index: Its number on its host, in the order of the plan.
-        settle_s: Seconds from boot to the first label.
-        phases: ``(phase, planned seconds)``; the seconds sum to `duration_s`.
-        knobs: ``(name, value)`` of the sample's intensities, in the order of the profile table.
-        background: The benign load that runs beside a malicious sample for the whole episode; empty for none.
-        background_knobs: Intensities of that load.
-        chatter_s: Mean seconds between background events.
-    """
-
-    index: int
-    host_id: str
-    role: EpisodeRole
-    profile: str
-    sample_name: str
-    sample_kind: SampleKind
-    plan_seed: int
-    agent: bool
-    settle_s: float
-    duration_s: float
-    phases: PhaseWalk
-    knobs: tuple[tuple[str, float], ...]
-    background: str
-    background_knobs: tuple[tuple[str, float], ...]
-    chatter_s: float
-
-    @property
-    def group(self) -> int:
-        """The sample group, 0 to 3."""
-        return find_sample_group(self.profile, self.sample_name)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordingSession:
-    """Up to six slots of one host that are recorded at the same time; their samples belong to one group."""
-
-    session: str
-    host_id: str
-    slots: tuple[RecordingSlot, ...]
-
-
-def compute_slot_seed(name: str, seed: int, host_id: str, index: int) -> int:
-    """Compute a seed below 2^63 from plan, host and index, so that no timeline repeats on another host."""
-    text = f"{name}\0{seed}\0{host_id}\0{index}".encode()
-    return int.from_bytes(blake2b(text, digest_size=8, person=b"plan_seed").digest(), "big") >> 1
-
-
-def build_rng(seed: int, purpose: str) -> np.random.Generator:
-    """Build the random generator of one purpose. Each purpose has its own, so a new draw does not change others."""
-    return np.random.default_rng([seed, int.from_bytes(blake2b(purpose.encode(), digest_size=8).digest(), "big")])
-
-
-def select_sessions(
-    sessions: Sequence[RecordingSession], *, plan: str, hosts: Sequence[str] = (), role: str = "", limit: int = 0
-) -> tuple[RecordingSession, ...]:
-    """Return the sessions of some hosts and of one role, in the order of recording.
-
-    Args:
-        sessions: All sessions of a plan.
-        plan: The plan's name, for messages.
-        hosts: Host ids; empty selects all.
-        role: Role that every slot of a session must have; empty selects all.
-        limit: Maximum number of sessions; 0 returns all.
-
-    Raises:
-        UsageError: If the plan has no such host, or no session is left.
-    """
-    known = {session.host_id for session in sessions}
-    for host in hosts:
-        if host not in known:
-            raise UsageError(f"--hosts: plan {plan} has no host {host!r}; {suggest_names(host, known)}")
-    chosen = [
-        session
-        for session in sessions
-        if (not hosts or session.host_id in hosts) and (not role or all(slot.role == role for slot in session.slots))
-    ]
-    if not chosen:
-        wanted = " ".join([f"--role {role}"] * bool(role) + [f"--hosts {','.join(hosts)}"] * bool(hosts))
-        raise UsageError(f"{wanted or plan}: plan {plan} has no such session")
-    return tuple(chosen[: limit or None])
-
-
 def build_sessions(spec: PlanSpec) -> tuple[RecordingSession, ...]:
     """Build all sessions of a plan in recording order: known-clean episodes, then lab episodes mixed with soak."""
     plan_hosts = list_plan_hosts(spec)
@@ -379,39 +257,20 @@ def build_sessions(spec: PlanSpec) -> tuple[RecordingSession, ...]:
             placed += 1
     for rest in soak[placed:]:
         builder.add_soak(*rest)
-    return tuple(builder.sessions)
-
-
-def estimate_elapsed_time_f1(spec: PlanSpec, seed: int = 0) -> float:
-    """Estimate the macro-F1 of a classifier that knows only elapsed time, from 1500 + 1500 simulated episodes."""
-    return compute_elapsed_time_f1(partial(_draw_episode_phases, spec), build_rng(seed, "elapsed time"))
-
-
-def check_elapsed_time(spec: PlanSpec, seed: int = 0, *, force: bool = False) -> float:
-    """Return the macro-F1 of elapsed time alone, and refuse a plan where it is too high.
-
-    Raises:
-        PlanError: If the score is above `MAX_ELAPSED_TIME_F1`, unless forced.
-    """
-    score = estimate_elapsed_time_f1(spec, seed)
-    if score > MAX_ELAPSED_TIME_F1 and not force:
-        raise PlanError(
-            f"plan {spec.name}: elapsed time alone predicts the phase with macro-F1 {score:.2f}; at most "
-            f"{MAX_ELAPSED_TIME_F1:.2f} is accepted. Leave out `order`, vary phase_s, or record it with --force"
-        )
-    return score
-
-
-def _draw_episode_phases(spec: PlanSpec, rng: np.random.Generator) -> PhaseWalk:
-    """Draw the phases of a lab episode, benign with the plan's benign share."""
-    length_s = draw_episode_length(rng, between_s=spec.episode_s)
-    return ((Phase.CLEAN, length_s),) if rng.random() < spec.benign_share else draw_phases(spec, rng, length_s)
+    return select_part(builder.sessions, spec.part) if spec.part else tuple(builder.sessions)
 
 
 def draw_phases(spec: PlanSpec, rng: np.random.Generator, length_s: float) -> PhaseWalk:
     """Draw the phases of a malicious episode: a random walk, or the plan's fixed order."""
     if not spec.order:
-        return draw_phase_walk(rng, length_s=length_s, between_s=spec.phase_s)
+        is_second = spec.workloads >= 2
+        return draw_phase_walk(
+            rng,
+            length_s=length_s,
+            between_s=spec.phase_s,
+            is_log_uniform=is_second,
+            after_onset_s=AFTER_ONSET_S if is_second else 0.0,
+        )
     walk: list[tuple[Phase, float]] = []
     left_s = length_s
     for place, phase in enumerate(spec.order):
@@ -428,60 +287,81 @@ def draw_log_uniform(rng: np.random.Generator, between: tuple[float, float]) -> 
 
 
 class _SessionBuilder:
-    """Turns profile groups into sessions of slots, and balances the use of samples and loads."""
+    """Turns profile groups into sessions of slots, and balances the use of samples, routines and loads.
+
+    Args:
+        spec: The plan.
+        images: Host id → guest image; other hosts run busybox.
+    """
 
     def __init__(self, spec: PlanSpec, images: Mapping[str, str] | None = None) -> None:
         self.sessions: list[RecordingSession] = []
         self._spec = spec
         self._images = images or {}
         self._index: Counter[str] = Counter()
-        self._malicious: Counter[str] = Counter()
+        self._turns: Counter[tuple[str, ...]] = Counter()
         self._used: Counter[tuple[str, ...]] = Counter()
 
     def add(self, host_id: str, role: EpisodeRole, names: Sequence[tuple[str, str]]) -> None:
         """Add a session of (profile, sample) pairs."""
-        number = len(self.sessions)
-        slots = tuple(self._build_slot(host_id, role, *pair) for pair in names)
-        self.sessions.append(RecordingSession(session=f"{self._spec.name}-{number:04d}", host_id=host_id, slots=slots))
+        self._add_slots(host_id, [self._build_slot(host_id, role, *pair) for pair in names])
 
     def add_lab(self, session: ScheduledSession) -> None:
         """Add a scheduled lab session, with the least used samples of its groups."""
-        self.add(
-            session.host_id,
-            EpisodeRole.LAB,
-            [(each.profile, self._choose_sample(session.host_id, each)) for each in session.profile_groups],
-        )
+        role, host_id = EpisodeRole.LAB, session.host_id
+        if self._spec.workloads >= 2:
+            self._add_slots(host_id, [self._build_walk_slot(host_id, role, each) for each in session.profile_groups])
+        else:
+            names = [(each.profile, self._choose_sample(host_id, each)) for each in session.profile_groups]
+            self.add(host_id, role, names)
 
     def add_soak(self, host_id: str, place: int, turn: int) -> None:
         """Add a soak episode as a session of its own: a second one would need the same group and length."""
-        profile_group = ProfileGroup(BENIGN_PROFILE, (turn + place) % N_SAMPLE_GROUPS)
-        self.add(host_id, EpisodeRole.SOAK, [(BENIGN_PROFILE, self._choose_sample(host_id, profile_group, use="soak"))])
+        role, profile_group = EpisodeRole.SOAK, ProfileGroup(BENIGN_PROFILE, (turn + place) % N_SAMPLE_GROUPS)
+        if self._spec.workloads >= 2:
+            self._add_slots(host_id, [self._build_walk_slot(host_id, role, profile_group)])
+        else:
+            sample_name = self._choose_sample(host_id, profile_group, use="soak")
+            self.add(host_id, role, [(BENIGN_PROFILE, sample_name)])
+
+    def _add_slots(self, host_id: str, slots: Sequence[RecordingSlot]) -> None:
+        name = f"{self._spec.name}-{len(self.sessions):04d}"
+        self.sessions.append(RecordingSession(session=name, host_id=host_id, slots=tuple(slots)))
 
     def _choose_sample(
         self, host_id: str, profile_group: ProfileGroup, *, use: str = "lab", is_busy: bool = False
     ) -> str:
-        """Return the least used sample of a group; uses on this host count first."""
+        """Return the least used sample of a group; uses on this host count first, in version 2 those on all hosts."""
         profile, group = profile_group
-        names = [sample.name for sample in find_profile(profile).samples[group::N_SAMPLE_GROUPS]]
+        image, workloads = self._images.get(host_id, "busybox"), self._spec.workloads
+        names = [sample.name for sample in list_samples(profile, group, workloads=workloads, image=image)]
         if is_busy:
-            names = [name for name in names if name != IDLE_SAMPLE]
-        chosen = min(names, key=lambda name: (self._used[use, host_id, profile, name], self._used[use, name]))
-        self._used[use, host_id, profile, chosen] += 1
-        self._used[use, chosen] += 1
+            names = [name for name in names if name not in IDLE_SAMPLES]
+        used = self._used
+        if workloads >= 2:  # breadth before repetition
+            chosen = min(names, key=lambda name: (used[use, profile, name], used[use, host_id, profile, name]))
+        else:
+            chosen = min(names, key=lambda name: (used[use, host_id, profile, name], used[use, name]))
+        for key in ((use, host_id, profile, chosen), (use, chosen), (use, profile, chosen)):
+            self._used[key] += 1
         return chosen
 
     def _is_busy(self, host_id: str) -> bool:
-        """Return whether the host's next malicious episode runs beside a load.
+        """Return whether the host's next malicious episode of a version 1 plan runs beside a load.
 
         Each block of episodes has a fixed number of them, at random places.
         """
-        block, place = divmod(self._malicious[host_id], _LOAD_BLOCK_EPISODES)
-        self._malicious[host_id] += 1
-        rng = build_rng(compute_slot_seed(self._spec.name, self._spec.seed, host_id, block), "busy block")
-        ranks = rng.permutation(_LOAD_BLOCK_EPISODES)
-        return bool((ranks[place] + rng.random()) / _LOAD_BLOCK_EPISODES < self._spec.busy_share)
+        return self._draw_from_block(host_id, "busy block", _LOAD_BLOCK_EPISODES, host_id)
+
+    def _draw_from_block(self, host_id: str, purpose: str, size: int, *key: str) -> bool:
+        block, place = divmod(self._turns[key], size)
+        self._turns[key] += 1
+        rng = build_rng(compute_slot_seed(self._spec.name, self._spec.seed, host_id, block), purpose)
+        ranks = rng.permutation(size)
+        return bool((ranks[place] + rng.random()) / size < self._spec.busy_share)
 
     def _build_slot(self, host_id: str, role: EpisodeRole, profile_name: str, sample_name: str) -> RecordingSlot:
+        """Build a slot of laboratory version 1, or a known-clean one."""
         spec, index = self._spec, self._index[host_id]
         self._index[host_id] += 1
         seed = compute_slot_seed(spec.name, spec.seed, host_id, index)
@@ -493,11 +373,12 @@ class _SessionBuilder:
             duration_s = spec.soak_s if role is EpisodeRole.SOAK else spec.commission_s
         is_malicious = profile_name != BENIGN_PROFILE
         phases = draw_phases(spec, rng("walk"), duration_s) if is_malicious else ((Phase.CLEAN, duration_s),)
-        background = ""
+        loads: tuple[LoadSpan, ...] = ()
         if is_malicious and self._is_busy(host_id):
             profile_group = ProfileGroup(BENIGN_PROFILE, find_sample_group(profile_name, sample_name))
-            background = self._choose_sample(host_id, profile_group, use="background", is_busy=True)
-        load_knobs = draw_intensities(find_sample(BENIGN_PROFILE, background), rng("background")) if background else {}
+            kind = self._choose_sample(host_id, profile_group, use="background", is_busy=True)
+            knobs = draw_intensities(find_sample(BENIGN_PROFILE, kind), rng("background"))
+            loads = (LoadSpan(kind=kind, start_s=0.0, end_s=duration_s, knobs=tuple(knobs.items())),)
         return RecordingSlot(
             index=index,
             host_id=host_id,
@@ -511,7 +392,84 @@ class _SessionBuilder:
             duration_s=duration_s,
             phases=phases,
             knobs=tuple(draw_intensities(find_sample(profile_name, sample_name), rng("knobs")).items()),
-            background=background,
-            background_knobs=tuple(load_knobs.items()),
             chatter_s=round(draw_log_uniform(rng("chatter"), spec.chatter_s), 3),
+            loads=loads,
+            world=draw_world(rng("world")) if spec.workloads >= 2 else NO_WORLD,
         )
+
+    def _build_walk_slot(self, host_id: str, role: EpisodeRole, profile_group: ProfileGroup) -> RecordingSlot:
+        """Build a slot of laboratory version 2: the same coin and the same walk of loads whatever the profile."""
+        spec, index = self._spec, self._index[host_id]
+        profile, group = profile_group
+        self._index[host_id] += 1
+        seed = compute_slot_seed(spec.name, spec.seed, host_id, index)
+        rng = partial(build_rng, seed)
+        is_lab, is_malicious = role is EpisodeRole.LAB, profile != BENIGN_PROFILE
+        duration_s = draw_episode_length(rng("length"), between_s=spec.episode_s) if is_lab else spec.soak_s
+        has_loads = not is_lab or self._draw_from_block(
+            host_id, f"coin {is_malicious}", _COIN_BLOCK_EPISODES, host_id, f"coin {is_malicious}"
+        )
+        loads = self._draw_loads(host_id, role, profile_group, rng("loads"), duration_s, has_loads=has_loads)
+        if is_malicious:
+            sample_name = self._choose_sample(host_id, profile_group)
+            phases = draw_phases(spec, rng("walk"), duration_s)
+        else:
+            sample_name = (*list_load_kinds(loads), IDLE_SAMPLES[group])[0]
+            phases = ((Phase.CLEAN, duration_s),)
+        forms = [str(form) for form in ContactForm]
+        knobs = draw_intensities(find_sample(profile, sample_name), rng("knobs")) if is_malicious else {}
+        return RecordingSlot(
+            index=index,
+            host_id=host_id,
+            role=role,
+            profile=profile,
+            sample_name=sample_name,
+            sample_kind=find_profile(profile).kind,
+            plan_seed=seed,
+            agent=bool(is_lab and rng("agent").random() < spec.agent_share),
+            settle_s=round(float(rng("settle").uniform(*spec.settle_s)), 3),
+            duration_s=duration_s,
+            phases=phases,
+            knobs=tuple(knobs.items()),
+            chatter_s=round(draw_log_uniform(rng("chatter"), spec.chatter_s), 3),
+            loads=loads,
+            routine=self._choose_routine(host_id, group, phases) if is_malicious else "",
+            armed_form=forms[int(rng("armed").integers(0, len(forms)))] if is_malicious else "",
+            dormant_form=forms[int(rng("dormant").integers(0, len(forms)))] if is_malicious else "",
+            world=draw_world(rng("world")),
+            cold=round(float(rng("cold").uniform(*_COLD_RANGE)), 3),
+        )
+
+    def _draw_loads(
+        self,
+        host_id: str,
+        role: EpisodeRole,
+        profile_group: ProfileGroup,
+        rng: np.random.Generator,
+        length_s: float,
+        *,
+        has_loads: bool,
+    ) -> tuple[LoadSpan, ...]:
+        idle_kind = IDLE_SAMPLES[profile_group.group]
+        if not has_loads:
+            return (LoadSpan(kind=idle_kind, start_s=0.0, end_s=length_s),)
+        benign_group = ProfileGroup(BENIGN_PROFILE, profile_group.group)
+        use = "soak" if role is EpisodeRole.SOAK else "load"
+        return draw_load_walk(
+            rng,
+            length_s=length_s,
+            between_s=self._spec.phase_s,
+            idle_share=self._spec.idle_share,
+            idle_kind=idle_kind,
+            choose_kind=lambda: self._choose_sample(host_id, benign_group, use=use, is_busy=True),
+            draw_knobs=lambda kind: tuple(draw_intensities(find_sample(BENIGN_PROFILE, kind), rng).items()),
+        )
+
+    def _choose_routine(self, host_id: str, group: int, phases: PhaseWalk) -> str:
+        """Return the least used infection routine of a sample group; only episodes with an infection count."""
+        names = [row.name for row in list_routines(group, image=self._images.get(host_id, "busybox"))]
+        chosen = min(names, key=lambda name: (self._used["routine", name], self._used["routine", host_id, name]))
+        if any(phase is Phase.INFECTING for phase, _ in phases):
+            self._used["routine", chosen] += 1
+            self._used["routine", host_id, chosen] += 1
+        return chosen

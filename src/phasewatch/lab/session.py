@@ -7,9 +7,11 @@ meanwhile. `build_bundle` turns the result into the bytes of a bundle.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,20 +30,23 @@ from phasewatch.bundle.model import (
 )
 from phasewatch.bundle.rows import encode_rows
 from phasewatch.channels import CHANNELS, ChannelSpec, list_raw_fields
-from phasewatch.errors import VmError, WorkloadError
+from phasewatch.errors import UsageError, VmError, WorkloadError
 from phasewatch.lab.guest_driver import CommandAck
+from phasewatch.lab.network.world import render_world_knobs
 from phasewatch.lab.plan import RecordingSlot
 from phasewatch.lab.qemu_command import HostShape, describe_shape
 from phasewatch.lab.vm import LabMachine, MachineFacts
+from phasewatch.profiles import IDLE_SAMPLE, IDLE_SAMPLES, find_sample
 from phasewatch.telemetry.base import N_STAMPS, AsyncClock, RowLog, TelemetrySampler, TelemetrySource
 from phasewatch.telemetry.guest_agent import GUEST_NOMINAL_HZ as GUEST_HZ
 from phasewatch.telemetry.guest_agent import GuestReader
-from phasewatch.types import HOST_SOURCES, ClockBase, EpisodeId, EpisodeOrigin, Phase, SourceKind
+from phasewatch.types import BENIGN_PROFILE, HOST_SOURCES, ClockBase, EpisodeId, EpisodeOrigin, Phase, SourceKind
 
 __all__ = ["LEAD_IN_S", "ClockPairs", "EpisodeContext", "RecordedEpisode", "build_bundle", "run_episode"]
 
 LEAD_IN_S = 10.0  # readings before the first label: they open the first bin, and the polling itself settles
 _PREPARE_TIMEOUT_S = 180.0  # warm-up or installation, while a neighbour does the same
+_WATCH_TIMEOUT_S = 7200.0  # longer than any episode
 _END_MARGIN_NS = 500_000_000  # no phase begins in the last half second
 _HALF_SECOND_NS = 500_000_000
 _SELF_ENDING_PHASES = (Phase.INFECTING, Phase.ACTIVE)  # their `finished` message ends the phase
@@ -62,6 +67,7 @@ class RecordedEpisode:
         settle_s: Seconds from the guest's ready message to the first label.
         late, skipped, failed: Numbers of sampler ticks (see `TelemetrySampler`).
         guest_bad: Number of agent lines that were refused or dropped.
+        loads: ``(kind, start, end)`` of each benign load that ran; Unix time in ns.
         evidence: What the guest answered to the command of each label.
         throttled_s: Seconds between first label and end that the CPU quota stopped the VM; None without a quota.
     """
@@ -75,6 +81,7 @@ class RecordedEpisode:
     skipped: int
     failed: int
     guest_bad: int
+    loads: tuple[tuple[str, int, int], ...] = ()
     evidence: tuple[LabelEvidence, ...] = ()
     throttled_s: float | None = None
 
@@ -143,6 +150,7 @@ async def run_episode(machine: LabMachine, slot: RecordingSlot, clock: AsyncCloc
 
     Raises:
         VmError: If the VM does not boot or ends early, or if the guest refuses or does not answer a command.
+        WorkloadError: If a workload ends with an error, or a load ends at all: its label would have no act.
     """
     try:
         facts = await machine.boot()
@@ -172,6 +180,10 @@ class _EpisodeRun:
     def __init__(self, machine: LabMachine, slot: RecordingSlot, clock: AsyncClock, facts: MachineFacts) -> None:
         self._machine, self._slot, self._clock, self._facts = machine, slot, clock, facts
         self._marks: list[LabelMark] = []
+        self._steps: list[_Step] = []
+        self._loads = _LoadTimeline(machine, slot, clock, self._watch)
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._watches: list[asyncio.Task[int]] = []
         self._logs = {source: RowLog(source, clock) for source in HOST_SOURCES}
         self._guest: GuestReader | None = None
         if slot.agent:
@@ -184,6 +196,10 @@ class _EpisodeRun:
             await self._prepare()
             return await self._record()
         finally:
+            for task in self._watches:
+                task.cancel()
+            await asyncio.gather(*self._watches, return_exceptions=True)
+            self._failure.cancel()
             if self._guest:
                 await self._guest.close()
 
@@ -211,7 +227,7 @@ class _EpisodeRun:
             t0_ns += -(clock.wall_ns() + t0_ns - now_ns) % _HALF_SECOND_NS
             await clock.sleep_until(t0_ns)
             throttled_s = self._machine.read_throttled_s()
-            await self._run_phases()
+            await self._run_or_fail(self._run_phases(), self._loads.run(t0_ns, slot.duration_s))
             if throttled_s is not None:
                 throttled_s = round((self._machine.read_throttled_s() or 0.0) - throttled_s, 6)
         finally:
@@ -233,22 +249,24 @@ class _EpisodeRun:
             skipped=sampler.skipped,
             failed=sampler.failed,
             guest_bad=guest.bad + guest.dropped if guest else 0,
+            loads=self._loads.list_ran(self._marks),
+            evidence=tuple(step.build_evidence() for step in self._steps),
             throttled_s=throttled_s,
         )
 
     async def _prepare(self) -> None:
         """Bring the guest into the state that the first label describes."""
         slot = self._slot
+        if slot.world.servers:
+            await self._machine.set_world(slot.world)
         await self._machine.send("hello")
         await self._run_to_completion("warmup")
         if self._guest:
             await self._open(self._guest)
             await self._machine.send("agent", "on")
-        await self._machine.send("chatter", str(slot.plan_seed), f"{slot.chatter_s:g}")
-        if slot.background:
-            await self._machine.send(
-                "load", slot.background, str(slot.plan_seed), *_render_knobs(slot.background_knobs)
-            )
+        servers = render_world_knobs(slot.world)
+        await self._machine.send("chatter", str(slot.plan_seed), f"{slot.chatter_s:g}", *servers)
+        await self._loads.start_first()
         if slot.phases[0][0] is not Phase.CLEAN:
             await self._run_to_completion("install", *self._build_phase_arguments(slot.phases[0][0]))
 
@@ -256,7 +274,7 @@ class _EpisodeRun:
         """Step through the phases; the next phase starts as soon as the work of the current one ends by itself."""
         clock = self._clock
         plan = list(self._slot.phases)
-        ack = await self._step(plan[0][0])
+        ack = await self._step(*plan[0])
         end_ns = ack.t_mono_ns + round(self._slot.duration_s * 1e9)
         place = 0
         while True:
@@ -270,14 +288,45 @@ class _EpisodeRun:
             if ended and place == len(plan) - 1:
                 plan.append((Phase.DORMANT, 0.0))
             place += 1
-            ack = await self._step(plan[place][0])
+            ack = await self._step(*plan[place])
         await clock.sleep_until(end_ns)
         self._marks.append(LabelMark(t_wall_ns=clock.wall_ns(), t_mono_ns=clock.mono_ns(), phase=None))
 
-    async def _step(self, phase: Phase) -> CommandAck:
-        ack = await self._machine.send("phase", *self._build_phase_arguments(phase))
+    async def _step(self, phase: Phase, seconds: float) -> CommandAck:
+        arguments = self._build_phase_arguments(phase, seconds)
+        ack = await self._machine.send("phase", *arguments)
         self._marks.append(LabelMark(t_wall_ns=ack.t_wall_ns, t_mono_ns=ack.t_mono_ns, phase=phase))
+        name = " ".join(("phase", *arguments[:3]))
+        self._steps.append(_Step(phase, name, ack.id, self._watch(ack.id, name, may_end=True)))
         return ack
+
+    def _watch(self, number: int, name: str, *, may_end: bool) -> asyncio.Task[int]:
+        """Watch the work of a command: its end with an error, or at all where it must not end, fails the episode."""
+
+        async def wait() -> int:
+            code = await self._machine.wait_finished(number, timeout_s=_WATCH_TIMEOUT_S)
+            if (code or not may_end) and not self._failure.done():
+                self._failure.set_exception(
+                    WorkloadError(f"{self._slot.host_id}: {name}: ended with {code} in the guest")
+                )
+            return code
+
+        task = asyncio.create_task(wait())
+        self._watches.append(task)
+        return task
+
+    async def _run_or_fail(self, *works: Coroutine[Any, Any, None]) -> None:
+        """Run coroutines at the same time until all have ended, one has raised or a workload has failed."""
+        tasks = [asyncio.ensure_future(work) for work in works]
+        both = asyncio.gather(*tasks)
+        try:
+            await asyncio.wait((both, self._failure), return_when=asyncio.FIRST_COMPLETED)
+            if self._failure.done():
+                self._failure.result()
+            await both
+        finally:
+            both.cancel()
+            await asyncio.gather(*tasks, both, return_exceptions=True)
 
     async def _wait_finished_before(self, number: int, until_ns: int) -> bool:
         """Wait until the work of a command ends by itself or the time is up; return whether it ended."""
@@ -306,13 +355,91 @@ class _EpisodeRun:
         if code:
             raise WorkloadError(f"{self._slot.host_id}: {verb} {' '.join(arguments)}: ended with {code} in the guest")
 
-    def _build_phase_arguments(self, phase: Phase) -> tuple[str, ...]:
+    def _build_phase_arguments(self, phase: Phase, seconds: float = 0.0) -> tuple[str, ...]:
         slot = self._slot
-        return (str(phase), slot.profile, slot.sample_name, str(slot.plan_seed), *_render_knobs(slot.knobs))
+        # The loads of a benign walk are commands of their own; its label needs none.
+        sample_name = IDLE_SAMPLE if slot.profile == BENIGN_PROFILE and slot.loads else slot.sample_name
+        steps = [f"seconds={seconds:g}"] if seconds and slot.world.servers else []
+        steps += [
+            f"{name}={text}"
+            for name, text in (("routine", slot.routine), ("armed", slot.armed_form), ("dormant", slot.dormant_form))
+            if text
+        ]
+        return (
+            str(phase),
+            slot.profile,
+            sample_name,
+            str(slot.plan_seed),
+            *_render_knobs(slot.knobs),
+            *steps,
+            *_render_cold(slot),
+            *render_world_knobs(slot.world),
+        )
+
+
+class _Step(NamedTuple):
+    """The command of one label, and the watch over its work."""
+
+    phase: Phase
+    name: str
+    ack_id: int
+    work: asyncio.Task[int]
+
+    def build_evidence(self) -> LabelEvidence:
+        ended = self.work.done() and not self.work.cancelled() and self.work.exception() is None
+        return LabelEvidence(
+            phase=self.phase, step=self.name, ack_id=self.ack_id, exit_code=self.work.result() if ended else None
+        )
+
+
+class _LoadTimeline:
+    """Starts the benign loads of a slot at their times, and remembers when they ran."""
+
+    def __init__(
+        self, machine: LabMachine, slot: RecordingSlot, clock: AsyncClock, watch: Callable[..., asyncio.Task[int]]
+    ) -> None:
+        self._machine, self._slot, self._clock, self._watch = machine, slot, clock, watch
+        self._started: list[tuple[str, int]] = []  # (kind, Unix time in ns)
+
+    async def start_first(self) -> None:
+        """Start the load of the first label before it, so that the label begins in the middle of the load."""
+        if self._slot.loads and self._slot.loads[0].start_s == 0:
+            await self._start(0)
+
+    async def run(self, t0_ns: int, duration_s: float) -> None:
+        """Start every further load at its time after `t0_ns`, which is monotonic."""
+        for place, span in enumerate(self._slot.loads):
+            if 0 < span.start_s < duration_s:
+                await self._clock.sleep_until(t0_ns + round(span.start_s * 1e9))
+                await self._start(place)
+
+    def list_ran(self, marks: Sequence[LabelMark]) -> tuple[tuple[str, int, int], ...]:
+        """Return ``(kind, start, end)`` of every load that ran, idle forms left out; Unix time in ns."""
+        slot, end_ns = self._slot, marks[-1].t_wall_ns
+        if not slot.loads and slot.profile == BENIGN_PROFILE and slot.sample_name not in IDLE_SAMPLES:
+            return ((slot.sample_name, marks[0].t_wall_ns, end_ns),)  # the phase itself is the load
+        starts = [*self._started, ("", end_ns)]
+        return tuple(
+            (kind, start_ns, until_ns)
+            for (kind, start_ns), (_, until_ns) in pairwise(starts)
+            if kind not in IDLE_SAMPLES
+        )
+
+    async def _start(self, place: int) -> None:
+        slot, span = self._slot, self._slot.loads[place]
+        arguments = (span.kind, str(slot.plan_seed + place), *_render_knobs(span.knobs))
+        arguments += (*_render_cold(slot), *render_world_knobs(slot.world))
+        ack = await self._machine.send("load", *arguments)
+        self._watch(ack.id, f"load {span.kind}", may_end=False)
+        self._started.append((span.kind, ack.t_wall_ns))
 
 
 def _render_knobs(knobs: Sequence[tuple[str, float]]) -> tuple[str, ...]:
     return tuple(f"{name}={value:.6g}" for name, value in knobs)
+
+
+def _render_cold(slot: RecordingSlot) -> tuple[str, ...]:
+    return (f"cold={slot.cold:g}",) if slot.cold else ()
 
 
 def _read_clocks(clock: AsyncClock) -> dict[ClockBase, tuple[int, int]]:
@@ -398,12 +525,34 @@ def _build_manifest(episode: RecordedEpisode, context: EpisodeContext) -> Manife
             boot_s=facts.boot_s,
             settle_s=episode.settle_s,
             pinning=facts.pinning,
-            knobs=dict(slot.knobs) | {f"background.{name}": value for name, value in slot.background_knobs},
+            knobs=_list_knobs(slot),
             background=slot.background,
             absent=absent,
+            load=episode.loads,
+            routine=slot.routine or None,
+            twin=_find_twin(slot),
+            evidence=episode.evidence,
             shape=describe_shape(shape),
             image=shape.image,
             throttled_s=episode.throttled_s,
         ),
         members={},
     )
+
+
+def _list_knobs(slot: RecordingSlot) -> dict[str, float]:
+    """Return all intensities of a slot; those of a load walk are numbered by span."""
+    knobs = dict(slot.knobs)
+    if len(slot.loads) == 1:
+        return knobs | {f"background.{name}": value for name, value in slot.loads[0].knobs}
+    return knobs | {
+        f"background.{place}.{name}": value for place, span in enumerate(slot.loads) for name, value in span.knobs
+    }
+
+
+def _find_twin(slot: RecordingSlot) -> str | None:
+    """Return the declared twin of the slot's sample; None for a sample of a custom workload."""
+    try:
+        return find_sample(slot.profile, slot.sample_name).twin or None
+    except UsageError:
+        return None

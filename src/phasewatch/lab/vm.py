@@ -25,6 +25,7 @@ from phasewatch.lab.guest_driver import CommandAck, GuestDriver, ReadyMessage
 from phasewatch.lab.guest_image import GuestImage
 from phasewatch.lab.host import read_processor_name
 from phasewatch.lab.network.sink import NetflowSource, NetworkSink
+from phasewatch.lab.network.world import EpisodeWorld
 from phasewatch.lab.qemu_command import HostShape, VmPaths, build_qemu_command
 from phasewatch.telemetry.base import AsyncClock, RowLog, TelemetrySource
 from phasewatch.telemetry.guest_agent import GuestReader
@@ -119,6 +120,9 @@ class LabMachine(Protocol):
     async def wait_finished(self, number: int, *, timeout_s: float) -> int:
         """Wait until the work of command `number` ends by itself, and return its exit code."""
 
+    async def set_world(self, world: EpisodeWorld) -> None:
+        """Give the network of the VM the servers of an episode."""
+
     def sources(self) -> tuple[TelemetrySource, ...]:
         """Return the telemetry sources of the host, not yet open."""
 
@@ -205,6 +209,12 @@ class QemuVm:
     async def wait_finished(self, number: int, *, timeout_s: float) -> int:
         """Wait until the work of command `number` ends by itself, and return its exit code."""
         return await self._require_driver().wait_finished(number, timeout_s=timeout_s)
+
+    async def set_world(self, world: EpisodeWorld) -> None:
+        """Give the sink the servers of an episode."""
+        if self._sink is None:
+            raise VmError(f"{self._name}: not running")
+        await asyncio.to_thread(self._sink.set_world, world)
 
     def sources(self) -> tuple[TelemetrySource, ...]:
         """Return the three telemetry sources of the host. The VM keeps its monitor connection and closes it."""

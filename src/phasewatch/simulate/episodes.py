@@ -20,6 +20,7 @@ from phasewatch.profiles import (
     PROFILES,
     draw_episode_length,
     draw_phase_walk,
+    list_samples,
 )
 from phasewatch.simulate.counters import (
     SIMULATED_MEMORY_MIB,
@@ -221,8 +222,7 @@ def _build_manifest(
 @cache
 def _list_benign_samples(group: int) -> tuple[str, ...]:
     """Return the benign samples of a group."""
-    (benign,) = (profile for profile in PROFILES if profile.kind is SampleKind.BENIGN)
-    return tuple(sample.name for sample in benign.samples[group::N_SAMPLE_GROUPS])
+    return tuple(sample.name for sample in list_samples(BENIGN_PROFILE, group))
 
 
 @cache
@@ -232,7 +232,7 @@ def _list_malicious_samples(group: int) -> tuple[tuple[str, str], ...]:
         (profile.name, sample.name)
         for profile in PROFILES
         if profile.kind is SampleKind.EMULATED
-        for sample in profile.samples[group::N_SAMPLE_GROUPS]
+        for sample in list_samples(profile.name, group)
     )
 
 

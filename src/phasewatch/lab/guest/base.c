@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 static uint64_t state = 88172645463325252ull;
+static volatile uint64_t kept; /* keeps the compiler from removing the work */
 
 double knob(const struct job *job, const char *name, double otherwise) {
     for (int i = 0; i < job->knobs; i++)
@@ -73,6 +74,7 @@ int run(const char *const argv[]) {
         int null = open("/dev/null", O_RDWR);
         dup2(null, 0), dup2(null, 1), dup2(null, 2);
         execv("/bin/busybox", (char *const *)argv);
+        execvp(argv[0], (char *const *)argv); /* an image with real programs */
         _exit(127);
     }
     int status = 0;
@@ -80,14 +82,105 @@ int run(const char *const argv[]) {
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128;
 }
 
-int write_file(const char *path, long bytes, double bytes_per_s) {
+static void fill_from(unsigned char *at, size_t n, char *phrase, size_t size) { /* rotated, so that no two blocks are equal */
+    for (size_t from = random_u64() % size; n > 0; from = 0) {
+        size_t part = size - from < n ? size - from : n;
+        memcpy(at, phrase + from, part), at += part, n -= part;
+    }
+}
+
+void fill(void *at, size_t n, enum content content) {
+    static char text[4096], code[4096];
+    static const char *const words[] = {"order ", "report ", "the ", "draft ", "of ", "phase ", "table ", "and ", "memo.\n", "to "};
+    static const char *const lines[] = {"    if (x < 0) return -1;\n", "int next(int at) {\n", "    for (int i = 0; i < n; i++)\n", "}\n\n", "        sum += row[i];\n"};
+    if (*text == 0) {
+        for (size_t have = 0; have < sizeof text - 32;) have += (size_t)sprintf(text + have, "%s", words[random_u64() % 10]);
+        for (size_t have = 0; have < sizeof code - 32;) have += (size_t)sprintf(code + have, "%s", lines[random_u64() % 5]);
+    }
+    if (content == TEXT) fill_from(at, n, text, strlen(text));
+    else if (content == CODE) fill_from(at, n, code, strlen(code));
+    else {
+        fill_random(at, n);
+        if (content == PACKED && n > 4) memcpy(at, "\037\213\010", 3); /* the magic of gzip */
+    }
+}
+
+void give_up(void) { _exit(3); }
+
+static double cold;
+
+void be_cold(double share) { cold = share; }
+
+void cool(const char *path) {
+    if (cold <= 0 || uniform() >= cold) return;
+    int fd = open(path, O_RDONLY);
+    if (fd < 0) return;
+    posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+    close(fd);
+}
+
+void burn(double ms, unsigned char *memory, size_t bytes) {
+    uint64_t until = now_ms() + (uint64_t)ms, h = random_u64();
+    while (now_ms() < until)
+        for (int i = 0; i < 4000; i++) {
+            h = (h ^ (h >> 29)) * 0xbf58476d1ce4e5b9ull + (uint64_t)i;
+            if (memory != NULL) h += memory[h % bytes], memory[(h >> 20) % bytes] = (unsigned char)h;
+        }
+    kept = h;
+}
+
+void scramble(const char *path, long from, long most, long step) {
+    static unsigned char block[16384];
+    int fd = open(path, O_RDWR);
+    if (fd < 0) return;
+    posix_fadvise(fd, 0, 0, cold > 0 && uniform() < cold ? POSIX_FADV_DONTNEED : POSIX_FADV_NORMAL);
+    for (long at = from, n; at < most && (n = pread(fd, block, sizeof block, at)) > 0; at += step > n ? step : n) {
+        for (long i = 0; i < n; i += 8) { uint64_t r = random_u64(); for (int k = 0; k < 8 && i + k < n; k++) block[i + k] ^= (unsigned char)(r >> (8 * k)); }
+        if (pwrite(fd, block, (size_t)n, at) != n) give_up();
+    }
+    close(fd);
+}
+
+long replace_file(const char *path, int keep) {
+    char fresh[160];
+    struct stat info;
+    size_t size = strlen(path);
+    int locked = size > 4 && strcmp(path + size - 4, ".lck") == 0;
+    if (stat(path, &info) != 0) return 0;
+    snprintf(fresh, sizeof fresh, locked ? "%.*s" : "%.*s.lck", (int)(locked ? size - 4 : size), path);
+    read_file(path);
+    write_file(fresh, (long)info.st_size, 0);
+    if (!keep) unlink(path);
+    return (long)info.st_size;
+}
+
+int write_file(const char *path, long bytes, double bytes_per_s) { return write_as(path, bytes, bytes_per_s, RANDOM); }
+
+long append_file(const char *path, long bytes, enum content content, long most) {
     static char block[16384];
-    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0644);
-    if (fd < 0) return -1;
+    struct stat info;
+    int fd = open(path, O_WRONLY | O_CREAT | O_APPEND | (stat(path, &info) == 0 && info.st_size > most ? O_TRUNC : 0), 0644);
+    if (fd < 0) give_up();
     for (long left = bytes; left > 0;) {
         long n = left < (long)sizeof block ? left : (long)sizeof block;
-        fill_random(block, (size_t)n);
-        if (write(fd, block, (size_t)n) != n) break;
+        fill(block, (size_t)n, content);
+        if (write(fd, block, (size_t)n) != n) give_up();
+        left -= n;
+    }
+    fsync(fd);
+    close(fd);
+    return bytes;
+}
+
+int write_as(const char *path, long bytes, double bytes_per_s, enum content content) {
+    static char block[16384];
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0644);
+    if (fd < 0) give_up();
+    if (content == MIXED) content = (enum content)(random_u64() % 4);
+    for (long left = bytes; left > 0;) {
+        long n = left < (long)sizeof block ? left : (long)sizeof block;
+        fill(block, (size_t)n, content);
+        if (write(fd, block, (size_t)n) != n) give_up();
         left -= n;
         if (bytes_per_s > 0) nap_ms(1000.0 * (double)n / bytes_per_s);
     }
@@ -96,6 +189,7 @@ int write_file(const char *path, long bytes, double bytes_per_s) {
 
 long read_file(const char *path) {
     static char block[16384];
+    cool(path);
     int fd = open(path, O_RDONLY);
     if (fd < 0) return -1;
     long total = 0, n;

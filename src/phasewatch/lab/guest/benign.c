@@ -22,13 +22,17 @@ static void busy_ms(double ms) {
     kept = h;
 }
 
-static const char *any_file(int n) { return n > 0 ? paths[random_u64() % (uint64_t)n] : "/init"; }
+static const char *any_file(int n) {
+    const char *path = n > 0 ? paths[random_u64() % (uint64_t)n] : "/init";
+    cool(path);
+    return path;
+}
 
 int knows_load(const char *kind) {
     static const char *const known[] = {"idle", "compile", "backup", "poller", "compress", "find-grep", "download", "upload", "hash", "database", "health-checks", "package-install", "render", "log-rotate"};
     for (size_t at = 0; at < sizeof known / sizeof *known; at++)
         if (is(known[at], kind)) return 1;
-    return 0;
+    return knows_daily(kind);
 }
 
 void play_load(const struct job *job, const char *kind) {
@@ -36,6 +40,7 @@ void play_load(const struct job *job, const char *kind) {
     int n = each_file(CORPUS, paths, MOST);
     char url[64], path[160];
     mkdir(WORK, 0755);
+    if (knows_daily(kind)) play_daily(job, kind);
     for (uint64_t turn = 0;; turn++) {
         double begun = (double)now_ms(), done = 0;
         if (is(kind, "compile")) { /* one process per unit: read, compute, write an object file */
@@ -85,19 +90,19 @@ void play_load(const struct job *job, const char *kind) {
             close(fd);
             done = 8 * 4096;
         } else if (is(kind, "poller")) {
-            http_get(WEB, 8080, "/status", NULL, 0);
+            role_get(job, "monitoring", "/status", NULL, 0);
             nap_ms(1000 * period);
             continue;
         } else if (is(kind, "download")) {
             long bytes = 200000 + (long)(1800000 * uniform());
             snprintf(url, sizeof url, "/bytes/%ld", bytes);
             snprintf(path, sizeof path, WORK "/get%d", (int)(turn % 6));
-            http_get(WEB, 80, url, path, rate);
+            role_get(job, "web", url, path, rate);
             nap_ms(1000 * exponential(period));
             continue;
         } else if (is(kind, "upload")) {
             read_file(any_file(n));
-            http_post(WEB, 80, "/backup", (long)(rate * (2 + 4 * uniform())), rate);
+            role_post(job, "web", "/backup", (long)(rate * (2 + 4 * uniform())), rate);
             nap_ms(1000 * exponential(period));
             continue;
         } else if (is(kind, "health-checks")) {
@@ -109,7 +114,7 @@ void play_load(const struct job *job, const char *kind) {
         } else if (is(kind, "package-install")) {
             long bytes = 200000 + (long)(1500000 * uniform());
             snprintf(url, sizeof url, "/bytes/%ld", bytes);
-            http_get(WEB, 80, url, WORK "/package", rate);
+            role_get(job, "update", url, WORK "/package", rate);
             for (int k = 0; k < 15; k++) {
                 snprintf(path, sizeof path, WORK "/lib%d", k);
                 write_file(path, bytes / 15, 0);
@@ -132,15 +137,16 @@ void play_load(const struct job *job, const char *kind) {
     }
 }
 
-void play_chatter(uint64_t seed, double period_s) {
-    seed_random(seed);
+void play_chatter(const struct job *job, double period_s) {
+    seed_random(job->seed);
+    use_servers(job);
     for (;;) {
         nap_ms(1000 * (0.3 * period_s + exponential(0.7 * period_s)));
         char text[64];
         switch (random_u64() % 6) {
         case 0: snprintf(text, sizeof text, "host%d.example", (int)(random_u64() % 40)); dns(text, 1); break;
         case 1: ntp(); break;
-        case 2: case 3: http_get(WEB, 8080, "/status", NULL, 0); break;
+        case 2: case 3: role_get(job, "monitoring", "/status", NULL, 0); break;
         default: {
             int fd = open(DATA "/messages", O_WRONLY | O_CREAT | O_APPEND, 0644);
             char words[300];
@@ -152,7 +158,7 @@ void play_chatter(uint64_t seed, double period_s) {
     }
 }
 
-void warm_up(void) { /* run all code of later phases once, so that nothing runs for the first time under a label */
+void warm_up(const struct job *job) { /* run all code of later phases once, so that nothing runs for the first time under a label */
     static const char *const applets[][4] = {
         {"gzip", "-f", WORK "/w", NULL}, {"sha256sum", "/init", NULL}, {"md5sum", "/init", NULL}, {"ps", NULL},
         {"grep", "-c", "phase", NULL}, {"cp", "/init", WORK "/i", NULL}, {"sh", "-c", "gzip -c /init > " WORK "/z", NULL}, {"rm", "-rf", WORK "/i", NULL},
@@ -166,6 +172,10 @@ void warm_up(void) { /* run all code of later phases once, so that nothing runs 
         for (int k = 0; k < 6; k++) read_file(any_file(n));
         http_get(WEB, 80, "/bytes/60000", WORK "/g", 0);
         http_post(WEB, 80, "/p", 30000, 0);
+        static const char *const roles[] = {"c2", "pool", "exfil", "update", "database", "monitoring", "web"};
+        for (size_t i = 0; i < sizeof roles / sizeof *roles; i++) role_get(job, roles[i], "/status", NULL, 0);
+        role_post(job, "web", "/p", 3000, 0);
+        append_file(WORK "/w.gz", 20000, TEXT, 1 << 20), replace_file(WORK "/w.gz", 0), scramble(WORK "/w.gz.lck", 0, 20000, 16384);
         http_get(WEB, 8080, "/beacon", NULL, 0);
         dns("warm.example", 1), dns("warm.example", 16), ntp();
         for (int k = 0; k < 12; k++) { int fd = tcp_open(0xc6120001u + (uint32_t)k, 80, 100); if (fd >= 0) close(fd); }

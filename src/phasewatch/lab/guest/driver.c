@@ -117,6 +117,8 @@ static void start(enum role role, long id, const struct job *job) {
     signal(SIGCHLD, SIG_DFL);
     unblock();
     seed_random(job->seed + (uint64_t)role);
+    be_cold(knob(job, "cold", 0));
+    use_servers(job);
     char name[80];
     if (find_kind(job, name, sizeof name)) { become_kind(job, name); _exit(126); }
     if (strcmp(job->verb, "phase") == 0) {
@@ -124,7 +126,7 @@ static void start(enum role role, long id, const struct job *job) {
         play_phase(job);
     } else if (strcmp(job->verb, "load") == 0) play_load(job, job->sample);
     else if (strcmp(job->verb, "install") == 0) install_state(job);
-    else if (strcmp(job->verb, "warmup") == 0) warm_up();
+    else if (strcmp(job->verb, "warmup") == 0) warm_up(job);
     else if (strcmp(job->verb, "agent") == 0) play_agent(tel_path);
     _exit(0);
 }
@@ -157,14 +159,15 @@ static void obey(char *line) {
     if (known[at] == NULL) { say("err %ld unknown verb %.20s\n", id, verb); return; }
     if (strcmp(verb, "load") == 0) parse(rest, &job, "sn");
     if (strcmp(verb, "phase") == 0 || strcmp(verb, "install") == 0) parse(rest, &job, "prsn");
+    if (strcmp(verb, "warmup") == 0) parse(rest, &job, "");
+    if (strcmp(verb, "chatter") == 0) parse(rest, &job, "ns"); /* the mean interval in the place of a sample */
     if ((strcmp(verb, "load") == 0 || *job.phase) && !is_known(&job)) { say("err %ld no such phase, profile, sample or load\n", id); return; }
     say("ack %ld %ld\n", id, uptime_ms());
     if (strcmp(verb, "chatter") == 0) {
-        uint64_t seed = strtoull(rest, &rest, 10);
-        double period = atof(rest);
+        double period = atof(job.sample);
         stop(CHATTER);
         pid_t child = fork();
-        if (child == 0) { setpgid(0, 0); close(ctl); signal(SIGPIPE, SIG_IGN); signal(SIGCHLD, SIG_DFL); unblock(); play_chatter(seed, period > 0 ? period : 12); }
+        if (child == 0) { setpgid(0, 0); close(ctl); signal(SIGPIPE, SIG_IGN); signal(SIGCHLD, SIG_DFL); unblock(); play_chatter(&job, period > 0 ? period : 12); }
         group[CHATTER] = child;
     } else if (strcmp(verb, "load") == 0) start(LOAD, id, &job);
     else if (strcmp(verb, "unload") == 0) stop(LOAD);

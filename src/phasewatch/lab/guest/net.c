@@ -33,6 +33,129 @@ int tcp_open(uint32_t ip, int port, int timeout_ms) {
     return fd;
 }
 
+/* ---- the servers of an episode ---- */
+
+static uint32_t name_server = 0x0a000203u, time_server = 0x0a000204u;
+
+static int find_server(const struct job *job, const char *role, uint32_t *ip, int *port) { /* whether the episode has one */
+    unsigned a, b, c, d;
+    char name[24];
+    snprintf(name, sizeof name, "at.%s", role);
+    if (sscanf(word(job, name, ""), "%3u.%3u.%3u.%3u:%5d", &a, &b, &c, &d, port) != 5) return 0;
+    *ip = a << 24 | b << 16 | c << 8 | d;
+    return 1;
+}
+
+void use_servers(const struct job *job) {
+    int port;
+    find_server(job, "dns", &name_server, &port);
+    find_server(job, "ntp", &time_server, &port);
+}
+
+long link_send(struct link *link, const void *data, long bytes) {
+    static unsigned char record[5 + 8192];
+    const unsigned char *from = data;
+    if (!link->tls) return write(link->fd, data, (size_t)bytes);
+    for (long left = bytes; left > 0;) { /* looks like TLS records; nothing is encrypted */
+        long n = left < 8192 ? left : 8192;
+        record[0] = 23, record[1] = 3, record[2] = 3, record[3] = (unsigned char)(n >> 8), record[4] = (unsigned char)n;
+        for (long i = 0; i < n; i++) record[5 + i] = from[i] ^ 0x5a;
+        if (write(link->fd, record, (size_t)n + 5) != n + 5) return -1;
+        from += n, left -= n;
+    }
+    return bytes;
+}
+
+static long receive(struct link *link, long most) { /* up to `most` bytes; fewer if the server ends or is silent */
+    static char block[8192];
+    long total = 0, got;
+    while (total < most && (got = read(link->fd, block, most - total < (long)sizeof block ? (size_t)(most - total) : sizeof block)) > 0) total += got;
+    return total;
+}
+
+int link_open(const struct job *job, const char *role, struct link *link) {
+    static uint64_t looked_up; /* a name is kept for a minute */
+    char key[32];
+    uint32_t ip = WEB;
+    int port = strcmp(role, "exfil") == 0 || strcmp(role, "update") == 0 || strcmp(role, "web") == 0 ? 80 : 8080;
+    int has_world = find_server(job, role, &ip, &port);
+    snprintf(key, sizeof key, "name.%s", role);
+    const char *name = word(job, key, "");
+    if (*name && (looked_up == 0 || now_ms() > looked_up + 60000)) {
+        if (dns(name, 1) == 0) return -3;
+        looked_up = now_ms();
+    }
+    link->tls = 0;
+    link->fd = tcp_open(ip, port, 5000);
+    if (link->fd < 0) return link->fd;
+    if (has_world && (port == 443 || port == 8443)) {
+        unsigned char hello[520];
+        long n = 200 + (long)(300 * uniform());
+        fill_random(hello, sizeof hello);
+        hello[0] = 22, hello[1] = 3, hello[2] = 1, hello[3] = (unsigned char)(n >> 8), hello[4] = (unsigned char)n;
+        if (write(link->fd, hello, (size_t)n + 5) != n + 5 || receive(link, 3205) != 3205) { close(link->fd); return -1; }
+        link->tls = 1;
+    }
+    return 0;
+}
+
+long link_ask(struct link *link, const char *verb, long bytes, long reply) {
+    char line[64];
+    int n = snprintf(line, sizeof line, "%s %ld\n", verb, bytes);
+    if (link_send(link, line, n) < 0) return -1;
+    return reply <= 0 ? 0 : receive(link, reply) == reply ? reply : -1;
+}
+
+void link_close(struct link *link) {
+    if (link->fd >= 0) close(link->fd);
+    link->fd = -1;
+}
+
+static long take_answer(struct link *link, const char *save, double bytes_per_s) {
+    static char block[8192];
+    int out = save ? open(save, O_WRONLY | O_CREAT | O_TRUNC, 0644) : -1;
+    long total = 0, got;
+    while ((got = read(link->fd, block, sizeof block)) > 0) {
+        total += got;
+        if (out >= 0 && write(out, block, (size_t)got) != got) give_up();
+        if (bytes_per_s > 0) nap_ms(1000.0 * (double)got / bytes_per_s);
+    }
+    if (out >= 0) close(out);
+    return total;
+}
+
+long role_get(const struct job *job, const char *role, const char *path, const char *save, double bytes_per_s) {
+    char head[256];
+    struct link link;
+    int failed = link_open(job, role, &link);
+    if (failed) return failed;
+    int n = snprintf(head, sizeof head, "GET %s HTTP/1.0\r\nHost: web\r\n\r\n", path);
+    long total = link_send(&link, head, n) < 0 ? -1 : take_answer(&link, save, bytes_per_s);
+    link_close(&link);
+    return total;
+}
+
+long role_post(const struct job *job, const char *role, const char *path, long bytes, double bytes_per_s) {
+    static char block[8192];
+    struct link link;
+    int failed = link_open(job, role, &link);
+    if (failed) return failed;
+    int n = snprintf(block, sizeof block, "POST %s HTTP/1.0\r\nHost: web\r\nContent-Length: %ld\r\n\r\n", path, bytes);
+    long sent = link_send(&link, block, n) < 0 ? -1 : 0;
+    while (sent >= 0 && sent < bytes) {
+        long size = bytes - sent < (long)sizeof block ? bytes - sent : (long)sizeof block;
+        fill_random(block, (size_t)size);
+        if (link_send(&link, block, size) < 0) { sent = -1; break; }
+        sent += size;
+        if (bytes_per_s > 0) nap_ms(1000.0 * (double)size / bytes_per_s);
+    }
+    if (sent >= 0) take_answer(&link, NULL, 0);
+    link_close(&link);
+    return sent;
+}
+
+/* ---- the fixed network ---- */
+
 long http_get(uint32_t ip, int port, const char *path, const char *save, double bytes_per_s) {
     static char block[8192];
     int fd = tcp_open(ip, port, 5000);
@@ -84,7 +207,7 @@ uint32_t dns(const char *name, int type) {
     }
     packet[at++] = 0, packet[at++] = 0, packet[at++] = (unsigned char)type, packet[at++] = 0, packet[at++] = 1;
     int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    struct sockaddr_in to = address(0x0a000203u, 53);
+    struct sockaddr_in to = address(name_server, 53);
     sendto(fd, packet, at, 0, (struct sockaddr *)&to, sizeof to);
     struct pollfd wait = {fd, POLLIN, 0};
     uint32_t answer = 0;
@@ -99,7 +222,7 @@ uint32_t dns(const char *name, int type) {
 void ntp(void) {
     unsigned char packet[48] = {0x23};
     int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    struct sockaddr_in to = address(0x0a000204u, 123);
+    struct sockaddr_in to = address(time_server, 123);
     sendto(fd, packet, sizeof packet, 0, (struct sockaddr *)&to, sizeof to);
     struct pollfd wait = {fd, POLLIN, 0};
     if (poll(&wait, 1, 2000) > 0) recv(fd, packet, sizeof packet, 0);

@@ -19,6 +19,7 @@ __all__ = [
     "WEB_IP",
     "WEB_PORTS",
     "PortBehaviour",
+    "find_address",
     "find_port_behaviour",
     "find_scan_behaviour",
     "is_lab_address",
@@ -39,6 +40,8 @@ TIME_PORT = 123
 WEB_PORTS = (80, 8080)
 
 SINK_MAC = bytes.fromhex("52540077ff01")
+
+_GONE_SUFFIX = b"gone.example"  # no name below it exists
 
 # Percentages of the (address, port) pairs of the scan range; the rest stays silent.
 _SCAN_ACCEPT_PERCENT = 12
@@ -76,6 +79,11 @@ def find_port_behaviour(address: IPv4Address, port: int) -> PortBehaviour:
 def resolve_name(name: bytes) -> IPv4Address:
     """Return the address of a DNS name: one of 254, by hash of the lower-case name."""
     return DNS_NET[1 + _compute_hash(b"name", name.lower()) % 254]
+
+
+def find_address(name: bytes) -> IPv4Address | None:
+    """Return the address of a DNS name; None for a name that does not exist, below ``gone.example``."""
+    return None if name.lower().endswith(_GONE_SUFFIX) else resolve_name(name)
 
 
 def is_lab_address(address: IPv4Address) -> bool:

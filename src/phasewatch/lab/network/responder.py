@@ -11,21 +11,35 @@ from phasewatch.lab.network import frames
 from phasewatch.lab.network.addresses import (
     DNS_IP,
     DNS_PORT,
+    LOCAL_NET,
     SINK_MAC,
     TIME_IP,
     TIME_PORT,
+    WEB_IP,
     PortBehaviour,
+    find_address,
     find_port_behaviour,
+    find_scan_behaviour,
     is_lab_address,
 )
 from phasewatch.lab.network.frames import ACK, RST, SYN, FrameEndpoints, Ipv4Packet, TcpSegment
 from phasewatch.lab.network.services import DiscardService, HttpService, TcpService, answer_dns, answer_time
 from phasewatch.lab.network.tcp import TcpConnection
+from phasewatch.lab.network.world import EpisodeWorld, ServerBehaviour, WorldServer
+from phasewatch.lab.network.world_services import WorldService
 from phasewatch.telemetry.headers import ETHERTYPE_ARP, ETHERTYPE_IPV4, PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP
 
 __all__ = ["IgnoredFrames", "NetworkResponder"]
 
 _BROADCAST_MAC = b"\xff" * 6
+_WORLD_BEHAVIOURS = {
+    ServerBehaviour.ACCEPT: PortBehaviour.SERVE,
+    ServerBehaviour.SLOW: PortBehaviour.SERVE,
+    ServerBehaviour.TLS: PortBehaviour.SERVE,
+    ServerBehaviour.REFUSE: PortBehaviour.REFUSE,
+    ServerBehaviour.SILENT: PortBehaviour.SILENT,
+    ServerBehaviour.NXDOMAIN: PortBehaviour.SILENT,
+}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,6 +78,9 @@ class NetworkResponder:
         self._mac = mac
         self._max = max_connections
         self._open: dict[FrameEndpoints, TcpConnection] = {}
+        self._servers: dict[tuple[IPv4Address, int], WorldServer] = {}
+        self._names: dict[bytes, IPv4Address | None] = {}
+        self._resolvers, self._clocks = {(DNS_IP, DNS_PORT)}, {(TIME_IP, TIME_PORT)}
         self._timers: list[tuple[int, FrameEndpoints]] = []
         self._scheduled_ns: dict[FrameEndpoints, int] = {}  # the earliest timer of each connection in the heap
 
@@ -76,6 +93,18 @@ class NetworkResponder:
     def connections(self) -> int:
         """Number of open connections."""
         return len(self._open)
+
+    def set_world(self, world: EpisodeWorld) -> None:
+        """Give the network the servers of an episode; open connections stay as they are."""
+        servers = {(IPv4Address(server.address), server.port): server for server in world.servers}
+        self._servers = {at: server for at, server in servers.items() if server.role not in ("dns", "ntp")}
+        self._names = {
+            server.name.encode(): None if server.behaviour is ServerBehaviour.NXDOMAIN else IPv4Address(server.address)
+            for server in world.servers
+            if server.name
+        }
+        self._resolvers = {(DNS_IP, DNS_PORT)} | {at for at, server in servers.items() if server.role == "dns"}
+        self._clocks = {(TIME_IP, TIME_PORT)} | {at for at, server in servers.items() if server.role == "ntp"}
 
     def handle(self, frame: bytes, now_ns: int) -> list[bytes]:
         """Handle one frame of the guest and return the frames to send at once; any bytes are allowed."""
@@ -136,9 +165,9 @@ class NetworkResponder:
             return []
         src_port, dst_port, data = datagram
         answer = None
-        if (address, dst_port) == (DNS_IP, DNS_PORT):
-            answer = answer_dns(data)
-        elif (address, dst_port) == (TIME_IP, TIME_PORT):
+        if (address, dst_port) in self._resolvers:
+            answer = answer_dns(data, self._find_address)
+        elif (address, dst_port) in self._clocks:
             answer = answer_time(data)
         if answer is None:
             self.ignored.unknown_protocol += 1
@@ -166,7 +195,8 @@ class NetworkResponder:
         return [frames.build_tcp(ends, reply) for reply in replies]
 
     def _open_connection(self, ends: FrameEndpoints, address: IPv4Address, syn: TcpSegment, now_ns: int) -> list[bytes]:
-        behaviour = find_port_behaviour(address, ends.host_port)
+        server = self._servers.get((address, ends.host_port))
+        behaviour = self._find_behaviour(address, ends.host_port, server)
         if behaviour is PortBehaviour.SILENT:
             self.ignored.silent += 1
             return []
@@ -176,10 +206,22 @@ class NetworkResponder:
         if len(self._open) >= self._max:
             self._remove_connection(next(iter(self._open)))
             self.ignored.evicted += 1
-        service: TcpService = HttpService() if behaviour is PortBehaviour.SERVE else DiscardService()
+        service: TcpService = DiscardService()
+        if behaviour is PortBehaviour.SERVE:
+            service = WorldService(server) if server else HttpService()
         connection = TcpConnection(syn, _compute_initial_sequence(ends, now_ns), service, now_ns)
         self._update_connection(ends, connection)
         return [frames.build_tcp(ends, connection.build_syn_ack())]
+
+    def _find_behaviour(self, address: IPv4Address, port: int, server: WorldServer | None) -> PortBehaviour:
+        if server is not None:
+            return _WORLD_BEHAVIOURS[server.behaviour]
+        if self._servers and address in LOCAL_NET and address not in (DNS_IP, TIME_IP, WEB_IP):
+            return find_scan_behaviour(address, port)  # in a world, the own network has other machines
+        return find_port_behaviour(address, port)
+
+    def _find_address(self, name: bytes) -> IPv4Address | None:
+        return self._names[name.lower()] if name.lower() in self._names else find_address(name)
 
     def _update_connection(self, ends: FrameEndpoints, connection: TcpConnection) -> None:
         if connection.is_over:

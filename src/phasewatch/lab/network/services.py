@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b, shake_256
+from ipaddress import IPv4Address
 from math import isfinite
 from typing import Protocol
 
-from phasewatch.lab.network.addresses import resolve_name
+from phasewatch.lab.network.addresses import find_address
 
 __all__ = ["DiscardService", "HttpService", "ResponseStream", "TcpService", "answer_dns", "answer_time"]
 
@@ -18,10 +20,15 @@ _MAX_WAIT_S = 3600.0
 _MAX_HEAD_BYTES = 8192
 _TTL_S = 60
 _A, _TXT = 1, 16
+_NXDOMAIN = 3
 
 
-def answer_dns(query: bytes) -> bytes | None:
-    """Build the answer to a DNS query: A by hash of the name, TXT with a short text, no record for other types.
+def answer_dns(query: bytes, find: Callable[[bytes], IPv4Address | None] = find_address) -> bytes | None:
+    """Build the answer to a DNS query: A by name, TXT with a short text, no record for other types.
+
+    Args:
+        query: The datagram of the guest.
+        find: Name → address; None makes the answer NXDOMAIN.
 
     Returns:
         The answer; None if the bytes are not a query with exactly one well-formed question.
@@ -43,13 +50,15 @@ def answer_dns(query: bytes) -> bytes | None:
     question = query[12 : at + 5]
     kind, klass = struct.unpack_from("!HH", query, at + 1)
     name = b".".join(labels)
-    data = b""
-    if klass == 1 and kind == _A:
-        data = resolve_name(name).packed
-    elif klass == 1 and kind == _TXT:
+    data, address = b"", find(name)
+    if klass == 1 and kind == _A and address is not None:
+        data = address.packed
+    elif klass == 1 and kind == _TXT and address is not None:
         text = blake2b(name.lower(), digest_size=20, person=b"txt").hexdigest().encode()
         data = bytes((len(text),)) + text
-    head = struct.pack("!HHHHHH", ident, 0x8180 | flags & 0x0100, 1, int(bool(data)), 0, 0)
+    head = struct.pack(
+        "!HHHHHH", ident, 0x8180 | flags & 0x0100 | (_NXDOMAIN if address is None else 0), 1, int(bool(data)), 0, 0
+    )
     record = struct.pack("!HHHIH", 0xC00C, kind, 1, _TTL_S, len(data)) + data if data else b""
     return head + question + record
 

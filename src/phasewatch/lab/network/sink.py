@@ -23,6 +23,7 @@ import msgspec
 
 from phasewatch.errors import VmError
 from phasewatch.lab.network.responder import IgnoredFrames, NetworkResponder
+from phasewatch.lab.network.world import EpisodeWorld
 from phasewatch.telemetry.base import ReadingValues, build_missing_reading
 from phasewatch.telemetry.netflow import FlowCounter, NetflowReading, TrafficLog, TrafficRow
 from phasewatch.types import SourceKind
@@ -30,7 +31,8 @@ from phasewatch.types import SourceKind
 __all__ = ["NetflowSource", "NetworkSink", "SinkLog", "main"]
 
 _SIZE = Struct("!I")
-_COUNTERS_REQUEST, _LOG_REQUEST = b"t", b"l"
+_COUNTERS_REQUEST, _LOG_REQUEST, _WORLD_REQUEST = b"t", b"l", b"w"
+_MAX_WORLD_BYTES = 65536
 _MAX_FRAME_BYTES = 65536
 _MAX_PATH_BYTES = 107  # sun_path, less its final zero
 _MAX_BURST_FRAMES = 256  # frames that are received before the control pipe is checked again
@@ -117,6 +119,15 @@ class NetworkSink:
             VmError: If the process does not answer in time.
         """
         return msgspec.json.decode(self._request(_LOG_REQUEST), type=SinkLog)
+
+    def set_world(self, world: EpisodeWorld) -> None:
+        """Give the network the servers of an episode.
+
+        Raises:
+            VmError: If the process does not answer in time.
+        """
+        text = msgspec.json.encode(world)
+        self._request(_WORLD_REQUEST + _SIZE.pack(len(text)) + text)
 
     def close(self) -> None:
         """Stop the process and remove its socket. May be called more than once."""
@@ -233,12 +244,31 @@ class _SinkServer:
                 answer = msgspec.json.encode(self._flows.pop_reading())
             elif request == _LOG_REQUEST:
                 answer = msgspec.json.encode(self._build_log())
+            elif request == _WORLD_REQUEST:
+                self._responder.set_world(msgspec.json.decode(self._receive_text(), type=EpisodeWorld))
+                answer = b"true"
             else:
                 return False
             self._control.sendall(_SIZE.pack(len(answer)) + answer)
         except OSError:  # the recorder died
             return False
         return True
+
+    def _receive_text(self) -> bytes:
+        """Receive a length and as many bytes; the recorder sends both at once."""
+        size = _SIZE.unpack(self._receive_exactly(_SIZE.size))[0]
+        if size > _MAX_WORLD_BYTES:
+            raise OSError(f"a world of {size} bytes")
+        return self._receive_exactly(size)
+
+    def _receive_exactly(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            part = self._control.recv(size - len(data))
+            if not part:
+                raise OSError("the recorder closed the pipe")
+            data += part
+        return data
 
     def _build_log(self) -> SinkLog:
         return SinkLog(
