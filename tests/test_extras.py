@@ -90,8 +90,8 @@ def test_a_channel_of_ones_own_goes_the_whole_way(extra: Path, store: Path, tmp_
     table = pq.read_table(run / "features_window_v2.parquet")
 
     assert json.loads(swept.stdout)["result"]["accepted"] == 2
-    assert grids.shape[1] == 47
-    assert schema["feature_names"][46 * 5 : 47 * 5] == [
+    assert grids.shape[1] == 74
+    assert schema["feature_names"][73 * 5 : 74 * 5] == [
         f"proc.fds_delta.{s}" for s in ("mean", "std", "p50", "p95", "slope")
     ]
     assert schema["channels"][-1] == {
@@ -101,11 +101,12 @@ def test_a_channel_of_ones_own_goes_the_whole_way(extra: Path, store: Path, tmp_
         "unit": "1/s",
         "trust": "host",
         "in_deployment": True,
+        "group": "base",
     }
     assert schema["in_deployment_mask"][-5:] == [True] * 5
     assert schema["schema_hash"] != schema_hash()
-    assert table.num_columns == 12 + 47 * 5 + 83
-    assert np.isfinite(grids[:, 46]).all()
+    assert table.num_columns == 12 + 74 * 5 + 83
+    assert np.isfinite(grids[:, 73]).all()
     assert (run / "channels.toml").read_text() == GOOD
 
 
@@ -125,7 +126,7 @@ def test_a_bundle_without_the_new_rows_has_the_channel_unknown(extra: Path, tmp_
     grids = np.load(tmp_path / "run" / "grids" / "grids.npy")
 
     assert json.loads(swept.stdout)["result"]["accepted"] == 2
-    assert np.isnan(grids[:, 46]).all()
+    assert np.isnan(grids[:, 73]).all()
     assert np.isfinite(grids[:, 0]).all()
 
 
@@ -144,7 +145,7 @@ def test_the_list_of_channels_shows_it(extra: Path) -> None:
     listed = phasewatch("channels", "--custom-channels", extra, "--json")
     rows = json.loads(listed.stdout)["result"]["channels"]
 
-    assert (len(rows), rows[-1]["name"]) == (47, "fds_delta")
+    assert (len(rows), rows[-1]["name"]) == (74, "fds_delta")
 
 
 def test_a_file_becomes_rows_with_what_it_leaves_out_filled_in() -> None:

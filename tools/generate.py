@@ -45,7 +45,16 @@ def ranges(knobs: Iterable[profiles.IntensityRange]) -> str:
 def channels_page() -> str:
     """Render the channels, the channel sets, the raw fields and the cumulative levels."""
     rows = [
-        [code(c.full_name), c.kind, c.unit, c.trust, "TCG" if c.accel == "tcg" else "", c.about, c.reads]
+        [
+            code(c.full_name),
+            c.group,
+            c.kind,
+            c.unit,
+            c.trust,
+            "" if c.accel == "any" else c.accel.upper(),
+            c.about,
+            c.reads,
+        ]
         for c in channels.CHANNELS
     ]
     masks = [[code(name), str(sum(channels.build_channel_mask(name)))] for name in channels.list_channel_sets()]
@@ -54,8 +63,11 @@ def channels_page() -> str:
     return (
         "# Channels\n\nRates, deltas, ratios and interval gauges; each is a column of the bins. "
         "`phasewatch channels` prints the same.\n"
-        "Channels marked TCG exist under software emulation only and are missing under KVM.\n\n"
-        + table(["channel", "kind", "unit", "trust", "only", "what it is", "what it reads"], rows)
+        "Channels marked TCG exist under software emulation only and are missing under KVM, those marked KVM the other "
+        "way round.\n"
+        "The group `base` is what earlier versions had; a model without extended channels does not depend on the "
+        "others.\n\n"
+        + table(["channel", "group", "kind", "unit", "trust", "only", "what it is", "what it reads"], rows)
         + "\n## Channel sets\n\nA channel set is named; several are joined with `+`, as in `realistic+balloon`.\n\n"
         + table(["name", "channels"], masks)
         + "\n## Raw fields\n\nThe fields of a bundle's row, after `t_wall_ns`, `t_mono_ns` and `seq`.\n\n"

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from phasewatch import parquet
+from phasewatch.channels import has_extended_channels
 from phasewatch.errors import RunError
 from phasewatch.identity import find_contested_ids
 from phasewatch.profiles import IDLE_SAMPLES
@@ -58,6 +59,7 @@ __all__ = [
     "VALIDATION_FILE",
     "FeatureSchema",
     "RunEpisode",
+    "SchemaDigests",
     "build_split_path",
     "check_columns",
     "file_sha256",
@@ -130,13 +132,32 @@ _VERDICT_COLUMNS = (
 _NEIGHBOURS_COLUMN, _BACKGROUND_COLUMN = "neighbours", "background"
 
 
+class SchemaDigests(msgspec.Struct, frozen=True, kw_only=True):
+    """The two digests of the features of some channels."""
+
+    schema_hash: str
+    behaviour_fingerprint: str
+
+
 class FeatureSchema(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of `feature_schema_v2.json` that readers use."""
+    """The fields of `feature_schema_v2.json` that readers use.
+
+    Attributes:
+        schema_hash, behaviour_fingerprint: Digests of all columns.
+        base: Digests of the columns of base channels; None in a file from before the extended channels.
+    """
 
     phases: tuple[str, ...]
     feature_names: tuple[str, ...]
     schema_hash: str
     behaviour_fingerprint: str
+    base: SchemaDigests | None = None
+
+    def find_digests(self, channels: Iterable[str]) -> SchemaDigests:
+        """Return the digests that the columns of some channels have in this run."""
+        if self.base is not None and not has_extended_channels(channels):
+            return self.base
+        return SchemaDigests(schema_hash=self.schema_hash, behaviour_fingerprint=self.behaviour_fingerprint)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ __all__ = [
     "STRIDE_S",
     "WINDOW_BINS",
     "BundleStatus",
+    "ChannelGroup",
     "ChannelKind",
     "ChannelTrust",
     "ClockBase",
@@ -94,6 +95,13 @@ class ChannelKind(StrEnum):
     RATIO = "ratio"  # increase of one counter over that of another
     GAUGE = "gauge"  # mean of a level
     COUNT = "count"  # maximum of a count per tick
+
+
+class ChannelGroup(StrEnum):
+    """The part of the registry that a channel belongs to; models of base channels do not depend on the other part."""
+
+    BASE = "base"
+    EXTENDED = "extended"
 
 
 class ChannelTrust(StrEnum):

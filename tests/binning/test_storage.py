@@ -11,7 +11,7 @@ from tests.factories.bundles import T0, S, episode, episode_id
 
 from phasewatch.binning.align import bin_episode
 from phasewatch.binning.storage import BinIndexRow, build_index_row, open_bins, write_bins
-from phasewatch.channels import CHANNELS
+from phasewatch.channels import BASE_CHANNELS, CHANNELS
 from phasewatch.errors import RunError
 from phasewatch.types import Phase
 
@@ -77,6 +77,18 @@ def test_no_episodes_give_empty_grids(tmp_path: Path) -> None:
 
     assert open_bins(tmp_path).rows == ()
     assert open_bins(tmp_path).bins.shape == (0, len(CHANNELS))
+
+
+def test_bins_of_a_version_without_extended_channels_are_unknown_there(tmp_path: Path) -> None:
+    write(tmp_path)
+    whole = np.load(tmp_path / "grids.npy")
+    np.save(tmp_path / "grids.npy", np.ascontiguousarray(whole[:, : len(BASE_CHANNELS)]))
+
+    bins = open_bins(tmp_path).bins
+
+    assert bins.shape == whole.shape
+    assert np.array_equal(bins[:, : len(BASE_CHANNELS)], whole[:, : len(BASE_CHANNELS)], equal_nan=True)
+    assert np.isnan(bins[:, len(BASE_CHANNELS) :]).all()
 
 
 def test_a_write_that_fails_leaves_what_stood_there(tmp_path: Path) -> None:

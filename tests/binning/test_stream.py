@@ -275,5 +275,5 @@ def test_a_number_too_large_for_the_grid_is_no_reading() -> None:
     closed = grid.close_until(whole.t_end_ns + LATENESS_NS)
 
     assert all(np.isnan(b.values[0]) for b in closed)
-    # No agent, and the first field of three sources gone: one channel each, and the card's mean size.
-    assert closed[-1].n_finite == len(CHANNELS) - 8 - 3 - 1
+    # No agent, no KVM, and the first field of three sources gone: one channel each, and two mean sizes.
+    assert closed[-1].n_finite == len(CHANNELS) - 8 - 4 - 3 - 2

@@ -10,7 +10,7 @@ import pytest
 from tests.factories.predictions import Shape, write_predictions
 
 from phasewatch.artifacts import PREDICTIONS_FILE
-from phasewatch.channels import CHANNELS, build_channel_mask, list_source_subsets
+from phasewatch.channels import BASE_CHANNELS, build_channel_mask, list_source_subsets
 from phasewatch.evaluation.evaluate import evaluate_run
 from phasewatch.evaluation.metric_table import MetricRow, MetricTable
 from phasewatch.training.predictions import write_prediction_table
@@ -121,5 +121,5 @@ def test_the_subsets_of_sources_are_fifteen_masks_of_which_one_is_all_that_the_h
     assert len(masks) == 15
     assert build_channel_mask("realistic") in masks
     assert (
-        np.array(build_channel_mask(list_source_subsets()[-1])).sum() == len(CHANNELS) - 3
+        np.array(build_channel_mask(list_source_subsets()[-1])).sum() == len(BASE_CHANNELS) - 3
     )  # the balloon's word is the guest's

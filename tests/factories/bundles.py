@@ -122,7 +122,7 @@ def manifest(
         agent=agent,
         nominal_hz={s: HZ[s] for s in sources},
         rows_emitted=dict(rows_emitted) if rows_emitted is not None else dict.fromkeys(sources, 0),
-        channels_available=tuple(c.full_name for c in CHANNELS if c.source in sources),
+        channels_available=tuple(c.full_name for c in CHANNELS if c.source in sources and c.accel != "kvm"),
         fields={s: tuple(spec.field for spec in list_raw_fields(s)) for s in sources},
         clocks=ClockMetadata(base=dict.fromkeys(sources, ClockBase.UNIX), pairs=pairs),
         recording=None,
@@ -242,6 +242,9 @@ def episode(
             rate = rate * (1.0 + noise * rng.standard_normal(n)).clip(0.0)
             if spec.nature == "counter":
                 rate = 1_000_000 + np.cumsum(rate / HZ[source])
+            if spec.field.startswith("kvm_"):  # the host runs on TCG
+                values[spec.field] = [None] * n
+                continue
             values[spec.field] = [int(v) for v in rate] if spec.type == "int" else [float(min(v, 1.0)) for v in rate]
         made[source] = rows(source, [float(t) for t in at], t0_ns=t0_ns, **values)
     whole = manifest(

@@ -29,6 +29,9 @@ class FakeQemu:
         buses: Answer of `query-pci`.
         interval: The balloon's polling interval.
         refused: Commands that are answered with an error.
+        bitmaps: Name → bytes that each dirty bitmap of the disk marks.
+        dirty_mib_s: Result of a page sampling, which is finished at once.
+        vcpu_stats: Answer of `query-stats`.
         mute: No command is answered while set.
         delays_s: Command → delay of its answer; other answers are not delayed.
         greets: Whether it sends the QMP greeting.
@@ -41,6 +44,9 @@ class FakeQemu:
         self.objects: dict[str, Path] = {}
         self.filters: dict[str, tuple[str, str]] = {}
         self.buses: list[dict[str, Any]] = []
+        self.bitmaps: dict[str, int] = {}
+        self.dirty_mib_s, self.is_sampled = 3, False
+        self.vcpu_stats: list[dict[str, Any]] = []
         self.interval, self.status, self.accel = 7, "running", "tcg"
         self.refused: set[str] = set()
         self.delays_s: dict[str, float] = {}
@@ -155,6 +161,7 @@ class FakeQemu:
                 return {"base-memory": 256 << 20}
             case "query-blockstats":
                 stats = dict.fromkeys(("rd_bytes", "wr_bytes", "rd_operations", "wr_operations", "flush_operations"), 3)
+                stats |= dict.fromkeys(("rd_total_time_ns", "flush_total_time_ns", "rd_merged", "wr_merged"), 2)
                 return [{"qdev": "blk0", "stats": stats | {"wr_total_time_ns": 4, "wr_highest_offset": 5}}]
             case "x-query-virtio":
                 return [{"name": "virtio-blk", "path": "/b"}]
@@ -188,6 +195,29 @@ class FakeQemu:
                 del self.objects[arguments["id"]]
                 del self.filters[arguments["id"]]
                 return {}
+            case "query-block":
+                disk = {"node-name": "#block1", "ro": False, "image": {"virtual-size": 1 << 30}}
+                return [{"qdev": "blk0", "device": "d0", "inserted": disk}, {"qdev": "cd0", "device": "cd0"}]
+            case "query-named-block-nodes":
+                marks = [{"name": name, "count": count} for name, count in self.bitmaps.items()]
+                return [{"node-name": "#block1", "dirty-bitmaps": marks}, {"node-name": "#block2"}]
+            case "block-dirty-bitmap-add":
+                self.bitmaps[arguments["name"]] = 0
+                return {}
+            case "block-dirty-bitmap-clear":
+                self.bitmaps[arguments["name"]] *= 0
+                return {}
+            case "block-dirty-bitmap-remove":
+                del self.bitmaps[arguments["name"]]
+                return {}
+            case "calc-dirty-rate":
+                self.is_sampled = True
+                return {}
+            case "query-dirty-rate":
+                is_done = {"status": "measured", "dirty-rate": self.dirty_mib_s}
+                return is_done if self.is_sampled else {"status": "unstarted"}
+            case "query-stats":
+                return self.vcpu_stats
             case "query-pci":
                 return self.buses
         raise KeyError(command)

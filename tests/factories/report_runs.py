@@ -275,7 +275,7 @@ def write_ledger(folder: Path, n: int) -> None:
 
 
 def write_schema(folder: Path) -> None:
-    (folder / "feature_schema_v2.json").write_text(render_schema("cd" * 32))
+    (folder / "feature_schema_v2.json").write_text(render_schema("cd" * 32, "ce" * 32))
 
 
 def write_splits(folder: Path, recipe: Recipe, episodes: Sequence[FakeEpisode]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.factories.synthetic_runs import World, write_run
 
+from phasewatch.channels import BASE_CHANNELS
 from phasewatch.dataset import write_splits
 from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import render_schema
@@ -21,7 +22,9 @@ def write_trained_run(
 ) -> Path:
     """Write a run over the real columns and train some models for some masks on one fold."""
     write_run(run, World(windows=8, hosts=3, sessions=4, soaks=0))
-    (run / "feature_schema_v2.json").write_text(json.dumps(json.loads(render_schema(behaviour_fingerprint()))))
+    (run / "feature_schema_v2.json").write_text(
+        json.dumps(json.loads(render_schema(behaviour_fingerprint(), behaviour_fingerprint(BASE_CHANNELS))))
+    )
     write_splits(run, RECIPE)
     cells = [Experiment(recipe=RECIPE, fold=FOLD, threat=threat, model=m) for m in models for threat in threats]
     train_experiments(run, cells, workers=1)

@@ -36,7 +36,7 @@ def test_columns_go_channel_by_channel_five_stats_each_then_the_derived_columns(
         "proc.cpu_user.slope",
         "proc.cpu_sys.mean",
     )
-    assert stat_names()[-1] == "guest.mem_dirty.slope"
+    assert stat_names()[-1] == "netflow.dns_nxdomain_share.slope"
 
 
 def test_units_stand_beside_names_and_a_slope_is_per_second() -> None:
@@ -118,7 +118,7 @@ def test_channels_without_those_of_a_derived_column_do_not_have_it() -> None:
 
 
 def test_the_schema_file_says_what_the_tables_hold() -> None:
-    schema = json.loads(render_schema("f" * 64))
+    schema = json.loads(render_schema("f" * 64, "b" * 64))
 
     assert list(schema) == [
         "version",
@@ -134,10 +134,11 @@ def test_the_schema_file_says_what_the_tables_hold() -> None:
         "bin_seconds",
         "schema_hash",
         "behaviour_fingerprint",
+        "base",
     ]
     assert schema["phases"] == ["clean", "armed", "infecting", "active", "dormant"]
     assert (schema["window_seconds"], schema["stride_seconds"], schema["bin_seconds"]) == (10.0, 5.0, 0.5)
-    assert len(schema["feature_names"]) == len(schema["units"]) == len(schema["in_deployment_mask"]) == 313
+    assert len(schema["feature_names"]) == len(schema["units"]) == len(schema["in_deployment_mask"]) == 5 * 73 + 83
     assert schema["version"] == 2
     assert [row["name"] for row in schema["derived"]] == schema["feature_names"][5 * len(CHANNELS) :]
     assert schema["derived"][0] == {
@@ -153,5 +154,6 @@ def test_the_schema_file_says_what_the_tables_hold() -> None:
         "unit": "cores",
         "trust": "host",
         "in_deployment": True,
+        "group": "base",
     }
     assert len(schema["channels"]) == len(CHANNELS)

@@ -14,15 +14,18 @@ from tests.factories.qemu import MAC, PID, VCPU, FakeQemu, make_process
 
 from phasewatch.channels import CHANNELS, build_channel_mask, list_raw_fields
 from phasewatch.errors import MachineError, UsageError, VmError
-from phasewatch.live.attach import VmSurvey, attach, choose_jit_use, detach, survey_vm
+from phasewatch.live.attach import attach, detach
 from phasewatch.live.discover import read_running_vm
 from phasewatch.live.ownership import WATCH_RECORD_FORMAT, WatchRecord, write_watch_record
+from phasewatch.live.survey import VmSurvey, choose_jit_use, choose_sensor_use, survey_vm
 from phasewatch.telemetry.base import HostClock, TelemetrySource
 from phasewatch.telemetry.qmp import JitUse
 from phasewatch.types import SourceKind
 
 REALISTIC = {c.full_name for c, on in zip(CHANNELS, build_channel_mask("realistic"), strict=True) if on}
 JIT = {"qmp.jit_tb", "qmp.jit_tlb_partial"}
+KVM = {c.full_name for c in CHANNELS if c.accel == "kvm"}
+SENSORS = {"qmp.blk_clusters", "qmp.blk_rewritten", "qmp.mem_dirty_rate"} | KVM
 TAP = {c.full_name for c, on in zip(CHANNELS, build_channel_mask("tap"), strict=True) if on}
 
 
@@ -32,6 +35,7 @@ def run(
     *,
     qmp: Path | None = None,
     jit: JitUse = JitUse.NEVER,
+    sensors: bool = False,
 ) -> VmSurvey:
     """Survey, attach, do something, detach."""
 
@@ -40,6 +44,8 @@ def run(
         assert machine is not None
         survey = await survey_vm(machine, qmp=qmp, clock=HostClock(), proc=proc)
         survey.jit = jit
+        if sensors:
+            survey.enable_sensors()
         sources = await attach(survey)
         try:
             await then(survey, sources)
@@ -83,7 +89,7 @@ def test_a_vm_with_a_monitor_provides_every_host_channel_and_is_left_unchanged(t
         survey = run(tmp_path / "proc", look)
 
         assert survey.available >= REALISTIC - JIT
-        assert set(survey.masked) == {c.full_name for c in CHANNELS if c.source is SourceKind.GUEST} | JIT
+        assert set(survey.masked) == {c.full_name for c in CHANNELS if c.source is SourceKind.GUEST} | JIT | SENSORS
         assert (survey.facts.accel, survey.facts.arch, survey.facts.mem_mib) == ("tcg", "x86_64", 256)
         assert qemu.objects == {}
         assert qemu.interval == 7
@@ -126,7 +132,7 @@ def test_refused_translation_counters_are_masked(tmp_path: Path) -> None:
 
         survey = run(tmp_path / "proc", nothing, jit=choose_jit_use("realistic"))
 
-        assert {name for name in survey.masked if not name.startswith("guest.")} == JIT
+        assert {name for name in survey.masked if not name.startswith("guest.")} == JIT | SENSORS
 
 
 def test_an_unknown_channel_set_is_an_error() -> None:
@@ -350,7 +356,7 @@ def test_refused_queries_are_masked_with_a_reason(tmp_path: Path, refused: str, 
 
         survey = run(tmp_path / "proc", nothing)
 
-        assert {name for name in survey.masked if not name.startswith("guest.")} == masked | JIT
+        assert {name for name in survey.masked if not name.startswith("guest.")} == masked | JIT | SENSORS
         assert all(survey.masked.values())
         assert qemu.objects == {}
 
@@ -480,3 +486,89 @@ def test_a_permission_error_names_who_may_read_the_process(tmp_path: Path, monke
     proc.write("status", "Uid:\t0 0 0 0\nGid:\t54321 54321 54321 54321\n")
     with pytest.raises(MachineError, match="root:54321"):  # the group decides as much as the user
         run(proc.root, nothing)
+
+
+def test_sensors_add_bitmaps_to_the_disks_and_detach_removes_them(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        make_process(tmp_path / "proc", qmp=qemu.path)
+        rows: list[dict[str, object]] = []
+
+        async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
+            fields = [s.field for s in list_raw_fields(SourceKind.QMP)]
+            for marked in (0, 3):
+                for name in qemu.bitmaps:
+                    qemu.bitmaps[name] += marked << 16
+                rows.append(dict(zip(fields, await sources[2].read(), strict=True)))
+            assert set(qemu.bitmaps) == set(survey.task.bitmaps)
+
+        survey = run(tmp_path / "proc", look, sensors=True)
+
+        assert [(row["blk_clusters"], row["blk_rewritten"]) for row in rows] == [(0, 0), (3, 0)]
+        assert rows[-1]["mem_dirty_rate"] == 3 << 20
+        assert {name for name in survey.masked if not name.startswith("guest.")} == JIT | KVM
+        assert qemu.bitmaps == {}
+
+
+def test_without_sensors_the_disks_get_no_bitmap(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        make_process(tmp_path / "proc", qmp=qemu.path)
+
+        run(tmp_path / "proc", nothing)
+
+        assert not {"block-dirty-bitmap-add", "calc-dirty-rate", "query-stats"} & set(qemu.commands)
+
+
+def test_bitmaps_of_a_dead_watcher_are_removed_and_others_are_kept(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        make_process(tmp_path / "proc", qmp=qemu.path)
+        kept = {f"phasewatch-{PID}-0-0-written": 1, "backup": 2}  # of a watcher that runs, and of a backup program
+        qemu.bitmaps = {"phasewatch-4711-5-0-written": 0, "phasewatch-4711-5-0-reading": 0, **kept}
+
+        survey = run(tmp_path / "proc", nothing)
+
+        assert qemu.bitmaps == kept
+        assert sum("dirty bitmap" in note for note in survey.notes) == 2
+
+
+def test_detach_reports_a_bitmap_that_it_could_not_remove(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        make_process(tmp_path / "proc", qmp=qemu.path)
+
+        async def main() -> bool:
+            machine = read_running_vm(PID, tmp_path / "proc")
+            assert machine is not None
+            survey = await survey_vm(machine, qmp=None, clock=HostClock(), proc=tmp_path / "proc")
+            survey.enable_sensors()
+            sources = await attach(survey)
+            qemu.refused.add("block-dirty-bitmap-remove")
+            return await detach(survey, sources)
+
+        assert not asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("channels", "is_saved", "expected"),
+    [("", False, False), ("", True, True), ("realistic", False, False), ("extended", False, True)],
+)
+def test_sensors_are_opened_for_extended_channels_and_saved_telemetry(
+    channels: str, is_saved: bool, expected: bool
+) -> None:
+    assert choose_sensor_use(channels, is_saved=is_saved) is expected
+
+
+def test_kvm_statistics_are_read_where_they_answer(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        make_process(tmp_path / "proc", qmp=qemu.path)
+        qemu.accel = "kvm"
+        stats = [{"name": "exits", "value": 5}, {"name": "io_exits", "value": 2}, {"name": "mmio_exits", "value": 1}]
+        qemu.vcpu_stats = [{"provider": "kvm", "qom-path": f"/cpu{i}", "stats": stats} for i in range(2)]
+        row: dict[str, object] = {}
+
+        async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
+            fields = [s.field for s in list_raw_fields(SourceKind.QMP)]
+            row.update(zip(fields, await sources[2].read(), strict=True))
+
+        survey = run(tmp_path / "proc", look, sensors=True)
+
+        assert (row["kvm_exits"], row["kvm_io_exits"], row["kvm_halt_exits"]) == (10, 6, None)
+        assert "qmp.kvm_exits" in survey.available

@@ -51,6 +51,7 @@ def task_of(qemu: FakeQemu, folder: Path) -> CleanupTask:
     return CleanupTask(
         qmp=str(qemu.path),
         objects=("pw-a", "pw-b"),
+        bitmaps=("pw-written", "pw-reading"),
         balloon="/machine/peripheral/balloon0",
         interval_s=5,
         folder=str(folder),
@@ -63,6 +64,7 @@ def test_a_watcher_killed_by_sigkill_leaves_the_vm_unchanged(tmp_path: Path) -> 
     with FakeQemu(tmp_path / "q.sock") as qemu:
         qemu.objects["pw-b"], qemu.interval = folder / "dump", 1
         (folder / "dump").write_bytes(b"frames")
+        qemu.bitmaps = {"pw-written": 5, "pw-reading": 1, "backup": 2}
         task = msgspec.json.encode(task_of(qemu, folder)).decode()
         holder = subprocess.Popen([sys.executable, "-c", HOLDER, task], stdout=subprocess.PIPE)
         assert holder.stdout is not None
@@ -71,6 +73,7 @@ def test_a_watcher_killed_by_sigkill_leaves_the_vm_unchanged(tmp_path: Path) -> 
         holder.communicate()
 
         assert wait_for(lambda: not qemu.objects and qemu.interval == 5 and not folder.exists())
+        assert qemu.bitmaps == {"backup": 2}
         assert wait_for(lambda: not Path(f"/proc/{child}").exists() or b"Z" in Path(f"/proc/{child}/stat").read_bytes())
 
 

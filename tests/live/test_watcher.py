@@ -21,10 +21,11 @@ from phasewatch.errors import MachineError, VmError
 from phasewatch.events.schema import EventEnvelope, PerfEvent, PhaseEvent, TelemetryEvent, parse_event, render_event
 from phasewatch.inference.predictor import PhasePredictor
 from phasewatch.live import recording
-from phasewatch.live.attach import VmSurvey, attach, detach, survey_vm
+from phasewatch.live.attach import attach, detach
 from phasewatch.live.discover import read_running_vm
 from phasewatch.live.events import CostMeter
 from phasewatch.live.recording import WatchRecorder, check_recording_folder
+from phasewatch.live.survey import VmSurvey, survey_vm
 from phasewatch.live.watcher import VmWatcher, WatchCallbacks, WatchResult
 from phasewatch.telemetry.base import HostClock, ReadingValues, build_missing_reading
 from phasewatch.telemetry.capture import NetworkNoticeCode, SourceNotice

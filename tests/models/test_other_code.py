@@ -12,6 +12,7 @@ import pytest
 from tests.models.test_models import examples
 
 import phasewatch
+from phasewatch.channels import BASE_CHANNELS
 from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import schema_hash
 from phasewatch.models import registry
@@ -23,14 +24,16 @@ import sys
 from pathlib import Path
 from phasewatch.errors import PhasewatchError
 from phasewatch.features.fingerprint import behaviour_fingerprint
+from phasewatch.channels import BASE_CHANNELS
 from phasewatch.features.schema import schema_hash
 from phasewatch.models import checkpoint, registry
 from phasewatch.models.base import InputKind, InputSpec
 
 folder = Path(sys.argv[1])
 header = checkpoint.read_header(folder)
-mine = InputSpec(kind=InputKind(header.input_kind), names=header.columns, mask=header.mask, schema_hash=schema_hash(),
-                 behaviour_fingerprint=behaviour_fingerprint())
+mine = InputSpec(kind=InputKind(header.input_kind), names=header.columns, mask=header.mask,
+                 schema_hash=schema_hash(BASE_CHANNELS),
+                 behaviour_fingerprint=behaviour_fingerprint(BASE_CHANNELS))
 try:
     print(registry.load(folder, expected=mine).key)
 except PhasewatchError as error:
@@ -44,8 +47,9 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stored")
     data = examples("majority")
     spec = InputSpec(
-        kind=data.inputs.spec.kind, names=data.inputs.spec.names, mask="realistic", schema_hash=schema_hash(),
-        behaviour_fingerprint=behaviour_fingerprint(),
+        kind=data.inputs.spec.kind, names=data.inputs.spec.names, mask="realistic",
+        schema_hash=schema_hash(BASE_CHANNELS),
+        behaviour_fingerprint=behaviour_fingerprint(BASE_CHANNELS),
     )  # fmt: skip
     mine = LabelledExamples(inputs=ModelInputs(x=data.inputs.x, spec=spec), y=data.y)
     registry.create("majority").fit(mine, mine).save(folder)
@@ -74,7 +78,7 @@ def test_a_changed_ddof_is_refused_with_the_difference_and_exit_code_four(stored
     )
 
     assert said.returncode == 4, said.stderr
-    ours = behaviour_fingerprint()
+    ours = behaviour_fingerprint(BASE_CHANNELS)
     assert "behaviour fingerprint" in said.stdout
     assert f"the model needs {ours[:16]}" in said.stdout
     assert "train it again on these features" in said.stdout

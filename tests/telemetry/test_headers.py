@@ -70,11 +70,13 @@ SIX = IpHeaders(6, SRC6, DST6, (4000, 443), 2)
     ],
 )
 def test_headers_are_found_behind_all_supported_encapsulations(frame: bytes, expected: IpHeaders | FrameKind) -> None:
-    assert parse_frame(frame) == expected
+    found = parse_frame(frame)
+
+    assert (found._replace(at=0) if isinstance(found, IpHeaders) else found) == expected
 
 
 def test_a_frame_is_parsed_from_the_given_offset() -> None:
-    assert parse_frame(bytes(12) + ethernet(0x0800, ipv4(SYN)), 12) == FOUR
+    assert parse_frame(bytes(12) + ethernet(0x0800, ipv4(SYN)), 12) == FOUR._replace(at=12 + 14 + 20)
 
 
 def test_ports_behind_the_captured_bytes_are_marked_as_cut() -> None:

@@ -96,14 +96,14 @@ def test_padding_is_not_parsed_as_ports() -> None:
     bare = dpkt.ip.IP(src=GUEST, dst=FAR, p=6)
     padded = bytes(dpkt.ethernet.Ethernet(data=bare)).ljust(60, b"\x01")
 
-    assert counted((padded, True)) == NetflowReading(1, 60, 0, 0, 0, 0, 0, 0, 0, 1)
+    assert counted((padded, True))[:10] == (1, 60, 0, 0, 0, 0, 0, 0, 0, 1)
 
 
 def test_a_later_fragment_has_no_ports() -> None:
     whole = bytearray(frame(17, 4000, 53, data=bytes(64)))
     whole[20:22] = (185).to_bytes(2, "big")
 
-    assert counted((bytes(whole), True)) == NetflowReading(1, len(whole), 0, 0, 0, 0, 0, 0, 0, 1)
+    assert counted((bytes(whole), True))[:10] == (1, len(whole), 0, 0, 0, 0, 0, 0, 0, 1)
 
 
 def test_a_cut_frame_counts_with_its_original_size() -> None:
@@ -164,7 +164,7 @@ def test_ipv6_is_counted_like_ipv4() -> None:
         (six(4002, 53, protocol=17), True),
     )
 
-    assert reading[4:] == (3, 2, 1, 1, 3, 2)  # flows, SYNs, refusals, questions, ports, addresses
+    assert reading[4:10] == (3, 2, 1, 1, 3, 2)  # flows, SYNs, refusals, questions, ports, addresses
 
 
 def test_vlan_frames_are_counted_like_others() -> None:
@@ -172,7 +172,7 @@ def test_vlan_frames_are_counted_like_others() -> None:
 
     reading = counted((plain[:12] + b"\x81\0\0\5" + plain[12:], True))
 
-    assert reading[4:] == (1, 1, 0, 0, 1, 1)
+    assert reading[4:10] == (1, 1, 0, 0, 1, 1)
 
 
 OPAQUE = bytes(12) + b"\x88\xe5" + bytes(60)  # MACsec: encrypted
@@ -279,7 +279,7 @@ def passing_frames(draw: st.DrawFn) -> tuple[bytes, bool]:
 
 @given(st.lists(passing_frames(), max_size=25))
 def test_counts_agree_with_dpkt(frames: list[tuple[bytes, bool]]) -> None:
-    assert counted(*frames) == oracle(frames)
+    assert counted(*frames)[:10] == oracle(frames)[:10]  # the oracle of the others is tests/oracle/flows.py
 
 
 @given(passing_frames(), st.integers(0, 80), st.integers(0, 79), st.integers(0, 255), st.booleans())

@@ -47,7 +47,7 @@ def test_taps_are_summed_without_falls_or_jumps(tmp_path: Path) -> None:
     async def main() -> None:
         source = TapSource(pid=PID, proc=tmp_path)
         await source.open()
-        assert await source.read() == (12, 1200, 24, 2400, *(None,) * 6)
+        assert await source.read() == (12, 1200, 24, 2400, *(None,) * 25)
         taps.set(a=6, b=8, c=1000)  # c was somebody else's until now
         await read_to_the_next_look(source)
         assert (await source.read())[0] == 14

@@ -281,7 +281,7 @@ def make_models(folder: Path) -> None:
 
     from tests.models import test_models
 
-    from phasewatch.channels import CHANNELS, build_channel_mask
+    from phasewatch.channels import BASE_CHANNELS, CHANNELS, build_channel_mask
     from phasewatch.features.fingerprint import behaviour_fingerprint
     from phasewatch.features.schema import feature_names, list_channel_columns, schema_hash
     from phasewatch.inference.edge_bundle import (
@@ -311,8 +311,8 @@ def make_models(folder: Path) -> None:
             kind=kind,
             names=columns,
             mask="proc",
-            schema_hash=schema_hash(),
-            behaviour_fingerprint=behaviour_fingerprint(),
+            schema_hash=schema_hash(BASE_CHANNELS),
+            behaviour_fingerprint=behaviour_fingerprint(BASE_CHANNELS),
         )
 
     with patch.object(test_models, "spec", spec):
@@ -325,8 +325,8 @@ def make_models(folder: Path) -> None:
                 format=EDGE_FORMAT,
                 recipe="deploy",
                 fold="all",
-                schema_hash=schema_hash(),
-                behaviour_fingerprint=behaviour_fingerprint(),
+                schema_hash=schema_hash(BASE_CHANNELS),
+                behaviour_fingerprint=behaviour_fingerprint(BASE_CHANNELS),
                 classes=tuple(map(str, PHASES)),
                 trained=TrainingOrigin(),
                 models=(

@@ -11,15 +11,16 @@ import pytest
 from tests.factories.bundles import T0, S, episode, members_of, replace_manifest, with_rows
 from tests.validate.packed import codes, findings, the
 
-from phasewatch.bundle.archive import pack_bundle
+from phasewatch.bundle.archive import pack_bundle, unpack_bundle
 from phasewatch.bundle.model import Episode, RecordingMetadata
-from phasewatch.channels import CHANNELS
-from phasewatch.types import BundleStatus, EpisodeOrigin, SourceKind
+from phasewatch.channels import CHANNELS, list_raw_fields
+from phasewatch.types import BundleStatus, ChannelGroup, EpisodeOrigin, SourceKind
 from phasewatch.validate import checks
 from phasewatch.validate.readings import count_field_nulls
 from phasewatch.validate.verdict import BundleLocation, validate_bundle
 
 WHOLE = episode((("clean", 40.0),))
+KVM = tuple(c.full_name for c in CHANNELS if c.accel == "kvm")  # which no host under TCG has
 BALLOON = ("bal_minor_faults", "bal_free_bytes", "bal_cache_bytes")
 
 
@@ -135,6 +136,7 @@ def recorded(whole: Episode, absent: Collection[str]) -> Episode:
     recording = RecordingMetadata(
         boot_s=3.0, settle_s=5.0, pinning=(), knobs={}, background="", absent=dict.fromkeys(absent, "not here")
     )
+    absent = {*absent, *KVM}
     available = tuple(c.full_name for c in CHANNELS if c.full_name not in absent)
     return replace_manifest(whole, origin=EpisodeOrigin.RECORDED, recording=recording, channels_available=available)
 
@@ -185,7 +187,12 @@ def test_an_examined_bundle_tells_all_findings_and_the_nulls_of_each_field() -> 
     found = validate_bundle(pack_bundle(m, members_of(spoilt), level=1), place, counts_nulls=True)
 
     assert {f.code for f in found.findings} == {"no-receipt", "nulls:netflow", "nominal-hz:qmp"}
-    counted = {(n.source, n.field): n.nulls for fields in found.nulls.values() for n in fields if n.nulls}
+    counted = {
+        (n.source, n.field): n.nulls
+        for fields in found.nulls.values()
+        for n in fields
+        if n.nulls and not n.field.startswith("kvm_")
+    }
     assert counted == {(SourceKind.QMP, f): 40 for f in BALLOON} | {(SourceKind.NETFLOW, "dst_ips"): 8}
 
 
@@ -231,3 +238,32 @@ def test_no_recording_of_the_bundled_corpus_lacks_what_it_claims(tmp_path: Path)
         reasons = set(validate_bundle(path.read_bytes(), place).verdict.reasons) - {"no-receipt"}
         assert reasons <= {"silence:guest"}, path.name
     assert len(bundles) > 15
+
+
+def test_a_bundle_from_before_the_extended_channels_has_no_nulls_of_their_fields() -> None:
+    path = next((Path(__file__).parents[2] / "corpus" / "lab-v1").glob("*/*.tar.zst"))
+    old = unpack_bundle(path.read_bytes(), file=path.name)
+
+    counted = {n.field for n in count_field_nulls(old, SourceKind.NETFLOW)}
+
+    assert counted == {s.field for s in list_raw_fields(SourceKind.NETFLOW) if s.group is ChannelGroup.BASE}
+
+
+@pytest.mark.parametrize(("source", "field"), [(SourceKind.NETFLOW, "conn_silent"), (SourceKind.QMP, "mem_dirty_rate")])
+def test_an_extended_field_that_is_partly_null_degrades(source: SourceKind, field: str) -> None:
+    assert codes(nulled(WHOLE, source, between(10, 20), (field,))) == {f"nulls:{source}"}
+
+
+def test_an_extended_channel_that_is_claimed_and_never_read_degrades() -> None:
+    found = the("channels:netflow", nulled(WHOLE, SourceKind.NETFLOW, always, ("rhythm",)))
+
+    assert "netflow.rhythm" in found.words
+
+
+def test_readings_of_kvm_on_a_host_without_it_are_a_contradiction() -> None:
+    readings = WHOLE.rows[SourceKind.QMP]
+    place = readings.fields.index("kvm_exits")
+    present = readings.present.copy()
+    present[:, place] = True
+
+    assert "host-facts" in codes(with_rows(WHOLE, replace(readings, present=present)))

@@ -1,4 +1,4 @@
-"""Compute bins from readings: one row of 46 channels and 13 levels every half second, causal and bit-exact."""
+"""Compute bins from readings: one row of 73 channels and 13 levels every half second, causal and bit-exact."""
 
 from __future__ import annotations
 
@@ -298,7 +298,7 @@ class EpisodeBins:
     """The bins of one episode.
 
     Attributes:
-        bins: ``(n, 46)`` float32 in the order of `CHANNELS`, each column in its unit; NaN where unknown or outside the
+        bins: ``(n, 73)`` float32 in the order of `CHANNELS`, each column in its unit; NaN where unknown or outside the
             range of the channel, never infinite.
         levels: ``(n, 13)`` float32 in the order of `LEVEL_CHANNELS`; only for the levels-only baseline and the leakage
             checks.

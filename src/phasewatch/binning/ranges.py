@@ -18,10 +18,11 @@ ValueRange = tuple[float, float]  # minimum and maximum
 
 # By unit of a channel of kind rate or delta: far above any machine, far below what a forged counter reaches.
 _MAX_PER_UNIT = {"cores": 2.0**16, "B/s": 1e15, "1/s": 1e12}
-_MAX_RATIO = {"1": 1e3, "s": 3_600.0, "B": 1e7}
+_MAX_RATIO = {"1": 1e3, "s": 3_600.0, "B": 1e7, "bit": 64.0}
 _SHARE_RANGE: ValueRange = (0.0, 1.0)
 
-_MAX_RAW_GAUGE = {"B": 2.0**50, "1": 2.0**24}  # by unit: 1 PiB, and more threads than a kernel has ids
+# By unit: 1 PiB, 1 PiB in a second, more threads than a kernel has ids, and the whole of a share.
+_MAX_RAW_GAUGE = {"B": 2.0**50, "B/s": 2.0**50, "1": 2.0**24, "1/1000": 1000.0}
 _MAX_RAW_TICK = 2.0**32  # distinct ports or addresses per tick; IPv4 has no more addresses
 
 
@@ -69,4 +70,4 @@ def raw_ranges(source: SourceKind) -> tuple[ValueRange, ...]:
 
 def _is_share(source: SourceKind, field: str) -> bool:
     spec = next(spec for spec in list_raw_fields(source) if spec.field == field)
-    return spec.type == "float" and spec.unit == "1"
+    return (spec.type == "float" and spec.unit == "1") or spec.unit == "1/1000"

@@ -18,7 +18,7 @@ from phasewatch.artifacts import BINS_FILE, BINS_INDEX_FILE, LEVELS_FILE
 from phasewatch.atomic import make_folder, open_atomic
 from phasewatch.binning.align import EpisodeBins
 from phasewatch.bundle.model import Episode
-from phasewatch.channels import CHANNELS, LEVEL_CHANNELS, ChannelSpec
+from phasewatch.channels import BASE_CHANNELS, CHANNELS, LEVEL_CHANNELS, ChannelSpec
 from phasewatch.errors import RunError
 from phasewatch.identity import find_contested_ids
 from phasewatch.parquet import check_footer
@@ -44,6 +44,7 @@ __all__ = [
 
 _HEADER_BYTES = 128
 _ROW_GROUP_SIZE = 10_000
+_MAX_WIDENED_BYTES = 1 << 30  # of bins that are read into memory, because an earlier version made them
 _RELEASE_ROWS = 500  # episodes copied before their pages are released
 
 
@@ -248,7 +249,7 @@ def open_bins(folder: Path) -> MappedBins:
         totals = json.loads((parquet.metadata.metadata or {})[b"phasewatch.grids"])
         table = parquet.read()
         rows = tuple(_parse_table(table))
-        bins, levels = _map_npy(folder / BINS_FILE), _map_npy(folder / LEVELS_FILE)
+        bins, levels = map_bins(folder), _map_npy(folder / LEVELS_FILE)
         n, inputs = int(totals["n_bins"]), totals["inputs"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError, pa.ArrowException) as exc:
         raise RunError(
@@ -283,8 +284,20 @@ def remove_episodes(folder: Path, gone: Set[tuple[str, str]]) -> None:
 
 
 def map_bins(folder: Path) -> NDArray[np.float32]:
-    """Map only the bins of a run, ``(N, n_channels)`` float32, for worker processes that have their index rows."""
-    return _map_npy(folder / BINS_FILE)
+    """Map only the bins of a run, ``(N, n_channels)`` float32, for worker processes that have their index rows.
+
+    Bins of an earlier version have the base channels alone. They are read into memory, with NaN for the others.
+    """
+    bins = _map_npy(folder / BINS_FILE)
+    if bins.shape[1] != len(BASE_CHANNELS) or CHANNELS[: len(BASE_CHANNELS)] != BASE_CHANNELS:
+        return bins
+    if bins.nbytes > _MAX_WIDENED_BYTES:
+        raise RunError(
+            f"{folder}: {bins.nbytes >> 20:,} MiB of bins from an earlier version; make them again with "
+            "`phasewatch validate STORE --out RUN --force`"
+        )
+    unknown = np.full((len(bins), len(CHANNELS) - len(BASE_CHANNELS)), np.nan, np.float32)
+    return np.concatenate([bins, unknown], axis=1)
 
 
 def release_pages(mapped: NDArray[np.float32]) -> None:

@@ -33,7 +33,7 @@ class ClosedBin:
     Attributes:
         number: Number of the bin; the one that starts at t0 is 0.
         end_ns: Wall stamp of its end.
-        values: ``(46,)`` float32 in the order of `CHANNELS`, NaN where unknown.
+        values: ``(73,)`` float32 in the order of `CHANNELS`, NaN where unknown.
     """
 
     number: int
@@ -117,7 +117,7 @@ class StreamBinner:
         return self.t0_ns + (number + 1) * BIN_NS
 
     def _close(self) -> NDArray[np.float32]:
-        """Return the next bin, ``(46,)`` float32, and drop the readings that later bins do not need."""
+        """Return the next bin, ``(73,)`` float32, and drop the readings that later bins do not need."""
         end_ns = self._bin_end_ns(self._next)
         before_ns = None if self._next < 0 else end_ns - BIN_NS
         now = np.full(len(self._held), np.nan)

@@ -24,7 +24,7 @@ from phasewatch.artifacts import (
     read_schema,
 )
 from phasewatch.binning.storage import open_bins
-from phasewatch.channels import CHANNELS, LEVEL_CHANNELS, build_channel_mask
+from phasewatch.channels import CHANNELS, LEVEL_CHANNELS, build_channel_mask, has_extended_channels
 from phasewatch.dataset.sets import EpisodeWindows, FoldData, WindowSet
 from phasewatch.dataset.splices import build_spliced_examples, build_splices
 from phasewatch.dataset.split_files import compute_sample_group, read_fold
@@ -276,6 +276,11 @@ def build_input_spec(
     names = list_table_columns(schema.feature_names, tuple(chosen), table)
     if not names:
         raise UsageError(f"channel set {threat!r} has no channel in this feature table")
+    if schema.base is None and has_extended_channels(chosen):
+        raise UsageError(
+            f"channel set {threat!r} has channels that this run lacks: an earlier version made it; make it again "
+            "with `phasewatch validate STORE --out RUN --force` and `phasewatch features RUN`"
+        )
     if table is not InputVariant.RAW and kind not in (InputKind.TABLE, InputKind.TENSOR):
         raise UsageError(f"input kind {kind} has no table {table}")
     if kind is InputKind.ELAPSED:
@@ -292,12 +297,13 @@ def build_input_spec(
         names = tuple(c.full_name for c in CHANNELS if c.full_name in chosen)
     if table is InputVariant.COMMISSIONED:
         check_host_channels(names, threat)
+    digests = schema.find_digests(chosen)
     return InputSpec(
         kind=kind,
         names=names,
         mask=threat,
-        schema_hash=schema.schema_hash,
-        behaviour_fingerprint=schema.behaviour_fingerprint,
+        schema_hash=digests.schema_hash,
+        behaviour_fingerprint=digests.behaviour_fingerprint,
         table=InputVariant.RAW if table is InputVariant.COMMISSIONED else table,
     )
 

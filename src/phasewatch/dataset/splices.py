@@ -48,7 +48,7 @@ class SplicedEpisode:
     Attributes:
         kind: What it shows.
         source: Episode of the load or activity.
-        bins: ``(n, 46)`` float32 bins; NaN where unknown.
+        bins: ``(n, 73)`` float32 bins; NaN where unknown.
         spans: Phases on a clock that starts at 0 with the first bin.
     """
 

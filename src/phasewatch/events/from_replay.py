@@ -126,7 +126,7 @@ class ReplayEpisode:
 
     Attributes:
         row: Index row of the episode.
-        bins: ``(b, 46)`` float32 values of the bins in the order of CHANNELS; NaN = unknown.
+        bins: ``(b, 73)`` float32 values of the bins in the order of CHANNELS; NaN = unknown.
         predictions: Predictions of its windows.
     """
 

@@ -108,7 +108,7 @@ def context_features(bins: Float32Array, stride_bins: int = STRIDE_BINS, *, newe
     """Compute the context columns of every window of an episode.
 
     Args:
-        bins: ``(n, 46)`` float32 bins of all channels from the episode's first bin on; NaN where unknown. For the
+        bins: ``(n, 73)`` float32 bins of all channels from the episode's first bin on; NaN where unknown. For the
             newest window alone its last `CONTEXT_BINS` bins are enough.
         stride_bins: Bins from one window's start to the next. A window has the same bits at every stride.
         newest_only: Whether only the window that ends with the last bin is computed.

@@ -225,7 +225,7 @@ def derived_features(bins: Float32Array, stride_bins: int = STRIDE_BINS) -> Floa
     """Compute the derived columns of every window of an episode.
 
     Args:
-        bins: ``(n, 46)`` float32 bins of all channels from the episode's first bin on; NaN where unknown.
+        bins: ``(n, 73)`` float32 bins of all channels from the episode's first bin on; NaN where unknown.
         stride_bins: Bins from one window's start to the next. A window has the same bits at every stride.
 
     Returns:

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from phasewatch.binning.align import bin_episode
 from phasewatch.bundle.model import BUNDLE_FORMAT, ClockMetadata, Episode, HostMetadata, LabelMark, Manifest, SourceRows
-from phasewatch.channels import list_raw_fields
+from phasewatch.channels import (
+    BASE_CHANNELS,
+    CHANNELS,
+    ChannelSpec,
+    RawFieldSpec,
+    has_extended_channels,
+    list_raw_fields,
+)
 from phasewatch.features.context import context_features
 from phasewatch.features.derived import derived_features
+from phasewatch.features.schema import list_column_channels, schema_hash
 from phasewatch.features.stats import episode_stats, window_stats
-from phasewatch.types import ClockBase, EpisodeOrigin, EpisodeRole, Phase, SampleKind, SourceKind
+from phasewatch.types import ChannelGroup, ClockBase, EpisodeOrigin, EpisodeRole, Phase, SampleKind, SourceKind
 
-__all__ = ["behaviour_fingerprint", "build_golden_episodes"]
+__all__ = [
+    "FeatureDigests",
+    "behaviour_fingerprint",
+    "build_golden_episodes",
+    "compute_column_digests",
+    "compute_feature_digests",
+]
 
 _SECOND_NS = 1_000_000_000
 _WALL_START_NS = 1_700_000_000 * _SECOND_NS + 123_456_789
@@ -26,19 +41,60 @@ _BOOT_START_NS = 70_000 * _SECOND_NS
 _LENGTH_S = 31  # an odd number of half windows, so that the last bins are in no window
 
 
-@cache
-def behaviour_fingerprint() -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureDigests:
+    """The two digests that a model and the features that it is given must share.
+
+    Attributes:
+        schema_hash: Digest of the meaning of the columns, from `features.schema.schema_hash`.
+        behaviour_fingerprint: Digest of what the code computes, from `behaviour_fingerprint`.
+    """
+
+    schema_hash: str
+    behaviour_fingerprint: str
+
+
+def compute_feature_digests(channels: Iterable[str]) -> FeatureDigests:
+    """Return the digests of the features of some channels.
+
+    They cover the base channels alone unless one of the channels is extended. So a model of base channels stays valid
+    when extended channels change (docs/adr/0085).
+
+    Args:
+        channels: Full names of the channels that a model's columns need.
+    """
+    group = CHANNELS if has_extended_channels(channels) else BASE_CHANNELS
+    return FeatureDigests(schema_hash=schema_hash(group), behaviour_fingerprint=behaviour_fingerprint(group))
+
+
+def compute_column_digests(columns: Iterable[str]) -> FeatureDigests:
+    """Return the digests of the features of a model's columns: of a table's columns, or the channels of a tensor."""
+    names = set(columns)
+    return compute_feature_digests(names.union(*(list_column_channels(name) for name in names)))
+
+
+def behaviour_fingerprint(channels: Sequence[ChannelSpec] = CHANNELS) -> str:
     """Return the sha256 over bins and features of the golden episodes, as little-endian float32.
 
     For each episode: bins, statistics of the windows and of the episode, derived and context columns.
 
+    Args:
+        channels: The channels whose bins and statistics count; `CHANNELS` or `BASE_CHANNELS`.
+
     Source: docs/formats/run.md.
     """
+    chosen = {channel.full_name for channel in channels}
+    return _compute_fingerprint(tuple(channel.full_name in chosen for channel in CHANNELS))
+
+
+@cache
+def _compute_fingerprint(chosen: tuple[bool, ...]) -> str:
     digest = hashlib.sha256()
     for _, episode in build_golden_episodes():
         bins = bin_episode(episode).bins
-        columns = (window_stats(bins), episode_stats(bins), derived_features(bins), context_features(bins))
-        for values in (bins, *columns):
+        own = bins[:, chosen]
+        columns = (window_stats(own), episode_stats(own), derived_features(bins), context_features(bins))
+        for values in (own, *columns):
             digest.update(np.ascontiguousarray(values, "<f4").tobytes())
     return digest.hexdigest()
 
@@ -100,24 +156,17 @@ def _build_episode(
     bins: int = 2 * _LENGTH_S,
 ) -> Episode:
     """Build an episode whose ticks and increments come from a small integer generator."""
-    draw = _IntegerGenerator(seed)
+    # The extended fields have a generator of their own, so that the base fields are those of earlier versions.
+    draw, draw_extended = _IntegerGenerator(seed), _IntegerGenerator(seed + 1_000)
     rows = {}
     for source in sources:
         step_ns = 2 * period_ns if source is SourceKind.GUEST else period_ns
         n = (bins * _SECOND_NS // 2 + 3 * _SECOND_NS) // step_ns
         at = [-2 * _SECOND_NS + i * step_ns + draw.draw_below(2 * jitter_ns + 1) - jitter_ns for i in range(n)]
-        columns = []
-        for spec in list_raw_fields(source):
-            if spec.type == "float":
-                columns.append(np.array([draw.draw_below(1025) / 1024 for _ in at]))
-            elif spec.nature == "counter":
-                value, counts = start, []
-                for _ in at:
-                    value = (value + draw.draw_below(400)) % wrap
-                    counts.append(value)
-                columns.append(np.array(counts, np.int64))
-            else:
-                columns.append(np.array([start + draw.draw_below(100_000) for _ in at], np.int64))
+        columns = [
+            _draw_column(draw if spec.group is ChannelGroup.BASE else draw_extended, spec, n, start=start, wrap=wrap)
+            for spec in list_raw_fields(source)
+        ]
         rows[source] = SourceRows(
             source=source,
             fields=tuple(spec.field for spec in list_raw_fields(source)),
@@ -134,6 +183,23 @@ def _build_episode(
         for s, phase in ((0, Phase.CLEAN), (2, Phase.INFECTING), (4, Phase.ACTIVE), (bins / 2, None))
     )
     return Episode(manifest=_build_manifest(sources), marks=marks, rows=rows)
+
+
+def _draw_column(
+    draw: _IntegerGenerator, spec: RawFieldSpec, n: int, *, start: int, wrap: int
+) -> NDArray[np.float64] | NDArray[np.int64]:
+    """Draw ``(n,)`` readings of one raw field."""
+    if spec.type == "float":
+        return np.array([draw.draw_below(1025) / 1024 for _ in range(n)])
+    if spec.unit == "1/1000":
+        return np.array([draw.draw_below(1001) for _ in range(n)], np.int64)
+    if spec.nature == "counter":
+        value, counts = start, []
+        for _ in range(n):
+            value = (value + draw.draw_below(400)) % wrap
+            counts.append(value)
+        return np.array(counts, np.int64)
+    return np.array([start + draw.draw_below(100_000) for _ in range(n)], np.int64)
 
 
 @dataclass(slots=True)

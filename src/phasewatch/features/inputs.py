@@ -60,7 +60,7 @@ def compute_inputs(
     """Compute the input of a model for every window of an episode.
 
     Args:
-        bins: ``(n, 46)`` float32 bins of all channels from the episode's first bin on; NaN where unknown. For the
+        bins: ``(n, 73)`` float32 bins of all channels from the episode's first bin on; NaN where unknown. For the
             newest window alone its last ``spec.n_bins`` bins are enough.
         spec: A table or tensor input; its columns choose what is computed.
         stride_bins: Bins from one window's start to the next. A window has the same bits at every stride.

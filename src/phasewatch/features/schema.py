@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from typing import Any
 
-from phasewatch.channels import CHANNELS, ChannelSpec
+from phasewatch.channels import BASE_CHANNELS, CHANNELS, ChannelSpec
 from phasewatch.features.derived import DERIVED_FEATURES, DerivedFeature
 from phasewatch.features.stats import STATS
 from phasewatch.types import BIN_NS, MIN_FINITE_BINS, PHASES, STALE_NS, STRIDE_BINS, WINDOW_BINS
@@ -80,12 +80,14 @@ def schema_hash(channels: Sequence[ChannelSpec] = CHANNELS) -> str:
 
     Source: docs/formats/run.md.
     """
-    return _compute_standard_hash() if channels is CHANNELS else _compute_hash(channels)
+    if channels is CHANNELS or channels is BASE_CHANNELS:
+        return _compute_standard_hash(channels is BASE_CHANNELS)
+    return _compute_hash(channels)
 
 
 @cache
-def _compute_standard_hash() -> str:
-    return _compute_hash(CHANNELS)
+def _compute_standard_hash(is_base: bool) -> str:
+    return _compute_hash(BASE_CHANNELS if is_base else CHANNELS)
 
 
 def _compute_hash(channels: Sequence[ChannelSpec]) -> str:
@@ -128,8 +130,14 @@ def _render_canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def render_schema(behaviour_fingerprint: str, channels: Sequence[ChannelSpec] = CHANNELS) -> str:
-    """Render `feature_schema_v2.json`."""
+def render_schema(behaviour_fingerprint: str, base_fingerprint: str, channels: Sequence[ChannelSpec] = CHANNELS) -> str:
+    """Render `feature_schema_v2.json`.
+
+    Args:
+        behaviour_fingerprint: Digest of what the code computes of all channels.
+        base_fingerprint: The same of the base channels alone.
+        channels: The channels of the tables.
+    """
     content = {
         "version": FEATURE_SCHEMA_VERSION,
         "phases": [str(phase) for phase in PHASES],
@@ -144,6 +152,7 @@ def render_schema(behaviour_fingerprint: str, channels: Sequence[ChannelSpec] = 
                 "unit": c.unit,
                 "trust": str(c.trust),
                 "in_deployment": c.in_deployment,
+                "group": str(c.group),
             }
             for c in channels
         ],
@@ -154,5 +163,9 @@ def render_schema(behaviour_fingerprint: str, channels: Sequence[ChannelSpec] = 
         "bin_seconds": BIN_NS / 1e9,
         "schema_hash": schema_hash(channels),
         "behaviour_fingerprint": behaviour_fingerprint,
+        "base": {
+            "schema_hash": schema_hash(BASE_CHANNELS),
+            "behaviour_fingerprint": base_fingerprint,
+        },
     }
     return json.dumps(content, indent=1) + "\n"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from phasewatch.artifacts import EPISODE_FEATURES_FILE, FEATURE_SCHEMA_FILE, FEATURES_FILE
 from phasewatch.atomic import open_atomic, write_atomic
 from phasewatch.binning.storage import BinIndexRow, MappedBins, map_bins, release_pages
+from phasewatch.channels import BASE_CHANNELS
 from phasewatch.errors import MachineError
 from phasewatch.features.derived import derive_history, derived_features
 from phasewatch.features.fingerprint import behaviour_fingerprint
@@ -99,7 +100,7 @@ class WindowTable:
         center_ns: ``(w,)`` int64 centres of the windows on the wall clock, ns.
         center_s: ``(w,)`` float32 centres of the windows since the first label, s.
         phase, purity, flags: ``(w,)`` int8, float32 and uint8, as in `features.windows`.
-        stats: ``(w, 230)`` float32, five statistics of each channel.
+        stats: ``(w, 365)`` float32, five statistics of each channel.
         derived: ``(w, 83)`` float32, the derived columns.
     """
 
@@ -192,7 +193,10 @@ def write_feature_tables(
             episodes.add(row, {"n_windows": np.array([w], np.int32)}, whole)
             n_all, n_short = n_all + w, n_short + (w == 0)
             n_unknown += int(np.count_nonzero(table.phase < 0))
-    write_atomic(folder / FEATURE_SCHEMA_FILE, render_schema(behaviour_fingerprint()).encode())
+    write_atomic(
+        folder / FEATURE_SCHEMA_FILE,
+        render_schema(behaviour_fingerprint(), behaviour_fingerprint(BASE_CHANNELS)).encode(),
+    )
     return FeatureCount(
         episodes=len(used), windows=n_all, without_windows=n_short, left_out=left_out, unknown_windows=n_unknown
     )

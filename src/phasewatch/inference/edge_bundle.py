@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from phasewatch.atomic import read_regular
 from phasewatch.errors import MismatchError, MissingToolError, RunError, UsageError
-from phasewatch.features.fingerprint import behaviour_fingerprint
+from phasewatch.features.fingerprint import compute_column_digests
 from phasewatch.features.inputs import list_input_channels
-from phasewatch.features.schema import schema_hash
 from phasewatch.inference.onnx_check import MAX_ONNX_BYTES, ONNX_INPUT, ONNX_OUTPUT, check_onnx
 from phasewatch.inference.onnx_graph import ONNX_BATCH
 from phasewatch.inference.onnx_session import open_session
@@ -241,12 +240,15 @@ def parse_edge_bundle(data: bytes, *, file: str) -> EdgeBundle:
 
 
 def _build_input_spec(header: EdgeHeader, model: EdgeModel) -> InputSpec:
+    digests = compute_column_digests(
+        model.columns
+    )  # a bundle has those of all its models, which may be of more columns
     return InputSpec(
         kind=InputKind(model.input_kind),
         names=model.columns,
         mask=model.threat,
-        schema_hash=header.schema_hash,
-        behaviour_fingerprint=header.behaviour_fingerprint,
+        schema_hash=digests.schema_hash,
+        behaviour_fingerprint=digests.behaviour_fingerprint,
         table=InputVariant(model.table),
         floors=tuple(model.floors.items()),
     )
@@ -326,10 +328,11 @@ def _parse_header(data: bytes, file: str) -> EdgeHeader:
         raise MismatchError(
             f"{file}: {EDGE_HEADER_FILE}: the digest does not match the content, so it was edited; {_EXPORT_HINT}"
         )
+    digests = compute_column_digests(name for model in header.models for name in model.columns)
     for what, theirs, ours in (
         ("classes", ", ".join(header.classes), ", ".join(PHASES)),
-        ("feature schema", header.schema_hash, schema_hash()),
-        ("behaviour fingerprint", header.behaviour_fingerprint, behaviour_fingerprint()),
+        ("feature schema", header.schema_hash, digests.schema_hash),
+        ("behaviour fingerprint", header.behaviour_fingerprint, digests.behaviour_fingerprint),
     ):
         if theirs != ours:
             raise MismatchError(

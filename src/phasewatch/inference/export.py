@@ -16,6 +16,7 @@ from phasewatch.channels import build_channel_mask
 from phasewatch.dataset import load, read_fold
 from phasewatch.dataset.split_files import read_folds
 from phasewatch.errors import MismatchError, RunError, UsageError
+from phasewatch.features.fingerprint import compute_column_digests
 from phasewatch.inference.edge_bundle import (
     EDGE_CARD_FILE,
     EDGE_FORMAT,
@@ -255,13 +256,13 @@ def _build_edge_bundle(
             )
         )
     members[EDGE_CARD_FILE] = _render_card(models, trained, first, quote).encode()
-    spec = graphs[0][1].spec
+    digests = compute_column_digests(name for model in models for name in model.columns)
     edge_header = EdgeHeader(
         format=EDGE_FORMAT,
         recipe=first.recipe,
         fold=first.fold,
-        schema_hash=spec.schema_hash if spec else "",
-        behaviour_fingerprint=spec.behaviour_fingerprint if spec else "",
+        schema_hash=digests.schema_hash,
+        behaviour_fingerprint=digests.behaviour_fingerprint,
         classes=read_header(first.folder(run)).classes,
         trained=trained,
         models=tuple(models),

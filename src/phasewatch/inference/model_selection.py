@@ -9,9 +9,8 @@ from pathlib import Path
 from phasewatch.artifacts import MODELS_DIR, RUN_LOG_FILE
 from phasewatch.channels import CHANNELS, build_channel_mask
 from phasewatch.errors import MismatchError, RunError, UsageError
-from phasewatch.features.fingerprint import behaviour_fingerprint
+from phasewatch.features.fingerprint import compute_column_digests
 from phasewatch.features.normalise import HostBaseline
-from phasewatch.features.schema import schema_hash
 from phasewatch.inference.edge_bundle import (
     EdgeBundle,
     EdgeModel,
@@ -267,9 +266,10 @@ def _build_checkpoint_candidate(folder: Path) -> ModelCandidate:
 
 
 def _build_input_spec(header: CheckpointHeader, folder: Path) -> InputSpec:
+    digests = compute_column_digests(header.columns)
     for what, theirs, ours in (
-        ("feature schema", header.schema_hash, schema_hash()),
-        ("behaviour fingerprint", header.behaviour_fingerprint, behaviour_fingerprint()),
+        ("feature schema", header.schema_hash, digests.schema_hash),
+        ("behaviour fingerprint", header.behaviour_fingerprint, digests.behaviour_fingerprint),
     ):
         if theirs != ours:
             raise MismatchError(

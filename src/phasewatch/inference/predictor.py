@@ -95,7 +95,7 @@ class PhasePredictor:
         return find_alarm_rule(self.alarms, kind, stride_bins * BIN_NS // 10**9)
 
     def compute_known_share(self, bins: Float32Array, stride_bins: int = STRIDE_BINS) -> NDArray[np.float64]:
-        """Compute the known share of the model's readings in each window: ``(n, 46)`` float32 → ``(w,)`` float64."""
+        """Compute the known share of the model's readings in each window: ``(n, 73)`` float32 → ``(w,)`` float64."""
         windows = build_window_view(bins, stride_bins)[:, :, self._channel_indices]
         share: NDArray[np.float64] = np.isfinite(windows).mean(axis=(1, 2))
         return share
@@ -104,7 +104,7 @@ class PhasePredictor:
         """Predict the calibrated probabilities of each window, before the phase filter.
 
         Args:
-            bins: ``(n, 46)`` float32 bins of all channels from the first bin of the episode on; NaN where unknown.
+            bins: ``(n, 73)`` float32 bins of all channels from the first bin of the episode on; NaN where unknown.
             stride_bins: Bins from one window's start to the next.
 
         Returns:
@@ -117,7 +117,7 @@ class PhasePredictor:
         """Predict the calibrated probabilities of the window that ends with the last bin, as `predict_windows`.
 
         Args:
-            bins: ``(n, 46)`` float32; the last `bins_needed` are used, or all since the start of the episode if there
+            bins: ``(n, 73)`` float32; the last `bins_needed` are used, or all since the start of the episode if there
                 are fewer.
 
         Returns:

@@ -458,6 +458,8 @@ def _explain_absence(channel: ChannelSpec, episode: RecordedEpisode, arch: str) 
         return "the agent was off"
     if channel.accel == "tcg" and episode.facts.accel != "tcg":
         return f"only TCG counts it, this VM ran on {episode.facts.accel}"
+    if channel.accel == "kvm" and episode.facts.accel != "kvm":
+        return f"only KVM counts it, this VM ran on {episode.facts.accel}"
     if channel.arch == "x86" and arch != "x86_64":
         return f"the monitor shows no such flag on {arch}"
     if not all(_has_reading(episode.logs[channel.source], channel.source, field) for field in channel.fields):

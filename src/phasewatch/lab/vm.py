@@ -29,6 +29,7 @@ from phasewatch.lab.network.world import EpisodeWorld
 from phasewatch.lab.qemu_command import HostShape, VmPaths, build_qemu_command
 from phasewatch.telemetry.base import AsyncClock, RowLog, TelemetrySource
 from phasewatch.telemetry.guest_agent import GuestReader
+from phasewatch.telemetry.monitor_sensors import MonitorSensors, build_bitmap_names
 from phasewatch.telemetry.proc import ProcSource
 from phasewatch.telemetry.qmp import QmpMonitor, QmpSource
 
@@ -229,6 +230,7 @@ class QemuVm:
                 vcpus=self._settings.shape.vcpus,
                 clock=self._settings.clock,
                 registers=self._settings.accel == "tcg",
+                sensors=MonitorSensors(clock=self._settings.clock, bitmaps=build_bitmap_names("phasewatch-lab")),
             ),
         )
 

@@ -44,6 +44,7 @@ class CleanupTask(msgspec.Struct, frozen=True, kw_only=True):
         proc: Path of /proc.
         qmp: Path of the QMP socket; empty if none is used.
         objects: Ids of QEMU objects that may have been added to the VM.
+        bitmaps: Names of dirty bitmaps that may have been added to its disks.
         balloon: Path of the balloon device in QEMU's object tree; empty if it was not changed.
         interval_s: The balloon's original polling interval.
         folder: The watcher's private folder, to be removed; empty if there is none.
@@ -54,6 +55,7 @@ class CleanupTask(msgspec.Struct, frozen=True, kw_only=True):
     proc: str = "/proc"
     qmp: str = ""
     objects: tuple[str, ...] = ()
+    bitmaps: tuple[str, ...] = ()
     balloon: str = ""
     interval_s: int = 0
     folder: str = ""
@@ -185,12 +187,12 @@ def truncate_dumps(folder: Path) -> None:
 
 
 async def undo_changes(task: CleanupTask) -> bool:
-    """Remove the objects from the VM and restore the balloon's interval; a VM that is gone needs neither.
+    """Remove objects and dirty bitmaps from the VM and restore the balloon's interval; a VM that is gone needs neither.
 
     Returns:
         False if the VM still runs and did not answer.
     """
-    if not task.qmp or not (task.objects or task.balloon):
+    if not task.qmp or not (task.objects or task.bitmaps or task.balloon):
         return True
     from phasewatch.errors import VmError
     from phasewatch.telemetry.process import owns_threads
@@ -220,12 +222,14 @@ async def undo_changes(task: CleanupTask) -> bool:
 
 
 async def _restore_vm(task: CleanupTask, monitor: QmpMonitor) -> bool:
-    """Undo the changes over a connected monitor; return whether none of the objects is left.
+    """Undo the changes over a connected monitor; return whether none of the objects and bitmaps is left.
 
-    Uses the QMP commands ``qom-list``, ``object-del`` and ``qom-set``.
+    Uses the QMP commands ``qom-list``, ``object-del``, ``query-named-block-nodes``, ``block-dirty-bitmap-remove`` and
+    ``qom-set``.
     """
     from phasewatch.errors import VmError
     from phasewatch.live.ownership import find_other_watchers
+    from phasewatch.telemetry.monitor_sensors import list_bitmaps, remove_bitmaps
     from phasewatch.telemetry.qmp import BALLOON_POLLING_PROPERTY
 
     async def list_left() -> set[str]:
@@ -237,7 +241,12 @@ async def _restore_vm(task: CleanupTask, monitor: QmpMonitor) -> bool:
     if task.balloon and not find_other_watchers(task.vm_pid, task.vm_start_ticks, Path(task.proc)):
         with suppress(VmError):  # unplugged meanwhile
             await monitor.ask("qom-set", path=task.balloon, property=BALLOON_POLLING_PROPERTY, value=task.interval_s)
-    return not await list_left()
+    if await list_left():
+        return False
+    if not task.bitmaps:
+        return True
+    await remove_bitmaps(monitor.ask, task.bitmaps)
+    return not {name for _, name in await list_bitmaps(monitor.ask)} & set(task.bitmaps)
 
 
 def _is_vm_gone(task: CleanupTask) -> bool:

@@ -16,7 +16,7 @@ from phasewatch.bundle.model import BUNDLE_FORMAT, ClockMetadata, HostMetadata, 
 from phasewatch.bundle.rows import encode_rows
 from phasewatch.channels import CHANNELS, list_raw_fields
 from phasewatch.errors import MachineError, PhasewatchError
-from phasewatch.live.attach import VmSurvey
+from phasewatch.live.survey import VmSurvey
 from phasewatch.store.local import DiskStore
 from phasewatch.telemetry.base import AsyncClock, ReadingRow
 from phasewatch.types import BIN_NS, ClockBase, EpisodeOrigin, EpisodeRole, Phase, SampleKind, SourceKind, build_uuid7

@@ -21,11 +21,12 @@ from phasewatch.inference.model_selection import (
     find_unavailable_channel_sets,
 )
 from phasewatch.inference.predictor import PhasePredictor
-from phasewatch.live.attach import VmSurvey, attach, choose_jit_use, detach, explain_masked_channels, survey_vm
+from phasewatch.live.attach import attach, detach
 from phasewatch.live.cleanup import CleanupProcess
 from phasewatch.live.discover import RunningVm
 from phasewatch.live.outputs import Webhook
 from phasewatch.live.recording import WatchRecorder, check_recording_folder
+from phasewatch.live.survey import VmSurvey, choose_jit_use, choose_sensor_use, explain_masked_channels, survey_vm
 from phasewatch.live.watcher import VmWatcher, WatchCallbacks, WatchResult, is_vm_alive
 from phasewatch.models.alarm import AlarmKind
 from phasewatch.models.smoothing import SMOOTHING_NONE
@@ -139,6 +140,7 @@ def run_watch(
 async def watch_vm(request: WatchRequest, callbacks: WatchCallbacks, *, clock: AsyncClock) -> WatchReport:
     """Watch a VM until the end, as `run_watch` does; cancelling the task ends the watch in order, with a report."""
     jit = choose_jit_use(request.channels)
+    has_sensors = choose_sensor_use(request.channels, is_saved=request.save is not None)
     if request.channels:
         request = replace(request, models=filter_by_channel_set(request.models, request.channels))
     webhook = Webhook(request.webhook) if request.webhook else None
@@ -150,6 +152,8 @@ async def watch_vm(request: WatchRequest, callbacks: WatchCallbacks, *, clock: A
         )
     survey = await survey_vm(request.machine, qmp=request.qmp, clock=clock)
     survey.jit = jit
+    if has_sensors:
+        survey.enable_sensors()
     with ExitStack() as stack:
         cleanup = stack.enter_context(CleanupProcess(survey.task))  # before anything in the VM is changed
         sources: Sequence[TelemetrySource] = ()

@@ -20,9 +20,9 @@ from phasewatch.errors import VmError
 from phasewatch.events.perf import read_own_rss_bytes
 from phasewatch.events.schema import EventEnvelope
 from phasewatch.inference.predictor import PhaseDecision, PhasePredictor
-from phasewatch.live.attach import VmSurvey, list_source_channels
 from phasewatch.live.events import CostMeter, EventBuilder, WatchCost, find_alarm_changes
 from phasewatch.live.silence import SilenceDetector
+from phasewatch.live.survey import VmSurvey, list_source_channels
 from phasewatch.live.tracker import TrackerStep, VmTracker
 from phasewatch.telemetry.base import (
     N_STAMPS,
@@ -82,7 +82,7 @@ class WindowQuality:
         """Add one bin.
 
         Args:
-            values: ``(46,)`` float32 in the order of `CHANNEL_NAMES`; NaN where unknown.
+            values: ``(73,)`` float32 in the order of `CHANNEL_NAMES`; NaN where unknown.
             began: Whether a new sequence of bins begins, which discards the bins before.
         """
         if began:

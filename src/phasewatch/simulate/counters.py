@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.channels import list_raw_fields
+from phasewatch.simulate.extended import CounterColumns, simulate_destinations, simulate_monitor_sensors
 from phasewatch.simulate.generator import RATE_INDEX, TICK_S, SimulationSettings, build_named_rng
-from phasewatch.types import SourceKind
+from phasewatch.types import ChannelGroup, SourceKind
 
 __all__ = [
     "SIMULATED_MEMORY_MIB",
@@ -20,13 +21,13 @@ __all__ = [
     "simulate_counters",
 ]
 
-# Raw field → ``(n,)`` readings, int64 or float64.
-CounterColumns = dict[str, NDArray[np.int64] | NDArray[np.float64]]
-
 SIMULATED_VCPUS = 1
 SIMULATED_MEMORY_MIB = 256
 _MAX_WAIT_FACTOR = 2.5  # a vCPU that waits more than a tenth of the time would count as CPU contention
-_RAW_FIELD_NAMES = tuple(spec.field for source in SourceKind for spec in list_raw_fields(source))
+# The extended fields have no factor, so that hosts and base fields are those of earlier versions.
+_RAW_FIELD_NAMES = tuple(
+    spec.field for source in SourceKind for spec in list_raw_fields(source) if spec.group is ChannelGroup.BASE
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,7 @@ class SimulatedHost:
     Attributes:
         host_id: Name of the host.
         arch: ``x86_64`` or ``aarch64``.
-        factors: Factor on each raw field, in the order of all sources and fields.
+        factors: Factor on each base field, in the order of all sources and fields.
         drift: Change of the factor's natural logarithm per week, in the same order.
         busy_samples: Register samples per tick; 0 if the host has none.
     """
@@ -81,7 +82,7 @@ def simulate_counters(
     Returns:
         For each source a dict of raw field → ``(n,)`` array (guest: ``(n // 2,)``), int64 or float64, in the order of
         the raw fields. An absent reading is −1 (int64) or NaN (float64) and becomes null in the row: balloon fields in
-        every second row, and ``vcpu_busy`` and ``vcpu_user`` on a host without register samples.
+        every second row, ``vcpu_busy`` and ``vcpu_user`` on a host without register samples, and KVM's statistics.
     """
     n = len(activity)
     effect = np.array(host.factors) * np.exp(np.array(host.drift) * weeks)
@@ -106,13 +107,15 @@ def simulate_counters(
     ).astype(np.float64)
     jitter = np.exp(0.12 * rng.standard_normal((6, n)))
     simulator = _CounterSimulator(rng=rng, a=a, packets=packets, jitter=jitter, factor=factor)
+    (more,) = rng.spawn(1)  # of the extended fields
     qmp = simulator.qmp()
     _mask_unknown_values(qmp, rng, a, host.busy_samples)
+    proc, netflow, guest = simulator.proc(), simulator.netflow(), simulator.guest()
     return {
-        SourceKind.PROC: simulator.proc(),
-        SourceKind.QMP: qmp,
-        SourceKind.NETFLOW: simulator.netflow(),
-        SourceKind.GUEST: simulator.guest(),
+        SourceKind.PROC: proc,
+        SourceKind.QMP: qmp | simulate_monitor_sensors(more, a, qmp),
+        SourceKind.NETFLOW: netflow | simulate_destinations(more, packets, netflow),
+        SourceKind.GUEST: guest,
     }
 
 

@@ -172,7 +172,7 @@ def _build_manifest(
     available = tuple(
         c.full_name
         for c in CHANNELS
-        if c.source in rows and not (lacks_samples and c.name in ("vcpu_busy", "vcpu_user"))
+        if c.source in rows and c.accel != "kvm" and not (lacks_samples and c.name in ("vcpu_busy", "vcpu_user"))
     )
     # The clocks are far apart, so that a stamp of one cannot be mistaken for a stamp of another.
     ahead_ns = {ClockBase.MONOTONIC: 0, ClockBase.BOOTTIME: 7_200_000_000_000, ClockBase.GUEST: 40_000_000_000_000}

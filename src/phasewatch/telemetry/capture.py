@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 MAX_CARDS = 8
-MAX_READ_BYTES = 4 << 20  # read at most at one tick, over all cards: half a second of 50,000 frames
+MAX_READ_BYTES = 6 << 20  # read at most at one tick, over all cards: half a second of 50,000 frames
 MAX_READ_CPU_NS = 150_000_000  # CPU time for parsing at one tick, so that costly frames do not delay other sources
 CARD_CHECK_READINGS = 4  # readings between two lists of the cards: 2 s
 _PCI_CHECK_READINGS = 20  # readings between two lists of the PCI buses: 10 s
@@ -193,7 +193,7 @@ class CaptureSource:
         is_whole = not any(card.lost for card in self._cards.values())
         is_whole &= not self._is_behind()
         is_whole &= await self._verify_filters(is_quiet=is_quiet)
-        counters = self._counter.pop_reading()
+        counters = self._counter.pop_reading(time.monotonic_ns())
         traffic = self._taps.read(self._tap_names())
         self._note_readability()
         unknown = self.unknown_fields
@@ -236,7 +236,8 @@ class CaptureSource:
         counter, locate, outgoing = self._counter, card.finder.locate, dump.is_outgoing
 
         def count(frame: bytes, size: int) -> None:
-            counter.count_frame(frame, outgoing, size, start=locate(frame, size, outgoing=outgoing))
+            start, t_ns = locate(frame, size, outgoing=outgoing), dump.locate_frame(time.monotonic_ns())
+            counter.count_frame(frame, outgoing, size, start=start, t_ns=t_ns)
 
         return count
 

@@ -23,6 +23,7 @@ _BLOCK_KEYS = (
     "flush_operations",
     "wr_total_time_ns",
 )
+_EXTENDED_BLOCK_KEYS = (("rd_total_time_ns",), ("rd_merged", "wr_merged"), ("flush_total_time_ns",))
 _REQUEST_KEYS = tuple(
     f"{prefix}{kind}_operations"
     for prefix in ("", "failed_", "invalid_")
@@ -72,12 +73,14 @@ class BlockReading:
 
     Attributes:
         sums: Bytes read, bytes written, reads, writes, flushes, nanoseconds in writes.
+        extended: Nanoseconds in reads, merged requests, nanoseconds in flushes; None where QEMU does not count it.
         highest: Sum of the disks' highest written offsets, bytes.
         requests: Requests of every kind that completed since the last reading; None if unknown.
         members: The disks.
     """
 
     sums: tuple[int, ...]
+    extended: tuple[int | None, ...]
     highest: int
     requests: int | None
     members: frozenset[Hashable]
@@ -88,6 +91,7 @@ class BlockSum:
 
     def __init__(self) -> None:
         self._counters, self._requests = CounterSum(), CounterSum()
+        self._extended = [CounterSum() for _ in _EXTENDED_BLOCK_KEYS]
         self._requests_before: int | None = None
 
     def add(self, devices: Sequence[Mapping[str, Any]]) -> BlockReading:
@@ -110,9 +114,16 @@ class BlockSum:
         (total,) = self._requests.add(
             {member: (sum(int(stat.get(key, 0)) for key in _REQUEST_KEYS),) for member, stat in stats.items()}, 1
         )
+        extended: list[int | None] = []
+        for counter, keys in zip(self._extended, _EXTENDED_BLOCK_KEYS, strict=True):
+            counted: dict[Hashable, tuple[int, ...]] = {
+                m: (sum(int(stat[key]) for key in keys),) for m, stat in stats.items() if set(keys) <= stat.keys()
+            }
+            extended.append(counter.add(counted, 1)[0] if len(counted) == len(stats) else None)
         before, self._requests_before = self._requests_before, total
         return BlockReading(
             sums=sums,
+            extended=tuple(extended),
             highest=sum(int(stat["wr_highest_offset"]) for stat in stats.values()),
             requests=total - before if before is not None and total >= before else None,
             members=frozenset(stats),

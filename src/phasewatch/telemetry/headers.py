@@ -74,6 +74,7 @@ class IpHeaders(NamedTuple):
         ports: Source and destination port; None if there are none, or they cannot be read.
         flags: TCP flags; 0 for other protocols.
         is_cut: Whether the ports are behind the captured bytes, in another fragment, or behind too many headers.
+        at: Offset of the TCP or UDP header; 0 without ports.
     """
 
     protocol: int
@@ -82,6 +83,7 @@ class IpHeaders(NamedTuple):
     ports: tuple[int, int] | None
     flags: int
     is_cut: bool = False
+    at: int = 0
 
 
 def parse_frame(frame: bytes, start: int = 0, wire_bytes: int | None = None) -> IpHeaders | FrameKind:
@@ -205,9 +207,8 @@ def _parse_ports(frame: bytes, at: int, end: int, protocol: int, src: bytes, dst
         return IpHeaders(protocol, src, dst, None, 0)
     if end - at < needed:
         return IpHeaders(protocol, src, dst, None, 0, is_cut)
-    return IpHeaders(
-        protocol, src, dst, _PORTS_STRUCT.unpack_from(frame, at), frame[at + 13] if protocol == PROTOCOL_TCP else 0
-    )
+    flags = frame[at + 13] if protocol == PROTOCOL_TCP else 0
+    return IpHeaders(protocol, src, dst, _PORTS_STRUCT.unpack_from(frame, at), flags, False, at)
 
 
 def has_network_header(frame: bytes, start: int, wire_bytes: int) -> bool:

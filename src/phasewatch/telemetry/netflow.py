@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import NamedTuple
 
+from phasewatch.telemetry.dns import DNS_PORT, DnsCounter
+from phasewatch.telemetry.flow_table import FlowTable
 from phasewatch.telemetry.headers import (
     PROTOCOL_ICMP,
     PROTOCOL_ICMPV6,
@@ -30,7 +32,6 @@ __all__ = [
     "parse_headers",
 ]
 
-_DNS_PORT = 53
 _PROTOCOL_NAMES = {PROTOCOL_ICMP: "icmp", PROTOCOL_TCP: "tcp", PROTOCOL_UDP: "udp", PROTOCOL_ICMPV6: "icmpv6"}
 PARSING_WINDOW_READINGS = 20  # readings over which the share of unparsed frames is computed: 10 s
 _MIN_UNPARSED_FRAMES = 4  # fewer unparsed frames say nothing about the others
@@ -39,7 +40,8 @@ _MIN_UNPARSED_FRAMES = 4  # fewer unparsed frames say nothing about the others
 class NetflowReading(NamedTuple):
     """One reading, in the order of `RAW`; None for fields that are unknown because most frames could not be parsed.
 
-    All fields are counters since the start, except `dst_ports` and `dst_ips`, which count distinct values in this tick.
+    All fields are counters since the start, except `dst_ports` and `dst_ips`, which count distinct values in this tick,
+    and the levels `conn_open` and `rhythm`.
     """
 
     out_pkts: int | None
@@ -52,6 +54,25 @@ class NetflowReading(NamedTuple):
     dns_queries: int | None
     dst_ports: int | None
     dst_ips: int | None
+    dst_new: int | None = 0
+    dst_bytes: int | None = 0
+    dst_new_bytes: int | None = 0
+    dst_top_bytes: int | None = 0
+    dst_top_out_bytes: int | None = 0
+    conn_accepted: int | None = 0
+    conn_refused: int | None = 0
+    conn_silent: int | None = 0
+    conn_closed: int | None = 0
+    conn_closed_ns: int | None = 0
+    conn_open: int | None = 0
+    rhythm: int | None = 0
+    dns_asked: int | None = 0
+    dns_new_names: int | None = 0
+    dns_name_bytes: int | None = 0
+    dns_entropy: int | None = 0
+    dns_txt: int | None = 0
+    dns_answers: int | None = 0
+    dns_nxdomain: int | None = 0
 
 
 FLOW_FIELDS = frozenset(NetflowReading._fields[4:])
@@ -71,13 +92,15 @@ class FlowCounter:
     zero flows. While the start of most frames is unknown, all fields are None.
 
     Memory is bounded: about `max_flows` flows are remembered, in two generations. A forgotten flow counts as new when
-    it returns. Distinct addresses of a tick are counted up to `max_flows`.
+    it returns. Distinct addresses of a tick are counted up to `max_flows`. `FlowTable` and `DnsCounter` have bounds of
+    their own.
 
     Args:
         max_flows: Maximum number of remembered flows.
 
     Attributes:
         forgotten: Number of forgotten flows.
+        table: Destinations and connections; its `evicted` counts what it forgot.
     """
 
     def __init__(self, *, max_flows: int = 65536) -> None:
@@ -90,9 +113,10 @@ class FlowCounter:
         self._ports: set[int] = set()
         self._addresses: set[bytes] = set()
         self._parsing = _ParsingShare()
+        self.table, self._dns = FlowTable(), DnsCounter()
 
     def count_frame(
-        self, frame: bytes, outgoing: bool, wire_bytes: int | None = None, *, start: int | None = 0
+        self, frame: bytes, outgoing: bool, wire_bytes: int | None = None, *, start: int | None = 0, t_ns: int = 0
     ) -> None:
         """Count one frame.
 
@@ -101,6 +125,7 @@ class FlowCounter:
             outgoing: Whether the guest sent it.
             wire_bytes: Size of the whole frame, `start` included; None if `frame` is whole.
             start: Offset of the Ethernet header; None if unknown.
+            t_ns: When it passed, on a clock that does not step back.
         """
         size = (len(frame) if wire_bytes is None else wire_bytes) - (start or 0)
         if outgoing:
@@ -124,22 +149,29 @@ class FlowCounter:
             return
         now[outgoing] += 1
         now[2 + outgoing] += headers.is_cut
-        protocol, src, dst, ports, flags, _ = headers
+        protocol, src, dst, ports, flags, _, at = headers
+        self.table.add_frame(headers, outgoing, size, t_ns)
         if outgoing and (len(self._addresses) < 2 * self._half or dst in self._addresses):
             self._addresses.add(dst)
         if ports is None:
             return
+        if protocol == PROTOCOL_UDP and ports[outgoing] == DNS_PORT:
+            self._dns.add_message(frame, at, size + start, outgoing=outgoing)
         if outgoing:
             self._ports.add(ports[1])
             self._syn_out += flags & (TCP_SYN | TCP_ACK) == TCP_SYN
-            self._dns_queries += protocol == PROTOCOL_UDP and ports[1] == _DNS_PORT
+            self._dns_queries += protocol == PROTOCOL_UDP and ports[1] == DNS_PORT
             self._remember((protocol, src, dst, *ports))
         else:
             self._rst_in += bool(flags & TCP_RST)
             self._remember((protocol, dst, src, ports[1], ports[0]))
 
-    def pop_reading(self) -> NetflowReading:
-        """Return the counters and start a new tick."""
+    def pop_reading(self, t_ns: int = 0) -> NetflowReading:
+        """Return the counters and start a new tick.
+
+        Args:
+            t_ns: The time now, on the clock of the frames.
+        """
         reading = NetflowReading(
             out_pkts=self._out_pkts,
             out_bytes=self._out_bytes,
@@ -151,6 +183,8 @@ class FlowCounter:
             dns_queries=self._dns_queries,
             dst_ports=len(self._ports),
             dst_ips=len(self._addresses),
+            **self.table.pop_reading(t_ns)._asdict(),
+            **self._dns.pop_reading()._asdict(),
         )
         self._ports, self._addresses = set(), set()
         self._parsing.end_reading()

@@ -28,9 +28,10 @@ ROTATE_BYTES = 16 << 20  # total of all files before they are replaced; the clea
 MAX_UNREAD_BYTES = 24 << 20  # total of unread bytes before they are given up
 OUTGOING, INCOMING = "rx", "tx"  # QEMU's names: what the backend receives from the card, and transmits to it
 # Room for the longest virtio-net header, two VLAN tags, and either IPv4 with all options or IPv6 with three extension
-# headers, before the first 20 bytes of TCP.
-_SNAP_BYTES = 160
+# headers, before the first 20 bytes of TCP. Over plain IPv4 that holds a DNS name of 190 characters.
+_SNAP_BYTES = 256
 _CHUNK_BYTES = 1 << 16
+_MAX_WAIT_NS = 3_000_000_000  # between a frame and its reading, twice a second
 _LINKTYPE_ETHERNET = 1
 _MAX_FRAME_BYTES = 1 << 18
 _FILE_FORMAT = "IHHiIII"  # magic, version (2), time zone, accuracy, snap length, link type
@@ -48,6 +49,8 @@ class PcapReader:
         self._buffer = b""
         self._record: Struct | None = None
         self._max_kept = _MAX_FRAME_BYTES
+        self._fraction_ns = 1_000
+        self.stamp_ns = 0  # of the frame that was yielded last
 
     @property
     def has_partial_frame(self) -> bool:
@@ -70,7 +73,7 @@ class PcapReader:
         if record is None:
             return
         while len(self._buffer) - at >= _RECORD_BYTES:
-            _, _, kept, size = record.unpack_from(self._buffer, at)
+            seconds, fraction, kept, size = record.unpack_from(self._buffer, at)
             if (
                 not 0 < kept <= min(self._max_kept, size) or size > _MAX_FRAME_BYTES
             ):  # a hole in the file reads as empty frames
@@ -78,6 +81,7 @@ class PcapReader:
             if len(self._buffer) - at - _RECORD_BYTES < kept:
                 break
             at += _RECORD_BYTES + kept
+            self.stamp_ns = seconds * 1_000_000_000 + fraction * self._fraction_ns
             yield self._buffer[at - kept : at], size
         self._buffer = self._buffer[at:]
 
@@ -85,7 +89,8 @@ class PcapReader:
         order = _BYTE_ORDERS.get(self._buffer[:4])
         if order is None:
             raise ValueError("the dump is not a pcap file")
-        *_, snap, link = Struct(f"{order}{_FILE_FORMAT}").unpack_from(self._buffer)
+        magic, *_, snap, link = Struct(f"{order}{_FILE_FORMAT}").unpack_from(self._buffer)
+        self._fraction_ns = 1 if magic == _MAGICS[1] else 1_000
         if link & 0xFFFF != _LINKTYPE_ETHERNET:  # the upper bits describe checksums
             raise ValueError(f"the dump has no Ethernet frames, but link type {link & 0xFFFF}")
         self._record = Struct(f"{order}{_RECORD_FORMAT}")
@@ -112,6 +117,7 @@ class DumpFile:
         self._fd: int | None = None
         self._read_bytes = 0
         self._reader = PcapReader()
+        self._offset_ns: int | None = None
 
     @property
     def is_open(self) -> bool:
@@ -167,7 +173,21 @@ class DumpFile:
         except OSError as exc:
             await self._monitor.ask("object-del", id=self.id)
             raise VmError(f"{path}: QEMU wrote no dump that this process can read: {exc.strerror}") from exc
-        self._read_bytes, self._reader = 0, PcapReader()
+        self._read_bytes, self._reader, self._offset_ns = 0, PcapReader(), None
+
+    def locate_frame(self, now_ns: int) -> int:
+        """Return when the newest frame passed, on the clock of `now_ns`.
+
+        QEMU stamps frames with the guest's clock, which stops with the guest, and each file begins at another time. The
+        clocks are compared by the frame that waited shortest; one that would have waited too long compares them again.
+
+        Args:
+            now_ns: The time now, on the clock of the result.
+        """
+        stamp_ns = self._reader.stamp_ns
+        if self._offset_ns is None or not -_MAX_WAIT_NS <= stamp_ns + self._offset_ns - now_ns <= 0:
+            self._offset_ns = now_ns - stamp_ns
+        return stamp_ns + self._offset_ns
 
     async def stop(self, on_frame: Callable[[bytes, int], None] | None = None) -> bool:
         """Remove the filter and its file; return whether all frames were read.

@@ -6,6 +6,7 @@ QMP commands (see QEMU's QMP reference):
 - ``x-query-virtio-queue-status``: used index of each virtio-blk queue, listed by ``x-query-virtio``.
 - ``qom-get guest-stats`` of the balloon: minor faults, free memory and disk caches, as the guest reports them.
 - ``x-query-jit``: translated blocks, partial TLB flushes, code size (TCG only).
+- What `monitor_sensors` asks, if it is given.
 - ``info registers``: the flags HLT and CPL of one vCPU, sampled ten times a second (TCG on x86 only).
 
 One socket serves one client and QEMU answers in order, so one connection carries the 2 Hz queries and the register
@@ -37,12 +38,14 @@ from phasewatch.telemetry.monitor_queries import (
     MonitorQuery,
     QueryRound,
 )
+from phasewatch.telemetry.monitor_sensors import SENSOR_FIELDS, MonitorSensors
 from phasewatch.types import STALE_NS, SourceKind
 
 __all__ = [
     "BALLOON_FIELDS",
     "BALLOON_POLLING_PROPERTY",
     "BALLOON_POLL_INTERVAL_S",
+    "BLOCK_FIELDS",
     "JIT_FIELDS",
     "REGISTER_FIELDS",
     "JitUse",
@@ -55,6 +58,10 @@ __all__ = [
 JIT_FIELDS = frozenset({"jit_tb", "jit_tlb_partial", "jit_code_bytes"})
 BALLOON_FIELDS = frozenset({"bal_minor_faults", "bal_free_bytes", "bal_cache_bytes"})
 REGISTER_FIELDS = frozenset({"vcpu_busy", "vcpu_user"})
+# What one answer of query-blockstats has.
+BLOCK_FIELDS = frozenset(
+    spec.field for spec in list_raw_fields(SourceKind.QMP) if spec.field.startswith(("blk_", "wr_"))
+) - frozenset(SENSOR_FIELDS)
 BALLOON_POLLING_PROPERTY = "guest-stats-polling-interval"  # seconds; 0, QEMU's default, means never
 BALLOON_POLL_INTERVAL_S = 1  # the interval that a source sets
 _BALLOON_PATH = "/machine/peripheral/balloon0"
@@ -215,6 +222,7 @@ class QmpSource:
         balloon: Path of the balloon in QEMU's object tree; empty if there is none.
         registers: Whether to sample registers; useless under KVM, where the kernel halts vCPUs without telling QEMU.
         jit: Whether to read translation counters.
+        sensors: Further queries, which change the VM until the source closes; None for none.
         deadline_s: Deadline of one reading.
 
     Attributes:
@@ -232,9 +240,11 @@ class QmpSource:
         balloon: str = _BALLOON_PATH,
         registers: bool = True,
         jit: JitUse = JitUse.ALWAYS,
+        sensors: MonitorSensors | None = None,
         deadline_s: float = ROUND_DEADLINE_S,
     ) -> None:
         self._monitor, self._clock, self._balloon_path = monitor, clock, balloon
+        self._sensors = sensors
         self.vcpu_numbers: Callable[[], Sequence[int]] = lambda: range(vcpus)
         self._may_sample = registers
         self._samples: list[tuple[bool, bool]] = []
@@ -276,6 +286,11 @@ class QmpSource:
                 )
             except VmError:
                 self._round.remove(self._balloon)
+        if self._sensors is not None:
+            await self._sensors.open(self._ask)
+            is_slow_asked = self._jit in self._round.queries
+            place = len(self._round.queries) - is_slow_asked
+            self._round.queries[place:place] = self._sensors.queries
         if self._jit in self._round.queries and self._jit.limit_s is not None:
             for _ in range(3):  # a slow query must be known before a model is chosen
                 await self._round.ask()
@@ -290,6 +305,8 @@ class QmpSource:
             with suppress(asyncio.CancelledError, Exception):
                 await sampler
         await self._round.close()
+        if self._sensors is not None:
+            await self._sensors.close()
 
     async def read(self) -> ReadingValues:
         """Return one reading; a query that fails or is late leaves its fields None."""
@@ -304,9 +321,10 @@ class QmpSource:
         blocks = self._convert(self._blocks, self._block_sum.add)
         used = self._convert(self._queue_query, dict)
         sums: ReadingValues = (None,) * 6
+        more: ReadingValues = (None,) * 3
         highest = None
         if blocks is not None:
-            sums, highest = blocks.sums, blocks.highest
+            sums, more, highest = blocks.sums, blocks.extended, blocks.highest
             self._requests += blocks.requests or 0
             if blocks.members != self._disks:
                 self._disks, self._rounds_to_list = blocks.members, 0
@@ -314,7 +332,8 @@ class QmpSource:
         tb, partial, code = self._convert(self._jit, parse_jit) or (None, None, None)
         busy, user = self._compute_register_shares()
         faults, free, cache = self._convert(self._balloon, self._convert_balloon) or (None, None, None)
-        return (*sums, vq_blk, tb, partial, busy, user, faults, free, cache, code, highest)
+        extended = (None,) * len(SENSOR_FIELDS) if self._sensors is None else self._sensors.pop_values()
+        return (*sums, vq_blk, tb, partial, busy, user, faults, free, cache, code, highest, *more, *extended)
 
     @property
     def lost(self) -> dict[str, int]:
@@ -333,8 +352,7 @@ class QmpSource:
 
     def drop_fields(self, fields: frozenset[str]) -> None:
         """Stop querying fields that this VM does not have, and reset the counts of lost readings."""
-        block_fields = {s.field for s in list_raw_fields(SourceKind.QMP) if s.field.startswith(("blk_", "wr_"))}
-        for query, own in ((self._blocks, block_fields), (self._jit, JIT_FIELDS)):
+        for query, own in ((self._blocks, BLOCK_FIELDS), (self._jit, JIT_FIELDS)):
             if own <= fields and query in self._round.queries:
                 self._round.remove(query)
         for query in self._round.queries:

@@ -22,6 +22,7 @@ from phasewatch.bundle.problems import CheckIssue
 from phasewatch.channels import CHANNELS, CUSTOM_CHANNEL_KEYS, list_raw_fields
 from phasewatch.types import (
     BENIGN_PROFILE,
+    ChannelGroup,
     ChannelKind,
     ChannelTrust,
     EpisodeOrigin,
@@ -52,7 +53,16 @@ _UNIVERSAL_CHANNELS = frozenset(
     if c.accel == "any"
     and c.arch == "any"
     and c.trust is ChannelTrust.HOST
+    and c.group is ChannelGroup.BASE  # bundles from before the extended channels have none
     and (c.source, c.name) not in CUSTOM_CHANNEL_KEYS
+)
+_KVM_FIELDS = frozenset(f for c in CHANNELS if c.accel == "kvm" for f in c.fields)
+# Made of base fields: bundles from before the extended channels have their readings, and do not name them.
+_UNNAMED_CHANNELS = frozenset(
+    c.full_name
+    for c in CHANNELS
+    if c.group is ChannelGroup.EXTENDED
+    and all(spec.group is ChannelGroup.BASE for spec in list_raw_fields(c.source) if spec.field in c.fields)
 )
 _TCG_FIELDS = frozenset(
     f for c in CHANNELS if c.accel == "tcg" and (c.source, c.name) not in CUSTOM_CHANNEL_KEYS for f in c.fields
@@ -94,7 +104,7 @@ def _find_channel_contradictions(episode: Episode) -> list[CheckIssue]:
         if never := sorted(expected - read):
             words = f"never read, without a reason: {_format_names(never)}"
             found.append(CheckIssue("channels", words, source=source))
-        if unlisted := sorted(read - claimed - absent - custom):
+        if unlisted := sorted(read - claimed - absent - custom - _UNNAMED_CHANNELS):
             words = f"read, and not in channels_available: {_format_names(unlisted)}"
             found.append(CheckIssue("channels", words, source=source))
         if listed := sorted((read & absent) - claimed):
@@ -404,6 +414,8 @@ def _find_host_contradictions(episode: Episode) -> Iterable[str]:
     read = find_read_fields(qmp)
     if host.accel not in ("tcg", "unknown") and (only := sorted(read & _TCG_FIELDS)):
         yield f"the accelerator is {host.accel}, but fields of TCG alone were read: {_format_names(only)}"
+    if host.accel not in ("kvm", "unknown") and (only := sorted(read & _KVM_FIELDS)):
+        yield f"the accelerator is {host.accel}, but fields of KVM alone were read: {_format_names(only)}"
     if host.arch not in _X86_ARCHS and (only := sorted(read & _X86_FIELDS)):
         yield f"the architecture is {host.arch}, but fields of x86 alone were read: {_format_names(only)}"
 

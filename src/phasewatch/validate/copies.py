@@ -92,7 +92,7 @@ def _compute_identity(row: BinIndexRow, bins: NDArray[np.float32]) -> bytes:
 
     Args:
         row: The index row; the labels count relative to the first one.
-        bins: ``(n, 46)`` float32; they show where the readings lie relative to the labels.
+        bins: ``(n, 73)`` float32; they show where the readings lie relative to the labels.
     """
     spans = [(str(phase), start - row.t0_ns, end - row.t0_ns) for phase, start, end in row.spans]
     who = (row.host_id, row.profile, row.sample_name, str(row.sample_kind), str(row.origin), str(row.role), spans)
@@ -129,7 +129,7 @@ class DuplicateResolver:
             place: Place of its verdict.
             verdict: The verdict.
             row: Index row of its bins.
-            bins: ``(n, 46)`` float32.
+            bins: ``(n, 73)`` float32.
 
         Returns:
             Whether its bins may be needed: not if it repeats an earlier bundle and was not accepted before.

@@ -92,7 +92,10 @@ def _find_labelled_rows(episode: Episode, readings: SourceRows) -> BoolArray:
 
 
 def count_field_nulls(episode: Episode, source: SourceKind) -> tuple[FieldNulls, ...]:
-    """Count the nulls of each raw field of a source, in the order of its rows; empty for a missing source."""
+    """Count the nulls of each raw field that a source recorded, in the order of its rows; empty for a missing source.
+
+    Fields that the bundle does not have, because an earlier version recorded it, are left out.
+    """
     readings = episode.rows.get(source)
     if readings is None:
         return ()
@@ -104,7 +107,10 @@ def count_field_nulls(episode: Episode, source: SourceKind) -> tuple[FieldNulls,
         wall, present = wall[order], present[order]
     runs: dict[bytes, tuple[int, int]] = {}  # fields of one reply are mostly null together
     counted = []
+    recorded = set(episode.manifest.fields.get(source, readings.fields))
     for i, spec in enumerate(list_raw_fields(source)):
+        if spec.field not in recorded:
+            continue
         longest_ns, start_ns = 0, 0
         if nulls[i]:
             null = ~present[:, i]
@@ -150,7 +156,9 @@ def find_excess_nulls(episode: Episode) -> list[CheckIssue]:
     """Find fields of available channels with too many or too long nulls."""
     issues, claimed = [], set(episode.manifest.channels_available)
     for source, readings in episode.rows.items():
-        if readings.present.all():
+        recorded = set(episode.manifest.fields.get(source, readings.fields))
+        is_whole = np.asarray(readings.present.all(axis=0)).tolist()
+        if all(whole for field, whole in zip(readings.fields, is_whole, strict=True) if field in recorded):
             continue
         counted = count_field_nulls(episode, source)
         if source is SourceKind.PROC and (issue := _find_proc_nulls(counted)):

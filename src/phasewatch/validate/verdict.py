@@ -232,7 +232,7 @@ class SweepResult:
 
     Attributes:
         row: Index row of the bins.
-        bins: ``(n, 46)`` float32.
+        bins: ``(n, 73)`` float32.
         levels: ``(n, 13)`` float32.
         seconds: Time that reading and checking took.
     """

@@ -50,7 +50,8 @@ class SinkLog:
         rows: Totals per remote end; they prove that the guest stayed inside its bounds.
         frames_beyond: Number of frames of remote ends beyond the limit of rows.
         lost_frames: Number of answers that QEMU did not accept.
-        forgotten_flows: Number of flows evicted from the flow table.
+        forgotten_flows: Number of flows evicted from the set of known 5-tuples.
+        evicted_flows: Number of destinations and connections evicted from the flow table.
         open_connections: Number of open TCP connections.
         ignored: Numbers of frames without an answer, by reason.
     """
@@ -59,6 +60,7 @@ class SinkLog:
     frames_beyond: int
     lost_frames: int
     forgotten_flows: int
+    evicted_flows: int
     open_connections: int
     ignored: IgnoredFrames
 
@@ -216,7 +218,7 @@ class _SinkServer:
                 frame = self._wire.recv(_MAX_FRAME_BYTES)
             except BlockingIOError:
                 return
-            self._flows.count_frame(frame, True)
+            self._flows.count_frame(frame, True, t_ns=time.monotonic_ns())
             self._log.add_frame(frame, True)
             self._send(self._responder.handle(frame, time.monotonic_ns()))
 
@@ -234,14 +236,14 @@ class _SinkServer:
                 self._backlog.popleft()
                 continue
             frame = self._backlog.popleft()
-            self._flows.count_frame(frame, False)
+            self._flows.count_frame(frame, False, t_ns=time.monotonic_ns())
             self._log.add_frame(frame, False)
 
     def _answer_request(self) -> bool:
         try:
             request = self._control.recv(1)
             if request == _COUNTERS_REQUEST:
-                answer = msgspec.json.encode(self._flows.pop_reading())
+                answer = msgspec.json.encode(self._flows.pop_reading(time.monotonic_ns()))
             elif request == _LOG_REQUEST:
                 answer = msgspec.json.encode(self._build_log())
             elif request == _WORLD_REQUEST:
@@ -276,6 +278,7 @@ class _SinkServer:
             frames_beyond=self._log.frames_beyond,
             lost_frames=self._lost,
             forgotten_flows=self._flows.forgotten,
+            evicted_flows=self._flows.table.evicted,
             open_connections=self._responder.connections,
             ignored=self._responder.ignored,
         )
