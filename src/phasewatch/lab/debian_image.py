@@ -73,7 +73,7 @@ class DebianTools:
 def build_debian_image(
     cache: Path, *, data_mib: int = DEFAULT_DATA_MIB, tools: DebianTools | None = None
 ) -> GuestImage:
-    """Return the Debian guest image (x86_64); build it at first use, in about five minutes.
+    """Return the Debian guest image (x86_64); build it at first use, which takes minutes.
 
     Args:
         cache: Folder that keeps packages and images.
@@ -182,7 +182,7 @@ def _provide_root(cache: Path, tools: DebianTools) -> Path:
             f"{cache}: building the Debian guest image needs {tools.needed_bytes / 1e9:.1f} GB, and "
             f"{free_bytes / 1e9:.1f} GB are free; make room or set XDG_CACHE_HOME to a larger disk"
         )
-    logger.info("building the Debian guest image, once: about 250 MB of packages, about five minutes")
+    logger.info("building the Debian guest image, once: about 250 MB of packages, some minutes")
     # Its own mount and PID namespaces: whatever ends the build, its mounts and its processes end with it.
     enclosed = [unshare, "--mount", "--pid", "--fork", "--kill-child=KILL", "--propagation", "private", "--"]
     with tempfile.TemporaryDirectory(dir=cache, prefix=_BUILD_PREFIX) as folder:
