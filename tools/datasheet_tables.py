@@ -220,8 +220,6 @@ def _build_footprint_slot(host_id: str, index: int, *, agent: bool) -> Recording
         duration_s=FOOTPRINT_DURATION_S,
         phases=((Phase.CLEAN, FOOTPRINT_DURATION_S),),
         knobs=(),
-        background="",
-        background_knobs=(),
         chatter_s=FOOTPRINT_CHATTER_S,
     )
 

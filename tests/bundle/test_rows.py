@@ -43,12 +43,14 @@ def tables(draw: st.DrawFn) -> tuple[SourceKind, list[list[int | float | None]]]
 
 
 def test_a_row_is_one_line_with_its_keys_in_order_and_no_spaces() -> None:
-    data = encode_rows(SourceKind.NETFLOW, [[5, 6, 0, *range(10)]])
+    data = encode_rows(SourceKind.NETFLOW, [[5, 6, 0, *range(10), *[None] * (len(fields_of(SourceKind.NETFLOW)) - 10)]])
 
-    assert data == (
+    assert data.startswith(
         b'{"t_wall_ns":5,"t_mono_ns":6,"seq":0,"out_pkts":0,"out_bytes":1,"in_pkts":2,"in_bytes":3,"new_flows":4,'
-        b'"syn_out":5,"rst_in":6,"dns_queries":7,"dst_ports":8,"dst_ips":9}\n'
+        b'"syn_out":5,"rst_in":6,"dns_queries":7,"dst_ports":8,"dst_ips":9,"'
     )
+    assert data.endswith(b":null}\n")
+    assert data.count(b"\n") == 1
 
 
 def test_a_null_is_no_reading_of_that_field_alone() -> None:
@@ -57,7 +59,7 @@ def test_a_null_is_no_reading_of_that_field_alone() -> None:
 
     rows = decode_rows(SourceKind.QMP, fields_of(SourceKind.QMP), encode_rows(SourceKind.QMP, [values]), file="x")
 
-    assert rows.present[0].tolist() == [False] + [True] * 15
+    assert rows.present[0].tolist() == [False] + [True] * (len(fields_of(SourceKind.QMP)) - 1)
     assert int(rows.columns[0][0]) == 0
 
 

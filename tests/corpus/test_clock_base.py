@@ -3,7 +3,6 @@ clock."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,20 +13,21 @@ import pytest
 from phasewatch.binning.clocks import rebase_episode
 from phasewatch.bundle.archive import pack_bundle, unpack_bundle, unpack_members
 from phasewatch.bundle.model import Episode
-from phasewatch.bundle.rows import encode_columns
-from phasewatch.channels import CHANNELS
+from phasewatch.channels import BASE_CHANNELS
 from phasewatch.types import BundleStatus, ClockBase, SourceKind
 from phasewatch.validate.verdict import BundleLocation, validate_bundle
 
 CORPUS = Path(__file__).parents[2] / "corpus" / "lab-v1"
 SOME = [sorted(folder.glob("*.tar.zst"))[0] for folder in sorted(CORPUS.iterdir()) if folder.is_dir()]
-NETFLOW = [i for i, channel in enumerate(CHANNELS) if channel.source is SourceKind.NETFLOW]
+NETFLOW = [i for i, channel in enumerate(BASE_CHANNELS) if channel.source is SourceKind.NETFLOW]
 
 
 def judge(whole: Episode, members: dict[str, bytes], *, keep_pairs: bool) -> tuple[BundleLocation, bytes]:
     """Pack an episode whose netflow rows carry monotonic time but claim Unix time."""
-    rows = whole.rows[SourceKind.NETFLOW]
-    members["netflow.jsonl"] = encode_columns(replace(rows, t_wall_ns=rows.t_mono_ns))
+    lines = [msgspec.json.decode(line) for line in members["netflow.jsonl"].splitlines()]
+    members["netflow.jsonl"] = b"".join(
+        msgspec.json.encode({**line, "t_wall_ns": line["t_mono_ns"]}) + b"\n" for line in lines
+    )
     clocks = whole.manifest.clocks if keep_pairs else msgspec.structs.replace(whole.manifest.clocks, pairs={})
     data = pack_bundle(msgspec.structs.replace(whole.manifest, clocks=clocks), members, level=3)
     place = BundleLocation(

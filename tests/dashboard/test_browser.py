@@ -93,7 +93,9 @@ class OpenedDashboard:
 
 def telemetry(vm: str = "web-1", start: int = 0, bins: int = 20, **more: Any) -> TelemetryEvent:
     names = tuple(c.full_name for c in CHANNELS)
-    rows = tuple(tuple((i * 7 + start + j) % 11 / 10 if i % 9 else None for i in range(46)) for j in range(bins))
+    rows = tuple(
+        tuple((i * 7 + start + j) % 11 / 10 if i % 9 else None for i in range(len(names))) for j in range(bins)
+    )
     fields = {"host": "pc", "origin": "live", **more}
     return TelemetryEvent(
         vm=vm, t0_ns=NOW_NS + start * 500_000_000, bin_s=0.5, channels=names, values=rows, flags=(0,) * bins, **fields

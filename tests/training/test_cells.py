@@ -213,10 +213,12 @@ def test_alarms_of_every_second_are_fitted_to_the_same_episodes(trained: Path) -
     header = read_header(cells(("gbt",))[0].folder(trained))
     model, sets = registry.load(cells(("gbt",))[0].folder(trained)), load(trained, "held_out_host", FOLD)
     spared = sets.soak.take(sets.calibration_soak)
+    chosen = registry.create("gbt", settings=header.config).fit(sets.train.examples, sets.val_a.examples)
+    selection = chosen.calibrate(sets.val_b.examples)
     parts = [list_live_windows(trained, part.windows.episodes) for part in (sets.val_b, spared)]
     p = [
-        model.predict_proba(one.inputs)
-        for part in parts
+        asked.predict_proba(one.inputs)
+        for asked, part in zip((selection, model), parts, strict=True)
         for one in iter_live_windows(trained, part, sets.train.inputs.spec)
     ]
     labels = LabelSequence.concatenate([part.label_sequence for part in parts])

@@ -50,16 +50,21 @@ _GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def telemetry_sha256(episode: Episode) -> str:
-    """Return the SHA-256 of all readings without stamps and sequence numbers, equal for copies under other ids."""
+    """Return the SHA-256 of all readings without stamps and sequence numbers, equal for copies under other ids.
+
+    It covers the fields that the recorder had, so that it does not change when a later version has more.
+    """
     digest = sha256()
     for source in SourceKind:
         readings = episode.rows.get(source)
         if readings is None:
             continue
-        digest.update(f"{source}:{len(readings)}:{','.join(readings.fields)};".encode())
-        for column in readings.columns:
-            digest.update(np.ascontiguousarray(column).tobytes())
-        digest.update(np.ascontiguousarray(readings.present).tobytes())
+        declared = episode.manifest.fields.get(source, ())
+        kept = [i for i, name in enumerate(readings.fields) if name in declared]
+        digest.update(f"{source}:{len(readings)}:{','.join(readings.fields[i] for i in kept)};".encode())
+        for i in kept:
+            digest.update(np.ascontiguousarray(readings.columns[i]).tobytes())
+        digest.update(np.ascontiguousarray(readings.present[:, kept]).tobytes())
     return digest.hexdigest()
 
 
