@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from math import exp, log
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -351,11 +351,11 @@ class _SessionBuilder:
 
         Each block of episodes has a fixed number of them, at random places.
         """
-        return self._draw_from_block(host_id, "busy block", _LOAD_BLOCK_EPISODES, host_id)
+        return self._draw_from_block(host_id, "busy block", _LOAD_BLOCK_EPISODES)
 
-    def _draw_from_block(self, host_id: str, purpose: str, size: int, *key: str) -> bool:
-        block, place = divmod(self._turns[key], size)
-        self._turns[key] += 1
+    def _draw_from_block(self, host_id: str, purpose: str, size: int) -> bool:
+        block, place = divmod(self._turns[host_id, purpose], size)
+        self._turns[host_id, purpose] += 1
         rng = build_rng(compute_slot_seed(self._spec.name, self._spec.seed, host_id, block), purpose)
         ranks = rng.permutation(size)
         return bool((ranks[place] + rng.random()) / size < self._spec.busy_share)
@@ -379,22 +379,36 @@ class _SessionBuilder:
             kind = self._choose_sample(host_id, profile_group, use="background", is_busy=True)
             knobs = draw_intensities(find_sample(BENIGN_PROFILE, kind), rng("background"))
             loads = (LoadSpan(kind=kind, start_s=0.0, end_s=duration_s, knobs=tuple(knobs.items())),)
-        return RecordingSlot(
-            index=index,
+        return self._fill_slot(
+            index,
+            seed,
             host_id=host_id,
             role=role,
             profile=profile_name,
             sample_name=sample_name,
-            sample_kind=find_profile(profile_name).kind,
-            plan_seed=seed,
-            agent=bool(lab and rng("agent").random() < spec.agent_share),
-            settle_s=round(float(rng("settle").uniform(*spec.settle_s)), 3),
             duration_s=duration_s,
             phases=phases,
             knobs=tuple(draw_intensities(find_sample(profile_name, sample_name), rng("knobs")).items()),
-            chatter_s=round(draw_log_uniform(rng("chatter"), spec.chatter_s), 3),
             loads=loads,
+        )
+
+    def _fill_slot(
+        self, index: int, seed: int, *, host_id: str, role: EpisodeRole, profile: str, **chosen: Any
+    ) -> RecordingSlot:
+        """Build a slot with what both laboratory versions draw alike."""
+        spec, rng = self._spec, partial(build_rng, seed)
+        return RecordingSlot(
+            index=index,
+            host_id=host_id,
+            role=role,
+            profile=profile,
+            sample_kind=find_profile(profile).kind,
+            plan_seed=seed,
+            agent=bool(role is EpisodeRole.LAB and rng("agent").random() < spec.agent_share),
+            settle_s=round(float(rng("settle").uniform(*spec.settle_s)), 3),
+            chatter_s=round(draw_log_uniform(rng("chatter"), spec.chatter_s), 3),
             world=draw_world(rng("world")) if spec.workloads >= 2 else NO_WORLD,
+            **chosen,
         )
 
     def _build_walk_slot(self, host_id: str, role: EpisodeRole, profile_group: ProfileGroup) -> RecordingSlot:
@@ -406,9 +420,7 @@ class _SessionBuilder:
         rng = partial(build_rng, seed)
         is_lab, is_malicious = role is EpisodeRole.LAB, profile != BENIGN_PROFILE
         duration_s = draw_episode_length(rng("length"), between_s=spec.episode_s) if is_lab else spec.soak_s
-        has_loads = not is_lab or self._draw_from_block(
-            host_id, f"coin {is_malicious}", _COIN_BLOCK_EPISODES, host_id, f"coin {is_malicious}"
-        )
+        has_loads = not is_lab or self._draw_from_block(host_id, f"coin {is_malicious}", _COIN_BLOCK_EPISODES)
         loads = self._draw_loads(host_id, role, profile_group, rng("loads"), duration_s, has_loads=has_loads)
         if is_malicious:
             sample_name = self._choose_sample(host_id, profile_group)
@@ -418,25 +430,20 @@ class _SessionBuilder:
             phases = ((Phase.CLEAN, duration_s),)
         forms = [str(form) for form in ContactForm]
         knobs = draw_intensities(find_sample(profile, sample_name), rng("knobs")) if is_malicious else {}
-        return RecordingSlot(
-            index=index,
+        return self._fill_slot(
+            index,
+            seed,
             host_id=host_id,
             role=role,
             profile=profile,
             sample_name=sample_name,
-            sample_kind=find_profile(profile).kind,
-            plan_seed=seed,
-            agent=bool(is_lab and rng("agent").random() < spec.agent_share),
-            settle_s=round(float(rng("settle").uniform(*spec.settle_s)), 3),
             duration_s=duration_s,
             phases=phases,
             knobs=tuple(knobs.items()),
-            chatter_s=round(draw_log_uniform(rng("chatter"), spec.chatter_s), 3),
             loads=loads,
             routine=self._choose_routine(host_id, group, phases) if is_malicious else "",
             armed_form=forms[int(rng("armed").integers(0, len(forms)))] if is_malicious else "",
             dormant_form=forms[int(rng("dormant").integers(0, len(forms)))] if is_malicious else "",
-            world=draw_world(rng("world")),
             cold=round(float(rng("cold").uniform(*_COLD_RANGE)), 3),
         )
 

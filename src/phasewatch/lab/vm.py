@@ -122,7 +122,7 @@ class LabMachine(Protocol):
         """Wait until the work of command `number` ends by itself, and return its exit code."""
 
     async def set_world(self, world: EpisodeWorld) -> None:
-        """Give the network of the VM the servers of an episode."""
+        """Set the servers of an episode in the VM's network."""
 
     def sources(self) -> tuple[TelemetrySource, ...]:
         """Return the telemetry sources of the host, not yet open."""
@@ -212,7 +212,7 @@ class QemuVm:
         return await self._require_driver().wait_finished(number, timeout_s=timeout_s)
 
     async def set_world(self, world: EpisodeWorld) -> None:
-        """Give the sink the servers of an episode."""
+        """Set the servers of an episode in the sink."""
         if self._sink is None:
             raise VmError(f"{self._name}: not running")
         await asyncio.to_thread(self._sink.set_world, world)

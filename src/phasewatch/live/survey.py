@@ -126,7 +126,7 @@ class VmSurvey:
     has_sensors: bool = False
 
     def enable_sensors(self) -> None:
-        """Let `attach` open the sensors that change the VM; the cleanup process must know them before."""
+        """Enable the sensors that change the VM; the cleanup process must know them before `attach` opens them."""
         if self.monitor is not None:
             self.has_sensors = True
             self.task = msgspec.structs.replace(self.task, bitmaps=build_bitmap_names(build_name_prefix()))

@@ -95,7 +95,7 @@ class NetworkResponder:
         return len(self._open)
 
     def set_world(self, world: EpisodeWorld) -> None:
-        """Give the network the servers of an episode; open connections stay as they are."""
+        """Set the servers of an episode; open connections stay as they are."""
         servers = {(IPv4Address(server.address), server.port): server for server in world.servers}
         self._servers = {at: server for at, server in servers.items() if server.role not in ("dns", "ntp")}
         self._names = {

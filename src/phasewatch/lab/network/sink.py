@@ -123,7 +123,7 @@ class NetworkSink:
         return msgspec.json.decode(self._request(_LOG_REQUEST), type=SinkLog)
 
     def set_world(self, world: EpisodeWorld) -> None:
-        """Give the network the servers of an episode.
+        """Set the servers of an episode in the network.
 
         Raises:
             VmError: If the process does not answer in time.

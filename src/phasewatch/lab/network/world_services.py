@@ -160,7 +160,7 @@ class WorldService:
         return self._inner
 
     def _update(self) -> None:
-        """Take over the answer and the next wake-up of the protocol, unless the answer is held back."""
+        """Copy the answer and the next wake-up of the protocol, unless the answer is held back."""
         times = [self._release_ns, self._inner.wake_ns if self._inner is not None else None]
         self.wake_ns = min((time for time in times if time is not None), default=None)
         if self._release_ns is not None:
