@@ -12,6 +12,7 @@ from phasewatch.metrics import (
     apply_temperature,
     brier_score,
     classes_present,
+    compute_pooled_macro_f1,
     confusion_counts,
     ece,
     f1_per_class,
@@ -50,6 +51,15 @@ def test_macro_f1_is_over_the_classes_that_occur_and_a_decision_outside_is_an_er
 def test_macro_f1_of_no_class_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one true window"):
         macro_f1(np.zeros((5, 5)))
+
+
+def test_pooled_macro_f1_is_that_of_the_joined_folds_and_not_the_mean_over_them() -> None:
+    """The second fold lacks three phases; its own macro-F1 would weigh as much as that of the first."""
+    rng = np.random.default_rng(3)
+    folds = [(rng.integers(0, 5, 200), rng.integers(0, 5, 200)), (np.array([0, 0, 1]), np.array([0, 1, 1]))]
+    truth, decided = (np.concatenate([fold[side] for fold in folds]) for side in (0, 1))
+
+    assert compute_pooled_macro_f1(folds) == pytest.approx(float(macro_f1(confusion_counts(truth, decided))))
 
 
 @settings(max_examples=60, deadline=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,6 +22,7 @@ __all__ = [
     "calibration_gap_terms",
     "classes_present",
     "compute_f1_from_terms",
+    "compute_pooled_macro_f1",
     "confusion_counts",
     "debiased_rms",
     "ece",
@@ -123,6 +124,16 @@ def macro_f1(confusion: ArrayLike, classes: Sequence[int] | None = None) -> NDAr
         raise ValueError("macro-F1 needs a class with at least one true window")
     mean: NDArray[np.float64] = f1_per_class(confusion)[..., list(chosen)].mean(axis=-1)
     return mean
+
+
+def compute_pooled_macro_f1(parts: Iterable[tuple[NDArray[np.integer], NDArray[np.integer]]]) -> float:
+    """Compute macro-F1 over the windows of several folds together, as test scores are.
+
+    Args:
+        parts: True and decided phase codes of each fold, ``(n,)`` each.
+    """
+    confusion = sum((confusion_counts(y_true, y_pred) for y_true, y_pred in parts), np.zeros((N_CLASSES,) * 2))
+    return float(macro_f1(confusion))
 
 
 def merge_into_three_states(confusion: ArrayLike) -> NDArray[np.float64]:

@@ -51,11 +51,11 @@ from phasewatch.evaluation.metric_table import (
     render_metrics,
     select_headline,
 )
-from phasewatch.evaluation.predictions import ModelPredictions, PredictionGroup, parse_prediction_groups
+from phasewatch.evaluation.predictions import PredictionGroup, parse_prediction_groups
 from phasewatch.evaluation.ranking import build_ranking_rows
 from phasewatch.evaluation.scoring import EvaluationSettings, MetricKey, build_scoring_set
 from phasewatch.evaluation.selection import build_selection_rows
-from phasewatch.metrics import confusion_counts, macro_f1
+from phasewatch.metrics import compute_pooled_macro_f1
 from phasewatch.models import checkpoint, registry
 from phasewatch.models.alarm import LIVE_STRIDE_S, RULE_STRIDE_S
 from phasewatch.splits import ALARM_RECIPES, Fold
@@ -66,6 +66,7 @@ from phasewatch.types import SampleKind
 __all__ = ["evaluate_run", "read_metrics", "render_headline"]
 
 _FOLD_MEAN_NOTE = MetricNote(code=NoteCode.MEAN_OVER_FOLDS, text="mean over folds")
+_CHOICE_NOTE = MetricNote(code=NoteCode.COUNT, text="chooses a model, so it has no interval")
 
 
 def _build_training_rows(
@@ -119,12 +120,10 @@ def _build_training_rows(
             first = min(s.seed for s in own)
             whole = sorted(s.fold for s in own if s.seed == first) == group.folds
             if is_headline and whole and model not in registry.BASELINE_MODELS and val_b is not None:
-                scores = {
-                    s.fold: _compute_macro_f1(s) for s in val_b.predictions if (s.model, s.seed) == (model, first)
-                }
-                if sorted(scores) == group.folds:
-                    value = float(np.mean([scores[fold] for fold in group.folds]))
-                    yield key.row(metric=SELECTION_METRIC, model=model, seed=first, value=value, note=_FOLD_MEAN_NOTE)
+                found = [s for s in val_b.predictions if (s.model, s.seed) == (model, first)]
+                if sorted(s.fold for s in found) == group.folds:
+                    value = compute_pooled_macro_f1((s.windows.y_true, s.output.y_pred) for s in found)
+                    yield key.row(metric=SELECTION_METRIC, model=model, seed=first, value=value, note=_CHOICE_NOTE)
 
 
 def _read_trials(run: Path, groups: Sequence[PredictionGroup]) -> dict[tuple[str, str, str], int]:
@@ -146,10 +145,6 @@ def _read_header_if_any(run: Path, experiment: Experiment) -> checkpoint.Checkpo
         return checkpoint.read_header(experiment.folder(run))
     except PhasewatchError:
         return None
-
-
-def _compute_macro_f1(predictions: ModelPredictions) -> float:
-    return float(macro_f1(confusion_counts(predictions.windows.y_true, predictions.output.y_pred)))
 
 
 _AGENT_STATES = ("off", "on", None)  # None = both

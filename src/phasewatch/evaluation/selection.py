@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricNote, MetricRow, NoteCode
 from phasewatch.evaluation.predictions import ModelPredictions, PredictionGroup
 from phasewatch.evaluation.scoring import MetricKey
-from phasewatch.metrics import confusion_counts, macro_f1, merge_into_three_states
+from phasewatch.metrics import compute_pooled_macro_f1
 from phasewatch.models.registry import BASELINE_MODELS
 from phasewatch.training.predictions import NO_FILTER
 
@@ -41,7 +39,7 @@ def build_selection_rows(
 
     `variants_tried` counts models, input variants and seeds, each times the settings that were tried; baselines do not
     count. `selection_confirmed` has two rows: hosts are sorted by name and halved alternately, the best variant by
-    three-state macro-F1 on validation B of one half (``bin`` 0 or 1) is scored on the test windows of the other.
+    five-phase macro-F1 on validation B of one half (``bin`` 0 or 1) is scored on the test windows of the other.
 
     Args:
         groups: Test predictions of all recipes.
@@ -92,7 +90,7 @@ def _build_confirmation_rows(key: MetricKey, candidates: Sequence[_Candidate]) -
         return
     halves = [{fold for fold, host in hosts.items() if host in names[at::2]} for at in (0, 1)]
     for number, (half, other) in enumerate((halves, halves[::-1])):
-        best = max(candidates, key=lambda c: (np.mean([_score([c.val_b[fold]]) for fold in sorted(half)]), c.model))
+        best = max(candidates, key=lambda c: (_score(c.val_b[fold] for fold in half), c.model))
         value = _score([best.test[fold] for fold in sorted(other)])
         yield key.row(
             metric="selection_confirmed", model=best.model, bin=float(number), value=value, note=_ONE_CHOICE_NOTE
@@ -100,8 +98,5 @@ def _build_confirmation_rows(key: MetricKey, candidates: Sequence[_Candidate]) -
 
 
 def _score(parts: Iterable[ModelPredictions]) -> float:
-    """Compute three-state macro-F1 over the windows of several folds."""
-    confusion = sum(
-        (confusion_counts(part.windows.y_true, part.output.y_pred) for part in parts), np.zeros((5, 5), np.int64)
-    )
-    return float(macro_f1(merge_into_three_states(confusion)))
+    """Compute five-phase macro-F1 over the windows of several folds."""
+    return compute_pooled_macro_f1((part.windows.y_true, part.output.y_pred) for part in parts)

@@ -23,6 +23,8 @@ __all__ = [
     "MAX_CHANCE_DISTANCE",
     "MAX_ELAPSED_TIME_F1",
     "MIN_IDLE_SHARE",
+    "TIMELINE_SCORES",
+    "EpisodeTimeline",
     "PlanBaseline",
     "PlanBaselines",
     "check_plan",
@@ -32,6 +34,7 @@ __all__ = [
     "compute_window_phases",
     "estimate_elapsed_time_f1",
     "refuse_leaky_plan",
+    "score_timelines",
 ]
 
 # Above it, elapsed time alone predicts the phase too well; by version of the laboratory.
@@ -135,8 +138,14 @@ PlanBaselines = tuple[PlanBaseline, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _EpisodeTimeline:
-    """Phases and loads of one episode, without anything that a machine would show."""
+class EpisodeTimeline:
+    """Phases and loads of one episode, without anything that a machine would show.
+
+    Attributes:
+        phases: Phases and their seconds, in order.
+        loads: Loads and idle spans, in order.
+        is_benign: Whether no malware runs.
+    """
 
     phases: PhaseWalk
     loads: tuple[LoadSpan, ...]
@@ -158,6 +167,29 @@ def compute_auc(positive: NDArray[np.float64], negative: NDArray[np.float64]) ->
     below = np.searchsorted(ordered, positive, "left")
     up_to = np.searchsorted(ordered, positive, "right")
     return float((below + up_to).sum() / 2 / len(positive) / len(negative))
+
+
+# Name → what the score of a rule that sees no telemetry means.
+TIMELINE_SCORES = {
+    "load_armed": "AUC of armed against clean from whether a load runs",
+    "load_dormant": "AUC of dormant against clean from whether a load runs",
+    "duration": "AUC of active against busy benign from how long it has lasted",
+    "whole_duration": "AUC of active against busy benign from how long it lasts",
+}
+
+
+def score_timelines(timelines: Sequence[EpisodeTimeline]) -> dict[str, float | None]:
+    """Score rules that know only loads or durations on episodes, by name (`TIMELINE_SCORES`).
+
+    Returns:
+        Areas under the ROC curve; None where the episodes lack one of the two sides.
+    """
+    return {
+        "load_armed": _score_load(Phase.ARMED, timelines),
+        "load_dormant": _score_load(Phase.DORMANT, timelines),
+        "duration": _score_duration(timelines),
+        "whole_duration": _score_whole_duration(timelines),
+    }
 
 
 def compute_plan_baselines(
@@ -183,22 +215,18 @@ def compute_plan_baselines(
     rng = build_rng(seed, "baselines")
     simulated = [_draw_timeline(spec, rng) for _ in range(_N_SIMULATED_EPISODES)]
     drawn = [
-        _EpisodeTimeline(phases=slot.phases, loads=slot.loads, is_benign=slot.profile == BENIGN_PROFILE)
+        EpisodeTimeline(phases=slot.phases, loads=slot.loads, is_benign=slot.profile == BENIGN_PROFILE)
         for session in sessions
         for slot in session.slots
         if slot.role is EpisodeRole.LAB
     ]
     rows = [elapsed]
     near = {"low": 0.5 - MAX_CHANCE_DISTANCE, "high": 0.5 + MAX_CHANCE_DISTANCE}
-    for name, about, score in (
-        ("load_armed", "AUC of armed against clean from whether a load runs", partial(_score_load, Phase.ARMED)),
-        ("load_dormant", "AUC of dormant against clean from whether a load runs", partial(_score_load, Phase.DORMANT)),
-        ("duration", "AUC of active against busy benign from how long it has lasted", _score_duration),
-        ("whole_duration", "AUC of active against busy benign from how long it lasts", _score_whole_duration),
-    ):
-        value = score(simulated)
+    drawn_scores = score_timelines(drawn)
+    for name, value in score_timelines(simulated).items():
         if value is not None:
-            rows.append(PlanBaseline(name=name, about=about, value=value, drawn=score(drawn), **near))
+            about = TIMELINE_SCORES[name]
+            rows.append(PlanBaseline(name=name, about=about, value=value, drawn=drawn_scores[name], **near))
     rows.append(
         PlanBaseline(
             name="idle_share",
@@ -239,7 +267,7 @@ def refuse_leaky_plan(spec: PlanSpec, baselines: PlanBaselines) -> None:
             )
 
 
-def _draw_timeline(spec: PlanSpec, rng: np.random.Generator) -> _EpisodeTimeline:
+def _draw_timeline(spec: PlanSpec, rng: np.random.Generator) -> EpisodeTimeline:
     """Draw an episode as the plan does: benign or not, then the same coin and the same walk of loads for both."""
     length_s = draw_episode_length(rng, between_s=spec.episode_s)
     is_benign = bool(rng.random() < spec.benign_share)
@@ -255,7 +283,7 @@ def _draw_timeline(spec: PlanSpec, rng: np.random.Generator) -> _EpisodeTimeline
             choose_kind=lambda: _ANY_LOAD,
             draw_knobs=lambda kind: (),
         )
-    return _EpisodeTimeline(phases=phases, loads=loads, is_benign=is_benign)
+    return EpisodeTimeline(phases=phases, loads=loads, is_benign=is_benign)
 
 
 def _list_window_starts(length_s: float) -> NDArray[np.float64]:
@@ -263,7 +291,7 @@ def _list_window_starts(length_s: float) -> NDArray[np.float64]:
     return np.asarray(np.arange(count) * _STRIDE_S, np.float64)
 
 
-def _compute_load_share(timeline: _EpisodeTimeline) -> NDArray[np.float64]:
+def _compute_load_share(timeline: EpisodeTimeline) -> NDArray[np.float64]:
     """Compute the share of each window during which a load runs: ``(n,)`` float64."""
     starts = _list_window_starts(sum(seconds for _, seconds in timeline.phases))
     share = np.zeros(len(starts))
@@ -273,7 +301,7 @@ def _compute_load_share(timeline: _EpisodeTimeline) -> NDArray[np.float64]:
     return np.asarray(share / _WINDOW_S, np.float64)
 
 
-def _score_load(phase: Phase, timelines: Iterable[_EpisodeTimeline]) -> float | None:
+def _score_load(phase: Phase, timelines: Iterable[EpisodeTimeline]) -> float | None:
     """Score a rule that knows only how much load runs: the AUC of a phase against clean."""
     scores: dict[bool, list[NDArray[np.float64]]] = {True: [np.zeros(0)], False: [np.zeros(0)]}
     for timeline in timelines:
@@ -283,7 +311,7 @@ def _score_load(phase: Phase, timelines: Iterable[_EpisodeTimeline]) -> float | 
     return compute_auc(np.concatenate(scores[True]), np.concatenate(scores[False]))
 
 
-def _list_busy_intervals(timelines: Iterable[_EpisodeTimeline]) -> dict[bool, list[tuple[float, float]]]:
+def _list_busy_intervals(timelines: Iterable[EpisodeTimeline]) -> dict[bool, list[tuple[float, float]]]:
     """Return (start, end) of active phases under True, and of loads in benign episodes under False, in seconds."""
     found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for timeline in timelines:
@@ -298,20 +326,20 @@ def _list_busy_intervals(timelines: Iterable[_EpisodeTimeline]) -> dict[bool, li
     return found
 
 
-def _score_duration(timelines: Iterable[_EpisodeTimeline]) -> float | None:
+def _score_duration(timelines: Iterable[EpisodeTimeline]) -> float | None:
     """Score a rule that knows only how long the present activity has lasted, once per stride."""
     found = _list_busy_intervals(timelines)
     elapsed = {key: [np.arange(0, end - start, _STRIDE_S) for start, end in found[key]] for key in found}
     return compute_auc(*(np.concatenate([np.zeros(0), *elapsed[key]]) for key in (True, False)))
 
 
-def _score_whole_duration(timelines: Iterable[_EpisodeTimeline]) -> float | None:
+def _score_whole_duration(timelines: Iterable[EpisodeTimeline]) -> float | None:
     """Score a rule that knows only the whole duration of each activity."""
     found = _list_busy_intervals(timelines)
     return compute_auc(*(np.array([end - start for start, end in found[key]]) for key in (True, False)))
 
 
-def _compute_idle_share(timelines: Iterable[_EpisodeTimeline]) -> float:
+def _compute_idle_share(timelines: Iterable[EpisodeTimeline]) -> float:
     benign = [timeline for timeline in timelines if timeline.is_benign]
     idle_s = sum(span.end_s - span.start_s for each in benign for span in each.loads if span.is_idle)
     all_s = sum(seconds for each in benign for _, seconds in each.phases)

@@ -217,8 +217,13 @@ class QemuVm:
             raise VmError(f"{self._name}: not running")
         await asyncio.to_thread(self._sink.set_world, world)
 
-    def sources(self) -> tuple[TelemetrySource, ...]:
-        """Return the three telemetry sources of the host. The VM keeps its monitor connection and closes it."""
+    def sources(self, *, sensors: bool = True) -> tuple[TelemetrySource, ...]:
+        """Return the three telemetry sources of the host. The VM keeps its monitor connection and closes it.
+
+        Args:
+            sensors: Whether the monitor is also asked for what changes the VM while it is asked: dirty bitmaps, page
+                sampling.
+        """
         if self._qemu is None or self._monitor is None or self._sink is None:
             raise VmError(f"{self._name}: not running")
         return (
@@ -230,7 +235,11 @@ class QemuVm:
                 vcpus=self._settings.shape.vcpus,
                 clock=self._settings.clock,
                 registers=self._settings.accel == "tcg",
-                sensors=MonitorSensors(clock=self._settings.clock, bitmaps=build_bitmap_names("phasewatch-lab")),
+                sensors=(
+                    MonitorSensors(clock=self._settings.clock, bitmaps=build_bitmap_names("phasewatch-lab"))
+                    if sensors
+                    else None
+                ),
             ),
         )
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from traceback import extract_tb
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from phasewatch import atomic
 from phasewatch.arrays import FloatArray
@@ -25,9 +27,9 @@ from phasewatch.artifacts import (
 )
 from phasewatch.dataset import FoldData, file_sha256, load, read_fold
 from phasewatch.errors import MachineError, ModelError, PhasewatchError, RunError, UsageError
-from phasewatch.metrics import confusion_counts, macro_f1
+from phasewatch.metrics import compute_pooled_macro_f1
 from phasewatch.models import registry
-from phasewatch.models.base import InputKind, PhaseModel, PostprocessingData
+from phasewatch.models.base import InputKind, InputVariant, PhaseModel, PostprocessingData
 from phasewatch.models.checkpoint import CHECKPOINT_FILE, read_header
 from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE, SMOOTHING_SCHEDULE
 from phasewatch.parallel.pool import map_ordered
@@ -363,28 +365,34 @@ def _predict_live_parts(fitted: FittedModel, sets: FoldData) -> list[PartPredict
     ]
 
 
-def find_best_models(run: Path, cells: Sequence[Experiment], *, n: int = N_BEST_MODELS) -> tuple[tuple[str, str], ...]:
-    """Return model and input variant of the `n` best on unseen hosts, by validation alone.
+def find_best_models(run: Path, cells: Sequence[Experiment], *, n: int = N_BEST_MODELS) -> tuple[str, ...]:
+    """Return the `n` best models on unseen hosts, best first, by validation alone.
 
-    The score is macro-F1 over the five phases on validation B, the mean over the folds; the headline's model is chosen
-    by the same score. Only those that were trained on as many folds as any other are compared.
+    The score is macro-F1 over the five phases on validation B of all folds together; the headline's model is chosen by
+    the same score. Only models that the headline may name are compared: those with raw input that were trained on as
+    many folds as any other.
     """
-    scores: dict[tuple[str, str], list[float]] = {}
+    found: dict[str, list[Experiment]] = {}
+    compared = (HEADLINE_RECIPE, "realistic", InputVariant.RAW)
     for cell in cells:
-        if (cell.recipe, cell.threat) == (HEADLINE_RECIPE, "realistic") and cell.model not in registry.BASELINE_MODELS:
-            scores.setdefault((cell.model, cell.table), []).append(_score_val_b(run, cell))
-    whole = max(map(len, scores.values()), default=0)
-    means = {key: fmean(found) for key, found in scores.items() if len(found) == whole}
-    return tuple(sorted(means, key=lambda key: (-means[key], key))[:n])
+        if (cell.recipe, cell.threat, cell.table) == compared and cell.model not in registry.BASELINE_MODELS:
+            found.setdefault(cell.model, []).append(cell)
+    whole = max(map(len, found.values()), default=0)
+    scores = {
+        model: compute_pooled_macro_f1(_read_val_b_decisions(run, cell) for cell in cells)
+        for model, cells in found.items()
+        if len(cells) == whole
+    }
+    return tuple(sorted(scores, key=lambda model: (-scores[model], model))[:n])
 
 
-def _score_val_b(run: Path, cell: Experiment) -> float:
+def _read_val_b_decisions(run: Path, cell: Experiment) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    """Return the true and the decided phase codes of an experiment on validation B, ``(n,)`` each."""
     from pyarrow.compute import field
 
     table = read_predictions(cell.folder(run) / EXPERIMENT_PREDICTIONS_FILE)
     rows = table.filter((field("part") == "val_b") & (field("filter") == SMOOTHING_NONE))
-    confusion = confusion_counts(rows["y_true"].to_numpy(), rows["y_pred"].to_numpy())
-    return float(macro_f1(confusion))
+    return rows["y_true"].to_numpy(), rows["y_pred"].to_numpy()
 
 
 def compute_run_digests(run: Path) -> RunDigests:
