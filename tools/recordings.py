@@ -29,7 +29,7 @@ from phasewatch.bundle.model import Manifest
 from phasewatch.channels import CHANNELS
 from phasewatch.features.schema import stat_names
 from phasewatch.features.tables import build_window_table
-from phasewatch.lab.plan_checks import TIMELINE_SCORES, EpisodeTimeline, compute_auc, score_timelines
+from phasewatch.lab.plan_checks import TIMELINE_SCORES, EpisodeOutline, compute_auc, score_timelines
 from phasewatch.lab.walks import LoadSpan
 from phasewatch.profiles import IDLE_SAMPLE, IDLE_SAMPLES
 from phasewatch.types import BENIGN_PROFILE, PHASES, BundleStatus, ChannelGroup, EpisodeRole, Phase
@@ -76,7 +76,7 @@ class RecordedEpisode:
         """The guest image."""
         return (self.manifest.recording and self.manifest.recording.image) or "busybox"
 
-    def build_timeline(self) -> EpisodeTimeline:
+    def build_timeline(self) -> EpisodeOutline:
         """Return its phases and loads, without telemetry."""
         recording = self.manifest.recording
         spans = recording.load if recording else ()
@@ -84,7 +84,7 @@ class RecordedEpisode:
         loads = tuple(
             LoadSpan(kind=kind, start_s=(begin - start) / 1e9, end_s=(end - start) / 1e9) for kind, begin, end in spans
         )
-        return EpisodeTimeline(
+        return EpisodeOutline(
             phases=tuple((phase, seconds) for phase, seconds in self.manifest.plan),
             loads=loads or (LoadSpan(kind=IDLE_SAMPLE, start_s=0.0, end_s=self.manifest.duration_s),),
             is_benign=self.is_benign,

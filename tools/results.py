@@ -17,7 +17,13 @@ from phasewatch.audit.run import read_audit
 from phasewatch.audit.shortcut_checks import IDLE_CHECK, LOAD_CHECK, SPLICE_CHECK
 from phasewatch.evaluation.evaluate import read_metrics
 from phasewatch.evaluation.headline import build_headline, render_headline
-from phasewatch.evaluation.metric_table import HEADLINE_RECIPES, MetricRow, MetricTable, select_headline
+from phasewatch.evaluation.metric_table import (
+    DEFAULT_HEADLINE,
+    HEADLINE_RECIPES,
+    MetricRow,
+    MetricTable,
+    select_headline,
+)
 from phasewatch.models import registry
 from phasewatch.report.summary import IN_DISTRIBUTION, describe_inversion
 from phasewatch.splits import SPLIT_RECIPES, Recipe, parse_fold
@@ -59,7 +65,7 @@ def render(
         f"# {title}",
         f"Generated from one run, no number is typed in; its `{PREDICTIONS_FILE}` has sha256 `{digest}`.",
         f"```\n{command}\n```",
-        f"**{render_headline(build_headline(metrics))}**",
+        f"**{render_headline(build_headline(metrics), audit.build_verdict() if audit else None)}**",
         "Intervals are 95 %, over sessions resampled within hosts; they cover these hosts, samples and seeds. "
         "`realistic` and `portable` are scored on test episodes without the guest's agent, `oracle` on those with it. "
         "Baselines are in italics.",
@@ -236,12 +242,13 @@ def _render_variants(rows: Sequence[MetricRow]) -> str:
         and base_metric(r) == "macro_f1"
         and r.seed == "mean"
         and r.agent == AGENT.get(r.channel_set)
-        and ((r.input, r.smoothing) != ("raw", "none") or r.channel_set == "portable")
+        and (r.channel_set, r.input, r.smoothing) != (DEFAULT_HEADLINE.channel_set, DEFAULT_HEADLINE.input, "none")
+        and (r.channel_set == DEFAULT_HEADLINE.channel_set or r.smoothing == "none")
     ]
     if not variants:
         return ""
     body = [
-        [r.recipe, r.channel_set, str(r.model), r.input, r.smoothing, render_interval(r)]
+        [r.recipe, r.channel_set, r.agent or "on and off", str(r.model), r.input, r.smoothing, render_interval(r)]
         + [render_interval(_find_variant_gap(rows, r, metric), sign=True) for metric in ("macro_f1", "macro_f1_3class")]
         for r in variants
     ]
@@ -249,7 +256,7 @@ def _render_variants(rows: Sequence[MetricRow]) -> str:
         "`schedule` uses no telemetry: it predicts from the order and length of the phases alone. Gaps are paired over "
         "the same sessions, against the same model without smoothing, on raw values and `realistic` channels."
     )
-    head = ["recipe", "channel set", "model", "input", "smoothing", "macro-F1", "gap", "gap, 3 states"]
+    head = ["recipe", "channel set", "agent", "model", "input", "smoothing", "macro-F1", "gap", "gap, 3 states"]
     return f"## Smoothing, inputs, channel sets\n\n{about}\n\n" + table([head, *body])
 
 

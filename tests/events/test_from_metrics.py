@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from tests.factories.report_runs import MALICIOUS, Recipe, make_run
 
 from phasewatch.evaluation.evaluate import read_metrics
-from phasewatch.evaluation.headline import build_headline, render_headline
+from phasewatch.evaluation.headline import HeadlineVerdict, build_headline, render_headline
 from phasewatch.evaluation.metric_table import MetricRow, MetricTable
 from phasewatch.events.from_metrics import build_metric_events, build_profile_event
 from phasewatch.events.schema import ConfusionEvent, EventEnvelope, ScoreEvent, parse_event, render_event
@@ -33,6 +33,20 @@ def test_leaderboard_is_sorted_by_score_and_marks_baselines(metrics: MetricTable
     assert {r.model: r.is_baseline for r in score.rows} == {"gbt": False, "majority": True, "elapsed_time": True}
     assert (score.metric, score.tested, score.registered) == ("macro_f1", 4, 6)
     assert score.headline == render_headline(build_headline(metrics))
+
+
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [
+        (HeadlineVerdict(passes=False, failed=("disjoint",)), "failed its audit (disjoint)"),
+        (HeadlineVerdict(passes=True, withdraws_five_phases=True), "5 phases withdrawn"),
+    ],
+)
+def test_headline_obeys_the_verdict_of_the_audit(metrics: MetricTable, verdict: HeadlineVerdict, words: str) -> None:
+    event = build_metric_events(metrics, verdict)[0]
+
+    assert isinstance(event, ScoreEvent)
+    assert words in event.headline
 
 
 def test_scores_on_fewer_hosts_come_last(metrics: MetricTable) -> None:

@@ -364,11 +364,17 @@ def test_report_has_the_shortcut_checks_of_every_model_in_one_table() -> None:
     assert page.notices == ()
 
 
-def test_report_says_that_five_phases_are_withdrawn() -> None:
-    page = page_of([GBT], audit=shortcut_audit(idle_row("gbt", 0.40, is_headline=True)))
+def test_report_says_that_five_phases_are_withdrawn_and_quotes_three_classes_instead() -> None:
+    leaky = row("macro_f1_3class", "gbt", 0.9, recipe="random_windows", low=0.88, high=0.92)
+    audit = shortcut_audit(idle_row("gbt", 0.40, is_headline=True))
+
+    page = page_of([GBT, THREE, CLOCK, LEAKY, leaky], audit=audit)
 
     assert len(page.notices) == 1
     assert "five-phase scores are withdrawn" in page.notices[0]
+    assert f"three classes, macro-F1 of gbt: {THREE.value:.2f}" in page.claim.words
+    assert "5 phases withdrawn" in page.claim.line
+    assert [tile.name for tile in page.claim.tiles if tile.name in ("five phases", "three states")] == ["three states"]
 
 
 def test_page_without_an_audit_has_a_notice() -> None:

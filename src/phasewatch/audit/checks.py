@@ -9,6 +9,7 @@ from enum import StrEnum
 import msgspec
 
 from phasewatch.errors import PhasewatchError, RunError
+from phasewatch.evaluation.headline import HeadlineVerdict
 
 __all__ = [
     "IDLE_CLEAN_METRIC",
@@ -150,6 +151,14 @@ class AuditReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """Whether the five-phase scores of the headline are withdrawn: its model does not call idle machines clean."""
         rows = (row for check in self.checks for row in check.rows)
         return any(row.metric == IDLE_CLEAN_METRIC and row.is_headline and row.holds is False for row in rows)
+
+    def build_verdict(self) -> HeadlineVerdict:
+        """Return the verdict that stands beside the headline."""
+        return HeadlineVerdict(
+            passes=self.passes,
+            failed=tuple(check.name for check in self.failed_checks),
+            withdraws_five_phases=self.withdraws_five_phases,
+        )
 
     @property
     def summary(self) -> str:

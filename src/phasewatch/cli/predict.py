@@ -15,7 +15,7 @@ from phasewatch.cli.folders import check_run_folder, find_bundled_model
 from phasewatch.cli.options import AsJson, ChannelSets, ModelPath, RunFolder, Smoothing, SmoothingOption
 from phasewatch.cli.progress import show_progress
 from phasewatch.cli.streams import escape_for_terminal
-from phasewatch.evaluation.headline import build_headline, render_headline
+from phasewatch.evaluation.headline import build_headline, read_verdict, render_headline
 from phasewatch.evaluation.metric_table import HeadlineKey, parse_metrics
 from phasewatch.inference.model_selection import find_models
 from phasewatch.inference.offline import choose_offline_model
@@ -54,10 +54,13 @@ def export(
     check_run_folder(run)
     path = run / METRICS_FILE
     metrics = parse_metrics(path.read_bytes(), file=str(path)) if path.is_file() else None
+    verdict = read_verdict(run)
 
     def quote(name: str) -> str:
+        if metrics is None:
+            return ""
         key = HeadlineKey(channel_set=name, model=model)
-        return render_headline(build_headline(metrics, key)) if metrics is not None else ""
+        return render_headline(build_headline(metrics, key), verdict)
 
     request = ExportRequest(model=model, recipe=recipe, fold=fold, threats=common.parse_names(channels), seed=seed)
     done = export_run(run, out, request, quote=quote)

@@ -31,6 +31,7 @@ __all__ = [
     "HeadlineVerdict",
     "build_headline",
     "read_headline",
+    "read_verdict",
     "render_headline",
     "write_headline",
 ]
@@ -211,6 +212,15 @@ def read_headline(run: Path) -> Headline:
         raise RunError(f"{path}: absent; make it with `phasewatch evaluate {run}`") from exc
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise RunError(f"{path}: not a headline: {exc}; make it again with `phasewatch evaluate {run}`") from exc
+
+
+def read_verdict(run: Path) -> HeadlineVerdict | None:
+    """Read the audit's verdict on a run; return None if it was not audited since its last evaluation.
+
+    Raises:
+        RunError: If `headline.json` is not a headline.
+    """
+    return read_headline(run).audit if (run / HEADLINE_FILE).is_file() else None
 
 
 def _build_block(own: Sequence[MetricRow], key: HeadlineKey, recipe: str) -> HeadlineBlock:

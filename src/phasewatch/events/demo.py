@@ -11,6 +11,7 @@ from pathlib import Path
 
 from phasewatch.artifacts import METRICS_FILE, file_sha256
 from phasewatch.evaluation.evaluate import read_metrics
+from phasewatch.evaluation.headline import read_verdict
 from phasewatch.events.from_metrics import build_metric_events, build_profile_event
 from phasewatch.events.from_replay import (
     ReplayEpisode,
@@ -108,10 +109,13 @@ def read_demo_episodes(config: DemoConfig) -> tuple[ReplayEpisode, ...]:
 
 
 def read_metric_events(run: Path) -> tuple[EventData, ...]:
-    """Read the metrics of a run as events: leaderboard, confusion matrix, and scores by profile and host."""
+    """Read the metrics of a run as events: leaderboard, confusion matrix, and scores by profile and host.
+
+    The headline in them obeys the audit's verdict.
+    """
     metrics = read_metrics(run)
     table = build_profile_event(metrics)
-    return (*build_metric_events(metrics), *(() if table is None else (table,)))
+    return (*build_metric_events(metrics, read_verdict(run)), *(() if table is None else (table,)))
 
 
 async def publish_metrics(run: Path, publish: EventPublisher) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from phasewatch import profiles
 from phasewatch.evaluation import query
-from phasewatch.evaluation.headline import build_headline, render_headline
+from phasewatch.evaluation.headline import HeadlineVerdict, build_headline, render_headline
 from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow, MetricTable, select_rows
 from phasewatch.events.schema import (
     ConfusionEvent,
@@ -27,10 +27,15 @@ _SPLIT_PROTOCOLS = ("random_windows", "in_distribution", "held_out_host", "held_
 _MAX_NOTES, _MAX_NOTE_CHARS = 12, 600
 
 
-def build_metric_events(metrics: MetricTable) -> tuple[EventData, ...]:
-    """Build the score event, and the confusion event of the headline's model if it has a confusion matrix."""
+def build_metric_events(metrics: MetricTable, verdict: HeadlineVerdict | None = None) -> tuple[EventData, ...]:
+    """Build the score event, and the confusion event of the headline's model if it has a confusion matrix.
+
+    Args:
+        metrics: The run's metrics.
+        verdict: The audit's verdict, which may withdraw numbers of the headline; None if the run was not audited.
+    """
     rows = query.select_recipe_rows(metrics.metrics)
-    found: list[EventData] = [_build_score_event(metrics, rows)]
+    found: list[EventData] = [_build_score_event(metrics, rows, verdict)]
     model = query.find_headline_model(rows)
     matrix = query.build_confusion_matrix(metrics.metrics, model=model) if model else None
     if matrix is not None and model is not None:
@@ -51,7 +56,7 @@ def build_metric_events(metrics: MetricTable) -> tuple[EventData, ...]:
     return tuple(found)
 
 
-def _build_score_event(metrics: MetricTable, rows: Sequence[MetricRow]) -> ScoreEvent:
+def _build_score_event(metrics: MetricTable, rows: Sequence[MetricRow], verdict: HeadlineVerdict | None) -> ScoreEvent:
     """Build the leaderboard of the headline's split, with the scores under other split protocols."""
     ranked = [
         c.five_class
@@ -70,7 +75,7 @@ def _build_score_event(metrics: MetricTable, rows: Sequence[MetricRow]) -> Score
         rows=tuple(_build_score_row(r, lead, metrics.metrics) for r in ranked[:200]),
         inflation=_build_split_scores(metrics.metrics, model) if model else (),
         inflation_of=model,
-        headline=render_headline(build_headline(metrics))[:_MAX_NOTE_CHARS],
+        headline=render_headline(build_headline(metrics), verdict)[:_MAX_NOTE_CHARS],
         notes=tuple(note[:_MAX_NOTE_CHARS] for note in query.collect_notes(metrics.metrics)[:_MAX_NOTES]),
     )
 

@@ -24,7 +24,7 @@ __all__ = [
     "MAX_ELAPSED_TIME_F1",
     "MIN_IDLE_SHARE",
     "TIMELINE_SCORES",
-    "EpisodeTimeline",
+    "EpisodeOutline",
     "PlanBaseline",
     "PlanBaselines",
     "check_plan",
@@ -138,7 +138,7 @@ PlanBaselines = tuple[PlanBaseline, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EpisodeTimeline:
+class EpisodeOutline:
     """Phases and loads of one episode, without anything that a machine would show.
 
     Attributes:
@@ -178,7 +178,7 @@ TIMELINE_SCORES = {
 }
 
 
-def score_timelines(timelines: Sequence[EpisodeTimeline]) -> dict[str, float | None]:
+def score_timelines(timelines: Sequence[EpisodeOutline]) -> dict[str, float | None]:
     """Score rules that know only loads or durations on episodes, by name (`TIMELINE_SCORES`).
 
     Returns:
@@ -215,7 +215,7 @@ def compute_plan_baselines(
     rng = build_rng(seed, "baselines")
     simulated = [_draw_timeline(spec, rng) for _ in range(_N_SIMULATED_EPISODES)]
     drawn = [
-        EpisodeTimeline(phases=slot.phases, loads=slot.loads, is_benign=slot.profile == BENIGN_PROFILE)
+        EpisodeOutline(phases=slot.phases, loads=slot.loads, is_benign=slot.profile == BENIGN_PROFILE)
         for session in sessions
         for slot in session.slots
         if slot.role is EpisodeRole.LAB
@@ -267,7 +267,7 @@ def refuse_leaky_plan(spec: PlanSpec, baselines: PlanBaselines) -> None:
             )
 
 
-def _draw_timeline(spec: PlanSpec, rng: np.random.Generator) -> EpisodeTimeline:
+def _draw_timeline(spec: PlanSpec, rng: np.random.Generator) -> EpisodeOutline:
     """Draw an episode as the plan does: benign or not, then the same coin and the same walk of loads for both."""
     length_s = draw_episode_length(rng, between_s=spec.episode_s)
     is_benign = bool(rng.random() < spec.benign_share)
@@ -283,7 +283,7 @@ def _draw_timeline(spec: PlanSpec, rng: np.random.Generator) -> EpisodeTimeline:
             choose_kind=lambda: _ANY_LOAD,
             draw_knobs=lambda kind: (),
         )
-    return EpisodeTimeline(phases=phases, loads=loads, is_benign=is_benign)
+    return EpisodeOutline(phases=phases, loads=loads, is_benign=is_benign)
 
 
 def _list_window_starts(length_s: float) -> NDArray[np.float64]:
@@ -291,7 +291,7 @@ def _list_window_starts(length_s: float) -> NDArray[np.float64]:
     return np.asarray(np.arange(count) * _STRIDE_S, np.float64)
 
 
-def _compute_load_share(timeline: EpisodeTimeline) -> NDArray[np.float64]:
+def _compute_load_share(timeline: EpisodeOutline) -> NDArray[np.float64]:
     """Compute the share of each window during which a load runs: ``(n,)`` float64."""
     starts = _list_window_starts(sum(seconds for _, seconds in timeline.phases))
     share = np.zeros(len(starts))
@@ -301,7 +301,7 @@ def _compute_load_share(timeline: EpisodeTimeline) -> NDArray[np.float64]:
     return np.asarray(share / _WINDOW_S, np.float64)
 
 
-def _score_load(phase: Phase, timelines: Iterable[EpisodeTimeline]) -> float | None:
+def _score_load(phase: Phase, timelines: Iterable[EpisodeOutline]) -> float | None:
     """Score a rule that knows only how much load runs: the AUC of a phase against clean."""
     scores: dict[bool, list[NDArray[np.float64]]] = {True: [np.zeros(0)], False: [np.zeros(0)]}
     for timeline in timelines:
@@ -311,7 +311,7 @@ def _score_load(phase: Phase, timelines: Iterable[EpisodeTimeline]) -> float | N
     return compute_auc(np.concatenate(scores[True]), np.concatenate(scores[False]))
 
 
-def _list_busy_intervals(timelines: Iterable[EpisodeTimeline]) -> dict[bool, list[tuple[float, float]]]:
+def _list_busy_intervals(timelines: Iterable[EpisodeOutline]) -> dict[bool, list[tuple[float, float]]]:
     """Return (start, end) of active phases under True, and of loads in benign episodes under False, in seconds."""
     found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for timeline in timelines:
@@ -326,20 +326,20 @@ def _list_busy_intervals(timelines: Iterable[EpisodeTimeline]) -> dict[bool, lis
     return found
 
 
-def _score_duration(timelines: Iterable[EpisodeTimeline]) -> float | None:
+def _score_duration(timelines: Iterable[EpisodeOutline]) -> float | None:
     """Score a rule that knows only how long the present activity has lasted, once per stride."""
     found = _list_busy_intervals(timelines)
     elapsed = {key: [np.arange(0, end - start, _STRIDE_S) for start, end in found[key]] for key in found}
     return compute_auc(*(np.concatenate([np.zeros(0), *elapsed[key]]) for key in (True, False)))
 
 
-def _score_whole_duration(timelines: Iterable[EpisodeTimeline]) -> float | None:
+def _score_whole_duration(timelines: Iterable[EpisodeOutline]) -> float | None:
     """Score a rule that knows only the whole duration of each activity."""
     found = _list_busy_intervals(timelines)
     return compute_auc(*(np.array([end - start for start, end in found[key]]) for key in (True, False)))
 
 
-def _compute_idle_share(timelines: Iterable[EpisodeTimeline]) -> float:
+def _compute_idle_share(timelines: Iterable[EpisodeOutline]) -> float:
     benign = [timeline for timeline in timelines if timeline.is_benign]
     idle_s = sum(span.end_s - span.start_s for each in benign for span in each.loads if span.is_idle)
     all_s = sum(seconds for each in benign for _, seconds in each.phases)

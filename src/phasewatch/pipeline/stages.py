@@ -32,7 +32,7 @@ from phasewatch.channels import CUSTOM_CHANNELS, build_channel_mask
 from phasewatch.dataset.split_files import SplitIndex, read_folds, read_recipe_results, write_all_splits
 from phasewatch.errors import BundleError, RunError, SplitError, UsageError
 from phasewatch.evaluation.evaluate import evaluate_run, read_metrics
-from phasewatch.evaluation.headline import Headline, HeadlineVerdict, build_headline, read_headline, write_headline
+from phasewatch.evaluation.headline import Headline, build_headline, read_headline, write_headline
 from phasewatch.evaluation.importance import DecisionExplanation, explain_decision
 from phasewatch.evaluation.metric_table import MetricTable, select_headline
 from phasewatch.features.fingerprint import behaviour_fingerprint
@@ -495,13 +495,9 @@ def audit(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> AuditRe
         workers=settings.workers,
         progress=progress,
     )
-    verdict = HeadlineVerdict(
-        passes=report.passes,
-        failed=tuple(check.name for check in report.failed_checks),
-        withdraws_five_phases=report.withdraws_five_phases,
-    )
     with suppress(RunError):  # a run that is not scored has no headline; the audit reports broken metrics
-        write_headline(settings.run, msgspec.structs.replace(read_run_headline(settings), audit=verdict))
+        headline = msgspec.structs.replace(read_run_headline(settings), audit=report.build_verdict())
+        write_headline(settings.run, headline)
     return report
 
 

@@ -8,7 +8,13 @@ from phasewatch.artifacts import METRICS_FILE
 from phasewatch.audit.checks import AuditReport
 from phasewatch.evaluation import query
 from phasewatch.evaluation.detection import HEADLINE_TIME_S
-from phasewatch.evaluation.headline import Headline, HeadlineBlock, build_headline, render_headline
+from phasewatch.evaluation.headline import (
+    Headline,
+    HeadlineBlock,
+    HeadlineVerdict,
+    build_headline,
+    render_headline,
+)
 from phasewatch.evaluation.leaderboard import ELAPSED_TIME, LOAD_ONLY
 from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricRow
 from phasewatch.report import charts
@@ -74,16 +80,20 @@ def _find_protocol_score(rows: Sequence[MetricRow], recipe: str, base: str = "ma
     )
 
 
-def describe_protocol_scores(rows: Sequence[MetricRow]) -> str | None:
+_CLASS_WORDS = {"macro_f1": "five classes", "macro_f1_3class": "three classes"}
+
+
+def describe_protocol_scores(rows: Sequence[MetricRow], base: str = "macro_f1") -> str | None:
     """Render the headline sentence: scores on unseen hosts, with the score of the leaky split for comparison.
 
     Args:
         rows: Rows of all recipes.
+        base: The score, `macro_f1` or `macro_f1_3class`.
 
     Returns:
         The sentence, or None if the run lacks the score on unseen hosts or the score of the easier split.
     """
-    by = {recipe: _find_protocol_score(rows, recipe) for recipe in _PROTOCOL_LABELS}
+    by = {recipe: _find_protocol_score(rows, recipe, base) for recipe in _PROTOCOL_LABELS}
     easier = _RANDOM_WINDOWS if by[_RANDOM_WINDOWS] is not None else IN_DISTRIBUTION
     leaky = by[easier]
     places = ((_HELD_OUT_HOST, "on unseen hosts"), (_HELD_OUT_BOTH, "on unseen hosts and samples"))
@@ -92,7 +102,7 @@ def describe_protocol_scores(rows: Sequence[MetricRow]) -> str | None:
         return None
     parts = ", ".join(f"{render_number(row.value)} {render_interval(row)} {where}" for row, where in unseen)
     return (
-        f"Malware phase of a VM, five classes, macro-F1 of {_PROTOCOL_MODEL}: {parts}. "
+        f"Malware phase of a VM, {_CLASS_WORDS[base]}, macro-F1 of {_PROTOCOL_MODEL}: {parts}. "
         f"For comparison: {render_number(leaky.value)} {_EASIER_SPLIT_LABELS[easier]}."
     )
 
@@ -221,7 +231,11 @@ def build_page(evidence: ReportData) -> ReportPage:
     audit = evidence.audit
     is_broken = audit is not None and not audit.passes
     headline = build_headline(evidence.metrics) if evidence.metrics else None
-    claim = _build_failed_audit_claim(audit) if audit is not None and is_broken else _build_claim(context, headline)
+    claim = (
+        _build_failed_audit_claim(audit)
+        if audit is not None and is_broken
+        else _build_claim(context, headline, audit.build_verdict() if audit is not None else None)
+    )
     return ReportPage(
         origin=origin,
         claim=claim,
@@ -279,8 +293,15 @@ def _build_operator_tiles(numbers: HeadlineBlock) -> tuple[HeadlineTile, ...]:
     )
 
 
-def _build_claim(context: ReportContext, headline: Headline | None) -> HeadlineClaim:
-    line = render_headline(headline) if headline is not None else ""
+def _build_claim(
+    context: ReportContext, headline: Headline | None, verdict: HeadlineVerdict | None = None
+) -> HeadlineClaim:
+    """Build the first page: the headline, its tiles and the comparison with elapsed time.
+
+    An audit that withdraws the five-phase scores leaves the three-class ones.
+    """
+    line = render_headline(headline, verdict) if headline is not None else ""
+    has_five = verdict is None or not verdict.withdraws_five_phases
     if context.model is None:
         recipe = DEFAULT_HEADLINE.recipe.replace("_", " ")
         words = f"No score: {METRICS_FILE} holds no macro-F1 of a model for the split {recipe}."
@@ -320,13 +341,16 @@ def _build_claim(context: ReportContext, headline: Headline | None) -> HeadlineC
                 (load, "load alone", "baseline without telemetry: phase predicted from whether a load runs", True),
                 (majority, "majority class", "baseline: always the most frequent phase", True),
             )
-            if row is not None
+            if row is not None and (has_five or row is not five)
         ),
     )
     gap = query.find_elapsed_time_gap(context.all_rows, context.model)
     above = query.is_above_elapsed_time(five, clock, gap)
     return HeadlineClaim(
-        words=describe_protocol_scores(context.all_rows) or _describe_score(context.model, five),
+        words=(
+            describe_protocol_scores(context.all_rows, "macro_f1" if has_five else "macro_f1_3class")
+            or _describe_score(context.model, five if has_five else three, "five" if has_five else "three")
+        ),
         line=line,
         tiles=tiles,
         verdict=_describe_verdict(above, clock, gap),
@@ -334,12 +358,13 @@ def _build_claim(context: ReportContext, headline: Headline | None) -> HeadlineC
     )
 
 
-def _describe_score(model: str, five: MetricRow | None) -> str:
-    if five is None or five.value is None:
+def _describe_score(model: str, score: MetricRow | None, n_classes: str) -> str:
+    if score is None or score.value is None:
         return f"No macro-F1 of {model} on unseen hosts: it was not measured in this run."
-    where = f"on {render_count(five.n_hosts, 'unseen host')}" if five.n_hosts > 1 else "on one unseen host"
+    where = f"on {render_count(score.n_hosts, 'unseen host')}" if score.n_hosts > 1 else "on one unseen host"
     return (
-        f"Malware phase of a VM, five classes, macro-F1 of {model}: {five.value:.2f} {render_interval(five)} {where}."
+        f"Malware phase of a VM, {n_classes} classes, macro-F1 of {model}: "
+        f"{score.value:.2f} {render_interval(score)} {where}."
     )
 
 
