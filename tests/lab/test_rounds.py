@@ -105,7 +105,8 @@ def take_sizes(pending: PendingSession, shapes: dict[str, HostShape], *, cores: 
 
 
 @pytest.mark.parametrize(
-    ("cores", "sizes"), [(0.25, [6]), (0.33, [6]), (0.4, [3, 3]), (0.5, [3, 3]), (0.7, [2, 2, 2]), (1.0, [2, 2, 2])]
+    ("cores", "sizes"),
+    [(0.25, [6]), (0.4, [6]), (0.5, [6]), (0.6, [3, 3]), (0.7, [3, 3]), (1.0, [3, 3]), (1.5, [2, 2, 2])],
 )
 def test_session_is_split_into_even_rounds_whose_quotas_fit_the_cores(cores: float, sizes: list[int]) -> None:
     assert take_sizes(lab("a", 6), quota("a", cores)) == sizes
@@ -121,16 +122,34 @@ def test_fewer_vms_at_a_time_split_a_session_further() -> None:
 
 def test_rest_of_a_split_session_comes_next_and_keeps_its_name() -> None:
     queue = deque([lab("a", 3), lab("b", 1)])
-    shapes = quota("a", 1.0) | quota("b", 1.0)
+    shapes = quota("a", 1.5) | quota("b", 1.5)
 
     assert [names(one) for one in iterate_rounds(queue, shapes, 2, 6)] == [["a"], ["a"], ["b"]]
 
 
 def test_soak_episodes_of_several_hosts_fill_the_cores_with_their_quotas() -> None:
-    shapes = quota("a", 0.5) | quota("b", 0.8) | quota("c", 0.9) | quota("d", 0.7)
-    queue = deque([lone(host_id) for host_id in "abcd"])
+    shapes = quota("a", 0.9) | quota("b", 0.9) | quota("c", 0.9) | quota("d", 0.7) | quota("e", 0.3)
+    queue = deque([lone(host_id) for host_id in "abcde"])
 
-    assert [names(one) for one in iterate_rounds(queue, shapes, 2, 6)] == [["a-1", "b-1", "d-1"], ["c-1"]]
+    assert [names(one) for one in iterate_rounds(queue, shapes, 2, 6)] == [["a-1", "b-1", "c-1", "e-1"], ["d-1"]]
+
+
+def baselines(host_id: str, n: int) -> PendingSession:
+    slots = tuple(slot_of(i, host_id=host_id, role=EpisodeRole.COMMISSION) for i in range(n))
+    return session_of(*slots, name=host_id), slots
+
+
+def test_baseline_episodes_under_quotas_run_beside_those_of_other_hosts() -> None:
+    shapes = quota("a", 0.8) | quota("b", 0.5) | quota("c", 0.4) | quota("d", 0.5)
+    queue = deque([baselines("a", 1), lab("d", 1), baselines("b", 3), baselines("c", 2)])
+
+    assert [names(one) for one in iterate_rounds(queue, shapes, 2, 6)] == [["a", "b"], ["d"], ["c"]]
+
+
+def test_baseline_episodes_without_a_quota_run_alone() -> None:
+    queue = deque([baselines("pc", 1), baselines("q35", 1)])
+
+    assert [names(one) for one in iterate_rounds(queue, SHAPES, 2, 6)] == [["pc"], ["q35"]]
 
 
 def test_every_session_of_a_drawn_plan_fits_two_cores() -> None:

@@ -51,6 +51,7 @@ _MAX_SLOT_RETRIES = 2  # further attempts at a slot whose VM failed
 _MAX_BOOT_FAILURES = 3  # rounds in a row in which no VM of a host booted; then the host is given up
 _ROUND_OVERHEAD_S = 15.0  # boot, idle check and packing of one round
 
+QUOTA_PER_CORE = 1.5  # VMs are idle most of the time; contention is measured for each episode
 _ROUNDING_CORES = 1e-9
 
 # A session, and those of its slots that are not recorded yet.
@@ -89,9 +90,9 @@ def pop_round(
 ) -> RecordingRound:
     """Remove the next round from the queue and return it.
 
-    A round is one session, or the part of it whose CPU quotas fit on the cores. Soak episodes are an exception: each is
-    a session of its own and lasts ten minutes, so soak episodes of other hosts run beside it. All are benign, so none
-    reveals the phase of another; they remain sessions of their own.
+    A round is one session, or the part of it whose CPU quotas fit on the cores (`QUOTA_PER_CORE`). Soak episodes are an
+    exception, and baseline episodes under quotas: they leave most of the cores free, so those of other hosts run beside
+    them. All are benign, so none reveals the phase of another; they remain sessions of their own.
 
     Args:
         queue: The sessions in their order, at least one. The returned slots are removed from it.
@@ -101,32 +102,41 @@ def pop_round(
     """
     session, slots = queue.popleft()
     shape = shapes[session.host_id]
-    if not _is_lone_soak((session, slots), shapes):
-        n_rounds = ceil(len(slots) / _count_fitting(shape, cores, vms))
-        size = ceil(len(slots) / n_rounds)
-        if slots[size:]:
-            queue.appendleft((session, slots[size:]))
+    n_rounds = ceil(len(slots) / _count_fitting(shape, cores, vms))
+    size = ceil(len(slots) / n_rounds)
+    if slots[size:]:
+        queue.appendleft((session, slots[size:]))
         return ((session, slots[:size]),)
     chosen = [(session, slots)]
-    free = cores - shape.cores
+    if not _may_share_round(chosen[0], shapes):
+        return tuple(chosen)
+    free_cores, free_places = _compute_budget(shape, cores) - len(slots) * shape.cores, vms - len(slots)
     for other in list(queue):
-        other_shape = shapes[other[0].host_id]
+        other_shape, others = shapes[other[0].host_id], other[1]
+        needed = len(others) * other_shape.cores
         if (
-            len(chosen) < vms
-            and _is_lone_soak(other, shapes)
+            len(others) <= free_places
+            and needed <= free_cores + _ROUNDING_CORES
+            and _may_share_round(other, shapes)
             and other[0].host_id not in {each.host_id for each, _ in chosen}
-            and other[1][0].duration_s == slots[0].duration_s
-            and other_shape.cores <= free + _ROUNDING_CORES
+            and (others[0].role, others[0].duration_s) == (slots[0].role, slots[0].duration_s)
+            and bool(other_shape.quota_cores) == bool(shape.quota_cores)
         ):
             queue.remove(other)
             chosen.append(other)
-            free -= other_shape.cores
+            free_cores, free_places = free_cores - needed, free_places - len(others)
     return tuple(chosen)
 
 
 def _count_fitting(shape: HostShape, cores: int, vms: int) -> int:
     """Return how many VMs of a shape may run at a time. Without a quota, the plan alone decides."""
-    return max(1, min(vms, int(cores / shape.quota_cores + _ROUNDING_CORES)) if shape.quota_cores else vms)
+    budget = _compute_budget(shape, cores)
+    return max(1, min(vms, int(budget / shape.quota_cores + _ROUNDING_CORES)) if shape.quota_cores else vms)
+
+
+def _compute_budget(shape: HostShape, cores: int) -> float:
+    """Return the largest sum of cores of the VMs of a round: of their quotas, or of their vCPUs without quotas."""
+    return cores * QUOTA_PER_CORE if shape.quota_cores else cores
 
 
 def iterate_rounds(
@@ -142,9 +152,12 @@ def estimate_round_s(sessions: RecordingRound) -> float:
     return max(slot.settle_s + slot.duration_s for _, slots in sessions for slot in slots) + _ROUND_OVERHEAD_S
 
 
-def _is_lone_soak(pending: PendingSession, shapes: Mapping[str, HostShape]) -> bool:
+def _may_share_round(pending: PendingSession, shapes: Mapping[str, HostShape]) -> bool:
+    """Return whether sessions of other hosts may run beside one: a soak episode, or baseline episodes under quotas."""
     session, slots = pending
-    return len(slots) == 1 and slots[0].role is EpisodeRole.SOAK and not shapes[session.host_id].is_alone
+    shape, roles = shapes[session.host_id], {slot.role for slot in slots}
+    is_soak = len(slots) == 1 and roles == {EpisodeRole.SOAK}
+    return not shape.is_alone and (is_soak or (roles == {EpisodeRole.COMMISSION} and bool(shape.quota_cores)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
