@@ -21,7 +21,7 @@ UV         := $(BIN)/uv pip install --python $(BIN)/python -c constraints.txt $(
 export OMP_WAIT_POLICY = PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: bench-features demo test soak lint setup system picture headline results bench docs datasheet edge footprint lock clean
+.PHONY: bench-features demo test soak lint setup system picture headline results bench docs datasheet recordings edge footprint lock clean
 
 demo: $(VENV)/.run
 	@$(BIN)/phasewatch demo
@@ -125,6 +125,13 @@ docs: setup
 # The generated half of the bundled corpus's datasheet; what its agent costs is measured on real VMs, eight minutes.
 datasheet: setup
 	$(BIN)/python -m tools.datasheet
+
+# What the recordings of lab-v2 say; REAL=folder sets unpacked RanSAP recordings beside their disk volumes.
+REAL ?=
+
+recordings: setup
+	$(BIN)/python -m tools.datasheet corpus/lab-v2
+	$(BIN)/python -m tools.recordings corpus/lab-v2 --out docs/results/lab-v2-pilot.md --title "lab-v2, the pilot so far" $(if $(REAL),--real $(REAL))
 
 footprint: setup
 	$(BIN)/python -m tools.footprint

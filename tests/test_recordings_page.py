@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,16 @@ def test_page_has_a_row_for_each_host_and_each_extended_channel(store: Path, tmp
     for word in ("netflow.new_dsts", "qmp.blk_rewritten", "VMs at a time", "active ransom-walk"):
         assert word in text
     assert all(f"| {folder.name} |" in text for folder in store.iterdir() if folder.is_dir())
+
+
+def test_rounds_are_the_episodes_that_overlap_in_time(episodes: tuple[recordings.RecordedEpisode, ...]) -> None:
+    rounds = recordings.group_rounds(episodes)
+
+    assert sorted(e.verdict.episode_id for one in rounds for e in one) == sorted(e.verdict.episode_id for e in episodes)
+    for one, after in pairwise(rounds):
+        assert max(e.ended_s for e in one) <= min(e.began_s for e in after)
+    for one in rounds:
+        assert all(any(e.began_s < o.ended_s and o.began_s < e.ended_s for o in one if o is not e) for e in one[1:])
 
 
 def test_area_of_an_act_is_the_share_of_pairs_that_are_ordered(

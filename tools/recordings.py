@@ -67,6 +67,18 @@ class RecordedEpisode:
     load: NDArray[np.str_]
 
     @property
+    def began_s(self) -> float:
+        """Unix time at which its VM was started."""
+        recording = self.manifest.recording
+        before_s = recording.boot_s + recording.settle_s if recording else 0.0
+        return self.manifest.started_wall_ns / 1e9 - before_s
+
+    @property
+    def ended_s(self) -> float:
+        """Unix time of its end."""
+        return self.manifest.started_wall_ns / 1e9 + self.manifest.duration_s
+
+    @property
     def is_benign(self) -> bool:
         """Whether no malware runs."""
         return self.manifest.profile == BENIGN_PROFILE
@@ -125,18 +137,28 @@ def read_episodes(store: Path, run: Path, verdicts: Sequence[BundleVerdict]) -> 
     return tuple(sorted(found, key=lambda e: (e.manifest.started_wall_ns, e.verdict.episode_id)))
 
 
+def group_rounds(episodes: Sequence[RecordedEpisode]) -> list[list[RecordedEpisode]]:
+    """Group episodes whose VMs ran at the same time, in the order of their starts."""
+    rounds: list[list[RecordedEpisode]] = []
+    end_s = float("-inf")
+    for e in sorted(episodes, key=lambda e: e.began_s):
+        if e.began_s >= end_s:
+            rounds.append([])
+            end_s = e.ended_s
+        rounds[-1].append(e)
+        end_s = max(end_s, e.ended_s)
+    return rounds
+
+
 def render_rates(episodes: Sequence[RecordedEpisode]) -> str:
     """Render the recording rate and the contention by the number of VMs that recorded at a time."""
-    sessions: dict[tuple[str, str], list[RecordedEpisode]] = {}
-    for e in episodes:
-        sessions.setdefault((e.verdict.host_id, e.manifest.session), []).append(e)
     by_size: dict[int, list[list[RecordedEpisode]]] = {}
-    for members in sessions.values():
-        by_size.setdefault(max(1 + len(e.manifest.neighbours) for e in members), []).append(members)
+    for members in group_rounds(episodes):
+        by_size.setdefault(len(members), []).append(members)
     body = []
     for size, groups in sorted(by_size.items()):
         members = [e for group in groups for e in group]
-        hours = sum(map(_compute_session_s, groups)) / 3600
+        hours = sum(max(e.ended_s for e in group) - group[0].began_s for group in groups) / 3600
         recorded = sum(e.manifest.duration_s for e in members) / 3600
         waits = [e.verdict.vcpu_wait for e in members if np.isfinite(e.verdict.vcpu_wait)]
         rows, lost = (sum(sum(getattr(e.verdict, name)) for e in members) for name in ("rows", "lost"))
@@ -153,23 +175,13 @@ def render_rates(episodes: Sequence[RecordedEpisode]) -> str:
                 f"{1000 * lost / max(rows + lost, 1):.1f}",
             ]
         )
-    head = ["VMs at a time", "sessions", "episodes", "episodes per hour", "VM-hours per hour"]
+    head = ["VMs at a time", "rounds", "episodes", "episodes per hour", "VM-hours per hour"]
     head += ["contention, cores", "largest", "with contention", "lost rows per 1,000"]
     about = (
-        "The time of a session counts from the start of its first VM to the end of its last episode, with boot and "
-        "settling. Contention is the CPU time that other work took from a VM, without what its quota withheld."
+        "A round is the VMs that ran at the same time, from the start of the first VM to the end of the last episode. "
+        "Contention is the CPU time that other work took from a VM, without what its quota withheld."
     )
     return f"## Rates and contention\n\n{about}\n\n{table([head, *body])}"
-
-
-def _compute_session_s(members: Sequence[RecordedEpisode]) -> float:
-    starts, ends = [], []
-    for e in members:
-        began = e.manifest.started_wall_ns / 1e9
-        before = e.manifest.recording.boot_s + e.manifest.recording.settle_s if e.manifest.recording else 0.0
-        starts.append(began - before)
-        ends.append(began + e.manifest.duration_s)
-    return max(ends) - min(starts)
 
 
 def render_contents(verdicts: Sequence[BundleVerdict], episodes: Sequence[RecordedEpisode]) -> str:
@@ -277,7 +289,14 @@ def render_baselines(run: Path, episodes: Sequence[RecordedEpisode]) -> str:
     ]
     benign = [e for e in episodes if e.is_benign and e.manifest.role == EpisodeRole.LAB]
     idle = np.concatenate([np.zeros(0, bool), *(e.load == _IDLE for e in benign)])
-    rows.append(["share of benign windows that are idle", _render_number(float(idle.mean())), "at least 0.25"])
+    idle_share = float(idle.mean()) if len(idle) else None
+    rows.append(
+        [
+            "share of benign windows that are idle",
+            _render_number(idle_share),
+            "at least 0.25",
+        ]
+    )
     return f"## Shortcuts in the recordings\n\n{table([['baseline', 'here', 'limit'], *rows])}"
 
 
