@@ -20,6 +20,7 @@ from phasewatch.audit.leakage import LeakageResult, LeakageWindows, render_leaka
 from phasewatch.channels import CHANNELS
 from phasewatch.errors import DataError
 from phasewatch.lab.plan import RecordingSession, RecordingSlot, compute_slot_seed
+from phasewatch.lab.plan_checks import compute_auc
 from phasewatch.profiles import IDLE_SAMPLE, PROFILES
 from phasewatch.types import BENIGN_PROFILE, PHASES, BundleStatus, EpisodeRole, Phase, SampleKind, SourceKind
 from phasewatch.validate.verdict import USABLE_STATUSES, BundleVerdict
@@ -47,8 +48,6 @@ def compute_separations(w: LeakageWindows) -> tuple[PhaseSeparation, ...]:
     The area is the chance that a window of the phase has a higher mean than a clean one, ties counted half
     (Mann and Whitney 1947). Windows of all hosts and profiles are pooled, so it understates what a model can do.
     """
-    from scipy.stats import rankdata
-
     lab = w.role[w.episode_index] == "lab"
     columns = [i for i, name in enumerate(w.names) if name.endswith(MEAN_SUFFIX)]
     found = []
@@ -61,10 +60,8 @@ def compute_separations(w: LeakageWindows) -> tuple[PhaseSeparation, ...]:
         for i in columns:
             x = w.x[rows, i]
             known = np.isfinite(x)
-            a, b = int((is_phase & known).sum()), int((~is_phase & known).sum())
-            ranks = rankdata(x[known])
-            area = (ranks[is_phase[known]].sum() - a * (a + 1) / 2) / (a * b) if a and b else 0.5
-            areas.append((w.names[i].removesuffix(MEAN_SUFFIX), float(area)))
+            area = compute_auc(x[is_phase & known], x[~is_phase & known])
+            areas.append((w.names[i].removesuffix(MEAN_SUFFIX), 0.5 if area is None else area))
         best = sorted(areas, key=lambda each: (-abs(each[1] - 0.5), each[0]))[:MAX_SHOWN_CHANNELS]
         found.append(PhaseSeparation(phase=phase, windows=int(is_phase.sum()), best=tuple(best)))
     return tuple(found)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +30,23 @@ from phasewatch.bundle.model import Manifest
 from phasewatch.channels import CHANNELS
 from phasewatch.features.schema import stat_names
 from phasewatch.features.tables import build_window_table
-from phasewatch.lab.plan_checks import TIMELINE_SCORES, EpisodeOutline, compute_auc, score_timelines
+from phasewatch.lab.plan_checks import (
+    MAX_CHANCE_DISTANCE,
+    MAX_ELAPSED_TIME_F1,
+    MIN_IDLE_SHARE,
+    OUTLINE_SCORES,
+    EpisodeOutline,
+    compute_auc,
+    score_outlines,
+)
 from phasewatch.lab.walks import LoadSpan
-from phasewatch.profiles import IDLE_SAMPLE, IDLE_SAMPLES
-from phasewatch.types import BENIGN_PROFILE, PHASES, BundleStatus, ChannelGroup, EpisodeRole, Phase
+from phasewatch.profiles import IDLE_SAMPLES
+from phasewatch.types import BENIGN_PROFILE, PHASES, STRIDE_S, WINDOW_S, BundleStatus, ChannelGroup, EpisodeRole, Phase
 from phasewatch.validate.sweep import sweep
 from phasewatch.validate.verdict import USABLE_STATUSES, BundleVerdict
 from tools.results import table
 
+LAB_VERSION = 2  # whose limits the page names
 MIN_WINDOWS = 20  # of known values on either side of an AUC
 RANSOMWARE_PROFILE, RANSOMWARE_PROGRAM = "ransom-walk", "TeslaCrypt"
 VOLUMES = {  # channel → title
@@ -45,9 +55,8 @@ VOLUMES = {  # channel → title
     "netflow.out_bytes": "sent",
     "netflow.in_bytes": "received",
 }
-DISK_VOLUMES = ("qmp.blk_rd_bytes", "qmp.blk_wr_bytes")
+DISK_VOLUMES = tuple(VOLUMES)[:2]
 _IDLE = "idle"
-_WINDOW_S, _STRIDE_S = 10.0, 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,6 +66,7 @@ class RecordedEpisode:
     Attributes:
         means: Channel → ``(w,)`` float32 mean over each window; NaN where it is unknown.
         phase: ``(w,)`` int8 phase codes; -1 where the phase is unknown.
+        spans: Phase, start and end of each label; Unix time in ns.
         load: ``(w,)`` the benign kind that ran in the middle of each window; `idle` without one.
     """
 
@@ -64,6 +74,7 @@ class RecordedEpisode:
     manifest: Manifest
     means: Mapping[str, NDArray[np.float32]]
     phase: NDArray[np.int8]
+    spans: tuple[tuple[Phase, int, int], ...]
     load: NDArray[np.str_]
 
     @property
@@ -88,17 +99,16 @@ class RecordedEpisode:
         """The guest image."""
         return (self.manifest.recording and self.manifest.recording.image) or "busybox"
 
-    def build_timeline(self) -> EpisodeOutline:
+    def build_outline(self) -> EpisodeOutline:
         """Return its phases and loads, without telemetry."""
+        start_ns = self.manifest.started_wall_ns
         recording = self.manifest.recording
-        spans = recording.load if recording else ()
-        start = self.manifest.started_wall_ns
-        loads = tuple(
-            LoadSpan(kind=kind, start_s=(begin - start) / 1e9, end_s=(end - start) / 1e9) for kind, begin, end in spans
-        )
         return EpisodeOutline(
-            phases=tuple((phase, seconds) for phase, seconds in self.manifest.plan),
-            loads=loads or (LoadSpan(kind=IDLE_SAMPLE, start_s=0.0, end_s=self.manifest.duration_s),),
+            phases=tuple((phase, (end - begin) / 1e9) for phase, begin, end in self.spans),
+            loads=tuple(
+                LoadSpan(kind=kind, start_s=(begin - start_ns) / 1e9, end_s=(end - start_ns) / 1e9)
+                for kind, begin, end in (recording.load if recording else ())
+            ),
             is_benign=self.is_benign,
         )
 
@@ -131,6 +141,7 @@ def read_episodes(store: Path, run: Path, verdicts: Sequence[BundleVerdict]) -> 
                 manifest=manifest,
                 means={name: windows.stats[:, i] for i, name in columns},
                 phase=windows.phase,
+                spans=row.spans,
                 load=load,
             )
         )
@@ -198,7 +209,7 @@ def render_contents(verdicts: Sequence[BundleVerdict], episodes: Sequence[Record
         ]
         of_role = {role: [e for e in own if e.manifest.role == role] for role in EpisodeRole}
         lab = of_role[EpisodeRole.LAB]
-        n_infections = sum(phase is Phase.INFECTING for e in lab for phase, _ in e.manifest.plan)
+        n_infections = sum(phase is Phase.INFECTING for e in lab for phase, _, _ in e.spans)
         body.append(
             [
                 host,
@@ -218,10 +229,7 @@ def render_contents(verdicts: Sequence[BundleVerdict], episodes: Sequence[Record
     head = ["host", "image", "CPU", "MiB", "vCPUs", "quota, cores", "throttled", "lab episodes", "infections"]
     head += ["lab, h", "baseline episodes", "soak, h"]
     counts = ", ".join(f"{n} {status}" for status in BundleStatus if (n := sum(v.status is status for v in verdicts)))
-    reasons: dict[str, int] = {}
-    for v in verdicts:
-        for reason in v.reasons:
-            reasons[reason] = reasons.get(reason, 0) + 1
+    reasons = Counter(reason for v in verdicts for reason in v.reasons)
     found = ", ".join(f"`{name}` {n}" for name, n in sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
     samples = {(e.manifest.profile, e.manifest.sample_name) for e in episodes if not e.is_benign}
     kinds = {str(kind) for e in episodes for kind in np.unique(e.load)} - {_IDLE}
@@ -281,22 +289,15 @@ def _collect(
 def render_baselines(run: Path, episodes: Sequence[RecordedEpisode]) -> str:
     """Render what time, loads and durations alone would tell, on the recorded episodes."""
     time = probe_leakage(read_leakage_windows(run), only=("phase-from-elapsed-time",))[0]
-    lab = [e.build_timeline() for e in episodes if e.manifest.role == EpisodeRole.LAB]
-    rows = [["macro-F1 of the phase from the time since the first label", _render_number(time.value), "at most 0.30"]]
-    rows += [
-        [TIMELINE_SCORES[name], _render_number(value), "0.45 to 0.55 over the plan"]
-        for name, value in score_timelines(lab).items()
-    ]
+    lab = [e.build_outline() for e in episodes if e.manifest.role == EpisodeRole.LAB]
+    elapsed = "macro-F1 of the phase from the time since the first label"
+    rows = [[elapsed, _render_number(time.value), f"at most {MAX_ELAPSED_TIME_F1[LAB_VERSION]:.2f}"]]
+    near = f"{0.5 - MAX_CHANCE_DISTANCE:.2f} to {0.5 + MAX_CHANCE_DISTANCE:.2f} over the plan"
+    rows += [[OUTLINE_SCORES[name], _render_number(value), near] for name, value in score_outlines(lab).items()]
     benign = [e for e in episodes if e.is_benign and e.manifest.role == EpisodeRole.LAB]
     idle = np.concatenate([np.zeros(0, bool), *(e.load == _IDLE for e in benign)])
     idle_share = float(idle.mean()) if len(idle) else None
-    rows.append(
-        [
-            "share of benign windows that are idle",
-            _render_number(idle_share),
-            "at least 0.25",
-        ]
-    )
+    rows.append(["share of benign windows that are idle", _render_number(idle_share), f"at least {MIN_IDLE_SHARE:.2f}"])
     return f"## Shortcuts in the recordings\n\n{table([['baseline', 'here', 'limit'], *rows])}"
 
 
@@ -384,9 +385,9 @@ def read_real_windows(folder: Path) -> dict[str, NDArray[np.float64]]:
         times = np.concatenate([at for at, _ in parts])
         if not len(times):
             continue
-        starts = np.arange(times.min(), times.max() - _WINDOW_S, _STRIDE_S)
+        starts = np.arange(times.min(), times.max() - WINDOW_S, STRIDE_S)
         edges = np.stack([_sum_windows(at, size, starts) for at, size in parts], axis=1)
-        found.setdefault(path.parent.parent.name, []).append(edges / _WINDOW_S)
+        found.setdefault(path.parent.parent.name, []).append(edges / WINDOW_S)
     if not found:
         raise FileNotFoundError(f"{folder} has no ata_read.csv; name the folder of unpacked RanSAP recordings")
     return {program: np.concatenate(windows) for program, windows in found.items()}
@@ -404,7 +405,7 @@ def _sum_windows(
     at: NDArray[np.float64], size: NDArray[np.float64], starts: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     total = np.concatenate([[0.0], np.cumsum(size)])
-    return np.asarray(total[np.searchsorted(at, starts + _WINDOW_S)] - total[np.searchsorted(at, starts)])
+    return np.asarray(total[np.searchsorted(at, starts + WINDOW_S)] - total[np.searchsorted(at, starts)])
 
 
 def _render_real(windows: Mapping[str, NDArray[np.float64]]) -> str:

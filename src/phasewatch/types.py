@@ -22,6 +22,7 @@ __all__ = [
     "STRIDE_NS",
     "STRIDE_S",
     "WINDOW_BINS",
+    "WINDOW_S",
     "BundleStatus",
     "ChannelGroup",
     "ChannelKind",
@@ -46,6 +47,7 @@ WINDOW_BINS = 20
 STRIDE_BINS = 10
 STRIDE_NS = BIN_NS * STRIDE_BINS
 STRIDE_S = BIN_NS * STRIDE_BINS / 1e9
+WINDOW_S = BIN_NS * WINDOW_BINS / 1e9
 LIVE_STRIDE_BINS = 2  # live windows begin every second; training windows every five
 CONTEXT_BINS = 240  # two minutes: the longest history of a context input
 MAX_WAIT_CORES = 0.10  # mean vCPU waiting time, in cores; above it an episode is degraded and recorded once more

@@ -17,13 +17,13 @@ from phasewatch.errors import PlanError
 from phasewatch.lab.plan import PhaseWalk, PlanSpec, RecordingSession, build_rng, draw_phases
 from phasewatch.lab.walks import LoadSpan, draw_load_walk
 from phasewatch.profiles import IDLE_SAMPLE, draw_episode_length
-from phasewatch.types import BENIGN_PROFILE, PHASES, EpisodeRole, Phase
+from phasewatch.types import BENIGN_PROFILE, PHASES, STRIDE_S, WINDOW_S, EpisodeRole, Phase
 
 __all__ = [
     "MAX_CHANCE_DISTANCE",
     "MAX_ELAPSED_TIME_F1",
     "MIN_IDLE_SHARE",
-    "TIMELINE_SCORES",
+    "OUTLINE_SCORES",
     "EpisodeOutline",
     "PlanBaseline",
     "PlanBaselines",
@@ -34,14 +34,13 @@ __all__ = [
     "compute_window_phases",
     "estimate_elapsed_time_f1",
     "refuse_leaky_plan",
-    "score_timelines",
+    "score_outlines",
 ]
 
 # Above it, elapsed time alone predicts the phase too well; by version of the laboratory.
 MAX_ELAPSED_TIME_F1 = {1: 0.25, 2: 0.30}
 MAX_CHANCE_DISTANCE = 0.05  # from an AUC of 0.5, for the load and for durations
 MIN_IDLE_SHARE = 0.25  # of benign time
-_WINDOW_S, _STRIDE_S = 10.0, 5.0
 _N_SIMULATED_EPISODES = 1500  # for learning, and as many for scoring
 _SMOOTHING_WINDOWS = 1  # neighbouring windows on either side that are averaged
 _ANY_LOAD = "load"
@@ -55,9 +54,9 @@ def compute_window_phases(walk: PhaseWalk) -> NDArray[np.int64]:
     """
     ends = np.cumsum([seconds for _, seconds in walk])
     starts = ends - [seconds for _, seconds in walk]
-    count = int((ends[-1] - _WINDOW_S) // _STRIDE_S) + 1 if ends[-1] >= _WINDOW_S else 0
-    begins = np.arange(count)[:, None] * _STRIDE_S
-    inside = np.clip(np.minimum(ends, begins + _WINDOW_S) - np.maximum(starts, begins), 0, None)
+    count = int((ends[-1] - WINDOW_S) // STRIDE_S) + 1 if ends[-1] >= WINDOW_S else 0
+    begins = np.arange(count)[:, None] * STRIDE_S
+    inside = np.clip(np.minimum(ends, begins + WINDOW_S) - np.maximum(starts, begins), 0, None)
     codes = np.array([phase.code for phase, _ in walk])
     share = np.stack([inside[:, codes == code].sum(axis=1) for code in range(len(PHASES))], axis=1).round(6)
     last = np.stack(
@@ -170,7 +169,7 @@ def compute_auc(positive: NDArray[np.float64], negative: NDArray[np.float64]) ->
 
 
 # Name → what the score of a rule that sees no telemetry means.
-TIMELINE_SCORES = {
+OUTLINE_SCORES = {
     "load_armed": "AUC of armed against clean from whether a load runs",
     "load_dormant": "AUC of dormant against clean from whether a load runs",
     "duration": "AUC of active against busy benign from how long it has lasted",
@@ -178,17 +177,17 @@ TIMELINE_SCORES = {
 }
 
 
-def score_timelines(timelines: Sequence[EpisodeOutline]) -> dict[str, float | None]:
-    """Score rules that know only loads or durations on episodes, by name (`TIMELINE_SCORES`).
+def score_outlines(outlines: Sequence[EpisodeOutline]) -> dict[str, float | None]:
+    """Score rules that know only loads or durations on episodes, by name (`OUTLINE_SCORES`).
 
     Returns:
         Areas under the ROC curve; None where the episodes lack one of the two sides.
     """
     return {
-        "load_armed": _score_load(Phase.ARMED, timelines),
-        "load_dormant": _score_load(Phase.DORMANT, timelines),
-        "duration": _score_duration(timelines),
-        "whole_duration": _score_whole_duration(timelines),
+        "load_armed": _score_load(Phase.ARMED, outlines),
+        "load_dormant": _score_load(Phase.DORMANT, outlines),
+        "duration": _score_duration(outlines),
+        "whole_duration": _score_whole_duration(outlines),
     }
 
 
@@ -213,7 +212,7 @@ def compute_plan_baselines(
     if spec.workloads < 2:
         return (elapsed,)
     rng = build_rng(seed, "baselines")
-    simulated = [_draw_timeline(spec, rng) for _ in range(_N_SIMULATED_EPISODES)]
+    simulated = [_draw_outline(spec, rng) for _ in range(_N_SIMULATED_EPISODES)]
     drawn = [
         EpisodeOutline(phases=slot.phases, loads=slot.loads, is_benign=slot.profile == BENIGN_PROFILE)
         for session in sessions
@@ -222,10 +221,10 @@ def compute_plan_baselines(
     ]
     rows = [elapsed]
     near = {"low": 0.5 - MAX_CHANCE_DISTANCE, "high": 0.5 + MAX_CHANCE_DISTANCE}
-    drawn_scores = score_timelines(drawn)
-    for name, value in score_timelines(simulated).items():
+    drawn_scores = score_outlines(drawn)
+    for name, value in score_outlines(simulated).items():
         if value is not None:
-            about = TIMELINE_SCORES[name]
+            about = OUTLINE_SCORES[name]
             rows.append(PlanBaseline(name=name, about=about, value=value, drawn=drawn_scores[name], **near))
     rows.append(
         PlanBaseline(
@@ -267,7 +266,7 @@ def refuse_leaky_plan(spec: PlanSpec, baselines: PlanBaselines) -> None:
             )
 
 
-def _draw_timeline(spec: PlanSpec, rng: np.random.Generator) -> EpisodeOutline:
+def _draw_outline(spec: PlanSpec, rng: np.random.Generator) -> EpisodeOutline:
     """Draw an episode as the plan does: benign or not, then the same coin and the same walk of loads for both."""
     length_s = draw_episode_length(rng, between_s=spec.episode_s)
     is_benign = bool(rng.random() < spec.benign_share)
@@ -287,60 +286,60 @@ def _draw_timeline(spec: PlanSpec, rng: np.random.Generator) -> EpisodeOutline:
 
 
 def _list_window_starts(length_s: float) -> NDArray[np.float64]:
-    count = int((length_s - _WINDOW_S) // _STRIDE_S) + 1 if length_s >= _WINDOW_S else 0
-    return np.asarray(np.arange(count) * _STRIDE_S, np.float64)
+    count = int((length_s - WINDOW_S) // STRIDE_S) + 1 if length_s >= WINDOW_S else 0
+    return np.asarray(np.arange(count) * STRIDE_S, np.float64)
 
 
-def _compute_load_share(timeline: EpisodeOutline) -> NDArray[np.float64]:
+def _compute_load_share(outline: EpisodeOutline) -> NDArray[np.float64]:
     """Compute the share of each window during which a load runs: ``(n,)`` float64."""
-    starts = _list_window_starts(sum(seconds for _, seconds in timeline.phases))
+    starts = _list_window_starts(sum(seconds for _, seconds in outline.phases))
     share = np.zeros(len(starts))
-    for span in timeline.loads:
+    for span in outline.loads:
         if not span.is_idle:
-            share += np.clip(np.minimum(span.end_s, starts + _WINDOW_S) - np.maximum(span.start_s, starts), 0, None)
-    return np.asarray(share / _WINDOW_S, np.float64)
+            share += np.clip(np.minimum(span.end_s, starts + WINDOW_S) - np.maximum(span.start_s, starts), 0, None)
+    return np.asarray(share / WINDOW_S, np.float64)
 
 
-def _score_load(phase: Phase, timelines: Iterable[EpisodeOutline]) -> float | None:
+def _score_load(phase: Phase, outlines: Iterable[EpisodeOutline]) -> float | None:
     """Score a rule that knows only how much load runs: the AUC of a phase against clean."""
     scores: dict[bool, list[NDArray[np.float64]]] = {True: [np.zeros(0)], False: [np.zeros(0)]}
-    for timeline in timelines:
-        share, codes = _compute_load_share(timeline), compute_window_phases(timeline.phases)
+    for outline in outlines:
+        share, codes = _compute_load_share(outline), compute_window_phases(outline.phases)
         scores[True].append(share[codes == phase.code])
         scores[False].append(share[codes == Phase.CLEAN.code])
     return compute_auc(np.concatenate(scores[True]), np.concatenate(scores[False]))
 
 
-def _list_busy_intervals(timelines: Iterable[EpisodeOutline]) -> dict[bool, list[tuple[float, float]]]:
+def _list_busy_intervals(outlines: Iterable[EpisodeOutline]) -> dict[bool, list[tuple[float, float]]]:
     """Return (start, end) of active phases under True, and of loads in benign episodes under False, in seconds."""
     found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    for timeline in timelines:
-        if timeline.is_benign:
-            found[False] += [(span.start_s, span.end_s) for span in timeline.loads if not span.is_idle]
+    for outline in outlines:
+        if outline.is_benign:
+            found[False] += [(span.start_s, span.end_s) for span in outline.loads if not span.is_idle]
             continue
         at_s = 0.0
-        for phase, seconds in timeline.phases:
+        for phase, seconds in outline.phases:
             if phase is Phase.ACTIVE:
                 found[True].append((at_s, at_s + seconds))
             at_s += seconds
     return found
 
 
-def _score_duration(timelines: Iterable[EpisodeOutline]) -> float | None:
+def _score_duration(outlines: Iterable[EpisodeOutline]) -> float | None:
     """Score a rule that knows only how long the present activity has lasted, once per stride."""
-    found = _list_busy_intervals(timelines)
-    elapsed = {key: [np.arange(0, end - start, _STRIDE_S) for start, end in found[key]] for key in found}
+    found = _list_busy_intervals(outlines)
+    elapsed = {key: [np.arange(0, end - start, STRIDE_S) for start, end in found[key]] for key in found}
     return compute_auc(*(np.concatenate([np.zeros(0), *elapsed[key]]) for key in (True, False)))
 
 
-def _score_whole_duration(timelines: Iterable[EpisodeOutline]) -> float | None:
+def _score_whole_duration(outlines: Iterable[EpisodeOutline]) -> float | None:
     """Score a rule that knows only the whole duration of each activity."""
-    found = _list_busy_intervals(timelines)
+    found = _list_busy_intervals(outlines)
     return compute_auc(*(np.array([end - start for start, end in found[key]]) for key in (True, False)))
 
 
-def _compute_idle_share(timelines: Iterable[EpisodeOutline]) -> float:
-    benign = [timeline for timeline in timelines if timeline.is_benign]
+def _compute_idle_share(outlines: Iterable[EpisodeOutline]) -> float:
+    benign = [outline for outline in outlines if outline.is_benign]
     idle_s = sum(span.end_s - span.start_s for each in benign for span in each.loads if span.is_idle)
     all_s = sum(seconds for each in benign for _, seconds in each.phases)
     return idle_s / all_s if all_s else 1.0
