@@ -27,7 +27,7 @@ from phasewatch.report.charts import RibbonWindow
 from phasewatch.report.layout import render_count
 from phasewatch.splits import Fold, FoldCoverage
 from phasewatch.training.predictions import PROBABILITY_COLUMNS
-from phasewatch.types import BIN_NS, WINDOW_BINS, SourceKind
+from phasewatch.types import WINDOW_S, SourceKind
 
 __all__ = [
     "COMMAND_BY_FILE",
@@ -326,7 +326,7 @@ def _check_columns(table: Any, columns: Sequence[str], file: str) -> None:
         raise RunError(f"{file}: missing column {', '.join(missing)}; write it again with `phasewatch {command} RUN`")
 
 
-_HALF_WINDOW_S = WINDOW_BINS * BIN_NS / 2e9
+_HALF_WINDOW_S = WINDOW_S / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
