@@ -130,6 +130,7 @@ datasheet: setup
 REAL ?=
 
 recordings: setup
+	$(BIN)/python -m tools.recompress corpus/lab-v2
 	$(BIN)/python -m tools.datasheet corpus/lab-v2
 	$(BIN)/python -m tools.recordings corpus/lab-v2 --out docs/results/lab-v2-pilot.md --title "lab-v2, the pilot so far" $(if $(REAL),--real $(REAL))
 
