@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 from pathlib import Path
 
 import pytest
 from tests.factories.vms import shape_of
-from tests.requirements import need_qemu
+from tests.requirements import need_debian_image
 
 from phasewatch.lab.campaign import QemuFactory, RecordingOptions, default_cache
-from phasewatch.lab.debian_image import find_debian_root
 from phasewatch.telemetry.base import HostClock
-
-
-def need_debian_image() -> None:
-    """Skip unless the root disk is in the cache or can be built here."""
-    need_qemu()
-    if find_debian_root(default_cache()) is None:
-        if os.geteuid() != 0:
-            pytest.skip("the Debian image is not built: run `sudo phasewatch image debian` once")
-        if shutil.which("debootstrap", path="/usr/sbin:/usr/bin") is None:
-            pytest.skip("needs debootstrap: apt-get install --no-install-recommends debootstrap")
 
 
 @pytest.mark.vm

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.requirements import need_qemu
+from tests.factories.vms import shape_of
+from tests.requirements import need_debian_image, need_qemu
 
 from phasewatch.lab import debian_packages, guest_image
 from phasewatch.lab.campaign import QemuFactory, RecordingOptions, default_cache
 from phasewatch.lab.network.sink import SinkLog
 from phasewatch.lab.network.world import draw_world, render_world_knobs
-from phasewatch.lab.qemu_command import find_host_shape
+from phasewatch.lab.qemu_command import HostShape, find_host_shape
 from phasewatch.lab.vm import QemuVm
 from phasewatch.profiles import PROFILES, ROUTINES, ProfileSample, SafetyBounds, WorkloadProfile
 from phasewatch.telemetry.base import HostClock
@@ -29,6 +30,8 @@ from phasewatch.telemetry.netflow import TrafficRow
 from phasewatch.types import SampleKind
 
 EPISODE_S = 600.0  # what the bounds are for
+BUSYBOX_SHAPE = find_host_shape("pc")
+DEBIAN_SHAPE = shape_of(host_id="debian", machine="q35", mem_mib=512, image="debian")
 FOLDERS = {"docs", ".cache", ".local", "work", "messages", "lost+found"}
 BENIGN = SampleKind.BENIGN
 # A world in which every upload arrives, because this test looks for the highest volumes.
@@ -102,30 +105,40 @@ async def deeds_of(
 
 
 def play(
-    tmp_path: Path, samples: Sequence[tuple[WorkloadProfile, ProfileSample]], *, seconds: float, middling: bool
+    tmp_path: Path,
+    samples: Sequence[tuple[WorkloadProfile, ProfileSample]],
+    *,
+    seconds: float,
+    middling: bool,
+    shape: HostShape = BUSYBOX_SHAPE,
 ) -> list[Deeds]:
     """Boot one machine, play samples on it one after the other, and look at its disk when it has powered off."""
 
     async def work() -> list[Deeds]:
         options = RecordingOptions(cache=default_cache(), accel="tcg")
         factory = QemuFactory(options=options, scratch=tmp_path, clock=HostClock())
-        vm = factory(find_host_shape("pc"), 0, ())
+        vm = factory(shape, 0, ())
         assert isinstance(vm, QemuVm)
-        base = vm._settings.image.base_disk
-        digest = hashlib.sha256(base.read_bytes()).hexdigest()
+        image = vm._settings.image
+        digests = {path: digest_of(path) for path in (image.base_disk, image.root_disk) if path is not None}
         try:
             await vm.boot()
             await vm.set_world(WORLD)
             found = [await deeds_of(vm, *each, seconds=seconds, middling=middling) for each in samples]
             await vm.send("poweroff")
-            await asyncio.wait_for(vm.wait_exited(), 60)
+            await asyncio.wait_for(vm.wait_exited(), 120)
             assert top_folders(vm._settings.folder / "disk.qcow2", tmp_path / "disk.raw") <= FOLDERS
-            assert hashlib.sha256(base.read_bytes()).hexdigest() == digest, "the documents' disk itself was written to"
+            assert {path: digest_of(path) for path in digests} == digests, "a disk of the image itself was written to"
             return found
         finally:
             await vm.stop()
 
     return asyncio.run(work())
+
+
+def digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def top_folders(overlay: Path, raw: Path) -> set[str]:
@@ -161,16 +174,38 @@ ONE_EACH = [
     ("dropper-persist", "self-copy"),
     ("benign", "package-install"),
 ]
+ONE_EACH_OF_DEBIAN = [
+    ("cryptomine", "sha256-loop"),
+    ("ransom-walk", "openssl-tree"),
+    ("scan-and-dial", "nmap-ports"),
+    ("beacon-c2", "curl-poll"),
+    ("exfil-drip", "curl-archives"),
+    ("dropper-persist", "deb-stages"),
+    ("benign", "rsync-backup"),
+]
 BY_NAME = {(row.name, one.name): (row, one) for row in PROFILES for one in row.samples}
 
 
 @pytest.mark.vm
 def test_one_sample_of_each_profile_stays_inside_its_bounds(tmp_path: Path) -> None:
     need_qemu()
-    found = play(tmp_path, [BY_NAME[name] for name in ONE_EACH], seconds=6.0, middling=True)
+    assert_all_work_inside(ONE_EACH, play(tmp_path, [BY_NAME[name] for name in ONE_EACH], seconds=6.0, middling=True))
 
-    assert {name for name, _ in ONE_EACH} == {row.name for row in PROFILES}
-    for deeds, (name, _) in zip(found, ONE_EACH, strict=True):
+
+@pytest.mark.vm
+def test_one_debian_program_of_each_profile_stays_inside_its_bounds(tmp_path: Path) -> None:
+    need_debian_image()
+    samples = [BY_NAME[name] for name in ONE_EACH_OF_DEBIAN]
+
+    found = play(tmp_path, samples, seconds=6.0, middling=True, shape=DEBIAN_SHAPE)
+
+    assert all(sample.images == ("debian",) for _, sample in samples)
+    assert_all_work_inside(ONE_EACH_OF_DEBIAN, found)
+
+
+def assert_all_work_inside(names: Sequence[tuple[str, str]], found: Sequence[Deeds]) -> None:
+    assert {name for name, _ in names} == {row.name for row in PROFILES}
+    for deeds, (name, _) in zip(found, names, strict=True):
         assert_inside(deeds, next(row for row in PROFILES if row.name == name).bounds)
     assert sum(deeds.sent for deeds in found) > 10_000  # they did work
     assert sum(deeds.written for deeds in found) > 100_000
@@ -178,12 +213,19 @@ def test_one_sample_of_each_profile_stays_inside_its_bounds(tmp_path: Path) -> N
 
 @pytest.mark.vm
 @pytest.mark.soak
+@pytest.mark.parametrize("image", ["busybox", "debian"])
 @pytest.mark.parametrize("row", PROFILES, ids=lambda row: row.name)
-def test_every_sample_stays_inside_its_bounds_at_its_highest_intensities(tmp_path: Path, row: WorkloadProfile) -> None:
-    need_qemu()
-    # The programs of another image are played in that image.
-    samples = [(row, one) for one in row.samples if "busybox" in one.images]
-    for deeds in play(tmp_path, samples, seconds=20.0, middling=False):
+def test_every_sample_stays_inside_its_bounds_at_its_highest_intensities(
+    tmp_path: Path, row: WorkloadProfile, image: str
+) -> None:
+    if image == "debian":
+        need_debian_image()
+    else:
+        need_qemu()
+    # The Debian image plays its own programs here; the built-in samples are the same program in both images.
+    samples = [(row, one) for one in row.samples if one.images[0] == image]
+    shape = DEBIAN_SHAPE if image == "debian" else BUSYBOX_SHAPE
+    for deeds in play(tmp_path, samples, seconds=20.0, middling=False, shape=shape):
         assert_inside(deeds, row.bounds)
 
 
