@@ -2,30 +2,53 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from phasewatch.telemetry.base import ReadingValues, build_missing_reading
 from phasewatch.telemetry.netflow import NetflowReading
-from phasewatch.telemetry.process import PROC_ROOT, parse_qemu_options
+from phasewatch.telemetry.process import PROC_ROOT, parse_qemu_options, read_link
 from phasewatch.types import SourceKind
 
 __all__ = [
     "TAP_FIELDS",
     "TapCounters",
+    "TapDevice",
     "TapSource",
     "TrafficTotals",
     "find_cards_without_tap",
+    "find_tap_devices",
     "find_taps_by_fd",
     "read_device_counters",
 ]
 
 _CHECK_READINGS = 4  # readings between two lists of the process's taps: 2 s
+_OTHER_FILES = ("socket:", "pipe:", "anon_inode:", "/memfd:", "/dev/kvm", "/dev/null")
 TAP_FIELDS = frozenset(NetflowReading._fields[:4])
 _TAP_NAME_PATTERN = re.compile(r"^iff:\s*(\S{1,15})\s*$", re.MULTILINE)
+_MACVTAP_PATTERN = re.compile(r"^/dev/tap(\d{1,9})$")
+_SYS_NET = Path("/sys/class/net")
 TrafficTotals = tuple[int, int, int, int]  # frames and bytes that the guest sent, and received
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TapDevice:
+    """A network interface of the host that carries the frames of one network card.
+
+    Attributes:
+        name: Name of the interface.
+        is_macvtap: Whether it is a macvtap, which transmits what the guest sends; a tap receives it.
+        fds: The process's file descriptors of it, one per queue.
+    """
+
+    name: str
+    is_macvtap: bool = False
+    fds: frozenset[int] = field(default=frozenset(), compare=False)
 
 
 def find_taps_by_fd(pid: int, proc: Path = PROC_ROOT) -> dict[int, str]:
@@ -34,13 +57,48 @@ def find_taps_by_fd(pid: int, proc: Path = PROC_ROOT) -> dict[int, str]:
     Source: ``/proc/PID/fdinfo/FD``, line ``iff``.
     """
     taps = {}
+    files = proc / str(pid) / "fd"
     with suppress(OSError):
         for entry in (proc / str(pid) / "fdinfo").iterdir():
+            if read_link(files / entry.name).startswith(_OTHER_FILES):  # most files, and cheaper than to read on
+                continue
             with suppress(OSError, ValueError):  # closed after it was listed
                 match = _TAP_NAME_PATTERN.search(entry.read_text("utf-8", "replace"))
                 if match:
                     taps[int(entry.name)] = match[1]
     return taps
+
+
+def find_tap_devices(pid: int, proc: Path = PROC_ROOT) -> tuple[TapDevice, ...]:
+    """Return the tap and macvtap devices that a process holds, in order of their names.
+
+    A macvtap device is found in this process's network namespace only.
+
+    Source: ``/proc/PID/fdinfo/FD``; for macvtap ``/proc/PID/fd/FD``, a link to ``/dev/tapN``, where N is the index of
+    the interface, and ``/sys/class/net/NAME/tapN/dev``, which proves it.
+    """
+    files: dict[tuple[str, bool], set[int]] = {}
+    for fd, name in find_taps_by_fd(pid, proc).items():
+        files.setdefault((name, False), set()).add(fd)
+    with suppress(OSError):
+        for entry in (proc / str(pid) / "fd").iterdir():
+            match = _MACVTAP_PATTERN.match(read_link(entry))
+            if match and entry.name.isdigit() and (name := _find_macvtap(entry, int(match[1]))):
+                files.setdefault((name, True), set()).add(int(entry.name))
+    return tuple(
+        TapDevice(name=name, is_macvtap=is_macvtap, fds=frozenset(fds))
+        for (name, is_macvtap), fds in sorted(files.items())
+    )
+
+
+def _find_macvtap(file: Path, index: int) -> str:
+    """Return the name of the macvtap interface with an index; empty unless the open file is really its own."""
+    try:
+        name, device = socket.if_indextoname(index), file.stat().st_rdev
+        number = (_SYS_NET / name / f"tap{index}" / "dev").read_text("ascii").strip()
+    except (OSError, OverflowError):
+        return ""
+    return name if number == f"{os.major(device)}:{os.minor(device)}" else ""
 
 
 def find_cards_without_tap(pid: int, proc: Path = PROC_ROOT) -> list[str]:
