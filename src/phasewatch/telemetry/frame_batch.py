@@ -63,26 +63,31 @@ def count_batch(counter: FlowCounter, batch: FrameBatch) -> None:
     Only which flow is forgotten first may differ, once more flows are remembered than there is room for.
     """
     is_short = len(batch) < _MIN_BATCH_FRAMES or batch.data.shape[1] < _MIN_BYTES
-    if is_short or int(np.ptp(batch.t_ns)) >= EXCHANGE_PAUSE_NS:
-        for at in range(len(batch)):
-            _count_one(counter, batch, at)
-        return
-    runs = {int(run[0]): run for run in _find_runs(batch)}
+    has_pause = len(batch) > 0 and int(np.ptp(batch.t_ns)) >= EXCHANGE_PAUSE_NS
+    runs = [] if is_short or has_pause else _find_runs(batch)
+    run_at = {int(run[0]): run for run in runs}
     is_single = np.ones(len(batch), bool)
-    for run in runs.values():
+    for run in runs:
         is_single[run] = False
-    for at in sorted([*np.flatnonzero(is_single).tolist(), *runs]):
-        if is_single[at]:
-            _count_one(counter, batch, at)
-            continue
-        run = runs[at]
-        headers = _read_headers(batch.data[at].tobytes())
-        counter.count_run(headers, bool(batch.outgoing[at]), batch.sizes[run], batch.t_ns[run])
+    singles = np.flatnonzero(is_single)
+    data, width = batch.data[singles].tobytes(), batch.data.shape[1]
+    columns = (batch.captured, batch.outgoing, batch.sizes, batch.t_ns)
+    rest = zip(singles.tolist(), *(column[singles].tolist() for column in columns), strict=True)
+    first = sorted(run_at)
+    for place, (at, captured, outgoing, size, t_ns) in enumerate(rest):
+        while first and first[0] < at:
+            _count_run(counter, batch, run_at[first.pop(0)])
+        frame = data[place * width : place * width + captured]
+        counter.count_frame(frame, outgoing, size, t_ns=t_ns)
+    for at in first:
+        _count_run(counter, batch, run_at[at])
 
 
-def _count_one(counter: FlowCounter, batch: FrameBatch, at: int) -> None:
-    frame = batch.data[at, : batch.captured[at]].tobytes()
-    counter.count_frame(frame, bool(batch.outgoing[at]), int(batch.sizes[at]), t_ns=int(batch.t_ns[at]))
+def _count_run(counter: FlowCounter, batch: FrameBatch, run: np.ndarray) -> None:
+    at = run[0]
+    counter.count_run(
+        _read_headers(batch.data[at].tobytes()), bool(batch.outgoing[at]), batch.sizes[run], batch.t_ns[run]
+    )
 
 
 def _read_headers(frame: bytes) -> IpHeaders:
