@@ -25,10 +25,15 @@ from pathlib import Path
 from typing import Any
 
 from phasewatch.errors import VmError
+from phasewatch.live.attach import attach, detach
+from phasewatch.live.discover import read_running_vm
+from phasewatch.live.survey import survey_vm
 from phasewatch.telemetry.af_packet import PacketSource
-from phasewatch.telemetry.base import ReadingValues
+from phasewatch.telemetry.base import HostClock, ReadingValues
+from phasewatch.telemetry.netflow import NetflowReading
 from phasewatch.telemetry.packet_socket import MIN_RING_BYTES
 from phasewatch.telemetry.pcap import PcapReader
+from phasewatch.types import SourceKind
 
 DUMP = Path(__file__).parent / "tap-virtio-net.pcap"
 DUMP_MAC = bytes.fromhex("525400150010")
@@ -275,14 +280,33 @@ OPEN_A_TAP = (
 )
 
 
-def try_without_the_right() -> str:
-    program = (
-        f"{OPEN_A_TAP}\nimport asyncio\nfrom phasewatch.errors import VmError\n"
-        "from phasewatch.telemetry.af_packet import PacketSource\n"
-        "try: asyncio.run(PacketSource(pid=os.getpid()).open())\nexcept VmError as exc: print(exc)"
-    )
+async def choose(pid: int) -> dict[str, Any]:
+    """Attach to a process as to a VM; return the network source, the fields that it knows, and the notes."""
+    machine = read_running_vm(pid)
+    assert machine is not None
+    survey = await survey_vm(machine, qmp=None, clock=HostClock())
+    sources = await attach(survey)
+    try:
+        network = next(source for source in sources if source.source is SourceKind.NETFLOW)
+        values = await network.read()
+        known = [name for name, value in zip(NetflowReading._fields, values, strict=True) if value is not None]
+        return {"source": type(network).__name__, "known": known, "notes": survey.notes}
+    finally:
+        await detach(survey, sources)
+
+
+async def choose_with_and_without_the_right() -> list[dict[str, Any]]:
+    tap = open_tap("pw0")
+    vm = subprocess.Popen(["qemu-system-x86_64", "60"], executable="/bin/sleep", pass_fds=(tap,))
+    os.close(tap)
+    here = (sys.executable, "-m", "tests.telemetry.packet_lab", str(vm.pid))
     without = ("setpriv", "--bounding-set", "-net_raw", "--inh-caps", "-net_raw")
-    return subprocess.run([*without, sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    try:
+        done = subprocess.run([*without, *here], capture_output=True, text=True, check=True)
+        return [await choose(vm.pid), json.loads(done.stdout)]
+    finally:
+        vm.kill()
+        vm.wait()
 
 
 async def main() -> None:
@@ -300,11 +324,14 @@ async def main() -> None:
                 "overflow": await overflow(),
                 "macvtap": await use_a_macvtap(),
                 "other namespace": await look_into_another_namespace(),
-                "no right": try_without_the_right(),
+                "choice": await choose_with_and_without_the_right(),
             }
         )
     )
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    if len(sys.argv) > 1:
+        print(json.dumps(asyncio.run(choose(int(sys.argv[1])))))
+    else:
+        asyncio.run(main())

@@ -106,5 +106,10 @@ def test_a_tap_of_the_same_name_in_another_namespace_is_not_taken_for_the_vms(se
     assert "namespace" in seen["other namespace"]
 
 
-def test_a_process_without_the_right_is_told_which_one(seen: dict[str, Any]) -> None:
-    assert "CAP_NET_RAW" in seen["no right"]
+def test_a_watch_captures_at_the_taps_and_without_the_right_counts_frames_only(seen: dict[str, Any]) -> None:
+    captured, counted = seen["choice"]
+
+    assert captured["known"] == list(NetflowReading._fields)
+    assert counted["known"] == list(NetflowReading._fields[:4])
+    assert any("CAP_NET_RAW" in note for note in counted["notes"])
+    assert not any("CAP_NET_RAW" in note for note in captured["notes"])

@@ -32,7 +32,7 @@ from phasewatch.telemetry.network_cards import Nic, count_passthrough_cards, cou
 from phasewatch.telemetry.packet_socket import MAX_RING_BYTES, MIN_RING_BYTES, PacketSocket
 from phasewatch.telemetry.process import PROC_ROOT
 from phasewatch.telemetry.qmp import QmpMonitor
-from phasewatch.telemetry.tap import TapDevice, find_cards_without_tap, find_tap_devices
+from phasewatch.telemetry.tap import TapDevice, TapFinder, find_cards_without_tap
 from phasewatch.types import SourceKind
 
 __all__ = ["FrameSocket", "PacketSource", "match_taps"]
@@ -122,7 +122,7 @@ class PacketSource:
         self._sockets: dict[TapDevice, FrameSocket] = {}
         self._counter, self._readability = FlowCounter(), Readability()
         self._readings, self._n_behind, self._n_quiet = 0, 0, _QUIET_READINGS
-        self._devices: tuple[TapDevice, ...] = ()
+        self._finder, self._devices = TapFinder(pid, proc), tuple[TapDevice, ...]()
         self._cards: tuple[Nic, ...] = ()
         self._passed_through, self._unplugged_seen = 0, 0
         self._reason = ""
@@ -227,15 +227,17 @@ class PacketSource:
         is_due = self._readings % CARD_CHECK_READINGS == 0
         if not (is_due or is_gone or unplugged != self._unplugged_seen):
             return True
-        before = dict(self._sockets)
         with_cards = unplugged != self._unplugged_seen or self._readings % PCI_CHECK_READINGS == 0
+        if not (with_cards or is_gone or self._reason) and self._finder.is_unchanged():
+            return True
+        before = dict(self._sockets)
         self._unplugged_seen = unplugged
         await self._refresh(with_cards=with_cards)
         return self._sockets == before
 
     async def _refresh(self, *, with_cards: bool) -> None:
         """Find the taps of all cards, open a socket on each new one, and close those that are gone."""
-        devices = find_tap_devices(self._pid, self._proc)
+        devices = self._finder.find()
         if self._monitor is not None and (with_cards or self._reason or devices != self._devices):
             with suppress(VmError, AttributeError, KeyError, TypeError):  # a silent monitor makes no frame invisible
                 await self._refresh_cards(self._monitor)
