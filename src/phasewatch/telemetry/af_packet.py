@@ -38,6 +38,7 @@ from phasewatch.types import SourceKind
 __all__ = ["FrameSocket", "PacketSource", "match_taps"]
 
 _BATCH_FRAMES = 2048
+_MAX_REST_BATCHES = 8  # of a socket that is closed
 _RING_GROWTH = 4
 _QUIET_READINGS = 20  # readings without a dropped frame before dropped frames are reported again: 10 s
 
@@ -304,7 +305,7 @@ class PacketSource:
                 self._add_notice(NetworkNoticeCode.CARD_ADDED, f"new network card on {device.name}")
 
     def _count_rest(self, socket: FrameSocket) -> None:
-        for _ in range(MAX_CARDS):  # bounded; a reading in which a socket is closed is unknown anyway
+        for _ in range(_MAX_REST_BATCHES):  # the reading in which a socket is closed is unknown anyway
             if not self._count_frames(socket):
                 break
         socket.close()
