@@ -85,7 +85,7 @@ def count_alone(counter: FlowCounter, passed: list[Passed]) -> None:
         counter.count_frame(frame[:256], outgoing, len(frame), t_ns=t_ns)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(passages(), min_size=1, max_size=3), st.sampled_from([400, 31_000, 59_800]))
 def test_a_batch_counts_as_its_frames_one_by_one(batches: list[list[Passed]], gap_ms: int) -> None:
     alone, together = FlowCounter(), FlowCounter()
@@ -155,3 +155,50 @@ def test_frames_that_are_more_than_an_exchange_apart_begin_exchanges(count: int)
     count_batch(together, make_batch(passed))
 
     assert together.pop_reading(passed[-1][2]) == alone.pop_reading(passed[-1][2])
+
+
+def test_runs_of_a_new_destination_count_while_it_is_new() -> None:
+    known = packet(4, 17, GUEST[4], PEERS[4][0], udp(5000, 5001, bytes(10)))
+    new = packet(4, 17, GUEST[4], PEERS[4][1], udp(5000, 5001, bytes(10)))
+    second_ns = 1000 * MILLISECOND_NS
+    batches: list[list[Passed]] = [
+        [(known, True, n) for n in range(60)],
+        [(new, True, 40 * second_ns + n * MILLISECOND_NS) for n in range(60)],
+        [(new, True, 100 * second_ns + (n - 30) * MILLISECOND_NS) for n in range(60)],  # it is new for 60 s
+    ]
+    alone, together = FlowCounter(), FlowCounter()
+
+    for passed in batches:
+        count_alone(alone, passed)
+        count_batch(together, make_batch(passed))
+        reading = together.pop_reading(passed[-1][2])
+        assert reading == alone.pop_reading(passed[-1][2])
+
+    assert (reading.dst_new, reading.dst_new_bytes) == (1, 90 * len(new))
+
+
+def test_a_run_that_follows_another_within_a_second_begins_no_exchange() -> None:
+    frame = packet(4, 17, GUEST[4], PEERS[4][0], udp(5000, 5001, bytes(10)))
+    counter = FlowCounter()
+
+    for exchange in range(8):
+        for pause_ms in (0, 1030):  # the first run lasts 59 ms
+            begin_ns = (exchange * 10_000 + pause_ms) * MILLISECOND_NS
+            count_batch(counter, make_batch([(frame, True, begin_ns + n * MILLISECOND_NS) for n in range(60)]))
+
+    assert counter.pop_reading(72_000 * MILLISECOND_NS).rhythm == round(1000 * 7 / 9)
+
+
+def test_open_connections_of_runs_are_not_forgotten() -> None:
+    guest, peer = GUEST[4], PEERS[4][0]
+    opening: list[Passed] = [
+        (packet(4, 6, guest, peer, tcp(40000, 443, 2)), True, 0),
+        (packet(4, 6, peer, guest, tcp(443, 40000, 18)), False, 1),
+    ]
+    data = packet(4, 6, guest, peer, tcp(40000, 443, 16) + bytes(100))
+    counter = FlowCounter()
+    count_batch(counter, make_batch(opening))
+
+    for minute in range(0, 30, 5):
+        count_batch(counter, make_batch([(data, True, minute * 60_000 * MILLISECOND_NS + 2 + n) for n in range(60)]))
+        assert counter.pop_reading(minute * 60_000 * MILLISECOND_NS + 100).conn_open == 1
