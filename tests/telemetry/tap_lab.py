@@ -2,7 +2,7 @@
 
 Each VM asks for an address over its tap, gets one from this program, and then tries to fetch a file over TCP from a
 port that the host refuses. Prints one JSON object: VM → what was read, what its tap counted, and what was read after
-its card was unplugged.
+its card was unplugged, both from QEMU's filters and from a packet socket on the tap.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import dpkt
 
 from phasewatch.errors import VmError
+from phasewatch.telemetry.af_packet import PacketSource
 from phasewatch.telemetry.capture import CaptureSource, build_filter_ids
 from phasewatch.telemetry.qmp import QmpMonitor
 from phasewatch.telemetry.tap import read_device_counters
@@ -121,8 +122,10 @@ async def watch(name: str, host: Host, folder: Path) -> dict[str, Any]:
     dumps = folder / name
     dumps.mkdir()
     source = CaptureSource(monitor=monitor, folder=dumps, ids=build_filter_ids(f"phasewatch-{qemu.pid}"), pid=qemu.pid)
+    packets = PacketSource(pid=qemu.pid, monitor=monitor)
     try:
         await source.open()
+        await packets.open()
         before = read_device_counters(qemu.pid)[host.tap]
         await monitor.ask("cont")
         values: tuple[int | float | None, ...] = ()
@@ -137,11 +140,13 @@ async def watch(name: str, host: Host, folder: Path) -> dict[str, Any]:
 
         await read_until(lambda: bool(values and values[5] and values[6]))  # a SYN and its refusal
         await monitor.ask("stop")
-        values = await source.read()
+        values, captured = await source.read(), await packets.read()
         counted = [now - then for now, then in zip(read_device_counters(qemu.pid)[host.tap], before, strict=True)]
         (card,) = source._cards.values()
         result: dict[str, Any] = {
             "values": values,
+            "captured": captured,
+            "capture_notices": [str(notice.code) for notice in packets.pop_notices()],
             "tap": counted,
             "header": card.finder.length,
             "notices": [str(notice.code) for notice in source.pop_notices()],
@@ -149,10 +154,13 @@ async def watch(name: str, host: Host, folder: Path) -> dict[str, Any]:
         await monitor.ask("netdev_del", id="t0")
         result["after"] = [await source.read() for _ in range(5)]
         result["notices_after"] = [str(notice.code) for notice in source.pop_notices()]
+        result["captured_after"] = [await packets.read() for _ in range(5)]
+        result["capture_notices_after"] = [str(notice.code) for notice in packets.pop_notices()]
         await source.close()
         result["left"] = [o["name"] for o in await monitor.ask("qom-list", path="/objects") if "filter" in o["type"]]
         return result
     finally:
+        await packets.close()
         await monitor.close()
         qemu.kill()
         await qemu.wait()

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from tests.requirements import need_program
 
+from phasewatch.telemetry.netflow import NetflowReading
+
 pytestmark = pytest.mark.vm
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +57,24 @@ def test_captured_frames_match_the_counters_of_a_real_tap(machines: dict[str, An
     assert new_flows >= 2  # DHCP and the refused connection
     assert syn_out >= rst_in >= 1
     assert machine["notices"] == []
+
+
+@pytest.mark.parametrize("name", ["header12", "header10", "no-header", "e1000"])
+def test_a_packet_socket_counts_what_the_tap_and_the_filters_of_qemu_count(machines: dict[str, Any], name: str) -> None:
+    machine = machines[name]
+    captured, filtered = NetflowReading(*machine["captured"]), NetflowReading(*machine["values"])
+
+    assert list(captured[:4]) == machine["tap"]
+    assert [captured.out_pkts, captured.out_bytes, captured.in_pkts] == list(filtered[:3])
+    for field in ("new_flows", "syn_out", "rst_in", "dns_queries", "conn_accepted", "conn_refused", "conn_closed"):
+        assert getattr(captured, field) == getattr(filtered, field)
+    assert machine["capture_notices"] == []
+
+
+def test_a_packet_socket_knows_nothing_once_the_card_has_no_backend(machines: dict[str, Any]) -> None:
+    for machine in machines.values():
+        assert machine["captured_after"][-1] == [None] * len(NetflowReading._fields)
+        assert machine["capture_notices_after"]
 
 
 def test_a_real_card_without_backend_is_unknown_and_leaves_no_filter(machines: dict[str, Any]) -> None:

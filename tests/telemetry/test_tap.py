@@ -9,7 +9,7 @@ import pytest
 from tests.factories.proc import PID
 
 from phasewatch.telemetry.base import ReadingValues, build_missing_reading
-from phasewatch.telemetry.tap import TapSource, find_cards_without_tap
+from phasewatch.telemetry.tap import TapFinder, TapSource, find_cards_without_tap, find_tap_devices
 from phasewatch.types import SourceKind
 
 UNKNOWN = build_missing_reading(SourceKind.NETFLOW)
@@ -110,3 +110,49 @@ def test_cards_without_a_tap_are_listed(tmp_path: Path, line: str, expected: lis
     (taps.folder / "cmdline").write_text("\0".join(["qemu-system-x86_64", *line.split(" ")]) + "\0")
 
     assert find_cards_without_tap(PID, tmp_path) == expected
+
+
+def open_files(proc: Path, files: dict[int, tuple[str, str]]) -> None:
+    """Make open files: descriptor → what it links to, and the tap device in it."""
+    for folder in ("fd", "fdinfo"):
+        (proc / str(PID) / folder).mkdir(parents=True, exist_ok=True)
+    for fd, (link, tap) in files.items():
+        (proc / str(PID) / "fd" / str(fd)).symlink_to(link)
+        (proc / str(PID) / "fdinfo" / str(fd)).write_text(f"pos:\t0\niff:\t{tap}\n" if tap else "pos:\t0\n")
+
+
+def test_the_queues_of_a_tap_are_one_device(tmp_path: Path) -> None:
+    tun = "/dev/net/tun"
+    open_files(
+        tmp_path, {3: ("socket:[7]", ""), 9: (tun, "vnet0"), 10: (tun, "vnet0"), 11: (tun, "vnet1"), 12: (tun, "")}
+    )
+
+    devices = find_tap_devices(PID, tmp_path)
+
+    assert [(device.name, device.fds) for device in devices] == [("vnet0", {9, 10}), ("vnet1", {11})]
+
+
+def test_a_file_that_only_looks_like_a_macvtap_is_none(tmp_path: Path) -> None:
+    open_files(tmp_path, {9: ("/dev/tap1", ""), 10: ("/dev/tap999999999", "")})  # 1 is the loopback interface
+
+    assert find_tap_devices(PID, tmp_path) == ()
+
+
+def test_changes_of_a_processs_taps_are_noticed(tmp_path: Path) -> None:
+    open_files(tmp_path, {3: ("socket:[7]", ""), 9: ("/dev/net/tun", "vnet0")})
+    finder = TapFinder(PID, tmp_path)
+    assert [device.name for device in finder.find()] == ["vnet0"]
+    assert finder.is_unchanged()
+
+    (tmp_path / str(PID) / "fdinfo" / "9").write_text("iff:\tvnet7\n")
+    assert not finder.is_unchanged()
+    assert [device.name for device in finder.find()] == ["vnet7"]
+
+    open_files(tmp_path, {10: ("/dev/net/tun", "vnet8")})
+    assert not finder.is_unchanged()
+
+
+def test_a_process_that_ended_has_no_taps(tmp_path: Path) -> None:
+    finder = TapFinder(PID, tmp_path)
+
+    assert finder.find() == ()

@@ -19,6 +19,7 @@ from phasewatch.live.ownership import (
     remove_watch_record,
 )
 from phasewatch.live.survey import VCPU_FIELDS, VmSurvey, list_source_channels, save_watch_record
+from phasewatch.telemetry.af_packet import PacketSource
 from phasewatch.telemetry.base import ReadingValues, TelemetrySource
 from phasewatch.telemetry.capture import CaptureSource
 from phasewatch.telemetry.monitor_sensors import (
@@ -38,7 +39,7 @@ from phasewatch.telemetry.qmp import (
     QmpSource,
     parse_registers,
 )
-from phasewatch.telemetry.tap import TAP_FIELDS, TapSource, find_cards_without_tap
+from phasewatch.telemetry.tap import TAP_FIELDS, TapSource, find_cards_without_tap, find_tap_devices
 from phasewatch.telemetry.vcpu_threads import VcpuFinder, VcpuThreads
 from phasewatch.types import SourceKind
 
@@ -226,8 +227,20 @@ def _explain_missing_jit(survey: VmSurvey, source: QmpSource) -> str:
 
 
 async def _open_network_source(survey: VmSurvey) -> TelemetrySource | None:
-    """Open the best network source: captured frames, else counters of the taps, else None and everything masked."""
-    reason = "the VM has no network card that can be captured"
+    """Open the best network source: frames at the taps, else frames from QEMU, else counters of the taps, else None.
+
+    What the source cannot provide is masked.
+    """
+    packets = PacketSource(pid=survey.facts.pid, monitor=survey.monitor, proc=survey.proc)
+    tap_reason = ""
+    try:
+        await packets.open()
+        return await _accept_capture(survey, packets)
+    except VmError as exc:
+        if find_tap_devices(survey.facts.pid, survey.proc):
+            tap_reason = str(exc)
+            survey.notes.append(f"frames cannot be captured at the taps: {tap_reason}")
+    reason = tap_reason or "the VM has no network card that can be captured"
     if survey.monitor and survey.nic and survey.task.folder:
         capture = CaptureSource(
             monitor=survey.monitor,
@@ -241,6 +254,16 @@ async def _open_network_source(survey: VmSurvey) -> TelemetrySource | None:
             return await _accept_capture(survey, capture)
         except VmError as exc:
             reason = str(exc)
+    return await _open_tap_counters(survey, reason)
+
+
+async def _open_tap_counters(survey: VmSurvey, reason: str) -> TapSource | None:
+    """Open the counters of the taps, and mask what they do not show; None if there are none.
+
+    Args:
+        survey: The VM.
+        reason: Why its frames cannot be captured.
+    """
     if others := find_cards_without_tap(survey.facts.pid, survey.proc):
         reason = f"{', '.join(others)}: has no tap that counts its frames, and no filter is possible; {reason}"
         survey.mask(SourceKind.NETFLOW, reason)
@@ -258,7 +281,9 @@ async def _open_network_source(survey: VmSurvey) -> TelemetrySource | None:
     return counters
 
 
-async def _accept_capture(survey: VmSurvey, capture: CaptureSource) -> CaptureSource | None:
+async def _accept_capture(
+    survey: VmSurvey, capture: PacketSource | CaptureSource
+) -> PacketSource | CaptureSource | None:
     """Mask what an open capture cannot provide; close it and return None if that is everything."""
     survey.notes.extend(capture.describe())
     unknown = capture.unknown_fields

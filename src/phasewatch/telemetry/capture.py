@@ -29,9 +29,13 @@ from phasewatch.types import SourceKind
 __all__ = [
     "CARD_CHECK_READINGS",
     "MAX_CARDS",
+    "MAX_READ_CPU_NS",
+    "NETFLOW_FIELDS",
+    "PCI_CHECK_READINGS",
     "CaptureSource",
     "NetworkNoticeCode",
     "NetworkSource",
+    "Readability",
     "SourceNotice",
     "build_filter_ids",
 ]
@@ -40,8 +44,8 @@ MAX_CARDS = 8
 MAX_READ_BYTES = 6 << 20  # read at most at one tick, over all cards: half a second of 50,000 frames
 MAX_READ_CPU_NS = 150_000_000  # CPU time for parsing at one tick, so that costly frames do not delay other sources
 CARD_CHECK_READINGS = 4  # readings between two lists of the cards: 2 s
-_PCI_CHECK_READINGS = 20  # readings between two lists of the PCI buses: 10 s
-_NETFLOW_FIELDS = frozenset(NetflowReading._fields)
+PCI_CHECK_READINGS = 20  # readings between two lists of the PCI buses: 10 s
+NETFLOW_FIELDS = frozenset(NetflowReading._fields)
 
 
 class NetworkNoticeCode(StrEnum):
@@ -91,6 +95,23 @@ def build_filter_ids(prefix: str) -> tuple[str, ...]:
     return tuple(f"{prefix}-{card}{side}{turn}" for card in range(MAX_CARDS) for side in "ab" for turn in "01")
 
 
+class Readability:
+    """Reports when most frames can no longer be parsed, and when they can again."""
+
+    def __init__(self) -> None:
+        self._is_unreadable = False
+
+    def pop_notices(self, counter: FlowCounter) -> list[SourceNotice]:
+        """Return the change since the last call, if there is one."""
+        was_unreadable, self._is_unreadable = self._is_unreadable, bool(counter.unknown_fields)
+        if self._is_unreadable == was_unreadable:
+            return []
+        if was_unreadable:
+            return [SourceNotice(code=NetworkNoticeCode.READABLE, text="frames can be parsed again")]
+        text = "most frames cannot be parsed: flows, ports and addresses are unknown"
+        return [SourceNotice(code=NetworkNoticeCode.UNREADABLE, text=text)]
+
+
 @dataclass(slots=True, kw_only=True)
 class _CardCapture:
     """One card: its two dumps, or the tap whose counters replace them, or the reason why it is not captured."""
@@ -129,7 +150,7 @@ class CaptureSource:
         self._readings, self._unplugged_seen = 0, 0
         self._is_active = False
         self._has_more, self._n_behind = False, 0
-        self._is_unreadable = False
+        self._readability = Readability()
         self._notices: list[SourceNotice] = []
 
     async def open(self) -> None:
@@ -163,7 +184,7 @@ class CaptureSource:
     def unknown_fields(self) -> frozenset[str]:
         """Raw fields that cannot be read at present."""
         if not self._cards or self._describe_unwatched():
-            return _NETFLOW_FIELDS
+            return NETFLOW_FIELDS
         without_content = FLOW_FIELDS if any(card.tap for card in self._cards.values()) else frozenset()
         return without_content | self._counter.unknown_fields
 
@@ -195,9 +216,9 @@ class CaptureSource:
         is_whole &= await self._verify_filters(is_quiet=is_quiet)
         counters = self._counter.pop_reading(time.monotonic_ns())
         traffic = self._taps.read(self._tap_names())
-        self._note_readability()
+        self._notices.extend(self._readability.pop_notices(self._counter))
         unknown = self.unknown_fields
-        if not is_whole or traffic is None or unknown == _NETFLOW_FIELDS:
+        if not is_whole or traffic is None or unknown == NETFLOW_FIELDS:
             return build_missing_reading(self.source)
         tap_counters = (*traffic, *(0 for _ in FLOW_FIELDS))
         values = [None if n is None else n + more for n, more in zip(counters, tap_counters, strict=True)]
@@ -281,7 +302,7 @@ class CaptureSource:
                     card.lost.add(dump.ids[0])
                     is_same = False
             try:
-                is_same &= await self._refresh_cards(with_pci=self._readings % _PCI_CHECK_READINGS == 0)
+                is_same &= await self._refresh_cards(with_pci=self._readings % PCI_CHECK_READINGS == 0)
             except VmError:
                 return False
             self._unplugged_seen = unplugged
@@ -419,18 +440,6 @@ class CaptureSource:
         if self._passed_through:
             unwatched.append(f"{self._passed_through} network card(s) passed through from the host")
         return unwatched
-
-    def _note_readability(self) -> None:
-        is_unreadable = bool(self._counter.unknown_fields)
-        if is_unreadable == self._is_unreadable:
-            return
-        self._is_unreadable = is_unreadable
-        if is_unreadable:
-            self._add_notice(
-                NetworkNoticeCode.UNREADABLE, "most frames cannot be parsed: flows, ports and addresses are unknown"
-            )
-        else:
-            self._add_notice(NetworkNoticeCode.READABLE, "frames can be parsed again")
 
     def _add_notice(self, code: NetworkNoticeCode, text: str) -> None:
         self._notices.append(SourceNotice(code=code, text=text))

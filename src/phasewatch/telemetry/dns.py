@@ -43,7 +43,7 @@ class DnsCounter:
 
     def __init__(self, *, max_names: int = MAX_NAMES) -> None:
         self._max = max_names
-        self._names: OrderedDict[int, None] = OrderedDict()  # hashes, whose key is new in each process
+        self._names: OrderedDict[int, int] = OrderedDict()  # hash, whose key is new in each process → entropy (mbit)
         self._asked = self._new_names = self._name_bytes = self._entropy = self._txt = 0
         self._answers = self._missing = 0
 
@@ -98,18 +98,21 @@ class DnsCounter:
             length = max(length, min(rest - 2, 253))
         self._asked += 1
         self._name_bytes += length
-        self._entropy += round(1000 * compute_entropy(name.replace(b".", b"")))
+        self._entropy += self._remember(name)
         self._txt += is_whole and frame[at + 1 : at + 3] == bytes([0, _TYPE_TXT])
-        self._remember(hash(name))
 
-    def _remember(self, name: int) -> None:
-        if name in self._names:
-            self._names.move_to_end(name)
-            return
+    def _remember(self, name: bytes) -> int:
+        """Return the entropy of a name's characters (thousandths of a bit), computed once."""
+        key = hash(name)
+        known = self._names.get(key)
+        if known is not None:
+            self._names.move_to_end(key)
+            return known
         self._new_names += 1
         if len(self._names) >= self._max:
             self._names.popitem(last=False)
-        self._names[name] = None
+        entropy = self._names[key] = round(1000 * compute_entropy(name.replace(b".", b"")))
+        return entropy
 
 
 def compute_entropy(characters: bytes) -> float:

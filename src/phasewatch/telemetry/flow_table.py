@@ -11,7 +11,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from phasewatch.telemetry.headers import (
     PROTOCOL_ICMP,
@@ -24,6 +24,9 @@ from phasewatch.telemetry.headers import (
     TCP_SYN,
     IpHeaders,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["EXCHANGE_PAUSE_NS", "LEARNING_NS", "MAX_FLOWS", "NEW_NS", "SILENT_NS", "FlowReading", "FlowTable"]
 
@@ -148,6 +151,38 @@ class FlowTable:
             self._count_bytes(key, flow, outgoing, size, t_ns)
         if protocol == PROTOCOL_TCP:
             self._follow_connection((remote, remote_port, local_port), flags, outgoing, t_ns)
+
+    def add_run(self, headers: IpHeaders, outgoing: bool, sizes: np.ndarray, times_ns: np.ndarray) -> None:
+        """Count frames of one flow, with the result of `add_frame` for each.
+
+        None of them opens or ends a connection, all have ports, and less than `EXCHANGE_PAUSE_NS` is between the first
+        and the last.
+
+        Args:
+            headers: Headers of the first frame.
+            outgoing: Whether the guest sent them.
+            sizes: ``(n,)`` int64, bytes of each whole frame.
+            times_ns: ``(n,)`` int64, when each passed.
+        """
+        protocol, src, dst, ports = headers[:4]
+        if ports is None or _is_group_address(dst):
+            return
+        self.add_frame(headers, outgoing, int(sizes[0]), int(times_ns[0]))
+        remote, remote_port, local_port = (dst, ports[1], ports[0]) if outgoing else (src, ports[0], ports[1])
+        flow, sizes, times_ns = self._flows[protocol, remote, remote_port], sizes[1:], times_ns[1:]
+        if not len(sizes):
+            return
+        if not flow.is_served:
+            total = int(sizes.sum())
+            self._dst_bytes += total
+            self._dst_new_bytes += int(sizes[times_ns < flow.new_until_ns].sum())
+            flow.bytes += total
+            if outgoing:
+                flow.out_bytes += total
+            flow.last_ns = max(flow.last_ns, int(times_ns.max()))
+        connection = self._open.get((remote, remote_port, local_port)) if protocol == PROTOCOL_TCP else None
+        if connection is not None:
+            connection[1] = int(times_ns[-1])
 
     def pop_reading(self, t_ns: int) -> FlowReading:
         """Return the counters and start a new tick; attempts without an answer for `SILENT_NS` become silent."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from phasewatch.telemetry.dns import DNS_PORT, DnsCounter
 from phasewatch.telemetry.flow_table import FlowTable
@@ -21,6 +21,9 @@ from phasewatch.telemetry.headers import (
     IpHeaders,
     parse_frame,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = [
     "FLOW_FIELDS",
@@ -149,22 +152,41 @@ class FlowCounter:
             return
         now[outgoing] += 1
         now[2 + outgoing] += headers.is_cut
-        protocol, src, dst, ports, flags, _, at = headers
+        protocol, _, _, ports, flags, _, at = headers
         self.table.add_frame(headers, outgoing, size, t_ns)
-        if outgoing and (len(self._addresses) < 2 * self._half or dst in self._addresses):
-            self._addresses.add(dst)
+        self._note_ports(headers, outgoing)
         if ports is None:
             return
         if protocol == PROTOCOL_UDP and ports[outgoing] == DNS_PORT:
             self._dns.add_message(frame, at, size + start, outgoing=outgoing)
         if outgoing:
-            self._ports.add(ports[1])
             self._syn_out += flags & (TCP_SYN | TCP_ACK) == TCP_SYN
             self._dns_queries += protocol == PROTOCOL_UDP and ports[1] == DNS_PORT
-            self._remember((protocol, src, dst, *ports))
         else:
             self._rst_in += bool(flags & TCP_RST)
-            self._remember((protocol, dst, src, ports[1], ports[0]))
+
+    def count_run(self, headers: IpHeaders, outgoing: bool, sizes: np.ndarray, times_ns: np.ndarray) -> None:
+        """Count frames of one flow at once, with the result of `count_frame` for each.
+
+        None of them opens or ends a connection or is a DNS message, all have ports, and less than
+        `EXCHANGE_PAUSE_NS` is between the first and the last.
+
+        Args:
+            headers: Headers of the first frame.
+            outgoing: Whether the guest sent them.
+            sizes: ``(n,)`` int64, bytes of each whole frame.
+            times_ns: ``(n,)`` int64, when each passed, on a clock that does not step back.
+        """
+        count, total = len(sizes), int(sizes.sum())
+        if outgoing:
+            self._out_pkts += count
+            self._out_bytes += total
+        else:
+            self._in_pkts += count
+            self._in_bytes += total
+        self._parsing.now[outgoing] += count
+        self.table.add_run(headers, outgoing, sizes, times_ns)
+        self._note_ports(headers, outgoing)
 
     def pop_reading(self, t_ns: int = 0) -> NetflowReading:
         """Return the counters and start a new tick.
@@ -201,6 +223,19 @@ class FlowCounter:
         if not self._parsing.is_located():
             return frozenset(NetflowReading._fields)
         return frozenset() if self._parsing.is_parsed() else FLOW_FIELDS
+
+    def _note_ports(self, headers: IpHeaders, outgoing: bool) -> None:
+        """Note a frame's addresses and ports, which count once however many frames have them."""
+        protocol, src, dst, ports = headers[:4]
+        if outgoing and (len(self._addresses) < 2 * self._half or dst in self._addresses):
+            self._addresses.add(dst)
+        if ports is None:
+            return
+        if outgoing:
+            self._ports.add(ports[1])
+            self._remember((protocol, src, dst, *ports))
+        else:
+            self._remember((protocol, dst, src, ports[1], ports[0]))
 
     def _remember(self, flow: tuple[object, ...]) -> None:
         if flow in self._young:

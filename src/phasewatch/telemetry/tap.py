@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Sequence
+import socket
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from phasewatch.telemetry.base import ReadingValues, build_missing_reading
@@ -15,17 +18,39 @@ from phasewatch.types import SourceKind
 __all__ = [
     "TAP_FIELDS",
     "TapCounters",
+    "TapDevice",
+    "TapFinder",
     "TapSource",
     "TrafficTotals",
     "find_cards_without_tap",
+    "find_tap_devices",
     "find_taps_by_fd",
     "read_device_counters",
 ]
 
 _CHECK_READINGS = 4  # readings between two lists of the process's taps: 2 s
+# Most files of a process; a tap is a device of any path, such as ``/dev/net/tun``.
+_OTHER_FILES = ("socket:", "pipe:", "anon_inode:", "/memfd:", "/dev/kvm", "/dev/null", "/dev/pts/", "/dev/vhost-net")
 TAP_FIELDS = frozenset(NetflowReading._fields[:4])
 _TAP_NAME_PATTERN = re.compile(r"^iff:\s*(\S{1,15})\s*$", re.MULTILINE)
+_MACVTAP_PATTERN = re.compile(r"^/dev/tap(\d{1,9})$")
+_SYS_NET = Path("/sys/class/net")
 TrafficTotals = tuple[int, int, int, int]  # frames and bytes that the guest sent, and received
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TapDevice:
+    """A network interface of the host that carries the frames of one network card.
+
+    Attributes:
+        name: Name of the interface.
+        is_macvtap: Whether it is a macvtap, which transmits what the guest sends; a tap receives it.
+        fds: The process's file descriptors of it, one per queue.
+    """
+
+    name: str
+    is_macvtap: bool = False
+    fds: frozenset[int] = field(default=frozenset(), compare=False)
 
 
 def find_taps_by_fd(pid: int, proc: Path = PROC_ROOT) -> dict[int, str]:
@@ -33,14 +58,113 @@ def find_taps_by_fd(pid: int, proc: Path = PROC_ROOT) -> dict[int, str]:
 
     Source: ``/proc/PID/fdinfo/FD``, line ``iff``.
     """
-    taps = {}
+    names = {fd: _read_tap_name(pid, fd, proc) for fd, link in _list_files(pid, proc).items() if _may_be_tap(link)}
+    return {fd: name for fd, name in names.items() if name}
+
+
+def find_tap_devices(pid: int, proc: Path = PROC_ROOT) -> tuple[TapDevice, ...]:
+    """Return the tap and macvtap devices that a process holds, in order of their names.
+
+    A macvtap device is found in this process's network namespace only.
+
+    Source: ``/proc/PID/fdinfo/FD``; for macvtap ``/proc/PID/fd/FD``, a link to ``/dev/tapN``, where N is the index of
+    the interface, and ``/sys/class/net/NAME/tapN/dev``, which proves it.
+    """
+    return _group_devices(pid, _list_files(pid, proc), proc)
+
+
+class TapFinder:
+    """Finds the tap devices of a process again and again; cheap while nothing changed.
+
+    Args:
+        pid: The QEMU process.
+        proc: Path of /proc.
+    """
+
+    def __init__(self, pid: int, proc: Path = PROC_ROOT) -> None:
+        self._pid, self._proc = pid, proc
+        self._fds: frozenset[int] = frozenset()
+        self._devices: tuple[TapDevice, ...] = ()
+
+    def find(self) -> tuple[TapDevice, ...]:
+        """Return the devices, as `find_tap_devices` does."""
+        files = _list_files(self._pid, self._proc)
+        self._fds, self._devices = frozenset(files), _group_devices(self._pid, files, self._proc)
+        return self._devices
+
+    def is_unchanged(self) -> bool:
+        """Return whether the process has the same files open as at the last call of `find`, and the same taps in them.
+
+        A file that was closed and replaced by a tap under its number is not noticed here.
+        """
+        if frozenset(_list_numbers(self._proc / str(self._pid) / "fdinfo")) != self._fds:
+            return False
+        return all(
+            device.is_macvtap or _read_tap_name(self._pid, fd, self._proc) == device.name
+            for device in self._devices
+            for fd in device.fds
+        )
+
+
+def _group_devices(pid: int, files: Mapping[int, str], proc: Path) -> tuple[TapDevice, ...]:
+    fds: dict[tuple[str, bool], set[int]] = {}
+    for fd, link in files.items():
+        macvtap = _MACVTAP_PATTERN.match(link)
+        if macvtap:
+            name = _find_macvtap(proc / str(pid) / "fd" / str(fd), int(macvtap[1]))
+        else:
+            name = _read_tap_name(pid, fd, proc) if _may_be_tap(link) else ""
+        if name:
+            fds.setdefault((name, macvtap is not None), set()).add(fd)
+    return tuple(
+        TapDevice(name=name, is_macvtap=is_macvtap, fds=frozenset(fds[name, is_macvtap]))
+        for name, is_macvtap in sorted(fds)
+    )
+
+
+def _list_files(pid: int, proc: Path) -> dict[int, str]:
+    """Return file descriptor → what the file is; empty where that cannot be read."""
+    numbers = _list_numbers(proc / str(pid) / "fdinfo")
+    files = dict.fromkeys(numbers, "")
+    try:
+        folder = os.open(proc / str(pid) / "fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return files
+    try:
+        for fd in numbers:
+            with suppress(OSError):  # closed after it was listed
+                files[fd] = os.readlink(str(fd), dir_fd=folder)
+    finally:
+        os.close(folder)
+    return files
+
+
+def _list_numbers(folder: Path) -> list[int]:
+    with suppress(OSError), os.scandir(folder) as entries:
+        return [int(entry.name) for entry in entries if entry.name.isdecimal() and entry.name.isascii()]
+    return []
+
+
+def _may_be_tap(link: str) -> bool:
+    return not link.startswith(_OTHER_FILES)
+
+
+def _read_tap_name(pid: int, fd: int, proc: Path) -> str:
+    """Return the name of the tap device of a file descriptor; empty if it is none."""
     with suppress(OSError):
-        for entry in (proc / str(pid) / "fdinfo").iterdir():
-            with suppress(OSError, ValueError):  # closed after it was listed
-                match = _TAP_NAME_PATTERN.search(entry.read_text("utf-8", "replace"))
-                if match:
-                    taps[int(entry.name)] = match[1]
-    return taps
+        match = _TAP_NAME_PATTERN.search((proc / str(pid) / "fdinfo" / str(fd)).read_text("utf-8", "replace"))
+        return match[1] if match else ""
+    return ""
+
+
+def _find_macvtap(file: Path, index: int) -> str:
+    """Return the name of the macvtap interface with an index; empty unless the open file is really its own."""
+    try:
+        name, device = socket.if_indextoname(index), file.stat().st_rdev
+        number = (_SYS_NET / name / f"tap{index}" / "dev").read_text("ascii").strip()
+    except (OSError, OverflowError):
+        return ""
+    return name if number == f"{os.major(device)}:{os.minor(device)}" else ""
 
 
 def find_cards_without_tap(pid: int, proc: Path = PROC_ROOT) -> list[str]:
