@@ -155,7 +155,8 @@ async def watch_vm(request: WatchRequest, callbacks: WatchCallbacks, *, clock: A
     if has_sensors:
         survey.enable_sensors()
     with ExitStack() as stack:
-        cleanup = stack.enter_context(CleanupProcess(survey.task))  # before anything in the VM is changed
+        cleanup = stack.enter_context(CleanupProcess())
+        key = cleanup.add(survey.task)  # before anything in the VM is changed
         sources: Sequence[TelemetrySource] = ()
         watched = WatchResult()
         predictor: PhasePredictor | None = None
@@ -182,7 +183,7 @@ async def watch_vm(request: WatchRequest, callbacks: WatchCallbacks, *, clock: A
         finally:
             is_clean = await detach(survey, sources) or not is_vm_alive(survey)
             if is_clean:
-                cleanup.dismiss()
+                cleanup.dismiss(key)
             if webhook is not None:
                 await webhook.close()
     facts = survey.facts
