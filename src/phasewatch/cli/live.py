@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -18,21 +18,24 @@ import typer
 
 from phasewatch import atomic
 from phasewatch.cli import common
+from phasewatch.cli.fleet_view import FleetView
 from phasewatch.cli.folders import find_bundled_model
 from phasewatch.cli.logs import route_logs
 from phasewatch.cli.options import AsJson, ModelPath, Smoothing, SmoothingOption, VmName, VmPid, VmQmp
 from phasewatch.cli.progress import show_progress
 from phasewatch.cli.streams import escape_for_terminal
-from phasewatch.errors import MachineError
+from phasewatch.errors import MachineError, UsageError
 from phasewatch.events.schema import EventEnvelope, PhaseEvent, render_event
 from phasewatch.features.normalise import render_baseline
 from phasewatch.inference.model_selection import find_models
 from phasewatch.live.baseline import measure_vm_baseline, read_baseline_file
 from phasewatch.live.discover import RunningVm, find_running_vm, list_running_vms
+from phasewatch.live.fleet import FleetReport, FleetRequest, FleetWatch
+from phasewatch.live.fleet_member import MemberStatus
 from phasewatch.live.monitor_endpoints import MonitorEndpointKind, select_reported_endpoint
-from phasewatch.live.outputs import NonBlockingWriter
+from phasewatch.live.outputs import NonBlockingWriter, Webhook
 from phasewatch.live.ownership import WatchFolder, find_watch_folders
-from phasewatch.live.session import WatchReport, WatchRequest, run_watch
+from phasewatch.live.session import WatchReport, WatchRequest, run_until_interrupted, run_watch
 from phasewatch.live.watcher import WatchCallbacks
 from phasewatch.types import BIN_NS
 
@@ -72,9 +75,23 @@ def baseline(
 
 
 def watch(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME|GLOB]...", help="Names or UUIDs of VMs, or patterns of names such as 'web*'."),
+    ] = None,
     name: VmName = None,
     pid: VmPid = None,
     qmp: VmQmp = None,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Watch all VMs of this host, also those that start later.")
+    ] = False,
+    match: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Watch all VMs whose name matches; may be repeated.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Do not watch VMs whose name matches; may be repeated.")
+    ] = None,
+    max_vms: Annotated[int, typer.Option(min=1, max=4096, help="Watch at most this many VMs at a time.")] = 256,
     list_: Annotated[bool, typer.Option("--list", help="Only list the running VMs.")] = False,
     model: ModelPath = None,
     channels: Annotated[
@@ -91,39 +108,131 @@ def watch(
     save: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Store for the readings, as bundles without labels.")
     ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder that keeps the alarms over a restart of the watcher."),
+    ] = None,
     webhook: Annotated[str, typer.Option(metavar="URL", help="Post alarms there as JSON.")] = "",
     smoothing: SmoothingOption = Smoothing.NONE,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Stop after this time; 0 watches until the VM ends.")] = 0.0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Stop after this time; 0 watches until the end.")] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print events and then the result as JSON lines.")] = False,
 ) -> None:
-    """Watch a running VM and print its phases and alarms.
+    """Watch running VMs and print their phases and alarms.
 
-    One of --name, --pid and --qmp is needed. Works with QEMU and libvirt, from outside: nothing runs in the guest.
-    It decides every second. Alarms are JSON lines: infection alarms page, activity alarms inform. Ctrl-C ends the
-    watch and leaves the VM as it was. A cleanup process restores the VM even after kill -9.
+    VMs are chosen by their names, by patterns, by --all, or a single one by --name, --pid or --qmp. Works with QEMU and
+    libvirt, from outside: nothing runs in the guests. It decides every second. Alarms are JSON lines: infection alarms
+    page, activity alarms inform.
 
-    Example: phasewatch watch --name web01
+    The watch of a single VM ends with it. The watch of several goes on: it finds VMs that start later. Ctrl-C ends it
+    and leaves the VMs as they were. A cleanup process restores them even after kill -9.
+
+    Example: phasewatch watch web01
     """
     if list_:
         _list_machines(as_json=as_json)
         return
-    machine = find_running_vm(pid=pid, name=name, qmp=qmp)
+    patterns = (*(names or ()), *(match or ()), *(("*",) if all_ else ()))
+    if patterns and (name is not None or pid is not None or qmp is not None):
+        raise UsageError("--name, --pid and --qmp choose a single VM; leave them out, or the names, --match and --all")
+    models = find_models(model or find_bundled_model())
+    is_single = not patterns or (len(patterns) == 1 and bool(names) and not _is_glob(patterns[0]) and not exclude)
+    if not is_single:
+        if baseline is not None:
+            raise UsageError("--baseline FILE belongs to one VM; watch that VM alone")
+        fleet = FleetRequest(
+            patterns=patterns,
+            exclude=tuple(exclude or ()),
+            models=models,
+            channels=channels,
+            save=save,
+            smoothing=smoothing,
+            seconds=seconds,
+            state=state,
+            max_vms=max_vms,
+        )
+        _watch_fleet(fleet, webhook, as_json=as_json)
+        return
+    machine = find_running_vm(pid=pid, name=patterns[0] if patterns else name, qmp=qmp)
     request = WatchRequest(
         machine=machine,
         qmp=qmp,
-        models=find_models(model or find_bundled_model()),
+        models=models,
         channels=channels,
         baseline=read_baseline_file(baseline) if baseline else None,
         save=save,
         webhook=webhook,
         smoothing=smoothing,
         seconds=seconds,
+        state=state,
     )
     with _open_outputs(is_only=not webhook) as (out, err), route_logs(err):
         report = run_watch(request, WatchCallbacks(on_event=_build_event_printer(out, err, as_json=as_json)))
         _print_report(report, out, err, as_json=as_json)
     if lost := report.watched.not_saved:
         raise MachineError(f"--save {save}: {lost} bundles were not written: {report.watched.save_failure}")
+
+
+def _is_glob(pattern: str) -> bool:
+    return any(character in pattern for character in "*?[")
+
+
+def _watch_fleet(request: FleetRequest, webhook_url: str, *, as_json: bool) -> None:
+    webhook = Webhook(webhook_url) if webhook_url else None
+
+    async def watch_all(fleet: FleetWatch) -> FleetReport:
+        try:
+            return await fleet.run()
+        finally:
+            if webhook is not None:
+                await webhook.close()
+
+    with _open_outputs(is_only=not webhook_url) as (out, err), route_logs(err):
+        view = FleetView(err)
+
+        def add_event(event: EventEnvelope, is_alarm_change: bool) -> None:
+            if as_json or is_alarm_change:
+                out(render_event(event).decode())
+            if not as_json:
+                view.add_event(event, is_alarm_change)
+            if is_alarm_change and webhook is not None:
+                webhook.post(event)
+
+        def add_status(status: MemberStatus) -> None:
+            if as_json:
+                out(json.dumps({"vm": asdict(status)}, sort_keys=True))
+            else:
+                view.add_status(status)
+
+        callbacks = WatchCallbacks(on_event=add_event)
+        if webhook is not None:
+            callbacks = replace(callbacks, count_backlog=webhook.count_backlog)
+        fleet = FleetWatch(request, callbacks, on_status=add_status)
+        if not as_json:
+            view.start(request.patterns)
+        report = run_until_interrupted(watch_all(fleet))
+        _print_fleet_report(report, out, err, as_json=as_json)
+    if lost := sum(vm.watched.not_saved for vm in report.vms):
+        raise MachineError(f"--save {request.save}: {lost} bundles were not written")
+
+
+def _print_fleet_report(report: FleetReport, out: _PrintLine, err: _PrintLine, *, as_json: bool) -> None:
+    if as_json:
+        out(json.dumps({"result": asdict(report)}, sort_keys=True))
+        return
+    restored = (
+        "all VMs are as they were"
+        if report.left_as_found
+        else "the monitors of "
+        + ", ".join(vm.name for vm in report.vms if not vm.left_as_found)
+        + " did not answer at the end; the cleanup process keeps trying"
+    )
+    err(
+        f"{report.why}: {len(report.vms)} VMs, {report.windows} windows, {report.alarms} infection alarms, "
+        f"{report.activity_alarms} activity alarms; {restored}"
+    )
+    for vm in report.vms:
+        for path in vm.watched.saved:
+            out(path)
 
 
 @contextmanager

@@ -93,8 +93,8 @@ class VmTracker:
     `add` accepts readings as they arrive, `advance` closes the bins that are due and decides on their windows. A watch
     of many VMs calls `close_bins` of each, predicts all windows together, and passes the results to `decide`.
 
-    The first bin begins at the first proc reading, rounded up to a whole half second. When the wall clock steps by more than 2.5 s, or the host slept,
-    a new sequence of bins begins; the phase filter and the alarms keep their state.
+    The first bin begins at the first proc reading, rounded up to a whole half second. When the wall clock steps by more
+    than 2.5 s, or the host slept, a new sequence of bins begins; the phase filter and the alarms keep their state.
 
     Args:
         predictor: The model; None only makes bins.

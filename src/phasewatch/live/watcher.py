@@ -36,11 +36,10 @@ from phasewatch.telemetry.base import (
     TelemetrySource,
 )
 from phasewatch.telemetry.capture import NetworkSource
-from phasewatch.telemetry.process import read_start_ticks
 from phasewatch.telemetry.qmp import QmpSource
 from phasewatch.types import MAX_WAIT_CORES, WINDOW_BINS, SourceKind
 
-__all__ = ["VmWatcher", "WatchCallbacks", "WatchEndReason", "WatchResult", "WindowQuality", "is_vm_alive"]
+__all__ = ["VmWatcher", "WatchCallbacks", "WatchEndReason", "WatchResult", "WindowQuality"]
 
 logger = logging.getLogger(__name__)
 
@@ -136,9 +135,10 @@ class WatchResult:
             A skipped tick counts for every source.
         contended: Windows in which the vCPUs waited for a core for more than a tenth of the time.
         restarts: How often binning restarted because the clock jumped or the host slept.
-        states: The last thousand state changes in order of time. VM: ``paused``, ``running``, ``rebooted``, ``silent``, ``gone``;
-            host: ``contended``, ``uncontended``; source: ``proc silent``, ``qmp partly silent``, ``proc back``;
-            network: the codes of `phasewatch.telemetry.capture.NetworkNoticeCode`.
+        states: The last thousand state changes in order of time. VM: ``paused``, ``running``, ``rebooted``,
+            ``silent``, ``gone``; host: ``contended``, ``uncontended``; source: ``proc silent``,
+            ``qmp partly silent``, ``proc back``; network: the codes of
+            `phasewatch.telemetry.capture.NetworkNoticeCode`.
         saved: Paths of the bundles that were written.
         not_saved: Number of bundles that could not be written.
         save_failure: The last write error; empty if there was none.
@@ -176,12 +176,14 @@ class WatchCallbacks:
         on_event: Receives every event, and whether an alarm was raised or ended with it.
         on_row: Receives every reading; None if nobody records them.
         on_step: Receives every closed bin; None if nobody needs them.
+        on_vm_state: Receives the state of the VM when it changed, such as ``paused``; None if nobody needs it.
         count_backlog: Returns how many events wait to be sent.
     """
 
     on_event: Callable[[EventEnvelope, bool], None] = _ignore_event
     on_row: Callable[[SourceKind, ReadingRow], None] | None = None
     on_step: Callable[[TrackerStep], None] | None = None
+    on_vm_state: Callable[[str], None] | None = None
     count_backlog: Callable[[], int] = _report_no_backlog
 
 
@@ -437,6 +439,8 @@ class VmWatcher:
                 self._report_state("rebooted")
             if now != self.state and (self.state or now != "running"):
                 self._report_state(now)
+            if now != self.state and self._callbacks.on_vm_state is not None:
+                self._callbacks.on_vm_state(now)
             self.state = now
             self._report_notes()
             self._report_silence(is_running=now == "running")
@@ -473,14 +477,14 @@ class VmWatcher:
 
     async def _read_state(self) -> str:
         """Return ``gone``, ``silent`` (the monitor does not answer) or the state of QMP ``query-status``."""
-        if not is_vm_alive(self._survey):
+        if not self._survey.is_alive:
             return "gone"
         if self._survey.monitor is None:
             return "running"
         try:
             return str((await self._survey.monitor.ask("query-status"))["status"])
         except (VmError, KeyError, TypeError):
-            return "silent" if is_vm_alive(self._survey) else "gone"
+            return "silent" if self._survey.is_alive else "gone"
 
     async def _reconnect(self) -> None:
         """Connect to the monitor again if the connection broke; QEMU may also just be slow."""
@@ -500,11 +504,6 @@ class VmWatcher:
             late=self._tracker.late,
             backlog=self._callbacks.count_backlog(),
         )
-
-
-def is_vm_alive(survey: VmSurvey) -> bool:
-    """Return whether the VM's QEMU process still runs; a zombie or a later process with its pid does not count."""
-    return read_start_ticks(survey.facts.pid, survey.proc) == survey.start_ticks
 
 
 def _read_cpu_s() -> float:
