@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 from tests.factories.fleet import BusyEstimator, FakeHost, build_candidate
-from tests.factories.qemu import FakeQemu
+from tests.factories.qemu import NETWORK, FakeQemu
 from tests.factories.vms import FakeClock
 
 from phasewatch.errors import BusyError, UsageError
 from phasewatch.events.schema import EventEnvelope, PhaseEvent, parse_event, render_event
+from phasewatch.live import fleet_member
 from phasewatch.live.fleet import FleetReport, FleetRequest, FleetWatch
 from phasewatch.live.fleet_member import MemberStatus, MemberStatusKind
 from phasewatch.live.watcher import WatchCallbacks
@@ -34,7 +35,9 @@ class Fleet:
     alarm_changes: list[PhaseEvent] = field(default_factory=list)
     statuses: list[tuple[int, MemberStatus]] = field(default_factory=list)
 
-    def watch(self, *patterns: str, clock: AsyncClock | None = None, files: int = 100_000, **changes: Any) -> FleetWatch:
+    def watch(
+        self, *patterns: str, clock: AsyncClock | None = None, files: int = 100_000, **changes: Any
+    ) -> FleetWatch:
         request = FleetRequest(patterns=patterns or ("*",), **({"models": (build_candidate(),)} | changes))
         return FleetWatch(
             request,
@@ -232,7 +235,7 @@ def test_the_number_of_vms_is_bounded_by_the_files_that_may_be_open(fleet: Fleet
     assert 1 <= len(report.vms) < 5
 
 
-@pytest.mark.parametrize("name", ["a b", 'a"b\'c', "a\nb\x1b[2J", "жук", "a" * 5000, "a,b=c", "*"])
+@pytest.mark.parametrize("name", ["a b", "a\"b'c", "a\nb\x1b[2J", "жук", "a" * 5000, "a,b=c", "*"])
 def test_odd_names_are_watched(fleet: Fleet, name: str) -> None:
     fleet.host.start(name)
     fleet.host.start("plain")
@@ -347,4 +350,48 @@ def test_a_monitor_that_never_answers_does_not_hold_up_another_vm(tmp_path: Path
         assert "qom-list" in good.commands
         assert good.objects == {}
         assert good.interval == 7
+        assert report.left_as_found
+
+
+def test_a_vm_that_gets_its_first_network_card_is_attached_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_member, "PROBE_INTERVAL_NS", SECOND)
+    fleet = Fleet(host=FakeHost(tmp_path / "proc"), clock=FakeClock())
+    with FakeQemu(tmp_path / "q.sock", tids=(), network="") as qemu:
+        fleet.host.start("web", qmp=qemu.path)
+
+        async def plug_card() -> None:
+            await asyncio.sleep(4)
+            qemu.network = NETWORK
+            qemu.peripherals.append("nic9")
+
+        async def main() -> FleetReport:
+            plugging = asyncio.ensure_future(plug_card())
+            try:
+                return await fleet.watch(clock=HostClock(), models=(), seconds=9).run()
+            finally:
+                plugging.cancel()
+
+        asyncio.run(main())
+
+        masked = [status.masked for _, status in fleet.statuses if status.kind is MemberStatusKind.WATCHED]
+        assert max(masked) > min(masked)
+        assert qemu.objects == {}
+
+
+def test_a_vm_whose_monitor_answers_later_is_attached_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_member, "PROBE_INTERVAL_NS", SECOND)
+    fleet = Fleet(host=FakeHost(tmp_path / "proc"), clock=FakeClock())
+    with FakeQemu(tmp_path / "q.sock", tids=(), greets=False) as qemu:
+        fleet.host.start("web", qmp=qemu.path)
+
+        async def main() -> FleetReport:
+            asyncio.get_running_loop().call_later(4, setattr, qemu, "greets", True)
+            return await fleet.watch(clock=HostClock(), models=(), seconds=12).run()
+
+        report = asyncio.run(main())
+
+        masked = [status.masked for _, status in fleet.statuses if status.kind is MemberStatusKind.WATCHED]
+        assert max(masked) > min(masked)
         assert report.left_as_found

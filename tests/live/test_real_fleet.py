@@ -23,6 +23,8 @@ from phasewatch.telemetry.qmp import BALLOON_POLLING_PROPERTY
 
 pytestmark = pytest.mark.vm
 
+COMMAND = [sys.executable, "-m", "phasewatch", "watch", "--model", str(EDGE), "--json"]
+
 
 class RealVms:
     """Tiny real VMs whose guests never run; their names begin with a prefix that no other VM has."""
@@ -67,8 +69,9 @@ class Watcher:
     """A running `watch --json` whose lines are collected."""
 
     def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "phasewatch", "watch", "--model", str(EDGE), "--json", *arguments]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen(
+            [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         self.lines: list[dict[str, Any]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -121,8 +124,10 @@ def test_a_fleet_follows_real_vms_and_a_killed_watcher_leaves_them_as_they_were(
         assert wait_long(lambda: watcher.kinds()["a"] == "gone")
         n_lines = len(watcher.lines)
         assert wait_long(
-            lambda: {line["data"]["vm"][-1] for line in watcher.lines[n_lines:] if line.get("type") == "phase"}
-            == {"b", "c", "d"}
+            lambda: (
+                {line["data"]["vm"][-1] for line in watcher.lines[n_lines:] if line.get("type") == "phase"}
+                == {"b", "c", "d"}
+            )
         )
         assert wait_long((state / STATE_FILE).exists)
     finally:
@@ -146,8 +151,7 @@ def test_the_next_watch_removes_what_a_killed_watcher_and_cleanup_process_left_i
     assert not vms.are_untouched()
 
     done = subprocess.run(
-        [sys.executable, "-m", "phasewatch", "watch", "--match", f"{vms.prefix}*", "--model", str(EDGE)]
-        + ["--seconds", "12", "--json"],
+        [*COMMAND, "--match", f"{vms.prefix}*", "--seconds", "12"],
         capture_output=True,
         text=True,
         timeout=300,

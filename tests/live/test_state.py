@@ -37,7 +37,11 @@ def test_alarms_are_continued_with_the_windows_that_their_rules_remember(tmp_pat
 
 @pytest.mark.parametrize(
     ("identity", "now_ns"),
-    [(VmIdentity(key="uuid:1", process="boot:8:80"), T0 + SECOND), (WEB, T0 + 3600 * SECOND), (WEB, T0 - 3600 * SECOND)],
+    [
+        (VmIdentity(key="uuid:1", process="boot:8:80"), T0 + SECOND),
+        (WEB, T0 + 3600 * SECOND),
+        (WEB, T0 - 3600 * SECOND),
+    ],
     ids=["another process", "after an hour", "before it was saved"],
 )
 def test_an_alarm_stays_on_without_the_windows_of_another_process_or_time(

@@ -15,6 +15,7 @@ __all__ = ["FleetView"]
 
 _TABLE_DELAY_S = 5.0  # after this time the table does not wait for VMs that are still being attached
 _SUMMARY_INTERVAL_S = 60.0
+_MAX_NAME_CHARS = 120
 _MAX_NAMED = 5  # VMs named in one part of the summary
 
 
@@ -87,8 +88,10 @@ class FleetView:
         ).most_common()
         if decisions:
             parts.append(", ".join(f"{count} {decision}" for decision, count in decisions))
-        for title, is_on in (("infection alarm", lambda e: e.alarm), ("activity alarm", lambda e: e.activity_alarm)):
-            names = [event.vm for event in self._phases.values() if is_on(event)]
+        phases = self._phases.values()
+        infected = [event.vm for event in phases if event.alarm]
+        active = [event.vm for event in phases if event.activity_alarm]
+        for title, names in (("infection alarm", infected), ("activity alarm", active)):
             if names:
                 parts.append(f"{title}: {_render_names(names)}")
         if others:
@@ -110,7 +113,9 @@ def _describe_alarms(phase: PhaseEvent) -> str:
 
 def _render_names(names: Sequence[str]) -> str:
     n_more = len(names) - _MAX_NAMED
-    return ", ".join(names[:_MAX_NAMED]) + (f" and {n_more} more" if n_more > 0 else "")
+    return ", ".join(name[:_MAX_NAME_CHARS] for name in names[:_MAX_NAMED]) + (
+        f" and {n_more} more" if n_more > 0 else ""
+    )
 
 
 def _render_time(unix_ns: int | None = None) -> str:

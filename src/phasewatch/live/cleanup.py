@@ -212,8 +212,8 @@ def _clean_up_after_watcher(pipe: int) -> None:
             message = msgspec.json.decode(line, type=_GuardMessage)
             if message.task is not None:
                 tasks[message.key] = message.task
-            elif (task := tasks.pop(message.key, None)) is not None:
-                _remove_folder(task.folder)
+            elif message.key in tasks:
+                _remove_folder(tasks.pop(message.key).folder)
     # A message that was cut announces a change that was never made.
     asyncio.run(_undo_all(tuple(tasks.values())))
 

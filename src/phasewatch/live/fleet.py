@@ -12,6 +12,7 @@ import logging
 import resource
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,6 +122,7 @@ class FleetWatch:
         request, callbacks, clock, proc: As above; an error of a callback is kept back until the watch has ended.
         loop: The common sampling loop.
         state: Alarms of all VMs.
+        writer: Thread that writes the bundles of all VMs.
     """
 
     def __init__(
@@ -138,6 +140,7 @@ class FleetWatch:
         self.callbacks = replace(callbacks, on_event=self._send_event)
         self.loop = WatchLoop(self.clock)
         self.state = WatchState(request.state)
+        self.writer = ThreadPoolExecutor(1)  # starts its thread with the first bundle
         self._on_event, self._on_status = callbacks.on_event, on_status
         self._cleanup = CleanupProcess()
         self._scanner = VmScanner(proc)

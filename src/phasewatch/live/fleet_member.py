@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -29,7 +30,8 @@ logger = logging.getLogger(__name__)
 _FIRST_RETRY_NS = 5_000_000_000
 _MAX_RETRY_NS = 300_000_000_000
 _ATTACH_TIMEOUT_S = 60.0  # a monitor may answer each of many questions just before its deadline
-_PROBE_INTERVAL_NS = 30_000_000_000  # between two looks for a monitor or hardware that was not there
+PROBE_INTERVAL_NS = 30_000_000_000  # between two looks for a monitor or hardware that was not there
+_MAX_NAME_CHARS = 200  # of a name in a status; QEMU bounds none
 _GROWABLE_SOURCES = (f"{SourceKind.QMP}.", f"{SourceKind.NETFLOW}.")
 
 
@@ -112,6 +114,10 @@ class SharedWatch(Protocol):
     def callbacks(self) -> WatchCallbacks:
         """Receivers of events; they do not raise."""
 
+    @property
+    def writer(self) -> ThreadPoolExecutor:
+        """Thread that writes the bundles of all VMs."""
+
     async def attach(self, machine: RunningVm) -> AttachedVm:
         """Attach to a VM."""
 
@@ -140,7 +146,10 @@ class FleetMember:
         self._model = self._threat = ""
         self._left: list[AttachedVm] = []  # attached earlier, and not restored
         self.status = MemberStatus(
-            name=machine.name, host=machine.host_id, pid=machine.pid, kind=MemberStatusKind.ATTACHING
+            name=machine.name[:_MAX_NAME_CHARS],
+            host=machine.host_id,
+            pid=machine.pid,
+            kind=MemberStatusKind.ATTACHING,
         )
 
     async def run(self) -> None:
@@ -148,13 +157,14 @@ class FleetMember:
         retry_ns = _FIRST_RETRY_NS
         try:
             while self._process.is_alive:
+                began_ns = self._shared.clock.mono_ns()
                 reason = await self._try_watch()
                 if not self._process.is_alive:
                     break
                 if not reason:  # more can be read now
                     retry_ns = _FIRST_RETRY_NS
                     continue
-                if self.status.kind is MemberStatusKind.WATCHED:
+                if self._shared.clock.mono_ns() - began_ns > _MAX_RETRY_NS:  # it was watched for long
                     retry_ns = _FIRST_RETRY_NS
                 self._set_status(kind=MemberStatusKind.NOT_WATCHED, reason=reason)
                 await self._sleep_while_alive(retry_ns)
@@ -169,7 +179,7 @@ class FleetMember:
     def build_report(self) -> MemberReport:
         """Return the result so far."""
         return MemberReport(
-            name=self.machine.name,
+            name=self.status.name,
             host=self.status.host,
             pid=self.machine.pid,
             identity=self.identity.key,
@@ -210,6 +220,7 @@ class FleetMember:
             identity=self.identity,
             first_event=self._next_event,
             grid_bins=LIVE_STRIDE_BINS,
+            writer=shared.writer,
         )
         predictor = vm.predictor
         self._model, self._threat = (predictor.model, predictor.threat) if predictor else ("", "")
@@ -240,7 +251,7 @@ class FleetMember:
         """Return what is new once the VM has a monitor or hardware that could fill a missing channel."""
         before = await _list_hardware(survey)
         while True:
-            await self._shared.clock.sleep_until(self._shared.clock.mono_ns() + _PROBE_INTERVAL_NS)
+            await self._shared.clock.sleep_until(self._shared.clock.mono_ns() + PROBE_INTERVAL_NS)
             if survey.monitor is None:
                 if await _can_connect(self._refresh(), self._shared.proc):
                     return "its monitor answers now"
@@ -288,16 +299,13 @@ async def _list_hardware(survey: VmSurvey) -> tuple[str, ...] | None:
     monitor = survey.monitor
     if monitor is None:
         return None
+    names: list[str] = []
     try:
-        return tuple(
-            sorted(
-                str(child["name"])
-                for parent in ("/machine/peripheral", "/machine/peripheral-anon")
-                for child in await monitor.ask("qom-list", path=parent)
-            )
-        )
+        for parent in ("/machine/peripheral", "/machine/peripheral-anon"):
+            names += [str(child["name"]) for child in await monitor.ask("qom-list", path=parent)]
     except (VmError, KeyError, TypeError):
         return None
+    return tuple(sorted(names))
 
 
 async def _can_connect(machine: RunningVm, proc: Path) -> bool:

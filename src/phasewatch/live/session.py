@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -368,6 +369,7 @@ class VmWatch:
         state: Alarms of an earlier watch, and place of the new ones.
         identity: What tells the VM from others in the state.
         first_event, grid_bins: As in `VmWatcher`.
+        writer: As in `WatchRecorder`.
     """
 
     def __init__(
@@ -380,11 +382,12 @@ class VmWatch:
         identity: VmIdentity,
         first_event: int = 1,
         grid_bins: int = 1,
+        writer: ThreadPoolExecutor | None = None,
     ) -> None:
         self._vm, self._callbacks, self._clock = vm, callbacks, clock
         self._state, self._identity = state, identity
         save = vm.request.save
-        self._recorder = WatchRecorder(save, vm.survey, clock) if save else None
+        self._recorder = WatchRecorder(save, vm.survey, clock, writer) if save else None
         callbacks = replace(callbacks, on_event=self._send_event)
         if self._recorder is not None:
             callbacks = replace(callbacks, on_row=self._recorder.add_row)
@@ -406,7 +409,7 @@ class VmWatch:
             return await self.watcher.run(seconds=seconds, loop=loop)
         finally:
             if self._recorder is not None:
-                self._recorder.close()
+                await asyncio.to_thread(self._recorder.close)  # waits for the disk
                 result = self.watcher.result
                 result.saved = [str(path) for path in self._recorder.saved]
                 result.not_saved, result.save_failure = self._recorder.lost, self._recorder.failure

@@ -300,10 +300,9 @@ class VmWatcher:
                 current.uncancel()  # else Python before 3.11.3 (Debian 12) takes time-outs of the clean-up for it
         finally:
             loop.remove(self)
-            for task in (*waited, self._ticking):
-                if task is not None:
-                    task.cancel()
             tasks = [task for task in (health, own, deadline, self._ticking) if task is not None]
+            for each in (self._failed, *tasks):
+                each.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             if not self._failed.done() or self._failed.cancelled():
                 closed = self.close_bins()
