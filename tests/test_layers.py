@@ -50,9 +50,10 @@ RANKS: dict[str, int] = {
     "inference": 7,
     "audit": 8,
     "events": 8,
-    "dashboard": 9,
-    "live": 9,
+    "alarms": 9,
     "report": 9,
+    "dashboard": 10,
+    "live": 10,
     "pipeline": 10,
     "cli": 11,
     "__main__": 12,
@@ -61,6 +62,8 @@ RANKS: dict[str, int] = {
 # Modules that read and write, start processes or look at the clock; all others compute.
 IMPURE = {
     "__init__",
+    "alarms.config",
+    "alarms.history",
     "atomic",
     "audit.run",
     "binning.storage",
