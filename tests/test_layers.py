@@ -62,8 +62,17 @@ RANKS: dict[str, int] = {
 # Modules that read and write, start processes or look at the clock; all others compute.
 IMPURE = {
     "__init__",
+    "alarms.alertmanager",
+    "alarms.command",
     "alarms.config",
+    "alarms.delivery",
+    "alarms.ecs",
     "alarms.history",
+    "alarms.keeper",
+    "alarms.metrics_server",
+    "alarms.outputs",
+    "alarms.syslog",
+    "alarms.webhook",
     "atomic",
     "audit.run",
     "binning.storage",

@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,7 +104,7 @@ class AlarmChangeRow:
 
 
 class AlarmHistory:
-    """The history in a state folder, opened for reading and writing; use it from one thread.
+    """The history in a state folder, opened for reading and writing; two threads may not use it at once.
 
     Args:
         state: State folder; created if it does not exist.
@@ -138,7 +138,7 @@ class AlarmHistory:
         with suppress(sqlite3.Error):
             self._db.close()
 
-    def record(self, changes: Sequence[AlarmChange]) -> None:
+    def record(self, changes: Collection[AlarmChange]) -> None:
         """Write changes and the alarms after them, all or nothing.
 
         Raises:
@@ -419,7 +419,11 @@ def _connect(path: Path, *, is_writable: bool) -> sqlite3.Connection:
     mode = "rw" if is_writable else "ro"
     with _describe_errors(path):
         db = sqlite3.connect(
-            f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None
+            f"{path.absolute().as_uri()}?mode={mode}",
+            uri=True,
+            timeout=_BUSY_TIMEOUT_S,
+            isolation_level=None,
+            check_same_thread=False,  # one thread opens it and another one uses it
         )
         db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
         db.execute("PRAGMA trusted_schema = OFF")

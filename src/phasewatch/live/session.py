@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from phasewatch.alarms.webhook import Webhook
 from phasewatch.channels import CHANNELS
 from phasewatch.errors import MachineError, PhasewatchError
 from phasewatch.events.schema import EventEnvelope, PhaseEvent
@@ -26,7 +27,6 @@ from phasewatch.inference.predictor import PhasePredictor
 from phasewatch.live.attach import attach, detach
 from phasewatch.live.cleanup import CleanupProcess
 from phasewatch.live.discover import RunningVm, VmIdentity, identify_vms
-from phasewatch.live.outputs import Webhook
 from phasewatch.live.recording import WatchRecorder, check_recording_folder
 from phasewatch.live.state import WatchState
 from phasewatch.live.survey import VmSurvey, choose_jit_use, choose_sensor_use, explain_masked_channels, survey_vm
