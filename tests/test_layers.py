@@ -71,6 +71,7 @@ IMPURE = {
     "alarms.keeper",
     "alarms.metrics_server",
     "alarms.outputs",
+    "alarms.probe",
     "alarms.syslog",
     "alarms.webhook",
     "atomic",
@@ -155,6 +156,7 @@ WORLD = {
 
 # Modules with fewer than 110 lines and one importer; each stands for the reason given.
 SMALL = {
+    "alarms.probe": "connects to receivers, which no other check of a configuration does",
     "bundle.labels": "a member of the bundle format, as rows and manifest are",
     "cli.sparkline": "needs numpy, which `--help` may not load",
     "live.baseline": "the recording of a baseline, started by one command",

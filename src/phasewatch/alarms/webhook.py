@@ -15,7 +15,7 @@ from phasewatch.http_client import make_http_client
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["HttpPoster", "Webhook"]
+__all__ = ["HttpPoster", "Webhook", "build_tls_context"]
 
 _TIMEOUT_S = 5.0  # of one step
 _TOTAL_TIMEOUT_S = 15.0  # of one attempt: a server may answer byte by byte
@@ -39,12 +39,7 @@ class HttpPoster:
 
         self._httpx, self._token = httpx, token
         self._client: httpx.AsyncClient | None = None
-        self._verify: ssl.SSLContext | bool = True
-        if ca_file:
-            try:
-                self._verify = ssl.create_default_context(cafile=ca_file)
-            except (OSError, ssl.SSLError) as exc:
-                raise UsageError(f"{ca_file}: {exc.strerror or exc}; PEM certificates are needed") from exc
+        self._verify: ssl.SSLContext | bool = build_tls_context(ca_file) if ca_file else True
 
     async def post(self, url: str, body: bytes) -> None:
         """Post a body.
@@ -77,6 +72,21 @@ class HttpPoster:
         if self._client is not None:
             await self._client.aclose()
             self._client = None
+
+
+def build_tls_context(ca_file: str) -> ssl.SSLContext:
+    """Return how a server's certificate is checked.
+
+    Args:
+        ca_file: PEM file; empty for the certificates of the system.
+
+    Raises:
+        UsageError: If the file holds no certificates.
+    """
+    try:
+        return ssl.create_default_context(cafile=ca_file or None)
+    except (OSError, ssl.SSLError) as exc:
+        raise UsageError(f"{ca_file}: {exc.strerror or exc}; PEM certificates are needed") from exc
 
 
 class Webhook:

@@ -11,12 +11,43 @@ from phasewatch.cli import common
 from phasewatch.events.schema import EventEnvelope, PhaseEvent
 from phasewatch.live.fleet_member import MemberStatus, MemberStatusKind
 
-__all__ = ["FleetView"]
+__all__ = ["EndedVms", "FleetView"]
 
 _TABLE_DELAY_S = 5.0  # after this time the table does not wait for VMs that are still being attached
+_RETURN_S = 60.0  # within this time a VM that ended may come back, as after a restart
 _SUMMARY_INTERVAL_S = 60.0
 _MAX_NAME_CHARS = 120
 _MAX_NAMED = 5  # VMs named in one part of the summary
+
+
+class EndedVms:
+    """Reports that a VM has ended once it has not come back for a minute; a VM that restarts keeps its alarms.
+
+    Args:
+        report: Receives the host id of a VM that has ended.
+        monotonic: Clock in seconds.
+    """
+
+    def __init__(self, report: Callable[[str], None], monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._report, self._monotonic = report, monotonic
+        self._ended_s: dict[str, float] = {}
+
+    def add_status(self, status: MemberStatus) -> None:
+        """Follow the status of a VM."""
+        self._ended_s.pop(status.host, None)
+        if status.kind is MemberStatusKind.GONE:
+            self._ended_s[status.host] = self._monotonic()
+        self.report_due()
+
+    def report_due(self) -> None:
+        """Report the VMs that ended a minute ago; to be called often."""
+        now_s = self._monotonic()
+        while self._ended_s:
+            host, ended_s = next(iter(self._ended_s.items()))
+            if now_s - ended_s < _RETURN_S:
+                return
+            del self._ended_s[host]
+            self._report(host)
 
 
 class FleetView:

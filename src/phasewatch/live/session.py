@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from phasewatch.alarms.webhook import Webhook
 from phasewatch.channels import CHANNELS
 from phasewatch.errors import MachineError, PhasewatchError
 from phasewatch.events.schema import EventEnvelope, PhaseEvent
@@ -71,7 +70,6 @@ class WatchRequest:
             used only for a named channel set that contains them.
         baseline: The VM's baseline, measured while it was known clean; None if there is none.
         save: Store to save the readings in; None saves nothing.
-        webhook: URL to post alarms to; empty for none.
         smoothing: `SMOOTHING_PHASE` shows phases after the phase filter.
         seconds: Maximum duration; 0 watches until the VM is gone or the watch is interrupted.
         state: Folder that keeps the alarms over restarts of the watcher; None keeps nothing.
@@ -83,7 +81,6 @@ class WatchRequest:
     channels: str = ""
     baseline: HostBaseline | None = None
     save: Path | None = None
-    webhook: str = ""
     smoothing: str = SMOOTHING_NONE
     seconds: float = 0.0
     state: Path | None = None
@@ -108,8 +105,8 @@ class WatchReport:
     masked: tuple[str, ...]
     caveat: str
     left_as_found: bool
-    posted: int
-    not_posted: int
+    posted: int = 0
+    not_posted: int = 0
 
 
 class AttachedVm:
@@ -220,7 +217,6 @@ async def watch_vm(request: WatchRequest, callbacks: WatchCallbacks, *, clock: A
     """Watch a VM until the end, as `run_watch` does; cancelling the task ends the watch in order, with a report."""
     request = replace(request, models=select_models(request.models, request.channels))
     check_save_folder(request.save)
-    webhook = Webhook(request.webhook) if request.webhook else None
     identity = identify_vms((request.machine,))[request.machine.pid]
     with WatchState(request.state) as state, CleanupProcess() as cleanup:
         watched, is_clean = WatchResult(), True
@@ -229,14 +225,12 @@ async def watch_vm(request: WatchRequest, callbacks: WatchCallbacks, *, clock: A
             _log_setup(vm)
             supervision = asyncio.create_task(supervise_cleanup_process(cleanup))
             try:
-                watch = VmWatch(vm, _add_webhook(callbacks, webhook), clock=clock, state=state, identity=identity)
+                watch = VmWatch(vm, callbacks, clock=clock, state=state, identity=identity)
                 watched = await watch.run(seconds=request.seconds)
             finally:
                 supervision.cancel()
         finally:
             is_clean = await vm.close()
-            if webhook is not None:
-                await webhook.close()
     survey, predictor = vm.survey, vm.predictor
     return WatchReport(
         watched=watched,
@@ -245,8 +239,6 @@ async def watch_vm(request: WatchRequest, callbacks: WatchCallbacks, *, clock: A
         masked=tuple(survey.masked),
         caveat=predictor.caveat(survey.facts.accel, survey.facts.arch) if predictor else "",
         left_as_found=is_clean,
-        posted=webhook.sent if webhook else 0,
-        not_posted=webhook.lost if webhook else 0,
     )
 
 
@@ -272,18 +264,6 @@ def check_save_folder(folder: Path | None) -> None:
             folder,
             error.strerror or error,
         )
-
-
-def _add_webhook(callbacks: WatchCallbacks, webhook: Webhook | None) -> WatchCallbacks:
-    if webhook is None:
-        return callbacks
-
-    def send_event(event: EventEnvelope, is_alarm_change: bool) -> None:
-        callbacks.on_event(event, is_alarm_change)
-        if is_alarm_change:
-            webhook.post(event)
-
-    return replace(callbacks, on_event=send_event, count_backlog=webhook.count_backlog)
 
 
 async def supervise_cleanup_process(cleanup: CleanupProcess) -> None:
