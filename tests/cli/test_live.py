@@ -260,6 +260,36 @@ def test_a_watch_with_a_configuration_serves_its_figures_and_keeps_a_history(
     assert (tmp_path / "state" / "alarms.sqlite").is_file()
 
 
+def test_many_vms_are_watched_by_names_patterns_or_a_configuration(pretender: Any, edge: Path, tmp_path: Path) -> None:
+    name = f"pretender-{os.getpid()}"
+    (tmp_path / "watch.toml").write_text(f'[watch]\nmatch = ["{name}*"]\nmodel = "{edge}"\n')
+    command = [sys.executable, "-m", "phasewatch", "watch", "--seconds", "14", "--json"]
+    state = tmp_path / "state"
+    for arguments in ((f"{name}*", "--model", edge, "--state", state), ("--config", tmp_path / "watch.toml")):
+        done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        assert done.returncode == 0, done.stderr
+        result = lines[-1]["result"]
+        assert [(vm["name"], vm["threat"], vm["reason"]) for vm in result["vms"]] == [(name, "proc", "")]
+        assert [line["vm"]["kind"] for line in lines if "vm" in line][:2] == ["attaching", "watched"]
+        assert {line["type"] for line in lines if "type" in line} >= {"telemetry", "phase"}
+        assert result["left_as_found"] is True
+        assert (pretender[1].objects, pretender[1].interval) == ({}, 7)
+    assert (state / "watch_v1.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("a*", "--name", "b"), ("--all", "--pid", "7"), ("a*", "--baseline", "x.json")],
+)
+def test_options_of_one_vm_do_not_go_with_many(phasewatch: Run, arguments: tuple[str, ...]) -> None:
+    said = phasewatch("watch", *arguments)
+
+    assert said.code == 2
+    assert len(said.err.strip().splitlines()) == 1
+
+
 def test_a_configuration_with_a_fault_is_refused_before_the_vm_is_touched(pretender: Any, tmp_path: Path) -> None:
     (tmp_path / "watch.toml").write_text("[outputs.webhok]\n")
 
