@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from phasewatch.errors import UsageError
-from phasewatch.live.config import WatchConfig, find_config_faults, read_watch_config
+from phasewatch.live.config import WatchConfig, find_config_faults, read_example, read_watch_config
+from phasewatch.toml_config import parse_toml
 
 GOOD = """
 [watch]
@@ -99,6 +102,20 @@ def test_a_value_that_cannot_be_used_is_reported(tmp_path: Path, monkeypatch: py
     assert len(faults) == 1
     with pytest.raises(UsageError, match=r"watch\.toml"):
         read_watch_config(tmp_path / "watch.toml")
+
+
+def test_the_example_is_valid_and_has_every_table_and_key(tmp_path: Path) -> None:
+    config, faults = find_config_faults(write(tmp_path, read_example()))
+    whole = re.sub(r"^# (?=\[|[a-z_]+ = )", "", read_example(), flags=re.M)
+    full = parse_toml(whole, WatchConfig, where="example")
+
+    assert config is not None
+    assert faults == ()
+    outputs = full.outputs
+    assert None not in msgspec.structs.astuple(outputs)
+    for table in (full.watch, *msgspec.structs.astuple(outputs)):
+        missing = {name for name in table.__struct_fields__ if not re.search(rf"^{name} = ", whole, flags=re.M)}
+        assert missing == set()
 
 
 @given(st.text())

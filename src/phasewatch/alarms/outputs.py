@@ -38,7 +38,7 @@ __all__ = ["AlarmOutputs", "open_outputs"]
 logger = logging.getLogger(__name__)
 
 _MAX_WAITING_EVENTS = 16_384  # of all VMs: four minutes of 64 VMs
-_TICK_S = 0.5  # between two looks at events that change no alarm
+_TICK_S = 1.0  # between two looks at events that change no alarm
 _HISTORY_S = 1.0  # between two looks at the history
 _STALE_NS = 24 * 3600 * 1_000_000_000  # an alarm of a VM that nobody has watched for so long ends
 _CLOSE_TIMEOUT_S = 15.0
@@ -101,6 +101,7 @@ class AlarmOutputs:
         self._metrics = MetricsServer(config.metrics.port, self._take_snapshot) if config.metrics else None
         self.metrics_port = self._metrics.port if self._metrics else None
         now_ns = wall_ns()
+        self._has_history = state is not None
         self._keeper = HistoryKeeper(state, now_ns)
         self._silences = self._keeper.silences
         self._book = AlarmBook(self._keeper.open_alarms, self._silences, now_ns=now_ns)
@@ -192,7 +193,7 @@ class AlarmOutputs:
         self._loop = asyncio.get_running_loop()
         if self._metrics is not None:
             self._metrics.start()
-        history = asyncio.create_task(self._exchange_history())
+        history = asyncio.create_task(self._exchange_history() if self._has_history else asyncio.sleep(0))
         self._update_firing()
         stale_ns = self._wall_ns()
         try:

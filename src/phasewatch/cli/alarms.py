@@ -22,7 +22,7 @@ from phasewatch.alarms.life import Alarm, Silence, find_silence, render_time
 from phasewatch.cli import common
 from phasewatch.cli.options import AsJson
 from phasewatch.errors import AlarmStoreError, UsageError
-from phasewatch.live.config import find_config_faults, read_watch_config
+from phasewatch.live.config import find_config_faults, read_example, read_watch_config
 from phasewatch.models.alarm import AlarmKind
 
 __all__ = ["alarms", "check_config", "parse_duration_ns"]
@@ -97,7 +97,8 @@ def alarms(
 
 
 def check_config(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Configuration of a watch.")],
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Configuration of a watch.")] = None,
+    example: Annotated[bool, typer.Option("--example", help="Print an example with all tables and keys.")] = False,
     connect: Annotated[bool, typer.Option("--connect", help="Connect to each receiver; send no alarm.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -107,6 +108,11 @@ def check_config(
 
     Example: phasewatch check-config /etc/phasewatch/watch.toml
     """
+    if example:
+        common.print_result({"example": read_example()}, as_json=as_json, lines=read_example().splitlines())
+        return
+    if file is None:
+        raise UsageError("check-config: name a FILE, or --example to see one")
     config, faults = find_config_faults(file)
     problems = list(faults)
     sections: dict[str, Any] = {}

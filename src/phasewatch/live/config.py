@@ -13,7 +13,7 @@ from phasewatch.errors import UsageError, describe_os_error
 from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE
 from phasewatch.toml_config import TomlFault, find_toml_faults, find_toml_line, parse_toml
 
-__all__ = ["WatchConfig", "WatchSection", "find_config_faults", "read_watch_config"]
+__all__ = ["WatchConfig", "WatchSection", "find_config_faults", "read_example", "read_watch_config"]
 
 _MAX_CONFIG_BYTES = 1 << 20
 _Globs = Annotated[
@@ -85,6 +85,11 @@ def find_config_faults(path: Path) -> tuple[WatchConfig | None, tuple[str, ...]]
         for key, words in _find_value_faults(config)
     )
     return config, tuple(fault.render(where) for fault in faults)
+
+
+def read_example() -> str:
+    """Return the example that is installed with the package: all tables and keys, most of them as comments."""
+    return Path(__file__).with_name("example.toml").read_text(encoding="utf-8")
 
 
 def read_watch_config(path: Path) -> WatchConfig:
