@@ -10,6 +10,7 @@ PhasewatchError
 │   ├── RunError             a file of a run is absent, incomplete or malformed
 │   ├── ModelError           a user's model failed in its own code or returned an invalid result
 │   ├── EventError           an event for the dashboard is malformed, too large or of an unknown type
+│   ├── AlarmStoreError      the history of alarms is damaged, or is not one
 │   └── PlanError            a recording plan is not valid, or leaks the phase through elapsed time
 ├── MismatchError         4  two files were made for different schemas, versions or channel sets
 │   └── SplitError           a split recipe cannot be built from these episodes
@@ -28,6 +29,7 @@ import errno
 from collections.abc import Iterable
 
 __all__ = [
+    "AlarmStoreError",
     "BootError",
     "BundleError",
     "BusyError",
@@ -171,6 +173,10 @@ class ModelError(DataError):
 
 class EventError(DataError):
     """An event for the dashboard is malformed, too large or of an unknown type."""
+
+
+class AlarmStoreError(DataError):
+    """The history of alarms is damaged, or the file is not one."""
 
 
 class PlanError(DataError):

@@ -11,9 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +23,7 @@ from tests.cli.conftest import Said
 from tests.factories.qemu import FakeQemu
 from tests.factories.trained_runs import FOLD, RECIPE, write_trained_run
 
+from phasewatch.alarms.history import read_alarms
 from phasewatch.bundle.archive import unpack_bundle
 from phasewatch.features.windows import FLAG_MIXED
 from phasewatch.live.baseline import read_baseline_file
@@ -230,6 +233,71 @@ def test_watch_json_prints_event_lines_and_the_result_last(pretender: Any, edge:
     assert result["watched"]["windows"] >= 1
     assert pretender[1].objects == {}
     assert pretender[1].interval == 7
+
+
+def test_a_watch_with_a_configuration_serves_its_figures_and_keeps_a_history(
+    pretender: Any, edge: Path, tmp_path: Path
+) -> None:
+    child, _ = pretender
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    config = tmp_path / "watch.toml"
+    config.write_text(f'[watch]\nmodel = "{edge}"\nstate = "{tmp_path / "state"}"\n[outputs.metrics]\nport = {port}\n')
+    command = [sys.executable, "-m", "phasewatch", "watch", "--pid", str(child.pid), "--config", str(config)]
+    page = ""
+    with subprocess.Popen([*command, "--seconds", "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watcher:
+        until = time.monotonic() + 55
+        while "phasewatch_vm_phase_probability{" not in page and time.monotonic() < until:
+            time.sleep(0.2)
+            with suppress(httpx.HTTPError):
+                page = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+        watcher.send_signal(signal.SIGINT)
+        assert watcher.wait(timeout=30) == 0
+
+    assert f'vm="pretender-{os.getpid()}"' in page
+    assert read_alarms(tmp_path / "state") == ()
+    assert (tmp_path / "state" / "alarms.sqlite").is_file()
+
+
+def test_many_vms_are_watched_by_names_patterns_or_a_configuration(pretender: Any, edge: Path, tmp_path: Path) -> None:
+    name = f"pretender-{os.getpid()}"
+    (tmp_path / "watch.toml").write_text(f'[watch]\nmatch = ["{name}*"]\nmodel = "{edge}"\n')
+    command = [sys.executable, "-m", "phasewatch", "watch", "--seconds", "14", "--json"]
+    state = tmp_path / "state"
+    for arguments in ((f"{name}*", "--model", edge, "--state", state), ("--config", tmp_path / "watch.toml")):
+        done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        assert done.returncode == 0, done.stderr
+        result = lines[-1]["result"]
+        assert [(vm["name"], vm["threat"], vm["reason"]) for vm in result["vms"]] == [(name, "proc", "")]
+        assert [line["vm"]["kind"] for line in lines if "vm" in line][:2] == ["attaching", "watched"]
+        assert {line["type"] for line in lines if "type" in line} >= {"telemetry", "phase"}
+        assert result["left_as_found"] is True
+        assert (pretender[1].objects, pretender[1].interval) == ({}, 7)
+    assert (state / "watch_v1.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("a*", "--name", "b"), ("--all", "--pid", "7"), ("a*", "--baseline", "x.json")],
+)
+def test_options_of_one_vm_do_not_go_with_many(phasewatch: Run, arguments: tuple[str, ...]) -> None:
+    said = phasewatch("watch", *arguments)
+
+    assert said.code == 2
+    assert len(said.err.strip().splitlines()) == 1
+
+
+def test_a_configuration_with_a_fault_is_refused_before_the_vm_is_touched(pretender: Any, tmp_path: Path) -> None:
+    (tmp_path / "watch.toml").write_text("[outputs.webhok]\n")
+
+    done = watched(pretender, "--config", tmp_path / "watch.toml")
+
+    assert done.returncode == 2
+    assert "did you mean webhook?" in done.stderr
+    assert pretender[1].objects == {}
 
 
 def test_a_closed_pipe_ends_the_watch_and_readings_are_saved(pretender: Any, edge: Path, tmp_path: Path) -> None:

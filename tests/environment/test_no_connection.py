@@ -14,8 +14,12 @@ from pathlib import Path
 import pytest
 from tests.environment.commands import EDGE, one_bundle
 from tests.environment.traced import Traced, need_tracing, trace
+from tests.factories.alarms import raised
+from tests.factories.jumpy_models import write_jumpy_model
 from tests.factories.trained_runs import FOLD, RECIPE, write_trained_run
 from tests.requirements import need_program
+
+from phasewatch.alarms.history import AlarmHistory
 
 pytestmark = pytest.mark.slow
 VISITOR = (sys.executable, str(Path(__file__).with_name("visitor.py")))
@@ -125,6 +129,49 @@ def test_a_watch_speaks_to_nobody(folder: Path, machine: Path) -> None:
     seen = trace_checked(folder, "watch", "--qmp", machine, "--seconds", "12", "--model", EDGE, "--json")
 
     assert seen.addresses == set()
+
+
+@pytest.mark.vm
+def test_a_watch_with_outputs_speaks_to_its_receivers_alone(folder: Path, machine: Path) -> None:
+    """Every receiver has an address of its own; both alarms are raised by the first windows."""
+    (folder / "watch.toml").write_text(
+        "[watch]\nstate = 'state'\nsave = 'kept'\n"
+        "[outputs.webhook]\nurl = 'http://127.0.0.2:9/x'\n"
+        "[outputs.alertmanager]\nurls = ['http://127.0.0.3:9']\n"
+        "[outputs.syslog]\naddress = 'udp://127.0.0.4:9'\n"
+        "[outputs.ecs]\nfile = 'alarms.json'\n"
+        "[outputs.metrics]\nport = 39177\n"
+        "[outputs.command]\ncommand = 'true'\n"
+    )
+    model = write_jumpy_model(folder / "jumpy.zip")
+    arguments = ("watch", "--qmp", machine, "--seconds", "25", "--model", model, "--config", "watch.toml", "--json")
+
+    seen = trace_checked(folder, *arguments)
+
+    assert seen.addresses == {"127.0.0.2", "127.0.0.3", "127.0.0.4"}
+    assert (folder / "state" / "alarms.sqlite").is_file()
+    assert (folder / "alarms.json").read_text().count("alarm-raised") == 2
+
+
+@pytest.mark.vm
+def test_a_dashboard_of_a_vm_speaks_to_its_viewers_alone(folder: Path, machine: Path) -> None:
+    name = "still"  # of `machine`
+    arguments = ("dashboard", "--watch", name, "--port", "0", "--json", "--token-file", "token")
+
+    seen = trace_checked(folder, *arguments, before=VISITOR)
+
+    assert seen.addresses <= {"127.0.0.1"}
+
+
+def test_the_alarms_of_a_state_folder_are_read_without_a_trace(folder: Path) -> None:
+    with AlarmHistory(folder / "kept-alarms") as history:
+        history.record([raised()])
+    (folder / "check.toml").write_text(
+        "[watch]\nstate = 'kept-alarms'\n[outputs.webhook]\nurl = 'http://127.0.0.2:9'\n"
+    )
+
+    for arguments in (("alarms", "list", "--state", "kept-alarms"), ("check-config", "check.toml")):
+        assert trace_checked(folder, *arguments).addresses == set()
 
 
 def test_the_proof_can_fail(folder: Path) -> None:

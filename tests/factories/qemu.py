@@ -27,6 +27,7 @@ class FakeQemu:
         filters: Id → backend and queue of each filter.
         network: Text of `info network`, with cards separated by a record separator (0x1e).
         buses: Answer of `query-pci`.
+        peripherals: Devices with a name, such as the balloon.
         interval: The balloon's polling interval.
         refused: Commands that are answered with an error.
         bitmaps: Name → bytes that each dirty bitmap of the disk marks.
@@ -44,6 +45,7 @@ class FakeQemu:
         self.objects: dict[str, Path] = {}
         self.filters: dict[str, tuple[str, str]] = {}
         self.buses: list[dict[str, Any]] = []
+        self.peripherals = ["balloon0"]
         self.bitmaps: dict[str, int] = {}
         self.dirty_mib_s, self.is_sampled = 3, False
         self.vcpu_stats: list[dict[str, Any]] = []
@@ -175,7 +177,9 @@ class FakeQemu:
                 return [{"name": name, "type": "child<filter-dump>"} for name in self.objects]
             case "qom-list":
                 is_here = arguments["path"] == "/machine/peripheral"
-                return [{"name": "balloon0", "type": "child<virtio-balloon-pci>"}] if is_here else []
+                types = {"balloon0": "child<virtio-balloon-pci>"}
+                names = self.peripherals if is_here else []
+                return [{"name": name, "type": types.get(name, "child<device>")} for name in names]
             case "qom-get":
                 if arguments["property"] == "type":
                     return "pc-q35-7.2-machine"

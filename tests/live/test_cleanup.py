@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
@@ -23,7 +24,8 @@ HOLDER = """
 import sys, time
 from phasewatch.live.cleanup import CleanupProcess, CleanupTask
 import msgspec
-with CleanupProcess(msgspec.json.decode(sys.argv[1], type=CleanupTask)) as held:
+with CleanupProcess() as held:
+    for text in sys.argv[1:]: held.add(msgspec.json.decode(text, type=CleanupTask))
     print(held.pid, flush=True)
     time.sleep(600)
 """
@@ -97,9 +99,10 @@ def test_a_dismissed_cleanup_process_does_not_contact_the_vm(tmp_path: Path) -> 
     folder = tmp_path / "private"
     folder.mkdir()
     with FakeQemu(tmp_path / "q.sock") as qemu:
-        with CleanupProcess(task_of(qemu, folder)) as held:
+        with CleanupProcess() as held:
+            key = held.add(task_of(qemu, folder))
             assert Path(f"/proc/{held.pid}").exists()
-            held.dismiss()
+            held.dismiss(key)
 
         assert qemu.commands == []
         assert not folder.exists()
@@ -138,9 +141,10 @@ def test_a_killed_cleanup_process_is_replaced_by_one_that_works(tmp_path: Path) 
 def test_a_watcher_removes_its_folder_if_the_cleanup_process_was_killed(tmp_path: Path) -> None:
     folder = tmp_path / "private"
     folder.mkdir()
-    with FakeQemu(tmp_path / "q.sock") as qemu, CleanupProcess(task_of(qemu, folder)) as held:
+    with FakeQemu(tmp_path / "q.sock") as qemu, CleanupProcess() as held:
+        key = held.add(task_of(qemu, folder))
         os.kill(held.pid, signal.SIGKILL)
-        held.dismiss()
+        held.dismiss(key)
 
     assert not folder.exists()
 
@@ -199,6 +203,46 @@ def test_the_cleanup_process_imports_nothing_heavy_while_it_waits() -> None:
     )
 
     assert done.stdout.strip() == "[]"
+
+
+def test_one_cleanup_process_restores_every_vm_that_was_not_dismissed(tmp_path: Path) -> None:
+    code = HOLDER.replace("    print", "    held.dismiss(1)\n    print")
+    with ExitStack() as stack:
+        qemus = [stack.enter_context(FakeQemu(tmp_path / f"{number}.sock")) for number in range(3)]
+        folders = [tmp_path / f"private-{number}" for number in range(3)]
+        for qemu, folder in zip(qemus, folders, strict=True):
+            folder.mkdir()
+            qemu.objects["pw-b"], qemu.interval = folder / "dump", 1
+        qemus[0].mute.set()  # it never answers, which must not delay the third
+        tasks = [msgspec.json.encode(task_of(*each)).decode() for each in zip(qemus, folders, strict=True)]
+        holder = subprocess.Popen([sys.executable, "-c", code, *tasks], stdout=subprocess.PIPE)
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+
+        assert wait_for(lambda: not qemus[2].objects and qemus[2].interval == 5 and not folders[2].exists())
+        assert qemus[1].commands == []
+        assert not folders[1].exists()
+        assert qemus[0].objects
+        qemus[0].mute.clear()
+        assert wait_for(lambda: not qemus[0].objects and not folders[0].exists())
+
+
+def test_a_cleanup_process_that_does_not_read_is_replaced(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu, CleanupProcess() as held:
+        keys = [held.add(task_of(qemu, tmp_path / "private"))]
+        first = held.pid
+        os.kill(first, signal.SIGSTOP)
+        for _ in range(8000):
+            keys.append(held.add(task_of(qemu, tmp_path / "private")))
+            if held.pid != first:
+                break
+            held.dismiss(keys.pop())
+
+        assert held.pid != first
+        for key in keys:
+            held.dismiss(key)
 
 
 class FakeCleanupProcess:

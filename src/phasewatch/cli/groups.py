@@ -23,7 +23,7 @@ class CommandSpec:
     """Where a command is defined.
 
     Attributes:
-        module: Module of `phasewatch.cli` with a function of the command's name.
+        module: Module of `phasewatch.cli` with a function of the command's name, with underscores for hyphens.
         summary: One sentence of at most 64 characters; the first line of the function's docstring.
     """
 
@@ -58,6 +58,8 @@ SECTIONS: Mapping[str, Mapping[str, CommandSpec]] = {
         "predict": _spec("predict", "Predict phases and alarms for recorded episodes."),
         "baseline": _spec("live", "Measure the normal telemetry of a VM while it is clean."),
         "watch": _spec("live", "Watch a running VM and print its phases and alarms."),
+        "alarms": _spec("alarms", "List the alarms of a watch, acknowledge one, or silence some."),
+        "check-config": _spec("alarms", "Check a configuration, and show what would be sent where."),
         "dashboard": _spec("dashboard", "Serve the dashboard for a run or for running VMs."),
         "publish": _spec("dashboard", "Send a run's events to a dashboard, a file or stdout."),
     },
@@ -100,7 +102,7 @@ class LazyGroup(TyperGroup):
         """Write the commands by section, in the order of the data."""
         for section, specs in SECTIONS.items():
             with formatter.section(section):
-                formatter.write_dl([(f"{name:<9}", spec.summary) for name, spec in specs.items()])
+                formatter.write_dl([(f"{name:<12}", spec.summary) for name, spec in specs.items()])
 
 
 def load_command(name: str) -> Any:
@@ -109,7 +111,7 @@ def load_command(name: str) -> Any:
     Raises:
         ModuleNotFoundError: If a package that the command needs is not installed.
     """
-    function = getattr(import_module(f"phasewatch.cli.{COMMANDS[name].module}"), name)
+    function = getattr(import_module(f"phasewatch.cli.{COMMANDS[name].module}"), name.replace("-", "_"))
     info = CommandInfo(
         name=name,
         callback=handle_errors(function),

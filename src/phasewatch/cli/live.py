@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -17,23 +17,35 @@ from typing import Annotated
 import typer
 
 from phasewatch import atomic
+from phasewatch.alarms.config import OutputConfig
 from phasewatch.cli import common
+from phasewatch.cli.alarm_outputs import (
+    OutputOptions,
+    attach_outputs,
+    describe_counters,
+    read_configuration,
+    run_outputs,
+)
+from phasewatch.cli.fleet_view import EndedVms, FleetView
 from phasewatch.cli.folders import find_bundled_model
 from phasewatch.cli.logs import route_logs
 from phasewatch.cli.options import AsJson, ModelPath, Smoothing, SmoothingOption, VmName, VmPid, VmQmp
 from phasewatch.cli.progress import show_progress
 from phasewatch.cli.streams import escape_for_terminal
-from phasewatch.errors import MachineError
+from phasewatch.errors import MachineError, UsageError
 from phasewatch.events.schema import EventEnvelope, PhaseEvent, render_event
 from phasewatch.features.normalise import render_baseline
 from phasewatch.inference.model_selection import find_models
 from phasewatch.live.baseline import measure_vm_baseline, read_baseline_file
+from phasewatch.live.config import WatchConfig
 from phasewatch.live.discover import RunningVm, find_running_vm, list_running_vms
+from phasewatch.live.fleet import FleetReport, FleetRequest, FleetWatch
+from phasewatch.live.fleet_member import MemberStatus
 from phasewatch.live.monitor_endpoints import MonitorEndpointKind, select_reported_endpoint
 from phasewatch.live.outputs import NonBlockingWriter
 from phasewatch.live.ownership import WatchFolder, find_watch_folders
-from phasewatch.live.session import WatchReport, WatchRequest, run_watch
-from phasewatch.live.watcher import WatchCallbacks
+from phasewatch.live.session import WatchReport, WatchRequest, run_until_interrupted, run_watch
+from phasewatch.live.watcher import WatchCallbacks, WatchEndReason
 from phasewatch.types import BIN_NS
 
 __all__ = ["baseline", "watch"]
@@ -72,9 +84,23 @@ def baseline(
 
 
 def watch(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME|GLOB]...", help="Names or UUIDs of VMs, or patterns of names such as 'web*'."),
+    ] = None,
     name: VmName = None,
     pid: VmPid = None,
     qmp: VmQmp = None,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Watch all VMs of this host, also those that start later.")
+    ] = False,
+    match: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Watch all VMs whose name matches; may be repeated.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Do not watch VMs whose name matches; may be repeated.")
+    ] = None,
+    max_vms: Annotated[int, typer.Option(min=1, max=4096, help="Watch at most this many VMs at a time.")] = 256,
     list_: Annotated[bool, typer.Option("--list", help="Only list the running VMs.")] = False,
     model: ModelPath = None,
     channels: Annotated[
@@ -91,39 +117,156 @@ def watch(
     save: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Store for the readings, as bundles without labels.")
     ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Configuration (TOML); options win over it. See check-config.")
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for the alarms, which outlive the watch.")
+    ] = None,
     webhook: Annotated[str, typer.Option(metavar="URL", help="Post alarms there as JSON.")] = "",
+    on_alarm: Annotated[
+        str, typer.Option(metavar="COMMAND", help="Run this program for infection alarms, without a shell.")
+    ] = "",
+    metrics: Annotated[
+        int, typer.Option(metavar="PORT", min=0, max=65_535, help="Serve OpenMetrics on this port of 127.0.0.1.")
+    ] = 0,
+    syslog: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Send alarms to udp://HOST:PORT, tcp://HOST:PORT or unix:/path.")
+    ] = "",
     smoothing: SmoothingOption = Smoothing.NONE,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Stop after this time; 0 watches until the VM ends.")] = 0.0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Stop after this time; 0 watches until the end.")] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print events and then the result as JSON lines.")] = False,
 ) -> None:
-    """Watch a running VM and print its phases and alarms.
+    """Watch running VMs and print their phases and alarms.
 
-    One of --name, --pid and --qmp is needed. Works with QEMU and libvirt, from outside: nothing runs in the guest.
-    It decides every second. Alarms are JSON lines: infection alarms page, activity alarms inform. Ctrl-C ends the
-    watch and leaves the VM as it was. A cleanup process restores the VM even after kill -9.
+    VMs are chosen by their names, by patterns, by --all, or a single one by --name, --pid or --qmp. Works with QEMU and
+    libvirt, from outside: nothing runs in the guests. It decides every second. Alarms are JSON lines: infection alarms
+    page, activity alarms inform.
 
-    Example: phasewatch watch --name web01
+    The watch of a single VM ends with it. The watch of several goes on: it finds VMs that start later. Ctrl-C ends it
+    and leaves the VMs as they were. A cleanup process restores them even after kill -9.
+
+    Example: phasewatch watch web01
     """
     if list_:
         _list_machines(as_json=as_json)
         return
-    machine = find_running_vm(pid=pid, name=name, qmp=qmp)
+    configuration = read_configuration(
+        OutputOptions(config=config, state=state, webhook=webhook, on_alarm=on_alarm, metrics=metrics, syslog=syslog)
+    )
+    chosen = configuration.watch
+    state = Path(chosen.state) if chosen.state else None
+    save = save or (Path(chosen.save) if chosen.save else None)
+    model = model or (Path(chosen.model) if chosen.model else None)
+    is_named = name is not None or pid is not None or qmp is not None
+    patterns = (*(names or ()), *(match or ()), *(("*",) if all_ else ()))
+    if patterns and is_named:
+        raise UsageError("--name, --pid and --qmp choose a single VM; leave them out, or the names, --match and --all")
+    is_fleet = len(patterns) > 1 or any(map(_is_glob, patterns)) or bool(match)
+    if not patterns and not is_named:
+        patterns = chosen.match
+        is_fleet = bool(patterns)
+    if is_fleet:
+        if baseline is not None:
+            raise UsageError("--baseline FILE belongs to one VM; watch that VM alone")
+        fleet = FleetRequest(
+            patterns=patterns,
+            exclude=(*(exclude or ()), *chosen.exclude),
+            models=find_models(model or find_bundled_model()),
+            channels=channels or chosen.channels,
+            save=save,
+            smoothing=smoothing if smoothing is not Smoothing.NONE else chosen.smoothing,
+            seconds=seconds,
+            state=state,
+            max_vms=max_vms,
+        )
+        _watch_fleet(fleet, configuration, as_json=as_json)
+        return
+    machine = find_running_vm(pid=pid, name=patterns[0] if patterns else name, qmp=qmp)
     request = WatchRequest(
         machine=machine,
         qmp=qmp,
         models=find_models(model or find_bundled_model()),
-        channels=channels,
+        channels=channels or chosen.channels,
         baseline=read_baseline_file(baseline) if baseline else None,
         save=save,
-        webhook=webhook,
-        smoothing=smoothing,
+        smoothing=smoothing if smoothing is not Smoothing.NONE else chosen.smoothing,
         seconds=seconds,
+        state=state,
     )
-    with _open_outputs(is_only=not webhook) as (out, err), route_logs(err):
-        report = run_watch(request, WatchCallbacks(on_event=_build_event_printer(out, err, as_json=as_json)))
+    is_only = configuration.outputs == OutputConfig()
+    with _open_outputs(is_only=is_only) as (out, err), route_logs(err):
+        with run_outputs(configuration, write_line=out) as outputs:
+            callbacks = WatchCallbacks(on_event=_build_event_printer(out, err, as_json=as_json))
+            report = run_watch(request, attach_outputs(callbacks, outputs))
+            if outputs is not None and report.watched.why is WatchEndReason.VM_GONE:
+                outputs.on_vm_gone(machine.host_id)
+        counters = outputs.counters() if outputs is not None else ()
+        hook = next((each for each in counters if each.name == "webhook"), None)
+        if hook is not None:
+            report = replace(report, posted=hook.sent, not_posted=hook.lost)
         _print_report(report, out, err, as_json=as_json)
+        for line in () if as_json else describe_counters(counters):
+            err(line)
     if lost := report.watched.not_saved:
         raise MachineError(f"--save {save}: {lost} bundles were not written: {report.watched.save_failure}")
+
+
+def _is_glob(pattern: str) -> bool:
+    return any(character in pattern for character in "*?[")
+
+
+def _watch_fleet(request: FleetRequest, configuration: WatchConfig, *, as_json: bool) -> None:
+    is_only = configuration.outputs == OutputConfig()
+    with _open_outputs(is_only=is_only) as (out, err), route_logs(err):
+        view = FleetView(err)
+        with run_outputs(configuration, write_line=out) as outputs:
+            ended = EndedVms(outputs.on_vm_gone if outputs is not None else lambda host: None)
+
+            def add_event(event: EventEnvelope, is_alarm_change: bool) -> None:
+                ended.report_due()
+                if as_json or is_alarm_change:
+                    out(render_event(event).decode())
+                if not as_json:
+                    view.add_event(event, is_alarm_change)
+
+            def add_status(status: MemberStatus) -> None:
+                ended.add_status(status)
+                if as_json:
+                    out(json.dumps({"vm": asdict(status)}, sort_keys=True))
+                else:
+                    view.add_status(status)
+
+            callbacks = attach_outputs(WatchCallbacks(on_event=add_event), outputs)
+            fleet = FleetWatch(request, callbacks, on_status=add_status)
+            if not as_json:
+                view.start(request.patterns)
+            report = run_until_interrupted(fleet.run())
+        _print_fleet_report(report, out, err, as_json=as_json)
+        for line in () if as_json or outputs is None else describe_counters(outputs.counters()):
+            err(line)
+    if lost := sum(vm.watched.not_saved for vm in report.vms):
+        raise MachineError(f"--save {request.save}: {lost} bundles were not written")
+
+
+def _print_fleet_report(report: FleetReport, out: _PrintLine, err: _PrintLine, *, as_json: bool) -> None:
+    if as_json:
+        out(json.dumps({"result": asdict(report)}, sort_keys=True))
+        return
+    restored = (
+        "all VMs are as they were"
+        if report.left_as_found
+        else "the monitors of "
+        + ", ".join(vm.name for vm in report.vms if not vm.left_as_found)
+        + " did not answer at the end; the cleanup process keeps trying"
+    )
+    err(
+        f"{report.why}: {len(report.vms)} VMs, {report.windows} windows, {report.alarms} infection alarms, "
+        f"{report.activity_alarms} activity alarms; {restored}"
+    )
+    for vm in report.vms:
+        for path in vm.watched.saved:
+            out(path)
 
 
 @contextmanager

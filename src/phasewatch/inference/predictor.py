@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -24,6 +25,7 @@ from phasewatch.models.smoothing import PhaseFilter
 from phasewatch.types import BIN_NS, LIVE_STRIDE_BINS, PHASES, STRIDE_BINS, STRIDE_NS, WINDOW_BINS, Phase
 
 __all__ = [
+    "AlarmMemory",
     "PhaseDecision",
     "PhasePostprocessor",
     "PhasePredictor",
@@ -206,6 +208,19 @@ class PhaseDecision:
     activity_since_ns: int | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlarmMemory:
+    """One alarm between two watches of a VM.
+
+    Attributes:
+        state: Whether it is on, and the windows that its rule remembers.
+        since_ns: End of the window at which it started; None while it is off.
+    """
+
+    state: AlarmState
+    since_ns: int | None = None
+
+
 class PhasePostprocessor:
     """Apply the phase filter and the alarm rules to the windows of one VM, in the order of time.
 
@@ -221,6 +236,20 @@ class PhasePostprocessor:
         self._filter = scorer.filter
         self._chains = [_BeliefChain() for _ in range(STRIDE_BINS // stride_bins)]
         self._alarms = {kind: _AlarmTrack(kind, scorer.find_rule(kind, stride_bins)) for kind in AlarmKind}
+
+    @property
+    def alarms(self) -> dict[AlarmKind, AlarmMemory]:
+        """The alarms of which there is a rule."""
+        return {
+            kind: AlarmMemory(state=track.state, since_ns=track.since_ns)
+            for kind, track in self._alarms.items()
+            if track.is_active is not None
+        }
+
+    def restore_alarms(self, memory: Mapping[AlarmKind, AlarmMemory]) -> None:
+        """Continue alarms of an earlier watch; an alarm without a rule stays off."""
+        for kind, alarm in memory.items():
+            self._alarms[kind].restore(alarm)
 
     def postprocess(
         self, number: int, start_ns: int, p: NDArray[np.float64], *, known: float, flags: int
@@ -282,6 +311,11 @@ class _AlarmTrack:
     @property
     def is_active(self) -> bool | None:
         return None if self._rule is None else self.state.is_active
+
+    def restore(self, alarm: AlarmMemory) -> None:
+        """Continue an earlier alarm."""
+        if self._rule is not None:
+            self.state, self.since_ns = alarm.state, alarm.since_ns
 
     def step(self, p: NDArray[np.float64], end_ns: int) -> None:
         """Update the state with the window that ends at `end_ns`."""

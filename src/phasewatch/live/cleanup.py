@@ -1,15 +1,17 @@
-"""The cleanup process: when the watcher dies, even by kill -9, it undoes the watcher's changes to the VM.
+"""The cleanup process: when the watcher dies, even by kill -9, it undoes the watcher's changes to its VMs.
 
-It holds the read end of a pipe whose write end only the watcher has; the pipe's end means that the watcher is gone.
-The message ``done`` means that the watcher undid its changes itself. If the VM does not answer, the process tries again
-until the VM answers, is gone, or a later watcher has cleaned up. While the watcher lives, the process also keeps the
-packet dumps in memory small. The watcher restarts a cleanup process that dies; if both die, the next watcher cleans up
-with the help of `ownership`.
+One process serves all VMs of a watcher. It holds the read end of a pipe whose write end only the watcher has; the
+pipe's end means that the watcher is gone. Over the pipe the watcher adds the changes to a VM before it makes them, and
+removes them once it undid them itself. If a VM does not answer, the process tries again until the VM answers, is gone,
+or a later watcher has cleaned up; the VMs do not wait for each other. While the watcher lives, the process also keeps
+the packet dumps in memory small. The watcher restarts a cleanup process that dies; if both die, the next watcher cleans
+up with the help of `ownership`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import select
 import shutil
@@ -17,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +36,8 @@ CONNECT_ATTEMPTS = 20
 MAX_DUMP_BYTES = 32 << 20  # total of all dumps: twice what a watcher that reads them lets them grow to
 _POLL_S = 2.0
 _RETRY_S = 10.0  # between two attempts with a VM that does not answer
-_DISMISS_MESSAGE = b"done\n"
+_PIPE_BYTES = 1 << 20  # holds the changes to a thousand VMs
+_READ_BYTES = 1 << 16
 
 
 class CleanupTask(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,77 +64,120 @@ class CleanupTask(msgspec.Struct, frozen=True, kw_only=True):
     interval_s: int = 0
     folder: str = ""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing must be undone."""
+        return not (self.objects or self.bitmaps or self.balloon or self.folder)
+
+
+class _GuardMessage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One line over the pipe: a task that is added, or without a task one that is removed."""
+
+    key: int
+    task: CleanupTask | None = None
+
 
 class CleanupProcess:
-    """A context manager that runs the cleanup process from before the VM is changed until the block ends.
+    """A context manager that runs the cleanup process from the first change of a VM until the block ends.
 
-    At the end the process is stopped if it was dismissed; otherwise it undoes the changes.
-
-    Args:
-        task: The changes to undo.
+    At the end the process undoes the changes that were not dismissed, or stops if there are none.
     """
 
-    def __init__(self, task: CleanupTask) -> None:
-        self._task = task
+    def __init__(self) -> None:
+        self._tasks: dict[int, CleanupTask] = {}
+        self._next_key = 0
         self._child: subprocess.Popen[bytes] | None = None
-        self._is_needed = True
 
-    def dismiss(self) -> None:
-        """Declare that the VM is unchanged again, so that nothing must be undone."""
-        self._is_needed = False
+    def add(self, task: CleanupTask) -> int:
+        """Register changes before they are made; return the key for `dismiss`.
+
+        Raises:
+            OSError: If no process can be started; nothing was changed yet, and the task's folder is removed.
+        """
+        key, self._next_key = self._next_key, self._next_key + 1
+        if task.is_empty:
+            return key
+        self._tasks[key] = task
+        try:
+            if not self.restart_if_dead() and not self._send(_GuardMessage(key, task)):
+                self._replace()
+        except OSError:
+            self._tasks.pop(key)
+            _remove_folder(task.folder)
+            raise
+        return key
+
+    def dismiss(self, key: int) -> None:
+        """Declare that a VM is unchanged again, so that nothing must be undone; remove the task's folder."""
+        task = self._tasks.pop(key, None)
+        if task is not None:
+            self._send(_GuardMessage(key))  # a process that is gone knows of no task once it is replaced
+            _remove_folder(task.folder)
 
     def restart_if_dead(self) -> bool:
-        """Start a new process if the present one is gone; return whether it was.
+        """Start a new process if one is needed and the present one is gone; return whether it was.
 
         Raises:
             OSError: If no process can be started.
         """
-        if self._child is not None and self._child.poll() is None:
+        if not self._tasks or (self._child is not None and self._child.poll() is None):
             return False
-        before, self._child = self._child, None
-        if before is not None and before.stdin is not None:
-            with suppress(OSError):
-                before.stdin.close()
-        self._start()
+        self._replace()
         return True
 
-    def _start(self) -> None:
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "phasewatch.live.cleanup", msgspec.json.encode(self._task).decode()],
+    def _replace(self) -> None:
+        """Start a process that knows all tasks, in the place of one that is gone or does not read."""
+        before, self._child = self._child, None
+        if before is not None:
+            before.kill()  # before its pipe ends, which it would take for the watcher's end
+            before.wait()
+            if before.stdin is not None:
+                with suppress(OSError):
+                    before.stdin.close()
+        child = subprocess.Popen(
+            [sys.executable, "-m", "phasewatch.live.cleanup"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in the terminal must reach the watcher alone
+            bufsize=0,
         )
+        if child.stdin is not None:
+            with suppress(OSError):
+                fcntl.fcntl(child.stdin, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            with suppress(OSError):  # it died at once: the next check replaces it
+                for key, task in self._tasks.items():
+                    _write_all(child.stdin.fileno(), _render_message(_GuardMessage(key, task)))
+            os.set_blocking(child.stdin.fileno(), False)
+        self._child = child
+
+    def _send(self, message: _GuardMessage) -> bool:
+        """Send a message without waiting; return False if the process is gone or does not read."""
+        if self._child is None or self._child.stdin is None:
+            return False
+        line = _render_message(message)
+        with suppress(OSError):
+            return os.write(self._child.stdin.fileno(), line) == len(line)
+        return False
 
     def __enter__(self) -> Self:
-        try:
-            self._start()
-        except OSError:
-            _remove_folder(self._task.folder)  # nothing was changed yet
-            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._is_needed:
-            with suppress(OSError):  # no process can be started: the next watch of this VM cleans up
+        if self._tasks:
+            with suppress(OSError):  # no process can be started: the next watch of these VMs cleans up
                 self.restart_if_dead()
         child, self._child = self._child, None
         if child is None or child.stdin is None:
             return
-        if not self._is_needed:
-            with suppress(OSError):
-                child.stdin.write(_DISMISS_MESSAGE)
-                child.stdin.flush()
         with suppress(OSError):
             child.stdin.close()
-        if self._is_needed:
-            return  # do not wait: the monitor may serve this process alone until it ends
+        if self._tasks:
+            return  # do not wait: a monitor may serve this process alone until it ends
         with suppress(subprocess.TimeoutExpired):
             child.wait(timeout=5)
-        _remove_folder(self._task.folder)  # in case the cleanup process was killed
 
     @property
     def pid(self) -> int:
@@ -138,32 +185,58 @@ class CleanupProcess:
         return self._child.pid if self._child is not None else 0
 
 
-def _clean_up_after_watcher(task: CleanupTask, pipe: int) -> None:
-    """Wait until the watcher ends, and undo its changes unless it did so itself."""
-    message = b""
-    while _DISMISS_MESSAGE not in message:
+def _render_message(message: _GuardMessage) -> bytes:
+    return msgspec.json.encode(message) + b"\n"
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _clean_up_after_watcher(pipe: int) -> None:
+    """Follow the watcher's tasks until it ends, and undo those that are left."""
+    tasks: dict[int, CleanupTask] = {}
+    rest = b""
+    while True:
         ready, _, _ = select.select([pipe], [], [], _POLL_S)
-        if ready:
-            data = os.read(pipe, 4096)
-            if not data:
-                _undo_with_retries(task)
-                break
-            message = (message + data)[-len(_DISMISS_MESSAGE) :]
-        elif task.folder:
-            truncate_dumps(Path(task.folder))
-    _remove_folder(task.folder)
+        if not ready:
+            for task in tasks.values():
+                _truncate_task_dumps(task)
+            continue
+        data = os.read(pipe, _READ_BYTES)
+        if not data:
+            break
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            message = msgspec.json.decode(line, type=_GuardMessage)
+            if message.task is not None:
+                tasks[message.key] = message.task
+            elif message.key in tasks:
+                _remove_folder(tasks.pop(message.key).folder)
+    # A message that was cut announces a change that was never made.
+    asyncio.run(_undo_all(tuple(tasks.values())))
 
 
-def _undo_with_retries(task: CleanupTask) -> None:
+async def _undo_all(tasks: Sequence[CleanupTask]) -> None:
+    await asyncio.gather(*(_undo_with_retries(task) for task in tasks), return_exceptions=True)
+
+
+async def _undo_with_retries(task: CleanupTask) -> None:
     """Undo the changes, again and again while the VM does not answer; keep its dumps small meanwhile."""
-    while not asyncio.run(undo_changes(task)):
+    while not await undo_changes(task):
         until_s = time.monotonic() + _RETRY_S
         while time.monotonic() < until_s:
             if task.folder and not Path(task.folder).exists():
                 return  # a later watcher has cleaned up
-            if task.folder:
-                truncate_dumps(Path(task.folder))
-            time.sleep(_POLL_S)
+            _truncate_task_dumps(task)
+            await asyncio.sleep(_POLL_S)
+    _remove_folder(task.folder)
+
+
+def _truncate_task_dumps(task: CleanupTask) -> None:
+    if task.folder:
+        truncate_dumps(Path(task.folder))
 
 
 def _remove_folder(folder: str) -> None:
@@ -256,14 +329,14 @@ def _is_vm_gone(task: CleanupTask) -> bool:
 
 
 def main() -> None:
-    """Run the cleanup process for the task in the only argument.
+    """Run the cleanup process; its tasks come over standard input.
 
     Signals are ignored, because a service manager sends them to every process of a service, the cleanup process of a
     killed watcher included; only the end of the pipe ends it.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    _clean_up_after_watcher(msgspec.json.decode(sys.argv[1], type=CleanupTask), sys.stdin.fileno())
+    _clean_up_after_watcher(sys.stdin.fileno())
 
 
 if __name__ == "__main__":

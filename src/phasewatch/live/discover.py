@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from phasewatch.errors import MachineError, UsageError
@@ -15,11 +17,23 @@ from phasewatch.naming import make_host_id
 from phasewatch.telemetry.process import PROC_ROOT, list_pids, parse_qemu_options, read_link, read_start_ticks
 from phasewatch.telemetry.tap import find_taps_by_fd
 
-__all__ = ["RunningVm", "find_running_vm", "find_vcpu_threads", "list_running_vms", "read_running_vm"]
+__all__ = [
+    "RunningVm",
+    "VmIdentity",
+    "VmScanner",
+    "find_running_vm",
+    "find_vcpu_threads",
+    "identify_vms",
+    "list_running_vms",
+    "matches_pattern",
+    "read_running_vm",
+]
 
 _QEMU_PROGRAM_PATTERN = re.compile(r"(?:qemu-system-(?P<arch>[a-z0-9_]+)|qemu-kvm|^kvm)(?: \(deleted\))?$")
 _VCPU_THREAD_PATTERN = re.compile(r"^CPU \d+/(?P<accel>KVM|TCG)$|^(?P<all>ALL CPUs)/TCG$")
 _MAX_CMDLINE_BYTES = 1 << 20
+_YOUNG_SCANS = 8  # a process that starts QEMU in its place (exec) does so soon after its own start
+_RECHECK_SCANS = 30  # all others are looked at once in this many scans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +82,97 @@ class RunningVm:
     def has_foreign_qmp(self) -> bool:
         """Whether a QMP socket belongs to the program that started the VM, such as libvirt."""
         return any(endpoint.kind is MonitorEndpointKind.HANDED_OVER for endpoint in self.monitors)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmIdentity:
+    """What tells a VM from all others.
+
+    Attributes:
+        key: The VM across restarts of its process: its UUID, else its name if no other VM has it, else the process.
+        process: The process: id of the host's boot, process id and start time.
+    """
+
+    key: str
+    process: str
+
+
+def identify_vms(running: Sequence[RunningVm]) -> dict[int, VmIdentity]:
+    """Return the identity of each VM by its process id. A UUID or name that two of them share identifies neither."""
+    uuids = Counter(machine.uuid for machine in running)
+    names = Counter(machine.name for machine in running)
+    boot_id = _read_boot_id()
+    found = {}
+    for machine in running:
+        process = f"{boot_id}:{machine.pid}:{machine.start_ticks}"
+        if machine.uuid and uuids[machine.uuid] == 1:
+            key = f"uuid:{machine.uuid}"
+        elif machine.has_unique_name and names[machine.name] == 1:
+            key = f"name:{machine.name}"
+        else:
+            key = f"process:{process}"
+        found[machine.pid] = VmIdentity(key=key, process=process)
+    return found
+
+
+def matches_pattern(machine: RunningVm, pattern: str) -> bool:
+    """Return whether a VM has this name or UUID, or a name that matches the pattern (``*``, ``?``, ``[…]``)."""
+    if machine.name == pattern or (machine.uuid and machine.uuid == pattern.lower()):
+        return True
+    return fnmatchcase(machine.name, pattern)
+
+
+class VmScanner:
+    """Follows which VMs run. A scan costs one list of /proc and a look at the processes that are new.
+
+    A process may start QEMU in its place after a scan saw it. Young processes are therefore looked at again in the next
+    scans, and all others in turn. A VM whose monitor does not listen yet is held back for one scan.
+
+    Args:
+        proc: Path of /proc.
+    """
+
+    def __init__(self, proc: Path = PROC_ROOT) -> None:
+        self._proc = proc
+        self._vms: dict[int, RunningVm] = {}
+        self._settling: set[int] = set()
+        self._n_scans: dict[int, int] = {}  # of each process that is no VM
+
+    def scan(self) -> tuple[RunningVm, ...]:
+        """Return the running VMs in order of process id."""
+        pids = list_pids(self._proc)
+        present = set(pids)
+        self._vms = {
+            pid: machine
+            for pid, machine in self._vms.items()
+            if pid in present and read_start_ticks(pid, self._proc) == machine.start_ticks
+        }
+        self._n_scans = {pid: count for pid, count in self._n_scans.items() if pid in present}
+        settling, self._settling = self._settling, set()
+        for pid in pids:
+            if pid not in self._vms or pid in settling:
+                self._look_at(pid, is_settling=pid in settling)
+        names = Counter(machine.name for machine in self._vms.values())
+        return tuple(
+            machine if names[machine.name] == 1 else replace(machine, has_unique_name=False)
+            for pid, machine in sorted(self._vms.items())
+            if pid not in self._settling
+        )
+
+    def _look_at(self, pid: int, *, is_settling: bool) -> None:
+        count = self._n_scans.get(pid, 0)
+        if count >= _YOUNG_SCANS and (count + pid) % _RECHECK_SCANS:
+            self._n_scans[pid] = count + 1
+            return
+        machine = read_running_vm(pid, self._proc)
+        if machine is None:
+            self._vms.pop(pid, None)
+            self._n_scans[pid] = count + 1
+            return
+        self._n_scans.pop(pid, None)
+        self._vms[pid] = machine
+        if not is_settling and any(m.kind is MonitorEndpointKind.SILENT for m in machine.monitors):
+            self._settling.add(pid)
 
 
 def list_running_vms(proc: Path = PROC_ROOT) -> tuple[RunningVm, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from phasewatch.channels import CHANNEL_NAMES
@@ -14,7 +14,7 @@ from phasewatch.live.tracker import TrackerStep
 from phasewatch.models.alarm import AlarmKind
 from phasewatch.types import BIN_NS, LIVE_STRIDE_BINS
 
-__all__ = ["CostMeter", "EventBuilder", "WatchCost", "find_alarm_changes"]
+__all__ = ["CostMeter", "EventBuilder", "WatchCost", "find_active_alarms", "find_alarm_changes"]
 
 _RUN_NAME = "live"
 _COST_WINDOW_NS = 300_000_000_000  # costs are measured over the last five minutes
@@ -30,13 +30,14 @@ class EventBuilder:
         vm, host: Names of the VM and of its host.
         masked: Channels that the VM cannot provide at present.
         caveat: Caveat of every decision; empty if there is none.
+        number: Number of the next event.
     """
 
     vm: str
     host: str
     masked: tuple[str, ...]
     caveat: str
-    _count: int = 0
+    number: int = 1
 
     def build_telemetry(self, steps: Sequence[TrackerStep], *, now_ns: int, late: int, lost: int) -> EventEnvelope:
         """Build the event of consecutive bins.
@@ -136,8 +137,9 @@ class EventBuilder:
         return self._build_event(data, now_ns)
 
     def _build_event(self, data: TelemetryEvent | PhaseEvent | PerfEvent, now_ns: int) -> EventEnvelope:
-        self._count += 1
-        return EventEnvelope(id=f"{self.vm}/{self._count}"[-80:], t_wall_ns=now_ns, run=_RUN_NAME, data=data)
+        number, self.number = self.number, self.number + 1
+        # Two VMs may have one name; their host ids differ.
+        return EventEnvelope(id=f"{self.host or self.vm}/{number}"[-80:], t_wall_ns=now_ns, run=_RUN_NAME, data=data)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,16 +203,21 @@ def _compute_quantile(ordered: Sequence[float], q: float) -> float | None:
     return ordered[min(len(ordered) - 1, max(0, math.ceil(q * len(ordered)) - 1))] if ordered else None
 
 
-def find_alarm_changes(before: PhaseDecision | None, now: PhaseDecision) -> tuple[AlarmKind, ...]:
-    """Return the alarms that were raised, or ended, with a decision."""
-    was = (False, False) if before is None else (bool(before.alarm), bool(before.activity_alarm))
-    return tuple(
-        kind
-        for kind, was_active, is_active in zip(
-            (AlarmKind.INFECTION, AlarmKind.ACTIVITY), was, (bool(now.alarm), bool(now.activity_alarm)), strict=True
-        )
-        if was_active != is_active
-    )
+def find_active_alarms(decision: PhaseDecision) -> frozenset[AlarmKind]:
+    """Return the alarms that are on after a decision."""
+    active = {AlarmKind.INFECTION: decision.alarm, AlarmKind.ACTIVITY: decision.activity_alarm}
+    return frozenset(kind for kind, is_active in active.items() if is_active)
+
+
+def find_alarm_changes(before: Collection[AlarmKind], now: PhaseDecision) -> tuple[AlarmKind, ...]:
+    """Return the alarms that were raised, or ended, with a decision.
+
+    Args:
+        before: Alarms that were on before it.
+        now: The decision.
+    """
+    active = find_active_alarms(now)
+    return tuple(kind for kind in AlarmKind if (kind in before) != (kind in active))
 
 
 def _get_threshold(predictor: PhasePredictor, kind: AlarmKind) -> float | None:

@@ -1,134 +1,19 @@
-"""Deliver a watch's outputs without blocking it: alarms to a webhook, lines to a stream."""
+"""Write a watch's lines to a stream without blocking it; `phasewatch.alarms` delivers alarms to other programs."""
 
 from __future__ import annotations
 
-import asyncio
 import errno
-import logging
 import os
 import select
 import threading
 from collections import deque
-from contextlib import suppress
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
-from phasewatch.errors import UsageError
-from phasewatch.events.schema import EventEnvelope, render_event
-from phasewatch.http_client import make_http_client
+__all__ = ["NonBlockingWriter"]
 
-if TYPE_CHECKING:
-    import httpx
-
-__all__ = ["NonBlockingWriter", "Webhook"]
-
-logger = logging.getLogger(__name__)
-
-WEBHOOK_QUEUE_SIZE = 64
-WEBHOOK_RETRY_S = 0.2  # before the second attempt; four times as long before each further one
-WEBHOOK_FLUSH_TIMEOUT_S = 3.0  # how long the end of a watch waits for queued events
 MAX_QUEUED_LINES = 2048  # over ten minutes of events
 LINES_FLUSH_TIMEOUT_S = 2.0  # how long the end of a watch waits for queued lines
-_WEBHOOK_ATTEMPTS = 4
-_WEBHOOK_TIMEOUT_S = 5.0
 _READER_GONE_ERRNOS = frozenset({errno.EPIPE, errno.EBADF, errno.ECONNRESET, errno.ENOTCONN})
-
-
-class Webhook:
-    """Posts events to a URL one after the other, with at most four attempts each.
-
-    A slow, unreachable or refusing server delays nothing: events wait in a bounded queue, and if it is full the oldest
-    event is dropped and counted.
-
-    Attributes:
-        sent, lost: Events that were delivered, and that were not.
-
-    Raises:
-        UsageError: If the URL is not http or https, or names no host.
-    """
-
-    def __init__(self, url: str) -> None:
-        import httpx  # now, not at the first alarm: the import takes long
-
-        try:
-            is_url = url.startswith(("http://", "https://")) and bool(httpx.URL(url).host)
-        except (httpx.InvalidURL, UnicodeError):
-            is_url = False
-        if not is_url:
-            raise UsageError(f"--webhook {url}: an http or https URL is needed")
-        self._url, self._httpx = url, httpx
-        self._queue: asyncio.Queue[bytes] = asyncio.Queue(WEBHOOK_QUEUE_SIZE)
-        self._task: asyncio.Task[None] | None = None
-        self.sent = self.lost = 0
-        self._open = 0  # queued or being posted
-
-    def post(self, event: EventEnvelope) -> None:
-        """Queue an event; drop the oldest one if the queue is full."""
-        if self._task is None:
-            self._task = asyncio.create_task(self._run())
-        if self._queue.full():
-            self._queue.get_nowait()
-            self._queue.task_done()
-            self.lost += 1
-            self._open -= 1
-        self._queue.put_nowait(render_event(event))
-        self._open += 1
-
-    def count_backlog(self) -> int:
-        """Return the number of queued events."""
-        return self._queue.qsize()
-
-    async def close(self) -> None:
-        """Wait up to `WEBHOOK_FLUSH_TIMEOUT_S` for queued events, then stop and count the rest as lost."""
-        if self._task is None:
-            return
-        with suppress(TimeoutError):
-            async with asyncio.timeout(WEBHOOK_FLUSH_TIMEOUT_S):
-                await self._queue.join()
-        self.lost, self._open = self.lost + self._open, 0
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
-
-    async def _run(self) -> None:
-        try:
-            client = make_http_client(timeout=_WEBHOOK_TIMEOUT_S)
-        except OSError as exc:  # certificates that cannot be read
-            await self._discard_all(exc.strerror or str(exc))
-            return
-        async with client:
-            while True:
-                body = await self._queue.get()
-                failure: str | None = None
-                for attempt in range(_WEBHOOK_ATTEMPTS):
-                    if attempt:
-                        await asyncio.sleep(WEBHOOK_RETRY_S * 4 ** (attempt - 1))
-                    failure = await self._try_post(client, body)
-                    if failure is None:
-                        break
-                self.sent += failure is None
-                self.lost += failure is not None
-                self._open -= 1
-                if failure is not None:
-                    logger.warning("webhook: an alarm was not delivered: %s", failure)
-                self._queue.task_done()
-
-    async def _try_post(self, client: httpx.AsyncClient, body: bytes) -> str | None:
-        """Post one event; return the failure for a log message, or None."""
-        errors = (self._httpx.HTTPError, self._httpx.InvalidURL, OSError)
-        try:
-            response = await client.post(self._url, content=body, headers={"content-type": "application/json"})
-        except errors as exc:
-            return str(exc) or type(exc).__name__
-        return None if response.is_success else f"it answered {response.status_code}"
-
-    async def _discard_all(self, reason: str) -> None:
-        """Discard all events from now on; log the reason once."""
-        logger.warning("webhook: no alarm can be delivered: %s", reason)
-        while True:
-            await self._queue.get()
-            self.lost += 1
-            self._open -= 1
-            self._queue.task_done()
 
 
 class NonBlockingWriter:

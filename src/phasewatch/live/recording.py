@@ -63,6 +63,7 @@ class WatchRecorder:
         folder: The store that receives the bundles.
         survey: The attached VM.
         clock: Clock of the host.
+        writer: Thread that writes the bundles, which several recorders may share; None for one of its own.
 
     Attributes:
         saved: Paths of the bundles that were written.
@@ -70,14 +71,16 @@ class WatchRecorder:
         failure: The last write error; empty if there was none.
     """
 
-    def __init__(self, folder: Path, survey: VmSurvey, clock: AsyncClock) -> None:
+    def __init__(
+        self, folder: Path, survey: VmSurvey, clock: AsyncClock, writer: ThreadPoolExecutor | None = None
+    ) -> None:
         self._store, self._survey, self._clock = DiskStore(folder), survey, clock
         self.saved: list[Path] = []
         self.lost, self.failure = 0, ""
         self._is_failing = False
         self._rows: dict[SourceKind, list[ReadingRow]] = {}
         self._first: _SegmentStart = ({}, 0)
-        self._writer = ThreadPoolExecutor(1)
+        self._writer = writer or ThreadPoolExecutor(1)
         self._writing: deque[Future[Path | None]] = deque()
 
     def add_row(self, source: SourceKind, row: ReadingRow) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from phasewatch.channels import CHANNELS
 from phasewatch.errors import MachineError, PhasewatchError
-from phasewatch.events.schema import EventEnvelope
+from phasewatch.events.schema import EventEnvelope, PhaseEvent
 from phasewatch.features.normalise import HostBaseline
 from phasewatch.inference.model_selection import (
     ModelCandidate,
@@ -23,19 +25,34 @@ from phasewatch.inference.model_selection import (
 from phasewatch.inference.predictor import PhasePredictor
 from phasewatch.live.attach import attach, detach
 from phasewatch.live.cleanup import CleanupProcess
-from phasewatch.live.discover import RunningVm
-from phasewatch.live.outputs import Webhook
+from phasewatch.live.discover import RunningVm, VmIdentity, identify_vms
 from phasewatch.live.recording import WatchRecorder, check_recording_folder
+from phasewatch.live.state import WatchState
 from phasewatch.live.survey import VmSurvey, choose_jit_use, choose_sensor_use, explain_masked_channels, survey_vm
-from phasewatch.live.watcher import VmWatcher, WatchCallbacks, WatchResult, is_vm_alive
+from phasewatch.live.watch_loop import WatchLoop
+from phasewatch.live.watcher import VmWatcher, WatchCallbacks, WatchResult
 from phasewatch.models.alarm import AlarmKind
 from phasewatch.models.smoothing import SMOOTHING_NONE
 from phasewatch.telemetry.base import AsyncClock, HostClock, TelemetrySource
+from phasewatch.telemetry.process import PROC_ROOT
 from phasewatch.types import LIVE_STRIDE_BINS
 
-__all__ = ["WatchReport", "WatchRequest", "run_watch", "supervise_cleanup_process", "watch_vm"]
+__all__ = [
+    "AttachedVm",
+    "VmWatch",
+    "WatchReport",
+    "WatchRequest",
+    "attach_vm",
+    "check_save_folder",
+    "run_until_interrupted",
+    "run_watch",
+    "select_models",
+    "supervise_cleanup_process",
+    "watch_vm",
+]
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CLEANUP_CHECK_INTERVAL_S = 2.0
 _MAX_MISSING_SHOWN = 4  # channels named for each channel set that the VM cannot provide
@@ -53,9 +70,9 @@ class WatchRequest:
             used only for a named channel set that contains them.
         baseline: The VM's baseline, measured while it was known clean; None if there is none.
         save: Store to save the readings in; None saves nothing.
-        webhook: URL to post alarms to; empty for none.
         smoothing: `SMOOTHING_PHASE` shows phases after the phase filter.
         seconds: Maximum duration; 0 watches until the VM is gone or the watch is interrupted.
+        state: Folder that keeps the alarms over restarts of the watcher; None keeps nothing.
     """
 
     machine: RunningVm
@@ -64,9 +81,9 @@ class WatchRequest:
     channels: str = ""
     baseline: HostBaseline | None = None
     save: Path | None = None
-    webhook: str = ""
     smoothing: str = SMOOTHING_NONE
     seconds: float = 0.0
+    state: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,21 +105,70 @@ class WatchReport:
     masked: tuple[str, ...]
     caveat: str
     left_as_found: bool
-    posted: int
-    not_posted: int
+    posted: int = 0
+    not_posted: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _AttachedWatch:
-    """Everything that a watch of an attached VM needs."""
+class AttachedVm:
+    """A VM whose sources are open, and the model that fits it; `close` restores the VM.
 
-    request: WatchRequest
-    survey: VmSurvey
-    sources: Sequence[TelemetrySource]
-    predictor: PhasePredictor | None
-    webhook: Webhook | None
-    callbacks: WatchCallbacks
-    clock: AsyncClock
+    Attributes:
+        request: What to watch, and how.
+        survey: The VM.
+        sources: Its open telemetry sources.
+        predictor: The model; None without models.
+    """
+
+    def __init__(self, request: WatchRequest, survey: VmSurvey, cleanup: CleanupProcess) -> None:
+        self.request, self.survey = request, survey
+        self.sources: tuple[TelemetrySource, ...] = ()
+        self.predictor: PhasePredictor | None = None
+        self._cleanup = cleanup
+        self._cleanup_key = cleanup.add(survey.task)  # before anything in the VM is changed
+
+    async def close(self) -> bool:
+        """Close the sources and restore the VM; return False if something that was added may still be in it.
+
+        The cleanup process then keeps trying once this process has ended.
+        """
+        is_clean = await detach(self.survey, self.sources) or not self.survey.is_alive
+        if is_clean:
+            self._cleanup.dismiss(self._cleanup_key)
+        if self.survey.process is not None:
+            self.survey.process.close()
+        return is_clean
+
+    def dismiss_cleanup(self) -> None:
+        """Declare that what `close` left in the VM was removed by a later attempt."""
+        self._cleanup.dismiss(self._cleanup_key)
+
+
+async def attach_vm(
+    request: WatchRequest, cleanup: CleanupProcess, *, clock: AsyncClock, proc: Path = PROC_ROOT
+) -> AttachedVm:
+    """Survey a VM, open its sources and choose a model; if that fails, the VM is restored.
+
+    Raises:
+        PhasewatchError: If the VM cannot be watched, or no model fits.
+        OSError: If the cleanup process cannot be started.
+    """
+    survey = await survey_vm(request.machine, qmp=request.qmp, clock=clock, proc=proc)
+    survey.jit = choose_jit_use(request.channels)
+    if choose_sensor_use(request.channels, is_saved=request.save is not None):
+        survey.enable_sensors()
+    try:
+        vm = AttachedVm(request, survey, cleanup)
+    except OSError:
+        if survey.monitor is not None:
+            await survey.monitor.close()
+        raise
+    try:
+        vm.sources = await _attach_sources(survey)
+        vm.predictor = _choose_model(request, survey)
+    except BaseException:
+        await vm.close()
+        raise
+    return vm
 
 
 def run_watch(
@@ -120,7 +186,17 @@ def run_watch(
         KeyboardInterrupt: If it was interrupted before the first window.
     """
 
-    async def main() -> WatchReport:
+    return run_until_interrupted(watch_vm(request, callbacks or WatchCallbacks(), clock=clock or HostClock()))
+
+
+def run_until_interrupted(watch: Coroutine[Any, Any, T]) -> T:
+    """Run a watch in an event loop; SIGINT, SIGTERM and SIGHUP cancel it, so that it ends in order.
+
+    Raises:
+        KeyboardInterrupt: If it was interrupted before it began.
+    """
+
+    async def main() -> T:
         task = asyncio.current_task()
         loop = asyncio.get_running_loop()
         numbers = [signal.SIGINT, signal.SIGTERM]
@@ -129,73 +205,65 @@ def run_watch(
         for number in numbers:
             with suppress(ValueError, RuntimeError, NotImplementedError):  # not the main thread: the caller cancels
                 loop.add_signal_handler(number, task.cancel if task else lambda: None)
-        return await watch_vm(request, callbacks or WatchCallbacks(), clock=clock or HostClock())
+        return await watch
 
     try:
         return asyncio.run(main())
-    except asyncio.CancelledError:  # interrupted before the first window
+    except asyncio.CancelledError:
         raise KeyboardInterrupt from None
 
 
 async def watch_vm(request: WatchRequest, callbacks: WatchCallbacks, *, clock: AsyncClock) -> WatchReport:
     """Watch a VM until the end, as `run_watch` does; cancelling the task ends the watch in order, with a report."""
-    jit = choose_jit_use(request.channels)
-    has_sensors = choose_sensor_use(request.channels, is_saved=request.save is not None)
-    if request.channels:
-        request = replace(request, models=filter_by_channel_set(request.models, request.channels))
-    webhook = Webhook(request.webhook) if request.webhook else None
-    if request.save and (error := check_recording_folder(request.save)):
-        logger.warning(
-            "--save %s: nothing can be written now: %s; the VM is watched all the same",
-            request.save,
-            error.strerror or error,
-        )
-    survey = await survey_vm(request.machine, qmp=request.qmp, clock=clock)
-    survey.jit = jit
-    if has_sensors:
-        survey.enable_sensors()
-    with ExitStack() as stack:
-        cleanup = stack.enter_context(CleanupProcess(survey.task))  # before anything in the VM is changed
-        sources: Sequence[TelemetrySource] = ()
-        watched = WatchResult()
-        predictor: PhasePredictor | None = None
-        is_clean = True
+    request = replace(request, models=select_models(request.models, request.channels))
+    check_save_folder(request.save)
+    identity = identify_vms((request.machine,))[request.machine.pid]
+    with WatchState(request.state) as state, CleanupProcess() as cleanup:
+        watched, is_clean = WatchResult(), True
+        vm = await attach_vm(request, cleanup, clock=clock)
         try:
-            sources = await _attach_sources(survey)
-            predictor = _choose_model(request, survey)
-            _log_setup(request, survey, predictor)
+            _log_setup(vm)
             supervision = asyncio.create_task(supervise_cleanup_process(cleanup))
             try:
-                watched = await _watch(
-                    _AttachedWatch(
-                        request=request,
-                        survey=survey,
-                        sources=sources,
-                        predictor=predictor,
-                        webhook=webhook,
-                        callbacks=callbacks,
-                        clock=clock,
-                    )
-                )
+                watch = VmWatch(vm, callbacks, clock=clock, state=state, identity=identity)
+                watched = await watch.run(seconds=request.seconds)
             finally:
                 supervision.cancel()
         finally:
-            is_clean = await detach(survey, sources) or not is_vm_alive(survey)
-            if is_clean:
-                cleanup.dismiss()
-            if webhook is not None:
-                await webhook.close()
-    facts = survey.facts
+            is_clean = await vm.close()
+    survey, predictor = vm.survey, vm.predictor
     return WatchReport(
         watched=watched,
         model=predictor.model if predictor else "",
         threat=predictor.threat if predictor else "",
         masked=tuple(survey.masked),
-        caveat=predictor.caveat(facts.accel, facts.arch) if predictor else "",
+        caveat=predictor.caveat(survey.facts.accel, survey.facts.arch) if predictor else "",
         left_as_found=is_clean,
-        posted=webhook.sent if webhook else 0,
-        not_posted=webhook.lost if webhook else 0,
     )
+
+
+def select_models(models: tuple[ModelCandidate, ...], channels: str) -> tuple[ModelCandidate, ...]:
+    """Return the models of a channel set; all if `channels` is empty.
+
+    Raises:
+        UsageError: If there is no such channel set, or no model for it.
+    """
+    choose_jit_use(channels)
+    return filter_by_channel_set(models, channels) if channels else models
+
+
+def check_save_folder(folder: Path | None) -> None:
+    """Warn if nothing can be written into a store now.
+
+    Raises:
+        MachineError: If it can never be written.
+    """
+    if folder is not None and (error := check_recording_folder(folder)):
+        logger.warning(
+            "--save %s: nothing can be written now: %s; the watch goes on all the same",
+            folder,
+            error.strerror or error,
+        )
 
 
 async def supervise_cleanup_process(cleanup: CleanupProcess) -> None:
@@ -240,7 +308,8 @@ def _choose_model(request: WatchRequest, survey: VmSurvey) -> PhasePredictor | N
         raise type(exc)(f"{exc}. Missing here: {missing}") from exc
 
 
-def _log_setup(request: WatchRequest, survey: VmSurvey, predictor: PhasePredictor | None) -> None:
+def _log_setup(vm: AttachedVm) -> None:
+    request, survey, predictor = vm.request, vm.survey, vm.predictor
     facts = survey.facts
     logger.info(
         "watching %s (process %d): %s under %s, %d vCPU, %d of %d channels",
@@ -270,33 +339,62 @@ def _log_setup(request: WatchRequest, survey: VmSurvey, predictor: PhasePredicto
         logger.info("  %s", caveat)
 
 
-async def _watch(watch: _AttachedWatch) -> WatchResult:
-    request, webhook = watch.request, watch.webhook
-    recorder = WatchRecorder(request.save, watch.survey, watch.clock) if request.save else None
+class VmWatch:
+    """One watch of an attached VM: its watcher, its recorder, and its alarms in the state.
 
-    def send_event(event: EventEnvelope, is_alarm_change: bool) -> None:
-        watch.callbacks.on_event(event, is_alarm_change)
-        if is_alarm_change and webhook is not None:
-            webhook.post(event)
+    Args:
+        vm: The VM.
+        callbacks: Receivers of its events.
+        clock: Clock of the host.
+        state: Alarms of an earlier watch, and place of the new ones.
+        identity: What tells the VM from others in the state.
+        first_event, grid_bins: As in `VmWatcher`.
+        writer: As in `WatchRecorder`.
+    """
 
-    callbacks = replace(watch.callbacks, on_event=send_event)
-    if recorder is not None:
-        callbacks = replace(callbacks, on_row=recorder.add_row)
-    if webhook is not None:
-        callbacks = replace(callbacks, count_backlog=webhook.count_backlog)
-    watcher = VmWatcher(
-        watch.survey, watch.sources, watch.predictor, callbacks, watch.clock, host=watch.survey.facts.host_id
-    )
-    try:
-        watched = await watcher.run(seconds=request.seconds)
-    finally:
-        if recorder is not None:
-            recorder.close()
-    if recorder is None:
-        return watched
-    return replace(
-        watched,
-        saved=[str(path) for path in recorder.saved],
-        not_saved=recorder.lost,
-        save_failure=recorder.failure,
-    )
+    def __init__(
+        self,
+        vm: AttachedVm,
+        callbacks: WatchCallbacks,
+        *,
+        clock: AsyncClock,
+        state: WatchState,
+        identity: VmIdentity,
+        first_event: int = 1,
+        grid_bins: int = 1,
+        writer: ThreadPoolExecutor | None = None,
+    ) -> None:
+        self._vm, self._callbacks, self._clock = vm, callbacks, clock
+        self._state, self._identity = state, identity
+        save = vm.request.save
+        self._recorder = WatchRecorder(save, vm.survey, clock, writer) if save else None
+        callbacks = replace(callbacks, on_event=self._send_event)
+        if self._recorder is not None:
+            callbacks = replace(callbacks, on_row=self._recorder.add_row)
+        self.watcher = VmWatcher(
+            vm.survey,
+            vm.sources,
+            vm.predictor,
+            callbacks,
+            clock,
+            host=vm.survey.facts.host_id,
+            memory=state.find_alarms(identity, clock.wall_ns()),
+            first_event=first_event,
+            grid_bins=grid_bins,
+        )
+
+    async def run(self, *, seconds: float = 0.0, loop: WatchLoop | None = None) -> WatchResult:
+        """Watch until the end, as `VmWatcher.run`."""
+        try:
+            return await self.watcher.run(seconds=seconds, loop=loop)
+        finally:
+            if self._recorder is not None:
+                await asyncio.to_thread(self._recorder.close)  # waits for the disk
+                result = self.watcher.result
+                result.saved = [str(path) for path in self._recorder.saved]
+                result.not_saved, result.save_failure = self._recorder.lost, self._recorder.failure
+
+    def _send_event(self, event: EventEnvelope, is_alarm_change: bool) -> None:
+        self._callbacks.on_event(event, is_alarm_change)
+        if isinstance(event.data, PhaseEvent):  # after it was sent: an alarm twice is better than none
+            self._state.update(self._identity, self._vm.survey.facts.name, self.watcher.alarms, self._clock.wall_ns())

@@ -33,7 +33,7 @@ from phasewatch.telemetry.monitor_sensors import (
     list_bitmaps,
 )
 from phasewatch.telemetry.network_cards import Nic, parse_network_cards
-from phasewatch.telemetry.process import PROC_ROOT, translate_threads
+from phasewatch.telemetry.process import PROC_ROOT, ProcessHandle, translate_threads
 from phasewatch.telemetry.qmp import (
     BALLOON_FIELDS,
     BALLOON_POLLING_PROPERTY,
@@ -108,6 +108,7 @@ class VmSurvey:
         proc: Path of /proc.
         jit: Whether `attach` reads QEMU's translation counters.
         has_sensors: Whether `attach` adds dirty bitmaps to the disks, and samples pages.
+        process: QEMU's process; opened by the first `is_alive`.
     """
 
     facts: VmFacts
@@ -124,6 +125,14 @@ class VmSurvey:
     proc: Path = PROC_ROOT
     jit: JitUse = JitUse.NEVER
     has_sensors: bool = False
+    process: ProcessHandle | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether QEMU's process still runs; a zombie or a later process with its pid does not count."""
+        if self.process is None:
+            self.process = ProcessHandle(self.facts.pid, self.start_ticks, self.proc)
+        return self.process.is_alive
 
     def enable_sensors(self) -> None:
         """Enable the sensors that change the VM; the cleanup process must know them before `attach` opens them."""
@@ -205,11 +214,24 @@ async def survey_vm(machine: RunningVm, *, qmp: Path | None, clock: AsyncClock, 
         MachineError: If its /proc may not be read.
         VmError: If the named socket does not answer, or belongs to another VM.
     """
+    opened: list[QmpMonitor] = []
+    try:
+        return await _survey_vm(machine, opened, qmp=qmp, clock=clock, proc=proc)
+    except BaseException:  # an open connection would keep every other client from the VM's monitor
+        for monitor in opened:
+            await monitor.close()
+        raise
+
+
+async def _survey_vm(
+    machine: RunningVm, opened: list[QmpMonitor], *, qmp: Path | None, clock: AsyncClock, proc: Path
+) -> VmSurvey:
     check_permission(machine, proc)
     monitor: QmpMonitor | None = None
     no_monitor_reason = ""
     try:
         monitor = await connect_monitor(machine, qmp, proc)
+        opened.append(monitor)
     except VmError as exc:
         if qmp is not None:
             raise
@@ -297,7 +319,7 @@ def save_watch_record(survey: VmSurvey) -> None:
 
 
 async def _find_abandoned(monitor: QmpMonitor, proc: Path) -> tuple[str, ...]:
-    """Return the names of objects and dirty bitmaps in the VM whose watcher is certainly dead.
+    """Return the names of objects and dirty bitmaps in the VM whose watcher is certainly dead, or is this process.
 
     Source: QMP ``qom-list /objects`` and ``query-named-block-nodes``.
     """
@@ -306,7 +328,9 @@ async def _find_abandoned(monitor: QmpMonitor, proc: Path) -> tuple[str, ...]:
         names += [str(child["name"]) for child in await monitor.ask("qom-list", path="/objects")]
     with suppress(VmError, KeyError, TypeError):
         names += [name for _, name in await list_bitmaps(monitor.ask)]
-    return tuple(dict.fromkeys(name for name in names if is_abandoned(name, proc)))
+    # This process is not attached to the VM yet: what bears its name is left from an attempt that failed.
+    own = f"{build_name_prefix()}-"
+    return tuple(dict.fromkeys(name for name in names if name.startswith(own) or is_abandoned(name, proc)))
 
 
 async def _query_facts(monitor: QmpMonitor) -> dict[str, Any]:

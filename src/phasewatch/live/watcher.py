@@ -6,7 +6,7 @@ import asyncio
 import logging
 import resource
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -19,11 +19,13 @@ from phasewatch.channels import CHANNEL_NAMES
 from phasewatch.errors import VmError
 from phasewatch.events.perf import read_own_rss_bytes
 from phasewatch.events.schema import EventEnvelope
-from phasewatch.inference.predictor import PhaseDecision, PhasePredictor
-from phasewatch.live.events import CostMeter, EventBuilder, WatchCost, find_alarm_changes
+from phasewatch.inference.predictor import AlarmMemory, PhaseDecision, PhasePredictor
+from phasewatch.live.events import CostMeter, EventBuilder, WatchCost, find_active_alarms, find_alarm_changes
 from phasewatch.live.silence import SilenceDetector
 from phasewatch.live.survey import VmSurvey, list_source_channels
-from phasewatch.live.tracker import TrackerStep, VmTracker
+from phasewatch.live.tracker import TrackedBin, TrackerStep, VmTracker, predict_due_windows
+from phasewatch.live.watch_loop import WatchLoop
+from phasewatch.models.alarm import AlarmKind
 from phasewatch.telemetry.base import (
     N_STAMPS,
     AsyncClock,
@@ -34,20 +36,19 @@ from phasewatch.telemetry.base import (
     TelemetrySource,
 )
 from phasewatch.telemetry.capture import NetworkSource
-from phasewatch.telemetry.process import read_start_ticks
 from phasewatch.telemetry.qmp import QmpSource
 from phasewatch.types import MAX_WAIT_CORES, WINDOW_BINS, SourceKind
 
-__all__ = ["VmWatcher", "WatchCallbacks", "WatchEndReason", "WatchResult", "WindowQuality", "is_vm_alive"]
+__all__ = ["VmWatcher", "WatchCallbacks", "WatchEndReason", "WatchResult", "WindowQuality"]
 
 logger = logging.getLogger(__name__)
 
 _MIN_READING_SHARE = 0.9  # below this share of a source's readings, a window's source counts as incomplete
 _CONTENTION_WINDOWS = 11  # consecutive windows, one each second, before the contention state changes
-_MAX_SLEEP_NS = 250_000_000  # upper limit of one sleep, so that a clock step is noticed soon
 _HEALTH_INTERVAL_NS = 2_000_000_000
 _PERF_INTERVAL_NS = 5_000_000_000
 _MAX_EVENT_BINS = 240  # bins in one telemetry event
+_MAX_STATES = 1000  # state changes kept of one watch, which may last for months
 _VCPU_WAIT_INDEX = CHANNEL_NAMES.index("proc.vcpu_wait")
 
 
@@ -134,9 +135,10 @@ class WatchResult:
             A skipped tick counts for every source.
         contended: Windows in which the vCPUs waited for a core for more than a tenth of the time.
         restarts: How often binning restarted because the clock jumped or the host slept.
-        states: State changes in order of time. VM: ``paused``, ``running``, ``rebooted``, ``silent``, ``gone``;
-            host: ``contended``, ``uncontended``; source: ``proc silent``, ``qmp partly silent``, ``proc back``;
-            network: the codes of `phasewatch.telemetry.capture.NetworkNoticeCode`.
+        states: The last thousand state changes in order of time. VM: ``paused``, ``running``, ``rebooted``,
+            ``silent``, ``gone``; host: ``contended``, ``uncontended``; source: ``proc silent``,
+            ``qmp partly silent``, ``proc back``; network: the codes of
+            `phasewatch.telemetry.capture.NetworkNoticeCode`.
         saved: Paths of the bundles that were written.
         not_saved: Number of bundles that could not be written.
         save_failure: The last write error; empty if there was none.
@@ -174,12 +176,14 @@ class WatchCallbacks:
         on_event: Receives every event, and whether an alarm was raised or ended with it.
         on_row: Receives every reading; None if nobody records them.
         on_step: Receives every closed bin; None if nobody needs them.
+        on_vm_state: Receives the state of the VM when it changed, such as ``paused``; None if nobody needs it.
         count_backlog: Returns how many events wait to be sent.
     """
 
     on_event: Callable[[EventEnvelope, bool], None] = _ignore_event
     on_row: Callable[[SourceKind, ReadingRow], None] | None = None
     on_step: Callable[[TrackerStep], None] | None = None
+    on_vm_state: Callable[[str], None] | None = None
     count_backlog: Callable[[], int] = _report_no_backlog
 
 
@@ -193,9 +197,14 @@ class VmWatcher:
         callbacks: Receivers of events, readings and bins.
         clock: Clock of the host.
         host: Host name in events.
+        memory: Alarms of the same VM from an earlier watch.
+        first_event: Number of the first event.
+        grid_bins: As in `VmTracker`.
 
     Attributes:
         result: Counts so far.
+        state: State of the VM as last seen, such as ``running``; empty at first.
+        last_decision: The newest decision; None before the first.
     """
 
     def __init__(
@@ -207,13 +216,19 @@ class VmWatcher:
         clock: AsyncClock,
         *,
         host: str = "",
+        memory: Mapping[AlarmKind, AlarmMemory] | None = None,
+        first_event: int = 1,
+        grid_bins: int = 1,
     ) -> None:
         self._survey, self._predictor, self._callbacks, self._clock = survey, predictor, callbacks, clock
         self._sources = tuple(sources)
         self._logs = [RowLog(source.source, clock) for source in sources]
         self._sampler = TelemetrySampler(sources, self._logs, clock)
+        self._ticking: asyncio.Task[None] | None = None
         self._network = next((source for source in sources if isinstance(source, NetworkSource)), None)
-        self._tracker = VmTracker(predictor)
+        self._tracker = VmTracker(predictor, grid_bins=grid_bins)
+        self._active_alarms = frozenset(kind for kind, alarm in (memory or {}).items() if alarm.state.is_active)
+        self._tracker.restore_alarms(memory or {})
         facts = survey.facts
         self._masked = tuple(survey.masked)
         self._events = EventBuilder(
@@ -221,8 +236,11 @@ class VmWatcher:
             host=host,
             masked=self._masked,
             caveat=predictor.caveat(facts.accel, facts.arch) if predictor else "",
+            number=first_event,
         )
-        self._last_decision: PhaseDecision | None = None
+        self.state = ""
+        self.last_decision: PhaseDecision | None = None
+        self._failed: asyncio.Future[None] | None = None
         self._meter = CostMeter(clock.mono_ns(), _read_cpu_s())
         # A network source reports missing data itself, with the reason.
         others = [source.source for source in sources if not isinstance(source, NetworkSource)]
@@ -231,33 +249,64 @@ class VmWatcher:
         self._n_empty: Counter[SourceKind] = Counter()
         self.result = WatchResult()
 
-    async def run(self, *, seconds: float = 0.0) -> WatchResult:
+    @property
+    def next_close_ns(self) -> int | None:
+        """Wall time (ns) at which the next bin is due; None before the first proc reading."""
+        return self._tracker.next_close_ns
+
+    @property
+    def restarts(self) -> int:
+        """How often the bins began again because of the clock."""
+        return self._tracker.restarts
+
+    @property
+    def next_event(self) -> int:
+        """Number of the next event."""
+        return self._events.number
+
+    @property
+    def alarms(self) -> dict[AlarmKind, AlarmMemory]:
+        """The alarms and what their rules remember; empty without a model."""
+        return self._tracker.alarms
+
+    async def run(self, *, seconds: float = 0.0, loop: WatchLoop | None = None) -> WatchResult:
         """Watch until the end, and return what was counted.
 
         Args:
             seconds: Maximum duration; 0 watches for as long as the VM lives.
+            loop: The running loop of a watch of several VMs; None runs one for this VM alone.
+
+        Raises:
+            Exception: If a source, the model or a callback failed with a programming error.
         """
-        end_ns = self._clock.mono_ns() + round(seconds * 1e9) if seconds else None
-        sampling = asyncio.create_task(self._sampler.run())
+        own = None
+        if loop is None:
+            loop = WatchLoop(self._clock)
+            own = asyncio.create_task(loop.run())
+        self._failed = asyncio.get_running_loop().create_future()
         health = asyncio.create_task(self._watch_health())
+        deadline = asyncio.create_task(self._wait(seconds)) if seconds else None
+        waited = [task for task in (health, self._failed, own, deadline) if task is not None]
+        loop.add(self)
         try:
-            while not health.done() and (end_ns is None or self._clock.mono_ns() < end_ns):
-                await self._sleep(end_ns)
-                if sampling.done():
-                    sampling.result()  # raises: a programming error in a source, which no reading may hide
-                self.close_due_bins()
-            if health.done():
-                health.result()  # raises: a callback that failed there is not the end of the VM
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            for task in waited:
+                if task.done():
+                    task.result()  # raises: a callback that failed is not the end of the VM
             self.result.why = WatchEndReason.VM_GONE if health.done() else WatchEndReason.TIMEOUT
         except asyncio.CancelledError:
             self.result.why = WatchEndReason.INTERRUPTED
-            if task := asyncio.current_task():
-                task.uncancel()  # else Python before 3.11.3 (Debian 12) takes time-outs of the clean-up for it
+            if current := asyncio.current_task():
+                current.uncancel()  # else Python before 3.11.3 (Debian 12) takes time-outs of the clean-up for it
         finally:
-            for task in (sampling, health):
-                task.cancel()
-            await asyncio.gather(sampling, health, return_exceptions=True)
-            self.close_due_bins()
+            loop.remove(self)
+            tasks = [task for task in (health, own, deadline, self._ticking) if task is not None]
+            for each in (self._failed, *tasks):
+                each.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if not self._failed.done() or self._failed.cancelled():
+                closed = self.close_bins()
+                self.report_bins(closed, predict_due_windows([b.window for b in closed if b.window is not None]))
             result = self.result
             result.late, result.restarts = self._tracker.late, self._tracker.restarts
             result.skipped, result.failed = self._sampler.skipped, self._sampler.failed
@@ -265,8 +314,28 @@ class VmWatcher:
             result.lost = self._count_lost_by_source()
         return result
 
-    def close_due_bins(self) -> None:
-        """Pass the new readings to the tracker, close every bin that is due, and report the decisions."""
+    def start_tick(self) -> None:
+        """Start one reading of the sources; skip it if the one before still runs."""
+        before = self._ticking
+        if before is not None and not before.done():
+            self._sampler.skipped += 1
+            return
+        if before is not None and not before.cancelled() and (error := before.exception()) is not None:
+            self.fail(error if isinstance(error, Exception) else RuntimeError(str(error)))
+            return
+        self._ticking = asyncio.create_task(self._sampler.tick())
+
+    def add_skipped(self, count: int) -> None:
+        """Count ticks that the loop skipped."""
+        self._sampler.skipped += count
+
+    def fail(self, error: Exception) -> None:
+        """End the watch with an error."""
+        if self._failed is not None and not self._failed.done():
+            self._failed.set_exception(error)
+
+    def close_bins(self) -> list[TrackedBin]:
+        """Pass the new readings to the tracker, and close every bin that is due."""
         for log in self._logs:
             rows, log.rows = log.rows, []
             for row in rows:
@@ -275,18 +344,23 @@ class VmWatcher:
                 self._n_empty[log.source] += all(value is None for value in row[N_STAMPS:])
                 if self._callbacks.on_row is not None:
                     self._callbacks.on_row(log.source, row)
-        wall_ns, mono_ns = self._clock.wall_ns(), self._clock.mono_ns()
-        restarts = self._tracker.restarts
-        steps = self._tracker.advance(wall_ns, mono_ns)
-        if self._tracker.restarts > restarts:
-            logger.warning("the clock jumped or the host slept: windows start again")
-        if not steps:
+        return self._tracker.close_bins(self._clock.wall_ns(), self._clock.mono_ns())
+
+    def report_bins(self, closed: Sequence[TrackedBin], predicted: Sequence[NDArray[np.float64] | Exception]) -> None:
+        """Decide on closed bins, and report them.
+
+        Args:
+            closed: From `close_bins`.
+            predicted: One entry for each window among them, from `predict_due_windows`.
+        """
+        if not closed:
             return
+        steps = self._tracker.decide(closed, predicted)
         for step in steps:
             self._handle_step(step)
         self._report_network()
         event = self._events.build_telemetry(
-            steps[-_MAX_EVENT_BINS:], now_ns=wall_ns, late=self._tracker.late, lost=self._count_lost()
+            steps[-_MAX_EVENT_BINS:], now_ns=self._clock.wall_ns(), late=self._tracker.late, lost=self._count_lost()
         )
         self._callbacks.on_event(event, False)
 
@@ -294,14 +368,15 @@ class VmWatcher:
         self._quality.add(step.bin.values, began=step.began)
         if step.decision is not None and self._predictor is not None:
             caveats = self._assess_quality()
-            changes = find_alarm_changes(self._last_decision, step.decision)
+            changes = find_alarm_changes(self._active_alarms, step.decision)
             event = self._events.build_phase(
                 step.decision, self._predictor, now_ns=self._clock.wall_ns(), changes=changes, caveats=caveats
             )
             self.result.windows += 1
             self.result.alarms += step.decision.raised
             self.result.activity_alarms += step.decision.activity_raised
-            self._last_decision = step.decision
+            self._active_alarms = find_active_alarms(step.decision)
+            self.last_decision = step.decision
             self._callbacks.on_event(event, bool(changes))
             latency_ms = (self._clock.wall_ns() - step.bin.end_ns - LATENESS_NS) / 1e6
             self._meter.add_window(self._clock.mono_ns(), latency_ms)
@@ -326,7 +401,7 @@ class VmWatcher:
         if self._network is None:
             return
         for notice in self._network.pop_notices():
-            self.result.states.append(notice.code)
+            self._add_state(notice.code)
             logger.info("%s: %s: %s", self._survey.facts.name, notice.code, notice.text)
         unknown = list_source_channels(SourceKind.NETFLOW, self._network.unknown_fields)
         self._events.masked = tuple(dict.fromkeys((*self._masked, *unknown)))
@@ -348,27 +423,24 @@ class VmWatcher:
                 for note in source.pop_notes():
                     logger.info("%s: %s: %s", self._survey.facts.name, source.source, note)
 
-    async def _sleep(self, end_ns: int | None) -> None:
-        """Sleep until the next bin is due, at most `_MAX_SLEEP_NS`."""
-        now_ns, wall_ns = self._clock.mono_ns(), self._clock.wall_ns()
-        due_ns = now_ns + _MAX_SLEEP_NS
-        if self._tracker.next_close_ns is not None:
-            due_ns = min(due_ns, now_ns + max(0, self._tracker.next_close_ns - wall_ns))
-        await self._clock.sleep_until(min(due_ns, end_ns) if end_ns is not None else due_ns)
+    async def _wait(self, seconds: float) -> None:
+        await self._clock.sleep_until(self._clock.mono_ns() + round(seconds * 1e9))
 
     async def _watch_health(self) -> None:
         """Check the VM every two seconds and the watcher's own cost every five; return when the VM is gone."""
         perf_ns = self._clock.mono_ns() + _PERF_INTERVAL_NS
-        state, n_resets = "", self._count_resets()
+        n_resets = self._count_resets()
         while True:
             await self._clock.sleep_until(self._clock.mono_ns() + _HEALTH_INTERVAL_NS)
             now = await self._read_state()
             if self._count_resets() > n_resets:
                 n_resets = self._count_resets()
                 self._report_state("rebooted")
-            if now != state and (state or now != "running"):
+            if now != self.state and (self.state or now != "running"):
                 self._report_state(now)
-            state = now
+            if now != self.state and self._callbacks.on_vm_state is not None:
+                self._callbacks.on_vm_state(now)
+            self.state = now
             self._report_notes()
             self._report_silence(is_running=now == "running")
             if now == "gone":
@@ -385,14 +457,18 @@ class VmWatcher:
         if not is_running:
             self._silence.pause(now_ns)
         for note in self._silence.find_changes(now_ns):
-            self.result.states.append(note.state)
+            self._add_state(note.state)
             logger.log(
                 logging.INFO if note.is_back else logging.WARNING, "%s: %s", self._survey.facts.name, note.render()
             )
 
     def _report_state(self, state: str) -> None:
-        self.result.states.append(state)
+        self._add_state(state)
         logger.info("%s: %s", self._survey.facts.name, state)
+
+    def _add_state(self, state: str) -> None:
+        self.result.states.append(state)
+        del self.result.states[:-_MAX_STATES]
 
     def _count_resets(self) -> int:
         monitor = self._survey.monitor
@@ -400,14 +476,14 @@ class VmWatcher:
 
     async def _read_state(self) -> str:
         """Return ``gone``, ``silent`` (the monitor does not answer) or the state of QMP ``query-status``."""
-        if not is_vm_alive(self._survey):
+        if not self._survey.is_alive:
             return "gone"
         if self._survey.monitor is None:
             return "running"
         try:
             return str((await self._survey.monitor.ask("query-status"))["status"])
         except (VmError, KeyError, TypeError):
-            return "silent" if is_vm_alive(self._survey) else "gone"
+            return "silent" if self._survey.is_alive else "gone"
 
     async def _reconnect(self) -> None:
         """Connect to the monitor again if the connection broke; QEMU may also just be slow."""
@@ -427,11 +503,6 @@ class VmWatcher:
             late=self._tracker.late,
             backlog=self._callbacks.count_backlog(),
         )
-
-
-def is_vm_alive(survey: VmSurvey) -> bool:
-    """Return whether the VM's QEMU process still runs; a zombie or a later process with its pid does not count."""
-    return read_start_ticks(survey.facts.pid, survey.proc) == survey.start_ticks
 
 
 def _read_cpu_s() -> float:

@@ -14,6 +14,7 @@ from phasewatch.types import BIN_NS, SourceKind
 
 __all__ = [
     "N_STAMPS",
+    "SAMPLE_PERIOD_NS",
     "AsyncClock",
     "HostClock",
     "NoteSource",
@@ -24,13 +25,14 @@ __all__ = [
     "TelemetrySource",
     "build_missing_reading",
     "close_guest_connection",
+    "compute_first_tick_ns",
 ]
 
 ReadingValues = tuple[int | float | None, ...]  # the source's raw fields in the order of `RAW`; None: not known
 ReadingRow = tuple[int | float | None, ...]  # t_wall_ns, t_mono_ns, seq, then the values of the reading
 N_STAMPS = 3  # columns of a row before its reading
 
-_SAMPLE_PERIOD_NS = 500_000_000  # 2 Hz, the rate of the bins
+SAMPLE_PERIOD_NS = 500_000_000  # 2 Hz, the rate of the bins
 _SAMPLE_OFFSET_NS = BIN_NS // 2  # ticks are in the middle between two whole half seconds of wall time
 _LATE_SAMPLE_NS = 100_000_000  # a tick that starts later counts as late: a fifth of its period
 
@@ -130,13 +132,13 @@ class RowLog:
         self.emitted += 1
 
 
-def _compute_first_tick_ns(wall_ns: int, mono_ns: int) -> int:
+def compute_first_tick_ns(wall_ns: int, mono_ns: int) -> int:
     """Return the monotonic time of the next tick: 0.25 s after a whole half second of wall time.
 
-    >>> _compute_first_tick_ns(wall_ns=1_100_000_000, mono_ns=5_000_000_000)
+    >>> compute_first_tick_ns(wall_ns=1_100_000_000, mono_ns=5_000_000_000)
     5150000000
     """
-    return mono_ns + (_SAMPLE_OFFSET_NS - wall_ns) % _SAMPLE_PERIOD_NS
+    return mono_ns + (_SAMPLE_OFFSET_NS - wall_ns) % SAMPLE_PERIOD_NS
 
 
 @dataclass(slots=True)
@@ -165,14 +167,14 @@ class TelemetrySampler:
 
     async def run(self) -> None:
         """Sample for ever."""
-        due_ns = _compute_first_tick_ns(self.clock.wall_ns(), self.clock.mono_ns())
+        due_ns = compute_first_tick_ns(self.clock.wall_ns(), self.clock.mono_ns())
         while True:
             await self.clock.sleep_until(due_ns)
             self.late += self.clock.mono_ns() - due_ns > _LATE_SAMPLE_NS
             await self.tick()
-            behind = (self.clock.mono_ns() - due_ns) // _SAMPLE_PERIOD_NS
+            behind = (self.clock.mono_ns() - due_ns) // SAMPLE_PERIOD_NS
             self.skipped += behind
-            due_ns += (behind + 1) * _SAMPLE_PERIOD_NS
+            due_ns += (behind + 1) * SAMPLE_PERIOD_NS
 
     async def tick(self) -> None:
         """Read every source once."""

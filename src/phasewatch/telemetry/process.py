@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import msgspec
 
 __all__ = [
     "PROC_ROOT",
+    "ProcessHandle",
     "ProcessIdentity",
     "is_running",
     "list_pids",
@@ -69,6 +71,47 @@ def read_start_ticks(pid: int, proc: Path = PROC_ROOT) -> int | None:
         return None if fields[0] in (b"Z", b"X") else int(fields[_START_TIME_FIELD])
     except (OSError, ValueError, IndexError):
         return None
+
+
+class ProcessHandle:
+    """Holds one process by a descriptor of the kernel, which never means a later process with the same id.
+
+    Where the kernel has no such descriptors (before Linux 5.3), and in a /proc that is not the kernel's, the start time
+    tells the process from later ones.
+
+    Args:
+        pid: Process id.
+        start_ticks: Its start time in clock ticks since boot.
+        proc: Path of /proc.
+    """
+
+    def __init__(self, pid: int, start_ticks: int, proc: Path = PROC_ROOT) -> None:
+        self._pid, self._start_ticks, self._proc = pid, start_ticks, proc
+        self._fd: int | None = None
+        if proc != PROC_ROOT:
+            return
+        with suppress(OSError, AttributeError):
+            self._fd = os.pidfd_open(pid)
+        if read_start_ticks(pid, proc) != start_ticks:  # the descriptor may be of a later process
+            self.close()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process still runs; a zombie does not.
+
+        Source: ``poll(2)`` of a descriptor from ``pidfd_open(2)``, or ``/proc/PID/stat``.
+        """
+        if self._fd is None:
+            return read_start_ticks(self._pid, self._proc) == self._start_ticks
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        return not poll.poll(0)
+
+    def close(self) -> None:
+        """Close the descriptor; may be called twice."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
 
 
 def is_running(process: ProcessIdentity, proc: Path = PROC_ROOT) -> bool | None:
