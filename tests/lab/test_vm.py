@@ -23,8 +23,17 @@ from phasewatch.lab import process
 from phasewatch.lab.guest_image import GuestImage
 from phasewatch.lab.host import AcceleratorChoice, choose_accelerator, find_kvm_obstacle
 from phasewatch.lab.qemu_command import HostShape, VmPaths, build_qemu_command
-from phasewatch.lab.vm import BOOT_RULES, BootRule, QemuVm, VmSettings, find_boot_rule, wait_with_notices
+from phasewatch.lab.vm import (
+    BOOT_RULES,
+    BootRule,
+    QemuVm,
+    VmSettings,
+    choose_lab_jit_use,
+    find_boot_rule,
+    wait_with_notices,
+)
 from phasewatch.telemetry.base import HostClock
+from phasewatch.telemetry.qmp import JitUse
 from phasewatch.types import SourceKind
 
 FLAGS = "processor: 0\nflags\t\t: fpu vmx sse\n"
@@ -291,3 +300,8 @@ def test_boot_wait_ends_at_its_deadline() -> None:
     asyncio.run(main())
 
     assert told == [0.002]
+
+
+def test_translation_counters_are_not_asked_in_a_debian_guest() -> None:
+    assert choose_lab_jit_use(shape_of(image="debian", mem_mib=512)) is JitUse.NEVER
+    assert choose_lab_jit_use(shape_of()) is JitUse.ALWAYS

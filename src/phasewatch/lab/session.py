@@ -35,11 +35,12 @@ from phasewatch.lab.guest_driver import CommandAck
 from phasewatch.lab.network.world import render_world_knobs
 from phasewatch.lab.plan import RecordingSlot
 from phasewatch.lab.qemu_command import HostShape, describe_shape
-from phasewatch.lab.vm import LabMachine, MachineFacts
+from phasewatch.lab.vm import LabMachine, MachineFacts, choose_lab_jit_use
 from phasewatch.profiles import IDLE_SAMPLE, IDLE_SAMPLES, find_sample
 from phasewatch.telemetry.base import N_STAMPS, AsyncClock, RowLog, TelemetrySampler, TelemetrySource
 from phasewatch.telemetry.guest_agent import GUEST_NOMINAL_HZ as GUEST_HZ
 from phasewatch.telemetry.guest_agent import GuestReader
+from phasewatch.telemetry.qmp import JIT_FIELDS, JitUse
 from phasewatch.types import BENIGN_PROFILE, HOST_SOURCES, ClockBase, EpisodeId, EpisodeOrigin, Phase, SourceKind
 
 __all__ = ["LEAD_IN_S", "ClockPairs", "EpisodeContext", "RecordedEpisode", "build_bundle", "run_episode"]
@@ -447,21 +448,23 @@ def _read_clocks(clock: AsyncClock) -> dict[ClockBase, tuple[int, int]]:
     return {ClockBase.MONOTONIC: (clock.mono_ns(), wall_ns), ClockBase.BOOTTIME: (clock.boot_ns(), wall_ns)}
 
 
-def _find_absent_channels(episode: RecordedEpisode, *, arch: str) -> dict[str, str]:
+def _find_absent_channels(episode: RecordedEpisode, shape: HostShape) -> dict[str, str]:
     """Return the reason of each channel that this VM could not provide."""
-    reasons = {channel.full_name: _explain_absence(channel, episode, arch) for channel in CHANNELS}
+    reasons = {channel.full_name: _explain_absence(channel, episode, shape) for channel in CHANNELS}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _explain_absence(channel: ChannelSpec, episode: RecordedEpisode, arch: str) -> str | None:
+def _explain_absence(channel: ChannelSpec, episode: RecordedEpisode, shape: HostShape) -> str | None:
     if channel.source is SourceKind.GUEST and SourceKind.GUEST not in episode.logs:
         return "the agent was off"
     if channel.accel == "tcg" and episode.facts.accel != "tcg":
         return f"only TCG counts it, this VM ran on {episode.facts.accel}"
     if channel.accel == "kvm" and episode.facts.accel != "kvm":
         return f"only KVM counts it, this VM ran on {episode.facts.accel}"
-    if channel.arch == "x86" and arch != "x86_64":
-        return f"the monitor shows no such flag on {arch}"
+    if channel.arch == "x86" and shape.arch != "x86_64":
+        return f"the monitor shows no such flag on {shape.arch}"
+    if JIT_FIELDS & set(channel.fields) and choose_lab_jit_use(shape) is JitUse.NEVER:
+        return "not asked: x-query-jit stops a guest of this size for too long"
     if not all(_has_reading(episode.logs[channel.source], channel.source, field) for field in channel.fields):
         return "it could not be read once"
     return None
@@ -486,7 +489,7 @@ def build_bundle(episode: RecordedEpisode, context: EpisodeContext) -> bytes:
 
 def _build_manifest(episode: RecordedEpisode, context: EpisodeContext) -> Manifest:
     slot, shape = context.slot, context.shape
-    facts, absent = episode.facts, _find_absent_channels(episode, arch=shape.arch)
+    facts, absent = episode.facts, _find_absent_channels(episode, shape)
     throttle = f", {shape.iops} iops" if shape.iops else ""
     host = HostMetadata(
         host_id=shape.host_id,
