@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -86,8 +87,10 @@ def test_unreadable_certificates_stop_only_the_webhook(
 def test_an_answer_without_end_is_cut() -> None:
     async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + bytes(100_000))
-        await reader.read()
+        with suppress(ConnectionError):
+            await reader.read()
         writer.close()
+        closed.set()
 
     async def main() -> Webhook:
         server = await asyncio.start_server(drip, "127.0.0.1", 0)
@@ -95,7 +98,11 @@ def test_an_answer_without_end_is_cut() -> None:
         hook.post(envelope())
         await hook.close()
         server.close()
+        await closed.wait()
+        await asyncio.sleep(0)
         return hook
+
+    closed = asyncio.Event()
 
     assert asyncio.run(main()).sent == 1
 

@@ -131,36 +131,31 @@ class CommandOutput:
     async def _run_once(self, change: AlarmChange) -> str:
         """Run the program to its end; return what went wrong, or an empty text."""
         kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
-        process = await asyncio.create_subprocess_exec(
-            *self._words,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-            env={**kept, **build_environment(change, host=self._host)},
-            cwd="/",
-            start_new_session=True,
-        )
-        last_words = asyncio.create_task(_read_tail(process.stderr))
-        is_late = False
-        try:
-            async with asyncio.timeout(self._config.timeout_s):
-                code = await process.wait()
-        except TimeoutError:
-            is_late = True
-            code = await _kill_group(process)
-        except asyncio.CancelledError:
-            await _kill_group(process)
-            raise
-        finally:
-            await asyncio.wait([last_words], timeout=0.1)  # a child in the background may hold it open
-            last_words.cancel()
-        if is_late:
-            return f"killed after {self._config.timeout_s:g} s"
+        with _TailReader() as stderr:
+            process = await asyncio.create_subprocess_exec(
+                *self._words,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=stderr.fd,
+                env={**kept, **build_environment(change, host=self._host)},
+                cwd="/",
+                start_new_session=True,
+            )
+            stderr.start()
+            try:
+                async with asyncio.timeout(self._config.timeout_s):
+                    code = await process.wait()
+            except TimeoutError:
+                await _kill_group(process)
+                return f"killed after {self._config.timeout_s:g} s"
+            except asyncio.CancelledError:
+                await _kill_group(process)
+                raise
+            stderr.read_some()  # what came with its last breath
         if code == 0:
             logger.info("command %s for alarm %s: exit status 0", self._words[0], change.alarm.id)
             return ""
-        words = last_words.result() if last_words.done() and not last_words.cancelled() else ""
-        return f"exit status {code}{f': {words}' if words else ''}"
+        return f"exit status {code}{f': {stderr.last_line}' if stderr.last_line else ''}"
 
 
 async def _kill_group(process: asyncio.subprocess.Process) -> int:
@@ -174,10 +169,39 @@ async def _kill_group(process: asyncio.subprocess.Process) -> int:
     return process.returncode if process.returncode is not None else -int(signal.SIGKILL)
 
 
-async def _read_tail(stream: asyncio.StreamReader | None) -> str:
-    """Read to the end and return the last line, shortened."""
-    tail = b""
-    while stream is not None and (chunk := await stream.read(4096)):
-        tail = (tail + chunk)[-_MAX_STDERR_BYTES:]
-    lines = tail.decode("utf-8", "replace").strip().splitlines()
-    return lines[-1].strip() if lines else ""
+class _TailReader:
+    """A pipe whose last line is kept; a child in the background that holds it open delays nothing."""
+
+    def __init__(self) -> None:
+        self._read_fd, self.fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(self.fd, True)  # a program may not expect otherwise
+        self._tail = b""
+
+    def __enter__(self) -> _TailReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        asyncio.get_running_loop().remove_reader(self._read_fd)
+        for fd in (self._read_fd, self.fd):
+            if fd >= 0:
+                os.close(fd)
+
+    def start(self) -> None:
+        """Read from now on; the program has the other end."""
+        os.close(self.fd)
+        self.fd = -1
+        asyncio.get_running_loop().add_reader(self._read_fd, self.read_some)
+
+    def read_some(self) -> None:
+        """Read what is there."""
+        with suppress(BlockingIOError):
+            chunk = os.read(self._read_fd, 65_536)
+            self._tail = (self._tail + chunk)[-_MAX_STDERR_BYTES:]
+            if not chunk:
+                asyncio.get_running_loop().remove_reader(self._read_fd)
+
+    @property
+    def last_line(self) -> str:
+        """The last line, shortened."""
+        lines = self._tail.decode("utf-8", "replace").strip().splitlines()
+        return lines[-1].strip() if lines else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 
 from phasewatch.alarms.config import OutputConfig, SyslogTransport, parse_syslog_address
@@ -68,7 +69,7 @@ async def _probe_url(name: str, url: str, *, path: str, ca_file: str) -> ProbeRe
                 )
                 status = (await reader.readline())[:200].decode("latin-1").strip()
             finally:
-                writer.close()
+                await _close(writer)
     except (OSError, PhasewatchError, ValueError) as exc:  # ValueError: a line without end
         reason = getattr(exc, "strerror", None) or str(exc) or "it did not answer in time"
         return ProbeResult(name=name, is_reached=False, words=f"{parts.host}:{port}: {reason}")
@@ -86,7 +87,7 @@ async def _probe_syslog(text: str) -> ProbeResult:
                     await loop.sock_connect(sock, address.path)
             elif address.transport is SyslogTransport.TCP:
                 _, writer = await asyncio.open_connection(address.host, address.port)
-                writer.close()
+                await _close(writer)
             else:
                 await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_DGRAM)
                 return ProbeResult(
@@ -96,6 +97,12 @@ async def _probe_syslog(text: str) -> ProbeResult:
         reason = exc.strerror or str(exc) or "it did not answer in time"
         return ProbeResult(name="syslog", is_reached=False, words=f"{text}: {reason}")
     return ProbeResult(name="syslog", is_reached=True, words=f"{text} accepts connections")
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with suppress(OSError):
+        await writer.wait_closed()
 
 
 async def _probe_port(port: int) -> ProbeResult:
