@@ -342,7 +342,9 @@ class QueryRound:
     ) -> None:
         """Send the commands of several queries in one write, and wait for the answers."""
         earlier = [query for query in self.queries if query.task is not None]
-        groups = [(query, query.start_commands(self._round, self._clock), commands) for query, commands in posted.items()]
+        groups = [
+            (query, query.start_commands(self._round, self._clock), commands) for query, commands in posted.items()
+        ]
         commands = [command for _, _, own in groups for command in own]
         owners = [group for _, group, own in groups for _ in own]
         loop = asyncio.get_running_loop()
@@ -401,7 +403,9 @@ class QueryRound:
             left_s = end_s - loop.time()
             if not tasks or (left_s <= 0 and turn):
                 return
-            await asyncio.wait([task.get_future() for task in tasks], timeout=max(0.0, left_s), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                [task.get_future() for task in tasks], timeout=max(0.0, left_s), return_when=asyncio.FIRST_COMPLETED
+            )
 
     def revive(self) -> None:
         """Resume queries that were given up, except those that were too slow."""
