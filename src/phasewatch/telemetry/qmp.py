@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,11 @@ def _build_qom_get(path: str, name: str) -> MonitorCommand:
     return MonitorCommand("qom-get", {"path": path, "property": name})
 
 
+@cache
+def _build_register_command(vcpu: int) -> MonitorCommand:
+    return MonitorCommand("human-monitor-command", {"command-line": "info registers", "cpu-index": vcpu})
+
+
 class JitUse(StrEnum):
     """Whether a source uses ``x-query-jit``, which stops QEMU for longer the longer the guest has run."""
 
@@ -253,6 +259,7 @@ class QmpSource:
         self._may_sample = registers
         self._samples: list[tuple[bool, bool]] = []
         self._sampler: asyncio.Task[None] | None = None
+        self._register_answer: PendingAnswer | None = None
         self._samples_lost = 0
         self._blocks = MonitorQuery(
             "query-blockstats",
@@ -362,6 +369,12 @@ class QmpSource:
     def find_give_up_reason(self, field: str) -> str | None:
         """Return why a translation counter is no longer read; None while it is, and for other fields."""
         return self._jit.give_up_reason if field in JIT_FIELDS else None
+
+    def stop_registers(self) -> None:
+        """Stop the register samples, half of all commands to the monitor, because nobody uses them."""
+        sampler, self._sampler = self._sampler, None
+        if sampler is not None:
+            sampler.cancel()
 
     def drop_fields(self, fields: frozenset[str]) -> None:
         """Stop querying fields that this VM does not have, and reset the counts of lost readings."""
@@ -502,11 +515,21 @@ class QmpSource:
         while True:
             due_ns = max(due_ns + pause_ns, self._clock.mono_ns())
             await self._clock.sleep_until(due_ns)
-            numbers = self.vcpu_numbers() or (0,)
             pause_ns = min(2 * pause_ns, 20 * _REGISTER_PERIOD_NS)  # query a failing monitor less often
-            with suppress(VmError):
-                sample = parse_registers(await self._query_registers(numbers[turn % len(numbers)]))
+            asked = self._register_answer
+            if asked is not None and not asked.is_done:
+                continue
+            if asked is None or not asked.failure:
                 pause_ns = _REGISTER_PERIOD_NS
-                if sample is not None:
-                    self._samples.append(sample)
+            numbers = self.vcpu_numbers() or (0,)
+            with suppress(VmError):
+                (self._register_answer,) = self._monitor.post(
+                    (_build_register_command(numbers[turn % len(numbers)]),), self._add_register_sample
+                )
             turn += 1
+
+    def _add_register_sample(self, answer: PendingAnswer) -> None:
+        with suppress(VmError):
+            sample = parse_registers(str(answer.decode()))
+            if sample is not None:
+                self._samples.append(sample)
