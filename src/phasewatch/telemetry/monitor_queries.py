@@ -346,7 +346,6 @@ class QueryRound:
             (query, query.start_commands(self._round, self._clock), commands) for query, commands in posted.items()
         ]
         commands = [command for _, _, own in groups for command in own]
-        owners = [group for _, group, own in groups for _ in own]
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
         left = len(commands)
