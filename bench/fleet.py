@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -199,7 +200,7 @@ async def _count_left(vms: list[_TestVm]) -> int:
 
 def _count_missed(ends_ns: list[int], lives: int) -> int:
     """Count the seconds without a decision, apart from the largest gaps between the lives of one VM."""
-    gaps = sorted((b - a) // 10**9 - 1 for a, b in zip(ends_ns, ends_ns[1:], strict=False))
+    gaps = sorted((b - a) // 10**9 - 1 for a, b in pairwise(ends_ns))
     return sum(gaps[: len(gaps) - (lives - 1)])
 
 
