@@ -159,6 +159,7 @@ SMALL = {
     "alarms.probe": "connects to receivers, which no other check of a configuration does",
     "bundle.labels": "a member of the bundle format, as rows and manifest are",
     "cli.sparkline": "needs numpy, which `--help` may not load",
+    "inference.batch": "windows of many VMs at once, apart from the predictor of one",
     "live.baseline": "the recording of a baseline, started by one command",
     "telemetry.vnet_header": "a kernel format, tested with captured frames",
     "simulate.extended": "the fields that joined later, drawn apart so that earlier simulated stores stay the same",

@@ -350,14 +350,18 @@ class QueryRound:
         done: asyncio.Future[None] = loop.create_future()
         left = len(commands)
 
+        def finish() -> None:
+            if not done.done():
+                done.set_result(None)
+
         def take(answer: PendingAnswer) -> None:
             nonlocal left
             left -= 1
             answer.done_ns = self._clock.mono_ns()
             for _, group, _ in groups:
                 group.wake()
-            if not left and not done.done():
-                done.set_result(None)
+            if not left:
+                finish()
 
         try:
             answers = post(commands, take)
@@ -370,7 +374,7 @@ class QueryRound:
             group.answers = answers[at : at + len(own)]
             at += len(own)
         if left:
-            deadline = loop.call_at(end_s, lambda: done.done() or done.set_result(None))
+            deadline = loop.call_at(end_s, finish)
             try:
                 await done
             finally:
