@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -124,26 +125,34 @@ class _TestVm:
             time.sleep(0.05)
 
 
-def _read_cpu_s(pids: list[int]) -> float:
-    """Return the CPU seconds of some processes. Source: ``/proc/PID/stat``, utime and stime."""
-    total = 0.0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) * _TICK_S
-    return total
-
-
-def _read_rss_mib(pids: list[int]) -> float:
-    pages = sum(int(Path(f"/proc/{pid}/statm").read_text("ascii").split()[1]) for pid in pids)
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 def _list_family(pid: int) -> list[int]:
     """Return a process and its children. Source: ``/proc/PID/task/TID/children``."""
     family = [pid]
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        family += [int(word) for word in path.read_text("ascii").split()]
+        with suppress(OSError):  # the thread ended after it was listed
+            family += [int(word) for word in path.read_text("ascii").split()]
     return family
+
+
+def _read_cpu_s(pid: int) -> float:
+    """Return the CPU seconds of a process and its children, also of those that ended.
+
+    Source: ``/proc/PID/stat``, utime, stime, cutime and cstime.
+    """
+    total = 0.0
+    for member in _list_family(pid):
+        with suppress(OSError):
+            fields = Path(f"/proc/{member}/stat").read_text("ascii", "replace").rpartition(")")[2].split()
+            total += sum(map(int, fields[11:15])) * _TICK_S
+    return total
+
+
+def _read_rss_mib(pid: int) -> float:
+    pages = 0
+    for member in _list_family(pid):
+        with suppress(OSError):
+            pages += int(Path(f"/proc/{member}/statm").read_text("ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 class _Watch:
@@ -172,10 +181,9 @@ class _Watch:
 def _measure_alone(vm: _TestVm, edge: Path, seconds: float) -> float:
     watch = _Watch("--pid", str(vm.process.pid), "--model", edge)
     watch.wait_windows(1)
-    family = _list_family(watch.process.pid)
-    before_s, begin_s = _read_cpu_s(family), time.monotonic()
+    before_s, begin_s = _read_cpu_s(watch.process.pid), time.monotonic()
     time.sleep(seconds)
-    share = (_read_cpu_s(family) - before_s) / (time.monotonic() - begin_s)
+    share = (_read_cpu_s(watch.process.pid) - before_s) / (time.monotonic() - begin_s)
     watch.stop()
     return share
 
@@ -216,20 +224,22 @@ def run_inside(edge: Path, *, n: int, running: int, seconds: float, alone_s: flo
         alone_share = _measure_alone(vms[-1], edge, alone_s)
         watch = _Watch("--all", "--model", edge)
         watch.wait_windows(n)
-        family = _list_family(watch.process.pid)
-        before_s, begin_s, rss_mib = _read_cpu_s(family), time.monotonic(), 0.0
+        pid = watch.process.pid
+        before_s, begin_s, rss_mib = _read_cpu_s(pid), time.monotonic(), 0.0
         killed = [vms[i] for i in range(0, n, 10)] if n >= 10 else []
         due = list(killed)
         while time.monotonic() < begin_s + seconds:
             time.sleep(1)
-            rss_mib = max(rss_mib, _read_rss_mib(family))
+            if watch.process.poll() is not None:
+                raise SystemExit(f"phasewatch watch ended with {watch.process.returncode}")
+            rss_mib = max(rss_mib, _read_rss_mib(pid))
             if due and time.monotonic() > begin_s + seconds * (len(killed) - len(due) + 1) / (2 * len(killed)):
                 vm = due.pop()
                 vm.kill()
                 time.sleep(1)
                 vm.start()
         end_s = time.monotonic()
-        cpu_share = (_read_cpu_s(family) - before_s) / (end_s - begin_s) / n
+        cpu_share = (_read_cpu_s(pid) - before_s) / (end_s - begin_s) / n
         watch.stop()
         events = watch.events
         delays = [ms for at_s, ms in events.delays_ms if begin_s <= at_s <= end_s]

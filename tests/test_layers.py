@@ -124,6 +124,7 @@ IMPURE = {
     "telemetry.proc",
     "telemetry.process",
     "telemetry.qmp",
+    "telemetry.qmp_connection",
     "telemetry.monitor_queries",
     "telemetry.vcpu_threads",
     "transfer.admission",
