@@ -104,7 +104,7 @@ class ProcSource:
     def _read(self) -> ReadingValues:
         # The command name may contain spaces and brackets: fields are counted behind the last bracket.
         stat = self._bytes("stat").rpartition(b")")[2].split()
-        status = self._bytes("status")
+        status = b"\n" + self._bytes("status")
         n_threads = _find_number(status, b"\nThreads:")
         tids = self._list_threads()
         has_vcpu = self._count_threads(tids)
@@ -162,7 +162,7 @@ class ProcSource:
                 if not is_vcpu:
                     return _ThreadReading(run_ns)
                 return _ThreadReading(run_ns, wait_ns, *self._switches(tid), is_vcpu=True)
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, IndexError):
                 self._forget(tid)
         return None
 
@@ -208,7 +208,7 @@ def _read_or_none(read: Callable[[], tuple[int, ...]], width: int) -> tuple[int 
     """Return the values of one file; None for each of them if this file alone cannot be read."""
     try:
         return read()
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, IndexError):
         return (None,) * width
 
 
@@ -216,10 +216,11 @@ def _find_number(text: bytes, key: bytes) -> int:
     """Return the number behind a key such as ``\\nVmRSS:``, with or without a unit.
 
     Raises:
-        ValueError: If there is none.
+        ValueError, IndexError: If there is none.
     """
     at = text.index(key) + len(key)
-    return int(text[at : text.index(b"\n", at)].split(maxsplit=1)[0])
+    end = text.find(b"\n", at)
+    return int(text[at : end if end >= 0 else len(text)].split(maxsplit=1)[0])
 
 
 def _compute_growth(before: int, now: int) -> int:
