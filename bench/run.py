@@ -62,6 +62,7 @@ MEASUREMENTS = {
     "bootstrap": "bootstrap.measure",
     "live": "nets.live",
     "watching": "watching.measure",
+    "fleet": "fleet.measure",
     "interchange": "interchange.measure",
     "whole": "whole.measure",
 }
@@ -111,6 +112,7 @@ def measure(name: str, given: argparse.Namespace, before: Sequence[Point]) -> Pa
         "whole": whole,
         "parsing": {"corpus": CORPUS / "lab-v1"},
         "watching": {"corpus": CORPUS},
+        "fleet": {"corpus": CORPUS},
     }.get(name, {})
     part: Part = getattr(importlib.import_module(module), work)(**settings)
     return part

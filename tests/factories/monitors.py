@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from tests.factories.vms import FakeClock
 
 from phasewatch.errors import VmError
 from phasewatch.telemetry.qmp import QmpMonitor
+from phasewatch.telemetry.qmp_connection import AnswerWaiter, MonitorCommand, PendingAnswer
 
 JIT = """Translation buffer state:
 gen code size       53346515/1073740800
@@ -39,6 +42,17 @@ class FakeMonitor(QmpMonitor):
         self.operations = 3
         self.jit_takes_ms, self.clock = 0, FakeClock()
         self.commands: list[str] = []
+
+    def post(self, commands: Sequence[MonitorCommand], waiter: AnswerWaiter) -> Sequence[PendingAnswer]:
+        answers = [PendingAnswer(command, waiter) for command in commands]
+        for answer in answers:
+            try:
+                self.ask(answer.command.name, **answer.command.arguments).send(None)
+            except StopIteration as done:
+                answer.settle(msgspec.Raw(msgspec.json.encode(done.value)))
+            except VmError as exc:
+                answer.settle(failure=str(exc))
+        return answers
 
     async def ask(self, command: str, **arguments: object) -> Any:
         self.commands.append(command)

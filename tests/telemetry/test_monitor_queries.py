@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import pytest
 from tests.factories.vms import FakeClock
 
 from phasewatch.errors import VmError
 from phasewatch.telemetry.monitor_queries import NOT_ASKED, MonitorQuery, QueryRound
+from phasewatch.telemetry.qmp_connection import AnswerWaiter, MonitorCommand, PendingAnswer
 
 DEADLINE_S = 0.05
 
@@ -247,5 +249,88 @@ def test_one_late_answer_gives_up_a_query_with_a_limit() -> None:
 
         assert round_.queries[1].give_up_reason
         assert round_.pop_notes()
+
+    run(main())
+
+
+class FakeLine:
+    """A monitor that answers posted commands in order, as far as a test lets it."""
+
+    def __init__(self) -> None:
+        self.writes: list[list[str]] = []
+        self.waiting: list[PendingAnswer] = []
+        self.held: str | None = None
+
+    def make_query(self, name: str, **options: Any) -> MonitorQuery:
+        async def ask() -> Any:
+            raise VmError("not asked by itself")
+
+        commands = (MonitorCommand(name),)
+        return MonitorQuery(name, ask, list_commands=lambda: commands, **options)
+
+    def post(self, commands: Sequence[MonitorCommand], waiter: AnswerWaiter) -> list[PendingAnswer]:
+        self.writes.append([command.name for command in commands])
+        answers = [PendingAnswer(command, waiter) for command in commands]
+        self.waiting += answers
+        self.work()
+        return answers
+
+    def work(self) -> None:
+        while self.waiting and self.waiting[0].command.name != self.held:
+            self.waiting.pop(0).settle(msgspec.Raw(b"1"))
+
+    def round(self, *names: str) -> QueryRound:
+        queries = [self.make_query(name) for name in names]
+        return QueryRound(queries, FakeClock(), deadline_s=DEADLINE_S, post=self.post)
+
+
+def test_plain_commands_of_a_round_are_sent_in_one_write() -> None:
+    async def main() -> None:
+        line = FakeLine()
+        round_ = line.round("a", "b", "c")
+
+        assert await round_.ask()
+        assert await round_.ask()
+        assert line.writes == [["a", "b", "c"]] * 2
+        assert answers(round_) == [1, 1, 1]
+
+    run(main())
+
+
+@pytest.mark.parametrize(("held", "given"), [("a", [None, None, None]), ("b", [1, None, None]), ("c", [1, 1, None])])
+def test_a_command_that_hangs_is_given_up_and_those_behind_it_are_not(held: str, given: list[Any]) -> None:
+    async def main() -> None:
+        line = FakeLine()
+        round_ = line.round("a", "b", "c", "d")
+        for turn in range(20):
+            line.held = held
+            await round_.ask()
+            if turn == 0:
+                assert answers(round_)[:3] == given
+            line.held = None
+            line.work()
+
+        assert [bool(query.give_up_reason) for query in round_.queries] == [name == held for name in "abcd"]
+        await round_.close()
+
+    run(main())
+
+
+def test_commands_that_cannot_be_sent_are_lost_and_sent_again() -> None:
+    async def main() -> None:
+        line = FakeLine()
+        is_gone = True
+
+        def post(commands: Sequence[MonitorCommand], waiter: AnswerWaiter) -> list[PendingAnswer]:
+            if is_gone:
+                raise VmError("gone")
+            return line.post(commands, waiter)
+
+        round_ = QueryRound([line.make_query("a")], FakeClock(), deadline_s=DEADLINE_S, post=post)
+        assert not await round_.ask()
+        is_gone = False
+
+        assert await round_.ask()
+        assert (answers(round_), round_.queries[0].lost) == ([1], 1)
 
     run(main())

@@ -26,6 +26,7 @@ __all__ = [
     "bin_rebased_episode",
     "compute_span_values",
     "iter_reading_groups",
+    "list_standard_plans",
     "sort_readings",
     "to_float32",
 ]
@@ -113,6 +114,11 @@ def _build_column_plans(source: SourceKind, tables: Sequence[Sequence[ChannelSpe
 def _build_standard_plans(source: SourceKind) -> tuple[ColumnPlan, ...]:
     """Return the plans of one source for the registered channels and levels."""
     return _build_column_plans(source, (CHANNELS, LEVEL_CHANNELS))
+
+
+def list_standard_plans(source: SourceKind) -> tuple[ColumnPlan, ...]:
+    """Return how each registered channel and level of a source is computed."""
+    return _build_standard_plans(source)
 
 
 @cache

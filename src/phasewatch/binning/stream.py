@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from phasewatch.arrays import NumericArray
 from phasewatch.binning import align
 from phasewatch.binning.align import FLAG_CLOCK_STEP, FLAG_LATE, compute_span_values, iter_reading_groups, sort_readings
 from phasewatch.binning.clocks import MIN_CLOCK_STEP_NS
+from phasewatch.binning.scalar import fill_from_one_reading
 from phasewatch.bundle.model import SourceRows
 from phasewatch.channels import CHANNELS, LEVEL_CHANNELS, list_raw_fields
 from phasewatch.types import BIN_NS, STALE_NS, WINDOW_BINS, SourceKind
@@ -63,7 +65,7 @@ class StreamBinner:
         self.n_late = 0
         self._next = -1  # the bin that ends at t0 is computed first and not returned
         self._rows: dict[SourceKind, list[tuple[int | float | None, ...]]] = {}
-        self._held = np.full(len(CHANNELS) + len(LEVEL_CHANNELS), np.nan)
+        self._held = [math.nan] * (len(CHANNELS) + len(LEVEL_CHANNELS))
         self._flags: dict[int, int] = {}
         self._newest: dict[SourceKind, tuple[int, int]] = {}
 
@@ -120,22 +122,25 @@ class StreamBinner:
         """Return the next bin, ``(73,)`` float32, and drop the readings that later bins do not need."""
         end_ns = self._bin_end_ns(self._next)
         before_ns = None if self._next < 0 else end_ns - BIN_NS
-        now = np.full(len(self._held), np.nan)
-        with np.errstate(all="ignore"):
-            for source, rows in self._rows.items():
-                seen = sorted((row for row in rows if row[0] <= end_ns), key=_row_sort_key)  # type: ignore[operator]
-                if not seen:
-                    continue
+        now = [math.nan] * len(self._held)
+        for source, rows in self._rows.items():
+            seen = sorted((row for row in rows if row[0] <= end_ns), key=_row_sort_key)  # type: ignore[operator]
+            if not seen:
+                continue
+            newest = None
+            if before_ns is not None and (n_new := sum(row[0] > before_ns for row in seen)) <= 1:  # type: ignore[operator]
+                newest = fill_from_one_reading(source, seen, n_new=n_new, end_ns=end_ns, now=now, held=self._held)
+            if newest is None:
                 newest = self._fill(now, _build_source_rows(source, seen), end_ns, before_ns)
-                ahead = [row for row in rows if row[0] > end_ns]  # type: ignore[operator]
-                self._rows[source] = [seen[i] for i in sorted(newest)] + ahead
-            return align.to_float32(now[: len(CHANNELS)])
+            ahead = [row for row in rows if row[0] > end_ns]  # type: ignore[operator]
+            self._rows[source] = [seen[i] for i in sorted(newest)] + ahead
+        return align.to_float32(np.array(now[: len(CHANNELS)]))
 
-    def _fill(self, now: NDArray[np.float64], seen: SourceRows, end_ns: int, before_ns: int | None) -> set[int]:
+    def _fill(self, now: list[float], seen: SourceRows, end_ns: int, before_ns: int | None) -> set[int]:
         """Compute the channels of one source.
 
         Args:
-            now: ``(59,)`` float64, channels and levels of the bin, written in place.
+            now: Channels and levels of the bin, written in place.
             seen: Readings up to the end of the bin.
             end_ns: End of the bin.
             before_ns: End of the bin before; None for the bin that ends at t0.
@@ -152,10 +157,13 @@ class StreamBinner:
             else:
                 first = int(np.searchsorted(shared.t_wall_ns, before_ns, side="right")) - 1
             if first != last:
-                values = compute_span_values(group, shared, np.array([first]), np.array([last]))
-                self._held[group.rows] = values[:, 0]
+                with np.errstate(all="ignore"):
+                    values = compute_span_values(group, shared, np.array([first]), np.array([last]))
+                for row, value in zip(group.rows.tolist(), values[:, 0].tolist(), strict=True):
+                    self._held[row] = value
             if end_ns - int(shared.t_wall_ns[last]) <= STALE_NS:
-                now[group.rows] = self._held[group.rows]
+                for row in group.rows.tolist():
+                    now[row] = self._held[row]
             newest.add(last if shared.kept is None else int(shared.kept[last]))
         return newest
 

@@ -197,7 +197,9 @@ def watch(
     is_only = configuration.outputs == OutputConfig()
     with _open_outputs(is_only=is_only) as (out, err), route_logs(err):
         with run_outputs(configuration, write_line=out) as outputs:
-            callbacks = WatchCallbacks(on_event=_build_event_printer(out, err, as_json=as_json))
+            callbacks = WatchCallbacks(
+                on_event=_build_event_printer(out, err, as_json=as_json), wants_bins=as_json or outputs is not None
+            )
             report = run_watch(request, attach_outputs(callbacks, outputs))
             if outputs is not None and report.watched.why is WatchEndReason.VM_GONE:
                 outputs.on_vm_gone(machine.host_id)
@@ -237,7 +239,9 @@ def _watch_fleet(request: FleetRequest, configuration: WatchConfig, *, as_json: 
                 else:
                     view.add_status(status)
 
-            callbacks = attach_outputs(WatchCallbacks(on_event=add_event), outputs)
+            callbacks = attach_outputs(
+                WatchCallbacks(on_event=add_event, wants_bins=as_json or outputs is not None), outputs
+            )
             fleet = FleetWatch(request, callbacks, on_status=add_status)
             if not as_json:
                 view.start(request.patterns)

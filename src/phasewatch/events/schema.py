@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar
 
 import msgspec
@@ -75,6 +76,11 @@ def make_safe_name(text: str) -> str:
     return f"{_UNSAFE_CHARS_PATTERN.sub('_', text)[: MAX_NAME_CHARS - 7] or 'unnamed'}-{mark}"
 
 
+@lru_cache(maxsize=256)
+def _make_safe_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(make_safe_name(name) for name in names)
+
+
 class EventRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base class of the event records; replaces unsafe names."""
 
@@ -84,7 +90,7 @@ class EventRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         for field in self._name_fields:
             value: str | tuple[str, ...] | None = getattr(self, field)
             if value is not None:
-                safe = make_safe_name(value) if isinstance(value, str) else tuple(make_safe_name(v) for v in value)
+                safe = make_safe_name(value) if isinstance(value, str) else _make_safe_names(value)
                 force_setattr(self, field, safe)
 
 

@@ -22,7 +22,7 @@ from phasewatch.features.windows import n_windows
 from phasewatch.models.base import InputKind, InputSpec, InputVariant
 from phasewatch.types import STRIDE_BINS, WINDOW_BINS
 
-__all__ = ["compute_inputs", "list_input_channels", "list_table_columns"]
+__all__ = ["compute_inputs", "compute_newest_inputs", "list_input_channels", "list_table_columns"]
 
 
 def list_table_columns(columns: Sequence[str], channels: Sequence[str], table: InputVariant) -> tuple[str, ...]:
@@ -90,6 +90,36 @@ def compute_inputs(
         parts.append(derive_history([own], WINDOW_BINS, stride_bins)[:, plan.derived])
     if len(plan.context):
         parts.append(context_features(bins, stride_bins, newest_only=newest_only)[:, plan.context])
+    x = np.ascontiguousarray(np.concatenate(parts, axis=1)[:, plan.order])
+    return x if scaling is None else scaling.scale_stats(x)
+
+
+def compute_newest_inputs(
+    histories: Sequence[Float32Array], spec: InputSpec, *, scaling: ChannelScaling | None = None
+) -> Float32Array:
+    """Compute the input of a model for the newest window of each of several VMs.
+
+    Args:
+        histories: Bins of each VM, ``(n, 73)`` float32 with at least a window; as `compute_inputs` with `newest_only`.
+        spec: A table or tensor input.
+        scaling: The baseline of the hosts, for values relative to it.
+
+    Returns:
+        The rows that `compute_inputs` with `newest_only` gives for each history, one after the other.
+    """
+    if len(histories) < 2 or spec.kind is not InputKind.TABLE:
+        rows = [compute_inputs(bins, spec, scaling=scaling, newest_only=True) for bins in histories]
+        return np.concatenate(rows) if rows else np.empty((0, *spec.shape), np.float32)
+    plan = _plan_columns(spec.names)
+    windows = [bins[-WINDOW_BINS:] for bins in histories]
+    # At a stride of half a window, every second window of the bins of all VMs is the window of one VM.
+    stats = window_stats(np.concatenate([window[:, plan.channels] for window in windows]))[::2]
+    parts = [stats.reshape(len(stats), len(plan.channels) * len(STATS))[:, plan.stats]]
+    if len(plan.derived):
+        parts.append(derive_history(windows, WINDOW_BINS)[:, plan.derived])
+    if len(plan.context):
+        context = [context_features(bins[-spec.n_bins :], newest_only=True) for bins in histories]
+        parts.append(np.concatenate(context)[:, plan.context])
     x = np.ascontiguousarray(np.concatenate(parts, axis=1)[:, plan.order])
     return x if scaling is None else scaling.scale_stats(x)
 

@@ -84,7 +84,7 @@ class PhasePredictor:
         return np.array([CHANNEL_NAMES.index(name) for name in self.channels], np.intp)
 
     @cached_property
-    def _baseline_transform(self) -> ChannelScaling | None:
+    def scaling(self) -> ChannelScaling | None:
         """The scaling by the VM's baseline; None for a model of raw values."""
         if self.spec.table is not InputVariant.COMMISSIONED:
             return None
@@ -112,8 +112,12 @@ class PhasePredictor:
         Returns:
             ``(w, 5)`` float64 in the order of PHASES. A window has the same probabilities at every stride.
         """
-        x = compute_inputs(bins, self.spec, stride_bins=stride_bins, scaling=self._baseline_transform)
+        x = compute_inputs(bins, self.spec, stride_bins=stride_bins, scaling=self.scaling)
         return self.estimator.predict_proba(ModelInputs(x=x, spec=self.spec))
+
+    def compute_newest_known_share(self, bins: Float32Array) -> float:
+        """Compute the known share of the model's readings in the window that ends with the last bin."""
+        return float(np.isfinite(bins[-WINDOW_BINS:][:, self._channel_indices]).mean())
 
     def predict_newest(self, bins: Float32Array) -> NDArray[np.float64]:
         """Predict the calibrated probabilities of the window that ends with the last bin, as `predict_windows`.
@@ -125,7 +129,7 @@ class PhasePredictor:
         Returns:
             ``(5,)`` float64 in the order of PHASES.
         """
-        x = compute_inputs(bins, self.spec, scaling=self._baseline_transform, newest_only=True)
+        x = compute_inputs(bins, self.spec, scaling=self.scaling, newest_only=True)
         newest: NDArray[np.float64] = self.estimator.predict_proba(ModelInputs(x=x, spec=self.spec))[0]
         return newest
 

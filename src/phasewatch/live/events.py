@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from phasewatch.binning.stream import ClosedBin
 from phasewatch.channels import CHANNEL_NAMES
 from phasewatch.events.schema import EventEnvelope, PerfEvent, PhaseEvent, TelemetryEvent
 from phasewatch.inference.predictor import PhaseDecision, PhasePredictor
@@ -56,7 +57,7 @@ class EventBuilder:
             t0_ns=first.end_ns - BIN_NS,
             bin_s=BIN_NS / 1e9,
             channels=CHANNEL_NAMES,
-            values=tuple(tuple(_finite_or_none(v) for v in step.bin.values.tolist()) for step in steps),
+            values=tuple(_render_bin(step.bin) for step in steps),
             flags=tuple(step.bin_flags for step in steps),
             masked=self.masked,
             late_rows=late,
@@ -225,5 +226,6 @@ def _get_threshold(predictor: PhasePredictor, kind: AlarmKind) -> float | None:
     return None if rule is None else rule.theta
 
 
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _render_bin(closed: ClosedBin) -> tuple[float | None, ...]:
+    """Return the values of a bin, which are finite or NaN; None where unknown."""
+    return tuple([value if value == value else None for value in closed.values.tolist()])

@@ -60,22 +60,19 @@ class SilenceDetector:
         kept = [c for c in CHANNELS if c.source in sources and c.full_name not in masked]
         self._channels = {c.full_name: c for c in kept}
         self._columns = {
-            (source, spec.field): at
+            source: tuple((at, (source, spec.field)) for at, spec in enumerate(list_raw_fields(source), start=N_STAMPS))
             for source in sources
-            for at, spec in enumerate(list_raw_fields(source), start=N_STAMPS)
         }
-        self._seen_ns = dict.fromkeys(self._columns, mono_ns)
+        self._seen_ns = {key: mono_ns for columns in self._columns.values() for _, key in columns}
         self._silent: set[str] = set()
         self._read: set[tuple[SourceKind, str]] = set()
 
     def add_row(self, source: SourceKind, row: ReadingRow) -> None:
         """Add one reading."""
         now_ns = int(row[1] or 0)
-        for spec in list_raw_fields(source):
-            key = source, spec.field
-            if key in self._columns and row[self._columns[key]] is not None:
-                self._seen_ns[key] = now_ns
-                self._read.add(key)
+        known = [key for at, key in self._columns.get(source, ()) if row[at] is not None]
+        self._seen_ns.update(dict.fromkeys(known, now_ns))
+        self._read.update(known)
 
     def pause(self, mono_ns: int) -> None:
         """Restart the timeout of the guest's fields, because the guest does not run."""

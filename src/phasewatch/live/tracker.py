@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from phasewatch.arrays import Float32Array
 from phasewatch.binning.stream import ClosedBin, ReadingRow, StreamBinner
 from phasewatch.channels import CHANNELS
+from phasewatch.inference.batch import BatchPredictor
 from phasewatch.inference.predictor import AlarmMemory, PhaseDecision, PhasePostprocessor, PhasePredictor
 from phasewatch.models.alarm import AlarmKind
 from phasewatch.types import BIN_NS, LIVE_STRIDE_BINS, STALE_NS, WINDOW_BINS, SourceKind
@@ -77,7 +78,19 @@ def predict_due_windows(windows: Sequence[DueWindow]) -> list[NDArray[np.float64
     Returns:
         For each window ``(5,)`` float64 in the order of PHASES, or the error of its model, which concerns its VM alone.
     """
-    return [_try_predict(window) for window in windows]
+    predicted: list[NDArray[np.float64] | Exception] = [np.empty(0)] * len(windows)
+    groups: dict[int, list[int]] = {}
+    for at, window in enumerate(windows):
+        groups.setdefault(id(window.predictor), []).append(at)
+    for members in groups.values():
+        rows: Iterable[NDArray[np.float64] | Exception]
+        try:
+            rows = BatchPredictor(windows[members[0]].predictor).predict_newest([windows[at].bins for at in members])
+        except Exception:  # one window may have failed them all
+            rows = [_try_predict(windows[at]) for at in members]
+        for at, row in zip(members, rows, strict=True):
+            predicted[at] = row
+    return predicted
 
 
 def _try_predict(window: DueWindow) -> NDArray[np.float64] | Exception:
@@ -219,7 +232,7 @@ class VmTracker:
         window = None
         first = bin_.number - (WINDOW_BINS - 1)
         if self._predictor is not None and first >= 0 and first % self._stride_bins == 0:
-            known = float(self._predictor.compute_known_share(self._bins[-WINDOW_BINS:])[0])
+            known = self._predictor.compute_newest_known_share(self._bins)
             if known > 0.0:  # a window without any known reading gets no decision
                 window = DueWindow(
                     predictor=self._predictor,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import resource
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +37,7 @@ from phasewatch.telemetry.base import (
     TelemetrySource,
 )
 from phasewatch.telemetry.capture import NetworkSource
-from phasewatch.telemetry.qmp import QmpSource
+from phasewatch.telemetry.qmp import REGISTER_FIELDS, QmpSource
 from phasewatch.types import MAX_WAIT_CORES, WINDOW_BINS, SourceKind
 
 __all__ = ["VmWatcher", "WatchCallbacks", "WatchEndReason", "WatchResult", "WindowQuality"]
@@ -71,11 +72,13 @@ class WindowQuality:
     """
 
     def __init__(self, channels: Sequence[str]) -> None:
-        self._bins: deque[NDArray[np.float32]] = deque(maxlen=WINDOW_BINS)
-        self._columns = {
-            source: [CHANNEL_NAMES.index(name) for name in channels if name.startswith(f"{source}.")]
-            for source in SourceKind
-        }
+        self._wait_cores: deque[float] = deque(maxlen=WINDOW_BINS)
+        self._known: deque[NDArray[np.int64]] = deque(maxlen=WINDOW_BINS)  # known readings per source of each bin
+        self._members = np.array(
+            [[name in channels and name.startswith(f"{source}.") for source in SourceKind] for name in CHANNEL_NAMES],
+            np.int64,
+        )
+        self._n_members = self._members.sum(axis=0)
         self._streak = 0
         self.is_contended = False
 
@@ -87,24 +90,27 @@ class WindowQuality:
             began: Whether a new sequence of bins begins, which discards the bins before.
         """
         if began:
-            self._bins.clear()
-        self._bins.append(values)
+            self._wait_cores.clear()
+            self._known.clear()
+        self._wait_cores.append(float(values[_VCPU_WAIT_INDEX]))
+        self._known.append(np.isfinite(values) @ self._members)
 
     def find_incomplete_sources(self) -> tuple[SourceKind, ...]:
         """Return the sources that lack more than a tenth of the window's readings for the model's channels."""
-        bins = np.array(self._bins)
+        if not self._known:
+            return ()
+        n_readings = len(self._known) * self._n_members
+        share = np.array(self._known).sum(axis=0) / np.maximum(n_readings, 1)
+        is_incomplete = (share < _MIN_READING_SHARE) & (n_readings > 0)
         return tuple(
-            source
-            for source, columns in self._columns.items()
-            if columns and len(bins) and np.isfinite(bins[:, columns]).mean() < _MIN_READING_SHARE
+            source for source, is_lacking in zip(SourceKind, is_incomplete.tolist(), strict=True) if is_lacking
         )
 
     @property
     def wait_cores(self) -> float:
         """Mean number of cores that the vCPUs waited for during the window; NaN where unknown."""
-        wait = np.array([values[_VCPU_WAIT_INDEX] for values in self._bins])
-        known = wait[np.isfinite(wait)]
-        return float(known.mean()) if len(known) else float("nan")
+        known = [wait for wait in self._wait_cores if math.isfinite(wait)]
+        return sum(known) / len(known) if known else math.nan
 
     @property
     def has_cpu_contention(self) -> bool:
@@ -174,6 +180,8 @@ class WatchCallbacks:
 
     Attributes:
         on_event: Receives every event, and whether an alarm was raised or ended with it.
+        wants_bins: Whether `on_event` needs the events of bins and costs. If not, they are not built, and counters
+            that only they would show are not read.
         on_row: Receives every reading; None if nobody records them.
         on_step: Receives every closed bin; None if nobody needs them.
         on_vm_state: Receives the state of the VM when it changed, such as ``paused``; None if nobody needs it.
@@ -181,6 +189,7 @@ class WatchCallbacks:
     """
 
     on_event: Callable[[EventEnvelope, bool], None] = _ignore_event
+    wants_bins: bool = True
     on_row: Callable[[SourceKind, ReadingRow], None] | None = None
     on_step: Callable[[TrackerStep], None] | None = None
     on_vm_state: Callable[[str], None] | None = None
@@ -230,7 +239,9 @@ class VmWatcher:
         self._active_alarms = frozenset(kind for kind, alarm in (memory or {}).items() if alarm.state.is_active)
         self._tracker.restore_alarms(memory or {})
         facts = survey.facts
+        self._skip_unused_registers()
         self._masked = tuple(survey.masked)
+        self._unknown_fields: frozenset[str] = frozenset()
         self._events = EventBuilder(
             vm=facts.name,
             host=host,
@@ -248,6 +259,19 @@ class VmWatcher:
         self._quality = WindowQuality(predictor.channels if predictor else ())
         self._n_empty: Counter[SourceKind] = Counter()
         self.result = WatchResult()
+
+    def _skip_unused_registers(self) -> None:
+        """Sample no registers, ten times a second, unless the model, an event or a recording shows them."""
+        callbacks, predictor = self._callbacks, self._predictor
+        is_shown = callbacks.wants_bins or callbacks.on_row is not None or callbacks.on_step is not None
+        names = list_source_channels(SourceKind.QMP, REGISTER_FIELDS)
+        if is_shown or predictor is None or not set(names).isdisjoint(predictor.channels):
+            return
+        for source in self._sources:
+            if isinstance(source, QmpSource):
+                source.stop_registers()
+                reason = "not read: neither the model nor a receiver of events uses them"
+                self._survey.mask(SourceKind.QMP, reason, REGISTER_FIELDS)
 
     @property
     def next_close_ns(self) -> int | None:
@@ -359,6 +383,8 @@ class VmWatcher:
         for step in steps:
             self._handle_step(step)
         self._report_network()
+        if not self._callbacks.wants_bins:
+            return
         event = self._events.build_telemetry(
             steps[-_MAX_EVENT_BINS:], now_ns=self._clock.wall_ns(), late=self._tracker.late, lost=self._count_lost()
         )
@@ -403,8 +429,11 @@ class VmWatcher:
         for notice in self._network.pop_notices():
             self._add_state(notice.code)
             logger.info("%s: %s: %s", self._survey.facts.name, notice.code, notice.text)
-        unknown = list_source_channels(SourceKind.NETFLOW, self._network.unknown_fields)
-        self._events.masked = tuple(dict.fromkeys((*self._masked, *unknown)))
+        unknown_fields = self._network.unknown_fields
+        if unknown_fields != self._unknown_fields:
+            self._unknown_fields = unknown_fields
+            unknown = list_source_channels(SourceKind.NETFLOW, unknown_fields)
+            self._events.masked = tuple(dict.fromkeys((*self._masked, *unknown)))
 
     def _count_lost(self) -> int:
         return self._sampler.skipped + self._n_empty.total()
@@ -447,7 +476,7 @@ class VmWatcher:
                 return
             if now == "silent":
                 await self._reconnect()
-            if self._clock.mono_ns() >= perf_ns:
+            if self._callbacks.wants_bins and self._clock.mono_ns() >= perf_ns:
                 perf_ns = self._clock.mono_ns() + _PERF_INTERVAL_NS
                 event = self._events.build_perf(self.measure_cost(), now_ns=self._clock.wall_ns())
                 self._callbacks.on_event(event, False)

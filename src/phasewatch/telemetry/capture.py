@@ -227,9 +227,9 @@ class CaptureSource:
     def _read_dumps(self) -> bool:
         """Read new frames from all dumps in turn; return whether a dump had nothing new."""
         left, is_quiet, is_first = MAX_READ_BYTES, False, True
-        end_ns = time.thread_time_ns() + MAX_READ_CPU_NS
+        end_ns = 0  # of CPU time, which is not looked at before there is something to read
         turns = list(self._open_dumps())
-        while turns and left > 0 and time.thread_time_ns() < end_ns:
+        while turns and left > 0 and (is_first or time.thread_time_ns() < end_ns):
             unfinished = []
             for card, dump in turns:
                 try:
@@ -239,6 +239,7 @@ class CaptureSource:
                     continue
                 left -= n_bytes
                 if n_bytes:
+                    end_ns = end_ns or time.thread_time_ns() + MAX_READ_CPU_NS
                     unfinished.append((card, dump))
                     card.waiting.discard(dump.ids[0])
                 elif is_first:

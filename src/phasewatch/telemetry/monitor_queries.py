@@ -1,19 +1,21 @@
 """Send several queries to one QEMU monitor at every tick, so that a slow or failing query costs only its own fields.
 
-QEMU answers commands in order. So a query is sent only after the one before was answered, or has waited for
-`_QUERY_PATIENCE_S`; and no query is sent again while its last answer is outstanding. A late answer is dropped.
+QEMU answers commands in order. The queries that are plain commands are sent in one write, and each is timed from the
+answer before its own. The others follow one by one: each is sent only after the one before was answered, or has waited
+for `_QUERY_PATIENCE_S`. No query is sent again while its last answer is outstanding. A late answer is dropped.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import count
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from phasewatch.errors import VmError
 from phasewatch.telemetry.base import AsyncClock
+from phasewatch.telemetry.qmp_connection import AnswerWaiter, MonitorCommand, PendingAnswer
 
 __all__ = ["ANSWER_OVERDUE_S", "NOT_ASKED", "RETRY_ROUNDS", "ROUND_DEADLINE_S", "MonitorQuery", "QueryRound"]
 
@@ -26,6 +28,80 @@ _QUICK_RETRIES = 3
 _MAX_FAILURES, _MAX_LATE_ANSWERS, _MAX_SLOW_ANSWERS = 8, 3, 3  # in a row, until a query is given up
 
 
+_ASK_ERRORS = (VmError, KeyError, TypeError, ValueError)  # refused, or an answer of an unknown shape
+
+
+class _CommandPoster(Protocol):
+    def __call__(self, commands: Sequence[MonitorCommand], waiter: AnswerWaiter) -> Sequence[PendingAnswer]: ...
+
+
+class _OutstandingAsk(Protocol):
+    """A query that was sent: by its own coroutine, or as some commands."""
+
+    def done(self) -> bool: ...
+
+    def cancel(self) -> object: ...
+
+    def get_future(self) -> asyncio.Future[Any]:
+        """Return a future that is done when the query is."""
+
+    def result(self) -> tuple[Any, int]:
+        """Return the answer, or the error in its place, and its monotonic time (ns)."""
+
+
+class _AskTask:
+    """A query that its own coroutine asks."""
+
+    def __init__(self, ask: Callable[[], Awaitable[Any]], clock: AsyncClock) -> None:
+        self._task = asyncio.ensure_future(_ask_timed(ask, clock))
+        self.done, self.cancel, self.result = self._task.done, self._task.cancel, self._task.result
+
+    def get_future(self) -> asyncio.Future[Any]:
+        return self._task
+
+
+class _PostedCommands:
+    """The commands of one query, sent together with those of others."""
+
+    def __init__(self, combine: Callable[[Sequence[PendingAnswer]], Any]) -> None:
+        self._combine = combine
+        self._future: asyncio.Future[None] | None = None
+        self.answers: Sequence[PendingAnswer] = ()
+
+    def done(self) -> bool:
+        return all(answer.is_done for answer in self.answers)
+
+    def cancel(self) -> None:
+        """Ignore the answers, which cannot be called back."""
+
+    def get_future(self) -> asyncio.Future[None]:
+        if self._future is None:
+            self._future = asyncio.get_running_loop().create_future()
+        self.wake()
+        return self._future
+
+    def wake(self) -> None:
+        """Complete the future, if somebody waits for it and every answer has come."""
+        if self._future is not None and not self._future.done() and self.done():
+            self._future.set_result(None)
+
+    @property
+    def done_ns(self) -> int:
+        """Monotonic time of the last answer."""
+        return max(answer.done_ns for answer in self.answers)
+
+    def result(self) -> tuple[Any, int]:
+        try:
+            return self._combine(self.answers), self.done_ns
+        except _ASK_ERRORS as exc:
+            return exc, self.done_ns
+
+
+def _decode_only(answers: Sequence[PendingAnswer]) -> Any:
+    (answer,) = answers
+    return answer.decode()
+
+
 class MonitorQuery:
     """One query that is repeated in every round.
 
@@ -33,6 +109,9 @@ class MonitorQuery:
         name: Name for messages and counts, such as ``query-blockstats``.
         ask: Sends the query and returns the answer; may raise VmError, KeyError, TypeError or ValueError.
         limit_s: The query is given up when its answers take longer; None if that does not matter.
+        list_commands: Returns the commands that are the query, to be sent in one write with those of other queries;
+            None if this round needs `ask`.
+        combine: Returns the answer from those of the commands; may raise what `ask` may.
 
     Attributes:
         lost: Rounds without an answer.
@@ -41,35 +120,70 @@ class MonitorQuery:
         task: The outstanding query; None if there is none.
     """
 
-    def __init__(self, name: str, ask: Callable[[], Awaitable[Any]], *, limit_s: float | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        ask: Callable[[], Awaitable[Any]],
+        *,
+        limit_s: float | None = None,
+        list_commands: Callable[[], Sequence[MonitorCommand] | None] = lambda: None,
+        combine: Callable[[Sequence[PendingAnswer]], Any] = _decode_only,
+    ) -> None:
         self.name, self._ask, self.limit_s = name, ask, limit_s
+        self._list_commands, self._combine = list_commands, combine
         self.lost = 0
         self.give_up_reason: str | None = None
         self.answer: Any = None
-        self.task: asyncio.Task[tuple[Any, int]] | None = None
+        self.task: _OutstandingAsk | None = None
         self._is_behind = False
         self._asked_ns = self._round_asked = 0
         self._failures = self._late = self._rest = 0
         self._refusal = ""
         self._took_s: deque[float] = deque(maxlen=_MAX_SLOW_ANSWERS)
 
+    def prepare(self, round_: int) -> tuple[bool, Sequence[MonitorCommand]]:
+        """Forget the answer of the round before; return whether the query is due, and its commands if it has any.
+
+        It is not due while an answer is outstanding, while it pauses after failures, and after it was given up.
+        """
+        self.answer = None
+        self.collect(round_)  # the late answer to an earlier round
+        if self.give_up_reason is not None or self.task is not None:
+            return False, ()
+        if self._rest > 0:
+            self._rest -= 1
+            return False, ()
+        return True, self._list_commands() or ()
+
     def start(self, round_: int, clock: AsyncClock, *, is_behind: bool) -> None:
-        """Send the query, unless an answer is outstanding, it pauses after failures, or it was given up.
+        """Send the query by `ask`.
 
         Args:
             round_: Number of the round.
             clock: Measures how long the answer takes.
             is_behind: Whether QEMU must answer another query before this one.
         """
-        self.answer = None
-        self.collect(round_)  # the late answer to an earlier round
-        if self.give_up_reason is not None or self.task is not None:
-            return
-        if self._rest > 0:
-            self._rest -= 1
-            return
         self._asked_ns, self._round_asked, self._is_behind = clock.mono_ns(), round_, is_behind
-        self.task = asyncio.ensure_future(_ask_timed(self._ask, clock))
+        self.task = _AskTask(self._ask, clock)
+
+    def start_commands(self, round_: int, clock: AsyncClock) -> _PostedCommands:
+        """Note that the commands are being sent, and return what receives their answers."""
+        self._asked_ns, self._round_asked, self._is_behind = clock.mono_ns(), round_, False
+        posted = self.task = _PostedCommands(self._combine)
+        return posted
+
+    def begin_timing(self, asked_ns: int, *, is_behind: bool) -> None:
+        """Time the answer from when QEMU came to this query.
+
+        Args:
+            asked_ns: Monotonic time of the answer to the query before.
+            is_behind: Whether that has not come yet.
+        """
+        self._asked_ns, self._is_behind = max(self._asked_ns, asked_ns), is_behind
+
+    def fail_to_send(self, reason: str) -> None:
+        """Note that the commands could not be sent."""
+        self.task, self._refusal = None, reason
 
     def is_asked_in(self, round_: int) -> bool:
         """Return whether the query was last sent in this round."""
@@ -163,7 +277,7 @@ async def _ask_timed(ask: Callable[[], Awaitable[Any]], clock: AsyncClock) -> tu
     """Return the answer, or the error in its place, and its monotonic time."""
     try:
         answer = await ask()
-    except (VmError, KeyError, TypeError, ValueError) as exc:  # refused, or an answer of an unknown shape
+    except _ASK_ERRORS as exc:
         answer = exc
     return answer, clock.mono_ns()
 
@@ -175,29 +289,46 @@ class QueryRound:
         queries: The queries.
         clock: Clock of the host.
         deadline_s: Deadline of one round.
+        post: Sends commands in one write; only needed for queries with commands.
     """
 
     def __init__(
-        self, queries: Sequence[MonitorQuery], clock: AsyncClock, *, deadline_s: float = ROUND_DEADLINE_S
+        self,
+        queries: Sequence[MonitorQuery],
+        clock: AsyncClock,
+        *,
+        deadline_s: float = ROUND_DEADLINE_S,
+        post: _CommandPoster | None = None,
     ) -> None:
         self.queries = list(queries)
-        self._clock, self._deadline_s = clock, deadline_s
+        self._clock, self._deadline_s, self._post = clock, deadline_s, post
         self._round = 0
+        self._posted: list[tuple[MonitorQuery, _PostedCommands]] = []
+        self._is_behind_earlier = False
         self._reported: set[str] = set()
         self._notes: list[str] = []
 
     async def ask(self) -> bool:
         """Send all queries; return whether any was answered. Each query holds its answer."""
         self._round += 1
-        await asyncio.sleep(0)  # lets late answers arrive
+        self._posted = []
+        if any(query.task is not None for query in self.queries):
+            await asyncio.sleep(0)  # lets late answers arrive
         loop = asyncio.get_running_loop()
         end_s = loop.time() + self._deadline_s
         patience_s = min(_QUERY_PATIENCE_S, self._deadline_s / (len(self.queries) + 1))
-        for query in self.queries:
-            is_behind = any(other.task is not None for other in self.queries if other is not query)
-            query.start(self._round, self._clock, is_behind=is_behind)
-            await self._wait([query], min(loop.time() + patience_s, end_s))
-        await self._wait(self.queries, end_s)
+        due = [(query, *query.prepare(self._round)) for query in self.queries]
+        if self._post is not None and any(commands for _, _, commands in due):
+            posted = {query: commands for query, _, commands in due if commands}
+            await self._ask_at_once(posted, self._post, min(loop.time() + patience_s * len(posted), end_s))
+        for query, is_due, commands in due:
+            if is_due and not (commands and self._post):
+                is_behind = any(other.task is not None for other in self.queries if other is not query)
+                query.start(self._round, self._clock, is_behind=is_behind)
+                await self._wait([query], min(loop.time() + patience_s, end_s))
+        if any(query.task is not None and query.is_asked_in(self._round) for query in self.queries):
+            await self._wait(self.queries, end_s)
+            self._time_posted()
         is_answered = any(query.answer not in (None, NOT_ASKED) for query in self.queries)
         for query in self.queries:
             query.end_round(self._round, self._clock, is_answered=is_answered)
@@ -205,6 +336,64 @@ class QueryRound:
                 self._reported.add(query.name)
                 self._notes.append(f"{query.name} is no longer read: {query.give_up_reason}")
         return is_answered
+
+    async def _ask_at_once(
+        self, posted: Mapping[MonitorQuery, Sequence[MonitorCommand]], post: _CommandPoster, end_s: float
+    ) -> None:
+        """Send the commands of several queries in one write, and wait for the answers."""
+        earlier = [query for query in self.queries if query.task is not None]
+        groups = [
+            (query, query.start_commands(self._round, self._clock), commands) for query, commands in posted.items()
+        ]
+        commands = [command for _, _, own in groups for command in own]
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        left = len(commands)
+
+        def finish() -> None:
+            if not done.done():
+                done.set_result(None)
+
+        def take(answer: PendingAnswer) -> None:
+            nonlocal left
+            left -= 1
+            answer.done_ns = self._clock.mono_ns()
+            for _, group, _ in groups:
+                group.wake()
+            if not left:
+                finish()
+
+        try:
+            answers = post(commands, take)
+        except VmError as exc:
+            for query, _, _ in groups:
+                query.fail_to_send(str(exc))
+            return
+        at = 0
+        for _, group, own in groups:
+            group.answers = answers[at : at + len(own)]
+            at += len(own)
+        if left:
+            deadline = loop.call_at(end_s, finish)
+            try:
+                await done
+            finally:
+                deadline.cancel()
+        self._posted = [(query, group) for query, group, _ in groups]
+        self._is_behind_earlier = any(query.task is not None and not query.task.done() for query in earlier)
+        self._time_posted()
+        for query, _ in self._posted:
+            query.collect(self._round)
+
+    def _time_posted(self) -> None:
+        """Time each posted query from the answer before its own; one that still waits for that is behind."""
+        before_ns, is_behind = 0, self._is_behind_earlier
+        for query, group in self._posted:
+            query.begin_timing(before_ns, is_behind=is_behind)
+            if not group.done():
+                is_behind = True
+            elif not is_behind:
+                before_ns = max(before_ns, group.done_ns)
 
     async def _wait(self, queries: Sequence[MonitorQuery], end_s: float) -> None:
         """Wait for the answers to this round's queries, until `end_s` of the event loop's time."""
@@ -217,7 +406,9 @@ class QueryRound:
             left_s = end_s - loop.time()
             if not tasks or (left_s <= 0 and turn):
                 return
-            await asyncio.wait(tasks, timeout=max(0.0, left_s), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                [task.get_future() for task in tasks], timeout=max(0.0, left_s), return_when=asyncio.FIRST_COMPLETED
+            )
 
     def revive(self) -> None:
         """Resume queries that were given up, except those that were too slow."""

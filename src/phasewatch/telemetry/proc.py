@@ -15,7 +15,6 @@ counters between two readings is added to the sum of its kind (vCPU or other).
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,6 @@ from phasewatch.types import SourceKind
 
 __all__ = ["ProcSource"]
 
-_SWITCHES_PATTERN = re.compile(rb"^(voluntary|nonvoluntary)_ctxt_switches:\s+(\d+)", re.MULTILINE)
-_STATUS_PATTERN = re.compile(rb"^(RssAnon|VmRSS|Threads):\s+(\d+)", re.MULTILINE)
-_IO_PATTERN = re.compile(rb"^(rchar|wchar|syscw|write_bytes): (\d+)", re.MULTILINE)
 _KIB = 1024
 _KICK_BYTES = 8  # an eventfd notification writes 8 bytes; polling the monitor causes most of them
 
@@ -67,6 +63,7 @@ class ProcSource:
         self, *, pid: int, vcpu_tids: tuple[int, ...], proc: Path = PROC_ROOT, vcpus: VcpuFinder | None = None
     ) -> None:
         self._dir = proc / str(pid)
+        self._task_dir = str(self._dir / "task")
         self._pid = pid
         self._vcpus = vcpus or VcpuFinder(VcpuThreads(tids=frozenset(vcpu_tids)))
         self._fds: dict[str, int] = {}
@@ -107,9 +104,9 @@ class ProcSource:
     def _read(self) -> ReadingValues:
         # The command name may contain spaces and brackets: fields are counted behind the last bracket.
         stat = self._bytes("stat").rpartition(b")")[2].split()
-        status = {key: int(value) for key, value in _STATUS_PATTERN.findall(self._bytes("status"))}
-        with os.scandir(self._dir / "task") as entries:
-            tids = [int(entry.name) for entry in entries]
+        status = b"\n" + self._bytes("status")
+        n_threads = _find_number(status, b"\nThreads:")
+        tids = self._list_threads()
         has_vcpu = self._count_threads(tids)
         self._vcpus.update_threads(tids)
         return (
@@ -119,9 +116,9 @@ class ProcSource:
             *_read_or_none(lambda: (self._schedstat(self._pid)[0], self._switches(self._pid)[0]), 2),
             self._aux_total_ns if has_vcpu or not self._vcpus.current.tids else None,
             *_read_or_none(self._count_io, 3),
-            status[b"RssAnon"] * _KIB,
-            status[b"VmRSS"] * _KIB,
-            status[b"Threads"],
+            _find_number(status, b"\nRssAnon:") * _KIB,
+            _find_number(status, b"\nVmRSS:") * _KIB,
+            n_threads,
         )
 
     def _count_threads(self, tids: list[int]) -> bool:
@@ -165,29 +162,35 @@ class ProcSource:
                 if not is_vcpu:
                     return _ThreadReading(run_ns)
                 return _ThreadReading(run_ns, wait_ns, *self._switches(tid), is_vcpu=True)
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, IndexError):
                 self._forget(tid)
         return None
 
     def _count_io(self) -> tuple[int, int, int]:
         """Return rchar, wchar without event notifications, and write_bytes (bytes sent to the storage layer)."""
-        io = {key: int(value) for key, value in _IO_PATTERN.findall(self._bytes("io"))}
-        wchar, syscw = io[b"wchar"], io[b"syscw"]
+        io = b"\n" + self._bytes("io")
+        wchar, syscw = _find_number(io, b"\nwchar:"), _find_number(io, b"\nsyscw:")
         if self._written is not None:
             self._wchar_net += max(0, wchar - self._written[0] - _KICK_BYTES * (syscw - self._written[1]))
         self._written = wchar, syscw
-        return io[b"rchar"], self._wchar_net, io[b"write_bytes"]
+        return _find_number(io, b"\nrchar:"), self._wchar_net, _find_number(io, b"\nwrite_bytes:")
 
     def _schedstat(self, tid: int) -> tuple[int, int]:
         run, waited, _ = self._bytes(f"task/{tid}/schedstat").split()
         return int(run), int(waited)
 
     def _switches(self, tid: int) -> tuple[int, int]:
-        switches = dict(_SWITCHES_PATTERN.findall(self._bytes(f"task/{tid}/status")))
-        return int(switches[b"voluntary"]), int(switches[b"nonvoluntary"])
+        status = b"\n" + self._bytes(f"task/{tid}/status")
+        return _find_number(status, b"\nvoluntary_ctxt_switches:"), _find_number(
+            status, b"\nnonvoluntary_ctxt_switches:"
+        )
+
+    def _list_threads(self) -> list[int]:
+        return [int(name) for name in os.listdir(self._task_dir)]  # noqa: PTH208 - a path object for each costs more
 
     def _bytes(self, name: str) -> bytes:
-        return os.pread(self._file(name), 8192, 0)
+        fd = self._fds.get(name)
+        return os.pread(self._file(name) if fd is None else fd, 8192, 0)
 
     def _file(self, name: str) -> int:
         if name not in self._fds:
@@ -205,8 +208,19 @@ def _read_or_none(read: Callable[[], tuple[int, ...]], width: int) -> tuple[int 
     """Return the values of one file; None for each of them if this file alone cannot be read."""
     try:
         return read()
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, IndexError):
         return (None,) * width
+
+
+def _find_number(text: bytes, key: bytes) -> int:
+    """Return the number behind a key such as ``\\nVmRSS:``, with or without a unit.
+
+    Raises:
+        ValueError, IndexError: If there is none.
+    """
+    at = text.index(key) + len(key)
+    end = text.find(b"\n", at)
+    return int(text[at : end if end >= 0 else len(text)].split(maxsplit=1)[0])
 
 
 def _compute_growth(before: int, now: int) -> int:

@@ -17,12 +17,12 @@ failed or slow query costs its own fields only (`monitor_queries`).
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,13 @@ from phasewatch.telemetry.monitor_queries import (
     QueryRound,
 )
 from phasewatch.telemetry.monitor_sensors import SENSOR_FIELDS, MonitorSensors
+from phasewatch.telemetry.qmp_connection import (
+    AnswerWaiter,
+    MonitorCommand,
+    PendingAnswer,
+    QmpConnection,
+    open_connection,
+)
 from phasewatch.types import STALE_NS, SourceKind
 
 __all__ = [
@@ -77,6 +84,7 @@ _MAX_RATE_GAP_NS = STALE_NS + 500_000_000  # no rate is computed across a longer
 _BALLOON_REPORT_TIMEOUT_NS = 30_000_000_000  # after this time without a report the polling may have been turned off
 _MAX_QUEUES = 1024  # QEMU's own limit of queues per device
 _QUEUE_COMMAND = "x-query-virtio-queue-status"
+_BLOCK_COMMANDS = (MonitorCommand("query-blockstats"),)
 
 _JIT_PATTERNS = {
     "tb": re.compile(r"^TB count\s+(\d+)", re.MULTILINE),
@@ -102,7 +110,7 @@ class QmpMonitor:
 
     def __init__(self, path: Path, *, timeout_s: float = 2.0) -> None:
         self.path, self._timeout_s = path, timeout_s
-        self._client: Any = None
+        self._connection: QmpConnection | None = None
         self.events: Counter[str] = Counter()
         self.connections = 0
 
@@ -112,24 +120,15 @@ class QmpMonitor:
         Raises:
             VmError: If QEMU does not answer: there is no such socket, or it serves another client.
         """
-        from qemu.qmp import QMPClient, QMPError
-
-        logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())  # its messages about late answers are of no use
-        client = QMPClient("phasewatch")
         try:
-            async with asyncio.timeout(self._timeout_s):
-                await client.connect(str(self.path))
-        except (TimeoutError, OSError, QMPError) as exc:
-            with suppress(Exception):
-                async with asyncio.timeout(self._timeout_s):
-                    await client.disconnect()
-            if isinstance(exc, TimeoutError):
-                raise VmError(
-                    f"{self.path}: the QEMU monitor did not answer within {self._timeout_s:g} s (time-out); "
-                    "one QMP socket serves one client: close the other one, or give QEMU a second -qmp"
-                ) from exc
+            self._connection = await open_connection(self.path, self.events, self._timeout_s)
+        except TimeoutError as exc:
+            raise VmError(
+                f"{self.path}: the QEMU monitor did not answer within {self._timeout_s:g} s (time-out); "
+                "one QMP socket serves one client: close the other one, or give QEMU a second -qmp"
+            ) from exc
+        except (OSError, VmError) as exc:
             raise VmError(f"{self.path}: the QEMU monitor did not answer: {exc}") from exc
-        self._client = client
         self.connections += 1
 
     # `timeout_s` is Any, so that a caller may pass arguments with hyphens by `**`.
@@ -144,38 +143,40 @@ class QmpMonitor:
         Raises:
             VmError: If QEMU refuses the command, is gone, or does not answer before the deadline.
         """
-        from qemu.qmp import QMPError
-
-        if self._client is None:
-            raise VmError(f"{self.path}: not connected to the QEMU monitor")
         limit_s: float = self._timeout_s if timeout_s is None else timeout_s
-        self.count_events()
         try:
-            async with asyncio.timeout(limit_s):
-                return await self._client.execute(command, arguments or None)
-        except (TimeoutError, OSError, EOFError, QMPError) as exc:
-            raise VmError(f"{self.path}: {command}: {str(exc) or f'no answer within {limit_s:g} s'}") from exc
+            return await self._require_connection().ask(MonitorCommand(command, arguments), limit_s)
+        except VmError as exc:
+            raise VmError(f"{self.path}: {command}: {exc}") from exc
 
-    def count_events(self) -> None:
-        """Count and discard the events that arrived; unread events would pile up for ever."""
-        if self._client is not None:
-            for event in self._client.events.clear():
-                self.events[str(event.get("event"))] += 1
+    def post(self, commands: Sequence[MonitorCommand], waiter: AnswerWaiter) -> Sequence[PendingAnswer]:
+        """Send commands in one write and return their outstanding answers, in the same order.
+
+        Args:
+            commands: The commands.
+            waiter: Called with each answer as soon as it has come; it must not block.
+
+        Raises:
+            VmError: If QEMU is gone, or does not read its commands.
+        """
+        return self._require_connection().post(commands, waiter)
+
+    def _require_connection(self) -> QmpConnection:
+        if self._connection is None:
+            raise VmError(f"{self.path}: not connected to the QEMU monitor")
+        return self._connection
 
     @property
     def is_connected(self) -> bool:
         """Whether the connection is up, as far as is known."""
-        from qemu.qmp import Runstate
-
-        return self._client is not None and self._client.runstate is Runstate.RUNNING
+        return self._connection is not None and self._connection.is_open
 
     async def close(self) -> None:
         """Disconnect, even if QEMU is gone already."""
-        client, self._client = self._client, None
-        if client is not None:
-            with suppress(Exception):
-                async with asyncio.timeout(self._timeout_s):
-                    await client.disconnect()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.abort("the monitor was closed")
+            await connection.wait_closed()
 
     async def query_vcpu_threads(self) -> tuple[int, ...]:
         """Return the thread ids of the vCPUs in order, in QEMU's own PID namespace (``query-cpus-fast``)."""
@@ -202,6 +203,15 @@ def parse_registers(text: str) -> tuple[bool, bool] | None:
         return None
     is_running = halted[1] == "0"
     return is_running, is_running and privilege[1] == "3"
+
+
+def _build_qom_get(path: str, name: str) -> MonitorCommand:
+    return MonitorCommand("qom-get", {"path": path, "property": name})
+
+
+@cache
+def _build_register_command(vcpu: int) -> MonitorCommand:
+    return MonitorCommand("human-monitor-command", {"command-line": "info registers", "cpu-index": vcpu})
 
 
 class JitUse(StrEnum):
@@ -249,20 +259,31 @@ class QmpSource:
         self._may_sample = registers
         self._samples: list[tuple[bool, bool]] = []
         self._sampler: asyncio.Task[None] | None = None
+        self._register_answer: PendingAnswer | None = None
         self._samples_lost = 0
-        self._blocks = MonitorQuery("query-blockstats", lambda: self._ask("query-blockstats"))
-        self._balloon = MonitorQuery("guest-stats", self._ask_balloon)
-        self._queue_query = MonitorQuery(_QUEUE_COMMAND, self._query_queues)
+        self._blocks = MonitorQuery(
+            "query-blockstats",
+            lambda: self._ask("query-blockstats"),
+            list_commands=lambda: _BLOCK_COMMANDS,
+        )
+        self._balloon = MonitorQuery("guest-stats", self._ask_balloon, list_commands=self._list_balloon_commands)
+        self._balloon_commands = (_build_qom_get(balloon, "guest-stats"),)
+        self._queue_query = MonitorQuery(
+            _QUEUE_COMMAND,
+            self._query_queues,
+            list_commands=self._list_queue_commands,
+            combine=self._combine_used_indices,
+        )
         self._jit = MonitorQuery(
             "x-query-jit", self._ask_jit, limit_s=_JIT_LIMIT_S if jit is JitUse.WHILE_FAST else None
         )
         queries = [self._blocks, *([self._balloon] if balloon else []), self._queue_query]
         if jit is not JitUse.NEVER:
             queries.append(self._jit)  # last, because it is slow
-        self._round = QueryRound(queries, clock, deadline_s=deadline_s)
+        self._round = QueryRound(queries, clock, deadline_s=deadline_s, post=monitor.post)
         self._block_sum, self._queue_sum = BlockSum(), VirtqueueSum()
         self._disks: frozenset[Hashable] = frozenset()
-        self._queues: list[tuple[str, int]] = []
+        self._queues: dict[tuple[str, int], MonitorCommand] = {}
         self._rounds_to_list = 0  # rounds until the queues are listed again
         self._requests = 0  # requests that the disks completed since the queues were read
         self._restarts = 0
@@ -311,7 +332,6 @@ class QmpSource:
     async def read(self) -> ReadingValues:
         """Return one reading; a query that fails or is late leaves its fields None."""
         await self._round.ask()
-        self._monitor.count_events()
         restarts, before = self._count_restarts(), self._restarts
         self._restarts = restarts
         if restarts != before:
@@ -350,6 +370,12 @@ class QmpSource:
         """Return why a translation counter is no longer read; None while it is, and for other fields."""
         return self._jit.give_up_reason if field in JIT_FIELDS else None
 
+    def stop_registers(self) -> None:
+        """Stop the register samples, half of all commands to the monitor, because nobody uses them."""
+        sampler, self._sampler = self._sampler, None
+        if sampler is not None:
+            sampler.cancel()
+
     def drop_fields(self, fields: frozenset[str]) -> None:
         """Stop querying fields that this VM does not have, and reset the counts of lost readings."""
         for query, own in ((self._blocks, BLOCK_FIELDS), (self._jit, JIT_FIELDS)):
@@ -378,7 +404,7 @@ class QmpSource:
 
     async def _list_queues(self, timeout_s: float | None) -> None:
         """List the queues of every virtio-blk disk (``x-query-virtio``); none if QEMU does not know the command."""
-        queues: list[tuple[str, int]] = []
+        queues: dict[tuple[str, int], MonitorCommand] = {}
         try:
             devices = await self._monitor.ask("x-query-virtio", timeout_s=timeout_s)
         except VmError:  # keep the list
@@ -388,20 +414,38 @@ class QmpSource:
             if device["name"] != "virtio-blk":
                 continue
             for number in range(_MAX_QUEUES):  # the first number that QEMU refuses is one past the last queue
+                path = str(device["path"])
                 try:
-                    await self._query_used_index(device["path"], number, timeout_s)
+                    await self._query_used_index(path, number, timeout_s)
                 except (VmError, KeyError):
                     break
-                queues.append((device["path"], number))
+                queues[path, number] = MonitorCommand(_QUEUE_COMMAND, {"path": path, "queue": number})
         self._queues, self._rounds_to_list = queues, _QUEUE_LIST_ROUNDS
 
     async def _query_used_index(self, path: str, number: int, timeout_s: float | None = _ANSWER_TIMEOUT_S) -> int:
         status = await self._monitor.ask(_QUEUE_COMMAND, timeout_s=timeout_s, path=path, queue=number)
         return int(status["used-idx"])
 
-    async def _query_queues(self) -> Any:
-        """Return the used index of every queue; a refused one is gone, and all are listed again."""
+    def _list_queue_commands(self) -> Sequence[MonitorCommand] | None:
+        """Return one command for each queue; None if the queues must be listed first, or there is none."""
         self._rounds_to_list -= 1
+        if self._rounds_to_list < 0 or not self._queues:
+            return None
+        return tuple(self._queues.values())
+
+    def _combine_used_indices(self, answers: Sequence[PendingAnswer]) -> dict[Hashable, int]:
+        """Return the used index of every queue; a refused one is gone, and all are listed again."""
+        used: dict[Hashable, int] = {}
+        for answer in answers:
+            try:
+                status = answer.decode()
+                used[answer.command.arguments["path"], answer.command.arguments["queue"]] = int(status["used-idx"])
+            except (VmError, KeyError):
+                self._rounds_to_list = 0
+        return used
+
+    async def _query_queues(self) -> Any:
+        """List the queues if that is due, and return the used index of every queue."""
         if self._rounds_to_list < 0:
             await self._list_queues(_ANSWER_TIMEOUT_S)
         if not self._queues:
@@ -422,6 +466,11 @@ class QmpSource:
 
     async def _ask_jit(self) -> str:
         return str((await self._ask("x-query-jit"))["human-readable-text"])
+
+    def _list_balloon_commands(self) -> Sequence[MonitorCommand] | None:
+        """Return the query of the guest's report; None if QEMU's polling must be checked first."""
+        is_due = self._clock.mono_ns() - self._report_ns > _BALLOON_REPORT_TIMEOUT_NS
+        return None if is_due else self._balloon_commands
 
     async def _ask_balloon(self) -> Any:
         """Return the guest's report; if none arrived for long, check that QEMU still polls for one."""
@@ -466,11 +515,21 @@ class QmpSource:
         while True:
             due_ns = max(due_ns + pause_ns, self._clock.mono_ns())
             await self._clock.sleep_until(due_ns)
-            numbers = self.vcpu_numbers() or (0,)
             pause_ns = min(2 * pause_ns, 20 * _REGISTER_PERIOD_NS)  # query a failing monitor less often
-            with suppress(VmError):
-                sample = parse_registers(await self._query_registers(numbers[turn % len(numbers)]))
+            asked = self._register_answer
+            if asked is not None and not asked.is_done:
+                continue
+            if asked is None or not asked.failure:
                 pause_ns = _REGISTER_PERIOD_NS
-                if sample is not None:
-                    self._samples.append(sample)
+            numbers = self.vcpu_numbers() or (0,)
+            with suppress(VmError):
+                (self._register_answer,) = self._monitor.post(
+                    (_build_register_command(numbers[turn % len(numbers)]),), self._add_register_sample
+                )
             turn += 1
+
+    def _add_register_sample(self, answer: PendingAnswer) -> None:
+        with suppress(VmError):
+            sample = parse_registers(str(answer.decode()))
+            if sample is not None:
+                self._samples.append(sample)
