@@ -183,7 +183,7 @@ def test_many_domains_are_spread_over_several_connections_which_close_with_the_l
         assert [each and each.uuid for each in stats] == uuids
         assert [len(call) for call in daemon.calls] == [SHARD_DOMAINS, 1]
         for domain in domains:
-            domain.close()
+            await domain.close()
         await wait_for(lambda: daemon.closed == 2)
 
     run(main())

@@ -240,8 +240,8 @@ class LibvirtDomain:
         self._update(reading)
         return reading.domains[self.uuid]
 
-    def close(self) -> None:
-        """Read the domain no more."""
+    async def close(self) -> None:
+        """Read the domain no more; may be called twice."""
         self._hypervisor.remove_domain(self)
 
     @property
