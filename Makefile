@@ -109,7 +109,7 @@ results: $(VENV)/.run
 
 # The small edge bundle beside the bundled corpus: one model for every machine that a watcher may meet; and its card.
 EDGE_MODEL ?= gbt
-EDGE_MASKS := realistic,portable,proc+netflow,proc+tap,proc
+EDGE_MASKS := realistic,portable,libvirt+netflow,proc+netflow,libvirt,libvirt-user,proc+tap,proc
 
 edge: $(VENV)/.run
 	$(BIN)/phasewatch run corpus/lab-v1 --out runs/edge --models $(EDGE_MODEL),elapsed_time,majority
