@@ -8,7 +8,8 @@ EXTRAS     := train,live,serve
 # What the tests need from the system: real VMs, the guest image's compiler, a real browser, receivers of alarms.
 SYSTEM := qemu-system-x86 qemu-system-arm qemu-utils busybox-static cpio e2fsprogs gcc libc6-dev \
           gcc-aarch64-linux-gnu libc6-dev-arm64-cross chromium zstd curl openssl strace iproute2 \
-          debootstrap rsyslog prometheus-alertmanager
+          debootstrap rsyslog prometheus-alertmanager \
+          libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients python3-libvirt
 
 # uv reads neither pip.conf nor PIP_FIND_LINKS: a wheel folder that pip knows is passed on. Where it holds torch, that
 # CPU wheel is taken; elsewhere PyTorch's own CPU index, because the default build drags in gigabytes of CUDA.
