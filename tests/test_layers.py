@@ -120,6 +120,8 @@ IMPURE = {
     "telemetry.base",
     "telemetry.capture",
     "telemetry.guest_agent",
+    "telemetry.libvirt",
+    "telemetry.libvirt_client",
     "telemetry.pcap",
     "telemetry.proc",
     "telemetry.process",
