@@ -8,7 +8,8 @@ EXTRAS     := train,live,serve
 # What the tests need from the system: real VMs, the guest image's compiler, a real browser, receivers of alarms.
 SYSTEM := qemu-system-x86 qemu-system-arm qemu-utils busybox-static cpio e2fsprogs gcc libc6-dev \
           gcc-aarch64-linux-gnu libc6-dev-arm64-cross chromium zstd curl openssl strace iproute2 \
-          debootstrap rsyslog prometheus-alertmanager
+          debootstrap rsyslog prometheus-alertmanager \
+          libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients python3-libvirt
 
 # uv reads neither pip.conf nor PIP_FIND_LINKS: a wheel folder that pip knows is passed on. Where it holds torch, that
 # CPU wheel is taken; elsewhere PyTorch's own CPU index, because the default build drags in gigabytes of CUDA.
@@ -109,7 +110,7 @@ results: $(VENV)/.run
 
 # The small edge bundle beside the bundled corpus: one model for every machine that a watcher may meet; and its card.
 EDGE_MODEL ?= gbt
-EDGE_MASKS := realistic,portable,proc+netflow,proc+tap,proc
+EDGE_MASKS := realistic,portable,libvirt+netflow,proc+netflow,libvirt,libvirt-user,proc+tap,proc
 
 edge: $(VENV)/.run
 	$(BIN)/phasewatch run corpus/lab-v1 --out runs/edge --models $(EDGE_MODEL),elapsed_time,majority

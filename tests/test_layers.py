@@ -122,6 +122,8 @@ IMPURE = {
     "telemetry.capture",
     "telemetry.guest_agent",
     "telemetry.packet_socket",
+    "telemetry.libvirt",
+    "telemetry.libvirt_client",
     "telemetry.pcap",
     "telemetry.proc",
     "telemetry.process",

@@ -25,7 +25,7 @@ def test_card_is_of_the_shipped_edge_bundle() -> None:
 def test_every_shipped_channel_set_is_scored_on_unseen_hosts() -> None:
     page = model_card.PAGE.read_text(encoding="utf-8")
     shipped = {model.threat for model in read_edge_bundle(model_card.EDGE_BUNDLE).header.models}
-    scored = set(re.findall(r"^\| `([a-z+]+)` \| \d+ \| 0\.\d\d", page, re.MULTILINE))
+    scored = set(re.findall(r"^\| `([a-z+-]+)` \| \d+ \| 0\.\d\d", page, re.MULTILINE))
 
     assert scored == shipped
 

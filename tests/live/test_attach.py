@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.factories.libvirt import UUID, FakeDaemon
 from tests.factories.proc import WORKER
-from tests.factories.qemu import MAC, PID, VCPU, FakeQemu, make_process
+from tests.factories.qemu import MAC, PID, VCPU, FakeProc, FakeQemu, make_process
 
 from phasewatch.channels import CHANNELS, build_channel_mask, list_raw_fields
 from phasewatch.errors import MachineError, UsageError, VmError
@@ -26,6 +28,8 @@ REALISTIC = {c.full_name for c, on in zip(CHANNELS, build_channel_mask("realisti
 JIT = {"qmp.jit_tb", "qmp.jit_tlb_partial"}
 KVM = {c.full_name for c in CHANNELS if c.accel == "kvm"}
 SENSORS = {"qmp.blk_clusters", "qmp.blk_rewritten", "qmp.mem_dirty_rate"} | KVM
+LIBVIRT = {c.full_name for c, on in zip(CHANNELS, build_channel_mask("libvirt"), strict=True) if on}
+LIBVIRT_BLOCKS = {name for name in LIBVIRT if name.startswith("qmp.")}
 TAP = {c.full_name for c, on in zip(CHANNELS, build_channel_mask("tap"), strict=True) if on}
 
 
@@ -36,13 +40,15 @@ def run(
     qmp: Path | None = None,
     jit: JitUse = JitUse.NEVER,
     sensors: bool = False,
+    daemon: FakeDaemon | None = None,
 ) -> VmSurvey:
     """Survey, attach, do something, detach."""
 
     async def main() -> VmSurvey:
         machine = read_running_vm(PID, proc)
         assert machine is not None
-        survey = await survey_vm(machine, qmp=qmp, clock=HostClock(), proc=proc)
+        hypervisor = daemon.hypervisor(HostClock()) if daemon is not None else None
+        survey = await survey_vm(machine, qmp=qmp, clock=HostClock(), proc=proc, hypervisor=hypervisor)
         survey.jit = jit
         if sensors:
             survey.enable_sensors()
@@ -394,6 +400,105 @@ def test_without_a_monitor_proc_and_tap_counters_are_read(tmp_path: Path) -> Non
     assert "libvirt" in survey.masked["qmp.blk_rd_bytes"]
 
 
+def make_domain(root: Path, *, more: str = "", taps: tuple[str, ...] = ("vnet0",)) -> FakeProc:
+    """Return a fake /proc with one QEMU process as libvirt starts it."""
+    proc = make_process(root, taps=taps, names=True)
+    line = f"qemu-system-x86_64\0-name\0guest=made-up,debug-threads=on\0-uuid\0{UUID.upper()}\0"
+    proc.write("cmdline", f"{line}-chardev\0socket,id=charmonitor,fd=3\0-mon\0chardev=charmonitor,mode=control\0{more}")
+    proc.write("net/dev", "vnet0: 500 5 0 0 0 0 0 0 900 7 0 0 0 0 0 0\n")
+    return proc
+
+
+def test_a_libvirt_domain_provides_its_channel_set_without_a_monitor(tmp_path: Path) -> None:
+    make_domain(tmp_path / "proc")
+    daemon = FakeDaemon()
+    rows: list[dict[str, object]] = []
+
+    async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
+        assert [s.source for s in sources] == [SourceKind.PROC, SourceKind.NETFLOW, SourceKind.QMP]
+        fields = [s.field for s in list_raw_fields(SourceKind.QMP)]
+        rows.append(dict(zip(fields, await sources[2].read(), strict=True)))
+
+    survey = run(tmp_path / "proc", look, daemon=daemon)
+
+    assert (rows[0]["blk_rd_bytes"], rows[0]["vq_blk"]) == (5632, None)
+    assert survey.available >= LIBVIRT
+    more = {n for n in survey.available if n.startswith("qmp.")} - LIBVIRT_BLOCKS
+    assert more == {"qmp.blk_rd_size", "qmp.blk_rd_lat", "qmp.blk_wr_size", "qmp.blk_flush_lat"}  # group extended
+    assert "dommemstat" in survey.masked["qmp.bal_minor_faults"]  # the guest reported long ago
+    assert survey.facts.mem_mib == 96
+
+
+def test_balloon_fields_are_read_from_libvirt_while_the_guest_reports_them(tmp_path: Path) -> None:
+    make_domain(tmp_path / "proc")
+    daemon = FakeDaemon()
+    name, values = daemon.domains[UUID]
+    daemon.domains[UUID] = (name, values | {"balloon.last-update": HostClock().wall_ns() // 10**9})
+
+    survey = run(tmp_path / "proc", nothing, daemon=daemon)
+
+    assert survey.available >= {"qmp.bal_minor_faults", "qmp.bal_free_delta", "qmp.bal_cache_delta"}
+
+
+def test_a_user_without_rights_on_the_process_gets_what_libvirt_and_the_kernel_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proc = make_domain(tmp_path / "proc", taps=())
+    refuse_io(monkeypatch)
+    proc.write("status", "Uid:\t0 0 0 0\nGid:\t54321 54321 54321 54321\n" + (proc.dir / "status").read_text())
+
+    async def look(survey: VmSurvey, sources: tuple[TelemetrySource, ...]) -> None:
+        assert (await sources[1].read())[:4] == (5, 500, 7, 900)
+        assert survey.taps == ("vnet0",)
+
+    survey = run(tmp_path / "proc", look, daemon=FakeDaemon())
+
+    assert LIBVIRT - survey.available == {"proc.io_rchar", "proc.io_wchar_net", "proc.io_write_bytes"}
+    assert "root:54321" in survey.masked["proc.io_rchar"]
+
+
+def test_a_domain_with_a_monitor_of_its_own_is_not_asked_of_libvirt(tmp_path: Path) -> None:
+    with FakeQemu(tmp_path / "q.sock") as qemu:
+        make_domain(tmp_path / "proc", more=f"-qmp\0unix:{qemu.path},server=on\0")
+        daemon = FakeDaemon()
+
+        survey = run(tmp_path / "proc", nothing, daemon=daemon)
+
+        assert survey.monitor is not None
+        assert daemon.opened == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        pytest.param(lambda daemon: daemon.domains.clear(), "no running domain", id="unknown to libvirt"),
+        pytest.param(lambda daemon: daemon.domains.update({UUID: ("other", {})}), "another name", id="another name"),
+        pytest.param(lambda daemon: setattr(daemon, "is_down", True), "connection refused", id="daemon down"),
+    ],
+)
+def test_without_libvirt_a_domain_is_watched_without_its_disks_and_the_reason_is_shown(
+    tmp_path: Path, change: Callable[[FakeDaemon], object], words: str
+) -> None:
+    make_domain(tmp_path / "proc")
+    daemon = FakeDaemon()
+    change(daemon)
+
+    survey = run(tmp_path / "proc", nothing, daemon=daemon)
+
+    assert words in survey.masked["qmp.blk_rd_bytes"]
+    assert survey.available == {c.full_name for c in CHANNELS if c.source is SourceKind.PROC} | TAP
+
+
+def test_disks_that_libvirt_cannot_read_are_masked(tmp_path: Path) -> None:
+    make_domain(tmp_path / "proc")
+    daemon = FakeDaemon()
+    daemon.hide_disks()
+
+    survey = run(tmp_path / "proc", nothing, daemon=daemon)
+
+    assert "monitor hangs" in survey.masked["qmp.blk_wr_bytes"]
+
+
 def test_without_thread_names_the_vcpu_fields_are_masked(tmp_path: Path) -> None:
     make_process(tmp_path / "proc")
 
@@ -472,17 +577,27 @@ def test_a_socket_of_another_service_is_refused(tmp_path: Path) -> None:
             run(tmp_path / "proc", nothing, qmp=qemu.path)
 
 
-def test_a_permission_error_names_who_may_read_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    proc = make_process(tmp_path / "proc")
-
-    read = Path.read_bytes
+def refuse_io(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse /proc/PID/io, as the kernel does to other users."""
+    read, open_ = Path.read_bytes, os.open
 
     def refuse(path: Path) -> bytes:
         if path.name == "io":
             raise PermissionError(13, "Permission denied")
         return read(path)
 
+    def refuse_open(path: Any, *arguments: Any, **more: Any) -> int:
+        if isinstance(path, Path) and path.name == "io":
+            raise PermissionError(13, "Permission denied")
+        return open_(path, *arguments, **more)
+
     monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(os, "open", refuse_open)
+
+
+def test_a_permission_error_names_who_may_read_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proc = make_process(tmp_path / "proc")
+    refuse_io(monkeypatch)
     proc.write("status", "Uid:\t0 0 0 0\nGid:\t54321 54321 54321 54321\n")
     with pytest.raises(MachineError, match="root:54321"):  # the group decides as much as the user
         run(proc.root, nothing)

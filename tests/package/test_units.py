@@ -40,12 +40,21 @@ def test_a_unit_starts_a_command_with_options_that_it_has(unit: Path) -> None:
         assert {word for word in words if word.startswith("--")} <= known
 
 
-def test_a_machine_that_went_away_is_watched_again_when_it_comes_back_however_late() -> None:
-    text = (FOLDER / "phasewatch-watch@.service").read_text()
+@pytest.mark.parametrize("unit", [u for u in UNITS if "-watch" in u.stem], ids=name_of)
+def test_a_machine_that_went_away_is_watched_again_when_it_comes_back_however_late(unit: Path) -> None:
+    text = unit.read_text()
     settings = dict(re.findall(r"^(\w+)=(.*)$", text, re.MULTILINE))
 
     assert settings["Restart"] == "always"  # a watch whose machine is gone ends with code 0
     assert settings["StartLimitIntervalSec"] == "0"  # no number of tries is too many while it is down
+
+
+def test_the_service_for_all_machines_may_capture_frames_and_has_no_other_capability() -> None:
+    settings = dict(re.findall(r"^(\w+)=(.*)$", (FOLDER / "phasewatch-watch.service").read_text(), re.MULTILINE))
+
+    assert (settings["User"], settings["Group"]) == ("libvirt-qemu", "libvirt-qemu")  # /proc/PID/io wants both
+    assert settings["AmbientCapabilities"] == settings["CapabilityBoundingSet"] == "CAP_NET_RAW"
+    assert "AF_PACKET" in settings["RestrictAddressFamilies"].split()
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=name_of)

@@ -45,20 +45,23 @@ def list_raw_fields(source: SourceKind) -> tuple[RawFieldSpec, ...]:
     return tuple(spec for spec in RAW_FIELDS if spec.source is source)
 
 
+def _name_channels(channels: Iterable[ChannelSpec]) -> frozenset[str]:
+    return frozenset(c.full_name for c in channels)
+
+
 _HOST_CHANNELS = tuple(c for c in BASE_CHANNELS if c.in_deployment)
 _NETWORK_CHANNELS = tuple(c for c in CHANNELS if c.source is SourceKind.NETFLOW)
 _TAP_NAMES = frozenset(
     f"{SourceKind.NETFLOW}.{n}" for n in ("out_pkts", "out_bytes", "in_pkts", "in_bytes", "mean_out_size")
 )
-# What a plain libvirt domain shows: /proc, the block statistics of `virsh domstats`, and the counters of its tap.
+# What a plain libvirt domain shows: /proc, the block statistics of `virsh domstats`, and the counters of its tap. Only
+# root and QEMU's own user and group may read /proc/PID/io.
+_PROCESS_CHANNELS = tuple(c for c in _HOST_CHANNELS if c.source is SourceKind.PROC)
+_IO_NAMES = frozenset(c.full_name for c in _PROCESS_CHANNELS if c.name.startswith("io_"))
 _LIBVIRT_BLOCK_NAMES = frozenset(
     f"{SourceKind.QMP}.{n}"
     for n in ("blk_rd_bytes", "blk_wr_bytes", "blk_rd_ops", "blk_wr_ops", "blk_flush_ops", "blk_wr_lat")
 )
-
-
-def _name_channels(channels: Iterable[ChannelSpec]) -> frozenset[str]:
-    return frozenset(c.full_name for c in channels)
 
 
 _CHANNEL_SETS: dict[str, frozenset[str]] = {
@@ -76,9 +79,8 @@ _CHANNEL_SETS: dict[str, frozenset[str]] = {
     "extended": _name_channels(c for c in CHANNELS if c.in_deployment and c.accel != "kvm"),
     "kvm": _name_channels(c for c in CHANNELS if c.accel == "kvm"),
     "device": _name_channels((*_NETWORK_CHANNELS, *(c for c in BASE_CHANNELS if c.source is SourceKind.GUEST))),
-    "libvirt": _name_channels(c for c in _HOST_CHANNELS if c.source is SourceKind.PROC)
-    | _LIBVIRT_BLOCK_NAMES
-    | _TAP_NAMES,
+    "libvirt": _name_channels(_PROCESS_CHANNELS) | _LIBVIRT_BLOCK_NAMES | _TAP_NAMES,
+    "libvirt-user": (_name_channels(_PROCESS_CHANNELS) - _IO_NAMES) | _LIBVIRT_BLOCK_NAMES | _TAP_NAMES,
 }
 
 

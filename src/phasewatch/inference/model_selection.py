@@ -38,7 +38,17 @@ __all__ = [
 ]
 
 _MODEL_PREFERENCE = ("gbt", "tcn", "cnn", "gru", "transformer", "lstm", "mlp")  # where no run says which is best
-_SUGGESTED_CHANNEL_SETS = ("realistic", "portable", "proc+netflow", "proc+tap", "proc+qmp", "proc")
+_SUGGESTED_CHANNEL_SETS = (
+    "realistic",
+    "portable",
+    "libvirt+netflow",
+    "proc+netflow",
+    "libvirt",
+    "libvirt-user",
+    "proc+tap",
+    "proc+qmp",
+    "proc",
+)
 _QEMU_ARCHS = {"x86": "x86_64"}
 _GUEST_CHANNELS = {c.full_name for c in CHANNELS if c.source is SourceKind.GUEST}
 _CHANNEL_SPECS = {c.full_name: c for c in CHANNELS}

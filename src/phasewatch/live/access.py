@@ -16,28 +16,29 @@ from phasewatch.live.monitor_endpoints import explain_no_usable_monitor
 from phasewatch.telemetry.process import PROC_ROOT, owns_threads, read_start_ticks
 from phasewatch.telemetry.qmp import QmpMonitor
 
-__all__ = ["check_permission", "connect_monitor"]
+__all__ = ["connect_monitor", "explain_hidden_io"]
 
 
-def check_permission(machine: RunningVm, proc: Path = PROC_ROOT) -> None:
-    """Raise if this user may not read the counters of a QEMU process.
+def explain_hidden_io(machine: RunningVm, proc: Path = PROC_ROOT) -> str:
+    """Return why this user may not read ``/proc/PID/io`` of a QEMU process, and who may; empty if this user may.
 
-    ``/proc/PID/io`` has the strictest permission of all files that are read.
+    It has the strictest permission of all files that are read.
 
     Raises:
-        MachineError: If it may not be read (the message names the user and group that may), or the process is gone.
+        MachineError: If the process is gone.
     """
     folder = proc / str(machine.pid)
     try:
         if read_start_ticks(machine.pid, proc) != machine.start_ticks:
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
         (folder / "io").read_bytes()
-    except PermissionError as exc:
-        raise MachineError(f"--pid {machine.pid}: {_explain_permission(folder)}") from exc
+    except PermissionError:
+        return _explain_permission(folder)
     except OSError as exc:
         raise MachineError(
             f"--pid {machine.pid}: the process is gone; phasewatch watch --list shows what runs here"
         ) from exc
+    return ""
 
 
 def _explain_permission(folder: Path) -> str:

@@ -22,6 +22,7 @@ from phasewatch.live.survey import VCPU_FIELDS, VmSurvey, list_source_channels, 
 from phasewatch.telemetry.af_packet import PacketSource
 from phasewatch.telemetry.base import ReadingValues, TelemetrySource
 from phasewatch.telemetry.capture import CaptureSource
+from phasewatch.telemetry.libvirt import DomainBlockSource, DomainNetworkSource
 from phasewatch.telemetry.monitor_sensors import (
     SENSOR_FIELDS,
     MonitorSensors,
@@ -70,6 +71,8 @@ async def detach(survey: VmSurvey, sources: Sequence[TelemetrySource]) -> bool:
     for source in sources:
         with suppress(Exception):  # whatever one raises, the others must be closed
             await source.close()
+    if survey.domain is not None:
+        await survey.domain.close()
     if survey.monitor is None:
         return True
     is_clean = await _remove_objects(survey.monitor, survey.task.objects)
@@ -143,8 +146,13 @@ async def _find_vcpus(survey: VmSurvey) -> VcpuThreads:
     )
 
 
-async def _open_monitor_source(survey: VmSurvey, finder: VcpuFinder) -> QmpSource | None:
-    """Open the monitor's source, and mask what it does not answer; None if it answers nothing."""
+async def _open_monitor_source(survey: VmSurvey, finder: VcpuFinder) -> QmpSource | DomainBlockSource | None:
+    """Open the monitor's source, and mask what it does not answer; None if it answers nothing.
+
+    A domain of libvirt without a free monitor is read through libvirt.
+    """
+    if survey.domain is not None:
+        return DomainBlockSource(survey.domain)
     if survey.monitor is None:
         return None
     is_kvm = survey.facts.accel == "kvm"
@@ -272,13 +280,28 @@ async def _open_tap_counters(survey: VmSurvey, reason: str) -> TapSource | None:
     try:
         await counters.open()
     except OSError:
-        survey.mask(SourceKind.NETFLOW, reason)
-        return None
-    taps = " and ".join(counters.names)
+        return await _open_domain_network(survey, reason)
+    _mask_frame_contents(survey, " and ".join(counters.names))
+    return counters
+
+
+async def _open_domain_network(survey: VmSurvey, reason: str) -> DomainNetworkSource | None:
+    """Open libvirt's counters of the network cards; None and everything masked if there are none."""
+    if survey.domain is not None:
+        counters = DomainNetworkSource(survey.domain)
+        with suppress(VmError):
+            await counters.open()
+            _mask_frame_contents(survey, f"libvirt ({' and '.join(survey.domain.taps)})")
+            return counters
+    survey.mask(SourceKind.NETFLOW, reason)
+    return None
+
+
+def _mask_frame_contents(survey: VmSurvey, taps: str) -> None:
+    """Mask what the counters of taps do not show."""
     unknown = frozenset(spec.field for spec in list_raw_fields(SourceKind.NETFLOW)) - TAP_FIELDS
     survey.mask(SourceKind.NETFLOW, f"{taps} counts frames and bytes only, not what is in them", unknown)
     survey.notes.append(f"the network is seen through the counters of {taps} only")
-    return counters
 
 
 async def _accept_capture(

@@ -79,6 +79,11 @@ class RunningVm:
         return tuple(endpoint.path for endpoint in self.monitors if endpoint.path is not None)
 
     @property
+    def is_libvirt_domain(self) -> bool:
+        """Whether libvirt seems to have started the VM; only libvirt itself can confirm it."""
+        return bool(self.uuid) and self.has_foreign_qmp
+
+    @property
     def has_foreign_qmp(self) -> bool:
         """Whether a QMP socket belongs to the program that started the VM, such as libvirt."""
         return any(endpoint.kind is MonitorEndpointKind.HANDED_OVER for endpoint in self.monitors)

@@ -13,7 +13,7 @@ import resource
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from phasewatch.live.watch_loop import WatchLoop
 from phasewatch.live.watcher import WatchCallbacks, WatchEndReason
 from phasewatch.models.smoothing import SMOOTHING_NONE
 from phasewatch.telemetry.base import AsyncClock, HostClock
+from phasewatch.telemetry.libvirt import LibvirtHypervisor
 from phasewatch.telemetry.process import PROC_ROOT
 
 __all__ = ["DEFAULT_MAX_VMS", "FleetReport", "FleetRequest", "FleetWatch", "raise_file_limit"]
@@ -117,6 +118,7 @@ class FleetWatch:
         clock: Clock of the host.
         proc: Path of /proc.
         file_limit: Number of files that this process may open, which bounds the number of VMs.
+        hypervisor: The libvirt daemon that is asked about its domains; None for that of this host.
 
     Attributes:
         request, callbacks, clock, proc: As above; an error of a callback is kept back until the watch has ended.
@@ -134,6 +136,7 @@ class FleetWatch:
         clock: AsyncClock | None = None,
         proc: Path = PROC_ROOT,
         file_limit: int | None = None,
+        hypervisor: LibvirtHypervisor | None = None,
     ) -> None:
         self.request, self.proc = request, proc
         self.clock: AsyncClock = clock or HostClock()
@@ -143,6 +146,7 @@ class FleetWatch:
         self.writer = ThreadPoolExecutor(1)  # starts its thread with the first bundle
         self._on_event, self._on_status = callbacks.on_event, on_status
         self._cleanup = CleanupProcess()
+        self._hypervisor = hypervisor or LibvirtHypervisor(self.clock)
         self._scanner = VmScanner(proc)
         models = select_models(request.models, request.channels)
         self._models = tuple(replace(model, load=functools.cache(model.load)) for model in models)
@@ -169,7 +173,7 @@ class FleetWatch:
         """
         why = WatchEndReason.TIMEOUT
         check_save_folder(self.request.save)
-        with self.state, self._cleanup:
+        with self.state, self._cleanup, closing(self._hypervisor):
             tasks = [
                 asyncio.create_task(work)
                 for work in (
@@ -221,7 +225,7 @@ class FleetWatch:
             save=self.request.save,
             smoothing=self.request.smoothing,
         )
-        vm = await attach_vm(request, self._cleanup, clock=self.clock, proc=self.proc)
+        vm = await attach_vm(request, self._cleanup, clock=self.clock, proc=self.proc, hypervisor=self._hypervisor)
         if vm.predictor is not None:
             own = vm.predictor
             key = own.model, own.threat, own.seed, str(own.spec.table)

@@ -107,8 +107,8 @@ def explain_no_usable_monitor(endpoints: Sequence[MonitorEndpoint]) -> str:
     if endpoint.kind is MonitorEndpointKind.HANDED_OVER:
         where = f" ({endpoint.address})" if endpoint.address else ""
         return (
-            f"its QMP socket{where} belongs to the program that started it (libvirt); only /proc and tap counters can "
-            "be read"
+            f"its QMP socket{where} belongs to the program that started it (libvirt); without libvirt's statistics "
+            "only /proc and tap counters can be read"
         )
     if endpoint.kind is MonitorEndpointKind.CLIENT:
         return f"its QMP monitor connects to another program's socket, {endpoint.address}, and accepts no connection"

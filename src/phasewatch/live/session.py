@@ -7,7 +7,7 @@ import logging
 import signal
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ from phasewatch.live.watcher import VmWatcher, WatchCallbacks, WatchResult
 from phasewatch.models.alarm import AlarmKind
 from phasewatch.models.smoothing import SMOOTHING_NONE
 from phasewatch.telemetry.base import AsyncClock, HostClock, TelemetrySource
+from phasewatch.telemetry.libvirt import LibvirtHypervisor
 from phasewatch.telemetry.process import PROC_ROOT
 from phasewatch.types import LIVE_STRIDE_BINS
 
@@ -144,7 +145,12 @@ class AttachedVm:
 
 
 async def attach_vm(
-    request: WatchRequest, cleanup: CleanupProcess, *, clock: AsyncClock, proc: Path = PROC_ROOT
+    request: WatchRequest,
+    cleanup: CleanupProcess,
+    *,
+    clock: AsyncClock,
+    proc: Path = PROC_ROOT,
+    hypervisor: LibvirtHypervisor | None = None,
 ) -> AttachedVm:
     """Survey a VM, open its sources and choose a model; if that fails, the VM is restored.
 
@@ -152,7 +158,7 @@ async def attach_vm(
         PhasewatchError: If the VM cannot be watched, or no model fits.
         OSError: If the cleanup process cannot be started.
     """
-    survey = await survey_vm(request.machine, qmp=request.qmp, clock=clock, proc=proc)
+    survey = await survey_vm(request.machine, qmp=request.qmp, clock=clock, proc=proc, hypervisor=hypervisor)
     survey.jit = choose_jit_use(request.channels)
     if choose_sensor_use(request.channels, is_saved=request.save is not None):
         survey.enable_sensors()
@@ -161,6 +167,8 @@ async def attach_vm(
     except OSError:
         if survey.monitor is not None:
             await survey.monitor.close()
+        if survey.domain is not None:
+            await survey.domain.close()
         raise
     try:
         vm.sources = await _attach_sources(survey)
@@ -218,9 +226,10 @@ async def watch_vm(request: WatchRequest, callbacks: WatchCallbacks, *, clock: A
     request = replace(request, models=select_models(request.models, request.channels))
     check_save_folder(request.save)
     identity = identify_vms((request.machine,))[request.machine.pid]
-    with WatchState(request.state) as state, CleanupProcess() as cleanup:
+    hypervisor = LibvirtHypervisor(clock)
+    with WatchState(request.state) as state, CleanupProcess() as cleanup, closing(hypervisor):
         watched, is_clean = WatchResult(), True
-        vm = await attach_vm(request, cleanup, clock=clock)
+        vm = await attach_vm(request, cleanup, clock=clock, hypervisor=hypervisor)
         try:
             _log_setup(vm)
             supervision = asyncio.create_task(supervise_cleanup_process(cleanup))

@@ -11,9 +11,9 @@ from typing import Any
 
 import msgspec
 
-from phasewatch.channels import CHANNELS, build_channel_mask, has_extended_channels
-from phasewatch.errors import VmError
-from phasewatch.live.access import check_permission, connect_monitor
+from phasewatch.channels import CHANNELS, build_channel_mask, has_extended_channels, list_raw_fields
+from phasewatch.errors import MachineError, VmError
+from phasewatch.live.access import connect_monitor, explain_hidden_io
 from phasewatch.live.cleanup import CleanupTask
 from phasewatch.live.discover import RunningVm, find_vcpu_threads
 from phasewatch.live.ownership import (
@@ -28,6 +28,14 @@ from phasewatch.live.ownership import (
 )
 from phasewatch.telemetry.base import AsyncClock
 from phasewatch.telemetry.capture import build_filter_ids
+from phasewatch.telemetry.libvirt import (
+    LIBVIRT_BALLOON_FIELDS,
+    LIBVIRT_BLOCK_FIELDS,
+    LibvirtDomain,
+    LibvirtHypervisor,
+    parse_balloon,
+    parse_disks,
+)
 from phasewatch.telemetry.monitor_sensors import (
     build_bitmap_names,
     list_bitmaps,
@@ -58,6 +66,10 @@ __all__ = [
 VCPU_FIELDS = frozenset({"vcpu_run_ns", "vcpu_wait_ns", "vcpu_vcs", "vcpu_ics", "aux_run_ns"})
 _JIT_CHANNELS = frozenset(c.full_name for c in CHANNELS if c.source is SourceKind.QMP and JIT_FIELDS & set(c.fields))
 _BALLOON_TYPE_PREFIX = "child<virtio-balloon"
+_IO_FIELDS = frozenset(spec.field for spec in list_raw_fields(SourceKind.PROC) if spec.field.startswith("io_"))
+_QMP_FIELDS = frozenset(spec.field for spec in list_raw_fields(SourceKind.QMP))
+_MAX_REPORT_AGE_S = 3  # an older report of the balloon means that the guest is asked less than once a second
+_DOMAIN_READINGS = 3  # one reading without disks does not show that libvirt cannot read them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +108,7 @@ class VmSurvey:
     Attributes:
         facts: Facts about the VM.
         monitor: The connected QMP monitor; None if there is none.
+        domain: The VM's domain of libvirt, read in place of a monitor; None if it has a monitor or is no such domain.
         tids: The vCPU threads, one entry per vCPU; empty if unknown.
         nic: The first network card; None if unknown.
         taps: Tap devices of the VM on the host.
@@ -126,6 +139,7 @@ class VmSurvey:
     jit: JitUse = JitUse.NEVER
     has_sensors: bool = False
     process: ProcessHandle | None = None
+    domain: LibvirtDomain | None = None
 
     @property
     def is_alive(self) -> bool:
@@ -201,7 +215,14 @@ def explain_masked_channels(masked: Mapping[str, str]) -> list[str]:
     return [f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
 
-async def survey_vm(machine: RunningVm, *, qmp: Path | None, clock: AsyncClock, proc: Path = PROC_ROOT) -> VmSurvey:
+async def survey_vm(
+    machine: RunningVm,
+    *,
+    qmp: Path | None,
+    clock: AsyncClock,
+    proc: Path = PROC_ROOT,
+    hypervisor: LibvirtHypervisor | None = None,
+) -> VmSurvey:
     """Look at a running VM without changing it.
 
     Args:
@@ -209,24 +230,34 @@ async def survey_vm(machine: RunningVm, *, qmp: Path | None, clock: AsyncClock, 
         qmp: QMP socket that the user named, which must answer; None tries the VM's own sockets.
         clock: Clock for the sources that `attach` opens.
         proc: Path of /proc.
+        hypervisor: The libvirt daemon, asked about a domain of libvirt without a monitor that can be used; None asks
+            it nothing.
 
     Raises:
         MachineError: If its /proc may not be read.
         VmError: If the named socket does not answer, or belongs to another VM.
     """
-    opened: list[QmpMonitor] = []
+    opened: list[QmpMonitor | LibvirtDomain] = []
     try:
-        return await _survey_vm(machine, opened, qmp=qmp, clock=clock, proc=proc)
+        return await _survey_vm(machine, opened, qmp=qmp, clock=clock, proc=proc, hypervisor=hypervisor)
     except BaseException:  # an open connection would keep every other client from the VM's monitor
-        for monitor in opened:
-            await monitor.close()
+        for connection in opened:
+            await connection.close()
         raise
 
 
 async def _survey_vm(
-    machine: RunningVm, opened: list[QmpMonitor], *, qmp: Path | None, clock: AsyncClock, proc: Path
+    machine: RunningVm,
+    opened: list[QmpMonitor | LibvirtDomain],
+    *,
+    qmp: Path | None,
+    clock: AsyncClock,
+    proc: Path,
+    hypervisor: LibvirtHypervisor | None,
 ) -> VmSurvey:
-    check_permission(machine, proc)
+    hidden_io = explain_hidden_io(machine, proc)
+    if hidden_io and not machine.is_libvirt_domain:
+        raise MachineError(f"--pid {machine.pid}: {hidden_io}")
     monitor: QmpMonitor | None = None
     no_monitor_reason = ""
     try:
@@ -236,6 +267,15 @@ async def _survey_vm(
         if qmp is not None:
             raise
         no_monitor_reason = str(exc)
+    domain: LibvirtDomain | None = None
+    if monitor is None and hypervisor is not None and machine.is_libvirt_domain:
+        try:
+            domain = await _find_domain(machine, hypervisor)
+            opened.append(domain)
+        except VmError as exc:
+            no_monitor_reason = f"{no_monitor_reason}; {exc}"
+    if hidden_io and domain is None:
+        raise MachineError(f"--pid {machine.pid}: {hidden_io}")
     tids = find_vcpu_threads(machine.pid, proc)
     nic, balloon, interval_s = None, "", 0
     abandoned: tuple[str, ...] = ()
@@ -258,6 +298,8 @@ async def _survey_vm(
     )
     if monitor is not None:
         facts = replace(facts, **await _query_facts(monitor))
+    if domain is not None and isinstance(memory_kib := domain.stats.values.get("balloon.maximum"), int):
+        facts = replace(facts, mem_mib=max(1, memory_kib >> 10))
     interval_s = find_original_interval(
         interval_s,
         find_watch_folders(proc),
@@ -271,7 +313,7 @@ async def _survey_vm(
         monitor=monitor,
         tids=tids,
         nic=nic,
-        taps=machine.taps,
+        taps=machine.taps or (domain.taps if domain is not None else ()),
         clock=clock,
         proc=proc,
         start_ticks=machine.start_ticks,
@@ -286,15 +328,40 @@ async def _survey_vm(
             folder=str(folder or ""),
         ),
         abandoned=abandoned,
+        domain=domain,
     )
     save_watch_record(survey)
+    if hidden_io:
+        survey.mask(SourceKind.PROC, hidden_io, _IO_FIELDS)
     _mask_absent(survey, no_monitor_reason)
     return survey
 
 
+async def _find_domain(machine: RunningVm, hypervisor: LibvirtHypervisor) -> LibvirtDomain:
+    """Return the domain of a QEMU process.
+
+    Raises:
+        VmError: If libvirt does not answer, or the domain with the process's UUID has another name.
+    """
+    domain = await hypervisor.add_domain(machine.uuid)
+    try:
+        if domain.stats.name != machine.name:
+            raise VmError(f"libvirt's domain with the UUID {machine.uuid} has another name than process {machine.pid}")
+        for _ in range(_DOMAIN_READINGS - 1):
+            if parse_disks(domain.stats.values) is not None:
+                break
+            await domain.find()
+    except BaseException:
+        await domain.close()
+        raise
+    return domain
+
+
 def _mask_absent(survey: VmSurvey, no_monitor_reason: str) -> None:
     survey.mask(SourceKind.GUEST, "no agent runs in the guest")
-    if survey.monitor is None:
+    if survey.domain is not None:
+        _mask_absent_statistics(survey, survey.domain)
+    elif survey.monitor is None:
         survey.mask(SourceKind.QMP, no_monitor_reason)
         survey.notes.append(f"no QEMU monitor: {no_monitor_reason}")
         survey.notes.append("without a monitor a pause, suspension, reset or restore of the VM goes unnoticed")
@@ -303,6 +370,26 @@ def _mask_absent(survey: VmSurvey, no_monitor_reason: str) -> None:
     if not survey.tids:
         reason = "the vCPU threads are unknown (start QEMU with -name X,debug-threads=on)"
         survey.mask(SourceKind.PROC, reason, VCPU_FIELDS)
+
+
+def _mask_absent_statistics(survey: VmSurvey, domain: LibvirtDomain) -> None:
+    """Mask what libvirt's statistics of a domain do not have."""
+    survey.notes.append(
+        "disks, pauses and resets are read from libvirt, which uses the VM's QMP socket itself; a snapshot that is "
+        "restored goes unnoticed"
+    )
+    reason = "libvirt's statistics do not have it; a QMP socket of its own would give it to phasewatch"
+    survey.mask(SourceKind.QMP, reason, _QMP_FIELDS - LIBVIRT_BLOCK_FIELDS - LIBVIRT_BALLOON_FIELDS)
+    if parse_disks(domain.stats.values) is None:
+        reason = "libvirt cannot read the disks: the domain's monitor hangs, or another client uses it all the time"
+        survey.mask(SourceKind.QMP, reason, LIBVIRT_BLOCK_FIELDS)
+    report = parse_balloon(domain.stats.values)
+    if report is None or survey.clock.wall_ns() // 1_000_000_000 - report[0] > _MAX_REPORT_AGE_S:
+        reason = (
+            "the guest does not report it once a second: `virsh dommemstat NAME --period 1 --live` asks it to, if the "
+            "domain has a balloon"
+        )
+        survey.mask(SourceKind.QMP, reason, LIBVIRT_BALLOON_FIELDS)
 
 
 def save_watch_record(survey: VmSurvey) -> None:

@@ -30,6 +30,7 @@ from phasewatch.models.alarm import AlarmKind
 from phasewatch.telemetry.base import (
     N_STAMPS,
     AsyncClock,
+    LossSource,
     NoteSource,
     ReadingRow,
     RowLog,
@@ -442,7 +443,7 @@ class VmWatcher:
         """Return the number of lost readings per source and per monitor query, without zeros."""
         lost = {str(s.source): self._n_empty[s.source] + self._sampler.skipped for s in self._sources}
         for source in self._sources:
-            if isinstance(source, QmpSource):
+            if isinstance(source, LossSource):
                 lost |= {f"{source.source} {query}": count for query, count in source.lost.items()}
         return {name: count for name, count in lost.items() if count}
 
@@ -500,13 +501,17 @@ class VmWatcher:
         del self.result.states[:-_MAX_STATES]
 
     def _count_resets(self) -> int:
-        monitor = self._survey.monitor
-        return monitor.events["RESET"] if monitor is not None else 0
+        survey = self._survey
+        if survey.domain is not None:
+            return survey.domain.resets
+        return survey.monitor.events["RESET"] if survey.monitor is not None else 0
 
     async def _read_state(self) -> str:
-        """Return ``gone``, ``silent`` (the monitor does not answer) or the state of QMP ``query-status``."""
+        """Return ``gone``, ``silent`` (the monitor or libvirt does not answer) or the state of QMP ``query-status``."""
         if not self._survey.is_alive:
             return "gone"
+        if self._survey.domain is not None:
+            return self._survey.domain.state
         if self._survey.monitor is None:
             return "running"
         try:

@@ -17,6 +17,7 @@ __all__ = [
     "SAMPLE_PERIOD_NS",
     "AsyncClock",
     "HostClock",
+    "LossSource",
     "NoteSource",
     "ReadingRow",
     "ReadingValues",
@@ -103,6 +104,19 @@ class NoteSource(Protocol):
 
     def pop_notes(self) -> list[str]:
         """Return and clear the messages since the last call."""
+
+
+@runtime_checkable
+class LossSource(Protocol):
+    """A source that counts its lost readings by reason."""
+
+    @property
+    def source(self) -> SourceKind:
+        """Kind of the source, which names its raw fields."""
+
+    @property
+    def lost(self) -> dict[str, int]:
+        """Lost readings by reason, without zeros."""
 
 
 def build_missing_reading(source: SourceKind) -> ReadingValues:

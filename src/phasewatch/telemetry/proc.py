@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,8 +81,10 @@ class ProcSource:
         Raises:
             OSError: If the process does not exist or may not be read.
         """
-        for name in ("stat", "status", "io"):
+        for name in ("stat", "status"):
             self._file(name)
+        with suppress(PermissionError):  # only QEMU's user and root may read it; its fields are then None
+            self._file("io")
 
     async def close(self) -> None:
         """Close every file."""
