@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import NDArray
 
 from phasewatch.artifacts import BINS_DIR, PREDICTIONS_FILE, check_columns, open_run_parquet
@@ -19,6 +20,7 @@ from phasewatch.binning.storage import BinIndexRow, build_index_row, index_rows_
 from phasewatch.channels import CHANNELS
 from phasewatch.errors import RunError
 from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE
+from phasewatch.events.evidence import QuietReference
 from phasewatch.events.schema import EventData, PhaseEvent, TelemetryEvent
 from phasewatch.features.windows import build_label_spans, label_windows
 from phasewatch.inference.predictor import PhaseDecision, PhasePredictor
@@ -268,9 +270,15 @@ def _iter_phase_steps(recording: ReplayEpisode, vm: str) -> Iterator[ReplayStep]
     half_ns = WINDOW_BINS * BIN_NS // 2
     states = {kind: _AlarmSpan(predictions.alarms.get(kind)) for kind in AlarmKind}
     infection, activity = states[AlarmKind.INFECTION], states[AlarmKind.ACTIVITY]
+    reference, n_added = QuietReference(), 0
     for i, center in enumerate(predictions.t_center_ns.tolist()):
         end_ns = center + half_ns
+        end = min(row.n_bins, max(n_added, (end_ns - row.t0_ns) // BIN_NS))
+        for values in recording.bins[n_added:end]:
+            reference.add(values, is_quiet=not (infection.is_active or activity.is_active))
+        n_added = end
         changes = [kind for kind, state in states.items() if state.step(i, end_ns)]
+        is_raised = any(states[kind].is_active for kind in changes)
         yield ReplayStep(
             at_s=(center + DECISION_DELAY_NS - row.t0_ns) / 1e9,
             data=PhaseEvent(
@@ -293,6 +301,7 @@ def _iter_phase_steps(recording: ReplayEpisode, vm: str) -> Iterator[ReplayStep]
                 table=selection.table,
                 filter=predictions.filter,
                 caveat=_render_caveat(predictions),
+                evidence=(reference.explain() if is_raised else ()) or UNSET,
             ),
         )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar
 
 import msgspec
@@ -22,6 +23,7 @@ __all__ = [
     "MAX_NAME_CHARS",
     "MAX_RAW_NAME_CHARS",
     "SAFE_NAME_PATTERN",
+    "AlarmEvidence",
     "ConfusionEvent",
     "EventData",
     "EventEnvelope",
@@ -75,6 +77,11 @@ def make_safe_name(text: str) -> str:
     return f"{_UNSAFE_CHARS_PATTERN.sub('_', text)[: MAX_NAME_CHARS - 7] or 'unnamed'}-{mark}"
 
 
+@lru_cache(maxsize=16)  # the channels of a machine are the same in each of its events
+def _make_safe_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(make_safe_name(name) for name in names)
+
+
 class EventRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base class of the event records; replaces unsafe names."""
 
@@ -84,7 +91,7 @@ class EventRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         for field in self._name_fields:
             value: str | tuple[str, ...] | None = getattr(self, field)
             if value is not None:
-                safe = make_safe_name(value) if isinstance(value, str) else tuple(make_safe_name(v) for v in value)
+                safe = make_safe_name(value) if isinstance(value, str) else _make_safe_names(value)
                 force_setattr(self, field, safe)
 
 
@@ -131,6 +138,24 @@ class TelemetryEvent(EventRecord, frozen=True, kw_only=True):
             _require(len(row) == len(self.channels), f"a bin with {len(row)} values for {len(self.channels)} channels")
 
 
+class AlarmEvidence(EventRecord, frozen=True, kw_only=True):
+    """A channel that moved far from its usual value when an alarm was raised.
+
+    Attributes:
+        channel: Full name of the channel.
+        value: Its mean over the window of the alarm, in its unit.
+        usual: Its median in the VM's quiet windows before, or in the VM's baseline.
+        z: Deviation of `value` from `usual` in robust standard deviations.
+    """
+
+    _name_fields = ("channel",)
+
+    channel: SafeName
+    value: float
+    usual: float
+    z: float
+
+
 class PhaseEvent(EventRecord, frozen=True, kw_only=True):
     """Prediction of a model for one window of one VM.
 
@@ -153,6 +178,7 @@ class PhaseEvent(EventRecord, frozen=True, kw_only=True):
         model, threat, table, filter: Model, channel set, input and filter, as in the predictions of a run.
         latency_ms: Milliseconds from the end of the window to this event; None in a replay.
         caveat: Warning for the viewer, such as an accelerator that is not in the training data.
+        evidence: Channels that moved most, at most five; only with a raised alarm, else absent from the line.
     """
 
     _name_fields = ("vm", "host", "decision", "truth", "alarm_changes", "model", "threat", "table", "filter")
@@ -177,6 +203,7 @@ class PhaseEvent(EventRecord, frozen=True, kw_only=True):
     filter: SafeName = "none"
     latency_ms: NonNegativeFloat | None = None
     caveat: FreeText | None = None
+    evidence: Annotated[tuple[AlarmEvidence, ...], _Meta(max_length=5)] | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         """Raise ValueError for an unknown phase or a window that ends before it starts."""

@@ -7,8 +7,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from msgspec import UNSET
+
 from phasewatch.channels import CHANNEL_NAMES
-from phasewatch.events.schema import EventEnvelope, PerfEvent, PhaseEvent, TelemetryEvent
+from phasewatch.events.schema import AlarmEvidence, EventEnvelope, PerfEvent, PhaseEvent, TelemetryEvent
 from phasewatch.inference.predictor import PhaseDecision, PhasePredictor
 from phasewatch.live.tracker import TrackerStep
 from phasewatch.models.alarm import AlarmKind
@@ -72,6 +74,7 @@ class EventBuilder:
         now_ns: int,
         changes: Sequence[AlarmKind] = (),
         caveats: Sequence[str] = (),
+        evidence: tuple[AlarmEvidence, ...] = (),
     ) -> EventEnvelope:
         """Build the event of a decision.
 
@@ -81,6 +84,7 @@ class EventBuilder:
             now_ns: Wall time.
             changes: Alarms that were raised or ended with it, from `find_alarm_changes`.
             caveats: What limits the quality of this window's readings, in words.
+            evidence: Channels that moved most, if an alarm was raised.
         """
         caveats = [*([self.caveat] if self.caveat else []), *caveats]
         if decision.known < _MIN_KNOWN_SHARE:
@@ -108,6 +112,7 @@ class EventBuilder:
             filter="phase" if predictor.filter else "none",
             latency_ms=max(0.0, (now_ns - decision.t_end_ns) / 1e6),
             caveat="; ".join(caveats) or None,
+            evidence=evidence or UNSET,
         )
         return self._build_event(data, now_ns)
 
