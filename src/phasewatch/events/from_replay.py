@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from phasewatch.artifacts import BINS_DIR, PREDICTIONS_FILE, check_columns, open_run_parquet
 from phasewatch.binning.storage import BinIndexRow, build_index_row, index_rows_by_id, open_bins
-from phasewatch.channels import CHANNELS
-from phasewatch.errors import RunError
+from phasewatch.channels import CHANNELS, build_channel_mask
+from phasewatch.errors import RunError, UsageError
 from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE
 from phasewatch.events.evidence import QuietReference
 from phasewatch.events.schema import EventData, PhaseEvent, TelemetryEvent
@@ -270,7 +270,7 @@ def _iter_phase_steps(recording: ReplayEpisode, vm: str) -> Iterator[ReplayStep]
     half_ns = WINDOW_BINS * BIN_NS // 2
     states = {kind: _AlarmSpan(predictions.alarms.get(kind)) for kind in AlarmKind}
     infection, activity = states[AlarmKind.INFECTION], states[AlarmKind.ACTIVITY]
-    reference, n_added = QuietReference(), 0
+    reference, n_added = QuietReference(_list_set_channels(selection.threat)), 0
     for i, center in enumerate(predictions.t_center_ns.tolist()):
         end_ns = center + half_ns
         end = min(row.n_bins, max(n_added, (end_ns - row.t0_ns) // BIN_NS))
@@ -304,6 +304,15 @@ def _iter_phase_steps(recording: ReplayEpisode, vm: str) -> Iterator[ReplayStep]
                 evidence=(reference.explain() if is_raised else ()) or UNSET,
             ),
         )
+
+
+def _list_set_channels(name: str) -> tuple[str, ...]:
+    """Return the channels of a channel set; none if it is not one of phasewatch, so that all may be evidence."""
+    try:
+        mask = build_channel_mask(name)
+    except UsageError:
+        return ()
+    return tuple(c.full_name for c, is_in in zip(CHANNELS, mask, strict=True) if is_in)
 
 
 class _AlarmSpan:

@@ -148,8 +148,9 @@ function head(now) {
   if (machine === null) return;
   const state = attention(machine, now), seen = machine.phase;
   text(byId("h-machine"), machine.vm);
-  const alarm = [machine.alarms.get("infection"), machine.alarms.get("activity")].filter(Boolean)
-    .sort((a, b) => (a.resolved_ms === null ? 0 : 1) - (b.resolved_ms === null ? 0 : 1) || b.raised_ms - a.raised_ms)[0] ?? null;
+  // A raised infection alarm first, then a raised activity alarm, then the newest that has ended.
+  const known = [machine.alarms.get("infection"), machine.alarms.get("activity")].filter(Boolean);
+  const alarm = known.find((a) => a.resolved_ms === null) ?? known.sort((a, b) => b.raised_ms - a.raised_ms)[0] ?? null;
   const facts = [machine.host && machine.host !== machine.vm ? machine.host : "", isReplay(machine) ? `replay of a ${machine.origin ?? ""} episode`.replace("  ", " ") : "",
     seen ? `${GLYPHS[seen.decision] ?? ""} ${seen.decision}, p(infecting) ${score(seen.p[2])}` : "no prediction yet",
     isStale(machine, now) || lost ? `nothing since ${clock(heardAt(machine))}` : ""].filter(Boolean).join(" · ");
