@@ -81,6 +81,7 @@ IMPURE = {
     "dashboard.app",
     "dashboard.auth",
     "dashboard.hub",
+    "dashboard.intake",
     "dashboard.server",
     "diagnostics",
     "events.demo",

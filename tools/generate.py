@@ -218,7 +218,8 @@ def events_page() -> str:
         assert isinstance(shape, kinds.StructType)
         rows = []
         for field in shape.fields:
-            default = "" if field.required else code(render_json(field.default))
+            is_optional = not field.required and field.default is msgspec.NODEFAULT
+            default = "" if field.required else "absent" if is_optional else code(render_json(field.default))
             rows.append([code(field.name), describe_type(field.type), default, descriptions.get(field.name, "")])
             inner = [(cls.__name__, cls) for cls in find_records(field.type)]
             waiting += [found for found in inner if found not in waiting]

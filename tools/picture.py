@@ -22,6 +22,7 @@ FLAGS = [
     "--disable-sync",
 ]
 PLAYED_MS = 17_000  # replay time before the picture
+MAX_WAIT_S = 120  # for an alarm
 
 
 def start(run: str, folder: str) -> tuple[subprocess.Popen[str], str]:
@@ -37,17 +38,23 @@ def start(run: str, folder: str) -> tuple[subprocess.Popen[str], str]:
 
 
 def photograph(address: str, out: Path, width: int, scheme: str) -> None:
-    """Open the page, wait until all six panels are live, and save a picture."""
+    """Open the page, wait until an alarm with its evidence is shown, and save a picture."""
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         page = browser.new_page(viewport={"width": width, "height": 2100}, color_scheme=scheme)  # type: ignore[arg-type]
         page.goto(address)
         page.wait_for_selector('.scene[data-type="perf"][data-state="live"]', timeout=60_000)
         page.wait_for_timeout(PLAYED_MS)
-        awaiting = page.locator('.scene:not([data-state="live"])').count()
+        for _ in range(MAX_WAIT_S):
+            page.keyboard.press("a")  # the machine with the oldest open alarm
+            if page.locator("#evidence tr, .machine[data-state=infection][aria-selected=true]").count() >= 3:
+                break
+            page.wait_for_timeout(1000)
+        page.wait_for_timeout(2000)  # the history of the machine is asked and drawn
+        awaiting = page.locator('#view-machines .scene[data-type]:not([data-state="live"])').count()
         if awaiting:
             raise SystemExit(f"{awaiting} panels are not live")
-        bottom = page.evaluate("document.querySelector('.scenes').getBoundingClientRect().bottom + 16")
+        bottom = page.evaluate("document.querySelector('.detail').getBoundingClientRect().bottom + 16")
         page.screenshot(path=out, full_page=True, clip={"x": 0, "y": 0, "width": width, "height": bottom})
         browser.close()
 
@@ -58,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         process, address = start(run, folder)
         try:
-            photograph(address, Path(out), int(more[0]) if more else 1280, more[1] if len(more) > 1 else "light")
+            photograph(address, Path(out), int(more[0]) if more else 1440, more[1] if len(more) > 1 else "light")
         finally:
             process.terminate()
             process.wait(timeout=60)

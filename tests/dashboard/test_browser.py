@@ -32,6 +32,7 @@ from phasewatch.events.schema import (
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 KINDS = ("telemetry", "phase", "score", "confusion", "perf", "profile")
 NOW_NS = 1_795_510_800_000_000_000
+FIGURES = "document.querySelectorAll('.plot .main-svg').length"
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,7 @@ class OpenedDashboard:
         self.page.on("dialog", lambda dialog: (self.messages.append("dialog"), dialog.dismiss()))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(address, timeout=120_000)
+        self.wait("document.querySelector('#link').dataset.state === 'live'", 120)  # later events are new
 
     def wait(self, expression: str, timeout_s: float = 30) -> None:
         """Wait until an expression is true; playwright's own wait needs `eval`, which the page forbids."""
@@ -87,8 +89,15 @@ class OpenedDashboard:
         """Return the codes why the overall status is not all-clear."""
         return set((self.page.get_attribute("#alarms", "data-reasons") or "").split())
 
-    def drawn(self) -> int:
-        return int(self.page.locator(".plot .main-svg:first-child").count())
+    def show(self, view: str) -> None:
+        self.page.click(f"#tab-{view}")
+
+    def names(self) -> list[str]:
+        """Return the names in the list of machines, from the top."""
+        rows = (
+            "rows => rows.sort((a, b) => a.ariaPosInSet - b.ariaPosInSet).map(r => r.querySelector('.vm').textContent)"
+        )
+        return list(self.page.locator(".machine").evaluate_all(rows))
 
 
 def telemetry(vm: str = "web-1", start: int = 0, bins: int = 20, **more: Any) -> TelemetryEvent:
@@ -121,12 +130,14 @@ def test_scenes_become_live_without_console_messages_or_foreign_requests(browser
     opened = OpenedDashboard(browser, running.start)
 
     opened.wait_states("awaiting")
-    for kind in KINDS:
+    for kind in ("telemetry", "phase", "perf"):
         assert opened.page.locator(f".scene[data-type={kind}] .empty").is_visible()
     assert "token" not in opened.page.url
     running.send(*everything())
     opened.wait_states("live")
-    opened.wait("document.querySelectorAll('.plot .main-svg').length >= 14")
+    opened.wait(f"{FIGURES} >= 8")
+    opened.show("scores")
+    opened.wait(f"{FIGURES} >= 14")
 
     assert opened.messages == []
     assert {url.split("/")[2] for url in opened.requests} == {f"127.0.0.1:{running.port}"}
@@ -147,17 +158,21 @@ def test_scenes_become_live_without_console_messages_or_foreign_requests(browser
 def test_page_fits_any_width(browser: Any, running: Running, width: int, min_target_px: int) -> None:
     running.send(*everything())
     opened = OpenedDashboard(browser, running.start, width)
-    opened.wait_states("stale")  # events from before the page was opened have their own age
-    opened.wait("document.querySelectorAll('.plot .main-svg').length >= 14")
+    opened.wait("document.querySelectorAll('.scene[data-state=stale]').length >= 5")  # they have their own age
+    opened.wait(f"{FIGURES} >= 8")
 
-    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
     sides = "e => e.map(x => x.getBoundingClientRect()).map(r => Math.min(r.width, r.height))"
-    assert min(opened.page.locator(".tools button, .machine, select").evaluate_all(sides)) >= min_target_px
+    targets = ".tools button, .machine, #channel, #filter, .spans button, [role=tab]:not([hidden])"
+    assert min(opened.page.locator(targets).evaluate_all(sides)) >= min_target_px
+    for view in ("alarms", "scores", "machines"):
+        opened.show(view)
+        opened.page.wait_for_timeout(300)
+        assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
     assert opened.messages == []
 
 
 @pytest.mark.parametrize("width", [1280, 768, 380])
-def test_text_of_cards_and_leaderboard_is_not_clipped(browser: Any, running: Running, width: int) -> None:
+def test_text_of_the_leaderboard_is_not_clipped(browser: Any, running: Running, width: int) -> None:
     headline = (
         "macro-F1 of phase, unseen host, realistic, transformer: 0.47 [0.41, 0.53]; 3 states 0.65 [0.59, 0.72]; "
         "elapsed time alone 0.20 (47 episodes, 6 hosts, 6 of 6 profiles tested, 1 seed)"
@@ -168,11 +183,12 @@ def test_text_of_cards_and_leaderboard_is_not_clipped(browser: Any, running: Run
     running.send(*(telemetry(vm=f"vm-{i}", origin="recorded") for i in range(4)))
     running.send(*(phase(vm=f"vm-{i}", **alarmed) for i in range(4)), score)
     opened = OpenedDashboard(browser, running.start, width)
+    opened.wait("document.querySelectorAll('.machine[data-state=infection]').length === 4")
+    opened.wait("document.querySelectorAll('#history tbody tr').length === 0")
+    opened.show("scores")
     opened.wait("document.querySelectorAll('#notes-score li').length >= 2")
-    opened.wait("document.querySelectorAll('.machine .pill:not(.lesser)').length === 4")
 
     cut = "e => e.some(x => x.scrollWidth > x.clientWidth + 1 || x.scrollHeight > x.clientHeight + 1)"
-    assert not opened.page.locator(".machine .sub").evaluate_all(cut)
     assert not opened.page.locator("#notes-score").evaluate_all(cut)
 
 
@@ -191,6 +207,8 @@ def test_gap_is_visible_and_phases_and_reasons_are_labelled(browser: Any, runnin
 
     assert opened.page.locator("#plot-line .js-fill").count() == 0
     assert opened.page.locator("#plot-phase .annotation-text").all_text_contents() == ["● active", "○ clean"]
+    opened.show("scores")
+    opened.wait("document.querySelectorAll('#notes-score li').length")
     assert opened.text("#notes-score").endswith("a · oracle, b · oracle: 5 episodes, too few")
     assert opened.messages == []
 
@@ -221,13 +239,15 @@ def test_strings_from_events_are_text_and_run_no_script(browser: Any, running: R
     opened = OpenedDashboard(browser, running.start)
     running.send(*hostile)
     opened.wait_states("live")
-    opened.wait("document.querySelectorAll('.plot .main-svg').length >= 14")
+    opened.wait(f"{FIGURES} >= 8")
+    assert HOSTILE in opened.text("#facts-phase")
+    assert "<" not in opened.text("#machines")
+    opened.show("scores")
+    opened.wait(f"{FIGURES} >= 14")
 
     assert opened.messages == []
     assert opened.page.locator("img").count() == 1  # the icon of the page
     assert HOSTILE in opened.text("#notes-score")
-    assert HOSTILE in opened.text("#facts-phase")
-    assert "<" not in opened.text("#machines")
 
 
 def test_unsafe_names_from_outside_producers_are_replaced(browser: Any, running: Running) -> None:
@@ -236,6 +256,8 @@ def test_unsafe_names_from_outside_producers_are_replaced(browser: Any, running:
     opened = OpenedDashboard(browser, running.start)
 
     assert running.post(json.dumps(line).encode()).status_code == 202
+    opened.wait("!document.querySelector('#tab-scores').hidden")
+    opened.show("scores")
     opened.wait("document.querySelector('#plot-confusion .main-svg')")
 
     assert opened.page.locator("#plot-confusion a, #plot-confusion b").count() == 0
@@ -315,6 +337,7 @@ def test_lost_connection_shows_a_banner_and_a_restart_shows_a_gap(browser: Any, 
     with dashboard(tmp_path, port=first.port) as second:
         opened.wait("document.querySelector('#banner').dataset.kind === 'gap'")
         assert "Gap: the dashboard was restarted" in opened.text("#banner")
+        opened.wait("document.querySelectorAll('.machine').length === 0")  # the state was read again
         second.send(*everything())
         opened.wait_states("live")
         opened.page.click("#banner button")
@@ -325,6 +348,7 @@ def test_lost_connection_shows_a_banner_and_a_restart_shows_a_gap(browser: Any, 
 def test_alarm_of_another_machine_is_always_visible(browser: Any, running: Running) -> None:
     opened = OpenedDashboard(browser, running.start)
     running.send(telemetry("web-1"), phase("web-1", alarm=False, threshold=0.5))
+    opened.wait("document.querySelector('[data-type=phase] .of').textContent === 'web-1'")
     running.send(telemetry("db-1"), phase("db-1", decision="active", alarm=True, alarm_since_ns=NOW_NS, threshold=0.5))
     opened.wait("document.querySelectorAll('.machine').length === 2")
     opened.wait("document.querySelector('#alarms').dataset.state === 'alarm'")
@@ -333,10 +357,11 @@ def test_alarm_of_another_machine_is_always_visible(browser: Any, running: Runni
     assert opened.text("[data-type=phase] .of") == "web-1"
     opened.page.keyboard.press("a")
     opened.wait("document.querySelector('[data-type=phase] .of').textContent === 'db-1'")
-    opened.page.keyboard.press("1")
+    opened.page.keyboard.press("2")
     opened.wait("document.querySelector('[data-type=phase] .of').textContent === 'web-1'")
-    opened.page.keyboard.press("j")
+    opened.page.keyboard.press("k")
     opened.wait("document.querySelector('[data-type=phase] .of').textContent === 'db-1'")
+    assert opened.names() == ["db-1", "web-1"]  # what needs attention comes first
     assert opened.page.title().startswith("▲")
 
 
@@ -393,7 +418,7 @@ def test_figures_are_updated_in_place(browser: Any, running: Running) -> None:
     opened = OpenedDashboard(browser, running.start)
     running.send(*everything())
     opened.wait_states("live")
-    opened.wait("document.querySelectorAll('.plot .main-svg').length >= 14")
+    opened.wait(f"{FIGURES} >= 8")
     opened.page.evaluate(
         "window.lost = 0; window.moved = 0; const tall = document.body.scrollHeight;"
         "for (const p of document.querySelectorAll('.plot')) new MutationObserver((all) => { for (const m of all)"

@@ -214,3 +214,33 @@ def test_viewer_counts_from_join_and_not_from_its_first_read() -> None:
     hub.join(None)
     with pytest.raises(BusyError):
         hub.join(None)
+
+
+def test_state_has_the_newest_event_of_every_scene_and_messages_of_the_dashboard() -> None:
+    hub = hub_of()
+    for i in range(3):
+        hub.publish(event(telemetry("a", i)))
+    hub.publish_note("seen", {"vm": "a"}, scene=("a",))
+    hub.publish_note("seen", {"vm": "a", "again": True}, scene=("a",))
+    hub.publish_note("alarm", {"id": 1})  # without a scene: only for those that follow the stream
+
+    newest_id, lines = hub.snapshot()
+
+    assert newest_id == "aa.6"
+    assert [kind for kind, _ in lines] == ["telemetry", "seen"]
+    assert json.loads(lines[0][1])["data"]["t0_ns"] == 2
+    assert json.loads(lines[1][1]) == {"t_wall_ns": 7, "vm": "a", "again": True}
+
+
+def test_scenes_are_bounded_in_bytes_and_can_be_forgotten() -> None:
+    hub = hub_of(HubLimits(retained_bytes=1000))
+    for i in range(50):
+        hub.publish_note("seen", {"vm": f"vm-{i}"}, scene=(f"vm-{i}",))
+
+    before = [json.loads(line)["vm"] for _, line in hub.snapshot()[1]]
+    hub.forget([("seen", "vm-49"), ("seen", "never")])
+    after = [json.loads(line)["vm"] for _, line in hub.snapshot()[1]]
+
+    assert 2 < len(before) < 20
+    assert before[-1] == "vm-49"
+    assert after == before[:-1]

@@ -17,7 +17,7 @@ from tests.factories.dashboards import Frame, Running, dashboard, frames
 from tests.formats.test_golden_events import GOLDEN
 
 from phasewatch.dashboard.auth import CONTENT_SECURITY_POLICY
-from phasewatch.events.schema import MAX_EVENT_BYTES, TelemetryEvent
+from phasewatch.events.schema import MAX_EVENT_BYTES, EventEnvelope, PerfEvent, PhaseEvent, render_event
 
 LINE = GOLDEN["perf"][1].encode()
 
@@ -43,7 +43,9 @@ def test_start_address_sets_a_cookie_and_redirects_without_the_token(running: Ru
     assert running.token not in cookie
 
 
-@pytest.mark.parametrize("path", ["", "events", "static/page.js", "plotly.min.js", "about.json"])
+@pytest.mark.parametrize(
+    "path", ["", "events", "static/page.js", "plotly.min.js", "about.json", "state.json", "history.json"]
+)
 def test_requests_without_the_cookie_are_refused(running: Running, path: str) -> None:
     assert httpx.get(running.address + path, trust_env=False).status_code == 401
 
@@ -118,6 +120,83 @@ def test_events_beyond_the_rate_limit_get_retry_after(tmp_path: Path) -> None:
     assert [a.status_code for a in answers[:2]] == [202, 202]
     assert late
     assert int(late[0].headers["retry-after"]) >= 1
+
+
+def phase(vm: str, *, at_s: int, alarm: bool) -> PhaseEvent:
+    return PhaseEvent(
+        vm=vm,
+        t_start_ns=at_s * 10**9,
+        t_end_ns=(at_s + 10) * 10**9,
+        p=(0.1, 0.0, 0.9, 0.0, 0.0),
+        decision="infecting",
+        alarm=alarm,
+        alarm_since_ns=10**10 if alarm else None,
+        threshold=0.5,
+        model="gbt",
+        threat="realistic",
+    )
+
+
+def read_alarms(running: Running) -> list[dict[str, object]]:
+    return list(look(running, "state.json").json()["alarms"])
+
+
+def change_alarm(running: Running, token: str | None = None, **fields: object) -> httpx.Response:
+    given = running.token if token is None else token
+    headers = {"Authorization": f"Bearer {given}"} if given else {}
+    cookies = running.cookies()
+    return httpx.post(running.address + "alarms", json=fields, headers=headers, cookies=cookies, trust_env=False)
+
+
+def test_state_has_the_newest_event_of_each_machine_and_its_history(running: Running) -> None:
+    for at_s in range(3):
+        running.send(phase("many", at_s=at_s, alarm=False))
+
+    state = look(running, "state.json").json()
+    history = look(running, "history.json?run=demo&vm=many&host=&span=60&after=0").json()
+
+    newest = [
+        e["event"]["data"] for e in state["events"] if e["kind"] == "phase" and e["event"]["data"]["vm"] == "many"
+    ]
+    assert [event["t_start_ns"] for event in newest] == [2 * 10**9]
+    assert [row[0] for row in history["windows"]] == [5000, 6000, 7000]
+
+
+@pytest.mark.parametrize(
+    "query", ["", "run=demo&vm=nobody&span=60", "run=demo&vm=many&span=61", "run=x&vm=y&span=" + "9" * 400]
+)
+def test_history_of_an_unknown_machine_or_span_is_null(running: Running, query: str) -> None:
+    assert look(running, f"history.json?{query}").json() is None
+
+
+def test_alarm_is_acknowledged_with_the_token_and_never_with_the_cookie_alone(tmp_path: Path) -> None:
+    with dashboard(tmp_path) as running:
+        running.post(render_event(EventEnvelope(id="1", t_wall_ns=1, run="live", data=phase("a", at_s=0, alarm=True))))
+        (alarm,) = read_alarms(running)
+
+        assert change_alarm(running, token="", id=alarm["id"]).status_code == 401
+        assert change_alarm(running, token="wrong", id=alarm["id"]).status_code == 401
+        assert read_alarms(running)[0]["acknowledged_ms"] is None
+        assert change_alarm(running, id=alarm["id"], by="ada", note="<b>known</b>").status_code == 200
+        assert change_alarm(running, id=alarm["id"], silence_minutes=60, note="patch night").status_code == 200
+        (alarm,) = read_alarms(running)
+        assert (alarm["acknowledged_by"], alarm["note"]) == ("ada", "<b>known</b>")
+        assert alarm["silence_reason"] == "patch night"
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        pytest.param({"id": "nothing"}, 409, id="no such alarm"),
+        pytest.param({"id": ""}, 400, id="empty id"),
+        pytest.param({"id": "x", "silence_minutes": 10**9}, 400, id="silence for ever"),
+        pytest.param({"id": "x", "note": "n" * 601}, 400, id="long note"),
+        pytest.param({"id": "x", "unknown": 1}, 400, id="unknown field"),
+        pytest.param({"id": "x", "note": "n" * 20_000}, 400, id="huge body"),
+    ],
+)
+def test_malformed_change_of_an_alarm_is_refused(running: Running, fields: dict[str, object], status: int) -> None:
+    assert change_alarm(running, **fields).status_code == status
 
 
 def test_port_in_use_is_a_one_line_error(running: Running, tmp_path: Path) -> None:
@@ -215,7 +294,7 @@ import asyncio, sys
 from phasewatch.dashboard import server
 from phasewatch.dashboard.auth import AccessControl
 
-async def producer(hub):
+async def producer(intake):
     print("started", flush=True)
     try:
         await asyncio.sleep(600)
@@ -224,7 +303,7 @@ async def producer(hub):
         print("stopped", flush=True)
 
 server.serve_dashboard(
-    server.bind_socket(0), server.make_hub(), AccessControl(token="t" * 20), title="t", producers=(producer,)
+    server.bind_socket(0), server.make_intake(), AccessControl(token="t" * 20), title="t", producers=(producer,)
 )
 """
 
@@ -293,9 +372,18 @@ def stalled(running: Running) -> socket.socket:
 
 def load(folder: Path, *, viewers: int, stalls: int, events: int, burst: int, pause_s: float) -> int:
     """Run reading and stalled viewers, check that readers lose nothing, and return the growth of memory in bytes."""
-    names = tuple(f"proc.channel_{i}" for i in range(46))
-    row = tuple(1 / (i + 3) for i in range(46))
-    data = TelemetryEvent(vm="a", origin="live", t0_ns=0, bin_s=0.5, channels=names, values=(row,) * 4, flags=(0,) * 4)
+    edges = tuple(range(1, 64))
+    data = PerfEvent(
+        process="a",
+        measured_s=1.0,
+        windows=1,
+        windows_per_s=1.0,
+        latency_edges_ms=edges,
+        latency_counts=tuple(2**60 + i for i in range(64)),
+        rss_bytes=1,
+        cpu_cores=0.5,
+        about="x" * 600,
+    )  # about 2.5 kB
     with dashboard(folder, "--no-produce", "--no-auth") as running:
         running.send(data)
         before = running.rss_bytes()

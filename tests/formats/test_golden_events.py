@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from msgspec import structs
 
 from phasewatch.events.schema import (
+    AlarmEvidence,
     ConfusionEvent,
     EventData,
     EventEnvelope,
@@ -147,3 +149,17 @@ def test_event_is_rendered_to_and_parsed_from_its_golden_line(kind: str) -> None
     assert event.type == kind
     assert render_event(event).decode() == line
     assert parse_event(line.encode()) == event
+
+
+def test_evidence_of_a_raised_alarm_is_the_last_field_of_its_event() -> None:
+    data, line = GOLDEN["phase"]
+    assert isinstance(data, PhaseEvent)
+    evidence = (AlarmEvidence(channel="proc.cpu_user", value=0.75, usual=0.25, z=12.5),)
+    event = EventEnvelope(id="e-1", t_wall_ns=STAMP, run="demo", data=structs.replace(data, evidence=evidence))
+
+    rendered = render_event(event).decode()
+
+    assert rendered == (
+        f'{line[:-2]},"evidence":[{{"channel":"proc.cpu_user","value":0.75,"usual":0.25,"z":12.5}}]}}}}'
+    )
+    assert parse_event(rendered.encode()) == event

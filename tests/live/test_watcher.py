@@ -118,6 +118,8 @@ def test_decisions_are_reported_on_time_and_an_alarm_changes_twice(world: World)
     raised = world.alarm_changes[0].data
     assert isinstance(raised, PhaseEvent)
     assert raised.alarm_since_ns == raised.t_end_ns
+    assert raised.evidence
+    assert [e for e in seen if e.evidence] == [raised]
     assert raised.filter == "phase"  # the alarms do not wait for it
     assert {s.decision for s in seen} >= {"clean", "active"}
 

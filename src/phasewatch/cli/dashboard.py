@@ -36,7 +36,7 @@ from phasewatch.events.schema import EventData
 from phasewatch.live.discover import find_running_vm
 
 if TYPE_CHECKING:
-    from phasewatch.dashboard.server import EventProducer
+    from phasewatch.dashboard.intake import EventProducer
 
     _SendEvent = Callable[[EventData], Awaitable[None]]
 
@@ -153,8 +153,8 @@ def _serve(
     from phasewatch.dashboard.app import build_app
 
     token = ensure_token(token_file or find_token_path())
-    hub, access = server.make_hub(), AccessControl(token=token, is_open=no_auth)
-    build_app(hub, access, title=title)  # its errors are reported before the address is printed
+    intake, access = server.make_intake(), AccessControl(token=token, is_open=no_auth)
+    build_app(intake, access, title=title)  # its errors are reported before the address is printed
     sock = server.bind_socket(port)
     address = f"http://{server.DASHBOARD_ADDRESS}:{sock.getsockname()[1]}/"
     start = address if no_auth else f"{address}?token={token}"
@@ -162,7 +162,7 @@ def _serve(
     common.print_result(result, as_json=as_json, lines=["Open this address in a browser; Ctrl-C ends it.", start])
     server.serve_dashboard(
         sock,
-        hub,
+        intake,
         access,
         title=title,
         producers=producers,

@@ -9,6 +9,7 @@ from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 
+import msgspec
 from sse_starlette.sse import EventSourceResponse
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,8 +20,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from phasewatch.channels import CHANNELS
 from phasewatch.dashboard.auth import SECURITY_HEADERS, AccessControl, AccessRequest
+from phasewatch.dashboard.history import MachineKey
 from phasewatch.dashboard.hub import EventHub, HubViewer
-from phasewatch.errors import BusyError, EventError, MissingToolError
+from phasewatch.dashboard.intake import AlarmChangeRequest, EventIntake
+from phasewatch.errors import BusyError, EventError, MissingToolError, PhasewatchError
 from phasewatch.events.schema import EventEnvelope, parse_event
 from phasewatch.http_server.connections import set_connection_owner
 from phasewatch.types import PHASES
@@ -28,17 +31,18 @@ from phasewatch.types import PHASES
 __all__ = ["AuthMiddleware", "build_app", "find_plotly_script"]
 
 _MAX_BODY_BYTES = 1024 * 1024
+_MAX_CHANGE_BYTES = 8 * 1024  # of an acknowledgement or a silence
 _BODY_TIMEOUT_S = 20.0
 _VIEWER_OWNER = "viewer"  # owner of the connections with a valid cookie or token, for the connection limits
 _VIEWER_SEND_TIMEOUT_S = 30.0  # a viewer that reads nothing for this long is disconnected
 _MEDIA_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 
 
-def build_app(hub: EventHub, access: AccessControl, *, title: str) -> AuthMiddleware:
+def build_app(intake: EventIntake, access: AccessControl, *, title: str) -> AuthMiddleware:
     """Build the ASGI application of the dashboard.
 
     Args:
-        hub: Receives and distributes the events.
+        intake: Receives the events, and distributes them by its hub.
         access: Access rules.
         title: Title of the page, such as the name of a run.
 
@@ -49,6 +53,7 @@ def build_app(hub: EventHub, access: AccessControl, *, title: str) -> AuthMiddle
     if script is None:
         raise MissingToolError("Plotly's script is not in the installed package: pip install 'phasewatch[serve]'")
     about = json.dumps(_build_about(title)).encode()
+    hub = intake.hub
 
     async def page(request: Request) -> Response:
         return _build_static_response("page.html")
@@ -65,6 +70,31 @@ def build_app(hub: EventHub, access: AccessControl, *, title: str) -> AuthMiddle
     async def health(request: Request) -> Response:
         return JSONResponse({"events": hub.number, "viewers": hub.viewers})
 
+    async def state_json(request: Request) -> Response:
+        return _build_json_response(intake.render_state())
+
+    async def history_json(request: Request) -> Response:
+        query = request.query_params
+        key = MachineKey(run=query.get("run", ""), vm=query.get("vm", ""), host=query.get("host", ""))
+        span_s, after_ms = _parse_number(query.get("span", "600")), _parse_number(query.get("after", "0"))
+        found = intake.history.read(key, span_s=span_s, after_ns=after_ms * 1_000_000)
+        return _build_json_response(msgspec.json.encode(found))  # null for an unknown machine, such as after a restart
+
+    async def change_alarm(request: Request) -> Response:
+        try:
+            async with asyncio.timeout(_BODY_TIMEOUT_S):
+                body = await _read_body(request, _MAX_CHANGE_BYTES)
+            change = msgspec.json.decode(body or b"", type=AlarmChangeRequest)
+        except (TimeoutError, ClientDisconnect):
+            return _build_error_response(408, f"the body did not arrive within {_BODY_TIMEOUT_S:.0f} s")
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            return _build_error_response(400, f"alarm: {exc}")
+        try:
+            await intake.change_alarm(change)
+        except PhasewatchError as exc:
+            return _build_error_response(409, str(exc))
+        return JSONResponse({"changed": change.id})
+
     async def stream_events(request: Request) -> Response:
         try:
             viewer = hub.join(request.headers.get("last-event-id") or request.query_params.get("after"))
@@ -78,7 +108,7 @@ def build_app(hub: EventHub, access: AccessControl, *, title: str) -> AuthMiddle
     async def receive_events(request: Request) -> Response:
         try:
             async with asyncio.timeout(_BODY_TIMEOUT_S):
-                body = await _read_body(request)
+                body = await _read_body(request, _MAX_BODY_BYTES)
         except (TimeoutError, ClientDisconnect):
             return _build_error_response(408, f"the body did not arrive within {_BODY_TIMEOUT_S:.0f} s")
         if body is None:
@@ -94,7 +124,7 @@ def build_app(hub: EventHub, access: AccessControl, *, title: str) -> AuthMiddle
         if wait_s := hub.admit(len(events)):
             return _build_error_response(429, "too many events", {"Retry-After": str(int(wait_s) + 1)})
         for event in events:
-            hub.publish(event)
+            intake.publish(event)
         return JSONResponse({"accepted": len(events)}, status_code=202)
 
     routes = [
@@ -104,6 +134,9 @@ def build_app(hub: EventHub, access: AccessControl, *, title: str) -> AuthMiddle
         Route("/static/{name}", static),
         Route("/plotly.min.js", plotly),
         Route("/about.json", about_json),
+        Route("/state.json", state_json),
+        Route("/history.json", history_json),
+        Route("/alarms", change_alarm, methods=["POST"]),
         Route("/healthz", health),
     ]
     return AuthMiddleware(Starlette(routes=routes), access)
@@ -186,14 +219,14 @@ def _parse_event_lines(body: bytes) -> tuple[EventEnvelope, ...]:
     return tuple(events)
 
 
-async def _read_body(request: Request) -> bytes | None:
+async def _read_body(request: Request, max_bytes: int) -> bytes | None:
     """Read the body of a request, or return None if it exceeds the limit, without buffering more than the limit."""
     parts: list[bytes] = []
     size = 0
     stream: AsyncIterator[bytes] = request.stream()
     async for part in stream:
         size += len(part)
-        if size > _MAX_BODY_BYTES:
+        if size > max_bytes:
             return None
         parts.append(part)
     return b"".join(parts)
@@ -218,6 +251,15 @@ def _build_static_response(name: str) -> Response:
     if "/" in name or "\\" in name or kind is None or not file.is_file():
         return _build_error_response(404, "not found")
     return Response(file.read_bytes(), media_type=kind)
+
+
+def _build_json_response(data: bytes) -> Response:
+    return Response(data, media_type="application/json", headers={"Cache-Control": "no-store"})
+
+
+def _parse_number(text: str) -> int:
+    """Return a whole number of at most 15 digits; 0 for anything else."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 15 else 0
 
 
 def _build_error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -20,6 +20,7 @@ __all__ = ["HEARTBEAT_S", "EventHub", "HubEntry", "HubLimits", "HubViewer"]
 HEARTBEAT_S = 2.0  # time without events after which a viewer gets a heartbeat
 _SEND_PAUSE_S = 0.05  # between two parts sent to one viewer, so that events are sent in batches
 _RECONNECT_MS = 1000  # time until a browser reconnects
+_DATA = b"data: "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +29,7 @@ class HubLimits:
 
     Attributes:
         events, log_bytes: Maximum size of the log.
-        retained_scenes: Number of scenes whose newest event is kept beyond the log.
+        retained_scenes, retained_bytes: Number and size of the scenes whose newest event is kept beyond the log.
         viewers: Maximum number of viewers at the same time.
         part_bytes: Maximum size of one part sent to a viewer.
         rate_per_s, burst: Token bucket for the events of outside producers.
@@ -36,7 +37,8 @@ class HubLimits:
 
     events: int = 4096
     log_bytes: int = 4 * 1024 * 1024
-    retained_scenes: int = 128
+    retained_scenes: int = 2304  # two for each of 1,024 machines, and those of runs
+    retained_bytes: int = 16 * 1024 * 1024
     viewers: int = 256
     part_bytes: int = 64 * 1024
     rate_per_s: float = 500.0
@@ -48,7 +50,7 @@ class HubEntry:
     """One encoded event of the log."""
 
     number: int
-    scene: tuple[str, ...]
+    kind: str
     frame: bytes
 
 
@@ -85,6 +87,7 @@ class EventHub:
         self._log: deque[HubEntry] = deque()
         self._log_bytes = 0
         self._kept: OrderedDict[tuple[str, ...], HubEntry] = OrderedDict()
+        self._kept_bytes = 0
         self._number = 0
         self._news = asyncio.Event()
         self._streaming: list[HubViewer] = []
@@ -109,17 +112,45 @@ class EventHub:
 
     def publish(self, event: EventEnvelope) -> None:
         """Publish an event; call this in the event loop of the hub."""
+        self._append(event.type, _build_scene_key(event), render_event(event))
+
+    def publish_note(self, kind: str, fields: Mapping[str, object], *, scene: tuple[str, ...] | None = None) -> None:
+        """Publish a message of the dashboard itself, in order with the events.
+
+        Args:
+            kind: Kind of the message.
+            fields: Its content.
+            scene: Its scene, of which new viewers get the newest message; None if they do not need it.
+        """
+        key = None if scene is None else (kind, *scene)
+        self._append(kind, key, msgspec.json.encode({"t_wall_ns": self._now_ns(), **fields}))
+
+    def snapshot(self) -> tuple[str, list[tuple[str, bytes]]]:
+        """Return the id of the newest event, and kind and JSON line of the newest event of each scene, in order."""
+        newest = sorted(self._kept.values(), key=lambda entry: entry.number)
+        lines = [(entry.kind, entry.frame[entry.frame.index(_DATA) + len(_DATA) : -2]) for entry in newest]
+        return f"{self._boot}.{self._number}", lines
+
+    def forget(self, scenes: Iterable[tuple[str, ...]]) -> None:
+        """Forget the newest events of scenes, so that new viewers do not get them."""
+        for scene in scenes:
+            if (entry := self._kept.pop(scene, None)) is not None:
+                self._kept_bytes -= len(entry.frame)
+
+    def _append(self, kind: str, scene: tuple[str, ...] | None, line: bytes) -> None:
         self._number += 1
-        frame = self._render_frame(event.type, render_event(event), self._number)
-        entry = HubEntry(number=self._number, scene=_build_scene_key(event), frame=frame)
+        frame = self._render_frame(kind, line, self._number)
+        entry = HubEntry(number=self._number, kind=kind, frame=frame)
         self._log.append(entry)
         self._log_bytes += len(frame)
         while len(self._log) > self.limits.events or self._log_bytes > self.limits.log_bytes:
             self._log_bytes -= len(self._log.popleft().frame)
-        self._kept[entry.scene] = entry
-        self._kept.move_to_end(entry.scene)
-        if len(self._kept) > self.limits.retained_scenes:
-            self._kept.popitem(last=False)
+        if scene is not None:
+            self.forget((scene,))
+            self._kept[scene] = entry
+            self._kept_bytes += len(frame)
+        while len(self._kept) > self.limits.retained_scenes or self._kept_bytes > self.limits.retained_bytes:
+            self._kept_bytes -= len(self._kept.popitem(last=False)[1].frame)
         self._wake()
 
     def close(self) -> None:
@@ -235,7 +266,7 @@ class EventHub:
         return b"".join(frames), 0
 
     def _render_frame(self, kind: str, line: bytes, number: int) -> bytes:
-        return f"id: {self._boot}.{number}\nevent: {kind}\ndata: ".encode() + line + b"\n\n"
+        return f"id: {self._boot}.{number}\nevent: {kind}\n".encode() + _DATA + line + b"\n\n"
 
     def _render_hub_frame(self, kind: str, fields: dict[str, object]) -> bytes:
         """Render a message of the hub; it has no id, so that it does not change the browser's Last-Event-ID."""
@@ -247,7 +278,7 @@ def _build_scene_key(event: EventEnvelope) -> tuple[str, ...]:
     """Return the key of the scene of an event; a new viewer gets the newest event of each scene."""
     data = event.data
     if isinstance(data, TelemetryEvent | PhaseEvent):
-        return event.type, data.vm
+        return event.type, event.run, data.vm, data.host or ""
     if isinstance(data, PerfEvent):
         return event.type, data.process, data.vm or ""
     return event.type, event.run

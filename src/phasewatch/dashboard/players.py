@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from phasewatch.bundle.archive import unpack_manifest
-from phasewatch.dashboard.hub import EventHub
-from phasewatch.dashboard.server import EventProducer, relay_watcher
+from phasewatch.dashboard.intake import EventIntake, EventProducer
+from phasewatch.dashboard.server import relay_watcher
 from phasewatch.errors import PhasewatchError, StoreError
 from phasewatch.events import demo
 from phasewatch.events.from_replay import ReplayEpisode, build_replay_episode
@@ -49,8 +49,8 @@ def build_run_players(run: Path, episodes: Sequence[str], speed: float) -> tuple
     with suppress(PhasewatchError):  # its producer reports it; loading the library later would stop the page for a time
         demo.load_predictor(run, recordings[0])
 
-    async def publish_metrics(hub: EventHub) -> None:
-        await demo.publish_metrics(run, hub.publish)
+    async def publish_metrics(intake: EventIntake) -> None:
+        await demo.publish_metrics(run, intake.publish)
 
     return (*_build_players(config, recordings), publish_metrics)
 
@@ -106,7 +106,7 @@ def build_watch_producer(machine: str, run: Path | None) -> EventProducer:
     which = ["--pid", machine] if machine.isdigit() else ["--name", machine]
     model = ["--model", str(run)] if run is not None and (run / "models" / "deploy").is_dir() else []
     command = [sys.executable, "-m", "phasewatch", "watch", *which, *model, "--json"]
-    return lambda hub: relay_watcher(command, hub, machine)
+    return lambda intake: relay_watcher(command, intake, machine)
 
 
 def _build_players(
@@ -116,10 +116,12 @@ def _build_players(
         "dashboard", about="Prediction during playback; memory and CPU are of the whole dashboard process."
     )
 
-    async def play(hub: EventHub) -> None:
-        await demo.publish_replays(config, recordings, hub.publish, meter)
+    async def play(intake: EventIntake) -> None:
+        await demo.publish_replays(config, recordings, intake.publish, meter)
 
-    async def measure(hub: EventHub) -> None:
-        await demo.publish_costs(config, recordings, hub.publish, meter, scorer=predictor, backlog=lambda: hub.backlog)
+    async def measure(intake: EventIntake) -> None:
+        await demo.publish_costs(
+            config, recordings, intake.publish, meter, scorer=predictor, backlog=lambda: intake.backlog
+        )
 
     return play, measure

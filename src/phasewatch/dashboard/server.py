@@ -9,18 +9,19 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from phasewatch.dashboard.auth import AccessControl
 from phasewatch.dashboard.hub import EventHub
+from phasewatch.dashboard.intake import EventIntake, EventProducer
 from phasewatch.errors import EventError, MachineError, PhasewatchError
 from phasewatch.events.schema import MAX_EVENT_BYTES, parse_event
 from phasewatch.http_server.connections import ConnectionLimits
 from phasewatch.http_server.heads import MAX_HEAD_BYTES
 
-__all__ = ["DASHBOARD_ADDRESS", "EventProducer", "bind_socket", "make_hub", "relay_watcher", "serve_dashboard"]
+__all__ = ["DASHBOARD_ADDRESS", "bind_socket", "make_intake", "relay_watcher", "serve_dashboard"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +30,6 @@ _TCP_STALL_MS = 20_000  # a peer that acknowledges nothing for this long is disc
 _MAX_UNAUTHENTICATED = 64  # open connections without cookie or token
 _WATCHER_EXIT_TIMEOUT_S = 5.0  # time for a watcher to restore the settings of its VM
 _DASHBOARD_LIMITS = ConnectionLimits(owner_idle_s=20.0, stall_s=30.0, drain_bytes=2 << 20)
-
-EventProducer = Callable[[EventHub], Awaitable[None]]
 
 
 def bind_socket(port: int) -> socket.socket:
@@ -66,14 +65,15 @@ def _build_connection_limits(viewers: int) -> ConnectionLimits:
     )
 
 
-def make_hub() -> EventHub:
-    """Create a hub with the clocks of this machine."""
-    return EventHub(boot=secrets.token_hex(4), now_ns=time.time_ns, monotonic=time.monotonic)
+def make_intake() -> EventIntake:
+    """Create the intake and its hub, with the clocks of this machine."""
+    hub = EventHub(boot=secrets.token_hex(4), now_ns=time.time_ns, monotonic=time.monotonic)
+    return EventIntake(hub, now_ns=time.time_ns)
 
 
 def serve_dashboard(
     sock: socket.socket,
-    hub: EventHub,
+    intake: EventIntake,
     access: AccessControl,
     *,
     title: str,
@@ -83,7 +83,7 @@ def serve_dashboard(
 
     Args:
         sock: Socket of `bind_socket`.
-        hub: Receives and distributes the events.
+        intake: Receives the events, and distributes them by its hub.
         access: Access rules.
         title: Title of the page.
         producers: Run beside the server; a producer that fails is logged and does not stop the page or the others.
@@ -96,7 +96,8 @@ def serve_dashboard(
     from phasewatch.dashboard.app import build_app
     from phasewatch.http_server.protocol import ConnectionMonitor, fit_to_file_limit, install_protocol
 
-    app = build_app(hub, access, title=title)
+    hub = intake.hub
+    app = build_app(intake, access, title=title)
     # No access log, because the start address contains the token.
     config = uvicorn.Config(
         app,
@@ -130,7 +131,7 @@ def serve_dashboard(
 
         for sig in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(sig, end, sig)
-        tasks = [asyncio.create_task(_run_producer(producer, hub)) for producer in producers]
+        tasks = [asyncio.create_task(_run_producer(producer, intake)) for producer in producers]
         try:
             await server.serve(sockets=[sock])
         finally:
@@ -143,21 +144,21 @@ def serve_dashboard(
         raise KeyboardInterrupt
 
 
-async def _run_producer(producer: EventProducer, hub: EventHub) -> None:
+async def _run_producer(producer: EventProducer, intake: EventIntake) -> None:
     try:
-        await producer(hub)
+        await producer(intake)
     except PhasewatchError as exc:
         logger.error("%s", exc)
     except Exception as exc:  # the page keeps running without this producer, so its failure must be visible
         logger.exception("a producer of events failed and sends no more: %s: %s", type(exc).__name__, exc)
 
 
-async def relay_watcher(command: Sequence[str], hub: EventHub, name: str) -> None:
+async def relay_watcher(command: Sequence[str], intake: EventIntake, name: str) -> None:
     """Start a watcher process and publish its events, until it ends or this task is cancelled.
 
     Args:
         command: Command line of a process that prints one event per line.
-        hub: Receives the events.
+        intake: Receives the events.
         name: Name of the watched machine, for messages.
 
     Raises:
@@ -171,7 +172,7 @@ async def relay_watcher(command: Sequence[str], hub: EventHub, name: str) -> Non
     try:
         async for line in process.stdout:
             with suppress(EventError):  # the last line is the result of the command, not an event
-                hub.publish(parse_event(line))
+                intake.publish(parse_event(line))
         code = await process.wait()
         message = await last_line
     finally:

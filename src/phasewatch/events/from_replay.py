@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import UNSET
 from numpy.typing import NDArray
 
 from phasewatch.artifacts import BINS_DIR, PREDICTIONS_FILE, check_columns, open_run_parquet
 from phasewatch.binning.storage import BinIndexRow, build_index_row, index_rows_by_id, open_bins
-from phasewatch.channels import CHANNELS
-from phasewatch.errors import RunError
+from phasewatch.channels import CHANNELS, build_channel_mask
+from phasewatch.errors import RunError, UsageError
 from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE
+from phasewatch.events.evidence import QuietReference
 from phasewatch.events.schema import EventData, PhaseEvent, TelemetryEvent
 from phasewatch.features.windows import build_label_spans, label_windows
 from phasewatch.inference.predictor import PhaseDecision, PhasePredictor
@@ -268,9 +270,15 @@ def _iter_phase_steps(recording: ReplayEpisode, vm: str) -> Iterator[ReplayStep]
     half_ns = WINDOW_BINS * BIN_NS // 2
     states = {kind: _AlarmSpan(predictions.alarms.get(kind)) for kind in AlarmKind}
     infection, activity = states[AlarmKind.INFECTION], states[AlarmKind.ACTIVITY]
+    reference, n_added = QuietReference(_list_set_channels(selection.threat)), 0
     for i, center in enumerate(predictions.t_center_ns.tolist()):
         end_ns = center + half_ns
+        end = min(row.n_bins, max(n_added, (end_ns - row.t0_ns) // BIN_NS))
+        for values in recording.bins[n_added:end]:
+            reference.add(values, is_quiet=not (infection.is_active or activity.is_active))
+        n_added = end
         changes = [kind for kind, state in states.items() if state.step(i, end_ns)]
+        is_raised = any(states[kind].is_active for kind in changes)
         yield ReplayStep(
             at_s=(center + DECISION_DELAY_NS - row.t0_ns) / 1e9,
             data=PhaseEvent(
@@ -293,8 +301,18 @@ def _iter_phase_steps(recording: ReplayEpisode, vm: str) -> Iterator[ReplayStep]
                 table=selection.table,
                 filter=predictions.filter,
                 caveat=_render_caveat(predictions),
+                evidence=(reference.explain() if is_raised else ()) or UNSET,
             ),
         )
+
+
+def _list_set_channels(name: str) -> tuple[str, ...]:
+    """Return the channels of a channel set; none if it is not one of phasewatch, so that all may be evidence."""
+    try:
+        mask = build_channel_mask(name)
+    except UsageError:
+        return ()
+    return tuple(c.full_name for c, is_in in zip(CHANNELS, mask, strict=True) if is_in)
 
 
 class _AlarmSpan:

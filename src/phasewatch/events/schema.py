@@ -23,6 +23,7 @@ __all__ = [
     "MAX_NAME_CHARS",
     "MAX_RAW_NAME_CHARS",
     "SAFE_NAME_PATTERN",
+    "AlarmEvidence",
     "ConfusionEvent",
     "EventData",
     "EventEnvelope",
@@ -76,7 +77,7 @@ def make_safe_name(text: str) -> str:
     return f"{_UNSAFE_CHARS_PATTERN.sub('_', text)[: MAX_NAME_CHARS - 7] or 'unnamed'}-{mark}"
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256)  # the channels of a machine are the same in each of its events
 def _make_safe_names(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(make_safe_name(name) for name in names)
 
@@ -137,6 +138,24 @@ class TelemetryEvent(EventRecord, frozen=True, kw_only=True):
             _require(len(row) == len(self.channels), f"a bin with {len(row)} values for {len(self.channels)} channels")
 
 
+class AlarmEvidence(EventRecord, frozen=True, kw_only=True):
+    """A channel that moved far from its usual value when an alarm was raised.
+
+    Attributes:
+        channel: Full name of the channel.
+        value: Its mean over the window of the alarm, in its unit.
+        usual: Its median in the VM's quiet windows before, or in the VM's baseline.
+        z: Deviation of `value` from `usual` in robust standard deviations.
+    """
+
+    _name_fields = ("channel",)
+
+    channel: SafeName
+    value: float
+    usual: float
+    z: float
+
+
 class PhaseEvent(EventRecord, frozen=True, kw_only=True):
     """Prediction of a model for one window of one VM.
 
@@ -159,6 +178,7 @@ class PhaseEvent(EventRecord, frozen=True, kw_only=True):
         model, threat, table, filter: Model, channel set, input and filter, as in the predictions of a run.
         latency_ms: Milliseconds from the end of the window to this event; None in a replay.
         caveat: Warning for the viewer, such as an accelerator that is not in the training data.
+        evidence: Channels that moved most, at most five; only with a raised alarm, else absent from the line.
     """
 
     _name_fields = ("vm", "host", "decision", "truth", "alarm_changes", "model", "threat", "table", "filter")
@@ -183,6 +203,7 @@ class PhaseEvent(EventRecord, frozen=True, kw_only=True):
     filter: SafeName = "none"
     latency_ms: NonNegativeFloat | None = None
     caveat: FreeText | None = None
+    evidence: Annotated[tuple[AlarmEvidence, ...], _Meta(max_length=5)] | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         """Raise ValueError for an unknown phase or a window that ends before it starts."""

@@ -7,9 +7,11 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from msgspec import UNSET
+
 from phasewatch.binning.stream import ClosedBin
 from phasewatch.channels import CHANNEL_NAMES
-from phasewatch.events.schema import EventEnvelope, PerfEvent, PhaseEvent, TelemetryEvent
+from phasewatch.events.schema import AlarmEvidence, EventEnvelope, PerfEvent, PhaseEvent, TelemetryEvent
 from phasewatch.inference.predictor import PhaseDecision, PhasePredictor
 from phasewatch.live.tracker import TrackerStep
 from phasewatch.models.alarm import AlarmKind
@@ -74,6 +76,7 @@ class EventBuilder:
         now_ns: int,
         changes: Sequence[AlarmKind] = (),
         caveats: Sequence[str] = (),
+        evidence: tuple[AlarmEvidence, ...] = (),
     ) -> EventEnvelope:
         """Build the event of a decision.
 
@@ -83,6 +86,7 @@ class EventBuilder:
             now_ns: Wall time.
             changes: Alarms that were raised or ended with it, from `find_alarm_changes`.
             caveats: What limits the quality of this window's readings, in words.
+            evidence: Channels that moved most, if an alarm was raised.
         """
         caveats = [*([self.caveat] if self.caveat else []), *caveats]
         if decision.known < _MIN_KNOWN_SHARE:
@@ -110,6 +114,7 @@ class EventBuilder:
             filter="phase" if predictor.filter else "none",
             latency_ms=max(0.0, (now_ns - decision.t_end_ns) / 1e6),
             caveat="; ".join(caveats) or None,
+            evidence=evidence or UNSET,
         )
         return self._build_event(data, now_ns)
 

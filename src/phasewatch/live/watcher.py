@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from phasewatch.binning.stream import LATENESS_NS
 from phasewatch.channels import CHANNEL_NAMES
 from phasewatch.errors import VmError
+from phasewatch.events.evidence import QuietReference
 from phasewatch.events.perf import read_own_rss_bytes
 from phasewatch.events.schema import EventEnvelope
 from phasewatch.inference.predictor import AlarmMemory, PhaseDecision, PhasePredictor
@@ -258,6 +259,7 @@ class VmWatcher:
         others = [source.source for source in sources if not isinstance(source, NetworkSource)]
         self._silence = SilenceDetector(others, survey.masked, clock.mono_ns())
         self._quality = WindowQuality(predictor.channels if predictor else ())
+        self._reference = QuietReference(predictor.channels if predictor else ())
         self._n_empty: Counter[SourceKind] = Counter()
         self.result = WatchResult()
 
@@ -393,11 +395,19 @@ class VmWatcher:
 
     def _handle_step(self, step: TrackerStep) -> None:
         self._quality.add(step.bin.values, began=step.began)
+        last = step.decision or self._last_decision
+        self._reference.add(step.bin.values, is_quiet=last is None or not (last.alarm or last.activity_alarm))
         if step.decision is not None and self._predictor is not None:
             caveats = self._assess_quality()
             changes = find_alarm_changes(self._active_alarms, step.decision)
+            is_raised = step.decision.raised or step.decision.activity_raised
             event = self._events.build_phase(
-                step.decision, self._predictor, now_ns=self._clock.wall_ns(), changes=changes, caveats=caveats
+                step.decision,
+                self._predictor,
+                now_ns=self._clock.wall_ns(),
+                changes=changes,
+                caveats=caveats,
+                evidence=self._reference.explain() if is_raised else (),
             )
             self.result.windows += 1
             self.result.alarms += step.decision.raised

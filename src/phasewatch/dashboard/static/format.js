@@ -51,3 +51,7 @@ export const make = (tag, className, words) => {
   if (words !== undefined) element.textContent = words;
   return element;
 };
+export const duration = (ms) => {
+  const s = Math.max(0, Math.round(ms / 1000));
+  return s < 60 ? `${s} s` : s < 3600 ? `${Math.floor(s / 60)} min ${s % 60} s` : s < 86_400 ? `${Math.floor(s / 3600)} h ${Math.floor(s / 60) % 60} min` : `${Math.floor(s / 86_400)} d ${Math.floor(s / 3600) % 24} h`;
+};

@@ -1,58 +1,70 @@
-// Keep the last bins and windows of each watched machine, and their arrival times. All lists are bounded.
-const MAX_MACHINES = 24;
-const TELEMETRY_MS = 120_000;
-const PHASE_MS = 300_000;
-const MAX_WINDOWS = 120; // a watcher predicts every second; more bars would make the figure slow
+// Keep the newest prediction and the alarms of each machine. Its history stays on the server; all maps are bounded.
+const MAX_MACHINES = 1024;
+const MAX_ALARMS = 1000;
+const FORGET_MS = 3_600_000; // the server forgets a silent machine after this time too
 
 export class Machines {
-  constructor() { this.all = new Map(); }
+  constructor() { this.all = new Map(); this.alarms = new Map(); }
 
-  get(vm, now) {
-    let machine = this.all.get(vm);
+  // A watcher's machines have an id, because two may have one name; the machines of a run have only a name.
+  get(run, vm, host, now) {
+    const id = JSON.stringify([run, vm, run === "live" ? host ?? "" : ""]);
+    let machine = this.all.get(id);
     if (!machine) {
       if (this.all.size >= MAX_MACHINES) {
         const oldest = [...this.all.values()].reduce((a, b) => (a.at <= b.at ? a : b));
-        this.all.delete(oldest.vm);
+        this.all.delete(oldest.id);
       }
-      machine = { vm, host: null, origin: null, at: now, channels: [], bins: [], windows: [], telemetry: null, phase: null, telemetryAt: 0, phaseAt: 0 };
-      this.all.set(vm, machine);
+      machine = { id, run, vm, host: host || null, origin: null, at: now, touched: 0, phase: null, seenAt: 0, phaseAt: 0, alarms: new Map() };
+      for (const alarm of this.alarms.values()) if (isOf(alarm, machine)) attach(machine, alarm);
+      this.all.set(id, machine);
     }
     machine.at = Math.max(machine.at, now);
+    machine.touched = Date.now(); // the clock of a producer may be wrong
     return machine;
   }
 
-  telemetry(data, at) {
-    const machine = this.get(data.vm, at);
-    machine.host = data.host ?? machine.host;
+  seen(run, data, at) {
+    const machine = this.get(run, data.vm, data.host, at);
     machine.origin = data.origin;
-    machine.telemetry = data;
-    machine.telemetryAt = at;
-    if (data.channels.join() !== machine.channels.join()) { machine.channels = data.channels; machine.bins = []; }
-    data.values.forEach((values, i) => {
-      const isNew = push(machine.bins, { t: data.t0_ns / 1e6 + i * data.bin_s * 1000, values, flags: data.flags[i] }, TELEMETRY_MS);
-      if (isNew) machine.windows = [];
-    });
-    machine.binMs = data.bin_s * 1000;
+    machine.seenAt = Math.max(machine.seenAt, at);
     return machine;
   }
 
-  phase(data, at) {
-    const machine = this.get(data.vm, at);
+  phase(run, data, at) {
+    const machine = this.get(run, data.vm, data.host, at);
     machine.host = data.host ?? machine.host;
     machine.phase = data;
     machine.phaseAt = at;
-    push(machine.windows, { t: (data.t_start_ns + data.t_end_ns) / 2e6, seen: data }, PHASE_MS);
-    if (machine.windows.length > MAX_WINDOWS) machine.windows.shift();
     return machine;
+  }
+
+  alarm(alarm) {
+    this.alarms.delete(alarm.id);
+    this.alarms.set(alarm.id, alarm);
+    if (this.alarms.size > MAX_ALARMS) this.alarms.delete(this.alarms.keys().next().value);
+    for (const machine of this.all.values()) if (isOf(alarm, machine)) attach(machine, alarm);
+  }
+
+  // Forget everything before the state of the server is read again.
+  clear() { this.all.clear(); this.alarms.clear(); }
+
+  prune(now) {
+    for (const machine of this.all.values()) if (now - machine.touched > FORGET_MS) this.all.delete(machine.id);
+  }
+
+  // Open alarms first, of them infection alarms, then the newest.
+  history() {
+    const rank = (a) => (a.resolved_ms !== null ? 2 : a.kind === "infection" ? 0 : 1);
+    return [...this.alarms.values()].sort((a, b) => rank(a) - rank(b) || b.raised_ms - a.raised_ms);
   }
 }
 
-// Append in order of time; a jump back or far ahead is a new recording and clears the list.
-function push(rows, row, spanMs) {
-  const last = rows.at(-1);
-  const isNew = Boolean(last) && (row.t <= last.t || row.t - last.t > spanMs);
-  if (isNew) rows.length = 0;
-  rows.push(row);
-  while (rows[0].t < row.t - spanMs) rows.shift();
-  return isNew;
+export const isOf = (alarm, machine) => alarm.run === machine.run && alarm.vm === machine.vm
+  && (alarm.host === "" || machine.host === null || machine.run !== "live" || alarm.host === machine.host);
+
+// Keep the newest alarm of each kind.
+function attach(machine, alarm) {
+  const known = machine.alarms.get(alarm.kind);
+  if (!known || known.id === alarm.id || known.raised_ms <= alarm.raised_ms) machine.alarms.set(alarm.kind, alarm);
 }
