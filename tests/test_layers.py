@@ -78,6 +78,7 @@ IMPURE = {
     "audit.run",
     "binning.storage",
     "channels.custom",
+    "dashboard.alarm_keeper",
     "dashboard.app",
     "dashboard.auth",
     "dashboard.hub",

@@ -44,6 +44,7 @@ __all__ = ["DEFAULT_PORT", "EventKind", "dashboard", "publish", "show_demo"]
 
 DEFAULT_PORT = 8765
 _DEFAULT_SPEED = 8.0
+_GLOB_CHARS = frozenset("*?[")
 
 # `phasewatch.dashboard.server`, `app` and `players` are imported in functions: they need the extra `serve`.
 
@@ -53,8 +54,18 @@ def dashboard(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")] = DEFAULT_PORT,
     watch: Annotated[
         list[str],
-        typer.Option(metavar="NAME|PID", help="Also watch this VM, with the run's or the bundled model; repeatable."),
+        typer.Option(
+            metavar="NAME|GLOB|PID",
+            help="Also watch this VM, or those whose names match, with the run's or the bundled model; repeatable.",
+        ),
     ] = [],  # noqa: B006  typer copies it
+    watch_all: Annotated[
+        bool, typer.Option("--watch-all", help="Also watch all VMs of this host, also those that start later.")
+    ] = False,
+    state: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="State folder of a watch: its alarm history is shown and changed."),
+    ] = None,
     episode: Episodes = [],  # noqa: B006
     speed: Speed = _DEFAULT_SPEED,
     no_produce: Annotated[
@@ -72,8 +83,10 @@ def dashboard(
 
     Example: phasewatch dashboard runs/mine
     """
-    if run is None and not no_produce and not watch:
-        raise UsageError("name a run to play, --watch NAME, or --no-produce to show what others publish")
+    if run is None and not no_produce and not watch and not watch_all:
+        raise UsageError("name a run to play, --watch NAME, --watch-all, or --no-produce to show what others publish")
+    if state is not None and not state.is_dir() and not (watch or watch_all):
+        raise UsageError(f"{state}: no such folder; name the --state folder of a watch")
     played = None if no_produce else run
     common.check_option_pair("--episode", "a run that is played", is_partner_missing=bool(episode) and played is None)
     common.check_option_pair(
@@ -81,10 +94,13 @@ def dashboard(
     )
     if run is not None:
         check_run_folder(run)
+    if watch or watch_all:
+        _check_modules("onnxruntime", "qemu.qmp")
     for machine in watch:
-        _check_machine(machine)
+        if not _GLOB_CHARS & set(machine):
+            _check_machine(machine)
     _check_modules("uvicorn")
-    from phasewatch.dashboard.players import build_run_players, build_watch_producer
+    from phasewatch.dashboard.players import build_run_players, build_watch_producers
 
     players = build_run_players(played, episode, speed) if played is not None else ()
     _serve(
@@ -93,13 +109,13 @@ def dashboard(
         no_auth=no_auth,
         token_file=token_file,
         as_json=as_json,
-        producers=(*players, *(build_watch_producer(machine, run) for machine in watch)),
+        producers=(*players, *build_watch_producers(watch, run, is_all=watch_all, state=state)),
+        state=state,
     )
 
 
 def _check_machine(machine: str) -> None:
-    """Raise if a VM does not run here, or cannot be watched with what is installed."""
-    _check_modules("onnxruntime", "qemu.qmp")
+    """Raise if a VM does not run here."""
     is_pid = machine.isdigit()
     find_running_vm(pid=int(machine) if is_pid else None, name=None if is_pid else machine, qmp=None)
 
@@ -142,6 +158,7 @@ def _serve(
     token_file: Path | None,
     as_json: bool,
     producers: tuple[EventProducer, ...],
+    state: Path | None = None,
 ) -> None:
     """Bind the port, print the address and serve until a signal.
 
@@ -150,10 +167,13 @@ def _serve(
         MachineError: If the port is taken, or the token cannot be stored.
     """
     from phasewatch.dashboard import server
+    from phasewatch.dashboard.alarm_keeper import StateFolderAlarms, follow_state_folder
     from phasewatch.dashboard.app import build_app
 
     token = ensure_token(token_file or find_token_path())
-    intake, access = server.make_intake(), AccessControl(token=token, is_open=no_auth)
+    keeper = None if state is None else StateFolderAlarms(state)
+    producers = producers if keeper is None else (*producers, follow_state_folder)
+    intake, access = server.make_intake(keeper), AccessControl(token=token, is_open=no_auth)
     build_app(intake, access, title=title)  # its errors are reported before the address is printed
     sock = server.bind_socket(port)
     address = f"http://{server.DASHBOARD_ADDRESS}:{sock.getsockname()[1]}/"

@@ -25,7 +25,7 @@ __all__ = [
     "MAX_DEMO_HOSTS",
     "build_bundle_players",
     "build_run_players",
-    "build_watch_producer",
+    "build_watch_producers",
     "select_demo_episodes",
 ]
 
@@ -96,17 +96,31 @@ def select_demo_episodes(store: Path) -> list[BundleCheck]:
     return list(chosen.values())
 
 
-def build_watch_producer(machine: str, run: Path | None) -> EventProducer:
-    """Return what watches a running VM in a process of its own, which cleans up even if this one is killed.
+def build_watch_producers(
+    machines: Sequence[str], run: Path | None, *, is_all: bool = False, state: Path | None = None
+) -> tuple[EventProducer, ...]:
+    """Return what watches running VMs in one process, which cleans up even if this one is killed.
 
     Args:
-        machine: Name or process id of the VM.
+        machines: Names, patterns of names, or a process id.
         run: A run; its deploy model is used if it has one, else the bundled model.
+        is_all: Whether all VMs of this host are watched.
+        state: State folder of the watch, which keeps its alarms; None keeps none.
     """
-    which = ["--pid", machine] if machine.isdigit() else ["--name", machine]
+    names = [] if is_all else [machine for machine in machines if not machine.isdigit()]
+    choices: list[tuple[list[str], list[str]]] = [(["--pid", m], []) for m in machines if m.isdigit() and not is_all]
+    if is_all:
+        choices.append((["--all"], []))
+    elif names:
+        choices.append(([], ["--", *names]))
     model = ["--model", str(run)] if run is not None and (run / "models" / "deploy").is_dir() else []
-    command = [sys.executable, "-m", "phasewatch", "watch", *which, *model, "--json"]
-    return lambda intake: relay_watcher(command, intake, machine)
+    kept = ["--state", str(state)] if state is not None else []
+    return tuple(_build_watch_producer([*first, *model, *kept, "--json", *last]) for first, last in choices)
+
+
+def _build_watch_producer(arguments: Sequence[str]) -> EventProducer:
+    command = [sys.executable, "-m", "phasewatch", "watch", *arguments]
+    return lambda intake: relay_watcher(command, intake, "watch")
 
 
 def _build_players(

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from phasewatch.dashboard.auth import AccessControl
 from phasewatch.dashboard.hub import EventHub
-from phasewatch.dashboard.intake import EventIntake, EventProducer
+from phasewatch.dashboard.intake import AlarmKeeper, EventIntake, EventProducer
 from phasewatch.errors import EventError, MachineError, PhasewatchError
 from phasewatch.events.schema import MAX_EVENT_BYTES, parse_event
 from phasewatch.http_server.connections import ConnectionLimits
@@ -65,10 +65,10 @@ def _build_connection_limits(viewers: int) -> ConnectionLimits:
     )
 
 
-def make_intake() -> EventIntake:
-    """Create the intake and its hub, with the clocks of this machine."""
+def make_intake(keeper: AlarmKeeper | None = None) -> EventIntake:
+    """Create the intake and its hub, with the clocks of this machine and the alarm history of a state folder."""
     hub = EventHub(boot=secrets.token_hex(4), now_ns=time.time_ns, monotonic=time.monotonic)
-    return EventIntake(hub, now_ns=time.time_ns)
+    return EventIntake(hub, now_ns=time.time_ns, keeper=keeper)
 
 
 def serve_dashboard(
