@@ -38,6 +38,7 @@ RANKS: dict[str, int] = {
     "binning": 3,
     "store": 3,
     "features": 4,
+    "importing": 4,
     "lab": 4,
     "simulate": 4,
     "validate": 4,
@@ -75,6 +76,7 @@ IMPURE = {
     "events.publish",
     "http_client",
     "http_server.protocol",
+    "importing.readers",
     "inference.onnx_export",
     "lab.campaign",
     "lab.cgroup",
@@ -141,6 +143,8 @@ WORLD = {
 # Modules with fewer than 110 lines and one importer; each stands for the reason given.
 SMALL = {
     "bundle.labels": "a member of the bundle format, as rows and manifest are",
+    "importing.accesses": "the rule that makes requests of pieces, apart from files and clocks",
+    "importing.patterns": "a language of its own, checked before any path is matched",
     "cli.sparkline": "needs numpy, which `--help` may not load",
     "live.baseline": "the recording of a baseline, started by one command",
     "telemetry.vnet_header": "a kernel format, tested with captured frames",
