@@ -131,10 +131,11 @@ class EpisodeRole(StrEnum):
 
 
 class EpisodeOrigin(StrEnum):
-    """Whether an episode was recorded on a real VM or simulated."""
+    """Whether an episode was recorded on a real VM, simulated, or imported from a recording of another program."""
 
     RECORDED = "recorded"
     SIMULATED = "simulated"
+    IMPORTED = "imported"
 
 
 class SampleKind(StrEnum):

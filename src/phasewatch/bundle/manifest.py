@@ -15,7 +15,7 @@ from phasewatch.bundle.model import BUNDLE_FORMAT, KNOWN_BUNDLE_FORMATS, RECORDI
 from phasewatch.bundle.problems import parse_strict_json
 from phasewatch.channels import list_raw_fields
 from phasewatch.errors import BundleError
-from phasewatch.types import EPISODE_ID_PATTERN, HOST_ID_PATTERN, SourceKind
+from phasewatch.types import EPISODE_ID_PATTERN, HOST_ID_PATTERN, EpisodeOrigin, SourceKind
 
 __all__ = ["check_manifest", "decode_manifest"]
 
@@ -73,6 +73,8 @@ def check_manifest(manifest: Manifest, *, file: str) -> None:
 def _find_violations(m: Manifest) -> Iterator[tuple[str, str]]:
     if m.format not in KNOWN_BUNDLE_FORMATS:
         yield "manifest-format", _describe_unknown_format(m.format)
+    if m.origin is EpisodeOrigin.IMPORTED and m.format != BUNDLE_FORMAT:
+        yield "manifest-schema", f"the origin is imported, which {m.format[:60]} does not know"
     if bad := _find_bad_value(msgspec.to_builtins(m), ""):
         yield bad
     if not EPISODE_ID_PATTERN.fullmatch(m.episode_id):

@@ -77,9 +77,9 @@ def encode_columns(rows: SourceRows) -> bytes:
     """Return columns as JSON lines; `decode_rows` is the inverse.
 
     Raises:
-        ValueError: If the columns are not the raw fields of the source, or a value is not finite.
+        ValueError: If the columns are not raw fields of the source in their order, or a value is not finite.
     """
-    specs = list_raw_fields(rows.source)
+    specs = [spec for spec in list_raw_fields(rows.source) if spec.field in rows.fields]
     if rows.fields != tuple(spec.field for spec in specs):
         raise ValueError(f"the columns are not the raw fields of {rows.source}")
     codec = _build_codec(rows.source, rows.fields)

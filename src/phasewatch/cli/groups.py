@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from importlib import import_module
+from keyword import iskeyword
 from typing import Any
 
 import typer.main
@@ -40,6 +41,7 @@ SECTIONS: Mapping[str, Mapping[str, CommandSpec]] = {
     "Record": {
         "record": _spec("record", "Record episodes in real VMs and write one bundle per episode."),
         "image": _spec("record", "Build a guest image now, so that recording needs no network."),
+        "import": _spec("importing", "Import telemetry that other programs recorded."),
         "simulate": _spec("record", "Generate a store of simulated episodes and a ground-truth file."),
     },
     "Learn": {
@@ -111,7 +113,9 @@ def load_command(name: str) -> Any:
     Raises:
         ModuleNotFoundError: If a package that the command needs is not installed.
     """
-    function = getattr(import_module(f"phasewatch.cli.{COMMANDS[name].module}"), name.replace("-", "_"))
+    # `import` is a keyword of Python, so its function has an underscore at the end.
+    attribute = f"{name}_" if iskeyword(name) else name.replace("-", "_")
+    function = getattr(import_module(f"phasewatch.cli.{COMMANDS[name].module}"), attribute)
     info = CommandInfo(
         name=name,
         callback=handle_errors(function),

@@ -10,7 +10,7 @@ from phasewatch.arrays import IntArray
 from phasewatch.bundle.contention import compute_quota_contention
 from phasewatch.bundle.model import Episode, Manifest
 from phasewatch.bundle.problems import FINDING_CODES, BundleFinding, CheckIssue, FindingSpec, Severity
-from phasewatch.types import HOST_SOURCES, MAX_WAIT_CORES, STALE_NS, BundleStatus, SourceKind
+from phasewatch.types import HOST_SOURCES, MAX_WAIT_CORES, STALE_NS, BundleStatus, EpisodeOrigin, SourceKind
 from phasewatch.validate import contradictions, readings
 from phasewatch.validate.contradictions import compute_mean_cores
 from phasewatch.validate.readings import compute_expected_hz, compute_max_emitted
@@ -41,7 +41,11 @@ _CODE_TABLE: tuple[tuple[str, Severity, str], ...] = (
         BundleStatus.REJECTED,
         "The manifest names another host or episode than the bundle's path in the store.",
     ),
-    ("rows", BundleStatus.REJECTED, "The source proc has no readings, or fewer than half of the expected rows."),
+    (
+        "rows",
+        BundleStatus.REJECTED,
+        "The source proc has no readings, or fewer than half of the expected rows. An imported episode may lack it.",
+    ),
     ("duplicate", BundleStatus.REJECTED, "Another bundle, kept or accepted earlier, holds the same telemetry."),
     (
         "contested",
@@ -235,7 +239,12 @@ def _compute_longest_silence_ns(episode: Episode, wall: IntArray) -> int:
 
 
 def _list_expected_sources(episode: Episode) -> tuple[SourceKind, ...]:
-    """Return the sources that an episode must have: those of the host, and the guest if its agent was on."""
+    """Return the sources that an episode must have: those of the host, and the guest if its agent was on.
+
+    An imported episode must have those that it lists, and at least one.
+    """
+    if episode.manifest.origin is EpisodeOrigin.IMPORTED:
+        return tuple(episode.manifest.nominal_hz) or HOST_SOURCES
     return (*HOST_SOURCES, SourceKind.GUEST) if episode.manifest.agent else HOST_SOURCES
 
 

@@ -272,8 +272,8 @@ def _find_origin_contradictions(episode: Episode) -> list[CheckIssue]:
         words = "the origin is simulated, but a recording is described"
     elif m.origin is EpisodeOrigin.SIMULATED and m.sample_kind is SampleKind.LIVE:
         words = "the origin is simulated, but the sample is a live one"
-    elif m.origin is EpisodeOrigin.RECORDED and m.recording is None:
-        words = "the origin is recorded, but recording is null"
+    elif m.origin is not EpisodeOrigin.SIMULATED and m.recording is None:
+        words = f"the origin is {m.origin}, but recording is null"
     return [CheckIssue("origin", words, place=MANIFEST_FILE)] if words else []
 
 

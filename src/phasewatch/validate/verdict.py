@@ -20,7 +20,7 @@ from phasewatch.bundle.problems import BundleFinding, find_severity
 from phasewatch.channels import list_raw_fields
 from phasewatch.errors import BundleError, escape_unprintable
 from phasewatch.store.local import UNREADABLE_RECEIPT
-from phasewatch.types import PHASES, BundleStatus, Phase, SourceKind
+from phasewatch.types import PHASES, BundleStatus, EpisodeOrigin, Phase, SourceKind
 from phasewatch.validate import checks
 from phasewatch.validate.readings import FieldNulls, count_nulls, drop_impossible
 
@@ -399,7 +399,11 @@ def _build_verdict(
         duplicate_of="",
         flags=flags,
         neighbours=manifest.neighbours,
-        background=None if manifest.recording is None else manifest.recording.background,
+        background=(
+            None
+            if manifest.recording is None or manifest.origin is EpisodeOrigin.IMPORTED
+            else manifest.recording.background
+        ),
     )
 
 
