@@ -11,6 +11,7 @@ from phasewatch.channels import (
     CHANNELS,
     LEVEL_CHANNELS,
     RAW_FIELDS,
+    SENSOR_SETS,
     build_channel_mask,
     list_channel_sets,
     list_raw_fields,
@@ -98,3 +99,22 @@ def test_a_threat_model_chooses_at_least_one_channel(name: str) -> None:
 def test_an_unknown_threat_model_is_told_the_nearest() -> None:
     with pytest.raises(UsageError, match="no channel set 'realsitic'; did you mean realistic"):
         build_channel_mask("realsitic")
+
+
+def test_a_channel_set_can_be_taken_away_from_another() -> None:
+    without = set(_names("extended-dns"))
+
+    assert without == set(_names("extended")) - set(_names("dns"))
+    assert set(_names("proc+netflow-flows-dns")) == set(_names("proc+netflow")) - set(_names("flows+dns"))
+
+
+def test_the_sensor_sets_are_what_extended_adds_to_realistic() -> None:
+    added = [name for sensor in SENSOR_SETS for name in _names(sensor)]
+
+    assert len(added) == len(set(added))
+    assert set(added) == set(_names("extended")) - set(_names("realistic"))
+
+
+def test_a_channel_set_without_channels_is_refused() -> None:
+    with pytest.raises(UsageError, match="no channel left"):
+        build_channel_mask("dns-netflow-dns")

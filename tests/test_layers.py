@@ -176,6 +176,7 @@ SMALL = {
     "telemetry.vnet_header": "a kernel format, tested with captured frames",
     "simulate.extended": "the fields that joined later, drawn apart so that earlier simulated stores stay the same",
     "pipeline.publish": "the copy of a finished run to another store",
+    "pipeline.other_store": "joins inference and evaluation, which do not import each other",
     "evaluation.selection": "the choice of a model, apart from the scores it is made by",
 }
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from phasewatch.artifacts import VALIDATION_FILE
-from phasewatch.audit.leakage import probe_leakage, read_leakage_windows
+from phasewatch.audit.leakage import LeakageResult, probe_leakage, read_leakage_windows
 from phasewatch.bundle.archive import unpack_manifest
 from phasewatch.store.local import DiskStore
 from phasewatch.validate.index import write_index
@@ -22,6 +22,9 @@ from phasewatch.validate.sweep import sweep
 from phasewatch.validate.verdict import USABLE_STATUSES, BundleVerdict
 from tools import datasheet_tables
 from tools.datasheet_tables import AgentFootprint, EpisodeStart, build_footprint_path, compute_separations
+from tools.recordings import read_episodes
+from tools.results import table
+from tools.standing_checks import check_counts, check_shortcuts, render_checks
 
 CORPUS = Path(__file__).parents[1] / "corpus" / "lab-v1"
 
@@ -58,6 +61,20 @@ def read_starts(corpus: Path, verdicts: Sequence[BundleVerdict]) -> list[Episode
     return found
 
 
+def render_standing_checks(
+    corpus: Path, run: Path, verdicts: Sequence[BundleVerdict], leaks: Sequence[LeakageResult]
+) -> str:
+    """Render the standing checks of a corpus whose hosts were drawn; empty for lab-v1, which was recorded before them.
+
+    Args:
+        run: The folder into which the corpus was validated.
+    """
+    episodes = read_episodes(corpus, run, verdicts)
+    if not any(e.manifest.recording is not None and e.manifest.recording.shape is not None for e in episodes):
+        return ""
+    return render_checks(check_counts(verdicts, episodes), check_shortcuts(episodes, leaks), table)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Write the page, or with `--check` return 1 if it is of other bundles."""
     named = [a for a in arguments if not a.startswith("-")]
@@ -70,15 +87,19 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{page} does not describe these bundles; run `make datasheet`", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory(prefix="phasewatch-datasheet-") as folder:
-        verdicts = sweep(corpus, Path(folder), workers=2).verdicts
-        windows = read_leakage_windows(Path(folder))
+        run = Path(folder)
+        verdicts = sweep(corpus, run, workers=2).verdicts
+        windows = read_leakage_windows(run)
+        leaks = probe_leakage(windows)
+        checks = render_standing_checks(corpus, run, verdicts, leaks)
     body = datasheet_tables.render_datasheet(
         verdicts,
-        probe_leakage(windows),
+        leaks,
         compute_separations(windows),
         read_footprint(corpus),
         digest=digest,
         starts=read_starts(corpus, verdicts),
+        checks=checks,
     )
     write_index(corpus / VALIDATION_FILE, verdicts)
     page.write_text(datasheet_tables.render_page(text, body), encoding="utf-8")

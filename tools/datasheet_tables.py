@@ -302,6 +302,7 @@ def render_datasheet(
     *,
     digest: str,
     starts: Sequence[EpisodeStart] = (),
+    checks: str = "",
 ) -> str:
     """Render the generated half in Markdown.
 
@@ -312,11 +313,13 @@ def render_datasheet(
         footprint: Cost of the guest's agent, if it was measured.
         digest: `compute_bundles_digest` of the bundles.
         starts: How each usable episode began.
+        checks: Rendered standing checks; empty without any.
     """
     hosts = sorted({v.host_id for v in verdicts})
     parts = [
         f"<!-- of the bundles {digest} -->",
         _render_summary(verdicts),
+        *([checks] if checks else []),
         *_list_shape_section(starts),
         "### Roles and hours",
         "Usable hours, and episodes in brackets.",

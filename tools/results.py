@@ -30,7 +30,14 @@ from phasewatch.splits import SPLIT_RECIPES, Recipe, parse_fold
 from tools.headline import count_profiles
 
 # Channel set → whether the guest's agent ran in the episodes that it is scored on.
-AGENT = {"realistic": "off", "portable": "off", "oracle": "on"}
+AGENT = {
+    "realistic": "off",
+    "extended": "off",
+    "libvirt": "off",
+    "portable": "off",
+    "device": "on",
+    "oracle": "on",
+}
 ORDER = [row.key for row in registry.BUILTIN_MODELS]
 
 
@@ -67,7 +74,8 @@ def render(
         f"```\n{command}\n```",
         f"**{render_headline(build_headline(metrics), audit.build_verdict() if audit else None)}**",
         "Intervals are 95 %, over sessions resampled within hosts; they cover these hosts, samples and seeds. "
-        "`realistic` and `portable` are scored on test episodes without the guest's agent, `oracle` on those with it. "
+        "Channel sets with the guest's own channels (`oracle`, `device`) are scored on test episodes with its agent, "
+        "the others on those without. "
         "Baselines are in italics.",
     ]
     parts += [_render_recipe(recipe, notes.get(recipe.name, ()), metrics, rows) for recipe in SPLIT_RECIPES]

@@ -519,3 +519,19 @@ def test_a_closed_pipe_ends_a_watch_without_webhook(monkeypatch: pytest.MonkeyPa
 
 def test_a_closed_pipe_does_not_end_a_watch_with_webhook(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(two_outputs(monkeypatch, is_only=False, lines=20)) == 2  # once when it happened, once how much was lost
+
+
+def test_predict_scores_a_store_of_other_hosts_on_request(
+    phasewatch: Run, edge: Path, store: Path, tmp_path: Path
+) -> None:
+    metrics = tmp_path / "m.json"
+    said = phasewatch(
+        "predict", store, "--model", edge, "--out", tmp_path / "p.parquet", "--metrics", metrics, "--json"
+    )
+
+    result = json.loads(said.out)["result"]
+    rows = json.loads(metrics.read_bytes())["metrics"]
+    assert said.code == 0
+    assert {row["recipe"] for row in rows} == {"other_store"}
+    assert 0 <= result["scores"]["macro_f1"]["value"] <= 1
+    assert any("only hosts were compared" in (row["note"] or "") for row in rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from itertools import combinations
 
@@ -17,6 +18,7 @@ __all__ = [
     "CHANNELS",
     "CHANNEL_NAMES",
     "RAW_FIELDS",
+    "SENSOR_SETS",
     "build_channel_mask",
     "has_extended_channels",
     "list_channel_sets",
@@ -51,6 +53,7 @@ def _name_channels(channels: Iterable[ChannelSpec]) -> frozenset[str]:
 
 _HOST_CHANNELS = tuple(c for c in BASE_CHANNELS if c.in_deployment)
 _NETWORK_CHANNELS = tuple(c for c in CHANNELS if c.source is SourceKind.NETFLOW)
+_SENSOR_CHANNELS = tuple(c for c in CHANNELS if c.group is ChannelGroup.EXTENDED and c.accel != "kvm")
 _TAP_NAMES = frozenset(
     f"{SourceKind.NETFLOW}.{n}" for n in ("out_pkts", "out_bytes", "in_pkts", "in_bytes", "mean_out_size")
 )
@@ -81,7 +84,18 @@ _CHANNEL_SETS: dict[str, frozenset[str]] = {
     "device": _name_channels((*_NETWORK_CHANNELS, *(c for c in BASE_CHANNELS if c.source is SourceKind.GUEST))),
     "libvirt": _name_channels(_PROCESS_CHANNELS) | _LIBVIRT_BLOCK_NAMES | _TAP_NAMES,
     "libvirt-user": (_name_channels(_PROCESS_CHANNELS) - _IO_NAMES) | _LIBVIRT_BLOCK_NAMES | _TAP_NAMES,
+    # The sensors that `extended` adds to `realistic`, one by one.
+    "dns": _name_channels(c for c in _SENSOR_CHANNELS if c.name.startswith("dns_")),
+    "flows": _name_channels(
+        c for c in _SENSOR_CHANNELS if c.source is SourceKind.NETFLOW and not c.name.startswith("dns_")
+    ),
+    "blocks": _name_channels(c for c in _SENSOR_CHANNELS if c.name.startswith("blk_")),
+    "dirty": _name_channels(c for c in _SENSOR_CHANNELS if c.name.startswith("mem_")),
 }
+# The longest name first, because a name may hold a hyphen.
+_NAMES_PATTERN = "|".join(re.escape(name) for name in sorted(_CHANNEL_SETS, key=len, reverse=True))
+_SIGNED_PART = re.compile(rf"([+-])((?:{_NAMES_PATTERN})(?=[+-]|$)|[^+-]*)")
+SENSOR_SETS = ("flows", "dns", "blocks", "dirty")  # together with `realistic` they are `extended`
 
 
 def has_extended_channels(names: Iterable[str]) -> bool:
@@ -93,16 +107,19 @@ def build_channel_mask(name: str) -> tuple[bool, ...]:
     """Return which of `CHANNELS` a channel set holds, in their order.
 
     Args:
-        name: One of `list_channel_sets`, or several joined with ``+`` (``realistic+balloon``, ``proc+netflow``).
+        name: One of `list_channel_sets`, or several joined with ``+`` (``realistic+balloon``, ``proc+netflow``) or
+            taken away with ``-`` (``extended-dns``), from left to right.
 
     Raises:
-        UsageError: If a part of the name is unknown.
+        UsageError: If a part of the name is unknown, or no channel is left.
     """
     chosen: frozenset[str] = frozenset()
-    for part in name.split("+"):
+    for sign, part in _SIGNED_PART.findall(f"+{name}"):
         if part not in _CHANNEL_SETS:
             raise UsageError(f"no channel set {part!r}; {suggest_names(part, _CHANNEL_SETS)}")
-        chosen |= _CHANNEL_SETS[part]
+        chosen = chosen - _CHANNEL_SETS[part] if sign == "-" else chosen | _CHANNEL_SETS[part]
+    if not chosen:
+        raise UsageError(f"channel set {name!r} has no channel left; take away less")
     return tuple(c.full_name in chosen for c in CHANNELS)
 
 

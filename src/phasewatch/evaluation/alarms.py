@@ -42,6 +42,7 @@ __all__ = [
     "find_onset",
     "mark_quiet_times",
     "simulate_alarms",
+    "simulate_trained_rule",
     "sum_rates",
 ]
 
@@ -324,6 +325,34 @@ def simulate_alarms(
         text = "no test episode has label spans in the bins"
         return MetricNote(code=NoteCode.NO_ALARM_METRICS, text=text)
     return AlarmSimulation(test=test, soak=_concatenate_outcomes(soaks), budgets=budgets, rules=tuple(rules))
+
+
+def simulate_trained_rule(
+    test: ModelPredictions,
+    soak: ModelPredictions | None,
+    timelines: Mapping[str, EpisodeTimeline],
+    rule: AlarmRule,
+    *,
+    agent: str | None,
+) -> AlarmSimulation | MetricNote:
+    """Simulate the alarm of a model by the rule that its training fixed, on episodes of another store.
+
+    Args:
+        test: Predictions on lab episodes.
+        soak: Predictions on soak episodes; None without any.
+        timelines: Episode id → ground truth; an episode without is left out.
+        rule: The rule.
+        agent: Test episodes with the agent ``on`` or ``off``; None for both.
+    """
+    episodes = _build_episodes(test, timelines, agent)
+    if not episodes:
+        return MetricNote(code=NoteCode.NO_ALARM_METRICS, text="no test episode has labels")
+    return AlarmSimulation(
+        test=_simulate_episodes(episodes, [rule]),
+        soak=_simulate_episodes(_build_episodes(soak, timelines), [rule]),
+        budgets=(FALSE_ALARM_BUDGET,),
+        rules=(rule,),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

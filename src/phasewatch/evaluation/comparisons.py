@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phasewatch.arrays import FloatArray
-from phasewatch.channels import CHANNELS, build_channel_mask, list_source_subsets
+from phasewatch.channels import CHANNELS, SENSOR_SETS, build_channel_mask, list_source_subsets
 from phasewatch.evaluation import bootstrap
 from phasewatch.evaluation.metric_table import MetricRow, select_rows
 from phasewatch.evaluation.predictions import PredictionGroup
@@ -41,6 +41,14 @@ __all__ = [
 AGENT_ON, AGENT_OFF = "on", "off"
 SPLIT_PROTOCOLS = ("random_windows", "in_distribution", "held_out_sample", "held_out_host", "held_out_both")
 _PROTOCOL_SETTING = ("realistic", "raw", NO_FILTER)  # channel set, input and smoothing of the split comparison
+# Channel sets that are compared with that of the split comparison, on episodes with the agent on or off.
+_OTHER_CHANNEL_SETS = (
+    ("oracle", AGENT_ON),
+    ("portable", AGENT_OFF),
+    ("extended", AGENT_OFF),
+    ("libvirt", AGENT_OFF),
+    ("device", AGENT_ON),
+)
 _FIRST_SIDE, _SECOND_SIDE = "one", "other"
 
 
@@ -83,11 +91,14 @@ def _build_gap_families(groups: Sequence[PredictionGroup]) -> Iterator[_GapFamil
         agent = choose_agent_state(threat)
         if threat == _PROTOCOL_SETTING[0]:
             pairs = []
-            for other, on in (("oracle", AGENT_ON), ("portable", AGENT_OFF)):
+            for other, on in _OTHER_CHANNEL_SETS:
                 if (other_group := find_group(recipe, other, table)) is not None:
                     pairs.append((other_group, group, on))
             yield _GapFamily(name="threat", pairs=tuple(pairs))
             yield _GapFamily(name="sensor", pairs=tuple(_pair_source_subsets(recipe, table, find_group)))
+        if threat == "extended":
+            without = [find_group(recipe, f"{threat}-{name}", table) for name in SENSOR_SETS]
+            yield _GapFamily(name="without", pairs=tuple((b, group, agent) for b in without if b is not None))
         if table != "raw" and (plain := find_group(recipe, threat, "raw")) is not None:
             yield _GapFamily(name="table", pairs=((group, plain, agent),))
         filters = [b for b in (find_group(recipe, threat, table, f) for f in ("phase", "schedule")) if b is not None]

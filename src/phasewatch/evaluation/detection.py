@@ -28,12 +28,13 @@ from phasewatch.evaluation.alarms import (
     EpisodeTimeline,
     PredictionParts,
     simulate_alarms,
+    simulate_trained_rule,
     sum_rates,
 )
 from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, MetricNote, MetricRow, NoteCode
-from phasewatch.evaluation.predictions import ModelPredictions
+from phasewatch.evaluation.predictions import ModelPredictions, PredictionGroup
 from phasewatch.evaluation.scoring import EvaluationSettings, IntervalColumns, MetricKey
-from phasewatch.models.alarm import FALSE_ALARM_BUDGET, LIVE_STRIDE_S, RULE_STRIDE_S, THETA_NEVER, AlarmKind
+from phasewatch.models.alarm import FALSE_ALARM_BUDGET, LIVE_STRIDE_S, RULE_STRIDE_S, THETA_NEVER, AlarmKind, AlarmRule
 from phasewatch.models.registry import BASELINE_MODELS
 from phasewatch.types import PHASES
 
@@ -45,6 +46,7 @@ __all__ = [
     "MIN_RECORDED_S",
     "STRIDE_SUFFIXES",
     "build_alarm_rows",
+    "build_trained_alarm_rows",
 ]
 
 # Metric, the channel whose rate is summed from onset to alarm, unit of the sum.
@@ -107,6 +109,40 @@ def build_alarm_rows(
                 if simulations:
                     yield from _build_model_rows(builder, simulations, timelines, is_detailed=is_detailed)
     yield from _note_missing_live_models(strides, complete, agent)
+
+
+def build_trained_alarm_rows(
+    test: PredictionGroup,
+    soak: PredictionGroup | None,
+    timelines: Mapping[str, EpisodeTimeline],
+    rules: EvaluationSettings,
+    alarms: Sequence[AlarmRule],
+    *,
+    agent: str | None,
+) -> Iterator[MetricRow]:
+    """Yield the alarm metrics of a model on another store, by the rules that its training fixed.
+
+    Args:
+        test: Predictions on lab episodes, of one model and seed.
+        soak: Predictions of the same model on soak episodes; None without any.
+        timelines: Episode id → ground truth.
+        rules: How intervals are drawn.
+        alarms: The model's rules at the stride of the predictions, at most one of each kind.
+        agent: Test episodes with the agent ``on`` or ``off``; None for both.
+    """
+    key = test.build_metric_key(agent=agent)
+    soaks = {(s.model, s.seed): s for s in (soak.predictions if soak is not None else ())}
+    for predictions in test.predictions:
+        for rule in alarms:
+            builder = _AlarmRowBuilder(
+                key=key, model=predictions.model, rules=rules, kind=rule.kind, suffix=STRIDE_SUFFIXES[rule.stride_s]
+            )
+            own_soak = soaks.get((predictions.model, predictions.seed))
+            found = simulate_trained_rule(predictions, own_soak, timelines, rule, agent=agent)
+            if isinstance(found, AlarmSimulation):
+                yield from _build_model_rows(builder, [found], timelines, is_detailed=False)
+            else:
+                yield key.row(metric="note", model=predictions.model, note=found)
 
 
 def _find_complete_models(parts: PredictionParts) -> dict[str, list[list[ModelPredictions]]]:

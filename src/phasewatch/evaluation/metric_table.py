@@ -78,6 +78,7 @@ class NoteCode(StrEnum):
     RESAMPLES_REDRAWN = "resamples_redrawn"
     NOT_ABOVE_ELAPSED_TIME = "not_above_elapsed_time"
     NOT_SCORED = "not_scored"
+    LEFT_OUT = "left_out"
     NO_IMPORTANCE = "no_importance"
     NO_ALARM_METRICS = "no_alarm_metrics"
     NO_LIVE_PREDICTIONS = "no_live_predictions"

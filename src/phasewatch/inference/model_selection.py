@@ -8,6 +8,7 @@ from pathlib import Path
 
 from phasewatch.artifacts import MODELS_DIR, RUN_LOG_FILE
 from phasewatch.channels import CHANNELS, build_channel_mask
+from phasewatch.dataset import read_fold, read_split_episodes
 from phasewatch.errors import MismatchError, RunError, UsageError
 from phasewatch.features.fingerprint import compute_column_digests
 from phasewatch.features.normalise import HostBaseline
@@ -25,6 +26,7 @@ from phasewatch.inference.predictor import PhasePredictor, ProbabilityEstimator,
 from phasewatch.models.base import InputKind, InputSpec, InputVariant
 from phasewatch.models.checkpoint import CHECKPOINT_FILE, CheckpointHeader, read_header
 from phasewatch.models.smoothing import SMOOTHING_NONE, SMOOTHING_PHASE
+from phasewatch.splits import TRAINING_PARTS, SplitEpisode, SplitPart
 from phasewatch.training.grids import DEPLOY_RECIPE
 from phasewatch.types import SourceKind
 
@@ -35,6 +37,7 @@ __all__ = [
     "filter_by_channel_set",
     "find_models",
     "find_unavailable_channel_sets",
+    "read_training_episodes",
 ]
 
 _MODEL_PREFERENCE = ("gbt", "tcn", "cnn", "gru", "transformer", "lstm", "mlp")  # where no run says which is best
@@ -291,6 +294,23 @@ def _build_input_spec(header: CheckpointHeader, folder: Path) -> InputSpec:
             f"{folder}: {header.model} is a baseline without telemetry (input {header.input_kind}); choose another"
         )
     return InputSpec.from_header(header)
+
+
+def read_training_episodes(where: str) -> tuple[SplitEpisode, ...] | None:
+    """Read the episodes that a checkpoint in a run was trained on; None for a model outside a run.
+
+    Args:
+        where: The checkpoint's folder, or the edge bundle's file (`PhasePredictor.where`).
+    """
+    folder = Path(where)
+    if not (folder / CHECKPOINT_FILE).is_file():
+        return None
+    run, recipe, name = _parse_checkpoint_path(folder)
+    if run is None:
+        return None
+    fold = read_fold(run, recipe, name)
+    ids = {i for part in (*TRAINING_PARTS, SplitPart.DEALT) for i in fold.ids(part)}
+    return tuple(e for e in read_split_episodes(run) if e.episode_id in ids)
 
 
 def _parse_checkpoint_path(folder: Path) -> tuple[Path | None, str, str]:

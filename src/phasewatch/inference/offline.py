@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,7 @@ def predict(
     *,
     stride_bins: int = LIVE_STRIDE_BINS,
     progress: Progress = NO_PROGRESS,
+    on_episode: Callable[[BundleCheck], None] | None = None,
 ) -> PredictionSummary:
     """Score every usable bundle of a store, or one bundle, and write the table atomically.
 
@@ -110,6 +111,7 @@ def predict(
         out: The parquet file to write.
         stride_bins: Bins from one window's start to the next.
         progress: Receives task ``predict`` after each bundle, with its path.
+        on_episode: Receives each usable bundle whose windows are in the table.
 
     Raises:
         UsageError: If `out` has another suffix than ``.parquet``.
@@ -144,6 +146,8 @@ def predict(
                     continue
                 decisions, n = predict_episode(found, scorer, stride_bins=stride_bins)
                 episodes, windows, silent = episodes + 1, windows + len(decisions), silent + n - len(decisions)
+                if on_episode is not None:
+                    on_episode(found)
                 alarms += sum(d.raised for d in decisions)
                 activity_alarms += sum(d.activity_raised for d in decisions)
                 for name, beliefs in ((SMOOTHING_NONE, False), (SMOOTHING_PHASE, True)):
