@@ -265,7 +265,7 @@ async def _open_network_source(survey: VmSurvey) -> TelemetrySource | None:
     return await _open_tap_counters(survey, reason)
 
 
-async def _open_tap_counters(survey: VmSurvey, reason: str) -> TapSource | None:
+async def _open_tap_counters(survey: VmSurvey, reason: str) -> TapSource | DomainNetworkSource | None:
     """Open the counters of the taps, and mask what they do not show; None if there are none.
 
     Args:

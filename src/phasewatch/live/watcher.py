@@ -395,8 +395,8 @@ class VmWatcher:
 
     def _handle_step(self, step: TrackerStep) -> None:
         self._quality.add(step.bin.values, began=step.began)
-        last = step.decision or self._last_decision
-        self._reference.add(step.bin.values, is_quiet=last is None or not (last.alarm or last.activity_alarm))
+        active = self._active_alarms if step.decision is None else find_active_alarms(step.decision)
+        self._reference.add(step.bin.values, is_quiet=not active)
         if step.decision is not None and self._predictor is not None:
             caveats = self._assess_quality()
             changes = find_alarm_changes(self._active_alarms, step.decision)
