@@ -41,7 +41,7 @@ _MAX_WAITING_EVENTS = 16_384  # of all VMs: four minutes of 64 VMs
 _TICK_S = 1.0  # between two looks at events that change no alarm
 _HISTORY_S = 1.0  # between two looks at the history
 _STALE_NS = 24 * 3600 * 1_000_000_000  # an alarm of a VM that nobody has watched for so long ends
-_CLOSE_TIMEOUT_S = 15.0
+_CLOSE_TIMEOUT_S = 30.0
 
 
 def open_outputs(
