@@ -166,10 +166,10 @@ WORLD = {
 
 # Modules with fewer than 110 lines and one importer; each stands for the reason given.
 SMALL = {
-    "alarms.probe": "connects to receivers, which no other check of a configuration does",
     "bundle.labels": "a member of the bundle format, as rows and manifest are",
     "importing.accesses": "the rule that makes requests of pieces, apart from files and clocks",
     "importing.patterns": "a language of its own, checked before any path is matched",
+    "dashboard.alarm_keeper": "reads and writes the state folder, which the page does only if it is asked to",
     "cli.sparkline": "needs numpy, which `--help` may not load",
     "inference.batch": "windows of many VMs at once, apart from the predictor of one",
     "live.baseline": "the recording of a baseline, started by one command",
