@@ -260,6 +260,7 @@ def test_run_is_published_to_a_dashboard(tmp_path: Path, monkeypatch: pytest.Mon
             app, ["publish", "metrics", str(run), "--to", running.address], env={"PHASEWATCH_TOKEN": "w" * 20}
         )
 
-    assert events == 1 + 6 + 2 + 1  # all bins at once at that speed, six windows, score and confusion, profiles
+    # All bins at once at that speed, six windows and the alarm they raise, score and confusion, profiles.
+    assert events == 1 + 6 + 1 + 2 + 1
     assert refused.exit_code == 5
     assert "token" in refused.output

@@ -59,7 +59,7 @@ SECTIONS: Mapping[str, Mapping[str, CommandSpec]] = {
         "export": _spec("predict", "Export a trained model as an edge bundle or an ONNX file."),
         "predict": _spec("predict", "Predict phases and alarms for recorded episodes."),
         "baseline": _spec("live", "Measure the normal telemetry of a VM while it is clean."),
-        "watch": _spec("live", "Watch a running VM and print its phases and alarms."),
+        "watch": _spec("live", "Watch running VMs and print their phases and alarms."),
         "alarms": _spec("alarms", "List the alarms of a watch, acknowledge one, or silence some."),
         "check-config": _spec("alarms", "Check a configuration, and show what would be sent where."),
         "dashboard": _spec("dashboard", "Serve the dashboard for a run or for running VMs."),
