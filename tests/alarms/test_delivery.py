@@ -12,7 +12,7 @@ POLICY = RetryPolicy(size=10, first_pause_s=1.0, longest_pause_s=60.0, flush_s=0
 
 
 class Receiver:
-    """Takes items from a time on, by a clock that the queue's own sleeps advance."""
+    """Yields items from a time on, by a clock that the queue's own sleeps advance."""
 
     def __init__(self, down_s: float = 0.0) -> None:
         self.now_s, self.down_s = 0.0, down_s

@@ -67,12 +67,12 @@ class FakeHost:
         (self.proc / str(pid) / "io").unlink()
 
     def allow(self, pid: int) -> None:
-        """Let the counters of a process be read."""
+        """Allow the counters of a process to be read."""
         text = "rchar: 77\nwchar: 9\nsyscr: 1\nsyscw: 1\nread_bytes: 1\nwrite_bytes: 4096\n"
         self._write(pid, "io", text)
 
     def work(self, pid: int, seconds: float) -> None:
-        """Let the vCPU run for some seconds of CPU time."""
+        """Run the vCPU for some seconds of CPU time."""
         self._run_ns[pid] += round(seconds * 1e9)
         self._write(pid, f"task/{pid + 1}/schedstat", f"{self._run_ns[pid]} 0 3\n")
 

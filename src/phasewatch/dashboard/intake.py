@@ -1,4 +1,4 @@
-"""Take the events of all producers: keep the history, follow the alarms, and stream the rest to the pages.
+"""Receive the events of all producers: keep the history, follow the alarms, and stream the rest to the pages.
 
 Telemetry is kept and not streamed, so a page costs the same for one machine and for hundreds.
 """
@@ -101,7 +101,7 @@ class EventIntake:
                     self.publish_alarm(alarm)
 
     def publish_alarm(self, alarm: LoggedAlarm) -> None:
-        """Tell the pages that an alarm has changed."""
+        """Notify the pages that an alarm has changed."""
         self.hub.publish_note("alarm", {"alarm": describe_alarm(alarm)})
 
     def list_alarms(self) -> list[LoggedAlarm]:

@@ -438,7 +438,7 @@ class TableImport:
             episode.start_ns = boundary_ns // BIN_NS * BIN_NS
 
     def _lead_in(self, table: _OpenTable, first_ns: int) -> None:
-        """Put half seconds without accesses before the first one of a list, where other rows begin earlier."""
+        """Insert half seconds without accesses before the first one of a list, where other rows begin earlier."""
         old = table.columns
         ticks = range(-(-first_ns // BIN_NS) * BIN_NS, old.stamps[0], BIN_NS)
         if not ticks:

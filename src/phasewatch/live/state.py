@@ -183,7 +183,7 @@ class WatchState:
         self._writing = self._writer.submit(atomic.write_atomic, self._folder / STATE_FILE, data)
 
     def _collect_result(self, *, timeout_s: float) -> None:
-        """Take the result of a finished write; a failed one is tried again later."""
+        """Collect the result of a finished write; a failed one is tried again later."""
         if self._writing is None:
             return
         try:

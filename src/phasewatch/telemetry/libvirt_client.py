@@ -1,4 +1,4 @@
-"""Ask libvirt for the statistics of domains: one blocking, read-only connection of the binding libvirt-python.
+"""Query libvirt for the statistics of domains: one blocking, read-only connection of the binding libvirt-python.
 
 The binding is in Debian's package ``python3-libvirt`` or the extra ``libvirt``; without it there is no libvirt source.
 All calls only read: ``virConnectOpenReadOnly``, ``virDomainLookupByUUIDString``, ``virDomainListGetStats`` and the
