@@ -11,6 +11,8 @@ SRC = Path(__file__).parents[2] / "src" / "phasewatch"
 OUTSIDE = {"lab", "live", "telemetry"}
 # A secret, written once with mode 600 from its first byte; not a product either.
 SECRETS = {"dashboard/auth.py"}
+# A log to which lines are appended, and a database with transactions of its own: neither is published whole.
+GROWING = {"alarms/ecs.py", "alarms/history.py"}
 WRITES = {
     "write_bytes", "write_text", "touch", "unlink", "rename", "rmdir", "mkdir", "hardlink_to", "symlink_to", "rmtree",
     "makedirs", "remove", "truncate", "replace", "link", "symlink", "copy", "copyfile", "copytree", "move", "mkstemp",
@@ -19,7 +21,7 @@ WRITES = {
 INNOCENT = {"atomic", "structs", "dataclasses"}
 MODULES = [
     p for p in sorted(SRC.rglob("*.py"))
-    if p.relative_to(SRC).parts[0] not in OUTSIDE and str(p.relative_to(SRC)) not in {*SECRETS, "atomic.py"}
+    if p.relative_to(SRC).parts[0] not in OUTSIDE and str(p.relative_to(SRC)) not in {*SECRETS, *GROWING, "atomic.py"}
 ]  # fmt: skip
 
 
