@@ -31,7 +31,6 @@ def test_every_required_distribution_is_listed() -> None:
         ("sklearn", "train"),
         ("lightgbm", "train"),
         ("onnxruntime", "live"),
-        ("qemu.qmp", "live"),
         ("sse_starlette", "serve"),
         ("ray", "ray"),
         ("numpy", None),

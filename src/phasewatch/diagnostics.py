@@ -113,7 +113,6 @@ OPTIONAL_PACKAGES: tuple[tuple[str, str, str], ...] = (
     ("lightgbm", "train", "train gbt"),
     ("scikit-learn", "train", "train the linear models"),
     ("onnxruntime", "live", "watch with an exported model"),
-    ("qemu.qmp", "live", "record, watch"),
     ("starlette", "serve", "dashboard, receive"),
 )
 
@@ -289,7 +288,7 @@ def _read_package_version(name: str) -> str | None:
 
 
 # Module → distribution, where the names differ.
-_DISTRIBUTIONS = {"sklearn": "scikit-learn", "qemu": "qemu.qmp"}
+_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 _REQUIREMENT = re.compile(r"""^([A-Za-z0-9][A-Za-z0-9._-]*)(\[[^]]*\])?[^;]*(?:;.*?extra\s*==\s*['"]([^'"]+)['"])?""")
 _OTHER_SYSTEM = re.compile(r"""platform_system == ['"]Darwin['"]""")  # a requirement for another system than this one
 _REPORTED_VARIABLES = ("PHASEWATCH_CORPUS", "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "PYTHONPATH")

@@ -198,7 +198,7 @@ def test_image_without_a_driver_is_reported_and_leaves_nothing(tmp_path: Path) -
         "--mem",
         "256",
         "--boot-deadline",
-        "60",
+        "40",
         "--limit",
         "1",
         out=tmp_path / "store",
@@ -206,7 +206,7 @@ def test_image_without_a_driver_is_reported_and_leaves_nothing(tmp_path: Path) -
 
     assert done.returncode == 1
     (failed,) = json.loads(done.stdout)["result"]["failed"]
-    assert "no ready message from the guest within 60 s (does its image run a driver" in failed
+    assert "no ready message from the guest within 40 s (does its image run a driver" in failed
     assert "no driver here" in failed
     assert episodes_of(tmp_path / "store") == []
     assert left_behind() == []

@@ -210,6 +210,21 @@ def test_registers_are_sampled_only_under_tcg(tmp_path: Path, accelerator: str, 
     assert bool(monitor.asked) is sampled
 
 
+def test_the_end_of_the_console_holds_what_an_earlier_notice_has_read(tmp_path: Path) -> None:
+    class ForgetfulMonitor(FakeMonitor):
+        """Forgets what was read, as QEMU's ring buffer does."""
+
+        texts = ["booting\nno driver here\n", ""]
+
+        async def ask(self, command: str, **arguments: object) -> Any:
+            return self.texts.pop(0)
+
+    vm = QemuVm(start_of(tmp_path))
+    vm._monitor = ForgetfulMonitor()
+
+    assert [asyncio.run(vm._read_console()) for _ in range(2)] == ["booting | no driver here"] * 2
+
+
 @pytest.mark.vm
 def test_failed_start_is_explained_and_leaves_nothing(tmp_path: Path) -> None:
     need_program("qemu-system-x86_64", "qemu-system-x86")

@@ -1,4 +1,4 @@
-"""Keep the history of alarms and silences in SQLite; a watch writes it while commands and the dashboard read it.
+"""Store the history of alarms and silences in SQLite; a watch writes it while commands and the dashboard read it.
 
 One file, `ALARMS_FILE` in the state folder. Readers and writers of several processes take turns by SQLite's own locks
 (write-ahead log). The file is bounded: `MAX_ALARMS`, `MAX_AGE_NS` and `_MAX_PAGES`.

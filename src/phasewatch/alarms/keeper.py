@@ -1,4 +1,4 @@
-"""Keep the history of a running watch: what cannot be written now is written later, and nothing stops the watch."""
+"""Write the history of a running watch: what cannot be written now is written later, and nothing stops the watch."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def dashboard(
     if run is not None:
         check_run_folder(run)
     if watch or watch_all:
-        _check_modules("onnxruntime", "qemu.qmp")
+        _check_modules("onnxruntime")
     for machine in watch:
         if not _GLOB_CHARS & set(machine):
             _check_machine(machine)

@@ -1,4 +1,4 @@
-"""Keep the life of the last alarms: raised, acknowledged, silenced, resolved (pure)."""
+"""Follow the last alarms: raised, acknowledged, silenced, resolved (pure)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keep the last hour of each machine at three resolutions, in bounded memory (pure).
+"""Hold the last hour of each machine at three resolutions, in bounded memory (pure).
 
 A page shows the telemetry of one machine at a time. So telemetry is not streamed to the pages: it is kept here, and a
 page asks for the machine and the time span that it shows.

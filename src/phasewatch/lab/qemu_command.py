@@ -10,6 +10,7 @@ from phasewatch.errors import PlanError, UsageError, suggest_names
 from phasewatch.types import HOST_ID_PATTERN
 
 __all__ = [
+    "CONSOLE_BYTES",
     "HOST_SHAPES",
     "HostShape",
     "VmPaths",
@@ -17,6 +18,8 @@ __all__ = [
     "describe_shape",
     "find_host_shape",
 ]
+
+CONSOLE_BYTES = 65536  # of the guest's console that QEMU holds until they are read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +234,7 @@ def build_qemu_command(
         "-accel", accel, "-cpu", shape.cpu,
         "-smp", str(shape.vcpus), "-m", str(shape.mem_mib), "-display", "none", "-no-reboot",
         # A ring buffer, not a file: endless console output fills 64 KiB and no disk.
-        "-chardev", "ringbuf,id=con,size=65536", "-serial", "chardev:con",
+        "-chardev", f"ringbuf,id=con,size={CONSOLE_BYTES}", "-serial", "chardev:con",
         *boot,
         "-qmp", f"unix:{sockets.qmp},server=on,wait=off",
         "-drive", drive,

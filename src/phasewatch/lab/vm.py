@@ -26,7 +26,7 @@ from phasewatch.lab.guest_image import GuestImage
 from phasewatch.lab.host import read_processor_name
 from phasewatch.lab.network.sink import NetflowSource, NetworkSink
 from phasewatch.lab.network.world import EpisodeWorld
-from phasewatch.lab.qemu_command import HostShape, VmPaths, build_qemu_command
+from phasewatch.lab.qemu_command import CONSOLE_BYTES, HostShape, VmPaths, build_qemu_command
 from phasewatch.telemetry.base import AsyncClock, RowLog, TelemetrySource
 from phasewatch.telemetry.guest_agent import GuestReader
 from phasewatch.telemetry.monitor_sensors import MonitorSensors, build_bitmap_names
@@ -190,6 +190,7 @@ class QemuVm:
         self._monitor: QmpMonitor | None = None
         self._driver: GuestDriver | None = None
         self._tids: tuple[int, ...] = ()
+        self._console = ""  # its end; QEMU forgets what was read
         self._group: CpuGroup | None = None
 
     async def boot(self) -> MachineFacts:
@@ -291,6 +292,7 @@ class QemuVm:
 
     async def _boot_once(self, deadline_s: float) -> MachineFacts:
         settings, sockets = self._settings, self._sockets()
+        self._console = ""
         settings.folder.mkdir(mode=0o700)
         await _make_overlay(settings.image.base_disk, sockets.overlay)
         mac = f"52:54:00:77:00:{settings.number + 2:02x}"
@@ -397,14 +399,15 @@ class QemuVm:
         return str(error)
 
     async def _read_console(self) -> str:
-        """Return the last lines of the guest's console."""
+        """Return the last lines of the guest's console, also of what an earlier call has read."""
         if self._monitor is None:
             return "(no monitor)"
         try:
-            text = str(await self._monitor.ask("ringbuf-read", device="con", size=65536, format="utf8"))
+            text = str(await self._monitor.ask("ringbuf-read", device="con", size=CONSOLE_BYTES, format="utf8"))
         except VmError as exc:
             return f"({exc})"
-        return _join_last_lines(text) or "(empty)"
+        self._console = (self._console + text)[-CONSOLE_BYTES:]
+        return _join_last_lines(self._console) or "(empty)"
 
     def _read_log_tail(self) -> str:
         try:

@@ -1,4 +1,4 @@
-"""Keep the alarms of all VMs over restarts of the watcher: the file ``watch_v1.json`` of the state folder.
+"""Store the alarms of all VMs over restarts of the watcher: the file ``watch_v1.json`` of the state folder.
 
 A watcher that starts again continues the alarms that were on: it does not raise them again, and does not forget them.
 The file is replaced as a whole after each change, so that a killed watcher leaves the last complete one.
