@@ -214,11 +214,10 @@ def test_the_end_of_the_console_holds_what_an_earlier_notice_has_read(tmp_path: 
     class ForgetfulMonitor(FakeMonitor):
         """Forgets what was read, as QEMU's ring buffer does."""
 
-        texts = ["booting\nno driver here\n", ""]
-
         async def ask(self, command: str, **arguments: object) -> Any:
-            return self.texts.pop(0)
+            return texts.pop(0)
 
+    texts = ["booting\nno driver here\n", ""]
     vm = QemuVm(start_of(tmp_path))
     vm._monitor = ForgetfulMonitor()
 
