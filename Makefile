@@ -72,7 +72,7 @@ system:
 
 lock: | $(BIN)/uv
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate $(addprefix --find-links ,$(LINKS)) \
-	  --extra train --extra live --extra serve --extra ray --group dev pyproject.toml \
+	  --extra train --extra live --extra serve --extra ray --extra libvirt --group dev pyproject.toml \
 	  | sed -E '/^torch==/d;/^(nvidia-|cuda-|triton)/d' > constraints.tmp
 	echo 'torch==2.13.0' >> constraints.tmp && LC_ALL=C sort constraints.tmp > constraints.txt && rm constraints.tmp
 

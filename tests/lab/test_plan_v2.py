@@ -23,6 +23,7 @@ from phasewatch.profiles import (
     ROUTINES,
     TRANSITION_PROBABILITIES,
     find_profile,
+    find_sample,
     find_sample_group,
 )
 from phasewatch.types import BENIGN_PROFILE, EpisodeRole, Phase
@@ -147,6 +148,15 @@ def test_benign_walks_visit_several_kinds() -> None:
     walks = [list_load_kinds(slot.loads) for slot in benign() if list_load_kinds(slot.loads)]
 
     assert np.mean([len(kinds) for kinds in walks]) > 1.5
+
+
+def test_most_loads_work_on_the_disk_as_real_programs_do() -> None:
+    for some in (malicious(), benign(), slots(EpisodeRole.SOAK)):
+        spans = [span for slot in some for span in slot.loads if not span.is_idle]
+        weights = [find_sample(BENIGN_PROFILE, span.kind).weight for span in spans]
+        lengths = np.array([span.end_s - span.start_s for span in spans])
+
+        assert lengths[np.array(weights) > 1].sum() > lengths.sum() / 2
 
 
 def test_a_quarter_of_benign_time_is_idle() -> None:

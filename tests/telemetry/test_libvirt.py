@@ -253,7 +253,7 @@ def test_a_daemon_that_hangs_costs_readings_and_few_threads_and_recovers(caplog:
         assert domain.state == "running"
 
     run(main())
-    assert len(caplog.records) == 1
+    assert [record.levelname for record in caplog.records] in (["WARNING"], ["WARNING", "INFO"])
 
 
 def test_calls_that_hang_are_limited() -> None:

@@ -334,12 +334,14 @@ class _SessionBuilder:
         """Return the least used sample of a group; uses on this host count first, in version 2 those on all hosts."""
         profile, group = profile_group
         image, workloads = self._images.get(host_id, "busybox"), self._spec.workloads
-        names = [sample.name for sample in list_samples(profile, group, workloads=workloads, image=image)]
-        if is_busy:
-            names = [name for name in names if name not in IDLE_SAMPLES]
+        samples = {each.name: each for each in list_samples(profile, group, workloads=workloads, image=image)}
+        names = [name for name in samples if not (is_busy and name in IDLE_SAMPLES)]
         used = self._used
         if workloads >= 2:  # breadth before repetition
-            chosen = min(names, key=lambda name: (used[use, profile, name], used[use, host_id, profile, name]))
+            chosen = min(
+                names,
+                key=lambda name: (used[use, profile, name] / samples[name].weight, used[use, host_id, profile, name]),
+            )
         else:
             chosen = min(names, key=lambda name: (used[use, host_id, profile, name], used[use, name]))
         for key in ((use, host_id, profile, chosen), (use, chosen), (use, profile, chosen)):

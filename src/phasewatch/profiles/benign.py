@@ -18,6 +18,9 @@ __all__ = ["IDLE_SAMPLE", "IDLE_SAMPLES", "ImageKinds", "ImageSample", "build_be
 IDLE_SAMPLE = "idle"  # the benign sample without a load
 # What an idle machine does beside background events, one form for each sample group.
 IDLE_SAMPLES = (IDLE_SAMPLE, "idle-cron", "idle-timers", "idle-lookups")
+# Real programs work on the disk, most small emulated ones hardly do. Without the weight, the median loaded window of an
+# ordinary machine read nothing, and reads alone told malware from work.
+_HEAVY_BPS, _HEAVY_WEIGHT = 2e6, 3
 
 _FIRST: tuple[tuple[str, str, str], ...] = (
     ("idle", "only background events", ""),
@@ -108,6 +111,7 @@ def read_image_kinds() -> ImageKinds:
 
 def build_image_sample(row: ImageSample, *, common: str = "") -> ProfileSample:
     """Build the sample of a program of an image."""
+    is_heavy = row.profile == BENIGN_PROFILE and max(*row.reads_bps, *row.writes_bps) >= _HEAVY_BPS
     return ProfileSample(
         name=row.name,
         about=row.about,
@@ -117,6 +121,7 @@ def build_image_sample(row: ImageSample, *, common: str = "") -> ProfileSample:
         content=row.content,
         twin=row.twin,
         twin_reason=row.why,
+        weight=_HEAVY_WEIGHT if is_heavy else 1,
     )
 
 
@@ -130,14 +135,17 @@ def build_benign_profile(twins: dict[str, tuple[str, str]], image_kinds: ImageKi
 
     def build(name: str, about: str, knobs: str, since: int, content: str) -> ProfileSample:
         twin, reason = twins.get(name, ("", ""))
+        ranges = parse_intensities(knobs)
+        is_heavy = any(knob.unit == "kB/s" and 1000 * knob.high >= _HEAVY_BPS for knob in ranges)
         return ProfileSample(
             name=name,
             about=about,
-            knobs=parse_intensities(knobs),
+            knobs=ranges,
             since=since,
             content=ContentClass(content),
             twin=twin,
             twin_reason=reason,
+            weight=_HEAVY_WEIGHT if is_heavy else 1,
         )
 
     return WorkloadProfile(

@@ -80,6 +80,7 @@ class ProfileSample:
         twin: The workload that looks alike from outside: a benign kind of a malicious sample, or
             ``profile/sample`` of a benign kind. Empty without one.
         twin_reason: What the two have in common.
+        weight: How many times as often as a kind of weight 1 a walk of loads draws it.
     """
 
     name: str
@@ -90,6 +91,7 @@ class ProfileSample:
     content: ContentClass = ContentClass.RANDOM
     twin: str = ""
     twin_reason: str = ""
+    weight: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
