@@ -22,7 +22,7 @@ UV         := $(BIN)/uv pip install --python $(BIN)/python -c constraints.txt $(
 export OMP_WAIT_POLICY = PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: bench-features demo test soak lint setup system picture headline results results-v2 bench docs datasheet recordings edge footprint lock clean
+.PHONY: bench-features demo test soak lint setup system picture headline results results-v2 real-ransomware bench docs datasheet recordings edge footprint lock clean
 
 demo: $(VENV)/.run
 	@$(BIN)/phasewatch demo
@@ -138,6 +138,30 @@ results-v2: $(VENV)/.run
 	  --other "lab-v1 → lab-v2=$(LAB2)/v1-v2-realistic.json" --other "lab-v1 → lab-v2=$(LAB2)/v1-v2-portable.json" \
 	  --other "lab-v2 → lab-v1=$(LAB2)/v2-v1-realistic.json" --other "lab-v2 → lab-v1=$(LAB2)/v2-v1-portable.json" \
 	  --curves $(LAB2)/curves.json
+
+# What models of both laboratories say of real ransomware that others recorded: REAL=folder of unpacked RanSAP recordings.
+# lab-v1 did not count clusters, so both are also compared on bytes alone (`disk-blocks`).
+EXTERNAL := runs/real-ransomware
+
+real-ransomware: $(VENV)/.run
+	@test -n "$(REAL)" || { echo "name the folder of unpacked RanSAP recordings: make real-ransomware REAL=folder" >&2; exit 2; }
+	rm -rf $(EXTERNAL) && mkdir -p $(EXTERNAL)
+	$(BIN)/phasewatch import table $(REAL) --map ransap --labels told --out $(EXTERNAL)/imported
+	for store in corpus/lab-v1 corpus/lab-v2 $(EXTERNAL)/imported; do \
+	  run=$(EXTERNAL)/$$(basename $$store)-run; \
+	  $(BIN)/phasewatch validate $$store --out $$run >/dev/null; $(BIN)/phasewatch features $$run || exit 1; \
+	done
+	for lab in lab-v1 lab-v2; do $(BIN)/phasewatch split $(EXTERNAL)/$$lab-run || exit 1; done
+	$(BIN)/phasewatch train $(EXTERNAL)/lab-v1-run --models gbt --recipes deploy --channels disk-blocks
+	$(BIN)/phasewatch train $(EXTERNAL)/lab-v2-run --models gbt --recipes deploy --channels disk-blocks,disk
+	for which in lab-v1:disk-blocks lab-v2:disk-blocks lab-v2:disk; do \
+	  $(BIN)/phasewatch predict $(EXTERNAL)/imported --model $(EXTERNAL)/$${which%:*}-run --channels $${which#*:} \
+	    --out $(EXTERNAL)/$${which%:*}-$${which#*:}.parquet || exit 1; \
+	done
+	$(BIN)/python -m tools.external_validity --own $(EXTERNAL)/imported-run --out docs/results/real-ransomware.md \
+	  "lab-v1, bytes read and written=$(EXTERNAL)/lab-v1-disk-blocks.parquet" \
+	  "lab-v2, bytes read and written=$(EXTERNAL)/lab-v2-disk-blocks.parquet" \
+	  "lab-v2, with clusters and rewritten share=$(EXTERNAL)/lab-v2-disk.parquet"
 
 # The small edge bundle beside the bundled corpus: one model for every machine that a watcher may meet; and its card.
 EDGE_MODEL ?= gbt
