@@ -202,6 +202,22 @@ def test_a_sampling_takes_its_time_and_its_result_is_repeated() -> None:
     assert sampled == [{"calc-time": 1, "mode": "page-sampling", "sample-pages": 4096}] * 2
 
 
+def test_a_failed_sampling_is_no_rate_and_the_next_one_is_read() -> None:
+    script = Script()
+    watch = Watch(script)
+    rates: list[int | None] = []
+
+    async def work() -> None:
+        await watch.open()
+        for rate in (0, -1, 7):  # QEMU reports -1 as measured if it could not sample the memory
+            script.status, script.rate = "measured", rate
+            rates.append((await watch.read())["mem_dirty_rate"])
+
+    asyncio.run(work())
+
+    assert rates == [None, None, 7 << 20]
+
+
 def test_a_sampling_of_another_client_is_not_read() -> None:
     script = Script()
     script.status, script.rate = "measured", 9

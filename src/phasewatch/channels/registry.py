@@ -92,7 +92,9 @@ _CHANNEL_SETS: dict[str, frozenset[str]] = {
     "blocks": _name_channels(c for c in _SENSOR_CHANNELS if c.name.startswith("blk_")),
     "dirty": _name_channels(c for c in _SENSOR_CHANNELS if c.name.startswith("mem_")),
     # What a log of disk accesses can give, for recordings of others that have nothing else.
-    "disk": frozenset(f"{SourceKind.QMP}.{n}" for n in ("blk_rd_bytes", "blk_wr_bytes", "blk_clusters", "blk_rewritten")),
+    "disk": frozenset(
+        f"{SourceKind.QMP}.{n}" for n in ("blk_rd_bytes", "blk_wr_bytes", "blk_clusters", "blk_rewritten")
+    ),
 }
 # The longest name first, because a name may hold a hyphen.
 _NAMES_PATTERN = "|".join(re.escape(name) for name in sorted(_CHANNEL_SETS, key=len, reverse=True))

@@ -265,7 +265,7 @@ class MonitorSensors:
         state = await ask("query-dirty-rate")
         if state["status"] == "measuring":
             return True
-        if self._is_measuring and state["status"] == "measured":
+        if self._is_measuring and state["status"] == "measured" and int(state["dirty-rate"]) >= 0:  # -1: it failed
             self._dirty_rate, self._dirty_ns = int(state["dirty-rate"]) << 20, self._clock.mono_ns()
         self._is_measuring = False
         await ask(
