@@ -54,6 +54,7 @@ SECTIONS: Mapping[str, Mapping[str, CommandSpec]] = {
         "evaluate": _spec("run", "Compute metrics with confidence intervals and baselines."),
         "audit": _spec("run", "Check a run: rebuild, retrain, rescore, look for shortcuts."),
         "report": _spec("run", "Write the report of a run as HTML, Markdown or JSON."),
+        "compare": _spec("compare", "Compare two runs on the test windows that both have."),
     },
     "Watch": {
         "export": _spec("predict", "Export a trained model as an edge bundle or an ONNX file."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -18,6 +18,7 @@ from phasewatch.evaluation.predictions import PredictionGroup
 from phasewatch.evaluation.scoring import (
     BootstrapScores,
     EvaluationSettings,
+    IntervalColumns,
     ModelOutput,
     PredictionSet,
     build_interval,
@@ -33,8 +34,10 @@ from phasewatch.types import SourceKind
 
 __all__ = [
     "SPLIT_PROTOCOLS",
+    "PairedGap",
     "build_comparison_rows",
     "choose_agent_state",
+    "compute_gaps",
     "needs_agent",
 ]
 
@@ -137,7 +140,52 @@ def build_comparison_rows(groups: Sequence[PredictionGroup], rules: EvaluationSe
 def _build_pair_rows(
     kind: str, one: PredictionGroup, other: PredictionGroup, agent: str | None, rules: EvaluationSettings
 ) -> Iterator[MetricRow]:
-    sides = [pooled.select_agent(agent) for pooled in (one.pool(), other.pool()) if pooled is not None]
+    key = one.build_metric_key(agent=agent)
+    compared_to = next((b for a, b in zip(one.key, other.key, strict=True) if a != b), None)
+    for gap in compute_gaps(one.pool(), other.pool(), agent, rules):
+        yield key.row(
+            metric=f"{gap.metric}_{kind}_gap",
+            model=gap.model,
+            compared_to=compared_to,
+            seed="mean",
+            value=gap.first - gap.second,
+            p=gap.p,
+            **gap.interval,
+            **gap.counts,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairedGap:
+    """Scores of one model on both sides of a comparison, over the windows that both tested.
+
+    Attributes:
+        metric: ``macro_f1`` or ``macro_f1_3class``.
+        first, second: The score of each side, the mean over the seeds that both have.
+        interval: 95 % interval of first minus second, as columns of a row.
+        p: Its two-sided p-value; None where it cannot be computed.
+        counts: Numbers of windows, episodes, sessions, hosts and profiles.
+    """
+
+    model: str
+    metric: str
+    first: float
+    second: float
+    interval: IntervalColumns
+    p: float | None
+    counts: Mapping[str, int]
+
+
+def compute_gaps(
+    one: PredictionSet | None, other: PredictionSet | None, agent: str | None, rules: EvaluationSettings
+) -> Iterator[PairedGap]:
+    """Compare the models that two sets of predictions share, with the same resamples on both sides.
+
+    Args:
+        one, other: Predictions; nothing is compared if one is None.
+        agent: ``on`` or ``off`` keeps the episodes with or without the guest's agent; None keeps all.
+    """
+    sides = [pooled.select_agent(agent) for pooled in (one, other) if pooled is not None]
     if len(sides) < 2 or sides[0] is None or sides[1] is None or (aligned := sides[0].align(sides[1])) is None:
         return
     by_model = [side.group_by_model() for side in aligned]
@@ -153,23 +201,20 @@ def _build_pair_rows(
     kept = select_resamples(scope)
     scored = score_models(scope, kept)
     counts = {**scope.counts(), **count_profiles(scope, rules)}
-    key = one.build_metric_key(agent=agent)
-    compared_to = next(b for a, b in zip(one.key, other.key, strict=True) if a != b)
     for model in models:
         for metric in ("macro_f1", "macro_f1_3class"):
             (first, first_draws), (second, second_draws) = (
                 _average_scores(scored[f"{side} {model}"], metric) for side in (_FIRST_SIDE, _SECOND_SIDE)
             )
             draws = None if first_draws is None or second_draws is None else first_draws - second_draws
-            yield key.row(
-                metric=f"{metric}_{kind}_gap",
+            yield PairedGap(
                 model=model,
-                compared_to=compared_to,
-                seed="mean",
-                value=first - second,
+                metric=metric,
+                first=first,
+                second=second,
+                interval=build_interval(draws, kept),
                 p=compute_gap_p_value(draws, kept),
-                **build_interval(draws, kept),
-                **counts,
+                counts=counts,
             )
 
 

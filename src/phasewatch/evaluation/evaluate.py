@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from phasewatch import atomic, profiles
+from phasewatch import atomic
 from phasewatch.artifacts import (
     BINS_DIR,
     BINS_INDEX_PATH,
@@ -53,7 +53,7 @@ from phasewatch.evaluation.metric_table import (
 )
 from phasewatch.evaluation.predictions import PredictionGroup, parse_prediction_groups
 from phasewatch.evaluation.ranking import build_ranking_rows
-from phasewatch.evaluation.scoring import EvaluationSettings, MetricKey, build_scoring_set
+from phasewatch.evaluation.scoring import EvaluationSettings, MetricKey, build_scoring_set, build_settings
 from phasewatch.evaluation.selection import build_selection_rows
 from phasewatch.metrics import compute_pooled_macro_f1
 from phasewatch.models import checkpoint, registry
@@ -61,9 +61,8 @@ from phasewatch.models.alarm import LIVE_STRIDE_S, RULE_STRIDE_S
 from phasewatch.splits import ALARM_RECIPES, Fold
 from phasewatch.training.experiment import Experiment, parse_experiment
 from phasewatch.training.predictions import NO_FILTER, PredictionPart, read_predictions
-from phasewatch.types import SampleKind
 
-__all__ = ["evaluate_run", "read_metrics", "render_headline"]
+__all__ = ["evaluate_run", "read_folds", "read_metrics", "render_headline"]
 
 _FOLD_MEAN_NOTE = MetricNote(code=NoteCode.MEAN_OVER_FOLDS, text="mean over folds")
 _CHOICE_NOTE = MetricNote(code=NoteCode.COUNT, text="chooses a model, so it has no interval")
@@ -174,15 +173,10 @@ def compute_metrics(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -
     Raises:
         RunError: If there are no test predictions, or two models saw other truths for the same window.
     """
-    rules = EvaluationSettings(
-        malicious=tuple(p.name for p in profiles.PROFILES if p.kind != SampleKind.BENIGN),
-        profiles=tuple(p.name for p in profiles.PROFILES),
-        resamples=resamples,
-        seed=seed,
-    )
+    rules = build_settings(resamples=resamples, seed=seed)
     path = run / PREDICTIONS_FILE
     table = read_predictions(path)
-    folds, digests = _read_folds(run)
+    folds, digests = read_folds(run)
     for name in (BINS_INDEX_PATH, VALIDATION_FILE):
         if (run / name).is_file():
             digests[name] = file_sha256(run / name)
@@ -216,7 +210,7 @@ def _limit_threads() -> Iterator[None]:
         yield
 
 
-def _read_folds(run: Path) -> tuple[dict[tuple[str, str], Fold], dict[str, str]]:
+def read_folds(run: Path) -> tuple[dict[tuple[str, str], Fold], dict[str, str]]:
     """Return the folds of the run by recipe and fold, and the digests of their files."""
     digests = {name: file_sha256(run / name) for name in list_split_names(run)}
     return {(fold.recipe, fold.fold): fold for fold in read_all_folds(run)}, digests

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from phasewatch import profiles
 from phasewatch.arrays import Float32Array
 from phasewatch.artifacts import RunEpisode
 from phasewatch.channels import CHANNELS
@@ -24,10 +23,10 @@ from phasewatch.evaluation.leaderboard import build_leaderboard_rows
 from phasewatch.evaluation.metric_table import MetricNote, MetricRow, MetricTable, NoteCode
 from phasewatch.evaluation.predictions import PredictionGroup, parse_prediction_groups
 from phasewatch.evaluation.ranking import build_ranking_rows
-from phasewatch.evaluation.scoring import EvaluationSettings, build_scoring_set
+from phasewatch.evaluation.scoring import EvaluationSettings, build_scoring_set, build_settings
 from phasewatch.models.alarm import LIVE_STRIDE_S, RULE_STRIDE_S, AlarmRule
 from phasewatch.splits import SplitEpisode, find_near_duplicates
-from phasewatch.types import BIN_NS, PHASES, WINDOW_BINS, EpisodeRole, SampleKind
+from phasewatch.types import BIN_NS, PHASES, WINDOW_BINS, EpisodeRole
 
 __all__ = ["OTHER_STORE", "StoreEpisode", "TrainingEpisodes", "score_other_store", "select_unseen_episodes"]
 
@@ -166,11 +165,7 @@ def score_other_store(
     Raises:
         MismatchError: If no window of known phase is left.
     """
-    rules = EvaluationSettings(
-        malicious=tuple(p.name for p in profiles.PROFILES if p.kind != SampleKind.BENIGN),
-        profiles=tuple(p.name for p in profiles.PROFILES),
-        resamples=resamples,
-    )
+    rules = build_settings(resamples=resamples)
     prepared = _build_run_table(table, {i: one.t0_ns for i, one in episodes.items()})
     groups = _parse_groups(prepared, "test")
     if not groups:

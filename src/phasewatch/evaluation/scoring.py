@@ -9,11 +9,12 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from phasewatch import metrics
+from phasewatch import metrics, profiles
 from phasewatch.arrays import FloatArray
 from phasewatch.evaluation import bootstrap
 from phasewatch.evaluation.bootstrap import ResampleWeights, SessionClusters
 from phasewatch.evaluation.metric_table import MetricNote, MetricRow, NoteCode
+from phasewatch.types import SampleKind
 
 __all__ = [
     "BootstrapScores",
@@ -29,6 +30,7 @@ __all__ = [
     "ValueColumns",
     "build_interval",
     "build_scoring_set",
+    "build_settings",
     "compute_gap_p_value",
     "compute_score_terms",
     "count_profiles",
@@ -197,6 +199,16 @@ class EvaluationSettings:
     profiles: tuple[str, ...]
     resamples: int = bootstrap.N_RESAMPLES
     seed: int = 0
+
+
+def build_settings(*, resamples: int = bootstrap.N_RESAMPLES, seed: int = 0) -> EvaluationSettings:
+    """Build the settings for the registered profiles."""
+    return EvaluationSettings(
+        malicious=tuple(p.name for p in profiles.PROFILES if p.kind != SampleKind.BENIGN),
+        profiles=tuple(p.name for p in profiles.PROFILES),
+        resamples=resamples,
+        seed=seed,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
