@@ -9,6 +9,7 @@ from tests.factories.bundles import episode
 from tests.factories.stores import put
 from typer.testing import CliRunner, Result
 
+from phasewatch.artifacts import VALIDATION_FILE
 from phasewatch.cli import app
 
 
@@ -20,9 +21,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
 
 
-@pytest.fixture(params=["documents", "nothing", "a store", "code"])
+@pytest.fixture(params=["documents", "nothing", "a store", "an indexed store", "code"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder that is no run; but for the third no store either."""
+    """A folder that is no run; two of them are stores."""
     made = tmp_path / "folder"
     made.mkdir()
     if request.param == "documents":
@@ -31,6 +32,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
             (made / name).write_text("words")
     elif request.param == "a store":
         put(made, episode())
+    elif request.param == "an indexed store":
+        put(made, episode())
+        (made / VALIDATION_FILE).write_bytes(b"")
     elif request.param == "code":  # folders that a run has, too
         for name in ("models/gradient_boosting.py", "splits/a.py"):
             (made / name).parent.mkdir()
@@ -47,6 +51,7 @@ ON_A_RUN = [
     ["audit", "FOLDER"],
     ["report", "FOLDER"],
     ["report", "FOLDER", "--format", "md", "--out", "OUT"],
+    ["compare", "FOLDER", "FOLDER"],
     ["export", "FOLDER", "--out", "OUT.zip"],
     ["publish", "metrics", "FOLDER"],
     ["dashboard", "FOLDER", "--port", "0"],

@@ -64,7 +64,7 @@ def check_run_folder(run: Path) -> Path:
     """Return the folder of a run, or raise before anything is written to a folder that is no run.
 
     Raises:
-        RunError: If it does not exist or holds no file of a run.
+        RunError: If it does not exist, is a store, or holds no file of a run.
     """
     # Here, so that `doctor` can look for the recordings where a package is missing.
     from phasewatch.artifacts import RUN_FILES
@@ -72,7 +72,8 @@ def check_run_folder(run: Path) -> Path:
 
     if not run.is_dir():
         raise RunError(f"{run}: there is no such run; make one with `phasewatch run STORE --out {run}`")
-    if not any((run / name).is_file() for name in RUN_FILES):
-        what = "it holds bundles, so it is a store" if has_bundle(run) else "it holds no file of a run"
+    is_store = has_bundle(run)  # even with the index of its accepted bundles, a file that a run has too
+    if is_store or not any((run / name).is_file() for name in RUN_FILES):
+        what = "it holds bundles, so it is a store" if is_store else "it holds no file of a run"
         raise RunError(f"{run}: not a run: {what}; make a run with `phasewatch run STORE --out RUN`")
     return run
