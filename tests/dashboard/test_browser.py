@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,26 @@ from phasewatch.channels import CHANNELS
 from phasewatch.events.schema import (
     ConfusionEvent,
     EventData,
+    EventEnvelope,
     PhaseEvent,
     ProfileCell,
     ProfileTableEvent,
     ScoreEvent,
     ScoreRow,
     TelemetryEvent,
+    render_event,
 )
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 KINDS = ("telemetry", "phase", "score", "confusion", "perf", "profile")
 NOW_NS = 1_795_510_800_000_000_000
+TIMEOUT_S = 120.0  # for a machine that is very slow; a test that passes does not wait for it
+RESEND_S = 1.0
 FIGURES = "document.querySelectorAll('.plot .main-svg').length"
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def chromium() -> Iterator[Any]:
     path = need_chromium()
     try:
         from playwright.sync_api import sync_playwright
@@ -49,6 +54,14 @@ def browser() -> Iterator[Any]:
         opened = driver.chromium.launch(executable_path=path, headless=True, args=FLAGS)
         yield opened
         opened.close()
+
+
+@pytest.fixture
+def browser(chromium: Any) -> Iterator[Any]:
+    """The browser, whose pages are closed after the test: an open page asks for its dashboard again and again."""
+    yield chromium
+    for context in chromium.contexts:
+        context.close()
 
 
 @pytest.fixture
@@ -70,17 +83,34 @@ class OpenedDashboard:
         self.page.on("dialog", lambda dialog: (self.messages.append("dialog"), dialog.dismiss()))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(address, timeout=120_000)
-        self.wait("document.querySelector('#link').dataset.state === 'live'", 120)  # later events are new
+        self.wait("document.querySelector('#link').dataset.state === 'live'")
 
-    def wait(self, expression: str, timeout_s: float = 30) -> None:
-        """Wait until an expression is true; playwright's own wait needs `eval`, which the page forbids."""
-        until = time.monotonic() + timeout_s
+    def wait(self, expression: str, resend: Callable[[], None] | None = None) -> None:
+        """Wait until an expression is true; playwright's own wait needs `eval`, which the page forbids.
+
+        Args:
+            expression: JavaScript.
+            resend: Called about once a second meanwhile, for what is true only of new data: a slow machine shows the
+                first events when they are no longer new.
+        """
+        until = time.monotonic() + TIMEOUT_S
+        due = time.monotonic() + RESEND_S
         while not self.page.evaluate(expression):
             assert time.monotonic() < until, f"timed out: {expression}\n{self.messages}\n{self.page.inner_text('body')}"
+            if resend is not None and time.monotonic() >= due:
+                resend()
+                due = time.monotonic() + RESEND_S
             self.page.wait_for_timeout(50)
 
-    def wait_states(self, state: str, count: int = 6) -> None:
-        self.wait(f"document.querySelectorAll('.scene[data-state=\"{state}\"]').length === {count}")
+    def wait_states(self, state: str, resend: Callable[[], None] | None = None) -> None:
+        self.wait(f"document.querySelectorAll('.scene[data-state=\"{state}\"]').length === 6", resend)
+
+    def wait_status(self, state: str, reasons: set[str], resend: Callable[[], None]) -> None:
+        """Wait for an overall status with exactly these reasons, in any order."""
+        wanted = json.dumps(sorted(reasons))
+        found = "(document.querySelector('#alarms').dataset.reasons || '').split(' ').filter(Boolean).sort()"
+        is_state = f"document.querySelector('#alarms').dataset.state === '{state}'"
+        self.wait(f"{is_state} && JSON.stringify({found}) === JSON.stringify({wanted})", resend)
 
     def text(self, selector: str) -> str:
         return str(self.page.inner_text(selector))
@@ -122,8 +152,25 @@ def phase(vm: str = "web-1", at: int = 0, decision: str = "clean", **more: Any) 
     )
 
 
-def everything() -> tuple[EventData, ...]:
-    return (telemetry(), *(phase(at=i) for i in range(6)), *(GOLDEN[k][0] for k in KINDS[2:]))
+def quiet(vm: str = "web-1", at: int = 0, **more: Any) -> PhaseEvent:
+    return phase(vm, at, **({"alarm": False, "threshold": 0.5} | more))
+
+
+def everything(turn: int = 0) -> tuple[EventData, ...]:
+    """Return an event of each type; the next turn continues the time of the one before."""
+    return (telemetry(start=20 * turn), *(phase(at=2 * turn + i) for i in range(2)), *(GOLDEN[k][0] for k in KINDS[2:]))
+
+
+class FakeWatcher:
+    """Sends the events of the next turn with each call, as a watcher does all the time."""
+
+    def __init__(self, running: Running, make_events: Callable[[int], Iterable[EventData]] = everything) -> None:
+        self._running, self._make_events = running, make_events
+        self._turn = 0
+
+    def __call__(self) -> None:
+        self._running.send(*self._make_events(self._turn))
+        self._turn += 1
 
 
 def test_scenes_become_live_without_console_messages_or_foreign_requests(browser: Any, running: Running) -> None:
@@ -133,8 +180,7 @@ def test_scenes_become_live_without_console_messages_or_foreign_requests(browser
     for kind in ("telemetry", "phase", "perf"):
         assert opened.page.locator(f".scene[data-type={kind}] .empty").is_visible()
     assert "token" not in opened.page.url
-    running.send(*everything())
-    opened.wait_states("live")
+    opened.wait_states("live", FakeWatcher(running))
     opened.wait(f"{FIGURES} >= 8")
     opened.show("scores")
     opened.wait(f"{FIGURES} >= 14")
@@ -158,7 +204,6 @@ def test_scenes_become_live_without_console_messages_or_foreign_requests(browser
 def test_page_fits_any_width(browser: Any, running: Running, width: int, min_target_px: int) -> None:
     running.send(*everything())
     opened = OpenedDashboard(browser, running.start, width)
-    opened.wait("document.querySelectorAll('.scene[data-state=stale]').length >= 5")  # they have their own age
     opened.wait(f"{FIGURES} >= 8")
 
     sides = "e => e.map(x => x.getBoundingClientRect()).map(r => Math.min(r.width, r.height))"
@@ -195,7 +240,6 @@ def test_text_of_the_leaderboard_is_not_clipped(browser: Any, running: Running, 
 def test_gap_is_visible_and_phases_and_reasons_are_labelled(browser: Any, running: Running) -> None:
     rows = tuple(ScoreRow(model=m, threat="oracle", table="raw", value=0.5, n_episodes=5, why="too few") for m in "ab")
     opened = OpenedDashboard(browser, running.start)
-    opened.wait("document.querySelector('#link').dataset.state === 'live'")
     running.send(
         telemetry(),
         telemetry(start=40),
@@ -215,9 +259,7 @@ def test_gap_is_visible_and_phases_and_reasons_are_labelled(browser: Any, runnin
 
 def test_strings_from_events_are_text_and_run_no_script(browser: Any, running: Running) -> None:
     rows = (ScoreRow(model=HOSTILE, threat=HOSTILE, table="raw", value=0.5, why=HOSTILE),)
-    hostile: tuple[EventData, ...] = (
-        telemetry(vm=HOSTILE, host=HOSTILE),
-        phase(vm=HOSTILE, model=HOSTILE, caveat=HOSTILE),
+    scores: tuple[EventData, ...] = (
         ScoreEvent(
             metric=HOSTILE, tested=1, registered=2, recipe=HOSTILE, rows=rows, headline=HOSTILE, notes=(HOSTILE,)
         ),
@@ -236,9 +278,13 @@ def test_strings_from_events_are_text_and_run_no_script(browser: Any, running: R
             untested_profiles=(HOSTILE,),
         ),
     )
+
+    def make_events(turn: int) -> tuple[EventData, ...]:
+        prediction = phase(vm=HOSTILE, at=2 * turn, model=HOSTILE, caveat=HOSTILE)
+        return (telemetry(vm=HOSTILE, host=HOSTILE, start=20 * turn), prediction, *scores)
+
     opened = OpenedDashboard(browser, running.start)
-    running.send(*hostile)
-    opened.wait_states("live")
+    opened.wait_states("live", FakeWatcher(running, make_events))
     opened.wait(f"{FIGURES} >= 8")
     assert HOSTILE in opened.text("#facts-phase")
     assert "<" not in opened.text("#machines")
@@ -264,33 +310,44 @@ def test_unsafe_names_from_outside_producers_are_replaced(browser: Any, running:
     assert opened.messages == []
 
 
+def test_prediction_from_a_clock_that_is_ahead_becomes_stale_on_a_page_that_is_opened_later(
+    browser: Any, running: Running
+) -> None:
+    ahead = EventEnvelope(id="1", t_wall_ns=time.time_ns() + 86_400 * 10**9, run="live", data=quiet())
+    assert running.post(render_event(ahead)).status_code == 202
+
+    opened = OpenedDashboard(browser, running.start)
+
+    opened.wait("document.querySelector('[data-type=phase]').dataset.state === 'stale'")
+    opened.wait("document.querySelector('#alarms').dataset.state === 'doubt'")
+    assert opened.reasons() == {"silent"}
+
+
 def test_scene_without_new_events_becomes_stale(browser: Any, running: Running) -> None:
     opened = OpenedDashboard(browser, running.start)
-    running.send(telemetry(), phase())
-    opened.wait("document.querySelector('[data-type=telemetry]').dataset.state === 'live'")
+    watcher = FakeWatcher(running, lambda turn: (telemetry(start=20 * turn), phase(at=2 * turn)))
+    opened.wait("document.querySelector('[data-type=telemetry]').dataset.state === 'live'", watcher)
 
     opened.wait("document.querySelector('[data-type=telemetry]').dataset.state === 'stale'")
 
     assert "stale since " in opened.text("[data-type=telemetry] .state")
     opened.wait("document.querySelector('.machine').classList.contains('stale')")
-    assert opened.reasons() == {"silent"}
-    running.send(telemetry(start=20))
-    opened.wait("document.querySelector('[data-type=telemetry]').dataset.state === 'live'")
+    opened.wait("document.querySelector('#alarms').dataset.reasons === 'silent'")
+    opened.wait("document.querySelector('[data-type=telemetry]').dataset.state === 'live'", watcher)
 
 
 def test_old_prediction_is_no_all_clear_while_telemetry_continues(browser: Any, running: Running) -> None:
     opened = OpenedDashboard(browser, running.start)
-    running.send(telemetry(), phase(alarm=False, threshold=0.5))
-    opened.wait("document.querySelector('#alarms').dataset.state === 'calm'")
+    turns = count()  # the machine's time goes on over both watchers
+    both = FakeWatcher(running, lambda _: (telemetry(start=2 * (turn := next(turns)), bins=2), quiet(at=turn)))
+    opened.wait_status("calm", set(), both)
 
-    for second in range(16):  # telemetry without the model's channels, or windows that start again
-        running.send(telemetry(start=20 + 2 * second, bins=2))
-        opened.page.wait_for_timeout(1000)
+    # Telemetry without the model's channels, or windows that start again.
+    alone = FakeWatcher(running, lambda _: (telemetry(start=2 * next(turns), bins=2),))
+    opened.wait_status("doubt", {"no-prediction"}, alone)
 
-    assert opened.page.get_attribute("#alarms", "data-state") == "doubt"
-    assert opened.reasons() == {"no-prediction"}
-    assert "no prediction since" in opened.text(".machine")
-    running.send(phase(at=3, alarm=True, alarm_since_ns=NOW_NS, threshold=0.5))
+    opened.wait("document.querySelector('.machine').textContent.includes('no prediction since')", alone)
+    running.send(phase(at=next(turns), alarm=True, alarm_since_ns=NOW_NS, threshold=0.5))
     opened.wait("document.querySelector('#alarms').dataset.state === 'alarm'")
 
 
@@ -310,22 +367,20 @@ def test_status_is_all_clear_only_if_every_prediction_is_clean_and_correct(
     browser: Any, running: Running, origin: str, event: dict[str, Any], state: str, reasons: set[str]
 ) -> None:
     opened = OpenedDashboard(browser, running.start)
-    running.send(*(telemetry(vm, origin=origin) for vm in ("vm-1", "vm-2")))
-    running.send(phase("vm-1", alarm=False, threshold=0.5), phase("vm-2", **{"alarm": False, "threshold": 0.5} | event))
-    opened.wait("document.querySelectorAll('.machine').length === 2")
-    # Until both predictions are drawn, the state is doubt for another reason.
-    opened.wait(f"(document.querySelector('#alarms').dataset.reasons || '') === '{' '.join(reasons)}'")
 
-    assert opened.reasons() == reasons
-    assert opened.page.get_attribute("#alarms", "data-state") == state
+    def make_events(turn: int) -> tuple[EventData, ...]:
+        sent = (telemetry(vm, start=20 * turn, origin=origin) for vm in ("vm-1", "vm-2"))
+        return (*sent, quiet("vm-1", at=2 * turn), quiet("vm-2", at=2 * turn, **event))
+
+    opened.wait_status(state, reasons, FakeWatcher(running, make_events))
+
+    assert opened.page.locator(".machine").count() == 2
 
 
 def test_lost_connection_shows_a_banner_and_a_restart_shows_a_gap(browser: Any, tmp_path: Path) -> None:
     with dashboard(tmp_path) as first:
         opened = OpenedDashboard(browser, first.start)
-        opened.wait("document.querySelector('#link').dataset.state === 'live'")  # later events are new
-        first.send(*everything())
-        opened.wait_states("live")
+        opened.wait_states("live", FakeWatcher(first))
     opened.wait("document.querySelector('#banner').dataset.kind === 'lost'")
 
     assert "The data below is old." in opened.text("#banner")
@@ -338,8 +393,7 @@ def test_lost_connection_shows_a_banner_and_a_restart_shows_a_gap(browser: Any, 
         opened.wait("document.querySelector('#banner').dataset.kind === 'gap'")
         assert "Gap: the dashboard was restarted" in opened.text("#banner")
         opened.wait("document.querySelectorAll('.machine').length === 0")  # the state was read again
-        second.send(*everything())
-        opened.wait_states("live")
+        opened.wait_states("live", FakeWatcher(second))
         opened.page.click("#banner button")
         opened.wait("document.querySelector('#banner').hidden")
     assert not [m for m in opened.messages if "ERR_CONNECTION" not in m and "ERR_INCOMPLETE" not in m]
@@ -382,12 +436,12 @@ def test_tabs_share_one_stream_and_survive_closing_its_tab(browser: Any, running
             running.send(telemetry(f"db-{closed}", start=20))
             for tab in (*tabs, late):
                 tab.wait(f"document.querySelectorAll('.machine').length === {closed + 2}")
-                assert tab.page.locator("#banner").is_hidden()
+                tab.wait("document.querySelector('#banner').hidden")
         assert [words for tab in (*tabs, late) for words in tab.messages] == []
 
 
 def wait_for_viewers(running: Running, count: int) -> None:
-    until = time.monotonic() + 30
+    until = time.monotonic() + TIMEOUT_S
     while (found := httpx.get(running.address + "healthz", trust_env=False).json()["viewers"]) != count:
         assert time.monotonic() < until, f"{found} viewers"
         time.sleep(0.1)
@@ -416,8 +470,8 @@ def test_keys_select_channels_pause_and_open_the_help(browser: Any, running: Run
 def test_figures_are_updated_in_place(browser: Any, running: Running) -> None:
     """No figure is removed, and the height of the page does not change."""
     opened = OpenedDashboard(browser, running.start)
-    running.send(*everything())
-    opened.wait_states("live")
+    watcher = FakeWatcher(running)
+    opened.wait_states("live", watcher)
     opened.wait(f"{FIGURES} >= 8")
     opened.page.evaluate(
         "window.lost = 0; window.moved = 0; const tall = document.body.scrollHeight;"
@@ -427,13 +481,11 @@ def test_figures_are_updated_in_place(browser: Any, running: Running) -> None:
         "new ResizeObserver(() => { if (document.body.scrollHeight !== tall) window.moved += 1; })"
         ".observe(document.body);"
     )
-    before = opened.page.evaluate("document.querySelector('#plot-line .scatterlayer path.js-line').getAttribute('d')")
-    for i in range(1, 9):
-        running.send(telemetry(start=20 * i), phase(at=5 + i), GOLDEN["perf"][0])
-        time.sleep(0.3)
-    opened.wait(
-        f"document.querySelector('#plot-line .scatterlayer path.js-line').getAttribute('d') !== {json.dumps(before)}"
-    )
+    path = "document.querySelector('#plot-line .scatterlayer path.js-line').getAttribute('d')"
+    for _ in range(8):
+        watcher()
+        drawn = opened.page.evaluate(path)
+        opened.wait(f"{path} !== {json.dumps(drawn)}", watcher)
 
     assert opened.page.evaluate("[window.lost, window.moved]") == [0, 0]
     assert opened.messages == []

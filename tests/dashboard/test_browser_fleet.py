@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 import pytest
-from tests.dashboard.test_browser import HOSTILE, NOW_NS, OpenedDashboard, browser, phase, running, telemetry
+from tests.dashboard.test_browser import (
+    HOSTILE,
+    NOW_NS,
+    FakeWatcher,
+    OpenedDashboard,
+    browser,
+    chromium,
+    phase,
+    running,
+    telemetry,
+)
 from tests.factories.dashboards import Running, event
 
 from phasewatch.events.schema import AlarmEvidence, EventData, PhaseEvent, render_event
 
-__all__ = ["browser", "running"]  # fixtures
+__all__ = ["browser", "chromium", "running"]  # fixtures
 
 S = 1_000_000_000
+# Names in the list of machines, from the top.
+NAMES = (
+    "[...document.querySelectorAll('.machine')].sort((a, b) => a.ariaPosInSet - b.ariaPosInSet)"
+    ".map(r => r.querySelector('.vm').textContent)"
+)
 BAD = (0.05, 0.05, 0.8, 0.05, 0.05)
 
 
@@ -36,33 +54,37 @@ def infected(vm: str, at: int = 0, **more: Any) -> PhaseEvent:
 def test_list_shows_the_most_urgent_machines_first_and_draws_only_what_is_visible(
     browser: Any, running: Running, count: int
 ) -> None:
-    send_live(
-        running,
-        *(quiet(i) for i in range(count - 3)),
-        phase("z-busy", activity_alarm=True, activity_alarm_since_ns=NOW_NS, alarm=False, threshold=0.5),
-        infected("z-ill"),
-        phase("a-unknown", alarm=None),
-    )
+    turns = itertools.count()
+
+    def send() -> None:
+        at = next(turns)
+        send_live(
+            running,
+            *(quiet(i, at) for i in range(count - 3)),
+            phase("z-busy", at=at, activity_alarm=True, activity_alarm_since_ns=NOW_NS, alarm=False, threshold=0.5),
+            infected("z-ill", at),
+            phase("a-unknown", at=at, alarm=None),
+        )
+
+    send()
     opened = OpenedDashboard(browser, running.start)
-    opened.wait("document.querySelector('#count-machines').textContent !== ''")
-    send_live(running, *(quiet(i, 1) for i in range(count - 3)))  # the past of before the page has another age
-    send_live(
-        running,
-        phase("z-busy", at=1, activity_alarm=True, activity_alarm_since_ns=NOW_NS, alarm=False, threshold=0.5),
-        infected("z-ill", 1),
-        phase("a-unknown", at=1, alarm=None),
-    )
-    opened.wait("document.querySelector('.machine[data-state=fine]')")
+    first = json.dumps(["z-ill", "z-busy", "a-unknown", "vm-000", "vm-001"])
+    opened.wait(f"JSON.stringify({NAMES}.slice(0, 5)) === JSON.stringify({first})", send)
+    opened.wait("document.querySelector('.machine[data-state=fine]')", send)
 
     assert opened.text("#count-machines") == str(count)
-    assert opened.names()[:5] == ["z-ill", "z-busy", "a-unknown", "vm-000", "vm-001"]
     assert opened.page.locator(".machine").count() < 40
     opened.page.keyboard.press("1")
-    opened.page.focus("#machines")
-    opened.page.keyboard.press("End")
     last = f"vm-{count - 4:03d}"
-    opened.wait(f"document.querySelector('#h-machine').textContent === '{last}'")
-    assert opened.page.locator(".machine[aria-selected=true]").get_attribute("aria-posinset") == str(count)
+
+    def select_last() -> None:
+        send()
+        opened.page.focus("#machines")
+        opened.page.keyboard.press("End")
+
+    select_last()
+    opened.wait(f"document.querySelector('#h-machine').textContent === '{last}'", select_last)
+    opened.wait(f"document.querySelector('.machine[aria-selected=true]').ariaPosInSet === '{count}'", send)
     active = opened.page.get_attribute("#machines", "aria-activedescendant")
     assert opened.page.locator(f"#{active} .vm").text_content() == last
     assert opened.messages == []
@@ -158,9 +180,14 @@ def test_replay_is_never_called_live(
     browser: Any, running: Running, origins: tuple[str, ...], mode: str, title: str
 ) -> None:
     opened = OpenedDashboard(browser, running.start)
-    for i, origin in enumerate(origins):
-        vm = f"{origin}-{i}"
-        running.send(telemetry(vm, origin=origin), phase(vm, alarm=False, threshold=0.5))
+
+    def make_events(turn: int) -> Iterator[EventData]:
+        for i, origin in enumerate(origins):
+            yield telemetry(f"{origin}-{i}", start=20 * turn, origin=origin)
+            yield phase(f"{origin}-{i}", at=2 * turn, alarm=False, threshold=0.5)
+
+    watcher = FakeWatcher(running, make_events)
+    watcher()
     opened.wait(f"document.querySelectorAll('.machine').length === {len(origins)}")
     opened.wait(f"document.querySelector('#mode').dataset.mode === '{mode}'")
 
@@ -168,7 +195,7 @@ def test_replay_is_never_called_live(
     badges = {row: opened.page.locator(".machine", has_text=row).locator(".badge").text_content() for row in origins}
     assert badges == {origin: "" if origin == "live" else "replay" for origin in origins}
     if mode == "replay":
-        opened.wait("document.querySelector('[data-type=phase] .state').textContent === 'replay'")
+        opened.wait("document.querySelector('[data-type=phase] .state').textContent === 'replay'", watcher)
         assert "replay" in opened.text("#head")
         assert "live" not in opened.text("main").lower().replace("alive", "")
 

@@ -10,9 +10,9 @@ import pytest
 from tests.factories.dashboards import event
 from tests.formats.test_golden_events import GOLDEN
 
-from phasewatch.dashboard.hub import EventHub, HubLimits, HubViewer
+from phasewatch.dashboard.hub import HEARTBEAT_S, EventHub, HubLimits, HubViewer
 from phasewatch.errors import BusyError
-from phasewatch.events.schema import TelemetryEvent
+from phasewatch.events.schema import TelemetryEvent, parse_event
 
 
 class Clock:
@@ -42,7 +42,7 @@ async def read(stream: AsyncIterator[bytes], until: int) -> list[tuple[str, str,
             lines = dict(line.partition(": ")[::2] for line in frame.splitlines())
             if "event" in lines:
                 found.append((lines["event"], lines.get("id", ""), json.loads(lines["data"])))
-        if found and found[-1][1] == f"aa.{until}":
+        if found and found[-1][1].startswith(f"aa.{until}."):
             break
     return found
 
@@ -65,9 +65,9 @@ def test_viewer_gets_hello_and_every_event_in_order() -> None:
 
     assert [(kind, number) for kind, number, _ in found] == [
         ("hello", ""),
-        ("telemetry", "aa.1"),
-        ("telemetry", "aa.2"),
-        ("score", "aa.3"),
+        ("telemetry", "aa.1.0"),
+        ("telemetry", "aa.2.0"),
+        ("score", "aa.3.0"),
     ]
     assert found[0][2] == {"t_wall_ns": 7, "number": 1}
     assert found[1][2]["type"] == "telemetry"
@@ -78,7 +78,7 @@ def test_reconnecting_viewer_continues_after_its_last_event() -> None:
     for i in range(5):
         hub.publish(event(telemetry("a", i)))
 
-    assert [number for _, number, _ in seen_by(hub, "aa.3", 5)] == ["", "aa.4", "aa.5"]
+    assert [number for _, number, _ in seen_by(hub, "aa.3.0", 5)] == ["", "aa.4.0", "aa.5.0"]
 
 
 def test_viewer_that_missed_events_gets_a_gap_with_their_number() -> None:
@@ -86,7 +86,7 @@ def test_viewer_that_missed_events_gets_a_gap_with_their_number() -> None:
     for i in range(10):
         hub.publish(event(telemetry("a", i)))
 
-    found = seen_by(hub, "aa.2", 10)
+    found = seen_by(hub, "aa.2.0", 10)
 
     assert [kind for kind, _, _ in found] == ["hello", "gap", *["telemetry"] * 3]
     assert found[1][2]["missed"] == 5
@@ -115,11 +115,11 @@ def test_new_viewer_gets_the_newest_event_of_every_scene() -> None:
 
     assert [(kind, number) for kind, number, _ in found] == [
         ("hello", ""),
-        ("score", "aa.1"),
-        ("profile", "aa.2"),
-        ("telemetry", "aa.3"),
-        ("telemetry", "aa.7"),
-        ("telemetry", "aa.8"),
+        ("score", "aa.1.0"),
+        ("profile", "aa.2.0"),
+        ("telemetry", "aa.3.0"),
+        ("telemetry", "aa.7.0"),
+        ("telemetry", "aa.8.0"),
     ]
 
 
@@ -145,7 +145,7 @@ def test_log_is_bounded_in_bytes_and_scenes() -> None:
     found = seen_by(hub, None, 100)
 
     assert sum(len(json.dumps(data)) for _, _, data in found) < 4000
-    assert found[-1][1] == "aa.100"
+    assert found[-1][1] == "aa.100.0"
 
 
 def test_part_is_bounded_but_has_at_least_one_event() -> None:
@@ -227,9 +227,9 @@ def test_state_has_the_newest_event_of_every_scene_and_messages_of_the_dashboard
     newest_id, lines = hub.snapshot()
 
     assert newest_id == "aa.6"
-    assert [kind for kind, _ in lines] == ["telemetry", "seen"]
-    assert json.loads(lines[0][1])["data"]["t0_ns"] == 2
-    assert json.loads(lines[1][1]) == {"t_wall_ns": 7, "vm": "a", "again": True}
+    assert [kind for kind, _, _ in lines] == ["telemetry", "seen"]
+    assert json.loads(lines[0][2])["data"]["t0_ns"] == 2
+    assert json.loads(lines[1][2]) == {"t_wall_ns": 7, "vm": "a", "again": True}
 
 
 def test_scenes_are_bounded_in_bytes_and_can_be_forgotten() -> None:
@@ -237,10 +237,39 @@ def test_scenes_are_bounded_in_bytes_and_can_be_forgotten() -> None:
     for i in range(50):
         hub.publish_note("seen", {"vm": f"vm-{i}"}, scene=(f"vm-{i}",))
 
-    before = [json.loads(line)["vm"] for _, line in hub.snapshot()[1]]
+    before = [json.loads(line)["vm"] for _, _, line in hub.snapshot()[1]]
     hub.forget([("seen", "vm-49"), ("seen", "never")])
-    after = [json.loads(line)["vm"] for _, line in hub.snapshot()[1]]
+    after = [json.loads(line)["vm"] for _, _, line in hub.snapshot()[1]]
 
     assert 2 < len(before) < 20
     assert before[-1] == "vm-49"
     assert after == before[:-1]
+
+
+def test_time_of_arrival_is_beside_the_event_and_not_in_it() -> None:
+    hub = EventHub(boot="aa", now_ns=lambda: 5_000_000_000, monotonic=Clock())
+    sent = event(telemetry("a"))  # its own time is that of the producer
+    hub.publish(sent)
+
+    [(_, received_ms, line)] = hub.snapshot()[1]
+    _, streamed_id, streamed = seen_by(hub, None, 1)[1]
+
+    assert received_ms == 5000
+    assert streamed_id == "aa.1.5000"
+    assert parse_event(line) == parse_event(json.dumps(streamed).encode()) == sent
+
+
+def test_viewer_gets_heartbeats_while_events_continue() -> None:
+    clock = Clock()
+
+    async def go() -> list[tuple[str, str, dict[str, object]]]:
+        hub = hub_of(clock=clock)
+        hub.publish(event(telemetry("a")))
+        reading = asyncio.create_task(read(hub.stream(hub.join(None)), 3))
+        for i in range(2):
+            await asyncio.sleep(0)
+            clock.now_s += HEARTBEAT_S
+            hub.publish(event(telemetry("a", i)))
+        return await reading
+
+    assert "beat" in [kind for kind, _, _ in asyncio.run(go())]

@@ -354,7 +354,7 @@ class Follower(threading.Thread):
             for frame in frames(stream.iter_lines()):
                 self.joined.set()
                 if frame.id:
-                    self.numbers.append(int(frame.id.partition(".")[2]))
+                    self.numbers.append(int(frame.id.split(".")[1]))
                 elif frame.kind != "beat":
                     self.other.append(frame)
                 if self.numbers and self.numbers[-1] >= self._last:

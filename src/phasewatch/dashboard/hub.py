@@ -17,7 +17,7 @@ from phasewatch.events.schema import EventEnvelope, PerfEvent, PhaseEvent, Telem
 
 __all__ = ["HEARTBEAT_S", "EventHub", "HubEntry", "HubLimits", "HubViewer"]
 
-HEARTBEAT_S = 2.0  # time without events after which a viewer gets a heartbeat
+HEARTBEAT_S = 2.0  # between two heartbeats, with or without events; a page follows the clock of the hub by them
 _SEND_PAUSE_S = 0.05  # between two parts sent to one viewer, so that events are sent in batches
 _RECONNECT_MS = 1000  # time until a browser reconnects
 _DATA = b"data: "
@@ -47,10 +47,19 @@ class HubLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubEntry:
-    """One encoded event of the log."""
+    """One encoded event of the log.
+
+    Attributes:
+        number: Number of the event in this hub.
+        kind: Its type, or the kind of a message of the dashboard.
+        received_ms: When it was received, milliseconds since the epoch by the clock of the hub.
+        frame: The event as viewers get it. Its id has the boot, the number and `received_ms`; the event itself stays as
+            the producer sent it, because receivers refuse unknown fields.
+    """
 
     number: int
     kind: str
+    received_ms: int
     frame: bytes
 
 
@@ -125,10 +134,12 @@ class EventHub:
         key = None if scene is None else (kind, *scene)
         self._append(kind, key, msgspec.json.encode({"t_wall_ns": self._now_ns(), **fields}))
 
-    def snapshot(self) -> tuple[str, list[tuple[str, bytes]]]:
-        """Return the id of the newest event, and kind and JSON line of the newest event of each scene, in order."""
+    def snapshot(self) -> tuple[str, list[tuple[str, int, bytes]]]:
+        """Return the id of the newest event, and kind, `received_ms` and JSON line of each scene's newest, in order."""
         newest = sorted(self._kept.values(), key=lambda entry: entry.number)
-        lines = [(entry.kind, entry.frame[entry.frame.index(_DATA) + len(_DATA) : -2]) for entry in newest]
+        lines = [
+            (entry.kind, entry.received_ms, entry.frame[entry.frame.index(_DATA) + len(_DATA) : -2]) for entry in newest
+        ]
         return f"{self._boot}.{self._number}", lines
 
     def forget(self, scenes: Iterable[tuple[str, ...]]) -> None:
@@ -139,8 +150,10 @@ class EventHub:
 
     def _append(self, kind: str, scene: tuple[str, ...] | None, line: bytes) -> None:
         self._number += 1
-        frame = self._render_frame(kind, line, self._number)
-        entry = HubEntry(number=self._number, kind=kind, frame=frame)
+        received_ms = self._now_ns() // 1_000_000
+        head = f"id: {self._boot}.{self._number}.{received_ms}\nevent: {kind}\n".encode()
+        frame = head + _DATA + line + b"\n\n"
+        entry = HubEntry(number=self._number, kind=kind, received_ms=received_ms, frame=frame)
         self._log.append(entry)
         self._log_bytes += len(frame)
         while len(self._log) > self.limits.events or self._log_bytes > self.limits.log_bytes:
@@ -202,7 +215,7 @@ class EventHub:
 
     def _place_viewer(self, last_id: str | None) -> HubViewer:
         first = self._log[0].number if self._log else self._number + 1
-        boot, _, digits = (last_id or "").partition(".")
+        boot, digits = (*(last_id or "").split("."), "")[:2]
         seen = int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= 19 else -1
         if boot == self._boot and first - 1 <= seen <= self._number:
             return HubViewer(seen=seen)
@@ -227,6 +240,7 @@ class EventHub:
             for entry in viewer.catch_up:
                 yield entry.frame
             viewer.catch_up = ()
+            beat_at = self._monotonic() + HEARTBEAT_S
             while not self._is_closed:
                 news = self._news
                 part, missed = self._next_part(viewer)
@@ -237,12 +251,15 @@ class EventHub:
                 if part:
                     yield part
                     await asyncio.sleep(_SEND_PAUSE_S)
-                    continue
-                try:
-                    async with asyncio.timeout(HEARTBEAT_S):
-                        await news.wait()
-                except TimeoutError:
+                else:
+                    try:
+                        async with asyncio.timeout(max(0.0, beat_at - self._monotonic())):
+                            await news.wait()
+                    except TimeoutError:
+                        beat_at = self._monotonic()
+                if self._monotonic() >= beat_at:
                     yield self._render_hub_frame("beat", {"number": self._number})
+                    beat_at = self._monotonic() + HEARTBEAT_S
         finally:
             self._streaming.remove(viewer)
             self.leave(viewer)
@@ -264,9 +281,6 @@ class EventHub:
             size += len(entry.frame)
             viewer.seen = entry.number
         return b"".join(frames), 0
-
-    def _render_frame(self, kind: str, line: bytes, number: int) -> bytes:
-        return f"id: {self._boot}.{number}\nevent: {kind}\n".encode() + _DATA + line + b"\n\n"
 
     def _render_hub_frame(self, kind: str, fields: dict[str, object]) -> bytes:
         """Render a message of the hub; it has no id, so that it does not change the browser's Last-Event-ID."""

@@ -154,7 +154,10 @@ class EventIntake:
         state = {
             "id": newest_id,
             "t_wall_ns": self._now_ns(),
-            "events": [{"kind": kind, "event": msgspec.Raw(line)} for kind, line in lines],
+            "events": [
+                {"kind": kind, "received_ms": received_ms, "event": msgspec.Raw(line)}
+                for kind, received_ms, line in lines
+            ],
             "alarms": [describe_alarm(alarm) for alarm in self.list_alarms()],
         }
         return msgspec.json.encode(state)

@@ -32,9 +32,8 @@ Object.values(places).forEach((s) => observer.observe(s));
 const list = new MachineList(byId("machines"), machines, choose);
 const stream = new Stream({
   state() { machines.clear(); costs.clear(); },
-  event(kind, event, isOld) {
+  event(kind, event, at) {
     if (kind === "alarm") { machines.alarm(event.alarm); return; }
-    const at = stream.madeAt(event, isOld);
     if (kind === "seen" || kind === "phase") {
       machines[kind](event.run, event.data, at);
       return;

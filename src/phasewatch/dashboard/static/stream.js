@@ -8,14 +8,13 @@ const RETRY_MS = 1500;
 const EVENTS = ["seen", "phase", "alarm", "score", "confusion", "perf", "profile"];
 
 export class Stream {
-  // on: {state(), event(kind, event, isOld), gap(words), link("live" | "lost", sinceMs, words)}
+  // on: {state(), event(kind, event, at), gap(words), link("live" | "lost", sinceMs, words)}
   constructor(on) {
     this.on = on;
     this.lastId = "";
     this.heardAt = performance.now();
     this.heardWall = Date.now();
     this.skew = 0; // clock of the hub minus clock of the browser, ms
-    this.oldUntil = 0; // events up to this number are older than this page
     this.role = "follower"; // gets messages forwarded; or "leader", which has the stream
     this.source = null;
     this.waiting = null; // messages that arrive while the state is read
@@ -38,25 +37,25 @@ export class Stream {
 
   // Read the state of all machines, then follow the stream from there.
   async read() {
-    this.waiting = [];
+    this.waiting ??= []; // a second try keeps what arrived during the first
+    let state;
     try {
       const answer = await fetch("/state.json", { cache: "no-store" });
       this.refused = answer.status === 401 ? "Access denied: open the address that the dashboard printed" : undefined;
       if (!answer.ok) throw new Error(String(answer.status));
-      const state = await answer.json();
-      this.skew = state.t_wall_ns / 1e6 - Date.now();
-      this.lastId = state.id;
-      this.oldUntil = numberOf(state.id);
-      this.heard();
-      this.on.state();
-      for (const alarm of state.alarms.reverse()) this.on.event("alarm", { alarm }, true);
-      for (const { kind, event } of state.events) this.on.event(kind, event, true);
+      state = await answer.json();
     } catch {
       setTimeout(() => this.read(), RETRY_MS);
       return;
     }
     const waiting = this.waiting;
     this.waiting = null;
+    this.skew = state.t_wall_ns / 1e6 - Date.now();
+    this.lastId = state.id;
+    this.heard();
+    this.on.state();
+    for (const alarm of state.alarms.reverse()) this.on.event("alarm", { alarm });
+    for (const { kind, received_ms, event } of state.events) this.on.event(kind, event, received_ms - this.skew);
     for (const message of waiting) this.take(message);
     if (this.role === "leader" && this.source === null) this.open();
   }
@@ -91,18 +90,21 @@ export class Stream {
     const data = JSON.parse(text);
     this.heard();
     if (kind === "hello" || kind === "beat") this.skew = data.t_wall_ns / 1e6 - Date.now();
-    if (kind === "hello") this.oldUntil = Math.max(this.oldUntil, data.number);
-    else if (kind === "gap" || kind === "dropped") this.gap(kind, data);
+    if (kind === "gap" || kind === "dropped") this.gap(kind, data);
     else if (EVENTS.includes(kind) && this.isNews(id)) {
       this.lastId = id;
-      this.on.event(kind, data, numberOf(id) <= this.oldUntil);
+      const receivedMs = receivedOf(id);
+      // A message that came late makes the hub's clock look slow, and old data young; later events correct that.
+      this.skew = Math.max(this.skew, receivedMs - Date.now());
+      // The age is that since the dashboard received the event, so a page that a busy machine delayed, or that was
+      // opened later, shows the same. The clock of a producer may be wrong and is not used.
+      this.on.event(kind, data, receivedMs - this.skew);
     }
   }
 
   gap(kind, data) {
     this.on.gap(kind === "dropped" ? `Gap: ${data.why}.` : data.missed === null
       ? `Gap: ${data.why}; earlier events may be missing on this page.` : `Gap: ${data.missed} ${data.why}.`);
-    this.oldUntil = 0;
     this.read();
   }
 
@@ -126,10 +128,8 @@ export class Stream {
       this.open();
     }
   }
-
-  // Time of an event on the browser's clock: the timestamp of an old event, the arrival of a new one.
-  madeAt(event, isOld) { return isOld ? event.t_wall_ns / 1e6 - this.skew : Date.now(); }
 }
 
 const bootOf = (id) => id.split(".")[0];
 const numberOf = (id) => Number(id.split(".")[1]);
+const receivedOf = (id) => Number(id.split(".")[2]);
