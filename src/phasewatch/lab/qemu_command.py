@@ -207,8 +207,8 @@ def build_qemu_command(
     console = "ttyAMA0" if machine == "virt" else "ttyS0"
     line = f"console={console} {_KERNEL_COMMAND_LINE}"
     if machine == "microvm" and tsc_khz:
-        # It has no second clock to check the TSC against: the kernel would count timer interrupts instead, and lose time
-        # whenever a quota stops the VM.
+        # It has no second clock to check the TSC against: its kernel would count timer interrupts instead, and lose
+        # time whenever a quota stops the VM.
         line += f" tsc_early_khz={tsc_khz} tsc=reliable"
     if accel == "tcg" and shape.vcpus > 1:
         accel = "tcg,thread=multi"
