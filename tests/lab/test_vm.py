@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import subprocess
+import threading
 import sys
 import time
 from dataclasses import replace
@@ -222,6 +223,28 @@ def test_the_end_of_the_console_holds_what_an_earlier_notice_has_read(tmp_path: 
     vm._monitor = ForgetfulMonitor()
 
     assert [asyncio.run(vm._read_console()) for _ in range(2)] == ["booting | no driver here"] * 2
+
+
+def test_other_vms_are_sampled_while_the_disk_of_a_stopped_one_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_program("qemu-img", "qemu-utils")
+    has_sampled = threading.Event()
+    deleted = []
+
+    def delete(folder: Path, *, ignore_errors: bool) -> None:
+        assert has_sampled.wait(20)
+        deleted.append(folder)
+
+    monkeypatch.setattr("phasewatch.lab.vm.shutil.rmtree", delete)
+
+    async def stop_beside_a_sampler() -> None:
+        asyncio.get_running_loop().call_soon(has_sampled.set)
+        await QemuVm(start_of(tmp_path)).stop()
+
+    asyncio.run(stop_beside_a_sampler())
+
+    assert deleted == [tmp_path / "vm"]
 
 
 @pytest.mark.vm

@@ -288,7 +288,8 @@ class QemuVm:
         if self._group is not None:
             await asyncio.to_thread(self._group.remove)
         self._driver = self._qemu = self._monitor = self._sink = self._group = None
-        shutil.rmtree(self._settings.folder, ignore_errors=True)
+        # Deleting an overlay of many megabytes takes seconds on a busy disk, and other VMs are being sampled.
+        await asyncio.to_thread(shutil.rmtree, self._settings.folder, ignore_errors=True)
 
     async def _boot_once(self, deadline_s: float) -> MachineFacts:
         settings, sockets = self._settings, self._sockets()
