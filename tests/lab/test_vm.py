@@ -6,8 +6,8 @@ import asyncio
 import os
 import signal
 import subprocess
-import threading
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
