@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 from tests.dashboard.test_browser import (
@@ -99,6 +100,44 @@ def test_machines_are_listed_before_plotly_is_loaded(browser: Any, running: Runn
     page.wait_for_selector(".machine", timeout=60_000)
 
     assert page.locator(".machine").count() > 5
+
+
+def test_plotly_is_loaded_after_the_first_list(browser: Any, running: Running) -> None:
+    send_live(running, *(quiet(i) for i in range(64)))
+    page = browser.new_page()
+    asked: list[Any] = []
+    page.route("**/state.json", lambda route: asked.append(route))  # answered below
+    with page.expect_request("**/state.json", timeout=120_000):
+        page.goto(running.start)
+    loads_plotly = "[...document.scripts].some(s => s.src.endsWith('/plotly.min.js'))"
+
+    page.locator("#link-words", has_text="nnected").wait_for(timeout=120_000)  # the page draws
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))")
+    assert not page.evaluate(loads_plotly)
+
+    for route in asked:
+        route.continue_()
+    page.wait_for_selector(".machine", timeout=120_000)
+    page.wait_for_selector("script[src='/plotly.min.js']", state="attached", timeout=120_000)
+
+
+def test_activity_alarm_that_is_silenced_is_not_called_open(browser: Any, running: Running) -> None:
+    opened = OpenedDashboard(browser, running.start)
+    turns = itertools.count()
+    raised = {"activity_alarm": True, "activity_alarm_since_ns": NOW_NS, "alarm": False, "threshold": 0.5}
+
+    def send() -> None:
+        send_live(running, phase("web-1", at=next(turns), **raised, alarm_changes=("activity",)))
+
+    opened.wait("(document.querySelector('#alarms').dataset.reasons || '') === 'activity'", send)
+    alarm = httpx.get(running.address + "state.json", cookies=running.cookies(), trust_env=False).json()["alarms"][0]
+    change = {"id": alarm["id"], "silence_minutes": 60}
+    access = {"Authorization": f"Bearer {running.token}"}
+    answer = httpx.post(running.address + "alarms", json=change, headers=access, trust_env=False, timeout=60)
+    assert answer.status_code == 200, answer.text
+
+    opened.wait("document.querySelector('#alarms').dataset.reasons === 'handled'", send)
+    assert opened.page.get_attribute("#alarms", "data-state") == "doubt"
 
 
 def test_filter_finds_machines_by_name_and_keys_select_them(browser: Any, running: Running) -> None:

@@ -46,6 +46,7 @@ class Running:
             content=b"\n".join(lines),
             headers={"Authorization": f"Bearer {given}".strip()},
             trust_env=False,
+            timeout=60,
         )
 
     def send(self, *data: EventData) -> None:
@@ -53,7 +54,7 @@ class Running:
         assert answer.status_code == 202, answer.text
 
     def cookies(self) -> dict[str, str]:
-        return dict(httpx.get(self.start, trust_env=False).cookies)
+        return dict(httpx.get(self.start, trust_env=False, timeout=60).cookies)
 
 
 @contextmanager

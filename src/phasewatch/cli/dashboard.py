@@ -104,7 +104,7 @@ def dashboard(
 
     players = build_run_players(played, episode, speed) if played is not None else ()
     _serve(
-        run.name if run else "live",
+        run.name if run else "",  # what others publish may be a replay
         port=port,
         no_auth=no_auth,
         token_file=token_file,

@@ -21,7 +21,7 @@ const newest = {}; // type → {data, at, run}
 const places = Object.fromEntries([...document.querySelectorAll(".scene[data-type]")].map((s) => [s.dataset.type, s]));
 const costs = new Map(); // newest perf event by process and machine
 const dirty = new Set(), drawn = new Set(); // scenes with new data; scenes drawn at least once
-let shown = null, channel = null, isPaused = false, gapWords = "", lost = null, titleWords = "", view = "machines";
+let shown = null, channel = null, isRead = false, isPaused = false, gapWords = "", lost = null, titleWords = "", view = "machines";
 
 const visible = new Set(Object.keys(places));
 const observer = new IntersectionObserver((entries) => {
@@ -42,6 +42,7 @@ const stream = new Stream({
     if (kind === "perf") costs.set(`${event.data.process} ${event.data.vm ?? ""}`, newest.perf);
     dirty.add(kind);
   },
+  read() { isRead = true; tick(); },
   gap(words) { gapWords = words; banner(); },
   link(state, since, words) {
     const link = byId("link");
@@ -202,7 +203,7 @@ function tick() {
   if (!lost) text(byId("link-words"), `connected ${clock(now + stream.skew)}`);
   if (document.hidden || isPaused) return;
   if (view === "machines" && !lost) history.poll();
-  if (!window.Plotly) { loadPlotly(); return; }
+  if (!window.Plotly) { if (isRead) loadPlotly(); return; }
   for (const kind of [...dirty]) {
     if (!visible.has(kind) && drawn.has(kind)) continue;
     if (places[kind].querySelector(".body").hidden || places[kind].closest(".view").hidden) continue;
@@ -212,17 +213,17 @@ function tick() {
   }
 }
 
-// Plotly is large: the list of machines is shown before it is loaded.
+// Plotly is large: it is loaded after the list of machines is on the screen.
 let isLoading = false;
 function loadPlotly() {
   if (isLoading) return;
   isLoading = true;
-  requestAnimationFrame(() => {
+  requestAnimationFrame(() => setTimeout(() => {
     const script = make("script");
     script.src = "/plotly.min.js";
     script.onerror = () => { script.remove(); isLoading = false; };
     document.head.append(script);
-  });
+  }));
 }
 
 function showAlarm(alarm) {

@@ -4,7 +4,7 @@
 // clean with p(clean) of at least 0.5. A replay must match the labels of its recording too. Everything else is amber, or
 // red for an infection alarm that nobody has acknowledged or silenced, so that a missing or wrong prediction never looks
 // like an all-clear.
-import { alarmState, hasTruth, heardAt, isReplay, isWrong } from "/static/attention.js";
+import { alarmState, attention, hasTruth, heardAt, isReplay, isWrong } from "/static/attention.js";
 import { clock, plural } from "/static/format.js";
 
 const MIN_P_CLEAN = 0.5;
@@ -19,15 +19,16 @@ export function overallStatus(entries, now = Date.now()) {
   const current = entries.filter((e) => e.isCurrent).map((e) => e.machine);
   const alarmed = entries.filter((e) => alarmState(e.machine, "infection", now) === "open")
     .sort((a, b) => a.machine.phase.alarm_since_ns - b.machine.phase.alarm_since_ns);
-  const handled = entries.map((e) => e.machine).filter((m) => ["acknowledged", "silenced"].includes(alarmState(m, "infection", now)));
+  const handled = entries.map((e) => e.machine).filter((m) => ["acknowledged", "silenced"].includes(attention(m, now)));
   const quiet = current.filter((m) => !m.phase.alarm);
+  const active = quiet.filter((m) => alarmState(m, "activity", now) === "open");
   const unclear = quiet.filter((m) => !m.phase.activity_alarm && !isClean(m.phase));
   const counts = {
     "silent": entries.length - heard.length,
     "no-prediction": heard.length - current.length,
     "no-threshold": current.filter((m) => m.phase.alarm === null).length,
     "handled": handled.length,
-    "activity": quiet.filter((m) => m.phase.activity_alarm).length,
+    "activity": active.length,
     "not-clean": unclear.length,
     "wrong": current.filter((m) => isReplay(m) && isWrong(m.phase)).length,
     "truth-unknown": current.filter((m) => isReplay(m) && !hasTruth(m.phase)).length,
@@ -38,7 +39,7 @@ export function overallStatus(entries, now = Date.now()) {
   if (counts.silent) details.push(`${plural(counts.silent, "machine")} silent.`);
   if (counts["no-prediction"]) details.push(`${plural(counts["no-prediction"], "machine")} without a current prediction.`);
   if (counts["no-threshold"]) details.push(`${plural(counts["no-threshold"], "machine")} without an alarm threshold, which cannot raise alarms.`);
-  if (counts.activity) details.push(`Activity: ${named(quiet.filter((m) => m.phase.activity_alarm), (m) => m.vm)}.`);
+  if (counts.activity) details.push(`Activity: ${named(active, (m) => m.vm)}.`);
   if (counts["not-clean"]) details.push(`Not clearly clean: ${named(unclear, (m) => `${m.vm} ${m.phase.decision}`)}.`);
   if (counts.wrong) details.push(`Replay: ${counts.wrong} of ${plural(current.filter(isReplay).length, "prediction")} wrong.`);
   if (counts["truth-unknown"]) details.push(`Replay: true phase of ${plural(counts["truth-unknown"], "machine")} unknown.`);

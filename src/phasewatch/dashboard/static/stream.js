@@ -8,7 +8,7 @@ const RETRY_MS = 1500;
 const EVENTS = ["seen", "phase", "alarm", "score", "confusion", "perf", "profile"];
 
 export class Stream {
-  // on: {state(), event(kind, event, at), gap(words), link("live" | "lost", sinceMs, words)}
+  // on: {state(), event(kind, event, at), read(), gap(words), link("live" | "lost", sinceMs, words)}
   constructor(on) {
     this.on = on;
     this.lastId = "";
@@ -57,6 +57,7 @@ export class Stream {
     for (const alarm of state.alarms.reverse()) this.on.event("alarm", { alarm });
     for (const { kind, received_ms, event } of state.events) this.on.event(kind, event, received_ms - this.skew);
     for (const message of waiting) this.take(message);
+    this.on.read();
     if (this.role === "leader" && this.source === null) this.open();
   }
 
