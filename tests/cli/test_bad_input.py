@@ -257,8 +257,8 @@ def test_a_locked_run_is_not_changed(tmp_path: Path) -> None:
     assert "another process" in done.stderr
 
 
-def test_split_reports_that_one_host_cannot_be_held_out(tmp_path: Path) -> None:
-    write_store(tmp_path / "store", hosts=1)
+def test_a_store_that_no_recipe_can_be_built_from_is_reported(tmp_path: Path) -> None:
+    write_store(tmp_path / "store", hosts=1, sessions=1)
 
     done = phasewatch("run", tmp_path / "store", "--out", tmp_path / "run", "--workers", 1)
 

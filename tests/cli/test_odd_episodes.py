@@ -114,17 +114,20 @@ def test_a_run_goes_on_without_an_odd_bundle_and_names_it_in_its_report(tmp_path
     assert "zzz-evil" in (tmp_path / "run" / "report.html").read_text()
 
 
-@pytest.mark.parametrize(
-    ("hosts", "options"),
-    [
-        pytest.param(1, [], id="no recipe at all"),
-        pytest.param(1, ["--recipes", "held_out_sample"], id="one that was asked for"),
-    ],
-)
-def test_a_run_whose_headline_cannot_be_built_does_not_exit_0(hosts: int, options: list[str], tmp_path: Path) -> None:
-    store = write_store(tmp_path / "store", hosts=hosts, sessions=6)
+def test_a_recipe_that_was_asked_for_and_leaves_nothing_to_train_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", hosts=1, sessions=6)
 
-    done = phasewatch("run", store, "--out", tmp_path / "run", "--workers", 1, "--models", "majority", *options)
+    done = phasewatch("run", store, "--out", tmp_path / "run", "--workers", 1, "--recipes", "held_out_sample")
 
     assert done.exit_code == 4, done.stderr
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_run_whose_headline_cannot_be_built_is_finished_and_exits_1(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", hosts=2, sessions=3)  # without one host, too few sessions to validate
+
+    done = phasewatch("run", store, "--out", tmp_path / "run", "--workers", 1, "--models", "gbt", "--json")
+
+    assert done.exit_code == 1, done.stderr
+    assert json.loads(done.stdout)["result"]["cannot_be_built"].keys() == {"held_out_host"}
     assert (tmp_path / "run" / "report.html").is_file()

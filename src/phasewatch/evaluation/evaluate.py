@@ -58,13 +58,16 @@ from phasewatch.evaluation.selection import build_selection_rows
 from phasewatch.metrics import compute_pooled_macro_f1
 from phasewatch.models import checkpoint, registry
 from phasewatch.models.alarm import LIVE_STRIDE_S, RULE_STRIDE_S
-from phasewatch.splits import ALARM_RECIPES, Fold
+from phasewatch.splits import ALARM_RECIPES, SINGLE_HOST_RECIPE, Fold, SplitPart, has_single_host
 from phasewatch.training.experiment import Experiment, parse_experiment
 from phasewatch.training.predictions import NO_FILTER, PredictionPart, read_predictions
 
 __all__ = ["evaluate_run", "read_folds", "read_metrics", "render_headline"]
 
 _FOLD_MEAN_NOTE = MetricNote(code=NoteCode.MEAN_OVER_FOLDS, text="mean over folds")
+_ONE_HOST_NOTE = MetricNote(
+    code=NoteCode.ONE_HOST, text="the store has one host, so no score on an unseen host can be computed"
+)
 _CHOICE_NOTE = MetricNote(code=NoteCode.COUNT, text="chooses a model, so it has no interval")
 
 
@@ -97,7 +100,7 @@ def _build_training_rows(
             agent=None,
         )
         val_b = val_b_groups.get(group.key)
-        is_headline = group.recipe in HEADLINE_RECIPES and (group.threat, group.table) == (
+        is_headline = group.recipe in (*HEADLINE_RECIPES, SINGLE_HOST_RECIPE) and (group.threat, group.table) == (
             headline.channel_set,
             headline.input,
         )
@@ -170,6 +173,8 @@ def compute_metrics(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -
     on one fold is compared on that fold only. Predictions that cannot be scored (of another split, or with broken
     probabilities) get a note, and the rest is scored.
 
+    A run whose folds test nothing, because its one host has too few sessions, has notes alone.
+
     Raises:
         RunError: If there are no test predictions, or two models saw other truths for the same window.
     """
@@ -182,6 +187,20 @@ def compute_metrics(run: Path, *, resamples: int = N_RESAMPLES, seed: int = 0) -
             digests[name] = file_sha256(run / name)
     episodes = _read_episodes(run, table)
     rows: list[MetricRow] = []
+    if has_single_host(folds.values()):
+        key = HeadlineKey()
+        rows.append(
+            MetricKey(
+                recipe=key.recipe,
+                fold=_POOLED_FOLD,
+                channel_set=key.channel_set,
+                input=key.input,
+                smoothing=NO_FILTER,
+                agent=None,
+            ).row(metric="note", model=None, note=_ONE_HOST_NOTE)
+        )
+        if not any(fold.ids(SplitPart.TEST) or fold.ids(SplitPart.DEALT) for fold in folds.values()):
+            return MetricTable(inputs={PREDICTIONS_FILE: file_sha256(path), **digests}, metrics=tuple(rows))
     with _limit_threads():
         groups = list(parse_prediction_groups(table, folds))
         if not groups:

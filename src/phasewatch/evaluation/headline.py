@@ -23,6 +23,7 @@ from phasewatch.evaluation.metric_table import (
 )
 from phasewatch.models.alarm import AlarmKind
 from phasewatch.models.smoothing import SMOOTHING_NONE
+from phasewatch.splits import SINGLE_HOST_RECIPE
 
 __all__ = [
     "Headline",
@@ -36,9 +37,17 @@ __all__ = [
     "write_headline",
 ]
 
-_RECIPE_WORDS = {"held_out_both": "unseen host and sample", "held_out_host": "unseen host"}
+_RECIPE_WORDS = {
+    "held_out_both": "unseen host and sample",
+    "held_out_host": "unseen host",
+    SINGLE_HOST_RECIPE: "later episodes of known hosts",
+}
+_BLOCK_RECIPES = (*HEADLINE_RECIPES, SINGLE_HOST_RECIPE)  # the headline quotes the first that was tested
 _INFECTION = str(AlarmKind.INFECTION)
 _UNTESTED = "untested"
+_UNKNOWN = "unknown"
+# What only hosts outside the training set can show.
+_OTHER_HOST_NUMBERS = ("new_host_macro_f1_3class", "mean_of_hosts_macro_f1_3class")
 
 
 class HeadlineNumber(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +118,8 @@ class Headline(HeadlineBlock, frozen=True, kw_only=True):
         corpus: Name of the store; null if it is unknown.
         origin_is_simulated: Whether test episodes are simulated.
         unseen_host: The same numbers for `held_out_host`; null if it was not tested.
+        is_single_host: Whether the store has one host: then the numbers are of `held_out_time`, and what only other
+            hosts can show is null with the code `one_host`.
         audit: The audit's verdict; null until the run was audited.
     """
 
@@ -118,6 +129,7 @@ class Headline(HeadlineBlock, frozen=True, kw_only=True):
     corpus: str | None
     origin_is_simulated: bool
     unseen_host: HeadlineBlock | None
+    is_single_host: bool = False
     audit: HeadlineVerdict | None = None
 
 
@@ -140,10 +152,13 @@ def build_headline(metrics: MetricTable, key: HeadlineKey | None = None, *, corp
         compared_to=None,
         bin=None,
     )
-    blocks = {recipe: _build_block(own, key, recipe) for recipe in HEADLINE_RECIPES}
-    tested = [recipe for recipe in HEADLINE_RECIPES if blocks[recipe].macro_f1.value is not None]
-    recipe = tested[0] if tested else HEADLINE_RECIPES[-1]
+    blocks = {recipe: _build_block(own, key, recipe) for recipe in _BLOCK_RECIPES}
+    tested = [recipe for recipe in _BLOCK_RECIPES if blocks[recipe].macro_f1.value is not None]
+    one_host = next(iter(metrics.select("note", code=NoteCode.ONE_HOST)), None)
+    recipe = tested[0] if tested else HEADLINE_RECIPES[-1] if one_host is None else SINGLE_HOST_RECIPE
     fields = {name: getattr(blocks[recipe], name) for name in HeadlineBlock.__struct_fields__}
+    if one_host is not None:
+        fields |= {name: _build_number(one_host) for name in _OTHER_HOST_NUMBERS}
     return Headline(
         **fields,
         model=key.model,
@@ -152,6 +167,7 @@ def build_headline(metrics: MetricTable, key: HeadlineKey | None = None, *, corp
         corpus=corpus,
         origin_is_simulated=bool(metrics.select("origin", profile=None, code=NoteCode.SIMULATED, recipe=recipe)),
         unseen_host=blocks["held_out_host"] if "held_out_host" in tested else None,
+        is_single_host=one_host is not None,
     )
 
 
@@ -167,10 +183,13 @@ def render_headline(headline: Headline, verdict: HeadlineVerdict | None = None) 
     if verdict is not None and not verdict.passes:
         return f"no headline: this run failed its audit ({', '.join(verdict.failed) or 'no check is named'})"
     h, where = headline, _RECIPE_WORDS[headline.recipe]
-    if h.recipe != HEADLINE_RECIPES[0]:
+    if h.is_single_host:
+        where = "the same host (one host: other hosts unknown)"
+    elif h.recipe != HEADLINE_RECIPES[0]:
         where += f" ({_RECIPE_WORDS[HEADLINE_RECIPES[0]]} not tested)"
     new_host = h.new_host_macro_f1_3class
-    new = _UNTESTED if new_host.low is None or new_host.high is None else f"{new_host.low:.2f} to {new_host.high:.2f}"
+    has_range = new_host.low is not None and new_host.high is not None
+    new = f"{new_host.low:.2f} to {new_host.high:.2f}" if has_range else _UNKNOWN if h.is_single_host else _UNTESTED
     counts = ", ".join(
         (
             _render_count(h.n_episodes, "episode"),

@@ -11,6 +11,7 @@ import msgspec
 
 from phasewatch.artifacts import METRICS_FILE, OLD_METRICS_FILES
 from phasewatch.errors import RunError
+from phasewatch.splits import SINGLE_HOST_RECIPE
 from phasewatch.types import EpisodeOrigin
 
 __all__ = [
@@ -82,6 +83,7 @@ class NoteCode(StrEnum):
     NO_IMPORTANCE = "no_importance"
     NO_ALARM_METRICS = "no_alarm_metrics"
     NO_LIVE_PREDICTIONS = "no_live_predictions"
+    ONE_HOST = "one_host"
 
     @classmethod
     def from_origin(cls, origin: str) -> NoteCode:
@@ -191,6 +193,7 @@ class HeadlineKey:
 
 DEFAULT_HEADLINE = HeadlineKey()  # what the report and the dashboard are about
 HEADLINE_RECIPES = ("held_out_both", "held_out_host")  # the headline quotes the first that was tested
+_CHOICE_RECIPES = (*HEADLINE_RECIPES, SINGLE_HOST_RECIPE)  # a store of one host can hold out no host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,7 +250,7 @@ def select_headline(metrics: Sequence[MetricRow]) -> HeadlineKey:
     `gbt` wins a tie, and is chosen without a choice. The key's recipe is that of the leaderboard.
     """
     home = DEFAULT_HEADLINE
-    for recipe in HEADLINE_RECIPES:
+    for recipe in _CHOICE_RECIPES:
         rows = select_rows(metrics, SELECTION_METRIC, recipe=recipe, channel_set=home.channel_set, input=home.input)
         if rows := tuple(r for r in rows if r.model):
             best = max(rows, key=lambda r: (r.value or 0.0, r.model == home.model))

@@ -34,13 +34,13 @@ from phasewatch.artifacts import (
     REPORT_FILE,
     VALIDATION_FILE,
 )
-from phasewatch.dataset.split_files import RecipeResult, read_split_index
+from phasewatch.dataset.split_files import RecipeResult, read_all_folds, read_split_index
 from phasewatch.errors import RunError, SplitError, StoreError, UsageError
 from phasewatch.evaluation.headline import render_headline
 from phasewatch.pipeline import stages
 from phasewatch.pipeline.stages import RunOptions, RunSettings, compute_digests
 from phasewatch.progress import NO_PROGRESS, Progress
-from phasewatch.splits import SetAsideEpisode
+from phasewatch.splits import SINGLE_HOST_RECIPE, SetAsideEpisode, has_single_host
 from phasewatch.store.base import StoreLocation, parse_store_location
 from phasewatch.training.grids import HEADLINE_RECIPE
 from phasewatch.training.train import FailedExperiment, TrainingError
@@ -113,7 +113,8 @@ class PipelineResult:
         headline: The headline metric as a line for people.
         stages: The stages in the order of the data.
         failed: Experiments that could not be trained; the same command tries them again.
-        unbuilt_recipes: Requested recipes, or by default the headline's, that could not be built.
+        unbuilt_recipes: Requested recipes, or by default the headline's, that could not be built. The headline of a
+            store of one host is that of its last episodes.
         set_aside: Episodes that some or all recipes leave out.
     """
 
@@ -179,7 +180,8 @@ def run_pipeline(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> 
             log["stages"].pop(_TRAIN_STAGE, None)  # so that the next run tries them again
         _write_log(settings.run, log)
     index = read_split_index(settings.run)
-    wanted = settings.recipes or (HEADLINE_RECIPE,)
+    is_single_host = has_single_host(read_all_folds(settings.run))
+    wanted = settings.recipes or (SINGLE_HOST_RECIPE if is_single_host else HEADLINE_RECIPE,)
     return PipelineResult(
         run=settings.run,
         report=settings.run / REPORT_FILE,

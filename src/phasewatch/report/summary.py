@@ -11,6 +11,7 @@ from phasewatch.evaluation.detection import HEADLINE_TIME_S
 from phasewatch.evaluation.headline import (
     Headline,
     HeadlineBlock,
+    HeadlineNumber,
     HeadlineVerdict,
     build_headline,
     render_headline,
@@ -275,9 +276,7 @@ def _build_operator_tiles(numbers: HeadlineBlock) -> tuple[HeadlineTile, ...]:
         HeadlineTile(
             name=name,
             value=render_number(number.value),
-            interval=f"[{number.low:.2f}, {number.high:.2f}]"
-            if number.low is not None and number.high is not None
-            else f"no interval: {number.note}",
+            interval=_render_span(number),
             about=about,
         )
         for number, name, about in (
@@ -302,6 +301,8 @@ def _build_claim(
     """
     line = render_headline(headline, verdict) if headline is not None else ""
     has_five = verdict is None or not verdict.withdraws_five_phases
+    if headline is not None and headline.is_single_host:
+        return _build_single_host_claim(headline, line, has_five=has_five)
     if context.model is None:
         recipe = DEFAULT_HEADLINE.recipe.replace("_", " ")
         words = f"No score: {METRICS_FILE} holds no macro-F1 of a model for the split {recipe}."
@@ -356,6 +357,46 @@ def _build_claim(
         verdict=_describe_verdict(above, clock, gap),
         holds=above is True,
     )
+
+
+def _build_single_host_claim(headline: Headline, line: str, *, has_five: bool) -> HeadlineClaim:
+    """Build the headline of a store of one host: what its last episodes show, and what cannot be known."""
+    numbers = (
+        (headline.macro_f1, "five phases", f"macro-F1 of {headline.model}", has_five),
+        (headline.macro_f1_3class, "three states", "macro-F1; quiet (clean, armed, dormant), infecting, active", True),
+        (headline.time_only, "elapsed time alone", "baseline without telemetry", True),
+    )
+    tiles = tuple(
+        HeadlineTile(
+            name=name,
+            value=render_number(number.value),
+            interval=_render_span(number),
+            about=f"{about}, on later episodes of the same host",
+            is_reference=number is headline.time_only,
+        )
+        for number, name, about, is_shown in numbers
+        if is_shown and number.value is not None
+    )
+    known = headline.macro_f1_3class.value
+    score = (
+        "No score: this host has too few sessions to test on its last episodes."
+        if known is None
+        else f"Malware phase of this VM, three classes, macro-F1 of {headline.model}: {known:.2f} "
+        f"{_render_span(headline.macro_f1_3class)} on later episodes of the same host."
+    )
+    return HeadlineClaim(
+        words=f"{score} The store has one host: no score on an unseen host exists, and nothing is known about others.",
+        line=line,
+        tiles=tiles,
+        verdict="Record on a second host to learn how well the model transfers.",
+        holds=False,
+    )
+
+
+def _render_span(number: HeadlineNumber) -> str:
+    if number.low is None or number.high is None:
+        return f"(no interval: {number.note})"
+    return f"[{number.low:.2f}, {number.high:.2f}]"
 
 
 def _describe_score(model: str, score: MetricRow | None, n_classes: str) -> str:

@@ -17,14 +17,16 @@ from phasewatch.splits.fold import (
     SplitEpisode,
     SplitEpisodes,
     SplitPart,
+    has_single_host,
     parse_fold,
     render_fold,
 )
 from phasewatch.splits.near import NearDuplicates, find_near_duplicates
-from phasewatch.splits.recipes import ALARM_RECIPES, SPLIT_RECIPES, Recipe, find_recipe
+from phasewatch.splits.recipes import ALARM_RECIPES, SINGLE_HOST_RECIPE, SPLIT_RECIPES, Recipe, find_recipe
 
 __all__ = [
     "ALARM_RECIPES",
+    "SINGLE_HOST_RECIPE",
     "SPLIT_RECIPES",
     "TRAINING_PARTS",
     "Fold",
@@ -44,6 +46,7 @@ __all__ = [
     "build_split",
     "find_near_duplicates",
     "find_recipe",
+    "has_single_host",
     "parse_fold",
     "prepare_split",
     "render_fold",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -22,6 +22,7 @@ __all__ = [
     "SplitEpisodes",
     "SplitPart",
     "compute_fold_digest",
+    "has_single_host",
     "parse_fold",
     "render_fold",
 ]
@@ -172,6 +173,11 @@ def parse_fold(data: bytes, *, file: str) -> Fold:
 
 def _render_canonical(fold: Fold) -> bytes:
     return msgspec.json.encode(fold, order="sorted")
+
+
+def has_single_host(folds: Iterable[Fold]) -> bool:
+    """Return whether the folds of a run have episodes of one host alone, so that no score on another host exists."""
+    return len({row.host_id for fold in folds for row in fold.coverage}) == 1
 
 
 def compute_fold_digest(fold: Fold) -> str:

@@ -14,6 +14,7 @@ from phasewatch.types import BENIGN_PROFILE
 __all__ = [
     "ALARM_RECIPES",
     "HELD_OUT_KEYS",
+    "SINGLE_HOST_RECIPE",
     "SPLIT_RECIPES",
     "TIME_TEST_SHARE",
     "FoldPlan",
@@ -23,6 +24,7 @@ __all__ = [
     "find_recipe",
 ]
 
+SINGLE_HOST_RECIPE = "held_out_time"  # what a store of one host is tested by, since no host can be held out
 TIME_TEST_SHARE = 0.2  # of the episodes, in `held_out_time`
 ALARM_RECIPES = ("held_out_host", "held_out_both")  # that alarms are evaluated on; both hold out a host
 

@@ -8,7 +8,7 @@ from phasewatch.channels import build_channel_mask, list_source_subsets
 from phasewatch.errors import UsageError
 from phasewatch.models.base import InputVariant
 from phasewatch.models.registry import BASELINE_MODELS, find_model
-from phasewatch.splits import SPLIT_RECIPES, Fold
+from phasewatch.splits import SINGLE_HOST_RECIPE, SPLIT_RECIPES, Fold
 from phasewatch.training.experiment import Experiment, plan_experiments
 
 __all__ = [
@@ -58,9 +58,12 @@ def build_short_grid(folds: FoldsByRecipe, *, seed: int = 0) -> tuple[Experiment
 
     It has `gbt` on every recipe of the comparison of split protocols, one model of each family on the fold with the
     most test profiles, `gbt` there with the guest's channels too, the baselines on the headline's recipe, and the two
-    that the headline quotes on unseen hosts and samples.
+    that the headline quotes on unseen hosts and samples. Where no host can be held out, `gbt` and the baselines are
+    tested on the episodes that were recorded last.
     """
     cells = [*_plan_recipes(folds, SHORT_GRID_RECIPES, models=("gbt",), seed=seed)]
+    if not folds.get(HEADLINE_RECIPE):
+        cells += _plan_recipes(folds, (SINGLE_HOST_RECIPE,), models=("gbt", *BASELINE_MODELS), seed=seed)
     cells += _plan_recipes(folds, (HEADLINE_RECIPE,), models=BASELINE_MODELS, seed=seed)
     cells += _plan_recipes(folds, (HARDEST_RECIPE,), models=HEADLINE_BASELINES, seed=seed)
     widest = find_widest_fold(folds)
