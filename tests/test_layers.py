@@ -49,6 +49,7 @@ RANKS: dict[str, int] = {
     "training": 6,
     "evaluation": 7,
     "inference": 7,
+    "adaptation": 8,
     "audit": 8,
     "events": 8,
     "alarms": 9,

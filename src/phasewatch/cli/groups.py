@@ -58,6 +58,7 @@ SECTIONS: Mapping[str, Mapping[str, CommandSpec]] = {
     },
     "Watch": {
         "export": _spec("predict", "Export a trained model as an edge bundle or an ONNX file."),
+        "adapt": _spec("adapting", "Adapt a model to the known-clean hours of your own VMs."),
         "predict": _spec("predict", "Predict phases and alarms for recorded episodes."),
         "baseline": _spec("live", "Measure the normal telemetry of a VM while it is clean."),
         "watch": _spec("live", "Watch running VMs and print their phases and alarms."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from phasewatch.inference.edge_bundle import (
     EDGE_SCHEMA_FILE,
     EdgeHeader,
     EdgeModel,
+    PostprocessingRules,
     TrainingOrigin,
-    extract_rules,
     pack_edge_bundle,
     render_rules,
 )
@@ -37,8 +37,17 @@ from phasewatch.training.experiment import Experiment
 from phasewatch.training.grids import DEPLOY_CHANNEL_SETS
 from phasewatch.training.predictions import PROBABILITY_COLUMNS, build_predictions_table, read_predictions
 from phasewatch.training.train import fit_and_predict, read_experiment_data
+from phasewatch.types import PHASES
 
-__all__ = ["ExportRequest", "ExportResult", "export_run", "read_training_origin"]
+__all__ = [
+    "ExportRequest",
+    "ExportResult",
+    "ExportedModel",
+    "export_run",
+    "pack_models",
+    "read_training_origin",
+    "render_card",
+]
 
 _PARITY_WINDOWS = 512
 _ORACLE_CHANNEL_SET = "oracle"
@@ -226,22 +235,59 @@ def read_training_origin(run: Path, recipe: str, fold: str) -> TrainingOrigin:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ExportedModel:
+    """A fitted model for an edge bundle.
+
+    Attributes:
+        cell: Its experiment, which names the channel set and the input.
+        onnx: Its graph.
+        versions: Versions of the libraries that it was fitted with.
+    """
+
+    cell: Experiment
+    model: PhaseModel
+    onnx: bytes
+    versions: Mapping[str, str]
+
+
 def _build_edge_bundle(
     run: Path, graphs: Sequence[tuple[Experiment, PhaseModel, bytes]], quote: Callable[[str], str]
 ) -> bytes:
     """Render the edge bundle of trained experiments and their ONNX graphs."""
     first = graphs[0][0]
     trained = read_training_origin(run, first.recipe, first.fold)
-    members = {EDGE_SCHEMA_FILE: (run / RUN_SCHEMA).read_bytes()}
+    exported = [
+        ExportedModel(cell=cell, model=model, onnx=data, versions=read_header(cell.folder(run)).versions)
+        for cell, model, data in graphs
+    ]
+    card = render_card(exported, trained, quote)
+    return pack_models(exported, trained, schema=(run / RUN_SCHEMA).read_bytes(), card=card)
+
+
+def pack_models(exported: Sequence[ExportedModel], trained: TrainingOrigin, *, schema: bytes, card: str) -> bytes:
+    """Render the edge bundle of fitted models; the same models give the same bytes.
+
+    Args:
+        exported: The models, the largest channel set first; all of one recipe and fold.
+        trained: Origin of their training data.
+        schema: The feature schema of the run.
+        card: The model card.
+
+    Raises:
+        MismatchError: If a model is not fitted.
+    """
+    first = exported[0].cell
+    members = {EDGE_SCHEMA_FILE: schema, EDGE_CARD_FILE: card.encode()}
     models = []
     versions: dict[str, str] = {}
-    for cell, model, data in graphs:
+    for one in exported:
+        cell, model = one.cell, one.model
         if model.spec is None:
-            raise MismatchError(f"{cell.folder(run)}: the model is not fitted")
+            raise MismatchError(f"{cell.model} for {cell.threat}: the model is not fitted")
         member = f"{cell.threat}.onnx"
-        members[member] = data
-        header = read_header(cell.folder(run))
-        versions |= header.versions
+        members[member] = one.onnx
+        versions |= one.versions
         models.append(
             EdgeModel(
                 member=member,
@@ -251,11 +297,10 @@ def _build_edge_bundle(
                 seed=cell.seed,
                 input_kind=model.spec.kind,
                 columns=model.spec.names,
-                rules=render_rules(extract_rules(header)),
+                rules=render_rules(PostprocessingRules(filter=model.filter, alarms=model.alarms)),
                 floors=dict(model.spec.floors),
             )
         )
-    members[EDGE_CARD_FILE] = _render_card(models, trained, first, quote).encode()
     digests = compute_column_digests(name for model in models for name in model.columns)
     edge_header = EdgeHeader(
         format=EDGE_FORMAT,
@@ -263,7 +308,7 @@ def _build_edge_bundle(
         fold=first.fold,
         schema_hash=digests.schema_hash,
         behaviour_fingerprint=digests.behaviour_fingerprint,
-        classes=read_header(first.folder(run)).classes,
+        classes=tuple(map(str, PHASES)),
         trained=trained,
         models=tuple(models),
         versions=versions,
@@ -272,15 +317,21 @@ def _build_edge_bundle(
     return pack_edge_bundle(edge_header, members)
 
 
-def _render_card(
-    models: Sequence[EdgeModel], trained: TrainingOrigin, cell: Experiment, quote: Callable[[str], str]
-) -> str:
-    """Render the model card: content, training data, scores on unseen hosts, and limits."""
+def render_card(exported: Sequence[ExportedModel], trained: TrainingOrigin, quote: Callable[[str], str]) -> str:
+    """Render the model card: content, training data, scores on unseen hosts, and limits.
+
+    Args:
+        exported: The models, all of one recipe and fold.
+        trained: Origin of their training data.
+        quote: Channel set → the score on unseen hosts; empty if it was never scored.
+    """
+    cell = exported[0].cell
+    specs = [(one.cell, one.model.spec) for one in exported if one.model.spec is not None]
 
     def join(names: Sequence[str]) -> str:
         return ", ".join(names) or "unknown"
 
-    quotes = [(m.threat, quote(m.threat) or "never scored") for m in models]
+    quotes = [(c.threat, quote(c.threat) or "never scored") for c, _ in specs]
     return "\n".join(
         [
             f"# {cell.model} for `phasewatch watch`, trained on {cell.recipe}/{cell.fold}, seed {cell.seed}",
@@ -290,8 +341,8 @@ def _render_card(
             "The profiles are emulations. On another accelerator the results are unreliable.",
             "",
             *(
-                f"- channel set `{m.threat}`: {len(m.columns)} columns, {m.table} table, file {m.member}"
-                for m in models
+                f"- channel set `{c.threat}`: {len(spec.names)} columns, {c.table} table, file {c.threat}.onnx"
+                for c, spec in specs
             ),
             "",
             "Scores of the same model on unseen hosts (`deploy` itself is never scored):",

@@ -35,6 +35,7 @@ __all__ = [
     "choose_model",
     "compute_preference",
     "filter_by_channel_set",
+    "find_bundle_models",
     "find_models",
     "find_unavailable_channel_sets",
     "read_training_episodes",
@@ -130,7 +131,7 @@ def find_models(path: Path) -> tuple[ModelCandidate, ...]:
         MismatchError: If it was changed, or trained with other channels, stats or phases.
     """
     if path.is_file():
-        return _build_bundle_candidates(read_edge_bundle(path))
+        return find_bundle_models(read_edge_bundle(path))
     if (path / CHECKPOINT_FILE).is_file():
         return (_build_checkpoint_candidate(path),)
     if path.is_dir():
@@ -235,7 +236,8 @@ def compute_preference(candidate: ModelCandidate) -> tuple[int, int, int, int]:
     return -n_channels, models.index(candidate.model), tables.index(candidate.spec.table), candidate.seed
 
 
-def _build_bundle_candidates(bundle: EdgeBundle) -> tuple[ModelCandidate, ...]:
+def find_bundle_models(bundle: EdgeBundle) -> tuple[ModelCandidate, ...]:
+    """Return every model of a parsed edge bundle."""
     return tuple(_build_bundle_candidate(bundle, model) for model in bundle.header.models)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import isfinite
 
@@ -36,6 +36,8 @@ __all__ = [
     "find_false_alarm_windows",
     "fit_alarm_rule",
     "fit_alarm_rules",
+    "list_announced_onsets",
+    "raise_threshold",
 ]
 
 FALSE_ALARM_BUDGET = 0.25  # false alarms per VM-hour, of each alarm
@@ -304,6 +306,52 @@ def fit_alarm_rules(
             late = int((delays * 1e9 > _IN_TIME_NS).sum())
             found[at].append(((late, _compute_median(delays), -n), rule))
     return tuple(min(candidates, key=lambda one: one[0])[1] for candidates in found)
+
+
+def raise_threshold(rule: AlarmRule, p: NDArray[np.floating], labels: LabelSequence) -> AlarmRule:
+    """Raise the threshold of a fitted rule until it meets its budget on further quiet windows too; k and n stay.
+
+    Args:
+        rule: A fitted rule.
+        p: ``(w, 5)`` floating, unsmoothed probabilities of the further windows, in the order (episode, time).
+        labels: Labels, episodes and times of the same windows, at the stride of the rule.
+
+    Returns:
+        The rule with the larger threshold, never a smaller one, and with the false alarms and hours of the further
+        windows added to its own.
+    """
+    data = _FitData.from_labels(compute_alarm_score(p, rule.kind), labels, rule.kind)
+    hours = int(data.quiet.sum()) * rule.stride_s / 3600
+    false = data.count_false_alarms(rule.k, rule.n, enough=rule.budget * hours)
+    over = np.flatnonzero(false > rule.budget * hours)
+    lower = int(over[-1]) + 1 if len(over) else 0
+    is_never = lower == len(CANDIDATE_THETAS) or rule.theta == THETA_NEVER
+    chosen = max(lower, int(np.searchsorted(CANDIDATE_THETAS, rule.theta)))
+    return replace(
+        rule,
+        theta=THETA_NEVER if is_never else max(rule.theta, float(CANDIDATE_THETAS[chosen])),
+        false_alarms=rule.false_alarms + (0 if is_never else int(false[chosen])),
+        vm_hours=round(rule.vm_hours + hours, 6),
+    )
+
+
+def list_announced_onsets(
+    rule: AlarmRule, p: NDArray[np.floating], labels: LabelSequence
+) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+    """Return the episodes with an onset after which 30 s were recorded, and whether a rule announces it within 30 s.
+
+    Args:
+        rule: The rule.
+        p: ``(w, 5)`` floating, unsmoothed probabilities, in the order (episode, time).
+        labels: Labels, episodes and times of the same windows, at the stride of the rule.
+
+    Returns:
+        ``(m,)`` intp values of `labels.episode_index`, and ``(m,)`` bool.
+    """
+    data = _FitData.from_labels(compute_alarm_score(p, rule.kind), labels, rule.kind)
+    first = np.flatnonzero(np.diff(data.episode, prepend=-1))
+    episodes = np.asarray(labels.episode_index, np.intp)[first][data.onset_ns >= 0]
+    return episodes, data.compute_delays(rule) * 1e9 <= _IN_TIME_NS
 
 
 def _choose_threshold(lower: int, missed: NDArray[np.int64], *, has_onsets: bool) -> int:

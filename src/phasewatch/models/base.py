@@ -511,10 +511,15 @@ class PhaseModel(ABC):
             val_a_macro_f1=self.val_a_macro_f1,
             filter=self.filter,
             alarms=self.alarms,
-            versions=checkpoint.collect_versions(self._libraries()),
+            versions=self.collect_versions(),
             files={},
         )
         checkpoint.write_checkpoint(folder, header, self._files())
+
+    @final
+    def collect_versions(self) -> dict[str, str]:
+        """Return the versions of the libraries that the model depends on, as its checkpoint records them."""
+        return checkpoint.collect_versions(self._libraries())
 
     @classmethod
     @final

@@ -54,6 +54,7 @@ __all__ = [
     "StageResult",
     "build_configuration",
     "build_stages",
+    "prepare_run",
     "read_settings",
     "run_pipeline",
 ]
@@ -191,6 +192,27 @@ def run_pipeline(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> 
         set_aside=index.set_aside,
         failed=tuple(failed),
     )
+
+
+def prepare_run(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> None:
+    """Run the stages from a store to its splits; what is unchanged is kept.
+
+    Raises:
+        StoreError: If there is no store, or it is empty.
+        UsageError: If the folder holds the run of another store.
+        SplitError: If no recipe can be built.
+        BusyError: If another process works on the run.
+    """
+    stages.check_folders(settings)
+    atomic.make_folder(settings.run)
+    with atomic.lock(settings.run):
+        log = _read_log(settings.run)
+        _check_same_store(settings, log)
+        log["configuration"] = msgspec.to_builtins(build_configuration(settings))
+        for stage in build_stages(settings, progress=progress):
+            if stage.name == _TRAIN_STAGE:
+                break
+            _run_stage(stage, settings.run, log, progress)
 
 
 def _check_same_store(settings: RunSettings, log: dict[str, Any]) -> None:
