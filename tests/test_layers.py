@@ -1,4 +1,4 @@
-"""The layout of the package: ranks, cycles, names, sizes, who touches the world, and what `--help` may load."""
+"""The layout of the package: ranks, cycles, names, sizes, and who touches the world."""
 
 from __future__ import annotations
 
@@ -276,35 +276,6 @@ def test_only_the_listed_modules_touch_the_world() -> None:
 def test_no_deadline_swallows_a_cancellation() -> None:
     """`asyncio.wait_for` of Python 3.11 does, where both come at once; `asyncio.timeout` passes the cancellation on."""
     assert not [name_of(path) for path in PATHS if "wait_for(" in path.read_text()]
-
-
-def test_help_loads_nothing_heavy() -> None:
-    heavy = {
-        "numpy",
-        "torch",
-        "lightgbm",
-        "sklearn",
-        "scipy",
-        "pyarrow",
-        "plotly",
-        "rich",
-        "qemu",
-        "onnxruntime",
-        "httpx",
-        "pydantic",
-    }
-    probe = (
-        "import sys, contextlib, io\n"
-        "from phasewatch.cli import main\n"
-        "sys.argv = ['phasewatch', '--help']\n"
-        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
-        "    main()\n"
-        f"print(sorted({heavy!r} & set(sys.modules)))\n"
-    )
-
-    out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout
-
-    assert out.strip() == "[]"
 
 
 def test_one_module_loads_onnxruntime() -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import msgspec
 import typer
 
 from phasewatch.cli import common
 from phasewatch.cli.folders import check_run_folder
 from phasewatch.cli.options import AsJson
-from phasewatch.evaluation.headline import HeadlineNumber
-from phasewatch.evaluation.run_comparison import RunComparison, RunGap, compare_runs
+
+if TYPE_CHECKING:
+    from phasewatch.evaluation.headline import HeadlineNumber
+    from phasewatch.evaluation.run_comparison import RunComparison, RunGap
 
 __all__ = ["compare"]
 
@@ -42,6 +43,10 @@ def compare(
 
     Example: phasewatch compare runs/before runs/after
     """
+    import msgspec
+
+    from phasewatch.evaluation.run_comparison import compare_runs
+
     done = compare_runs(check_run_folder(first), check_run_folder(second))
     result: dict[str, Any] = {
         **{name: value for name, value in asdict(done).items() if name != "headlines"},

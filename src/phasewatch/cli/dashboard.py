@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -14,29 +13,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phasewatch import atomic
-from phasewatch.artifacts import PREDICTIONS_FILE
 from phasewatch.cli import common
 from phasewatch.cli.folders import BUNDLED_MODEL_FILE, check_run_folder, find_bundled_corpus
 from phasewatch.cli.options import Episodes, RunFolder, Speed, TokenFile
-from phasewatch.dashboard.auth import TOKEN_VARIABLE, AccessControl, ensure_token, find_token_path, read_token
 from phasewatch.errors import RunError, UsageError
-from phasewatch.events import demo
-from phasewatch.events.demo import DemoConfig
-from phasewatch.events.from_replay import ReplaySelection, iter_replay_steps
-from phasewatch.events.perf import ProcessMeter
-from phasewatch.events.publish import (
-    EventFileWriter,
-    EventNumberer,
-    EventPoster,
-    EventReceiver,
-    send_on_schedule,
-)
-from phasewatch.events.schema import EventData
-from phasewatch.live.discover import find_running_vm
 
 if TYPE_CHECKING:
     from phasewatch.dashboard.intake import EventProducer
+    from phasewatch.events.demo import DemoConfig
+    from phasewatch.events.publish import EventReceiver
+    from phasewatch.events.schema import EventData
 
     _SendEvent = Callable[[EventData], Awaitable[None]]
 
@@ -116,6 +102,8 @@ def dashboard(
 
 def _check_machine(machine: str) -> None:
     """Raise if a VM does not run here."""
+    from phasewatch.live.discover import find_running_vm
+
     is_pid = machine.isdigit()
     find_running_vm(pid=int(machine) if is_pid else None, name=None if is_pid else machine, qmp=None)
 
@@ -133,6 +121,8 @@ def show_demo(run: Path, *, port: int, as_json: bool) -> None:
     Raises:
         RunError: If there is neither a run nor a bundled model.
     """
+    from phasewatch.artifacts import PREDICTIONS_FILE
+
     _check_modules("uvicorn")
     from phasewatch.dashboard.players import build_bundle_players, build_run_players
 
@@ -169,6 +159,7 @@ def _serve(
     from phasewatch.dashboard import server
     from phasewatch.dashboard.alarm_keeper import StateFolderAlarms, follow_state_folder
     from phasewatch.dashboard.app import build_app
+    from phasewatch.dashboard.auth import AccessControl, ensure_token, find_token_path
 
     token = ensure_token(token_file or find_token_path())
     keeper = None if state is None else StateFolderAlarms(state)
@@ -218,6 +209,11 @@ def publish(
 
     Example: phasewatch publish replay runs/mine --to http://127.0.0.1:8765
     """
+    import asyncio
+
+    from phasewatch.events.demo import DemoConfig
+    from phasewatch.events.from_replay import ReplaySelection
+
     if as_json and to == "-":
         raise UsageError("--json with --to -: standard output holds either the events or the result; name a file")
     config = DemoConfig(
@@ -235,6 +231,10 @@ def publish(
 
 
 def _open_output(to: str, stack: ExitStack, token_file: Path | None) -> EventReceiver:
+    from phasewatch import atomic
+    from phasewatch.dashboard.auth import TOKEN_VARIABLE, find_token_path, read_token
+    from phasewatch.events.publish import EventFileWriter, EventPoster
+
     if to == "-":
         return EventFileWriter(sys.stdout.buffer)
     if "://" not in to:
@@ -245,6 +245,9 @@ def _open_output(to: str, stack: ExitStack, token_file: Path | None) -> EventRec
 
 async def _send_events(what: EventKind, config: DemoConfig, receiver: EventReceiver, *, is_paced: bool) -> int:
     """Send the events of one kind and return their number."""
+    from phasewatch.events import demo
+    from phasewatch.events.publish import EventNumberer
+
     numberer = EventNumberer(str(what), config.run.name)
     sent = 0
 
@@ -269,6 +272,10 @@ async def _send_events(what: EventKind, config: DemoConfig, receiver: EventRecei
 
 
 async def _replay(config: DemoConfig, send: _SendEvent, *, is_paced: bool) -> None:
+    from phasewatch.events import demo
+    from phasewatch.events.from_replay import iter_replay_steps
+    from phasewatch.events.publish import send_on_schedule
+
     recording = demo.read_demo_episodes(config)[0]
     steps = iter_replay_steps(
         recording, vm=recording.row.host_id, bins_per_event=demo.compute_bins_per_event(config.speed)
@@ -277,6 +284,9 @@ async def _replay(config: DemoConfig, send: _SendEvent, *, is_paced: bool) -> No
 
 
 async def _measure(config: DemoConfig, send: _SendEvent) -> None:
+    from phasewatch.events import demo
+    from phasewatch.events.perf import ProcessMeter
+
     meter = ProcessMeter(
         "perf", about=f"{config.choice.model} on one recorded episode at {config.speed:g} times real time."
     )

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from phasewatch import atomic
-from phasewatch.artifacts import BINS_INDEX_PATH, FEATURES_FILE, SPLITS_DIR, VALIDATION_FILE
 from phasewatch.cli import common
 from phasewatch.cli.folders import check_run_folder
 from phasewatch.cli.options import (
@@ -23,16 +21,11 @@ from phasewatch.cli.options import (
     Workers,
 )
 from phasewatch.cli.progress import show_progress
-from phasewatch.dataset import read_folds
 from phasewatch.errors import SplitError, UsageError
-from phasewatch.pipeline import stages
-from phasewatch.splits import SplitPart
-from phasewatch.store.base import parse_store_location
 from phasewatch.types import BundleStatus
-from phasewatch.validate.checks import describe_code, list_codes
-from phasewatch.validate.copies import CONTESTED_CODE
-from phasewatch.validate.index import read_statuses
-from phasewatch.validate.sweep import SweepSummary
+
+if TYPE_CHECKING:
+    from phasewatch.validate.sweep import SweepSummary
 
 __all__ = ["features", "split", "validate"]
 
@@ -60,6 +53,11 @@ def validate(
 
     Example: phasewatch validate my-store --out runs/mine
     """
+    from phasewatch import atomic
+    from phasewatch.artifacts import VALIDATION_FILE
+    from phasewatch.pipeline import stages
+    from phasewatch.store.base import parse_store_location
+
     if explain:
         _print_code(explain, as_json=as_json)
         return
@@ -88,6 +86,8 @@ def validate(
 
 
 def _print_code(code: str, *, as_json: bool) -> None:
+    from phasewatch.validate.checks import describe_code, list_codes
+
     spec = describe_code(code)
     if spec is None:
         raise UsageError(f"no code {code!r}; known: {', '.join(list_codes())}")
@@ -97,6 +97,8 @@ def _print_code(code: str, *, as_json: bool) -> None:
 
 def _render_sweep(summary: SweepSummary) -> list[str]:
     """Return counts by status, reason and source, then the bundles that need attention."""
+    from phasewatch.validate.copies import CONTESTED_CODE
+
     stage: dict[str, Any] = dict(summary.stage)
     reasons = sorted(stage["reasons"].items(), key=lambda pair: -pair[1])[:_MAX_REASONS]
     refused = [v for v in summary.verdicts if v.status in (BundleStatus.REJECTED, BundleStatus.ERRORED)]
@@ -142,6 +144,12 @@ def features(
 
     Example: phasewatch features runs/mine
     """
+    from phasewatch import atomic
+    from phasewatch.artifacts import BINS_INDEX_PATH, FEATURES_FILE
+    from phasewatch.pipeline import stages
+    from phasewatch.store.base import parse_store_location
+    from phasewatch.validate.index import read_statuses
+
     folder = out_dir if run is None else run
     if folder is None or (run is None and (validation is None or store is None)):
         raise UsageError("features needs a run, or all of --validation, --store and --out-dir")
@@ -183,6 +191,12 @@ def split(
 
     Example: phasewatch split runs/mine --recipes held_out_host,held_out_both
     """
+    from phasewatch import atomic
+    from phasewatch.artifacts import SPLITS_DIR
+    from phasewatch.dataset import read_folds
+    from phasewatch.pipeline import stages
+    from phasewatch.splits import SplitPart
+
     wanted = () if recipes == "all" else common.parse_names(recipes)
     with atomic.lock(check_run_folder(run)):
         index = stages.split(stages.RunSettings(store=run, run=run), wanted)

@@ -6,22 +6,19 @@ import tempfile
 from dataclasses import asdict
 from math import isnan
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import msgspec
 import typer
 
-from phasewatch.binning.storage import ChannelSummary, open_bins, summarise_channels
-from phasewatch.channels import CHANNELS
 from phasewatch.cli import common
 from phasewatch.cli.folders import check_run_folder, find_bundled_corpus
 from phasewatch.cli.options import AsJson, CustomChannels, RunFolder
-from phasewatch.cli.sparkline import render_sparklines
 from phasewatch.errors import DataError
-from phasewatch.store.base import find_bundle, parse_store_location
 from phasewatch.types import SourceKind
-from phasewatch.validate.sweep import sweep
-from phasewatch.validate.verdict import BundleCheck, BundleLocation, validate_bundle
+
+if TYPE_CHECKING:
+    from phasewatch.binning.storage import ChannelSummary
+    from phasewatch.validate.verdict import BundleCheck
 
 __all__ = ["channels", "explain", "inspect"]
 
@@ -40,6 +37,8 @@ def channels(
 
     Example: phasewatch channels --corpus
     """
+    from phasewatch.channels import CHANNELS
+
     common.check_option_pair("--store", "--corpus", is_partner_missing=store is not None and not corpus)
     listed: list[dict[str, object]] = [asdict(c) | {"in_deployment": c.in_deployment} for c in CHANNELS]
     if not corpus:
@@ -82,6 +81,9 @@ def channels(
 
 def _measure_observed_values(store: Path) -> tuple[ChannelSummary, ...]:
     """Validate a store into a temporary folder and summarise its bins, one row per channel."""
+    from phasewatch.binning.storage import open_bins, summarise_channels
+    from phasewatch.validate.sweep import sweep
+
     with tempfile.TemporaryDirectory(prefix="phasewatch-channels-") as folder:
         sweep(store, Path(folder), workers=2)
         bins = open_bins(Path(folder) / "grids")
@@ -99,6 +101,9 @@ def inspect(
 
     Example: phasewatch inspect my-store/pc/0190….tar.zst
     """
+    from phasewatch.store.base import find_bundle, parse_store_location
+    from phasewatch.validate.verdict import BundleLocation, validate_bundle
+
     location = find_bundle(parse_store_location(bundle))
     if location is None:
         raise DataError(f"{bundle}: there is no such bundle; name a file <host_id>/<episode_id>.tar.zst of a store")
@@ -111,6 +116,8 @@ def inspect(
 
 
 def _describe_bundle(check: BundleCheck) -> dict[str, Any]:
+    import msgspec
+
     v = check.verdict
     result: dict[str, Any] = {
         "path": v.path,
@@ -147,6 +154,8 @@ def _describe_bundle(check: BundleCheck) -> dict[str, Any]:
 
 
 def _render_bundle(check: BundleCheck) -> list[str]:
+    from phasewatch.cli.sparkline import render_sparklines
+
     v = check.verdict
     rows = [
         ("episode", v.episode_id or "unknown"),

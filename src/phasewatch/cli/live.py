@@ -12,41 +12,27 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phasewatch import atomic
-from phasewatch.alarms.config import OutputConfig
 from phasewatch.cli import common
-from phasewatch.cli.alarm_outputs import (
-    OutputOptions,
-    attach_outputs,
-    describe_counters,
-    read_configuration,
-    run_outputs,
-)
-from phasewatch.cli.fleet_view import EndedVms, FleetView
 from phasewatch.cli.folders import find_bundled_model
 from phasewatch.cli.logs import route_logs
 from phasewatch.cli.options import AsJson, ModelPath, Smoothing, SmoothingOption, VmName, VmPid, VmQmp
 from phasewatch.cli.progress import show_progress
 from phasewatch.cli.streams import escape_for_terminal
 from phasewatch.errors import MachineError, UsageError
-from phasewatch.events.schema import EventEnvelope, PhaseEvent, render_event
-from phasewatch.features.normalise import render_baseline
-from phasewatch.inference.model_selection import find_models
-from phasewatch.live.baseline import measure_vm_baseline, read_baseline_file
-from phasewatch.live.config import WatchConfig
-from phasewatch.live.discover import RunningVm, find_running_vm, list_running_vms
-from phasewatch.live.fleet import FleetReport, FleetRequest, FleetWatch
-from phasewatch.live.fleet_member import MemberStatus
-from phasewatch.live.monitor_endpoints import MonitorEndpointKind, select_reported_endpoint
-from phasewatch.live.outputs import NonBlockingWriter
-from phasewatch.live.ownership import WatchFolder, find_watch_folders
-from phasewatch.live.session import WatchReport, WatchRequest, run_until_interrupted, run_watch
-from phasewatch.live.watcher import WatchCallbacks, WatchEndReason
 from phasewatch.types import BIN_NS
+
+if TYPE_CHECKING:
+    from phasewatch.events.schema import EventEnvelope, PhaseEvent
+    from phasewatch.live.config import WatchConfig
+    from phasewatch.live.discover import RunningVm
+    from phasewatch.live.fleet import FleetReport, FleetRequest
+    from phasewatch.live.fleet_member import MemberStatus
+    from phasewatch.live.ownership import WatchFolder
+    from phasewatch.live.session import WatchReport
 
 __all__ = ["baseline", "watch"]
 
@@ -67,6 +53,11 @@ def baseline(
 
     Example: phasewatch baseline --name web01 --minutes 10 --out web01.json
     """
+    from phasewatch import atomic
+    from phasewatch.features.normalise import render_baseline
+    from phasewatch.live.baseline import measure_vm_baseline
+    from phasewatch.live.discover import find_running_vm
+
     machine = find_running_vm(pid=pid, name=name, qmp=qmp)
     with show_progress(quiet=as_json) as progress:
         measured = measure_vm_baseline(
@@ -148,6 +139,21 @@ def watch(
 
     Example: phasewatch watch web01
     """
+    from phasewatch.alarms.config import OutputConfig
+    from phasewatch.cli.alarm_outputs import (
+        OutputOptions,
+        attach_outputs,
+        describe_counters,
+        read_configuration,
+        run_outputs,
+    )
+    from phasewatch.inference.model_selection import find_models
+    from phasewatch.live.baseline import read_baseline_file
+    from phasewatch.live.discover import find_running_vm
+    from phasewatch.live.fleet import FleetRequest
+    from phasewatch.live.session import WatchRequest, run_watch
+    from phasewatch.live.watcher import WatchCallbacks, WatchEndReason
+
     if list_:
         _list_machines(as_json=as_json)
         return
@@ -219,6 +225,14 @@ def _is_glob(pattern: str) -> bool:
 
 
 def _watch_fleet(request: FleetRequest, configuration: WatchConfig, *, as_json: bool) -> None:
+    from phasewatch.alarms.config import OutputConfig
+    from phasewatch.cli.alarm_outputs import attach_outputs, describe_counters, run_outputs
+    from phasewatch.cli.fleet_view import EndedVms, FleetView
+    from phasewatch.events.schema import render_event
+    from phasewatch.live.fleet import FleetWatch
+    from phasewatch.live.session import run_until_interrupted
+    from phasewatch.live.watcher import WatchCallbacks
+
     is_only = configuration.outputs == OutputConfig()
     with _open_outputs(is_only=is_only) as (out, err), route_logs(err):
         view = FleetView(err)
@@ -284,6 +298,8 @@ def _open_outputs(*, is_only: bool) -> Iterator[tuple[_PrintLine, _PrintLine]]:
         BrokenPipeError: If `is_only` and the reader has closed the pipe.
         OSError: At the end, if events could not be written.
     """
+    from phasewatch.live.outputs import NonBlockingWriter
+
     err = NonBlockingWriter(sys.stderr)
     out = NonBlockingWriter(sys.stdout)
     is_reported = False
@@ -312,6 +328,8 @@ def _open_outputs(*, is_only: bool) -> Iterator[tuple[_PrintLine, _PrintLine]]:
 
 
 def _build_event_printer(out: _PrintLine, err: _PrintLine, *, as_json: bool) -> Callable[[EventEnvelope, bool], None]:
+    from phasewatch.events.schema import PhaseEvent, render_event
+
     def print_event(event: EventEnvelope, is_news: bool) -> None:
         if as_json or is_news:
             out(render_event(event).decode())
@@ -350,6 +368,9 @@ def _print_report(report: WatchReport, out: _PrintLine, err: _PrintLine, *, as_j
 
 
 def _list_machines(*, as_json: bool) -> None:
+    from phasewatch.live.discover import list_running_vms
+    from phasewatch.live.ownership import find_watch_folders
+
     running, dead = list_running_vms(), [folder for folder in find_watch_folders() if folder.is_alive is False]
     leftovers = [_describe_leftover(folder, running) for folder in dead]
     result = {"machines": [_describe_machine(m) for m in running], "left_behind": leftovers}
@@ -390,6 +411,8 @@ def _render_machines(running: Sequence[RunningVm]) -> list[str]:
 
 
 def _describe_monitor(machine: RunningVm) -> str:
+    from phasewatch.live.monitor_endpoints import MonitorEndpointKind, select_reported_endpoint
+
     if machine.qmp:
         return " ".join(map(str, machine.qmp))
     if not machine.monitors:

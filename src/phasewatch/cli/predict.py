@@ -6,23 +6,19 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from phasewatch.artifacts import METRICS_FILE
 from phasewatch.cli import common
 from phasewatch.cli.folders import check_run_folder, find_bundled_model
 from phasewatch.cli.options import AsJson, ChannelSets, ModelPath, RunFolder, Smoothing, SmoothingOption
 from phasewatch.cli.progress import show_progress
 from phasewatch.cli.streams import escape_for_terminal
-from phasewatch.evaluation.headline import build_headline, read_verdict, render_headline
-from phasewatch.evaluation.metric_table import HeadlineKey, MetricTable, parse_metrics
-from phasewatch.inference.model_selection import find_models
-from phasewatch.inference.offline import choose_offline_model
-from phasewatch.inference.offline import predict as predict_store
-from phasewatch.store.base import parse_store_location
 from phasewatch.types import BIN_NS
+
+if TYPE_CHECKING:
+    from phasewatch.evaluation.metric_table import MetricTable
 
 __all__ = ["export", "predict"]
 
@@ -50,6 +46,9 @@ def export(
 
     Example: phasewatch export runs/mine --out edge.zip
     """
+    from phasewatch.artifacts import METRICS_FILE
+    from phasewatch.evaluation.headline import build_headline, read_verdict, render_headline
+    from phasewatch.evaluation.metric_table import HeadlineKey, parse_metrics
     from phasewatch.inference.export import ExportRequest, export_run  # needs the extra `train`; `predict` does not
 
     check_run_folder(run)
@@ -92,6 +91,11 @@ def predict(
 
     Example: phasewatch predict my-store --model runs/mine --out predictions.parquet
     """
+    from phasewatch.inference.model_selection import find_models
+    from phasewatch.inference.offline import choose_offline_model
+    from phasewatch.inference.offline import predict as predict_store
+    from phasewatch.store.base import parse_store_location
+
     predictor = choose_offline_model(find_models(model or find_bundled_model()), channels, smoothing=smoothing)
     location, stride_bins = parse_store_location(source), int(stride) * 10**9 // BIN_NS
     scores: dict[str, object] = {}

@@ -5,13 +5,10 @@ from __future__ import annotations
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
 
-from phasewatch import atomic
-from phasewatch.artifacts import AUDIT_FILE, METRICS_FILE
 from phasewatch.cli import common
 from phasewatch.cli.folders import check_run_folder, find_bundled_corpus
 from phasewatch.cli.options import (
@@ -27,11 +24,9 @@ from phasewatch.cli.options import (
     Workers,
 )
 from phasewatch.cli.progress import show_progress
-from phasewatch.evaluation.headline import render_headline
-from phasewatch.pipeline import runner, stages
-from phasewatch.pipeline.publish import publish_run
-from phasewatch.pipeline.stages import RunSettings
-from phasewatch.store.base import parse_store_location
+
+if TYPE_CHECKING:
+    from phasewatch.pipeline.stages import RunSettings
 
 __all__ = ["GridChoice", "ReportFormat", "audit", "demo", "evaluate", "report", "run", "train"]
 
@@ -81,6 +76,10 @@ def train(
 
     Example: phasewatch train runs/mine --recipes all
     """
+    from phasewatch import atomic
+    from phasewatch.pipeline import stages
+    from phasewatch.pipeline.stages import RunSettings
+
     is_full = recipes == "all"
     settings = RunSettings(
         store=run,
@@ -115,6 +114,11 @@ def evaluate(run: RunFolder, as_json: AsJson = False) -> None:
 
     Example: phasewatch evaluate runs/mine
     """
+    from phasewatch import atomic
+    from phasewatch.artifacts import METRICS_FILE
+    from phasewatch.evaluation.headline import render_headline
+    from phasewatch.pipeline import runner, stages
+
     with atomic.lock(check_run_folder(run)):
         settings = runner.read_settings(run)
         metrics = stages.evaluate(settings)
@@ -138,6 +142,13 @@ def audit(
 
     Example: phasewatch audit runs/mine
     """
+    import msgspec
+
+    from phasewatch import atomic
+    from phasewatch.artifacts import AUDIT_FILE
+    from phasewatch.pipeline import runner, stages
+    from phasewatch.store.base import parse_store_location
+
     stored = runner.read_settings(check_run_folder(run), store=parse_store_location(store) if store else None)
     settings = msgspec.structs.replace(stored, workers=workers)
     with atomic.lock(run), show_progress(quiet=as_json) as progress:
@@ -167,6 +178,10 @@ def report(
 
     Example: phasewatch report runs/mine --format md
     """
+    from phasewatch import atomic
+    from phasewatch.pipeline import stages
+    from phasewatch.pipeline.stages import RunSettings
+
     check_run_folder(run)
     is_outside = out is not None and not out.resolve().is_relative_to(run.resolve())  # for a run on read-only media
     with nullcontext() if is_outside else atomic.lock(run):
@@ -199,6 +214,9 @@ def run(
 
     Example: phasewatch run my-store --out runs/mine
     """
+    from phasewatch.pipeline.stages import RunSettings
+    from phasewatch.store.base import parse_store_location
+
     common.check_option_pair(
         "--ray-address", "--engine ray", is_partner_missing=bool(ray_address) and engine == "local"
     )
@@ -230,6 +248,8 @@ def demo(
 
     Example: phasewatch demo
     """
+    from phasewatch.pipeline.stages import RunSettings
+
     common.check_option_pair("--port", "--live", is_partner_missing=port is not None and not live)
     if live:
         from phasewatch.cli.dashboard import DEFAULT_PORT, show_demo  # needs the extra `serve`
@@ -240,6 +260,9 @@ def demo(
 
 
 def _run_pipeline(settings: RunSettings, *, as_json: bool, publish: str = "") -> None:
+    from phasewatch.pipeline import runner
+    from phasewatch.pipeline.publish import publish_run
+
     with show_progress(quiet=as_json) as progress:
         done = runner.run_pipeline(settings, progress=progress)
         if publish:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import signal
-import ssl
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,22 +12,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import httpx
 import typer
 
 from phasewatch.cli import common
 from phasewatch.cli.options import AsJson
 from phasewatch.cli.progress import show_progress
 from phasewatch.errors import UsageError
-from phasewatch.http_client import is_clear_text, make_http_client
-from phasewatch.live.outputs import NonBlockingWriter
-from phasewatch.store.base import open_store
-from phasewatch.store.quota import ReceiverLimits
-from phasewatch.transfer.auth import MIN_TOKEN_CHARS, read_tokens, render_hashed_lines
-from phasewatch.transfer.shipper import HTTP_TIMEOUT, BundleShipper, ShipmentSummary
 from phasewatch.types import BundleStatus
+
+if TYPE_CHECKING:
+    import httpx
+
+    from phasewatch.transfer.shipper import BundleShipper, ShipmentSummary
 
 __all__ = ["receive", "ship"]
 
@@ -63,6 +59,11 @@ def ship(
 
     Example: phasewatch ship --outbox outbox --to https://store.example:8470 --tokens tokens.txt
     """
+    import asyncio
+
+    from phasewatch.transfer.auth import read_tokens
+    from phasewatch.transfer.shipper import BundleShipper
+
     client = _build_client(to, ca=ca, plain_http=plain_http)
     with show_progress(quiet=as_json) as progress:
         known = {token.host_id: token.plain for token in read_tokens(tokens) if token.plain is not None}
@@ -91,6 +92,8 @@ def ship(
 
 async def _run_shipper(shipper: BundleShipper, client: httpx.AsyncClient, *, watch: bool) -> ShipmentSummary:
     """Run until the outbox is empty, or with `watch` until SIGINT or SIGTERM."""
+    import asyncio
+
     loop = asyncio.get_running_loop()
     async with client:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -108,6 +111,13 @@ def _build_client(to: str, *, ca: Path | None, plain_http: bool) -> httpx.AsyncC
     Raises:
         UsageError: If the URL is not valid, or a token would cross a network in clear text.
     """
+    import ssl
+
+    import httpx
+
+    from phasewatch.http_client import is_clear_text, make_http_client
+    from phasewatch.transfer.shipper import HTTP_TIMEOUT
+
     try:
         url = httpx.URL(to)
     except httpx.InvalidURL as exc:
@@ -156,6 +166,10 @@ def receive(
 
     Example: phasewatch receive --store my-store --tokens tokens.txt
     """
+    from phasewatch.store.base import open_store
+    from phasewatch.store.quota import ReceiverLimits
+    from phasewatch.transfer.auth import MIN_TOKEN_CHARS, read_tokens, render_hashed_lines
+
     known = read_tokens(tokens)
     if hash_tokens:
         lines = render_hashed_lines(known)
@@ -212,6 +226,7 @@ def _open_request_log() -> Iterator[Callable[[dict[str, Any]], None]]:
 
     If stderr is closed, full or blocked, lines are lost; the receiver goes on.
     """
+    from phasewatch.live.outputs import NonBlockingWriter
 
     def render(record: dict[str, Any]) -> str:
         return json.dumps({"at": datetime.now(UTC).isoformat(timespec="milliseconds"), **record})
