@@ -22,7 +22,7 @@ UV         := $(BIN)/uv pip install --python $(BIN)/python -c constraints.txt $(
 export OMP_WAIT_POLICY = PASSIVE
 
 .DELETE_ON_ERROR:
-.PHONY: bench-features demo test soak lint setup system picture headline results results-v2 real-ransomware bench docs datasheet recordings edge footprint lock clean
+.PHONY: bench-features site demo test soak lint setup system picture headline results results-v2 real-ransomware bench docs datasheet recordings edge footprint lock clean
 
 demo: $(VENV)/.run
 	@$(BIN)/phasewatch demo
@@ -177,6 +177,11 @@ edge: $(VENV)/.run
 # docs/reference, from the tables and the command line.
 docs: setup
 	$(BIN)/python -m tools.generate
+
+# The documentation as a site in site/, by mkdocs.yml; open site/index.html.
+site: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir site
+	@echo site/index.html
 
 # The generated half of the bundled corpus's datasheet; what its agent costs is measured on real VMs, eight minutes.
 datasheet: setup
