@@ -56,7 +56,7 @@ def test_an_unknown_key_is_bad_data_and_names_the_nearest(phasewatch: Call, tmp_
         pytest.param([], 2, "name what to record", id="nothing named"),
         pytest.param(["--plan", "smoke", "--profile-file", "x.toml"], 2, "leave it out", id="a plan and a profile"),
         pytest.param(["--driver", "d.sh", "--plan", "smoke"], 2, "--driver needs --image", id="a driver alone"),
-        pytest.param(["--profile-file", "absent.toml"], 3, "absent.toml: not a readable file", id="no such profile"),
+        pytest.param(["--profile-file", "absent.toml"], 3, "absent.toml: No such file", id="no such profile"),
         pytest.param(["--image", "absent.qcow2"], 3, "absent.qcow2: No such file", id="no such image"),
         pytest.param(["--plan", "smoke", "--accel", "hvf"], 2, "kvm or tcg", id="an accelerator of elsewhere"),
     ],

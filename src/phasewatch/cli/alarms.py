@@ -17,12 +17,13 @@ import msgspec
 import typer
 
 from phasewatch.alarms.config import describe_outputs
-from phasewatch.alarms.history import AlarmHistory, read_alarms, read_changes, read_silences
+from phasewatch.alarms.history import ALARMS_FILE, AlarmHistory, read_alarms, read_changes, read_silences
 from phasewatch.alarms.life import Alarm, Silence, find_silence, render_time
 from phasewatch.cli import common
 from phasewatch.cli.options import AsJson
 from phasewatch.errors import AlarmStoreError, UsageError
 from phasewatch.live.config import find_config_faults, read_example, read_watch_config
+from phasewatch.live.state import STATE_FILE
 from phasewatch.models.alarm import AlarmKind
 
 __all__ = ["alarms", "check_config", "parse_duration_ns"]
@@ -73,12 +74,12 @@ def alarms(
     elif what is AlarmAction.SHOW:
         _show(folder, alarm_id, now_ns=now_ns, as_json=as_json)
     elif what is AlarmAction.ACK:
-        with AlarmHistory(folder) as history:
+        with _open_history(folder, alarm_id) as history:
             alarm = history.acknowledge(alarm_id, now_ns, by=who, note=note)
         line = f"alarm {alarm.id} of {alarm.vm} is acknowledged by {who}"
         common.print_result(_describe_alarm(alarm, ()), as_json=as_json, lines=[line])
     elif end:
-        with AlarmHistory(folder) as history:
+        with _open_history(folder, end) as history:
             silence = history.end_silence(end, now_ns)
         common.print_result(_describe_silence(silence), as_json=as_json, lines=[f"silence {silence.id} is ended"])
     else:
@@ -164,7 +165,19 @@ def _find_state(state: Path | None, config: Path | None) -> Path:
         raise UsageError("--state DIR is needed, the state folder of the watch (or --config FILE that names it)")
     if not state.is_dir():
         raise UsageError(f"{state}: no such folder; name the --state folder of the watch")
+    if not any((state / name).is_file() for name in (ALARMS_FILE, STATE_FILE)) and any(state.iterdir()):
+        raise UsageError(
+            f"{state}: not the state of a watch: it holds neither {ALARMS_FILE} nor {STATE_FILE}; "
+            "name the --state folder of the watch"
+        )
     return state
+
+
+def _open_history(folder: Path, wanted: str) -> AlarmHistory:
+    """Open the history that holds an alarm or silence; a folder without one is not changed."""
+    if not (folder / ALARMS_FILE).is_file():
+        raise UsageError(f"{wanted}: {folder} has no history of alarms yet; `phasewatch alarms list` shows them")
+    return AlarmHistory(folder)
 
 
 def _find_user() -> str:

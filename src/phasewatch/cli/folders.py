@@ -70,6 +70,8 @@ def check_run_folder(run: Path) -> Path:
     from phasewatch.artifacts import RUN_FILES
     from phasewatch.store.base import has_bundle
 
+    if run.is_file():
+        raise RunError(f"{run}: not a run: it is a file; name the folder that `phasewatch run STORE --out RUN` made")
     if not run.is_dir():
         raise RunError(f"{run}: there is no such run; make one with `phasewatch run STORE --out {run}`")
     is_store = has_bundle(run)  # even with the index of its accepted bundles, a file that a run has too

@@ -202,8 +202,10 @@ def _build_task(
 def _read_workload(path: Path) -> CustomWorkload:
     try:
         text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise PlanError(f"{path}: not a readable file: {exc}") from exc
+    except OSError as exc:
+        raise PlanError(f"{path}: {exc.strerror}; --profile-file names a TOML file with a workload") from exc
+    except UnicodeDecodeError as exc:
+        raise PlanError(f"{path}: not UTF-8 text; --profile-file names a TOML file with a workload") from exc
     return parse_workload(text, where=str(path))
 
 

@@ -181,7 +181,10 @@ def _check_matches(settings: ImportSettings, plan: MapPlan, files: Sequence[Sour
     if not found:
         wanted = " or ".join(t.pattern.text for t in plan.tables) if is_table else "<host>/<ULID>/ or <ULID>.tar.zst"
         such = f", such as {unmatched[0].relative}," if unmatched else ""
-        raise DataError(f"{settings.source}: none of its {len(files):,} files{such} matches {wanted}")
+        raise DataError(
+            f"{settings.source}: none of its {len(files):,} files{such} matches {wanted}; "
+            "name the folder that holds the recordings"
+        )
 
 
 def _read_label_file(settings: ImportSettings, plan: MapPlan) -> Path:

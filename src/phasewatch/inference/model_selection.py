@@ -142,6 +142,8 @@ def find_models(path: Path) -> tuple[ModelCandidate, ...]:
             raise RunError(
                 f"{path}: this run has no deployed model; train one: phasewatch train {path} --recipes {DEPLOY_RECIPE}"
             )
+    if not path.exists():
+        raise RunError(f"{path}: there is no such model; make one with `phasewatch export RUN --out X.zip`")
     raise RunError(
         f"{path}: not a checkpoint, run or edge bundle; make one with `phasewatch run` or `phasewatch export`"
     )

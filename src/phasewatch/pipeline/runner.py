@@ -152,7 +152,7 @@ def run_pipeline(settings: RunSettings, *, progress: Progress = NO_PROGRESS) -> 
         SplitError: If no recipe can be built; the report is still written and says so.
         BusyError: If another process works on the run.
     """
-    if isinstance(settings.store, Path) and not settings.store.is_dir():
+    if isinstance(settings.store, Path) and not settings.store.exists():
         raise StoreError(
             f"{settings.store}: there is no such store; record one with "
             f"`phasewatch record --plan smoke --out {settings.store}`"

@@ -144,11 +144,19 @@ def check_store(place: StoreLocation) -> None:
     """
     if has_bundle(place):
         return
-    other = next((item.path for item in open_store(place).walk()), None)
+    store = open_store(place)
+    other = next((item.path for item in store.walk()), None)
+    if isinstance(store, DiskStore):
+        from phasewatch.artifacts import RUN_FILES  # loads numpy, and only an error needs it
+
+        if any((store.path / name).is_file() for name in RUN_FILES):
+            raise StoreError(f"{place}: not a store: it is a run and holds no bundles; name the store of its bundles")
+        names = sorted(path.name for path in store.path.iterdir() if not path.name.startswith("."))
+        other = other or next(iter(names), None)
     if other is None:
         raise StoreError(f"{place}: the store is empty; record into it with `phasewatch record --out {place}`")
     raise StoreError(
-        f"{place}: no store: it holds files such as {other}, but no <host_id>/<episode_id>{BUNDLE_SUFFIX}; "
+        f"{place}: not a store: it holds files such as {other}, but no <host_id>/<episode_id>{BUNDLE_SUFFIX}; "
         "name the folder that holds the hosts' folders"
     )
 

@@ -335,7 +335,10 @@ class DiskStore:
             with os.scandir(self.path) as entries:
                 shown = (e for e in entries if not e.name.startswith(".") and e.name not in FILE_SYSTEM_FOLDERS)
                 return sorted(shown, key=lambda e: e.name)
-        except (FileNotFoundError, NotADirectoryError):
+        except NotADirectoryError:
+            remedy = "name the folder that holds the hosts' folders"
+            raise StoreError(f"{self.path}: not a store: it is a file; {remedy}") from None
+        except FileNotFoundError:
             remedy = "make one with `phasewatch simulate --out` or `phasewatch record`, or check the path"
             raise StoreError(f"{self.path}: there is no such folder; {remedy}") from None
         except OSError as exc:
