@@ -43,6 +43,7 @@ RANKS: dict[str, int] = {
     "simulate": 4,
     "validate": 4,
     "dataset": 5,
+    "labelling": 5,
     "diagnostics": 5,
     "transfer": 5,
     "__init__": 6,
@@ -167,7 +168,6 @@ WORLD = {
 
 # Modules with fewer than 110 lines and one importer; each stands for the reason given.
 SMALL = {
-    "bundle.labels": "a member of the bundle format, as rows and manifest are",
     "importing.accesses": "the rule that makes requests of pieces, apart from files and clocks",
     "importing.patterns": "a language of its own, checked before any path is matched",
     "dashboard.alarm_keeper": "reads and writes the state folder, which the page does only if it is asked to",

@@ -10,13 +10,13 @@ import msgspec
 
 from phasewatch.bundle import limits
 from phasewatch.bundle.container import LABELS_FILE
-from phasewatch.bundle.model import LabelMark
+from phasewatch.bundle.model import LabelMark, OperatorLabel
 from phasewatch.bundle.problems import find_malformed_line
 from phasewatch.bundle.rows import count_lines
 from phasewatch.errors import BundleError
 from phasewatch.types import Phase
 
-__all__ = ["decode_labels", "encode_labels"]
+__all__ = ["decode_labels", "encode_labels", "list_phase_starts"]
 
 _END_PHASE = "end"
 
@@ -37,6 +37,28 @@ def encode_labels(marks: Sequence[LabelMark]) -> bytes:
     """Return the marks as JSON lines; the last mark, whose phase is None, becomes the ``end`` row."""
     rows = [_LabelRow(m.t_wall_ns, m.t_mono_ns, _END_PHASE if m.phase is None else str(m.phase)) for m in marks]
     return _ENCODER.encode_lines(rows)
+
+
+def list_phase_starts(labels: Sequence[OperatorLabel], t0_ns: int, t_end_ns: int) -> list[tuple[int, Phase]]:
+    """Return the phase starts of a recording that a person labelled; the time without a label is `unknown`.
+
+    Args:
+        labels: Labels within the recording, in the order of time, without overlap.
+        t0_ns, t_end_ns: Begin and end of the recording, in Unix ns.
+
+    Returns:
+        Unix time (ns) and phase of each start, the first at `t0_ns`; neighbours differ in phase.
+    """
+    starts: list[tuple[int, Phase]] = []
+    at = t0_ns
+    for label in labels:
+        if label.start_wall_ns > at:
+            starts.append((at, Phase.UNKNOWN))
+        starts.append((label.start_wall_ns, label.phase))
+        at = label.end_wall_ns
+    if at < t_end_ns:
+        starts.append((at, Phase.UNKNOWN))
+    return [each for i, each in enumerate(starts) if i == 0 or starts[i - 1][1] is not each[1]]
 
 
 def decode_labels(data: bytes, *, duration_s: float, file: str) -> tuple[LabelMark, ...]:

@@ -5,17 +5,25 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Container, Iterator
+from itertools import pairwise
 from typing import Any
 
 import msgspec
 
 from phasewatch.bundle import limits
 from phasewatch.bundle.container import LABELS_FILE, MANIFEST_FILE, MEMBER_FILES, find_member_source
-from phasewatch.bundle.model import BUNDLE_FORMAT, KNOWN_BUNDLE_FORMATS, RECORDING_KEYS_2, Manifest, RecordingMetadata
+from phasewatch.bundle.model import (
+    BUNDLE_FORMAT,
+    KNOWN_BUNDLE_FORMATS,
+    RECORDING_KEYS_2,
+    LabellingMetadata,
+    Manifest,
+    RecordingMetadata,
+)
 from phasewatch.bundle.problems import parse_strict_json
 from phasewatch.channels import list_raw_fields
 from phasewatch.errors import BundleError
-from phasewatch.types import EPISODE_ID_PATTERN, HOST_ID_PATTERN, EpisodeOrigin, SourceKind
+from phasewatch.types import EPISODE_ID_PATTERN, HOST_ID_PATTERN, EpisodeOrigin, Phase, SourceKind
 
 __all__ = ["check_manifest", "decode_manifest"]
 
@@ -89,6 +97,8 @@ def _find_violations(m: Manifest) -> Iterator[tuple[str, str]]:
     yield from _find_clock_violations(m)
     if m.recording is not None:
         yield from _find_recording_violations(m.recording, m.format)
+    if m.labelling is not None:
+        yield from _find_labelling_violations(m.labelling, m)
 
 
 def _describe_unknown_format(name: str) -> str:
@@ -151,6 +161,27 @@ def _find_recording_violations(recording: RecordingMetadata, format_name: str) -
         for key in RECORDING_KEYS_2:
             if key in given:
                 yield "manifest-schema", f"recording has {key}, which {format_name} does not know"
+
+
+def _find_labelling_violations(labelling: LabellingMetadata, m: Manifest) -> Iterator[tuple[str, str]]:
+    if m.format != BUNDLE_FORMAT:
+        yield "manifest-schema", f"the manifest has labelling, which {m.format[:60]} does not know"
+    if not EPISODE_ID_PATTERN.fullmatch(labelling.ancestor_id) or labelling.ancestor_id == m.episode_id:
+        yield "manifest-id", f"ancestor_id {labelling.ancestor_id!r} is not another episode's id"
+    if not _SHA256.fullmatch(labelling.ancestor_sha256):
+        yield "manifest-string", "ancestor_sha256 is not a SHA-256 in hex"
+    if not labelling.labels:
+        yield "manifest-range", "labelling has no label"
+    for label in labelling.labels:
+        if not limits.MIN_STAMP_NS <= label.start_wall_ns < label.end_wall_ns <= limits.MAX_STAMP_NS:
+            yield "manifest-range", f"the label {label.phase} does not end after it starts, by Unix time in nanoseconds"
+        if not limits.MIN_STAMP_NS <= label.when_wall_ns <= limits.MAX_STAMP_NS:
+            yield "manifest-range", f"when_wall_ns of the label {label.phase} is not Unix nanoseconds of 2006 to 2116"
+        if label.phase is Phase.UNKNOWN:
+            yield "manifest-schema", "a label of labelling is unknown, which is what the time without a label is"
+    for before, after in pairwise(labelling.labels):
+        if after.start_wall_ns < before.end_wall_ns:
+            yield "manifest-range", f"the labels {before.phase} and {after.phase} overlap, or are out of order"
 
 
 def _find_source_violations(m: Manifest) -> Iterator[tuple[str, str]]:

@@ -21,7 +21,9 @@ __all__ = [
     "HostMetadata",
     "LabelEvidence",
     "LabelMark",
+    "LabellingMetadata",
     "Manifest",
+    "OperatorLabel",
     "RecordingMetadata",
     "SourceRows",
 ]
@@ -120,8 +122,45 @@ class RecordingMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 RECORDING_KEYS_2 = ("load", "routine", "shape", "image", "twin", "evidence", "throttled_s")  # since format version 2
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`manifest.json` (docs/formats/bundle.md). `pack_bundle` fills in `members`; `recording` is null if simulated."""
+class OperatorLabel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A phase that a person gave to a time range of a finished recording, and the reason.
+
+    Attributes:
+        start_wall_ns, end_wall_ns: The range, in Unix ns.
+        phase: Its phase; never `unknown`.
+        by: Who labelled it.
+        when_wall_ns: When it was labelled, in Unix ns.
+        why: How that person knows.
+    """
+
+    start_wall_ns: int
+    end_wall_ns: int
+    phase: Phase
+    by: str
+    when_wall_ns: int
+    why: str
+
+
+class LabellingMetadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a labelled bundle comes from, and what its labels rest on.
+
+    Attributes:
+        ancestor_id: Episode id of the bundle that was labelled.
+        ancestor_sha256: Digest of that bundle's file.
+        labels: The labels, in the order of time; no two overlap, and the time between them is `unknown`.
+    """
+
+    ancestor_id: str
+    ancestor_sha256: str
+    labels: tuple[OperatorLabel, ...]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`manifest.json` (docs/formats/bundle.md).
+
+    `pack_bundle` fills in `members`; `recording` is null if simulated; `labelling` is absent unless a person labelled
+    a finished recording.
+    """
 
     format: str
     episode_id: str
@@ -145,6 +184,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     clocks: ClockMetadata
     recording: RecordingMetadata | None
     members: dict[str, BundleMember]
+    labelling: LabellingMetadata | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,6 +42,7 @@ SECTIONS: Mapping[str, Mapping[str, CommandSpec]] = {
         "record": _spec("record", "Record episodes in real VMs and write one bundle per episode."),
         "image": _spec("record", "Build a guest image now, so that recording needs no network."),
         "import": _spec("importing", "Import telemetry that other programs recorded."),
+        "label": _spec("labelling", "Label saved bundles as clean or as another phase."),
         "simulate": _spec("record", "Generate a store of simulated episodes and a ground-truth file."),
     },
     "Learn": {

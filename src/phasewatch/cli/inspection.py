@@ -181,6 +181,9 @@ def _render_bundle(check: BundleCheck) -> list[str]:
     )
     if check.episode is None or check.binned is None:
         return lines
+    if (labelling := check.episode.manifest.labelling) is not None:
+        lines += [f"labelled: {label.phase} by {label.by}: {label.why}" for label in labelling.labels]
+        lines.append(f"original: {labelling.ancestor_id}, sha256 {labelling.ancestor_sha256}")
     marks = check.episode.marks
     lines += [f"{(m.t_wall_ns - marks[0].t_wall_ns) / 1e9:8.2f} s  {m.phase or 'end'}" for m in marks]
     return [*lines, "", *render_sparklines(check.episode, check.binned)]

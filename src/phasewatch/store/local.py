@@ -142,6 +142,17 @@ class DiskStore:
             incoming.drop()
         return incoming.target
 
+    def remove(self, host_id: str, episode_id: str) -> None:
+        """Remove a bundle: its receipt and verdict first, so that a crash leaves no receipt without a bundle.
+
+        Raises:
+            StoreError: If the ids are malformed.
+        """
+        target = self._build_path(host_id, episode_id)
+        atomic.remove(target.with_name(f"{episode_id}{STATUS_SUFFIX}"))
+        atomic.remove(target.with_name(target.name + RECEIPT_SUFFIX))
+        atomic.remove(target)
+
     def receive(self, host_id: str, episode_id: str) -> _LocalIncoming:
         """Begin to write a bundle in the receiver's folder; see `BundleStore`.
 

@@ -65,6 +65,11 @@ _CODE_TABLE: tuple[tuple[str, Severity, str], ...] = (
         "The role is commission or soak, which are benign, but the labels name a malicious phase.",
     ),
     (
+        "labelling",
+        BundleStatus.REJECTED,
+        "The labels are not those that a person gave, as the manifest lists them with who, when and why.",
+    ),
+    (
         "origin",
         BundleStatus.REJECTED,
         "The origin and the recording contradict each other: the recording is null exactly if the episode is "

@@ -17,6 +17,7 @@ from phasewatch.arrays import IntArray
 from phasewatch.binning.clocks import LABEL_MARGIN_NS, MIN_CLOCK_STEP_NS
 from phasewatch.binning.ranges import channel_range
 from phasewatch.bundle.container import LABELS_FILE, MANIFEST_FILE
+from phasewatch.bundle.labels import list_phase_starts
 from phasewatch.bundle.model import Episode, SourceRows
 from phasewatch.bundle.problems import CheckIssue
 from phasewatch.channels import CHANNELS, CUSTOM_CHANNEL_KEYS, list_raw_fields
@@ -306,6 +307,19 @@ def _find_plan_contradictions(episode: Episode) -> list[CheckIssue]:
     return [CheckIssue("plan", words, place=LABELS_FILE)]
 
 
+def _find_labelling_contradictions(episode: Episode) -> list[CheckIssue]:
+    """Compare the labels with those that a person gave, which the manifest lists with who, when and why."""
+    labelling = episode.manifest.labelling
+    if labelling is None:
+        return []
+    starts = [(mark.t_wall_ns, mark.phase) for mark in episode.marks if mark.phase is not None]
+    t0_ns, t_end_ns = episode.t0_ns, episode.t_end_ns
+    is_inside = labelling.labels[0].start_wall_ns >= t0_ns and labelling.labels[-1].end_wall_ns <= t_end_ns
+    if is_inside and starts == list_phase_starts(labelling.labels, t0_ns, t_end_ns):
+        return []
+    return [CheckIssue("labelling", "the labels are not those that the manifest lists", place=LABELS_FILE)]
+
+
 def _find_stray_rows(episode: Episode) -> list[CheckIssue]:
     """Find rows that are stamped far outside the labels."""
     low, high, found = episode.t0_ns - LABEL_MARGIN_NS, episode.t_end_ns + LABEL_MARGIN_NS, []
@@ -460,6 +474,7 @@ CONTRADICTION_CHECKS: tuple[Callable[[Episode], list[CheckIssue]], ...] = (
     _find_origin_contradictions,
     _find_start_contradictions,
     _find_plan_contradictions,
+    _find_labelling_contradictions,
     _find_stray_rows,
     _find_counter_errors,
     _find_host_issues,
