@@ -107,7 +107,7 @@ def label(
         "kept": done.kept,
         "bundles": [_describe_plan(p) for p in plans],
     }
-    summary = f"{len(done.paths)} bundles labelled" + (f", {done.kept} were labelled so before" if done.kept else "")
+    summary = f"bundles labelled: {len(done.paths)}" + (f"; labelled so before: {done.kept}" if done.kept else "")
     common.print_result(result, as_json=as_json, lines=[*_render_plans(plans), summary, str(out)])
 
 
@@ -172,7 +172,7 @@ def _undo(store: str, selection: BundleSelection, *, dry_run: bool, as_json: boo
     if not (selection.bundles or selection.hosts):
         raise UsageError("--undo needs --bundle or --host, which say what to remove; --list shows the bundles")
     found = runner.undo_labels(parse_store_location(store), selection, is_dry=dry_run)
-    end = "nothing was removed (--dry-run)" if dry_run else f"{len(found)} labelled bundles removed"
+    end = "nothing was removed (--dry-run)" if dry_run else f"labelled bundles removed: {len(found)}"
     result = {"dry_run": dry_run, "removed": [_describe(b) for b in found]}
     common.print_result(result, as_json=as_json, lines=[*_render(found), end])
 
