@@ -104,3 +104,53 @@ def test_a_sampler_cancelled_during_a_reading_ends() -> None:
         return ticking in done
 
     assert asyncio.run(work())
+
+
+class WaitingSource(FakeSource):
+    """A source whose readings wait for an event; it notes how they ended."""
+
+    def __init__(self, source: SourceKind, clock: FakeClock) -> None:
+        super().__init__(source, clock)
+        self.event, self.ended = asyncio.Event(), ""
+
+    async def read(self) -> ReadingValues:
+        try:
+            await asyncio.sleep(0)  # waits more than once
+            await self.event.wait()
+        except asyncio.CancelledError:
+            self.ended = "cancelled"
+            raise
+        self.ended = "complete"
+        return await super().read()
+
+
+def test_a_reading_that_waits_is_complete_when_its_event_comes() -> None:
+    async def work() -> None:
+        clock = FakeClock()
+        source, log = WaitingSource(SourceKind.PROC, clock), RowLog(SourceKind.PROC, clock)
+        ticking = asyncio.create_task(TelemetrySampler([source], [log], clock).tick())
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert log.rows == []
+
+        source.event.set()
+        await ticking
+
+        assert (source.ended, log.rows[0][3]) == ("complete", 1)
+
+    asyncio.run(work())
+
+
+def test_a_reading_that_waits_too_long_is_ended_and_counted() -> None:
+    async def work() -> None:
+        clock = FakeClock()
+        source, log = WaitingSource(SourceKind.PROC, clock), RowLog(SourceKind.PROC, clock)
+        sampler = TelemetrySampler([source], [log], clock)
+        sampler.timeout_s = 0.01
+
+        await sampler.tick()
+
+        assert (source.ended, sampler.failed) == ("cancelled", 1)
+        assert log.rows[0][3:] == build_missing_reading(SourceKind.PROC)
+
+    asyncio.run(work())

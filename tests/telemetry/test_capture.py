@@ -51,8 +51,10 @@ class Cards(QmpMonitor):
         self.filters: dict[str, tuple[str, str]] = {}
         self.refused: set[str] = set()
         self.buses: list[dict[str, Any]] = []
+        self.n_asked = 0
 
     async def ask(self, command: str, **arguments: Any) -> Any:
+        self.n_asked += 1
         if command in self.refused:
             raise VmError(f"{command}: refused")
         match command:
@@ -244,6 +246,79 @@ def test_a_removed_filter_is_not_taken_for_a_quiet_network(tmp_path: Path) -> No
         assert (await source.read())[0] == 1
 
     play(monitor, tmp_path, then)
+
+
+def link_files(monitor: Cards, folder: Path) -> None:
+    """Show the dumps' files as open in QEMU."""
+    for link in folder.iterdir():
+        link.unlink()
+    for number, path in enumerate(monitor.files.values()):
+        (folder / str(number)).symlink_to(path)
+
+
+def play_with_descriptors(then: Callable[[CaptureSource, Cards, Path], Awaitable[None]], tmp_path: Path) -> None:
+    """Open a source on a card whose dumps are open in QEMU, and do something with it after the first check."""
+    monitor, files, folder = Cards("n0"), tmp_path / "proc" / str(PID) / "fd", tmp_path / "dumps"
+    files.mkdir(parents=True)
+    folder.mkdir()
+
+    async def start(source: CaptureSource) -> None:
+        link_files(monitor, files)
+        for _ in range(capture.CARD_CHECK_READINGS):
+            await source.read()
+        await then(source, monitor, files)
+
+    play(monitor, folder, start, proc=tmp_path / "proc")
+
+
+def test_a_quiet_network_costs_no_query_while_qemu_writes_the_dumps(tmp_path: Path) -> None:
+    async def then(source: CaptureSource, monitor: Cards, files: Path) -> None:
+        monitor.n_asked = 0
+
+        assert [await source.read() for _ in range(3)] == [(0,) * len(NetflowReading._fields)] * 3
+        assert monitor.n_asked == 0
+
+    play_with_descriptors(then, tmp_path)
+
+
+def test_a_filter_that_is_removed_between_two_queries_is_noticed_at_once(tmp_path: Path) -> None:
+    async def then(source: CaptureSource, monitor: Cards, files: Path) -> None:
+        monitor.lose_filters("n0")
+        link_files(monitor, files)
+
+        assert await source.read() == UNKNOWN
+        assert codes(source) == {NetworkNoticeCode.LOST}
+        assert len(monitor.filters) == 2
+
+    play_with_descriptors(then, tmp_path)
+
+
+def test_another_file_under_the_descriptor_is_not_taken_for_the_dump(tmp_path: Path) -> None:
+    async def then(source: CaptureSource, monitor: Cards, files: Path) -> None:
+        monitor.lose_filters("n0")
+        (tmp_path / "other").touch()
+        for link in list(files.iterdir()):
+            link.unlink()
+            link.symlink_to(tmp_path / "other")
+
+        assert await source.read() == UNKNOWN
+
+    play_with_descriptors(then, tmp_path)
+
+
+def test_a_device_that_was_removed_is_looked_for_at_once_although_the_dumps_are_written(tmp_path: Path) -> None:
+    async def then(source: CaptureSource, monitor: Cards, files: Path) -> None:
+        await source.read()
+        monitor.events["DEVICE_DELETED"] += 1
+        monitor.n_asked = 0
+
+        await source.read()
+        assert monitor.n_asked > 0
+        monitor.n_asked = 0
+        await source.read()
+        assert monitor.n_asked == 0
+
+    play_with_descriptors(then, tmp_path)
 
 
 def test_the_network_is_unknown_without_a_card(tmp_path: Path) -> None:

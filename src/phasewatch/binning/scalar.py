@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from phasewatch.binning.align import list_standard_plans
 from phasewatch.types import STALE_NS, ChannelKind, SourceKind
@@ -20,11 +20,14 @@ _Row = Sequence[int | float | None]
 _N_STAMPS = 3  # columns of a row before its raw fields
 _INT64_LIMIT = 2**63
 _NAN = math.nan
+_GAUGE, _COUNT, _DELTA, _RATIO = ChannelKind.GAUGE, ChannelKind.COUNT, ChannelKind.DELTA, ChannelKind.RATIO
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _ScalarPlan:
-    """How one channel is computed; `first` and `second` are indices in a row, equal unless it is a ratio."""
+class _ScalarPlan(NamedTuple):
+    """How one channel is computed; `first` and `second` are indices in a row, equal unless it is a ratio.
+
+    A tuple, because a watcher unpacks one for each channel of each VM twice a second.
+    """
 
     row: int
     kind: ChannelKind
@@ -77,54 +80,55 @@ def fill_from_one_reading(
         return None
     new = rows[-1] if n_new else None
     old = rows[: len(rows) - n_new]
-    last = len(rows) - 1
+    last, last_old = len(rows) - 1, len(old) - 1
+    is_new_fresh = new is not None and end_ns - new[0] <= STALE_NS  # type: ignore[operator]
     newest: set[int] = set()
-    for plan in plans:
-        first, second = plan.first, plan.second
-        at = len(old) - 1
+    for row, kind, first, second, scale, minimum, maximum in plans:
+        at = last_old
         while at >= 0 and (old[at][first] is None or old[at][second] is None):
             at -= 1
         if new is None or new[first] is None or new[second] is None:
             if at >= 0:
                 newest.add(at)
                 if end_ns - old[at][0] <= STALE_NS:  # type: ignore[operator]
-                    now[plan.row] = held[plan.row]
+                    now[row] = held[row]
             continue
         newest.add(last)
-        value = _compute_value(plan, old[at] if at >= 0 else None, new)
-        if value is None:
-            return None
-        held[plan.row] = value
-        if end_ns - new[0] <= STALE_NS:  # type: ignore[operator]
-            now[plan.row] = value
+        value: float | None
+        if kind is _GAUGE or kind is _COUNT:
+            value = float(new[first]) * scale  # type: ignore[arg-type]
+        elif at < 0:
+            value = _NAN
+        else:
+            value = _compute_change(kind, first, second, scale, old[at], new)
+            if value is None:
+                return None
+        if value < minimum or value > maximum:
+            value = _NAN
+        held[row] = value
+        if is_new_fresh:
+            now[row] = value
     return newest
 
 
-def _compute_value(plan: _ScalarPlan, before: _Row | None, new: _Row) -> float | None:
-    """Return the value of one channel; NaN if it is unknown, None if it needs arrays."""
-    if plan.kind is ChannelKind.GAUGE or plan.kind is ChannelKind.COUNT:
-        value = float(new[plan.first]) * plan.scale  # type: ignore[arg-type]
-    elif before is None:
+def _compute_change(kind: ChannelKind, first: int, second: int, scale: float, before: _Row, new: _Row) -> float | None:
+    """Return the value of a channel that spans two readings; NaN if it is unknown, None if it needs arrays."""
+    elapsed_ns = new[1] - before[1]  # type: ignore[operator]
+    above, above_before = new[first], before[first]
+    if type(above) is not int or type(above_before) is not int:
+        return None
+    change = above - above_before
+    if not -_INT64_LIMIT <= change < _INT64_LIMIT:
+        return None
+    if not 0 < elapsed_ns <= STALE_NS or (change < 0 and kind is not _DELTA):
         return _NAN
-    else:
-        elapsed_ns = new[1] - before[1]  # type: ignore[operator]
-        above, above_before = new[plan.first], before[plan.first]
-        if type(above) is not int or type(above_before) is not int:
+    value = float(change) * scale
+    if kind is _RATIO:
+        below, below_before = new[second], before[second]
+        if type(below) is not int or type(below_before) is not int:
             return None
-        change = above - above_before
-        if not -_INT64_LIMIT <= change < _INT64_LIMIT:
-            return None
-        if not 0 < elapsed_ns <= STALE_NS or (change < 0 and plan.kind is not ChannelKind.DELTA):
+        change = below - below_before
+        if change < 0:
             return _NAN
-        value = float(change) * plan.scale
-        if plan.kind is ChannelKind.RATIO:
-            below, below_before = new[plan.second], before[plan.second]
-            if type(below) is not int or type(below_before) is not int:
-                return None
-            change = below - below_before
-            if change < 0:
-                return _NAN
-            value = value / float(change) if change else 0.0
-        else:
-            value /= float(elapsed_ns) / 1e9
-    return _NAN if value < plan.minimum or value > plan.maximum else value
+        return value / float(change) if change else 0.0
+    return value / (float(elapsed_ns) / 1e9)

@@ -89,7 +89,7 @@ class StreamBinner:
             # The next reading includes its increment, and a bin may repeat that value: at most 2.5 s each.
             self._flag_bins(wall - 1, wall + 2 * STALE_NS, FLAG_LATE)
             return False
-        kept = tuple(None if value is None or not -_INT64_LIMIT <= value < _INT64_LIMIT else value for value in row)
+        kept = tuple([None if value is None or not -_INT64_LIMIT <= value < _INT64_LIMIT else value for value in row])
         self._rows.setdefault(source, []).append(kept)
         return True
 

@@ -59,27 +59,29 @@ class SilenceDetector:
     def __init__(self, sources: Collection[SourceKind], masked: Collection[str], mono_ns: int) -> None:
         kept = [c for c in CHANNELS if c.source in sources and c.full_name not in masked]
         self._channels = {c.full_name: c for c in kept}
-        self._columns = {
-            source: tuple((at, (source, spec.field)) for at, spec in enumerate(list_raw_fields(source), start=N_STAMPS))
-            for source in sources
-        }
-        self._seen_ns = {key: mono_ns for columns in self._columns.values() for _, key in columns}
+        fields = {source: [spec.field for spec in list_raw_fields(source)] for source in sources}
+        self._columns = {name: tuple(fields[c.source].index(f) for f in c.fields) for name, c in self._channels.items()}
+        # Per source and raw field: when it was last read, and whether it ever was.
+        self._seen_ns = {source: [mono_ns] * len(names) for source, names in fields.items()}
+        self._is_read = {source: [False] * len(names) for source, names in fields.items()}
         self._silent: set[str] = set()
-        self._read: set[tuple[SourceKind, str]] = set()
 
     def add_row(self, source: SourceKind, row: ReadingRow) -> None:
         """Add one reading."""
-        now_ns = int(row[1] or 0)
-        known = [key for at, key in self._columns.get(source, ()) if row[at] is not None]
-        self._seen_ns.update(dict.fromkeys(known, now_ns))
-        self._read.update(known)
+        if source not in self._seen_ns:
+            return
+        now_ns, seen_ns, is_read = int(row[1] or 0), self._seen_ns[source], self._is_read[source]
+        for at, value in enumerate(row[N_STAMPS:]):
+            if value is not None:
+                seen_ns[at] = now_ns
+                is_read[at] = True
 
     def pause(self, mono_ns: int) -> None:
         """Restart the timeout of the guest's fields, because the guest does not run."""
-        for channel in self._channels.values():
+        for name, channel in self._channels.items():
             if channel.trust is ChannelTrust.GUEST:
-                for field in channel.fields:
-                    self._seen_ns[channel.source, field] = mono_ns
+                for at in self._columns[name]:
+                    self._seen_ns[channel.source][at] = mono_ns
 
     def find_changes(self, mono_ns: int) -> list[SilenceNote]:
         """Return what changed since the last call."""
@@ -100,7 +102,8 @@ class SilenceDetector:
     def _is_silent(self, name: str, mono_ns: int) -> bool:
         channel = self._channels[name]
         limit_ns = GUEST_SILENCE_TIMEOUT_NS if channel.trust is ChannelTrust.GUEST else SILENCE_TIMEOUT_NS
-        return mono_ns - min(self._seen_ns[channel.source, field] for field in channel.fields) > limit_ns
+        seen_ns = self._seen_ns[channel.source]
+        return mono_ns - min(seen_ns[at] for at in self._columns[name]) > limit_ns
 
     def _build_note(self, source: SourceKind, names: set[str], *, is_back: bool, is_whole: bool) -> SilenceNote:
         channels = [channel for name, channel in self._channels.items() if name in names]
@@ -109,5 +112,5 @@ class SilenceDetector:
             channels=tuple(c.full_name for c in channels),
             is_back=is_back,
             is_whole=is_whole,
-            was_never=not any((source, field) in self._read for c in channels for field in c.fields),
+            was_never=not any(self._is_read[source][at] for c in channels for at in self._columns[c.full_name]),
         )

@@ -236,6 +236,9 @@ class VmWatcher:
         self._logs = [RowLog(source.source, clock) for source in sources]
         self._sampler = TelemetrySampler(sources, self._logs, clock)
         self._ticking: asyncio.Task[None] | None = None
+        # Looked up once: asking a protocol for its members takes longer than a reading.
+        self._note_sources = [source for source in sources if isinstance(source, NoteSource)]
+        self._loss_sources = [source for source in sources if isinstance(source, LossSource)]
         self._network = next((source for source in sources if isinstance(source, NetworkSource)), None)
         self._tracker = VmTracker(predictor, grid_bins=grid_bins)
         self._active_alarms = frozenset(kind for kind, alarm in (memory or {}).items() if alarm.state.is_active)
@@ -452,16 +455,14 @@ class VmWatcher:
     def _count_lost_by_source(self) -> dict[str, int]:
         """Return the number of lost readings per source and per monitor query, without zeros."""
         lost = {str(s.source): self._n_empty[s.source] + self._sampler.skipped for s in self._sources}
-        for source in self._sources:
-            if isinstance(source, LossSource):
-                lost |= {f"{source.source} {query}": count for query, count in source.lost.items()}
+        for source in self._loss_sources:
+            lost |= {f"{source.source} {query}": count for query, count in source.lost.items()}
         return {name: count for name, count in lost.items() if count}
 
     def _report_notes(self) -> None:
-        for source in self._sources:
-            if isinstance(source, NoteSource):
-                for note in source.pop_notes():
-                    logger.info("%s: %s: %s", self._survey.facts.name, source.source, note)
+        for source in self._note_sources:
+            for note in source.pop_notes():
+                logger.info("%s: %s: %s", self._survey.facts.name, source.source, note)
 
     async def _wait(self, seconds: float) -> None:
         await self._clock.sleep_until(self._clock.mono_ns() + round(seconds * 1e9))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+import types
+from collections.abc import Coroutine, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from phasewatch.channels import list_raw_fields
 from phasewatch.types import BIN_NS, SourceKind
@@ -87,8 +88,8 @@ class TelemetrySource(Protocol):
     async def open(self) -> None:
         """Find and open what is read."""
 
-    async def read(self) -> ReadingValues:
-        """Return one reading as soon as it is complete."""
+    def read(self) -> Coroutine[Any, Any, ReadingValues]:
+        """Return one reading as soon as it is complete (a coroutine)."""
 
     async def close(self) -> None:
         """Close files and sockets; may be called twice."""
@@ -193,13 +194,40 @@ class TelemetrySampler:
     async def tick(self) -> None:
         """Read every source once."""
         for source, log in zip(self.sources, self.logs, strict=True):
+            reading = source.read()
+            try:
+                # Most readings are complete at once and need no deadline, whose timer would stay for its whole length.
+                waits_for = reading.send(None)
+            except StopIteration as done:
+                log.add(done.value)
+                continue
+            except Exception:
+                self.failed += 1
+                log.add(build_missing_reading(source.source))
+                continue
             try:
                 async with asyncio.timeout(self.timeout_s):
-                    values = await source.read()
+                    values = await _resume(reading, waits_for)
             except Exception:  # whatever one source raises, the others and the next tick go on
                 self.failed += 1
                 values = build_missing_reading(source.source)
             log.add(values)
+
+
+@types.coroutine
+def _resume(reading: Coroutine[Any, Any, ReadingValues], waits_for: Any) -> Generator[Any, Any, ReadingValues]:
+    """Go on with a reading that was started by ``send(None)`` and waits for `waits_for`."""
+    try:
+        while True:
+            try:
+                answer = yield waits_for
+            except BaseException as exc:
+                waits_for = reading.throw(exc)
+            else:
+                waits_for = reading.send(answer)
+    except StopIteration as done:
+        values: ReadingValues = done.value
+        return values
 
 
 async def close_guest_connection(task: asyncio.Task[None] | None, writer: asyncio.StreamWriter | None) -> None:

@@ -149,6 +149,7 @@ class CaptureSource:
         self._counter, self._taps = FlowCounter(), TapCounters(pid, proc)
         self._readings, self._unplugged_seen = 0, 0
         self._is_active = False
+        self._is_answered = False  # whether the monitor listed the filters when it was last asked
         self._has_more, self._n_behind = False, 0
         self._readability = Readability()
         self._notices: list[SourceNotice] = []
@@ -280,26 +281,31 @@ class CaptureSource:
     async def _verify_filters(self, *, is_quiet: bool) -> bool:
         """Check that filters and cards are unchanged; return whether they are.
 
-        A file looks the same without frames and without a filter, so a tick without frames needs a query.
+        A file looks the same without frames and without a filter. So at a tick without frames the filters are looked
+        for: by QEMU's descriptors of the files, as long as the monitor answered the last query, else by a query.
         """
+        unplugged = self._monitor.events["DEVICE_DELETED"]
         is_due = self._readings % CARD_CHECK_READINGS == 0 or any(card.lost for card in self._cards.values())
+        is_due |= is_quiet and unplugged != self._unplugged_seen
         is_full = any(self._is_full(dump) for _, dump in self._open_dumps())
-        if not (is_due or is_quiet or is_full):
+        if not (is_due or is_full) and (not is_quiet or (self._is_answered and self._are_dumps_written())):
             return True
+        self._is_answered = False
         try:
             present = await self._list_filters()
         except VmError:
             return False
+        self._is_answered = True
         for card, dump in self._open_dumps():
             if dump.id not in present:
                 card.lost.add(dump.ids[0])
-        unplugged = self._monitor.events["DEVICE_DELETED"]
         has_lost = any(card.lost for card in self._cards.values())
         is_same = not has_lost
         if is_due or has_lost or unplugged != self._unplugged_seen:
-            files = list_open_dumps(self._pid, self._folder, self._proc)
+            is_written = self._are_dumps_written()
+            files = None if is_written else list_open_dumps(self._pid, self._folder, self._proc)
             for card, dump in self._open_dumps():
-                if files is not None and not dump.is_written(files):  # QEMU stops a dump when memory is full
+                if files is not None and not dump.find_writer(files):  # QEMU stops a dump when memory is full
                     card.lost.add(dump.ids[0])
                     is_same = False
             try:
@@ -309,6 +315,9 @@ class CaptureSource:
             self._unplugged_seen = unplugged
         await self._restart_dumps(present)
         return is_same
+
+    def _are_dumps_written(self) -> bool:
+        return all(dump.is_still_written() for _, dump in self._open_dumps())
 
     async def _list_filters(self) -> set[str]:
         """Return the ids of this watcher's filters in the VM, after removing those that are not read."""

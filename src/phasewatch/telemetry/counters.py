@@ -50,6 +50,8 @@ class CounterSum:
             reading on. When a member is gone, or one of its counters fell, all sums start again from 0.
         """
         before, self._before = self._before, dict(readings)
+        if before == self._before:  # most disks are idle most of the time
+            return self._total
         if before is None:
             self._total = tuple(sum(values[i] for values in readings.values()) for i in range(width))
         elif _has_restarted(before, readings):
@@ -109,15 +111,15 @@ class BlockSum:
             if name:
                 stats[name, len(stats) if name in {member[0] for member in stats} else 0] = device["stats"]
         sums = self._counters.add(
-            {member: tuple(int(stat[key]) for key in _BLOCK_KEYS) for member, stat in stats.items()}, len(_BLOCK_KEYS)
+            {member: tuple([int(stat[key]) for key in _BLOCK_KEYS]) for member, stat in stats.items()}, len(_BLOCK_KEYS)
         )
-        (total,) = self._requests.add(
-            {member: (sum(int(stat.get(key, 0)) for key in _REQUEST_KEYS),) for member, stat in stats.items()}, 1
-        )
+        (total,) = self._requests.add({member: (_count_requests(stat),) for member, stat in stats.items()}, 1)
         extended: list[int | None] = []
         for counter, keys in zip(self._extended, _EXTENDED_BLOCK_KEYS, strict=True):
             counted: dict[Hashable, tuple[int, ...]] = {
-                m: (sum(int(stat[key]) for key in keys),) for m, stat in stats.items() if set(keys) <= stat.keys()
+                m: (sum([int(stat[key]) for key in keys]),)
+                for m, stat in stats.items()
+                if keys[0] in stat and keys[-1] in stat
             }
             extended.append(counter.add(counted, 1)[0] if len(counted) == len(stats) else None)
         before, self._requests_before = self._requests_before, total
@@ -128,6 +130,10 @@ class BlockSum:
             requests=total - before if before is not None and total >= before else None,
             members=frozenset(stats),
         )
+
+
+def _count_requests(stat: Mapping[str, Any]) -> int:
+    return sum([int(stat[key]) for key in _REQUEST_KEYS if key in stat])
 
 
 class VirtqueueSum:

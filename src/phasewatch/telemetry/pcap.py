@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from struct import Struct
@@ -118,6 +118,8 @@ class DumpFile:
         self._read_bytes = 0
         self._reader = PcapReader()
         self._offset_ns: int | None = None
+        self._identity = (0, 0)  # device and inode of the file
+        self._writer = ""  # path of QEMU's descriptor of the file below /proc; empty: not known
 
     @property
     def is_open(self) -> bool:
@@ -173,7 +175,7 @@ class DumpFile:
         except OSError as exc:
             await self._monitor.ask("object-del", id=self.id)
             raise VmError(f"{path}: QEMU wrote no dump that this process can read: {exc.strerror}") from exc
-        self._read_bytes, self._reader, self._offset_ns = 0, PcapReader(), None
+        self._read_bytes, self._reader, self._offset_ns, self._writer = 0, PcapReader(), None, ""
 
     def locate_frame(self, now_ns: int) -> int:
         """Return when the newest frame passed, on the clock of `now_ns`.
@@ -247,8 +249,8 @@ class DumpFile:
         """Return the number of bytes that were written and not read yet."""
         return max(0, os.fstat(self._fd).st_size - self._read_bytes) if self._fd is not None else 0
 
-    def is_written(self, files: frozenset[tuple[int, int]]) -> bool:
-        """Return whether QEMU still has the file open.
+    def find_writer(self, files: Mapping[tuple[int, int], str]) -> bool:
+        """Return whether QEMU still has the file open, and remember under which descriptor.
 
         Args:
             files: From `list_open_dumps`.
@@ -256,25 +258,42 @@ class DumpFile:
         if self._fd is None:
             return False
         stat = os.fstat(self._fd)
-        return (stat.st_dev, stat.st_ino) in files
+        self._identity = stat.st_dev, stat.st_ino
+        self._writer = files.get(self._identity, "")
+        return bool(self._writer)
+
+    def is_still_written(self) -> bool:
+        """Return whether QEMU has the file open under the descriptor that `find_writer` found; one system call.
+
+        QEMU closes the file when the filter is deleted, also together with its card, and when there is no room left.
+        False does not mean that the filter is gone, only that it must be looked for.
+        """
+        if self._fd is None or not self._writer:
+            return False
+        try:
+            stat = os.stat(self._writer)  # noqa: PTH116 - twice a second for each card of each VM
+        except OSError:
+            return False
+        return (stat.st_dev, stat.st_ino) == self._identity
 
     @property
     def _path(self) -> Path:
         return self._folder / f"{self.id}-{self._turn}"
 
 
-def list_open_dumps(pid: int, folder: Path, proc: Path) -> frozenset[tuple[int, int]] | None:
-    """Return (device, inode) of every file of a folder that a process has open; None if that cannot be read.
+def list_open_dumps(pid: int, folder: Path, proc: Path) -> dict[tuple[int, int], str] | None:
+    """Return the files of a folder that a process has open; None if that cannot be read.
 
-    Source: ``/proc/PID/fd``.
+    Returns:
+        (device, inode) of each file → path of its descriptor below ``/proc/PID/fd``.
     """
-    files = set()
+    files = {}
     try:
         for entry in (proc / str(pid) / "fd").iterdir():
             with suppress(OSError):  # closed after it was listed
                 if folder.name in str(entry.readlink()):
                     stat = entry.stat()
-                    files.add((stat.st_dev, stat.st_ino))
+                    files[stat.st_dev, stat.st_ino] = str(entry)
     except OSError:
         return None
-    return frozenset(files)
+    return files

@@ -511,9 +511,12 @@ class QmpSource:
         )
 
     async def _sample_registers(self) -> None:
-        due_ns, turn, pause_ns = self._clock.mono_ns(), 0, _REGISTER_PERIOD_NS
+        now_ns, turn, pause_ns = self._clock.mono_ns(), 0, _REGISTER_PERIOD_NS
+        due_ns = now_ns - now_ns % _REGISTER_PERIOD_NS
         while True:
-            due_ns = max(due_ns + pause_ns, self._clock.mono_ns())
+            now_ns = self._clock.mono_ns()
+            # At the same instants in all VMs, so that one turn of the event loop serves them all.
+            due_ns = max(due_ns + pause_ns, now_ns - now_ns % _REGISTER_PERIOD_NS)
             await self._clock.sleep_until(due_ns)
             pause_ns = min(2 * pause_ns, 20 * _REGISTER_PERIOD_NS)  # query a failing monitor less often
             asked = self._register_answer
