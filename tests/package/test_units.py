@@ -73,3 +73,23 @@ def test_systemd_understands_a_unit(unit: Path, tmp_path: Path) -> None:
 
     ours = [line for line in done.stderr.splitlines() if copy.name in line or "web01" in line or "phasewatch" in line]
     assert (done.returncode, ours) == (0, [])
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=name_of)
+def test_a_unit_is_not_exposed_beyond_what_its_command_needs(unit: Path, tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not at hand")
+    copy = tmp_path / unit.name.replace("@", "@web01")
+    copy.write_text(unit.read_text())
+
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--threshold=30", str(copy)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    if "unrecognized option" in done.stderr:
+        pytest.skip("this systemd does not analyse files")
+    assert done.returncode == 0, done.stdout[-300:]
