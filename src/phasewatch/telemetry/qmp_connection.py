@@ -201,6 +201,7 @@ class QmpConnection(asyncio.BufferedProtocol):
             answer.settle(failure=self.failure)
         if not self._greeted.done():
             self._greeted.set_exception(VmError(self.failure))
+            self._greeted.exception()  # not reported by the event loop if nobody waits for the greeting any more
         if self._transport is not None:
             self._transport.abort()
 
