@@ -163,6 +163,7 @@ class VmSettings:
         boot: Deadlines of its boot; None selects the rule of its machine type.
         controller: Where the group with its CPU quota is made; needed if the shape has a quota.
         group_number: Number of that group, unique in this process.
+        watch_socket: Socket of a second monitor, for a watcher; None for none. The first one belongs to the lab.
     """
 
     shape: HostShape
@@ -177,6 +178,7 @@ class VmSettings:
     boot: BootRule | None = None
     controller: CpuController | None = None
     group_number: int = 1
+    watch_socket: Path | None = None
 
 
 class QemuVm:
@@ -313,6 +315,8 @@ class QemuVm:
             has_seed_disk=bool(settings.seed_files),
             root_disk=settings.image.root_disk,
         )
+        if settings.watch_socket is not None:
+            command += ["-qmp", f"unix:{settings.watch_socket},server=on,wait=off"]
         self._group = self._create_group()
         began_ns = settings.clock.mono_ns()
         with (settings.folder / "qemu.log").open("wb") as log:
