@@ -63,6 +63,7 @@ MEASUREMENTS = {
     "live": "nets.live",
     "watching": "watching.measure",
     "fleet": "fleet.measure",
+    "overhead": "overhead.measure",
     "interchange": "interchange.measure",
     "whole": "whole.measure",
 }
@@ -113,6 +114,7 @@ def measure(name: str, given: argparse.Namespace, before: Sequence[Point]) -> Pa
         "parsing": {"corpus": CORPUS / "lab-v1"},
         "watching": {"corpus": CORPUS},
         "fleet": {"corpus": CORPUS},
+        "overhead": {"corpus": CORPUS},
     }.get(name, {})
     part: Part = getattr(importlib.import_module(module), work)(**settings)
     return part
