@@ -47,7 +47,7 @@ def test_headline_gives_the_scores_on_unseen_hosts_before_the_leaky_score() -> N
 
     scores = [page.claim.words.index(score) for score in ("0.69 [0.64, 0.73]", "0.60 [0.56, 0.65]", "0.80")]
     assert scores == sorted(scores)
-    assert page.sections[0].key == "inflation"
+    assert page.sections[0].key == "rings"  # what an operator asks first
 
 
 def test_headline_names_the_model_of_its_scores() -> None:
@@ -219,7 +219,7 @@ def test_budget_curve_has_a_line_per_alarm_and_the_rates_that_were_measured() ->
     curve = block(page_of([GBT, *rows]), "delay-curve")
 
     assert curve.figure is not None
-    assert [line["y"] for line in curve.figure["data"]] == [[0.8, 0.9], [0.5, None]]
+    assert curve.figure.wide.count("<title>") == 3  # of the activity alarm one value is unknown
     assert curve.table is not None
     assert curve.table.rows[0][5] == "0.50 [0.10, 2.00]"
 
@@ -234,7 +234,7 @@ def test_precision_curve_has_a_line_per_ranking() -> None:
     curve = block(page_of([GBT, *rows]), "precision-curve")
 
     assert curve.figure is not None
-    assert [line["x"] for line in curve.figure["data"]] == [[0.5, 1.0], [0.5, 1.0]]
+    assert curve.figure.wide.count("<title>") == 4
 
 
 def test_idle_machines_and_load_strata_have_their_own_block() -> None:

@@ -415,7 +415,7 @@ def _write_log(folder: Path, log: Mapping[str, Any]) -> None:
 
 def _collect_versions() -> dict[str, str]:
     versions = {"phasewatch": __version__, "python": platform.python_version()}
-    for package in ("numpy", "pyarrow", "lightgbm", "scikit-learn", "plotly"):
+    for package in ("numpy", "pyarrow", "lightgbm", "scikit-learn", "jinja2"):
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     checkout = Path(__file__).resolve().parents[3]

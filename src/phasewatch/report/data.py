@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -114,6 +115,8 @@ class BundleCounts:
         hosts: Hosts of the usable lab episodes.
         span_days: Days from the start of the first usable episode to the end of the last; None if unknown.
         rows_per_s: Rows per second of each source, over the usable episodes that have the source.
+        first_day, last_day: Days in UTC on which the first and the last usable episode started; empty if unknown.
+        vm_hours: Total length of the usable episodes.
     """
 
     total: int
@@ -123,6 +126,9 @@ class BundleCounts:
     hosts: tuple[str, ...]
     span_days: float | None
     rows_per_s: tuple[tuple[str, float], ...] = ()
+    first_day: str = ""
+    last_day: str = ""
+    vm_hours: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +166,7 @@ class ReportData:
     digests: Mapping[str, str]
     notes: tuple[str, ...]
     audit: AuditReport | None = None
+    corpus: str | None = None
     splits: SplitIndex = field(default_factory=SplitIndex)
 
 
@@ -227,7 +234,14 @@ def parse_validation(table: Any) -> BundleCounts:
         hosts=tuple(sorted({str(r["host_id"]) for r in lab})),
         span_days=None if span is None else span / 86_400e9,
         rows_per_s=tuple(_compute_row_rates(usable)),
+        first_day=_render_day(min(s for s, _ in starts)) if starts else "",
+        last_day=_render_day(max(s for s, _ in starts)) if starts else "",
+        vm_hours=sum(r["duration_s"] or 0.0 for r in usable) / 3600,
     )
+
+
+def _render_day(wall_ns: int) -> str:
+    return datetime.fromtimestamp(wall_ns / 1e9, UTC).date().isoformat()
 
 
 def _compute_row_rates(usable: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:

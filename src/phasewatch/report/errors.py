@@ -265,7 +265,7 @@ def _build_ribbon_block(context: ReportContext, windows: HeadlineWindows, shown:
             f"Episode {shown.episode_id} on host {shown.host_id}, {render_count(len(shown.windows), 'window')}. "
             "Episodes are ranked by accuracy, among those with more than one phase if there are at least three.",
             "Top: true and predicted phase; opacity shows the probability. Bottom: probability of each phase (darker "
-            "is higher), with a line at the true phase.",
+            "is higher), with a frame at the true phase.",
         ),
         figure=charts.draw_ribbon(shown.windows, stride_s=STRIDE_S, origin=context.origin),
         table=ReportTable(

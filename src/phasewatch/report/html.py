@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable
 from importlib import resources
@@ -26,6 +25,7 @@ from phasewatch.audit.run import read_audit
 from phasewatch.dataset import SplitIndex, read_split_index
 from phasewatch.dataset.split_files import read_fold_file
 from phasewatch.errors import MissingToolError, RunError, UsageError
+from phasewatch.evaluation.headline import read_headline
 from phasewatch.evaluation.metric_table import DEFAULT_HEADLINE, parse_metrics
 from phasewatch.parquet import convert_parquet_errors, open_parquet
 from phasewatch.report import data as report_data
@@ -39,14 +39,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_REPORT_BYTES",
-    "load_plotly_script",
     "read_report_data",
     "render_html",
-    "render_script_json",
     "write_report",
 ]
 
-MAX_REPORT_BYTES = 6 * 1024 * 1024  # fits a mail attachment; Plotly's script alone is 4.8 MB
+MAX_REPORT_BYTES = 2 * 1000 * 1000  # opens at once on a phone and fits a mail attachment
 _INTERVAL_PATTERN = re.compile(r"\[[+-]?\d[^\[\]]{0,28}\]")
 _T = TypeVar("_T")
 
@@ -61,7 +59,7 @@ def write_report(run: Path, form: str = "html", out: Path | None = None) -> Path
 
     Raises:
         RunError: If the folder is missing, or none of its files can be read.
-        MissingToolError: If Plotly or Jinja is not installed.
+        MissingToolError: If Jinja is not installed.
         UsageError: If the format is unknown.
     """
     if form not in _REPORT_FORMATS:
@@ -133,15 +131,24 @@ def read_report_data(run: Path) -> report_data.ReportData:
         digests=digests,
         notes=tuple(notes),
         audit=audit,
+        corpus=_read_corpus(run),
         splits=splits,
     )
 
 
+def _read_corpus(run: Path) -> str | None:
+    """Return the name of the store, or None if `headline.json` is missing or unreadable."""
+    try:
+        return read_headline(run).corpus
+    except (RunError, OSError):
+        return None
+
+
 def render_html(page: ReportPage) -> str:
-    """Render the report as HTML; strings from data are escaped in the text and in the data of the script.
+    """Render the report as HTML with SVG figures; strings from data are escaped in both.
 
     Raises:
-        MissingToolError: If Plotly or Jinja is not installed.
+        MissingToolError: If Jinja is not installed.
     """
     try:
         import jinja2
@@ -158,13 +165,13 @@ def render_html(page: ReportPage) -> str:
     )
     environment.filters["code"] = _render_code
     environment.filters["unbroken"] = _keep_intervals_on_one_line
-    plotly, draw = Markup(load_plotly_script()), Markup(_read_resource("draw.js"))
+    script = Markup(_read_resource("tables.js"))
     return environment.get_template("report.html.j2").render(
         page=page,
+        figures={key: (Markup(f.wide), Markup(f.narrow)) for key, f in page.figures().items()},
         style=Markup(_read_resource("style.css")),
-        scripts=(plotly, draw),
-        data=Markup(render_script_json(page.figures())),
-        hashes=" ".join(f"'sha256-{_compute_script_hash(text)}'" for text in (plotly, draw)),
+        script=script,
+        script_hash=f"'sha256-{_compute_script_hash(script)}'",
     )
 
 
@@ -174,31 +181,6 @@ _REPORT_FORMATS: dict[str, Callable[[ReportPage], str]] = {
     "md": render_markdown,
     "json": render_json,
 }
-
-
-def render_script_json(value: Any) -> str:
-    """Render JSON for a script element: `<`, `>`, `&` and non-ASCII characters are escaped.
-
-    >>> render_script_json("</script>")
-    '"\\\\u003c/script\\\\u003e"'
-    """
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"), sort_keys=True)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def load_plotly_script() -> str:
-    """Return the Plotly script of the installed package.
-
-    Raises:
-        MissingToolError: If the package is not installed, or its script is missing or cannot be embedded.
-    """
-    try:
-        text = (resources.files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
-    except (ImportError, OSError) as exc:
-        raise MissingToolError("Plotly's script is not installed: pip install 'phasewatch[train]'") from exc
-    if "</script" in text or "\r" in text:
-        raise MissingToolError("Plotly's script cannot be embedded in the page; pip install 'plotly==7.1.0'")
-    return text
 
 
 def _read_resource(name: str) -> str:

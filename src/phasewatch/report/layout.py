@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from phasewatch.artifacts import METRICS_FILE
 from phasewatch.evaluation.metric_table import MetricRow
-from phasewatch.report.charts import PlotlyFigure, ScoreMark
+from phasewatch.report.charts import ScoreMark, SvgFigure
 
 __all__ = [
     "HeadlineClaim",
@@ -53,7 +53,7 @@ class ReportBlock:
     key: str
     title: str
     sentences: tuple[str, ...] = ()
-    figure: PlotlyFigure | None = None
+    figure: SvgFigure | None = None
     absent: str = ""
     table: ReportTable | None = None
     table_name: str = "Numbers"
@@ -89,6 +89,7 @@ class HeadlineClaim:
 
     Attributes:
         words: The headline as a sentence.
+        scores: The scores as a sentence, if the headline is about alarms.
         line: The headline line of the run, for quotation.
         tiles: Its numbers, with the baselines.
         verdict: The comparison with the time-only baseline, in words.
@@ -100,18 +101,24 @@ class HeadlineClaim:
     tiles: tuple[HeadlineTile, ...]
     verdict: str
     holds: bool
+    scores: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportPage:
-    """The complete report as plain values; `html` and `markdown` render it."""
+    """The complete report as plain values; `html` and `markdown` render it.
+
+    Attributes:
+        facts: What was tested, as names and values: store, recordings, machines, model, run.
+    """
 
     origin: str
     claim: HeadlineClaim
     notices: tuple[str, ...]
     sections: tuple[ReportSection, ...]
+    facts: tuple[tuple[str, str], ...] = ()
 
-    def figures(self) -> dict[str, PlotlyFigure]:
+    def figures(self) -> dict[str, SvgFigure]:
         """Return the figures by the key of their block."""
         return {b.key: b.figure for s in self.sections for b in s.blocks if b.figure is not None}
 

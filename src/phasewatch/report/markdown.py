@@ -28,6 +28,10 @@ def render_json(page: ReportPage) -> str:
 def _render_page(page: ReportPage) -> Iterator[str]:
     claim = page.claim
     yield from (f"# {_escape_text(claim.words)}", "")
+    if claim.scores:
+        yield from (_escape_text(claim.scores), "")
+    yield from (f"- {_escape_text(name)}: {_escape_text(value)}" for name, value in page.facts)
+    yield ""
     if claim.line:
         yield from (f"> {_escape_text(claim.line)}", "")
     yield from (f"Origin: {_escape_text(page.origin)}.", "", _escape_text(claim.verdict), "")
@@ -98,6 +102,7 @@ def _build_document(page: ReportPage) -> dict[str, Any]:
         "origin": page.origin,
         "claim": {
             "words": claim.words,
+            "scores": claim.scores,
             "line": claim.line,
             "verdict": claim.verdict,
             "holds": claim.holds,
@@ -105,6 +110,7 @@ def _build_document(page: ReportPage) -> dict[str, Any]:
                 {"name": t.name, "value": t.value, "interval": t.interval, "about": t.about} for t in claim.tiles
             ],
         },
+        "facts": dict(page.facts),
         "notices": list(page.notices),
         "sections": [
             {

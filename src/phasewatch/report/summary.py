@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from phasewatch._version import __version__
 from phasewatch.artifacts import METRICS_FILE
 from phasewatch.audit.checks import AuditReport
 from phasewatch.evaluation import query
@@ -22,7 +23,7 @@ from phasewatch.report import charts
 from phasewatch.report.alarms import build_alarm_section
 from phasewatch.report.audit import describe_audit, describe_failed_audit
 from phasewatch.report.calibration import build_calibration_section
-from phasewatch.report.charts import PlotlyFigure
+from phasewatch.report.charts import SvgFigure
 from phasewatch.report.coverage import (
     build_coverage_section,
     build_reproducibility_section,
@@ -60,6 +61,9 @@ _PROTOCOL_LABELS = {
     _HELD_OUT_HOST: ("unseen host", "samples in the training set, hosts not in it"),
     _HELD_OUT_BOTH: ("unseen host and sample", "hosts and samples not in the training set"),
 }
+
+_TEST_WORDS = {_HELD_OUT_HOST: "on unseen hosts", _HELD_OUT_BOTH: "on unseen hosts and samples"}
+_MAX_HOSTS_NAMED = 8
 
 _EASIER_SPLIT_LABELS = {
     _RANDOM_WINDOWS: "with a random window split, which leaks",
@@ -152,7 +156,7 @@ def build_protocol_section(context: ReportContext) -> ReportSection:
     return ReportSection(key="inflation", title="Leakage: score by split protocol", lead=lead, blocks=(block,))
 
 
-def _draw_protocol_scores(context: ReportContext, found: dict[str, MetricRow | None]) -> PlotlyFigure:
+def _draw_protocol_scores(context: ReportContext, found: dict[str, MetricRow | None]) -> SvgFigure:
     series = tuple(
         charts.ScoreSeries(
             name=name,
@@ -241,17 +245,39 @@ def build_page(evidence: ReportData) -> ReportPage:
         origin=origin,
         claim=claim,
         notices=(*_describe_simulation(origin), *evidence.notes, *describe_audit(audit)),
+        facts=_list_facts(evidence, context, headline),
         sections=(
-            build_protocol_section(context),
-            build_leaderboard_section(context),
-            build_error_section(context, evidence.folds),
             build_alarm_section(context),
+            build_error_section(context, evidence.folds),
+            build_leaderboard_section(context),
+            build_protocol_section(context),
             build_calibration_section(context),
             build_importance_section(context, evidence.bundles),
             build_coverage_section(evidence, context.windows, origin),
             build_reproducibility_section(evidence),
         ),
     )
+
+
+def _list_facts(evidence: ReportData, context: ReportContext, headline: Headline | None) -> tuple[tuple[str, str], ...]:
+    """List what was tested: store, recordings, machines, model and run; unknown facts are left out."""
+    bundles, facts = evidence.bundles, []
+    if evidence.corpus:
+        facts.append(("Store", evidence.corpus))
+    if bundles is not None and bundles.first_day:
+        days = (
+            bundles.first_day if bundles.first_day == bundles.last_day else f"{bundles.first_day} to {bundles.last_day}"
+        )
+        facts.append(("Recordings", f"{days}, {bundles.vm_hours:,.1f} VM-hours, {context.origin}"))
+    if bundles is not None and bundles.hosts:
+        few = bundles.hosts[:_MAX_HOSTS_NAMED]
+        more = f" and {len(bundles.hosts) - len(few)} more" if len(bundles.hosts) > len(few) else ""
+        facts.append(("Machines", f"{render_count(len(bundles.hosts), 'host')}: {', '.join(few)}{more}"))
+    if headline is not None and context.model is not None:
+        facts.append(("Model", f"{headline.model}, channel set {headline.channels}, input {headline.input}"))
+    if digest := evidence.digests.get(METRICS_FILE):
+        facts.append(("Run", f"{digest[:12]} (digest of {METRICS_FILE}), phasewatch {__version__}"))
+    return tuple(facts)
 
 
 def _build_failed_audit_claim(audit: AuditReport) -> HeadlineClaim:
@@ -271,7 +297,8 @@ def _describe_simulation(origin: str) -> tuple[str, ...]:
 
 
 def _build_operator_tiles(numbers: HeadlineBlock) -> tuple[HeadlineTile, ...]:
-    """Build the tiles of what an operator asks first, on unseen hosts; a number that was not measured has none."""
+    """Build the tiles of what an operator asks first; a number that was not measured has none."""
+    where = _TEST_WORDS[numbers.recipe]
     return tuple(
         HeadlineTile(
             name=name,
@@ -283,9 +310,10 @@ def _build_operator_tiles(numbers: HeadlineBlock) -> tuple[HeadlineTile, ...]:
             (
                 numbers.infection_recall_30s,
                 "infections announced",
-                f"share within {HEADLINE_TIME_S} s, on unseen hosts",
+                f"share within {HEADLINE_TIME_S} s, {where}; {render_count(numbers.n_onsets, 'infection')}",
             ),
-            (numbers.false_alarms_per_vm_hour, "false alarms per VM-hour", "of the infection alarm, on unseen hosts"),
+            (numbers.median_delay_s, "seconds to the alarm", f"median delay after the start of an infection, {where}"),
+            (numbers.false_alarms_per_vm_hour, "false alarms per VM-hour", f"of the infection alarm, {where}"),
             (numbers.idle_called_clean, "idle called clean", "share of windows of idle clean machines"),
         )
         if number.value is not None
@@ -319,9 +347,8 @@ def _build_claim(
             ("macro_f1", LOAD_ONLY),
         )
     )
-    numbers = headline.unseen_host if headline is not None else None
     tiles = (
-        *(_build_operator_tiles(numbers) if numbers is not None else ()),
+        *(_build_operator_tiles(headline) if headline is not None else ()),
         *(
             HeadlineTile(
                 name=name,
@@ -347,11 +374,13 @@ def _build_claim(
     )
     gap = query.find_elapsed_time_gap(context.all_rows, context.model)
     above = query.is_above_elapsed_time(five, clock, gap)
+    scores = describe_protocol_scores(
+        context.all_rows, "macro_f1" if has_five else "macro_f1_3class"
+    ) or _describe_score(context.model, five if has_five else three, "five" if has_five else "three")
+    alarms = _describe_alarms(headline) if headline is not None else ""
     return HeadlineClaim(
-        words=(
-            describe_protocol_scores(context.all_rows, "macro_f1" if has_five else "macro_f1_3class")
-            or _describe_score(context.model, five if has_five else three, "five" if has_five else "three")
-        ),
+        words=alarms or scores,
+        scores=scores if alarms else "",
         line=line,
         tiles=tiles,
         verdict=_describe_verdict(above, clock, gap),
@@ -397,6 +426,32 @@ def _render_span(number: HeadlineNumber) -> str:
     if number.low is None or number.high is None:
         return f"(no interval: {number.note})"
     return f"[{number.low:.2f}, {number.high:.2f}]"
+
+
+def _describe_alarms(numbers: HeadlineBlock) -> str:
+    """Render what an operator asks first as a sentence, or nothing if it was not measured."""
+    recall, false_alarms, delay = (
+        numbers.infection_recall_30s,
+        numbers.false_alarms_per_vm_hour,
+        numbers.median_delay_s,
+    )
+    if recall.value is None or false_alarms.value is None:
+        return ""
+    after = f", after a median of {delay.value:.0f} s" if delay.value is not None else ""
+    return (
+        f"{recall.value:.0%}{_render_range(recall, percent=True)} of {render_count(numbers.n_onsets, 'infection')} "
+        f"announced within {HEADLINE_TIME_S} s{after}, at {false_alarms.value:.2f}{_render_range(false_alarms)} false "
+        f"alarms per VM-hour, {_TEST_WORDS[numbers.recipe]}."
+    )
+
+
+def _render_range(number: HeadlineNumber, *, percent: bool = False) -> str:
+    """Render ` [low, high]`, or nothing without an interval."""
+    if number.low is None or number.high is None:
+        return ""
+    if percent:
+        return f" [{100 * number.low:.0f}, {100 * number.high:.0f}]"
+    return f" [{number.low:.2f}, {number.high:.2f}]"
 
 
 def _describe_score(model: str, score: MetricRow | None, n_classes: str) -> str:
