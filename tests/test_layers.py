@@ -178,6 +178,7 @@ SMALL = {
     "simulate.extended": "the fields that joined later, drawn apart so that earlier simulated stores stay the same",
     "pipeline.publish": "the copy of a finished run to another store",
     "pipeline.other_store": "joins inference and evaluation, which do not import each other",
+    "report.svg": "draws on a page, apart from what is drawn",
     "evaluation.selection": "the choice of a model, apart from the scores it is made by",
 }
 

@@ -22,6 +22,7 @@ from phasewatch.evaluation.bootstrap import (
     draw_weights,
     resample,
 )
+from phasewatch.evaluation.leaderboard import compute_host_interval
 from phasewatch.metrics import macro_f1
 
 HOSTS, WINDOWS, CLASSES = 6, 28, 5
@@ -47,17 +48,17 @@ class Held:
 
 
 def corpus(
-    rng: np.random.Generator, per_host: NDArray[np.int64]
+    rng: np.random.Generator, per_host: NDArray[np.int64], skills: NDArray[np.float64] = SKILLS
 ) -> tuple[list[str], list[str], NDArray[np.int64], NDArray[np.int64]]:
     """Draw hosts, sessions, truth and decisions of every window."""
-    hosts = np.repeat(np.arange(HOSTS), per_host)
+    hosts = np.repeat(np.arange(len(skills)), per_host)
     n = len(hosts)
     changes = rng.random((n, WINDOWS)) < 1 / HELD
     changes[:, 0] = True
     fresh = rng.choice(CLASSES, (n, WINDOWS), p=[0.45, 0.12, 0.08, 0.2, 0.15])
     last = np.maximum.accumulate(np.where(changes, np.arange(WINDOWS), 0), axis=1)
     truth = np.take_along_axis(fresh, last, axis=1)
-    skill = 1 / (1 + np.exp(-(SKILLS[hosts] + SPREAD * rng.normal(size=n))))
+    skill = 1 / (1 + np.exp(-(skills[hosts] + SPREAD * rng.normal(size=n))))
     own = rng.random((n, WINDOWS)) >= STICKY
     own[:, 0] = True
     source = np.maximum.accumulate(np.where(own, np.arange(WINDOWS), 0), axis=1)
@@ -120,4 +121,86 @@ def coverage(episodes: int, *, corpora: int, resamples: int, seed: int = 0) -> H
         plain=held[:, 2].mean(),
         width_by_session=widths[:, 0].mean(),
         width_by_window=widths[:, 1].mean(),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostCoverage:
+    """Share of corpora whose interval holds its target, for the three targets that a headline may have.
+
+    Attributes:
+        tau: Standard deviation of the hosts' true scores.
+        same_hosts: Session bootstrap, against the true score on the tested hosts.
+        same_for_mean, same_for_new: The same interval against the two other targets, which it is not for.
+        mean_of_hosts: Student's t over hosts, against the mean over very many hosts.
+        new_host: Prediction interval, against the true score of one host more.
+    """
+
+    tau: float
+    corpora: int
+    same_hosts: float
+    same_for_mean: float
+    same_for_new: float
+    mean_of_hosts: float
+    new_host: float
+
+
+_GRID = np.linspace(-2.0, 3.0, 26)  # logits of a host at which its true confusion matrix is computed
+
+
+def compute_true_confusions() -> NDArray[np.float64]:
+    """Return the confusion matrix of very many sessions of one host, for each logit of the grid."""
+    rng = np.random.default_rng(321)
+    tables = []
+    for skill in _GRID:
+        _, _, truth, decided = corpus(rng, np.array([4000]), np.array([skill]))
+        tables.append(np.bincount(5 * truth + decided, minlength=25) / len(truth))
+    return np.array(tables)
+
+
+def cover_hosts(spread: float, *, corpora: int, resamples: int, per_host: int = 14, seed: int = 0) -> HostCoverage:
+    """Simulate corpora whose hosts are drawn, and count whose intervals hold their targets.
+
+    Args:
+        spread: Standard deviation of a host's logit.
+    """
+    tables = compute_true_confusions()
+    rng = np.random.default_rng([seed, 77])
+
+    def true_tables(skills: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.stack([np.interp(skills, _GRID, tables[:, k]) for k in range(25)], axis=-1).reshape(-1, 5, 5)
+
+    def scores(skills: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(macro_f1(true_tables(skills), range(CLASSES)))
+
+    every_host = scores(0.5 + spread * rng.normal(size=20_000))
+    held = np.zeros((corpora, 5))
+    for i in range(corpora):
+        skills = 0.5 + spread * rng.normal(size=HOSTS)
+        hosts, sessions, truth, decided = corpus(rng, np.full(HOSTS, per_host), skills)
+        clusters = build_clusters(hosts, sessions)
+        present = tuple(int(c) for c in np.unique(truth))
+        weights = draw_weights(clusters, truth, classes=present, resamples=resamples, seed=i)
+        assert weights is not None
+        counts = count_confusions(clusters, truth, decided)
+        draws = macro_f1(resample(weights, counts).reshape(-1, 5, 5), present)
+        low, high = compute_interval(draws, compute_tail_share(HOSTS * per_host, HOSTS))
+        same = float(macro_f1(true_tables(skills).sum(axis=0), range(CLASSES)))
+        new = float(scores(0.5 + spread * rng.normal(size=1))[0])
+        targets = (same, float(every_host.mean()), new)
+        held[i, :3] = [low <= target <= high for target in targets]
+        of_host = counts.reshape(HOSTS, per_host, 5, 5).sum(axis=1)
+        values = [float(macro_f1(table, range(CLASSES))) for table in of_host]
+        for k, is_new_host in ((3, False), (4, True)):
+            ends = compute_host_interval(values, is_new_host=is_new_host)
+            held[i, k] = ends["low"] <= targets[1 + is_new_host] <= ends["high"]
+    shares_held = [float(share) for share in held.mean(axis=0)]
+    return HostCoverage(
+        tau=float(every_host.std()),
+        corpora=corpora,
+        same_hosts=shares_held[0],
+        same_for_mean=shares_held[1],
+        same_for_new=shares_held[2],
+        mean_of_hosts=shares_held[3],
+        new_host=shares_held[4],
     )
