@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -82,7 +82,8 @@ class SystemFacts:
         disk_gib: Free space of the working folder's disk in GiB.
         kvm: Whether KVM works, with the reason.
         programs: Program → version or path; None if it is missing.
-        packages: Distribution → version; None if it is missing.
+        packages: Distribution of an extra → version; None if it is missing.
+        core: Distribution that every command needs → version; None if it is missing.
     """
 
     python: tuple[int, int]
@@ -92,6 +93,7 @@ class SystemFacts:
     kvm: AcceleratorChoice
     programs: Mapping[str, str | None]
     packages: Mapping[str, str | None]
+    core: Mapping[str, str | None] = field(default_factory=dict)
 
 
 # (program, Debian package, needed for)
@@ -158,6 +160,9 @@ def inspect_system(facts: SystemFacts | None = None) -> tuple[RequirementCheck, 
             remedy=f"free {_MIN_FREE_GIB} GiB",
         ),
     ]
+    for package, version in facts.core.items():
+        if version is None:
+            checks.append(_check_presence(package, None, f"pip install '{package}'", _NEEDED_FOR_ALL))
     for program, package, purpose in REQUIRED_PROGRAMS:
         found = facts.programs.get(program)
         remedy = f"apt-get install --no-install-recommends {package}"
@@ -195,6 +200,7 @@ def _read_system_facts() -> SystemFacts:
         kvm=find_kvm(),
         programs={program: _read_program_version(program) for program, _, _ in REQUIRED_PROGRAMS},
         packages={package: _read_package_version(package) for package, _, _ in OPTIONAL_PACKAGES},
+        core={name: _find_version(name) for name, extra in _read_requirements() if not extra},
     )
 
 

@@ -8,7 +8,7 @@ import sys
 
 from phasewatch.cli.groups import COMMANDS
 
-# Their options have limits that are constants of heavy modules.
+# Limits of their options are constants of heavy modules; `doctor` asks the modules that start VMs.
 HEAVY_COMMANDS = {"record", "image", "simulate", "alarms", "check-config", "doctor"}
 HEAVY_MODULES = {"asyncio", "backports", "httpx", "msgspec", "numpy", "obstore", "pyarrow", "rich", "scipy", "ssl"}
 # Typer, and what it brings.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,7 @@ def test_complete_machine_passes_every_check() -> None:
         pytest.param("disk", {"disk_gib": 1.0}, "free 5 GiB", id="a full disk"),
         pytest.param("cpio", {"programs": {}}, "apt-get install --no-install-recommends cpio", id="no cpio"),
         pytest.param("busybox", {"programs": {}}, "busybox-static", id="no busybox"),
+        pytest.param("numpy", {"core": {"numpy": None}}, "pip install 'numpy'", id="no numpy"),
         pytest.param("torch", {"packages": {}}, "pip install 'phasewatch[train]'", id="no torch"),
         pytest.param("onnxruntime", {"packages": {}}, "pip install 'phasewatch[live]'", id="no onnxruntime"),
     ],
@@ -115,3 +118,18 @@ def test_checks_run_on_this_machine() -> None:
 
     assert len(names) == len(set(names))
     assert {"python", "disk", "qemu-img", "kvm", "lightgbm"} <= set(names)
+
+
+def test_doctor_works_where_every_package_but_typer_is_missing() -> None:
+    probe = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(['msgspec', 'numpy', 'pyarrow', 'httpx', 'obstore', 'rich', 'backports']))\n"
+        "sys.argv = ['phasewatch', 'doctor', '--json']\n"
+        "from phasewatch.cli import main\n"
+        "main()\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=300, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert '"name": "kvm"' in done.stdout

@@ -44,7 +44,7 @@ def doctor(as_json: AsJson = False) -> None:
     ]
     is_broken = has_blocking_problem(checks)
     if is_broken:
-        summary = "phasewatch cannot work here: see the lines with `for everything`"
+        summary = "phasewatch cannot work here: see the lines with `for all`"
     elif missing := sum(not c.ok for c in checks):
         summary = f"{missing} of {len(checks)} checks failed, each only for the task that its line names"
     else:

@@ -7,6 +7,7 @@ kernel writes no byte in 15 s. The result is cached per host kernel and QEMU ver
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -14,15 +15,16 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from phasewatch.errors import MissingToolError
 from phasewatch.lab.guest_image import GuestImage
 from phasewatch.lab.process import die_with_parent
-from phasewatch.telemetry.base import AsyncClock
+
+if TYPE_CHECKING:
+    from phasewatch.telemetry.base import AsyncClock
 
 __all__ = [
     "KVM_BOOT_DEADLINE_S",
@@ -96,7 +98,7 @@ def choose_accelerator(
         else AcceleratorChoice(accel="tcg", why=f"no kernel booted on KVM within {KVM_BOOT_DEADLINE_S:g} s")
     )
     cache.mkdir(parents=True, exist_ok=True)
-    _build_cache_path(cache, arch, qemu_version).write_bytes(msgspec.json.encode(choice))
+    _build_cache_path(cache, arch, qemu_version).write_text(json.dumps(asdict(choice)))
     return choice
 
 
@@ -116,10 +118,13 @@ def find_known_accelerator(*, arch: str, cache: Path | None, qemu_version: str) 
         return AcceleratorChoice(accel="tcg", why=obstacle)
     if cache is None:
         return None
-    try:
-        return msgspec.json.decode(_build_cache_path(cache, arch, qemu_version).read_bytes(), type=AcceleratorChoice)
-    except (OSError, msgspec.MsgspecError):
+    try:  # by the standard library, so that `doctor` works where a package is missing
+        stored = json.loads(_build_cache_path(cache, arch, qemu_version).read_bytes())
+        choice = AcceleratorChoice(accel=stored["accel"], why=stored["why"])
+    except (OSError, ValueError, TypeError, KeyError):
         return None
+    is_valid = choice.accel in ("kvm", "tcg") and isinstance(choice.why, str)
+    return choice if is_valid else None
 
 
 def _build_cache_path(cache: Path, arch: str, qemu_version: str) -> Path:
