@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
 
 from phasewatch.cli import common
@@ -60,6 +59,8 @@ def adapt(
 
     Example: phasewatch adapt --benign my-clean-hours --out site.zip
     """
+    import msgspec
+
     from phasewatch.inference.model_selection import find_models
     from phasewatch.pipeline import adapt as pipeline
     from phasewatch.store.base import parse_store_location
