@@ -41,7 +41,7 @@ def test_publish_writes_events_to_stdout_or_to_a_file(phasewatch: Call, run: Pat
         pytest.param(
             ["publish", "replay", "RUN", "--model", "cnn"], 3, "no test predictions by cnn", id="no such model"
         ),
-        pytest.param(["publish", "perf", "RUN"], 3, "not a checkpoint, run or edge bundle", id="no checkpoint"),
+        pytest.param(["publish", "perf", "RUN"], 3, "there is no such model", id="no checkpoint"),
         pytest.param(["publish", "metrics", "RUN", "--json"], 2, "name a file", id="two things on one output"),
         pytest.param(
             ["publish", "metrics", "RUN", "--to", "http://127.0.0.1:9", "--token-file", "none"],

@@ -134,5 +134,5 @@ def test_a_report_without_pictures_goes_where_it_is_asked_to(run: Path, tmp_path
     assert said.stdout.splitlines()[-1] == str(out)
     title = out.read_text().partition("\n")[0]
     assert title.startswith("# ")
-    assert "gbt" in title
-    assert "on 3 unseen hosts" in title
+    assert "infections announced" in title
+    assert "unseen hosts" in title

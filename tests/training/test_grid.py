@@ -117,6 +117,7 @@ def test_a_recipe_that_could_not_be_built_is_absent_and_the_rest_is_there() -> N
     assert {c.recipe for c in build_short_grid(folds)} == {
         "held_out_sample",
         "held_out_both",
+        "held_out_time",  # tests the last episodes where no host can be held out
         "random_windows",
         "deploy",
     }
