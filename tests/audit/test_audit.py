@@ -21,7 +21,7 @@ import pytest
 from tests.factories.stores import write_store
 from tests.factories.tampered_runs import edit_predictions, refit, seal
 
-from phasewatch.artifacts import PREDICTIONS_FILE
+from phasewatch.artifacts import EXPERIMENT_PREDICTIONS_FILE, PREDICTIONS_FILE
 from phasewatch.audit.checks import AuditCheck, AuditReport, CheckOutcome
 from phasewatch.audit.models import check_permuted_labels, check_predictions, check_retrained, choose_experiments
 from phasewatch.audit.run import check_disjoint, check_metrics, read_audit
@@ -127,6 +127,32 @@ def test_labels_made_from_elapsed_time_are_caught(run: Path) -> None:
     pq.write_table(table.set_column(table.schema.get_field_index("phase"), "phase", late), path)
 
     assert fate_of(stages.audit(runner.read_settings(run)), "remade-from-bundles") is CheckOutcome.BROKEN
+
+
+@pytest.mark.parametrize("column", ["proc.cpu_user.mean", "phase"])
+def test_a_feature_of_the_next_window_and_labels_of_the_next_window_are_caught(run: Path, column: str) -> None:
+    path = run / "features_window_v2.parquet"
+    table = pq.read_table(path)
+    values = table[column].to_numpy()
+    ahead = pa.array(np.append(values[1:], values[-1:]), type=table.schema.field(column).type)
+    pq.write_table(table.set_column(table.schema.get_field_index(column), column, ahead), path)
+
+    assert fate_of(stages.audit(runner.read_settings(run)), "remade-from-bundles") is CheckOutcome.BROKEN
+
+
+@pytest.mark.parametrize("model", ["elapsed_time", "majority"])
+def test_predictions_of_another_model_are_caught(run: Path, model: str) -> None:
+    other = pq.read_table(replace(CELL, model=model).folder(run) / EXPERIMENT_PREDICTIONS_FILE)
+
+    def swap(table: pa.Table) -> pa.Table:
+        both = pc.is_in(table["part"], other["part"].unique())
+        rest = table.filter(pc.invert(both))
+        named = other.set_column(other.schema.get_field_index("model"), "model", pa.array(["gbt"] * len(other)))
+        return pa.concat_tables([named.select(table.schema.names).cast(table.schema), rest])
+
+    edit_predictions(run, CELL, swap)
+
+    assert check_predictions(run).fate is CheckOutcome.BROKEN
 
 
 def test_a_changed_bundle_is_caught(run: Path, store: Path, tmp_path: Path) -> None:

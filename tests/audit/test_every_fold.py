@@ -24,12 +24,20 @@ from phasewatch.audit.models import (
     read_headline_key,
 )
 from phasewatch.audit.omissions import check_answered, check_store_remainder, check_twins, compute_twin_share
-from phasewatch.dataset import load, read_folds, write_all_splits
+from phasewatch.dataset import FoldData, load, read_folds, write_all_splits
 from phasewatch.models import checkpoint, registry
-from phasewatch.models.base import PhaseModel
+from phasewatch.models.base import PhaseModel, PostprocessingData
 from phasewatch.training.experiment import Experiment, plan_experiments
-from phasewatch.training.live_scores import predict_live_windows
-from phasewatch.training.train import FittedModel, compute_run_digests, fit_model, merge_predictions, train_experiments
+from phasewatch.training.live_scores import predict_live_windows, score_live_windows, score_windows
+from phasewatch.training.predictions import build_predictions_table
+from phasewatch.training.train import (
+    FittedModel,
+    compute_run_digests,
+    fit_model,
+    merge_predictions,
+    predict_parts,
+    train_experiments,
+)
 
 RECIPES = ("held_out_host", "held_out_both")
 SECOND = Experiment(recipe="held_out_host", fold="host-1", threat="realistic", model="gbt")
@@ -120,6 +128,45 @@ def test_the_checkpoint_of_deploy_in_a_fold_is_caught_without_training(run: Path
 
     assert check.fate is CheckOutcome.BROKEN
     assert "train windows are not those of its fold" in check.words
+
+
+@CELLS
+def test_an_alarm_that_the_soak_of_the_test_host_set_is_caught(run: Path, cell: Experiment) -> None:
+    """Nothing but the soak differs: train, validation and probabilities are honest."""
+
+    def cheat(model: PhaseModel, sets: FoldData) -> FittedModel:
+        fitted = fit_model(model, sets)
+        tested = {e.host_id for e in sets.test.windows.episodes}
+        own = sets.soak.take(sets.soak.windows.mark_episodes(lambda e: e.host_id in tested))
+        assert len(own)
+        val_b = score_windows(sets.val_b, fitted.val_b)
+        live = predict_live_windows(fitted.model, sets, own.windows.episodes)
+        fitted.model.fit_postprocessing(
+            PostprocessingData(
+                train=sets.train.label_sequence,
+                val_b=val_b,
+                soak=score_windows(own, fitted.model.predict_proba(own.inputs)),
+                val_b_live=score_live_windows(sets, fitted.val_b_live),
+                soak_live=score_live_windows(sets, live, only=own.windows.episodes),
+            )
+        )
+        return fitted
+
+    refit(run, cell, cheat)
+
+    assert retrained(run, cell) is CheckOutcome.BROKEN
+
+
+@CELLS
+def test_predictions_of_a_model_of_another_seed_are_caught(run: Path, cell: Experiment) -> None:
+    """The checkpoint stays; only what it is said to have answered comes from elsewhere."""
+    sets = load(run, cell.recipe, cell.fold)
+    other = fit_model(registry.create(cell.model, seed=7, settings={"learning_rate": 0.3}), sets)
+    table = build_predictions_table(cell, predict_parts(other, sets))
+
+    edit_predictions(run, cell, lambda _: table)
+
+    assert check_predictions(run).fate is CheckOutcome.BROKEN
 
 
 def halve_infecting(part: str) -> Callable[[pa.Table], pa.Table]:
