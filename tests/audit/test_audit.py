@@ -130,7 +130,7 @@ def test_labels_made_from_elapsed_time_are_caught(run: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["proc.cpu_user.mean", "phase"])
-def test_a_feature_of_the_next_window_and_labels_of_the_next_window_are_caught(run: Path, column: str) -> None:
+def test_a_feature_or_a_label_of_the_next_window_breaks_the_audit(run: Path, column: str) -> None:
     path = run / "features_window_v2.parquet"
     table = pq.read_table(path)
     values = table[column].to_numpy()
@@ -141,7 +141,7 @@ def test_a_feature_of_the_next_window_and_labels_of_the_next_window_are_caught(r
 
 
 @pytest.mark.parametrize("model", ["elapsed_time", "majority"])
-def test_predictions_of_another_model_are_caught(run: Path, model: str) -> None:
+def test_predictions_of_another_model_break_the_audit(run: Path, model: str) -> None:
     other = pq.read_table(replace(CELL, model=model).folder(run) / EXPERIMENT_PREDICTIONS_FILE)
 
     def swap(table: pa.Table) -> pa.Table:
