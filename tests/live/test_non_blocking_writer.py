@@ -63,7 +63,7 @@ def test_a_stalled_reader_delays_nobody_and_the_oldest_lines_are_dropped(
 
     said = [int(line[:3]) for line in read_all(reader)]
     assert not_written > 800
-    assert said[:10] == list(range(10))
+    assert said == sorted(set(said))
     assert said[-10:] == list(range(990, 1000))
 
 
