@@ -512,6 +512,8 @@ def test_each_leak_is_caught_on_one_run_and_they_are_counted(
     for name, leak in globals().items():
         if name.startswith("test_") and name.endswith("_caught"):
             given = {"run": tmp_path / name, "store": store, "tmp_path": tmp_path / f"{name}-beside"}
+            if not inspect.signature(leak).parameters.keys() <= given.keys():
+                continue  # has cases, which make test runs
             given["tmp_path"].mkdir()
             shutil.copytree(clean, given["run"])
             leak(**{k: given[k] for k in inspect.signature(leak).parameters})
