@@ -48,6 +48,7 @@ NOT_RUN = {
     "proxmox:": "needs a Proxmox host",
     "container:": "needs a container engine; tests/package/test_containerfile.py checks its commands",
     "device:": "needs a second machine; the page says what was run in a network namespace",
+    "adapt:": "needs hours of the reader's VMs; tests/cli/test_adapt.py adapts a model",
     "own-machines:": "needs recordings of the reader's VMs; tests/cli/test_labelling.py labels some",
     "scale-out:": "the command of record.md with more processes",
     "read-a-report:": "RUN stands for a folder of the reader's",

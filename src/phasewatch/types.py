@@ -21,6 +21,7 @@ __all__ = [
     "STRIDE_BINS",
     "STRIDE_NS",
     "STRIDE_S",
+    "UNKNOWN_PROFILE",
     "WINDOW_BINS",
     "WINDOW_S",
     "BundleStatus",
@@ -52,6 +53,7 @@ LIVE_STRIDE_BINS = 2  # live windows begin every second; training windows every 
 CONTEXT_BINS = 240  # two minutes: the longest history of a context input
 MAX_WAIT_CORES = 0.10  # mean vCPU waiting time, in cores; above it an episode is degraded and recorded once more
 BENIGN_PROFILE = "benign"  # the only profile that is not malicious
+UNKNOWN_PROFILE = "unknown"  # of recordings that nobody has labelled
 MIN_FINITE_BINS = 10  # with fewer finite bins in a window, its statistics are NaN
 
 HOST_ID_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +15,7 @@ from phasewatch.cli import common
 from phasewatch.cli.options import AsJson, CustomChannels, Workers
 from phasewatch.cli.progress import show_progress
 from phasewatch.errors import UsageError
-from phasewatch.types import EpisodeRole, Phase
+from phasewatch.types import UNKNOWN_PROFILE, EpisodeRole, Phase
 
 if TYPE_CHECKING:
     from phasewatch.bundle.model import LabellingMetadata, OperatorLabel
@@ -48,7 +47,7 @@ def label(
     why: Annotated[str, typer.Option(help="How you know; kept in the bundle.")] = "",
     who: Annotated[str, typer.Option(help="Who labels; default: the name of this user.")] = "",
     when: Annotated[str, typer.Option(help="UTC time of the labelling; default: now.")] = "",
-    profile: Annotated[str, typer.Option(help="Profile of bundles with a malicious phase.")] = "unknown",
+    profile: Annotated[str, typer.Option(help="Profile of bundles with a malicious phase.")] = UNKNOWN_PROFILE,
     role: Annotated[EpisodeRole, typer.Option(help="`soak`: only for the rate of false alarms.")] = EpisodeRole.LAB,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written or removed.")] = False,
     show: Annotated[bool, typer.Option("--list", help="List the labels of a labelled store.")] = False,
@@ -177,19 +176,17 @@ def _undo(store: str, selection: BundleSelection, *, dry_run: bool, as_json: boo
     common.print_result(result, as_json=as_json, lines=[*_render(found), end])
 
 
-def _format_time(ns: int) -> str:
-    return datetime.fromtimestamp(ns // 10**9, UTC).strftime("%Y-%m-%dT%H:%M:%S") + f".{ns % 10**9 // 10**6:03d}Z"
-
-
 def _describe_labelling(labelling: LabellingMetadata) -> dict[str, Any]:
+    from phasewatch.alarms.life import render_time
+
     def describe(each: OperatorLabel) -> dict[str, Any]:
         return {
-            "start": _format_time(each.start_wall_ns),
-            "end": _format_time(each.end_wall_ns),
+            "start": render_time(each.start_wall_ns),
+            "end": render_time(each.end_wall_ns),
             "seconds": round((each.end_wall_ns - each.start_wall_ns) / 1e9, 3),
             "phase": str(each.phase),
             "who": each.by,
-            "when": _format_time(each.when_wall_ns),
+            "when": render_time(each.when_wall_ns),
             "why": each.why,
         }
 
@@ -211,12 +208,14 @@ def _describe_plan(plan: LabelPlan) -> dict[str, Any]:
 
 
 def _render_labelling(labelling: LabellingMetadata) -> list[str]:
+    from phasewatch.alarms.life import render_time
+
     rows = [
         (
-            f"  {_format_time(each.start_wall_ns)}",
-            _format_time(each.end_wall_ns),
+            f"  {render_time(each.start_wall_ns)}",
+            render_time(each.end_wall_ns),
             str(each.phase),
-            f"{each.by}, {_format_time(each.when_wall_ns)[:10]}: {each.why}",
+            f"{each.by}, {render_time(each.when_wall_ns)[:10]}: {each.why}",
         )
         for each in labelling.labels
     ]

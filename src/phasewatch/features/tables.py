@@ -17,7 +17,6 @@ from phasewatch.artifacts import EPISODE_FEATURES_FILE, FEATURE_SCHEMA_FILE, FEA
 from phasewatch.atomic import open_atomic, write_atomic
 from phasewatch.binning.storage import BinIndexRow, MappedBins, map_bins, release_pages
 from phasewatch.channels import BASE_CHANNELS
-from phasewatch.errors import MachineError
 from phasewatch.features.derived import derive_history, derived_features
 from phasewatch.features.fingerprint import behaviour_fingerprint
 from phasewatch.features.schema import feature_names, render_schema, schema_hash, stat_names
@@ -31,7 +30,7 @@ from phasewatch.features.windows import (
     n_windows,
 )
 from phasewatch.identity import find_contested_ids
-from phasewatch.parallel.pool import ItemResult, map_ordered
+from phasewatch.parallel.pool import map_ordered
 from phasewatch.types import STRIDE_NS, BundleStatus
 
 if TYPE_CHECKING:
@@ -214,16 +213,10 @@ def _iter_features(
         results: Iterator[list[_EpisodeFeatures]] = (_compute_chunk(grids.bins, chunk) for chunk in chunks)
     else:
         computing = map_ordered(partial(_compute_chunk_in_worker, str(grids.folder)), chunks, workers=spread.workers)
-        results = (_unwrap_result(result) for result in computing)
+        results = (result.unwrap("features") for result in computing)
     for chunk, made in zip(chunks, results, strict=True):
         for row, (table, whole) in zip(chunk, made, strict=True):
             yield row, table, whole
-
-
-def _unwrap_result(result: ItemResult[list[_EpisodeFeatures]]) -> list[_EpisodeFeatures]:
-    if result.value is None:
-        raise MachineError(f"features could not be computed: {result.error}; run `phasewatch features` again")
-    return result.value
 
 
 def _compute_chunk_in_worker(folder: str, rows: Sequence[BinIndexRow]) -> list[_EpisodeFeatures]:

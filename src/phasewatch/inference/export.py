@@ -40,6 +40,7 @@ from phasewatch.training.train import fit_and_predict, read_experiment_data
 from phasewatch.types import PHASES
 
 __all__ = [
+    "PARITY_WINDOWS",
     "ExportRequest",
     "ExportResult",
     "ExportedModel",
@@ -49,7 +50,7 @@ __all__ = [
     "render_card",
 ]
 
-_PARITY_WINDOWS = 512
+PARITY_WINDOWS = 512
 _ORACLE_CHANNEL_SET = "oracle"
 _TRAINED_PARTS = (*TRAINING_PARTS, SplitPart.DEALT)
 
@@ -215,7 +216,7 @@ def _sample_windows(run: Path, cell: Experiment, model: PhaseModel) -> ModelInpu
             f"`{_render_train_command(run, cell.model, cell.recipe, [cell.threat], cell.seed)}`"
         )
     inputs = train.inputs
-    rows = np.unique(np.linspace(0, len(inputs) - 1, min(len(inputs), _PARITY_WINDOWS)).astype(np.int64))
+    rows = np.unique(np.linspace(0, len(inputs) - 1, min(len(inputs), PARITY_WINDOWS)).astype(np.int64))
     return ModelInputs(x=np.ascontiguousarray(inputs.x[rows]), spec=inputs.spec)
 
 

@@ -151,9 +151,9 @@ def read_label_file(path: Path, defaults: LabelDefaults) -> tuple[LabelRequest, 
         for line, cells, columns in iter_table(SourceFile(relative=path.name, path=path), RowFormat(kind="csv")):
             if not requests:
                 _check_columns(columns, path)
+                getters = {name: bind_column(name, columns) for name in _COLUMNS}
             if len(requests) >= _MAX_REQUESTS:
                 raise DataError(f"{path}:{line}: more than {_MAX_REQUESTS:,} rows; split the file")
-            getters = {name: bind_column(name, columns) for name in _COLUMNS}
             row = {name: getter(cells).strip() if getter else "" for name, getter in getters.items()}
             requests.append(_parse_row(row, defaults, where=f"{path}:{line}"))
     except ImportRefusal as bad:

@@ -17,13 +17,13 @@ from phasewatch.bundle.container import LABELS_FILE, MANIFEST_FILE
 from phasewatch.bundle.labels import list_phase_starts
 from phasewatch.bundle.limits import MAX_LABEL_ROWS
 from phasewatch.bundle.model import BUNDLE_FORMAT, Episode, LabellingMetadata, LabelMark, Manifest, OperatorLabel
-from phasewatch.errors import DataError, MachineError, StoreError, UsageError
+from phasewatch.errors import DataError, StoreError, UsageError
 from phasewatch.labelling.requests import EDGE_TOLERANCE_NS, LabelRequest, resolve_label_time
 from phasewatch.parallel.pool import map_ordered
 from phasewatch.progress import NO_PROGRESS, Progress
 from phasewatch.store.base import BundleStore, StoreLocation, open_store
 from phasewatch.store.local import BUNDLE_SUFFIX, DiskStore, StoreItem
-from phasewatch.types import BENIGN_PROFILE, EpisodeId, EpisodeRole, Phase, SampleKind, build_uuid7
+from phasewatch.types import BENIGN_PROFILE, UNKNOWN_PROFILE, EpisodeId, EpisodeRole, Phase, SampleKind, build_uuid7
 
 __all__ = [
     "BundleSelection",
@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 _MIN_LABEL_NS = 1_000_000_000
-_UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +77,7 @@ class LabelSettings:
     out: Path
     requests: tuple[LabelRequest, ...]
     selection: BundleSelection = BundleSelection()
-    profile: str = _UNKNOWN
+    profile: str = UNKNOWN_PROFILE
     role: EpisodeRole = EpisodeRole.LAB
     workers: int = 1
 
@@ -336,9 +335,7 @@ def write_labels(
         paths: list[str] = []
         results = map_ordered(partial(_write_bundle, settings), wanted, workers=settings.workers)
         for done, (plan, result) in enumerate(zip(wanted, results, strict=True), 1):
-            if result.value is None:
-                raise MachineError(f"{plan.item.path}: {result.error or 'the worker was lost'}; run the command again")
-            paths.append(result.value)
+            paths.append(result.unwrap(plan.item.path))
             progress.update("label", done, len(wanted), plan.item.path)
     return LabelSummary(plans=tuple(plans), paths=tuple(paths), kept=len(plans) - len(wanted))
 

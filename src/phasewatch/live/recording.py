@@ -19,7 +19,17 @@ from phasewatch.errors import MachineError, PhasewatchError
 from phasewatch.live.survey import VmSurvey
 from phasewatch.store.local import DiskStore
 from phasewatch.telemetry.base import AsyncClock, ReadingRow
-from phasewatch.types import BIN_NS, ClockBase, EpisodeOrigin, EpisodeRole, Phase, SampleKind, SourceKind, build_uuid7
+from phasewatch.types import (
+    BIN_NS,
+    UNKNOWN_PROFILE,
+    ClockBase,
+    EpisodeOrigin,
+    EpisodeRole,
+    Phase,
+    SampleKind,
+    SourceKind,
+    build_uuid7,
+)
 
 __all__ = ["WatchRecorder", "check_recording_folder"]
 
@@ -178,7 +188,7 @@ class WatchRecorder:
                 guest_kernel="",
                 recorder=f"phasewatch {__version__}, watch",
             ),
-            profile=_UNKNOWN,
+            profile=UNKNOWN_PROFILE,
             sample_name=_UNKNOWN,
             sample_kind=SampleKind.LIVE,
             origin=EpisodeOrigin.RECORDED,

@@ -50,6 +50,19 @@ class ItemResult(Generic[R]):
     value: R | None
     error: str | None
 
+    def unwrap(self, work: str) -> R:
+        """Return the value.
+
+        Args:
+            work: What was computed, for the message.
+
+        Raises:
+            MachineError: If the workers were lost.
+        """
+        if self.value is None:
+            raise MachineError(f"{work}: {self.error or 'the worker was lost'}; run the command again")
+        return self.value
+
 
 @dataclass(slots=True, kw_only=True)
 class _WorkerProcess:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +20,10 @@ from phasewatch.channels import CHANNELS
 from phasewatch.dataset import read_folds, read_schema
 from phasewatch.dataset.loader import build_input_spec
 from phasewatch.dataset.split_files import read_all_folds
-from phasewatch.errors import MachineError, MismatchError, StoreError
+from phasewatch.errors import MismatchError, StoreError
 from phasewatch.features.windows import WINDOW_NS
 from phasewatch.inference.edge_bundle import TrainingOrigin, parse_edge_bundle
-from phasewatch.inference.export import ExportedModel, pack_models, read_training_origin, render_card
+from phasewatch.inference.export import PARITY_WINDOWS, ExportedModel, pack_models, read_training_origin, render_card
 from phasewatch.inference.model_selection import ModelCandidate, choose_model, find_bundle_models
 from phasewatch.inference.onnx_export import check_parity, to_onnx
 from phasewatch.inference.predictor import PhasePredictor
@@ -41,8 +40,6 @@ from phasewatch.training.grids import DEPLOY_RECIPE, HEADLINE_RECIPE
 from phasewatch.types import BIN_NS, LIVE_STRIDE_BINS
 from phasewatch.validate.sweep import sweep
 from phasewatch.validate.verdict import USABLE_STATUSES
-
-T = TypeVar("T")
 
 __all__ = [
     "AdaptRequest",
@@ -207,13 +204,13 @@ def adapt(site: PreparedSite, request: AdaptRequest, *, progress: Progress = NO_
     n = len(comparisons) + len(models)
     folds: list[FoldComparison] = []
     for done in map_ordered(compare_fold, comparisons, workers=request.workers):
-        folds.append(_unwrap(done.value, done.error))
+        folds.append(done.unwrap("adapt"))
         progress.update("adapt", len(folds), n, f"without {comparisons[done.index].fold}")
     change = compare_unseen_hosts(folds) if folds else None
     exported: list[ExportedModel] = []
     parity = 0.0
     for result in map_ordered(partial(_export_fit, corpus=request.corpus), models, workers=request.workers):
-        one, error = _unwrap(result.value, result.error)
+        one, error = result.unwrap("adapt")
         parity = max(parity, error)
         exported.append(one)
         progress.update("adapt", len(folds) + len(exported), n, one.cell.threat)
@@ -341,23 +338,14 @@ def _export_fit(fit: SiteFit, *, corpus: Path) -> tuple[ExportedModel, float]:
     return exported, check_parity(model, data, inputs)
 
 
-_PARITY_WINDOWS = 512
-
-
 def _sample_inputs(fit: SiteFit, corpus: Path, model: PhaseModel) -> ModelInputs:
     spec = build_input_spec(
         read_schema(corpus), fit.channel_set, InputKind(registry.find_model(fit.model).kind), InputVariant(fit.table)
     )
-    examples = read_site_hours(fit.site).build_examples(spec, at_most=_PARITY_WINDOWS)
+    examples = read_site_hours(fit.site).build_examples(spec, at_most=PARITY_WINDOWS)
     if examples is None:
         raise StoreError(f"{fit.site}: no clean window to compare the exported model on")
     return examples.inputs
-
-
-def _unwrap(value: T | None, error: str | None) -> T:
-    if value is None or error is not None:
-        raise MachineError(f"adapt: a process was lost: {error}; run the command again")
-    return value
 
 
 def _find_predictor(data: bytes, out: Path, old: PhasePredictor) -> PhasePredictor:

@@ -119,7 +119,7 @@ class BlockSum:
             counted: dict[Hashable, tuple[int, ...]] = {
                 m: (sum([int(stat[key]) for key in keys]),)
                 for m, stat in stats.items()
-                if keys[0] in stat and keys[-1] in stat
+                if all(key in stat for key in keys)
             }
             extended.append(counter.add(counted, 1)[0] if len(counted) == len(stats) else None)
         before, self._requests_before = self._requests_before, total
